@@ -1,0 +1,54 @@
+"""What a video is asked to show: one text per segment and the latent frames at which segments change."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class VideoPrompt:
+    """One video's request.
+
+    ``id`` keys the noise tape (never the text), so the same id under another policy sees the same noise.
+    ``switches[i]`` is the latent frame from which ``segments[i + 1]`` holds; it acts at the first block
+    whose first frame is at or after it (METHOD section 8).
+    """
+
+    id: int
+    segments: tuple[str, ...]
+    switches: tuple[int, ...]
+    num_frames: int
+
+    def __post_init__(self) -> None:
+        if not self.segments:
+            raise ValueError(f"prompt {self.id}: at least one segment is needed")
+        if len(self.switches) != len(self.segments) - 1:
+            raise ValueError(
+                f"prompt {self.id}: {len(self.segments)} segments need {len(self.segments) - 1} switch frames, "
+                f"got {len(self.switches)}: {list(self.switches)}"
+            )
+        bounds = (0, *self.switches, self.num_frames)
+        if any(a >= b for a, b in zip(bounds, bounds[1:], strict=False)):
+            raise ValueError(
+                f"prompt {self.id}: switch frames {list(self.switches)} must increase strictly inside "
+                f"(0, num_frames = {self.num_frames})"
+            )
+
+    def segment_at(self, frame: int) -> int:
+        """Index of the segment that holds for a block whose first latent frame is ``frame``."""
+        return sum(frame >= switch for switch in self.switches)
+
+
+class ClipPrompt(str):
+    """The text a clip is scored against; a plain ``str`` to scorers that need no more.
+
+    ``before`` is the text of the previous segment ("" if none) and ``switch`` the index of the first frame
+    of the clip that belongs to this segment: frames before it still show ``before``.
+    """
+
+    before: str
+    switch: int
+
+    def __new__(cls, text: str, before: str = "", switch: int = 0) -> "ClipPrompt":
+        prompt = super().__new__(cls, text)
+        prompt.before = before
+        prompt.switch = switch
+        return prompt
