@@ -1,0 +1,95 @@
+"""Advantages: how much better a branch is than the anchor, or than its group (METHOD section 5).
+
+    A_g = (r_g - r_anchor) / max( std{r_1 .. r_G, r_anchor}, noise floor )
+
+Rewards are [G], or [K, G] for K components at once (anchor and noise floor then [K]); the noise floor is the
+measured jitter of the reward, so that a group whose spread is noise is not amplified into an advantage.
+"""
+
+import torch
+from torch import Tensor
+
+SMALLEST_SPREAD = 1e-12
+"""Keeps 0 / 0 at 0 where no noise floor is given and all rewards are equal."""
+
+
+def reward_spread(rewards: Tensor, anchor: Tensor | None = None) -> Tensor:
+    """Standard deviation (ddof 1) over the branches, and the anchor if given: [..., G], [...] -> [...]."""
+    members = rewards if anchor is None else torch.cat([rewards, anchor.unsqueeze(-1)], dim=-1)
+    return members.std(dim=-1, correction=1)
+
+
+def anchor_relative(rewards: Tensor, anchor: Tensor, noise_floor: float | Tensor) -> Tensor:
+    """A_g = (r_g - r_anchor) / max(std over branches and anchor, noise floor): [..., G]."""
+    scale = _at_least(reward_spread(rewards, anchor), noise_floor)
+    return (rewards - anchor.unsqueeze(-1)) / scale.unsqueeze(-1)
+
+
+def group_centred(rewards: Tensor, noise_floor: float | Tensor) -> Tensor:
+    """A_g = (r_g - mean r) / max(std over branches, noise floor): [..., G], summing to 0."""
+    scale = _at_least(reward_spread(rewards), noise_floor)
+    return centred(rewards) / scale.unsqueeze(-1)
+
+
+def is_noise(rewards: Tensor, anchor: Tensor | None, noise_floor: float | Tensor) -> bool:
+    """Whether no component's spread exceeds its noise floor: the group teaches nothing and is skipped."""
+    return bool((reward_spread(rewards, anchor) <= noise_floor).all())
+
+
+def fuse_components(advantages_KG: Tensor, weights_K: Tensor) -> Tensor:
+    """Weighted sum over reward components: [K, G], [K] -> [G]."""
+    return weights_K.to(advantages_KG) @ advantages_KG
+
+
+def fuse_signals(local_G: Tensor, global_G: Tensor, global_weight: float) -> Tensor:
+    """A = A_local + global_weight A_global, [G]: the routed window's signal, and the video's after the fork."""
+    return local_G + global_weight * global_G
+
+
+def std_scaled(signal_G: Tensor) -> Tensor:
+    """Parity with the public code: A / std(A), ddof 0, not centred. Undoes the noise floor."""
+    return signal_G / _at_least(signal_G.std(correction=0), 0.0)
+
+
+def zscored(signal_G: Tensor) -> Tensor:
+    """Parity with the public code: (A - mean A) / std(A), ddof 0. Undoes the noise floor."""
+    return std_scaled(centred(signal_G))
+
+
+def centred(advantages: Tensor) -> Tensor:
+    """A - mean A over the last axis: what the branch-only softmax needs (METHOD section 4)."""
+    return advantages - advantages.mean(dim=-1, keepdim=True)
+
+
+def clamp(advantages_G: Tensor, limit: float) -> Tensor:
+    """Advantages limited to [-limit, limit]; the last thing done to them."""
+    return advantages_G.clamp(-limit, limit)
+
+
+def permuted(advantages_G: Tensor, generator: torch.Generator) -> Tensor:
+    """Null control: the same advantages, given to the branches in random order (a CPU generator)."""
+    order = torch.randperm(len(advantages_G), generator=generator)
+    return advantages_G[order.to(advantages_G.device)]
+
+
+def best_and_worst(advantages_G: Tensor, best: int, worst: int) -> Tensor:
+    """Indices of the `best` highest and `worst` lowest advantages, ascending int64 [best + worst].
+
+    0 and 0 select every branch. Train on these branches only, with `centred(advantages[indices])`.
+    Raises ValueError when more branches are asked for than there are.
+    """
+    branches = len(advantages_G)
+    if min(best, worst) < 0 or best + worst > branches:
+        raise ValueError(
+            f"keep_best + keep_worst = {best} + {worst}: must be between 0 and the {branches} branches"
+        )
+    if best + worst == 0:
+        return torch.arange(branches, device=advantages_G.device)
+    order = advantages_G.argsort(descending=True, stable=True)
+    return torch.cat([order[:best], order[branches - worst :]]).sort().values
+
+
+def _at_least(spread: Tensor, noise_floor: float | Tensor) -> Tensor:
+    """The spread, but no less than the noise floor."""
+    floor = torch.as_tensor(noise_floor, dtype=spread.dtype, device=spread.device).clamp_min(SMALLEST_SPREAD)
+    return torch.maximum(spread, floor)

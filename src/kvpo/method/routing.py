@@ -1,0 +1,216 @@
+"""Causal History Routing: which past frames a block may attend to (METHOD section 2).
+
+Deployment:   sink ++ the `local_past` most recent frames
+Exploration:  sink ++ `routed` frames of older history ++ the `recent` most recent frames
+
+All counts are *past* frames; the block being denoised always attends to itself besides. With
+routed + recent = local_past both contexts are equally long, and routing the most recent frames is deployment.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import combinations
+
+import torch
+from torch import Tensor
+
+
+def local_past(window: int, sink: int, block: int) -> int:
+    """Most recent past frames visible in deployment: window - sink - block (LongLive: 12 - 3 - 3 = 6).
+
+    Raises ValueError when the window cannot hold the sink and the block; -1 (all visible) has no such count.
+    """
+    if window < sink + block:
+        raise ValueError(
+            f"window = {window}: must hold the sink ({sink}) and the block ({block}): at least {sink + block}"
+        )
+    return window - sink - block
+
+
+def deployment_frames(start: int, *, sink: int, window: int, block: int) -> tuple[int, ...]:
+    """Past frames visible to the block that starts at frame `start`, ascending.
+
+    `window` counts the sink and the block itself; -1 makes every earlier frame visible.
+    """
+    if window == -1:
+        return tuple(range(start))
+    recent = local_past(window, sink, block)
+    return (*range(min(sink, start)), *range(max(sink, start - recent), start))
+
+
+def exploration_frames(start: int, routed: Sequence[int], *, sink: int, recent: int) -> tuple[int, ...]:
+    """Past frames visible to a routed block: sink ++ routed (ascending, repeats allowed) ++ recent."""
+    oldest_recent = max(sink, start - recent)
+    assert all(sink <= frame < oldest_recent for frame in routed), (start, tuple(routed), sink, recent)
+    return (*range(min(sink, start)), *sorted(routed), *range(oldest_recent, start))
+
+
+def route_pool(fork: int, *, sink: int, recent: int, resident: int) -> range:
+    """Frames that may be routed at a fork: [max(sink, fork - (resident - sink)), fork - recent).
+
+    `resident` is how many history frames are kept, counting the sink; 0 keeps all. May be empty.
+    """
+    oldest = max(sink, fork - (resident - sink)) if resident else sink
+    return range(oldest, max(oldest, fork - recent))
+
+
+def dispersed_routes(
+    pool: Sequence[int], *, branches: int, routed: int, distinct: int, generator: torch.Generator
+) -> Tensor:
+    """Routes of G branches with the least possible overlap, int64 [G, routed], each ascending.
+
+    Every branch has a set of `distinct` pool frames of its own, repeated as evenly as possible to fill `routed`
+    slots. Let n_f branches use frame f: the overlap summed over pairs of branches is sum_f n_f (n_f - 1) / 2,
+    least when no two n_f differ by more than one. Every pool frame is equally likely.
+    Raises ValueError when the pool has fewer than G different sets, or `distinct` is not in 1..routed.
+    """
+    _check_routes(len(pool), branches, routed, distinct)
+    sets: list[frozenset[int]] = []
+    while len(sets) < branches:
+        drawn = frozenset(torch.randperm(len(pool), generator=generator)[:distinct].tolist())
+        if drawn not in sets:
+            sets.append(drawn)
+    _balance(sets, len(pool))
+    # Shuffling what the labels mean, after balancing, is what makes every frame equally likely.
+    frames = torch.tensor(pool)[torch.randperm(len(pool), generator=generator)]
+    return _fill_slots(frames[torch.tensor([sorted(members) for members in sets])], routed)
+
+
+def independent_routes(
+    pool: Sequence[int], *, branches: int, routed: int, distinct: int, generator: torch.Generator
+) -> Tensor:
+    """Routes drawn independently for each branch, int64 [G, routed]: what dispersed routes are compared with.
+
+    Two branches share distinct^2 / len(pool) frames on average. Raises ValueError as `dispersed_routes` does.
+    """
+    _check_routes(len(pool), branches, routed, distinct)
+    frames = torch.tensor(pool)
+    draws = [frames[torch.randperm(len(pool), generator=generator)[:distinct]] for _ in range(branches)]
+    return _fill_slots(torch.stack(draws), routed)
+
+
+def mean_pairwise_overlap(routes: Tensor) -> float:
+    """Distinct frames that two branches share, averaged over all pairs of branches of routes [G, R]."""
+    sets = [frozenset(route) for route in routes.tolist()]
+    shared = [len(one & other) for one, other in combinations(sets, 2)]
+    return sum(shared) / len(shared)
+
+
+@dataclass(frozen=True)
+class FittedExploration:
+    """What of the requested exploration fits at a fork, and a sentence on what was shrunk ("" if nothing)."""
+
+    blocks: int
+    routed: int
+    distinct: int
+    shrunk: str
+
+
+def fit_exploration(
+    fork: int,
+    num_frames: int,
+    *,
+    blocks: int,
+    routed: int,
+    distinct: int,
+    recent: int,
+    sink: int,
+    block: int,
+    resident: int,
+    branches: int,
+) -> FittedExploration:
+    """Shrink the routed blocks, slots and distinct frames to what a short clip offers.
+
+    Blocks end with the clip; slots never outnumber the pool; `distinct` falls until the pool has a set for every
+    branch, and the slots with it where no frame was to be repeated (distinct = routed).
+    Raises ValueError when no block follows the fork, or the pool has not even one frame for every branch.
+    """
+    fitting_blocks = min(blocks, (num_frames - fork) // block)
+    if fitting_blocks < 1:
+        raise ValueError(
+            f"fork = {fork}: no block of {block} frames follows in a video of {num_frames}; fork earlier"
+        )
+    pool_size = len(route_pool(fork, sink=sink, recent=recent, resident=resident))
+    slots = min(routed, max(pool_size, 1))
+    fitting_distinct = min(distinct, slots)
+    while fitting_distinct > 1 and math.comb(pool_size, fitting_distinct) < branches:
+        fitting_distinct -= 1
+    if distinct == routed:
+        slots = fitting_distinct
+    _check_routes(pool_size, branches, slots, fitting_distinct)
+    changes = [
+        f"{name} {asked} -> {fits}"
+        for name, asked, fits in (
+            ("blocks", blocks, fitting_blocks),
+            ("routed", routed, slots),
+            ("distinct", distinct, fitting_distinct),
+        )
+        if asked != fits
+    ]
+    reason = f"at frame {fork} of {num_frames}, with {pool_size} frames to route from: "
+    return FittedExploration(
+        fitting_blocks, slots, fitting_distinct, reason + ", ".join(changes) if changes else ""
+    )
+
+
+def first_fork(*, block: int, sink: int, recent: int, resident: int, distinct: int, branches: int) -> int:
+    """First block start whose pool has a different set of `distinct` frames for every branch.
+
+    Raises ValueError when the resident frames never hold enough.
+    """
+    needed = distinct
+    while math.comb(needed, distinct) < branches:
+        needed += 1
+    most = resident - sink - recent
+    if resident and most < needed:
+        _check_routes(max(most, 0), branches, distinct, distinct)
+    return math.ceil((sink + needed + recent) / block) * block
+
+
+def fork_frames(num_frames: int, *, block: int, blocks: int, first: int, tail_blocks: int = 0) -> list[int]:
+    """Block starts from `first` on after which `blocks` routed and `tail_blocks` further blocks still fit.
+
+    Raises ValueError when the video is too short for any.
+    """
+    last = num_frames - (blocks + tail_blocks) * block
+    forks = list(range(math.ceil(first / block) * block, last + 1, block))
+    if not forks:
+        raise ValueError(
+            f"num_frames = {num_frames}: too short to fork at frame {first} or later and then generate {blocks} "
+            f"routed and {tail_blocks} further blocks of {block} frames; lengthen the video or ask for fewer blocks"
+        )
+    return forks
+
+
+def _check_routes(pool_size: int, branches: int, routed: int, distinct: int) -> None:
+    """Raise ValueError unless every branch can have a set of its own."""
+    if not 1 <= distinct <= routed:
+        raise ValueError(f"distinct = {distinct}: must be between 1 and routed = {routed}")
+    sets = math.comb(pool_size, distinct)
+    if sets < branches:
+        raise ValueError(
+            f"branches = {branches}: a pool of {pool_size} frames has only {sets} different sets of {distinct}; "
+            "fork later, keep more resident frames, or lower branches, recent or distinct"
+        )
+
+
+def _balance(sets: list[frozenset[int]], pool_size: int) -> None:
+    """Exchange members, in place, until no two frames' usage differs by more than one; sets stay different.
+
+    More sets contain the most used frame u than the least used v. So among the sets with u and without v there is
+    one that becomes a new set when v takes the place of u, and each exchange brings the usage closer to even.
+    """
+    usage = [sum(frame in members for members in sets) for frame in range(pool_size)]
+    while max(usage) - min(usage) > 1:
+        most, least = usage.index(max(usage)), usage.index(min(usage))
+        exchanged = ((g, s - {most} | {least}) for g, s in enumerate(sets) if most in s and least not in s)
+        branch, members = next((g, s) for g, s in exchanged if s not in sets)
+        sets[branch] = members
+        usage[most] -= 1
+        usage[least] += 1
+
+
+def _fill_slots(frames: Tensor, routed: int) -> Tensor:
+    """Repeat the distinct frames [G, distinct] in turn over `routed` slots, then sort each route."""
+    return frames[:, torch.arange(routed) % frames.shape[1]].sort(dim=1).values
