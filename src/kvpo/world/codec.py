@@ -1,0 +1,123 @@
+"""The embedded world's latent codec: a small convolutional autoencoder, one latent frame per video frame."""
+
+from collections.abc import Iterator
+from importlib.resources import files
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from kvpo.world.imperfect import CLEAN, Faults, training_batch
+
+LATENT_CHANNELS = 8
+LATENT_SIZE = 8
+SPATIAL_FACTOR = 4
+LATENT_NOISE = 0.1
+"""Standard deviation of the noise on normalised latents in training, so that the decoder forgives small errors."""
+
+
+class PixelCodec(nn.Module):
+    """Frames 3x32x32 in [0, 1] to latents 8x8x8 of zero mean and unit deviation per channel, and back."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.Sequential(
+            nn.Conv2d(3, 32, 3, padding=1),
+            nn.SiLU(),
+            nn.Conv2d(32, 48, 4, stride=2, padding=1),
+            nn.SiLU(),
+            nn.Conv2d(48, 64, 4, stride=2, padding=1),
+            nn.SiLU(),
+            nn.Conv2d(64, LATENT_CHANNELS, 3, padding=1),
+        )
+        self.decoder = nn.Sequential(
+            nn.Conv2d(LATENT_CHANNELS, 48, 3, padding=1),
+            nn.SiLU(),
+            nn.Conv2d(48, 64, 3, padding=1),
+            nn.SiLU(),
+            nn.PixelShuffle(2),
+            nn.Conv2d(16, 12, 3, padding=1),
+            nn.PixelShuffle(2),
+        )
+        self.register_buffer("mean", torch.zeros(LATENT_CHANNELS))
+        self.register_buffer("std", torch.ones(LATENT_CHANNELS))
+
+    def encode(self, video_BTCHW: Tensor) -> Tensor:
+        """Latents [B, T, 8, 8, 8] of frames [B, T, 3, 32, 32] in [0, 1]."""
+        raw = self.encoder(video_BTCHW.flatten(0, 1) * 2 - 1)
+        latents = (raw - self.mean[:, None, None]) / self.std[:, None, None]
+        return latents.unflatten(0, video_BTCHW.shape[:2])
+
+    def decode(self, latents_BTCHW: Tensor) -> Tensor:
+        """Frames [B, T, 3, 32, 32] of latents [B, T, 8, 8, 8]; clamped to [0, 1] unless training."""
+        raw = latents_BTCHW.flatten(0, 1) * self.std[:, None, None] + self.mean[:, None, None]
+        video = ((self.decoder(raw) + 1) / 2).unflatten(0, latents_BTCHW.shape[:2])
+        return video if self.training else video.clamp(0, 1)
+
+    @torch.no_grad()
+    def set_statistics(self, video_BTCHW: Tensor) -> None:
+        """Set the stored mean and deviation per latent channel from sample frames."""
+        raw = self.encoder(video_BTCHW.flatten(0, 1) * 2 - 1)
+        self.mean.copy_(raw.mean((0, 2, 3)))
+        self.std.copy_(raw.std((0, 2, 3)))
+
+
+def psnr(video: Tensor, reference: Tensor) -> float:
+    """Peak signal-to-noise ratio in dB for values in [0, 1]."""
+    return float(-10 * torch.log10(F.mse_loss(video, reference)))
+
+
+def _frames(generator: torch.Generator, count: int) -> Iterator[Tensor]:
+    """Batches [1, count, 3, H, W] of shuffled frames, half faulty and half clean, each seen about twice."""
+    while True:
+        halves = [training_batch(generator, 24, 36, faults)[0] for faults in (Faults(), CLEAN)]
+        pool = torch.cat(halves).flatten(0, 1)
+        for _ in range(2):
+            for rows in torch.randperm(len(pool), generator=generator).split(count):
+                yield pool[rows][None]
+
+
+def train_codec(steps: int = 3000, seed: int = 0, batch: int = 64) -> PixelCodec:
+    """Train a codec from scratch on freshly drawn frames of the training split; deterministic in ``seed``."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.random.fork_rng(devices=[]):
+        # Module initialisers know only the global generator.
+        torch.manual_seed(seed)
+        codec = PixelCodec()
+    optimizer = torch.optim.AdamW(codec.parameters(), lr=2e-3, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps, pct_start=0.1)
+    frames = _frames(generator, batch)
+    codec.train()
+    for step in range(steps):
+        video = next(frames)
+        if step in (0, steps // 10, steps // 4) or step % 500 == 0:
+            codec.set_statistics(video)
+        latents = codec.encode(video)
+        noise = torch.randn(latents.shape, generator=generator)
+        loss = _loss(codec.decode(latents + LATENT_NOISE * noise), video)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    codec.set_statistics(torch.cat([next(frames) for _ in range(16)], dim=1))
+    return codec.eval().requires_grad_(False)
+
+
+def _loss(decoded: Tensor, video: Tensor) -> Tensor:
+    # The absolute error keeps outlines crisp, the squared one keeps colours right.
+    return F.mse_loss(decoded, video) + 0.1 * F.l1_loss(decoded, video)
+
+
+def save_codec(codec: PixelCodec, path: Path) -> None:
+    """Write the codec as half-precision safetensors."""
+    save_file({name: value.half().contiguous() for name, value in codec.state_dict().items()}, path)
+
+
+def load_codec(path: Path | None = None) -> PixelCodec:
+    """Read a codec for inference, by default the one that ships with the package."""
+    source = path or Path(str(files("kvpo.world").joinpath("assets", "codec.safetensors")))
+    codec = PixelCodec()
+    codec.load_state_dict({name: value.float() for name, value in load_file(source).items()})
+    return codec.eval().requires_grad_(False)

@@ -1,0 +1,126 @@
+"""Training videos with deliberate faults: captions stay true to the story, pixels do not always."""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from kvpo.world.render import Cast, FrameStates, casts, concatenate, paint, stage
+from kvpo.world.stories import sample_story
+from kvpo.world.vocabulary import COLOURS, MOTIONS, SHAPES, Act, Actor, Story
+
+
+@dataclass(frozen=True)
+class Faults:
+    """How often and how strongly training videos disobey; every draw is made once per act."""
+
+    wrong_attribute: float = 0.25
+    """Chance that one actor has a wrong colour, shape or motion throughout the act."""
+    late_switch: float = 0.25
+    """Chance that the visible change comes late."""
+    late_frames: tuple[int, int] = (3, 9)
+    """Frames of delay, inclusive."""
+    ignored_switch: float = 0.12
+    """Chance that the act before simply goes on."""
+    flicker: float = 0.5
+    """Chance that an act flickers."""
+    flicker_range: tuple[float, float] = (0.08, 0.22)
+    """Standard deviation of the brightness factor, per frame."""
+    jitter: float = 0.5
+    """Chance that an act's actors shake."""
+    jitter_range: tuple[float, float] = (0.7, 1.8)
+    """Standard deviation of the position noise in pixels, per frame."""
+
+
+CLEAN = Faults(wrong_attribute=0.0, late_switch=0.0, ignored_switch=0.0, flicker=0.0, jitter=0.0)
+
+
+@dataclass(frozen=True)
+class Showing:
+    """What a faulty video shows: another story, who plays in it, and how restless each act is."""
+
+    story: Story
+    casts: tuple[Cast, ...]
+    flicker: tuple[float, ...]
+    jitter: tuple[float, ...]
+
+
+def imperfect_story(story: Story, faults: Faults, generator: torch.Generator) -> Showing:
+    """Draw the faults of one video; captions and the number of acts stay as they are."""
+    rng = random.Random(int(torch.randint(2**62, (), generator=generator)))
+    shown: list[Act] = []
+    shown_casts: list[Cast] = []
+    for act, cast in zip(story.acts, casts(story), strict=True):
+        fate = rng.random()
+        if shown and fate < faults.ignored_switch:
+            before = shown[-1]
+            shown.append(replace(act, scene=before.scene, actors=before.actors))
+            shown_casts.append(shown_casts[-1])
+            continue
+        late = shown and fate < faults.ignored_switch + faults.late_switch
+        start = act.start + (rng.randint(*faults.late_frames) if late else 0)
+        actors = act.actors
+        if rng.random() < faults.wrong_attribute:
+            wrong = rng.randrange(len(actors))
+            actors = tuple(_spoil(a, rng) if i == wrong else a for i, a in enumerate(actors))
+        shown.append(replace(act, start=start, actors=actors))
+        shown_casts.append(cast)
+    return Showing(
+        story=Story(tuple(shown), story.num_frames),
+        casts=tuple(shown_casts),
+        flicker=tuple(_amplitude(faults.flicker, faults.flicker_range, rng) for _ in shown),
+        jitter=tuple(_amplitude(faults.jitter, faults.jitter_range, rng) for _ in shown),
+    )
+
+
+def _spoil(actor: Actor, rng: random.Random) -> Actor:
+    name, values = rng.choice((("colour", tuple(COLOURS)), ("shape", SHAPES), ("motion", MOTIONS)))
+    now = {"colour": actor.colour, "shape": actor.shape, "motion": actor.motion}[name]
+    return replace(actor, **{name: rng.choice([value for value in values if value != now])})
+
+
+def _amplitude(chance: float, bounds: tuple[float, float], rng: random.Random) -> float:
+    return rng.uniform(*bounds) if rng.random() < chance else 0.0
+
+
+def _stage(showing: Showing, generator: torch.Generator) -> tuple[FrameStates, Tensor]:
+    """Shaken states and the brightness factor of every frame [T]."""
+    story = showing.story
+    states = stage(story, showing.casts, generator)
+    starts = [act.start for act in story.acts]
+    ends = [*starts[1:], story.num_frames]
+    lengths = torch.tensor([end - start for start, end in zip(starts, ends, strict=True)])
+    flicker_T = torch.tensor(showing.flicker).repeat_interleave(lengths)
+    jitter_T = torch.tensor(showing.jitter).repeat_interleave(lengths)
+    shake = torch.randn(states.centre_NA2.shape, generator=generator) * jitter_T[:, None, None]
+    brightness_T = (1 + flicker_T * torch.randn(story.num_frames, generator=generator)).clamp(min=0.3)
+    return replace(states, centre_NA2=states.centre_NA2 + shake), brightness_T
+
+
+def observe(stories: Sequence[Story], generator: torch.Generator, faults: Faults = Faults()) -> Tensor:  # noqa: B008
+    """Faulty videos [B, T, 3, H, W] in [0, 1] of stories of equal length; with CLEAN, exact renders."""
+    staged = [_stage(imperfect_story(story, faults, generator), generator) for story in stories]
+    frames_NCHW = paint(concatenate([states for states, _ in staged]))
+    brightness_N = torch.cat([brightness for _, brightness in staged])
+    frames_NCHW = (frames_NCHW * brightness_N[:, None, None, None]).clamp(0, 1)
+    return frames_NCHW.unflatten(0, (len(stories), -1))
+
+
+def training_batch(
+    generator: torch.Generator,
+    count: int,
+    num_frames: int = 60,
+    faults: Faults = Faults(),  # noqa: B008
+) -> tuple[Tensor, list[list[str]], list[list[int]]]:
+    """Fresh training videos: frames [B, T, 3, H, W], captions per act, switch frames; one to four acts each.
+
+    Shorter videos have fewer acts: no more than fit.
+    """
+    most = max(1, min(4, num_frames // 12))
+    counts = torch.randint(1, most + 1, (count,), generator=generator).tolist()
+    stories = [sample_story(generator, num_acts, num_frames) for num_acts in counts]
+    captions = [[act.caption for act in story.acts] for story in stories]
+    switches = [[act.start for act in story.acts[1:]] for story in stories]
+    return observe(stories, generator, faults), captions, switches

@@ -1,0 +1,213 @@
+"""Draws the embedded world: a story's states per frame, and anti-aliased shapes on quiet textured scenes."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from kvpo.world.vocabulary import (
+    BOB_AMPLITUDE,
+    BOB_PERIOD,
+    COLOURS,
+    FRAME_SIZE,
+    HORIZON,
+    LANES,
+    SCENES,
+    SHAPES,
+    SIZES,
+    SPEED,
+    Act,
+    Story,
+)
+
+MAX_ACTORS = 2
+GLIDE = 4.0
+"""Frames over which an actor eases to a new height when it changes lane or stops bobbing."""
+
+_COLOUR_INDEX = {name: index for index, name in enumerate(COLOURS)}
+_SHAPE_INDEX = {name: index for index, name in enumerate(SHAPES)}
+_SCENE_INDEX = {name: index for index, name in enumerate(SCENES)}
+_VELOCITY = {"still": 0.0, "left": -SPEED, "right": SPEED, "bob": 0.0}
+
+Cast = tuple[int, ...]
+"""Who plays in an act: one identity per actor; an actor whose identity was in the act before moves on from there."""
+
+
+@dataclass(frozen=True)
+class FrameStates:
+    """What every frame shows. N frames, A = 2 actor slots."""
+
+    scene_N: Tensor
+    """Index into SCENES."""
+    colour_NA: Tensor
+    """Index into COLOURS."""
+    shape_NA: Tensor
+    """Index into SHAPES, -1 where the slot is empty."""
+    extent_NA: Tensor
+    """Half extent in pixels."""
+    centre_NA2: Tensor
+    """(x, y) in pixels; x lives on a torus of FRAME_SIZE."""
+
+
+def casts(story: Story) -> list[Cast]:
+    """Identities of the actors of each act: an actor stays the same through turns and recolours.
+
+    Across a switch an actor is recognised by shape and size, and by colour unless the event is a recolour.
+    """
+    result: list[Cast] = []
+    fresh = 0
+    previous: Act | None = None
+    for act in story.acts:
+        cast = []
+        for actor in act.actors:
+            identity = None
+            for index, before in enumerate(previous.actors if previous else ()):
+                same_look = (before.shape, before.size) == (actor.shape, actor.size)
+                if same_look and (before.colour == actor.colour or act.event == "recolour"):
+                    identity = result[-1][index]
+            if identity is None:
+                identity, fresh = fresh, fresh + 1
+            cast.append(identity)
+        result.append(tuple(cast))
+        previous = act
+    return result
+
+
+def stage(story: Story, acts_cast: Sequence[Cast], generator: torch.Generator) -> FrameStates:
+    """Per-frame states of a story: positions are continuous while an actor stays, random in x when it enters."""
+    frames = story.num_frames
+    states = FrameStates(
+        scene_N=torch.zeros(frames, dtype=torch.long),
+        colour_NA=torch.zeros(frames, MAX_ACTORS, dtype=torch.long),
+        shape_NA=torch.full((frames, MAX_ACTORS), -1),
+        extent_NA=torch.ones(frames, MAX_ACTORS),
+        centre_NA2=torch.zeros(frames, MAX_ACTORS, 2),
+    )
+    ends = [act.start for act in story.acts[1:]] + [frames]
+    entrances = torch.rand(len(story.acts), MAX_ACTORS, generator=generator) * FRAME_SIZE
+    # identity -> (x, y at the act's end, end frame's bob phase in frames)
+    where: dict[int, tuple[float, float, float]] = {}
+    for number, (act, cast, end) in enumerate(zip(story.acts, acts_cast, ends, strict=True)):
+        states.scene_N[act.start : end] = _SCENE_INDEX[act.scene]
+        time_T = torch.arange(end - act.start)
+        length = float(end - act.start)
+        next_where = {}
+        for slot, (actor, identity) in enumerate(zip(act.actors, cast, strict=True)):
+            lane = LANES[len(act.actors)][slot]
+            x, y, phase = where.get(identity, (float(entrances[number, slot]), lane, 0.0))
+            bob = BOB_AMPLITUDE if actor.motion == "bob" else 0.0
+            phase = phase if bob else 0.0
+            turn = 2 * math.pi / BOB_PERIOD
+            # Ease out whatever separates the height it came with from the height it should have.
+            carry = y - lane - bob * math.sin(turn * phase)
+            y_T = lane + bob * torch.sin(turn * (time_T + phase)) + carry * (1 - time_T / GLIDE).clamp(min=0)
+            velocity = _VELOCITY[actor.motion]
+            states.centre_NA2[act.start : end, slot, 0] = x + velocity * time_T
+            states.centre_NA2[act.start : end, slot, 1] = y_T
+            states.colour_NA[act.start : end, slot] = _COLOUR_INDEX[actor.colour]
+            states.shape_NA[act.start : end, slot] = _SHAPE_INDEX[actor.shape]
+            states.extent_NA[act.start : end, slot] = SIZES[actor.size]
+            y_end = lane + bob * math.sin(turn * (length + phase)) + carry * max(0.0, 1 - length / GLIDE)
+            next_where[identity] = (x + velocity * length, y_end, phase + length if bob else 0.0)
+        where = next_where
+    return states
+
+
+def concatenate(states: Sequence[FrameStates]) -> FrameStates:
+    """The frames of several stories, one after another."""
+    return FrameStates(
+        **{field.name: torch.cat([getattr(s, field.name) for s in states]) for field in fields(FrameStates)}
+    )
+
+
+def paint(states: FrameStates) -> Tensor:
+    """Frames [N, 3, FRAME_SIZE, FRAME_SIZE] in [0, 1]: shapes anti-aliased by their signed distance."""
+    frames_NCHW = backgrounds()[states.scene_N]
+    palette = torch.tensor(list(COLOURS.values()))
+    pixel = torch.arange(FRAME_SIZE) + 0.5
+    half = FRAME_SIZE / 2
+    for slot in range(MAX_ACTORS):
+        for index, shape in enumerate(SHAPES):
+            rows = (states.shape_NA[:, slot] == index).nonzero()[:, 0]
+            if len(rows) == 0:
+                continue
+            centre = states.centre_NA2[rows, slot]
+            dx_MW = torch.remainder(pixel - centre[:, :1] + half, FRAME_SIZE) - half
+            dy_MH = pixel - centre[:, 1:]
+            extent_M = states.extent_NA[rows, slot][:, None, None]
+            distance_MHW = _signed_distance(shape, dx_MW[:, None, :], dy_MH[:, :, None], extent_M)
+            cover = (0.5 - distance_MHW).clamp(0, 1)[:, None]
+            colour = palette[states.colour_NA[rows, slot]][:, :, None, None]
+            frames_NCHW[rows] = torch.lerp(frames_NCHW[rows], colour, cover)
+    return frames_NCHW
+
+
+def _signed_distance(shape: str, dx: Tensor, dy: Tensor, extent: Tensor) -> Tensor:
+    """Distance in pixels to the outline, negative inside; broadcasts dx [.., 1, W] with dy [.., H, 1]."""
+    if shape == "circle":
+        return torch.sqrt(dx * dx + dy * dy) - extent
+    if shape == "ring":
+        return (torch.sqrt(dx * dx + dy * dy) - 0.75 * extent).abs() - 0.27 * extent
+    if shape == "square":
+        return torch.maximum(dx.abs(), dy.abs()) - 0.86 * extent
+    if shape == "triangle":
+        base, half_width = 0.8 * extent, 1.04 * extent
+        height = extent + base
+        side = (dx.abs() * height - (dy + extent) * half_width) / torch.sqrt(height**2 + half_width**2)
+        return torch.maximum(side, dy - base)
+    arm = 0.33 * extent
+    upright = torch.maximum(dx.abs() - arm, dy.abs() - extent)
+    across = torch.maximum(dx.abs() - extent, dy.abs() - arm)
+    return torch.minimum(upright, across)
+
+
+@lru_cache(maxsize=1)
+def backgrounds() -> Tensor:
+    """The scenes without actors, [len(SCENES), 3, FRAME_SIZE, FRAME_SIZE]; seamless across the torus."""
+    y, x = torch.meshgrid(torch.arange(FRAME_SIZE) + 0.5, torch.arange(FRAME_SIZE) + 0.5, indexing="ij")
+    turn = 2 * math.pi / FRAME_SIZE
+    level = HORIZON * FRAME_SIZE
+    ground_level = {
+        "night": level + 1.5 * torch.sin(turn * x + 1) + 2,
+        "meadow": level + 1.2 * torch.sin(turn * x),
+        "desert": level + 2.6 * torch.sin(turn * x + 2.5),
+        "sea": torch.full_like(x, level),
+        "cave": level + 5 + 0.8 * torch.sin(3 * turn * x),
+    }
+    scenes = []
+    for name, (upper, lower) in SCENES.items():
+        ground = (y - ground_level[name] + 0.5).clamp(0, 1)
+        scene = torch.lerp(torch.tensor(upper)[:, None, None], torch.tensor(lower)[:, None, None], ground)
+        scenes.append((scene + _texture(name, x, y, ground)).clamp(0, 1))
+    return torch.stack(scenes)
+
+
+def _texture(scene: str, x: Tensor, y: Tensor, ground: Tensor) -> Tensor:
+    """Quiet detail that tells scenes apart, as an offset [3, H, W] to the two tones."""
+    turn = 2 * math.pi / FRAME_SIZE
+    if scene == "night":
+        stars = ((3, 4), (9, 11), (14, 2), (20, 7), (27, 3), (30, 13), (23, 15), (5, 17))
+        light = torch.zeros_like(x)
+        for column, row in stars:
+            light[row, column] = 0.34
+        return light * torch.tensor((0.9, 0.9, 1.0))[:, None, None]
+    if scene == "meadow":
+        blades = torch.sin(8 * turn * x + 0.9 * y).clamp(min=0) * ground
+        return blades * torch.tensor((0.02, 0.10, 0.01))[:, None, None]
+    if scene == "desert":
+        second_dune = (y - (25 + 2.2 * torch.sin(turn * x))).add(0.5).clamp(0, 1)
+        return second_dune * torch.tensor((0.10, 0.06, 0.03))[:, None, None]
+    if scene == "sea":
+        waves = torch.sin(1.6 * y + 1.2 * torch.sin(4 * turn * x)).clamp(min=0) * ground
+        return waves * torch.tensor((0.02, 0.08, 0.12))[:, None, None]
+    # Cave: rock teeth hanging from the roof.
+    tooth = ((x.remainder(8) - 4).abs() * 1.6 + y - (5 + 1.5 * torch.sin(turn * x))).neg().clamp(0, 1)
+    return -tooth * torch.tensor((0.10, 0.05, 0.12))[:, None, None]
+
+
+def render(story: Story, generator: torch.Generator) -> Tensor:
+    """The story exactly as its acts say, [T, 3, FRAME_SIZE, FRAME_SIZE] in [0, 1]; entrances drawn from generator."""
+    return paint(stage(story, casts(story), generator))

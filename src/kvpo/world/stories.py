@@ -1,0 +1,183 @@
+"""Stories: sequences of acts in which actors and scenes come, change and come back; split by construction."""
+
+import hashlib
+import random
+from dataclasses import replace
+from functools import cache
+from typing import Literal
+
+import torch
+
+from kvpo.prompts import VideoPrompt
+from kvpo.world.grammar import describe
+from kvpo.world.vocabulary import COLOURS, MOTIONS, SCENES, SHAPES, SIZES, Act, Actor, Story
+
+Split = Literal["train", "validation", "test"]
+SHARES: dict[Split, int] = {"test": 20, "validation": 15, "train": 65}
+"""Per cent of the combinations (colour, shape, motion, scene) that belong to each split."""
+MIN_ACT_BLOCKS = 4
+TWO_ACTORS = 0.35
+"""Chance that an opening or a show has two actors."""
+EVENTS: dict[str, float] = {
+    "show": 0.20, "return": 0.40, "recolour": 0.08, "turn": 0.07, "revisit": 0.45, "leave": 0.04, "join": 0.07,
+}  # fmt: skip
+"""Weights of the events of later acts; return and revisit need two earlier acts that differ, so they are drawn
+more often than they can happen."""
+TRIES = 60
+
+
+def split_of(colour: str, shape: str, motion: str, scene: str) -> Split:
+    """Which split an attribute combination belongs to: a stable hash, the same on every machine."""
+    digest = hashlib.sha256(f"{colour}|{shape}|{motion}|{scene}".encode()).digest()
+    point = int.from_bytes(digest[:4], "big") % 100
+    for split, share in SHARES.items():
+        if point < share:
+            return split
+        point -= share
+    raise AssertionError("shares add up to 100")
+
+
+@cache
+def _combinations(split: Split, scene: str) -> tuple[tuple[str, str, str], ...]:
+    every = ((c, s, m) for c in COLOURS for s in SHAPES for m in MOTIONS)
+    return tuple(combination for combination in every if split_of(*combination, scene) == split)
+
+
+def belongs(act: Act, split: Split) -> bool:
+    """Whether every actor of the act, in its scene, is a combination of the split."""
+    return all(split_of(a.colour, a.shape, a.motion, act.scene) == split for a in act.actors)
+
+
+def _new_actors(scene: str, split: Split, count: int, avoid: tuple[Actor, ...], rng: random.Random):
+    """``count`` actors new to the eye: colours and shapes differ from each other and from ``avoid``; or None."""
+    actors: list[Actor] = []
+    for _ in range(count):
+        taken = (*avoid, *actors)
+        colour, shape, motion = rng.choice(_combinations(split, scene))
+        if any(colour == other.colour or shape == other.shape for other in taken):
+            return None
+        actors.append(Actor(colour, shape, rng.choice(tuple(SIZES)), motion))
+    return tuple(actors)
+
+
+def _crowd(rng: random.Random) -> int:
+    return 2 if rng.random() < TWO_ACTORS else 1
+
+
+def _next(event: str, acts: list[Act], split: Split, rng: random.Random) -> tuple[str, tuple[Actor, ...] | None]:
+    """Scene and actors of the next act, or None where the event is impossible or the draw was unlucky."""
+    now = acts[-1]
+    scene, actors = now.scene, now.actors
+    changed = rng.randrange(len(actors))
+    if event == "show":
+        scene = scene if rng.random() < 0.35 else rng.choice(tuple(SCENES))
+        return scene, _new_actors(scene, split, _crowd(rng), actors, rng)
+    if event == "join":
+        newcomer = _new_actors(scene, split, 1, actors, rng)
+        return scene, (*actors, *newcomer) if newcomer and len(actors) == 1 else None
+    if event == "leave":
+        return scene, (actors[changed],) if len(actors) == 2 else None
+    if event == "return":
+        here = {a.shape for a in actors}
+        away = [a for act in acts[:-1] for a in act.actors if a.shape not in here]
+        return scene, (rng.choice(away),) if away else None
+    if event == "revisit":
+        earlier = [act for act in acts[:-1] if act.scene != scene]
+        if not earlier:
+            return scene, None
+        act = rng.choice(earlier)
+        return act.scene, act.actors if rng.random() < 0.6 else actors
+    assert event in ("recolour", "turn"), event
+    if event == "recolour":
+        free = [c for c in COLOURS if all(c != a.colour for a in actors)]
+        new = replace(actors[changed], colour=rng.choice(free))
+    else:
+        new = replace(actors[changed], motion=rng.choice([m for m in MOTIONS if m != actors[changed].motion]))
+    return scene, tuple(new if i == changed else a for i, a in enumerate(actors))
+
+
+def _draw_acts(plan: list[str], starts: list[int], split: Split, rng: random.Random) -> list[Act] | None:
+    scene = rng.choice(tuple(SCENES))
+    actors = _new_actors(scene, split, _crowd(rng), (), rng)
+    if actors is None:
+        return None
+    acts = [Act(scene, actors, "", starts[0], "open")]
+    for event, start in zip(plan, starts[1:], strict=True):
+        scene, following = _next(event, acts, split, rng)
+        act = Act(scene, following or (), "", start, event)
+        if following is None or not belongs(act, split):
+            return None
+        acts.append(act)
+    return acts
+
+
+def _plan(num_acts: int, rng: random.Random) -> list[str]:
+    first = [event for event in EVENTS if event not in ("return", "revisit")]
+    names = [first if k == 0 else list(EVENTS) for k in range(num_acts - 1)]
+    return [rng.choices(options, [EVENTS[e] for e in options])[0] for options in names]
+
+
+def _starts(num_acts: int, num_blocks: int, block: int, rng: random.Random) -> list[int]:
+    """Act starts in frames: lengths are drawn evenly among all that give each act MIN_ACT_BLOCKS blocks."""
+    spare = num_blocks - num_acts * MIN_ACT_BLOCKS
+    cuts = sorted(rng.randint(0, spare) for _ in range(num_acts - 1))
+    return [0, *((MIN_ACT_BLOCKS * (k + 1) + cut) * block for k, cut in enumerate(cuts))]
+
+
+def sample_story(
+    generator: torch.Generator, num_acts: int, num_frames: int, block: int = 3, split: Split = "train"
+) -> Story:
+    """Draw a captioned story of ``num_acts`` acts over ``num_frames`` latent frames.
+
+    Acts start on multiples of ``block`` and last at least MIN_ACT_BLOCKS blocks; every actor of every act is
+    an attribute combination of ``split``. Raises ValueError if the acts do not fit.
+    """
+    if num_acts < 1 or num_frames < num_acts * MIN_ACT_BLOCKS * block or num_frames % block:
+        raise ValueError(
+            f"num_frames = {num_frames}: {num_acts} acts of at least {MIN_ACT_BLOCKS} blocks of {block} frames need "
+            f"a multiple of {block} that is at least {max(num_acts, 1) * MIN_ACT_BLOCKS * block}"
+        )
+    rng = random.Random(int(torch.randint(2**62, (), generator=generator)))
+    starts = _starts(num_acts, num_frames // block, block, rng)
+    while True:
+        # One plan gets many draws before it is given up, so small splits tell the same kinds of story.
+        plan = _plan(num_acts, rng)
+        for _ in range(TRIES):
+            acts = _draw_acts(plan, starts, split, rng)
+            if acts is not None:
+                before = [None, *acts[:-1]]
+                told = [
+                    replace(act, caption=describe(act, previous, rng))
+                    for act, previous in zip(acts, before, strict=True)
+                ]
+                return Story(tuple(told), num_frames)
+
+
+def video_prompt(story: Story, id: int) -> VideoPrompt:
+    """The story as a request to a generator: captions and switch frames only."""
+    return VideoPrompt(
+        id=id,
+        segments=tuple(act.caption for act in story.acts),
+        switches=tuple(act.start for act in story.acts[1:]),
+        num_frames=story.num_frames,
+    )
+
+
+def distinct_stories(split: Split, count: int, num_acts: int, num_frames: int, seed: int) -> list[Story]:
+    """``count`` stories of one split whose caption sequences all differ."""
+    generator = torch.Generator().manual_seed(seed)
+    found: dict[tuple[str, ...], Story] = {}
+    for _ in range(50 * count + 1000):
+        if len(found) == count:
+            return list(found.values())
+        story = sample_story(generator, num_acts, num_frames, split=split)
+        found.setdefault(tuple(act.caption for act in story.acts), story)
+    raise ValueError(f"count = {count}: only {len(found)} distinct {split} stories of {num_acts} acts found; ask fewer")
+
+
+def distinct_prompts(
+    split: Split, count: int, num_acts: int, num_frames: int, seed: int, first_id: int = 0
+) -> list[VideoPrompt]:
+    """Prompts of distinct_stories with ids from ``first_id`` on."""
+    stories = distinct_stories(split, count, num_acts, num_frames, seed)
+    return [video_prompt(story, first_id + index) for index, story in enumerate(stories)]
