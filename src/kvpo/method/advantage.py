@@ -42,7 +42,7 @@ def fuse_components(advantages_KG: Tensor, weights_K: Tensor) -> Tensor:
 
 
 def fuse_signals(local_G: Tensor, global_G: Tensor, global_weight: float) -> Tensor:
-    """A = A_local + global_weight A_global, [G]: the routed window's signal, and the video's after the fork."""
+    """A = A_local + global_weight A_global, [G]: signals of the routed window and of the video after it."""
     return local_G + global_weight * global_G
 
 

@@ -6,8 +6,8 @@ A branch enters only through its energy. So the loss is differentiated on G numb
 
     (coefficient_G,) = torch.autograd.grad(loss, energy_G)
 
-and each branch is replayed and backpropagated by itself with its coefficient: exact, with the activations of one
-branch in memory. At ratio 1 and without KL, dL/dE_g = (A_g - pi_g sum A) / (G tau).
+and each branch is replayed and backpropagated by itself with its coefficient: exact, with the activations
+of one branch in memory. At ratio 1 and without KL, dL/dE_g = (A_g - pi_g sum A) / (G tau).
 """
 
 import torch
@@ -56,15 +56,13 @@ def objective(
     simplex_kl_weight: float,
     anchor_in_pool: bool,
 ) -> tuple[Tensor, ObjectiveDiagnostics]:
-    """Loss (scalar, differentiable in energy_G) and diagnostics of one group, from energies and advantages [G].
+    """Loss (scalar, differentiable in energy_G) and diagnostics of one group; every input tensor is [G].
 
-    With `anchor_in_pool` the policy has G + 1 members; the anchor's advantage is 0, so 1/G stays 1/G. To train
-    on some branches only, pass only theirs: the policy is then the softmax over the selected ones.
+    With `anchor_in_pool` the policy has G + 1 members; the anchor's advantage is 0, so 1/G stays 1/G. To
+    train on some branches only, pass only theirs: the policy is then the softmax over the selected ones.
     """
     branches = len(energy_G)
-    assert (
-        old_energy_G.shape == reference_energy_G.shape == advantages_G.shape == energy_G.shape == (branches,)
-    )
+    assert all(len(other) == branches for other in (old_energy_G, reference_energy_G, advantages_G))
     log_policy = pool_log_probs if anchor_in_pool else branch_log_probs
     log_probs = log_policy(energy_G, temperature)
     old_log_probs = log_policy(old_energy_G.detach(), temperature)

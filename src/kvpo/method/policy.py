@@ -24,8 +24,8 @@ def pool_log_probs(energy_G: Tensor, temperature: float) -> Tensor:
 def calibrated_temperature(old_energy_G: Tensor) -> float:
     """tau = max(std(E_old), mean(E_old) / 1000, 1e-12), the standard deviation with ddof 1.
 
-    Energies are means over elements, so with tau of order one the policy is uniform to three digits, and neither
-    the clip nor the KL binds. In units of the energies' own spread they do.
+    Energies are means over elements, so with tau of order one the policy is uniform to three digits, and
+    neither the clip nor the KL binds. In units of the energies' own spread they do.
     """
     spread = float(old_energy_G.std(correction=1)) if len(old_energy_G) > 1 else 0.0
     return max(spread, 1e-3 * float(old_energy_G.mean()), 1e-12)
@@ -34,10 +34,10 @@ def calibrated_temperature(old_energy_G: Tensor) -> float:
 def temperature_for_anchor_share(old_energy_G: Tensor, share: float) -> float:
     """Temperature at which the anchor, in the pool with energy 0, has probability `share`.
 
-    pi_anchor = 1 / (1 + sum_g exp(-E_g / tau)) falls from 1 towards 1 / (G + 1) as tau rises. Were every energy
-    E, tau would be E / log(G share / (1 - share)): the smallest and the largest energy bracket the answer, and
-    bisection in log tau finds it. Where energies of exactly 0 put the share out of reach, tau ends at its floor.
-    Raises ValueError unless 1 / (G + 1) < share < 1.
+    pi_anchor = 1 / (1 + sum_g exp(-E_g / tau)) falls from 1 towards 1 / (G + 1) as tau rises. Were every
+    energy E, tau would be E / log(G share / (1 - share)): the smallest and the largest energy bracket the
+    answer, and bisection in log tau finds it. Where energies of exactly 0 put the share out of reach, tau
+    ends at its floor. Raises ValueError unless 1 / (G + 1) < share < 1.
     """
     energies = old_energy_G.detach().to("cpu", torch.float64)
     uniform = 1 / (len(energies) + 1)

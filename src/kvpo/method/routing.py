@@ -60,10 +60,10 @@ def dispersed_routes(
 ) -> Tensor:
     """Routes of G branches with the least possible overlap, int64 [G, routed], each ascending.
 
-    Every branch has a set of `distinct` pool frames of its own, repeated as evenly as possible to fill `routed`
-    slots. Let n_f branches use frame f: the overlap summed over pairs of branches is sum_f n_f (n_f - 1) / 2,
-    least when no two n_f differ by more than one. Every pool frame is equally likely.
-    Raises ValueError when the pool has fewer than G different sets, or `distinct` is not in 1..routed.
+    Every branch has a set of `distinct` pool frames of its own, repeated as evenly as possible to fill
+    `routed` slots. Let n_f branches use frame f: the overlap summed over pairs of branches is sum_f n_f
+    (n_f - 1) / 2, least when no two n_f differ by more than one. Every pool frame is equally likely. Raises
+    ValueError when the pool has fewer than G different sets, or `distinct` is not in 1..routed.
     """
     _check_routes(len(pool), branches, routed, distinct)
     sets: list[frozenset[int]] = []
@@ -122,9 +122,9 @@ def fit_exploration(
 ) -> FittedExploration:
     """Shrink the routed blocks, slots and distinct frames to what a short clip offers.
 
-    Blocks end with the clip; slots never outnumber the pool; `distinct` falls until the pool has a set for every
-    branch, and the slots with it where no frame was to be repeated (distinct = routed).
-    Raises ValueError when no block follows the fork, or the pool has not even one frame for every branch.
+    Blocks end with the clip; slots never outnumber the pool; `distinct` falls until the pool has a set for
+    every branch, and the slots with it where no frame was to be repeated (distinct = routed). Raises
+    ValueError when no block follows the fork, or the pool has not even one frame for every branch.
     """
     fitting_blocks = min(blocks, (num_frames - fork) // block)
     if fitting_blocks < 1:
@@ -159,6 +159,7 @@ def first_fork(*, block: int, sink: int, recent: int, resident: int, distinct: i
 
     Raises ValueError when the resident frames never hold enough.
     """
+    assert distinct >= 1
     needed = distinct
     while math.comb(needed, distinct) < branches:
         needed += 1
@@ -177,8 +178,9 @@ def fork_frames(num_frames: int, *, block: int, blocks: int, first: int, tail_bl
     forks = list(range(math.ceil(first / block) * block, last + 1, block))
     if not forks:
         raise ValueError(
-            f"num_frames = {num_frames}: too short to fork at frame {first} or later and then generate {blocks} "
-            f"routed and {tail_blocks} further blocks of {block} frames; lengthen the video or ask for fewer blocks"
+            f"num_frames = {num_frames}: too short to fork at frame {first} or later and then generate "
+            f"{blocks} routed and {tail_blocks} further blocks of {block} frames; lengthen the video or ask "
+            "for fewer blocks"
         )
     return forks
 
@@ -190,16 +192,17 @@ def _check_routes(pool_size: int, branches: int, routed: int, distinct: int) -> 
     sets = math.comb(pool_size, distinct)
     if sets < branches:
         raise ValueError(
-            f"branches = {branches}: a pool of {pool_size} frames has only {sets} different sets of {distinct}; "
-            "fork later, keep more resident frames, or lower branches, recent or distinct"
+            f"branches = {branches}: a pool of {pool_size} frames has only {sets} different sets of "
+            f"{distinct}; fork later, keep more resident frames, or lower branches, recent or distinct"
         )
 
 
 def _balance(sets: list[frozenset[int]], pool_size: int) -> None:
     """Exchange members, in place, until no two frames' usage differs by more than one; sets stay different.
 
-    More sets contain the most used frame u than the least used v. So among the sets with u and without v there is
-    one that becomes a new set when v takes the place of u, and each exchange brings the usage closer to even.
+    More sets contain the most used frame u than the least used v. So among the sets with u and without v
+    there is one that becomes a new set when v takes the place of u, and each exchange brings the usage
+    closer to even.
     """
     usage = [sum(frame in members for members in sets) for frame in range(pool_size)]
     while max(usage) - min(usage) > 1:
