@@ -1,0 +1,225 @@
+"""Every setting of a run, as frozen dataclasses. Importing this module imports nothing heavy."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Geometry of the causal Wan transformer; every size that can be derived is derived."""
+
+    dim: int = 128
+    """Width of the transformer."""
+    num_heads: int = 4
+    """Attention heads; dim / num_heads is the head width."""
+    num_layers: int = 4
+    """Transformer blocks."""
+    ffn_dim: int = 512
+    """Hidden width of the feed-forward layers."""
+    freq_dim: int = 256
+    """Width of the sinusoidal timestep embedding."""
+    text_len: int = 32
+    """Text tokens per prompt (padded)."""
+    text_dim: int = 64
+    """Width of the text encoder's output."""
+    channels: int = 8
+    """Latent channels, in and out."""
+    patch_size: tuple[int, int, int] = (1, 2, 2)
+    """Latent (frames, height, width) per token."""
+    latent_height: int = 8
+    """Latent rows."""
+    latent_width: int = 8
+    """Latent columns."""
+    eps: float = 1e-6
+    """Epsilon of every normalisation layer."""
+    relative_positions: bool = False
+    """Cache keys without rotation and rotate by cache slot when reading (LongLive's infinite variant)."""
+
+
+@dataclass(frozen=True)
+class StreamConfig:
+    """How the generator streams: block size, what a block sees, the solver's noise levels."""
+
+    block: int = 3
+    """Latent frames generated together."""
+    window: int = 12
+    """Frames a block attends to, counting the sink and itself; -1 means all earlier frames."""
+    sink: int = 3
+    """First frames that are always attended to."""
+    keep_sink_at_switch: bool = True
+    """At a prompt switch keep the sink's old keys (True) or replace the sink by re-encoded recent frames."""
+    schedule: tuple[float, ...] = (1.0, 0.75, 0.5, 0.25)
+    """Solver positions u in (0, 1]; noise level sigma = shift u / (1 + (shift - 1) u)."""
+    shift: float = 5.0
+    """Timestep shift of the schedule."""
+    step_rule: Literal["ode", "renoise"] = "ode"
+    """Euler on the velocity field, or re-noising from the tape (Self-Forcing, LongLive, MemFlow)."""
+    context_noise: float = 0.0
+    """Noise level of the clean pass input; the public trainers use 0.00498008."""
+    bank_size: int = 0
+    """MemFlow memory bank frames; 0 means no bank."""
+    sparse_activation: bool = False
+    """MemFlow sparse memory activation (top 3 of sink and bank per head)."""
+    bank_every_block: bool = False
+    """Record every block in the bank (single-prompt pipeline) instead of every third."""
+
+
+@dataclass(frozen=True)
+class ExplorationConfig:
+    """Causal History Routing (METHOD section 2). All counts are past frames."""
+
+    branches: int = 8
+    """Routed branches per group (G)."""
+    blocks: int = 2
+    """Consecutive blocks generated with routed history (P)."""
+    recent: int = 3
+    """Most recent past frames every branch keeps."""
+    routed: int = 3
+    """Local slots filled from older history."""
+    distinct: int = 2
+    """Distinct routed frames per branch; fewer than `routed` repeats them (concentrated routes)."""
+    donor: int = 0
+    """How many of the distinct routed frames come from another prompt's history (0 is the paper's method)."""
+    resident_frames: int = 33
+    """History frames kept for routing, counting the sink; 0 keeps all."""
+    redraw_every_block: bool = False
+    """Draw new routes for every routed block instead of once per window."""
+    tail_blocks: int = 2
+    """Blocks generated in the deployment context after the window, for the global signal."""
+    reencode_pool: bool = False
+    """At a prompt switch re-encode the whole resident pool, not only the deployment window."""
+    rows: int = 0
+    """Streams batched in one forward pass; 0 means all branches of all prompts together."""
+
+
+@dataclass(frozen=True)
+class ObjectiveConfig:
+    """Surrogate policy, advantages and loss (METHOD sections 3 to 6)."""
+
+    grad_steps: int = 2
+    """First solver steps whose velocities enter the energy."""
+    anchor_state_weight: float = 0.0
+    """Share of the anchor-state energy (an extension beyond the paper); 0 is the paper's energy."""
+    temperature: float | None = None
+    """Gibbs temperature; None calibrates it to the spread of each group's energies."""
+    anchor_in_pool: bool = False
+    """Add the anchor to the policy's pool with energy 0 and advantage 0."""
+    anchor_share: float = 0.5
+    """Target probability of the anchor that the temperature is calibrated to when it is in the pool."""
+    clip_low: float = 0.1
+    """The ratio is clipped below 1 - clip_low."""
+    clip_high: float = 0.2
+    """The ratio is clipped above 1 + clip_high."""
+    simplex_kl: float = 0.0
+    """Weight of the KL on the branch simplex to the starting policy (the public code uses 10)."""
+    velocity_kl: float = 0.0
+    """Weight of the mean squared velocity difference to the starting policy on anchor states."""
+    advantages: Literal["anchor", "group", "random"] = "group"
+    """Relative to the anchor, centred on the group, or (null control) group advantages permuted."""
+    global_weight: float = 0.5
+    """Weight of the global (post-fork) signal beside the local (window) signal."""
+    advantage_clamp: float = 2.5
+    """Advantages are clamped to plus or minus this."""
+    noise_floor: float = 0.002
+    """Reward spread below which a group is noise: it is skipped and counted."""
+    keep_best: int = 2
+    """Train on this many best branches (0 together with keep_worst 0: all)."""
+    keep_worst: int = 2
+    """Train on this many worst branches."""
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """What is trained and how."""
+
+    train: Literal["lora", "full"] = "lora"
+    """Train a PEFT LoRA adapter or all transformer parameters."""
+    lora_rank: int = 16
+    """Rank of the adapter."""
+    lora_alpha: int = 16
+    """Scale of the adapter is alpha / rank."""
+    lora_targets: tuple[str, ...] = (
+        "self_attn.q", "self_attn.k", "self_attn.v", "self_attn.o",
+        "cross_attn.q", "cross_attn.k", "cross_attn.v", "cross_attn.o", "ffn.0", "ffn.2",
+    )  # fmt: skip
+    """Module name endings that get an adapter."""
+    lr: float = 1e-4
+    """Peak learning rate of AdamW."""
+    weight_decay: float = 0.01
+    """AdamW weight decay."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW betas."""
+    warmup_updates: int = 5
+    """Updates over which the learning rate rises linearly; the first update already trains."""
+    grad_clip: float = 1.0
+    """Gradient norm is clipped to this."""
+    ema_decay: float = 0.9
+    """Decay of the moving average of the trained parameters; evaluation and export use the average."""
+    updates: int = 60
+    """Optimiser updates."""
+    prompts_per_update: int = 8
+    """Groups (prompts) per update."""
+    inner_epochs: int = 1
+    """Passes over each rollout."""
+    rollouts_per_refresh: int = 1
+    """Rollouts collected with one rollout policy before it is refreshed."""
+    replay_rows: int = 0
+    """Rows batched in one replay forward pass; 0 means all of a group batch together."""
+    checkpointing: bool = False
+    """Activation checkpointing in the replay."""
+    autocast: Literal["none", "bfloat16"] = "none"
+    """Autocast of the forward passes; master weights stay float32."""
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """Held-out evaluation: fixed prompts, fixed tapes, base against aligned."""
+
+    every: int = 20
+    """Updates between validations; 0 validates only at the end."""
+    validation_prompts: int = 32
+    """Short and long prompts each, for choosing the best checkpoint."""
+    test_prompts: int = 128
+    """Short and long prompts each, used once, for summary.json."""
+    diversity_prompts: int = 24
+    """Forks on which branch diversity is measured."""
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """What is kept on disk."""
+
+    every: int = 10
+    """Updates between checkpoints."""
+    keep: int = 2
+    """Most recent checkpoints kept, beside the best one."""
+
+
+@dataclass(frozen=True)
+class RewardConfig:
+    """Which scorer, and how its components are weighted."""
+
+    scorer: str = "world"
+    """"world" for the embedded world's pixel rewards, or `package.module:function` of your own."""
+    weights: dict[str, float] = field(default_factory=dict)
+    """Weight per component; empty means every component with weight 1."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """A whole run. The resolved values are saved as config.yaml in the run directory."""
+
+    preset: str = "demo"
+    """Name of the preset these values started from."""
+    seed: int = 0
+    """Keys every random draw of the run."""
+    device: str = "cpu"
+    """Torch device."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    stream: StreamConfig = field(default_factory=StreamConfig)
+    exploration: ExplorationConfig = field(default_factory=ExplorationConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    rewards: RewardConfig = field(default_factory=RewardConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)

@@ -1,0 +1,108 @@
+"""A streaming generator as the engine sees it: a velocity model, its deployment context and its solver."""
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from kvpo.models.cache import FrameCache
+from kvpo.models.deployment import Deployment
+
+
+class Transformer(Protocol):
+    """The velocity model; ``kvpo.models.causal_wan.CausalWan`` documents the shapes."""
+
+    def __call__(
+        self, x_RFCHW: Tensor, sigma_R: Tensor, text_RLD: Tensor, context: Any, *, encode: bool = False
+    ) -> Any: ...
+
+    def text_keys(self, text_RLD: Tensor, layer: int) -> Tensor: ...
+
+
+class TextEncoder(Protocol):
+    """Prompt texts to fixed-length embeddings ``[n, text_len, text_dim]``, padding rows zero."""
+
+    def __call__(self, texts: Sequence[str]) -> Tensor: ...
+
+
+class Codec(Protocol):
+    """Latents to pixels."""
+
+    def decode(self, latents_BTCHW: Tensor) -> Tensor:
+        """Latents ``[B, T, C, H, W]`` to RGB ``[B, T', 3, H', W']`` in [0, 1]."""
+        ...
+
+
+StepRule = Callable[[Tensor, Tensor, float, float, Tensor | None], Tensor]
+"""(x, velocity, sigma, next sigma, noise) -> next x; noise is None where the rule needs none."""
+
+
+@dataclass(frozen=True)
+class PageShape:
+    """Geometry of cache pages."""
+
+    num_layers: int
+    tokens: int
+    num_heads: int
+    head_dim: int
+
+
+@dataclass(frozen=True)
+class StreamingGenerator:
+    """Everything needed to stream latents block by block."""
+
+    transformer: Transformer
+    deployment: Deployment
+    sigmas: tuple[float, ...]
+    """Noise levels of the solver, descending from 1; the last step lands on 0."""
+    renoise: bool
+    """Step rule: re-noise from the tape (True) or Euler on the velocity field (False)."""
+    latent_shape: tuple[int, int, int]
+    """Channels, height, width of a latent frame."""
+    pages: PageShape
+    context_noise: float = 0.0
+    """Noise level mixed into the input of the clean pass (its timestep stays 0)."""
+    device: torch.device | str = "cpu"
+    autocast: torch.dtype | None = None
+    page_dtype: torch.dtype = torch.float32
+
+    @property
+    def block(self) -> int:
+        """Frames generated together."""
+        return self.deployment.block
+
+    @property
+    def block_shape(self) -> tuple[int, int, int, int]:
+        """Frames, channels, height and width of a block."""
+        return (self.block, *self.latent_shape)
+
+    def new_cache(self, num_pages: int) -> FrameCache:
+        """An empty page pool for this generator."""
+        return FrameCache(
+            num_layers=self.pages.num_layers,
+            tokens=self.pages.tokens,
+            num_heads=self.pages.num_heads,
+            head_dim=self.pages.head_dim,
+            num_pages=num_pages,
+            device=self.device,
+            dtype=self.page_dtype,
+        )
+
+    def velocity(self, x_RFCHW: Tensor, sigma_R: Tensor, text_RLD: Tensor, context: Any) -> Tensor:
+        """Velocity of noisy blocks ``[R, F, C, H, W]``."""
+        with self._precision():
+            return self.transformer(x_RFCHW, sigma_R, text_RLD, context)
+
+    def encode(self, clean_RFCHW: Tensor, text_RLD: Tensor, context: Any) -> tuple[Tensor, Tensor]:
+        """Keys and values ``[L, R, F, T, N, D]`` of clean blocks: the clean pass at noise level 0."""
+        with self._precision(), torch.no_grad():
+            zero = torch.zeros(len(clean_RFCHW), device=clean_RFCHW.device)
+            return self.transformer(clean_RFCHW, zero, text_RLD, context, encode=True)
+
+    def _precision(self) -> Any:
+        if self.autocast is None:
+            return nullcontext()
+        return torch.autocast(torch.device(self.device).type, self.autocast)

@@ -1,0 +1,313 @@
+"""Streaming generation: blocks in lock step for many streams, prompt switches, deployment and routed contexts."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from kvpo.engine.generator import StreamingGenerator
+from kvpo.engine.noise import Tape
+from kvpo.method.flow import add_noise, clean_of, euler_step, renoise_step
+from kvpo.models.cache import FrameCache, History
+from kvpo.models.context import PageContext
+from kvpo.models.deployment import (
+    adopt_reencoded,
+    commit_bank,
+    context_size,
+    deployment_context,
+    reachable_frames,
+    record_block,
+    reencoding_context,
+    routed_context,
+)
+from kvpo.prompts import VideoPrompt
+
+TextTable = Mapping[str, Tensor]
+"""Prompt text -> embedding [text_len, text_dim], computed once."""
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """What one block's solver visited, for R streams."""
+
+    states_RSFCHW: Tensor
+    """Solver states x_s, the first being pure noise."""
+    velocities_RSFCHW: Tensor
+    """The generator's velocity at each state."""
+    clean_RFCHW: Tensor
+    """The emitted clean latents."""
+
+
+@dataclass
+class Stream:
+    """One video being generated."""
+
+    prompt: VideoPrompt
+    history: History
+    latents: list[Tensor] = field(default_factory=list)
+    """Clean blocks so far, each [F, C, H, W]."""
+    segment: int = 0
+    """Prompt segment that the stored history is encoded under."""
+    fresh_prompt: bool = False
+    """No block was generated since the last prompt switch."""
+
+    @property
+    def start(self) -> int:
+        """First frame of the next block."""
+        return self.history.end
+
+    def fork(self) -> "Stream":
+        """A second stream with the same past; shares pages and latents."""
+        return Stream(self.prompt, self.history.fork(), list(self.latents), self.segment, self.fresh_prompt)
+
+
+def open_stream(generator: StreamingGenerator, cache: FrameCache, prompt: VideoPrompt) -> Stream:
+    """A stream before its first block."""
+    return Stream(prompt, History(cache, generator.deployment.sink))
+
+
+def text_of(streams: Sequence[Stream], texts: TextTable) -> Tensor:
+    """Embeddings of the streams' current segments, [R, text_len, text_dim]."""
+    return torch.stack([texts[stream.prompt.segments[stream.segment]] for stream in streams])
+
+
+def denoise_block(
+    generator: StreamingGenerator,
+    noise: Mapping[str, Tensor],
+    text_RLD: Tensor,
+    context: PageContext,
+) -> Trajectory:
+    """Solve the generator's ODE (or re-noise) from the tape's noise; writes nothing.
+
+    ``noise`` holds ``initial`` and, for the re-noise rule, ``renoise 1`` ..., each [R, F, C, H, W].
+    """
+    x = noise["initial"]
+    states, velocities = [], []
+    levels = (*generator.sigmas, 0.0)
+    for step, (sigma, sigma_next) in enumerate(zip(levels, levels[1:], strict=False)):
+        level = torch.full((len(x),), sigma, dtype=torch.float32, device=x.device)
+        velocity = generator.velocity(x, level, text_RLD, context)
+        states.append(x)
+        velocities.append(velocity)
+        if sigma_next == 0.0:
+            x = clean_of(velocity, x, sigma)
+        elif generator.renoise:
+            x = renoise_step(clean_of(velocity, x, sigma), noise[f"renoise {step + 1}"], sigma_next)
+        else:
+            x = euler_step(x, velocity, sigma, sigma_next)
+    return Trajectory(torch.stack(states, 1), torch.stack(velocities, 1), x)
+
+
+def switch_prompts(
+    generator: StreamingGenerator, streams: Sequence[Stream], texts: TextTable, *, reencode_frames: int = 0
+) -> None:
+    """Re-encode the recent history of every stream whose prompt switches before its next block.
+
+    ``reencode_frames`` above the deployment window re-encodes that many frames, oldest part first.
+    """
+    due = [s for s in streams if s.start and s.prompt.segment_at(s.start) != s.segment]
+    for stream in due:
+        stream.segment = stream.prompt.segment_at(stream.start)
+        stream.fresh_prompt = True
+    for batch in lockstep_batches(generator, due, 0):
+        text = text_of(batch, texts)
+        if reencode_frames:
+            _reencode_pool(generator, batch, text, reencode_frames)
+        _commit_banks(generator, batch, text)
+        context, frames = reencoding_context(generator.deployment, [s.history for s in batch])
+        clean = torch.stack([torch.cat(s.latents)[-frames:] for s in batch])
+        pages = batch[0].history.cache.write(*generator.encode(clean, text, context))
+        for stream, ids in zip(batch, pages, strict=True):
+            adopt_reencoded(generator.deployment, stream.history, ids)
+
+
+def _reencode_pool(
+    generator: StreamingGenerator, streams: Sequence[Stream], text: Tensor, reencode_frames: int
+) -> None:
+    """Re-encode resident frames older than the window, block by block under the new prompt."""
+    deployment = generator.deployment
+    end = streams[0].start
+    last = end - deployment.reencoded(end)
+    first = max(deployment.sink, end - reencode_frames)
+    first += -first % generator.block
+    for start in range(first, last - generator.block + 1, generator.block):
+        pasts = [stream.history.fork() for stream in streams]
+        for past in pasts:
+            past.end = start
+        context = deployment_context(deployment, pasts)
+        clean = torch.stack([s.latents[start // generator.block] for s in streams])
+        pages = streams[0].history.cache.write(*generator.encode(clean, text, context))
+        for past, stream, ids in zip(pasts, streams, pages, strict=True):
+            past.release()
+            stream.history.replace(start, ids)
+
+
+def lockstep_batches(
+    generator: StreamingGenerator, streams: Sequence[Stream], rows: int
+) -> Iterator[list[Stream]]:
+    """Split streams into batches of at most ``rows`` (0: no limit) that see equally many frames."""
+    groups: dict[tuple[int, int], list[Stream]] = {}
+    for stream in streams:
+        key = (context_size(generator.deployment, stream.history), generator.deployment.reencoded(stream.start))
+        groups.setdefault(key, []).append(stream)
+    for group in groups.values():
+        size = rows or len(group)
+        for at in range(0, len(group), size):
+            yield group[at : at + size]
+
+
+def _commit_banks(generator: StreamingGenerator, streams: Sequence[Stream], text: Tensor) -> None:
+    def keys(layer: int) -> Tensor:
+        with torch.no_grad():
+            return generator.transformer.text_keys(text, layer)
+
+    if not generator.deployment.bank_size:
+        return
+    for row, stream in enumerate(streams):
+        unscored = stream.fresh_prompt and generator.deployment.bank_as_published
+        commit_bank(
+            generator.deployment, stream.history, generator.pages.num_layers, None if unscored else keys, row
+        )
+
+
+def advance(
+    generator: StreamingGenerator,
+    streams: Sequence[Stream],
+    texts: TextTable,
+    tape: Tape,
+    *,
+    routes: Sequence[Sequence[int] | None] | None = None,
+    recent: int = 0,
+    rows: int = 0,
+    resident: int = 0,
+    keep_pages: bool = False,
+) -> Trajectory:
+    """Generate the next block of every stream: switch prompts, denoise, then the clean pass writes pages.
+
+    Args:
+        routes: page ids filling each stream's routed slots, None for its deployment context.
+        recent: past frames that routed streams keep.
+        rows: streams per forward pass; 0 means all.
+        resident: history frames kept for later routing (0: all); older pages are released.
+        keep_pages: release nothing (a fork's root keeps its pool).
+    """
+    switch_prompts(generator, streams, texts)
+    order = {id(stream): n for n, stream in enumerate(streams)}
+    pieces: list[Trajectory] = []
+    places: list[int] = []
+    for batch in lockstep_batches(generator, streams, rows):
+        index = [order[id(stream)] for stream in batch]
+        text = text_of(batch, texts)
+        _commit_banks(generator, batch, text)
+        context = routed_context(
+            generator.deployment,
+            [stream.history for stream in batch],
+            [None if routes is None else routes[n] for n in index],
+            recent,
+        )
+        noise = _tape_noise(generator, batch, tape)
+        with torch.no_grad():
+            trajectory = denoise_block(generator, noise, text, context)
+        _append(generator, batch, trajectory.clean_RFCHW, text, context, noise.get("context"))
+        for stream in batch:
+            if not keep_pages:
+                stream.history.keep(reachable_frames(generator.deployment, stream.history, resident))
+        pieces.append(trajectory)
+        places += index
+    inverse = torch.tensor(places).argsort()
+    return Trajectory(
+        torch.cat([piece.states_RSFCHW for piece in pieces])[inverse],
+        torch.cat([piece.velocities_RSFCHW for piece in pieces])[inverse],
+        torch.cat([piece.clean_RFCHW for piece in pieces])[inverse],
+    )
+
+
+def _tape_noise(generator: StreamingGenerator, streams: Sequence[Stream], tape: Tape) -> dict[str, Tensor]:
+    """The tape's tensors of the streams' next blocks, each [R, F, C, H, W]."""
+    kinds = ["initial"]
+    if generator.renoise:
+        kinds += [f"renoise {step}" for step in range(1, len(generator.sigmas))]
+    if generator.context_noise:
+        kinds.append("context")
+    return {
+        kind: torch.stack([tape(s.prompt.id, s.start // generator.block, kind) for s in streams]).to(generator.device)
+        for kind in kinds
+    }
+
+
+def _append(
+    generator: StreamingGenerator,
+    streams: Sequence[Stream],
+    clean_RFCHW: Tensor,
+    text: Tensor,
+    context: PageContext,
+    context_noise: Tensor | None,
+) -> None:
+    """The clean pass: encode the block in the context it was generated in and append its pages."""
+    seen = clean_RFCHW
+    if context_noise is not None:
+        seen = add_noise(clean_RFCHW, context_noise, generator.context_noise)
+    pages = streams[0].history.cache.write(*generator.encode(seen, text, context))
+    for stream, ids, clean in zip(streams, pages, clean_RFCHW, strict=True):
+        stream.history.append(ids)
+        stream.latents.append(clean)
+        stream.fresh_prompt = False
+        record_block(generator.deployment, stream.history)
+
+
+def give_frames(
+    generator: StreamingGenerator, streams: Sequence[Stream], latents_RTCHW: Tensor, texts: TextTable
+) -> None:
+    """Start streams from given latents (video extension): encode them block by block, generate nothing.
+
+    Raises:
+        ValueError: the number of frames is not a multiple of the block.
+    """
+    if latents_RTCHW.shape[1] % generator.block:
+        raise ValueError(
+            f"{latents_RTCHW.shape[1]} given latent frames are not a multiple of the block of {generator.block}"
+        )
+    text = text_of(streams, texts)
+    for clean in latents_RTCHW.split(generator.block, dim=1):
+        _commit_banks(generator, streams, text)
+        context = deployment_context(generator.deployment, [stream.history for stream in streams])
+        _append(generator, streams, clean, text, context, None)
+
+
+def stream_latents(
+    generator: StreamingGenerator,
+    prompts: Sequence[VideoPrompt],
+    texts: TextTable,
+    tape: Tape,
+    *,
+    rows: int = 0,
+) -> Tensor:
+    """Generate whole videos of equal length in the deployment context: latents [R, T, C, H, W].
+
+    Pages that the window cannot reach are released as the streams go, so memory does not grow with length.
+    """
+    lengths = {prompt.num_frames for prompt in prompts}
+    if len(lengths) != 1:
+        raise ValueError(f"prompts generated together must have one length, got {sorted(lengths)} frames")
+    deployment, num_frames = generator.deployment, lengths.pop()
+    size = rows or len(prompts)
+    finished = []
+    for at in range(0, len(prompts), size):
+        batch = prompts[at : at + size]
+        cache = generator.new_cache(len(batch) * stream_pages(generator, num_frames))
+        streams = [open_stream(generator, cache, prompt) for prompt in batch]
+        for _ in range(num_frames // generator.block):
+            advance(generator, streams, texts, tape, resident=deployment.window)
+        finished.append(torch.stack([torch.cat(stream.latents) for stream in streams]))
+    return torch.cat(finished)
+
+
+def stream_pages(generator: StreamingGenerator, num_frames: int, resident: int = 0) -> int:
+    """Pages that one stream of ``num_frames`` frames holds at most, a re-encoding under way included."""
+    deployment = generator.deployment
+    if deployment.window == -1:
+        return 2 * num_frames
+    kept = max(deployment.window, resident) + deployment.block
+    bank = deployment.bank_size * generator.pages.num_layers + 1 if deployment.bank_size else 0
+    return min(2 * num_frames, kept + deployment.window) + bank + deployment.sink

@@ -1,0 +1,303 @@
+"""The causal Wan transformer: one class from the tiny embedded generator to the 1.3B and 14B checkpoints.
+
+Parameter names and arithmetic follow the Wan 2.1 text-to-video transformer as the streaming generators use it
+(MODELS.md sections 1 and 2): attention is bidirectional among the frames of one call, and causality comes from
+calling block by block with a context of earlier frames.
+
+Shape legend: R rows, F frames of the call, C/H/W latent, T tokens per frame, N heads, D head width.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from kvpo.models.context import Context
+
+TIMESTEPS = 1000.0
+"""The model's clock: timestep = 1000 sigma."""
+
+
+@dataclass(frozen=True)
+class WanShape:
+    """Geometry of a transformer."""
+
+    dim: int
+    num_heads: int
+    num_layers: int
+    ffn_dim: int
+    freq_dim: int
+    text_len: int
+    text_dim: int
+    channels: int
+    patch_size: tuple[int, int, int]
+    latent_height: int
+    latent_width: int
+    eps: float = 1e-6
+    relative_positions: bool = False
+
+    def __post_init__(self) -> None:
+        if self.dim % self.num_heads or (self.dim // self.num_heads) % 2:
+            raise ValueError(
+                f"model.dim = {self.dim} must be an even multiple of model.num_heads = {self.num_heads}"
+            )
+        frames, rows, columns = self.patch_size
+        if frames != 1 or self.latent_height % rows or self.latent_width % columns:
+            raise ValueError(
+                f"model.patch_size = {self.patch_size} must be (1, h, w) with h and w dividing the latent "
+                f"size {self.latent_height} x {self.latent_width}"
+            )
+
+    @property
+    def head_dim(self) -> int:
+        return self.dim // self.num_heads
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Token rows and columns of one frame."""
+        return self.latent_height // self.patch_size[1], self.latent_width // self.patch_size[2]
+
+    @property
+    def tokens_per_frame(self) -> int:
+        return self.grid[0] * self.grid[1]
+
+
+def timestep_sinusoid(timestep: Tensor, dim: int) -> Tensor:
+    """``[cos | sin]`` features of timesteps, ``[...] -> [..., dim]`` in float64 (MODELS.md section 2.2)."""
+    half = dim // 2
+    exponent = torch.arange(half, dtype=torch.float64, device=timestep.device) / half
+    angle = timestep.to(torch.float64)[..., None] * torch.pow(10000.0, -exponent)
+    return torch.cat([angle.cos(), angle.sin()], dim=-1)
+
+
+def rotary_angles(frames_RF: Tensor, grid: tuple[int, int], head_dim: int) -> Tensor:
+    """Rotation angles ``[R, F*T, head_dim / 2]`` (float64) of tokens ordered (frame, row, column).
+
+    The head width splits into a temporal part and two equal spatial parts, each rotated by its own coordinate
+    with frequencies 10000^(-2i / width of the part) (MODELS.md section 2).
+    """
+    spatial = 2 * (head_dim // 6)
+    widths = (head_dim - 2 * spatial, spatial, spatial)
+    device = frames_RF.device
+
+    def part(position: Tensor, width: int) -> Tensor:
+        exponent = torch.arange(0, width, 2, dtype=torch.float64, device=device) / width
+        return position.to(torch.float64)[..., None] / torch.pow(10000.0, exponent)
+
+    rows, columns = grid
+    batch, frames = frames_RF.shape
+    shape = (batch, frames, rows, columns, -1)
+    angles = [
+        part(frames_RF, widths[0])[:, :, None, None].expand(shape),
+        part(torch.arange(rows, device=device), widths[1])[None, None, :, None].expand(shape),
+        part(torch.arange(columns, device=device), widths[2])[None, None, None, :].expand(shape),
+    ]
+    return torch.cat(angles, dim=-1).flatten(1, 3)
+
+
+def rotate(x: Tensor, cos_sin: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotate neighbouring pairs of ``x [R, K, N, D]`` by angles given as cos and sin ``[R, K, 1, D / 2]``."""
+    cos, sin = cos_sin
+    even, odd = x.to(cos.dtype).unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).type_as(x)
+
+
+def cos_sin(angles: Tensor) -> tuple[Tensor, Tensor]:
+    """Cos and sin of float64 angles ``[R, K, D / 2]`` in float32, with an axis for the heads."""
+    return angles.cos().float()[:, :, None], angles.sin().float()[:, :, None]
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square normalisation over the last axis, computed in float32."""
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.float()
+        return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)).type_as(x) * self.weight
+
+
+class Attention(nn.Module):
+    """Projections of multi-head attention with normalised queries and keys."""
+
+    def __init__(self, dim: int, num_heads: int, eps: float) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.q = nn.Linear(dim, dim)
+        self.k = nn.Linear(dim, dim)
+        self.v = nn.Linear(dim, dim)
+        self.o = nn.Linear(dim, dim)
+        self.norm_q = RMSNorm(dim, eps)
+        self.norm_k = RMSNorm(dim, eps)
+
+    def heads(self, x: Tensor) -> Tensor:
+        """Split ``[R, K, dim]`` into ``[R, K, N, D]``."""
+        return x.unflatten(-1, (self.num_heads, -1))
+
+    def keys_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values ``[R, K, N, D]`` of ``x [R, K, dim]``, before any rotation."""
+        return self.heads(self.norm_k(self.k(x))), self.heads(self.v(x))
+
+    def attend(self, q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Softmax attention ``[R, K, N, D] -> [R, K, dim]``."""
+        out = F.scaled_dot_product_attention(
+            q.transpose(1, 2), keys.transpose(1, 2), values.transpose(1, 2), attn_mask=mask
+        )
+        return self.o(out.transpose(1, 2).flatten(2))
+
+
+class WanBlock(nn.Module):
+    """Self-attention over the context, cross-attention to the text, feed-forward; modulated by the timestep."""
+
+    def __init__(self, shape: WanShape) -> None:
+        super().__init__()
+        self.shape = shape
+        dim = shape.dim
+        self.self_attn = Attention(dim, shape.num_heads, shape.eps)
+        self.cross_attn = Attention(dim, shape.num_heads, shape.eps)
+        self.norm1 = nn.LayerNorm(dim, shape.eps, elementwise_affine=False)
+        self.norm2 = nn.LayerNorm(dim, shape.eps, elementwise_affine=False)
+        self.norm3 = nn.LayerNorm(dim, shape.eps)
+        self.ffn = nn.Sequential(
+            nn.Linear(dim, shape.ffn_dim), nn.GELU(approximate="tanh"), nn.Linear(shape.ffn_dim, dim)
+        )
+        self.modulation = nn.Parameter(torch.randn(1, 6, dim) / math.sqrt(dim))
+
+    def modulated(self, time_R6D: Tensor) -> tuple[Tensor, ...]:
+        """Shift, scale and gate of the attention and of the feed-forward, each ``[R, 1, dim]``."""
+        return (self.modulation + time_R6D).chunk(6, dim=1)
+
+    def own_keys_values(
+        self, x: Tensor, time_R6D: Tensor, rotation: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Attention input, keys (rotated unless ``rotation`` is None) and values of the call's own frames."""
+        shift, scale, *_ = self.modulated(time_R6D)
+        attention_in = self.norm1(x) * (1 + scale) + shift
+        k, v = self.self_attn.keys_values(attention_in)
+        return attention_in, k if rotation is None else rotate(k, rotation), v
+
+    def forward(
+        self,
+        x: Tensor,
+        time_R6D: Tensor,
+        text: Tensor,
+        rotation: tuple[Tensor, Tensor] | None,
+        context: Context,
+        layer: int,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """One layer: ``x [R, F*T, dim]`` -> (x, own keys, own values).
+
+        ``context`` is an argument, not state, so that recomputation under activation checkpointing reads
+        exactly what the first pass read.
+        """
+        _, _, gate, shift_ffn, scale_ffn, gate_ffn = self.modulated(time_R6D)
+        attention_in, k, v = self.own_keys_values(x, time_R6D, rotation)
+        q = self.self_attn.heads(self.self_attn.norm_q(self.self_attn.q(attention_in)))
+        if rotation is not None:
+            q = rotate(q, rotation)
+        keys, values, mask = context.read(layer, q, k, v)
+        if rotation is None:
+            q, keys = self._rotate_by_slot(q, keys)
+        x = x + gate * self.self_attn.attend(q, keys, values, mask)
+        text_in = self.norm3(x)
+        text_q = self.cross_attn.heads(self.cross_attn.norm_q(self.cross_attn.q(text_in)))
+        x = x + self.cross_attn.attend(text_q, *self.cross_attn.keys_values(text))
+        ffn_in = self.norm2(x) * (1 + scale_ffn) + shift_ffn
+        return x + gate_ffn * self.ffn(ffn_in), k, v
+
+    def _rotate_by_slot(self, q: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+        """Relative positions: keys are rotated by their slot, queries by theirs, the last slots."""
+        tokens = self.shape.tokens_per_frame
+        slots = torch.arange(keys.shape[1] // tokens, device=q.device)[None]
+        rotation = cos_sin(rotary_angles(slots, self.shape.grid, self.shape.head_dim))
+        own = (rotation[0][:, -q.shape[1] :], rotation[1][:, -q.shape[1] :])
+        return rotate(q, own), rotate(keys, rotation)
+
+
+class Head(nn.Module):
+    """Final modulation and projection to patches."""
+
+    def __init__(self, shape: WanShape) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(shape.dim, shape.eps, elementwise_affine=False)
+        self.head = nn.Linear(shape.dim, math.prod(shape.patch_size) * shape.channels)
+        self.modulation = nn.Parameter(torch.randn(1, 2, shape.dim) / math.sqrt(shape.dim))
+
+    def forward(self, x: Tensor, time_RD: Tensor) -> Tensor:
+        shift, scale = (self.modulation + time_RD[:, None]).chunk(2, dim=1)
+        return self.head(self.norm(x) * (1 + scale) + shift)
+
+
+class CausalWan(nn.Module):
+    """Velocity model of one block of frames given a context of clean frames."""
+
+    def __init__(self, shape: WanShape) -> None:
+        super().__init__()
+        self.shape = shape
+        self.checkpointing = False
+        dim = shape.dim
+        self.patch_embedding = nn.Conv3d(shape.channels, dim, shape.patch_size, stride=shape.patch_size)
+        self.text_embedding = nn.Sequential(
+            nn.Linear(shape.text_dim, dim), nn.GELU(approximate="tanh"), nn.Linear(dim, dim)
+        )
+        self.time_embedding = nn.Sequential(nn.Linear(shape.freq_dim, dim), nn.SiLU(), nn.Linear(dim, dim))
+        self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
+        self.blocks = nn.ModuleList(WanBlock(shape) for _ in range(shape.num_layers))
+        self.head = Head(shape)
+
+    def forward(
+        self, x_RFCHW: Tensor, sigma_R: Tensor, text_RLD: Tensor, context: Context, *, encode: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Velocity of a noisy block, or the keys and values of a clean one.
+
+        Args:
+            x_RFCHW: latents of the block.
+            sigma_R: noise level in [0, 1] of each row; 0 for a clean pass.
+            text_RLD: text embeddings ``[R, text_len, text_dim]``, padding rows zero (they are attended to).
+            context: earlier frames and absolute positions.
+            encode: return keys and values ``[L, R, F, T, N, D]`` instead of the velocity ``[R, F, C, H, W]``;
+                the work that only the velocity needs is left out.
+        """
+        rows, frames = x_RFCHW.shape[:2]
+        dtype = self.patch_embedding.weight.dtype
+        x = self.patch_embedding(x_RFCHW.to(dtype).transpose(1, 2)).flatten(2).transpose(1, 2)
+        time = self.time_embedding(timestep_sinusoid(TIMESTEPS * sigma_R, self.shape.freq_dim).to(dtype))
+        time_R6D = self.time_projection(time).unflatten(1, (6, -1))
+        text = self.text_embedding(text_RLD.to(dtype))
+        rotation = None
+        if not self.shape.relative_positions:
+            positions = context.start_R[:, None] + torch.arange(frames, device=x.device)
+            rotation = cos_sin(rotary_angles(positions, self.shape.grid, self.shape.head_dim))
+        stored: list[tuple[Tensor, Tensor]] = []
+        for layer, block in enumerate(self.blocks):
+            if encode and layer == len(self.blocks) - 1:
+                stored.append(block.own_keys_values(x, time_R6D, rotation)[1:])
+                break
+            arguments = (x, time_R6D, text, rotation, context, layer)
+            if self.checkpointing and torch.is_grad_enabled():
+                x, k, v = checkpoint(block, *arguments, use_reentrant=False)
+            else:
+                x, k, v = block(*arguments)
+            if encode:
+                stored.append((k, v))
+        if encode:
+            keys, values = (torch.stack(part).unflatten(2, (frames, -1)) for part in zip(*stored, strict=True))
+            return keys, values
+        return self.unpatchify(self.head(x, time), frames).to(x_RFCHW.dtype)
+
+    def unpatchify(self, x: Tensor, frames: int) -> Tensor:
+        """Tokens ``[R, F*T, pt*ph*pw*C]`` (channel fastest) back to latents ``[R, F, C, H, W]``."""
+        (rows, columns), (_, height, width) = self.shape.grid, self.shape.patch_size
+        x = x.unflatten(2, (height, width, self.shape.channels)).unflatten(1, (frames, rows, columns))
+        return x.permute(0, 1, 6, 2, 4, 3, 5).flatten(5, 6).flatten(3, 4)
+
+    def text_keys(self, text_RLD: Tensor, layer: int) -> Tensor:
+        """Keys of a layer's cross-attention, ``[R, text_len, N, D]`` (a memory bank scores frames by them)."""
+        text = self.text_embedding(text_RLD.to(self.patch_embedding.weight.dtype))
+        return self.blocks[layer].cross_attn.keys_values(text)[0]

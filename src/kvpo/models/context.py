@@ -1,0 +1,116 @@
+"""What attention may see besides the call's own frames: passed as an argument, never held by a layer."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from kvpo.models.cache import FrameCache
+
+SPARSE_FRAMES = 3
+"""Global frames that sparse memory activation keeps per head (MODELS.md 3.2)."""
+
+
+class Context(Protocol):
+    """Supplies the keys and values a layer attends to."""
+
+    start_R: Tensor
+    """First absolute frame of each row's call, ``[R]``."""
+
+    def read(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Context and own keys and values of a layer.
+
+        Args:
+            layer: index of the layer.
+            q: the call's queries ``[R, F*T, N, D]``; k, v: its own keys and values, same shape.
+
+        Returns:
+            keys and values ``[R, K, N, D]`` and a boolean mask ``[R, 1, 1, K]`` of visible keys, or None.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class PageContext:
+    """Pages of a cache followed by the call's own frames.
+
+    ``pages`` is ``[R, P]``, or ``[L, R, P]`` where layers see different frames (a memory bank).
+    """
+
+    cache: FrameCache
+    pages: Tensor
+    start_R: Tensor
+    own_frames: int | None = None
+    """Only this many most recent frames of the call are visible as keys (re-encoding); None: all."""
+    sparse_pages: int = 0
+    """Leading context frames (sink and bank) among which sparse memory activation chooses; 0: off."""
+    sparse_own: int = 0
+    """Leading own frames that count among them too (re-encoding the sink itself)."""
+
+    def read(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        tokens = self.cache.keys_LQTND.shape[2]
+        if self.own_frames is not None:
+            k, v = k[:, -self.own_frames * tokens :], v[:, -self.own_frames * tokens :]
+        pages_RP = self.pages if self.pages.dim() == 2 else self.pages[layer]
+        if pages_RP.shape[1] == 0:
+            return k, v, None
+        context_k, context_v = self.cache.gather(layer, pages_RP)
+        if self.sparse_pages:
+            return self._read_sparse(tokens, q, (context_k.to(k.dtype), context_v.to(v.dtype)), (k, v))
+        return torch.cat([context_k.to(k.dtype), k], 1), torch.cat([context_v.to(v.dtype), v], 1), None
+
+    def _read_sparse(
+        self, tokens: int, q: Tensor, context: tuple[Tensor, Tensor], own: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Keep, per head, the global frames whose mean key matches the mean query best (MODELS.md 3.2)."""
+        cut, own_cut = self.sparse_pages * tokens, self.sparse_own * tokens
+        split = [(o[:, :own_cut], c[:, :cut], c[:, cut:], o[:, own_cut:]) for c, o in zip(context, own, strict=True)]
+        (global_k, local_k), (global_v, local_v) = (
+            (torch.cat([a, b], 1), torch.cat([c, d], 1)) for a, b, c, d in split
+        )
+        rows, length, heads, width = global_k.shape
+        frames = length // tokens
+        if frames > SPARSE_FRAMES:
+            chunks = (rows, frames, tokens, heads, width)
+            mean_k = global_k.view(chunks).mean(2)
+            score_RFN = torch.einsum("rnd,rfnd->rfn", q.mean(1), mean_k)
+            chosen_RFN = score_RFN.topk(SPARSE_FRAMES, dim=1).indices.sort(1).values
+            index = chosen_RFN[:, :, None, :, None].expand(-1, -1, tokens, -1, width)
+            global_k = global_k.view(chunks).gather(1, index).flatten(1, 2)
+            global_v = global_v.view(chunks).gather(1, index).flatten(1, 2)
+        return torch.cat([global_k, local_k], 1), torch.cat([global_v, local_v], 1), None
+
+
+@dataclass(frozen=True)
+class TeacherContext:
+    """Whole clean videos as context, for training all blocks of many videos in one pass.
+
+    The call's rows are ``B * blocks`` clean rows followed by any number of equally ordered copies with noise;
+    all read the keys that the clean rows have just computed, so a layer's context costs no second pass.
+    """
+
+    start_R: Tensor
+    frames_BMP: Tensor
+    """Context frames of each block, ``[B, blocks, P]``; entries of -1 are hidden."""
+    block: int
+    """Frames per block."""
+
+    def read(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        videos, blocks, slots = self.frames_BMP.shape
+        clean = videos * blocks
+        tokens = k.shape[1] // self.block
+        shape = (videos, blocks * self.block, tokens, *k.shape[2:])
+        offset = torch.arange(videos, device=k.device)[:, None, None] * (blocks * self.block)
+        index = (self.frames_BMP.clamp_min(0) + offset).reshape(-1)
+
+        def context(own: Tensor) -> Tensor:
+            picked = own[:clean].reshape(shape).flatten(0, 1).index_select(0, index)
+            picked = picked.view(clean, slots * tokens, *own.shape[2:])
+            return torch.cat([picked.repeat(len(own) // clean, 1, 1, 1), own], 1)
+
+        visible = (self.frames_BMP >= 0).reshape(clean, slots)
+        if bool(visible.all()):
+            return context(k), context(v), None
+        visible = torch.cat([visible, visible.new_ones(clean, self.block)], 1).repeat_interleave(tokens, 1)
+        return context(k), context(v), visible.repeat(len(k) // clean, 1)[:, None, None, :]

@@ -1,0 +1,195 @@
+"""Which pages a block attends to: the sink and window of LongLive, the full or rolling window of Self-Forcing,
+the memory bank of MemFlow, and the routed histories of exploration. Policies over page tables, not over models.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kvpo.models.cache import History
+from kvpo.models.context import PageContext
+
+TextKeys = Callable[[int], Tensor]
+"""Cross-attention keys of a layer for the rows at hand: layer -> [R, text_len, N, D]."""
+
+
+@dataclass(frozen=True)
+class Deployment:
+    """The context that a stream is deployed with (METHOD section 2, MODELS.md section 3)."""
+
+    block: int
+    """Frames generated together."""
+    window: int
+    """Frames attended to, counting sink and block; -1: everything earlier."""
+    sink: int
+    """First frames that are always attended to."""
+    keep_sink_at_switch: bool = True
+    bank_size: int = 0
+    sparse_activation: bool = False
+    bank_every_block: bool = False
+    bank_as_published: bool = False
+    """Reproduce two quirks of the published bank: it takes the same frame in up to three times, and scores
+    with empty text keys right after a prompt switch."""
+
+    def __post_init__(self) -> None:
+        if self.block < 1 or self.sink < 0:
+            raise ValueError(f"stream.block = {self.block} must be positive and stream.sink = {self.sink} >= 0")
+        if self.window != -1 and self.window < self.sink + self.block:
+            raise ValueError(
+                f"stream.window = {self.window} must hold the sink and the block "
+                f"({self.sink} + {self.block} frames), or be -1 for everything earlier"
+            )
+
+    @property
+    def local_past(self) -> int | None:
+        """Past frames of the local window; None: unlimited."""
+        return None if self.window == -1 else self.window - self.sink - self.block
+
+    def reencoded(self, start: int) -> int:
+        """Frames re-encoded when the prompt switches before the block at ``start`` (MODELS.md 3.1)."""
+        return start if self.window == -1 else min(self.window, start)
+
+
+def local_frames(deployment: Deployment, history: History, recent: int | None) -> list[int]:
+    """The ``recent`` most recent past frames (None: all) that are not sink slots."""
+    first = 0 if recent is None else max(0, history.end - recent)
+    return [frame for frame in range(first, history.end) if frame not in history.sink]
+
+
+def context_frames(deployment: Deployment, history: History) -> tuple[list[int], list[int]]:
+    """Sink and local frames that the next block of a stream sees when deployed."""
+    sink = [frame for frame in history.sink if frame < history.end]
+    return sink, local_frames(deployment, history, deployment.local_past)
+
+
+def deployment_context(deployment: Deployment, histories: Sequence[History]) -> PageContext:
+    """The deployment context of each stream's next block; streams must see equally many frames."""
+    return routed_context(deployment, histories, [None] * len(histories), recent=0)
+
+
+def routed_context(
+    deployment: Deployment,
+    histories: Sequence[History],
+    routed_pages: Sequence[Sequence[int] | None],
+    recent: int,
+) -> PageContext:
+    """Context of each stream's next block, routed where pages are given (METHOD section 2).
+
+    A routed row sees sink ++ bank ++ its routed pages ++ the ``recent`` most recent past frames; a row with
+    None sees its deployment context. The pages may belong to any stream of the cache (donor histories).
+    """
+    rows = []
+    for history, routed in zip(histories, routed_pages, strict=True):
+        sink, local = context_frames(deployment, history)
+        local_pages = history.page_ids(local)
+        if routed is not None:
+            local_pages = [*routed, *history.page_ids(local_frames(deployment, history, recent))]
+        rows.append((history.page_ids(sink), history.bank, local_pages))
+    banked = bool(rows[0][1])
+    layers = range(len(rows[0][1])) if banked else range(1)
+    table = [[[*sink, *(bank[n] if banked else []), *local] for sink, bank, local in rows] for n in layers]
+    cache = histories[0].cache
+    device = cache.keys_LQTND.device
+    pages = torch.tensor(table, dtype=torch.int64, device=device).view(len(layers), len(rows), -1)
+    sparse = len(rows[0][0]) + (len(rows[0][1][0]) if banked else 0) if deployment.sparse_activation else 0
+    return PageContext(
+        cache=cache,
+        pages=pages if banked else pages[0],
+        start_R=torch.tensor([history.end for history in histories], device=device),
+        sparse_pages=sparse,
+    )
+
+
+def context_size(deployment: Deployment, history: History) -> int:
+    """Frames of the deployment context; streams of one forward pass must agree on it."""
+    sink, local = context_frames(deployment, history)
+    return len(sink) + len(local) + (len(history.bank[0]) if history.bank else 0)
+
+
+def reencoding_context(deployment: Deployment, histories: Sequence[History]) -> tuple[PageContext, int]:
+    """Context for re-encoding the recent frames of streams under a new prompt, and how many frames that is.
+
+    One call over the last ``n`` frames; its queries see the sink and the last ``window - sink`` of themselves.
+    Where the frames reach back to the start, or the sink is to be replaced, the sink is part of the call.
+    """
+    start = histories[0].end
+    frames = deployment.reencoded(start)
+    own_sink = frames == start or not deployment.keep_sink_at_switch
+    device = histories[0].cache.keys_LQTND.device
+    sinks = [[] if own_sink else history.page_ids(history.sink) for history in histories]
+    banked = bool(histories[0].bank)
+    layers = range(len(histories[0].bank)) if banked else range(1)
+    table = [
+        [[*sink, *(history.bank[n] if banked else [])] for sink, history in zip(sinks, histories, strict=True)]
+        for n in layers
+    ]
+    pages = torch.tensor(table, dtype=torch.int64, device=device).view(len(layers), len(histories), -1)
+    context = PageContext(
+        cache=histories[0].cache,
+        pages=pages if banked else pages[0],
+        start_R=torch.full((len(histories),), start - frames, device=device),
+        own_frames=None if own_sink else frames - deployment.sink,
+        sparse_pages=pages.shape[-1] if deployment.sparse_activation else 0,
+        sparse_own=deployment.sink if own_sink and deployment.sparse_activation else 0,
+    )
+    return context, frames
+
+
+def adopt_reencoded(deployment: Deployment, history: History, pages: Sequence[int]) -> None:
+    """Put re-encoded pages in place; with a replaced sink they fill the sink slots too."""
+    start = history.end - len(pages)
+    history.replace(start, pages)
+    if not deployment.keep_sink_at_switch and start > 0:
+        history.sink = tuple(range(start, start + deployment.sink))
+
+
+def reachable_frames(deployment: Deployment, history: History, resident: int) -> range:
+    """Frames that the window, a re-encoding or the routing pool may still ask for.
+
+    ``resident`` counts the frames kept for routing including the sink; 0 keeps everything.
+    """
+    if deployment.window == -1 or resident == 0:
+        return range(history.end)
+    span = max(deployment.window, resident - deployment.sink)
+    return range(max(0, history.end - span), history.end)
+
+
+def record_block(deployment: Deployment, history: History) -> None:
+    """After a block's clean pass: its first frame is what the memory bank takes in next (MODELS.md 3.2)."""
+    index = history.end // deployment.block - 1
+    if deployment.bank_size and (deployment.bank_every_block or index % 3 == 0):
+        history.record(history.pages[history.end - deployment.block])
+
+
+def commit_bank(
+    deployment: Deployment, history: History, num_layers: int, text_keys: TextKeys | None, row: int = 0
+) -> None:
+    """Before a block: let the bank take in the recorded frame (MODELS.md 3.2).
+
+    While the bank is short the frame gets the next slot; a full bank keeps the frames that the current
+    prompt's text keys match best. ``text_keys`` None stands for empty text keys.
+    """
+    if not deployment.bank_size or history.latest is None:
+        return
+    end = max(0, history.end // deployment.block - 1) // 3 + 1
+    latest = history.latest
+    bank = history.bank or [[] for _ in range(num_layers)]
+    if end <= deployment.bank_size:
+        history.set_bank([[*layer[: end - 1], latest] for layer in bank])
+        return
+    if not deployment.bank_as_published and all(layer[-1] == latest for layer in bank):
+        return
+    keep = deployment.bank_size - 1
+    chosen = []
+    for n, layer in enumerate(bank):
+        keys = history.cache.keys_LQTND[n, torch.tensor(layer, device=history.cache.keys_LQTND.device)]
+        if text_keys is None:
+            score = keys.new_zeros(len(layer), dtype=torch.float32)
+        else:
+            # The mean over all (text token, frame token) pairs of a head factorises into two means.
+            query_ND, keys_FND = text_keys(n)[row].to(keys.dtype).mean(0), keys.mean(1)
+            score = (query_ND * keys_FND).sum(-1).float().mean(1) / keys.shape[-1] ** 0.5
+        chosen.append([*(layer[i] for i in score.topk(keep).indices.tolist()), latest])
+    history.set_bank(chosen)
