@@ -15,7 +15,7 @@ LATENT_CHANNELS = 8
 LATENT_SIZE = 8
 SPATIAL_FACTOR = 4
 LATENT_NOISE = 0.1
-"""Standard deviation of the noise on normalised latents in training, so that the decoder forgives small errors."""
+"""Deviation of the noise on normalised latents in training, so that the decoder forgives small errors."""
 
 
 class PixelCodec(nn.Module):
@@ -24,9 +24,8 @@ class PixelCodec(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.encoder = nn.Sequential(
-            nn.Conv2d(3, 32, 3, padding=1),
-            nn.SiLU(),
-            nn.Conv2d(32, 48, 4, stride=2, padding=1),
+            nn.PixelUnshuffle(2),
+            nn.Conv2d(12, 48, 3, padding=1),
             nn.SiLU(),
             nn.Conv2d(48, 64, 4, stride=2, padding=1),
             nn.SiLU(),
@@ -79,14 +78,15 @@ def _frames(generator: torch.Generator, count: int) -> Iterator[Tensor]:
                 yield pool[rows][None]
 
 
-def train_codec(steps: int = 3000, seed: int = 0, batch: int = 64) -> PixelCodec:
+def train_codec(steps: int = 4000, seed: int = 0, batch: int = 64) -> PixelCodec:
     """Train a codec from scratch on freshly drawn frames of the training split; deterministic in ``seed``."""
     generator = torch.Generator().manual_seed(seed)
-    with torch.random.fork_rng(devices=[]):
-        # Module initialisers know only the global generator.
-        torch.manual_seed(seed)
-        codec = PixelCodec()
-    optimizer = torch.optim.AdamW(codec.parameters(), lr=2e-3, weight_decay=0.0)
+    codec = PixelCodec()
+    for layer in codec.modules():
+        if isinstance(layer, nn.Conv2d):
+            nn.init.kaiming_normal_(layer.weight, nonlinearity="relu", generator=generator)
+            nn.init.zeros_(layer.bias)
+    optimizer = torch.optim.AdamW(codec.parameters(), lr=3e-3, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps, pct_start=0.1)
     frames = _frames(generator, batch)
     codec.train()

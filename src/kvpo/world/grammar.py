@@ -2,6 +2,7 @@
 
 import random
 import re
+from collections.abc import Iterator
 from dataclasses import replace
 
 from kvpo.world.vocabulary import COLOURS, SHAPES, SIZES, Act, Actor, ActorRequest, Request
@@ -30,7 +31,7 @@ LEADS = ("now", "then", "next", "after a moment", "suddenly", "")
 LINKS = ("while", "and", "as")
 SAME_PLACE = ("in the same place", "here as before", "")
 UNNAMED_PLACE = ("in the earlier place", "where we were before")
-OPENERS = ("here", "we see", "there is", "")
+OPENERS = ("here", "")
 APPEARS = ("appears", "comes into view", "shows up")
 RETURNS = ("comes back", "returns", "is back again")
 TURNS = ("changes course and", "changes its motion and", "stops that and")
@@ -38,16 +39,14 @@ BECOMES = ("turns", "becomes", "changes to")
 RECOLOURS = ("changes colour", "takes on another colour")
 LEAVES = ("leaves", "goes away", "disappears")
 REVISITS = ("we are back", "the view returns", "we come back")
-UNNAMED = ("something", "it", "one of them", "another one", "the other one")
+UNNAMED = ("something", "it", "one of them")
 DETERMINERS = ("a", "an", "the")
 
 
 def _lexicon() -> dict[tuple[str, ...], tuple[str, str]]:
     entries: dict[str, tuple[str, str]] = {}
-    fillers = (
-        *PRESENCE, *LEADS, *LINKS, *SAME_PLACE, *UNNAMED_PLACE, *OPENERS, *APPEARS, *RETURNS, *TURNS, *REVISITS,
-        *RECOLOURS, "where", "keeps", "joined by", "is joined by",
-    )  # fmt: skip
+    fillers = (*PRESENCE, *LEADS, *LINKS, *SAME_PLACE, *UNNAMED_PLACE, *OPENERS, *APPEARS, *RETURNS, *TURNS)
+    fillers = (*fillers, *REVISITS, *RECOLOURS, "where", "keeps")
     entries.update({phrase: ("filler", "") for phrase in fillers if phrase})
     entries.update({phrase: ("becomes", "") for phrase in BECOMES})
     entries.update({phrase: ("gone", "") for phrase in LEAVES})
@@ -74,6 +73,21 @@ def all_words() -> list[str]:
     return sorted({word for phrase in _LEXICON for word in phrase})
 
 
+def _phrases(tokens: list[str]) -> Iterator[tuple[int, str, str]]:
+    """(end position, kind, value) of the phrases that make up the words, longest first; kind "" if unknown."""
+    position = 0
+    while position < len(tokens):
+        for length in range(min(_LONGEST, len(tokens) - position), 0, -1):
+            meaning = _LEXICON.get(tuple(tokens[position : position + length]))
+            if meaning is not None:
+                break
+        else:
+            yield position, "", tokens[position]
+            return
+        position += length
+        yield position, *meaning
+
+
 def parse(caption: str) -> Request:
     """Read a caption back into the request it was written from.
 
@@ -81,45 +95,50 @@ def parse(caption: str) -> Request:
     attribute that is given twice or belongs to nobody, and for a caption without an actor.
     """
     tokens = words(caption)
-    scene: str | None = None
+    scenes: list[str] = []
     actors: list[dict[str, str]] = []
-    position = 0
-
-    def fail(why: str) -> ValueError:
-        return ValueError(
-            f"caption {caption!r} cannot be read: {why}; understood {' '.join(tokens[:position])!r} as scene "
-            f"{scene}, actors {actors}. Say for example 'a small red circle drifts left at night'"
-        )
-
-    while position < len(tokens):
-        for length in range(min(_LONGEST, len(tokens) - position), 0, -1):
-            meaning = _LEXICON.get(tuple(tokens[position : position + length]))
-            if meaning is not None:
-                break
-        else:
-            raise fail(f"the word {tokens[position]!r} is not known here")
-        kind, value = meaning
-        if kind == "scene":
-            if scene is not None:
-                raise fail(f"it names a second scene, {value!r}")
-            scene = value
-        elif kind == "actor":
-            actors.append({})
-        elif kind != "filler":
-            if not actors:
-                raise fail(f"{tokens[position]!r} describes nobody")
-            if kind == "gone":
-                actors.pop()
-            elif kind == "becomes":
-                actors[-1].pop("colour", None)
-            elif kind in actors[-1]:
-                raise fail(f"{kind} is given twice")
-            else:
-                actors[-1][kind] = value
-        position += length
+    understood = 0
+    for end, kind, value in _phrases(tokens):
+        problem = _take(kind, value, scenes, actors)
+        if problem:
+            raise ValueError(_unreadable(caption, problem, tokens[:understood], scenes, actors))
+        understood = end
     if not 1 <= len(actors) <= 2:
-        raise fail(f"it speaks of {len(actors)} actors where one or two are possible")
-    return Request(scene, tuple(ActorRequest(**actor) for actor in actors))
+        problem = f"it speaks of {len(actors)} actors where one or two are possible"
+        raise ValueError(_unreadable(caption, problem, tokens, scenes, actors))
+    return Request(scenes[0] if scenes else None, tuple(ActorRequest(**actor) for actor in actors))
+
+
+def _take(kind: str, value: str, scenes: list[str], actors: list[dict[str, str]]) -> str:
+    """Add one phrase to what is understood so far; says what is wrong with it, or ""."""
+    if kind == "":
+        return f"the word {value!r} is not known here"
+    if kind == "scene":
+        scenes.append(value)
+        return f"it names a second scene, {value!r}" if len(scenes) > 1 else ""
+    if kind == "actor":
+        actors.append({})
+    elif kind != "filler":
+        if not actors:
+            return f"{value or kind!r} describes nobody"
+        if kind == "gone":
+            actors.pop()
+        elif kind == "becomes":
+            actors[-1].pop("colour", None)
+        elif kind in actors[-1]:
+            return f"{kind} is given twice to one actor"
+        else:
+            actors[-1][kind] = value
+    return ""
+
+
+def _unreadable(
+    caption: str, problem: str, read: list[str], scenes: list[str], actors: list[dict[str, str]]
+) -> str:
+    return (
+        f"caption {caption!r} cannot be read: {problem}; read so far: {' '.join(read)!r}, scene "
+        f"{scenes[0] if scenes else None}, actors {actors}. Say for example 'a small red circle drifts left at night'"
+    )
 
 
 def full_request(act: Act) -> Request:
@@ -143,7 +162,7 @@ def _draw_request(act: Act, rng: random.Random) -> Request:
     if act.event in ("return", "leave"):
         drops = rng.choice((0, 0, 1, 2, 5))
     if act.event == "turn" or drops == 5:
-        # What a turn is about has to be said; a wholly vague return still says how the actor moves, sometimes.
+        # What a turn is about has to be said.
         droppable = ["scene"] if act.event == "turn" else ["scene", "motion"]
         droppable = [name for name in droppable if rng.random() < 0.6]
         request = _open(request, 0, ("colour", "shape", "size") if drops == 5 else ())
@@ -162,7 +181,7 @@ def _open(request: Request, index: int, names: tuple[str, ...]) -> Request:
 
 def phrase(request: Request, act: Act, previous: Act | None, rng: random.Random) -> str:
     """Put a request into words, told as ``act.event`` tells it; parse returns the same request."""
-    lead = rng.choice(LEADS) if previous else rng.choice(OPENERS[:1] + OPENERS[-1:])
+    lead = rng.choice(LEADS if previous else OPENERS)
     place = rng.choice(SCENE_PHRASES[request.scene]) if request.scene else _no_place(act, previous, rng)
     clauses = []
     if act.event == "leave":
@@ -214,7 +233,8 @@ def _recolour(request: ActorRequest, before: Actor, rng: random.Random) -> str:
     # The old colour, when named, tells which actor is meant; the request keeps only the new one.
     old = before.colour if request.shape is None or rng.random() < 0.5 else None
     name = noun_phrase(replace(request, colour=old if request.colour else None), True, rng)
-    return f"{name} {rng.choice(BECOMES)} {request.colour}" if request.colour else f"{name} {rng.choice(RECOLOURS)}"
+    change = f"{rng.choice(BECOMES)} {request.colour}" if request.colour else rng.choice(RECOLOURS)
+    return f"{name} {change}"
 
 
 def noun_phrase(request: ActorRequest, known: bool, rng: random.Random) -> str:

@@ -99,7 +99,7 @@ def _stage(showing: Showing, generator: torch.Generator) -> tuple[FrameStates, T
     return replace(states, centre_NA2=states.centre_NA2 + shake), brightness_T
 
 
-def observe(stories: Sequence[Story], generator: torch.Generator, faults: Faults = Faults()) -> Tensor:  # noqa: B008
+def observe(stories: Sequence[Story], generator: torch.Generator, faults: Faults = Faults()) -> Tensor:
     """Faulty videos [B, T, 3, H, W] in [0, 1] of stories of equal length; with CLEAN, exact renders."""
     staged = [_stage(imperfect_story(story, faults, generator), generator) for story in stories]
     frames_NCHW = paint(concatenate([states for states, _ in staged]))
@@ -112,7 +112,7 @@ def training_batch(
     generator: torch.Generator,
     count: int,
     num_frames: int = 60,
-    faults: Faults = Faults(),  # noqa: B008
+    faults: Faults = Faults(),
 ) -> tuple[Tensor, list[list[str]], list[list[int]]]:
     """Fresh training videos: frames [B, T, 3, H, W], captions per act, switch frames; one to four acts each.
 

@@ -20,6 +20,7 @@ from kvpo.world.vocabulary import (
     SIZES,
     SPEED,
     Act,
+    Actor,
     Story,
 )
 
@@ -33,7 +34,7 @@ _SCENE_INDEX = {name: index for index, name in enumerate(SCENES)}
 _VELOCITY = {"still": 0.0, "left": -SPEED, "right": SPEED, "bob": 0.0}
 
 Cast = tuple[int, ...]
-"""Who plays in an act: one identity per actor; an actor whose identity was in the act before moves on from there."""
+"""One identity per actor of an act; an actor whose identity was in the act before moves on from there."""
 
 
 @dataclass(frozen=True)
@@ -76,8 +77,17 @@ def casts(story: Story) -> list[Cast]:
     return result
 
 
+@dataclass(frozen=True)
+class _Place:
+    """Where an actor is as an act begins: centre in pixels, and how many frames it has been bobbing."""
+
+    x: float
+    y: float
+    phase: float
+
+
 def stage(story: Story, acts_cast: Sequence[Cast], generator: torch.Generator) -> FrameStates:
-    """Per-frame states of a story: positions are continuous while an actor stays, random in x when it enters."""
+    """Per-frame states: positions are continuous while an actor stays, random in x when it enters."""
     frames = story.num_frames
     states = FrameStates(
         scene_N=torch.zeros(frames, dtype=torch.long),
@@ -88,32 +98,33 @@ def stage(story: Story, acts_cast: Sequence[Cast], generator: torch.Generator) -
     )
     ends = [act.start for act in story.acts[1:]] + [frames]
     entrances = torch.rand(len(story.acts), MAX_ACTORS, generator=generator) * FRAME_SIZE
-    # identity -> (x, y at the act's end, end frame's bob phase in frames)
-    where: dict[int, tuple[float, float, float]] = {}
+    where: dict[int, _Place] = {}
     for number, (act, cast, end) in enumerate(zip(story.acts, acts_cast, ends, strict=True)):
         states.scene_N[act.start : end] = _SCENE_INDEX[act.scene]
-        time_T = torch.arange(end - act.start)
-        length = float(end - act.start)
-        next_where = {}
+        following = {}
         for slot, (actor, identity) in enumerate(zip(act.actors, cast, strict=True)):
             lane = LANES[len(act.actors)][slot]
-            x, y, phase = where.get(identity, (float(entrances[number, slot]), lane, 0.0))
-            bob = BOB_AMPLITUDE if actor.motion == "bob" else 0.0
-            phase = phase if bob else 0.0
-            turn = 2 * math.pi / BOB_PERIOD
-            # Ease out whatever separates the height it came with from the height it should have.
-            carry = y - lane - bob * math.sin(turn * phase)
-            y_T = lane + bob * torch.sin(turn * (time_T + phase)) + carry * (1 - time_T / GLIDE).clamp(min=0)
-            velocity = _VELOCITY[actor.motion]
-            states.centre_NA2[act.start : end, slot, 0] = x + velocity * time_T
-            states.centre_NA2[act.start : end, slot, 1] = y_T
+            place = where.get(identity, _Place(float(entrances[number, slot]), lane, 0.0))
+            centre_T2, following[identity] = _move(actor, lane, place, end - act.start)
+            states.centre_NA2[act.start : end, slot] = centre_T2
             states.colour_NA[act.start : end, slot] = _COLOUR_INDEX[actor.colour]
             states.shape_NA[act.start : end, slot] = _SHAPE_INDEX[actor.shape]
             states.extent_NA[act.start : end, slot] = SIZES[actor.size]
-            y_end = lane + bob * math.sin(turn * (length + phase)) + carry * max(0.0, 1 - length / GLIDE)
-            next_where[identity] = (x + velocity * length, y_end, phase + length if bob else 0.0)
-        where = next_where
+        where = following
     return states
+
+
+def _move(actor: Actor, lane: float, place: _Place, length: int) -> tuple[Tensor, _Place]:
+    """Centres [length, 2] of an actor over one act, and its place in the frame after."""
+    time_T = torch.arange(length + 1)
+    bob = BOB_AMPLITUDE if actor.motion == "bob" else 0.0
+    phase = place.phase if bob else 0.0
+    swing_T = bob * torch.sin(2 * math.pi / BOB_PERIOD * (time_T + phase))
+    # Ease out whatever separates the height it came with from the height it should have.
+    ease_T = (place.y - lane - float(swing_T[0])) * (1 - time_T / GLIDE).clamp(min=0)
+    centre_T2 = torch.stack((place.x + _VELOCITY[actor.motion] * time_T, lane + swing_T + ease_T), dim=1)
+    x, y = centre_T2[-1].tolist()
+    return centre_T2[:-1], _Place(x, y, phase + length if bob else 0.0)
 
 
 def concatenate(states: Sequence[FrameStates]) -> FrameStates:
@@ -209,5 +220,5 @@ def _texture(scene: str, x: Tensor, y: Tensor, ground: Tensor) -> Tensor:
 
 
 def render(story: Story, generator: torch.Generator) -> Tensor:
-    """The story exactly as its acts say, [T, 3, FRAME_SIZE, FRAME_SIZE] in [0, 1]; entrances drawn from generator."""
+    """The story exactly as its acts say, [T, 3, FRAME_SIZE, FRAME_SIZE] in [0, 1]; entrances are random."""
     return paint(stage(story, casts(story), generator))

@@ -19,10 +19,16 @@ MIN_ACT_BLOCKS = 4
 TWO_ACTORS = 0.35
 """Chance that an opening or a show has two actors."""
 EVENTS: dict[str, float] = {
-    "show": 0.20, "return": 0.40, "recolour": 0.08, "turn": 0.07, "revisit": 0.45, "leave": 0.04, "join": 0.07,
-}  # fmt: skip
-"""Weights of the events of later acts; return and revisit need two earlier acts that differ, so they are drawn
-more often than they can happen."""
+    "show": 0.20,
+    "return": 0.40,
+    "revisit": 0.45,
+    "recolour": 0.08,
+    "turn": 0.07,
+    "join": 0.07,
+    "leave": 0.04,
+}
+"""Weights of the events of later acts; return and revisit need earlier acts that differ, so they are drawn more
+often than they can happen."""
 TRIES = 60
 
 
@@ -48,8 +54,10 @@ def belongs(act: Act, split: Split) -> bool:
     return all(split_of(a.colour, a.shape, a.motion, act.scene) == split for a in act.actors)
 
 
-def _new_actors(scene: str, split: Split, count: int, avoid: tuple[Actor, ...], rng: random.Random):
-    """``count`` actors new to the eye: colours and shapes differ from each other and from ``avoid``; or None."""
+def _new_actors(
+    scene: str, split: Split, count: int, avoid: tuple[Actor, ...], rng: random.Random
+) -> tuple[Actor, ...] | None:
+    """``count`` actors whose colours and shapes differ from each other's and from ``avoid``; None if unlucky."""
     actors: list[Actor] = []
     for _ in range(count):
         taken = (*avoid, *actors)
@@ -64,7 +72,9 @@ def _crowd(rng: random.Random) -> int:
     return 2 if rng.random() < TWO_ACTORS else 1
 
 
-def _next(event: str, acts: list[Act], split: Split, rng: random.Random) -> tuple[str, tuple[Actor, ...] | None]:
+def _next(
+    event: str, acts: list[Act], split: Split, rng: random.Random
+) -> tuple[str, tuple[Actor, ...] | None]:
     """Scene and actors of the next act, or None where the event is impossible or the draw was unlucky."""
     now = acts[-1]
     scene, actors = now.scene, now.actors
@@ -134,8 +144,8 @@ def sample_story(
     """
     if num_acts < 1 or num_frames < num_acts * MIN_ACT_BLOCKS * block or num_frames % block:
         raise ValueError(
-            f"num_frames = {num_frames}: {num_acts} acts of at least {MIN_ACT_BLOCKS} blocks of {block} frames need "
-            f"a multiple of {block} that is at least {max(num_acts, 1) * MIN_ACT_BLOCKS * block}"
+            f"num_frames = {num_frames}: {num_acts} acts of at least {MIN_ACT_BLOCKS} blocks of {block} frames "
+            f"need a multiple of {block} that is at least {max(num_acts, 1) * MIN_ACT_BLOCKS * block}"
         )
     rng = random.Random(int(torch.randint(2**62, (), generator=generator)))
     starts = _starts(num_acts, num_frames // block, block, rng)
@@ -172,7 +182,9 @@ def distinct_stories(split: Split, count: int, num_acts: int, num_frames: int, s
             return list(found.values())
         story = sample_story(generator, num_acts, num_frames, split=split)
         found.setdefault(tuple(act.caption for act in story.acts), story)
-    raise ValueError(f"count = {count}: only {len(found)} distinct {split} stories of {num_acts} acts found; ask fewer")
+    raise ValueError(
+        f"count = {count}: only {len(found)} distinct {split} stories of {num_acts} acts found; ask for fewer"
+    )
 
 
 def distinct_prompts(

@@ -34,7 +34,7 @@ SCENES: dict[str, tuple[tuple[float, float, float], tuple[float, float, float]]]
     "sea": ((0.10, 0.20, 0.30), (0.02, 0.12, 0.30)),
     "cave": ((0.14, 0.08, 0.17), (0.22, 0.12, 0.24)),
 }
-"""Backgrounds: (upper, lower) RGB; the horizon lies at HORIZON of the frame height. Dark, so actors stand out."""
+"""Backgrounds: (upper, lower) RGB, dark so that actors stand out; the ground begins near HORIZON of the height."""
 HORIZON = 0.6
 
 LANES = {1: (16.0,), 2: (8.0, 24.0)}
@@ -82,7 +82,7 @@ class ActorRequest:
 
 @dataclass(frozen=True)
 class Request:
-    """What a caption demands of its segment; None leaves the scene open. The number of actors is len(actors)."""
+    """What a caption demands of its segment: as many actors as listed; None leaves the scene open."""
 
     scene: str | None
     actors: tuple[ActorRequest, ...]
