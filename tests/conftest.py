@@ -1,0 +1,29 @@
+"""What every test shares: one thread, reproducible property tests, and the directory of golden fixtures."""
+
+import os
+
+# oneDNN reads this when torch loads. Some virtual machines advertise AMX and trap on it, so that a bfloat16
+# matrix product dies with "Illegal instruction"; this instruction set is the widest below AMX.
+os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_FP16")
+
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import settings
+
+# Models this small run faster on one thread, and sums keep one order.
+torch.set_num_threads(1)
+
+settings.register_profile("kvpo", deadline=None, max_examples=60, derandomize=True)
+settings.load_profile("kvpo")
+
+
+@pytest.fixture(scope="session")
+def golden_dir() -> Path:
+    """Directory of fixtures computed by the public implementations: $KVPO_GOLDEN, else ../shared/golden."""
+    default = Path(__file__).resolve().parents[2] / "shared" / "golden"
+    directory = Path(os.environ.get("KVPO_GOLDEN", default))
+    if not directory.is_dir():
+        pytest.skip(f"no golden fixtures at {directory}; set KVPO_GOLDEN to their directory")
+    return directory

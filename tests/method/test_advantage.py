@@ -1,0 +1,138 @@
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvpo.method.advantage import (
+    anchor_relative,
+    best_and_worst,
+    centred,
+    clamp,
+    fuse_components,
+    fuse_signals,
+    group_centred,
+    is_noise,
+    permuted,
+    reward_spread,
+    std_scaled,
+    zscored,
+)
+
+REWARDS = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)
+ANCHOR = torch.tensor(2.0, dtype=torch.float64)
+rewards_lists = st.lists(st.floats(-5, 5), min_size=2, max_size=8).map(
+    lambda values: torch.tensor(values, dtype=torch.float64)
+)
+
+
+def test_the_anchor_relative_advantage_in_closed_form():
+    spread = (2 / 3) ** 0.5
+    assert float(reward_spread(REWARDS, ANCHOR)) == pytest.approx(spread)
+    expected = torch.tensor([-1.0, 0.0, 1.0], dtype=torch.float64) / spread
+    torch.testing.assert_close(anchor_relative(REWARDS, ANCHOR, 0.0), expected)
+
+
+def test_the_group_advantage_in_closed_form():
+    torch.testing.assert_close(group_centred(REWARDS, 0.0), REWARDS - 2)
+    torch.testing.assert_close(group_centred(REWARDS, 4.0), (REWARDS - 2) / 4)
+
+
+def test_every_branch_can_be_worse_than_the_anchor():
+    advantages = anchor_relative(REWARDS, torch.tensor(4.0, dtype=torch.float64), 0.0)
+    assert bool((advantages < 0).all())
+
+
+@given(rewards=rewards_lists, shift=st.floats(-10, 10))
+def test_a_constant_added_to_all_rewards_changes_nothing(rewards, shift):
+    anchor = rewards.mean() + 0.1
+    torch.testing.assert_close(
+        anchor_relative(rewards + shift, anchor + shift, 0.01),
+        anchor_relative(rewards, anchor, 0.01),
+        rtol=1e-6,
+        atol=1e-9,
+    )
+    torch.testing.assert_close(
+        group_centred(rewards + shift, 0.01), group_centred(rewards, 0.01), rtol=1e-6, atol=1e-9
+    )
+
+
+@given(rewards=rewards_lists)
+def test_group_advantages_sum_to_zero(rewards):
+    assert float(group_centred(rewards, 0.01).sum()) == pytest.approx(0.0, abs=1e-9)
+
+
+def test_a_spread_of_seven_millionths_does_not_become_an_advantage_of_three():
+    rewards = 0.5 + 7e-6 * torch.tensor([-1.0, 1, -1, 1, -1, 1, -1, 3], dtype=torch.float64)
+    anchor = torch.tensor(0.5 - 1.5e-5, dtype=torch.float64)
+    assert float(anchor_relative(rewards, anchor, 0.0).max()) > 3
+    assert float(anchor_relative(rewards, anchor, 0.002).abs().max()) < 0.02
+    assert float(group_centred(rewards, 0.002).abs().max()) < 0.02
+    assert is_noise(rewards, anchor, 0.002) and is_noise(rewards, None, 0.002)
+    assert not is_noise(rewards, anchor, 1e-6)
+
+
+def test_equal_rewards_give_zero_and_not_nan():
+    rewards, anchor = torch.full((4,), 0.3), torch.tensor(0.3)
+    assert torch.equal(anchor_relative(rewards, anchor, 0.0), torch.zeros(4))
+    assert torch.equal(group_centred(rewards, 0.0), torch.zeros(4))
+    assert torch.equal(zscored(rewards), torch.zeros(4))
+    assert is_noise(rewards, anchor, 0.0)
+
+
+def test_the_anchor_alone_can_lift_a_group_above_the_noise():
+    rewards = torch.zeros(4)
+    assert is_noise(rewards, None, 0.1) and not is_noise(rewards, torch.tensor(1.0), 0.1)
+
+
+def test_components_are_normalised_one_by_one_then_weighted():
+    rewards_KG = torch.stack([REWARDS, 100 * REWARDS])
+    anchor_K, floor_K = torch.stack([ANCHOR, 100 * ANCHOR]), torch.tensor([0.0, 1e4])
+    advantages_KG = anchor_relative(rewards_KG, anchor_K, floor_K)
+    torch.testing.assert_close(advantages_KG[0], anchor_relative(REWARDS, ANCHOR, 0.0))
+    torch.testing.assert_close(advantages_KG[1], 100 * (REWARDS - 2) / 1e4)
+    fused = fuse_components(advantages_KG, torch.tensor([1.0, 0.5]))
+    torch.testing.assert_close(fused, advantages_KG[0] + 0.5 * advantages_KG[1])
+    assert not is_noise(rewards_KG, anchor_K, floor_K), "one component above its floor is enough"
+    assert is_noise(rewards_KG, anchor_K, torch.tensor([1.0, 1e4]))
+
+
+def test_local_and_global_signals_and_the_clamp():
+    fused = fuse_signals(REWARDS, -2 * REWARDS, 0.5)
+    assert torch.equal(fused, torch.zeros(3, dtype=torch.float64))
+    assert clamp(10 * (REWARDS - 2), 2.5).tolist() == [-2.5, 0.0, 2.5]
+
+
+@given(rewards=rewards_lists)
+def test_parity_scalings_have_unit_spread(rewards):
+    if float(rewards.std(correction=0)) < 1e-6:
+        return
+    assert float(std_scaled(rewards).std(correction=0)) == pytest.approx(1.0)
+    torch.testing.assert_close(zscored(rewards), centred(std_scaled(rewards)), rtol=1e-6, atol=1e-6)
+
+
+def test_permuting_keeps_the_values_and_follows_the_generator():
+    advantages = torch.arange(8.0)
+    shuffled = permuted(advantages, torch.Generator().manual_seed(3))
+    assert shuffled.sort().values.equal(advantages) and not shuffled.equal(advantages)
+    assert shuffled.equal(permuted(advantages, torch.Generator().manual_seed(3)))
+    means = torch.stack([permuted(advantages, torch.Generator().manual_seed(s)) for s in range(2000)]).mean(0)
+    torch.testing.assert_close(means, torch.full((8,), 3.5), rtol=0, atol=0.25)
+
+
+def test_the_best_and_the_worst_branches():
+    advantages = torch.tensor([0.1, -2.0, 0.9, 0.0, 3.0, -0.5])
+    assert best_and_worst(advantages, 2, 1).tolist() == [1, 2, 4]
+    assert best_and_worst(advantages, 0, 2).tolist() == [1, 5]
+    assert best_and_worst(advantages, 0, 0).tolist() == [0, 1, 2, 3, 4, 5]
+    assert best_and_worst(advantages, 3, 3).tolist() == [0, 1, 2, 3, 4, 5]
+    assert float(centred(advantages[best_and_worst(advantages, 2, 2)]).sum()) == pytest.approx(0.0, abs=1e-6)
+
+
+def test_equal_advantages_never_select_a_branch_twice():
+    assert len(set(best_and_worst(torch.zeros(8), 2, 2).tolist())) == 4
+
+
+@pytest.mark.parametrize(("best", "worst"), [(5, 4), (-1, 2)])
+def test_more_branches_than_there_are_is_refused(best, worst):
+    with pytest.raises(ValueError, match=r"keep_best \+ keep_worst = .* 8 branches"):
+        best_and_worst(torch.zeros(8), best, worst)

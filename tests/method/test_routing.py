@@ -1,0 +1,293 @@
+import math
+from collections import Counter
+
+import pytest
+import torch
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from kvpo.method.routing import (
+    deployment_frames,
+    dispersed_routes,
+    exploration_frames,
+    first_fork,
+    fit_exploration,
+    fork_frames,
+    independent_routes,
+    local_past,
+    mean_pairwise_overlap,
+    route_pool,
+)
+
+LONGLIVE = {"sink": 3, "window": 12, "block": 3}
+
+
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+@st.composite
+def draws(draw):
+    """Arguments of a route draw that is possible."""
+    size = draw(st.integers(1, 14))
+    distinct = draw(st.integers(1, size))
+    branches = draw(st.integers(2, 10))
+    assume(math.comb(size, distinct) >= branches)
+    start = draw(st.integers(0, 40))
+    return {
+        "pool": range(start, start + size),
+        "branches": branches,
+        "routed": distinct + draw(st.integers(0, 4)),
+        "distinct": distinct,
+    }
+
+
+# ---- deployment and exploration contexts -----------------------------------------------------------------
+
+
+def test_longlive_sees_its_sink_and_six_past_frames():
+    assert local_past(12, 3, 3) == 6
+    assert deployment_frames(30, **LONGLIVE) == (0, 1, 2, 24, 25, 26, 27, 28, 29)
+
+
+@pytest.mark.parametrize(
+    ("start", "frames"),
+    [(0, ()), (3, (0, 1, 2)), (9, tuple(range(9))), (12, (0, 1, 2, *range(6, 12)))],
+)
+def test_deployment_while_the_window_fills(start, frames):
+    assert deployment_frames(start, **LONGLIVE) == frames
+
+
+def test_deployment_without_a_sink_and_without_a_limit():
+    assert deployment_frames(30, sink=0, window=12, block=3) == tuple(range(21, 30))
+    assert deployment_frames(30, sink=3, window=-1, block=3) == tuple(range(30))
+
+
+def test_a_window_too_small_for_sink_and_block_is_refused():
+    with pytest.raises(ValueError, match="window = 5: must hold the sink .3. and the block .3.: at least 6"):
+        deployment_frames(30, sink=3, window=5, block=3)
+
+
+@pytest.mark.parametrize(
+    ("routed", "recent", "keys"),
+    [
+        pytest.param((5, 9, 20), 3, 12, id="3+3: as many keys as in deployment"),
+        pytest.param((3, 4, 5, 6, 7, 8), 3, 15, id="the paper's nine slots: 6 routed + 3 recent"),
+        pytest.param((4, 6, 11, 12, 19), 1, 12, id="public code m=4: 5 routed + 1 past"),
+        pytest.param((4, 6, 11, 12, 19, 22), 0, 12, id="public code m=3: 6 routed + 0 past"),
+    ],
+)
+def test_every_reading_of_the_window_is_two_integers(routed, recent, keys):
+    frames = exploration_frames(30, routed, sink=3, recent=recent)
+    assert frames == (0, 1, 2, *routed, *range(30 - recent, 30))
+    assert len(frames) + LONGLIVE["block"] == keys
+
+
+def test_routed_frames_are_sorted_and_may_repeat():
+    assert exploration_frames(30, (9, 5, 9), sink=3, recent=1) == (0, 1, 2, 5, 9, 9, 29)
+    assert exploration_frames(30, (9, 5), sink=0, recent=2) == (5, 9, 28, 29)
+
+
+@pytest.mark.parametrize("frame", [2, 27, 30])
+def test_routing_a_sink_a_recent_or_a_future_frame_is_a_bug(frame):
+    with pytest.raises(AssertionError):
+        exploration_frames(30, (frame,), sink=3, recent=3)
+
+
+@given(start=st.integers(0, 60), sink=st.integers(0, 4), routed=st.integers(0, 6), recent=st.integers(0, 6))
+def test_the_all_recent_route_is_the_deployment_context(start, sink, routed, recent):
+    window, block = sink + routed + recent + 3, 3
+    most_recent = range(max(sink, start - routed - recent), max(sink, start - recent))
+    frames = exploration_frames(start, most_recent, sink=sink, recent=recent)
+    assert frames == deployment_frames(start, sink=sink, window=window, block=block)
+
+
+@pytest.mark.parametrize(
+    ("fork", "resident", "pool"),
+    [
+        (60, 33, range(30, 57)),
+        (21, 33, range(3, 18)),
+        (60, 0, range(3, 57)),
+        (6, 33, range(3, 3)),
+        (60, 6, range(57, 57)),
+    ],
+)
+def test_the_pool_is_what_is_resident_and_old(fork, resident, pool):
+    assert route_pool(fork, sink=3, recent=3, resident=resident) == pool
+
+
+# ---- drawing routes ----------------------------------------------------------------------------------------
+
+
+@given(arguments=draws(), seed=st.integers(0, 2**31))
+def test_dispersed_routes_hold_their_invariants(arguments, seed):
+    routes = dispersed_routes(**arguments, generator=seeded(seed))
+    assert routes.shape == (arguments["branches"], arguments["routed"])
+    assert routes.dtype == torch.int64
+    assert torch.equal(routes, routes.sort(dim=1).values)
+    assert set(routes.flatten().tolist()) <= set(arguments["pool"])
+
+    sets = [frozenset(route) for route in routes.tolist()]
+    assert len(set(sets)) == len(sets), "no two branches have the same set"
+    assert all(len(members) == arguments["distinct"] for members in sets)
+    slots = [Counter(route).values() for route in routes.tolist()]
+    assert all(max(counts) - min(counts) <= 1 for counts in slots), "slots are shared out evenly"
+    usage = Counter(frame for members in sets for frame in members)
+    counts = [usage[frame] for frame in arguments["pool"]]
+    assert max(counts) - min(counts) <= 1, "frames are used evenly"
+
+
+@given(arguments=draws(), seed=st.integers(0, 2**31))
+def test_dispersed_routes_reach_the_least_possible_overlap(arguments, seed):
+    routes = dispersed_routes(**arguments, generator=seeded(seed))
+    branches, size = arguments["branches"], len(arguments["pool"])
+    often, extra = divmod(branches * arguments["distinct"], size)
+    least = (size - extra) * math.comb(often, 2) + extra * math.comb(often + 1, 2)
+    assert mean_pairwise_overlap(routes) == pytest.approx(least / math.comb(branches, 2))
+    independent = independent_routes(**arguments, generator=seeded(seed))
+    assert mean_pairwise_overlap(routes) <= mean_pairwise_overlap(independent) + 1e-12
+
+
+def test_overlap_of_the_public_setting():
+    """Pool 14, 5 routed, 8 branches: the public shifted window shares 2.14 frames, independent draws 1.79."""
+    arguments = {"pool": range(3, 17), "branches": 8, "routed": 5, "distinct": 5}
+    independent = [
+        mean_pairwise_overlap(independent_routes(**arguments, generator=seeded(s))) for s in range(300)
+    ]
+    assert sum(independent) / 300 == pytest.approx(25 / 14, abs=0.05)
+    assert mean_pairwise_overlap(dispersed_routes(**arguments, generator=seeded(0))) == pytest.approx(38 / 28)
+
+
+@pytest.mark.parametrize("draw", [dispersed_routes, independent_routes])
+def test_every_pool_frame_is_equally_likely(draw):
+    repeats, pool = 600, range(5, 12)
+    arguments = {"pool": pool, "branches": 4, "routed": 3, "distinct": 2}
+    slots = Counter(
+        frame
+        for seed in range(repeats)
+        for frame in draw(**arguments, generator=seeded(seed)).flatten().tolist()
+    )
+    expected = repeats * 4 * 3 / len(pool)
+    assert all(abs(slots[frame] - expected) < 5 * expected**0.5 for frame in pool), slots
+
+
+def test_as_many_branches_as_there_are_sets():
+    routes = dispersed_routes(range(8), branches=70, routed=4, distinct=4, generator=seeded(0))
+    assert len({tuple(route) for route in routes.tolist()}) == math.comb(8, 4)
+
+
+def test_the_generator_alone_decides():
+    arguments = {"pool": range(3, 30), "branches": 8, "routed": 3, "distinct": 2}
+    torch.manual_seed(0)
+    first = dispersed_routes(**arguments, generator=seeded(7))
+    torch.manual_seed(1)
+    assert torch.equal(first, dispersed_routes(**arguments, generator=seeded(7)))
+    assert not torch.equal(first, dispersed_routes(**arguments, generator=seeded(8)))
+
+
+@pytest.mark.parametrize("draw", [dispersed_routes, independent_routes])
+def test_a_pool_too_small_for_the_branches_is_refused(draw):
+    message = "branches = 8: a pool of 4 frames has only 6 different sets of 2; fork later"
+    with pytest.raises(ValueError, match=message):
+        draw(range(4), branches=8, routed=3, distinct=2, generator=seeded(0))
+
+
+@pytest.mark.parametrize("distinct", [0, 4])
+def test_distinct_frames_that_do_not_fit_the_slots_are_refused(distinct):
+    with pytest.raises(ValueError, match=f"distinct = {distinct}: must be between 1 and routed = 3"):
+        dispersed_routes(range(9), branches=4, routed=3, distinct=distinct, generator=seeded(0))
+
+
+def test_overlap_counts_distinct_frames():
+    assert mean_pairwise_overlap(torch.tensor([[1, 1, 2], [1, 2, 2], [3, 3, 4]])) == pytest.approx(2 / 3)
+
+
+# ---- what fits ---------------------------------------------------------------------------------------------
+
+ASKED = {
+    "blocks": 5, "routed": 3, "distinct": 2, "recent": 3, "branches": 8, "sink": 3, "block": 3, "resident": 33,
+}  # fmt: skip
+
+
+def test_nothing_shrinks_where_everything_fits():
+    fitted = fit_exploration(30, 60, **ASKED)
+    assert (fitted.blocks, fitted.routed, fitted.distinct, fitted.shrunk) == (5, 3, 2, "")
+
+
+def test_a_short_clip_shrinks_blocks_and_distinct_frames_and_says_so():
+    fitted = fit_exploration(12, 21, **{**ASKED, "branches": 6, "distinct": 3, "routed": 4})
+    assert (fitted.blocks, fitted.routed, fitted.distinct) == (3, 4, 3)
+    fitted = fit_exploration(10, 21, **{**ASKED, "branches": 6, "distinct": 3, "routed": 5})
+    assert (fitted.blocks, fitted.routed, fitted.distinct) == (3, 4, 2)
+    assert fitted.shrunk == (
+        "at frame 10 of 21, with 4 frames to route from: blocks 5 -> 3, routed 5 -> 4, distinct 3 -> 2"
+    )
+
+
+def test_routes_without_repeats_stay_without_repeats():
+    fitted = fit_exploration(10, 40, **{**ASKED, "branches": 6, "distinct": 3, "routed": 3})
+    assert (fitted.routed, fitted.distinct) == (2, 2)
+
+
+@pytest.mark.parametrize(
+    ("fork", "num_frames", "message"),
+    [
+        (30, 32, "fork = 30: no block of 3 frames follows in a video of 32"),
+        (6, 60, "branches = 8: a pool of 0 frames has only 0 different sets of 1"),
+        (9, 60, "branches = 8: a pool of 3 frames has only 3 different sets of 1"),
+    ],
+)
+def test_what_cannot_shrink_to_fit_is_refused(fork, num_frames, message):
+    with pytest.raises(ValueError, match=message):
+        fit_exploration(fork, num_frames, **ASKED)
+
+
+@given(
+    fork=st.integers(0, 40).map(lambda b: 3 * b),
+    length=st.integers(0, 60),
+    routed=st.integers(1, 6),
+    distinct=st.integers(1, 6),
+    branches=st.integers(1, 10),
+)
+def test_what_fits_can_be_drawn(fork, length, routed, distinct, branches):
+    assume(distinct <= routed)
+    asked = {**ASKED, "routed": routed, "distinct": distinct, "branches": branches}
+    try:
+        fitted = fit_exploration(fork, length, **asked)
+    except ValueError:
+        return
+    pool = route_pool(fork, sink=3, recent=3, resident=33)
+    routes = dispersed_routes(
+        pool, branches=branches, routed=fitted.routed, distinct=fitted.distinct, generator=seeded(0)
+    )
+    assert fork + 3 * fitted.blocks <= length
+    assert fitted.distinct <= fitted.routed <= routed
+    for route in routes.tolist():
+        exploration_frames(fork, route, sink=3, recent=3)
+
+
+def test_forks_fill_the_video_from_the_first_that_has_a_pool():
+    geometry = {"block": 3, "sink": 3, "recent": 3, "resident": 33, "distinct": 2, "branches": 8}
+    first = first_fork(**geometry)
+    assert first == 12, "five pool frames have ten pairs, four have six: frames 3..7, so fork 11, so block 12"
+    assert fork_frames(30, block=3, blocks=2, first=first, tail_blocks=2) == [12, 15, 18]
+    assert fork_frames(30, block=3, blocks=2, first=13) == [15, 18, 21, 24]
+
+
+@given(
+    distinct=st.integers(1, 4), branches=st.integers(1, 12), recent=st.integers(0, 4), sink=st.integers(0, 4)
+)
+def test_the_first_fork_is_the_first_that_can_be_drawn(distinct, branches, recent, sink):
+    first = first_fork(block=3, sink=sink, recent=recent, resident=0, distinct=distinct, branches=branches)
+    sets = [
+        math.comb(len(route_pool(fork, sink=sink, recent=recent, resident=0)), distinct)
+        for fork in (first - 3, first)
+    ]
+    assert sets[0] < branches <= sets[1]
+
+
+def test_forks_that_never_fit_are_refused():
+    with pytest.raises(ValueError, match="num_frames = 18: too short to fork at frame 12"):
+        fork_frames(18, block=3, blocks=2, first=12, tail_blocks=1)
+    with pytest.raises(ValueError, match="branches = 8: a pool of 3 frames has only 3 different sets of 2"):
+        first_fork(block=3, sink=3, recent=3, resident=9, distinct=2, branches=8)

@@ -1,0 +1,104 @@
+"""The floors of the package: a module imports only from floors below its own, never sideways or upwards."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+SOURCE = Path(__file__).resolve().parents[1] / "src"
+
+# Room -> rooms it may import, besides itself. The longest matching name is a module's room.
+MAY_IMPORT = {
+    "kvpo.method": set(),
+    "kvpo.config": set(),
+    "kvpo.prompts": {"kvpo.method"},
+    "kvpo.world.vocabulary": set(),  # names and colours only: what a pixel reward may know of the world
+    "kvpo.models": {"kvpo.method", "kvpo.prompts"},
+    "kvpo.rewards.protocol": {"kvpo.method", "kvpo.prompts"},
+}
+MAY_IMPORT["kvpo.rewards"] = set(MAY_IMPORT)
+MAY_IMPORT["kvpo.engine"] = set(MAY_IMPORT) - {"kvpo.rewards", "kvpo.world.vocabulary"}
+LOWER_FLOORS = set(MAY_IMPORT)
+MAY_IMPORT |= {room: LOWER_FLOORS for room in ("kvpo.training", "kvpo.world", "kvpo.report")}
+MAY_IMPORT["kvpo.app"] = set(MAY_IMPORT)
+MAY_IMPORT["kvpo"] = set(MAY_IMPORT)  # the package's front door
+
+METHOD_MODULES = {"torch", "math", "collections", "dataclasses", "itertools", "typing", "kvpo"}
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(SOURCE).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {module_name(path): path for path in sorted((SOURCE / "kvpo").rglob("*.py"))}
+
+
+def imported_modules(name: str) -> set[str]:
+    """Absolute names of everything a module imports, anywhere in its text (lazy imports count)."""
+    path = MODULES[name]
+    package = name.split(".") if path.name == "__init__.py" else name.split(".")[:-1]
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            origin = ".".join([*base, *([node.module] if node.module else [])])
+            # `from package import submodule` imports the submodule, `from module import name` the module.
+            submodules = {f"{origin}.{alias.name}" for alias in node.names} & set(MODULES)
+            found |= submodules or {origin}
+    return found
+
+
+def room_of(name: str) -> str:
+    """Room of a module; a module outside every room is a room of its own, which no list names."""
+    rooms = [room for room in MAY_IMPORT if name == room or name.startswith(room + ".") and room != "kvpo"]
+    return max(rooms, key=len, default=name)
+
+
+def defines_network(name: str) -> bool:
+    """Whether a module of the package defines a torch network class."""
+    classes = (n for n in ast.walk(ast.parse(MODULES[name].read_text())) if isinstance(n, ast.ClassDef))
+    return any(ast.unparse(base).split(".")[-1] == "Module" for node in classes for base in node.bases)
+
+
+def test_the_room_of_every_module_is_known():
+    assert {room_of(name) for name in MODULES} <= set(MAY_IMPORT)
+
+
+def test_floors_have_no_cycle():
+    for room, allowed in MAY_IMPORT.items():
+        assert all(room not in MAY_IMPORT[lower] for lower in allowed), room
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_imports_only_from_floors_below(name):
+    room = room_of(name)
+    rooms = {room_of(target) for target in imported_modules(name) if target.split(".")[0] == "kvpo"}
+    upward = rooms - {room, "kvpo"} - MAY_IMPORT[room]
+    assert not upward, f"{name} ({room}) imports {sorted(upward)}"
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if room_of(name) == "kvpo.method"])
+def test_the_method_imports_torch_and_plain_python_only(name):
+    assert {target.split(".")[0] for target in imported_modules(name)} <= METHOD_MODULES
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if room_of(name) == "kvpo.engine"])
+def test_the_engine_knows_models_by_protocol_only(name):
+    concrete = {target for target in imported_modules(name) & set(MODULES) if defines_network(target)}
+    assert not concrete, f"{name} imports the network classes of {sorted(concrete)}"
+
+
+def test_the_checker_sees_lazy_relative_and_submodule_imports(tmp_path, monkeypatch):
+    module = tmp_path / "stray.py"
+    module.write_text(
+        "def late():\n    from ..app import config\n    from . import cache\n    import numpy.linalg\n"
+    )
+    monkeypatch.setitem(MODULES, "kvpo.models.stray", module)
+    monkeypatch.setitem(MODULES, "kvpo.app.config", module)
+    monkeypatch.setitem(MODULES, "kvpo.models.cache", module)
+    assert imported_modules("kvpo.models.stray") == {"kvpo.app.config", "kvpo.models.cache", "numpy.linalg"}
+    assert room_of("kvpo.rewards.protocol") == "kvpo.rewards.protocol"
+    assert room_of("kvpo.rewards.motion") == "kvpo.rewards"
