@@ -74,7 +74,7 @@ def all_words() -> list[str]:
 
 
 def _phrases(tokens: list[str]) -> Iterator[tuple[int, str, str]]:
-    """(end position, kind, value) of the phrases that make up the words, longest first; kind "" if unknown."""
+    """(end position, kind, value) of the phrases in the words, longest match first; kind "" if unknown."""
     position = 0
     while position < len(tokens):
         for length in range(min(_LONGEST, len(tokens) - position), 0, -1):
@@ -137,7 +137,8 @@ def _unreadable(
 ) -> str:
     return (
         f"caption {caption!r} cannot be read: {problem}; read so far: {' '.join(read)!r}, scene "
-        f"{scenes[0] if scenes else None}, actors {actors}. Say for example 'a small red circle drifts left at night'"
+        f"{scenes[0] if scenes else None}, actors {actors}. "
+        "Say for example 'a small red circle drifts left at night'"
     )
 
 

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 
 from kvpo.prompts import VideoPrompt
-from kvpo.world.grammar import describe
+from kvpo.world.grammar import describe, parse
 from kvpo.world.vocabulary import COLOURS, MOTIONS, SCENES, SHAPES, SIZES, Act, Actor, Story
 
 Split = Literal["train", "validation", "test"]
@@ -27,8 +27,8 @@ EVENTS: dict[str, float] = {
     "join": 0.07,
     "leave": 0.04,
 }
-"""Weights of the events of later acts; return and revisit need earlier acts that differ, so they are drawn more
-often than they can happen."""
+"""Weights of the events of later acts; return and revisit need earlier acts that differ, so they are drawn
+more often than they can happen."""
 TRIES = 60
 
 
@@ -41,6 +41,15 @@ def split_of(colour: str, shape: str, motion: str, scene: str) -> Split:
             return split
         point -= share
     raise AssertionError("shares add up to 100")
+
+
+def named_split(caption: str) -> Split | None:
+    """The split of the first combination that the caption names in full, None if it names none."""
+    request = parse(caption)
+    for actor in request.actors:
+        if request.scene and actor.colour and actor.shape and actor.motion:
+            return split_of(actor.colour, actor.shape, actor.motion, request.scene)
+    return None
 
 
 @cache
@@ -57,7 +66,7 @@ def belongs(act: Act, split: Split) -> bool:
 def _new_actors(
     scene: str, split: Split, count: int, avoid: tuple[Actor, ...], rng: random.Random
 ) -> tuple[Actor, ...] | None:
-    """``count`` actors whose colours and shapes differ from each other's and from ``avoid``; None if unlucky."""
+    """``count`` actors unlike each other and ``avoid`` in colour and in shape; None if unlucky."""
     actors: list[Actor] = []
     for _ in range(count):
         taken = (*avoid, *actors)
@@ -144,8 +153,8 @@ def sample_story(
     """
     if num_acts < 1 or num_frames < num_acts * MIN_ACT_BLOCKS * block or num_frames % block:
         raise ValueError(
-            f"num_frames = {num_frames}: {num_acts} acts of at least {MIN_ACT_BLOCKS} blocks of {block} frames "
-            f"need a multiple of {block} that is at least {max(num_acts, 1) * MIN_ACT_BLOCKS * block}"
+            f"num_frames = {num_frames}: {num_acts} acts of {MIN_ACT_BLOCKS} blocks of {block} frames or "
+            f"more need a multiple of {block} that is at least {max(num_acts, 1) * MIN_ACT_BLOCKS * block}"
         )
     rng = random.Random(int(torch.randint(2**62, (), generator=generator)))
     starts = _starts(num_acts, num_frames // block, block, rng)
@@ -155,12 +164,19 @@ def sample_story(
         for _ in range(TRIES):
             acts = _draw_acts(plan, starts, split, rng)
             if acts is not None:
-                before = [None, *acts[:-1]]
-                told = [
-                    replace(act, caption=describe(act, previous, rng))
-                    for act, previous in zip(acts, before, strict=True)
-                ]
-                return Story(tuple(told), num_frames)
+                return Story(_tell(acts, rng), num_frames)
+
+
+def _tell(acts: list[Act], rng: random.Random) -> tuple[Act, ...]:
+    """Caption the acts; some caption names a whole combination, so no two splits share a caption sequence."""
+    while True:
+        before = [None, *acts[:-1]]
+        told = tuple(
+            replace(act, caption=describe(act, previous, rng))
+            for act, previous in zip(acts, before, strict=True)
+        )
+        if any(named_split(act.caption) for act in told):
+            return told
 
 
 def video_prompt(story: Story, id: int) -> VideoPrompt:

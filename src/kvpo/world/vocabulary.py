@@ -34,7 +34,7 @@ SCENES: dict[str, tuple[tuple[float, float, float], tuple[float, float, float]]]
     "sea": ((0.10, 0.20, 0.30), (0.02, 0.12, 0.30)),
     "cave": ((0.14, 0.08, 0.17), (0.22, 0.12, 0.24)),
 }
-"""Backgrounds: (upper, lower) RGB, dark so that actors stand out; the ground begins near HORIZON of the height."""
+"""Backgrounds: (upper, lower) RGB, dark so that actors stand out; the ground begins near HORIZON * height."""
 HORIZON = 0.6
 
 LANES = {1: (16.0,), 2: (8.0, 24.0)}
