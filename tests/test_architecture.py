@@ -11,6 +11,7 @@ SOURCE = Path(__file__).resolve().parents[1] / "src"
 MAY_IMPORT = {
     "kvpo.method": set(),
     "kvpo.config": set(),
+    "kvpo.config_checks": {"kvpo.config", "kvpo.method"},
     "kvpo.prompts": {"kvpo.method"},
     "kvpo.world.vocabulary": set(),  # names and colours only: what a pixel reward may know of the world
     "kvpo.models": {"kvpo.method", "kvpo.prompts"},

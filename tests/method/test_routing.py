@@ -205,7 +205,8 @@ def test_overlap_counts_distinct_frames():
 # ---- what fits ---------------------------------------------------------------------------------------------
 
 ASKED = {
-    "blocks": 5, "routed": 3, "distinct": 2, "recent": 3, "branches": 8, "sink": 3, "block": 3, "resident": 33,
+    "blocks": 5, "routed": 3, "distinct": 2, "branches": 8,
+    "recent": 3, "sink": 3, "block": 3, "resident": 33,
 }  # fmt: skip
 
 
