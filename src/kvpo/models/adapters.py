@@ -1,0 +1,218 @@
+"""LoRA adapters on the transformer: train a fresh one, continue a given one, or merge it; and the policy they
+started from.
+
+The starting policy (METHOD section 6) needs no second network: it is the same weights with the adapter
+switched off, or with a frozen copy of its starting value in its place.
+"""
+
+import math
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
+from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from kvpo.models.checkpoints import PEFT_PREFIX, AdapterState
+from kvpo.models.tensor_files import check_tensors, named_list
+
+TRAINED = "default"
+REFERENCE = "reference"
+
+
+def _lora_layers(model: nn.Module) -> list[LoraLayer]:
+    return [module for module in model.modules() if isinstance(module, LoraLayer)]
+
+
+def _linear_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """Output and input width of every linear layer by name."""
+    return {
+        name: (module.out_features, module.in_features)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+    }
+
+
+def _check_fits(shapes: dict[str, tuple[int, int]], adapter: AdapterState) -> None:
+    """Demand that every adapted layer exists in a model with the right widths."""
+    expected = {}
+    for module in adapter.modules:
+        if module in shapes:
+            out_width, in_width = shapes[module]
+            expected[f"{PEFT_PREFIX}{module}.lora_A.weight"] = (adapter.rank, in_width)
+            expected[f"{PEFT_PREFIX}{module}.lora_B.weight"] = (out_width, adapter.rank)
+    check_tensors(adapter.tensors, expected, adapter.source)
+
+
+def _inject(model: nn.Module, adapter: AdapterState, name: str, dtype: torch.dtype) -> None:
+    """Add an adapter under ``name`` with a copy of the given weights on the model's device."""
+    config = LoraConfig(
+        r=adapter.rank, lora_alpha=adapter.alpha, target_modules=sorted(adapter.modules), lora_dropout=0.0
+    )
+    # On the meta device, PEFT's own initialisation draws nothing from the global generator.
+    with warnings.catch_warnings():
+        warnings.filterwarnings(
+            "ignore", message="Already found a `peft_config`"
+        )  # the second adapter is meant
+        inject_adapter_in_model(config, model, adapter_name=name, low_cpu_mem_usage=True)
+    for module in adapter.modules:
+        layer = model.get_submodule(module)
+        assert isinstance(layer, LoraLayer)
+        device = layer.get_base_layer().weight.device
+        for half, tensor in zip((layer.lora_A, layer.lora_B), adapter.pair(module), strict=True):
+            value = tensor.detach().to(device=device, dtype=dtype, copy=True)
+            half[name].weight = nn.Parameter(value, requires_grad=name == TRAINED)
+
+
+def add_adapter(
+    model: nn.Module,
+    rank: int,
+    alpha: float,
+    targets: Sequence[str],
+    *,
+    generator: torch.Generator,
+    dtype: torch.dtype = torch.float32,
+) -> None:
+    """Freeze the model and train a fresh adapter on it; the starting policy is the adapter switched off.
+
+    ``A`` is uniform in ±1/sqrt(in), as PEFT initialises it, and ``B`` is zero, so that the policy starts out
+    exactly equal to the model.
+
+    Args:
+        targets: name endings of the linear layers that get an adapter, such as ``self_attn.q``.
+        generator: CPU generator that ``A`` is drawn from.
+        dtype: precision of the adapter's master weights, whatever the model's is.
+
+    Raises:
+        ValueError: an ending that no linear layer has.
+    """
+    shapes = _linear_shapes(model)
+    endings = {name: [end for end in targets if f".{name}".endswith(f".{end}")] for name in shapes}
+    found = {end for ends in endings.values() for end in ends}
+    if unknown := [end for end in targets if end not in found]:
+        raise ValueError(
+            f"optim.lora_targets: no linear layer ends in {named_list(unknown)}; a block has "
+            f"{named_list(name.removeprefix('blocks.0.') for name in shapes if name.startswith('blocks.0.'))}"
+        )
+    tensors: dict[str, Tensor] = {}
+    for name in (name for name, ends in endings.items() if ends):
+        out_width, in_width = shapes[name]
+        bound = 1.0 / math.sqrt(in_width)
+        a = torch.empty(rank, in_width).uniform_(-bound, bound, generator=generator)
+        tensors[f"{PEFT_PREFIX}{name}.lora_A.weight"] = a
+        tensors[f"{PEFT_PREFIX}{name}.lora_B.weight"] = torch.zeros(out_width, rank)
+    _inject(model, AdapterState(tensors, rank, alpha, "fresh adapter"), TRAINED, dtype)
+
+
+def load_adapter(model: nn.Module, adapter: AdapterState, *, dtype: torch.dtype = torch.float32) -> None:
+    """Freeze the model and continue a given adapter; the starting policy is a frozen copy of it.
+
+    Raises:
+        ValueError: naming layers that the model does not have and halves of another shape.
+    """
+    _check_fits(_linear_shapes(model), adapter)
+    for name in (TRAINED, REFERENCE):
+        _inject(model, adapter, name, dtype)
+    for layer in _lora_layers(model):
+        layer.set_adapter(TRAINED)
+
+
+@torch.no_grad()
+def merge_adapter(model: nn.Module, adapter: AdapterState) -> None:
+    """Add an adapter into the model's weights, ``W + (alpha / rank) B A``, computed in float32.
+
+    Raises:
+        ValueError: naming layers that the model does not have and halves of another shape.
+    """
+    _check_fits(_linear_shapes(model), adapter)
+    for module in adapter.modules:
+        weight = model.get_submodule(module).weight
+        assert isinstance(weight, Tensor)
+        weight.copy_(_merged(weight, adapter, module))
+
+
+def _merged(weight: Tensor, adapter: AdapterState, module: str) -> Tensor:
+    a, b = (half.to(device=weight.device, dtype=torch.float32) for half in adapter.pair(module))
+    return (weight.float() + (adapter.alpha / adapter.rank) * (b @ a)).to(weight.dtype)
+
+
+@contextmanager
+def reference_policy(model: nn.Module) -> Iterator[None]:
+    """Inside, the model is the starting policy and records no gradients; afterwards it is exactly as before.
+
+    The starting policy is the frozen copy where an adapter was continued, else the model without its adapter.
+    Contexts may be nested.
+    """
+    layers = _lora_layers(model)
+    assert layers, "a model without an adapter has no starting policy to switch to"
+    switches = [(layer, list(layer.active_adapters), layer.disable_adapters) for layer in layers]
+    # PEFT's switches also set requires_grad, which is a property of the training run and not of the policy.
+    gradients = [(p, p.requires_grad) for layer in layers for p in layer.parameters()]
+    try:
+        for layer in layers:
+            if REFERENCE in layer.lora_A:
+                layer.set_adapter(REFERENCE, inference_mode=True)
+            else:
+                layer.enable_adapters(False)
+        with torch.no_grad():
+            yield
+    finally:
+        for layer, active, disabled in switches:
+            layer.set_adapter(active)
+            layer.enable_adapters(not disabled)
+        for parameter, requires_grad in gradients:
+            parameter.requires_grad_(requires_grad)
+
+
+def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that training changes, by name: the adapter's, or all of a model without one."""
+    return {name: value for name, value in model.named_parameters() if value.requires_grad}
+
+
+def adapter_state(model: nn.Module) -> AdapterState:
+    """The trained adapter's current weights (sharing memory) in PEFT's public layout."""
+    layer = _lora_layers(model)[0]
+    tensors = get_peft_model_state_dict(model, adapter_name=TRAINED)
+    return AdapterState(
+        {PEFT_PREFIX + name: tensor.detach() for name, tensor in tensors.items()},
+        layer.r[TRAINED],
+        layer.lora_alpha[TRAINED],
+        "trained adapter",
+    )
+
+
+def base_state(model: nn.Module) -> dict[str, Tensor]:
+    """The model's weights without any adapter (sharing memory), under bare names."""
+    return {
+        name.replace(".base_layer.", "."): value.detach()
+        for name, value in model.state_dict().items()
+        if ".lora_" not in name
+    }
+
+
+def merged_state(model: nn.Module, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    """The weights that the trained policy amounts to, under bare names; the model is left as it is.
+
+    Args:
+        dtype: precision of the result, by default each weight's own.
+    """
+    tensors = base_state(model)
+    if _lora_layers(model):
+        adapter = adapter_state(model)
+        for module in adapter.modules:
+            wide = tensors[f"{module}.weight"].float()
+            merged = _merged(wide, adapter, module)
+            tensors[f"{module}.weight"] = merged.to(dtype or tensors[f"{module}.weight"].dtype)
+    return tensors if dtype is None else {name: value.to(dtype) for name, value in tensors.items()}
+
+
+def averaged(adapter: AdapterState, average: dict[str, Tensor]) -> AdapterState:
+    """The adapter with a moving average of `trained_parameters` in place of its current weights."""
+    tensors = {
+        PEFT_PREFIX + name.replace(f".{TRAINED}.", "."): value.detach() for name, value in average.items()
+    }
+    assert tensors.keys() == adapter.tensors.keys(), "the average belongs to other parameters"
+    return replace(adapter, tensors=tensors)

@@ -1,0 +1,216 @@
+"""Reading tensor files by memory map, never running code from them, and giving them strictly to a model."""
+
+import difflib
+import json
+import pickle
+import re
+import zipfile
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+KEYS_SHOWN = 12
+ALIGNMENT = 64
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+def named_list(names: Iterable[str]) -> str:
+    """The first twelve names and how many more there are."""
+    listed = list(names)
+    shown = ", ".join(listed[:KEYS_SHOWN])
+    return shown if len(listed) <= KEYS_SHOWN else f"{shown} and {len(listed) - KEYS_SHOWN} more"
+
+
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of a safetensors file, memory-mapped.
+
+    Raises:
+        ValueError: truncated or damaged file.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}
+    except SafetensorError as error:
+        raise ValueError(
+            f"{path}: truncated or damaged safetensors file ({path.stat().st_size} bytes): {error}; "
+            "download it again"
+        ) from error
+
+
+def _read_torch(path: Path, mmap: bool) -> object:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, KeyError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path}: {_why_unreadable(error, path.stat().st_size)}") from error
+
+
+def _why_unreadable(error: Exception, num_bytes: int) -> str:
+    """One sentence for what torch reports over many lines, without its advice to run the file's code."""
+    text = str(error)
+    culprit = re.search(r"GLOBAL ([\w.]+)", text)
+    code = None
+    if culprit and not culprit[1].startswith("torch._utils._rebuild"):  # a cut-off name of a plain tensor
+        code = f"it would call {culprit[1]}"
+    elif "TorchScript" in text:
+        code = "it is a TorchScript program"
+    elif isinstance(error, pickle.UnpicklingError) and not culprit:
+        reason = re.search(r"WeightsUnpickler error:\s*(.*)", text)
+        code = reason[1].strip() if reason else "unknown instructions"
+    if code is None:
+        reason = text.splitlines()[0].removesuffix(".") if text and not culprit else "it ends too early"
+        return f"truncated or damaged torch file ({num_bytes} bytes): {reason}; download it again"
+    return (
+        f"refused, because the file holds pickled code and not only tensors ({code}); save its tensors "
+        "alone, with torch.save or safetensors, where the file is trusted"
+    )
+
+
+def read_file(path: Path) -> dict[str, object]:
+    """The mapping stored in a torch or safetensors file, recognised by its content, memory-mapped on the CPU.
+
+    Raises:
+        ValueError: missing, empty, truncated or damaged file, pickled code, something else than a mapping.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file")
+    with path.open("rb") as file:
+        head = file.read(40)
+    if not head:
+        raise ValueError(f"{path}: the file is empty; download it again")
+    if head.startswith(b"version https://git-lfs"):
+        raise ValueError(
+            f"{path}: a Git LFS pointer, not the weights; run `git lfs pull` where it was cloned"
+        )
+    if head[8:9] == b"{":
+        return dict(read_safetensors(path))
+    if not head.startswith((b"PK", b"\x80")):
+        raise ValueError(f"{path}: neither a torch nor a safetensors file; it starts with {head[:12]!r}")
+    # Only the zip format can be mapped; the older one is read into memory, equally without running code.
+    content = _read_torch(path, mmap=head.startswith(b"PK"))
+    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
+        raise ValueError(f"{path}: holds a {type(content).__name__}, expected a mapping of names to tensors")
+    return content
+
+
+def only_tensors(content: Mapping[str, object], source: str) -> dict[str, Tensor]:
+    """``content``, of which every value must be a tensor.
+
+    Raises:
+        ValueError: naming the entries that are something else.
+    """
+    tensors = {name: value for name, value in content.items() if isinstance(value, Tensor)}
+    if others := [name for name in content if name not in tensors]:
+        raise ValueError(f"{source}: entries that are not tensors: {named_list(others)}")
+    return tensors
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The flat mapping of names to tensors stored in a file.
+
+    Raises:
+        ValueError: see `read_file`; also when an entry is not a tensor.
+    """
+    return only_tensors(read_file(path), str(path))
+
+
+def read_shards(index: Path) -> dict[str, Tensor]:
+    """Tensors of a sharded safetensors checkpoint, each key read from the shard that its index names.
+
+    Raises:
+        ValueError: not an index, absent or damaged shards, keys that their shard does not hold.
+    """
+    try:
+        weight_map: dict[str, str] = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{index}: not a safetensors index (a JSON object with a weight_map): {error}"
+        ) from error
+    shards = sorted(set(weight_map.values()))
+    if absent := [name for name in shards if Path(name).name != name or not (index.parent / name).is_file()]:
+        raise ValueError(f"{index}: shards that are not beside it: {named_list(absent)}; download the rest")
+    content = {shard: read_safetensors(index.parent / shard) for shard in shards}
+    if lost := [f"{key} ({shard})" for key, shard in weight_map.items() if key not in content[shard]]:
+        raise ValueError(f"{index}: keys that their shard does not hold: {named_list(lost)}")
+    return {key: content[shard][key] for key, shard in weight_map.items()}
+
+
+def check_tensors(
+    tensors: Mapping[str, Tensor],
+    expected: Shapes,
+    source: str,
+    sizes: Callable[[Shapes], dict[str, int]] | None = None,
+) -> None:
+    """Demand exactly the expected names and shapes.
+
+    Args:
+        sizes: the model sizes that a set of shapes reveals, for saying which of them differ.
+
+    Raises:
+        ValueError: naming every missing, unexpected and misshapen key (counting beyond twelve), the nearest
+            missing name for each unexpected one, and the sizes that differ.
+    """
+    missing = [name for name in expected if name not in tensors]
+    unexpected = [name for name in tensors if name not in expected]
+    misshapen = [
+        name for name in tensors if name in expected and tuple(tensors[name].shape) != tuple(expected[name])
+    ]
+    if not (missing or unexpected or misshapen):
+        return
+    lines = [f"{source}: the weights do not fit the model"]
+    if sizes is not None:
+        in_file, in_model = sizes({name: tuple(t.shape) for name, t in tensors.items()}), sizes(expected)
+        if differing := [
+            field for field in in_model if in_file.get(field, in_model[field]) != in_model[field]
+        ]:
+            lines.append(
+                "  another architecture: the file has "
+                + ", ".join(f"{field} {in_file[field]}" for field in differing)
+                + "; the model has "
+                + ", ".join(f"{field} {in_model[field]}" for field in differing)
+                + ". Choose the preset that the file was made for, or override model.*"
+            )
+
+    def with_hint(name: str) -> str:
+        nearest = difflib.get_close_matches(name, missing, n=1, cutoff=0.8)
+        return f"{name} (did you mean {nearest[0]}?)" if nearest else name
+
+    if missing:
+        lines.append(f"  missing ({len(missing)}): {named_list(missing)}")
+    if unexpected:
+        hinted = [*map(with_hint, unexpected[:KEYS_SHOWN]), *unexpected[KEYS_SHOWN:]]
+        lines.append(f"  unexpected ({len(unexpected)}): {named_list(hinted)}")
+    if misshapen:
+        described = (f"{n} (file {list(tensors[n].shape)}, model {list(expected[n])})" for n in misshapen)
+        lines.append(f"  misshapen ({len(misshapen)}): {named_list(described)}")
+    raise ValueError("\n".join(lines))
+
+
+def _placed(tensor: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    moved = tensor.to(device=device, dtype=dtype)
+    if moved is tensor and device.type == "cpu" and tensor.data_ptr() % ALIGNMENT:
+        # Kernels may choose their summation order by alignment: a view into the middle of a mapped file could
+        # give another last digit than the same weights in memory of their own.
+        return tensor.clone()
+    return moved
+
+
+def assign_tensors(
+    model: nn.Module,
+    tensors: Mapping[str, Tensor],
+    *,
+    device: torch.device | str,
+    dtype: torch.dtype,
+) -> None:
+    """Give a model built on the meta device its (checked) weights, tensor by tensor onto the device.
+
+    The mapped file is the only other place where the weights are; where device and dtype already agree, the
+    model uses the mapping itself.
+    """
+    placed = {name: _placed(tensor, torch.device(device), dtype) for name, tensor in tensors.items()}
+    model.load_state_dict(placed, strict=True, assign=True)
+    left = [name for name, value in (*model.named_parameters(), *model.named_buffers()) if value.is_meta]
+    assert not left, f"still on the meta device: {left}"

@@ -1,0 +1,227 @@
+"""Adapters: three ways to start training, and a starting policy that equals the policy bit for bit."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from kvpo.models.adapters import (
+    adapter_state,
+    add_adapter,
+    averaged,
+    base_state,
+    load_adapter,
+    merge_adapter,
+    merged_state,
+    reference_policy,
+    trained_parameters,
+)
+from kvpo.models.checkpoints import PEFT_PREFIX
+from tests.models.tiny import ADAPTED, random_adapter, tiny_model, velocity
+
+TARGETS = ("self_attn.q", "cross_attn.k", "ffn.0")
+
+
+def fresh(model):
+    add_adapter(model, 3, 6.0, TARGETS, generator=torch.Generator().manual_seed(0))
+
+
+def continued(model):
+    load_adapter(model, random_adapter(model))
+
+
+def merged(model):
+    merge_adapter(model, random_adapter(model))
+    fresh(model)
+
+
+STARTS = {"fresh": fresh, "continued": continued, "merged": merged}
+
+
+def nudge(model):
+    generator = torch.Generator().manual_seed(9)
+    with torch.no_grad():
+        for value in trained_parameters(model).values():
+            value += 0.1 * torch.randn(value.shape, generator=generator)
+
+
+@pytest.mark.parametrize("start", STARTS)
+@pytest.mark.parametrize("precision", ["float32", "bfloat16 weights", "bfloat16 autocast"])
+def test_the_reference_equals_the_policy_bitwise_at_update_zero_and_stays(start, precision):
+    model = tiny_model()
+    if precision == "bfloat16 weights":
+        model.to(torch.bfloat16)
+    STARTS[start](model)
+
+    @torch.no_grad()
+    def predict():
+        # One autocast region per pass: a region keeps the casts of the weights it has seen.
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16 autocast"):
+            return velocity(model)
+
+    policy = predict()
+    with reference_policy(model):
+        assert torch.equal(predict(), policy)
+    nudge(model)
+    assert not torch.equal(predict(), policy)
+    with reference_policy(model):
+        assert torch.equal(predict(), policy)
+
+
+@pytest.mark.parametrize("start", ["continued", "merged"])
+def test_the_starting_policy_is_base_plus_adapter(start):
+    model, plain = tiny_model(), tiny_model()
+    STARTS[start](model)
+    adapter = random_adapter(plain)
+    for name in ADAPTED:  # by hand: W + (alpha / rank) B A
+        a, b = adapter.pair(name)
+        plain.get_submodule(name).weight.data += 2.0 * b @ a
+    with torch.no_grad():
+        expected = velocity(plain)
+        assert (velocity(model) - expected).abs().max() < 1e-5 * expected.abs().max()
+        assert (velocity(tiny_model()) - expected).abs().max() > 1e-2 * expected.abs().max()
+
+
+@pytest.mark.parametrize("start", STARTS)
+def test_only_the_trained_adapter_receives_gradients(start):
+    model = tiny_model()
+    STARTS[start](model)
+    nudge(model)
+    names = trained_parameters(model).keys()
+    assert names and all(".lora_" in name and ".default." in name for name in names)
+    assert all(value.dtype == torch.float32 for value in trained_parameters(model).values())
+    velocity(model).square().sum().backward()
+    for name, value in model.named_parameters():
+        assert (value.grad is not None and value.grad.abs().max() > 0) == (name in names), name
+
+
+def switches(model):
+    layers = [m for m in model.modules() if hasattr(m, "lora_A")]
+    return (
+        [(tuple(layer.active_adapters), layer.disable_adapters) for layer in layers],
+        [(name, value.requires_grad) for name, value in model.named_parameters()],
+    )
+
+
+@pytest.mark.parametrize("start", STARTS)
+def test_the_context_restores_the_previous_state_exactly(start):
+    model = tiny_model()
+    STARTS[start](model)
+    for frozen in (False, True):
+        for value in list(trained_parameters(model).values())[::2]:
+            value.requires_grad_(not frozen)
+        before = switches(model)
+        with reference_policy(model):
+            inside = switches(model)
+            assert inside != before and not torch.is_grad_enabled()
+            with reference_policy(model):
+                assert switches(model) == inside
+            assert switches(model) == inside
+        assert switches(model) == before and torch.is_grad_enabled()
+        with pytest.raises(KeyError), reference_policy(model):
+            raise KeyError
+        assert switches(model) == before
+
+
+def test_a_graph_recorded_before_the_context_is_differentiated_as_the_policy():
+    def gradients(visit_reference):
+        model = tiny_model()
+        model.checkpointing = True
+        continued(model)
+        nudge(model)
+        loss = velocity(model).square().sum()
+        if visit_reference:
+            with reference_policy(model):
+                velocity(model)
+        loss.backward()
+        return [value.grad for value in trained_parameters(model).values()]
+
+    for alone, visited in zip(gradients(False), gradients(True), strict=True):
+        assert torch.equal(alone, visited)
+
+
+def test_a_fresh_adapter_draws_from_its_generator_only():
+    before = torch.get_rng_state()
+    model = tiny_model()
+    torch.set_rng_state(before)
+    fresh(model)
+    assert torch.equal(torch.get_rng_state(), before)
+    again = tiny_model()
+    fresh(again)
+    state = adapter_state(model)
+    assert (state.rank, state.alpha) == (3, 6.0)
+    assert all(
+        torch.equal(value, adapter_state(again).tensors[name]) for name, value in state.tensors.items()
+    )
+    a, b = state.pair("blocks.1.ffn.0")
+    assert a.shape == (3, 24) and b.shape == (40, 3) and not b.any()
+    assert a.abs().max() <= 24**-0.5 and a.std() > 0.4 * 24**-0.5
+
+
+def test_targets_reach_every_block_and_unknown_ones_are_named():
+    model = tiny_model()
+    fresh(model)
+    wanted = {f"blocks.{i}.{target}" for i in range(2) for target in TARGETS}
+    assert set(adapter_state(model).modules) == wanted
+    with pytest.raises(ValueError, match="no linear layer ends in self_attn.query; a block has self_attn.q"):
+        add_adapter(tiny_model(), 2, 2, ("self_attn.query",), generator=torch.Generator())
+
+
+def test_the_public_layout_round_trips():
+    model = tiny_model()
+    given = random_adapter(model)
+    load_adapter(model, given)
+    state = adapter_state(model)
+    assert state.tensors.keys() == given.tensors.keys()
+    assert all(torch.equal(value, given.tensors[name]) for name, value in state.tensors.items())
+    assert (state.rank, state.alpha) == (given.rank, given.alpha)
+    nudge(model)
+    assert all(value.any() for value in given.tensors.values())
+    assert not torch.equal(given.pair(ADAPTED[0])[0], adapter_state(model).pair(ADAPTED[0])[0])
+
+
+def test_adapters_that_do_not_fit_are_named():
+    model = tiny_model()
+    adapter = random_adapter(model)
+    misnamed = {n.replace("blocks.1.ffn.0", "blocks.7.ffn.0"): v for n, v in adapter.tensors.items()}
+    for call in (load_adapter, merge_adapter):
+        with pytest.raises(ValueError, match=r"unexpected \(2\): .*blocks.7.ffn.0.lora_A.weight"):
+            call(model, replace(adapter, tensors=misnamed))
+        wide = adapter.tensors | {f"{PEFT_PREFIX}{ADAPTED[0]}.lora_A.weight": torch.zeros(3, 99)}
+        with pytest.raises(
+            ValueError, match=r"self_attn.q.lora_A.weight \(file \[3, 99\], model \[3, 24\]\)"
+        ):
+            call(model, replace(adapter, tensors=wide))
+
+
+@pytest.mark.parametrize("start", STARTS)
+def test_merged_weights_are_the_policy_and_the_base_is_untouched(start):
+    model = tiny_model()
+    base = {name: value.clone() for name, value in model.state_dict().items()}
+    STARTS[start](model)
+    nudge(model)
+    weights = merged_state(model)
+    assert list(weights) == list(base)
+    plain = tiny_model()
+    plain.load_state_dict(weights)
+    with torch.no_grad():
+        expected = velocity(model)
+        assert (velocity(plain) - expected).abs().max() < 1e-5 * expected.abs().max()
+    if start != "merged":
+        assert all(torch.equal(value, base[name]) for name, value in base_state(model).items())
+    assert all(value.dtype == torch.bfloat16 for value in merged_state(model, torch.bfloat16).values())
+
+
+def test_a_model_without_an_adapter_trains_and_exports_all_of_itself():
+    model = tiny_model()
+    assert trained_parameters(model).keys() == dict(model.named_parameters()).keys()
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in merged_state(model).items())
+
+
+def test_a_moving_average_takes_the_place_of_the_weights():
+    model = tiny_model()
+    continued(model)
+    average = {name: value.detach() + 1 for name, value in trained_parameters(model).items()}
+    state = averaged(adapter_state(model), average)
+    for name, value in adapter_state(model).tensors.items():
+        assert torch.equal(state.tensors[name], value + 1)

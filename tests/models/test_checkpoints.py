@@ -1,0 +1,402 @@
+"""Checkpoints in: every public layout gives the same tensors; everything else gives one clear error."""
+
+import json
+import os
+import pickle
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from kvpo.models.causal_wan import CausalWan, WanShape
+from kvpo.models.checkpoints import (
+    TransformerState,
+    assign_state,
+    from_diffusers_name,
+    load_adapter_state,
+    load_transformer_state,
+    to_diffusers_name,
+)
+from tests.models.tiny import SHAPE
+
+RANK = 3
+
+
+def wan_state() -> dict[str, torch.Tensor]:
+    torch.manual_seed(0)
+    return {name: torch.randn_like(value) for name, value in CausalWan(SHAPE).state_dict().items()}
+
+
+def lora_state() -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    layers = {"blocks.0.self_attn.q": (24, 24), "blocks.1.ffn.0": (40, 24), "blocks.1.ffn.2": (24, 40)}
+    state = {}
+    for name, (out_width, in_width) in layers.items():
+        state[f"base_model.model.{name}.lora_A.weight"] = torch.randn(RANK, in_width, generator=generator)
+        state[f"base_model.model.{name}.lora_B.weight"] = torch.randn(out_width, RANK, generator=generator)
+    return state
+
+
+def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert torch.equal(found[name], value), name
+
+
+def saved(path: Path, content: object) -> Path:
+    torch.save(content, path)
+    return path
+
+
+def prefixed(state: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    return {prefix + name: value for name, value in state.items()}
+
+
+@pytest.mark.parametrize(
+    "prefix",
+    [
+        "",
+        "model.",
+        "_fsdp_wrapped_module.",
+        "model._fsdp_wrapped_module.",
+        "_orig_mod.model.",
+        "module.model._orig_mod._fsdp_wrapped_module.",
+    ],
+)
+@pytest.mark.parametrize("entry", ["generator", "generator_ema", "model"])
+def test_every_pt_layout_loads(tmp_path, entry, prefix):
+    state = wan_state()
+    path = saved(tmp_path / "x.pt", {entry: prefixed(state, prefix), "step": 3, "critic": {}})
+    loaded = load_transformer_state(path)
+    assert_same(loaded.tensors, state)
+    assert entry in loaded.source
+
+
+def test_wrappers_inside_names_are_removed(tmp_path):
+    state = wan_state()
+    wrapped = {
+        re.sub(r"(blocks\.\d+\.)", r"\1_checkpoint_wrapped_module._orig_mod.", k): v for k, v in state.items()
+    }
+    assert wrapped.keys() != state.keys()
+    path = saved(tmp_path / "x.pt", {"generator_ema": prefixed(wrapped, "model._fsdp_wrapped_module.")})
+    assert_same(load_transformer_state(path).tensors, state)
+
+
+def test_the_entry_is_the_first_public_one_or_the_one_asked_for(tmp_path):
+    state = wan_state()
+    other = {name: value + 1 for name, value in state.items()}
+    path = saved(tmp_path / "x.pt", {"generator_ema": other, "generator": state, "ema": other})
+    default = load_transformer_state(path)
+    assert_same(default.tensors, state)
+    assert "entry generator " in default.source and "generator_ema" in default.source
+    assert_same(load_transformer_state(path, entry="generator_ema").tensors, other)
+    assert_same(load_transformer_state(path, entry="ema").tensors, other)
+    with pytest.raises(ValueError, match="no entry critic; the file holds generator_ema, generator, ema"):
+        load_transformer_state(path, entry="critic")
+
+
+def test_bare_pt_safetensors_and_legacy_torch_files_load(tmp_path):
+    state = wan_state()
+    save_file(state, tmp_path / "diffusion_pytorch_model.safetensors")
+    torch.save({"generator": state}, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    assert_same(load_transformer_state(tmp_path / "diffusion_pytorch_model.safetensors").tensors, state)
+    assert_same(load_transformer_state(tmp_path / "old.pt").tensors, state)
+    assert_same(
+        load_transformer_state(saved(tmp_path / "bare.pth", prefixed(state, "model."))).tensors, state
+    )
+
+
+@pytest.mark.parametrize("folder", ["", "transformer"])
+@pytest.mark.parametrize("names", ["wan", "diffusers"])
+@pytest.mark.parametrize("shards", [1, 3])
+def test_directories_load(tmp_path, folder, names, shards):
+    state = wan_state()
+    stored = {to_diffusers_name(n): v for n, v in state.items()} if names == "diffusers" else state
+    directory = tmp_path / folder
+    directory.mkdir(exist_ok=True)
+    if shards == 1:
+        save_file(stored, directory / "diffusion_pytorch_model.safetensors")
+    else:
+        weight_map = {name: f"part-{i % shards}.safetensors" for i, name in enumerate(stored)}
+        for shard in set(weight_map.values()):
+            save_file({n: stored[n] for n, s in weight_map.items() if s == shard}, directory / shard)
+        index = directory / "diffusion_pytorch_model.safetensors.index.json"
+        index.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    assert_same(load_transformer_state(tmp_path).tensors, state)
+
+
+def test_absent_shards_and_lost_keys_are_named(tmp_path):
+    state = wan_state()
+    index = tmp_path / "diffusion_pytorch_model.safetensors.index.json"
+    save_file({"a": torch.zeros(1)}, tmp_path / "one.safetensors")
+    index.write_text(json.dumps({"weight_map": {name: "two.safetensors" for name in state}}))
+    with pytest.raises(ValueError, match="two.safetensors; download the rest"):
+        load_transformer_state(tmp_path)
+    index.write_text(json.dumps({"weight_map": {"head.head.bias": "one.safetensors"}}))
+    with pytest.raises(ValueError, match=r"head.head.bias \(one.safetensors\)"):
+        load_transformer_state(tmp_path)
+    index.write_text(json.dumps({"weight_map": {"head.head.bias": "../outside.safetensors"}}))
+    with pytest.raises(ValueError, match="not beside it"):
+        load_transformer_state(tmp_path)
+    index.write_text("[]")
+    with pytest.raises(ValueError, match="not a safetensors index"):
+        load_transformer_state(tmp_path)
+
+
+def test_a_directory_without_weights_says_what_it_holds(tmp_path):
+    (tmp_path / "readme.md").write_text("x")
+    with pytest.raises(ValueError, match="readme.md"):
+        load_transformer_state(tmp_path)
+
+
+def test_golden_name_map_is_exact(golden_dir):
+    table = json.loads((golden_dir / "wan_to_diffusers_keys.json").read_text())
+    assert {name: to_diffusers_name(name) for name in table} == table
+    assert all(from_diffusers_name(theirs) == name for name, theirs in table.items())
+
+
+def test_golden_tiny_checkpoints_load(golden_dir):
+    base = load_transformer_state(golden_dir / "tiny_base.pt")
+    adapter = load_adapter_state(golden_dir / "tiny_lora.pt")
+    assert base.tensors["patch_embedding.weight"].shape == (96, 16, 1, 2, 2)
+    assert (adapter.rank, adapter.alpha, len(adapter.modules)) == (8, 8.0, 30)
+
+
+class Evil:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_pickled_code_is_refused_and_not_run(tmp_path, zipped):
+    torch.save(
+        {"generator": Evil(tmp_path / "owned")}, tmp_path / "x.pt", _use_new_zipfile_serialization=zipped
+    )
+    with pytest.raises(ValueError, match=r"refused, because the file holds pickled code .*mkdir") as error:
+        load_transformer_state(tmp_path / "x.pt")
+    assert not (tmp_path / "owned").exists()
+    assert "weights_only" not in str(error.value)
+
+
+def test_a_plain_pickle_is_refused(tmp_path):
+    (tmp_path / "x.pt").write_bytes(pickle.dumps({"generator": Evil(tmp_path / "owned")}))
+    with pytest.raises(ValueError, match="x.pt"):
+        load_transformer_state(tmp_path / "x.pt")
+    assert not (tmp_path / "owned").exists()
+
+
+@pytest.mark.parametrize("keep", [0.05, 0.5, 0.999])
+@pytest.mark.parametrize("kind", ["pt", "legacy", "safetensors"])
+def test_truncated_files_give_one_clear_error(tmp_path, kind, keep):
+    path = tmp_path / f"x.{kind}"
+    if kind == "safetensors":
+        save_file(wan_state(), path)
+    else:
+        torch.save({"generator": wan_state()}, path, _use_new_zipfile_serialization=kind == "pt")
+    data = path.read_bytes()
+    path.write_bytes(data[: int(len(data) * keep)])
+    with pytest.raises(ValueError, match="truncated or damaged"):
+        load_transformer_state(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "empty"),
+        (b"<!DOCTYPE html><html>404 and some more text to fill</html>", "neither a torch nor a safetensors"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n", "git lfs pull"),
+    ],
+)
+def test_files_that_are_no_checkpoints(tmp_path, content, message):
+    (tmp_path / "x.pt").write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        load_transformer_state(tmp_path / "x.pt")
+
+
+def test_a_missing_file_a_list_and_mixed_entries(tmp_path):
+    with pytest.raises(ValueError, match="no such file"):
+        load_transformer_state(tmp_path / "absent.pt")
+    with pytest.raises(ValueError, match="holds a list"):
+        load_transformer_state(saved(tmp_path / "list.pt", [torch.zeros(1)]))
+    with pytest.raises(ValueError, match="not tensors: lr"):
+        load_transformer_state(saved(tmp_path / "mixed.pt", {"generator": {"a": torch.zeros(1), "lr": 0.1}}))
+    with pytest.raises(ValueError, match="several names .* head.head.bias"):
+        twice = {"head.head.bias": torch.zeros(1), "model.head.head.bias": torch.zeros(1)}
+        load_transformer_state(saved(tmp_path / "twice.pt", {"generator": twice}))
+
+
+def test_an_adapter_given_as_weights_is_recognised(tmp_path):
+    path = saved(tmp_path / "lora.pt", {"generator_lora": lora_state(), "step": 1})
+    with pytest.raises(ValueError, match="give it as the adapter"):
+        load_transformer_state(path)
+    with pytest.raises(ValueError, match="give it as the adapter"):
+        load_transformer_state(saved(tmp_path / "flat.pt", lora_state()))
+
+
+def meta_model(shape: WanShape = SHAPE) -> CausalWan:
+    with torch.device("meta"):
+        return CausalWan(shape)
+
+
+def assign(tensors: dict[str, torch.Tensor], model: CausalWan, dtype: torch.dtype = torch.float32) -> None:
+    assign_state(model, TransformerState(tensors, "file.pt"), device="cpu", dtype=dtype)
+
+
+def test_assigned_weights_are_the_mapped_file_or_cast(tmp_path):
+    state = wan_state()
+    loaded = load_transformer_state(saved(tmp_path / "x.pt", {"generator": state}))
+    model = meta_model()
+    assign_state(model, loaded, device="cpu", dtype=torch.float32)
+    assert_same(model.state_dict(), state)
+    # torch.save aligns its records, so the parameters are the mapped file itself: no second copy.
+    weight = model.blocks[1].ffn[0].weight
+    assert weight.data_ptr() == loaded.tensors["blocks.1.ffn.0.weight"].data_ptr()
+    assert weight.requires_grad
+    half = meta_model()
+    assign_state(half, loaded, device="cpu", dtype=torch.bfloat16)
+    assert_same(half.state_dict(), {name: value.bfloat16() for name, value in state.items()})
+
+
+def test_unaligned_mapped_weights_get_memory_of_their_own(tmp_path):
+    state = wan_state()
+    save_file(state, tmp_path / "x.safetensors")
+    loaded = load_transformer_state(tmp_path / "x.safetensors")
+    assert any(value.data_ptr() % 64 for value in loaded.tensors.values())
+    model = meta_model()
+    assign_state(model, loaded, device="cpu", dtype=torch.float32)
+    assert all(value.data_ptr() % 64 == 0 for value in model.parameters())
+    assert_same(model.state_dict(), state)
+
+
+def test_training_in_place_does_not_write_into_the_checkpoint(tmp_path):
+    path = saved(tmp_path / "x.pt", {"generator": wan_state()})
+    model = meta_model()
+    assign_state(model, load_transformer_state(path), device="cpu", dtype=torch.float32)
+    with torch.no_grad():
+        for value in model.parameters():
+            value.zero_()
+    assert_same(load_transformer_state(path).tensors, wan_state())
+
+
+def test_renamed_missing_unexpected_and_misshapen_keys_are_named():
+    state = wan_state()
+    state["blocks.0.self_attn.query.weight"] = state.pop("blocks.0.self_attn.q.weight")
+    state["head.head.bias"] = torch.zeros(7)
+    del state["blocks.1.norm3.bias"]
+    with pytest.raises(ValueError) as error:
+        assign(state, meta_model())
+    lines = str(error.value).splitlines()
+    assert lines[0] == "file.pt: the weights do not fit the model"
+    assert lines[1] == "  missing (2): blocks.0.self_attn.q.weight, blocks.1.norm3.bias"
+    assert lines[2] == (
+        "  unexpected (1): blocks.0.self_attn.query.weight (did you mean blocks.0.self_attn.q.weight?)"
+    )
+    assert lines[3] == "  misshapen (1): head.head.bias (file [7], model [16])"
+
+
+def test_many_keys_are_counted():
+    state = wan_state()
+    gone = [name for name in state if name.startswith("blocks.1.")]
+    for name in gone[:20]:
+        del state[name]
+    with pytest.raises(ValueError, match=r"missing \(20\): .* and 8 more"):
+        assign(state, meta_model())
+
+
+def test_another_architecture_names_the_sizes_that_differ():
+    with torch.device("meta"):
+        larger = WanShape(**{**vars(SHAPE), "dim": 48, "num_layers": 3, "ffn_dim": 64})
+        state = CausalWan(larger).state_dict()
+    with pytest.raises(ValueError) as error:
+        assign(state, meta_model())
+    line = str(error.value).splitlines()[1]
+    assert (
+        "the file has dim 48, ffn_dim 64, num_layers 3; the model has dim 24, ffn_dim 40, num_layers 2"
+        in line
+    )
+
+
+ADAPTER_FORMS = {
+    "public": lambda name: name,
+    "adapter name": lambda name: name.replace(".weight", ".default.weight"),
+    "fsdp": lambda name: "_fsdp_wrapped_module." + name.replace("blocks.0", "blocks.0._orig_mod"),
+    "moving average": lambda name: "model." + name.replace(".weight", ".default.weight"),
+    "bare": lambda name: name.removeprefix("base_model.model."),
+    "diffusers": lambda name: "transformer." + diffusers_adapter_name(name),
+}
+
+
+def diffusers_adapter_name(name: str) -> str:
+    module, half = name.removeprefix("base_model.model.").split(".lora_")
+    return f"{to_diffusers_name(module)}.lora_{half}"
+
+
+@pytest.mark.parametrize("form", ADAPTER_FORMS)
+def test_every_adapter_layout_loads(tmp_path, form):
+    state = lora_state()
+    renamed = {ADAPTER_FORMS[form](name): value for name, value in state.items()}
+    for content, entry in (
+        ({"generator_lora": renamed, "step": 1}, None),
+        (renamed, None),
+        ({"ema": renamed}, "ema"),
+    ):
+        adapter = load_adapter_state(saved(tmp_path / "lora.pt", content), entry=entry)
+        assert_same(adapter.tensors, state)
+        assert (adapter.rank, adapter.alpha) == (RANK, float(RANK))
+        assert set(adapter.modules) == {"blocks.0.self_attn.q", "blocks.1.ffn.0", "blocks.1.ffn.2"}
+
+
+def test_a_published_kvpo_checkpoint_offers_adapter_and_average(tmp_path):
+    state = lora_state()
+    average = {"model." + n.replace(".weight", ".default.weight"): v + 1 for n, v in state.items()}
+    content = {
+        "step": 4,
+        "generator_lora": state,
+        "ema": average,
+        "initial_generator_lora": state,
+        "optimizer": {},
+    }
+    path = saved(tmp_path / "checkpoint_samples_8.pt", content)
+    adapter = load_adapter_state(path)
+    assert_same(adapter.tensors, state)
+    assert "not used: ema, initial_generator_lora" in adapter.source
+    assert_same(load_adapter_state(path, entry="ema").tensors, {n: v + 1 for n, v in state.items()})
+
+
+def test_alpha_comes_from_the_caller_the_configuration_or_the_rank(tmp_path):
+    save_file(lora_state(), tmp_path / "adapter_model.safetensors")
+    assert load_adapter_state(tmp_path).alpha == RANK
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"lora_alpha": 12, "r": RANK}))
+    assert load_adapter_state(tmp_path).alpha == 12
+    assert load_adapter_state(tmp_path, alpha=5).alpha == 5
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"lora_alpha": 12, "use_dora": True}))
+    with pytest.raises(ValueError, match="use_dora"):
+        load_adapter_state(tmp_path)
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(ValueError, match="lora_alpha"):
+        load_adapter_state(tmp_path)
+
+
+def test_malformed_adapters_are_named(tmp_path):
+    state = lora_state()
+    q = "base_model.model.blocks.0.self_attn.q.lora_"
+    half = {name: value for name, value in state.items() if name != q + "B.weight"}
+    with pytest.raises(ValueError, match=r"blocks.0.self_attn.q \(only A\)"):
+        load_adapter_state(saved(tmp_path / "half.pt", half))
+    ranks = state | {q + "A.weight": torch.zeros(5, 24), q + "B.weight": torch.zeros(24, 5)}
+    with pytest.raises(ValueError, match=r"ranks other than 3: blocks.0.self_attn.q \(A 5, B 5\)"):
+        load_adapter_state(saved(tmp_path / "ranks.pt", ranks))
+    with pytest.raises(ValueError, match="not halves of a LoRA layer: blocks.0.magnitude"):
+        load_adapter_state(saved(tmp_path / "more.pt", state | {"blocks.0.magnitude": torch.zeros(2)}))
+    with pytest.raises(ValueError, match="is it a base model"):
+        load_adapter_state(saved(tmp_path / "base.pt", wan_state()))
+    with pytest.raises(ValueError, match="no entry generator_lora; the file holds generator"):
+        load_adapter_state(saved(tmp_path / "gen.pt", {"generator": wan_state()}))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="no adapter"):
+        load_adapter_state(tmp_path / "empty")
