@@ -25,19 +25,21 @@ class PixelCodec(nn.Module):
         super().__init__()
         self.encoder = nn.Sequential(
             nn.PixelUnshuffle(2),
-            nn.Conv2d(12, 48, 3, padding=1),
+            nn.Conv2d(12, 32, 3, padding=1),
             nn.SiLU(),
-            nn.Conv2d(48, 64, 4, stride=2, padding=1),
+            nn.Conv2d(32, 64, 4, stride=2, padding=1),
             nn.SiLU(),
             nn.Conv2d(64, LATENT_CHANNELS, 3, padding=1),
         )
         self.decoder = nn.Sequential(
-            nn.Conv2d(LATENT_CHANNELS, 48, 3, padding=1),
+            nn.Conv2d(LATENT_CHANNELS, 32, 3, padding=1),
             nn.SiLU(),
-            nn.Conv2d(48, 64, 3, padding=1),
+            nn.Conv2d(32, 64, 3, padding=1),
             nn.SiLU(),
             nn.PixelShuffle(2),
-            nn.Conv2d(16, 12, 3, padding=1),
+            nn.Conv2d(16, 24, 3, padding=1),
+            nn.SiLU(),
+            nn.Conv2d(24, 12, 3, padding=1),
             nn.PixelShuffle(2),
         )
         self.register_buffer("mean", torch.zeros(LATENT_CHANNELS))
@@ -68,17 +70,23 @@ def psnr(video: Tensor, reference: Tensor) -> float:
     return float(-10 * torch.log10(F.mse_loss(video, reference)))
 
 
+def _sample(generator: torch.Generator, count: int, num_frames: int) -> Tensor:
+    """``count`` faulty and ``count`` clean videos [2 * count, num_frames, 3, H, W]."""
+    return torch.cat(
+        [training_batch(generator, count, num_frames, faults)[0] for faults in (Faults(), CLEAN)]
+    )
+
+
 def _frames(generator: torch.Generator, count: int) -> Iterator[Tensor]:
     """Batches [1, count, 3, H, W] of shuffled frames, half faulty and half clean, each seen about twice."""
     while True:
-        halves = [training_batch(generator, 24, 36, faults)[0] for faults in (Faults(), CLEAN)]
-        pool = torch.cat(halves).flatten(0, 1)
+        pool = _sample(generator, 24, 36).flatten(0, 1)
         for _ in range(2):
             for rows in torch.randperm(len(pool), generator=generator).split(count):
                 yield pool[rows][None]
 
 
-def train_codec(steps: int = 4000, seed: int = 0, batch: int = 64) -> PixelCodec:
+def train_codec(steps: int = 14000, seed: int = 0, batch: int = 16) -> PixelCodec:
     """Train a codec from scratch on freshly drawn frames of the training split; deterministic in ``seed``."""
     generator = torch.Generator().manual_seed(seed)
     codec = PixelCodec()
@@ -86,8 +94,8 @@ def train_codec(steps: int = 4000, seed: int = 0, batch: int = 64) -> PixelCodec
         if isinstance(layer, nn.Conv2d):
             nn.init.kaiming_normal_(layer.weight, nonlinearity="relu", generator=generator)
             nn.init.zeros_(layer.bias)
-    optimizer = torch.optim.AdamW(codec.parameters(), lr=3e-3, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps, pct_start=0.1)
+    optimizer = torch.optim.AdamW(codec.parameters(), lr=6e-3, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 6e-3, total_steps=steps, pct_start=0.1)
     frames = _frames(generator, batch)
     codec.train()
     for step in range(steps):
@@ -101,7 +109,7 @@ def train_codec(steps: int = 4000, seed: int = 0, batch: int = 64) -> PixelCodec
         loss.backward()
         optimizer.step()
         schedule.step()
-    codec.set_statistics(torch.cat([next(frames) for _ in range(16)], dim=1))
+    codec.set_statistics(_sample(torch.Generator().manual_seed(seed + 1), 256, 60)[:, ::5])
     return codec.eval().requires_grad_(False)
 
 
