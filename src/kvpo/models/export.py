@@ -1,0 +1,180 @@
+"""Checkpoints out: adapters for PEFT and diffusers, merged weights for diffusers and in the public layout.
+
+Every writer puts its result in place in one step: an interrupted export leaves nothing that looks finished.
+"""
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from peft import LoraConfig
+from safetensors.torch import save_file
+from torch import Tensor
+
+from kvpo.models.causal_wan import WanShape
+from kvpo.models.checkpoints import (
+    DIFFUSERS_ADAPTER_NAME,
+    PEFT_FILES,
+    WEIGHTS_NAME,
+    AdapterState,
+    to_diffusers_name,
+)
+from kvpo.models.tensor_files import check_tensors
+
+SHARD_BYTES = 5_000_000_000
+
+
+@contextmanager
+def _new_directory(directory: Path) -> Iterator[Path]:
+    """A scratch directory that becomes ``directory`` when the block succeeds."""
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise ValueError(f"{directory}: already exists; export to a new directory, or remove it first")
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
+    try:
+        yield scratch
+        scratch.chmod(0o755)
+        os.replace(scratch, directory)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _storable(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Contiguous CPU tensors, none of them a window into a larger storage (which would be saved whole)."""
+    stored = {}
+    for name, tensor in tensors.items():
+        tensor = tensor.detach().cpu().contiguous()
+        stored[name] = tensor.clone() if tensor.untyped_storage().nbytes() != tensor.nbytes else tensor
+    return stored
+
+
+def save_peft_adapter(directory: str | Path, adapter: AdapterState, *, base_model: str = "") -> None:
+    """Write ``adapter_model.safetensors`` and ``adapter_config.json``, as PEFT reads them.
+
+    Args:
+        base_model: name of the weights that the adapter belongs to, recorded in the configuration.
+
+    Raises:
+        ValueError: the directory exists and is not empty.
+    """
+    config = LoraConfig(
+        r=adapter.rank,
+        lora_alpha=adapter.alpha,
+        target_modules=sorted(adapter.modules),
+        lora_dropout=0.0,
+        base_model_name_or_path=base_model,
+        inference_mode=True,
+    )
+    with _new_directory(Path(directory)) as scratch:
+        config.save_pretrained(str(scratch))
+        save_file(_storable(adapter.tensors), scratch / PEFT_FILES[0], metadata={"format": "pt"})
+
+
+def save_diffusers_adapter(directory: str | Path, adapter: AdapterState) -> None:
+    """Write ``pytorch_lora_weights.safetensors``, as diffusers' LoRA loaders read it.
+
+    That layout has no place for alpha on which all its readers agree, so a scale alpha / rank other than 1 is
+    multiplied into ``B`` (exact for powers of two).
+
+    Raises:
+        ValueError: the directory exists and is not empty.
+    """
+    scale = adapter.alpha / adapter.rank
+    tensors = {}
+    for module in adapter.modules:
+        a, b = adapter.pair(module)
+        prefix = f"transformer.{to_diffusers_name(module)}.lora_"
+        tensors[prefix + "A.weight"] = a
+        tensors[prefix + "B.weight"] = b if scale == 1 else b * scale
+    with _new_directory(Path(directory)) as scratch:
+        save_file(_storable(tensors), scratch / DIFFUSERS_ADAPTER_NAME, metadata={"format": "pt"})
+
+
+def save_diffusers_transformer(
+    directory: str | Path,
+    tensors: Mapping[str, Tensor],
+    shape: WanShape,
+    *,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Write weights and configuration as diffusers' ``WanTransformer3DModel.from_pretrained`` reads them.
+
+    Args:
+        tensors: all weights under bare Wan names.
+        shard_bytes: size beyond which a safetensors file is split; splits come with an index.
+
+    Raises:
+        ValueError: keys or shapes that are not those of the configuration, or a directory that is not empty.
+    """
+    from diffusers import WanTransformer3DModel
+
+    with torch.device("meta"):
+        model = WanTransformer3DModel(
+            patch_size=shape.patch_size,
+            num_attention_heads=shape.num_heads,
+            attention_head_dim=shape.head_dim,
+            in_channels=shape.channels,
+            out_channels=shape.channels,
+            text_dim=shape.text_dim,
+            freq_dim=shape.freq_dim,
+            ffn_dim=shape.ffn_dim,
+            num_layers=shape.num_layers,
+            eps=shape.eps,
+        )
+    named = {to_diffusers_name(name): tensor for name, tensor in tensors.items()}
+    check_tensors(
+        named, {name: tuple(v.shape) for name, v in model.state_dict().items()}, "export for diffusers"
+    )
+    with _new_directory(Path(directory)) as scratch:
+        model.save_config(scratch)
+        _save_sharded(scratch, named, shard_bytes)
+
+
+def _save_sharded(directory: Path, tensors: Mapping[str, Tensor], shard_bytes: int) -> None:
+    shards: list[list[str]] = [[]]
+    used = 0
+    for name, tensor in tensors.items():
+        if shards[-1] and used + tensor.nbytes > shard_bytes:
+            shards.append([])
+            used = 0
+        shards[-1].append(name)
+        used += tensor.nbytes
+    stem, suffix = Path(WEIGHTS_NAME).stem, Path(WEIGHTS_NAME).suffix
+    files = [f"{stem}-{i:05d}-of-{len(shards):05d}{suffix}" for i in range(1, len(shards) + 1)]
+    if len(shards) == 1:
+        files = [WEIGHTS_NAME]
+    for file, names in zip(files, shards, strict=True):
+        save_file(
+            _storable({name: tensors[name] for name in names}), directory / file, metadata={"format": "pt"}
+        )
+    if len(shards) > 1:
+        weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}
+        total = sum(tensor.nbytes for tensor in tensors.values())
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (directory / f"{WEIGHTS_NAME}.index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
+
+
+def save_public_checkpoint(path: str | Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write ``{"generator": {"model.…": …}}``, the layout of LongLive, MemFlow and Self-Forcing.
+
+    Args:
+        tensors: all weights under bare Wan names.
+
+    Raises:
+        ValueError: the file exists.
+    """
+    path = Path(path)
+    if path.exists():
+        raise ValueError(f"{path}: already exists; export to a new file, or remove it first")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        torch.save({"generator": {f"model.{name}": t for name, t in _storable(tensors).items()}}, scratch)
+        os.replace(scratch, path)
+    finally:
+        scratch.unlink(missing_ok=True)

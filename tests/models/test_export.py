@@ -1,0 +1,185 @@
+"""Checkpoints out: exact round trips, and what diffusers and PEFT compute from the exported files."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from diffusers import WanTransformer3DModel
+from peft import PeftModel
+from safetensors.torch import save_file
+
+from kvpo.models.adapters import adapter_state, load_adapter, merge_adapter, merged_state
+from kvpo.models.causal_wan import CausalWan, WanShape
+from kvpo.models.checkpoints import (
+    AdapterState,
+    assign_state,
+    load_adapter_state,
+    load_transformer_state,
+)
+from kvpo.models.export import (
+    save_diffusers_adapter,
+    save_diffusers_transformer,
+    save_peft_adapter,
+    save_public_checkpoint,
+)
+from tests.models.tiny import SHAPE, inputs, random_adapter, tiny_model, velocity
+
+
+def assert_same(found, expected):
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert found[name].dtype == value.dtype and torch.equal(found[name], value), name
+
+
+@torch.no_grad()
+def diffusers_velocity(model, shape: WanShape = SHAPE, frames: int = 3) -> torch.Tensor:
+    """The bidirectional transformer on one block of frames that starts at frame 0."""
+    x, sigma, text = inputs(shape, frames)
+    out = model.eval()(x.transpose(1, 2), timestep=1000 * sigma, encoder_hidden_states=text).sample
+    return out.transpose(1, 2)
+
+
+@torch.no_grad()
+def assert_agrees(found: torch.Tensor, expected: torch.Tensor) -> None:
+    assert expected.abs().max() > 0.1
+    assert (found - expected).abs().max() <= 1e-4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_merged_weights_round_trip_through_every_layout(tmp_path, dtype):
+    model = tiny_model()
+    load_adapter(model, random_adapter(model))
+    weights = merged_state(model, dtype)
+    save_public_checkpoint(tmp_path / "merged.pt", weights)
+    save_diffusers_transformer(tmp_path / "single", weights, SHAPE)
+    save_diffusers_transformer(tmp_path / "sharded", weights, SHAPE, shard_bytes=9000)
+    assert_same(load_transformer_state(tmp_path / "merged.pt").tensors, weights)
+    assert_same(load_transformer_state(tmp_path / "single").tensors, weights)
+    assert_same(load_transformer_state(tmp_path / "sharded").tensors, weights)
+    assert list(torch.load(tmp_path / "merged.pt", weights_only=True)["generator"]) == [
+        f"model.{name}" for name in weights
+    ]
+    shards = sorted(p.name for p in (tmp_path / "sharded").glob("*.safetensors"))
+    assert len(shards) > 3 and shards[0].startswith("diffusion_pytorch_model-00001-of-")
+    limit = max(9000, *(value.nbytes for value in weights.values())) + 4000  # header
+    assert all((tmp_path / "sharded" / name).stat().st_size < limit for name in shards)
+
+
+@pytest.mark.parametrize("shard_bytes", [10**9, 9000])
+def test_the_merged_export_loads_in_diffusers_and_agrees(tmp_path, shard_bytes):
+    model = tiny_model()
+    load_adapter(model, random_adapter(model))
+    save_diffusers_transformer(tmp_path / "out", merged_state(model), SHAPE, shard_bytes=shard_bytes)
+    theirs, info = WanTransformer3DModel.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(info.values()), info
+    assert_agrees(diffusers_velocity(theirs), velocity(model))
+
+
+def test_a_block_at_the_real_width_agrees_with_diffusers(tmp_path):
+    shape = WanShape(
+        dim=1536,
+        num_heads=12,
+        num_layers=1,
+        ffn_dim=8960,
+        freq_dim=256,
+        text_len=16,
+        text_dim=64,
+        channels=16,
+        patch_size=(1, 2, 2),
+        latent_height=6,
+        latent_width=8,
+    )
+    model = tiny_model(shape)
+    save_diffusers_transformer(tmp_path / "out", merged_state(model), shape)
+    theirs = WanTransformer3DModel.from_pretrained(tmp_path / "out")
+    with torch.no_grad():
+        assert_agrees(diffusers_velocity(theirs, shape), velocity(model))
+
+
+def test_the_adapter_round_trips_through_peft_and_its_model_agrees(tmp_path):
+    model = tiny_model()
+    adapter = random_adapter(model, rank=3, alpha=7.0)
+    load_adapter(model, adapter)
+    save_peft_adapter(tmp_path / "peft", adapter_state(model), base_model="longlive_base.pt")
+    again = load_adapter_state(tmp_path / "peft")
+    assert_same(again.tensors, adapter.tensors)
+    assert (again.rank, again.alpha) == (3, 7.0)
+    config = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"], config["base_model_name_or_path"]) == (
+        3,
+        7.0,
+        "longlive_base.pt",
+    )
+    plain = tiny_model()
+    PeftModel.from_pretrained(plain, str(tmp_path / "peft"))  # injects its layers into `plain`
+    with torch.no_grad():
+        assert torch.equal(velocity(plain), velocity(model))
+
+
+@pytest.mark.parametrize("alpha", [3.0, 6.0, 5.0])
+def test_the_diffusers_adapter_loads_in_diffusers_and_agrees(tmp_path, alpha):
+    model = tiny_model()
+    adapter = random_adapter(model, rank=3, alpha=alpha)
+    save_diffusers_transformer(tmp_path / "base", merged_state(model), SHAPE)
+    save_diffusers_adapter(tmp_path / "lora", adapter)
+    theirs = WanTransformer3DModel.from_pretrained(tmp_path / "base")
+    base = diffusers_velocity(theirs)
+    theirs.load_lora_adapter(tmp_path / "lora", use_safetensors=True)
+    merge_adapter(model, adapter)
+    assert_agrees(diffusers_velocity(theirs), velocity(model))
+    assert (diffusers_velocity(theirs) - base).abs().max() > 1e-2
+    again = load_adapter_state(tmp_path / "lora")
+    merged_again = tiny_model()
+    merge_adapter(merged_again, again)
+    for name, value in model.state_dict().items():
+        assert torch.allclose(merged_again.state_dict()[name], value, atol=1e-6), name
+    if alpha == 3.0:
+        assert_same(again.tensors, adapter.tensors)
+
+
+def test_what_is_exported_generates_identical_values_after_reloading(tmp_path):
+    model = tiny_model()
+    load_adapter(model, random_adapter(model))
+    merged = CausalWan(SHAPE)
+    merged.load_state_dict(merged_state(model))
+    save_public_checkpoint(tmp_path / "a.pt", merged_state(model))
+    save_diffusers_transformer(tmp_path / "b", merged_state(model), SHAPE)
+    for path in (tmp_path / "a.pt", tmp_path / "b"):
+        with torch.device("meta"):
+            again = CausalWan(SHAPE)
+        assign_state(again, load_transformer_state(path), device="cpu", dtype=torch.float32)
+        with torch.no_grad():
+            assert torch.equal(velocity(again), velocity(merged))
+
+
+def test_weights_mapped_from_one_file_are_exported_without_the_rest_of_it(tmp_path):
+    state = {name: value for name, value in tiny_model().state_dict().items()}
+    save_file(state | {"unused": torch.zeros(500_000)}, tmp_path / "in.safetensors")
+    mapped = load_transformer_state(tmp_path / "in.safetensors").tensors
+    del mapped["unused"]
+    save_public_checkpoint(tmp_path / "out.pt", mapped)
+    assert (tmp_path / "out.pt").stat().st_size < 500_000
+    save_diffusers_transformer(tmp_path / "out", mapped, SHAPE, shard_bytes=9000)
+    assert_same(load_transformer_state(tmp_path / "out").tensors, state)
+
+
+def test_nothing_is_overwritten_or_left_half_written(tmp_path):
+    model = tiny_model()
+    weights = merged_state(model)
+    with pytest.raises(ValueError, match=r"export for diffusers: .*\n.*missing \(1\): proj_out.bias"):
+        save_diffusers_transformer(
+            tmp_path / "out", {n: v for n, v in weights.items() if n != "head.head.bias"}, SHAPE
+        )
+    with pytest.raises(ValueError, match="choose the preset|Choose the preset|misshapen"):
+        save_diffusers_transformer(tmp_path / "out", weights, replace(SHAPE, ffn_dim=48))
+    unwritable = AdapterState({"a.lora_A.weight": torch.empty(1, device="meta")}, 1, 1.0, "x")
+    with pytest.raises((KeyError, NotImplementedError)):
+        save_peft_adapter(tmp_path / "out", unwritable)
+    assert not list(tmp_path.iterdir())
+    save_public_checkpoint(tmp_path / "x.pt", weights)
+    save_diffusers_transformer(tmp_path / "out", weights, SHAPE)
+    with pytest.raises(ValueError, match="already exists"):
+        save_public_checkpoint(tmp_path / "x.pt", weights)
+    with pytest.raises(ValueError, match="already exists"):
+        save_diffusers_transformer(tmp_path / "out", weights, SHAPE)
