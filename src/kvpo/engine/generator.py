@@ -1,6 +1,6 @@
 """A streaming generator as the engine sees it: a velocity model, its deployment context and its solver."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -16,7 +16,14 @@ class Transformer(Protocol):
     """The velocity model; ``kvpo.models.causal_wan.CausalWan`` documents the shapes."""
 
     def __call__(
-        self, x_RFCHW: Tensor, sigma_R: Tensor, text_RLD: Tensor, context: Any, *, encode: bool = False
+        self,
+        x_RFCHW: Tensor,
+        sigma_R: Tensor,
+        text_ULD: Tensor,
+        context: Any,
+        *,
+        text_rows: Tensor | None = None,
+        encode: bool = False,
     ) -> Any: ...
 
     def text_keys(self, text_RLD: Tensor, layer: int) -> Tensor: ...
@@ -36,8 +43,22 @@ class Codec(Protocol):
         ...
 
 
-StepRule = Callable[[Tensor, Tensor, float, float, Tensor | None], Tensor]
-"""(x, velocity, sigma, next sigma, noise) -> next x; noise is None where the rule needs none."""
+@dataclass(frozen=True)
+class TextRows:
+    """Prompt embeddings of a batch of rows; rows with one prompt share one embedding."""
+
+    embeddings_ULD: Tensor
+    rows_R: Tensor
+    """Which embedding each row has."""
+
+    @property
+    def each_RLD(self) -> Tensor:
+        """One embedding per row."""
+        return self.embeddings_ULD[self.rows_R]
+
+    def select(self, index: Tensor) -> "TextRows":
+        """The rows named by ``index`` (repeats allowed)."""
+        return TextRows(self.embeddings_ULD, self.rows_R[index])
 
 
 @dataclass(frozen=True)
@@ -91,16 +112,18 @@ class StreamingGenerator:
             dtype=self.page_dtype,
         )
 
-    def velocity(self, x_RFCHW: Tensor, sigma_R: Tensor, text_RLD: Tensor, context: Any) -> Tensor:
+    def velocity(self, x_RFCHW: Tensor, sigma_R: Tensor, text: TextRows, context: Any) -> Tensor:
         """Velocity of noisy blocks ``[R, F, C, H, W]``."""
         with self._precision():
-            return self.transformer(x_RFCHW, sigma_R, text_RLD, context)
+            return self.transformer(x_RFCHW, sigma_R, text.embeddings_ULD, context, text_rows=text.rows_R)
 
-    def encode(self, clean_RFCHW: Tensor, text_RLD: Tensor, context: Any) -> tuple[Tensor, Tensor]:
+    def encode(self, clean_RFCHW: Tensor, text: TextRows, context: Any) -> tuple[Tensor, Tensor]:
         """Keys and values ``[L, R, F, T, N, D]`` of clean blocks: the clean pass at noise level 0."""
         with self._precision(), torch.no_grad():
             zero = torch.zeros(len(clean_RFCHW), device=clean_RFCHW.device)
-            return self.transformer(clean_RFCHW, zero, text_RLD, context, encode=True)
+            return self.transformer(
+                clean_RFCHW, zero, text.embeddings_ULD, context, text_rows=text.rows_R, encode=True
+            )
 
     def _precision(self) -> Any:
         if self.autocast is None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from kvpo.engine.generator import StreamingGenerator
+from kvpo.engine.generator import StreamingGenerator, TextRows
 from kvpo.engine.noise import Tape
 from kvpo.method.flow import add_noise, clean_of, euler_step, renoise_step
 from kvpo.models.cache import FrameCache, History
@@ -67,15 +67,19 @@ def open_stream(generator: StreamingGenerator, cache: FrameCache, prompt: VideoP
     return Stream(prompt, History(cache, generator.deployment.sink))
 
 
-def text_of(streams: Sequence[Stream], texts: TextTable) -> Tensor:
-    """Embeddings of the streams' current segments, [R, text_len, text_dim]."""
-    return torch.stack([texts[stream.prompt.segments[stream.segment]] for stream in streams])
+def text_of(streams: Sequence[Stream], texts: TextTable) -> TextRows:
+    """Embeddings of the streams' current segments."""
+    segments = [stream.prompt.segments[stream.segment] for stream in streams]
+    unique = list(dict.fromkeys(segments))
+    embeddings = torch.stack([texts[segment] for segment in unique])
+    rows = torch.tensor([unique.index(segment) for segment in segments], device=embeddings.device)
+    return TextRows(embeddings, rows)
 
 
 def denoise_block(
     generator: StreamingGenerator,
     noise: Mapping[str, Tensor],
-    text_RLD: Tensor,
+    text: TextRows,
     context: PageContext,
 ) -> Trajectory:
     """Solve the generator's ODE (or re-noise) from the tape's noise; writes nothing.
@@ -87,7 +91,7 @@ def denoise_block(
     levels = (*generator.sigmas, 0.0)
     for step, (sigma, sigma_next) in enumerate(zip(levels, levels[1:], strict=False)):
         level = torch.full((len(x),), sigma, dtype=torch.float32, device=x.device)
-        velocity = generator.velocity(x, level, text_RLD, context)
+        velocity = generator.velocity(x, level, text, context)
         states.append(x)
         velocities.append(velocity)
         if sigma_next == 0.0:
@@ -114,7 +118,7 @@ def switch_prompts(
         text = text_of(batch, texts)
         if reencode_frames:
             _reencode_pool(generator, batch, text, reencode_frames)
-        _commit_banks(generator, batch, text)
+        commit_banks(generator, batch, text)
         context, frames = reencoding_context(generator.deployment, [s.history for s in batch])
         clean = torch.stack([torch.cat(s.latents)[-frames:] for s in batch])
         pages = batch[0].history.cache.write(*generator.encode(clean, text, context))
@@ -123,7 +127,7 @@ def switch_prompts(
 
 
 def _reencode_pool(
-    generator: StreamingGenerator, streams: Sequence[Stream], text: Tensor, reencode_frames: int
+    generator: StreamingGenerator, streams: Sequence[Stream], text: TextRows, reencode_frames: int
 ) -> None:
     """Re-encode resident frames older than the window, block by block under the new prompt."""
     deployment = generator.deployment
@@ -149,7 +153,10 @@ def lockstep_batches(
     """Split streams into batches of at most ``rows`` (0: no limit) that see equally many frames."""
     groups: dict[tuple[int, int], list[Stream]] = {}
     for stream in streams:
-        key = (context_size(generator.deployment, stream.history), generator.deployment.reencoded(stream.start))
+        key = (
+            context_size(generator.deployment, stream.history),
+            generator.deployment.reencoded(stream.start),
+        )
         groups.setdefault(key, []).append(stream)
     for group in groups.values():
         size = rows or len(group)
@@ -157,10 +164,12 @@ def lockstep_batches(
             yield group[at : at + size]
 
 
-def _commit_banks(generator: StreamingGenerator, streams: Sequence[Stream], text: Tensor) -> None:
+def commit_banks(generator: StreamingGenerator, streams: Sequence[Stream], text: TextRows) -> None:
+    """Before a block: every stream's memory bank takes in what was recorded."""
+
     def keys(layer: int) -> Tensor:
         with torch.no_grad():
-            return generator.transformer.text_keys(text, layer)
+            return generator.transformer.text_keys(text.each_RLD, layer)
 
     if not generator.deployment.bank_size:
         return
@@ -199,7 +208,7 @@ def advance(
     for batch in lockstep_batches(generator, streams, rows):
         index = [order[id(stream)] for stream in batch]
         text = text_of(batch, texts)
-        _commit_banks(generator, batch, text)
+        commit_banks(generator, batch, text)
         context = routed_context(
             generator.deployment,
             [stream.history for stream in batch],
@@ -209,7 +218,7 @@ def advance(
         noise = _tape_noise(generator, batch, tape)
         with torch.no_grad():
             trajectory = denoise_block(generator, noise, text, context)
-        _append(generator, batch, trajectory.clean_RFCHW, text, context, noise.get("context"))
+        append_block(generator, batch, trajectory.clean_RFCHW, text, context, noise.get("context"))
         for stream in batch:
             if not keep_pages:
                 stream.history.keep(reachable_frames(generator.deployment, stream.history, resident))
@@ -231,16 +240,18 @@ def _tape_noise(generator: StreamingGenerator, streams: Sequence[Stream], tape: 
     if generator.context_noise:
         kinds.append("context")
     return {
-        kind: torch.stack([tape(s.prompt.id, s.start // generator.block, kind) for s in streams]).to(generator.device)
+        kind: torch.stack([tape(s.prompt.id, s.start // generator.block, kind) for s in streams]).to(
+            generator.device
+        )
         for kind in kinds
     }
 
 
-def _append(
+def append_block(
     generator: StreamingGenerator,
     streams: Sequence[Stream],
     clean_RFCHW: Tensor,
-    text: Tensor,
+    text: TextRows,
     context: PageContext,
     context_noise: Tensor | None,
 ) -> None:
@@ -270,9 +281,9 @@ def give_frames(
         )
     text = text_of(streams, texts)
     for clean in latents_RTCHW.split(generator.block, dim=1):
-        _commit_banks(generator, streams, text)
+        commit_banks(generator, streams, text)
         context = deployment_context(generator.deployment, [stream.history for stream in streams])
-        _append(generator, streams, clean, text, context, None)
+        append_block(generator, streams, clean, text, context, None)
 
 
 def stream_latents(

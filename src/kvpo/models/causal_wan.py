@@ -187,6 +187,7 @@ class WanBlock(nn.Module):
         x: Tensor,
         time_R6D: Tensor,
         text: Tensor,
+        text_rows: Tensor | None,
         rotation: tuple[Tensor, Tensor] | None,
         context: Context,
         layer: int,
@@ -207,7 +208,10 @@ class WanBlock(nn.Module):
         x = x + gate * self.self_attn.attend(q, keys, values, mask)
         text_in = self.norm3(x)
         text_q = self.cross_attn.heads(self.cross_attn.norm_q(self.cross_attn.q(text_in)))
-        x = x + self.cross_attn.attend(text_q, *self.cross_attn.keys_values(text))
+        text_k, text_v = self.cross_attn.keys_values(text)
+        if text_rows is not None:
+            text_k, text_v = text_k[text_rows], text_v[text_rows]
+        x = x + self.cross_attn.attend(text_q, text_k, text_v)
         ffn_in = self.norm2(x) * (1 + scale_ffn) + shift_ffn
         return x + gate_ffn * self.ffn(ffn_in), k, v
 
@@ -252,15 +256,23 @@ class CausalWan(nn.Module):
         self.head = Head(shape)
 
     def forward(
-        self, x_RFCHW: Tensor, sigma_R: Tensor, text_RLD: Tensor, context: Context, *, encode: bool = False
+        self,
+        x_RFCHW: Tensor,
+        sigma_R: Tensor,
+        text_ULD: Tensor,
+        context: Context,
+        *,
+        text_rows: Tensor | None = None,
+        encode: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Velocity of a noisy block, or the keys and values of a clean one.
 
         Args:
             x_RFCHW: latents of the block.
             sigma_R: noise level in [0, 1] of each row; 0 for a clean pass.
-            text_RLD: text embeddings ``[R, text_len, text_dim]``, padding rows zero (they are attended to).
+            text_ULD: text embeddings ``[U, text_len, text_dim]``, padding zero (it is attended to).
             context: earlier frames and absolute positions.
+            text_rows: which of the U texts each row has, ``[R]``; None: U = R, one each.
             encode: return keys and values ``[L, R, F, T, N, D]`` instead of the velocity ``[R, F, C, H, W]``;
                 the work that only the velocity needs is left out.
         """
@@ -269,7 +281,7 @@ class CausalWan(nn.Module):
         x = self.patch_embedding(x_RFCHW.to(dtype).transpose(1, 2)).flatten(2).transpose(1, 2)
         time = self.time_embedding(timestep_sinusoid(TIMESTEPS * sigma_R, self.shape.freq_dim).to(dtype))
         time_R6D = self.time_projection(time).unflatten(1, (6, -1))
-        text = self.text_embedding(text_RLD.to(dtype))
+        text = self.text_embedding(text_ULD.to(dtype))
         rotation = None
         if not self.shape.relative_positions:
             positions = context.start_R[:, None] + torch.arange(frames, device=x.device)
@@ -279,7 +291,7 @@ class CausalWan(nn.Module):
             if encode and layer == len(self.blocks) - 1:
                 stored.append(block.own_keys_values(x, time_R6D, rotation)[1:])
                 break
-            arguments = (x, time_R6D, text, rotation, context, layer)
+            arguments = (x, time_R6D, text, text_rows, rotation, context, layer)
             if self.checkpointing and torch.is_grad_enabled():
                 x, k, v = checkpoint(block, *arguments, use_reentrant=False)
             else:
@@ -287,7 +299,9 @@ class CausalWan(nn.Module):
             if encode:
                 stored.append((k, v))
         if encode:
-            keys, values = (torch.stack(part).unflatten(2, (frames, -1)) for part in zip(*stored, strict=True))
+            keys, values = (
+                torch.stack(part).unflatten(2, (frames, -1)) for part in zip(*stored, strict=True)
+            )
             return keys, values
         return self.unpatchify(self.head(x, time), frames).to(x_RFCHW.dtype)
 

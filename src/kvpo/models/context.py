@@ -65,7 +65,10 @@ class PageContext:
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Keep, per head, the global frames whose mean key matches the mean query best (MODELS.md 3.2)."""
         cut, own_cut = self.sparse_pages * tokens, self.sparse_own * tokens
-        split = [(o[:, :own_cut], c[:, :cut], c[:, cut:], o[:, own_cut:]) for c, o in zip(context, own, strict=True)]
+        split = [
+            (o[:, :own_cut], c[:, :cut], c[:, cut:], o[:, own_cut:])
+            for c, o in zip(context, own, strict=True)
+        ]
         (global_k, local_k), (global_v, local_v) = (
             (torch.cat([a, b], 1), torch.cat([c, d], 1)) for a, b, c, d in split
         )
@@ -91,26 +94,22 @@ class TeacherContext:
     """
 
     start_R: Tensor
-    frames_BMP: Tensor
-    """Context frames of each block, ``[B, blocks, P]``; entries of -1 are hidden."""
+    frames_CP: Tensor
+    """Context frames of each of the C clean rows, ``[C, P]``: indices into all clean frames in row order
+    (row * block + frame), so a route may name another video's frames; -1 hides a slot."""
     block: int
     """Frames per block."""
 
     def read(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        videos, blocks, slots = self.frames_BMP.shape
-        clean = videos * blocks
+        clean, slots = self.frames_CP.shape
         tokens = k.shape[1] // self.block
-        shape = (videos, blocks * self.block, tokens, *k.shape[2:])
-        offset = torch.arange(videos, device=k.device)[:, None, None] * (blocks * self.block)
-        index = (self.frames_BMP.clamp_min(0) + offset).reshape(-1)
+        index = self.frames_CP.clamp_min(0).reshape(-1)
 
         def context(own: Tensor) -> Tensor:
-            picked = own[:clean].reshape(shape).flatten(0, 1).index_select(0, index)
+            picked = own[:clean].reshape(-1, tokens, *own.shape[2:]).index_select(0, index)
             picked = picked.view(clean, slots * tokens, *own.shape[2:])
             return torch.cat([picked.repeat(len(own) // clean, 1, 1, 1), own], 1)
 
-        visible = (self.frames_BMP >= 0).reshape(clean, slots)
-        if bool(visible.all()):
-            return context(k), context(v), None
+        visible = self.frames_CP >= 0
         visible = torch.cat([visible, visible.new_ones(clean, self.block)], 1).repeat_interleave(tokens, 1)
         return context(k), context(v), visible.repeat(len(k) // clean, 1)[:, None, None, :]

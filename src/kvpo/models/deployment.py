@@ -35,7 +35,9 @@ class Deployment:
 
     def __post_init__(self) -> None:
         if self.block < 1 or self.sink < 0:
-            raise ValueError(f"stream.block = {self.block} must be positive and stream.sink = {self.sink} >= 0")
+            raise ValueError(
+                f"stream.block = {self.block} must be positive and stream.sink = {self.sink} >= 0"
+            )
         if self.window != -1 and self.window < self.sink + self.block:
             raise ValueError(
                 f"stream.window = {self.window} must hold the sink and the block "
@@ -122,7 +124,10 @@ def reencoding_context(deployment: Deployment, histories: Sequence[History]) -> 
     banked = bool(histories[0].bank)
     layers = range(len(histories[0].bank)) if banked else range(1)
     table = [
-        [[*sink, *(history.bank[n] if banked else [])] for sink, history in zip(sinks, histories, strict=True)]
+        [
+            [*sink, *(history.bank[n] if banked else [])]
+            for sink, history in zip(sinks, histories, strict=True)
+        ]
         for n in layers
     ]
     pages = torch.tensor(table, dtype=torch.int64, device=device).view(len(layers), len(histories), -1)

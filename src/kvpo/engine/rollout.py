@@ -1,0 +1,271 @@
+"""Causal-semantic exploration: G branches and an anchor from one fork, told apart only by their history.
+
+The branches share every noise tensor, prompt and weight; for ``blocks`` blocks from the fork their local slots
+hold routed frames of older history instead of the most recent ones (METHOD section 2).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kvpo.config import ExplorationConfig
+from kvpo.engine.generator import StreamingGenerator
+from kvpo.engine.noise import Tape, keyed_generator
+from kvpo.engine.stream import (
+    Stream,
+    TextTable,
+    Trajectory,
+    advance,
+    open_stream,
+    stream_pages,
+    switch_prompts,
+)
+from kvpo.method.routing import dispersed_routes, first_fork, fork_frames, route_pool
+from kvpo.models.cache import FrameCache
+from kvpo.prompts import VideoPrompt
+
+
+@dataclass(frozen=True)
+class RoutedFrame:
+    """One routed slot: which frame of which group's history fills it."""
+
+    group: int
+    frame: int
+
+
+@dataclass(frozen=True)
+class Group:
+    """One fork: its root history and what the branches and the anchor (the last member) made of it."""
+
+    root: Stream
+    fork: int
+    routes: tuple[tuple[tuple[RoutedFrame, ...], ...], ...]
+    """[G][P][routed]: which history filled each branch's routed slots in each block."""
+    states_MPSFCHW: Tensor
+    """Solver states of the routed window; M = G + 1 members, the anchor last."""
+    velocities_MPSFCHW: Tensor
+    clean_MTCHW: Tensor
+    """Clean latents from the fork to the end of the tail."""
+
+    @property
+    def branches(self) -> int:
+        """G, without the anchor."""
+        return len(self.clean_MTCHW) - 1
+
+    @property
+    def blocks(self) -> int:
+        """P, the blocks of the routed window."""
+        return self.states_MPSFCHW.shape[1]
+
+    @property
+    def window_frames(self) -> int:
+        """Frames of the routed window."""
+        return self.blocks * self.states_MPSFCHW.shape[3]
+
+
+@dataclass
+class Rollout:
+    """Groups that share a page cache; release it when the update is done."""
+
+    groups: list[Group]
+    cache: FrameCache
+
+    def release(self) -> None:
+        """Give the root histories' pages back."""
+        for group in self.groups:
+            group.root.history.release()
+
+
+def eligible_forks(
+    prompt: VideoPrompt, exploration: ExplorationConfig, *, block: int, sink: int
+) -> list[int]:
+    """First frames at which this video can fork (METHOD section 2).
+
+    The pool must offer every branch a set of its own, window and tail must fit, and no prompt switch may fall
+    strictly inside the window (at the fork itself one may: history is re-encoded before the branches start).
+
+    Raises:
+        ValueError: nothing fits; the message says what would.
+    """
+    first = first_fork(
+        block=block,
+        sink=sink,
+        recent=exploration.recent,
+        resident=exploration.resident_frames,
+        distinct=max(1, exploration.distinct - exploration.donor),
+        branches=exploration.branches,
+    )
+    forks = fork_frames(
+        prompt.num_frames,
+        block=block,
+        blocks=exploration.blocks,
+        first=first,
+        tail_blocks=exploration.tail_blocks,
+    )
+    last_block = (exploration.blocks - 1) * block
+    free = [f for f in forks if prompt.segment_at(f) == prompt.segment_at(f + last_block)]
+    if not free:
+        raise ValueError(
+            f"prompt {prompt.id}: every fork in {forks} has a prompt switch inside its window of "
+            f"{exploration.blocks} blocks (switches {list(prompt.switches)}); lower exploration.blocks"
+        )
+    return free
+
+
+def draw_routes(
+    pools: Sequence[range], exploration: ExplorationConfig, generator: torch.Generator
+) -> list[list[tuple[RoutedFrame, ...]]]:
+    """Routes of every group's branches for one block, ``[groups][G][routed]``, dispersed within a group.
+
+    ``exploration.donor`` of the distinct frames come from another group's pool (an extension beyond the
+    paper; 0 routes only a video's own history). Slots are filled by repeating the distinct frames evenly.
+    """
+    own_distinct = exploration.distinct - exploration.donor
+    if exploration.donor and len(pools) < 2:
+        raise ValueError(
+            f"exploration.donor = {exploration.donor}: donor histories need at least two prompts per update"
+        )
+    groups = []
+    for index, pool in enumerate(pools):
+        chosen: list[list[RoutedFrame]] = [[] for _ in range(exploration.branches)]
+        if own_distinct:
+            own = dispersed_routes(
+                pool,
+                branches=exploration.branches,
+                routed=own_distinct,
+                distinct=own_distinct,
+                generator=generator,
+            )
+            chosen = [[RoutedFrame(index, frame) for frame in route] for route in own.tolist()]
+        others = [n for n in range(len(pools)) if n != index and len(pools[n])]
+        for route in chosen:
+            for _ in range(exploration.donor):
+                donor = others[int(torch.randint(len(others), (), generator=generator))]
+                frame = pools[donor][int(torch.randint(len(pools[donor]), (), generator=generator))]
+                route.append(RoutedFrame(donor, frame))
+        groups.append([tuple(r[n % len(r)] for n in range(exploration.routed)) for r in chosen])
+    return groups
+
+
+def rollout_pages(
+    generator: StreamingGenerator, exploration: ExplorationConfig, *, groups: int, fork: int, num_frames: int
+) -> int:
+    """Pages a rollout needs at most: the roots' resident history and the branches' own blocks."""
+    resident = exploration.resident_frames or num_frames
+    rows = exploration.rows or groups * (exploration.branches + 1)
+    span = (exploration.blocks + exploration.tail_blocks) * generator.block
+    bank = generator.deployment.bank_size * generator.pages.num_layers
+    reencoded = generator.deployment.reencoded(num_frames)
+    return groups * stream_pages(generator, fork, resident) + rows * (span + bank + reencoded)
+
+
+def grow_roots(
+    generator: StreamingGenerator,
+    prompts: Sequence[VideoPrompt],
+    fork: int,
+    texts: TextTable,
+    tape: Tape,
+    exploration: ExplorationConfig,
+) -> Rollout:
+    """Stream every prompt in its deployment context up to the fork; a switch there is already acted on."""
+    pages = rollout_pages(
+        generator,
+        exploration,
+        groups=len(prompts),
+        fork=fork,
+        num_frames=max(prompt.num_frames for prompt in prompts),
+    )
+    cache = generator.new_cache(pages)
+    roots = [open_stream(generator, cache, prompt) for prompt in prompts]
+    resident = exploration.resident_frames
+    while roots[0].start < fork:
+        advance(generator, roots, texts, tape, rows=exploration.rows, resident=resident)
+    switch_prompts(generator, roots, texts, reencode_frames=resident if exploration.reencode_pool else 0)
+    empty = torch.empty(0)
+    return Rollout([Group(root, fork, (), empty, empty, empty) for root in roots], cache)
+
+
+def run_members(
+    generator: StreamingGenerator,
+    rollout: Rollout,
+    members: Sequence[tuple[int, Sequence[Sequence[RoutedFrame]] | None]],
+    texts: TextTable,
+    tape: Tape,
+    exploration: ExplorationConfig,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Continue forks of the roots through window and tail.
+
+    Args:
+        members: (group, routes per block, or None for the unrouted anchor) of each row.
+
+    Returns:
+        states and velocities ``[R, P, S, F, C, H, W]`` of the window and clean latents ``[R, T, C, H, W]`` of
+        window and tail.
+    """
+    pieces = []
+    size = exploration.rows or len(members)
+    roots = [group.root for group in rollout.groups]
+    for at in range(0, len(members), size):
+        batch = members[at : at + size]
+        streams = [roots[group].fork() for group, _ in batch]
+        trajectories: list[Trajectory] = []
+        for block in range(exploration.blocks + exploration.tail_blocks):
+            pages: list[list[int] | None] | None = None
+            if block < exploration.blocks:
+                pages = [
+                    None if routes is None else [roots[r.group].history.pages[r.frame] for r in routes[block]]
+                    for _, routes in batch
+                ]
+            trajectories.append(
+                advance(
+                    generator, streams, texts, tape, routes=pages, recent=exploration.recent, keep_pages=True
+                )
+            )
+        for stream in streams:
+            stream.history.release()
+        window = trajectories[: exploration.blocks]
+        pieces.append(
+            (
+                torch.stack([trajectory.states_RSFCHW for trajectory in window], 1),
+                torch.stack([trajectory.velocities_RSFCHW for trajectory in window], 1),
+                torch.cat([trajectory.clean_RFCHW for trajectory in trajectories], 1),
+            )
+        )
+    states, velocities, clean = (torch.cat(part) for part in zip(*pieces, strict=True))
+    return states, velocities, clean
+
+
+def collect(
+    generator: StreamingGenerator,
+    prompts: Sequence[VideoPrompt],
+    fork: int,
+    texts: TextTable,
+    tape: Tape,
+    exploration: ExplorationConfig,
+    key: tuple[int | str, ...],
+) -> Rollout:
+    """Roots, branches and anchors of one rollout; ``key`` seeds the routes."""
+    rollout = grow_roots(generator, prompts, fork, texts, tape, exploration)
+    sink = generator.deployment.sink
+    pool = route_pool(fork, sink=sink, recent=exploration.recent, resident=exploration.resident_frames)
+    draws = keyed_generator("routes", *key)
+    first = draw_routes([pool] * len(prompts), exploration, draws)
+    per_block = [first]
+    for _ in range(exploration.blocks - 1):
+        redraw = exploration.redraw_every_block
+        per_block.append(draw_routes([pool] * len(prompts), exploration, draws) if redraw else first)
+    members: list[tuple[int, list[tuple[RoutedFrame, ...]] | None]] = []
+    for group in range(len(prompts)):
+        for branch in range(exploration.branches):
+            members.append((group, [routes[group][branch] for routes in per_block]))
+        members.append((group, None))
+    states, velocities, clean = run_members(generator, rollout, members, texts, tape, exploration)
+    size = exploration.branches + 1
+    groups = []
+    for index, group in enumerate(rollout.groups):
+        rows = slice(index * size, (index + 1) * size)
+        routes = tuple(tuple(route) for _, route in members[rows] if route is not None)
+        groups.append(Group(group.root, fork, routes, states[rows], velocities[rows], clean[rows]))
+    return Rollout(groups, rollout.cache)
