@@ -210,7 +210,8 @@ def assign_tensors(
     The mapped file is the only other place where the weights are; where device and dtype already agree, the
     model uses the mapping itself.
     """
-    placed = {name: _placed(tensor, torch.device(device), dtype) for name, tensor in tensors.items()}
-    model.load_state_dict(placed, strict=True, assign=True)
+    # By identity, so that one tensor under two names (tied weights) stays one tensor.
+    placed = {id(tensor): _placed(tensor, torch.device(device), dtype) for tensor in tensors.values()}
+    model.load_state_dict({name: placed[id(t)] for name, t in tensors.items()}, strict=True, assign=True)
     left = [name for name, value in (*model.named_parameters(), *model.named_buffers()) if value.is_meta]
     assert not left, f"still on the meta device: {left}"

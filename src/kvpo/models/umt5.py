@@ -1,0 +1,268 @@
+"""Prompt embeddings: the UMT5 encoder of the Wan models through transformers, behind an on-disk cache.
+
+The encoder has 5.7 billion parameters and a run needs each embedding once: it is loaded only when the
+cache lacks one (MODELS.md section 7).
+"""
+
+import hashlib
+import html
+import json
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import ftfy
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, UMT5Config, UMT5EncoderModel
+
+from kvpo.models.tensor_files import (
+    Shapes,
+    assign_tensors,
+    check_tensors,
+    named_list,
+    read_safetensors,
+    read_tensors,
+)
+
+OFFICIAL_WEIGHTS = "models_t5_umt5-xxl-enc-bf16.pth"
+OFFICIAL_TOKENIZER = "google/umt5-xxl"
+TEXT_LEN = 512
+
+SAMPLES = 64
+SAMPLE_BYTES = 65536
+
+_OFFICIAL_TOP = {"token_embedding": "shared", "norm": "encoder.final_layer_norm"}
+_OFFICIAL_BLOCK = {
+    "norm1": "layer.0.layer_norm",
+    "attn.q": "layer.0.SelfAttention.q",
+    "attn.k": "layer.0.SelfAttention.k",
+    "attn.v": "layer.0.SelfAttention.v",
+    "attn.o": "layer.0.SelfAttention.o",
+    "pos_embedding.embedding": "layer.0.SelfAttention.relative_attention_bias",
+    "norm2": "layer.1.layer_norm",
+    "ffn.gate.0": "layer.1.DenseReluDense.wi_0",
+    "ffn.fc1": "layer.1.DenseReluDense.wi_1",
+    "ffn.fc2": "layer.1.DenseReluDense.wo",
+}
+
+
+def clean_text(text: str) -> str:
+    """A prompt as the Wan models know it: mojibake and HTML entities repaired, whitespace collapsed."""
+    repaired = html.unescape(html.unescape(ftfy.fix_text(text)))
+    return re.sub(r"\s+", " ", repaired).strip()
+
+
+@dataclass(frozen=True)
+class TextEncoder:
+    """Tokenizer and encoder; ``text_len`` tokens per prompt, padded or cut."""
+
+    model: UMT5EncoderModel
+    tokenizer: PreTrainedTokenizerBase
+    text_len: int = TEXT_LEN
+
+    def __post_init__(self) -> None:
+        if len(self.tokenizer) > self.model.config.vocab_size:
+            raise ValueError(
+                f"the tokenizer has {len(self.tokenizer)} tokens, the text encoder's table only "
+                f"{self.model.config.vocab_size}: they do not belong together"
+            )
+
+    @torch.no_grad()
+    def encode(self, text: str) -> Tensor:
+        """Embedding ``[text_len, D]`` of a prompt; rows of padding are zero."""
+        tokens = self.tokenizer(
+            [clean_text(text)],
+            padding="max_length",
+            truncation=True,
+            max_length=self.text_len,
+            return_attention_mask=True,
+            return_tensors="pt",
+        ).to(self.model.device)
+        hidden = self.model(
+            input_ids=tokens.input_ids, attention_mask=tokens.attention_mask
+        ).last_hidden_state[0]
+        return hidden.masked_fill(tokens.attention_mask[0, :, None] == 0, 0)
+
+
+def official_name(name: str) -> str:
+    """transformers' name of a parameter in Wan's own text encoder file."""
+    match = re.match(r"blocks\.(\d+)\.(.*)", name)
+    rest, table = (match[2], _OFFICIAL_BLOCK) if match else (name, _OFFICIAL_TOP)
+    prefix = f"encoder.block.{match[1]}." if match else ""
+    for old, new in table.items():
+        if rest.startswith(old + "."):
+            return prefix + new + rest[len(old) :]
+    return name
+
+
+def _sizes(shapes: Shapes) -> dict[str, int]:
+    attention = "encoder.block.0.layer.0.SelfAttention."
+    places = {
+        "vocab_size": ("shared.weight", 0),
+        "d_model": ("shared.weight", 1),
+        "attention width": (attention + "q.weight", 0),
+        "num_heads": (attention + "relative_attention_bias.weight", 1),
+        "relative_attention_num_buckets": (attention + "relative_attention_bias.weight", 0),
+        "d_ff": ("encoder.block.0.layer.1.DenseReluDense.wi_0.weight", 0),
+    }
+    layers = {match[1] for name in shapes if (match := re.match(r"encoder\.block\.(\d+)\.", name))}
+    found = {size: shapes[name][axis] for size, (name, axis) in places.items() if name in shapes}
+    return found | {"num_layers": len(layers)}
+
+
+def _load_official(path: Path, device: torch.device | str, dtype: torch.dtype) -> UMT5EncoderModel:
+    """The encoder in a file of Wan's own layout; its sizes are read off the shapes."""
+    tensors = {official_name(name): tensor for name, tensor in read_tensors(path).items()}
+    sizes = _sizes({name: tuple(tensor.shape) for name, tensor in tensors.items()})
+    if len(sizes) < 7:
+        raise ValueError(
+            f"{path}: not a UMT5 encoder in Wan's layout ({OFFICIAL_WEIGHTS}); "
+            f"it holds {named_list(list(tensors)[:3])}"
+        )
+    config = UMT5Config(
+        d_kv=sizes.pop("attention width") // sizes["num_heads"], feed_forward_proj="gated-gelu", **sizes
+    )
+    with torch.device("meta"):
+        model = UMT5EncoderModel(config)
+    # One embedding table under two names in transformers.
+    tensors["encoder.embed_tokens.weight"] = tensors["shared.weight"]
+    check_tensors(tensors, {name: tuple(v.shape) for name, v in model.state_dict().items()}, str(path))
+    assign_tensors(model, tensors, device=device, dtype=dtype)
+    model.tie_weights()
+    return model
+
+
+def _load_directory(directory: Path, device: torch.device | str, dtype: torch.dtype) -> UMT5EncoderModel:
+    try:
+        model, report = UMT5EncoderModel.from_pretrained(
+            directory, dtype=dtype, local_files_only=True, output_loading_info=True
+        )
+    except OSError as error:
+        raise ValueError(f"{directory}: not a text encoder that transformers can load: {error}") from error
+    if absent := sorted(report["missing_keys"]):
+        raise ValueError(
+            f"{directory}: weights that the text encoder needs are missing: {named_list(absent)}"
+        )
+    return model.to(device)
+
+
+def text_encoder_files(root: Path) -> tuple[Path, Path]:
+    """Weights and tokenizer in a model directory, laid out as by Wan or as by diffusers.
+
+    Raises:
+        ValueError: neither layout.
+    """
+    layouts = ((OFFICIAL_WEIGHTS, OFFICIAL_TOKENIZER), ("text_encoder", "tokenizer"))
+    for weights, tokenizer in layouts:
+        if (root / weights).exists() and (root / tokenizer).is_dir():
+            return root / weights, root / tokenizer
+    raise ValueError(
+        f"{root}: no text encoder; expected {OFFICIAL_WEIGHTS} and {OFFICIAL_TOKENIZER}/ (Wan's layout), "
+        "or text_encoder/ and tokenizer/ (diffusers' layout)"
+    )
+
+
+def load_text_encoder(
+    weights: Path,
+    tokenizer: Path,
+    *,
+    text_len: int = TEXT_LEN,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.bfloat16,
+) -> TextEncoder:
+    """The text encoder in local files, frozen.
+
+    Args:
+        weights: Wan's own ``.pth`` file or a directory that transformers reads.
+        tokenizer: directory of the tokenizer.
+
+    Raises:
+        ValueError: unreadable files, keys that are missing, unexpected or misshapen (each named).
+    """
+    load = _load_directory if weights.is_dir() else _load_official
+    model = load(weights, device, dtype).eval().requires_grad_(False)
+    try:
+        vocabulary = AutoTokenizer.from_pretrained(tokenizer, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{tokenizer}: not a tokenizer that transformers can load: {error}") from error
+    return TextEncoder(model, vocabulary, text_len)
+
+
+def encoder_fingerprint(weights: Path, tokenizer: Path, dtype: torch.dtype) -> str:
+    """Digest of what decides an embedding: names, sizes and content of the files, and the precision.
+
+    Of large files evenly spaced samples are read, so that a fingerprint takes a fraction of a second.
+    """
+    digest = hashlib.sha256(str(dtype).encode())
+    for path in (weights, tokenizer):
+        for file in sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]:
+            size = file.stat().st_size
+            name = file.relative_to(path).as_posix() if path.is_dir() else file.name
+            digest.update(json.dumps([name, size]).encode())
+            with file.open("rb") as stream:
+                if size <= SAMPLES * SAMPLE_BYTES:
+                    digest.update(stream.read())
+                    continue
+                for sample in range(SAMPLES):
+                    stream.seek((size - SAMPLE_BYTES) * sample // (SAMPLES - 1))
+                    digest.update(stream.read(SAMPLE_BYTES))
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class PromptCache:
+    """Prompt embeddings on disk, one safetensors file per prompt, keyed by cleaned text and encoder."""
+
+    directory: Path
+    encoder: str
+    """`encoder_fingerprint` of what computes the embeddings; those of another encoder are never returned."""
+    text_len: int = TEXT_LEN
+
+    def path(self, text: str) -> Path:
+        """The file of a prompt, present or not."""
+        key = json.dumps([self.encoder, self.text_len, clean_text(text)], ensure_ascii=False)
+        return self.directory / f"{hashlib.sha256(key.encode('utf-8')).hexdigest()}.safetensors"
+
+    def read(self, text: str) -> Tensor | None:
+        """Embedding ``[text_len, D]`` of a prompt, or None if it is absent or its file is damaged."""
+        path = self.path(text)
+        if not path.is_file():
+            return None
+        try:
+            rows = read_safetensors(path)["embedding"]
+        except (ValueError, KeyError):
+            return None  # computed and written anew
+        embedding = rows.new_zeros(self.text_len, rows.shape[1])
+        embedding[: len(rows)] = rows
+        return embedding
+
+    def write(self, text: str, embedding_LD: Tensor) -> None:
+        """Store an embedding without its padding, in one step."""
+        filled = embedding_LD.any(dim=1).nonzero()
+        used = int(filled.max()) + 1 if len(filled) else 0
+        path = self.path(text)
+        self.directory.mkdir(parents=True, exist_ok=True)
+        scratch = path.with_name(f".{path.stem}.{os.getpid()}")
+        try:
+            rows = embedding_LD[:used].cpu().contiguous()
+            save_file({"embedding": rows.clone()}, scratch, metadata={"text": clean_text(text)})
+            os.replace(scratch, path)
+        finally:
+            scratch.unlink(missing_ok=True)
+
+    def embed(self, texts: Sequence[str], load: Callable[[], TextEncoder]) -> Mapping[str, Tensor]:
+        """Embedding ``[text_len, D]`` (CPU) per text; the encoder is loaded only if one is not in the cache.
+
+        Texts are encoded one by one, so that an embedding does not depend on the company it was computed in.
+        """
+        found = {text: self.read(text) for text in dict.fromkeys(texts)}
+        if missing := [text for text, embedding in found.items() if embedding is None]:
+            encoder = load()
+            for text in missing:
+                found[text] = encoder.encode(text).cpu()
+                self.write(text, found[text])
+        return {text: embedding for text, embedding in found.items() if embedding is not None}
