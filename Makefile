@@ -1,0 +1,49 @@
+# make          install into .venv/
+# make demo     align the embedded generator and write runs/demo/report.html
+# make test     the tests (make test-slow: the long ones)
+# make lint     style, format and types
+# make bench    the benchmarks
+
+SEED ?= 0
+OUT ?= runs/demo
+BIN := .venv/bin
+SUPPORTED := import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))
+NEEDED := kvpo needs Python 3.11 or newer with venv (on Debian: python3-venv)
+# The first Python that will do; set PYTHON to choose another.
+PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
+	$$python -c "$(SUPPORTED)" >/dev/null 2>&1 && echo $$python && break; done)
+
+.PHONY: install demo test test-slow lint bench clean
+.DELETE_ON_ERROR:
+
+install: .venv/.stamp
+
+.venv/.stamp: pyproject.toml constraints.txt
+	@$(if $(PYTHON),,echo "$(NEEDED); install one, or name it: make PYTHON=/path/to/python3" >&2; exit 1)
+	@$(PYTHON) -c "$(SUPPORTED)" 2>/dev/null || { echo "$(NEEDED); $(PYTHON) will not do" >&2; exit 1; }
+	@echo "installing into .venv (a few minutes the first time)"
+	@$(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev,server]'
+	@touch $@
+
+# A run that was stopped continues; a finished one is left as it is (choose another OUT to run again).
+demo: .venv/.stamp
+	$(BIN)/kvpo align --preset demo --seed $(SEED) --out $(OUT) $(if $(wildcard $(OUT)/checkpoints),--resume)
+
+test: .venv/.stamp
+	$(BIN)/python -m pytest
+
+test-slow: .venv/.stamp
+	$(BIN)/python -m pytest -m slow
+
+lint: .venv/.stamp
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: .venv/.stamp
+	$(BIN)/python benchmarks/engine.py
+
+clean:
+	rm -rf .venv build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis src/*.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

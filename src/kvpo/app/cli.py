@@ -1,0 +1,154 @@
+"""The ``kvpo`` command: finds the subcommand, reads its arguments, turns errors into one line.
+
+Built on argparse: flags become texts by dotted path, and what they mean is decided where configuration
+files are read, so that both give the same one-line messages.
+"""
+
+import argparse
+import logging
+import os
+import sys
+import typing
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NoReturn
+
+from kvpo import __version__
+from kvpo.app.commands import COMMANDS, SETTING
+from kvpo.app.configuration import flat, nearest, sections, settings
+from kvpo.app.presets import PRESETS
+from kvpo.config import Config
+from kvpo.config_checks import ConfigurationError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run ``kvpo`` with ``argv`` (default: the process's arguments) and return its exit status.
+
+    0 done, 1 failed, 2 wrong usage or configuration, 130 interrupted. With KVPO_TRACEBACK=1 errors keep
+    their traceback.
+    """
+    try:
+        _run(list(sys.argv[1:] if argv is None else argv))
+    except (ValueError, OSError) as error:
+        if isinstance(
+            error, BrokenPipeError
+        ):  # the reader of our output went away, as `kvpo ... | head` does
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 1
+        if os.environ.get("KVPO_TRACEBACK") == "1":
+            raise
+        print(f"kvpo: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2 if isinstance(error, ConfigurationError) else 1
+    except KeyboardInterrupt:
+        print("kvpo: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _run(argv: list[str]) -> None:
+    names = [command.name for command in COMMANDS]
+    if argv and not argv[0].startswith("-") and argv[0] not in names:
+        raise ConfigurationError(
+            f"unknown command {argv[0]!r}{nearest(argv[0], names)}; commands: {', '.join(names)}"
+        )
+    parser, subparsers = _parsers(_preset_for_help(argv))
+    arguments, unknown = parser.parse_known_args([_underscored(word) for word in argv])
+    if unknown:
+        name, _, value = unknown[0].partition("=")
+        value = value or next(iter(unknown[1:2]), "")
+        given = f" (value {value!r})" if value else ""
+        options = [
+            option for option in subparsers[arguments.command]._option_string_actions if len(option) > 2
+        ]
+        raise ConfigurationError(f"unknown argument {name}{given}{nearest(name, options)}")
+    logging.basicConfig(format="kvpo: %(message)s", level=logging.WARNING)
+    logging.getLogger("kvpo").setLevel(logging.INFO)
+    next(command for command in COMMANDS if command.name == arguments.command).run(arguments)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigurationError(f"{message} (see {self.prog} --help)")
+
+
+def _parsers(shown: Config) -> tuple[_Parser, dict[str, _Parser]]:
+    """The parser of ``kvpo`` and those of its subcommands; help shows the values of ``shown``."""
+    parser = _Parser(
+        prog="kvpo",
+        description="Align streaming autoregressive video generators with preferences by KV-cache policy "
+        "optimisation.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"kvpo {__version__}")
+    chosen = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, title="commands")
+    subparsers = {}
+    for command in COMMANDS:
+        subparsers[command.name] = subparser = chosen.add_parser(
+            command.name,
+            help=command.summary,
+            description=f"{command.summary[0].upper()}{command.summary[1:]}.",
+            usage=f"kvpo {command.name} --out DIR [--preset NAME] [options]" if command.configured else None,
+            allow_abbrev=False,
+        )
+        command.add_arguments(subparser)
+        if command.configured:
+            _add_settings(subparser, shown)
+    return parser, subparsers
+
+
+def _add_settings(parser: argparse.ArgumentParser, shown: Config) -> None:
+    parser.add_argument("--preset", metavar="NAME", help=f"where the values start: {', '.join(PRESETS)}")
+    parser.add_argument("--config", type=Path, metavar="FILE", help="YAML file of values, over the preset's")
+    values = flat(asdict(shown))
+    groups: dict[str, Any] = {"": parser}
+    for name, kind in sections().items():
+        groups[name] = parser.add_argument_group(f"--{name}.*", kind.__doc__)
+    for path, setting in settings().items():
+        if path == "preset":
+            continue
+        text = f"{setting.doc} [{_text(values[path])}]".replace("%", "%%")
+        groups[path.rpartition(".")[0]].add_argument(
+            f"--{path}",
+            dest=SETTING + path,
+            default=argparse.SUPPRESS,
+            metavar=_metavar(setting.type),
+            help=text,
+            # a switch may be given bare: --optim.checkpointing
+            **({"nargs": "?", "const": "true"} if setting.type is bool else {}),
+        )
+
+
+def _metavar(kind: Any) -> str:
+    if typing.get_origin(kind) is typing.Literal:
+        return "{" + ",".join(typing.get_args(kind)) + "}"
+    words = {bool: "BOOL", int: "INT", float: "FLOAT", str: "TEXT", float | None: "FLOAT"}
+    if kind in words:
+        return words[kind]
+    return "NAME=FLOAT,..." if typing.get_origin(kind) is dict else "LIST"
+
+
+def _text(value: Any) -> str:
+    """A value as one would type it."""
+    if isinstance(value, dict):
+        return ",".join(f"{key}={item}" for key, item in value.items()) or "empty"
+    if isinstance(value, tuple):
+        return ",".join(map(str, value))
+    return str(value).lower() if value is None or isinstance(value, bool) else str(value)
+
+
+def _preset_for_help(argv: list[str]) -> Config:
+    """The preset whose values ``--help`` shows; a name that is none is refused later, by name."""
+    scout = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    scout.add_argument("--preset", nargs="?")
+    return PRESETS.get(scout.parse_known_args(argv)[0].preset, PRESETS["demo"])()
+
+
+def _underscored(word: str) -> str:
+    """--optim.lora-rank=8 as --optim.lora_rank=8: both spellings are common."""
+    name, equals, value = word.partition("=")
+    return "--" + name[2:].replace("-", "_") + equals + value if name.startswith("--") else word
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,157 @@
+"""The subcommands of ``kvpo``: their own arguments, and the library function each one calls.
+
+Only light modules are imported up here: ``--help`` must not wait for torch. A new subcommand is two
+functions and a line in COMMANDS.
+"""
+
+from argparse import SUPPRESS, ArgumentParser, Namespace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from kvpo.app.configuration import resolve, resolve_resumed
+from kvpo.config import Config
+
+SETTING = "setting:"
+"""Prefix of the parsed arguments that hold settings: ``setting:optim.lr``."""
+
+
+@dataclass(frozen=True)
+class Command:
+    """One subcommand. ``configured`` ones also take --preset, --config and a flag per setting."""
+
+    name: str
+    summary: str
+    add_arguments: Callable[[ArgumentParser], None]
+    run: Callable[[Namespace], None]
+    configured: bool = False
+
+
+def configuration(arguments: Namespace, *, saved: Path | None = None) -> Config:
+    """The configuration that ``arguments`` ask for, on top of ``saved`` when a run continues."""
+    flags = {
+        name.removeprefix(SETTING): text for name, text in vars(arguments).items() if name.startswith(SETTING)
+    }
+    if saved is None:
+        return resolve(arguments.preset, arguments.config, flags)
+    return resolve_resumed(saved, arguments.preset, arguments.config, flags)
+
+
+def _align_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="output directory of the run")
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="continue the run in --out from its last checkpoint; its saved settings hold",
+    )
+    parser.add_argument(
+        "--advantages",
+        dest=f"{SETTING}objective.advantages",
+        default=SUPPRESS,
+        metavar="KIND",
+        help="short for --objective.advantages",
+    )
+
+
+def _align(arguments: Namespace) -> None:
+    from kvpo.training.run_directory import holds_run
+
+    continued = arguments.resume and holds_run(arguments.out)
+    config = configuration(arguments, saved=arguments.out / "config.yaml" if continued else None)
+    from kvpo.training.align import align
+
+    align(config, arguments.out, resume=arguments.resume)
+
+
+def _generate_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="directory for the videos")
+    parser.add_argument("--run", type=Path, metavar="DIR", help="a run whose aligned model generates")
+    _checkpoint_argument(parser)
+    parser.add_argument("--prompts", type=Path, metavar="FILE", help="prompts, one video each")
+
+
+def _generate(arguments: Namespace) -> None:
+    saved = arguments.run / "config.yaml" if arguments.run is not None else None
+    config = configuration(arguments, saved=saved)
+    from kvpo.app.generate import generate
+
+    generate(
+        config,
+        run=arguments.run,
+        checkpoint=arguments.checkpoint,
+        prompts=arguments.prompts,
+        out=arguments.out,
+    )
+
+
+def _evaluate_arguments(parser: ArgumentParser) -> None:
+    _run_argument(parser)
+    _checkpoint_argument(parser)
+    parser.add_argument(
+        "--out", type=Path, metavar="FILE", help="where the numbers go (default: RUN/evaluation.json)"
+    )
+
+
+def _evaluate(arguments: Namespace) -> None:
+    from kvpo.training.evaluation import evaluate_run
+
+    out = arguments.out or arguments.run / "evaluation.json"
+    evaluate_run(arguments.run, arguments.checkpoint, out)
+    print(out)
+
+
+def _pretrain_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="safetensors file to write")
+    parser.add_argument("--steps", type=int, metavar="INT", help="optimiser steps (default: as shipped)")
+
+
+def _pretrain(arguments: Namespace) -> None:
+    config = configuration(arguments)
+    from rich.progress import Progress
+
+    from kvpo.world.pretrain import PretrainSettings, pretrain
+
+    settings = PretrainSettings(seed=config.seed)
+    if arguments.steps is not None:
+        settings = replace(settings, steps=arguments.steps)
+    with Progress() as progress:
+        task = progress.add_task("pretraining", total=settings.steps)
+        pretrain(
+            config.model,
+            config.stream,
+            settings,
+            arguments.out,
+            lambda step, loss: progress.update(task, completed=step + 1, description=f"loss {loss:.3f}"),
+        )
+    print(arguments.out)
+
+
+def _report_arguments(parser: ArgumentParser) -> None:
+    _run_argument(parser)
+
+
+def _report(arguments: Namespace) -> None:
+    from kvpo.report import write_report
+
+    print(write_report(arguments.run))
+
+
+def _run_argument(parser: ArgumentParser) -> None:
+    parser.add_argument("run", type=Path, metavar="RUN", help="directory that `kvpo align` wrote")
+
+
+def _checkpoint_argument(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "--checkpoint",
+        metavar="NAME",
+        help="best, latest, an update number or a checkpoint directory (default: best)",
+    )
+
+
+COMMANDS = (
+    Command("align", "align a generator with a reward", _align_arguments, _align, configured=True),
+    Command("generate", "generate videos from prompts", _generate_arguments, _generate, configured=True),
+    Command("evaluate", "compare base and aligned model on held-out prompts", _evaluate_arguments, _evaluate),
+    Command("pretrain", "rebuild the embedded base model", _pretrain_arguments, _pretrain, configured=True),
+    Command("report", "write the HTML report of a run", _report_arguments, _report),
+)

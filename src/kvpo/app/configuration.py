@@ -1,0 +1,272 @@
+"""Loads and merges the configuration of a run.
+
+Values come from a preset, then a YAML file, then command-line flags; a later one wins. File and flags pass
+through the same strict conversion, so that a mistake reads the same wherever it was made.
+"""
+
+import ast
+import dataclasses
+import difflib
+import inspect
+import math
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from types import NoneType
+from typing import Any, Literal
+
+import yaml
+
+from kvpo.app.presets import PRESETS
+from kvpo.config import Config
+from kvpo.config_checks import ConfigurationError, check
+
+CHANGEABLE_ON_RESUME = ("device", "optim.updates", "checkpoint.every", "checkpoint.keep")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One field of the configuration that holds a value: dotted path, type, docstring."""
+
+    path: str
+    type: Any
+    doc: str
+
+
+@cache
+def settings() -> dict[str, Setting]:
+    """Every setting by dotted path, in order of definition."""
+    found = _settings_of(Config, "")
+    for name, kind in sections().items():
+        found += _settings_of(kind, f"{name}.")
+    return {setting.path: setting for setting in found}
+
+
+@cache
+def sections() -> dict[str, type]:
+    """The dataclass of every section of the configuration, by name."""
+    hints: dict[str, type] = typing.get_type_hints(Config)
+    return {name: kind for name, kind in hints.items() if dataclasses.is_dataclass(kind)}
+
+
+def resolve(preset: str | None, file: Path | None, flags: Mapping[str, str]) -> Config:
+    """The configuration of a new run from preset, file and flags (dotted path -> text).
+
+    Without ``preset`` the file's own holds, and without that ``demo``. Raises ConfigurationError.
+    """
+    values = read_file(file) if file is not None else {}
+    name = preset or str(values.get("preset", "demo"))
+    if name not in PRESETS:
+        raise ConfigurationError(
+            f"unknown preset {name!r}{nearest(name, PRESETS)}; presets: {', '.join(PRESETS)}"
+        )
+    config = assign(PRESETS[name](), {**values, "preset": name})
+    config = assign(config, parse_flags(flags))
+    check(config)
+    return config
+
+
+def resolve_resumed(saved: Path, preset: str | None, file: Path | None, flags: Mapping[str, str]) -> Config:
+    """The configuration of a run that continues from ``saved``, its config.yaml.
+
+    Preset, file and flags may be given again, but must agree with it except in CHANGEABLE_ON_RESUME:
+    anything else would be another run. Raises ConfigurationError naming what differs.
+    """
+    before = resolve(None, saved, {})
+    given = {**(read_file(file) if file is not None else {}), **({"preset": preset} if preset else {})}
+    after = assign(assign(before, given), parse_flags(flags))
+    check(after)
+    old, new = flat(dataclasses.asdict(before)), flat(dataclasses.asdict(after))
+    refused = [
+        f"{path} is {old[path]} there, {new[path]} here"
+        for path in old
+        if old[path] != new[path] and path not in CHANGEABLE_ON_RESUME
+    ]
+    if refused:
+        raise ConfigurationError(
+            f"{saved.parent} continues with its saved settings, but {'; '.join(refused)}"
+        )
+    return after
+
+
+def read_file(path: Path) -> dict[str, Any]:
+    """The settings in a YAML file by dotted path, not yet converted. Raises ConfigurationError."""
+    try:
+        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)
+    except UnicodeDecodeError as error:
+        raise ConfigurationError(f"configuration file {path} is not UTF-8 text") from error
+    except OSError as error:
+        raise ConfigurationError(f"cannot read configuration file {path}: {error.strerror}") from error
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        raise ConfigurationError(f"configuration file {path}, line {line}: {error.problem}") from error
+    except yaml.YAMLError as error:
+        raise ConfigurationError(
+            f"configuration file {path} is not YAML: {' '.join(str(error).split())}"
+        ) from error
+    if not isinstance(values, dict | NoneType):
+        raise ConfigurationError(
+            f"configuration file {path} must hold sections and fields, got {_shown(values)}"
+        )
+    return flat(values or {})
+
+
+def parse_flags(flags: Mapping[str, str]) -> dict[str, Any]:
+    """Command-line texts as values: YAML, except that text fields take the text as it is."""
+    return {path: _parse(_setting(path, text).type, text) for path, text in flags.items()}
+
+
+def assign(config: Config, values: Mapping[str, Any]) -> Config:
+    """``config`` with ``values`` (by dotted path) converted strictly. Raises ConfigurationError."""
+    changes: dict[str, dict[str, Any]] = {}
+    for path, value in values.items():
+        section, _, name = path.rpartition(".")
+        setting = _setting(path, value)
+        changes.setdefault(section, {})[name] = _convert(setting.type, value, setting)
+    top = changes.pop("", {})
+    parts = {name: dataclasses.replace(vars(config)[name], **part) for name, part in changes.items()}
+    return dataclasses.replace(config, **top, **parts)
+
+
+def flat(values: Mapping[Any, Any]) -> dict[str, Any]:
+    """Sections opened up: {"optim": {"lr": 1}} becomes {"optim.lr": 1}; an empty section gives nothing."""
+    result: dict[str, Any] = {}
+    for key, value in values.items():
+        if key not in sections():
+            result[str(key)] = value
+        elif isinstance(value, Mapping):
+            result.update({f"{key}.{name}": item for name, item in value.items()})
+        elif value is not None:
+            raise ConfigurationError(f"{key}: expected a section of fields, got {_shown(value)}")
+    return result
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The suffix `` (did you mean 'x'?)`` for the known name most like ``name``; empty when none is."""
+    known = list(known)
+    same_ending = [path for path in known if _ending(path) == _ending(name)]
+    match = same_ending or difflib.get_close_matches(name, known, 1, 0.4)
+    return f" (did you mean {match[0]!r}?)" if match else ""
+
+
+def _ending(path: str) -> str:
+    return path.rpartition(".")[2].lstrip("-")
+
+
+def _setting(path: str, value: Any) -> Setting:
+    if path not in settings():
+        raise ConfigurationError(f"unknown field {path!r} (value {_shown(value)}){nearest(path, settings())}")
+    return settings()[path]
+
+
+def _parse(kind: Any, text: str) -> Any:
+    kind, optional = _without_none(kind)
+    if optional and text.lower() in ("none", "null"):
+        return None
+    origin = typing.get_origin(kind)
+    if kind is str or origin is Literal:
+        return text
+    if origin is tuple and not text.startswith("["):
+        text = f"[{text}]"
+    if origin is dict and not text.startswith("{"):
+        text = "{" + text.replace("=", ": ") + "}"
+    try:
+        return yaml.load(text, Loader=_StrictLoader)
+    except yaml.YAMLError:
+        return text  # the conversion refuses it by name
+
+
+def _convert(kind: Any, value: Any, setting: Setting) -> Any:
+    """``value`` as ``kind``. Raises ConfigurationError that names the setting and what it takes."""
+    kind, optional = _without_none(kind)
+    if optional and value is None:
+        return None
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin is Literal and value in arguments:
+        return value
+    if origin is tuple and isinstance(value, list | tuple):
+        items = [arguments[0]] * len(value) if arguments[-1] is ... else arguments
+        if len(items) == len(value):
+            return tuple(_convert(item, part, setting) for item, part in zip(items, value, strict=True))
+    if origin is dict and isinstance(value, Mapping):
+        return {_convert(arguments[0], key, setting): _convert(arguments[1], item, setting)
+                for key, item in value.items()}  # fmt: skip
+    if kind in (bool, int, str) and type(value) is kind:
+        return value
+    if kind is float and (number := _number(value)) is not None:
+        return number
+    hint = nearest(str(value), arguments) if origin is Literal else ""
+    raise ConfigurationError(f"{setting.path}: expected {describe(setting.type)}, got {_shown(value)}{hint}")
+
+
+def _number(value: Any) -> float | None:
+    """A finite float, or None. YAML 1.1 reads 1e-4, without a point, as text."""
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        return None
+    try:
+        number = float(value)
+    except ValueError:
+        return None
+    return number if math.isfinite(number) else None
+
+
+def describe(kind: Any) -> str:
+    """A type in words, for messages."""
+    kind, optional = _without_none(kind)
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    words = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+    if origin is Literal:
+        text = "one of " + ", ".join(map(str, arguments))
+    elif origin is tuple:
+        count = "a list, each" if arguments[-1] is ... else f"a list of {len(arguments)}, each"
+        text = f"{count} {words[arguments[0]]}"
+    elif origin is dict:
+        text = f"name: value pairs, each value {words[arguments[1]]}"
+    else:
+        text = words[kind]
+    return f"{text} or none" if optional else text
+
+
+def _without_none(kind: Any) -> tuple[Any, bool]:
+    """Split ``X | None`` into X and whether None is allowed."""
+    arguments = typing.get_args(kind)
+    if NoneType not in arguments:
+        return kind, False
+    (inner,) = (argument for argument in arguments if argument is not NoneType)
+    return inner, True
+
+
+def _settings_of(kind: type, prefix: str) -> list[Setting]:
+    hints, docs = typing.get_type_hints(kind), _field_docs(kind)
+    names = [field.name for field in dataclasses.fields(kind) if field.name not in sections()]
+    return [Setting(prefix + name, hints[name], docs[name]) for name in names]
+
+
+def _field_docs(kind: type) -> dict[str, str]:
+    """The docstring below each field of a dataclass, which Python itself does not keep."""
+    (definition,) = ast.parse(inspect.getsource(kind)).body
+    assert isinstance(definition, ast.ClassDef)
+    return {
+        ast.unparse(field.target): " ".join(ast.literal_eval(text.value).split())
+        for field, text in zip(definition.body, definition.body[1:], strict=False)
+        if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr)
+    }
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """YAML that refuses a key given twice instead of silently keeping the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for position, (key_node, _) in enumerate(node.value):
+            if keys[position] in keys[:position]:
+                problem = f"{keys[position]!r} is given twice"
+                raise yaml.constructor.ConstructorError(None, None, problem, key_node.start_mark)
+        return super().construct_mapping(node, deep)

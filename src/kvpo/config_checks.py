@@ -1,0 +1,150 @@
+"""What must hold between the settings of a run; types are checked where settings are read."""
+
+from math import comb
+
+from kvpo.config import Config, ExplorationConfig, ModelConfig, ObjectiveConfig, OptimConfig, StreamConfig
+
+
+class ConfigurationError(ValueError):
+    """A setting cannot be used; the message is one line that names it."""
+
+
+def check(config: Config) -> None:
+    """Raise ConfigurationError for the first setting that is out of range or contradicts another."""
+    _model(config.model)
+    _stream(config.stream)
+    _exploration(config.exploration, config.stream, config.optim)
+    _objective(config.objective, config.exploration, config.stream)
+    _optim(config.optim)
+    evaluation, checkpoint = config.evaluation, config.checkpoint
+    _require(evaluation.every >= 0, "evaluation.every", evaluation.every, "0 or more")
+    for name in ("validation_prompts", "test_prompts"):
+        count = vars(evaluation)[name]
+        _require(count >= 2, f"evaluation.{name}", count, "at least 2: a standard error needs two")
+    _require(
+        evaluation.diversity_prompts >= 0,
+        "evaluation.diversity_prompts",
+        evaluation.diversity_prompts,
+        "0 or more",
+    )
+    _require(checkpoint.every >= 1, "checkpoint.every", checkpoint.every, "at least 1")
+    _require(checkpoint.keep >= 1, "checkpoint.keep", checkpoint.keep, "at least 1")
+
+
+def _require(holds: bool, path: str, value: object, what: str) -> None:
+    if not holds:
+        raise ConfigurationError(f"{path}: must be {what}, got {value}")
+
+
+def _model(model: ModelConfig) -> None:
+    for name in ("dim", "num_heads", "num_layers", "ffn_dim", "freq_dim", "text_len", "text_dim", "channels"):
+        _require(vars(model)[name] >= 1, f"model.{name}", vars(model)[name], "at least 1")
+    heads = model.num_heads
+    _require(
+        model.dim % (2 * heads) == 0,
+        "model.dim",
+        model.dim,
+        f"a multiple of 2 * model.num_heads = {2 * heads}",
+    )
+    _require(model.freq_dim % 2 == 0, "model.freq_dim", model.freq_dim, "even")
+    frames, height, width = model.patch_size
+    _require(
+        frames == 1, "model.patch_size", list(model.patch_size), "1 frame deep: pages hold single frames"
+    )
+    _require(height >= 1 and width >= 1, "model.patch_size", list(model.patch_size), "positive")
+    for name, patch in (("latent_height", height), ("latent_width", width)):
+        size = vars(model)[name]
+        _require(
+            size >= patch and size % patch == 0,
+            f"model.{name}",
+            size,
+            f"a multiple of the patch size {patch}",
+        )
+    _require(model.eps > 0, "model.eps", model.eps, "positive")
+
+
+def _stream(stream: StreamConfig) -> None:
+    _require(stream.block >= 1, "stream.block", stream.block, "at least 1")
+    _require(stream.sink >= 0, "stream.sink", stream.sink, "0 or more")
+    least = stream.sink + stream.block
+    _require(
+        stream.window == -1 or stream.window >= least,
+        "stream.window", stream.window, f"-1 (everything) or at least stream.sink + stream.block = {least}",
+    )  # fmt: skip
+    steps = stream.schedule
+    falling = all(a > b for a, b in zip(steps, steps[1:], strict=False))
+    _require(
+        bool(steps) and steps[0] == 1.0 and steps[-1] > 0 and falling,
+        "stream.schedule", list(steps), "positions that fall from 1.0 and stay above 0",
+    )  # fmt: skip
+    _require(stream.shift > 0, "stream.shift", stream.shift, "positive")
+    _require(0 <= stream.context_noise < 1, "stream.context_noise", stream.context_noise, "in [0, 1)")
+    _require(stream.bank_size >= 0, "stream.bank_size", stream.bank_size, "0 or more")
+
+
+def _exploration(exploration: ExplorationConfig, stream: StreamConfig, optim: OptimConfig) -> None:
+    branches, distinct, donor = exploration.branches, exploration.distinct, exploration.donor
+    _require(branches >= 2, "exploration.branches", branches, "at least 2")
+    _require(exploration.blocks >= 1, "exploration.blocks", exploration.blocks, "at least 1")
+    for name in ("recent", "tail_blocks", "resident_frames", "rows"):
+        _require(vars(exploration)[name] >= 0, f"exploration.{name}", vars(exploration)[name], "0 or more")
+    _require(exploration.routed >= 1, "exploration.routed", exploration.routed, "at least 1")
+    _require(
+        1 <= distinct <= exploration.routed,
+        "exploration.distinct", distinct, f"between 1 and exploration.routed = {exploration.routed}",
+    )  # fmt: skip
+    _require(
+        0 <= donor <= distinct, "exploration.donor", donor, f"between 0 and exploration.distinct = {distinct}"
+    )
+    _require(
+        donor == 0 or optim.prompts_per_update >= 2,
+        "exploration.donor", donor, "0 while optim.prompts_per_update is 1: donors are other prompts",
+    )  # fmt: skip
+    own = distinct - donor
+    if exploration.resident_frames > 0 and own > 0:
+        pool = max(0, exploration.resident_frames - stream.sink - exploration.recent)
+        _require(
+            comb(pool, own) >= branches,
+            "exploration.resident_frames", exploration.resident_frames,
+            f"larger: {branches} branches need as many sets of {own} routed frames, and a pool of {pool} frames "
+            f"has {comb(pool, own)}",
+        )  # fmt: skip
+
+
+def _objective(objective: ObjectiveConfig, exploration: ExplorationConfig, stream: StreamConfig) -> None:
+    steps = len(stream.schedule)
+    _require(
+        1 <= objective.grad_steps <= steps,
+        "objective.grad_steps", objective.grad_steps, f"between 1 and the {steps} steps of stream.schedule",
+    )  # fmt: skip
+    for name in ("anchor_state_weight", "simplex_kl", "velocity_kl", "global_weight", "noise_floor"):
+        _require(vars(objective)[name] >= 0, f"objective.{name}", vars(objective)[name], "0 or more")
+    for name in ("keep_best", "keep_worst", "clip_high"):
+        _require(vars(objective)[name] >= 0, f"objective.{name}", vars(objective)[name], "0 or more")
+    temperature = objective.temperature
+    _require(temperature is None or temperature > 0, "objective.temperature", temperature, "positive or none")
+    _require(0 < objective.anchor_share < 1, "objective.anchor_share", objective.anchor_share, "in (0, 1)")
+    _require(0 <= objective.clip_low < 1, "objective.clip_low", objective.clip_low, "in [0, 1)")
+    _require(
+        objective.advantage_clamp > 0, "objective.advantage_clamp", objective.advantage_clamp, "positive"
+    )
+    kept = objective.keep_best + objective.keep_worst
+    _require(
+        kept <= exploration.branches and kept != 1,
+        "objective.keep_best", objective.keep_best,
+        f"such that keep_best + keep_worst is 0 (all) or 2 to exploration.branches = {exploration.branches}",
+    )  # fmt: skip
+
+
+def _optim(optim: OptimConfig) -> None:
+    for name in ("lora_rank", "lora_alpha", "prompts_per_update", "inner_epochs", "rollouts_per_refresh"):
+        _require(vars(optim)[name] >= 1, f"optim.{name}", vars(optim)[name], "at least 1")
+    for name in ("updates", "warmup_updates", "weight_decay", "replay_rows"):
+        _require(vars(optim)[name] >= 0, f"optim.{name}", vars(optim)[name], "0 or more")
+    _require(
+        optim.train == "full" or bool(optim.lora_targets), "optim.lora_targets", "none", "at least one module"
+    )
+    _require(optim.lr > 0, "optim.lr", optim.lr, "positive")
+    _require(optim.grad_clip > 0, "optim.grad_clip", optim.grad_clip, "positive")
+    _require(all(0 <= beta < 1 for beta in optim.betas), "optim.betas", list(optim.betas), "in [0, 1)")
+    _require(0 <= optim.ema_decay < 1, "optim.ema_decay", optim.ema_decay, "in [0, 1)")

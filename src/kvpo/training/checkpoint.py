@@ -1,0 +1,233 @@
+"""Checkpoints of a run: tensors in safetensors, everything else in JSON, written whole or not at all.
+
+``checkpoints/update-000020/`` holds ``state.safetensors`` and ``state.json`` (the run's state, the update,
+the architecture, SHA-256 sums); ``checkpoints/best.json`` names the best one. Nothing here reads a pickle.
+"""
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from kvpo import __version__
+from kvpo.training.durable import new_directory, remove_directory, write_atomic
+
+logger = logging.getLogger(__name__)
+
+TENSORS, STATE, BEST = "state.safetensors", "state.json", "best.json"
+PICKLES = (".pt", ".pth", ".ckpt", ".bin", ".pkl")
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used; the message is one line for the user."""
+
+
+def save_checkpoint(
+    directory: Path,
+    update: int,
+    tensors: Mapping[str, Tensor],
+    state: Mapping[str, Any],
+    *,
+    architecture: Mapping[str, Any],
+) -> Path:
+    """Write ``directory/update-NNNNNN`` in one step and return it; one of the same update is replaced.
+
+    ``state`` and ``architecture`` (whatever must agree for the tensors to fit: the model's settings) are
+    JSON. Raises StorageError when the disk is full; checkpoints saved before are untouched.
+    """
+    path = directory / f"update-{update:06d}"
+    with new_directory(path, failures=(SafetensorError,)) as temporary:
+        save_file(_separate(tensors), temporary / TENSORS)
+        record = {
+            "kvpo": __version__,
+            "update": update,
+            "architecture": _json(architecture),
+            "bytes": (temporary / TENSORS).stat().st_size,
+            "sha256": _sha256(temporary / TENSORS),
+            "state": state,
+        }
+        record["record_sha256"] = _record_sha256(record)
+        (temporary / STATE).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    return path
+
+
+def load_checkpoint(
+    path: Path, *, architecture: Mapping[str, Any] | None = None
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read a checkpoint: its tensors (on the CPU) and its state.
+
+    Raises CheckpointError when it is missing, cut short, changed since it was written, a pickle, or of
+    another architecture than ``architecture`` (None accepts any).
+    """
+    record = _read_record(path)
+    if architecture is not None:
+        _require_architecture(path, record["architecture"], _json(architecture))
+    file = path / TENSORS
+    size = file.stat().st_size if file.exists() else 0
+    if size != record["bytes"]:
+        raise CheckpointError(
+            f"checkpoint {path} is truncated: {size} of {record['bytes']} bytes in {TENSORS}"
+        )
+    if _sha256(file) != record["sha256"]:
+        raise CheckpointError(
+            f"checkpoint {path} was changed after it was saved: {TENSORS} fails its SHA-256"
+        )
+    try:
+        return load_file(file), record["state"]
+    except SafetensorError as error:
+        raise CheckpointError(f"checkpoint {path}: {TENSORS} is not a safetensors file ({error})") from error
+
+
+def require_tensors(path: Path, tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    """Check that ``tensors``, read from ``path``, have exactly the names and shapes of ``expected``.
+
+    Raises CheckpointError naming the missing, unexpected and misshapen ones.
+    """
+    misshapen = [
+        f"{name} is {list(tensors[name].shape)}, expected {list(expected[name].shape)}"
+        for name in expected.keys() & tensors.keys()
+        if tensors[name].shape != expected[name].shape
+    ]
+    problems = {
+        "missing": expected.keys() - tensors.keys(),
+        "unexpected": tensors.keys() - expected.keys(),
+        "of the wrong shape": misshapen,
+    }
+    found = [f"{listed(names)} {kind}" for kind, names in problems.items() if names]
+    if found:
+        raise CheckpointError(f"checkpoint {path} does not fit: {'; '.join(found)}")
+
+
+def checkpoints(directory: Path) -> list[Path]:
+    """The complete checkpoints in ``directory``, oldest first; incomplete ones are skipped with a warning."""
+    found = []
+    for path in sorted(directory.glob("update-*")):
+        try:
+            record = _read_record(path)
+            if (path / TENSORS).stat().st_size != record["bytes"]:
+                raise CheckpointError(f"checkpoint {path} is truncated")
+            found.append(path)
+        except (CheckpointError, OSError) as error:
+            logger.warning("skipped: %s", error)
+    return found
+
+
+def latest_checkpoint(directory: Path) -> Path | None:
+    """The newest complete checkpoint in ``directory``, or None."""
+    return next(reversed(checkpoints(directory)), None)
+
+
+def mark_best(directory: Path, path: Path, value: float) -> None:
+    """Record that ``path``, a checkpoint in ``directory``, scores ``value``, the best so far."""
+    write_atomic(directory / BEST, json.dumps({"checkpoint": path.name, "value": value}) + "\n")
+
+
+def best_checkpoint(directory: Path) -> tuple[Path, float] | None:
+    """The checkpoint marked best and its value; None when none is marked or the marked one is gone."""
+    try:
+        marker = json.loads((directory / BEST).read_text(encoding="utf-8"))
+        path, value = directory / marker["checkpoint"], float(marker["value"])
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{directory / BEST} is damaged ({error}); delete it to go on") from error
+    return (path, value) if path.is_dir() else None
+
+
+def find_checkpoint(directory: Path, name: str | None) -> Path:
+    """The checkpoint a user asked for: "best", "latest", an update number, a directory name, or a path.
+
+    None means the best one, or the latest where none is marked. Raises CheckpointError naming what there is.
+    """
+    best = best_checkpoint(directory)
+    if name in (None, "best") and best is not None:
+        return best[0]
+    if name in (None, "latest"):
+        latest = latest_checkpoint(directory)
+        if latest is not None:
+            return latest
+    elif name is not None:
+        numbered = [directory / f"update-{int(name):06d}"] if name.isdecimal() else []
+        for path in (*numbered, directory / name, Path(name)):
+            if path.exists():
+                return path
+    present = listed([path.name for path in checkpoints(directory)]) or "no checkpoint"
+    raise CheckpointError(f"no checkpoint {name or ''!r} in {directory}, which holds {present}")
+
+
+def prune(directory: Path, keep: int) -> None:
+    """Remove all but the newest ``keep`` checkpoints and the best one."""
+    best = best_checkpoint(directory)
+    assert keep > 0
+    for path in sorted(directory.glob("update-*"))[:-keep]:
+        if best is None or path != best[0]:
+            remove_directory(path)
+
+
+def _read_record(path: Path) -> dict[str, Any]:
+    if path.is_file():
+        reason = "a pickle can run code when it is read" if path.suffix in PICKLES else "it is a file"
+        raise CheckpointError(f"{path} is not a kvpo checkpoint directory and was not opened: {reason}")
+    if not path.is_dir():
+        raise CheckpointError(f"checkpoint {path} does not exist")
+    try:
+        record = json.loads((path / STATE).read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"checkpoint {path} is incomplete: it has no {STATE}") from error
+    except ValueError as error:
+        raise CheckpointError(f"checkpoint {path} is damaged: {STATE} is not JSON ({error})") from error
+    expected = ("update", "architecture", "bytes", "sha256", "state", "record_sha256")
+    missing = [key for key in expected if not isinstance(record, dict) or key not in record]
+    if missing:
+        raise CheckpointError(f"checkpoint {path} is damaged: {STATE} lacks {', '.join(missing)}")
+    if record.pop("record_sha256") != _record_sha256(record):
+        raise CheckpointError(f"checkpoint {path} was changed after it was saved: {STATE} fails its SHA-256")
+    return record
+
+
+def _require_architecture(path: Path, saved: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
+    different = [
+        f"{name} is {saved.get(name)} there, {expected.get(name)} here"
+        for name in sorted(saved.keys() | expected.keys())
+        if saved.get(name) != expected.get(name)
+    ]
+    if different:
+        raise CheckpointError(f"checkpoint {path} is of another architecture: {listed(different)}")
+
+
+def _json(value: Mapping[str, Any]) -> Any:
+    return json.loads(json.dumps(value))  # tuples become the lists that reading gives back
+
+
+def _separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Contiguous CPU tensors of which no two share memory, as safetensors wants them."""
+    result: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in tensors.items():
+        plain = tensor.detach().cpu().contiguous()
+        memory = plain.untyped_storage().data_ptr()
+        result[name] = plain.clone() if memory in seen else plain
+        seen.add(memory)
+    return result
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _record_sha256(record: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+
+
+def listed(names: Iterable[str], limit: int = 8) -> str:
+    """At most ``limit`` names, sorted, and how many more there are."""
+    ordered = sorted(names)
+    more = f" and {len(ordered) - limit} more" if len(ordered) > limit else ""
+    return ", ".join(ordered[:limit]) + more

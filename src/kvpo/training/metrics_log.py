@@ -1,0 +1,88 @@
+"""Metrics of a run: one JSON object per line, and the same numbers for TensorBoard."""
+
+import json
+import math
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from torch.utils.tensorboard import SummaryWriter
+
+from kvpo.training.durable import storage_error, write_atomic
+
+
+class MetricsLog:
+    """Appends metrics to ``metrics.jsonl`` and to TensorBoard event files.
+
+    ``resumed_at`` is the update of the checkpoint the run continues from, None for a new run: lines of later
+    updates and a half-written last line, left by a run killed past that checkpoint, are removed first.
+    """
+
+    def __init__(self, path: Path, tensorboard: Path, *, resumed_at: int | None = None) -> None:
+        self._path = path
+        last_kept = -1 if resumed_at is None else resumed_at
+        truncate_metrics(path, last_kept)
+        self._file = path.open("a", encoding="utf-8")
+        self._writer = SummaryWriter(str(tensorboard), purge_step=last_kept + 1)
+
+    def write(self, update: int, metrics: Mapping[str, float | int | str | None]) -> None:
+        """Append one line ``{"update", "time", **metrics}``; numbers also go to TensorBoard.
+
+        ``time`` is in seconds since the epoch. A non-finite number is stored as null, since JSON has none.
+        Raises StorageError when the disk is full.
+        """
+        values = {name: value if _storable(value) else None for name, value in metrics.items()}
+        line = json.dumps({"update": update, "time": round(time.time(), 3), **values}, allow_nan=False)
+        try:
+            self._file.write(line + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise storage_error(self._path, error) from error
+        for name, value in metrics.items():
+            if isinstance(value, float | int):
+                self._writer.add_scalar(name, value, update)
+
+    def close(self) -> None:
+        """Flush and close both logs."""
+        self._file.close()
+        self._writer.close()
+
+    def __enter__(self) -> "MetricsLog":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def truncate_metrics(path: Path, update: int) -> None:
+    """Drop the lines of updates after ``update``, and a half-written last line, from a metrics file."""
+    if not path.exists():
+        return
+    before = path.read_text(encoding="utf-8")
+    records = [(line, _parsed(line)) for line in before.splitlines()]
+    kept = [line for line, record in records if record is not None and record["update"] <= update]
+    after = "".join(line + "\n" for line in kept)
+    if after != before:
+        write_atomic(path, after)
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """All whole lines of a metrics file, in order; a run that is still writing may have cut the last one."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return [record for record in map(_parsed, lines) if record is not None]
+
+
+def _parsed(line: str) -> dict[str, Any] | None:
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError:
+        return None
+    return record if isinstance(record, dict) and "update" in record else None
+
+
+def _storable(value: float | int | str | None) -> bool:
+    return not isinstance(value, float) or math.isfinite(value)

@@ -1,0 +1,163 @@
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from kvpo.app import commands
+from kvpo.app.cli import main
+from kvpo.app.commands import COMMANDS
+from kvpo.config import Config
+
+
+@pytest.fixture
+def resolved(monkeypatch: pytest.MonkeyPatch) -> list[Config]:
+    """The configurations that `kvpo pretrain` would use, without running it."""
+    seen: list[Config] = []
+    command = commands.Command(
+        "pretrain",
+        "rebuild",
+        commands._pretrain_arguments,
+        lambda arguments: seen.append(commands.configuration(arguments)),
+        configured=True,
+    )
+    monkeypatch.setattr("kvpo.app.cli.COMMANDS", (command,))
+    return seen
+
+
+@pytest.mark.parametrize("arguments", [["--help"], *([command.name, "--help"] for command in COMMANDS)])
+def test_help_is_quick_and_light(arguments: list[str]) -> None:
+    code = (
+        "import sys\nfrom kvpo.app.cli import main\n"
+        f"try:\n    main({arguments!r})\nexcept SystemExit as stop:\n    assert stop.code == 0\n"
+        "heavy = {'torch', 'numpy', 'transformers', 'peft', 'matplotlib'} & sys.modules.keys()\n"
+        "assert not heavy, heavy\n"
+    )
+    walls = []
+    for _ in range(3):  # the best of three: the machine may be busy with something else
+        start = time.perf_counter()
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        walls.append(time.perf_counter() - start)
+        assert done.returncode == 0, done.stderr
+        assert "usage: kvpo" in done.stdout
+        if walls[-1] < 0.9:
+            break
+    assert min(walls) < 0.9
+
+
+def test_help_shows_docstrings_and_the_presets_values(capsys: pytest.CaptureFixture[str]) -> None:
+    for preset, rate in (("demo", Config().optim.lr), ("wan-14b", 1e-5)):
+        with pytest.raises(SystemExit):
+            main(["align", "--preset", preset, "--help"])
+        text = " ".join(capsys.readouterr().out.split())
+        assert f"Peak learning rate of AdamW. [{rate}]" in text
+
+
+def test_flags_with_dashes_switches_and_negative_numbers(resolved: list[Config]) -> None:
+    arguments = "pretrain --out x --optim.lora-rank 4 --optim.checkpointing --stream.window -1 --seed=3"
+    assert main(arguments.split()) == 0
+    (config,) = resolved
+    assert (config.optim.lora_rank, config.optim.checkpointing, config.stream.window, config.seed) == (
+        4,
+        True,
+        -1,
+        3,
+    )
+
+
+def test_preset_file_and_flags_in_that_order(resolved: list[Config], tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("optim: {lr: 0.5, updates: 9}\n")
+    assert (
+        main(["pretrain", "--out", "x", "--preset", "wan-14b", "--config", str(file), "--optim.lr", "0.25"])
+        == 0
+    )
+    (config,) = resolved
+    assert (config.model.dim, config.optim.lr, config.optim.updates) == (5120, 0.25, 9)
+
+
+def test_advantages_is_short_for_the_field(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    seen = []
+    monkeypatch.setattr(commands, "resolve", lambda preset, file, flags: seen.append((preset, flags)))
+    monkeypatch.setitem(sys.modules, "kvpo.training.align", _Align)
+    main(["align", "--preset", "demo", "--advantages", "random", "--out", str(tmp_path / "run")])
+    main(["align", "--preset", "demo", "--out", str(tmp_path / "run")])
+    assert seen == [("demo", {"objective.advantages": "random"}), ("demo", {})]
+
+
+class _Align:
+    @staticmethod
+    def align(config: Config, out: Path, *, resume: bool) -> None:
+        pass
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ("algn", ["'algn'", "'align'"]),
+        ("", ["COMMAND"]),
+        ("align", ["--out"]),
+        ("align --out x --preset dmo", ["'dmo'", "'demo'"]),
+        ("align --out x --optim.lrr 3", ["--optim.lrr", "'3'", "'--optim.lr'"]),
+        ("align --out x --optim.lrr=3", ["--optim.lrr", "'3'", "'--optim.lr'"]),
+        ("align --out x --resum", ["--resum", "'--resume'"]),
+        ("align --out x --optim.lr abc", ["optim.lr", "'abc'", "number"]),
+        ("align --out x --advantages best", ["objective.advantages", "'best'", "anchor, group, random"]),
+        ("align --out x --config nowhere.yaml", ["nowhere.yaml"]),
+        ("align --out x --seed", ["--seed"]),
+        ("report", ["RUN"]),
+        ("report a b", ["unknown argument b"]),
+    ],
+)
+def test_wrong_usage_is_one_line_and_status_2(
+    arguments: str,
+    words: list[str],
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments.split()) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("kvpo: error: ") and captured.err.count("\n") == 1
+    assert all(word in captured.err for word in words), captured.err
+    assert list(tmp_path.iterdir()) == []  # nothing was created
+
+
+def test_library_errors_are_one_line_unless_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(arguments) -> None:
+        raise ValueError("prompts file x.txt is empty:\n  add a line")
+
+    failing = commands.Command("report", "fails", commands._report_arguments, broken)
+    monkeypatch.setattr("kvpo.app.cli.COMMANDS", (failing,))
+    assert main(["report", "x"]) == 1
+    monkeypatch.setenv("KVPO_TRACEBACK", "1")
+    with pytest.raises(ValueError, match="add a line"):
+        main(["report", "x"])
+
+
+def test_defects_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(arguments) -> None:
+        raise KeyError("defect")
+
+    monkeypatch.setattr(
+        "kvpo.app.cli.COMMANDS", (commands.Command("report", "fails", commands._report_arguments, broken),)
+    )
+    with pytest.raises(KeyError):
+        main(["report", "x"])
+
+
+def test_interrupt_and_closed_pipe(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(arguments) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(
+        "kvpo.app.cli.COMMANDS",
+        (commands.Command("report", "stops", commands._report_arguments, interrupted),),
+    )
+    assert main(["report", "x"]) == 130
+    shell = f"set -o pipefail; '{sys.executable}' -m kvpo.app.cli align --help | head -1"
+    done = subprocess.run(["bash", "-c", shell], capture_output=True, text=True, env=dict(os.environ))
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,180 @@
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+import yaml
+
+from kvpo.app.configuration import assign, flat, parse_flags, resolve, resolve_resumed, sections, settings
+from kvpo.app.presets import PRESETS
+from kvpo.config import Config
+from kvpo.config_checks import ConfigurationError, check
+
+
+def message(call) -> str:
+    with pytest.raises(ConfigurationError) as caught:
+        call()
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_later_sources_win(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("optim: {lr: 1e-3, updates: 7}\nseed: 5\n")
+    config = resolve("demo", file, {"optim.lr": "2e-5"})
+    assert (config.optim.lr, config.optim.updates, config.seed) == (2e-5, 7, 5)
+    assert config.optim.weight_decay == PRESETS["demo"]().optim.weight_decay
+
+
+def test_the_file_names_the_preset_unless_a_flag_does(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("preset: memflow-1.3b\noptim.updates: 3\n")
+    assert resolve(None, file, {}).stream.bank_size == 3
+    config = resolve("longlive-1.3b", file, {})
+    assert (config.preset, config.stream.bank_size, config.optim.updates) == ("longlive-1.3b", 0, 3)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_are_valid_and_survive_yaml(name: str, tmp_path: Path) -> None:
+    config = PRESETS[name]()
+    check(config)
+    assert config.preset == name
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump(yaml.safe_load(yaml.safe_dump(_lists(asdict(config))))))
+    assert resolve(None, file, {}) == config
+
+
+def test_public_sizes() -> None:
+    model = PRESETS["longlive-1.3b"]().model
+    frames, height, width = model.patch_size
+    tokens = (model.latent_height // height) * (model.latent_width // width)
+    assert (tokens, model.dim // model.num_heads) == (1560, 128)
+    large = PRESETS["wan-14b"]().model
+    assert (large.dim, large.num_heads, large.num_layers, large.ffn_dim) == (5120, 40, 40, 13824)
+    assert large.dim // large.num_heads == 128
+
+
+def test_flags_of_every_type() -> None:
+    texts = {
+        "optim.lr": "1e-4",
+        "stream.window": "-1",
+        "stream.schedule": "1,0.5",
+        "optim.betas": "[0.8, 0.9]",
+        "optim.checkpointing": "true",
+        "objective.temperature": "none",
+        "optim.lora_targets": "self_attn.q,ffn.0",
+        "rewards.scorer": "7",
+        "rewards.weights": "colour=1,motion=0.5",
+    }
+    config = assign(Config(), parse_flags(texts))
+    assert config.stream.schedule == (1.0, 0.5)
+    assert config.stream.window == -1
+    assert config.optim.betas == (0.8, 0.9)
+    assert config.optim.checkpointing is True
+    assert config.objective.temperature is None
+    assert config.optim.lora_targets == ("self_attn.q", "ffn.0")
+    assert config.rewards.scorer == "7"
+    assert config.rewards.weights == {"colour": 1.0, "motion": 0.5}
+    assert assign(Config(), parse_flags({"objective.temperature": "0.5"})).objective.temperature == 0.5
+
+
+@pytest.mark.parametrize(
+    ("path", "text", "words"),
+    [
+        ("optim.lr", "abc", ["optim.lr", "'abc'", "number"]),
+        ("optim.lr", "nan", ["optim.lr", "nan"]),
+        ("optim.lr", "true", ["optim.lr", "True"]),
+        ("model.dim", "1.5", ["model.dim", "1.5", "whole number"]),
+        ("optim.checkpointing", "3", ["optim.checkpointing", "3", "true or false"]),
+        ("objective.advantages", "randm", ["objective.advantages", "'randm'", "'random'"]),
+        ("optim.betas", "0.9", ["optim.betas", "list of 2"]),
+        ("stream.schedule", "1,[", ["stream.schedule", "1,["]),
+        ("rewards.weights", "motion", ["rewards.weights"]),
+        ("optim.lrr", "3", ["optim.lrr", "'3'", "'optim.lr'"]),
+        ("lr", "3", ["'lr'", "'optim.lr'"]),
+        ("model.branches", "3", ["model.branches", "'exploration.branches'"]),
+    ],
+)
+def test_a_wrong_flag_names_field_value_and_what_fits(path: str, text: str, words: list[str]) -> None:
+    said = message(lambda: resolve("demo", None, {path: text}))
+    assert all(word in said for word in words), said
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"optim: {lrr: 3}", ["optim.lrr", "3", "'optim.lr'"]),
+        (b"optimm: {lr: 3}", ["optimm", "optim"]),
+        (b"optim: 3", ["optim", "section", "3"]),
+        (b"optim:\n  lr: [1", ["line"]),
+        (b"seed: 1\nseed: 2", ["'seed'", "twice", "line 2"]),
+        (b"- seed", ["sections"]),
+        (b"\xff\xfe\x00", ["UTF-8"]),
+        (b"a: \x01", ["YAML"]),
+        (b"preset: dmo", ["'dmo'", "'demo'"]),
+        (b"seed: '3'", ["seed", "'3'", "whole number"]),
+        (b"model.patch_size: [1, 2]", ["model.patch_size", "3"]),
+    ],
+)
+def test_a_wrong_file_is_one_clear_line(tmp_path: Path, content: bytes, words: list[str]) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_bytes(content)
+    said = message(lambda: resolve(None, file, {}))
+    assert all(word in said for word in words), said
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    assert str(tmp_path / "no.yaml") in message(lambda: resolve(None, tmp_path / "no.yaml", {}))
+    assert str(tmp_path) in message(lambda: resolve(None, tmp_path, {}))
+
+
+def test_an_empty_file_or_section_changes_nothing(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("optim:\n# nothing yet\n")
+    assert resolve(None, file, {}) == Config()
+
+
+def test_every_field_has_a_docstring_and_a_flag() -> None:
+    assert set(settings()) == set(flat(asdict(Config())))
+    assert all(setting.doc.endswith(".") for setting in settings().values())
+    assert all(kind.__doc__ for kind in sections().values())
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ({"model.num_heads": "3"}, ["model.dim", "128"]),
+        ({"model.latent_height": "7"}, ["model.latent_height", "7"]),
+        ({"stream.window": "5"}, ["stream.window", "5", "6"]),
+        ({"stream.schedule": "0.5,0.75"}, ["stream.schedule"]),
+        ({"exploration.resident_frames": "8"}, ["exploration.resident_frames", "8", "pool of 2"]),
+        ({"exploration.distinct": "9"}, ["exploration.distinct", "9"]),
+        ({"exploration.donor": "1", "optim.prompts_per_update": "1"}, ["exploration.donor"]),
+        ({"objective.grad_steps": "5"}, ["objective.grad_steps", "5", "4"]),
+        ({"objective.keep_best": "1", "objective.keep_worst": "0"}, ["objective.keep_best"]),
+        ({"optim.lr": "-1"}, ["optim.lr", "-1"]),
+        ({"optim.ema_decay": "1"}, ["optim.ema_decay"]),
+        ({"evaluation.test_prompts": "1"}, ["evaluation.test_prompts", "1"]),
+    ],
+)
+def test_settings_that_contradict_are_refused(flags: dict[str, str], words: list[str]) -> None:
+    said = message(lambda: resolve("demo", None, flags))
+    assert all(word in said for word in words), said
+
+
+def test_a_resumed_run_keeps_its_settings(tmp_path: Path) -> None:
+    saved = tmp_path / "config.yaml"
+    config = resolve("demo", None, {"optim.lr": "3e-4", "seed": "4"})
+    saved.write_text(yaml.safe_dump(_lists(asdict(config))))
+    assert resolve_resumed(saved, None, None, {}) == config
+    assert resolve_resumed(saved, "demo", None, {"optim.lr": "3e-4"}) == config
+    longer = resolve_resumed(saved, None, None, {"optim.updates": "999"})
+    assert longer == replace(config, optim=replace(config.optim, updates=999))
+    said = message(lambda: resolve_resumed(saved, None, None, {"optim.lr": "1e-5"}))
+    assert "optim.lr is 0.0003 there, 1e-05 here" in said
+    assert "preset" in message(lambda: resolve_resumed(saved, "wan-14b", None, {}))
+
+
+def _lists(value):
+    if isinstance(value, dict):
+        return {key: _lists(item) for key, item in value.items()}
+    return [_lists(item) for item in value] if isinstance(value, tuple | list) else value

@@ -1,0 +1,351 @@
+import itertools
+import json
+import multiprocessing
+import os
+import pickle
+import resource
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kvpo.training.checkpoint import (
+    CheckpointError,
+    best_checkpoint,
+    checkpoints,
+    find_checkpoint,
+    latest_checkpoint,
+    load_checkpoint,
+    mark_best,
+    prune,
+    require_tensors,
+    save_checkpoint,
+)
+from kvpo.training.durable import StorageError
+from kvpo.training.state import flatten_state, load_optimizer_state, optimizer_state, unflatten_state
+
+FORK = multiprocessing.get_context("fork")  # a fork has torch loaded already
+ARCHITECTURE = {"dim": 8, "patch_size": (1, 2, 2)}
+TENSORS = {
+    "weight": torch.arange(6.0).reshape(2, 3),
+    "half": torch.tensor([1.0, 3.14159], dtype=torch.bfloat16),
+    "step": torch.tensor(7.0),
+    "generator": torch.Generator().manual_seed(3).get_state(),
+}
+
+
+def saved(directory: Path, update: int = 20) -> Path:
+    return save_checkpoint(directory, update, TENSORS, {"best": 0.1, "seed": 3}, architecture=ARCHITECTURE)
+
+
+def refusal(path: Path, **arguments: object) -> str:
+    with pytest.raises(CheckpointError) as caught:
+        load_checkpoint(path, **arguments)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_what_is_saved_loads_to_the_bit(tmp_path: Path) -> None:
+    path = saved(tmp_path)
+    assert path.name == "update-000020"
+    tensors, state = load_checkpoint(path, architecture=ARCHITECTURE)
+    assert state == {"best": 0.1, "seed": 3}
+    assert tensors.keys() == TENSORS.keys()
+    for name, tensor in TENSORS.items():
+        assert tensors[name].dtype == tensor.dtype and torch.equal(tensors[name], tensor)
+
+
+def test_views_and_shared_tensors_are_saved_apart(tmp_path: Path) -> None:
+    whole = torch.arange(12.0).reshape(3, 4)
+    shared = {"a": whole, "b": whole, "row": whole[1], "column": whole[:, 1]}
+    tensors, _ = load_checkpoint(save_checkpoint(tmp_path, 1, shared, {}, architecture={}))
+    assert all(torch.equal(tensors[name], shared[name]) for name in shared)
+
+
+def test_a_truncated_checkpoint_is_refused_and_skipped(tmp_path: Path) -> None:
+    older, newer = saved(tmp_path, 10), saved(tmp_path, 20)
+    file = newer / "state.safetensors"
+    file.write_bytes(file.read_bytes()[:-5])
+    assert "truncated" in refusal(newer)
+    assert latest_checkpoint(tmp_path) == older
+
+
+def test_a_tampered_checkpoint_is_refused(tmp_path: Path) -> None:
+    path = saved(tmp_path)
+    file = path / "state.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    assert "changed after it was saved: state.safetensors" in refusal(path)
+
+
+def test_a_tampered_state_is_refused(tmp_path: Path) -> None:
+    path = saved(tmp_path)
+    record = json.loads((path / "state.json").read_text())
+    record["state"]["seed"] = 4
+    (path / "state.json").write_text(json.dumps(record))
+    assert "changed after it was saved: state.json" in refusal(path)
+    del record["sha256"]
+    (path / "state.json").write_text(json.dumps(record))
+    assert "lacks sha256" in refusal(path)
+    (path / "state.json").write_text('{"state": ')
+    assert "state.json is not JSON" in refusal(path)
+    (path / "state.json").unlink()
+    assert "no state.json" in refusal(path)
+    assert latest_checkpoint(tmp_path) is None
+
+
+def test_another_architecture_is_named(tmp_path: Path) -> None:
+    said = refusal(saved(tmp_path), architecture={**ARCHITECTURE, "dim": 16})
+    assert "another architecture: dim is 8 there, 16 here" in said
+
+
+def test_missing_unexpected_and_misshapen_tensors_are_named(tmp_path: Path) -> None:
+    path = saved(tmp_path)
+    tensors, _ = load_checkpoint(path)
+    require_tensors(path, tensors, TENSORS)
+    expected = {**TENSORS, "weight": torch.zeros(3, 3), "bias": torch.zeros(1)}
+    del expected["half"]
+    with pytest.raises(CheckpointError) as caught:
+        require_tensors(path, tensors, expected)
+    said = str(caught.value)
+    assert "bias missing" in said and "half unexpected" in said
+    assert "weight is [2, 3], expected [3, 3]" in said
+
+
+class Planted:
+    """Unpickling this creates a file."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple[Callable[..., object], tuple[object, ...]]:
+        return Path.touch, (self.mark,)
+
+
+def test_a_pickle_is_refused_without_being_read(tmp_path: Path) -> None:
+    mark = tmp_path / "executed"
+    evil = tmp_path / "evil.pt"
+    evil.write_bytes(pickle.dumps(Planted(mark)))
+    assert "pickle can run code" in refusal(evil)
+    # the same bytes planted as the tensors of a checkpoint, with sums that fit
+    path = saved(tmp_path / "checkpoints")
+    shutil.copy(evil, path / "state.safetensors")
+    record = json.loads((path / "state.json").read_text())
+    record["bytes"] = evil.stat().st_size
+    (path / "state.json").write_text(json.dumps(record))
+    refusal(path)
+    assert not mark.exists()
+
+
+def test_a_missing_checkpoint_is_named(tmp_path: Path) -> None:
+    assert "does not exist" in refusal(tmp_path / "update-000001")
+    assert latest_checkpoint(tmp_path / "nowhere") is None
+
+
+def test_retention_keeps_the_newest_and_the_best(tmp_path: Path) -> None:
+    assert best_checkpoint(tmp_path) is None
+    for update in (10, 20, 30, 40):
+        path = saved(tmp_path, update)
+        if update == 10:
+            mark_best(tmp_path, path, 0.7)
+        prune(tmp_path, keep=2)
+    assert [path.name for path in checkpoints(tmp_path)] == [
+        "update-000010",
+        "update-000030",
+        "update-000040",
+    ]
+    assert best_checkpoint(tmp_path) == (tmp_path / "update-000010", 0.7)
+    mark_best(tmp_path, tmp_path / "update-000040", 0.8)
+    prune(tmp_path, keep=2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["best.json", "update-000030", "update-000040"]
+    (tmp_path / "best.json").write_text("{")
+    with pytest.raises(CheckpointError, match="best.json is damaged"):
+        best_checkpoint(tmp_path)
+
+
+def test_a_checkpoint_is_found_by_what_one_would_type(tmp_path: Path) -> None:
+    first, second = saved(tmp_path, 10), saved(tmp_path, 20)
+    assert find_checkpoint(tmp_path, None) == second
+    mark_best(tmp_path, first, 1.0)
+    assert find_checkpoint(tmp_path, None) == find_checkpoint(tmp_path, "best") == first
+    assert find_checkpoint(tmp_path, "latest") == second
+    for name in ("20", "update-000020", str(second)):
+        assert find_checkpoint(tmp_path, name) == second
+    with pytest.raises(CheckpointError, match="'30'.*update-000010, update-000020"):
+        find_checkpoint(tmp_path, "30")
+
+
+def test_a_full_disk_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    older = saved(tmp_path, 10)
+
+    def full(tensors: object, file: Path) -> None:
+        file.write_bytes(b"half")
+        raise OSError(28, os.strerror(28))
+
+    monkeypatch.setattr("kvpo.training.checkpoint.save_file", full)
+    for update in (10, 20):
+        with pytest.raises(StorageError, match="the disk is full"):
+            saved(tmp_path, update)
+    assert list(tmp_path.iterdir()) == [older]
+    load_checkpoint(older)
+
+
+def limited(directory: Path) -> None:
+    """Save what fits under a limit on the size of files, then what does not."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
+    save_checkpoint(directory, 1, {"a": torch.zeros(10)}, {}, architecture={})
+    with pytest.raises(StorageError, match="cannot save"):
+        save_checkpoint(directory, 2, {"a": torch.zeros(10_000)}, {}, architecture={})
+
+
+def test_a_real_write_limit_loses_nothing(tmp_path: Path) -> None:
+    child = FORK.Process(target=limited, args=(tmp_path,))
+    child.start()
+    child.join()
+    assert child.exitcode == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["update-000001"]
+    load_checkpoint(tmp_path / "update-000001")
+
+
+def save_for_ever(directory: Path, first: int) -> None:
+    for update in itertools.count(first):
+        tensors = {"a": torch.full((20_000,), float(update)), "b": torch.tensor(update)}
+        path = save_checkpoint(directory, update, tensors, {"update": update}, architecture={})
+        if update % 5 == 0:
+            mark_best(directory, path, float(update))
+        prune(directory, 2)
+
+
+def test_killed_at_any_moment_the_latest_checkpoint_is_whole(tmp_path: Path) -> None:
+    last = 0
+    for delay in torch.rand(25, generator=torch.Generator().manual_seed(0)).mul(0.1).tolist():
+        child = FORK.Process(target=save_for_ever, args=(tmp_path, last + 1))
+        child.start()
+        time.sleep(delay)
+        child.kill()
+        child.join()
+        path = latest_checkpoint(tmp_path)
+        if path is None:
+            assert last == 0
+            continue
+        tensors, state = load_checkpoint(path)
+        assert state["update"] >= last
+        last = state["update"]
+        assert torch.equal(tensors["a"], torch.full((20_000,), float(last))) and tensors["b"] == last
+        best = best_checkpoint(tmp_path)
+        if best is not None:
+            load_checkpoint(best[0])
+        # a checkpoint of the same update may be there already: saving it again replaces it whole
+        last -= 1
+    assert last > 5
+
+
+leaves = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=4)
+keys = st.text(alphabet="abc_.", min_size=1, max_size=3)
+trees = st.recursive(
+    leaves | st.lists(st.floats(width=32, allow_nan=False), max_size=3).map(torch.tensor),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.lists(inner, max_size=3).map(tuple)
+        | st.dictionaries(keys, inner, max_size=3)
+    ),
+    max_leaves=8,
+)
+
+
+def same(a: object, b: object) -> bool:
+    if type(a) is not type(b):
+        return False
+    if isinstance(a, torch.Tensor):
+        return a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+@settings(max_examples=40, deadline=None)
+@given(trees)
+def test_any_state_comes_back_exactly(tree: object) -> None:
+    tensors, skeleton = flatten_state(tree)
+    assert same(unflatten_state(tensors, json.loads(json.dumps(skeleton))), tree)
+
+
+@pytest.mark.parametrize(
+    ("tree", "words"),
+    [
+        ({"a": {1: 2}}, "state/a: keys must be strings, got 1"),
+        ({"a": object()}, "state/a: a object is neither"),
+        ({"a/b": torch.zeros(1), "a": {"b": torch.zeros(1)}}, "state/a/b: two tensors"),
+    ],
+)
+def test_a_state_that_cannot_be_saved_is_named(tree: object, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        flatten_state(tree)
+
+
+def test_a_missing_tensor_of_the_state_is_named() -> None:
+    _, skeleton = flatten_state({"ema": {"weight": torch.zeros(2)}})
+    with pytest.raises(CheckpointError, match="state/ema/weight"):
+        unflatten_state({}, skeleton)
+
+
+def model_and_optimizer(reverse: bool = False) -> tuple[dict[str, torch.nn.Parameter], torch.optim.AdamW]:
+    generator = torch.Generator().manual_seed(0)
+    parameters = {
+        name: torch.nn.Parameter(torch.randn(3, generator=generator)) for name in ("a", "b", "unused")
+    }
+    order = list(parameters.values())[:: -1 if reverse else 1]
+    return parameters, torch.optim.AdamW(
+        [{"params": order[:2]}, {"params": order[2:], "weight_decay": 0.0}], lr=0.1
+    )
+
+
+def step(parameters: dict[str, torch.nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
+    optimizer.zero_grad()
+    (parameters["a"].square().sum() + parameters["b"].sin().sum()).backward()
+    optimizer.step()
+
+
+def test_an_optimiser_continues_to_the_bit_through_a_checkpoint(tmp_path: Path) -> None:
+    parameters, optimizer = model_and_optimizer()
+    for _ in range(3):
+        step(parameters, optimizer)
+    tree = {"weights": {**parameters}, "optimizer": optimizer_state(optimizer, parameters)}
+    tensors, skeleton = flatten_state(tree)
+    path = save_checkpoint(tmp_path, 3, tensors, {"tree": skeleton}, architecture={})
+    for _ in range(3):
+        step(parameters, optimizer)
+
+    loaded, state = load_checkpoint(path)
+    tree = unflatten_state(loaded, state["tree"])
+    resumed, other = model_and_optimizer()
+    with torch.no_grad():
+        for name, parameter in resumed.items():
+            parameter.copy_(tree["weights"][name])
+    load_optimizer_state(other, resumed, tree["optimizer"])
+    for _ in range(3):
+        step(resumed, other)
+    assert all(torch.equal(resumed[name], parameters[name]) for name in parameters)
+    assert same(optimizer_state(other, resumed), optimizer_state(optimizer, parameters))
+
+
+def test_an_optimiser_of_other_parameters_is_refused() -> None:
+    parameters, optimizer = model_and_optimizer()
+    step(parameters, optimizer)
+    saved_state = optimizer_state(optimizer, parameters)
+    renamed = {("z" if name == "b" else name): parameter for name, parameter in parameters.items()}
+    with pytest.raises(CheckpointError, match="of other parameters: b, z"):
+        load_optimizer_state(optimizer, renamed, saved_state)
+    swapped, other = model_and_optimizer(reverse=True)
+    with pytest.raises(CheckpointError, match="other parameters"):
+        load_optimizer_state(other, swapped, saved_state)

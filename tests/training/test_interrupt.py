@@ -1,0 +1,53 @@
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from kvpo.training.interrupt import stop_on_signal
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_first_signal_asks_and_the_second_stops(number: signal.Signals) -> None:
+    former = signal.getsignal(number)
+    with stop_on_signal() as interrupted:
+        assert not interrupted()
+        signal.raise_signal(number)
+        assert interrupted()
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(number)
+    assert signal.getsignal(number) is former
+
+
+def test_outside_the_main_thread_nothing_is_installed() -> None:
+    former, seen = signal.getsignal(signal.SIGINT), []
+
+    def work() -> None:
+        with stop_on_signal() as interrupted:
+            seen.append((interrupted(), signal.getsignal(signal.SIGINT)))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert seen == [(False, former)]
+
+
+def test_a_loop_finishes_its_step_and_exits_cleanly() -> None:
+    code = (
+        "import time\nfrom kvpo.training.interrupt import stop_on_signal\n"
+        "with stop_on_signal() as interrupted:\n    print('ready', flush=True)\n"
+        "    while not interrupted():\n        time.sleep(0.05)\n        print('step', flush=True)\n"
+        "print('saved', flush=True)\n"
+    )
+    child = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert child.stdout is not None and child.stdout.readline() == "ready\n"
+    time.sleep(0.1)
+    os.kill(child.pid, signal.SIGTERM)
+    out, err = child.communicate(timeout=30)
+    assert child.returncode == 0, err
+    assert out.splitlines()[-2:] == ["step", "saved"]

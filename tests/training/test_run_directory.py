@@ -1,0 +1,97 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from kvpo.app.configuration import resolve
+from kvpo.config import Config
+from kvpo.training.durable import StorageError
+from kvpo.training.run_directory import RunDirectory, holds_run
+
+HOLD = (
+    "import sys, time\nfrom pathlib import Path\nfrom kvpo.config import Config\n"
+    "from kvpo.training.run_directory import RunDirectory\n"
+    "with RunDirectory(Path(sys.argv[1]), Config()):\n    print('held', flush=True)\n    time.sleep(60)\n"
+)
+
+
+def test_the_saved_configuration_loads_equal(tmp_path: Path) -> None:
+    config = replace(Config(), seed=3)
+    with RunDirectory(tmp_path / "a" / "run", config) as run:
+        assert resolve(None, run.config_file, {}) == config
+
+
+def test_a_live_run_is_not_disturbed_and_a_killed_one_does_not_block(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    holder = subprocess.Popen([sys.executable, "-c", HOLD, str(out)], stdout=subprocess.PIPE, text=True)
+    try:
+        assert holder.stdout is not None and holder.stdout.readline() == "held\n"
+        for resume in (False, True):
+            with pytest.raises(StorageError, match=f"in use by process {holder.pid};"):
+                RunDirectory(out, replace(Config(), seed=9), resume=resume).__enter__()
+        assert resolve(None, out / "config.yaml", {}) == Config()
+    finally:
+        holder.send_signal(signal.SIGKILL)
+        holder.wait()
+    with RunDirectory(out, Config()) as run:
+        assert (out / ".owner").read_text() == str(os.getpid())
+        assert run.checkpoints.is_dir()
+
+
+def test_two_runs_in_one_process_exclude_each_other_until_the_first_ends(tmp_path: Path) -> None:
+    with (
+        RunDirectory(tmp_path, Config()),
+        pytest.raises(StorageError, match=f"in use by process {os.getpid()}"),
+        RunDirectory(tmp_path, Config()),
+    ):
+        pass
+    with RunDirectory(tmp_path, Config()):
+        pass
+
+
+def test_a_finished_or_begun_run_is_entered_only_to_resume(tmp_path: Path) -> None:
+    with RunDirectory(tmp_path, Config()) as run:
+        assert not holds_run(tmp_path)
+        (run.checkpoints / "update-000001").mkdir()
+    assert holds_run(tmp_path)
+    with pytest.raises(StorageError, match="--resume"):
+        RunDirectory(tmp_path, replace(Config(), seed=9)).__enter__()
+    assert resolve(None, tmp_path / "config.yaml", {}).seed == 0
+    with RunDirectory(tmp_path, Config(), resume=True):
+        pass
+
+
+def test_a_run_that_stopped_before_its_first_checkpoint_may_start_again(tmp_path: Path) -> None:
+    with RunDirectory(tmp_path, Config()):
+        pass
+    with RunDirectory(tmp_path, replace(Config(), seed=1)):
+        pass
+    assert resolve(None, tmp_path / "config.yaml", {}).seed == 1
+
+
+def test_entering_clears_what_a_kill_left_half_written(tmp_path: Path) -> None:
+    with RunDirectory(tmp_path, Config()) as run:
+        (run.checkpoints / ".incomplete-7-update-000001").mkdir()
+    with RunDirectory(tmp_path, Config()) as run:
+        assert list(run.checkpoints.iterdir()) == []
+
+
+def test_an_output_that_cannot_be_a_directory(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(StorageError, match="cannot save .*file"):
+        RunDirectory(tmp_path / "file", Config()).__enter__()
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_summary_is_whole_json(tmp_path: Path) -> None:
+    with RunDirectory(tmp_path, Config()) as run:
+        run.write_summary({"seed": 0, "held_out": {"short": {"paired_gain": 0.1}}})
+        assert json.loads(run.summary.read_text())["held_out"]["short"]["paired_gain"] == 0.1
+        with pytest.raises(ValueError):
+            run.write_summary({"seed": float("nan")})
+        assert json.loads(run.summary.read_text())["seed"] == 0
