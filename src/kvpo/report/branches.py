@@ -1,0 +1,293 @@
+"""The branch explorer: an anchor and its routed branches, what each was routed, and what came of it."""
+
+from collections import Counter
+from dataclasses import dataclass
+
+from kvpo.report.clips import ClipStore
+from kvpo.report.formatting import escape, fixed, number, numbers, signed, significant
+from kvpo.report.record import Entry, Run
+from kvpo.report.screens import captions, film_data, latent_frames, screen, segments_of, whole
+
+SORTS = ("order", "reward", "advantage", "energy", "probability")
+
+
+@dataclass(frozen=True)
+class Span:
+    """Latent frames [start, stop) of one role on the timeline."""
+
+    role: str
+    start: int
+    stop: int
+    title: str
+
+
+@dataclass(frozen=True)
+class Group:
+    """What the cards of one group share; None where the group does not say."""
+
+    entry: Entry
+    members: list[Entry]
+    frames: int | None
+    fork: int | None
+    window: int
+    switches: list[int]
+    anchor_reward: float | None
+    largest_advantage: float
+
+    @property
+    def title(self) -> str:
+        """The group's title, as text."""
+        return str(self.entry.get("title", "Group"))
+
+
+@dataclass(frozen=True)
+class ContextSize:
+    """How many frames the contexts hold, from the run's configuration."""
+
+    sink: int
+    recent: int
+    """Most recent past frames that a routed branch keeps."""
+    local_past: int
+    """Most recent past frames in the deployment context."""
+    resident: int
+    """History frames kept for routing, counting the sink; 0 keeps all."""
+
+
+def members_of(group: Entry) -> list[Entry]:
+    """The members of a group that are mappings."""
+    members = group.get("members")
+    return [m for m in members if isinstance(m, dict)] if isinstance(members, list) else []
+
+
+def clip_keys(groups: list[Entry]) -> list[str]:
+    """Names of the videos that groups refer to."""
+    return [str(m["video"]) for group in groups for m in members_of(group) if m.get("video")]
+
+
+def is_anchor(member: Entry) -> bool:
+    """Whether a member is the unrouted anchor of its group."""
+    return str(member.get("name", "")).strip().lower() == "anchor"
+
+
+def read_group(entry: Entry, store: ClipStore) -> Group:
+    """Collect what a group says of itself."""
+    members = members_of(entry)
+    advantages = [abs(a) for m in members if (a := number(m.get("advantage"))) is not None]
+    return Group(
+        entry=entry,
+        members=members,
+        frames=latent_frames(entry, store, "branches", [m.get("video") for m in members]),
+        fork=whole(entry.get("fork_frame")),
+        window=whole(entry.get("window_frames")) or 0,
+        switches=segments_of(entry)[1],
+        anchor_reward=next((number(m.get("reward")) for m in members if is_anchor(m)), None),
+        largest_advantage=max(advantages, default=0.0),
+    )
+
+
+def context_size(run: Run) -> ContextSize:
+    """Context sizes of a run; a window of -1 sees all the past, and settings that are absent count as 0."""
+    stream, exploration = numbers(run.config.get("stream")), numbers(run.config.get("exploration"))
+    sink, window = int(stream.get("sink", 0)), int(stream.get("window", 0))
+    local_past = max(0, window - sink - int(stream.get("block", 0))) if window >= 0 else 10**9
+    return ContextSize(
+        sink=sink,
+        recent=int(exploration.get("recent", 0)),
+        local_past=local_past,
+        resident=int(exploration.get("resident_frames", 0)),
+    )
+
+
+def routes_of(member: Entry) -> tuple[Counter[int], Counter[tuple[int, str]]]:
+    """How often each own frame, and each (frame, prompt) of another history, fills a routed slot."""
+    own: Counter[int] = Counter()
+    donors: Counter[tuple[int, str]] = Counter()
+    routed = member.get("routed_frames")
+    for entry in routed if isinstance(routed, list) else ():
+        if isinstance(entry, dict) and (frame := whole(entry.get("frame"))) is not None:
+            donors[frame, str(entry.get("prompt", "another prompt"))] += 1
+        elif (frame := whole(entry)) is not None:
+            own[frame] += 1
+    return own, donors
+
+
+def _range(role: str, start: int, stop: int, meaning: str = "") -> list[Span]:
+    """One span, or none where it would be empty."""
+    return (
+        [Span(role, start, stop, f"{meaning or role}: frames {start} to {stop - 1}")] if stop > start else []
+    )
+
+
+def spans_of(group: Group, member: Entry, size: ContextSize) -> list[Span]:
+    """What the first routed block of ``member`` attends to, and the window it is generated in."""
+    if group.fork is None:
+        return []
+    sink = min(size.sink, group.fork)
+    recent = max(sink, group.fork - (size.local_past if is_anchor(member) else size.recent))
+    own, donors = routes_of(member)
+    spans = _range("sink", 0, sink) + _range("recent", recent, group.fork)
+    spans += _range("window", group.fork, group.fork + group.window)
+    spans += [Span("routed", f, f + 1, f"routed: frame {f}, {n} slot(s)") for f, n in sorted(own.items())]
+    spans += [
+        Span("donor", f, f + 1, f"donor: frame {f} of \u201c{prompt}\u201d, {n} slot(s)")
+        for (f, prompt), n in sorted(donors.items())
+    ]
+    return spans
+
+
+def slot_spans(group: Group, size: ContextSize) -> list[Span]:
+    """The slots of the whole group: sink, pool that routes are drawn from, recent, window, afterwards."""
+    if group.fork is None or group.frames is None:
+        return []
+    fork, end = group.fork, min(group.frames, group.fork + group.window)
+    sink = min(size.sink, fork)
+    recent = max(sink, fork - size.recent)
+    pool = max(sink, fork - (size.resident - size.sink)) if size.resident else sink
+    return (
+        _range("sink", 0, sink)
+        + _range("pool", pool, recent, "routes are drawn from here")
+        + _range("recent", recent, fork)
+        + _range("window", fork, end)
+        + _range("after", end, group.frames, "deployment history again")
+    )
+
+
+def strip(spans: list[Span], switches: list[int], frames: int, *, labelled: bool = False) -> str:
+    """A timeline: frames from left to right, coloured by role, prompt switches, a playhead."""
+    marks = "".join(
+        f'<i class="{span.role}" title="{escape(span.title)}" style="left:{100 * span.start / frames:.3f}%;'
+        f'width:{100 * (min(span.stop, frames) - span.start) / frames:.3f}%">'
+        f"{span.role if labelled else ''}</i>"
+        for span in spans
+        if span.start < frames
+    )
+    cuts = "".join(f'<i class="cut" style="left:{100 * switch / frames:.3f}%"></i>' for switch in switches)
+    kind = "strip labelled" if labelled else "strip"
+    return f'<div class="{kind}" style="--frames:{frames}">{marks}{cuts}<i class="playhead"></i></div>'
+
+
+def _still(member: Entry, store: ClipStore, frame: int, frames: int | None) -> str:
+    """A small picture of one history frame, for videos of pixel size."""
+    clip = store.get("branches", member.get("video"))
+    if clip is None or clip["kind"] != "sprite" or not frames or frame >= frames:
+        return ""
+    name = escape(f"branches/{member.get('video')}")
+    return (
+        f'<canvas class="still" width="{clip["width"]}" height="{clip["height"]}" data-clip="{name}" '
+        f'data-still="{frame * clip["frames"] // frames}" aria-hidden="true"></canvas>'
+    )
+
+
+def _route_line(member: Entry, store: ClipStore, frames: int | None) -> str:
+    """The routed frames in pictures and numbers; donors with the prompt they come from."""
+    own, donors = routes_of(member)
+    if not own and not donors:
+        return '<p class="route">deployment history</p>'
+
+    def times(count: int) -> str:
+        return f" \u00d7{count}" if count > 1 else ""
+
+    slots = [
+        f'<span class="slot">{_still(member, store, frame, frames)}{frame}{times(count)}</span>'
+        for frame, count in sorted(own.items())
+    ]
+    slots += [
+        f'<span class="slot donor">donor {frame}{times(count)}</span>'
+        f'<span class="soft donor-prompt" title="{escape(prompt)}">\u201c{escape(prompt)}\u201d</span>'
+        for (frame, prompt), count in sorted(donors.items())
+    ]
+    return f'<p class="route"><span class="soft">routed</span> {"".join(slots)}</p>'
+
+
+def _rows(group: Group, member: Entry) -> list[tuple[str, str]]:
+    """(name, value as HTML) of a member's numbers."""
+    values = numbers(member)
+    difference = ""
+    if not is_anchor(member) and "reward" in values and group.anchor_reward is not None:
+        change = values["reward"] - group.anchor_reward
+        tone = "up" if change > 0 else "down" if change < 0 else ""
+        difference = f' <span class="{tone}">{signed(change)}</span>'
+    rows = [("reward", f"<b>{fixed(values.get('reward'))}</b>{difference}")]
+    rows += [(key, fixed(values[key])) for key in ("local", "global") if key in values]
+    if "energy" in values:
+        rows.append(("energy", significant(values["energy"])))
+    if "advantage" in values:
+        value, bar = values["advantage"], ""
+        if group.largest_advantage:
+            half = 50 * abs(value) / group.largest_advantage
+            place = f"left:{50 if value >= 0 else 50 - half:.1f}%;width:{half:.1f}%"
+            bar = f'<i class="diverging"><i class="{"up" if value >= 0 else "down"}" style="{place}"></i></i>'
+        rows.append(("advantage", signed(value, 2) + bar))
+    if "probability" in values:
+        share = min(100.0, max(0.0, 100 * values["probability"]))
+        bar = f'<i class="share"><i style="width:{share:.1f}%"></i></i>'
+        rows.append(("probability", fixed(values["probability"]) + bar))
+    return rows
+
+
+def _member(group: Group, member: Entry, position: int, store: ClipStore, size: ContextSize) -> str:
+    name, values = str(member.get("name", "branch")), numbers(member) | {"order": position}
+    table = "".join(f"<div><dt>{key}</dt><dd>{value}</dd></div>" for key, value in _rows(group, member))
+    timeline = strip(spans_of(group, member, size), group.switches, group.frames) if group.frames else ""
+    data = "".join(f' data-{key}="{values.get(key, "")}"' for key in SORTS)
+    picture = screen(store, "branches", member.get("video"), f"{name} of {group.title}")
+    return (
+        f'<article class="member{" anchor" if is_anchor(member) else ""}"{data}><h4>{escape(name)}</h4>'
+        f"{picture}{timeline}{_route_line(member, store, group.frames)}<dl>{table}</dl></article>"
+    )
+
+
+def _group(run: Run, store: ClipStore, entry: Entry, identity: str, *, hidden: bool) -> str:
+    group, size = read_group(entry, store), context_size(run)
+    cards = "".join(_member(group, m, i, store, size) for i, m in enumerate(group.members))
+    options = "".join(
+        f'<option value="{key}">{"as saved" if key == "order" else key}</option>' for key in SORTS
+    )
+    sizes, slots, jump = "", "", ""
+    if group.fork is not None and group.frames:
+        sizes = f"fork at frame {group.fork}, window of {group.window} frames"
+        slots = strip(slot_spans(group, size), group.switches, group.frames, labelled=True)
+        jump = f'<button type="button" data-seek="{group.fork / group.frames:.5f}">Go to the fork</button>'
+    return (
+        f'<div class="group-panel film" id="{identity}" {film_data(entry, group.frames)}'
+        f'{" hidden" if hidden else ""}><div class="card lead"><header><h3>{escape(group.title)}</h3>'
+        f'<span class="soft">{sizes}</span></header>{captions(entry, group.frames)}{slots}'
+        f'<div class="toolbar"><label>Sort <select data-sort="{identity}-members">{options}</select></label>'
+        f'{jump}<label class="check"><input type="checkbox" data-difference> difference to the anchor</label>'
+        f'</div></div><div class="members" id="{identity}-members">{cards}</div></div>'
+    )
+
+
+LEGEND = (
+    '<p class="note strip-legend"><span><i class="sink"></i>sink</span>'
+    '<span><i class="routed"></i>routed</span><span><i class="donor"></i>from another prompt</span>'
+    '<span><i class="recent"></i>recent</span>'
+    '<span><i class="window"></i>the window generated with them</span></p>'
+    '<p class="note">The strip under a video shows what the first block after the fork attends to. '
+    "Up to the fork all members are the same.</p>"
+)
+
+
+def explorer(run: Run, store: ClipStore) -> str:
+    """Groups of branches in tabs, then the causality groups, whose branches were routed to one act only."""
+    if not run.groups and not run.causality:
+        return '<p class="missing">No branch groups have been saved (branches/branches.json).</p>'
+    parts = [LEGEND]
+    if len(run.groups) > 1:
+        tabs = "".join(
+            f'<button type="button" role="tab" aria-selected="{"true" if i == 0 else "false"}" '
+            f'aria-controls="group-{i}">{escape(group.get("title", "Group"))}</button>'
+            for i, group in enumerate(run.groups)
+        )
+        parts.append(f'<div class="tabs" role="tablist">{tabs}</div>')
+    parts += [_group(run, store, group, f"group-{i}", hidden=i > 0) for i, group in enumerate(run.groups)]
+    if run.causality:
+        parts.append(
+            '<h3 class="group" id="causality">Does the routed history cause the difference?</h3>'
+            '<p class="note">Same prompt and same noise; only the act that the routed frames come from '
+            "differs.</p>"
+        )
+        parts += [
+            _group(run, store, group, f"causality-{i}", hidden=False) for i, group in enumerate(run.causality)
+        ]
+    return "".join(parts)

@@ -1,0 +1,109 @@
+"""Numbers and text as the page shows them. Everything that reaches the page goes through ``escape``."""
+
+import html
+import json
+import math
+from typing import Any
+
+MISSING = "n/a"
+MINUS = "\u2212"
+
+
+def escape(value: Any) -> str:
+    """Text safe in HTML content and in double-quoted attributes."""
+    return html.escape(str(value), quote=True)
+
+
+def embed_json(value: Any) -> str:
+    """JSON safe inside a ``<script type="application/json">`` element; non-finite numbers become null."""
+    return json.dumps(_finite(value), separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
+
+
+def attribute_json(value: Any) -> str:
+    """JSON safe inside a double-quoted attribute; non-finite numbers become null."""
+    return escape(json.dumps(_finite(value), separators=(",", ":"), allow_nan=False))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def number(value: Any) -> float | None:
+    """``value`` as a finite float, or None if it is anything else (a missing key, NaN, text, a bool)."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return float(value) if math.isfinite(value) else None
+
+
+def numbers(mapping: Any) -> dict[str, float]:
+    """The entries of ``mapping`` that are finite numbers; empty if it is no mapping."""
+    if not isinstance(mapping, dict):
+        return {}
+    return {str(key): found for key, value in mapping.items() if (found := number(value)) is not None}
+
+
+def fixed(value: float | None, digits: int = 3) -> str:
+    """A number with ``digits`` decimals and a real minus sign."""
+    if value is None:
+        return MISSING
+    text = f"{value:.{digits}f}"
+    return text.replace("-", "") if float(text) == 0 else text.replace("-", MINUS)
+
+
+def signed(value: float | None, digits: int = 3) -> str:
+    """A change with its sign, ``digits`` decimals."""
+    if value is None:
+        return MISSING
+    text = f"{value:+.{digits}f}"
+    return f"{0:.{digits}f}" if float(text) == 0 else text.replace("-", MINUS)
+
+
+def compact(value: float | None) -> str:
+    """A number of any size in at most four significant digits: 0.0123, 1234, 1.2e-7."""
+    if value is None:
+        return MISSING
+    if value == 0 or 1e-3 <= abs(value) < 1e5:
+        text = f"{value:.4g}"
+    else:
+        mantissa, exponent = f"{value:.1e}".split("e")
+        text = f"{mantissa.removesuffix('.0')}e{int(exponent)}"
+    return MINUS + text[1:] if value < 0 else text
+
+
+def significant(value: float | None) -> str:
+    """A number with three significant digits, trailing zeros kept, so that a column of them lines up."""
+    if value is None or value == 0 or not 1e-3 <= abs(value) < 1000:
+        return compact(value)
+    return f"{value:#.3g}".rstrip(".").replace("-", MINUS)
+
+
+def percent(value: float | None) -> str:
+    """A share as whole per cent, with one decimal below ten per cent."""
+    if value is None:
+        return MISSING
+    share = 100 * value
+    return f"{share:.1f} %" if 0 < abs(share) < 10 else f"{share:.0f} %"
+
+
+def duration(seconds: float | None) -> str:
+    """Seconds as '48 s', '5 min 12 s' or '3 h 04 min'."""
+    if seconds is None:
+        return MISSING
+    whole = round(seconds)
+    if whole < 60:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def title_of(key: str) -> str:
+    """A metric's key as words: 'ratio_max' becomes 'Ratio max'."""
+    words = key.replace("_", " ").strip()
+    return words[:1].upper() + words[1:]

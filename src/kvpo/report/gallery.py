@@ -1,0 +1,66 @@
+"""Before/after videos side by side."""
+
+from kvpo.report.clips import ClipStore
+from kvpo.report.formatting import escape, fixed, number, numbers, signed
+from kvpo.report.record import Entry, Run
+from kvpo.report.screens import captions, film_data, latent_frames, screen
+
+
+def clip_keys(entries: list[Entry]) -> list[str]:
+    """Names of the videos that gallery entries refer to."""
+    return [str(entry[side]) for entry in entries for side in ("base", "aligned") if entry.get(side)]
+
+
+def _components(entry: Entry) -> str:
+    given = entry.get("components")
+    rows = []
+    for name, value in given.items() if isinstance(given, dict) else ():
+        pair = numbers(value)
+        if {"base", "aligned"} <= pair.keys():
+            gain = pair["aligned"] - pair["base"]
+            tone = "up" if gain > 0 else "down" if gain < 0 else ""
+            rows.append(
+                f"<tr><th>{escape(name)}</th><td>{fixed(pair['base'])}</td><td>{fixed(pair['aligned'])}</td>"
+                f'<td class="{tone}">{signed(gain)}</td></tr>'
+            )
+        elif (single := number(value)) is not None:
+            rows.append(f"<tr><th>{escape(name)}</th><td></td><td>{fixed(single)}</td><td></td></tr>")
+    if not rows:
+        return ""
+    return (
+        "<details><summary>components</summary><table><thead><tr><th></th><th>base</th><th>aligned</th>"
+        f"<th>gain</th></tr></thead><tbody>{''.join(rows)}</tbody></table></details>"
+    )
+
+
+def _card(entry: Entry, store: ClipStore, position: int) -> str:
+    base, aligned = number(entry.get("base_reward")), number(entry.get("aligned_reward"))
+    gain = aligned - base if base is not None and aligned is not None else None
+    tone = "up" if gain and gain > 0 else "down" if gain and gain < 0 else ""
+    title = str(entry.get("title", f"Video {position + 1}"))
+    frames = latent_frames(entry, store, "gallery", [entry.get("base"), entry.get("aligned")])
+    sides = "".join(
+        f"<figure>{screen(store, 'gallery', entry.get(side), f'{side} video: {title}')}"
+        f'<figcaption><span class="tag {side}">{side}</span><b>{fixed(reward)}</b></figcaption></figure>'
+        for side, reward in (("base", base), ("aligned", aligned))
+    )
+    return (
+        f'<article class="card film" {film_data(entry, frames)} data-order="{position}" '
+        f'data-gain="{gain if gain is not None else ""}"><header><h3>{escape(title)}</h3>'
+        f'<span class="gain {tone}">{signed(gain)}</span></header><div class="duo">{sides}</div>'
+        f"{captions(entry, frames)}{_components(entry)}</article>"
+    )
+
+
+def cards(run: Run, store: ClipStore) -> str:
+    """Cards of before/after pairs that play in step, with the caption that holds at each moment."""
+    if not run.gallery:
+        return '<p class="missing">No before/after videos have been saved (gallery/gallery.json).</p>'
+    pairs = "".join(_card(entry, store, position) for position, entry in enumerate(run.gallery))
+    return (
+        '<div class="toolbar"><label>Order <select data-sort="gallery-cards"><option value="order">as saved'
+        '</option><option value="gain">largest gain first</option><option value="-gain">largest loss first'
+        "</option></select></label></div>"
+        f'<div class="cards" id="gallery-cards">{pairs}</div>'
+        '<p class="note">Numbers under the pictures are rewards.</p>'
+    )

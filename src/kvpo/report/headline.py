@@ -1,0 +1,228 @@
+"""What alignment changed on held-out prompts, in numbers and in one sentence."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from kvpo.report.charts import interval
+from kvpo.report.formatting import duration, escape, fixed, number, numbers, percent, signed
+from kvpo.report.record import Run
+
+LENGTHS = {"short": "one prompt", "long": "several prompts with switches"}
+SYMBOLS = {"good": "\u2713", "neutral": "\u2248", "bad": "\u2193", "pending": "\u2026"}
+SIGNIFICANT = 2.0
+"""Standard errors from zero from which a change is called one (about 95 %)."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One held-out comparison of base and aligned; None where a number is missing."""
+
+    name: str
+    prompts: float | None
+    base_mean: float | None
+    aligned_mean: float | None
+    gain: float | None
+    standard_error: float | None
+    improved: float | None
+    unseen_gain: float | None
+    unseen_error: float | None
+    components: dict[str, dict[str, float]]
+
+    @property
+    def standard_errors(self) -> float | None:
+        """The gain in standard errors; None if either is missing or the error is zero."""
+        if self.gain is None or not self.standard_error:
+            return None
+        return self.gain / self.standard_error
+
+    @property
+    def direction(self) -> int | None:
+        """+1, 0 or -1: better, not distinguishable from no change, worse; None if it cannot be told."""
+        if self.standard_errors is None:
+            return None
+        if abs(self.standard_errors) < SIGNIFICANT:
+            return 0
+        return 1 if self.standard_errors > 0 else -1
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The sentence on top of the page, its tone (good, neutral, bad, pending) and reservations."""
+
+    tone: str
+    sentence: str
+    notes: tuple[str, ...]
+
+
+def read_outcome(name: str, entry: Any) -> Outcome | None:
+    """An Outcome from a summary or validation entry; None if ``entry`` holds no gain."""
+    found = numbers(entry)
+    if "paired_gain" not in found:
+        return None
+    components = entry.get("components")
+    return Outcome(
+        name=name,
+        prompts=found.get("prompts"),
+        base_mean=found.get("base_mean"),
+        aligned_mean=found.get("aligned_mean"),
+        gain=found["paired_gain"],
+        standard_error=found.get("paired_se"),
+        improved=found.get("improved_fraction"),
+        unseen_gain=found.get("unseen_scorer_gain", found.get("unseen_gain")),
+        unseen_error=found.get("unseen_scorer_se", found.get("unseen_se")),
+        components={
+            str(key): pair
+            for key, value in (components.items() if isinstance(components, dict) else ())
+            if {"base", "aligned"} <= (pair := numbers(value)).keys()
+        },
+    )
+
+
+def read_outcomes(run: Run) -> tuple[list[Outcome], str]:
+    """The run's outcomes and where they come from: 'test', 'validation' (unfinished run) or 'none'."""
+    held_out = run.summary.get("held_out") if run.summary else None
+    latest = run.validations[-1] if run.validations else None
+    for source, entries in (("test", held_out), ("validation", latest)):
+        if isinstance(entries, dict):
+            outcomes = [o for name in LENGTHS if (o := read_outcome(name, entries.get(name))) is not None]
+            if outcomes:
+                return outcomes, source
+    return [], "none"
+
+
+def _change(outcome: Outcome) -> str:
+    return f"{signed(outcome.gain)} \u00b1 {fixed(outcome.standard_error)} on {outcome.name} videos"
+
+
+def judge(outcomes: list[Outcome], *, null_control: bool = False, validation: bool = False) -> Verdict:
+    """The verdict in plain words; a change under two standard errors is never called an improvement."""
+    if not outcomes:
+        return Verdict(
+            "pending", "There is no held-out result yet, so nothing can be said about the gain.", ()
+        )
+    groups: dict[int | None, list[str]] = {}
+    for outcome in outcomes:
+        groups.setdefault(outcome.direction, []).append(_change(outcome))
+    better, same, worse = groups.get(1, []), groups.get(0, []), groups.get(-1, [])
+    unknown = groups.get(None, [])
+    parts = []
+    if better:
+        parts.append(f"Alignment raised the held-out reward: {' and '.join(better)}.")
+    if worse:
+        parts.append(f"Alignment lowered the held-out reward: {' and '.join(worse)}.")
+    if same:
+        only = "" if better or worse else "Alignment did not measurably change the held-out reward. "
+        parts.append(f"{only}Not significant (under two standard errors from zero): {' and '.join(same)}.")
+    if unknown:
+        parts.append(f"No standard error, so significance is unknown: {' and '.join(unknown)}.")
+    tone = "bad" if worse else "good" if better and not same and not unknown else "neutral"
+    notes = []
+    if null_control:
+        tone = "neutral" if tone == "good" else tone
+        notes.append(
+            "This is the null control: advantages were shuffled within each group, so a gain here is not "
+            "learning."
+        )
+    if validation:
+        tone = "pending" if tone == "good" else tone
+        notes.append(
+            "The run has not finished. These are validation prompts, which also choose the checkpoint; the "
+            "test prompts are used once, at the end."
+        )
+    notes += [
+        f"The unseen scorer fell by {fixed(-o.unseen_gain)} \u00b1 {fixed(o.unseen_error)} on {o.name} "
+        "videos: the reward may have been gamed rather than the videos improved."
+        for o in outcomes
+        if o.unseen_gain is not None and o.unseen_error is not None and o.unseen_gain < -o.unseen_error
+    ]
+    return Verdict(tone, " ".join(parts), tuple(notes))
+
+
+def _axis(changes: list[tuple[float | None, float | None]]) -> tuple[float, float]:
+    """One axis for several (change, standard error), zero included."""
+    ends = [0.0]
+    for value, error in changes:
+        if value is not None:
+            ends += [value - 2.4 * (error or 0), value + 2.4 * (error or 0)]
+    margin = 0.05 * (max(ends) - min(ends)) or 1.0
+    return min(ends) - margin, max(ends) + margin
+
+
+def _facts(outcome: Outcome) -> str:
+    facts = []
+    if outcome.standard_errors is not None:
+        facts.append(f"{fixed(outcome.standard_errors, 1)} standard errors from zero")
+    if outcome.base_mean is not None and outcome.gain is not None and outcome.base_mean < 1:
+        share = outcome.gain / (1 - outcome.base_mean)
+        facts.append(f"{percent(share)} of what was missing to 1" if share >= 0 else "further from 1")
+    if outcome.prompts is not None:
+        facts.append(f"{outcome.prompts:.0f} distinct prompts")
+    return " \u00b7 ".join(facts)
+
+
+def _measure(name: str, value: str, chart: str) -> str:
+    return f'<div class="measure"><span>{name}</span><span>{value}</span>{chart}</div>'
+
+
+def _card(outcome: Outcome, gain_axis: tuple[float, float], unseen_axis: tuple[float, float]) -> str:
+    tone = {1: "up", -1: "down"}.get(outcome.direction or 0, "flat")
+    assert outcome.gain is not None
+    spread = f'<span class="soft">\u00b1 {fixed(outcome.standard_error)}</span>'
+    chart = interval(outcome.gain, outcome.standard_error, *gain_axis)
+    measures = _measure("Paired gain", f'<b class="{tone}">{signed(outcome.gain)}</b> {spread}', chart)
+    if outcome.unseen_gain is not None:
+        spread = f'<span class="soft">\u00b1 {fixed(outcome.unseen_error)}</span>'
+        chart = interval(outcome.unseen_gain, outcome.unseen_error, *unseen_axis, colour="unseen")
+        measures += _measure("Unseen scorer", f"<b>{signed(outcome.unseen_gain)}</b> {spread}", chart)
+    if outcome.improved is not None:
+        width = f"{min(100.0, max(0.0, 100 * outcome.improved)):.1f}%"
+        chart = f'<div class="share"><i style="width:{width}"></i><i class="half" title="one half"></i></div>'
+        measures += _measure("Videos improved", f"<b>{percent(outcome.improved)}</b>", chart)
+    return (
+        f'<article class="card outcome"><h3>{outcome.name.capitalize()} videos '
+        f'<span class="soft">{LENGTHS[outcome.name]}</span></h3><p class="from-to">'
+        f'<span class="base-number">{fixed(outcome.base_mean)}</span><span class="arrow">\u2192</span>'
+        f'<span class="aligned-number">{fixed(outcome.aligned_mean)}</span>'
+        '<span class="soft">mean held-out reward, base \u2192 aligned</span></p>'
+        f'{measures}<p class="facts">{_facts(outcome)}</p></article>'
+    )
+
+
+def _run_facts(run: Run) -> str:
+    summary = numbers(run.summary)
+    last = number(run.updates[-1].get("update")) if run.updates else None
+    memory = summary.get("peak_rss_mb")
+    facts = [
+        ("preset", str(run.config.get("preset", "n/a"))),
+        ("seed", str(run.config.get("seed", "n/a"))),
+        ("updates", f"{summary['updates']:.0f}" if "updates" in summary else f"{last:.0f}" if last else "0"),
+        ("wall time", duration(summary.get("wall_s"))),
+        ("CPU time", duration(summary.get("cpu_s"))),
+        ("peak memory", f"{memory / 1024:.2f} GB" if memory is not None else "n/a"),
+    ]
+    items = "".join(f"<div><dt>{name}</dt><dd>{escape(value)}</dd></div>" for name, value in facts)
+    return f'<dl class="run-facts">{items}</dl>'
+
+
+def headline(run: Run) -> str:
+    """The verdict, a card each for short and long videos, and what the run cost."""
+    outcomes, source = read_outcomes(run)
+    objective = run.config.get("objective")
+    null_control = isinstance(objective, dict) and objective.get("advantages") == "random"
+    verdict = judge(outcomes, null_control=null_control, validation=source == "validation")
+    notes = "".join(f"<p>{escape(note)}</p>" for note in verdict.notes)
+    gain_axis = _axis([(o.gain, o.standard_error) for o in outcomes])
+    unseen_axis = _axis([(o.unseen_gain, o.unseen_error) for o in outcomes])
+    cards = "".join(_card(outcome, gain_axis, unseen_axis) for outcome in outcomes)
+    legend = (
+        "Bars: one and two standard errors over distinct prompts; the upright line is zero. The gain is "
+        "paired: same prompt, same noise. The unseen scorer looks at pixels only and is never used for "
+        "training, selection or stopping."
+    )
+    return (
+        f'<div class="verdict {verdict.tone}"><i aria-hidden="true">{SYMBOLS[verdict.tone]}</i><div>'
+        f'<p class="sentence">{escape(verdict.sentence)}</p>{notes}</div></div>'
+        f'<div class="pair">{cards}</div>'
+        + (f'<p class="note">{legend}</p>' if outcomes else "")
+        + _run_facts(run)
+    )

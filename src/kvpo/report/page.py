@@ -1,0 +1,113 @@
+"""Assemble the page: sections, styles, script and videos in one file that makes no request."""
+
+import base64
+import hashlib
+import os
+from datetime import UTC, datetime
+from importlib.resources import files
+from pathlib import Path
+from string import Template
+
+from kvpo import __version__
+from kvpo.report import branches, gallery
+from kvpo.report.clips import ClipStore
+from kvpo.report.curves import components, diagnostics, reward_curves
+from kvpo.report.formatting import embed_json, escape
+from kvpo.report.headline import headline
+from kvpo.report.record import Run, read_run, read_videos
+from kvpo.report.tables import checks, configuration, diversity, reproduction
+
+VIDEO_BUDGET = 13_000_000
+"""Characters of base64 video in a page; with text, styles and charts it stays under 15 MB."""
+
+
+def _embed_videos(run: Run) -> ClipStore:
+    """Encode the videos of groups first, then those of the gallery, as far as they fit."""
+    sources = (
+        ("branches", "branches.safetensors", branches.clip_keys(run.groups + run.causality)),
+        ("gallery", "videos.safetensors", gallery.clip_keys(run.gallery)),
+    )
+    count = sum(len(set(keys)) for *_, keys in sources)
+    store = ClipStore(VIDEO_BUDGET)
+    for folder, name, keys in sources:
+        videos = read_videos(run.directory / folder / name, keys, run.problems)
+        store.add_all(folder, videos, share=VIDEO_BUDGET // max(1, count))
+    if store.left_out:
+        limit = f"{VIDEO_BUDGET / 1e6:.0f} MB"
+        run.problems.append(f"{store.left_out} video(s) were left out: a page holds {limit} of them")
+    return store
+
+
+def _sections(run: Run, store: ClipStore) -> list[tuple[str, str, str, str]]:
+    """(anchor, title, introduction, content) of every section, in page order."""
+    explorer_intro = (
+        "Exploration lets a block attend to older frames instead of the latest ones. One group is the anchor "
+        "(plain generation) and its branches, which differ in nothing but the frames routed to them."
+    )
+    return [
+        ("curves", "Reward while training", "Held-out videos, fixed prompts and noise.", reward_curves(run)),
+        ("components", "What improved", "The reward's components before and after.", components(run)),
+        (
+            "videos",
+            "Before and after",
+            "Same prompt and same noise on both sides.",
+            gallery.cards(run, store),
+        ),
+        ("branches", "Branch explorer", explorer_intro, branches.explorer(run, store)),
+        ("diversity", "Routing beside noise", "Two ways to branch, from the same forks.", diversity(run)),
+        ("diagnostics", "Training diagnostics", "Each update, and how to read it.", diagnostics(run)),
+        ("checks", "Exactness", "Identities that hold to the bit, measured in this run.", checks(run)),
+        ("configuration", "Configuration", "The resolved settings.", configuration(run)),
+        ("reproduce", "Reproduce", "", reproduction(run)),
+    ]
+
+
+def _problems(run: Run) -> str:
+    if not run.problems:
+        return ""
+    count = "One thing" if len(run.problems) == 1 else f"{len(run.problems)} things"
+    items = "".join(f"<li>{escape(problem)}</li>" for problem in run.problems)
+    return (
+        f'<details class="problems" open><summary>{count} missing from this page</summary>'
+        f"<ul>{items}</ul></details>"
+    )
+
+
+def _section(anchor: str, title: str, intro: str, content: str) -> str:
+    introduction = f'<p class="intro">{escape(intro)}</p>' if intro else ""
+    return f'<section id="{anchor}"><h2>{title}</h2>{introduction}{content}</section>'
+
+
+def build_page(run: Run) -> str:
+    """The page of ``run`` as HTML text; the security policy admits only the script that is in it."""
+    store = _embed_videos(run)
+    sections = _sections(run, store)
+    assets = files("kvpo.report") / "assets"
+    template, style, script = (
+        (assets / name).read_text(encoding="utf-8") for name in ("page.html", "report.css", "report.js")
+    )
+    return Template(template).substitute(
+        name=escape(run.directory.resolve().name),
+        written=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        version=__version__,
+        style=style,
+        script=script,
+        script_digest=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        links="".join(f'<a href="#{anchor}">{title}</a>' for anchor, title, *_ in sections),
+        headline=headline(run) + _problems(run),
+        sections="\n".join(_section(*section) for section in sections),
+        clips=embed_json(store.clips),
+    )
+
+
+def render_report(run_dir: Path) -> Path:
+    """Write ``run_dir/report.html`` in one step, so that nobody reads half a page, and return its path."""
+    target = run_dir / "report.html"
+    partial = run_dir / f".report.{os.getpid()}.html"
+    page = build_page(read_run(run_dir))
+    try:
+        partial.write_text(page, encoding="utf-8")
+        partial.replace(target)
+    finally:
+        partial.unlink(missing_ok=True)
+    return target

@@ -1,0 +1,158 @@
+"""Read what a run left on disk. Whatever is missing or unreadable becomes a line in ``problems``.
+
+- ``config.yaml``, ``metrics.jsonl`` (lines of kind "update" and "validation"), ``summary.json``.
+- ``gallery/gallery.json``: a list of {title, prompt_segments, switches, base, aligned, base_reward,
+  aligned_reward, components: {name: {base, aligned}}}; ``base`` and ``aligned`` name uint8 [T, H, W, 3]
+  tensors in ``gallery/videos.safetensors``.
+- ``branches/branches.json``: {groups: [...], causality: [...]} or a list of groups, each {title,
+  prompt_segments, switches, fork_frame, window_frames, members: [{name, video, routed_frames, reward, local,
+  global, energy, advantage, probability}]}; the member named "anchor" is not routed, a routed frame of
+  another prompt is {frame, prompt}, and ``video`` names a tensor in ``branches/branches.safetensors``. In a
+  list, a causality group says {kind: "causality"}.
+
+Frame indices count latent frames from the start of the video; ``num_frames`` (latent) in an entry or group
+says how many there are when the codec makes several pixel frames of one.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from safetensors import SafetensorError, safe_open
+
+from kvpo.report.formatting import number
+from kvpo.report.video import as_frames
+
+Entry = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Run:
+    """The contents of one run directory, as plain data."""
+
+    directory: Path
+    config: Entry
+    """Resolved configuration; empty if unreadable."""
+    summary: Entry | None
+    """Final numbers, None until the run has finished."""
+    updates: list[Entry]
+    """Metrics per optimiser update, in order."""
+    validations: list[Entry]
+    """Held-out evaluations during training, in order."""
+    gallery: list[Entry]
+    """Before/after pairs."""
+    groups: list[Entry]
+    """Groups of branches for the explorer."""
+    causality: list[Entry]
+    """Groups whose branches were routed to one act only."""
+    problems: list[str] = field(default_factory=list)
+    """What was missing or unreadable, in words; grows while videos are read."""
+
+
+def read_run(directory: Path) -> Run:
+    """Read ``directory``; raises ValueError if it lacks ``config.yaml`` or ``metrics.jsonl``."""
+    for name in ("config.yaml", "metrics.jsonl"):
+        if not (directory / name).is_file():
+            raise ValueError(
+                f"run directory {directory}: {name} is missing; pass the directory that was given to --out"
+            )
+    problems: list[str] = []
+    updates, validations = _read_metrics(directory / "metrics.jsonl", problems)
+    summary = _read_json(directory, "summary.json", "final numbers are not there yet", problems)
+    if summary is not None and not isinstance(summary, dict):
+        problems.append("summary.json does not hold a mapping")
+        summary = None
+    gallery = _read_json(directory, "gallery/gallery.json", "no before/after videos", problems)
+    branches = _read_json(directory, "branches/branches.json", "no branch groups", problems)
+    if isinstance(branches, dict):
+        groups, causality = branches.get("groups"), branches.get("causality")
+    else:
+        groups, causality = branches, None
+    return Run(
+        directory=directory,
+        config=_read_config(directory / "config.yaml", problems),
+        summary=summary,
+        updates=updates,
+        validations=validations,
+        gallery=_entries(gallery),
+        groups=[group for group in _entries(groups) if group.get("kind") != "causality"],
+        causality=_entries(causality) + [g for g in _entries(groups) if g.get("kind") == "causality"],
+        problems=problems,
+    )
+
+
+def _entries(value: Any) -> list[Entry]:
+    return [entry for entry in value if isinstance(entry, dict)] if isinstance(value, list) else []
+
+
+def _read_config(path: Path, problems: list[str]) -> Entry:
+    try:
+        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        problems.append(f"config.yaml cannot be read: {error}")
+        return {}
+    if not isinstance(config, dict):
+        problems.append("config.yaml does not hold a mapping")
+        return {}
+    return config
+
+
+def _read_json(directory: Path, name: str, meaning: str, problems: list[str]) -> Any:
+    try:
+        return json.loads((directory / name).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        problems.append(f"{name} is missing: {meaning}")
+    except (OSError, ValueError) as error:
+        problems.append(f"{name} cannot be read: {error}")
+    return None
+
+
+def _read_metrics(path: Path, problems: list[str]) -> tuple[list[Entry], list[Entry]]:
+    """Updates and validations by update number; after a resume the line written last counts."""
+    kinds: dict[str, dict[tuple[float, float], Entry]] = {"update": {}, "validation": {}}
+    unreadable = 0
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        if not line.strip():
+            continue
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            unreadable += 1
+            continue
+        update = number(entry.get("update")) if isinstance(entry, dict) else None
+        if update is None:
+            unreadable += 1
+        elif entry.get("kind") in kinds:
+            kinds[entry["kind"]][update, number(entry.get("epoch")) or 0.0] = entry
+    if unreadable:
+        problems.append(f"metrics.jsonl: {unreadable} unreadable line(s) skipped")
+    updates, validations = (
+        [entry for _, entry in sorted(kind.items(), key=lambda item: item[0])] for kind in kinds.values()
+    )
+    return updates, validations
+
+
+def read_videos(path: Path, keys: list[str], problems: list[str]) -> Iterator[tuple[str, np.ndarray]]:
+    """Yield (key, uint8 [T, H, W, 3]) for each distinct key found in a safetensors file, one at a time."""
+    name = f"{path.parent.name}/{path.name}"
+    if not keys:
+        return
+    try:
+        with safe_open(path, framework="numpy") as file:
+            present = set(file.keys())
+            for key in dict.fromkeys(keys):
+                if key not in present:
+                    problems.append(f"{name}: no video {key!r}")
+                    continue
+                try:
+                    yield key, as_frames(file.get_tensor(key), key)
+                except ValueError as error:
+                    problems.append(f"{name}: {error}")
+    except FileNotFoundError:
+        problems.append(f"{name} is missing: the videos of {path.parent.name}.json cannot be shown")
+    except (OSError, SafetensorError) as error:
+        problems.append(f"{name} cannot be read: {error}")

@@ -1,0 +1,167 @@
+"""Exactness checks, diversity of branching, configuration and reproduction."""
+
+import shlex
+from typing import Any
+
+import yaml
+
+from kvpo.report.formatting import compact, escape, fixed, number, numbers, title_of
+from kvpo.report.record import Run
+
+CHECKS = {
+    "first_ratio_max_deviation": (
+        "First-epoch ratio",
+        "Largest deviation from 1 of the branch ratio in a second, independent replay at the old weights.",
+    ),
+    "anchor_energy_at_old": (
+        "Anchor energy",
+        "Energy of the unrouted anchor replayed at the old weights: its own context, so nothing to pay.",
+    ),
+    "default_route_max_difference": (
+        "Default route",
+        "Largest pixel or latent difference between the all-recent route and plain generation.",
+    ),
+}
+DIVERSITY = {
+    "attribute_diversity": (
+        "What happens differs",
+        "branch pairs whose detected attributes differ, share",
+        1,
+    ),
+    "pixel_distance": ("Pixels differ", "mean distance between branches after the window", 0),
+    "broken_share": ("Broken frames", "detector confidence under the 1st percentile of clean renders", -1),
+    "reward_std": ("Reward spread", "standard deviation of the reward over branches", 1),
+}
+
+
+def checks(run: Run) -> str:
+    """Numbers that must be exactly zero."""
+    found = run.summary.get("checks") if run.summary else None
+    if not isinstance(found, dict) or not found:
+        return '<p class="missing">Exactness checks are in summary.json, which has not been written yet.</p>'
+    rows = []
+    for key in [*CHECKS, *(key for key in found if key not in CHECKS)]:
+        name, meaning = CHECKS.get(key, (title_of(key), ""))
+        value = number(found.get(key))
+        if value is None:
+            tone, word = "neutral", "not measured" if key not in found else "not finite"
+        else:
+            tone, word = ("good", "exact") if value == 0 else ("bad", "not exact")
+        rows.append(
+            f'<tr><th>{escape(name)}<span class="soft">{escape(meaning)}</span></th>'
+            f'<td>{compact(value)}</td><td><span class="badge {tone}">{word}</span></td></tr>'
+        )
+    weight = numbers(run.config.get("objective")).get("anchor_state_weight")
+    note = (
+        '<p class="note">This run uses the anchor-state energy, which is not zero at the old weights.</p>'
+        if weight
+        else ""
+    )
+    return (
+        '<div class="card scroll"><table class="checks"><thead><tr><th>must be exactly 0</th>'
+        f"<th>measured</th><th></th></tr></thead><tbody>{''.join(rows)}</tbody></table></div>{note}"
+    )
+
+
+def _diversity_sentence(methods: dict[str, dict[str, float]]) -> str:
+    if not {"chr", "noise"} <= methods.keys():
+        return ""
+    chr_values, noise = methods["chr"], methods["noise"]
+    parts = []
+    if noise.get("attribute_diversity") and "attribute_diversity" in chr_values:
+        ratio = chr_values["attribute_diversity"] / noise["attribute_diversity"]
+        parts.append(f"routing history changes what happens {ratio:.2f} times as often as noise does")
+    if {"broken_share"} <= chr_values.keys() & noise.keys():
+        difference = chr_values["broken_share"] - noise["broken_share"]
+        word = "fewer" if difference < 0 else "more" if difference > 0 else "equally many"
+        parts.append(f"with {word} broken frames")
+    return f'<p class="reading">In this run {", ".join(parts)}.</p>' if parts else ""
+
+
+def diversity(run: Run) -> str:
+    """Branches by routed history beside branches by noise."""
+    found = run.summary.get("diversity") if run.summary else None
+    methods = {str(key): numbers(value) for key, value in found.items()} if isinstance(found, dict) else {}
+    methods = {key: value for key, value in methods.items() if value}
+    if not methods:
+        return '<p class="missing">Branch diversity is in summary.json, which has not been written yet.</p>'
+    keys = [*DIVERSITY, *dict.fromkeys(k for m in methods.values() for k in m if k not in DIVERSITY)]
+    rows = []
+    for key in keys:
+        values = [methods[name].get(key) for name in methods]
+        if all(value is None for value in values):
+            continue
+        name, meaning, sign = DIVERSITY.get(key, (title_of(key), "", 0))
+        present = [value for value in values if value is not None]
+        best = None
+        if sign and len(present) > 1 and len(set(present)) > 1:
+            best = max(present) if sign > 0 else min(present)
+        cells = "".join(
+            f'<td class="{"best" if best is not None and v == best else ""}">{fixed(v)}</td>' for v in values
+        )
+        rows.append(f'<tr><th>{escape(name)}<span class="soft">{escape(meaning)}</span></th>{cells}</tr>')
+    names = {"chr": "Routed history (CHR)", "noise": "Noise", "noise_fresh": "Fresh noise"}
+    head = "".join(f"<th>{escape(names.get(name, title_of(name)))}</th>" for name in methods)
+    return (
+        f'{_diversity_sentence(methods)}<div class="card scroll"><table class="diversity"><thead><tr>'
+        f"<th></th>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
+        '<p class="note">Bold: the better one, where there is a better. Broken frames can look diverse, so '
+        "read the first row together with the third.</p>"
+    )
+
+
+def _value(value: Any) -> str:
+    if value is None:
+        return "none"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, list | tuple):
+        return ", ".join(map(str, value)) or "empty"
+    if isinstance(value, dict):
+        return ", ".join(f"{key}: {item}" for key, item in value.items()) or "empty"
+    return str(value)
+
+
+def configuration(run: Run) -> str:
+    """The resolved configuration: one table per section, and the file itself."""
+    if not run.config:
+        return '<p class="missing">config.yaml could not be read.</p>'
+    plain = {key: value for key, value in run.config.items() if not isinstance(value, dict)}
+    sections = {"run": plain} | {key: v for key, v in run.config.items() if isinstance(v, dict) and v}
+    tables = "".join(
+        f'<details class="card" {"open" if name == "run" else ""}><summary>{escape(title_of(str(name)))}'
+        f'<span class="soft">{len(section)}</span></summary><table class="settings"><tbody>'
+        + "".join(
+            f"<tr><th>{escape(key)}</th><td>{escape(_value(value))}</td></tr>"
+            for key, value in section.items()
+        )
+        + "</tbody></table></details>"
+        for name, section in sections.items()
+    )
+    text = yaml.safe_dump(run.config, sort_keys=False, allow_unicode=True)
+    return (
+        f'<div class="settings-grid">{tables}</div><details class="card raw"><summary>config.yaml</summary>'
+        f'<pre id="config-text">{escape(text)}</pre></details>'
+    )
+
+
+def _command(identity: str, text: str) -> str:
+    return (
+        f'<div class="command"><pre id="{identity}">{escape(text)}</pre>'
+        f'<button type="button" data-copy="{identity}">Copy</button></div>'
+    )
+
+
+def reproduction(run: Run) -> str:
+    """The commands that repeat this run and rebuild this page."""
+    directory = shlex.quote(str(run.directory))
+    command = f"kvpo align --config {shlex.quote(str(run.directory / 'config.yaml'))} --out {directory}-again"
+    preset = run.config.get("preset")
+    note = (
+        f"<p>The saved configuration holds every value (preset <code>{escape(preset)}</code>, seed "
+        f"<code>{escape(run.config.get('seed', 'n/a'))}</code>), so nothing else needs to be passed.</p>"
+        if preset is not None
+        else ""
+    )
+    rebuild = _command("page", f"kvpo report {directory}")
+    return f"{note}{_command('again', command)}<p>Rebuild this page:</p>{rebuild}"

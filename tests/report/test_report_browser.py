@@ -1,0 +1,197 @@
+"""The page in a real headless Chromium: it plays in step, sorts, fits a phone and logs no error."""
+
+import base64
+import shutil
+import time
+
+import numpy as np
+import pytest
+from headless_chromium import chromium, find_chromium
+from safetensors.numpy import load_file
+from synthetic_run import write_run
+
+from kvpo.report import write_report
+
+pytestmark = pytest.mark.skipif(
+    find_chromium() is None, reason="no Chromium is installed (Debian: apt-get install chromium)"
+)
+
+READ = """(picture) => {
+  const copy = new OffscreenCanvas(picture.width, picture.height);
+  const context = copy.getContext('2d', {willReadFrequently: true});
+  context.drawImage(picture, 0, 0, copy.width, copy.height);
+  return context.getImageData(0, 0, copy.width, copy.height).data;
+}"""
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    with chromium(tmp_path_factory.mktemp("chromium")) as page:
+        yield page
+
+
+@pytest.fixture
+def page(browser, finished_run):
+    """The finished run's page at desktop size, paused at the first frame, with nothing logged so far."""
+    browser.errors.clear()
+    browser.requests.clear()
+    browser.resize(1280, 900)
+    browser.open((finished_run / "report.html").as_uri())
+    pause(browser)
+    yield browser
+    assert browser.errors == []
+
+
+def pause(page) -> None:
+    if page.run("document.getElementById('play').classList.contains('playing')"):
+        page.run("document.getElementById('play').click()")
+    seek(page, 0.0)
+
+
+def seek(page, share: float) -> None:
+    """Move every video to ``share`` of the longest one's length."""
+    page.run(
+        f"(() => {{ const s = document.getElementById('scrub'); s.value = {1000 * share};"
+        " s.dispatchEvent(new Event('input')); })()"
+    )
+
+
+def pixels(page, name: str, shown: str) -> np.ndarray:
+    """Pixels of the screen of clip ``name`` once it says that it shows ``shown``."""
+    screen = f"[...document.querySelectorAll('canvas.screen')].find((c) => c.dataset.clip === {name!r})"
+    page.run(f"{screen}.scrollIntoView({{block: 'center', behavior: 'instant'}})")
+    page.wait_for(f"{screen}.dataset.shown === {shown!r}")
+    data = base64.b64decode(page.run(f"btoa(String.fromCharCode(...({READ})({screen})))"))
+    side = int((len(data) / 4) ** 0.5)
+    return np.frombuffer(data, np.uint8).reshape(side, side, 4)[..., :3]
+
+
+def test_nothing_is_requested_and_hostile_prompts_do_not_run(page):
+    assert [url for url in page.requests if not url.startswith(("file:", "data:"))] == []
+    assert page.run("document.title") == "finished \u00b7 kvpo report"
+    assert page.run("document.querySelectorAll('script').length") == 2
+
+
+def test_canvases_show_the_saved_frames_to_the_bit(page, finished_run):
+    gallery = load_file(finished_run / "gallery" / "videos.safetensors")
+    branches = load_file(finished_run / "branches" / "branches.safetensors")
+    for frame in (0, 17, 29):
+        seek(page, (frame + 0.5) / 30)
+        for folder, videos, key in (
+            ("gallery", gallery, "2.base"),
+            ("gallery", gallery, "2.aligned"),
+            ("branches", branches, "group.3"),
+        ):
+            assert np.array_equal(pixels(page, f"{folder}/{key}", str(frame)), videos[key][frame])
+
+
+def test_every_screen_and_still_is_drawn(page):
+    blank = page.run(
+        """(async () => {
+          document.querySelectorAll('[role=tab]')[1].click();
+          document.querySelectorAll('.group-panel').forEach((panel) => { panel.hidden = false; });
+          const blank = [];
+          for (const canvas of document.querySelectorAll('canvas')) {
+            canvas.scrollIntoView({block: 'center', behavior: 'instant'});
+            let tries = 0;
+            while (new Set(READ(canvas)).size < 8 && tries++ < 200) {
+              await new Promise((done) => setTimeout(done, 10));
+            }
+            if (tries > 200) blank.push(canvas.dataset.clip);
+          }
+          return blank;
+        })()""".replace("READ", f"({READ})")
+    )
+    assert blank == []
+
+
+def test_captions_and_segments_follow_the_frame(page):
+    card = "document.querySelectorAll('#gallery-cards .film')[2]"
+    for share, segment, text in ((0.1, 0, "drifts right"), (0.5, 1, "It leaves"), (0.9, 2, "comes back")):
+        seek(page, share)
+        page.wait_for(f"{card}.querySelectorAll('.part')[{segment}].classList.contains('now')")
+        assert text in page.run(f"{card}.querySelector('.captions .now').textContent")
+        assert page.run(f"{card}.querySelectorAll('.captions .now').length") == 1
+
+
+def test_playing_moves_time_and_pausing_stops_it(page):
+    page.run("document.getElementById('videos').scrollIntoView({behavior: 'instant'})")
+    page.run("document.getElementById('play').click()")
+    before = page.run("Number(document.getElementById('scrub').value)")
+    page.wait_for(f"Number(document.getElementById('scrub').value) > {before} + 20")
+    page.run("document.getElementById('play').click()")
+    stopped = page.run("Number(document.getElementById('scrub').value)")
+    time.sleep(0.2)
+    assert page.run("Number(document.getElementById('scrub').value)") == stopped
+    assert page.run("getComputedStyle(document.querySelector('.transport')).visibility") == "visible"
+
+
+def test_branches_sort_with_the_anchor_first_and_tabs_switch(page):
+    members = "[...document.querySelectorAll('#group-0-members .member')]"
+    for key, descending in (("reward", True), ("advantage", True), ("energy", False)):
+        page.run(
+            "(() => { const s = document.querySelector('[data-sort=group-0-members]');"
+            f" s.value = '{key}'; s.dispatchEvent(new Event('change')); }})()"
+        )
+        assert page.run(f"{members}[0].querySelector('h4').textContent") == "anchor"
+        found = page.run(f"{members}.slice(1).map((m) => Number(m.dataset.{key}))")
+        assert found == sorted(found, reverse=descending) and len(found) == 8
+    assert page.run("document.getElementById('group-1').hidden") is True
+    page.run("document.querySelectorAll('[role=tab]')[1].click()")
+    assert page.run("document.getElementById('group-1').hidden") is False
+    assert page.run("document.getElementById('group-0').hidden") is True
+
+
+def test_difference_to_the_anchor_and_jump_to_the_fork(page, finished_run):
+    branches = load_file(finished_run / "branches" / "branches.safetensors")
+    page.run("document.querySelector('#group-0 [data-difference]').click()")
+    seek(page, 20.5 / 30)
+    anchor, branch = (branches[f"group.{i}"][20].astype(int) for i in (0, 1))
+    shown = pixels(page, "branches/group.1", "20 minus anchor")
+    assert np.array_equal(shown, np.abs(anchor - branch)) and shown.any()
+    page.run("document.querySelector('#group-0 [data-seek]').click()")
+    page.wait_for("document.getElementById('position').textContent.startsWith('2.3')")  # frame 18, 8 a second
+
+
+def test_charts_answer_the_pointer(page):
+    x, y = page.run(
+        """(() => {
+          const plot = document.querySelector('.plot');
+          plot.scrollIntoView({block: 'center', behavior: 'instant'});
+          const box = plot.getBoundingClientRect();
+          return [box.left + box.width * 0.99, box.top + box.height / 2];
+        })()"""
+    )
+    page.call("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
+    page.wait_for("!document.querySelector('.tip').hidden")
+    text = page.run("document.querySelector('.tip').textContent")
+    assert "update 60" in text and "\u00b1 0.011" in text and "base  0.512" in text
+
+
+@pytest.mark.parametrize(("width", "phone"), [(1280, False), (390, True), (320, True)])
+@pytest.mark.parametrize("dark", [False, True])
+def test_the_page_fits_and_follows_the_colour_scheme(page, tmp_path, width, phone, dark):
+    page.resize(width, 800, dark=dark, phone=phone)
+    assert page.run("document.documentElement.scrollWidth") <= width
+    red = int(page.run("getComputedStyle(document.body).backgroundColor").split("(")[1].split(",")[0])
+    assert (red < 60) == dark
+    page.screenshot(tmp_path / "page.png")
+    assert (tmp_path / "page.png").stat().st_size > 10_000
+
+
+def test_larger_videos_play_as_h264_in_step(browser, tmp_path):
+    run = write_run(tmp_path / "large", size=112, frames=8, updates=2)
+    shutil.rmtree(run / "branches")
+    browser.errors.clear()
+    browser.resize(1280, 900)
+    browser.open(write_report(run).as_uri())
+    pause(browser)
+    seek(browser, 0.7)
+    browser.run("document.getElementById('videos').scrollIntoView({behavior: 'instant'})")
+    ready = "[...document.querySelectorAll('#gallery-cards video')].slice(0, 4)"
+    browser.wait_for(f"{ready}.every((v) => v.readyState >= 2 && !v.seeking && v.currentTime > 0.3)")
+    assert browser.run(f"{ready}.map((v) => [v.videoWidth, v.videoHeight])") == [[112, 112]] * 4
+    times = browser.run(f"{ready}.map((v) => v.currentTime)")
+    assert max(times) - min(times) < 1e-3 and times[0] == pytest.approx(0.7 * 8 / 16, abs=0.5 / 16)
+    assert browser.run(f"new Set(({READ})({ready}[0])).size") > 8
+    assert browser.errors == []
