@@ -101,7 +101,7 @@ def rotary_angles(frames_RF: Tensor, grid: tuple[int, int], head_dim: int) -> Te
 def rotate(x: Tensor, cos_sin: tuple[Tensor, Tensor]) -> Tensor:
     """Rotate neighbouring pairs of ``x [R, K, N, D]`` by angles given as cos and sin ``[R, K, 1, D / 2]``."""
     cos, sin = cos_sin
-    even, odd = x.to(cos.dtype).unflatten(-1, (-1, 2)).unbind(-1)
+    even, odd = x.to(torch.promote_types(x.dtype, cos.dtype)).unflatten(-1, (-1, 2)).unbind(-1)
     return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).type_as(x)
 
 
@@ -111,7 +111,7 @@ def cos_sin(angles: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square normalisation over the last axis, computed in float32."""
+    """Root-mean-square normalisation over the last axis, computed in float32 or wider."""
 
     def __init__(self, dim: int, eps: float) -> None:
         super().__init__()
@@ -119,7 +119,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = x.float()
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
         return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)).type_as(x) * self.weight
 
 
