@@ -131,7 +131,7 @@ def resample(name: str, into: int, out: int, time: int | None) -> Layout:
 
 
 def trunk(part: str, into: int, width: int, last: int, out: int) -> Layout:
-    """First convolution, middle and head; ``width`` is that of the middle, ``last`` that of the decoder's head."""
+    """First convolution, middle (``width`` wide) and head (the decoder's is ``last`` wide)."""
     first, head_in = (width, last) if part == "decoder" else (width // 4, width)
     return (
         conv(f"{part}.conv1", first, into, 3, 3, 3)
