@@ -8,13 +8,13 @@ from typing import Literal
 class ModelConfig:
     """Geometry of the causal Wan transformer; every size that can be derived is derived."""
 
-    dim: int = 128
+    dim: int = 160
     """Width of the transformer."""
     num_heads: int = 4
     """Attention heads; dim / num_heads is the head width."""
     num_layers: int = 4
     """Transformer blocks."""
-    ffn_dim: int = 512
+    ffn_dim: int = 640
     """Hidden width of the feed-forward layers."""
     freq_dim: int = 256
     """Width of the sinusoidal timestep embedding."""
@@ -24,7 +24,7 @@ class ModelConfig:
     """Width of the text encoder's output."""
     channels: int = 8
     """Latent channels, in and out."""
-    patch_size: tuple[int, int, int] = (1, 2, 2)
+    patch_size: tuple[int, int, int] = (1, 2, 4)
     """Latent (frames, height, width) per token."""
     latent_height: int = 8
     """Latent rows."""
@@ -50,7 +50,7 @@ class StreamConfig:
     """At a prompt switch keep the sink's old keys (True) or replace the sink by re-encoded recent frames."""
     schedule: tuple[float, ...] = (1.0, 0.75, 0.5, 0.25)
     """Solver positions u in (0, 1]; noise level sigma = shift u / (1 + (shift - 1) u)."""
-    shift: float = 5.0
+    shift: float = 3.0
     """Timestep shift of the schedule."""
     step_rule: Literal["ode", "renoise"] = "ode"
     """Euler on the velocity field, or re-noising from the tape (Self-Forcing, LongLive, MemFlow)."""

@@ -58,7 +58,7 @@ def _align(arguments: Namespace) -> None:
 
     continued = arguments.resume and holds_run(arguments.out)
     config = configuration(arguments, saved=arguments.out / "config.yaml" if continued else None)
-    from kvpo.training.align import align
+    from kvpo.app.align import align
 
     align(config, arguments.out, resume=arguments.resume)
 

@@ -1,4 +1,4 @@
-"""Noise as data: every draw is a pure function of what it is for, so nothing depends on a global generator."""
+"""Noise as data: every draw is a pure function of what it is for; nothing depends on a global generator."""
 
 import hashlib
 from dataclasses import dataclass
@@ -28,9 +28,10 @@ class Tape(Protocol):
 class SeededTape:
     """A tape that draws each standard normal tensor from its own key when asked."""
 
-    seed: int
+    key: tuple[str | int, ...]
+    """What the tape is for, usually a name and a seed."""
     shape: tuple[int, ...]
     """Frames, channels, height and width of a block."""
 
     def __call__(self, video: int, block: int, kind: str) -> Tensor:
-        return torch.randn(self.shape, generator=keyed_generator("tape", self.seed, video, block, kind))
+        return torch.randn(self.shape, generator=keyed_generator("tape", *self.key, video, block, kind))

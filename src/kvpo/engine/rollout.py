@@ -1,11 +1,11 @@
-"""Causal-semantic exploration: G branches and an anchor from one fork, told apart only by their history.
+"""Causal-semantic exploration: branches and an anchor from one fork, told apart only by their history.
 
 The branches share every noise tensor, prompt and weight; for ``blocks`` blocks from the fork their local slots
 hold routed frames of older history instead of the most recent ones (METHOD section 2).
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -39,6 +39,8 @@ class RoutedFrame:
 class Group:
     """One fork: its root history and what the branches and the anchor (the last member) made of it."""
 
+    index: int
+    """Position among the rollout's groups; a routed frame of the same index is of its own history."""
     root: Stream
     fork: int
     routes: tuple[tuple[tuple[RoutedFrame, ...], ...], ...]
@@ -184,7 +186,7 @@ def grow_roots(
         advance(generator, roots, texts, tape, rows=exploration.rows, resident=resident)
     switch_prompts(generator, roots, texts, reencode_frames=resident if exploration.reencode_pool else 0)
     empty = torch.empty(0)
-    return Rollout([Group(root, fork, (), empty, empty, empty) for root in roots], cache)
+    return Rollout([Group(n, root, fork, (), empty, empty, empty) for n, root in enumerate(roots)], cache)
 
 
 def run_members(
@@ -194,11 +196,14 @@ def run_members(
     texts: TextTable,
     tape: Tape,
     exploration: ExplorationConfig,
+    *,
+    videos: Sequence[int] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Continue forks of the roots through window and tail.
 
     Args:
         members: (group, routes per block, or None for the unrouted anchor) of each row.
+        videos: video id each row asks the tape for; None: its prompt's own, so that all noise is shared.
 
     Returns:
         states and velocities ``[R, P, S, F, C, H, W]`` of the window and clean latents ``[R, T, C, H, W]`` of
@@ -210,6 +215,9 @@ def run_members(
     for at in range(0, len(members), size):
         batch = members[at : at + size]
         streams = [roots[group].fork() for group, _ in batch]
+        if videos is not None:
+            for stream, video in zip(streams, videos[at : at + size], strict=True):
+                stream.prompt = replace(stream.prompt, id=video)
         trajectories: list[Trajectory] = []
         for block in range(exploration.blocks + exploration.tail_blocks):
             pages: list[list[int] | None] | None = None
@@ -267,5 +275,5 @@ def collect(
     for index, group in enumerate(rollout.groups):
         rows = slice(index * size, (index + 1) * size)
         routes = tuple(tuple(route) for _, route in members[rows] if route is not None)
-        groups.append(Group(group.root, fork, routes, states[rows], velocities[rows], clean[rows]))
+        groups.append(Group(index, group.root, fork, routes, states[rows], velocities[rows], clean[rows]))
     return Rollout(groups, rollout.cache)

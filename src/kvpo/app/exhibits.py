@@ -1,0 +1,258 @@
+"""What a report shows beyond numbers: before/after videos, branch groups, causality, diversity."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save
+from torch import Tensor
+
+from kvpo.engine.noise import keyed_generator
+from kvpo.engine.rollout import Group, RoutedFrame, eligible_forks
+from kvpo.engine.scoring import decode_members, score_groups
+from kvpo.engine.stream import stream_latents
+from kvpo.prompts import VideoPrompt
+from kvpo.training.credit import assign_credit
+from kvpo.training.diversity import Explorer, Fork, averaged
+from kvpo.training.durable import write_atomic
+from kvpo.training.evaluation import HeldOut
+from kvpo.training.gradients import Trained, energies_of
+from kvpo.training.policy import exchanged
+from kvpo.training.run import Run
+from kvpo.training.setup import Setup
+
+GALLERY_EACH = 4
+"""Videos per prompt set: the most improved, two in the middle, the least improved."""
+
+
+def as_bytes(video_TCHW: Tensor) -> Tensor:
+    """Pixels in [0, 1] as uint8 ``[T, H, W, 3]``."""
+    return (video_TCHW.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+
+
+def explorer(setup: Setup, prompts: Sequence[VideoPrompt]) -> Explorer:
+    """Branch exploration outside training, on the diversity tape."""
+    from kvpo.rewards.world_detector import BROKEN_BELOW, attributes, detect
+
+    def observe(video_BTCHW: Tensor) -> tuple[list[tuple], Tensor]:
+        seen = detect(video_BTCHW)
+        return attributes(seen), seen.confidence
+
+    return Explorer(
+        generator=setup.generator,
+        texts=setup.texts(prompts),
+        tape=setup.tape("exploration"),
+        exploration=setup.config.exploration,
+        judges=setup.judges,
+        observe=observe,
+        broken_below=BROKEN_BELOW,
+    )
+
+
+def story_forks(setup: Setup, count: int) -> list[Fork]:
+    """Forks of long validation stories: right at a prompt switch where one is eligible, else later."""
+    config = setup.config
+    by_frame: dict[int, list[VideoPrompt]] = {}
+    for prompt in list(setup.validation["long"])[:count]:
+        forks = eligible_forks(prompt, config.exploration, block=config.stream.block, sink=config.stream.sink)
+        at_switch = [fork for fork in forks if fork in prompt.switches]
+        by_frame.setdefault((at_switch or forks)[-1], []).append(prompt)
+    return [Fork(tuple(prompts), frame) for frame, prompts in sorted(by_frame.items())]
+
+
+def measure_diversity(setup: Setup) -> dict[str, dict[str, float]]:
+    """Routed branches beside noise branches: at matched pixel distance, and with fresh noise."""
+    count = setup.config.evaluation.diversity_prompts
+    if not count:
+        return {}
+    forks = story_forks(setup, count)
+    look = explorer(setup, [prompt for fork in forks for prompt in fork.prompts])
+    # A fork frame may gather few prompts; every prompt counts once.
+    weights = [len(fork.prompts) for fork in forks]
+
+    def over_forks(branches: Any) -> dict[str, float]:
+        measured = [look.measure(branches(fork)) for fork in forks]
+        return averaged([m for m, weight in zip(measured, weights, strict=True) for _ in range(weight)])
+
+    routed = over_forks(look.routed)
+    strength = look.matched_strength(forks[:2], routed["pixel_distance"])
+    matched = over_forks(lambda fork: look.noisy(fork, strength))
+    fresh = over_forks(lambda fork: look.noisy(fork, 1.0))
+    return {"chr": routed, "noise": fresh, "noise_matched": {**matched, "strength": strength}}
+
+
+def write_gallery(run: Run, results: dict[str, tuple[HeldOut, HeldOut]], directory: Path) -> None:
+    """Before and after, side by side: from the most to the least improved test videos."""
+    setup, judges = run.setup, run.setup.judges
+    entries, videos = [], {}
+    for name, (base, aligned) in results.items():
+        prompts = setup.test[name]
+        gains = judges.totals(aligned) - judges.totals(base)
+        order = gains.argsort(descending=True).tolist()
+        quarter = len(order) // 4
+        picks = [order[0], order[quarter], order[len(order) // 2], order[-1]][:GALLERY_EACH]
+        chosen = [prompts[n] for n in picks]
+        texts, tape = setup.texts(chosen), setup.evaluation_tape()
+        with run.trainer.policy.reference():
+            before = _pixels(setup, chosen, texts, tape)
+        with exchanged(run.trainer.policy.parameters, run.trainer.average.values):
+            after = _pixels(setup, chosen, texts, tape)
+        for place, n in enumerate(picks):
+            key = f"{name}-{n}"
+            videos |= {f"{key}-base": as_bytes(before[place]), f"{key}-aligned": as_bytes(after[place])}
+            entries.append(
+                {
+                    "title": f"{name} {n}",
+                    "prompt_segments": list(prompts[n].segments),
+                    "switches": list(prompts[n].switches),
+                    "base": f"{key}-base",
+                    "aligned": f"{key}-aligned",
+                    "base_reward": float(judges.totals(base)[n]),
+                    "aligned_reward": float(judges.totals(aligned)[n]),
+                    "components": {
+                        component: {
+                            "base": float(base.components_KN[k, n]),
+                            "aligned": float(aligned.components_KN[k, n]),
+                        }
+                        for k, component in enumerate(judges.scorer.components)
+                    },
+                }
+            )
+    _write(directory, "gallery.json", entries, "videos.safetensors", videos)
+
+
+def _pixels(setup: Setup, prompts: Sequence[VideoPrompt], texts: Any, tape: Any) -> Tensor:
+    with torch.no_grad():
+        return setup.judges.codec.decode(stream_latents(setup.generator, prompts, texts, tape))
+
+
+def write_branches(run: Run, directory: Path) -> None:
+    """Branch groups of the starting policy, and groups routed to one act only."""
+    setup = run.setup
+    videos: dict[str, Tensor] = {}
+    with run.trainer.policy.reference():
+        groups = _training_groups(run, videos)
+        causality = causality_groups(setup, videos)
+    _write(
+        directory,
+        "branches.json",
+        {"groups": groups, "causality": causality},
+        "branches.safetensors",
+        videos,
+    )
+
+
+def _training_groups(run: Run, videos: dict[str, Tensor]) -> list[dict[str, Any]]:
+    """Three groups of the first rollout, with energies, advantages and probabilities."""
+    setup, trainer, config = run.setup, run.trainer, run.setup.config
+    rollout, scores, texts = trainer.explore(0)
+    replayer = trainer.replayer(texts)
+    entries = []
+    for index, (group, score) in enumerate(list(zip(rollout.groups, scores, strict=True))[:3]):
+        everyone = replace(config.objective, keep_best=0, keep_worst=0, noise_floor=0.0)
+        credit = assign_credit(
+            score, setup.judges.weights_K, everyone, keyed_generator("advantages", config.seed, 0, index)
+        )
+        assert credit is not None
+        (energies,) = energies_of(replayer, [Trained(group, credit)])
+        probabilities = torch.softmax(-energies / energies.std().clamp_min(1e-12), 0)
+        extras = [
+            {
+                "energy": float(energies[n]),
+                "advantage": float(credit.all_advantages_G[n]),
+                "probability": float(probabilities[n]),
+            }
+            for n in range(group.branches)
+        ]
+        title = f"group {index + 1}: fork at frame {group.fork}"
+        entries.append(_group_entry(setup, group, score, title, f"group-{index}", extras, videos))
+    rollout.release()
+    return entries
+
+
+def causality_groups(setup: Setup, videos: dict[str, Tensor]) -> list[dict[str, Any]]:
+    """Same noise, same prompt: one branch routed only to act 1, one only to act 2, and the anchor."""
+    exploration = setup.config.exploration
+    entries = []
+    prompts = [prompt for prompt in setup.validation["long"] if len(prompt.switches) == 2]
+    for prompt in prompts[:3]:
+        fork = prompt.switches[1]
+        if fork not in eligible_forks(
+            prompt, exploration, block=setup.config.stream.block, sink=setup.config.stream.sink
+        ):
+            continue
+        routes = act_routes(prompt, fork, exploration.routed, setup.config.stream.sink, exploration.recent)
+        look = explorer(setup, [prompt])
+        (group,) = look.chosen(Fork((prompt,), fork), [routes])
+        (score,) = score_groups([group], setup.judges.codec, setup.judges.scorer, block=setup.generator.block)
+        title = f"routed only to act 1, only to act 2, and the anchor (video {prompt.id})"
+        entry = _group_entry(setup, group, score, title, f"causality-{prompt.id}", [{}, {}], videos)
+        for member, name in zip(entry["members"], ("branch: act 1", "branch: act 2"), strict=False):
+            member["name"] = name
+        entries.append(entry)
+    return entries
+
+
+def act_routes(
+    prompt: VideoPrompt, fork: int, routed: int, sink: int, recent: int
+) -> list[tuple[RoutedFrame, ...]]:
+    """Routes that show only the middle of act 1, or only the middle of act 2."""
+    spans = [(sink, prompt.switches[0]), (prompt.switches[0], min(prompt.switches[1], fork - recent))]
+    routes = []
+    for first, stop in spans:
+        middle = (first + stop) // 2
+        frames = [min(max(first, middle - routed // 2 + n), stop - 1) for n in range(routed)]
+        routes.append(tuple(RoutedFrame(0, frame) for frame in frames))
+    return routes
+
+
+def _group_entry(
+    setup: Setup,
+    group: Group,
+    score: Any,
+    title: str,
+    key: str,
+    extras: Sequence[dict[str, float]],
+    videos: dict[str, Tensor],
+) -> dict[str, Any]:
+    judges, weight = setup.judges, setup.config.objective.global_weight
+    pixels = decode_members(group, judges.codec, lead=group.fork, block=setup.generator.block)
+    totals = score.totals(judges.weights_K, weight)
+    members = []
+    for n in [group.branches, *range(group.branches)]:
+        anchor = n == group.branches
+        name = "anchor" if anchor else f"branch {n + 1}"
+        videos[f"{key}-{n}"] = as_bytes(pixels[n])
+        routes = () if anchor else group.routes[n][0]
+        members.append(
+            {
+                "name": name,
+                "video": f"{key}-{n}",
+                "routed_frames": [
+                    r.frame if r.group == group.index else {"frame": r.frame, "prompt": r.group}
+                    for r in routes
+                ],
+                "reward": float(totals[n]),
+                "local": float(judges.weights_K @ score.local_KM[:, n]),
+                "global": float(judges.weights_K @ score.global_KM[:, n]),
+                **({} if anchor else extras[n]),
+            }
+        )
+    return {
+        "title": title,
+        "prompt_segments": list(group.root.prompt.segments),
+        "switches": list(group.root.prompt.switches),
+        "fork_frame": group.fork,
+        "window_frames": group.window_frames,
+        "num_frames": group.root.prompt.num_frames,
+        "members": members,
+    }
+
+
+def _write(directory: Path, listing: str, entries: Any, archive: str, videos: dict[str, Tensor]) -> None:
+    directory.mkdir(exist_ok=True)
+    write_atomic(directory / archive, save(videos))
+    write_atomic(directory / listing, json.dumps(entries, indent=1) + "\n")

@@ -1,0 +1,145 @@
+"""From branch latents to reward numbers: decode what can differ, cut clips, score them.
+
+Everything before the fork is identical across branches, so only frames after it are decoded; where the prompt
+switches right at the fork, one block before it comes along as what the video showed until then.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from kvpo.engine.generator import Codec
+from kvpo.engine.rollout import Group
+from kvpo.prompts import ClipPrompt, VideoPrompt
+
+
+class Scorer(Protocol):
+    """Clips and prompts to named numbers; see ``kvpo.rewards.protocol``."""
+
+    components: tuple[str, ...]
+
+    def __call__(self, video_BTCHW: Tensor, prompts: Sequence[ClipPrompt]) -> dict[str, Tensor]: ...
+
+
+@dataclass(frozen=True)
+class Clip:
+    """Latent frames [start, stop) of a video and the text they are scored against."""
+
+    start: int
+    stop: int
+    prompt: ClipPrompt
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Component scores of one group's members, the anchor last."""
+
+    components: tuple[str, ...]
+    local_KM: Tensor
+    """Of the routed window."""
+    global_KM: Tensor
+    """Of the video after the fork, the mean over its segments weighted by their frames."""
+
+    def totals(self, weights_K: Tensor, global_weight: float) -> Tensor:
+        """Weighted reward of every member, ``[M]``: (local + w global) / (1 + w)."""
+        return weights_K @ (self.local_KM + global_weight * self.global_KM) / (1 + global_weight)
+
+
+def segment_clips(prompt: VideoPrompt, first: int, stop: int, *, block: int, lead: int) -> list[Clip]:
+    """One clip per prompt segment that shows in latent frames ``[first, stop)``.
+
+    A segment that begins inside the span, or right at its start, gets up to ``lead`` frames of what was before
+    (``ClipPrompt.switch`` says how many). Switches act at block boundaries.
+    """
+    starts = [0, *(-(-switch // block) * block for switch in prompt.switches)]
+    ends = [*starts[1:], prompt.num_frames]
+    clips = []
+    for index, (start, end) in enumerate(zip(starts, ends, strict=True)):
+        begin, end = max(start, first), min(end, stop)
+        if begin >= end:
+            continue
+        before = prompt.segments[index - 1] if index and begin == start else ""
+        switch = min(lead, begin) if before else 0
+        clips.append(Clip(begin - switch, end, ClipPrompt(prompt.segments[index], before, switch)))
+    return clips
+
+
+def score_clips(
+    scorer: Scorer, videos: Sequence[Tensor], clips: Sequence[Clip], offsets: Sequence[int]
+) -> Tensor:
+    """Score a clip of each video, equal lengths together: ``[K, clips]``.
+
+    ``videos`` are ``[T, 3, H, W]`` in [0, 1] with one pixel frame per latent frame, the first of them being
+    latent frame ``offset``.
+
+    Raises:
+        ValueError: the scorer returned a missing, misshapen or non-finite number.
+    """
+    by_length: dict[int, list[int]] = {}
+    for index, clip in enumerate(clips):
+        by_length.setdefault(clip.stop - clip.start, []).append(index)
+    table = torch.empty(len(scorer.components), len(clips))
+    for indices in by_length.values():
+        batch = torch.stack(
+            [videos[n][clips[n].start - offsets[n] : clips[n].stop - offsets[n]] for n in indices]
+        )
+        with torch.no_grad():
+            scores = scorer(batch, [clips[n].prompt for n in indices])
+        for row, name in enumerate(scorer.components):
+            table[row, indices] = checked(name, scores, len(indices))
+    return table
+
+
+def checked(name: str, scores: dict[str, Tensor], count: int) -> Tensor:
+    """One component's scores, demanded to be there, ``[count]`` long and finite."""
+    if name not in scores:
+        raise ValueError(f"reward component {name!r} is missing from the scorer's result {sorted(scores)}")
+    values = scores[name].detach().to("cpu", torch.float32)
+    if values.shape != (count,):
+        raise ValueError(
+            f"reward component {name!r}: expected {count} scores, got shape {list(values.shape)}"
+        )
+    if not bool(values.isfinite().all()):
+        bad = int((~values.isfinite()).nonzero()[0])
+        raise ValueError(f"reward component {name!r} is {float(values[bad])} for clip {bad} of {count}")
+    return values
+
+
+def score_groups(groups: Sequence[Group], codec: Codec, scorer: Scorer, *, block: int) -> list[Scores]:
+    """Local and global scores of every group's members."""
+    videos, clips, offsets, shares, owners = [], [], [], [], []
+    for index, group in enumerate(groups):
+        prompt, fork = group.root.prompt, group.fork
+        stop = fork + group.clean_MTCHW.shape[1]
+        local = segment_clips(prompt, fork, fork + group.window_frames, block=block, lead=block)
+        whole = segment_clips(prompt, fork, stop, block=block, lead=block)
+        offset = min(clip.start for clip in local)
+        pixels_MTCHW = decode_members(group, codec, lead=fork - offset, block=block)
+        for signal, pieces in enumerate((local, whole)):
+            frames = sum(clip.stop - clip.start - clip.prompt.switch for clip in pieces)
+            for clip in pieces:
+                share = (clip.stop - clip.start - clip.prompt.switch) / frames
+                for member, video in enumerate(pixels_MTCHW):
+                    videos.append(video)
+                    clips.append(clip)
+                    offsets.append(offset)
+                    shares.append(share)
+                    owners.append((index, signal, member))
+    table = score_clips(scorer, videos, clips, offsets)
+    sums = [torch.zeros(2, len(scorer.components), len(group.clean_MTCHW)) for group in groups]
+    for column, ((index, signal, member), share) in enumerate(zip(owners, shares, strict=True)):
+        sums[index][signal, :, member] += share * table[:, column]
+    return [Scores(tuple(scorer.components), both[0], both[1]) for both in sums]
+
+
+def decode_members(group: Group, codec: Codec, *, lead: int, block: int) -> Tensor:
+    """Pixels of every member from ``lead`` latent frames before the fork on: ``[M, T, 3, H, W]``."""
+    latents = group.clean_MTCHW
+    if lead:
+        before = torch.cat(group.root.latents)[group.fork - lead : group.fork]
+        latents = torch.cat([before.expand(len(latents), *before.shape), latents], 1)
+    with torch.no_grad():
+        return codec.decode(latents)

@@ -1,0 +1,91 @@
+"""Exactness checks of a run, measured on its own generator before anything is trained."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
+from kvpo.config import Config
+from kvpo.engine.replay import Member, branch_residuals, replay_context, replay_velocities
+from kvpo.engine.rollout import RoutedFrame, grow_roots, run_members
+from kvpo.method.objective import policy_ratio
+from kvpo.method.policy import branch_log_probs
+from kvpo.prompts import VideoPrompt
+from kvpo.training.gradients import energies_of, temperature_of
+from kvpo.training.setup import Setup
+from kvpo.training.trainer import Trainer, shared_fork
+
+
+def first_ratio_max_deviation(trainer: Trainer) -> float:
+    """Largest |pi_theta / pi_old - 1| at theta = theta_old from two independent replays of one rollout."""
+    config = trainer.setup.config
+    rollout, scores, texts = trainer.explore(0)
+    trained, _ = trainer.credit(0, rollout, scores)
+    if not trained:
+        rollout.release()
+        return 0.0
+    replayer = trainer.replayer(texts)
+    old, again = energies_of(replayer, trained), energies_of(replayer, trained)
+    deviation = 0.0
+    for before, after in zip(old, again, strict=True):
+        temperature = temperature_of(before, config.objective)
+        ratio = policy_ratio(branch_log_probs(after, temperature), branch_log_probs(before, temperature))
+        deviation = max(deviation, float((ratio - 1).abs().max()))
+    rollout.release()
+    return deviation
+
+
+def anchor_energy_at_old(setup: Setup, prompts: Sequence[VideoPrompt]) -> float:
+    """Replay energy of anchors under the policy that made them, one solver step at a time: exactly 0.
+
+    The replay's batch has the rows of the rollout's batch, so that both sum in the same order.
+    """
+    config = setup.config
+    fork = shared_fork(prompts, config, ("checks", 0))
+    texts, tape = setup.texts(prompts), setup.tape("checks")
+    exploration = replace(config.exploration, tail_blocks=0, rows=0)
+    rollout = grow_roots(setup.generator, prompts, fork, texts, tape, exploration)
+    members = [(index, None) for index in range(len(prompts))]
+    states, velocities, clean = run_members(setup.generator, rollout, members, texts, tape, exploration)
+    groups = [
+        replace(
+            group,
+            states_MPSFCHW=states[index][None],
+            velocities_MPSFCHW=velocities[index][None],
+            clean_MTCHW=clean[index][None],
+        )
+        for index, group in enumerate(rollout.groups)
+    ]
+    energy = 0.0
+    rows = [Member(group, 0) for group in groups]
+    with torch.no_grad(), replay_context(setup.generator, rows, texts, tape) as replay:
+        for block, context in enumerate(replay.contexts):
+            only = [replace(group, states_MPSFCHW=group.states_MPSFCHW[:, block : block + 1],
+                            velocities_MPSFCHW=group.velocities_MPSFCHW[:, block : block + 1])
+                    for group in groups]  # fmt: skip
+            members_of_block = [Member(group, 0) for group in only]
+            velocity = replay_velocities(
+                setup.generator, members_of_block, replace(replay, contexts=(context,)), 1
+            )
+            energy = max(energy, float(branch_residuals(members_of_block, velocity).max()))
+    rollout.release()
+    return energy
+
+
+def default_route_max_difference(setup: Setup, prompts: Sequence[VideoPrompt]) -> float:
+    """Largest difference between unrouted generation and a route that names the most recent frames: 0."""
+    config: Config = setup.config
+    exploration = replace(config.exploration, tail_blocks=0, rows=0)
+    fork = shared_fork(prompts, config, ("checks", 1))
+    texts, tape = setup.texts(prompts), setup.tape("checks")
+    rollout = grow_roots(setup.generator, prompts, fork, texts, tape, replace(exploration, blocks=1))
+    past = setup.generator.deployment.local_past
+    assert past is not None
+    route = tuple(range(fork - past, fork - exploration.recent))
+    one = replace(exploration, blocks=1)
+    plain = [(index, None) for index in range(len(prompts))]
+    routed = [(index, [tuple(RoutedFrame(index, frame) for frame in route)]) for index in range(len(prompts))]
+    expected = run_members(setup.generator, rollout, plain, texts, tape, one)
+    found = run_members(setup.generator, rollout, routed, texts, tape, one)
+    rollout.release()
+    return max(float((a - b).abs().max()) for a, b in zip(expected, found, strict=True))

@@ -1,0 +1,134 @@
+"""Held-out evaluation: fixed prompts on fixed tapes, so that two policies can be compared video by video."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kvpo.engine.generator import Codec, StreamingGenerator
+from kvpo.engine.noise import Tape
+from kvpo.engine.scoring import Scorer, score_clips, segment_clips
+from kvpo.engine.stream import TextTable, stream_latents
+from kvpo.prompts import VideoPrompt
+
+ROWS = 32
+"""Videos generated together."""
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """What one policy made of a set of prompts."""
+
+    components_KN: Tensor
+    """Scores per component and prompt, the mean over segments weighted by their frames."""
+    unseen_N: Tensor | None
+    """The unseen scorer's scores; None without one."""
+
+
+@dataclass(frozen=True)
+class Judges:
+    """Who scores: the reward used in training, and a scorer that training never sees."""
+
+    codec: Codec
+    scorer: Scorer
+    weights_K: Tensor
+    unseen: Scorer | None
+
+    def totals(self, held_out: HeldOut) -> Tensor:
+        """Weighted reward per prompt, [N]."""
+        return self.weights_K @ held_out.components_KN
+
+
+def evaluate(
+    generator: StreamingGenerator,
+    prompts: Sequence[VideoPrompt],
+    texts: TextTable,
+    tape: Tape,
+    judges: Judges,
+    *,
+    progress: Callable[[int], None] = lambda videos: None,
+) -> HeldOut:
+    """Generate every prompt in the deployment context and score it segment by segment."""
+    components, unseen = [], []
+    for at in range(0, len(prompts), ROWS):
+        batch = prompts[at : at + ROWS]
+        latents = stream_latents(generator, batch, texts, tape)
+        with torch.no_grad():
+            videos = judges.codec.decode(latents)
+        components.append(
+            _segment_scores(judges.scorer, videos, batch, generator.block, lead=generator.block)
+        )
+        if judges.unseen is not None:
+            unseen.append(_segment_scores(judges.unseen, videos, batch, generator.block, lead=0)[0])
+        progress(len(batch))
+    return HeldOut(torch.cat(components, 1), torch.cat(unseen) if unseen else None)
+
+
+def _segment_scores(
+    scorer: Scorer, videos: Tensor, prompts: Sequence[VideoPrompt], block: int, lead: int
+) -> Tensor:
+    """Frame-weighted mean over each video's segments: ``[K, N]``."""
+    clips = [segment_clips(p, 0, p.num_frames, block=block, lead=lead) for p in prompts]
+    flat = [(n, clip) for n, own in enumerate(clips) for clip in own]
+    table = score_clips(scorer, [videos[n] for n, _ in flat], [clip for _, clip in flat], [0] * len(flat))
+    means = torch.zeros(len(table), len(prompts))
+    for column, (n, clip) in enumerate(flat):
+        share = (clip.stop - clip.start - clip.prompt.switch) / prompts[n].num_frames
+        means[:, n] += share * table[:, column]
+    return means
+
+
+@dataclass(frozen=True)
+class PairedGain:
+    """Mean difference between two policies on the same prompts and noise."""
+
+    mean: float
+    standard_error: float
+    """Standard deviation of the differences (ddof 1) over the square root of their number."""
+    improved: float
+    """Share of prompts whose score rises."""
+
+
+def paired_gain(base_N: Tensor, aligned_N: Tensor) -> PairedGain:
+    """Compare two policies prompt by prompt."""
+    gain = (aligned_N - base_N).double()
+    error = float(gain.std(correction=1)) / math.sqrt(len(gain))
+    return PairedGain(float(gain.mean()), error, float((gain > 0).double().mean()))
+
+
+def comparison(base: HeldOut, aligned: HeldOut, judges: Judges) -> dict[str, object]:
+    """The numbers of one prompt set as summary.json and the metrics log hold them."""
+    base_N, aligned_N = judges.totals(base), judges.totals(aligned)
+    gain = paired_gain(base_N, aligned_N)
+    components = {
+        name: {
+            "base": float(base.components_KN[k].mean()),
+            "aligned": float(aligned.components_KN[k].mean()),
+            "gain": paired_gain(base.components_KN[k], aligned.components_KN[k]).mean,
+            "se": paired_gain(base.components_KN[k], aligned.components_KN[k]).standard_error,
+        }
+        for k, name in enumerate(judges.scorer.components)
+    }
+    numbers: dict[str, object] = {
+        "prompts": len(base_N),
+        "base_mean": float(base_N.mean()),
+        "aligned_mean": float(aligned_N.mean()),
+        "paired_gain": gain.mean,
+        "paired_se": gain.standard_error,
+        "improved_fraction": gain.improved,
+    }
+    if base.unseen_N is not None and aligned.unseen_N is not None:
+        unseen = paired_gain(base.unseen_N, aligned.unseen_N)
+        numbers |= {
+            "unseen_scorer_base": float(base.unseen_N.mean()),
+            "unseen_scorer_gain": unseen.mean,
+            "unseen_scorer_se": unseen.standard_error,
+        }
+    return numbers | {"components": components}
+
+
+def mean_gain(comparisons: Mapping[str, Mapping[str, object]]) -> float:
+    """Paired gain averaged over prompt sets: what the best checkpoint is chosen by."""
+    return sum(float(numbers["paired_gain"]) for numbers in comparisons.values()) / len(comparisons)  # type: ignore[arg-type]

@@ -1,0 +1,259 @@
+"""The policy gradient of one rollout: replay, energies, objective, and backward in micro-batches.
+
+The objective sees a branch only as its energy, a number. It is differentiated on those numbers, and each
+micro-batch of branches is backpropagated with its coefficients dL/dE: exact, with one micro-batch's
+activations in memory (METHOD section 6).
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kvpo.config import ObjectiveConfig
+from kvpo.engine.generator import StreamingGenerator
+from kvpo.engine.noise import Tape
+from kvpo.engine.replay import (
+    Member,
+    anchor_state_residuals,
+    branch_residuals,
+    replay_context,
+    replay_velocities,
+)
+from kvpo.engine.rollout import Group
+from kvpo.engine.stream import TextTable
+from kvpo.method.diagnostics import ObjectiveDiagnostics
+from kvpo.method.objective import objective, velocity_kl
+from kvpo.method.policy import calibrated_temperature, temperature_for_anchor_share
+from kvpo.training.credit import Credit
+from kvpo.training.policy import Policy
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A group that is trained on."""
+
+    group: Group
+    credit: Credit
+
+    @property
+    def anchor(self) -> int:
+        """Index of the anchor among the group's members."""
+        return self.group.branches
+
+
+@dataclass(frozen=True)
+class Replayer:
+    """Everything a replay needs besides the groups."""
+
+    generator: StreamingGenerator
+    policy: Policy
+    texts: TextTable
+    tape: Tape
+    config: ObjectiveConfig
+    rows: int
+    """Forward rows (members x blocks x steps) per micro-batch; 0 means no limit."""
+
+
+@dataclass(frozen=True)
+class Replayed:
+    """What one pass over some groups gives: a share of every branch's energy, and the anchors' velocities."""
+
+    energies: tuple[Tensor, ...]
+    """Per group [G']; energies of branches outside the micro-batch are 0."""
+    anchor_velocities: dict[int, Tensor]
+    """Group index -> [P, S, F, C, H, W]."""
+
+
+def micro_batches(replayer: Replayer, trained: Sequence[Trained]) -> list[list[tuple[int, int]]]:
+    """(group index, member) pairs split into micro-batches of at most ``replayer.rows`` forward rows.
+
+    With the pure anchor-state energy only the anchors are replayed.
+    """
+    weight = replayer.config.anchor_state_weight
+    pairs = []
+    for index, item in enumerate(trained):
+        branches = item.credit.branches if weight < 1 else ()
+        pairs += [(index, branch) for branch in branches] + [(index, item.anchor)]
+    rows_each = trained[0].group.blocks * replayer.config.grad_steps
+    size = max(1, replayer.rows // rows_each) if replayer.rows else len(pairs)
+    return [pairs[at : at + size] for at in range(0, len(pairs), size)]
+
+
+def group_batches(replayer: Replayer, trained: Sequence[Trained]) -> list[list[Trained]]:
+    """Whole groups whose replay fits one micro-batch together; a group that does not fit stands alone."""
+    batches: list[list[Trained]] = []
+    for item in trained:
+        if batches and len(micro_batches(replayer, [*batches[-1], item])) == 1:
+            batches[-1].append(item)
+        else:
+            batches.append([item])
+    return batches
+
+
+@contextmanager
+def replay_pairs(
+    replayer: Replayer, trained: Sequence[Trained], pairs: Sequence[tuple[int, int]], *, gradients: bool
+) -> Iterator[Replayed]:
+    """Replay a micro-batch under the current policy; with ``gradients``, backpropagate inside the context."""
+    members = [Member(trained[index].group, member) for index, member in pairs]
+    with (
+        torch.set_grad_enabled(gradients),
+        replay_context(replayer.generator, members, replayer.texts, replayer.tape) as replay,
+    ):
+        velocities = replay_velocities(replayer.generator, members, replay, replayer.config.grad_steps)
+        yield _replayed(replayer, trained, pairs, members, velocities)
+
+
+def replay_without_gradients(replayer: Replayer, trained: Sequence[Trained]) -> list[Replayed]:
+    """Replay all micro-batches of some groups under the current policy."""
+    parts = []
+    for pairs in micro_batches(replayer, trained):
+        with replay_pairs(replayer, trained, pairs, gradients=False) as part:
+            parts.append(part)
+    return parts
+
+
+def _replayed(
+    replayer: Replayer,
+    trained: Sequence[Trained],
+    pairs: Sequence[tuple[int, int]],
+    members: Sequence[Member],
+    velocities: Tensor,
+) -> Replayed:
+    weight = replayer.config.anchor_state_weight
+    residuals = branch_residuals(members, velocities).sum((1, 2))
+    energies, anchors = [], {}
+    for index, item in enumerate(trained):
+        rows = {member: row for row, (owner, member) in enumerate(pairs) if owner == index}
+        zero = residuals.new_zeros(())
+        own = [residuals[rows[b]] if b in rows else zero for b in item.credit.branches]
+        energy = (1 - weight) * torch.stack(own)
+        if item.anchor in rows:
+            anchors[index] = velocities[rows[item.anchor]]
+            if weight:
+                at_anchor = anchor_state_residuals(
+                    replayer.generator, item.group, item.credit.branches, anchors[index]
+                )
+                energy = energy + weight * at_anchor.sum((1, 2))
+        energies.append(energy)
+    return Replayed(tuple(energies), anchors)
+
+
+def energies_of(replayer: Replayer, trained: Sequence[Trained]) -> list[Tensor]:
+    """Energies ``[G']`` of every group under the current policy, without gradients."""
+    energies = []
+    for batch in group_batches(replayer, trained):
+        energies += _sum_energies([part.energies for part in replay_without_gradients(replayer, batch)])
+    return energies
+
+
+def accumulate_gradients(
+    replayer: Replayer, trained: Sequence[Trained], old_energies: Sequence[Tensor] | None
+) -> tuple[list[ObjectiveDiagnostics], float]:
+    """Add the gradient of the mean objective over the groups to the parameters' ``.grad``.
+
+    Args:
+        old_energies: energies under the rollout policy; None while the current policy still is that policy
+            (they are then the current energies, and the ratio is exactly 1).
+
+    Returns:
+        diagnostics per group and the velocity KL to the starting policy, averaged over groups.
+    """
+    diagnostics: list[ObjectiveDiagnostics] = []
+    drift, done = 0.0, 0
+    for batch in group_batches(replayer, trained):
+        old = None if old_energies is None else old_energies[done : done + len(batch)]
+        done += len(batch)
+        found, kl = _accumulate_batch(replayer, batch, old, len(trained))
+        diagnostics += found
+        drift += kl / len(trained)
+    return diagnostics, drift
+
+
+def _accumulate_batch(
+    replayer: Replayer, batch: Sequence[Trained], old: Sequence[Tensor] | None, groups: int
+) -> tuple[list[ObjectiveDiagnostics], float]:
+    with replayer.policy.reference():
+        reference = replay_without_gradients(replayer, batch)
+    reference_energies = _sum_energies([part.energies for part in reference])
+    pieces = micro_batches(replayer, batch)
+    coefficients: list[Tensor] = []
+    found: list[ObjectiveDiagnostics] = []
+    if len(pieces) > 1:
+        # The loss couples the branches of a group, so their energies must all be known before any backward.
+        energies = _sum_energies([part.energies for part in replay_without_gradients(replayer, batch)])
+        found, coefficients = _coefficients(replayer, batch, energies, old, reference_energies)
+    drift = 0.0
+    for pairs, reference_part in zip(pieces, reference, strict=True):
+        with replay_pairs(replayer, batch, pairs, gradients=True) as part:
+            if len(pieces) == 1:
+                energies = [energy.detach() for energy in part.energies]
+                found, coefficients = _coefficients(replayer, batch, energies, old, reference_energies)
+            drift += _backward(replayer, part, coefficients, reference_part, groups)
+    return found, drift
+
+
+def _sum_energies(parts: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+    return [torch.stack(share).sum(0).detach() for share in zip(*parts, strict=True)]
+
+
+def _coefficients(
+    replayer: Replayer,
+    batch: Sequence[Trained],
+    energies: Sequence[Tensor],
+    old_energies: Sequence[Tensor] | None,
+    reference_energies: Sequence[Tensor],
+) -> tuple[list[ObjectiveDiagnostics], list[Tensor]]:
+    """Differentiate each group's loss on its G' energies."""
+    config = replayer.config
+    diagnostics, coefficients = [], []
+    for n, item in enumerate(batch):
+        energy = energies[n].detach().requires_grad_()
+        old = energies[n] if old_energies is None else old_energies[n]
+        with torch.enable_grad():
+            loss, found = objective(
+                energy,
+                old,
+                reference_energies[n],
+                item.credit.advantages_G.to(energy),
+                temperature=temperature_of(old, config),
+                clip_low=config.clip_low,
+                clip_high=config.clip_high,
+                simplex_kl_weight=config.simplex_kl,
+                anchor_in_pool=config.anchor_in_pool,
+            )
+            (coefficient,) = torch.autograd.grad(loss, energy)
+        diagnostics.append(found)
+        coefficients.append(coefficient)
+    return diagnostics, coefficients
+
+
+def temperature_of(old_energy_G: Tensor, config: ObjectiveConfig) -> float:
+    """The group's Gibbs temperature: fixed, or calibrated to its energies (METHOD section 4)."""
+    if config.temperature is not None:
+        return config.temperature
+    if config.anchor_in_pool:
+        return temperature_for_anchor_share(old_energy_G, config.anchor_share)
+    return calibrated_temperature(old_energy_G)
+
+
+def _backward(
+    replayer: Replayer,
+    part: Replayed,
+    coefficients: Sequence[Tensor],
+    reference: Replayed,
+    groups: int,
+) -> float:
+    """Backpropagate one micro-batch; returns the sum over its anchors of the velocity KL."""
+    loss = torch.stack([(c * e).sum() for c, e in zip(coefficients, part.energies, strict=True)]).sum()
+    drift = 0.0
+    for index, velocity in part.anchor_velocities.items():
+        kl = velocity_kl(velocity, reference.anchor_velocities[index])
+        drift += float(kl.detach())
+        if replayer.config.velocity_kl:
+            loss = loss + replayer.config.velocity_kl * kl
+    (loss / groups).backward()
+    return drift

@@ -1,0 +1,63 @@
+"""The trained parameters, their starting values and their moving average; no copy of a network anywhere."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from kvpo.models.adapters import reference_policy, trained_parameters
+
+
+@dataclass(frozen=True)
+class Policy:
+    """What training changes, and how to ask for the policy it started from."""
+
+    model: nn.Module
+    parameters: Mapping[str, nn.Parameter]
+    starting_values: Mapping[str, Tensor] | None
+    """Full-parameter training only: a frozen copy of the values at the start. With an adapter the starting
+    policy is the adapter switched off, or its frozen twin (METHOD section 6)."""
+
+    def reference(self) -> AbstractContextManager[None]:
+        """Inside, the model is the starting policy."""
+        if self.starting_values is None:
+            return reference_policy(self.model)
+        return exchanged(self.parameters, self.starting_values)
+
+
+def policy_of(model: nn.Module, *, adapted: bool) -> Policy:
+    """The policy of a model whose trainable parameters are those that require gradients."""
+    parameters = trained_parameters(model)
+    assert parameters, "nothing to train: no parameter requires gradients"
+    copies = None if adapted else {name: p.detach().clone() for name, p in parameters.items()}
+    return Policy(model, parameters, copies)
+
+
+@contextmanager
+def exchanged(parameters: Mapping[str, nn.Parameter], values: Mapping[str, Tensor]) -> Iterator[None]:
+    """Inside, the parameters have other values and no gradients are recorded; afterwards, their own again."""
+    own = {name: parameter.data for name, parameter in parameters.items()}
+    try:
+        for name, parameter in parameters.items():
+            parameter.data = values[name]
+        with torch.no_grad():
+            yield
+    finally:
+        for name, parameter in parameters.items():
+            parameter.data = own[name]
+
+
+class MovingAverage:
+    """Exponential moving average of the trained parameters."""
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter], decay: float) -> None:
+        self.decay = decay
+        self.values = {name: p.detach().clone() for name, p in parameters.items()}
+
+    def update(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        """Move towards the current values: average <- decay * average + (1 - decay) * value."""
+        with torch.no_grad():
+            for name, parameter in parameters.items():
+                self.values[name].lerp_(parameter.detach(), 1 - self.decay)

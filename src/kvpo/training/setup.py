@@ -1,0 +1,44 @@
+"""What a run is made of, built once by the application and handed to the trainer."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from kvpo.config import Config
+from kvpo.engine.generator import StreamingGenerator, TextEncoder
+from kvpo.engine.noise import SeededTape
+from kvpo.engine.stream import TextTable
+from kvpo.prompts import VideoPrompt
+from kvpo.training.evaluation import Judges
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A generator to align, prompts to align it on, and judges."""
+
+    config: Config
+    model: nn.Module
+    """The transformer, its adapter injected; ``generator.transformer`` is the same object."""
+    generator: StreamingGenerator
+    text_encoder: TextEncoder
+    judges: Judges
+    training_prompts: Callable[[int], list[VideoPrompt]]
+    """Update -> the prompts of its rollout; a pure function, so that a resumed run sees the same data."""
+    validation: Mapping[str, Sequence[VideoPrompt]]
+    """Prompt sets (short, long) for choosing the best checkpoint."""
+    test: Mapping[str, Sequence[VideoPrompt]]
+    """Prompt sets used once, for the summary."""
+
+    def texts(self, prompts: Sequence[VideoPrompt]) -> TextTable:
+        """Embeddings of every segment of some prompts."""
+        unique = list(dict.fromkeys(text for prompt in prompts for text in prompt.segments))
+        return dict(zip(unique, self.text_encoder(unique), strict=True))
+
+    def tape(self, purpose: str) -> SeededTape:
+        """Noise for one purpose: training and evaluation never share a tensor."""
+        return SeededTape((purpose, self.config.seed), self.generator.block_shape)
+
+    def evaluation_tape(self) -> SeededTape:
+        """The held-out tape: the same in every run, whatever its seed, so that runs can be compared."""
+        return SeededTape(("evaluation", 0), self.generator.block_shape)

@@ -1,0 +1,196 @@
+"""The training loop: rollout, credit, gradient, step; validation and checkpoints at update boundaries."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kvpo.config import Config
+from kvpo.engine.noise import keyed_generator
+from kvpo.engine.rollout import Rollout, collect, eligible_forks
+from kvpo.engine.scoring import Scores, score_groups
+from kvpo.engine.stream import TextTable
+from kvpo.method.diagnostics import GroupDiagnostics, group_diagnostics, update_diagnostics
+from kvpo.prompts import VideoPrompt
+from kvpo.training.credit import Credit, assign_credit
+from kvpo.training.gradients import Replayer, Trained, accumulate_gradients, energies_of
+from kvpo.training.policy import MovingAverage, policy_of
+from kvpo.training.setup import Setup
+from kvpo.training.state import (
+    flatten_state,
+    load_optimizer_state,
+    optimizer_state,
+    unflatten_state,
+)
+
+
+def learning_rate_factor(update: int, warmup_updates: int) -> float:
+    """Linear warm-up whose first update already trains: (update + 1) / warmup, at most 1."""
+    return min(1.0, (update + 1) / max(1, warmup_updates))
+
+
+def shared_fork(prompts: Sequence[VideoPrompt], config: Config, key: tuple[int | str, ...]) -> int:
+    """A fork that suits every prompt of a rollout, drawn by ``key``.
+
+    Raises:
+        ValueError: the prompts have no eligible fork in common.
+    """
+    stream = config.stream
+    forks = [
+        set(eligible_forks(prompt, config.exploration, block=stream.block, sink=stream.sink))
+        for prompt in prompts
+    ]
+    common = sorted(set.intersection(*forks))
+    if not common:
+        raise ValueError(
+            f"prompts {[prompt.id for prompt in prompts]} have no fork frame in common; "
+            "align their switch frames or lower exploration.blocks"
+        )
+    return common[int(torch.randint(len(common), (), generator=keyed_generator("fork", *key)))]
+
+
+class Trainer:
+    """Owns the trained parameters, the optimiser and the moving average of one run."""
+
+    def __init__(self, setup: Setup) -> None:
+        config = setup.config.optim
+        self.setup = setup
+        self.policy = policy_of(setup.model, adapted=config.train == "lora")
+        self.average = MovingAverage(self.policy.parameters, config.ema_decay)
+        self.optimizer = torch.optim.AdamW(
+            list(self.policy.parameters.values()),
+            lr=config.lr,
+            betas=config.betas,
+            weight_decay=config.weight_decay,
+        )
+        self.update = 0
+        self.pending: list[
+            tuple[Rollout, list[Trained], list[Tensor], list[GroupDiagnostics], TextTable]
+        ] = []
+
+    def explore(self, update: int) -> tuple[Rollout, list[Scores], TextTable]:
+        """Collect and score the rollout of one update."""
+        setup, config = self.setup, self.setup.config
+        prompts = setup.training_prompts(update)
+        texts = setup.texts(prompts)
+        fork = shared_fork(prompts, config, (config.seed, update))
+        rollout = collect(
+            setup.generator,
+            prompts,
+            fork,
+            texts,
+            setup.tape("training"),
+            config.exploration,
+            (config.seed, update),
+        )
+        scores = score_groups(
+            rollout.groups, setup.judges.codec, setup.judges.scorer, block=setup.generator.block
+        )
+        return rollout, scores, texts
+
+    def credit(
+        self, update: int, rollout: Rollout, scores: Sequence[Scores]
+    ) -> tuple[list[Trained], list[GroupDiagnostics]]:
+        """Groups worth training on, and what exploration found in all of them."""
+        config = self.setup.config
+        trained, diagnostics = [], []
+        for index, (group, score) in enumerate(zip(rollout.groups, scores, strict=True)):
+            generator = keyed_generator("advantages", config.seed, update, index)
+            weights = self.setup.judges.weights_K
+            credit: Credit | None = assign_credit(score, weights, config.objective, generator)
+            totals = score.totals(weights, config.objective.global_weight)
+            window = group.clean_MTCHW[:, : group.window_frames]
+            diagnostics.append(group_diagnostics(totals[:-1], totals[-1], window[:-1], window[-1]))
+            if credit is not None:
+                trained.append(Trained(group, credit))
+        return trained, diagnostics
+
+    def replayer(self, texts: TextTable) -> Replayer:
+        """Replays under the current policy."""
+        return Replayer(
+            generator=self.setup.generator,
+            policy=self.policy,
+            texts=texts,
+            tape=self.setup.tape("training"),
+            config=self.setup.config.objective,
+            rows=self.setup.config.optim.replay_rows,
+        )
+
+    def step(self) -> dict[str, float]:
+        """One update: collect the rollouts of this policy if none is waiting, then train on the next one."""
+        config = self.setup.config.optim
+        if not self.pending:
+            self._collect_pending(config.rollouts_per_refresh)
+        rollout, trained, old, found, texts = self.pending.pop(0)
+        replayer = self.replayer(texts)
+        fresh = self.update % config.rollouts_per_refresh == 0
+        objectives, drift, norm = [], 0.0, 0.0
+        rate = config.lr * learning_rate_factor(self.update, config.warmup_updates)
+        for epoch in range(config.inner_epochs if trained else 0):
+            for group in self.optimizer.param_groups:
+                group["lr"] = rate
+            on_policy = fresh and epoch == 0
+            objectives, drift = accumulate_gradients(replayer, trained, None if on_policy else old)
+            norm = float(nn.utils.clip_grad_norm_(list(self.policy.parameters.values()), config.grad_clip))
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+        self.average.update(self.policy.parameters)
+        rollout.release()
+        self.update += 1
+        numbers = update_diagnostics(objectives, found, velocity_kl=drift, gradient_norm=norm).to_dict()
+        return numbers | {"learning_rate": rate, "fork": float(rollout.groups[0].fork)}
+
+    def _collect_pending(self, count: int) -> None:
+        """Explore with the present policy for the next ``count`` updates and store its energies."""
+        config = self.setup.config.optim
+        stored = config.inner_epochs > 1 or count > 1
+        for update in range(self.update, min(self.update + count, config.updates)):
+            rollout, scores, texts = self.explore(update)
+            trained, found = self.credit(update, rollout, scores)
+            old = energies_of(self.replayer(texts), trained) if stored and trained else []
+            self.pending.append((rollout, trained, old, found, texts))
+
+    def at_boundary(self) -> bool:
+        """Whether no collected rollout is waiting: only then can the run be saved and resumed exactly."""
+        return not self.pending
+
+    def tensors_and_state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Everything a resumed run needs: parameters, moving average, optimiser, update."""
+        parameters = {f"parameters.{name}": p.detach() for name, p in self.policy.parameters.items()}
+        average = {f"average.{name}": value for name, value in self.average.values.items()}
+        moments, skeleton = flatten_state(optimizer_state(self.optimizer, self.policy.parameters))
+        tensors = parameters | average | {f"optimizer.{name}": value for name, value in moments.items()}
+        starting = self.policy.starting_values or {}
+        tensors |= {f"starting.{name}": value for name, value in starting.items()}
+        return tensors, {"update": self.update, "optimizer": skeleton}
+
+    def restore(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+        """Continue from ``tensors_and_state``, to the bit."""
+        with torch.no_grad():
+            for name, parameter in self.policy.parameters.items():
+                parameter.copy_(tensors[f"parameters.{name}"])
+            for name, value in self.average.values.items():
+                value.copy_(tensors[f"average.{name}"])
+            for name, value in (self.policy.starting_values or {}).items():
+                value.copy_(tensors[f"starting.{name}"])
+        moments = {
+            name.removeprefix("optimizer."): value
+            for name, value in tensors.items()
+            if name.startswith("optimizer.")
+        }
+        saved = unflatten_state(moments, state["optimizer"])
+        load_optimizer_state(self.optimizer, self.policy.parameters, saved)
+        self.update = int(state["update"])
+
+
+def architecture(config: Config) -> dict[str, Any]:
+    """What must agree for a checkpoint's tensors to fit."""
+    optim = config.optim
+    adapter = {"rank": optim.lora_rank, "alpha": optim.lora_alpha, "targets": list(optim.lora_targets)}
+    return {
+        "model": asdict(config.model),
+        "train": optim.train,
+        "adapter": adapter if optim.train == "lora" else None,
+    }
