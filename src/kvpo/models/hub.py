@@ -1,0 +1,84 @@
+"""Where models and checkpoints come from: a local path, or a repository of the Hugging Face hub."""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from huggingface_hub import hf_hub_download, snapshot_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+_HUB = re.compile(r"(?P<repo>[\w-][\w.-]*/[\w-][\w.-]*)(?:@(?P<revision>[^/@]+))?(?:/(?P<file>[^\\]+))?")
+# The error base class of the network library that the hub client uses; which library depends on its version.
+_NetworkError = HfHubHTTPError.__bases__[0]
+_FILE_SUFFIXES = {".pt", ".pth", ".bin", ".ckpt", ".safetensors", ".json", ".jsonl", ".txt", ".yaml", ".yml"}
+
+
+def resolve(location: str | Path, *, patterns: Sequence[str] = (), offline: bool = False) -> Path:
+    """Local path of a file or directory named by a path or by a hub id.
+
+    A hub id is ``owner/name`` for a whole repository, ``owner/name/path/in/repository`` for one file, either
+    with ``@revision`` after the name. What exists locally wins. Downloads go to the hub's shared cache; a
+    broken transfer is taken up where it broke, and a later run keeps every file that was finished.
+
+    Args:
+        patterns: file patterns of a repository to download; empty means all of it.
+        offline: use the hub's cache only (as does the environment variable HF_HUB_OFFLINE=1).
+
+    Raises:
+        ValueError: neither a local path nor a hub id, or a repository, revision or file that does not exist,
+            needs a login, or cannot be reached.
+    """
+    local = Path(location).expanduser()
+    if local.exists():
+        return local
+    match = _HUB.fullmatch(str(location))
+    if match is None or (match["file"] is None and local.suffix in _FILE_SUFFIXES):
+        raise ValueError(
+            f"{location}: no such file or directory, and not a hub id (owner/name or owner/name/file)"
+        )
+    repo, revision, file = match["repo"], match["revision"], match["file"]
+    try:
+        if file is not None:
+            return Path(hf_hub_download(repo, file, revision=revision, local_files_only=offline))
+        found = snapshot_download(
+            repo, revision=revision, allow_patterns=list(patterns) or None, local_files_only=offline
+        )
+    except (OSError, _NetworkError, EntryNotFoundError, HFValidationError) as error:
+        raise ValueError(f"{location}: no such local path, and {_why(error, match, offline)}") from error
+    directory = Path(found)
+    if not any(path.is_file() for path in directory.rglob("*")):
+        raise ValueError(f"{location}: no file of the hub repository {repo} matches {', '.join(patterns)}")
+    return directory
+
+
+def _why(error: Exception, match: re.Match[str], offline: bool) -> str:
+    """What went wrong with a hub repository, and the way out."""
+    repo = match["repo"]
+    if isinstance(error, GatedRepoError):
+        return (
+            f"the hub repository {repo} is gated: accept its terms at https://huggingface.co/{repo} "
+            "and log in with `hf auth login`"
+        )
+    if isinstance(error, RepositoryNotFoundError):
+        return f"the hub has no repository {repo}; if it is private, log in with `hf auth login`"
+    if isinstance(error, RevisionNotFoundError):
+        return f"the hub repository {repo} has no revision {match['revision']}"
+    if isinstance(error, LocalEntryNotFoundError | OfflineModeIsEnabled):
+        if offline or isinstance(error, OfflineModeIsEnabled):
+            return (
+                f"offline mode finds no copy of {repo} in the hub's cache: run once with a connection, "
+                f"or `hf download {repo}` on a machine that has one"
+            )
+        return f"the hub cannot be reached and its cache holds no copy of {repo}: {error}"
+    if isinstance(error, EntryNotFoundError):
+        return f"the hub repository {repo} has no file {match['file']}"
+    return f"downloading from the hub failed ({error}); run again: finished files are kept"

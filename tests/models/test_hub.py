@@ -1,0 +1,178 @@
+"""Locations: local paths first, hub ids from the cache or by a download that can be continued."""
+
+import hashlib
+import os
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+from huggingface_hub.errors import (
+    GatedRepoError,
+    LocalEntryNotFoundError,
+    RemoteEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from kvpo.models import hub
+
+CONTENT = b"".join(i.to_bytes(4, "big") for i in range(6_000_000))  # the hub client writes chunks of 10 MB
+ETAG = hashlib.sha256(CONTENT).hexdigest()
+COMMIT = "a" * 40
+
+
+def test_local_paths_come_first(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "owner" / "name").mkdir(parents=True)
+    (tmp_path / "base.pt").write_bytes(b"x")
+    assert hub.resolve("owner/name") == Path("owner/name")
+    assert hub.resolve(tmp_path / "base.pt") == tmp_path / "base.pt"
+
+
+@pytest.mark.parametrize(
+    "location", ["missing.pt", "checkpoints/missing.pt", "/no/such/dir", "./a/b", "name", "C:\\weights\\x.pt"]
+)
+def test_paths_that_do_not_exist_are_not_looked_up_on_the_hub(location, monkeypatch):
+    monkeypatch.setattr(hub, "snapshot_download", None)
+    monkeypatch.setattr(hub, "hf_hub_download", None)
+    with pytest.raises(ValueError, match="no such file or directory, and not a hub id"):
+        hub.resolve(location)
+
+
+def test_hub_ids_are_split_into_repository_revision_and_file(tmp_path, monkeypatch):
+    calls = []
+
+    def file(repo, name, *, revision, local_files_only):
+        calls.append((repo, name, revision, local_files_only))
+        return str(tmp_path / "f")
+
+    def snapshot(repo, *, revision, allow_patterns, local_files_only):
+        calls.append((repo, revision, allow_patterns, local_files_only))
+        return str(tmp_path)
+
+    (tmp_path / "f").touch()
+    monkeypatch.setattr(hub, "hf_hub_download", file)
+    monkeypatch.setattr(hub, "snapshot_download", snapshot)
+    assert hub.resolve("Efficient-Large-Model/LongLive-1.3B/models/lora.pt") == tmp_path / "f"
+    assert hub.resolve("owner/name@v1.0/x.pt", offline=True) == tmp_path / "f"
+    assert hub.resolve("Wan-AI/Wan2.1-T2V-1.3B", patterns=("vae/*",)) == tmp_path
+    assert hub.resolve("owner/name@abc") == tmp_path
+    assert calls == [
+        ("Efficient-Large-Model/LongLive-1.3B", "models/lora.pt", None, False),
+        ("owner/name", "x.pt", "v1.0", True),
+        ("Wan-AI/Wan2.1-T2V-1.3B", None, ["vae/*"], False),
+        ("owner/name", "abc", None, False),
+    ]
+
+
+@pytest.mark.parametrize("location", ["owner/name", "owner/name/x.pt"])
+def test_offline_mode_names_the_way_out(location, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(
+        ValueError, match="offline mode finds no copy of owner/name .* `hf download owner/name`"
+    ):
+        hub.resolve(location, offline=True)
+
+
+def test_a_pattern_that_matches_nothing_is_an_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(hub, "snapshot_download", lambda *a, **k: str(tmp_path))
+    with pytest.raises(ValueError, match=r"no file of the hub repository owner/name matches \*.pth, x/\*"):
+        hub.resolve("owner/name", patterns=("*.pth", "x/*"))
+
+
+def bare(kind: type[Exception], *args: object) -> Exception:
+    error = kind.__new__(kind, *args)
+    error.args = args
+    return error
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (bare(GatedRepoError, "403"), "is gated: accept its terms at https://huggingface.co/owner/name"),
+        (bare(RepositoryNotFoundError, "404"), "the hub has no repository owner/name"),
+        (bare(RevisionNotFoundError, "404"), "has no revision v2"),
+        (bare(RemoteEntryNotFoundError, "404"), "has no file x.pt"),
+        (LocalEntryNotFoundError("no route"), "cannot be reached and its cache holds no copy .* no route"),
+        (OSError("No space left on device"), "No space left on device.*run again: finished files are kept"),
+    ],
+)
+def test_hub_errors_become_one_clear_error(error, message, monkeypatch):
+    def fail(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(hub, "hf_hub_download", fail)
+    with pytest.raises(ValueError, match=message):
+        hub.resolve("owner/name@v2/x.pt")
+
+
+class FakeHub(BaseHTTPRequestHandler):
+    """Serves files whose transfer breaks off halfway, and refuses the rest of one of them."""
+
+    starts: list[tuple[str, int]] = []
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+    def answer(self, status: int, length: int) -> None:
+        self.send_response(status)
+        headers = {"X-Repo-Commit": COMMIT, "ETag": f'"{ETAG}"', "Accept-Ranges": "bytes"}
+        for name, value in {**headers, "Content-Length": str(length)}.items():
+            self.send_header(name, value)
+        self.end_headers()
+
+    def do_HEAD(self) -> None:
+        self.answer(200, len(CONTENT))
+
+    def do_GET(self) -> None:
+        if "/resolve/" not in self.path:
+            return self.answer(404, 0)
+        wanted = self.headers.get("Range")
+        start = int(wanted.removeprefix("bytes=").split("-")[0]) if wanted else 0
+        name = self.path.rsplit("/", 1)[-1]
+        self.starts.append((name, start))
+        if start and name == "refused.pt":
+            return self.answer(403, 0)
+        self.answer(206 if start else 200, len(CONTENT) - start)
+        self.wfile.write(CONTENT[start : None if start else len(CONTENT) // 2])
+        self.close_connection = True
+
+
+PROGRAM = """
+from kvpo.models.hub import resolve
+try:
+    resolve("owner/name/refused.pt")
+except ValueError as error:
+    print(error)
+print(resolve("owner/name/model.pt"))
+print(resolve("owner/name/model.pt", offline=True))
+"""
+
+
+def test_a_broken_transfer_is_taken_up_where_it_broke(tmp_path):
+    server = ThreadingHTTPServer(("127.0.0.1", 0), FakeHub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    # The hub client reads its settings when it is imported, hence a process of its own.
+    environment = os.environ | {
+        "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
+        "HF_HOME": str(tmp_path),
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "NO_PROXY": "127.0.0.1",
+    }
+    try:
+        command = [sys.executable, "-c", PROGRAM]
+        result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert result.returncode == 0, result.stderr
+    *message, path, offline_path = result.stdout.splitlines()
+    assert "owner/name/refused.pt: no such local path, and downloading from the hub failed" in message[0]
+    assert "run again: finished files are kept" in message[-1]
+    assert Path(path).read_bytes() == CONTENT and offline_path == path
+    starts = [start for name, start in FakeHub.starts if name == "model.pt"]
+    assert len(starts) == 2 and starts[0] == 0 and 5_000_000 < starts[1] <= len(CONTENT) // 2
