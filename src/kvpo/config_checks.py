@@ -106,8 +106,8 @@ def _exploration(exploration: ExplorationConfig, stream: StreamConfig, optim: Op
         _require(
             comb(pool, own) >= branches,
             "exploration.resident_frames", exploration.resident_frames,
-            f"larger: {branches} branches need as many sets of {own} routed frames, and a pool of {pool} frames "
-            f"has {comb(pool, own)}",
+            f"larger: {branches} branches need as many sets of {own} routed frames, "
+            f"and a pool of {pool} frames has {comb(pool, own)}",
         )  # fmt: skip
 
 

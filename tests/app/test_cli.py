@@ -1,7 +1,7 @@
 import os
+import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -35,16 +35,13 @@ def test_help_is_quick_and_light(arguments: list[str]) -> None:
         "heavy = {'torch', 'numpy', 'transformers', 'peft', 'matplotlib'} & sys.modules.keys()\n"
         "assert not heavy, heavy\n"
     )
-    walls = []
-    for _ in range(3):  # the best of three: the machine may be busy with something else
-        start = time.perf_counter()
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-        walls.append(time.perf_counter() - start)
-        assert done.returncode == 0, done.stderr
-        assert "usage: kvpo" in done.stdout
-        if walls[-1] < 0.9:
-            break
-    assert min(walls) < 0.9
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert done.returncode == 0, done.stderr
+    assert "usage: kvpo" in done.stdout
+    # CPU seconds, since the wall clock also counts whatever else the machine is busy with
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 0.9
 
 
 def test_help_shows_docstrings_and_the_presets_values(capsys: pytest.CaptureFixture[str]) -> None:
@@ -81,7 +78,7 @@ def test_preset_file_and_flags_in_that_order(resolved: list[Config], tmp_path: P
 def test_advantages_is_short_for_the_field(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     seen = []
     monkeypatch.setattr(commands, "resolve", lambda preset, file, flags: seen.append((preset, flags)))
-    monkeypatch.setitem(sys.modules, "kvpo.training.align", _Align)
+    monkeypatch.setitem(sys.modules, "kvpo.app.align", _Align)
     main(["align", "--preset", "demo", "--advantages", "random", "--out", str(tmp_path / "run")])
     main(["align", "--preset", "demo", "--out", str(tmp_path / "run")])
     assert seen == [("demo", {"objective.advantages": "random"}), ("demo", {})]

@@ -142,14 +142,17 @@ def test_every_field_has_a_docstring_and_a_flag() -> None:
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        ({"model.num_heads": "3"}, ["model.dim", "128"]),
+        ({"model.dim": "128", "model.num_heads": "3"}, ["model.dim", "128"]),
         ({"model.latent_height": "7"}, ["model.latent_height", "7"]),
-        ({"stream.window": "5"}, ["stream.window", "5", "6"]),
+        ({"stream.window": "5", "stream.sink": "3", "stream.block": "3"}, ["stream.window", "5", "6"]),
         ({"stream.schedule": "0.5,0.75"}, ["stream.schedule"]),
-        ({"exploration.resident_frames": "8"}, ["exploration.resident_frames", "8", "pool of 2"]),
-        ({"exploration.distinct": "9"}, ["exploration.distinct", "9"]),
+        (
+            {"exploration.resident_frames": "8", "exploration.recent": "3", "stream.sink": "3"},
+            ["exploration.resident_frames", "8", "pool of 2"],
+        ),
+        ({"exploration.distinct": "9", "exploration.routed": "3"}, ["exploration.distinct", "9"]),
         ({"exploration.donor": "1", "optim.prompts_per_update": "1"}, ["exploration.donor"]),
-        ({"objective.grad_steps": "5"}, ["objective.grad_steps", "5", "4"]),
+        ({"objective.grad_steps": "5", "stream.schedule": "1,0.5"}, ["objective.grad_steps", "5", "2"]),
         ({"objective.keep_best": "1", "objective.keep_worst": "0"}, ["objective.keep_best"]),
         ({"optim.lr": "-1"}, ["optim.lr", "-1"]),
         ({"optim.ema_decay": "1"}, ["optim.ema_decay"]),
@@ -163,7 +166,7 @@ def test_settings_that_contradict_are_refused(flags: dict[str, str], words: list
 
 def test_a_resumed_run_keeps_its_settings(tmp_path: Path) -> None:
     saved = tmp_path / "config.yaml"
-    config = resolve("demo", None, {"optim.lr": "3e-4", "seed": "4"})
+    config = resolve("demo", None, {"optim.lr": "3e-4", "seed": "4", "optim.updates": "50"})
     saved.write_text(yaml.safe_dump(_lists(asdict(config))))
     assert resolve_resumed(saved, None, None, {}) == config
     assert resolve_resumed(saved, "demo", None, {"optim.lr": "3e-4"}) == config

@@ -226,16 +226,16 @@ def save_for_ever(directory: Path, first: int) -> None:
 
 def test_killed_at_any_moment_the_latest_checkpoint_is_whole(tmp_path: Path) -> None:
     last = 0
-    for delay in torch.rand(25, generator=torch.Generator().manual_seed(0)).mul(0.1).tolist():
+    for delay in torch.rand(15, generator=torch.Generator().manual_seed(0)).mul(0.03).tolist():
         child = FORK.Process(target=save_for_ever, args=(tmp_path, last + 1))
         child.start()
+        while not any(path.name > f"update-{last + 2:06d}" for path in tmp_path.glob("update-*")):
+            time.sleep(0.001)  # the machine may be busy: let it save a few first
         time.sleep(delay)
         child.kill()
         child.join()
         path = latest_checkpoint(tmp_path)
-        if path is None:
-            assert last == 0
-            continue
+        assert path is not None
         tensors, state = load_checkpoint(path)
         assert state["update"] >= last
         last = state["update"]
@@ -245,7 +245,6 @@ def test_killed_at_any_moment_the_latest_checkpoint_is_whole(tmp_path: Path) -> 
             load_checkpoint(best[0])
         # a checkpoint of the same update may be there already: saving it again replaces it whole
         last -= 1
-    assert last > 5
 
 
 leaves = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=4)

@@ -46,6 +46,16 @@ def test_non_finite_numbers_are_null_in_valid_json(tmp_path: Path) -> None:
     assert "NaN" not in (tmp_path / "metrics.jsonl").read_text()
 
 
+def test_groups_of_metrics_nest(tmp_path: Path) -> None:
+    with MetricsLog(tmp_path / "metrics.jsonl", tmp_path / "tensorboard") as log:
+        log.write(4, {"kind": "validation", "short": {"gain": 0.5, "parts": {"motion": float("nan")}}})
+    (record,) = read_metrics(tmp_path / "metrics.jsonl")
+    assert record["short"] == {"gain": 0.5, "parts": {"motion": None}}
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [(event.step, event.value) for event in events.Scalars("short/gain")] == [(4, 0.5)]
+
+
 def test_truncating_what_is_missing_or_already_short(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     truncate_metrics(path, 3)

@@ -3,7 +3,7 @@
 import json
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -27,22 +27,21 @@ class MetricsLog:
         self._file = path.open("a", encoding="utf-8")
         self._writer = SummaryWriter(str(tensorboard), purge_step=last_kept + 1)
 
-    def write(self, update: int, metrics: Mapping[str, float | int | str | None]) -> None:
+    def write(self, update: int, metrics: Mapping[str, Any]) -> None:
         """Append one line ``{"update", "time", **metrics}``; numbers also go to TensorBoard.
 
-        ``time`` is in seconds since the epoch. A non-finite number is stored as null, since JSON has none.
-        Raises StorageError when the disk is full.
+        Groups of metrics may nest; TensorBoard names them ``group/name``. ``time`` is in seconds since the
+        epoch. A non-finite number is stored as null, since JSON has none. Raises StorageError when the disk
+        is full.
         """
-        values = {name: value if _storable(value) else None for name, value in metrics.items()}
-        line = json.dumps({"update": update, "time": round(time.time(), 3), **values}, allow_nan=False)
+        record = {"update": update, "time": round(time.time(), 3), **_finite(metrics)}
         try:
-            self._file.write(line + "\n")
+            self._file.write(json.dumps(record, allow_nan=False) + "\n")
             self._file.flush()
+            for name, value in _numbers(metrics):
+                self._writer.add_scalar(name, value, update)
         except OSError as error:
             raise storage_error(self._path, error) from error
-        for name, value in metrics.items():
-            if isinstance(value, float | int):
-                self._writer.add_scalar(name, value, update)
 
     def close(self) -> None:
         """Flush and close both logs."""
@@ -84,5 +83,18 @@ def _parsed(line: str) -> dict[str, Any] | None:
     return record if isinstance(record, dict) and "update" in record else None
 
 
-def _storable(value: float | int | str | None) -> bool:
-    return not isinstance(value, float) or math.isfinite(value)
+def _finite(value: Any) -> Any:
+    """The value with every non-finite number in it replaced by None."""
+    if isinstance(value, Mapping):
+        return {name: _finite(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _numbers(metrics: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+    for name, value in metrics.items():
+        if isinstance(value, Mapping):
+            yield from _numbers(value, f"{prefix}{name}/")
+        elif isinstance(value, float | int):
+            yield f"{prefix}{name}", float(value)
