@@ -1,9 +1,11 @@
 """`kvpo align`: one run from the base generator to the report."""
 
+import json
 import logging
 import resource
 import time
-from collections.abc import Mapping
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +13,15 @@ import torch
 
 from kvpo.app.build import build_world
 from kvpo.app.exhibits import measure_diversity, write_branches, write_gallery
+from kvpo.app.progress import Bars, progress_bars
 from kvpo.config import Config
+from kvpo.config_checks import check
+from kvpo.training.checkpoint import find_checkpoint
 from kvpo.training.checks import anchor_energy_at_old, default_route_max_difference, first_ratio_max_deviation
-from kvpo.training.evaluation import comparison
+from kvpo.training.evaluation import HeldOut, comparison
 from kvpo.training.interrupt import stop_on_signal
 from kvpo.training.metrics_log import MetricsLog
-from kvpo.training.run import Run, evaluate_base, resume_point
+from kvpo.training.run import Run, evaluate_base, restore, resume_point
 from kvpo.training.run_directory import RunDirectory
 from kvpo.training.setup import Setup
 from kvpo.training.trainer import Trainer
@@ -24,24 +29,26 @@ from kvpo.training.trainer import Trainer
 logger = logging.getLogger(__name__)
 
 
-def align(config: Config, out: Path, *, resume: bool) -> None:
-    """Align the generator that ``config`` names and leave everything about the run in ``out``."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+def align(config: Config, out: Path | str, *, resume: bool = False) -> dict[str, Any] | None:
+    """Align the generator that ``config`` names and leave everything about the run in ``out``.
 
-    started = time.perf_counter()
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("{task.fields[note]}"),
-    )
+    Returns the summary, as ``summary.json`` holds it; None if a signal stopped the run, which ``resume`` then
+    continues. Raises ValueError for settings, prompts, rewards and checkpoints that cannot be used and
+    StorageError where ``out`` cannot be written or already holds a run.
+    """
+    from kvpo.report import write_report
+
+    out, started = Path(out), time.perf_counter()
+    check(config)
     with RunDirectory(out, config, resume=resume) as directory, stop_on_signal() as interrupted:
+        summary = finished_summary(directory, config)
+        if summary is not None:
+            logger.warning("%s is finished; nothing to continue", out)
+            return summary
+        torch.use_deterministic_algorithms(True, warn_only=True)
         point = resume_point(directory.checkpoints) if resume else None
-        with Progress(*columns, console=Console(stderr=True)) as bars:
-            show = _Bars(bars)
+        with progress_bars() as bars:
+            show = Bars(bars)
             setup = build_world(config)
             trainer = Trainer(setup)
             show("base on validation prompts", 0, 1, {})
@@ -51,36 +58,28 @@ def align(config: Config, out: Path, *, resume: bool) -> None:
             with MetricsLog(directory.metrics, directory.tensorboard, resumed_at=resumed_at) as metrics:
                 run = Run(setup, trainer, directory.checkpoints, metrics, show, base)
                 if point is not None:
-                    run.restore(point)
-                checks = {} if point is not None else exactness(setup, trainer)
+                    run.resume(point)
                 finished = run.train(interrupted)
             if finished:
-                _finish(run, directory, checks, show, started)
-        if finished:
-            from kvpo.report import write_report
-
+                summary = _finish(run, directory, show, started, interrupted)
+        if summary is None:
+            logger.warning("stopped after update %d; continue with --resume --out %s", trainer.update, out)
+        else:
             write_report(out)
             logger.warning("report: %s", directory.report)
-        else:
-            logger.warning("stopped after update %d; continue with --resume --out %s", trainer.update, out)
+        return summary
 
 
-class _Bars:
-    """One progress bar per stage."""
-
-    def __init__(self, bars: Any) -> None:
-        self.bars = bars
-        self.tasks: dict[str, Any] = {}
-
-    def __call__(self, stage: str, done: int, total: int, numbers: Mapping[str, float]) -> None:
-        if stage not in self.tasks:
-            self.tasks[stage] = self.bars.add_task(stage, total=total, note="")
-        note = f"reward {numbers['reward_mean']:.3f}" if "reward_mean" in numbers else ""
-        self.bars.update(self.tasks[stage], completed=done, note=note)
+def finished_summary(directory: RunDirectory, config: Config) -> dict[str, Any] | None:
+    """The summary of a run that has nothing left to do."""
+    if not (directory.summary.exists() and directory.report.exists()):
+        return None
+    summary: dict[str, Any] = json.loads(directory.summary.read_text(encoding="utf-8"))
+    return summary if summary["updates"] == config.optim.updates else None
 
 
 def exactness(setup: Setup, trainer: Trainer) -> dict[str, float]:
-    """The identities that must hold before anything is trained, measured on this run's own generator."""
+    """The identities that hold for any policy, measured on this run's own generator as it is now."""
     prompts = setup.training_prompts(0)
     return {
         "first_ratio_max_deviation": first_ratio_max_deviation(trainer),
@@ -90,42 +89,49 @@ def exactness(setup: Setup, trainer: Trainer) -> dict[str, float]:
 
 
 def _finish(
-    run: Run, directory: RunDirectory, checks: Mapping[str, float], show: Any, started: float
-) -> None:
-    """Test the best checkpoint once, measure diversity, and write the summary and the exhibits."""
+    run: Run, directory: RunDirectory, show: Any, started: float, interrupted: Callable[[], bool]
+) -> dict[str, Any] | None:
+    """Test the best checkpoint once, measure diversity, write exhibits and summary; None if interrupted."""
     setup = run.setup
-    run.restore_best()
-    held_out: dict[str, Any] = {}
-    results = {}
-    stages = len(setup.test)
-    for n, (name, prompts) in enumerate(setup.test.items()):
-        show("base and aligned on test prompts", n, stages, {})
-        base = evaluate_base(setup, run.trainer, {name: prompts})[name]
-        aligned = run.evaluate_average(prompts)
-        held_out[name] = comparison(base, aligned, setup.judges)
-        results[name] = (base, aligned)
-    show("base and aligned on test prompts", stages, stages, {})
-    if not checks:
+    restore(run.trainer, find_checkpoint(run.checkpoints, None))
+    results: dict[str, tuple[HeldOut, HeldOut]] = {}
+    diversity: dict[str, dict[str, float]] = {}
+    checks: dict[str, float] = {}
+
+    def on_test_prompts(name: str) -> None:
+        base = evaluate_base(setup, run.trainer, {name: setup.test[name]})[name]
+        results[name] = (base, run.evaluate_average(setup.test[name]))
+
+    def identities() -> None:
+        checks.update(exactness(setup, run.trainer))
+
+    def branch_diversity() -> None:
         with run.trainer.policy.reference():
-            checks = exactness(setup, run.trainer)
-    show("diversity and exhibits", 0, 3, {})
-    with run.trainer.policy.reference():
-        diversity = measure_diversity(setup)
-    show("diversity and exhibits", 1, 3, {})
-    write_gallery(run, results, directory.path / "gallery")
-    show("diversity and exhibits", 2, 3, {})
-    write_branches(run, directory.path / "branches")
-    show("diversity and exhibits", 3, 3, {})
+            diversity.update(measure_diversity(setup))
+
+    stages: list[Callable[[], None]] = [partial(on_test_prompts, name) for name in setup.test]
+    stages += [
+        identities,
+        branch_diversity,
+        lambda: write_gallery(run, results, directory.path / "gallery"),
+        lambda: write_branches(run, directory.path / "branches"),
+    ]
+    for done, stage in enumerate(stages):
+        if interrupted():
+            return None
+        show("held-out tests, diversity, exhibits", done, len(stages), {})
+        stage()
+    show("held-out tests, diversity, exhibits", len(stages), len(stages), {})
     usage = resource.getrusage(resource.RUSAGE_SELF)
-    directory.write_summary(
-        {
-            "seed": setup.config.seed,
-            "updates": run.trainer.setup.config.optim.updates,
-            "wall_s": time.perf_counter() - started,
-            "cpu_s": usage.ru_utime + usage.ru_stime,
-            "peak_rss_mb": usage.ru_maxrss / 1024,
-            "held_out": held_out,
-            "diversity": diversity,
-            "checks": dict(checks),
-        }
-    )
+    summary = {
+        "seed": setup.config.seed,
+        "updates": run.updates,
+        "wall_s": time.perf_counter() - started,
+        "cpu_s": usage.ru_utime + usage.ru_stime,
+        "peak_rss_mb": usage.ru_maxrss / 1024,
+        "held_out": {name: comparison(*pair, setup.judges) for name, pair in results.items()},
+        "diversity": diversity,
+        "checks": checks,
+    }
+    directory.write_summary(summary)
+    return summary

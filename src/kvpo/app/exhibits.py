@@ -15,7 +15,7 @@ from kvpo.engine.rollout import Group, RoutedFrame, eligible_forks
 from kvpo.engine.scoring import decode_members, score_groups
 from kvpo.engine.stream import stream_latents
 from kvpo.prompts import VideoPrompt
-from kvpo.training.credit import assign_credit
+from kvpo.training.credit import assign_credit, no_credit
 from kvpo.training.diversity import Explorer, Fork, averaged
 from kvpo.training.durable import write_atomic
 from kvpo.training.evaluation import HeldOut
@@ -23,9 +23,6 @@ from kvpo.training.gradients import Trained, energies_of
 from kvpo.training.policy import exchanged
 from kvpo.training.run import Run
 from kvpo.training.setup import Setup
-
-GALLERY_EACH = 4
-"""Videos per prompt set: the most improved, two in the middle, the least improved."""
 
 
 def as_bytes(video_TCHW: Tensor) -> Tensor:
@@ -85,7 +82,7 @@ def measure_diversity(setup: Setup) -> dict[str, dict[str, float]]:
 
 
 def write_gallery(run: Run, results: dict[str, tuple[HeldOut, HeldOut]], directory: Path) -> None:
-    """Before and after, side by side: from the most to the least improved test videos."""
+    """Before and after, side by side: the most improved test videos, two between, the least improved."""
     setup, judges = run.setup, run.setup.judges
     entries, videos = [], {}
     for name, (base, aligned) in results.items():
@@ -93,7 +90,7 @@ def write_gallery(run: Run, results: dict[str, tuple[HeldOut, HeldOut]], directo
         gains = judges.totals(aligned) - judges.totals(base)
         order = gains.argsort(descending=True).tolist()
         quarter = len(order) // 4
-        picks = [order[0], order[quarter], order[len(order) // 2], order[-1]][:GALLERY_EACH]
+        picks = list(dict.fromkeys([order[0], order[quarter], order[len(order) // 2], order[-1]]))
         chosen = [prompts[n] for n in picks]
         texts, tape = setup.texts(chosen), setup.evaluation_tape()
         with run.trainer.policy.reference():
@@ -153,10 +150,9 @@ def _training_groups(run: Run, videos: dict[str, Tensor]) -> list[dict[str, Any]
     entries = []
     for index, (group, score) in enumerate(list(zip(rollout.groups, scores, strict=True))[:3]):
         everyone = replace(config.objective, keep_best=0, keep_worst=0, noise_floor=0.0)
-        credit = assign_credit(
-            score, setup.judges.weights_K, everyone, keyed_generator("advantages", config.seed, 0, index)
-        )
-        assert credit is not None
+        draws = keyed_generator("advantages", config.seed, 0, index)
+        # A group whose members all score the same has no credit to assign even so.
+        credit = assign_credit(score, setup.judges.weights_K, everyone, draws) or no_credit(group.branches)
         (energies,) = energies_of(replayer, [Trained(group, credit)])
         probabilities = torch.softmax(-energies / energies.std().clamp_min(1e-12), 0)
         extras = [

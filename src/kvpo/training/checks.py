@@ -11,19 +11,20 @@ from kvpo.engine.rollout import RoutedFrame, grow_roots, run_members
 from kvpo.method.objective import policy_ratio
 from kvpo.method.policy import branch_log_probs
 from kvpo.prompts import VideoPrompt
-from kvpo.training.gradients import energies_of, temperature_of
+from kvpo.training.credit import no_credit
+from kvpo.training.gradients import Trained, energies_of, temperature_of
 from kvpo.training.setup import Setup
 from kvpo.training.trainer import Trainer, shared_fork
 
 
 def first_ratio_max_deviation(trainer: Trainer) -> float:
-    """Largest |pi_theta / pi_old - 1| at theta = theta_old from two independent replays of one rollout."""
+    """Largest |pi_theta / pi_old - 1| at theta = theta_old from two independent replays of one rollout.
+
+    All branches take part, whatever their rewards: what is checked is the replay.
+    """
     config = trainer.setup.config
-    rollout, scores, texts = trainer.explore(0)
-    trained, _ = trainer.credit(0, rollout, scores)
-    if not trained:
-        rollout.release()
-        return 0.0
+    rollout, _, texts = trainer.explore(0)
+    trained = [Trained(group, no_credit(group.branches)) for group in rollout.groups]
     replayer = trainer.replayer(texts)
     old, again = energies_of(replayer, trained), energies_of(replayer, trained)
     deviation = 0.0
@@ -81,7 +82,8 @@ def default_route_max_difference(setup: Setup, prompts: Sequence[VideoPrompt]) -
     rollout = grow_roots(setup.generator, prompts, fork, texts, tape, replace(exploration, blocks=1))
     past = setup.generator.deployment.local_past
     assert past is not None
-    route = tuple(range(fork - past, fork - exploration.recent))
+    first = max(setup.generator.deployment.sink, fork - past)
+    route = tuple(range(first, fork - exploration.recent))
     one = replace(exploration, blocks=1)
     plain = [(index, None) for index in range(len(prompts))]
     routed = [(index, [tuple(RoutedFrame(index, frame) for frame in route)]) for index in range(len(prompts))]

@@ -29,8 +29,11 @@ class Credit:
     """Of the selected branches."""
     all_advantages_G: Tensor
     """Of every branch, before selection."""
-    rewards_M: Tensor
-    """Total reward of every member, the anchor last."""
+
+
+def no_credit(branches: int) -> Credit:
+    """Every branch, none better than another: for looking at a group without training on it."""
+    return Credit(tuple(range(branches)), torch.zeros(branches), torch.zeros(branches))
 
 
 def assign_credit(
@@ -61,4 +64,4 @@ def assign_credit(
     selected = advantages[chosen]
     if config.advantages != "anchor":
         selected = centred(selected)
-    return Credit(tuple(chosen.tolist()), selected, advantages, totals_M)
+    return Credit(tuple(chosen.tolist()), selected, advantages)

@@ -1,8 +1,8 @@
 """How different the branches of a fork are, and in what: routed histories beside noise.
 
-CHR branches share all noise and differ in history; noise branches share the history and differ in the noise of
-the window, either freshly drawn or mixed in as sqrt(1 - s^2) eps + s delta with s set so that branches lie as
-far apart in pixels as CHR's do.
+CHR branches share all noise and differ in history; noise branches share the history and differ in the noise
+of the window, either freshly drawn or mixed in as sqrt(1 - s^2) eps + s delta with s set so that branches lie
+as far apart in pixels as CHR's do.
 """
 
 from collections.abc import Callable, Sequence
@@ -157,7 +157,7 @@ class Explorer:
         return Diversity(*means)
 
     def matched_strength(self, forks: Sequence[Fork], distance: float) -> float:
-        """Noise strength at which noise branches lie ``distance`` apart in pixels, by bisection on one fork."""
+        """Noise strength at which noise branches lie ``distance`` apart in pixels, by bisection."""
         low, high = 0.0, 1.0
         for _ in range(6):
             middle = (low + high) / 2

@@ -7,8 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from kvpo.training.checkpoint import (
-    best_checkpoint,
-    find_checkpoint,
     latest_checkpoint,
     load_checkpoint,
     mark_best,
@@ -37,6 +35,10 @@ class Run:
     progress: Progress
     base: dict[str, HeldOut]
     """Held-out results of the starting policy on the validation prompts."""
+    best: tuple[int, float] | None = None
+    """Update and validation of the best checkpoint so far."""
+    saved: int = 0
+    """Update of the last checkpoint."""
 
     @property
     def updates(self) -> int:
@@ -44,71 +46,103 @@ class Run:
         return self.setup.config.optim.updates
 
     def train(self, interrupted: Callable[[], bool]) -> bool:
-        """Train to the last update; False if stopped early (the state is saved either way)."""
+        """Train to the last update; False if stopped early (the state is saved either way).
+
+        Raises ValueError when a reward fails; the updates before it are saved.
+        """
         config, trainer = self.setup.config, self.trainer
         while trainer.update < self.updates:
+            if interrupted() and trainer.at_boundary():
+                self._save_if_new()
+                return False
             started = time.perf_counter()
+            try:
+                trainer.collect()
+            except ValueError:
+                self._save_if_new()
+                raise
             numbers = trainer.step()
             numbers["seconds"] = time.perf_counter() - started
             self.metrics.write(trainer.update, {"kind": "update", **numbers})
             self.progress("aligning", trainer.update, self.updates, numbers)
-            last = trainer.update == self.updates
-            due = config.evaluation.every and trainer.update % config.evaluation.every == 0
-            path = None
-            if last or (due and trainer.at_boundary()):
-                path = self.save()
-                self.validate(path)
-            elif trainer.at_boundary() and trainer.update % config.checkpoint.every == 0:
-                path = self.save()
-            if interrupted() and trainer.at_boundary() and not last:
-                if path is None:
+            if trainer.at_boundary():
+                if self._due(config.evaluation.every):
+                    # Before the checkpoint: a kill in between repeats both.
+                    self.save(self.validate())
+                elif self._due(config.checkpoint.every):
                     self.save()
-                return False
+        if not self.updates:
+            self.save()
         return True
 
-    def save(self) -> Path:
-        """Write a checkpoint and drop the ones that are no longer kept."""
+    def _due(self, every: int) -> bool:
+        """Whether something done every so many updates is due at this boundary; always at the last one."""
+        update = self.trainer.update
+        since_boundary = self.setup.config.optim.rollouts_per_refresh
+        return update == self.updates or bool(every) and update % every < since_boundary
+
+    def save(self, gain: float | None = None) -> Path:
+        """Write a checkpoint, mark the best one, and drop the ones that are no longer kept.
+
+        ``gain`` is the checkpoint's own validation; None leaves the best one as it was.
+        """
+        update = self.trainer.update
+        if gain is not None and (self.best is None or gain > self.best[1]):
+            self.best = (update, gain)
         tensors, state = self.trainer.tensors_and_state()
         path = save_checkpoint(
             self.checkpoints,
-            self.trainer.update,
+            update,
             tensors,
-            state,
+            {**state, "best": self.best},
             architecture=architecture(self.setup.config),
         )
+        self.saved = update
+        self._mark_best()
         prune(self.checkpoints, self.setup.config.checkpoint.keep)
         return path
 
-    def validate(self, path: Path) -> None:
-        """Compare the moving average with the starting policy on held-out prompts; mark the best checkpoint."""
+    def _save_if_new(self) -> None:
+        if self.trainer.update > self.saved:
+            self.save()
+
+    def _mark_best(self) -> None:
+        if self.best is not None:
+            update, gain = self.best
+            mark_best(self.checkpoints, self.checkpoints / f"update-{update:06d}", gain)
+
+    def validate(self) -> float:
+        """Compare the moving average with the starting policy on the validation prompts: the mean gain."""
         results = {}
         for name, prompts in self.setup.validation.items():
             aligned = self.evaluate_average(prompts)
             results[name] = comparison(self.base[name], aligned, self.setup.judges)
-        value = mean_gain(results)
-        self.metrics.write(self.trainer.update, {"kind": "validation", "mean_gain": value, **results})
-        best = best_checkpoint(self.checkpoints)
-        if best is None or value > best[1]:
-            mark_best(self.checkpoints, path, value)
+        gain = mean_gain(results)
+        self.metrics.write(self.trainer.update, {"kind": "validation", "mean_gain": gain, **results})
+        return gain
 
     def evaluate_average(self, prompts: Any) -> HeldOut:
         """Held-out results of the moving average of the trained parameters."""
         with exchanged(self.trainer.policy.parameters, self.trainer.average.values):
             return evaluate_prompts(self.setup, prompts)
 
-    def restore(self, path: Path) -> None:
-        """Load a checkpoint of this run."""
-        tensors, state = load_checkpoint(path, architecture=architecture(self.setup.config))
-        expected, _ = self.trainer.tensors_and_state()
-        moments = {name: value for name, value in tensors.items() if name.startswith("optimizer.")}
-        require_tensors(path, tensors, {**expected, **moments})
-        self.trainer.restore(tensors, state)
+    def resume(self, path: Path) -> None:
+        """Continue from a checkpoint of this run."""
+        state = restore(self.trainer, path)
+        self.saved = self.trainer.update
+        self.best = None if state["best"] is None else (int(state["best"][0]), float(state["best"][1]))
+        self._mark_best()  # a kill may have come between a checkpoint and its mark
 
-    def restore_best(self) -> Path:
-        """Load the checkpoint with the best validation, or the latest where none is marked."""
-        path = find_checkpoint(self.checkpoints, None)
-        self.restore(path)
-        return path
+
+def restore(trainer: Trainer, path: Path) -> dict[str, Any]:
+    """Load a checkpoint into a trainer and return its state. Raises CheckpointError."""
+    tensors, state = load_checkpoint(path, architecture=architecture(trainer.setup.config))
+    expected, _ = trainer.tensors_and_state()
+    parameters = {name: value for name, value in expected.items() if not name.startswith("optimizer.")}
+    moments = {name: value for name, value in tensors.items() if name.startswith("optimizer.")}
+    require_tensors(path, tensors, {**parameters, **moments})
+    trainer.restore(tensors, state)
+    return state
 
 
 def evaluate_prompts(setup: Setup, prompts: Any) -> HeldOut:

@@ -1,7 +1,8 @@
 """The training loop: rollout, credit, gradient, step; validation and checkpoints at update boundaries."""
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from kvpo.engine.scoring import Scores, score_groups
 from kvpo.engine.stream import TextTable
 from kvpo.method.diagnostics import GroupDiagnostics, group_diagnostics, update_diagnostics
 from kvpo.prompts import VideoPrompt
-from kvpo.training.credit import Credit, assign_credit
+from kvpo.training.credit import assign_credit
 from kvpo.training.gradients import Replayer, Trained, accumulate_gradients, energies_of
 from kvpo.training.policy import MovingAverage, policy_of
 from kvpo.training.setup import Setup
@@ -51,6 +52,22 @@ def shared_fork(prompts: Sequence[VideoPrompt], config: Config, key: tuple[int |
     return common[int(torch.randint(len(common), (), generator=keyed_generator("fork", *key)))]
 
 
+@dataclass(frozen=True)
+class Collected:
+    """A scored rollout that waits for its update."""
+
+    rollout: Rollout
+    texts: TextTable
+    trained: list[Trained]
+    """Groups worth training on."""
+    found: list[GroupDiagnostics]
+    """What exploration found in all groups."""
+    old_energies: list[Tensor]
+    """Of the trained groups under the rollout policy; empty where no later step needs them."""
+    fresh: bool
+    """Its update comes first after the collection, so the rollout policy is the current one."""
+
+
 class Trainer:
     """Owns the trained parameters, the optimiser and the moving average of one run."""
 
@@ -66,9 +83,7 @@ class Trainer:
             weight_decay=config.weight_decay,
         )
         self.update = 0
-        self.pending: list[
-            tuple[Rollout, list[Trained], list[Tensor], list[GroupDiagnostics], TextTable]
-        ] = []
+        self.pending: list[Collected] = []
 
     def explore(self, update: int) -> tuple[Rollout, list[Scores], TextTable]:
         """Collect and score the rollout of one update."""
@@ -99,7 +114,7 @@ class Trainer:
         for index, (group, score) in enumerate(zip(rollout.groups, scores, strict=True)):
             generator = keyed_generator("advantages", config.seed, update, index)
             weights = self.setup.judges.weights_K
-            credit: Credit | None = assign_credit(score, weights, config.objective, generator)
+            credit = assign_credit(score, weights, config.objective, generator)
             totals = score.totals(weights, config.objective.global_weight)
             window = group.clean_MTCHW[:, : group.window_frames]
             diagnostics.append(group_diagnostics(totals[:-1], totals[-1], window[:-1], window[-1]))
@@ -118,39 +133,54 @@ class Trainer:
             rows=self.setup.config.optim.replay_rows,
         )
 
-    def step(self) -> dict[str, float]:
-        """One update: collect the rollouts of this policy if none is waiting, then train on the next one."""
-        config = self.setup.config.optim
-        if not self.pending:
-            self._collect_pending(config.rollouts_per_refresh)
-        rollout, trained, old, found, texts = self.pending.pop(0)
-        replayer = self.replayer(texts)
-        fresh = self.update % config.rollouts_per_refresh == 0
-        objectives, drift, norm = [], 0.0, 0.0
-        rate = config.lr * learning_rate_factor(self.update, config.warmup_updates)
-        for epoch in range(config.inner_epochs if trained else 0):
-            for group in self.optimizer.param_groups:
-                group["lr"] = rate
-            on_policy = fresh and epoch == 0
-            objectives, drift = accumulate_gradients(replayer, trained, None if on_policy else old)
-            norm = float(nn.utils.clip_grad_norm_(list(self.policy.parameters.values()), config.grad_clip))
-            self.optimizer.step()
-            self.optimizer.zero_grad(set_to_none=True)
-        self.average.update(self.policy.parameters)
-        rollout.release()
-        self.update += 1
-        numbers = update_diagnostics(objectives, found, velocity_kl=drift, gradient_norm=norm).to_dict()
-        return numbers | {"learning_rate": rate, "fork": float(rollout.groups[0].fork)}
+    def collect(self) -> None:
+        """Where no rollout is waiting, collect those of the next ``rollouts_per_refresh`` updates.
 
-    def _collect_pending(self, count: int) -> None:
-        """Explore with the present policy for the next ``count`` updates and store its energies."""
+        Raises ValueError when a reward fails; the trainer is then as it was before.
+        """
         config = self.setup.config.optim
-        stored = config.inner_epochs > 1 or count > 1
-        for update in range(self.update, min(self.update + count, config.updates)):
+        if self.pending:
+            return
+        collected = []
+        last = min(self.update + config.rollouts_per_refresh, config.updates)
+        for update in range(self.update, last):
             rollout, scores, texts = self.explore(update)
             trained, found = self.credit(update, rollout, scores)
-            old = energies_of(self.replayer(texts), trained) if stored and trained else []
-            self.pending.append((rollout, trained, old, found, texts))
+            fresh = update == self.update
+            needed = trained and (config.inner_epochs > 1 or not fresh)
+            old = energies_of(self.replayer(texts), trained) if needed else []
+            collected.append(Collected(rollout, texts, trained, found, old, fresh))
+        self.pending = collected
+
+    def step(self) -> dict[str, float]:
+        """One update on the next collected rollout; one without a group worth training on changes nothing.
+
+        Raises ValueError when the gradient is not finite.
+        """
+        config = self.setup.config.optim
+        self.collect()
+        item = self.pending.pop(0)
+        replayer = self.replayer(item.texts)
+        objectives, drift, norm = [], 0.0, 0.0
+        rate = config.lr * learning_rate_factor(self.update, config.warmup_updates)
+        for epoch in range(config.inner_epochs if item.trained else 0):
+            for group in self.optimizer.param_groups:
+                group["lr"] = rate
+            old = None if item.fresh and epoch == 0 else item.old_energies
+            objectives, drift = accumulate_gradients(replayer, item.trained, old)
+            norm = float(nn.utils.clip_grad_norm_(list(self.policy.parameters.values()), config.grad_clip))
+            if not math.isfinite(norm):
+                raise ValueError(
+                    f"update {self.update + 1}: the gradient is not finite; lower optim.lr = {config.lr}"
+                )
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+        if item.trained:
+            self.average.update(self.policy.parameters)
+        item.rollout.release()
+        self.update += 1
+        numbers = update_diagnostics(objectives, item.found, velocity_kl=drift, gradient_norm=norm).to_dict()
+        return numbers | {"learning_rate": rate, "fork": float(item.rollout.groups[0].fork)}
 
     def at_boundary(self) -> bool:
         """Whether no collected rollout is waiting: only then can the run be saved and resumed exactly."""
