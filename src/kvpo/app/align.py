@@ -16,6 +16,7 @@ from kvpo.app.exhibits import measure_diversity, write_branches, write_gallery
 from kvpo.app.progress import Bars, progress_bars
 from kvpo.config import Config
 from kvpo.config_checks import check
+from kvpo.config_checks import check
 from kvpo.training.checkpoint import find_checkpoint
 from kvpo.training.checks import anchor_energy_at_old, default_route_max_difference, first_ratio_max_deviation
 from kvpo.training.evaluation import HeldOut, comparison
@@ -47,6 +48,9 @@ def align(config: Config, out: Path | str, *, resume: bool = False) -> dict[str,
             return summary
         torch.use_deterministic_algorithms(True, warn_only=True)
         point = resume_point(directory.checkpoints) if resume else None
+        if point is not None and directory.summary.exists() and at_end(point, config):
+            logger.warning("%s is a finished run; its report: %s", out, directory.report)
+            return
         with progress_bars() as bars:
             show = Bars(bars)
             setup = build_world(config)
@@ -54,7 +58,7 @@ def align(config: Config, out: Path | str, *, resume: bool = False) -> dict[str,
             show("base on validation prompts", 0, 1, {})
             base = evaluate_base(setup, trainer, setup.validation)
             show("base on validation prompts", 1, 1, {})
-            resumed_at = None if point is None else int(point.name.removeprefix("update-"))
+            resumed_at = None if point is None else checkpoint_update(point)
             with MetricsLog(directory.metrics, directory.tensorboard, resumed_at=resumed_at) as metrics:
                 run = Run(setup, trainer, directory.checkpoints, metrics, show, base)
                 if point is not None:

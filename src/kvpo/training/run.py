@@ -159,3 +159,8 @@ def evaluate_base(setup: Setup, trainer: Trainer, sets: Mapping[str, Any]) -> di
 def resume_point(checkpoints: Path) -> Path | None:
     """The checkpoint a resumed run continues from; None starts at update 0."""
     return latest_checkpoint(checkpoints)
+
+
+def checkpoint_update(path: Path) -> int:
+    """The update a checkpoint directory was saved at."""
+    return int(path.name.removeprefix("update-"))

@@ -16,7 +16,7 @@ from kvpo.world.vocabulary import COLOURS, MOTIONS, SHAPES, Act, Actor, Story
 class Faults:
     """How often and how strongly training videos disobey; every draw is made once per act."""
 
-    wrong_attribute: float = 0.25
+    wrong_attribute: float = 0.2
     """Chance that one actor has a wrong colour, shape or motion throughout the act."""
     late_switch: float = 0.25
     """Chance that the visible change comes late."""
@@ -24,11 +24,11 @@ class Faults:
     """Frames of delay, inclusive."""
     ignored_switch: float = 0.12
     """Chance that the act before simply goes on."""
-    flicker: float = 0.5
+    flicker: float = 0.4
     """Chance that an act flickers."""
     flicker_range: tuple[float, float] = (0.08, 0.22)
     """Standard deviation of the brightness factor, per frame."""
-    jitter: float = 0.5
+    jitter: float = 0.4
     """Chance that an act's actors shake."""
     jitter_range: tuple[float, float] = (0.7, 1.8)
     """Standard deviation of the position noise in pixels, per frame."""

@@ -31,8 +31,10 @@ class PretrainSettings:
     """What one pretraining run does; the shipped base used the defaults."""
 
     steps: int = 4000
-    videos: int = 4
+    videos: int = 12
     num_frames: int = 60
+    snippet_blocks: int = 6
+    """Consecutive blocks taken from each video, besides its first one (the sink)."""
     noisy_copies: int = 2
     """Noisy rows per clean row."""
     lr: float = 2e-3
@@ -44,6 +46,8 @@ class PretrainSettings:
     """Share of the videos whose blocks see a routed history."""
     donor_share: float = 0.25
     """Share of the routed videos that are routed into another video's history."""
+    reencoded_share: float = 0.5
+    """Share of the videos whose past before a prompt switch is encoded under the new prompt, as a stream's is."""
     context_noise: float = 0.15
     """Upper end of the noise mixed into the clean rows, so that the model forgives its own errors."""
     solver_share: float = 0.7
@@ -51,87 +55,168 @@ class PretrainSettings:
     seed: int = 0
 
 
-class TrainingVideos(Dataset):
-    """Batches of encoded training videos; item n is a pure function of (seed, n)."""
+@dataclass(frozen=True)
+class Batch:
+    """Encoded snippets of training videos."""
 
-    def __init__(self, settings: PretrainSettings) -> None:
+    latents_BKFCHW: Tensor
+    """K chosen blocks of each video."""
+    captions: list[list[str]]
+    switches: list[list[int]]
+    chosen: list[list[int]]
+    """Indices of the chosen blocks."""
+
+
+class TrainingVideos(Dataset):
+    """Batches of encoded snippets; item n is a pure function of (settings, n)."""
+
+    def __init__(self, stream: StreamConfig, settings: PretrainSettings) -> None:
+        self.stream = stream
         self.settings = settings
         self.codec = load_codec()
 
     def __len__(self) -> int:
         return self.settings.steps
 
-    def __getitem__(self, step: int) -> tuple[Tensor, list[list[str]], list[list[int]]]:
+    def __getitem__(self, step: int) -> Batch:
         torch.set_num_threads(1)
-        generator = keyed_generator("pretraining videos", self.settings.seed, step)
-        videos, captions, switches = training_batch(generator, self.settings.videos, self.settings.num_frames)
+        settings, block = self.settings, self.stream.block
+        generator = keyed_generator("pretraining videos", settings.seed, step)
+        videos, captions, switches = training_batch(generator, settings.videos, settings.num_frames)
+        blocks = settings.num_frames // block
+        chosen = [snippet_blocks(own, blocks, self.stream, settings, generator) for own in switches]
+        cut = torch.stack(
+            [v.unflatten(0, (blocks, block))[own] for v, own in zip(videos, chosen, strict=True)]
+        )
         with torch.no_grad():
-            return self.codec.encode(videos), captions, switches
+            latents = self.codec.encode(cut.flatten(1, 2)).unflatten(1, cut.shape[1:3])
+        return Batch(latents, captions, switches, chosen)
+
+
+def snippet_blocks(
+    switches: list[int],
+    blocks: int,
+    stream: StreamConfig,
+    settings: PretrainSettings,
+    generator: torch.Generator,
+) -> list[int]:
+    """Which blocks of a video are trained on: the first, and a run of consecutive ones.
+
+    Half of the runs of a video with switches contain one, a third of the others follow the first block.
+    """
+    length = settings.snippet_blocks
+    last = blocks - length
+
+    def draw(low: int, high: int) -> int:
+        return int(torch.randint(low, high + 1, (), generator=generator))
+
+    kind = float(torch.rand((), generator=generator))
+    if switches and kind < 0.5:
+        at = switches[draw(0, len(switches) - 1)] // stream.block
+        start = min(max(1, at - draw(2, length - 1)), last)
+    else:
+        start = 1 if kind > 0.67 else draw(1, last)
+    return [0, *range(start, start + length)]
 
 
 def block_contexts(
-    videos: int, blocks: int, stream: StreamConfig, settings: PretrainSettings, generator: torch.Generator
+    chosen: list[list[int]], stream: StreamConfig, settings: PretrainSettings, generator: torch.Generator
 ) -> Tensor:
-    """Context frames of every block ``[videos * blocks, P]`` as flat frame indices; -1 is an empty slot."""
+    """Context frames of every chosen block ``[videos * blocks, P]`` as flat indices; -1 is an empty slot.
+
+    A deployment context lacks the frames that the snippet left out. Routed rows keep the three most recent
+    past frames and fill the other local slots with one to three frames from anywhere earlier in the snippet,
+    or from another video's.
+    """
+    videos, per_video = len(chosen), len(chosen[0])
     past = stream.window - stream.sink - stream.block
-    table = torch.full((videos, blocks, stream.sink + past), -1)
-    length = blocks * stream.block
-    for video in range(videos):
+    table = torch.full((videos, per_video, stream.sink + past), -1)
+    length = per_video * stream.block
+    for video, blocks in enumerate(chosen):
+        place = {
+            b * stream.block + f: n * stream.block + f
+            for n, b in enumerate(blocks)
+            for f in range(stream.block)
+        }
         routed = bool(torch.rand((), generator=generator) < settings.routed_share)
         donor = routed and bool(torch.rand((), generator=generator) < settings.donor_share)
         other = (video + 1) % videos if donor else video
-        for block in range(blocks):
+        for n, block in enumerate(blocks):
             start = block * stream.block
             frames = deployment_frames(start, sink=stream.sink, window=stream.window, block=stream.block)
-            flat = [video * length + frame for frame in frames]
-            pool_end = length if donor else start - 3
-            first = 0 if donor else stream.sink
-            if routed and len(frames) == stream.sink + past and pool_end - first > 0:
+            flat = [video * length + place[frame] for frame in frames if frame in place]
+            first, stop = (0, length) if donor else (stream.sink, n * stream.block - 3)
+            if routed and len(flat) == stream.sink + past and stop > first:
                 distinct = int(torch.randint(1, 4, (), generator=generator))
-                picks = torch.randint(first, pool_end, (distinct,), generator=generator).tolist()
-                slots = [other * length + picks[n % distinct] for n in range(past - 3)]
+                picks = torch.randint(first, stop, (distinct,), generator=generator).tolist()
+                slots = [other * length + picks[k % distinct] for k in range(past - 3)]
                 flat = flat[: stream.sink] + slots + flat[-3:]
-            table[video, block, : len(flat)] = torch.tensor(flat, dtype=torch.int64)
+            table[video, n, : len(flat)] = torch.tensor(flat, dtype=torch.int64)
     return table.flatten(0, 1)
+
+
+@dataclass(frozen=True)
+class Snippets:
+    """Rows of one training batch: C clean blocks with their positions and texts."""
+
+    clean_CFCHW: Tensor
+    starts_C: Tensor
+    context_text_C: Tensor
+    """Which caption each block's keys are encoded under."""
+    text_C: Tensor
+    """Which caption each block is generated under."""
+    trained_C: Tensor
+    """Whether the block's velocity is trained on: 0 where its context was encoded under a later prompt."""
+
+
+def snippet_rows(
+    batch: Batch, stream: StreamConfig, settings: PretrainSettings, generator: torch.Generator
+) -> Snippets:
+    """Lay the blocks of a batch out as rows."""
+    starts, context_text, text, trained = [], [], [], []
+    first_caption = 0
+    for video, blocks in enumerate(batch.chosen):
+        frames = [block * stream.block for block in blocks]
+        segments = [sum(frame >= switch for switch in batch.switches[video]) for frame in frames]
+        reencoded = bool(torch.rand((), generator=generator) < settings.reencoded_share)
+        for n, (frame, segment) in enumerate(zip(frames, segments, strict=True)):
+            starts.append(frame)
+            text.append(first_caption + segment)
+            later = reencoded and n > 0 and segment < segments[-1]
+            context_text.append(first_caption + (segments[-1] if later else segment))
+            trained.append(0.0 if later else 1.0)
+        first_caption += len(batch.captions[video])
+    return Snippets(
+        batch.latents_BKFCHW.flatten(0, 1),
+        torch.tensor(starts),
+        torch.tensor(context_text),
+        torch.tensor(text),
+        torch.tensor(trained),
+    )
 
 
 def training_loss(
     model: CausalWan,
     text: LearnedTextEncoder,
-    batch: tuple[Tensor, list[list[str]], list[list[int]]],
+    batch: Batch,
     stream: StreamConfig,
     settings: PretrainSettings,
     generator: torch.Generator,
 ) -> Tensor:
     """Mean squared velocity error of the noisy rows of one batch."""
-    latents_BTCHW, captions, switches = batch
-    videos, frames = latents_BTCHW.shape[:2]
-    blocks, copies = frames // stream.block, settings.noisy_copies
-    clean = latents_BTCHW.unflatten(1, (blocks, stream.block)).flatten(0, 1)
-    starts = torch.arange(blocks) * stream.block
-    flat = [caption for video in captions for caption in video]
-    embedded = text(flat)
-    row, of_block = 0, []
-    for video_switches in switches:
-        segment = sum((starts >= switch).long() for switch in video_switches)
-        of_block.append(row + (segment if torch.is_tensor(segment) else torch.zeros_like(starts)))
-        row += len(video_switches) + 1
-    level = torch.rand(videos, 1, generator=generator) * settings.context_noise
-    level = level.expand(-1, blocks).reshape(-1)
+    copies, chosen = settings.noisy_copies, batch.chosen
+    rows = snippet_rows(batch, stream, settings, generator)
+    clean = rows.clean_CFCHW
+    embedded = text([caption for video in batch.captions for caption in video])
+    level = torch.rand(len(chosen), generator=generator) * settings.context_noise
+    level = level.repeat_interleave(len(chosen[0]))
     seen = add_noise(clean, torch.randn(clean.shape, generator=generator), level)
-
-    noisy_rows = videos * blocks * copies
-    sigmas = few_step_sigmas(stream.schedule, stream.shift).float()
-    solver = sigmas[torch.randint(len(sigmas), (noisy_rows,), generator=generator)]
-    u = torch.rand(noisy_rows, generator=generator)
-    anywhere = stream.shift * u / (1 + (stream.shift - 1) * u)
-    use_solver = torch.rand(noisy_rows, generator=generator) < settings.solver_share
-    sigma = torch.where(use_solver, solver, anywhere)
+    sigma = noise_levels(len(clean) * copies, stream, settings, generator)
     target = clean.repeat(copies, 1, 1, 1, 1)
     noise = torch.randn(target.shape, generator=generator)
     context = TeacherContext(
-        start_R=starts.repeat(videos).repeat(copies + 1),
-        frames_CP=block_contexts(videos, blocks, stream, settings, generator),
+        start_R=rows.starts_C.repeat(copies + 1),
+        frames_CP=block_contexts(chosen, stream, settings, generator),
         block=stream.block,
     )
     velocity = model(
@@ -139,9 +224,22 @@ def training_loss(
         torch.cat([torch.zeros(len(clean)), sigma]),
         embedded,
         context,
-        text_rows=torch.cat(of_block).repeat(copies + 1),
+        text_rows=torch.cat([rows.context_text_C, rows.text_C.repeat(copies)]),
     )[len(clean) :]
-    return (velocity - (noise - target)).pow(2).mean()
+    error_R = (velocity - (noise - target)).pow(2).mean((1, 2, 3, 4))
+    weight_R = rows.trained_C.repeat(copies)
+    return (error_R * weight_R).sum() / weight_R.sum()
+
+
+def noise_levels(
+    count: int, stream: StreamConfig, settings: PretrainSettings, generator: torch.Generator
+) -> Tensor:
+    """Noise levels of the noisy rows: mostly the solver's own, the rest anywhere on the shifted schedule."""
+    sigmas = few_step_sigmas(stream.schedule, stream.shift).float()
+    solver = sigmas[torch.randint(len(sigmas), (count,), generator=generator)]
+    u = torch.rand(count, generator=generator)
+    anywhere = stream.shift * u / (1 + (stream.shift - 1) * u)
+    return torch.where(torch.rand(count, generator=generator) < settings.solver_share, solver, anywhere)
 
 
 def learning_rate(step: int, settings: PretrainSettings) -> float:
@@ -180,7 +278,7 @@ def pretrain(
     average = {name: value.detach().clone() for name, value in trained.state_dict().items()}
     parameters = list(trained.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=settings.lr, betas=(0.9, 0.95), weight_decay=0.01)
-    batches = DataLoader(TrainingVideos(settings), batch_size=None, num_workers=1)
+    batches = DataLoader(TrainingVideos(stream, settings), batch_size=None, num_workers=1)
     for step, batch in enumerate(batches):
         optimizer.param_groups[0]["lr"] = learning_rate(step, settings)
         generator = keyed_generator("pretraining noise", settings.seed, step)
