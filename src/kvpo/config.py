@@ -215,6 +215,8 @@ class Config:
     """Keys every random draw of the run."""
     device: str = "cpu"
     """Torch device."""
+    base: str = ""
+    """Path of a base checkpoint that `kvpo pretrain` wrote; empty: the one that ships with the package."""
     model: ModelConfig = field(default_factory=ModelConfig)
     stream: StreamConfig = field(default_factory=StreamConfig)
     exploration: ExplorationConfig = field(default_factory=ExplorationConfig)

@@ -16,13 +16,12 @@ from kvpo.app.exhibits import measure_diversity, write_branches, write_gallery
 from kvpo.app.progress import Bars, progress_bars
 from kvpo.config import Config
 from kvpo.config_checks import check
-from kvpo.config_checks import check
 from kvpo.training.checkpoint import find_checkpoint
 from kvpo.training.checks import anchor_energy_at_old, default_route_max_difference, first_ratio_max_deviation
 from kvpo.training.evaluation import HeldOut, comparison
 from kvpo.training.interrupt import stop_on_signal
 from kvpo.training.metrics_log import MetricsLog
-from kvpo.training.run import Run, evaluate_base, restore, resume_point
+from kvpo.training.run import Run, checkpoint_update, evaluate_base, restore, resume_point
 from kvpo.training.run_directory import RunDirectory
 from kvpo.training.setup import Setup
 from kvpo.training.trainer import Trainer
@@ -44,13 +43,10 @@ def align(config: Config, out: Path | str, *, resume: bool = False) -> dict[str,
     with RunDirectory(out, config, resume=resume) as directory, stop_on_signal() as interrupted:
         summary = finished_summary(directory, config)
         if summary is not None:
-            logger.warning("%s is finished; nothing to continue", out)
+            logger.warning("%s is a finished run; its report: %s", out, directory.report)
             return summary
         torch.use_deterministic_algorithms(True, warn_only=True)
         point = resume_point(directory.checkpoints) if resume else None
-        if point is not None and directory.summary.exists() and at_end(point, config):
-            logger.warning("%s is a finished run; its report: %s", out, directory.report)
-            return
         with progress_bars() as bars:
             show = Bars(bars)
             setup = build_world(config)

@@ -1,26 +1,33 @@
 """Builds what a configuration names: the only place that knows concrete models, codecs and rewards."""
 
+import hashlib
 import importlib
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+import json
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from kvpo.config import Config
 from kvpo.config_checks import ConfigurationError
-from kvpo.engine.generator import PageShape, StreamingGenerator
+from kvpo.engine.generator import Codec, PageShape, StreamingGenerator
 from kvpo.engine.noise import keyed_generator
 from kvpo.engine.scoring import Scorer
 from kvpo.method.flow import few_step_sigmas
 from kvpo.models.adapters import add_adapter
 from kvpo.models.causal_wan import CausalWan, WanShape
 from kvpo.models.deployment import Deployment
+from kvpo.models.tensor_files import read_file
 from kvpo.prompts import ClipPrompt, VideoPrompt
 from kvpo.training.evaluation import Judges
-from kvpo.training.setup import Setup
+from kvpo.training.setup import Backbone, Setup
+from kvpo.world.text import LearnedTextEncoder
 
 BASE = "generator.safetensors"
 SHORT_FRAMES, LONG_FRAMES = 30, 60
@@ -55,31 +62,32 @@ def streaming_generator(config: Config, transformer: CausalWan) -> StreamingGene
 
 @dataclass(frozen=True)
 class UserReward:
-    """A user's own function, clips and prompts to one score each, as a scorer with one component."""
+    """A user's own reward: clips and prompts to one score each, or to named components of one score each."""
 
+    name: str
     components: tuple[str, ...]
-    function: object
+    function: Callable[[Tensor, Sequence[ClipPrompt]], Any]
 
     def __call__(self, video_BTCHW: Tensor, prompts: Sequence[ClipPrompt]) -> dict[str, Tensor]:
-        result = self.function(video_BTCHW, prompts)  # type: ignore[operator]
-        if not isinstance(result, Tensor):
-            raise ValueError(
-                f"reward {self.components[0]!r} returned {type(result).__name__}, expected a tensor of "
-                f"{len(prompts)} scores"
-            )
-        return {self.components[0]: result}
+        """Component -> scores as tensors. Raises ValueError for whatever goes wrong inside the function."""
+        try:
+            result = self.function(video_BTCHW, prompts)
+            scores = result if isinstance(result, Mapping) else {self.components[0]: result}
+            return {component: torch.as_tensor(values) for component, values in scores.items()}
+        except Exception as error:  # somebody else's code may raise anything
+            raise ValueError(f"reward {self.name!r} failed: {type(error).__name__}: {error}") from error
 
 
 def build_scorer(config: Config) -> tuple[Scorer, Tensor]:
     """The reward a configuration names and the weights of its components."""
-    from kvpo.rewards.world_pixels import DEFAULT_WEIGHTS, WorldScorer
-
     name = config.rewards.scorer
     if name == "world":
+        from kvpo.rewards.world_pixels import DEFAULT_WEIGHTS, WorldScorer
+
         scorer: Scorer = WorldScorer()
         weights = config.rewards.weights or DEFAULT_WEIGHTS
     else:
-        scorer = _user_scorer(name)
+        scorer = user_reward(name)
         weights = config.rewards.weights or dict.fromkeys(scorer.components, 1.0)
     unknown = sorted(set(weights) - set(scorer.components))
     if unknown:
@@ -87,23 +95,35 @@ def build_scorer(config: Config) -> tuple[Scorer, Tensor]:
             f"rewards.weights: {unknown[0]!r} is not a component of {name!r}; "
             f"it has {', '.join(scorer.components)}"
         )
+    if sum(weights.values()) <= 0:
+        raise ConfigurationError(f"rewards.weights: must add up to more than 0, got {weights}")
     return scorer, torch.tensor([weights.get(component, 0.0) for component in scorer.components])
 
 
-def _user_scorer(name: str) -> Scorer:
-    """Import ``package.module:attribute``; a scorer object is used as it is, a plain function is wrapped."""
+def user_reward(name: str) -> UserReward:
+    """Import ``package.module:attribute``, from the working directory too: a function, or a scorer object.
+
+    Raises ConfigurationError when there is no such thing or it cannot be called.
+    """
     module, _, attribute = name.partition(":")
     if not attribute:
         raise ConfigurationError(
             f"rewards.scorer: {name!r} is neither 'world' nor of the form package.module:function"
         )
+    if str(Path.cwd()) not in sys.path:
+        sys.path.append(str(Path.cwd()))
     try:
         found = vars(importlib.import_module(module))[attribute]
-    except (ImportError, KeyError) as error:
-        raise ConfigurationError(f"rewards.scorer: cannot import {name!r} ({error})") from error
+    except KeyError as error:
+        raise ConfigurationError(f"rewards.scorer: module {module!r} has no {attribute!r}") from error
+    except Exception as error:  # importing runs somebody else's code
+        raise ConfigurationError(
+            f"rewards.scorer: cannot import {module!r}: {type(error).__name__}: {error}"
+        ) from error
     if not callable(found):
         raise ConfigurationError(f"rewards.scorer: {name!r} is not callable")
-    return found if hasattr(found, "components") else UserReward((attribute,), found)
+    components = tuple(found.components) if hasattr(found, "components") else (attribute,)
+    return UserReward(name, components, found)
 
 
 @dataclass(frozen=True)
@@ -146,18 +166,49 @@ class WorldTrainingPrompts:
         return prompts
 
 
-def base_path() -> Path:
-    """The embedded generator that ships with the package."""
-    return Path(str(files("kvpo.world").joinpath("assets", BASE)))
+def base_path(config: Config) -> Path:
+    """The base checkpoint of a configuration; by default the one that ships with the package."""
+    return Path(config.base or str(files("kvpo.world").joinpath("assets", BASE)))
 
 
-def build_world(config: Config, base: Path | None = None) -> Setup:
-    """The embedded world: its generator with a fresh adapter, its codec, prompts and judges."""
-    from kvpo.world.codec import load_codec
+def load_base(config: Config) -> tuple[CausalWan, LearnedTextEncoder]:
+    """The embedded generator of a configuration, frozen.
+
+    Raises:
+        ConfigurationError: the file is missing or is no such generator.
+        ValueError: it is damaged, holds pickled code, or is of another geometry than ``config.model``.
+    """
     from kvpo.world.pretrain import load_generator
-    from kvpo.world.unseen import load_unseen
 
-    transformer, text = load_generator(config.model, base or base_path())
+    path = base_path(config)
+    if not path.is_file():
+        raise ConfigurationError(
+            f"base: {path} does not exist; `kvpo pretrain --out FILE` writes such a file"
+        )
+    read_file(path)
+    try:
+        with safe_open(path, framework="pt") as file:
+            saved = json.loads((file.metadata() or {})["model"])
+    except (SafetensorError, KeyError, ValueError) as error:
+        raise ConfigurationError(
+            f"base: {path} is not an embedded generator as `kvpo pretrain` writes it"
+        ) from error
+    here = json.loads(json.dumps(asdict(config.model)))
+    different = [f"model.{name} is {saved[name]} there, {here[name]} here" for name in here
+                 if saved.get(name, here[name]) != here[name]]  # fmt: skip
+    if different:
+        raise ConfigurationError(f"base: {path} is of another architecture: {'; '.join(different)}")
+    try:
+        return load_generator(config.model, path)
+    except RuntimeError as error:
+        raise ValueError(f"base: the tensors of {path} do not fit the architecture that it names") from error
+
+
+def build_backbone(config: Config) -> Backbone:
+    """The embedded generator with what a configuration trains: a fresh adapter, or all its parameters."""
+    from kvpo.world.codec import load_codec
+
+    transformer, text = load_base(config)
     transformer.checkpointing = config.optim.checkpointing
     if config.optim.train == "lora":
         add_adapter(
@@ -169,17 +220,40 @@ def build_world(config: Config, base: Path | None = None) -> Setup:
         )
     else:
         transformer.requires_grad_(True)
-    scorer, weights = build_scorer(config)
-    evaluation = config.evaluation
-    return Setup(
+    return Backbone(
         config=config,
         model=transformer,
+        base_sha256=hashlib.sha256(base_path(config).read_bytes()).hexdigest(),
         generator=streaming_generator(config, transformer),
         text_encoder=text,
-        judges=Judges(load_codec(), scorer, weights, UnseenComponent(load_unseen())),
+        codec=load_codec(),
+    )
+
+
+def world_test_prompts(config: Config) -> dict[str, list[VideoPrompt]]:
+    """The embedded world's test prompts."""
+    return world_prompts("test", config.evaluation.test_prompts, 202, 20_000_000)
+
+
+def build_judges(config: Config, codec: Codec) -> Judges:
+    """The reward a configuration names, and the scorer that training never sees."""
+    from kvpo.world.unseen import load_unseen
+
+    scorer, weights = build_scorer(config)
+    return Judges(codec, scorer, weights, UnseenComponent(load_unseen()))
+
+
+def build_world(config: Config, base: Path | None = None) -> Setup:
+    """The embedded world: its generator with a fresh adapter, its codec, prompts and judges."""
+    if base is not None:
+        config = replace(config, base=str(base))
+    backbone = build_backbone(config)
+    return Setup(
+        **vars(backbone),
+        judges=build_judges(config, backbone.codec),
         training_prompts=WorldTrainingPrompts(config.seed, config.optim.prompts_per_update),
-        validation=world_prompts("validation", evaluation.validation_prompts, 101, 10_000_000),
-        test=world_prompts("test", evaluation.test_prompts, 202, 20_000_000),
+        validation=world_prompts("validation", config.evaluation.validation_prompts, 101, 10_000_000),
+        test=world_test_prompts(config),
     )
 
 

@@ -95,7 +95,7 @@ class Run:
             update,
             tensors,
             {**state, "best": self.best},
-            architecture=architecture(self.setup.config),
+            architecture=architecture(self.setup),
         )
         self.saved = update
         self._mark_best()
@@ -136,7 +136,7 @@ class Run:
 
 def restore(trainer: Trainer, path: Path) -> dict[str, Any]:
     """Load a checkpoint into a trainer and return its state. Raises CheckpointError."""
-    tensors, state = load_checkpoint(path, architecture=architecture(trainer.setup.config))
+    tensors, state = load_checkpoint(path, architecture=architecture(trainer.setup))
     expected, _ = trainer.tensors_and_state()
     parameters = {name: value for name, value in expected.items() if not name.startswith("optimizer.")}
     moments = {name: value for name, value in tensors.items() if name.startswith("optimizer.")}

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from kvpo.config import Config
-from kvpo.engine.generator import StreamingGenerator, TextEncoder
+from kvpo.engine.generator import Codec, StreamingGenerator, TextEncoder
 from kvpo.engine.noise import SeededTape
 from kvpo.engine.stream import TextTable
 from kvpo.prompts import VideoPrompt
@@ -14,21 +14,17 @@ from kvpo.training.evaluation import Judges
 
 
 @dataclass(frozen=True)
-class Setup:
-    """A generator to align, prompts to align it on, and judges."""
+class Backbone:
+    """What generates: a transformer with what is trained in it, its text encoder and its codec."""
 
     config: Config
     model: nn.Module
     """The transformer, its adapter injected; ``generator.transformer`` is the same object."""
+    base_sha256: str
+    """Of the base checkpoint: what is trained fits no other."""
     generator: StreamingGenerator
     text_encoder: TextEncoder
-    judges: Judges
-    training_prompts: Callable[[int], list[VideoPrompt]]
-    """Update -> the prompts of its rollout; a pure function, so that a resumed run sees the same data."""
-    validation: Mapping[str, Sequence[VideoPrompt]]
-    """Prompt sets (short, long) for choosing the best checkpoint."""
-    test: Mapping[str, Sequence[VideoPrompt]]
-    """Prompt sets used once, for the summary."""
+    codec: Codec
 
     def texts(self, prompts: Sequence[VideoPrompt]) -> TextTable:
         """Embeddings of every segment of some prompts."""
@@ -38,6 +34,19 @@ class Setup:
     def tape(self, purpose: str) -> SeededTape:
         """Noise for one purpose: training and evaluation never share a tensor."""
         return SeededTape((purpose, self.config.seed), self.generator.block_shape)
+
+
+@dataclass(frozen=True)
+class Setup(Backbone):
+    """A generator to align, prompts to align it on, and judges."""
+
+    judges: Judges
+    training_prompts: Callable[[int], list[VideoPrompt]]
+    """Update -> the prompts of its rollout; a pure function, so that a resumed run sees the same data."""
+    validation: Mapping[str, Sequence[VideoPrompt]]
+    """Prompt sets (short, long) for choosing the best checkpoint."""
+    test: Mapping[str, Sequence[VideoPrompt]]
+    """Prompt sets used once, for the summary."""
 
     def evaluation_tape(self) -> SeededTape:
         """The held-out tape: the same in every run, whatever its seed, so that runs can be compared."""

@@ -18,7 +18,7 @@ from kvpo.prompts import VideoPrompt
 from kvpo.training.credit import assign_credit
 from kvpo.training.gradients import Replayer, Trained, accumulate_gradients, energies_of
 from kvpo.training.policy import MovingAverage, policy_of
-from kvpo.training.setup import Setup
+from kvpo.training.setup import Backbone, Setup
 from kvpo.training.state import (
     flatten_state,
     load_optimizer_state,
@@ -215,12 +215,13 @@ class Trainer:
         self.update = int(state["update"])
 
 
-def architecture(config: Config) -> dict[str, Any]:
+def architecture(backbone: Backbone) -> dict[str, Any]:
     """What must agree for a checkpoint's tensors to fit."""
-    optim = config.optim
+    optim = backbone.config.optim
     adapter = {"rank": optim.lora_rank, "alpha": optim.lora_alpha, "targets": list(optim.lora_targets)}
     return {
-        "model": asdict(config.model),
+        "model": asdict(backbone.config.model),
+        "base": backbone.base_sha256,
         "train": optim.train,
         "adapter": adapter if optim.train == "lora" else None,
     }
