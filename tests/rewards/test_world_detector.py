@@ -1,0 +1,93 @@
+"""The detector reads exact renders rightly, also through the codec, and is not sure of what is no world."""
+
+import pytest
+import torch
+
+from kvpo.rewards.world_detector import BROKEN_BELOW, attributes, detect
+from kvpo.world.calibration import detector_accuracy, draw_stories, round_trip
+from kvpo.world.codec import load_codec
+from kvpo.world.imperfect import CLEAN, observe
+from kvpo.world.render import render
+from kvpo.world.vocabulary import SCENES, Act, Actor, Story
+
+
+@pytest.fixture(scope="module")
+def stories():
+    return draw_stories("test", 60, 1, 15, seed=11)
+
+
+@pytest.fixture(scope="module")
+def video(stories):
+    return observe(stories, torch.Generator().manual_seed(12), CLEAN)
+
+
+def show(scene: str, *actors: Actor, frames: int = 12, seed: int = 0) -> torch.Tensor:
+    story = Story((Act(scene, actors, "", 0, "open"),), frames)
+    return render(story, torch.Generator().manual_seed(seed))[None]
+
+
+def test_every_attribute_is_read_rightly_on_exact_renders_and_after_the_codec(stories, video):
+    for clips in (video, round_trip(load_codec(), video)):
+        accuracy = detector_accuracy(clips, stories)
+        assert min(accuracy.values()) >= 0.95, accuracy
+
+
+def test_attributes_name_scene_and_actors_from_top_to_bottom():
+    actors = (Actor("white", "ring", "large", "left"), Actor("red", "cross", "small", "bob"))
+    assert attributes(detect(show("cave", *actors))) == [
+        ("cave", ("white", "ring", "large", "left"), ("red", "cross", "small", "bob"))
+    ]
+
+
+def test_attributes_from_a_later_frame_ignore_what_came_before():
+    actor = Actor("blue", "square", "large", "right")
+    clip = torch.cat([show("night", Actor("pink", "circle", "small", "still")), show("sea", actor)], 1)
+    assert attributes(detect(clip), first_frame=12) == [("sea", ("blue", "square", "large", "right"))]
+    with pytest.raises(ValueError, match="first_frame = 24"):
+        attributes(detect(clip), first_frame=24)
+
+
+def test_positions_follow_the_actor_around_the_torus():
+    seen = detect(show("meadow", Actor("red", "triangle", "small", "right"), frames=30))
+    x_T = seen.centre_BTL2[0, :, 0, 0]
+    steps = (x_T.diff() + 16).remainder(32) - 16
+    assert (steps - 1.25).abs().max() < 0.2
+    assert (seen.centre_BTL2[0, :, 0, 1] - 16).abs().max() < 0.3
+
+
+def test_memberships_stay_in_the_unit_interval_on_anything():
+    generator = torch.Generator().manual_seed(0)
+    for clip in (torch.rand(1, 3, 3, 32, 32, generator=generator), torch.zeros(1, 3, 3, 32, 32)):
+        seen = detect(clip)
+        for name, value in vars(seen).items():
+            assert value.isfinite().all(), name
+            if name != "centre_BTL2":
+                assert value.min() >= 0 and value.max() <= 1 + 1e-5, name
+        assert (seen.count_BT2.sum(2) <= 1 + 1e-5).all()
+
+
+@pytest.mark.parametrize("kind", ["empty", "red", "checkerboard", "noise", "grey", "two worlds"])
+def test_confidence_falls_below_the_threshold_on_what_is_no_world(kind, video):
+    generator = torch.Generator().manual_seed(0)
+    checkers = (torch.arange(32)[:, None] // 4 + torch.arange(32) // 4) % 2
+    clips = {
+        "empty": show("night"),
+        "red": torch.tensor([0.93, 0.16, 0.18])[:, None, None].expand(1, 4, 3, 32, 32),
+        "checkerboard": checkers.float().expand(1, 4, 3, 32, 32),
+        "noise": torch.rand(1, 4, 3, 32, 32, generator=generator),
+        "grey": torch.full((1, 4, 3, 32, 32), 0.5),
+        "two worlds": (video[:20] + video[20:40]) / 2,
+    }
+    assert (detect(clips[kind]).confidence < BROKEN_BELOW).float().mean() >= 0.9
+    assert (detect(video).confidence > BROKEN_BELOW).float().mean() >= 0.95
+
+
+def test_scenes_are_told_apart_without_an_actor_in_the_way():
+    for index, scene in enumerate(SCENES):
+        member_S = detect(show(scene)).scene_BTS[0, 0]
+        assert member_S.argmax() == index and member_S[index] > 3 * member_S.sum().sub(member_S[index])
+
+
+def test_another_shape_is_refused():
+    with pytest.raises(ValueError, match="32"):
+        detect(torch.zeros(2, 3, 3, 64, 64))
