@@ -28,8 +28,8 @@ def read_prompts(
 
     Raises:
         ValueError: naming file and line: missing or empty file, undecodable text, blank lines or segments,
-            not JSON, unknown fields, another number of segments than in lines before or than the switches need,
-            switch frames that do not increase inside the video.
+            not JSON, unknown fields, another number of segments than before or than the switches need, switch
+            frames that do not increase inside the video.
     """
     path = Path(path)
     parse = {".txt": _text_line, ".jsonl": _json_line}.get(path.suffix.lower())

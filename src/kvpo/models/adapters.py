@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import cast
 
 import torch
 from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
@@ -47,21 +48,30 @@ def _check_fits(shapes: dict[str, tuple[int, int]], adapter: AdapterState) -> No
     check_tensors(adapter.tensors, expected, adapter.source)
 
 
+def lora_config(adapter: AdapterState, base_model: str | None = None) -> LoraConfig:
+    """PEFT's configuration of an adapter, which names its layers one by one."""
+    return LoraConfig(
+        r=adapter.rank,
+        # PEFT's field is an integer wherever it can be, and computes with fractions as well.
+        lora_alpha=int(adapter.alpha) if adapter.alpha == int(adapter.alpha) else cast(int, adapter.alpha),
+        target_modules=sorted(adapter.modules),
+        lora_dropout=0.0,
+        base_model_name_or_path=base_model,
+    )
+
+
 def _inject(model: nn.Module, adapter: AdapterState, name: str, dtype: torch.dtype) -> None:
     """Add an adapter under ``name`` with a copy of the given weights on the model's device."""
-    config = LoraConfig(
-        r=adapter.rank, lora_alpha=adapter.alpha, target_modules=sorted(adapter.modules), lora_dropout=0.0
-    )
     # On the meta device, PEFT's own initialisation draws nothing from the global generator.
     with warnings.catch_warnings():
         warnings.filterwarnings(
             "ignore", message="Already found a `peft_config`"
         )  # the second adapter is meant
-        inject_adapter_in_model(config, model, adapter_name=name, low_cpu_mem_usage=True)
+        inject_adapter_in_model(lora_config(adapter), model, adapter_name=name, low_cpu_mem_usage=True)
     for module in adapter.modules:
         layer = model.get_submodule(module)
         assert isinstance(layer, LoraLayer)
-        device = layer.get_base_layer().weight.device
+        device = cast(Tensor, layer.get_base_layer().weight).device
         for half, tensor in zip((layer.lora_A, layer.lora_B), adapter.pair(module), strict=True):
             value = tensor.detach().to(device=device, dtype=dtype, copy=True)
             half[name].weight = nn.Parameter(value, requires_grad=name == TRAINED)
@@ -150,7 +160,7 @@ def reference_policy(model: nn.Module) -> Iterator[None]:
     assert layers, "a model without an adapter has no starting policy to switch to"
     switches = [(layer, list(layer.active_adapters), layer.disable_adapters) for layer in layers]
     # PEFT's switches also set requires_grad, which is a property of the training run and not of the policy.
-    gradients = [(p, p.requires_grad) for layer in layers for p in layer.parameters()]
+    gradients = [(p, p.requires_grad) for layer in layers for p in cast(nn.Module, layer).parameters()]
     try:
         for layer in layers:
             if REFERENCE in layer.lora_A:

@@ -10,12 +10,13 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
-from peft import LoraConfig
 from safetensors.torch import save_file
 from torch import Tensor
 
+from kvpo.models.adapters import lora_config
 from kvpo.models.causal_wan import WanShape
 from kvpo.models.checkpoints import (
     DIFFUSERS_ADAPTER_NAME,
@@ -62,16 +63,8 @@ def save_peft_adapter(directory: str | Path, adapter: AdapterState, *, base_mode
     Raises:
         ValueError: the directory exists and is not empty.
     """
-    config = LoraConfig(
-        r=adapter.rank,
-        lora_alpha=adapter.alpha,
-        target_modules=sorted(adapter.modules),
-        lora_dropout=0.0,
-        base_model_name_or_path=base_model,
-        inference_mode=True,
-    )
     with _new_directory(Path(directory)) as scratch:
-        config.save_pretrained(str(scratch))
+        lora_config(adapter, base_model).save_pretrained(str(scratch))
         save_file(_storable(adapter.tensors), scratch / PEFT_FILES[0], metadata={"format": "pt"})
 
 
@@ -114,7 +107,7 @@ def save_diffusers_transformer(
     from diffusers import WanTransformer3DModel
 
     with torch.device("meta"):
-        model = WanTransformer3DModel(
+        model: Any = WanTransformer3DModel(
             patch_size=shape.patch_size,
             num_attention_heads=shape.num_heads,
             attention_head_dim=shape.head_dim,

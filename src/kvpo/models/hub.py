@@ -3,6 +3,7 @@
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import cast
 
 from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import (
@@ -18,7 +19,7 @@ from huggingface_hub.errors import (
 
 _HUB = re.compile(r"(?P<repo>[\w-][\w.-]*/[\w-][\w.-]*)(?:@(?P<revision>[^/@]+))?(?:/(?P<file>[^\\]+))?")
 # The error base class of the network library that the hub client uses; which library depends on its version.
-_NetworkError = HfHubHTTPError.__bases__[0]
+_NetworkError = cast(type[Exception], HfHubHTTPError.__bases__[0])
 _FILE_SUFFIXES = {".pt", ".pth", ".bin", ".ckpt", ".safetensors", ".json", ".jsonl", ".txt", ".yaml", ".yml"}
 
 

@@ -58,8 +58,8 @@ def _why_unreadable(error: Exception, num_bytes: int) -> str:
     elif "TorchScript" in text:
         code = "it is a TorchScript program"
     elif isinstance(error, pickle.UnpicklingError) and not culprit:
-        reason = re.search(r"WeightsUnpickler error:\s*(.*)", text)
-        code = reason[1].strip() if reason else "unknown instructions"
+        detail = re.search(r"WeightsUnpickler error:\s*(.*)", text)
+        code = detail[1].strip() if detail else "unknown instructions"
     if code is None:
         reason = text.splitlines()[0].removesuffix(".") if text and not culprit else "it ends too early"
         return f"truncated or damaged torch file ({num_bytes} bytes): {reason}; download it again"

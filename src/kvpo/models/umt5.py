@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import ftfy
 import torch
@@ -124,7 +125,14 @@ def _load_official(path: Path, device: torch.device | str, dtype: torch.dtype) -
             f"it holds {named_list(list(tensors)[:3])}"
         )
     config = UMT5Config(
-        d_kv=sizes.pop("attention width") // sizes["num_heads"], feed_forward_proj="gated-gelu", **sizes
+        vocab_size=sizes["vocab_size"],
+        d_model=sizes["d_model"],
+        d_kv=sizes["attention width"] // sizes["num_heads"],
+        d_ff=sizes["d_ff"],
+        num_layers=sizes["num_layers"],
+        num_heads=sizes["num_heads"],
+        relative_attention_num_buckets=sizes["relative_attention_num_buckets"],
+        feed_forward_proj="gated-gelu",
     )
     with torch.device("meta"):
         model = UMT5EncoderModel(config)
@@ -138,11 +146,12 @@ def _load_official(path: Path, device: torch.device | str, dtype: torch.dtype) -
 
 def _load_directory(directory: Path, device: torch.device | str, dtype: torch.dtype) -> UMT5EncoderModel:
     try:
-        model, report = UMT5EncoderModel.from_pretrained(
+        loaded: Any = UMT5EncoderModel.from_pretrained(
             directory, dtype=dtype, local_files_only=True, output_loading_info=True
         )
     except OSError as error:
         raise ValueError(f"{directory}: not a text encoder that transformers can load: {error}") from error
+    model, report = loaded
     if absent := sorted(report["missing_keys"]):
         raise ValueError(
             f"{directory}: weights that the text encoder needs are missing: {named_list(absent)}"
@@ -263,6 +272,7 @@ class PromptCache:
         if missing := [text for text, embedding in found.items() if embedding is None]:
             encoder = load()
             for text in missing:
-                found[text] = encoder.encode(text).cpu()
-                self.write(text, found[text])
+                embedding = encoder.encode(text).cpu()
+                self.write(text, embedding)
+                found[text] = embedding
         return {text: embedding for text, embedding in found.items() if embedding is not None}

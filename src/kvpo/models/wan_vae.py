@@ -9,6 +9,7 @@ Shape legend: B videos, F latent frames, C latent channels, T pixel frames, H/W 
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKLWan
@@ -45,8 +46,8 @@ class DecodeState:
 class WanVAE:
     """diffusers' AutoencoderKLWan on normalised latents ``[B, F, C, H, W]`` and pixels in [0, 1]."""
 
-    def __init__(self, model: AutoencoderKLWan) -> None:
-        """Wrap a model, which is frozen.
+    def __init__(self, model: Any) -> None:
+        """Wrap an AutoencoderKLWan, which is frozen.
 
         Raises:
             ValueError: the latent statistics of its configuration are not one per channel.
@@ -141,7 +142,7 @@ def _renamed(rest: str, table: dict[str, str]) -> str:
     return rest
 
 
-def _load_official(path: Path, device: torch.device | str, dtype: torch.dtype) -> AutoencoderKLWan:
+def _load_official(path: Path, device: torch.device | str, dtype: torch.dtype) -> Any:
     """The VAE in Wan's own file; width and latent channels are read off the shapes."""
     official = read_tensors(path)
     try:
@@ -152,14 +153,14 @@ def _load_official(path: Path, device: torch.device | str, dtype: torch.dtype) -
             f"it holds {named_list(list(official)[:3])}"
         ) from error
     with torch.device("meta"):
-        model = AutoencoderKLWan(base_dim=base, z_dim=latent)
+        model: Any = AutoencoderKLWan(base_dim=base, z_dim=latent)
     tensors = {official_name(name): tensor for name, tensor in official.items()}
     check_tensors(tensors, {name: tuple(v.shape) for name, v in model.state_dict().items()}, str(path))
     assign_tensors(model, tensors, device=device, dtype=dtype)
     return model
 
 
-def _load_directory(directory: Path, device: torch.device | str, dtype: torch.dtype) -> AutoencoderKLWan:
+def _load_directory(directory: Path, device: torch.device | str, dtype: torch.dtype) -> Any:
     try:
         model, report = AutoencoderKLWan.from_pretrained(
             directory, torch_dtype=dtype, local_files_only=True, output_loading_info=True
