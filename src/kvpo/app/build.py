@@ -16,7 +16,7 @@ from torch import Tensor
 
 from kvpo.config import Config
 from kvpo.config_checks import ConfigurationError
-from kvpo.engine.generator import Codec, PageShape, StreamingGenerator
+from kvpo.engine.generator import PageShape, StreamingGenerator
 from kvpo.engine.noise import keyed_generator
 from kvpo.engine.scoring import Scorer
 from kvpo.method.flow import few_step_sigmas
@@ -220,13 +220,14 @@ def build_backbone(config: Config) -> Backbone:
         )
     else:
         transformer.requires_grad_(True)
+    transformer.to(config.device)
     return Backbone(
         config=config,
         model=transformer,
         base_sha256=hashlib.sha256(base_path(config).read_bytes()).hexdigest(),
         generator=streaming_generator(config, transformer),
-        text_encoder=text,
-        codec=load_codec(),
+        text_encoder=text.to(config.device),
+        codec=load_codec().to(config.device),
     )
 
 
@@ -235,22 +236,17 @@ def world_test_prompts(config: Config) -> dict[str, list[VideoPrompt]]:
     return world_prompts("test", config.evaluation.test_prompts, 202, 20_000_000)
 
 
-def build_judges(config: Config, codec: Codec) -> Judges:
-    """The reward a configuration names, and the scorer that training never sees."""
-    from kvpo.world.unseen import load_unseen
-
-    scorer, weights = build_scorer(config)
-    return Judges(codec, scorer, weights, UnseenComponent(load_unseen()))
-
-
 def build_world(config: Config, base: Path | None = None) -> Setup:
     """The embedded world: its generator with a fresh adapter, its codec, prompts and judges."""
+    from kvpo.world.unseen import load_unseen
+
     if base is not None:
         config = replace(config, base=str(base))
     backbone = build_backbone(config)
+    scorer, weights = build_scorer(config)
     return Setup(
         **vars(backbone),
-        judges=build_judges(config, backbone.codec),
+        judges=Judges(backbone.codec, scorer, weights, UnseenComponent(load_unseen())),
         training_prompts=WorldTrainingPrompts(config.seed, config.optim.prompts_per_update),
         validation=world_prompts("validation", config.evaluation.validation_prompts, 101, 10_000_000),
         test=world_test_prompts(config),

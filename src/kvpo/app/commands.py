@@ -11,6 +11,7 @@ from pathlib import Path
 
 from kvpo.app.configuration import resolve, resolve_resumed
 from kvpo.config import Config
+from kvpo.config_checks import ConfigurationError
 
 SETTING = "setting:"
 """Prefix of the parsed arguments that hold settings: ``setting:optim.lr``."""
@@ -29,12 +30,17 @@ class Command:
 
 def configuration(arguments: Namespace, *, saved: Path | None = None) -> Config:
     """The configuration that ``arguments`` ask for, on top of ``saved`` when a run continues."""
-    flags = {
-        name.removeprefix(SETTING): text for name, text in vars(arguments).items() if name.startswith(SETTING)
-    }
+    flags = settings_given(arguments)
     if saved is None:
         return resolve(arguments.preset, arguments.config, flags)
     return resolve_resumed(saved, arguments.preset, arguments.config, flags)
+
+
+def settings_given(arguments: Namespace) -> dict[str, str]:
+    """The settings among ``arguments``: dotted path -> text."""
+    return {
+        name.removeprefix(SETTING): text for name, text in vars(arguments).items() if name.startswith(SETTING)
+    }
 
 
 def _align_arguments(parser: ArgumentParser) -> None:
@@ -60,28 +66,43 @@ def _align(arguments: Namespace) -> None:
     config = configuration(arguments, saved=arguments.out / "config.yaml" if continued else None)
     from kvpo.app.align import align
 
-    align(config, arguments.out, resume=arguments.resume)
+    if align(config, arguments.out, resume=arguments.resume) is None:
+        raise KeyboardInterrupt
 
 
 def _generate_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="directory for the videos")
-    parser.add_argument("--run", type=Path, metavar="DIR", help="a run whose aligned model generates")
+    parser.add_argument(
+        "--run", type=Path, metavar="DIR", help="a run whose aligned model generates, beside its base"
+    )
     _checkpoint_argument(parser)
-    parser.add_argument("--prompts", type=Path, metavar="FILE", help="prompts, one video each")
+    parser.add_argument(
+        "--prompts",
+        type=Path,
+        metavar="FILE",
+        help="one prompt per line (.txt), or segments and switch frames (.jsonl); default: some test prompts",
+    )
 
 
 def _generate(arguments: Namespace) -> None:
-    saved = arguments.run / "config.yaml" if arguments.run is not None else None
-    config = configuration(arguments, saved=saved)
+    if arguments.run is None:
+        if arguments.checkpoint is not None:
+            raise ConfigurationError("--checkpoint: needs --run, the run that it is a checkpoint of")
+        config = configuration(arguments)
+    else:
+        if arguments.preset is not None or arguments.config is not None:
+            raise ConfigurationError("--run brings its own settings; leave out --preset and --config")
+        config = resolve(None, arguments.run / "config.yaml", settings_given(arguments))
     from kvpo.app.generate import generate
 
-    generate(
+    videos = generate(
         config,
+        arguments.out,
+        prompts=arguments.prompts,
         run=arguments.run,
         checkpoint=arguments.checkpoint,
-        prompts=arguments.prompts,
-        out=arguments.out,
     )
+    print("\n".join(map(str, videos)))
 
 
 def _evaluate_arguments(parser: ArgumentParser) -> None:
@@ -93,10 +114,10 @@ def _evaluate_arguments(parser: ArgumentParser) -> None:
 
 
 def _evaluate(arguments: Namespace) -> None:
-    from kvpo.training.evaluation import evaluate_run
+    from kvpo.app.evaluate import evaluate
 
     out = arguments.out or arguments.run / "evaluation.json"
-    evaluate_run(arguments.run, arguments.checkpoint, out)
+    evaluate(arguments.run, checkpoint=arguments.checkpoint, out=out)
     print(out)
 
 

@@ -57,15 +57,29 @@ def resolve(preset: str | None, file: Path | None, flags: Mapping[str, str]) -> 
     Without ``preset`` the file's own holds, and without that ``demo``. Raises ConfigurationError.
     """
     values = read_file(file) if file is not None else {}
-    name = preset or str(values.get("preset", "demo"))
+    config = _start(preset or str(values.get("preset", "demo")))
+    config = assign(config, {**values, "preset": config.preset})
+    config = assign(config, parse_flags(flags))
+    check(config)
+    return config
+
+
+def preset(name: str, changes: Mapping[str, Any] | None = None) -> Config:
+    """A preset with some settings changed by dotted path, as in ``{"optim.updates": 20}``.
+
+    Raises ConfigurationError for an unknown name, field or value.
+    """
+    config = assign(_start(name), {**(changes or {}), "preset": name})
+    check(config)
+    return config
+
+
+def _start(name: str) -> Config:
     if name not in PRESETS:
         raise ConfigurationError(
             f"unknown preset {name!r}{nearest(name, PRESETS)}; presets: {', '.join(PRESETS)}"
         )
-    config = assign(PRESETS[name](), {**values, "preset": name})
-    config = assign(config, parse_flags(flags))
-    check(config)
-    return config
+    return PRESETS[name]()
 
 
 def resolve_resumed(saved: Path, preset: str | None, file: Path | None, flags: Mapping[str, str]) -> Config:

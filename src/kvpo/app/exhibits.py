@@ -27,7 +27,7 @@ from kvpo.training.setup import Setup
 
 def as_bytes(video_TCHW: Tensor) -> Tensor:
     """Pixels in [0, 1] as uint8 ``[T, H, W, 3]``."""
-    return (video_TCHW.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+    return (video_TCHW.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().contiguous()
 
 
 def explorer(setup: Setup, prompts: Sequence[VideoPrompt]) -> Explorer:

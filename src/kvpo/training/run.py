@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from kvpo.training.checkpoint import (
     latest_checkpoint,
     load_checkpoint,
@@ -16,8 +18,8 @@ from kvpo.training.checkpoint import (
 )
 from kvpo.training.evaluation import HeldOut, comparison, evaluate, mean_gain
 from kvpo.training.metrics_log import MetricsLog
-from kvpo.training.policy import exchanged
-from kvpo.training.setup import Setup
+from kvpo.training.policy import Policy, exchanged
+from kvpo.training.setup import Backbone, Setup
 from kvpo.training.trainer import Trainer, architecture
 
 Progress = Callable[[str, int, int, Mapping[str, float]], None]
@@ -143,6 +145,15 @@ def restore(trainer: Trainer, path: Path) -> dict[str, Any]:
     require_tensors(path, tensors, {**parameters, **moments})
     trainer.restore(tensors, state)
     return state
+
+
+def load_average(backbone: Backbone, policy: Policy, path: Path) -> dict[str, Tensor]:
+    """The moving average in a checkpoint, as ``exchanged`` takes it. Raises CheckpointError."""
+    tensors, _ = load_checkpoint(path, architecture=architecture(backbone))
+    prefix = "average."
+    average = {name.removeprefix(prefix): v for name, v in tensors.items() if name.startswith(prefix)}
+    require_tensors(path, average, policy.parameters)
+    return {name: value.to(policy.parameters[name].device) for name, value in average.items()}
 
 
 def evaluate_prompts(setup: Setup, prompts: Any) -> HeldOut:

@@ -1,0 +1,153 @@
+"""`kvpo generate`: videos of the base or of an aligned model, as mp4 files and latents."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from safetensors.torch import save
+from torch import Tensor
+
+from kvpo.app.build import SHORT_FRAMES, build_backbone, world_test_prompts
+from kvpo.app.exhibits import as_bytes
+from kvpo.app.progress import Bars, progress_bars
+from kvpo.config import Config
+from kvpo.config_checks import check
+from kvpo.engine.stream import stream_latents
+from kvpo.prompt_files import read_prompts
+from kvpo.prompts import VideoPrompt
+from kvpo.report.video import side_by_side, write_video
+from kvpo.training.checkpoint import find_checkpoint
+from kvpo.training.durable import StorageError, storage_error, write_atomic
+from kvpo.training.policy import exchanged, policy_of
+from kvpo.training.run import load_average
+from kvpo.training.setup import Backbone
+
+FRAMES_PER_SECOND = 8.0
+SHORTEST_SIDE = 256
+"""Frames smaller than this are enlarged in the video files."""
+TOGETHER = 8
+"""Videos generated in one batch."""
+UNASKED = 4
+"""Test prompts of each kind where no prompts are given."""
+
+
+def generate(
+    config: Config,
+    out: Path | str,
+    *,
+    prompts: Path | str | Sequence[VideoPrompt] | None = None,
+    run: Path | str | None = None,
+    checkpoint: str | None = None,
+) -> list[Path]:
+    """Generate one video per prompt and return the paths of the mp4 files.
+
+    ``out`` also receives ``latents.safetensors`` ([T, C, H, W] by file name) and ``prompts.jsonl``. The noise
+    of the n-th video depends on ``config.seed`` and n alone.
+
+    Args:
+        prompts: a prompt file (see ``kvpo.prompt_files``), prompts, or None: some of the test prompts.
+        run: directory of a run whose aligned model generates, beside the base; None: the base alone.
+        checkpoint: which checkpoint of the run: best, latest, an update, a directory; None: the best.
+
+    Raises:
+        ValueError: a prompt file, checkpoint or base that cannot be used; a length the stream cannot have.
+        StorageError: ``out`` cannot be written.
+    """
+    check(config)
+    out = Path(out)
+    wanted = _prompts(config, prompts)
+    backbone = build_backbone(config)
+    policy = policy_of(backbone.model, adapted=config.optim.train == "lora")
+    average = None
+    if run is not None:
+        average = load_average(backbone, policy, find_checkpoint(Path(run) / "checkpoints", checkpoint))
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise storage_error(out, error) from error
+
+    made: dict[str, Tensor] = {}
+    videos: list[Path] = []
+    with progress_bars() as display:
+        show, done = Bars(display), 0
+        for batch in _batches(wanted):
+            show("generating", done, len(wanted), {})
+            with policy.reference():
+                base = _latents(backbone, batch)
+            aligned = None
+            if average is not None:
+                with exchanged(policy.parameters, average):
+                    aligned = _latents(backbone, batch)
+            for row, prompt in enumerate(batch):
+                pair = [base[row]] if aligned is None else [base[row], aligned[row]]
+                videos += _write_videos(backbone, out, f"{prompt.id:03d}", pair, made)
+            done += len(batch)
+            show("generating", done, len(wanted), {})
+    write_atomic(out / "latents.safetensors", save(made))
+    write_atomic(out / "prompts.jsonl", "".join(_line(prompt) for prompt in wanted))
+    return videos
+
+
+def _prompts(config: Config, given: Path | str | Sequence[VideoPrompt] | None) -> list[VideoPrompt]:
+    """What to generate, numbered from 0."""
+    if given is None:
+        chosen = [prompt for some in world_test_prompts(config).values() for prompt in some[:UNASKED]]
+    elif isinstance(given, str | Path):
+        chosen = read_prompts(given, num_frames=SHORT_FRAMES)
+    else:
+        chosen = list(given)
+    numbered = [
+        VideoPrompt(n, prompt.segments, prompt.switches, prompt.num_frames) for n, prompt in enumerate(chosen)
+    ]
+    block = config.stream.block
+    for prompt in numbered:
+        if prompt.num_frames % block:
+            raise ValueError(
+                f"prompt {prompt.id}: num_frames = {prompt.num_frames} is not a multiple of the block of "
+                f"{block} frames"
+            )
+    return numbered
+
+
+def _batches(prompts: Sequence[VideoPrompt]) -> list[list[VideoPrompt]]:
+    """Prompts of one length together, at most TOGETHER."""
+    by_length: dict[int, list[VideoPrompt]] = {}
+    for prompt in prompts:
+        by_length.setdefault(prompt.num_frames, []).append(prompt)
+    return [some[at : at + TOGETHER] for some in by_length.values() for at in range(0, len(some), TOGETHER)]
+
+
+def _latents(backbone: Backbone, prompts: Sequence[VideoPrompt]) -> Tensor:
+    with torch.no_grad():
+        texts = backbone.texts(prompts)
+        return stream_latents(backbone.generator, prompts, texts, backbone.tape("generation"))
+
+
+def _write_videos(
+    backbone: Backbone, out: Path, name: str, pair: Sequence[Tensor], made: dict[str, Tensor]
+) -> list[Path]:
+    """Decode and write one prompt's videos: the base alone, or base, aligned and both side by side."""
+    with torch.no_grad():
+        frames = [as_bytes(backbone.codec.decode(latents[None])[0]) for latents in pair]
+    names = [name] if len(pair) == 1 else [f"{name}-base", f"{name}-aligned"]
+    made.update(zip(names, (latents.contiguous() for latents in pair), strict=True))
+    clips = dict(zip(names, frames, strict=True))
+    if len(pair) == 2:
+        clips[f"{name}-side-by-side"] = torch.from_numpy(side_by_side(frames))
+    scale = max(1, -(-SHORTEST_SIDE // min(frames[0].shape[1:3])))
+    for clip, content in clips.items():
+        try:
+            write_video(out / f"{clip}.mp4", content, FRAMES_PER_SECOND, scale=scale)
+        except OSError as error:
+            raise StorageError(f"cannot save {out / clip}.mp4: {error}") from error
+    return [out / f"{clip}.mp4" for clip in clips]
+
+
+def _line(prompt: VideoPrompt) -> str:
+    record = {
+        "segments": list(prompt.segments),
+        "switches": list(prompt.switches),
+        "num_frames": prompt.num_frames,
+    }
+    return json.dumps(record, ensure_ascii=False) + "\n"

@@ -1,0 +1,128 @@
+"""A generator so small that a whole run takes seconds: random weights behind the embedded world's codec."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kvpo.app.build import build_backbone
+from kvpo.app.configuration import assign
+from kvpo.config import Config
+from kvpo.prompts import ClipPrompt, VideoPrompt
+from kvpo.training.evaluation import Judges
+from kvpo.training.setup import Setup
+from kvpo.world.pretrain import PretrainSettings, new_generator, save_generator
+
+SETTINGS: dict[str, Any] = {
+    "model.dim": 32,
+    "model.num_heads": 2,
+    "model.num_layers": 1,
+    "model.ffn_dim": 48,
+    "model.freq_dim": 16,
+    "model.patch_size": (1, 4, 4),
+    "exploration.branches": 3,
+    "exploration.blocks": 2,
+    "exploration.distinct": 2,
+    "exploration.donor": 0,
+    "exploration.tail_blocks": 1,
+    "objective.grad_steps": 2,
+    "objective.anchor_state_weight": 0.0,
+    "objective.advantages": "group",
+    "objective.noise_floor": 0.0,
+    "objective.keep_best": 0,
+    "objective.keep_worst": 0,
+    "optim.lora_rank": 2,
+    "optim.lora_alpha": 2,
+    "optim.lr": 1e-2,
+    "optim.warmup_updates": 1,
+    "optim.updates": 3,
+    "optim.prompts_per_update": 2,
+    "optim.replay_rows": 0,
+    "evaluation.every": 2,
+    "evaluation.validation_prompts": 2,
+    "evaluation.test_prompts": 2,
+    "evaluation.diversity_prompts": 1,
+    "checkpoint.every": 1,
+    "checkpoint.keep": 2,
+}
+FRAMES = 21
+
+
+def tiny_config(base: Path, **settings: Any) -> Config:
+    """SETTINGS with changes; ``optim__lr=1`` stands for ``optim.lr``."""
+    changes = {name.replace("__", "."): value for name, value in settings.items()}
+    return assign(Config(), {**SETTINGS, "base": str(base), **changes})
+
+
+def write_base(path: Path) -> None:
+    """Save random weights, the output projection included, as a base checkpoint."""
+    model = assign(Config(), SETTINGS).model
+    transformer, text = new_generator(model, seed=1)
+    generator = torch.Generator().manual_seed(2)
+    head = transformer.head.head.weight
+    with torch.no_grad():
+        head.copy_(0.3 * torch.randn(head.shape, generator=generator))
+    state = nn.ModuleDict({"transformer": transformer, "text": text}).state_dict()
+    save_generator(state, model, PretrainSettings(steps=0), path)
+
+
+@dataclass(frozen=True)
+class ToyScorer:
+    """Two numbers that anyone can check: how red, and how calm from frame to frame."""
+
+    components: tuple[str, ...] = ("redness", "calm")
+
+    def __call__(self, video_BTCHW: Tensor, prompts: Sequence[ClipPrompt]) -> dict[str, Tensor]:
+        change = video_BTCHW.diff(dim=1).abs().mean((1, 2, 3, 4))
+        red_BTHW, green_BTHW = video_BTCHW[:, :, 0], video_BTCHW[:, :, 1]
+        return {"redness": (red_BTHW - green_BTHW).mean((1, 2, 3)), "calm": 1 - change}
+
+
+@dataclass(frozen=True)
+class ToyPrompts:
+    """Two-act videos whose switch falls where a window may start."""
+
+    count: int
+    first_id: int = 0
+
+    def __call__(self, update: int) -> list[VideoPrompt]:
+        first = self.first_id + update * self.count
+        return [
+            VideoPrompt(first + n, (f"A red circle, take {n}.", "It turns blue."), (12,), FRAMES)
+            for n in range(self.count)
+        ]
+
+
+def toy_setup(config: Config, scorer: Any = None) -> Setup:
+    """The tiny generator on toy prompts with a toy reward: no part of the embedded world but its codec."""
+    backbone = build_backbone(config)
+    scorer = scorer or ToyScorer()
+    weights = torch.ones(len(scorer.components))
+    return Setup(
+        **vars(backbone),
+        judges=Judges(backbone.codec, scorer, weights, None),
+        training_prompts=ToyPrompts(config.optim.prompts_per_update),
+        validation={"short": ToyPrompts(config.evaluation.validation_prompts, 1000)(0)},
+        test={"short": ToyPrompts(config.evaluation.test_prompts, 2000)(0)},
+    )
+
+
+def in_float64(setup: Setup) -> Setup:
+    """The same generator in double precision, its noise and its texts too."""
+    setup.model.double()
+    generator = replace(setup.generator, page_dtype=torch.float64)
+    return Float64Setup(**{**vars(setup), "generator": generator})
+
+
+class Float64Setup(Setup):
+    """Noise and texts in double precision."""
+
+    def texts(self, prompts: Sequence[VideoPrompt]) -> dict[str, Tensor]:
+        return {text: value.double() for text, value in super().texts(prompts).items()}
+
+    def tape(self, purpose: str) -> Any:
+        single = super().tape(purpose)
+        return lambda video, block, kind: single(video, block, kind).double()
