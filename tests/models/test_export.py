@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from diffusers import WanTransformer3DModel
+from diffusers.loaders import WanLoraLoaderMixin
 from peft import PeftModel
 from safetensors.torch import save_file
 
@@ -16,6 +17,7 @@ from kvpo.models.checkpoints import (
     assign_state,
     load_adapter_state,
     load_transformer_state,
+    to_diffusers_name,
 )
 from kvpo.models.export import (
     save_diffusers_adapter,
@@ -76,7 +78,16 @@ def test_the_merged_export_loads_in_diffusers_and_agrees(tmp_path, shard_bytes):
     assert_agrees(diffusers_velocity(theirs), velocity(model))
 
 
-def test_a_block_at_the_real_width_agrees_with_diffusers(tmp_path):
+def test_golden_shapes_under_mapped_names_are_those_of_diffusers_at_1_3b(golden_dir):
+    shapes = json.loads((golden_dir / "wan_1_3B_state_dict_shapes.json").read_text())
+    with torch.device("meta"):
+        theirs = WanTransformer3DModel(num_attention_heads=12, ffn_dim=8960, num_layers=30, text_dim=4096)
+    expected = {name: list(value.shape) for name, value in theirs.state_dict().items()}
+    assert {to_diffusers_name(name): list(shape) for name, shape in shapes.items()} == expected
+    assert len(expected) == 825
+
+
+def test_a_block_at_the_real_width_agrees_with_diffusers():
     shape = WanShape(
         dim=1536,
         num_heads=12,
@@ -91,8 +102,11 @@ def test_a_block_at_the_real_width_agrees_with_diffusers(tmp_path):
         latent_width=8,
     )
     model = tiny_model(shape)
-    save_diffusers_transformer(tmp_path / "out", merged_state(model), shape)
-    theirs = WanTransformer3DModel.from_pretrained(tmp_path / "out")
+    theirs = WanTransformer3DModel(
+        num_attention_heads=12, ffn_dim=shape.ffn_dim, num_layers=1, text_dim=shape.text_dim
+    )
+    named = {to_diffusers_name(name): value for name, value in merged_state(model).items()}
+    theirs.load_state_dict(named, strict=True, assign=True)
     with torch.no_grad():
         assert_agrees(diffusers_velocity(theirs, shape), velocity(model))
 
@@ -129,6 +143,10 @@ def test_the_diffusers_adapter_loads_in_diffusers_and_agrees(tmp_path, alpha):
     merge_adapter(model, adapter)
     assert_agrees(diffusers_velocity(theirs), velocity(model))
     assert (diffusers_velocity(theirs) - base).abs().max() > 1e-2
+    pipeline_state = WanLoraLoaderMixin.lora_state_dict(tmp_path / "lora")
+    assert len(pipeline_state) == len(adapter.tensors) and all(
+        "transformer." in name for name in pipeline_state
+    )
     again = load_adapter_state(tmp_path / "lora")
     merged_again = tiny_model()
     merge_adapter(merged_again, again)
