@@ -143,7 +143,7 @@ class OptimConfig:
         "cross_attn.q", "cross_attn.k", "cross_attn.v", "cross_attn.o", "ffn.0", "ffn.2",
     )  # fmt: skip
     """Module name endings that get an adapter."""
-    lr: float = 1e-4
+    lr: float = 1e-3
     """Peak learning rate of AdamW."""
     weight_decay: float = 0.01
     """AdamW weight decay."""
@@ -155,7 +155,7 @@ class OptimConfig:
     """Gradient norm is clipped to this."""
     ema_decay: float = 0.9
     """Decay of the moving average of the trained parameters; evaluation and export use the average."""
-    updates: int = 60
+    updates: int = 40
     """Optimiser updates."""
     prompts_per_update: int = 8
     """Groups (prompts) per update."""
@@ -177,11 +177,11 @@ class EvaluationConfig:
 
     every: int = 20
     """Updates between validations; 0 validates only at the end."""
-    validation_prompts: int = 32
+    validation_prompts: int = 24
     """Short and long prompts each, for choosing the best checkpoint."""
     test_prompts: int = 128
     """Short and long prompts each, used once, for summary.json."""
-    diversity_prompts: int = 24
+    diversity_prompts: int = 16
     """Forks on which branch diversity is measured."""
 
 

@@ -37,7 +37,7 @@ class PretrainSettings:
     """Consecutive blocks taken from each video, besides its first one (the sink)."""
     noisy_copies: int = 2
     """Noisy rows per clean row."""
-    lr: float = 2e-3
+    lr: float = 2.5e-3
     warmup: int = 100
     decay_from: float = 0.6
     """Share of the steps after which the learning rate falls linearly to zero."""
@@ -262,6 +262,22 @@ def new_generator(model: ModelConfig, seed: int) -> tuple[CausalWan, LearnedText
     return transformer, text
 
 
+def new_optimizers(
+    transformer: CausalWan, trained: nn.Module, lr: float
+) -> tuple[torch.optim.Optimizer, torch.optim.Optimizer]:
+    """Muon for the matrices of the transformer's blocks, AdamW for everything else.
+
+    Muon's updates are scaled to the size of AdamW's, so that one learning rate serves both.
+    """
+    matrices = [p for p in transformer.blocks.parameters() if p.ndim == 2]
+    chosen = {id(p) for p in matrices}
+    others = [p for p in trained.parameters() if id(p) not in chosen]
+    return (
+        torch.optim.Muon(matrices, lr=lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.95), weight_decay=0.01),
+    )
+
+
 def pretrain(
     model: ModelConfig,
     stream: StreamConfig,
@@ -277,16 +293,18 @@ def pretrain(
     trained = nn.ModuleDict({"transformer": transformer, "text": text})
     average = {name: value.detach().clone() for name, value in trained.state_dict().items()}
     parameters = list(trained.parameters())
-    optimizer = torch.optim.AdamW(parameters, lr=settings.lr, betas=(0.9, 0.95), weight_decay=0.01)
+    optimizers = new_optimizers(transformer, trained, settings.lr)
     batches = DataLoader(TrainingVideos(stream, settings), batch_size=None, num_workers=1)
     for step, batch in enumerate(batches):
-        optimizer.param_groups[0]["lr"] = learning_rate(step, settings)
+        for optimizer in optimizers:
+            optimizer.param_groups[0]["lr"] = learning_rate(step, settings)
         generator = keyed_generator("pretraining noise", settings.seed, step)
         loss = training_loss(transformer, text, batch, stream, settings, generator)
-        optimizer.zero_grad(set_to_none=True)
+        trained.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
+        for optimizer in optimizers:
+            optimizer.step()
         with torch.no_grad():
             decay = min(settings.ema_decay, (step + 1) / (step + 10))
             for name, value in trained.state_dict().items():
