@@ -1,0 +1,184 @@
+"""The baseline of the engine benchmark: one branch at a time, each with its own copy of the cache.
+
+This is the loop one writes first. A branch owns contiguous keys and values, cloned from the root's at the
+fork; one state of one branch goes through the transformer at a time; the clean pass writes into the branch's
+copy. Transformer, solver, noise, routes and residual are the engine's own: both arms do the same arithmetic.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from kvpo.engine.generator import StreamingGenerator, TextRows
+from kvpo.engine.noise import Tape
+from kvpo.engine.replay import Member
+from kvpo.engine.rollout import Group, RoutedFrame
+from kvpo.engine.stream import Stream, TextTable, denoise_block
+from kvpo.method.energy import velocity_residual
+from kvpo.method.routing import deployment_frames, exploration_frames
+from kvpo.models.cache import History
+
+
+@dataclass
+class CopiedCache:
+    """Contiguous keys and values ``[L, slots, T, N, D]`` of one stream."""
+
+    keys: Tensor
+    values: Tensor
+    slots: dict[int, int]
+    """Absolute frame -> slot."""
+    end: int
+
+    @classmethod
+    def of(cls, history: History) -> "CopiedCache":
+        """The resident frames of a history, laid out one after another."""
+        frames = sorted(history.pages)
+        pages = torch.tensor(history.page_ids(frames))
+        slots = {frame: slot for slot, frame in enumerate(frames)}
+        cache = history.cache
+        return cls(cache.keys_LQTND[:, pages], cache.values_LQTND[:, pages], slots, history.end)
+
+    @property
+    def bytes(self) -> int:
+        """Memory of the keys and values."""
+        return self.keys.nbytes + self.values.nbytes
+
+    def copy(self, room: int) -> "CopiedCache":
+        """A branch's own cache: everything cloned, with free slots for ``room`` further frames."""
+        layers, held, *page = self.keys.shape
+
+        def cloned(source: Tensor) -> Tensor:
+            target = source.new_empty(layers, held + room, *page)
+            target[:, :held] = source
+            return target
+
+        return CopiedCache(cloned(self.keys), cloned(self.values), dict(self.slots), self.end)
+
+    def context(self, frames: Sequence[int]) -> "SlotContext":
+        """What a block that attends to these frames sees."""
+        return SlotContext(self, _runs([self.slots[frame] for frame in frames]), torch.tensor([self.end]))
+
+    def append(self, keys_LRFTND: Tensor, values_LRFTND: Tensor) -> None:
+        """Store the next frames behind the others."""
+        frames = keys_LRFTND.shape[2]
+        first = len(self.slots)
+        self.keys[:, first : first + frames] = keys_LRFTND[:, 0]
+        self.values[:, first : first + frames] = values_LRFTND[:, 0]
+        self.slots |= {self.end + n: first + n for n in range(frames)}
+        self.end += frames
+
+
+@dataclass(frozen=True)
+class SlotContext:
+    """Slices of one copied cache followed by the call's own frames: no gather, only a concatenation."""
+
+    cache: CopiedCache
+    runs: tuple[slice, ...]
+    start_R: Tensor
+
+    def read(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, None]:
+        keys = [self.cache.keys[layer, run].flatten(0, 1)[None] for run in self.runs]
+        values = [self.cache.values[layer, run].flatten(0, 1)[None] for run in self.runs]
+        return torch.cat([*keys, k], 1), torch.cat([*values, v], 1), None
+
+
+def _runs(slots: Sequence[int]) -> tuple[slice, ...]:
+    """Consecutive slots as slices."""
+    runs: list[slice] = []
+    for slot in slots:
+        if runs and runs[-1].stop == slot:
+            runs[-1] = slice(runs[-1].start, slot + 1)
+        else:
+            runs.append(slice(slot, slot + 1))
+    return tuple(runs)
+
+
+@dataclass(frozen=True)
+class OneByOne:
+    """Everything the loops below need."""
+
+    generator: StreamingGenerator
+    texts: TextTable
+    tape: Tape
+    roots: Sequence[Stream]
+    caches: Sequence[CopiedCache] = field(default=())
+
+    @classmethod
+    def of(cls, generator: StreamingGenerator, texts: TextTable, tape: Tape, roots: Sequence[Stream]):
+        """Lay every root's history out contiguously, once."""
+        return cls(generator, texts, tape, roots, [CopiedCache.of(root.history) for root in roots])
+
+    def text(self, group: int) -> TextRows:
+        """The present segment of a root, as a batch of one."""
+        root = self.roots[group]
+        embedding = self.texts[root.prompt.segments[root.segment]]
+        return TextRows(embedding[None], torch.zeros(1, dtype=torch.int64))
+
+    def deployed(self, cache: CopiedCache) -> SlotContext:
+        """The deployment context of the next block."""
+        deployment = self.generator.deployment
+        window = {"sink": deployment.sink, "window": deployment.window, "block": deployment.block}
+        return cache.context(deployment_frames(cache.end, **window))
+
+    def roll_out(
+        self,
+        members: Sequence[tuple[int, Sequence[Sequence[RoutedFrame]] | None]],
+        *,
+        blocks: int,
+        tail_blocks: int,
+        recent: int,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """States and velocities ``[R, P, S, F, C, H, W]`` and clean latents ``[R, T, C, H, W]``."""
+        states, velocities, clean = [], [], []
+        for group, routes in members:
+            cache = self.caches[group].copy((blocks + tail_blocks) * self.generator.block)
+            text = self.text(group)
+            trajectories = []
+            for block in range(blocks + tail_blocks):
+                context = self.deployed(cache)
+                if routes is not None and block < blocks:
+                    routed = [slot.frame for slot in routes[block]]
+                    sink = self.generator.deployment.sink
+                    context = cache.context(exploration_frames(cache.end, routed, sink=sink, recent=recent))
+                noise = self._noise(group, cache.end)
+                with torch.no_grad():
+                    trajectory = denoise_block(self.generator, noise, text, context)
+                cache.append(*self.generator.encode(trajectory.clean_RFCHW, text, context))
+                trajectories.append(trajectory)
+            window = trajectories[:blocks]
+            states.append(torch.stack([t.states_RSFCHW[0] for t in window]))
+            velocities.append(torch.stack([t.velocities_RSFCHW[0] for t in window]))
+            clean.append(torch.cat([t.clean_RFCHW[0] for t in trajectories]))
+        return torch.stack(states), torch.stack(velocities), torch.stack(clean)
+
+    def _noise(self, group: int, start: int) -> dict[str, Tensor]:
+        """The tape's tensors of one block; the embedded generator's solver needs only the first."""
+        assert not self.generator.renoise and not self.generator.context_noise
+        video = self.roots[group].prompt.id
+        return {"initial": self.tape(video, start // self.generator.block, "initial")[None]}
+
+    def replay(self, members: Sequence[Member], coefficients: Tensor, steps: int) -> Tensor:
+        """Energies ``[R]`` under the deployment context; gradients of sum_g c_g E_g are accumulated."""
+        generator, energies = self.generator, []
+        for member, coefficient in zip(members, coefficients, strict=True):
+            group: Group = member.group
+            cache = self.caches[group.index].copy(group.window_frames)
+            text = self.text(group.index)
+            energy = coefficient.new_zeros(())
+            for block in range(group.blocks):
+                context = self.deployed(cache)
+                for step in range(steps):
+                    state = group.states_MPSFCHW[member.index, block, step]
+                    own = group.velocities_MPSFCHW[member.index, block, step]
+                    sigma = torch.tensor([generator.sigmas[step]], dtype=torch.float32)
+                    velocity = generator.velocity(state[None], sigma, text, context)
+                    energy = energy + velocity_residual(own, velocity[0])
+                if block < group.blocks - 1:
+                    frames = slice(block * generator.block, (block + 1) * generator.block)
+                    clean = group.clean_MTCHW[member.index, frames]
+                    cache.append(*generator.encode(clean[None], text, context))
+            (coefficient * energy).backward()
+            energies.append(energy.detach())
+        return torch.stack(energies)

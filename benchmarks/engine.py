@@ -1,0 +1,406 @@
+"""Batched branches over shared pages against one branch at a time with copied caches, on the CPU.
+
+    python benchmarks/engine.py [--quick] [--repeats N] [--threads 1 2] [--json PATH]
+
+Random weights at the demo's geometry, so that nothing has to be trained first. Writes markdown to standard
+output. Both arms must agree (latents, energies and gradients, 1e-5) or the benchmark stops.
+"""
+
+import argparse
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from copied_caches import OneByOne
+from measuring import alternated, machine, peak_pages, section, table, write_json
+from torch import Tensor, nn
+
+from kvpo.app.build import streaming_generator, wan_shape
+from kvpo.app.presets import demo
+from kvpo.config import Config
+from kvpo.engine.generator import StreamingGenerator
+from kvpo.engine.noise import SeededTape, keyed_generator
+from kvpo.engine.replay import Member, branch_residuals, replay_context, replay_velocities
+from kvpo.engine.rollout import Group, Rollout, RoutedFrame, draw_routes, grow_roots, run_members
+from kvpo.engine.stream import advance, open_stream, stream_pages
+from kvpo.method.routing import route_pool
+from kvpo.models.adapters import add_adapter, trained_parameters
+from kvpo.models.causal_wan import CausalWan
+from kvpo.prompts import VideoPrompt
+
+TOLERANCE = 1e-5
+MIB = 2.0**20
+FORK, FRAMES = 36, 60
+"""Latent frames: where the groups fork, and the length of the videos."""
+
+BATCHED = "shared pages, batched"
+SINGLE = "shared pages, one at a time"
+COPIED = "copied caches, one at a time"
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much is measured."""
+
+    groups: int
+    branches: tuple[int, ...]
+    blocks: tuple[int, ...]
+    lengths: tuple[int, ...]
+    repeats: int
+
+
+FULL = Sizes(groups=8, branches=(2, 4, 8, 16), blocks=(1, 2, 3, 5), lengths=(30, 60, 120, 240), repeats=5)
+QUICK = Sizes(groups=2, branches=(2, 3), blocks=(1, 2), lengths=(18, 36), repeats=1)
+
+Routes = list[tuple[int, list[tuple[RoutedFrame, ...]] | None]]
+
+
+@dataclass(frozen=True)
+class Bench:
+    """A random generator with an adapter, and prompts for it."""
+
+    config: Config
+    model: nn.Module
+    generator: StreamingGenerator
+    prompts: tuple[VideoPrompt, ...]
+    texts: Mapping[str, Tensor]
+    tape: SeededTape
+
+    @property
+    def trained(self) -> Mapping[str, nn.Parameter]:
+        """The adapter's parameters."""
+        return trained_parameters(self.model)
+
+
+def bench(config: Config, groups: int) -> Bench:
+    """Random weights of the demo's shape; the adapter too is random, so that all of it gets a gradient."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # module initialisers know only the global generator
+        model = CausalWan(wan_shape(config))
+    draws = keyed_generator("benchmark")
+    optim = config.optim
+    add_adapter(model, optim.lora_rank, optim.lora_alpha, optim.lora_targets, generator=draws)
+    for parameter in trained_parameters(model).values():
+        parameter.data.normal_(0, 0.05, generator=draws)
+    prompts = tuple(VideoPrompt(n, (f"prompt {n}",), (), FRAMES) for n in range(groups))
+    size = (config.model.text_len, config.model.text_dim)
+    texts = {prompt.segments[0]: torch.randn(size, generator=draws) for prompt in prompts}
+    generator = streaming_generator(config, model)
+    return Bench(config, model, generator, prompts, texts, SeededTape(("benchmark",), generator.block_shape))
+
+
+def members_of(subject: Bench) -> Routes:
+    """Every group's branches, routed within their own history, and its anchor."""
+    exploration = subject.config.exploration
+    sink = subject.generator.deployment.sink
+    pool = route_pool(FORK, sink=sink, recent=exploration.recent, resident=exploration.resident_frames)
+    routes = draw_routes([pool] * len(subject.prompts), exploration, keyed_generator("benchmark routes"))
+    return [
+        (index, route and [route] * exploration.blocks)
+        for index, own in enumerate(routes)
+        for route in [*own, None]
+    ]
+
+
+@contextmanager
+def roots_of(subject: Bench) -> Iterator[Rollout]:
+    """Streams grown to the fork; their pages are given back at the end."""
+    rollout = grow_roots(
+        subject.generator, subject.prompts, FORK, subject.texts, subject.tape, subject.config.exploration
+    )
+    yield rollout
+    rollout.release()
+
+
+def groups_of(rollout: Rollout, outputs: Sequence[Tensor]) -> list[Group]:
+    """The rollout's groups with their members' trajectories filled in."""
+    size = len(outputs[0]) // len(rollout.groups)
+    groups = []
+    for group in rollout.groups:
+        states, velocities, clean = (part[group.index * size :][:size] for part in outputs)
+        filled = replace(group, states_MPSFCHW=states, velocities_MPSFCHW=velocities, clean_MTCHW=clean)
+        groups.append(filled)
+    return groups
+
+
+def replay(subject: Bench, members: Sequence[Member], coefficients: Tensor, *, rows: int) -> Tensor:
+    """Energies ``[R]`` of members, ``rows`` at a time; gradients of sum_g c_g E_g are accumulated."""
+    energies = []
+    for at in range(0, len(members), rows):
+        batch = members[at : at + rows]
+        with replay_context(subject.generator, batch, subject.texts, subject.tape) as context:
+            steps = subject.config.objective.grad_steps
+            velocities = replay_velocities(subject.generator, batch, context, steps)
+            energy = branch_residuals(batch, velocities).sum((1, 2))
+            (coefficients[at : at + rows] * energy).sum().backward()
+        energies.append(energy.detach())
+    return torch.cat(energies)
+
+
+def cleared(subject: Bench, run: Any) -> Any:
+    """Like ``run``, starting without gradients."""
+
+    def arm() -> Any:
+        subject.model.zero_grad(set_to_none=True)
+        return run()
+
+    return arm
+
+
+def gradients_after(subject: Bench, run: Any) -> tuple[Tensor, Tensor]:
+    """What a replay returns, and the adapter's gradient as one vector."""
+    energies = cleared(subject, run)()
+    return energies, torch.cat([p.grad.flatten() for p in subject.trained.values() if p.grad is not None])
+
+
+def agree(what: str, expected: Tensor, found: Tensor) -> float:
+    """Largest difference relative to the largest value, demanded to be at most the tolerance."""
+    difference = float((expected - found).abs().max() / expected.abs().max())
+    if not difference <= TOLERANCE:
+        raise SystemExit(f"the arms disagree in {what}: {difference:.2e} > {TOLERANCE:.0e}")
+    return difference
+
+
+def arms_of(subject: Bench, rollout: Rollout) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The arms of the rollout, and of the replay with backward; all have run once and agree."""
+    config, members = subject.config, members_of(subject)
+    exploration = config.exploration
+    copied = OneByOne.of(
+        subject.generator, subject.texts, subject.tape, [group.root for group in rollout.groups]
+    )
+    counts = {name: vars(exploration)[name] for name in ("blocks", "tail_blocks", "recent")}
+
+    def rolled_out(rows: int) -> tuple[Tensor, Tensor, Tensor]:
+        return run_members(
+            subject.generator, rollout, members, subject.texts, subject.tape, replace(exploration, rows=rows)
+        )
+
+    rollouts = {
+        BATCHED: lambda: rolled_out(0),
+        SINGLE: lambda: rolled_out(1),
+        COPIED: lambda: copied.roll_out(members, **counts),
+    }
+    expected = rollouts[BATCHED]()
+    for name in (SINGLE, COPIED):
+        others = rollouts[name]()
+        for what, one, other in zip(("states", "velocities", "latents"), expected, others, strict=True):
+            agree(f"{what} ({name})", one, other)
+
+    kept = config.objective.keep_best + config.objective.keep_worst
+    trained = range(min(kept, exploration.branches) or exploration.branches)
+    replayed = [Member(group, branch) for group in groups_of(rollout, expected) for branch in trained]
+    coefficients = torch.randn(len(replayed), generator=keyed_generator("benchmark coefficients"))
+    steps = config.objective.grad_steps
+    replays = {
+        BATCHED: cleared(subject, lambda: replay(subject, replayed, coefficients, rows=len(replayed))),
+        SINGLE: cleared(subject, lambda: replay(subject, replayed, coefficients, rows=1)),
+        COPIED: cleared(subject, lambda: copied.replay(replayed, coefficients, steps)),
+    }
+    energies, gradients = gradients_after(subject, replays[BATCHED])
+    for name in (SINGLE, COPIED):
+        found = gradients_after(subject, replays[name])
+        agree(f"energies ({name})", energies, found[0])
+        agree(f"gradients ({name})", gradients, found[1])
+    return rollouts, replays
+
+
+def compare(config: Config, groups: int, repeats: int) -> dict[str, dict[str, float]]:
+    """Median seconds of every arm, of the rollout and of the replay with backward."""
+    subject = bench(config, groups)
+    with roots_of(subject) as rollout:
+        rollouts, replays = arms_of(subject, rollout)
+        return {"rollout": alternated(rollouts, repeats), "replay and backward": alternated(replays, repeats)}
+
+
+def memory(config: Config, groups: int) -> dict[str, float]:
+    """Bytes of keys and values held for a rollout's roots and branches, by how they are held."""
+    subject = bench(config, groups)
+    exploration = config.exploration
+    with roots_of(subject) as rollout:
+        members = members_of(subject)
+        with peak_pages(rollout.cache) as peak:
+            run_members(
+                subject.generator, rollout, members, subject.texts, subject.tape, replace(exploration, rows=0)
+            )
+        copied = OneByOne.of(
+            subject.generator, subject.texts, subject.tape, [group.root for group in rollout.groups]
+        )
+        roots = float(sum(cache.bytes for cache in copied.caches))
+        room = (exploration.blocks + exploration.tail_blocks) * subject.generator.block
+        copies = [copied.caches[group].copy(room).bytes for group, _ in members]
+        return {
+            "shared pages in use, all branches at once": float(peak[0] * rollout.cache.page_bytes),
+            "shared pages preallocated": float(rollout.cache.num_pages * rollout.cache.page_bytes),
+            "copied caches, all branches at once": roots + sum(copies),
+            "copied caches, one branch at a time": roots + max(copies),
+        }
+
+
+def grown(config: Config, repeats: int) -> dict[str, float]:
+    """One group at other G or P: seconds of rollout and of replay with backward over all branches; pages."""
+    subject = bench(config, 1)
+    exploration = config.exploration
+    with roots_of(subject) as rollout:
+        members = members_of(subject)
+
+        def roll_out() -> tuple[Tensor, Tensor, Tensor]:
+            return run_members(
+                subject.generator, rollout, members, subject.texts, subject.tape, replace(exploration, rows=0)
+            )
+
+        roots = rollout.cache.pages_in_use
+        with peak_pages(rollout.cache) as peak:
+            (group,) = groups_of(rollout, roll_out())
+        replayed = [Member(group, branch) for branch in range(group.branches)]
+        weights = torch.ones(len(replayed))
+        arms = {
+            "rollout": roll_out,
+            "replay": cleared(subject, lambda: replay(subject, replayed, weights, rows=len(replayed))),
+        }
+        arms["replay"]()
+        seconds = alternated(arms, repeats)
+        return {
+            "rollout_s": seconds["rollout"],
+            "replay_s": seconds["replay"],
+            "root_pages": roots,
+            "pages": peak[0],
+        }
+
+
+def streamed(config: Config, frames: int, repeats: int) -> dict[str, float]:
+    """One video with a prompt switch in its middle: seconds per block in its second half, pages in use."""
+    subject = bench(config, 1)
+    generator, resident = subject.generator, config.exploration.resident_frames
+    middle = frames // 2 // generator.block * generator.block
+    texts = dict(subject.texts) | {"another": next(iter(subject.texts.values())).flip(0)}
+    prompt = VideoPrompt(0, ("prompt 0", "another"), (middle,), frames)
+    seconds, peaks, kept = [], [], []
+    for _ in range(repeats):
+        cache = generator.new_cache(stream_pages(generator, frames, resident))
+        stream = open_stream(generator, cache, prompt)
+        with peak_pages(cache) as peak:
+            for _ in range(frames // generator.block // 2):
+                advance(generator, [stream], texts, subject.tape, resident=resident)
+            blocks = (frames - stream.start) // generator.block
+
+            def second_half(stream: Any = stream, blocks: int = blocks) -> None:
+                for _ in range(blocks):
+                    advance(generator, [stream], texts, subject.tape, resident=resident)
+
+            seconds.append(alternated({"half": second_half}, 1)["half"] / blocks)
+        peaks.append(peak[0])
+        kept.append(cache.pages_in_use)
+        stream.history.release()
+    return {"block_s": sorted(seconds)[len(seconds) // 2], "peak_pages": max(peaks), "pages_after": max(kept)}
+
+
+def report_comparison(config: Config, sizes: Sizes, threads: Sequence[int]) -> dict[str, Any]:
+    """Seconds and ratios, per number of threads, for the demo's update and for one group."""
+    exploration = config.exploration
+    rows, numbers = [], []
+    for count in threads:
+        torch.set_num_threads(count)
+        for groups in dict.fromkeys((1, sizes.groups)):
+            for what, seconds in compare(config, groups, sizes.repeats).items():
+                batched, single, copied = (seconds[name] for name in (BATCHED, SINGLE, COPIED))
+                rows.append(
+                    [count, groups, what, copied, single, batched, f"{copied / batched:.2f}x",
+                     f"{copied / single:.2f}x"]
+                )  # fmt: skip
+                numbers.append({"threads": count, "groups": groups, "what": what, "seconds": seconds})
+    torch.set_num_threads(threads[0])
+    kept = config.objective.keep_best + config.objective.keep_worst
+    section(
+        "Batched branches over shared pages, against one branch at a time with copied caches",
+        f"Median seconds of {sizes.repeats} alternating rounds. Rollout: {exploration.branches} branches "
+        f"and an anchor per group, {exploration.blocks} routed and {exploration.tail_blocks} tail blocks from "
+        f"the fork. Replay and backward: {min(kept, exploration.branches)} branches per group, "
+        f"{config.objective.grad_steps} solver steps of the routed blocks.",
+        table(
+            ["threads", "groups", "phase", "copied, one at a time (s)", "pages, one at a time (s)",
+             "pages, batched (s)", "batched over copied", "pages alone"],
+            rows,
+        ),
+    )  # fmt: skip
+    return {"comparison": numbers}
+
+
+def report_memory(config: Config, sizes: Sizes) -> dict[str, Any]:
+    """Bytes held by either way of keeping histories."""
+    held = memory(config, sizes.groups)
+    least = held["shared pages in use, all branches at once"]
+    section(
+        "Keys and values held",
+        f"{sizes.groups} groups of {config.exploration.branches} branches and an anchor, forked at frame "
+        f"{FORK}.",
+        table(
+            ["how", "MiB", "relative to pages in use"],
+            [[name, bytes_ / MIB, f"{bytes_ / least:.2f}x"] for name, bytes_ in held.items()],
+        ),
+    )
+    return {"memory_bytes": held}
+
+
+def report_growth(config: Config, sizes: Sizes) -> dict[str, Any]:
+    """How time and pages grow with branches, routed blocks and video length."""
+    base = replace(config.exploration, branches=8)
+    variants = [("branches G", g, replace(base, branches=g)) for g in sizes.branches]
+    variants += [("routed blocks P", p, replace(base, blocks=p)) for p in sizes.blocks]
+    rows, numbers = [], []
+    for name, value, exploration in variants:
+        found = grown(replace(config, exploration=exploration), sizes.repeats)
+        rows.append(
+            [f"{name} = {value}", found["rollout_s"], found["replay_s"], found["root_pages"], found["pages"]]
+        )
+        numbers.append({name: value} | found)
+    section(
+        "Growth with branches and routed blocks",
+        "One group, batched; G = 8 and P = 2 where not varied; all branches are replayed.",
+        table(["varied", "rollout (s)", "replay and backward (s)", "pages of the root", "peak pages"], rows),
+    )
+    lengths = {frames: streamed(config, frames, sizes.repeats) for frames in sizes.lengths}
+    section(
+        "Growth with video length",
+        "One stream with one prompt switch, with the routing pool kept; per-block time in its second half.",
+        table(
+            ["latent frames", "ms per block", "peak pages in use", "pages in use at the end"],
+            [
+                [frames, 1000 * found["block_s"], found["peak_pages"], found["pages_after"]]
+                for frames, found in lengths.items()
+            ],
+        ),
+    )
+    return {"growth": numbers, "length": lengths}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure and write the tables."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="small counts: checks the benchmark itself")
+    parser.add_argument("--repeats", type=int, help="alternating rounds (default 5; quick: 1)")
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="torch threads (default 1 2)")
+    parser.add_argument("--json", type=Path, help="write every number to this file too")
+    options = parser.parse_args(arguments)
+    sizes = QUICK if options.quick else FULL
+    sizes = replace(sizes, repeats=options.repeats or sizes.repeats)
+    config = demo()
+    if options.quick:
+        config = replace(config, exploration=replace(config.exploration, branches=2, blocks=1, tail_blocks=1))
+    numbers: dict[str, Any] = {"machine": machine(), "sizes": asdict(sizes), "config": asdict(config)}
+    about = numbers["machine"]
+    section(
+        "Engine benchmark",
+        f"{about['cpu']}, {about['cores']} cores, torch {about['torch']}, load average "
+        f"{about['load_average']:.1f} at the start; random weights at the demo's geometry, float32.",
+    )
+    numbers |= report_comparison(config, sizes, options.threads)
+    numbers |= report_memory(config, sizes)
+    numbers |= report_growth(config, sizes)
+    write_json(options.json, numbers)
+
+
+if __name__ == "__main__":
+    main()

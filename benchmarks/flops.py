@@ -1,0 +1,80 @@
+"""Operations of the transformer's matrix products, two per multiplication with addition."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Literal
+
+from kvpo.models.causal_wan import WanShape
+
+
+@dataclass(frozen=True)
+class Call:
+    """One forward pass: rows that share one text, each a block of frames that also sees context frames."""
+
+    shape: WanShape
+    rows: int
+    block: int
+    context: int
+
+    @property
+    def queries(self) -> int:
+        """Tokens computed, over all rows."""
+        return self.rows * self.block * self.shape.tokens_per_frame
+
+    @property
+    def keys(self) -> int:
+        """Tokens that each query of a row attends to."""
+        return (self.block + self.context) * self.shape.tokens_per_frame
+
+
+def _attention(call: Call) -> float:
+    """Scores and weighted sums of one layer: over the context and over the text."""
+    return 4.0 * call.queries * (call.keys + call.shape.text_len) * call.shape.dim
+
+
+def _self_keys_values(call: Call) -> float:
+    return 4.0 * call.queries * call.shape.dim**2
+
+
+def _layer_linears(call: Call) -> float:
+    """Projections of both attentions and the feed-forward of one layer; text keys and values once."""
+    dim = call.shape.dim
+    own = call.queries * (4 * dim**2 + 2 * dim**2 + 2 * dim * call.shape.ffn_dim)
+    return 2.0 * (own + 2 * call.shape.text_len * dim**2)
+
+
+def _ends(call: Call) -> float:
+    """Patch embedding and the embeddings of text and timestep."""
+    shape, dim = call.shape, call.shape.dim
+    patch = call.queries * prod(shape.patch_size) * shape.channels * dim
+    text = shape.text_len * (shape.text_dim * dim + dim**2)
+    time = call.rows * (shape.freq_dim * dim + dim**2 + 6 * dim**2)
+    return 2.0 * (patch + text + time)
+
+
+def velocity_flops(call: Call, part: Literal["all", "attention"] = "all") -> float:
+    """A forward pass that returns velocities, or only the attention products in it."""
+    shape, layers = call.shape, call.shape.num_layers
+    attention = layers * _attention(call)
+    if part == "attention":
+        return attention
+    head = 2.0 * call.queries * shape.dim * prod(shape.patch_size) * shape.channels
+    return attention + layers * _layer_linears(call) + _ends(call) + head
+
+
+def encode_flops(call: Call) -> float:
+    """A clean pass: all layers but the last, of which only keys and values are needed, and no head."""
+    layers = call.shape.num_layers - 1
+    return layers * (_attention(call) + _layer_linears(call)) + _self_keys_values(call) + _ends(call)
+
+
+def adapter_flops(call: Call, rank: int, targets: Sequence[str]) -> float:
+    """What an adapter of this rank adds to a forward pass: rank (inputs + outputs) per token and layer."""
+    dim, ffn = call.shape.dim, call.shape.ffn_dim
+    total = 0.0
+    for target in targets:
+        tokens = call.shape.text_len if target in ("cross_attn.k", "cross_attn.v") else call.queries
+        widths = dim + ffn if target.startswith("ffn") else 2 * dim
+        total += 2.0 * tokens * rank * widths
+    return call.shape.num_layers * total

@@ -1,0 +1,370 @@
+"""How close a GPU runs to its limits at the real 1.3B geometry, with random weights.
+
+    python benchmarks/gpu.py [--rows 1 2] [--repeats N] [--json PATH]
+    python benchmarks/gpu.py --tiny     the same code with tiny sizes on the CPU: a check, not a measurement
+
+Measures streaming, rollout (G = 8, P = 5) and replay with backward. The limits are measured in the same run:
+how fast the device multiplies large bfloat16 matrices, and how fast it copies its own memory. Each row of the
+table is compared with the larger of the two times that its arithmetic and its unavoidable traffic would take
+at those rates. Without a GPU it says so and exits 0.
+"""
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from flops import Call, adapter_flops, encode_flops, velocity_flops
+from measuring import machine, section, table, write_json
+from torch import Tensor, nn
+
+from kvpo.app.build import streaming_generator, wan_shape
+from kvpo.app.presets import longlive_1_3b
+from kvpo.config import Config
+from kvpo.engine.generator import StreamingGenerator
+from kvpo.engine.noise import SeededTape, keyed_generator
+from kvpo.engine.replay import Member, branch_residuals, replay_context, replay_velocities
+from kvpo.engine.rollout import Group, Rollout, collect, grow_roots, rollout_pages
+from kvpo.engine.stream import advance, open_stream, stream_pages
+from kvpo.models.adapters import add_adapter, trained_parameters
+from kvpo.models.causal_wan import CausalWan
+from kvpo.prompts import VideoPrompt
+
+FORK, FRAMES = 39, 147
+"""Latent frames: a fork with a full routing pool, and the length of the reported videos."""
+PIXEL_FRAMES = 4
+"""Pixel frames per latent frame of the Wan VAE (after the first)."""
+GIB = 2.0**30
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the device can do, measured."""
+
+    flops: float
+    """Operations per second of a large matrix product."""
+    bandwidth: float
+    """Bytes per second of a copy, read and written."""
+
+    def seconds(self, work: "Work") -> tuple[float, float]:
+        """Least time for some work's arithmetic and for its traffic."""
+        return work.flops / self.flops, work.bytes / self.bandwidth
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a measured section cannot do without."""
+
+    flops: float
+    bytes: float
+    """Weights read once per forward or backward pass, pages read by every row, pages written."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A random generator on the device, one prompt for it, and how large the measurement is."""
+
+    config: Config
+    model: nn.Module
+    generator: StreamingGenerator
+    prompt: VideoPrompt
+    texts: Mapping[str, Tensor]
+    tape: SeededTape
+    fork: int
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device(self.generator.device)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of all parameters, the adapter included."""
+        return sum(parameter.nbytes for parameter in self.model.parameters())
+
+    @property
+    def context(self) -> int:
+        """Past frames that every block sees, deployed or routed."""
+        return self.config.stream.window - self.config.stream.block
+
+    @property
+    def page_bytes(self) -> int:
+        """Keys and values of one frame."""
+        shape, size = self.generator.pages, torch.empty((), dtype=self.generator.page_dtype).element_size()
+        return 2 * shape.num_layers * shape.tokens * shape.num_heads * shape.head_dim * size
+
+    def call(self, rows: int) -> Call:
+        """One forward pass over blocks of this many rows."""
+        return Call(wan_shape(self.config), rows, self.config.stream.block, self.context)
+
+    def blocks_work(self, blocks: int, rows: int) -> Work:
+        """Generating some blocks of ``rows`` streams: every solver step and the clean pass."""
+        steps = len(self.generator.sigmas)
+        call, optim = self.call(rows), self.config.optim
+        flops = steps * velocity_flops(call) + encode_flops(call)
+        flops += (steps + 1) * adapter_flops(call, optim.lora_rank, optim.lora_targets)
+        traffic = (steps + 1) * (self.weight_bytes + rows * self.context * self.page_bytes)
+        traffic += rows * self.config.stream.block * self.page_bytes
+        return Work(blocks * flops, blocks * traffic)
+
+    def replay_work(self, branches: int, rows: int) -> Work:
+        """Replaying branches with backward, ``rows`` of them at a time.
+
+        A forward pass per state, another where checkpointing recomputes it, and a backward pass: the frozen
+        matrices need the gradient of their input only, attention twice its forward, the adapter all three.
+        """
+        exploration, optim = self.config.exploration, self.config.optim
+        states = rows * exploration.blocks * self.config.objective.grad_steps
+        call = self.call(states)
+        forward = velocity_flops(call) + adapter_flops(call, optim.lora_rank, optim.lora_targets)
+        attention = velocity_flops(call, part="attention")
+        adapter = adapter_flops(call, optim.lora_rank, optim.lora_targets)
+        passes = 1 + optim.checkpointing
+        flops = passes * forward + (forward + attention + adapter)
+        traffic = (passes + 1) * (self.weight_bytes + states * self.context * self.page_bytes)
+        clean = self.call(rows)
+        flops += (exploration.blocks - 1) * encode_flops(clean)
+        traffic += (exploration.blocks - 1) * (self.weight_bytes + rows * self.context * self.page_bytes)
+        batches = branches / rows
+        return Work(batches * flops, batches * traffic)
+
+
+@dataclass(frozen=True)
+class Clock:
+    """Wall time of work on a device, and the memory it took."""
+
+    device: torch.device
+
+    def synchronise(self) -> None:
+        """Wait for the device."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def median(self, run: Callable[[], Any], repeats: int) -> float:
+        """Median seconds of ``run`` after one unmeasured call."""
+        run()
+        taken = []
+        for _ in range(repeats):
+            self.synchronise()
+            started = time.perf_counter()
+            run()
+            self.synchronise()
+            taken.append(time.perf_counter() - started)
+        return statistics.median(taken)
+
+    def forget_peak(self) -> None:
+        """Start counting the peak anew."""
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+
+    def peak(self) -> float:
+        """Most bytes allocated since; 0 on a CPU, which keeps no count."""
+        return float(torch.cuda.max_memory_allocated(self.device)) if self.device.type == "cuda" else 0.0
+
+
+def precision(config: Config) -> torch.dtype:
+    """What the matrix products run in: bfloat16, or float32 for the check on a CPU."""
+    return torch.float32 if config.optim.autocast == "none" else torch.bfloat16
+
+
+def measured_limits(clock: Clock, dtype: torch.dtype, *, size: int, copied: int, repeats: int) -> Limits:
+    """The device's rates: a ``size`` x ``size`` matrix product, and a copy of ``copied`` bytes."""
+    draws = torch.Generator(clock.device).manual_seed(0)
+    a, b = (torch.randn(size, size, generator=draws, device=clock.device, dtype=dtype) for _ in range(2))
+    product = clock.median(lambda: a @ b, repeats)
+    source = torch.empty(copied, dtype=torch.uint8, device=clock.device)
+    target = torch.empty_like(source)
+    copy = clock.median(lambda: target.copy_(source), repeats)
+    return Limits(2 * size**3 / product, 2 * copied / copy)
+
+
+def subject_of(config: Config, fork: int, frames: int) -> Subject:
+    """Random weights on the device, in bfloat16, with a float32 adapter to train."""
+    device = torch.device(config.device)
+    with torch.device("meta"):
+        model = CausalWan(wan_shape(config))
+    model = model.to(precision(config)).to_empty(device=device)
+    draws = torch.Generator(device).manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            fan = parameter[0].numel() if parameter.dim() > 1 else 1
+            parameter.normal_(0, 0.02 if parameter.dim() == 1 else fan**-0.5, generator=draws)
+    optim = config.optim
+    add_adapter(
+        model, optim.lora_rank, optim.lora_alpha, optim.lora_targets, generator=keyed_generator("benchmark")
+    )
+    model.checkpointing = optim.checkpointing
+    prompt = VideoPrompt(0, ("prompt",), (), frames)
+    size = (config.model.text_len, config.model.text_dim)
+    texts = {"prompt": torch.randn(size, generator=draws, device=device)}
+    generator = streaming_generator(config, model)
+    return Subject(config, model, generator, prompt, texts, SeededTape(("gpu",), generator.block_shape), fork)
+
+
+def measure_streaming(subject: Subject, clock: Clock, repeats: int) -> tuple[float, Work]:
+    """Seconds of one block with the window full, and the work of a block."""
+    generator, window = subject.generator, subject.config.stream.window
+    cache = generator.new_cache(stream_pages(generator, subject.prompt.num_frames))
+    stream = open_stream(generator, cache, subject.prompt)
+
+    def block() -> None:
+        advance(generator, [stream], subject.texts, subject.tape, resident=window)
+
+    while stream.start < window:
+        block()
+    seconds = clock.median(block, repeats)
+    stream.history.release()
+    return seconds, subject.blocks_work(1, 1)
+
+
+def measure_rollout(
+    subject: Subject, clock: Clock, rows: int, repeats: int
+) -> tuple[float, float, Rollout, Work]:
+    """Seconds of growing the root, seconds of branches and anchor, the rollout, the work of the branches."""
+    exploration = replace(subject.config.exploration, rows=rows)
+    made: list[Rollout] = []
+
+    everything = (subject.generator, [subject.prompt], subject.fork, subject.texts, subject.tape, exploration)
+
+    def run() -> None:
+        if made:
+            made.pop().release()
+        made.append(collect(*everything, ("gpu",)))
+
+    def root() -> None:
+        grow_roots(*everything).release()
+
+    growing = clock.median(root, repeats)
+    seconds = clock.median(run, repeats) - growing
+    members, blocks = exploration.branches + 1, exploration.blocks + exploration.tail_blocks
+    sizes = [min(rows, members - at) for at in range(0, members, rows)]
+    works = [subject.blocks_work(blocks, size) for size in sizes]
+    return growing, seconds, made.pop(), Work(sum(w.flops for w in works), sum(w.bytes for w in works))
+
+
+def measure_replay(
+    subject: Subject, clock: Clock, group: Group, rows: int, repeats: int
+) -> tuple[float, Work]:
+    """Seconds of replaying every branch with backward, ``rows`` branches at a time, and the work of it."""
+    members = [Member(group, branch) for branch in range(group.branches)]
+    steps = subject.config.objective.grad_steps
+    optimizer = torch.optim.AdamW(list(trained_parameters(subject.model).values()), lr=1e-5)
+
+    def run() -> None:
+        for at in range(0, len(members), rows):
+            batch = members[at : at + rows]
+            with replay_context(subject.generator, batch, subject.texts, subject.tape) as replay:
+                velocities = replay_velocities(subject.generator, batch, replay, steps)
+                branch_residuals(batch, velocities).sum().backward()
+
+    run()
+    optimizer.step()  # so that the optimiser's state counts in the peak
+    seconds = clock.median(run, repeats)
+    subject.model.zero_grad(set_to_none=True)
+    return seconds, subject.replay_work(len(members), rows)
+
+
+def row_of(name: str, seconds: float, work: Work, limits: Limits, peak: float) -> list[object]:
+    """One line of the table."""
+    arithmetic, traffic = limits.seconds(work)
+    ratio = seconds / max(arithmetic, traffic)
+    return [name, seconds, arithmetic, traffic, f"{ratio:.2f}x", peak / GIB if peak else "-"]
+
+
+def fits(subject: Subject, rows: int) -> bool:
+    """Whether a rollout's pages with this many rows leave a quarter of the device's free memory."""
+    if subject.device.type != "cuda":
+        return True
+    exploration = replace(subject.config.exploration, rows=rows)
+    pages = rollout_pages(
+        subject.generator, exploration, groups=1, fork=subject.fork, num_frames=subject.prompt.num_frames
+    )
+    free, _ = torch.cuda.mem_get_info(subject.device)
+    return pages * subject.page_bytes < 0.75 * free
+
+
+def measure(subject: Subject, limits: Limits, rows: Sequence[int], repeats: int) -> list[list[object]]:
+    """Every line of the table."""
+    clock, exploration = Clock(subject.device), subject.config.exploration
+    clock.forget_peak()
+    seconds, work = measure_streaming(subject, clock, 4 * repeats)
+    latent = subject.config.stream.block / seconds
+    name = f"one streamed block ({latent:.3g} latent, {PIXEL_FRAMES * latent:.3g} pixel frames per second)"
+    lines = [row_of(name, seconds, work, limits, clock.peak())]
+    for count in rows:
+        if not fits(subject, count):
+            lines.append([f"{count} branches at a time: the pages do not fit this device", *["-"] * 5])
+            continue
+        clock.forget_peak()
+        growing, seconds, rollout, work = measure_rollout(subject, clock, count, repeats)
+        blocks = subject.fork // subject.config.stream.block
+        root = f"root up to the fork, {blocks} blocks"
+        name = (
+            f"rollout, {exploration.branches} branches and anchor, {exploration.blocks} + "
+            f"{exploration.tail_blocks} blocks, {count} at a time"
+        )
+        lines.append(row_of(root, growing, subject.blocks_work(blocks, 1), limits, 0.0))
+        lines.append(row_of(name, seconds, work, limits, clock.peak()))
+        clock.forget_peak()
+        seconds, work = measure_replay(subject, clock, rollout.groups[0], count, repeats)
+        name = f"replay and backward, {exploration.branches} branches, {count} at a time"
+        lines.append(row_of(name, seconds, work, limits, clock.peak()))
+        rollout.release()
+        del rollout
+    return lines
+
+
+def tiny(config: Config) -> Config:
+    """The same settings with sizes that a CPU runs in a second."""
+    model = replace(
+        config.model, dim=64, num_heads=2, num_layers=2, ffn_dim=96, text_len=8, text_dim=16,
+        latent_height=4, latent_width=8,
+    )  # fmt: skip
+    exploration = replace(config.exploration, branches=2, blocks=2, tail_blocks=1)
+    return replace(
+        config,
+        device="cpu",
+        model=model,
+        exploration=exploration,
+        optim=replace(config.optim, lora_rank=4, autocast="none"),
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure and write the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tiny", action="store_true", help="tiny sizes on the CPU: checks this benchmark")
+    parser.add_argument("--rows", type=int, nargs="+", default=[1, 2], help="branches at a time (1 2)")
+    parser.add_argument("--repeats", type=int, default=3, help="measured rounds (default 3)")
+    parser.add_argument("--json", type=Path, help="write every number to this file too")
+    options = parser.parse_args(arguments)
+    if not options.tiny and not torch.cuda.is_available():
+        sys.stdout.write("no CUDA device here: nothing measured (--tiny runs the same code on the CPU)\n")
+        return
+    config = tiny(longlive_1_3b()) if options.tiny else longlive_1_3b()
+    sizes = {"size": 64, "copied": 2**16} if options.tiny else {"size": 8192, "copied": 2**32}
+    subject = subject_of(config, *((12, 24) if options.tiny else (FORK, FRAMES)))
+    limits = measured_limits(Clock(subject.device), precision(config), repeats=10, **sizes)
+    lines = measure(subject, limits, options.rows, options.repeats)
+    about = machine(config.device)
+    parameters = sum(parameter.numel() for parameter in subject.model.parameters())
+    columns = ["section", "seconds", "arithmetic (s)", "traffic (s)", "over the limit", "peak GiB"]
+    dtype = str(precision(config)).removeprefix("torch.")
+    section(
+        "GPU benchmark",
+        f"{about['device']}, torch {about['torch']}: {limits.flops / 1e12:.3g} TFLOP/s in {dtype} matrix "
+        f"products, {limits.bandwidth / 1e9:.3g} GB/s copying. {parameters / 1e9:.3g} billion random "
+        f"parameters with the adapter, {subject.call(1).shape.tokens_per_frame} tokens per frame, median of "
+        f"{options.repeats} rounds.",
+        table(columns, lines),
+    )
+    numbers = {"machine": about, "limits": asdict(limits), "config": asdict(config)}
+    write_json(options.json, numbers | {"rows": [dict(zip(columns, line, strict=True)) for line in lines]})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,92 @@
+"""What the benchmarks share: alternating arms, the machine they ran on, tables."""
+
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kvpo.models.cache import FrameCache
+
+Arms = Mapping[str, Callable[[], Any]]
+
+
+def alternated(arms: Arms, repeats: int, synchronise: Callable[[], None] = lambda: None) -> dict[str, float]:
+    """Median seconds of each arm, the arms taken in turn and in reversed order every other round.
+
+    Whatever else the machine does then falls on all arms alike. Run each arm once before, unmeasured.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in arms}
+    for round_ in range(repeats):
+        for name in reversed(arms) if round_ % 2 else arms:
+            synchronise()
+            started = time.perf_counter()
+            arms[name]()
+            synchronise()
+            seconds[name].append(time.perf_counter() - started)
+    return {name: statistics.median(taken) for name, taken in seconds.items()}
+
+
+@contextmanager
+def peak_pages(cache: FrameCache) -> Iterator[list[int]]:
+    """Inside, the one number of the yielded list is the most pages that were in use after any write."""
+    peak, write = [cache.pages_in_use], cache.write
+
+    def observed(*keys_values: torch.Tensor) -> list[list[int]]:
+        ids = write(*keys_values)
+        peak[0] = max(peak[0], cache.pages_in_use)
+        return ids
+
+    cache.write = observed  # type: ignore[method-assign]
+    try:
+        yield peak
+    finally:
+        cache.write = write  # type: ignore[method-assign]
+
+
+def machine(device: str = "cpu") -> dict[str, Any]:
+    """What a number depends on besides the code."""
+    cpu = platform.processor()
+    if Path("/proc/cpuinfo").exists():
+        names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
+        cpu = names[0].split(":")[1].strip() if names else cpu
+    return {
+        "cpu": cpu,
+        "cores": os.cpu_count(),
+        "load_average": os.getloadavg()[0],
+        "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else "cpu",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """A markdown table; floats with three significant digits."""
+    lines = [list(columns), ["---"] * len(columns), *([_cell(value) for value in row] for row in rows)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _cell(value: object) -> str:
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+
+
+def section(title: str, *paragraphs: str) -> None:
+    """Write one section of markdown to standard output."""
+    sys.stdout.write("\n\n".join([f"## {title}", *paragraphs]) + "\n\n")
+    sys.stdout.flush()
+
+
+def write_json(path: Path | None, numbers: Mapping[str, Any]) -> None:
+    """Write everything measured, if a path was given."""
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(numbers, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,138 @@
+"""The benchmarks measure what they say: arms compute the same, floors are counted right, all of it runs."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from kvpo.app.presets import demo
+from kvpo.engine.generator import TextRows
+from kvpo.models.adapters import add_adapter
+from kvpo.models.cache import FrameCache
+from kvpo.models.causal_wan import CausalWan, WanShape
+from kvpo.models.context import PageContext
+
+SCRIPTS = Path(__file__).resolve().parents[2] / "benchmarks"
+SHAPE = WanShape(
+    dim=24, num_heads=2, num_layers=3, ffn_dim=40, freq_dim=16, text_len=6, text_dim=10, channels=4,
+    patch_size=(1, 2, 2), latent_height=4, latent_width=6,
+)  # fmt: skip
+TARGETS = ("self_attn.q", "cross_attn.k", "cross_attn.o", "ffn.0", "ffn.2")
+
+
+@pytest.fixture(autouse=True)
+def benchmark_scripts(monkeypatch):
+    """The scripts import each other by plain name, as they do when run."""
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+def test_operations_are_those_that_torch_counts(adapted):
+    import flops
+
+    rows, block, context = 2, 3, 5
+    model = CausalWan(SHAPE).requires_grad_(False)
+    if adapted:
+        add_adapter(model, 2, 2, TARGETS, generator=torch.Generator().manual_seed(0))
+    cache = FrameCache(num_layers=3, tokens=6, num_heads=2, head_dim=12, num_pages=context)
+    pages = torch.arange(context).expand(rows, -1)
+    seen = PageContext(cache, pages, torch.full((rows,), context))
+    text = TextRows(torch.randn(1, SHAPE.text_len, SHAPE.text_dim), torch.zeros(rows, dtype=torch.int64))
+    call = flops.Call(SHAPE, rows, block, context)
+    extra = flops.adapter_flops(call, 2, TARGETS) if adapted else 0
+    expected = {False: flops.velocity_flops(call) + extra}
+    if not adapted:  # an adapter's share of a clean pass is a bound: its last layer is computed in part only
+        expected[True] = flops.encode_flops(call)
+    for encode, operations in expected.items():
+        with FlopCounterMode(display=False) as counted, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
+            model(
+                torch.randn(rows, block, 4, 4, 6),
+                torch.full((rows,), 0.5),
+                text.embeddings_ULD,
+                seen,
+                text_rows=text.rows_R,
+                encode=encode,
+            )
+        assert counted.get_total_flops() == operations
+
+
+def small(**exploration):
+    """The demo's settings around a transformer of a few thousand parameters."""
+    config = demo()
+    model = replace(config.model, dim=32, num_heads=2, num_layers=2, ffn_dim=48)
+    changed = replace(config.exploration, branches=2, tail_blocks=1, **exploration)
+    return replace(config, model=model, exploration=changed)
+
+
+def test_copied_caches_and_shared_pages_compute_the_same():
+    import engine
+
+    subject = engine.bench(small(blocks=2), groups=2)
+    with engine.roots_of(subject) as rollout:
+        engine.arms_of(subject, rollout)  # stops the benchmark where the arms differ
+        cache = rollout.cache
+    assert cache.pages_in_use == 0
+
+
+def test_arms_that_differ_stop_the_benchmark():
+    import engine
+
+    value = torch.tensor([1.0, 2.0])
+    assert engine.agree("values", value, value + 1e-6) < 1e-5
+    with pytest.raises(SystemExit, match="disagree in values"):
+        engine.agree("values", value, value + 1e-3)
+    with pytest.raises(SystemExit, match="disagree in values"):
+        engine.agree("values", value, value * float("nan"))
+
+
+def test_shared_pages_hold_less_than_copies():
+    import engine
+
+    held = engine.memory(small(blocks=1), groups=1)
+    shared = held["shared pages in use, all branches at once"]
+    assert shared < held["copied caches, all branches at once"]
+    assert shared <= held["shared pages preallocated"]
+
+
+def test_pages_in_use_do_not_grow_with_the_length_of_the_video():
+    import engine
+
+    config = small(resident_frames=15)
+    lengths = [engine.streamed(config, frames, 1) for frames in (48, 96)]
+    assert lengths[0]["peak_pages"] == lengths[1]["peak_pages"]
+    assert lengths[0]["pages_after"] == lengths[1]["pages_after"] == 15
+
+
+def test_the_gpu_benchmark_runs_with_tiny_sizes_on_the_cpu(tmp_path, capsys):
+    import gpu
+
+    gpu.main(["--tiny", "--repeats", "1", "--rows", "2", "--json", str(tmp_path / "gpu.json")])
+    numbers = json.loads((tmp_path / "gpu.json").read_text())
+    sections = [row["section"] for row in numbers["rows"]]
+    assert [name.split(",")[0].split(" (")[0] for name in sections] == [
+        "one streamed block", "root up to the fork", "rollout", "replay and backward",
+    ]  # fmt: skip
+    assert all(row["seconds"] > 0 and row["arithmetic (s)"] > 0 for row in numbers["rows"])
+    assert "| over the limit |" in capsys.readouterr().out
+
+
+def test_without_a_gpu_nothing_is_measured(monkeypatch, capsys):
+    import gpu
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    gpu.main([])
+    assert "no CUDA device" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_the_engine_benchmark_runs(tmp_path, capsys):
+    import engine
+
+    engine.main(["--quick", "--threads", "1", "--json", str(tmp_path / "engine.json")])
+    numbers = json.loads((tmp_path / "engine.json").read_text())
+    assert len(numbers["comparison"]) == 4
+    assert capsys.readouterr().out.count("## ") == 5
