@@ -1,19 +1,59 @@
 """Streaming generation against the public implementations' numbers."""
 
+import re
+
 import pytest
 import torch
 
-from kvpo.engine.stream import advance, give_frames, open_stream, stream_pages
-from kvpo.prompts import VideoPrompt
-from tests.parity.fixtures import GOLDEN, base_model, generator_of, of_kind, read
+from tests.parity.fixtures import GOLDEN, base_model, of_kind, read
+from tests.parity.runs import run_stream
 
 
-def merged(model, path):
-    """Fold a rank = alpha adapter into the weights."""
-    state = torch.load(path, weights_only=True)["generator_lora"]
-    for name in [key for key in state if key.endswith("lora_A.weight")]:
-        module = model.get_submodule(name.removeprefix("base_model.model.").removesuffix(".lora_A.weight"))
-        module.weight += (state[name.replace("lora_A", "lora_B")] @ state[name]).to(module.weight.dtype)
+def stored_frames(stream, window):
+    """The frames that fill the public cache's slots, in slot order."""
+    end, sink = stream.start, len(stream.history.sink)
+    if window == -1 or end <= window:
+        return list(range(end))
+    return [*stream.history.sink, *range(end - (window - sink), end)]
+
+
+def debug_tensors(data, pattern):
+    """(name, numbers in it, tensor) of the debug entries whose name matches."""
+    found = [(re.fullmatch(pattern, name), tensor) for name, tensor in data.items()]
+    return [(match[0], *map(int, match.groups()), tensor) for match, tensor in found if match]
+
+
+def close(actual, expected):
+    difference = (actual.float() - expected.float()).abs().max()
+    assert difference <= 1e-4, float(difference)
+
+
+def check_debug(data, meta, calls, stream, trajectory):
+    """Compare what the fixture stored about the block (or re-encoding) that has just ended; yield names."""
+    cache, block = stream.history.cache, stream.start // 3 - 1
+    first = calls if trajectory is None else calls - 4
+    for name, layer, call, expected in debug_tensors(data, r"debug_bank_k_layer(\d+)_after_call(\d+)"):
+        # Calls count from 0; within a block the bank changes only before the first.
+        if first <= call + 1 <= calls:
+            bank = cache.gather(layer, torch.tensor([stream.history.bank[layer]]))[0]
+            close(bank, expected[:, : bank.shape[1]])
+            assert not expected[:, bank.shape[1] :].any()
+            yield name
+    if trajectory is None:
+        return
+    for name, at, expected in debug_tensors(data, r"debug_velocity_block(\d+)"):
+        if at == block:
+            close(trajectory.velocities_RSFCHW[0], expected)
+            yield name
+    for kind in (0, 1):
+        for name, layer, at, expected in debug_tensors(
+            data, rf"debug_{'kv'[kind]}_layer(\d+)_after_block(\d+)"
+        ):
+            if at == block:
+                pages = torch.tensor([stream.history.page_ids(stored_frames(stream, meta["window"]))])
+                slots = cache.gather(layer, pages)[kind]
+                close(slots, expected[:, : slots.shape[1]])
+                yield name
 
 
 @pytest.mark.parametrize("path", of_kind("stream"), ids=lambda path: path.stem)
@@ -21,36 +61,17 @@ def test_golden_stream(path):
     if not path.exists():
         pytest.skip(f"no stream fixtures in {GOLDEN}")
     meta, data = read(path)
-    model = base_model(meta)
-    if meta["lora"]:
-        merged(model, GOLDEN / "tiny_lora.pt")
-    generator = generator_of(meta, model)
-    given = data.get("initial_latents")
-    offset = 0 if given is None else given.shape[1]
-    steps = len(generator.sigmas) - 1
+    exact = meta["dtype"] == "float32"
+    checked = set()
 
-    def tape(video, block, kind):
-        block -= offset // 3
-        if kind == "initial":
-            return data["noise"][0, 3 * block : 3 * block + 3]
-        return data["renoise"][steps * block + int(kind.split()[1]) - 1]
+    def observe(calls, stream, trajectory):
+        if exact:
+            checked.update(check_debug(data, meta, calls, stream, trajectory))
 
-    num_frames = data["latents"].shape[1]
-    segments = tuple(f"prompt {n}" for n in range(len(data["prompt_embeds"])))
-    texts = {name: embeds[0] for name, embeds in zip(segments, data["prompt_embeds"], strict=True)}
-    prompt = VideoPrompt(0, segments, tuple(meta["switches"]), num_frames)
-    cache = generator.new_cache(stream_pages(generator, num_frames))
-    stream = open_stream(generator, cache, prompt)
-    if given is not None:
-        with torch.no_grad():
-            give_frames(generator, [stream], given, texts)
-    while stream.start < num_frames:
-        advance(generator, [stream], texts, tape, resident=meta["window"])
-    latents = torch.cat(stream.latents)[None].float()
-    difference = latents - data["latents"].float()
-    if meta["dtype"] == "float32":
+    latents = run_stream(meta, data, base_model(meta), observe)
+    difference = latents.float() - data["latents"][0].float()
+    if exact:
         assert difference.abs().max() <= 1e-4
+        assert checked == {name for name in data if re.match("debug_(bank_k|velocity|k|v)_", name)}
     else:
-        assert difference.pow(2).mean().sqrt() < 0.03
-    stream.history.release()
-    assert cache.pages_in_use == 0
+        assert difference.square().mean().sqrt() < 0.03
