@@ -181,7 +181,8 @@ def causality_groups(setup: Setup, videos: dict[str, Tensor]) -> list[dict[str, 
         ):
             continue
         routes = act_routes(prompt, fork, exploration.routed, setup.config.stream.sink, exploration.recent)
-        look = explorer(setup, [prompt])
+        # Act 1 may lie further back than training keeps pages for: here every frame stays.
+        look = replace(explorer(setup, [prompt]), exploration=replace(exploration, resident_frames=0))
         (group,) = look.chosen(Fork((prompt,), fork), [routes])
         (score,) = score_groups([group], setup.judges.codec, setup.judges.scorer, block=setup.generator.block)
         title = f"routed only to act 1, only to act 2, and the anchor (video {prompt.id})"
