@@ -171,7 +171,7 @@ def train_unseen(
     seed: int = 0,
     console: Console | None = None,
 ) -> tuple[UnseenScorer, list[str]]:
-    """Train on ``pool`` pairs of the training split, calibrate on ``judged`` fresh ones; a function of ``seed``.
+    """Train on ``pool`` pairs of the training split and calibrate on ``judged`` fresh ones, from ``seed``.
 
     Returns the scorer and the texts of its distractor captions.
     """
