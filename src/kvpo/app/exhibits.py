@@ -187,7 +187,7 @@ def causality_groups(setup: Setup, videos: dict[str, Tensor]) -> list[dict[str, 
         (score,) = score_groups([group], setup.judges.codec, setup.judges.scorer, block=setup.generator.block)
         title = f"routed only to act 1, only to act 2, and the anchor (video {prompt.id})"
         entry = _group_entry(setup, group, score, title, f"causality-{prompt.id}", [{}, {}], videos)
-        for member, name in zip(entry["members"], ("branch: act 1", "branch: act 2"), strict=False):
+        for member, name in zip(entry["members"][1:], ("routed to act 1", "routed to act 2"), strict=True):
             member["name"] = name
         entries.append(entry)
     return entries
