@@ -316,8 +316,8 @@ def report_comparison(config: Config, sizes: Sizes, threads: Sequence[int]) -> d
     section(
         "Batched branches over shared pages, against one branch at a time with copied caches",
         f"Median seconds of {sizes.repeats} alternating rounds. Rollout: {exploration.branches} branches "
-        f"and an anchor per group, {exploration.blocks} routed and {exploration.tail_blocks} tail blocks from "
-        f"the fork. Replay and backward: {min(kept, exploration.branches)} branches per group, "
+        f"and an anchor per group, {exploration.blocks} routed and {exploration.tail_blocks} tail blocks "
+        f"from the fork. Replay and backward: {min(kept, exploration.branches)} branches per group, "
         f"{config.objective.grad_steps} solver steps of the routed blocks.",
         table(
             ["threads", "groups", "phase", "copied, one at a time (s)", "pages, one at a time (s)",

@@ -47,8 +47,8 @@ def mean_std(values: list[float]) -> str:
 def table(results: dict[str, list[dict]]) -> str:
     """One row per arm and prompt set."""
     lines = [
-        "| arm | set | base | paired gain, mean ± std over seeds | SE within a run | share of what was missing | "
-        "improved | unseen scorer gain (SE) | align + evaluate, s |",
+        "| arm | set | base | paired gain, mean ± std over seeds | SE within a run | "
+        "share of what was missing | improved | unseen scorer gain (SE) | align + evaluate, s |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for arm, runs in results.items():

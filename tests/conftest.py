@@ -27,3 +27,13 @@ def golden_dir() -> Path:
     if not directory.is_dir():
         pytest.skip(f"no golden fixtures at {directory}; set KVPO_GOLDEN to their directory")
     return directory
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base checkpoint of random weights for tests.tiny_world.tiny_config."""
+    from tests.tiny_world import write_base
+
+    path = tmp_path_factory.mktemp("base") / "base.safetensors"
+    write_base(path)
+    return path

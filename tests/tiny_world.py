@@ -110,9 +110,10 @@ def toy_setup(config: Config, scorer: Any = None) -> Setup:
     )
 
 
-def in_float64(setup: Setup) -> Setup:
+def in_float64(setup: Setup) -> "Float64Setup":
     """The same generator in double precision, its noise and its texts too."""
     setup.model.double()
+    setup.codec.double()
     generator = replace(setup.generator, page_dtype=torch.float64)
     return Float64Setup(**{**vars(setup), "generator": generator})
 

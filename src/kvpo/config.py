@@ -37,6 +37,42 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
+class BackboneConfig:
+    """Which generator, and where the files of a public one are: local paths, or hub ids owner/name/file."""
+
+    kind: Literal["world", "wan"] = "world"
+    """The embedded generator that ships with the package, or a public Wan generator."""
+    checkpoint: str = ""
+    """Transformer weights: a .pt or .safetensors file, or a diffusers directory."""
+    lora: str = ""
+    """Adapter that belongs to the checkpoint (LongLive's and MemFlow's lora.pt); empty: none."""
+    lora_start: Literal["continue", "merge"] = "continue"
+    """Continue training the given adapter, or merge it into the weights and train a fresh one."""
+    text_encoder: str = ""
+    """UMT5 encoder: a model directory that holds it and its tokenizer, or its weights."""
+    tokenizer: str = ""
+    """Directory of the tokenizer; empty: inside the model directory that text_encoder names."""
+    vae: str = ""
+    """Wan VAE: its .pth file or a directory."""
+    embeddings: str = "~/.cache/kvpo/embeddings"
+    """Directory in which prompt embeddings are kept; several runs may share it."""
+    offline: bool = False
+    """Take hub files from the local cache only."""
+
+
+@dataclass(frozen=True)
+class PromptsConfig:
+    """Prompts of public generators; the embedded world writes its own."""
+
+    file: str = ""
+    """One prompt per line (.txt), or segments and switch frames (.jsonl)."""
+    frames: int = 147
+    """Latent frames per video, where a line does not say."""
+    switches: tuple[int, ...] = ()
+    """Latent frames at which the prompts of a line follow one another, where it does not say."""
+
+
+@dataclass(frozen=True)
 class StreamConfig:
     """How the generator streams: block size, what a block sees, the solver's noise levels."""
 
@@ -217,6 +253,8 @@ class Config:
     """Torch device."""
     base: str = ""
     """Path of a base checkpoint that `kvpo pretrain` wrote; empty: the one that ships with the package."""
+    backbone: BackboneConfig = field(default_factory=BackboneConfig)
+    prompts: PromptsConfig = field(default_factory=PromptsConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     stream: StreamConfig = field(default_factory=StreamConfig)
     exploration: ExplorationConfig = field(default_factory=ExplorationConfig)

@@ -2,7 +2,16 @@
 
 from math import comb
 
-from kvpo.config import Config, ExplorationConfig, ModelConfig, ObjectiveConfig, OptimConfig, StreamConfig
+from kvpo.config import (
+    BackboneConfig,
+    Config,
+    ExplorationConfig,
+    ModelConfig,
+    ObjectiveConfig,
+    OptimConfig,
+    PromptsConfig,
+    StreamConfig,
+)
 
 
 class ConfigurationError(ValueError):
@@ -11,8 +20,10 @@ class ConfigurationError(ValueError):
 
 def check(config: Config) -> None:
     """Raise ConfigurationError for the first setting that is out of range or contradicts another."""
+    _backbone(config.backbone, config.optim)
     _model(config.model)
     _stream(config.stream)
+    _prompts(config.prompts, config.stream)
     _exploration(config.exploration, config.stream, config.optim)
     _objective(config.objective, config.exploration, config.stream)
     _optim(config.optim)
@@ -34,6 +45,30 @@ def check(config: Config) -> None:
 def _require(holds: bool, path: str, value: object, what: str) -> None:
     if not holds:
         raise ConfigurationError(f"{path}: must be {what}, got {value}")
+
+
+def _backbone(backbone: BackboneConfig, optim: OptimConfig) -> None:
+    given = [name for name in ("checkpoint", "lora", "vae", "text_encoder") if vars(backbone)[name]]
+    _require(
+        backbone.kind == "wan" or not given,
+        "backbone.kind", backbone.kind,
+        f"wan for backbone.{given[0] if given else ''} to be used; a preset such as longlive-1.3b sets it",
+    )  # fmt: skip
+    _require(
+        optim.train == "lora" or not backbone.lora or backbone.lora_start == "merge",
+        "backbone.lora_start", backbone.lora_start, "merge while optim.train is full",
+    )  # fmt: skip
+
+
+def _prompts(prompts: PromptsConfig, stream: StreamConfig) -> None:
+    block = stream.block
+    _require(
+        prompts.frames >= 1 and prompts.frames % block == 0,
+        "prompts.frames", prompts.frames, f"a positive multiple of stream.block = {block}",
+    )  # fmt: skip
+    bounds = (0, *prompts.switches)
+    rising = all(a < b for a, b in zip(bounds, prompts.switches, strict=False))
+    _require(rising, "prompts.switches", list(prompts.switches), "frames that rise from above 0")
 
 
 def _model(model: ModelConfig) -> None:

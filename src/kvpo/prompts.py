@@ -22,8 +22,8 @@ class VideoPrompt:
             raise ValueError(f"prompt {self.id}: at least one segment is needed")
         if len(self.switches) != len(self.segments) - 1:
             raise ValueError(
-                f"prompt {self.id}: {len(self.segments)} segments need {len(self.segments) - 1} switch frames, "
-                f"got {len(self.switches)}: {list(self.switches)}"
+                f"prompt {self.id}: {len(self.segments)} segments need {len(self.segments) - 1} "
+                f"switch frames, got {len(self.switches)}: {list(self.switches)}"
             )
         bounds = (0, *self.switches, self.num_frames)
         if any(a >= b for a, b in zip(bounds, bounds[1:], strict=False)):

@@ -8,11 +8,13 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from kvpo.config import (
+    BackboneConfig,
     Config,
     ExplorationConfig,
     ModelConfig,
     ObjectiveConfig,
     OptimConfig,
+    PromptsConfig,
     RewardConfig,
     StreamConfig,
 )
@@ -43,6 +45,8 @@ def longlive_1_3b() -> Config:
     return Config(
         preset="longlive-1.3b",
         device="cuda",
+        backbone=BackboneConfig(kind="wan"),
+        prompts=PromptsConfig(frames=147),
         model=WAN_1_3B,
         stream=StreamConfig(
             block=3,
@@ -90,6 +94,7 @@ def self_forcing_1_3b() -> Config:
     return replace(
         base,
         preset="self-forcing-1.3b",
+        prompts=replace(base.prompts, frames=21),
         stream=replace(base.stream, window=-1, sink=0),
         exploration=replace(base.exploration, blocks=2, resident_frames=0, tail_blocks=1),
     )

@@ -38,9 +38,23 @@ class TextEncoder(Protocol):
 class Codec(Protocol):
     """Latents to pixels."""
 
-    def decode(self, latents_BTCHW: Tensor) -> Tensor:
-        """Latents ``[B, T, C, H, W]`` to RGB ``[B, T', 3, H', W']`` in [0, 1]."""
+    frames_per_latent: int
+    """Pixel frames of every latent frame but the first, which always gives one."""
+    frames_per_second: float
+    """Speed at which the pixel frames are shown."""
+
+    def decode(self, latents_BTCHW: Tensor, before_TCHW: Tensor | None = None) -> Tensor:
+        """Latents ``[B, T, C, H, W]`` to RGB ``[B, T', 3, H', W']`` in [0, 1].
+
+        ``before`` holds the latent frames of the one video that all rows continue, from its start; its pixels
+        are not part of the result. None: the rows are whole videos.
+        """
         ...
+
+
+def pixel_frame(latent_frame: int, frames_per_latent: int) -> int:
+    """First pixel frame of a latent frame, or the number of pixel frames of that many latent frames."""
+    return 0 if latent_frame == 0 else 1 + frames_per_latent * (latent_frame - 1)
 
 
 @dataclass(frozen=True)

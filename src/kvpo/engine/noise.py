@@ -17,8 +17,8 @@ def keyed_generator(*key: int | str) -> torch.Generator:
 class Tape(Protocol):
     """Noise of one block: (video id, block index, kind) -> [F, C, H, W].
 
-    ``kind`` is ``initial``, ``renoise 1`` to ``renoise S-1``, or ``context``. The key never contains the prompt
-    or the branch, so the anchor and all branches of a fork share every tensor.
+    ``kind`` is ``initial``, ``renoise 1`` to ``renoise S-1``, or ``context``. The key never contains the
+    prompt or the branch, so the anchor and all branches share every tensor.
     """
 
     def __call__(self, video: int, block: int, kind: str) -> Tensor: ...

@@ -1,7 +1,7 @@
 """Replay of branch states in the deployment context: what the policy would do where a branch has been.
 
-Root pages stay as the rollout policy stored them; pages of a branch's own earlier blocks are re-encoded by the
-evaluated policy, without gradient, from the branch's stored clean latents (METHOD section 3).
+Root pages stay as the rollout policy stored them; pages of a branch's own earlier blocks are re-encoded by
+the evaluated policy, without gradient, from the branch's stored clean latents (METHOD section 3).
 """
 
 from collections.abc import Iterator, Sequence

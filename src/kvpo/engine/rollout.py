@@ -1,7 +1,7 @@
 """Causal-semantic exploration: branches and an anchor from one fork, told apart only by their history.
 
-The branches share every noise tensor, prompt and weight; for ``blocks`` blocks from the fork their local slots
-hold routed frames of older history instead of the most recent ones (METHOD section 2).
+The branches share every noise tensor, prompt and weight; for ``blocks`` blocks from the fork their local
+slots hold routed frames of older history instead of the most recent ones (METHOD section 2).
 """
 
 from collections.abc import Sequence
@@ -184,7 +184,8 @@ def grow_roots(
     resident = exploration.resident_frames
     while roots[0].start < fork:
         advance(generator, roots, texts, tape, rows=exploration.rows, resident=resident)
-    switch_prompts(generator, roots, texts, reencode_frames=resident if exploration.reencode_pool else 0)
+    pool = (resident or fork) if exploration.reencode_pool else 0
+    switch_prompts(generator, roots, texts, rows=exploration.rows, reencode_frames=pool)
     empty = torch.empty(0)
     return Rollout([Group(n, root, fork, (), empty, empty, empty) for n, root in enumerate(roots)], cache)
 

@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from kvpo.engine.generator import Codec
+from kvpo.engine.generator import Codec, pixel_frame
 from kvpo.engine.rollout import Group
 from kvpo.prompts import ClipPrompt, VideoPrompt
 
@@ -51,8 +51,8 @@ class Scores:
 def segment_clips(prompt: VideoPrompt, first: int, stop: int, *, block: int, lead: int) -> list[Clip]:
     """One clip per prompt segment that shows in latent frames ``[first, stop)``.
 
-    A segment that begins inside the span, or right at its start, gets up to ``lead`` frames of what was before
-    (``ClipPrompt.switch`` says how many). Switches act at block boundaries.
+    A segment that begins inside the span, or right at its start, gets up to ``lead`` frames of what was
+    before (``ClipPrompt.switch`` says how many). Switches act at block boundaries.
     """
     starts = [0, *(-(-switch // block) * block for switch in prompt.switches)]
     ends = [*starts[1:], prompt.num_frames]
@@ -67,17 +67,31 @@ def segment_clips(prompt: VideoPrompt, first: int, stop: int, *, block: int, lea
     return clips
 
 
+def in_pixels(clip: Clip, frames_per_latent: int) -> Clip:
+    """The same clip counted in pixel frames, its switch as well."""
+    start = pixel_frame(clip.start, frames_per_latent)
+    switch = pixel_frame(clip.start + clip.prompt.switch, frames_per_latent) - start
+    prompt = ClipPrompt(clip.prompt, clip.prompt.before, switch)
+    return Clip(start, pixel_frame(clip.stop, frames_per_latent), prompt)
+
+
 def score_clips(
-    scorer: Scorer, videos: Sequence[Tensor], clips: Sequence[Clip], offsets: Sequence[int]
+    scorer: Scorer,
+    videos: Sequence[Tensor],
+    clips: Sequence[Clip],
+    offsets: Sequence[int],
+    *,
+    frames_per_latent: int,
 ) -> Tensor:
     """Score a clip of each video, equal lengths together: ``[K, clips]``.
 
-    ``videos`` are ``[T, 3, H, W]`` in [0, 1] with one pixel frame per latent frame, the first of them being
-    latent frame ``offset``.
+    ``videos`` are ``[T, 3, H, W]`` in [0, 1], their first pixel frame being that of latent frame ``offset``.
 
     Raises:
         ValueError: the scorer returned a missing, misshapen or non-finite number.
     """
+    clips = [in_pixels(clip, frames_per_latent) for clip in clips]
+    offsets = [pixel_frame(offset, frames_per_latent) for offset in offsets]
     by_length: dict[int, list[int]] = {}
     for index, clip in enumerate(clips):
         by_length.setdefault(clip.stop - clip.start, []).append(index)
@@ -128,7 +142,7 @@ def score_groups(groups: Sequence[Group], codec: Codec, scorer: Scorer, *, block
                     offsets.append(offset)
                     shares.append(share)
                     owners.append((index, signal, member))
-    table = score_clips(scorer, videos, clips, offsets)
+    table = score_clips(scorer, videos, clips, offsets, frames_per_latent=codec.frames_per_latent)
     sums = [torch.zeros(2, len(scorer.components), len(group.clean_MTCHW)) for group in groups]
     for column, ((index, signal, member), share) in enumerate(zip(owners, shares, strict=True)):
         sums[index][signal, :, member] += share * table[:, column]
@@ -138,8 +152,9 @@ def score_groups(groups: Sequence[Group], codec: Codec, scorer: Scorer, *, block
 def decode_members(group: Group, codec: Codec, *, lead: int, block: int) -> Tensor:
     """Pixels of every member from ``lead`` latent frames before the fork on: ``[M, T, 3, H, W]``."""
     latents = group.clean_MTCHW
+    past = torch.cat(group.root.latents)
+    first = group.fork - lead
     if lead:
-        before = torch.cat(group.root.latents)[group.fork - lead : group.fork]
-        latents = torch.cat([before.expand(len(latents), *before.shape), latents], 1)
+        latents = torch.cat([past[first:].expand(len(latents), lead, *past.shape[1:]), latents], 1)
     with torch.no_grad():
-        return codec.decode(latents)
+        return codec.decode(latents, past[:first] if first else None)

@@ -1,4 +1,4 @@
-"""Streaming generation: blocks in lock step for many streams, prompt switches, deployment and routed contexts."""
+"""Streaming generation: blocks in lock step for many streams, prompt switches, routed contexts."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -104,17 +104,24 @@ def denoise_block(
 
 
 def switch_prompts(
-    generator: StreamingGenerator, streams: Sequence[Stream], texts: TextTable, *, reencode_frames: int = 0
+    generator: StreamingGenerator,
+    streams: Sequence[Stream],
+    texts: TextTable,
+    *,
+    rows: int = 0,
+    reencode_frames: int = 0,
 ) -> None:
     """Re-encode the recent history of every stream whose prompt switches before its next block.
 
-    ``reencode_frames`` above the deployment window re-encodes that many frames, oldest part first.
+    ``rows`` streams at a time (0: all). ``reencode_frames`` above the deployment window re-encodes that many
+    frames, oldest part first.
     """
     due = [s for s in streams if s.start and s.prompt.segment_at(s.start) != s.segment]
     for stream in due:
         stream.segment = stream.prompt.segment_at(stream.start)
         stream.fresh_prompt = True
-    for batch in lockstep_batches(generator, due, 0):
+    for index in lockstep_batches(generator, due, rows):
+        batch = [due[n] for n in index]
         text = text_of(batch, texts)
         if reencode_frames:
             _reencode_pool(generator, batch, text, reencode_frames)
@@ -129,17 +136,22 @@ def switch_prompts(
 def _reencode_pool(
     generator: StreamingGenerator, streams: Sequence[Stream], text: TextRows, reencode_frames: int
 ) -> None:
-    """Re-encode resident frames older than the window, block by block under the new prompt."""
-    deployment = generator.deployment
-    end = streams[0].start
+    """Re-encode resident frames older than the window, block by block under the new prompt.
+
+    The oldest blocks see what is resident of their own past.
+    """
+    deployment, end = generator.deployment, streams[0].start
+    history = streams[0].history
+    oldest = min((frame for frame in history.pages if frame not in history.sink), default=end)
     last = end - deployment.reencoded(end)
-    first = max(deployment.sink, end - reencode_frames)
+    first = max(oldest, end - reencode_frames)
     first += -first % generator.block
     for start in range(first, last - generator.block + 1, generator.block):
         pasts = [stream.history.fork() for stream in streams]
         for past in pasts:
             past.end = start
-        context = deployment_context(deployment, pasts)
+        recent = min(start - oldest, start if deployment.local_past is None else deployment.local_past)
+        context = routed_context(deployment, pasts, [()] * len(pasts), recent)
         clean = torch.stack([s.latents[start // generator.block] for s in streams])
         pages = streams[0].history.cache.write(*generator.encode(clean, text, context))
         for past, stream, ids in zip(pasts, streams, pages, strict=True):
@@ -148,16 +160,19 @@ def _reencode_pool(
 
 
 def lockstep_batches(
-    generator: StreamingGenerator, streams: Sequence[Stream], rows: int
-) -> Iterator[list[Stream]]:
-    """Split streams into batches of at most ``rows`` (0: no limit) that see equally many frames."""
-    groups: dict[tuple[int, int], list[Stream]] = {}
-    for stream in streams:
-        key = (
-            context_size(generator.deployment, stream.history),
-            generator.deployment.reencoded(stream.start),
-        )
-        groups.setdefault(key, []).append(stream)
+    generator: StreamingGenerator,
+    streams: Sequence[Stream],
+    rows: int,
+    routes: Sequence[Sequence[int] | None] | None = None,
+    recent: int = 0,
+) -> Iterator[list[int]]:
+    """Indices of streams in batches of at most ``rows`` (0: no limit) that see equally many frames."""
+    deployment = generator.deployment
+    groups: dict[tuple[int, int], list[int]] = {}
+    for n, stream in enumerate(streams):
+        route = None if routes is None else routes[n]
+        key = (context_size(deployment, stream.history, route, recent), deployment.reencoded(stream.start))
+        groups.setdefault(key, []).append(n)
     for group in groups.values():
         size = rows or len(group)
         for at in range(0, len(group), size):
@@ -201,12 +216,11 @@ def advance(
         resident: history frames kept for later routing (0: all); older pages are released.
         keep_pages: release nothing (a fork's root keeps its pool).
     """
-    switch_prompts(generator, streams, texts)
-    order = {id(stream): n for n, stream in enumerate(streams)}
+    switch_prompts(generator, streams, texts, rows=rows)
     pieces: list[Trajectory] = []
     places: list[int] = []
-    for batch in lockstep_batches(generator, streams, rows):
-        index = [order[id(stream)] for stream in batch]
+    for index in lockstep_batches(generator, streams, rows, routes, recent):
+        batch = [streams[n] for n in index]
         text = text_of(batch, texts)
         commit_banks(generator, batch, text)
         context = routed_context(
@@ -277,7 +291,7 @@ def give_frames(
     """
     if latents_RTCHW.shape[1] % generator.block:
         raise ValueError(
-            f"{latents_RTCHW.shape[1]} given latent frames are not a multiple of the block of {generator.block}"
+            f"{latents_RTCHW.shape[1]} given latent frames do not fill blocks of {generator.block}"
         )
     text = text_of(streams, texts)
     for clean in latents_RTCHW.split(generator.block, dim=1):

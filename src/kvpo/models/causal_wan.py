@@ -1,8 +1,8 @@
 """The causal Wan transformer: one class from the tiny embedded generator to the 1.3B and 14B checkpoints.
 
 Parameter names and arithmetic follow the Wan 2.1 text-to-video transformer as the streaming generators use it
-(MODELS.md sections 1 and 2): attention is bidirectional among the frames of one call, and causality comes from
-calling block by block with a context of earlier frames.
+(MODELS.md sections 1 and 2): attention is bidirectional among the frames of one call, and causality comes
+from calling block by block with a context of earlier frames.
 
 Shape legend: R rows, F frames of the call, C/H/W latent, T tokens per frame, N heads, D head width.
 """
@@ -153,7 +153,7 @@ class Attention(nn.Module):
 
 
 class WanBlock(nn.Module):
-    """Self-attention over the context, cross-attention to the text, feed-forward; modulated by the timestep."""
+    """Self-attention over the context, cross-attention to the text, feed-forward; modulated by time."""
 
     def __init__(self, shape: WanShape) -> None:
         super().__init__()
@@ -312,6 +312,6 @@ class CausalWan(nn.Module):
         return x.permute(0, 1, 6, 2, 4, 3, 5).flatten(5, 6).flatten(3, 4)
 
     def text_keys(self, text_RLD: Tensor, layer: int) -> Tensor:
-        """Keys of a layer's cross-attention, ``[R, text_len, N, D]`` (a memory bank scores frames by them)."""
+        """Keys of a layer's cross-attention, ``[R, text_len, N, D]`` (a bank scores frames by them)."""
         text = self.text_embedding(text_RLD.to(self.patch_embedding.weight.dtype))
         return self.blocks[layer].cross_attn.keys_values(text)[0]

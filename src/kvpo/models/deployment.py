@@ -1,5 +1,6 @@
-"""Which pages a block attends to: the sink and window of LongLive, the full or rolling window of Self-Forcing,
-the memory bank of MemFlow, and the routed histories of exploration. Policies over page tables, not over models.
+"""Which pages a block attends to: the sink and window of LongLive, the full or rolling window of
+Self-Forcing, the memory bank of MemFlow, and the routed histories of exploration. Policies over page tables,
+not over models.
 """
 
 from collections.abc import Callable, Sequence
@@ -85,10 +86,10 @@ def routed_context(
     rows = []
     for history, routed in zip(histories, routed_pages, strict=True):
         sink, local = context_frames(deployment, history)
-        local_pages = history.page_ids(local)
         if routed is not None:
-            local_pages = [*routed, *history.page_ids(local_frames(deployment, history, recent))]
-        rows.append((history.page_ids(sink), history.bank, local_pages))
+            local = local_frames(deployment, history, recent)
+        pages = [*(routed or ()), *history.page_ids(local)]
+        rows.append((history.page_ids(sink), history.bank, pages))
     banked = bool(rows[0][1])
     layers = range(len(rows[0][1])) if banked else range(1)
     table = [[[*sink, *(bank[n] if banked else []), *local] for sink, bank, local in rows] for n in layers]
@@ -104,16 +105,21 @@ def routed_context(
     )
 
 
-def context_size(deployment: Deployment, history: History) -> int:
-    """Frames of the deployment context; streams of one forward pass must agree on it."""
+def context_size(
+    deployment: Deployment, history: History, routed_pages: Sequence[int] | None = None, recent: int = 0
+) -> int:
+    """Frames that the next block sees beside itself; streams of one forward pass must agree on it."""
     sink, local = context_frames(deployment, history)
-    return len(sink) + len(local) + (len(history.bank[0]) if history.bank else 0)
+    past = len(local)
+    if routed_pages is not None:
+        past = len(routed_pages) + len(local_frames(deployment, history, recent))
+    return len(sink) + past + (len(history.bank[0]) if history.bank else 0)
 
 
 def reencoding_context(deployment: Deployment, histories: Sequence[History]) -> tuple[PageContext, int]:
     """Context for re-encoding the recent frames of streams under a new prompt, and how many frames that is.
 
-    One call over the last ``n`` frames; its queries see the sink and the last ``window - sink`` of themselves.
+    One call over the last ``n`` frames; its queries see the sink and their own last ``window - sink``.
     Where the frames reach back to the start, or the sink is to be replaced, the sink is part of the call.
     """
     start = histories[0].end

@@ -1,11 +1,16 @@
-"""What the engine knows of a reward: clips and their prompts in, one number per clip and component out."""
+"""What the engine knows of a reward: clips and their prompts in, one number per clip and component out.
+
+Importing this module imports nothing heavy, so that a command line can list rewards and their needs.
+"""
 
 from collections.abc import Sequence
-from typing import Protocol
-
-from torch import Tensor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
 
 from kvpo.prompts import ClipPrompt
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class Scorer(Protocol):
@@ -17,6 +22,41 @@ class Scorer(Protocol):
 
     components: tuple[str, ...]
 
-    def __call__(self, video_BTCHW: Tensor, prompts: Sequence[ClipPrompt]) -> dict[str, Tensor]:
+    def __call__(self, video_BTCHW: "Tensor", prompts: Sequence[ClipPrompt]) -> "dict[str, Tensor]":
         """Score ``video_BTCHW`` (float in [0, 1], RGB) against ``prompts`` (length B): component -> [B]."""
         ...
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Frames spread evenly over a clip, and how much of a long video one clip covers."""
+
+    rate: float
+    """Frames per second that are looked at."""
+    least: int
+    """Fewest frames taken, unless the clip has fewer."""
+    most: int
+    """Most frames taken."""
+    multiple: int = 1
+    """The number of frames taken is a multiple of this."""
+    seconds: float | None = 16.0
+    """A longer file is scored as several clips of this length; None takes it whole."""
+
+
+@dataclass(frozen=True)
+class Declaration:
+    """What one component of a scorer is and what it needs, known before anything is loaded."""
+
+    name: str
+    low: float
+    high: float
+    """Range of the score; infinite where there is no bound. Higher is better."""
+    reads_prompt: bool
+    differentiable: bool
+    """Whether gradients reach the pixels."""
+    min_frames: int
+    """Fewest frames of a clip that can be scored."""
+    max_pixels: int
+    """Pixels of a frame beyond which more resolution is not looked at; larger files are shrunk on reading."""
+    sampling: Sampling | None = None
+    """Frames that are looked at; None: neighbouring frames, all of them."""

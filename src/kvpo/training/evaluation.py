@@ -48,31 +48,43 @@ def evaluate(
     tape: Tape,
     judges: Judges,
     *,
+    rows: int = ROWS,
     progress: Callable[[int], None] = lambda videos: None,
 ) -> HeldOut:
-    """Generate every prompt in the deployment context and score it segment by segment."""
+    """Generate every prompt in the deployment context, ``rows`` at a time, and score its segments."""
     components, unseen = [], []
-    for at in range(0, len(prompts), ROWS):
-        batch = prompts[at : at + ROWS]
+    for at in range(0, len(prompts), rows):
+        batch = prompts[at : at + rows]
         latents = stream_latents(generator, batch, texts, tape)
         with torch.no_grad():
             videos = judges.codec.decode(latents)
-        components.append(
-            _segment_scores(judges.scorer, videos, batch, generator.block, lead=generator.block)
-        )
+        frames = judges.codec.frames_per_latent
+        block = generator.block
+        components.append(_segment_scores(judges.scorer, videos, batch, frames, block, lead=block))
         if judges.unseen is not None:
-            unseen.append(_segment_scores(judges.unseen, videos, batch, generator.block, lead=0)[0])
+            unseen.append(_segment_scores(judges.unseen, videos, batch, frames, block, lead=0)[0])
         progress(len(batch))
     return HeldOut(torch.cat(components, 1), torch.cat(unseen) if unseen else None)
 
 
 def _segment_scores(
-    scorer: Scorer, videos: Tensor, prompts: Sequence[VideoPrompt], block: int, lead: int
+    scorer: Scorer,
+    videos: Tensor,
+    prompts: Sequence[VideoPrompt],
+    frames_per_latent: int,
+    block: int,
+    lead: int,
 ) -> Tensor:
     """Frame-weighted mean over each video's segments: ``[K, N]``."""
     clips = [segment_clips(p, 0, p.num_frames, block=block, lead=lead) for p in prompts]
     flat = [(n, clip) for n, own in enumerate(clips) for clip in own]
-    table = score_clips(scorer, [videos[n] for n, _ in flat], [clip for _, clip in flat], [0] * len(flat))
+    table = score_clips(
+        scorer,
+        [videos[n] for n, _ in flat],
+        [clip for _, clip in flat],
+        [0] * len(flat),
+        frames_per_latent=frames_per_latent,
+    )
     means = torch.zeros(len(table), len(prompts))
     for column, (n, clip) in enumerate(flat):
         share = (clip.stop - clip.start - clip.prompt.switch) / prompts[n].num_frames

@@ -255,5 +255,6 @@ def _backward(
         drift += float(kl.detach())
         if replayer.config.velocity_kl:
             loss = loss + replayer.config.velocity_kl * kl
-    (loss / groups).backward()
+    if loss.requires_grad:  # a micro-batch may hold anchors alone, which then only report their drift
+        (loss / groups).backward()
     return drift

@@ -16,7 +16,7 @@ from kvpo.training.checkpoint import (
     require_tensors,
     save_checkpoint,
 )
-from kvpo.training.evaluation import HeldOut, comparison, evaluate, mean_gain
+from kvpo.training.evaluation import ROWS, HeldOut, comparison, evaluate, mean_gain
 from kvpo.training.metrics_log import MetricsLog
 from kvpo.training.policy import Policy, exchanged
 from kvpo.training.setup import Backbone, Setup
@@ -158,7 +158,9 @@ def load_average(backbone: Backbone, policy: Policy, path: Path) -> dict[str, Te
 
 def evaluate_prompts(setup: Setup, prompts: Any) -> HeldOut:
     """Held-out results of the model as it is."""
-    return evaluate(setup.generator, prompts, setup.texts(prompts), setup.evaluation_tape(), setup.judges)
+    texts, tape = setup.texts(prompts), setup.evaluation_tape()
+    rows = setup.config.exploration.rows or ROWS
+    return evaluate(setup.generator, prompts, texts, tape, setup.judges, rows=rows)
 
 
 def evaluate_base(setup: Setup, trainer: Trainer, sets: Mapping[str, Any]) -> dict[str, HeldOut]:

@@ -21,6 +21,9 @@ LATENT_NOISE = 0.1
 class PixelCodec(nn.Module):
     """Frames 3x32x32 in [0, 1] to latents 8x8x8 of zero mean and unit deviation per channel, and back."""
 
+    frames_per_latent = 1
+    frames_per_second = 8.0
+
     def __init__(self) -> None:
         super().__init__()
         self.encoder = nn.Sequential(
@@ -51,8 +54,11 @@ class PixelCodec(nn.Module):
         latents = (raw - self.mean[:, None, None]) / self.std[:, None, None]
         return latents.unflatten(0, video_BTCHW.shape[:2])
 
-    def decode(self, latents_BTCHW: Tensor) -> Tensor:
-        """Frames [B, T, 3, 32, 32] of latents [B, T, 8, 8, 8]; clamped to [0, 1] unless training."""
+    def decode(self, latents_BTCHW: Tensor, before_TCHW: Tensor | None = None) -> Tensor:
+        """Frames [B, T, 3, 32, 32] of latents [B, T, 8, 8, 8]; clamped to [0, 1] unless training.
+
+        Frames are decoded one by one: what was ``before`` makes no difference.
+        """
         raw = latents_BTCHW.flatten(0, 1) * self.std[:, None, None] + self.mean[:, None, None]
         video = ((self.decoder(raw) + 1) / 2).unflatten(0, latents_BTCHW.shape[:2])
         return video if self.training else video.clamp(0, 1)
