@@ -133,5 +133,5 @@ def anchor_state_residuals(
     states = group.states_MPSFCHW[-1, :, :steps]
     clean = group.clean_MTCHW[list(branches), : group.window_frames].unflatten(1, (blocks, -1))
     sigma = torch.tensor(generator.sigmas[:steps], dtype=states.dtype, device=states.device)
-    target = anchor_state_target(clean[:, :, None], states, sigma[:, None, None, None, None])
+    target = anchor_state_target(clean[:, :, None], states, sigma.expand(blocks, steps))
     return velocity_residual(target, anchor_velocity_PSFCHW)
