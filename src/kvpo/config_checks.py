@@ -23,7 +23,8 @@ def check(config: Config) -> None:
     _backbone(config.backbone, config.optim)
     _model(config.model)
     _stream(config.stream)
-    _prompts(config.prompts, config.stream)
+    if config.backbone.kind == "wan":
+        _prompts(config.prompts, config.stream)
     _exploration(config.exploration, config.stream, config.optim)
     _objective(config.objective, config.exploration, config.stream)
     _optim(config.optim)

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from kvpo.app.build import build_world
+from kvpo.app.backbones import build_setup
 from kvpo.app.exhibits import measure_diversity, write_branches, write_gallery
 from kvpo.app.progress import Bars, progress_bars
 from kvpo.config import Config
@@ -49,7 +49,7 @@ def align(config: Config, out: Path | str, *, resume: bool = False) -> dict[str,
         point = resume_point(directory.checkpoints) if resume else None
         with progress_bars() as bars:
             show = Bars(bars)
-            setup = build_world(config)
+            setup = build_setup(config)
             trainer = Trainer(setup)
             show("base on validation prompts", 0, 1, {})
             base = evaluate_base(setup, trainer, setup.validation)

@@ -50,13 +50,19 @@ def _align_arguments(parser: ArgumentParser) -> None:
         action="store_true",
         help="continue the run in --out from its last checkpoint; its saved settings hold",
     )
-    parser.add_argument(
-        "--advantages",
-        dest=f"{SETTING}objective.advantages",
-        default=SUPPRESS,
-        metavar="KIND",
-        help="short for --objective.advantages",
-    )
+    for short, setting, metavar in (
+        ("advantages", "objective.advantages", "KIND"),
+        ("checkpoint", "backbone.checkpoint", "FILE"),
+        ("lora", "backbone.lora", "FILE"),
+        ("prompts", "prompts.file", "FILE"),
+    ):
+        parser.add_argument(
+            f"--{short}",
+            dest=f"{SETTING}{setting}",
+            default=SUPPRESS,
+            metavar=metavar,
+            help=f"short for --{setting}",
+        )
 
 
 def _align(arguments: Namespace) -> None:

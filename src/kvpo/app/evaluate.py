@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from kvpo.app.build import build_world
+from kvpo.app.backbones import build_setup
 from kvpo.app.configuration import resolve
 from kvpo.app.progress import Bars, progress_bars
 from kvpo.training.checkpoint import find_checkpoint
@@ -29,7 +29,7 @@ def evaluate(
     run = Path(run)
     config = resolve(None, run / "config.yaml", {})
     path = find_checkpoint(run / "checkpoints", checkpoint)
-    setup = build_world(config)
+    setup = build_setup(config)
     policy = policy_of(setup.model, adapted=config.optim.train == "lora")
     average = load_average(setup, policy, path)
     held_out = {}

@@ -61,9 +61,12 @@ def story_forks(setup: Setup, count: int) -> list[Fork]:
 
 
 def measure_diversity(setup: Setup) -> dict[str, dict[str, float]]:
-    """Routed branches beside noise branches: at matched pixel distance, and with fresh noise."""
+    """Routed branches beside noise branches: at matched pixel distance, and with fresh noise.
+
+    What a video shows is read off its pixels, which only the embedded world allows.
+    """
     count = setup.config.evaluation.diversity_prompts
-    if not count:
+    if not count or setup.config.backbone.kind != "world":
         return {}
     forks = story_forks(setup, count)
     look = explorer(setup, [prompt for fork in forks for prompt in fork.prompts])
@@ -105,6 +108,7 @@ def write_gallery(run: Run, results: dict[str, tuple[HeldOut, HeldOut]], directo
                     "title": f"{name} {n}",
                     "prompt_segments": list(prompts[n].segments),
                     "switches": list(prompts[n].switches),
+                    "num_frames": prompts[n].num_frames,
                     "base": f"{key}-base",
                     "aligned": f"{key}-aligned",
                     "base_reward": float(judges.totals(base)[n]),
@@ -173,7 +177,7 @@ def causality_groups(setup: Setup, videos: dict[str, Tensor]) -> list[dict[str, 
     """Same noise, same prompt: one branch routed only to act 1, one only to act 2, and the anchor."""
     exploration = setup.config.exploration
     entries = []
-    prompts = [prompt for prompt in setup.validation["long"] if len(prompt.switches) == 2]
+    prompts = [prompt for prompt in setup.validation.get("long", ()) if len(prompt.switches) == 2]
     for prompt in prompts[:3]:
         fork = prompt.switches[1]
         if fork not in eligible_forks(

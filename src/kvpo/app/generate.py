@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from kvpo.app.build import SHORT_FRAMES, build_backbone, world_test_prompts
+from kvpo.app.backbones import default_frames, default_test_prompts, load_backbone
 from kvpo.app.exhibits import as_bytes
 from kvpo.app.progress import Bars, progress_bars
 from kvpo.config import Config
@@ -23,7 +23,6 @@ from kvpo.training.policy import exchanged, policy_of
 from kvpo.training.run import load_average
 from kvpo.training.setup import Backbone
 
-FRAMES_PER_SECOND = 8.0
 SHORTEST_SIDE = 256
 """Frames smaller than this are enlarged in the video files."""
 TOGETHER = 8
@@ -57,7 +56,7 @@ def generate(
     check(config)
     out = Path(out)
     wanted = _prompts(config, prompts)
-    backbone = build_backbone(config)
+    backbone = load_backbone(config)
     policy = policy_of(backbone.model, adapted=config.optim.train == "lora")
     average = None
     if run is not None:
@@ -92,9 +91,11 @@ def generate(
 def _prompts(config: Config, given: Path | str | Sequence[VideoPrompt] | None) -> list[VideoPrompt]:
     """What to generate, numbered from 0."""
     if given is None:
-        chosen = [prompt for some in world_test_prompts(config).values() for prompt in some[:UNASKED]]
+        chosen = [prompt for some in default_test_prompts(config).values() for prompt in some[:UNASKED]]
     elif isinstance(given, str | Path):
-        chosen = read_prompts(given, num_frames=SHORT_FRAMES)
+        chosen = read_prompts(
+            given, num_frames=default_frames(config), switches=config.prompts.switches
+        )
     else:
         chosen = list(given)
     numbered = [
@@ -138,7 +139,9 @@ def _write_videos(
     scale = max(1, -(-SHORTEST_SIDE // min(frames[0].shape[1:3])))
     for clip, content in clips.items():
         try:
-            write_video(out / f"{clip}.mp4", content, FRAMES_PER_SECOND, scale=scale)
+            write_video(
+                out / f"{clip}.mp4", content, backbone.codec.frames_per_second, scale=scale
+            )
         except OSError as error:
             raise StorageError(f"cannot save {out / clip}.mp4: {error}") from error
     return [out / f"{clip}.mp4" for clip in clips]

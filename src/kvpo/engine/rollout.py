@@ -18,6 +18,7 @@ from kvpo.engine.stream import (
     TextTable,
     Trajectory,
     advance,
+    bank_pages,
     open_stream,
     stream_pages,
     switch_prompts,
@@ -154,13 +155,23 @@ def draw_routes(
 def rollout_pages(
     generator: StreamingGenerator, exploration: ExplorationConfig, *, groups: int, fork: int, num_frames: int
 ) -> int:
-    """Pages a rollout needs at most: the roots' resident history and the branches' own blocks."""
-    resident = exploration.resident_frames or num_frames
+    """Pages a rollout needs at most: the roots' resident history and the branches' own recent blocks.
+
+    A branch lets go of its own blocks as its window moves on, so a long tail costs no pages.
+    """
+    deployment = generator.deployment
     rows = exploration.rows or groups * (exploration.branches + 1)
     span = (exploration.blocks + exploration.tail_blocks) * generator.block
-    bank = generator.deployment.bank_size * generator.pages.num_layers
-    reencoded = generator.deployment.reencoded(num_frames)
-    return groups * stream_pages(generator, fork, resident) + rows * (span + bank + reencoded)
+    kept = min(span, branch_frames(generator, exploration) or span) + generator.block
+    reencoded = deployment.reencoded(num_frames) if exploration.tail_blocks else 0
+    own = kept + reencoded + bank_pages(generator, span)
+    return groups * stream_pages(generator, fork, exploration.resident_frames or fork) + rows * own
+
+
+def branch_frames(generator: StreamingGenerator, exploration: ExplorationConfig) -> int:
+    """Most recent frames, the sink not counted, that a branch must keep pages of; 0: all."""
+    local_past = generator.deployment.local_past
+    return 0 if local_past is None else max(local_past, exploration.recent)
 
 
 def grow_roots(
@@ -212,6 +223,9 @@ def run_members(
     """
     pieces = []
     size = exploration.rows or len(members)
+    # The roots hold what may be routed; a branch holds only what its own blocks see.
+    recent = branch_frames(generator, exploration)
+    resident = recent and generator.deployment.sink + recent
     roots = [group.root for group in rollout.groups]
     for at in range(0, len(members), size):
         batch = members[at : at + size]
@@ -229,7 +243,13 @@ def run_members(
                 ]
             trajectories.append(
                 advance(
-                    generator, streams, texts, tape, routes=pages, recent=exploration.recent, keep_pages=True
+                    generator,
+                    streams,
+                    texts,
+                    tape,
+                    routes=pages,
+                    recent=exploration.recent,
+                    resident=resident,
                 )
             )
         for stream in streams:

@@ -12,6 +12,7 @@ from kvpo.method.flow import add_noise, clean_of, euler_step, renoise_step
 from kvpo.models.cache import FrameCache, History
 from kvpo.models.context import PageContext
 from kvpo.models.deployment import (
+    RECORD_INTERVAL,
     adopt_reencoded,
     commit_bank,
     context_size,
@@ -205,7 +206,6 @@ def advance(
     recent: int = 0,
     rows: int = 0,
     resident: int = 0,
-    keep_pages: bool = False,
 ) -> Trajectory:
     """Generate the next block of every stream: switch prompts, denoise, then the clean pass writes pages.
 
@@ -213,8 +213,7 @@ def advance(
         routes: page ids filling each stream's routed slots, None for its deployment context.
         recent: past frames that routed streams keep.
         rows: streams per forward pass; 0 means all.
-        resident: history frames kept for later routing (0: all); older pages are released.
-        keep_pages: release nothing (a fork's root keeps its pool).
+        resident: history frames kept for later, counting the sink (0: all); older pages are released.
     """
     switch_prompts(generator, streams, texts, rows=rows)
     pieces: list[Trajectory] = []
@@ -234,8 +233,7 @@ def advance(
             trajectory = denoise_block(generator, noise, text, context)
         append_block(generator, batch, trajectory.clean_RFCHW, text, context, noise.get("context"))
         for stream in batch:
-            if not keep_pages:
-                stream.history.keep(reachable_frames(generator.deployment, stream.history, resident))
+            stream.history.keep(reachable_frames(generator.deployment, stream.history, resident))
         pieces.append(trajectory)
         places += index
     inverse = torch.tensor(places).argsort()
@@ -329,10 +327,22 @@ def stream_latents(
 
 
 def stream_pages(generator: StreamingGenerator, num_frames: int, resident: int = 0) -> int:
-    """Pages that one stream of ``num_frames`` frames holds at most, a re-encoding under way included."""
+    """Pages that one stream of ``num_frames`` frames holds at most, a re-encoding under way included.
+
+    ``resident`` frames are kept for routing, counting the sink; 0 keeps no more than the window needs.
+    """
     deployment = generator.deployment
-    if deployment.window == -1:
-        return 2 * num_frames
-    kept = max(deployment.window, resident) + deployment.block
-    bank = deployment.bank_size * generator.pages.num_layers + 1 if deployment.bank_size else 0
-    return min(2 * num_frames, kept + deployment.window) + bank + deployment.sink
+    if deployment.local_past is None:
+        return 2 * num_frames + bank_pages(generator, num_frames)
+    kept = max(deployment.sink + deployment.local_past, resident) + deployment.block
+    return min(2 * num_frames, kept + deployment.window) + bank_pages(generator, num_frames)
+
+
+def bank_pages(generator: StreamingGenerator, num_frames: int) -> int:
+    """Pages that a memory bank holds at most after ``num_frames`` frames: layers may keep different frames."""
+    deployment = generator.deployment
+    if not deployment.bank_size:
+        return 0
+    recorded = num_frames // deployment.block
+    recorded = recorded if deployment.bank_every_block else -(-recorded // RECORD_INTERVAL)
+    return min(deployment.bank_size * generator.pages.num_layers, recorded) + 1

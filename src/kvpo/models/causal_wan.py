@@ -9,6 +9,7 @@ Shape legend: R rows, F frames of the call, C/H/W latent, T tokens per frame, N 
 
 import math
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -287,7 +288,8 @@ class CausalWan(nn.Module):
             positions = context.start_R[:, None] + torch.arange(frames, device=x.device)
             rotation = cos_sin(rotary_angles(positions, self.shape.grid, self.shape.head_dim))
         stored: list[tuple[Tensor, Tensor]] = []
-        for layer, block in enumerate(self.blocks):
+        for layer, module in enumerate(self.blocks):
+            block = cast(WanBlock, module)
             if encode and layer == len(self.blocks) - 1:
                 stored.append(block.own_keys_values(x, time_R6D, rotation)[1:])
                 break
@@ -314,4 +316,4 @@ class CausalWan(nn.Module):
     def text_keys(self, text_RLD: Tensor, layer: int) -> Tensor:
         """Keys of a layer's cross-attention, ``[R, text_len, N, D]`` (a bank scores frames by them)."""
         text = self.text_embedding(text_RLD.to(self.patch_embedding.weight.dtype))
-        return self.blocks[layer].cross_attn.keys_values(text)[0]
+        return cast(WanBlock, self.blocks[layer]).cross_attn.keys_values(text)[0]

@@ -12,6 +12,8 @@ from torch import Tensor
 from kvpo.models.cache import History
 from kvpo.models.context import PageContext
 
+RECORD_INTERVAL = 3
+"""The memory bank takes in every third block's first frame (MODELS.md 3.2)."""
 TextKeys = Callable[[int], Tensor]
 """Cross-attention keys of a layer for the rows at hand: layer -> [R, text_len, N, D]."""
 
@@ -99,7 +101,7 @@ def routed_context(
     sparse = len(rows[0][0]) + (len(rows[0][1][0]) if banked else 0) if deployment.sparse_activation else 0
     return PageContext(
         cache=cache,
-        pages=pages if banked else pages[0],
+        pages=pages if banked else pages.select(0, 0),
         start_R=torch.tensor([history.end for history in histories], device=device),
         sparse_pages=sparse,
     )
@@ -139,7 +141,7 @@ def reencoding_context(deployment: Deployment, histories: Sequence[History]) -> 
     pages = torch.tensor(table, dtype=torch.int64, device=device).view(len(layers), len(histories), -1)
     context = PageContext(
         cache=histories[0].cache,
-        pages=pages if banked else pages[0],
+        pages=pages if banked else pages.select(0, 0),
         start_R=torch.full((len(histories),), start - frames, device=device),
         own_frames=None if own_sink else frames - deployment.sink,
         sparse_pages=pages.shape[-1] if deployment.sparse_activation else 0,
@@ -157,20 +159,21 @@ def adopt_reencoded(deployment: Deployment, history: History, pages: Sequence[in
 
 
 def reachable_frames(deployment: Deployment, history: History, resident: int) -> range:
-    """Frames that the window, a re-encoding or the routing pool may still ask for.
+    """Frames beside the sink that the window or the routing pool may still ask for.
 
-    ``resident`` counts the frames kept for routing including the sink; 0 keeps everything.
+    ``resident`` counts the frames kept for routing including the sink; 0 keeps everything. Re-encoding asks
+    for latents, not for pages.
     """
-    if deployment.window == -1 or resident == 0:
+    if deployment.local_past is None or resident == 0:
         return range(history.end)
-    span = max(deployment.window, resident - deployment.sink)
+    span = max(deployment.local_past, resident - deployment.sink)
     return range(max(0, history.end - span), history.end)
 
 
 def record_block(deployment: Deployment, history: History) -> None:
     """After a block's clean pass: its first frame is what the memory bank takes in next (MODELS.md 3.2)."""
     index = history.end // deployment.block - 1
-    if deployment.bank_size and (deployment.bank_every_block or index % 3 == 0):
+    if deployment.bank_size and (deployment.bank_every_block or index % RECORD_INTERVAL == 0):
         history.record(history.pages[history.end - deployment.block])
 
 
@@ -184,7 +187,7 @@ def commit_bank(
     """
     if not deployment.bank_size or history.latest is None:
         return
-    end = max(0, history.end // deployment.block - 1) // 3 + 1
+    end = max(0, history.end // deployment.block - 1) // RECORD_INTERVAL + 1
     latest = history.latest
     bank = history.bank or [[] for _ in range(num_layers)]
     if end <= deployment.bank_size:

@@ -1,6 +1,7 @@
 """Reading tensor files by memory map, never running code from them, and giving them strictly to a model."""
 
 import difflib
+import hashlib
 import json
 import pickle
 import re
@@ -13,6 +14,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 KEYS_SHOWN = 12
+SAMPLES = 64
+SAMPLE_BYTES = 65536
 ALIGNMENT = 64
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -39,6 +42,27 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
             f"{path}: truncated or damaged safetensors file ({path.stat().st_size} bytes): {error}; "
             "download it again"
         ) from error
+
+
+def fingerprint(paths: Iterable[Path], settings: str = "") -> str:
+    """Digest of the names, sizes and content of files and directories, and of ``settings``.
+
+    Of large files evenly spaced samples are read, so that a fingerprint takes a fraction of a second.
+    """
+    digest = hashlib.sha256(settings.encode())
+    for path in paths:
+        for file in sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]:
+            size = file.stat().st_size
+            name = file.relative_to(path).as_posix() if path.is_dir() else file.name
+            digest.update(json.dumps([name, size]).encode())
+            with file.open("rb") as stream:
+                if size <= SAMPLES * SAMPLE_BYTES:
+                    digest.update(stream.read())
+                    continue
+                for sample in range(SAMPLES):
+                    stream.seek((size - SAMPLE_BYTES) * sample // (SAMPLES - 1))
+                    digest.update(stream.read(SAMPLE_BYTES))
+    return digest.hexdigest()
 
 
 def _read_torch(path: Path, mmap: bool) -> object:

@@ -24,6 +24,7 @@ from kvpo.models.tensor_files import (
     Shapes,
     assign_tensors,
     check_tensors,
+    fingerprint,
     named_list,
     read_safetensors,
     read_tensors,
@@ -32,9 +33,6 @@ from kvpo.models.tensor_files import (
 OFFICIAL_WEIGHTS = "models_t5_umt5-xxl-enc-bf16.pth"
 OFFICIAL_TOKENIZER = "google/umt5-xxl"
 TEXT_LEN = 512
-
-SAMPLES = 64
-SAMPLE_BYTES = 65536
 
 _OFFICIAL_TOP = {"token_embedding": "shared", "norm": "encoder.final_layer_norm"}
 _OFFICIAL_BLOCK = {
@@ -202,24 +200,8 @@ def load_text_encoder(
 
 
 def encoder_fingerprint(weights: Path, tokenizer: Path, dtype: torch.dtype) -> str:
-    """Digest of what decides an embedding: names, sizes and content of the files, and the precision.
-
-    Of large files evenly spaced samples are read, so that a fingerprint takes a fraction of a second.
-    """
-    digest = hashlib.sha256(str(dtype).encode())
-    for path in (weights, tokenizer):
-        for file in sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]:
-            size = file.stat().st_size
-            name = file.relative_to(path).as_posix() if path.is_dir() else file.name
-            digest.update(json.dumps([name, size]).encode())
-            with file.open("rb") as stream:
-                if size <= SAMPLES * SAMPLE_BYTES:
-                    digest.update(stream.read())
-                    continue
-                for sample in range(SAMPLES):
-                    stream.seek((size - SAMPLE_BYTES) * sample // (SAMPLES - 1))
-                    digest.update(stream.read(SAMPLE_BYTES))
-    return digest.hexdigest()
+    """Digest of what decides an embedding: the files and the precision."""
+    return fingerprint((weights, tokenizer), str(dtype))
 
 
 @dataclass(frozen=True)

@@ -81,8 +81,9 @@ def default_route_max_difference(setup: Setup, prompts: Sequence[VideoPrompt]) -
     texts, tape = setup.texts(prompts), setup.tape("checks")
     rollout = grow_roots(setup.generator, prompts, fork, texts, tape, replace(exploration, blocks=1))
     past = setup.generator.deployment.local_past
-    assert past is not None
-    first = max(setup.generator.deployment.sink, fork - past)
+    first = setup.generator.deployment.sink
+    if past is not None:
+        first = max(first, fork - past)
     route = tuple(range(first, fork - exploration.recent))
     one = replace(exploration, blocks=1)
     plain = [(index, None) for index in range(len(prompts))]

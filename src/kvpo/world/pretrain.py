@@ -47,7 +47,7 @@ class PretrainSettings:
     donor_share: float = 0.25
     """Share of the routed videos that are routed into another video's history."""
     reencoded_share: float = 0.5
-    """Share of the videos whose past before a prompt switch is encoded under the new prompt, as streams do."""
+    """Share of the videos whose past before a switch is encoded under the new prompt, as streams do."""
     context_noise: float = 0.15
     """Upper end of the noise mixed into the clean rows, so that the model forgives its own errors."""
     solver_share: float = 0.7
