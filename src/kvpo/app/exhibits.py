@@ -42,7 +42,8 @@ def explorer(setup: Setup, prompts: Sequence[VideoPrompt]) -> Explorer:
         generator=setup.generator,
         texts=setup.texts(prompts),
         tape=setup.tape("exploration"),
-        exploration=setup.config.exploration,
+        # A fork's diversity is measured on its own history; donors need other prompts beside it.
+        exploration=replace(setup.config.exploration, donor=0),
         judges=setup.judges,
         observe=observe,
         broken_below=BROKEN_BELOW,

@@ -97,11 +97,11 @@ def routed_context(
     table = [[[*sink, *(bank[n] if banked else []), *local] for sink, bank, local in rows] for n in layers]
     cache = histories[0].cache
     device = cache.keys_LQTND.device
-    pages = torch.tensor(table, dtype=torch.int64, device=device).view(len(layers), len(rows), -1)
+    pages_LRP = torch.tensor(table, dtype=torch.int64, device=device).view(len(layers), len(rows), -1)
     sparse = len(rows[0][0]) + (len(rows[0][1][0]) if banked else 0) if deployment.sparse_activation else 0
     return PageContext(
         cache=cache,
-        pages=pages if banked else pages.select(0, 0),
+        pages=pages_LRP if banked else pages_LRP[0],
         start_R=torch.tensor([history.end for history in histories], device=device),
         sparse_pages=sparse,
     )
@@ -138,13 +138,13 @@ def reencoding_context(deployment: Deployment, histories: Sequence[History]) -> 
         ]
         for n in layers
     ]
-    pages = torch.tensor(table, dtype=torch.int64, device=device).view(len(layers), len(histories), -1)
+    pages_LRP = torch.tensor(table, dtype=torch.int64, device=device).view(len(layers), len(histories), -1)
     context = PageContext(
         cache=histories[0].cache,
-        pages=pages if banked else pages.select(0, 0),
+        pages=pages_LRP if banked else pages_LRP[0],
         start_R=torch.full((len(histories),), start - frames, device=device),
         own_frames=None if own_sink else frames - deployment.sink,
-        sparse_pages=pages.shape[-1] if deployment.sparse_activation else 0,
+        sparse_pages=pages_LRP.shape[-1] if deployment.sparse_activation else 0,
         sparse_own=deployment.sink if own_sink and deployment.sparse_activation else 0,
     )
     return context, frames
