@@ -254,7 +254,8 @@ def _without_none(kind: Any) -> tuple[Any, bool]:
 
 def _settings_of(kind: type, prefix: str) -> list[Setting]:
     hints, docs = typing.get_type_hints(kind), _field_docs(kind)
-    names = [field.name for field in dataclasses.fields(kind) if field.name not in sections()]
+    inner = sections() if kind is Config else {}
+    names = [field.name for field in dataclasses.fields(kind) if field.name not in inner]
     return [Setting(prefix + name, hints[name], docs[name]) for name in names]
 
 

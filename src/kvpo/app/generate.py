@@ -93,9 +93,7 @@ def _prompts(config: Config, given: Path | str | Sequence[VideoPrompt] | None) -
     if given is None:
         chosen = [prompt for some in default_test_prompts(config).values() for prompt in some[:UNASKED]]
     elif isinstance(given, str | Path):
-        chosen = read_prompts(
-            given, num_frames=default_frames(config), switches=config.prompts.switches
-        )
+        chosen = read_prompts(given, num_frames=default_frames(config), switches=config.prompts.switches)
     else:
         chosen = list(given)
     numbered = [
@@ -139,9 +137,7 @@ def _write_videos(
     scale = max(1, -(-SHORTEST_SIDE // min(frames[0].shape[1:3])))
     for clip, content in clips.items():
         try:
-            write_video(
-                out / f"{clip}.mp4", content, backbone.codec.frames_per_second, scale=scale
-            )
+            write_video(out / f"{clip}.mp4", content, backbone.codec.frames_per_second, scale=scale)
         except OSError as error:
             raise StorageError(f"cannot save {out / clip}.mp4: {error}") from error
     return [out / f"{clip}.mp4" for clip in clips]

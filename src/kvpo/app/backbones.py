@@ -1,0 +1,303 @@
+"""Builds public Wan generators (LongLive, MemFlow, Self-Forcing) from their files, beside the embedded world."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from kvpo.app.build import (
+    SHORT_FRAMES,
+    build_backbone,
+    build_scorer,
+    build_world,
+    streaming_generator,
+    wan_shape,
+    world_test_prompts,
+)
+from kvpo.config import Config
+from kvpo.config_checks import ConfigurationError
+from kvpo.engine.noise import keyed_generator
+from kvpo.models.adapters import add_adapter, load_adapter, merge_adapter
+from kvpo.models.causal_wan import CausalWan
+from kvpo.models.checkpoints import AdapterState, assign_state, load_adapter_state, load_transformer_state
+from kvpo.models.hub import resolve
+from kvpo.models.tensor_files import fingerprint
+from kvpo.models.umt5 import (
+    PromptCache,
+    TextEncoder,
+    encoder_fingerprint,
+    load_text_encoder,
+    text_encoder_files,
+)
+from kvpo.models.wan_vae import WanVAE, load_wan_vae
+from kvpo.prompt_files import read_prompts
+from kvpo.prompts import VideoPrompt
+from kvpo.training.evaluation import Judges
+from kvpo.training.setup import Backbone, Setup
+
+WAYS_OUT = {
+    "checkpoint": "--checkpoint FILE, the transformer weights that belong to the preset (longlive_base.pt)",
+    "vae": "--backbone.vae PATH, such as Wan2.1_VAE.pth or Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
+    "text_encoder": "--backbone.text_encoder PATH, a Wan or diffusers model directory with UMT5 and tokenizer",
+}
+FRAMES_PER_SECOND = 16.0
+KINDS = {"short": "one prompt", "long": "several prompts"}
+
+
+@dataclass(frozen=True)
+class WanCodec:
+    """The Wan VAE as a codec; videos are decoded one by one, a latent frame at a time."""
+
+    vae: WanVAE
+    device: torch.device | str
+    frames_per_latent: int = 4
+    frames_per_second: float = FRAMES_PER_SECOND
+
+    def decode(self, latents_BTCHW: Tensor, before_TCHW: Tensor | None = None) -> Tensor:
+        """RGB ``[B, T', 3, H', W']`` in [0, 1] of latents ``[B, T, C, H, W]``; see the codec protocol."""
+        state = self.vae.start()
+        if before_TCHW is not None:
+            for frame in before_TCHW.to(self.device)[:, None, None]:
+                _, state = self.vae.decode_stream(frame, state)
+        return torch.cat([self.vae.decode_stream(row[None], state)[0]
+                          for row in latents_BTCHW.to(self.device)])  # fmt: skip
+
+
+@dataclass(frozen=True)
+class CachedTexts:
+    """Prompt embeddings from the cache on disk; the encoder is loaded for those it lacks, then let go."""
+
+    cache: PromptCache
+    load: Callable[[], TextEncoder]
+    device: torch.device | str
+
+    def __call__(self, texts: Sequence[str]) -> Tensor:
+        """Embeddings ``[n, text_len, text_dim]`` float32, padding rows zero."""
+        found = self.cache.embed(texts, self.load)
+        return torch.stack([found[text] for text in texts]).to(self.device, torch.float32)
+
+
+@dataclass(frozen=True)
+class FilePrompts:
+    """Training prompts of each update, a function of (seed, update) alone: each pass in another order.
+
+    Prompts of one update share their kind and length, so that they have forks in common.
+    """
+
+    prompts: tuple[VideoPrompt, ...]
+    seed: int
+    count: int
+
+    def __call__(self, update: int) -> list[VideoPrompt]:
+        shapes = sorted({_shape(prompt) for prompt in self.prompts})
+        draws = keyed_generator("prompt shape", self.seed, update)
+        weights = torch.tensor([sum(_shape(p) == s for p in self.prompts) for s in shapes]).float()
+        shape = shapes[int(torch.multinomial(weights, 1, generator=draws))]
+        alike = [prompt for prompt in self.prompts if _shape(prompt) == shape]
+        chosen = []
+        for position in range(update * self.count, (update + 1) * self.count):
+            turn, place = divmod(position, len(alike))
+            order = torch.randperm(len(alike), generator=keyed_generator("prompt order", self.seed, turn))
+            chosen.append(replace(alike[int(order[place])], id=position))
+        return chosen
+
+
+def _shape(prompt: VideoPrompt) -> tuple[int, tuple[int, ...]]:
+    return prompt.num_frames, prompt.switches
+
+
+def located(config: Config, name: str, *patterns: str) -> Path:
+    """Local path of a file or directory that the backbone needs.
+
+    Raises:
+        ConfigurationError: the setting is empty.
+        ValueError: it names nothing that exists.
+    """
+    location = vars(config.backbone)[name]
+    if not location:
+        raise ConfigurationError(
+            f"backbone.{name}: empty, but the generator of preset {config.preset!r} needs it; "
+            f"give {WAYS_OUT[name]}"
+        )
+    try:
+        return resolve(location, patterns=patterns, offline=config.backbone.offline)
+    except ValueError as error:
+        raise ValueError(f"backbone.{name}: {error}") from error
+
+
+def text_encoder(config: Config) -> CachedTexts:
+    """UMT5 behind its cache. Raises ValueError where its files are not to be found."""
+    root = located(config, "text_encoder", "models_t5*", "google/*", "text_encoder/*", "tokenizer/*")
+    if config.backbone.tokenizer:
+        weights = root
+        tokenizer = resolve(config.backbone.tokenizer, offline=config.backbone.offline)
+    else:
+        weights, tokenizer = text_encoder_files(root)
+    dtype = torch.float32 if config.optim.autocast == "none" else torch.bfloat16
+    length = config.model.text_len
+    cache = PromptCache(
+        Path(config.backbone.embeddings).expanduser(),
+        encoder_fingerprint(weights, tokenizer, dtype),
+        length,
+    )
+    load = partial(load_text_encoder, weights, tokenizer, text_len=length, device=config.device, dtype=dtype)
+    return CachedTexts(cache, load, config.device)
+
+
+def codec(config: Config) -> WanCodec:
+    """The VAE, checked against the generator's latents. Raises ValueError."""
+    vae = load_wan_vae(located(config, "vae", "vae/*", "Wan2.1_VAE.pth"), device=config.device)
+    channels = vae.model.config.z_dim
+    if channels != config.model.channels:
+        raise ValueError(
+            f"backbone.vae: latents of {channels} channels, model.channels is {config.model.channels}"
+        )
+    return WanCodec(vae, config.device, vae.model.config.scale_factor_temporal)
+
+
+def transformer(config: Config) -> tuple[CausalWan, str]:
+    """The transformer with what a configuration trains in it, and a digest of the files it came from.
+
+    The starting policy is the checkpoint with its given adapter, continued or merged (METHOD section 6).
+    Frozen weights are kept in the precision of the forward pass, trained ones in float32.
+    """
+    optim, backbone = config.optim, config.backbone
+    path = located(config, "checkpoint")
+    files = [path]
+    with torch.device("meta"):
+        model = CausalWan(wan_shape(config))
+    frozen_low = optim.train == "lora" and optim.autocast == "bfloat16"
+    dtype = torch.bfloat16 if frozen_low else torch.float32
+    assign_state(model, load_transformer_state(path), device=config.device, dtype=dtype)
+    model.requires_grad_(False)
+    model.checkpointing = optim.checkpointing
+    given: AdapterState | None = None
+    if backbone.lora:
+        files.append(resolve(backbone.lora, offline=backbone.offline))
+        given = load_adapter_state(files[-1])
+    if given is not None and backbone.lora_start == "merge":
+        merge_adapter(model, given)
+        given = None
+    if optim.train == "full":
+        model.requires_grad_(True)
+    elif given is None:
+        draws = keyed_generator("adapter", config.seed)
+        add_adapter(model, optim.lora_rank, optim.lora_alpha, optim.lora_targets, generator=draws)
+    else:
+        _demand_same_adapter(config, given)
+        load_adapter(model, given)
+    return model.to(config.device), fingerprint(files, backbone.lora_start if backbone.lora else "")
+
+
+def _demand_same_adapter(config: Config, given: AdapterState) -> None:
+    """A continued adapter brings its own rank and scale; the configuration must say the same."""
+    for name, value in (("lora_rank", given.rank), ("lora_alpha", given.alpha)):
+        if vars(config.optim)[name] != value:
+            raise ConfigurationError(
+                f"optim.{name}: {vars(config.optim)[name]}, but the adapter {config.backbone.lora} that is "
+                f"continued has {value:g}; set it to {value:g}, or backbone.lora_start to merge"
+            )
+
+
+def wan_backbone(config: Config) -> Backbone:
+    """A public generator from the files that ``config.backbone`` names.
+
+    Raises:
+        ConfigurationError: a file is not named.
+        ValueError: a file is absent, damaged, refused, or does not fit the configuration.
+    """
+    texts, pixels = text_encoder(config), codec(config)  # cheap to refuse, so before gigabytes are read
+    model, digest = transformer(config)
+    return Backbone(
+        config=config,
+        model=model,
+        base_sha256=digest,
+        generator=streaming_generator(config, model),
+        text_encoder=texts,
+        codec=pixels,
+    )
+
+
+def split_prompts(
+    config: Config,
+) -> tuple[list[VideoPrompt], dict[str, list[VideoPrompt]], dict[str, list[VideoPrompt]]]:
+    """The prompt file as training prompts, and validation and test sets by kind; the same for every seed.
+
+    Of each kind (one prompt, several) a fixed shuffle gives test, validation and training prompts in turn.
+
+    Raises:
+        ConfigurationError: no file, or too few prompts in it.
+        ValueError: the file is not one of prompts.
+    """
+    settings, evaluation = config.prompts, config.evaluation
+    if not settings.file:
+        raise ConfigurationError("prompts.file: empty; give --prompts FILE (.txt or .jsonl)")
+    every = read_prompts(settings.file, num_frames=settings.frames, switches=settings.switches)
+    training: list[VideoPrompt] = []
+    validation: dict[str, list[VideoPrompt]] = {}
+    test: dict[str, list[VideoPrompt]] = {}
+    for kind, words in KINDS.items():
+        own = [prompt for prompt in every if (len(prompt.segments) > 1) == (kind == "long")]
+        if not own:
+            continue
+        check_length(own, config)
+        held = evaluation.test_prompts + evaluation.validation_prompts
+        if len(own) <= held:
+            raise ConfigurationError(
+                f"prompts.file: {settings.file} has {len(own)} videos of {words}; "
+                f"evaluation.test_prompts + evaluation.validation_prompts = {held} leave none to train on: "
+                "lower them or add prompts"
+            )
+        order = torch.randperm(len(own), generator=keyed_generator("prompt split", kind)).tolist()
+        test[kind] = [own[n] for n in order[: evaluation.test_prompts]]
+        validation[kind] = [own[n] for n in order[evaluation.test_prompts : held]]
+        training += [own[n] for n in order[held:]]
+    return training, validation, test
+
+
+def check_length(prompts: Sequence[VideoPrompt], config: Config) -> None:
+    """Demand one length, in whole blocks: what is held out is generated together."""
+    lengths = sorted({prompt.num_frames for prompt in prompts})
+    block = config.stream.block
+    if len(lengths) > 1 or lengths[0] % block:
+        raise ConfigurationError(
+            f"prompts.file: videos of one kind must have one length, a multiple of stream.block = {block} "
+            f"latent frames; {config.prompts.file} has {', '.join(map(str, lengths))}"
+        )
+
+
+def build_wan(config: Config) -> Setup:
+    """A public generator to align, on the prompts of a file, with the reward that is named."""
+    training, validation, test = split_prompts(config)
+    scorer, weights = build_scorer(config)
+    backbone = wan_backbone(config)
+    return Setup(
+        **vars(backbone),
+        judges=Judges(backbone.codec, scorer, weights, None),
+        training_prompts=FilePrompts(tuple(training), config.seed, config.optim.prompts_per_update),
+        validation=validation,
+        test=test,
+    )
+
+
+def build_setup(config: Config) -> Setup:
+    """What a configuration aligns: a public generator, or the embedded world."""
+    return build_wan(config) if config.backbone.kind == "wan" else build_world(config)
+
+
+def load_backbone(config: Config) -> Backbone:
+    """What a configuration generates with."""
+    return wan_backbone(config) if config.backbone.kind == "wan" else build_backbone(config)
+
+
+def default_test_prompts(config: Config) -> dict[str, list[VideoPrompt]]:
+    """The test prompts of a configuration."""
+    return split_prompts(config)[2] if config.backbone.kind == "wan" else world_test_prompts(config)
+
+
+def default_frames(config: Config) -> int:
+    """Latent frames of a video whose length is not given."""
+    return config.prompts.frames if config.backbone.kind == "wan" else SHORT_FRAMES

@@ -1,0 +1,122 @@
+"""Files of a tiny public generator in the public layouts: weights, adapter, text encoder, VAE, prompts."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvpo.app.build import wan_shape
+from kvpo.app.configuration import preset
+from kvpo.config import Config
+from kvpo.models.checkpoints import PEFT_PREFIX
+from kvpo.prompts import ClipPrompt
+from tests.models.test_umt5 import tiny_encoder, tiny_tokenizer
+from tests.models.test_wan_vae import tiny_model as tiny_vae
+from tests.models.tiny import tiny_model
+
+SETTINGS: dict[str, Any] = {
+    "device": "cpu",
+    "model.dim": 24,
+    "model.num_heads": 2,
+    "model.num_layers": 2,
+    "model.ffn_dim": 40,
+    "model.freq_dim": 16,
+    "model.text_len": 8,
+    "model.text_dim": 12,
+    "model.channels": 4,
+    "model.latent_height": 2,
+    "model.latent_width": 2,
+    "exploration.branches": 3,
+    "exploration.blocks": 1,
+    "exploration.distinct": 2,
+    "exploration.tail_blocks": 1,
+    "objective.noise_floor": 0.0,
+    "objective.temperature": None,
+    "objective.simplex_kl": 0.1,
+    "optim.lora_rank": 2,
+    "optim.lora_alpha": 2,
+    "optim.lr": 1e-2,
+    "optim.ema_decay": 0.5,
+    "optim.warmup_updates": 1,
+    "optim.updates": 2,
+    "optim.prompts_per_update": 1,
+    "optim.rollouts_per_refresh": 1,
+    "optim.checkpointing": False,
+    "optim.autocast": "none",
+    "rewards.scorer": "tests.tiny_wan:brightness",
+    "evaluation.every": 2,
+    "evaluation.validation_prompts": 2,
+    "evaluation.test_prompts": 2,
+    "checkpoint.every": 1,
+    "prompts.frames": 18,
+    "prompts.switches": [9],
+}
+SENTENCES = [
+    "a red ball rolls left",
+    "the dog jumps",
+    "a ball",
+    "the red dog rolls",
+    "a dog",
+    "the ball jumps",
+]
+
+
+def brightness(video_BTCHW: Tensor, prompts: Sequence[ClipPrompt]) -> Tensor:
+    """A reward that anyone can check."""
+    return video_BTCHW.mean((1, 2, 3, 4))
+
+
+def write_text_and_pixels(directory: Path) -> None:
+    """UMT5 with its tokenizer, and the VAE, as diffusers lays them out."""
+    tiny_encoder().save_pretrained(directory / "text_encoder")
+    tiny_tokenizer().save_pretrained(directory / "tokenizer")
+    tiny_vae().save_pretrained(directory / "vae")
+
+
+def write_prompts(directory: Path, interactive: bool) -> Path:
+    """Six prompts of one segment, or of two."""
+    path = directory / ("prompts.jsonl" if interactive else "prompts.txt")
+    lines = SENTENCES
+    if interactive:
+        pairs = zip(SENTENCES, SENTENCES[1:] + SENTENCES[:1], strict=True)
+        lines = [json.dumps({"prompts": list(pair)}) for pair in pairs]
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def write_transformer(config: Config, path: Path) -> None:
+    """Random weights in the layout of LongLive and Self-Forcing."""
+    weights = tiny_model(wan_shape(config)).state_dict()
+    torch.save({"generator": {f"model.{name}": value for name, value in weights.items()}}, path)
+
+
+def write_lora(config: Config, path: Path) -> None:
+    """A random adapter of every target layer in the layout of lora.pt."""
+    model, draws = tiny_model(wan_shape(config)), torch.Generator().manual_seed(9)
+    tensors = {}
+    for name, module in model.named_modules():
+        if name.endswith(config.optim.lora_targets):
+            for half, size in (("A", (2, module.in_features)), ("B", (module.out_features, 2))):
+                key = f"{PEFT_PREFIX}{name}.lora_{half}.weight"
+                tensors[key] = 0.2 * torch.randn(size, generator=draws)
+    torch.save({"generator_lora": tensors, "critic_lora": {}, "step": 7}, path)
+
+
+def tiny_wan(name: str, directory: Path, *, interactive: bool = False, **changes: Any) -> Config:
+    """A preset shrunk to nothing, its files written to ``directory`` first."""
+    config = preset(name, SETTINGS)
+    if not (directory / "vae").exists():
+        write_text_and_pixels(directory)
+        write_transformer(config, directory / "base.pt")
+        write_lora(config, directory / "lora.pt")
+    files = {
+        "backbone.checkpoint": str(directory / "base.pt"),
+        "backbone.text_encoder": str(directory),
+        "backbone.vae": str(directory),
+        "backbone.embeddings": str(directory / "embeddings"),
+        "prompts.file": str(write_prompts(directory, interactive)),
+    }
+    return preset(name, SETTINGS | files | {key.replace("__", "."): value for key, value in changes.items()})
