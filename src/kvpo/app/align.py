@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from kvpo.app.backbones import build_setup
+from kvpo.app.build import build_setup
 from kvpo.app.exhibits import measure_diversity, write_branches, write_gallery
 from kvpo.app.progress import Bars, progress_bars
 from kvpo.config import Config

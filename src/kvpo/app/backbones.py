@@ -1,4 +1,4 @@
-"""Builds public Wan generators (LongLive, MemFlow, Self-Forcing) from their files, beside the embedded world."""
+"""Builds public Wan generators (LongLive, MemFlow, Self-Forcing) from their files, beside the world's own."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -9,13 +9,9 @@ import torch
 from torch import Tensor
 
 from kvpo.app.build import (
-    SHORT_FRAMES,
-    build_backbone,
     build_scorer,
-    build_world,
     streaming_generator,
     wan_shape,
-    world_test_prompts,
 )
 from kvpo.config import Config
 from kvpo.config_checks import ConfigurationError
@@ -41,7 +37,7 @@ from kvpo.training.setup import Backbone, Setup
 WAYS_OUT = {
     "checkpoint": "--checkpoint FILE, the transformer weights that belong to the preset (longlive_base.pt)",
     "vae": "--backbone.vae PATH, such as Wan2.1_VAE.pth or Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
-    "text_encoder": "--backbone.text_encoder PATH, a Wan or diffusers model directory with UMT5 and tokenizer",
+    "text_encoder": "--backbone.text_encoder PATH, a Wan or diffusers directory with UMT5 and tokenizer",
 }
 FRAMES_PER_SECOND = 16.0
 KINDS = {"short": "one prompt", "long": "several prompts"}
@@ -281,23 +277,3 @@ def build_wan(config: Config) -> Setup:
         validation=validation,
         test=test,
     )
-
-
-def build_setup(config: Config) -> Setup:
-    """What a configuration aligns: a public generator, or the embedded world."""
-    return build_wan(config) if config.backbone.kind == "wan" else build_world(config)
-
-
-def load_backbone(config: Config) -> Backbone:
-    """What a configuration generates with."""
-    return wan_backbone(config) if config.backbone.kind == "wan" else build_backbone(config)
-
-
-def default_test_prompts(config: Config) -> dict[str, list[VideoPrompt]]:
-    """The test prompts of a configuration."""
-    return split_prompts(config)[2] if config.backbone.kind == "wan" else world_test_prompts(config)
-
-
-def default_frames(config: Config) -> int:
-    """Latent frames of a video whose length is not given."""
-    return config.prompts.frames if config.backbone.kind == "wan" else SHORT_FRAMES

@@ -256,3 +256,35 @@ def build_world(config: Config, base: Path | None = None) -> Setup:
 def wan_shape(config: Config) -> WanShape:
     """Geometry of a configuration's transformer."""
     return WanShape(**asdict(config.model))
+
+
+def build_setup(config: Config) -> Setup:
+    """What a configuration aligns: a public generator, or the embedded world."""
+    if config.backbone.kind == "world":
+        return build_world(config)
+    from kvpo.app.backbones import build_wan  # its libraries take seconds to import
+
+    return build_wan(config)
+
+
+def load_backbone(config: Config) -> Backbone:
+    """What a configuration generates with."""
+    if config.backbone.kind == "world":
+        return build_backbone(config)
+    from kvpo.app.backbones import wan_backbone
+
+    return wan_backbone(config)
+
+
+def default_test_prompts(config: Config) -> dict[str, list[VideoPrompt]]:
+    """The test prompts of a configuration."""
+    if config.backbone.kind == "world":
+        return world_test_prompts(config)
+    from kvpo.app.backbones import split_prompts
+
+    return split_prompts(config)[2]
+
+
+def default_frames(config: Config) -> int:
+    """Latent frames of a video whose length is not given."""
+    return SHORT_FRAMES if config.backbone.kind == "world" else config.prompts.frames

@@ -127,6 +127,25 @@ def _evaluate(arguments: Namespace) -> None:
     print(out)
 
 
+def _export_arguments(parser: ArgumentParser) -> None:
+    _run_argument(parser)
+    _checkpoint_argument(parser)
+    parser.add_argument(
+        "--layout",
+        choices=("peft", "diffusers-lora", "diffusers", "pt"),
+        default="peft",
+        help="the adapter for PEFT or diffusers, or all weights as a diffusers directory or public .pt file "
+        "(default: peft)",
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="PATH", help="new directory, or .pt file")
+
+
+def _export(arguments: Namespace) -> None:
+    from kvpo.app.export import export
+
+    print(export(arguments.run, arguments.out, layout=arguments.layout, checkpoint=arguments.checkpoint))
+
+
 def _pretrain_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="safetensors file to write")
     parser.add_argument("--steps", type=int, metavar="INT", help="optimiser steps (default: as shipped)")
@@ -179,6 +198,7 @@ COMMANDS = (
     Command("align", "align a generator with a reward", _align_arguments, _align, configured=True),
     Command("generate", "generate videos from prompts", _generate_arguments, _generate, configured=True),
     Command("evaluate", "compare base and aligned model on held-out prompts", _evaluate_arguments, _evaluate),
+    Command("export", "write what a run trained for other programs", _export_arguments, _export),
     Command("pretrain", "rebuild the embedded base model", _pretrain_arguments, _pretrain, configured=True),
     Command("report", "write the HTML report of a run", _report_arguments, _report),
 )

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from kvpo.app.backbones import build_setup
+from kvpo.app.build import build_setup
 from kvpo.app.configuration import resolve
 from kvpo.app.progress import Bars, progress_bars
 from kvpo.training.checkpoint import find_checkpoint

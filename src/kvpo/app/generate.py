@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from kvpo.app.backbones import default_frames, default_test_prompts, load_backbone
+from kvpo.app.build import default_frames, default_test_prompts, load_backbone
 from kvpo.app.exhibits import as_bytes
 from kvpo.app.progress import Bars, progress_bars
 from kvpo.config import Config

@@ -1,0 +1,57 @@
+"""`kvpo export`: what a run trained, in the layouts that other programs load."""
+
+from pathlib import Path
+from typing import Literal
+
+from kvpo.app.build import load_backbone, wan_shape
+from kvpo.app.configuration import resolve
+from kvpo.config_checks import ConfigurationError
+from kvpo.models.adapters import adapter_state, merged_state
+from kvpo.models.export import (
+    save_diffusers_adapter,
+    save_diffusers_transformer,
+    save_peft_adapter,
+    save_public_checkpoint,
+)
+from kvpo.training.checkpoint import find_checkpoint
+from kvpo.training.policy import exchanged, policy_of
+from kvpo.training.run import load_average
+
+Layout = Literal["peft", "diffusers-lora", "diffusers", "pt"]
+
+
+def export(run: Path | str, out: Path | str, *, layout: Layout, checkpoint: str | None = None) -> Path:
+    """Write a run's model, the moving average of what it trained, and return the path written.
+
+    Args:
+        layout: ``peft`` or ``diffusers-lora``, the adapter alone; ``diffusers`` or ``pt``, all weights with
+            the adapter merged, as a diffusers directory or as the public ``.pt`` file.
+        checkpoint: best, latest, an update, a directory; None: the best.
+
+    Raises:
+        ConfigurationError: an adapter of a run that trained all parameters.
+        ValueError: a run, checkpoint or target that cannot be used.
+    """
+    run, out = Path(run), Path(out)
+    config = resolve(None, run / "config.yaml", {})
+    adapted = config.optim.train == "lora"
+    if layout in ("peft", "diffusers-lora") and not adapted:
+        raise ConfigurationError(
+            f"--layout {layout}: {run} trained all parameters (optim.train full) and has no adapter; "
+            "use diffusers or pt"
+        )
+    path = find_checkpoint(run / "checkpoints", checkpoint)
+    backbone = load_backbone(config)
+    policy = policy_of(backbone.model, adapted=adapted)
+    with exchanged(policy.parameters, load_average(backbone, policy, path)):
+        match layout:
+            case "peft":
+                base = config.backbone.checkpoint
+                save_peft_adapter(out, adapter_state(backbone.model), base_model=base)
+            case "diffusers-lora":
+                save_diffusers_adapter(out, adapter_state(backbone.model))
+            case "diffusers":
+                save_diffusers_transformer(out, merged_state(backbone.model), wan_shape(config))
+            case "pt":
+                save_public_checkpoint(out, merged_state(backbone.model))
+    return out
