@@ -153,19 +153,30 @@ def draw_routes(
 
 
 def rollout_pages(
-    generator: StreamingGenerator, exploration: ExplorationConfig, *, groups: int, fork: int, num_frames: int
+    generator: StreamingGenerator,
+    exploration: ExplorationConfig,
+    *,
+    groups: int,
+    fork: int,
+    num_frames: int,
+    replayed: int = 0,
 ) -> int:
-    """Pages a rollout needs at most: the roots' resident history and the branches' own recent blocks.
+    """Pages a rollout and its replay need at most: the roots' resident history, and the branches' own blocks.
 
-    A branch lets go of its own blocks as its window moves on, so a long tail costs no pages.
+    A branch lets go of its own blocks as its window moves on, so a long tail costs no pages. ``replayed``
+    members are replayed together (0: all).
     """
     deployment = generator.deployment
-    rows = exploration.rows or groups * (exploration.branches + 1)
+    members = groups * (exploration.branches + 1)
+    rows = min(exploration.rows or members, members)
     span = (exploration.blocks + exploration.tail_blocks) * generator.block
     kept = min(span, branch_frames(generator, exploration) or span) + generator.block
     reencoded = deployment.reencoded(num_frames) if exploration.tail_blocks else 0
-    own = kept + reencoded + bank_pages(generator, span)
-    return groups * stream_pages(generator, fork, exploration.resident_frames or fork) + rows * own
+    bank = bank_pages(generator, span)
+    rolled = rows * (kept + reencoded + bank)
+    replay = (replayed or members) * ((exploration.blocks - 1) * generator.block + bank)
+    roots = groups * stream_pages(generator, fork, exploration.resident_frames or fork)
+    return roots + max(rolled, replay)
 
 
 def branch_frames(generator: StreamingGenerator, exploration: ExplorationConfig) -> int:
@@ -181,14 +192,20 @@ def grow_roots(
     texts: TextTable,
     tape: Tape,
     exploration: ExplorationConfig,
+    *,
+    replayed: int = 0,
 ) -> Rollout:
-    """Stream every prompt in its deployment context up to the fork; a switch there is already acted on."""
+    """Stream every prompt in its deployment context up to the fork; a switch there is already acted on.
+
+    ``replayed`` members will be replayed together (0: all): pages are set aside for them.
+    """
     pages = rollout_pages(
         generator,
         exploration,
         groups=len(prompts),
         fork=fork,
         num_frames=max(prompt.num_frames for prompt in prompts),
+        replayed=replayed,
     )
     cache = generator.new_cache(pages)
     roots = [open_stream(generator, cache, prompt) for prompt in prompts]
@@ -274,9 +291,14 @@ def collect(
     tape: Tape,
     exploration: ExplorationConfig,
     key: tuple[int | str, ...],
+    *,
+    replayed: int = 0,
 ) -> Rollout:
-    """Roots, branches and anchors of one rollout; ``key`` seeds the routes."""
-    rollout = grow_roots(generator, prompts, fork, texts, tape, exploration)
+    """Roots, branches and anchors of one rollout; ``key`` seeds the routes.
+
+    ``replayed`` members will be replayed together (0: all).
+    """
+    rollout = grow_roots(generator, prompts, fork, texts, tape, exploration, replayed=replayed)
     sink = generator.deployment.sink
     pool = route_pool(fork, sink=sink, recent=exploration.recent, resident=exploration.resident_frames)
     draws = keyed_generator("routes", *key)

@@ -339,7 +339,7 @@ def stream_pages(generator: StreamingGenerator, num_frames: int, resident: int =
 
 
 def bank_pages(generator: StreamingGenerator, num_frames: int) -> int:
-    """Pages that a memory bank holds at most after ``num_frames`` frames: layers may keep different frames."""
+    """Pages a memory bank holds at most after ``num_frames`` frames; layers may keep different frames."""
     deployment = generator.deployment
     if not deployment.bank_size:
         return 0

@@ -67,6 +67,11 @@ class Replayed:
     """Group index -> [P, S, F, C, H, W]."""
 
 
+def members_together(rows: int, blocks: int, steps: int) -> int:
+    """Members that one replay micro-batch of at most ``rows`` forward rows holds; 0: no limit."""
+    return max(1, rows // (blocks * steps)) if rows else 0
+
+
 def micro_batches(replayer: Replayer, trained: Sequence[Trained]) -> list[list[tuple[int, int]]]:
     """(group index, member) pairs split into micro-batches of at most ``replayer.rows`` forward rows.
 
@@ -77,8 +82,8 @@ def micro_batches(replayer: Replayer, trained: Sequence[Trained]) -> list[list[t
     for index, item in enumerate(trained):
         branches = item.credit.branches if weight < 1 else ()
         pairs += [(index, branch) for branch in branches] + [(index, item.anchor)]
-    rows_each = trained[0].group.blocks * replayer.config.grad_steps
-    size = max(1, replayer.rows // rows_each) if replayer.rows else len(pairs)
+    together = members_together(replayer.rows, trained[0].group.blocks, replayer.config.grad_steps)
+    size = together or len(pairs)
     return [pairs[at : at + size] for at in range(0, len(pairs), size)]
 
 

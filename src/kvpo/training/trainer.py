@@ -16,7 +16,13 @@ from kvpo.engine.stream import TextTable
 from kvpo.method.diagnostics import GroupDiagnostics, group_diagnostics, update_diagnostics
 from kvpo.prompts import VideoPrompt
 from kvpo.training.credit import assign_credit
-from kvpo.training.gradients import Replayer, Trained, accumulate_gradients, energies_of
+from kvpo.training.gradients import (
+    Replayer,
+    Trained,
+    accumulate_gradients,
+    energies_of,
+    members_together,
+)
 from kvpo.training.policy import MovingAverage, policy_of
 from kvpo.training.setup import Backbone, Setup
 from kvpo.training.state import (
@@ -99,6 +105,9 @@ class Trainer:
             setup.tape("training"),
             config.exploration,
             (config.seed, update),
+            replayed=members_together(
+                config.optim.replay_rows, config.exploration.blocks, config.objective.grad_steps
+            ),
         )
         scores = score_groups(
             rollout.groups, setup.judges.codec, setup.judges.scorer, block=setup.generator.block
