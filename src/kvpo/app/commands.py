@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from kvpo.app import reward_commands
 from kvpo.app.configuration import resolve, resolve_resumed
 from kvpo.config import Config
 from kvpo.config_checks import ConfigurationError
@@ -201,4 +202,11 @@ COMMANDS = (
     Command("export", "write what a run trained for other programs", _export_arguments, _export),
     Command("pretrain", "rebuild the embedded base model", _pretrain_arguments, _pretrain, configured=True),
     Command("report", "write the HTML report of a run", _report_arguments, _report),
+    Command("score", "score a folder of videos", reward_commands.score_arguments, reward_commands.score),
+    Command(
+        "calibrate",
+        "measure a reward's noise floor",
+        reward_commands.calibrate_arguments,
+        reward_commands.calibrate,
+    ),
 )

@@ -1,0 +1,249 @@
+"""Measures how much a reward moves under changes that nobody would call better or worse: its noise floor."""
+
+import json
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from math import ceil, isqrt
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kvpo import __version__
+from kvpo.app.named_rewards import NamedReward, named_rewards
+from kvpo.app.score import as_video, file_prompts, find_videos
+from kvpo.prompts import ClipPrompt
+from kvpo.report.video import read_video, write_video
+from kvpo.rewards.sampling import file_clips
+from kvpo.rewards.video_files import probe, read_frames
+
+FRAMES = 17
+"""Most frames of a clip that is measured."""
+DEMO_CLIPS, DEMO_FRAMES, DEMO_RATE = 8, 15, 8.0
+LARGEST_DEMO_SIDE = 256
+SMALLEST_ENCODED_SIDE = 128
+"""Smaller clips are enlarged for encoding: video codecs store colours at half resolution."""
+QUALITIES = (18, 23)
+"""H.264 constant rate factors: visually lossless, and the default of most tools."""
+SHIFTS = ((1, 0), (-1, 0), (0, 1), (0, -1))
+NOISE_DRAWS = 3
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A clip to measure on."""
+
+    name: str
+    video_TCHW: Tensor
+    frame_rate: float
+    prompt: str
+
+
+@dataclass(frozen=True)
+class Jitter:
+    """How one kind of change moves a score, over clips and draws."""
+
+    rms: float
+    bias: float
+    """Mean change: a part of the movement that all clips share."""
+    largest: float
+
+
+@dataclass(frozen=True)
+class ComponentNoise:
+    """What was measured of one number."""
+
+    noise_floor: float
+    """Standard deviation of one clip's score under harmless changes, root mean square over clips."""
+    spread_between_clips: float
+    """Standard deviation of the unchanged clips' scores, for comparison."""
+    changes: dict[str, Jitter]
+
+
+def reencoded(sample: Sample, quality: int) -> Tensor:
+    """The clip after a round trip through an H.264 file."""
+    frames, _, height, width = sample.video_TCHW.shape
+    scale = ceil(SMALLEST_ENCODED_SIDE / min(height, width))
+    pixels = (sample.video_TCHW * 255).round().to(torch.uint8).movedim(1, -1)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "clip.mp4"
+        write_video(path, pixels, min(sample.frame_rate, 120.0), scale=scale, quality=quality)
+        decoded, _ = read_video(path)
+    video = as_video(decoded[:frames])[0][..., : height * scale, : width * scale]
+    return F.avg_pool2d(video, scale) if scale > 1 else video
+
+
+def shifted(video_TCHW: Tensor, dx: int, dy: int) -> Tensor:
+    """The clip moved by whole pixels, its border repeated."""
+    height, width = video_TCHW.shape[-2:]
+    rows = (torch.arange(height) - dy).clamp(0, height - 1)
+    columns = (torch.arange(width) - dx).clamp(0, width - 1)
+    return video_TCHW[..., rows[:, None], columns]
+
+
+def noisy(video_TCHW: Tensor, generator: torch.Generator) -> Tensor:
+    """The clip with every value one grey level up, down, or as it was."""
+    steps = torch.randint(-1, 2, video_TCHW.shape, generator=generator)
+    return (video_TCHW + steps / 255).clamp(0, 1)
+
+
+def harmless_changes(sample: Sample, seed: int) -> dict[str, list[Tensor]]:
+    """Kind of change -> versions of the clip."""
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        "re-encoding": [reencoded(sample, quality) for quality in QUALITIES],
+        "one pixel": [shifted(sample.video_TCHW, dx, dy) for dx, dy in SHIFTS],
+        "one grey level": [noisy(sample.video_TCHW, generator) for _ in range(NOISE_DRAWS)],
+    }
+
+
+def measure(
+    reward: NamedReward, samples: Sequence[Sample], seed: int, done: Callable[[int], None] = lambda n: None
+) -> dict[str, ComponentNoise]:
+    """Noise of every component and of their weighted ``total``.
+
+    Every changed version shares a batch with its original, once before and once after it; what that does to
+    the original's own score is the change "order of the batch".
+    """
+    original: dict[str, list[float]] = {}
+    deltas: dict[str, dict[str, list[list[float]]]] = {}
+    for number, sample in enumerate(samples):
+        prompt = ClipPrompt(sample.prompt)
+        alone = _totalled(reward, reward.score(sample.video_TCHW[None], [prompt]))
+        for name, value in alone.items():
+            original.setdefault(name, []).append(float(value))
+        for kind, versions in harmless_changes(sample, seed + number).items():
+            for index, version in enumerate(versions):
+                place = index % 2
+                pair = [sample.video_TCHW, sample.video_TCHW]
+                pair[1 - place] = version
+                scores = _totalled(reward, reward.score(torch.stack(pair), [prompt, prompt]))
+                for name, values in scores.items():
+                    moved = {kind: values[1 - place], "order of the batch": values[place]}
+                    for what, value in moved.items():
+                        per_clip = deltas.setdefault(name, {}).setdefault(what, [])
+                        if len(per_clip) == number:
+                            per_clip.append([])
+                        per_clip[number].append(float(value - alone[name]))
+        done(number + 1)
+    return {name: _noise(original[name], deltas[name]) for name in original}
+
+
+def _totalled(reward: NamedReward, scores: dict[str, Tensor]) -> dict[str, Tensor]:
+    if len(scores) == 1:
+        return scores
+    return scores | {"total": torch.stack([w * scores[name] for name, w in reward.weights.items()]).sum(0)}
+
+
+def _noise(original: list[float], deltas: dict[str, list[list[float]]]) -> ComponentNoise:
+    variances = []
+    for clip in range(len(original)):
+        # the original is one version of the clip, and so is each of its changes
+        versions = torch.tensor([0.0, *(delta for kind in deltas.values() for delta in kind[clip])])
+        variances.append(versions.var(correction=1))
+    changes = {}
+    for kind, per_clip in deltas.items():
+        moved = torch.tensor(per_clip).flatten()
+        changes[kind] = Jitter(
+            float(moved.square().mean().sqrt()), float(moved.mean()), float(moved.abs().max())
+        )
+    spread = float(torch.tensor(original).std(correction=1)) if len(original) > 1 else 0.0
+    return ComponentNoise(float(torch.stack(variances).mean().sqrt()), spread, changes)
+
+
+def folder_samples(folder: Path, reward: NamedReward, prompts: Path | None, count: int) -> list[Sample]:
+    """The first clip of each of the first ``count`` videos of a folder.
+
+    Raises:
+        ValueError: a video that cannot be read or is too short.
+    """
+    files = find_videos(folder)
+    root = folder if folder.is_dir() else folder.parent
+    names = [str(path.relative_to(root)) for path in files]
+    texts = file_prompts(prompts, names) if prompts else [""] * len(files)
+    needs = max(reward.declarations, key=lambda declaration: declaration.min_frames)
+    samples = []
+    for path, name, text in list(zip(files, names, texts, strict=True))[:count]:
+        try:
+            video = probe(path)
+            indices = file_clips(needs, video.num_frames, video.frame_rate)[0][:FRAMES]
+            frames = read_frames(video, indices, needs.max_pixels)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+        samples.append(Sample(name, as_video(frames)[0], video.frame_rate, text))
+    return samples
+
+
+def demo_samples(reward: NamedReward, seed: int) -> list[Sample]:
+    """Clips of the embedded world with their captions, enlarged as far as the reward looks."""
+    from kvpo.world.render import render
+    from kvpo.world.stories import distinct_stories
+
+    generator = torch.Generator().manual_seed(seed)
+    samples = []
+    for number, story in enumerate(distinct_stories("validation", DEMO_CLIPS, 1, DEMO_FRAMES, seed)):
+        video = (render(story, generator) * 255).round() / 255
+        side = min(LARGEST_DEMO_SIDE, isqrt(min(d.max_pixels for d in reward.declarations)))
+        scale = max(1, side // video.shape[-1])
+        video = video.repeat_interleave(scale, -1).repeat_interleave(scale, -2)
+        samples.append(Sample(f"demo {number + 1}", video, DEMO_RATE, story.acts[0].caption))
+    return samples
+
+
+def calibrate(
+    name: str,
+    folder: Path | None,
+    *,
+    prompts: Path | None = None,
+    clips: int = 8,
+    seed: int = 0,
+    out: Path,
+    sources: Mapping[str, str] | None = None,
+    device: str = "cpu",
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[str, ComponentNoise]:
+    """Measure reward ``name`` on a folder's videos, or on generated clips, and write ``out`` (JSON).
+
+    Raises:
+        ValueError: unknown reward, nothing to measure on, a reward that fails.
+    """
+    if clips < 1:
+        raise ValueError(f"clips must be at least 1, got {clips}")
+    (reward,) = named_rewards([name], sources, device=device, prompts=folder is None or prompts is not None)
+    samples = (
+        demo_samples(reward, seed)[:clips]
+        if folder is None
+        else folder_samples(folder, reward, prompts, clips)
+    )
+    found = measure(reward, samples, seed, lambda done: progress(done, len(samples)))
+    last = list(found)[-1]  # the total where there are several components
+    record = {
+        "reward": name,
+        "noise_floor": found[last].noise_floor,
+        "components": {component: asdict(noise) for component, noise in found.items()},
+        "clips": [sample.name for sample in samples],
+        "seed": seed,
+        "kvpo": __version__,
+    }
+    out.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    return found
+
+
+def table(found: Mapping[str, ComponentNoise]) -> str:
+    """The measurement as text: per component the noise floor, the spread between clips, and every change."""
+    kinds = list(next(iter(found.values())).changes)
+    header = ["", "noise floor", "clips differ by", *kinds]
+    rows = [
+        [name, noise.noise_floor, noise.spread_between_clips, *(noise.changes[kind].rms for kind in kinds)]
+        for name, noise in found.items()
+    ]
+    cells = [header, *([str(row[0]), *(f"{value:.2e}" for value in row[1:])] for row in rows)]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
+    return "\n".join(
+        "  ".join(
+            c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in cells
+    )

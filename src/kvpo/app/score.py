@@ -1,0 +1,213 @@
+"""Scores a folder of videos: a table, a JSON file, and a page with the clips sorted by score."""
+
+import json
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kvpo.app.named_rewards import NamedReward, named_rewards
+from kvpo.prompt_files import read_prompts
+from kvpo.prompts import ClipPrompt
+from kvpo.report.scores import Entry, write_page
+from kvpo.report.video import enlarge, video_bytes
+from kvpo.rewards.sampling import file_clips
+from kvpo.rewards.video_files import SUFFIXES, VideoFile, probe, read_frames
+
+PREVIEW_SECONDS = 4.0
+PREVIEW_FRAMES = 48
+PREVIEW_PIXELS = 256 * 448
+PREVIEW_BYTES = 120_000
+PREVIEWS_BYTES = 12_000_000
+"""All previews of a page together; files beyond them are listed without."""
+
+
+@dataclass
+class FileScore:
+    """What came of one file."""
+
+    path: Path
+    name: str
+    """Path below the scored folder."""
+    prompt: str
+    scores: dict[str, float] = field(default_factory=dict)
+    problems: dict[str, str] = field(default_factory=dict)
+    """Reward -> why it could not be scored."""
+
+
+def find_videos(folder: Path) -> list[Path]:
+    """Video files in a folder and below it, by name; a file is taken as it is.
+
+    Raises:
+        ValueError: no such folder, no video in it.
+    """
+    if folder.is_file():
+        return [folder]
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: no such folder")
+    found = sorted(
+        path
+        for path in folder.rglob("*")
+        if path.suffix.lower() in SUFFIXES
+        and path.is_file()
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    )
+    if not found:
+        raise ValueError(f"{folder}: no video files in it ({' '.join(sorted(SUFFIXES))})")
+    return found
+
+
+def file_prompts(path: Path, names: Sequence[str]) -> list[str]:
+    """The prompt of every file.
+
+    ``path`` is JSON that maps file names to prompts, or a prompt file with one prompt per file in the order
+    of their names.
+
+    Raises:
+        ValueError: files without a prompt, another number of prompts than files, several segments in one.
+    """
+    if path.suffix.lower() != ".json":
+        prompts = read_prompts(path, num_frames=1)
+        if len(prompts) != len(names):
+            raise ValueError(
+                f"{path}: {len(prompts)} prompts for {len(names)} files: give one per file in the order of "
+                "their names, or a .json file that maps names to prompts"
+            )
+        return [prompt.segments[0] for prompt in prompts]
+    try:
+        given = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: cannot be read as JSON: {error}") from error
+    if not isinstance(given, dict) or not all(isinstance(text, str) for text in given.values()):
+        raise ValueError(f"{path}: expected a JSON object that maps file names to prompts")
+    known = {name: given[key] for name in names for key in (Path(name).name, name) if key in given}
+    if absent := [name for name in names if name not in known]:
+        raise ValueError(
+            f"{path}: no prompt for {absent[0]}" + f" and {len(absent) - 1} more" * (len(absent) > 1)
+        )
+    return [known[name] for name in names]
+
+
+def as_video(frames_THWC: np.ndarray) -> Tensor:
+    """Frames read from a file as a clip [1, T, 3, H, W] in [0, 1]."""
+    return torch.from_numpy(frames_THWC).movedim(-1, 1)[None].float() / 255
+
+
+def score_file(path: Path, prompt: str, rewards: Sequence[NamedReward], result: FileScore) -> FileScore:
+    """Fill ``result`` with every reward's components; whatever goes wrong is a problem of this file alone."""
+    try:
+        video = probe(path)
+    except ValueError as error:
+        result.problems = {reward.name: str(error) for reward in rewards}
+        return result
+    for reward in rewards:
+        try:
+            result.scores |= _score(video, prompt, reward)
+        except Exception as error:  # a scorer may raise anything, and the other files shall still be scored
+            text = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+            result.problems[reward.name] = " ".join(text.split())
+    return result
+
+
+def _score(video: VideoFile, prompt: str, reward: NamedReward) -> dict[str, float]:
+    """Mean over the clips of a file of every component's score; one clip is in memory at a time."""
+    needs = max(reward.declarations, key=lambda declaration: declaration.min_frames)
+    rows = []
+    for indices in file_clips(needs, video.num_frames, video.frame_rate):
+        clip = as_video(read_frames(video, indices, needs.max_pixels))
+        rows.append(reward.score(clip, [ClipPrompt(prompt)]))
+    return {name: float(torch.cat([row[name] for row in rows]).mean()) for name in rows[0]}
+
+
+def preview(path: Path) -> bytes:
+    """A small mp4 of a file's first seconds; ValueError if it cannot be read."""
+    video = probe(path)
+    shown = min(video.num_frames, max(1, math.ceil(PREVIEW_SECONDS * video.frame_rate)))
+    stride = -(-shown // PREVIEW_FRAMES)
+    frames = read_frames(video, range(0, shown, stride), PREVIEW_PIXELS)
+    scale = max(1, 256 // min(frames.shape[1:3]))
+    large = np.stack([enlarge(frame, scale) for frame in frames])
+    return video_bytes(large, min(60.0, max(1.0, video.frame_rate / stride)), PREVIEW_BYTES)
+
+
+def score_folder(
+    folder: Path,
+    names: Sequence[str],
+    *,
+    prompts: Path | None,
+    out: Path,
+    sources: Mapping[str, str] | None = None,
+    device: str = "cpu",
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> list[FileScore]:
+    """Score every video of ``folder``, write ``out`` (HTML) and a JSON file beside it; best first.
+
+    Raises:
+        ValueError: nothing to score, or not one file could be scored.
+    """
+    files = find_videos(folder)
+    root = folder if folder.is_dir() else folder.parent
+    shown = [str(path.relative_to(root)) for path in files]
+    texts = file_prompts(prompts, shown) if prompts else [""] * len(files)
+    rewards = named_rewards(names, sources, device=device, prompts=prompts is not None)
+    results = []
+    for number, (path, name, text) in enumerate(zip(files, shown, texts, strict=True)):
+        progress(number, len(files))
+        results.append(score_file(path, text, rewards, FileScore(path, name, text)))
+    progress(len(files), len(files))
+    columns = [component for reward in rewards for component in reward.scorer.components]
+    columns.sort(key=lambda c: names.index(c) if c in names else len(names))
+    if not any(result.scores for result in results):
+        first = next(iter(results[0].problems.values()))
+        raise ValueError(f"none of {len(files)} file(s) could be scored; {results[0].name}: {first}")
+    results.sort(key=lambda r: (-r.scores.get(columns[0], -math.inf), r.name))
+    _write_json(out.with_suffix(".json"), results)
+    write_page(out, str(folder), columns, [_entry(result, out) for result in results], _previews(results))
+    return results
+
+
+def _entry(result: FileScore, out: Path) -> Entry:
+    link = os.path.relpath(result.path.resolve(), out.resolve().parent)
+    return Entry(result.name, link, result.prompt, result.scores, result.problems)
+
+
+def _previews(results: Sequence[FileScore]) -> dict[str, bytes]:
+    """Previews by name, best and worst first, as far as they fit."""
+    readable = [result for result in results if result.scores]
+    ends = [readable[i // 2 if i % 2 == 0 else -1 - i // 2] for i in range(len(readable))]
+    found: dict[str, bytes] = {}
+    left = PREVIEWS_BYTES
+    for result in ends:
+        try:
+            content = preview(result.path)
+        except ValueError:
+            continue  # listed without a picture
+        if len(content) > left:
+            break
+        found[result.name], left = content, left - len(content)
+    return found
+
+
+def _write_json(path: Path, results: Sequence[FileScore]) -> None:
+    rows = [{"file": r.name, "prompt": r.prompt, "scores": r.scores, "problems": r.problems} for r in results]
+    path.write_text(json.dumps(rows, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def table(results: Sequence[FileScore]) -> str:
+    """The scores as text, full file names last so that no terminal width cuts them."""
+    columns = list(dict.fromkeys(name for result in results for name in result.scores))
+    widths = [max(10, len(column)) for column in columns]
+    lines = ["  ".join([*(c.rjust(w) for c, w in zip(columns, widths, strict=True)), "file"])]
+    for result in results:
+        cells = [
+            (f"{result.scores[c]:.4f}" if c in result.scores else "-").rjust(w)
+            for c, w in zip(columns, widths, strict=True)
+        ]
+        reasons = dict.fromkeys(result.problems.values())
+        lines.append("  ".join([*cells, result.name]) + "".join(f"  (not scored: {r})" for r in reasons))
+    return "\n".join(lines)

@@ -1,0 +1,217 @@
+"""Rewards on CLIP: text similarity (CLIP score, PickScore, HPSv2) and the LAION aesthetic head.
+
+All score single frames, up to FRAMES of them spread over the clip, and average.
+"""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AutoTokenizer, CLIPConfig, CLIPModel, PreTrainedTokenizerBase
+
+from kvpo.models.tensor_files import only_tensors, read_file, read_tensors
+from kvpo.rewards.declarations import DECLARATIONS
+from kvpo.rewards.images import CLIP_MEAN, CLIP_STD, fit_and_crop, fit_and_pad, normalised
+from kvpo.rewards.pretrained import load_strict, strict_pretrained, without_weights
+from kvpo.rewards.protocol import Declaration
+from kvpo.rewards.sampling import checked_batch, present_frames
+
+FRAMES = 8
+TEXT_TOKENS = 77
+
+
+def spread_frames(video_TCHW: Tensor) -> Tensor:
+    """Up to FRAMES frames, evenly from the first to the last."""
+    count = min(FRAMES, len(video_TCHW))
+    return video_TCHW[torch.linspace(0, len(video_TCHW) - 1, count).round().long()]
+
+
+def image_features(model: CLIPModel, frames_NCHW: Tensor, fit: Callable[[Tensor, int], Tensor]) -> Tensor:
+    """Unit image features [N, D] in float32."""
+    weight = model.visual_projection.weight
+    fitted = fit(frames_NCHW.to(weight.device), model.config.vision_config.image_size)
+    pixels = normalised(fitted, CLIP_MEAN, CLIP_STD).to(weight.dtype)
+    pooled = model.vision_model(pixel_values=pixels).pooler_output
+    return F.normalize(model.visual_projection(pooled).float(), dim=-1)
+
+
+def text_features(model: CLIPModel, tokenizer: PreTrainedTokenizerBase, text: str) -> Tensor:
+    """Unit text features [D] in float32; texts are cut at CLIP's 77 tokens."""
+    ids = tokenizer(text, truncation=True, max_length=TEXT_TOKENS, return_tensors="pt")["input_ids"]
+    pooled = model.text_model(input_ids=ids.to(model.text_projection.weight.device)).pooler_output
+    return F.normalize(model.text_projection(pooled).float(), dim=-1)[0]
+
+
+@dataclass(frozen=True)
+class SimilarityScorer:
+    """Cosine of frames and prompt, times ``scale``."""
+
+    model: CLIPModel
+    tokenizer: PreTrainedTokenizerBase
+    components: tuple[str, ...]
+    fit: Callable[[Tensor, int], Tensor] = fit_and_crop
+    scale: float = 1.0
+
+    @property
+    def declarations(self) -> tuple[Declaration, ...]:
+        return tuple(DECLARATIONS[name] for name in self.components)
+
+    def __call__(self, video_BTCHW: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """Component -> [B]."""
+        checked_batch(video_BTCHW, prompts, 1)
+        # One clip at a time: its score cannot depend on the clips beside it.
+        scores = []
+        for video, prompt in zip(video_BTCHW, prompts, strict=True):
+            frames = spread_frames(present_frames(video, prompt))
+            similarity_N = image_features(self.model, frames, self.fit) @ text_features(
+                self.model, self.tokenizer, str(prompt)
+            )
+            scores.append(self.scale * similarity_N.mean())
+        return {self.components[0]: torch.stack(scores)}
+
+
+def rating_head(width: int, *, device: str = "meta") -> nn.Sequential:
+    """The head of LAION aesthetic and of ImageReward: five linear layers without activations between them."""
+    return nn.Sequential(
+        nn.Linear(width, 1024, device=device),
+        nn.Dropout(0.2),
+        nn.Linear(1024, 128, device=device),
+        nn.Dropout(0.2),
+        nn.Linear(128, 64, device=device),
+        nn.Dropout(0.1),
+        nn.Linear(64, 16, device=device),
+        nn.Linear(16, 1, device=device),
+    ).eval()
+
+
+@dataclass(frozen=True)
+class AestheticScorer:
+    """LAION aesthetic rating of frames, about 1 to 10; the prompt is not read."""
+
+    model: CLIPModel
+    head: nn.Sequential
+    components: tuple[str, ...] = ("aesthetic",)
+    declarations: tuple[Declaration, ...] = (DECLARATIONS["aesthetic"],)
+
+    def __call__(self, video_BTCHW: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """Component -> [B]."""
+        checked_batch(video_BTCHW, prompts, 1)
+        scores = [
+            self.head(image_features(self.model, spread_frames(video), fit_and_crop)).mean()
+            for video in video_BTCHW
+        ]
+        return {"aesthetic": torch.stack(scores)}
+
+
+def clip_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
+    """The CLIP tokenizer in ``directory``; ValueError if there is none."""
+    try:
+        return AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{directory}: holds no tokenizer ({error})") from error
+
+
+def _ready(model: CLIPModel, device: str) -> CLIPModel:
+    return model.eval().requires_grad_(False).to(device)
+
+
+def load_clip_score(
+    directory: Path, *, device: str = "cpu", dtype: torch.dtype = torch.float32
+) -> SimilarityScorer:
+    """Cosine similarity under the CLIP model in ``directory``; ValueError for weights that do not fit."""
+    model = _ready(strict_pretrained(CLIPModel, directory, dtype), device)
+    return SimilarityScorer(model, clip_tokenizer(directory), ("clip_score",))
+
+
+def load_pickscore(
+    directory: Path, base: Path, *, device: str = "cpu", dtype: torch.dtype = torch.float32
+) -> SimilarityScorer:
+    """PickScore (Kirstain et al. 2023): exp(logit_scale) times the cosine, as its authors report it.
+
+    ``base`` holds the tokenizer (laion/CLIP-ViT-H-14-laion2B-s32B-b79K).
+    """
+    model = _ready(strict_pretrained(CLIPModel, directory, dtype), device)
+    scale = float(model.logit_scale.float().exp())
+    return SimilarityScorer(model, clip_tokenizer(base), ("pickscore",), scale=scale)
+
+
+def load_hpsv2(
+    checkpoint: Path, base: Path, *, device: str = "cpu", dtype: torch.dtype = torch.float32
+) -> SimilarityScorer:
+    """HPSv2 (Wu et al. 2023): an OpenCLIP ViT-H/14 checkpoint with its weights under "state_dict".
+
+    ``base`` holds configuration and tokenizer (laion/CLIP-ViT-H-14-laion2B-s32B-b79K).
+    """
+    content = read_file(checkpoint)
+    nested = content.get("state_dict")
+    weights = only_tensors(nested if isinstance(nested, dict) else content, str(checkpoint))
+    model = without_weights(lambda: CLIPModel(CLIPConfig.from_pretrained(base, local_files_only=True)))
+    load_strict(model, open_clip_to_transformers(weights), str(checkpoint), device=device, dtype=dtype)
+    return SimilarityScorer(model, clip_tokenizer(base), ("hpsv2",), fit=fit_and_pad)
+
+
+def load_aesthetic(
+    checkpoint: Path, base: Path, *, device: str = "cpu", dtype: torch.dtype = torch.float32
+) -> AestheticScorer:
+    """The LAION head (``sac+logos+ava1-l14-linearMSE.pth``, keys ``layers.*``) on CLIP-L/14 in ``base``."""
+    model = _ready(strict_pretrained(CLIPModel, base, dtype), device)
+    head = rating_head(model.config.projection_dim)
+    weights = {name.removeprefix("layers."): value for name, value in read_tensors(checkpoint).items()}
+    load_strict(head, weights, str(checkpoint), device=device, dtype=torch.float32)
+    return AestheticScorer(model, head)
+
+
+_WHOLE = {
+    "positional_embedding": "text_model.embeddings.position_embedding.weight",
+    "token_embedding.weight": "text_model.embeddings.token_embedding.weight",
+    "visual.class_embedding": "vision_model.embeddings.class_embedding",
+    "visual.positional_embedding": "vision_model.embeddings.position_embedding.weight",
+    "visual.conv1.weight": "vision_model.embeddings.patch_embedding.weight",
+}
+_TRANSPOSED = {"text_projection": "text_projection.weight", "visual.proj": "visual_projection.weight"}
+_NORMS = {
+    "ln_final.": "text_model.final_layer_norm.",
+    "visual.ln_pre.": "vision_model.pre_layrnorm.",
+    "visual.ln_post.": "vision_model.post_layernorm.",
+}
+_LAYER = re.compile(r"(visual\.)?transformer\.resblocks\.(\d+)\.(.+)")
+_IN_LAYER = {
+    "ln_1.": "layer_norm1.",
+    "ln_2.": "layer_norm2.",
+    "attn.out_proj.": "self_attn.out_proj.",
+    "mlp.c_fc.": "mlp.fc1.",
+    "mlp.c_proj.": "mlp.fc2.",
+}
+
+
+def open_clip_to_transformers(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """OpenCLIP names (``open_clip/transformer.py``) -> ``CLIPModel``; the joint q, k, v projection is split.
+
+    Names without a counterpart stay as they are, for the strict check to report.
+    """
+    renamed: dict[str, Tensor] = {}
+    for name, value in weights.items():
+        layer = _LAYER.fullmatch(name)
+        if layer is not None:
+            tower = "vision_model" if layer[1] else "text_model"
+            prefix = f"{tower}.encoder.layers.{layer[2]}."
+            if layer[3] in ("attn.in_proj_weight", "attn.in_proj_bias"):
+                kind = layer[3].removeprefix("attn.in_proj_")
+                for part, third in zip("qkv", value.chunk(3), strict=True):
+                    renamed[f"{prefix}self_attn.{part}_proj.{kind}"] = third
+            else:
+                renamed[prefix + _with_beginning(layer[3], _IN_LAYER)] = value
+        elif name in _TRANSPOSED:
+            renamed[_TRANSPOSED[name]] = value.t()
+        else:
+            renamed[_WHOLE.get(name, _with_beginning(name, _NORMS))] = value
+    return renamed
+
+
+def _with_beginning(name: str, beginnings: Mapping[str, str]) -> str:
+    old = next((old for old in beginnings if name.startswith(old)), None)
+    return name if old is None else beginnings[old] + name.removeprefix(old)

@@ -1,0 +1,109 @@
+"""Whether a clip stays the same thing: steadiness of its light, and of what it shows."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kvpo.rewards.declarations import DECLARATIONS
+from kvpo.rewards.images import CLIP_MEAN, CLIP_STD, fit_and_crop, normalised
+from kvpo.rewards.pretrained import strict_pretrained
+from kvpo.rewards.protocol import Declaration
+from kvpo.rewards.sampling import checked_batch, spread_indices
+
+GRID = 4
+"""Luminance is compared in GRID x GRID blocks, so that small movements do not count as flicker."""
+FLICKER_WIDTH = 0.02
+"""Mean deviation of luminance, on [0, 1], at which the score falls to 1/e."""
+LUMA = (0.299, 0.587, 0.114)
+"""Weights of red, green and blue in Rec. 601 luminance."""
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True)
+class FlickerScorer:
+    """1 for steady light, falling with luminance that jumps between neighbouring frames; needs no weights.
+
+    What is measured is each block's luminance against the mean of the frames before and after it: fades and
+    pans, which change steadily, cost nothing.
+    """
+
+    components: tuple[str, ...] = ("flicker",)
+    declarations: tuple[Declaration, ...] = (DECLARATIONS["flicker"],)
+
+    def __call__(self, video_BTCHW: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """Component -> [B]; ValueError for clips that are too short or of another shape."""
+        checked_batch(video_BTCHW, prompts, 3)
+        luma_BTHW = torch.einsum("btchw,c->bthw", video_BTCHW.float(), video_BTCHW.new_tensor(LUMA).float())
+        blocks_BTP = F.adaptive_avg_pool2d(luma_BTHW, GRID).flatten(2)
+        between = (blocks_BTP[:, :-2] + blocks_BTP[:, 2:]) / 2
+        deviation_B = (blocks_BTP[:, 1:-1] - between).abs().mean((1, 2))
+        return {"flicker": (-deviation_B / FLICKER_WIDTH).exp()}
+
+
+@dataclass(frozen=True)
+class SubjectConsistencyScorer:
+    """Mean cosine of every frame's features with those of the first and of the previous frame.
+
+    The measure of VBench (Huang et al. 2023) with any DINOv2 or CLIP image encoder of transformers.
+    """
+
+    encoder: nn.Module
+    image_size: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    frame_rate: float = 16.0
+    """Frames per second of the clips."""
+    components: tuple[str, ...] = ("subject_consistency",)
+    declarations: tuple[Declaration, ...] = (DECLARATIONS["subject_consistency"],)
+
+    def __call__(self, video_BTCHW: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """Component -> [B]; ValueError for clips that are too short or of another shape."""
+        (declaration,) = self.declarations
+        checked_batch(video_BTCHW, prompts, declaration.min_frames)
+        assert declaration.sampling is not None
+        chosen = spread_indices(video_BTCHW.shape[1], self.frame_rate, declaration.sampling)
+        # One clip at a time: its score cannot depend on the clips beside it.
+        return {"subject_consistency": torch.stack([self._score(video[chosen]) for video in video_BTCHW])}
+
+    def _score(self, video_TCHW: Tensor) -> Tensor:
+        weight = next(self.encoder.parameters())
+        pixels = normalised(fit_and_crop(video_TCHW.to(weight.device), self.image_size), self.mean, self.std)
+        features_TD = F.normalize(
+            self.encoder(pixel_values=pixels.to(weight.dtype)).pooler_output.float(), dim=-1
+        )
+        first_T = features_TD[1:] @ features_TD[0]
+        previous_T = (features_TD[1:] * features_TD[:-1]).sum(1)
+        return ((first_T + previous_T) / 2).mean()
+
+
+def load_subject_consistency(
+    directory: Path, *, frame_rate: float = 16.0, device: str = "cpu", dtype: torch.dtype = torch.float32
+) -> SubjectConsistencyScorer:
+    """The scorer around the image encoder in ``directory``: DINOv2 or CLIP, in transformers' layout.
+
+    Raises:
+        ValueError: another kind of model, missing or unexpected weights.
+    """
+    from transformers import CLIPModel, Dinov2Model
+
+    kind = json.loads((directory / "config.json").read_text(encoding="utf-8")).get("model_type")
+    if kind == "dinov2":
+        encoder = strict_pretrained(Dinov2Model, directory, dtype)
+        patch = encoder.config.patch_size
+        size, mean, std = 224 // patch * patch, IMAGENET_MEAN, IMAGENET_STD
+    elif kind == "clip":
+        encoder = strict_pretrained(CLIPModel, directory, dtype).vision_model
+        size, mean, std = encoder.config.image_size, CLIP_MEAN, CLIP_STD
+    else:
+        raise ValueError(
+            f"{directory}: holds a model of type {kind!r}; subject_consistency takes dinov2 or clip"
+        )
+    encoder = encoder.eval().requires_grad_(False).to(device)
+    return SubjectConsistencyScorer(encoder, size, mean, std, frame_rate)

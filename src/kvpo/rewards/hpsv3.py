@@ -1,0 +1,135 @@
+"""HPSv3 (Ma et al. 2025): human preference of single frames, by Qwen2-VL-7B and a ranking head."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase, Qwen2VLConfig
+
+from kvpo.models.tensor_files import only_tensors, read_file
+from kvpo.rewards.declarations import DECLARATIONS
+from kvpo.rewards.pretrained import filled, read_template
+from kvpo.rewards.protocol import Declaration
+from kvpo.rewards.qwen_reward import (
+    IMAGE_PAD,
+    Patches,
+    QwenReward,
+    empty_backbone,
+    encode_chat,
+    load_weights,
+    patchify,
+    smart_resize,
+    tokenizer_with,
+)
+from kvpo.rewards.sampling import checked_batch, present_frames
+
+TOKEN = "<|Reward|>"
+TEMPLATE_FILE = "data_collator_qwen.py"
+TEMPLATE_SHA256 = "f6ee57479d4e9eee76b49c00dc962e1e696a5a2b3cc32cebd9b1fa76fe27502c"
+PIXELS = 200_704
+FRAMES_PER_PASS = 8
+"""Frames of one clip in one forward pass."""
+
+
+def prepared(frame_CHW: Tensor) -> Patches:
+    """One frame in [0, 1] -> patches: 8 bits, resized by Pillow's bicubic filter, seen twice in time."""
+    image = (
+        (frame_CHW.detach().float().cpu().clamp(0, 1) * 255).round().to(torch.uint8).movedim(0, -1).numpy()
+    )
+    height, width = smart_resize(*frame_CHW.shape[-2:], min_pixels=PIXELS, max_pixels=PIXELS)
+    pixels = np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC))
+    return patchify(torch.from_numpy(pixels.copy()).movedim(-1, 0)[None].float() / 255)
+
+
+@dataclass(frozen=True)
+class HPSv3Scorer:
+    """Preference of every frame given, averaged over the best ``top_share`` of them."""
+
+    model: QwenReward
+    tokenizer: PreTrainedTokenizerBase
+    template: str
+    top_share: float = 1.0
+    """1 averages all frames (public KVPO), 0.3 the best three tenths (Astrolabe)."""
+    components: tuple[str, ...] = ("hpsv3",)
+    declarations: tuple[Declaration, ...] = (DECLARATIONS["hpsv3"],)
+
+    def __post_init__(self) -> None:
+        if not 0 < self.top_share <= 1:
+            raise ValueError(f"top_share must be in (0, 1], got {self.top_share}")
+
+    def __call__(self, video_BTCHW: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """Component -> [B]; ValueError for prompts with reserved tokens."""
+        checked_batch(video_BTCHW, prompts, 1)
+        scores = []
+        for video, prompt in zip(video_BTCHW, prompts, strict=True):
+            scores_T = self.frame_scores(present_frames(video, prompt), str(prompt))
+            scores.append(scores_T.topk(max(1, round(self.top_share * len(scores_T)))).values.mean())
+        return {"hpsv3": torch.stack(scores)}
+
+    def frame_scores(self, video_TCHW: Tensor, prompt: str) -> Tensor:
+        """The reward of every frame of one clip, [T]; the uncertainty beside it is not used."""
+        text = filled(self.template, prompt)
+        scores = []
+        for frames in video_TCHW.split(FRAMES_PER_PASS):
+            media = [prepared(frame) for frame in frames]
+            ids_L, places = encode_chat(self.tokenizer, text, IMAGE_PAD, media[0].num_tokens, (TOKEN,))
+            scores.append(self.model(ids_L.expand(len(media), -1), media, IMAGE_PAD, places)[:, 0, 0])
+        return torch.cat(scores)
+
+
+def empty_model(config: Qwen2VLConfig, vocabulary: int, hidden: tuple[int, int] = (1024, 16)) -> QwenReward:
+    """HPSv3's network, weights still to be loaded; the head's layers are numbered 0, 3, 5 in files."""
+    backbone = empty_backbone(config, vocabulary)
+    first, second = hidden
+    head = nn.Sequential(
+        nn.Linear(config.text_config.hidden_size, first, device="meta"),
+        nn.ReLU(),
+        nn.Dropout(0.05),
+        nn.Linear(first, second, device="meta"),
+        nn.ReLU(),
+        nn.Linear(second, 2, device="meta"),
+    )
+    return QwenReward(backbone, head).eval().requires_grad_(False)
+
+
+def load_hpsv3(
+    checkpoint: Path,
+    base: Path,
+    template: Path | None = None,
+    *,
+    top_share: float = 1.0,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.bfloat16,
+) -> HPSv3Scorer:
+    """The released ``HPSv3.safetensors``; the head stays in float32.
+
+    Args:
+        base: directory with configuration and tokenizer of Qwen2-VL-7B-Instruct (its weights are not needed).
+        template: HPSv3's ``dataset/data_collator_qwen.py``; by default looked for beside ``checkpoint``.
+
+    Raises:
+        ValueError: a part is absent, weights that do not fit, a template that is not the trained one.
+    """
+    text = read_template(template or checkpoint.parent / TEMPLATE_FILE, TEMPLATE_SHA256, parts=2)
+    tokenizer = tokenizer_with(base, (TOKEN,))
+    model = empty_model(Qwen2VLConfig.from_pretrained(base), len(tokenizer))
+    load_weights(
+        model,
+        checkpoint_weights(checkpoint),
+        str(checkpoint),
+        device=device,
+        dtype=dtype,
+        head_dtype=torch.float32,
+    )
+    return HPSv3Scorer(model, tokenizer, text, top_share)
+
+
+def checkpoint_weights(path: Path) -> dict[str, Tensor]:
+    """The full state dict of a released file, which may lie under "model"."""
+    content = read_file(path)
+    nested = content.get("model")
+    return only_tensors(nested if isinstance(nested, dict) else content, str(path))

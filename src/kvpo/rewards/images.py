@@ -1,0 +1,47 @@
+"""Frames as image encoders want them. N frames, C = 3 colours, H rows, W columns."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+def resized(frames_NCHW: Tensor, height: int, width: int) -> Tensor:
+    """Bicubic with antialiasing, in [0, 1]; differentiable."""
+    frames_NCHW = frames_NCHW.float()
+    if frames_NCHW.shape[-2:] == (height, width):
+        return frames_NCHW
+    return F.interpolate(
+        frames_NCHW, (height, width), mode="bicubic", antialias=True, align_corners=False
+    ).clamp(0, 1)
+
+
+def fit_and_crop(frames_NCHW: Tensor, size: int) -> Tensor:
+    """Shorter side to ``size``, then the middle square: the preprocessing of CLIP."""
+    height, width = frames_NCHW.shape[-2:]
+    short = min(height, width)
+    frames = resized(frames_NCHW, size * height // short, size * width // short)
+    top, left = (frames.shape[-2] - size) // 2, (frames.shape[-1] - size) // 2
+    return frames[..., top : top + size, left : left + size]
+
+
+def fit_and_pad(frames_NCHW: Tensor, size: int) -> Tensor:
+    """Longer side to ``size``, black bars on both sides of the shorter one: the preprocessing of HPSv2."""
+    height, width = frames_NCHW.shape[-2:]
+    long = max(height, width)
+    frames = resized(frames_NCHW, max(1, round(size * height / long)), max(1, round(size * width / long)))
+    rows, columns = size - frames.shape[-2], size - frames.shape[-1]
+    return F.pad(frames, (columns // 2, columns - columns // 2, rows // 2, rows - rows // 2))
+
+
+def normalised(frames_NCHW: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """(x - mean) / std per colour."""
+    mean_C11, std_C11 = (
+        torch.tensor(values, dtype=frames_NCHW.dtype, device=frames_NCHW.device)[:, None, None]
+        for values in (mean, std)
+    )
+    return (frames_NCHW - mean_C11) / std_C11

@@ -1,0 +1,103 @@
+"""How smooth and how strong a clip's motion is, measured on optical flow.
+
+Axes: T frames, t = T - 1 steps from one frame to the next, 2 = (x, y) in pixels.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kvpo.rewards.declarations import DECLARATIONS, FLOW_PIXELS
+from kvpo.rewards.protocol import Declaration
+from kvpo.rewards.sampling import checked_batch
+
+Flow = Callable[[Tensor], Tensor]
+"""Frames [T, 3, H, W] in [0, 1] -> pixels that every point moves to the next frame, [T - 1, 2, H, W]."""
+
+SMALLEST_SIDE = 128
+"""Smaller frames are enlarged to it: the coarse levels of the flow's pyramid need some pixels."""
+QUIET = 0.5
+"""Pixels per frame of flow, at the size it is measured at, below which it is mostly noise: a motion this fast
+counts half."""
+FULL_MOTION = 0.15
+"""Distance per frame, as a share of the diagonal, that counts as full motion (as in the public KVPO)."""
+FASTEST = 0.05
+"""Share of the pixels, the fastest ones, whose speed is a frame's motion."""
+
+
+def dis_flow(video_TCHW: Tensor) -> Tensor:
+    """Dense inverse search flow (Kroeger et al. 2016) of OpenCV, on 8-bit luminance; needs no weights."""
+    grey_THW = (video_TCHW.detach().float().cpu().clamp(0, 1) * 255).round().to(torch.uint8)
+    images = [
+        cv2.cvtColor(np.ascontiguousarray(f), cv2.COLOR_RGB2GRAY) for f in grey_THW.movedim(1, -1).numpy()
+    ]
+    search = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
+    flows = [search.calc(a, b, None) for a, b in zip(images, images[1:], strict=False)]
+    return torch.from_numpy(np.stack(flows)).movedim(-1, 1)
+
+
+def measured_flow(video_TCHW: Tensor, flow: Flow) -> Tensor:
+    """Flow [T - 1, 2, H', W'] at a size the method can work with, as a share of that size's diagonal."""
+    height, width = video_TCHW.shape[-2:]
+    scale = min(1.0, (FLOW_PIXELS / (height * width)) ** 0.5)
+    scale = max(scale, SMALLEST_SIDE / min(height, width))
+    if scale != 1.0:
+        size = (round(height * scale), round(width * scale))
+        video_TCHW = F.interpolate(
+            video_TCHW.float(), size, mode="bilinear", antialias=scale < 1, align_corners=False
+        )
+    flow_t2HW = flow(video_TCHW)
+    return flow_t2HW / float(np.hypot(*flow_t2HW.shape[-2:]))
+
+
+def motion_smoothness(flow_t2HW: Tensor) -> Tensor:
+    """1 - how much velocities change along the motion, relative to the velocities themselves, in [0, 1].
+
+    Every point is followed along the flow of one step and its velocity compared with that of the next step:
+    1 for what glides or stands still, near 0 where each frame goes elsewhere. ``flow_t2HW`` is a share of the
+    diagonal per frame, two steps at least.
+    """
+    here, height, width = flow_t2HW[:-1], *flow_t2HW.shape[-2:]
+    diagonal = float(np.hypot(height, width))
+    rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    place_tHW2 = torch.stack([columns, rows], -1) + here.movedim(1, -1) * diagonal
+    grid_tHW2 = 2 * (place_tHW2 + 0.5) / torch.tensor([width, height]) - 1
+    there = F.grid_sample(flow_t2HW[1:], grid_tHW2, align_corners=False)
+    inside_tHW = (grid_tHW2.abs() <= 1).all(-1)
+    change_tHW = (there - here).norm(dim=1) * inside_tHW
+    speed_tHW = (there.norm(dim=1) + here.norm(dim=1)) * inside_tHW
+    noise_t = inside_tHW.sum((1, 2)).clamp(min=1) * QUIET / diagonal
+    return 1 - (change_tHW.sum((1, 2)) / (speed_tHW.sum((1, 2)) + noise_t)).mean()
+
+
+def dynamic_degree(flow_t2HW: Tensor) -> Tensor:
+    """Speed of the fastest twentieth of the pixels, as a share of full motion, mean over steps, in [0, 1]."""
+    speed_tP = flow_t2HW.norm(dim=1).flatten(1)
+    fastest_tk = speed_tP.topk(max(1, round(FASTEST * speed_tP.shape[1])), dim=1).values
+    return (fastest_tk.mean(1) / FULL_MOTION).clamp(max=1).mean()
+
+
+MEASURES = {"motion_smoothness": motion_smoothness, "dynamic_degree": dynamic_degree}
+
+
+@dataclass(frozen=True)
+class MotionScorer:
+    """Motion smoothness and dynamic degree of clips of any size; the flow is measured once for both."""
+
+    components: tuple[str, ...] = tuple(MEASURES)
+    flow: Flow = dis_flow
+
+    @property
+    def declarations(self) -> tuple[Declaration, ...]:
+        return tuple(DECLARATIONS[name] for name in self.components)
+
+    def __call__(self, video_BTCHW: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """Component -> [B]; ValueError for clips that are too short or of another shape."""
+        checked_batch(video_BTCHW, prompts, max(d.min_frames for d in self.declarations))
+        flows = [measured_flow(video_TCHW, self.flow) for video_TCHW in video_BTCHW]
+        return {name: torch.stack([MEASURES[name](flow) for flow in flows]) for name in self.components}

@@ -1,0 +1,101 @@
+"""Loads public checkpoints strictly: a weight that is missing, left over or misshapen is an error by name."""
+
+import ast
+import hashlib
+from collections.abc import Callable, Mapping
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kvpo.models.tensor_files import assign_tensors, check_tensors, named_list
+
+TEXT_PROMPT = "{text_prompt}"
+"""Where the prompt goes in a template."""
+
+
+def strict_pretrained(kind: Any, directory: Path, dtype: torch.dtype) -> Any:
+    """``kind.from_pretrained`` of a transformers directory, refusing what that would only warn of.
+
+    Raises:
+        ValueError: naming missing, unexpected and misshapen weights.
+    """
+    try:
+        model, found = kind.from_pretrained(
+            directory, dtype=dtype, local_files_only=True, output_loading_info=True
+        )
+    except (OSError, RuntimeError) as error:
+        raise ValueError(f"{directory}: cannot be loaded as {kind.__name__}: {error}") from error
+    # Old checkpoints store the position indices, which the model computes.
+    unexpected = [name for name in found["unexpected_keys"] if not name.endswith("position_ids")]
+    problems = {
+        "missing": sorted(found["missing_keys"]),
+        "unexpected": sorted(unexpected),
+        "misshapen": sorted(str(item[0]) for item in found["mismatched_keys"]),
+    }
+    if said := [f"{what} ({len(names)}): {named_list(names)}" for what, names in problems.items() if names]:
+        raise ValueError(f"{directory}: the weights do not fit {kind.__name__}; {'; '.join(said)}")
+    return model
+
+
+def without_weights(build: Callable[[], nn.Module]) -> nn.Module:
+    """A module whose parameters hold no memory yet; its computed buffers (rotary frequencies) are real."""
+    from accelerate import init_empty_weights  # imported late: rewards without weights start faster
+
+    with init_empty_weights(include_buffers=False):
+        return build().eval().requires_grad_(False)
+
+
+def load_strict(
+    module: nn.Module, weights: Mapping[str, Tensor], source: str, *, device: str, dtype: torch.dtype
+) -> None:
+    """Give ``module`` exactly its weights, on ``device`` in ``dtype``; its buffers keep their own type.
+
+    Raises:
+        ValueError: naming missing, unexpected and misshapen keys.
+    """
+    expected = {name: tuple(value.shape) for name, value in module.state_dict().items()}
+    check_tensors(weights, expected, source)
+    assign_tensors(module, weights, device=device, dtype=dtype)
+    module.to(device).requires_grad_(False)
+
+
+def read_template(path: Path, sha256: str, parts: int = 1) -> str:
+    """A prompt template, recognised by its hash and never altered.
+
+    ``path`` is the text itself in UTF-8, or the upstream Python file that defines it: that is parsed, not
+    run, and the string in it with that hash is taken (or the ``parts`` strings that give it when joined).
+
+    Raises:
+        ValueError: no such file, or nothing in it has the hash; both say how to get it.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path}: no such prompt template")
+    content = path.read_bytes()
+    if hashlib.sha256(content).hexdigest() == sha256:
+        return content.decode("utf-8")
+    if path.suffix == ".py":
+        try:
+            tree = ast.parse(content)
+        except (SyntaxError, ValueError) as error:
+            raise ValueError(f"{path}: not a Python file: {error}") from error
+        strings = [
+            node.value
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Constant) and isinstance(node.value, str)
+        ]
+        for pieces in product(strings, repeat=parts):
+            text = "".join(pieces)
+            if hashlib.sha256(text.encode("utf-8")).hexdigest() == sha256:
+                return text
+    raise ValueError(
+        f"{path}: holds no prompt template with SHA-256 {sha256}; the score is only valid with the template "
+        "the model was trained on: take the file unchanged from the model's repository"
+    )
+
+
+def filled(template: str, prompt: str) -> str:
+    """The template with the prompt in its place."""
+    return template.replace(TEXT_PROMPT, prompt)

@@ -1,0 +1,92 @@
+"""Which frames of a clip, and of a video file, a reward looks at."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from kvpo.prompts import ClipPrompt
+from kvpo.rewards.protocol import Declaration, Sampling
+
+NEIGHBOURS = 49
+"""Neighbouring frames in one clip of a longer file, for rewards that compare each frame with the next."""
+NEIGHBOUR_RATE = 16.0
+"""Frames per second at which neighbours are compared: faster files are thinned by a whole stride."""
+CLIPS = 6
+"""Most clips of one file; they lie evenly over it."""
+
+
+def spread_indices(num_frames: int, frame_rate: float, sampling: Sampling) -> list[int]:
+    """Evenly spread frames of a clip of ``num_frames`` at ``frame_rate`` frames per second.
+
+    n = rate T / frame_rate, clamped to [least, most], rounded to the multiple, never above T; the frames are
+    round(linspace(0, T - 1, n)) in float32, as in VideoAlign's ``vision_process.py``.
+
+    Raises:
+        ValueError: fewer frames than one multiple.
+    """
+    ceiling = min(sampling.most, num_frames) // sampling.multiple * sampling.multiple
+    if ceiling == 0:
+        raise ValueError(f"the clip has {num_frames} frame(s), at least {sampling.multiple} are needed")
+    wanted = min(max(num_frames / frame_rate * sampling.rate, sampling.least), ceiling)
+    count = min(max(1, round(wanted / sampling.multiple)) * sampling.multiple, ceiling)
+    return torch.linspace(0, num_frames - 1, count).round().long().tolist()
+
+
+def file_clips(declaration: Declaration, num_frames: int, frame_rate: float) -> list[list[int]]:
+    """Frames to read of a video file, one list of indices per clip; the file's score is the mean over clips.
+
+    A short file is one clip. Raises ValueError if the file has too few frames.
+    """
+    if num_frames < declaration.min_frames:
+        raise ValueError(
+            f"{declaration.name} needs at least {declaration.min_frames} frames, the file has {num_frames}"
+        )
+    sampling = declaration.sampling
+    if sampling is None:
+        stride = max(1, min(round(frame_rate / NEIGHBOUR_RATE), (num_frames - 1) // declaration.min_frames))
+        kept = range(0, num_frames, stride)
+        return [
+            [kept[i] for i in range(start, start + length)]
+            for start, length in _stretches(len(kept), NEIGHBOURS)
+        ]
+    length = num_frames if sampling.seconds is None else max(1, round(sampling.seconds * frame_rate))
+    return [
+        [start + i for i in spread_indices(length, frame_rate, sampling)]
+        for start, length in _stretches(num_frames, length)
+    ]
+
+
+def _stretches(total: int, length: int) -> list[tuple[int, int]]:
+    """(start, length) of at most CLIPS stretches that lie evenly over ``total`` frames."""
+    if total <= length:
+        return [(0, total)]
+    count = min(CLIPS, -(-total // length))
+    return [(round(i * (total - length) / (count - 1)), length) for i in range(count)]
+
+
+def present_frames(video_TCHW: Tensor, prompt: str) -> Tensor:
+    """The frames of a clip that belong to its prompt: those before a switch show the previous one.
+
+    Raises ValueError if the switch leaves none.
+    """
+    switch = prompt.switch if isinstance(prompt, ClipPrompt) else 0
+    if not 0 <= switch < len(video_TCHW):
+        raise ValueError(f"the prompt switches at frame {switch} of a clip of {len(video_TCHW)} frames")
+    return video_TCHW[switch:]
+
+
+def checked_batch(video_BTCHW: Tensor, prompts: Sequence[str], min_frames: int) -> None:
+    """Demand clips [B, T, 3, H, W] of floats with one prompt each and at least ``min_frames`` frames.
+
+    Raises:
+        ValueError: naming the shape, type or count found.
+    """
+    if video_BTCHW.ndim != 5 or video_BTCHW.shape[2] != 3 or not video_BTCHW.is_floating_point():
+        raise ValueError(
+            f"video is {video_BTCHW.dtype} {list(video_BTCHW.shape)}, expected floats [B, T, 3, H, W]"
+        )
+    if len(prompts) != len(video_BTCHW):
+        raise ValueError(f"prompts has {len(prompts)} entries for {len(video_BTCHW)} clips: give one each")
+    if video_BTCHW.shape[1] < min_frames:
+        raise ValueError(f"the clip has {video_BTCHW.shape[1]} frame(s), at least {min_frames} are needed")
