@@ -1,0 +1,94 @@
+"""A generator of random weights, prompts and noise: small enough for exactness tests in double precision."""
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from kvpo.config import ExplorationConfig
+from kvpo.engine.generator import PageShape, StreamingGenerator
+from kvpo.engine.noise import keyed_generator
+from kvpo.engine.stream import Stream, advance, open_stream
+from kvpo.models.causal_wan import CausalWan, WanShape
+from kvpo.models.deployment import Deployment
+from kvpo.prompts import VideoPrompt
+from tests.models.tiny import tiny_model
+
+SHAPE = WanShape(
+    dim=32, num_heads=2, num_layers=2, ffn_dim=48, freq_dim=16, text_len=4, text_dim=6, channels=3,
+    patch_size=(1, 2, 2), latent_height=4, latent_width=4,
+)  # fmt: skip
+FRAME = (SHAPE.channels, SHAPE.latent_height, SHAPE.latent_width)
+SEGMENTS = ("a red square", "a blue disc", "nothing", "a green ring")
+EXPLORATION = ExplorationConfig(
+    branches=3, blocks=2, recent=3, routed=3, distinct=2, resident_frames=21, tail_blocks=1
+)
+
+
+def sensitive_model(dtype: torch.dtype = torch.float64) -> CausalWan:
+    """Random weights with attention sharp and strong enough for history to show."""
+    model = tiny_model(SHAPE)
+    with torch.no_grad():
+        for block in model.blocks:
+            for norm in (block.self_attn.norm_q, block.self_attn.norm_k, block.norm3):
+                norm.weight += 1.2
+            block.self_attn.o.weight *= 4
+    return model.to(dtype)
+
+
+def generator(
+    dtype: torch.dtype = torch.float64,
+    *,
+    window: int = 12,
+    sink: int = 3,
+    renoise: bool = False,
+    context_noise: float = 0.0,
+    **deployment,
+) -> StreamingGenerator:
+    """A streaming generator around fresh weights, always the same."""
+    return StreamingGenerator(
+        transformer=sensitive_model(dtype),
+        deployment=Deployment(block=3, window=window, sink=sink, **deployment),
+        sigmas=(1.0, 0.9375, 0.625),
+        renoise=renoise,
+        latent_shape=FRAME,
+        pages=PageShape(SHAPE.num_layers, SHAPE.tokens_per_frame, SHAPE.num_heads, SHAPE.head_dim),
+        context_noise=context_noise,
+        page_dtype=dtype,
+    )
+
+
+def prompt(id: int = 0, num_frames: int = 30, switches: tuple[int, ...] = ()) -> VideoPrompt:
+    return VideoPrompt(id, SEGMENTS[: len(switches) + 1], switches, num_frames)
+
+
+@cache
+def texts(dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
+    """Embeddings that differ strongly between segments."""
+    table = {}
+    for segment in SEGMENTS:
+        embedding = 2 * torch.randn(SHAPE.text_len, SHAPE.text_dim, generator=keyed_generator(segment))
+        embedding[-1] = 0
+        table[segment] = embedding.to(dtype)
+    return table
+
+
+def tape_of(dtype: torch.dtype = torch.float64):
+    """Seeded noise in the precision of the model."""
+
+    def tape(video: int, block: int, kind: str) -> Tensor:
+        return torch.randn(3, *FRAME, generator=keyed_generator(video, block, kind)).to(dtype)
+
+    return tape
+
+
+def grown(
+    generator: StreamingGenerator, num_frames: int, *, prompts: list[VideoPrompt], pages: int = 400
+) -> list[Stream]:
+    """Streams of ``num_frames`` frames that keep all of their pages."""
+    dtype = generator.page_dtype
+    cache = generator.new_cache(pages)
+    streams = [open_stream(generator, cache, one) for one in prompts]
+    for _ in range(num_frames // 3):
+        advance(generator, streams, texts(dtype), tape_of(dtype))
+    return streams

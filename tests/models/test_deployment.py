@@ -1,0 +1,199 @@
+"""Which pages a block sees: windows, sinks, routes, re-encoding, the memory bank."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvpo.method.routing import deployment_frames, exploration_frames
+from kvpo.models.cache import FrameCache, History
+from kvpo.models.deployment import (
+    Deployment,
+    adopt_reencoded,
+    commit_bank,
+    context_size,
+    deployment_context,
+    reachable_frames,
+    record_block,
+    reencoding_context,
+    routed_context,
+)
+
+LAYERS = 2
+
+
+def empty_history(sink, num_pages=200):
+    cache = FrameCache(num_layers=LAYERS, tokens=1, num_heads=1, head_dim=2, num_pages=num_pages)
+    return History(cache, sink)
+
+
+def extend(history, frames, keys=None):
+    """Append frames whose keys are drawn, or given per layer as ``[F, D]``."""
+    shape = (LAYERS, 1, frames, 1, 1, 2)
+    if keys is None:
+        generator = torch.Generator().manual_seed(history.end)
+        keys = torch.randn(shape, generator=generator)
+    history.append(history.cache.write(keys.expand(shape), keys.expand(shape))[0])
+
+
+def frames_of(history, pages):
+    """The frames behind page ids."""
+    frame = {page: frame for frame, page in history.pages.items()}
+    return [frame[int(page)] for page in pages]
+
+
+@given(
+    window=st.sampled_from([-1, 7, 9, 12, 15]),
+    sink=st.integers(0, 4),
+    blocks=st.integers(1, 8),
+    resident=st.integers(0, 24),
+)
+def test_the_deployment_context_is_sink_and_window_however_little_is_kept(window, sink, blocks, resident):
+    deployment, history = Deployment(block=3, window=window, sink=sink), empty_history(sink)
+    for _ in range(blocks):
+        expected = deployment_frames(history.end, sink=sink, window=window, block=3)
+        context = deployment_context(deployment, [history])
+        assert sorted(frames_of(history, context.pages[0])) == list(expected)
+        assert context_size(deployment, history) == len(expected)
+        assert context.start_R.tolist() == [history.end]
+        extend(history, 3)
+        history.keep(reachable_frames(deployment, history, resident))
+    if window != -1 and resident:
+        assert len(history.pages) <= max(resident, window - 3)
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        (dict(block=0, window=12, sink=3), "stream.block = 0"),
+        (dict(block=3, window=12, sink=-1), "stream.sink = -1"),
+        (dict(block=3, window=5, sink=3), "stream.window = 5 must hold the sink and the block"),
+        (dict(block=3, window=0, sink=0), "stream.window = 0"),
+    ],
+)
+def test_impossible_windows_are_named(fields, message):
+    with pytest.raises(ValueError, match=message):
+        Deployment(**fields)
+
+
+def test_a_routed_row_sees_sink_routes_and_recent_frames_beside_an_unrouted_one():
+    deployment, history = Deployment(block=3, window=12, sink=3), empty_history(3)
+    extend(history, 18)
+    routed = history.page_ids([5, 5, 9])
+    context = routed_context(deployment, [history, history], [routed, None], recent=3)
+    assert tuple(frames_of(history, context.pages[0])) == exploration_frames(18, (5, 5, 9), sink=3, recent=3)
+    assert frames_of(history, context.pages[1]) == [0, 1, 2, *range(12, 18)]
+    assert context_size(deployment, history, routed, 3) == 9
+
+
+def test_routing_the_most_recent_frames_is_the_deployment_context():
+    for window, sink in ((12, 3), (12, 0), (9, 3), (-1, 0), (-1, 3)):
+        deployment, history = Deployment(block=3, window=window, sink=sink), empty_history(sink)
+        extend(history, 18)
+        past = 18 - sink if window == -1 else window - sink - 3
+        routed = history.page_ids(range(18 - past, 15))
+        both = routed_context(deployment, [history, history], [routed, None], recent=3)
+        assert torch.equal(both.pages[0], both.pages[1])
+
+
+def test_reencoding_sees_the_sink_and_the_window_of_its_own_frames():
+    deployment, history = Deployment(block=3, window=12, sink=3), empty_history(3)
+    extend(history, 18)
+    context, frames = reencoding_context(deployment, [history])
+    assert frames == 12 and context.own_frames == 9 and context.start_R.tolist() == [6]
+    assert frames_of(history, context.pages[0]) == [0, 1, 2]
+
+
+def test_reencoding_from_the_start_or_with_a_new_sink_sees_its_own_frames_only():
+    keep, reset = (Deployment(block=3, window=12, sink=3, keep_sink_at_switch=k) for k in (True, False))
+    for deployment, end in ((keep, 9), (keep, 12), (reset, 18)):
+        history = empty_history(3)
+        extend(history, end)
+        context, frames = reencoding_context(deployment, [history])
+        assert frames == min(12, end) and context.own_frames is None
+        assert context.pages.shape == (1, 0)
+
+
+def test_reencoded_pages_take_the_place_of_the_old_ones():
+    for keep in (True, False):
+        deployment = Deployment(block=3, window=12, sink=3, keep_sink_at_switch=keep)
+        history = empty_history(3)
+        extend(history, 18)
+        history.keep(reachable_frames(deployment, history, 12))
+        assert sorted(history.pages) == [0, 1, 2, *range(9, 18)]
+        shape = (LAYERS, 1, 12, 1, 1, 2)
+        (pages,) = history.cache.write(torch.zeros(shape), torch.zeros(shape))
+        adopt_reencoded(deployment, history, pages)
+        assert history.page_ids(range(6, 18)) == pages and history.end == 18
+        assert history.sink == ((0, 1, 2) if keep else (6, 7, 8))
+        sink, context = [0, 1, 2] if keep else [6, 7, 8], deployment_context(deployment, [history])
+        assert frames_of(history, context.pages[0]) == [*sink, *range(12, 18)]
+        history.keep(reachable_frames(deployment, history, 12))
+        assert history.cache.pages_in_use == len(history.pages) == 12
+        history.release()
+        assert history.cache.pages_in_use == 0
+
+
+def grown_bank(deployment, blocks, keys, text):
+    """The bank's frames per layer before every block, from first-frame keys ``[L, D]`` of each block."""
+    history, seen = empty_history(deployment.sink), []
+    for block in range(blocks):
+        commit_bank(deployment, history, LAYERS, text)
+        owners = {page: frame for frame, page in history.pages.items()}
+        seen.append([[owners[page] for page in layer] for layer in history.bank])
+        first = keys[block].view(LAYERS, 1, 1, 1, 1, 2)
+        extend(history, 3, first.expand(LAYERS, 1, 3, 1, 1, 2))
+        record_block(deployment, history)
+    history.release()
+    assert history.cache.pages_in_use == 0
+    return seen
+
+
+def along(*weights):
+    """Keys whose agreement with the text direction [1, 0] is given per block, opposite in the two layers."""
+    return [torch.tensor([[weight, 1.0], [-weight, 1.0]]) for weight in weights]
+
+
+def text(layer):
+    return torch.tensor([1.0, 0.0]).expand(1, 4, 1, 2)
+
+
+def test_the_bank_takes_every_third_block_and_keeps_what_the_text_matches():
+    deployment = Deployment(block=3, window=12, sink=3, bank_size=3)
+    weights = along(1, 9, 9, 3, 9, 9, 2, 9, 9, 0, 9, 9, 5, 9)
+    seen = grown_bank(deployment, 14, weights, text)
+    assert seen[0] == [] and seen[1] == [[0], [0]] and seen[4] == [[0, 9], [0, 9]]
+    assert seen[7] == seen[9] == [[0, 9, 18], [0, 9, 18]]
+    # Frame 27 arrives: the first layer's keys prefer larger weights, the second layer's smaller ones.
+    assert seen[10] == seen[12] == [[9, 18, 27], [0, 18, 27]]
+    assert seen[13] == [[9, 18, 36], [27, 0, 36]]
+
+
+def test_the_published_bank_takes_the_same_frame_again():
+    published = Deployment(block=3, window=12, sink=3, bank_size=3, bank_as_published=True)
+    seen = grown_bank(published, 12, along(1, 9, 9, 3, 9, 9, 2, 9, 9, 7, 9, 9), text)
+    assert seen[10][0] == [9, 18, 27] and seen[11][0] == [27, 9, 27]
+
+
+def test_single_prompt_streams_record_every_block():
+    deployment = Deployment(block=3, window=12, sink=3, bank_size=3, bank_every_block=True)
+    seen = grown_bank(deployment, 9, along(*range(9)), text)
+    assert [layers[0] for layers in seen[1:]] == [
+        [0], [3], [6], [6, 9], [6, 12], [6, 15], [6, 15, 18], [6, 15, 21],
+    ]  # fmt: skip
+
+
+def test_bank_pages_outlive_the_window():
+    deployment, history = Deployment(block=3, window=12, sink=3, bank_size=3), empty_history(3)
+    for _ in range(6):
+        commit_bank(deployment, history, LAYERS, text)
+        extend(history, 3)
+        record_block(deployment, history)
+        history.keep(reachable_frames(deployment, history, 12))
+    commit_bank(deployment, history, LAYERS, text)
+    context = deployment_context(deployment, [history])
+    assert context.pages.shape == (LAYERS, 1, 3 + 2 + 6)
+    with history.fork() as branch:
+        assert branch.bank == history.bank and branch.latest == history.latest
+    history.release()
+    assert history.cache.pages_in_use == 0
