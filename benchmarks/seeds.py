@@ -84,7 +84,9 @@ def components(results: dict[str, list[dict]]) -> str:
 
 def diversity(results: dict[str, list[dict]]) -> str:
     """Branch diversity of the base, mean over the runs' seeds."""
-    runs = results.get("paper") or next(iter(results.values()))
+    runs = [run for run in results.get("paper", []) if run["diversity"]]
+    if not runs:
+        return ""
     kinds = list(runs[0]["diversity"])
     names = ("attribute_diversity", "pixel_distance", "broken_share", "reward_std")
     lines = ["| branches | " + " | ".join(names) + " |", "|---|---|---|---|---|"]

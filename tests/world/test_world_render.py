@@ -119,10 +119,11 @@ def test_fault_frequencies():
     ignored = [x for x in later if (x[1].scene, x[1].actors) == (x[2].scene, x[2].actors)]
     late = [x for x in later if x[1].start > x[0].start]
     wrong = [s.acts[0] for s, showing in showings if showing.story.acts[0].actors != s.acts[0].actors]
-    assert len(ignored) / len(later) == pytest.approx(0.12, abs=0.04)
-    assert len(late) / len(later) == pytest.approx(0.25, abs=0.05)
+    faults = Faults()
+    assert len(ignored) / len(later) == pytest.approx(faults.ignored_switch, abs=0.04)
+    assert len(late) / len(later) == pytest.approx(faults.late_switch, abs=0.05)
     assert all(3 <= shown.start - act.start <= 9 for act, shown, _ in late)
-    assert len(wrong) / len(showings) == pytest.approx(0.25, abs=0.06)
+    assert len(wrong) / len(showings) == pytest.approx(faults.wrong_attribute, abs=0.06)
     assert all(
         s.caption == a.caption
         for story, showing in showings
@@ -130,7 +131,7 @@ def test_fault_frequencies():
     )
     for name in ("flicker", "jitter"):
         values = [value for _, showing in showings for value in getattr(showing, name)]
-        assert sum(v > 0 for v in values) / len(values) == pytest.approx(0.5, abs=0.05)
+        assert sum(v > 0 for v in values) / len(values) == pytest.approx(getattr(faults, name), abs=0.05)
         low, high = getattr(Faults(), f"{name}_range")
         assert all(v == 0 or low <= v <= high for v in values)
 
