@@ -109,6 +109,9 @@ class AestheticScorer:
 
 def clip_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
     """The CLIP tokenizer in ``directory``; ValueError if there is none."""
+    # Without this check an empty tokenizer comes back for a directory that has none.
+    if not any((directory / name).is_file() for name in ("tokenizer.json", "vocab.json")):
+        raise ValueError(f"{directory}: holds no tokenizer (neither tokenizer.json nor vocab.json)")
     try:
         return AutoTokenizer.from_pretrained(directory, local_files_only=True)
     except (OSError, ValueError) as error:
