@@ -124,7 +124,7 @@ def run_stream(meta: dict, data: dict[str, Tensor], model: CausalWan, observe: O
     stream = open_stream(generator, cache, prompt)
     calls = offset // generator.block
     if given is not None:
-        give_frames(generator, [stream], given, texts)
+        give_frames(generator, [stream], given, texts, resident=meta["window"])
     with published_switch(meta):
         while stream.start < num_frames:
             segment = stream.segment

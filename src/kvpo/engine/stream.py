@@ -280,9 +280,16 @@ def append_block(
 
 
 def give_frames(
-    generator: StreamingGenerator, streams: Sequence[Stream], latents_RTCHW: Tensor, texts: TextTable
+    generator: StreamingGenerator,
+    streams: Sequence[Stream],
+    latents_RTCHW: Tensor,
+    texts: TextTable,
+    *,
+    resident: int = 0,
 ) -> None:
     """Start streams from given latents (video extension): encode them block by block, generate nothing.
+
+    ``resident`` history frames are kept, counting the sink (0: all).
 
     Raises:
         ValueError: the number of frames is not a multiple of the block.
@@ -296,6 +303,8 @@ def give_frames(
         commit_banks(generator, streams, text)
         context = deployment_context(generator.deployment, [stream.history for stream in streams])
         append_block(generator, streams, clean, text, context, None)
+        for stream in streams:
+            stream.history.keep(reachable_frames(generator.deployment, stream.history, resident))
 
 
 def stream_latents(
@@ -313,7 +322,8 @@ def stream_latents(
     lengths = {prompt.num_frames for prompt in prompts}
     if len(lengths) != 1:
         raise ValueError(f"prompts generated together must have one length, got {sorted(lengths)} frames")
-    deployment, num_frames = generator.deployment, lengths.pop()
+    num_frames = lengths.pop()
+    resident = max(1, generator.deployment.window - generator.block)
     size = rows or len(prompts)
     finished = []
     for at in range(0, len(prompts), size):
@@ -321,7 +331,7 @@ def stream_latents(
         cache = generator.new_cache(len(batch) * stream_pages(generator, num_frames))
         streams = [open_stream(generator, cache, prompt) for prompt in batch]
         for _ in range(num_frames // generator.block):
-            advance(generator, streams, texts, tape, resident=deployment.window)
+            advance(generator, streams, texts, tape, resident=resident)
         finished.append(torch.stack([torch.cat(stream.latents) for stream in streams]))
     return torch.cat(finished)
 

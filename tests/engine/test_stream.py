@@ -1,0 +1,187 @@
+"""Streaming: solver rules, prompt switches, batches, given frames, memory."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from kvpo.engine.generator import TextRows
+from kvpo.engine.stream import (
+    advance,
+    denoise_block,
+    give_frames,
+    open_stream,
+    stream_latents,
+    stream_pages,
+)
+from kvpo.models.cache import FrameCache
+from tests.engine.tiny import FRAME, generator, grown, prompt, tape_of, texts
+
+DEPLOYMENTS = {
+    "window": dict(),
+    "sink reset": dict(keep_sink_at_switch=False),
+    "no sink": dict(sink=0),
+    "everything": dict(window=-1, sink=0),
+    "bank": dict(bank_size=3),
+    "sparse bank": dict(bank_size=3, sparse_activation=True, bank_every_block=True),
+    "published bank": dict(bank_size=3, bank_as_published=True),
+}
+
+
+class ConstantVelocity:
+    """A transformer whose velocity is one number everywhere."""
+
+    def __init__(self, velocity):
+        self.velocity = velocity
+
+    def __call__(self, x_RFCHW, sigma_R, text_ULD, context, *, text_rows=None):
+        return torch.full_like(x_RFCHW, self.velocity)
+
+
+def noise_of(*kinds):
+    draws = torch.Generator().manual_seed(0)
+    return {kind: torch.randn(2, 3, *FRAME, generator=draws, dtype=torch.float64) for kind in kinds}
+
+
+def solved(renoise, noise, velocity=0.25):
+    one = replace(generator(renoise=renoise), transformer=ConstantVelocity(velocity))
+    text = TextRows(torch.zeros(1, 1, 1), torch.zeros(2, dtype=torch.long))
+    return one, denoise_block(one, noise, text, None)
+
+
+def test_euler_is_exact_on_a_constant_velocity_field():
+    noise = noise_of("initial")
+    one, trajectory = solved(False, noise)
+    assert torch.allclose(trajectory.clean_RFCHW, noise["initial"] - 0.25, atol=1e-14)
+    for step, sigma in enumerate(one.sigmas):
+        expected = noise["initial"] - (1 - sigma) * 0.25
+        assert torch.allclose(trajectory.states_RSFCHW[:, step], expected, atol=1e-14)
+
+
+def test_renoising_mixes_each_prediction_with_the_tape():
+    noise = noise_of("initial", "renoise 1", "renoise 2")
+    one, trajectory = solved(True, noise)
+    x = noise["initial"]
+    for step, sigma in enumerate(one.sigmas):
+        assert torch.allclose(trajectory.states_RSFCHW[:, step], x, atol=1e-14)
+        clean = x - sigma * 0.25
+        if step < 2:
+            level = one.sigmas[step + 1]
+            x = (1 - level) * clean + level * noise[f"renoise {step + 1}"]
+    assert torch.allclose(trajectory.clean_RFCHW, clean, atol=1e-14)
+
+
+@pytest.mark.parametrize("deployment", DEPLOYMENTS.values(), ids=DEPLOYMENTS)
+@pytest.mark.parametrize("rule", [dict(renoise=False), dict(renoise=True, context_noise=0.005)])
+def test_streams_do_not_depend_on_their_batch(deployment, rule):
+    """Also where only some of them switch prompts, at different blocks."""
+    one = generator(**deployment, **rule)
+    prompts = [prompt(0, 27), prompt(1, 27, (15,)), prompt(2, 27, (6, 15))]
+    together = stream_latents(one, prompts, texts(), tape_of())
+    for row, single in enumerate(prompts):
+        alone = stream_latents(one, [single], texts(), tape_of())
+        assert (together[row] - alone[0]).abs().max() <= 1e-10
+    micro = stream_latents(one, prompts, texts(), tape_of(), rows=2)
+    assert (together - micro).abs().max() <= 1e-10
+
+
+def test_the_last_frames_depend_on_the_first_prompt_only_through_history():
+    """A switch re-encodes history: what follows sees the new prompt in every key but the sink's."""
+    one = generator()
+    plain, switched = (
+        stream_latents(one, [prompt(0, 30, switches)], texts(), tape_of()) for switches in ((), (15,))
+    )
+    assert torch.equal(plain[:, :15], switched[:, :15])
+    assert (plain[:, 15:] - switched[:, 15:]).abs().max() > 0.1
+
+
+def test_a_switch_acts_at_the_first_block_at_or_after_it():
+    one = generator()
+    at = {
+        frame: stream_latents(one, [prompt(0, 24, (frame,))], texts(), tape_of())
+        for frame in (10, 11, 12, 13)
+    }
+    assert torch.equal(at[10], at[12]) and torch.equal(at[11], at[12])
+    assert not torch.equal(at[13], at[12])
+
+
+def test_reencoded_pages_are_those_of_one_clean_call_under_the_new_prompt():
+    one = generator()
+    plain, switched = (grown(one, 18, prompts=[prompt(0, 30, switches)])[0] for switches in ((), (18,)))
+    before = dict(switched.history.pages)
+    advance(one, [switched], texts(), tape_of())
+    changed = [frame for frame in range(18) if switched.history.pages[frame] != before[frame]]
+    assert changed == list(range(6, 18))
+    for frame in range(18):
+        keys = [s.history.cache.keys_LQTND[:, s.history.pages[frame]] for s in (plain, switched)]
+        assert torch.equal(*keys) == (frame < 6)
+    # Layer 0 keys know position and clean latents only; the text enters the keys of later layers.
+    first_layer = [s.history.cache.keys_LQTND[0, s.history.pages[10]] for s in (plain, switched)]
+    assert torch.allclose(*first_layer, atol=1e-12)
+
+
+@pytest.mark.parametrize("deployment", DEPLOYMENTS.values(), ids=DEPLOYMENTS)
+def test_given_frames_are_continued_as_if_they_had_been_generated(deployment):
+    one = generator(**deployment)
+    whole = stream_latents(one, [prompt(0, 27)], texts(), tape_of())
+    cache = one.new_cache(200)
+    stream = open_stream(one, cache, prompt(0, 27))
+    with torch.no_grad():
+        give_frames(one, [stream], whole[:, :15], texts())
+    while stream.start < 27:
+        advance(one, [stream], texts(), tape_of())
+    assert (torch.cat(stream.latents) - whole[0]).abs().max() <= 1e-12
+
+
+def test_given_frames_must_fill_blocks():
+    one = generator()
+    stream = open_stream(one, one.new_cache(9), prompt())
+    with pytest.raises(ValueError, match="7 given latent frames do not fill blocks of 3"):
+        give_frames(one, [stream], torch.zeros(1, 7, *FRAME, dtype=torch.float64), texts())
+
+
+def test_videos_generated_together_have_one_length():
+    with pytest.raises(ValueError, match=r"\[27, 30\]"):
+        stream_latents(generator(), [prompt(0, 27), prompt(1, 30)], texts(), tape_of())
+
+
+def peak_pages(monkeypatch, one, num_frames, switches):
+    """Most pages in use, and the capacity, while a video streams."""
+    seen = []
+    write = FrameCache.write
+
+    def recording(cache, *pages):
+        ids = write(cache, *pages)
+        seen.append((cache.pages_in_use, cache.num_pages))
+        return ids
+
+    with monkeypatch.context() as patched:
+        patched.setattr(FrameCache, "write", recording)
+        stream_latents(one, [prompt(0, num_frames, switches)], texts(), tape_of())
+    used, capacity = zip(*seen, strict=True)
+    return max(used), max(capacity)
+
+
+@pytest.mark.parametrize("switches", [(), (9, 24), (12, 15, 27)])
+@pytest.mark.parametrize("name", ["window", "sink reset", "no sink"])
+def test_memory_does_not_grow_with_the_length_of_the_video(monkeypatch, name, switches):
+    one = generator(**DEPLOYMENTS[name])
+    used = {frames: peak_pages(monkeypatch, one, frames, switches) for frames in (36, 54)}
+    assert used[36] == used[54]
+    assert used[36][1] == stream_pages(one, 54) < 36
+
+
+@pytest.mark.parametrize("name", ["bank", "sparse bank"])
+def test_a_bank_adds_at_most_its_own_pages(monkeypatch, name):
+    one = generator(**DEPLOYMENTS[name])
+    used, capacity = peak_pages(monkeypatch, one, 60, (27,))
+    without, _ = peak_pages(monkeypatch, generator(), 60, (27,))
+    assert without <= used <= without + 3 * one.pages.num_layers + 1
+    assert capacity < 60
+
+
+def test_streaming_leaves_the_global_generator_alone():
+    one = generator(renoise=True, context_noise=0.005)
+    state = torch.get_rng_state()
+    stream_latents(one, [prompt(0, 12)], texts(), tape_of())
+    assert torch.equal(state, torch.get_rng_state())
