@@ -91,7 +91,7 @@ class ToyPrompts:
     def __call__(self, update: int) -> list[VideoPrompt]:
         first = self.first_id + update * self.count
         return [
-            VideoPrompt(first + n, (f"A red circle, take {n}.", "It turns blue."), (12,), FRAMES)
+            VideoPrompt(first + n, (f"A red circle, take {n}.", f"It turns blue, take {n}."), (12,), FRAMES)
             for n in range(self.count)
         ]
 

@@ -1,0 +1,192 @@
+"""Resuming: to the bit, whatever interrupted the run and wherever it was."""
+
+import json
+import os
+import signal
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from safetensors.torch import load_file
+
+from kvpo.training.checkpoint import CheckpointError, best_checkpoint, latest_checkpoint
+from kvpo.training.metrics_log import MetricsLog, read_metrics
+from kvpo.training.run import Run, evaluate_base, resume_point
+from kvpo.training.trainer import Trainer
+from tests import processes
+from tests.tiny_world import SETTINGS, tiny_config, toy_setup
+
+UPDATES = 5
+
+
+class ToyRun:
+    """A run of the toy setup in a directory, driven without the command line."""
+
+    def __init__(self, base: Path, directory: Path, **settings: Any) -> None:
+        self.base, self.directory = base, directory
+        self.settings = {
+            "optim__updates": UPDATES, "checkpoint__every": 1, "evaluation__every": 2, **settings
+        }  # fmt: skip
+
+    def go(self, stop_after: int | None = None) -> bool:
+        """Start or continue; stop as a signal would after so many more updates."""
+        setup = toy_setup(tiny_config(self.base, **self.settings))
+        trainer = Trainer(setup)
+        point = resume_point(self.directory / "checkpoints")
+        at = None if point is None else int(point.name.removeprefix("update-"))
+        begun = at or 0
+        with MetricsLog(
+            self.directory / "metrics.jsonl", self.directory / "tensorboard", resumed_at=at
+        ) as log:
+            base = evaluate_base(setup, trainer, setup.validation)
+            run = Run(setup, trainer, self.directory / "checkpoints", log, lambda *numbers: None, base)
+            if point is not None:
+                run.resume(point)
+            return run.train(lambda: stop_after is not None and trainer.update >= begun + stop_after)
+
+    def result(self) -> tuple[Any, ...]:
+        return outcome(self.directory)
+
+
+def outcome(directory: Path) -> tuple[Any, ...]:
+    """Everything that must not depend on interruptions: last checkpoint, best mark, metrics without times."""
+    latest = latest_checkpoint(directory / "checkpoints")
+    assert latest is not None
+    tensors = {name: value.tolist() for name, value in load_file(latest / "state.safetensors").items()}
+    assert any(name.startswith("optimizer.") for name in tensors)
+    state = json.loads((latest / "state.json").read_text())
+    metrics = [
+        {key: value for key, value in record.items() if key not in ("time", "seconds")}
+        for record in read_metrics(directory / "metrics.jsonl")
+    ]
+    best = best_checkpoint(directory / "checkpoints")
+    return tensors, state, best and (best[0].name, best[1]), metrics
+
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "lora": {},
+    "full": {"optim__train": "full"},
+    "epochs and refresh": {"optim__inner_epochs": 2, "optim__rollouts_per_refresh": 2},
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_stopped_after_any_update_a_run_ends_the_same(tiny_base: Path, tmp_path: Path, variant: str) -> None:
+    whole = ToyRun(tiny_base, tmp_path / "whole", **VARIANTS[variant])
+    whole.directory.mkdir()
+    assert whole.go()
+    parts = ToyRun(tiny_base, tmp_path / "parts", **VARIANTS[variant])
+    parts.directory.mkdir()
+    stops = 0
+    while not parts.go(stop_after=1):
+        stops += 1
+    refresh = whole.settings.get("optim__rollouts_per_refresh", 1)
+    assert stops == len(range(refresh, UPDATES, refresh))
+    assert parts.result() == whole.result()
+    updates = [r["update"] for r in read_metrics(parts.directory / "metrics.jsonl") if r["kind"] == "update"]
+    assert updates == [1, 2, 3, 4, 5]
+
+
+def test_validation_and_the_best_checkpoint(tiny_base: Path, tmp_path: Path) -> None:
+    run = ToyRun(tiny_base, tmp_path, checkpoint__keep=1)
+    assert run.go()
+    validations = [r for r in read_metrics(tmp_path / "metrics.jsonl") if r["kind"] == "validation"]
+    assert [record["update"] for record in validations] == [2, 4, 5]
+    winner = max(validations, key=lambda record: record["mean_gain"])
+    best = best_checkpoint(tmp_path / "checkpoints")
+    assert best is not None and best[1] == winner["mean_gain"]
+    assert best[0].name == f"update-{winner['update']:06d}" and best[0].is_dir()
+    kept = {path.name for path in (tmp_path / "checkpoints").glob("update-*")}
+    assert kept == {best[0].name, "update-000005"}
+
+
+def test_a_resumed_adapter_needs_its_own_base(tiny_base: Path, tmp_path: Path) -> None:
+    run = ToyRun(tiny_base, tmp_path, optim__updates=1)
+    assert run.go()
+    trainer = Trainer(toy_setup(tiny_config(tiny_base, optim__updates=2)))
+    trainer.setup = replace(trainer.setup, base_sha256="0" * 64)
+    other = Run(trainer.setup, trainer, tmp_path / "checkpoints", None, lambda *n: None, {})  # type: ignore[arg-type]
+    point = resume_point(tmp_path / "checkpoints")
+    assert point is not None
+    with pytest.raises(CheckpointError, match="another architecture: base is"):
+        other.resume(point)
+
+
+# From here on through the command line, in processes that are really killed.
+
+
+@pytest.fixture(scope="module")
+def arguments(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str | Path]:
+    """`kvpo align` with settings that leave several updates between checkpoints."""
+    file = tmp_path_factory.mktemp("config") / "run.yaml"
+    lists = {name: list(value) if isinstance(value, tuple) else value for name, value in SETTINGS.items()}
+    changes = {
+        "base": str(tiny_base),
+        "optim.updates": 6,
+        "checkpoint.every": 2,
+        "evaluation.every": 3,
+        "evaluation.diversity_prompts": 0,
+    }
+    file.write_text(yaml.safe_dump({**lists, **changes}))
+    return ["align", "--config", file]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(arguments: list[str | Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("runs") / "uninterrupted"
+    code, printed = processes.run([*arguments, "--out", directory], directory.with_suffix(".log"))
+    assert code == 0, printed
+    return directory
+
+
+def killing(name: str, nth: int) -> Callable[[], None]:
+    """In a child: die without a word at the nth call of a function of ``kvpo.training.run``."""
+
+    def install() -> None:
+        from kvpo.training import run
+
+        original, calls = vars(run)[name], []
+
+        def deadly(*arguments: Any, **named: Any) -> Any:
+            calls.append(1)
+            if len(calls) == nth:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return original(*arguments, **named)
+
+        setattr(run, name, deadly)
+
+    return install
+
+
+def test_killed_again_and_again_a_run_ends_the_same(
+    arguments: list[str | Path], uninterrupted: Path, tmp_path: Path
+) -> None:
+    directory, log = tmp_path / "killed", tmp_path / "log"
+    command = [*arguments, "--out", directory, "--resume"]
+    metrics = directory / "metrics.jsonl"
+    for moment in (
+        1,  # before the first checkpoint: nothing is left to continue from
+        killing("save_checkpoint", 1),
+        3,
+        killing("save_checkpoint", 1),  # validated, and not yet saved
+        killing("mark_best", 1),  # saved, and not yet marked as the best
+        killing("prune", 1),
+        8,
+    ):
+        lines = moment if isinstance(moment, int) else None
+        process = processes.start(command, log, moment if callable(moment) else lambda: None)
+        if lines is not None:
+            processes.wait_for(lambda wanted=lines: processes.lines_in(metrics) >= wanted, process)
+            process.kill()
+        process.join(processes.TIME_LIMIT)
+        assert process.exitcode == -signal.SIGKILL, log.read_text()
+    code, printed = processes.run(command, log)
+    assert code == 0, printed
+    assert outcome(directory) == outcome(uninterrupted)
+    ours, theirs = (json.loads((d / "summary.json").read_text()) for d in (directory, uninterrupted))
+    assert ours["held_out"] == theirs["held_out"] and ours["checks"] == theirs["checks"]
+
+

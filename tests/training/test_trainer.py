@@ -1,0 +1,197 @@
+import json
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from kvpo.app.build import UserReward
+from kvpo.config import ExplorationConfig
+from kvpo.prompts import VideoPrompt
+from kvpo.training.metrics_log import MetricsLog, read_metrics
+from kvpo.training.run import Run
+from kvpo.training.trainer import Trainer, learning_rate_factor, shared_fork
+from tests.tiny_world import FRAMES, ToyScorer, tiny_config, toy_setup
+
+
+def trainer_of(base: Path, scorer: Any = None, **settings: Any) -> Trainer:
+    return Trainer(toy_setup(tiny_config(base, **settings), scorer))
+
+
+def snapshot(trainer: Trainer) -> dict[str, Tensor]:
+    tensors, _ = trainer.tensors_and_state()
+    return {name: value.clone() for name, value in tensors.items()}
+
+
+def equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("train", ["lora", "full"])
+def test_an_update_trains_and_the_average_follows(tiny_base: Path, train: str) -> None:
+    trainer = trainer_of(tiny_base, optim__train=train, optim__ema_decay=0.75, optim__warmup_updates=4)
+    frozen = {n: p.clone() for n, p in trainer.setup.model.named_parameters() if not p.requires_grad}
+    before = snapshot(trainer)
+    numbers = trainer.step()
+    after = snapshot(trainer)
+    assert numbers["learning_rate"] == trainer.setup.config.optim.lr / 4
+    assert numbers["ratio_deviation"] == 0.0 and numbers["velocity_kl"] == 0.0
+    assert numbers["gradient_norm"] > 0 and all(map(math.isfinite, numbers.values()))
+    for name in trainer.policy.parameters:
+        old, new = before[f"parameters.{name}"], after[f"parameters.{name}"]
+        torch.testing.assert_close(after[f"average.{name}"], 0.75 * old + 0.25 * new)
+    assert any(not torch.equal(before[f"parameters.{n}"], after[f"parameters.{n}"])
+               for n in trainer.policy.parameters)  # fmt: skip
+    for name, value in trainer.setup.model.named_parameters():
+        if name in frozen:
+            assert torch.equal(value, frozen[name]), name
+    assert trainer.step()["velocity_kl"] > 0
+
+
+def test_the_loss_falls_where_the_update_went(tiny_base: Path) -> None:
+    """A second pass over the same rollout finds better branches more likely: the surrogate has improved."""
+    one = trainer_of(tiny_base, optim__inner_epochs=1).step()
+    two = trainer_of(tiny_base, optim__inner_epochs=2).step()
+    assert one["ratio_deviation"] == 0.0 and two["ratio_deviation"] > 0.0
+    assert abs(one["policy_loss"]) < 1e-6  # centred advantages at ratio 1
+    assert two["policy_loss"] < -1e-4
+
+
+def test_rollouts_of_one_policy_are_on_policy_only_at_first(tiny_base: Path) -> None:
+    trainer = trainer_of(tiny_base, optim__rollouts_per_refresh=2, optim__updates=4)
+    boundaries, deviations = [], []
+    for _ in range(4):
+        deviations.append(trainer.step()["ratio_deviation"] > 0)
+        boundaries.append(trainer.at_boundary())
+    assert deviations == [False, True, False, True]
+    assert boundaries == [False, True, False, True]
+
+
+def test_a_run_made_longer_stays_off_policy_where_it_is(tiny_base: Path) -> None:
+    """Three updates with two rollouts per refresh leave the fourth on a rollout of its own."""
+    short = trainer_of(tiny_base, optim__rollouts_per_refresh=2, optim__updates=3)
+    for _ in range(3):
+        short.step()
+    assert short.at_boundary()
+    longer = trainer_of(tiny_base, optim__rollouts_per_refresh=2, optim__updates=6)
+    longer.restore(*short.tensors_and_state())
+    assert [longer.step()["ratio_deviation"] > 0 for _ in range(3)] == [False, True, False]
+
+
+def test_warm_up_trains_from_the_first_update() -> None:
+    assert [learning_rate_factor(n, 4) for n in range(6)] == [0.25, 0.5, 0.75, 1, 1, 1]
+    assert learning_rate_factor(0, 0) == 1
+
+
+@dataclass(frozen=True)
+class Flat:
+    """All clips score the same, except those of the prompts with an odd number."""
+
+    components: tuple[str, ...] = ("flat",)
+
+    def __call__(self, video_BTCHW: Tensor, prompts: Any) -> dict[str, Tensor]:
+        odd = torch.tensor([float(any(c in prompt for c in "13579")) for prompt in prompts])
+        return {"flat": 0.5 + odd * ToyScorer()(video_BTCHW, prompts)["redness"]}
+
+
+def test_groups_of_noise_are_skipped_and_counted(tiny_base: Path) -> None:
+    trainer = trainer_of(tiny_base, Flat(), optim__prompts_per_update=3)
+    rollout, scores, _ = trainer.explore(0)
+    trained, found = trainer.credit(0, rollout, scores)
+    assert [item.group.index for item in trained] == [1]
+    assert [item.reward_spread > 0 for item in found] == [False, True, False]
+    before = snapshot(trainer)
+    assert trainer.step()["skipped_fraction"] == pytest.approx(2 / 3)
+    assert not equal(before, snapshot(trainer))
+
+
+def test_an_update_of_noise_changes_nothing_and_writes_valid_metrics(tiny_base: Path, tmp_path: Path) -> None:
+    trainer = trainer_of(tiny_base, objective__noise_floor=1e9)
+    with torch.no_grad():  # parameters away from their average, so that a moving average would move
+        for value in trainer.policy.parameters.values():
+            value.add_(0.01)
+    before = snapshot(trainer)
+    with MetricsLog(tmp_path / "metrics.jsonl", tmp_path / "tensorboard") as metrics:
+        for _ in range(2):
+            numbers = trainer.step()
+            metrics.write(trainer.update, {"kind": "update", **numbers})
+    assert equal(before, snapshot(trainer)) and trainer.update == 2
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    records = [json.loads(line, parse_constant=pytest.fail) for line in lines]
+    assert [record["skipped_fraction"] for record in records] == [1.0, 1.0]
+    assert all(record["loss"] is None and record["gradient_norm"] == 0 for record in records)
+    assert all(math.isfinite(record["reward_mean"]) for record in records)
+
+
+def test_shuffled_advantages_are_the_same_rollouts_with_the_same_advantages(tiny_base: Path) -> None:
+    plain = trainer_of(tiny_base, exploration__branches=4)
+    shuffled = trainer_of(tiny_base, exploration__branches=4, objective__advantages="random")
+    expected, found, again = [], [], []
+    for trainer, result in ((plain, expected), (shuffled, found), (shuffled, again)):
+        rollout, scores, _ = trainer.explore(0)
+        result += [item.credit.all_advantages_G for item in trainer.credit(0, rollout, scores)[0]]
+    assert all(map(torch.equal, found, again))
+    assert not all(map(torch.equal, found, expected))
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one.sort().values, other.sort().values)
+
+
+def test_a_gradient_that_is_not_finite_stops_before_the_parameters_change(
+    tiny_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = trainer_of(tiny_base)
+
+    def poisoned(*arguments: Any) -> Any:
+        for value in trainer.policy.parameters.values():
+            value.grad = torch.full_like(value, math.nan)
+        return [], 0.0
+
+    monkeypatch.setattr("kvpo.training.trainer.accumulate_gradients", poisoned)
+    before = snapshot(trainer)
+    with pytest.raises(ValueError, match=r"update 1: the gradient is not finite; lower optim\.lr"):
+        trainer.step()
+    assert equal(before, snapshot(trainer))
+
+
+@dataclass
+class Moody:
+    """A reward that raises once it was called often enough."""
+
+    patience: float = math.inf
+    calls: int = 0
+
+    def __call__(self, video_BTCHW: Tensor, prompts: Any) -> Tensor:
+        self.calls += 1
+        if self.calls > self.patience:
+            raise ZeroDivisionError("no such scale")
+        return ToyScorer()(video_BTCHW, prompts)["redness"]
+
+
+def test_a_reward_that_fails_costs_no_update(tiny_base: Path, tmp_path: Path) -> None:
+    """It fails while the third rollout is scored: the two updates before it are saved."""
+    probe = Moody()
+    trainer_of(tiny_base, UserReward("mine:moody", ("moody",), probe)).explore(0)
+    reward = UserReward("mine:moody", ("moody",), Moody(patience=2.5 * probe.calls))
+    trainer = trainer_of(tiny_base, reward, optim__updates=4, evaluation__every=0, checkpoint__every=3)
+    checkpoints = tmp_path / "checkpoints"
+    with MetricsLog(tmp_path / "metrics.jsonl", tmp_path / "tensorboard") as metrics:
+        run = Run(trainer.setup, trainer, checkpoints, metrics, lambda *numbers: None, {})
+        with pytest.raises(ValueError, match=r"reward 'mine:moody' failed: ZeroDivisionError: no such scale"):
+            run.train(lambda: False)
+    assert [path.name for path in checkpoints.iterdir()] == ["update-000002"]
+    assert [record["update"] for record in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2]
+
+
+def test_prompts_without_a_common_fork_are_named(tiny_base: Path) -> None:
+    config = tiny_config(tiny_base)
+    block = config.stream.block
+    prompts = [VideoPrompt(n, ("a", "b"), (switch,), FRAMES) for n, switch in enumerate((12, 15))]
+    few = replace(config, exploration=replace(ExplorationConfig(), branches=3, blocks=2, tail_blocks=0))
+    forks = {shared_fork(prompts, few, ("any", n)) for n in range(30)}
+    assert forks and all(fork % block == 0 for fork in forks)
+    wide = replace(few, exploration=replace(few.exploration, blocks=4))
+    with pytest.raises(ValueError, match=r"prompt 0: .*lower exploration\.blocks|no fork frame in common"):
+        shared_fork(prompts, wide, ("any", 0))
