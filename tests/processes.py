@@ -1,6 +1,7 @@
 """Child processes for tests that kill, stop and starve runs.
 
-A child is forked, so that it need not spend seconds on importing torch again.
+Children are forked from a server process that has imported everything but done nothing, so that they need not
+spend seconds on importing torch again and inherit no thread's locks.
 """
 
 import logging
@@ -9,37 +10,45 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-from kvpo.app.cli import main
+TIME_LIMIT = 280.0
+CHILDREN = multiprocessing.get_context("forkserver")
+CHILDREN.set_forkserver_preload(["tests.processes", "kvpo.app.align", "kvpo.report.page"])
 
-TIME_LIMIT = 100.0
+
+def nothing() -> None:
+    """What happens first in most children."""
 
 
-def start(
-    arguments: Sequence[str | Path], output: Path, before: Callable[[], None] = lambda: None
-) -> multiprocessing.Process:
+def start(arguments: Sequence[str | Path], output: Path, before: Callable[[], None] = nothing) -> BaseProcess:
     """Run ``kvpo`` with ``arguments`` in a child that prints to ``output``; ``before`` runs there first."""
-
-    def child() -> None:
-        descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        os.dup2(descriptor, 1)
-        os.dup2(descriptor, 2)
-        sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
-        logging.getLogger().handlers.clear()  # pytest's, which would keep the messages
-        before()
-        code = main([str(argument) for argument in arguments])
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-
-    process = multiprocessing.get_context("fork").Process(target=child)
+    process = CHILDREN.Process(target=_child, args=([str(part) for part in arguments], output, before))
     process.start()
     return process
 
 
+def _child(arguments: list[str], output: Path, before: Callable[[], None]) -> None:
+    import torch
+
+    from kvpo.app.cli import main
+
+    descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
+    logging.getLogger().handlers.clear()
+    torch.set_num_threads(1)
+    before()
+    code = main(arguments)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
 def run(
-    arguments: Sequence[str | Path], output: Path, before: Callable[[], None] = lambda: None
+    arguments: Sequence[str | Path], output: Path, before: Callable[[], None] = nothing
 ) -> tuple[int, str]:
     """``start`` and wait: exit status (negative: the signal) and everything printed."""
     process = start(arguments, output, before)
@@ -48,7 +57,7 @@ def run(
     return process.exitcode, output.read_text()
 
 
-def wait_for(condition: Callable[[], bool], process: multiprocessing.Process) -> None:
+def wait_for(condition: Callable[[], bool], process: BaseProcess) -> None:
     """Wait until ``condition`` holds; fail if the child ends first."""
     deadline = time.monotonic() + TIME_LIMIT
     while not condition():

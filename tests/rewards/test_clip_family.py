@@ -170,7 +170,8 @@ def test_a_directory_that_does_not_fit_is_named(clip_directory, tmp_path):
     model.save_pretrained(tmp_path / "cut", state_dict=state)
     with pytest.raises(ValueError, match=r"missing \(1\): visual_projection.weight"):
         clip_family.load_clip_score(tmp_path / "cut")
-    model.save_pretrained(tmp_path / "more", state_dict=state | {"visual_projection.weight": lost, "x": lost.clone()})
+    state |= {"visual_projection.weight": lost, "x": lost.clone()}
+    model.save_pretrained(tmp_path / "more", state_dict=state)
     with pytest.raises(ValueError, match=r"unexpected \(1\): x"):
         clip_family.load_clip_score(tmp_path / "more")
     model.save_pretrained(tmp_path / "no_tokenizer")

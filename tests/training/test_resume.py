@@ -2,9 +2,10 @@
 
 import json
 import os
+import resource
 import signal
-from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -142,23 +143,24 @@ def uninterrupted(arguments: list[str | Path], tmp_path_factory: pytest.TempPath
     return directory
 
 
-def killing(name: str, nth: int) -> Callable[[], None]:
+def kill_at(name: str, nth: int) -> None:
     """In a child: die without a word at the nth call of a function of ``kvpo.training.run``."""
+    from kvpo.training import run
 
-    def install() -> None:
-        from kvpo.training import run
+    original, calls = vars(run)[name], []
 
-        original, calls = vars(run)[name], []
+    def deadly(*arguments: Any, **named: Any) -> Any:
+        calls.append(1)
+        if len(calls) == nth:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*arguments, **named)
 
-        def deadly(*arguments: Any, **named: Any) -> Any:
-            calls.append(1)
-            if len(calls) == nth:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return original(*arguments, **named)
+    setattr(run, name, deadly)
 
-        setattr(run, name, deadly)
 
-    return install
+def limit_files(size: int) -> None:
+    """In a child: no file may grow beyond this many bytes, as on a disk that is almost full."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 
 
 def test_killed_again_and_again_a_run_ends_the_same(
@@ -169,15 +171,15 @@ def test_killed_again_and_again_a_run_ends_the_same(
     metrics = directory / "metrics.jsonl"
     for moment in (
         1,  # before the first checkpoint: nothing is left to continue from
-        killing("save_checkpoint", 1),
+        partial(kill_at, "save_checkpoint", 1),
         3,
-        killing("save_checkpoint", 1),  # validated, and not yet saved
-        killing("mark_best", 1),  # saved, and not yet marked as the best
-        killing("prune", 1),
+        partial(kill_at, "save_checkpoint", 1),  # validated, and not yet saved
+        partial(kill_at, "mark_best", 1),  # saved, and not yet marked as the best
+        partial(kill_at, "prune", 1),
         8,
     ):
         lines = moment if isinstance(moment, int) else None
-        process = processes.start(command, log, moment if callable(moment) else lambda: None)
+        process = processes.start(command, log, moment if callable(moment) else processes.nothing)
         if lines is not None:
             processes.wait_for(lambda wanted=lines: processes.lines_in(metrics) >= wanted, process)
             process.kill()
@@ -190,3 +192,32 @@ def test_killed_again_and_again_a_run_ends_the_same(
     assert ours["held_out"] == theirs["held_out"] and ours["checks"] == theirs["checks"]
 
 
+def test_a_signal_saves_and_says_how_to_go_on(
+    arguments: list[str | Path], uninterrupted: Path, tmp_path: Path
+) -> None:
+    directory, log = tmp_path / "stopped", tmp_path / "log"
+    process = processes.start([*arguments, "--out", directory], log)
+    processes.wait_for(lambda: processes.lines_in(directory / "metrics.jsonl") >= 1, process)
+    assert process.pid is not None
+    os.kill(process.pid, signal.SIGTERM)
+    process.join(processes.TIME_LIMIT)
+    assert process.exitcode == 130
+    printed = log.read_text()
+    assert "Traceback" not in printed
+    assert f"continue with --resume --out {directory}" in printed
+    assert not (directory / "summary.json").exists()
+    reached = read_metrics(directory / "metrics.jsonl")[-1]["update"]
+    saved = latest_checkpoint(directory / "checkpoints")
+    assert saved is not None and saved.name == f"update-{reached:06d}"
+
+    code, printed = processes.run([*arguments, "--out", directory], log)
+    assert code == 1 and "already holds a run; add --resume" in printed
+
+    almost_full = partial(limit_files, (saved / "state.safetensors").stat().st_size // 2)
+    code, printed = processes.run([*arguments, "--out", directory, "--resume"], log, almost_full)
+    assert code == 1 and "cannot save" in printed and "Traceback" not in printed
+    assert latest_checkpoint(directory / "checkpoints") == saved
+
+    code, printed = processes.run([*arguments, "--out", directory, "--resume"], log)
+    assert code == 0, printed
+    assert outcome(directory) == outcome(uninterrupted)

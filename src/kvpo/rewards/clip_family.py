@@ -11,12 +11,12 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoTokenizer, CLIPConfig, CLIPModel, PreTrainedTokenizerBase
+from transformers import CLIPConfig, CLIPModel, PreTrainedTokenizerBase
 
 from kvpo.models.tensor_files import only_tensors, read_file, read_tensors
 from kvpo.rewards.declarations import DECLARATIONS
 from kvpo.rewards.images import CLIP_MEAN, CLIP_STD, fit_and_crop, fit_and_pad, normalised
-from kvpo.rewards.pretrained import load_strict, strict_pretrained, without_weights
+from kvpo.rewards.pretrained import load_strict, read_tokenizer, strict_pretrained, without_weights
 from kvpo.rewards.protocol import Declaration
 from kvpo.rewards.sampling import checked_batch, present_frames
 
@@ -107,17 +107,6 @@ class AestheticScorer:
         return {"aesthetic": torch.stack(scores)}
 
 
-def clip_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
-    """The CLIP tokenizer in ``directory``; ValueError if there is none."""
-    # Without this check an empty tokenizer comes back for a directory that has none.
-    if not any((directory / name).is_file() for name in ("tokenizer.json", "vocab.json")):
-        raise ValueError(f"{directory}: holds no tokenizer (neither tokenizer.json nor vocab.json)")
-    try:
-        return AutoTokenizer.from_pretrained(directory, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{directory}: holds no tokenizer ({error})") from error
-
-
 def _ready(model: CLIPModel, device: str) -> CLIPModel:
     return model.eval().requires_grad_(False).to(device)
 
@@ -127,7 +116,7 @@ def load_clip_score(
 ) -> SimilarityScorer:
     """Cosine similarity under the CLIP model in ``directory``; ValueError for weights that do not fit."""
     model = _ready(strict_pretrained(CLIPModel, directory, dtype), device)
-    return SimilarityScorer(model, clip_tokenizer(directory), ("clip_score",))
+    return SimilarityScorer(model, read_tokenizer(directory), ("clip_score",))
 
 
 def load_pickscore(
@@ -139,7 +128,7 @@ def load_pickscore(
     """
     model = _ready(strict_pretrained(CLIPModel, directory, dtype), device)
     scale = float(model.logit_scale.float().exp())
-    return SimilarityScorer(model, clip_tokenizer(base), ("pickscore",), scale=scale)
+    return SimilarityScorer(model, read_tokenizer(base), ("pickscore",), scale=scale)
 
 
 def load_hpsv2(
@@ -154,7 +143,7 @@ def load_hpsv2(
     weights = only_tensors(nested if isinstance(nested, dict) else content, str(checkpoint))
     model = without_weights(lambda: CLIPModel(CLIPConfig.from_pretrained(base, local_files_only=True)))
     load_strict(model, open_clip_to_transformers(weights), str(checkpoint), device=device, dtype=dtype)
-    return SimilarityScorer(model, clip_tokenizer(base), ("hpsv2",), fit=fit_and_pad)
+    return SimilarityScorer(model, read_tokenizer(base), ("hpsv2",), fit=fit_and_pad)
 
 
 def load_aesthetic(

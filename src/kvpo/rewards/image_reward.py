@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 from transformers.models.blip.configuration_blip import BlipTextConfig, BlipVisionConfig
 from transformers.models.blip.modeling_blip import BlipVisionModel
 from transformers.models.blip.modeling_blip_text import BlipTextModel
@@ -16,7 +16,7 @@ from kvpo.models.tensor_files import read_tensors
 from kvpo.rewards.clip_family import rating_head, spread_frames
 from kvpo.rewards.declarations import DECLARATIONS
 from kvpo.rewards.images import CLIP_MEAN, CLIP_STD, fit_and_crop, normalised
-from kvpo.rewards.pretrained import load_strict, without_weights
+from kvpo.rewards.pretrained import load_strict, read_tokenizer, without_weights
 from kvpo.rewards.protocol import Declaration
 from kvpo.rewards.sampling import checked_batch, present_frames
 
@@ -142,8 +142,4 @@ def load_image_reward(
     model = without_weights(lambda: BlipRating(vision, text))
     weights = released_to_ours(read_tensors(checkpoint))
     load_strict(model, weights, str(checkpoint), device=device, dtype=dtype)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(base, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{base}: holds no tokenizer ({error})") from error
-    return ImageRewardScorer(model, tokenizer)
+    return ImageRewardScorer(model, read_tokenizer(base))

@@ -3,6 +3,7 @@
 Axes: T frames, t = T - 1 steps from one frame to the next, 2 = (x, y) in pixels.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -24,6 +25,10 @@ SMALLEST_SIDE = 128
 QUIET = 0.5
 """Pixels per frame of flow, at the size it is measured at, below which it is mostly noise: a motion this fast
 counts half."""
+NEIGHBOURHOOD = 9
+FLAT = 4.0
+"""Side of the square around a pixel, and mean squared gradient in it (in grey levels per pixel) at which half
+of the pixel's motion counts; noise of one grey level has 0.7."""
 FULL_MOTION = 0.15
 """Distance per frame, as a share of the diagonal, that counts as full motion (as in the public KVPO)."""
 FASTEST = 0.05
@@ -41,18 +46,40 @@ def dis_flow(video_TCHW: Tensor) -> Tensor:
     return torch.from_numpy(np.stack(flows)).movedim(-1, 1)
 
 
+def visibility(video_TCHW: Tensor) -> Tensor:
+    """Share in [0, 1] of a pixel's motion that can be seen, [T, 1, H, W]: 0 on flat ground, 1 on texture.
+
+    Flow on flat ground is guessed from noise: one grey level of it would pass for motion.
+    """
+    luma_T1HW = 255 * video_TCHW.float().mean(1, keepdim=True)
+    dy = F.pad((luma_T1HW[..., 2:, :] - luma_T1HW[..., :-2, :]) / 2, (0, 0, 1, 1))
+    dx = F.pad((luma_T1HW[..., 2:] - luma_T1HW[..., :-2]) / 2, (1, 1))
+    energy = F.avg_pool2d(
+        dx.square() + dy.square(), NEIGHBOURHOOD, 1, NEIGHBOURHOOD // 2, count_include_pad=False
+    )
+    return energy.square() / (energy.square() + FLAT**2)
+
+
 def measured_flow(video_TCHW: Tensor, flow: Flow) -> Tensor:
-    """Flow [T - 1, 2, H', W'] at a size the method can work with, as a share of that size's diagonal."""
+    """Visible flow [T - 1, 2, H', W'], at a size the method works well at, as a share of its diagonal."""
     height, width = video_TCHW.shape[-2:]
-    scale = min(1.0, (FLOW_PIXELS / (height * width)) ** 0.5)
-    scale = max(scale, SMALLEST_SIDE / min(height, width))
-    if scale != 1.0:
-        size = (round(height * scale), round(width * scale))
-        video_TCHW = F.interpolate(
-            video_TCHW.float(), size, mode="bilinear", antialias=scale < 1, align_corners=False
-        )
-    flow_t2HW = flow(video_TCHW)
-    return flow_t2HW / float(np.hypot(*flow_t2HW.shape[-2:]))
+    shrink = min(1.0, (FLOW_PIXELS / (height * width)) ** 0.5)
+    if shrink < 1:
+        video_TCHW = _sized(video_TCHW, round(height * shrink), round(width * shrink))
+    visible_t1HW = visibility(video_TCHW[:-1])
+    height, width = video_TCHW.shape[-2:]
+    enlarge = max(1.0, SMALLEST_SIDE / min(height, width))
+    if enlarge > 1:
+        height, width = round(height * enlarge), round(width * enlarge)
+        video_TCHW, visible_t1HW = _sized(video_TCHW, height, width), _sized(visible_t1HW, height, width)
+    return flow(video_TCHW) * visible_t1HW.cpu() / math.hypot(height, width)
+
+
+def _sized(images: Tensor, height: int, width: int) -> Tensor:
+    smaller = height < images.shape[-2]
+    return F.interpolate(
+        images.float(), (height, width), mode="bilinear", antialias=smaller, align_corners=False
+    )
 
 
 def motion_smoothness(flow_t2HW: Tensor) -> Tensor:
@@ -63,7 +90,7 @@ def motion_smoothness(flow_t2HW: Tensor) -> Tensor:
     diagonal per frame, two steps at least.
     """
     here, height, width = flow_t2HW[:-1], *flow_t2HW.shape[-2:]
-    diagonal = float(np.hypot(height, width))
+    diagonal = math.hypot(height, width)
     rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
     place_tHW2 = torch.stack([columns, rows], -1) + here.movedim(1, -1) * diagonal
     grid_tHW2 = 2 * (place_tHW2 + 0.5) / torch.tensor([width, height]) - 1

@@ -40,6 +40,23 @@ def strict_pretrained(kind: Any, directory: Path, dtype: torch.dtype) -> Any:
     return model
 
 
+def read_tokenizer(directory: Path) -> Any:
+    """The tokenizer of a directory in transformers' layout.
+
+    Raises:
+        ValueError: none there.
+    """
+    from transformers import AutoTokenizer
+
+    # Where the files are absent, transformers may hand out an empty tokenizer of the model's class.
+    if not any((directory / name).is_file() for name in ("tokenizer.json", "vocab.json", "vocab.txt")):
+        raise ValueError(f"{directory}: holds no tokenizer (tokenizer.json, vocab.json or vocab.txt)")
+    try:
+        return AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{directory}: the tokenizer cannot be read ({error})") from error
+
+
 def without_weights(build: Callable[[], nn.Module]) -> nn.Module:
     """A module whose parameters hold no memory yet; its computed buffers (rotary frequencies) are real."""
     from accelerate import init_empty_weights  # imported late: rewards without weights start faster

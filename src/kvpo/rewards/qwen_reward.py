@@ -10,11 +10,11 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen2VLConfig, Qwen2VLModel
+from transformers import PreTrainedTokenizerBase, Qwen2VLConfig, Qwen2VLModel
 
 from kvpo.models.tensor_files import assign_tensors, check_tensors, named_list
 from kvpo.rewards.images import CLIP_MEAN, CLIP_STD, normalised
-from kvpo.rewards.pretrained import without_weights
+from kvpo.rewards.pretrained import read_tokenizer, without_weights
 
 PATCH = 14
 TEMPORAL_PATCH = 2
@@ -184,10 +184,7 @@ def tokenizer_with(directory: Path, tokens: Sequence[str]) -> PreTrainedTokenize
     Raises:
         ValueError: no tokenizer there, or one of another family.
     """
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{directory}: holds no tokenizer ({error})") from error
+    tokenizer = read_tokenizer(directory)
     vocabulary = tokenizer.get_vocab()
     if absent := [token for token in (IMAGE_PAD, VIDEO_PAD, "<|im_start|>") if token not in vocabulary]:
         raise ValueError(f"{directory}: not a Qwen2-VL tokenizer, it lacks {', '.join(absent)}")

@@ -1,0 +1,132 @@
+"""`kvpo calibrate`: jitter under harmless changes, on files and on generated clips."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "rewards"))
+from tiny_rewards import gliding
+from video_makers import encode
+
+from kvpo.app.calibrate import Sample, demo_samples, harmless_changes, measure, noisy, reencoded, shifted
+from kvpo.app.cli import main
+from kvpo.app.named_rewards import NamedReward, named_rewards
+from kvpo.rewards.protocol import Declaration
+
+
+def reward_of(function, name: str = "probe") -> NamedReward:
+    class Scorer:
+        components = (name,)
+
+        def __call__(self, video_BTCHW, prompts):
+            return {name: function(video_BTCHW)}
+
+    declaration = Declaration(name, 0.0, 1.0, False, False, 1, 10**6)
+    return NamedReward(name, Scorer(), (declaration,), {name: 1.0})
+
+
+SAMPLES = [Sample(f"clip {i}", gliding(64, 96, 5, 2, 1, seed=i), 16.0, "") for i in range(3)]
+
+
+def test_the_changes_are_harmless_and_what_they_say():
+    video = SAMPLES[0].video_TCHW
+    moved = shifted(video, 1, 0)
+    assert torch.equal(moved[..., 1:], video[..., :-1]) and torch.equal(moved[..., 0], video[..., 0])
+    assert torch.equal(shifted(video, 0, -1)[..., :-1, :], video[..., 1:, :])
+    steps = ((noisy(video, torch.Generator().manual_seed(0)) - video) * 255).round()
+    assert steps.abs().max() == 1 and (steps != 0).float().mean() == pytest.approx(2 / 3, abs=0.02)
+    again = reencoded(SAMPLES[0], 18)
+    assert again.shape == video.shape and 0 < (again - video).abs().mean() < 0.02
+    tiny = Sample("tiny", video[..., :31, :33], 8.0, "")
+    assert reencoded(tiny, 23).shape == tiny.video_TCHW.shape
+    assert (reencoded(tiny, 18) - tiny.video_TCHW).abs().mean() < 0.02
+    kinds = harmless_changes(SAMPLES[0], seed=1)
+    assert {kind: len(versions) for kind, versions in kinds.items()} == {
+        "re-encoding": 2,
+        "one pixel": 4,
+        "one grey level": 3,
+    }
+
+
+def test_a_constant_has_no_noise_and_a_known_change_is_measured():
+    assert measure(reward_of(lambda v: torch.ones(len(v))), SAMPLES, 0)["probe"].noise_floor == 0
+
+    def whether_changed(video_BTCHW):
+        """0 for the first sample's exact pixels, 1 for any other: the jitter is known."""
+        exact = [torch.equal(video, SAMPLES[0].video_TCHW) for video in video_BTCHW]
+        return 1 - torch.tensor(exact).float()
+
+    noise = measure(reward_of(whether_changed), SAMPLES[:1], 0)["probe"]
+    assert noise.changes["one grey level"].rms == noise.changes["one grey level"].bias == 1
+    assert noise.changes["order of the batch"].largest == 0
+    # 1 original, 9 unmoved originals of the pairs, 9 changed versions
+    assert noise.noise_floor == pytest.approx(torch.tensor([0.0] * 10 + [1.0] * 9).std().item())
+
+
+def test_a_reward_that_looks_at_its_neighbours_is_found_out():
+    noise = measure(reward_of(lambda v: v.mean((1, 2, 3, 4)) - v.mean()), SAMPLES, 0)["probe"]
+    assert noise.changes["order of the batch"].largest > 0
+    honest = measure(reward_of(lambda v: v.mean((1, 2, 3, 4))), SAMPLES, 0)["probe"]
+    assert honest.changes["order of the batch"].largest < 1e-6
+    assert honest.spread_between_clips > 10 * honest.noise_floor > 0
+
+
+def test_the_noise_is_a_function_of_the_seed():
+    (reward,) = named_rewards(["flicker"], prompts=False)
+    assert measure(reward, SAMPLES[:1], 3) == measure(reward, SAMPLES[:1], 3)
+    assert measure(reward, SAMPLES[:1], 3) != measure(reward, SAMPLES[:1], 4)
+
+
+def test_generated_clips_fit_the_reward():
+    (motion,) = named_rewards(["motion_smoothness"], prompts=True)
+    (world,) = named_rewards(["world"], prompts=True)
+    large, small = demo_samples(motion, 0), demo_samples(world, 0)
+    assert large[0].video_TCHW.shape == (15, 3, 256, 256) and small[0].video_TCHW.shape == (15, 3, 32, 32)
+    assert len({sample.prompt for sample in small}) == 8
+    assert torch.equal(demo_samples(world, 0)[3].video_TCHW, small[3].video_TCHW)
+
+
+def test_on_files(tmp_path, capsys):
+    for seed in range(2):
+        video = gliding(64, 96, 30, 2, 1, seed=seed)
+        encode(tmp_path / f"{seed}.mp4", (video * 255).byte().movedim(1, -1).numpy())
+    out = tmp_path / "noise.json"
+    assert main(["calibrate", "flicker", str(tmp_path), "--out", str(out)]) == 0
+    record = json.loads(out.read_text())
+    assert record["clips"] == ["0.mp4", "1.mp4"] and record["reward"] == "flicker"
+    noise = record["components"]["flicker"]
+    assert 0 < record["noise_floor"] == noise["noise_floor"] < 0.02
+    assert set(noise["changes"]) == {"re-encoding", "one pixel", "one grey level", "order of the batch"}
+    printed = capsys.readouterr().out
+    assert f"--objective.noise_floor {record['noise_floor']:.3g}" in printed and printed.endswith(f"{out}\n")
+
+
+def test_several_components_have_a_total(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["calibrate", "world", "--clips", "2"]) == 0
+    record = json.loads((tmp_path / "world.noise.json").read_text())
+    assert list(record["components"])[-1] == "total" and "colour" in record["components"]
+    assert record["noise_floor"] == record["components"]["total"]["noise_floor"]
+    assert 0 < record["noise_floor"] < 0.1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["hpsv4"], "unknown reward 'hpsv4'"),
+        (["flicker", "nowhere"], "no such folder"),
+        (["flicker", "--clips", "0"], "clips must be at least 1"),
+        (["flicker", "--out", "x.txt"], "must be a .json file"),
+        (["hpsv3", "."], "give --prompts"),
+        (["motion_smoothness", "one.mp4"], "one.mp4: motion_smoothness needs at least 3 frames"),
+    ],
+)
+def test_mistakes_are_one_line(tmp_path, capsys, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    encode(tmp_path / "one.mp4", (gliding(32, 32, 1, 0, 0) * 255).byte().movedim(1, -1).numpy())
+    assert main(["calibrate", *arguments]) in (1, 2)
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1

@@ -1,0 +1,334 @@
+"""Branches and anchors: exact where nothing differs, told apart by history alone, all pages given back."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from kvpo.engine.noise import keyed_generator
+from kvpo.engine.replay import Member, replay_context
+from kvpo.engine.rollout import (
+    RoutedFrame,
+    collect,
+    draw_routes,
+    eligible_forks,
+    grow_roots,
+    run_members,
+)
+from kvpo.engine.stream import advance, stream_latents
+from tests.engine.tiny import EXPLORATION, generator, grown, prompt, tape_of, texts
+
+DEPLOYMENTS = {
+    "window": dict(),
+    "no sink": dict(sink=0),
+    "bank": dict(bank_size=3),
+    "sparse bank": dict(bank_size=3, sparse_activation=True, bank_every_block=True),
+    "published bank": dict(bank_size=3, bank_as_published=True),
+    "everything": dict(window=-1, sink=0),
+    "everything and a sink": dict(window=-1, sink=3),
+}
+FORK = 18
+
+
+def collected(one, prompts, exploration=EXPLORATION, fork=FORK, key=("k",)):
+    dtype = one.page_dtype
+    return collect(one, prompts, fork, texts(dtype), tape_of(dtype), exploration, key)
+
+
+def members_of(one, prompts, members, exploration=EXPLORATION, fork=FORK, **options):
+    """Clean latents of hand-made members, and the rollout (released)."""
+    dtype = one.page_dtype
+    rollout = grow_roots(one, prompts, fork, texts(dtype), tape_of(dtype), exploration)
+    found = run_members(one, rollout, members, texts(dtype), tape_of(dtype), exploration, **options)
+    rollout.release()
+    assert rollout.cache.pages_in_use == 0
+    return found
+
+
+def route(*frames, group=0):
+    return tuple(RoutedFrame(group, frame) for frame in frames)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("deployment", DEPLOYMENTS.values(), ids=DEPLOYMENTS)
+@pytest.mark.parametrize("recent", [0, 3])
+def test_the_all_recent_route_is_deployment_bitwise(dtype, deployment, recent):
+    """Five routed blocks against five plain ones; the routes name the most recent frames."""
+    one = generator(dtype, **deployment, renoise=True)
+    plain, routed = (grown(one, FORK, prompts=[prompt(0, 36), prompt(1, 36)]) for _ in range(2))
+    past = one.deployment.local_past
+    for _ in range(5):
+        start = plain[0].start
+        first = one.deployment.sink if past is None else max(one.deployment.sink, start - past)
+        pages = [stream.history.page_ids(range(first, start - recent)) for stream in routed]
+        expected = advance(one, plain, texts(dtype), tape_of(dtype))
+        found = advance(one, routed, texts(dtype), tape_of(dtype), routes=pages, recent=recent)
+        assert torch.equal(expected.velocities_RSFCHW, found.velocities_RSFCHW)
+        assert torch.equal(expected.clean_RFCHW, found.clean_RFCHW)
+
+
+def test_the_all_recent_route_of_a_rollout_is_its_anchor_bitwise():
+    one = generator(torch.float32)
+    recent = [route(*range(12, 15)), route(*range(15, 18))]
+    states, velocities, clean = members_of(one, [prompt(0)], [(0, recent), (0, None), (0, recent)])
+    assert torch.equal(clean[0], clean[1]) and torch.equal(clean[0], clean[2])
+    assert torch.equal(states[0], states[1]) and torch.equal(velocities[0], velocities[1])
+
+
+@pytest.mark.parametrize("deployment", DEPLOYMENTS.values(), ids=DEPLOYMENTS)
+def test_the_anchor_is_plain_generation(deployment):
+    one = generator(**deployment)
+    prompts = [prompt(0, 27), prompt(1, 27, (FORK,))]
+    expected = stream_latents(one, prompts, texts(), tape_of())
+    rollout = collected(one, prompts)
+    for row, group in enumerate(rollout.groups):
+        latents = torch.cat([*group.root.latents, group.clean_MTCHW[-1]])
+        assert (latents - expected[row]).abs().max() <= 1e-10
+    rollout.release()
+
+
+@pytest.mark.parametrize("deployment", DEPLOYMENTS.values(), ids=DEPLOYMENTS)
+def test_branches_do_not_depend_on_their_batch(deployment):
+    one = generator(torch.float32, **deployment)
+    prompts = [prompt(0), prompt(1, 30, (24,))]
+    together, alone, pairs = (collected(one, prompts, replace(EXPLORATION, rows=rows)) for rows in (0, 1, 2))
+    for a, b, c in zip(together.groups, alone.groups, pairs.groups, strict=True):
+        assert a.routes == b.routes == c.routes
+        assert (a.clean_MTCHW - b.clean_MTCHW).abs().max() <= 1e-5
+        assert (a.clean_MTCHW - c.clean_MTCHW).abs().max() <= 1e-5
+        assert (a.velocities_MPSFCHW - b.velocities_MPSFCHW).abs().max() <= 1e-5
+        assert (a.clean_MTCHW[:-1] - a.clean_MTCHW[-1]).abs().flatten(1).amax(1).min() > 1e-2
+    for rollout in (together, alone, pairs):
+        rollout.release()
+        assert rollout.cache.pages_in_use == 0
+
+
+def test_members_share_their_noise_and_keep_what_the_solver_visited():
+    one = generator(renoise=True)
+    rollout = collected(one, [prompt(0)])
+    (group,) = rollout.groups
+    assert group.branches == 3 and group.blocks == 2 and group.window_frames == 6
+    assert group.states_MPSFCHW.shape[:4] == (4, 2, 3, 3) and group.clean_MTCHW.shape[:2] == (4, 9)
+    for block in range(2):
+        initial = tape_of()(0, FORK // 3 + block, "initial")
+        assert all(torch.equal(state, initial) for state in group.states_MPSFCHW[:, block, 0])
+    last = one.sigmas[-1]
+    clean = group.states_MPSFCHW[:, :, -1] - last * group.velocities_MPSFCHW[:, :, -1]
+    assert torch.allclose(clean.flatten(1, 2), group.clean_MTCHW[:, :6], atol=1e-12)
+    rollout.release()
+
+
+def test_a_fork_copies_no_page_and_everything_comes_back():
+    one = generator()
+    rollout = grow_roots(one, [prompt(0), prompt(1)], FORK, texts(), tape_of(), EXPLORATION)
+    before = rollout.cache.pages_in_use
+    forks = [group.root.fork() for group in rollout.groups for _ in range(8)]
+    assert rollout.cache.pages_in_use == before
+    for stream in forks:
+        stream.history.release()
+    keys = rollout.cache.keys_LQTND.clone()
+    held = [page for group in rollout.groups for page in group.root.history.pages.values()]
+    members = [(0, [route(4, 5, 6)] * 2), (1, None)]
+    run_members(one, rollout, members, texts(), tape_of(), EXPLORATION)
+    assert rollout.cache.pages_in_use == before
+    assert torch.equal(keys[:, held], rollout.cache.keys_LQTND[:, held])
+    rollout.release()
+    assert rollout.cache.pages_in_use == 0
+
+
+@pytest.mark.parametrize("deployment", DEPLOYMENTS.values(), ids=DEPLOYMENTS)
+def test_a_switch_at_the_fork_is_acted_on_before_the_branches_start(deployment):
+    """Text and re-encoded history of every branch are the new prompt's; fails if branches see the old."""
+    one = generator(**deployment)
+    exploration = replace(EXPLORATION, blocks=1, tail_blocks=2)
+    past = one.deployment.local_past
+    recent = route(*range(one.deployment.sink if past is None else FORK - past, FORK - 3))
+    members = [(0, [recent]), (0, [route(4, 6, 7)]), (0, None)]
+    _, _, new = members_of(one, [prompt(0, 30, (FORK,))], members, exploration)
+    _, _, old = members_of(one, [prompt(0, 30)], members, exploration)
+    expected = stream_latents(one, [prompt(0, 30, (FORK,))], texts(), tape_of())[0, FORK:27]
+    assert (new[0] - expected).abs().max() <= 1e-10
+    assert (new[2] - expected).abs().max() <= 1e-10
+    assert (new - old)[:, :3].abs().flatten(1).amax(1).min() > 0.02
+
+    # Were history left as it was, and only the text new, the branches would differ from this.
+    rollout = grow_roots(one, [prompt(0, 30)], FORK, texts(), tape_of(), exploration)
+    root = rollout.groups[0].root
+    root.prompt, root.segment = prompt(0, 30, (FORK,)), 1
+    _, _, stale = run_members(one, rollout, members, texts(), tape_of(), exploration)
+    assert (new - stale)[:, :3].abs().flatten(1).amax(1).min() > 1e-3
+
+
+@pytest.mark.parametrize("pool", [False, True])
+def test_routed_frames_before_the_window_keep_their_prompt_unless_the_pool_is_reencoded(pool):
+    one = generator()
+    exploration = replace(EXPLORATION, resident_frames=33, reencode_pool=pool)
+    pages = {}
+    for name, switches in (("old", ()), ("new", (36,))):
+        rollout = grow_roots(one, [prompt(0, 60, switches)], 36, texts(), tape_of(), exploration)
+        history = rollout.groups[0].root.history
+        pages[name] = {f: rollout.cache.keys_LQTND[:, page].clone() for f, page in history.pages.items()}
+    assert sorted(pages["new"]) == [0, 1, 2, *range(6, 36)]
+    rewritten = [f for f in pages["new"] if not torch.equal(pages["old"][f], pages["new"][f])]
+    assert rewritten == list(range(6 if pool else 24, 36))
+
+
+def test_pool_reencoding_reaches_everything_when_everything_is_resident():
+    one = generator()
+    exploration = replace(EXPLORATION, resident_frames=0, reencode_pool=True)
+    rollouts = [
+        grow_roots(one, [prompt(0, 60, switches)], 36, texts(), tape_of(), exploration)
+        for switches in ((), (36,))
+    ]
+    old, new = (
+        {frame: rollout.cache.keys_LQTND[:, page] for frame, page in group.root.history.pages.items()}
+        for rollout in rollouts
+        for group in rollout.groups
+    )
+    assert [f for f in new if torch.equal(old[f], new[f])] == [0, 1, 2]
+
+
+def test_routes_are_drawn_once_per_window_or_for_every_block():
+    one = generator()
+    once = collected(one, [prompt(0), prompt(1)])
+    again = collected(one, [prompt(0), prompt(1)], replace(EXPLORATION, redraw_every_block=True))
+    for fixed, redrawn in zip(once.groups, again.groups, strict=True):
+        assert all(first == second for first, second in fixed.routes)
+        assert any(first != second for first, second in redrawn.routes)
+        assert [routes[0] for routes in fixed.routes] == [routes[0] for routes in redrawn.routes]
+        pool = range(3, FORK - 3)
+        for routes in redrawn.routes:
+            assert all(r.group == fixed.index and r.frame in pool for block in routes for r in block)
+    for rollout in (once, again):
+        rollout.release()
+
+
+def test_the_key_alone_decides_the_routes():
+    one = generator()
+    first, same, other = (
+        collected(one, [prompt(0)], key=key).groups[0].routes for key in ((7, 1), (7, 1), (7, 2))
+    )
+    assert first == same != other
+
+
+def test_donor_routes_bring_another_videos_history():
+    one = generator()
+    exploration = replace(EXPLORATION, donor=1)
+    groups = [range(3, 15)] * 3
+    routes = draw_routes(groups, exploration, keyed_generator("donors"))
+    for index, own in enumerate(routes):
+        for slots in own:
+            assert len(slots) == 3
+            assert {r.group for r in slots} - {index} and len({r for r in slots if r.group != index}) == 1
+    # The donor's frames matter, and matter only where they are routed.
+    donors = (prompt(1, 30), replace(prompt(2, 30), segments=("a green ring",)))
+    members = [(0, [route(4, 5) + route(6, group=1)] * 2), (0, None)]
+    one_donor, other = (members_of(one, [prompt(0), donor], members)[2] for donor in donors)
+    assert (one_donor[0] - other[0]).abs().max() > 1e-2
+    assert (one_donor[1] - other[1]).abs().max() <= 1e-12
+
+
+def test_donors_need_a_second_prompt():
+    with pytest.raises(ValueError, match="exploration.donor = 1"):
+        collected(generator(), [prompt(0)], replace(EXPLORATION, donor=1))
+
+
+def test_all_slots_may_be_a_donors():
+    rollout = collected(generator(), [prompt(0), prompt(1)], replace(EXPLORATION, donor=2))
+    assert {r.group for routes in rollout.groups[0].routes for block in routes for r in block} == {1}
+    rollout.release()
+
+
+def test_a_routed_frame_that_is_not_resident_is_an_error_and_leaks_nothing():
+    one = generator()
+    exploration = replace(EXPLORATION, resident_frames=15)
+    rollout = grow_roots(one, [prompt(0, 60)], 36, texts(), tape_of(), exploration)
+    before = rollout.cache.pages_in_use
+    with pytest.raises(KeyError):
+        run_members(one, rollout, [(0, [route(12, 30, 31)] * 2)], texts(), tape_of(), exploration)
+    assert rollout.cache.pages_in_use == before
+
+
+def test_rows_may_ask_for_their_own_noise():
+    one = generator()
+    _, _, clean = members_of(one, [prompt(0)], [(0, None)] * 3, videos=[0, 0, 9])
+    assert torch.equal(clean[0], clean[1])
+    assert (clean[0] - clean[2]).abs().max() > 0.1
+
+
+READINGS = {
+    "as deployed": dict(routed=3, recent=3, distinct=2),
+    "six and three past": dict(routed=6, recent=3, distinct=6),
+    "four counting the block": dict(routed=5, recent=1, distinct=5),
+    "three counting the block": dict(routed=6, recent=0, distinct=4),
+}
+
+
+@pytest.mark.parametrize("reading", READINGS.values(), ids=READINGS)
+@pytest.mark.parametrize("deployment", [dict(), dict(window=-1, sink=0)], ids=["window", "everything"])
+def test_every_reading_of_the_paper_is_a_pair_of_integers(reading, deployment):
+    """Also where a branch sees more or fewer frames than its anchor."""
+    rollout = collected(generator(**deployment), [prompt(0, 33)], replace(EXPLORATION, **reading), fork=21)
+    (group,) = rollout.groups
+    assert all(len(block) == reading["routed"] for routes in group.routes for block in routes)
+    assert (group.clean_MTCHW[:-1] - group.clean_MTCHW[-1]).abs().flatten(1).amax(1).min() > 1e-2
+    rollout.release()
+    assert rollout.cache.pages_in_use == 0
+
+
+@pytest.mark.parametrize("rows", [0, 1])
+@pytest.mark.parametrize("blocks", [1, 2, 4])
+@pytest.mark.parametrize("name", ["window", "no sink", "published bank", "everything"])
+def test_the_pages_set_aside_suffice(rows, blocks, name):
+    """Switches before, at and after the fork; many branches; then the replay of all members at once."""
+    one = generator(torch.float32, **DEPLOYMENTS[name], keep_sink_at_switch=False)
+    exploration = replace(
+        EXPLORATION, branches=5, blocks=blocks, tail_blocks=3, rows=rows, routed=3, distinct=2
+    )
+    after = FORK + 3 * blocks
+    prompts = [
+        prompt(0, 60, (15, after, after + 3)),
+        prompt(1, 60, (9, FORK, after + 6)),
+    ]
+    rollout = collected(one, prompts, exploration)
+    members = [Member(group, n) for group in rollout.groups for n in range(6)]
+    with torch.no_grad(), replay_context(one, members, texts(one.page_dtype), tape_of(one.page_dtype)):
+        assert rollout.cache.pages_in_use <= rollout.cache.num_pages
+    rollout.release()
+    assert rollout.cache.pages_in_use == 0
+
+
+def test_a_long_tail_costs_no_pages():
+    one = generator()
+    sizes = [
+        grow_roots(
+            one, [prompt(0, 120)], FORK, texts(), tape_of(), replace(EXPLORATION, tail_blocks=tail)
+        ).cache.num_pages
+        for tail in (4, 30)
+    ]
+    assert sizes[0] == sizes[1]
+
+
+def test_forks_leave_room_for_history_window_and_tail():
+    exploration = replace(EXPLORATION, branches=8, distinct=2)  # a pool of 5 has 10 pairs, of 4 only 6
+    assert eligible_forks(prompt(0, 30), exploration, block=3, sink=3) == [12, 15, 18, 21]
+    assert eligible_forks(prompt(0, 30), replace(exploration, tail_blocks=0), block=3, sink=3)[-1] == 24
+
+
+def test_no_fork_has_a_switch_strictly_inside_its_window():
+    forks = eligible_forks(prompt(0, 39, (20,)), replace(EXPLORATION, blocks=3), block=3, sink=3)
+    # The switch acts at frame 21: windows from 15 and 18 would contain it.
+    assert 15 not in forks and 18 not in forks and {12, 21} <= set(forks)
+
+
+@pytest.mark.parametrize(
+    "video, changes, message",
+    [
+        (prompt(0, 15), {}, "num_frames = 15: too short to fork at frame 9"),
+        (prompt(4, 21, (15,)), dict(blocks=3, tail_blocks=0), "prompt 4: every fork in .* lower explor"),
+        (prompt(0, 90), dict(branches=8, resident_frames=9), "branches = 8: a pool of 3 frames"),
+    ],
+)  # fmt: skip
+def test_impossible_forks_are_explained(video, changes, message):
+    with pytest.raises(ValueError, match=message):
+        eligible_forks(video, replace(EXPLORATION, **changes), block=3, sink=3)
