@@ -1,5 +1,10 @@
 import json
 import math
+import time
+import weakref
+from collections.abc import Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +15,8 @@ from torch import Tensor
 
 from kvpo.app.build import UserReward
 from kvpo.config import ExplorationConfig
+from kvpo.engine.generator import StreamingGenerator
+from kvpo.engine.scoring import score_groups
 from kvpo.prompts import VideoPrompt
 from kvpo.training.metrics_log import MetricsLog, read_metrics
 from kvpo.training.run import Run
@@ -195,3 +202,69 @@ def test_prompts_without_a_common_fork_are_named(tiny_base: Path) -> None:
     wide = replace(few, exploration=replace(few.exploration, blocks=4))
     with pytest.raises(ValueError, match=r"prompt 0: .*lower exploration\.blocks|no fork frame in common"):
         shared_fork(prompts, wide, ("any", 0))
+
+
+class Watched(ToyScorer):
+    """Counts the blocks that were generated when each of its calls began, and the clips that are alive."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        vars(self).update(generated=[0], at_calls=[], alive=[], most_alive=[0])
+
+    def __call__(self, video_BTCHW: Tensor, prompts: Any) -> dict[str, Tensor]:
+        self.at_calls.append(self.generated[0])
+        self.alive.append(weakref.ref(video_BTCHW))
+        self.most_alive[0] = max(self.most_alive[0], sum(ref() is not None for ref in self.alive))
+        time.sleep(0.02)  # longer than a block takes
+        return super().__call__(video_BTCHW, prompts)
+
+
+@pytest.mark.parametrize("refresh", [1, 2])
+def test_scoring_overlaps_generation_and_changes_no_number(
+    tiny_base: Path, monkeypatch: pytest.MonkeyPatch, refresh: int
+) -> None:
+    scorer = Watched()
+    trainer = trainer_of(
+        tiny_base, scorer, exploration__rows=2, optim__prompts_per_update=3, optim__rollouts_per_refresh=refresh
+    )
+    velocity = StreamingGenerator.velocity
+
+    def counted(*arguments: Any) -> Tensor:
+        scorer.generated[0] += 1
+        return velocity(*arguments)
+
+    monkeypatch.setattr(StreamingGenerator, "velocity", counted)
+    if refresh == 1:
+        rollout, scores, _ = trainer.explore(0)
+        alone = score_groups(
+            rollout.groups, trainer.setup.codec, ToyScorer(), block=trainer.setup.generator.block
+        )
+        for found, expected in zip(scores, alone, strict=True):
+            assert torch.equal(found.local_KM, expected.local_KM)
+            assert torch.equal(found.global_KM, expected.global_KM)
+    else:
+        trainer.collect()
+    assert scorer.at_calls[0] < scorer.generated[0]  # the first group was scored before the last was generated
+    assert scorer.most_alive[0] == 1
+
+
+@pytest.mark.parametrize("rows", [0, 3])
+def test_a_run_with_overlap_is_the_run_without(
+    tiny_base: Path, monkeypatch: pytest.MonkeyPatch, rows: int
+) -> None:
+    settings = {"exploration__rows": rows, "optim__rollouts_per_refresh": 2, "optim__updates": 4}
+    overlapped, plain = trainer_of(tiny_base, **settings), trainer_of(tiny_base, **settings)
+    numbers = [overlapped.step() for _ in range(4)]
+
+    @contextmanager
+    def at_once() -> Iterator[Any]:
+        def submit(call: Any) -> Future[Any]:
+            future: Future[Any] = Future()
+            future.set_result(call())
+            return future
+
+        yield submit
+
+    monkeypatch.setattr("kvpo.training.trainer.in_background", at_once)
+    assert [plain.step() for _ in range(4)] == numbers
+    assert equal(snapshot(overlapped), snapshot(plain))

@@ -4,7 +4,7 @@ The branches share every noise tensor, prompt and weight; for ``blocks`` blocks 
 slots hold routed frames of older history instead of the most recent ones (METHOD section 2).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -218,10 +218,14 @@ def grow_roots(
     return Rollout([Group(n, root, fork, (), empty, empty, empty) for n, root in enumerate(roots)], cache)
 
 
+Member = tuple[int, Sequence[Sequence[RoutedFrame]] | None]
+"""A row of a rollout: its group, and its routes per block, or None for the unrouted anchor."""
+
+
 def run_members(
     generator: StreamingGenerator,
     rollout: Rollout,
-    members: Sequence[tuple[int, Sequence[Sequence[RoutedFrame]] | None]],
+    members: Sequence[Member],
     texts: TextTable,
     tape: Tape,
     exploration: ExplorationConfig,
@@ -231,14 +235,28 @@ def run_members(
     """Continue forks of the roots through window and tail.
 
     Args:
-        members: (group, routes per block, or None for the unrouted anchor) of each row.
         videos: video id each row asks the tape for; None: its prompt's own, so that all noise is shared.
 
     Returns:
         states and velocities ``[R, P, S, F, C, H, W]`` of the window and clean latents ``[R, T, C, H, W]`` of
         window and tail.
     """
-    pieces = []
+    chunks = member_chunks(generator, rollout, members, texts, tape, exploration, videos=videos)
+    states, velocities, clean = (torch.cat(part) for part in zip(*chunks, strict=True))
+    return states, velocities, clean
+
+
+def member_chunks(
+    generator: StreamingGenerator,
+    rollout: Rollout,
+    members: Sequence[Member],
+    texts: TextTable,
+    tape: Tape,
+    exploration: ExplorationConfig,
+    *,
+    videos: Sequence[int] | None = None,
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """``run_members``, ``exploration.rows`` members at a time, each chunk when it is generated."""
     size = exploration.rows or len(members)
     # The roots hold what may be routed; a branch holds only what its own blocks see.
     recent = branch_frames(generator, exploration)
@@ -272,15 +290,11 @@ def run_members(
         for stream in streams:
             stream.history.release()
         window = trajectories[: exploration.blocks]
-        pieces.append(
-            (
-                torch.stack([trajectory.states_RSFCHW for trajectory in window], 1),
-                torch.stack([trajectory.velocities_RSFCHW for trajectory in window], 1),
-                torch.cat([trajectory.clean_RFCHW for trajectory in trajectories], 1),
-            )
+        yield (
+            torch.stack([trajectory.states_RSFCHW for trajectory in window], 1),
+            torch.stack([trajectory.velocities_RSFCHW for trajectory in window], 1),
+            torch.cat([trajectory.clean_RFCHW for trajectory in trajectories], 1),
         )
-    states, velocities, clean = (torch.cat(part) for part in zip(*pieces, strict=True))
-    return states, velocities, clean
 
 
 def collect(
@@ -293,10 +307,12 @@ def collect(
     key: tuple[int | str, ...],
     *,
     replayed: int = 0,
+    finished: Callable[[Group], None] = lambda group: None,
 ) -> Rollout:
     """Roots, branches and anchors of one rollout; ``key`` seeds the routes.
 
-    ``replayed`` members will be replayed together (0: all).
+    ``replayed`` members will be replayed together (0: all). ``finished`` is called with every group as soon as
+    its members are generated, in order.
     """
     rollout = grow_roots(generator, prompts, fork, texts, tape, exploration, replayed=replayed)
     sink = generator.deployment.sink
@@ -307,16 +323,23 @@ def collect(
     for _ in range(exploration.blocks - 1):
         redraw = exploration.redraw_every_block
         per_block.append(draw_routes([pool] * len(prompts), exploration, draws) if redraw else first)
-    members: list[tuple[int, list[tuple[RoutedFrame, ...]] | None]] = []
+    members: list[Member] = []
     for group in range(len(prompts)):
         for branch in range(exploration.branches):
             members.append((group, [routes[group][branch] for routes in per_block]))
         members.append((group, None))
-    states, velocities, clean = run_members(generator, rollout, members, texts, tape, exploration)
     size = exploration.branches + 1
-    groups = []
-    for index, group in enumerate(rollout.groups):
-        rows = slice(index * size, (index + 1) * size)
-        routes = tuple(tuple(route) for _, route in members[rows] if route is not None)
-        groups.append(Group(index, group.root, fork, routes, states[rows], velocities[rows], clean[rows]))
+    groups: list[Group] = []
+    rows: list[tuple[Tensor, Tensor, Tensor]] = []
+    for chunk in member_chunks(generator, rollout, members, texts, tape, exploration):
+        rows += zip(*chunk, strict=True)
+        while len(rows) >= size:
+            states, velocities, clean = map(torch.stack, zip(*rows[:size], strict=True))
+            del rows[:size]
+            index = len(groups)
+            own = members[index * size : (index + 1) * size]
+            routes = tuple(tuple(route) for _, route in own if route is not None)
+            root = rollout.groups[index].root
+            groups.append(Group(index, root, fork, routes, states, velocities, clean))
+            finished(groups[-1])
     return Rollout(groups, rollout.cache)

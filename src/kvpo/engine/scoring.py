@@ -122,31 +122,34 @@ def checked(name: str, scores: dict[str, Tensor], count: int) -> Tensor:
     return values
 
 
-def score_groups(groups: Sequence[Group], codec: Codec, scorer: Scorer, *, block: int) -> list[Scores]:
-    """Local and global scores of every group's members."""
-    videos, clips, offsets, shares, owners = [], [], [], [], []
-    for index, group in enumerate(groups):
-        prompt, fork = group.root.prompt, group.fork
-        stop = fork + group.clean_MTCHW.shape[1]
-        local = segment_clips(prompt, fork, fork + group.window_frames, block=block, lead=block)
-        whole = segment_clips(prompt, fork, stop, block=block, lead=block)
-        offset = min(clip.start for clip in local)
-        pixels_MTCHW = decode_members(group, codec, lead=fork - offset, block=block)
-        for signal, pieces in enumerate((local, whole)):
-            frames = sum(clip.stop - clip.start - clip.prompt.switch for clip in pieces)
-            for clip in pieces:
-                share = (clip.stop - clip.start - clip.prompt.switch) / frames
-                for member, video in enumerate(pixels_MTCHW):
-                    videos.append(video)
-                    clips.append(clip)
-                    offsets.append(offset)
-                    shares.append(share)
-                    owners.append((index, signal, member))
+def score_group(group: Group, codec: Codec, scorer: Scorer, *, block: int) -> Scores:
+    """Local and global scores of one group's members; its pixels live no longer than this call."""
+    prompt, fork = group.root.prompt, group.fork
+    stop = fork + group.clean_MTCHW.shape[1]
+    local = segment_clips(prompt, fork, fork + group.window_frames, block=block, lead=block)
+    whole = segment_clips(prompt, fork, stop, block=block, lead=block)
+    offset = min(clip.start for clip in local)
+    pixels_MTCHW = decode_members(group, codec, lead=fork - offset, block=block)
+    videos, clips, shares, owners = [], [], [], []
+    for signal, pieces in enumerate((local, whole)):
+        frames = sum(clip.stop - clip.start - clip.prompt.switch for clip in pieces)
+        for clip in pieces:
+            for member, video in enumerate(pixels_MTCHW):
+                videos.append(video)
+                clips.append(clip)
+                shares.append((clip.stop - clip.start - clip.prompt.switch) / frames)
+                owners.append((signal, member))
+    offsets = [offset] * len(clips)
     table = score_clips(scorer, videos, clips, offsets, frames_per_latent=codec.frames_per_latent)
-    sums = [torch.zeros(2, len(scorer.components), len(group.clean_MTCHW)) for group in groups]
-    for column, ((index, signal, member), share) in enumerate(zip(owners, shares, strict=True)):
-        sums[index][signal, :, member] += share * table[:, column]
-    return [Scores(tuple(scorer.components), both[0], both[1]) for both in sums]
+    sums = torch.zeros(2, len(scorer.components), len(pixels_MTCHW))
+    for column, ((signal, member), share) in enumerate(zip(owners, shares, strict=True)):
+        sums[signal, :, member] += share * table[:, column]
+    return Scores(tuple(scorer.components), sums[0], sums[1])
+
+
+def score_groups(groups: Sequence[Group], codec: Codec, scorer: Scorer, *, block: int) -> list[Scores]:
+    """Local and global scores of every group's members, one group after the other."""
+    return [score_group(group, codec, scorer, block=block) for group in groups]
 
 
 def decode_members(group: Group, codec: Codec, *, lead: int, block: int) -> Tensor:

@@ -2,16 +2,19 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from kvpo.config import Config
+from kvpo.engine.background import Submit, in_background
 from kvpo.engine.noise import keyed_generator
-from kvpo.engine.rollout import Rollout, collect, eligible_forks
-from kvpo.engine.scoring import Scores, score_groups
+from kvpo.engine.rollout import Group, Rollout, collect, eligible_forks
+from kvpo.engine.scoring import Scores, score_group
 from kvpo.engine.stream import TextTable
 from kvpo.method.diagnostics import GroupDiagnostics, group_diagnostics, update_diagnostics
 from kvpo.prompts import VideoPrompt
@@ -59,6 +62,20 @@ def shared_fork(prompts: Sequence[VideoPrompt], config: Config, key: tuple[int |
 
 
 @dataclass(frozen=True)
+class Explored:
+    """A rollout whose scores may still be on their way."""
+
+    rollout: Rollout
+    texts: TextTable
+    pending: list[Future[Scores]]
+    """Of every group."""
+
+    def scores(self) -> list[Scores]:
+        """Scores of every group, waited for. Raises ValueError when the reward fails."""
+        return [future.result() for future in self.pending]
+
+
+@dataclass(frozen=True)
 class Collected:
     """A scored rollout that waits for its update."""
 
@@ -93,14 +110,25 @@ class Trainer:
 
     def explore(self, update: int) -> tuple[Rollout, list[Scores], TextTable]:
         """Collect and score the rollout of one update."""
+        with in_background() as submit:
+            explored = self.generate(update, submit)
+            return explored.rollout, explored.scores(), explored.texts
+
+    def generate(self, update: int, submit: Submit) -> Explored:
+        """Collect the rollout of one update; finished groups are scored while the next ones are generated."""
         setup, config = self.setup, self.setup.config
         prompts = setup.training_prompts(update)
         texts = setup.texts(prompts)
-        fork = shared_fork(prompts, config, (config.seed, update))
+        pending: list[Future[Scores]] = []
+
+        def score(group: Group) -> None:
+            judges, block = setup.judges, setup.generator.block
+            pending.append(submit(partial(score_group, group, judges.codec, judges.scorer, block=block)))
+
         rollout = collect(
             setup.generator,
             prompts,
-            fork,
+            shared_fork(prompts, config, (config.seed, update)),
             texts,
             setup.tape("training"),
             config.exploration,
@@ -108,11 +136,9 @@ class Trainer:
             replayed=members_together(
                 config.optim.replay_rows, config.exploration.blocks, config.objective.grad_steps
             ),
+            finished=score,
         )
-        scores = score_groups(
-            rollout.groups, setup.judges.codec, setup.judges.scorer, block=setup.generator.block
-        )
-        return rollout, scores, texts
+        return Explored(rollout, texts, pending)
 
     def credit(
         self, update: int, rollout: Rollout, scores: Sequence[Scores]
@@ -150,15 +176,17 @@ class Trainer:
         config = self.setup.config.optim
         if self.pending:
             return
+        updates = range(self.update, min(self.update + config.rollouts_per_refresh, config.updates))
+        with in_background() as submit:
+            explored = [self.generate(update, submit) for update in updates]
+            scores = [item.scores() for item in explored]
         collected = []
-        last = min(self.update + config.rollouts_per_refresh, config.updates)
-        for update in range(self.update, last):
-            rollout, scores, texts = self.explore(update)
-            trained, found = self.credit(update, rollout, scores)
+        for update, item, score in zip(updates, explored, scores, strict=True):
+            trained, found = self.credit(update, item.rollout, score)
             fresh = update == self.update
             needed = trained and (config.inner_epochs > 1 or not fresh)
-            old = energies_of(self.replayer(texts), trained) if needed else []
-            collected.append(Collected(rollout, texts, trained, found, old, fresh))
+            old = energies_of(self.replayer(item.texts), trained) if needed else []
+            collected.append(Collected(item.rollout, item.texts, trained, found, old, fresh))
         self.pending = collected
 
     def step(self) -> dict[str, float]:
