@@ -1,9 +1,11 @@
 """Resuming: to the bit, whatever interrupted the run and wherever it was."""
 
+import importlib
 import json
 import os
 import resource
 import signal
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -143,19 +145,25 @@ def uninterrupted(arguments: list[str | Path], tmp_path_factory: pytest.TempPath
     return directory
 
 
-def kill_at(name: str, nth: int) -> None:
-    """In a child: die without a word at the nth call of a function of ``kvpo.training.run``."""
-    from kvpo.training import run
+def signal_at(place: str, nth: int, *numbers: signal.Signals) -> None:
+    """In a child: send it signals at the nth call of a function, named as ``module:function``."""
+    module, _, name = place.partition(":")
+    owner, calls = importlib.import_module(module), []
+    original = vars(owner)[name]
 
-    original, calls = vars(run)[name], []
-
-    def deadly(*arguments: Any, **named: Any) -> Any:
+    def disturbed(*arguments: Any, **named: Any) -> Any:
         calls.append(1)
         if len(calls) == nth:
-            os.kill(os.getpid(), signal.SIGKILL)
+            for number in numbers:
+                os.kill(os.getpid(), number)
         return original(*arguments, **named)
 
-    setattr(run, name, deadly)
+    setattr(owner, name, disturbed)
+
+
+def killed_at(name: str) -> Callable[[], None]:
+    """Die without a word at the first call of a function that ``kvpo.training.run`` uses."""
+    return partial(signal_at, f"kvpo.training.run:{name}", 1, signal.SIGKILL)
 
 
 def limit_files(size: int) -> None:
@@ -171,11 +179,11 @@ def test_killed_again_and_again_a_run_ends_the_same(
     metrics = directory / "metrics.jsonl"
     for moment in (
         1,  # before the first checkpoint: nothing is left to continue from
-        partial(kill_at, "save_checkpoint", 1),
+        killed_at("save_checkpoint"),
         3,
-        partial(kill_at, "save_checkpoint", 1),  # validated, and not yet saved
-        partial(kill_at, "mark_best", 1),  # saved, and not yet marked as the best
-        partial(kill_at, "prune", 1),
+        killed_at("save_checkpoint"),  # validated, and not yet saved
+        killed_at("mark_best"),  # saved, and not yet marked as the best
+        killed_at("prune"),
         8,
     ):
         lines = moment if isinstance(moment, int) else None
@@ -192,32 +200,62 @@ def test_killed_again_and_again_a_run_ends_the_same(
     assert ours["held_out"] == theirs["held_out"] and ours["checks"] == theirs["checks"]
 
 
-def test_a_signal_saves_and_says_how_to_go_on(
+STOPS = {
+    "start-up": ("kvpo.app.align:build_setup", 1, signal.SIGTERM),
+    "base validation": ("kvpo.app.align:evaluate_base", 1, signal.SIGINT),
+    "first update": ("kvpo.training.trainer:accumulate_gradients", 1, signal.SIGTERM),
+    "validation": ("kvpo.training.run:comparison", 1, signal.SIGINT),
+    "twice in an update": ("kvpo.training.trainer:accumulate_gradients", 1, signal.SIGINT, signal.SIGINT),
+    "while saving": ("kvpo.training.run:save_checkpoint", 1, signal.SIGTERM),
+    "final tests": ("kvpo.app.align:evaluate_base", 2, signal.SIGTERM),
+    "report": ("kvpo.report:write_report", 1, signal.SIGTERM),
+}
+SAVED = {"first update": 1, "validation": 3, "twice in an update": 3, "while saving": 4, "final tests": 6,
+         "report": 6}  # fmt: skip
+
+
+def test_a_signal_at_any_moment_saves_and_says_how_to_go_on(
     arguments: list[str | Path], uninterrupted: Path, tmp_path: Path
 ) -> None:
     directory, log = tmp_path / "stopped", tmp_path / "log"
-    process = processes.start([*arguments, "--out", directory], log)
-    processes.wait_for(lambda: processes.lines_in(directory / "metrics.jsonl") >= 1, process)
-    assert process.pid is not None
-    os.kill(process.pid, signal.SIGTERM)
-    process.join(processes.TIME_LIMIT)
-    assert process.exitcode == 130
-    printed = log.read_text()
-    assert "Traceback" not in printed
-    assert f"continue with --resume --out {directory}" in printed
-    assert not (directory / "summary.json").exists()
-    reached = read_metrics(directory / "metrics.jsonl")[-1]["update"]
-    saved = latest_checkpoint(directory / "checkpoints")
-    assert saved is not None and saved.name == f"update-{reached:06d}"
+    command = [*arguments, "--out", directory, "--resume"]
+    for moment, disturbance in STOPS.items():
+        code, printed = processes.run(command, log, partial(signal_at, *disturbance))
+        assert code == 130, (moment, printed)
+        assert "Traceback" not in printed
+        last = printed.splitlines()[-1]
+        if moment in SAVED:
+            go_on = f"continue with: kvpo align --resume --out {directory}"
+            assert last == f"kvpo: interrupted: saved up to update {SAVED[moment]}; {go_on}", moment
+        else:
+            assert last == "kvpo: interrupted: no update had been saved; the same command starts again"
+        assert (directory / "summary.json").exists() == (moment == "report")
+        assert not (directory / "report.html").exists()
+    summary = (directory / "summary.json").read_bytes()
+    code, printed = processes.run(["align", "--resume", "--out", directory], log)
+    assert code == 0, printed
+    assert (directory / "summary.json").read_bytes() == summary, "only the report was missing"
+    assert (directory / "report.html").exists()
+    assert outcome(directory) == outcome(uninterrupted)
 
     code, printed = processes.run([*arguments, "--out", directory], log)
     assert code == 1 and "already holds a run; add --resume" in printed
 
+
+def test_a_disk_that_fills_up_loses_nothing(
+    arguments: list[str | Path], uninterrupted: Path, tmp_path: Path
+) -> None:
+    directory, log = tmp_path / "full", tmp_path / "log"
+    command = [*arguments, "--out", directory, "--resume"]
+    stop = partial(signal_at, "kvpo.training.trainer:accumulate_gradients", 1, signal.SIGTERM)
+    assert processes.run(command, log, stop)[0] == 130
+    saved = latest_checkpoint(directory / "checkpoints")
+    assert saved is not None
     almost_full = partial(limit_files, (saved / "state.safetensors").stat().st_size // 2)
-    code, printed = processes.run([*arguments, "--out", directory, "--resume"], log, almost_full)
+    code, printed = processes.run(command, log, almost_full)
     assert code == 1 and "cannot save" in printed and "Traceback" not in printed
     assert latest_checkpoint(directory / "checkpoints") == saved
-
-    code, printed = processes.run([*arguments, "--out", directory, "--resume"], log)
-    assert code == 0, printed
+    before_tests = partial(signal_at, "kvpo.app.align:evaluate_base", 2, signal.SIGTERM)
+    code, printed = processes.run(command, log, before_tests)
+    assert code == 130 and "saved up to update 6;" in printed
     assert outcome(directory) == outcome(uninterrupted)

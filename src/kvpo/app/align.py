@@ -32,47 +32,53 @@ logger = logging.getLogger(__name__)
 def align(config: Config, out: Path | str, *, resume: bool = False) -> dict[str, Any] | None:
     """Align the generator that ``config`` names and leave everything about the run in ``out``.
 
-    Returns the summary, as ``summary.json`` holds it; None if a signal stopped the run, which ``resume`` then
-    continues. Raises ValueError for settings, prompts, rewards and checkpoints that cannot be used and
-    StorageError where ``out`` cannot be written or already holds a run.
+    Returns the summary, as ``summary.json`` holds it; None if SIGINT or SIGTERM came during the updates: the
+    one under way is finished and saved first, and ``resume`` continues. Elsewhere nothing is lost by stopping
+    at once, so there a SIGINT raises KeyboardInterrupt as usual.
+
+    Raises ValueError for settings, prompts, rewards and checkpoints that cannot be used and StorageError
+    where ``out`` cannot be written or already holds a run.
     """
     from kvpo.report import write_report
 
     out, started = Path(out), time.perf_counter()
     check(config)
-    with RunDirectory(out, config, resume=resume) as directory, stop_on_signal() as interrupted:
+    with RunDirectory(out, config, resume=resume) as directory:
         summary = finished_summary(directory, config)
-        if summary is not None:
+        if summary is not None and directory.report.exists():
             logger.warning("%s is a finished run; its report: %s", out, directory.report)
             return summary
-        torch.use_deterministic_algorithms(True, warn_only=True)
-        point = resume_point(directory.checkpoints) if resume else None
-        with progress_bars() as bars:
-            show = Bars(bars)
-            setup = build_setup(config)
-            trainer = Trainer(setup)
-            show("base on validation prompts", 0, 1, {})
-            base = evaluate_base(setup, trainer, setup.validation)
-            show("base on validation prompts", 1, 1, {})
-            resumed_at = None if point is None else checkpoint_update(point)
-            with MetricsLog(directory.metrics, directory.tensorboard, resumed_at=resumed_at) as metrics:
-                run = Run(setup, trainer, directory.checkpoints, metrics, show, base)
-                if point is not None:
-                    run.resume(point)
-                finished = run.train(interrupted)
-            if finished:
-                summary = _finish(run, directory, show, started, interrupted)
-        if summary is None:
-            logger.warning("stopped after update %d; continue with --resume --out %s", trainer.update, out)
-        else:
+        summary = summary or _run(config, directory, started, resume)
+        if summary is not None:
             write_report(out)
             logger.warning("report: %s", directory.report)
         return summary
 
 
+def _run(config: Config, directory: RunDirectory, started: float, resume: bool) -> dict[str, Any] | None:
+    """Everything up to the summary; None if a signal stopped the updates."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    point = resume_point(directory.checkpoints) if resume else None
+    with progress_bars() as bars:
+        show = Bars(bars)
+        setup = build_setup(config)
+        trainer = Trainer(setup)
+        show("base on validation prompts", 0, 1, {})
+        base = evaluate_base(setup, trainer, setup.validation)
+        show("base on validation prompts", 1, 1, {})
+        resumed_at = None if point is None else checkpoint_update(point)
+        with MetricsLog(directory.metrics, directory.tensorboard, resumed_at=resumed_at) as metrics:
+            run = Run(setup, trainer, directory.checkpoints, metrics, show, base)
+            if point is not None:
+                run.resume(point)
+            with stop_on_signal() as interrupted:
+                run.train(interrupted)
+        return None if interrupted() else _finish(run, directory, show, started)
+
+
 def finished_summary(directory: RunDirectory, config: Config) -> dict[str, Any] | None:
-    """The summary of a run that has nothing left to do."""
-    if not (directory.summary.exists() and directory.report.exists()):
+    """The summary of a run whose updates and tests are done."""
+    if not directory.summary.exists():
         return None
     summary: dict[str, Any] = json.loads(directory.summary.read_text(encoding="utf-8"))
     return summary if summary["updates"] == config.optim.updates else None
@@ -88,10 +94,8 @@ def exactness(setup: Setup, trainer: Trainer) -> dict[str, float]:
     }
 
 
-def _finish(
-    run: Run, directory: RunDirectory, show: Any, started: float, interrupted: Callable[[], bool]
-) -> dict[str, Any] | None:
-    """Test the best checkpoint once, measure diversity, write exhibits and summary; None if interrupted."""
+def _finish(run: Run, directory: RunDirectory, show: Any, started: float) -> dict[str, Any]:
+    """Test the best checkpoint once, measure diversity, write exhibits and summary."""
     setup = run.setup
     restore(run.trainer, find_checkpoint(run.checkpoints, None))
     results: dict[str, tuple[HeldOut, HeldOut]] = {}
@@ -117,8 +121,6 @@ def _finish(
         lambda: write_branches(run, directory.path / "branches"),
     ]
     for done, stage in enumerate(stages):
-        if interrupted():
-            return None
         show("held-out tests, diversity, exhibits", done, len(stages), {})
         stage()
     show("held-out tests, diversity, exhibits", len(stages), len(stages), {})
@@ -133,5 +135,6 @@ def _finish(
         "diversity": diversity,
         "checks": checks,
     }
+    directory.report.unlink(missing_ok=True)  # of a run that is now longer
     directory.write_summary(summary)
     return summary

@@ -20,6 +20,7 @@ from kvpo.app.configuration import flat, nearest, sections, settings
 from kvpo.app.presets import PRESETS
 from kvpo.config import Config
 from kvpo.config_checks import ConfigurationError
+from kvpo.training.interrupt import sigterm_as_interrupt
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -29,7 +30,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     their traceback.
     """
     try:
-        _run(list(sys.argv[1:] if argv is None else argv))
+        with sigterm_as_interrupt():
+            _run(list(sys.argv[1:] if argv is None else argv))
     except (ValueError, OSError) as error:
         if isinstance(
             error, BrokenPipeError
@@ -40,8 +42,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"kvpo: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2 if isinstance(error, ConfigurationError) else 1
-    except KeyboardInterrupt:
-        print("kvpo: interrupted", file=sys.stderr)
+    except KeyboardInterrupt as interrupt:
+        print(": ".join(["kvpo: interrupted", *map(str, interrupt.args)]), file=sys.stderr)
         return 130
     return 0
 

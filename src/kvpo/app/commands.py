@@ -67,14 +67,18 @@ def _align_arguments(parser: ArgumentParser) -> None:
 
 
 def _align(arguments: Namespace) -> None:
-    from kvpo.training.run_directory import holds_run
+    from kvpo.training.run_directory import holds_run, way_on
 
     continued = arguments.resume and holds_run(arguments.out)
     config = configuration(arguments, saved=arguments.out / "config.yaml" if continued else None)
-    from kvpo.app.align import align
+    try:
+        from kvpo.app.align import align
 
-    if align(config, arguments.out, resume=arguments.resume) is None:
-        raise KeyboardInterrupt
+        stopped = align(config, arguments.out, resume=arguments.resume) is None
+    except KeyboardInterrupt:  # outside the updates, or a second Ctrl-C
+        stopped = True
+    if stopped:
+        raise KeyboardInterrupt(way_on(arguments.out))
 
 
 def _generate_arguments(parser: ArgumentParser) -> None:

@@ -4,7 +4,7 @@ import logging
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from types import FrameType
 
 logger = logging.getLogger(__name__)
@@ -25,11 +25,21 @@ def stop_on_signal() -> Iterator[Callable[[], bool]]:
         received.append(number)
         logger.warning("stopping at the next safe point; press Ctrl-C again to stop at once")
 
-    in_main_thread = threading.current_thread() is threading.main_thread()
-    signals = (signal.SIGINT, signal.SIGTERM) if in_main_thread else ()
-    former = [(number, signal.signal(number, handle)) for number in signals]
-    try:
+    with _handled(handle, signal.SIGINT, signal.SIGTERM):
         yield lambda: bool(received)
+
+
+def sigterm_as_interrupt() -> AbstractContextManager[None]:
+    """Within it SIGTERM raises KeyboardInterrupt, as Ctrl-C does; outside the main thread nothing changes."""
+    return _handled(signal.default_int_handler, signal.SIGTERM)
+
+
+@contextmanager
+def _handled(handler: Callable[[int, FrameType | None], object], *signals: signal.Signals) -> Iterator[None]:
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    former = [(number, signal.signal(number, handler)) for number in signals if in_main_thread]
+    try:
+        yield
     finally:
-        for number, handler in former:
-            signal.signal(number, handler)
+        for number, before in former:
+            signal.signal(number, before)

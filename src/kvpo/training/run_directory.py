@@ -5,6 +5,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
+from shlex import quote
 from types import TracebackType
 from typing import Any
 
@@ -94,6 +95,15 @@ def holds_run(path: Path) -> bool:
     simply be given again.
     """
     return (path / "summary.json").exists() or any((path / "checkpoints").glob("update-*"))
+
+
+def way_on(path: Path) -> str:
+    """How to continue the stopped run in ``path``, in one line."""
+    saved = sorted((path / "checkpoints").glob("update-*"))
+    if not saved:
+        return "no update had been saved; the same command starts again"
+    update = int(saved[-1].name.removeprefix("update-"))
+    return f"saved up to update {update}; continue with: kvpo align --resume --out {quote(str(path))}"
 
 
 def _lists(value: Any) -> Any:
