@@ -46,7 +46,7 @@ SETTINGS: dict[str, Any] = {
     "optim.rollouts_per_refresh": 1,
     "optim.checkpointing": False,
     "optim.autocast": "none",
-    "rewards.scorer": "tests.tiny_wan:brightness",
+    "rewards.scorers": ["tests.tiny_wan:brightness"],
     "evaluation.every": 2,
     "evaluation.validation_prompts": 2,
     "evaluation.test_prompts": 2,

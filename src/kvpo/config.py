@@ -233,12 +233,14 @@ class CheckpointConfig:
 
 @dataclass(frozen=True)
 class RewardConfig:
-    """Which scorer, and how its components are weighted."""
+    """Which rewards score the clips of a run, and how their components are weighted."""
 
-    scorer: str = "world"
-    """"world" for the embedded world's pixel rewards, or `package.module:function` of your own."""
+    scorers: tuple[str, ...] = ("world",)
+    """Rewards used together: ids of the catalogue, "world", or `package.module:function` of your own."""
     weights: dict[str, float] = field(default_factory=dict)
-    """Weight per component; empty means every component with weight 1."""
+    """Weight of components, instead of 1 each, or of the embedded world's own."""
+    sources: dict[str, str] = field(default_factory=dict)
+    """Path or hub id of parts of catalogue rewards, as in hpsv3.weights=/models/HPSv3.safetensors."""
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from kvpo.config import (
     ObjectiveConfig,
     OptimConfig,
     PromptsConfig,
+    RewardConfig,
     StreamConfig,
 )
 
@@ -28,6 +29,7 @@ def check(config: Config) -> None:
     _exploration(config.exploration, config.stream, config.optim)
     _objective(config.objective, config.exploration, config.stream)
     _optim(config.optim)
+    _rewards(config.rewards)
     evaluation, checkpoint = config.evaluation, config.checkpoint
     _require(evaluation.every >= 0, "evaluation.every", evaluation.every, "0 or more")
     for name in ("validation_prompts", "test_prompts"):
@@ -184,3 +186,13 @@ def _optim(optim: OptimConfig) -> None:
     _require(optim.grad_clip > 0, "optim.grad_clip", optim.grad_clip, "positive")
     _require(all(0 <= beta < 1 for beta in optim.betas), "optim.betas", list(optim.betas), "in [0, 1)")
     _require(0 <= optim.ema_decay < 1, "optim.ema_decay", optim.ema_decay, "in [0, 1)")
+
+
+def _rewards(rewards: RewardConfig) -> None:
+    names = rewards.scorers
+    _require(
+        bool(names) and len(set(names)) == len(names),
+        "rewards.scorers", ", ".join(names) or "none", "at least one reward, each named once",
+    )  # fmt: skip
+    for component, weight in rewards.weights.items():
+        _require(weight >= 0, f"rewards.weights.{component}", weight, "0 or more: higher scores are better")

@@ -62,8 +62,9 @@ def test_flags_of_every_type() -> None:
         "optim.checkpointing": "true",
         "objective.temperature": "none",
         "optim.lora_targets": "self_attn.q,ffn.0",
-        "rewards.scorer": "7",
+        "rewards.scorers": "flicker,my.module:reward",
         "rewards.weights": "colour=1,motion=0.5",
+        "rewards.sources": "hpsv3.weights=/models/a: b.safetensors,hpsv3.base=owner/name",
     }
     config = assign(Config(), parse_flags(texts))
     assert config.stream.schedule == (1.0, 0.5)
@@ -72,8 +73,12 @@ def test_flags_of_every_type() -> None:
     assert config.optim.checkpointing is True
     assert config.objective.temperature is None
     assert config.optim.lora_targets == ("self_attn.q", "ffn.0")
-    assert config.rewards.scorer == "7"
+    assert config.rewards.scorers == ("flicker", "my.module:reward")
     assert config.rewards.weights == {"colour": 1.0, "motion": 0.5}
+    assert config.rewards.sources == {
+        "hpsv3.weights": "/models/a: b.safetensors",
+        "hpsv3.base": "owner/name",
+    }
     assert assign(Config(), parse_flags({"objective.temperature": "0.5"})).objective.temperature == 0.5
 
 
@@ -89,6 +94,8 @@ def test_flags_of_every_type() -> None:
         ("optim.betas", "0.9", ["optim.betas", "list of 2"]),
         ("stream.schedule", "1,[", ["stream.schedule", "1,["]),
         ("rewards.weights", "motion", ["rewards.weights"]),
+        ("rewards.sources", "hpsv3.base", ["rewards.sources", "hpsv3.base", "each value text"]),
+        ("rewards.scorer", "flicker", ["rewards.scorer", "'rewards.scorers'"]),
         ("optim.lrr", "3", ["optim.lrr", "'3'", "'optim.lr'"]),
         ("lr", "3", ["'lr'", "'optim.lr'"]),
         ("model.branches", "3", ["model.branches", "'exploration.branches'"]),
@@ -157,6 +164,9 @@ def test_every_field_has_a_docstring_and_a_flag() -> None:
         ({"optim.lr": "-1"}, ["optim.lr", "-1"]),
         ({"optim.ema_decay": "1"}, ["optim.ema_decay"]),
         ({"evaluation.test_prompts": "1"}, ["evaluation.test_prompts", "1"]),
+        ({"rewards.scorers": ""}, ["rewards.scorers", "none"]),
+        ({"rewards.scorers": "flicker,flicker"}, ["rewards.scorers", "flicker, flicker"]),
+        ({"rewards.weights": "flicker=-1"}, ["rewards.weights.flicker", "-1"]),
     ],
 )
 def test_settings_that_contradict_are_refused(flags: dict[str, str], words: list[str]) -> None:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kvpo.app.build import UserReward
+from kvpo.app.named_rewards import UserReward
 from kvpo.config import ExplorationConfig
 from kvpo.engine.generator import StreamingGenerator
 from kvpo.engine.scoring import score_groups

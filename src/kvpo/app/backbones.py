@@ -268,7 +268,7 @@ def check_length(prompts: Sequence[VideoPrompt], config: Config) -> None:
 def build_wan(config: Config) -> Setup:
     """A public generator to align, on the prompts of a file, with the reward that is named."""
     training, validation, test = split_prompts(config)
-    scorer, weights = build_scorer(config)
+    scorer, weights = build_scorer(config, FRAMES_PER_SECOND)
     backbone = wan_backbone(config)
     return Setup(
         **vars(backbone),

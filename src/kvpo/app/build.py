@@ -1,19 +1,17 @@
 """Builds what a configuration names: the only place that knows concrete models, codecs and rewards."""
 
 import hashlib
-import importlib
 import json
-import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from kvpo.app.named_rewards import named_rewards
 from kvpo.config import Config
 from kvpo.config_checks import ConfigurationError
 from kvpo.engine.generator import PageShape, StreamingGenerator
@@ -25,6 +23,7 @@ from kvpo.models.causal_wan import CausalWan, WanShape
 from kvpo.models.deployment import Deployment
 from kvpo.models.tensor_files import read_file
 from kvpo.prompts import ClipPrompt, VideoPrompt
+from kvpo.rewards.combined import CombinedScorer
 from kvpo.training.evaluation import Judges
 from kvpo.training.setup import Backbone, Setup
 from kvpo.world.text import LearnedTextEncoder
@@ -60,70 +59,34 @@ def streaming_generator(config: Config, transformer: CausalWan) -> StreamingGene
     )
 
 
-@dataclass(frozen=True)
-class UserReward:
-    """A user's own reward: clips and prompts to one score each, or to named components of one score each."""
+def build_scorer(config: Config, frame_rate: float) -> tuple[Scorer, Tensor]:
+    """The rewards a configuration names as one scorer, and the weights of its components.
 
-    name: str
-    components: tuple[str, ...]
-    function: Callable[[Tensor, Sequence[ClipPrompt]], Any]
-
-    def __call__(self, video_BTCHW: Tensor, prompts: Sequence[ClipPrompt]) -> dict[str, Tensor]:
-        """Component -> scores as tensors. Raises ValueError for whatever goes wrong inside the function."""
-        try:
-            result = self.function(video_BTCHW, prompts)
-            scores = result if isinstance(result, Mapping) else {self.components[0]: result}
-            return {component: torch.as_tensor(values) for component, values in scores.items()}
-        except Exception as error:  # somebody else's code may raise anything
-            raise ValueError(f"reward {self.name!r} failed: {type(error).__name__}: {error}") from error
-
-
-def build_scorer(config: Config) -> tuple[Scorer, Tensor]:
-    """The reward a configuration names and the weights of its components."""
-    name = config.rewards.scorer
-    if name == "world":
-        from kvpo.rewards.world_pixels import DEFAULT_WEIGHTS, WorldScorer
-
-        scorer: Scorer = WorldScorer()
-        weights = config.rewards.weights or DEFAULT_WEIGHTS
-    else:
-        scorer = user_reward(name)
-        weights = config.rewards.weights or dict.fromkeys(scorer.components, 1.0)
-    unknown = sorted(set(weights) - set(scorer.components))
-    if unknown:
+    Raises:
+        ConfigurationError: an unknown reward or component, weights that add up to nothing.
+        ValueError: a part of a reward cannot be found or does not fit; two components of one name.
+    """
+    settings = config.rewards
+    rewards = named_rewards(
+        settings.scorers,
+        settings.sources,
+        field="rewards.scorers",
+        frame_rate=frame_rate,
+        device=config.device,
+        prompts=True,
+    )
+    scorers = tuple(reward.scorer for reward in rewards)
+    scorer = CombinedScorer(scorers) if len(scorers) > 1 else scorers[0]
+    if unknown := sorted(set(settings.weights) - set(scorer.components)):
         raise ConfigurationError(
-            f"rewards.weights: {unknown[0]!r} is not a component of {name!r}; "
-            f"it has {', '.join(scorer.components)}"
+            f"rewards.weights: {unknown[0]!r} is not a component of {', '.join(settings.scorers)}; "
+            f"there are {', '.join(scorer.components)}"
         )
+    weights = {name: weight for reward in rewards for name, weight in reward.weights.items()}
+    weights |= settings.weights
     if sum(weights.values()) <= 0:
         raise ConfigurationError(f"rewards.weights: must add up to more than 0, got {weights}")
-    return scorer, torch.tensor([weights.get(component, 0.0) for component in scorer.components])
-
-
-def user_reward(name: str) -> UserReward:
-    """Import ``package.module:attribute``, from the working directory too: a function, or a scorer object.
-
-    Raises ConfigurationError when there is no such thing or it cannot be called.
-    """
-    module, _, attribute = name.partition(":")
-    if not attribute:
-        raise ConfigurationError(
-            f"rewards.scorer: {name!r} is neither 'world' nor of the form package.module:function"
-        )
-    if str(Path.cwd()) not in sys.path:
-        sys.path.append(str(Path.cwd()))
-    try:
-        found = vars(importlib.import_module(module))[attribute]
-    except KeyError as error:
-        raise ConfigurationError(f"rewards.scorer: module {module!r} has no {attribute!r}") from error
-    except Exception as error:  # importing runs somebody else's code
-        raise ConfigurationError(
-            f"rewards.scorer: cannot import {module!r}: {type(error).__name__}: {error}"
-        ) from error
-    if not callable(found):
-        raise ConfigurationError(f"rewards.scorer: {name!r} is not callable")
-    components = tuple(found.components) if hasattr(found, "components") else (attribute,)
-    return UserReward(name, components, found)
+    return scorer, torch.tensor([weights[component] for component in scorer.components])
 
 
 @dataclass(frozen=True)
@@ -243,7 +206,7 @@ def build_world(config: Config, base: Path | None = None) -> Setup:
     if base is not None:
         config = replace(config, base=str(base))
     backbone = build_backbone(config)
-    scorer, weights = build_scorer(config)
+    scorer, weights = build_scorer(config, backbone.codec.frames_per_second)
     return Setup(
         **vars(backbone),
         judges=Judges(backbone.codec, scorer, weights, UnseenComponent(load_unseen())),

@@ -127,7 +127,9 @@ def _metavar(kind: Any) -> str:
     words = {bool: "BOOL", int: "INT", float: "FLOAT", str: "TEXT", float | None: "FLOAT"}
     if kind in words:
         return words[kind]
-    return "NAME=FLOAT,..." if typing.get_origin(kind) is dict else "LIST"
+    if typing.get_origin(kind) is dict:
+        return f"NAME={words[typing.get_args(kind)[1]]},..."
+    return "LIST"
 
 
 def _text(value: Any) -> str:

@@ -184,6 +184,10 @@ def _parse(kind: Any, text: str) -> Any:
         return text
     if origin is tuple and not text.startswith("["):
         text = f"[{text}]"
+    if origin is dict and typing.get_args(kind)[1] is str and not text.startswith("{"):
+        # a path may hold what YAML would take for something else
+        pairs = [part.partition("=") for part in text.split(",") if part]
+        return {name: value for name, _, value in pairs} if all(value for *_, value in pairs) else text
     if origin is dict and not text.startswith("{"):
         text = "{" + text.replace("=", ": ") + "}"
     try:

@@ -78,7 +78,7 @@ def longlive_1_3b() -> Config:
             checkpointing=True,
             autocast="bfloat16",
         ),
-        rewards=RewardConfig(scorer="hpsv3"),
+        rewards=RewardConfig(scorers=("hpsv3",)),
     )
 
 

@@ -1,0 +1,119 @@
+"""The rewards that a configuration names: built together, weighted, and used by a run."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "rewards"))
+from test_hpsv3 import release, tiny  # noqa: F401
+from tiny_rewards import gliding
+
+from kvpo.app.build import build_scorer, build_setup
+from kvpo.app.configuration import preset
+from kvpo.config import Config
+from kvpo.config_checks import ConfigurationError
+from kvpo.rewards.catalogue import build_rewards
+from kvpo.rewards.combined import CombinedScorer
+from kvpo.rewards.consistency import FlickerScorer
+from kvpo.rewards.world_pixels import DEFAULT_WEIGHTS, WorldScorer
+from kvpo.training.trainer import Trainer
+from tests.tiny_wan import tiny_wan
+
+ME = "tests.app.test_rewards_of_a_run"
+
+
+def brightness(video_BTCHW: Tensor, prompts: Any) -> Tensor:
+    """Anyone's own reward."""
+    return video_BTCHW.mean((1, 2, 3, 4))
+
+
+def flicker(video_BTCHW: Tensor, prompts: Any) -> Tensor:
+    """Its name is taken already."""
+    return torch.zeros(len(video_BTCHW))
+
+
+def run_with(scorers: str, **settings: Any) -> Config:
+    changes = {f"rewards.{name}": value for name, value in settings.items()}
+    return preset("demo", {"rewards.scorers": scorers.split(), **changes})
+
+
+def test_the_worlds_reward_alone_is_as_it_was() -> None:
+    scorer, weights = build_scorer(Config(), 8.0)
+    assert scorer == WorldScorer()
+    assert torch.equal(weights, torch.tensor(list(DEFAULT_WEIGHTS.values())))
+
+
+def test_several_rewards_are_one_scorer_with_a_weight_per_component() -> None:
+    config = run_with(f"flicker world {ME}:brightness", weights={"brightness": 0.5, "colour": 0.0})
+    scorer, weights = build_scorer(config, 8.0)
+    assert scorer.components == ("flicker", *DEFAULT_WEIGHTS, "brightness")
+    expected = {"flicker": 1.0, **DEFAULT_WEIGHTS, "colour": 0.0, "brightness": 0.5}
+    assert torch.equal(weights, torch.tensor(list(expected.values())))
+    clip = gliding(32, 32, 6, 1, 0)[None]
+    prompt = preset_prompt()
+    scores = scorer(clip, [prompt])
+    assert list(scores) == list(scorer.components)
+    assert torch.equal(scores["flicker"], FlickerScorer()(clip, [prompt])["flicker"])
+    assert torch.equal(scores["brightness"], clip.mean()[None])
+    assert torch.equal(scores["shape"], WorldScorer()(clip, [prompt])["shape"])
+
+
+def preset_prompt() -> Any:
+    from kvpo.app.build import world_prompts
+    from kvpo.prompts import ClipPrompt
+
+    return ClipPrompt(world_prompts("test", 1, 0, 0)["short"][0].segments[0])
+
+
+@pytest.mark.parametrize(
+    ("scorers", "settings", "message"),
+    [
+        ("hpsv4", {}, "rewards.scorers: unknown reward 'hpsv4'; there are hpsv3"),
+        ("nowhere:f", {}, "rewards.scorers: cannot import 'nowhere'"),
+        (f"{ME}:nothing", {}, "rewards.scorers: module .* has no 'nothing'"),
+        (f"{ME}:ME", {}, "rewards.scorers: .* is not callable"),
+        ("flicker", {"weights": {"flickr": 1.0}}, "rewards.weights: 'flickr' .* there are flicker"),
+        ("flicker", {"weights": {"flicker": 0.0}}, "rewards.weights: must add up to more than 0"),
+    ],
+)
+def test_mistakes_name_the_setting(scorers: str, settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        build_scorer(run_with(scorers, **settings), 8.0)
+
+
+def test_two_components_of_one_name_and_a_source_of_nothing_are_refused() -> None:
+    with pytest.raises(ValueError, match="two rewards have a component called 'flicker'"):
+        build_scorer(run_with(f"flicker {ME}:flicker"), 8.0)
+    with pytest.raises(ValueError, match="'hpsv3.base' belongs to no reward"):
+        build_scorer(run_with("flicker", sources={"hpsv3.base": "x"}), 8.0)
+    with pytest.raises(ValueError, match="components are flicker, flicker"):
+        CombinedScorer((FlickerScorer(), FlickerScorer()))
+
+
+def test_the_rate_and_the_device_of_a_run_reach_its_rewards(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, Any] = {}
+
+    def build(ids: Any, sources: Any, **options: Any) -> Any:
+        asked.update(options)
+        return build_rewards(ids, sources, **options)
+
+    monkeypatch.setattr("kvpo.app.named_rewards.build_rewards", build)
+    build_scorer(run_with("flicker"), 12.5)
+    assert asked["frame_rate"] == 12.5 and asked["device"] == "cpu"
+
+
+def test_a_public_preset_trains_on_the_reward_it_names(release: Any, tmp_path: Path) -> None:  # noqa: F811
+    weights, base = release
+    assert preset("longlive-1.3b").rewards.scorers == ("hpsv3",)
+    config = tiny_wan(
+        "longlive-1.3b",
+        tmp_path,
+        rewards__scorers=("hpsv3",),
+        rewards__sources={"hpsv3.weights": str(weights), "hpsv3.base": str(base)},
+    )
+    numbers = Trainer(build_setup(config)).step()
+    assert numbers["reward_spread"] > 0 and numbers["gradient_norm"] > 0
