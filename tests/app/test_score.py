@@ -201,7 +201,7 @@ def test_prompts_by_name_or_in_order(tmp_path):
     ("arguments", "message"),
     [
         (["--reward", "hpsv4"], "unknown reward 'hpsv4'; there are hpsv3"),
-        (["--reward", "hpsv3,flicker"], "hpsv3 read the prompt: give --prompts FILE"),
+        (["--reward", "hpsv3,flicker"], "hpsv3 reads the prompt: give --prompts FILE"),
         (["--reward", "world"], "world reads the prompt"),
         (["--reward", "flicker,flicker"], "name every reward once"),
         (["--reward", ","], "name every reward once"),

@@ -225,7 +225,11 @@ def test_scoring_overlaps_generation_and_changes_no_number(
 ) -> None:
     scorer = Watched()
     trainer = trainer_of(
-        tiny_base, scorer, exploration__rows=2, optim__prompts_per_update=3, optim__rollouts_per_refresh=refresh
+        tiny_base,
+        scorer,
+        exploration__rows=2,
+        optim__prompts_per_update=3,
+        optim__rollouts_per_refresh=refresh,
     )
     velocity = StreamingGenerator.velocity
 
@@ -244,7 +248,9 @@ def test_scoring_overlaps_generation_and_changes_no_number(
             assert torch.equal(found.global_KM, expected.global_KM)
     else:
         trainer.collect()
-    assert scorer.at_calls[0] < scorer.generated[0]  # the first group was scored before the last was generated
+    assert (
+        scorer.at_calls[0] < scorer.generated[0]
+    )  # the first group was scored before the last was generated
     assert scorer.most_alive[0] == 1
 
 

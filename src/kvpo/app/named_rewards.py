@@ -88,7 +88,8 @@ def named_rewards(
             )
     readers = [n for n in names if n == WORLD or n in DECLARATIONS and DECLARATIONS[n].reads_prompt]
     if readers and not prompts:
-        raise ConfigurationError(f"{field}: {', '.join(readers)} read the prompt: give --prompts FILE")
+        verb = "reads" if len(readers) == 1 else "read"
+        raise ConfigurationError(f"{field}: {', '.join(readers)} {verb} the prompt: give --prompts FILE")
     found = {
         component: NamedReward(
             component,
