@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from kvpo.app.build import build_backbone
 from kvpo.app.configuration import assign
+from kvpo.app.held_out import held_out_scorers
 from kvpo.config import Config
 from kvpo.prompts import ClipPrompt, VideoPrompt
 from kvpo.training.evaluation import Judges
@@ -81,6 +82,11 @@ class ToyScorer:
         return {"redness": (red_BTHW - green_BTHW).mean((1, 2, 3)), "calm": 1 - change}
 
 
+def opposite(video_BTCHW: Tensor, prompts: Sequence[ClipPrompt]) -> Tensor:
+    """Falls exactly as ToyScorer's two numbers rise: what hacking looks like."""
+    return -sum(ToyScorer()(video_BTCHW, prompts).values())
+
+
 @dataclass(frozen=True)
 class ToyPrompts:
     """Two-act videos whose switch falls where a window may start."""
@@ -103,7 +109,9 @@ def toy_setup(config: Config, scorer: Any = None) -> Setup:
     weights = torch.ones(len(scorer.components))
     return Setup(
         **vars(backbone),
-        judges=Judges(backbone.codec, scorer, weights, None),
+        judges=Judges(
+            backbone.codec, scorer, weights, None, held_out_scorers(config, backbone.codec.frames_per_second)
+        ),
         training_prompts=ToyPrompts(config.optim.prompts_per_update),
         validation={"short": ToyPrompts(config.evaluation.validation_prompts, 1000)(0)},
         test={"short": ToyPrompts(config.evaluation.test_prompts, 2000)(0)},

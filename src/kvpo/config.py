@@ -219,6 +219,14 @@ class EvaluationConfig:
     """Short and long prompts each, used once, for summary.json."""
     diversity_prompts: int = 16
     """Forks on which branch diversity is measured."""
+    held_out: tuple[str, ...] = ()
+    """Rewards that never train and watch for hacking, named as training rewards are."""
+    stop_on_hacking: bool = True
+    """Stop once a held-out reward keeps falling while the trained one rises, and keep the best before."""
+    hacking_errors: float = 3.0
+    """Paired standard errors by which the one must have risen and the other fallen."""
+    hacking_patience: int = 2
+    """Validations in a row at which that must hold."""
 
 
 @dataclass(frozen=True)
@@ -240,7 +248,7 @@ class RewardConfig:
     weights: dict[str, float] = field(default_factory=dict)
     """Weight of components, instead of 1 each, or of the embedded world's own."""
     sources: dict[str, str] = field(default_factory=dict)
-    """Path or hub id of parts of catalogue rewards, as in hpsv3.weights=/models/HPSv3.safetensors."""
+    """Path or hub id of parts of catalogue rewards, held-out ones too, as in hpsv3.weights=/models/HPSv3.safetensors."""
 
 
 @dataclass(frozen=True)

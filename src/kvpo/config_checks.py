@@ -41,6 +41,7 @@ def check(config: Config) -> None:
         evaluation.diversity_prompts,
         "0 or more",
     )
+    _hacking(config)
     _require(checkpoint.every >= 1, "checkpoint.every", checkpoint.every, "at least 1")
     _require(checkpoint.keep >= 1, "checkpoint.keep", checkpoint.keep, "at least 1")
 
@@ -48,6 +49,20 @@ def check(config: Config) -> None:
 def _require(holds: bool, path: str, value: object, what: str) -> None:
     if not holds:
         raise ConfigurationError(f"{path}: must be {what}, got {value}")
+
+
+def _hacking(config: Config) -> None:
+    evaluation = config.evaluation
+    trained = [name for name in evaluation.held_out if name in config.rewards.scorers]
+    _require(not trained, "evaluation.held_out", ", ".join(trained), "rewards that are not trained on")
+    names = ", ".join(evaluation.held_out)
+    _require(
+        len(set(evaluation.held_out)) == len(evaluation.held_out),
+        "evaluation.held_out", names, "each named once",
+    )  # fmt: skip
+    errors, patience = evaluation.hacking_errors, evaluation.hacking_patience
+    _require(errors > 0, "evaluation.hacking_errors", errors, "positive")
+    _require(patience >= 1, "evaluation.hacking_patience", patience, "at least 1")
 
 
 def _backbone(backbone: BackboneConfig, optim: OptimConfig) -> None:

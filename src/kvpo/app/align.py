@@ -4,7 +4,7 @@ import json
 import logging
 import resource
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from kvpo.app.exhibits import measure_diversity, write_branches, write_gallery
 from kvpo.app.progress import Bars, progress_bars
 from kvpo.config import Config
 from kvpo.config_checks import check
+from kvpo.training import radar
 from kvpo.training.checkpoint import find_checkpoint
 from kvpo.training.checks import anchor_energy_at_old, default_route_max_difference, first_ratio_max_deviation
 from kvpo.training.evaluation import HeldOut, comparison
@@ -94,6 +95,19 @@ def exactness(setup: Setup, trainer: Trainer) -> dict[str, float]:
     }
 
 
+def radar_summary(run: Run, results: Mapping[str, tuple[HeldOut, HeldOut]]) -> dict[str, Any]:
+    """What the hacking radar made of the validations, and what it sees on the test prompts."""
+    base, aligned = (radar.pooled(side) for side in zip(*results.values(), strict=True))
+    judges = run.setup.judges
+    return run.judged() | {
+        "held_out": list(judges.held_out_names),
+        "guarded": run.guarded,
+        "stopped_at": run.readings[-1].update if run.stopped else None,
+        "best": None if run.best is None else run.best[0],
+        "test": radar.measured(base, aligned, judges),
+    }
+
+
 def _finish(run: Run, directory: RunDirectory, show: Any, started: float) -> dict[str, Any]:
     """Test the best checkpoint once, measure diversity, write exhibits and summary."""
     setup = run.setup
@@ -134,6 +148,7 @@ def _finish(run: Run, directory: RunDirectory, show: Any, started: float) -> dic
         "held_out": {name: comparison(*pair, setup.judges) for name, pair in results.items()},
         "diversity": diversity,
         "checks": checks,
+        "radar": radar_summary(run, results),
     }
     directory.report.unlink(missing_ok=True)  # of a run that is now longer
     directory.write_summary(summary)

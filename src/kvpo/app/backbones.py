@@ -13,6 +13,7 @@ from kvpo.app.build import (
     streaming_generator,
     wan_shape,
 )
+from kvpo.app.held_out import held_out_scorers
 from kvpo.config import Config
 from kvpo.config_checks import ConfigurationError
 from kvpo.engine.noise import keyed_generator
@@ -272,7 +273,7 @@ def build_wan(config: Config) -> Setup:
     backbone = wan_backbone(config)
     return Setup(
         **vars(backbone),
-        judges=Judges(backbone.codec, scorer, weights, None),
+        judges=Judges(backbone.codec, scorer, weights, None, held_out_scorers(config, FRAMES_PER_SECOND)),
         training_prompts=FilePrompts(tuple(training), config.seed, config.optim.prompts_per_update),
         validation=validation,
         test=test,

@@ -11,6 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from kvpo.app.held_out import held_out_scorers
 from kvpo.app.named_rewards import named_rewards
 from kvpo.config import Config
 from kvpo.config_checks import ConfigurationError
@@ -67,9 +68,10 @@ def build_scorer(config: Config, frame_rate: float) -> tuple[Scorer, Tensor]:
         ValueError: a part of a reward cannot be found or does not fit; two components of one name.
     """
     settings = config.rewards
+    elsewhere = config.evaluation.held_out
     rewards = named_rewards(
         settings.scorers,
-        settings.sources,
+        {part: at for part, at in settings.sources.items() if part.rpartition(".")[0] not in elsewhere},
         field="rewards.scorers",
         frame_rate=frame_rate,
         device=config.device,
@@ -209,7 +211,13 @@ def build_world(config: Config, base: Path | None = None) -> Setup:
     scorer, weights = build_scorer(config, backbone.codec.frames_per_second)
     return Setup(
         **vars(backbone),
-        judges=Judges(backbone.codec, scorer, weights, UnseenComponent(load_unseen())),
+        judges=Judges(
+            backbone.codec,
+            scorer,
+            weights,
+            UnseenComponent(load_unseen()),
+            held_out_scorers(config, backbone.codec.frames_per_second),
+        ),
         training_prompts=WorldTrainingPrompts(config.seed, config.optim.prompts_per_update),
         validation=world_prompts("validation", config.evaluation.validation_prompts, 101, 10_000_000),
         test=world_test_prompts(config),

@@ -12,6 +12,7 @@ from kvpo.engine.noise import Tape
 from kvpo.engine.scoring import Scorer, score_clips, segment_clips
 from kvpo.engine.stream import TextTable, stream_latents
 from kvpo.prompts import VideoPrompt
+from kvpo.rewards.looks import looks
 
 ROWS = 32
 """Videos generated together."""
@@ -25,16 +26,38 @@ class HeldOut:
     """Scores per component and prompt, the mean over segments weighted by their frames."""
     unseen_N: Tensor | None
     """The unseen scorer's scores; None without one."""
+    held_out_HN: Tensor
+    """Of the scorers that watch for hacking; no row without one."""
+    looks_LN: Tensor
+    """How the videos look, whatever they show (``kvpo.rewards.looks``)."""
+
+
+@dataclass(frozen=True)
+class HeldOutScorer:
+    """A scorer that never trains but may stop a run, and the numbers made of its components."""
+
+    names: tuple[str, ...]
+    scorer: Scorer
+    weights_HK: Tensor
+    """Each number as a weighted sum of components."""
 
 
 @dataclass(frozen=True)
 class Judges:
-    """Who scores: the reward used in training, and a scorer that training never sees."""
+    """Who scores: the reward used in training, and scorers that training never sees."""
 
     codec: Codec
     scorer: Scorer
     weights_K: Tensor
     unseen: Scorer | None
+    """The independent judge of the embedded world: never used for training, selection or stopping."""
+    held_out: tuple[HeldOutScorer, ...] = ()
+    """Who watches for hacking and may stop the run."""
+
+    @property
+    def held_out_names(self) -> tuple[str, ...]:
+        """Of the rows of ``HeldOut.held_out_HN``."""
+        return tuple(name for one in self.held_out for name in one.names)
 
     def totals(self, held_out: HeldOut) -> Tensor:
         """Weighted reward per prompt, [N]."""
@@ -52,7 +75,7 @@ def evaluate(
     progress: Callable[[int], None] = lambda videos: None,
 ) -> HeldOut:
     """Generate every prompt in the deployment context, ``rows`` at a time, and score its segments."""
-    components, unseen = [], []
+    components, unseen, held_out, seen = [], [], [torch.empty(len(judges.held_out_names), 0)], []
     for at in range(0, len(prompts), rows):
         batch = prompts[at : at + rows]
         latents = stream_latents(generator, batch, texts, tape)
@@ -63,8 +86,23 @@ def evaluate(
         components.append(_segment_scores(judges.scorer, videos, batch, frames, block, lead=block))
         if judges.unseen is not None:
             unseen.append(_segment_scores(judges.unseen, videos, batch, frames, block, lead=0)[0])
+        if judges.held_out:
+            held_out.append(
+                torch.cat(
+                    [
+                        one.weights_HK @ _segment_scores(one.scorer, videos, batch, frames, block, lead=block)
+                        for one in judges.held_out
+                    ]
+                )
+            )
+        seen.append(looks(videos))
         progress(len(batch))
-    return HeldOut(torch.cat(components, 1), torch.cat(unseen) if unseen else None)
+    return HeldOut(
+        components_KN=torch.cat(components, 1),
+        unseen_N=torch.cat(unseen) if unseen else None,
+        held_out_HN=torch.cat(held_out, 1),
+        looks_LN=torch.cat(seen, 1),
+    )
 
 
 def _segment_scores(

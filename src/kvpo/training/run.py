@@ -1,13 +1,15 @@
 """A run from its first update to its last: metrics, validation, checkpoints, clean stops, exact resumes."""
 
+import logging
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from kvpo.training import radar
 from kvpo.training.checkpoint import (
     latest_checkpoint,
     load_checkpoint,
@@ -21,6 +23,8 @@ from kvpo.training.metrics_log import MetricsLog
 from kvpo.training.policy import Policy, exchanged
 from kvpo.training.setup import Backbone, Setup
 from kvpo.training.trainer import Trainer, architecture
+
+logger = logging.getLogger(__name__)
 
 Progress = Callable[[str, int, int, Mapping[str, float]], None]
 """(stage, done, of how many, numbers worth showing)."""
@@ -41,6 +45,10 @@ class Run:
     """Update and validation of the best checkpoint so far."""
     saved: int = 0
     """Update of the last checkpoint."""
+    readings: list[radar.Reading] = field(default_factory=list)
+    """What the hacking radar saw at every validation so far."""
+    verdict: radar.Verdict = field(default_factory=radar.Verdict)
+    """What it made of that."""
 
     @property
     def updates(self) -> int:
@@ -48,12 +56,14 @@ class Run:
         return self.setup.config.optim.updates
 
     def train(self, interrupted: Callable[[], bool]) -> bool:
-        """Train to the last update; False if stopped early (the state is saved either way).
+        """Train to the last update, or until the radar calls it hacking; False if interrupted.
 
-        Raises ValueError when a reward fails; the updates before it are saved.
+        The state is saved either way. Raises ValueError when a reward fails; the updates before it are saved.
         """
         config, trainer = self.setup.config, self.trainer
-        while trainer.update < self.updates:
+        if trainer.update == 0 and self.best is None and self.guarded:
+            self.save(0.0)  # where every later checkpoint may turn out to be hacked, the base is the best one
+        while trainer.update < self.updates and not self.stopped:
             if interrupted() and trainer.at_boundary():
                 self._save_if_new()
                 return False
@@ -75,7 +85,24 @@ class Run:
                     self.save()
         if not self.updates:
             self.save()
+        if self.stopped:
+            best = 0 if self.best is None else self.best[0]
+            logger.warning(
+                "stopped after update %d, reward hacking: the best checkpoint is update %d",
+                trainer.update,
+                best,
+            )
         return True
+
+    @property
+    def guarded(self) -> bool:
+        """Whether the radar may stop the run and has a say in which checkpoint is the best."""
+        return bool(self.setup.judges.held_out) and self.setup.config.evaluation.stop_on_hacking
+
+    @property
+    def stopped(self) -> bool:
+        """Whether the radar has ended the run."""
+        return self.guarded and self.verdict.hacked
 
     def _due(self, every: int) -> bool:
         """Whether something done every so many updates is due at this boundary; always at the last one."""
@@ -96,7 +123,7 @@ class Run:
             self.checkpoints,
             update,
             tensors,
-            {**state, "best": self.best},
+            {**state, "best": self.best, "radar": radar.saved(self.readings)},
             architecture=architecture(self.setup),
         )
         self.saved = update
@@ -113,15 +140,35 @@ class Run:
             update, gain = self.best
             mark_best(self.checkpoints, self.checkpoints / f"update-{update:06d}", gain)
 
-    def validate(self) -> float:
-        """Compare the moving average with the starting policy on the validation prompts: the mean gain."""
-        results = {}
-        for name, prompts in self.setup.validation.items():
-            aligned = self.evaluate_average(prompts)
-            results[name] = comparison(self.base[name], aligned, self.setup.judges)
+    def validate(self) -> float | None:
+        """Compare the moving average with the starting policy on the validation prompts.
+
+        The mean gain, by which the best checkpoint is chosen; None where the radar's alarm rules that out.
+        """
+        judges, update = self.setup.judges, self.trainer.update
+        aligned = {name: self.evaluate_average(prompts) for name, prompts in self.setup.validation.items()}
+        results = {name: comparison(self.base[name], found, judges) for name, found in aligned.items()}
         gain = mean_gain(results)
-        self.metrics.write(self.trainer.update, {"kind": "validation", "mean_gain": gain, **results})
-        return gain
+        base, now = radar.pooled(list(self.base.values())), radar.pooled(list(aligned.values()))
+        self.readings.append(radar.reading(update, now, judges))
+        numbers = self.judged() | radar.measured(base, now, judges)
+        drifted = radar.drifted(numbers, self.setup.config.evaluation.hacking_errors)
+        self.metrics.write(
+            update,
+            {"kind": "validation", "mean_gain": gain, **results, "radar": numbers | {"drifted": drifted}},
+        )
+        logger.info("hacking radar, update %d: %s", update, numbers["verdict"])
+        if drifted:
+            logger.warning("update %d: the look of the videos drifts: %s", update, ", ".join(drifted))
+        return None if self.guarded and self.verdict.alarms else gain
+
+    def judged(self) -> dict[str, Any]:
+        """Let the radar judge the validations so far, and return its verdict as numbers and words."""
+        evaluation = self.setup.config.evaluation
+        base = radar.reading(0, radar.pooled(list(self.base.values())), self.setup.judges)
+        history = [base, *self.readings]
+        self.verdict = radar.judge(history, evaluation.hacking_errors, evaluation.hacking_patience)
+        return radar.verdict_numbers(history, self.verdict)
 
     def evaluate_average(self, prompts: Any) -> HeldOut:
         """Held-out results of the moving average of the trained parameters."""
@@ -133,6 +180,8 @@ class Run:
         state = restore(self.trainer, path)
         self.saved = self.trainer.update
         self.best = None if state["best"] is None else (int(state["best"][0]), float(state["best"][1]))
+        self.readings = radar.loaded(state["radar"])
+        self.judged()
         self._mark_best()  # a kill may have come between a checkpoint and its mark
 
 

@@ -1,0 +1,65 @@
+"""How clips look, whatever they show: plain pixel measures whose drift betrays a reward that is being gamed.
+
+None of them is a reward: more is not better. Each is relative to the clip's own light or contrast, so that
+they move apart from each other. Axes: B clips, T frames, H x W pixels.
+"""
+
+import torch
+from torch import Tensor
+
+from kvpo.rewards.consistency import LUMA
+
+DARKEST = 1e-4
+"""Least light and contrast, on [0, 1], that a relative measure divides by."""
+
+
+def luminance(video_BTCHW: Tensor) -> Tensor:
+    """Rec. 601 luminance [B, T, H, W] of RGB in [0, 1]."""
+    return torch.einsum("btchw,c->bthw", video_BTCHW.float(), video_BTCHW.new_tensor(LUMA).float())
+
+
+def brightness(video_BTCHW: Tensor) -> Tensor:
+    """Mean luminance in [0, 1], [B]."""
+    return luminance(video_BTCHW).mean((1, 2, 3))
+
+
+def saturation(video_BTCHW: Tensor) -> Tensor:
+    """Largest minus smallest channel as a share of the largest, weighted by it, in [0, 1], [B].
+
+    0 for grey and 1 for pure colours, however bright: HSV saturation without its noise in dark pixels.
+    """
+    video_BTCHW = video_BTCHW.float()
+    largest_BTHW, smallest_BTHW = video_BTCHW.amax(2), video_BTCHW.amin(2)
+    light_B = largest_BTHW.mean((1, 2, 3))
+    return (largest_BTHW - smallest_BTHW).mean((1, 2, 3)) / light_B.clamp(min=DARKEST)
+
+
+def _contrast(luma_BTHW: Tensor) -> Tensor:
+    """Standard deviation of luminance over each frame's pixels, mean over frames, [B]."""
+    return luma_BTHW.flatten(2).std(2, correction=0).mean(1).clamp(min=DARKEST)
+
+
+def sharpness(video_BTCHW: Tensor) -> Tensor:
+    """Root mean square difference between neighbouring pixels over the contrast, [B]: blur lowers it."""
+    luma_BTHW = luminance(video_BTCHW)
+    across_B = luma_BTHW.diff(dim=3).square().mean((1, 2, 3))
+    down_B = luma_BTHW.diff(dim=2).square().mean((1, 2, 3))
+    return ((across_B + down_B) / 2).sqrt() / _contrast(luma_BTHW)
+
+
+def motion(video_BTCHW: Tensor) -> Tensor:
+    """Root mean square difference between neighbouring frames over the contrast, [B]; 0 for a still clip."""
+    if video_BTCHW.shape[1] == 1:
+        return video_BTCHW.new_zeros(len(video_BTCHW), dtype=torch.float32)
+    luma_BTHW = luminance(video_BTCHW)
+    return luma_BTHW.diff(dim=1).square().mean((1, 2, 3)).sqrt() / _contrast(luma_BTHW)
+
+
+MEASURES = {"brightness": brightness, "saturation": saturation, "sharpness": sharpness, "motion": motion}
+
+
+def looks(video_BTCHW: Tensor) -> Tensor:
+    """All measures of RGB clips in [0, 1], in the order of ``MEASURES``: [L, B] on the CPU."""
+    # One clip at a time: a long video at full size is gigabytes by itself.
+    columns = [torch.cat([measure(clip[None]) for measure in MEASURES.values()]) for clip in video_BTCHW]
+    return torch.stack(columns, 1).cpu()

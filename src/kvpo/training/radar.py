@@ -1,0 +1,232 @@
+"""Hacking radar: has the trained reward risen while scorers that never train have fallen?
+
+Every comparison is paired, prompt by prompt on the same noise, and judged in its own standard errors. Axes:
+N validation prompts (all sets together), K trained components, H held-out scorers, L looks.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvpo.rewards.looks import MEASURES
+from kvpo.training.evaluation import HeldOut, Judges, PairedGain, paired_gain
+
+FAR = 0.5
+"""Drift of a look, in standard deviations between the base's prompts, from which it is worth a warning."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What one validation saw, prompt by prompt and in the same order every time."""
+
+    update: int
+    trained_N: Tensor
+    """Weighted reward."""
+    held_out: Mapping[str, Tensor]
+    """Held-out scorer -> scores [N]."""
+
+
+@dataclass(frozen=True)
+class Alarm:
+    """A held-out scorer that fell while the trained reward rose, each beyond its noise."""
+
+    scorer: str
+    since: int
+    """Update of the reading it is compared with: the one at which this scorer was highest; 0 is the base."""
+    trained: PairedGain
+    held_out: PairedGain
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a run's readings say at its last validation."""
+
+    alarms: tuple[Alarm, ...] = ()
+    """Of the last reading."""
+    in_a_row: int = 0
+    """For how many validations, up to the last one, the same scorer has been in alarm."""
+    hacked: bool = False
+    """Whether that is often enough to call it hacking."""
+
+
+def alarms(history: Sequence[Reading], standard_errors: float) -> tuple[Alarm, ...]:
+    """Held-out scorers whose last reading is in alarm.
+
+    Each is compared with its own best earlier reading, so that a scorer which first rose and then fell is
+    noticed before it is worse than the base. ``history`` starts with the base. More ``standard_errors`` are
+    asked of both changes than a single look would need, because the best of several readings is flattered
+    by noise.
+    """
+    if len(history) < 2:
+        return ()
+    last, found = history[-1], []
+    for name, scores_N in last.held_out.items():
+        best = max(history[:-1], key=lambda reading: float(reading.held_out[name].double().mean()))
+        trained = paired_gain(best.trained_N, last.trained_N)
+        held_out = paired_gain(best.held_out[name], scores_N)
+        rises = trained.mean > standard_errors * trained.standard_error
+        falls = -held_out.mean > standard_errors * held_out.standard_error
+        if rises and falls:
+            found.append(Alarm(name, best.update, trained, held_out))
+    return tuple(found)
+
+
+def judge(history: Sequence[Reading], standard_errors: float, patience: int) -> Verdict:
+    """The verdict on readings in order, the base's first.
+
+    Hacked once a scorer has been in alarm ``patience`` times in a row. A function of the readings alone,
+    so that a resumed run reaches the same verdict.
+    """
+    last = alarms(history, standard_errors)
+    names, in_a_row = {alarm.scorer for alarm in last}, 0
+    while names:
+        in_a_row += 1
+        earlier = history[: len(history) - in_a_row]
+        names &= {alarm.scorer for alarm in alarms(earlier, standard_errors)}
+    return Verdict(last, in_a_row, in_a_row >= patience)
+
+
+def rank_correlation(one_N: Tensor, other_N: Tensor) -> float | None:
+    """Spearman's rank correlation, ties sharing their mean rank; None where one of them never changes."""
+    ranks = []
+    for values_N in (one_N, other_N):
+        above_NN = (values_N[:, None] > values_N).double()
+        tied_NN = (values_N[:, None] == values_N).double()
+        ranks_N = (above_NN + tied_NN / 2).sum(1)
+        ranks.append(ranks_N - ranks_N.mean())
+    scale = float((ranks[0].square().sum() * ranks[1].square().sum()).sqrt())
+    return float(ranks[0] @ ranks[1]) / scale if scale else None
+
+
+def agreement(
+    trained: Mapping[str, Tensor], others: Mapping[str, Tensor]
+) -> dict[str, dict[str, float | None]]:
+    """Rank correlation of the gains [N] of every trained component with all later ones and ``others``."""
+    everyone = [*trained.items(), *others.items()]
+    return {
+        name: {other: rank_correlation(gain_N, gains_N) for other, gains_N in everyone[place + 1 :]}
+        for place, (name, gain_N) in enumerate(trained.items())
+    }
+
+
+def pooled(results: Sequence[HeldOut]) -> HeldOut:
+    """Several prompt sets as one."""
+    unseen = [found.unseen_N for found in results if found.unseen_N is not None]
+    return HeldOut(
+        components_KN=torch.cat([found.components_KN for found in results], 1),
+        unseen_N=torch.cat(unseen) if unseen else None,
+        held_out_HN=torch.cat([found.held_out_HN for found in results], 1),
+        looks_LN=torch.cat([found.looks_LN for found in results], 1),
+    )
+
+
+def reading(update: int, found: HeldOut, judges: Judges) -> Reading:
+    """The part of some pooled results that the rule judges by; the unseen scorer is not in it."""
+    scores = dict(zip(judges.held_out_names, found.held_out_HN, strict=True))
+    return Reading(update, judges.totals(found), scores)
+
+
+def measured(base: HeldOut, aligned: HeldOut, judges: Judges) -> dict[str, Any]:
+    """Paired changes of everything the radar watches, as the metrics log and summary.json hold them."""
+    base_reading, last = reading(0, base, judges), reading(0, aligned, judges)
+    gains_KN = aligned.components_KN - base.components_KN
+    others = {name: last.held_out[name] - base_reading.held_out[name] for name in last.held_out}
+    numbers: dict[str, Any] = {
+        "trained": _change(base_reading.trained_N, last.trained_N),
+        "held_out": {n: _change(base_reading.held_out[n], last.held_out[n]) for n in last.held_out},
+    }
+    if base.unseen_N is not None and aligned.unseen_N is not None:
+        numbers["unseen"] = _change(base.unseen_N, aligned.unseen_N)
+        others["unseen scorer"] = aligned.unseen_N - base.unseen_N
+    looks = zip(MEASURES, base.looks_LN, aligned.looks_LN, strict=True)
+    return numbers | {
+        "drift": {name: _change(before, after) for name, before, after in looks},
+        "agreement": agreement(dict(zip(judges.scorer.components, gains_KN, strict=True)), others),
+    }
+
+
+def _change(base_N: Tensor, aligned_N: Tensor) -> dict[str, float]:
+    gain = paired_gain(base_N, aligned_N)
+    return {
+        "base": float(base_N.mean()),
+        "spread": float(base_N.std()),
+        "aligned": float(aligned_N.mean()),
+        "gain": gain.mean,
+        "se": gain.standard_error,
+    }
+
+
+def drifted(numbers: Mapping[str, Any], standard_errors: float) -> list[str]:
+    """Looks of ``measured`` that moved beyond their noise and far beside what differs between prompts."""
+    return [
+        name
+        for name, change in numbers["drift"].items()
+        if abs(change["gain"]) > max(standard_errors * change["se"], FAR * change["spread"])
+    ]
+
+
+def in_words(history: Sequence[Reading], verdict: Verdict) -> str:
+    """What readings, the base's first, and the verdict on them say, as part of a sentence."""
+    if verdict.alarms:
+        fallen = [f"{a.scorer} {_change_text(a.held_out)} since update {a.since}" for a in verdict.alarms]
+        often = "once" if verdict.in_a_row == 1 else f"{verdict.in_a_row} validations in a row"
+        rise = _change_text(verdict.alarms[0].trained)
+        return f"trained reward {rise} while held-out {', '.join(fallen)} ({often})"
+    base, last = history[0], history[-1]
+    trained = f"trained reward {_change_text(paired_gain(base.trained_N, last.trained_N))}"
+    if not last.held_out:
+        return f"{trained}, no held-out scorer to compare it with"
+    held_out = [
+        f"{name} {_change_text(paired_gain(base.held_out[name], scores_N))}"
+        for name, scores_N in last.held_out.items()
+    ]
+    return f"{trained}, held-out {', '.join(held_out)}: no alarm"
+
+
+def _change_text(gain: PairedGain) -> str:
+    return f"{gain.mean:+.3f} \u00b1 {gain.standard_error:.3f}"
+
+
+def verdict_numbers(history: Sequence[Reading], verdict: Verdict) -> dict[str, Any]:
+    """A verdict as the metrics log and summary.json hold it."""
+    found = {
+        alarm.scorer: {
+            "since": alarm.since,
+            "trained": asdict(alarm.trained),
+            "held_out": asdict(alarm.held_out),
+        }
+        for alarm in verdict.alarms
+    }
+    return {
+        "verdict": in_words(history, verdict),
+        "alarms": found,
+        "in_a_row": verdict.in_a_row,
+        "hacked": verdict.hacked,
+    }
+
+
+def saved(history: Sequence[Reading]) -> list[dict[str, Any]]:
+    """Readings as JSON, exactly."""
+    return [
+        {
+            "update": reading.update,
+            "trained": reading.trained_N.tolist(),
+            "held_out": {name: scores_N.tolist() for name, scores_N in reading.held_out.items()},
+        }
+        for reading in history
+    ]
+
+
+def loaded(records: Sequence[Mapping[str, Any]]) -> list[Reading]:
+    """Undo ``saved``."""
+    return [
+        Reading(
+            int(record["update"]),
+            torch.tensor(record["trained"]),
+            {name: torch.tensor(scores) for name, scores in record["held_out"].items()},
+        )
+        for record in records
+    ]
