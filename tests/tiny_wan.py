@@ -1,7 +1,7 @@
 """Files of a tiny public generator in the public layouts: weights, adapter, text encoder, VAE, prompts."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -105,8 +105,8 @@ def write_lora(config: Config, path: Path) -> None:
     torch.save({"generator_lora": tensors, "critic_lora": {}, "step": 7}, path)
 
 
-def tiny_wan(name: str, directory: Path, *, interactive: bool = False, **changes: Any) -> Config:
-    """A preset shrunk to nothing, its files written to ``directory`` first."""
+def tiny_settings(name: str, directory: Path, interactive: bool, changes: Mapping[str, Any]) -> dict[str, Any]:
+    """What shrinks a preset to nothing, its files written to ``directory`` first."""
     config = preset(name, SETTINGS)
     if not (directory / "vae").exists():
         write_text_and_pixels(directory)
@@ -119,4 +119,21 @@ def tiny_wan(name: str, directory: Path, *, interactive: bool = False, **changes
         "backbone.embeddings": str(directory / "embeddings"),
         "prompts.file": str(write_prompts(directory, interactive)),
     }
-    return preset(name, SETTINGS | files | {key.replace("__", "."): value for key, value in changes.items()})
+    return SETTINGS | files | {key.replace("__", "."): value for key, value in changes.items()}
+
+
+def tiny_wan(name: str, directory: Path, *, interactive: bool = False, **changes: Any) -> Config:
+    """A preset shrunk to nothing."""
+    return preset(name, tiny_settings(name, directory, interactive, changes))
+
+
+def tiny_flags(name: str, directory: Path, *, interactive: bool = False, **changes: Any) -> list[str]:
+    """The same as one types it on the command line."""
+    values = tiny_settings(name, directory, interactive, changes)
+    return ["--preset", name, *(f"--{path}={_typed(value)}" for path, value in values.items())]
+
+
+def _typed(value: Any) -> str:
+    if isinstance(value, list):
+        return "[" + ",".join(map(str, value)) + "]"
+    return str(value).lower() if value is None or isinstance(value, bool) else str(value)

@@ -44,8 +44,12 @@ class BackboneConfig:
     """The embedded generator that ships with the package, or a public Wan generator."""
     checkpoint: str = ""
     """Transformer weights: a .pt or .safetensors file, or a diffusers directory."""
+    checkpoint_entry: str = ""
+    """Entry of a .pt checkpoint; empty: the first of generator, generator_ema, model."""
     lora: str = ""
     """Adapter that belongs to the checkpoint (LongLive's and MemFlow's lora.pt); empty: none."""
+    lora_entry: str = ""
+    """Entry of a .pt adapter; empty: generator_lora. The moving average of a KVPO checkpoint is ema."""
     lora_start: Literal["continue", "merge"] = "continue"
     """Continue training the given adapter, or merge it into the weights and train a fresh one."""
     text_encoder: str = ""
@@ -58,6 +62,8 @@ class BackboneConfig:
     """Directory in which prompt embeddings are kept; several runs may share it."""
     offline: bool = False
     """Take hub files from the local cache only."""
+    offload: bool = False
+    """Keep VAE and reward models in host memory and move them to the device only to decode and to score."""
 
 
 @dataclass(frozen=True)
@@ -203,6 +209,8 @@ class OptimConfig:
     """Rows batched in one replay forward pass; 0 means all of a group batch together."""
     checkpointing: bool = False
     """Activation checkpointing in the replay."""
+    compile: bool = False
+    """Compile the transformer's layers (torch.compile); results change by rounding alone."""
     autocast: Literal["none", "bfloat16"] = "none"
     """Autocast of the forward passes; master weights stay float32."""
 

@@ -66,7 +66,9 @@ def _hacking(config: Config) -> None:
 
 
 def _backbone(backbone: BackboneConfig, optim: OptimConfig) -> None:
-    given = [name for name in ("checkpoint", "lora", "vae", "text_encoder") if vars(backbone)[name]]
+    given = [
+        name for name in ("checkpoint", "lora", "vae", "text_encoder", "offload") if vars(backbone)[name]
+    ]
     _require(
         backbone.kind == "wan" or not given,
         "backbone.kind", backbone.kind,
@@ -76,6 +78,12 @@ def _backbone(backbone: BackboneConfig, optim: OptimConfig) -> None:
         optim.train == "lora" or not backbone.lora or backbone.lora_start == "merge",
         "backbone.lora_start", backbone.lora_start, "merge while optim.train is full",
     )  # fmt: skip
+    for name in ("checkpoint", "lora"):
+        entry = vars(backbone)[f"{name}_entry"]
+        _require(
+            not entry or bool(vars(backbone)[name]),
+            f"backbone.{name}_entry", entry, f"empty while backbone.{name} names no file",
+        )  # fmt: skip
 
 
 def _prompts(prompts: PromptsConfig, stream: StreamConfig) -> None:

@@ -1,8 +1,9 @@
 """Builds public Wan generators (LongLive, MemFlow, Self-Forcing) from their files, beside the world's own."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -14,6 +15,7 @@ from kvpo.app.build import (
     wan_shape,
 )
 from kvpo.app.held_out import held_out_scorers
+from kvpo.app.offloading import visiting
 from kvpo.config import Config
 from kvpo.config_checks import ConfigurationError
 from kvpo.engine.noise import keyed_generator
@@ -21,6 +23,7 @@ from kvpo.models.adapters import add_adapter, load_adapter, merge_adapter
 from kvpo.models.causal_wan import CausalWan
 from kvpo.models.checkpoints import AdapterState, assign_state, load_adapter_state, load_transformer_state
 from kvpo.models.hub import resolve
+from kvpo.models.offload import resident
 from kvpo.models.tensor_files import fingerprint
 from kvpo.models.umt5 import (
     PromptCache,
@@ -33,20 +36,26 @@ from kvpo.models.wan_vae import WanVAE, load_wan_vae
 from kvpo.prompt_files import read_prompts
 from kvpo.prompts import VideoPrompt
 from kvpo.training.evaluation import Judges
-from kvpo.training.setup import Backbone, Setup
+from kvpo.training.setup import Backbone, Setup, Weights
 
 WAYS_OUT = {
     "checkpoint": "--checkpoint FILE, the transformer weights that belong to the preset (longlive_base.pt)",
     "vae": "--backbone.vae PATH, such as Wan2.1_VAE.pth or Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
     "text_encoder": "--backbone.text_encoder PATH, a Wan or diffusers directory with UMT5 and tokenizer",
 }
+TRANSFORMER_FILES = ("diffusion_pytorch_model*", "transformer/*")
+ADAPTER_FILES = ("adapter_*", "pytorch_lora_weights*")
+"""What is fetched of a hub repository that is named as a whole."""
 FRAMES_PER_SECOND = 16.0
 KINDS = {"short": "one prompt", "long": "several prompts"}
 
 
 @dataclass(frozen=True)
 class WanCodec:
-    """The Wan VAE as a codec; videos are decoded one by one, a latent frame at a time."""
+    """The Wan VAE as a codec; videos are decoded one by one, a latent frame at a time.
+
+    A VAE that is kept in host memory visits the device for every call.
+    """
 
     vae: WanVAE
     device: torch.device | str
@@ -56,11 +65,12 @@ class WanCodec:
     def decode(self, latents_BTCHW: Tensor, before_TCHW: Tensor | None = None) -> Tensor:
         """RGB ``[B, T', 3, H', W']`` in [0, 1] of latents ``[B, T, C, H, W]``; see the codec protocol."""
         state = self.vae.start()
-        if before_TCHW is not None:
-            for frame in before_TCHW.to(self.device)[:, None, None]:
-                _, state = self.vae.decode_stream(frame, state)
-        return torch.cat([self.vae.decode_stream(row[None], state)[0]
-                          for row in latents_BTCHW.to(self.device)])  # fmt: skip
+        with resident([self.vae.model], self.device):
+            if before_TCHW is not None:
+                for frame in before_TCHW.to(self.device)[:, None, None]:
+                    _, state = self.vae.decode_stream(frame, state)
+            return torch.cat([self.vae.decode_stream(row[None], state)[0]
+                              for row in latents_BTCHW.to(self.device)])  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -70,11 +80,25 @@ class CachedTexts:
     cache: PromptCache
     load: Callable[[], TextEncoder]
     device: torch.device | str
+    text_dim: int
+    """Width that the transformer expects."""
+
+    def fill(self, prompts: Iterable[VideoPrompt]) -> None:
+        """Compute what the cache lacks of some prompts, so that the encoder is loaded once."""
+        self.cache.fill((text for prompt in prompts for text in prompt.segments), self.load)
 
     def __call__(self, texts: Sequence[str]) -> Tensor:
-        """Embeddings ``[n, text_len, text_dim]`` float32, padding rows zero."""
+        """Embeddings ``[n, text_len, text_dim]`` float32, padding rows zero. Raises ValueError for another
+        width than the transformer's.
+        """
         found = self.cache.embed(texts, self.load)
-        return torch.stack([found[text] for text in texts]).to(self.device, torch.float32)
+        embeddings = torch.stack([found[text] for text in texts])
+        if embeddings.shape[-1] != self.text_dim:
+            raise ValueError(
+                f"backbone.text_encoder: embeddings of width {embeddings.shape[-1]}, "
+                f"model.text_dim is {self.text_dim}: the encoder belongs to another generator"
+            )
+        return embeddings.to(self.device, torch.float32)
 
 
 @dataclass(frozen=True)
@@ -141,12 +165,13 @@ def text_encoder(config: Config) -> CachedTexts:
         length,
     )
     load = partial(load_text_encoder, weights, tokenizer, text_len=length, device=config.device, dtype=dtype)
-    return CachedTexts(cache, load, config.device)
+    return CachedTexts(cache, load, config.device, config.model.text_dim)
 
 
 def codec(config: Config) -> WanCodec:
     """The VAE, checked against the generator's latents. Raises ValueError."""
-    vae = load_wan_vae(located(config, "vae", "vae/*", "Wan2.1_VAE.pth"), device=config.device)
+    home = "cpu" if config.backbone.offload else config.device
+    vae = load_wan_vae(located(config, "vae", "vae/*", "Wan2.1_VAE.pth"), device=home)
     channels = vae.model.config.z_dim
     if channels != config.model.channels:
         raise ValueError(
@@ -155,38 +180,54 @@ def codec(config: Config) -> WanCodec:
     return WanCodec(vae, config.device, vae.model.config.scale_factor_temporal)
 
 
-def transformer(config: Config) -> tuple[CausalWan, str]:
-    """The transformer with what a configuration trains in it, and a digest of the files it came from.
+def wan_weights(config: Config) -> Weights:
+    """The transformer with what a configuration trains in it.
 
     The starting policy is the checkpoint with its given adapter, continued or merged (METHOD section 6).
     Frozen weights are kept in the precision of the forward pass, trained ones in float32.
+
+    Raises:
+        ConfigurationError: no checkpoint is named, or the adapter is not the one that is configured.
+        ValueError: a file is absent, damaged, refused, or does not fit the configuration.
     """
     optim, backbone = config.optim, config.backbone
-    path = located(config, "checkpoint")
-    files = [path]
+    path = located(config, "checkpoint", *TRANSFORMER_FILES)
+    given = _given_adapter(config)
     with torch.device("meta"):
         model = CausalWan(wan_shape(config))
     frozen_low = optim.train == "lora" and optim.autocast == "bfloat16"
     dtype = torch.bfloat16 if frozen_low else torch.float32
-    assign_state(model, load_transformer_state(path), device=config.device, dtype=dtype)
+    state = load_transformer_state(path, entry=backbone.checkpoint_entry or None)
+    assign_state(model, state, device=config.device, dtype=dtype)
     model.requires_grad_(False)
     model.checkpointing = optim.checkpointing
-    given: AdapterState | None = None
-    if backbone.lora:
-        files.append(resolve(backbone.lora, offline=backbone.offline))
-        given = load_adapter_state(files[-1])
     if given is not None and backbone.lora_start == "merge":
-        merge_adapter(model, given)
-        given = None
+        merge_adapter(model, given, state.tensors)
     if optim.train == "full":
         model.requires_grad_(True)
-    elif given is None:
+    elif given is None or backbone.lora_start == "merge":
         draws = keyed_generator("adapter", config.seed)
         add_adapter(model, optim.lora_rank, optim.lora_alpha, optim.lora_targets, generator=draws)
     else:
         _demand_same_adapter(config, given)
         load_adapter(model, given)
-    return model.to(config.device), fingerprint(files, backbone.lora_start if backbone.lora else "")
+    if optim.compile:
+        model.compile_blocks()
+    how = [backbone.checkpoint_entry, *([backbone.lora_start, backbone.lora_entry] if given else [])]
+    files = (*state.files, *(given.files if given else ()))
+    return Weights(config, model.to(config.device), fingerprint(files, "/".join(how)))
+
+
+def _given_adapter(config: Config) -> AdapterState | None:
+    """The adapter that belongs to the checkpoint, if one is named."""
+    backbone = config.backbone
+    if not backbone.lora:
+        return None
+    try:
+        path = resolve(backbone.lora, patterns=ADAPTER_FILES, offline=backbone.offline)
+        return load_adapter_state(path, entry=backbone.lora_entry or None)
+    except ValueError as error:
+        raise ValueError(f"backbone.lora: {error}") from error
 
 
 def _demand_same_adapter(config: Config, given: AdapterState) -> None:
@@ -199,20 +240,21 @@ def _demand_same_adapter(config: Config, given: AdapterState) -> None:
             )
 
 
-def wan_backbone(config: Config) -> Backbone:
+def wan_backbone(config: Config, prompts: Iterable[VideoPrompt] = ()) -> Backbone:
     """A public generator from the files that ``config.backbone`` names.
+
+    The embeddings of ``prompts`` are computed first, while nothing else is in memory.
 
     Raises:
         ConfigurationError: a file is not named.
         ValueError: a file is absent, damaged, refused, or does not fit the configuration.
     """
     texts, pixels = text_encoder(config), codec(config)  # cheap to refuse, so before gigabytes are read
-    model, digest = transformer(config)
+    texts.fill(prompts)
+    weights = wan_weights(config)
     return Backbone(
-        config=config,
-        model=model,
-        base_sha256=digest,
-        generator=streaming_generator(config, model),
+        **vars(weights),
+        generator=streaming_generator(config, weights.model),
         text_encoder=texts,
         codec=pixels,
     )
@@ -269,12 +311,18 @@ def check_length(prompts: Sequence[VideoPrompt], config: Config) -> None:
 def build_wan(config: Config) -> Setup:
     """A public generator to align, on the prompts of a file, with the reward that is named."""
     training, validation, test = split_prompts(config)
+    prompts = FilePrompts(tuple(training), config.seed, config.optim.prompts_per_update)
     scorer, weights = build_scorer(config, FRAMES_PER_SECOND)
-    backbone = wan_backbone(config)
+    held_out = held_out_scorers(config, FRAMES_PER_SECOND)
+    if config.backbone.offload:
+        scorer = visiting(scorer, config.device)
+        held_out = tuple(replace(one, scorer=visiting(one.scorer, config.device)) for one in held_out)
+    seen = [prompts(update) for update in range(config.optim.updates)]
+    backbone = wan_backbone(config, chain(*seen, *validation.values(), *test.values()))
     return Setup(
         **vars(backbone),
-        judges=Judges(backbone.codec, scorer, weights, None, held_out_scorers(config, FRAMES_PER_SECOND)),
-        training_prompts=FilePrompts(tuple(training), config.seed, config.optim.prompts_per_update),
+        judges=Judges(backbone.codec, scorer, weights, None, held_out),
+        training_prompts=prompts,
         validation=validation,
         test=test,
     )

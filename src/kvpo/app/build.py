@@ -26,7 +26,7 @@ from kvpo.models.tensor_files import read_file
 from kvpo.prompts import ClipPrompt, VideoPrompt
 from kvpo.rewards.combined import CombinedScorer
 from kvpo.training.evaluation import Judges
-from kvpo.training.setup import Backbone, Setup
+from kvpo.training.setup import Backbone, Setup, Weights
 from kvpo.world.text import LearnedTextEncoder
 
 BASE = "generator.safetensors"
@@ -186,6 +186,8 @@ def build_backbone(config: Config) -> Backbone:
     else:
         transformer.requires_grad_(True)
     transformer.to(config.device)
+    if config.optim.compile:
+        transformer.compile_blocks()
     return Backbone(
         config=config,
         model=transformer,
@@ -229,8 +231,20 @@ def wan_shape(config: Config) -> WanShape:
     return WanShape(**asdict(config.model))
 
 
+def check_device(config: Config) -> None:
+    """Raise ConfigurationError where the configuration's device cannot be used."""
+    try:
+        torch.empty(0, device=config.device)
+    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
+        reason = str(error).splitlines()[0].removesuffix(".")
+        raise ConfigurationError(
+            f"device: {config.device!r} cannot be used here ({reason}); --device cpu always can"
+        ) from error
+
+
 def build_setup(config: Config) -> Setup:
     """What a configuration aligns: a public generator, or the embedded world."""
+    check_device(config)
     if config.backbone.kind == "world":
         return build_world(config)
     from kvpo.app.backbones import build_wan  # its libraries take seconds to import
@@ -238,13 +252,23 @@ def build_setup(config: Config) -> Setup:
     return build_wan(config)
 
 
-def load_backbone(config: Config) -> Backbone:
-    """What a configuration generates with."""
+def load_backbone(config: Config, prompts: Sequence[VideoPrompt] = ()) -> Backbone:
+    """What a configuration generates with, ready for some prompts."""
+    check_device(config)
     if config.backbone.kind == "world":
         return build_backbone(config)
     from kvpo.app.backbones import wan_backbone
 
-    return wan_backbone(config)
+    return wan_backbone(config, prompts)
+
+
+def load_weights(config: Config) -> Weights:
+    """The transformer of a configuration with what is trained in it."""
+    if config.backbone.kind == "world":
+        return build_backbone(config)
+    from kvpo.app.backbones import wan_weights
+
+    return wan_weights(config)
 
 
 def default_test_prompts(config: Config) -> dict[str, list[VideoPrompt]]:

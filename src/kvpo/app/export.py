@@ -1,10 +1,12 @@
 """`kvpo export`: what a run trained, in the layouts that other programs load."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
-from kvpo.app.build import load_backbone, wan_shape
+from kvpo.app.build import load_weights, wan_shape
 from kvpo.app.configuration import resolve
+from kvpo.config import Config
 from kvpo.config_checks import ConfigurationError
 from kvpo.models.adapters import adapter_state, merged_state
 from kvpo.models.export import (
@@ -22,6 +24,9 @@ Layout = Literal["peft", "diffusers-lora", "diffusers", "pt"]
 
 def export(run: Path | str, out: Path | str, *, layout: Layout, checkpoint: str | None = None) -> Path:
     """Write a run's model, the moving average of what it trained, and return the path written.
+
+    Text encoder, VAE and the run's device are not needed. Adapters are written as they were trained, to the
+    bit. All weights are merged and written in float32, whatever precision the run computed in.
 
     Args:
         layout: ``peft`` or ``diffusers-lora``, the adapter alone; ``diffusers`` or ``pt``, all weights with
@@ -41,17 +46,22 @@ def export(run: Path | str, out: Path | str, *, layout: Layout, checkpoint: str 
             "use diffusers or pt"
         )
     path = find_checkpoint(run / "checkpoints", checkpoint)
-    backbone = load_backbone(config)
-    policy = policy_of(backbone.model, adapted=adapted)
-    with exchanged(policy.parameters, load_average(backbone, policy, path)):
+    weights = load_weights(on_host(config))
+    model = weights.model
+    policy = policy_of(model, adapted=adapted)
+    with exchanged(policy.parameters, load_average(weights, policy, path)):
         match layout:
             case "peft":
-                base = config.backbone.checkpoint
-                save_peft_adapter(out, adapter_state(backbone.model), base_model=base)
+                save_peft_adapter(out, adapter_state(model), base_model=config.backbone.checkpoint)
             case "diffusers-lora":
-                save_diffusers_adapter(out, adapter_state(backbone.model))
+                save_diffusers_adapter(out, adapter_state(model))
             case "diffusers":
-                save_diffusers_transformer(out, merged_state(backbone.model), wan_shape(config))
+                save_diffusers_transformer(out, merged_state(model), wan_shape(config))
             case "pt":
-                save_public_checkpoint(out, merged_state(backbone.model))
+                save_public_checkpoint(out, merged_state(model))
     return out
+
+
+def on_host(config: Config) -> Config:
+    """The same model in float32 on the CPU: nothing is computed with it but a merge."""
+    return replace(config, device="cpu", optim=replace(config.optim, autocast="none", compile=False))

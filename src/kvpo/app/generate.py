@@ -56,7 +56,7 @@ def generate(
     check(config)
     out = Path(out)
     wanted = _prompts(config, prompts)
-    backbone = load_backbone(config)
+    backbone = load_backbone(config, wanted)
     policy = policy_of(backbone.model, adapted=config.optim.train == "lora")
     average = None
     if run is not None:

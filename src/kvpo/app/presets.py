@@ -19,6 +19,9 @@ from kvpo.config import (
     StreamConfig,
 )
 
+TEXT_AND_PIXELS = "Wan-AI/Wan2.1-T2V-1.3B"
+"""Hub repository of Wan 2.1, whose text encoder and VAE all its descendants share."""
+
 WAN_1_3B = ModelConfig(
     dim=1536,
     num_heads=12,
@@ -45,7 +48,7 @@ def longlive_1_3b() -> Config:
     return Config(
         preset="longlive-1.3b",
         device="cuda",
-        backbone=BackboneConfig(kind="wan"),
+        backbone=BackboneConfig(kind="wan", text_encoder=TEXT_AND_PIXELS, vae=TEXT_AND_PIXELS),
         prompts=PromptsConfig(frames=147),
         model=WAN_1_3B,
         stream=StreamConfig(

@@ -7,7 +7,7 @@ switched off, or with a frozen copy of its starting value in its place.
 
 import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import cast
@@ -131,8 +131,12 @@ def load_adapter(model: nn.Module, adapter: AdapterState, *, dtype: torch.dtype 
 
 
 @torch.no_grad()
-def merge_adapter(model: nn.Module, adapter: AdapterState) -> None:
+def merge_adapter(model: nn.Module, adapter: AdapterState, wide: Mapping[str, Tensor] | None = None) -> None:
     """Add an adapter into the model's weights, ``W + (alpha / rank) B A``, computed in float32.
+
+    Args:
+        wide: the weights before they were rounded to the model's precision, by name, so that the sum is
+            rounded once; None: the model's own.
 
     Raises:
         ValueError: naming layers that the model does not have and halves of another shape.
@@ -141,7 +145,8 @@ def merge_adapter(model: nn.Module, adapter: AdapterState) -> None:
     for module in adapter.modules:
         weight = model.get_submodule(module).weight
         assert isinstance(weight, Tensor)
-        weight.copy_(_merged(weight, adapter, module))
+        whole = weight if wide is None else wide[f"{module}.weight"].to(weight.device, torch.float32)
+        weight.copy_(_merged(whole, adapter, module))
 
 
 def _merged(weight: Tensor, adapter: AdapterState, module: str) -> Tensor:

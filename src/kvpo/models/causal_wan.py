@@ -20,6 +20,8 @@ from kvpo.models.context import Context
 
 TIMESTEPS = 1000.0
 """The model's clock: timestep = 1000 sigma."""
+GRAPHS = 64
+"""Compiled forms of a layer that may be kept: with and without gradients, adapter, one row or many."""
 
 
 @dataclass(frozen=True)
@@ -198,15 +200,27 @@ class WanBlock(nn.Module):
         ``context`` is an argument, not state, so that recomputation under activation checkpointing reads
         exactly what the first pass read.
         """
-        _, _, gate, shift_ffn, scale_ffn, gate_ffn = self.modulated(time_R6D)
-        attention_in, k, v = self.own_keys_values(x, time_R6D, rotation)
-        q = self.self_attn.heads(self.self_attn.norm_q(self.self_attn.q(attention_in)))
-        if rotation is not None:
-            q = rotate(q, rotation)
+        q, k, v = self.project(x, time_R6D, rotation)
         keys, values, mask = context.read(layer, q, k, v)
         if rotation is None:
             q, keys = self._rotate_by_slot(q, keys)
-        x = x + gate * self.self_attn.attend(q, keys, values, mask)
+        attended = self.self_attn.attend(q, keys, values, mask)
+        return self.update(x, attended, time_R6D, text, text_rows), k, v
+
+    def project(
+        self, x: Tensor, time_R6D: Tensor, rotation: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """What comes before attention over the context: queries, keys and values of the call's own frames."""
+        attention_in, k, v = self.own_keys_values(x, time_R6D, rotation)
+        q = self.self_attn.heads(self.self_attn.norm_q(self.self_attn.q(attention_in)))
+        return q if rotation is None else rotate(q, rotation), k, v
+
+    def update(
+        self, x: Tensor, attended: Tensor, time_R6D: Tensor, text: Tensor, text_rows: Tensor | None
+    ) -> Tensor:
+        """What comes after it: residual, cross-attention to the text, feed-forward."""
+        _, _, gate, shift_ffn, scale_ffn, gate_ffn = self.modulated(time_R6D)
+        x = x + gate * attended
         text_in = self.norm3(x)
         text_q = self.cross_attn.heads(self.cross_attn.norm_q(self.cross_attn.q(text_in)))
         text_k, text_v = self.cross_attn.keys_values(text)
@@ -214,7 +228,7 @@ class WanBlock(nn.Module):
             text_k, text_v = text_k[text_rows], text_v[text_rows]
         x = x + self.cross_attn.attend(text_q, text_k, text_v)
         ffn_in = self.norm2(x) * (1 + scale_ffn) + shift_ffn
-        return x + gate_ffn * self.ffn(ffn_in), k, v
+        return x + gate_ffn * self.ffn(ffn_in)
 
     def _rotate_by_slot(self, q: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
         """Relative positions: keys are rotated by their slot, queries by theirs, the last slots."""
@@ -312,6 +326,20 @@ class CausalWan(nn.Module):
         (rows, columns), (_, height, width) = self.shape.grid, self.shape.patch_size
         x = x.unflatten(2, (height, width, self.shape.channels)).unflatten(1, (frames, rows, columns))
         return x.permute(0, 1, 6, 2, 4, 3, 5).flatten(5, 6).flatten(3, 4)
+
+    def compile_blocks(self) -> None:
+        """Compile every layer but its attention over the context, for any number of rows, in place.
+
+        Reading a context and attending to it stay outside: they are memory copies and one library kernel,
+        and a compiled graph would depend on how many pages each context has.
+        """
+        import torch._dynamo.config as dynamo  # loads the compiler, so only when it is asked for
+
+        dynamo.recompile_limit = max(dynamo.recompile_limit, GRAPHS)
+        for module in self.blocks:
+            block = cast(WanBlock, module)
+            block.project = torch.compile(block.project, dynamic=True)  # type: ignore[method-assign]
+            block.update = torch.compile(block.update, dynamic=True)  # type: ignore[method-assign]
 
     def text_keys(self, text_RLD: Tensor, layer: int) -> Tensor:
         """Keys of a layer's cross-attention, ``[R, text_len, N, D]`` (a bank scores frames by them)."""

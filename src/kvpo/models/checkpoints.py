@@ -74,10 +74,11 @@ _BLOCK_NAMES = {
 
 @dataclass(frozen=True)
 class TransformerState:
-    """Transformer weights with bare Wan names, and a phrase saying where they came from."""
+    """Transformer weights with bare Wan names, a phrase saying where they came from, and the files read."""
 
     tensors: dict[str, Tensor]
     source: str
+    files: tuple[Path, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,7 @@ class AdapterState:
     rank: int
     alpha: float
     source: str
+    files: tuple[Path, ...] = ()
 
     @property
     def modules(self) -> tuple[str, ...]:
@@ -166,12 +168,13 @@ def _choose_entry(
     )
 
 
-def _read_directory(directory: Path) -> tuple[dict[str, Tensor], str]:
+def _read_directory(directory: Path) -> tuple[dict[str, Tensor], str, tuple[Path, ...]]:
     for folder in (directory, directory / "transformer"):
         if (index := folder / (WEIGHTS_NAME + ".index.json")).is_file():
-            return read_shards(index), str(index)
+            tensors, shards = read_shards(index)
+            return tensors, str(index), shards
         if (single := folder / WEIGHTS_NAME).is_file():
-            return read_tensors(single), str(single)
+            return read_tensors(single), str(single), (single,)
     raise ValueError(
         f"{directory}: neither {WEIGHTS_NAME} nor its index.json, here or in transformer/; "
         f"the directory holds {named_list(sorted(p.name for p in directory.iterdir())) or 'nothing'}"
@@ -195,12 +198,15 @@ def load_transformer_state(path: str | Path, *, entry: str | None = None) -> Tra
     """
     path = Path(path)
     if path.is_dir():
-        tensors, source = _read_directory(path)
+        if entry is not None:
+            raise ValueError(f"{path}: a directory has no entry {entry}; only .pt files have entries")
+        tensors, source, files = _read_directory(path)
     else:
         tensors, source = _choose_entry(read_file(path), entry, TRANSFORMER_ENTRIES, str(path))
+        files = (path,)
     if any(_ADAPTER_KEY.match(name) for name in tensors):
         raise ValueError(f"{source}: holds an adapter, not transformer weights; give it as the adapter")
-    return TransformerState(_normalised(tensors, _MODEL_PREFIX, source), source)
+    return TransformerState(_normalised(tensors, _MODEL_PREFIX, source), source, files)
 
 
 def transformer_sizes(shapes: Shapes) -> dict[str, int]:
@@ -316,7 +322,7 @@ def load_adapter_state(
         for half in "AB"
     }
     chosen = alpha if alpha is not None else configured if configured is not None else float(rank)
-    return AdapterState(public, rank, float(chosen), source)
+    return AdapterState(public, rank, float(chosen), source, (path,))
 
 
 def _adapter_pairs(

@@ -5,6 +5,7 @@ import hashlib
 import json
 import pickle
 import re
+import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -45,15 +46,16 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
 
 
 def fingerprint(paths: Iterable[Path], settings: str = "") -> str:
-    """Digest of the names, sizes and content of files and directories, and of ``settings``.
+    """Digest of the content of files, of the names and content below directories, and of ``settings``.
 
-    Of large files evenly spaced samples are read, so that a fingerprint takes a fraction of a second.
+    Where a file lies and what it is called does not count. Of large files evenly spaced samples are read, so
+    that a fingerprint takes a fraction of a second.
     """
     digest = hashlib.sha256(settings.encode())
     for path in paths:
         for file in sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]:
             size = file.stat().st_size
-            name = file.relative_to(path).as_posix() if path.is_dir() else file.name
+            name = file.relative_to(path).as_posix() if path.is_dir() else ""
             digest.update(json.dumps([name, size]).encode())
             with file.open("rb") as stream:
                 if size <= SAMPLES * SAMPLE_BYTES:
@@ -67,7 +69,9 @@ def fingerprint(paths: Iterable[Path], settings: str = "") -> str:
 
 def _read_torch(path: Path, mmap: bool) -> object:
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        with warnings.catch_warnings():  # of pickle protocols: what follows is read or refused
+            warnings.simplefilter("ignore", UserWarning)
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, KeyError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path}: {_why_unreadable(error, path.stat().st_size)}") from error
 
@@ -141,8 +145,9 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     return only_tensors(read_file(path), str(path))
 
 
-def read_shards(index: Path) -> dict[str, Tensor]:
-    """Tensors of a sharded safetensors checkpoint, each key read from the shard that its index names.
+def read_shards(index: Path) -> tuple[dict[str, Tensor], tuple[Path, ...]]:
+    """Tensors of a sharded safetensors checkpoint, each key read from the shard that its index names, and the
+    shards.
 
     Raises:
         ValueError: not an index, absent or damaged shards, keys that their shard does not hold.
@@ -159,7 +164,8 @@ def read_shards(index: Path) -> dict[str, Tensor]:
     content = {shard: read_safetensors(index.parent / shard) for shard in shards}
     if lost := [f"{key} ({shard})" for key, shard in weight_map.items() if key not in content[shard]]:
         raise ValueError(f"{index}: keys that their shard does not hold: {named_list(lost)}")
-    return {key: content[shard][key] for key, shard in weight_map.items()}
+    tensors = {key: content[shard][key] for key, shard in weight_map.items()}
+    return tensors, tuple(index.parent / shard for shard in shards)
 
 
 def check_tensors(

@@ -7,15 +7,17 @@ cache lacks one (MODELS.md section 7).
 import hashlib
 import html
 import json
+import logging
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import ftfy
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, UMT5Config, UMT5EncoderModel
@@ -29,6 +31,8 @@ from kvpo.models.tensor_files import (
     read_safetensors,
     read_tensors,
 )
+
+logger = logging.getLogger(__name__)
 
 OFFICIAL_WEIGHTS = "models_t5_umt5-xxl-enc-bf16.pth"
 OFFICIAL_TOKENIZER = "google/umt5-xxl"
@@ -145,16 +149,23 @@ def _load_official(path: Path, device: torch.device | str, dtype: torch.dtype) -
 def _load_directory(directory: Path, device: torch.device | str, dtype: torch.dtype) -> UMT5EncoderModel:
     try:
         loaded: Any = UMT5EncoderModel.from_pretrained(
-            directory, dtype=dtype, local_files_only=True, output_loading_info=True
+            directory,
+            dtype=dtype,
+            device_map={"": torch.device(device)},  # straight from the mapped files onto the device
+            local_files_only=True,
+            output_loading_info=True,
         )
-    except OSError as error:
+    except (OSError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"{directory}: not a text encoder that transformers can load: {error}") from error
     model, report = loaded
-    if absent := sorted(report["missing_keys"]):
-        raise ValueError(
-            f"{directory}: weights that the text encoder needs are missing: {named_list(absent)}"
-        )
-    return model.to(device)
+    problems = {
+        "missing": sorted(report["missing_keys"]),
+        "unexpected": sorted(report["unexpected_keys"]),
+        "misshapen": sorted(str(item[0]) for item in report["mismatched_keys"]),
+    }
+    if said := [f"{what}: {named_list(names)}" for what, names in problems.items() if names]:
+        raise ValueError(f"{directory}: weights that do not fit a UMT5 encoder; {'; '.join(said)}")
+    return model
 
 
 def text_encoder_files(root: Path) -> tuple[Path, Path]:
@@ -245,16 +256,20 @@ class PromptCache:
         finally:
             scratch.unlink(missing_ok=True)
 
-    def embed(self, texts: Sequence[str], load: Callable[[], TextEncoder]) -> Mapping[str, Tensor]:
-        """Embedding ``[text_len, D]`` (CPU) per text; the encoder is loaded only if one is not in the cache.
+    def fill(self, texts: Iterable[str], load: Callable[[], TextEncoder]) -> None:
+        """Compute and store the embeddings that are absent; the encoder is loaded only if there are any, and
+        is let go afterwards.
 
         Texts are encoded one by one, so that an embedding does not depend on the company it was computed in.
         """
-        found = {text: self.read(text) for text in dict.fromkeys(texts)}
-        if missing := [text for text, embedding in found.items() if embedding is None]:
+        if missing := [text for text in dict.fromkeys(texts) if self.read(text) is None]:
+            logger.info("encoding %d prompts; they are kept in %s", len(missing), self.directory)
             encoder = load()
             for text in missing:
-                embedding = encoder.encode(text).cpu()
-                self.write(text, embedding)
-                found[text] = embedding
+                self.write(text, encoder.encode(text))
+
+    def embed(self, texts: Sequence[str], load: Callable[[], TextEncoder]) -> dict[str, Tensor]:
+        """Embedding ``[text_len, D]`` (CPU) per text, computed and stored first where it is absent."""
+        self.fill(texts, load)
+        found = {text: self.read(text) for text in dict.fromkeys(texts)}
         return {text: embedding for text, embedding in found.items() if embedding is not None}

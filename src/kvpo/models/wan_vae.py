@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKLWan
 from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d
+from safetensors import SafetensorError
 from torch import Tensor
 
 from kvpo.models.tensor_files import assign_tensors, check_tensors, named_list, read_tensors
@@ -165,7 +166,7 @@ def _load_directory(directory: Path, device: torch.device | str, dtype: torch.dt
         model, report = AutoencoderKLWan.from_pretrained(
             directory, torch_dtype=dtype, local_files_only=True, output_loading_info=True
         )
-    except (OSError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         raise ValueError(f"{directory}: not a VAE that diffusers can load: {error}") from error
     if wrong := sorted((*report["missing_keys"], *report["unexpected_keys"])):
         raise ValueError(f"{directory}: weights that are missing or not part of the VAE: {named_list(wrong)}")

@@ -21,7 +21,7 @@ from kvpo.training.checkpoint import (
 from kvpo.training.evaluation import ROWS, HeldOut, comparison, evaluate, mean_gain
 from kvpo.training.metrics_log import MetricsLog
 from kvpo.training.policy import Policy, exchanged
-from kvpo.training.setup import Backbone, Setup
+from kvpo.training.setup import Setup, Weights
 from kvpo.training.trainer import Trainer, architecture
 
 logger = logging.getLogger(__name__)
@@ -196,9 +196,9 @@ def restore(trainer: Trainer, path: Path) -> dict[str, Any]:
     return state
 
 
-def load_average(backbone: Backbone, policy: Policy, path: Path) -> dict[str, Tensor]:
+def load_average(weights: Weights, policy: Policy, path: Path) -> dict[str, Tensor]:
     """The moving average in a checkpoint, as ``exchanged`` takes it. Raises CheckpointError."""
-    tensors, _ = load_checkpoint(path, architecture=architecture(backbone))
+    tensors, _ = load_checkpoint(path, architecture=architecture(weights))
     prefix = "average."
     average = {name.removeprefix(prefix): v for name, v in tensors.items() if name.startswith(prefix)}
     require_tensors(path, average, policy.parameters)

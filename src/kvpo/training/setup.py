@@ -14,15 +14,22 @@ from kvpo.training.evaluation import Judges
 
 
 @dataclass(frozen=True)
-class Backbone:
-    """What generates: a transformer with what is trained in it, its text encoder and its codec."""
+class Weights:
+    """A transformer with what is trained in it: all that a run's checkpoint has to fit."""
 
     config: Config
     model: nn.Module
-    """The transformer, its adapter injected; ``generator.transformer`` is the same object."""
+    """The transformer, its adapter injected."""
     base_sha256: str
     """Of the base checkpoint: what is trained fits no other."""
+
+
+@dataclass(frozen=True)
+class Backbone(Weights):
+    """What generates: the transformer, its text encoder and its codec."""
+
     generator: StreamingGenerator
+    """Around the same transformer."""
     text_encoder: TextEncoder
     codec: Codec
 

@@ -27,7 +27,7 @@ from kvpo.training.gradients import (
     members_together,
 )
 from kvpo.training.policy import MovingAverage, policy_of
-from kvpo.training.setup import Backbone, Setup
+from kvpo.training.setup import Setup, Weights
 from kvpo.training.state import (
     flatten_state,
     load_optimizer_state,
@@ -252,13 +252,13 @@ class Trainer:
         self.update = int(state["update"])
 
 
-def architecture(backbone: Backbone) -> dict[str, Any]:
+def architecture(weights: Weights) -> dict[str, Any]:
     """What must agree for a checkpoint's tensors to fit."""
-    optim = backbone.config.optim
+    optim = weights.config.optim
     adapter = {"rank": optim.lora_rank, "alpha": optim.lora_alpha, "targets": list(optim.lora_targets)}
     return {
-        "model": asdict(backbone.config.model),
-        "base": backbone.base_sha256,
+        "model": asdict(weights.config.model),
+        "base": weights.base_sha256,
         "train": optim.train,
         "adapter": adapter if optim.train == "lora" else None,
     }

@@ -1,0 +1,36 @@
+"""Frozen networks that wait in host memory and visit the device only while they are used."""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+
+@contextmanager
+def resident(networks: Iterable[nn.Module], device: torch.device | str) -> Iterator[None]:
+    """Inside, the networks are on ``device``; afterwards, where they were before.
+
+    Their values must not change inside: what waits in host memory is not written back, so that leaving costs
+    no copy. For networks that are on the device anyway nothing is copied.
+    """
+    modules = [module for network in networks for module in network.modules()]
+    home = [
+        (module, name, value)
+        for module in modules
+        for name, value in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
+    ]
+    # By identity, so that one tensor under two names (tied weights) stays one tensor.
+    visiting = {id(value): _moved(value, device) for _, _, value in home}
+    try:
+        for module, name, value in home:
+            setattr(module, name, visiting[id(value)])
+        yield
+    finally:
+        for module, name, value in home:
+            setattr(module, name, value)
+
+
+def _moved(value: Tensor, device: torch.device | str) -> Tensor:
+    moved = value.detach().to(device)
+    return nn.Parameter(moved, requires_grad=False) if isinstance(value, nn.Parameter) else moved
