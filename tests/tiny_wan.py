@@ -52,8 +52,9 @@ SETTINGS: dict[str, Any] = {
     "evaluation.test_prompts": 2,
     "checkpoint.every": 1,
     "prompts.frames": 18,
-    "prompts.switches": [9],
 }
+SWITCHES = {1: [], 2: [9], 3: [6, 12]}
+"""Switch frames of prompts with so many segments."""
 SENTENCES = [
     "a red ball rolls left",
     "the dog jumps",
@@ -73,16 +74,14 @@ def write_text_and_pixels(directory: Path) -> None:
     """UMT5 with its tokenizer, and the VAE, as diffusers lays them out."""
     tiny_encoder().save_pretrained(directory / "text_encoder")
     tiny_tokenizer().save_pretrained(directory / "tokenizer")
-    tiny_vae().save_pretrained(directory / "vae")
+    tiny_vae(num_res_blocks=1).save_pretrained(directory / "vae")
 
 
-def write_prompts(directory: Path, interactive: bool) -> Path:
-    """Six prompts of one segment, or of two."""
-    path = directory / ("prompts.jsonl" if interactive else "prompts.txt")
-    lines = SENTENCES
-    if interactive:
-        pairs = zip(SENTENCES, SENTENCES[1:] + SENTENCES[:1], strict=True)
-        lines = [json.dumps({"prompts": list(pair)}) for pair in pairs]
+def write_prompts(directory: Path, segments: int) -> Path:
+    """Six prompts of so many segments."""
+    path = directory / ("prompts.txt" if segments == 1 else f"prompts-{segments}.jsonl")
+    rolled = [[SENTENCES[(n + k) % 6] for k in range(segments)] for n in range(6)]
+    lines = [texts[0] if segments == 1 else json.dumps({"prompts": texts}) for texts in rolled]
     path.write_text("\n".join(lines) + "\n")
     return path
 
@@ -105,7 +104,7 @@ def write_lora(config: Config, path: Path) -> None:
     torch.save({"generator_lora": tensors, "critic_lora": {}, "step": 7}, path)
 
 
-def tiny_settings(name: str, directory: Path, interactive: bool, changes: Mapping[str, Any]) -> dict[str, Any]:
+def tiny_settings(name: str, directory: Path, segments: int, changes: Mapping[str, Any]) -> dict[str, Any]:
     """What shrinks a preset to nothing, its files written to ``directory`` first."""
     config = preset(name, SETTINGS)
     if not (directory / "vae").exists():
@@ -117,19 +116,20 @@ def tiny_settings(name: str, directory: Path, interactive: bool, changes: Mappin
         "backbone.text_encoder": str(directory),
         "backbone.vae": str(directory),
         "backbone.embeddings": str(directory / "embeddings"),
-        "prompts.file": str(write_prompts(directory, interactive)),
+        "prompts.file": str(write_prompts(directory, segments)),
+        "prompts.switches": SWITCHES[segments],
     }
     return SETTINGS | files | {key.replace("__", "."): value for key, value in changes.items()}
 
 
-def tiny_wan(name: str, directory: Path, *, interactive: bool = False, **changes: Any) -> Config:
+def tiny_wan(name: str, directory: Path, *, segments: int = 1, **changes: Any) -> Config:
     """A preset shrunk to nothing."""
-    return preset(name, tiny_settings(name, directory, interactive, changes))
+    return preset(name, tiny_settings(name, directory, segments, changes))
 
 
-def tiny_flags(name: str, directory: Path, *, interactive: bool = False, **changes: Any) -> list[str]:
+def tiny_flags(name: str, directory: Path, *, segments: int = 1, **changes: Any) -> list[str]:
     """The same as one types it on the command line."""
-    values = tiny_settings(name, directory, interactive, changes)
+    values = tiny_settings(name, directory, segments, changes)
     return ["--preset", name, *(f"--{path}={_typed(value)}" for path, value in values.items())]
 
 

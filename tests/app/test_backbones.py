@@ -29,17 +29,17 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("name", "interactive"),
-    [("longlive-1.3b", True), ("memflow-1.3b", True), ("self-forcing-1.3b", False)],
+    ("name", "segments"),
+    [("longlive-1.3b", 3), ("memflow-1.3b", 2), ("self-forcing-1.3b", 1), ("wan-14b", 1)],
 )
-def test_every_preset_collects_trains_and_moves(files: Path, name: str, interactive: bool) -> None:
-    setup = build_setup(tiny_wan(name, files, interactive=interactive))
+def test_every_preset_collects_trains_and_moves(files: Path, name: str, segments: int) -> None:
+    setup = build_setup(tiny_wan(name, files, segments=segments))
     trainer = Trainer(setup)
     before = {key: value.detach().clone() for key, value in trainer.policy.parameters.items()}
     numbers = trainer.step()
     assert numbers["gradient_norm"] > 0
     assert any(not torch.equal(before[key], value) for key, value in trainer.policy.parameters.items())
-    assert set(setup.test) == {"long" if interactive else "short"}
+    assert set(setup.test) == {"short" if segments == 1 else "long"}
 
 
 def test_the_starting_policy_with_a_given_adapter(files: Path) -> None:
@@ -86,7 +86,7 @@ def test_clips_are_counted_in_pixel_frames() -> None:
 
 
 def test_a_prompt_file_is_split_once_and_used_up_in_passes(files: Path) -> None:
-    config = tiny_wan("longlive-1.3b", files, interactive=True)
+    config = tiny_wan("longlive-1.3b", files, segments=2)
     training, validation, test = split_prompts(config)
     sets = [training, validation["long"], test["long"]]
     texts = [prompt.segments for own in sets for prompt in own]
@@ -111,7 +111,7 @@ def test_too_few_prompts_and_a_wrong_rank_are_refused(files: Path) -> None:
 
 
 def test_align_and_generate_from_end_to_end(files: Path, tmp_path: Path) -> None:
-    config = tiny_wan("longlive-1.3b", files, interactive=True)
+    config = tiny_wan("longlive-1.3b", files, segments=2)
     summary = align(config, tmp_path / "run")
     assert summary is not None and summary["checks"]["first_ratio_max_deviation"] <= 1e-5
     assert summary["held_out"]["long"]["prompts"] == 2

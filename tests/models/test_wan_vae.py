@@ -10,9 +10,11 @@ from kvpo.models.wan_vae import WanVAE, load_wan_vae, official_name
 MEAN, STD = [0.3, -0.2, 0.1, 0.5], [1.5, 0.7, 2.0, 1.1]
 
 
-def tiny_model() -> AutoencoderKLWan:
+def tiny_model(num_res_blocks: int = 2) -> AutoencoderKLWan:
     torch.manual_seed(0)
-    model = AutoencoderKLWan(base_dim=4, z_dim=4, latents_mean=MEAN, latents_std=STD)
+    model = AutoencoderKLWan(
+        base_dim=4, z_dim=4, num_res_blocks=num_res_blocks, latents_mean=MEAN, latents_std=STD
+    )
     for name, value in model.named_parameters():
         if name.endswith("bias"):
             value.data = 0.1 * torch.randn_like(value)

@@ -1,0 +1,150 @@
+"""Public generators, shrunk, through the command line: align, resume, generate, evaluate, export, load again."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from kvpo.app.build import build_setup
+from kvpo.app.cli import main
+from kvpo.config import Config
+from kvpo.prompts import ClipPrompt
+from kvpo.training.checkpoint import latest_checkpoint
+from kvpo.training.trainer import Trainer
+from tests import tiny_wan as tiny_wan_module
+from tests.tiny_wan import brightness, tiny_flags, tiny_wan
+
+PRESETS = ("longlive-1.3b", "memflow-1.3b", "self-forcing-1.3b", "wan-14b")
+MERGED = 1e-5
+"""Bound on latents made with merged weights, which round W + B A once where the policy adds two products."""
+
+
+def run(*words: object) -> None:
+    """`kvpo` with these arguments, which must succeed."""
+    assert main([str(word) for word in words]) == 0
+
+
+def saved(directory: Path) -> dict[str, Tensor]:
+    """The tensors of a run's last checkpoint."""
+    latest = latest_checkpoint(directory / "checkpoints")
+    assert latest is not None
+    return load_file(latest / "state.safetensors")
+
+
+def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert torch.equal(found[name], value), name
+
+
+def videos(directory: Path) -> dict[str, Tensor]:
+    return load_file(directory / "latents.safetensors")
+
+
+def interrupted_and_resumed(flags: list[str], out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run whose reward fails after its first update, then is resumed."""
+
+    def failing(video: Tensor, prompts: Sequence[ClipPrompt]) -> Tensor:
+        if (out / "checkpoints/update-000001").exists():
+            raise RuntimeError("out of order")
+        return brightness(video, prompts)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(tiny_wan_module, "brightness", failing)
+        assert main(["align", *flags, "--out", str(out)]) == 1
+    assert not (out / "summary.json").exists()
+    run("align", "--resume", "--out", out)
+
+
+def uninterrupted(config: Config) -> dict[str, Tensor]:
+    """The state after the same updates in one go."""
+    trainer = Trainer(build_setup(config))
+    for _ in range(config.optim.updates):
+        trainer.step()
+    return trainer.tensors_and_state()[0]
+
+
+def end_to_end(name: str, segments: int, out: Path, monkeypatch: pytest.MonkeyPatch, **changes: Any) -> None:
+    """One preset from its files to a run, and from the run to files that give the same videos again."""
+    flags = tiny_flags(name, out, segments=segments, **changes)
+    interrupted_and_resumed(flags, out / "run", monkeypatch)
+    assert_same(saved(out / "run"), uninterrupted(tiny_wan(name, out, segments=segments, **changes)))
+
+    run("generate", "--run", out / "run", "--out", out / "videos")
+    made = videos(out / "videos")
+    base = {key.removesuffix("-base"): value for key, value in made.items() if key.endswith("-base")}
+    aligned = {key.removesuffix("-aligned"): made[f"{key.removesuffix('-aligned')}-aligned"] for key in base}
+    assert len(base) == 2 and not torch.equal(base["000"], aligned["000"])
+    assert (out / "videos/000-side-by-side.mp4").stat().st_size > 0
+    run("generate", *flags, "--out", out / "base")
+    assert_same(videos(out / "base"), base)
+
+    run("evaluate", out / "run")
+    evaluation = json.loads((out / "run/evaluation.json").read_text())
+    summary = json.loads((out / "run/summary.json").read_text())
+    assert evaluation["held_out"] == summary["held_out"]
+    assert summary["checks"]["first_ratio_max_deviation"] == 0
+    assert summary["checks"]["anchor_energy_at_old"] == 0
+    assert summary["checks"]["default_route_max_difference"] == 0
+
+    adapted = changes.get("optim__train", "lora") == "lora"
+    for layout in ("peft", "diffusers-lora") if adapted else ():
+        run("export", out / "run", "--layout", layout, "--out", out / layout)
+        run(
+            "generate", *flags, "--backbone.lora", out / layout, "--backbone.lora_start=continue",
+            "--out", out / f"{layout}-videos",
+        )  # fmt: skip
+        assert_same(videos(out / f"{layout}-videos"), aligned)
+    for layout, target in (("pt", "merged.pt"), ("diffusers", "merged")):
+        run("export", out / "run", "--layout", layout, "--out", out / target)
+        run(
+            "generate", *flags, "--backbone.checkpoint", out / target, "--backbone.lora=",
+            "--out", out / f"{target}-videos",
+        )  # fmt: skip
+        for key, latents in videos(out / f"{target}-videos").items():
+            assert (latents - aligned[key]).abs().max() <= (MERGED if adapted else 0), (layout, key)
+
+
+def test_a_run_resumes_exports_and_loads_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    end_to_end("longlive-1.3b", 2, tmp_path, monkeypatch)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("segments", [1, 3])
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_end_to_end(
+    name: str, segments: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    end_to_end(name, segments, tmp_path, monkeypatch)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("start", ["continue", "merge"])
+def test_a_given_adapter_end_to_end(start: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    changes = {"backbone__lora": str(tmp_path / "lora.pt"), "backbone__lora_start": start}
+    end_to_end("longlive-1.3b", 2, tmp_path, monkeypatch, **changes)
+
+
+@pytest.mark.slow
+def test_all_parameters_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    end_to_end("longlive-1.3b", 1, tmp_path, monkeypatch, optim__train="full", optim__lr=1e-3)
+
+
+@pytest.mark.parametrize("precision", ["none", "bfloat16"])
+@pytest.mark.parametrize("start", ["fresh", "continue", "merge", "full"])
+def test_the_kl_to_the_starting_policy_begins_at_zero(start: str, precision: str, tmp_path: Path) -> None:
+    tiny_wan("longlive-1.3b", tmp_path)
+    changes: dict[str, Any] = {"optim__autocast": precision, "optim__checkpointing": True, "seed": 3}
+    if start in ("continue", "merge"):
+        changes |= {"backbone__lora": str(tmp_path / "lora.pt"), "backbone__lora_start": start}
+    if start == "full":
+        changes["optim__train"] = "full"
+    trainer = Trainer(build_setup(tiny_wan("longlive-1.3b", tmp_path, segments=2, **changes)))
+    first, second = trainer.step(), trainer.step()
+    assert first["simplex_kl"] == 0 and first["velocity_kl"] == 0 and first["ratio_deviation"] == 0
+    assert first["gradient_norm"] > 0 and second["velocity_kl"] > 0
