@@ -5,12 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
-from kvpo.app.align import align
 from kvpo.app.backbones import FilePrompts, WanCodec, split_prompts
 from kvpo.app.build import build_setup
-from kvpo.app.generate import generate
 from kvpo.config_checks import ConfigurationError
 from kvpo.engine.scoring import Clip, in_pixels
 from kvpo.engine.stream import stream_latents
@@ -108,16 +105,3 @@ def test_too_few_prompts_and_a_wrong_rank_are_refused(files: Path) -> None:
     lora = str(files / "lora.pt")
     with pytest.raises(ConfigurationError, match=r"optim\.lora_rank: 4.*set it to 2"):
         build_setup(tiny_wan("longlive-1.3b", files, backbone__lora=lora, optim__lora_rank=4))
-
-
-def test_align_and_generate_from_end_to_end(files: Path, tmp_path: Path) -> None:
-    config = tiny_wan("longlive-1.3b", files, segments=2)
-    summary = align(config, tmp_path / "run")
-    assert summary is not None and summary["checks"]["first_ratio_max_deviation"] <= 1e-5
-    assert summary["held_out"]["long"]["prompts"] == 2
-    assert (tmp_path / "run/report.html").exists()
-    videos = generate(config, tmp_path / "videos", run=tmp_path / "run")
-    assert len(videos) == 6 and all(video.exists() for video in videos)
-    latents = load_file(tmp_path / "videos/latents.safetensors")
-    assert latents["000-base"].shape == (18, 4, 2, 2)
-    assert not torch.equal(latents["000-base"], latents["000-aligned"])

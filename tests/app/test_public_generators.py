@@ -1,4 +1,4 @@
-"""Public generators, shrunk, through the command line: align, resume, generate, evaluate, export, load again."""
+"""Public generators, shrunk, through the command line: align, resume, generate, evaluate, export, reload."""
 
 import json
 from collections.abc import Sequence
@@ -108,6 +108,7 @@ def end_to_end(name: str, segments: int, out: Path, monkeypatch: pytest.MonkeyPa
         )  # fmt: skip
         for key, latents in videos(out / f"{target}-videos").items():
             assert (latents - aligned[key]).abs().max() <= (MERGED if adapted else 0), (layout, key)
+    assert main(["export", str(out / "run"), "--layout=pt", "--out", str(out / "merged.pt")]) == 1
 
 
 def test_a_run_resumes_exports_and_loads_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -135,8 +136,17 @@ def test_all_parameters_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     end_to_end("longlive-1.3b", 1, tmp_path, monkeypatch, optim__train="full", optim__lr=1e-3)
 
 
-@pytest.mark.parametrize("precision", ["none", "bfloat16"])
-@pytest.mark.parametrize("start", ["fresh", "continue", "merge", "full"])
+@pytest.mark.parametrize(
+    ("start", "precision"),
+    [
+        ("fresh", "bfloat16"),
+        ("continue", "bfloat16"),
+        ("continue", "none"),
+        ("merge", "bfloat16"),
+        ("full", "bfloat16"),
+        ("full", "none"),
+    ],
+)
 def test_the_kl_to_the_starting_policy_begins_at_zero(start: str, precision: str, tmp_path: Path) -> None:
     tiny_wan("longlive-1.3b", tmp_path)
     changes: dict[str, Any] = {"optim__autocast": precision, "optim__checkpointing": True, "seed": 3}

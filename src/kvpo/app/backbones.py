@@ -312,13 +312,14 @@ def build_wan(config: Config) -> Setup:
     """A public generator to align, on the prompts of a file, with the reward that is named."""
     training, validation, test = split_prompts(config)
     prompts = FilePrompts(tuple(training), config.seed, config.optim.prompts_per_update)
+    seen = [prompts(update) for update in range(config.optim.updates)]
+    # Before the rewards: the text encoder and a reward of its size need not fit the device together.
+    backbone = wan_backbone(config, chain(*seen, *validation.values(), *test.values()))
     scorer, weights = build_scorer(config, FRAMES_PER_SECOND)
     held_out = held_out_scorers(config, FRAMES_PER_SECOND)
     if config.backbone.offload:
         scorer = visiting(scorer, config.device)
         held_out = tuple(replace(one, scorer=visiting(one.scorer, config.device)) for one in held_out)
-    seen = [prompts(update) for update in range(config.optim.updates)]
-    backbone = wan_backbone(config, chain(*seen, *validation.values(), *test.values()))
     return Setup(
         **vars(backbone),
         judges=Judges(backbone.codec, scorer, weights, None, held_out),
