@@ -11,7 +11,6 @@ from kvpo.engine.rollout import (
     RoutedFrame,
     collect,
     draw_routes,
-    eligible_forks,
     grow_roots,
     run_members,
 )
@@ -309,26 +308,7 @@ def test_a_long_tail_costs_no_pages():
     assert sizes[0] == sizes[1]
 
 
-def test_forks_leave_room_for_history_window_and_tail():
-    exploration = replace(EXPLORATION, branches=8, distinct=2)  # a pool of 5 has 10 pairs, of 4 only 6
-    assert eligible_forks(prompt(0, 30), exploration, block=3, sink=3) == [12, 15, 18, 21]
-    assert eligible_forks(prompt(0, 30), replace(exploration, tail_blocks=0), block=3, sink=3)[-1] == 24
-
-
-def test_no_fork_has_a_switch_strictly_inside_its_window():
-    forks = eligible_forks(prompt(0, 39, (20,)), replace(EXPLORATION, blocks=3), block=3, sink=3)
-    # The switch acts at frame 21: windows from 15 and 18 would contain it.
-    assert 15 not in forks and 18 not in forks and {12, 21} <= set(forks)
-
-
-@pytest.mark.parametrize(
-    "video, changes, message",
-    [
-        (prompt(0, 15), {}, "num_frames = 15: too short to fork at frame 9"),
-        (prompt(4, 21, (15,)), dict(blocks=3, tail_blocks=0), "prompt 4: every fork in .* lower explor"),
-        (prompt(0, 90), dict(branches=8, resident_frames=9), "branches = 8: a pool of 3 frames"),
-    ],
-)  # fmt: skip
-def test_impossible_forks_are_explained(video, changes, message):
-    with pytest.raises(ValueError, match=message):
-        eligible_forks(video, replace(EXPLORATION, **changes), block=3, sink=3)
+@pytest.mark.parametrize("fork", [-3, 20, 24, 60])
+def test_a_fork_beyond_the_video_is_refused(fork):
+    with pytest.raises(ValueError, match=f"fork = {fork}: must be a multiple of 3 from 0 to 21, .*video 0"):
+        collected(generator(), [prompt(0), prompt(1)], fork=fork)

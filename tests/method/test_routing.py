@@ -7,12 +7,11 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from kvpo.method.routing import (
+    FittedExploration,
     deployment_frames,
     dispersed_routes,
     exploration_frames,
-    first_fork,
     fit_exploration,
-    fork_frames,
     independent_routes,
     local_past,
     mean_pairwise_overlap,
@@ -205,90 +204,69 @@ def test_overlap_counts_distinct_frames():
 # ---- what fits ---------------------------------------------------------------------------------------------
 
 ASKED = {
-    "blocks": 5, "routed": 3, "distinct": 2, "branches": 8,
+    "num_frames": 60, "window_end": 60, "blocks": 5, "tail_blocks": 2, "distinct": 2, "branches": 8,
     "recent": 3, "sink": 3, "block": 3, "resident": 33,
 }  # fmt: skip
 
 
 def test_nothing_shrinks_where_everything_fits():
-    fitted = fit_exploration(30, 60, **ASKED)
-    assert (fitted.blocks, fitted.routed, fitted.distinct, fitted.shrunk) == (5, 3, 2, "")
-
-
-def test_a_short_clip_shrinks_blocks_and_distinct_frames_and_says_so():
-    fitted = fit_exploration(12, 21, **{**ASKED, "branches": 6, "distinct": 3, "routed": 4})
-    assert (fitted.blocks, fitted.routed, fitted.distinct) == (3, 4, 3)
-    fitted = fit_exploration(10, 21, **{**ASKED, "branches": 6, "distinct": 3, "routed": 5})
-    assert (fitted.blocks, fitted.routed, fitted.distinct) == (3, 4, 2)
-    assert fitted.shrunk == (
-        "at frame 10 of 21, with 4 frames to route from: blocks 5 -> 3, routed 5 -> 4, distinct 3 -> 2"
-    )
-
-
-def test_routes_without_repeats_stay_without_repeats():
-    fitted = fit_exploration(10, 40, **{**ASKED, "branches": 6, "distinct": 3, "routed": 3})
-    assert (fitted.routed, fitted.distinct) == (2, 2)
+    assert fit_exploration(30, **ASKED) == FittedExploration(blocks=5, tail_blocks=2, distinct=2)
+    assert fit_exploration(39, **ASKED) == FittedExploration(blocks=5, tail_blocks=2, distinct=2)
 
 
 @pytest.mark.parametrize(
-    ("fork", "num_frames", "message"),
+    ("fork", "changes", "fitted"),
     [
-        (30, 32, "fork = 30: no block of 3 frames follows in a video of 32"),
-        (6, 60, "branches = 8: a pool of 0 frames has only 0 different sets of 1"),
-        (9, 60, "branches = 8: a pool of 3 frames has only 3 different sets of 1"),
+        (42, {}, (5, 1, 2)),
+        (45, {}, (5, 0, 2)),
+        (51, {}, (3, 0, 2)),
+        (30, {"window_end": 39}, (3, 2, 2)),
+        (30, {"window_end": 39, "num_frames": 42}, (3, 1, 2)),
+        (12, {"branches": 7, "distinct": 5}, (5, 2, 4)),
+        (10, {"branches": 6, "distinct": 3}, (5, 2, 2)),
+        (10, {"branches": 4, "distinct": 4}, (5, 2, 3)),
+        (30, {"branches": 4, "distinct": 6, "resident": 11}, (5, 2, 4)),
     ],
 )
-def test_what_cannot_shrink_to_fit_is_refused(fork, num_frames, message):
+def test_a_short_clip_shrinks_blocks_tail_and_distinct_frames(fork, changes, fitted):
+    assert fit_exploration(fork, **{**ASKED, **changes}) == FittedExploration(*fitted)
+
+
+@pytest.mark.parametrize(
+    ("fork", "message"),
+    [
+        (58, "fork = 58: no block of 3 frames follows in a video of 60"),
+        (6, "branches = 8: a pool of 0 frames has only 0 different sets of 1"),
+        (9, "branches = 8: a pool of 3 frames has only 3 different sets of 1"),
+    ],
+)
+def test_what_cannot_shrink_to_fit_is_refused(fork, message):
     with pytest.raises(ValueError, match=message):
-        fit_exploration(fork, num_frames, **ASKED)
+        fit_exploration(fork, **ASKED)
 
 
 @given(
-    fork=st.integers(0, 40).map(lambda b: 3 * b),
+    fork=st.integers(0, 20).map(lambda b: 3 * b),
     length=st.integers(0, 60),
-    routed=st.integers(1, 6),
+    window_end=st.integers(0, 60),
     distinct=st.integers(1, 6),
     branches=st.integers(1, 10),
 )
-def test_what_fits_can_be_drawn(fork, length, routed, distinct, branches):
-    assume(distinct <= routed)
-    asked = {**ASKED, "routed": routed, "distinct": distinct, "branches": branches}
-    try:
-        fitted = fit_exploration(fork, length, **asked)
-    except ValueError:
-        return
+def test_what_fits_can_be_drawn_and_no_more_would(fork, length, window_end, distinct, branches):
     pool = route_pool(fork, sink=3, recent=3, resident=33)
+    asked = {**ASKED, "num_frames": length, "distinct": distinct, "branches": branches}
+    asked["window_end"] = window_end
+    room = (min(window_end, length) - fork) // 3
+    try:
+        fitted = fit_exploration(fork, **asked)
+    except ValueError:
+        assert room < 1 or len(pool) < branches
+        return
     routes = dispersed_routes(
-        pool, branches=branches, routed=fitted.routed, distinct=fitted.distinct, generator=seeded(0)
+        pool, branches=branches, routed=distinct, distinct=fitted.distinct, generator=seeded(0)
     )
-    assert fork + 3 * fitted.blocks <= length
-    assert fitted.distinct <= fitted.routed <= routed
     for route in routes.tolist():
         exploration_frames(fork, route, sink=3, recent=3)
-
-
-def test_forks_fill_the_video_from_the_first_that_has_a_pool():
-    geometry = {"block": 3, "sink": 3, "recent": 3, "resident": 33, "distinct": 2, "branches": 8}
-    first = first_fork(**geometry)
-    assert first == 12, "five pool frames have ten pairs, four have six: frames 3..7, so fork 11, so block 12"
-    assert fork_frames(30, block=3, blocks=2, first=first, tail_blocks=2) == [12, 15, 18]
-    assert fork_frames(30, block=3, blocks=2, first=13) == [15, 18, 21, 24]
-
-
-@given(
-    distinct=st.integers(1, 4), branches=st.integers(1, 12), recent=st.integers(0, 4), sink=st.integers(0, 4)
-)
-def test_the_first_fork_is_the_first_that_can_be_drawn(distinct, branches, recent, sink):
-    first = first_fork(block=3, sink=sink, recent=recent, resident=0, distinct=distinct, branches=branches)
-    sets = [
-        math.comb(len(route_pool(fork, sink=sink, recent=recent, resident=0)), distinct)
-        for fork in (first - 3, first)
-    ]
-    assert sets[0] < branches <= sets[1]
-
-
-def test_forks_that_never_fit_are_refused():
-    with pytest.raises(ValueError, match="num_frames = 18: too short to fork at frame 12"):
-        fork_frames(18, block=3, blocks=2, first=12, tail_blocks=1)
-    with pytest.raises(ValueError, match="branches = 8: a pool of 3 frames has only 3 different sets of 2"):
-        first_fork(block=3, sink=3, recent=3, resident=9, distinct=2, branches=8)
+    assert fitted.distinct == distinct or math.comb(len(pool), fitted.distinct + 1) < branches
+    assert fitted.blocks == min(5, room)
+    assert fitted.tail_blocks == min(2, (length - fork) // 3 - fitted.blocks)

@@ -18,6 +18,7 @@ from kvpo.config import ExplorationConfig
 from kvpo.engine.generator import StreamingGenerator
 from kvpo.engine.scoring import score_groups
 from kvpo.prompts import VideoPrompt
+from kvpo.training.checks import first_ratio_max_deviation
 from kvpo.training.metrics_log import MetricsLog, read_metrics
 from kvpo.training.run import Run
 from kvpo.training.trainer import Trainer, learning_rate_factor, shared_fork
@@ -192,16 +193,46 @@ def test_a_reward_that_fails_costs_no_update(tiny_base: Path, tmp_path: Path) ->
     assert [record["update"] for record in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2]
 
 
-def test_prompts_without_a_common_fork_are_named(tiny_base: Path) -> None:
+@dataclass(frozen=True)
+class ShortClips:
+    """Two-act videos with fewer frames in some updates."""
+
+    frames: tuple[int, ...]
+
+    def __call__(self, update: int) -> list[VideoPrompt]:
+        length = self.frames[update]
+        return [VideoPrompt(2 * update + n, ("a red circle", "a blue one"), (12,), length) for n in range(2)]
+
+
+def test_short_clips_shrink_the_exploration_and_say_so_once(
+    tiny_base: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = tiny_config(tiny_base, exploration__blocks=3, optim__updates=4)
+    setup = replace(toy_setup(config), training_prompts=ShortClips((24, 18, 15, 18)))
+    trainer = Trainer(setup)
+    with caplog.at_level("WARNING", "kvpo"):
+        lines = [trainer.step() for _ in range(4)]
+    shrunken = [{name: n[name] for name in ("blocks", "tail_blocks") if name in n} for n in lines]
+    assert shrunken == [
+        {},
+        {"blocks": 2, "tail_blocks": 0},
+        {"blocks": 1},
+        {"blocks": 2, "tail_blocks": 0},
+    ]
+    said = [record.getMessage() for record in caplog.records if "more than fits" in record.getMessage()]
+    assert len(said) == 2, "one warning for each kind of shrinking"
+    assert said[0].startswith("exploration.blocks = 3 is more than fits the videos of update 2, which")
+    assert first_ratio_max_deviation(trainer) == 0.0
+
+
+def test_prompts_fork_where_every_one_of_them_can(tiny_base: Path) -> None:
     config = tiny_config(tiny_base)
-    block = config.stream.block
     prompts = [VideoPrompt(n, ("a", "b"), (switch,), FRAMES) for n, switch in enumerate((12, 15))]
     few = replace(config, exploration=replace(ExplorationConfig(), branches=3, blocks=2, tail_blocks=0))
-    forks = {shared_fork(prompts, few, ("any", n)) for n in range(30)}
-    assert forks and all(fork % block == 0 for fork in forks)
-    wide = replace(few, exploration=replace(few.exploration, blocks=4))
-    with pytest.raises(ValueError, match=r"prompt 0: .*lower exploration\.blocks|no fork frame in common"):
-        shared_fork(prompts, wide, ("any", 0))
+    drawn = {shared_fork(prompts, few, ("any", n)) for n in range(30)}
+    assert drawn == {(15, few.exploration)}
+    with pytest.raises(ValueError, match=r"prompts \[9\] of 6 latent frames cannot fork anywhere"):
+        shared_fork([VideoPrompt(9, ("a",), (), 6)], few, ("any", 0))
 
 
 class Watched(ToyScorer):

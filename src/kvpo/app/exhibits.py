@@ -10,8 +10,10 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
+from kvpo.config import ExplorationConfig
+from kvpo.engine.forks import plan_forks
 from kvpo.engine.noise import keyed_generator
-from kvpo.engine.rollout import Group, RoutedFrame, eligible_forks
+from kvpo.engine.rollout import Group, RoutedFrame
 from kvpo.engine.scoring import decode_members, score_groups
 from kvpo.engine.stream import stream_latents
 from kvpo.prompts import VideoPrompt
@@ -42,8 +44,6 @@ def explorer(setup: Setup, prompts: Sequence[VideoPrompt]) -> Explorer:
         generator=setup.generator,
         texts=setup.texts(prompts),
         tape=setup.tape("exploration"),
-        # A fork's diversity is measured on its own history; donors need other prompts beside it.
-        exploration=replace(setup.config.exploration, donor=0),
         judges=setup.judges,
         observe=observe,
         broken_below=BROKEN_BELOW,
@@ -53,12 +53,15 @@ def explorer(setup: Setup, prompts: Sequence[VideoPrompt]) -> Explorer:
 def story_forks(setup: Setup, count: int) -> list[Fork]:
     """Forks of long validation stories: right at a prompt switch where one is eligible, else later."""
     config = setup.config
-    by_frame: dict[int, list[VideoPrompt]] = {}
+    # A fork's diversity is measured on its own history; donors need other prompts beside it.
+    own = replace(config.exploration, donor=0)
+    together: dict[tuple[int, ExplorationConfig], list[VideoPrompt]] = {}
     for prompt in list(setup.validation["long"])[:count]:
-        forks = eligible_forks(prompt, config.exploration, block=config.stream.block, sink=config.stream.sink)
-        at_switch = [fork for fork in forks if fork in prompt.switches]
-        by_frame.setdefault((at_switch or forks)[-1], []).append(prompt)
-    return [Fork(tuple(prompts), frame) for frame, prompts in sorted(by_frame.items())]
+        plan = plan_forks([prompt], own, block=config.stream.block, sink=config.stream.sink)
+        at_switch = [fork for fork in plan.frames if fork in prompt.switches]
+        together.setdefault(((at_switch or plan.frames)[-1], plan.exploration), []).append(prompt)
+    forks = [Fork(tuple(prompts), *place) for place, prompts in together.items()]
+    return sorted(forks, key=lambda fork: fork.frame)
 
 
 def measure_diversity(setup: Setup) -> dict[str, dict[str, float]]:
@@ -176,19 +179,18 @@ def _training_groups(run: Run, videos: dict[str, Tensor]) -> list[dict[str, Any]
 
 def causality_groups(setup: Setup, videos: dict[str, Tensor]) -> list[dict[str, Any]]:
     """Same noise, same prompt: one branch routed only to act 1, one only to act 2, and the anchor."""
-    exploration = setup.config.exploration
-    entries = []
+    stream, entries = setup.config.stream, []
     prompts = [prompt for prompt in setup.validation.get("long", ()) if len(prompt.switches) == 2]
     for prompt in prompts[:3]:
         fork = prompt.switches[1]
-        if fork not in eligible_forks(
-            prompt, exploration, block=setup.config.stream.block, sink=setup.config.stream.sink
-        ):
+        plan = plan_forks([prompt], setup.config.exploration, block=stream.block, sink=stream.sink)
+        if fork not in plan.frames:
             continue
-        routes = act_routes(prompt, fork, exploration.routed, setup.config.stream.sink, exploration.recent)
         # Act 1 may lie further back than training keeps pages for: here every frame stays.
-        look = replace(explorer(setup, [prompt]), exploration=replace(exploration, resident_frames=0))
-        (group,) = look.chosen(Fork((prompt,), fork), [routes])
+        exploration = replace(plan.exploration, resident_frames=0)
+        routes = act_routes(prompt, fork, exploration.routed, stream.sink, exploration.recent)
+        look = explorer(setup, [prompt])
+        (group,) = look.chosen(Fork((prompt,), fork, exploration), [routes])
         (score,) = score_groups([group], setup.judges.codec, setup.judges.scorer, block=setup.generator.block)
         title = f"routed only to act 1, only to act 2, and the anchor (video {prompt.id})"
         entry = _group_entry(setup, group, score, title, f"causality-{prompt.id}", [{}, {}], videos)

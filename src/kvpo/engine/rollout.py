@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from kvpo.config import ExplorationConfig
+from kvpo.engine.forks import check_fork
 from kvpo.engine.generator import StreamingGenerator
 from kvpo.engine.noise import Tape, keyed_generator
 from kvpo.engine.stream import (
@@ -23,7 +24,7 @@ from kvpo.engine.stream import (
     stream_pages,
     switch_prompts,
 )
-from kvpo.method.routing import dispersed_routes, first_fork, fork_frames, route_pool
+from kvpo.method.routing import dispersed_routes, route_pool
 from kvpo.models.cache import FrameCache
 from kvpo.prompts import VideoPrompt
 
@@ -74,47 +75,13 @@ class Rollout:
 
     groups: list[Group]
     cache: FrameCache
+    exploration: ExplorationConfig
+    """What was explored with: what fits the videos."""
 
     def release(self) -> None:
         """Give the root histories' pages back."""
         for group in self.groups:
             group.root.history.release()
-
-
-def eligible_forks(
-    prompt: VideoPrompt, exploration: ExplorationConfig, *, block: int, sink: int
-) -> list[int]:
-    """First frames at which this video can fork (METHOD section 2).
-
-    The pool must offer every branch a set of its own, window and tail must fit, and no prompt switch may fall
-    strictly inside the window (at the fork itself one may: history is re-encoded before the branches start).
-
-    Raises:
-        ValueError: nothing fits; the message says what would.
-    """
-    first = first_fork(
-        block=block,
-        sink=sink,
-        recent=exploration.recent,
-        resident=exploration.resident_frames,
-        distinct=max(1, exploration.distinct - exploration.donor),
-        branches=exploration.branches,
-    )
-    forks = fork_frames(
-        prompt.num_frames,
-        block=block,
-        blocks=exploration.blocks,
-        first=first,
-        tail_blocks=exploration.tail_blocks,
-    )
-    last_block = (exploration.blocks - 1) * block
-    free = [f for f in forks if prompt.segment_at(f) == prompt.segment_at(f + last_block)]
-    if not free:
-        raise ValueError(
-            f"prompt {prompt.id}: every fork in {forks} has a prompt switch inside its window of "
-            f"{exploration.blocks} blocks (switches {list(prompt.switches)}); lower exploration.blocks"
-        )
-    return free
 
 
 def draw_routes(
@@ -197,8 +164,10 @@ def grow_roots(
 ) -> Rollout:
     """Stream every prompt in its deployment context up to the fork; a switch there is already acted on.
 
-    ``replayed`` members will be replayed together (0: all): pages are set aside for them.
+    ``replayed`` members will be replayed together (0: all): pages are set aside for them. Raises ValueError
+    where window and tail do not fit after the fork.
     """
+    check_fork(prompts, fork, exploration, block=generator.block)
     pages = rollout_pages(
         generator,
         exploration,
@@ -215,7 +184,8 @@ def grow_roots(
     pool = (resident or fork) if exploration.reencode_pool else 0
     switch_prompts(generator, roots, texts, rows=exploration.rows, reencode_frames=pool)
     empty = torch.empty(0)
-    return Rollout([Group(n, root, fork, (), empty, empty, empty) for n, root in enumerate(roots)], cache)
+    groups = [Group(n, root, fork, (), empty, empty, empty) for n, root in enumerate(roots)]
+    return Rollout(groups, cache, exploration)
 
 
 Member = tuple[int, Sequence[Sequence[RoutedFrame]] | None]
@@ -311,8 +281,8 @@ def collect(
 ) -> Rollout:
     """Roots, branches and anchors of one rollout; ``key`` seeds the routes.
 
-    ``replayed`` members will be replayed together (0: all). ``finished`` is called with every group as soon as
-    its members are generated, in order.
+    ``replayed`` members will be replayed together (0: all). ``finished`` is called with every group as soon
+    as its members are generated, in order.
     """
     rollout = grow_roots(generator, prompts, fork, texts, tape, exploration, replayed=replayed)
     sink = generator.deployment.sink
@@ -342,4 +312,4 @@ def collect(
             root = rollout.groups[index].root
             groups.append(Group(index, root, fork, routes, states, velocities, clean))
             finished(groups[-1])
-    return Rollout(groups, rollout.cache)
+    return replace(rollout, groups=groups)

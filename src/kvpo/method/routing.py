@@ -99,90 +99,45 @@ def mean_pairwise_overlap(routes: Tensor) -> float:
 
 @dataclass(frozen=True)
 class FittedExploration:
-    """What of the requested exploration fits at a fork, and a sentence on what was shrunk ("" if nothing)."""
+    """What of the requested exploration fits at a fork."""
 
     blocks: int
-    routed: int
+    tail_blocks: int
     distinct: int
-    shrunk: str
 
 
 def fit_exploration(
     fork: int,
-    num_frames: int,
     *,
+    num_frames: int,
+    window_end: int,
     blocks: int,
-    routed: int,
+    tail_blocks: int,
     distinct: int,
+    branches: int,
     recent: int,
     sink: int,
     block: int,
     resident: int,
-    branches: int,
 ) -> FittedExploration:
-    """Shrink the routed blocks, slots and distinct frames to what a short clip offers.
+    """Shrink the routed blocks, the tail after them and the distinct frames to what a short clip offers.
 
-    Blocks end with the clip; slots never outnumber the pool; `distinct` falls until the pool has a set for
-    every branch, and the slots with it where no frame was to be repeated (distinct = routed). Raises
-    ValueError when no block follows the fork, or the pool has not even one frame for every branch.
+    Routed blocks end by `window_end`, the tail with the clip; `distinct` falls until the pool has a different
+    set for every branch. Raises ValueError when no block follows the fork, or the pool has not even one frame
+    for every branch.
     """
-    fitting_blocks = min(blocks, (num_frames - fork) // block)
+    fitting_blocks = min(blocks, (min(window_end, num_frames) - fork) // block)
     if fitting_blocks < 1:
         raise ValueError(
             f"fork = {fork}: no block of {block} frames follows in a video of {num_frames}; fork earlier"
         )
+    fitting_tail = min(tail_blocks, (num_frames - fork) // block - fitting_blocks)
     pool_size = len(route_pool(fork, sink=sink, recent=recent, resident=resident))
-    slots = min(routed, max(pool_size, 1))
-    fitting_distinct = min(distinct, slots)
+    fitting_distinct = distinct
     while fitting_distinct > 1 and math.comb(pool_size, fitting_distinct) < branches:
         fitting_distinct -= 1
-    if distinct == routed:
-        slots = fitting_distinct
-    _check_routes(pool_size, branches, slots, fitting_distinct)
-    changes = [
-        f"{name} {asked} -> {fits}"
-        for name, asked, fits in (
-            ("blocks", blocks, fitting_blocks),
-            ("routed", routed, slots),
-            ("distinct", distinct, fitting_distinct),
-        )
-        if asked != fits
-    ]
-    reason = f"at frame {fork} of {num_frames}, with {pool_size} frames to route from: "
-    return FittedExploration(
-        fitting_blocks, slots, fitting_distinct, reason + ", ".join(changes) if changes else ""
-    )
-
-
-def first_fork(*, block: int, sink: int, recent: int, resident: int, distinct: int, branches: int) -> int:
-    """First block start whose pool has a different set of `distinct` frames for every branch.
-
-    Raises ValueError when the resident frames never hold enough.
-    """
-    assert distinct >= 1
-    needed = distinct
-    while math.comb(needed, distinct) < branches:
-        needed += 1
-    most = resident - sink - recent
-    if resident and most < needed:
-        _check_routes(max(most, 0), branches, distinct, distinct)
-    return math.ceil((sink + needed + recent) / block) * block
-
-
-def fork_frames(num_frames: int, *, block: int, blocks: int, first: int, tail_blocks: int = 0) -> list[int]:
-    """Block starts from `first` on after which `blocks` routed and `tail_blocks` further blocks still fit.
-
-    Raises ValueError when the video is too short for any.
-    """
-    last = num_frames - (blocks + tail_blocks) * block
-    forks = list(range(math.ceil(first / block) * block, last + 1, block))
-    if not forks:
-        raise ValueError(
-            f"num_frames = {num_frames}: too short to fork at frame {first} or later and then generate "
-            f"{blocks} routed and {tail_blocks} further blocks of {block} frames; lengthen the video or ask "
-            "for fewer blocks"
-        )
-    return forks
+    _check_routes(pool_size, branches, fitting_distinct, fitting_distinct)
+    return FittedExploration(fitting_blocks, fitting_tail, fitting_distinct)
 
 
 def _check_routes(pool_size: int, branches: int, routed: int, distinct: int) -> None:

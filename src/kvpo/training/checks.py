@@ -42,9 +42,9 @@ def anchor_energy_at_old(setup: Setup, prompts: Sequence[VideoPrompt]) -> float:
     The replay's batch has the rows of the rollout's batch, so that both sum in the same order.
     """
     config = setup.config
-    fork = shared_fork(prompts, config, ("checks", 0))
+    fork, fitted = shared_fork(prompts, config, ("checks", 0))
     texts, tape = setup.texts(prompts), setup.tape("checks")
-    exploration = replace(config.exploration, tail_blocks=0, rows=0)
+    exploration = replace(fitted, tail_blocks=0, rows=0)
     rollout = grow_roots(setup.generator, prompts, fork, texts, tape, exploration)
     members = [(index, None) for index in range(len(prompts))]
     states, velocities, clean = run_members(setup.generator, rollout, members, texts, tape, exploration)
@@ -76,16 +76,15 @@ def anchor_energy_at_old(setup: Setup, prompts: Sequence[VideoPrompt]) -> float:
 def default_route_max_difference(setup: Setup, prompts: Sequence[VideoPrompt]) -> float:
     """Largest difference between unrouted generation and a route that names the most recent frames: 0."""
     config: Config = setup.config
-    exploration = replace(config.exploration, tail_blocks=0, rows=0)
-    fork = shared_fork(prompts, config, ("checks", 1))
+    fork, fitted = shared_fork(prompts, config, ("checks", 1))
+    one = replace(fitted, blocks=1, tail_blocks=0, rows=0)
     texts, tape = setup.texts(prompts), setup.tape("checks")
-    rollout = grow_roots(setup.generator, prompts, fork, texts, tape, replace(exploration, blocks=1))
+    rollout = grow_roots(setup.generator, prompts, fork, texts, tape, one)
     past = setup.generator.deployment.local_past
     first = setup.generator.deployment.sink
     if past is not None:
         first = max(first, fork - past)
-    route = tuple(range(first, fork - exploration.recent))
-    one = replace(exploration, blocks=1)
+    route = tuple(range(first, fork - one.recent))
     plain = [(index, None) for index in range(len(prompts))]
     routed = [(index, [tuple(RoutedFrame(index, frame) for frame in route)]) for index in range(len(prompts))]
     expected = run_members(setup.generator, rollout, plain, texts, tape, one)

@@ -65,10 +65,11 @@ class NoiseBranches:
 
 @dataclass(frozen=True)
 class Fork:
-    """Where diversity is measured: prompts that fork at one frame."""
+    """Where diversity is measured: prompts that fork at one frame, and what is explored there."""
 
     prompts: tuple[VideoPrompt, ...]
     frame: int
+    exploration: ExplorationConfig
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,6 @@ class Explorer:
     generator: StreamingGenerator
     texts: TextTable
     tape: Tape
-    exploration: ExplorationConfig
     judges: Judges
     observe: Observer
     broken_below: float
@@ -88,17 +88,17 @@ class Explorer:
         pool = route_pool(
             fork.frame,
             sink=self.generator.deployment.sink,
-            recent=self.exploration.recent,
-            resident=self.exploration.resident_frames,
+            recent=fork.exploration.recent,
+            resident=fork.exploration.resident_frames,
         )
         draws = keyed_generator("diversity routes", fork.frame)
-        routes = draw_routes([pool] * len(fork.prompts), self.exploration, draws)
+        routes = draw_routes([pool] * len(fork.prompts), fork.exploration, draws)
         return self.chosen(fork, routes)
 
     def chosen(self, fork: Fork, routes: Sequence[Sequence[tuple[RoutedFrame, ...]]]) -> list[Group]:
         """Branches with given routes, ``[prompts][G][routed]``, and the anchor."""
         members = [
-            (index, route and [route] * self.exploration.blocks)
+            (index, route and [route] * fork.exploration.blocks)
             for index, own in enumerate(routes)
             for route in [*own, None]
         ]
@@ -106,9 +106,9 @@ class Explorer:
 
     def noisy(self, fork: Fork, strength: float) -> list[Group]:
         """Branches with their own noise in the deployment context; the last member keeps branch noise too."""
-        count = self.exploration.branches + 1
+        count = fork.exploration.branches + 1
         tape = NoiseBranches(
-            self.tape, count, fork.frame // self.generator.block, self.exploration.blocks, strength
+            self.tape, count, fork.frame // self.generator.block, fork.exploration.blocks, strength
         )
         members = [(index, None) for index in range(len(fork.prompts)) for _ in range(count)]
         videos = [prompt.id * count + branch for prompt in fork.prompts for branch in range(count)]
@@ -116,10 +116,10 @@ class Explorer:
 
     def _run(self, fork, members, tape, videos) -> list[Group]:
         rollout: Rollout = grow_roots(
-            self.generator, fork.prompts, fork.frame, self.texts, self.tape, self.exploration
+            self.generator, fork.prompts, fork.frame, self.texts, self.tape, fork.exploration
         )
         states, velocities, clean = run_members(
-            self.generator, rollout, members, self.texts, tape, self.exploration, videos=videos
+            self.generator, rollout, members, self.texts, tape, fork.exploration, videos=videos
         )
         rollout.release()
         rows = [[n for n, (owner, _) in enumerate(members) if owner == g] for g in range(len(rollout.groups))]

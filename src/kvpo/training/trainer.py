@@ -1,5 +1,6 @@
 """The training loop: rollout, credit, gradient, step; validation and checkpoints at update boundaries."""
 
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
@@ -10,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kvpo.config import Config
+from kvpo.config import Config, ExplorationConfig
 from kvpo.engine.background import Submit, in_background
+from kvpo.engine.forks import plan_forks, shrunk
 from kvpo.engine.noise import keyed_generator
-from kvpo.engine.rollout import Group, Rollout, collect, eligible_forks
+from kvpo.engine.rollout import Group, Rollout, collect
 from kvpo.engine.scoring import Scores, score_group
 from kvpo.engine.stream import TextTable
 from kvpo.method.diagnostics import GroupDiagnostics, group_diagnostics, update_diagnostics
@@ -35,30 +37,25 @@ from kvpo.training.state import (
     unflatten_state,
 )
 
+logger = logging.getLogger(__name__)
+
 
 def learning_rate_factor(update: int, warmup_updates: int) -> float:
     """Linear warm-up whose first update already trains: (update + 1) / warmup, at most 1."""
     return min(1.0, (update + 1) / max(1, warmup_updates))
 
 
-def shared_fork(prompts: Sequence[VideoPrompt], config: Config, key: tuple[int | str, ...]) -> int:
-    """A fork that suits every prompt of a rollout, drawn by ``key``.
+def shared_fork(
+    prompts: Sequence[VideoPrompt], config: Config, key: tuple[int | str, ...]
+) -> tuple[int, ExplorationConfig]:
+    """A fork that suits every prompt of a rollout, drawn by ``key``, and the exploration that fits there.
 
     Raises:
-        ValueError: the prompts have no eligible fork in common.
+        ValueError: the prompts cannot fork together.
     """
-    stream = config.stream
-    forks = [
-        set(eligible_forks(prompt, config.exploration, block=stream.block, sink=stream.sink))
-        for prompt in prompts
-    ]
-    common = sorted(set.intersection(*forks))
-    if not common:
-        raise ValueError(
-            f"prompts {[prompt.id for prompt in prompts]} have no fork frame in common; "
-            "align their switch frames or lower exploration.blocks"
-        )
-    return common[int(torch.randint(len(common), (), generator=keyed_generator("fork", *key)))]
+    plan = plan_forks(prompts, config.exploration, block=config.stream.block, sink=config.stream.sink)
+    drawn = int(torch.randint(len(plan.frames), (), generator=keyed_generator("fork", *key)))
+    return plan.frames[drawn], plan.exploration
 
 
 @dataclass(frozen=True)
@@ -107,6 +104,7 @@ class Trainer:
         )
         self.update = 0
         self.pending: list[Collected] = []
+        self.warned_of: set[str] = set()
 
     def explore(self, update: int) -> tuple[Rollout, list[Scores], TextTable]:
         """Collect and score the rollout of one update."""
@@ -125,20 +123,36 @@ class Trainer:
             judges, block = setup.judges, setup.generator.block
             pending.append(submit(partial(score_group, group, judges.codec, judges.scorer, block=block)))
 
+        fork, exploration = shared_fork(prompts, config, (config.seed, update))
+        self._say_what_shrank(update, exploration)
         rollout = collect(
             setup.generator,
             prompts,
-            shared_fork(prompts, config, (config.seed, update)),
+            fork,
             texts,
             setup.tape("training"),
-            config.exploration,
+            exploration,
             (config.seed, update),
             replayed=members_together(
-                config.optim.replay_rows, config.exploration.blocks, config.objective.grad_steps
+                config.optim.replay_rows, exploration.blocks, config.objective.grad_steps
             ),
             finished=score,
         )
         return Explored(rollout, texts, pending)
+
+    def _say_what_shrank(self, update: int, exploration: ExplorationConfig) -> None:
+        """Warn of each kind of shrinking once; the metrics have the numbers of every update."""
+        for name, (asked, fits) in shrunk(self.setup.config.exploration, exploration).items():
+            if name not in self.warned_of:
+                self.warned_of.add(name)
+                logger.warning(
+                    "exploration.%s = %d is more than fits the videos of update %d, which goes on with %d; "
+                    "the metrics say where else it shrinks",
+                    name,
+                    asked,
+                    update + 1,
+                    fits,
+                )
 
     def credit(
         self, update: int, rollout: Rollout, scores: Sequence[Scores]
@@ -217,7 +231,9 @@ class Trainer:
         item.rollout.release()
         self.update += 1
         numbers = update_diagnostics(objectives, item.found, velocity_kl=drift, gradient_norm=norm).to_dict()
-        return numbers | {"learning_rate": rate, "fork": float(item.rollout.groups[0].fork)}
+        asked = self.setup.config.exploration
+        fitted = {name: float(fits) for name, (_, fits) in shrunk(asked, item.rollout.exploration).items()}
+        return numbers | fitted | {"learning_rate": rate, "fork": float(item.rollout.groups[0].fork)}
 
     def at_boundary(self) -> bool:
         """Whether no collected rollout is waiting: only then can the run be saved and resumed exactly."""
