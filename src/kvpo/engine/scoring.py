@@ -6,7 +6,6 @@ switches right at the fork, one block before it comes along as what the video sh
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -14,14 +13,7 @@ from torch import Tensor
 from kvpo.engine.generator import Codec, pixel_frame
 from kvpo.engine.rollout import Group
 from kvpo.prompts import ClipPrompt, VideoPrompt
-
-
-class Scorer(Protocol):
-    """Clips and prompts to named numbers; see ``kvpo.rewards.protocol``."""
-
-    components: tuple[str, ...]
-
-    def __call__(self, video_BTCHW: Tensor, prompts: Sequence[ClipPrompt]) -> dict[str, Tensor]: ...
+from kvpo.rewards.protocol import Scorer, checked
 
 
 @dataclass(frozen=True)
@@ -105,21 +97,6 @@ def score_clips(
         for row, name in enumerate(scorer.components):
             table[row, indices] = checked(name, scores, len(indices))
     return table
-
-
-def checked(name: str, scores: dict[str, Tensor], count: int) -> Tensor:
-    """One component's scores, demanded to be there, ``[count]`` long and finite."""
-    if name not in scores:
-        raise ValueError(f"reward component {name!r} is missing from the scorer's result {sorted(scores)}")
-    values = scores[name].detach().to("cpu", torch.float32)
-    if values.shape != (count,):
-        raise ValueError(
-            f"reward component {name!r}: expected {count} scores, got shape {list(values.shape)}"
-        )
-    if not bool(values.isfinite().all()):
-        bad = int((~values.isfinite()).nonzero()[0])
-        raise ValueError(f"reward component {name!r} is {float(values[bad])} for clip {bad} of {count}")
-    return values
 
 
 def score_group(group: Group, codec: Codec, scorer: Scorer, *, block: int) -> Scores:

@@ -60,3 +60,18 @@ class Declaration:
     """Pixels of a frame beyond which more resolution is not looked at; larger files are shrunk on reading."""
     sampling: Sampling | None = None
     """Frames that are looked at; None: neighbouring frames, all of them."""
+
+
+def checked(name: str, scores: "dict[str, Tensor]", count: int) -> "Tensor":
+    """One component's scores as float32 on the CPU; ValueError where missing, misshapen or not finite."""
+    if name not in scores:
+        raise ValueError(f"reward component {name!r} is missing from the scorer's result {sorted(scores)}")
+    values = scores[name].detach().to("cpu").float()
+    if values.shape != (count,):
+        raise ValueError(
+            f"reward component {name!r}: expected {count} scores, got shape {list(values.shape)}"
+        )
+    if not bool(values.isfinite().all()):
+        bad = int((~values.isfinite()).nonzero()[0])
+        raise ValueError(f"reward component {name!r} is {float(values[bad])} for clip {bad} of {count}")
+    return values

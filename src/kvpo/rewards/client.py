@@ -1,0 +1,277 @@
+"""A scorer that lives in another process: a reward server asked as if it were a function."""
+
+import asyncio
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+
+import httpx
+import torch
+from torch import Tensor
+
+from kvpo.prompts import ClipPrompt
+from kvpo.rewards.protocol import Declaration, checked
+from kvpo.rewards.wire import PROTOCOL, Offer, Question, decode_offers, encode_question
+
+T = TypeVar("T")
+
+REQUEST_BYTES = 64 * 2**20
+"""A batch is split into requests of about this size, or of one clip where a clip is larger."""
+IN_FLIGHT = 4
+"""Requests under way at a time: one is scored while the next ones travel. Only these exist as bytes."""
+PART_BYTES = 2**20
+CONNECT_SECONDS = 10.0
+
+
+@dataclass(frozen=True)
+class Patience:
+    """How long a client puts up with what."""
+
+    answer: float = 300.0
+    """Seconds for an answer, the time in the server's queue included."""
+    attempts: int = 3
+    """Answers that may fail (late, an error of the scorer, not the scores asked for) before it gives up."""
+    outage: float = 300.0
+    """Seconds that the server may be out of reach or full: enough to be restarted and load its models."""
+    first_pause: float = 0.5
+    """Seconds before the second try; doubled from then on."""
+    longest_pause: float = 30.0
+
+
+class Refused(ValueError):
+    """The server will not do this, however often it is asked."""
+
+
+class Failed(ValueError):
+    """An answer that is of no use; the next one may be."""
+
+
+class Away(ValueError):
+    """The server has no time for us; ``after`` so many seconds it may have."""
+
+    def __init__(self, problem: str, after: float) -> None:
+        super().__init__(problem)
+        self.after = after
+
+
+class Link:
+    """A connection to one server, kept by an event loop in a daemon thread.
+
+    A call can be given up at any moment (Ctrl-C), and calls may come from any thread, from one with an event
+    loop of its own as well.
+    """
+
+    def __init__(self, url: str, token: str | None, patience: Patience) -> None:
+        self.url = checked_url(url)
+        self.patience = patience
+        self.loop = asyncio.new_event_loop()
+        self.client = httpx.AsyncClient(
+            base_url=self.url,
+            headers={} if token is None else {"Authorization": f"Bearer {token}"},
+            timeout=httpx.Timeout(None, connect=CONNECT_SECONDS),
+            limits=httpx.Limits(max_connections=IN_FLIGHT),
+            trust_env=False,  # a proxy for the web knows nothing of this machine's own addresses
+            verify=self.url.startswith("https:"),  # reading all certificates takes a fifth of a second
+        )
+        threading.Thread(target=self.loop.run_forever, name="kvpo reward client", daemon=True).start()
+
+    def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        """The result of a coroutine, waited for."""
+        future = asyncio.run_coroutine_threadsafe(coroutine, self.loop)
+        try:
+            return future.result()
+        finally:
+            future.cancel()
+
+    def close(self) -> None:
+        """Close the connection and end the thread."""
+        self.run(self.client.aclose())
+        self.loop.call_soon_threadsafe(self.loop.stop)
+
+    async def ask(
+        self, method: str, path: str, read: Callable[[Any], T], body: Callable[[], bytes] = bytes
+    ) -> T:
+        """One request, tried until there is an answer that ``read`` takes, or patience ends.
+
+        Raises:
+            ValueError: the server refuses, or gave no usable answer in time; the message says which.
+        """
+        started, tries, failures, pause = time.monotonic(), 0, 0, self.patience.first_pause
+        while True:
+            tries += 1
+            wait = pause
+            try:
+                async with asyncio.timeout(self.patience.answer):
+                    content = body()
+                    length = {"Content-Length": str(len(content))}
+                    response = await self.client.request(
+                        method, path, content=_parts(content), headers=length
+                    )
+                return read(_content(response))
+            except Refused as error:
+                raise ValueError(f"reward server {self.url} refused: {error}") from error
+            except (TimeoutError, Failed) as error:
+                failures += 1
+                late = isinstance(error, TimeoutError)
+                problem = f"no answer within {self.patience.answer:g} s" if late else str(error)
+                over = failures >= self.patience.attempts
+            except (httpx.TransportError, Away) as error:
+                problem = str(error) or type(error).__name__
+                over = time.monotonic() - started + pause > self.patience.outage
+                if isinstance(error, Away):
+                    wait = max(pause, min(error.after, self.patience.longest_pause))
+            if over:
+                seconds = time.monotonic() - started
+                times = "once" if tries == 1 else f"{tries} times"
+                raise ValueError(
+                    f"reward server {self.url}: asked {times} in {seconds:.1f} s, then gave up: {problem}"
+                )
+            await asyncio.sleep(wait)
+            pause = min(2 * pause, self.patience.longest_pause)
+
+
+async def _parts(content: bytes) -> AsyncIterator[bytes]:
+    """A body piece by piece: a third of the work that it makes in one."""
+    for at in range(0, len(content), PART_BYTES):
+        yield content[at : at + PART_BYTES]
+
+
+def _content(response: httpx.Response) -> Any:
+    """The JSON of an answer; what else came back, as an error that says whether to ask again."""
+    status = response.status_code
+    try:
+        content = response.json()
+    except ValueError as error:
+        if status == 200:
+            raise Failed(f"the answer is not JSON: {response.text[:100]!r}") from error
+        content = {}
+    if status == 200:
+        return content
+    detail = content.get("detail") if isinstance(content, dict) else None
+    problem = f"{status} {response.reason_phrase}" + (f": {detail}" if detail else "")
+    if status in (502, 503, 504):
+        after = response.headers.get("retry-after", "")
+        raise Away(problem, float(after) if after.isdecimal() else 0.0)
+    raise (Failed if status in (408, 499) or status >= 500 else Refused)(problem)
+
+
+@dataclass(frozen=True)
+class RemoteScorer:
+    """Rewards of a server as a scorer. Pixels travel in their own precision, so they arrive to the bit."""
+
+    link: Link
+    offers: tuple[Offer, ...]
+    frame_rate: float
+    """Frames per second of the clips that the server's scorers were built for."""
+    request_bytes: int
+    """The server's limit."""
+
+    @property
+    def declarations(self) -> tuple[Declaration, ...]:
+        """Of every component."""
+        return tuple(declaration for offer in self.offers for declaration in offer.declarations)
+
+    @property
+    def components(self) -> tuple[str, ...]:
+        """Of all rewards asked for."""
+        return tuple(declaration.name for declaration in self.declarations)
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """How the components add up unless the user says otherwise."""
+        return {name: weight for offer in self.offers for name, weight in offer.weights.items()}
+
+    def __call__(self, video_BTCHW: Tensor, prompts: Sequence[ClipPrompt]) -> dict[str, Tensor]:
+        """Component -> [B], in the order of the clips, whichever request they went with.
+
+        Raises:
+            ValueError: the server refuses, or gave no usable scores in time; names the server and says what.
+        """
+        clip_bytes = video_BTCHW[0].numel() * video_BTCHW.element_size()
+        if clip_bytes > self.request_bytes:
+            raise ValueError(
+                f"reward server {self.link.url}: a clip of {list(video_BTCHW.shape[1:])} has {clip_bytes:,} "
+                f"bytes, its limit for a request is {self.request_bytes:,}; start it with a larger one"
+            )
+        clips = max(1, min(REQUEST_BYTES, self.request_bytes) // clip_bytes)
+        pieces = [slice(at, at + clips) for at in range(0, len(prompts), clips)]
+        answers = self.link.run(self._score(video_BTCHW, prompts, pieces))
+        return {name: torch.cat([answer[name] for answer in answers]) for name in self.components}
+
+    async def _score(
+        self, video_BTCHW: Tensor, prompts: Sequence[ClipPrompt], pieces: Sequence[slice]
+    ) -> list[dict[str, Tensor]]:
+        under_way = asyncio.Semaphore(IN_FLIGHT)
+
+        async def score(piece: slice) -> dict[str, Tensor]:
+            own = tuple(prompts[piece])
+
+            def body() -> bytes:  # made for each try and only then: memory holds what is under way
+                return encode_question(Question(video_BTCHW[piece].detach().cpu(), own, self.components))
+
+            def read(content: Any) -> dict[str, Tensor]:
+                try:
+                    found = content["scores"].items()
+                    scores = {name: torch.tensor(values, dtype=torch.float32) for name, values in found}
+                    return {name: checked(name, scores, len(own)) for name in self.components}
+                except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
+                    raise Failed(f"unusable scores: {error}") from error
+
+            async with under_way:
+                return await self.link.ask("POST", "/score", read, body)
+
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                asked = [tasks.create_task(score(piece)) for piece in pieces]
+        except* ValueError as errors:
+            raise errors.exceptions[0] from None
+        return [task.result() for task in asked]
+
+    def close(self) -> None:
+        """Close the connection."""
+        self.link.close()
+
+
+def connect(
+    url: str, names: Sequence[str], *, token: str | None = None, patience: Patience = Patience()
+) -> RemoteScorer:
+    """The rewards ``names`` of the server at ``url``, which may still be starting.
+
+    Raises:
+        ValueError: a URL that is none, no answer in time, another protocol, a reward it does not have.
+    """
+    link = Link(url, token, patience)
+
+    def read(content: Any) -> RemoteScorer:
+        try:
+            if content["protocol"] != PROTOCOL:
+                raise Refused(
+                    f"it is of kvpo {content['kvpo']} and speaks protocol {content['protocol']}, "
+                    f"this one {PROTOCOL}; use one version on both sides"
+                )
+            offers = {offer.name: offer for offer in decode_offers(content["rewards"])}
+            limit, rate = int(content["limits"]["request_bytes"]), float(content["frame_rate"])
+        except (AttributeError, KeyError, TypeError) as error:
+            raise Refused(f"it is no reward server of kvpo: {error!r} in its answer") from error
+        if unknown := [name for name in names if name not in offers]:
+            raise Refused(f"it does not have {unknown[0]!r}; it has {', '.join(offers)}")
+        return RemoteScorer(link, tuple(offers[name] for name in names), rate, limit)
+
+    try:
+        return link.run(link.ask("GET", "/rewards", read))
+    except BaseException:
+        link.close()
+        raise
+
+
+def checked_url(url: str) -> str:
+    """``url`` without a trailing slash; ValueError unless it is a plain http(s) address."""
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
+        raise ValueError(f"reward server {url!r}: expected http://HOST:PORT or https://HOST")
+    if parts.username or parts.password:
+        raise ValueError(f"reward server at {parts.hostname}: a token does not belong into its address")
+    return url.rstrip("/")

@@ -1,0 +1,143 @@
+"""Questions of many clients, answered by one thread: batched where they fit, each with its own failure."""
+
+import threading
+import time
+from collections import deque
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from kvpo.prompts import ClipPrompt
+from kvpo.rewards.protocol import Scorer, checked
+from kvpo.rewards.wire import Question
+
+Answer = dict[str, Tensor]
+"""Component -> [B]."""
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """A question and the answer that is waited for; cancelling the answer takes the question back."""
+
+    question: Question
+    answer: Future[Answer] = field(default_factory=Future)
+
+    def goes_with(self, other: "Job") -> bool:
+        """Whether both can be scored in one call."""
+        one, two = self.question, other.question
+        return (
+            one.video_BTCHW.shape[1:] == two.video_BTCHW.shape[1:]
+            and one.video_BTCHW.dtype == two.video_BTCHW.dtype
+            and one.components == two.components
+        )
+
+
+class ScoringQueue:
+    """Questions in the order they came; one thread calls the scorers, with ``batch`` clips at most."""
+
+    def __init__(self, scorers: Sequence[Scorer], *, batch: int) -> None:
+        self.scorer_of = {name: scorer for scorer in scorers for name in scorer.components}
+        self.batch = batch
+        self.began: float | None = None
+        """When the call under way began, on the monotonic clock; None between calls."""
+        self._waiting: deque[Job] = deque()
+        self._changed = threading.Condition()
+        self._closed = False
+        # a daemon: a scorer that hangs cannot keep the server from stopping
+        threading.Thread(target=self._work, name="kvpo scoring", daemon=True).start()
+
+    def put(self, question: Question) -> Future[Answer]:
+        """Queue a question whose components there are; the future raises ValueError when its scorer fails."""
+        job = Job(question)
+        with self._changed:
+            self._waiting.append(job)
+            self._changed.notify()
+        return job.answer
+
+    @property
+    def waiting_clips(self) -> int:
+        """Clips that no call has taken up yet."""
+        with self._changed:
+            return sum(len(job.question.prompts) for job in self._waiting if not job.answer.cancelled())
+
+    def close(self) -> None:
+        """Take nothing up any more; the call under way is not waited for."""
+        with self._changed:
+            self._closed = True
+            for job in self._waiting:
+                job.answer.cancel()
+            self._waiting.clear()
+            self._changed.notify()
+
+    def _work(self) -> None:
+        while (jobs := self._next()) is not None:
+            asked = [job for job in jobs if job.answer.set_running_or_notify_cancel()]
+            if asked:
+                self.began = time.monotonic()
+                self._answer(asked)
+                self.began = None
+            del jobs, asked  # clips must not outlive their answer while the thread waits
+
+    def _next(self) -> list[Job] | None:
+        """The oldest question and those behind it that fit into one call with it; None once closed."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._waiting or self._closed)
+            if self._closed:
+                return None
+            chosen = [self._waiting.popleft()]
+            clips, others = len(chosen[0].question.prompts), []
+            while self._waiting and clips < self.batch:
+                job = self._waiting.popleft()
+                size = len(job.question.prompts)
+                if job.goes_with(chosen[0]) and clips + size <= self.batch:
+                    chosen.append(job)
+                    clips += size
+                else:
+                    others.append(job)
+            self._waiting.extendleft(reversed(others))
+            return chosen
+
+    def _answer(self, jobs: Sequence[Job]) -> None:
+        try:
+            scores = self._score([job.question for job in jobs])
+        except BaseException as error:  # somebody else's code may raise anything; this thread must live on
+            if len(jobs) == 1:
+                known = isinstance(error, ValueError)
+                jobs[0].answer.set_exception(
+                    error if known else ValueError(f"the scorer failed: {type(error).__name__}: {error}")
+                )
+            else:  # what one question broke is not the others' loss
+                for job in jobs:
+                    self._answer([job])
+            return
+        at = 0
+        for job in jobs:
+            rows = slice(at, at + len(job.question.prompts))
+            job.answer.set_result({name: values[rows] for name, values in scores.items()})
+            at = rows.stop
+
+    def _score(self, questions: Sequence[Question]) -> Answer:
+        """Scores of questions that go together, ``batch`` clips per call; ValueError for bad numbers."""
+        prompts = [prompt for question in questions for prompt in question.prompts]
+        videos = [question.video_BTCHW for question in questions]
+        video = torch.cat(videos) if len(videos) > 1 else videos[0]
+        pieces = [
+            self._call(video[at : at + self.batch], prompts[at : at + self.batch], questions[0].components)
+            for at in range(0, len(prompts), self.batch)
+        ]
+        return {name: torch.cat([piece[name] for piece in pieces]) for name in questions[0].components}
+
+    def _call(self, video_BTCHW: Tensor, prompts: Sequence[ClipPrompt], components: Sequence[str]) -> Answer:
+        if video_BTCHW.dtype == torch.uint8:
+            video_BTCHW = video_BTCHW.float() / 255
+        found: Answer = {}
+        for name in components:
+            if name not in found:
+                scorer = self.scorer_of[name]
+                with torch.no_grad():
+                    scores = scorer(video_BTCHW, prompts)
+                found |= {own: checked(own, scores, len(prompts)) for own in scorer.components}
+        return found

@@ -1,0 +1,181 @@
+"""Rewards behind HTTP: what is asked for is bounded, batched and scored by one thread.
+
+``GET /health`` says that the server lives, ``GET /rewards`` what it scores, ``POST /score`` scores clips
+(``kvpo.rewards.wire``). An error is JSON with a ``detail``; a scorer that fails costs its question alone.
+"""
+
+import asyncio
+import hmac
+import time
+from collections.abc import AsyncIterator, Sequence
+from concurrent.futures import Future
+from contextlib import asynccontextmanager
+from dataclasses import asdict, dataclass
+from typing import Annotated, Any
+
+from fastapi import Depends, FastAPI, HTTPException, Request
+from fastapi.concurrency import run_in_threadpool
+from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from starlette.requests import ClientDisconnect
+
+from kvpo import __version__
+from kvpo.rewards.protocol import Scorer
+from kvpo.rewards.scoring_queue import Answer, ScoringQueue
+from kvpo.rewards.wire import PROTOCOL, Offer, Question, decode_question, encode_offers
+
+MIB = 2**20
+CLIENT_GONE = 499
+"""Status of an answer that nobody waits for any more."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a server takes on."""
+
+    request_bytes: int = 1024 * MIB
+    """Of one request."""
+    queue_bytes: int = 4096 * MIB
+    """Of all requests that are being read, waiting or being scored; more are told to come back later."""
+    batch: int = 16
+    """Most clips in one call of a scorer."""
+    body_seconds: float = 300.0
+    """Time in which a body must arrive."""
+    retry_seconds: int = 2
+    """When to come back to a full queue."""
+
+
+class Room:
+    """Bytes that may still be taken on."""
+
+    def __init__(self, total: int) -> None:
+        self.total = total
+        self.held = 0
+
+    def take(self, size: int) -> bool:
+        """Whether there was room; ``held`` has grown by ``size`` then."""
+        if self.held + size > self.total:
+            return False
+        self.held += size
+        return True
+
+    def give_back(self, size: int) -> None:
+        """Undo ``take``."""
+        self.held -= size
+
+
+def reward_app(
+    scorers: Sequence[Scorer],
+    offers: Sequence[Offer],
+    *,
+    frame_rate: float,
+    token: str | None = None,
+    limits: Limits = Limits(),
+) -> FastAPI:
+    """The application that serves ``offers``, whose components come out of ``scorers``.
+
+    Args:
+        frame_rate: frames per second of the clips that the scorers were built for.
+        token: what clients must show as their bearer token; None asks for none.
+    """
+    room = Room(limits.queue_bytes)
+    queue = ScoringQueue(scorers, batch=limits.batch)
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        yield
+        queue.close()
+
+    def authorised(
+        shown: Annotated[HTTPAuthorizationCredentials | None, Depends(HTTPBearer(auto_error=False))],
+    ) -> None:
+        if token is None:
+            return
+        given = "" if shown is None else shown.credentials
+        if not hmac.compare_digest(given.encode(), token.encode()):
+            raise HTTPException(401, "a bearer token is needed", {"WWW-Authenticate": "Bearer"})
+
+    app = FastAPI(title="kvpo reward server", openapi_url=None, lifespan=lifespan)
+
+    @app.get("/health")
+    async def health() -> dict[str, Any]:
+        began = queue.began
+        return {
+            "status": "ok",
+            "waiting_clips": queue.waiting_clips,
+            "held_bytes": room.held,
+            "scoring_seconds": None if began is None else round(time.monotonic() - began, 3),
+        }
+
+    @app.get("/rewards", dependencies=[Depends(authorised)])
+    async def rewards() -> dict[str, Any]:
+        return {
+            "protocol": PROTOCOL,
+            "kvpo": __version__,
+            "frame_rate": frame_rate,
+            "limits": asdict(limits),
+            "rewards": encode_offers(offers),
+        }
+
+    @app.post("/score", dependencies=[Depends(authorised)])
+    async def score(request: Request) -> dict[str, Any]:
+        size = _declared_size(request, limits.request_bytes)
+        if not room.take(size):
+            raise HTTPException(503, "the queue is full", {"Retry-After": str(limits.retry_seconds)})
+        try:
+            question = await _question(request, limits.body_seconds)
+            if unknown := [name for name in question.components if name not in queue.scorer_of]:
+                raise HTTPException(
+                    400, f"no component {unknown[0]!r}; there are {', '.join(queue.scorer_of)}"
+                )
+            scores = await _answered(request, queue.put(question))
+        finally:
+            room.give_back(size)
+        return {"scores": {name: values.tolist() for name, values in scores.items()}}
+
+    return app
+
+
+def _declared_size(request: Request, limit: int) -> int:
+    text = request.headers.get("content-length", "")
+    if not text.isdecimal():
+        raise HTTPException(411, "the length of the body must be declared")
+    if int(text) > limit:
+        raise HTTPException(
+            413, f"{int(text):,} bytes are over the limit of {limit:,}; send fewer clips at a time"
+        )
+    return int(text)
+
+
+async def _question(request: Request, seconds: float) -> Question:
+    try:
+        async with asyncio.timeout(seconds):
+            body = b"".join([chunk async for chunk in request.stream()])
+    except TimeoutError as error:
+        raise HTTPException(408, f"the body did not arrive within {seconds:g} s") from error
+    except ClientDisconnect as error:
+        raise HTTPException(CLIENT_GONE) from error
+    try:
+        return await run_in_threadpool(decode_question, body)
+    except ValueError as error:
+        raise HTTPException(400, str(error)) from error
+
+
+async def _answered(request: Request, answer: Future[Answer]) -> Answer:
+    """The answer, unless the client goes away first: its question is then taken back."""
+    result = asyncio.wrap_future(answer)
+    gone = asyncio.ensure_future(_disconnected(request))
+    try:
+        await asyncio.wait({result, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not result.done():
+            raise HTTPException(CLIENT_GONE)
+        return result.result()
+    except ValueError as error:
+        raise HTTPException(500, str(error)) from error
+    finally:
+        gone.cancel()
+        result.cancel()
+
+
+async def _disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass

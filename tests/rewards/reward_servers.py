@@ -1,0 +1,91 @@
+"""Reward servers for tests: the real HTTP server on a loopback port, in a thread."""
+
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from math import inf
+from typing import Any
+
+import torch
+import uvicorn
+from torch import Tensor
+
+from kvpo.prompts import ClipPrompt
+from kvpo.rewards.client import Patience
+from kvpo.rewards.protocol import Declaration, Scorer
+from kvpo.rewards.server import Limits, reward_app
+from kvpo.rewards.wire import Offer
+
+QUICK = Patience(answer=20, attempts=2, outage=1.0, first_pause=0.05, longest_pause=0.2)
+
+
+@dataclass(frozen=True)
+class Named:
+    """A scorer of one component out of any function."""
+
+    function: Callable[[Tensor, Sequence[ClipPrompt]], Any]
+    component: str = "own"
+
+    @property
+    def components(self) -> tuple[str, ...]:
+        return (self.component,)
+
+    def __call__(self, video_BTCHW: Tensor, prompts: Sequence[ClipPrompt]) -> dict[str, Tensor]:
+        return {self.component: self.function(video_BTCHW, prompts)}
+
+
+def offer(scorer: Scorer, name: str = "own") -> Offer:
+    """All components of a scorer under one name."""
+    declarations = tuple(Declaration(c, -inf, inf, True, False, 1, 32 * 32) for c in scorer.components)
+    return Offer(name, declarations, dict.fromkeys(scorer.components, 1.0))
+
+
+@contextmanager
+def serving(
+    scorer: Scorer, *, port: int = 0, token: str | None = None, limits: Limits = Limits()
+) -> Iterator[str]:
+    """The address of a server of one reward called "own"; it is stopped without waiting at the end."""
+    app = reward_app([scorer], [offer(scorer)], frame_rate=16.0, token=token, limits=limits)
+    with socket.create_server(("127.0.0.1", port)) as listener:
+        server = uvicorn.Server(uvicorn.Config(app, log_level="critical", timeout_graceful_shutdown=1))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        finally:
+            server.should_exit = True
+            thread.join(20)
+            assert not thread.is_alive()
+
+
+def free_port() -> int:
+    """A port that nobody listens on."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return listener.getsockname()[1]
+
+
+def eventually(condition: Callable[[], bool], seconds: float = 10.0) -> None:
+    """Wait until ``condition`` holds."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def numbered(count: int, first: int = 0) -> tuple[Tensor, list[ClipPrompt]]:
+    """Tiny clips whose pixels and prompt say which one they are."""
+    numbers = torch.arange(first, first + count, dtype=torch.float32)
+    video = numbers[:, None, None, None, None].expand(-1, 2, 3, 2, 2).contiguous()
+    return video, [ClipPrompt(f"clip {n}", f"before {n}", n % 3) for n in range(first, first + count)]
+
+
+def number_of(video_BTCHW: Tensor, prompts: Sequence[ClipPrompt]) -> Tensor:
+    """What ``numbered`` clips are, checked against their prompts."""
+    numbers = video_BTCHW[:, 0, 0, 0, 0]
+    for number, prompt in zip(numbers.tolist(), prompts, strict=True):
+        told = (str(prompt), prompt.before, prompt.switch)
+        assert told == (f"clip {number:.0f}", f"before {number:.0f}", number % 3)
+    return numbers

@@ -1,0 +1,386 @@
+"""A reward server and its client over a real loopback connection: right numbers, or a clear error."""
+
+import json
+import math
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import Any
+
+import httpx
+import pytest
+import torch
+from reward_servers import QUICK, Named, eventually, free_port, number_of, numbered, serving
+
+from kvpo.prompts import ClipPrompt
+from kvpo.rewards import client as client_module
+from kvpo.rewards.client import Patience, connect
+from kvpo.rewards.protocol import Declaration, Sampling
+from kvpo.rewards.scoring_queue import ScoringQueue
+from kvpo.rewards.server import Limits
+from kvpo.rewards.wire import (
+    Offer,
+    Question,
+    decode_offers,
+    decode_question,
+    encode_offers,
+    encode_question,
+)
+from kvpo.rewards.world_pixels import WorldScorer
+from kvpo.world.render import render
+from kvpo.world.stories import distinct_stories
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.uint8])
+def test_a_question_survives_its_journey_to_the_bit(dtype: torch.dtype) -> None:
+    video = (torch.rand(2, 3, 3, 4, 6) * 255).to(dtype)
+    prompts = (ClipPrompt("Ein Bär, “groß”", "vorher\n", 2), ClipPrompt(""))
+    found = decode_question(encode_question(Question(video, prompts, ("a", "b"))))
+    assert torch.equal(found.video_BTCHW, video) and found.components == ("a", "b")
+    assert [(str(p), p.before, p.switch) for p in found.prompts] == [
+        ("Ein Bär, “groß”", "vorher\n", 2),
+        ("", "", 0),
+    ]
+
+
+def test_offers_survive_their_journey() -> None:
+    declarations = (
+        Declaration("a", -math.inf, math.inf, True, False, 2, 100, Sampling(2.0, 4, 32, 2, None)),
+        Declaration("b", 0.0, 1.0, False, True, 1, 50),
+    )
+    offers = (Offer("both", declarations, {"a": 1.0, "b": 0.5}),)
+    assert decode_offers(json.loads(json.dumps(encode_offers(offers), allow_nan=False))) == offers
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda body: b"", "must be a safetensors file"),
+        (lambda body: b"\xff" * 40, "must be a safetensors file"),
+        (lambda body: body[:-3], "must be a safetensors file"),
+        (lambda body: body.replace(b'"prompts"', b'"prompps"'), "must be a safetensors file"),
+        (lambda body: body.replace(b"clip 0", b'\\"\\"]..'), "must be a safetensors file"),
+        (lambda body: body.replace(b'"video"', b'"audio"'), "one tensor, 'video', got audio"),
+        (
+            lambda body: body.replace(b"[2,2,3,2,2]", b"[2,3,2,2,2]"),
+            "video must be .* got \\[2, 3, 2, 2, 2\\]",
+        ),
+        (lambda body: body.replace(b"[2,2,3,2,2]", b"[4,1,3,2,2]"), "2 prompts for 4 clips"),
+        (lambda body: body.replace(b'"F32"', b'"I32"'), "of torch.int32"),
+    ],
+)
+def test_a_damaged_question_is_refused(change: Any, message: str) -> None:
+    video, prompts = numbered(2)
+    body = encode_question(Question(video, tuple(prompts), ("own",)))
+    assert change(body) != body
+    with pytest.raises(ValueError, match=message):
+        decode_question(change(body))
+
+
+def test_remote_scores_are_the_local_ones_to_the_bit() -> None:
+    """Real clips, two of each length, in both precisions that a run decodes to."""
+    stories = distinct_stories("validation", 4, 1, 12, 0)
+    generator = torch.Generator().manual_seed(0)
+    video = torch.stack([render(story, generator) for story in stories])
+    prompts = [ClipPrompt(story.acts[0].caption) for story in stories]
+    scorer = WorldScorer()
+    with serving(scorer) as url:
+        remote = connect(url, ["own"], patience=QUICK)
+        assert remote.components == scorer.components and remote.frame_rate == 16.0
+        assert remote.weights == dict.fromkeys(scorer.components, 1.0)
+        for clips in (video, video[:, :5], video.half()):
+            expected = scorer(clips, prompts)
+            for name, values in remote(clips, prompts).items():
+                assert torch.equal(values, expected[name].float()), name
+        remote.close()
+
+
+def test_eight_bit_clips_are_scored_as_fractions() -> None:
+    video = torch.arange(256, dtype=torch.uint8)[:, None, None, None, None].expand(-1, 1, 3, 1, 1)
+    with serving(Named(lambda clips, prompts: clips[:, 0, 0, 0, 0])) as url:
+        scores = connect(url, ["own"], patience=QUICK)(video, [ClipPrompt("")] * 256)["own"]
+    assert torch.equal(scores, torch.arange(256) / 255)
+
+
+def test_a_large_batch_is_split_and_put_together_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+
+    def observed(video: Any, prompts: Any) -> Any:
+        sizes.append(len(video))
+        time.sleep(0.002 * (len(sizes) % 3))
+        return number_of(video, prompts)
+
+    monkeypatch.setattr(client_module, "REQUEST_BYTES", 5 * 96 + 95)
+    video, prompts = numbered(103)
+    with serving(Named(observed), limits=Limits(batch=8)) as url:
+        assert torch.equal(connect(url, ["own"], patience=QUICK)(video, prompts)["own"], torch.arange(103.0))
+    assert sum(sizes) == 103 and max(sizes) <= 8
+
+
+def test_requests_of_many_clients_are_batched_by_shape() -> None:
+    calls: list[tuple[int, ...]] = []
+    hold, busy = threading.Event(), threading.Event()
+
+    def observed(video: Any, prompts: Any) -> Any:
+        calls.append(tuple(video.shape[:2]))
+        busy.set()
+        hold.wait(20)
+        return video[:, 0, 0, 0, 0]
+
+    queue = ScoringQueue([Named(observed)], batch=4)
+    video, prompts = numbered(20)
+
+    def ask(n: int, frames: int) -> Any:
+        return queue.put(Question(video[n : n + 1, :frames], tuple(prompts[n : n + 1]), ("own",)))
+
+    first = ask(0, 2)
+    assert busy.wait(10)
+    order = [(1, 2), (2, 1), (3, 2), (4, 2), (5, 1), (6, 2), (7, 2)]
+    answers = [ask(*item) for item in order]
+    assert queue.waiting_clips == 7 and queue.began is not None
+    withdrawn = ask(8, 2)
+    withdrawn.cancel()
+    hold.set()
+    assert first.result(10)["own"].tolist() == [0]
+    assert [answer.result(10)["own"].tolist() for answer in answers] == [[n] for n, _ in order]
+    assert calls == [(1, 2), (4, 2), (2, 1), (1, 2)]  # the oldest first, with those of its shape
+    queue.close()
+
+
+def test_a_question_that_breaks_the_scorer_breaks_no_other() -> None:
+    busy, hold = threading.Event(), threading.Event()
+
+    def picky(video: Any, prompts: Any) -> Any:
+        busy.set()
+        hold.wait(20)
+        if any("3" in prompt for prompt in prompts):
+            raise SystemExit("no threes")
+        return number_of(video, prompts)
+
+    queue = ScoringQueue([Named(picky)], batch=16)
+    video, prompts = numbered(6)
+    answers = [queue.put(Question(video[n][None], (prompts[n],), ("own",))) for n in range(6)]
+    hold.set()
+    for n, answer in enumerate(answers):
+        if n == 3:
+            with pytest.raises(ValueError, match="the scorer failed: SystemExit: no threes"):
+                answer.result(10)
+        else:
+            assert answer.result(10)["own"].tolist() == [n]
+    queue.close()
+    assert queue.put(Question(video, tuple(prompts), ("own",))).done() is False  # nobody works any more
+
+
+@pytest.mark.parametrize(
+    ("broken", "message"),
+    [
+        (lambda v, p: 1 / 0, "500 .* the scorer failed: ZeroDivisionError: division by zero"),
+        (lambda v, p: torch.full((len(v),), math.nan), "500 .*'own' is nan for clip 0 of 3"),
+        (lambda v, p: torch.zeros(len(v) + 1), "500 .*expected 3 scores, got shape \\[4\\]"),
+        (lambda v, p: torch.zeros(len(v), 1), "500 .*expected 3 scores, got shape \\[3, 1\\]"),
+        (lambda v, p: None, "500 .*the scorer failed: AttributeError"),
+    ],
+)
+def test_a_scorer_that_fails_costs_a_retry_and_then_a_clear_error(broken: Any, message: str) -> None:
+    well = threading.Event()
+    scorer = Named(lambda v, p: number_of(v, p) if well.is_set() else broken(v, p))
+    video, prompts = numbered(3)
+    with serving(scorer) as url:
+        remote = connect(url, ["own"], patience=QUICK)
+        with pytest.raises(ValueError, match=f"reward server {url}: asked 2 times in .* s, .*{message}"):
+            remote(video, prompts)
+        well.set()
+        assert remote(video, prompts)["own"].tolist() == [0, 1, 2]
+
+
+def test_a_scorer_that_fails_once_costs_a_retry_only() -> None:
+    calls = []
+
+    def moody(video: Any, prompts: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 1:
+            raise RuntimeError("CUDA error: unspecified launch failure")
+        return number_of(video, prompts)
+
+    with serving(Named(moody)) as url:
+        assert connect(url, ["own"], patience=QUICK)(*numbered(2))["own"].tolist() == [0, 1]
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        ({"scores": {"own": [0.5]}}, "expected 2 scores"),
+        ({"scores": {"own": [0.5, math.nan]}}, "'own' is nan for clip 1 of 2"),
+        ({"scores": {"own": ["a", None]}}, "unusable scores"),
+        ({"scores": {"other": [0.5, 0.5]}}, "'own' is missing"),
+        ([1, 2], "unusable scores"),
+        ("<html>", "the answer is not JSON: '<html>'"),
+    ],
+)
+def test_an_answer_that_is_not_the_scores_asked_for_is_never_used(answer: Any, message: str) -> None:
+    content = answer if isinstance(answer, str) else json.dumps(answer)
+    with serving(Named(number_of)) as url:
+        remote = connect(url, ["own"], patience=QUICK)
+        remote.link.client._transport = httpx.MockTransport(lambda request: httpx.Response(200, text=content))
+        with pytest.raises(ValueError, match=f"{url}: asked 2 times .*{message}"):
+            remote(*numbered(2))
+
+
+def test_a_slow_server_ends_in_an_error_and_its_queue_forgets_the_question() -> None:
+    hold, calls = threading.Event(), []
+
+    def slow(video: Any, prompts: Any) -> Any:
+        calls.append(len(video))
+        hold.wait(20)
+        return number_of(video, prompts)
+
+    with serving(Named(slow)) as url:
+        remote = connect(url, ["own"], patience=replace(QUICK, answer=0.3))
+        started = time.monotonic()
+        with pytest.raises(ValueError, match=f"{url}: asked 2 times in .* s, .* no answer within 0.3 s"):
+            remote(*numbered(2))
+        assert 0.6 < time.monotonic() - started < 5
+        eventually(lambda: httpx.get(f"{url}/health").json()["held_bytes"] == 0)
+        health = httpx.get(f"{url}/health").json()
+        assert health["waiting_clips"] == 0 and health["scoring_seconds"] > 0.3
+        hold.set()
+        eventually(lambda: httpx.get(f"{url}/health").json()["scoring_seconds"] is None)
+        assert remote(*numbered(2))["own"].tolist() == [0, 1]
+    assert calls == [2, 2]  # the second try was taken back before it was scored
+
+
+def test_limits_of_a_request() -> None:
+    video, prompts = numbered(3)
+    body = encode_question(Question(video, tuple(prompts), ("own",)))
+    with serving(Named(number_of), limits=Limits(request_bytes=len(body))) as url:
+        assert httpx.post(f"{url}/score", content=body).json() == {"scores": {"own": [0, 1, 2]}}
+        answer = httpx.post(f"{url}/score", content=body + b" ")
+        assert answer.status_code == 413 and f"limit of {len(body):,}" in answer.json()["detail"]
+        assert httpx.post(f"{url}/score", content=iter([body])).status_code == 411
+        assert httpx.post(f"{url}/score", content=body[:-1]).status_code == 400
+        other = encode_question(Question(video[:2], tuple(prompts[:2]), ("other",)))
+        answer = httpx.post(f"{url}/score", content=other)
+        assert answer.status_code == 400 and answer.json()["detail"] == "no component 'other'; there are own"
+        remote = connect(url, ["own"], patience=QUICK)
+        with pytest.raises(ValueError, match="a clip of \\[500, 3, 2, 2\\] has 24,000 bytes, its limit"):
+            remote(torch.zeros(1, 500, 3, 2, 2), prompts[:1])
+        assert httpx.get(f"{url}/health").json()["held_bytes"] == 0
+
+
+def test_a_full_queue_says_when_to_come_back_and_the_client_does() -> None:
+    hold, busy = threading.Event(), threading.Event()
+
+    def slow(video: Any, prompts: Any) -> Any:
+        busy.set()
+        hold.wait(20)
+        return number_of(video, prompts)
+
+    video, prompts = numbered(2)
+    body = encode_question(Question(video, tuple(prompts), ("own",)))
+    limits = Limits(request_bytes=2 * len(body), queue_bytes=2 * len(body), retry_seconds=1)
+    with serving(Named(slow), limits=limits) as url, ThreadPoolExecutor(3) as threads:
+        clients = [connect(url, ["own"], patience=replace(QUICK, outage=20)) for _ in range(2)]
+        answers = [threads.submit(client, video, prompts) for client in clients]
+        eventually(lambda: httpx.get(f"{url}/health").json()["held_bytes"] == 2 * len(body))
+        refused = httpx.post(f"{url}/score", content=body)
+        assert refused.status_code == 503 and refused.headers["retry-after"] == "1"
+        with pytest.raises(ValueError, match=f"{url}: asked .* then gave up: 503 .*the queue is full"):
+            connect(url, ["own"], patience=replace(QUICK, outage=0.3))(video, prompts)
+        late = threads.submit(connect(url, ["own"], patience=replace(QUICK, outage=20)), video, prompts)
+        time.sleep(0.2)
+        assert not late.done()
+        hold.set()
+        assert [answer.result(10)["own"].tolist() for answer in (*answers, late)] == [[0, 1]] * 3
+
+
+def test_who_may_ask() -> None:
+    body = encode_question(Question(*map(lambda part: part[:1], numbered(1)), ("own",)))  # type: ignore[arg-type]
+    with serving(Named(number_of), token="swordfish") as url:
+        assert httpx.get(f"{url}/health").status_code == 200
+        for headers in ({}, {"Authorization": "Bearer swordfis"}, {"Authorization": "Basic swordfish"}):
+            assert httpx.post(f"{url}/score", content=body, headers=headers).status_code == 401
+            assert httpx.get(f"{url}/rewards", headers=headers).status_code == 401
+        assert "swordfish" not in httpx.get(f"{url}/docs").text
+        for token in (None, "marlin"):
+            with pytest.raises(
+                ValueError, match=f"{url} refused: 401 Unauthorized: a bearer token is needed"
+            ):
+                connect(url, ["own"], token=token, patience=QUICK)
+        assert connect(url, ["own"], token="swordfish", patience=QUICK)(*numbered(1))["own"].tolist() == [0]
+
+
+def test_a_server_that_is_not_there_or_something_else() -> None:
+    url = f"http://127.0.0.1:{free_port()}"
+    with pytest.raises(
+        ValueError, match=f"reward server {url}: asked .* times in .* s, then gave up: .*onnect"
+    ):
+        connect(url, ["own"], patience=QUICK)
+    with serving(Named(number_of)) as url:
+        with pytest.raises(ValueError, match=f"{url} refused: it does not have 'hpsv3'; it has own"):
+            connect(url, ["hpsv3"], patience=QUICK)
+        with pytest.raises(ValueError, match="refused: 404"):
+            connect(f"{url}/elsewhere", ["own"], patience=QUICK)
+
+
+@pytest.mark.parametrize("url", ["127.0.0.1:80", "ftp://a", "http://", "http://a?b=c", "http://me:secret@a"])
+def test_addresses_that_are_none(url: str) -> None:
+    with pytest.raises(ValueError, match="reward server") as caught:
+        connect(url, ["own"])
+    assert "secret" not in str(caught.value)
+
+
+def test_a_server_may_come_up_after_its_client_and_come_back() -> None:
+    port = free_port()
+    video, prompts = numbered(4)
+    patience = replace(QUICK, outage=20)
+    with ThreadPoolExecutor(1) as threads:
+        waiting = threads.submit(connect, f"http://127.0.0.1:{port}", ["own"], patience=patience)
+        time.sleep(0.1)
+        with serving(Named(number_of), port=port):
+            remote = waiting.result(10)
+            assert remote(video, prompts)["own"].tolist() == [0, 1, 2, 3]
+        answer = threads.submit(remote, video, prompts)
+        time.sleep(0.1)
+        with serving(Named(number_of), port=port):
+            assert answer.result(10)["own"].tolist() == [0, 1, 2, 3]
+
+
+def test_ten_thousand_queued_clips(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two thirds wait at once, the rest comes back; nothing is lost, mis-assigned or held beyond the limit."""
+    video, prompts = numbered(25)
+    size = len(encode_question(Question(video, tuple(prompts), ("own",)))) + 200  # later numbers are longer
+    room = 270 * size
+    monkeypatch.setattr(client_module, "REQUEST_BYTES", 25 * 96)
+    monkeypatch.setattr(client_module, "IN_FLIGHT", 100)
+    release, most_held = threading.Event(), [0]
+
+    def observed(video: Any, prompts: Any) -> Any:
+        release.wait(60)
+        return number_of(video, prompts)
+
+    limits = Limits(request_bytes=size, queue_bytes=room, batch=64, retry_seconds=0)
+    with serving(Named(observed), limits=limits) as url, ThreadPoolExecutor(4) as threads:
+        patience = Patience(answer=60, outage=60, first_pause=0.5, longest_pause=0.5)
+        remotes = [connect(url, ["own"], patience=patience) for _ in range(4)]
+        asked = [threads.submit(r, *numbered(2500, 2500 * n)) for n, r in enumerate(remotes)]
+
+        def full() -> bool:
+            health = httpx.get(f"{url}/health").json()
+            most_held[0] = max(most_held[0], health["held_bytes"])
+            return health["waiting_clips"] > 6000
+
+        eventually(full, 60)
+        release.set()
+        found = torch.cat([item.result(60)["own"] for item in asked])
+        assert most_held[0] <= room and full() is False
+    assert torch.equal(found, torch.arange(10_000.0))
+
+
+def test_several_threads_share_one_client() -> None:
+    with serving(Named(number_of)) as url, ThreadPoolExecutor(4) as threads:
+        remote = connect(url, ["own"], patience=QUICK)
+        asked = [threads.submit(remote, *numbered(7, 7 * n)) for n in range(20)]
+        found = torch.cat([item.result(20)["own"] for item in asked])
+    assert torch.equal(found, torch.arange(140.0))
