@@ -252,11 +252,12 @@ class RewardConfig:
     """Which rewards score the clips of a run, and how their components are weighted."""
 
     scorers: tuple[str, ...] = ("world",)
-    """Rewards used together: ids of the catalogue, "world", or `package.module:function` of your own."""
+    """Rewards used together: ids of the catalogue, "world", `package.module:function` of your own, or any of
+    these of a server as `NAME@http://HOST:PORT`."""
     weights: dict[str, float] = field(default_factory=dict)
     """Weight of components, instead of 1 each, or of the embedded world's own."""
     sources: dict[str, str] = field(default_factory=dict)
-    """Path or hub id of parts of catalogue rewards, held-out ones too, as in hpsv3.weights=/models/HPSv3.safetensors."""
+    """Path or hub id of parts of catalogue rewards, held-out ones too: hpsv3.base=/models/Qwen2-VL-7B."""
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from kvpo.rewards.protocol import Declaration, Scorer
 from kvpo.rewards.server import Limits, reward_app
 from kvpo.rewards.wire import Offer
 
+LIMITS = Limits()
 QUICK = Patience(answer=20, attempts=2, outage=1.0, first_pause=0.05, longest_pause=0.2)
 
 
@@ -45,7 +46,7 @@ def offer(scorer: Scorer, name: str = "own") -> Offer:
 
 @contextmanager
 def serving(
-    scorer: Scorer, *, port: int = 0, token: str | None = None, limits: Limits = Limits()
+    scorer: Scorer, *, port: int = 0, token: str | None = None, limits: Limits = LIMITS
 ) -> Iterator[str]:
     """The address of a server of one reward called "own"; it is stopped without waiting at the end."""
     app = reward_app([scorer], [offer(scorer)], frame_rate=16.0, token=token, limits=limits)

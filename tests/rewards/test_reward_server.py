@@ -348,7 +348,7 @@ def test_a_server_may_come_up_after_its_client_and_come_back() -> None:
 
 
 def test_ten_thousand_queued_clips(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two thirds wait at once, the rest comes back; nothing is lost, mis-assigned or held beyond the limit."""
+    """Most wait at once, the rest comes back; nothing is lost, mis-assigned or held beyond the limit."""
     video, prompts = numbered(25)
     size = len(encode_question(Question(video, tuple(prompts), ("own",)))) + 200  # later numbers are longer
     room = 270 * size

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kvpo.app.build import UserReward
+from kvpo.app.named_rewards import UserReward
 from kvpo.config import ExplorationConfig
 from kvpo.engine.generator import StreamingGenerator
 from kvpo.engine.scoring import score_groups
@@ -255,8 +255,13 @@ def test_scoring_overlaps_generation_and_changes_no_number(
     tiny_base: Path, monkeypatch: pytest.MonkeyPatch, refresh: int
 ) -> None:
     scorer = Watched()
-    settings = {"exploration__rows": 2, "optim__prompts_per_update": 3}
-    trainer = trainer_of(tiny_base, scorer, optim__rollouts_per_refresh=refresh, **settings)
+    trainer = trainer_of(
+        tiny_base,
+        scorer,
+        exploration__rows=2,
+        optim__prompts_per_update=3,
+        optim__rollouts_per_refresh=refresh,
+    )
     velocity = StreamingGenerator.velocity
 
     def counted(*arguments: Any) -> Tensor:
@@ -274,7 +279,9 @@ def test_scoring_overlaps_generation_and_changes_no_number(
             assert torch.equal(found.global_KM, expected.global_KM)
     else:
         trainer.collect()
-    assert scorer.at_calls[0] < scorer.generated[0]  # the first group before the last was generated
+    assert (
+        scorer.at_calls[0] < scorer.generated[0]
+    )  # the first group was scored before the last was generated
     assert scorer.most_alive[0] == 1
 
 

@@ -213,4 +213,10 @@ COMMANDS = (
         reward_commands.calibrate_arguments,
         reward_commands.calibrate,
     ),
+    Command(
+        "reward-server",
+        "serve rewards to runs in other processes",
+        reward_commands.reward_server_arguments,
+        reward_commands.reward_server,
+    ),
 )

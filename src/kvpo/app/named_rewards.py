@@ -1,6 +1,10 @@
-"""Rewards by name, for every command: ids of the catalogue, "world", or package.module:function."""
+"""Rewards by name, for every command: ids of the catalogue, "world", or package.module:function.
+
+``NAME@http://HOST:PORT`` is a reward of a server (``kvpo reward-server``).
+"""
 
 import importlib
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,11 +16,11 @@ import torch
 from torch import Tensor
 
 from kvpo.config_checks import ConfigurationError
-from kvpo.engine.scoring import Scorer, checked
 from kvpo.prompts import ClipPrompt
-from kvpo.rewards.catalogue import REWARD_IDS, build_rewards
+from kvpo.rewards.catalogue import FAMILIES, REWARD_IDS, build_rewards
 from kvpo.rewards.declarations import DECLARATIONS, SD, VIDEOALIGN_SAMPLING
-from kvpo.rewards.protocol import Declaration
+from kvpo.rewards.protocol import Declaration, Scorer, checked
+from kvpo.rewards.wire import TOKEN_VARIABLE
 
 WORLD = "world"
 FILE_RATE = VIDEOALIGN_SAMPLING.rate
@@ -76,41 +80,88 @@ def named_rewards(
 
     Raises:
         ConfigurationError: unknown or repeated names, prompts that are needed and absent.
-        ValueError: a part of a reward cannot be found or does not fit.
+        ValueError: a part of a reward cannot be found or does not fit, a server does not answer.
     """
-    if not names or len(set(names)) < len(names):
-        raise ConfigurationError(f"{field}: name every reward once, got {', '.join(names) or 'none'}")
-    for name in names:
-        if name not in REWARD_IDS and name != WORLD and ":" not in name:
-            raise ConfigurationError(
-                f"{field}: unknown reward {name!r}; there are {', '.join(REWARD_IDS)}, {WORLD}, "
-                "and your own as package.module:function"
-            )
-    readers = [n for n in names if n == WORLD or n in DECLARATIONS and DECLARATIONS[n].reads_prompt]
-    if readers and not prompts:
-        verb = "reads" if len(readers) == 1 else "read"
-        raise ConfigurationError(f"{field}: {', '.join(readers)} {verb} the prompt: give --prompts FILE")
-    found = {
-        component: NamedReward(
-            component,
-            scorer,
-            tuple(DECLARATIONS[c] for c in scorer.components),
-            dict.fromkeys(scorer.components, 1.0),
-        )
-        for scorer in build_rewards(
-            [name for name in names if name in REWARD_IDS], sources, frame_rate=frame_rate, device=device
-        )
-        for component in scorer.components
-    }
+    located = [split_location(name) for name in names]
+    _check_names(located, prompts, field)
+    found = _catalogued(
+        [name for name, url in located if url is None and name in REWARD_IDS], sources, frame_rate, device
+    )
     rewards: list[NamedReward] = []
-    for name in names:
-        if name == WORLD:
+    for name, url in located:
+        if url is not None:
+            together = [other for other, its in located if its == url and _share_a_model(name, other)]
+            if together[0] == name:
+                rewards.append(_remote(together, url, field, frame_rate))
+        elif name == WORLD:
             rewards.append(_world())
         elif name not in found:
             rewards.append(_users_own(name, field))
         elif all(found[name].scorer is not reward.scorer for reward in rewards):
             rewards.append(found[name])
     return rewards
+
+
+def _check_names(located: Sequence[tuple[str, str | None]], prompts: bool, field: str) -> None:
+    plain = [name for name, _ in located]
+    if not plain or len(set(plain)) < len(plain):
+        raise ConfigurationError(f"{field}: name every reward once, got {', '.join(plain) or 'none'}")
+    for name in (name for name, url in located if url is None):
+        if name not in REWARD_IDS and name != WORLD and ":" not in name:
+            raise ConfigurationError(
+                f"{field}: unknown reward {name!r}; there are {', '.join(REWARD_IDS)}, {WORLD}, "
+                "your own as package.module:function, and any of a server as NAME@http://HOST:PORT"
+            )
+    readers = [n for n in plain if n == WORLD or n in DECLARATIONS and DECLARATIONS[n].reads_prompt]
+    if readers and not prompts:
+        verb = "reads" if len(readers) == 1 else "read"
+        raise ConfigurationError(f"{field}: {', '.join(readers)} {verb} the prompt: give --prompts FILE")
+
+
+def split_location(name: str) -> tuple[str, str | None]:
+    """The reward and the address of its server in ``NAME@http://HOST:PORT``; a name alone has no address."""
+    plain, at, url = name.partition("@")
+    return (plain, url) if at else (name, None)
+
+
+def _share_a_model(one: str, other: str) -> bool:
+    return one == other or any(one in family.ids and other in family.ids for family in FAMILIES)
+
+
+def _catalogued(
+    ids: Sequence[str], sources: Mapping[str, str] | None, frame_rate: float, device: str
+) -> dict[str, NamedReward]:
+    """The reward of every id, the same one for ids that share a model."""
+    return {
+        component: NamedReward(
+            component,
+            scorer,
+            tuple(DECLARATIONS[c] for c in scorer.components),
+            dict.fromkeys(scorer.components, 1.0),
+        )
+        for scorer in build_rewards(ids, sources, frame_rate=frame_rate, device=device)
+        for component in scorer.components
+    }
+
+
+def _remote(names: Sequence[str], url: str, field: str, frame_rate: float) -> NamedReward:
+    """Rewards of a server that share a model there."""
+    try:
+        from kvpo.rewards.client import connect
+    except ModuleNotFoundError as error:
+        raise ConfigurationError(
+            f"{field}: {names[0]}@{url} needs {error.name}: pip install 'kvpo[server]'"
+        ) from error
+    scorer = connect(url, names, token=os.environ.get(TOKEN_VARIABLE))
+    samplings = [(one.name, one.sampling) for one in scorer.declarations]
+    sampled = [name for name, how in samplings if how is not None and how.least < how.most]
+    if sampled and scorer.frame_rate != frame_rate:
+        raise ConfigurationError(
+            f"{field}: {sampled[0]} takes its frames by time, and {url} was started for clips of "
+            f"{scorer.frame_rate:g} frames per second; these have {frame_rate:g}: start a server with "
+            f"--frame-rate {frame_rate:g}"
+        )
+    return NamedReward(names[0], scorer, scorer.declarations, scorer.weights)
 
 
 def _world() -> NamedReward:

@@ -1,5 +1,7 @@
-"""``kvpo score`` and ``kvpo calibrate``: their arguments, and the functions they call."""
+"""``kvpo score``, ``calibrate`` and ``reward-server``: their arguments, and the functions they call."""
 
+import math
+import os
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterator
@@ -9,6 +11,7 @@ from pathlib import Path
 from kvpo.config_checks import ConfigurationError
 from kvpo.rewards.catalogue import FAMILIES, REWARD_IDS
 
+_NAMES = f"{', '.join(REWARD_IDS)}, world (the embedded world's), your own as package.module:function"
 _PARTS = ", ".join(f"{family.ids[0]}.{part}" for family in FAMILIES for part in family.parts)
 
 
@@ -22,7 +25,7 @@ def score_arguments(parser: ArgumentParser) -> None:
         action="append",
         required=True,
         metavar="NAME[,NAME]",
-        help=f"{', '.join(REWARD_IDS)}, world (the embedded world's), or your own as package.module:function",
+        help=f"{_NAMES}, or any of these of a server as NAME@http://HOST:PORT",
     )
     parser.add_argument(
         "--out",
@@ -31,12 +34,13 @@ def score_arguments(parser: ArgumentParser) -> None:
         metavar="FILE",
         help="page to write, with a .json beside it (default: scores.html)",
     )
-    _shared_arguments(parser)
+    _prompts_argument(parser)
+    _model_arguments(parser)
 
 
 def score(arguments: Namespace) -> None:
     """Run ``kvpo score``."""
-    names = [name.strip() for names in arguments.reward for name in names.split(",") if name.strip()]
+    names = _names(arguments.reward)
     _check_out(arguments.out, ".html")
     from kvpo.app.score import score_folder, table
 
@@ -71,12 +75,16 @@ def calibrate_arguments(parser: ArgumentParser) -> None:
         "--seed", type=int, default=0, metavar="INT", help="keys the noise and generated videos"
     )
     parser.add_argument("--out", type=Path, metavar="FILE", help="JSON to write (default: REWARD.noise.json)")
-    _shared_arguments(parser)
+    _prompts_argument(parser)
+    _model_arguments(parser)
 
 
 def calibrate(arguments: Namespace) -> None:
     """Run ``kvpo calibrate``."""
-    out = arguments.out or Path(f"{arguments.reward.replace(':', '.')}.noise.json")
+    from kvpo.app.named_rewards import split_location
+
+    plain, _ = split_location(arguments.reward)
+    out = arguments.out or Path(f"{plain.replace(':', '.')}.noise.json")
     _check_out(out, ".json")
     from kvpo.app.calibrate import calibrate as measure
     from kvpo.app.calibrate import table
@@ -98,13 +106,94 @@ def calibrate(arguments: Namespace) -> None:
     print(out)
 
 
-def _shared_arguments(parser: ArgumentParser) -> None:
+def reward_server_arguments(parser: ArgumentParser) -> None:
+    """Arguments of ``kvpo reward-server``."""
+    parser.add_argument(
+        "--reward", action="append", required=True, metavar="NAME[,NAME]", help=f"what to serve: {_NAMES}"
+    )
+    parser.add_argument(
+        "--host",
+        default="127.0.0.1",
+        metavar="TEXT",
+        help="address to listen at; one that other machines can reach needs a token (default: 127.0.0.1)",
+    )
+    parser.add_argument("--port", type=int, default=8787, metavar="INT", help="(default: 8787; 0: any)")
+    parser.add_argument(
+        "--token_file",
+        type=Path,
+        metavar="FILE",
+        help="holds the bearer token that clients must show (default: the environment's KVPO_REWARD_TOKEN)",
+    )
+    parser.add_argument(
+        "--frame_rate",
+        type=float,
+        default=16.0,
+        metavar="FLOAT",
+        help="frames per second of the clips, for rewards that take frames by time (default: 16, the public "
+        "generators'; `kvpo score` sends 2)",
+    )
+    parser.add_argument(
+        "--batch", type=int, default=16, metavar="INT", help="most clips scored in one call (default: 16)"
+    )
+    parser.add_argument(
+        "--request_mib", type=int, default=1024, metavar="INT", help="largest request (default: 1024)"
+    )
+    parser.add_argument(
+        "--queue_mib",
+        type=int,
+        default=4096,
+        metavar="INT",
+        help="of all requests under way; beyond it clients are told to come back (default: 4096)",
+    )
+    _model_arguments(parser)
+
+
+def reward_server(arguments: Namespace) -> None:
+    """Run ``kvpo reward-server``."""
+    try:
+        from kvpo.app.reward_server import read_token, serve
+        from kvpo.rewards.server import MIB, Limits
+    except ModuleNotFoundError as error:
+        raise ConfigurationError(f"reward-server needs {error.name}: pip install 'kvpo[server]'") from error
+
+    for name in ("batch", "request_mib", "queue_mib"):
+        if vars(arguments)[name] < 1:
+            raise ConfigurationError(f"--{name}: must be 1 or more, got {vars(arguments)[name]}")
+    if arguments.request_mib > arguments.queue_mib:
+        raise ConfigurationError(
+            f"--request_mib: {arguments.request_mib} never fits into --queue_mib {arguments.queue_mib}"
+        )
+    if not 0 <= arguments.port < 2**16:
+        raise ConfigurationError(f"--port: must be 0 to {2**16 - 1}, got {arguments.port}")
+    if not 0 < arguments.frame_rate < math.inf:
+        raise ConfigurationError(f"--frame_rate: must be positive, got {arguments.frame_rate}")
+    limits = Limits(arguments.request_mib * MIB, arguments.queue_mib * MIB, arguments.batch)
+    serve(
+        _names(arguments.reward),
+        host=arguments.host,
+        port=arguments.port,
+        token=read_token(arguments.token_file, os.environ),
+        frame_rate=arguments.frame_rate,
+        limits=limits,
+        sources=_sources(arguments.source),
+        device=arguments.device or _device(),
+    )
+
+
+def _names(given: list[str]) -> list[str]:
+    return [name.strip() for names in given for name in names.split(",") if name.strip()]
+
+
+def _prompts_argument(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--prompts",
         type=Path,
         metavar="FILE",
         help="one line per video in the order of their names (.txt), or JSON that maps file names to prompts",
     )
+
+
+def _model_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--source",
         action="append",

@@ -55,12 +55,12 @@ def is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def read_token(file: Path | None, variable: str | None) -> str | None:
-    """The bearer token: of a file if there is one, else of the environment's variable.
+def read_token(file: Path | None, environment: Mapping[str, str]) -> str | None:
+    """The bearer token: of a file if one is named, else of the environment's variable.
 
     Raises ConfigurationError for a file or a variable without one.
     """
-    where, text = TOKEN_VARIABLE, variable
+    where, text = TOKEN_VARIABLE, environment.get(TOKEN_VARIABLE)
     if file is not None:
         try:
             where, text = f"--token-file: {file}", file.read_text(encoding="utf-8")

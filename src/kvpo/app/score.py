@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kvpo.app.named_rewards import NamedReward, named_rewards
+from kvpo.app.named_rewards import NamedReward, named_rewards, split_location
 from kvpo.prompt_files import read_prompts
 from kvpo.prompts import ClipPrompt
 from kvpo.report.scores import Entry, write_page
@@ -161,7 +161,8 @@ def score_folder(
         results.append(score_file(path, text, rewards, FileScore(path, name, text)))
     progress(len(files), len(files))
     columns = [component for reward in rewards for component in reward.scorer.components]
-    columns.sort(key=lambda c: names.index(c) if c in names else len(names))
+    plain = [split_location(name)[0] for name in names]
+    columns.sort(key=lambda c: plain.index(c) if c in plain else len(plain))
     if not any(result.scores for result in results):
         first = next(iter(results[0].problems.values()))
         raise ValueError(f"none of {len(files)} file(s) could be scored; {results[0].name}: {first}")

@@ -105,11 +105,9 @@ class Link:
             wait = pause
             try:
                 async with asyncio.timeout(self.patience.answer):
-                    content = body()
-                    length = {"Content-Length": str(len(content))}
-                    response = await self.client.request(
-                        method, path, content=_parts(content), headers=length
-                    )
+                    sent = body()
+                    headers = {"Content-Length": str(len(sent))}
+                    response = await self.client.request(method, path, content=_parts(sent), headers=headers)
                 return read(_content(response))
             except Refused as error:
                 raise ValueError(f"reward server {self.url} refused: {error}") from error
