@@ -82,6 +82,9 @@ class ToyScorer:
         return {"redness": (red_BTHW - green_BTHW).mean((1, 2, 3)), "calm": 1 - change}
 
 
+toy = ToyScorer()
+
+
 def opposite(video_BTCHW: Tensor, prompts: Sequence[ClipPrompt]) -> Tensor:
     """Falls exactly as ToyScorer's two numbers rise: what hacking looks like."""
     return -sum(ToyScorer()(video_BTCHW, prompts).values())
@@ -107,11 +110,10 @@ def toy_setup(config: Config, scorer: Any = None) -> Setup:
     backbone = build_backbone(config)
     scorer = scorer or ToyScorer()
     weights = torch.ones(len(scorer.components))
+    held_out = held_out_scorers(config, backbone.codec.frames_per_second)
     return Setup(
         **vars(backbone),
-        judges=Judges(
-            backbone.codec, scorer, weights, None, held_out_scorers(config, backbone.codec.frames_per_second)
-        ),
+        judges=Judges(backbone.codec, scorer, weights, None, held_out),
         training_prompts=ToyPrompts(config.optim.prompts_per_update),
         validation={"short": ToyPrompts(config.evaluation.validation_prompts, 1000)(0)},
         test={"short": ToyPrompts(config.evaluation.test_prompts, 2000)(0)},

@@ -59,6 +59,7 @@ def metrics_lines(updates: int, seed: int) -> list[dict]:
                         "motion": {"base": 0.4, "aligned": 0.39},
                     },
                 }
+            line["radar"] = radar(update, progress, random)
             lines.append(line)
         noise = random.normal(0, 1, 12)
         lines.append(
@@ -88,6 +89,42 @@ def metrics_lines(updates: int, seed: int) -> list[dict]:
             }
         )
     return lines
+
+
+def change(base: float, gain: float, error: float) -> dict:
+    """A paired change as the radar writes it."""
+    return {"base": base, "spread": 0.04, "aligned": base + gain, "gain": gain, "se": error}
+
+
+def radar(update: int, progress: float, random: np.random.Generator) -> dict:
+    """A radar reading of a run that is being hacked: the held-out scorer first rises, then falls."""
+    held = 0.05 * progress - 0.16 * progress**3 + random.normal(0, 0.003)
+    hacked = update >= 40
+    words = "trained reward +0.050 \u00b1 0.010, held-out fair judge +0.012 \u00b1 0.011: no alarm"
+    if hacked:
+        words = (
+            "trained reward +0.090 \u00b1 0.010 while held-out fair judge -0.080 \u00b1 0.011 since update 10"
+        )
+    return {
+        "verdict": words,
+        "alarms": {"fair judge": {"since": 10}} if hacked else {},
+        "in_a_row": 3 if hacked else 0,
+        "hacked": hacked,
+        "trained": change(0.5, 0.1 * progress, 0.008),
+        "held_out": {"fair judge": change(0.6, held, 0.009), HOSTILE: change(0.7, 0.02 * progress, 0.006)},
+        "unseen": change(0.4, held / 2, 0.01),
+        "drift": {
+            "brightness": change(0.3, 0.15 * progress, 0.004),
+            "saturation": change(0.6, -0.01 * progress, 0.006),
+            "sharpness": change(0.4, 0.002, 0.003),
+            "motion": change(0.2, 0.004 * progress, 0.002),
+        },
+        "drifted": ["brightness"] if hacked else [],
+        "agreement": {
+            "brightness": {"colour": -0.41, "fair judge": -0.52, HOSTILE: 0.1, "unseen scorer": -0.2},
+            "colour": {"fair judge": 0.71, HOSTILE: None, "unseen scorer": 0.35},
+        },
+    }
 
 
 def summary(short: tuple[float, float] = (0.111, 0.012), long: tuple[float, float] = (0.074, 0.010)) -> dict:

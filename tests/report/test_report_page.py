@@ -252,3 +252,42 @@ def test_rewriting_replaces_the_page_and_importing_stays_light(bare_run):
     )
     found = subprocess.run([sys.executable, "-c", heavy], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[]"
+
+
+def test_the_radar_says_what_rose_and_what_fell(finished_run, finished_page, bare_run):
+    page = parse(finished_page)
+    assert "radar" in {attributes.get("id") for tag, attributes in page.elements if tag == "section"}
+    assert "while held-out fair judge \u22120.080 ± 0.011 since update 10." in page.text
+    assert "This run was not allowed to stop for it." in page.text
+    assert "The look of the videos has drifted: brightness." in page.text
+    charts = [attributes.get("aria-label") for _, attributes in page.elements]
+    names = ("Trained reward", "fair judge", HOSTILE, "Unseen scorer", "Brightness", "Motion")
+    assert all(f"{name} over updates" in charts for name in names)
+    assert "\u22120.52" in page.text  # brightness against the fair judge
+    assert "No validation with a radar reading" in page_of(bare_run)[1].text
+
+
+def test_the_radar_says_what_was_done(finished_run, tmp_path):
+    run = shutil.copytree(finished_run, tmp_path / "run")
+    last = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    verdict = {"verdict": "trained up, fair judge down", "stopped_at": 50, "best": 20, "test": {}}
+    (run / "summary.json").write_text(json.dumps(summary() | {"radar": verdict}))
+    assert "Stopped after update 50. The best checkpoint is update 20." in page_of(run)[1].text
+
+    for line in last:
+        if line["kind"] == "validation":
+            line["radar"] |= {"alarms": {}, "hacked": False, "held_out": {}, "verdict": "nothing to see"}
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in last))
+    (run / "summary.json").write_text(json.dumps(summary()))
+    assert "Name some with evaluation.held_out" in page_of(run)[1].text
+
+
+@pytest.mark.parametrize("damage", [None, [], {"trained": 3}, {"trained": {"gain": math.nan}}, {"drift": []}])
+def test_a_damaged_radar_costs_the_page_nothing_else(finished_run, tmp_path, damage):
+    run = shutil.copytree(finished_run, tmp_path / "run")
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        if line["kind"] == "validation":
+            line["radar"] = {**line["radar"], **damage} if isinstance(damage, dict) else damage
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert "Reward while training" in page_of(run)[1].text

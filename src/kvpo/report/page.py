@@ -14,6 +14,7 @@ from kvpo.report.clips import ClipStore
 from kvpo.report.curves import components, diagnostics, reward_curves
 from kvpo.report.formatting import embed_json, escape
 from kvpo.report.headline import headline
+from kvpo.report.radar import hacking_radar
 from kvpo.report.record import Run, read_run, read_videos
 from kvpo.report.tables import checks, configuration, diversity, reproduction
 
@@ -46,6 +47,7 @@ def _sections(run: Run, store: ClipStore) -> list[tuple[str, str, str, str]]:
     )
     return [
         ("curves", "Reward while training", "Held-out videos, fixed prompts and noise.", reward_curves(run)),
+        ("radar", "Hacking radar", "Is the reward improving, or the videos?", hacking_radar(run)),
         ("components", "What improved", "The reward's components before and after.", components(run)),
         (
             "videos",

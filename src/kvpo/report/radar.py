@@ -1,0 +1,148 @@
+"""The hacking radar: trained reward beside held-out scorers, drift of looks, agreement between rewards."""
+
+from typing import Any
+
+from kvpo.report.charts import Series, line_chart
+from kvpo.report.formatting import MINUS, escape, fixed, number, numbers, signed
+from kvpo.report.record import Entry, Run
+
+SYMBOLS = {"good": "\u2713", "neutral": "\u2248", "bad": "\u2193", "pending": "\u2026"}
+LOOKS = {
+    "brightness": "mean luminance",
+    "saturation": "how pure the colours are, however bright",
+    "sharpness": "differences between neighbouring pixels over the contrast",
+    "motion": "differences between neighbouring frames over the contrast",
+}
+
+
+def hacking_radar(run: Run) -> str:
+    """The verdict, the curves behind it, how the videos' look drifts, and which rewards agree."""
+    points = [(float(entry["update"]), radar) for entry in run.validations if (radar := _radar(entry))]
+    if not points:
+        return '<p class="missing">No validation with a radar reading is in metrics.jsonl yet.</p>'
+    summary = _mapping(run.summary, "radar")
+    last = _mapping(summary, "test") or points[-1][1]
+    prompts = "test prompts, best checkpoint" if _mapping(summary, "test") else "last validation"
+    return (
+        _verdict(points[-1][1], summary)
+        + _gains(points)
+        + f'<h3 class="group">Drift of the look <span class="soft">never stops a run, only warns</span></h3>'
+        f'{_drift(points)}<h3 class="group">Agreement <span class="soft">{prompts}</span></h3>'
+        + _agreement(_mapping(last, "agreement"))
+    )
+
+
+def _mapping(value: Any, key: str) -> Entry:
+    found = value.get(key) if isinstance(value, dict) else None
+    return found if isinstance(found, dict) else {}
+
+
+def _radar(entry: Entry) -> Entry:
+    """The radar's part of a validation; empty where it holds no paired change of the trained reward."""
+    radar = _mapping(entry, "radar")
+    return radar if "gain" in numbers(radar.get("trained")) else {}
+
+
+def _verdict(last: Entry, summary: Entry) -> str:
+    """The last verdict in words, and what was done about it."""
+    words = str(summary.get("verdict") or last.get("verdict") or "no verdict")
+    stopped, best = number(summary.get("stopped_at")), number(summary.get("best"))
+    kept = f" The best checkpoint is update {best:.0f}." if best is not None else ""
+    if stopped is not None:
+        tone, outcome = "bad", f"Stopped after update {stopped:.0f}.{kept}"
+    elif last.get("hacked"):
+        tone, outcome = "bad", f"This run was not allowed to stop for it.{kept}"
+    elif _mapping(last, "alarms"):
+        tone, outcome = "neutral", f"Not often enough in a row to stop.{kept}"
+    elif _mapping(last, "held_out"):
+        tone, outcome = "good", kept.strip()
+    else:
+        tone, outcome = "pending", "Name some with evaluation.held_out and the run stops when they fall."
+    drifted = last.get("drifted")
+    names = [str(name) for name in drifted] if isinstance(drifted, list) else []
+    warning = f"<p>The look of the videos has drifted: {escape(', '.join(names))}.</p>" if names else ""
+    return (
+        f'<div class="verdict {tone}"><i aria-hidden="true">{SYMBOLS[tone]}</i><div>'
+        f'<p class="sentence">{escape(words[:1].upper() + words[1:].replace(" -", " " + MINUS))}.</p>'
+        f"{f'<p>{escape(outcome)}</p>' if outcome else ''}{warning}</div></div>"
+    )
+
+
+def _gains(points: list[tuple[float, Entry]]) -> str:
+    """Paired gain over updates, from zero at the base: the trained reward, held-out ones, the unseen one."""
+    held_out = dict.fromkeys(name for _, radar in points for name in _mapping(radar, "held_out"))
+    panels = [_panel("Trained reward", "what alignment maximises", "aligned", points, "trained")]
+    panels += [
+        _panel(name, "held out, watched by the radar", "unseen", points, "held_out", name)
+        for name in held_out
+    ]
+    if any("unseen" in radar for _, radar in points):
+        note = "the final judge: shown here, never used to stop"
+        panels.append(_panel("Unseen scorer", note, "plain", points, "unseen"))
+    return (
+        f'<div class="multiples">{"".join(panels)}</div><p class="note">Paired gain over the base on the '
+        "validation prompts, all lengths together; bands are one and two standard errors.</p>"
+    )
+
+
+def _panel(
+    title: str, note: str, colour: str, points: list[tuple[float, Entry]], *path: str, level: bool = False
+) -> str:
+    """One small chart of a paired change: its gain from the base on, or (``level``) its value."""
+    changes = []
+    for _, radar in points:
+        found: Any = radar
+        for key in path:
+            found = _mapping(found, key)
+        changes.append(numbers(found))
+    start = changes[0].get("base") if level else 0.0
+    values = [start, *(change.get("aligned" if level else "gain") for change in changes)]
+    spread = [0.0, *(change.get("se") for change in changes)]
+    chart = line_chart(
+        [0.0, *(update for update, _ in points)],
+        [Series(title, values, colour, spread=spread)],
+        label=f"{title} over updates",
+        references=[] if start is None else [("base", start)],
+        y_ticks=3,
+    )
+    latest = changes[-1]
+    value = f"{signed(latest.get('gain'))} \u00b1 {fixed(latest.get('se'))}"
+    return (
+        f'<figure class="card small"><figcaption><h4>{escape(title)}</h4><span class="latest">{value}</span>'
+        f'</figcaption>{chart}<p class="meaning">{escape(note)}</p></figure>'
+    )
+
+
+def _drift(points: list[tuple[float, Entry]]) -> str:
+    looks = dict.fromkeys(name for _, radar in points for name in _mapping(radar, "drift"))
+    drifted = points[-1][1].get("drifted")
+    panels = []
+    for name in looks:
+        far = isinstance(drifted, list) and name in drifted
+        note = LOOKS.get(name, "") + ("; more than half of what prompts differ by" if far else "")
+        colour = "alarm" if far else "plain"
+        panels.append(_panel(name.capitalize(), note, colour, points, "drift", name, level=True))
+    return f'<div class="multiples">{"".join(panels)}</div>'
+
+
+def _agreement(table: Entry) -> str:
+    """Rank correlations of per-prompt gains: each trained component with the others and the held-out ones."""
+    rows = {str(name): row for name, row in table.items() if isinstance(row, dict)}
+    columns = list(dict.fromkeys(str(other) for row in rows.values() for other in row))
+    if not columns:
+        return '<p class="missing">One reward alone has nothing to agree with.</p>'
+    body = ""
+    for name, row in rows.items():
+        cells = ""
+        for other in columns:
+            value = number(row.get(other))
+            tone = "down" if value is not None and value < 0 else ""
+            cells += f'<td class="{tone}">{"" if other not in row else signed(value, 2)}</td>'
+        body += f"<tr><th>{escape(name)}</th>{cells}</tr>"
+    head = "".join(f"<th>{escape(other)}</th>" for other in columns)
+    return (
+        f'<div class="card scroll"><table class="agreement"><thead><tr><th></th>{head}</tr></thead><tbody>'
+        f'{body}</tbody></table></div><p class="note">Rank correlation over prompts of what alignment '
+        "changed: +1 where two rewards improve the same videos, below 0 where one improves what the other "
+        "spoils. With N prompts, chance alone gives about \u00b1 1/\u221aN.</p>"
+    )

@@ -1,0 +1,91 @@
+"""Held-out scorers by name, and what a whole run makes of them."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from kvpo.app.align import align
+from kvpo.app.configuration import assign, preset
+from kvpo.app.held_out import held_out_scorers
+from kvpo.config import Config
+from kvpo.config_checks import ConfigurationError, check
+from kvpo.rewards.world_pixels import DEFAULT_WEIGHTS
+from tests.tiny_world import opposite, tiny_config
+
+OPPOSITE = "tests.tiny_world:opposite"
+assert opposite  # two modules have it: names in reports must differ all the same
+
+
+def watched_by(*names: str) -> Config:
+    return assign(Config(), {"rewards.scorers": ["flicker"], "evaluation.held_out": list(names)})
+
+
+def test_each_name_is_a_number_and_shared_models_are_built_once() -> None:
+    motion, world, own = held_out_scorers(
+        watched_by("motion_smoothness", "world", "dynamic_degree", OPPOSITE), 8.0
+    )
+    assert motion.names == ("motion_smoothness", "dynamic_degree")
+    assert torch.equal(motion.weights_HK, torch.eye(2))
+    assert world.names == ("world",)
+    torch.testing.assert_close(world.weights_HK, torch.tensor([list(DEFAULT_WEIGHTS.values())]))
+    assert own.names == ("opposite",) and torch.equal(own.weights_HK, torch.ones(1, 1))
+    assert held_out_scorers(Config(), 8.0) == ()
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["sharpness"], "evaluation.held_out: unknown reward 'sharpness'"),
+        (["tests.tiny_world:nothing"], "evaluation.held_out: module 'tests.tiny_world' has no 'nothing'"),
+        ([OPPOSITE, "tests.app.test_held_out:opposite"], "two rewards are called 'opposite'"),
+    ],
+)
+def test_names_that_cannot_be_used(names: list[str], message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        held_out_scorers(watched_by(*names), 8.0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"evaluation.held_out": ["flicker", "world"]}, "held_out: must be rewards that are not trained on"),
+        ({"evaluation.held_out": ["flicker", "flicker"]}, "evaluation.held_out: must be each named once"),
+        ({"evaluation.hacking_patience": 0}, "evaluation.hacking_patience: must be at least 1"),
+        ({"evaluation.hacking_errors": 0.0}, "evaluation.hacking_errors: must be positive"),
+    ],
+)
+def test_settings_that_contradict_each_other(changes: dict, message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        preset("demo", changes)
+
+
+def test_parts_of_held_out_rewards_are_sources_like_any_other(tmp_path: Path) -> None:
+    config = watched_by("motion_smoothness")
+    config = assign(config, {"rewards.sources": {"motion_smoothness.raft": str(tmp_path / "raft.pth")}})
+    check(config)
+    with pytest.raises(ValueError, match="raft"):
+        held_out_scorers(config, 8.0)
+
+
+def test_a_stopped_run_says_so_in_its_summary_and_its_report(tiny_base: Path, tmp_path: Path) -> None:
+    config = tiny_config(
+        tiny_base,
+        optim__updates=8,
+        rewards__scorers=("tests.tiny_world:toy",),
+        evaluation__held_out=(OPPOSITE,),
+        evaluation__every=1,
+        evaluation__hacking_errors=0.01,
+        evaluation__hacking_patience=1,
+        evaluation__diversity_prompts=0,
+    )
+    summary = align(config, tmp_path / "run")
+    assert summary is not None and json.loads((tmp_path / "run" / "summary.json").read_text()) == summary
+    radar = summary["radar"]
+    assert radar["hacked"] and radar["held_out"] == ["opposite"] and radar["stopped_at"] < 8
+    assert radar["best"] < radar["stopped_at"] and "while held-out opposite" in radar["verdict"]
+    assert set(radar["test"]) == {"trained", "held_out", "unseen", "drift", "agreement"}
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert f"Stopped after update {radar['stopped_at']}." in page
+    assert align(config, tmp_path / "run", resume=True) == summary
