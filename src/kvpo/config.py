@@ -258,6 +258,23 @@ class RewardConfig:
     """Weight of components, instead of 1 each, or of the embedded world's own."""
     sources: dict[str, str] = field(default_factory=dict)
     """Path or hub id of parts of catalogue rewards, held-out ones too: hpsv3.base=/models/Qwen2-VL-7B."""
+    top_share: float = 1.0
+    """Share of a clip's frames, the best ones, that rewards of single frames average (Astrolabe: 0.3)."""
+    segment_discount: float = 1.0
+    """Factor on a prompt segment's share of the global signal per segment between it and the fork's."""
+    transition_blocks: int = 0
+    """Blocks on either side of a prompt switch in a further clip of the global signal; 0: no such clips."""
+    fusion: Literal["advantages", "rewards", "selective"] = "advantages"
+    """Normalise components one by one and add; add and normalise; or the first, but withhold what only the
+    primary component praises."""
+    primary: str = ""
+    """Component that selective fusion checks against the others; empty: the first one."""
+    rank_margin: float = 0.25
+    """Selective fusion acts on branches that the primary ranks this much above the others' mean rank."""
+    rank_penalty: float = 0.0
+    """What selective fusion turns a positive advantage into: 0 withholds it, 1 reverses it."""
+    noise_floors: dict[str, float] = field(default_factory=dict)
+    """Measured noise floor of components; objective.noise_floor holds for the others."""
 
 
 @dataclass(frozen=True)

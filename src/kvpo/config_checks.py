@@ -219,3 +219,10 @@ def _rewards(rewards: RewardConfig) -> None:
     )  # fmt: skip
     for component, weight in rewards.weights.items():
         _require(weight >= 0, f"rewards.weights.{component}", weight, "0 or more: higher scores are better")
+    for component, floor in rewards.noise_floors.items():
+        _require(floor >= 0, f"rewards.noise_floors.{component}", floor, "0 or more")
+    _require(0 < rewards.top_share <= 1, "rewards.top_share", rewards.top_share, "above 0, at most 1")
+    for name in ("segment_discount", "rank_margin"):
+        _require(0 <= vars(rewards)[name] <= 1, f"rewards.{name}", vars(rewards)[name], "between 0 and 1")
+    for name in ("transition_blocks", "rank_penalty"):
+        _require(vars(rewards)[name] >= 0, f"rewards.{name}", vars(rewards)[name], "0 or more")

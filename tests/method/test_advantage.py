@@ -13,8 +13,12 @@ from kvpo.method.advantage import (
     group_centred,
     is_noise,
     permuted,
+    rank_gap,
+    ranks,
     reward_spread,
+    selective,
     std_scaled,
+    total_floor,
     zscored,
 )
 
@@ -136,3 +140,64 @@ def test_equal_advantages_never_select_a_branch_twice():
 def test_more_branches_than_there_are_is_refused(best, worst):
     with pytest.raises(ValueError, match=r"keep_best \+ keep_worst = .* 8 branches"):
         best_and_worst(torch.zeros(8), best, worst)
+
+
+def test_ranks_in_closed_form():
+    assert ranks(torch.tensor([3.0, 1.0, 2.0])).tolist() == [1.0, 0.0, 0.5]
+    assert ranks(torch.tensor([2.0, 1.0, 2.0, 0.0])).tolist() == pytest.approx([5 / 6, 1 / 3, 5 / 6, 0.0])
+    assert ranks(torch.ones(2, 4)).tolist() == [[0.5] * 4] * 2
+
+
+@given(rewards=rewards_lists)
+def test_ranks_count_branches_beaten_and_know_nothing_of_scale(rewards):
+    found = ranks(rewards)
+    others = len(rewards) - 1
+    for g, value in enumerate(rewards):
+        beaten = sum(float(value > other) + 0.5 * float(value == other) for other in rewards) - 0.5
+        assert float(found[g]) == pytest.approx(beaten / others)
+    assert float(found.mean()) == pytest.approx(0.5)
+    torch.testing.assert_close(ranks(4 * rewards), found)
+
+
+def test_the_rank_gap_in_closed_form():
+    rewards = torch.tensor([[3.0, 1.0, 2.0], [0.0, 1.0, 2.0], [10.0, 30.0, 20.0]])
+    gap = rank_gap(rewards, torch.tensor([5.0, 1.0, 1.0]), 0)
+    assert gap.tolist() == pytest.approx([1.0 - 0.0, 0.0 - 0.75, 0.5 - 0.75])
+    gap = rank_gap(rewards, torch.tensor([1.0, 3.0, 1.0]), 0)
+    assert gap.tolist() == pytest.approx([1.0, -0.625, 0.5 - 0.875])
+    gap = rank_gap(rewards, torch.tensor([1.0, 0.0, 1.0]), 2)
+    assert gap.tolist() == pytest.approx([-1.0, 1.0, 0.0]), "a component without a vote is not asked"
+    assert rank_gap(rewards, torch.tensor([1.0, 0.0, 0.0]), 0).tolist() == [0.0, 0.0, 0.0]
+
+
+@given(rewards=st.lists(rewards_lists, min_size=2, max_size=2).filter(lambda r: len(r[0]) == len(r[1])))
+def test_rewards_that_agree_leave_no_gap(rewards):
+    one, other = rewards
+    votes = torch.ones(2)
+    torch.testing.assert_close(rank_gap(torch.stack([one, 2 * one]), votes, 0), torch.zeros_like(one))
+    gap = rank_gap(torch.stack([one, other]), votes, 0)
+    torch.testing.assert_close(rank_gap(torch.stack([one, other]), votes, 1), -gap)
+    assert float(gap.sum()) == pytest.approx(0.0, abs=1e-9) and float(gap.abs().max()) <= 1
+
+
+def test_what_only_the_primary_praises_is_withheld_or_reversed():
+    advantages = torch.tensor([2.0, 1.0, -1.0, -2.0])
+    gap = torch.tensor([0.9, 0.25, 0.9, -0.9])
+    assert selective(advantages, gap, 0.25, 0.0).tolist() == [0.0, 1.0, -1.0, -2.0]
+    assert selective(advantages, gap, 0.25, 0.5).tolist() == [-1.0, 1.0, -1.0, -2.0]
+    assert selective(advantages, gap, 1.0, 0.5).equal(advantages)
+
+
+@given(rewards=rewards_lists, margin=st.floats(0, 1), penalty=st.floats(0, 2))
+def test_selection_never_raises_an_advantage_nor_touches_a_negative_one(rewards, margin, penalty):
+    gap = ranks(rewards) - ranks(-rewards)
+    found = selective(rewards, gap, margin, penalty)
+    assert bool((found <= rewards).all())
+    assert torch.equal(found[rewards <= 0], rewards[rewards <= 0])
+
+
+def test_the_floor_of_a_sum_adds_independent_jitters():
+    assert float(total_floor(torch.tensor([3.0, 4.0, 9.0]), torch.tensor([1.0, 1.0, 0.0]))) == pytest.approx(
+        5.0
+    )
+    assert float(total_floor(torch.tensor([0.2, 0.2]), torch.tensor([0.5, 0.0]))) == pytest.approx(0.1)

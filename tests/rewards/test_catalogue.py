@@ -44,13 +44,14 @@ def test_parts_are_resolved_and_given_to_the_builder(monkeypatch, tmp_path):
     monkeypatch.setattr("kvpo.models.hub.resolve", resolve)
     family = catalogue.Family(("hpsv3",), built.append, FAMILIES[0].parts)
     monkeypatch.setattr(catalogue, "FAMILIES", (family, *FAMILIES[1:]))
-    build_rewards(["hpsv3"], {"hpsv3.base": "/my/base"}, device="cuda", frame_rate=8.0)
+    build_rewards(["hpsv3"], {"hpsv3.base": "/my/base"}, device="cuda", frame_rate=8.0, top_share=0.3)
     assert asked == [
         ("MizzenAI/HPSv3/HPSv3.safetensors", ()),
         ("/my/base", catalogue.CONFIG_AND_TOKENIZER),
     ]
     (request,) = built
     assert (request.ids, request.device, request.frame_rate) == (("hpsv3",), "cuda", 8.0)
+    assert request.top_share == 0.3
     assert request.paths == {"weights": tmp_path, "base": tmp_path, "template": None}
 
 

@@ -8,6 +8,7 @@ from transformers import CLIPConfig, CLIPModel
 
 from kvpo.prompts import ClipPrompt
 from kvpo.rewards import clip_family
+from kvpo.rewards.catalogue import build_rewards
 from kvpo.rewards.images import CLIP_MEAN, CLIP_STD, fit_and_crop, fit_and_pad
 
 SPECIALS = ("<|startoftext|>", "<|endoftext|>")
@@ -139,6 +140,21 @@ def test_aesthetic_is_the_linear_chain_on_unit_features(clip_directory, clips, t
     torch.save({"layers.0.weight": torch.zeros(1)}, tmp_path / "cut.pth")
     with pytest.raises(ValueError, match=r"missing \(9\)"):
         clip_family.load_aesthetic(tmp_path / "cut.pth", clip_directory)
+
+
+def test_the_best_frames_are_averaged(clip_directory, clips, tmp_path):
+    best = {"clip_score.weights": str(clip_directory)}
+    (scorer,) = build_rewards(["clip_score"], best, top_share=0.25)
+    each = torch.cat([scorer(clips[:1, n : n + 1], ["a"])["clip_score"] for n in (0, 1, 3, 4, 5, 6, 8, 9)])
+    expected = each.sort().values[-2:].mean().item()
+    assert scorer(clips[:1], ["a"])["clip_score"].item() == pytest.approx(expected, abs=1e-6)
+    head = clip_family.rating_head(12, device="cpu")
+    head.load_state_dict(random_weights(head))
+    torch.save({f"layers.{n}": v for n, v in head.state_dict().items()}, tmp_path / "head.pth")
+    sources = {"aesthetic.weights": str(tmp_path / "head.pth"), "aesthetic.base": str(clip_directory)}
+    (scorer,) = build_rewards(["aesthetic"], sources, top_share=0.1)
+    each = torch.cat([scorer(clips[:1, n : n + 1], [""])["aesthetic"] for n in (0, 1, 3, 4, 5, 6, 8, 9)])
+    assert scorer(clips[:1], [""])["aesthetic"].item() == pytest.approx(each.max().item(), abs=1e-5)
 
 
 def test_a_clip_scores_alone_as_in_company(clip_directory, clips):

@@ -78,7 +78,7 @@ def test_frames_are_averaged_or_the_best_of_them(release, clips):
     best = load(release, top_share=0.3)(clips[:1], ["a fox"])["hpsv3"].item()
     assert best == pytest.approx(each.sort().values[-3:].mean().item(), abs=1e-5)
     with pytest.raises(ValueError, match="top_share"):
-        load(release, top_share=0.0)
+        load(release, top_share=0.0)(clips[:1], ["a fox"])
 
 
 def test_a_clip_scores_alone_as_in_company(release, clips):

@@ -1,5 +1,7 @@
 """ImageReward from a release-shaped file of a tiny model."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from tiny_rewards import gliding, random_weights, save_byte_tokenizer
@@ -89,6 +91,13 @@ def test_the_score_is_the_normalised_rating_of_image_and_text(release):
     assert torch.equal(scores[1:], scorer(clips[1:], ["b"])["image_reward"])
     assert not torch.equal(scorer(clips[:1], ["b"])["image_reward"], scores[:1])
     assert not torch.equal(scorer(clips[1:], ["a fox"])["image_reward"], scores[:1])
+
+
+def test_the_best_frames_are_averaged(release):
+    clip = gliding(40, 40, 4, 3, 1)[None]
+    each = torch.cat([load(release)(clip[:, n : n + 1], ["a"])["image_reward"] for n in range(4)])
+    best = replace(load(release), top_share=0.5)(clip, ["a"])["image_reward"].item()
+    assert best == pytest.approx(each.sort().values[-2:].mean().item(), abs=1e-5)
 
 
 def test_gradients_reach_the_pixels_as_declared(release):

@@ -15,6 +15,7 @@ from kvpo.rewards.sampling import (
     NEIGHBOURS,
     checked_batch,
     file_clips,
+    pooled,
     present_frames,
     spread_indices,
 )
@@ -99,3 +100,13 @@ def test_a_batch_of_another_form_is_named():
         checked_batch(video, ["a"], 1)
     with pytest.raises(ValueError, match=r"4 frame\(s\), at least 5"):
         checked_batch(video, ["a", "b"], 5)
+
+
+def test_frames_are_pooled_by_their_best_share():
+    scores = torch.tensor([0.1, 0.9, 0.5, 0.3, 0.7, 0.2, 0.8, 0.4, 0.6, 1.0])
+    assert pooled(scores, 0.3).item() == pytest.approx(0.9)
+    assert torch.equal(pooled(scores, 1.0), scores.mean())
+    assert pooled(scores, 0.01).item() == 1.0 and pooled(scores[:1], 0.3).item() == pytest.approx(0.1)
+    for share in (0.0, 1.1, -1.0):
+        with pytest.raises(ValueError, match="top_share must be in"):
+            pooled(scores, share)

@@ -74,6 +74,7 @@ def build_scorer(config: Config, frame_rate: float) -> tuple[Scorer, Tensor]:
         {part: at for part, at in settings.sources.items() if part.rpartition(".")[0] not in elsewhere},
         field="rewards.scorers",
         frame_rate=frame_rate,
+        top_share=settings.top_share,
         device=config.device,
         prompts=True,
     )

@@ -14,7 +14,7 @@ from kvpo.config import ExplorationConfig
 from kvpo.engine.forks import plan_forks
 from kvpo.engine.noise import keyed_generator
 from kvpo.engine.rollout import Group, RoutedFrame
-from kvpo.engine.scoring import decode_members, score_groups
+from kvpo.engine.scoring import decode_members, score_group
 from kvpo.engine.stream import stream_latents
 from kvpo.prompts import VideoPrompt
 from kvpo.training.credit import assign_credit, no_credit
@@ -158,9 +158,10 @@ def _training_groups(run: Run, videos: dict[str, Tensor]) -> list[dict[str, Any]
     entries = []
     for index, (group, score) in enumerate(list(zip(rollout.groups, scores, strict=True))[:3]):
         everyone = replace(config.objective, keep_best=0, keep_worst=0, noise_floor=0.0)
+        blend = replace(trainer.blend, floors_K=None)
         draws = keyed_generator("advantages", config.seed, 0, index)
         # A group whose members all score the same has no credit to assign even so.
-        credit = assign_credit(score, setup.judges.weights_K, everyone, draws) or no_credit(group.branches)
+        credit = assign_credit(score, blend, everyone, draws) or no_credit(group.branches)
         (energies,) = energies_of(replayer, [Trained(group, credit)])
         probabilities = torch.softmax(-energies / energies.std().clamp_min(1e-12), 0)
         extras = [
@@ -191,7 +192,8 @@ def causality_groups(setup: Setup, videos: dict[str, Tensor]) -> list[dict[str, 
         routes = act_routes(prompt, fork, exploration.routed, stream.sink, exploration.recent)
         look = explorer(setup, [prompt])
         (group,) = look.chosen(Fork((prompt,), fork, exploration), [routes])
-        (score,) = score_groups([group], setup.judges.codec, setup.judges.scorer, block=setup.generator.block)
+        judges, block = setup.judges, setup.generator.block
+        score = score_group(group, judges.codec, judges.scorer, block=block, plan=setup.clip_plan())
         title = f"routed only to act 1, only to act 2, and the anchor (video {prompt.id})"
         entry = _group_entry(setup, group, score, title, f"causality-{prompt.id}", [{}, {}], videos)
         for member, name in zip(entry["members"][1:], ("routed to act 1", "routed to act 2"), strict=True):

@@ -27,6 +27,7 @@ def held_out_scorers(config: Config, frame_rate: float) -> tuple[HeldOutScorer, 
         sources,
         field="evaluation.held_out",
         frame_rate=frame_rate,
+        top_share=config.rewards.top_share,
         device=config.device,
         prompts=True,
     )

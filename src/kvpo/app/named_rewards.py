@@ -17,7 +17,7 @@ from torch import Tensor
 
 from kvpo.config_checks import ConfigurationError
 from kvpo.prompts import ClipPrompt
-from kvpo.rewards.catalogue import FAMILIES, REWARD_IDS, build_rewards
+from kvpo.rewards.catalogue import FAMILIES, FRAME_REWARDS, REWARD_IDS, build_rewards
 from kvpo.rewards.declarations import DECLARATIONS, SD, VIDEOALIGN_SAMPLING
 from kvpo.rewards.protocol import Declaration, Scorer, checked
 from kvpo.rewards.wire import TOKEN_VARIABLE
@@ -68,6 +68,7 @@ def named_rewards(
     prompts: bool,
     field: str = "--reward",
     frame_rate: float = FILE_RATE,
+    top_share: float = 1.0,
     device: str = "cpu",
 ) -> list[NamedReward]:
     """The rewards of ``names`` in their order; catalogue ids that share a model come out of one scorer.
@@ -77,6 +78,7 @@ def named_rewards(
         prompts: whether prompts were given; rewards that read them are refused otherwise.
         field: where the names come from, for messages.
         frame_rate: frames per second of the clips that will be scored.
+        top_share: share of a clip's frames, the best ones, that rewards of single frames average.
 
     Raises:
         ConfigurationError: unknown or repeated names, prompts that are needed and absent.
@@ -84,15 +86,15 @@ def named_rewards(
     """
     located = [split_location(name) for name in names]
     _check_names(located, prompts, field)
-    found = _catalogued(
-        [name for name, url in located if url is None and name in REWARD_IDS], sources, frame_rate, device
-    )
+    here = [name for name, url in located if url is None and name in REWARD_IDS]
+    scorers = build_rewards(here, sources, frame_rate=frame_rate, top_share=top_share, device=device)
+    found = _by_component(scorers)
     rewards: list[NamedReward] = []
     for name, url in located:
         if url is not None:
             together = [other for other, its in located if its == url and _share_a_model(name, other)]
             if together[0] == name:
-                rewards.append(_remote(together, url, field, frame_rate))
+                rewards.append(_remote(together, url, field, frame_rate, top_share))
         elif name == WORLD:
             rewards.append(_world())
         elif name not in found:
@@ -128,10 +130,8 @@ def _share_a_model(one: str, other: str) -> bool:
     return one == other or any(one in family.ids and other in family.ids for family in FAMILIES)
 
 
-def _catalogued(
-    ids: Sequence[str], sources: Mapping[str, str] | None, frame_rate: float, device: str
-) -> dict[str, NamedReward]:
-    """The reward of every id, the same one for ids that share a model."""
+def _by_component(scorers: Sequence[Scorer]) -> dict[str, NamedReward]:
+    """The reward of every id of the catalogue, the same one for ids that share a model."""
     return {
         component: NamedReward(
             component,
@@ -139,13 +139,18 @@ def _catalogued(
             tuple(DECLARATIONS[c] for c in scorer.components),
             dict.fromkeys(scorer.components, 1.0),
         )
-        for scorer in build_rewards(ids, sources, frame_rate=frame_rate, device=device)
+        for scorer in scorers
         for component in scorer.components
     }
 
 
-def _remote(names: Sequence[str], url: str, field: str, frame_rate: float) -> NamedReward:
+def _remote(names: Sequence[str], url: str, field: str, frame_rate: float, top_share: float) -> NamedReward:
     """Rewards of a server that share a model there."""
+    if top_share != 1 and names[0] in FRAME_REWARDS:
+        raise ConfigurationError(
+            f"{field}: a server averages all frames of a clip, and the best {top_share:g} of them are asked "
+            f"for; set top_share to 1, or have {names[0]} score in this process"
+        )
     try:
         from kvpo.rewards.client import connect
     except ModuleNotFoundError as error:

@@ -5,7 +5,7 @@ switches right at the fork, one block before it comes along as what the video sh
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -26,6 +26,20 @@ class Clip:
 
 
 @dataclass(frozen=True)
+class ClipPlan:
+    """Which clips make up the global signal, and how much each of them counts.
+
+    A clip's share of the signal goes with its frames, times ``segment_discount`` to the power of the segments
+    that lie between its own and the fork's.
+    """
+
+    segment_discount: float = 1.0
+    """1 lets every frame after the fork count alike, 0 only those of the segment that the fork is in."""
+    transition_blocks: int = 0
+    """Blocks on either side of a prompt switch in a further clip of the transition; 0: no such clips."""
+
+
+@dataclass(frozen=True)
 class Scores:
     """Component scores of one group's members, the anchor last."""
 
@@ -33,7 +47,11 @@ class Scores:
     local_KM: Tensor
     """Of the routed window."""
     global_KM: Tensor
-    """Of the video after the fork, the mean over its segments weighted by their frames."""
+    """Of the video after the fork, the mean over its clips, each with its share (``ClipPlan``)."""
+
+    def combined(self, global_weight: float) -> Tensor:
+        """Every component of every member, ``[K, M]``: (local + w global) / (1 + w)."""
+        return (self.local_KM + global_weight * self.global_KM) / (1 + global_weight)
 
     def totals(self, weights_K: Tensor, global_weight: float) -> Tensor:
         """Weighted reward of every member, ``[M]``: (local + w global) / (1 + w)."""
@@ -54,9 +72,42 @@ def segment_clips(prompt: VideoPrompt, first: int, stop: int, *, block: int, lea
         if begin >= end:
             continue
         before = prompt.segments[index - 1] if index and begin == start else ""
-        switch = min(lead, begin) if before else 0
+        switch = min(lead, begin - starts[index - 1]) if before else 0
         clips.append(Clip(begin - switch, end, ClipPrompt(prompt.segments[index], before, switch)))
     return clips
+
+
+def transition_clips(
+    prompt: VideoPrompt, first: int, stop: int, *, block: int, half: int
+) -> list[Clip | None]:
+    """Per segment that shows in ``[first, stop)``, the clip around the switch it begins with, or None.
+
+    The clip has up to ``half`` latent frames of the segment before and as many of its own; it is scored
+    against the new segment's text and knows the text before (``ClipPrompt``).
+    """
+    clips = segment_clips(prompt, first, stop, block=block, lead=half)
+    return [
+        replace(clip, stop=min(clip.stop, clip.start + clip.prompt.switch + half))
+        if clip.prompt.switch
+        else None
+        for clip in clips
+    ]
+
+
+def shared_clips(
+    prompt: VideoPrompt, first: int, stop: int, *, block: int, plan: ClipPlan
+) -> list[tuple[Clip, float]]:
+    """The clips of latent frames ``[first, stop)``, each with its share of the signal; shares add up to 1."""
+    segments = segment_clips(prompt, first, stop, block=block, lead=block)
+    found = [(clip, away) for away, clip in enumerate(segments)]
+    if plan.transition_blocks:
+        half = plan.transition_blocks * block
+        around = transition_clips(prompt, first, stop, block=block, half=half)
+        found += [(clip, away) for away, clip in enumerate(around) if clip is not None]
+    counts = [
+        (clip.stop - clip.start - clip.prompt.switch) * plan.segment_discount**away for clip, away in found
+    ]
+    return [(clip, count / sum(counts)) for (clip, _), count in zip(found, counts, strict=True) if count]
 
 
 def in_pixels(clip: Clip, frames_per_latent: int) -> Clip:
@@ -99,22 +150,23 @@ def score_clips(
     return table
 
 
-def score_group(group: Group, codec: Codec, scorer: Scorer, *, block: int) -> Scores:
+def score_group(
+    group: Group, codec: Codec, scorer: Scorer, *, block: int, plan: ClipPlan = ClipPlan()
+) -> Scores:
     """Local and global scores of one group's members; its pixels live no longer than this call."""
     prompt, fork = group.root.prompt, group.fork
     stop = fork + group.clean_MTCHW.shape[1]
-    local = segment_clips(prompt, fork, fork + group.window_frames, block=block, lead=block)
-    whole = segment_clips(prompt, fork, stop, block=block, lead=block)
-    offset = min(clip.start for clip in local)
+    local = shared_clips(prompt, fork, fork + group.window_frames, block=block, plan=ClipPlan())
+    whole = shared_clips(prompt, fork, stop, block=block, plan=plan)
+    offset = min(clip.start for clip, _ in local + whole)
     pixels_MTCHW = decode_members(group, codec, lead=fork - offset, block=block)
     videos, clips, shares, owners = [], [], [], []
     for signal, pieces in enumerate((local, whole)):
-        frames = sum(clip.stop - clip.start - clip.prompt.switch for clip in pieces)
-        for clip in pieces:
+        for clip, share in pieces:
             for member, video in enumerate(pixels_MTCHW):
                 videos.append(video)
                 clips.append(clip)
-                shares.append((clip.stop - clip.start - clip.prompt.switch) / frames)
+                shares.append(share)
                 owners.append((signal, member))
     offsets = [offset] * len(clips)
     table = score_clips(scorer, videos, clips, offsets, frames_per_latent=codec.frames_per_latent)
@@ -124,9 +176,11 @@ def score_group(group: Group, codec: Codec, scorer: Scorer, *, block: int) -> Sc
     return Scores(tuple(scorer.components), sums[0], sums[1])
 
 
-def score_groups(groups: Sequence[Group], codec: Codec, scorer: Scorer, *, block: int) -> list[Scores]:
+def score_groups(
+    groups: Sequence[Group], codec: Codec, scorer: Scorer, *, block: int, plan: ClipPlan = ClipPlan()
+) -> list[Scores]:
     """Local and global scores of every group's members, one group after the other."""
-    return [score_group(group, codec, scorer, block=block) for group in groups]
+    return [score_group(group, codec, scorer, block=block, plan=plan) for group in groups]
 
 
 def decode_members(group: Group, codec: Codec, *, lead: int, block: int) -> Tensor:

@@ -41,6 +41,36 @@ def fuse_components(advantages_KG: Tensor, weights_K: Tensor) -> Tensor:
     return weights_K.to(advantages_KG) @ advantages_KG
 
 
+def total_floor(floors_K: Tensor, weights_K: Tensor) -> Tensor:
+    """Noise floor of a weighted sum of components with independent jitters: sqrt(sum (w floor)^2), []."""
+    return (weights_K.to(floors_K) * floors_K).square().sum().sqrt()
+
+
+def ranks(rewards: Tensor) -> Tensor:
+    """Share of the other branches that each branch beats, an equal one counting half: [..., G] in [0, 1]."""
+    against = (rewards.unsqueeze(-1) - rewards.unsqueeze(-2)).sign().sum(-1)
+    return (against / (rewards.shape[-1] - 1) + 1) / 2
+
+
+def rank_gap(rewards_KG: Tensor, votes_K: Tensor, primary: int) -> Tensor:
+    """Rank under component `primary` less the mean rank under the others, weighted by votes: [G] in [-1, 1].
+
+    0 where no other component has a vote.
+    """
+    others_K = votes_K.to(rewards_KG).clone()
+    others_K[primary] = 0
+    if not bool(others_K.any()):
+        return torch.zeros_like(rewards_KG[primary])
+    ranks_KG = ranks(rewards_KG)
+    return ranks_KG[primary] - others_K @ ranks_KG / others_K.sum()
+
+
+def selective(advantages_G: Tensor, gap_G: Tensor, margin: float, penalty: float) -> Tensor:
+    """Positive advantages of branches whose rank gap exceeds the margin become -penalty times themselves."""
+    suspect_G = (gap_G > margin) & (advantages_G > 0)
+    return torch.where(suspect_G, -penalty * advantages_G, advantages_G)
+
+
 def fuse_signals(local_G: Tensor, global_G: Tensor, global_weight: float) -> Tensor:
     """A = A_local + global_weight A_global, [G]: signals of the routed window and of the video after it."""
     return local_G + global_weight * global_G

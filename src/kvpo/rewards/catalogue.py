@@ -4,7 +4,7 @@ Importing this module imports nothing heavy; each reward's own module is importe
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from kvpo.rewards.declarations import DECLARATIONS
@@ -45,6 +45,8 @@ class Request:
     """Local path of every part; None for an optional one that was not named."""
     frame_rate: float
     """Frames per second of the clips that will be scored."""
+    top_share: float
+    """Share of a clip's frames, the best ones, that rewards of single frames average."""
     device: str
 
     def path(self, part: str) -> Path:
@@ -57,9 +59,10 @@ class Request:
 def _hpsv3(request: Request) -> Scorer:
     from kvpo.rewards.hpsv3 import load_hpsv3
 
-    return load_hpsv3(
+    scorer = load_hpsv3(
         request.path("weights"), request.path("base"), request.paths["template"], device=request.device
     )
+    return replace(scorer, top_share=request.top_share)
 
 
 def _videoalign(request: Request) -> Scorer:
@@ -78,31 +81,36 @@ def _videoalign(request: Request) -> Scorer:
 def _hpsv2(request: Request) -> Scorer:
     from kvpo.rewards.clip_family import load_hpsv2
 
-    return load_hpsv2(request.path("weights"), request.path("base"), device=request.device)
+    scorer = load_hpsv2(request.path("weights"), request.path("base"), device=request.device)
+    return replace(scorer, top_share=request.top_share)
 
 
 def _pickscore(request: Request) -> Scorer:
     from kvpo.rewards.clip_family import load_pickscore
 
-    return load_pickscore(request.path("weights"), request.path("base"), device=request.device)
+    scorer = load_pickscore(request.path("weights"), request.path("base"), device=request.device)
+    return replace(scorer, top_share=request.top_share)
 
 
 def _clip_score(request: Request) -> Scorer:
     from kvpo.rewards.clip_family import load_clip_score
 
-    return load_clip_score(request.path("weights"), device=request.device)
+    scorer = load_clip_score(request.path("weights"), device=request.device)
+    return replace(scorer, top_share=request.top_share)
 
 
 def _aesthetic(request: Request) -> Scorer:
     from kvpo.rewards.clip_family import load_aesthetic
 
-    return load_aesthetic(request.path("weights"), request.path("base"), device=request.device)
+    scorer = load_aesthetic(request.path("weights"), request.path("base"), device=request.device)
+    return replace(scorer, top_share=request.top_share)
 
 
 def _image_reward(request: Request) -> Scorer:
     from kvpo.rewards.image_reward import load_image_reward
 
-    return load_image_reward(request.path("weights"), request.path("base"), device=request.device)
+    scorer = load_image_reward(request.path("weights"), request.path("base"), device=request.device)
+    return replace(scorer, top_share=request.top_share)
 
 
 def _motion(request: Request) -> Scorer:
@@ -183,6 +191,8 @@ FAMILIES = (
     Family(("flicker",), _flicker),
 )
 REWARD_IDS = tuple(DECLARATIONS)
+FRAME_REWARDS = ("hpsv3", "hpsv2", "pickscore", "clip_score", "aesthetic", "image_reward")
+"""Rewards of single frames, pooled over the clip."""
 
 
 def build_rewards(
@@ -190,6 +200,7 @@ def build_rewards(
     sources: Mapping[str, str] | None = None,
     *,
     frame_rate: float = 16.0,
+    top_share: float = 1.0,
     device: str = "cpu",
 ) -> list[Scorer]:
     """The scorers that give rewards ``ids``; those that share a model come out of one scorer.
@@ -197,6 +208,7 @@ def build_rewards(
     Args:
         sources: where parts are, by ``id.part``: ``{"hpsv3.template": "data_collator_qwen.py"}``.
         frame_rate: frames per second of the clips that will be scored.
+        top_share: share of a clip's frames, the best ones, that rewards of single frames average.
 
     Raises:
         ValueError: unknown or repeated id, unknown part, a part that cannot be found or does not fit.
@@ -209,10 +221,10 @@ def build_rewards(
     wanted: dict[int, list[str]] = {}
     for id in ids:
         wanted.setdefault(next(n for n, family in enumerate(FAMILIES) if id in family.ids), []).append(id)
-    requests = [
-        (FAMILIES[n], Request(tuple(chosen), _paths(FAMILIES[n], chosen, sources), frame_rate, device))
-        for n, chosen in wanted.items()
-    ]
+    requests = []
+    for n, chosen in wanted.items():
+        paths = _paths(FAMILIES[n], chosen, sources)
+        requests.append((FAMILIES[n], Request(tuple(chosen), paths, frame_rate, top_share, device)))
     if sources:
         known = [
             f"{id}.{part}" for family, request in requests for id in request.ids for part in family.parts

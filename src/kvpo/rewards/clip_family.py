@@ -1,6 +1,6 @@
 """Rewards on CLIP: text similarity (CLIP score, PickScore, HPSv2) and the LAION aesthetic head.
 
-All score single frames, up to FRAMES of them spread over the clip, and average.
+All score single frames, up to FRAMES of them spread over the clip, and average the best ``top_share``.
 """
 
 import re
@@ -18,7 +18,7 @@ from kvpo.rewards.declarations import DECLARATIONS
 from kvpo.rewards.images import CLIP_MEAN, CLIP_STD, fit_and_crop, fit_and_pad, normalised
 from kvpo.rewards.pretrained import load_strict, read_tokenizer, strict_pretrained, without_weights
 from kvpo.rewards.protocol import Declaration
-from kvpo.rewards.sampling import checked_batch, present_frames
+from kvpo.rewards.sampling import checked_batch, pooled, present_frames
 
 FRAMES = 8
 TEXT_TOKENS = 77
@@ -55,6 +55,7 @@ class SimilarityScorer:
     components: tuple[str, ...]
     fit: Callable[[Tensor, int], Tensor] = fit_and_crop
     scale: float = 1.0
+    top_share: float = 1.0
 
     @property
     def declarations(self) -> tuple[Declaration, ...]:
@@ -70,7 +71,7 @@ class SimilarityScorer:
             similarity_N = image_features(self.model, frames, self.fit) @ text_features(
                 self.model, self.tokenizer, str(prompt)
             )
-            scores.append(self.scale * similarity_N.mean())
+            scores.append(self.scale * pooled(similarity_N, self.top_share))
         return {self.components[0]: torch.stack(scores)}
 
 
@@ -96,12 +97,16 @@ class AestheticScorer:
     head: nn.Sequential
     components: tuple[str, ...] = ("aesthetic",)
     declarations: tuple[Declaration, ...] = (DECLARATIONS["aesthetic"],)
+    top_share: float = 1.0
 
     def __call__(self, video_BTCHW: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Component -> [B]."""
         checked_batch(video_BTCHW, prompts, 1)
         scores = [
-            self.head(image_features(self.model, spread_frames(video), fit_and_crop)).mean()
+            pooled(
+                self.head(image_features(self.model, spread_frames(video), fit_and_crop))[:, 0],
+                self.top_share,
+            )
             for video in video_BTCHW
         ]
         return {"aesthetic": torch.stack(scores)}

@@ -25,7 +25,7 @@ from kvpo.rewards.qwen_reward import (
     smart_resize,
     tokenizer_with,
 )
-from kvpo.rewards.sampling import checked_batch, present_frames
+from kvpo.rewards.sampling import checked_batch, pooled, present_frames
 
 TOKEN = "<|Reward|>"
 TEMPLATE_FILE = "data_collator_qwen.py"
@@ -53,13 +53,8 @@ class HPSv3Scorer:
     tokenizer: PreTrainedTokenizerBase
     template: str
     top_share: float = 1.0
-    """1 averages all frames (public KVPO), 0.3 the best three tenths (Astrolabe)."""
     components: tuple[str, ...] = ("hpsv3",)
     declarations: tuple[Declaration, ...] = (DECLARATIONS["hpsv3"],)
-
-    def __post_init__(self) -> None:
-        if not 0 < self.top_share <= 1:
-            raise ValueError(f"top_share must be in (0, 1], got {self.top_share}")
 
     def __call__(self, video_BTCHW: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Component -> [B]; ValueError for prompts with reserved tokens."""
@@ -67,7 +62,7 @@ class HPSv3Scorer:
         scores = []
         for video, prompt in zip(video_BTCHW, prompts, strict=True):
             scores_T = self.frame_scores(present_frames(video, prompt), str(prompt))
-            scores.append(scores_T.topk(max(1, round(self.top_share * len(scores_T)))).values.mean())
+            scores.append(pooled(scores_T, self.top_share))
         return {"hpsv3": torch.stack(scores)}
 
     def frame_scores(self, video_TCHW: Tensor, prompt: str) -> Tensor:

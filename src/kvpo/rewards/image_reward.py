@@ -18,7 +18,7 @@ from kvpo.rewards.declarations import DECLARATIONS
 from kvpo.rewards.images import CLIP_MEAN, CLIP_STD, fit_and_crop, normalised
 from kvpo.rewards.pretrained import load_strict, read_tokenizer, without_weights
 from kvpo.rewards.protocol import Declaration
-from kvpo.rewards.sampling import checked_batch, present_frames
+from kvpo.rewards.sampling import checked_batch, pooled, present_frames
 
 TEXT_TOKENS = 35
 MEAN, STD = 0.16717362830052426, 1.0333394966054072
@@ -69,12 +69,13 @@ class BlipRating(nn.Module):
 
 @dataclass(frozen=True)
 class ImageRewardScorer:
-    """Preference of up to eight frames spread over the clip, averaged."""
+    """Preference of up to eight frames spread over the clip, averaged over the best ``top_share`` of them."""
 
     model: BlipRating
     tokenizer: PreTrainedTokenizerBase
     components: tuple[str, ...] = ("image_reward",)
     declarations: tuple[Declaration, ...] = (DECLARATIONS["image_reward"],)
+    top_share: float = 1.0
 
     def __call__(self, video_BTCHW: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Component -> [B]."""
@@ -92,7 +93,7 @@ class ImageRewardScorer:
         ).to(weight.device)
         ids_NL, mask_NL = (text[key].expand(len(frames), -1) for key in ("input_ids", "attention_mask"))
         rating_N = self.model(normalised(fitted, CLIP_MEAN, CLIP_STD).to(weight.dtype), ids_NL, mask_NL)
-        return (rating_N.mean() - MEAN) / STD
+        return (pooled(rating_N, self.top_share) - MEAN) / STD
 
 
 _VISION = (

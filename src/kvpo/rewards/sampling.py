@@ -76,6 +76,18 @@ def present_frames(video_TCHW: Tensor, prompt: str) -> Tensor:
     return video_TCHW[switch:]
 
 
+def pooled(scores_T: Tensor, top_share: float) -> Tensor:
+    """One number for the scores of a clip's frames: the mean of the best ``top_share`` of them, [T] -> [].
+
+    1 averages all frames (the public KVPO), 0.3 the best three tenths (Astrolabe, arXiv 2603.17051); at least
+    one frame counts. Raises ValueError for a share outside (0, 1].
+    """
+    if not 0 < top_share <= 1:
+        raise ValueError(f"top_share must be in (0, 1], got {top_share}")
+    count = max(1, round(top_share * len(scores_T)))
+    return (scores_T if count == len(scores_T) else scores_T.topk(count).values).mean()
+
+
 def checked_batch(video_BTCHW: Tensor, prompts: Sequence[str], min_frames: int) -> None:
     """Demand clips [B, T, 3, H, W] of floats with one prompt each and at least ``min_frames`` frames.
 

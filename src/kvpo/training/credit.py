@@ -1,11 +1,13 @@
 """From scores to advantages: which branches of a group to train on, and how hard."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from kvpo.config import ObjectiveConfig
+from kvpo.config import ObjectiveConfig, RewardConfig
+from kvpo.config_checks import ConfigurationError
 from kvpo.engine.scoring import Scores
 from kvpo.method.advantage import (
     anchor_relative,
@@ -17,7 +19,48 @@ from kvpo.method.advantage import (
     group_centred,
     is_noise,
     permuted,
+    rank_gap,
+    reward_spread,
+    selective,
+    total_floor,
 )
+
+
+@dataclass(frozen=True)
+class Blend:
+    """How the components of a reward become one advantage."""
+
+    weights_K: Tensor
+    floors_K: Tensor | None
+    """Noise floor of every component; None: none was measured, the total's holds for each."""
+    rewards: RewardConfig
+    primary: int = 0
+    """Component that selective fusion checks against the others."""
+
+
+def blend_of(
+    components: Sequence[str], weights_K: Tensor, rewards: RewardConfig, default_floor: float
+) -> Blend:
+    """The blend that ``rewards`` asks for; components without a measured floor have ``default_floor``.
+
+    Raises ConfigurationError for names that are no components, and for selective fusion with nothing to
+    compare.
+    """
+    floors = rewards.noise_floors
+    for field, names in (("noise_floors", floors), ("primary", [rewards.primary] if rewards.primary else [])):
+        if unknown := [name for name in names if name not in components]:
+            raise ConfigurationError(
+                f"rewards.{field}: {unknown[0]!r} is not a component of the run's rewards; "
+                f"there are {', '.join(components)}"
+            )
+    primary = components.index(rewards.primary) if rewards.primary else 0
+    if rewards.fusion == "selective" and (weights_K[primary] <= 0 or int((weights_K > 0).sum()) < 2):
+        raise ConfigurationError(
+            f"rewards.fusion: selective compares the primary component {components[primary]!r} with others; "
+            "it and at least one other need a weight above 0"
+        )
+    measured = torch.tensor([floors.get(name, default_floor) for name in components]) if floors else None
+    return Blend(weights_K, measured, rewards, primary)
 
 
 @dataclass(frozen=True)
@@ -29,6 +72,8 @@ class Credit:
     """Of the selected branches."""
     all_advantages_G: Tensor
     """Of every branch, before selection."""
+    withheld: int = 0
+    """Branches whose positive advantage selective fusion took away."""
 
 
 def no_credit(branches: int) -> Credit:
@@ -37,26 +82,26 @@ def no_credit(branches: int) -> Credit:
 
 
 def assign_credit(
-    scores: Scores, weights_K: Tensor, config: ObjectiveConfig, generator: torch.Generator
+    scores: Scores, blend: Blend, config: ObjectiveConfig, generator: torch.Generator
 ) -> Credit | None:
     """Advantages of one group (METHOD section 5), or None where its reward spread is noise.
 
-    Components are normalised one by one, weighted and summed; the local and the global signal are fused;
-    clamping comes last. With ``advantages`` "random" the same numbers are dealt to the branches at random.
+    Components become one advantage as ``blend`` says; the local and the global signal are fused; clamping
+    comes last. With ``advantages`` "random" the same numbers are dealt to the branches at random.
     """
-    totals_M = scores.totals(weights_K, config.global_weight)
-    if is_noise(totals_M[:-1], totals_M[-1], config.noise_floor):
+    floor = config.noise_floor if blend.floors_K is None else total_floor(blend.floors_K, blend.weights_K)
+    if group_is_noise(scores, blend, config.global_weight, floor):
         return None
-
-    def signal(members_KM: Tensor) -> Tensor:
-        branches, anchor = members_KM[:, :-1], members_KM[:, -1]
-        if config.advantages == "anchor":
-            normalised = anchor_relative(branches, anchor, config.noise_floor)
-        else:
-            normalised = group_centred(branches, config.noise_floor)
-        return fuse_components(normalised, weights_K / weights_K.sum())
-
-    advantages = fuse_signals(signal(scores.local_KM), signal(scores.global_KM), config.global_weight)
+    before = fuse_signals(
+        signal(scores.local_KM, blend, config, floor),
+        signal(scores.global_KM, blend, config, floor),
+        config.global_weight,
+    )
+    advantages = before
+    if blend.rewards.fusion == "selective":
+        gap_G = _gap(scores, blend, config)
+        advantages = selective(before, gap_G, blend.rewards.rank_margin, blend.rewards.rank_penalty)
+    withheld = int((advantages != before).sum())
     advantages = clamp(advantages, config.advantage_clamp)
     if config.advantages == "random":
         advantages = permuted(advantages, generator)
@@ -64,4 +109,41 @@ def assign_credit(
     selected = advantages[chosen]
     if config.advantages != "anchor":
         selected = centred(selected)
-    return Credit(tuple(chosen.tolist()), selected, advantages)
+    return Credit(tuple(chosen.tolist()), selected, advantages, withheld)
+
+
+def group_is_noise(scores: Scores, blend: Blend, global_weight: float, floor: float | Tensor) -> bool:
+    """Whether a group teaches nothing: its total, or with measured floors every component, is noise.
+
+    Raw fusion normalises the total, so there the total decides in either case. Components of weight 0 do not
+    count.
+    """
+    if blend.floors_K is None or blend.rewards.fusion == "rewards":
+        totals_M = scores.totals(blend.weights_K, global_weight)
+        return is_noise(totals_M[:-1], totals_M[-1], floor)
+    counted = blend.weights_K > 0
+    members_KM = scores.combined(global_weight)[counted]
+    return is_noise(members_KM[:, :-1], members_KM[:, -1], blend.floors_K[counted])
+
+
+def signal(members_KM: Tensor, blend: Blend, config: ObjectiveConfig, floor: float | Tensor) -> Tensor:
+    """One signal's advantages ``[G]`` from the scores of branches and anchor, ``[K, M]``."""
+
+    def normalised(members: Tensor, floors: float | Tensor) -> Tensor:
+        branches, anchor = members[..., :-1], members[..., -1]
+        if config.advantages == "anchor":
+            return anchor_relative(branches, anchor, floors)
+        return group_centred(branches, floors)
+
+    if blend.rewards.fusion == "rewards":
+        return normalised(fuse_components(members_KM, blend.weights_K), floor)
+    floors = floor if blend.floors_K is None else blend.floors_K
+    return fuse_components(normalised(members_KM, floors), blend.weights_K / blend.weights_K.sum())
+
+
+def _gap(scores: Scores, blend: Blend, config: ObjectiveConfig) -> Tensor:
+    """Rank gap of the primary component; components within their noise have no vote."""
+    members_KM = scores.combined(config.global_weight)
+    floors_K = config.noise_floor if blend.floors_K is None else blend.floors_K
+    votes_K = blend.weights_K * (reward_spread(members_KM[:, :-1]) > floors_K)
+    return rank_gap(members_KM[:, :-1], votes_K, blend.primary)

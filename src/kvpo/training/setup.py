@@ -8,8 +8,10 @@ from torch import nn
 from kvpo.config import Config
 from kvpo.engine.generator import Codec, StreamingGenerator, TextEncoder
 from kvpo.engine.noise import SeededTape
+from kvpo.engine.scoring import ClipPlan
 from kvpo.engine.stream import TextTable
 from kvpo.prompts import VideoPrompt
+from kvpo.training.credit import Blend, blend_of
 from kvpo.training.evaluation import Judges
 
 
@@ -54,6 +56,17 @@ class Setup(Backbone):
     """Prompt sets (short, long) for choosing the best checkpoint."""
     test: Mapping[str, Sequence[VideoPrompt]]
     """Prompt sets used once, for the summary."""
+
+    def clip_plan(self) -> ClipPlan:
+        """Which clips of a member are scored in training."""
+        rewards = self.config.rewards
+        return ClipPlan(rewards.segment_discount, rewards.transition_blocks)
+
+    def blend(self) -> Blend:
+        """How the components of the reward become one advantage. Raises ConfigurationError."""
+        judges, config = self.judges, self.config
+        components, floor = judges.scorer.components, config.objective.noise_floor
+        return blend_of(components, judges.weights_K, config.rewards, floor)
 
     def evaluation_tape(self) -> SeededTape:
         """The held-out tape: the same in every run, whatever its seed, so that runs can be compared."""

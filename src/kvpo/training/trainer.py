@@ -105,6 +105,7 @@ class Trainer:
         self.update = 0
         self.pending: list[Collected] = []
         self.warned_of: set[str] = set()
+        self.blend = setup.blend()
 
     def explore(self, update: int) -> tuple[Rollout, list[Scores], TextTable]:
         """Collect and score the rollout of one update."""
@@ -121,7 +122,10 @@ class Trainer:
 
         def score(group: Group) -> None:
             judges, block = setup.judges, setup.generator.block
-            pending.append(submit(partial(score_group, group, judges.codec, judges.scorer, block=block)))
+            plan = setup.clip_plan()
+            pending.append(
+                submit(partial(score_group, group, judges.codec, judges.scorer, block=block, plan=plan))
+            )
 
         fork, exploration = shared_fork(prompts, config, (config.seed, update))
         self._say_what_shrank(update, exploration)
@@ -162,9 +166,8 @@ class Trainer:
         trained, diagnostics = [], []
         for index, (group, score) in enumerate(zip(rollout.groups, scores, strict=True)):
             generator = keyed_generator("advantages", config.seed, update, index)
-            weights = self.setup.judges.weights_K
-            credit = assign_credit(score, weights, config.objective, generator)
-            totals = score.totals(weights, config.objective.global_weight)
+            credit = assign_credit(score, self.blend, config.objective, generator)
+            totals = score.totals(self.blend.weights_K, config.objective.global_weight)
             window = group.clean_MTCHW[:, : group.window_frames]
             diagnostics.append(group_diagnostics(totals[:-1], totals[-1], window[:-1], window[-1]))
             if credit is not None:
@@ -233,7 +236,11 @@ class Trainer:
         numbers = update_diagnostics(objectives, item.found, velocity_kl=drift, gradient_norm=norm).to_dict()
         asked = self.setup.config.exploration
         fitted = {name: float(fits) for name, (_, fits) in shrunk(asked, item.rollout.exploration).items()}
-        return numbers | fitted | {"learning_rate": rate, "fork": float(item.rollout.groups[0].fork)}
+        branches = sum(trained.group.branches for trained in item.trained)
+        withheld = sum(trained.credit.withheld for trained in item.trained) / branches if branches else 0.0
+        fork = float(item.rollout.groups[0].fork)
+        found = {"learning_rate": rate, "fork": fork, "withheld_fraction": withheld}
+        return numbers | fitted | found
 
     def at_boundary(self) -> bool:
         """Whether no collected rollout is waiting: only then can the run be saved and resumed exactly."""

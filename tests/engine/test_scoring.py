@@ -1,0 +1,128 @@
+"""Which clips of a fork are cut, what they weigh, and that they show what they say."""
+
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from kvpo.engine.rollout import Group
+from kvpo.engine.scoring import (
+    ClipPlan,
+    score_group,
+    segment_clips,
+    shared_clips,
+    transition_clips,
+)
+from kvpo.prompts import VideoPrompt
+
+BLOCK = 3
+STORY = VideoPrompt(0, ("one", "two", "three"), (12, 18), 30)
+
+
+def shown(clip: Any) -> tuple[Any, ...]:
+    return clip.start, clip.stop, str(clip.prompt), clip.prompt.before, clip.prompt.switch
+
+
+def test_one_clip_per_segment_after_the_fork() -> None:
+    clips = segment_clips(STORY, 9, 24, block=BLOCK, lead=BLOCK)
+    assert [shown(clip) for clip in clips] == [
+        (9, 12, "one", "", 0),
+        (9, 18, "two", "one", 3),
+        (15, 24, "three", "two", 3),
+    ]
+    assert shown(segment_clips(STORY, 12, 18, block=BLOCK, lead=BLOCK)[0]) == (9, 18, "two", "one", 3)
+
+
+def test_a_transition_is_half_before_and_half_after_its_switch() -> None:
+    assert [clip and shown(clip) for clip in transition_clips(STORY, 9, 24, block=BLOCK, half=6)] == [
+        None,
+        (6, 18, "two", "one", 6),
+        (12, 24, "three", "two", 6),
+    ]
+    # cut by the end of what was generated, and by the start of the segment before
+    _, second = transition_clips(STORY, 12, 20, block=BLOCK, half=9)
+    assert second is not None and shown(second) == (12, 20, "three", "two", 6)
+    assert transition_clips(STORY, 21, 30, block=BLOCK, half=3) == [None]
+
+
+def shares_of(plan: ClipPlan) -> dict[tuple[int, int], float]:
+    found = shared_clips(STORY, 9, 24, block=BLOCK, plan=plan)
+    assert sum(share for _, share in found) == pytest.approx(1)
+    return {(clip.start, clip.stop): share for clip, share in found}
+
+
+def test_shares_go_with_frames_and_fall_with_distance_from_the_fork() -> None:
+    assert shares_of(ClipPlan()) == {(9, 12): 3 / 15, (9, 18): 6 / 15, (15, 24): 6 / 15}
+    assert shares_of(ClipPlan(0.5)) == pytest.approx(
+        {(9, 12): 3 / 7.5, (9, 18): 3 / 7.5, (15, 24): 1.5 / 7.5}
+    )
+    assert shares_of(ClipPlan(0.0)) == {(9, 12): 1.0}
+    assert shares_of(ClipPlan(1.0, 1)) == pytest.approx(
+        {(9, 12): 3 / 21, (9, 18): 6 / 21, (15, 24): 6 / 21, (9, 15): 3 / 21, (15, 21): 3 / 21}
+    )
+    assert shares_of(ClipPlan(0.0, 1)) == {(9, 12): 1.0}, "a transition belongs to the segment it leads to"
+
+
+@dataclass
+class Frames:
+    """A codec without loss: a latent frame is a picture."""
+
+    frames_per_latent: int = 1
+    frames_per_second: float = 8.0
+
+    def decode(self, latents_BTCHW: Tensor, before_TCHW: Tensor | None = None) -> Tensor:
+        return latents_BTCHW
+
+
+class Recorder:
+    """Scores the mean of the clip's own frames and remembers what it was shown."""
+
+    components = ("mean", "twice")
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[Any, ...]] = []
+
+    def __call__(self, video_BTCHW: Tensor, prompts: Any) -> dict[str, Tensor]:
+        for video, prompt in zip(video_BTCHW, prompts, strict=True):
+            frames = video[:, 0, 0, 0].tolist()
+            self.seen.append((frames[0], frames[-1], str(prompt), prompt.before, prompt.switch))
+        means = [v[p.switch :].mean() for v, p in zip(video_BTCHW, prompts, strict=True)]
+        return {"mean": torch.stack(means), "twice": 2 * torch.stack(means)}
+
+
+def forked(fork: int, window: int, tail: int, members: int = 2) -> Group:
+    """Member m shows the number of the frame, plus 100 m after the fork."""
+    frames = torch.arange(30.0)[:, None, None, None].expand(30, 3, 2, 2)
+    own = frames[fork : fork + window + tail]
+    clean = torch.stack([own + 100 * member for member in range(members)])
+    states = torch.zeros(members, window // BLOCK, 1, BLOCK, 3, 2, 2)
+    root: Any = SimpleNamespace(prompt=STORY, latents=list(frames[:fork].split(BLOCK)))
+    return Group(0, root, fork, (), states, states, clean)
+
+
+def test_scores_are_the_shares_of_what_each_clip_shows() -> None:
+    recorder = Recorder()
+    plan = ClipPlan(0.5, 2)
+    scores = score_group(forked(9, 3, 12), Frames(), recorder, block=BLOCK, plan=plan)
+    assert scores.local_KM[0].tolist() == [10, 110]
+    means = {(9, 12): 10, (9, 18): 14.5, (15, 24): 20.5, (6, 18): 14.5, (12, 24): 20.5}
+    shares = {(clip.start, clip.stop): s for clip, s in shared_clips(STORY, 9, 24, block=BLOCK, plan=plan)}
+    assert shares.keys() == means.keys()
+    expected = sum(shares[key] * means[key] for key in means)
+    torch.testing.assert_close(scores.global_KM[0], torch.tensor([expected, expected + 100]))
+    torch.testing.assert_close(scores.global_KM[1], 2 * scores.global_KM[0])
+    assert (6.0, 17.0, "two", "one", 6) in recorder.seen, "the transition reaches behind the fork"
+    assert (6.0, 117.0, "two", "one", 6) in recorder.seen, "what lies behind it is the root's own"
+    assert min(first for first, *_ in recorder.seen) == 6
+
+
+def test_nothing_before_the_fork_is_shown_unless_a_clip_begins_at_a_switch() -> None:
+    recorder = Recorder()
+    score_group(forked(21, 3, 6), Frames(), recorder, block=BLOCK)
+    assert {seen[0] for seen in recorder.seen} == {21.0, 121.0}
+    recorder = Recorder()
+    score_group(forked(12, 3, 3), Frames(), recorder, block=BLOCK)
+    assert {seen[0] for seen in recorder.seen} == {9.0} and {seen[4] for seen in recorder.seen} == {3}

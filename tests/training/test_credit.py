@@ -1,0 +1,120 @@
+"""Several rewards to one advantage per branch: fusion, noise floors, what is withheld."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from kvpo.config import ObjectiveConfig, RewardConfig
+from kvpo.config_checks import ConfigurationError
+from kvpo.engine.scoring import Scores
+from kvpo.method.advantage import group_centred
+from kvpo.training.credit import assign_credit, blend_of
+
+OBJECTIVE = ObjectiveConfig(noise_floor=0.0, keep_best=0, keep_worst=0, advantage_clamp=10.0)
+LARGE = torch.tensor([40.0, 30.0, 20.0, 10.0, 25.0])
+SMALL = torch.tensor([0.1, 0.2, 0.3, 0.5, 0.25])
+"""Rewards of four branches and the anchor, of very different scale, that disagree."""
+
+
+def scores_of(*components: Tensor) -> Scores:
+    table = torch.stack(components)
+    return Scores(tuple("abc"[: len(table)]), table, table)
+
+
+def credit(scores: Scores, weights: list[float], config: ObjectiveConfig = OBJECTIVE, **rewards: Any) -> Any:
+    settings = RewardConfig(scorers=("any",), **rewards)
+    blend = blend_of(scores.components, torch.tensor(weights), settings, config.noise_floor)
+    return assign_credit(scores, blend, config, torch.Generator().manual_seed(0))
+
+
+def normalised(members: Tensor) -> Tensor:
+    return group_centred(members[:-1], 0.0)
+
+
+def test_components_of_any_scale_count_by_their_weight_alone() -> None:
+    found = credit(scores_of(LARGE, SMALL), [1.0, 3.0])
+    expected = 1.5 * (0.25 * normalised(LARGE) + 0.75 * normalised(SMALL))
+    torch.testing.assert_close(found.all_advantages_G, expected)
+    again = credit(scores_of(1000 * LARGE, SMALL), [1.0, 3.0])
+    torch.testing.assert_close(again.all_advantages_G, expected)
+
+
+def test_raw_fusion_lets_the_largest_scale_decide() -> None:
+    found = credit(scores_of(LARGE, SMALL), [1.0, 3.0], fusion="rewards")
+    torch.testing.assert_close(found.all_advantages_G, 1.5 * normalised(LARGE + 3 * SMALL))
+    assert found.all_advantages_G.argmax() == 0, "branch 0, although the weightier reward ranks it last"
+    weighted = credit(scores_of(LARGE, SMALL), [1.0, 3.0])
+    assert weighted.all_advantages_G.argmax() == 3
+
+
+def test_one_component_is_the_same_under_every_fusion_that_takes_it() -> None:
+    one, raw = (credit(scores_of(LARGE), [1.0], fusion=fusion) for fusion in ("advantages", "rewards"))
+    torch.testing.assert_close(one.all_advantages_G, raw.all_advantages_G)
+
+
+def test_selective_fusion_withholds_what_only_the_primary_praises() -> None:
+    hacked = torch.tensor([9.0, 1.0, 0.0, 2.0, 1.0])
+    honest = [torch.tensor([0.0, 3.0, 2.0, 1.0, 1.0]), torch.tensor([0.1, 0.3, 0.2, 0.0, 0.1])]
+    scores = scores_of(hacked, *honest)
+    plain = credit(scores, [1.0, 0.2, 0.2])
+    assert plain.all_advantages_G[0] > 0 and plain.withheld == 0
+    chosen = credit(scores, [1.0, 0.2, 0.2], fusion="selective")
+    assert chosen.all_advantages_G[0] == 0 and chosen.withheld == 1
+    torch.testing.assert_close(chosen.all_advantages_G[1:], plain.all_advantages_G[1:])
+    reversed_ = credit(scores, [1.0, 0.2, 0.2], fusion="selective", rank_penalty=1.0)
+    torch.testing.assert_close(reversed_.all_advantages_G[0], -plain.all_advantages_G[0])
+    other = credit(scores, [1.0, 0.2, 0.2], fusion="selective", primary="b")
+    torch.testing.assert_close(other.all_advantages_G, plain.all_advantages_G)
+    lenient = credit(scores, [1.0, 0.2, 0.2], fusion="selective", rank_margin=1.0)
+    torch.testing.assert_close(lenient.all_advantages_G, plain.all_advantages_G)
+
+
+def test_a_component_within_its_noise_has_no_vote() -> None:
+    hacked, dissent = torch.tensor([9.0, 1.0, 0.0, 2.0, 1.0]), torch.tensor([0.0, 3.0, 2.0, 1.0, 1.0])
+    scores = scores_of(hacked, dissent / 1000)
+    assert credit(scores, [1.0, 0.2], fusion="selective").withheld == 1
+    floors = {"b": 0.01}
+    assert credit(scores, [1.0, 0.2], fusion="selective", noise_floors=floors).withheld == 0
+
+
+def test_a_measured_floor_tames_its_component_alone() -> None:
+    found = credit(scores_of(LARGE, SMALL), [1.0, 1.0], noise_floors={"b": 5.0})
+    expected = 1.5 * 0.5 * (normalised(LARGE) + group_centred(SMALL[:-1], 5.0))
+    torch.testing.assert_close(found.all_advantages_G, expected)
+
+
+def test_groups_are_skipped_where_every_component_is_within_its_floor() -> None:
+    scores = scores_of(LARGE, SMALL)
+    assert credit(scores, [1.0, 1.0], noise_floors={"a": 20.0, "b": 0.5}) is None
+    assert credit(scores, [1.0, 1.0], noise_floors={"a": 20.0, "b": 0.1}) is not None
+    assert credit(scores, [1.0, 0.0], noise_floors={"a": 20.0, "b": 0.1}) is None, "weight 0 teaches nothing"
+    # the default holds for what was not measured, and for nothing that was
+    config = replace(OBJECTIVE, noise_floor=20.0)
+    assert credit(scores, [1.0, 1.0], config, noise_floors={"b": 0.5}) is None
+    assert credit(scores, [1.0, 1.0], config, noise_floors={"b": 0.1}) is not None
+    assert credit(scores, [1.0, 1.0], config) is None, "without measured floors the total decides"
+
+
+def test_raw_fusion_is_skipped_by_the_floor_of_the_sum() -> None:
+    scores = scores_of(LARGE, SMALL)
+    spread = float((LARGE + SMALL).std())
+    for factor, skipped in ((1.01, True), (0.99, False)):
+        floors = {"a": factor * spread, "b": 0.0}
+        found = credit(scores, [1.0, 1.0], fusion="rewards", noise_floors=floors)
+        assert (found is None) == skipped
+
+
+def test_names_are_checked_against_the_runs_components() -> None:
+    scores = scores_of(LARGE, SMALL)
+    with pytest.raises(ConfigurationError, match="rewards.noise_floors: 'z' is not a component .* a, b"):
+        credit(scores, [1.0, 1.0], noise_floors={"z": 1.0})
+    with pytest.raises(ConfigurationError, match="rewards.primary: 'z' is not a component"):
+        credit(scores, [1.0, 1.0], primary="z")
+    for weights in ([1.0, 0.0], [0.0, 1.0]):
+        with pytest.raises(ConfigurationError, match="rewards.fusion: selective compares"):
+            credit(scores, weights, fusion="selective")
+    with pytest.raises(ConfigurationError, match="rewards.fusion"):
+        credit(scores_of(LARGE), [1.0], fusion="selective")
