@@ -6,6 +6,7 @@ import os
 # matrix product dies with "Illegal instruction"; this instruction set is the widest below AMX.
 os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_FP16")
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -20,13 +21,20 @@ settings.load_profile("kvpo")
 
 
 @pytest.fixture(scope="session")
-def golden_dir() -> Path:
-    """Directory of fixtures computed by the public implementations: $KVPO_GOLDEN, else ../shared/golden."""
+def golden_file() -> Callable[[str], Path]:
+    """Path of a named file computed by the public implementations, in $KVPO_GOLDEN, else ../shared/golden.
+
+    A test whose file is not there is skipped.
+    """
     default = Path(__file__).resolve().parents[2] / "shared" / "golden"
     directory = Path(os.environ.get("KVPO_GOLDEN", default))
-    if not directory.is_dir():
-        pytest.skip(f"no golden fixtures at {directory}; set KVPO_GOLDEN to their directory")
-    return directory
+
+    def existing(name: str) -> Path:
+        if not (directory / name).is_file():
+            pytest.skip(f"{name} is not in {directory}; KVPO_GOLDEN names the directory of golden fixtures")
+        return directory / name
+
+    return existing
 
 
 @pytest.fixture(scope="session")

@@ -26,13 +26,10 @@ def test_the_public_schedule_in_closed_form():
     assert few_step_sigmas(SCHEDULE, 1.0).tolist() == list(SCHEDULE)
 
 
-def test_golden_schedule(golden_dir):
-    path = golden_dir / "units.safetensors"
-    if not path.exists():
-        pytest.skip(f"{path.name} is not in {golden_dir}")
+def test_golden_schedule(golden_file):
     from safetensors.torch import load_file
 
-    timesteps = load_file(path)["warped"].double()
+    timesteps = load_file(golden_file("units.safetensors"))["warped"].double()
     torch.testing.assert_close(1000 * few_step_sigmas(SCHEDULE, 5.0), timesteps, rtol=1e-6, atol=0)
 
 
@@ -84,6 +81,16 @@ def test_float32_latents_stay_float32_under_float64_noise_levels():
     sigmas_R = torch.full((2,), 0.5, dtype=torch.float64)
     assert clean_of(x, x, sigmas_R).dtype == torch.float32
     assert euler_step(x, x, sigmas_R, 0.0).dtype == torch.float32
+
+
+@pytest.mark.parametrize("sigma", [0.9375, torch.tensor([0.9375, 0.625])])
+def test_bfloat16_latents_are_rounded_once(sigma):
+    x, velocity = latents(0).bfloat16(), latents(1).bfloat16()
+    for function in (clean_of, velocity_of, add_noise):
+        expected = function(x.double(), velocity.double(), sigma).bfloat16()
+        assert torch.equal(function(x, velocity, sigma), expected)
+    expected = euler_step(x.double(), velocity.double(), sigma, 0.5).bfloat16()
+    assert torch.equal(euler_step(x, velocity, sigma, 0.5), expected)
 
 
 def test_euler_is_exact_on_a_straight_path():

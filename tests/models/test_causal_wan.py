@@ -43,11 +43,8 @@ def history(model, dtype=torch.float64, frames=4, rows=2):
     return PageContext(cache, torch.tensor(pages), torch.full((rows,), 9))
 
 
-def test_golden_1_3b_keys_and_shapes(golden_dir):
-    path = golden_dir / "wan_1_3B_state_dict_shapes.json"
-    if not path.exists():
-        pytest.skip(f"{path.name} is not in {golden_dir}")
-    expected = json.loads(path.read_text())
+def test_golden_1_3b_keys_and_shapes(golden_file):
+    expected = json.loads(golden_file("wan_1_3B_state_dict_shapes.json").read_text())
     with torch.device("meta"):
         model = CausalWan(WAN_1_3B)
     found = {name: list(value.shape) for name, value in model.state_dict().items()}

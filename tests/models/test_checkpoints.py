@@ -151,15 +151,15 @@ def test_a_directory_without_weights_says_what_it_holds(tmp_path):
         load_transformer_state(tmp_path)
 
 
-def test_golden_name_map_is_exact(golden_dir):
-    table = json.loads((golden_dir / "wan_to_diffusers_keys.json").read_text())
+def test_golden_name_map_is_exact(golden_file):
+    table = json.loads(golden_file("wan_to_diffusers_keys.json").read_text())
     assert {name: to_diffusers_name(name) for name in table} == table
     assert all(from_diffusers_name(theirs) == name for name, theirs in table.items())
 
 
-def test_golden_tiny_checkpoints_load(golden_dir):
-    base = load_transformer_state(golden_dir / "tiny_base.pt")
-    adapter = load_adapter_state(golden_dir / "tiny_lora.pt")
+def test_golden_tiny_checkpoints_load(golden_file):
+    base = load_transformer_state(golden_file("tiny_base.pt"))
+    adapter = load_adapter_state(golden_file("tiny_lora.pt"))
     assert base.tensors["patch_embedding.weight"].shape == (96, 16, 1, 2, 2)
     assert (adapter.rank, adapter.alpha, len(adapter.modules)) == (8, 8.0, 30)
 

@@ -134,6 +134,24 @@ def test_reencoded_pages_take_the_place_of_the_old_ones():
         assert history.cache.pages_in_use == 0
 
 
+@pytest.mark.parametrize("sink, window, end", [(6, 12, 15), (3, 10, 12), (3, 12, 15)])
+def test_a_kept_sink_keeps_its_pages_wherever_reencoding_begins(sink, window, end):
+    """Also where the re-encoded frames begin inside the sink: a long sink, a window off the block grid."""
+    deployment, history = Deployment(block=3, window=window, sink=sink), empty_history(sink)
+    extend(history, end)
+    before = history.page_ids(range(sink))
+    _, frames = reencoding_context(deployment, [history])
+    shape = (LAYERS, 1, frames, 1, 1, 2)
+    (pages,) = history.cache.write(torch.zeros(shape), torch.zeros(shape))
+    adopt_reencoded(deployment, history, pages)
+    assert history.page_ids(range(sink)) == before
+    rewritten = range(max(sink, end - frames), end)
+    assert history.page_ids(rewritten) == pages[-len(rewritten) :]
+    assert history.cache.pages_in_use == end
+    history.release()
+    assert history.cache.pages_in_use == 0
+
+
 def grown_bank(deployment, blocks, keys, text):
     """The bank's frames per layer before every block, from first-frame keys ``[L, D]`` of each block."""
     history, seen = empty_history(deployment.sink), []

@@ -78,8 +78,8 @@ def test_the_merged_export_loads_in_diffusers_and_agrees(tmp_path, shard_bytes):
     assert_agrees(diffusers_velocity(theirs), velocity(model))
 
 
-def test_golden_shapes_under_mapped_names_are_those_of_diffusers_at_1_3b(golden_dir):
-    shapes = json.loads((golden_dir / "wan_1_3B_state_dict_shapes.json").read_text())
+def test_golden_shapes_under_mapped_names_are_those_of_diffusers_at_1_3b(golden_file):
+    shapes = json.loads(golden_file("wan_1_3B_state_dict_shapes.json").read_text())
     with torch.device("meta"):
         theirs = WanTransformer3DModel(num_attention_heads=12, ffn_dim=8960, num_layers=30, text_dim=4096)
     expected = {name: list(value.shape) for name, value in theirs.state_dict().items()}

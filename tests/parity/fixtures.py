@@ -4,8 +4,9 @@ import json
 import os
 from pathlib import Path
 
+import pytest
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from kvpo.engine.generator import PageShape, StreamingGenerator
@@ -24,16 +25,133 @@ TINY = WanShape(
 )  # fmt: skip
 
 
+DEFAULTS = dict(
+    model="longlive", window=12, sink=3, switches=[], keep_sink_at_switch=True, bank_size=0,
+    sparse_activation=False, bank_every_block=False, relative_positions=False, lora=False, dtype="float32",
+)  # fmt: skip
+BLOCK = 3
+CHUNKS = (0, *range(21, 1024, 18))
+"""Frames at which the public sampler and trainer look for a prompt switch."""
+
+
+def metadata(kind: str | None, **changes) -> dict:
+    """Metadata of a fixture of this kind.
+
+    Raises:
+        ValueError: naming a field and its value that the parity runs do not know.
+    """
+    meta = {**DEFAULTS, **changes, "kind": kind}
+    for field, known in {**KNOWN, **KNOWN_OF_KIND.get(kind, {})}.items():
+        if not known(meta[field]):
+            raise ValueError(f"fixture metadata: {field} = {meta[field]!r} is not known to the parity runs")
+    if meta["window"] != -1 and meta["window"] < meta["sink"] + BLOCK:
+        raise ValueError(f"fixture metadata: window = {meta['window']} does not hold the sink and a block")
+    if meta["model"] != "memflow" or not meta["sink"]:
+        # MemFlow alone has a bank, and never reads it without a sink.
+        meta |= dict(bank_size=0, sparse_activation=False, bank_every_block=False)
+    if kind == "replay" and meta["bank_size"]:
+        raise ValueError(
+            f"fixture metadata: bank_size = {meta['bank_size']}, but a stored history has no bank"
+        )
+    return meta
+
+
+def is_count(value: object) -> bool:
+    return type(value) is int and value >= 0
+
+
+def are_frames(value: object) -> bool:
+    """Whether these are frames in ascending order."""
+    return isinstance(value, list) and all(map(is_count, value)) and value == sorted(value)
+
+
+KNOWN = {
+    "kind": lambda value: value in ("stream", "routing", "replay", "units"),
+    "model": lambda value: value in ("longlive", "memflow", "selfforcing"),
+    "dtype": lambda value: value in ("float32", "bfloat16"),
+    "window": lambda value: value == -1 or is_count(value),
+    "sink": is_count,
+    "bank_size": is_count,
+    "switches": are_frames,
+} | {field: lambda value: isinstance(value, bool) for field in DEFAULTS if isinstance(DEFAULTS[field], bool)}
+KNOWN_OF_KIND = {
+    "routing": {
+        "fork_frame": lambda value: is_count(value) and value % BLOCK == 0,
+        "branch_chunk_start": lambda value: is_count(value) and value % BLOCK == 0,
+        "perturbed_blocks": is_count,
+        "resident_frames": is_count,
+        "nearest_counting_current_block": lambda value: is_count(value) and value >= BLOCK,
+        "used_frames": lambda value: isinstance(value, list) and all(map(are_frames, value)),
+    },
+    "replay": {
+        "fork_frame": is_count,
+        "history_filled_frames": lambda value: are_frames(value) and len(set(value)) == 1,
+        "history_end_frame": lambda value: are_frames(value) and len(set(value)) == 1,
+    },
+}
+
+
 def read(path: Path) -> tuple[dict, dict[str, Tensor]]:
     """Metadata and tensors of one fixture."""
     with safe_open(path, "pt") as file:
-        return json.loads(file.metadata()["meta"]), {name: file.get_tensor(name) for name in file.keys()}
+        meta = json.loads(file.metadata()["meta"])
+        kind = meta.pop("kind", None)
+        return metadata(kind, **meta), {name: file.get_tensor(name) for name in file.keys()}
 
 
-def of_kind(kind: str) -> list[Path]:
-    """Every fixture of a kind; a single missing path (skipped by the test) when there is none."""
-    paths = sorted(GOLDEN.glob("*.safetensors")) if GOLDEN.is_dir() else []
-    return [path for path in paths if read(path)[0]["kind"] == kind] or [GOLDEN / f"{kind} fixtures"]
+def kind_of(path: Path) -> str | None:
+    """The kind a file says it is of; None for a file that is no fixture."""
+    try:
+        with safe_open(path, "pt") as file:
+            return json.loads(file.metadata()["meta"]).get("kind", "")
+    except (SafetensorError, OSError, TypeError, KeyError, ValueError, AttributeError):
+        return None
+
+
+def of_kind(*kinds: str | None, directory: Path = GOLDEN) -> list[Path]:
+    """Every fixture of these kinds; a single missing path (skipped by the test) when there is none."""
+    found = [path for path in sorted(directory.glob("*.safetensors")) if kind_of(path) in kinds]
+    return found or [directory / f"no {' or '.join(str(kind) for kind in kinds)} fixture"]
+
+
+def unknown_files(directory: Path = GOLDEN) -> list[Path]:
+    """Files that say they are fixtures of a kind without a test, and files that are no fixtures."""
+    kinds = {kind_of(path) for path in directory.glob("*.safetensors")} - {
+        "stream",
+        "routing",
+        "replay",
+        "units",
+    }
+    return of_kind(*sorted(kinds, key=str), directory=directory) if kinds else [directory / "no other file"]
+
+
+def load(path: Path) -> tuple[dict, dict[str, Tensor]]:
+    """Metadata and tensors of a fixture whose weights are there; skips the test, with the reason, if not."""
+    if not path.exists():
+        pytest.skip(f"{path.name} in {path.parent}")
+    meta, data = read(path)
+    needed = [] if meta["kind"] == "units" else ["tiny_base.pt"]
+    if meta["lora"] and meta["kind"] not in ("replay", "units"):
+        needed.append("tiny_lora.pt")
+    for name in needed:
+        if not (GOLDEN / name).exists():
+            pytest.skip(f"{path.name} needs {name}, which is not in {GOLDEN}")
+    return meta, data
+
+
+def segments_of(meta: dict, num_frames: int, given: int = 0) -> list[int]:
+    """Prompt of every block. The streaming pipelines take over one prompt per block, at the first block at or
+    after its switch, given frames aside; the public sampler looks at all switches at the start of a chunk."""
+    starts = range(0, num_frames, BLOCK)
+    if meta["kind"] != "stream":
+        chunk = [max(chunk for chunk in CHUNKS if chunk <= start) for start in starts]
+        return [sum(at >= switch for switch in meta["switches"]) for at in chunk]
+    segments = []
+    for start in starts:
+        now = segments[-1] if segments else 0
+        due = start >= given and now < len(meta["switches"]) and start >= meta["switches"][now]
+        segments.append(now + due)
+    return segments
 
 
 def adapter_of(tensors: dict[str, Tensor], prefix: str = "") -> AdapterState:
@@ -66,7 +184,7 @@ def generator_of(meta: dict, model: CausalWan, context_noise: float = 0.0) -> St
     return StreamingGenerator(
         transformer=model,
         deployment=Deployment(
-            block=3,
+            block=BLOCK,
             window=meta["window"],
             sink=meta["sink"],
             keep_sink_at_switch=meta["keep_sink_at_switch"] or forgets_at_switch(meta),

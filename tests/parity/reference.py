@@ -53,6 +53,7 @@ class Route:
     nearest: int
     first: int
     stop: int
+    slots: dict[int, list[int]] = field(default_factory=dict)
     taken: dict[int, list[tuple[Tensor, Tensor]]] = field(default_factory=dict)
 
 
@@ -65,6 +66,7 @@ class ReferenceStream:
         self.dtype = weights["patch_embedding.weight"].dtype
         self.window, self.sink = meta["window"], meta["sink"]
         self.size = slots
+        # None is a slot of zeros.
         self.keys: list[list[Tensor | None]] = [[None] * slots for _ in range(self.layers)]
         self.values: list[list[Tensor | None]] = [[None] * slots for _ in range(self.layers)]
         self.global_end = self.local_end = 0
@@ -118,7 +120,8 @@ class ReferenceStream:
             evicted = frames + self.local_end - self.size
             return Place(evicted, self.size - frames, self.size, 0, True)
         local_end = self.local_end + end - self.global_end
-        protected = self.sink if recompute and not sink_recache else 0
+        protects = self.meta["model"] != "selfforcing" and not sink_recache
+        protected = self.sink if recompute and protects else 0
         return Place(0, local_end - frames, local_end, protected, not recompute)
 
     def placed(self, slots: list, place: Place, own: Sequence[Tensor]) -> list:
@@ -134,8 +137,6 @@ class ReferenceStream:
 
     def visible_bank(self, start: int, frames: int, recache: bool) -> int:
         size = self.meta["bank_size"]
-        if not size:
-            return 0
         if recache:
             return min(((start + frames) // BLOCK - 1) // 3 + 1, size)
         block = start // BLOCK
@@ -154,26 +155,41 @@ class ReferenceStream:
             k = [self.rope(part, start + n) for n, part in enumerate(k)]
         all_k = self.placed(self.keys[layer], place, k)
         all_v = self.placed(self.values[layer], place, v)
-        seen_k = all_k
+        shown_k = [torch.zeros_like(k[0]) if part is None else part for part in all_k]
+        shown_v = [torch.zeros_like(v[0]) if part is None else part for part in all_v]
         if relative:
             q = [self.rope(part, place.start + n) for n, part in enumerate(q)]
-            seen_k = [None if part is None else self.rope(part, n) for n, part in enumerate(all_k)]
-        first = self.sink
-        if self.window != -1:
-            first = max(self.sink, place.end - (self.window - self.sink))
-        shown = [(seen_k[n], all_v[n]) for n in range(min(self.sink, place.end))]
-        shown += self.bank[layer][: self.visible_bank(start, frames, recache)]
-        route = self.route
-        if route is not None and not recache and route.first <= start < route.stop:
-            shown += self.routed(layer, route)
-            first = place.end - route.nearest
-        elif self.meta["sparse_activation"]:
-            shown = self.sparse(torch.cat(q), shown)
-        shown += [(seen_k[n], all_v[n]) for n in range(first, place.end)]
+            shown_k = [self.rope(part, n) for n, part in enumerate(shown_k)]
+        slots = list(zip(shown_k, shown_v, strict=True))
+        routed = None
+        if self.route is not None and not recache and self.route.first <= start < self.route.stop:
+            routed = self.routed(layer, self.route, slots, place, start)
+        visible = self.visible_bank(start, frames, recache)
+        shown = self.shown(slots, place.end, self.bank[layer][:visible], routed, torch.cat(q))
         out = self.attend(
             torch.cat(q), torch.cat([part for part, _ in shown]), torch.cat([part for _, part in shown])
         )
         return self.linear(f"{name}.o", out), (all_k, all_v), (k, v)
+
+    def shown(self, slots: list, end: int, bank: list, routed: list | None, q: Tensor) -> list:
+        """What a call attends to, its own frames being in the slots up to ``end``."""
+        window, sink = self.window, self.sink
+        if self.meta["model"] == "selfforcing" or not sink:
+            if routed is not None and self.meta["model"] == "longlive":
+                return routed + slots[end - self.route.nearest : end]
+            return slots[:end] if window == -1 else slots[max(0, end - window) : end]
+        first = sink if window == -1 else max(sink, end - (window - sink))
+        if routed is not None:
+            nearest = slots[max(first, end - self.route.nearest) : end]
+            return (
+                [*bank, *routed, *nearest]
+                if self.meta["model"] == "memflow"
+                else [*slots[:sink], *routed, *nearest]
+            )
+        everywhere = [*slots[:sink], *bank]
+        if self.meta["sparse_activation"]:
+            everywhere = self.sparse(q, everywhere)
+        return everywhere + slots[first:end]
 
     def sparse(self, q: Tensor, shown: list[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
         """Per head, the three frames whose mean key agrees best with the mean query."""
@@ -189,12 +205,17 @@ class ReferenceStream:
                 values[slot].append(shown[frame][1][:, head])
         return [(torch.stack(k, 1), torch.stack(v, 1)) for k, v in zip(keys, values, strict=True)]
 
-    def routed(self, layer: int, route: Route) -> list[tuple[Tensor, Tensor]]:
-        """The routed frames, taken from the slots at the first call of the window and kept from then on."""
-        if layer not in route.taken:
-            slots = [f if f < self.sink else self.local_end - (self.global_end - f) for f in route.frames]
-            assert all(slot >= self.sink or slot in route.frames for slot in slots)
-            route.taken[layer] = [(self.keys[layer][n], self.values[layer][n]) for n in slots]
+    def routed(self, layer: int, route: Route, slots: list, place: Place, start: int) -> list:
+        """The routed frames: of LongLive taken from the slots at the window's first call and kept from then
+        on; of MemFlow the same slots, read anew at every call."""
+        if layer not in route.slots:
+            assert start == route.first
+            ends = place.end, start + BLOCK
+            route.slots[layer] = [f if f < self.sink else ends[0] - (ends[1] - f) for f in route.frames]
+            assert all(n >= self.sink or n in route.frames for n in route.slots[layer])
+            route.taken[layer] = [slots[n] for n in route.slots[layer]]
+        if self.meta["model"] == "memflow":
+            return [slots[n] for n in route.slots[layer]]
         return route.taken[layer]
 
     # ---- one call ----
@@ -294,7 +315,7 @@ class ReferenceStream:
         keep = self.meta["keep_sink_at_switch"]
         if not keep:
             for slots in (*self.keys, *self.values):
-                slots[:] = [None if slot is None else torch.zeros_like(slot) for slot in slots]
+                slots[:] = [None] * len(slots)
         self.text = [None] * self.layers
         frames = end if self.window == -1 else min(self.window, end)
         self.call(
@@ -336,22 +357,22 @@ def generate(
     stream: ReferenceStream,
     tape,
     prompts: Sequence[Tensor],
-    switches: Sequence[int],
+    segments: Sequence[int],
     clean_TCHW: Tensor,
     num_frames: int,
     *,
     context_noise: float = 0.0,
     observe=lambda block, velocities: None,
 ) -> Tensor:
-    """Continue ``clean`` to ``num_frames`` frames: all latents.
+    """Continue ``clean`` to ``num_frames`` frames: all latents. ``segments`` names every block's prompt.
 
     ``tape(block, kind)`` gives ``initial``, ``renoise 1`` to ``3`` and, with context noise, ``context``.
     """
     for start in range(len(clean_TCHW), num_frames, BLOCK):
-        segment = sum(start >= switch for switch in switches)
-        if start and segment != sum(start - BLOCK >= switch for switch in switches):
-            stream.switch(clean_TCHW, prompts[segment])
         block = start // BLOCK
+        segment = segments[block]
+        if block and segment != segments[block - 1]:
+            stream.switch(clean_TCHW, prompts[segment])
         kinds = ["initial", "renoise 1", "renoise 2", "renoise 3"]
         noises = {kind: tape(block, kind) for kind in kinds}
         clean, velocities = solve(stream, noises, prompts[segment], start)

@@ -1,18 +1,17 @@
 """The package run the way each kind of golden fixture was made: metadata and tensors in, numbers out."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from unittest.mock import patch
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from kvpo.config import ExplorationConfig
-from kvpo.engine import stream as engine_stream
 from kvpo.engine.generator import StreamingGenerator, TextRows
+from kvpo.engine.noise import Tape
 from kvpo.engine.rollout import RoutedFrame, grow_roots, run_members
 from kvpo.engine.stream import (
     Stream,
+    TextTable,
     Trajectory,
     advance,
     append_block,
@@ -25,12 +24,18 @@ from kvpo.method.flow import clean_of
 from kvpo.models.adapters import merge_adapter
 from kvpo.models.cache import FrameCache, History
 from kvpo.models.causal_wan import CausalWan
-from kvpo.models.deployment import deployment_context, reencoding_context
+from kvpo.models.deployment import deployment_context
 from kvpo.prompts import VideoPrompt
-from tests.parity.fixtures import CONTEXT_NOISE, adapter_of, forgets_at_switch, generator_of
+from tests.parity.fixtures import (
+    BLOCK,
+    CHUNKS,
+    CONTEXT_NOISE,
+    adapter_of,
+    generator_of,
+    segments_of,
+)
+from tests.parity.published import published
 
-CHUNKS = (0, *range(21, 1024, 18))
-"""Frames at which the public sampler looks for a prompt switch."""
 Observer = Callable[[int, Stream, Trajectory | None], None]
 BlockTape = Callable[[int, str], Tensor]
 """(block, kind) -> noise [3, C, H, W]."""
@@ -68,48 +73,13 @@ def of_video(tape: BlockTape) -> Callable[[int, int, str], Tensor]:
     return lambda video, block, kind: tape(block, kind)
 
 
-def chunk_switches(meta: dict) -> list[int]:
-    """Switch frames as the public sampler acts on them: at the next start of a chunk."""
-    return [min(chunk for chunk in CHUNKS if chunk >= switch) for switch in meta["switches"]]
-
-
-def video(
-    data: dict[str, Tensor], switches: Sequence[int], num_frames: int
-) -> tuple[VideoPrompt, dict[str, Tensor]]:
-    """The prompt of a fixture, and the embeddings of its segments."""
-    switches = [switch for switch in switches if switch < num_frames]
-    segments = tuple(f"prompt {n}" for n in range(len(switches) + 1))
-    texts = {name: embeds[0] for name, embeds in zip(segments, data["prompt_embeds"], strict=False)}
-    return VideoPrompt(0, segments, tuple(switches), num_frames), texts
-
-
-@contextmanager
-def published_switch(meta: dict) -> Iterator[None]:
-    """Inside, a prompt switch forgets what the public code forgets (``forgets_at_switch``)."""
-    if not forgets_at_switch(meta):
-        yield
-        return
-
-    def forgetting(deployment, histories):
-        for history in histories:
-            forget(history, before=history.end - deployment.reencoded(history.end))
-        return reencoding_context(deployment, histories)
-
-    with patch.object(engine_stream, "reencoding_context", forgetting):
-        yield
-
-
-def forget(history: History, before: int) -> None:
-    """Replace the pages of the frames ``before`` by zeros."""
-    frames = [frame for frame in history.pages if frame < before]
-    if frames:
-        cache = history.cache
-        zeros = torch.zeros_like(cache.keys_LQTND[:, :1])[:, :, None]
-        ((page,),) = cache.write(zeros, zeros)
-        for frame in frames:
-            cache.share([page])
-            history.replace(frame, [page])
-        cache.release([page])
+def video(data: dict[str, Tensor], segments: Sequence[int]) -> tuple[VideoPrompt, dict[str, Tensor]]:
+    """The prompt of a fixture from the segment of every block, and the embeddings of its texts."""
+    starts = [n for n in range(len(segments)) if n == 0 or segments[n] != segments[n - 1]]
+    names = tuple(f"prompt {segments[n]}" for n in starts)
+    texts = {name: data["prompt_embeds"][segments[n]][0] for name, n in zip(names, starts, strict=True)}
+    switches = tuple(BLOCK * n for n in starts[1:])
+    return VideoPrompt(0, names, switches, BLOCK * len(segments)), texts
 
 
 def run_stream(meta: dict, data: dict[str, Tensor], model: CausalWan, observe: Observer) -> Tensor:
@@ -119,13 +89,14 @@ def run_stream(meta: dict, data: dict[str, Tensor], model: CausalWan, observe: O
     offset = 0 if given is None else given.shape[1]
     steps = len(generator.sigmas) - 1
     num_frames = offset + data["noise"].shape[1]
-    prompt, texts = video(data, meta["switches"], num_frames)
-    cache = generator.new_cache(stream_pages(generator, num_frames))
+    prompt, texts = video(data, segments_of(meta, num_frames, offset))
+    # One page more than a stream needs: a page of zeros.
+    cache = generator.new_cache(stream_pages(generator, num_frames) + 1)
     stream = open_stream(generator, cache, prompt)
     calls = offset // generator.block
     if given is not None:
         give_frames(generator, [stream], given, texts, resident=meta["window"])
-    with published_switch(meta):
+    with published(meta):
         while stream.start < num_frames:
             segment = stream.segment
             switch_prompts(generator, [stream], texts)
@@ -143,31 +114,72 @@ def run_stream(meta: dict, data: dict[str, Tensor], model: CausalWan, observe: O
 def run_routing(meta: dict, data: dict[str, Tensor], model: CausalWan) -> list[Tensor]:
     """Latents ``[T, C, H, W]`` of every branch and, last, of the anchor."""
     generator = generator_of(meta, model, CONTEXT_NOISE)
-    num_frames, tape = data["noise"].shape[1], routing_tape(meta, data)
-    prompt, texts = video(data, chunk_switches(meta), num_frames)
-    fork, blocks = meta["fork_frame"], meta["perturbed_blocks"]
-    exploration = ExplorationConfig(
-        branches=len(meta["used_frames"]),
-        blocks=blocks,
-        recent=meta["nearest_counting_current_block"] - generator.block,
-        routed=len(meta["used_frames"][0]),
-        resident_frames=meta["resident_frames"],
-        tail_blocks=(num_frames - fork) // generator.block - blocks,
-    )
-    with published_switch(meta):
-        rollout = grow_roots(generator, [prompt], fork, texts, of_video(tape), exploration)
+    num_frames, tape = data["noise"].shape[1], of_video(routing_tape(meta, data))
+    prompt, texts = video(data, segments_of(meta, num_frames))
+    with published(meta):
+        if meta["model"] == "memflow":
+            return routed_by_slot(meta, generator, prompt, texts, tape)
+        fork, blocks = meta["fork_frame"], meta["perturbed_blocks"]
+        exploration = ExplorationConfig(
+            branches=len(meta["used_frames"]),
+            blocks=blocks,
+            recent=recent_past(meta),
+            routed=max(1, *map(len, meta["used_frames"])),
+            resident_frames=meta["resident_frames"],
+            tail_blocks=(num_frames - fork) // generator.block - blocks,
+        )
+        rollout = grow_roots(generator, [prompt], fork, texts, tape, exploration)
         members = [(0, [[RoutedFrame(0, frame) for frame in used]] * blocks) for used in meta["used_frames"]]
         members.append((0, None))
-        _, _, clean = run_members(generator, rollout, members, texts, of_video(tape), exploration)
+        _, _, clean = run_members(generator, rollout, members, texts, tape, exploration)
     before = torch.cat(rollout.groups[0].root.latents)
     rollout.release()
     assert rollout.cache.pages_in_use == 0
     return [torch.cat([before, own]) for own in clean]
 
 
+def recent_past(meta: dict) -> int:
+    """Past frames that a routed block keeps; the window limits them."""
+    return min(meta["nearest_counting_current_block"], meta["window"] - meta["sink"]) - BLOCK
+
+
+def routed_by_slot(
+    meta: dict, generator: StreamingGenerator, prompt: VideoPrompt, texts: TextTable, tape: Tape
+) -> list[Tensor]:
+    """The public MemFlow sampler: routed are cache slots, read anew at every block (MODELS.md 5.3).
+
+    ``used_frames`` are what the slots hold at the first routed block; once the cache has rolled, the same
+    slots hold later frames at every further block, at last frames that the branch itself has made.
+    """
+    resident, fork, sink = meta["resident_frames"], meta["fork_frame"], meta["sink"]
+    cache = generator.new_cache(2 * prompt.num_frames + resident + generator.deployment.window)
+    root = open_stream(generator, cache, prompt)
+    while root.start < fork:
+        advance(generator, [root], texts, tape, resident=resident)
+    latents = []
+    for used in [*meta["used_frames"], None]:
+        stream = root.fork()
+        while stream.start < prompt.num_frames:
+            # At a switch pages are rewritten before they are routed.
+            switch_prompts(generator, [stream], texts)
+            routes = None
+            if used is not None and stream.start < fork + BLOCK * meta["perturbed_blocks"]:
+                evicted = [max(0, start + BLOCK - resident) for start in (fork, stream.start)]
+                frames = [f if f < sink else f - evicted[0] + evicted[1] for f in used]
+                routes = [stream.history.page_ids(frames)]
+            advance(
+                generator, [stream], texts, tape, routes=routes, recent=recent_past(meta), resident=resident
+            )
+        latents.append(torch.cat(stream.latents))
+        stream.history.release()
+    root.history.release()
+    assert cache.pages_in_use == 0
+    return latents
+
+
 def history_of(meta: dict, data: dict[str, Tensor], cache: FrameCache) -> History:
     """The stored history at the fork as pages: the sink and the frames before the fork."""
-    (filled,), (end,) = set(meta["history_filled_frames"]), set(meta["history_end_frame"])
+    filled, end = meta["history_filled_frames"][0], meta["history_end_frame"][0]
     sink = meta["sink"]
     frames = [*range(sink), *range(end - (filled - sink), end)] if end > filled else list(range(end))
     layers, _, tokens, heads, width = cache.keys_LQTND.shape
@@ -183,36 +195,52 @@ def history_of(meta: dict, data: dict[str, Tensor], cache: FrameCache) -> Histor
     return history
 
 
-def public_scores(meta: dict, data: dict[str, Tensor], generator: StreamingGenerator) -> Tensor:
-    """The public trainer's log-score of every branch ``[G]`` under one policy."""
-    states, targets = data["noisy_inputs"], data["clean_predictions"]
-    branches, blocks, steps = states.shape[:3]
-    block = generator.block
-    prompt, texts = video(data, meta["switches"], meta["fork_frame"] + block * blocks)
-    embeds = texts[prompt.segments[prompt.segment_at(meta["fork_frame"])]]
-    text = TextRows(embeds[None], torch.zeros(branches, dtype=torch.long))
+def cached_segment(meta: dict) -> int:
+    """The prompt whose text keys the public trainer has cached at the fork.
+
+    It goes on with the prompt of the chunk before, also where the forked chunk begins with a switch
+    (MODELS.md section 8, trap 2).
+    """
+    fork = max(chunk for chunk in CHUNKS if chunk <= meta["fork_frame"])
+    before = max((chunk for chunk in CHUNKS if chunk < fork), default=-1)
+    return sum(before >= switch for switch in meta["switches"])
+
+
+def public_scores(
+    meta: dict, data: dict[str, Tensor], generator: StreamingGenerator, rows: int = 0
+) -> Tensor:
+    """The public trainer's log-score of every branch ``[G]`` under one policy; ``rows`` together (0: all)."""
+    branches, blocks = data["noisy_inputs"].shape[:2]
     # Every branch holds the stored history and its own blocks.
     stored = meta["history_filled_frames"][0]
-    cache = generator.new_cache(stored + branches * block * blocks)
+    cache = generator.new_cache(stored + branches * generator.block * blocks)
+    embeds = data["prompt_embeds"][cached_segment(meta)][0]
+    prompt = VideoPrompt(0, ("",), (), meta["history_end_frame"][0] + generator.block * blocks)
     root = Stream(prompt, history_of(meta, data, cache))
-    streams = [root.fork() for _ in range(branches)]
-    scores = torch.zeros(branches)
-    for n in range(blocks):
-        context = deployment_context(generator.deployment, [stream.history for stream in streams])
-        for step in range(steps):
-            sigma = generator.sigmas[step]
-            velocity = generator.velocity(states[:, n, step], torch.full((branches,), sigma), text, context)
-            clean = clean_of(velocity, states[:, n, step], sigma)
-            scores -= (targets[:, n, step] - clean).float().square().mean((1, 2, 3, 4)) / 2
-        if n < blocks - 1:
-            noise = data["context_noise"].unflatten(0, (branches, blocks - 1))[:, n]
-            append_block(generator, streams, clean, text, context, noise)
-    return scores
+    noises = data["context_noise"].unflatten(0, (branches, blocks - 1)) if blocks > 1 else None
+    scores = []
+    for batch in torch.arange(branches).split(rows or branches):
+        streams = [root.fork() for _ in batch]
+        text = TextRows(embeds[None], torch.zeros(len(batch), dtype=torch.long))
+        score = torch.zeros(len(batch))
+        for n in range(blocks):
+            context = deployment_context(generator.deployment, [stream.history for stream in streams])
+            for step, sigma in enumerate(generator.sigmas[: data["noisy_inputs"].shape[2]]):
+                state = data["noisy_inputs"][batch, n, step]
+                velocity = generator.velocity(state, torch.full((len(batch),), sigma), text, context)
+                clean = clean_of(velocity, state, sigma)
+                target = data["clean_predictions"][batch, n, step]
+                score = score - (target - clean).float().square().mean((1, 2, 3, 4)) / 2
+            if n < blocks - 1:
+                append_block(generator, streams, clean.detach(), text, context, noises[batch, n])
+        for stream in streams:
+            stream.history.release()
+        scores.append(score)
+    return torch.cat(scores)
 
 
-@torch.no_grad()
-def run_replay(meta: dict, data: dict[str, Tensor], base: Callable[[], CausalWan]) -> dict[str, Tensor]:
-    """The three log-scores of a replay fixture; ``base`` makes the model without adapter."""
+def replay_policies(data: dict[str, Tensor], base: Callable[[], CausalWan]) -> dict[str, CausalWan]:
+    """The old and the evaluated policy of a replay fixture; ``base`` makes the model without adapter."""
     policies = {}
     for name in ("old", "theta"):
         policies[name] = base()
@@ -220,9 +248,17 @@ def run_replay(meta: dict, data: dict[str, Tensor], base: Callable[[], CausalWan
     # The public trainer reuses the text keys and values that the old policy cached.
     for old, theta in zip(policies["old"].blocks, policies["theta"].blocks, strict=True):
         theta.cross_attn.k, theta.cross_attn.v = old.cross_attn.k, old.cross_attn.v
+    return policies
+
+
+@torch.no_grad()
+def run_replay(
+    meta: dict, data: dict[str, Tensor], base: Callable[[], CausalWan], rows: int = 0
+) -> dict[str, Tensor]:
+    """The three log-scores of a replay fixture, ``rows`` branches at a time (0: all)."""
     scores = {
-        name: public_scores(meta, data, generator_of(meta, model, CONTEXT_NOISE))
-        for name, model in policies.items()
+        name: public_scores(meta, data, generator_of(meta, model, CONTEXT_NOISE), rows)
+        for name, model in replay_policies(data, base).items()
     }
     return {
         "log_score_old": scores["old"],

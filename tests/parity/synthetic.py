@@ -10,24 +10,15 @@ from torch import Tensor
 
 from kvpo.models.causal_wan import CausalWan, WanShape
 from tests.models.tiny import tiny_model
-from tests.parity.fixtures import CONTEXT_NOISE
+from tests.parity.fixtures import CONTEXT_NOISE, segments_of
 from tests.parity.reference import SIGMAS, ReferenceStream, Route, context_pass, generate, noised
-from tests.parity.runs import chunk_switches, routing_tape, stream_tape
+from tests.parity.runs import cached_segment, routing_tape, stream_tape
 
 SMALL = dict(
     dim=24, num_heads=2, num_layers=2, ffn_dim=32, freq_dim=16, text_len=5, text_dim=8, channels=3,
     patch_size=(1, 2, 2), latent_height=4, latent_width=4,
 )  # fmt: skip
 FRAME = (3, 4, 4)
-DEFAULTS = dict(
-    model="longlive", window=12, sink=3, switches=[], keep_sink_at_switch=True, bank_size=0,
-    sparse_activation=False, bank_every_block=False, relative_positions=False, lora=False, dtype="float32",
-)  # fmt: skip
-
-
-def metadata(kind: str, **changes) -> dict:
-    """Metadata of a fixture of this kind."""
-    return {"kind": kind, **DEFAULTS, **changes}
 
 
 def small_model(meta: dict) -> CausalWan:
@@ -72,7 +63,8 @@ def stream_fixture(meta: dict, model: CausalWan, num_frames: int, given: int = 0
     clean = data["initial_latents"][0] if given else torch.zeros(0, *FRAME, dtype=dtype)
     for start in range(0, given, 3):
         context_pass(stream, clean[start : start + 3], prompts[0], start)
-    data["latents"] = generate(stream, stream_tape(data), prompts, meta["switches"], clean, total)[None]
+    segments = segments_of(meta, total, given)
+    data["latents"] = generate(stream, stream_tape(data), prompts, segments, clean, total)[None]
     return data
 
 
@@ -85,12 +77,13 @@ def routing_fixture(meta: dict, model: CausalWan, num_frames: int) -> dict[str, 
         "prefix_noises": draw(4 * first // 3, 3, *FRAME, dtype=dtype, seed=3),
         "branch_noises": draw(4 * (num_frames - first) // 3, 3, *FRAME, dtype=dtype, seed=4),
     }
-    prompts, switches = [embeds[0] for embeds in data["prompt_embeds"]], chunk_switches(meta)
+    prompts = [embeds[0] for embeds in data["prompt_embeds"]]
+    segments = segments_of(meta, num_frames)
     tape = routing_tape(meta, data)
     root = reference_of(meta, model, meta["resident_frames"])
 
     def grow(stream: ReferenceStream, clean: Tensor, end: int) -> Tensor:
-        return generate(stream, tape, prompts, switches, clean, end, context_noise=CONTEXT_NOISE)
+        return generate(stream, tape, prompts, segments, clean, end, context_noise=CONTEXT_NOISE)
 
     data["prefix_latents"] = grow(root, torch.zeros(0, *FRAME, dtype=dtype), first)[None]
     for k, used in enumerate([*meta["used_frames"], None]):
@@ -117,7 +110,7 @@ def replay_fixture(meta: dict, model: CausalWan, branches: int, blocks: int) -> 
     for name, own in adapters.items():
         data |= {f"{name}.base_model.model.{key}": tensor for key, tensor in own.items()}
     weights = {name: adapted(model.state_dict(), own) for name, own in adapters.items()}
-    text = data["prompt_embeds"][0, 0]
+    text = data["prompt_embeds"][cached_segment(meta), 0]
 
     root = ReferenceStream(weights["old"], meta, num_heads=model.shape.num_heads, slots=slots)
     noise = draw(fork, *FRAME, dtype=torch.float32, seed=2)

@@ -2,15 +2,13 @@
 
 import pytest
 
-from tests.parity.fixtures import GOLDEN, base_model, of_kind, read
+from tests.parity.fixtures import base_model, load, of_kind
 from tests.parity.runs import run_routing
 
 
 @pytest.mark.parametrize("path", of_kind("routing"), ids=lambda path: path.stem)
 def test_golden_routing(path):
-    if not path.exists():
-        pytest.skip(f"no routing fixtures in {GOLDEN}")
-    meta, data = read(path)
+    meta, data = load(path)
     *branches, anchor = run_routing(meta, data, base_model(meta))
     expected = {f"latents_branch_{k}": branch for k, branch in enumerate(branches)}
     expected |= {"latents_anchor": anchor, "prefix_latents": anchor[: data["prefix_latents"].shape[1]]}

@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 
-from tests.parity.fixtures import GOLDEN, base_model, of_kind, read
+from tests.parity.fixtures import base_model, load, of_kind
 from tests.parity.runs import run_stream
 
 
@@ -58,9 +58,7 @@ def check_debug(data, meta, calls, stream, trajectory):
 
 @pytest.mark.parametrize("path", of_kind("stream"), ids=lambda path: path.stem)
 def test_golden_stream(path):
-    if not path.exists():
-        pytest.skip(f"no stream fixtures in {GOLDEN}")
-    meta, data = read(path)
+    meta, data = load(path)
     exact = meta["dtype"] == "float32"
     checked = set()
 

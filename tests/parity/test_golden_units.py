@@ -5,7 +5,7 @@ import torch
 
 from kvpo.method.flow import few_step_sigmas
 from kvpo.models.causal_wan import TIMESTEPS, cos_sin, rotary_angles, rotate, timestep_sinusoid
-from tests.parity.fixtures import GOLDEN, SIGMAS, of_kind, read
+from tests.parity.fixtures import SIGMAS, load, of_kind
 
 
 def agrees(actual, expected, relative=1e-6):
@@ -15,9 +15,7 @@ def agrees(actual, expected, relative=1e-6):
 
 @pytest.mark.parametrize("path", of_kind("units"), ids=lambda path: path.stem)
 def test_golden_units(path):
-    if not path.exists():
-        pytest.skip(f"no units fixtures in {GOLDEN}")
-    meta, data = read(path)
+    meta, data = load(path)
     table = few_step_sigmas(torch.linspace(1, 0, 1001)[:-1].tolist(), 5.0)
     assert agrees(table, data["sigmas"].double())
     assert agrees(TIMESTEPS * table, data["timesteps"].double())

@@ -3,7 +3,7 @@
     x = (1 - sigma) x0 + sigma eps,    v = eps - x0,    x0 = x - sigma v
 
 A noise level `sigma` is a float, or a tensor over the leading axes of the latents: [R] for [R, F, C, H, W].
-Keep latents in float32 or wider; with a tensor of noise levels nothing is computed in less than float32.
+Nothing is computed in less than float32; results have the latents' type.
 """
 
 from collections.abc import Sequence
@@ -31,23 +31,23 @@ def few_step_sigmas(schedule: Sequence[float], shift: float) -> Tensor:
 
 def clean_of(velocity: Tensor, x: Tensor, sigma: float | Tensor) -> Tensor:
     """Clean latents that a velocity points to: x0 = x - sigma v; all [..., F, C, H, W]."""
-    return x - _expand(sigma, x) * velocity
+    return (_wide(x) - _expand(sigma, x) * _wide(velocity)).to(x.dtype)
 
 
 def velocity_of(clean: Tensor, x: Tensor, sigma: float | Tensor) -> Tensor:
     """Velocity that leads from x to the clean latents: v = (x - x0) / sigma, sigma > 0."""
-    return (x - clean) / _expand(sigma, x)
+    return ((_wide(x) - _wide(clean)) / _expand(sigma, x)).to(x.dtype)
 
 
 def add_noise(clean: Tensor, noise: Tensor, sigma: float | Tensor) -> Tensor:
     """Latents at a noise level: x = (1 - sigma) x0 + sigma eps."""
     sigma = _expand(sigma, clean)
-    return (1 - sigma) * clean + sigma * noise
+    return ((1 - sigma) * _wide(clean) + sigma * _wide(noise)).to(clean.dtype)
 
 
 def euler_step(x: Tensor, velocity: Tensor, sigma: float | Tensor, sigma_next: float | Tensor) -> Tensor:
     """Step rule `ode`: x' = x + (sigma' - sigma) v; sigma' = 0 arrives at the clean latents."""
-    return x + (_expand(sigma_next, x) - _expand(sigma, x)) * velocity
+    return (_wide(x) + (_expand(sigma_next, x) - _expand(sigma, x)) * _wide(velocity)).to(x.dtype)
 
 
 def renoise_step(clean: Tensor, noise: Tensor, sigma_next: float | Tensor) -> Tensor:
@@ -56,6 +56,11 @@ def renoise_step(clean: Tensor, noise: Tensor, sigma_next: float | Tensor) -> Te
     Self-Forcing, LongLive and MemFlow are distilled with this rule; sigma' = 0 returns the clean latents.
     """
     return add_noise(clean, noise, sigma_next)
+
+
+def _wide(x: Tensor) -> Tensor:
+    """The same numbers in float32 or wider."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _expand(sigma: float | Tensor, x: Tensor) -> float | Tensor:

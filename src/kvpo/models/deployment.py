@@ -151,11 +151,18 @@ def reencoding_context(deployment: Deployment, histories: Sequence[History]) -> 
 
 
 def adopt_reencoded(deployment: Deployment, history: History, pages: Sequence[int]) -> None:
-    """Put re-encoded pages in place; with a replaced sink they fill the sink slots too."""
+    """Put re-encoded pages in place; a replaced sink is filled with the first of them, a kept one stays.
+
+    Where the frames reach back to the start, a kept sink is re-encoded with them (MODELS.md 3.1).
+    """
     start = history.end - len(pages)
-    history.replace(start, pages)
-    if not deployment.keep_sink_at_switch and start > 0:
+    kept = 0
+    if start > 0 and deployment.keep_sink_at_switch:
+        kept = sum(frame >= start for frame in history.sink)
+    elif start > 0:
         history.sink = tuple(range(start, start + deployment.sink))
+    history.cache.release(pages[:kept])
+    history.replace(start + kept, pages[kept:])
 
 
 def reachable_frames(deployment: Deployment, history: History, resident: int) -> range:
@@ -202,8 +209,22 @@ def commit_bank(
         if text_keys is None:
             score = keys.new_zeros(len(layer), dtype=torch.float32)
         else:
-            # The mean over all (text token, frame token) pairs of a head factorises into two means.
-            query_ND, keys_FND = text_keys(n)[row].to(keys.dtype).mean(0), keys.mean(1)
-            score = (query_ND * keys_FND).sum(-1).float().mean(1) / keys.shape[-1] ** 0.5
+            score = _agreement(text_keys(n)[row], keys, in_steps=deployment.bank_as_published)
         chosen.append([*(layer[i] for i in score.topk(keep).indices.tolist()), latest])
     history.set_bank(chosen)
+
+
+def _agreement(text_LND: Tensor, keys_FTND: Tensor, *, in_steps: bool) -> Tensor:
+    """How well frames match a text: the mean of text keys . frame keys / sqrt(D) over tokens and heads, [F].
+
+    The mean over all token pairs of a head factorises into two means. ``in_steps`` forms every pair in the
+    keys' own type, as published: in bfloat16 its rounding decides between frames that match equally well.
+    """
+    scale = keys_FTND.shape[-1] ** -0.5
+    if in_steps:
+        text = text_LND.to(keys_FTND.dtype).transpose(0, 1)
+        pairs = text @ keys_FTND.flatten(0, 1).permute(1, 2, 0) * scale
+        return pairs.mean(1).mean(0).unflatten(0, keys_FTND.shape[:2]).mean(1)
+    wide = torch.promote_types(keys_FTND.dtype, torch.float32)
+    query_ND, keys_FND = text_LND.to(wide).mean(0), keys_FTND.to(wide).mean(1)
+    return (query_ND * keys_FND).sum(-1).mean(1) * scale
