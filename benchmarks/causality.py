@@ -1,10 +1,10 @@
-"""What does routed history bring back? Same noise, same prompt: routed to act 1 only, to act 2 only, and the anchor.
+"""What does routed history bring back? Same noise, same prompt: act 1 only, act 2 only, and the anchor.
 
 Long validation stories of the embedded world fork where their third act begins. What acts 1 and 2 showed is
 read off the pixels before the fork, what a branch shows off the blocks after its window. Only stories count
 whose acts differ in the attribute.
 
-    python benchmarks/causality.py [--stories 48] [--draws 4] [--json PATH] [any setting, --exploration.routed 3]
+    python benchmarks/causality.py [--stories 48] [--draws 4] [--json PATH] [any setting]
 """
 
 import argparse
@@ -84,7 +84,7 @@ def stories(setup: Setup, count: int) -> list[VideoPrompt]:
 
 
 def shares(results: Sequence[tuple[list[dict[str, str]], list]]) -> dict[str, dict[str, dict[str, float]]]:
-    """Attribute -> history -> share of branches that show what act 1, or act 2, showed; averaged over stories."""
+    """Attribute -> history -> share of branches that show what an act showed, averaged over stories."""
     table: dict[str, dict[str, dict[str, float]]] = {}
     for attribute in ATTRIBUTES:
         telling = [(acts, seen) for acts, seen in results if acts[0][attribute] != acts[1][attribute]]
@@ -107,7 +107,9 @@ def markdown(table: dict[str, dict[str, dict[str, float]]]) -> str:
         number = int(rows["stories"]["number"])
         for history in (ANCHOR, ACT_1, ACT_2):
             found = rows[history]
-            lines.append(f"| {attribute} ({number}) | {history} | {found['act 1']:.2f} | {found['act 2']:.2f} |")
+            lines.append(
+                f"| {attribute} ({number}) | {history} | {found['act 1']:.2f} | {found['act 2']:.2f} |"
+            )
     return "\n".join(lines)
 
 

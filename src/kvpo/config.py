@@ -116,7 +116,7 @@ class ExplorationConfig:
     """Consecutive blocks generated with routed history (P)."""
     recent: int = 3
     """Most recent past frames every branch keeps."""
-    routed: int = 3
+    routed: int = 6
     """Local slots filled from older history."""
     distinct: int = 2
     """Distinct routed frames per branch; fewer than `routed` repeats them (concentrated routes)."""
@@ -154,7 +154,7 @@ class ObjectiveConfig:
     """The ratio is clipped above 1 + clip_high."""
     simplex_kl: float = 0.0
     """Weight of the KL on the branch simplex to the starting policy (the public code uses 10)."""
-    velocity_kl: float = 0.0
+    velocity_kl: float = 20.0
     """Weight of the mean squared velocity difference to the starting policy on anchor states."""
     advantages: Literal["anchor", "group", "random"] = "group"
     """Relative to the anchor, centred on the group, or (null control) group advantages permuted."""

@@ -59,6 +59,7 @@ def align(config: Config, out: Path | str, *, resume: bool = False) -> dict[str,
 def _run(config: Config, directory: RunDirectory, started: float, resume: bool) -> dict[str, Any] | None:
     """Everything up to the summary; None if a signal stopped the updates."""
     torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # finds bugs, for a few per cent of the time
     point = resume_point(directory.checkpoints) if resume else None
     with progress_bars() as bars:
         show = Bars(bars)

@@ -66,7 +66,13 @@ def longlive_1_3b() -> Config:
         # A temperature of 1 leaves the surrogate policy near uniform, so the reported KL weight of 10 and the
         # clipping hardly bind; calibrate it (none) together with a KL weight below 1.
         objective=ObjectiveConfig(
-            grad_steps=2, temperature=1.0, simplex_kl=10.0, advantages="anchor", keep_best=0, keep_worst=0
+            grad_steps=2,
+            temperature=1.0,
+            simplex_kl=10.0,
+            velocity_kl=0.0,
+            advantages="anchor",
+            keep_best=0,
+            keep_worst=0,
         ),
         optim=OptimConfig(
             lora_rank=256,
