@@ -84,13 +84,21 @@ class CachedTexts:
     """Width that the transformer expects."""
 
     def fill(self, prompts: Iterable[VideoPrompt]) -> None:
-        """Compute what the cache lacks of some prompts, so that the encoder is loaded once."""
-        self.cache.fill((text for prompt in prompts for text in prompt.segments), self.load)
+        """Compute what the cache lacks of some prompts, so that the encoder is loaded once.
+
+        Raises ValueError where their width is not the transformer's.
+        """
+        texts = [text for prompt in prompts for text in prompt.segments]
+        self.cache.fill(texts, self.load)
+        self(texts[:1])
 
     def __call__(self, texts: Sequence[str]) -> Tensor:
-        """Embeddings ``[n, text_len, text_dim]`` float32, padding rows zero. Raises ValueError for another
-        width than the transformer's.
+        """Embeddings ``[n, text_len, text_dim]`` float32, padding rows zero.
+
+        Raises ValueError where their width is not the transformer's.
         """
+        if not texts:
+            return torch.empty(0, self.cache.text_len, self.text_dim, device=self.device)
         found = self.cache.embed(texts, self.load)
         embeddings = torch.stack([found[text] for text in texts])
         if embeddings.shape[-1] != self.text_dim:

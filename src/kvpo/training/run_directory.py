@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -21,8 +22,10 @@ class RunDirectory:
 
     Entering creates the directory, takes its lock and saves the resolved ``config`` as ``config.yaml``;
     leaving gives the lock back. The lock is the kernel's (flock), so a killed process
-    cannot leave it behind. A directory that already holds a run (see ``holds_run``) is entered only with
-    ``resume``, and its saved configuration is then replaced: whoever resumes checks that the two agree.
+    cannot leave it behind. Leaving by an error before the first metrics (a checkpoint that does not load)
+    removes a directory that entering created. A directory that already holds a run (see ``holds_run``) is
+    entered only with ``resume``, and its saved configuration is then replaced: whoever resumes checks that
+    the two agree.
 
     Raises StorageError when another live process holds it, when it holds a run and ``resume`` is false, or
     when it cannot be written.
@@ -38,11 +41,13 @@ class RunDirectory:
         self.tensorboard = path / "tensorboard"
         self._config = config
         self._resume = resume
+        self._created = False
         self._owner = path / ".owner"
         self._lock = FileLock(path / ".lock", timeout=0)
 
     def __enter__(self) -> "RunDirectory":
         try:
+            self._created = not self.path.exists()
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock.acquire()
         except Timeout as error:
@@ -63,6 +68,8 @@ class RunDirectory:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._owner.unlink(missing_ok=True)
+        if error is not None and self._created and not (holds_run(self.path) or self.metrics.exists()):
+            shutil.rmtree(self.path)
         self._lock.release()
 
     def write_summary(self, summary: Mapping[str, object]) -> None:
