@@ -1,4 +1,4 @@
-"""Compiled layers: the same numbers within rounding for any rows, contexts and adapters, from a few graphs."""
+"""Compiled layers: the same numbers within rounding, for any rows, contexts and adapters."""
 
 import pytest
 import torch
