@@ -2,11 +2,12 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kvpo.app.build import wan_shape
 from kvpo.app.configuration import preset
@@ -68,6 +69,29 @@ SENTENCES = [
 def brightness(video_BTCHW: Tensor, prompts: Sequence[ClipPrompt]) -> Tensor:
     """A reward that anyone can check."""
     return video_BTCHW.mean((1, 2, 3, 4))
+
+
+@dataclass(frozen=True)
+class NetworkReward:
+    """A reward that is computed by a network."""
+
+    network: nn.Module
+    components: tuple[str, ...] = ("network",)
+
+    def __call__(self, video_BTCHW: Tensor, prompts: Sequence[ClipPrompt]) -> dict[str, Tensor]:
+        """Component -> [B]."""
+        colours = video_BTCHW.mean((1, 3, 4)).to(self.network.weight.device)
+        return {"network": self.network(colours)[:, 0]}
+
+
+def _colours() -> nn.Linear:
+    layer = nn.Linear(3, 1)
+    layer.weight.data = torch.tensor([[0.2, -0.5, 0.9]])
+    layer.bias.data = torch.zeros(1)
+    return layer
+
+
+network = NetworkReward(_colours())
 
 
 def write_text_and_pixels(directory: Path) -> None:

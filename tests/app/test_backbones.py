@@ -1,19 +1,31 @@
 """Public generators, shrunk: from files in the public layouts to updates, videos and held-out numbers."""
 
+import gc
 import hashlib
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
 
-from kvpo.app.backbones import FilePrompts, WanCodec, split_prompts
+from kvpo.app import backbones
+from kvpo.app.backbones import FilePrompts, WanCodec, split_prompts, wan_weights
 from kvpo.app.build import build_setup
+from kvpo.app.offloading import VisitingScorer, networks_of
 from kvpo.config_checks import ConfigurationError
 from kvpo.engine.scoring import Clip, in_pixels
 from kvpo.engine.stream import stream_latents
-from kvpo.models.adapters import adapter_state
-from kvpo.models.wan_vae import WanVAE
+from kvpo.models.adapters import adapter_state, base_state
+from kvpo.models.checkpoints import load_adapter_state, load_transformer_state
+from kvpo.models.offload import resident
+from kvpo.models.wan_vae import DecodeState, WanVAE
 from kvpo.prompts import ClipPrompt
+from kvpo.rewards.combined import CombinedScorer
 from kvpo.training.policy import policy_of
 from kvpo.training.trainer import Trainer
 from tests.models.test_wan_vae import tiny_model as tiny_vae
@@ -105,3 +117,148 @@ def test_too_few_prompts_and_a_wrong_rank_are_refused(files: Path) -> None:
     lora = str(files / "lora.pt")
     with pytest.raises(ConfigurationError, match=r"optim\.lora_rank: 4.*set it to 2"):
         build_setup(tiny_wan("longlive-1.3b", files, backbone__lora=lora, optim__lora_rank=4))
+
+
+def test_branches_share_what_was_decoded_before_the_fork(monkeypatch: pytest.MonkeyPatch) -> None:
+    vae, decoded = WanVAE(tiny_vae()), []
+    decode = vae.decode_stream
+
+    def counted(latents: Tensor, state: DecodeState) -> tuple[Tensor, DecodeState]:
+        decoded.append(latents.shape[0] * latents.shape[1])
+        return decode(latents, state)
+
+    monkeypatch.setattr(vae, "decode_stream", counted)
+    draws = torch.Generator().manual_seed(1)
+    past, own = torch.randn(5, 4, 2, 2, generator=draws), torch.randn(3, 2, 4, 2, 2, generator=draws)
+    WanCodec(vae, "cpu").decode(own, past)
+    assert sum(decoded) == 5 + 3 * 2
+
+
+def test_the_text_encoder_is_loaded_once_and_let_go(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded: list[weakref.ref[Any]] = []
+    load = backbones.load_text_encoder
+
+    def counted(*arguments: Any, **options: Any) -> Any:
+        encoder = load(*arguments, **options)
+        loaded.append(weakref.ref(encoder.model))
+        return encoder
+
+    monkeypatch.setattr(backbones, "load_text_encoder", counted)
+    config = tiny_wan("longlive-1.3b", files, segments=2, backbone__embeddings=str(files / "fresh"))
+    trainer = Trainer(build_setup(config))
+    gc.collect()
+    assert len(loaded) == 1 and loaded[0]() is None
+    trainer.step()
+    trainer.step()
+    for prompts in (*trainer.setup.validation.values(), *trainer.setup.test.values()):
+        trainer.setup.texts(prompts)
+    assert len(loaded) == 1
+
+
+def published(files: Path) -> Path:
+    """A checkpoint as the public KVPO trainer writes it for an adapter."""
+    adapter = torch.load(files / "lora.pt", weights_only=True)["generator_lora"]
+    average = {"model." + n.replace(".weight", ".default.weight"): v + 0.01 for n, v in adapter.items()}
+    content = {
+        "step": 3,
+        "samples_seen": 8,
+        "generator_lora": adapter,
+        "optimizer": {"state": {0: {"exp_avg": torch.zeros(2)}}, "param_groups": [{"lr": 1e-5}]},
+        "lr_scheduler": {"last_epoch": 3},
+        "ema": average,
+        "initial_generator_lora": {name: value - 0.01 for name, value in adapter.items()},
+    }
+    torch.save(content, files / "checkpoint_samples_8.pt")
+    return files / "checkpoint_samples_8.pt"
+
+
+@pytest.mark.parametrize(("entry", "shift"), [("", 0.0), ("ema", 0.01), ("initial_generator_lora", -0.01)])
+def test_published_adapters_and_their_averages(files: Path, entry: str, shift: float) -> None:
+    tiny_wan("longlive-1.3b", files)
+    given = torch.load(files / "lora.pt", weights_only=True)["generator_lora"]
+    changes = {"backbone__lora": str(published(files)), "backbone__lora_entry": entry}
+    weights = wan_weights(tiny_wan("longlive-1.3b", files, **changes))
+    found = adapter_state(weights.model).tensors
+    assert found.keys() == given.keys()
+    assert all(torch.equal(found[name], value + shift) for name, value in given.items())
+    plain = wan_weights(tiny_wan("longlive-1.3b", files, backbone__lora=str(published(files))))
+    assert (plain.base_sha256 == weights.base_sha256) == (entry == "")
+
+
+@pytest.mark.parametrize(("entry", "shift"), [("", 0.0), ("ema", 1.0)])
+def test_published_weights_without_prefix_and_their_average(files: Path, entry: str, shift: float) -> None:
+    tiny_wan("longlive-1.3b", files)
+    given = torch.load(files / "base.pt", weights_only=True)["generator"]
+    bare = {name.removeprefix("model."): value for name, value in given.items()}
+    average = {f"model._fsdp_wrapped_module.{name}": value + 1 for name, value in bare.items()}
+    torch.save({"generator": bare, "ema": average, "step": 3}, files / "full.pt")
+    changes = {"backbone__checkpoint": str(files / "full.pt"), "backbone__checkpoint_entry": entry}
+    state = wan_weights(tiny_wan("longlive-1.3b", files, optim__train="full", **changes)).model.state_dict()
+    assert all(torch.equal(state[name], value + shift) for name, value in bare.items())
+
+
+def test_the_digest_is_of_the_weights_not_of_their_name_or_neighbours(files: Path, tmp_path: Path) -> None:
+    tiny_wan("longlive-1.3b", files)
+    state = load_transformer_state(files / "base.pt").tensors
+    save_file(state, tmp_path / "diffusion_pytorch_model.safetensors")
+
+    def digest(path: Path) -> str:
+        return wan_weights(tiny_wan("longlive-1.3b", files, backbone__checkpoint=str(path))).base_sha256
+
+    before = digest(tmp_path)
+    (tmp_path / "Wan2.1_VAE.pth").write_bytes(b"fetched later")
+    assert digest(tmp_path) == before
+    (tmp_path / "diffusion_pytorch_model.safetensors").rename(tmp_path / "renamed.safetensors")
+    assert digest(tmp_path / "renamed.safetensors") == before
+    state["head.head.bias"] += 1
+    save_file(state, tmp_path / "changed.safetensors")
+    assert digest(tmp_path / "changed.safetensors") != before
+
+
+def test_merging_rounds_once(files: Path) -> None:
+    """W + B A in float32, then bfloat16: not the sum of a rounded W."""
+    config = tiny_wan("longlive-1.3b", files)
+    lora = {"backbone__lora": str(files / "lora.pt"), "backbone__lora_start": "merge"}
+    low = wan_weights(tiny_wan("longlive-1.3b", files, optim__autocast="bfloat16", **lora)).model
+    base, adapter = load_transformer_state(files / "base.pt").tensors, load_adapter_state(files / "lora.pt")
+    for module in adapter.modules:
+        a, b = adapter.pair(module)
+        expected = (base[f"{module}.weight"] + b @ a).to(torch.bfloat16)
+        assert torch.equal(base_state(low)[f"{module}.weight"], expected)
+    assert config.optim.lora_targets and len(adapter.modules) == 20
+
+
+def test_offloading_changes_no_number_and_leaves_networks_where_they_were(files: Path) -> None:
+    results = []
+    for offload in (False, True):
+        changes = {"backbone__offload": offload, "rewards__scorers": ["tests.tiny_wan:network"]}
+        trainer = Trainer(build_setup(tiny_wan("longlive-1.3b", files, segments=2, **changes)))
+        results.append(trainer.step())
+        assert isinstance(trainer.setup.judges.scorer, VisitingScorer) == offload
+    assert results[0] == results[1]
+
+
+def test_networks_visit_the_device_and_return_without_a_copy() -> None:
+    network = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    network[0].bias = network[1].bias  # tied
+    scorer = CombinedScorer((Wrapped(network), Wrapped(nn.Linear(1, 1), "other")))
+    assert list(networks_of(scorer)) == [network, scorer.scorers[1].network]
+    before = {name: value for name, value in (*network.named_parameters(), *network.named_buffers())}
+    with resident([network], "meta"):
+        assert all(value.is_meta for value in (*network.parameters(), *network.buffers()))
+        assert network[0].bias is network[1].bias
+    after = {name: value for name, value in (*network.named_parameters(), *network.named_buffers())}
+    assert all(after[name] is value for name, value in before.items())
+
+
+@dataclass(frozen=True)
+class Wrapped:
+    network: nn.Module
+    name: str = "wrapped"
+
+    @property
+    def components(self) -> tuple[str, ...]:
+        return (self.name,)
+
+    def __call__(self, video_BTCHW: Tensor, prompts: Sequence[ClipPrompt]) -> dict[str, Tensor]:
+        return {self.name: video_BTCHW.mean((1, 2, 3, 4))}

@@ -147,7 +147,7 @@ def test_adapters(
         ({"backbone__text_encoder": "nowhere/"}, "backbone.text_encoder: nowhere/: no such file"),
         ({"backbone__checkpoint_entry": "ema"}, "no entry ema; the file holds generator"),
         ({"backbone__lora_entry": "ema"}, "backbone.lora_entry: must be empty while backbone.lora names no"),
-        ({"model__text_dim": 16}, "misshapen (1): text_embedding.0.weight (file [24, 12], model [24, 16])"),
+        ({"model__freq_dim": 32}, "misshapen (1): time_embedding.0.weight (file [24, 16], model [24, 32])"),
         ({"model__channels": 8}, "backbone.vae: latents of 4 channels, model.channels is 8"),
         ({"device": "cuda:9"}, "device: 'cuda:9' cannot be used here"),
     ],

@@ -19,9 +19,16 @@ from kvpo.app.offloading import visiting
 from kvpo.config import Config
 from kvpo.config_checks import ConfigurationError
 from kvpo.engine.noise import keyed_generator
-from kvpo.models.adapters import add_adapter, load_adapter, merge_adapter
+from kvpo.models.adapters import add_adapter, check_adapter, load_adapter, merge_adapter
 from kvpo.models.causal_wan import CausalWan
-from kvpo.models.checkpoints import AdapterState, assign_state, load_adapter_state, load_transformer_state
+from kvpo.models.checkpoints import (
+    AdapterState,
+    TransformerState,
+    assign_state,
+    check_state,
+    load_adapter_state,
+    load_transformer_state,
+)
 from kvpo.models.hub import resolve
 from kvpo.models.offload import resident
 from kvpo.models.tensor_files import fingerprint
@@ -188,54 +195,70 @@ def codec(config: Config) -> WanCodec:
     return WanCodec(vae, config.device, vae.model.config.scale_factor_temporal)
 
 
-def wan_weights(config: Config) -> Weights:
-    """The transformer with what a configuration trains in it.
+@dataclass(frozen=True)
+class Given:
+    """The files of a transformer, mapped and checked against it, and the model still without memory."""
 
-    The starting policy is the checkpoint with its given adapter, continued or merged (METHOD section 6).
-    Frozen weights are kept in the precision of the forward pass, trained ones in float32.
+    model: CausalWan
+    state: TransformerState
+    adapter: AdapterState | None
+
+
+def given_weights(config: Config) -> Given:
+    """What a configuration names, refused here if it is to be refused: nothing large has been read yet.
 
     Raises:
         ConfigurationError: no checkpoint is named, or the adapter is not the one that is configured.
         ValueError: a file is absent, damaged, refused, or does not fit the configuration.
     """
-    optim, backbone = config.optim, config.backbone
-    path = located(config, "checkpoint", *TRANSFORMER_FILES)
-    given = _given_adapter(config)
+    backbone = config.backbone
     with torch.device("meta"):
         model = CausalWan(wan_shape(config))
+    path = located(config, "checkpoint", *TRANSFORMER_FILES)
+    state = load_transformer_state(path, entry=backbone.checkpoint_entry or None)
+    check_state(model, state)
+    adapter = None
+    if backbone.lora:
+        adapter = load_adapter_state(
+            located(config, "lora", *ADAPTER_FILES), entry=backbone.lora_entry or None
+        )
+        check_adapter(model, adapter)
+        if backbone.lora_start == "continue":
+            _demand_same_adapter(config, adapter)
+    return Given(model, state, adapter)
+
+
+def wan_weights(config: Config, given: Given | None = None) -> Weights:
+    """The transformer with what a configuration trains in it; ``given`` are its files if already mapped.
+
+    The starting policy is the checkpoint with its given adapter, continued or merged (METHOD section 6).
+    Frozen weights are kept in the precision of the forward pass, trained ones in float32.
+
+    Raises:
+        ValueError: see `given_weights`.
+    """
+    optim, backbone = config.optim, config.backbone
+    given = given or given_weights(config)
+    model, state, adapter = given.model, given.state, given.adapter
     frozen_low = optim.train == "lora" and optim.autocast == "bfloat16"
     dtype = torch.bfloat16 if frozen_low else torch.float32
-    state = load_transformer_state(path, entry=backbone.checkpoint_entry or None)
     assign_state(model, state, device=config.device, dtype=dtype)
     model.requires_grad_(False)
     model.checkpointing = optim.checkpointing
-    if given is not None and backbone.lora_start == "merge":
-        merge_adapter(model, given, state.tensors)
+    if adapter is not None and backbone.lora_start == "merge":
+        merge_adapter(model, adapter, state.tensors)
     if optim.train == "full":
         model.requires_grad_(True)
-    elif given is None or backbone.lora_start == "merge":
+    elif adapter is not None and backbone.lora_start == "continue":
+        load_adapter(model, adapter)
+    else:
         draws = keyed_generator("adapter", config.seed)
         add_adapter(model, optim.lora_rank, optim.lora_alpha, optim.lora_targets, generator=draws)
-    else:
-        _demand_same_adapter(config, given)
-        load_adapter(model, given)
     if optim.compile:
         model.compile_blocks()
-    how = [backbone.checkpoint_entry, *([backbone.lora_start, backbone.lora_entry] if given else [])]
-    files = (*state.files, *(given.files if given else ()))
+    how = [backbone.checkpoint_entry, *([backbone.lora_start, backbone.lora_entry] if adapter else [])]
+    files = (*state.files, *(adapter.files if adapter else ()))
     return Weights(config, model.to(config.device), fingerprint(files, "/".join(how)))
-
-
-def _given_adapter(config: Config) -> AdapterState | None:
-    """The adapter that belongs to the checkpoint, if one is named."""
-    backbone = config.backbone
-    if not backbone.lora:
-        return None
-    try:
-        path = resolve(backbone.lora, patterns=ADAPTER_FILES, offline=backbone.offline)
-        return load_adapter_state(path, entry=backbone.lora_entry or None)
-    except ValueError as error:
-        raise ValueError(f"backbone.lora: {error}") from error
 
 
 def _demand_same_adapter(config: Config, given: AdapterState) -> None:
@@ -257,9 +280,9 @@ def wan_backbone(config: Config, prompts: Iterable[VideoPrompt] = ()) -> Backbon
         ConfigurationError: a file is not named.
         ValueError: a file is absent, damaged, refused, or does not fit the configuration.
     """
-    texts, pixels = text_encoder(config), codec(config)  # cheap to refuse, so before gigabytes are read
+    texts, pixels, given = text_encoder(config), codec(config), given_weights(config)
     texts.fill(prompts)
-    weights = wan_weights(config)
+    weights = wan_weights(config, given)
     return Backbone(
         **vars(weights),
         generator=streaming_generator(config, weights.model),

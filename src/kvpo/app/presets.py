@@ -10,6 +10,7 @@ from dataclasses import replace
 from kvpo.config import (
     BackboneConfig,
     Config,
+    EvaluationConfig,
     ExplorationConfig,
     ModelConfig,
     ObjectiveConfig,
@@ -88,6 +89,8 @@ def longlive_1_3b() -> Config:
             autocast="bfloat16",
         ),
         rewards=RewardConfig(scorers=("hpsv3",)),
+        # Held-out videos are long: as many of them as the demo's would take longer than the updates.
+        evaluation=EvaluationConfig(every=100, validation_prompts=8, test_prompts=32),
     )
 
 

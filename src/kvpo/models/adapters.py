@@ -37,9 +37,13 @@ def _linear_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
     }
 
 
-def _check_fits(shapes: dict[str, tuple[int, int]], adapter: AdapterState) -> None:
-    """Demand that every adapted layer exists in a model with the right widths."""
-    expected = {}
+def check_adapter(model: nn.Module, adapter: AdapterState) -> None:
+    """Demand that every adapted layer exists in a model with the right widths.
+
+    Raises:
+        ValueError: naming layers that the model does not have and halves of another shape.
+    """
+    shapes, expected = _linear_shapes(model), {}
     for module in adapter.modules:
         if module in shapes:
             out_width, in_width = shapes[module]
@@ -121,9 +125,9 @@ def load_adapter(model: nn.Module, adapter: AdapterState, *, dtype: torch.dtype 
     """Freeze the model and continue a given adapter; the starting policy is a frozen copy of it.
 
     Raises:
-        ValueError: naming layers that the model does not have and halves of another shape.
+        ValueError: see `check_adapter`.
     """
-    _check_fits(_linear_shapes(model), adapter)
+    check_adapter(model, adapter)
     for name in (TRAINED, REFERENCE):
         _inject(model, adapter, name, dtype)
     for layer in _lora_layers(model):
@@ -139,9 +143,9 @@ def merge_adapter(model: nn.Module, adapter: AdapterState, wide: Mapping[str, Te
             rounded once; None: the model's own.
 
     Raises:
-        ValueError: naming layers that the model does not have and halves of another shape.
+        ValueError: see `check_adapter`.
     """
-    _check_fits(_linear_shapes(model), adapter)
+    check_adapter(model, adapter)
     for module in adapter.modules:
         weight = model.get_submodule(module).weight
         assert isinstance(weight, Tensor)

@@ -227,10 +227,8 @@ def transformer_sizes(shapes: Shapes) -> dict[str, int]:
     return sizes | {"num_layers": len(layers)}
 
 
-def assign_state(
-    model: nn.Module, state: TransformerState, *, device: torch.device | str, dtype: torch.dtype
-) -> None:
-    """Give a transformer built on the meta device its weights, without a second copy in memory.
+def check_state(model: nn.Module, state: TransformerState) -> None:
+    """Demand weights that fit a transformer.
 
     Raises:
         ValueError: naming every missing, unexpected and misshapen key, and the sizes that differ if the
@@ -238,6 +236,17 @@ def assign_state(
     """
     expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     check_tensors(state.tensors, expected, state.source, transformer_sizes)
+
+
+def assign_state(
+    model: nn.Module, state: TransformerState, *, device: torch.device | str, dtype: torch.dtype
+) -> None:
+    """Give a transformer built on the meta device its weights, without a second copy in memory.
+
+    Raises:
+        ValueError: see `check_state`.
+    """
+    check_state(model, state)
     assign_tensors(model, state.tensors, device=device, dtype=dtype)
 
 
