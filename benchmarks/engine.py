@@ -23,9 +23,10 @@ from kvpo.app.presets import demo
 from kvpo.config import Config
 from kvpo.engine.generator import StreamingGenerator
 from kvpo.engine.noise import SeededTape, keyed_generator
+from kvpo.engine.pages import stream_pages
 from kvpo.engine.replay import Member, branch_residuals, replay_context, replay_velocities
 from kvpo.engine.rollout import Group, Rollout, RoutedFrame, draw_routes, grow_roots, run_members
-from kvpo.engine.stream import advance, open_stream, stream_pages
+from kvpo.engine.stream import advance, open_stream
 from kvpo.method.routing import route_pool
 from kvpo.models.adapters import add_adapter, trained_parameters
 from kvpo.models.causal_wan import CausalWan

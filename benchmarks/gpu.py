@@ -28,9 +28,10 @@ from kvpo.app.presets import longlive_1_3b
 from kvpo.config import Config
 from kvpo.engine.generator import StreamingGenerator
 from kvpo.engine.noise import SeededTape, keyed_generator
+from kvpo.engine.pages import PlannedRollout, cache_pages, stream_pages
 from kvpo.engine.replay import Member, branch_residuals, replay_context, replay_velocities
-from kvpo.engine.rollout import Group, Rollout, collect, grow_roots, rollout_pages
-from kvpo.engine.stream import advance, open_stream, stream_pages
+from kvpo.engine.rollout import Group, Rollout, collect, grow_roots
+from kvpo.engine.stream import advance, open_stream
 from kvpo.models.adapters import add_adapter, trained_parameters
 from kvpo.models.causal_wan import CausalWan
 from kvpo.prompts import VideoPrompt
@@ -208,7 +209,7 @@ def subject_of(config: Config, fork: int, frames: int) -> Subject:
 def measure_streaming(subject: Subject, clock: Clock, repeats: int) -> tuple[float, Work]:
     """Seconds of one block with the window full, and the work of a block."""
     generator, window = subject.generator, subject.config.stream.window
-    cache = generator.new_cache(stream_pages(generator, subject.prompt.num_frames))
+    cache = generator.new_cache(stream_pages(generator, subject.prompt.num_frames, window))
     stream = open_stream(generator, cache, subject.prompt)
 
     def block() -> None:
@@ -280,9 +281,8 @@ def fits(subject: Subject, rows: int) -> bool:
     if subject.device.type != "cuda":
         return True
     exploration = replace(subject.config.exploration, rows=rows)
-    pages = rollout_pages(
-        subject.generator, exploration, groups=1, fork=subject.fork, num_frames=subject.prompt.num_frames
-    )
+    planned = PlannedRollout([subject.prompt], subject.fork, exploration)
+    pages = cache_pages(subject.generator, [planned])
     free, _ = torch.cuda.mem_get_info(subject.device)
     return pages * subject.page_bytes < 0.75 * free
 

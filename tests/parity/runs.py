@@ -8,6 +8,7 @@ from torch import Tensor
 from kvpo.config import ExplorationConfig
 from kvpo.engine.generator import StreamingGenerator, TextRows
 from kvpo.engine.noise import Tape
+from kvpo.engine.pages import stream_pages
 from kvpo.engine.rollout import RoutedFrame, grow_roots, run_members
 from kvpo.engine.stream import (
     Stream,
@@ -17,7 +18,6 @@ from kvpo.engine.stream import (
     append_block,
     give_frames,
     open_stream,
-    stream_pages,
     switch_prompts,
 )
 from kvpo.method.flow import clean_of
@@ -91,7 +91,7 @@ def run_stream(meta: dict, data: dict[str, Tensor], model: CausalWan, observe: O
     num_frames = offset + data["noise"].shape[1]
     prompt, texts = video(data, segments_of(meta, num_frames, offset))
     # One page more than a stream needs: a page of zeros.
-    cache = generator.new_cache(stream_pages(generator, num_frames) + 1)
+    cache = generator.new_cache(stream_pages(generator, num_frames, meta["window"]) + 1)
     stream = open_stream(generator, cache, prompt)
     calls = offset // generator.block
     if given is not None:

@@ -14,18 +14,24 @@ from kvpo.config import ExplorationConfig
 from kvpo.engine.forks import check_fork
 from kvpo.engine.generator import StreamingGenerator
 from kvpo.engine.noise import Tape, keyed_generator
+from kvpo.engine.pages import (
+    PlannedRollout,
+    branch_frames,
+    cache_pages,
+    groups_together,
+    rollout_pages,
+)
 from kvpo.engine.stream import (
     Stream,
     TextTable,
     Trajectory,
     advance,
-    bank_pages,
     open_stream,
-    stream_pages,
     switch_prompts,
 )
 from kvpo.method.routing import dispersed_routes, route_pool
 from kvpo.models.cache import FrameCache
+from kvpo.models.deployment import reachable_frames
 from kvpo.prompts import VideoPrompt
 
 
@@ -119,39 +125,6 @@ def draw_routes(
     return groups
 
 
-def rollout_pages(
-    generator: StreamingGenerator,
-    exploration: ExplorationConfig,
-    *,
-    groups: int,
-    fork: int,
-    num_frames: int,
-    replayed: int = 0,
-) -> int:
-    """Pages a rollout and its replay need at most: the roots' resident history, and the branches' own blocks.
-
-    A branch lets go of its own blocks as its window moves on, so a long tail costs no pages. ``replayed``
-    members are replayed together (0: all).
-    """
-    deployment = generator.deployment
-    members = groups * (exploration.branches + 1)
-    rows = min(exploration.rows or members, members)
-    span = (exploration.blocks + exploration.tail_blocks) * generator.block
-    kept = min(span, branch_frames(generator, exploration) or span) + generator.block
-    reencoded = deployment.reencoded(num_frames) if exploration.tail_blocks else 0
-    bank = bank_pages(generator, span)
-    rolled = rows * (kept + reencoded + bank)
-    replay = (replayed or members) * ((exploration.blocks - 1) * generator.block + bank)
-    roots = groups * stream_pages(generator, fork, exploration.resident_frames or fork)
-    return roots + max(rolled, replay)
-
-
-def branch_frames(generator: StreamingGenerator, exploration: ExplorationConfig) -> int:
-    """Most recent frames, the sink not counted, that a branch must keep pages of; 0: all."""
-    local_past = generator.deployment.local_past
-    return 0 if local_past is None else max(local_past, exploration.recent)
-
-
 def grow_roots(
     generator: StreamingGenerator,
     prompts: Sequence[VideoPrompt],
@@ -159,33 +132,43 @@ def grow_roots(
     texts: TextTable,
     tape: Tape,
     exploration: ExplorationConfig,
-    *,
-    replayed: int = 0,
 ) -> Rollout:
     """Stream every prompt in its deployment context up to the fork; a switch there is already acted on.
 
-    ``replayed`` members will be replayed together (0: all): pages are set aside for them. Raises ValueError
-    where window and tail do not fit after the fork.
+    Raises ValueError where window and tail do not fit after the fork.
     """
-    check_fork(prompts, fork, exploration, block=generator.block)
     pages = rollout_pages(
         generator,
         exploration,
         groups=len(prompts),
         fork=fork,
-        num_frames=max(prompt.num_frames for prompt in prompts),
-        replayed=replayed,
+        switches=any(prompt.switches for prompt in prompts),
     )
-    cache = generator.new_cache(pages)
-    roots = [open_stream(generator, cache, prompt) for prompt in prompts]
+    rollout = Rollout([], generator.new_cache(pages.most), exploration)
+    _add_roots(generator, rollout, prompts, fork, texts, tape, exploration)
+    return rollout
+
+
+def _add_roots(
+    generator: StreamingGenerator,
+    rollout: Rollout,
+    prompts: Sequence[VideoPrompt],
+    fork: int,
+    texts: TextTable,
+    tape: Tape,
+    exploration: ExplorationConfig,
+) -> None:
+    """Grow the roots of some more groups in a rollout's cache."""
+    check_fork(prompts, fork, exploration, block=generator.block)
+    roots = [open_stream(generator, rollout.cache, prompt) for prompt in prompts]
     resident = exploration.resident_frames
     while roots[0].start < fork:
         advance(generator, roots, texts, tape, rows=exploration.rows, resident=resident)
     pool = (resident or fork) if exploration.reencode_pool else 0
     switch_prompts(generator, roots, texts, rows=exploration.rows, reencode_frames=pool)
     empty = torch.empty(0)
-    groups = [Group(n, root, fork, (), empty, empty, empty) for n, root in enumerate(roots)]
-    return Rollout(groups, cache, exploration)
+    for root in roots:
+        rollout.groups.append(Group(len(rollout.groups), root, fork, (), empty, empty, empty))
 
 
 Member = tuple[int, Sequence[Sequence[RoutedFrame]] | None]
@@ -201,17 +184,19 @@ def run_members(
     exploration: ExplorationConfig,
     *,
     videos: Sequence[int] | None = None,
+    steps: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Continue forks of the roots through window and tail.
 
     Args:
         videos: video id each row asks the tape for; None: its prompt's own, so that all noise is shared.
+        steps: first solver steps whose states and velocities are kept; None: all.
 
     Returns:
         states and velocities ``[R, P, S, F, C, H, W]`` of the window and clean latents ``[R, T, C, H, W]`` of
         window and tail.
     """
-    chunks = member_chunks(generator, rollout, members, texts, tape, exploration, videos=videos)
+    chunks = member_chunks(generator, rollout, members, texts, tape, exploration, videos=videos, steps=steps)
     states, velocities, clean = (torch.cat(part) for part in zip(*chunks, strict=True))
     return states, velocities, clean
 
@@ -225,6 +210,7 @@ def member_chunks(
     exploration: ExplorationConfig,
     *,
     videos: Sequence[int] | None = None,
+    steps: int | None = None,
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """``run_members``, ``exploration.rows`` members at a time, each chunk when it is generated."""
     size = exploration.rows or len(members)
@@ -261,8 +247,8 @@ def member_chunks(
             stream.history.release()
         window = trajectories[: exploration.blocks]
         yield (
-            torch.stack([trajectory.states_RSFCHW for trajectory in window], 1),
-            torch.stack([trajectory.velocities_RSFCHW for trajectory in window], 1),
+            torch.stack([trajectory.states_RSFCHW[:, :steps] for trajectory in window], 1),
+            torch.stack([trajectory.velocities_RSFCHW[:, :steps] for trajectory in window], 1),
             torch.cat([trajectory.clean_RFCHW for trajectory in trajectories], 1),
         )
 
@@ -276,40 +262,76 @@ def collect(
     exploration: ExplorationConfig,
     key: tuple[int | str, ...],
     *,
-    replayed: int = 0,
+    cache: FrameCache | None = None,
+    steps: int | None = None,
     finished: Callable[[Group], None] = lambda group: None,
 ) -> Rollout:
     """Roots, branches and anchors of one rollout; ``key`` seeds the routes.
 
-    ``replayed`` members will be replayed together (0: all). ``finished`` is called with every group as soon
-    as its members are generated, in order.
+    Groups are explored ``groups_together``; once its members have run, a group keeps the pages that its
+    replay sees. Results do not depend on it beyond rounding.
+
+    Args:
+        cache: where the pages go, with room for ``rollout_pages``; None: a cache of its own.
+        steps: solver steps of the window to keep (the replay's); None: all.
+        finished: called with every group as soon as its members are generated, in order.
     """
-    rollout = grow_roots(generator, prompts, fork, texts, tape, exploration, replayed=replayed)
-    sink = generator.deployment.sink
-    pool = route_pool(fork, sink=sink, recent=exploration.recent, resident=exploration.resident_frames)
+    pool = route_pool(
+        fork,
+        sink=generator.deployment.sink,
+        recent=exploration.recent,
+        resident=exploration.resident_frames,
+    )
     draws = keyed_generator("routes", *key)
     first = draw_routes([pool] * len(prompts), exploration, draws)
     per_block = [first]
     for _ in range(exploration.blocks - 1):
         redraw = exploration.redraw_every_block
         per_block.append(draw_routes([pool] * len(prompts), exploration, draws) if redraw else first)
+    together = groups_together(exploration, len(prompts))
+    if cache is None:
+        cache = generator.new_cache(cache_pages(generator, [PlannedRollout(prompts, fork, exploration)]))
+    rollout = Rollout([], cache, exploration)
+    for at in range(0, len(prompts), together):
+        _add_roots(generator, rollout, prompts[at : at + together], fork, texts, tape, exploration)
+        for group in _explored(generator, rollout, at, per_block, texts, tape, exploration, steps):
+            history = group.root.history
+            history.keep(reachable_frames(generator.deployment, history, max(1, generator.deployment.sink)))
+            rollout.groups[group.index] = group
+            finished(group)
+    return rollout
+
+
+def _explored(
+    generator: StreamingGenerator,
+    rollout: Rollout,
+    first: int,
+    per_block: Sequence[Sequence[Sequence[tuple[RoutedFrame, ...]]]],
+    texts: TextTable,
+    tape: Tape,
+    exploration: ExplorationConfig,
+    steps: int | None,
+) -> Iterator[Group]:
+    """The groups from ``first`` on with what their members did, each as soon as they have run."""
+    waiting = list(rollout.groups[first:])
     members: list[Member] = []
-    for group in range(len(prompts)):
+    for group in waiting:
         for branch in range(exploration.branches):
-            members.append((group, [routes[group][branch] for routes in per_block]))
-        members.append((group, None))
+            members.append((group.index, [routes[group.index][branch] for routes in per_block]))
+        members.append((group.index, None))
     size = exploration.branches + 1
-    groups: list[Group] = []
     rows: list[tuple[Tensor, Tensor, Tensor]] = []
-    for chunk in member_chunks(generator, rollout, members, texts, tape, exploration):
+    for chunk in member_chunks(generator, rollout, members, texts, tape, exploration, steps=steps):
         rows += zip(*chunk, strict=True)
         while len(rows) >= size:
             states, velocities, clean = map(torch.stack, zip(*rows[:size], strict=True))
-            del rows[:size]
-            index = len(groups)
-            own = members[index * size : (index + 1) * size]
-            routes = tuple(tuple(route) for _, route in own if route is not None)
-            root = rollout.groups[index].root
-            groups.append(Group(index, root, fork, routes, states, velocities, clean))
-            finished(groups[-1])
-    return replace(rollout, groups=groups)
+            group = waiting.pop(0)
+            routes = tuple(tuple(route) for _, route in members[:size] if route is not None)
+            del rows[:size], members[:size]
+            yield replace(
+                group,
+                routes=routes,
+                states_MPSFCHW=states,
+                velocities_MPSFCHW=velocities,
+                clean_MTCHW=clean,
+            )

@@ -8,11 +8,11 @@ from torch import Tensor
 
 from kvpo.engine.generator import StreamingGenerator, TextRows
 from kvpo.engine.noise import Tape
+from kvpo.engine.pages import stream_pages
 from kvpo.method.flow import add_noise, clean_of, euler_step, renoise_step
 from kvpo.models.cache import FrameCache, History
 from kvpo.models.context import PageContext
 from kvpo.models.deployment import (
-    RECORD_INTERVAL,
     adopt_reencoded,
     commit_bank,
     context_size,
@@ -328,31 +328,10 @@ def stream_latents(
     finished = []
     for at in range(0, len(prompts), size):
         batch = prompts[at : at + size]
-        cache = generator.new_cache(len(batch) * stream_pages(generator, num_frames))
+        switches = any(prompt.switches for prompt in batch)
+        cache = generator.new_cache(len(batch) * stream_pages(generator, num_frames, switches=switches))
         streams = [open_stream(generator, cache, prompt) for prompt in batch]
         for _ in range(num_frames // generator.block):
             advance(generator, streams, texts, tape, resident=resident)
         finished.append(torch.stack([torch.cat(stream.latents) for stream in streams]))
     return torch.cat(finished)
-
-
-def stream_pages(generator: StreamingGenerator, num_frames: int, resident: int = 0) -> int:
-    """Pages that one stream of ``num_frames`` frames holds at most, a re-encoding under way included.
-
-    ``resident`` frames are kept for routing, counting the sink; 0 keeps no more than the window needs.
-    """
-    deployment = generator.deployment
-    if deployment.local_past is None:
-        return 2 * num_frames + bank_pages(generator, num_frames)
-    kept = max(deployment.sink + deployment.local_past, resident) + deployment.block
-    return min(2 * num_frames, kept + deployment.window) + bank_pages(generator, num_frames)
-
-
-def bank_pages(generator: StreamingGenerator, num_frames: int) -> int:
-    """Pages a memory bank holds at most after ``num_frames`` frames; layers may keep different frames."""
-    deployment = generator.deployment
-    if not deployment.bank_size:
-        return 0
-    recorded = num_frames // deployment.block
-    recorded = recorded if deployment.bank_every_block else -(-recorded // RECORD_INTERVAL)
-    return min(deployment.bank_size * generator.pages.num_layers, recorded) + 1

@@ -15,10 +15,12 @@ from kvpo.config import Config, ExplorationConfig
 from kvpo.engine.background import Submit, in_background
 from kvpo.engine.forks import plan_forks, shrunk
 from kvpo.engine.noise import keyed_generator
+from kvpo.engine.pages import PlannedRollout, cache_pages
 from kvpo.engine.rollout import Group, Rollout, collect
 from kvpo.engine.scoring import Scores, score_group
 from kvpo.engine.stream import TextTable
 from kvpo.method.diagnostics import GroupDiagnostics, group_diagnostics, update_diagnostics
+from kvpo.models.cache import FrameCache
 from kvpo.prompts import VideoPrompt
 from kvpo.training.credit import assign_credit
 from kvpo.training.gradients import (
@@ -107,17 +109,29 @@ class Trainer:
         self.warned_of: set[str] = set()
         self.blend = setup.blend()
 
+    def planned(self, update: int) -> PlannedRollout:
+        """What the rollout of an update explores, shrunk to what fits its videos."""
+        prompts, config = self.setup.training_prompts(update), self.setup.config
+        fork, exploration = shared_fork(prompts, config, (config.seed, update))
+        self._say_what_shrank(update, exploration)
+        replayed = members_together(config.optim.replay_rows, exploration.blocks, config.objective.grad_steps)
+        return PlannedRollout(prompts, fork, exploration, replayed)
+
+    def new_cache(self, rollouts: Sequence[PlannedRollout]) -> FrameCache:
+        """A page cache for rollouts that all wait for their replays in it."""
+        return self.setup.generator.new_cache(cache_pages(self.setup.generator, rollouts))
+
     def explore(self, update: int) -> tuple[Rollout, list[Scores], TextTable]:
         """Collect and score the rollout of one update."""
+        planned = self.planned(update)
         with in_background() as submit:
-            explored = self.generate(update, submit)
+            explored = self.generate(update, planned, submit, self.new_cache([planned]))
             return explored.rollout, explored.scores(), explored.texts
 
-    def generate(self, update: int, submit: Submit) -> Explored:
+    def generate(self, update: int, planned: PlannedRollout, submit: Submit, cache: FrameCache) -> Explored:
         """Collect the rollout of one update; finished groups are scored while the next ones are generated."""
         setup, config = self.setup, self.setup.config
-        prompts = setup.training_prompts(update)
-        texts = setup.texts(prompts)
+        texts = setup.texts(planned.prompts)
         pending: list[Future[Scores]] = []
 
         def score(group: Group) -> None:
@@ -127,19 +141,16 @@ class Trainer:
                 submit(partial(score_group, group, judges.codec, judges.scorer, block=block, plan=plan))
             )
 
-        fork, exploration = shared_fork(prompts, config, (config.seed, update))
-        self._say_what_shrank(update, exploration)
         rollout = collect(
             setup.generator,
-            prompts,
-            fork,
+            planned.prompts,
+            planned.fork,
             texts,
             setup.tape("training"),
-            exploration,
+            planned.exploration,
             (config.seed, update),
-            replayed=members_together(
-                config.optim.replay_rows, exploration.blocks, config.objective.grad_steps
-            ),
+            cache=cache,
+            steps=config.objective.grad_steps,
             finished=score,
         )
         return Explored(rollout, texts, pending)
@@ -194,8 +205,13 @@ class Trainer:
         if self.pending:
             return
         updates = range(self.update, min(self.update + config.rollouts_per_refresh, config.updates))
+        planned = [self.planned(update) for update in updates]
+        cache = self.new_cache(planned)
         with in_background() as submit:
-            explored = [self.generate(update, submit) for update in updates]
+            explored = [
+                self.generate(update, rollout, submit, cache)
+                for update, rollout in zip(updates, planned, strict=True)
+            ]
             scores = [item.scores() for item in explored]
         collected = []
         for update, item, score in zip(updates, explored, scores, strict=True):

@@ -1,0 +1,187 @@
+"""How many pages streams, rollouts and replays hold at most: what caches are sized by, and what ``kvpo plan``
+counts before there is any.
+
+Where a prompt may switch (``switches``), frames may be re-encoded: for a moment both encodings are held.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from kvpo.config import ExplorationConfig
+from kvpo.engine.generator import StreamingGenerator
+from kvpo.models.deployment import RECORD_INTERVAL
+from kvpo.prompts import VideoPrompt
+
+
+def stream_pages(
+    generator: StreamingGenerator, num_frames: int, resident: int = 0, *, switches: bool = True
+) -> int:
+    """Pages that one stream of ``num_frames`` frames holds at most, the block under way included.
+
+    ``resident`` frames are kept for routing, counting the sink; 0 keeps no more than the window needs.
+    """
+    kept = kept_pages(generator, num_frames, resident)
+    return min((1 + switches) * num_frames, kept + pages_under_way(generator, num_frames, switches=switches))
+
+
+def kept_pages(generator: StreamingGenerator, num_frames: int, resident: int = 0) -> int:
+    """Pages that a stream holds between blocks; see ``stream_pages``."""
+    deployment = generator.deployment
+    if deployment.local_past is None:
+        return num_frames
+    kept = max(deployment.sink + deployment.local_past, resident, 1)
+    first = deployment.sink if deployment.keep_sink_at_switch else 0
+    gone = range(first, num_frames - (kept - deployment.sink))
+    return min(num_frames, kept) + bank_pages(generator, gone)
+
+
+def pages_under_way(generator: StreamingGenerator, num_frames: int, *, switches: bool) -> int:
+    """Pages a stream writes before it lets go of others: a block, or what a prompt switch re-encodes."""
+    return max(generator.block, generator.deployment.reencoded(num_frames) if switches else 0)
+
+
+def bank_pages(generator: StreamingGenerator, gone: range) -> int:
+    """Pages that a memory bank holds at most of frames that the stream has let go of otherwise.
+
+    Layers may keep different frames; one more is the frame that the bank takes in next.
+    """
+    deployment = generator.deployment
+    if not deployment.bank_size:
+        return 0
+    every = deployment.block * (1 if deployment.bank_every_block else RECORD_INTERVAL)
+    recorded = sum(frame % every == 0 for frame in gone)
+    return min(deployment.bank_size * generator.pages.num_layers + 1, recorded)
+
+
+@dataclass(frozen=True)
+class Pages:
+    """Pages that a rollout holds at most, by what holds them."""
+
+    waiting: int
+    """Of each group whose members have run: what the replay will see."""
+    root: int
+    """Of each group that is being explored: what may be routed."""
+    growing: int
+    """Of the root histories' blocks, or re-encodings, that are under way."""
+    branches: int
+    """Of the members that run together: their own blocks."""
+    replay: int
+    """Of the members that are replayed together: their own blocks."""
+    groups: int
+    """All groups of the rollout."""
+    together: int
+    """Groups that are explored together."""
+
+    @property
+    def exploring(self) -> int:
+        """While the last groups are explored and all others wait."""
+        explored = self.together * self.root + max(self.growing, self.branches)
+        return (self.groups - self.together) * self.waiting + explored
+
+    @property
+    def replaying(self) -> int:
+        """While members are replayed."""
+        return self.groups * self.waiting + self.replay
+
+    @property
+    def most(self) -> int:
+        """What a cache must hold."""
+        return max(self.exploring, self.replaying)
+
+
+def groups_together(exploration: ExplorationConfig, groups: int) -> int:
+    """Groups that are explored together: as many as ``exploration.rows`` holds all members of, at least one.
+
+    Donor histories need every group's root at once.
+    """
+    if exploration.donor or not exploration.rows:
+        return groups
+    return min(groups, max(1, exploration.rows // (exploration.branches + 1)))
+
+
+def rollout_pages(
+    generator: StreamingGenerator,
+    exploration: ExplorationConfig,
+    *,
+    groups: int,
+    fork: int,
+    together: int = 0,
+    switches: bool = True,
+    replayed: int = 0,
+) -> Pages:
+    """Pages that a rollout forked at ``fork``, and its replay, need at most.
+
+    Args:
+        groups: prompts of the rollout.
+        together: groups explored together; 0: all.
+        replayed: members replayed together; 0: all.
+    """
+    together = together or groups
+    members = together * (exploration.branches + 1)
+    rows = min(exploration.rows or members, members)
+    own = (exploration.blocks + exploration.tail_blocks) * generator.block
+    return Pages(
+        waiting=kept_pages(generator, fork),
+        root=kept_pages(generator, fork, exploration.resident_frames or fork),
+        growing=min(rows, together) * pages_under_way(generator, fork, switches=switches),
+        branches=rows * _branch_pages(generator, exploration, fork, own, switches=switches),
+        replay=(replayed or groups * (exploration.branches + 1)) * (exploration.blocks - 1) * generator.block,
+        groups=groups,
+        together=together,
+    )
+
+
+def _branch_pages(
+    generator: StreamingGenerator, exploration: ExplorationConfig, fork: int, own: int, *, switches: bool
+) -> int:
+    """Pages a branch adds to its root's.
+
+    It lets go of its blocks as its window moves on, so a long tail costs none. Only in the tail may the
+    prompt switch; frames that were the root's are then encoded anew.
+    """
+    deployment, block = generator.deployment, generator.block
+    recent = branch_frames(generator, exploration)
+    switches = switches and exploration.tail_blocks > 0
+    if not recent:
+        return 2 * (fork + own) if switches else own
+    bank = bank_pages(generator, range(fork, fork + own - recent))
+    moved_sink = 0 if deployment.keep_sink_at_switch or not switches else deployment.sink
+    kept = min(own - block, recent)
+    under_way = max(block, deployment.reencoded(fork + own - block) if switches else 0)
+    return moved_sink + max(kept, block if switches else 0) + under_way + bank
+
+
+def branch_frames(generator: StreamingGenerator, exploration: ExplorationConfig) -> int:
+    """Most recent frames, the sink not counted, that a branch must keep pages of; 0: all."""
+    local_past = generator.deployment.local_past
+    return 0 if local_past is None else max(local_past, exploration.recent)
+
+
+@dataclass(frozen=True)
+class PlannedRollout:
+    """A rollout before it is made."""
+
+    prompts: Sequence[VideoPrompt]
+    fork: int
+    exploration: ExplorationConfig
+    replayed: int = 0
+    """Members that will be replayed together; 0: all."""
+
+
+def cache_pages(generator: StreamingGenerator, rollouts: Sequence[PlannedRollout]) -> int:
+    """Pages of one cache for rollouts that are all collected, in order, before any is replayed."""
+    most, waiting, replay = 0, 0, 0
+    for rollout in rollouts:
+        pages = rollout_pages(
+            generator,
+            rollout.exploration,
+            groups=len(rollout.prompts),
+            fork=rollout.fork,
+            together=groups_together(rollout.exploration, len(rollout.prompts)),
+            switches=any(prompt.switches for prompt in rollout.prompts),
+            replayed=rollout.replayed,
+        )
+        most = max(most, waiting + pages.exploring)
+        waiting += pages.groups * pages.waiting
+        replay = max(replay, pages.replay)
+    return max(most, waiting + replay)
