@@ -137,6 +137,7 @@ def grow_roots(
 
     Raises ValueError where window and tail do not fit after the fork.
     """
+    check_fork(prompts, fork, exploration, block=generator.block)
     pages = rollout_pages(
         generator,
         exploration,
@@ -159,7 +160,6 @@ def _add_roots(
     exploration: ExplorationConfig,
 ) -> None:
     """Grow the roots of some more groups in a rollout's cache."""
-    check_fork(prompts, fork, exploration, block=generator.block)
     roots = [open_stream(generator, rollout.cache, prompt) for prompt in prompts]
     resident = exploration.resident_frames
     while roots[0].start < fork:
@@ -275,7 +275,10 @@ def collect(
         cache: where the pages go, with room for ``rollout_pages``; None: a cache of its own.
         steps: solver steps of the window to keep (the replay's); None: all.
         finished: called with every group as soon as its members are generated, in order.
+
+    Raises ValueError where window and tail do not fit after the fork.
     """
+    check_fork(prompts, fork, exploration, block=generator.block)
     pool = route_pool(
         fork,
         sink=generator.deployment.sink,
