@@ -11,7 +11,6 @@ from typing import Any
 import httpx
 import pytest
 import torch
-from reward_servers import QUICK, Named, eventually, free_port, number_of, numbered, serving
 
 from kvpo.prompts import ClipPrompt
 from kvpo.rewards import client as client_module
@@ -30,6 +29,7 @@ from kvpo.rewards.wire import (
 from kvpo.rewards.world_pixels import WorldScorer
 from kvpo.world.render import render
 from kvpo.world.stories import distinct_stories
+from tests.reward_servers import QUICK, Named, eventually, free_port, number_of, numbered, serving
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.uint8])

@@ -106,6 +106,28 @@ def test_validation_and_the_best_checkpoint(tiny_base: Path, tmp_path: Path) -> 
     assert kept == {best[0].name, "update-000005"}
 
 
+def test_a_reward_that_fails_in_validation_costs_no_update(
+    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {"optim__updates": 3, "checkpoint__every": 4}
+    whole, failed = (ToyRun(tiny_base, tmp_path / name, **settings) for name in ("whole", "failed"))
+    for run in (whole, failed):
+        run.directory.mkdir()
+    assert whole.go()
+
+    def fails(*arguments: Any) -> Any:
+        raise ValueError("reward server http://a: gave up")
+
+    for update in (2, 3):
+        with monkeypatch.context() as patch, pytest.raises(ValueError, match="gave up"):
+            patch.setattr(Run, "evaluate_average", fails)
+            failed.go()
+        latest = latest_checkpoint(failed.directory / "checkpoints")
+        assert latest is not None and latest.name == f"update-{update:06d}"
+        failed.go(stop_after=0)
+    assert failed.result() == whole.result()
+
+
 def test_a_resumed_adapter_needs_its_own_base(tiny_base: Path, tmp_path: Path) -> None:
     run = ToyRun(tiny_base, tmp_path, optim__updates=1)
     assert run.go()

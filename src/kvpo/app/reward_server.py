@@ -74,6 +74,14 @@ def read_token(file: Path | None, environment: Mapping[str, str]) -> str | None:
     return token
 
 
+def _listener(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family)
+    except OSError as error:
+        raise ConfigurationError(f"--host, --port: cannot listen at {host} {port}: {error}") from error
+
+
 def serve(
     names: Sequence[str],
     *,
@@ -88,13 +96,11 @@ def serve(
     """Serve rewards until SIGTERM or Ctrl-C; clients that come before they are loaded wait.
 
     Raises:
-        ConfigurationError: rewards that cannot be named so, an address that needs a token.
+        ConfigurationError: rewards that cannot be named so, an address that is taken or needs a token.
         ValueError: a part of a reward cannot be found.
-        OSError: the address is taken.
     """
     check_address(host, token)
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.create_server((host, port), family=family) as listener:
+    with _listener(host, port) as listener:
         rewards = named_rewards(names, sources, frame_rate=frame_rate, device=device, prompts=True)
         app = reward_app(
             [reward.scorer for reward in rewards],

@@ -45,6 +45,8 @@ class Run:
     """Update and validation of the best checkpoint so far."""
     saved: int = 0
     """Update of the last checkpoint."""
+    unvalidated: bool = False
+    """Whether the last update's validation is still to come, because a reward failed in it."""
     readings: list[radar.Reading] = field(default_factory=list)
     """What the hacking radar saw at every validation so far."""
     verdict: radar.Verdict = field(default_factory=radar.Verdict)
@@ -79,8 +81,7 @@ class Run:
             self.progress("aligning", trainer.update, self.updates, numbers)
             if trainer.at_boundary():
                 if self._due(config.evaluation.every):
-                    # Before the checkpoint: a kill in between repeats both.
-                    self.save(self.validate())
+                    self._validate_and_save()
                 elif self._due(config.checkpoint.every):
                     self.save()
         if not self.updates:
@@ -123,7 +124,12 @@ class Run:
             self.checkpoints,
             update,
             tensors,
-            {**state, "best": self.best, "radar": radar.saved(self.readings)},
+            {
+                **state,
+                "best": self.best,
+                "radar": radar.saved(self.readings),
+                "unvalidated": self.unvalidated,
+            },
             architecture=architecture(self.setup),
         )
         self.saved = update
@@ -134,6 +140,20 @@ class Run:
     def _save_if_new(self) -> None:
         if self.trainer.update > self.saved:
             self.save()
+
+    def _validate_and_save(self) -> None:
+        """Validation comes before the checkpoint: a kill in between repeats both.
+
+        Where a reward fails in it, what was trained is saved, and a resumed run begins with the validation.
+        """
+        self.unvalidated = True
+        try:
+            gain = self.validate()
+        except ValueError:
+            self.save()
+            raise
+        self.unvalidated = False
+        self.save(gain)
 
     def _mark_best(self) -> None:
         if self.best is not None:
@@ -181,8 +201,11 @@ class Run:
         self.saved = self.trainer.update
         self.best = None if state["best"] is None else (int(state["best"][0]), float(state["best"][1]))
         self.readings = radar.loaded(state["radar"])
+        self.unvalidated = state["unvalidated"]
         self.judged()
         self._mark_best()  # a kill may have come between a checkpoint and its mark
+        if self.unvalidated:
+            self._validate_and_save()
 
 
 def restore(trainer: Trainer, path: Path) -> dict[str, Any]:

@@ -46,10 +46,16 @@ def offer(scorer: Scorer, name: str = "own") -> Offer:
 
 @contextmanager
 def serving(
-    scorer: Scorer, *, port: int = 0, token: str | None = None, limits: Limits = LIMITS
+    scorer: Scorer,
+    offers: Sequence[Offer] = (),
+    *,
+    port: int = 0,
+    token: str | None = None,
+    limits: Limits = LIMITS,
 ) -> Iterator[str]:
-    """The address of a server of one reward called "own"; it is stopped without waiting at the end."""
-    app = reward_app([scorer], [offer(scorer)], frame_rate=16.0, token=token, limits=limits)
+    """The address of a server, of one reward called "own" unless there are other offers."""
+    offers = offers or [offer(scorer)]
+    app = reward_app([scorer], offers, frame_rate=16.0, token=token, limits=limits)
     with socket.create_server(("127.0.0.1", port)) as listener:
         server = uvicorn.Server(uvicorn.Config(app, log_level="critical", timeout_graceful_shutdown=1))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
