@@ -275,6 +275,10 @@ class RewardConfig:
     """What selective fusion turns a positive advantage into: 0 withholds it, 1 reverses it."""
     noise_floors: dict[str, float] = field(default_factory=dict)
     """Measured noise floor of components; objective.noise_floor holds for the others."""
+    noise_files: tuple[str, ...] = ()
+    """JSON files of `kvpo calibrate`, read once: their floors go to noise_floors."""
+    cache: str = ""
+    """Directory in which scores are kept by the content of their clips; several runs may share it."""
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from kvpo.app.build import build_scorer, build_setup
 from kvpo.app.configuration import preset
 from kvpo.config import Config
 from kvpo.config_checks import ConfigurationError
-from kvpo.rewards.catalogue import build_rewards
+from kvpo.rewards.catalogue import requested
 from kvpo.rewards.combined import CombinedScorer
 from kvpo.rewards.consistency import FlickerScorer
 from kvpo.rewards.world_pixels import DEFAULT_WEIGHTS, WorldScorer
@@ -97,11 +97,11 @@ def test_two_components_of_one_name_and_a_source_of_nothing_are_refused() -> Non
 def test_the_rate_and_the_device_of_a_run_reach_its_rewards(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: dict[str, Any] = {}
 
-    def build(ids: Any, sources: Any, **options: Any) -> Any:
+    def watched(ids: Any, sources: Any, **options: Any) -> Any:
         asked.update(options)
-        return build_rewards(ids, sources, **options)
+        return requested(ids, sources, **options)
 
-    monkeypatch.setattr("kvpo.app.named_rewards.build_rewards", build)
+    monkeypatch.setattr("kvpo.app.named_rewards.requested", watched)
     build_scorer(run_with("flicker"), 12.5)
     assert asked["frame_rate"] == 12.5 and asked["device"] == "cpu"
 

@@ -5,6 +5,7 @@ import logging
 import resource
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 
 from kvpo.app.build import build_setup
 from kvpo.app.exhibits import measure_diversity, write_branches, write_gallery
+from kvpo.app.noise_files import with_measured_floors
 from kvpo.app.progress import Bars, progress_bars
 from kvpo.config import Config
 from kvpo.config_checks import check
@@ -43,6 +45,7 @@ def align(config: Config, out: Path | str, *, resume: bool = False) -> dict[str,
     from kvpo.report import write_report
 
     out, started = Path(out), time.perf_counter()
+    config = with_measured_floors(config)
     check(config)
     with RunDirectory(out, config, resume=resume) as directory:
         summary = finished_summary(directory, config)
@@ -150,6 +153,7 @@ def _finish(run: Run, directory: RunDirectory, show: Any, started: float) -> dic
         "diversity": diversity,
         "checks": checks,
         "radar": radar_summary(run, results),
+        "scored": asdict(setup.scored),
     }
     directory.report.unlink(missing_ok=True)  # of a run that is now longer
     directory.write_summary(summary)

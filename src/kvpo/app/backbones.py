@@ -42,6 +42,7 @@ from kvpo.models.umt5 import (
 from kvpo.models.wan_vae import WanVAE, load_wan_vae
 from kvpo.prompt_files import read_prompts
 from kvpo.prompts import VideoPrompt
+from kvpo.rewards.cache import score_cache
 from kvpo.training.evaluation import Judges
 from kvpo.training.setup import Backbone, Setup, Weights
 
@@ -346,8 +347,9 @@ def build_wan(config: Config) -> Setup:
     seen = [prompts(update) for update in range(config.optim.updates)]
     # Before the rewards: the text encoder and a reward of its size need not fit the device together.
     backbone = wan_backbone(config, chain(*seen, *validation.values(), *test.values()))
-    scorer, weights = build_scorer(config, FRAMES_PER_SECOND)
-    held_out = held_out_scorers(config, FRAMES_PER_SECOND)
+    cache = score_cache(config.rewards.cache)
+    scorer, weights = build_scorer(config, FRAMES_PER_SECOND, cache)
+    held_out = held_out_scorers(config, FRAMES_PER_SECOND, cache)
     if config.backbone.offload:
         scorer = visiting(scorer, config.device)
         held_out = tuple(replace(one, scorer=visiting(one.scorer, config.device)) for one in held_out)
@@ -357,4 +359,5 @@ def build_wan(config: Config) -> Setup:
         training_prompts=prompts,
         validation=validation,
         test=test,
+        scored=cache.counts,
     )

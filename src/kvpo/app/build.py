@@ -24,6 +24,7 @@ from kvpo.models.causal_wan import CausalWan, WanShape
 from kvpo.models.deployment import Deployment
 from kvpo.models.tensor_files import read_file
 from kvpo.prompts import ClipPrompt, VideoPrompt
+from kvpo.rewards.cache import ScoreCache, score_cache
 from kvpo.rewards.combined import CombinedScorer
 from kvpo.training.evaluation import Judges
 from kvpo.training.setup import Backbone, Setup, Weights
@@ -60,7 +61,7 @@ def streaming_generator(config: Config, transformer: CausalWan) -> StreamingGene
     )
 
 
-def build_scorer(config: Config, frame_rate: float) -> tuple[Scorer, Tensor]:
+def build_scorer(config: Config, frame_rate: float, cache: ScoreCache | None = None) -> tuple[Scorer, Tensor]:
     """The rewards a configuration names as one scorer, and the weights of its components.
 
     Raises:
@@ -78,7 +79,7 @@ def build_scorer(config: Config, frame_rate: float) -> tuple[Scorer, Tensor]:
         device=config.device,
         prompts=True,
     )
-    scorers = tuple(reward.scorer for reward in rewards)
+    scorers = tuple(reward.cached(cache) for reward in rewards)
     scorer = CombinedScorer(scorers) if len(scorers) > 1 else scorers[0]
     if unknown := sorted(set(settings.weights) - set(scorer.components)):
         raise ConfigurationError(
@@ -211,7 +212,8 @@ def build_world(config: Config, base: Path | None = None) -> Setup:
     if base is not None:
         config = replace(config, base=str(base))
     backbone = build_backbone(config)
-    scorer, weights = build_scorer(config, backbone.codec.frames_per_second)
+    frame_rate, cache = backbone.codec.frames_per_second, score_cache(config.rewards.cache)
+    scorer, weights = build_scorer(config, frame_rate, cache)
     return Setup(
         **vars(backbone),
         judges=Judges(
@@ -219,11 +221,12 @@ def build_world(config: Config, base: Path | None = None) -> Setup:
             scorer,
             weights,
             UnseenComponent(load_unseen()),
-            held_out_scorers(config, backbone.codec.frames_per_second),
+            held_out_scorers(config, frame_rate, cache),
         ),
         training_prompts=WorldTrainingPrompts(config.seed, config.optim.prompts_per_update),
         validation=world_prompts("validation", config.evaluation.validation_prompts, 101, 10_000_000),
         test=world_test_prompts(config),
+        scored=cache.counts,
     )
 
 

@@ -19,11 +19,12 @@ from typing import Any, Literal
 
 import yaml
 
+from kvpo.app.noise_files import with_measured_floors
 from kvpo.app.presets import PRESETS
 from kvpo.config import Config
 from kvpo.config_checks import ConfigurationError, check
 
-CHANGEABLE_ON_RESUME = ("device", "optim.updates", "checkpoint.every", "checkpoint.keep")
+CHANGEABLE_ON_RESUME = ("device", "optim.updates", "checkpoint.every", "checkpoint.keep", "rewards.cache")
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ def resolve(preset: str | None, file: Path | None, flags: Mapping[str, str]) -> 
     values = read_file(file) if file is not None else {}
     config = _start(preset or str(values.get("preset", "demo")))
     config = assign(config, {**values, "preset": config.preset})
-    config = assign(config, parse_flags(flags))
+    config = with_measured_floors(assign(config, parse_flags(flags)))
     check(config)
     return config
 
@@ -69,7 +70,7 @@ def preset(name: str, changes: Mapping[str, Any] | None = None) -> Config:
 
     Raises ConfigurationError for an unknown name, field or value.
     """
-    config = assign(_start(name), {**(changes or {}), "preset": name})
+    config = with_measured_floors(assign(_start(name), {**(changes or {}), "preset": name}))
     check(config)
     return config
 
@@ -90,7 +91,7 @@ def resolve_resumed(saved: Path, preset: str | None, file: Path | None, flags: M
     """
     before = resolve(None, saved, {})
     given = {**(read_file(file) if file is not None else {}), **({"preset": preset} if preset else {})}
-    after = assign(assign(before, given), parse_flags(flags))
+    after = with_measured_floors(assign(assign(before, given), parse_flags(flags)))
     check(after)
     old, new = flat(dataclasses.asdict(before)), flat(dataclasses.asdict(after))
     refused = [

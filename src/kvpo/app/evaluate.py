@@ -1,6 +1,7 @@
 """`kvpo evaluate`: base and aligned model of a run on its test prompts, as at the end of the run."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,9 @@ def evaluate(
 ) -> dict[str, Any]:
     """Compare a run's checkpoint (its moving average) with its base and write the numbers as JSON.
 
-    The result holds ``checkpoint`` and ``held_out``, for the best checkpoint the very numbers of
-    ``summary.json``. Raises ValueError where the run or its checkpoint cannot be used.
+    The result holds ``checkpoint``, ``held_out`` (for the best checkpoint the very numbers of
+    ``summary.json``) and ``scored``, how many clips were scored or known already. Raises ValueError where the
+    run or its checkpoint cannot be used.
 
     Args:
         checkpoint: best, latest, an update, a directory; None: the best.
@@ -43,7 +45,7 @@ def evaluate(
                 aligned = evaluate_prompts(setup, prompts)
             held_out[name] = comparison(base, aligned, setup.judges)
         show("base and aligned on test prompts", len(setup.test), len(setup.test), {})
-    numbers = {"checkpoint": path.name, "held_out": held_out}
+    numbers = {"checkpoint": path.name, "held_out": held_out, "scored": asdict(setup.scored)}
     target = run / "evaluation.json" if out is None else Path(out)
     write_atomic(target, json.dumps(numbers, indent=2, allow_nan=False) + "\n")
     return numbers

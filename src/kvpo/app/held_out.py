@@ -5,11 +5,14 @@ import torch
 from kvpo.app.named_rewards import NamedReward, named_rewards
 from kvpo.config import Config
 from kvpo.config_checks import ConfigurationError
+from kvpo.rewards.cache import ScoreCache
 from kvpo.rewards.catalogue import REWARD_IDS
 from kvpo.training.evaluation import HeldOutScorer
 
 
-def held_out_scorers(config: Config, frame_rate: float) -> tuple[HeldOutScorer, ...]:
+def held_out_scorers(
+    config: Config, frame_rate: float, cache: ScoreCache | None = None
+) -> tuple[HeldOutScorer, ...]:
     """The scorers of ``evaluation.held_out``.
 
     A catalogue reward is one number; "world" and a function of one's own give their weighted sum.
@@ -31,16 +34,17 @@ def held_out_scorers(config: Config, frame_rate: float) -> tuple[HeldOutScorer, 
         device=config.device,
         prompts=True,
     )
-    found = tuple(map(_watching, rewards))
+    found = tuple(_watching(reward, cache) for reward in rewards)
     numbers = [name for one in found for name in one.names]
     if twice := [name for name in numbers if numbers.count(name) > 1]:
         raise ConfigurationError(f"evaluation.held_out: two rewards are called {twice[0]!r}; rename one")
     return found
 
 
-def _watching(reward: NamedReward) -> HeldOutScorer:
+def _watching(reward: NamedReward, cache: ScoreCache | None) -> HeldOutScorer:
+    scorer = reward.cached(cache)
     components = reward.scorer.components
     if reward.name in REWARD_IDS:
-        return HeldOutScorer(components, reward.scorer, torch.eye(len(components)))
+        return HeldOutScorer(components, scorer, torch.eye(len(components)))
     weights_HK = torch.tensor([[reward.weights[component] for component in components]])
-    return HeldOutScorer((reward.name.rpartition(":")[2],), reward.scorer, weights_HK)
+    return HeldOutScorer((reward.name.rpartition(":")[2],), scorer, weights_HK)

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from kvpo.config_checks import ConfigurationError
 from kvpo.prompts import ClipPrompt
-from kvpo.rewards.catalogue import FAMILIES, FRAME_REWARDS, REWARD_IDS, build_rewards
+from kvpo.rewards.cache import CachedScorer, ScoreCache, code_version
+from kvpo.rewards.catalogue import FAMILIES, FRAME_REWARDS, REWARD_IDS, Family, Request, requested
 from kvpo.rewards.declarations import DECLARATIONS, SD, VIDEOALIGN_SAMPLING
 from kvpo.rewards.protocol import Declaration, Scorer, checked
 from kvpo.rewards.wire import TOKEN_VARIABLE
@@ -35,6 +36,14 @@ class NamedReward:
     scorer: Scorer
     declarations: tuple[Declaration, ...]
     weights: Mapping[str, float]
+    version: str = ""
+    """What decides the scores beside clip, prompt and kvpo's own code; "": unknown."""
+
+    def cached(self, cache: ScoreCache | None) -> Scorer:
+        """The scorer, asked about every distinct clip once; without a cache as it is."""
+        if cache is None:
+            return self.scorer
+        return CachedScorer(self.scorer, self.version and f"{self.version} {code_version()}", cache)
 
     def score(self, video_BTCHW: Tensor, prompts: Sequence[ClipPrompt]) -> dict[str, Tensor]:
         """Component -> [B] on the CPU; ValueError for missing, misshapen or non-finite scores."""
@@ -87,8 +96,7 @@ def named_rewards(
     located = [split_location(name) for name in names]
     _check_names(located, prompts, field)
     here = [name for name, url in located if url is None and name in REWARD_IDS]
-    scorers = build_rewards(here, sources, frame_rate=frame_rate, top_share=top_share, device=device)
-    found = _by_component(scorers)
+    found = _by_component(requested(here, sources, frame_rate=frame_rate, top_share=top_share, device=device))
     rewards: list[NamedReward] = []
     for name, url in located:
         if url is not None:
@@ -130,18 +138,16 @@ def _share_a_model(one: str, other: str) -> bool:
     return one == other or any(one in family.ids and other in family.ids for family in FAMILIES)
 
 
-def _by_component(scorers: Sequence[Scorer]) -> dict[str, NamedReward]:
-    """The reward of every id of the catalogue, the same one for ids that share a model."""
-    return {
-        component: NamedReward(
-            component,
-            scorer,
-            tuple(DECLARATIONS[c] for c in scorer.components),
-            dict.fromkeys(scorer.components, 1.0),
-        )
-        for scorer in scorers
-        for component in scorer.components
-    }
+def _by_component(requests: Sequence[tuple[Family, Request]]) -> dict[str, NamedReward]:
+    """The reward of every id of the catalogue, built; the same scorer for ids that share a model."""
+    found = {}
+    for family, request in requests:
+        scorer, version = family.build(request), request.version()
+        for component in scorer.components:
+            declarations = tuple(DECLARATIONS[c] for c in scorer.components)
+            weights = dict.fromkeys(scorer.components, 1.0)
+            found[component] = NamedReward(component, scorer, declarations, weights, version)
+    return found
 
 
 def _remote(names: Sequence[str], url: str, field: str, frame_rate: float, top_share: float) -> NamedReward:
@@ -177,13 +183,15 @@ def _world() -> NamedReward:
     declarations = tuple(
         Declaration(name, 0.0, 1.0, True, False, 3, FRAME_SIZE**2) for name in scorer.components
     )
-    return NamedReward(WORLD, scorer, declarations, DEFAULT_WEIGHTS)
+    return NamedReward(WORLD, scorer, declarations, DEFAULT_WEIGHTS, WORLD)
 
 
 def _users_own(name: str, field: str) -> NamedReward:
     scorer = user_reward(name, field)
     declarations = tuple(Declaration(c, -inf, inf, False, False, 1, SD) for c in scorer.components)
-    return NamedReward(name, scorer, declarations, dict.fromkeys(scorer.components, 1.0))
+    # Only its author knows what a function's scores depend on: they are kept where it says its version.
+    version = f"{name} {scorer.function.version}" if hasattr(scorer.function, "version") else ""
+    return NamedReward(name, scorer, declarations, dict.fromkeys(scorer.components, 1.0), version)
 
 
 def user_reward(name: str, field: str) -> UserReward:

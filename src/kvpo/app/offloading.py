@@ -1,13 +1,14 @@
 """Rewards whose networks wait in host memory while nothing is scored."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from kvpo.models.offload import resident
 from kvpo.prompts import ClipPrompt
+from kvpo.rewards.cache import CachedScorer
 from kvpo.rewards.combined import CombinedScorer
 from kvpo.rewards.protocol import Scorer
 
@@ -30,6 +31,8 @@ def visiting(scorer: Scorer, device: torch.device | str) -> Scorer:
     """The scorer with its networks moved to host memory; one without networks as it is."""
     if isinstance(scorer, CombinedScorer):  # one after another, so that the largest decides the memory
         return CombinedScorer(tuple(visiting(one, device) for one in scorer.scorers))
+    if isinstance(scorer, CachedScorer):  # what is known already moves nothing
+        return replace(scorer, scorer=visiting(scorer.scorer, device))
     networks = tuple(networks_of(scorer))
     for network in networks:
         network.to("cpu")

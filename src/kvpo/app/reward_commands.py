@@ -103,7 +103,7 @@ def calibrate(arguments: Namespace) -> None:
         )
     print(table(found))
     print(f"--objective.noise_floor {list(found.values())[-1].noise_floor:.3g}")
-    print(out)
+    print(f"--rewards.noise_files {out}")
 
 
 def reward_server_arguments(parser: ArgumentParser) -> None:

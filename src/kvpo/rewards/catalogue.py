@@ -3,6 +3,7 @@
 Importing this module imports nothing heavy; each reward's own module is imported when it is built.
 """
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -54,6 +55,15 @@ class Request:
         path = self.paths[part]
         assert path is not None, part
         return path
+
+    def version(self) -> str:
+        """Digest of all that decides the scores beside the code: files (large ones sampled) and settings."""
+        from kvpo.models.tensor_files import fingerprint
+
+        given = {part: path for part, path in self.paths.items() if path is not None}
+        device = self.device.partition(":")[0]
+        settings = [self.ids, list(given), self.frame_rate, self.top_share, device]
+        return fingerprint(given.values(), json.dumps(settings))
 
 
 def _hpsv3(request: Request) -> Scorer:
@@ -203,7 +213,20 @@ def build_rewards(
     top_share: float = 1.0,
     device: str = "cpu",
 ) -> list[Scorer]:
-    """The scorers that give rewards ``ids``; those that share a model come out of one scorer.
+    """The scorers that give rewards ``ids``; see ``requested``."""
+    asked = requested(ids, sources, frame_rate=frame_rate, top_share=top_share, device=device)
+    return [family.build(request) for family, request in asked]
+
+
+def requested(
+    ids: Sequence[str],
+    sources: Mapping[str, str] | None = None,
+    *,
+    frame_rate: float = 16.0,
+    top_share: float = 1.0,
+    device: str = "cpu",
+) -> list[tuple[Family, Request]]:
+    """What to build for rewards ``ids``; those that share a model come out of one scorer.
 
     Args:
         sources: where parts are, by ``id.part``: ``{"hpsv3.template": "data_collator_qwen.py"}``.
@@ -233,7 +256,7 @@ def build_rewards(
             f"source {next(iter(sources))!r} belongs to no reward that was asked for; "
             f"they have {', '.join(known) or 'no parts'}"
         )
-    return [family.build(request) for family, request in requests]
+    return requests
 
 
 def _paths(family: Family, ids: Sequence[str], sources: dict[str, str]) -> dict[str, Path | None]:

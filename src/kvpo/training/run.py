@@ -3,7 +3,7 @@
 import logging
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -69,13 +69,14 @@ class Run:
             if interrupted() and trainer.at_boundary():
                 self._save_if_new()
                 return False
-            started = time.perf_counter()
+            started, scored = time.perf_counter(), replace(self.setup.scored)
             try:
                 trainer.collect()
             except ValueError:
                 self._save_if_new()
                 raise
             numbers = trainer.step()
+            numbers |= self.setup.scored.since(scored)
             numbers["seconds"] = time.perf_counter() - started
             self.metrics.write(trainer.update, {"kind": "update", **numbers})
             self.progress("aligning", trainer.update, self.updates, numbers)
@@ -166,6 +167,7 @@ class Run:
         The mean gain, by which the best checkpoint is chosen; None where the radar's alarm rules that out.
         """
         judges, update = self.setup.judges, self.trainer.update
+        scored = replace(self.setup.scored)
         aligned = {name: self.evaluate_average(prompts) for name, prompts in self.setup.validation.items()}
         results = {name: comparison(self.base[name], found, judges) for name, found in aligned.items()}
         gain = mean_gain(results)
@@ -175,7 +177,8 @@ class Run:
         drifted = radar.drifted(numbers, self.setup.config.evaluation.hacking_errors)
         self.metrics.write(
             update,
-            {"kind": "validation", "mean_gain": gain, **results, "radar": numbers | {"drifted": drifted}},
+            {"kind": "validation", "mean_gain": gain, **results, "radar": numbers | {"drifted": drifted}}
+            | self.setup.scored.since(scored),
         )
         logger.info("hacking radar, update %d: %s", update, numbers["verdict"])
         if drifted:

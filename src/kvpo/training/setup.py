@@ -1,7 +1,7 @@
 """What a run is made of, built once by the application and handed to the trainer."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import nn
 
@@ -11,6 +11,7 @@ from kvpo.engine.noise import SeededTape
 from kvpo.engine.scoring import ClipPlan
 from kvpo.engine.stream import TextTable
 from kvpo.prompts import VideoPrompt
+from kvpo.rewards.cache import Counts
 from kvpo.training.credit import Blend, blend_of
 from kvpo.training.evaluation import Judges
 
@@ -56,6 +57,8 @@ class Setup(Backbone):
     """Prompt sets (short, long) for choosing the best checkpoint."""
     test: Mapping[str, Sequence[VideoPrompt]]
     """Prompt sets used once, for the summary."""
+    scored: Counts = field(default_factory=Counts)
+    """How many clips were scored, and how many were known already."""
 
     def clip_plan(self) -> ClipPlan:
         """Which clips of a member are scored in training."""

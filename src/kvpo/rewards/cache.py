@@ -1,0 +1,198 @@
+"""Scores that are known already: equal clips are scored once, within a call and, on disk, across runs.
+
+A score is kept under a digest of the clip's pixels, of its prompt (the text before it and the switch too) and
+of the reward's version: its code, files and settings. An entry can be missing, but never be another clip's.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import sqlite3
+import struct
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from kvpo.prompts import ClipPrompt
+from kvpo.rewards.protocol import Scorer, checked
+
+logger = logging.getLogger(__name__)
+
+FILE = "scores.sqlite"
+MOST = 1_000_000
+"""Entries kept; the oldest make room. An entry takes about 150 bytes."""
+PATIENCE = 30.0
+"""Seconds to wait for another process that writes."""
+DIGEST_BYTES = 24
+
+
+@dataclass
+class Counts:
+    """What became of the clips that were to be scored, per reward."""
+
+    hits: int = 0
+    """Known from the cache on disk."""
+    repeats: int = 0
+    """Equal to another clip of the same call."""
+    misses: int = 0
+    """Scored."""
+
+    def since(self, before: "Counts") -> dict[str, float]:
+        """Metrics: what was added since ``before``."""
+        return {
+            "reward_cache_hits": float(self.hits - before.hits),
+            "reward_cache_repeats": float(self.repeats - before.repeats),
+            "reward_cache_misses": float(self.misses - before.misses),
+        }
+
+
+@dataclass(frozen=True)
+class ScoreCache:
+    """A file of scores that processes share, and the counts of those who ask it.
+
+    Whatever is wrong with the file costs a score its place in it, never the run: a damaged entry is not
+    found, a damaged file is set aside, one that cannot be read or written is reported and passed over.
+    """
+
+    file: Path | None = None
+    """None: nothing is kept, clips are compared within a call only."""
+    counts: Counts = field(default_factory=Counts)
+
+    def read(self, keys: Sequence[bytes], size: int) -> dict[bytes, list[float]]:
+        """The known ones of ``keys``, ``size`` scores each."""
+        found: dict[bytes, list[float]] = {}
+
+        def look_up(connection: sqlite3.Connection) -> None:
+            for key in keys:
+                row = connection.execute("SELECT value FROM scores WHERE key = ?", (key,)).fetchone()
+                scores = None if row is None else _unpacked(key, row[0], size)
+                if scores is not None:
+                    found[key] = scores
+
+        self._transaction(look_up)
+        return found
+
+    def write(self, entries: Mapping[bytes, Sequence[float]]) -> None:
+        """Keep scores by key."""
+
+        def insert(connection: sqlite3.Connection) -> None:
+            rows = [(key, _packed(key, scores)) for key, scores in entries.items()]
+            connection.executemany("INSERT OR REPLACE INTO scores VALUES (?, ?)", rows)
+            oldest = "SELECT max(rowid) - ? FROM scores"
+            connection.execute(f"DELETE FROM scores WHERE rowid <= ({oldest})", (MOST,))
+
+        self._transaction(insert)
+
+    def _transaction(self, work: Callable[[sqlite3.Connection], None]) -> None:
+        """Do something on a connection of its own: nothing is shared between threads, nor inherited."""
+        assert self.file is not None
+        try:
+            with closing(sqlite3.connect(self.file, timeout=PATIENCE)) as connection, connection:
+                # A power cut may cost the file: it is a cache.
+                connection.execute("PRAGMA synchronous = OFF")
+                connection.execute(
+                    "CREATE TABLE IF NOT EXISTS scores (key BLOB PRIMARY KEY, value BLOB NOT NULL)"
+                )
+                work(connection)
+        except sqlite3.OperationalError as error:  # locked, full, not permitted
+            logger.warning("score cache %s is passed over: %s", self.file, error)
+        except sqlite3.DatabaseError as error:
+            logger.warning("score cache %s is damaged and begins anew: %s", self.file, error)
+            if self.file.exists():
+                os.replace(self.file, self.file.with_suffix(".damaged"))
+
+
+def score_cache(directory: str) -> ScoreCache:
+    """The cache in a directory, made if it is not there; "" keeps nothing. Raises ValueError."""
+    if not directory:
+        return ScoreCache()
+    folder = Path(directory).expanduser()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(
+            f"rewards.cache: {folder} cannot be used as a directory ({error.strerror}); name another one"
+        ) from error
+    return ScoreCache(folder / FILE)
+
+
+@dataclass(frozen=True)
+class CachedScorer:
+    """A scorer that is asked about every distinct clip once."""
+
+    scorer: Scorer
+    version: str
+    """What decides its scores beside clip and prompt; "": unknown, so that nothing is kept on disk."""
+    cache: ScoreCache
+
+    @property
+    def components(self) -> tuple[str, ...]:
+        return self.scorer.components
+
+    def __call__(self, video_BTCHW: Tensor, prompts: Sequence[ClipPrompt]) -> dict[str, Tensor]:
+        """Component -> [B] on the CPU; ValueError for missing, misshapen or non-finite scores."""
+        kept, size = bool(self.version) and self.cache.file is not None, len(self.components)
+        keys = [self._key(video, prompt) for video, prompt in zip(video_BTCHW, prompts, strict=True)]
+        first = {key: index for index, key in reversed(list(enumerate(keys)))}
+        known = self.cache.read(list(first), size) if kept else {}
+        hits = len(known)
+        missing = sorted(index for key, index in first.items() if key not in known)
+        if missing:
+            whole = len(missing) == len(keys)
+            scores = self.scorer(
+                video_BTCHW if whole else video_BTCHW[missing], [prompts[index] for index in missing]
+            )
+            table = torch.stack([checked(name, scores, len(missing)) for name in self.components], 1)
+            new = {keys[index]: row for index, row in zip(missing, table.tolist(), strict=True)}
+            if kept:
+                self.cache.write(new)
+            known |= new
+        counts = self.cache.counts
+        counts.hits += hits
+        counts.misses += len(missing)
+        counts.repeats += len(keys) - len(first)
+        columns = torch.tensor([known[key] for key in keys]).reshape(len(keys), size).unbind(1)
+        return dict(zip(self.components, columns, strict=True))
+
+    def _key(self, video_TCHW: Tensor, prompt: str) -> bytes:
+        own = json.dumps([self.version, self.components]).encode()
+        return hashlib.blake2b(own + clip_digest(video_TCHW, prompt), digest_size=DIGEST_BYTES).digest()
+
+
+def clip_digest(video_TCHW: Tensor, prompt: str) -> bytes:
+    """Digest of a clip's pixels, exactly as they are, and of all that its prompt says."""
+    before, switch = (prompt.before, prompt.switch) if isinstance(prompt, ClipPrompt) else ("", 0)
+    said = [str(video_TCHW.dtype), list(video_TCHW.shape), str(prompt), before, switch]
+    digest = hashlib.blake2b(json.dumps(said).encode(), digest_size=DIGEST_BYTES)
+    digest.update(video_TCHW.detach().cpu().contiguous().view(torch.uint8).numpy())
+    return digest.digest()
+
+
+@cache
+def code_version() -> str:
+    """Digest of the code of kvpo's rewards and of torch's version: either may change a score's last bits."""
+    rewards = Path(__file__).parent
+    world = [rewards.parent / "world" / f"{name}.py" for name in ("grammar", "vocabulary")]
+    digest = hashlib.blake2b(torch.__version__.encode(), digest_size=DIGEST_BYTES)
+    for path in [*sorted(rewards.glob("*.py")), *world]:
+        digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
+def _packed(key: bytes, scores: Sequence[float]) -> bytes:
+    """Scores as float32, behind a digest of themselves and their key."""
+    content = struct.pack(f"<{len(scores)}f", *scores)
+    return hashlib.blake2b(key + content, digest_size=8).digest() + content
+
+
+def _unpacked(key: bytes, value: bytes, size: int) -> list[float] | None:
+    """The scores of an entry; None if it is not what was written."""
+    content = value[8:]
+    whole = value[:8] == hashlib.blake2b(key + content, digest_size=8).digest()
+    return list(struct.unpack(f"<{size}f", content)) if whole and len(content) == 4 * size else None

@@ -1,0 +1,108 @@
+"""The score cache in a run: what a second run need not score, and that the metrics say so."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvpo.app.build import build_scorer, build_setup
+from kvpo.app.configuration import assign, preset
+from kvpo.app.held_out import held_out_scorers
+from kvpo.app.offloading import VisitingScorer, visiting
+from kvpo.config import Config
+from kvpo.rewards.cache import CachedScorer, Counts, score_cache
+from kvpo.training.metrics_log import MetricsLog, read_metrics
+from kvpo.training.run import Run, evaluate_base, evaluate_prompts
+from kvpo.training.trainer import Trainer
+from tests.tiny_world import ToyScorer, tiny_config, toy_setup
+
+ME = "tests.app.test_cached_run"
+
+
+def calm(video_BTCHW: Tensor, prompts: Any) -> Tensor:
+    """A reward whose author says when it changes."""
+    return video_BTCHW.mean((1, 2, 3, 4))
+
+
+calm.version = "1"  # type: ignore[attr-defined]
+
+
+def unknown(video_BTCHW: Tensor, prompts: Any) -> Tensor:
+    """A reward that says nothing of its version."""
+    return calm(video_BTCHW, prompts)
+
+
+def versions(tmp_path: Path, *scorers: str, **changes: Any) -> list[str]:
+    """Of the scorers of a run, in the order of their names."""
+    values = {name.replace("__", "."): value for name, value in changes.items()}
+    config = assign(Config(), {"rewards.scorers": list(scorers), **values})
+    scorer, _ = build_scorer(config, 8.0, score_cache(str(tmp_path)))
+    parts = scorer.scorers if len(scorers) > 1 else [scorer]
+    return [part.version for part in parts]
+
+
+def test_a_version_is_known_of_all_but_functions_that_do_not_say(tmp_path: Path) -> None:
+    names = ["flicker", "world", f"{ME}:calm", f"{ME}:unknown"]
+    found = versions(tmp_path, *names)
+    assert all(found[:3]) and len(set(found)) == 4 and found[3] == ""
+    assert versions(tmp_path, *names) == found
+    assert versions(tmp_path, "flicker", rewards__top_share=0.5)[0] != found[0]
+    calm.version = "2"  # type: ignore[attr-defined]
+    try:
+        assert versions(tmp_path, f"{ME}:calm")[0] not in found
+    finally:
+        calm.version = "1"  # type: ignore[attr-defined]
+
+
+def test_a_second_run_scores_nothing_and_finds_the_same(tiny_base: Path, tmp_path: Path) -> None:
+    config = tiny_config(
+        tiny_base,
+        rewards__scorers=["flicker", f"{ME}:calm"],
+        rewards__cache=str(tmp_path / "scores"),
+        evaluation__held_out=["world"],
+    )
+    results = []
+    for _ in range(2):
+        setup = build_setup(config)
+        _, scores, _ = Trainer(setup).explore(0)
+        results.append((scores, evaluate_prompts(setup, setup.test["short"]), setup.scored))
+    (first, held_out, cold), (second, again, warm) = results
+    assert cold.hits == 0 and cold.misses > 0
+    assert warm == Counts(hits=cold.misses, repeats=cold.repeats)
+    for one, other in zip(first, second, strict=True):
+        assert torch.equal(one.local_KM, other.local_KM) and torch.equal(one.global_KM, other.global_KM)
+    assert torch.equal(held_out.components_KN, again.components_KN)
+    assert torch.equal(held_out.held_out_HN, again.held_out_HN)
+
+
+def test_metrics_count_what_was_known(tiny_base: Path, tmp_path: Path) -> None:
+    config = tiny_config(tiny_base, optim__updates=2, evaluation__every=2)
+    lines = []
+    for turn in range(2):
+        cache = score_cache(str(tmp_path))
+        setup = toy_setup(config, CachedScorer(ToyScorer(), "toy 1", cache))
+        setup = replace(setup, scored=cache.counts)
+        trainer = Trainer(setup)
+        base = evaluate_base(setup, trainer, setup.validation)
+        with MetricsLog(tmp_path / f"{turn}.jsonl", tmp_path / f"tensorboard-{turn}") as metrics:
+            Run(setup, trainer, tmp_path / f"{turn}", metrics, lambda *a: None, base).train(lambda: False)
+        lines.append(read_metrics(tmp_path / f"{turn}.jsonl"))
+    assert [line["kind"] for line in lines[0]] == ["update", "update", "validation"]
+    for cold, warm in zip(*lines, strict=True):
+        assert cold["reward_cache_hits"] == warm["reward_cache_misses"] == 0
+        assert cold["reward_cache_misses"] == warm["reward_cache_hits"] > 0
+        if cold["kind"] == "update":
+            assert cold["reward_mean"] == warm["reward_mean"] and cold["loss"] == warm["loss"]
+
+
+def test_what_is_known_moves_no_network(tmp_path: Path) -> None:
+    scorer, _ = build_scorer(preset("demo"), 8.0, score_cache(str(tmp_path)))
+    assert isinstance(scorer, CachedScorer)
+    network = torch.nn.Linear(1, 1)
+    holder = replace(scorer, scorer=VisitingScorer(scorer.scorer, scorer.components, (network,), "cpu"))
+    moved = visiting(holder, "cpu")
+    assert isinstance(moved, CachedScorer) and isinstance(moved.scorer, VisitingScorer)
+    watched = held_out_scorers(assign(Config(), {"evaluation.held_out": ["flicker"]}), 8.0, scorer.cache)
+    assert isinstance(watched[0].scorer, CachedScorer) and watched[0].scorer.cache is scorer.cache

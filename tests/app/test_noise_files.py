@@ -1,0 +1,88 @@
+"""From `kvpo calibrate` to a run that skips what is within the noise."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch import Tensor
+
+from kvpo.app.build import build_setup
+from kvpo.app.cli import main
+from kvpo.app.configuration import preset, resolve, resolve_resumed
+from kvpo.app.noise_files import read_floors, with_measured_floors
+from kvpo.config_checks import ConfigurationError
+from kvpo.training.trainer import Trainer
+from tests.tiny_world import tiny_config
+
+ME = "tests.app.test_noise_files"
+
+
+def coarse(video_BTCHW: Tensor, prompts: Any) -> Tensor:
+    """A reward that jumps on the large clips it is measured on, far more than on the small ones of a run."""
+    scale = 1e4 if video_BTCHW.shape[-1] > 32 else 1.0
+    return scale * video_BTCHW.mean((1, 2, 3, 4))
+
+
+def test_groups_within_the_measured_noise_are_skipped_and_counted(
+    tiny_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "coarse.json"
+    assert main(["calibrate", f"{ME}:coarse", "--clips", "2", "--out", str(file)]) == 0
+    assert f"--rewards.noise_files {file}" in capsys.readouterr().out
+    floor = read_floors(file)["coarse"]
+    for files, skipped in (([str(file)], 1.0), ([], 0.0)):
+        config = tiny_config(tiny_base, rewards__scorers=[f"{ME}:coarse"], rewards__noise_files=files)
+        numbers = Trainer(build_setup(with_measured_floors(config))).step()
+        assert numbers["skipped_fraction"] == skipped and 0 < numbers["reward_spread"] < floor
+
+
+def test_files_are_read_once_and_must_agree_with_what_is_given(tmp_path: Path) -> None:
+    one, other = tmp_path / "one.json", tmp_path / "other.json"
+    one.write_text(json.dumps({"components": {"flicker": {"noise_floor": 0.5}}}))
+    parts = {"a": {"noise_floor": 1}, "b": {"noise_floor": 2.0}, "total": {"noise_floor": 3.0}}
+    other.write_text(json.dumps({"components": parts}))
+    files = {"rewards.noise_files": [str(one), str(other)]}
+    config = preset("demo", files)
+    assert config.rewards.noise_floors == {"flicker": 0.5, "a": 1.0, "b": 2.0}
+    assert config.rewards.noise_files == () and with_measured_floors(config) == config
+    assert preset("demo", files | {"rewards.noise_floors": {"a": 1.0}}) == config
+    with pytest.raises(
+        ConfigurationError, match=r"noise_files: .*one.json has 0.5 for 'flicker', and 0.4 is"
+    ):
+        preset("demo", files | {"rewards.noise_floors": {"flicker": 0.4}})
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "cannot read .*: No such file"),
+        ("{", "cannot read .*: it is not JSON"),
+        ("[]", "is no file of `kvpo calibrate`"),
+        ('{"components": {}}', "is no file of `kvpo calibrate`"),
+        ('{"components": {"a": {"noise_floor": -1}}}', "no noise floor of 0 or more for 'a', but -1"),
+        ('{"components": {"a": {"noise_floor": NaN}}}', "no noise floor of 0 or more for 'a', but nan"),
+        ('{"components": {"a": {"noise_floor": true}}}', "but True"),
+        ('{"components": {"a": 3}}', "but None"),
+    ],
+)
+def test_files_that_cannot_be_used(tmp_path: Path, content: str | None, message: str) -> None:
+    if content is not None:
+        (tmp_path / "noise.json").write_text(content)
+    with pytest.raises(ConfigurationError, match=f"rewards.noise_files: .*{message}"):
+        preset("demo", {"rewards.noise_files": [str(tmp_path / "noise.json")]})
+
+
+def test_the_saved_settings_hold_what_was_measured(tmp_path: Path) -> None:
+    file, saved = tmp_path / "noise.json", tmp_path / "config.yaml"
+    file.write_text(json.dumps({"components": {"flicker": {"noise_floor": 0.5}}}))
+    flags = {"rewards.noise_files": str(file)}
+    config = resolve("demo", None, {"rewards.scorers": "flicker", **flags})
+    saved.write_text(json.dumps(asdict(config)))
+    assert resolve_resumed(saved, None, None, flags) == config
+    file.write_text(json.dumps({"components": {"flicker": {"noise_floor": 0.6}}}))
+    with pytest.raises(ConfigurationError, match="has 0.6 for 'flicker', and 0.5 is given already"):
+        resolve_resumed(saved, None, None, flags)
+    file.unlink()
+    assert resolve_resumed(saved, None, None, {}) == config
