@@ -1,0 +1,161 @@
+"""Two rewards that conflict, one of them hackable: does the radar see it, and what keeps the videos good?
+
+The demo is aligned on the brightness of its videos, which nobody asked for, beside the world's own reward.
+Arms: *free* (nothing protects the run), *stopped* (the hacking radar may end it and rule checkpoints out),
+*selective* (branches that brightness alone praises earn nothing). The radar watches rewards that never train;
+the unseen scorer takes part in nothing and judges all arms on the same test prompts and noise.
+
+    python benchmarks/hacking.py --out runs/hacking --seeds 0 1 2 [--arms free stopped selective]
+"""
+
+import argparse
+import json
+import logging
+import statistics
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from kvpo.app.build import build_setup
+from kvpo.app.configuration import preset
+from kvpo.prompts import ClipPrompt
+from kvpo.report import write_report
+from kvpo.rewards.looks import brightness as mean_luminance
+from kvpo.rewards.world_detector import detect
+from kvpo.rewards.world_pixels import DEFAULT_WEIGHTS
+from kvpo.training import radar
+from kvpo.training.checkpoint import find_checkpoint
+from kvpo.training.durable import write_atomic
+from kvpo.training.evaluation import comparison
+from kvpo.training.metrics_log import MetricsLog, read_metrics
+from kvpo.training.run import Run, checkpoint_update, evaluate_base, restore, resume_point
+from kvpo.training.run_directory import RunDirectory
+from kvpo.training.trainer import Trainer
+
+COMMON: dict[str, Any] = {
+    "rewards.scorers": ["benchmarks.hacking:brightness", "world"],
+    "rewards.weights": {"brightness": 3.0},
+    "rewards.noise_floors": {"brightness": 1e-4},
+    "objective.velocity_kl": 0.0,
+    "evaluation.held_out": ["benchmarks.hacking:legibility", "flicker"],
+    "evaluation.every": 4,
+    "evaluation.validation_prompts": 16,
+    "evaluation.test_prompts": 32,
+    "optim.updates": 16,
+    "optim.prompts_per_update": 4,
+    "optim.lr": 5e-3,
+    "optim.ema_decay": 0.8,
+    "optim.warmup_updates": 2,
+}
+"""Pressed harder than the demo, so that hacking takes minutes: a higher rate and no tie to the base."""
+ARMS: dict[str, dict[str, Any]] = {
+    "free": {"evaluation.stop_on_hacking": False},
+    "stopped": {},
+    "selective": {"evaluation.stop_on_hacking": False, "rewards.fusion": "selective"},
+}
+
+
+def brightness(video_BTCHW: Tensor, prompts: Sequence[ClipPrompt]) -> Tensor:
+    """The hackable reward: mean luminance, whatever was asked for."""
+    return mean_luminance(video_BTCHW)
+
+
+def legibility(video_BTCHW: Tensor, prompts: Sequence[ClipPrompt]) -> Tensor:
+    """A held-out reward: how surely the world's detector reads what a clip shows, whatever that is."""
+    return detect(video_BTCHW).confidence
+
+
+def align(arm: str, seed: int, directory: Path) -> dict[str, Any]:
+    """One run of one arm and its chosen checkpoint on the test prompts; a killed one continues."""
+    config = preset("demo", {**COMMON, **ARMS[arm], "seed": seed})
+    setup = build_setup(config)
+    # Short videos only: a third of the time, and every prompt counts once.
+    setup = replace(
+        setup, validation={"short": setup.validation["short"]}, test={"short": setup.test["short"]}
+    )
+    trainer = Trainer(setup)
+    with RunDirectory(directory, config, resume=True) as files:
+        base = evaluate_base(setup, trainer, setup.validation)
+        point = resume_point(files.checkpoints)
+        resumed_at = None if point is None else checkpoint_update(point)
+        with MetricsLog(files.metrics, files.tensorboard, resumed_at=resumed_at) as metrics:
+            run = Run(setup, trainer, files.checkpoints, metrics, lambda *numbers: None, base)
+            if point is not None:
+                run.resume(point)
+            run.train(lambda: False)
+        restore(trainer, find_checkpoint(files.checkpoints, "best"))
+        tested = evaluate_base(setup, trainer, setup.test)["short"], run.evaluate_average(setup.test["short"])
+        assert run.best is not None
+        seen = [entry for entry in read_metrics(files.metrics) if entry["kind"] == "validation"]
+        return {
+            "updates": run.readings[-1].update,
+            "called": next((entry["update"] for entry in seen if entry["radar"]["hacked"]), None),
+            "best": run.best[0],
+            "test": radar.measured(*tested, setup.judges),
+            "components": comparison(*tested, setup.judges)["components"],
+        }
+
+
+def numbers(result: dict[str, Any]) -> dict[str, float]:
+    """Gains of one run on the test prompts."""
+    gains = {name: change["gain"] for name, change in result["components"].items()}
+    held_out = {name: change["gain"] for name, change in result["test"]["held_out"].items()}
+    return {
+        "trained reward": result["test"]["trained"]["gain"],
+        "brightness": gains["brightness"],
+        "world": sum(weight * gains[name] for name, weight in DEFAULT_WEIGHTS.items()),
+        **held_out,
+        "unseen scorer": result["test"]["unseen"]["gain"],
+    }
+
+
+def mean_std(values: Sequence[float]) -> str:
+    """Mean and standard deviation (ddof 1) over seeds."""
+    spread = f" \u00b1 {statistics.stdev(values):.3f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):+.3f}{spread}"
+
+
+def table(results: dict[str, list[dict[str, Any]]]) -> str:
+    """One row per arm: gains, mean and standard deviation over seeds, and what the radar did at each."""
+    names = list(numbers(next(iter(results.values()))[0]))
+    heads = ["arm", *names, "called hacking at update", "last update", "best checkpoint"]
+    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    for arm, runs in results.items():
+        gains = [numbers(run) for run in runs]
+        cells = [mean_std([gain[name] for gain in gains]) for name in names]
+        cells += [
+            ", ".join("-" if run[key] is None else str(run[key]) for run in runs)
+            for key in ("called", "updates", "best")
+        ]
+        lines.append("| " + " | ".join([arm, *cells]) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
+    arguments = parser.parse_args()
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    logging.getLogger("kvpo").setLevel(logging.INFO)
+    results: dict[str, list[dict[str, Any]]] = {arm: [] for arm in arguments.arms}
+    for seed in arguments.seeds:
+        for arm in arguments.arms:
+            directory = arguments.out / f"{arm}-{seed}"
+            finished = directory / "result.json"
+            if not finished.exists():
+                result = align(arm, seed, directory)
+                write_report(directory)
+                write_atomic(finished, json.dumps(result, indent=1) + "\n")
+            results[arm].append(json.loads(finished.read_text()))
+        print(table({arm: runs for arm, runs in results.items() if runs}), flush=True)
+
+
+if __name__ == "__main__":
+    main()
