@@ -51,6 +51,7 @@ def test_names_that_cannot_be_used(names: list[str], message: str) -> None:
     ("changes", "message"),
     [
         ({"evaluation.held_out": ["flicker", "world"]}, "held_out: must be rewards that are not trained on"),
+        ({"evaluation.held_out": ["world@http://127.0.0.1:9"]}, "held_out: must be rewards that are not"),
         ({"evaluation.held_out": ["flicker", "flicker"]}, "evaluation.held_out: must be each named once"),
         ({"evaluation.hacking_patience": 0}, "evaluation.hacking_patience: must be at least 1"),
         ({"evaluation.hacking_errors": 0.0}, "evaluation.hacking_errors: must be positive"),

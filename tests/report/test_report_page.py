@@ -272,7 +272,9 @@ def test_the_radar_says_what_was_done(finished_run, tmp_path):
     last = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     verdict = {"verdict": "trained up, fair judge down", "stopped_at": 50, "best": 20, "test": {}}
     (run / "summary.json").write_text(json.dumps(summary() | {"radar": verdict}))
-    assert "Stopped after update 50. The best checkpoint is update 20." in page_of(run)[1].text
+    text = page_of(run)[1].text
+    assert "Stopped after update 50. The best checkpoint is update 20." in text
+    assert "The hacking radar stopped this run after update 50." in text
 
     for line in last:
         if line["kind"] == "validation":

@@ -210,7 +210,9 @@ def headline(run: Run) -> str:
     objective = run.config.get("objective")
     null_control = isinstance(objective, dict) and objective.get("advantages") == "random"
     verdict = judge(outcomes, null_control=null_control, validation=source == "validation")
-    notes = "".join(f"<p>{escape(note)}</p>" for note in verdict.notes)
+    stopped = numbers(run.summary.get("radar")).get("stopped_at") if run.summary else None
+    radar = [] if stopped is None else [f"The hacking radar stopped this run after update {stopped:.0f}."]
+    notes = "".join(f"<p>{escape(note)}</p>" for note in (*radar, *verdict.notes))
     gain_axis = _axis([(o.gain, o.standard_error) for o in outcomes])
     unseen_axis = _axis([(o.unseen_gain, o.unseen_error) for o in outcomes])
     cards = "".join(_card(outcome, gain_axis, unseen_axis) for outcome in outcomes)
