@@ -1,9 +1,9 @@
 """How much do routed histories change, beside noise, and which routes change most?
 
-Each row sets some of ``exploration.*``; the base generator forks the same validation stories under all of them.
+Each row sets some of ``exploration.*``; the base generator forks the same validation stories under all.
 Noise branches keep the deployment history and draw fresh noise for the same blocks.
 
-    python benchmarks/exploration.py [--stories 16] [--json PATH] [--settings routed=6,distinct=2 routed=3 ...]
+    python benchmarks/exploration.py [--stories 16] [--json PATH] [--settings routed=3 ...]
 """
 
 import argparse
