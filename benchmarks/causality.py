@@ -21,8 +21,9 @@ from rich.progress import track
 from kvpo.app.build import build_setup
 from kvpo.app.configuration import resolve
 from kvpo.app.exhibits import explorer
+from kvpo.engine.forks import plan_forks
 from kvpo.engine.noise import keyed_generator
-from kvpo.engine.rollout import Group, RoutedFrame, eligible_forks
+from kvpo.engine.rollout import Group, RoutedFrame
 from kvpo.prompts import VideoPrompt
 from kvpo.rewards.world_detector import attributes, detect
 from kvpo.training.diversity import Fork
@@ -57,10 +58,10 @@ def story(setup: Setup, prompt: VideoPrompt, draws: int) -> tuple[list[dict[str,
     """What acts 1 and 2 showed, and (history, what was shown) of every branch and the anchor."""
     fork, block = prompt.switches[1], setup.generator.block
     routes = drawn_routes(setup, prompt, fork, draws)
-    look = explorer(setup, [prompt])
-    look = replace(look, exploration=replace(setup.config.exploration, resident_frames=0, donor=0))
+    # Act 1 may lie further back than training keeps pages for: here every frame stays.
+    exploration = replace(setup.config.exploration, resident_frames=0)
     branches = [tuple(RoutedFrame(0, frame) for frame in frames) for _, frames in routes]
-    (group,) = look.chosen(Fork((prompt,), fork), [branches])
+    (group,) = explorer(setup, [prompt]).chosen(Fork((prompt,), fork, exploration), [branches])
     with torch.no_grad():
         before = setup.judges.codec.decode(torch.cat(group.root.latents)[None])
         after = _after_window(group, setup)
@@ -77,8 +78,8 @@ def stories(setup: Setup, count: int) -> list[VideoPrompt]:
     found = []
     for prompt in setup.validation["long"]:
         stream = setup.config.stream
-        forks = eligible_forks(prompt, setup.config.exploration, block=stream.block, sink=stream.sink)
-        if prompt.switches[1] in forks:
+        plan = plan_forks([prompt], setup.config.exploration, block=stream.block, sink=stream.sink)
+        if plan.exploration == setup.config.exploration and prompt.switches[1] in plan.frames:
             found.append(prompt)
     return found[:count]
 
