@@ -1,8 +1,9 @@
 """What does routed history bring back? Same noise, same prompt: act 1 only, act 2 only, and the anchor.
 
-Long validation stories of the embedded world fork where their third act begins. What acts 1 and 2 showed is
-read off the pixels before the fork, what a branch shows off the blocks after its window. Only stories count
-whose acts differ in the attribute.
+Long validation stories of the embedded world fork where their third act begins, and its caption says only
+that one of them is back: who, and where, is for the history to decide. What acts 1 and 2 showed is read off
+the pixels before the fork, what a branch shows off the blocks after its window. Only stories count whose acts
+differ in the attribute.
 
     python benchmarks/causality.py [--stories 48] [--draws 4] [--json PATH] [any setting]
 """
@@ -29,6 +30,7 @@ from kvpo.rewards.world_detector import attributes, detect
 from kvpo.training.diversity import Fork
 from kvpo.training.setup import Setup
 
+OPEN = "Then one of them is back again."
 ATTRIBUTES = ("scene", "colour", "shape")
 ANCHOR, ACT_1, ACT_2 = "anchor", "act 1 only", "act 2 only"
 
@@ -74,13 +76,13 @@ def _after_window(group: Group, setup: Setup) -> torch.Tensor:
 
 
 def stories(setup: Setup, count: int) -> list[VideoPrompt]:
-    """Validation stories whose third act begins at an eligible fork."""
+    """Validation stories whose third act begins at an eligible fork, its caption replaced by the open one."""
     found = []
     for prompt in setup.validation["long"]:
         stream = setup.config.stream
         plan = plan_forks([prompt], setup.config.exploration, block=stream.block, sink=stream.sink)
         if plan.exploration == setup.config.exploration and prompt.switches[1] in plan.frames:
-            found.append(prompt)
+            found.append(replace(prompt, segments=(*prompt.segments[:2], OPEN)))
     return found[:count]
 
 
