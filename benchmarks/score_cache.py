@@ -1,0 +1,70 @@
+"""How much of a run's scoring is known already where several runs share a score cache?
+
+Real runs of the demo through the command line, one after another, on one cache (``rewards.cache``) that starts
+empty: a run, another seed, the first run evaluated again, a run made longer by resuming, and the first run once
+more from the start. Test and validation prompts and their noise are the same in all of them, so what the base
+model makes of them is scored once.
+
+    python benchmarks/score_cache.py --out runs/score-cache [--updates 8] [any setting]
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from measuring import section, table
+
+
+def kvpo(*arguments: str) -> None:
+    """Run the command line; its output goes to ours."""
+    environment = {"OMP_NUM_THREADS": "1"} | os.environ
+    subprocess.run([sys.executable, "-m", "kvpo", *arguments], check=True, env=environment)
+
+
+def scored(file: Path) -> dict[str, int]:
+    """What the process that wrote a summary or an evaluation found in the cache."""
+    return json.loads(file.read_text(encoding="utf-8"))["scored"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, required=True, help="new directory")
+    parser.add_argument("--updates", type=int, default=8)
+    arguments, extra = parser.parse_known_args()
+    out, updates = arguments.out, arguments.updates
+    out.mkdir(parents=True)
+
+    def align(name: str, seed: int, length: int) -> dict[str, int]:
+        kvpo(
+            "align", "--preset", "demo", "--seed", str(seed), "--out", str(out / name), "--resume",
+            "--optim.updates", str(length), "--rewards.cache", str(out / "scores"), *extra,
+        )  # fmt: skip
+        return scored(out / name / "summary.json")
+
+    found = {
+        "first run, seed 0": align("first", 0, updates),
+        "another run, seed 1": align("second", 1, updates),
+    }
+    kvpo("evaluate", str(out / "first"))
+    found["kvpo evaluate of the first run"] = scored(out / "first" / "evaluation.json")
+    found["the second run made longer (--resume)"] = align("second", 1, updates + updates // 2)
+    found["the first run once more"] = align("repeated", 0, updates)
+    rows = []
+    for name, counts in found.items():
+        clips = counts["hits"] + counts["misses"]
+        rows.append([name, clips, counts["misses"], counts["hits"], f"{counts['hits'] / clips:.0%}"])
+    size = (out / "scores" / "scores.sqlite").stat().st_size
+    entries = sum(counts["misses"] for counts in found.values())
+    columns = ["process", "clips to score", "scored", "known", "hit rate"]
+    section(
+        "Score cache", table(columns, rows), f"The file: {entries} entries, {size / entries:.0f} bytes each."
+    )
+
+
+if __name__ == "__main__":
+    main()
