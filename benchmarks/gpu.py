@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from flops import Call, adapter_flops, encode_flops, velocity_flops
 from measuring import machine, section, table, write_json
 from torch import Tensor, nn
 
@@ -35,6 +34,7 @@ from kvpo.engine.stream import advance, open_stream
 from kvpo.models.adapters import add_adapter, trained_parameters
 from kvpo.models.causal_wan import CausalWan
 from kvpo.prompts import VideoPrompt
+from kvpo.training.work import Costs, Work, blocks_work, replay_work
 
 FORK, FRAMES = 39, 147
 """Latent frames: a fork with a full routing pool, and the length of the reported videos."""
@@ -52,18 +52,9 @@ class Limits:
     bandwidth: float
     """Bytes per second of a copy, read and written."""
 
-    def seconds(self, work: "Work") -> tuple[float, float]:
+    def seconds(self, work: Work) -> tuple[float, float]:
         """Least time for some work's arithmetic and for its traffic."""
         return work.flops / self.flops, work.bytes / self.bandwidth
-
-
-@dataclass(frozen=True)
-class Work:
-    """What a measured section cannot do without."""
-
-    flops: float
-    bytes: float
-    """Weights read once per forward or backward pass, pages read by every row, pages written."""
 
 
 @dataclass(frozen=True)
@@ -88,50 +79,14 @@ class Subject:
         return sum(parameter.nbytes for parameter in self.model.parameters())
 
     @property
-    def context(self) -> int:
-        """Past frames that every block sees, deployed or routed."""
-        return self.config.stream.window - self.config.stream.block
-
-    @property
     def page_bytes(self) -> int:
         """Keys and values of one frame."""
-        shape, size = self.generator.pages, torch.empty((), dtype=self.generator.page_dtype).element_size()
-        return 2 * shape.num_layers * shape.tokens * shape.num_heads * shape.head_dim * size
+        return self.generator.page_bytes
 
-    def call(self, rows: int) -> Call:
-        """One forward pass over blocks of this many rows."""
-        return Call(wan_shape(self.config), rows, self.config.stream.block, self.context)
-
-    def blocks_work(self, blocks: int, rows: int) -> Work:
-        """Generating some blocks of ``rows`` streams: every solver step and the clean pass."""
-        steps = len(self.generator.sigmas)
-        call, optim = self.call(rows), self.config.optim
-        flops = steps * velocity_flops(call) + encode_flops(call)
-        flops += (steps + 1) * adapter_flops(call, optim.lora_rank, optim.lora_targets)
-        traffic = (steps + 1) * (self.weight_bytes + rows * self.context * self.page_bytes)
-        traffic += rows * self.config.stream.block * self.page_bytes
-        return Work(blocks * flops, blocks * traffic)
-
-    def replay_work(self, branches: int, rows: int) -> Work:
-        """Replaying branches with backward, ``rows`` of them at a time.
-
-        A forward pass per state, another where checkpointing recomputes it, and a backward pass: the frozen
-        matrices need the gradient of their input only, attention twice its forward, the adapter all three.
-        """
-        exploration, optim = self.config.exploration, self.config.optim
-        states = rows * exploration.blocks * self.config.objective.grad_steps
-        call = self.call(states)
-        forward = velocity_flops(call) + adapter_flops(call, optim.lora_rank, optim.lora_targets)
-        attention = velocity_flops(call, part="attention")
-        adapter = adapter_flops(call, optim.lora_rank, optim.lora_targets)
-        passes = 1 + optim.checkpointing
-        flops = passes * forward + (forward + attention + adapter)
-        traffic = (passes + 1) * (self.weight_bytes + states * self.context * self.page_bytes)
-        clean = self.call(rows)
-        flops += (exploration.blocks - 1) * encode_flops(clean)
-        traffic += (exploration.blocks - 1) * (self.weight_bytes + rows * self.context * self.page_bytes)
-        batches = branches / rows
-        return Work(batches * flops, batches * traffic)
+    @property
+    def costs(self) -> Costs:
+        """What the passes of this generator cost at least."""
+        return Costs(self.config, wan_shape(self.config), self.weight_bytes, self.page_bytes)
 
 
 @dataclass(frozen=True)
@@ -219,7 +174,7 @@ def measure_streaming(subject: Subject, clock: Clock, repeats: int) -> tuple[flo
         block()
     seconds = clock.median(block, repeats)
     stream.history.release()
-    return seconds, subject.blocks_work(1, 1)
+    return seconds, blocks_work(subject.costs, 1, 1)
 
 
 def measure_rollout(
@@ -243,8 +198,9 @@ def measure_rollout(
     seconds = clock.median(run, repeats) - growing
     members, blocks = exploration.branches + 1, exploration.blocks + exploration.tail_blocks
     sizes = [min(rows, members - at) for at in range(0, members, rows)]
-    works = [subject.blocks_work(blocks, size) for size in sizes]
-    return growing, seconds, made.pop(), Work(sum(w.flops for w in works), sum(w.bytes for w in works))
+    works = [blocks_work(subject.costs, blocks, size) for size in sizes]
+    total = Work(sum(work.flops for work in works), sum(work.bytes for work in works))
+    return growing, seconds, made.pop(), total
 
 
 def measure_replay(
@@ -266,7 +222,7 @@ def measure_replay(
     optimizer.step()  # so that the optimiser's state counts in the peak
     seconds = clock.median(run, repeats)
     subject.model.zero_grad(set_to_none=True)
-    return seconds, subject.replay_work(len(members), rows)
+    return seconds, replay_work(subject.costs, len(members), rows)
 
 
 def row_of(name: str, seconds: float, work: Work, limits: Limits, peak: float) -> list[object]:
@@ -307,7 +263,7 @@ def measure(subject: Subject, limits: Limits, rows: Sequence[int], repeats: int)
             f"rollout, {exploration.branches} branches and anchor, {exploration.blocks} + "
             f"{exploration.tail_blocks} blocks, {count} at a time"
         )
-        lines.append(row_of(root, growing, subject.blocks_work(blocks, 1), limits, 0.0))
+        lines.append(row_of(root, growing, blocks_work(subject.costs, blocks, 1), limits, 0.0))
         lines.append(row_of(name, seconds, work, limits, clock.peak()))
         clock.forget_peak()
         seconds, work = measure_replay(subject, clock, rollout.groups[0], count, repeats)
@@ -358,7 +314,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "GPU benchmark",
         f"{about['device']}, torch {about['torch']}: {limits.flops / 1e12:.3g} TFLOP/s in {dtype} matrix "
         f"products, {limits.bandwidth / 1e9:.3g} GB/s copying. {parameters / 1e9:.3g} billion random "
-        f"parameters with the adapter, {subject.call(1).shape.tokens_per_frame} tokens per frame, median of "
+        f"parameters with the adapter, {wan_shape(config).tokens_per_frame} tokens per frame, median of "
         f"{options.repeats} rounds.",
         table(columns, lines),
     )

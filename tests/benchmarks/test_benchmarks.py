@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from kvpo.app.presets import demo
 from kvpo.engine.generator import TextRows
+from kvpo.models import flops
 from kvpo.models.adapters import add_adapter
 from kvpo.models.cache import FrameCache
 from kvpo.models.causal_wan import CausalWan, WanShape
@@ -32,8 +33,6 @@ def benchmark_scripts(monkeypatch):
 
 @pytest.mark.parametrize("adapted", [False, True])
 def test_operations_are_those_that_torch_counts(adapted):
-    import flops
-
     rows, block, context = 2, 3, 5
     model = CausalWan(SHAPE).requires_grad_(False)
     if adapted:

@@ -62,7 +62,8 @@ KINDS = {"short": "one prompt", "long": "several prompts"}
 class WanCodec:
     """The Wan VAE as a codec; videos are decoded one by one, a latent frame at a time.
 
-    A VAE that is kept in host memory visits the device for every call.
+    A VAE that is kept in host memory visits the device for every call. Pixels go to host memory: those of a
+    group are gigabytes at 480 x 832, and rewards take them to wherever they are computed.
     """
 
     vae: WanVAE
@@ -77,7 +78,7 @@ class WanCodec:
             if before_TCHW is not None:
                 for frame in before_TCHW.to(self.device)[:, None, None]:
                     _, state = self.vae.decode_stream(frame, state)
-            return torch.cat([self.vae.decode_stream(row[None], state)[0]
+            return torch.cat([self.vae.decode_stream(row[None], state)[0].cpu()
                               for row in latents_BTCHW.to(self.device)])  # fmt: skip
 
 

@@ -90,11 +90,12 @@ def _parsers(shown: Config) -> tuple[_Parser, dict[str, _Parser]]:
             command.name,
             help=command.summary,
             description=f"{command.summary[0].upper()}{command.summary[1:]}.",
-            usage=f"kvpo {command.name} --out DIR [--preset NAME] [options]" if command.configured else None,
             allow_abbrev=False,
         )
         command.add_arguments(subparser)
         if command.configured:
+            writes = " --out DIR" if "--out" in subparser._option_string_actions else ""
+            subparser.usage = f"kvpo {command.name}{writes} [--preset NAME] [options]"
             _add_settings(subparser, shown)
     return parser, subparsers
 
@@ -151,7 +152,8 @@ def _preset_for_help(argv: list[str]) -> Config:
 def _underscored(word: str) -> str:
     """--optim.lora-rank=8 as --optim.lora_rank=8: both spellings are common."""
     name, equals, value = word.partition("=")
-    return "--" + name[2:].replace("-", "_") + equals + value if name.startswith("--") else word
+    setting = name.startswith("--") and "." in name
+    return "--" + name[2:].replace("-", "_") + equals + value if setting else word
 
 
 if __name__ == "__main__":

@@ -177,6 +177,45 @@ def _pretrain(arguments: Namespace) -> None:
     print(arguments.out)
 
 
+def _plan_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "--gpu-memory",
+        type=float,
+        metavar="GB",
+        help="memory of the device; says whether the run fits, or what to add",
+    )
+    parser.add_argument(
+        "--tflops",
+        type=float,
+        metavar="RATE",
+        help="operations the device does, in 1e12 per second (default: 150; 0.1 on a CPU)",
+    )
+    parser.add_argument(
+        "--bandwidth",
+        type=float,
+        metavar="RATE",
+        help="memory traffic of the device, in 1e9 bytes per second (default: 1000; 10 on a CPU)",
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write every number to this file too")
+
+
+def _plan(arguments: Namespace) -> None:
+    config = configuration(arguments)
+    for name in ("tflops", "bandwidth"):
+        if (rate := vars(arguments)[name]) is not None and rate <= 0:
+            raise ConfigurationError(f"--{name}: must be positive, got {rate:g}")
+    from kvpo.app.plan import GB, plan_command
+    from kvpo.training.plan import Rates
+
+    flops, bandwidth = (0.1, 10.0) if config.device == "cpu" else (150.0, 1000.0)
+    plan_command(
+        config,
+        memory=None if arguments.gpu_memory is None else arguments.gpu_memory * GB,
+        rates=Rates((arguments.tflops or flops) * 1e12, (arguments.bandwidth or bandwidth) * 1e9),
+        out=arguments.json,
+    )
+
+
 def _report_arguments(parser: ArgumentParser) -> None:
     _run_argument(parser)
 
@@ -205,6 +244,9 @@ COMMANDS = (
     Command("evaluate", "compare base and aligned model on held-out prompts", _evaluate_arguments, _evaluate),
     Command("export", "write what a run trained for other programs", _export_arguments, _export),
     Command("pretrain", "rebuild the embedded base model", _pretrain_arguments, _pretrain, configured=True),
+    Command(
+        "plan", "what a run needs, and which settings fit a device", _plan_arguments, _plan, configured=True
+    ),
     Command("report", "write the HTML report of a run", _report_arguments, _report),
     Command("score", "score a folder of videos", reward_commands.score_arguments, reward_commands.score),
     Command(

@@ -114,6 +114,12 @@ class StreamingGenerator:
         """Frames, channels, height and width of a block."""
         return (self.block, *self.latent_shape)
 
+    @property
+    def page_bytes(self) -> int:
+        """Keys and values of one frame in all layers."""
+        pages, size = self.pages, torch.empty((), dtype=self.page_dtype).element_size()
+        return 2 * pages.num_layers * pages.tokens * pages.num_heads * pages.head_dim * size
+
     def new_cache(self, num_pages: int) -> FrameCache:
         """An empty page pool for this generator."""
         return FrameCache(

@@ -253,6 +253,17 @@ class Head(nn.Module):
         return self.head(self.norm(x) * (1 + scale) + shift)
 
 
+def _stored(
+    stored: tuple[Tensor, Tensor] | None, layer: int, layers: int, k: Tensor, v: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Keys and values of all layers, those of one put in; stacked at the end they would be held twice."""
+    if stored is None:
+        stored = k.new_empty(layers, *k.shape), v.new_empty(layers, *v.shape)
+    for whole, part in zip(stored, (k, v), strict=True):
+        whole[layer] = part
+    return stored
+
+
 class CausalWan(nn.Module):
     """Velocity model of one block of frames given a context of clean frames."""
 
@@ -301,11 +312,12 @@ class CausalWan(nn.Module):
         if not self.shape.relative_positions:
             positions = context.start_R[:, None] + torch.arange(frames, device=x.device)
             rotation = cos_sin(rotary_angles(positions, self.shape.grid, self.shape.head_dim))
-        stored: list[tuple[Tensor, Tensor]] = []
+        stored: tuple[Tensor, Tensor] | None = None
         for layer, module in enumerate(self.blocks):
             block = cast(WanBlock, module)
             if encode and layer == len(self.blocks) - 1:
-                stored.append(block.own_keys_values(x, time_R6D, rotation)[1:])
+                _, k, v = block.own_keys_values(x, time_R6D, rotation)
+                stored = _stored(stored, layer, len(self.blocks), k, v)
                 break
             arguments = (x, time_R6D, text, text_rows, rotation, context, layer)
             if self.checkpointing and torch.is_grad_enabled():
@@ -313,12 +325,9 @@ class CausalWan(nn.Module):
             else:
                 x, k, v = block(*arguments)
             if encode:
-                stored.append((k, v))
-        if encode:
-            keys, values = (
-                torch.stack(part).unflatten(2, (frames, -1)) for part in zip(*stored, strict=True)
-            )
-            return keys, values
+                stored = _stored(stored, layer, len(self.blocks), k, v)
+        if stored is not None:
+            return stored[0].unflatten(2, (frames, -1)), stored[1].unflatten(2, (frames, -1))
         return self.unpatchify(self.head(x, time), frames).to(x_RFCHW.dtype)
 
     def unpatchify(self, x: Tensor, frames: int) -> Tensor:

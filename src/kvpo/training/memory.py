@@ -1,0 +1,169 @@
+"""The memory of a run in bytes, from its settings alone: arithmetic that `kvpo plan` prints.
+
+Pages come from the functions that size the caches (`kvpo.engine.pages`) and parameters from the transformer
+on the meta device, so neither can differ from what is allocated. Activations are modelled: what a layer keeps
+for its backward pass is linear in tokens and widths, with coefficients fitted to what torch keeps.
+"""
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from kvpo.config import Config
+from kvpo.engine.generator import StreamingGenerator
+from kvpo.engine.pages import PlannedRollout, cache_pages, stream_pages
+from kvpo.models.causal_wan import CausalWan
+from kvpo.training.gradients import members_together
+
+BACKWARD = 0.65
+"""What the backward pass of a layer needs beside what the layer kept, as a share of it."""
+FORWARD = 2.1
+"""What a forward pass without gradient needs, as a multiple of what its largest layer would keep."""
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Bytes a layer keeps for its backward pass per token and unit of each width."""
+
+    width: float
+    ffn: float
+    rank: float
+    keys: float
+    """Per token that is attended to, the context's included."""
+
+
+KEPT = {
+    ("lora", "none"): Kept(53.2, 8.0, 32.3, 8.0),
+    ("lora", "bfloat16"): Kept(47.6, 4.2, 30.5, 4.2),
+    ("full", "none"): Kept(81.3, 8.0, 0.0, 8.0),
+    ("full", "bfloat16"): Kept(80.0, 5.5, 0.0, 8.0),
+}
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """Counts and bytes of what a run's transformer consists of."""
+
+    all: int
+    """Of the transformer, without an adapter."""
+    trained: int
+    frozen_size: int
+    """Bytes of a frozen parameter; trained ones have 4."""
+    adapted: bool
+    second_copy: bool
+    """Whether the starting policy is kept beside: all of it, or a continued adapter."""
+
+    @property
+    def weights(self) -> int:
+        """Bytes of the transformer's own parameters."""
+        return self.all * (self.frozen_size if self.adapted else 4)
+
+    @property
+    def adapter(self) -> int:
+        """Bytes of the adapter."""
+        return 4 * self.trained if self.adapted else 0
+
+    @property
+    def reference(self) -> int:
+        """Bytes of the starting policy's own copy."""
+        return 4 * self.trained if self.second_copy else 0
+
+    @property
+    def moments(self) -> int:
+        """Bytes of Adam's two moments."""
+        return 8 * self.trained
+
+    @property
+    def average(self) -> int:
+        """Bytes of the moving average."""
+        return 4 * self.trained
+
+    @property
+    def checkpoint(self) -> int:
+        """Bytes on disk: trained parameters, average, moments, and the start where all is trained."""
+        starting = 0 if self.adapted else self.reference
+        return 4 * self.trained + self.average + self.moments + starting
+
+
+def parameters_of(config: Config, model: CausalWan) -> Parameters:
+    """Parameters of a configuration; ``model`` may be on the meta device and has no adapter."""
+    optim = config.optim
+    count = sum(parameter.numel() for parameter in model.parameters())
+    adapted = optim.train == "lora"
+    trained = count if not adapted else optim.lora_rank * sum(
+        module.in_features + module.out_features
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and any(f".{name}".endswith(f".{end}") for end in optim.lora_targets)
+    )  # fmt: skip
+    low = adapted and optim.autocast == "bfloat16" and config.backbone.kind == "wan"
+    continued = bool(config.backbone.lora) and config.backbone.lora_start == "continue"
+    return Parameters(count, trained, 2 if low else 4, adapted, continued or not adapted)
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Bytes that passes of a transformer hold, for a configuration."""
+
+    config: Config
+    context: int
+    """Past frames that a block sees."""
+
+    def layer(self, rows: int, frames: int, context: int) -> float:
+        """Kept by one layer for its backward pass, over ``rows`` calls of ``frames`` frames."""
+        model, optim = self.config.model, self.config.optim
+        kept = KEPT[optim.train, optim.autocast]
+        per_token = kept.width * model.dim + kept.ffn * model.ffn_dim + kept.rank * optim.lora_rank
+        return rows * self._tokens * (frames * per_token + (frames + context) * kept.keys * model.dim)
+
+    @property
+    def _tokens(self) -> int:
+        model = self.config.model
+        return model.latent_height * model.latent_width // (model.patch_size[1] * model.patch_size[2])
+
+    def held(self, rows: int) -> float:
+        """Kept for the backward pass of ``rows`` states, by the whole transformer."""
+        model, optim, block = self.config.model, self.config.optim, self.config.stream.block
+        if not optim.checkpointing:
+            return model.num_layers * self.layer(rows, block, self.context)
+        size = 2 if (optim.train, optim.autocast) == ("lora", "bfloat16") else 4
+        return model.num_layers * rows * block * self._tokens * model.dim * size
+
+    def training(self, rows: int) -> float:
+        """Most of a forward and a backward pass over ``rows`` states, without the gradients of parameters."""
+        one = self.layer(rows, self.config.stream.block, self.context)
+        return self.held(rows) + (BACKWARD + self.config.optim.checkpointing) * one
+
+    def inference(self, rows: int, frames: int, context: int) -> float:
+        """Most of a forward pass over ``rows`` calls without gradient."""
+        return FORWARD * self.layer(rows, frames, context)
+
+
+def replayed_members(config: Config) -> int:
+    """Members of one replay micro-batch."""
+    exploration, objective, optim = config.exploration, config.objective, config.optim
+    limit = members_together(optim.replay_rows, exploration.blocks, objective.grad_steps)
+    chosen = objective.keep_best + objective.keep_worst or exploration.branches
+    return min(limit or optim.prompts_per_update * (chosen + 1), optim.prompts_per_update * (chosen + 1))
+
+
+def trajectory_bytes(config: Config, fork: int) -> float:
+    """Of a rollout's groups, float32: states and velocities of the window, clean latents."""
+    model, exploration, block = config.model, config.exploration, config.stream.block
+    frame = 4 * model.channels * model.latent_height * model.latent_width
+    members, span = exploration.branches + 1, exploration.blocks * block
+    window = 2 * members * span * config.objective.grad_steps
+    clean = members * (span + exploration.tail_blocks * block) + fork
+    return config.optim.prompts_per_update * (window + clean) * frame
+
+
+def pool_pages(config: Config, generator: StreamingGenerator, rollout: PlannedRollout) -> int:
+    """Pages of the cache that a refresh's rollouts share."""
+    return cache_pages(generator, [rollout] * config.optim.rollouts_per_refresh)
+
+
+def evaluation_pages(config: Config, generator: StreamingGenerator, frames: int, *, switches: bool) -> int:
+    """Pages of held-out videos that are streamed together."""
+    from kvpo.training.evaluation import ROWS
+
+    rows = config.exploration.rows or min(ROWS, config.evaluation.test_prompts)
+    return rows * stream_pages(generator, frames, switches=switches)

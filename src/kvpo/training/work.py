@@ -1,0 +1,96 @@
+"""The least work of a run's passes: arithmetic, and memory that must be read or written."""
+
+from dataclasses import dataclass
+
+from kvpo.config import Config
+from kvpo.models.causal_wan import WanShape
+from kvpo.models.flops import Call, adapter_flops, encode_flops, velocity_flops
+
+
+@dataclass(frozen=True)
+class Work:
+    """What some passes cannot do without."""
+
+    flops: float
+    bytes: float
+    """Weights read once per forward or backward pass, pages read by every row, pages written."""
+
+    def __add__(self, other: "Work") -> "Work":
+        return Work(self.flops + other.flops, self.bytes + other.bytes)
+
+    def times(self, count: float) -> "Work":
+        """The same work, so many times."""
+        return Work(count * self.flops, count * self.bytes)
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What a pass of a generator costs."""
+
+    config: Config
+    shape: WanShape
+    weight_bytes: float
+    """All parameters, the adapter included."""
+    page_bytes: float
+    frames: int = 0
+    """Frames that an unlimited window sees, on average; otherwise the window says."""
+
+    @property
+    def context(self) -> int:
+        """Past frames that every block sees, deployed or routed."""
+        stream = self.config.stream
+        return self.frames if stream.window == -1 else stream.window - stream.block
+
+    def call(self, rows: int) -> Call:
+        """One forward pass over blocks of this many rows."""
+        return Call(self.shape, rows, self.config.stream.block, self.context)
+
+    def adapter(self, rows: int) -> float:
+        """Operations that an adapter adds to a forward pass; 0 where all parameters are trained."""
+        optim = self.config.optim
+        if optim.train == "full":
+            return 0.0
+        return adapter_flops(self.call(rows), optim.lora_rank, optim.lora_targets)
+
+
+def blocks_work(costs: Costs, blocks: int, rows: int) -> Work:
+    """Generating some blocks of ``rows`` streams together: every solver step and the clean pass."""
+    steps, call = len(costs.config.stream.schedule), costs.call(rows)
+    flops = steps * velocity_flops(call) + encode_flops(call) + (steps + 1) * costs.adapter(rows)
+    traffic = (steps + 1) * (costs.weight_bytes + rows * costs.context * costs.page_bytes)
+    traffic += rows * costs.config.stream.block * costs.page_bytes
+    return Work(blocks * flops, blocks * traffic)
+
+
+def forward_work(costs: Costs, rows: int) -> Work:
+    """One forward pass over ``rows`` states."""
+    flops = velocity_flops(costs.call(rows)) + costs.adapter(rows)
+    return Work(flops, costs.weight_bytes + rows * costs.context * costs.page_bytes)
+
+
+def backward_work(costs: Costs, rows: int) -> Work:
+    """The backward pass over ``rows`` states, recomputation where checkpointed included.
+
+    Frozen matrices need the gradient of their input only, attention twice its forward pass, what is trained
+    both gradients.
+    """
+    forward, call = forward_work(costs, rows), costs.call(rows)
+    linear = velocity_flops(call) - velocity_flops(call, part="attention")
+    trained = linear if costs.config.optim.train == "full" else costs.adapter(rows)
+    flops = forward.flops + velocity_flops(call, part="attention") + trained
+    once = Work(flops, forward.bytes)
+    return once + forward if costs.config.optim.checkpointing else once
+
+
+def reencoding_work(costs: Costs, rows: int) -> Work:
+    """Encoding a member's own blocks anew before its replay, ``rows`` members together."""
+    clean = encode_flops(costs.call(rows)) + costs.adapter(rows)
+    once = Work(clean, costs.weight_bytes + rows * costs.context * costs.page_bytes)
+    return once.times(costs.config.exploration.blocks - 1)
+
+
+def replay_work(costs: Costs, members: int, rows: int) -> Work:
+    """Replaying members with backward, ``rows`` members at a time."""
+    states = rows * costs.config.exploration.blocks * costs.config.objective.grad_steps
+    batch = reencoding_work(costs, rows) + forward_work(costs, states) + backward_work(costs, states)
+    return batch.times(members / rows)
