@@ -1,0 +1,190 @@
+"""What `kvpo plan` counts is what a run allocates."""
+
+import json
+import shlex
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from kvpo.app.build import build_setup, streaming_generator, wan_shape
+from kvpo.app.cli import main
+from kvpo.app.configuration import preset
+from kvpo.app.plan import GB, Planner, advise, fits
+from kvpo.app.presets import PRESETS
+from kvpo.engine.generator import StreamingGenerator, TextRows
+from kvpo.engine.stream import stream_latents
+from kvpo.models.adapters import add_adapter
+from kvpo.models.causal_wan import CausalWan
+from kvpo.models.context import PageContext
+from kvpo.training.checkpoint import save_checkpoint
+from kvpo.training.memory import Activations
+from kvpo.training.plan import Rates
+from kvpo.training.trainer import Trainer, architecture
+from tests.tiny_wan import tiny_wan
+
+RATES = Rates(150e12, 1e12)
+
+
+def plan_of(config):
+    return Planner(config, RATES).plan(config)
+
+
+def test_the_numbers_of_longlive():
+    config = preset("longlive-1.3b")
+    planner = Planner(config, RATES)
+    plan = planner.plan(config)
+    assert all(parameter.is_meta for parameter in planner.model.parameters())
+    assert plan.parameters.all == 1_418_996_800
+    assert plan.parameters.trained == 349_962_240
+    assert plan.page == 287_539_200
+    assert 33 * plan.page == pytest.approx(9.49e9, rel=1e-3)
+    assert plan.standing["weights"] == 2 * plan.parameters.all
+
+
+@pytest.mark.parametrize("name", ["longlive-1.3b", "memflow-1.3b", "self-forcing-1.3b", "demo"])
+def test_pages_parameters_and_checkpoints_are_what_a_run_allocates(tmp_path, name):
+    if name == "demo":
+        config = preset("demo", {"optim.prompts_per_update": 2, "evaluation.test_prompts": 2,
+                                 "evaluation.validation_prompts": 2})  # fmt: skip
+    else:
+        config = tiny_wan(name, tmp_path, segments=2, optim__lora_rank=32, optim__lora_alpha=32)
+    plan, trainer = plan_of(config), Trainer(build_setup(config))
+    caches = [trainer.new_cache([trainer.planned(update)]) for update in range(12)]
+    latest = max(caches, key=lambda cache: cache.num_pages)
+    assert latest.page_bytes == plan.page
+    allocated = latest.keys_LQTND.nbytes + latest.values_LQTND.nbytes
+    assert allocated == pytest.approx(plan.pages * plan.page, rel=0.05)
+
+    trained = trainer.policy.parameters
+    frozen = [value for value in trainer.setup.model.parameters() if not value.requires_grad]
+    assert sum(value.numel() for value in trained.values()) == plan.parameters.trained
+    assert sum(value.nbytes for value in frozen) == plan.standing["weights"]
+    for value in trained.values():
+        value.grad = torch.zeros_like(value)
+    trainer.optimizer.step()
+    moments = sum(
+        value.nbytes for state in trainer.optimizer.state.values() for value in state.values() if value.dim()
+    )
+    average = sum(value.nbytes for value in trainer.average.values.values())
+    assert (moments, average) == (plan.standing["optimiser"], plan.standing["moving average"])
+    tensors, state = trainer.tensors_and_state()
+    path = save_checkpoint(tmp_path / "saved", 1, tensors, state, architecture=architecture(trainer.setup))
+    assert (path / "state.safetensors").stat().st_size == pytest.approx(plan.checkpoint, rel=0.05)
+
+
+@pytest.fixture
+def cuda_autocast(monkeypatch):
+    """Layer normalisation in float32 under autocast, as on a CUDA device; a CPU leaves it in bfloat16."""
+    plain = F.layer_norm
+
+    def wide(x, shape, weight=None, bias=None, eps=1e-5):
+        if torch.is_autocast_enabled("cpu"):
+            x, weight, bias = (None if value is None else value.float() for value in (x, weight, bias))
+        return plain(x, shape, weight, bias, eps)
+
+    monkeypatch.setattr(F, "layer_norm", wide)
+
+
+def kept_bytes(config, layers, rows):
+    """Bytes of all tensors that torch keeps for the backward pass of ``rows`` states, parameters left out."""
+    config = replace(config, model=replace(config.model, num_layers=layers))
+    model, optim = CausalWan(wan_shape(config)), config.optim
+    if optim.train == "lora":
+        model.to(torch.bfloat16 if optim.autocast == "bfloat16" else torch.float32)
+        draws = torch.Generator().manual_seed(0)
+        add_adapter(model, optim.lora_rank, optim.lora_alpha, optim.lora_targets, generator=draws)
+    model.checkpointing = optim.checkpointing
+    generator = streaming_generator(config, model)
+    context = config.stream.window - config.stream.block
+    cache = generator.new_cache(context)
+    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = (storage.nbytes(), tensor)  # held, or its address would be given away
+        return tensor
+
+    text = torch.zeros(1, config.model.text_len, config.model.text_dim)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        generator.velocity(
+            torch.randn(rows, *generator.block_shape),
+            torch.ones(rows),
+            TextRows(text, torch.zeros(rows, dtype=torch.int64)),
+            PageContext(cache, torch.zeros(rows, context, dtype=torch.int64), torch.full((rows,), context)),
+        )
+    return sum(size for size, _ in kept.values())
+
+
+@pytest.mark.parametrize("train", ["lora", "full"])
+@pytest.mark.parametrize("autocast", ["none", "bfloat16"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_activations_are_those_that_torch_keeps(cuda_autocast, train, autocast, checkpointing):
+    """Within ten percent, for each layer, at widths that the coefficients were not fitted to."""
+    config = preset("longlive-1.3b", {
+        "device": "cpu", "model.dim": 192, "model.num_heads": 3, "model.ffn_dim": 704, "model.text_len": 8,
+        "model.text_dim": 16, "model.latent_height": 8, "model.latent_width": 16, "optim.lora_rank": 24,
+        "optim.train": train, "optim.autocast": autocast, "optim.checkpointing": checkpointing,
+    })  # fmt: skip
+    layer = (kept_bytes(config, 3, 2) - kept_bytes(config, 1, 2)) / 2
+    planned = replace(config, model=replace(config.model, num_layers=1))
+    assert Activations(planned, 9).held(2) == pytest.approx(layer, rel=0.1)
+
+
+def test_the_advice_is_flags_that_fit(capsys, tmp_path):
+    config = preset("longlive-1.3b", {"rewards.scorers": ["flicker"]})
+    found = advise(Planner(config, RATES), config, 48 * GB)
+    assert found is not None and found.changes_the_run and fits(found.plan, 48 * GB)
+    assert not fits(plan_of(config), 48 * GB)
+    flags = [word for flag in found.flags for word in shlex.split(flag)]
+    out = tmp_path / "plan.json"
+    command = ["plan", "--preset", "longlive-1.3b", "--rewards.scorers", "flicker", "--gpu-memory", "48"]
+    assert main([*command, *flags, "--json", str(out)]) == 0
+    assert "fits 48.00 GB" in capsys.readouterr().out
+    numbers = json.loads(out.read_text())
+    assert numbers["fits"] and numbers["peak"]["bytes"] == found.plan.total(found.plan.peak)
+
+
+def test_what_does_not_fit_at_all_says_so(capsys):
+    assert main(["plan", "--preset", "wan-14b", "--gpu-memory", "8"]) == 0
+    assert "does not fit 8.00 GB; move rewards to a reward server" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_has_a_plan(name):
+    config = preset(name)
+    plan = plan_of(config)
+    assert plan.total(plan.peak) > sum(plan.standing.values()) > 0
+    assert plan.seconds > 0 and plan.pages > 0
+
+
+def test_slower_devices_take_longer():
+    config = preset("longlive-1.3b")
+    fast, slow = (Planner(config, Rates(flops, 1e12)).plan(config).seconds for flops in (2e14, 1e14))
+    assert slow == pytest.approx(2 * fast, rel=0.05)
+
+
+@pytest.mark.parametrize("flag", ["--gpu-memory", "--tflops", "--bandwidth"])
+def test_quantities_must_be_positive(capsys, flag):
+    assert main(["plan", flag, "0"]) == 2
+    assert f"{flag}: must be positive" in capsys.readouterr().err
+
+
+def test_streaming_needs_what_the_plan_says(monkeypatch, tmp_path):
+    """A held-out stream's cache has the pages of the plan."""
+    config = tiny_wan("longlive-1.3b", tmp_path)
+    setup, made = build_setup(config), []
+    plain = StreamingGenerator.new_cache
+
+    def watched(generator, pages):
+        made.append(pages)
+        return plain(generator, pages)
+
+    monkeypatch.setattr(StreamingGenerator, "new_cache", watched)
+    prompts = setup.validation["short"][:1]
+    stream_latents(setup.generator, prompts, setup.texts(prompts), setup.evaluation_tape(), rows=1)
+    (phase,) = (p for p in plan_of(config).phases if p.name == "stream held-out videos")
+    assert phase.parts["pages"] == made[0] * setup.generator.page_bytes
