@@ -234,7 +234,7 @@ def test_offloading_changes_no_number_and_leaves_networks_where_they_were(files:
         changes = {"backbone__offload": offload, "rewards__scorers": ["tests.tiny_wan:network"]}
         trainer = Trainer(build_setup(tiny_wan("longlive-1.3b", files, segments=2, **changes)))
         results.append(trainer.step())
-        assert isinstance(trainer.setup.judges.scorer, VisitingScorer) == offload
+        assert isinstance(trainer.setup.judges.scorer.scorer, VisitingScorer) == offload
     assert results[0] == results[1]
 
 
