@@ -1,5 +1,6 @@
 """A generator of random weights, prompts and noise: small enough for exactness tests in double precision."""
 
+from dataclasses import replace
 from functools import cache
 
 import torch
@@ -25,9 +26,9 @@ EXPLORATION = ExplorationConfig(
 )
 
 
-def sensitive_model(dtype: torch.dtype = torch.float64) -> CausalWan:
+def sensitive_model(dtype: torch.dtype = torch.float64, relative_positions: bool = False) -> CausalWan:
     """Random weights with attention sharp and strong enough for history to show."""
-    model = tiny_model(SHAPE)
+    model = tiny_model(replace(SHAPE, relative_positions=relative_positions))
     with torch.no_grad():
         for block in model.blocks:
             for norm in (block.self_attn.norm_q, block.self_attn.norm_k, block.norm3):
@@ -43,11 +44,12 @@ def generator(
     sink: int = 3,
     renoise: bool = False,
     context_noise: float = 0.0,
+    relative_positions: bool = False,
     **deployment,
 ) -> StreamingGenerator:
     """A streaming generator around fresh weights, always the same."""
     return StreamingGenerator(
-        transformer=sensitive_model(dtype),
+        transformer=sensitive_model(dtype, relative_positions),
         deployment=Deployment(block=3, window=window, sink=sink, **deployment),
         sigmas=(1.0, 0.9375, 0.625),
         renoise=renoise,

@@ -207,9 +207,18 @@ def cached_segment(meta: dict) -> int:
 
 
 def public_scores(
-    meta: dict, data: dict[str, Tensor], generator: StreamingGenerator, rows: int = 0
+    meta: dict,
+    data: dict[str, Tensor],
+    generator: StreamingGenerator,
+    *,
+    rows: int = 0,
+    scored: Callable[[Tensor, Tensor], None] = lambda branches, scores: None,
 ) -> Tensor:
-    """The public trainer's log-score of every branch ``[G]`` under one policy; ``rows`` together (0: all)."""
+    """The public trainer's log-score of every branch ``[G]`` under one policy.
+
+    ``rows`` branches are replayed together (0: all); ``scored`` gets each batch's branches and scores while
+    their pages are held.
+    """
     branches, blocks = data["noisy_inputs"].shape[:2]
     # Every branch holds the stored history and its own blocks.
     stored = meta["history_filled_frames"][0]
@@ -233,9 +242,10 @@ def public_scores(
                 score = score - (target - clean).float().square().mean((1, 2, 3, 4)) / 2
             if n < blocks - 1:
                 append_block(generator, streams, clean.detach(), text, context, noises[batch, n])
+        scored(batch, score)
         for stream in streams:
             stream.history.release()
-        scores.append(score)
+        scores.append(score.detach())
     return torch.cat(scores)
 
 
@@ -257,7 +267,7 @@ def run_replay(
 ) -> dict[str, Tensor]:
     """The three log-scores of a replay fixture, ``rows`` branches at a time (0: all)."""
     scores = {
-        name: public_scores(meta, data, generator_of(meta, model, CONTEXT_NOISE), rows)
+        name: public_scores(meta, data, generator_of(meta, model, CONTEXT_NOISE), rows=rows)
         for name, model in replay_policies(data, base).items()
     }
     return {

@@ -305,3 +305,21 @@ def test_a_run_with_overlap_is_the_run_without(
     monkeypatch.setattr("kvpo.training.trainer.in_background", at_once)
     assert [plain.step() for _ in range(4)] == numbers
     assert equal(snapshot(overlapped), snapshot(plain))
+
+
+@pytest.mark.parametrize(
+    "stream",
+    [
+        dict(keep_sink_at_switch=False),
+        dict(window=-1, sink=0),
+        dict(sink=0),
+        dict(bank_size=3),
+        dict(bank_size=3, sparse_activation=True),
+    ],
+    ids=["sink reset", "everything", "rolling", "bank", "sparse bank"],
+)
+def test_the_first_ratio_is_exactly_one_on_every_history(tiny_base: Path, stream: dict[str, Any]) -> None:
+    settings = {f"stream__{name}": value for name, value in stream.items()}
+    numbers = trainer_of(tiny_base, **settings).step()
+    assert numbers["ratio_deviation"] == 0.0 and numbers["velocity_kl"] == 0.0
+    assert numbers["gradient_norm"] > 0
