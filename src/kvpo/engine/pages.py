@@ -20,19 +20,28 @@ def stream_pages(
 
     ``resident`` frames are kept for routing, counting the sink; 0 keeps no more than the window needs.
     """
-    kept = kept_pages(generator, num_frames, resident)
-    return min((1 + switches) * num_frames, kept + pages_under_way(generator, num_frames, switches=switches))
+    kept = kept_pages(generator, num_frames, resident, switches=switches)
+    twice = (1 + switches) * num_frames + _encoded_anew(generator, num_frames, switches)
+    return min(twice, kept + pages_under_way(generator, num_frames, switches=switches))
 
 
-def kept_pages(generator: StreamingGenerator, num_frames: int, resident: int = 0) -> int:
+def kept_pages(
+    generator: StreamingGenerator, num_frames: int, resident: int = 0, *, switches: bool = True
+) -> int:
     """Pages that a stream holds between blocks; see ``stream_pages``."""
     deployment = generator.deployment
     if deployment.local_past is None:
-        return num_frames
+        return num_frames + _encoded_anew(generator, num_frames, switches)
     kept = max(deployment.sink + deployment.local_past, resident, 1)
     first = deployment.sink if deployment.keep_sink_at_switch else 0
     gone = range(first, num_frames - (kept - deployment.sink))
-    return min(num_frames, kept) + bank_pages(generator, gone)
+    bank = max(bank_pages(generator, gone), _encoded_anew(generator, num_frames, switches))
+    return min(num_frames, kept) + bank
+
+
+def _encoded_anew(generator: StreamingGenerator, num_frames: int, switches: bool) -> int:
+    """Pages of a memory bank, which a prompt switch does not encode anew: none may be the stream's any more."""
+    return bank_pages(generator, range(num_frames)) if switches else 0
 
 
 def pages_under_way(generator: StreamingGenerator, num_frames: int, *, switches: bool) -> int:
@@ -121,8 +130,8 @@ def rollout_pages(
     rows = min(exploration.rows or members, members)
     own = (exploration.blocks + exploration.tail_blocks) * generator.block
     return Pages(
-        waiting=kept_pages(generator, fork),
-        root=kept_pages(generator, fork, exploration.resident_frames or fork),
+        waiting=kept_pages(generator, fork, switches=switches),
+        root=kept_pages(generator, fork, exploration.resident_frames or fork, switches=switches),
         growing=min(rows, together) * pages_under_way(generator, fork, switches=switches),
         branches=rows * _branch_pages(generator, exploration, fork, own, switches=switches),
         replay=(replayed or groups * (exploration.branches + 1)) * (exploration.blocks - 1) * generator.block,
@@ -143,8 +152,8 @@ def _branch_pages(
     recent = branch_frames(generator, exploration)
     switches = switches and exploration.tail_blocks > 0
     if not recent:
-        return 2 * (fork + own) if switches else own
-    bank = bank_pages(generator, range(fork, fork + own - recent))
+        return 2 * (fork + own) + bank_pages(generator, range(fork, fork + own)) if switches else own
+    bank = bank_pages(generator, range(fork, fork + own - (0 if switches else recent)))
     moved_sink = 0 if deployment.keep_sink_at_switch or not switches else deployment.sink
     kept = min(own - block, recent)
     under_way = max(block, deployment.reencoded(fork + own - block) if switches else 0)
