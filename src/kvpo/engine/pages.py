@@ -40,7 +40,7 @@ def kept_pages(
 
 
 def _encoded_anew(generator: StreamingGenerator, num_frames: int, switches: bool) -> int:
-    """Pages of a memory bank, which a prompt switch does not encode anew: none may be the stream's any more."""
+    """Pages of a memory bank, which no switch encodes anew: the stream may hold others of the same frames."""
     return bank_pages(generator, range(num_frames)) if switches else 0
 
 
