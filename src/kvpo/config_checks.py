@@ -26,6 +26,9 @@ def check(config: Config) -> None:
     _stream(config.stream)
     if config.backbone.kind == "wan":
         _prompts(config.prompts, config.stream)
+    else:
+        file = config.prompts.file
+        _require(not file, "prompts.file", repr(file), "empty: the embedded world writes its own prompts")
     _exploration(config.exploration, config.stream, config.optim)
     _objective(config.objective, config.exploration, config.stream)
     _optim(config.optim)

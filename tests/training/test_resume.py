@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from kvpo.training.checkpoint import CheckpointError, best_checkpoint, latest_checkpoint
 from kvpo.training.metrics_log import MetricsLog, read_metrics
-from kvpo.training.run import Run, evaluate_base, resume_point
+from kvpo.training.run import Run, evaluate_base, restore, resume_point
 from kvpo.training.trainer import Trainer
 from tests import processes
 from tests.tiny_world import SETTINGS, tiny_config, toy_setup
@@ -47,7 +47,7 @@ class ToyRun:
             base = evaluate_base(setup, trainer, setup.validation)
             run = Run(setup, trainer, self.directory / "checkpoints", log, lambda *numbers: None, base)
             if point is not None:
-                run.resume(point)
+                run.resume(restore(trainer, point))
             return run.train(lambda: stop_after is not None and trainer.update >= begun + stop_after)
 
     def result(self) -> tuple[Any, ...]:
@@ -133,11 +133,10 @@ def test_a_resumed_adapter_needs_its_own_base(tiny_base: Path, tmp_path: Path) -
     assert run.go()
     trainer = Trainer(toy_setup(tiny_config(tiny_base, optim__updates=2)))
     trainer.setup = replace(trainer.setup, base_sha256="0" * 64)
-    other = Run(trainer.setup, trainer, tmp_path / "checkpoints", None, lambda *n: None, {})  # type: ignore[arg-type]
     point = resume_point(tmp_path / "checkpoints")
     assert point is not None
     with pytest.raises(CheckpointError, match="another architecture: base is"):
-        other.resume(point)
+        restore(trainer, point)
 
 
 # From here on through the command line, in processes that are really killed.

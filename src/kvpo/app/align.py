@@ -68,14 +68,16 @@ def _run(config: Config, directory: RunDirectory, started: float, resume: bool) 
         show = Bars(bars)
         setup = build_setup(config)
         trainer = Trainer(setup)
+        # First of all, since the checkpoint may be refused.
+        state = None if point is None else restore(trainer, point)
         show("base on validation prompts", 0, 1, {})
         base = evaluate_base(setup, trainer, setup.validation)
         show("base on validation prompts", 1, 1, {})
         resumed_at = None if point is None else checkpoint_update(point)
         with MetricsLog(directory.metrics, directory.tensorboard, resumed_at=resumed_at) as metrics:
             run = Run(setup, trainer, directory.checkpoints, metrics, show, base)
-            if point is not None:
-                run.resume(point)
+            if state is not None:
+                run.resume(state)
             with stop_on_signal() as interrupted:
                 run.train(interrupted)
         return None if interrupted() else _finish(run, directory, show, started)

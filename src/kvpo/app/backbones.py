@@ -18,6 +18,7 @@ from kvpo.app.held_out import held_out_scorers
 from kvpo.app.offloading import visiting
 from kvpo.config import Config
 from kvpo.config_checks import ConfigurationError
+from kvpo.engine.forks import plan_forks
 from kvpo.engine.noise import keyed_generator
 from kvpo.models.adapters import add_adapter, check_adapter, load_adapter, merge_adapter
 from kvpo.models.causal_wan import CausalWan
@@ -301,13 +302,15 @@ def split_prompts(
     Of each kind (one prompt, several) a fixed shuffle gives test, validation and training prompts in turn.
 
     Raises:
-        ConfigurationError: no file, or too few prompts in it.
-        ValueError: the file is not one of prompts.
+        ConfigurationError: no file, not one of prompts, too few in it, or videos too short to fork.
     """
     settings, evaluation = config.prompts, config.evaluation
     if not settings.file:
         raise ConfigurationError("prompts.file: empty; give --prompts FILE (.txt or .jsonl)")
-    every = read_prompts(settings.file, num_frames=settings.frames, switches=settings.switches)
+    try:
+        every = read_prompts(settings.file, num_frames=settings.frames, switches=settings.switches)
+    except ValueError as error:
+        raise ConfigurationError(f"prompts.file: {error}") from error
     training: list[VideoPrompt] = []
     validation: dict[str, list[VideoPrompt]] = {}
     test: dict[str, list[VideoPrompt]] = {}
@@ -327,6 +330,11 @@ def split_prompts(
         test[kind] = [own[n] for n in order[: evaluation.test_prompts]]
         validation[kind] = [own[n] for n in order[evaluation.test_prompts : held]]
         training += [own[n] for n in order[held:]]
+    for prompt in {_shape(prompt): prompt for prompt in training}.values():
+        try:
+            plan_forks([prompt], config.exploration, block=config.stream.block, sink=config.stream.sink)
+        except ValueError as error:
+            raise ConfigurationError(f"prompts.file: {settings.file}: {error}") from error
     return training, validation, test
 
 

@@ -149,10 +149,11 @@ def load_base(config: Config) -> tuple[CausalWan, LearnedTextEncoder]:
 
     path = base_path(config)
     if not path.is_file():
-        raise ConfigurationError(
-            f"base: {path} does not exist; `kvpo pretrain --out FILE` writes such a file"
-        )
-    read_file(path)
+        raise ConfigurationError(f"base: {path} is no file; `kvpo pretrain --out FILE` writes such a file")
+    try:
+        read_file(path)
+    except ValueError as error:
+        raise ValueError(f"base: {error}; `kvpo pretrain --out FILE` writes a good one") from error
     try:
         with safe_open(path, framework="pt") as file:
             saved = json.loads((file.metadata() or {})["model"])
@@ -211,6 +212,12 @@ def build_world(config: Config, base: Path | None = None) -> Setup:
 
     if base is not None:
         config = replace(config, base=str(base))
+    block = config.stream.block
+    if SHORT_FRAMES % block or LONG_FRAMES % block:
+        raise ConfigurationError(
+            f"stream.block: must divide the {SHORT_FRAMES} and {LONG_FRAMES} frames of the embedded world's "
+            f"videos, got {block}"
+        )
     backbone = build_backbone(config)
     frame_rate, cache = backbone.codec.frames_per_second, score_cache(config.rewards.cache)
     scorer, weights = build_scorer(config, frame_rate, cache)

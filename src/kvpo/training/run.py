@@ -198,9 +198,8 @@ class Run:
         with exchanged(self.trainer.policy.parameters, self.trainer.average.values):
             return evaluate_prompts(self.setup, prompts)
 
-    def resume(self, path: Path) -> None:
-        """Continue from a checkpoint of this run."""
-        state = restore(self.trainer, path)
+    def resume(self, state: Mapping[str, Any]) -> None:
+        """Continue from the state of a checkpoint that its trainer was restored from."""
         self.saved = self.trainer.update
         self.best = None if state["best"] is None else (int(state["best"][0]), float(state["best"][1]))
         self.readings = radar.loaded(state["radar"])
