@@ -24,7 +24,8 @@ def test_golden_units(path):
     assert agrees(TIMESTEPS * torch.tensor(SIGMAS, dtype=torch.float64), warped)
 
     sinusoid = timestep_sinusoid(data["sinusoid_t"], data["sinusoid_emb"].shape[1])
-    assert (sinusoid - data["sinusoid_emb"]).abs().max() <= 1e-12
+    exact = data["sinusoid_emb"].dtype == torch.float64
+    assert (sinusoid - data["sinusoid_emb"]).abs().max() <= (1e-12 if exact else 1e-6)
 
     frames, rows, columns = meta["rope_grid"]
     positions = meta["rope_start_frame"] + torch.arange(frames)[None]
