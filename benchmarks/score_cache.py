@@ -1,9 +1,9 @@
 """How much of a run's scoring is known already where several runs share a score cache?
 
-Real runs of the demo through the command line, one after another, on one cache (``rewards.cache``) that starts
-empty: a run, another seed, the first run evaluated again, a run made longer by resuming, and the first run once
-more from the start. Test and validation prompts and their noise are the same in all of them, so what the base
-model makes of them is scored once.
+Real runs of the demo through the command line, one after another, on one cache (``rewards.cache``) that
+starts empty: a run, another seed, the first run evaluated again, a run made longer by resuming, and the
+first run once more from the start. Test and validation prompts and their noise are the same in all of them,
+so what the base model makes of them is scored once.
 
     python benchmarks/score_cache.py --out runs/score-cache [--updates 8] [any setting]
 """
