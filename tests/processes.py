@@ -7,6 +7,7 @@ spend seconds on importing torch again and inherit no thread's locks.
 import logging
 import multiprocessing
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -34,6 +35,8 @@ def _child(arguments: list[str], output: Path, before: Callable[[], None]) -> No
 
     from kvpo.app.cli import main
 
+    # Shells start background jobs with SIGINT ignored, and children inherit that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
