@@ -119,13 +119,13 @@ def reward_server_arguments(parser: ArgumentParser) -> None:
     )
     parser.add_argument("--port", type=int, default=8787, metavar="INT", help="(default: 8787; 0: any)")
     parser.add_argument(
-        "--token_file",
+        "--token-file",
         type=Path,
         metavar="FILE",
         help="holds the bearer token that clients must show (default: the environment's KVPO_REWARD_TOKEN)",
     )
     parser.add_argument(
-        "--frame_rate",
+        "--frame-rate",
         type=float,
         default=16.0,
         metavar="FLOAT",
@@ -136,10 +136,10 @@ def reward_server_arguments(parser: ArgumentParser) -> None:
         "--batch", type=int, default=16, metavar="INT", help="most clips scored in one call (default: 16)"
     )
     parser.add_argument(
-        "--request_mib", type=int, default=1024, metavar="INT", help="largest request (default: 1024)"
+        "--request-mib", type=int, default=1024, metavar="INT", help="largest request (default: 1024)"
     )
     parser.add_argument(
-        "--queue_mib",
+        "--queue-mib",
         type=int,
         default=4096,
         metavar="INT",
