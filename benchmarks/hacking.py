@@ -84,7 +84,7 @@ def align(arm: str, seed: int, directory: Path) -> dict[str, Any]:
         with MetricsLog(files.metrics, files.tensorboard, resumed_at=resumed_at) as metrics:
             run = Run(setup, trainer, files.checkpoints, metrics, lambda *numbers: None, base)
             if point is not None:
-                run.resume(point)
+                run.resume(restore(trainer, point))
             run.train(lambda: False)
         restore(trainer, find_checkpoint(files.checkpoints, "best"))
         tested = evaluate_base(setup, trainer, setup.test)["short"], run.evaluate_average(setup.test["short"])

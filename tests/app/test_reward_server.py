@@ -279,8 +279,8 @@ def test_a_run_whose_scorer_hangs_can_be_stopped(tiny_base: Path, tmp_path: Path
         ),
         ("--reward flicker --port 70000", "--port: must be 0 to 65535, got 70000"),
         ("--reward flicker --batch 0", "--batch: must be 1 or more, got 0"),
-        ("--reward flicker --request-mib 9 --queue-mib 8", "--request_mib: 9 never fits into --queue_mib 8"),
-        ("--reward flicker --frame-rate 0", "--frame_rate: must be positive"),
+        ("--reward flicker --request-mib 9 --queue-mib 8", "--request-mib: 9 never fits into --queue-mib 8"),
+        ("--reward flicker --frame-rate 0", "--frame-rate: must be positive"),
         ("", "--reward"),
     ],
 )

@@ -158,15 +158,16 @@ def reward_server(arguments: Namespace) -> None:
 
     for name in ("batch", "request_mib", "queue_mib"):
         if vars(arguments)[name] < 1:
-            raise ConfigurationError(f"--{name}: must be 1 or more, got {vars(arguments)[name]}")
+            flag = name.replace("_", "-")
+            raise ConfigurationError(f"--{flag}: must be 1 or more, got {vars(arguments)[name]}")
     if arguments.request_mib > arguments.queue_mib:
         raise ConfigurationError(
-            f"--request_mib: {arguments.request_mib} never fits into --queue_mib {arguments.queue_mib}"
+            f"--request-mib: {arguments.request_mib} never fits into --queue-mib {arguments.queue_mib}"
         )
     if not 0 <= arguments.port < 2**16:
         raise ConfigurationError(f"--port: must be 0 to {2**16 - 1}, got {arguments.port}")
     if not 0 < arguments.frame_rate < math.inf:
-        raise ConfigurationError(f"--frame_rate: must be positive, got {arguments.frame_rate}")
+        raise ConfigurationError(f"--frame-rate: must be positive, got {arguments.frame_rate}")
     limits = Limits(arguments.request_mib * MIB, arguments.queue_mib * MIB, arguments.batch)
     serve(
         _names(arguments.reward),
