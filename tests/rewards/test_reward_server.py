@@ -32,11 +32,16 @@ from kvpo.world.stories import distinct_stories
 from tests.reward_servers import QUICK, Named, eventually, free_port, number_of, numbered, serving
 
 
+def encoded(question: Question) -> bytes:
+    """A question as one piece."""
+    return b"".join(encode_question(question).parts(1000))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.uint8])
 def test_a_question_survives_its_journey_to_the_bit(dtype: torch.dtype) -> None:
     video = (torch.rand(2, 3, 3, 4, 6) * 255).to(dtype)
     prompts = (ClipPrompt("Ein Bär, “groß”", "vorher\n", 2), ClipPrompt(""))
-    found = decode_question(encode_question(Question(video, prompts, ("a", "b"))))
+    found = decode_question(encoded(Question(video, prompts, ("a", "b"))))
     assert torch.equal(found.video_BTCHW, video) and found.components == ("a", "b")
     assert [(str(p), p.before, p.switch) for p in found.prompts] == [
         ("Ein Bär, “groß”", "vorher\n", 2),
@@ -63,16 +68,16 @@ def test_offers_survive_their_journey() -> None:
         (lambda body: body.replace(b"clip 0", b'\\"\\"]..'), "must be a safetensors file"),
         (lambda body: body.replace(b'"video"', b'"audio"'), "one tensor, 'video', got audio"),
         (
-            lambda body: body.replace(b"[2,2,3,2,2]", b"[2,3,2,2,2]"),
-            "video must be .* got \\[2, 3, 2, 2, 2\\]",
+            lambda body: body.replace(b"[2, 2, 3, 2, 2]", b"[2, 3, 2, 2, 2]"),
+            "must be .* got \\[2, 3, 2, 2, 2\\]",
         ),
-        (lambda body: body.replace(b"[2,2,3,2,2]", b"[4,1,3,2,2]"), "2 prompts for 4 clips"),
+        (lambda body: body.replace(b"[2, 2, 3, 2, 2]", b"[4, 1, 3, 2, 2]"), "2 prompts for 4 clips"),
         (lambda body: body.replace(b'"F32"', b'"I32"'), "of torch.int32"),
     ],
 )
 def test_a_damaged_question_is_refused(change: Any, message: str) -> None:
     video, prompts = numbered(2)
-    body = encode_question(Question(video, tuple(prompts), ("own",)))
+    body = encoded(Question(video, tuple(prompts), ("own",)))
     assert change(body) != body
     with pytest.raises(ValueError, match=message):
         decode_question(change(body))
@@ -253,14 +258,14 @@ def test_a_slow_server_ends_in_an_error_and_its_queue_forgets_the_question() -> 
 
 def test_limits_of_a_request() -> None:
     video, prompts = numbered(3)
-    body = encode_question(Question(video, tuple(prompts), ("own",)))
+    body = encoded(Question(video, tuple(prompts), ("own",)))
     with serving(Named(number_of), limits=Limits(request_bytes=len(body))) as url:
         assert httpx.post(f"{url}/score", content=body).json() == {"scores": {"own": [0, 1, 2]}}
         answer = httpx.post(f"{url}/score", content=body + b" ")
         assert answer.status_code == 413 and f"limit of {len(body):,}" in answer.json()["detail"]
         assert httpx.post(f"{url}/score", content=iter([body])).status_code == 411
         assert httpx.post(f"{url}/score", content=body[:-1]).status_code == 400
-        other = encode_question(Question(video[:2], tuple(prompts[:2]), ("other",)))
+        other = encoded(Question(video[:2], tuple(prompts[:2]), ("other",)))
         answer = httpx.post(f"{url}/score", content=other)
         assert answer.status_code == 400 and answer.json()["detail"] == "no component 'other'; there are own"
         remote = connect(url, ["own"], patience=QUICK)
@@ -278,7 +283,7 @@ def test_a_full_queue_says_when_to_come_back_and_the_client_does() -> None:
         return number_of(video, prompts)
 
     video, prompts = numbered(2)
-    body = encode_question(Question(video, tuple(prompts), ("own",)))
+    body = encoded(Question(video, tuple(prompts), ("own",)))
     limits = Limits(request_bytes=2 * len(body), queue_bytes=2 * len(body), retry_seconds=1)
     with serving(Named(slow), limits=limits) as url, ThreadPoolExecutor(3) as threads:
         clients = [connect(url, ["own"], patience=replace(QUICK, outage=20)) for _ in range(2)]
@@ -296,7 +301,7 @@ def test_a_full_queue_says_when_to_come_back_and_the_client_does() -> None:
 
 
 def test_who_may_ask() -> None:
-    body = encode_question(Question(*map(lambda part: part[:1], numbered(1)), ("own",)))  # type: ignore[arg-type]
+    body = encoded(Question(*map(lambda part: part[:1], numbered(1)), ("own",)))  # type: ignore[arg-type]
     with serving(Named(number_of), token="swordfish") as url:
         assert httpx.get(f"{url}/health").status_code == 200
         for headers in ({}, {"Authorization": "Bearer swordfis"}, {"Authorization": "Basic swordfish"}):
@@ -350,7 +355,7 @@ def test_a_server_may_come_up_after_its_client_and_come_back() -> None:
 def test_ten_thousand_queued_clips(monkeypatch: pytest.MonkeyPatch) -> None:
     """Most wait at once, the rest comes back; nothing is lost, mis-assigned or held beyond the limit."""
     video, prompts = numbered(25)
-    size = len(encode_question(Question(video, tuple(prompts), ("own",)))) + 200  # later numbers are longer
+    size = len(encoded(Question(video, tuple(prompts), ("own",)))) + 200  # later numbers are longer
     room = 270 * size
     monkeypatch.setattr(client_module, "REQUEST_BYTES", 25 * 96)
     monkeypatch.setattr(client_module, "IN_FLIGHT", 100)

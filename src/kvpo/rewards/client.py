@@ -14,15 +14,16 @@ from torch import Tensor
 
 from kvpo.prompts import ClipPrompt
 from kvpo.rewards.protocol import Declaration, checked
-from kvpo.rewards.wire import PROTOCOL, Offer, Question, decode_offers, encode_question
+from kvpo.rewards.wire import PROTOCOL, Body, Offer, Question, decode_offers, encode_question
 
 T = TypeVar("T")
 
 REQUEST_BYTES = 64 * 2**20
 """A batch is split into requests of about this size, or of one clip where a clip is larger."""
 IN_FLIGHT = 4
-"""Requests under way at a time: one is scored while the next ones travel. Only these exist as bytes."""
+"""Requests under way at a time: one is scored while the next ones travel."""
 PART_BYTES = 2**20
+NO_BODY = Body(b"", memoryview(b""))
 CONNECT_SECONDS = 10.0
 
 
@@ -91,9 +92,7 @@ class Link:
         self.run(self.client.aclose())
         self.loop.call_soon_threadsafe(self.loop.stop)
 
-    async def ask(
-        self, method: str, path: str, read: Callable[[Any], T], body: Callable[[], bytes] = bytes
-    ) -> T:
+    async def ask(self, method: str, path: str, read: Callable[[Any], T], body: Body = NO_BODY) -> T:
         """One request, tried until there is an answer that ``read`` takes, or patience ends.
 
         Raises:
@@ -105,9 +104,8 @@ class Link:
             wait = pause
             try:
                 async with asyncio.timeout(self.patience.answer):
-                    sent = body()
-                    headers = {"Content-Length": str(len(sent))}
-                    response = await self.client.request(method, path, content=_parts(sent), headers=headers)
+                    headers = {"Content-Length": str(len(body))}
+                    response = await self.client.request(method, path, content=_parts(body), headers=headers)
                 return read(_content(response))
             except Refused as error:
                 raise ValueError(f"reward server {self.url} refused: {error}") from error
@@ -131,10 +129,9 @@ class Link:
             pause = min(2 * pause, self.patience.longest_pause)
 
 
-async def _parts(content: bytes) -> AsyncIterator[bytes]:
-    """A body piece by piece: a third of the work that it makes in one."""
-    for at in range(0, len(content), PART_BYTES):
-        yield content[at : at + PART_BYTES]
+async def _parts(body: Body) -> AsyncIterator[bytes]:
+    for part in body.parts(PART_BYTES):
+        yield part
 
 
 def _content(response: httpx.Response) -> Any:
@@ -207,9 +204,6 @@ class RemoteScorer:
         async def score(piece: slice) -> dict[str, Tensor]:
             own = tuple(prompts[piece])
 
-            def body() -> bytes:  # made for each try and only then: memory holds what is under way
-                return encode_question(Question(video_BTCHW[piece].detach().cpu(), own, self.components))
-
             def read(content: Any) -> dict[str, Tensor]:
                 try:
                     found = content["scores"].items()
@@ -218,8 +212,9 @@ class RemoteScorer:
                 except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
                     raise Failed(f"unusable scores: {error}") from error
 
-            async with under_way:
-                return await self.link.ask("POST", "/score", read, body)
+            async with under_way:  # only what is under way is fetched from its device
+                question = Question(video_BTCHW[piece].detach().cpu(), own, self.components)
+                return await self.link.ask("POST", "/score", read, encode_question(question))
 
         try:
             async with asyncio.TaskGroup() as tasks:

@@ -4,14 +4,14 @@ Letters: B clips, T frames, C colours, H height, W width.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from math import inf
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load, save
+from safetensors.torch import load
 from torch import Tensor
 
 from kvpo.prompts import ClipPrompt
@@ -21,7 +21,8 @@ PROTOCOL = 1
 """Version of what is described here; a client refuses a server of another one."""
 TOKEN_VARIABLE = "KVPO_REWARD_TOKEN"
 """Environment variable that holds the bearer token, on both sides."""
-PIXELS = (torch.uint8, torch.float16, torch.bfloat16, torch.float32)
+PIXELS = {torch.uint8: "U8", torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32"}
+"""Precisions of pixels, and what safetensors calls them."""
 LENGTH_BYTES = 8
 """A safetensors file begins with the length of its header in this many bytes, least significant first."""
 
@@ -45,11 +46,40 @@ class Question:
     components: tuple[str, ...]
 
 
-def encode_question(question: Question) -> bytes:
+@dataclass(frozen=True)
+class Body:
+    """A question as a safetensors file, in two parts so that the pixels are not copied."""
+
+    head: bytes
+    pixels: memoryview
+
+    def __len__(self) -> int:
+        return len(self.head) + len(self.pixels)
+
+    def parts(self, size: int) -> Iterator[bytes]:
+        """The file in pieces of at most ``size`` bytes after its head."""
+        yield self.head
+        for at in range(0, len(self.pixels), size):
+            yield bytes(self.pixels[at : at + size])
+
+
+def encode_question(question: Question) -> Body:
     """A question as a safetensors file: the tensor ``video`` as it is, all else in the metadata."""
+    video = question.video_BTCHW.contiguous()
     prompts = [[str(prompt), prompt.before, prompt.switch] for prompt in question.prompts]
-    metadata = {"prompts": json.dumps(prompts), "components": json.dumps(question.components)}
-    return save({"video": question.video_BTCHW.contiguous()}, metadata)
+    pixels = memoryview(video.view(torch.uint8).flatten().numpy())
+    header = json.dumps(
+        {
+            "__metadata__": {"prompts": json.dumps(prompts), "components": json.dumps(question.components)},
+            "video": {
+                "dtype": PIXELS[video.dtype],
+                "shape": list(video.shape),
+                "data_offsets": [0, len(pixels)],
+            },
+        }
+    ).encode()
+    header += b" " * (-len(header) % LENGTH_BYTES)  # tensors begin at multiples of eight
+    return Body(len(header).to_bytes(LENGTH_BYTES, "little") + header, pixels)
 
 
 def decode_question(body: bytes) -> Question:

@@ -1,0 +1,252 @@
+"""What a reward server costs, and what of scoring hides behind generation.
+
+    python benchmarks/reward_service.py [--quick] [--repeats 5] [--json PATH]
+
+The scorer of both parts does nothing for a known time per clip, as one that waits for its own device does.
+"""
+
+import argparse
+import os
+import socket
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from measuring import alternated, machine, section, table, write_json
+from torch import Tensor
+
+from kvpo.app.build import build_setup
+from kvpo.app.presets import demo
+from kvpo.config import Config
+from kvpo.engine.background import in_background
+from kvpo.prompts import ClipPrompt
+from kvpo.rewards.client import RemoteScorer, connect
+from kvpo.training.trainer import Trainer
+
+SECONDS = "KVPO_BENCHMARK_CLIP_SECONDS"
+"""Environment variable: what a clip costs in `paced`."""
+CLIPS = 8
+BRANCHES, GROUPS = 4, 6
+
+
+def paced(video_BTCHW: Tensor, prompts: Sequence[ClipPrompt]) -> Tensor:
+    """The scorer: a fixed time per clip, then a number that depends on the pixels."""
+    time.sleep(float(os.environ[SECONDS]) * len(prompts))
+    return video_BTCHW[:, :, :, ::8, ::8].mean((1, 2, 3, 4))
+
+
+@dataclass(frozen=True)
+class Size:
+    """Clips as a run sends them."""
+
+    name: str
+    frames: int
+    height: int
+    width: int
+    dtype: torch.dtype
+    costs: tuple[float, ...]
+    """Seconds per clip that are measured."""
+
+
+SIZES = (
+    Size("15 frames of 32 × 32, float32", 15, 32, 32, torch.float32, (0.005, 0.05, 0.2)),
+    Size("33 frames of 240 × 416, float32", 33, 240, 416, torch.float32, (0.05, 0.2)),
+    Size("33 frames of 240 × 416, bfloat16", 33, 240, 416, torch.bfloat16, (0.05, 0.2)),
+)
+
+
+@contextmanager
+def server(cost: float) -> Iterator[RemoteScorer]:
+    """`paced` behind `kvpo reward-server` in another process."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    command = [sys.executable, "-m", "kvpo", "reward-server", "--reward", "reward_service:paced"]
+    process = subprocess.Popen(
+        [*command, "--port", str(port)],
+        cwd=Path(__file__).parent,
+        env={**os.environ, SECONDS: str(cost)},
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        remote = connect(f"http://127.0.0.1:{port}", ["reward_service:paced"])
+        yield remote
+        remote.close()
+    finally:
+        process.terminate()
+        process.wait(60)
+
+
+def throughput(size: Size, cost: float, repeats: int) -> dict[str, Any]:
+    """Clips per second of one batch in process and through a server, which give the same numbers."""
+    generator = torch.Generator().manual_seed(0)
+    shape = (CLIPS, size.frames, 3, size.height, size.width)
+    video, prompts = torch.rand(shape, generator=generator).to(size.dtype), [ClipPrompt("")] * CLIPS
+    os.environ[SECONDS] = str(cost)
+    with server(cost) as remote:
+        here, there = paced(video, prompts).float(), remote(video, prompts)["paced"]
+        if not torch.equal(here, there):
+            raise SystemExit("a server gave other scores than the same function here")
+        arms = {"here": lambda: paced(video, prompts), "server": lambda: remote(video, prompts)}
+        seconds = alternated(arms, repeats)
+    return {
+        "clips": size.name,
+        "bytes of a clip": video[0].numel() * video.element_size(),
+        "scorer (s per clip)": cost,
+        "in process (clips/s)": CLIPS / seconds["here"],
+        "server (clips/s)": CLIPS / seconds["server"],
+        "slower by": 1 - seconds["here"] / seconds["server"],
+    }
+
+
+def overlap_config(prompts: int) -> Config:
+    """The demo's generator with few branches and a short tail, one group's rows at a time."""
+    config = demo()
+    few = replace(config.exploration, branches=BRANCHES, tail_blocks=1, rows=BRANCHES + 1)
+    return replace(
+        config,
+        exploration=few,
+        optim=replace(config.optim, prompts_per_update=prompts),
+        rewards=replace(config.rewards, scorers=("reward_service:paced",)),
+    )
+
+
+class Rollouts:
+    """The same rollout again and again, its scores computed in one way or another."""
+
+    def __init__(self, config: Config, scorer: Any) -> None:
+        setup = build_setup(config)
+        self.calls: list[int] = []
+        self.trainer = Trainer(replace(setup, judges=replace(setup.judges, scorer=scorer)))
+        self.planned = self.trainer.planned(0)
+
+    def generated(self, submit: Callable[[Callable[[], Any]], Future[Any]]) -> Any:
+        """Generate, hand every group to ``submit``, wait for the scores, let go of the pages."""
+        cache = self.trainer.new_cache([self.planned])
+        explored = self.trainer.generate(0, self.planned, submit, cache)
+        scores = explored.scores()
+        explored.rollout.release()
+        return scores
+
+    def alone(self) -> None:
+        """Generation without scoring."""
+
+        def never(call: Callable[[], Any]) -> Future[Any]:
+            done: Future[Any] = Future()
+            done.set_result(None)
+            return done
+
+        self.generated(never)
+
+    def in_turn(self) -> Any:
+        """Every group is scored before the next one is generated."""
+
+        def at_once(call: Callable[[], Any]) -> Future[Any]:
+            done: Future[Any] = Future()
+            done.set_result(call())
+            return done
+
+        return self.generated(at_once)
+
+    def overlapped(self) -> Any:
+        """As in training."""
+        with in_background() as submit:
+            return self.generated(submit)
+
+
+@dataclass
+class Counted:
+    """A scorer that counts the clips it is given."""
+
+    scorer: Any
+    clips: int = 0
+
+    @property
+    def components(self) -> tuple[str, ...]:
+        """Those of the scorer."""
+        return self.scorer.components
+
+    def __call__(self, video_BTCHW: Tensor, prompts: Sequence[ClipPrompt]) -> dict[str, Tensor]:
+        self.clips += len(prompts)
+        return self.scorer(video_BTCHW, prompts)
+
+
+def overlap(config: Config, share: float, repeats: int) -> dict[str, Any]:
+    """How much of scoring hides behind generation where scoring takes ``share`` of the time of generation."""
+    os.environ[SECONDS] = "0"
+    counted = Counted(build_setup(config).judges.scorer)
+    probe = Rollouts(config, counted)
+    probe.in_turn()
+    clips = counted.clips
+    generation = statistics.median(timed(probe.alone) for _ in range(repeats))
+    cost = share * generation / clips
+    os.environ[SECONDS] = str(cost)
+    with server(cost) as remote:
+        here, there = Rollouts(config, counted.scorer), Rollouts(config, remote)
+        same = zip(here.in_turn(), here.overlapped(), there.overlapped(), strict=True)
+        if any(not torch.equal(a.local_KM, x.local_KM) for a, *others in same for x in others):
+            raise SystemExit("scores depend on where and when they are computed")
+        arms = {"alone": here.alone, "in turn": here.in_turn, "overlapped": here.overlapped,
+                "server": there.overlapped}  # fmt: skip
+        seconds = alternated(arms, repeats)
+    scoring = cost * clips
+    return {
+        "groups": len(here.planned.prompts),
+        "clips": clips,
+        "generation (s)": seconds["alone"],
+        "scoring (s)": scoring,
+        "in turn (s)": seconds["in turn"],
+        "overlapped (s)": seconds["overlapped"],
+        "hidden": (seconds["in turn"] - seconds["overlapped"]) / scoring,
+        "overlapped, server (s)": seconds["server"],
+        "hidden, server": (seconds["in turn"] - seconds["server"]) / scoring,
+    }
+
+
+def timed(call: Callable[[], Any]) -> float:
+    """Seconds of one call."""
+    started = time.perf_counter()
+    call()
+    return time.perf_counter() - started
+
+
+def shown(rows: Sequence[dict[str, Any]], shares: Sequence[str]) -> str:
+    """Rows as a table, some of their numbers in per cent."""
+    cells = [[f"{row[c]:.1%}" if c in shares else row[c] for c in row] for row in rows]
+    return table(list(rows[0]), cells)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="one size, one share, one repeat: a check")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    repeats = 1 if options.quick else options.repeats
+    sizes = (replace(SIZES[0], costs=(0.05,)),) if options.quick else SIZES
+    numbers: dict[str, Any] = {"machine": machine()}
+    section("Machine", ", ".join(f"{name} {value}" for name, value in numbers["machine"].items()))
+    numbers["throughput"] = [throughput(size, cost, repeats) for size in sizes for cost in size.costs]
+    section(
+        "A batch of 8 clips, in process and through a server", shown(numbers["throughput"], ["slower by"])
+    )
+    config = overlap_config(2 if options.quick else GROUPS)
+    shares = (0.5,) if options.quick else (0.5, 1.0, 2.0)
+    numbers["overlap"] = [overlap(config, share, repeats) for share in shares]
+    section(
+        "Scoring beside generation, one group's rows at a time",
+        shown(numbers["overlap"], ["hidden", "hidden, server"]),
+    )
+    write_json(options.json, numbers)
+
+
+if __name__ == "__main__":
+    main()
