@@ -135,3 +135,13 @@ def test_the_engine_benchmark_runs(tmp_path, capsys):
     numbers = json.loads((tmp_path / "engine.json").read_text())
     assert len(numbers["comparison"]) == 4
     assert capsys.readouterr().out.count("## ") == 5
+
+
+@pytest.mark.slow
+def test_the_reward_service_benchmark_runs(tmp_path, capsys):
+    import reward_service
+
+    reward_service.main(["--quick", "--json", str(tmp_path / "service.json")])
+    numbers = json.loads((tmp_path / "service.json").read_text())
+    assert 0 < numbers["overlap"][0]["scoring (s)"] < numbers["overlap"][0]["in turn (s)"]
+    assert "| slower by |" in capsys.readouterr().out
