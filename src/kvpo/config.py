@@ -71,7 +71,7 @@ class PromptsConfig:
     """Prompts of public generators; the embedded world writes its own."""
 
     file: str = ""
-    """One prompt per line (.txt), or segments and switch frames (.jsonl)."""
+    """One prompt per line (.txt), or segments and switch frames (.jsonl); a path or a hub id."""
     frames: int = 147
     """Latent frames per video, where a line does not say."""
     switches: tuple[int, ...] = ()

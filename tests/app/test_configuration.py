@@ -182,6 +182,13 @@ def test_a_resumed_run_keeps_its_settings(tmp_path: Path) -> None:
     assert resolve_resumed(saved, "demo", None, {"optim.lr": "3e-4"}) == config
     longer = resolve_resumed(saved, None, None, {"optim.updates": "999"})
     assert longer == replace(config, optim=replace(config.optim, updates=999))
+    public = resolve("longlive-1.3b", None, {"backbone.checkpoint": "a/base.pt"})
+    saved_public = tmp_path / "public.yaml"
+    saved_public.write_text(yaml.safe_dump(_lists(asdict(public))))
+    moved = resolve_resumed(saved_public, None, None, {"backbone.checkpoint": "b.pt"})
+    assert moved == replace(public, backbone=replace(public.backbone, checkpoint="b.pt"))
+    said = message(lambda: resolve_resumed(saved_public, None, None, {"backbone.vae": "other.pth"}))
+    assert "backbone.vae is" in said
     said = message(lambda: resolve_resumed(saved, None, None, {"optim.lr": "1e-5"}))
     assert "optim.lr is 0.0003 there, 1e-05 here" in said
     assert "preset" in message(lambda: resolve_resumed(saved, "wan-14b", None, {}))

@@ -13,7 +13,7 @@ from tests.models.tiny import SHAPE, random_adapter, tiny_model
 
 TOLERANCE = 1e-5
 
-pytestmark = pytest.mark.slow  # a compiler runs for a minute
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]  # a compiler runs for minutes
 
 
 def model(*, compiled: bool, checkpointing: bool = False) -> CausalWan:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from itertools import chain
 from pathlib import Path
 
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from kvpo.app.build import (
     build_scorer,
+    prompt_file,
     streaming_generator,
     wan_shape,
 )
@@ -119,6 +120,10 @@ class CachedTexts:
         return embeddings.to(self.device, torch.float32)
 
 
+Shape = tuple[int, tuple[int, ...]]
+"""Latent frames of a video and its switch frames."""
+
+
 @dataclass(frozen=True)
 class FilePrompts:
     """Training prompts of each update, a function of (seed, update) alone: each pass in another order.
@@ -130,22 +135,24 @@ class FilePrompts:
     seed: int
     count: int
 
+    @cached_property
+    def alike(self) -> dict[Shape, list[VideoPrompt]]:
+        """Prompts by kind and length, in a fixed order of both."""
+        found: dict[Shape, list[VideoPrompt]] = {}
+        for prompt in self.prompts:
+            found.setdefault((prompt.num_frames, prompt.switches), []).append(prompt)
+        return dict(sorted(found.items()))
+
     def __call__(self, update: int) -> list[VideoPrompt]:
-        shapes = sorted({_shape(prompt) for prompt in self.prompts})
         draws = keyed_generator("prompt shape", self.seed, update)
-        weights = torch.tensor([sum(_shape(p) == s for p in self.prompts) for s in shapes]).float()
-        shape = shapes[int(torch.multinomial(weights, 1, generator=draws))]
-        alike = [prompt for prompt in self.prompts if _shape(prompt) == shape]
+        weights = torch.tensor([len(own) for own in self.alike.values()]).float()
+        alike = list(self.alike.values())[int(torch.multinomial(weights, 1, generator=draws))]
         chosen = []
         for position in range(update * self.count, (update + 1) * self.count):
             turn, place = divmod(position, len(alike))
             order = torch.randperm(len(alike), generator=keyed_generator("prompt order", self.seed, turn))
             chosen.append(replace(alike[int(order[place])], id=position))
         return chosen
-
-
-def _shape(prompt: VideoPrompt) -> tuple[int, tuple[int, ...]]:
-    return prompt.num_frames, prompt.switches
 
 
 def located(config: Config, name: str, *patterns: str) -> Path:
@@ -307,8 +314,9 @@ def split_prompts(
     settings, evaluation = config.prompts, config.evaluation
     if not settings.file:
         raise ConfigurationError("prompts.file: empty; give --prompts FILE (.txt or .jsonl)")
+    path = prompt_file(config, settings.file)
     try:
-        every = read_prompts(settings.file, num_frames=settings.frames, switches=settings.switches)
+        every = read_prompts(path, num_frames=settings.frames, switches=settings.switches)
     except ValueError as error:
         raise ConfigurationError(f"prompts.file: {error}") from error
     training: list[VideoPrompt] = []

@@ -291,6 +291,18 @@ def default_test_prompts(config: Config) -> dict[str, list[VideoPrompt]]:
     return split_prompts(config)[2]
 
 
+def prompt_file(config: Config, location: Path | str) -> Path:
+    """Local path of a prompt file, which may also be a hub id. Raises ValueError where it is neither."""
+    if Path(location).exists():
+        return Path(location)
+    from kvpo.models.hub import resolve
+
+    try:
+        return resolve(location, offline=config.backbone.offline)
+    except ValueError as error:
+        raise ValueError(f"no such prompt file: {error}") from error
+
+
 def default_frames(config: Config) -> int:
     """Latent frames of a video whose length is not given."""
     return SHORT_FRAMES if config.backbone.kind == "world" else config.prompts.frames

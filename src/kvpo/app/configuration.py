@@ -24,7 +24,19 @@ from kvpo.app.presets import PRESETS
 from kvpo.config import Config
 from kvpo.config_checks import ConfigurationError, check
 
-CHANGEABLE_ON_RESUME = ("device", "optim.updates", "checkpoint.every", "checkpoint.keep", "rewards.cache")
+CHANGEABLE_ON_RESUME = (
+    "device",
+    "optim.updates",
+    "checkpoint.every",
+    "checkpoint.keep",
+    "rewards.cache",
+    # Where the weights lie: what they are is checked by their digest.
+    "backbone.checkpoint",
+    "backbone.lora",
+    "backbone.embeddings",
+    "backbone.offline",
+    "backbone.offload",
+)
 
 
 @dataclass(frozen=True)

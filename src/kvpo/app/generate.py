@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from kvpo.app.build import default_frames, default_test_prompts, load_backbone
+from kvpo.app.build import default_frames, default_test_prompts, load_backbone, prompt_file
 from kvpo.app.exhibits import as_bytes
 from kvpo.app.progress import Bars, progress_bars
 from kvpo.config import Config
@@ -93,7 +93,8 @@ def _prompts(config: Config, given: Path | str | Sequence[VideoPrompt] | None) -
     if given is None:
         chosen = [prompt for some in default_test_prompts(config).values() for prompt in some[:UNASKED]]
     elif isinstance(given, str | Path):
-        chosen = read_prompts(given, num_frames=default_frames(config), switches=config.prompts.switches)
+        path = prompt_file(config, given)
+        chosen = read_prompts(path, num_frames=default_frames(config), switches=config.prompts.switches)
     else:
         chosen = list(given)
     numbered = [
