@@ -25,6 +25,7 @@ from kvpo.models.checkpoints import load_adapter_state, load_transformer_state
 from kvpo.models.offload import resident
 from kvpo.models.wan_vae import DecodeState, WanVAE
 from kvpo.prompts import ClipPrompt
+from kvpo.rewards.cache import CachedScorer
 from kvpo.rewards.combined import CombinedScorer
 from kvpo.training.policy import policy_of
 from kvpo.training.trainer import Trainer
@@ -234,7 +235,9 @@ def test_offloading_changes_no_number_and_leaves_networks_where_they_were(files:
         changes = {"backbone__offload": offload, "rewards__scorers": ["tests.tiny_wan:network"]}
         trainer = Trainer(build_setup(tiny_wan("longlive-1.3b", files, segments=2, **changes)))
         results.append(trainer.step())
-        assert isinstance(trainer.setup.judges.scorer.scorer, VisitingScorer) == offload
+        scorer = trainer.setup.judges.scorer
+        assert isinstance(scorer, CachedScorer)
+        assert isinstance(scorer.scorer, VisitingScorer) == offload
     assert results[0] == results[1]
 
 

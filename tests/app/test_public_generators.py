@@ -95,8 +95,11 @@ def end_to_end(name: str, segments: int, out: Path, monkeypatch: pytest.MonkeyPa
     assert summary["checks"]["default_route_max_difference"] == 0
 
     adapted = changes.get("optim__train", "lora") == "lora"
+    alone = adapted and changes.get("backbone__lora_start") != "merge"
     targets = {"pt": "merged.pt", "diffusers": "merged"}
-    adapters = ("peft", "diffusers-lora") if adapted else ()
+    adapters = ("peft", "diffusers-lora") if alone else ()
+    if not alone:  # an adapter of weights that no file holds, or none at all
+        assert main(["export", str(out / "run"), "--out", str(out / "refused")]) == 2
     (out / "vae").rename(out / "not needed")
     for layout in (*adapters, *targets):
         run("export", out / "run", "--layout", layout, "--out", out / targets.get(layout, layout))

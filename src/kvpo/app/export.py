@@ -34,7 +34,8 @@ def export(run: Path | str, out: Path | str, *, layout: Layout, checkpoint: str 
         checkpoint: best, latest, an update, a directory; None: the best.
 
     Raises:
-        ConfigurationError: an adapter of a run that trained all parameters.
+        ConfigurationError: an adapter alone of a run that trained all parameters, or whose adapter belongs to
+            merged weights that no file holds.
         ValueError: a run, checkpoint or target that cannot be used.
     """
     run, out = Path(run), Path(out)
@@ -43,6 +44,13 @@ def export(run: Path | str, out: Path | str, *, layout: Layout, checkpoint: str 
     if layout in ("peft", "diffusers-lora") and not adapted:
         raise ConfigurationError(
             f"--layout {layout}: {run} trained all parameters (optim.train full) and has no adapter; "
+            "use diffusers or pt"
+        )
+    merged = bool(config.backbone.lora) and config.backbone.lora_start == "merge"
+    if layout in ("peft", "diffusers-lora") and merged:
+        raise ConfigurationError(
+            f"--layout {layout}: {run} trained its adapter on {config.backbone.checkpoint} with "
+            f"{config.backbone.lora} merged into it (backbone.lora_start merge), weights that no file holds; "
             "use diffusers or pt"
         )
     path = find_checkpoint(run / "checkpoints", checkpoint)
