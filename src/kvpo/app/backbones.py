@@ -338,7 +338,7 @@ def split_prompts(
         test[kind] = [own[n] for n in order[: evaluation.test_prompts]]
         validation[kind] = [own[n] for n in order[evaluation.test_prompts : held]]
         training += [own[n] for n in order[held:]]
-    for prompt in {_shape(prompt): prompt for prompt in training}.values():
+    for prompt in {(prompt.num_frames, prompt.switches): prompt for prompt in training}.values():
         try:
             plan_forks([prompt], config.exploration, block=config.stream.block, sink=config.stream.sink)
         except ValueError as error:
