@@ -314,8 +314,8 @@ def split_prompts(
     settings, evaluation = config.prompts, config.evaluation
     if not settings.file:
         raise ConfigurationError("prompts.file: empty; give --prompts FILE (.txt or .jsonl)")
-    path = prompt_file(config, settings.file)
     try:
+        path = prompt_file(config, settings.file)
         every = read_prompts(path, num_frames=settings.frames, switches=settings.switches)
     except ValueError as error:
         raise ConfigurationError(f"prompts.file: {error}") from error
