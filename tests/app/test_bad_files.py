@@ -142,7 +142,10 @@ def test_adapters(
     [
         ({"backbone__checkpoint": ""}, "backbone.checkpoint: empty"),
         ({"backbone__checkpoint": "nowhere.pt"}, "backbone.checkpoint: nowhere.pt: no such file"),
-        ({"prompts__file": "nowhere.txt"}, "no such prompt file: nowhere.txt: no such file or directory"),
+        (
+            {"prompts__file": "nowhere.txt"},
+            "prompts.file: nowhere.txt: no such prompt file (nowhere.txt: no such file or directory",
+        ),
         ({"backbone__lora": "nowhere.pt"}, "backbone.lora: nowhere.pt: no such file"),
         ({"backbone__vae": "nowhere.pth"}, "backbone.vae: nowhere.pth: no such file"),
         ({"backbone__text_encoder": "nowhere/"}, "backbone.text_encoder: nowhere/: no such file"),

@@ -300,7 +300,7 @@ def prompt_file(config: Config, location: Path | str) -> Path:
     try:
         return resolve(location, offline=config.backbone.offline)
     except ValueError as error:
-        raise ValueError(f"no such prompt file: {error}") from error
+        raise ValueError(f"{location}: no such prompt file ({error})") from error
 
 
 def default_frames(config: Config) -> int:
