@@ -69,6 +69,8 @@ def test_the_starting_policy_with_a_given_adapter(files: Path) -> None:
             assert torch.equal(stream_latents(setup.generator, prompt, texts, tape), trained)
         outputs.append(trained)
         assert adapter_state(setup.model).rank == 2
+        numbers = Trainer(setup).step()
+        assert numbers["simplex_kl"] == numbers["velocity_kl"] == numbers["ratio_deviation"] == 0.0
     assert torch.allclose(*outputs, atol=1e-3)
     plain = build_setup(tiny_wan("longlive-1.3b", files))
     prompt = plain.training_prompts(0)

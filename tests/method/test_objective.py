@@ -5,6 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kvpo.method.advantage import centred
 from kvpo.method.objective import clipped_surrogate, objective, policy_ratio, simplex_kl, velocity_kl
 from kvpo.method.policy import branch_log_probs, calibrated_temperature, pool_log_probs
 
@@ -53,6 +54,16 @@ def test_coefficients_in_closed_form(anchor_in_pool, group):
 
     total = policy[-1] * advantages.sum() / (branches * temperature) if anchor_in_pool else 0.0
     assert float(coefficient.sum()) == pytest.approx(float(total), abs=1e-10)
+
+
+@given(group=groups(), seed=st.integers(0, 2**31))
+def test_permuting_centred_advantages_shuffles_the_branches_weights(group, seed):
+    """The null control of permuted advantages and that of shuffled weights are one."""
+    energy, advantages, temperature = group
+    order = torch.randperm(len(energy), generator=torch.Generator().manual_seed(seed))
+    weights, _, _ = coefficients(energy, centred(advantages), temperature)
+    shuffled, _, _ = coefficients(energy, centred(advantages)[order], temperature)
+    torch.testing.assert_close(shuffled, weights[order], rtol=1e-10, atol=1e-12)
 
 
 @given(group=groups(), shift=st.floats(-3, 3))

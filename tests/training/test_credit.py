@@ -118,3 +118,24 @@ def test_names_are_checked_against_the_runs_components() -> None:
             credit(scores, weights, fusion="selective")
     with pytest.raises(ConfigurationError, match="rewards.fusion"):
         credit(scores_of(LARGE), [1.0], fusion="selective")
+
+
+def test_the_null_control_trains_on_random_branches_with_the_same_advantages() -> None:
+    """Permutation comes before the choice of the best and worst: which branches are kept is chance too."""
+    members = torch.tensor([0.0, 1.0, 2.0, 4.0, 8.0, 16.0, 1.0])
+    blend = blend_of("a", torch.tensor([1.0]), RewardConfig(scorers=("any",)), 0.0)
+    config = replace(OBJECTIVE, keep_best=2, keep_worst=2)
+    draws = torch.Generator().manual_seed(0)
+    plain = assign_credit(scores_of(members), blend, config, draws)
+    assert plain is not None and plain.branches == (0, 1, 4, 5)
+    kept = []
+    for _ in range(200):
+        found = assign_credit(scores_of(members), blend, replace(config, advantages="random"), draws)
+        assert found is not None
+        torch.testing.assert_close(found.advantages_G.sort().values, plain.advantages_G.sort().values)
+        own = found.all_advantages_G[list(found.branches)]
+        torch.testing.assert_close(found.advantages_G, own - own.mean())
+        kept += found.branches
+    counts = torch.bincount(torch.tensor(kept), minlength=6).double()
+    expected = 200 * 4 / 6
+    assert bool(((counts - expected).abs() < 5 * (expected / 3) ** 0.5).all()), counts

@@ -202,7 +202,11 @@ def test_killed_again_and_again_a_run_ends_the_same(
         1,  # before the first checkpoint: nothing is left to continue from
         killed_at("save_checkpoint"),
         3,
+        killed_at("comparison"),  # in the middle of a validation
         killed_at("save_checkpoint"),  # validated, and not yet saved
+        # The second architecture to be described after the one that resuming checks: tensors are written, and
+        # the rest of the checkpoint is not.
+        partial(signal_at, "kvpo.training.checkpoint:_json", 2, signal.SIGKILL),
         killed_at("mark_best"),  # saved, and not yet marked as the best
         killed_at("prune"),
         8,
@@ -219,6 +223,29 @@ def test_killed_again_and_again_a_run_ends_the_same(
     assert outcome(directory) == outcome(uninterrupted)
     ours, theirs = (json.loads((d / "summary.json").read_text()) for d in (directory, uninterrupted))
     assert ours["held_out"] == theirs["held_out"] and ours["checks"] == theirs["checks"]
+
+
+def test_killed_within_shared_rollouts_a_run_of_all_parameters_ends_the_same(
+    arguments: list[str | Path], tmp_path: Path
+) -> None:
+    """Two rollouts per refresh, two epochs each; killed in the second epoch of the second rollout."""
+    command = [*arguments, "--optim.train", "full", "--optim.inner_epochs", "2"]
+    command += ["--optim.rollouts_per_refresh", "2", "--resume", "--out"]
+    before_tests = partial(signal_at, "kvpo.app.align:evaluate_base", 2, signal.SIGTERM)
+    log = tmp_path / "log"
+    gradients = "kvpo.training.trainer:accumulate_gradients"
+    for name, moments in {
+        "whole": (),
+        "killed": ((gradients, 8), ("kvpo.training.checkpoint:_json", 2), (gradients, 3)),
+    }.items():
+        for place, nth in moments:
+            code, printed = processes.run(
+                [*command, tmp_path / name], log, partial(signal_at, place, nth, signal.SIGKILL)
+            )
+            assert code == -signal.SIGKILL, printed
+        code, printed = processes.run([*command, tmp_path / name], log, before_tests)
+        assert code == 130 and "saved up to update 6;" in printed
+    assert outcome(tmp_path / "killed") == outcome(tmp_path / "whole")
 
 
 STOPS = {

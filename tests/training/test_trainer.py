@@ -18,7 +18,12 @@ from kvpo.config import ExplorationConfig
 from kvpo.engine.generator import StreamingGenerator
 from kvpo.engine.scoring import score_groups
 from kvpo.prompts import VideoPrompt
-from kvpo.training.checks import first_ratio_max_deviation
+from kvpo.training import checks
+from kvpo.training.checks import (
+    anchor_energy_at_old,
+    default_route_max_difference,
+    first_ratio_max_deviation,
+)
 from kvpo.training.metrics_log import MetricsLog, read_metrics
 from kvpo.training.run import Run
 from kvpo.training.trainer import Trainer, learning_rate_factor, shared_fork
@@ -162,6 +167,37 @@ def test_a_gradient_that_is_not_finite_stops_before_the_parameters_change(
     with pytest.raises(ValueError, match=r"update 1: the gradient is not finite; lower optim\.lr"):
         trainer.step()
     assert equal(before, snapshot(trainer))
+
+
+IDENTITIES = {
+    "first ratio": (first_ratio_max_deviation, "energies_of"),
+    "anchor energy": (lambda t: anchor_energy_at_old(t.setup, t.setup.training_prompts(0)), "replay_context"),
+    "recent route": (
+        lambda t: default_route_max_difference(t.setup, t.setup.training_prompts(0)),
+        "run_members",
+    ),
+}
+"""What measures it, and the function that it calls twice, or after a rollout."""
+
+
+@pytest.mark.parametrize("name", IDENTITIES)
+@pytest.mark.parametrize("train", ["lora", "full"])
+def test_identities_of_a_run_are_exact_and_can_fail(
+    tiny_base: Path, monkeypatch: pytest.MonkeyPatch, name: str, train: str
+) -> None:
+    measure, step = IDENTITIES[name]
+    trainer = trainer_of(tiny_base, optim__train=train)
+    assert measure(trainer) == 0.0
+    original = vars(checks)[step]
+
+    def after_a_nudge(*arguments: Any, **named: Any) -> Any:
+        with torch.no_grad():
+            for value in trainer.policy.parameters.values():
+                value.add_(0.01)
+        return original(*arguments, **named)
+
+    monkeypatch.setattr(checks, step, after_a_nudge)
+    assert measure(trainer) > 0.0
 
 
 @dataclass
