@@ -64,6 +64,8 @@ class BackboneConfig:
     """Take hub files from the local cache only."""
     offload: bool = False
     """Keep VAE and reward models in host memory and move them to the device only to decode and to score."""
+    vae_precision: Literal["float32", "bfloat16"] = "float32"
+    """Precision that videos are decoded in; bfloat16 halves the memory and changes pixels slightly."""
 
 
 @dataclass(frozen=True)
@@ -206,7 +208,7 @@ class OptimConfig:
     rollouts_per_refresh: int = 1
     """Rollouts collected with one rollout policy before it is refreshed."""
     replay_rows: int = 0
-    """Rows batched in one replay forward pass; 0 means all of a group batch together."""
+    """Rows batched in one replay forward pass, at least one block's; 0 means all of a group batch."""
     checkpointing: bool = False
     """Activation checkpointing in the replay."""
     compile: bool = False

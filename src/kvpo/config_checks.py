@@ -79,6 +79,11 @@ def _backbone(backbone: BackboneConfig, optim: OptimConfig) -> None:
         "backbone.kind", backbone.kind,
         f"wan for backbone.{given[0] if given else ''} to be used; a preset such as longlive-1.3b sets it",
     )  # fmt: skip
+    precision = backbone.vae_precision
+    _require(
+        backbone.kind == "wan" or precision == "float32",
+        "backbone.vae_precision", precision, "float32 for the embedded world, which has no VAE",
+    )  # fmt: skip
     _require(
         optim.train == "lora" or not backbone.lora or backbone.lora_start == "merge",
         "backbone.lora_start", backbone.lora_start, "merge while optim.train is full",

@@ -111,16 +111,16 @@ def with_objective(explored: Explored, name: str, rows: int = 0) -> Replayer:
 
 
 def assert_exact(explored: Explored, name: str) -> None:
-    """One batch, and micro-batches of one and of three branches, give the gradient of the whole objective."""
+    """One batch, and micro-batches of a block, a branch and three, give the whole objective's gradient."""
     whole = with_objective(explored, name)
     # The stored energies are those of the paper's energy; with another one, start from the policy as it is.
     on_policy = whole.config.anchor_state_weight > 0
     now = [energy.detach() for energy in direct_energies(explored, whole)[0]]
     expected = direct_gradient(explored, whole, now if on_policy else explored.old)
-    for pairs in (0, 1, 3):
-        replayer = replace(whole, rows=4 * pairs)
+    for rows in (0, 1, 4, 12):  # a branch has two blocks of two steps
+        replayer = replace(whole, rows=rows)
         batches = [micro_batches(replayer, batch) for batch in group_batches(replayer, explored.trained)]
-        assert sum(map(len, batches)) > 1 or pairs != 1
+        assert sum(map(len, batches)) > 1 or rows in (0, 12)
         assert_equal(gradients(explored, replayer, None if on_policy else explored.old), expected)
 
 

@@ -196,7 +196,8 @@ def text_encoder(config: Config) -> CachedTexts:
 def codec(config: Config) -> WanCodec:
     """The VAE, checked against the generator's latents. Raises ValueError."""
     home = "cpu" if config.backbone.offload else config.device
-    vae = load_wan_vae(located(config, "vae", "vae/*", "Wan2.1_VAE.pth"), device=home)
+    dtype = torch.bfloat16 if config.backbone.vae_precision == "bfloat16" else torch.float32
+    vae = load_wan_vae(located(config, "vae", "vae/*", "Wan2.1_VAE.pth"), device=home, dtype=dtype)
     channels = vae.model.config.z_dim
     if channels != config.model.channels:
         raise ValueError(

@@ -92,11 +92,12 @@ def surroundings(config: Config) -> Surroundings:
     low = config.optim.autocast == "bfloat16"
     local = [name for name in config.rewards.scorers + config.evaluation.held_out if "@" not in name]
     families = {"videoalign" if name.startswith("videoalign") else name for name in local}
+    size = 2 if config.backbone.vae_precision == "bfloat16" else 4
     pixels = 64 * config.model.latent_height * config.model.latent_width
     return Surroundings(
         text_encoder=UMT5_PARAMETERS * (2 if low else 4),
-        codec=4 * VAE_PARAMETERS,
-        decode=VAE_DECODE * pixels,
+        codec=size * VAE_PARAMETERS,
+        decode=VAE_DECODE * pixels * size / 4,
         decode_flops=VAE_FLOPS * pixels,
         rewards={name: REWARD_BYTES[name] for name in sorted(families) if name in REWARD_BYTES},
         scoring=SCORING,
@@ -117,9 +118,7 @@ def _changes(config: Config) -> Iterator[dict[str, object]]:
         r for r in (0, 2 * members, members, 4, 2, 1) if not exploration.rows or 0 < r <= exploration.rows
     ]
     states = exploration.blocks * config.objective.grad_steps
-    replays = [
-        r for r in (0, 4 * states, 2 * states, 1) if not optim.replay_rows or 0 < r <= optim.replay_rows
-    ]
+    replays = [r for r in (0, 4 * states, states, 1) if not optim.replay_rows or 0 < r <= optim.replay_rows]
     alike: list[dict[str, object]] = [
         {
             "backbone.offload": offload,
@@ -137,6 +136,7 @@ def _changes(config: Config) -> Iterator[dict[str, object]]:
     yield from alike
     smaller: dict[str, object] = {}
     for name, values in (
+        ("backbone.vae_precision", ["bfloat16"] if config.backbone.kind == "wan" else []),
         ("optim.rollouts_per_refresh", [1]),
         ("optim.prompts_per_update", [4, 2, 1]),
         ("optim.lora_rank", [128, 64, 32] if optim.train == "lora" else []),
@@ -144,7 +144,7 @@ def _changes(config: Config) -> Iterator[dict[str, object]]:
     ):
         own = flat(asdict(config))[name]
         for value in values:
-            if not own or value < own:
+            if isinstance(value, str) or not own or value < own:
                 smaller[name] = value
                 yield from ({**smaller, **one} for one in alike)
 

@@ -6,7 +6,7 @@ the evaluated policy, without gradient, from the branch's stored clean latents (
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -34,6 +34,22 @@ class ReplayContext:
 
     contexts: tuple[PageContext, ...]
     text: TextRows
+
+    def of(self, blocks: range) -> "ReplayContext":
+        """Only some consecutive blocks of the window."""
+        return ReplayContext(self.contexts[blocks.start : blocks.stop], self.text)
+
+
+def window_part(group: Group, blocks: range) -> Group:
+    """The group with some consecutive blocks for its window; what comes after is left out."""
+    frames = group.states_MPSFCHW.shape[3]
+    part = slice(blocks.start, blocks.stop)
+    return replace(
+        group,
+        states_MPSFCHW=group.states_MPSFCHW[:, part],
+        velocities_MPSFCHW=group.velocities_MPSFCHW[:, part],
+        clean_MTCHW=group.clean_MTCHW[:, part.start * frames : part.stop * frames],
+    )
 
 
 @contextmanager

@@ -17,10 +17,12 @@ from kvpo.engine.generator import StreamingGenerator
 from kvpo.engine.noise import Tape
 from kvpo.engine.replay import (
     Member,
+    ReplayContext,
     anchor_state_residuals,
     branch_residuals,
     replay_context,
     replay_velocities,
+    window_part,
 )
 from kvpo.engine.rollout import Group
 from kvpo.engine.stream import TextTable
@@ -54,7 +56,7 @@ class Replayer:
     tape: Tape
     config: ObjectiveConfig
     rows: int
-    """Forward rows (members x blocks x steps) per micro-batch; 0 means no limit."""
+    """Forward rows (members x blocks x steps) per forward pass; 0 means no limit."""
 
 
 @dataclass(frozen=True)
@@ -64,12 +66,19 @@ class Replayed:
     energies: tuple[Tensor, ...]
     """Per group [G']; energies of branches outside the micro-batch are 0."""
     anchor_velocities: dict[int, Tensor]
-    """Group index -> [P, S, F, C, H, W]."""
+    """Group index -> [blocks, S, F, C, H, W]."""
+    share: float
+    """Of the window's blocks."""
 
 
 def members_together(rows: int, blocks: int, steps: int) -> int:
     """Members that one replay micro-batch of at most ``rows`` forward rows holds; 0: no limit."""
     return max(1, rows // (blocks * steps)) if rows else 0
+
+
+def blocks_together(rows: int, blocks: int, steps: int) -> int:
+    """Blocks of a window that one forward pass of at most ``rows`` rows holds, at least one; 0: all."""
+    return min(blocks, max(1, rows // steps)) if rows else blocks
 
 
 def micro_batches(replayer: Replayer, trained: Sequence[Trained]) -> list[list[tuple[int, int]]]:
@@ -101,50 +110,63 @@ def group_batches(replayer: Replayer, trained: Sequence[Trained]) -> list[list[T
 @contextmanager
 def replay_pairs(
     replayer: Replayer, trained: Sequence[Trained], pairs: Sequence[tuple[int, int]], *, gradients: bool
-) -> Iterator[Replayed]:
-    """Replay a micro-batch under the current policy; with ``gradients``, backpropagate inside the context."""
+) -> Iterator[Iterator[Replayed]]:
+    """Replay a micro-batch under the current policy, some blocks of the window at a time.
+
+    With ``gradients``, backpropagate each part, inside the context, before the next one is taken.
+    """
     members = [Member(trained[index].group, member) for index, member in pairs]
-    with (
-        torch.set_grad_enabled(gradients),
-        replay_context(replayer.generator, members, replayer.texts, replayer.tape) as replay,
-    ):
-        velocities = replay_velocities(replayer.generator, members, replay, replayer.config.grad_steps)
-        yield _replayed(replayer, trained, pairs, members, velocities)
+    window = members[0].group.blocks
+    size = blocks_together(replayer.rows, window, replayer.config.grad_steps)
+    with replay_context(replayer.generator, members, replayer.texts, replayer.tape) as replay:
+        yield (
+            _replayed(
+                replayer, trained, pairs, replay, range(at, min(at + size, window)), gradients=gradients
+            )
+            for at in range(0, window, size)
+        )
 
 
 def replay_without_gradients(replayer: Replayer, trained: Sequence[Trained]) -> list[Replayed]:
     """Replay all micro-batches of some groups under the current policy."""
-    parts = []
+    found: list[Replayed] = []
     for pairs in micro_batches(replayer, trained):
-        with replay_pairs(replayer, trained, pairs, gradients=False) as part:
-            parts.append(part)
-    return parts
+        with replay_pairs(replayer, trained, pairs, gradients=False) as parts:
+            found += parts
+    return found
 
 
 def _replayed(
     replayer: Replayer,
     trained: Sequence[Trained],
     pairs: Sequence[tuple[int, int]],
-    members: Sequence[Member],
-    velocities: Tensor,
+    replay: ReplayContext,
+    blocks: range,
+    *,
+    gradients: bool,
 ) -> Replayed:
-    weight = replayer.config.anchor_state_weight
-    residuals = branch_residuals(members, velocities).sum((1, 2))
+    """One forward pass over some blocks of a micro-batch's members."""
+    weight, steps = replayer.config.anchor_state_weight, replayer.config.grad_steps
+    groups = [window_part(item.group, blocks) for item in trained]
+    members = [Member(groups[index], member) for index, member in pairs]
     energies, anchors = [], {}
-    for index, item in enumerate(trained):
-        rows = {member: row for row, (owner, member) in enumerate(pairs) if owner == index}
-        zero = residuals.new_zeros(())
-        own = [residuals[rows[b]] if b in rows else zero for b in item.credit.branches]
-        energy = (1 - weight) * torch.stack(own)
-        if item.anchor in rows:
-            anchors[index] = velocities[rows[item.anchor]]
-            if weight:
-                at_anchor = anchor_state_residuals(
-                    replayer.generator, item.group, item.credit.branches, anchors[index]
-                )
-                energy = energy + weight * at_anchor.sum((1, 2))
-        energies.append(energy)
-    return Replayed(tuple(energies), anchors)
+    with torch.set_grad_enabled(gradients):
+        velocities = replay_velocities(replayer.generator, members, replay.of(blocks), steps)
+        residuals = branch_residuals(members, velocities).sum((1, 2))
+        for index, item in enumerate(trained):
+            rows = {member: row for row, (owner, member) in enumerate(pairs) if owner == index}
+            zero = residuals.new_zeros(())
+            own = [residuals[rows[b]] if b in rows else zero for b in item.credit.branches]
+            energy = (1 - weight) * torch.stack(own)
+            if item.anchor in rows:
+                anchors[index] = velocities[rows[item.anchor]]
+                if weight:
+                    at_anchor = anchor_state_residuals(
+                        replayer.generator, groups[index], item.credit.branches, anchors[index]
+                    )
+                    energy = energy + weight * at_anchor.sum((1, 2))
+            energies.append(energy)
+    return Replayed(tuple(energies), anchors, len(blocks) / trained[0].group.blocks)
 
 
 def energies_of(replayer: Replayer, trained: Sequence[Trained]) -> list[Tensor]:
@@ -184,20 +206,20 @@ def _accumulate_batch(
     with replayer.policy.reference():
         reference = replay_without_gradients(replayer, batch)
     reference_energies = _sum_energies([part.energies for part in reference])
-    pieces = micro_batches(replayer, batch)
     coefficients: list[Tensor] = []
     found: list[ObjectiveDiagnostics] = []
-    if len(pieces) > 1:
+    if len(reference) > 1:
         # The loss couples the branches of a group, so their energies must all be known before any backward.
         energies = _sum_energies([part.energies for part in replay_without_gradients(replayer, batch)])
         found, coefficients = _coefficients(replayer, batch, energies, old, reference_energies)
-    drift = 0.0
-    for pairs, reference_part in zip(pieces, reference, strict=True):
-        with replay_pairs(replayer, batch, pairs, gradients=True) as part:
-            if len(pieces) == 1:
-                energies = [energy.detach() for energy in part.energies]
-                found, coefficients = _coefficients(replayer, batch, energies, old, reference_energies)
-            drift += _backward(replayer, part, coefficients, reference_part, groups)
+    drift, done = 0.0, iter(reference)
+    for pairs in micro_batches(replayer, batch):
+        with replay_pairs(replayer, batch, pairs, gradients=True) as parts:
+            for part in parts:
+                if len(reference) == 1:
+                    energies = [energy.detach() for energy in part.energies]
+                    found, coefficients = _coefficients(replayer, batch, energies, old, reference_energies)
+                drift += _backward(replayer, part, coefficients, next(done), groups)
     return found, drift
 
 
@@ -256,7 +278,7 @@ def _backward(
     loss = torch.stack([(c * e).sum() for c, e in zip(coefficients, part.energies, strict=True)]).sum()
     drift = 0.0
     for index, velocity in part.anchor_velocities.items():
-        kl = velocity_kl(velocity, reference.anchor_velocities[index])
+        kl = part.share * velocity_kl(velocity, reference.anchor_velocities[index])
         drift += float(kl.detach())
         if replayer.config.velocity_kl:
             loss = loss + replayer.config.velocity_kl * kl

@@ -13,7 +13,7 @@ from kvpo.config import Config
 from kvpo.engine.generator import StreamingGenerator
 from kvpo.engine.pages import PlannedRollout, cache_pages, stream_pages
 from kvpo.models.causal_wan import CausalWan
-from kvpo.training.gradients import members_together
+from kvpo.training.gradients import blocks_together, members_together
 
 BACKWARD = 0.65
 """What the backward pass of a layer needs beside what the layer kept, as a share of it."""
@@ -144,6 +144,12 @@ def replayed_members(config: Config) -> int:
     limit = members_together(optim.replay_rows, exploration.blocks, objective.grad_steps)
     chosen = objective.keep_best + objective.keep_worst or exploration.branches
     return min(limit or optim.prompts_per_update * (chosen + 1), optim.prompts_per_update * (chosen + 1))
+
+
+def replayed_states(config: Config) -> int:
+    """States of one replay forward pass: members x blocks x steps."""
+    blocks, steps = config.exploration.blocks, config.objective.grad_steps
+    return replayed_members(config) * blocks_together(config.optim.replay_rows, blocks, steps) * steps
 
 
 def trajectory_bytes(config: Config, fork: int) -> float:

@@ -14,6 +14,7 @@ from kvpo.training.memory import (
     parameters_of,
     pool_pages,
     replayed_members,
+    replayed_states,
     trajectory_bytes,
 )
 from kvpo.training.work import (
@@ -185,7 +186,7 @@ def _phases(
     visiting = config.backbone.offload
     tail = exploration.blocks + exploration.tail_blocks
     decoded = groups * (members * tail * block + rollout.fork)
-    states = replayed_members(config) * exploration.blocks * config.objective.grad_steps
+    states = replayed_states(config)
     root = blocks_work(costs, rollout.fork // block, min(rows, groups)).times(groups / min(rows, groups))
     branches = blocks_work(costs, tail, rows).times(groups * members / rows)
     gradients = {"gradients": 4.0 * parameters.trained}
@@ -228,11 +229,14 @@ def _replay_work(config: Config, costs: Costs) -> Work:
         (objective.keep_best + objective.keep_worst or exploration.branches) + 1
     )
     together = replayed_members(config)
-    states = together * exploration.blocks * objective.grad_steps
-    once = reencoding_work(costs, together) + forward_work(costs, states)
+    states = replayed_states(config)
+    passes_of_window = together * exploration.blocks * objective.grad_steps / states
+    forward = forward_work(costs, states).times(passes_of_window)
+    once = reencoding_work(costs, together) + forward
     stored = 1 - 1 / optim.rollouts_per_refresh if optim.inner_epochs == 1 else 1.0
-    passes = 1 + (together < trained)  # the starting policy, and energies before any backward
-    every = once.times(passes + 1) + backward_work(costs, states)
+    # The starting policy's, the energies' before any backward where they come apart, and the current one's.
+    passes = 2 + (together < trained or passes_of_window > 1)
+    every = once.times(passes) + backward_work(costs, states).times(passes_of_window)
     return (every.times(optim.inner_epochs) + once.times(stored)).times(trained / together)
 
 
