@@ -267,3 +267,16 @@ class Wrapped:
 
     def __call__(self, video_BTCHW: Tensor, prompts: Sequence[ClipPrompt]) -> dict[str, Tensor]:
         return {self.name: video_BTCHW.mean((1, 2, 3, 4))}
+
+
+def test_the_vae_may_decode_in_bfloat16(files: Path) -> None:
+    found = {}
+    for precision in ("float32", "bfloat16"):
+        config = tiny_wan("longlive-1.3b", files, segments=1, backbone__vae_precision=precision)
+        shape = (1, 3, config.model.channels, config.model.latent_height, config.model.latent_width)
+        latents = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            found[precision] = backbones.codec(config).decode(latents)
+    assert found["bfloat16"].dtype == torch.float32
+    difference = (found["bfloat16"] - found["float32"]).abs()
+    assert 0 < float(difference.max()) and float(difference.mean()) < 0.02

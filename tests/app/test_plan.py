@@ -1,8 +1,11 @@
 """What `kvpo plan` counts is what a run allocates."""
 
 import json
+import re
 import shlex
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -188,3 +191,20 @@ def test_streaming_needs_what_the_plan_says(monkeypatch, tmp_path):
     stream_latents(setup.generator, prompts, setup.texts(prompts), setup.evaluation_tape(), rows=1)
     (phase,) = (p for p in plan_of(config).phases if p.name == "stream held-out videos")
     assert phase.parts["pages"] == made[0] * setup.generator.page_bytes
+
+
+RECIPES = re.findall(
+    r"^\$ kvpo (plan .*)\n((?:(?!```).*\n)+)",
+    (Path(__file__).resolve().parents[2] / "docs" / "memory.md").read_text(encoding="utf-8"),
+    re.MULTILINE,
+)
+
+
+@pytest.mark.parametrize(("command", "printed"), RECIPES, ids=lambda text: text.strip()[-24:])
+def test_the_recipes_are_what_the_plan_prints(command: str, printed: str, capsys: Any) -> None:
+    assert main(command.split()) == 0
+    assert capsys.readouterr().out.endswith(printed)
+
+
+def test_there_is_a_recipe_for_every_usual_card() -> None:
+    assert {command.split()[-1] for command, _ in RECIPES} == {"24", "48", "80"}
