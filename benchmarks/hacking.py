@@ -44,9 +44,9 @@ COMMON: dict[str, Any] = {
     "evaluation.every": 4,
     "evaluation.validation_prompts": 16,
     "evaluation.test_prompts": 32,
-    "optim.updates": 16,
+    "optim.updates": 24,
     "optim.prompts_per_update": 4,
-    "optim.lr": 5e-3,
+    "optim.lr": 2e-3,
     "optim.ema_decay": 0.8,
     "optim.warmup_updates": 2,
 }
