@@ -2,10 +2,11 @@
 
 The demo is aligned on the brightness of its videos, which nobody asked for, beside the world's own reward.
 Arms: *free* (nothing protects the run), *stopped* (the hacking radar may end it and rule checkpoints out),
-*selective* (branches that brightness alone praises earn nothing). The radar watches rewards that never train;
-the unseen scorer takes part in nothing and judges all arms on the same test prompts and noise.
+*selective* (branches that brightness alone praises earn nothing), *reversing* (they are punished instead, however
+little brightness ranks them above the rest). The radar watches rewards that never train; the unseen scorer
+takes part in nothing and judges all arms on the same test prompts and noise.
 
-    python benchmarks/hacking.py --out runs/hacking --seeds 0 1 2 [--arms free stopped selective]
+    python benchmarks/hacking.py --out runs/hacking --seeds 0 1 2 [--arms free stopped selective reversing]
 """
 
 import argparse
@@ -55,6 +56,12 @@ ARMS: dict[str, dict[str, Any]] = {
     "free": {"evaluation.stop_on_hacking": False},
     "stopped": {},
     "selective": {"evaluation.stop_on_hacking": False, "rewards.fusion": "selective"},
+    "reversing": {
+        "evaluation.stop_on_hacking": False,
+        "rewards.fusion": "selective",
+        "rewards.rank_margin": 0.0,
+        "rewards.rank_penalty": 1.0,
+    },
 }
 
 
