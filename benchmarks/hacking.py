@@ -2,9 +2,9 @@
 
 The demo is aligned on the brightness of its videos, which nobody asked for, beside the world's own reward.
 Arms: *free* (nothing protects the run), *stopped* (the hacking radar may end it and rule checkpoints out),
-*selective* (branches that brightness alone praises earn nothing), *reversing* (they are punished instead, however
-little brightness ranks them above the rest). The radar watches rewards that never train; the unseen scorer
-takes part in nothing and judges all arms on the same test prompts and noise.
+*selective* (branches that brightness alone praises earn nothing), *reversing* (they are punished instead, and
+no margin is needed). The radar watches rewards that never train; the unseen scorer takes part in nothing and
+judges all arms on the same test prompts and noise.
 
     python benchmarks/hacking.py --out runs/hacking --seeds 0 1 2 [--arms free stopped selective reversing]
 """
