@@ -1,6 +1,7 @@
 """Metadata drawn at random, the package against the slot-by-slot reference: no corner left to imagination."""
 
 import random
+from collections.abc import Iterable
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from tests.parity.fixtures import CHUNKS, metadata
 from tests.parity.runs import run_routing, run_stream
 
 
-def seeds(few: range, many: range):
+def seeds(few: Iterable[int], many: Iterable[int]):
     """A few draws in every run of the tests, many among the slow ones."""
     return [*few, *(pytest.param(seed, marks=pytest.mark.slow) for seed in many)]
 
@@ -78,7 +79,7 @@ def test_streams_with_random_metadata(seed):
     assert (latents - data["latents"][0]).abs().max() <= 1e-5, case
 
 
-@pytest.mark.parametrize("seed", seeds(range(2), range(2, 80)))
+@pytest.mark.parametrize("seed", seeds((0, 1, 23), (n for n in range(2, 80) if n != 23)))
 def test_routings_with_random_metadata(seed):
     case, frames = drawn_routing(random.Random(seed))
     meta = metadata("routing", **case)

@@ -155,9 +155,10 @@ def _branch_pages(
         return 2 * (fork + own) + bank_pages(generator, range(fork, fork + own)) if switches else own
     bank = bank_pages(generator, range(fork, fork + own - (0 if switches else recent)))
     moved_sink = 0 if deployment.keep_sink_at_switch or not switches else deployment.sink
-    kept = min(own - block, recent)
+    # A second switch finds the frames that the first one has encoded anew, however short the branch.
+    kept = max(recent, block) if switches else min(own - block, recent)
     under_way = max(block, deployment.reencoded(fork + own - block) if switches else 0)
-    return moved_sink + max(kept, block if switches else 0) + under_way + bank
+    return moved_sink + kept + under_way + bank
 
 
 def branch_frames(generator: StreamingGenerator, exploration: ExplorationConfig) -> int:
