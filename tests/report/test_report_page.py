@@ -267,6 +267,14 @@ def test_the_radar_says_what_rose_and_what_fell(finished_run, finished_page, bar
     assert "No validation with a radar reading" in page_of(bare_run)[1].text
 
 
+def test_the_radar_of_a_run_without_its_summary_says_that_it_stops(finished_run, tmp_path):
+    run = shutil.copytree(finished_run, tmp_path / "run")
+    (run / "summary.json").unlink()
+    with (run / "config.yaml").open("a") as file:
+        file.write("evaluation:\n  stop_on_hacking: true\n")
+    assert "The run stops here; its best checkpoint is still to be tested." in page_of(run)[1].text
+
+
 def test_the_radar_says_what_was_done(finished_run, tmp_path):
     run = shutil.copytree(finished_run, tmp_path / "run")
     last = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]

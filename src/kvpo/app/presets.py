@@ -83,6 +83,7 @@ def longlive_1_3b() -> Config:
             warmup_updates=5,
             ema_decay=0.999,
             updates=1500,
+            prompts_per_update=4,  # with HPSv3 beside it the most that one 80 GB card holds
             rollouts_per_refresh=2,
             replay_rows=1,
             checkpointing=True,

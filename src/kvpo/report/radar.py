@@ -20,11 +20,11 @@ def hacking_radar(run: Run) -> str:
     points = [(float(entry["update"]), radar) for entry in run.validations if (radar := _radar(entry))]
     if not points:
         return '<p class="missing">No validation with a radar reading is in metrics.jsonl yet.</p>'
-    summary = _mapping(run.summary, "radar")
+    summary, evaluation = _mapping(run.summary, "radar"), _mapping(run.config, "evaluation")
     last = _mapping(summary, "test") or points[-1][1]
     prompts = "test prompts, best checkpoint" if _mapping(summary, "test") else "last validation"
     return (
-        _verdict(points[-1][1], summary)
+        _verdict(points[-1][1], summary, may_stop=bool(evaluation.get("stop_on_hacking")))
         + _gains(points)
         + f'<h3 class="group">Drift of the look <span class="soft">never stops a run, only warns</span></h3>'
         f'{_drift(points)}<h3 class="group">Agreement <span class="soft">{prompts}</span></h3>'
@@ -43,13 +43,15 @@ def _radar(entry: Entry) -> Entry:
     return radar if "gain" in numbers(radar.get("trained")) else {}
 
 
-def _verdict(last: Entry, summary: Entry) -> str:
+def _verdict(last: Entry, summary: Entry, *, may_stop: bool) -> str:
     """The last verdict in words, and what was done about it."""
     words = str(summary.get("verdict") or last.get("verdict") or "no verdict")
     stopped, best = number(summary.get("stopped_at")), number(summary.get("best"))
     kept = f" The best checkpoint is update {best:.0f}." if best is not None else ""
     if stopped is not None:
         tone, outcome = "bad", f"Stopped after update {stopped:.0f}.{kept}"
+    elif last.get("hacked") and may_stop:
+        tone, outcome = "bad", "The run stops here; its best checkpoint is still to be tested."
     elif last.get("hacked"):
         tone, outcome = "bad", f"This run was not allowed to stop for it.{kept}"
     elif _mapping(last, "alarms"):

@@ -142,7 +142,8 @@ class Explorer:
             with torch.no_grad():
                 pixels = self.judges.codec.decode(group.clean_MTCHW[:-1])
             window, after = pixels[:, : group.window_frames], pixels[:, group.window_frames :]
-            shown, confidence = self.observe(after)
+            # Without a tail the window is all there is to read.
+            shown, confidence = self.observe(after if after.shape[1] else window)
             pairs = list(combinations(range(len(shown)), 2))
             distance = torch.pdist(window.flatten(1)).mean() / window[0].numel() ** 0.5
             results.append(
