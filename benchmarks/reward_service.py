@@ -29,6 +29,7 @@ from kvpo.config import Config
 from kvpo.engine.background import in_background
 from kvpo.prompts import ClipPrompt
 from kvpo.rewards.client import RemoteScorer, connect
+from kvpo.rewards.wire import eight_bit
 from kvpo.training.trainer import Trainer
 
 SECONDS = "KVPO_BENCHMARK_CLIP_SECONDS"
@@ -40,7 +41,17 @@ BRANCHES, GROUPS = 4, 6
 def paced(video_BTCHW: Tensor, prompts: Sequence[ClipPrompt]) -> Tensor:
     """The scorer: a fixed time per clip, then a number that depends on the pixels."""
     time.sleep(float(os.environ[SECONDS]) * len(prompts))
-    return video_BTCHW[:, :, :, ::8, ::8].mean((1, 2, 3, 4))
+    # in double precision, because the order of a sum depends on the batch and on the threads
+    return video_BTCHW[..., ::8, ::8].double().mean((1, 2, 3, 4)).float()
+
+
+def paced_rounding(video_BTCHW: Tensor, prompts: Sequence[ClipPrompt]) -> Tensor:
+    """A scorer that looks at 8 bits of every pixel, as HPSv3 and VideoAlign do."""
+    time.sleep(float(os.environ[SECONDS]) * len(prompts))
+    return eight_bit(video_BTCHW[..., ::8, ::8]).double().mean((1, 2, 3, 4)).float()
+
+
+paced_rounding.eight_bit = True  # type: ignore[attr-defined]
 
 
 @dataclass(frozen=True)
@@ -54,21 +65,38 @@ class Size:
     dtype: torch.dtype
     costs: tuple[float, ...]
     """Seconds per clip that are measured."""
+    scorer: Callable[[Tensor, Sequence[ClipPrompt]], Tensor] = paced
+
+    @property
+    def bytes_sent(self) -> int:
+        """Of one clip."""
+        width = 1 if self.scorer is paced_rounding else self.dtype.itemsize
+        return self.frames * 3 * self.height * self.width * width
 
 
 SIZES = (
     Size("15 frames of 32 × 32, float32", 15, 32, 32, torch.float32, (0.005, 0.05, 0.2)),
     Size("33 frames of 240 × 416, float32", 33, 240, 416, torch.float32, (0.05, 0.2)),
     Size("33 frames of 240 × 416, bfloat16", 33, 240, 416, torch.bfloat16, (0.05, 0.2)),
+    Size(
+        "33 frames of 240 × 416, a scorer that rounds to 8 bits",
+        33,
+        240,
+        416,
+        torch.bfloat16,
+        (0.05, 0.2),
+        paced_rounding,
+    ),
 )
 
 
 @contextmanager
-def server(cost: float) -> Iterator[RemoteScorer]:
-    """`paced` behind `kvpo reward-server` in another process."""
+def server(cost: float, scorer: str = "paced") -> Iterator[RemoteScorer]:
+    """`paced`, or the other one, behind `kvpo reward-server` in another process."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
-    command = [sys.executable, "-m", "kvpo", "reward-server", "--reward", "reward_service:paced"]
+    reward = f"reward_service:{scorer}"
+    command = [sys.executable, "-m", "kvpo", "reward-server", "--reward", reward]
     process = subprocess.Popen(
         [*command, "--port", str(port)],
         cwd=Path(__file__).parent,
@@ -76,7 +104,7 @@ def server(cost: float) -> Iterator[RemoteScorer]:
         stderr=subprocess.DEVNULL,
     )
     try:
-        remote = connect(f"http://127.0.0.1:{port}", ["reward_service:paced"])
+        remote = connect(f"http://127.0.0.1:{port}", [reward])
         yield remote
         remote.close()
     finally:
@@ -90,15 +118,16 @@ def throughput(size: Size, cost: float, repeats: int) -> dict[str, Any]:
     shape = (CLIPS, size.frames, 3, size.height, size.width)
     video, prompts = torch.rand(shape, generator=generator).to(size.dtype), [ClipPrompt("")] * CLIPS
     os.environ[SECONDS] = str(cost)
-    with server(cost) as remote:
-        here, there = paced(video, prompts).float(), remote(video, prompts)["paced"]
+    name = size.scorer.__name__
+    with server(cost, name) as remote:
+        here, there = size.scorer(video, prompts), remote(video, prompts)[name]
         if not torch.equal(here, there):
             raise SystemExit("a server gave other scores than the same function here")
-        arms = {"here": lambda: paced(video, prompts), "server": lambda: remote(video, prompts)}
+        arms = {"here": lambda: size.scorer(video, prompts), "server": lambda: remote(video, prompts)}
         seconds = alternated(arms, repeats)
     return {
         "clips": size.name,
-        "bytes of a clip": video[0].numel() * video.element_size(),
+        "bytes of a clip": size.bytes_sent,
         "scorer (s per clip)": cost,
         "in process (clips/s)": CLIPS / seconds["here"],
         "server (clips/s)": CLIPS / seconds["server"],

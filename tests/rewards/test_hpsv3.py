@@ -12,6 +12,7 @@ from kvpo.prompts import ClipPrompt
 from kvpo.rewards import hpsv3
 from kvpo.rewards.hpsv3 import TOKEN, HPSv3Scorer, load_hpsv3, prepared
 from kvpo.rewards.qwen_reward import IMAGE_PAD, encode_chat, tokenizer_with
+from kvpo.rewards.wire import eight_bit, fractions
 
 INSTRUCTION, ENDING = "\nrate this.\nprompt - {text_prompt}\n", "\nrating: <|Reward|>"
 HIDDEN = (12, 6)
@@ -110,6 +111,15 @@ def test_size_and_values_of_a_frame():
     pair = patches.pixels_PD.reshape(-1, 3, 2, 196)
     assert torch.equal(pair[:, :, 0], pair[:, :, 1])
     assert float(pair[0, 0, 0, 0]) == pytest.approx((100 / 255 - 0.48145466) / 0.26862954, abs=1e-5)
+
+
+def test_clips_may_arrive_in_eight_bits(release, clips):
+    scorer = load(release)
+    assert all(declaration.eight_bit for declaration in scorer.declarations)
+    rounded = fractions(eight_bit(clips[:, :3]))
+    assert not torch.equal(rounded, clips[:, :3])
+    found, expected = scorer(rounded, ["a", "b"]), scorer(clips[:, :3], ["a", "b"])
+    assert torch.equal(found["hpsv3"], expected["hpsv3"])
 
 
 def test_the_template_must_be_the_trained_one(release, tmp_path):

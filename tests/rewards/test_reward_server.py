@@ -14,22 +14,26 @@ import torch
 
 from kvpo.prompts import ClipPrompt
 from kvpo.rewards import client as client_module
+from kvpo.rewards import scoring_queue
 from kvpo.rewards.client import Patience, connect
 from kvpo.rewards.protocol import Declaration, Sampling
 from kvpo.rewards.scoring_queue import ScoringQueue
 from kvpo.rewards.server import Limits
 from kvpo.rewards.wire import (
+    Body,
     Offer,
     Question,
     decode_offers,
     decode_question,
+    eight_bit,
     encode_offers,
     encode_question,
+    fractions,
 )
 from kvpo.rewards.world_pixels import WorldScorer
 from kvpo.world.render import render
 from kvpo.world.stories import distinct_stories
-from tests.reward_servers import QUICK, Named, eventually, free_port, number_of, numbered, serving
+from tests.reward_servers import QUICK, Named, eventually, free_port, number_of, numbered, offer, serving
 
 
 def encoded(question: Question) -> bytes:
@@ -37,11 +41,16 @@ def encoded(question: Question) -> bytes:
     return b"".join(encode_question(question).parts(1000))
 
 
+def decoded(body: bytes) -> Question:
+    """The question of a body that has arrived."""
+    return decode_question(memoryview(bytearray(body)))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.uint8])
 def test_a_question_survives_its_journey_to_the_bit(dtype: torch.dtype) -> None:
     video = (torch.rand(2, 3, 3, 4, 6) * 255).to(dtype)
     prompts = (ClipPrompt("Ein Bär, “groß”", "vorher\n", 2), ClipPrompt(""))
-    found = decode_question(encoded(Question(video, prompts, ("a", "b"))))
+    found = decoded(encoded(Question(video, prompts, ("a", "b"))))
     assert torch.equal(found.video_BTCHW, video) and found.components == ("a", "b")
     assert [(str(p), p.before, p.switch) for p in found.prompts] == [
         ("Ein Bär, “groß”", "vorher\n", 2),
@@ -63,7 +72,12 @@ def test_offers_survive_their_journey() -> None:
     [
         (lambda body: b"", "must be a safetensors file"),
         (lambda body: b"\xff" * 40, "must be a safetensors file"),
-        (lambda body: body[:-3], "must be a safetensors file"),
+        (lambda body: body[:-3], "189 bytes .* are no video"),
+        (lambda body: body + b"123", "195 bytes .* are no video"),
+        (lambda body: body.replace(b"[2, 2, 3, 2, 2]", b"[2, 2, 3, 2, 0]"), "must be .* got"),
+        (lambda body: body.replace(b"[2, 2, 3, 2, 2]", b"[2, 2, 3, 2,-2]"), "must be .* got"),
+        (lambda body: body.replace(b"[2, 2, 3, 2, 2]", b"[2, 2, 3, 2, 3]"), "are no video"),
+        (lambda body: body.replace(b'"F32"', b'"F16"'), "are no video"),
         (lambda body: body.replace(b'"prompts"', b'"prompps"'), "must be a safetensors file"),
         (lambda body: body.replace(b"clip 0", b'\\"\\"]..'), "must be a safetensors file"),
         (lambda body: body.replace(b'"video"', b'"audio"'), "one tensor, 'video', got audio"),
@@ -72,7 +86,7 @@ def test_offers_survive_their_journey() -> None:
             "must be .* got \\[2, 3, 2, 2, 2\\]",
         ),
         (lambda body: body.replace(b"[2, 2, 3, 2, 2]", b"[4, 1, 3, 2, 2]"), "2 prompts for 4 clips"),
-        (lambda body: body.replace(b'"F32"', b'"I32"'), "of torch.int32"),
+        (lambda body: body.replace(b'"F32"', b'"I32"'), "of I32"),
     ],
 )
 def test_a_damaged_question_is_refused(change: Any, message: str) -> None:
@@ -80,7 +94,7 @@ def test_a_damaged_question_is_refused(change: Any, message: str) -> None:
     body = encoded(Question(video, tuple(prompts), ("own",)))
     assert change(body) != body
     with pytest.raises(ValueError, match=message):
-        decode_question(change(body))
+        decoded(change(body))
 
 
 def test_remote_scores_are_the_local_ones_to_the_bit() -> None:
@@ -106,6 +120,90 @@ def test_eight_bit_clips_are_scored_as_fractions() -> None:
     with serving(Named(lambda clips, prompts: clips[:, 0, 0, 0, 0])) as url:
         scores = connect(url, ["own"], patience=QUICK)(video, [ClipPrompt("")] * 256)["own"]
     assert torch.equal(scores, torch.arange(256) / 255)
+
+
+def test_clips_travel_in_eight_bits_to_a_scorer_that_rounds() -> None:
+    video = torch.rand(3, 2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    seen: list[torch.Tensor] = []
+
+    def observed(clips: Any, prompts: Any) -> Any:
+        seen.append(clips)
+        return clips.mean((1, 2, 3, 4))
+
+    scorer = Named(observed)
+    rounds = replace(offer(scorer).declarations[0], eight_bit=True)
+    for declaration, expected in (
+        (rounds, (video * 255).round() / 255),
+        (replace(rounds, eight_bit=False), video),
+    ):
+        seen.clear()
+        with serving(scorer, [Offer("own", (declaration,), {"own": 1.0})]) as url:
+            for clips in (video, video.bfloat16()) if declaration.eight_bit else (video,):
+                connect(url, ["own"], patience=QUICK)(clips, [ClipPrompt("")] * 3)
+        assert torch.equal(seen[0], expected)
+        assert len(seen) == 1 or torch.equal(seen[1], (video.bfloat16().float() * 255).round() / 255)
+
+
+def test_eight_bits_of_what_is_no_colour() -> None:
+    values = torch.tensor([-0.1, 0.0, 0.5 / 255, 0.51 / 255, 1.5 / 255, 1.0, 1.2])[:, None, None, None, None]
+    assert eight_bit(values).flatten().tolist() == [0, 0, 0, 1, 2, 255, 255]
+    whole = torch.arange(256, dtype=torch.uint8)[:, None, None, None, None]
+    assert eight_bit(whole) is whole and torch.equal(eight_bit(fractions(whole)), whole)
+
+
+def test_large_clips_are_scored_without_company(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scoring_queue, "JOINED_PIXELS", 2 * 24 + 23)
+    calls: list[int] = []
+    hold, busy = threading.Event(), threading.Event()
+
+    def observed(video: Any, prompts: Any) -> Any:
+        calls.append(len(video))
+        busy.set()
+        hold.wait(20)
+        return number_of(video, prompts)
+
+    queue = ScoringQueue([Named(observed)], batch=4)
+    video, prompts = numbered(8)
+    sizes = [1, 1, 1, 3, 1, 1]  # 24 numbers a clip: two go together; three are more, and go alone
+    starts = [sum(sizes[:n]) for n in range(len(sizes))]
+    asked = []
+    for start, size in zip(starts, sizes, strict=True):
+        rows = slice(start, start + size)
+        asked.append(queue.put(Question(video[rows], tuple(prompts[rows]), ("own",))))
+        busy.wait(20)
+    hold.set()
+    found = torch.cat([answer.result(20)["own"] for answer in asked])
+    assert torch.equal(found, torch.arange(8.0)) and calls == [1, 2, 3, 2]
+    queue.close()
+
+
+def test_bodies_leave_one_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parts of bodies are not mixed, so that the first arrives early. A retry sends all of its own again."""
+    sent: list[int] = []
+
+    class Watched(Body):
+        def parts(self, size: int) -> Any:
+            name = next(numbers)
+            for part in super().parts(size):
+                sent.append(name)
+                yield part
+
+    numbers = iter(range(100))
+    monkeypatch.setattr(client_module, "REQUEST_BYTES", 96)
+    monkeypatch.setattr(client_module, "PART_BYTES", 16)
+    encode = client_module.encode_question
+    monkeypatch.setattr(client_module, "encode_question", lambda question: Watched(**vars(encode(question))))
+    failures = iter([True, False, True])
+
+    def failing(video: Any, prompts: Any) -> Any:
+        if next(failures, False):
+            raise RuntimeError("not now")
+        return number_of(video, prompts)
+
+    with serving(Named(failing), limits=Limits(batch=1)) as url:
+        found = connect(url, ["own"], patience=replace(QUICK, attempts=3))(*numbered(6))["own"]
+    assert torch.equal(found, torch.arange(6.0))
+    assert sent == sorted(sent) and sent.count(0) == 7 and max(sent) == 7
 
 
 def test_a_large_batch_is_split_and_put_together_in_order(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,7 @@ from kvpo.prompts import ClipPrompt
 from kvpo.rewards import videoalign
 from kvpo.rewards.qwen_reward import VIDEO_PAD, encode_chat, patchify, tokenizer_with
 from kvpo.rewards.videoalign import COMPONENTS, MEAN, STD, TOKENS, grey, load_videoalign, prepared
+from kvpo.rewards.wire import eight_bit, fractions
 
 TEMPLATE = "\nlook: <|VQ_reward|>\nmove: <|MQ_reward|>\nprompt - {text_prompt}\nfits: <|TA_reward|>\nEND\n"
 RANK, ALPHA = 4, 8
@@ -149,6 +150,15 @@ def test_pixels_are_eight_bits_before_and_after_resizing():
     assert torch.allclose(red * 255, (red * 255).round(), atol=1e-3)
     assert torch.equal(prepared((video * 255).round() / 255).pixels_PD, patches.pixels_PD)
     assert patchify(video[:, :, :84, :84]).grid == (1, 6, 6)
+
+
+def test_clips_may_arrive_in_eight_bits(release, clips):
+    scorer = load(release)
+    assert all(declaration.eight_bit for declaration in scorer.declarations)
+    rounded = fractions(eight_bit(clips[:1]))
+    assert not torch.equal(rounded, clips[:1])
+    found, expected = scorer(rounded, ["a"]), scorer(clips[:1], ["a"])
+    assert all(torch.equal(found[name], expected[name]) for name in COMPONENTS)
 
 
 def test_what_is_absent_or_different_is_named(release, tmp_path, monkeypatch):

@@ -188,7 +188,10 @@ def _world() -> NamedReward:
 
 def _users_own(name: str, field: str) -> NamedReward:
     scorer = user_reward(name, field)
-    declarations = tuple(Declaration(c, -inf, inf, False, False, 1, SD) for c in scorer.components)
+    rounds = bool(getattr(scorer.function, "eight_bit", False))
+    declarations = tuple(
+        Declaration(c, -inf, inf, False, False, 1, SD, eight_bit=rounds) for c in scorer.components
+    )
     # Only its author knows what a function's scores depend on: they are kept where it says its version.
     version = f"{name} {scorer.function.version}" if hasattr(scorer.function, "version") else ""
     return NamedReward(name, scorer, declarations, dict.fromkeys(scorer.components, 1.0), version)

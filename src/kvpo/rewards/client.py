@@ -1,6 +1,7 @@
 """A scorer that lives in another process: a reward server asked as if it were a function."""
 
 import asyncio
+import contextlib
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
@@ -14,14 +15,15 @@ from torch import Tensor
 
 from kvpo.prompts import ClipPrompt
 from kvpo.rewards.protocol import Declaration, checked
-from kvpo.rewards.wire import PROTOCOL, Body, Offer, Question, decode_offers, encode_question
+from kvpo.rewards.wire import PROTOCOL, Body, Offer, Question, decode_offers, eight_bit, encode_question
 
 T = TypeVar("T")
 
-REQUEST_BYTES = 64 * 2**20
-"""A batch is split into requests of about this size, or of one clip where a clip is larger."""
-IN_FLIGHT = 4
-"""Requests under way at a time: one is scored while the next ones travel."""
+REQUEST_BYTES = 8 * 2**20
+"""A batch is split into requests of about this size, or of one clip where a clip is larger: scoring begins
+when the first of them has arrived."""
+IN_FLIGHT = 8
+"""Requests under way at a time: some are scored while the next one travels."""
 PART_BYTES = 2**20
 NO_BODY = Body(b"", memoryview(b""))
 CONNECT_SECONDS = 10.0
@@ -69,6 +71,7 @@ class Link:
         self.url = checked_url(url)
         self.patience = patience
         self.loop = asyncio.new_event_loop()
+        self.road = asyncio.Lock()
         self.client = httpx.AsyncClient(
             base_url=self.url,
             headers={} if token is None else {"Authorization": f"Bearer {token}"},
@@ -103,10 +106,7 @@ class Link:
             tries += 1
             wait = pause
             try:
-                async with asyncio.timeout(self.patience.answer):
-                    headers = {"Content-Length": str(len(body))}
-                    response = await self.client.request(method, path, content=_parts(body), headers=headers)
-                return read(_content(response))
+                return read(_content(await self._send(method, path, body)))
             except Refused as error:
                 raise ValueError(f"reward server {self.url} refused: {error}") from error
             except (TimeoutError, Failed) as error:
@@ -128,10 +128,21 @@ class Link:
             await asyncio.sleep(wait)
             pause = min(2 * pause, self.patience.longest_pause)
 
+    async def _send(self, method: str, path: str, body: Body) -> httpx.Response:
+        """One request and its answer. Bodies leave one after the other, so that the first arrives early."""
+        await self.road.acquire()
+        upload = contextlib.ExitStack()
+        upload.callback(self.road.release)
 
-async def _parts(body: Body) -> AsyncIterator[bytes]:
-    for part in body.parts(PART_BYTES):
-        yield part
+        async def parts() -> AsyncIterator[bytes]:
+            for part in body.parts(PART_BYTES):
+                yield part
+            upload.close()
+
+        with upload:
+            async with asyncio.timeout(self.patience.answer):
+                headers = {"Content-Length": str(len(body))}
+                return await self.client.request(method, path, content=parts(), headers=headers)
 
 
 def _content(response: httpx.Response) -> Any:
@@ -155,7 +166,11 @@ def _content(response: httpx.Response) -> Any:
 
 @dataclass(frozen=True)
 class RemoteScorer:
-    """Rewards of a server as a scorer. Pixels travel in their own precision, so they arrive to the bit."""
+    """Rewards of a server as a scorer.
+
+    Pixels travel in their own precision, in 8 bits where the scorers round to 8 bits themselves, so that the
+    scores are those of the same scorer in this process.
+    """
 
     link: Link
     offers: tuple[Offer, ...]
@@ -185,7 +200,8 @@ class RemoteScorer:
         Raises:
             ValueError: the server refuses, or gave no usable scores in time; names the server and says what.
         """
-        clip_bytes = video_BTCHW[0].numel() * video_BTCHW.element_size()
+        rounded = all(declaration.eight_bit for declaration in self.declarations)
+        clip_bytes = video_BTCHW[0].numel() * (1 if rounded else video_BTCHW.element_size())
         if clip_bytes > self.request_bytes:
             raise ValueError(
                 f"reward server {self.link.url}: a clip of {list(video_BTCHW.shape[1:])} has {clip_bytes:,} "
@@ -193,13 +209,17 @@ class RemoteScorer:
             )
         clips = max(1, min(REQUEST_BYTES, self.request_bytes) // clip_bytes)
         pieces = [slice(at, at + clips) for at in range(0, len(prompts), clips)]
-        answers = self.link.run(self._score(video_BTCHW, prompts, pieces))
+        answers = self.link.run(self._score(video_BTCHW.detach(), prompts, pieces, rounded))
         return {name: torch.cat([answer[name] for answer in answers]) for name in self.components}
 
     async def _score(
-        self, video_BTCHW: Tensor, prompts: Sequence[ClipPrompt], pieces: Sequence[slice]
+        self, video_BTCHW: Tensor, prompts: Sequence[ClipPrompt], pieces: Sequence[slice], rounded: bool
     ) -> list[dict[str, Tensor]]:
-        under_way = asyncio.Semaphore(IN_FLIGHT)
+        under_way, preparation = asyncio.Semaphore(IN_FLIGHT), asyncio.Lock()
+
+        def body_of(own: tuple[ClipPrompt, ...], clips_BTCHW: Tensor) -> Body:
+            sent_BTCHW = (eight_bit(clips_BTCHW) if rounded else clips_BTCHW).cpu()
+            return encode_question(Question(sent_BTCHW, own, self.components))
 
         async def score(piece: slice) -> dict[str, Tensor]:
             own = tuple(prompts[piece])
@@ -213,8 +233,9 @@ class RemoteScorer:
                     raise Failed(f"unusable scores: {error}") from error
 
             async with under_way:  # only what is under way is fetched from its device
-                question = Question(video_BTCHW[piece].detach().cpu(), own, self.components)
-                return await self.link.ask("POST", "/score", read, encode_question(question))
+                async with preparation:
+                    body = await asyncio.to_thread(body_of, own, video_BTCHW[piece])
+                return await self.link.ask("POST", "/score", read, body)
 
         try:
             async with asyncio.TaskGroup() as tasks:

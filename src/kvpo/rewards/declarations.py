@@ -15,7 +15,7 @@ EIGHT_FRAMES = Sampling(rate=0.5, least=8, most=8)
 
 
 def _videoalign(name: str) -> Declaration:
-    return Declaration(name, -inf, inf, True, False, 2, HD, VIDEOALIGN_SAMPLING)
+    return Declaration(name, -inf, inf, True, False, 2, HD, VIDEOALIGN_SAMPLING, eight_bit=True)
 
 
 def _frames(name: str, low: float, high: float, reads_prompt: bool = True) -> Declaration:
@@ -23,7 +23,7 @@ def _frames(name: str, low: float, high: float, reads_prompt: bool = True) -> De
 
 
 _ALL = (
-    Declaration("hpsv3", -inf, inf, True, False, 1, HD, Sampling(rate=2.0, least=1, most=32)),
+    Declaration("hpsv3", -inf, inf, True, False, 1, HD, Sampling(rate=2.0, least=1, most=32), True),
     _videoalign("videoalign_vq"),
     _videoalign("videoalign_mq"),
     _videoalign("videoalign_ta"),

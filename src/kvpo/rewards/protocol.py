@@ -60,6 +60,8 @@ class Declaration:
     """Pixels of a frame beyond which more resolution is not looked at; larger files are shrunk on reading."""
     sampling: Sampling | None = None
     """Frames that are looked at; None: neighbouring frames, all of them."""
+    eight_bit: bool = False
+    """Whether it rounds pixels to 8 bits before anything else, so that they may reach it rounded."""
 
 
 def checked(name: str, scores: "dict[str, Tensor]", count: int) -> "Tensor":

@@ -12,8 +12,10 @@ from torch import Tensor
 
 from kvpo.prompts import ClipPrompt
 from kvpo.rewards.protocol import Scorer, checked
-from kvpo.rewards.wire import Question
+from kvpo.rewards.wire import Question, fractions, joined
 
+JOINED_PIXELS = 8 * 2**20
+"""Questions become one batch up to this many numbers: copies of larger clips cost more than company saves."""
 Answer = dict[str, Tensor]
 """Component -> [B]."""
 
@@ -89,10 +91,11 @@ class ScoringQueue:
                 return None
             chosen = [self._waiting.popleft()]
             clips, others = len(chosen[0].question.prompts), []
-            while self._waiting and clips < self.batch:
+            most = min(self.batch, JOINED_PIXELS // chosen[0].question.video_BTCHW[0].numel())
+            while self._waiting and clips < most:
                 job = self._waiting.popleft()
                 size = len(job.question.prompts)
-                if job.goes_with(chosen[0]) and clips + size <= self.batch:
+                if job.goes_with(chosen[0]) and clips + size <= most:
                     chosen.append(job)
                     clips += size
                 else:
@@ -122,8 +125,7 @@ class ScoringQueue:
     def _score(self, questions: Sequence[Question]) -> Answer:
         """Scores of questions that go together, ``batch`` clips per call; ValueError for bad numbers."""
         prompts = [prompt for question in questions for prompt in question.prompts]
-        videos = [question.video_BTCHW for question in questions]
-        video = torch.cat(videos) if len(videos) > 1 else videos[0]
+        video = joined([question.video_BTCHW for question in questions])
         pieces = [
             self._call(video[at : at + self.batch], prompts[at : at + self.batch], questions[0].components)
             for at in range(0, len(prompts), self.batch)
@@ -131,8 +133,7 @@ class ScoringQueue:
         return {name: torch.cat([piece[name] for piece in pieces]) for name in questions[0].components}
 
     def _call(self, video_BTCHW: Tensor, prompts: Sequence[ClipPrompt], components: Sequence[str]) -> Answer:
-        if video_BTCHW.dtype == torch.uint8:
-            video_BTCHW = video_BTCHW.float() / 255
+        video_BTCHW = fractions(video_BTCHW)
         found: Answer = {}
         for name in components:
             if name not in found:

@@ -21,7 +21,7 @@ from starlette.requests import ClientDisconnect
 from kvpo import __version__
 from kvpo.rewards.protocol import Scorer
 from kvpo.rewards.scoring_queue import Answer, ScoringQueue
-from kvpo.rewards.wire import PROTOCOL, Offer, Question, decode_question, encode_offers
+from kvpo.rewards.wire import PROTOCOL, Offer, Question, decode_question, encode_offers, new_buffer
 
 MIB = 2**20
 CLIENT_GONE = 499
@@ -122,7 +122,7 @@ def reward_app(
         if not room.take(size):
             raise HTTPException(503, "the queue is full", {"Retry-After": str(limits.retry_seconds)})
         try:
-            question = await _question(request, limits.body_seconds)
+            question = await _question(request, size, limits.body_seconds)
             if unknown := [name for name in question.components if name not in queue.scorer_of]:
                 raise HTTPException(
                     400, f"no component {unknown[0]!r}; there are {', '.join(queue.scorer_of)}"
@@ -146,10 +146,13 @@ def _declared_size(request: Request, limit: int) -> int:
     return int(text)
 
 
-async def _question(request: Request, seconds: float) -> Question:
+async def _question(request: Request, size: int, seconds: float) -> Question:
+    body, at = new_buffer(size), 0
     try:
         async with asyncio.timeout(seconds):
-            body = b"".join([chunk async for chunk in request.stream()])
+            async for chunk in request.stream():
+                body[at : at + len(chunk)] = chunk
+                at += len(chunk)
     except TimeoutError as error:
         raise HTTPException(408, f"the body did not arrive within {seconds:g} s") from error
     except ClientDisconnect as error:

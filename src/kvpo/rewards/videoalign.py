@@ -83,7 +83,8 @@ class VideoAlignScorer:
     def _score(self, video_TCHW: Tensor, prompt: str) -> dict[str, Tensor]:
         """One clip alone, its colour and grey version side by side: its score cannot depend on others."""
         video_TCHW = present_frames(video_TCHW, prompt).float()
-        video_TCHW = video_TCHW[spread_indices(len(video_TCHW), self.frame_rate, VIDEOALIGN_SAMPLING)]
+        sampled = spread_indices(len(video_TCHW), self.frame_rate, VIDEOALIGN_SAMPLING)
+        video_TCHW = _bytes(video_TCHW[sampled])  # the release reads files: its grey is that of 8-bit colours
         versions = []
         if {COMPONENTS[0], COMPONENTS[2]} & set(self.components):
             versions.append(prepared(video_TCHW))

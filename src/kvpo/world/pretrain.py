@@ -23,6 +23,7 @@ from kvpo.models.causal_wan import CausalWan, WanShape
 from kvpo.models.context import TeacherContext
 from kvpo.world.codec import load_codec
 from kvpo.world.imperfect import training_batch
+from kvpo.world.muon import Muon
 from kvpo.world.text import LearnedTextEncoder
 
 
@@ -30,7 +31,7 @@ from kvpo.world.text import LearnedTextEncoder
 class PretrainSettings:
     """What one pretraining run does; the shipped base used the defaults."""
 
-    steps: int = 4000
+    steps: int = 2400
     videos: int = 12
     num_frames: int = 60
     snippet_blocks: int = 6
@@ -273,7 +274,7 @@ def new_optimizers(
     chosen = {id(p) for p in matrices}
     others = [p for p in trained.parameters() if id(p) not in chosen]
     return (
-        torch.optim.Muon(matrices, lr=lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+        Muon(matrices, lr=lr, weight_decay=0.01),
         torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.95), weight_decay=0.01),
     )
 
@@ -319,7 +320,9 @@ def save_generator(
 ) -> None:
     """Write weights in half precision with the geometry and the settings in the header."""
     header = {"model": json.dumps(asdict(model)), "settings": json.dumps(asdict(settings))}
-    save_file({name: value.half().contiguous() for name, value in state.items()}, out, metadata=header)
+    partial = out.with_name(out.name + ".partial")
+    save_file({name: value.half().contiguous() for name, value in state.items()}, partial, metadata=header)
+    partial.replace(out)
 
 
 def load_generator(model: ModelConfig, path: Path) -> tuple[CausalWan, LearnedTextEncoder]:
