@@ -104,6 +104,23 @@ def test_on_files(tmp_path, capsys):
     assert f"--objective.noise_floor {record['noise_floor']:.3g}" in printed and printed.endswith(f"{out}\n")
 
 
+def test_files_that_cannot_be_measured_on_are_left_out(tmp_path, capsys, caplog):
+    frames = (gliding(64, 96, 30, 2, 1) * 255).byte().movedim(1, -1).numpy()
+    for name, length in (("b.mp4", 30), ("c.mp4", 2), ("e.mp4", 30), ("f.mp4", 30)):
+        encode(tmp_path / name, frames[:length])
+    (tmp_path / "a.mp4").write_bytes(b"")
+    (tmp_path / "d.mp4").write_bytes(b"no video" * 100)
+    out = tmp_path / "noise.json"
+    assert main(["calibrate", "flicker", str(tmp_path), "--clips", "2", "--out", str(out)]) == 0
+    assert json.loads(out.read_text())["clips"] == ["b.mp4", "e.mp4"]
+    assert [record.message.split(": ")[1] for record in caplog.records] == ["a.mp4", "c.mp4", "d.mp4"]
+    for name in ("b.mp4", "e.mp4", "f.mp4"):
+        (tmp_path / name).unlink()
+    assert main(["calibrate", "flicker", str(tmp_path), "--out", str(out)]) == 1
+    error = capsys.readouterr().err
+    assert "a.mp4: the file is empty, and 2 more that cannot be measured on" in error
+
+
 def test_several_components_have_a_total(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert main(["calibrate", "world", "--clips", "2"]) == 0

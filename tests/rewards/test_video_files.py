@@ -42,6 +42,26 @@ def test_usual_containers_and_pixel_formats(tmp_path, name, codec, pixel_format)
     assert np.abs(np.array(read_numbers(found)) - [0, 3, 4, 11, 19]).max() <= slack
 
 
+@pytest.mark.parametrize(
+    ("name", "codec"),
+    [
+        ("a.mpg", "mpeg2video"),  # cannot be entered at a key frame exactly
+        ("a.ts", "libx264"),
+        ("a.flv", "flv1"),
+        ("a.wmv", "wmv2"),
+        ("a.3gp", "libx264"),
+        ("a.y4m", "rawvideo"),
+        ("a.m4v", "mpeg4"),
+    ],
+)
+def test_distant_frames_of_older_containers(tmp_path, name, codec):
+    video = probe(encode(tmp_path / name, numbered(60), codec, rate=25))
+    assert (video.num_frames, round(video.frame_rate, 2)) == (60, 25)
+    wanted = [2, 19, 40, 58, 59]
+    found = read_numbers(read_frames(video, wanted, ANY_SIZE))
+    assert np.abs(np.array(found) - wanted).max() <= 1
+
+
 def test_transparent_pixels_are_black(tmp_path):
     frames = np.full((4, 32, 32, 4), 200, np.uint8)
     frames[..., 3] = 255

@@ -1,6 +1,7 @@
 """Measures how much a reward moves under changes that nobody would call better or worse: its noise floor."""
 
 import json
+import logging
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -18,6 +19,9 @@ from kvpo.prompts import ClipPrompt
 from kvpo.report.video import read_video, write_video
 from kvpo.rewards.sampling import file_clips
 from kvpo.rewards.video_files import probe, read_frames
+from kvpo.training.durable import write_atomic
+
+logger = logging.getLogger(__name__)
 
 FRAMES = 17
 """Most frames of a clip that is measured."""
@@ -154,25 +158,34 @@ def _noise(original: list[float], deltas: dict[str, list[list[float]]]) -> Compo
 
 
 def folder_samples(folder: Path, reward: NamedReward, prompts: Path | None, count: int) -> list[Sample]:
-    """The first clip of each of the first ``count`` videos of a folder.
+    """The first clip of each of the first ``count`` videos of a folder that can be read and are long enough.
 
     Raises:
-        ValueError: a video that cannot be read or is too short.
+        ValueError: there is no such video.
     """
     files = find_videos(folder)
     root = folder if folder.is_dir() else folder.parent
     names = [str(path.relative_to(root)) for path in files]
     texts = file_prompts(prompts, names) if prompts else [""] * len(files)
     needs = max(reward.declarations, key=lambda declaration: declaration.min_frames)
-    samples = []
-    for path, name, text in list(zip(files, names, texts, strict=True))[:count]:
+    samples: list[Sample] = []
+    problems: list[str] = []
+    for path, name, text in zip(files, names, texts, strict=True):
+        if len(samples) == count:
+            break
         try:
             video = probe(path)
             indices = file_clips(needs, video.num_frames, video.frame_rate)[0][:FRAMES]
             frames = read_frames(video, indices, needs.max_pixels)
         except ValueError as error:
-            raise ValueError(f"{name}: {error}") from error
+            problems.append(f"{name}: {error}")
+            continue
         samples.append(Sample(name, as_video(frames)[0], video.frame_rate, text))
+    if not samples:
+        others = f", and {len(problems) - 1} more that cannot be measured on" if len(problems) > 1 else ""
+        raise ValueError(problems[0] + others)
+    for problem in problems:
+        logger.warning("left out: %s", problem)
     return samples
 
 
@@ -227,7 +240,7 @@ def calibrate(
         "seed": seed,
         "kvpo": __version__,
     }
-    out.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_atomic(out, json.dumps(record, indent=1, ensure_ascii=False) + "\n")
     return found
 
 

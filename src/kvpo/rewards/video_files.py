@@ -78,15 +78,10 @@ def read_frames(video: VideoFile, indices: Sequence[int], max_pixels: int) -> np
     Raises:
         ValueError: damaged data.
     """
-    frames: list[np.ndarray] = []
     try:
-        with av.open(str(video.path)) as container:
-            for frame in _decode(container, video, indices):
-                image = _rgb(frame)
-                size = frames[0].shape[:2] if frames else _fitting(*image.shape[:2], max_pixels)
-                if image.shape[:2] != size:
-                    image = cv2.resize(image, size[::-1], interpolation=cv2.INTER_AREA)
-                frames.append(image)
+        frames = _images(video, indices, max_pixels, jump=True)
+        if len(frames) < len(indices):  # some containers (MPEG program streams) cannot be entered everywhere
+            frames = _images(video, indices, max_pixels, jump=False)
     except av.FFmpegError as error:
         raise ValueError(f"damaged video: {_reason(error)}") from error
     if len(frames) < len(indices):
@@ -96,10 +91,26 @@ def read_frames(video: VideoFile, indices: Sequence[int], max_pixels: int) -> np
     return np.stack(frames)
 
 
+def _images(video: VideoFile, indices: Sequence[int], max_pixels: int, *, jump: bool) -> list[np.ndarray]:
+    """The frames at ``indices``, or those before one that is not found."""
+    images: list[np.ndarray] = []
+    with av.open(str(video.path)) as container:
+        for frame in _decode(container, video, indices, jump):
+            image = _rgb(frame)
+            size = images[0].shape[:2] if images else _fitting(*image.shape[:2], max_pixels)
+            if image.shape[:2] != size:
+                image = cv2.resize(image, size[::-1], interpolation=cv2.INTER_AREA)
+            images.append(image)
+    return images
+
+
 def _decode(
-    container: av.container.InputContainer, video: VideoFile, indices: Sequence[int]
+    container: av.container.InputContainer, video: VideoFile, indices: Sequence[int], jump: bool
 ) -> Iterator[av.VideoFrame]:
-    """The frames at ``indices``; jumps forward to the last key frame before a distant one."""
+    """The frames at ``indices``; with ``jump``, forward to the last key frame before a distant one.
+
+    Ends where a frame is not found or a jump went too far.
+    """
     stream = container.streams.video[0]
     stream.thread_type = "AUTO"
     if None in video.timestamps:
@@ -114,9 +125,12 @@ def _decode(
     for index in indices:
         target = video.timestamps[index]
         key = max((time for time in video.key_times if time <= target), default=None)
-        if key is not None and key > (video.timestamps[0] if now is None else now):
+        if jump and key is not None and key > (video.timestamps[0] if now is None else now):
             container.seek(key, stream=stream, backward=True)
-            frames, frame = container.decode(stream), None
+            frames = container.decode(stream)
+            frame = next(frames, None)
+            if frame is None or frame.pts is None or frame.pts > target:
+                return
         while frame is None or frame.pts is None or frame.pts < target:
             frame = next(frames, None)
             if frame is None:
