@@ -156,7 +156,7 @@ def load_base(config: Config) -> tuple[CausalWan, LearnedTextEncoder]:
         raise ValueError(f"base: {error}; `kvpo pretrain --out FILE` writes a good one") from error
     try:
         with safe_open(path, framework="pt") as file:
-            saved = json.loads((file.metadata() or {})["model"])
+            saved = json.loads((file.metadata() or {})["generator"])["model"]
     except (SafetensorError, KeyError, ValueError) as error:
         raise ConfigurationError(
             f"base: {path} is not an embedded generator as `kvpo pretrain` writes it"

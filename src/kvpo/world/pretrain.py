@@ -319,7 +319,8 @@ def save_generator(
     state: dict[str, Tensor], model: ModelConfig, settings: PretrainSettings, out: Path
 ) -> None:
     """Write weights in half precision with the geometry and the settings in the header."""
-    header = {"model": json.dumps(asdict(model)), "settings": json.dumps(asdict(settings))}
+    # One entry, because safetensors writes several in any order and a rebuilt file would have another hash.
+    header = {"generator": json.dumps({"model": asdict(model), "settings": asdict(settings)})}
     partial = out.with_name(out.name + ".partial")
     save_file({name: value.half().contiguous() for name, value in state.items()}, partial, metadata=header)
     partial.replace(out)
