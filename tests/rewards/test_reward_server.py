@@ -2,6 +2,7 @@
 
 import json
 import math
+import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +16,7 @@ import torch
 from kvpo.prompts import ClipPrompt
 from kvpo.rewards import client as client_module
 from kvpo.rewards import scoring_queue
-from kvpo.rewards.client import Patience, connect
+from kvpo.rewards.client import Link, Patience, RemoteScorer, connect
 from kvpo.rewards.protocol import Declaration, Sampling
 from kvpo.rewards.scoring_queue import ScoringQueue
 from kvpo.rewards.server import Limits
@@ -204,6 +205,22 @@ def test_bodies_leave_one_after_the_other(monkeypatch: pytest.MonkeyPatch) -> No
         found = connect(url, ["own"], patience=replace(QUICK, attempts=3))(*numbered(6))["own"]
     assert torch.equal(found, torch.arange(6.0))
     assert sent == sorted(sent) and sent.count(0) == 7 and max(sent) == 7
+
+
+def test_a_server_that_stops_reading_costs_its_time_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not once per request that waits behind the first."""
+    monkeypatch.setattr(client_module, "REQUEST_BYTES", 1)
+    declared = offer(Named(number_of))
+    with socket.create_server(("127.0.0.1", 0)) as frozen:  # connections wait to be accepted for ever
+        link = Link(
+            f"http://127.0.0.1:{frozen.getsockname()[1]}", None, replace(QUICK, answer=0.5, attempts=2)
+        )
+        remote = RemoteScorer(link, (declared,), 16.0, 10**9)
+        started = time.monotonic()
+        with pytest.raises(ValueError, match="asked 2 times .* no answer within 0.5 s"):
+            remote(torch.zeros(8, 8, 3, 256, 256), [ClipPrompt("")] * 8)
+        assert time.monotonic() - started < 3.0
+        link.close()
 
 
 def test_a_large_batch_is_split_and_put_together_in_order(monkeypatch: pytest.MonkeyPatch) -> None:

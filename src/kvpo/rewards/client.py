@@ -130,17 +130,16 @@ class Link:
 
     async def _send(self, method: str, path: str, body: Body) -> httpx.Response:
         """One request and its answer. Bodies leave one after the other, so that the first arrives early."""
-        await self.road.acquire()
-        upload = contextlib.ExitStack()
-        upload.callback(self.road.release)
+        with contextlib.ExitStack() as upload:
 
-        async def parts() -> AsyncIterator[bytes]:
-            for part in body.parts(PART_BYTES):
-                yield part
-            upload.close()
+            async def parts() -> AsyncIterator[bytes]:
+                for part in body.parts(PART_BYTES):
+                    yield part
+                upload.close()
 
-        with upload:
             async with asyncio.timeout(self.patience.answer):
+                await self.road.acquire()
+                upload.callback(self.road.release)
                 headers = {"Content-Length": str(len(body))}
                 return await self.client.request(method, path, content=parts(), headers=headers)
 
