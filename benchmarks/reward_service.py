@@ -100,7 +100,7 @@ def server(cost: float, scorer: str = "paced") -> Iterator[RemoteScorer]:
     process = subprocess.Popen(
         [*command, "--port", str(port)],
         cwd=Path(__file__).parent,
-        env={**os.environ, SECONDS: str(cost)},
+        env={**os.environ, SECONDS: str(cost), "OMP_NUM_THREADS": str(torch.get_num_threads())},
         stderr=subprocess.DEVNULL,
     )
     try:

@@ -145,6 +145,30 @@ def test_clips_travel_in_eight_bits_to_a_scorer_that_rounds() -> None:
         assert len(seen) == 1 or torch.equal(seen[1], (video.bfloat16().float() * 255).round() / 255)
 
 
+@pytest.mark.parametrize("clips_of_room", [20, 2])
+def test_clips_of_eight_bits_count_at_their_full_size(clips_of_room: int) -> None:
+    """They are converted on arrival where there is room for that, and when they are scored where not."""
+    hold, busy = threading.Event(), threading.Event()
+
+    def observed(video: Any, prompts: Any) -> Any:
+        busy.set()
+        hold.wait(20)
+        return video[:, 0, 0, 0, 0] * 255
+
+    video = torch.arange(1, 3, dtype=torch.uint8)[:, None, None, None, None].repeat(1, 4, 3, 64, 64)
+    size = video[0].numel()
+    with serving(Named(observed), limits=Limits(queue_bytes=clips_of_room * size + 2000)) as url:
+        remote = connect(url, ["own"], patience=QUICK)
+        with ThreadPoolExecutor(1) as threads:
+            answer = threads.submit(remote, video, [ClipPrompt("")] * 2)
+            assert busy.wait(20)
+            held = httpx.get(f"{url}/health").json()["held_bytes"]
+            hold.set()
+            assert answer.result(20)["own"].tolist() == [1, 2]
+        assert held // size == (10 if clips_of_room == 20 else 2)
+        eventually(lambda: httpx.get(f"{url}/health").json()["held_bytes"] == 0)
+
+
 def test_eight_bits_of_what_is_no_colour() -> None:
     values = torch.tensor([-0.1, 0.0, 0.5 / 255, 0.51 / 255, 1.5 / 255, 1.0, 1.2])[:, None, None, None, None]
     assert eight_bit(values).flatten().tolist() == [0, 0, 0, 1, 2, 255, 255]

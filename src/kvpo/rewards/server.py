@@ -21,7 +21,16 @@ from starlette.requests import ClientDisconnect
 from kvpo import __version__
 from kvpo.rewards.protocol import Scorer
 from kvpo.rewards.scoring_queue import Answer, ScoringQueue
-from kvpo.rewards.wire import PROTOCOL, Offer, Question, decode_question, encode_offers, new_buffer
+from kvpo.rewards.wire import (
+    PROTOCOL,
+    Offer,
+    Question,
+    decode_question,
+    encode_offers,
+    growth,
+    new_buffer,
+    with_fractions,
+)
 
 MIB = 2**20
 CLIENT_GONE = 499
@@ -118,18 +127,20 @@ def reward_app(
 
     @app.post("/score", dependencies=[Depends(authorised)])
     async def score(request: Request) -> dict[str, Any]:
-        size = _declared_size(request, limits.request_bytes)
-        if not room.take(size):
+        held = _declared_size(request, limits.request_bytes)
+        if not room.take(held):
             raise HTTPException(503, "the queue is full", {"Retry-After": str(limits.retry_seconds)})
         try:
-            question = await _question(request, size, limits.body_seconds)
+            question = await _question(request, held, limits.body_seconds)
+            question, larger = await _prepared(question, room)
+            held += larger
             if unknown := [name for name in question.components if name not in queue.scorer_of]:
                 raise HTTPException(
                     400, f"no component {unknown[0]!r}; there are {', '.join(queue.scorer_of)}"
                 )
             scores = await _answered(request, queue.put(question))
         finally:
-            room.give_back(size)
+            room.give_back(held)
         return {"scores": {name: values.tolist() for name, values in scores.items()}}
 
     return app
@@ -161,6 +172,21 @@ async def _question(request: Request, size: int, seconds: float) -> Question:
         return await run_in_threadpool(decode_question, body)
     except ValueError as error:
         raise HTTPException(400, str(error)) from error
+
+
+async def _prepared(question: Question, room: Room) -> tuple[Question, int]:
+    """The question as scorers want it, and the bytes it has grown by; as it is where there is no room.
+
+    It is then converted when it is scored, which makes that longer.
+    """
+    larger = growth(question)
+    if not larger or not room.take(larger):
+        return question, 0
+    try:
+        return await run_in_threadpool(with_fractions, question), larger
+    except BaseException:
+        room.give_back(larger)
+        raise
 
 
 async def _answered(request: Request, answer: Future[Answer]) -> Answer:

@@ -5,7 +5,7 @@ Letters: B clips, T frames, C colours, H height, W width.
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from math import inf, prod
 from typing import Any
 
@@ -113,6 +113,17 @@ def fractions(video_BTCHW: Tensor) -> Tensor:
     for frame, divided in zip(_frames(video_BTCHW), _frames(out), strict=True):
         divided.copy_(frame).div_(255)
     return out
+
+
+def growth(question: Question) -> int:
+    """Bytes that ``with_fractions`` needs beside those of the question."""
+    video = question.video_BTCHW
+    return 4 * video.numel() if video.dtype == torch.uint8 else 0
+
+
+def with_fractions(question: Question) -> Question:
+    """The question with clips as scorers want them."""
+    return replace(question, video_BTCHW=fractions(question.video_BTCHW))
 
 
 def _frames(video_BTCHW: Tensor) -> Iterator[Tensor]:
