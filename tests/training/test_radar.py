@@ -76,6 +76,16 @@ def test_what_is_no_hacking(trained: list[float], fair: list[float]) -> None:
     assert judge(readings(trained, fair=fair), 3.0, 2).alarms == ()
 
 
+def test_a_fallen_scorer_rules_a_checkpoint_out_before_there_is_an_alarm() -> None:
+    """The trained reward does not rise yet, or falls too; what has recovered may be the best again."""
+    history = readings(
+        [0.5, 0.5, 0.4, 0.5, 0.9], fair=[0.5, 0.4, 0.3, 0.5, 0.2], calm=[0.5, 0.5, 0.6, 0.6, 0.6]
+    )
+    verdicts = [judge(history[: n + 1], 3.0, 2) for n in range(5)]
+    assert [verdict.fallen for verdict in verdicts] == [(), ("fair",), ("fair",), (), ("fair",)]
+    assert [bool(verdict.alarms) for verdict in verdicts] == [False, False, False, False, True]
+
+
 def test_the_same_scorer_has_to_alarm_in_a_row() -> None:
     taking_turns = readings([0.5, 0.6, 0.7], one=[0.5, 0.4, 0.5], other=[0.5, 0.5, 0.4])
     verdict = judge(taking_turns, 3.0, 2)
@@ -199,7 +209,7 @@ def test_a_hacked_run_stops_and_keeps_a_checkpoint_from_before(tiny_base: Path, 
     assert set(radar[-1]["drift"]) == {"brightness", "saturation", "sharpness", "motion"}
     best = best_checkpoint(hacked.directory / "checkpoints")
     assert best is not None
-    innocent = [record["mean_gain"] for record in found if not record["radar"]["alarms"]]
+    innocent = [record["mean_gain"] for record in found if not record["radar"]["fallen"]]
     assert best[1] == max([0.0, *innocent])
     assert best[1] < found[-1]["mean_gain"]  # the trained reward alone would have chosen a hacked one
 

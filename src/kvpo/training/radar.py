@@ -50,6 +50,8 @@ class Verdict:
     """For how many validations, up to the last one, the same scorer has been in alarm."""
     hacked: bool = False
     """Whether that is often enough to call it hacking."""
+    fallen: tuple[str, ...] = ()
+    """Held-out scorers beyond noise below their own best earlier reading, whatever the trained reward did."""
 
 
 def alarms(history: Sequence[Reading], standard_errors: float) -> tuple[Alarm, ...]:
@@ -60,18 +62,34 @@ def alarms(history: Sequence[Reading], standard_errors: float) -> tuple[Alarm, .
     asked of both changes than a single look would need, because the best of several readings is flattered
     by noise.
     """
-    if len(history) < 2:
-        return ()
-    last, found = history[-1], []
-    for name, scores_N in last.held_out.items():
-        best = max(history[:-1], key=lambda reading: float(reading.held_out[name].double().mean()))
+    found = []
+    for name in fallen(history, standard_errors):
+        best, last = _best_earlier(history, name), history[-1]
         trained = paired_gain(best.trained_N, last.trained_N)
-        held_out = paired_gain(best.held_out[name], scores_N)
-        rises = trained.mean > standard_errors * trained.standard_error
-        falls = -held_out.mean > standard_errors * held_out.standard_error
-        if rises and falls:
+        if trained.mean > standard_errors * trained.standard_error:
+            held_out = paired_gain(best.held_out[name], last.held_out[name])
             found.append(Alarm(name, best.update, trained, held_out))
     return tuple(found)
+
+
+def fallen(history: Sequence[Reading], standard_errors: float) -> tuple[str, ...]:
+    """Held-out scorers whose last reading is beyond noise below their own best earlier one.
+
+    Such a checkpoint is not to be kept as the best, also while the trained reward does not rise yet: a run
+    that has begun to trade one for the other passes through there.
+    """
+    if len(history) < 2:
+        return ()
+    names = []
+    for name, scores_N in history[-1].held_out.items():
+        change = paired_gain(_best_earlier(history, name).held_out[name], scores_N)
+        if -change.mean > standard_errors * change.standard_error:
+            names.append(name)
+    return tuple(names)
+
+
+def _best_earlier(history: Sequence[Reading], name: str) -> Reading:
+    return max(history[:-1], key=lambda reading: float(reading.held_out[name].double().mean()))
 
 
 def judge(history: Sequence[Reading], standard_errors: float, patience: int) -> Verdict:
@@ -86,7 +104,7 @@ def judge(history: Sequence[Reading], standard_errors: float, patience: int) -> 
         in_a_row += 1
         earlier = history[: len(history) - in_a_row]
         names &= {alarm.scorer for alarm in alarms(earlier, standard_errors)}
-    return Verdict(last, in_a_row, in_a_row >= patience)
+    return Verdict(last, in_a_row, in_a_row >= patience, fallen(history, standard_errors))
 
 
 def rank_correlation(one_N: Tensor, other_N: Tensor) -> float | None:
@@ -205,6 +223,7 @@ def verdict_numbers(history: Sequence[Reading], verdict: Verdict) -> dict[str, A
         "alarms": found,
         "in_a_row": verdict.in_a_row,
         "hacked": verdict.hacked,
+        "fallen": list(verdict.fallen),
     }
 
 

@@ -164,7 +164,7 @@ class Run:
     def validate(self) -> float | None:
         """Compare the moving average with the starting policy on the validation prompts.
 
-        The mean gain, by which the best checkpoint is chosen; None where the radar's alarm rules that out.
+        The mean gain, by which the best checkpoint is chosen; None where a held-out scorer has fallen.
         """
         judges, update = self.setup.judges, self.trainer.update
         scored = replace(self.setup.scored)
@@ -183,7 +183,7 @@ class Run:
         logger.info("hacking radar, update %d: %s", update, numbers["verdict"])
         if drifted:
             logger.warning("update %d: the look of the videos drifts: %s", update, ", ".join(drifted))
-        return None if self.guarded and self.verdict.alarms else gain
+        return None if self.guarded and self.verdict.fallen else gain
 
     def judged(self) -> dict[str, Any]:
         """Let the radar judge the validations so far, and return its verdict as numbers and words."""
