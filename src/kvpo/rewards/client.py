@@ -239,7 +239,7 @@ class RemoteScorer:
         try:
             async with asyncio.TaskGroup() as tasks:
                 asked = [tasks.create_task(score(piece)) for piece in pieces]
-        except ExceptionGroup as errors:  # `except*` would wrap what is raised here on Python before 3.11.4
+        except ExceptionGroup as errors:  # some versions of Python wrap what is raised within `except*`
             raise errors.exceptions[0] from None
         return [task.result() for task in asked]
 
