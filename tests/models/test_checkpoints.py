@@ -204,6 +204,17 @@ def test_truncated_files_give_one_clear_error(tmp_path, kind, keep):
         load_transformer_state(path)
 
 
+def test_a_legacy_file_cut_anywhere_in_its_pickle_is_a_clear_error(tmp_path):
+    """The unpickler runs off its end in many ways."""
+    path = tmp_path / "x.pt"
+    torch.save({"generator": wan_state()}, path, _use_new_zipfile_serialization=False)
+    data = path.read_bytes()
+    for length in range(1, 3000, 3):
+        path.write_bytes(data[:length])
+        with pytest.raises(ValueError, match="x.pt"):
+            load_transformer_state(path)
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

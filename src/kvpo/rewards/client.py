@@ -132,7 +132,7 @@ class Link:
         """One request and its answer. Bodies leave one after the other, so that the first arrives early."""
         with contextlib.ExitStack() as upload:
 
-            async def parts() -> AsyncIterator[bytes]:
+            async def parts() -> AsyncIterator[Any]:
                 for part in body.parts(PART_BYTES):
                     yield part
                 upload.close()

@@ -55,11 +55,11 @@ class Body:
     def __len__(self) -> int:
         return len(self.head) + len(self.pixels)
 
-    def parts(self, size: int) -> Iterator[bytes]:
+    def parts(self, size: int) -> Iterator[bytes | memoryview]:
         """The file in pieces of at most ``size`` bytes after its head."""
         yield self.head
         for at in range(0, len(self.pixels), size):
-            yield bytes(self.pixels[at : at + size])
+            yield self.pixels[at : at + size]
 
 
 def encode_question(question: Question) -> Body:
