@@ -266,7 +266,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     section("Machine", ", ".join(f"{name} {value}" for name, value in numbers["machine"].items()))
     numbers["throughput"] = [throughput(size, cost, repeats) for size in sizes for cost in size.costs]
     section(
-        "A batch of 9 clips, in process and through a server", shown(numbers["throughput"], ["slower by"])
+        f"A batch of {CLIPS} clips, in process and through a server",
+        shown(numbers["throughput"], ["slower by"]),
     )
     config = overlap_config(2 if options.quick else GROUPS)
     shares = (0.5,) if options.quick else (0.5, 1.0, 2.0)

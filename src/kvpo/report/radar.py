@@ -56,6 +56,11 @@ def _verdict(last: Entry, summary: Entry, *, may_stop: bool) -> str:
         tone, outcome = "bad", f"This run was not allowed to stop for it.{kept}"
     elif _mapping(last, "alarms"):
         tone, outcome = "neutral", f"Not often enough in a row to stop.{kept}"
+    elif last.get("fallen"):
+        ruled_out = (
+            "A checkpoint at which a held-out reward has fallen is not kept as the best." if may_stop else ""
+        )
+        tone, outcome = "neutral", f"{ruled_out}{kept}".strip()
     elif _mapping(last, "held_out"):
         tone, outcome = "good", kept.strip()
     else:

@@ -71,7 +71,7 @@ class Link:
         self.url = checked_url(url)
         self.patience = patience
         self.loop = asyncio.new_event_loop()
-        self.road = asyncio.Lock()
+        self.road = asyncio.Lock()  # held by the request whose body is leaving
         self.client = httpx.AsyncClient(
             base_url=self.url,
             headers={} if token is None else {"Authorization": f"Bearer {token}"},

@@ -23,7 +23,7 @@ def _frames(name: str, low: float, high: float, reads_prompt: bool = True) -> De
 
 
 _ALL = (
-    Declaration("hpsv3", -inf, inf, True, False, 1, HD, Sampling(rate=2.0, least=1, most=32), True),
+    Declaration("hpsv3", -inf, inf, True, False, 1, HD, Sampling(rate=2.0, least=1, most=32), eight_bit=True),
     _videoalign("videoalign_vq"),
     _videoalign("videoalign_mq"),
     _videoalign("videoalign_ta"),

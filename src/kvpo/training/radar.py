@@ -201,7 +201,8 @@ def in_words(history: Sequence[Reading], verdict: Verdict) -> str:
         f"{name} {_change_text(paired_gain(base.held_out[name], scores_N))}"
         for name, scores_N in last.held_out.items()
     ]
-    return f"{trained}, held-out {', '.join(held_out)}: no alarm"
+    but = f", but {' and '.join(verdict.fallen)} fell below the best so far" if verdict.fallen else ""
+    return f"{trained}, held-out {', '.join(held_out)}: no alarm{but}"
 
 
 def _change_text(gain: PairedGain) -> str:

@@ -48,7 +48,9 @@ class Muon(torch.optim.Optimizer):
             for shape, matrices in by_shape.items():
                 directions = []
                 for matrix in matrices:
-                    average = self.state[matrix].setdefault("momentum", torch.zeros_like(matrix))
+                    if matrix not in self.state:
+                        self.state[matrix]["momentum"] = torch.zeros_like(matrix)
+                    average = self.state[matrix]["momentum"]
                     average.lerp_(matrix.grad, 1 - group["momentum"])
                     directions.append(matrix.grad.lerp(average, group["momentum"]))
                 scale = group["lr"] * 0.2 * max(shape) ** 0.5
