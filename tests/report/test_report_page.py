@@ -275,6 +275,19 @@ def test_the_radar_of_a_run_without_its_summary_says_that_it_stops(finished_run,
     assert "The run stops here; its best checkpoint is still to be tested." in page_of(run)[1].text
 
 
+@pytest.mark.parametrize("may_stop", [True, False])
+def test_the_radar_says_why_a_checkpoint_was_not_kept(finished_run, tmp_path, may_stop):
+    run = shutil.copytree(finished_run, tmp_path / "run")
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        if line["kind"] == "validation":
+            line["radar"] |= {"alarms": {}, "hacked": False, "fallen": ["fair judge"]}
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with (run / "config.yaml").open("a") as file:
+        file.write(f"evaluation:\n  stop_on_hacking: {str(may_stop).lower()}\n")
+    assert ("has fallen is not kept as the best." in page_of(run)[1].text) == may_stop
+
+
 def test_the_radar_says_what_was_done(finished_run, tmp_path):
     run = shutil.copytree(finished_run, tmp_path / "run")
     last = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
