@@ -19,6 +19,7 @@ from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from starlette.requests import ClientDisconnect
 
 from kvpo import __version__
+from kvpo.rewards.buffers import MIB, Buffers
 from kvpo.rewards.protocol import Scorer
 from kvpo.rewards.scoring_queue import Answer, ScoringQueue
 from kvpo.rewards.wire import (
@@ -28,11 +29,11 @@ from kvpo.rewards.wire import (
     decode_question,
     encode_offers,
     growth,
-    new_buffer,
     with_fractions,
 )
 
-MIB = 2**20
+KEPT_BYTES = 512 * MIB
+"""Memory of past requests that is kept for the next ones, beside the queue's."""
 CLIENT_GONE = 499
 """Status of an answer that nobody waits for any more."""
 
@@ -86,7 +87,7 @@ def reward_app(
         frame_rate: frames per second of the clips that the scorers were built for.
         token: what clients must show as their bearer token; None asks for none.
     """
-    room = Room(limits.queue_bytes)
+    room, buffers = Room(limits.queue_bytes), Buffers(min(KEPT_BYTES, limits.queue_bytes))
     queue = ScoringQueue(scorers, batch=limits.batch)
 
     @asynccontextmanager
@@ -131,8 +132,8 @@ def reward_app(
         if not room.take(held):
             raise HTTPException(503, "the queue is full", {"Retry-After": str(limits.retry_seconds)})
         try:
-            question = await _question(request, held, limits.body_seconds)
-            question, larger = await _prepared(question, room)
+            question = await _question(request, buffers.take(held), limits.body_seconds)
+            question, larger = await _prepared(question, room, buffers)
             held += larger
             if unknown := [name for name in question.components if name not in queue.scorer_of]:
                 raise HTTPException(
@@ -157,8 +158,8 @@ def _declared_size(request: Request, limit: int) -> int:
     return int(text)
 
 
-async def _question(request: Request, size: int, seconds: float) -> Question:
-    body, at = new_buffer(size), 0
+async def _question(request: Request, body: memoryview, seconds: float) -> Question:
+    at = 0
     try:
         async with asyncio.timeout(seconds):
             async for chunk in request.stream():
@@ -168,13 +169,15 @@ async def _question(request: Request, size: int, seconds: float) -> Question:
         raise HTTPException(408, f"the body did not arrive within {seconds:g} s") from error
     except ClientDisconnect as error:
         raise HTTPException(CLIENT_GONE) from error
+    if at != len(body):  # the rest would be what an earlier request left in this memory
+        raise HTTPException(400, f"{at:,} bytes arrived, {len(body):,} were declared")
     try:
         return await run_in_threadpool(decode_question, body)
     except ValueError as error:
         raise HTTPException(400, str(error)) from error
 
 
-async def _prepared(question: Question, room: Room) -> tuple[Question, int]:
+async def _prepared(question: Question, room: Room, buffers: Buffers) -> tuple[Question, int]:
     """The question as scorers want it, and the bytes it has grown by; as it is where there is no room.
 
     It is then converted when it is scored, which makes that longer.
@@ -183,7 +186,7 @@ async def _prepared(question: Question, room: Room) -> tuple[Question, int]:
     if not larger or not room.take(larger):
         return question, 0
     try:
-        return await run_in_threadpool(with_fractions, question), larger
+        return await run_in_threadpool(with_fractions, question, buffers.take), larger
     except BaseException:
         room.give_back(larger)
         raise

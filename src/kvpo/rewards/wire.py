@@ -4,16 +4,16 @@ Letters: B clips, T frames, C colours, H height, W width.
 """
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from math import inf, prod
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from kvpo.prompts import ClipPrompt
+from kvpo.rewards.buffers import new_buffer
 from kvpo.rewards.protocol import Declaration, Sampling
 
 PROTOCOL = 2
@@ -81,18 +81,13 @@ def encode_question(question: Question) -> Body:
     return Body(len(header).to_bytes(LENGTH_BYTES, "little") + header, pixels)
 
 
-def new_buffer(size: int) -> memoryview:
-    """Memory for ``size`` bytes. NumPy asks for huge pages, whose faults cost a tenth of small ones'."""
-    return memoryview(np.empty(size, dtype=np.uint8))
-
-
 def joined(videos_BTCHW: Sequence[Tensor]) -> Tensor:
     """Clips of one shape and precision as one batch; copied only if there are several tensors."""
     first = videos_BTCHW[0]
     if len(videos_BTCHW) == 1:
         return first
     clips = sum(len(video) for video in videos_BTCHW)
-    return torch.cat(list(videos_BTCHW), out=_empty((clips, *first.shape[1:]), first.dtype))
+    return torch.cat(list(videos_BTCHW), out=_empty((clips, *first.shape[1:]), first.dtype, new_buffer))
 
 
 def eight_bit(video_BTCHW: Tensor) -> Tensor:
@@ -105,11 +100,11 @@ def eight_bit(video_BTCHW: Tensor) -> Tensor:
     return out
 
 
-def fractions(video_BTCHW: Tensor) -> Tensor:
-    """Whole numbers from 0 to 255 as floats in [0, 1]; floats as they are."""
+def fractions(video_BTCHW: Tensor, memory: Callable[[int], memoryview] = new_buffer) -> Tensor:
+    """Whole numbers from 0 to 255 as floats in [0, 1], in ``memory`` of so many bytes; floats as they are."""
     if video_BTCHW.dtype != torch.uint8:
         return video_BTCHW
-    out = _empty(video_BTCHW.shape, torch.float32)
+    out = _empty(video_BTCHW.shape, torch.float32, memory)
     for frame, divided in zip(_frames(video_BTCHW), _frames(out), strict=True):
         divided.copy_(frame).div_(255)
     return out
@@ -121,9 +116,9 @@ def growth(question: Question) -> int:
     return 4 * video.numel() if video.dtype == torch.uint8 else 0
 
 
-def with_fractions(question: Question) -> Question:
-    """The question with clips as scorers want them."""
-    return replace(question, video_BTCHW=fractions(question.video_BTCHW))
+def with_fractions(question: Question, memory: Callable[[int], memoryview]) -> Question:
+    """The question with clips as scorers want them, in ``memory`` of so many bytes."""
+    return replace(question, video_BTCHW=fractions(question.video_BTCHW, memory))
 
 
 def _frames(video_BTCHW: Tensor) -> Iterator[Tensor]:
@@ -131,8 +126,8 @@ def _frames(video_BTCHW: Tensor) -> Iterator[Tensor]:
     return (frame for clip in video_BTCHW for frame in clip)
 
 
-def _empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    return torch.frombuffer(new_buffer(prod(shape) * dtype.itemsize), dtype=dtype).view(*shape)
+def _empty(shape: Sequence[int], dtype: torch.dtype, memory: Callable[[int], memoryview]) -> Tensor:
+    return torch.frombuffer(memory(prod(shape) * dtype.itemsize), dtype=dtype).view(*shape)
 
 
 def decode_question(body: memoryview) -> Question:
