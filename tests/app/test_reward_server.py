@@ -331,3 +331,13 @@ def test_catalogue_rewards_are_offered_one_by_one_and_others_whole() -> None:
     offers = offers_of(named_rewards(["motion_smoothness", "dynamic_degree", "world"], prompts=True))
     assert [offer.name for offer in offers] == ["motion_smoothness", "dynamic_degree", "world"]
     assert len(offers[0].declarations) == 1 and len(offers[2].declarations) == len(offers[2].weights) > 1
+
+
+def motion_smoothness(video_BTCHW: Tensor, prompts: Sequence[Any]) -> Tensor:
+    """A function that is called as a reward of the catalogue is."""
+    return video_BTCHW.mean((1, 2, 3, 4))
+
+
+def test_a_function_does_not_pass_for_the_reward_whose_name_it_has() -> None:
+    own = f"{__name__}:motion_smoothness"
+    assert [offer.name for offer in offers_of(named_rewards([own], prompts=True))] == [own]

@@ -1,5 +1,6 @@
 """The benchmarks measure what they say: arms compute the same, floors are counted right, all of it runs."""
 
+import importlib
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -119,12 +120,30 @@ def test_the_gpu_benchmark_runs_with_tiny_sizes_on_the_cpu(tmp_path, capsys):
     assert "| over the limit |" in capsys.readouterr().out
 
 
-def test_without_a_gpu_nothing_is_measured(monkeypatch, capsys):
-    import gpu
-
+@pytest.mark.parametrize("name", ["gpu", "gpu_plan", "gpu_rewards"])
+def test_without_a_gpu_nothing_is_measured(name, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    gpu.main([])
+    importlib.import_module(name).main([])
     assert "no CUDA device" in capsys.readouterr().out
+
+
+def test_the_plan_is_compared_with_every_phase_of_a_tiny_run(tmp_path):
+    import gpu_plan
+
+    gpu_plan.main(["--tiny", "--json", str(tmp_path / "plan.json")])
+    phases = json.loads((tmp_path / "plan.json").read_text())["phases"]
+    assert [row["phase"] for row in phases] == list(gpu_plan.PHASES)
+    assert all(row["planned GB"] > 0 and row["measured s"] > 0 for row in phases)
+
+
+def test_the_large_rewards_score_alike_in_both_processes(tmp_path, monkeypatch):
+    import gpu_rewards
+
+    monkeypatch.setenv(gpu_rewards.TINY, "1")
+    options = ["--tiny", "--clips", "2", "--frames", "4", "--repeats", "1", "--rewards", "videoalign"]
+    gpu_rewards.main([*options, "--json", str(tmp_path / "rewards.json")])
+    (row,) = json.loads((tmp_path / "rewards.json").read_text())["rows"]
+    assert row["difference of scores"] == 0 and row["s per clip, server"] > 0
 
 
 @pytest.mark.slow

@@ -28,7 +28,7 @@ def offers_of(rewards: Sequence[NamedReward]) -> list[Offer]:
     """
     offers: list[Offer] = []
     for reward in rewards:
-        if all(declaration.name in DECLARATIONS for declaration in reward.declarations):
+        if reward.name in DECLARATIONS:
             offers += [Offer(one.name, (one,), {one.name: 1.0}) for one in reward.declarations]
         else:
             offers.append(Offer(reward.name, reward.declarations, reward.weights))

@@ -18,6 +18,7 @@ from kvpo.training.checkpoint import (
     require_tensors,
     save_checkpoint,
 )
+from kvpo.training.device import forget_peak, peak
 from kvpo.training.evaluation import ROWS, HeldOut, comparison, evaluate, mean_gain
 from kvpo.training.metrics_log import MetricsLog
 from kvpo.training.policy import Policy, exchanged
@@ -70,6 +71,7 @@ class Run:
                 self._save_if_new()
                 return False
             started, scored = time.perf_counter(), replace(self.setup.scored)
+            forget_peak(self.setup.generator.device)
             try:
                 trainer.collect()
             except ValueError:
@@ -78,6 +80,7 @@ class Run:
             numbers = trainer.step()
             numbers |= self.setup.scored.since(scored)
             numbers["seconds"] = time.perf_counter() - started
+            numbers |= peak(self.setup.generator.device)
             self.metrics.write(trainer.update, {"kind": "update", **numbers})
             self.progress("aligning", trainer.update, self.updates, numbers)
             if trainer.at_boundary():

@@ -1,0 +1,199 @@
+"""Whether a run at the real 1.3B geometry takes the memory and the seconds that `kvpo plan` says.
+
+    python benchmarks/gpu_plan.py [--work DIR] [--json PATH] [any setting]
+    python benchmarks/gpu_plan.py --tiny     the same code with tiny sizes on the CPU: a check
+
+Writes random checkpoints of the real sizes in the public layouts (the text encoder with two layers), builds
+the run from them as `kvpo align` does, and takes the phases of one update one after the other.
+"""
+
+import argparse
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKLWan
+from gpu import Clock, measured_limits, precision
+from measuring import machine, section, table, write_json
+from tokenizers import Tokenizer, models
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
+
+from kvpo.app.backbones import build_wan
+from kvpo.app.build import wan_shape
+from kvpo.app.configuration import preset
+from kvpo.app.plan import Planner
+from kvpo.config import Config
+from kvpo.engine.scoring import decode_members, score_group
+from kvpo.engine.stream import stream_latents
+from kvpo.models.causal_wan import CausalWan
+from kvpo.prompts import ClipPrompt
+from kvpo.training.gradients import accumulate_gradients
+from kvpo.training.plan import Plan, Rates
+from kvpo.training.trainer import Trainer
+
+GB = 1e9
+SETTINGS: dict[str, Any] = {
+    "rewards.scorers": ["gpu_plan:brightness"],
+    "prompts.frames": 57,
+    "exploration.branches": 4,
+    "exploration.blocks": 2,
+    "exploration.tail_blocks": 1,
+    "objective.noise_floor": 0.0,
+    "optim.updates": 1,
+    "optim.prompts_per_update": 1,
+    "optim.rollouts_per_refresh": 1,
+    "optim.ema_decay": 0.9,
+    "evaluation.validation_prompts": 2,
+    "evaluation.test_prompts": 2,
+}
+"""One prompt, a shorter window and tail than the preset's: all sizes but the counts are the preset's own."""
+TINY: dict[str, Any] = {
+    "device": "cpu", "model.dim": 64, "model.num_heads": 2, "model.num_layers": 2, "model.ffn_dim": 96,
+    "model.text_len": 8, "model.text_dim": 16, "model.latent_height": 4, "model.latent_width": 4,
+    "optim.lora_rank": 4, "optim.lora_alpha": 4, "optim.autocast": "none", "prompts.frames": 48,
+}  # fmt: skip
+PHASES = ("stream held-out videos", "explore", "decode", "replay and backward", "optimiser step")
+
+
+def brightness(video_BTCHW: Tensor, prompts: Sequence[ClipPrompt]) -> Tensor:
+    """A reward that costs nothing."""
+    return video_BTCHW.mean((1, 2, 3, 4))
+
+
+def write_files(config: Config, directory: Path, *, tiny: bool) -> dict[str, Any]:
+    """Random weights of every part in a public layout; the settings that name them."""
+    device, dtype = torch.device(config.device), precision(config)
+    with torch.device("meta"):
+        model = CausalWan(wan_shape(config))
+    model = model.to(dtype).to_empty(device=device)
+    draws = torch.Generator(device).manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            fan = parameter[0].numel() if parameter.dim() > 1 else 1
+            parameter.normal_(0, 0.02 if parameter.dim() == 1 else fan**-0.5, generator=draws)
+    weights = {f"model.{name}": value.cpu() for name, value in model.state_dict().items()}
+    torch.save({"generator": weights}, directory / "base.pt")
+    torch.manual_seed(0)
+    width = {"base_dim": 8} if tiny else {}
+    AutoencoderKLWan(**width).save_pretrained(directory / "vae")
+    size = config.model.text_dim
+    widths = {"d_kv": 8, "num_heads": 2, "d_ff": 32} if tiny else {"d_kv": 64, "num_heads": 64, "d_ff": 10240}
+    encoder = UMT5Config(vocab_size=16, d_model=size, num_layers=2, feed_forward_proj="gated-gelu", **widths)
+    UMT5EncoderModel(encoder).to(dtype).save_pretrained(directory / "text_encoder")
+    words = {word: index for index, word in enumerate(("<pad>", "</s>", "<unk>", "one", "two", "three"))}
+    core = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    names = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
+    PreTrainedTokenizerFast(tokenizer_object=core, **names).save_pretrained(directory / "tokenizer")
+    (directory / "prompts.txt").write_text("one\ntwo\nthree\none two\ntwo one\n", encoding="utf-8")
+    return {
+        "backbone.checkpoint": str(directory / "base.pt"),
+        "backbone.text_encoder": str(directory),
+        "backbone.vae": str(directory),
+        "backbone.embeddings": str(directory / "embeddings"),
+        "prompts.file": str(directory / "prompts.txt"),
+    }
+
+
+class Phases:
+    """The phases of one update, each with its seconds and the most bytes that tensors took in it."""
+
+    def __init__(self, config: Config, plan: Plan) -> None:
+        self.plan = plan
+        self.setup = build_wan(config)
+        self.trainer = Trainer(self.setup)
+        self.clock = Clock(torch.device(config.device))
+        self.measured: dict[str, tuple[float, float]] = {}
+
+    def take(self, name: str, call: Callable[[], Any]) -> Any:
+        """Run a phase once: the first call of a kernel is in it, as in a run's first update."""
+        self.clock.forget_peak()
+        self.clock.synchronise()
+        started = time.perf_counter()
+        found = call()
+        self.clock.synchronise()
+        self.measured[name] = (time.perf_counter() - started, self.clock.peak())
+        return found
+
+    def run(self) -> None:
+        """Every phase in turn."""
+        setup, trainer, block = self.setup, self.trainer, self.setup.generator.block
+        held_out = [prompt for prompts in setup.test.values() for prompt in prompts][:1]
+        texts = setup.texts(held_out)
+        tape = setup.evaluation_tape()
+        self.take(PHASES[0], lambda: stream_latents(setup.generator, held_out, texts, tape))
+
+        def unscored(call: Callable[[], Any]) -> Future[Any]:
+            return Future()
+
+        update = next(n for n in range(1000) if trainer.planned(n).fork == self.plan.fork)  # its latest fork
+        planned = trainer.planned(update)
+        cache = trainer.new_cache([planned])
+        explored = self.take(PHASES[1], lambda: trainer.generate(update, planned, unscored, cache))
+        group = explored.rollout.groups[0]
+        self.take(PHASES[2], lambda: decode_members(group, setup.codec, lead=0, block=block))
+        judges, plan = setup.judges, setup.clip_plan()
+        scores = score_group(group, judges.codec, judges.scorer, block=block, plan=plan)
+        trained, _ = trainer.credit(update, explored.rollout, [scores])
+        replayer = trainer.replayer(explored.texts)
+        self.take(PHASES[3], lambda: accumulate_gradients(replayer, trained, None))
+        self.take(PHASES[4], trainer.optimizer.step)
+
+
+def compared(plan: Plan, measured: Mapping[str, tuple[float, float]]) -> list[dict[str, Any]]:
+    """Plan and measurement of every phase; a CUDA context is no tensor and is left out of both."""
+    outside = plan.standing.get("context", 0.0)
+    rows = []
+    for phase in plan.phases:
+        if phase.name in measured:
+            seconds, peak = measured[phase.name]
+            planned = plan.total(phase) - outside
+            rows.append(
+                {
+                    "phase": phase.name,
+                    "planned GB": planned / GB,
+                    "measured GB": peak / GB,
+                    "measured / planned": peak / planned,
+                    "planned least s": "-" if phase.seconds is None else phase.seconds,
+                    "measured s": seconds,
+                }
+            )
+    return rows
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Write the files, take the phases, print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tiny", action="store_true", help="tiny sizes on the CPU: checks this benchmark")
+    parser.add_argument("--work", type=Path, help="where the random checkpoints go (a temporary directory)")
+    parser.add_argument("--json", type=Path, help="write every number to this file too")
+    options, rest = parser.parse_known_args(arguments)
+    if not options.tiny and not torch.cuda.is_available():
+        sys.stdout.write("no CUDA device here: nothing measured (--tiny runs the same code on the CPU)\n")
+        return
+    given = dict(zip((word.removeprefix("--") for word in rest[::2]), rest[1::2], strict=True))
+    settings = SETTINGS | (TINY if options.tiny else {}) | given
+    with tempfile.TemporaryDirectory(dir=options.work) as directory:
+        files = write_files(preset("longlive-1.3b", settings), Path(directory), tiny=options.tiny)
+        config = preset("longlive-1.3b", settings | files)
+        sizes = {"size": 64, "copied": 2**16} if options.tiny else {"size": 8192, "copied": 2**32}
+        limits = measured_limits(Clock(torch.device(config.device)), precision(config), repeats=10, **sizes)
+        rates = Rates(limits.flops, limits.bandwidth)
+        phases = Phases(config, Planner(config, rates).plan(config))
+        phases.run()
+    rows = compared(phases.plan, phases.measured)
+    about = machine(config.device)
+    text = f"{about['device']}, torch {about['torch']}, {limits.flops / 1e12:.3g} TFLOP/s, one update with"
+    chosen = ", ".join(f"{name} {value}" for name, value in settings.items() if name not in TINY)
+    section("Plan and run", f"{text} {chosen}.", table(list(rows[0]), [list(row.values()) for row in rows]))
+    write_json(options.json, {"machine": about, "limits": asdict(limits), "phases": rows})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,99 @@
+"""The same code on a CUDA device: it agrees with the CPU, keeps what is exact exact, and runs end to end."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from kvpo.app.build import build_setup
+from kvpo.app.cli import main
+from kvpo.config import Config
+from kvpo.rewards.wire import eight_bit
+from kvpo.training.trainer import Trainer
+from tests.tiny_wan import tiny_flags, tiny_wan
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+PRESETS = ("longlive-1.3b", "memflow-1.3b", "self-forcing-1.3b")
+ROUNDING = 1e-4
+"""Relative bound on float32 results whose sums are taken in another order."""
+
+
+def run(*words: object) -> None:
+    assert main([str(word) for word in words]) == 0
+
+
+def metrics_of(directory: Path) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["kind"] == "update"]
+
+
+def difference(found: Tensor, expected: Tensor) -> float:
+    """Largest difference over the largest value; 0 where both are 0."""
+    apart = float((found.cpu() - expected.cpu()).abs().max())
+    return apart and apart / float(expected.abs().max())
+
+
+def one_step(config: Config) -> tuple[Tensor, Tensor, dict[str, Tensor], dict[str, float]]:
+    """Latents and scores of the first rollout, then parameters and metrics after one update."""
+    trainer = Trainer(build_setup(config))
+    rollout, scores, _ = trainer.explore(0)
+    latents = rollout.groups[0].clean_MTCHW.cpu()
+    rollout.release()
+    numbers = trainer.step()
+    return latents, scores[0].local_KM, trainer.tensors_and_state()[0], numbers
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_float32_agrees_with_the_cpu(name: str, tmp_path: Path) -> None:
+    changes = {"optim__updates": 1, "segments": 1 if name == "self-forcing-1.3b" else 2}
+    latents, scores, state, numbers = one_step(tiny_wan(name, tmp_path, **changes))
+    on_cuda = one_step(tiny_wan(name, tmp_path, device="cuda", **changes))
+    assert difference(on_cuda[0], latents) < ROUNDING
+    assert difference(on_cuda[1], scores) < ROUNDING
+    assert on_cuda[3]["gradient_norm"] == pytest.approx(numbers["gradient_norm"], rel=1e-3)
+    for key in (key for key in state if key.endswith("exp_avg")):  # (1 - beta) times the gradient
+        assert difference(on_cuda[2][key], state[key]) < 1e-2, key
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("name", ["longlive-1.3b", "memflow-1.3b"])
+def test_what_is_exact_is_exact_in_bfloat16(name: str, compiled: bool, tmp_path: Path) -> None:
+    precision = {"optim__autocast": "bfloat16", "optim__checkpointing": True, "optim__compile": compiled}
+    config = tiny_wan(name, tmp_path, device="cuda", segments=2, **precision)
+    *_, numbers = one_step(config)
+    assert numbers["ratio_deviation"] == 0.0
+    assert numbers["gradient_norm"] > 0
+
+
+@pytest.mark.parametrize("autocast", ["none", "bfloat16"])
+def test_a_run_from_files_to_files(autocast: str, tmp_path: Path) -> None:
+    changes = {"device": "cuda", "optim__autocast": autocast, "backbone__offload": autocast == "bfloat16"}
+    flags = tiny_flags("longlive-1.3b", tmp_path, segments=2, **changes)
+    run("align", *flags, "--out", tmp_path / "run")
+    updates = metrics_of(tmp_path / "run")
+    assert len(updates) == 2 and all(line["device_peak_gb"] > 0 for line in updates)
+    assert all(line["ratio_deviation"] == 0.0 for line in updates)
+    run("generate", "--run", tmp_path / "run", "--out", tmp_path / "videos")
+    assert list((tmp_path / "videos").glob("**/*.mp4"))
+    run("export", tmp_path / "run", "--out", tmp_path / "exported")
+
+
+def test_the_demo_aligns_and_resumes(tmp_path: Path) -> None:
+    few = ["--evaluation.validation_prompts", 2, "--evaluation.test_prompts", 2,
+           "--evaluation.diversity_prompts", 0, "--optim.prompts_per_update", 2]  # fmt: skip
+    out = tmp_path / "run"
+    run("align", "--device", "cuda", "--optim.updates", 2, *few, "--out", out)
+    run("align", "--resume", "--optim.updates", 3, "--out", out)
+    assert [line["update"] for line in metrics_of(out)] == [1, 2, 3]
+    assert (out / "report.html").is_file()
+
+
+def test_eight_bits_are_those_of_the_cpu() -> None:
+    video = torch.rand(2, 3, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(eight_bit(video.cuda()).cpu(), eight_bit(video))
