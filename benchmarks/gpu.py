@@ -1,6 +1,6 @@
 """How close a GPU runs to its limits at the real 1.3B geometry, with random weights.
 
-    python benchmarks/gpu.py [--rows 1 2] [--repeats N] [--json PATH]
+    python benchmarks/gpu.py [--rows 1 2] [--repeats N] [--json PATH] [any setting of the preset]
     python benchmarks/gpu.py --tiny     the same code with tiny sizes on the CPU: a check, not a measurement
 
 Measures streaming, rollout (G = 8, P = 5) and replay with backward. The limits are measured in the same run:
@@ -13,17 +13,17 @@ import argparse
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from measuring import machine, section, table, write_json
+from measuring import given_settings, machine, section, table, write_json
 from torch import Tensor, nn
 
 from kvpo.app.build import streaming_generator, wan_shape
-from kvpo.app.presets import longlive_1_3b
+from kvpo.app.configuration import preset
 from kvpo.config import Config
 from kvpo.engine.generator import StreamingGenerator
 from kvpo.engine.noise import SeededTape, keyed_generator
@@ -154,6 +154,8 @@ def subject_of(config: Config, fork: int, frames: int) -> Subject:
         model, optim.lora_rank, optim.lora_alpha, optim.lora_targets, generator=keyed_generator("benchmark")
     )
     model.checkpointing = optim.checkpointing
+    if optim.compile:
+        model.compile_blocks()
     prompt = VideoPrompt(0, ("prompt",), (), frames)
     size = (config.model.text_len, config.model.text_dim)
     texts = {"prompt": torch.randn(size, generator=draws, device=device)}
@@ -243,17 +245,17 @@ def fits(subject: Subject, rows: int) -> bool:
     return pages * subject.page_bytes < 0.75 * free
 
 
-def measure(subject: Subject, limits: Limits, rows: Sequence[int], repeats: int) -> list[list[object]]:
-    """Every line of the table."""
+def measure(subject: Subject, limits: Limits, rows: Sequence[int], repeats: int) -> Iterator[list[object]]:
+    """Every line of the table, as soon as it is measured."""
     clock, exploration = Clock(subject.device), subject.config.exploration
     clock.forget_peak()
     seconds, work = measure_streaming(subject, clock, 4 * repeats)
     latent = subject.config.stream.block / seconds
     name = f"one streamed block ({latent:.3g} latent, {PIXEL_FRAMES * latent:.3g} pixel frames per second)"
-    lines = [row_of(name, seconds, work, limits, clock.peak())]
+    yield row_of(name, seconds, work, limits, clock.peak())
     for count in rows:
         if not fits(subject, count):
-            lines.append([f"{count} branches at a time: the pages do not fit this device", *["-"] * 5])
+            yield [f"{count} branches at a time: the pages do not fit this device", *["-"] * 5]
             continue
         clock.forget_peak()
         growing, seconds, rollout, work = measure_rollout(subject, clock, count, repeats)
@@ -263,15 +265,14 @@ def measure(subject: Subject, limits: Limits, rows: Sequence[int], repeats: int)
             f"rollout, {exploration.branches} branches and anchor, {exploration.blocks} + "
             f"{exploration.tail_blocks} blocks, {count} at a time"
         )
-        lines.append(row_of(root, growing, blocks_work(subject.costs, blocks, 1), limits, 0.0))
-        lines.append(row_of(name, seconds, work, limits, clock.peak()))
+        yield row_of(root, growing, blocks_work(subject.costs, blocks, 1), limits, 0.0)
+        yield row_of(name, seconds, work, limits, clock.peak())
         clock.forget_peak()
         seconds, work = measure_replay(subject, clock, rollout.groups[0], count, repeats)
         name = f"replay and backward, {exploration.branches} branches, {count} at a time"
-        lines.append(row_of(name, seconds, work, limits, clock.peak()))
+        yield row_of(name, seconds, work, limits, clock.peak())
         rollout.release()
         del rollout
-    return lines
 
 
 def tiny(config: Config) -> Config:
@@ -297,18 +298,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 2], help="branches at a time (1 2)")
     parser.add_argument("--repeats", type=int, default=3, help="measured rounds (default 3)")
     parser.add_argument("--json", type=Path, help="write every number to this file too")
-    options = parser.parse_args(arguments)
+    options, rest = parser.parse_known_args(arguments)
     if not options.tiny and not torch.cuda.is_available():
         sys.stdout.write("no CUDA device here: nothing measured (--tiny runs the same code on the CPU)\n")
         return
-    config = tiny(longlive_1_3b()) if options.tiny else longlive_1_3b()
+    config = preset("longlive-1.3b", given_settings(rest))
+    config = tiny(config) if options.tiny else config
     sizes = {"size": 64, "copied": 2**16} if options.tiny else {"size": 8192, "copied": 2**32}
     subject = subject_of(config, *((12, 24) if options.tiny else (FORK, FRAMES)))
     limits = measured_limits(Clock(subject.device), precision(config), repeats=10, **sizes)
-    lines = measure(subject, limits, options.rows, options.repeats)
     about = machine(config.device)
     parameters = sum(parameter.numel() for parameter in subject.model.parameters())
     columns = ["section", "seconds", "arithmetic (s)", "traffic (s)", "over the limit", "peak GiB"]
+    numbers = {"machine": about, "limits": asdict(limits), "config": asdict(config)}
+    lines = []
+    for line in measure(subject, limits, options.rows, options.repeats):
+        lines.append(line)  # a run that is cut off keeps what it has measured
+        sys.stderr.write(f"{line[0]}: {line[1]} s, {line[4]} the limit\n")
+        write_json(options.json, numbers | {"rows": [dict(zip(columns, row, strict=True)) for row in lines]})
     dtype = str(precision(config)).removeprefix("torch.")
     section(
         "GPU benchmark",
@@ -318,8 +325,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         f"{options.repeats} rounds.",
         table(columns, lines),
     )
-    numbers = {"machine": about, "limits": asdict(limits), "config": asdict(config)}
-    write_json(options.json, numbers | {"rows": [dict(zip(columns, line, strict=True)) for line in lines]})
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKLWan
 from gpu import Clock, measured_limits, precision
-from measuring import machine, section, table, write_json
+from measuring import given_settings, machine, section, table, write_json
 from tokenizers import Tokenizer, models
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
@@ -118,7 +118,9 @@ class Phases:
         started = time.perf_counter()
         found = call()
         self.clock.synchronise()
-        self.measured[name] = (time.perf_counter() - started, self.clock.peak())
+        seconds, peak = time.perf_counter() - started, self.clock.peak()
+        self.measured[name] = (seconds, peak)
+        sys.stderr.write(f"{name}: {seconds:.3g} s, {peak / GB:.4g} GB\n")  # kept where the rest is cut off
         return found
 
     def run(self) -> None:
@@ -177,8 +179,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not options.tiny and not torch.cuda.is_available():
         sys.stdout.write("no CUDA device here: nothing measured (--tiny runs the same code on the CPU)\n")
         return
-    given = dict(zip((word.removeprefix("--") for word in rest[::2]), rest[1::2], strict=True))
-    settings = SETTINGS | (TINY if options.tiny else {}) | given
+    settings = SETTINGS | (TINY if options.tiny else {}) | given_settings(rest)
     with tempfile.TemporaryDirectory(dir=options.work) as directory:
         files = write_files(preset("longlive-1.3b", settings), Path(directory), tiny=options.tiny)
         config = preset("longlive-1.3b", settings | files)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 
 from kvpo.models.cache import FrameCache
 
@@ -65,6 +66,12 @@ def machine(device: str = "cpu") -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
     }
+
+
+def given_settings(words: Sequence[str]) -> dict[str, Any]:
+    """Settings as a command line has them, ``--path value``, by path; values as YAML reads them."""
+    paths = [word.removeprefix("--") for word in words[::2]]
+    return dict(zip(paths, map(yaml.safe_load, words[1::2]), strict=True))
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:

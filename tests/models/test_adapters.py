@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from peft.tuners.lora import LoraLayer
 
 from kvpo.models.adapters import (
     adapter_state,
@@ -56,7 +57,7 @@ def test_the_reference_equals_the_policy_bitwise_at_update_zero_and_stays(start,
     @torch.no_grad()
     def predict():
         # One autocast region per pass: a region keeps the casts of the weights it has seen.
-        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16 autocast"):
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision != "float32"):
             return velocity(model)
 
     policy = predict()
@@ -66,6 +67,26 @@ def test_the_reference_equals_the_policy_bitwise_at_update_zero_and_stays(start,
     assert not torch.equal(predict(), policy)
     with reference_policy(model):
         assert torch.equal(predict(), policy)
+
+
+def test_inputs_are_not_widened_and_narrowed_again():
+    model = tiny_model().to(torch.bfloat16)
+    continued(model)
+    nudge(model)
+
+    @torch.no_grad()
+    def predict():
+        with torch.autocast("cpu", torch.bfloat16), torch.profiler.profile() as profile:
+            found = velocity(model)
+        return found, sum(event.count for event in profile.key_averages() if event.key == "aten::_to_copy")
+
+    found, casts = predict()
+    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    for layer in layers:
+        layer.cast_input_dtype_enabled = True  # as PEFT has it
+    widened, more = predict()
+    assert torch.equal(found, widened)
+    assert casts < more
 
 
 @pytest.mark.parametrize("start", ["continued", "merged"])

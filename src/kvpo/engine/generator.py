@@ -44,7 +44,7 @@ class Codec(Protocol):
     """Speed at which the pixel frames are shown."""
 
     def decode(self, latents_BTCHW: Tensor, before_TCHW: Tensor | None = None) -> Tensor:
-        """Latents ``[B, T, C, H, W]`` to RGB ``[B, T', 3, H', W']`` in [0, 1].
+        """Latents ``[B, T, C, H, W]`` to RGB ``[B, T', 3, H', W']`` in [0, 1], in host memory.
 
         ``before`` holds the latent frames of the one video that all rows continue, from its start; its pixels
         are not part of the result. None: the rows are whole videos.

@@ -181,7 +181,7 @@ class WanBlock(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Attention input, keys (rotated unless ``rotation`` is None) and values of the call's own frames."""
         shift, scale, *_ = self.modulated(time_R6D)
-        attention_in = self.norm1(x) * (1 + scale) + shift
+        attention_in = (self.norm1(x) * (1 + scale) + shift).type_as(x)
         k, v = self.self_attn.keys_values(attention_in)
         return attention_in, k if rotation is None else rotate(k, rotation), v
 
@@ -221,13 +221,13 @@ class WanBlock(nn.Module):
         """What comes after it: residual, cross-attention to the text, feed-forward."""
         _, _, gate, shift_ffn, scale_ffn, gate_ffn = self.modulated(time_R6D)
         x = x + gate * attended
-        text_in = self.norm3(x)
+        text_in = self.norm3(x).type_as(x)
         text_q = self.cross_attn.heads(self.cross_attn.norm_q(self.cross_attn.q(text_in)))
         text_k, text_v = self.cross_attn.keys_values(text)
         if text_rows is not None:
             text_k, text_v = text_k[text_rows], text_v[text_rows]
         x = x + self.cross_attn.attend(text_q, text_k, text_v)
-        ffn_in = self.norm2(x) * (1 + scale_ffn) + shift_ffn
+        ffn_in = (self.norm2(x) * (1 + scale_ffn) + shift_ffn).type_as(x)
         return x + gate_ffn * self.ffn(ffn_in)
 
     def _rotate_by_slot(self, q: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
@@ -345,6 +345,8 @@ class CausalWan(nn.Module):
         import torch._dynamo.config as dynamo  # loads the compiler, so only when it is asked for
 
         dynamo.recompile_limit = max(dynamo.recompile_limit, GRAPHS)
+        # Epsilons and adapter scales are constants; as variables they would be kernels on the CPU.
+        dynamo.specialize_float = True
         for module in self.blocks:
             block = cast(WanBlock, module)
             block.project = torch.compile(block.project, dynamic=True)  # type: ignore[method-assign]

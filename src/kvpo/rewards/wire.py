@@ -96,7 +96,8 @@ def eight_bit(video_BTCHW: Tensor) -> Tensor:
         return video_BTCHW
     out = torch.empty(video_BTCHW.shape, dtype=torch.uint8, device=video_BTCHW.device)
     for frame, rounded in zip(_frames(video_BTCHW), _frames(out), strict=True):
-        rounded.copy_(frame.float().clamp(0, 1).mul_(255).round_())
+        # 16 bits on the way: torch's direct conversion to 8 takes three times as long
+        rounded.copy_(frame.float().clamp(0, 1).mul_(255).round_().to(torch.int16))
     return out
 
 

@@ -57,11 +57,12 @@ class PixelCodec(nn.Module):
     def decode(self, latents_BTCHW: Tensor, before_TCHW: Tensor | None = None) -> Tensor:
         """Frames [B, T, 3, 32, 32] of latents [B, T, 8, 8, 8]; clamped to [0, 1] unless training.
 
-        Frames are decoded one by one: what was ``before`` makes no difference.
+        Frames are decoded one by one: what was ``before`` makes no difference. They are on the CPU, where the
+        world's scorers are: each looks at few pixels.
         """
         raw = latents_BTCHW.flatten(0, 1) * self.std[:, None, None] + self.mean[:, None, None]
         video = ((self.decoder(raw) + 1) / 2).unflatten(0, latents_BTCHW.shape[:2])
-        return video if self.training else video.clamp(0, 1)
+        return video if self.training else video.clamp(0, 1).cpu()
 
     @torch.no_grad()
     def set_statistics(self, video_BTCHW: Tensor) -> None:
