@@ -22,8 +22,9 @@ T = TypeVar("T")
 REQUEST_BYTES = 8 * 2**20
 """A batch is split into requests of about this size, or of one clip where a clip is larger: scoring begins
 when the first of them has arrived."""
-IN_FLIGHT = 8
-"""Requests under way at a time: some are scored while the next one travels."""
+IN_FLIGHT = 3
+"""Requests under way at a time: one is scored, one is there, one travels. More would all be prepared and sent
+while the first is scored, in its way where the server is on the same machine."""
 PART_BYTES = 2**20
 """Of a body at a time: every part costs some Python, and copies in the processor's cache are cheap."""
 NO_BODY = Body(b"", memoryview(b""))
