@@ -1,6 +1,6 @@
 """What a reward server costs, and what of scoring hides behind generation.
 
-    python benchmarks/reward_service.py [--quick] [--repeats 5] [--json PATH]
+    python benchmarks/reward_service.py [--quick] [--repeats 5] [--parts throughput overlap] [--json PATH]
 
 The scorer of both parts does nothing for a known time per clip, as one that waits for its own device does.
 """
@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -36,6 +36,8 @@ SECONDS = "KVPO_BENCHMARK_CLIP_SECONDS"
 """Environment variable: what a clip costs in `paced`."""
 CLIPS = 9
 """Of one group: eight branches and the anchor."""
+BUSY = 4
+"""Batches, two at a time, that keep a server busy, as two processes of a run do."""
 BRANCHES, GROUPS = 4, 6
 
 
@@ -114,7 +116,10 @@ def server(cost: float, scorer: str = "paced") -> Iterator[RemoteScorer]:
 
 
 def throughput(size: Size, cost: float, repeats: int) -> dict[str, Any]:
-    """Clips per second of one batch in process and through a server, which give the same numbers."""
+    """Clips per second in process and through a server, which give the same numbers.
+
+    Through the server one batch alone, whose first clip's journey nothing hides, and several, two at a time.
+    """
     generator = torch.Generator().manual_seed(0)
     shape = (CLIPS, size.frames, 3, size.height, size.width)
     video, prompts = torch.rand(shape, generator=generator).to(size.dtype), [ClipPrompt("")] * CLIPS
@@ -124,7 +129,16 @@ def throughput(size: Size, cost: float, repeats: int) -> dict[str, Any]:
         here, there = size.scorer(video, prompts), remote(video, prompts)[name]
         if not torch.equal(here, there):
             raise SystemExit("a server gave other scores than the same function here")
-        arms = {"here": lambda: size.scorer(video, prompts), "server": lambda: remote(video, prompts)}
+
+        def busy() -> None:
+            with ThreadPoolExecutor(2) as threads:
+                list(threads.map(lambda _: remote(video, prompts), range(BUSY)))
+
+        arms = {
+            "here": lambda: size.scorer(video, prompts),
+            "server": lambda: remote(video, prompts),
+            "busy": busy,
+        }
         seconds = alternated(arms, repeats)
     return {
         "clips": size.name,
@@ -133,6 +147,8 @@ def throughput(size: Size, cost: float, repeats: int) -> dict[str, Any]:
         "in process (clips/s)": CLIPS / seconds["here"],
         "server (clips/s)": CLIPS / seconds["server"],
         "slower by": 1 - seconds["here"] / seconds["server"],
+        "busy server (clips/s)": BUSY * CLIPS / seconds["busy"],
+        "busy, slower by": 1 - BUSY * seconds["here"] / seconds["busy"],
     }
 
 
@@ -258,24 +274,29 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--quick", action="store_true", help="one size, one share, one repeat: a check")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--json", type=Path)
+    parser.add_argument(
+        "--parts", nargs="+", choices=["throughput", "overlap"], default=["throughput", "overlap"]
+    )
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     repeats = 1 if options.quick else options.repeats
-    sizes = (replace(SIZES[0], costs=(0.05,)),) if options.quick else SIZES
     numbers: dict[str, Any] = {"machine": machine()}
     section("Machine", ", ".join(f"{name} {value}" for name, value in numbers["machine"].items()))
-    numbers["throughput"] = [throughput(size, cost, repeats) for size in sizes for cost in size.costs]
-    section(
-        f"A batch of {CLIPS} clips, in process and through a server",
-        shown(numbers["throughput"], ["slower by"]),
-    )
-    config = overlap_config(2 if options.quick else GROUPS)
-    shares = (0.5,) if options.quick else (0.5, 1.0, 2.0)
-    numbers["overlap"] = [overlap(config, share, repeats) for share in shares]
-    section(
-        "Scoring beside generation, one group's rows at a time",
-        shown(numbers["overlap"], ["hidden", "hidden, server"]),
-    )
+    if "throughput" in options.parts:
+        sizes = (replace(SIZES[0], costs=(0.05,)),) if options.quick else SIZES
+        numbers["throughput"] = [throughput(size, cost, repeats) for size in sizes for cost in size.costs]
+        section(
+            f"Batches of {CLIPS} clips, in process and through a server",
+            shown(numbers["throughput"], ["slower by", "busy, slower by"]),
+        )
+    if "overlap" in options.parts:
+        config = overlap_config(2 if options.quick else GROUPS)
+        shares = (0.5,) if options.quick else (0.5, 1.0, 2.0)
+        numbers["overlap"] = [overlap(config, share, repeats) for share in shares]
+        section(
+            "Scoring beside generation, one group's rows at a time",
+            shown(numbers["overlap"], ["hidden", "hidden, server"]),
+        )
     write_json(options.json, numbers)
 
 

@@ -1,5 +1,6 @@
 """A reward server and its client over a real loopback connection: right numbers, or a clear error."""
 
+import asyncio
 import json
 import math
 import socket
@@ -19,7 +20,7 @@ from kvpo.rewards import scoring_queue
 from kvpo.rewards.client import Link, Patience, RemoteScorer, connect
 from kvpo.rewards.protocol import Declaration, Sampling
 from kvpo.rewards.scoring_queue import ScoringQueue
-from kvpo.rewards.server import Limits
+from kvpo.rewards.server import Limits, reward_app
 from kvpo.rewards.wire import (
     Body,
     Offer,
@@ -411,6 +412,21 @@ def test_limits_of_a_request() -> None:
         with pytest.raises(ValueError, match="a clip of \\[500, 3, 2, 2\\] has 24,000 bytes, its limit"):
             remote(torch.zeros(1, 500, 3, 2, 2), prompts[:1])
         assert httpx.get(f"{url}/health").json()["held_bytes"] == 0
+
+
+def test_a_body_that_ends_early_is_refused() -> None:
+    """Below HTTP, which would not let it through: the rest would be what an earlier request left behind."""
+    app = reward_app([Named(number_of)], [offer(Named(number_of))], frame_rate=16.0)
+    video, prompts = numbered(1)
+    whole = encoded(Question(video, tuple(prompts), ("own",)))
+
+    async def posted(body: bytes) -> httpx.Response:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
+            return await client.post("/score", content=body, headers={"Content-Length": str(len(whole))})
+
+    assert asyncio.run(posted(whole)).status_code == 200
+    short = asyncio.run(posted(whole[:-8]))
+    assert short.status_code == 400 and f"{len(whole):,} were declared" in short.json()["detail"]
 
 
 def test_a_full_queue_says_when_to_come_back_and_the_client_does() -> None:
