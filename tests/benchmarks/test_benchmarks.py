@@ -127,6 +127,7 @@ def test_without_a_gpu_nothing_is_measured(name, monkeypatch, capsys):
     assert "no CUDA device" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_plan_is_compared_with_every_phase_of_a_tiny_run(tmp_path):
     import gpu_plan
 
@@ -136,6 +137,7 @@ def test_the_plan_is_compared_with_every_phase_of_a_tiny_run(tmp_path):
     assert all(row["planned GB"] > 0 and row["measured s"] > 0 for row in phases)
 
 
+@pytest.mark.slow
 def test_the_large_rewards_score_alike_in_both_processes(tmp_path, monkeypatch):
     import gpu_rewards
 

@@ -513,7 +513,8 @@ def test_ten_thousand_queued_clips(monkeypatch: pytest.MonkeyPatch) -> None:
     size = len(encoded(Question(video, tuple(prompts), ("own",)))) + 200  # later numbers are longer
     room = 270 * size
     monkeypatch.setattr(client_module, "REQUEST_BYTES", 25 * 96)
-    monkeypatch.setattr(client_module, "IN_FLIGHT", 100)
+    for limit in ("IN_FLIGHT", "CONNECTIONS"):
+        monkeypatch.setattr(client_module, limit, 100)
     release, most_held = threading.Event(), [0]
 
     def observed(video: Any, prompts: Any) -> Any:

@@ -22,9 +22,11 @@ T = TypeVar("T")
 REQUEST_BYTES = 8 * 2**20
 """A batch is split into requests of about this size, or of one clip where a clip is larger: scoring begins
 when the first of them has arrived."""
+CONNECTIONS = 8
+"""Most connections of one client."""
 IN_FLIGHT = 3
-"""Requests under way at a time: one is scored, one is there, one travels. More would all be prepared and sent
-while the first is scored, in its way where the server is on the same machine."""
+"""Requests of a batch under way at a time: one is scored, one is there, one travels. More would all be
+prepared and sent while the first is scored, in its way where the server is on the same machine."""
 PART_BYTES = 2**20
 """Of a body at a time: every part costs some Python, and copies in the processor's cache are cheap."""
 NO_BODY = Body(b"", memoryview(b""))
@@ -78,7 +80,7 @@ class Link:
             base_url=self.url,
             headers={} if token is None else {"Authorization": f"Bearer {token}"},
             timeout=httpx.Timeout(None, connect=CONNECT_SECONDS),
-            limits=httpx.Limits(max_connections=IN_FLIGHT),
+            limits=httpx.Limits(max_connections=CONNECTIONS),
             trust_env=False,  # a proxy for the web knows nothing of this machine's own addresses
             verify=self.url.startswith("https:"),  # reading all certificates takes a fifth of a second
         )
