@@ -181,9 +181,9 @@ def measure(
     planned = REWARD_BYTES[name] + SCORING
     line = [name, seconds["here"] / clips, seconds["server"] / clips, 1 - seconds["here"] / seconds["server"],
             planned / GB, peak / GB, apart]  # fmt: skip
-    return [f"{cell:.1%}" if n == 3 else cell for n, cell in enumerate(line)], dict(
-        zip(COLUMNS, line, strict=True)
-    )
+    named = dict(zip(COLUMNS, line, strict=True))
+    sys.stderr.write(f"{named}\n")  # kept where the rest is cut off
+    return [f"{cell:.1%}" if n == 3 else cell for n, cell in enumerate(line)], named
 
 
 COLUMNS = ("reward", "s per clip, here", "s per clip, server", "slower by", "planned GB", "peak GB",
