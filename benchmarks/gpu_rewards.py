@@ -10,19 +10,16 @@ usual length.
 
 import argparse
 import os
-import socket
-import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from gpu import Clock
-from measuring import alternated, machine, section, table, write_json
+from measuring import alternated, machine, reward_server, section, table, write_json
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast, Qwen2VLConfig
@@ -31,7 +28,6 @@ from kvpo.app.plan import REWARD_BYTES, SCORING
 from kvpo.prompts import ClipPrompt
 from kvpo.rewards import hpsv3 as hpsv3_module
 from kvpo.rewards import videoalign as videoalign_module
-from kvpo.rewards.client import RemoteScorer, connect
 from kvpo.rewards.hpsv3 import HPSv3Scorer
 from kvpo.rewards.protocol import Scorer
 from kvpo.rewards.qwen_reward import QwenReward, tokenizer_with
@@ -139,23 +135,6 @@ def videoalign(video_BTCHW: Tensor, prompts: Sequence[ClipPrompt]) -> Tensor:
 hpsv3.eight_bit = videoalign.eight_bit = True  # type: ignore[attr-defined]
 
 
-@contextmanager
-def server(name: str) -> Iterator[RemoteScorer]:
-    """One of the functions behind `kvpo reward-server` in another process on the same card."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port = listener.getsockname()[1]
-    reward = f"gpu_rewards:{name}"
-    command = [sys.executable, "-m", "kvpo", "reward-server", "--reward", reward, "--port", str(port)]
-    process = subprocess.Popen(command, cwd=Path(__file__).parent, stderr=subprocess.DEVNULL)
-    try:
-        remote = connect(f"http://127.0.0.1:{port}", [reward])
-        yield remote
-        remote.close()
-    finally:
-        process.terminate()
-        process.wait(60)
-
-
 def measure(
     name: str, call: Callable[..., Tensor], video_BTCHW: Tensor, repeats: int
 ) -> tuple[list[object], dict[str, Any]]:
@@ -171,7 +150,7 @@ def measure(
     clock.forget_peak()
     here()
     peak = clock.peak()
-    with server(name) as remote:
+    with reward_server(f"gpu_rewards:{name}", {}) as remote:
         found = remote(video_BTCHW, prompts)[name]
         apart = float((found - expected).abs().max() / expected.abs().max())
         if apart > 1e-2:

@@ -3,7 +3,9 @@
 import json
 import os
 import platform
+import socket
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,6 +17,7 @@ import torch
 import yaml
 
 from kvpo.models.cache import FrameCache
+from kvpo.rewards.client import RemoteScorer, connect
 
 Arms = Mapping[str, Callable[[], Any]]
 
@@ -66,6 +69,26 @@ def machine(device: str = "cpu") -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
     }
+
+
+@contextmanager
+def reward_server(reward: str, environment: Mapping[str, str]) -> Iterator[RemoteScorer]:
+    """A function of a benchmark behind `kvpo reward-server` in another process."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "kvpo", "reward-server", "--reward", reward, "--port", str(port)],
+        cwd=Path(__file__).parent,
+        env={**os.environ, **environment},
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        remote = connect(f"http://127.0.0.1:{port}", [reward])
+        yield remote
+        remote.close()
+    finally:
+        process.terminate()
+        process.wait(60)
 
 
 def given_settings(words: Sequence[str]) -> dict[str, Any]:

@@ -7,20 +7,17 @@ The scorer of both parts does nothing for a known time per clip, as one that wai
 
 import argparse
 import os
-import socket
 import statistics
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from measuring import alternated, machine, section, table, write_json
+from measuring import alternated, machine, reward_server, section, table, write_json
 from torch import Tensor
 
 from kvpo.app.build import build_setup
@@ -28,7 +25,7 @@ from kvpo.app.presets import demo
 from kvpo.config import Config
 from kvpo.engine.background import in_background
 from kvpo.prompts import ClipPrompt
-from kvpo.rewards.client import RemoteScorer, connect
+from kvpo.rewards.client import RemoteScorer
 from kvpo.rewards.wire import eight_bit
 from kvpo.training.trainer import Trainer
 
@@ -93,26 +90,10 @@ SIZES = (
 )
 
 
-@contextmanager
-def server(cost: float, scorer: str = "paced") -> Iterator[RemoteScorer]:
-    """`paced`, or the other one, behind `kvpo reward-server` in another process."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port = listener.getsockname()[1]
-    reward = f"reward_service:{scorer}"
-    command = [sys.executable, "-m", "kvpo", "reward-server", "--reward", reward]
-    process = subprocess.Popen(
-        [*command, "--port", str(port)],
-        cwd=Path(__file__).parent,
-        env={**os.environ, SECONDS: str(cost), "OMP_NUM_THREADS": str(torch.get_num_threads())},
-        stderr=subprocess.DEVNULL,
-    )
-    try:
-        remote = connect(f"http://127.0.0.1:{port}", [reward])
-        yield remote
-        remote.close()
-    finally:
-        process.terminate()
-        process.wait(60)
+def server(cost: float, scorer: str = "paced") -> AbstractContextManager[RemoteScorer]:
+    """`paced`, or the other one, behind a server with as many threads as there are here."""
+    threads = str(torch.get_num_threads())
+    return reward_server(f"reward_service:{scorer}", {SECONDS: str(cost), "OMP_NUM_THREADS": threads})
 
 
 def throughput(size: Size, cost: float, repeats: int) -> dict[str, Any]:

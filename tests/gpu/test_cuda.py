@@ -61,7 +61,8 @@ def explored(config: Config) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_float32_agrees_with_the_cpu(name: str, tmp_path: Path) -> None:
+def test_float32_agrees_with_the_cpu(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # on by default: ten bits of mantissa
     changes = {"optim__updates": 1, "segments": 1 if name == "self-forcing-1.3b" else 2}
     latents, scores, gradients = explored(tiny_wan(name, tmp_path, **changes))
     on_cuda = explored(tiny_wan(name, tmp_path, device="cuda", **changes))
@@ -70,8 +71,7 @@ def test_float32_agrees_with_the_cpu(name: str, tmp_path: Path) -> None:
     largest = max(float(gradient.abs().max()) for gradient in gradients.values())
     assert largest > 0
     for key, gradient in gradients.items():
-        # The temperature is calibrated to small differences of energies, which magnifies rounding.
-        assert float((on_cuda[2][key] - gradient).abs().max()) < 1e-2 * largest, key
+        assert float((on_cuda[2][key] - gradient).abs().max()) < 1e-3 * largest, key
 
 
 @pytest.mark.parametrize("compiled", [False, True])

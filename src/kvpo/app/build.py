@@ -19,7 +19,7 @@ from kvpo.engine.generator import PageShape, StreamingGenerator
 from kvpo.engine.noise import keyed_generator
 from kvpo.engine.scoring import Scorer
 from kvpo.method.flow import few_step_sigmas
-from kvpo.models.adapters import add_adapter
+from kvpo.models.adapters import add_adapter, leave_casts_to_autocast
 from kvpo.models.causal_wan import CausalWan, WanShape
 from kvpo.models.deployment import Deployment
 from kvpo.models.tensor_files import read_file
@@ -39,6 +39,8 @@ def streaming_generator(config: Config, transformer: CausalWan) -> StreamingGene
     """The streaming generator of a configuration around a transformer."""
     stream, shape = config.stream, transformer.shape
     autocast = None if config.optim.autocast == "none" else torch.bfloat16
+    if autocast is not None:
+        leave_casts_to_autocast(transformer)
     return StreamingGenerator(
         transformer=transformer,
         deployment=Deployment(

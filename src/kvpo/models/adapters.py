@@ -65,10 +65,7 @@ def lora_config(adapter: AdapterState, base_model: str | None = None) -> LoraCon
 
 
 def _inject(model: nn.Module, adapter: AdapterState, name: str, dtype: torch.dtype) -> None:
-    """Add an adapter under ``name`` with a copy of the given weights on the model's device.
-
-    A model in a lower precision than its adapter has to be called under autocast.
-    """
+    """Add an adapter under ``name`` with a copy of the given weights on the model's device."""
     # On the meta device, PEFT's own initialisation draws nothing from the global generator.
     with warnings.catch_warnings():
         warnings.filterwarnings(
@@ -79,8 +76,6 @@ def _inject(model: nn.Module, adapter: AdapterState, name: str, dtype: torch.dty
         layer = model.get_submodule(module)
         assert isinstance(layer, LoraLayer)
         device = cast(Tensor, layer.get_base_layer().weight).device
-        # Under autocast an input would be widened to the adapter's float32 only to be narrowed again.
-        layer.cast_input_dtype_enabled = False
         for half, tensor in zip((layer.lora_A, layer.lora_B), adapter.pair(module), strict=True):
             value = tensor.detach().to(device=device, dtype=dtype, copy=True)
             half[name].weight = nn.Parameter(value, requires_grad=name == TRAINED)
@@ -137,6 +132,15 @@ def load_adapter(model: nn.Module, adapter: AdapterState, *, dtype: torch.dtype 
         _inject(model, adapter, name, dtype)
     for layer in _lora_layers(model):
         layer.set_adapter(TRAINED)
+
+
+def leave_casts_to_autocast(model: nn.Module) -> None:
+    """For a model that is only called under autocast: no longer widen inputs to the adapter's precision.
+
+    Autocast would narrow them again, to the same bits; without autocast the precisions would not match.
+    """
+    for layer in _lora_layers(model):
+        layer.cast_input_dtype_enabled = False
 
 
 @torch.no_grad()
