@@ -12,6 +12,7 @@ import argparse
 import os
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
@@ -148,8 +149,10 @@ def measure(
 
     expected = here()
     clock.forget_peak()
+    started = time.perf_counter()
     here()
-    peak = clock.peak()
+    taken, peak = time.perf_counter() - started, clock.peak()
+    sys.stderr.write(f"{name}, here: {taken / clips:.3g} s per clip, {peak / GB:.4g} GB\n")
     with reward_server(f"gpu_rewards:{name}", {}) as remote:
         found = remote(video_BTCHW, prompts)[name]
         apart = float((found - expected).abs().max() / expected.abs().max())

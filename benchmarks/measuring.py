@@ -7,6 +7,7 @@ import socket
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -76,19 +77,33 @@ def reward_server(reward: str, environment: Mapping[str, str]) -> Iterator[Remot
     """A function of a benchmark behind `kvpo reward-server` in another process."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "kvpo", "reward-server", "--reward", reward, "--port", str(port)],
-        cwd=Path(__file__).parent,
-        env={**os.environ, **environment},
-        stderr=subprocess.DEVNULL,
-    )
+    with tempfile.TemporaryFile("w+") as said:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "kvpo", "reward-server", "--reward", reward, "--port", str(port)],
+            cwd=Path(__file__).parent,
+            env={**os.environ, **environment},
+            stderr=said,
+        )
+        try:
+            while not _listens(port):
+                if process.poll() is not None:
+                    said.seek(0)
+                    raise SystemExit(f"the reward server ended: {said.read().strip()}")
+                time.sleep(0.1)
+            remote = connect(f"http://127.0.0.1:{port}", [reward])
+            yield remote
+            remote.close()
+        finally:
+            process.terminate()
+            process.wait(60)
+
+
+def _listens(port: int) -> bool:
     try:
-        remote = connect(f"http://127.0.0.1:{port}", [reward])
-        yield remote
-        remote.close()
-    finally:
-        process.terminate()
-        process.wait(60)
+        socket.create_connection(("127.0.0.1", port), 1).close()
+    except OSError:
+        return False
+    return True
 
 
 def given_settings(words: Sequence[str]) -> dict[str, Any]:

@@ -24,14 +24,16 @@ from kvpo.app.build import build_setup
 from kvpo.app.presets import demo
 from kvpo.config import Config
 from kvpo.engine.background import in_background
+from kvpo.engine.scoring import Clip, score_clips
 from kvpo.prompts import ClipPrompt
 from kvpo.rewards.client import RemoteScorer
+from kvpo.rewards.protocol import Scorer
 from kvpo.rewards.wire import eight_bit
 from kvpo.training.trainer import Trainer
 
 SECONDS = "KVPO_BENCHMARK_CLIP_SECONDS"
 """Environment variable: what a clip costs in `paced`."""
-CLIPS = 9
+MEMBERS = 9
 """Of one group: eight branches and the anchor."""
 BUSY = 4
 """Batches, two at a time, that keep a server busy, as two processes of a run do."""
@@ -56,10 +58,12 @@ paced_rounding.eight_bit = True  # type: ignore[attr-defined]
 
 @dataclass(frozen=True)
 class Size:
-    """Clips as a run sends them."""
+    """The videos of a group as a run sends them: all frames, and the first ones by themselves."""
 
     name: str
     frames: int
+    local: int
+    """Frames of the perturbed window."""
     height: int
     width: int
     dtype: torch.dtype
@@ -69,18 +73,19 @@ class Size:
 
     @property
     def bytes_sent(self) -> int:
-        """Of one clip."""
+        """Of one video."""
         width = 1 if self.scorer is paced_rounding else self.dtype.itemsize
         return self.frames * 3 * self.height * self.width * width
 
 
 SIZES = (
-    Size("15 frames of 32 × 32, float32", 15, 32, 32, torch.float32, (0.005, 0.05, 0.2)),
-    Size("33 frames of 240 × 416, float32", 33, 240, 416, torch.float32, (0.05, 0.2)),
-    Size("33 frames of 240 × 416, bfloat16", 33, 240, 416, torch.bfloat16, (0.05, 0.2)),
+    Size("15 frames of 32 × 32, float32", 15, 9, 32, 32, torch.float32, (0.005, 0.05, 0.2)),
+    Size("33 frames of 240 × 416, float32", 33, 15, 240, 416, torch.float32, (0.05, 0.2)),
+    Size("33 frames of 240 × 416, bfloat16", 33, 15, 240, 416, torch.bfloat16, (0.05, 0.2)),
     Size(
         "33 frames of 240 × 416, a scorer that rounds to 8 bits",
         33,
+        15,
         240,
         416,
         torch.bfloat16,
@@ -96,19 +101,43 @@ def server(cost: float, scorer: str = "paced") -> AbstractContextManager[RemoteS
     return reward_server(f"reward_service:{scorer}", {SECONDS: str(cost), "OMP_NUM_THREADS": threads})
 
 
+@dataclass(frozen=True)
+class Here:
+    """A function as a scorer of this process."""
+
+    function: Callable[[Tensor, Sequence[ClipPrompt]], Tensor]
+
+    @property
+    def components(self) -> tuple[str, ...]:
+        """One, of the function's name."""
+        return (self.function.__name__,)
+
+    def __call__(self, video_BTCHW: Tensor, prompts: Sequence[ClipPrompt]) -> dict[str, Tensor]:
+        return {self.components[0]: self.function(video_BTCHW, prompts)}
+
+
 def throughput(size: Size, cost: float, repeats: int) -> dict[str, Any]:
     """Clips per second in process and through a server, which give the same numbers.
 
-    Through the server one batch alone, whose first clip's journey nothing hides, and several, two at a time.
+    Of a group as a run has it scored: a local and a global clip of every member. Then of the global ones
+    alone: one batch, whose first clip's journey nothing hides, and several batches, two at a time.
     """
     generator = torch.Generator().manual_seed(0)
-    shape = (CLIPS, size.frames, 3, size.height, size.width)
-    video, prompts = torch.rand(shape, generator=generator).to(size.dtype), [ClipPrompt("")] * CLIPS
+    shape = (MEMBERS, size.frames, 3, size.height, size.width)
+    video, prompts = torch.rand(shape, generator=generator).to(size.dtype), [ClipPrompt("")] * MEMBERS
+    clips = [
+        (member, Clip(0, frames, ClipPrompt("")))
+        for frames in (size.local, size.frames)
+        for member in range(MEMBERS)
+    ]
     os.environ[SECONDS] = str(cost)
-    name = size.scorer.__name__
-    with server(cost, name) as remote:
-        here, there = size.scorer(video, prompts), remote(video, prompts)[name]
-        if not torch.equal(here, there):
+    here = Here(size.scorer)
+
+    def group(scorer: Scorer) -> Tensor:
+        return score_clips(scorer, video, clips, frames_per_latent=1)
+
+    with server(cost, size.scorer.__name__) as remote:
+        if not torch.equal(group(here), group(remote)):
             raise SystemExit("a server gave other scores than the same function here")
 
         def busy() -> None:
@@ -116,20 +145,22 @@ def throughput(size: Size, cost: float, repeats: int) -> dict[str, Any]:
                 list(threads.map(lambda _: remote(video, prompts), range(BUSY)))
 
         arms = {
-            "here": lambda: size.scorer(video, prompts),
-            "server": lambda: remote(video, prompts),
+            "here": lambda: group(here),
+            "server": lambda: group(remote),
+            "batch here": lambda: here(video, prompts),
+            "batch": lambda: remote(video, prompts),
             "busy": busy,
         }
         seconds = alternated(arms, repeats)
     return {
-        "clips": size.name,
-        "bytes of a clip": size.bytes_sent,
+        "videos": size.name,
+        "bytes of one": size.bytes_sent,
         "scorer (s per clip)": cost,
-        "in process (clips/s)": CLIPS / seconds["here"],
-        "server (clips/s)": CLIPS / seconds["server"],
+        "a group in process (clips/s)": len(clips) / seconds["here"],
+        "server (clips/s)": len(clips) / seconds["server"],
         "slower by": 1 - seconds["here"] / seconds["server"],
-        "busy server (clips/s)": BUSY * CLIPS / seconds["busy"],
-        "busy, slower by": 1 - BUSY * seconds["here"] / seconds["busy"],
+        "one batch, slower by": 1 - seconds["batch here"] / seconds["batch"],
+        "busy server, slower by": 1 - BUSY * seconds["batch here"] / seconds["busy"],
     }
 
 
@@ -267,8 +298,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sizes = (replace(SIZES[0], costs=(0.05,)),) if options.quick else SIZES
         numbers["throughput"] = [throughput(size, cost, repeats) for size in sizes for cost in size.costs]
         section(
-            f"Batches of {CLIPS} clips, in process and through a server",
-            shown(numbers["throughput"], ["slower by", "busy, slower by"]),
+            f"A group of {MEMBERS} members, in process and through a server",
+            shown(
+                numbers["throughput"],
+                ["slower by", "one batch, slower by", "busy server, slower by"],
+            ),
         )
     if "overlap" in options.parts:
         config = overlap_config(2 if options.quick else GROUPS)

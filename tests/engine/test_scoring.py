@@ -119,6 +119,39 @@ def test_scores_are_the_shares_of_what_each_clip_shows() -> None:
     assert min(first for first, *_ in recorder.seen) == 6
 
 
+def test_all_clips_are_handed_out_before_a_score_is_waited_for() -> None:
+    """And the same frames of every member are not copied for it."""
+    events, storages = [], set()
+
+    class Elsewhere(Recorder):
+        def begin(self, video_BTCHW: Tensor, prompts: Any) -> Any:
+            events.append(f"{video_BTCHW.shape[1]} frames begin")
+            storages.add(video_BTCHW.untyped_storage().data_ptr())
+
+            def answer() -> dict[str, Tensor]:
+                events.append(f"{video_BTCHW.shape[1]} frames are waited for")
+                return self(video_BTCHW, prompts)
+
+            return answer
+
+    story = VideoPrompt(0, ("one",), (), 30)
+    group = forked(9, 3, 12)
+    group.root.prompt = story
+    scores = score_group(group, Frames(), Elsewhere(), block=BLOCK)
+    assert events == [
+        "3 frames begin",
+        "15 frames begin",
+        "3 frames are waited for",
+        "15 frames are waited for",
+    ]
+    assert storages == {group.clean_MTCHW.untyped_storage().data_ptr()}
+    expected = score_group(group, Frames(), Recorder(), block=BLOCK)
+    assert torch.equal(scores.local_KM, expected.local_KM) and torch.equal(
+        scores.global_KM, expected.global_KM
+    )
+    assert scores.global_KM[0].tolist() == [16, 116]
+
+
 def test_nothing_before_the_fork_is_shown_unless_a_clip_begins_at_a_switch() -> None:
     recorder = Recorder()
     score_group(forked(21, 3, 6), Frames(), recorder, block=BLOCK)

@@ -248,6 +248,38 @@ def test_a_server_that_stops_reading_costs_its_time_once(monkeypatch: pytest.Mon
         link.close()
 
 
+def test_batches_begun_together_arrive_in_order_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A client that has begun several batches keeps the server busy with the oldest of them."""
+    seen: list[float] = []
+    under_way, most = [0], [0]
+    monkeypatch.setattr(client_module, "REQUEST_BYTES", 96)
+    ask = Link.ask
+
+    async def watched(self: Link, method: str, *rest: Any) -> Any:
+        under_way[0] += method == "POST"
+        most[0] = max(most[0], under_way[0])
+        try:
+            return await ask(self, method, *rest)
+        finally:
+            under_way[0] -= method == "POST"
+
+    monkeypatch.setattr(Link, "ask", watched)
+
+    def observed(video: Any, prompts: Any) -> Any:
+        time.sleep(0.005)
+        seen.extend(number_of(video, prompts).tolist())
+        return number_of(video, prompts)
+
+    with serving(Named(observed), limits=Limits(batch=1)) as url:
+        remote = connect(url, ["own"], patience=QUICK)
+        answers = [remote.begin(*numbered(8, 8 * n)) for n in range(3)]
+        eventually(lambda: len(seen) == 24)
+        last = answers[2]()["own"]
+        found = torch.cat([answers[0]()["own"], answers[1]()["own"], last])
+    assert torch.equal(found, torch.arange(24.0)) and seen == sorted(seen)
+    assert most[0] == client_module.IN_FLIGHT
+
+
 def test_a_large_batch_is_split_and_put_together_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes: list[int] = []
 
@@ -513,8 +545,7 @@ def test_ten_thousand_queued_clips(monkeypatch: pytest.MonkeyPatch) -> None:
     size = len(encoded(Question(video, tuple(prompts), ("own",)))) + 200  # later numbers are longer
     room = 270 * size
     monkeypatch.setattr(client_module, "REQUEST_BYTES", 25 * 96)
-    for limit in ("IN_FLIGHT", "CONNECTIONS"):
-        monkeypatch.setattr(client_module, limit, 100)
+    monkeypatch.setattr(client_module, "IN_FLIGHT", 100)
     release, most_held = threading.Event(), [0]
 
     def observed(video: Any, prompts: Any) -> Any:

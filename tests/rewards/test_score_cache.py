@@ -12,6 +12,7 @@ from torch import Tensor
 from kvpo.prompts import ClipPrompt
 from kvpo.rewards import cache as module
 from kvpo.rewards.cache import CachedScorer, Counts, ScoreCache, clip_digest, code_version, score_cache
+from kvpo.rewards.combined import CombinedScorer
 from tests.processes import CHILDREN
 
 
@@ -40,6 +41,45 @@ PROMPTS = [ClipPrompt("a"), ClipPrompt("bb"), ClipPrompt("ccc")]
 def asked(cache: ScoreCache, version: str = "v1") -> tuple[CachedScorer, Watched]:
     watched = Watched()
     return CachedScorer(watched, version, cache), watched
+
+
+class Here:
+    """The mean of a clip, computed in this process; ``events`` says when."""
+
+    def __init__(self, name: str, events: list[str]) -> None:
+        self.components, self.events = (name,), events
+
+    def __call__(self, video_BTCHW: Tensor, prompts: Any) -> dict[str, Tensor]:
+        self.events.append(f"{self.components[0]} computes")
+        return {self.components[0]: video_BTCHW.mean((1, 2, 3, 4))}
+
+
+class Elsewhere(Here):
+    """The same as if computed elsewhere."""
+
+    def begin(self, video_BTCHW: Tensor, prompts: Any) -> Any:
+        self.events.append(f"{self.components[0]} begins")
+        return lambda: self(video_BTCHW, prompts)
+
+
+def test_scorers_elsewhere_work_while_those_of_this_process_do(tmp_path: Path) -> None:
+    events: list[str] = []
+    cache = score_cache(str(tmp_path))
+    known = CachedScorer(Elsewhere("elsewhere", events), "v1", cache)
+    combined = CombinedScorer((Here("here", events), known, Elsewhere("other", events)))
+    found = combined(clips(3), PROMPTS)
+    assert list(found) == ["here", "elsewhere", "other"] == list(combined.components)
+    assert all(torch.equal(values, clips(3).mean((1, 2, 3, 4))) for values in found.values())
+    assert events == [
+        "elsewhere begins",
+        "other begins",
+        "here computes",
+        "elsewhere computes",
+        "other computes",
+    ]
+    events.clear()
+    assert equal(combined(clips(3), PROMPTS), found) and "elsewhere begins" not in events
+    assert cache.counts == Counts(hits=3, misses=3)
 
 
 def equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:

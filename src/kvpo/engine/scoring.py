@@ -4,6 +4,7 @@ Everything before the fork is identical across branches, so only frames after it
 switches right at the fork, one block before it comes along as what the video showed until then.
 """
 
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -13,7 +14,7 @@ from torch import Tensor
 from kvpo.engine.generator import Codec, pixel_frame
 from kvpo.engine.rollout import Group
 from kvpo.prompts import ClipPrompt, VideoPrompt
-from kvpo.rewards.protocol import Scorer, checked
+from kvpo.rewards.protocol import Scorer, begun, checked
 
 
 @dataclass(frozen=True)
@@ -120,34 +121,49 @@ def in_pixels(clip: Clip, frames_per_latent: int) -> Clip:
 
 def score_clips(
     scorer: Scorer,
-    videos: Sequence[Tensor],
-    clips: Sequence[Clip],
-    offsets: Sequence[int],
+    videos_NTCHW: Tensor,
+    clips: Sequence[tuple[int, Clip]],
     *,
+    offset: int = 0,
     frames_per_latent: int,
 ) -> Tensor:
-    """Score a clip of each video, equal lengths together: ``[K, clips]``.
+    """Score clips, each given with the number of its video, equal lengths together: ``[K, clips]``.
 
-    ``videos`` are ``[T, 3, H, W]`` in [0, 1], their first pixel frame being that of latent frame ``offset``.
+    ``videos_NTCHW`` are in [0, 1], their first pixel frame being that of latent frame ``offset``. All clips
+    are handed out before any score is waited for.
 
     Raises:
         ValueError: the scorer returned a missing, misshapen or non-finite number.
     """
-    clips = [in_pixels(clip, frames_per_latent) for clip in clips]
-    offsets = [pixel_frame(offset, frames_per_latent) for offset in offsets]
+    first = pixel_frame(offset, frames_per_latent)
+    pieces = [(video, in_pixels(clip, frames_per_latent)) for video, clip in clips]
     by_length: dict[int, list[int]] = {}
-    for index, clip in enumerate(clips):
+    for index, (_, clip) in enumerate(pieces):
         by_length.setdefault(clip.stop - clip.start, []).append(index)
     table = torch.empty(len(scorer.components), len(clips))
-    for indices in by_length.values():
-        batch = torch.stack(
-            [videos[n][clips[n].start - offsets[n] : clips[n].stop - offsets[n]] for n in indices]
+    with torch.no_grad():
+        answers = deque(
+            begun(
+                scorer,
+                _batch(videos_NTCHW, [pieces[n] for n in indices], first),
+                [pieces[n][1].prompt for n in indices],
+            )
+            for indices in by_length.values()
         )
-        with torch.no_grad():
-            scores = scorer(batch, [clips[n].prompt for n in indices])
-        for row, name in enumerate(scorer.components):
-            table[row, indices] = checked(name, scores, len(indices))
+        for indices in by_length.values():
+            scores = answers.popleft()()
+            for row, name in enumerate(scorer.components):
+                table[row, indices] = checked(name, scores, len(indices))
     return table
+
+
+def _batch(videos_NTCHW: Tensor, pieces: Sequence[tuple[int, Clip]], first: int) -> Tensor:
+    """Clips of one length, counted in pixel frames; the same frames of every video are not copied."""
+    spans = {(clip.start - first, clip.stop - first) for _, clip in pieces}
+    if len(spans) == 1 and [video for video, _ in pieces] == list(range(len(videos_NTCHW))):
+        start, stop = spans.pop()
+        return videos_NTCHW[:, start:stop]
+    return torch.stack([videos_NTCHW[n, clip.start - first : clip.stop - first] for n, clip in pieces])
 
 
 def score_group(
@@ -160,19 +176,13 @@ def score_group(
     whole = shared_clips(prompt, fork, stop, block=block, plan=plan)
     offset = min(clip.start for clip, _ in local + whole)
     pixels_MTCHW = decode_members(group, codec, lead=fork - offset, block=block)
-    videos, clips, shares, owners = [], [], [], []
-    for signal, pieces in enumerate((local, whole)):
-        for clip, share in pieces:
-            for member, video in enumerate(pixels_MTCHW):
-                videos.append(video)
-                clips.append(clip)
-                shares.append(share)
-                owners.append((signal, member))
-    offsets = [offset] * len(clips)
-    table = score_clips(scorer, videos, clips, offsets, frames_per_latent=codec.frames_per_latent)
-    sums = torch.zeros(2, len(scorer.components), len(pixels_MTCHW))
-    for column, ((signal, member), share) in enumerate(zip(owners, shares, strict=True)):
-        sums[signal, :, member] += share * table[:, column]
+    members = range(len(pixels_MTCHW))
+    shares = [(signal, share) for signal, pieces in enumerate((local, whole)) for _, share in pieces]
+    clips = [(member, clip) for clip, _ in local + whole for member in members]
+    table = score_clips(scorer, pixels_MTCHW, clips, offset=offset, frames_per_latent=codec.frames_per_latent)
+    sums = torch.zeros(2, len(scorer.components), len(members))
+    for (signal, share), scores_KM in zip(shares, table.split(len(members), 1), strict=True):
+        sums[signal] += share * scores_KM
     return Scores(tuple(scorer.components), sums[0], sums[1])
 
 

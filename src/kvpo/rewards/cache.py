@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from kvpo.prompts import ClipPrompt
-from kvpo.rewards.protocol import Scorer, checked
+from kvpo.rewards.protocol import Scorer, begun, checked
 
 logger = logging.getLogger(__name__)
 
@@ -137,28 +137,35 @@ class CachedScorer:
 
     def __call__(self, video_BTCHW: Tensor, prompts: Sequence[ClipPrompt]) -> dict[str, Tensor]:
         """Component -> [B] on the CPU; ValueError for missing, misshapen or non-finite scores."""
+        return self.begin(video_BTCHW, prompts)()
+
+    def begin(self, video_BTCHW: Tensor, prompts: Sequence[ClipPrompt]) -> Callable[[], dict[str, Tensor]]:
+        """Look clips up and begin with those that are not known."""
         kept, size = bool(self.version) and self.cache.file is not None, len(self.components)
         keys = [self._key(video, prompt) for video, prompt in zip(video_BTCHW, prompts, strict=True)]
         first = {key: index for index, key in reversed(list(enumerate(keys)))}
         known = self.cache.read(list(first), size) if kept else {}
         hits = len(known)
         missing = sorted(index for key, index in first.items() if key not in known)
-        if missing:
-            whole = len(missing) == len(keys)
-            scores = self.scorer(
-                video_BTCHW if whole else video_BTCHW[missing], [prompts[index] for index in missing]
-            )
-            table = torch.stack([checked(name, scores, len(missing)) for name in self.components], 1)
-            new = {keys[index]: row for index, row in zip(missing, table.tolist(), strict=True)}
-            if kept:
-                self.cache.write(new)
-            known |= new
-        counts = self.cache.counts
-        counts.hits += hits
-        counts.misses += len(missing)
-        counts.repeats += len(keys) - len(first)
-        columns = torch.tensor([known[key] for key in keys]).reshape(len(keys), size).unbind(1)
-        return dict(zip(self.components, columns, strict=True))
+        unknown_BTCHW = video_BTCHW if len(missing) == len(keys) else video_BTCHW[missing]
+        answer = begun(self.scorer, unknown_BTCHW, [prompts[index] for index in missing]) if missing else None
+
+        def scores() -> dict[str, Tensor]:
+            if answer is not None:
+                found = answer()
+                table = torch.stack([checked(name, found, len(missing)) for name in self.components], 1)
+                new = {keys[index]: row for index, row in zip(missing, table.tolist(), strict=True)}
+                if kept:
+                    self.cache.write(new)
+                known.update(new)
+            counts = self.cache.counts
+            counts.hits += hits
+            counts.misses += len(missing)
+            counts.repeats += len(keys) - len(first)
+            columns = torch.tensor([known[key] for key in keys]).reshape(len(keys), size).unbind(1)
+            return dict(zip(self.components, columns, strict=True))
+
+        return scores
 
     def _key(self, video_TCHW: Tensor, prompt: str) -> bytes:
         own = json.dumps([self.version, self.components]).encode()

@@ -22,10 +22,8 @@ T = TypeVar("T")
 REQUEST_BYTES = 8 * 2**20
 """A batch is split into requests of about this size, or of one clip where a clip is larger: scoring begins
 when the first of them has arrived."""
-CONNECTIONS = 8
-"""Most connections of one client."""
 IN_FLIGHT = 3
-"""Requests of a batch under way at a time: one is scored, one is there, one travels. More would all be
+"""Requests of a client under way at a time: one is scored, one is there, one travels. More would all be
 prepared and sent while the first is scored, in its way where the server is on the same machine."""
 PART_BYTES = 2**20
 """Of a body at a time: every part costs some Python, and copies in the processor's cache are cheap."""
@@ -75,24 +73,34 @@ class Link:
         self.url = checked_url(url)
         self.patience = patience
         self.loop = asyncio.new_event_loop()
+        self.under_way = asyncio.Semaphore(IN_FLIGHT)
+        self.preparation = asyncio.Lock()
         self.road = asyncio.Lock()  # held by the request whose body is leaving
         self.client = httpx.AsyncClient(
             base_url=self.url,
             headers={} if token is None else {"Authorization": f"Bearer {token}"},
             timeout=httpx.Timeout(None, connect=CONNECT_SECONDS),
-            limits=httpx.Limits(max_connections=CONNECTIONS),
+            limits=httpx.Limits(max_connections=IN_FLIGHT),
             trust_env=False,  # a proxy for the web knows nothing of this machine's own addresses
             verify=self.url.startswith("https:"),  # reading all certificates takes a fifth of a second
         )
         threading.Thread(target=self.loop.run_forever, name="kvpo reward client", daemon=True).start()
 
+    def begin(self, coroutine: Coroutine[Any, Any, T]) -> Callable[[], T]:
+        """Run a coroutine; the returned call waits for its result, and ends it if the wait is given up."""
+        future = asyncio.run_coroutine_threadsafe(coroutine, self.loop)
+
+        def result() -> T:
+            try:
+                return future.result()
+            finally:
+                future.cancel()
+
+        return result
+
     def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
         """The result of a coroutine, waited for."""
-        future = asyncio.run_coroutine_threadsafe(coroutine, self.loop)
-        try:
-            return future.result()
-        finally:
-            future.cancel()
+        return self.begin(coroutine)()
 
     def close(self) -> None:
         """Close the connection and end the thread."""
@@ -201,6 +209,14 @@ class RemoteScorer:
         """Component -> [B], in the order of the clips, whichever request they went with.
 
         Raises:
+            ValueError: see ``begin``.
+        """
+        return self.begin(video_BTCHW, prompts)()
+
+    def begin(self, video_BTCHW: Tensor, prompts: Sequence[ClipPrompt]) -> Callable[[], dict[str, Tensor]]:
+        """Send clips, behind those of earlier calls; the returned call waits for component -> [B].
+
+        Raises:
             ValueError: the server refuses, or gave no usable scores in time; names the server and says what.
         """
         rounded = all(declaration.eight_bit for declaration in self.declarations)
@@ -212,14 +228,17 @@ class RemoteScorer:
             )
         clips = max(1, min(REQUEST_BYTES, self.request_bytes) // clip_bytes)
         pieces = [slice(at, at + clips) for at in range(0, len(prompts), clips)]
-        answers = self.link.run(self._score(video_BTCHW.detach(), prompts, pieces, rounded))
-        return {name: torch.cat([answer[name] for answer in answers]) for name in self.components}
+        answers = self.link.begin(self._score(video_BTCHW.detach(), prompts, pieces, rounded))
+
+        def scores() -> dict[str, Tensor]:
+            found = answers()
+            return {name: torch.cat([answer[name] for answer in found]) for name in self.components}
+
+        return scores
 
     async def _score(
         self, video_BTCHW: Tensor, prompts: Sequence[ClipPrompt], pieces: Sequence[slice], rounded: bool
     ) -> list[dict[str, Tensor]]:
-        under_way, preparation = asyncio.Semaphore(IN_FLIGHT), asyncio.Lock()
-
         def body_of(own: tuple[ClipPrompt, ...], clips_BTCHW: Tensor) -> Body:
             sent_BTCHW = (eight_bit(clips_BTCHW) if rounded else clips_BTCHW).cpu()
             return encode_question(Question(sent_BTCHW, own, self.components))
@@ -235,8 +254,8 @@ class RemoteScorer:
                 except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
                     raise Failed(f"unusable scores: {error}") from error
 
-            async with under_way:  # only what is under way is fetched from its device
-                async with preparation:
+            async with self.link.under_way:  # only what is under way is fetched from its device
+                async with self.link.preparation:
                     body = await asyncio.to_thread(body_of, own, video_BTCHW[piece])
                 return await self.link.ask("POST", "/score", read, body)
 

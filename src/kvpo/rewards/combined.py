@@ -1,12 +1,12 @@
 """Several rewards side by side."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from kvpo.prompts import ClipPrompt
-from kvpo.rewards.protocol import Scorer
+from kvpo.rewards.protocol import Scorer, begun
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,13 @@ class CombinedScorer:
 
     def __call__(self, video_BTCHW: Tensor, prompts: Sequence[ClipPrompt]) -> dict[str, Tensor]:
         """Component -> [B]."""
-        scores: dict[str, Tensor] = {}
-        for scorer in self.scorers:
-            scores |= scorer(video_BTCHW, prompts)
+        return self.begin(video_BTCHW, prompts)()
+
+    def begin(self, video_BTCHW: Tensor, prompts: Sequence[ClipPrompt]) -> Callable[[], dict[str, Tensor]]:
+        """Those elsewhere work at once, and while those of this process do."""
+        answers = [begun(scorer, video_BTCHW, prompts) for scorer in self.scorers]
+
+        def scores() -> dict[str, Tensor]:
+            return {name: values for answer in answers for name, values in answer().items()}
+
         return scores

@@ -3,9 +3,10 @@
 Importing this module imports nothing heavy, so that a command line can list rewards and their needs.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from functools import partial
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from kvpo.prompts import ClipPrompt
 
@@ -25,6 +26,30 @@ class Scorer(Protocol):
     def __call__(self, video_BTCHW: "Tensor", prompts: Sequence[ClipPrompt]) -> "dict[str, Tensor]":
         """Score ``video_BTCHW`` (float in [0, 1], RGB) against ``prompts`` (length B): component -> [B]."""
         ...
+
+
+@runtime_checkable
+class Begins(Protocol):
+    """A scorer that need not be waited for: it works elsewhere, or passes clips on to one that does."""
+
+    def begin(
+        self, video_BTCHW: "Tensor", prompts: Sequence[ClipPrompt]
+    ) -> "Callable[[], dict[str, Tensor]]":
+        """Have clips scored, which must not change until then; the returned call waits for the scores."""
+        ...
+
+
+def begun(
+    scorer: Scorer, video_BTCHW: "Tensor", prompts: Sequence[ClipPrompt]
+) -> "Callable[[], dict[str, Tensor]]":
+    """Have clips scored; the returned call waits for the scores. A scorer of this process computes only then.
+
+    Whoever begins everything before waiting for anything keeps scorers elsewhere busy, while those of this
+    process still take their memory one after the other.
+    """
+    if isinstance(scorer, Begins):
+        return scorer.begin(video_BTCHW, prompts)
+    return partial(scorer, video_BTCHW, prompts)
 
 
 @dataclass(frozen=True)

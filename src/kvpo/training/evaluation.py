@@ -116,13 +116,7 @@ def _segment_scores(
     """Frame-weighted mean over each video's segments: ``[K, N]``."""
     clips = [segment_clips(p, 0, p.num_frames, block=block, lead=lead) for p in prompts]
     flat = [(n, clip) for n, own in enumerate(clips) for clip in own]
-    table = score_clips(
-        scorer,
-        [videos[n] for n, _ in flat],
-        [clip for _, clip in flat],
-        [0] * len(flat),
-        frames_per_latent=frames_per_latent,
-    )
+    table = score_clips(scorer, videos, flat, frames_per_latent=frames_per_latent)
     means = torch.zeros(len(table), len(prompts))
     for column, (n, clip) in enumerate(flat):
         share = (clip.stop - clip.start - clip.prompt.switch) / prompts[n].num_frames
