@@ -30,8 +30,9 @@ install: .venv/.stamp
 demo: .venv/.stamp
 	$(BIN)/kvpo align --preset demo --seed $(SEED) --out $(OUT) $(if $(wildcard $(OUT)/checkpoints),--resume)
 
+# Files of tests on up to four cores at a time.
 test: .venv/.stamp
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile
 
 test-slow: .venv/.stamp
 	$(BIN)/python -m pytest -m slow

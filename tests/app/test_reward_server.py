@@ -88,7 +88,8 @@ def test_a_run_with_its_reward_in_another_process_is_the_run_without(
     url: str, tiny_base: Path, tmp_path: Path
 ) -> None:
     lists = {name: list(value) if isinstance(value, tuple) else value for name, value in SETTINGS.items()}
-    few = {"optim.updates": 2, "exploration.rows": 3, "evaluation.diversity_prompts": 0}
+    few = {"optim.updates": 2, "exploration.rows": 3, "evaluation.diversity_prompts": 0,
+           "stream.schedule": [1.0, 0.5]}  # fmt: skip
     (tmp_path / "run.yaml").write_text(yaml.safe_dump({**lists, "base": str(tiny_base), **few}))
     for name, reward in (("here", "world"), ("there", f"world@{url}")):
         command = ["align", "--config", tmp_path / "run.yaml", "--rewards.scorers", reward]

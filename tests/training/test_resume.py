@@ -153,6 +153,7 @@ def arguments(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> list
         "checkpoint.every": 2,
         "evaluation.every": 3,
         "evaluation.diversity_prompts": 0,
+        "stream.schedule": [1.0, 0.5],
     }
     file.write_text(yaml.safe_dump({**lists, **changes}))
     return ["align", "--config", file]
