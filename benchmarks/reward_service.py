@@ -21,6 +21,7 @@ from measuring import alternated, machine, reward_server, section, table, write_
 from torch import Tensor
 
 from kvpo.app.build import build_setup
+from kvpo.app.named_rewards import UserReward
 from kvpo.app.presets import demo
 from kvpo.config import Config
 from kvpo.engine.background import in_background
@@ -101,21 +102,6 @@ def server(cost: float, scorer: str = "paced") -> AbstractContextManager[RemoteS
     return reward_server(f"reward_service:{scorer}", {SECONDS: str(cost), "OMP_NUM_THREADS": threads})
 
 
-@dataclass(frozen=True)
-class Here:
-    """A function as a scorer of this process."""
-
-    function: Callable[[Tensor, Sequence[ClipPrompt]], Tensor]
-
-    @property
-    def components(self) -> tuple[str, ...]:
-        """One, of the function's name."""
-        return (self.function.__name__,)
-
-    def __call__(self, video_BTCHW: Tensor, prompts: Sequence[ClipPrompt]) -> dict[str, Tensor]:
-        return {self.components[0]: self.function(video_BTCHW, prompts)}
-
-
 def throughput(size: Size, cost: float, repeats: int) -> dict[str, Any]:
     """Clips per second in process and through a server, which give the same numbers.
 
@@ -131,12 +117,13 @@ def throughput(size: Size, cost: float, repeats: int) -> dict[str, Any]:
         for member in range(MEMBERS)
     ]
     os.environ[SECONDS] = str(cost)
-    here = Here(size.scorer)
+    name = size.scorer.__name__
+    here = UserReward(name, (name,), size.scorer)
 
     def group(scorer: Scorer) -> Tensor:
         return score_clips(scorer, video, clips, frames_per_latent=1)
 
-    with server(cost, size.scorer.__name__) as remote:
+    with server(cost, name) as remote:
         if not torch.equal(group(here), group(remote)):
             raise SystemExit("a server gave other scores than the same function here")
 

@@ -16,6 +16,8 @@ from kvpo.app.build import build_scorer, build_setup
 from kvpo.app.configuration import preset
 from kvpo.config import Config
 from kvpo.config_checks import ConfigurationError
+from kvpo.engine.scoring import Clip, score_clips
+from kvpo.prompts import ClipPrompt
 from kvpo.rewards.catalogue import requested
 from kvpo.rewards.combined import CombinedScorer
 from kvpo.rewards.consistency import FlickerScorer
@@ -29,6 +31,13 @@ ME = "tests.app.test_rewards_of_a_run"
 def brightness(video_BTCHW: Tensor, prompts: Any) -> Tensor:
     """Anyone's own reward."""
     return video_BTCHW.mean((1, 2, 3, 4))
+
+
+def spoiling(video_BTCHW: Tensor, prompts: Any) -> Tensor:
+    """Brightness again, from somebody who works in place."""
+    means = video_BTCHW.mean((1, 2, 3, 4))
+    video_BTCHW.zero_()
+    return means
 
 
 def flicker(video_BTCHW: Tensor, prompts: Any) -> Tensor:
@@ -62,9 +71,17 @@ def test_several_rewards_are_one_scorer_with_a_weight_per_component() -> None:
     assert torch.equal(scores["shape"], WorldScorer()(clip, [prompt])["shape"])
 
 
+def test_what_a_function_does_to_its_clips_reaches_no_other() -> None:
+    scorer, _ = build_scorer(run_with(f"{ME}:spoiling {ME}:brightness"), 8.0)
+    video = torch.rand(2, 9, 3, 16, 16)
+    clips = [(member, Clip(0, frames, ClipPrompt(""))) for frames in (5, 9) for member in range(2)]
+    found = score_clips(scorer, video, clips, frames_per_latent=1)
+    expected = torch.cat([video[:, :5].mean((1, 2, 3, 4)), video.mean((1, 2, 3, 4))])
+    assert torch.equal(found, torch.stack([expected, expected]))
+
+
 def preset_prompt() -> Any:
     from kvpo.app.build import world_prompts
-    from kvpo.prompts import ClipPrompt
 
     return ClipPrompt(world_prompts("test", 1, 0, 0)["short"][0].segments[0])
 

@@ -54,7 +54,10 @@ class NamedReward:
 
 @dataclass(frozen=True)
 class UserReward:
-    """A user's own reward: clips and prompts to one score each, or to named components of one score each."""
+    """A user's own reward: clips and prompts to one score each, or to named components of one score each.
+
+    It gets a copy: what it does to its clips must not reach those that are scored next.
+    """
 
     name: str
     components: tuple[str, ...]
@@ -63,7 +66,7 @@ class UserReward:
     def __call__(self, video_BTCHW: Tensor, prompts: Sequence[ClipPrompt]) -> dict[str, Tensor]:
         """Component -> scores as tensors. Raises ValueError for whatever goes wrong inside the function."""
         try:
-            result = self.function(video_BTCHW, prompts)
+            result = self.function(video_BTCHW.clone(), prompts)
             scores = result if isinstance(result, Mapping) else {self.components[0]: result}
             return {component: torch.as_tensor(values) for component, values in scores.items()}
         except Exception as error:  # somebody else's code may raise anything
