@@ -54,10 +54,7 @@ class NamedReward:
 
 @dataclass(frozen=True)
 class UserReward:
-    """A user's own reward: clips and prompts to one score each, or to named components of one score each.
-
-    It gets a copy: what it does to its clips must not reach those that are scored next.
-    """
+    """A user's own reward: clips and prompts to one score each, or to named components of one score each."""
 
     name: str
     components: tuple[str, ...]
@@ -65,12 +62,25 @@ class UserReward:
 
     def __call__(self, video_BTCHW: Tensor, prompts: Sequence[ClipPrompt]) -> dict[str, Tensor]:
         """Component -> scores as tensors. Raises ValueError for whatever goes wrong inside the function."""
+        before = _changes(video_BTCHW)
         try:
-            result = self.function(video_BTCHW.clone(), prompts)
+            result = self.function(video_BTCHW, prompts)
             scores = result if isinstance(result, Mapping) else {self.components[0]: result}
-            return {component: torch.as_tensor(values) for component, values in scores.items()}
+            found = {component: torch.as_tensor(values) for component, values in scores.items()}
         except Exception as error:  # somebody else's code may raise anything
             raise ValueError(f"reward {self.name!r} failed: {type(error).__name__}: {error}") from error
+        if (
+            _changes(video_BTCHW) != before
+        ):  # other clips show the same frames, and a copy of all costs too much
+            raise ValueError(
+                f"reward {self.name!r} changed the clips it was given; let it change a copy: video.clone()"
+            )
+        return found
+
+
+def _changes(tensor: Tensor) -> int:
+    """How often a tensor, or what it is a view of, was changed in place, as far as torch keeps count."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def named_rewards(
