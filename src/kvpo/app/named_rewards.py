@@ -69,9 +69,8 @@ class UserReward:
             found = {component: torch.as_tensor(values) for component, values in scores.items()}
         except Exception as error:  # somebody else's code may raise anything
             raise ValueError(f"reward {self.name!r} failed: {type(error).__name__}: {error}") from error
-        if (
-            _changes(video_BTCHW) != before
-        ):  # other clips show the same frames, and a copy of all costs too much
+        # Other clips show the same frames, and a copy of each would cost more than many a reward.
+        if _changes(video_BTCHW) != before:
             raise ValueError(
                 f"reward {self.name!r} changed the clips it was given; let it change a copy: video.clone()"
             )
