@@ -36,6 +36,11 @@ class VideoPrompt:
         """Index of the segment that holds for a block whose first latent frame is ``frame``."""
         return sum(frame >= switch for switch in self.switches)
 
+    @staticmethod
+    def acts_at(switch: int, block: int) -> int:
+        """First frame of the block that a switch acts at, in blocks of so many frames."""
+        return -(-switch // block) * block
+
 
 class ClipPrompt(str):
     """The text a clip is scored against; a plain ``str`` to scorers that need no more.

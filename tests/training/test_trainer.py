@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from kvpo.app.named_rewards import UserReward
-from kvpo.config import ExplorationConfig
 from kvpo.engine.generator import StreamingGenerator
 from kvpo.engine.scoring import score_groups
 from kvpo.prompts import VideoPrompt
@@ -26,8 +25,8 @@ from kvpo.training.checks import (
 )
 from kvpo.training.metrics_log import MetricsLog, read_metrics
 from kvpo.training.run import Run
-from kvpo.training.trainer import Trainer, learning_rate_factor, shared_fork
-from tests.tiny_world import FRAMES, ToyScorer, tiny_config, toy_setup
+from kvpo.training.trainer import Trainer, learning_rate_factor
+from tests.tiny_world import ToyScorer, tiny_config, toy_setup
 
 
 def trainer_of(base: Path, scorer: Any = None, **settings: Any) -> Trainer:
@@ -259,16 +258,6 @@ def test_short_clips_shrink_the_exploration_and_say_so_once(
     assert len(said) == 2, "one warning for each kind of shrinking"
     assert said[0].startswith("exploration.blocks = 3 is more than fits the videos of update 2, which")
     assert first_ratio_max_deviation(trainer) == 0.0
-
-
-def test_prompts_fork_where_every_one_of_them_can(tiny_base: Path) -> None:
-    config = tiny_config(tiny_base)
-    prompts = [VideoPrompt(n, ("a", "b"), (switch,), FRAMES) for n, switch in enumerate((12, 15))]
-    few = replace(config, exploration=replace(ExplorationConfig(), branches=3, blocks=2, tail_blocks=0))
-    drawn = {shared_fork(prompts, few, ("any", n)) for n in range(30)}
-    assert drawn == {(15, few.exploration)}
-    with pytest.raises(ValueError, match=r"prompts \[9\] of 6 latent frames cannot fork anywhere"):
-        shared_fork([VideoPrompt(9, ("a",), (), 6)], few, ("any", 0))
 
 
 class Watched(ToyScorer):

@@ -117,7 +117,7 @@ def plan_run(
     surroundings: Surroundings,
     rates: Rates,
 ) -> Plan:
-    """The plan of a run; ``model`` is on the meta device, ``rollout`` a typical one at its latest fork."""
+    """The plan of a run; ``model`` is on the meta device, ``rollout`` typical: its groups fork alike."""
     parameters = parameters_of(config, model)
     standing = {
         "weights": parameters.weights,
@@ -131,14 +131,13 @@ def plan_run(
     if config.device != "cpu":
         standing["context"] = CONTEXT
     pool = pool_pages(config, generator, rollout)
-    costs = Costs(
-        config, model.shape, parameters.weights + parameters.adapter, generator.page_bytes, rollout.fork
-    )
+    fork = rollout.forks[0].frame
+    costs = Costs(config, model.shape, parameters.weights + parameters.adapter, generator.page_bytes, fork)
     keep = config.checkpoint.keep + 2  # the best one, and the one being written
     return Plan(
         config=config,
         parameters=parameters,
-        fork=rollout.fork,
+        fork=fork,
         pages=pool,
         page=generator.page_bytes,
         standing={name: float(size) for name, size in standing.items() if size},
@@ -159,14 +158,15 @@ def _phases(
     costs: Costs,
     pool: int,
 ) -> tuple[Phase, ...]:
-    exploration, optim, block = rollout.exploration, config.optim, generator.block
+    fork, exploration = rollout.forks[0].frame, rollout.forks[0].exploration
+    optim, block = config.optim, generator.block
     page = generator.page_bytes
     activations = Activations(config, costs.context)
     switches = any(prompt.switches for prompt in rollout.prompts)
     members = exploration.branches + 1
     groups = optim.prompts_per_update
     rows = min(exploration.rows or groups * members, groups * members)
-    again = generator.deployment.reencoded(rollout.fork) if switches else 0
+    again = generator.deployment.reencoded(fork) if switches else 0
 
     def forward(rows: int, streams: int) -> float:
         """Denoising and the clean pass of a block, or re-encoding at a switch, keys and values included."""
@@ -179,15 +179,15 @@ def _phases(
     held_out = evaluation_pages(config, generator, frames, switches=switches)
     stored = {
         "pages": pool * page,
-        "trajectories": optim.rollouts_per_refresh * trajectory_bytes(config, rollout.fork),
+        "trajectories": optim.rollouts_per_refresh * trajectory_bytes(config, fork),
     }
     exploring = forward(rows, min(rows, groups * members))
     beside = exploring if groups * optim.rollouts_per_refresh > 1 else 0.0
     visiting = config.backbone.offload
     tail = exploration.blocks + exploration.tail_blocks
-    decoded = groups * (members * tail * block + rollout.fork)
+    decoded = groups * (members * tail * block + fork)
     states = replayed_states(config)
-    root = blocks_work(costs, rollout.fork // block, min(rows, groups)).times(groups / min(rows, groups))
+    root = blocks_work(costs, fork // block, min(rows, groups)).times(groups / min(rows, groups))
     branches = blocks_work(costs, tail, rows).times(groups * members / rows)
     gradients = {"gradients": 4.0 * parameters.trained}
     phases = [
@@ -244,7 +244,7 @@ def _host(
     config: Config, rollout: PlannedRollout, around: Surroundings, parameters: Parameters
 ) -> dict[str, float]:
     """Host memory: pixels of a group's members, the clips cut from them, what is kept off the device."""
-    exploration, block = rollout.exploration, config.stream.block
+    exploration, block = rollout.forks[0].exploration, config.stream.block
     frames = (exploration.branches + 1) * (exploration.blocks + exploration.tail_blocks) * block
     parts = {
         "process": PROCESS,
