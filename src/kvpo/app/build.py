@@ -18,7 +18,7 @@ from kvpo.config_checks import ConfigurationError
 from kvpo.engine.generator import PageShape, StreamingGenerator
 from kvpo.engine.noise import keyed_generator
 from kvpo.engine.scoring import Scorer
-from kvpo.method.flow import few_step_sigmas
+from kvpo.method.flow import STEPS, few_step_sigmas
 from kvpo.models.adapters import add_adapter, leave_casts_to_autocast
 from kvpo.models.causal_wan import CausalWan, WanShape
 from kvpo.models.deployment import Deployment
@@ -58,7 +58,7 @@ def streaming_generator(config: Config, transformer: CausalWan) -> StreamingGene
         transformer=transformer,
         deployment=deployment_of(stream),
         sigmas=tuple(few_step_sigmas(stream.schedule, stream.shift).tolist()),
-        renoise=stream.step_rule == "renoise",
+        step=STEPS[stream.step_rule],
         latent_shape=(shape.channels, shape.latent_height, shape.latent_width),
         pages=PageShape(shape.num_layers, shape.tokens_per_frame, shape.num_heads, shape.head_dim),
         context_noise=stream.context_noise,

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from kvpo.method.flow import Step
 from kvpo.models.cache import FrameCache
 from kvpo.models.deployment import Deployment
 
@@ -93,8 +94,8 @@ class StreamingGenerator:
     deployment: Deployment
     sigmas: tuple[float, ...]
     """Noise levels of the solver, descending from 1; the last step lands on 0."""
-    renoise: bool
-    """Step rule: re-noise from the tape (True) or Euler on the velocity field (False)."""
+    step: Step
+    """Solver step: Euler on the velocity field, or re-noising from the tape (``kvpo.method.flow.STEPS``)."""
     latent_shape: tuple[int, int, int]
     """Channels, height, width of a latent frame."""
     pages: PageShape

@@ -55,3 +55,25 @@ class SeededTape:
 
     def __call__(self, video: int, block: int, kind: str) -> Tensor:
         return keyed_normal(self.shape, "tape", *self.key, video, block, kind)
+
+
+@dataclass(frozen=True)
+class BranchTape:
+    """A tape with noise of a branch's own in some blocks: sqrt(1 - s^2) eps + s delta."""
+
+    shared: Tape
+    key: tuple[str | int, ...]
+    """Names the branch."""
+    blocks: range
+    """Blocks in which the branch has noise of its own."""
+    strength: float = 1.0
+    """s in [0, 1]: the share of the branch's own noise; 1 is fresh noise."""
+    kinds: tuple[str, ...] = ("initial", "renoise")
+    """Beginnings of the kinds of noise that are the branch's own."""
+
+    def __call__(self, video: int, block: int, kind: str) -> Tensor:
+        noise = self.shared(video, block, kind)
+        if block not in self.blocks or not kind.startswith(self.kinds):
+            return noise
+        own = keyed_normal(tuple(noise.shape), "branch", *self.key, video, block, kind).to(noise)
+        return (1 - self.strength**2) ** 0.5 * noise + self.strength * own

@@ -118,6 +118,7 @@ def rollout_pages(
     together: int = 0,
     switches: bool = True,
     replayed: int = 0,
+    keep_pool: bool = False,
 ) -> Pages:
     """Pages that a rollout forked at ``fork``, and its replay, need at most.
 
@@ -125,14 +126,16 @@ def rollout_pages(
         groups: prompts of the rollout.
         together: groups explored together; 0: all.
         replayed: members replayed together; 0: all.
+        keep_pool: what may be routed is kept for the replay, too.
     """
     together = together or groups
     members = together * (exploration.branches + 1)
     rows = min(exploration.rows or members, members)
     own = (exploration.blocks + exploration.tail_blocks) * generator.block
+    root = kept_pages(generator, fork, exploration.resident_frames or fork, switches=switches)
     return Pages(
-        waiting=kept_pages(generator, fork, switches=switches),
-        root=kept_pages(generator, fork, exploration.resident_frames or fork, switches=switches),
+        waiting=root if keep_pool else kept_pages(generator, fork, switches=switches),
+        root=root,
         growing=min(rows, together) * pages_under_way(generator, fork, switches=switches),
         branches=rows * _branch_pages(generator, exploration, fork, own, switches=switches),
         replay=(replayed or groups * (exploration.branches + 1)) * (exploration.blocks - 1) * generator.block,
@@ -177,6 +180,8 @@ class PlannedRollout:
     """Of every prompt's group."""
     replayed: int = 0
     """Members that will be replayed together; 0: all."""
+    keep_pool: bool = False
+    """Roots keep what may be routed until the replay."""
 
 
 def cache_pages(generator: StreamingGenerator, rollouts: Sequence[PlannedRollout]) -> int:
@@ -196,6 +201,7 @@ def cache_pages(generator: StreamingGenerator, rollouts: Sequence[PlannedRollout
                 together=groups_together(fork.exploration, groups),
                 switches=any(prompt.switches for prompt in rollout.prompts),
                 replayed=rollout.replayed,
+                keep_pool=rollout.keep_pool,
             )
             for fork in rollout.forks
         ]

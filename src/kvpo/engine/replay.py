@@ -1,4 +1,4 @@
-"""Replay of branch states in the deployment context: what the policy would do where a branch has been.
+"""Replay of solver states in the deployment context: what the policy would do where a branch has been.
 
 Root pages stay as the rollout policy stored them; pages of a branch's own earlier blocks are re-encoded by
 the evaluated policy, without gradient, from the branch's stored clean latents (METHOD section 3).
@@ -6,50 +6,39 @@ the evaluated policy, without gradient, from the branch's stored clean latents (
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from kvpo.engine.generator import StreamingGenerator, TextRows
-from kvpo.engine.noise import Tape
 from kvpo.engine.rollout import Group
-from kvpo.engine.stream import TextTable, append_block, commit_banks, text_of
-from kvpo.method.energy import anchor_state_target, velocity_residual
+from kvpo.engine.stream import Stream, append_block, commit_banks, text_of
 from kvpo.models.context import PageContext
-from kvpo.models.deployment import deployment_context
+from kvpo.models.deployment import routed_context
 
 
 @dataclass(frozen=True)
-class Member:
-    """One row of a replay: a branch of a group, or its anchor (the last member)."""
+class ReplayRow:
+    """One trajectory to replay."""
 
-    group: Group
-    index: int
-
-
-@dataclass(frozen=True)
-class ReplayContext:
-    """Deployment contexts of the window's blocks for a batch of members, held while gradients need them."""
-
-    contexts: tuple[PageContext, ...]
-    text: TextRows
-
-    def of(self, blocks: range) -> "ReplayContext":
-        """Only some consecutive blocks of the window."""
-        return ReplayContext(self.contexts[blocks.start : blocks.stop], self.text)
+    root: Stream
+    """What came before the window."""
+    past_PFCHW: Tensor
+    """Clean latents of the window's blocks, of which each block sees the earlier ones."""
+    states_PSFCHW: Tensor
+    """Solver states at which the policy is asked for its velocity."""
+    routes: tuple[tuple[int, ...], ...] | None = None
+    """Pages in the routed slots of every block; None: the deployment context."""
+    recent: int = 0
+    """Past frames that a routed row keeps."""
 
 
-def window_part(group: Group, blocks: range) -> Group:
-    """The group with some consecutive blocks for its window; what comes after is left out."""
-    frames = group.states_MPSFCHW.shape[3]
-    part = slice(blocks.start, blocks.stop)
-    return replace(
-        group,
-        states_MPSFCHW=group.states_MPSFCHW[:, part],
-        velocities_MPSFCHW=group.velocities_MPSFCHW[:, part],
-        clean_MTCHW=group.clean_MTCHW[:, part.start * frames : part.stop * frames],
-    )
+def member_row(group: Group, member: int, steps: int | None = None) -> ReplayRow:
+    """The first ``steps`` states (None: all) that a member of a group visited."""
+    trajectories = group.trajectories
+    states_PSFCHW = trajectories.states_MPSFCHW[member, :, :steps]
+    return ReplayRow(group.root, trajectories.clean_MPFCHW[member], states_PSFCHW)
 
 
 def replay_kind(generator: StreamingGenerator, group: Group) -> tuple[int, int]:
@@ -57,38 +46,46 @@ def replay_kind(generator: StreamingGenerator, group: Group) -> tuple[int, int]:
 
     The latter are as many at every fork once window and memory bank are full, else the fork decides.
     """
-    deployment, bank = generator.deployment, group.root.history.bank
-    full = deployment.local_past is not None and group.fork >= deployment.sink + deployment.local_past
+    deployment, bank, fork = generator.deployment, group.root.history.bank, group.fork
+    full = deployment.local_past is not None and fork >= deployment.sink + deployment.local_past
     banked = not deployment.bank_size or bool(bank) and len(bank[0]) == deployment.bank_size
-    return group.blocks, -1 if full and banked else group.fork
+    return group.blocks, -1 if full and banked else fork
+
+
+@dataclass(frozen=True)
+class ReplayContext:
+    """Contexts of the window's blocks for a batch of rows, held while gradients need them."""
+
+    contexts: tuple[PageContext, ...]
+    text: TextRows
 
 
 @contextmanager
-def replay_context(
-    generator: StreamingGenerator, members: Sequence[Member], texts: TextTable, tape: Tape
-) -> Iterator[ReplayContext]:
-    """Re-encode the members' own blocks under the current policy; pages are released on exit.
+def replay_context(generator: StreamingGenerator, rows: Sequence[ReplayRow]) -> Iterator[ReplayContext]:
+    """Re-encode the rows' own blocks under the current policy; pages are released on exit.
 
-    The members' groups are of one ``replay_kind``.
-    The pages must outlive the backward pass where activations are recomputed, hence a context manager.
+    The rows' groups are of one ``replay_kind``. The pages must outlive the backward pass where activations are
+    recomputed, hence a context manager.
     """
-    streams = [member.group.root.fork() for member in members]
+    streams = [row.root.fork() for row in rows]
     try:
-        text = text_of(streams, texts)
+        text = text_of(streams)
         contexts = []
-        blocks = members[0].group.blocks
+        blocks = len(rows[0].past_PFCHW)
         for block in range(blocks):
             commit_banks(generator, streams, text)
-            context = deployment_context(generator.deployment, [stream.history for stream in streams])
+            routes = [None if row.routes is None else row.routes[block] for row in rows]
+            histories = [stream.history for stream in streams]
+            context = routed_context(generator.deployment, histories, routes, rows[0].recent)
             contexts.append(context)
             if block == blocks - 1:
                 break
-            frames = slice(block * generator.block, (block + 1) * generator.block)
-            clean = torch.stack([member.group.clean_MTCHW[member.index, frames] for member in members])
+            clean = torch.stack([row.past_PFCHW[block] for row in rows])
             noise = None
             if generator.context_noise:
-                at = [(stream.prompt.id, stream.start // generator.block) for stream in streams]
-                noise = torch.stack([tape(*where, "context") for where in at]).to(clean)
+                at = [(one.prompt.id, one.start // generator.block) for one in streams]
+                own = [stream.tape(*where, "context") for stream, where in zip(streams, at, strict=True)]
+                noise = torch.stack(own).to(clean)
             append_block(generator, streams, clean, text, context, noise)
         yield ReplayContext(tuple(contexts), text)
     finally:
@@ -97,35 +94,34 @@ def replay_context(
 
 
 def replay_velocities(
-    generator: StreamingGenerator, members: Sequence[Member], replay: ReplayContext, steps: int
+    generator: StreamingGenerator, rows: Sequence[ReplayRow], replay: ReplayContext, blocks: range
 ) -> Tensor:
-    """The policy's velocities at the members' first ``steps`` states: ``[R, P, steps, F, C, H, W]``.
+    """The policy's velocities at the rows' states in some consecutive blocks: ``[R, P', S, F, C, H, W]``.
 
     Solver steps share their block's context, so they ride in one batch; so do blocks that see equally many
     frames.
     """
-    rows = len(members)
+    steps = rows[0].states_PSFCHW.shape[1]
     sigmas = torch.tensor(generator.sigmas[:steps], dtype=torch.float32)
     velocities = []
-    for together in _equal_sized(replay.contexts):
-        blocks = [block for block, _ in together]
-        states = torch.stack([m.group.states_MPSFCHW[m.index, blocks, :steps] for m in members], 1)
-        repeat = torch.arange(rows, device=states.device).repeat(len(blocks)).repeat_interleave(steps)
-        context = _repeated([context for _, context in together], steps)
-        sigma = sigmas.to(states.device).repeat(len(blocks) * rows)
+    for together in _equal_sized(replay.contexts, blocks):
+        states = torch.stack([row.states_PSFCHW[together] for row in rows], 1)
+        repeat = torch.arange(len(rows), device=states.device).repeat(len(together)).repeat_interleave(steps)
+        context = _repeated([replay.contexts[block] for block in together], steps)
+        sigma = sigmas.to(states.device).repeat(len(together) * len(rows))
         velocity = generator.velocity(states.flatten(0, 2), sigma, replay.text.select(repeat), context)
-        velocities.append(velocity.unflatten(0, (len(blocks), rows, steps)).transpose(0, 1))
+        velocities.append(velocity.unflatten(0, (len(together), len(rows), steps)).transpose(0, 1))
     return torch.cat(velocities, 1)
 
 
-def _equal_sized(contexts: Sequence[PageContext]) -> list[list[tuple[int, PageContext]]]:
+def _equal_sized(contexts: Sequence[PageContext], blocks: range) -> list[list[int]]:
     """Runs of consecutive blocks whose contexts hold equally many frames."""
-    runs: list[list[tuple[int, PageContext]]] = []
-    for block, context in enumerate(contexts):
-        if runs and runs[-1][-1][1].pages.shape == context.pages.shape:
-            runs[-1].append((block, context))
+    runs: list[list[int]] = []
+    for block in blocks:
+        if runs and contexts[runs[-1][-1]].pages.shape == contexts[block].pages.shape:
+            runs[-1].append(block)
         else:
-            runs.append([(block, context)])
+            runs.append([block])
     return runs
 
 
@@ -141,25 +137,3 @@ def _repeated(contexts: Sequence[PageContext], steps: int) -> PageContext:
         sparse_pages=first.sparse_pages,
         sparse_own=first.sparse_own,
     )
-
-
-def branch_residuals(members: Sequence[Member], velocities_RPSFCHW: Tensor) -> Tensor:
-    """mean ||u - v_theta||^2 of every block and step, ``[R, P, S]``: the terms of the energy."""
-    steps = velocities_RPSFCHW.shape[2]
-    own = torch.stack([member.group.velocities_MPSFCHW[member.index, :, :steps] for member in members])
-    return velocity_residual(own, velocities_RPSFCHW)
-
-
-def anchor_state_residuals(
-    generator: StreamingGenerator, group: Group, branches: Sequence[int], anchor_velocity_PSFCHW: Tensor
-) -> Tensor:
-    """Residuals ``[G', P, S]`` between the policy at the anchor's states and what leads to each branch.
-
-    One replayed trajectory, the anchor's, serves every branch of the group (an extension beyond the paper).
-    """
-    blocks, steps = anchor_velocity_PSFCHW.shape[:2]
-    states = group.states_MPSFCHW[-1, :, :steps]
-    clean = group.clean_MTCHW[list(branches), : group.window_frames].unflatten(1, (blocks, -1))
-    sigma = torch.tensor(generator.sigmas[:steps], dtype=states.dtype, device=states.device)
-    target = anchor_state_target(clean[:, :, None], states, sigma.expand(blocks, steps))
-    return velocity_residual(target, anchor_velocity_PSFCHW)

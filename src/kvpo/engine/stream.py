@@ -1,7 +1,7 @@
 """Streaming generation: blocks in lock step for many streams, prompt switches, routed contexts."""
 
 from collections.abc import Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -9,7 +9,7 @@ from torch import Tensor
 from kvpo.engine.generator import StreamingGenerator, TextRows
 from kvpo.engine.noise import Tape
 from kvpo.engine.pages import stream_pages
-from kvpo.method.flow import add_noise, clean_of, euler_step, renoise_step
+from kvpo.method.flow import Step, add_noise, clean_of
 from kvpo.models.cache import FrameCache, History
 from kvpo.models.context import PageContext
 from kvpo.models.deployment import (
@@ -42,9 +42,12 @@ class Trajectory:
 
 @dataclass
 class Stream:
-    """One video being generated."""
+    """One video being generated: what it shows, the noise it reads, and what it has generated so far."""
 
     prompt: VideoPrompt
+    texts: TextTable
+    """Embeddings of the prompt's segments."""
+    tape: Tape
     history: History
     latents: list[Tensor] = field(default_factory=list)
     """Clean blocks so far, each [F, C, H, W]."""
@@ -52,28 +55,37 @@ class Stream:
     """Prompt segment that the stored history is encoded under."""
     fresh_prompt: bool = False
     """No block was generated since the last prompt switch."""
+    step: Step | None = None
+    """Solver step of the next blocks; None: the generator's."""
 
     @property
     def start(self) -> int:
         """First frame of the next block."""
         return self.history.end
 
-    def fork(self) -> "Stream":
-        """A second stream with the same past; shares pages and latents."""
-        return Stream(self.prompt, self.history.fork(), list(self.latents), self.segment, self.fresh_prompt)
+    def fork(self, tape: Tape | None = None, step: Step | None = None) -> "Stream":
+        """A second stream with the same past, with other noise or another solver step from here on.
+
+        Shares pages and latents.
+        """
+        return replace(
+            self, history=self.history.fork(), latents=list(self.latents), tape=tape or self.tape, step=step
+        )
 
 
-def open_stream(generator: StreamingGenerator, cache: FrameCache, prompt: VideoPrompt) -> Stream:
+def open_stream(
+    generator: StreamingGenerator, cache: FrameCache, prompt: VideoPrompt, texts: TextTable, tape: Tape
+) -> Stream:
     """A stream before its first block."""
-    return Stream(prompt, History(cache, generator.deployment.sink))
+    return Stream(prompt, texts, tape, History(cache, generator.deployment.sink))
 
 
-def text_of(streams: Sequence[Stream], texts: TextTable) -> TextRows:
+def text_of(streams: Sequence[Stream]) -> TextRows:
     """Embeddings of the streams' current segments."""
     segments = [stream.prompt.segments[stream.segment] for stream in streams]
-    unique = list(dict.fromkeys(segments))
-    embeddings = torch.stack([texts[segment] for segment in unique])
-    rows = torch.tensor([unique.index(segment) for segment in segments], device=embeddings.device)
+    unique = {segment: stream.texts[segment] for stream, segment in zip(streams, segments, strict=True)}
+    embeddings = torch.stack(list(unique.values()))
+    rows = torch.tensor([list(unique).index(segment) for segment in segments], device=embeddings.device)
     return TextRows(embeddings, rows)
 
 
@@ -82,32 +94,31 @@ def denoise_block(
     noise: Mapping[str, Tensor],
     text: TextRows,
     context: PageContext,
+    step: Step | None = None,
 ) -> Trajectory:
-    """Solve the generator's ODE (or re-noise) from the tape's noise; writes nothing.
+    """Take every solver step of a block with the generator's rule, or ``step``; writes nothing.
 
-    ``noise`` holds ``initial`` and, for the re-noise rule, ``renoise 1`` ..., each [R, F, C, H, W].
+    ``noise`` holds ``initial`` and, for rules that draw, ``renoise 1`` ..., each [R, F, C, H, W].
     """
+    rule = step or generator.step
     x = noise["initial"]
     states, velocities = [], []
     levels = (*generator.sigmas, 0.0)
-    for step, (sigma, sigma_next) in enumerate(zip(levels, levels[1:], strict=False)):
+    for number, (sigma, sigma_next) in enumerate(zip(levels, levels[1:], strict=False), 1):
         level = torch.full((len(x),), sigma, dtype=torch.float32, device=x.device)
         velocity = generator.velocity(x, level, text, context)
         states.append(x)
         velocities.append(velocity)
         if sigma_next == 0.0:
             x = clean_of(velocity, x, sigma)
-        elif generator.renoise:
-            x = renoise_step(clean_of(velocity, x, sigma), noise[f"renoise {step + 1}"], sigma_next)
         else:
-            x = euler_step(x, velocity, sigma, sigma_next)
+            x = rule(x, velocity, sigma, sigma_next, noise.get(f"renoise {number}"))
     return Trajectory(torch.stack(states, 1), torch.stack(velocities, 1), x)
 
 
 def switch_prompts(
     generator: StreamingGenerator,
     streams: Sequence[Stream],
-    texts: TextTable,
     *,
     rows: int = 0,
     reencode_frames: int = 0,
@@ -123,7 +134,7 @@ def switch_prompts(
         stream.segment = stream.prompt.segment_at(stream.start)
         stream.fresh_prompt = True
     if due:
-        commit_banks(generator, due, text_of(due, texts))
+        commit_banks(generator, due, text_of(due))
     alike = []
     for stream in due:
         frames = deployment.reencoded(stream.start)
@@ -132,7 +143,7 @@ def switch_prompts(
         alike.append((*seen_alike(generator, stream), frames, frames == stream.start, *pool))
     for index in lockstep_batches(alike, rows):
         batch = [due[n] for n in index]
-        text = text_of(batch, texts)
+        text = text_of(batch)
         if reencode_frames:
             _reencode_pool(generator, batch, text, reencode_frames)
         context, frames = reencoding_context(deployment, [s.history for s in batch])
@@ -207,8 +218,6 @@ def commit_banks(generator: StreamingGenerator, streams: Sequence[Stream], text:
 def advance(
     generator: StreamingGenerator,
     streams: Sequence[Stream],
-    texts: TextTable,
-    tape: Tape,
     *,
     routes: Sequence[Sequence[int] | None] | None = None,
     recent: int = 0,
@@ -227,26 +236,27 @@ def advance(
         resident: history frames kept for later, counting the sink (0: all); older pages are released.
         reencode_frames: see ``switch_prompts``.
     """
-    switch_prompts(generator, streams, texts, rows=rows, reencode_frames=reencode_frames)
-    commit_banks(generator, streams, text_of(streams, texts))
+    switch_prompts(generator, streams, rows=rows, reencode_frames=reencode_frames)
+    commit_banks(generator, streams, text_of(streams))
     alike = [
-        seen_alike(generator, stream, None if routes is None else routes[n], recent)
+        (*seen_alike(generator, stream, None if routes is None else routes[n], recent), stream.step)
         for n, stream in enumerate(streams)
     ]
     pieces: list[Trajectory] = []
     places: list[int] = []
     for index in lockstep_batches(alike, rows):
         batch = [streams[n] for n in index]
-        text = text_of(batch, texts)
+        text = text_of(batch)
         context = routed_context(
             generator.deployment,
             [stream.history for stream in batch],
             [None if routes is None else routes[n] for n in index],
             recent,
         )
-        noise = _tape_noise(generator, batch, tape)
+        step = batch[0].step or generator.step
+        noise = _tape_noise(generator, batch, step)
         with torch.no_grad():
-            trajectory = denoise_block(generator, noise, text, context)
+            trajectory = denoise_block(generator, noise, text, context, step)
         append_block(generator, batch, trajectory.clean_RFCHW, text, context, noise.get("context"))
         for stream in batch:
             stream.history.keep(reachable_frames(generator.deployment, stream.history, resident))
@@ -260,15 +270,15 @@ def advance(
     )
 
 
-def _tape_noise(generator: StreamingGenerator, streams: Sequence[Stream], tape: Tape) -> dict[str, Tensor]:
-    """The tape's tensors of the streams' next blocks, each [R, F, C, H, W]."""
+def _tape_noise(generator: StreamingGenerator, streams: Sequence[Stream], step: Step) -> dict[str, Tensor]:
+    """The tapes' tensors of the streams' next blocks, each [R, F, C, H, W]."""
     kinds = ["initial"]
-    if generator.renoise:
+    if step.draws:
         kinds += [f"renoise {step}" for step in range(1, len(generator.sigmas))]
     if generator.context_noise:
         kinds.append("context")
     return {
-        kind: torch.stack([tape(s.prompt.id, s.start // generator.block, kind) for s in streams]).to(
+        kind: torch.stack([s.tape(s.prompt.id, s.start // generator.block, kind) for s in streams]).to(
             generator.device
         )
         for kind in kinds
@@ -299,7 +309,6 @@ def give_frames(
     generator: StreamingGenerator,
     streams: Sequence[Stream],
     latents_RTCHW: Tensor,
-    texts: TextTable,
     *,
     resident: int = 0,
 ) -> None:
@@ -314,7 +323,7 @@ def give_frames(
         raise ValueError(
             f"{latents_RTCHW.shape[1]} given latent frames do not fill blocks of {generator.block}"
         )
-    text = text_of(streams, texts)
+    text = text_of(streams)
     for clean in latents_RTCHW.split(generator.block, dim=1):
         commit_banks(generator, streams, text)
         context = deployment_context(generator.deployment, [stream.history for stream in streams])
@@ -346,8 +355,8 @@ def stream_latents(
         batch = prompts[at : at + size]
         switches = any(prompt.switches for prompt in batch)
         cache = generator.new_cache(len(batch) * stream_pages(generator, num_frames, switches=switches))
-        streams = [open_stream(generator, cache, prompt) for prompt in batch]
+        streams = [open_stream(generator, cache, prompt, texts, tape) for prompt in batch]
         for _ in range(num_frames // generator.block):
-            advance(generator, streams, texts, tape, resident=resident)
+            advance(generator, streams, resident=resident)
         finished.append(torch.stack([torch.cat(stream.latents) for stream in streams]))
     return torch.cat(finished)

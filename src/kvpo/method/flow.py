@@ -9,6 +9,7 @@ Nothing is computed in less than float32; results have the latents' type.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -105,6 +106,7 @@ def sde_coefficients(sigma: float, sigma_next: float, kappa: float) -> tuple[flo
     return a, c, math.sqrt(-r_squared * dt)
 
 
+@cache
 def sde_step(kappa: float, lowest: float) -> Step:
     """A stochastic step down to the level ``lowest``, and the Euler step below it; kappa = 0 is Euler."""
 

@@ -6,7 +6,8 @@ as far apart in pixels as CHR's do.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import combinations
 
 import torch
@@ -14,8 +15,10 @@ from torch import Tensor
 
 from kvpo.config import ExplorationConfig
 from kvpo.engine.generator import StreamingGenerator
-from kvpo.engine.noise import Tape, keyed_generator, keyed_normal
-from kvpo.engine.rollout import Group, Rollout, RoutedFrame, draw_routes, grow_roots, pool_of, run_members
+from kvpo.engine.explorers import Explorer, noise_branches
+from kvpo.engine.forks import Fork
+from kvpo.engine.noise import Tape
+from kvpo.engine.rollout import Group, collect
 from kvpo.engine.scoring import score_groups
 from kvpo.engine.stream import TextTable
 from kvpo.prompts import VideoPrompt
@@ -40,29 +43,7 @@ class Diversity:
 
 
 @dataclass(frozen=True)
-class NoiseBranches:
-    """A tape in which every branch has its own noise inside the window: sqrt(1 - s^2) eps + s delta.
-
-    Branch ``b`` of video ``v`` asks under the id ``v * branches + b``.
-    """
-
-    tape: Tape
-    branches: int
-    first_block: int
-    blocks: int
-    strength: float
-    """s in [0, 1]; 1 is fresh noise."""
-
-    def __call__(self, video: int, block: int, kind: str) -> Tensor:
-        shared = self.tape(video // self.branches, block, kind)
-        if not self.first_block <= block < self.first_block + self.blocks:
-            return shared
-        own = keyed_normal(tuple(shared.shape), "noise branch", video, block, kind)
-        return (1 - self.strength**2) ** 0.5 * shared + self.strength * own
-
-
-@dataclass(frozen=True)
-class Fork:
+class Place:
     """Where diversity is measured: prompts that fork at one frame, and what is explored there."""
 
     prompts: tuple[VideoPrompt, ...]
@@ -71,7 +52,7 @@ class Fork:
 
 
 @dataclass(frozen=True)
-class Explorer:
+class Laboratory:
     """What every measurement needs."""
 
     generator: StreamingGenerator
@@ -81,51 +62,15 @@ class Explorer:
     observe: Observer
     broken_below: float
 
-    def routed(self, fork: Fork) -> list[Group]:
-        """CHR branches, the anchor last."""
-        pools = [pool_of(self.generator, one, fork.frame, fork.exploration) for one in fork.prompts]
-        draws = keyed_generator("diversity routes", fork.frame)
-        routes = [draw_routes(pools, index, fork.exploration, draws) for index in range(len(pools))]
-        return self.chosen(fork, routes)
-
-    def chosen(self, fork: Fork, routes: Sequence[Sequence[tuple[RoutedFrame, ...]]]) -> list[Group]:
-        """Branches with given routes, ``[prompts][G][routed]``, and the anchor."""
-        members = [
-            (index, route and [route] * fork.exploration.blocks)
-            for index, own in enumerate(routes)
-            for route in [*own, None]
-        ]
-        return self._run(fork, members, self.tape, None)
-
-    def noisy(self, fork: Fork, strength: float) -> list[Group]:
-        """Branches with their own noise in the deployment context; the last member keeps branch noise too."""
-        count = fork.exploration.branches + 1
-        tape = NoiseBranches(
-            self.tape, count, fork.frame // self.generator.block, fork.exploration.blocks, strength
-        )
-        members = [(index, None) for index in range(len(fork.prompts)) for _ in range(count)]
-        videos = [prompt.id * count + branch for prompt in fork.prompts for branch in range(count)]
-        return self._run(fork, members, tape, videos)
-
-    def _run(self, fork, members, tape, videos) -> list[Group]:
-        rollout: Rollout = grow_roots(
-            self.generator, fork.prompts, fork.frame, self.texts, self.tape, fork.exploration
-        )
-        states, velocities, clean = run_members(
-            self.generator, rollout, members, self.texts, tape, videos=videos, rows=fork.exploration.rows
+    def branches(self, place: Place, explorer: Explorer) -> list[Group]:
+        """Branches as an explorer tells them apart, the anchor last."""
+        forks = [Fork(place.frame, place.exploration)] * len(place.prompts)
+        key = ("diversity", place.frame)
+        rollout = collect(
+            self.generator, place.prompts, forks, self.texts, self.tape, key, explorer=explorer
         )
         rollout.release()
-        rows = [[n for n, (owner, _) in enumerate(members) if owner == g] for g in range(len(rollout.groups))]
-        return [
-            replace(
-                group,
-                routes=tuple(tuple(members[n][1]) for n in own if members[n][1] is not None),
-                states_MPSFCHW=states[own],
-                velocities_MPSFCHW=velocities[own],
-                clean_MTCHW=clean[own],
-            )
-            for group, own in zip(rollout.groups, rows, strict=True)
-        ]
+        return rollout.groups
 
     def measure(self, groups: Sequence[Group]) -> Diversity:
         """Diversity of the branches (without the last member), averaged over groups."""
@@ -150,12 +95,17 @@ class Explorer:
         means = [sum(column) / len(results) for column in zip(*results, strict=True)]
         return Diversity(*means)
 
-    def matched_strength(self, forks: Sequence[Fork], distance: float) -> float:
+    def matched_strength(self, places: Sequence[Place], distance: float) -> float:
         """Noise strength at which noise branches lie ``distance`` apart in pixels, by bisection."""
+
+        def apart(place: Place, strength: float) -> float:
+            noise = partial(noise_branches, strength=strength)
+            return self.measure(self.branches(place, noise)).pixel_distance
+
         low, high = 0.0, 1.0
         for _ in range(6):
             middle = (low + high) / 2
-            found = sum(self.measure(self.noisy(fork, middle)).pixel_distance for fork in forks) / len(forks)
+            found = sum(apart(place, middle) for place in places) / len(places)
             low, high = (middle, high) if found < distance else (low, middle)
         return (low + high) / 2
 

@@ -1,290 +1,334 @@
-"""The policy gradient of one rollout: replay, energies, objective, and backward in micro-batches.
+"""The gradient of one rollout: a table of squared residuals, a loss on it, backward in micro-batches.
 
-The objective sees a branch only as its energy, a number. It is differentiated on those numbers, and each
-micro-batch of branches is backpropagated with its coefficients dL/dE: exact, with one micro-batch's
-activations in memory (METHOD section 6).
+The loss is differentiated on the table's numbers, and each micro-batch of cells is backpropagated with its
+coefficients d loss / d table: exact, with one micro-batch's activations in memory (METHOD section 6).
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from kvpo.config import ObjectiveConfig
 from kvpo.engine.generator import StreamingGenerator
-from kvpo.engine.noise import Tape
-from kvpo.engine.replay import (
-    Member,
-    ReplayContext,
-    anchor_state_residuals,
-    branch_residuals,
-    replay_context,
-    replay_kind,
-    replay_velocities,
-    window_part,
-)
+from kvpo.engine.replay import ReplayRow, replay_context, replay_kind, replay_velocities
 from kvpo.engine.rollout import Group
-from kvpo.engine.stream import TextTable
-from kvpo.method.diagnostics import ObjectiveDiagnostics
-from kvpo.method.objective import objective, velocity_kl
-from kvpo.method.policy import calibrated_temperature, temperature_for_anchor_share
-from kvpo.training.credit import Credit
+from kvpo.engine.stream import Stream
+from kvpo.method.evidence import (
+    Credit,
+    Evidence,
+    Method,
+    Metrics,
+    Tables,
+    joined,
+    residual_table,
+)
 from kvpo.training.policy import Policy
 
 
 @dataclass(frozen=True)
-class Trained:
-    """A group that is trained on."""
-
-    group: Group
-    credit: Credit
-
-    @property
-    def anchor(self) -> int:
-        """Index of the anchor among the group's members."""
-        return self.group.branches
-
-
-@dataclass(frozen=True)
-class Replayer:
-    """Everything a replay needs besides the groups."""
+class Learner:
+    """Everything that turns the branches of a fork into gradients."""
 
     generator: StreamingGenerator
     policy: Policy
-    texts: TextTable
-    tape: Tape
-    config: ObjectiveConfig
+    method: Method
+    settings: Any
+    """The method's own."""
+    steps: int
+    """First solver steps that count."""
+    velocity_kl: float
+    """Weight of the velocity KL to the starting policy."""
     rows: int
-    """Forward rows (members x blocks x steps) per forward pass; 0 means no limit."""
+    """Forward rows (trajectories x blocks x steps) per forward pass; 0 means no limit."""
 
 
 @dataclass(frozen=True)
-class Replayed:
-    """What one pass over some groups gives: a share of every branch's energy, and the anchors' velocities."""
+class Lesson:
+    """What is learned from one fork: the method's evidence, followed by the rows of the velocity KL."""
 
-    energies: tuple[Tensor, ...]
-    """Per group [G']; energies of branches outside the micro-batch are 0."""
-    anchor_velocities: dict[int, Tensor]
-    """Group index -> [blocks, S, F, C, H, W]."""
-    share: float
-    """Of the window's blocks."""
+    root: Stream
+    kind: tuple[int, int]
+    """Lessons of one ``replay_kind`` can be replayed together."""
+    past_MPFCHW: Tensor
+    """Every member's clean latents of the window."""
+    routed_pages: Mapping[int, tuple[tuple[int, ...], ...]]
+    """Pages in the routed slots of branches whose routed history is asked about; ``recent`` frames follow."""
+    recent: int
+    credit: Credit
+    evidence: Evidence
+    drift_rows: int
+
+    @property
+    def blocks(self) -> int:
+        """P, the blocks of the window."""
+        return self.past_MPFCHW.shape[1]
+
+    @property
+    def method_rows(self) -> int:
+        """Rows of the table that the method's loss is about."""
+        return len(self.evidence.query_N) - self.drift_rows
+
+    def row(self, query: int) -> ReplayRow:
+        """One of the trajectories that the evidence asks at."""
+        evidence = self.evidence
+        return ReplayRow(self.root, self.past_MPFCHW[evidence.past_Q[query]], evidence.states_QPSFCHW[query])
+
+    def routed_row(self, number: int) -> ReplayRow:
+        """The trajectory that a row of the table asks at, under the history that its branch was routed."""
+        pages = self.routed_pages[self.evidence.branch_N[number]]
+        return replace(self.row(self.evidence.query_N[number]), routes=pages, recent=self.recent)
+
+    def table(self, velocities_QPSFCHW: Tensor) -> Tensor:
+        """The table [N, P, S] for the velocities at every trajectory."""
+        evidence = self.evidence
+        asked = velocities_QPSFCHW[list(evidence.query_N)]
+        return residual_table(evidence.weights_NPS, evidence.targets_NPSFCHW, asked)
 
 
-def members_together(rows: int, blocks: int, steps: int) -> int:
-    """Members that one replay micro-batch of at most ``rows`` forward rows holds; 0: no limit."""
-    return max(1, rows // (blocks * steps)) if rows else 0
+def lesson_of(learner: Learner, group: Group, credit: Credit, generator: torch.Generator) -> Lesson:
+    """What there is to learn from a group; ``generator`` draws what the evidence needs at random."""
+    method, trajectories = learner.method, group.trajectories
+    evidence = method.evidence(trajectories, credit, learner.steps, learner.settings, generator)
+    drift = method.drift(trajectories, credit, evidence, learner.settings)
+    routed = credit.branches if "routed" in evidence.teachers else ()
+    return Lesson(
+        group.root,
+        replay_kind(learner.generator, group),
+        trajectories.clean_MPFCHW,
+        {branch: group.routed_pages(branch) for branch in routed},
+        group.recent,
+        credit,
+        evidence if drift is None else joined(evidence, drift),
+        0 if drift is None else len(drift.query_N),
+    )
 
 
-def blocks_together(rows: int, blocks: int, steps: int) -> int:
-    """Blocks of a window that one forward pass of at most ``rows`` rows holds, at least one; 0: all."""
-    return min(blocks, max(1, rows // steps)) if rows else blocks
-
-
-def micro_batches(replayer: Replayer, trained: Sequence[Trained]) -> list[list[tuple[int, int]]]:
-    """(group index, member) pairs split into micro-batches of at most ``replayer.rows`` forward rows.
-
-    The groups are of one ``replay_kind``.
-    With the pure anchor-state energy only the anchors are replayed.
-    """
-    weight = replayer.config.anchor_state_weight
-    pairs = []
-    for index, item in enumerate(trained):
-        branches = item.credit.branches if weight < 1 else ()
-        pairs += [(index, branch) for branch in branches] + [(index, item.anchor)]
-    together = members_together(replayer.rows, trained[0].group.blocks, replayer.config.grad_steps)
-    size = together or len(pairs)
+def micro_batches(learner: Learner, lessons: Sequence[Lesson]) -> list[list[tuple[int, int]]]:
+    """(lesson, trajectory) pairs in micro-batches of at most ``learner.rows`` forward rows."""
+    pairs = [(n, query) for n, lesson in enumerate(lessons) for query in range(len(lesson.evidence.past_Q))]
+    size = trajectories_together(learner.rows, lessons[0].blocks, learner.steps) or len(pairs)
     return [pairs[at : at + size] for at in range(0, len(pairs), size)]
 
 
-def group_batches(replayer: Replayer, trained: Sequence[Trained]) -> list[list[Trained]]:
-    """Whole groups of one kind whose replay fits one micro-batch; a group that does not fit stands alone."""
-    batches: list[list[Trained]] = []
-    kinds = [replay_kind(replayer.generator, item.group) for item in trained]
-    for item, kind, before in zip(trained, kinds, [None, *kinds], strict=False):
-        if kind == before and len(micro_batches(replayer, [*batches[-1], item])) == 1:
-            batches[-1].append(item)
+def trajectories_together(rows: int, blocks: int, steps: int) -> int:
+    """Trajectories that one micro-batch of at most ``rows`` forward rows holds; 0: no limit."""
+    return max(1, rows // (blocks * steps)) if rows else 0
+
+
+def lesson_batches(learner: Learner, lessons: Sequence[Lesson]) -> list[list[Lesson]]:
+    """Lessons of one kind whose replay fits one micro-batch; one that does not fit stands alone."""
+    batches: list[list[Lesson]] = []
+    for lesson in lessons:
+        alike = batches and batches[-1][-1].kind == lesson.kind
+        if alike and len(micro_batches(learner, [*batches[-1], lesson])) == 1:
+            batches[-1].append(lesson)
         else:
-            batches.append([item])
+            batches.append([lesson])
     return batches
 
 
 @contextmanager
-def replay_pairs(
-    replayer: Replayer, trained: Sequence[Trained], pairs: Sequence[tuple[int, int]], *, gradients: bool
-) -> Iterator[Iterator[Replayed]]:
-    """Replay a micro-batch under the current policy, some blocks of the window at a time.
+def replayed(
+    learner: Learner, rows: Sequence[ReplayRow], *, gradients: bool = False
+) -> Iterator[Iterator[tuple[range, Tensor]]]:
+    """Replay rows under the current policy, some blocks of the window at a time.
 
-    With ``gradients``, backpropagate each part, inside the context, before the next one is taken.
+    Yields (blocks, velocities [R, P', S, F, C, H, W]). With ``gradients``, backpropagate each part, inside
+    the context, before the next one is taken.
     """
-    members = [Member(trained[index].group, member) for index, member in pairs]
-    window = members[0].group.blocks
-    size = blocks_together(replayer.rows, window, replayer.config.grad_steps)
-    with replay_context(replayer.generator, members, replayer.texts, replayer.tape) as replay:
-        yield (
-            _replayed(
-                replayer, trained, pairs, replay, range(at, min(at + size, window)), gradients=gradients
-            )
-            for at in range(0, window, size)
-        )
+    blocks = len(rows[0].past_PFCHW)
+    size = min(blocks, max(1, learner.rows // learner.steps)) if learner.rows else blocks
+    with replay_context(learner.generator, rows) as replay:
+
+        def parts() -> Iterator[tuple[range, Tensor]]:
+            for at in range(0, blocks, size):
+                part = range(at, min(at + size, blocks))
+                with torch.set_grad_enabled(gradients):
+                    velocities = replay_velocities(learner.generator, rows, replay, part)
+                yield part, velocities
+
+        yield parts()
 
 
-def replay_without_gradients(replayer: Replayer, trained: Sequence[Trained]) -> list[Replayed]:
-    """Replay all micro-batches of some groups under the current policy."""
-    found: list[Replayed] = []
-    for pairs in micro_batches(replayer, trained):
-        with replay_pairs(replayer, trained, pairs, gradients=False) as parts:
-            found += parts
-    return found
+def velocities_of(learner: Learner, lessons: Sequence[Lesson]) -> list[Tensor]:
+    """Velocities [Q, P, S, F, C, H, W] at every trajectory of some lessons, without gradients."""
+    found: list[list[Tensor]] = [[] for _ in lessons]
+    for pairs in micro_batches(learner, lessons):
+        rows = [lessons[n].row(query) for n, query in pairs]
+        for (n, _), velocity in zip(pairs, _whole(learner, rows), strict=True):
+            found[n].append(velocity)
+    return [torch.stack(own) for own in found]
 
 
-def _replayed(
-    replayer: Replayer,
-    trained: Sequence[Trained],
-    pairs: Sequence[tuple[int, int]],
-    replay: ReplayContext,
-    blocks: range,
-    *,
-    gradients: bool,
-) -> Replayed:
-    """One forward pass over some blocks of a micro-batch's members."""
-    weight, steps = replayer.config.anchor_state_weight, replayer.config.grad_steps
-    groups = [window_part(item.group, blocks) for item in trained]
-    members = [Member(groups[index], member) for index, member in pairs]
-    energies, anchors = [], {}
-    with torch.set_grad_enabled(gradients):
-        velocities = replay_velocities(replayer.generator, members, replay.of(blocks), steps)
-        residuals = branch_residuals(members, velocities).sum((1, 2))
-        for index, item in enumerate(trained):
-            rows = {member: row for row, (owner, member) in enumerate(pairs) if owner == index}
-            zero = residuals.new_zeros(())
-            own = [residuals[rows[b]] if b in rows else zero for b in item.credit.branches]
-            energy = (1 - weight) * torch.stack(own)
-            if item.anchor in rows:
-                anchors[index] = velocities[rows[item.anchor]]
-                if weight:
-                    at_anchor = anchor_state_residuals(
-                        replayer.generator, groups[index], item.credit.branches, anchors[index]
-                    )
-                    energy = energy + weight * at_anchor.sum((1, 2))
-            energies.append(energy)
-    return Replayed(tuple(energies), anchors, len(blocks) / trained[0].group.blocks)
+def _whole(learner: Learner, rows: Sequence[ReplayRow]) -> Tensor:
+    with replayed(learner, rows) as parts:
+        return torch.cat([velocities for _, velocities in parts], 1)
 
 
-def energies_of(replayer: Replayer, trained: Sequence[Trained]) -> list[Tensor]:
-    """Energies ``[G']`` of every group under the current policy, without gradients."""
-    energies = []
-    for batch in group_batches(replayer, trained):
-        energies += _sum_energies([part.energies for part in replay_without_gradients(replayer, batch)])
-    return energies
+def tables_of(learner: Learner, lessons: Sequence[Lesson]) -> list[Tensor]:
+    """The table [N, P, S] of every lesson under the current policy, without gradients."""
+    tables: list[Tensor] = []
+    for batch in lesson_batches(learner, lessons):
+        found = zip(batch, velocities_of(learner, batch), strict=True)
+        tables += [lesson.table(velocities) for lesson, velocities in found]
+    return tables
+
+
+def with_old_policy(learner: Learner, lessons: Sequence[Lesson]) -> list[Lesson]:
+    """The lessons with the velocities of the old policy, which is the current one, in their targets."""
+    if not any("old" in lesson.evidence.teachers for lesson in lessons):
+        return list(lessons)
+    known: list[Lesson] = []
+    for batch in lesson_batches(learner, lessons):
+        known += _taught(batch, "old", velocities_of(learner, batch))
+    return known
+
+
+def _taught(lessons: Sequence[Lesson], teacher: str, velocities: Sequence[Tensor]) -> list[Lesson]:
+    """The lessons once the velocities [Q, ...] of one teacher are known."""
+    return [
+        replace(lesson, evidence=lesson.evidence.with_teacher(teacher, found[list(lesson.evidence.query_N)]))
+        for lesson, found in zip(lessons, velocities, strict=True)
+    ]
+
+
+def _with_routed_teacher(learner: Learner, lesson: Lesson) -> Lesson:
+    """The lesson with the policy's own velocities under the branches' routed history in its targets."""
+    rows = [n for n, name in enumerate(lesson.evidence.teacher_N) if name == "routed"]
+    if not rows:
+        return lesson
+    velocities = torch.zeros_like(lesson.evidence.targets_NPSFCHW)
+    size = trajectories_together(learner.rows, lesson.blocks, learner.steps) or len(rows)
+    for at in range(0, len(rows), size):
+        some = rows[at : at + size]
+        velocities[some] = _whole(learner, [lesson.routed_row(n) for n in some])
+    return replace(lesson, evidence=lesson.evidence.with_teacher("routed", velocities))
 
 
 def accumulate_gradients(
-    replayer: Replayer, trained: Sequence[Trained], old_energies: Sequence[Tensor] | None
-) -> tuple[list[ObjectiveDiagnostics], float]:
-    """Add the gradient of the mean objective over the groups to the parameters' ``.grad``.
+    learner: Learner, lessons: Sequence[Lesson], old_tables: Sequence[Tensor] | None
+) -> tuple[list[Metrics], float]:
+    """Add the gradient of the mean loss over the lessons to the parameters' ``.grad``.
 
     Args:
-        old_energies: energies under the rollout policy; None while the current policy still is that policy
-            (they are then the current energies, and the ratio is exactly 1).
+        old_tables: tables under the rollout policy; None while the current policy still is that policy (they
+            are then the current tables, and every ratio is exactly 1).
 
     Returns:
-        diagnostics per group and the velocity KL to the starting policy, averaged over groups.
+        metrics per lesson and the velocity KL to the starting policy, averaged over lessons.
     """
-    diagnostics: list[ObjectiveDiagnostics] = []
+    metrics: list[Metrics] = []
     drift, done = 0.0, 0
-    for batch in group_batches(replayer, trained):
-        old = None if old_energies is None else old_energies[done : done + len(batch)]
+    for batch in lesson_batches(learner, lessons):
+        old = None if old_tables is None else old_tables[done : done + len(batch)]
         done += len(batch)
-        found, kl = _accumulate_batch(replayer, batch, old, len(trained))
-        diagnostics += found
-        drift += kl / len(trained)
-    return diagnostics, drift
+        found, kl = _accumulate_batch(learner, batch, old, len(lessons))
+        metrics += found
+        drift += kl / len(lessons)
+    return metrics, drift
 
 
 def _accumulate_batch(
-    replayer: Replayer, batch: Sequence[Trained], old: Sequence[Tensor] | None, groups: int
-) -> tuple[list[ObjectiveDiagnostics], float]:
-    with replayer.policy.reference():
-        reference = replay_without_gradients(replayer, batch)
-    reference_energies = _sum_energies([part.energies for part in reference])
-    coefficients: list[Tensor] = []
-    found: list[ObjectiveDiagnostics] = []
-    if len(reference) > 1:
-        # The loss couples the branches of a group, so their energies must all be known before any backward.
-        energies = _sum_energies([part.energies for part in replay_without_gradients(replayer, batch)])
-        found, coefficients = _coefficients(replayer, batch, energies, old, reference_energies)
-    drift, done = 0.0, iter(reference)
-    for pairs in micro_batches(replayer, batch):
-        with replay_pairs(replayer, batch, pairs, gradients=True) as parts:
-            for part in parts:
-                if len(reference) == 1:
-                    energies = [energy.detach() for energy in part.energies]
-                    found, coefficients = _coefficients(replayer, batch, energies, old, reference_energies)
-                drift += _backward(replayer, part, coefficients, next(done), groups)
-    return found, drift
+    learner: Learner, batch: Sequence[Lesson], old: Sequence[Tensor] | None, lessons: int
+) -> tuple[list[Metrics], float]:
+    with learner.policy.reference():
+        of_reference = velocities_of(learner, batch)
+    batch = [_with_routed_teacher(learner, item) for item in _taught(batch, "reference", of_reference)]
+    references = [lesson.table(found) for lesson, found in zip(batch, of_reference, strict=True)]
+    batches = micro_batches(learner, batch)
+    now: list[Tensor] | None = None
+    if learner.method.linear:
+        now = references  # the loss has the same gradient at any table
+    elif len(batches) > 1 or learner.rows and learner.rows < batch[0].blocks * learner.steps:
+        # The loss couples cells, so the whole table must be known before any backward.
+        found = velocities_of(learner, batch)
+        now = [lesson.table(velocities) for lesson, velocities in zip(batch, found, strict=True)]
+    coefficients = None if now is None else _coefficients(learner, batch, now, old, references)
+    tables = [torch.zeros_like(table) for table in references]
+    for pairs in batches:
+        rows = [batch[n].row(query) for n, query in pairs]
+        with replayed(learner, rows, gradients=True) as parts:
+            for blocks, velocities in parts:
+                cells = _cells(batch, pairs, blocks, velocities)
+                for n, numbers, part in cells:
+                    tables[n][numbers, blocks.start : blocks.stop] = part.detach()
+                if coefficients is None:
+                    coefficients = _coefficients(learner, batch, tables, old, references)
+                loss = torch.stack(
+                    [
+                        (coefficients[n][numbers, blocks.start : blocks.stop] * part).sum()
+                        for n, numbers, part in cells
+                    ]
+                ).sum()
+                if loss.requires_grad:
+                    (loss / lessons).backward()
+    return _metrics(learner, batch, tables, old, references)
 
 
-def _sum_energies(parts: Sequence[Sequence[Tensor]]) -> list[Tensor]:
-    return [torch.stack(share).sum(0).detach() for share in zip(*parts, strict=True)]
+def _cells(
+    batch: Sequence[Lesson], pairs: Sequence[tuple[int, int]], blocks: range, velocities_RPSFCHW: Tensor
+) -> list[tuple[int, list[int], Tensor]]:
+    """(lesson, rows of its table, their cells [N', P', S]) that a micro-batch of trajectories gives."""
+    found = []
+    part = slice(blocks.start, blocks.stop)
+    for n, lesson in enumerate(batch):
+        places = {query: row for row, (owner, query) in enumerate(pairs) if owner == n}
+        evidence = lesson.evidence
+        numbers = [number for number, query in enumerate(evidence.query_N) if query in places]
+        if not numbers:
+            continue
+        asked = velocities_RPSFCHW[[places[evidence.query_N[number]] for number in numbers]]
+        targets = evidence.targets_NPSFCHW[numbers, part]
+        found.append((n, numbers, residual_table(evidence.weights_NPS[numbers, part], targets, asked)))
+    return found
+
+
+def _losses(
+    learner: Learner,
+    batch: Sequence[Lesson],
+    tables: Sequence[Tensor],
+    old: Sequence[Tensor] | None,
+    references: Sequence[Tensor],
+) -> Iterator[tuple[Tensor, Tensor, Metrics, Tensor]]:
+    """(table that requires gradients, loss, metrics, velocity KL) of every lesson."""
+    for n, lesson in enumerate(batch):
+        rows, table = lesson.method_rows, tables[n].detach().requires_grad_()
+        before = tables[n] if old is None else old[n]
+        with torch.enable_grad():
+            three = Tables(table[:rows], before[:rows].detach(), references[n][:rows])
+            loss, metrics = learner.method.loss(
+                three, lesson.evidence.branch_N[:rows], lesson.credit, learner.settings
+            )
+            yield table, loss, metrics, table[rows:].sum()
 
 
 def _coefficients(
-    replayer: Replayer,
-    batch: Sequence[Trained],
-    energies: Sequence[Tensor],
-    old_energies: Sequence[Tensor] | None,
-    reference_energies: Sequence[Tensor],
-) -> tuple[list[ObjectiveDiagnostics], list[Tensor]]:
-    """Differentiate each group's loss on its G' energies."""
-    config = replayer.config
-    diagnostics, coefficients = [], []
-    for n, item in enumerate(batch):
-        energy = energies[n].detach().requires_grad_()
-        old = energies[n] if old_energies is None else old_energies[n]
-        with torch.enable_grad():
-            loss, found = objective(
-                energy,
-                old,
-                reference_energies[n],
-                item.credit.advantages_G.to(energy),
-                temperature=temperature_of(old, config),
-                clip_low=config.clip_low,
-                clip_high=config.clip_high,
-                simplex_kl_weight=config.simplex_kl,
-                anchor_in_pool=config.anchor_in_pool,
-            )
-            (coefficient,) = torch.autograd.grad(loss, energy)
-        diagnostics.append(found)
-        coefficients.append(coefficient)
-    return diagnostics, coefficients
+    learner: Learner,
+    batch: Sequence[Lesson],
+    tables: Sequence[Tensor],
+    old: Sequence[Tensor] | None,
+    references: Sequence[Tensor],
+) -> list[Tensor]:
+    """d loss / d table of every lesson, the velocity KL included."""
+    return [
+        torch.autograd.grad(loss + learner.velocity_kl * drift, table)[0]
+        for table, loss, _, drift in _losses(learner, batch, tables, old, references)
+    ]
 
 
-def temperature_of(old_energy_G: Tensor, config: ObjectiveConfig) -> float:
-    """The group's Gibbs temperature: fixed, or calibrated to its energies (METHOD section 4)."""
-    if config.temperature is not None:
-        return config.temperature
-    if config.anchor_in_pool:
-        return temperature_for_anchor_share(old_energy_G, config.anchor_share)
-    return calibrated_temperature(old_energy_G)
-
-
-def _backward(
-    replayer: Replayer,
-    part: Replayed,
-    coefficients: Sequence[Tensor],
-    reference: Replayed,
-    groups: int,
-) -> float:
-    """Backpropagate one micro-batch; returns the sum over its anchors of the velocity KL."""
-    loss = torch.stack([(c * e).sum() for c, e in zip(coefficients, part.energies, strict=True)]).sum()
-    drift = 0.0
-    for index, velocity in part.anchor_velocities.items():
-        kl = part.share * velocity_kl(velocity, reference.anchor_velocities[index])
+def _metrics(
+    learner: Learner,
+    batch: Sequence[Lesson],
+    tables: Sequence[Tensor],
+    old: Sequence[Tensor] | None,
+    references: Sequence[Tensor],
+) -> tuple[list[Metrics], float]:
+    """Metrics of every lesson, and the sum of their velocity KLs."""
+    metrics, drift = [], 0.0
+    for _, _, found, kl in _losses(learner, batch, tables, old, references):
+        metrics.append(found)
         drift += float(kl.detach())
-        if replayer.config.velocity_kl:
-            loss = loss + replayer.config.velocity_kl * kl
-    if loss.requires_grad:  # a micro-batch may hold anchors alone, which then only report their drift
-        (loss / groups).backward()
-    return drift
+    return metrics, drift
