@@ -4,6 +4,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from kvpo.files import parse_json, read_text
 from kvpo.prompts import VideoPrompt
 
 _FORMATS = (
@@ -58,18 +59,9 @@ Line = tuple[tuple[str, ...], tuple[int, ...] | None, int | None]
 
 def _lines(path: Path) -> list[tuple[int, str]]:
     """Numbered lines of a file without line ends; blank ones at the end are left out."""
-    if not path.is_file():
+    if not path.exists():
         raise ValueError(f"{path}: no such prompt file")
-    numbered = []
-    for number, raw in enumerate(path.read_bytes().removeprefix(b"\xef\xbb\xbf").rstrip().split(b"\n"), 1):
-        try:
-            line = raw.decode("utf-8").strip()
-        except UnicodeDecodeError as error:
-            raise ValueError(
-                f"{path}, line {number}: not UTF-8 text (byte {raw[error.start]:#04x} at position "
-                f"{error.start + 1}); save the file as UTF-8"
-            ) from error
-        numbered.append((number, line))
+    numbered = [(number, line.strip()) for number, line in enumerate(read_text(path).rstrip().split("\n"), 1)]
     if numbered == [(1, "")]:
         raise ValueError(f"{path}: the file holds no prompts")
     if blank := [number for number, line in numbered if not line]:
@@ -83,9 +75,9 @@ def _text_line(line: str) -> Line:
 
 def _json_line(line: str) -> Line:
     try:
-        record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"not JSON ({error.msg} at position {error.pos + 1}); {_FORMATS}") from error
+        record = parse_json(line)
+    except ValueError as error:
+        raise ValueError(f"{error}; {_FORMATS}") from error
     if not isinstance(record, dict) or ("prompts" in record) == ("segments" in record):
         raise ValueError(f"not a prompt; {_FORMATS}")
     field = "prompts" if "prompts" in record else "segments"

@@ -14,11 +14,11 @@ from kvpo.app.progress import Bars, progress_bars
 from kvpo.config import Config
 from kvpo.config_checks import check
 from kvpo.engine.stream import stream_latents
+from kvpo.files import StorageError, storage_error, write_atomic
 from kvpo.prompt_files import read_prompts
 from kvpo.prompts import VideoPrompt
 from kvpo.report.video import side_by_side, write_video
 from kvpo.training.checkpoint import find_checkpoint
-from kvpo.training.durable import StorageError, storage_error, write_atomic
 from kvpo.training.policy import exchanged, policy_of
 from kvpo.training.run import load_average
 from kvpo.training.setup import Backbone

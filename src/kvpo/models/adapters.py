@@ -17,8 +17,9 @@ from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
+from kvpo.files import named_list
 from kvpo.models.checkpoints import PEFT_PREFIX, AdapterState
-from kvpo.models.tensor_files import check_tensors, named_list
+from kvpo.models.tensor_files import check_tensors
 
 TRAINED = "default"
 REFERENCE = "reference"

@@ -8,7 +8,6 @@ import hashlib
 import html
 import json
 import logging
-import os
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -22,14 +21,15 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, UMT5Config, UMT5EncoderModel
 
+from kvpo.files import named_list, new_file, refuse_pointers
 from kvpo.models.tensor_files import (
     Shapes,
     assign_tensors,
     check_tensors,
     fingerprint,
-    named_list,
     read_safetensors,
     read_tensors,
+    storable,
 )
 
 logger = logging.getLogger(__name__)
@@ -147,6 +147,7 @@ def _load_official(path: Path, device: torch.device | str, dtype: torch.dtype) -
 
 
 def _load_directory(directory: Path, device: torch.device | str, dtype: torch.dtype) -> UMT5EncoderModel:
+    refuse_pointers(directory)
     try:
         loaded: Any = UMT5EncoderModel.from_pretrained(
             directory,
@@ -203,6 +204,7 @@ def load_text_encoder(
     """
     load = _load_directory if weights.is_dir() else _load_official
     model = load(weights, device, dtype).eval().requires_grad_(False)
+    refuse_pointers(tokenizer)
     try:
         vocabulary = AutoTokenizer.from_pretrained(tokenizer, local_files_only=True)
     except (OSError, ValueError) as error:
@@ -236,9 +238,9 @@ class PromptCache:
             return None
         try:
             rows = read_safetensors(path)["embedding"]
-        except (ValueError, KeyError):
+            embedding = rows.new_zeros(self.text_len, rows.shape[1])
+        except (ValueError, KeyError, IndexError):
             return None  # computed and written anew
-        embedding = rows.new_zeros(self.text_len, rows.shape[1])
         embedding[: len(rows)] = rows
         return embedding
 
@@ -248,13 +250,9 @@ class PromptCache:
         used = int(filled.max()) + 1 if len(filled) else 0
         path = self.path(text)
         self.directory.mkdir(parents=True, exist_ok=True)
-        scratch = path.with_name(f".{path.stem}.{os.getpid()}")
-        try:
-            rows = embedding_LD[:used].cpu().contiguous()
-            save_file({"embedding": rows.clone()}, scratch, metadata={"text": clean_text(text)})
-            os.replace(scratch, path)
-        finally:
-            scratch.unlink(missing_ok=True)
+        with new_file(path, failures=(SafetensorError,)) as scratch:
+            rows = storable({"embedding": embedding_LD[:used]})
+            save_file(rows, scratch, metadata={"text": clean_text(text)})
 
     def fill(self, texts: Iterable[str], load: Callable[[], TextEncoder]) -> None:
         """Compute and store the embeddings that are absent; the encoder is loaded only if there are any, and

@@ -8,6 +8,8 @@ import av
 import cv2
 import numpy as np
 
+from kvpo.files import refuse_pointers
+
 SUFFIXES = frozenset(
     ".mp4 .m4v .mov .webm .mkv .avi .gif .apng .mpg .mpeg .ts .m2ts .wmv .flv .3gp .ogv .mjpeg .y4m".split()
 )
@@ -43,6 +45,7 @@ def probe(path: Path) -> VideoFile:
     """
     if path.is_file() and path.stat().st_size == 0:
         raise ValueError("the file is empty")
+    refuse_pointers(path)
     try:
         with av.open(str(path)) as container:
             if not container.streams.video:
