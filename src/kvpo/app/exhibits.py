@@ -34,7 +34,7 @@ def as_bytes(video_TCHW: Tensor) -> Tensor:
 
 def explorer(setup: Setup, prompts: Sequence[VideoPrompt]) -> Explorer:
     """Branch exploration outside training, on the diversity tape."""
-    from kvpo.rewards.world_detector import BROKEN_BELOW, attributes, detect
+    from kvpo.world.detector import BROKEN_BELOW, attributes, detect
 
     def observe(video_BTCHW: Tensor) -> tuple[list[tuple], Tensor]:
         seen = detect(video_BTCHW)
