@@ -12,7 +12,7 @@ MAY_IMPORT = {
     "kvpo.files": set(),
     "kvpo.method": set(),
     "kvpo.config": set(),
-    "kvpo.config_checks": {"kvpo.config", "kvpo.method"},
+    "kvpo.config_checks": {"kvpo.config", "kvpo.method", "kvpo.prompts"},
     "kvpo.prompts": {"kvpo.method"},
     "kvpo.prompt_files": {"kvpo.files", "kvpo.prompts"},
     "kvpo.models": {"kvpo.files", "kvpo.method", "kvpo.prompts"},

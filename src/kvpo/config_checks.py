@@ -1,6 +1,6 @@
 """What must hold between the settings of a run; types are checked where settings are read."""
 
-from math import comb
+from math import comb, inf
 
 from kvpo.config import (
     BackboneConfig,
@@ -13,6 +13,7 @@ from kvpo.config import (
     RewardConfig,
     StreamConfig,
 )
+from kvpo.prompts import VideoPrompt, check_shown
 
 
 class ConfigurationError(ValueError):
@@ -105,6 +106,11 @@ def _prompts(prompts: PromptsConfig, stream: StreamConfig) -> None:
     bounds = (0, *prompts.switches)
     rising = all(a < b for a, b in zip(bounds, prompts.switches, strict=False))
     _require(rising, "prompts.switches", list(prompts.switches), "frames that rise from above 0")
+    try:
+        segments = ("",) * (len(prompts.switches) + 1)
+        check_shown(VideoPrompt(0, segments, prompts.switches, prompts.frames), block)
+    except ValueError as error:
+        raise ConfigurationError(f"prompts.switches: {error}") from error
 
 
 def _model(model: ModelConfig) -> None:
@@ -193,7 +199,10 @@ def _objective(objective: ObjectiveConfig, exploration: ExplorationConfig, strea
     for name in ("keep_best", "keep_worst", "clip_high"):
         _require(vars(objective)[name] >= 0, f"objective.{name}", vars(objective)[name], "0 or more")
     temperature = objective.temperature
-    _require(temperature is None or temperature > 0, "objective.temperature", temperature, "positive or none")
+    _require(
+        temperature is None or 0 < temperature < inf,
+        "objective.temperature", temperature, "positive and finite, or none",
+    )  # fmt: skip
     _require(0 < objective.anchor_share < 1, "objective.anchor_share", objective.anchor_share, "in (0, 1)")
     _require(0 <= objective.clip_low < 1, "objective.clip_low", objective.clip_low, "in [0, 1)")
     _require(
@@ -204,6 +213,13 @@ def _objective(objective: ObjectiveConfig, exploration: ExplorationConfig, strea
         kept <= exploration.branches and kept != 1,
         "objective.keep_best", objective.keep_best,
         f"such that keep_best + keep_worst is 0 (all) or 2 to exploration.branches = {exploration.branches}",
+    )  # fmt: skip
+    members = (kept or exploration.branches) + 1
+    _require(
+        not objective.anchor_in_pool or temperature is not None or objective.anchor_share * members > 1,
+        "objective.anchor_share", objective.anchor_share,
+        f"above 1 / {members}, the anchor's share of a uniform policy over its {members} members: no "
+        "temperature gives it less",
     )  # fmt: skip
 
 

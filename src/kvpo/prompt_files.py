@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from kvpo.files import parse_json, read_text
-from kvpo.prompts import VideoPrompt
+from kvpo.prompts import VideoPrompt, check_shown
 
 _FORMATS = (
     'a JSON line is {"prompts": [...]} with the switch frames of the configuration, or '
@@ -14,7 +14,7 @@ _FORMATS = (
 
 
 def read_prompts(
-    path: str | Path, *, num_frames: int, switches: Sequence[int] = (), first_id: int = 0
+    path: str | Path, *, num_frames: int, switches: Sequence[int] = (), first_id: int = 0, block: int = 1
 ) -> list[VideoPrompt]:
     """The prompts of a file, in order, numbered from ``first_id``.
 
@@ -26,11 +26,12 @@ def read_prompts(
     Args:
         num_frames: latent frames of each video.
         switches: latent frames at which the segments of ``{"prompts": [...]}`` lines follow one another.
+        block: latent frames generated together, of which every segment needs some.
 
     Raises:
         ValueError: naming file and line: missing or empty file, undecodable text, blank lines or segments,
             not JSON, unknown fields, another number of segments than before or than the switches need, switch
-            frames that do not increase inside the video.
+            frames that do not increase inside the video or leave a segment without a block.
     """
     path = Path(path)
     parse = {".txt": _text_line, ".jsonl": _json_line}.get(path.suffix.lower())
@@ -45,9 +46,9 @@ def read_prompts(
                 own_switches = tuple(switches)
                 shared_count = shared_count or len(segments)
                 _check_shared(len(segments), shared_count, own_switches)
-            prompts.append(
-                VideoPrompt(first_id + len(prompts), segments, own_switches, own_frames or num_frames)
-            )
+            prompt = VideoPrompt(first_id + len(prompts), segments, own_switches, own_frames or num_frames)
+            check_shown(prompt, block)
+            prompts.append(prompt)
         except ValueError as error:
             raise ValueError(f"{path}, line {number}: {error}") from error
     return prompts

@@ -14,8 +14,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from kvpo.app import backbones
-from kvpo.app.backbones import FilePrompts, WanCodec, split_prompts, wan_weights
+from kvpo.app.backbones import WanCodec, split_prompts, wan_weights
 from kvpo.app.build import build_setup
+from kvpo.app.file_prompts import FilePrompts
 from kvpo.app.offloading import VisitingScorer, networks_of
 from kvpo.config_checks import ConfigurationError
 from kvpo.engine.scoring import Clip, in_pixels

@@ -67,3 +67,10 @@ def test_the_dictionary_is_flat_and_complete():
     values = update.to_dict()
     assert set(values) == {field.name for field in fields(UpdateDiagnostics)}
     assert all(type(value) is float for value in values.values())
+
+
+def test_the_spread_of_a_group_leaves_the_anchor_out_where_it_is_no_baseline():
+    latents = torch.zeros(2, 4)
+    rewards, anchor = torch.tensor([0.0, 3.0]), torch.tensor(9.0)
+    group = group_diagnostics(rewards, anchor, latents, latents[0], relative_to_anchor=False)
+    assert group.reward_spread == pytest.approx(math.sqrt(4.5))

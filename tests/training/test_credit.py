@@ -12,6 +12,7 @@ from kvpo.config_checks import ConfigurationError
 from kvpo.engine.scoring import Scores
 from kvpo.method.advantage import group_centred
 from kvpo.training.credit import assign_credit, blend_of
+from kvpo.training.gradients import temperature_of
 
 OBJECTIVE = ObjectiveConfig(noise_floor=0.0, keep_best=0, keep_worst=0, advantage_clamp=10.0)
 LARGE = torch.tensor([40.0, 30.0, 20.0, 10.0, 25.0])
@@ -100,7 +101,7 @@ def test_groups_are_skipped_where_every_component_is_within_its_floor() -> None:
 
 def test_raw_fusion_is_skipped_by_the_floor_of_the_sum() -> None:
     scores = scores_of(LARGE, SMALL)
-    spread = float((LARGE + SMALL).std())
+    spread = float((LARGE + SMALL)[:-1].std())  # the anchor is no baseline of a group
     for factor, skipped in ((1.01, True), (0.99, False)):
         floors = {"a": factor * spread, "b": 0.0}
         found = credit(scores, [1.0, 1.0], fusion="rewards", noise_floors=floors)
@@ -139,3 +140,39 @@ def test_the_null_control_trains_on_random_branches_with_the_same_advantages() -
     counts = torch.bincount(torch.tensor(kept), minlength=6).double()
     expected = 200 * 4 / 6
     assert bool(((counts - expected).abs() < 5 * (expected / 3) ** 0.5).all()), counts
+
+
+@pytest.mark.parametrize("temperature", [None, 0.004])
+def test_anchor_advantages_do_not_turn_the_gradient_of_a_policy_over_branches_alone(
+    temperature: float | None,
+) -> None:
+    """Every branch falls short of the anchor by much the same: only what they differ by may train.
+
+    At ratio 1 the gradient is (A_k - pi_k sum A) / (G tau), which a constant c changes by
+    c (1 - G pi_k) / (G tau); the policy here is far from uniform.
+    """
+    energies = torch.tensor([0.010, 0.012, 0.020, 0.024])
+    members = torch.tensor([0.50, 0.54, 0.52, 0.49, 0.75])
+    config = replace(OBJECTIVE, advantages="anchor", temperature=temperature)
+
+    def gradient(advantages: Tensor) -> Tensor:
+        tau = temperature_of(energies, config)
+        policy = torch.softmax(-energies / tau, 0)
+        return (advantages - policy * advantages.sum()) / (len(energies) * tau)
+
+    found = credit(scores_of(members), [1.0], config)
+    wanted = gradient(found.all_advantages_G - found.all_advantages_G.mean())
+    assert torch.cosine_similarity(gradient(found.all_advantages_G), wanted, dim=0) < 0.7, "the trap"
+    assert torch.cosine_similarity(gradient(found.advantages_G), wanted, dim=0) > 1 - 1e-6
+    pooled = credit(scores_of(members), [1.0], replace(config, anchor_in_pool=True))
+    torch.testing.assert_close(pooled.advantages_G, pooled.all_advantages_G)
+
+
+@pytest.mark.parametrize("floors", [{}, {"a": 0.1}])
+@pytest.mark.parametrize(("advantages", "skipped"), [("anchor", False), ("group", True), ("random", True)])
+def test_the_anchor_enters_the_noise_test_only_where_advantages_are_relative_to_it(
+    floors: dict[str, float], advantages: Any, skipped: bool
+) -> None:
+    members = torch.tensor([0.50, 0.51, 0.50, 0.49, 5.0])
+    config = replace(OBJECTIVE, advantages=advantages, noise_floor=0.1)
+    assert (credit(scores_of(members), [1.0], config, noise_floors=floors) is None) == skipped

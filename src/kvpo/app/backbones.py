@@ -1,8 +1,9 @@
 """Builds public Wan generators (LongLive, MemFlow, Self-Forcing) from their files, beside the world's own."""
 
+import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import partial
 from itertools import chain
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from kvpo.app.build import (
     streaming_generator,
     wan_shape,
 )
+from kvpo.app.file_prompts import updates_prompts
 from kvpo.app.held_out import held_out_scorers
 from kvpo.app.offloading import visiting
 from kvpo.config import Config
@@ -43,10 +45,12 @@ from kvpo.models.umt5 import (
 )
 from kvpo.models.wan_vae import WanVAE, load_wan_vae
 from kvpo.prompt_files import read_prompts
-from kvpo.prompts import VideoPrompt
+from kvpo.prompts import VideoPrompt, cut_notice
 from kvpo.rewards.cache import score_cache
 from kvpo.training.evaluation import Judges
 from kvpo.training.setup import Backbone, Setup, Weights
+
+logger = logging.getLogger(__name__)
 
 WAYS_OUT = {
     "checkpoint": "--checkpoint FILE, the transformer weights that belong to the preset (longlive_base.pt)",
@@ -95,12 +99,13 @@ class CachedTexts:
     """Width that the transformer expects."""
 
     def fill(self, prompts: Iterable[VideoPrompt]) -> None:
-        """Compute what the cache lacks of some prompts, so that the encoder is loaded once.
+        """Compute what the cache lacks of some prompts, so that the encoder is loaded once; warn of cuts.
 
         Raises ValueError where their width is not the transformer's.
         """
         texts = [text for prompt in prompts for text in prompt.segments]
-        self.cache.fill(texts, self.load)
+        if cut := self.cache.fill(texts, self.load):
+            logger.warning("%s", cut_notice(cut, self.cache.text_len, len(set(texts))))
         self(texts[:1])
 
     def __call__(self, texts: Sequence[str]) -> Tensor:
@@ -118,41 +123,6 @@ class CachedTexts:
                 f"model.text_dim is {self.text_dim}: the encoder belongs to another generator"
             )
         return embeddings.to(self.device, torch.float32)
-
-
-Shape = tuple[int, tuple[int, ...]]
-"""Latent frames of a video and its switch frames."""
-
-
-@dataclass(frozen=True)
-class FilePrompts:
-    """Training prompts of each update, a function of (seed, update) alone: each pass in another order.
-
-    Prompts of one update share their kind and length, so that they have forks in common.
-    """
-
-    prompts: tuple[VideoPrompt, ...]
-    seed: int
-    count: int
-
-    @cached_property
-    def alike(self) -> dict[Shape, list[VideoPrompt]]:
-        """Prompts by kind and length, in a fixed order of both."""
-        found: dict[Shape, list[VideoPrompt]] = {}
-        for prompt in self.prompts:
-            found.setdefault((prompt.num_frames, prompt.switches), []).append(prompt)
-        return dict(sorted(found.items()))
-
-    def __call__(self, update: int) -> list[VideoPrompt]:
-        draws = keyed_generator("prompt shape", self.seed, update)
-        weights = torch.tensor([len(own) for own in self.alike.values()]).float()
-        alike = list(self.alike.values())[int(torch.multinomial(weights, 1, generator=draws))]
-        chosen = []
-        for position in range(update * self.count, (update + 1) * self.count):
-            turn, place = divmod(position, len(alike))
-            order = torch.randperm(len(alike), generator=keyed_generator("prompt order", self.seed, turn))
-            chosen.append(replace(alike[int(order[place])], id=position))
-        return chosen
 
 
 def located(config: Config, name: str, *patterns: str) -> Path:
@@ -317,7 +287,8 @@ def split_prompts(
         raise ConfigurationError("prompts.file: empty; give --prompts FILE (.txt or .jsonl)")
     try:
         path = prompt_file(config, settings.file)
-        every = read_prompts(path, num_frames=settings.frames, switches=settings.switches)
+        block = config.stream.block
+        every = read_prompts(path, num_frames=settings.frames, switches=settings.switches, block=block)
     except ValueError as error:
         raise ConfigurationError(f"prompts.file: {error}") from error
     training: list[VideoPrompt] = []
@@ -361,7 +332,7 @@ def check_length(prompts: Sequence[VideoPrompt], config: Config) -> None:
 def build_wan(config: Config) -> Setup:
     """A public generator to align, on the prompts of a file, with the reward that is named."""
     training, validation, test = split_prompts(config)
-    prompts = FilePrompts(tuple(training), config.seed, config.optim.prompts_per_update)
+    prompts = updates_prompts(config, training)
     seen = [prompts(update) for update in range(config.optim.updates)]
     # Before the rewards: the text encoder and a reward of its size need not fit the device together.
     backbone = wan_backbone(config, chain(*seen, *validation.values(), *test.values()))

@@ -81,7 +81,12 @@ def typical_prompt(config: Config) -> VideoPrompt:
         return VideoPrompt(0, ("", "", ""), (third, 2 * third), LONG_FRAMES)
     settings = config.prompts
     if settings.file:
-        every = read_prompts(settings.file, num_frames=settings.frames, switches=settings.switches)
+        every = read_prompts(
+            settings.file,
+            num_frames=settings.frames,
+            switches=settings.switches,
+            block=config.stream.block,
+        )
         return max(every, key=lambda prompt: (len(prompt.switches), prompt.num_frames))
     return VideoPrompt(0, ("",) * (len(settings.switches) + 1), settings.switches, settings.frames)
 
