@@ -51,6 +51,28 @@ def test_raw_fusion_lets_the_largest_scale_decide() -> None:
     assert weighted.all_advantages_G.argmax() == 3
 
 
+@pytest.mark.parametrize("advantages", ["group", "anchor", "random"])
+def test_advantages_are_clamped_last(advantages: str) -> None:
+    """After fusion, so that no sum leaves the range, and before the best and worst are chosen and centred."""
+    wide = replace(OBJECTIVE, advantages=advantages, keep_best=2, keep_worst=1)
+    narrow = replace(wide, advantage_clamp=0.5)
+    free = credit(scores_of(LARGE, SMALL), [3.0, 1.0], wide).all_advantages_G
+    found = credit(scores_of(LARGE, SMALL), [3.0, 1.0], narrow)
+    assert bool((free.abs() > 0.5).any() and (free.abs() < 0.5).any())
+    torch.testing.assert_close(found.all_advantages_G, free.clamp(-0.5, 0.5))
+    own = found.all_advantages_G[list(found.branches)]
+    torch.testing.assert_close(found.advantages_G, own if advantages == "anchor" else own - own.mean())
+
+
+def test_what_is_turned_round_is_clamped_too() -> None:
+    hacked, honest = torch.tensor([9.0, 1.0, 0.0, 2.0, 1.0]), torch.tensor([0.0, 3.0, 2.0, 1.0, 1.0])
+    config = replace(OBJECTIVE, advantage_clamp=0.3)
+    options = {"fusion": "selective", "rank_penalty": 2.0}
+    found = credit(scores_of(hacked, honest), [1.0, 0.2], config, **options)
+    assert found.withheld == 1
+    assert found.all_advantages_G[0] == -config.advantage_clamp
+
+
 def test_one_component_is_the_same_under_every_fusion_that_takes_it() -> None:
     one, raw = (credit(scores_of(LARGE), [1.0], fusion=fusion) for fusion in ("advantages", "rewards"))
     torch.testing.assert_close(one.all_advantages_G, raw.all_advantages_G)
