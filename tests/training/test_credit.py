@@ -51,17 +51,19 @@ def test_raw_fusion_lets_the_largest_scale_decide() -> None:
     assert weighted.all_advantages_G.argmax() == 3
 
 
+@pytest.mark.parametrize("in_pool", [False, True])
 @pytest.mark.parametrize("advantages", ["group", "anchor", "random"])
-def test_advantages_are_clamped_last(advantages: str) -> None:
+def test_advantages_are_clamped_last(advantages: str, in_pool: bool) -> None:
     """After fusion, so that no sum leaves the range, and before the best and worst are chosen and centred."""
-    wide = replace(OBJECTIVE, advantages=advantages, keep_best=2, keep_worst=1)
+    wide = replace(OBJECTIVE, advantages=advantages, anchor_in_pool=in_pool, keep_best=2, keep_worst=1)
     narrow = replace(wide, advantage_clamp=0.5)
     free = credit(scores_of(LARGE, SMALL), [3.0, 1.0], wide).all_advantages_G
     found = credit(scores_of(LARGE, SMALL), [3.0, 1.0], narrow)
     assert bool((free.abs() > 0.5).any() and (free.abs() < 0.5).any())
     torch.testing.assert_close(found.all_advantages_G, free.clamp(-0.5, 0.5))
     own = found.all_advantages_G[list(found.branches)]
-    torch.testing.assert_close(found.advantages_G, own if advantages == "anchor" else own - own.mean())
+    relative = advantages == "anchor" and in_pool
+    torch.testing.assert_close(found.advantages_G, own if relative else own - own.mean())
 
 
 def test_what_is_turned_round_is_clamped_too() -> None:
