@@ -89,6 +89,11 @@ def _backbone(backbone: BackboneConfig, optim: OptimConfig) -> None:
         optim.train == "lora" or not backbone.lora or backbone.lora_start == "merge",
         "backbone.lora_start", backbone.lora_start, "merge while optim.train is full",
     )  # fmt: skip
+    alpha = backbone.lora_alpha
+    _require(
+        0 <= alpha < inf and (not alpha or bool(backbone.lora)),
+        "backbone.lora_alpha", alpha, "0, or the positive alpha of the adapter that backbone.lora names",
+    )  # fmt: skip
     for name in ("checkpoint", "lora"):
         entry = vars(backbone)[f"{name}_entry"]
         _require(
@@ -224,7 +229,8 @@ def _objective(objective: ObjectiveConfig, exploration: ExplorationConfig, strea
 
 
 def _optim(optim: OptimConfig) -> None:
-    for name in ("lora_rank", "lora_alpha", "prompts_per_update", "inner_epochs", "rollouts_per_refresh"):
+    _require(0 < optim.lora_alpha < inf, "optim.lora_alpha", optim.lora_alpha, "positive")
+    for name in ("lora_rank", "prompts_per_update", "inner_epochs", "rollouts_per_refresh"):
         _require(vars(optim)[name] >= 1, f"optim.{name}", vars(optim)[name], "at least 1")
     for name in ("updates", "warmup_updates", "weight_decay", "replay_rows"):
         _require(vars(optim)[name] >= 0, f"optim.{name}", vars(optim)[name], "0 or more")

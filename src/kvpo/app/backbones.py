@@ -23,14 +23,13 @@ from kvpo.config import Config
 from kvpo.config_checks import ConfigurationError
 from kvpo.engine.forks import plan_forks
 from kvpo.engine.noise import keyed_generator
+from kvpo.models.adapter_files import PEFT_CONFIG, AdapterState, load_adapter_state
 from kvpo.models.adapters import add_adapter, check_adapter, load_adapter, merge_adapter
 from kvpo.models.causal_wan import CausalWan
 from kvpo.models.checkpoints import (
-    AdapterState,
     TransformerState,
     assign_state,
     check_state,
-    load_adapter_state,
     load_transformer_state,
 )
 from kvpo.models.hub import resolve
@@ -125,8 +124,8 @@ class CachedTexts:
         return embeddings.to(self.device, torch.float32)
 
 
-def located(config: Config, name: str, *patterns: str) -> Path:
-    """Local path of a file or directory that the backbone needs.
+def located(config: Config, name: str, *patterns: str, beside: Sequence[str] = ()) -> Path:
+    """Local path of a file or directory that the backbone needs, with the files ``beside`` it.
 
     Raises:
         ConfigurationError: the setting is empty.
@@ -139,7 +138,7 @@ def located(config: Config, name: str, *patterns: str) -> Path:
             f"give {WAYS_OUT[name]}"
         )
     try:
-        return resolve(location, patterns=patterns, offline=config.backbone.offline)
+        return resolve(location, patterns=patterns, beside=beside, offline=config.backbone.offline)
     except ValueError as error:
         raise ValueError(f"backbone.{name}: {error}") from error
 
@@ -200,10 +199,12 @@ def given_weights(config: Config) -> Given:
     check_state(model, state)
     adapter = None
     if backbone.lora:
+        path = located(config, "lora", *ADAPTER_FILES, beside=(PEFT_CONFIG,))
         adapter = load_adapter_state(
-            located(config, "lora", *ADAPTER_FILES), entry=backbone.lora_entry or None
+            path, entry=backbone.lora_entry or None, alpha=backbone.lora_alpha or None
         )
         check_adapter(model, adapter)
+        logger.info("adapter: %s", adapter.described())
         if backbone.lora_start == "continue":
             _demand_same_adapter(config, adapter)
     return Given(model, state, adapter)
@@ -238,18 +239,27 @@ def wan_weights(config: Config, given: Given | None = None) -> Weights:
     if optim.compile:
         model.compile_blocks()
     how = [backbone.checkpoint_entry, *([backbone.lora_start, backbone.lora_entry] if adapter else [])]
+    how += [str(sorted(set(map(adapter.scale, adapter.modules))))] if adapter and adapter.stated else []
     files = (*state.files, *(adapter.files if adapter else ()))
     return Weights(config, model.to(config.device), fingerprint(files, "/".join(how)))
 
 
 def _demand_same_adapter(config: Config, given: AdapterState) -> None:
     """A continued adapter brings its own rank and scale; the configuration must say the same."""
-    for name, value in (("lora_rank", given.rank), ("lora_alpha", given.alpha)):
-        if vars(config.optim)[name] != value:
-            raise ConfigurationError(
-                f"optim.{name}: {vars(config.optim)[name]}, but the adapter {config.backbone.lora} that is "
-                f"continued has {value:g}; set it to {value:g}, or backbone.lora_start to merge"
-            )
+    optim, way_out = config.optim, "backbone.lora_start to merge"
+    told = f"optim.{{}}: {{}}, but the adapter {config.backbone.lora} that is continued has {{}} {{}}"
+    if optim.lora_rank != given.rank:
+        said = told.format("lora_rank", optim.lora_rank, "rank", given.rank)
+        raise ConfigurationError(f"{said}; set it to {given.rank}, or {way_out}")
+    if optim.lora_alpha != given.alpha:
+        alpha = repr(given.alpha).removesuffix(".0")
+        said = told.format("lora_alpha", f"{optim.lora_alpha:g}", "alpha", alpha)
+        if given.stated:
+            raise ConfigurationError(f"{said} according to {given.stated}; set it to {alpha}, or {way_out}")
+        raise ConfigurationError(
+            f"{said}, assumed from its rank since its files state none; set backbone.lora_alpha and "
+            "optim.lora_alpha to the alpha that it was trained with"
+        )
 
 
 def wan_backbone(config: Config, prompts: Iterable[VideoPrompt] = ()) -> Backbone:

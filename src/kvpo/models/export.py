@@ -15,15 +15,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from kvpo.files import new_directory, new_file
+from kvpo.models.adapter_files import DIFFUSERS_ADAPTER_NAME, PEFT_FILES, AdapterState
 from kvpo.models.adapters import lora_config
 from kvpo.models.causal_wan import WanShape
-from kvpo.models.checkpoints import (
-    DIFFUSERS_ADAPTER_NAME,
-    PEFT_FILES,
-    WEIGHTS_NAME,
-    AdapterState,
-    to_diffusers_name,
-)
+from kvpo.models.checkpoints import WEIGHTS_NAME, to_diffusers_name
 from kvpo.models.tensor_files import check_tensors, storable
 
 SHARD_BYTES = 5_000_000_000
@@ -59,10 +54,9 @@ def save_diffusers_adapter(directory: str | Path, adapter: AdapterState) -> None
     Raises:
         ValueError: the directory exists and is not empty.
     """
-    scale = adapter.alpha / adapter.rank
     tensors = {}
     for module in adapter.modules:
-        a, b = adapter.pair(module)
+        (a, b), scale = adapter.pair(module), adapter.scale(module)
         prefix = f"transformer.{to_diffusers_name(module)}.lora_"
         tensors[prefix + "A.weight"] = a
         tensors[prefix + "B.weight"] = b if scale == 1 else b * scale
