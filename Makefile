@@ -3,6 +3,7 @@
 # make test     the tests (make test-slow: the long ones)
 # make lint     style, format and types
 # make bench    the benchmarks
+# make mutants  whether the tests notice small changes of the source
 
 SEED ?= 0
 OUT ?= runs/demo
@@ -13,7 +14,7 @@ NEEDED := kvpo needs Python 3.11 or newer with venv (on Debian: python3-venv)
 PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
 	$$python -c "$(SUPPORTED)" >/dev/null 2>&1 && echo $$python && break; done)
 
-.PHONY: install demo test test-slow lint bench clean
+.PHONY: install demo test test-slow lint bench mutants clean
 .DELETE_ON_ERROR:
 
 install: .venv/.stamp
@@ -44,6 +45,9 @@ lint: .venv/.stamp
 
 bench: .venv/.stamp
 	$(BIN)/python benchmarks/engine.py
+
+mutants: .venv/.stamp
+	$(BIN)/python benchmarks/mutants.py
 
 clean:
 	rm -rf .venv build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis src/*.egg-info

@@ -26,9 +26,9 @@ from kvpo.engine.forks import plan_forks
 from kvpo.engine.noise import keyed_generator
 from kvpo.engine.rollout import Group, RoutedFrame
 from kvpo.prompts import VideoPrompt
-from kvpo.rewards.world_detector import attributes, detect
 from kvpo.training.diversity import Fork
 from kvpo.training.setup import Setup
+from kvpo.world.detector import attributes, detect
 
 OPEN = "Then one of them is back again."
 ATTRIBUTES = ("scene", "colour", "shape")

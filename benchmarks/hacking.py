@@ -22,19 +22,19 @@ from torch import Tensor
 
 from kvpo.app.build import build_setup
 from kvpo.app.configuration import preset
+from kvpo.files import write_atomic
 from kvpo.prompts import ClipPrompt
 from kvpo.report import write_report
 from kvpo.rewards.looks import brightness as mean_luminance
-from kvpo.rewards.world_detector import detect
-from kvpo.rewards.world_pixels import DEFAULT_WEIGHTS
 from kvpo.training import radar
 from kvpo.training.checkpoint import find_checkpoint
-from kvpo.training.durable import write_atomic
 from kvpo.training.evaluation import comparison
 from kvpo.training.metrics_log import MetricsLog, read_metrics
 from kvpo.training.run import Run, checkpoint_update, evaluate_base, restore, resume_point
 from kvpo.training.run_directory import RunDirectory
 from kvpo.training.trainer import Trainer
+from kvpo.world.detector import detect
+from kvpo.world.reward import DEFAULT_WEIGHTS
 
 COMMON: dict[str, Any] = {
     "rewards.scorers": ["benchmarks.hacking:brightness", "world"],

@@ -9,18 +9,17 @@ SOURCE = Path(__file__).resolve().parents[1] / "src"
 
 # Room -> rooms it may import, besides itself. The longest matching name is a module's room.
 MAY_IMPORT = {
+    "kvpo.files": set(),
     "kvpo.method": set(),
     "kvpo.config": set(),
-    "kvpo.config_checks": {"kvpo.config", "kvpo.method"},
+    "kvpo.config_checks": {"kvpo.config", "kvpo.method", "kvpo.prompts"},
     "kvpo.prompts": {"kvpo.method"},
-    "kvpo.world.grammar": {"kvpo.world.vocabulary"},  # what a caption demands: pixel rewards read captions
-    "kvpo.world.vocabulary": set(),  # names and colours only: what a pixel reward may know of the world
-    "kvpo.prompt_files": {"kvpo.prompts"},
-    "kvpo.models": {"kvpo.method", "kvpo.prompts"},
+    "kvpo.prompt_files": {"kvpo.files", "kvpo.prompts"},
+    "kvpo.models": {"kvpo.files", "kvpo.method", "kvpo.prompts"},
     "kvpo.rewards.protocol": {"kvpo.method", "kvpo.prompts"},
 }
 MAY_IMPORT["kvpo.rewards"] = set(MAY_IMPORT)
-MAY_IMPORT["kvpo.engine"] = set(MAY_IMPORT) - {"kvpo.rewards", "kvpo.world.vocabulary", "kvpo.world.grammar"}
+MAY_IMPORT["kvpo.engine"] = set(MAY_IMPORT) - {"kvpo.rewards"}
 LOWER_FLOORS = set(MAY_IMPORT)
 MAY_IMPORT |= {room: LOWER_FLOORS for room in ("kvpo.training", "kvpo.world", "kvpo.report")}
 MAY_IMPORT["kvpo.app"] = set(MAY_IMPORT)

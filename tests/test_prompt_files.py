@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvpo.prompt_files import read_prompts
-from kvpo.prompts import VideoPrompt
+from kvpo.prompts import VideoPrompt, check_shown
 
 
 def write(path, content: str | bytes):
@@ -99,6 +99,32 @@ def test_malformed_files_give_one_error_with_the_line(tmp_path, case):
 def test_a_missing_file(tmp_path):
     with pytest.raises(ValueError, match="no such prompt file"):
         read_prompts(tmp_path / "p.txt", num_frames=21)
+
+
+@pytest.mark.parametrize(
+    ("switches", "hidden"), [([16], 2), ([17], 2), ([4, 5], 2), ([1, 2, 3], 2), ([6, 7, 9], 3), ([6, 16], 3)]
+)
+def test_a_segment_without_a_block_is_named_with_its_line(tmp_path, switches, hidden):
+    """Of 18 frames in blocks of 3 the last starts at 15; a switch acts at the first block from it on."""
+    record = {"segments": ["a"] * (len(switches) + 1), "switches": switches}
+    path = write(tmp_path / "p.jsonl", jsonl({"segments": ["a", "b"], "switches": [15]}, record))
+    with pytest.raises(ValueError, match=rf"line 2: segment {hidden} of {len(switches) + 1} is never shown"):
+        read_prompts(path, num_frames=18, block=3)
+    assert len(read_prompts(path, num_frames=18)) == 2, "with blocks of one frame every segment has one"
+
+
+@given(st.integers(1, 6), st.integers(1, 8), st.data())
+def test_refused_is_what_no_block_shows(block, blocks, data):
+    frames = block * blocks
+    inside = st.sets(st.integers(1, frames - 1), max_size=3) if frames > 1 else st.just(set())
+    switches = tuple(sorted(data.draw(inside)))
+    prompt = VideoPrompt(0, ("a",) * (len(switches) + 1), switches, frames)
+    shown = {prompt.segment_at(start) for start in range(0, frames, block)}
+    if shown == set(range(len(prompt.segments))):
+        check_shown(prompt, block)
+    else:
+        with pytest.raises(ValueError, match="is never shown"):
+            check_shown(prompt, block)
 
 
 text = st.text(st.characters(codec="utf-8"), min_size=1).filter(str.strip)

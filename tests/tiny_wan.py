@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from kvpo.app.build import wan_shape
 from kvpo.app.configuration import preset
 from kvpo.config import Config
-from kvpo.models.checkpoints import PEFT_PREFIX
+from kvpo.models.adapter_files import PEFT_PREFIX
 from kvpo.prompts import ClipPrompt
 from tests.models.test_umt5 import tiny_encoder, tiny_tokenizer
 from tests.models.test_wan_vae import tiny_model as tiny_vae

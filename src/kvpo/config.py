@@ -50,6 +50,8 @@ class BackboneConfig:
     """Adapter that belongs to the checkpoint (LongLive's and MemFlow's lora.pt); empty: none."""
     lora_entry: str = ""
     """Entry of a .pt adapter; empty: generator_lora. The moving average of a KVPO checkpoint is ema."""
+    lora_alpha: float = 0.0
+    """Alpha of the given adapter, where its files state none; 0: what they state, else its rank."""
     lora_start: Literal["continue", "merge"] = "continue"
     """Continue training the given adapter, or merge it into the weights and train a fresh one."""
     text_encoder: str = ""
@@ -180,7 +182,7 @@ class OptimConfig:
     """Train a PEFT LoRA adapter or all transformer parameters."""
     lora_rank: int = 16
     """Rank of the adapter."""
-    lora_alpha: int = 16
+    lora_alpha: float = 16.0
     """Scale of the adapter is alpha / rank."""
     lora_targets: tuple[str, ...] = (
         "self_attn.q", "self_attn.k", "self_attn.v", "self_attn.o",

@@ -1,6 +1,6 @@
 """What must hold between the settings of a run; types are checked where settings are read."""
 
-from math import comb
+from math import comb, inf
 
 from kvpo.config import (
     BackboneConfig,
@@ -13,6 +13,7 @@ from kvpo.config import (
     RewardConfig,
     StreamConfig,
 )
+from kvpo.prompts import VideoPrompt, check_shown
 
 
 class ConfigurationError(ValueError):
@@ -88,6 +89,11 @@ def _backbone(backbone: BackboneConfig, optim: OptimConfig) -> None:
         optim.train == "lora" or not backbone.lora or backbone.lora_start == "merge",
         "backbone.lora_start", backbone.lora_start, "merge while optim.train is full",
     )  # fmt: skip
+    alpha = backbone.lora_alpha
+    _require(
+        0 <= alpha < inf and (not alpha or bool(backbone.lora)),
+        "backbone.lora_alpha", alpha, "0, or the positive alpha of the adapter that backbone.lora names",
+    )  # fmt: skip
     for name in ("checkpoint", "lora"):
         entry = vars(backbone)[f"{name}_entry"]
         _require(
@@ -105,6 +111,11 @@ def _prompts(prompts: PromptsConfig, stream: StreamConfig) -> None:
     bounds = (0, *prompts.switches)
     rising = all(a < b for a, b in zip(bounds, prompts.switches, strict=False))
     _require(rising, "prompts.switches", list(prompts.switches), "frames that rise from above 0")
+    try:
+        segments = ("",) * (len(prompts.switches) + 1)
+        check_shown(VideoPrompt(0, segments, prompts.switches, prompts.frames), block)
+    except ValueError as error:
+        raise ConfigurationError(f"prompts.switches: {error}") from error
 
 
 def _model(model: ModelConfig) -> None:
@@ -193,7 +204,10 @@ def _objective(objective: ObjectiveConfig, exploration: ExplorationConfig, strea
     for name in ("keep_best", "keep_worst", "clip_high"):
         _require(vars(objective)[name] >= 0, f"objective.{name}", vars(objective)[name], "0 or more")
     temperature = objective.temperature
-    _require(temperature is None or temperature > 0, "objective.temperature", temperature, "positive or none")
+    _require(
+        temperature is None or 0 < temperature < inf,
+        "objective.temperature", temperature, "positive and finite, or none",
+    )  # fmt: skip
     _require(0 < objective.anchor_share < 1, "objective.anchor_share", objective.anchor_share, "in (0, 1)")
     _require(0 <= objective.clip_low < 1, "objective.clip_low", objective.clip_low, "in [0, 1)")
     _require(
@@ -205,10 +219,18 @@ def _objective(objective: ObjectiveConfig, exploration: ExplorationConfig, strea
         "objective.keep_best", objective.keep_best,
         f"such that keep_best + keep_worst is 0 (all) or 2 to exploration.branches = {exploration.branches}",
     )  # fmt: skip
+    members = (kept or exploration.branches) + 1
+    _require(
+        not objective.anchor_in_pool or temperature is not None or objective.anchor_share * members > 1,
+        "objective.anchor_share", objective.anchor_share,
+        f"above 1 / {members}, the anchor's share of a uniform policy over its {members} members: no "
+        "temperature gives it less",
+    )  # fmt: skip
 
 
 def _optim(optim: OptimConfig) -> None:
-    for name in ("lora_rank", "lora_alpha", "prompts_per_update", "inner_epochs", "rollouts_per_refresh"):
+    _require(0 < optim.lora_alpha < inf, "optim.lora_alpha", optim.lora_alpha, "positive")
+    for name in ("lora_rank", "prompts_per_update", "inner_epochs", "rollouts_per_refresh"):
         _require(vars(optim)[name] >= 1, f"optim.{name}", vars(optim)[name], "at least 1")
     for name in ("updates", "warmup_updates", "weight_decay", "replay_rows"):
         _require(vars(optim)[name] >= 0, f"optim.{name}", vars(optim)[name], "0 or more")

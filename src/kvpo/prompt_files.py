@@ -4,7 +4,8 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from kvpo.prompts import VideoPrompt
+from kvpo.files import parse_json, read_text
+from kvpo.prompts import VideoPrompt, check_shown
 
 _FORMATS = (
     'a JSON line is {"prompts": [...]} with the switch frames of the configuration, or '
@@ -13,7 +14,7 @@ _FORMATS = (
 
 
 def read_prompts(
-    path: str | Path, *, num_frames: int, switches: Sequence[int] = (), first_id: int = 0
+    path: str | Path, *, num_frames: int, switches: Sequence[int] = (), first_id: int = 0, block: int = 1
 ) -> list[VideoPrompt]:
     """The prompts of a file, in order, numbered from ``first_id``.
 
@@ -25,11 +26,12 @@ def read_prompts(
     Args:
         num_frames: latent frames of each video.
         switches: latent frames at which the segments of ``{"prompts": [...]}`` lines follow one another.
+        block: latent frames generated together, of which every segment needs some.
 
     Raises:
         ValueError: naming file and line: missing or empty file, undecodable text, blank lines or segments,
             not JSON, unknown fields, another number of segments than before or than the switches need, switch
-            frames that do not increase inside the video.
+            frames that do not increase inside the video or leave a segment without a block.
     """
     path = Path(path)
     parse = {".txt": _text_line, ".jsonl": _json_line}.get(path.suffix.lower())
@@ -44,9 +46,9 @@ def read_prompts(
                 own_switches = tuple(switches)
                 shared_count = shared_count or len(segments)
                 _check_shared(len(segments), shared_count, own_switches)
-            prompts.append(
-                VideoPrompt(first_id + len(prompts), segments, own_switches, own_frames or num_frames)
-            )
+            prompt = VideoPrompt(first_id + len(prompts), segments, own_switches, own_frames or num_frames)
+            check_shown(prompt, block)
+            prompts.append(prompt)
         except ValueError as error:
             raise ValueError(f"{path}, line {number}: {error}") from error
     return prompts
@@ -58,18 +60,9 @@ Line = tuple[tuple[str, ...], tuple[int, ...] | None, int | None]
 
 def _lines(path: Path) -> list[tuple[int, str]]:
     """Numbered lines of a file without line ends; blank ones at the end are left out."""
-    if not path.is_file():
+    if not path.exists():
         raise ValueError(f"{path}: no such prompt file")
-    numbered = []
-    for number, raw in enumerate(path.read_bytes().removeprefix(b"\xef\xbb\xbf").rstrip().split(b"\n"), 1):
-        try:
-            line = raw.decode("utf-8").strip()
-        except UnicodeDecodeError as error:
-            raise ValueError(
-                f"{path}, line {number}: not UTF-8 text (byte {raw[error.start]:#04x} at position "
-                f"{error.start + 1}); save the file as UTF-8"
-            ) from error
-        numbered.append((number, line))
+    numbered = [(number, line.strip()) for number, line in enumerate(read_text(path).rstrip().split("\n"), 1)]
     if numbered == [(1, "")]:
         raise ValueError(f"{path}: the file holds no prompts")
     if blank := [number for number, line in numbered if not line]:
@@ -83,9 +76,9 @@ def _text_line(line: str) -> Line:
 
 def _json_line(line: str) -> Line:
     try:
-        record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"not JSON ({error.msg} at position {error.pos + 1}); {_FORMATS}") from error
+        record = parse_json(line)
+    except ValueError as error:
+        raise ValueError(f"{error}; {_FORMATS}") from error
     if not isinstance(record, dict) or ("prompts" in record) == ("segments" in record):
         raise ValueError(f"not a prompt; {_FORMATS}")
     field = "prompts" if "prompts" in record else "segments"

@@ -1,5 +1,6 @@
 """What a video is asked to show: one text per segment and the latent frames at which segments change."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 
@@ -40,6 +41,33 @@ class VideoPrompt:
     def acts_at(switch: int, block: int) -> int:
         """First frame of the block that a switch acts at, in blocks of so many frames."""
         return -(-switch // block) * block
+
+
+def check_shown(prompt: VideoPrompt, block: int) -> None:
+    """Raise ValueError for a segment that no block of ``block`` frames shows.
+
+    A switch acts at the first block that starts at or after it: two in one block leave the segment between
+    them out, one in the last block its own.
+    """
+    acts_at = [-(-switch // block) * block for switch in prompt.switches]
+    edges = [0, *acts_at, prompt.num_frames]
+    for number, (start, stop) in enumerate(zip(edges, edges[1:], strict=False), 1):
+        if start >= stop:
+            raise ValueError(
+                f"segment {number} of {len(prompt.segments)} is never shown: with blocks of {block} frames "
+                f"the switches {list(prompt.switches)} act at {acts_at} of {prompt.num_frames} frames; move "
+                "them so that each segment has a block"
+            )
+
+
+def cut_notice(lengths: Mapping[str, int], limit: int, of: int, unit: str = "tokens") -> str:
+    """One line on texts that are longer than what is read of them: text -> length, ``of`` how many texts."""
+    longest = max(lengths, key=lambda text: lengths[text])
+    return (
+        f"{len(lengths)} of {of} prompts are longer than the {limit} {unit} that are read of each; the other "
+        f"{sum(lengths.values()) - limit * len(lengths)} {unit} have no effect (the longest prompt has "
+        f"{lengths[longest]}: {longest[:60]!r})"
+    )
 
 
 class ClipPrompt(str):

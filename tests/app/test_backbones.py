@@ -2,6 +2,7 @@
 
 import gc
 import hashlib
+import re
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,14 +15,17 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from kvpo.app import backbones
-from kvpo.app.backbones import FilePrompts, WanCodec, split_prompts, wan_weights
+from kvpo.app.backbones import WanCodec, given_weights, split_prompts, wan_weights
 from kvpo.app.build import build_setup
+from kvpo.app.file_prompts import FilePrompts
 from kvpo.app.offloading import VisitingScorer, networks_of
 from kvpo.config_checks import ConfigurationError
 from kvpo.engine.scoring import Clip, in_pixels
 from kvpo.engine.stream import stream_latents
+from kvpo.models.adapter_files import load_adapter_state
 from kvpo.models.adapters import adapter_state, base_state
-from kvpo.models.checkpoints import load_adapter_state, load_transformer_state
+from kvpo.models.checkpoints import load_transformer_state
+from kvpo.models.export import save_peft_adapter
 from kvpo.models.offload import resident
 from kvpo.models.wan_vae import DecodeState, WanVAE
 from kvpo.prompts import ClipPrompt
@@ -280,3 +284,53 @@ def test_the_vae_may_decode_in_bfloat16(files: Path) -> None:
     assert found["bfloat16"].dtype == torch.float32
     difference = (found["bfloat16"] - found["float32"]).abs()
     assert 0 < float(difference.max()) and float(difference.mean()) < 0.02
+
+
+def test_what_is_known_of_the_scale_is_printed_and_alpha_can_be_stated(
+    files: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tiny_wan("longlive-1.3b", files)
+    bare = {"backbone__lora": str(files / "lora.pt"), "optim__lora_alpha": 8.0}
+    with pytest.raises(ConfigurationError) as refused:
+        given_weights(tiny_wan("longlive-1.3b", files, **bare))
+    said = str(refused.value)
+    assert re.search("optim.lora_alpha: 8, but .* has alpha 2, assumed from its rank since its", said)
+    assert "set it to" not in said and "to the alpha that it was trained with" in said
+    caplog.set_level("INFO", logger="kvpo")
+    given = given_weights(tiny_wan("longlive-1.3b", files, **bare, backbone__lora_alpha=8.0)).adapter
+    assert given is not None and given.scale(given.modules[0]) == 4.0
+    assert "layers of rank 2, alpha 8 (the setting backbone.lora_alpha)" in caplog.text
+    save_peft_adapter(tmp_path / "peft", given)
+    file = str(tmp_path / "peft" / "adapter_model.safetensors")
+    again = given_weights(
+        tiny_wan("longlive-1.3b", files, backbone__lora=file, optim__lora_alpha=8.0)
+    ).adapter
+    assert again is not None and again.scale(again.modules[0]) == 4.0
+    assert "alpha 8 (" + str(tmp_path / "peft" / "adapter_config.json") in caplog.text
+    with pytest.raises(
+        ConfigurationError, match=r"optim.lora_alpha: 2, but .* has alpha 8 according .*set it to 8"
+    ):
+        given_weights(tiny_wan("longlive-1.3b", files, backbone__lora=file))
+    with pytest.raises(
+        ValueError, match="8 according to .*adapter_config.json, but 2 according to the setting"
+    ):
+        given_weights(tiny_wan("longlive-1.3b", files, backbone__lora=file, backbone__lora_alpha=2.0))
+    for alpha, lora in ((-1.0, file), (float("inf"), file), (2.0, "")):
+        with pytest.raises(ConfigurationError, match="backbone.lora_alpha"):
+            tiny_wan("longlive-1.3b", files, backbone__lora=lora, backbone__lora_alpha=alpha)
+
+
+def test_merged_weights_of_another_scale_are_other_weights(files: Path) -> None:
+    lora = {"backbone__lora": str(files / "lora.pt"), "backbone__lora_start": "merge"}
+    plain = wan_weights(tiny_wan("longlive-1.3b", files, **lora))
+    strong = wan_weights(tiny_wan("longlive-1.3b", files, **lora, backbone__lora_alpha=8.0))
+    assert strong.base_sha256 != plain.base_sha256
+    base, one, four = (
+        weights["blocks.0.ffn.0.weight"]
+        for weights in (
+            load_transformer_state(files / "base.pt").tensors,
+            base_state(plain.model),
+            base_state(strong.model),
+        )
+    )
+    assert torch.allclose(four - base, 4 * (one - base), atol=1e-5) and not torch.equal(one, base)

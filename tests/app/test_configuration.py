@@ -198,3 +198,36 @@ def _lists(value):
     if isinstance(value, dict):
         return {key: _lists(item) for key, item in value.items()}
     return [_lists(item) for item in value] if isinstance(value, tuple | list) else value
+
+
+@pytest.mark.parametrize("keep", [0, 1, 2])
+def test_a_share_that_no_temperature_gives_the_anchor_is_refused_at_the_start(keep: int) -> None:
+    members = (2 * keep or 8) + 1
+    settings = {"objective.anchor_in_pool": True, "objective.keep_best": keep, "objective.keep_worst": keep}
+    for share in (0.05, 1 / members):
+        said = message(
+            lambda share=share: check(assign(Config(), {**settings, "objective.anchor_share": share}))
+        )
+        assert all(word in said for word in ("objective.anchor_share", f"{share}", f"above 1 / {members}"))
+    check(assign(Config(), {**settings, "objective.anchor_share": 1.01 / members}))
+    fixed = {"objective.anchor_share": 0.05, "objective.temperature": 1.0}
+    check(assign(Config(), {**settings, **fixed}))
+
+
+def test_an_infinite_temperature_is_refused() -> None:
+    objective = replace(Config().objective, temperature=float("inf"))
+    said = message(lambda: check(replace(Config(), objective=objective)))
+    assert "objective.temperature" in said and "finite" in said
+
+
+@pytest.mark.parametrize(
+    ("switches", "hidden"), [((40, 145), 3), ((146,), 2), ((40, 41), 2), ((1, 3, 60), 2), ((147,), None)]
+)
+def test_configured_switches_that_hide_a_segment_are_refused(
+    switches: tuple[int, ...], hidden: int | None
+) -> None:
+    """Of 147 frames in blocks of 3 the last starts at 144."""
+    config = PRESETS["longlive-1.3b"]()
+    said = message(lambda: check(assign(config, {"prompts.switches": switches})))
+    assert "prompts.switches" in said and (hidden is None or f"segment {hidden} of" in said)
+    check(assign(config, {"prompts.switches": (39, 75, 144)}))

@@ -11,7 +11,7 @@ from kvpo.app.configuration import assign, preset
 from kvpo.app.held_out import held_out_scorers
 from kvpo.config import Config
 from kvpo.config_checks import ConfigurationError, check
-from kvpo.rewards.world_pixels import DEFAULT_WEIGHTS
+from kvpo.world.reward import DEFAULT_WEIGHTS
 from tests.tiny_world import opposite, tiny_config
 
 OPPOSITE = "tests.tiny_world:opposite"

@@ -57,8 +57,8 @@ def test_files_are_read_once_and_must_agree_with_what_is_given(tmp_path: Path) -
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, "cannot read .*: No such file"),
-        ("{", "cannot read .*: it is not JSON"),
+        (None, "cannot read .*: no such file"),
+        ("{", "cannot read .*: not JSON"),
         ("[]", "is no file of `kvpo calibrate`"),
         ('{"components": {}}', "is no file of `kvpo calibrate`"),
         ('{"components": {"a": {"noise_floor": -1}}}', "no noise floor of 0 or more for 'a', but -1"),

@@ -25,6 +25,7 @@ from kvpo.training.checkpoint import save_checkpoint
 from kvpo.training.memory import Activations
 from kvpo.training.plan import Rates
 from kvpo.training.trainer import Trainer, architecture
+from kvpo.training.work import Costs
 from tests.tiny_wan import tiny_wan
 
 RATES = Rates(150e12, 1e12)
@@ -208,3 +209,42 @@ def test_the_recipes_are_what_the_plan_prints(command: str, printed: str, capsys
 
 def test_there_is_a_recipe_for_every_usual_card() -> None:
     assert {command.split()[-1] for command, _ in RECIPES} == {"24", "48", "80"}
+
+
+@pytest.mark.parametrize("name", ["longlive-1.3b", "memflow-1.3b"])
+def test_the_plan_counts_the_keys_that_routed_and_deployed_blocks_see(monkeypatch, tmp_path, name):
+    """Six routed and three recent frames are three more than the window's own six."""
+    config = tiny_wan(name, tmp_path, segments=1, exploration__routed=6, exploration__distinct=2,
+                      exploration__recent=3, prompts__frames=45)  # fmt: skip
+    trainer, seen = Trainer(build_setup(config)), {}
+    velocity = StreamingGenerator.velocity
+
+    def watched(generator, x, sigma, text, context):
+        for start in context.start_R.tolist():
+            seen.setdefault(start, set()).add(context.pages.shape[-1])
+        return velocity(generator, x, sigma, text, context)
+
+    monkeypatch.setattr(StreamingGenerator, "velocity", watched)
+    planned = trainer.planned(0)
+    trainer.explore(0)
+    costs = Costs(config, trainer.setup.model.shape, 0.0, 0.0)
+    assert seen[planned.fork] == {costs.context, costs.routed} and costs.routed == costs.context + 3
+
+
+def test_more_routed_frames_take_longer_and_more_memory():
+    """Against the arithmetic of the keys alone: nothing else of the plan changes."""
+    plans = []
+    for routed in (3, 9):
+        config = preset("longlive-1.3b", {"exploration.routed": routed, "exploration.distinct": 3})
+        (phase,) = (p for p in plan_of(config).phases if p.name == "explore")
+        plans.append(phase)
+    few, many = plans
+    model, exploration, groups = config.model, config.exploration, config.optim.prompts_per_update
+    tokens = model.latent_height * model.latent_width // 4
+    passes = groups * exploration.branches * exploration.blocks * len(config.stream.schedule)
+    layers = passes * model.num_layers + groups * exploration.branches * exploration.blocks * (
+        model.num_layers - 1
+    )
+    flops = layers * 4.0 * (3 * tokens) * (6 * tokens) * model.dim
+    assert many.seconds - few.seconds == pytest.approx(flops / RATES.flops, rel=1e-6)
+    assert many.parts["activations"] > few.parts["activations"]

@@ -21,8 +21,8 @@ from kvpo.prompts import ClipPrompt
 from kvpo.rewards.catalogue import requested
 from kvpo.rewards.combined import CombinedScorer
 from kvpo.rewards.consistency import FlickerScorer
-from kvpo.rewards.world_pixels import DEFAULT_WEIGHTS, WorldScorer
 from kvpo.training.trainer import Trainer
+from kvpo.world.reward import DEFAULT_WEIGHTS, WorldScorer
 from tests.tiny_wan import tiny_wan
 
 ME = "tests.app.test_rewards_of_a_run"

@@ -97,6 +97,9 @@ def test_waiting_rollouts_share_a_cache():
     exploration = replace(REPORTED, branches=8, rows=1)
     pages = rollout_pages(one, exploration, groups=8, fork=FORK, together=1, replayed=1)
     assert (pages.waiting, pages.root, pages.growing, pages.branches, pages.replay) == (9, 33, 12, 18, 12)
+    everything = rollout_pages(one, exploration, groups=8, fork=FORK, together=8, replayed=72, switches=True)
+    assert rollout_pages(one, exploration, groups=8, fork=FORK) == everything
+    assert everything.replay == 72 * pages.replay
     prompts = [prompt(n, 90, (FORK,)) for n in range(8)]
     rollouts = [PlannedRollout(prompts, [Fork(FORK, exploration)] * 8, 1)] * 2
     assert cache_pages(one, rollouts) == 15 * 9 + 33 + 18

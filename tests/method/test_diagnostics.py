@@ -42,6 +42,13 @@ def test_a_group_in_closed_form():
     assert group.branch_distance == pytest.approx(2.0) and group.anchor_distance == pytest.approx(1.0)
 
 
+def test_a_branch_that_ties_with_the_anchor_is_not_above_it():
+    latents = torch.zeros(4, 3)
+    group = group_diagnostics(torch.tensor([1.0, 3.0, 1.0, 0.0]), torch.tensor(1.0), latents, latents[0])
+    assert group.above_anchor == 0.25
+    assert group.reward_spread == pytest.approx(1.2**0.5)  # ddof 1 over branches and anchor
+
+
 def test_an_update_averages_its_groups_and_keeps_the_extreme_ratios():
     objectives, groups = (
         [one_objective(0.0), one_objective(0.3)],
@@ -67,3 +74,10 @@ def test_the_dictionary_is_flat_and_complete():
     values = update.to_dict()
     assert set(values) == {field.name for field in fields(UpdateDiagnostics)}
     assert all(type(value) is float for value in values.values())
+
+
+def test_the_spread_of_a_group_leaves_the_anchor_out_where_it_is_no_baseline():
+    latents = torch.zeros(2, 4)
+    rewards, anchor = torch.tensor([0.0, 3.0]), torch.tensor(9.0)
+    group = group_diagnostics(rewards, anchor, latents, latents[0], relative_to_anchor=False)
+    assert group.reward_spread == pytest.approx(math.sqrt(4.5))

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from kvpo.models.adapter_files import PEFT_PREFIX
 from kvpo.models.adapters import (
     adapter_state,
     add_adapter,
@@ -17,7 +18,6 @@ from kvpo.models.adapters import (
     reference_policy,
     trained_parameters,
 )
-from kvpo.models.checkpoints import PEFT_PREFIX
 from tests.models.tiny import ADAPTED, random_adapter, tiny_model, velocity
 
 TARGETS = ("self_attn.q", "cross_attn.k", "ffn.0")

@@ -76,6 +76,34 @@ def test_timestep_features_are_cosines_then_sines():
         assert torch.allclose(features[:, n], angle.cos()) and torch.allclose(features[:, 4 + n], angle.sin())
 
 
+@pytest.mark.parametrize("frame", [1, 905, 100_000])
+def test_angles_of_late_frames_are_as_exact_as_those_of_the_first(frame):
+    """Angles grow with the frame: one rounded to float32 is off by up to 4e-3 radians at frame 100,000."""
+    head_dim, (rows, columns) = 44, (2, 3)
+    angles = rotary_angles(torch.tensor([[frame]]), (rows, columns), head_dim)
+
+    def part(position, width):
+        return [position * 10000 ** (-2 * n / width) for n in range(width // 2)]
+
+    tokens = [(row, column) for row in range(rows) for column in range(columns)]
+    expected = [[*part(frame, 16), *part(row, 14), *part(column, 14)] for row, column in tokens]
+    expected = torch.tensor(expected, dtype=torch.float64)[None]
+    assert angles.dtype == torch.float64
+    torch.testing.assert_close(angles, expected, rtol=1e-13, atol=0)
+    cos, sin = cos_sin(angles)
+    assert cos.dtype == sin.dtype == torch.float32
+    # Half a unit in the last place of float32, and what float64 leaves of an angle of 100,000.
+    assert (cos[:, :, 0] - expected.cos()).abs().max() < 6.1e-8
+    assert (sin[:, :, 0] - expected.sin()).abs().max() < 6.1e-8
+
+
+def test_timestep_features_are_computed_in_double_precision():
+    timestep = torch.tensor([1000 / 3], dtype=torch.float64)
+    angle = (1000 / 3) * 10000 ** -(torch.arange(4, dtype=torch.float64) / 4)
+    features = timestep_sinusoid(timestep, 8)
+    torch.testing.assert_close(features[0], torch.cat([angle.cos(), angle.sin()]), rtol=0, atol=1e-12)
+
+
 def test_attention_scores_depend_on_relative_position_only():
     """Rotated q . k is unchanged when both move by the same number of frames."""
     q, k = draw(1, 6, 2, 44, seed=1), draw(1, 6, 2, 44, seed=2)

@@ -10,12 +10,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from kvpo.models.adapter_files import load_adapter_state
 from kvpo.models.causal_wan import CausalWan, WanShape
 from kvpo.models.checkpoints import (
     TransformerState,
     assign_state,
     from_diffusers_name,
-    load_adapter_state,
     load_transformer_state,
     to_diffusers_name,
 )
@@ -330,84 +330,3 @@ def test_another_architecture_names_the_sizes_that_differ():
         "the file has dim 48, ffn_dim 64, num_layers 3; the model has dim 24, ffn_dim 40, num_layers 2"
         in line
     )
-
-
-ADAPTER_FORMS = {
-    "public": lambda name: name,
-    "adapter name": lambda name: name.replace(".weight", ".default.weight"),
-    "fsdp": lambda name: "_fsdp_wrapped_module." + name.replace("blocks.0", "blocks.0._orig_mod"),
-    "moving average": lambda name: "model." + name.replace(".weight", ".default.weight"),
-    "bare": lambda name: name.removeprefix("base_model.model."),
-    "diffusers": lambda name: "transformer." + diffusers_adapter_name(name),
-}
-
-
-def diffusers_adapter_name(name: str) -> str:
-    module, half = name.removeprefix("base_model.model.").split(".lora_")
-    return f"{to_diffusers_name(module)}.lora_{half}"
-
-
-@pytest.mark.parametrize("form", ADAPTER_FORMS)
-def test_every_adapter_layout_loads(tmp_path, form):
-    state = lora_state()
-    renamed = {ADAPTER_FORMS[form](name): value for name, value in state.items()}
-    for content, entry in (
-        ({"generator_lora": renamed, "step": 1}, None),
-        (renamed, None),
-        ({"ema": renamed}, "ema"),
-    ):
-        adapter = load_adapter_state(saved(tmp_path / "lora.pt", content), entry=entry)
-        assert_same(adapter.tensors, state)
-        assert (adapter.rank, adapter.alpha) == (RANK, float(RANK))
-        assert set(adapter.modules) == {"blocks.0.self_attn.q", "blocks.1.ffn.0", "blocks.1.ffn.2"}
-
-
-def test_a_published_kvpo_checkpoint_offers_adapter_and_average(tmp_path):
-    state = lora_state()
-    average = {"model." + n.replace(".weight", ".default.weight"): v + 1 for n, v in state.items()}
-    content = {
-        "step": 4,
-        "generator_lora": state,
-        "ema": average,
-        "initial_generator_lora": state,
-        "optimizer": {},
-    }
-    path = saved(tmp_path / "checkpoint_samples_8.pt", content)
-    adapter = load_adapter_state(path)
-    assert_same(adapter.tensors, state)
-    assert "not used: ema, initial_generator_lora" in adapter.source
-    assert_same(load_adapter_state(path, entry="ema").tensors, {n: v + 1 for n, v in state.items()})
-
-
-def test_alpha_comes_from_the_caller_the_configuration_or_the_rank(tmp_path):
-    save_file(lora_state(), tmp_path / "adapter_model.safetensors")
-    assert load_adapter_state(tmp_path).alpha == RANK
-    (tmp_path / "adapter_config.json").write_text(json.dumps({"lora_alpha": 12, "r": RANK}))
-    assert load_adapter_state(tmp_path).alpha == 12
-    assert load_adapter_state(tmp_path, alpha=5).alpha == 5
-    (tmp_path / "adapter_config.json").write_text(json.dumps({"lora_alpha": 12, "use_dora": True}))
-    with pytest.raises(ValueError, match="use_dora"):
-        load_adapter_state(tmp_path)
-    (tmp_path / "adapter_config.json").write_text("{}")
-    with pytest.raises(ValueError, match="lora_alpha"):
-        load_adapter_state(tmp_path)
-
-
-def test_malformed_adapters_are_named(tmp_path):
-    state = lora_state()
-    q = "base_model.model.blocks.0.self_attn.q.lora_"
-    half = {name: value for name, value in state.items() if name != q + "B.weight"}
-    with pytest.raises(ValueError, match=r"blocks.0.self_attn.q \(only A\)"):
-        load_adapter_state(saved(tmp_path / "half.pt", half))
-    ranks = state | {q + "A.weight": torch.zeros(5, 24), q + "B.weight": torch.zeros(24, 5)}
-    with pytest.raises(ValueError, match=r"ranks other than 3: blocks.0.self_attn.q \(A 5, B 5\)"):
-        load_adapter_state(saved(tmp_path / "ranks.pt", ranks))
-    with pytest.raises(ValueError, match="not halves of a LoRA layer: blocks.0.magnitude"):
-        load_adapter_state(saved(tmp_path / "more.pt", state | {"blocks.0.magnitude": torch.zeros(2)}))
-    with pytest.raises(ValueError, match="is it a base model"):
-        load_adapter_state(saved(tmp_path / "base.pt", wan_state()))
-    with pytest.raises(ValueError, match="no entry generator_lora; the file holds generator"):
-        load_adapter_state(saved(tmp_path / "gen.pt", {"generator": wan_state()}))
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="no adapter"):
-        load_adapter_state(tmp_path / "empty")

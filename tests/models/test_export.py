@@ -10,12 +10,11 @@ from diffusers.loaders import WanLoraLoaderMixin
 from peft import PeftModel
 from safetensors.torch import save_file
 
+from kvpo.models.adapter_files import AdapterState, load_adapter_state
 from kvpo.models.adapters import adapter_state, load_adapter, merge_adapter, merged_state
 from kvpo.models.causal_wan import CausalWan, WanShape
 from kvpo.models.checkpoints import (
-    AdapterState,
     assign_state,
-    load_adapter_state,
     load_transformer_state,
     to_diffusers_name,
 )

@@ -7,6 +7,7 @@ import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from huggingface_hub.errors import (
@@ -176,3 +177,27 @@ def test_a_broken_transfer_is_taken_up_where_it_broke(tmp_path):
     assert Path(path).read_bytes() == CONTENT and offline_path == path
     starts = [start for name, start in FakeHub.starts if name == "model.pt"]
     assert len(starts) == 2 and starts[0] == 0 and 5_000_000 < starts[1] <= len(CONTENT) // 2
+
+
+def test_what_belongs_beside_a_file_is_fetched_where_it_exists(tmp_path, monkeypatch):
+    there, calls = {"a/adapter_model.safetensors", "a/adapter_config.json"}, []
+
+    def file(repo, name, *, revision, local_files_only):
+        calls.append(name)
+        if name not in there:
+            raise errors[local_files_only]
+        return str(tmp_path / name)
+
+    response = SimpleNamespace(headers={}, request=None)
+    errors = {True: LocalEntryNotFoundError("no"), False: RemoteEntryNotFoundError("no", response=response)}
+    monkeypatch.setattr(hub, "hf_hub_download", file)
+    beside, name = ("adapter_config.json",), "owner/name/a/adapter_model.safetensors"
+    for offline in (False, True):
+        assert hub.resolve(name, beside=beside, offline=offline) == tmp_path / "a/adapter_model.safetensors"
+    assert calls == ["a/adapter_model.safetensors", "a/adapter_config.json"] * 2
+    there.remove("a/adapter_config.json")
+    for offline in (False, True):
+        assert hub.resolve(name, beside=beside, offline=offline) == tmp_path / "a/adapter_model.safetensors"
+    errors[False] = LocalEntryNotFoundError("out of reach")
+    with pytest.raises(ValueError, match="the hub cannot be reached"):
+        hub.resolve(name, beside=beside)

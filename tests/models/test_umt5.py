@@ -253,3 +253,13 @@ def test_the_fingerprint_follows_content_and_precision_not_the_place(wan_directo
     first = encoder_fingerprint(large, tokenizer, torch.bfloat16)
     large.write_bytes(bytes(8_999_999) + b"x")
     assert encoder_fingerprint(large, tokenizer, torch.bfloat16) != first
+
+
+def test_the_cache_says_what_is_cut_also_of_prompts_it_knows(wan_directory, tmp_path):
+    encoder = load(wan_directory)
+    cache = PromptCache(tmp_path / "cache", "encoder a", TEXT_LEN)
+    fits, long, longer = "a " * 7, "a " * 8, "red ball " * 20
+    texts = [fits, long, longer, long]
+    assert cache.fill(texts, lambda: encoder) == {long: 9, longer: 41}  # with the end token
+    assert cache.fill(texts, never) == {long: 9, longer: 41}
+    assert cache.fill([fits], never) == {}

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kvpo.models.adapter_files import PEFT_PREFIX, AdapterState
 from kvpo.models.causal_wan import CausalWan, WanShape
-from kvpo.models.checkpoints import PEFT_PREFIX, AdapterState
 
 SHAPE = WanShape(
     dim=24,

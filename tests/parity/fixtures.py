@@ -10,9 +10,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from kvpo.engine.generator import PageShape, StreamingGenerator
+from kvpo.models.adapter_files import PEFT_PREFIX, AdapterState
 from kvpo.models.adapters import merge_adapter
 from kvpo.models.causal_wan import CausalWan, WanShape
-from kvpo.models.checkpoints import PEFT_PREFIX, AdapterState
 from kvpo.models.deployment import Deployment
 
 GOLDEN = Path(os.environ.get("KVPO_GOLDEN", Path(__file__).resolve().parents[2] / ".." / "shared" / "golden"))

@@ -36,6 +36,22 @@ def test_odd_sizes_grow_by_the_last_row_and_column(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("frames", "height", "width"), [(9, 131, 133), (12, 64, 256), (7, 61, 93), (3, 1, 2)]
+)
+def test_equal_frames_give_equal_bytes(tmp_path, frames, height, width):
+    """Whatever was in the memory that the encoder is given, and however many processors there are."""
+    random = np.random.default_rng(0)
+    video = np.cumsum(random.integers(-3, 4, (frames, height, width, 3)), axis=2).astype(np.uint8)
+    found = set()
+    for _ in range(50):
+        used = [random.integers(0, 256, size, dtype=np.uint8) for size in random.integers(100, 400_000, 2)]
+        write_video(tmp_path / "a.mp4", video, 8)
+        found.add((tmp_path / "a.mp4").read_bytes())
+        del used
+    assert len(found) == 1
+
+
+@pytest.mark.parametrize(
     ("frames", "rate", "scale", "message"),
     [
         (np.zeros((2, 8, 8, 3), np.float32), 8, 1, "float32"),

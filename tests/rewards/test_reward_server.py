@@ -32,8 +32,8 @@ from kvpo.rewards.wire import (
     encode_question,
     fractions,
 )
-from kvpo.rewards.world_pixels import WorldScorer
 from kvpo.world.render import render
+from kvpo.world.reward import WorldScorer
 from kvpo.world.stories import distinct_stories
 from tests.reward_servers import QUICK, Named, eventually, free_port, number_of, numbered, offer, serving
 

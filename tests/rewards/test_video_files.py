@@ -1,9 +1,11 @@
 """Real files: what is read is what is in them, whatever the container; what is broken is named."""
 
+from fractions import Fraction
+
 import av
 import numpy as np
 import pytest
-from video_makers import encode, numbered, read_numbers
+from video_makers import encode, encode_tagged, encode_turned, numbered, read_numbers
 
 from kvpo.rewards.video_files import probe, read_frames
 
@@ -68,6 +70,73 @@ def test_transparent_pixels_are_black(tmp_path):
     frames[:, :, :16, 3] = 0
     found = read_frames(probe(encode(tmp_path / "a.mov", frames, "qtrle", "argb")), [0, 3], ANY_SIZE)
     assert (found[:, :, :16] == 0).all() and (found[:, :, 16:] == 200).all()
+
+
+def test_transparency_that_lies_beside_the_picture(tmp_path):
+    frames = np.concatenate([numbered(20), np.full((20, 48, 64, 1), 255, np.uint8)], -1)
+    frames[:, :, :32, 3] = 0
+    path = encode(tmp_path / "a.webm", frames, "libvpx-vp9", "yuva420p", g="5")
+    for indices in ([0, 7, 19], [13]):
+        found = read_frames(probe(path), indices, ANY_SIZE)
+        assert (found[:, :, :28] == 0).all()
+        assert np.abs(np.array(read_numbers(found[:, :, 36:])) - indices).max() <= 1
+
+
+CORNERS = np.zeros((3, 32, 48, 3), np.uint8)
+CORNERS[:, :16, :24], CORNERS[:, 16:, :24], CORNERS[:, :16, 24:] = (240, 0, 0), (0, 240, 0), (0, 0, 240)
+
+
+@pytest.mark.parametrize("mirrored", [False, True])
+@pytest.mark.parametrize("turns", [0, 1, 2, 3])
+def test_frames_stand_as_the_header_says(tmp_path, turns, mirrored):
+    path = encode_turned(tmp_path / "a.mp4", CORNERS, 90 * turns, mirrored)
+    found = read_frames(probe(path), [0, 2], ANY_SIZE)[0].astype(int)
+    expected = np.rot90(CORNERS[0], turns)
+    expected = expected[:, ::-1] if mirrored else expected
+    assert found.shape == expected.shape and np.abs(found - expected).max() < 30
+
+
+def test_other_rotations_are_refused(tmp_path):
+    path = encode_turned(tmp_path / "a.mp4", CORNERS, 37, False)
+    with pytest.raises(ValueError, match="turns it by 3[67] degrees; only quarter turns"):
+        read_frames(probe(path), [0], ANY_SIZE)
+
+
+def test_pixels_that_are_not_square(tmp_path):
+    path = encode(tmp_path / "a.mp4", numbered(3), aspect=Fraction(16, 11))
+    assert read_frames(probe(path), [0], ANY_SIZE).shape == (1, 48, 93, 3)
+    path = encode(tmp_path / "a.mp4", numbered(3), aspect=Fraction(1, 40))
+    with pytest.raises(ValueError, match="pixels are 1/40 times as wide as they are high"):
+        read_frames(probe(path), [0], ANY_SIZE)
+
+
+@pytest.mark.parametrize(
+    ("transfer", "signal", "grey"),
+    [
+        (16, 0.5807, 255),  # PQ: reference white, 203 cd/m2
+        (16, 0.9, 255),  # a highlight
+        (16, 0.4401, 143.1),  # a quarter of it: 255 (1/4)^(1/2.4)
+        (16, 0.0, 0),
+        (18, 0.75, 255),  # HLG: reference white
+        (18, 0.5, 143.1),  # 1/12 of the scene's light: 1000 / 12^1.2 cd/m2
+        (14, 0.5, 127.5),  # BT.2020 in standard range
+    ],
+)
+def test_high_dynamic_range_is_converted(tmp_path, transfer, signal, grey):
+    planes = np.full((48, 32), 512, np.uint16)
+    planes[:32] = round(64 + 876 * signal)
+    frame = av.VideoFrame.from_ndarray(planes, format="yuv420p10le")
+    path = encode_tagged(tmp_path / "a.mkv", frame, transfer, 9)
+    found = read_frames(probe(path), [0], ANY_SIZE)
+    assert np.abs(found.astype(float) - grey).max() <= 2
+
+
+def test_wide_colours_become_those_of_an_ordinary_display(tmp_path):
+    """The red of BT.709 in BT.2020: linear (0.6274, 0.0691, 0.0164), ITU-R BT.2087."""
+    red = (np.array([0.6274, 0.0691, 0.0164]) ** (1 / 2.4) * 65535).round().astype(np.uint16)
+    image = av.VideoFrame.from_ndarray(np.tile(red, (32, 32, 1)), format="rgb48le")
+    path = encode_tagged(tmp_path / "a.mkv", image.reformat(format="yuv444p10le", dst_colorspace=9), 14, 9)
+    assert np.abs(read_frames(probe(path), [0], ANY_SIZE)[0] - [255.0, 0, 0]).max() <= 12
 
 
 def test_variable_frame_rate(tmp_path):

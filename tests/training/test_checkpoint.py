@@ -15,6 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kvpo.files import StorageError
 from kvpo.training.checkpoint import (
     CheckpointError,
     best_checkpoint,
@@ -27,7 +28,6 @@ from kvpo.training.checkpoint import (
     require_tensors,
     save_checkpoint,
 )
-from kvpo.training.durable import StorageError
 from kvpo.training.state import flatten_state, load_optimizer_state, optimizer_state, unflatten_state
 
 FORK = multiprocessing.get_context("fork")  # a fork has torch loaded already

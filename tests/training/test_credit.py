@@ -12,6 +12,7 @@ from kvpo.config_checks import ConfigurationError
 from kvpo.engine.scoring import Scores
 from kvpo.method.advantage import group_centred
 from kvpo.training.credit import assign_credit, blend_of
+from kvpo.training.gradients import temperature_of
 
 OBJECTIVE = ObjectiveConfig(noise_floor=0.0, keep_best=0, keep_worst=0, advantage_clamp=10.0)
 LARGE = torch.tensor([40.0, 30.0, 20.0, 10.0, 25.0])
@@ -48,6 +49,30 @@ def test_raw_fusion_lets_the_largest_scale_decide() -> None:
     assert found.all_advantages_G.argmax() == 0, "branch 0, although the weightier reward ranks it last"
     weighted = credit(scores_of(LARGE, SMALL), [1.0, 3.0])
     assert weighted.all_advantages_G.argmax() == 3
+
+
+@pytest.mark.parametrize("in_pool", [False, True])
+@pytest.mark.parametrize("advantages", ["group", "anchor", "random"])
+def test_advantages_are_clamped_last(advantages: str, in_pool: bool) -> None:
+    """After fusion, so that no sum leaves the range, and before the best and worst are chosen and centred."""
+    wide = replace(OBJECTIVE, advantages=advantages, anchor_in_pool=in_pool, keep_best=2, keep_worst=1)
+    narrow = replace(wide, advantage_clamp=0.5)
+    free = credit(scores_of(LARGE, SMALL), [3.0, 1.0], wide).all_advantages_G
+    found = credit(scores_of(LARGE, SMALL), [3.0, 1.0], narrow)
+    assert bool((free.abs() > 0.5).any() and (free.abs() < 0.5).any())
+    torch.testing.assert_close(found.all_advantages_G, free.clamp(-0.5, 0.5))
+    own = found.all_advantages_G[list(found.branches)]
+    relative = advantages == "anchor" and in_pool
+    torch.testing.assert_close(found.advantages_G, own if relative else own - own.mean())
+
+
+def test_what_is_turned_round_is_clamped_too() -> None:
+    hacked, honest = torch.tensor([9.0, 1.0, 0.0, 2.0, 1.0]), torch.tensor([0.0, 3.0, 2.0, 1.0, 1.0])
+    config = replace(OBJECTIVE, advantage_clamp=0.3)
+    options = {"fusion": "selective", "rank_penalty": 2.0}
+    found = credit(scores_of(hacked, honest), [1.0, 0.2], config, **options)
+    assert found.withheld == 1
+    assert found.all_advantages_G[0] == -config.advantage_clamp
 
 
 def test_one_component_is_the_same_under_every_fusion_that_takes_it() -> None:
@@ -100,7 +125,7 @@ def test_groups_are_skipped_where_every_component_is_within_its_floor() -> None:
 
 def test_raw_fusion_is_skipped_by_the_floor_of_the_sum() -> None:
     scores = scores_of(LARGE, SMALL)
-    spread = float((LARGE + SMALL).std())
+    spread = float((LARGE + SMALL)[:-1].std())  # the anchor is no baseline of a group
     for factor, skipped in ((1.01, True), (0.99, False)):
         floors = {"a": factor * spread, "b": 0.0}
         found = credit(scores, [1.0, 1.0], fusion="rewards", noise_floors=floors)
@@ -139,3 +164,39 @@ def test_the_null_control_trains_on_random_branches_with_the_same_advantages() -
     counts = torch.bincount(torch.tensor(kept), minlength=6).double()
     expected = 200 * 4 / 6
     assert bool(((counts - expected).abs() < 5 * (expected / 3) ** 0.5).all()), counts
+
+
+@pytest.mark.parametrize("temperature", [None, 0.004])
+def test_anchor_advantages_do_not_turn_the_gradient_of_a_policy_over_branches_alone(
+    temperature: float | None,
+) -> None:
+    """Every branch falls short of the anchor by much the same: only what they differ by may train.
+
+    At ratio 1 the gradient is (A_k - pi_k sum A) / (G tau), which a constant c changes by
+    c (1 - G pi_k) / (G tau); the policy here is far from uniform.
+    """
+    energies = torch.tensor([0.010, 0.012, 0.020, 0.024])
+    members = torch.tensor([0.50, 0.54, 0.52, 0.49, 0.75])
+    config = replace(OBJECTIVE, advantages="anchor", temperature=temperature)
+
+    def gradient(advantages: Tensor) -> Tensor:
+        tau = temperature_of(energies, config)
+        policy = torch.softmax(-energies / tau, 0)
+        return (advantages - policy * advantages.sum()) / (len(energies) * tau)
+
+    found = credit(scores_of(members), [1.0], config)
+    wanted = gradient(found.all_advantages_G - found.all_advantages_G.mean())
+    assert torch.cosine_similarity(gradient(found.all_advantages_G), wanted, dim=0) < 0.7, "the trap"
+    assert torch.cosine_similarity(gradient(found.advantages_G), wanted, dim=0) > 1 - 1e-6
+    pooled = credit(scores_of(members), [1.0], replace(config, anchor_in_pool=True))
+    torch.testing.assert_close(pooled.advantages_G, pooled.all_advantages_G)
+
+
+@pytest.mark.parametrize("floors", [{}, {"a": 0.1}])
+@pytest.mark.parametrize(("advantages", "skipped"), [("anchor", False), ("group", True), ("random", True)])
+def test_the_anchor_enters_the_noise_test_only_where_advantages_are_relative_to_it(
+    floors: dict[str, float], advantages: Any, skipped: bool
+) -> None:
+    members = torch.tensor([0.50, 0.51, 0.50, 0.49, 5.0])
+    config = replace(OBJECTIVE, advantages=advantages, noise_floor=0.1)
+    assert (credit(scores_of(members), [1.0], config, noise_floors=floors) is None) == skipped

@@ -199,6 +199,22 @@ def log_probabilities(energy: Tensor, old: Tensor, config: ObjectiveConfig) -> T
     return torch.log_softmax(-pool / temperature_of(old, config), 0)
 
 
+def test_what_is_reported_does_not_depend_on_the_batches(lora: Explored) -> None:
+    """The drift is the mean over all groups, also where groups or their members come apart."""
+    replayer = with_objective(lora, "both KLs")
+    with torch.no_grad():
+        now, anchors = direct_energies(lora, replayer)
+        with lora.trainer.policy.reference():
+            _, reference = direct_energies(lora, replayer)
+    each = [float((a - r).square().mean()) for a, r in zip(anchors, reference, strict=True)]
+    assert abs(each[0] - each[1]) > 1e-6 * sum(each)
+    for rows in (0, 1, 4, 12, 16):
+        found, drift = accumulate_gradients(replace(replayer, rows=rows), lora.trained, lora.old)
+        assert drift == pytest.approx(sum(each) / 2, rel=1e-9)
+        means = [item.energy_mean for item in found]
+        assert means == pytest.approx([float(energy.mean()) for energy in now], rel=1e-9)
+
+
 def test_only_selected_branches_are_trained_on(lora: Explored) -> None:
     """Leaving a branch out equals replaying a group that never had it."""
     item = lora.trained[0]

@@ -10,7 +10,7 @@ import pytest
 
 from kvpo.app.configuration import resolve
 from kvpo.config import Config
-from kvpo.training.durable import StorageError
+from kvpo.files import StorageError
 from kvpo.training.run_directory import RunDirectory, holds_run
 
 HOLD = (

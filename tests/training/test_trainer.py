@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from kvpo.app.named_rewards import UserReward
+from kvpo.engine.background import in_background
 from kvpo.engine.generator import StreamingGenerator
 from kvpo.engine.scoring import score_groups
 from kvpo.prompts import VideoPrompt
@@ -91,6 +92,95 @@ def test_a_run_made_longer_stays_off_policy_where_it_is(tiny_base: Path) -> None
     longer = trainer_of(tiny_base, optim__rollouts_per_refresh=2, optim__updates=6)
     longer.restore(*short.tensors_and_state())
     assert [longer.step()["ratio_deviation"] > 0 for _ in range(3)] == [False, True, False]
+
+
+def test_the_parameters_follow_adamw_with_the_settings(
+    tiny_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against the update rule written out: warm-up, clipping of the joint norm, moments, decoupled decay."""
+    trainer = trainer_of(
+        tiny_base,
+        optim__lr=0.1,
+        optim__warmup_updates=2,
+        optim__betas=(0.5, 0.7),
+        optim__weight_decay=0.3,
+        optim__grad_clip=0.25,
+    )
+    parameters = trainer.policy.parameters
+    draws = torch.Generator().manual_seed(3)
+    given: list[dict[str, Tensor]] = []
+
+    def known(*arguments: Any) -> Any:
+        scale = [1.0, 1e-4, 1.0][len(given)]  # clipped, small enough as it is, clipped
+        given.append({name: scale * torch.randn(p.shape, generator=draws) for name, p in parameters.items()})
+        for name, value in parameters.items():
+            assert value.grad is None
+            value.grad = given[-1][name].clone()
+        return [], 0.0
+
+    monkeypatch.setattr("kvpo.training.trainer.accumulate_gradients", known)
+    expected = {name: value.detach().double() for name, value in parameters.items()}
+    first = {name: torch.zeros_like(value) for name, value in expected.items()}
+    second = {name: torch.zeros_like(value) for name, value in expected.items()}
+    for update, rate in enumerate((0.05, 0.1, 0.1), start=1):
+        numbers = trainer.step()
+        norm = sum(float(value.double().square().sum()) for value in given[-1].values()) ** 0.5
+        assert numbers["gradient_norm"] == pytest.approx(norm)
+        for name, value in expected.items():
+            gradient = given[-1][name].double() * min(1.0, 0.25 / norm)
+            first[name] = 0.5 * first[name] + 0.5 * gradient
+            second[name] = 0.7 * second[name] + 0.3 * gradient.square()
+            mean, square = first[name] / (1 - 0.5**update), second[name] / (1 - 0.7**update)
+            expected[name] = (1 - rate * 0.3) * value - rate * mean / (square.sqrt() + 1e-8)
+            torch.testing.assert_close(parameters[name].double(), expected[name], rtol=1e-4, atol=1e-5)
+
+
+def same_prompts(update: int) -> list[VideoPrompt]:
+    """The same long video twice, in every update: only keys make a difference."""
+    return [VideoPrompt(n, ("a red circle",), (), 45) for n in range(2)]
+
+
+def test_every_seed_and_every_update_forks_for_itself(tiny_base: Path) -> None:
+    def forks(seeds: range, updates: range) -> set[int]:
+        setup = toy_setup(tiny_config(tiny_base))
+        seeded = [replace(setup.config, seed=seed) for seed in seeds]
+        setups = [replace(setup, config=config, training_prompts=same_prompts) for config in seeded]
+        return {Trainer(one).planned(update).fork for one in setups for update in updates}
+
+    assert forks(range(1), range(1)) == forks(range(1), range(1))
+    assert len(forks(range(1), range(12))) > 3
+    assert len(forks(range(12), range(1))) > 3
+
+
+def test_every_group_of_every_seed_and_update_draws_its_own_routes_and_noise(tiny_base: Path) -> None:
+    setup = replace(toy_setup(tiny_config(tiny_base, exploration__branches=4)), training_prompts=same_prompts)
+
+    def groups(seed: int, update: int) -> list[Any]:
+        trainer = Trainer(replace(setup, config=replace(setup.config, seed=seed)))
+        planned = replace(trainer.planned(update), fork=24)
+        with in_background() as submit:
+            cache = trainer.new_cache([planned])
+            return trainer.generate(update, planned, submit, cache).rollout.groups
+
+    found = [*groups(0, 0), *groups(0, 1), *groups(1, 0)]
+    assert len({group.routes for group in found}) == len(found) == 6
+    anchors = [group.clean_MTCHW[-1] for group in found]
+    same = {(a, b) for b in range(6) for a in range(b) if torch.equal(anchors[a], anchors[b])}
+    assert same == {(0, 2), (1, 3)}, "the noise goes with the seed and the video, whatever the update"
+
+
+def test_every_group_of_every_seed_and_update_is_dealt_its_own_permutation(tiny_base: Path) -> None:
+    trainer = trainer_of(tiny_base, exploration__branches=6, objective__advantages="random")
+    rollout, scores, _ = trainer.explore(0)
+
+    def dealt(seed: int, update: int) -> list[tuple[float, ...]]:
+        trainer.setup = replace(trainer.setup, config=replace(trainer.setup.config, seed=seed))
+        trained, _ = trainer.credit(update, rollout, [scores[0]] * 2)
+        return [tuple(item.credit.all_advantages_G.tolist()) for item in trained]
+
+    found = [*dealt(0, 0), *dealt(0, 1), *dealt(1, 0)]
+    assert len(set(found)) == len(found) == 6
+    assert len({tuple(sorted(row)) for row in found}) == 1
 
 
 def test_warm_up_trains_from_the_first_update() -> None:

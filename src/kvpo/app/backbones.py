@@ -1,8 +1,9 @@
 """Builds public Wan generators (LongLive, MemFlow, Self-Forcing) from their files, beside the world's own."""
 
+import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import partial
 from itertools import chain
 from pathlib import Path
 
@@ -16,20 +17,20 @@ from kvpo.app.build import (
     streaming_generator,
     wan_shape,
 )
+from kvpo.app.file_prompts import updates_prompts
 from kvpo.app.held_out import held_out_scorers
 from kvpo.app.offloading import visiting
 from kvpo.config import Config
 from kvpo.config_checks import ConfigurationError
 from kvpo.engine.forks import plan_forks
 from kvpo.engine.noise import keyed_generator
+from kvpo.models.adapter_files import PEFT_CONFIG, AdapterState, load_adapter_state
 from kvpo.models.adapters import add_adapter, check_adapter, load_adapter, merge_adapter
 from kvpo.models.causal_wan import CausalWan
 from kvpo.models.checkpoints import (
-    AdapterState,
     TransformerState,
     assign_state,
     check_state,
-    load_adapter_state,
     load_transformer_state,
 )
 from kvpo.models.hub import resolve
@@ -44,10 +45,12 @@ from kvpo.models.umt5 import (
 )
 from kvpo.models.wan_vae import WanVAE, load_wan_vae
 from kvpo.prompt_files import read_prompts
-from kvpo.prompts import VideoPrompt
+from kvpo.prompts import VideoPrompt, cut_notice
 from kvpo.rewards.cache import score_cache
 from kvpo.training.evaluation import Judges
 from kvpo.training.setup import Backbone, Setup, Weights
+
+logger = logging.getLogger(__name__)
 
 WAYS_OUT = {
     "checkpoint": "--checkpoint FILE, the transformer weights that belong to the preset (longlive_base.pt)",
@@ -96,12 +99,13 @@ class CachedTexts:
     """Width that the transformer expects."""
 
     def fill(self, prompts: Iterable[VideoPrompt]) -> None:
-        """Compute what the cache lacks of some prompts, so that the encoder is loaded once.
+        """Compute what the cache lacks of some prompts, so that the encoder is loaded once; warn of cuts.
 
         Raises ValueError where their width is not the transformer's.
         """
         texts = [text for prompt in prompts for text in prompt.segments]
-        self.cache.fill(texts, self.load)
+        if cut := self.cache.fill(texts, self.load):
+            logger.warning("%s", cut_notice(cut, self.cache.text_len, len(set(texts))))
         self(texts[:1])
 
     def __call__(self, texts: Sequence[str]) -> Tensor:
@@ -121,43 +125,8 @@ class CachedTexts:
         return embeddings.to(self.device, torch.float32)
 
 
-Shape = tuple[int, tuple[int, ...]]
-"""Latent frames of a video and its switch frames."""
-
-
-@dataclass(frozen=True)
-class FilePrompts:
-    """Training prompts of each update, a function of (seed, update) alone: each pass in another order.
-
-    Prompts of one update share their kind and length, so that they have forks in common.
-    """
-
-    prompts: tuple[VideoPrompt, ...]
-    seed: int
-    count: int
-
-    @cached_property
-    def alike(self) -> dict[Shape, list[VideoPrompt]]:
-        """Prompts by kind and length, in a fixed order of both."""
-        found: dict[Shape, list[VideoPrompt]] = {}
-        for prompt in self.prompts:
-            found.setdefault((prompt.num_frames, prompt.switches), []).append(prompt)
-        return dict(sorted(found.items()))
-
-    def __call__(self, update: int) -> list[VideoPrompt]:
-        draws = keyed_generator("prompt shape", self.seed, update)
-        weights = torch.tensor([len(own) for own in self.alike.values()]).float()
-        alike = list(self.alike.values())[int(torch.multinomial(weights, 1, generator=draws))]
-        chosen = []
-        for position in range(update * self.count, (update + 1) * self.count):
-            turn, place = divmod(position, len(alike))
-            order = torch.randperm(len(alike), generator=keyed_generator("prompt order", self.seed, turn))
-            chosen.append(replace(alike[int(order[place])], id=position))
-        return chosen
-
-
-def located(config: Config, name: str, *patterns: str) -> Path:
-    """Local path of a file or directory that the backbone needs.
+def located(config: Config, name: str, *patterns: str, beside: Sequence[str] = ()) -> Path:
+    """Local path of a file or directory that the backbone needs, with the files ``beside`` it.
 
     Raises:
         ConfigurationError: the setting is empty.
@@ -170,7 +139,7 @@ def located(config: Config, name: str, *patterns: str) -> Path:
             f"give {WAYS_OUT[name]}"
         )
     try:
-        return resolve(location, patterns=patterns, offline=config.backbone.offline)
+        return resolve(location, patterns=patterns, beside=beside, offline=config.backbone.offline)
     except ValueError as error:
         raise ValueError(f"backbone.{name}: {error}") from error
 
@@ -231,10 +200,12 @@ def given_weights(config: Config) -> Given:
     check_state(model, state)
     adapter = None
     if backbone.lora:
+        path = located(config, "lora", *ADAPTER_FILES, beside=(PEFT_CONFIG,))
         adapter = load_adapter_state(
-            located(config, "lora", *ADAPTER_FILES), entry=backbone.lora_entry or None
+            path, entry=backbone.lora_entry or None, alpha=backbone.lora_alpha or None
         )
         check_adapter(model, adapter)
+        logger.info("adapter: %s", adapter.described())
         if backbone.lora_start == "continue":
             _demand_same_adapter(config, adapter)
     return Given(model, state, adapter)
@@ -269,18 +240,27 @@ def wan_weights(config: Config, given: Given | None = None) -> Weights:
     if optim.compile:
         model.compile_blocks()
     how = [backbone.checkpoint_entry, *([backbone.lora_start, backbone.lora_entry] if adapter else [])]
+    how += [str(sorted(set(map(adapter.scale, adapter.modules))))] if adapter and adapter.stated else []
     files = (*state.files, *(adapter.files if adapter else ()))
     return Weights(config, model.to(config.device), fingerprint(files, "/".join(how)))
 
 
 def _demand_same_adapter(config: Config, given: AdapterState) -> None:
     """A continued adapter brings its own rank and scale; the configuration must say the same."""
-    for name, value in (("lora_rank", given.rank), ("lora_alpha", given.alpha)):
-        if vars(config.optim)[name] != value:
-            raise ConfigurationError(
-                f"optim.{name}: {vars(config.optim)[name]}, but the adapter {config.backbone.lora} that is "
-                f"continued has {value:g}; set it to {value:g}, or backbone.lora_start to merge"
-            )
+    optim, way_out = config.optim, "backbone.lora_start to merge"
+    told = f"optim.{{}}: {{}}, but the adapter {config.backbone.lora} that is continued has {{}} {{}}"
+    if optim.lora_rank != given.rank:
+        said = told.format("lora_rank", optim.lora_rank, "rank", given.rank)
+        raise ConfigurationError(f"{said}; set it to {given.rank}, or {way_out}")
+    if optim.lora_alpha != given.alpha:
+        alpha = repr(given.alpha).removesuffix(".0")
+        said = told.format("lora_alpha", f"{optim.lora_alpha:g}", "alpha", alpha)
+        if given.stated:
+            raise ConfigurationError(f"{said} according to {given.stated}; set it to {alpha}, or {way_out}")
+        raise ConfigurationError(
+            f"{said}, assumed from its rank since its files state none; set backbone.lora_alpha and "
+            "optim.lora_alpha to the alpha that it was trained with"
+        )
 
 
 def wan_backbone(config: Config, prompts: Iterable[VideoPrompt] = ()) -> Backbone:
@@ -318,7 +298,8 @@ def split_prompts(
         raise ConfigurationError("prompts.file: empty; give --prompts FILE (.txt or .jsonl)")
     try:
         path = prompt_file(config, settings.file)
-        every = read_prompts(path, num_frames=settings.frames, switches=settings.switches)
+        block = config.stream.block
+        every = read_prompts(path, num_frames=settings.frames, switches=settings.switches, block=block)
     except ValueError as error:
         raise ConfigurationError(f"prompts.file: {error}") from error
     training: list[VideoPrompt] = []
@@ -362,7 +343,7 @@ def check_length(prompts: Sequence[VideoPrompt], config: Config) -> None:
 def build_wan(config: Config) -> Setup:
     """A public generator to align, on the prompts of a file, with the reward that is named."""
     training, validation, test = split_prompts(config)
-    prompts = FilePrompts(tuple(training), config.seed, config.optim.prompts_per_update)
+    prompts = updates_prompts(config, training)
     seen = [prompts(update) for update in range(config.optim.updates)]
     # Before the rewards: the text encoder and a reward of its size need not fit the device together.
     backbone = wan_backbone(config, chain(*seen, *validation.values(), *test.values()))

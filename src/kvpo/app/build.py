@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.resources import files
@@ -22,17 +23,22 @@ from kvpo.method.flow import STEPS, few_step_sigmas
 from kvpo.models.adapters import add_adapter, leave_casts_to_autocast
 from kvpo.models.causal_wan import CausalWan, WanShape
 from kvpo.models.deployment import Deployment
-from kvpo.models.tensor_files import read_file
-from kvpo.prompts import ClipPrompt, VideoPrompt
+from kvpo.models.tensor_files import named_list, read_file
+from kvpo.prompts import ClipPrompt, VideoPrompt, cut_notice
 from kvpo.rewards.cache import ScoreCache, score_cache
 from kvpo.rewards.combined import CombinedScorer
 from kvpo.training.evaluation import Judges
 from kvpo.training.setup import Backbone, Setup, Weights
-from kvpo.world.text import LearnedTextEncoder
+from kvpo.world.grammar import words
+from kvpo.world.text import TEXT_LENGTH, LearnedTextEncoder, WordTokenizer
+
+logger = logging.getLogger(__name__)
 
 BASE = "generator.safetensors"
 SHORT_FRAMES, LONG_FRAMES = 30, 60
 """Held-out videos: one prompt over 10 blocks, three prompts over 20."""
+SHORTEST_ACT = 12
+"""Frames of the shortest act of a story."""
 
 
 def deployment_of(stream: StreamConfig) -> Deployment:
@@ -220,10 +226,10 @@ def build_world(config: Config, base: Path | None = None) -> Setup:
     if base is not None:
         config = replace(config, base=str(base))
     block = config.stream.block
-    if SHORT_FRAMES % block or LONG_FRAMES % block:
+    if SHORT_FRAMES % block or LONG_FRAMES % block or block > SHORTEST_ACT:
         raise ConfigurationError(
             f"stream.block: must divide the {SHORT_FRAMES} and {LONG_FRAMES} frames of the embedded world's "
-            f"videos, got {block}"
+            f"videos and be no longer than their shortest act of {SHORTEST_ACT}, got {block}"
         )
     backbone = build_backbone(config)
     frame_rate, cache = backbone.codec.frames_per_second, score_cache(config.rewards.cache)
@@ -274,10 +280,29 @@ def load_backbone(config: Config, prompts: Sequence[VideoPrompt] = ()) -> Backbo
     """What a configuration generates with, ready for some prompts."""
     check_device(config)
     if config.backbone.kind == "world":
+        say_what_is_not_read(prompts)
         return build_backbone(config)
     from kvpo.app.backbones import wan_backbone
 
     return wan_backbone(config, prompts)
+
+
+def say_what_is_not_read(prompts: Sequence[VideoPrompt]) -> None:
+    """Warn of words that the embedded generator does not know, and of those beyond what it reads."""
+    tokenizer = WordTokenizer()
+    texts = list(dict.fromkeys(text for prompt in prompts for text in prompt.segments))
+    if unknown := {text: found for text in texts if (found := tokenizer.unknown(text))}:
+        names = named_list(list(dict.fromkeys(word for found in unknown.values() for word in found)))
+        logger.warning(
+            "%d of %d prompts have words that the embedded generator does not know and cannot show: %s; it "
+            "knows the %d words of its stories (kvpo/world/assets/vocabulary.txt)",
+            len(unknown),
+            len(texts),
+            names,
+            len(tokenizer) - 2,  # but padding and the unknown word
+        )
+    if cut := {text: count for text in texts if (count := len(words(text))) > TEXT_LENGTH}:
+        logger.warning("%s", cut_notice(cut, TEXT_LENGTH, len(texts), "words"))
 
 
 def load_weights(config: Config) -> Weights:

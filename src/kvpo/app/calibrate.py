@@ -15,11 +15,11 @@ from torch import Tensor
 from kvpo import __version__
 from kvpo.app.named_rewards import NamedReward, named_rewards
 from kvpo.app.score import as_video, file_prompts, find_videos
+from kvpo.files import write_atomic
 from kvpo.prompts import ClipPrompt
 from kvpo.report.video import read_video, write_video
 from kvpo.rewards.sampling import file_clips
 from kvpo.rewards.video_files import probe, read_frames
-from kvpo.training.durable import write_atomic
 
 logger = logging.getLogger(__name__)
 

@@ -23,6 +23,7 @@ from kvpo.app.noise_files import with_measured_floors
 from kvpo.app.presets import PRESETS
 from kvpo.config import Config
 from kvpo.config_checks import ConfigurationError, check
+from kvpo.files import read_text
 
 CHANGEABLE_ON_RESUME = (
     "device",
@@ -121,11 +122,7 @@ def resolve_resumed(saved: Path, preset: str | None, file: Path | None, flags: M
 def read_file(path: Path) -> dict[str, Any]:
     """The settings in a YAML file by dotted path, not yet converted. Raises ConfigurationError."""
     try:
-        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)
-    except UnicodeDecodeError as error:
-        raise ConfigurationError(f"configuration file {path} is not UTF-8 text") from error
-    except OSError as error:
-        raise ConfigurationError(f"cannot read configuration file {path}: {error.strerror}") from error
+        values = yaml.load(read_text(path), Loader=_StrictLoader)
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         raise ConfigurationError(f"configuration file {path}, line {line}: {error.problem}") from error
@@ -133,6 +130,10 @@ def read_file(path: Path) -> dict[str, Any]:
         raise ConfigurationError(
             f"configuration file {path} is not YAML: {' '.join(str(error).split())}"
         ) from error
+    except RecursionError as error:
+        raise ConfigurationError(f"configuration file {path}: nested too deeply") from error
+    except ValueError as error:  # of the file, or of a date or number that is none
+        raise ConfigurationError(f"cannot read configuration file {error}") from error
     if not isinstance(values, dict | NoneType):
         raise ConfigurationError(
             f"configuration file {path} must hold sections and fields, got {_shown(values)}"
@@ -205,7 +206,7 @@ def _parse(kind: Any, text: str) -> Any:
         text = "{" + text.replace("=", ": ") + "}"
     try:
         return yaml.load(text, Loader=_StrictLoader)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError, RecursionError):
         return text  # the conversion refuses it by name
 
 

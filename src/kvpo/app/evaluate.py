@@ -8,8 +8,8 @@ from typing import Any
 from kvpo.app.build import build_setup
 from kvpo.app.configuration import resolve
 from kvpo.app.progress import Bars, progress_bars
+from kvpo.files import write_atomic
 from kvpo.training.checkpoint import find_checkpoint
-from kvpo.training.durable import write_atomic
 from kvpo.training.evaluation import comparison
 from kvpo.training.policy import exchanged, policy_of
 from kvpo.training.run import evaluate_prompts, load_average

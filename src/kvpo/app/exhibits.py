@@ -16,10 +16,10 @@ from kvpo.engine.noise import keyed_generator
 from kvpo.engine.rollout import Group, RoutedFrame
 from kvpo.engine.scoring import decode_members, score_group
 from kvpo.engine.stream import stream_latents
+from kvpo.files import write_atomic
 from kvpo.prompts import VideoPrompt
 from kvpo.training.credit import assign_credit, no_credit
 from kvpo.training.diversity import Explorer, Fork, averaged
-from kvpo.training.durable import write_atomic
 from kvpo.training.evaluation import HeldOut
 from kvpo.training.gradients import Trained, energies_of
 from kvpo.training.policy import exchanged
@@ -34,7 +34,7 @@ def as_bytes(video_TCHW: Tensor) -> Tensor:
 
 def explorer(setup: Setup, prompts: Sequence[VideoPrompt]) -> Explorer:
     """Branch exploration outside training, on the diversity tape."""
-    from kvpo.rewards.world_detector import BROKEN_BELOW, attributes, detect
+    from kvpo.world.detector import BROKEN_BELOW, attributes, detect
 
     def observe(video_BTCHW: Tensor) -> tuple[list[tuple], Tensor]:
         seen = detect(video_BTCHW)

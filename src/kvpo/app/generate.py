@@ -14,11 +14,11 @@ from kvpo.app.progress import Bars, progress_bars
 from kvpo.config import Config
 from kvpo.config_checks import check
 from kvpo.engine.stream import stream_latents
+from kvpo.files import StorageError, storage_error, write_atomic
 from kvpo.prompt_files import read_prompts
-from kvpo.prompts import VideoPrompt
+from kvpo.prompts import VideoPrompt, check_shown
 from kvpo.report.video import side_by_side, write_video
 from kvpo.training.checkpoint import find_checkpoint
-from kvpo.training.durable import StorageError, storage_error, write_atomic
 from kvpo.training.policy import exchanged, policy_of
 from kvpo.training.run import load_average
 from kvpo.training.setup import Backbone
@@ -94,7 +94,8 @@ def _prompts(config: Config, given: Path | str | Sequence[VideoPrompt] | None) -
         chosen = [prompt for some in default_test_prompts(config).values() for prompt in some[:UNASKED]]
     elif isinstance(given, str | Path):
         path = prompt_file(config, given)
-        chosen = read_prompts(path, num_frames=default_frames(config), switches=config.prompts.switches)
+        frames, switches = default_frames(config), config.prompts.switches
+        chosen = read_prompts(path, num_frames=frames, switches=switches, block=config.stream.block)
     else:
         chosen = list(given)
     numbered = [
@@ -107,6 +108,10 @@ def _prompts(config: Config, given: Path | str | Sequence[VideoPrompt] | None) -
                 f"prompt {prompt.id}: num_frames = {prompt.num_frames} is not a multiple of the block of "
                 f"{block} frames"
             )
+        try:
+            check_shown(prompt, block)
+        except ValueError as error:
+            raise ValueError(f"prompt {prompt.id}: {error}") from error
     return numbered
 
 

@@ -188,7 +188,7 @@ def _remote(names: Sequence[str], url: str, field: str, frame_rate: float, top_s
 
 
 def _world() -> NamedReward:
-    from kvpo.rewards.world_pixels import DEFAULT_WEIGHTS, WorldScorer
+    from kvpo.world.reward import DEFAULT_WEIGHTS, WorldScorer
     from kvpo.world.vocabulary import FRAME_SIZE
 
     scorer = WorldScorer()

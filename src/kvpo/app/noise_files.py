@@ -1,12 +1,12 @@
 """Noise floors from the files that `kvpo calibrate` writes."""
 
-import json
 import math
 from dataclasses import replace
 from pathlib import Path
 
 from kvpo.config import Config
 from kvpo.config_checks import ConfigurationError
+from kvpo.files import read_json
 
 TOTAL = "total"
 """What `kvpo calibrate` calls the weighted sum of a reward with several components."""
@@ -33,10 +33,9 @@ def with_measured_floors(config: Config) -> Config:
 def read_floors(path: Path) -> dict[str, float]:
     """The floor of every component in a file of `kvpo calibrate`. Raises ConfigurationError."""
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not JSON"
-        raise ConfigurationError(f"rewards.noise_files: cannot read {path}: {reason}") from error
+        record = read_json(path)
+    except ValueError as error:
+        raise ConfigurationError(f"rewards.noise_files: cannot read {error}") from error
     components = record.get("components") if isinstance(record, dict) else None
     if not isinstance(components, dict) or not components:
         raise ConfigurationError(f"rewards.noise_files: {path} is no file of `kvpo calibrate`")

@@ -16,6 +16,7 @@ from kvpo.config import Config
 from kvpo.config_checks import ConfigurationError, check
 from kvpo.engine.forks import plan_forks
 from kvpo.engine.pages import PlannedRollout
+from kvpo.files import write_atomic
 from kvpo.models.causal_wan import CausalWan
 from kvpo.prompt_files import read_prompts
 from kvpo.prompts import VideoPrompt
@@ -80,7 +81,12 @@ def typical_prompt(config: Config) -> VideoPrompt:
         return VideoPrompt(0, ("", "", ""), (third, 2 * third), LONG_FRAMES)
     settings = config.prompts
     if settings.file:
-        every = read_prompts(settings.file, num_frames=settings.frames, switches=settings.switches)
+        every = read_prompts(
+            settings.file,
+            num_frames=settings.frames,
+            switches=settings.switches,
+            block=config.stream.block,
+        )
         return max(every, key=lambda prompt: (len(prompt.switches), prompt.num_frames))
     return VideoPrompt(0, ("",) * (len(settings.switches) + 1), settings.switches, settings.frames)
 
@@ -176,7 +182,7 @@ def plan_command(config: Config, *, memory: float | None, rates: Rates, out: Pat
     _print(plan, memory, advice)
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(numbers(plan, memory, advice), indent=1) + "\n", encoding="utf-8")
+        write_atomic(out, json.dumps(numbers(plan, memory, advice), indent=1) + "\n")
 
 
 def numbers(plan: Plan, memory: float | None, advice: Advice | None) -> dict[str, object]:

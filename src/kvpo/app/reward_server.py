@@ -11,6 +11,7 @@ import uvicorn
 
 from kvpo.app.named_rewards import NamedReward, named_rewards
 from kvpo.config_checks import ConfigurationError
+from kvpo.files import read_text
 from kvpo.rewards.declarations import DECLARATIONS
 from kvpo.rewards.server import Limits, reward_app
 from kvpo.rewards.wire import TOKEN_VARIABLE, Offer
@@ -63,9 +64,9 @@ def read_token(file: Path | None, environment: Mapping[str, str]) -> str | None:
     where, text = TOKEN_VARIABLE, environment.get(TOKEN_VARIABLE)
     if file is not None:
         try:
-            where, text = f"--token-file: {file}", file.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigurationError(f"--token-file: cannot read {file}: {error}") from error
+            where, text = f"--token-file: {file}", read_text(file)
+        except ValueError as error:
+            raise ConfigurationError(f"--token-file: cannot read {error}") from error
     if text is None:
         return None
     token = text.strip()

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from kvpo.app.named_rewards import NamedReward, named_rewards, split_location
+from kvpo.files import named_list, read_json, write_atomic
 from kvpo.prompt_files import read_prompts
 from kvpo.prompts import ClipPrompt
 from kvpo.report.scores import Entry, write_page
@@ -79,17 +80,12 @@ def file_prompts(path: Path, names: Sequence[str]) -> list[str]:
                 "their names, or a .json file that maps names to prompts"
             )
         return [prompt.segments[0] for prompt in prompts]
-    try:
-        given = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: cannot be read as JSON: {error}") from error
+    given = read_json(path)
     if not isinstance(given, dict) or not all(isinstance(text, str) for text in given.values()):
         raise ValueError(f"{path}: expected a JSON object that maps file names to prompts")
     known = {name: given[key] for name in names for key in (Path(name).name, name) if key in given}
     if absent := [name for name in names if name not in known]:
-        raise ValueError(
-            f"{path}: no prompt for {absent[0]}" + f" and {len(absent) - 1} more" * (len(absent) > 1)
-        )
+        raise ValueError(f"{path}: no prompt for {named_list(absent, 1)}")
     return [known[name] for name in names]
 
 
@@ -196,7 +192,7 @@ def _previews(results: Sequence[FileScore]) -> dict[str, bytes]:
 
 def _write_json(path: Path, results: Sequence[FileScore]) -> None:
     rows = [{"file": r.name, "prompt": r.prompt, "scores": r.scores, "problems": r.problems} for r in results]
-    path.write_text(json.dumps(rows, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_atomic(path, json.dumps(rows, indent=1, ensure_ascii=False) + "\n")
 
 
 def table(results: Sequence[FileScore]) -> str:

@@ -52,7 +52,8 @@ class GroupDiagnostics:
     anchor_reward: float
     """Reward of the anchor."""
     reward_spread: float
-    """Standard deviation (ddof 1) of the rewards of branches and anchor."""
+    """Standard deviation (ddof 1) of the rewards of the branches, and of the anchor where advantages are
+    relative to it: what the noise floor is compared with."""
     above_anchor: float
     """Share of branches that score above the anchor."""
     branch_distance: float
@@ -78,13 +79,18 @@ class UpdateDiagnostics(ObjectiveDiagnostics, GroupDiagnostics):
 
 
 def group_diagnostics(
-    rewards_G: Tensor, anchor_reward: Tensor, branch_latents: Tensor, anchor_latents: Tensor
+    rewards_G: Tensor,
+    anchor_reward: Tensor,
+    branch_latents: Tensor,
+    anchor_latents: Tensor,
+    *,
+    relative_to_anchor: bool = True,
 ) -> GroupDiagnostics:
     """Diagnostics of one group from rewards [G], [] and the latents of the routed window [G, ...], [...]."""
     return GroupDiagnostics(
         reward_mean=float(rewards_G.mean()),
         anchor_reward=float(anchor_reward),
-        reward_spread=float(reward_spread(rewards_G, anchor_reward)),
+        reward_spread=float(reward_spread(rewards_G, anchor_reward if relative_to_anchor else None)),
         above_anchor=float((rewards_G > anchor_reward).double().mean()),
         branch_distance=mean_pairwise_distance(branch_latents),
         anchor_distance=mean_distance(branch_latents, anchor_latents),

@@ -17,8 +17,9 @@ from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from kvpo.models.checkpoints import PEFT_PREFIX, AdapterState
-from kvpo.models.tensor_files import check_tensors, named_list
+from kvpo.files import named_list
+from kvpo.models.adapter_files import PEFT_PREFIX, AdapterState, adapter_of
+from kvpo.models.tensor_files import check_tensors
 
 TRAINED = "default"
 REFERENCE = "reference"
@@ -46,18 +47,21 @@ def check_adapter(model: nn.Module, adapter: AdapterState) -> None:
     shapes, expected = _linear_shapes(model), {}
     for module in adapter.modules:
         if module in shapes:
-            out_width, in_width = shapes[module]
-            expected[f"{PEFT_PREFIX}{module}.lora_A.weight"] = (adapter.rank, in_width)
-            expected[f"{PEFT_PREFIX}{module}.lora_B.weight"] = (out_width, adapter.rank)
+            (out_width, in_width), rank = shapes[module], adapter.pair(module)[0].shape[0]
+            expected[f"{PEFT_PREFIX}{module}.lora_A.weight"] = (rank, in_width)
+            expected[f"{PEFT_PREFIX}{module}.lora_B.weight"] = (out_width, rank)
     check_tensors(adapter.tensors, expected, adapter.source)
 
 
 def lora_config(adapter: AdapterState, base_model: str | None = None) -> LoraConfig:
     """PEFT's configuration of an adapter, which names its layers one by one."""
+    ranks = {module: adapter.pair(module)[0].shape[0] for module in adapter.modules}
     return LoraConfig(
         r=adapter.rank,
         # PEFT's field is an integer wherever it can be, and computes with fractions as well.
         lora_alpha=int(adapter.alpha) if adapter.alpha == int(adapter.alpha) else cast(int, adapter.alpha),
+        rank_pattern={module: rank for module, rank in ranks.items() if rank != adapter.rank},
+        alpha_pattern=dict(adapter.alphas),
         target_modules=sorted(adapter.modules),
         lora_dropout=0.0,
         base_model_name_or_path=base_model,
@@ -145,7 +149,7 @@ def leave_casts_to_autocast(model: nn.Module) -> None:
 
 @torch.no_grad()
 def merge_adapter(model: nn.Module, adapter: AdapterState, wide: Mapping[str, Tensor] | None = None) -> None:
-    """Add an adapter into the model's weights, ``W + (alpha / rank) B A``, computed in float32.
+    """Add an adapter into the model's weights, ``W + scale B A``, computed in float32.
 
     Args:
         wide: the weights before they were rounded to the model's precision, by name, so that the sum is
@@ -164,7 +168,7 @@ def merge_adapter(model: nn.Module, adapter: AdapterState, wide: Mapping[str, Te
 
 def _merged(weight: Tensor, adapter: AdapterState, module: str) -> Tensor:
     a, b = (half.to(device=weight.device, dtype=torch.float32) for half in adapter.pair(module))
-    return (weight.float() + (adapter.alpha / adapter.rank) * (b @ a)).to(weight.dtype)
+    return (weight.float() + adapter.scale(module) * (b @ a)).to(weight.dtype)
 
 
 @contextmanager
@@ -202,12 +206,11 @@ def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 def adapter_state(model: nn.Module) -> AdapterState:
     """The trained adapter's current weights (sharing memory) in PEFT's public layout."""
-    layer = _lora_layers(model)[0]
     tensors = get_peft_model_state_dict(model, adapter_name=TRAINED)
-    return AdapterState(
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+    return adapter_of(
         {PEFT_PREFIX + name: tensor.detach() for name, tensor in tensors.items()},
-        layer.r[TRAINED],
-        layer.lora_alpha[TRAINED],
+        {name: layer.lora_alpha[TRAINED] for name, layer in layers.items()},
         "trained adapter",
     )
 

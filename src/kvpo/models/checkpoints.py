@@ -1,9 +1,8 @@
-"""Checkpoints in: every public layout of the Wan transformer and of its adapters, under bare Wan names.
+"""Checkpoints in: every public layout of the Wan transformer, under bare Wan names.
 
 Layouts and key forms: MODELS.md section 1.
 """
 
-import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -11,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from kvpo.models.tensor_files import (
@@ -32,14 +30,10 @@ ADAPTER_ENTRIES = ("generator_lora",)
 NAMED_ENTRIES = ("ema", "initial_generator_lora")
 """Entries of KVPO's own checkpoints that are read only when asked for by name."""
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
-PEFT_PREFIX = "base_model.model."
-PEFT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
-DIFFUSERS_ADAPTER_NAME = "pytorch_lora_weights.safetensors"
 
 _WRAPPERS = re.compile(r"(?:_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod)\.")
 _MODEL_PREFIX = re.compile(r"^(?:(?:module|model)\.)+")
-_ADAPTER_PREFIX = re.compile(r"^(?:(?:module|model|base_model|transformer|diffusion_model)\.)+")
-_ADAPTER_KEY = re.compile(r"^(?P<module>.+)\.lora_(?P<half>[AB])\.(?:[^.]+\.)?weight$")
+ADAPTER_KEY = re.compile(r"^(?P<module>.+)\.lora_(?P<half>[AB])\.(?:[^.]+\.)?weight$")
 
 _TOP_NAMES = {
     "patch_embedding": "patch_embedding",
@@ -81,33 +75,6 @@ class TransformerState:
     files: tuple[Path, ...] = ()
 
 
-@dataclass(frozen=True)
-class AdapterState:
-    """A LoRA adapter in PEFT's public layout (``base_model.model.<module>.lora_A.weight``).
-
-    Its effect on a layer is ``y = W x + b + (alpha / rank) B (A x)`` (MODELS.md section 1.1).
-    """
-
-    tensors: dict[str, Tensor]
-    rank: int
-    alpha: float
-    source: str
-    files: tuple[Path, ...] = ()
-
-    @property
-    def modules(self) -> tuple[str, ...]:
-        """Bare names of the adapted layers."""
-        halves = (key.removeprefix(PEFT_PREFIX) for key in self.tensors)
-        return tuple(
-            half.removesuffix(".lora_A.weight") for half in halves if half.endswith(".lora_A.weight")
-        )
-
-    def pair(self, module: str) -> tuple[Tensor, Tensor]:
-        """``A [rank, in]`` and ``B [out, rank]`` of an adapted layer."""
-        prefix = f"{PEFT_PREFIX}{module}.lora_"
-        return self.tensors[prefix + "A.weight"], self.tensors[prefix + "B.weight"]
-
-
 def _rename(name: str, top: Mapping[str, str], block: Mapping[str, str]) -> str:
     match = re.match(r"(blocks\.\d+\.)(.*)", name)
     prefix, rest, table = (match[1], match[2], block) if match else ("", name, top)
@@ -133,7 +100,30 @@ def _is_diffusers(names: Iterable[str]) -> bool:
     return any(re.search(r"\.attn[12]\.|\.ffn\.net\.|^condition_embedder\.", name) for name in names)
 
 
-def _normalised(tensors: Mapping[str, Tensor], prefix: re.Pattern[str], source: str) -> dict[str, Tensor]:
+_LAYOUTS = {
+    r"\.lokr_w[12]": "a LoKr adapter of LyCORIS",
+    r"\.hada_w[12]_": "a LoHa adapter of LyCORIS",
+    r"\.lora_magnitude_vector|\.dora_scale": "a DoRA adapter",
+    r"\.base_layer\.": "a whole PEFT model, base weights and adapter in one (save_pretrained splits them)",
+    r"^(?:lora|lycoris)_\w+\.": "an adapter in kohya's layout (lora_unet_...)",
+    r"\.diff(?:_b)?$": "differences of whole weights, as ComfyUI's extraction writes them",
+    r"^diffusion_model\..*\.lora_(?:down|up)\.": "an adapter in ComfyUI's layout (diffusion_model...)",
+    r"\.lora_(?:down|up)\.|\.lora\.(?:down|up)\.": "an adapter of older diffusers (down and up)",
+    r"^(?:model\.)*diffusion_model\.(?!.*\.lora_)": "a model in ComfyUI's layout (diffusion_model...)",
+    r"^(?:pipe\.)?transformer\.(?!.*\.lora_)": "the part of a diffusers pipeline under transformer...",
+    r"^token_embedding\.|^shared\.weight|\.SelfAttention\.": "a T5 text encoder",
+    r"^(?:encoder|decoder)\.(?:conv1|conv_in|middle|mid_block|head)\.": "a VAE",
+}
+"""Patterns of keys, and what a file with such keys is; the first that matches any key holds."""
+
+
+def layout_of(names: Iterable[str]) -> str | None:
+    """What a file with such keys is, where it is of a known layout that is not read; None elsewhere."""
+    bare = [_WRAPPERS.sub("", name) for name in names]
+    return next((words for key, words in _LAYOUTS.items() if any(re.search(key, n) for n in bare)), None)
+
+
+def normalised(tensors: Mapping[str, Tensor], prefix: re.Pattern[str], source: str) -> dict[str, Tensor]:
     """Tensors under names without wrapper and model prefixes, in Wan's naming."""
     names = {name: prefix.sub("", _WRAPPERS.sub("", name)) for name in tensors}
     if _is_diffusers(names.values()):
@@ -146,7 +136,7 @@ def _normalised(tensors: Mapping[str, Tensor], prefix: re.Pattern[str], source: 
     return {names[name]: tensor for name, tensor in tensors.items()}
 
 
-def _choose_entry(
+def choose_entry(
     content: Mapping[str, object], entry: str | None, order: tuple[str, ...], source: str
 ) -> tuple[dict[str, Tensor], str]:
     """The requested entry of a checkpoint, else the first of ``order``, else the bare tensors themselves."""
@@ -202,11 +192,16 @@ def load_transformer_state(path: str | Path, *, entry: str | None = None) -> Tra
             raise ValueError(f"{path}: a directory has no entry {entry}; only .pt files have entries")
         tensors, source, files = _read_directory(path)
     else:
-        tensors, source = _choose_entry(read_file(path), entry, TRANSFORMER_ENTRIES, str(path))
+        tensors, source = choose_entry(read_file(path), entry, TRANSFORMER_ENTRIES, str(path))
         files = (path,)
-    if any(_ADAPTER_KEY.match(name) for name in tensors):
+    adapted = any(ADAPTER_KEY.match(name) for name in tensors)
+    weights = normalised(tensors, _MODEL_PREFIX, source)
+    fits = any(name.startswith("blocks.") for name in weights) and not adapted
+    if not fits and (layout := layout_of(tensors)):
+        raise ValueError(f"{source}: {layout}, which is not read as transformer weights")
+    if adapted:
         raise ValueError(f"{source}: holds an adapter, not transformer weights; give it as the adapter")
-    return TransformerState(_normalised(tensors, _MODEL_PREFIX, source), source, files)
+    return TransformerState(weights, source, files)
 
 
 def transformer_sizes(shapes: Shapes) -> dict[str, int]:
@@ -224,7 +219,7 @@ def transformer_sizes(shapes: Shapes) -> dict[str, int]:
         if axis < len(shapes.get(name, ()))
     }
     layers = {match[1] for name in shapes if (match := re.match(r"blocks\.(\d+)\.", name))}
-    return sizes | {"num_layers": len(layers)}
+    return sizes | ({"num_layers": len(layers)} if layers else {})
 
 
 def check_state(model: nn.Module, state: TransformerState) -> None:
@@ -248,102 +243,3 @@ def assign_state(
     """
     check_state(model, state)
     assign_tensors(model, state.tensors, device=device, dtype=dtype)
-
-
-def _adapter_config(path: Path) -> float | None:
-    """Alpha according to a PEFT ``adapter_config.json``; settings that change the formula are refused."""
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-        alpha = float(config["lora_alpha"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path}: not a PEFT adapter configuration with lora_alpha: {error!r}") from error
-    special = ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save", "lora_bias")
-    if used := [field for field in special if config.get(field)]:
-        raise ValueError(f"{path}: settings that are not supported: {named_list(used)}; only plain LoRA is")
-    return alpha
-
-
-def _file_alpha(path: Path) -> float | None:
-    """Alpha that diffusers wrote into the header of a safetensors adapter, if any."""
-    if path.suffix != ".safetensors":
-        return None
-    with safe_open(path, framework="pt") as file:
-        header = json.loads((file.metadata() or {}).get("lora_adapter_metadata", "{}"))
-    alphas = {float(value) for key, value in header.items() if key.split(".")[-1] == "lora_alpha"}
-    return alphas.pop() if len(alphas) == 1 else None
-
-
-def _adapter_file(directory: Path) -> Path:
-    for name in (*PEFT_FILES, DIFFUSERS_ADAPTER_NAME):
-        if (directory / name).is_file():
-            return directory / name
-    raise ValueError(
-        f"{directory}: no adapter ({', '.join((*PEFT_FILES, DIFFUSERS_ADAPTER_NAME))}); "
-        f"the directory holds {named_list(sorted(p.name for p in directory.iterdir())) or 'nothing'}"
-    )
-
-
-def load_adapter_state(
-    path: str | Path, *, entry: str | None = None, alpha: float | None = None
-) -> AdapterState:
-    """A LoRA adapter of any public layout, in PEFT's layout.
-
-    Understands LongLive's and MemFlow's ``lora.pt``, KVPO's checkpoints (adapter, ``ema``), bare PEFT files,
-    PEFT directories and diffusers LoRA files, with the adapter's name in the keys or without.
-
-    Args:
-        path: a file or a directory.
-        entry: top-level entry of a ``.pt`` file, by default ``generator_lora``; the moving average of a KVPO
-            checkpoint is ``ema``.
-        alpha: numerator of the scale; by default what the configuration says, else the rank (public ``.pt``
-            files hold none).
-
-    Raises:
-        ValueError: unreadable file, no adapter in it, layers with only one half, layers of different ranks.
-    """
-    path = Path(path)
-    configured = None
-    if path.is_dir():
-        if (path / "adapter_config.json").is_file():
-            configured = _adapter_config(path / "adapter_config.json")
-        path = _adapter_file(path)
-    tensors, source = _choose_entry(read_file(path), entry, ADAPTER_ENTRIES, str(path))
-    if configured is None:
-        configured = _file_alpha(path)
-    pairs, strangers = _adapter_pairs(tensors, source)
-    if not pairs:
-        raise ValueError(
-            f"{source}: holds no adapter (keys like {named_list(list(tensors)[:2])}); is it a base model?"
-        )
-    if strangers:
-        raise ValueError(f"{source}: keys that are not halves of a LoRA layer: {named_list(strangers)}")
-    if single := [
-        f"{module} (only {''.join(halves)})" for module, halves in pairs.items() if len(halves) < 2
-    ]:
-        raise ValueError(f"{source}: layers with one half of an adapter: {named_list(single)}")
-    ranks = {module: (halves["A"].shape[0], halves["B"].shape[1]) for module, halves in pairs.items()}
-    rank = Counter(rank for pair in ranks.values() for rank in pair).most_common(1)[0][0]
-    if other := [f"{module} (A {a}, B {b})" for module, (a, b) in ranks.items() if (a, b) != (rank, rank)]:
-        raise ValueError(f"{source}: ranks other than {rank}: {named_list(other)}")
-    public = {
-        f"{PEFT_PREFIX}{module}.lora_{half}.weight": halves[half]
-        for module, halves in pairs.items()
-        for half in "AB"
-    }
-    chosen = alpha if alpha is not None else configured if configured is not None else float(rank)
-    return AdapterState(public, rank, float(chosen), source, (path,))
-
-
-def _adapter_pairs(
-    tensors: Mapping[str, Tensor], source: str
-) -> tuple[dict[str, dict[str, Tensor]], list[str]]:
-    """Halves per adapted layer (bare Wan name), and the keys that are no such half."""
-    pairs: dict[str, dict[str, Tensor]] = {}
-    strangers = []
-    for name, tensor in _normalised(tensors, _ADAPTER_PREFIX, source).items():
-        match = _ADAPTER_KEY.match(name)
-        if match is None or tensor.ndim != 2:
-            strangers.append(name)
-        else:
-            pairs.setdefault(match["module"], {})[match["half"]] = tensor
-    return pairs, strangers

@@ -4,54 +4,31 @@ Every writer puts its result in place in one step: an interrupted export leaves 
 """
 
 import json
-import os
-import shutil
-import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from kvpo.files import new_directory, new_file
+from kvpo.models.adapter_files import DIFFUSERS_ADAPTER_NAME, PEFT_FILES, AdapterState
 from kvpo.models.adapters import lora_config
 from kvpo.models.causal_wan import WanShape
-from kvpo.models.checkpoints import (
-    DIFFUSERS_ADAPTER_NAME,
-    PEFT_FILES,
-    WEIGHTS_NAME,
-    AdapterState,
-    to_diffusers_name,
-)
-from kvpo.models.tensor_files import check_tensors
+from kvpo.models.checkpoints import WEIGHTS_NAME, to_diffusers_name
+from kvpo.models.tensor_files import check_tensors, storable
 
 SHARD_BYTES = 5_000_000_000
 
 
-@contextmanager
-def _new_directory(directory: Path) -> Iterator[Path]:
+def _new_directory(directory: Path) -> AbstractContextManager[Path]:
     """A scratch directory that becomes ``directory`` when the block succeeds."""
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise ValueError(f"{directory}: already exists; export to a new directory, or remove it first")
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
-    try:
-        yield scratch
-        scratch.chmod(0o755)
-        os.replace(scratch, directory)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-
-
-def _storable(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Contiguous CPU tensors, none of them a window into a larger storage (which would be saved whole)."""
-    stored = {}
-    for name, tensor in tensors.items():
-        tensor = tensor.detach().cpu().contiguous()
-        stored[name] = tensor.clone() if tensor.untyped_storage().nbytes() != tensor.nbytes else tensor
-    return stored
+    return new_directory(directory, failures=(SafetensorError,))
 
 
 def save_peft_adapter(directory: str | Path, adapter: AdapterState, *, base_model: str = "") -> None:
@@ -65,7 +42,7 @@ def save_peft_adapter(directory: str | Path, adapter: AdapterState, *, base_mode
     """
     with _new_directory(Path(directory)) as scratch:
         lora_config(adapter, base_model).save_pretrained(str(scratch))
-        save_file(_storable(adapter.tensors), scratch / PEFT_FILES[0], metadata={"format": "pt"})
+        save_file(storable(adapter.tensors), scratch / PEFT_FILES[0], metadata={"format": "pt"})
 
 
 def save_diffusers_adapter(directory: str | Path, adapter: AdapterState) -> None:
@@ -77,15 +54,14 @@ def save_diffusers_adapter(directory: str | Path, adapter: AdapterState) -> None
     Raises:
         ValueError: the directory exists and is not empty.
     """
-    scale = adapter.alpha / adapter.rank
     tensors = {}
     for module in adapter.modules:
-        a, b = adapter.pair(module)
+        (a, b), scale = adapter.pair(module), adapter.scale(module)
         prefix = f"transformer.{to_diffusers_name(module)}.lora_"
         tensors[prefix + "A.weight"] = a
         tensors[prefix + "B.weight"] = b if scale == 1 else b * scale
     with _new_directory(Path(directory)) as scratch:
-        save_file(_storable(tensors), scratch / DIFFUSERS_ADAPTER_NAME, metadata={"format": "pt"})
+        save_file(storable(tensors), scratch / DIFFUSERS_ADAPTER_NAME, metadata={"format": "pt"})
 
 
 def save_diffusers_transformer(
@@ -143,7 +119,7 @@ def _save_sharded(directory: Path, tensors: Mapping[str, Tensor], shard_bytes: i
         files = [WEIGHTS_NAME]
     for file, names in zip(files, shards, strict=True):
         save_file(
-            _storable({name: tensors[name] for name in names}), directory / file, metadata={"format": "pt"}
+            storable({name: tensors[name] for name in names}), directory / file, metadata={"format": "pt"}
         )
     if len(shards) > 1:
         weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}
@@ -165,9 +141,5 @@ def save_public_checkpoint(path: str | Path, tensors: Mapping[str, Tensor]) -> N
     if path.exists():
         raise ValueError(f"{path}: already exists; export to a new file, or remove it first")
     path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        torch.save({"generator": {f"model.{name}": t for name, t in _storable(tensors).items()}}, scratch)
-        os.replace(scratch, path)
-    finally:
-        scratch.unlink(missing_ok=True)
+    with new_file(path, failures=(RuntimeError,)) as scratch:  # torch's word for a full disk
+        torch.save({"generator": {f"model.{name}": t for name, t in storable(tensors).items()}}, scratch)

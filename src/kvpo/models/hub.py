@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import cast
 
 from huggingface_hub import hf_hub_download, snapshot_download
@@ -23,7 +23,9 @@ _NetworkError = cast(type[Exception], HfHubHTTPError.__bases__[0])
 _FILE_SUFFIXES = {".pt", ".pth", ".bin", ".ckpt", ".safetensors", ".json", ".jsonl", ".txt", ".yaml", ".yml"}
 
 
-def resolve(location: str | Path, *, patterns: Sequence[str] = (), offline: bool = False) -> Path:
+def resolve(
+    location: str | Path, *, patterns: Sequence[str] = (), beside: Sequence[str] = (), offline: bool = False
+) -> Path:
     """Local path of a file or directory named by a path or by a hub id.
 
     A hub id is ``owner/name`` for a whole repository, ``owner/name/path/in/repository`` for one file, either
@@ -32,6 +34,7 @@ def resolve(location: str | Path, *, patterns: Sequence[str] = (), offline: bool
 
     Args:
         patterns: file patterns of a repository to download; empty means all of it.
+        beside: names of files that are fetched with a single one, from the same folder, where they exist.
         offline: use the hub's cache only (as does the environment variable HF_HUB_OFFLINE=1).
 
     Raises:
@@ -49,7 +52,10 @@ def resolve(location: str | Path, *, patterns: Sequence[str] = (), offline: bool
     repo, revision, file = match["repo"], match["revision"], match["file"]
     try:
         if file is not None:
-            return Path(hf_hub_download(repo, file, revision=revision, local_files_only=offline))
+            found = hf_hub_download(repo, file, revision=revision, local_files_only=offline)
+            for name in beside:
+                _fetch_if_there(repo, str(PurePosixPath(file).with_name(name)), revision, offline)
+            return Path(found)
         found = snapshot_download(
             repo, revision=revision, allow_patterns=list(patterns) or None, local_files_only=offline
         )
@@ -59,6 +65,15 @@ def resolve(location: str | Path, *, patterns: Sequence[str] = (), offline: bool
     if not any(path.is_file() for path in directory.rglob("*")):
         raise ValueError(f"{location}: no file of the hub repository {repo} matches {', '.join(patterns)}")
     return directory
+
+
+def _fetch_if_there(repo: str, file: str, revision: str | None, offline: bool) -> None:
+    try:
+        hf_hub_download(repo, file, revision=revision, local_files_only=offline)
+    except EntryNotFoundError as error:
+        # Offline, what the cache lacks was not there when the file was fetched.
+        if isinstance(error, LocalEntryNotFoundError) and not offline:
+            raise
 
 
 def _why(error: Exception, match: re.Match[str], offline: bool) -> str:

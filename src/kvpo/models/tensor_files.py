@@ -13,19 +13,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-KEYS_SHOWN = 12
+from kvpo.files import NAMES_SHOWN, named_list, read_json, refuse_pointers
+
 SAMPLES = 64
 SAMPLE_BYTES = 65536
 ALIGNMENT = 64
 
 Shapes = Mapping[str, tuple[int, ...]]
-
-
-def named_list(names: Iterable[str]) -> str:
-    """The first twelve names and how many more there are."""
-    listed = list(names)
-    shown = ", ".join(listed[:KEYS_SHOWN])
-    return shown if len(listed) <= KEYS_SHOWN else f"{shown} and {len(listed) - KEYS_SHOWN} more"
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -34,6 +28,7 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
     Raises:
         ValueError: truncated or damaged file.
     """
+    refuse_pointers(path)
     try:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}
@@ -42,6 +37,20 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
             f"{path}: truncated or damaged safetensors file ({path.stat().st_size} bytes): {error}; "
             "download it again"
         ) from error
+
+
+def storable(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Contiguous CPU tensors, each alone in its memory: files take no windows and no tensors that share."""
+    stored: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in tensors.items():
+        plain = tensor.detach().cpu().contiguous()
+        memory = plain.untyped_storage()
+        stored[name] = (
+            plain.clone() if memory.data_ptr() in seen or memory.nbytes() != plain.nbytes else plain
+        )
+        seen.add(memory.data_ptr())
+    return stored
 
 
 def fingerprint(paths: Iterable[Path], settings: str = "") -> str:
@@ -104,14 +113,11 @@ def read_file(path: Path) -> dict[str, object]:
     """
     if not path.is_file():
         raise ValueError(f"{path}: no such file")
+    refuse_pointers(path)
     with path.open("rb") as file:
         head = file.read(40)
     if not head:
         raise ValueError(f"{path}: the file is empty; download it again")
-    if head.startswith(b"version https://git-lfs"):
-        raise ValueError(
-            f"{path}: a Git LFS pointer, not the weights; run `git lfs pull` where it was cloned"
-        )
     if head[8:9] == b"{":
         return dict(read_safetensors(path))
     if not head.startswith((b"PK", b"\x80")):
@@ -151,19 +157,19 @@ def read_shards(index: Path) -> tuple[dict[str, Tensor], tuple[Path, ...]]:
     Raises:
         ValueError: not an index, absent or damaged shards, keys that their shard does not hold.
     """
-    try:
-        weight_map: dict[str, str] = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"{index}: not a safetensors index (a JSON object with a weight_map): {error}"
-        ) from error
+    content = read_json(index)
+    weight_map = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(weight_map, dict):
+        raise ValueError(f"{index}: not a safetensors index, a JSON object with a weight_map")
+    if wrong := [f"{key} ({name!r})" for key, name in weight_map.items() if not isinstance(name, str)]:
+        raise ValueError(f"{index}: keys whose shard is not a file name: {named_list(wrong)}")
     shards = sorted(set(weight_map.values()))
     if absent := [name for name in shards if Path(name).name != name or not (index.parent / name).is_file()]:
         raise ValueError(f"{index}: shards that are not beside it: {named_list(absent)}; download the rest")
-    content = {shard: read_safetensors(index.parent / shard) for shard in shards}
-    if lost := [f"{key} ({shard})" for key, shard in weight_map.items() if key not in content[shard]]:
+    held = {shard: read_safetensors(index.parent / shard) for shard in shards}
+    if lost := [f"{key} ({shard})" for key, shard in weight_map.items() if key not in held[shard]]:
         raise ValueError(f"{index}: keys that their shard does not hold: {named_list(lost)}")
-    tensors = {key: content[shard][key] for key, shard in weight_map.items()}
+    tensors = {key: held[shard][key] for key, shard in weight_map.items()}
     return tensors, tuple(index.parent / shard for shard in shards)
 
 
@@ -210,7 +216,7 @@ def check_tensors(
     if missing:
         lines.append(f"  missing ({len(missing)}): {named_list(missing)}")
     if unexpected:
-        hinted = [*map(with_hint, unexpected[:KEYS_SHOWN]), *unexpected[KEYS_SHOWN:]]
+        hinted = [*map(with_hint, unexpected[:NAMES_SHOWN]), *unexpected[NAMES_SHOWN:]]
         lines.append(f"  unexpected ({len(unexpected)}): {named_list(hinted)}")
     if misshapen:
         described = (f"{n} (file {list(tensors[n].shape)}, model {list(expected[n])})" for n in misshapen)

@@ -8,7 +8,6 @@ import hashlib
 import html
 import json
 import logging
-import os
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -22,14 +21,15 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, UMT5Config, UMT5EncoderModel
 
+from kvpo.files import named_list, new_file, refuse_pointers
 from kvpo.models.tensor_files import (
     Shapes,
     assign_tensors,
     check_tensors,
     fingerprint,
-    named_list,
     read_safetensors,
     read_tensors,
+    storable,
 )
 
 logger = logging.getLogger(__name__)
@@ -90,6 +90,10 @@ class TextEncoder:
         ).last_hidden_state[0]
         return hidden.masked_fill(tokens.attention_mask[0, :, None] == 0, 0)
 
+    def length(self, text: str) -> int:
+        """Tokens of a prompt, the end token included, before anything is cut."""
+        return len(self.tokenizer(clean_text(text), verbose=False).input_ids)
+
 
 def official_name(name: str) -> str:
     """transformers' name of a parameter in Wan's own text encoder file."""
@@ -147,6 +151,7 @@ def _load_official(path: Path, device: torch.device | str, dtype: torch.dtype) -
 
 
 def _load_directory(directory: Path, device: torch.device | str, dtype: torch.dtype) -> UMT5EncoderModel:
+    refuse_pointers(directory)
     try:
         loaded: Any = UMT5EncoderModel.from_pretrained(
             directory,
@@ -203,6 +208,7 @@ def load_text_encoder(
     """
     load = _load_directory if weights.is_dir() else _load_official
     model = load(weights, device, dtype).eval().requires_grad_(False)
+    refuse_pointers(tokenizer)
     try:
         vocabulary = AutoTokenizer.from_pretrained(tokenizer, local_files_only=True)
     except (OSError, ValueError) as error:
@@ -229,44 +235,58 @@ class PromptCache:
         key = json.dumps([self.encoder, self.text_len, clean_text(text)], ensure_ascii=False)
         return self.directory / f"{hashlib.sha256(key.encode('utf-8')).hexdigest()}.safetensors"
 
-    def read(self, text: str) -> Tensor | None:
-        """Embedding ``[text_len, D]`` of a prompt, or None if it is absent or its file is damaged."""
+    def _stored(self, text: str) -> tuple[Tensor, int] | None:
+        """Rows and number of tokens of a prompt, or None if it is absent or its file is damaged."""
         path = self.path(text)
         if not path.is_file():
             return None
         try:
-            rows = read_safetensors(path)["embedding"]
-        except (ValueError, KeyError):
+            stored = read_safetensors(path)
+            rows, tokens = stored["embedding"], int(stored["tokens"])
+        except (ValueError, KeyError, RuntimeError):
             return None  # computed and written anew
+        return (rows, tokens) if rows.dim() == 2 else None
+
+    def read(self, text: str) -> Tensor | None:
+        """Embedding ``[text_len, D]`` of a prompt, or None if it is absent or its file is damaged."""
+        if (stored := self._stored(text)) is None:
+            return None
+        rows, _ = stored
         embedding = rows.new_zeros(self.text_len, rows.shape[1])
         embedding[: len(rows)] = rows
         return embedding
 
-    def write(self, text: str, embedding_LD: Tensor) -> None:
-        """Store an embedding without its padding, in one step."""
+    def write(self, text: str, embedding_LD: Tensor, tokens: int) -> None:
+        """Store an embedding without its padding, and how many tokens its prompt has, in one step."""
         filled = embedding_LD.any(dim=1).nonzero()
         used = int(filled.max()) + 1 if len(filled) else 0
         path = self.path(text)
         self.directory.mkdir(parents=True, exist_ok=True)
-        scratch = path.with_name(f".{path.stem}.{os.getpid()}")
-        try:
-            rows = embedding_LD[:used].cpu().contiguous()
-            save_file({"embedding": rows.clone()}, scratch, metadata={"text": clean_text(text)})
-            os.replace(scratch, path)
-        finally:
-            scratch.unlink(missing_ok=True)
+        with new_file(path, failures=(SafetensorError,)) as scratch:
+            stored = storable({"embedding": embedding_LD[:used], "tokens": torch.tensor(tokens)})
+            save_file(stored, scratch, metadata={"text": clean_text(text)})
 
-    def fill(self, texts: Iterable[str], load: Callable[[], TextEncoder]) -> None:
+    def fill(self, texts: Iterable[str], load: Callable[[], TextEncoder]) -> dict[str, int]:
         """Compute and store the embeddings that are absent; the encoder is loaded only if there are any, and
         is let go afterwards.
 
         Texts are encoded one by one, so that an embedding does not depend on the company it was computed in.
+        Returns the number of tokens of every text that is cut to ``text_len``.
         """
-        if missing := [text for text in dict.fromkeys(texts) if self.read(text) is None]:
+        lengths: dict[str, int] = {}
+        missing = []
+        for text in dict.fromkeys(texts):
+            if (stored := self._stored(text)) is None:
+                missing.append(text)
+            else:
+                lengths[text] = stored[1]
+        if missing:
             logger.info("encoding %d prompts; they are kept in %s", len(missing), self.directory)
             encoder = load()
             for text in missing:
-                self.write(text, encoder.encode(text))
+                lengths[text] = encoder.length(text)
+                self.write(text, encoder.encode(text), lengths[text])
+        return {text: length for text, length in lengths.items() if length > self.text_len}
 
     def embed(self, texts: Sequence[str], load: Callable[[], TextEncoder]) -> dict[str, Tensor]:
         """Embedding ``[text_len, D]`` (CPU) per text, computed and stored first where it is absent."""

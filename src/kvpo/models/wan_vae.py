@@ -17,7 +17,8 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d
 from safetensors import SafetensorError
 from torch import Tensor
 
-from kvpo.models.tensor_files import assign_tensors, check_tensors, named_list, read_tensors
+from kvpo.files import named_list, refuse_pointers
+from kvpo.models.tensor_files import assign_tensors, check_tensors, read_tensors
 
 OFFICIAL_VAE = "Wan2.1_VAE.pth"
 
@@ -162,6 +163,7 @@ def _load_official(path: Path, device: torch.device | str, dtype: torch.dtype) -
 
 
 def _load_directory(directory: Path, device: torch.device | str, dtype: torch.dtype) -> Any:
+    refuse_pointers(directory)
     try:
         model, report = AutoencoderKLWan.from_pretrained(
             directory, torch_dtype=dtype, local_files_only=True, output_loading_info=True

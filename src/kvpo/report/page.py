@@ -2,13 +2,13 @@
 
 import base64
 import hashlib
-import os
 from datetime import UTC, datetime
 from importlib.resources import files
 from pathlib import Path
 from string import Template
 
 from kvpo import __version__
+from kvpo.files import write_atomic
 from kvpo.report import branches, gallery
 from kvpo.report.clips import ClipStore
 from kvpo.report.curves import components, diagnostics, reward_curves
@@ -105,11 +105,5 @@ def build_page(run: Run) -> str:
 def render_report(run_dir: Path) -> Path:
     """Write ``run_dir/report.html`` in one step, so that nobody reads half a page, and return its path."""
     target = run_dir / "report.html"
-    partial = run_dir / f".report.{os.getpid()}.html"
-    page = build_page(read_run(run_dir))
-    try:
-        partial.write_text(page, encoding="utf-8")
-        partial.replace(target)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_atomic(target, build_page(read_run(run_dir)))
     return target

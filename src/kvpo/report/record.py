@@ -14,7 +14,6 @@ Frame indices count latent frames from the start of the video; ``num_frames`` (l
 says how many there are when the codec makes several pixel frames of one.
 """
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +23,7 @@ import numpy as np
 import yaml
 from safetensors import SafetensorError, safe_open
 
+from kvpo.files import parse_json, read_json, read_text, refuse_pointers
 from kvpo.report.formatting import number
 from kvpo.report.video import as_frames
 
@@ -91,8 +91,8 @@ def _entries(value: Any) -> list[Entry]:
 
 def _read_config(path: Path, problems: list[str]) -> Entry:
     try:
-        config = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        config = yaml.safe_load(read_text(path))
+    except (ValueError, RecursionError, yaml.YAMLError) as error:
         problems.append(f"config.yaml cannot be read: {error}")
         return {}
     if not isinstance(config, dict):
@@ -103,11 +103,10 @@ def _read_config(path: Path, problems: list[str]) -> Entry:
 
 def _read_json(directory: Path, name: str, meaning: str, problems: list[str]) -> Any:
     try:
-        return json.loads((directory / name).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        problems.append(f"{name} is missing: {meaning}")
-    except (OSError, ValueError) as error:
-        problems.append(f"{name} cannot be read: {error}")
+        return read_json(directory / name)
+    except ValueError as error:
+        there = (directory / name).exists()
+        problems.append(f"{name} cannot be read: {error}" if there else f"{name} is missing: {meaning}")
     return None
 
 
@@ -119,7 +118,7 @@ def _read_metrics(path: Path, problems: list[str]) -> tuple[list[Entry], list[En
         if not line.strip():
             continue
         try:
-            entry = json.loads(line)
+            entry = parse_json(line)
         except ValueError:
             unreadable += 1
             continue
@@ -142,6 +141,7 @@ def read_videos(path: Path, keys: list[str], problems: list[str]) -> Iterator[tu
     if not keys:
         return
     try:
+        refuse_pointers(path)
         with safe_open(path, framework="numpy") as file:
             present = set(file.keys())
             for key in dict.fromkeys(keys):
@@ -154,5 +154,5 @@ def read_videos(path: Path, keys: list[str], problems: list[str]) -> Iterator[tu
                     problems.append(f"{name}: {error}")
     except FileNotFoundError:
         problems.append(f"{name} is missing: the videos of {path.parent.name}.json cannot be shown")
-    except (OSError, SafetensorError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         problems.append(f"{name} cannot be read: {error}")

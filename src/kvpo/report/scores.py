@@ -2,7 +2,6 @@
 
 import base64
 import hashlib
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -12,6 +11,7 @@ from string import Template
 from urllib.parse import quote
 
 from kvpo import __version__
+from kvpo.files import write_atomic
 from kvpo.report.formatting import escape, significant
 
 
@@ -88,9 +88,4 @@ def write_page(
     videos: Mapping[str, bytes],
 ) -> None:
     """Write the page in one step; ``videos`` are mp4 files by entry name, for those that have one."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        partial.write_text(render(title, columns, entries, videos), encoding="utf-8")
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_atomic(path, render(title, columns, entries, videos))

@@ -184,10 +184,10 @@ def clip_digest(video_TCHW: Tensor, prompt: str) -> bytes:
 @cache
 def code_version() -> str:
     """Digest of the code of kvpo's rewards and of torch's version: either may change a score's last bits."""
-    rewards = Path(__file__).parent
-    world = [rewards.parent / "world" / f"{name}.py" for name in ("grammar", "vocabulary")]
+    package = Path(__file__).parents[1]
+    rewards = [path for room in ("rewards", "world") for path in sorted((package / room).glob("*.py"))]
     digest = hashlib.blake2b(torch.__version__.encode(), digest_size=DIGEST_BYTES)
-    for path in [*sorted(rewards.glob("*.py")), *world]:
+    for path in rewards:
         digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()
 

@@ -1,6 +1,5 @@
 """Whether a clip stays the same thing: steadiness of its light, and of what it shows."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kvpo.files import read_json
 from kvpo.rewards.declarations import DECLARATIONS
 from kvpo.rewards.images import CLIP_MEAN, CLIP_STD, fit_and_crop, normalised
 from kvpo.rewards.pretrained import strict_pretrained
@@ -93,7 +93,8 @@ def load_subject_consistency(
     """
     from transformers import CLIPModel, Dinov2Model
 
-    kind = json.loads((directory / "config.json").read_text(encoding="utf-8")).get("model_type")
+    settings = read_json(directory / "config.json")
+    kind = settings.get("model_type") if isinstance(settings, dict) else None
     if kind == "dinov2":
         encoder = strict_pretrained(Dinov2Model, directory, dtype)
         patch = encoder.config.patch_size

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kvpo.models.tensor_files import assign_tensors, check_tensors, named_list
+from kvpo.files import named_list, read_bytes, refuse_pointers
+from kvpo.models.tensor_files import assign_tensors, check_tensors
 
 TEXT_PROMPT = "{text_prompt}"
 """Where the prompt goes in a template."""
@@ -22,6 +23,7 @@ def strict_pretrained(kind: Any, directory: Path, dtype: torch.dtype) -> Any:
     Raises:
         ValueError: naming missing, unexpected and misshapen weights.
     """
+    refuse_pointers(directory)
     try:
         model, found = kind.from_pretrained(
             directory, dtype=dtype, local_files_only=True, output_loading_info=True
@@ -51,6 +53,7 @@ def read_tokenizer(directory: Path) -> Any:
     # Where the files are absent, transformers may hand out an empty tokenizer of the model's class.
     if not any((directory / name).is_file() for name in ("tokenizer.json", "vocab.json", "vocab.txt")):
         raise ValueError(f"{directory}: holds no tokenizer (tokenizer.json, vocab.json or vocab.txt)")
+    refuse_pointers(directory)
     try:
         return AutoTokenizer.from_pretrained(directory, local_files_only=True)
     except (OSError, ValueError) as error:
@@ -90,7 +93,7 @@ def read_template(path: Path, sha256: str, parts: int = 1) -> str:
     """
     if not path.is_file():
         raise ValueError(f"{path}: no such prompt template")
-    content = path.read_bytes()
+    content = read_bytes(path)
     if hashlib.sha256(content).hexdigest() == sha256:
         return content.decode("utf-8")
     if path.suffix == ".py":

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, Qwen2VLConfig, Qwen2VLModel
 
-from kvpo.models.tensor_files import assign_tensors, check_tensors, named_list
+from kvpo.files import named_list
+from kvpo.models.tensor_files import assign_tensors, check_tensors
 from kvpo.rewards.images import CLIP_MEAN, CLIP_STD, normalised
 from kvpo.rewards.pretrained import read_tokenizer, without_weights
 

@@ -8,12 +8,17 @@ import av
 import cv2
 import numpy as np
 
+from kvpo.files import refuse_pointers
+from kvpo.rewards.shown import shown
+
 SUFFIXES = frozenset(
     ".mp4 .m4v .mov .webm .mkv .avi .gif .apng .mpg .mpeg .ts .m2ts .wmv .flv .3gp .ogv .mjpeg .y4m".split()
 )
 """File name endings of videos."""
 NOMINAL_RATE = 16.0
 """Frames per second of a file that states none."""
+SEE_THROUGH = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
+"""Codecs whose transparency only another decoder than the usual one reads."""
 RATE_TOLERANCE = 0.01
 """Relative difference up to which the rate in a file's header is believed against its timestamps."""
 
@@ -43,6 +48,7 @@ def probe(path: Path) -> VideoFile:
     """
     if path.is_file() and path.stat().st_size == 0:
         raise ValueError("the file is empty")
+    refuse_pointers(path)
     try:
         with av.open(str(path)) as container:
             if not container.streams.video:
@@ -73,10 +79,11 @@ def probe(path: Path) -> VideoFile:
 def read_frames(video: VideoFile, indices: Sequence[int], max_pixels: int) -> np.ndarray:
     """Decode frames ``indices`` (rising) to uint8 RGB [n, H, W, 3], shrunk to at most ``max_pixels`` each.
 
-    Transparent pixels are shown on black, and frames whose size changes are brought to that of the first.
+    Pixels are as a player shows them (``kvpo.rewards.shown``); frames whose size changes are brought to that
+    of the first.
 
     Raises:
-        ValueError: damaged data.
+        ValueError: damaged data, a rotation or an aspect that cannot be shown.
     """
     try:
         frames = _images(video, indices, max_pixels, jump=True)
@@ -95,8 +102,9 @@ def _images(video: VideoFile, indices: Sequence[int], max_pixels: int, *, jump: 
     """The frames at ``indices``, or those before one that is not found."""
     images: list[np.ndarray] = []
     with av.open(str(video.path)) as container:
+        aspect = container.streams.video[0].sample_aspect_ratio
         for frame in _decode(container, video, indices, jump):
-            image = _rgb(frame)
+            image = shown(frame, aspect)
             size = images[0].shape[:2] if images else _fitting(*image.shape[:2], max_pixels)
             if image.shape[:2] != size:
                 image = cv2.resize(image, size[::-1], interpolation=cv2.INTER_AREA)
@@ -115,19 +123,19 @@ def _decode(
     stream.thread_type = "AUTO"
     if None in video.timestamps:
         wanted = set(indices)
-        for position, frame in enumerate(container.decode(stream)):
+        for position, frame in enumerate(_decoded(container, stream)):
             if position in wanted:
                 yield frame
             if position >= indices[-1]:
                 return
         return
-    frames, now, frame = container.decode(stream), None, None
+    frames, now, frame = _decoded(container, stream), None, None
     for index in indices:
         target = video.timestamps[index]
         key = max((time for time in video.key_times if time <= target), default=None)
         if jump and key is not None and key > (video.timestamps[0] if now is None else now):
             container.seek(key, stream=stream, backward=True)
-            frames = container.decode(stream)
+            frames = _decoded(container, stream)
             frame = next(frames, None)
             if frame is None or frame.pts is None or frame.pts > target:
                 return
@@ -139,12 +147,15 @@ def _decode(
         yield frame
 
 
-def _rgb(frame: av.VideoFrame) -> np.ndarray:
-    """A decoded frame as uint8 [H, W, 3]."""
-    if not any(component.is_alpha for component in frame.format.components):
-        return frame.to_ndarray(format="rgb24")
-    rgba = frame.to_ndarray(format="rgba").astype(np.uint16)
-    return ((rgba[..., :3] * rgba[..., 3:] + 127) // 255).astype(np.uint8)
+def _decoded(container: av.container.InputContainer, stream: av.VideoStream) -> Iterator[av.VideoFrame]:
+    """Frames from where the container is, their transparency included."""
+    codec = stream.codec_context.name
+    if stream.metadata.get("alpha_mode") != "1" or codec not in SEE_THROUGH:
+        yield from container.decode(stream)
+        return
+    decoder = av.CodecContext.create(SEE_THROUGH[codec], "r")
+    for packet in container.demux(stream):
+        yield from decoder.decode(packet)
 
 
 def _fitting(height: int, width: int, max_pixels: int) -> tuple[int, int]:

@@ -7,7 +7,7 @@ the architecture, SHA-256 sums); ``checkpoints/best.json`` names the best one. N
 import hashlib
 import json
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from kvpo import __version__
-from kvpo.training.durable import new_directory, remove_directory, write_atomic
+from kvpo.files import (
+    named_list,
+    new_directory,
+    parse_json,
+    read_json,
+    read_text,
+    refuse_pointers,
+    remove_directory,
+    write_atomic,
+)
+from kvpo.models.tensor_files import storable
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +53,7 @@ def save_checkpoint(
     """
     path = directory / f"update-{update:06d}"
     with new_directory(path, failures=(SafetensorError,)) as temporary:
-        save_file(_separate(tensors), temporary / TENSORS)
+        save_file(storable(tensors), temporary / TENSORS)
         record = {
             "kvpo": __version__,
             "update": update,
@@ -69,6 +79,10 @@ def load_checkpoint(
     if architecture is not None:
         _require_architecture(path, record["architecture"], _json(architecture))
     file = path / TENSORS
+    try:
+        refuse_pointers(file)
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error
     size = file.stat().st_size if file.exists() else 0
     if size != record["bytes"]:
         raise CheckpointError(
@@ -99,7 +113,7 @@ def require_tensors(path: Path, tensors: Mapping[str, Tensor], expected: Mapping
         "unexpected": tensors.keys() - expected.keys(),
         "of the wrong shape": misshapen,
     }
-    found = [f"{listed(names)} {kind}" for kind, names in problems.items() if names]
+    found = [f"{named_list(sorted(names))} {kind}" for kind, names in problems.items() if names]
     if found:
         raise CheckpointError(f"checkpoint {path} does not fit: {'; '.join(found)}")
 
@@ -131,10 +145,10 @@ def mark_best(directory: Path, path: Path, value: float) -> None:
 def best_checkpoint(directory: Path) -> tuple[Path, float] | None:
     """The checkpoint marked best and its value; None when none is marked or the marked one is gone."""
     try:
-        marker = json.loads((directory / BEST).read_text(encoding="utf-8"))
+        if not (directory / BEST).exists():
+            return None
+        marker = read_json(directory / BEST)
         path, value = directory / marker["checkpoint"], float(marker["value"])
-    except FileNotFoundError:
-        return None
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{directory / BEST} is damaged ({error}); delete it to go on") from error
     return (path, value) if path.is_dir() else None
@@ -157,7 +171,7 @@ def find_checkpoint(directory: Path, name: str | None) -> Path:
         for path in (*numbered, directory / name, Path(name)):
             if path.exists():
                 return path
-    present = listed([path.name for path in checkpoints(directory)]) or "no checkpoint"
+    present = named_list(path.name for path in checkpoints(directory)) or "no checkpoint"
     raise CheckpointError(f"no checkpoint {name or ''!r} in {directory}, which holds {present}")
 
 
@@ -176,12 +190,12 @@ def _read_record(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} is not a kvpo checkpoint directory and was not opened: {reason}")
     if not path.is_dir():
         raise CheckpointError(f"checkpoint {path} does not exist")
+    if not (path / STATE).exists():
+        raise CheckpointError(f"checkpoint {path} is incomplete: it has no {STATE}")
     try:
-        record = json.loads((path / STATE).read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise CheckpointError(f"checkpoint {path} is incomplete: it has no {STATE}") from error
+        record = parse_json(read_text(path / STATE))
     except ValueError as error:
-        raise CheckpointError(f"checkpoint {path} is damaged: {STATE} is not JSON ({error})") from error
+        raise CheckpointError(f"checkpoint {path} is damaged: {STATE} is {error}") from error
     expected = ("update", "architecture", "bytes", "sha256", "state", "record_sha256")
     missing = [key for key in expected if not isinstance(record, dict) or key not in record]
     if missing:
@@ -198,23 +212,11 @@ def _require_architecture(path: Path, saved: Mapping[str, Any], expected: Mappin
         if saved.get(name) != expected.get(name)
     ]
     if different:
-        raise CheckpointError(f"checkpoint {path} is of another architecture: {listed(different)}")
+        raise CheckpointError(f"checkpoint {path} is of another architecture: {named_list(different)}")
 
 
 def _json(value: Mapping[str, Any]) -> Any:
     return json.loads(json.dumps(value))  # tuples become the lists that reading gives back
-
-
-def _separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Contiguous CPU tensors of which no two share memory, as safetensors wants them."""
-    result: dict[str, Tensor] = {}
-    seen: set[int] = set()
-    for name, tensor in tensors.items():
-        plain = tensor.detach().cpu().contiguous()
-        memory = plain.untyped_storage().data_ptr()
-        result[name] = plain.clone() if memory in seen else plain
-        seen.add(memory)
-    return result
 
 
 def _sha256(file: Path) -> str:
@@ -224,10 +226,3 @@ def _sha256(file: Path) -> str:
 
 def _record_sha256(record: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
-
-
-def listed(names: Iterable[str], limit: int = 8) -> str:
-    """At most ``limit`` names, sorted, and how many more there are."""
-    ordered = sorted(names)
-    more = f" and {len(ordered) - limit} more" if len(ordered) > limit else ""
-    return ", ".join(ordered[:limit]) + more

@@ -87,10 +87,12 @@ def assign_credit(
     """Advantages of one group (METHOD section 5), or None where its reward spread is noise.
 
     Components become one advantage as ``blend`` says; the local and the global signal are fused; clamping
-    comes last. With ``advantages`` "random" the same numbers are dealt to the branches at random.
+    comes last. With ``advantages`` "random" the same numbers are dealt to the branches at random. The
+    selected ones are centred unless they are relative to an anchor in the policy's pool: over branches alone
+    a constant that all advantages share does not cancel, but turns the gradient (METHOD section 4).
     """
     floor = config.noise_floor if blend.floors_K is None else total_floor(blend.floors_K, blend.weights_K)
-    if group_is_noise(scores, blend, config.global_weight, floor):
+    if group_is_noise(scores, blend, config, floor):
         return None
     before = fuse_signals(
         signal(scores.local_KM, blend, config, floor),
@@ -107,23 +109,23 @@ def assign_credit(
         advantages = permuted(advantages, generator)
     chosen = best_and_worst(advantages, config.keep_best, config.keep_worst)
     selected = advantages[chosen]
-    if config.advantages != "anchor":
+    if config.advantages != "anchor" or not config.anchor_in_pool:
         selected = centred(selected)
     return Credit(tuple(chosen.tolist()), selected, advantages, withheld)
 
 
-def group_is_noise(scores: Scores, blend: Blend, global_weight: float, floor: float | Tensor) -> bool:
-    """Whether a group teaches nothing: its total, or with measured floors every component, is noise.
+def group_is_noise(scores: Scores, blend: Blend, config: ObjectiveConfig, floor: float | Tensor) -> bool:
+    """True for a group that teaches nothing: its total, or with measured floors every component, is noise.
 
     Raw fusion normalises the total, so there the total decides in either case. Components of weight 0 do not
-    count.
+    count, and neither does the anchor unless advantages are relative to it.
     """
-    if blend.floors_K is None or blend.rewards.fusion == "rewards":
-        totals_M = scores.totals(blend.weights_K, global_weight)
-        return is_noise(totals_M[:-1], totals_M[-1], floor)
-    counted = blend.weights_K > 0
-    members_KM = scores.combined(global_weight)[counted]
-    return is_noise(members_KM[:, :-1], members_KM[:, -1], blend.floors_K[counted])
+    members, floors = scores.totals(blend.weights_K, config.global_weight), floor
+    if blend.floors_K is not None and blend.rewards.fusion != "rewards":
+        counted = blend.weights_K > 0
+        members, floors = scores.combined(config.global_weight)[counted], blend.floors_K[counted]
+    anchor = members[..., -1] if config.advantages == "anchor" else None
+    return is_noise(members[..., :-1], anchor, floors)
 
 
 def signal(members_KM: Tensor, blend: Blend, config: ObjectiveConfig, floor: float | Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
-from kvpo.training.durable import storage_error, write_atomic
+from kvpo.files import parse_json, storage_error, write_atomic
 
 
 class MetricsLog:
@@ -77,8 +77,8 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 def _parsed(line: str) -> dict[str, Any] | None:
     try:
-        record = json.loads(line)
-    except json.JSONDecodeError:
+        record = parse_json(line)
+    except ValueError:
         return None
     return record if isinstance(record, dict) and "update" in record else None
 

@@ -1,7 +1,7 @@
 """The phases of a run with the memory and the seconds of each, from its settings alone."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from kvpo.config import Config
 from kvpo.engine.generator import StreamingGenerator
@@ -23,6 +23,7 @@ from kvpo.training.work import (
     backward_work,
     blocks_work,
     forward_work,
+    members_work,
     reencoding_work,
 )
 
@@ -132,7 +133,13 @@ def plan_run(
         standing["context"] = CONTEXT
     pool = pool_pages(config, generator, rollout)
     fork = rollout.forks[0].frame
-    costs = Costs(config, model.shape, parameters.weights + parameters.adapter, generator.page_bytes, fork)
+    costs = Costs(
+        replace(config, exploration=rollout.forks[0].exploration),
+        model.shape,
+        parameters.weights + parameters.adapter,
+        generator.page_bytes,
+        fork,
+    )
     keep = config.checkpoint.keep + 2  # the best one, and the one being written
     return Plan(
         config=config,
@@ -168,9 +175,9 @@ def _phases(
     rows = min(exploration.rows or groups * members, groups * members)
     again = generator.deployment.reencoded(fork) if switches else 0
 
-    def forward(rows: int, streams: int) -> float:
+    def forward(rows: int, streams: int, context: int) -> float:
         """Denoising and the clean pass of a block, or re-encoding at a switch, keys and values included."""
-        one = activations.inference(rows, block, costs.context) + rows * block * page
+        one = activations.inference(rows, block, context) + rows * block * page
         return max(one, activations.inference(streams, again, generator.deployment.sink)
                    + streams * again * page)  # fmt: skip
 
@@ -181,18 +188,19 @@ def _phases(
         "pages": pool * page,
         "trajectories": optim.rollouts_per_refresh * trajectory_bytes(config, fork),
     }
-    exploring = forward(rows, min(rows, groups * members))
+    exploring = forward(rows, min(rows, groups * members), max(costs.context, costs.routed))
+    streaming = forward(streams, streams, costs.context)
     beside = exploring if groups * optim.rollouts_per_refresh > 1 else 0.0
     visiting = config.backbone.offload
     tail = exploration.blocks + exploration.tail_blocks
     decoded = groups * (members * tail * block + fork)
     states = replayed_states(config)
     root = blocks_work(costs, fork // block, min(rows, groups)).times(groups / min(rows, groups))
-    branches = blocks_work(costs, tail, rows).times(groups * members / rows)
+    branches = members_work(costs, groups, rows)
     gradients = {"gradients": 4.0 * parameters.trained}
     phases = [
         Phase("embed prompts", {"text encoder": around.text_encoder}),
-        Phase("stream held-out videos", {"pages": held_out * page, "activations": forward(streams, streams)}),
+        Phase("stream held-out videos", {"pages": held_out * page, "activations": streaming}),
         Phase("explore", stored | {"activations": exploring}, rates.seconds(root) + rates.seconds(branches)),
         Phase(
             "decode",

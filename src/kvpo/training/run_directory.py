@@ -14,7 +14,7 @@ import yaml
 from filelock import FileLock, Timeout
 
 from kvpo.config import Config
-from kvpo.training.durable import StorageError, remove_leftovers, storage_error, write_atomic
+from kvpo.files import StorageError, remove_leftovers, storage_error, write_atomic
 
 
 class RunDirectory:

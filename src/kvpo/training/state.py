@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvpo.training.checkpoint import CheckpointError, listed
+from kvpo.files import named_list
+from kvpo.training.checkpoint import CheckpointError
 
 
 def flatten_state(tree: Any) -> tuple[dict[str, Tensor], Any]:
@@ -24,7 +25,7 @@ def flatten_state(tree: Any) -> tuple[dict[str, Tensor], Any]:
             return {"tensor": path}
         if isinstance(node, Mapping):
             if not all(isinstance(key, str) for key in node):
-                raise ValueError(f"{path}: keys must be strings, got {listed(map(repr, node))}")
+                raise ValueError(f"{path}: keys must be strings, got {named_list(map(repr, node))}")
             return {"dict": {key: walk(value, f"{path}/{key}") for key, value in node.items()}}
         if isinstance(node, list | tuple):
             kind = "tuple" if isinstance(node, tuple) else "list"
@@ -74,7 +75,7 @@ def load_optimizer_state(
     theirs = [group["params"] for group in saved["param_groups"]]
     if [sorted(group) for group in ours] != [sorted(group) for group in theirs]:
         changed = {name for group in ours for name in group} ^ {name for group in theirs for name in group}
-        raise CheckpointError(f"the optimiser state is of other parameters: {listed(changed)}")
+        raise CheckpointError(f"the optimiser state is of other parameters: {named_list(sorted(changed))}")
     numbers = {name: index for index, name in enumerate(name for group in ours for name in group)}
     optimizer.load_state_dict(
         {

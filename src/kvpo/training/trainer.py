@@ -170,7 +170,15 @@ class Trainer:
             credit = assign_credit(score, self.blend, config.objective, generator)
             totals = score.totals(self.blend.weights_K, config.objective.global_weight)
             window = group.clean_MTCHW[:, : group.window_frames]
-            diagnostics.append(group_diagnostics(totals[:-1], totals[-1], window[:-1], window[-1]))
+            diagnostics.append(
+                group_diagnostics(
+                    totals[:-1],
+                    totals[-1],
+                    window[:-1],
+                    window[-1],
+                    relative_to_anchor=config.objective.advantages == "anchor",
+                )
+            )
             if credit is not None:
                 trained.append(Trained(group, credit))
         return trained, diagnostics

@@ -37,13 +37,20 @@ class Costs:
 
     @property
     def context(self) -> int:
-        """Past frames that every block sees, deployed or routed."""
+        """Past frames that a block sees when deployed, a full memory bank included."""
         stream = self.config.stream
-        return self.frames if stream.window == -1 else stream.window - stream.block
+        past = self.frames if stream.window == -1 else stream.window - stream.block
+        return past + stream.bank_size
 
-    def call(self, rows: int) -> Call:
-        """One forward pass over blocks of this many rows."""
-        return Call(self.shape, rows, self.config.stream.block, self.context)
+    @property
+    def routed(self) -> int:
+        """Past frames that a routed block sees, a full memory bank included."""
+        stream, exploration = self.config.stream, self.config.exploration
+        return stream.sink + exploration.routed + exploration.recent + stream.bank_size
+
+    def call(self, rows: int, context: int | None = None) -> Call:
+        """One forward pass over blocks of this many rows and ``context`` past frames; None: as deployed."""
+        return Call(self.shape, rows, self.config.stream.block, self.context if context is None else context)
 
     def adapter(self, rows: int) -> float:
         """Operations that an adapter adds to a forward pass; 0 where all parameters are trained."""
@@ -53,13 +60,28 @@ class Costs:
         return adapter_flops(self.call(rows), optim.lora_rank, optim.lora_targets)
 
 
-def blocks_work(costs: Costs, blocks: int, rows: int) -> Work:
-    """Generating some blocks of ``rows`` streams together: every solver step and the clean pass."""
-    steps, call = len(costs.config.stream.schedule), costs.call(rows)
+def blocks_work(costs: Costs, blocks: int, rows: int, context: int | None = None) -> Work:
+    """Generating some blocks of ``rows`` streams together: every solver step and the clean pass.
+
+    ``context`` past frames are seen, None: the deployed ones.
+    """
+    steps, call = len(costs.config.stream.schedule), costs.call(rows, context)
     flops = steps * velocity_flops(call) + encode_flops(call) + (steps + 1) * costs.adapter(rows)
-    traffic = (steps + 1) * (costs.weight_bytes + rows * costs.context * costs.page_bytes)
+    traffic = (steps + 1) * (costs.weight_bytes + rows * call.context * costs.page_bytes)
     traffic += rows * costs.config.stream.block * costs.page_bytes
     return Work(blocks * flops, blocks * traffic)
+
+
+def members_work(costs: Costs, groups: int, rows: int) -> Work:
+    """Generating the members of a rollout's groups from their forks on, ``rows`` streams together.
+
+    Branches see routed history in the window; the anchors, and all members in the tail, the deployed one.
+    """
+    exploration = costs.config.exploration
+    branches, members = groups * exploration.branches, groups * (exploration.branches + 1)
+    routed = blocks_work(costs, exploration.blocks, rows, costs.routed).times(branches / rows)
+    anchors = blocks_work(costs, exploration.blocks, rows).times(groups / rows)
+    return routed + anchors + blocks_work(costs, exploration.tail_blocks, rows).times(members / rows)
 
 
 def forward_work(costs: Costs, rows: int) -> Work:

@@ -1,7 +1,7 @@
 """Measures the world's instruments on renders whose content is known: ``python -m kvpo.world.calibration``.
 
 Prints the detector's accuracy, the confidences below which a clip or frame counts as broken (the constants in
-kvpo.rewards.world_detector), the rewards' means on exact and on faulty videos, their jitter under harmless
+kvpo.world.detector), the rewards' means on exact and on faulty videos, their jitter under harmless
 changes and their speed, and the unseen scorer's numbers.
 """
 
@@ -14,10 +14,10 @@ from rich.table import Table
 from torch import Tensor
 
 from kvpo.prompts import ClipPrompt
-from kvpo.rewards.world_detector import attributes, detect
-from kvpo.rewards.world_pixels import DEFAULT_WEIGHTS, WorldScorer, weighted_total
 from kvpo.world.codec import PixelCodec, load_codec
+from kvpo.world.detector import attributes, detect
 from kvpo.world.imperfect import CLEAN, Faults, observe
+from kvpo.world.reward import DEFAULT_WEIGHTS, WorldScorer, weighted_total
 from kvpo.world.stories import Split, sample_story
 from kvpo.world.unseen import load_unseen, measure_unseen
 from kvpo.world.vocabulary import Act, Story

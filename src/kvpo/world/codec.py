@@ -6,9 +6,12 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from kvpo.files import new_file
+from kvpo.models.tensor_files import storable
 from kvpo.world.imperfect import CLEAN, Faults, training_batch
 
 LATENT_CHANNELS = 8
@@ -127,7 +130,8 @@ def _loss(decoded: Tensor, video: Tensor) -> Tensor:
 
 def save_codec(codec: PixelCodec, path: Path) -> None:
     """Write the codec as half-precision safetensors."""
-    save_file({name: value.half().contiguous() for name, value in codec.state_dict().items()}, path)
+    with new_file(path, failures=(SafetensorError,)) as partial:
+        save_file(storable({name: value.half() for name, value in codec.state_dict().items()}), partial)
 
 
 def load_codec(path: Path | None = None) -> PixelCodec:

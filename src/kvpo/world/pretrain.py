@@ -11,16 +11,19 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from kvpo.config import ModelConfig, StreamConfig
 from kvpo.engine.noise import keyed_generator
+from kvpo.files import new_file
 from kvpo.method.flow import add_noise, few_step_sigmas
 from kvpo.method.routing import deployment_frames
 from kvpo.models.causal_wan import CausalWan, WanShape
 from kvpo.models.context import TeacherContext
+from kvpo.models.tensor_files import storable
 from kvpo.world.codec import load_codec
 from kvpo.world.imperfect import training_batch
 from kvpo.world.muon import Muon
@@ -321,9 +324,8 @@ def save_generator(
     """Write weights in half precision with the geometry and the settings in the header."""
     # One entry, because safetensors writes several in any order and a rebuilt file would have another hash.
     header = {"generator": json.dumps({"model": asdict(model), "settings": asdict(settings)})}
-    partial = out.with_name(out.name + ".partial")
-    save_file({name: value.half().contiguous() for name, value in state.items()}, partial, metadata=header)
-    partial.replace(out)
+    with new_file(out, failures=(SafetensorError,)) as partial:
+        save_file(storable({name: value.half() for name, value in state.items()}), partial, metadata=header)
 
 
 def load_generator(model: ModelConfig, path: Path) -> tuple[CausalWan, LearnedTextEncoder]:

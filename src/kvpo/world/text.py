@@ -40,6 +40,10 @@ class WordTokenizer:
             ids_BL[row, : len(ids)] = torch.tensor(ids, dtype=torch.long)
         return ids_BL
 
+    def unknown(self, caption: str) -> list[str]:
+        """Words of a caption that are not in the vocabulary, in order."""
+        return [word for word in words(caption) if word not in self._ids]
+
 
 class LearnedTextEncoder(nn.Module):
     """Captions to embeddings [B, TEXT_LENGTH, TEXT_DIM], zero at padding as Wan's text contract has it.

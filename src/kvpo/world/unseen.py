@@ -19,10 +19,12 @@ import torch
 import torch.nn.functional as F
 from rich.console import Console
 from rich.progress import track
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from kvpo.files import new_file
+from kvpo.models.tensor_files import storable
 from kvpo.world.codec import PixelCodec, load_codec
 from kvpo.world.imperfect import CLEAN, observe
 from kvpo.world.stories import Split, sample_story
@@ -131,10 +133,11 @@ def load_unseen(path: Path | None = None) -> UnseenScorer:
 
 def save_unseen(scorer: UnseenScorer, distractors: Sequence[str], path: Path) -> None:
     """Write the scorer as half-precision safetensors, the texts of its distractor captions in the header."""
-    state = {name: value.half().contiguous() for name, value in scorer.state_dict().items()}
-    state["calibration"] = scorer.calibration.clone()
+    state = {name: value.half() for name, value in scorer.state_dict().items()}
+    state["calibration"] = scorer.calibration
     del state["distractors_ND"]
-    save_file(state, path, metadata={"distractors": json.dumps(list(distractors))})
+    with new_file(path, failures=(SafetensorError,)) as partial:
+        save_file(storable(state), partial, metadata={"distractors": json.dumps(list(distractors))})
 
 
 @torch.no_grad()

@@ -1,6 +1,6 @@
 """Persistence: what a clip keeps as it was, inside a segment and across a prompt switch.
 
-Axes as in world_requests; S scenes.
+Axes as in kvpo.world.requests; S scenes.
 """
 
 from collections.abc import Sequence
@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kvpo.prompts import ClipPrompt
-from kvpo.rewards.world_detector import Detection
-from kvpo.rewards.world_requests import (
+from kvpo.world.detector import Detection
+from kvpo.world.grammar import RECOLOURS, RETURNS, REVISITS, UNNAMED_PLACE
+from kvpo.world.requests import (
     MAX_ACTORS,
     Requested,
     as_tensors,
@@ -24,7 +25,6 @@ from kvpo.rewards.world_requests import (
     over_slots,
     read_caption,
 )
-from kvpo.world.grammar import RECOLOURS, RETURNS, REVISITS, UNNAMED_PLACE
 from kvpo.world.vocabulary import ActorRequest, Request
 
 LOOKS = ("colour", "shape", "size")

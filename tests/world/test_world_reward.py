@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from kvpo.prompts import ClipPrompt
-from kvpo.rewards.world_pixels import DEFAULT_WEIGHTS, WorldScorer, weighted_total
 from kvpo.world.calibration import draw_stories, switch_clips
 from kvpo.world.imperfect import CLEAN, Faults, observe
 from kvpo.world.render import backgrounds, render
+from kvpo.world.reward import DEFAULT_WEIGHTS, WorldScorer, weighted_total
 from kvpo.world.vocabulary import Act, Actor, Story
 
 RING = Actor("red", "ring", "large", "right")

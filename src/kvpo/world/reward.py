@@ -1,6 +1,6 @@
 """Verifiable rewards of the embedded world, measured on pixels: prompt following, persistence, calm.
 
-All components are continuous, lie in [0, 1] and are higher-is-better. Axes as in world_requests.
+All components are continuous, lie in [0, 1] and are higher-is-better. Axes as in kvpo.world.requests.
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from kvpo.prompts import ClipPrompt
-from kvpo.rewards.world_detector import SLOT_LANES, Detection, detect, torus_difference
-from kvpo.rewards.world_persistence import persistence
-from kvpo.rewards.world_requests import (
+from kvpo.world.detector import SLOT_LANES, Detection, detect, torus_difference
+from kvpo.world.persistence import persistence
+from kvpo.world.requests import (
     MAX_ACTORS,
     Requested,
     as_tensors,

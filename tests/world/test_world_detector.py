@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from kvpo.rewards.world_detector import BROKEN_BELOW, attributes, detect
 from kvpo.world.calibration import detector_accuracy, draw_stories, round_trip
 from kvpo.world.codec import load_codec
+from kvpo.world.detector import BROKEN_BELOW, attributes, detect
 from kvpo.world.imperfect import CLEAN, observe
 from kvpo.world.render import render
 from kvpo.world.vocabulary import SCENES, Act, Actor, Story

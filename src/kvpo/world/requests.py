@@ -11,7 +11,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from kvpo.rewards.world_detector import SLOT_LANES, SLOTS_OF_COUNT, Detection
+from kvpo.world.detector import SLOT_LANES, SLOTS_OF_COUNT, Detection
 from kvpo.world.grammar import parse
 from kvpo.world.vocabulary import COLOURS, MOTIONS, SCENES, SHAPES, SIZES, ActorRequest, Request
 

@@ -1,0 +1,376 @@
+"""Single changes of the source that the tests should notice: ``make mutants``.
+
+Each mutant changes one expression or drops one statement of the method, the engine, the training loop or the
+parts of the models that histories rest on. It runs in a copy of the repository, in a process forked from one
+that has torch loaded, against the tests that execute the changed lines, until one fails. The sample depends
+on the text of the changes alone, not on where they stand. Mutants that change no result have their reason in
+``mutants.yaml``; the command fails when too few of the others are caught.
+"""
+
+import argparse
+import importlib
+import itertools
+import json
+import math
+import os
+import resource
+import shutil
+import signal
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from mutations import Mutant, Signatures, mutants_of
+
+ROOT = Path(__file__).resolve().parents[1]
+SOURCES = [f"src/kvpo/{room}/*.py" for room in ("method", "engine", "training")]
+SOURCES += [f"src/kvpo/models/{name}.py" for name in ("cache", "context", "deployment", "causal_wan")]
+TESTS = [f"tests/{room}/test_*.py" for room in ("method", "engine", "training", "models", "parity")]
+REVIEWED = Path(__file__).with_suffix(".yaml")
+PRELOADED = (
+    *("numpy", "torch", "pytest", "hypothesis", "safetensors.torch", "transformers", "diffusers", "peft"),
+    *("torch.utils.tensorboard", "torch.utils.checkpoint", "torch.nn.attention.flex_attention"),
+)
+TIMES = itertools.count(1_000_000_000)
+"""Seconds since 1970 that mutated files are said to be written at."""
+MEMORY = 8 * 2**30
+"""Bytes that a mutant may take."""
+
+
+class Recorder:
+    """Pytest plugin for one file: the lines of the sources that its tests execute, and the tests' seconds."""
+
+    def __init__(self, sources: Sequence[str]) -> None:
+        self.sources = {str(Path(path).resolve()): path for path in sources}
+        self.lines: dict[str, set[tuple[str, int]]] = {}
+        self.shared: set[tuple[str, int]] = set()
+        """Of fixtures that outlive a test: every test of the file may rest on them."""
+        self.seconds: dict[str, float] = defaultdict(float)
+        self.failed: list[str] = []
+        self.hit = self.shared
+
+    def enter(self, frame: Any, event: str, argument: Any) -> Any:
+        """Trace function of calls; that of lines where the called function is in a source."""
+        path = self.sources.get(frame.f_code.co_filename)
+        if path is None:
+            return None
+
+        def line(frame: Any, event: str, argument: Any) -> Any:
+            self.hit.add((path, frame.f_lineno))
+            return line
+
+        return line(frame, event, argument)
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_protocol(self, item: pytest.Item) -> Iterator[None]:
+        self.hit = self.lines[item.nodeid] = set()
+        threading.settrace(self.enter)
+        sys.settrace(self.enter)
+        try:
+            return (yield)
+        finally:
+            sys.settrace(None)
+            threading.settrace(None)  # type: ignore[arg-type]
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_fixture_setup(self, fixturedef: Any) -> Iterator[None]:
+        own = self.hit
+        self.hit = own if fixturedef.scope == "function" else self.shared
+        try:
+            return (yield)
+        finally:
+            self.hit = own
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        self.seconds[report.nodeid] += report.duration
+        self.failed += [report.nodeid] if report.failed else []
+
+
+@dataclass
+class Chosen:
+    """Pytest plugin: run these tests only, and remember what failed first."""
+
+    tests: set[str]
+    failure: list[str] = field(default_factory=list)
+
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        items[:] = [item for item in items if item.nodeid in self.tests]
+
+    def pytest_exception_interact(self, node: Any, call: Any) -> None:
+        self.failure = self.failure or [node.nodeid, call.excinfo.typename]
+
+
+def run_file(file: str, plugin: Any) -> bool:
+    """Whether the tests of one file pass; one without a chosen test does."""
+    options = ["-x", "-p", "no:cacheprovider", "-p", "no:xdist", "--basetemp=temporary/pytest"]
+    return pytest.main([*options, file], plugins=[plugin]) in (0, 5)
+
+
+@dataclass
+class Job:
+    """What a forked process does in the copy of its slot."""
+
+    function: Callable[[], Any]
+    """Returns JSON."""
+    seconds: float
+    """Of processor time that it may take, and ten times that on the clock."""
+    mutant: Mutant | None = None
+    """In place meanwhile."""
+
+
+def run_jobs(jobs: Sequence[Job], slots: Sequence[Path]) -> Iterator[tuple[Job, Any]]:
+    """Results of all jobs as they come, one job per slot at a time; None for one out of time or killed."""
+    queue, running = list(reversed(jobs)), {}
+    while queue or running:
+        for slot in slots:
+            if queue and slot not in running:
+                job = queue.pop()
+                running[slot] = (job, _start(job, slot), time.monotonic() + 10 * job.seconds)
+        for slot, (job, process, deadline) in list(running.items()):
+            ended = os.waitpid(process, os.WNOHANG)[0]
+            if not ended and time.monotonic() < deadline:
+                continue
+            with suppress(ProcessLookupError):  # what the job started ends with it
+                os.killpg(process, signal.SIGKILL)
+            if not ended:
+                os.waitpid(process, 0)
+            if job.mutant:
+                shutil.copy2(slot.parent / "original" / job.mutant.path, slot / job.mutant.path)
+            del running[slot]
+            result = slot / "result.json"
+            yield job, json.loads(result.read_text(encoding="utf-8")) if result.exists() else None
+        time.sleep(0.02)
+
+
+def _start(job: Job, slot: Path) -> int:
+    """Fork, and do the job in the new process; returns its id."""
+    result = slot / "result.json"
+    result.unlink(missing_ok=True)
+    if job.mutant:
+        path = slot / job.mutant.path
+        path.write_text(job.mutant.text, encoding="utf-8")
+        # Compiled files are known by the time of their source: one that no other version has.
+        os.utime(path, times=(stamp := next(TIMES), stamp))
+    process = os.fork()
+    if process:
+        return process
+    try:
+        os.setsid()
+        log = os.open(slot / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        seconds = math.ceil(job.seconds)
+        resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 5))
+        resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
+        os.chdir(slot)
+        sys.path[:0] = [str(slot / "src"), str(slot)]
+        os.environ |= {"PYTHONPATH": str(slot / "src"), "TMPDIR": str(slot / "temporary")}
+        result.write_text(json.dumps(job.function()), encoding="utf-8")
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        os._exit(0)
+
+
+def slots_in(directory: Path, count: int) -> list[Path]:
+    """Copies of the repository to run in, beside the original that mutated files are restored from."""
+    for name in ["original", *map(str, range(count))]:
+        (directory / name / "temporary").mkdir(parents=True)
+        shutil.copy2(ROOT / "pyproject.toml", directory / name)
+        for part in ("src", "tests", "benchmarks"):
+            skipped = shutil.ignore_patterns("__pycache__", "*.egg-info")
+            shutil.copytree(ROOT / part, directory / name / part, ignore=skipped)
+    return [directory / str(n) for n in range(count)]
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """What each test executes and takes, measured on the source as it is."""
+
+    lines: Mapping[str, Mapping[str, set[int]]]
+    """Test -> source -> lines."""
+    seconds: Mapping[str, float]
+
+    def tests_of(self, mutant: Mutant) -> list[str]:
+        """Tests that execute the change; those of the function or the file where it runs on import."""
+        for lines in (mutant.lines, mutant.scope, range(10**6)):
+            found = [test for test, own in self.lines.items() if not own[mutant.path].isdisjoint(lines)]
+            if found:
+                return found
+        return []
+
+
+def record(slots: Sequence[Path]) -> Recorded:
+    """Run every test once. Raises SystemExit when one fails on the source as it is."""
+    sources, files = in_files(SOURCES), in_files(TESTS)
+
+    def one(file: str) -> dict[str, Any]:
+        recorder = Recorder(sources)
+        passed = run_file(file, recorder)
+        lines = {test: sorted(hit | recorder.shared) for test, hit in recorder.lines.items()}
+        return {"failed": recorder.failed or ([] if passed else [file]), "lines": lines} | {
+            "seconds": recorder.seconds
+        }
+
+    lines: dict[str, Mapping[str, set[int]]] = {}
+    seconds: dict[str, float] = {}
+    for _, result in run_jobs([Job(partial(one, file), 1800) for file in files], slots):
+        if result is None or result["failed"]:
+            raise SystemExit(f"without any mutant, tests fail: {result and result['failed']}")
+        seconds |= result["seconds"]
+        for test, hits in result["lines"].items():
+            lines[test] = defaultdict(set)
+            for path, line in hits:
+                lines[test][path].add(line)
+    return Recorded(lines, seconds)
+
+
+def attempt(mutant: Mutant, recorded: Recorded) -> Job:
+    """Run the tests of one mutant until one fails: those of its own test file first, then short ones."""
+    files: dict[str, set[str]] = defaultdict(set)
+    for test in recorded.tests_of(mutant):
+        files[test.split("::")[0]].add(test)
+    taken = {file: sum(recorded.seconds[test] for test in tests) for file, tests in files.items()}
+    own = f"test_{Path(mutant.path).name}"
+
+    def failure() -> list[str] | None:
+        for file in sorted(files, key=lambda file: (own not in file, taken[file], file)):
+            plugin = Chosen(files[file])
+            if not run_file(file, plugin):
+                return plugin.failure or [file, "stopped"]
+        return None
+
+    return Job(lambda: {"failure": failure()}, 60 + 5 * sum(taken.values()), mutant)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one mutant."""
+
+    file: str
+    function: str
+    operator: str
+    change: str
+    outcome: str
+    """assertion, error (any other exception), time (too much of it, or the process died), or survived."""
+    test: str
+    """That failed first."""
+    reason: str
+    """Of a reviewed survivor: why no test can tell."""
+
+
+def outcome(mutant: Mutant, result: Any, reasons: Mapping[tuple[str, str, str], str]) -> Outcome:
+    """How a mutant was caught, if it was."""
+    how, test = "time", ""
+    if result and result["failure"]:
+        test, error = result["failure"]
+        how = "assertion" if error in {"AssertionError", "Failed"} else "error"
+    elif result:
+        how = "survived"
+    reason = reasons.get(mutant.key, "") if how == "survived" else ""
+    return Outcome(*mutant.key[:2], mutant.operator, mutant.change, how, test, reason)
+
+
+def table(found: Sequence[Outcome]) -> str:
+    """Counts per file, as Markdown."""
+    rows = ["| file | mutants | assertion | error | time | equivalent | survived |", "|---" * 7 + "|"]
+    for file in [*sorted({one.file for one in found}), "all"]:
+        own = [one for one in found if file in (one.file, "all")]
+        how = Counter("equivalent" if one.reason else one.outcome for one in own)
+        cells = [len(own), *(how[name] for name in ("assertion", "error", "time", "equivalent", "survived"))]
+        rows.append(f"| {file.removeprefix('src/kvpo/')} | " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(rows)
+
+
+def in_files(patterns: Sequence[str]) -> list[str]:
+    """Paths of the files that match, from the repository's root. Raises SystemExit where there is none."""
+    found = {pattern: sorted(ROOT.glob(pattern)) for pattern in patterns}
+    if empty := [pattern for pattern, paths in found.items() if not paths]:
+        raise SystemExit(f"no file matches {', '.join(empty)}")
+    return sorted(str(path.relative_to(ROOT)) for paths in found.values() for path in paths)
+
+
+def sampled(count: int, match: str) -> list[Mutant]:
+    """The first mutants, in an order that their texts give, of those that contain ``match``."""
+    signatures = Signatures.of([path.read_text(encoding="utf-8") for path in (ROOT / "src").rglob("*.py")])
+    every: list[Mutant] = []
+    for path in in_files(SOURCES):
+        every += mutants_of(path, (ROOT / path).read_text(encoding="utf-8"), signatures)
+    if gone := set(reviewed()) - {mutant.key for mutant in every}:
+        raise SystemExit(f"{REVIEWED.name} has changes that no mutant makes: {sorted(gone)}")
+    matching = [mutant for mutant in every if match in " ".join(mutant.key)]
+    sample = sorted(matching, key=lambda mutant: mutant.rank)[: count or None]
+    print(f"{len(sample)} of {len(every)} mutants", flush=True)
+    return sample
+
+
+def reviewed() -> dict[tuple[str, str, str], str]:
+    """Why no test can tell, for every reviewed mutant."""
+    rows = yaml.safe_load(REVIEWED.read_text(encoding="utf-8"))
+    return {(row["file"], row["function"], row["change"]): row["reason"] for row in rows}
+
+
+def run(sample: Sequence[Mutant], workers: int) -> Iterator[Outcome]:
+    """What becomes of every mutant, as it is known."""
+    os.environ |= {"OMP_NUM_THREADS": "1", "ONEDNN_MAX_CPU_ISA": "AVX512_CORE_FP16"}
+    os.environ.setdefault("KVPO_GOLDEN", str(ROOT.parent / "shared" / "golden"))
+    for name in PRELOADED:
+        importlib.import_module(name)
+    reasons, started = reviewed(), time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="mutants-") as directory:
+        slots = slots_in(Path(directory).resolve(), workers)
+        recorded = record(slots)
+        print(f"{len(recorded.lines)} tests recorded in {time.monotonic() - started:.0f} s", flush=True)
+        for job, result in run_jobs([attempt(mutant, recorded) for mutant in sample], slots):
+            assert job.mutant
+            yield outcome(job.mutant, result, reasons)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--count", type=int, default=200, help="mutants; 0: all (default: %(default)s)")
+    parser.add_argument("--match", default="", help="only those whose file, function and change contain this")
+    parser.add_argument("--list", action="store_true", help="print the sample and stop")
+    parser.add_argument("--workers", type=int, default=min(4, os.cpu_count() or 1))
+    parser.add_argument("--least", type=float, default=0.95, help="share to catch (default: %(default)s)")
+    parser.add_argument("--json", type=Path, help="where everything found goes")
+    arguments = parser.parse_args()
+    started = time.monotonic()
+    sample = sampled(arguments.count, arguments.match)
+    if arguments.list:
+        print("\n".join("  ".join([mutant.operator, *mutant.key]) for mutant in sample))
+        return
+    found = []
+    for one in run(sample, arguments.workers):
+        found.append(one)
+        print(f"{one.outcome:9}  {one.file}  {one.function}: {one.change[:160]}  {one.test}", flush=True)
+    found.sort(key=lambda one: (one.file, one.function, one.change))
+    seconds = round(time.monotonic() - started)
+    if arguments.json:
+        numbers = {"seconds": seconds, "mutants": [asdict(one) for one in found]}
+        arguments.json.write_text(json.dumps(numbers, indent=1), encoding="utf-8")
+    print(f"\n{table(found)}\n\n{seconds} s, {arguments.workers} at a time\n")
+    survived = [one for one in found if one.outcome == "survived"]
+    for one in survived:
+        print(f"- {one.file} {one.function}: {one.change}\n  {one.reason or 'NOT REVIEWED'}")
+    caught, judged = len(found) - len(survived), sum(not one.reason for one in found)
+    if caught < arguments.least * judged:
+        raise SystemExit(f"{caught} of {judged} caught: fewer than {arguments.least:.0%}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,229 @@
+"""Files: written whole or not at all, under the user's umask; read with one-line errors.
+
+After a kill or on a full disk the old version or the new one is there, whole. Nothing here knows tensors.
+"""
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+TEMPORARY_PREFIX = ".incomplete-"
+NAMES_SHOWN = 12
+POINTER = b"version https://git-lfs"
+POINTER_BYTES = 1024
+"""Git LFS pointers are smaller than this."""
+MOST_NESTED = 100
+"""Levels of JSON that are read; everything that is written has fewer than ten."""
+
+
+class StorageError(OSError):
+    """Something could not be saved; the message is one line for the user."""
+
+
+def storage_error(path: Path, error: Exception) -> StorageError:
+    """Describe ``error`` met while saving ``path``; some libraries hide a full disk in their message text."""
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    if full or os.strerror(errno.ENOSPC) in str(error):
+        reason = "the disk is full"
+    else:
+        reason = (isinstance(error, OSError) and error.strerror) or str(error)
+    return StorageError(f"cannot save {path}: {reason}; what was saved before is untouched")
+
+
+@contextmanager
+def new_file(path: Path, *, failures: tuple[type[Exception], ...] = ()) -> Iterator[Path]:
+    """Yield a file beside ``path`` that replaces it in one step when the block ends without an error.
+
+    Its permissions are those of any new file, whatever the library that writes it prefers. ``failures`` are
+    further exception types that mean "could not be written". Raises StorageError when it cannot be written
+    (disk full, no permission); the old file then stays as it was and no temporary file is left.
+    """
+    temporary = _temporary_beside(path)
+    try:
+        temporary.unlink(missing_ok=True)
+        temporary.touch()
+        mode = temporary.stat().st_mode
+        yield temporary
+        temporary.chmod(mode)
+        sync(temporary)
+        os.replace(temporary, path)
+        sync(path.parent)
+    except (OSError, *failures) as error:
+        raise storage_error(path, error) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_atomic(path: Path, content: str | bytes) -> None:
+    """Replace the file ``path`` by ``content`` in one step. Raises StorageError as `new_file`."""
+    with new_file(path) as temporary:
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+@contextmanager
+def new_directory(path: Path, *, failures: tuple[type[Exception], ...] = ()) -> Iterator[Path]:
+    """Yield an empty directory that becomes ``path`` in one step when the block ends without an error.
+
+    What the block writes there is flushed and given the permissions of new files before the rename; an
+    existing ``path`` is replaced. ``failures`` and errors are those of `new_file`.
+    """
+    temporary, replaced = _temporary_beside(path), path.with_name(f"{TEMPORARY_PREFIX}old-{path.name}")
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        mode = temporary.stat().st_mode & 0o666
+        yield temporary
+        for file in temporary.iterdir():
+            file.chmod(mode)
+            sync(file)
+        sync(temporary)
+        if path.exists():
+            shutil.rmtree(replaced, ignore_errors=True)
+            os.replace(path, replaced)
+        os.replace(temporary, path)
+        sync(path.parent)
+    except (OSError, *failures) as error:
+        raise storage_error(path, error) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(replaced, ignore_errors=True)
+
+
+def remove_directory(path: Path) -> None:
+    """Remove a directory so that, killed at any moment, ``path`` is either whole or gone."""
+    doomed = _temporary_beside(path)
+    os.replace(path, doomed)
+    shutil.rmtree(doomed)
+
+
+def remove_leftovers(directory: Path) -> None:
+    """Remove what killed processes left half-written in ``directory``; its lock must be held."""
+    for path in directory.glob(f"{TEMPORARY_PREFIX}*"):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def sync(path: Path) -> None:
+    """Flush a file's content, or a directory's entries, to the device."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _temporary_beside(path: Path) -> Path:
+    return path.with_name(f"{TEMPORARY_PREFIX}{os.getpid()}-{path.name}")
+
+
+def refuse_pointers(*paths: Path) -> None:
+    """Refuse Git LFS pointers, files that stand for content which was not fetched.
+
+    Args:
+        paths: files, and directories whose own files are looked at; what does not exist is passed over.
+
+    Raises:
+        ValueError: naming the first pointer.
+    """
+    for path in paths:
+        for file in sorted(path.iterdir()) if path.is_dir() else [path]:
+            if file.is_file() and file.stat().st_size < POINTER_BYTES:
+                with file.open("rb") as stream:
+                    if stream.read(len(POINTER)) == POINTER:
+                        raise ValueError(
+                            f"{file}: a Git LFS pointer, not the file itself; run `git lfs pull` where it "
+                            "was cloned"
+                        )
+
+
+def read_bytes(path: Path) -> bytes:
+    """The content of a file. Raises ValueError: no file, not permitted, a Git LFS pointer."""
+    if not path.is_file():
+        raise ValueError(f"{path}: {'a directory' if path.is_dir() else 'no such file'}")
+    try:
+        refuse_pointers(path)
+        return path.read_bytes()
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror}") from error
+
+
+def read_text(path: Path) -> str:
+    """The content of a UTF-8 file, a byte order mark left out.
+
+    Raises:
+        ValueError: see `read_bytes`; also bytes that are not UTF-8, with their line.
+    """
+    content = read_bytes(path)
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        column = error.start - content.rfind(b"\n", 0, error.start)
+        raise ValueError(
+            f"{path}, line {line}: not UTF-8 text (byte {content[error.start]:#04x} at position {column}); "
+            "save the file as UTF-8"
+        ) from error
+
+
+def parse_json(text: str) -> Any:
+    """The value of a JSON text.
+
+    Raises:
+        ValueError: not JSON, nested too deeply, a field given twice, half of a surrogate pair.
+    """
+    try:
+        value = json.loads(text, object_pairs_hook=_fields)
+        if _depth(value) > MOST_NESTED:
+            raise RecursionError
+        if "\\ud" in text.lower():
+            json.dumps(value, ensure_ascii=False).encode()
+        return value
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not JSON ({error.msg} at position {error.pos + 1})") from error
+    except RecursionError as error:
+        raise ValueError("not JSON that can be read (nested too deeply)") from error
+    except UnicodeEncodeError as error:
+        half = f"\\u{ord(error.object[error.start]):04x}"
+        raise ValueError(f"not JSON that can be read ({half} is half of a character)") from error
+
+
+def _fields(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"not JSON that can be read ({twice!r} is given twice)")
+    return fields
+
+
+def _depth(value: Any) -> int:
+    """Levels of lists and objects in a JSON value."""
+    level, depth = [value], -1
+    while level:
+        nested = (item.values() if isinstance(item, dict) else item for item in level
+                  if isinstance(item, dict | list))  # fmt: skip
+        level, depth = [part for parts in nested for part in parts], depth + 1
+    return depth
+
+
+def read_json(path: Path) -> Any:
+    """The value in a JSON file. Raises ValueError: see `read_text` and `parse_json`."""
+    text = read_text(path)
+    try:
+        return parse_json(text)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def named_list(names: Iterable[str], shown: int = NAMES_SHOWN) -> str:
+    """The first ``shown`` names and how many more there are."""
+    every = list(names)
+    listed = ", ".join(every[:shown])
+    return listed if len(every) <= shown else f"{listed} and {len(every) - shown} more"

@@ -1,0 +1,347 @@
+"""Adapters in: LoRA of every public layout in PEFT's layout, with the scale that its files state.
+
+A layer computes ``y = W x + b + (alpha / rank) B (A x)`` (MODELS.md section 1.1). Alpha is stated in an
+``adapter_config.json`` beside the file, in a safetensors header, in an entry or a tensor of the file, or by a
+setting; all that is stated must agree, and where nothing is, alpha is assumed to be the rank.
+"""
+
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from safetensors import safe_open
+from torch import Tensor
+
+from kvpo.files import named_list, parse_json, read_json
+from kvpo.models.checkpoints import (
+    ADAPTER_ENTRIES,
+    ADAPTER_KEY,
+    choose_entry,
+    layout_of,
+    normalised,
+    to_diffusers_name,
+)
+from kvpo.models.tensor_files import read_file
+
+PEFT_PREFIX = "base_model.model."
+PEFT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+PEFT_CONFIG = "adapter_config.json"
+DIFFUSERS_ADAPTER_NAME = "pytorch_lora_weights.safetensors"
+DIFFUSERS_HEADER = "lora_adapter_metadata"
+
+_PREFIX = re.compile(r"^(?:(?:module|model|base_model|transformer|diffusion_model)\.)+")
+_ALPHAS = ("lora_alpha", "alpha", "network_alpha", "ss_network_alpha")
+_RANKS = ("r", "rank", "lora_rank", "network_dim", "ss_network_dim")
+_PLAIN: Mapping[str, tuple[object, ...]] = {
+    "peft_type": (None, "LORA"),
+    "bias": (None, "none"),
+} | {
+    name: (None, False, [], {})
+    for name in ("use_dora", "use_qalora", "use_bdlora", "lora_bias", "modules_to_save", "target_parameters",
+                 "trainable_token_indices", "layer_replication", "alora_invocation_tokens")
+}  # fmt: skip
+"""Fields of PEFT's configuration that change the formula above, and the values with which they do not."""
+_BASE_CHANGING = ("pissa", "olora", "corda", "loftq", "lora_ga")
+"""Ways of drawing the first A and B that change the base weights too."""
+_SAYS_NOTHING = ("", "None", "none", "null", "False", "false", "Dynamic")
+"""Values of header fields, which are all texts, that stand for no value."""
+
+
+@dataclass(frozen=True)
+class AdapterState:
+    """A LoRA adapter in PEFT's public layout (``base_model.model.<module>.lora_A.weight``).
+
+    Its effect on a layer is ``y = W x + b + scale(layer) B (A x)`` (MODELS.md section 1.1).
+    """
+
+    tensors: dict[str, Tensor]
+    rank: int
+    """Rank of the layers, or of most of them."""
+    alpha: float
+    """Numerator of the scale, alpha / rank, of every layer that ``alphas`` does not name."""
+    source: str
+    files: tuple[Path, ...] = ()
+    alphas: Mapping[str, float] = field(default_factory=dict)
+    """Alpha of the layers that have another one, by module."""
+    stated: str = ""
+    """Where alpha is stated; empty: nowhere, so that it is assumed to be the rank."""
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """Bare names of the adapted layers."""
+        halves = (key.removeprefix(PEFT_PREFIX) for key in self.tensors)
+        return tuple(
+            half.removesuffix(".lora_A.weight") for half in halves if half.endswith(".lora_A.weight")
+        )
+
+    def pair(self, module: str) -> tuple[Tensor, Tensor]:
+        """``A [rank, in]`` and ``B [out, rank]`` of an adapted layer."""
+        prefix = f"{PEFT_PREFIX}{module}.lora_"
+        return self.tensors[prefix + "A.weight"], self.tensors[prefix + "B.weight"]
+
+    def scale(self, module: str) -> float:
+        """What ``B A`` of an adapted layer is multiplied by."""
+        return self.alphas.get(module, self.alpha) / self.pair(module)[0].shape[0]
+
+    def described(self) -> str:
+        """Rank and alpha in words, and where they come from."""
+        ranks = sorted({self.pair(module)[0].shape[0] for module in self.modules})
+        alphas = sorted({self.alphas.get(module, self.alpha) for module in self.modules})
+        where = self.stated or "assumed to be the rank, since the file states none: see backbone.lora_alpha"
+        return (
+            f"{len(self.modules)} layers of rank {_span(ranks)}, alpha {_span(alphas)} ({where})"
+            f", from {self.source}"
+        )
+
+
+def _span(values: list[int] | list[float]) -> str:
+    return f"{values[0]:g}" + f" to {values[-1]:g}" * (len(values) > 1)
+
+
+def adapter_of(
+    tensors: dict[str, Tensor],
+    alphas: Mapping[str, float],
+    source: str,
+    files: tuple[Path, ...] = (),
+    stated: str = "",
+) -> AdapterState:
+    """The adapter with these tensors, in PEFT's layout, and with these alphas of all its layers."""
+    adapter = AdapterState(tensors, 0, 0.0, source, files, alphas, stated)
+    ranks = Counter(adapter.pair(module)[0].shape[0] for module in alphas)
+    rank = ranks.most_common(1)[0][0]
+    alpha = Counter(a for m, a in alphas.items() if adapter.pair(m)[0].shape[0] == rank).most_common(1)[0][0]
+    others = {module: value for module, value in alphas.items() if value != alpha}
+    return AdapterState(tensors, rank, alpha, source, files, others, stated)
+
+
+@dataclass(frozen=True)
+class _Statement:
+    """What one place says of rank and alpha; None: nothing."""
+
+    where: str
+    rank: float | None = None
+    alpha: float | None = None
+    ranks: Mapping[str, float] = field(default_factory=dict)
+    """By pattern of module names, as PEFT matches them; so alphas."""
+    alphas: Mapping[str, float] = field(default_factory=dict)
+    root: bool = False
+    """The scale is alpha / sqrt(rank) (rank-stabilised LoRA)."""
+
+
+def _statement(fields: Mapping[str, object], where: str) -> _Statement:
+    """The statement of a PEFT configuration, or of a header with any of the usual names.
+
+    Raises:
+        ValueError: values that are no positive numbers, two alphas or ranks, fields that change the formula.
+    """
+    used = [name for name, plain in _PLAIN.items() if fields.get(name) not in plain]
+    if str(fields.get("init_lora_weights")).startswith(_BASE_CHANGING):
+        used.append("init_lora_weights")
+    if used:
+        raise ValueError(f"{where}: settings that are not supported: {named_list(used)}; only plain LoRA is")
+
+    def one(names: Iterable[str]) -> float | None:
+        found = {name: _positive(fields[name], f"{where}: {name}") for name in names if name in fields}
+        if len(set(found.values())) > 1:
+            raise ValueError(f"{where}: {' but '.join(f'{name} {value:g}' for name, value in found.items())}")
+        return next(iter(found.values()), None)
+
+    def pattern(name: str) -> dict[str, float]:
+        given = fields.get(name) or {}
+        given = parse_json(given) if isinstance(given, str) else given
+        if not isinstance(given, Mapping):
+            raise ValueError(f"{where}: {name} must map names of layers to numbers, got {given!r:.60}")
+        return {key: _positive(value, f"{where}: {name} of {key}") for key, value in given.items()}
+
+    root = fields.get("use_rslora") in (True, "True", "true")
+    ranks, alphas = pattern("rank_pattern"), pattern("alpha_pattern")
+    return _Statement(where, one(_RANKS), one(_ALPHAS), ranks, alphas, root)
+
+
+def _positive(value: object, what: str) -> float:
+    try:
+        number = float(value) if isinstance(value, int | float | str | Tensor) else math.nan
+    except (OverflowError, RuntimeError, ValueError):  # a huge integer, a tensor of many, a word
+        number = math.nan
+    if isinstance(value, bool) or not 0 < number < math.inf:
+        raise ValueError(f"{what} must be a positive number, got {value!r:.60}")
+    return number
+
+
+def _config_statement(path: Path) -> _Statement:
+    fields = read_json(path)
+    if not isinstance(fields, dict) or "lora_alpha" not in fields:
+        raise ValueError(f"{path}: not a PEFT adapter configuration with lora_alpha")
+    return _statement(fields, str(path))
+
+
+def _header_statements(path: Path) -> list[_Statement]:
+    """What the header of a safetensors adapter says, in its own fields and in that of diffusers."""
+    if path.suffix != ".safetensors":
+        return []
+    with safe_open(path, framework="pt") as file:
+        header = file.metadata() or {}
+    fields = {name: value for name, value in header.items() if value not in _SAYS_NOTHING}
+    found = [_statement(fields, f"the header of {path}")]
+    if DIFFUSERS_HEADER in header:
+        where = f"{DIFFUSERS_HEADER} in the header of {path}"
+        try:
+            settings = parse_json(header[DIFFUSERS_HEADER])
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
+        if not isinstance(settings, dict):
+            raise ValueError(f"{where}: not a JSON object")
+        # Its fields are those of PEFT's configuration behind the part's name, such as transformer.lora_alpha.
+        own = {name.removeprefix("transformer."): value for name, value in settings.items()}
+        found.append(_statement(own, where))
+    return found
+
+
+def load_adapter_state(
+    path: str | Path, *, entry: str | None = None, alpha: float | None = None
+) -> AdapterState:
+    """A LoRA adapter of any public layout, in PEFT's layout.
+
+    Understands LongLive's and MemFlow's ``lora.pt``, KVPO's checkpoints (adapter, ``ema``), bare PEFT files,
+    PEFT directories and diffusers LoRA files, with the adapter's name in the keys or without.
+
+    Args:
+        path: a file or a directory.
+        entry: top-level entry of a ``.pt`` file, by default ``generator_lora``; the moving average of a KVPO
+            checkpoint is ``ema``.
+        alpha: numerator of the scale where no file states it (public ``.pt`` files do not); None: the rank.
+
+    Raises:
+        ValueError: unreadable file, no adapter in it, layers with only one half or nothing but zeros, ranks
+            or alphas that contradict one another.
+    """
+    path = Path(path)
+    if path.is_dir():
+        path = _adapter_file(path)
+    content = read_file(path)
+    named = {name: content.pop(name) for name in (*_ALPHAS, *_RANKS) if name in content}
+    statements = [_statement(named, f"an entry of {path}"), *_header_statements(path)]
+    beside, in_entries = path.parent / PEFT_CONFIG, any(isinstance(value, dict) for value in content.values())
+    if beside.is_file() and not in_entries and path.name != DIFFUSERS_ADAPTER_NAME:
+        statements.append(_config_statement(beside))
+    if alpha is not None:
+        statements.append(_Statement("the setting backbone.lora_alpha", alpha=alpha))
+    tensors, source = choose_entry(content, entry, ADAPTER_ENTRIES, str(path))
+    pairs, own = _adapter_layers(tensors, source)
+    public = {
+        f"{PEFT_PREFIX}{module}.lora_{half}.weight": halves[half]
+        for module, halves in pairs.items()
+        for half in "AB"
+    }
+    if not any(half.any() for half in reversed(public.values())):  # B first: A may be drawn at random
+        raise ValueError(f"{source}: A and B of every layer are zero: nothing changes and nothing can learn")
+    statements += [_Statement(f"tensors of {path}", alphas=own)] if own else []
+    ranks = {module: halves["A"].shape[0] for module, halves in pairs.items()}
+    alphas, stated = _agreed(statements, ranks, source)
+    return adapter_of(public, alphas, source, (path,), stated)
+
+
+def _adapter_file(directory: Path) -> Path:
+    for name in (*PEFT_FILES, DIFFUSERS_ADAPTER_NAME):
+        if (directory / name).is_file():
+            return directory / name
+    raise ValueError(
+        f"{directory}: no adapter ({', '.join((*PEFT_FILES, DIFFUSERS_ADAPTER_NAME))}); "
+        f"the directory holds {named_list(sorted(p.name for p in directory.iterdir())) or 'nothing'}"
+    )
+
+
+def _adapter_layers(
+    tensors: Mapping[str, Tensor], source: str
+) -> tuple[dict[str, dict[str, Tensor]], dict[str, float]]:
+    """Halves per adapted layer (bare Wan name), and alpha per layer where tensors hold it.
+
+    Raises:
+        ValueError: no adapter, another kind of adapter, layers that lack a half or whose halves do not fit.
+    """
+    pairs: dict[str, dict[str, Tensor]] = {}
+    alphas, strangers = {}, []
+    for name, tensor in normalised(tensors, _PREFIX, source).items():
+        match = ADAPTER_KEY.match(name)
+        if name.endswith(".alpha"):
+            alphas[name.removesuffix(".alpha")] = _positive(tensor, f"{source}: {name}")
+        elif match is None or tensor.ndim != 2:
+            strangers.append(name)
+        else:
+            pairs.setdefault(match["module"], {})[match["half"]] = tensor
+    strangers += [f"{name}.alpha" for name in alphas if name not in pairs]
+    layout = layout_of(tensors)
+    if layout and (strangers or not pairs):
+        raise ValueError(f"{source}: {layout}, which is not read; only plain LoRA in PEFT's or diffusers' is")
+    if not pairs:
+        base = any(name.startswith("blocks.") for name in strangers)
+        raise ValueError(
+            f"{source}: holds no adapter (keys like {named_list(list(tensors)[:2]) or 'none'})"
+            + "; is it a base model?" * base
+        )
+    if strangers:
+        raise ValueError(f"{source}: keys that are not halves of a LoRA layer: {named_list(strangers)}")
+    if single := [f"{m} (only {''.join(halves)})" for m, halves in pairs.items() if len(halves) < 2]:
+        raise ValueError(f"{source}: layers with one half of an adapter: {named_list(single)}")
+    ranks = {module: (halves["A"].shape[0], halves["B"].shape[1]) for module, halves in pairs.items()}
+    if other := [f"{module} (A {a}, B {b})" for module, (a, b) in ranks.items() if a != b or a == 0]:
+        raise ValueError(f"{source}: layers whose halves have no common rank: {named_list(other)}")
+    return pairs, alphas
+
+
+def _agreed(
+    statements: list[_Statement], ranks: Mapping[str, int], source: str
+) -> tuple[dict[str, float], str]:
+    """Alpha of every layer, for the scale alpha / rank, and where it is stated.
+
+    Raises:
+        ValueError: two places that say different things, with both values.
+    """
+    root = any(statement.root for statement in statements)
+    alphas: dict[str, float] = {}
+    used: list[str] = []
+    silent = False
+    for module, rank in ranks.items():
+        said: dict[str, float] = {}
+        for statement in statements:
+            stated_rank = _of(module, statement.ranks, statement.rank)
+            if stated_rank not in (None, rank):
+                raise ValueError(
+                    f"{source}: {module} has rank {rank}, but {statement.where} states {stated_rank:g}"
+                )
+            if (value := _of(module, statement.alphas, statement.alpha)) is not None:
+                said[statement.where] = value
+        if len(set(said.values())) > 1:
+            raise ValueError(
+                f"{source}: alpha of {module} is "
+                + ", but ".join(f"{value:g} according to {where}" for where, value in said.items())
+            )
+        used += said
+        silent = silent or not said
+        stated = next(iter(said.values()), None)
+        alphas[module] = float(rank) if stated is None else stated * (math.sqrt(rank) if root else 1.0)
+    for statement in statements:
+        unmatched = [key for key in (*statement.ranks, *statement.alphas)
+                     if not any(_of(module, {key: 1.0}, None) for module in ranks)]  # fmt: skip
+        if unmatched:
+            raise ValueError(
+                f"{source}: {statement.where} names layers that the adapter does not have: "
+                f"{named_list(unmatched)}"
+            )
+    where = " and ".join(dict.fromkeys(used)) + ", over the root of the rank" * root
+    return alphas, where + ", the rank where nothing is stated" * (bool(where) and silent)
+
+
+def _of(module: str, patterns: Mapping[str, float], default: float | None) -> float | None:
+    """The value of the first pattern that a layer's name ends in, in Wan's or in diffusers' names."""
+    for pattern, value in patterns.items():
+        bare = _PREFIX.sub("", pattern)
+        try:
+            if any(re.fullmatch(rf"(.*\.)?({bare})", name) for name in (module, to_diffusers_name(module))):
+                return value
+        except re.error as error:
+            raise ValueError(f"{pattern!r} is not a pattern of layer names: {error}") from error
+    return default

@@ -1,0 +1,105 @@
+"""Training prompts of a file: passes over all kinds of them, and what a user is told about too few."""
+
+import logging
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvpo.app.backbones import text_encoder
+from kvpo.app.build import load_backbone
+from kvpo.app.configuration import assign
+from kvpo.app.file_prompts import FilePrompts, updates_prompts
+from kvpo.app.presets import PRESETS
+from kvpo.config_checks import ConfigurationError
+from kvpo.prompts import VideoPrompt
+from tests.tiny_wan import tiny_wan
+from tests.tiny_world import tiny_config
+
+
+def file_of(*kinds: int) -> tuple[VideoPrompt, ...]:
+    """So many prompts of each kind: of one segment, of two, of two with another switch, and so on."""
+    prompts = []
+    for kind, count in enumerate(kinds):
+        switches = (3 * kind,) if kind else ()
+        for n in range(count):
+            segments = tuple(f"{kind}-{n}-{part}" for part in range(len(switches) + 1))
+            prompts.append(VideoPrompt(len(prompts), segments, switches, 30))
+    return tuple(prompts)
+
+
+@given(st.lists(st.integers(0, 9), min_size=1, max_size=4).filter(any), st.integers(1, 5), st.integers(0, 3))
+def test_every_prompt_is_used_once_before_any_is_used_again(kinds: list[int], count: int, seed: int) -> None:
+    draw = FilePrompts(file_of(*kinds), seed, count)
+    seen: Counter[tuple[str, ...]] = Counter()
+    update = 0
+    for turn in range(1, 4):
+        while sum(seen.values()) < turn * sum(kinds):
+            chosen = draw(update)
+            assert 1 <= len(chosen) <= count and len({(p.switches, p.num_frames) for p in chosen}) == 1
+            assert [p.id for p in chosen] == list(range(update * count, update * count + len(chosen)))
+            seen.update(prompt.segments for prompt in chosen)
+            update += 1
+        assert set(seen.values()) == {turn} and len(seen) == sum(kinds)
+
+
+def test_passes_differ_and_depend_on_seed_and_update_alone() -> None:
+    draw = FilePrompts(file_of(6, 6), 1, 2)
+    passes = [[[p.segments for p in draw(update)] for update in range(at, at + 6)] for at in (0, 6, 12)]
+    assert passes[0] != passes[1] != passes[2] != passes[0]
+    again = FilePrompts(file_of(6, 6), 1, 2)
+    assert again(13) == draw(13), "a resumed run has not asked for the updates before"
+    assert FilePrompts(file_of(6, 6), 2, 2)(13) != draw(13)
+
+
+def configured(**settings: Any) -> Any:
+    changes = {name.replace("__", "."): value for name, value in settings.items()}
+    return assign(PRESETS["longlive-1.3b"](), {"prompts.file": "p.jsonl", **changes})
+
+
+def test_too_few_prompts_for_an_update_are_said(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        updates_prompts(configured(optim__prompts_per_update=4), file_of(4, 3))
+        assert not caplog.messages
+        updates_prompts(configured(optim__prompts_per_update=4), file_of(2, 3))
+    assert "prompts_per_update = 4, but p.jsonl has at most 3 training prompts of one length" in caplog.text
+
+
+def test_a_prompt_without_a_donor_is_refused_at_the_start() -> None:
+    config = configured(optim__prompts_per_update=2, exploration__donor=1)
+    updates_prompts(config, file_of(4, 2))
+    with pytest.raises(ConfigurationError, match=r"exploration\.donor: .*single prompt.*p\.jsonl"):
+        updates_prompts(config, file_of(4, 3))
+
+
+def test_prompts_that_the_encoder_cuts_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """With the cache filled, too: who starts the second run may be someone else."""
+    config = tiny_wan("longlive-1.3b", tmp_path)
+    long = VideoPrompt(0, ("a red ball " * 5, "the dog jumps"), (9,), 18)
+    for _ in range(2):
+        caplog.clear()
+        text_encoder(config).fill([long])
+        (said,) = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+        assert "1 of 2 prompts are longer than the 8 tokens that are read of each; the other 8 tokens" in said
+        assert "longest prompt has 16" in said and "a red ball" in said
+        text_encoder(config)(long.segments)
+        assert len([r for r in caplog.records if r.levelno == logging.WARNING]) == 1, "said once"
+
+
+def test_words_that_the_embedded_generator_does_not_know_are_named(
+    tiny_base: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = tiny_config(tiny_base)
+    known = VideoPrompt(0, ("A red circle drifts left in a meadow.",), (), 30)
+    load_backbone(config, [known])
+    assert not caplog.messages
+    load_backbone(config, [known, VideoPrompt(1, ("A dog runs on the beach.",), (), 30)])
+    (said,) = caplog.messages
+    assert "1 of 2 prompts" in said and "does not know" in said and said.count("dog, runs, beach") == 1
+    caplog.clear()
+    load_backbone(config, [VideoPrompt(0, ("red " * 40,), (), 30)])
+    (said,) = caplog.messages
+    assert "1 of 1 prompts are longer than the 32 words that are read of each; the other 8 words" in said

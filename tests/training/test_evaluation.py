@@ -1,0 +1,96 @@
+"""Held-out scores against sums over segments written out, and comparisons in closed form."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from kvpo.prompts import ClipPrompt, VideoPrompt
+from kvpo.training.evaluation import HeldOut, Judges, comparison, evaluate, mean_gain, paired_gain
+from kvpo.training.setup import Setup
+from tests.tiny_world import FRAMES, tiny_config, toy_setup
+
+PROMPTS = [
+    VideoPrompt(1, ("1", "2"), (12,), FRAMES),
+    VideoPrompt(2, ("4",), (), FRAMES),
+    VideoPrompt(3, ("8", "16", "32"), (6, 15), FRAMES),
+]
+"""Texts are the scores of their clips; segments of 12 and 9, of 21, and of 6, 9 and 6 of 21 frames."""
+MEANS = [(12 * 1 + 9 * 2) / 21, 4.0, (6 * 8 + 9 * 16 + 6 * 32) / 21]
+
+
+@dataclass(frozen=True)
+class Literal:
+    """Scores a clip by its text, and remembers the leads and the frames that it was shown."""
+
+    components: tuple[str, ...] = ("text", "doubled")
+    leads: list[int] = field(default_factory=list)
+    shown: list[int] = field(default_factory=list)
+
+    def __call__(self, video_BTCHW: Tensor, prompts: Sequence[ClipPrompt]) -> dict[str, Tensor]:
+        self.leads.extend(prompt.switch for prompt in prompts)
+        self.shown.extend([video_BTCHW.shape[1]] * len(prompts))
+        score = torch.tensor([float(prompt) for prompt in prompts])
+        return {"text": score, "doubled": 2 * score}
+
+
+def judged(base: Path, rows: int = 32) -> tuple[HeldOut, Literal, Literal, Setup]:
+    setup = toy_setup(tiny_config(base))
+    scorer, unseen = Literal(), Literal()
+    judges = Judges(setup.codec, scorer, torch.tensor([1.0, 0.5]), unseen)
+    texts, tape = setup.texts(PROMPTS), setup.tape("test")
+    found = evaluate(setup.generator, PROMPTS, texts, tape, judges, rows=rows)
+    return found, scorer, unseen, setup
+
+
+@pytest.mark.parametrize("rows", [2, 32])
+def test_a_segment_counts_by_its_frames(tiny_base: Path, rows: int) -> None:
+    found, *_ = judged(tiny_base, rows)
+    expected = torch.tensor(MEANS)
+    torch.testing.assert_close(found.components_KN, torch.stack([expected, 2 * expected]))
+    assert found.unseen_N is not None
+    torch.testing.assert_close(found.unseen_N, expected)
+
+
+def test_only_the_reward_sees_what_was_before_a_switch(tiny_base: Path) -> None:
+    _, scorer, unseen, setup = judged(tiny_base)
+    block, rate = setup.generator.block, setup.codec.frames_per_latent
+    own = torch.tensor([12, 9, 21, 6, 9, 6])
+    lead = torch.tensor([0, block, 0, 0, block, block])
+    assert sorted(scorer.leads) == sorted((rate * lead).tolist())
+    assert sorted(scorer.shown) == sorted((rate * (own + lead)).tolist())
+    assert unseen.leads == [0] * 6
+    assert sorted(unseen.shown) == sorted((rate * own).tolist())
+
+
+def test_a_gain_in_closed_form() -> None:
+    gain = paired_gain(torch.tensor([1.0, 2.0, 3.0, 4.0]), torch.tensor([2.0, 2.0, 1.0, 9.0]))
+    assert gain.mean == pytest.approx(1.0)
+    variance = (0 + 1 + 9 + 16) / 3  # of the gains 1, 0, -2 and 5
+    assert gain.standard_error == pytest.approx((variance / 4) ** 0.5)
+    assert gain.improved == 0.5
+
+
+def test_a_comparison_weights_its_components() -> None:
+    def held_out(shift: float) -> HeldOut:
+        table = torch.tensor([[1.0, 2.0, 4.0], [10.0, 10.0, 40.0]])
+        table[0] += shift * torch.tensor([1.0, 2.0, 6.0])
+        return HeldOut(table, shift + torch.arange(3.0), torch.zeros(0, 3), torch.zeros(0, 3))
+
+    judges: Any = Judges(None, Literal(), torch.tensor([1.0, 0.5]), None)  # type: ignore[arg-type]
+    numbers: Any = comparison(held_out(0.0), held_out(1.0), judges)
+    assert numbers["prompts"] == 3
+    assert numbers["base_mean"] == pytest.approx((6 + 7 + 24) / 3)
+    assert numbers["aligned_mean"] - numbers["base_mean"] == pytest.approx(numbers["paired_gain"])
+    assert numbers["paired_gain"] == pytest.approx(3.0) and numbers["improved_fraction"] == 1.0
+    assert numbers["paired_se"] == pytest.approx((7 / 3) ** 0.5)
+    assert (numbers["unseen_scorer_base"], numbers["unseen_scorer_gain"]) == pytest.approx((1.0, 1.0))
+    assert numbers["unseen_scorer_se"] == pytest.approx(0.0)
+    text, doubled = numbers["components"]["text"], numbers["components"]["doubled"]
+    assert (text["base"], text["gain"], text["se"]) == pytest.approx((7 / 3, 3.0, (7 / 3) ** 0.5))
+    assert (doubled["base"], doubled["aligned"], doubled["gain"]) == pytest.approx((20.0, 20.0, 0.0))
+    assert mean_gain({"one": numbers, "other": {"paired_gain": 0.0}}) == pytest.approx(1.5)
