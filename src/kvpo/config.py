@@ -1,7 +1,17 @@
 """Every setting of a run, as frozen dataclasses. Importing this module imports nothing heavy."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
+
+from kvpo.method.settings import (
+    CmGrpoSettings,
+    FlowGrpoSettings,
+    KvpoSettings,
+    LatentDistanceSettings,
+    NftSettings,
+    RvmSettings,
+    SelfDistillSettings,
+)
 
 
 @dataclass(frozen=True)
@@ -112,8 +122,12 @@ class StreamConfig:
 
 @dataclass(frozen=True)
 class ExplorationConfig:
-    """Causal History Routing (METHOD section 2). All counts are past frames."""
+    """How branches are told apart; Causal History Routing counts past frames (METHOD section 2)."""
 
+    explorer: Literal["routes", "fresh", "neighbour", "sde", "renoise"] = "routes"
+    """Branches differ in routed history, fresh or neighbouring noise, stochastic solver steps, or re-noise."""
+    noise: float = 0.5
+    """Share of a neighbour's own noise in (0, 1], or strength of the stochastic solver steps."""
     branches: int = 8
     """Routed branches per group (G)."""
     blocks: int = 2
@@ -140,28 +154,16 @@ class ExplorationConfig:
 
 @dataclass(frozen=True)
 class ObjectiveConfig:
-    """Surrogate policy, advantages and loss (METHOD sections 3 to 6)."""
+    """What the methods share: solver steps, advantages, branches to train on, velocity KL (METHOD section 5)."""
 
     grad_steps: int = 2
-    """First solver steps whose velocities enter the energy."""
-    anchor_state_weight: float = 0.0
-    """Share of the anchor-state energy (an extension beyond the paper); 0 is the paper's energy."""
-    temperature: float | None = None
-    """Gibbs temperature; None calibrates it to the spread of each group's energies."""
-    anchor_in_pool: bool = False
-    """Add the anchor to the policy's pool with energy 0 and advantage 0."""
-    anchor_share: float = 0.5
-    """Target probability of the anchor that the temperature is calibrated to when it is in the pool."""
-    clip_low: float = 0.1
-    """The ratio is clipped below 1 - clip_low."""
-    clip_high: float = 0.2
-    """The ratio is clipped above 1 + clip_high."""
-    simplex_kl: float = 0.0
-    """Weight of the KL on the branch simplex to the starting policy (the public code uses 10)."""
+    """First solver steps that are learned from."""
     velocity_kl: float = 20.0
     """Weight of the mean squared velocity difference to the starting policy on anchor states."""
     advantages: Literal["anchor", "group", "random"] = "group"
     """Relative to the anchor, centred on the group, or (null control) group advantages permuted."""
+    advantage_scale: Literal["group", "collection"] = "group"
+    """Divide by the reward spread of the group, or by that of all groups collected together."""
     global_weight: float = 0.5
     """Weight of the global (post-fork) signal beside the local (window) signal."""
     advantage_clamp: float = 2.5
@@ -291,6 +293,8 @@ class Config:
 
     preset: str = "demo"
     """Name of the preset these values started from."""
+    method: Literal["kvpo", "latent-distance", "flow-grpo", "cm-grpo", "nft", "rvm", "self-distill"] = "kvpo"
+    """How the policy learns from the branches of a fork; each method has a section of its own."""
     seed: int = 0
     """Keys every random draw of the run."""
     device: str = "cpu"
@@ -303,7 +307,19 @@ class Config:
     stream: StreamConfig = field(default_factory=StreamConfig)
     exploration: ExplorationConfig = field(default_factory=ExplorationConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    kvpo: KvpoSettings = field(default_factory=KvpoSettings)
+    latent_distance: LatentDistanceSettings = field(default_factory=LatentDistanceSettings)
+    flow_grpo: FlowGrpoSettings = field(default_factory=FlowGrpoSettings)
+    cm_grpo: CmGrpoSettings = field(default_factory=CmGrpoSettings)
+    nft: NftSettings = field(default_factory=NftSettings)
+    rvm: RvmSettings = field(default_factory=RvmSettings)
+    self_distill: SelfDistillSettings = field(default_factory=SelfDistillSettings)
     optim: OptimConfig = field(default_factory=OptimConfig)
     rewards: RewardConfig = field(default_factory=RewardConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+
+    @property
+    def method_settings(self) -> Any:
+        """The section of the chosen method."""
+        return vars(self)[self.method.replace("-", "_")]

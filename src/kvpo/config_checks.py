@@ -13,6 +13,7 @@ from kvpo.config import (
     RewardConfig,
     StreamConfig,
 )
+from kvpo.method.settings import KvpoSettings, LatentDistanceSettings
 from kvpo.prompts import VideoPrompt, check_shown
 
 
@@ -32,6 +33,7 @@ def check(config: Config) -> None:
         _require(not file, "prompts.file", repr(file), "empty: the embedded world writes its own prompts")
     _exploration(config.exploration, config.stream, config.optim)
     _objective(config.objective, config.exploration, config.stream)
+    _method(config)
     _optim(config.optim)
     _rewards(config.rewards)
     evaluation, checkpoint = config.evaluation, config.checkpoint
@@ -199,17 +201,8 @@ def _objective(objective: ObjectiveConfig, exploration: ExplorationConfig, strea
         1 <= objective.grad_steps <= steps,
         "objective.grad_steps", objective.grad_steps, f"between 1 and the {steps} steps of stream.schedule",
     )  # fmt: skip
-    for name in ("anchor_state_weight", "simplex_kl", "velocity_kl", "global_weight", "noise_floor"):
+    for name in ("velocity_kl", "global_weight", "noise_floor", "keep_best", "keep_worst"):
         _require(vars(objective)[name] >= 0, f"objective.{name}", vars(objective)[name], "0 or more")
-    for name in ("keep_best", "keep_worst", "clip_high"):
-        _require(vars(objective)[name] >= 0, f"objective.{name}", vars(objective)[name], "0 or more")
-    temperature = objective.temperature
-    _require(
-        temperature is None or 0 < temperature < inf,
-        "objective.temperature", temperature, "positive and finite, or none",
-    )  # fmt: skip
-    _require(0 < objective.anchor_share < 1, "objective.anchor_share", objective.anchor_share, "in (0, 1)")
-    _require(0 <= objective.clip_low < 1, "objective.clip_low", objective.clip_low, "in [0, 1)")
     _require(
         objective.advantage_clamp > 0, "objective.advantage_clamp", objective.advantage_clamp, "positive"
     )
@@ -219,10 +212,73 @@ def _objective(objective: ObjectiveConfig, exploration: ExplorationConfig, strea
         "objective.keep_best", objective.keep_best,
         f"such that keep_best + keep_worst is 0 (all) or 2 to exploration.branches = {exploration.branches}",
     )  # fmt: skip
-    members = (kept or exploration.branches) + 1
+
+
+def _method(config: Config) -> None:
+    explorer, noise = config.exploration.explorer, config.exploration.noise
+    allowed = config.method_settings.EXPLORERS
+    why = (
+        ""
+        if "routes" != allowed[0] or len(allowed) > 1
+        else ": branches of noise have no energy of their own"
+    )
     _require(
-        not objective.anchor_in_pool or temperature is not None or objective.anchor_share * members > 1,
-        "objective.anchor_share", objective.anchor_share,
+        explorer in allowed,
+        "exploration.explorer", explorer, f"{' or '.join(allowed)} for method {config.method}{why}",
+    )  # fmt: skip
+    _require(
+        noise > 0 and (explorer != "neighbour" or noise <= 1),
+        "exploration.noise", noise, "positive, and at most 1 for neighbouring noise",
+    )  # fmt: skip
+    rule = {"sde": "ode", "renoise": "renoise"}.get(explorer, config.stream.step_rule)
+    _require(
+        config.stream.step_rule == rule,
+        "stream.step_rule", config.stream.step_rule, f"{rule} for method {config.method}",
+    )  # fmt: skip
+    _require(
+        explorer not in ("sde", "renoise") or len(config.stream.schedule) > 1,
+        "stream.schedule", list(config.stream.schedule),
+        f"two steps or more for method {config.method}: the last one is deterministic and has no policy",
+    )  # fmt: skip
+    _require(
+        config.method != "self-distill" or config.exploration.donor == 0,
+        "exploration.donor", config.exploration.donor, "0 for self-distill: its teacher sees a video's own past",
+    )  # fmt: skip
+    _kvpo(config)
+    nft = config.nft
+    for section in ("kvpo", "latent_distance"):
+        _gibbs(section, vars(config)[section])
+    for section in ("flow_grpo", "cm_grpo"):
+        _require(vars(config)[section].clip >= 0, f"{section}.clip", vars(config)[section].clip, "0 or more")
+    for name in ("beta", "advantage_limit"):
+        _require(vars(nft)[name] > 0, f"nft.{name}", vars(nft)[name], "positive")
+    _require(0 <= nft.selective_kl <= 1, "nft.selective_kl", nft.selective_kl, "between 0 and 1")
+
+
+def _gibbs(section: str, settings: KvpoSettings | LatentDistanceSettings) -> None:
+    temperature = settings.temperature
+    _require(
+        temperature is None or 0 < temperature < inf,
+        f"{section}.temperature", temperature, "positive and finite, or none",
+    )  # fmt: skip
+    _require(0 <= settings.clip_low < 1, f"{section}.clip_low", settings.clip_low, "in [0, 1)")
+    _require(settings.clip_high >= 0, f"{section}.clip_high", settings.clip_high, "0 or more")
+
+
+def _kvpo(config: Config) -> None:
+    kvpo, objective = config.kvpo, config.objective
+    _require(0 <= kvpo.anchor_state_weight <= 1, "kvpo.anchor_state_weight", kvpo.anchor_state_weight,
+             "between 0 and 1")  # fmt: skip
+    _require(kvpo.simplex_kl >= 0, "kvpo.simplex_kl", kvpo.simplex_kl, "0 or more")
+    members = (objective.keep_best + objective.keep_worst or config.exploration.branches) + 1
+    calibrated = kvpo.anchor_share and kvpo.temperature is None
+    _require(
+        kvpo.anchor_share == 0 or 0 < kvpo.anchor_share < 1,
+        "kvpo.anchor_share", kvpo.anchor_share, "0 (the anchor is not in the pool) or in (0, 1)",
+    )  # fmt: skip
+    _require(
+        not calibrated or kvpo.anchor_share * members > 1,
+        "kvpo.anchor_share", kvpo.anchor_share,
         f"above 1 / {members}, the anchor's share of a uniform policy over its {members} members: no "
         "temperature gives it less",
     )  # fmt: skip

@@ -40,6 +40,23 @@ CHANGEABLE_ON_RESUME = (
 )
 
 
+RENAMED = {
+    **{
+        f"objective.{name}": f"kvpo.{name}"
+        for name in (
+            "anchor_state_weight",
+            "temperature",
+            "anchor_share",
+            "clip_low",
+            "clip_high",
+            "simplex_kl",
+        )
+    },
+    "objective.anchor_in_pool": "kvpo.anchor_share (above 0 puts the anchor in the pool)",
+}
+"""Settings of earlier versions and what to use instead; there are no silent aliases."""
+
+
 @dataclass(frozen=True)
 class Setting:
     """One field of the configuration that holds a value: dotted path, type, docstring."""
@@ -71,9 +88,10 @@ def resolve(preset: str | None, file: Path | None, flags: Mapping[str, str]) -> 
     Without ``preset`` the file's own holds, and without that ``demo``. Raises ConfigurationError.
     """
     values = read_file(file) if file is not None else {}
-    config = _start(preset or str(values.get("preset", "demo")))
+    given = parse_flags(flags)
+    config = _start(preset or str(values.get("preset", "demo")), given.get("method", values.get("method")))
     config = assign(config, {**values, "preset": config.preset})
-    config = with_measured_floors(assign(config, parse_flags(flags)))
+    config = with_measured_floors(assign(config, given))
     check(config)
     return config
 
@@ -83,17 +101,24 @@ def preset(name: str, changes: Mapping[str, Any] | None = None) -> Config:
 
     Raises ConfigurationError for an unknown name, field or value.
     """
-    config = with_measured_floors(assign(_start(name), {**(changes or {}), "preset": name}))
+    changes = changes or {}
+    config = with_measured_floors(assign(_start(name, changes.get("method")), {**changes, "preset": name}))
     check(config)
     return config
 
 
-def _start(name: str) -> Config:
+def _start(name: str, method: Any = None) -> Config:
+    """A preset's values; another method than its own brings its explorer and what it starts from."""
     if name not in PRESETS:
         raise ConfigurationError(
             f"unknown preset {name!r}{nearest(name, PRESETS)}; presets: {', '.join(PRESETS)}"
         )
-    return PRESETS[name]()
+    config = PRESETS[name]()
+    if method is None or method == config.method:
+        return config
+    config = assign(config, {"method": method})
+    own = config.method_settings
+    return assign(config, {"exploration.explorer": own.EXPLORERS[0], **own.STARTS_FROM})
 
 
 def resolve_resumed(saved: Path, preset: str | None, file: Path | None, flags: Mapping[str, str]) -> Config:
@@ -184,6 +209,8 @@ def _ending(path: str) -> str:
 
 
 def _setting(path: str, value: Any) -> Setting:
+    if path in RENAMED:
+        raise ConfigurationError(f"{path} (value {_shown(value)}) is now {RENAMED[path]}")
     if path not in settings():
         raise ConfigurationError(f"unknown field {path!r} (value {_shown(value)}){nearest(path, settings())}")
     return settings()[path]

@@ -19,6 +19,7 @@ from kvpo.config import (
     RewardConfig,
     StreamConfig,
 )
+from kvpo.method.settings import KvpoSettings
 
 TEXT_AND_PIXELS = "Wan-AI/Wan2.1-T2V-1.3B"
 """Hub repository of Wan 2.1, whose text encoder and VAE all its descendants share."""
@@ -66,10 +67,9 @@ def longlive_1_3b() -> Config:
         ),
         # A temperature of 1 leaves the surrogate policy near uniform, so the reported KL weight of 10 and the
         # clipping hardly bind; calibrate it (none) together with a KL weight below 1.
+        kvpo=KvpoSettings(temperature=1.0, simplex_kl=10.0),
         objective=ObjectiveConfig(
             grad_steps=2,
-            temperature=1.0,
-            simplex_kl=10.0,
             velocity_kl=0.0,
             advantages="anchor",
             keep_best=0,

@@ -66,9 +66,7 @@ class Laboratory:
         """Branches as an explorer tells them apart, the anchor last."""
         forks = [Fork(place.frame, place.exploration)] * len(place.prompts)
         key = ("diversity", place.frame)
-        rollout = collect(
-            self.generator, place.prompts, forks, self.texts, self.tape, key, explorer=explorer
-        )
+        rollout = collect(self.generator, place.prompts, forks, self.texts, self.tape, key, explorer=explorer)
         rollout.release()
         return rollout.groups
 
