@@ -6,7 +6,9 @@ A noise level `sigma` is a float, or a tensor over the leading axes of the laten
 Nothing is computed in less than float32; results have the latents' type.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -45,17 +47,81 @@ def add_noise(clean: Tensor, noise: Tensor, sigma: float | Tensor) -> Tensor:
     return ((1 - sigma) * _wide(clean) + sigma * _wide(noise)).to(clean.dtype)
 
 
-def euler_step(x: Tensor, velocity: Tensor, sigma: float | Tensor, sigma_next: float | Tensor) -> Tensor:
-    """Step rule `ode`: x' = x + (sigma' - sigma) v; sigma' = 0 arrives at the clean latents."""
+Rule = Callable[[Tensor, Tensor, "float | Tensor", "float | Tensor", Tensor | None], Tensor]
+"""(x, v, sigma, sigma', noise) -> x': one solver step."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """A solver step: from the state x at noise level sigma and its velocity v to x' at the level sigma'."""
+
+    rule: Rule
+    draws: bool
+    """The rule reads noise from the tape."""
+
+    def __call__(
+        self,
+        x: Tensor,
+        velocity: Tensor,
+        sigma: float | Tensor,
+        sigma_next: float | Tensor,
+        noise: Tensor | None = None,
+    ) -> Tensor:
+        return self.rule(x, velocity, sigma, sigma_next, noise)
+
+
+def euler_step(
+    x: Tensor,
+    velocity: Tensor,
+    sigma: float | Tensor,
+    sigma_next: float | Tensor,
+    noise: Tensor | None = None,
+) -> Tensor:
+    """Rule ``ode``: x' = x + (sigma' - sigma) v, all [..., F, C, H, W]; no noise."""
     return (_wide(x) + (_expand(sigma_next, x) - _expand(sigma, x)) * _wide(velocity)).to(x.dtype)
 
 
-def renoise_step(clean: Tensor, noise: Tensor, sigma_next: float | Tensor) -> Tensor:
-    """Step rule `renoise`: x' = (1 - sigma') x0 + sigma' eps, with eps from the noise tape.
+def renoise_step(
+    x: Tensor, velocity: Tensor, sigma: float | Tensor, sigma_next: float | Tensor, noise: Tensor | None
+) -> Tensor:
+    """Rule ``renoise``: x' = (1 - sigma') x0 + sigma' eps with x0 = x - sigma v, all [..., F, C, H, W].
 
-    Self-Forcing, LongLive and MemFlow are distilled with this rule; sigma' = 0 returns the clean latents.
+    Self-Forcing, LongLive and MemFlow are distilled with this rule.
     """
-    return add_noise(clean, noise, sigma_next)
+    assert noise is not None
+    return add_noise(clean_of(velocity, x, sigma), noise, sigma_next)
+
+
+def sde_coefficients(sigma: float, sigma_next: float, kappa: float) -> tuple[float, float, float]:
+    """(a, c, s) of the stochastic step x' = a x + c v + s eps that keeps the flow's marginals (Flow-GRPO).
+
+    With t = sigma, dt = sigma' - sigma and r = kappa sqrt(t / (1 - t)): a = 1 + r^2 / (2 t) dt,
+    c = (1 + r^2 (1 - t) / (2 t)) dt, s^2 = -r^2 dt. At t = 1, where r diverges, it is the next level's.
+    """
+    level = sigma if sigma < 1 else sigma_next
+    r_squared, dt = kappa**2 * level / (1 - level), sigma_next - sigma
+    a = 1 + r_squared / (2 * sigma) * dt
+    c = (1 + r_squared * (1 - sigma) / (2 * sigma)) * dt
+    return a, c, math.sqrt(-r_squared * dt)
+
+
+def sde_step(kappa: float, lowest: float) -> Step:
+    """A stochastic step down to the level ``lowest``, and the Euler step below it; kappa = 0 is Euler."""
+
+    def rule(
+        x: Tensor, velocity: Tensor, sigma: float | Tensor, sigma_next: float | Tensor, noise: Tensor | None
+    ) -> Tensor:
+        assert noise is not None and isinstance(sigma, float) and isinstance(sigma_next, float)
+        if sigma < lowest:
+            return euler_step(x, velocity, sigma, sigma_next)
+        a, c, s = sde_coefficients(sigma, sigma_next, kappa)
+        return (a * _wide(x) + c * _wide(velocity) + s * _wide(noise)).to(x.dtype)
+
+    return Step(rule, draws=True)
+
+
+STEPS = {"ode": Step(euler_step, draws=False), "renoise": Step(renoise_step, draws=True)}
+"""The step rules that generators are deployed with, by name."""
 
 
 def _wide(x: Tensor) -> Tensor:

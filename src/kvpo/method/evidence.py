@@ -1,0 +1,240 @@
+"""The seam between a method and its trainer: evidence in, one table of squared residuals out.
+
+Every method asks the model for the same thing: at these states, in the deployment context, how far is your
+velocity from this target?
+
+    table[n, b, s] = w[n, b, s] mean || target[n, b, s] - v_theta(state[n, b, s]) ||^2
+
+A method says which states, targets and weights (``Evidence``), and gives a scalar loss on the table. The
+trainer replays the states, differentiates the loss on the table's numbers and backpropagates its cells in
+micro-batches, which is exact. Mean over the d elements of a block; METHOD section 10 lists every method.
+
+Axes: M members (G branches, then the anchor), Q replayed trajectories, N rows of the table, P blocks of the
+window, S solver steps, F C H W one block.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Trajectories:
+    """The members of one fork over the explored window, the anchor last."""
+
+    states_MPSFCHW: Tensor
+    """Solver states, the first of each block being pure noise."""
+    velocities_MPSFCHW: Tensor
+    """Each member's own velocity at each state, in the context that it was generated in."""
+    clean_MPFCHW: Tensor
+    """Clean latents of the window."""
+    sigmas: tuple[float, ...]
+    """Noise levels of the S states, falling from 1; the last step lands on 0."""
+    noise: float = 0.0
+    """Strength of the noise that told the branches apart; 0 for routed branches."""
+
+    @property
+    def anchor(self) -> int:
+        """Index of the unrouted member."""
+        return len(self.states_MPSFCHW) - 1
+
+    @property
+    def arrivals_MPSFCHW(self) -> Tensor:
+        """Where each solver step led: the next state, or the clean latents."""
+        return torch.cat([self.states_MPSFCHW[:, :, 1:], self.clean_MPFCHW[:, :, None]], 2)
+
+    def levels(self, steps: int) -> Tensor:
+        """Noise levels of the first ``steps`` states, shaped to broadcast over [..., S, F, C, H, W]."""
+        return self.states_MPSFCHW.new_tensor(self.sigmas[:steps]).view(steps, 1, 1, 1, 1)
+
+
+@dataclass(frozen=True)
+class Credit:
+    """The branches of one fork that are trained on, and their advantages."""
+
+    branches: tuple[int, ...]
+    advantages_G: Tensor
+    """Of the selected branches."""
+    all_advantages_G: Tensor
+    """Of every branch, before selection."""
+    gap_G: Tensor
+    """Of the selected branches: rank under the primary reward component less the mean rank under the others."""
+    withheld: int = 0
+    """Branches whose positive advantage selective fusion took away."""
+
+
+def no_credit(branches: int) -> Credit:
+    """Every branch, none better than another: for methods without a reward, and for checks."""
+    zeros = torch.zeros(branches)
+    return Credit(tuple(range(branches)), zeros, zeros, zeros)
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """Where the policy is asked, and what it should answer.
+
+    A row's target is ``targets_NPSFCHW`` plus ``share_N`` times the velocity of its ``teacher_N`` at the same
+    states: "" (none), "old" (the old policy), "reference" (the starting policy) or "routed" (the policy
+    itself, without gradient, under the history that the row's branch was routed).
+    """
+
+    states_QPSFCHW: Tensor
+    past_Q: tuple[int, ...]
+    """Member whose own earlier blocks each trajectory is replayed behind."""
+    query_N: tuple[int, ...]
+    """Trajectory that each row is asked at."""
+    branch_N: tuple[int, ...]
+    """Branch that each row speaks of; -1: of none."""
+    targets_NPSFCHW: Tensor
+    weights_NPS: Tensor
+    teacher_N: tuple[str, ...]
+    share_N: tuple[float, ...]
+
+    @property
+    def teachers(self) -> set[str]:
+        """Policies whose velocities the targets need."""
+        return set(self.teacher_N) - {""}
+
+    def with_teacher(self, teacher: str, velocities_NPSFCHW: Tensor) -> "Evidence":
+        """The same rows once the velocities of one teacher are known."""
+        of_teacher = [name == teacher for name in self.teacher_N]
+        share = [s if asked else 0.0 for s, asked in zip(self.share_N, of_teacher, strict=True)]
+        added = _column(velocities_NPSFCHW, share) * velocities_NPSFCHW
+        rest = tuple("" if asked else name for name, asked in zip(self.teacher_N, of_teacher, strict=True))
+        return _replaced(self, targets_NPSFCHW=self.targets_NPSFCHW + added, teacher_N=rest)
+
+
+def evidence_of(
+    states_QPSFCHW: Tensor,
+    past_Q: Sequence[int],
+    targets_NPSFCHW: Tensor,
+    branch_N: Sequence[int],
+    *,
+    query_N: Sequence[int] | None = None,
+    weights: float | Tensor = 1.0,
+    teacher: str = "",
+    share_N: Sequence[float] | None = None,
+) -> Evidence:
+    """Evidence whose rows, unless ``query_N`` says otherwise, are the trajectories in order.
+
+    ``weights`` broadcasts over [N, P, S].
+    """
+    rows = len(targets_NPSFCHW)
+    weights_NPS = torch.as_tensor(weights, dtype=states_QPSFCHW.dtype, device=states_QPSFCHW.device)
+    return Evidence(
+        states_QPSFCHW,
+        tuple(past_Q),
+        tuple(range(rows)) if query_N is None else tuple(query_N),
+        tuple(branch_N),
+        targets_NPSFCHW,
+        weights_NPS.expand(targets_NPSFCHW.shape[:3]),
+        (teacher,) * rows,
+        (1.0 if teacher else 0.0,) * rows if share_N is None else tuple(share_N),
+    )
+
+
+def joined(first: Evidence, second: Evidence) -> Evidence:
+    """Both evidences' rows; a trajectory that both ask at (same past, same states) is replayed once."""
+    place = {past: q for q, past in enumerate(first.past_Q)}
+    states, past_Q, moved = [first.states_QPSFCHW], list(first.past_Q), {}
+    for q, past in enumerate(second.past_Q):
+        own = second.states_QPSFCHW[q]
+        if past in place and torch.equal(first.states_QPSFCHW[place[past]], own):
+            moved[q] = place[past]
+        else:
+            moved[q] = len(past_Q)
+            past_Q.append(past)
+            states.append(own[None])
+    return Evidence(
+        torch.cat(states),
+        tuple(past_Q),
+        first.query_N + tuple(moved[q] for q in second.query_N),
+        first.branch_N + second.branch_N,
+        torch.cat([first.targets_NPSFCHW, second.targets_NPSFCHW]),
+        torch.cat([first.weights_NPS, second.weights_NPS]),
+        first.teacher_N + second.teacher_N,
+        first.share_N + second.share_N,
+    )
+
+
+def drift_evidence(states_QPSFCHW: Tensor, past_Q: Sequence[int]) -> Evidence:
+    """Rows whose table adds up to mean || v_theta - v_ref ||^2 at some states: the velocity KL."""
+    rows, blocks, steps = states_QPSFCHW.shape[:3]
+    zero = torch.zeros_like(states_QPSFCHW)
+    weight = 1 / (rows * blocks * steps)
+    return evidence_of(states_QPSFCHW, past_Q, zero, [-1] * rows, weights=weight, teacher="reference")
+
+
+def anchor_drift(trajectories: Trajectories, credit: Credit, evidence: Evidence, settings: Any) -> Evidence:
+    """The velocity KL at the anchor's states: drift that all branches share, which a simplex KL cannot see."""
+    anchor, steps = trajectories.anchor, evidence.states_QPSFCHW.shape[2]
+    return drift_evidence(trajectories.states_MPSFCHW[[anchor], :, :steps], [anchor])
+
+
+def residual_table(weights_NPS: Tensor, targets_NPSFCHW: Tensor, velocities_NPSFCHW: Tensor) -> Tensor:
+    """w mean || target - v ||^2 over the elements of a block: [N, P, S], in float32 or wider."""
+    wide = torch.promote_types(targets_NPSFCHW.dtype, velocities_NPSFCHW.dtype)
+    wide = torch.promote_types(wide, torch.float32)
+    squared = (targets_NPSFCHW.to(wide) - velocities_NPSFCHW.to(wide)).square()
+    return weights_NPS.to(wide) * squared.mean(dim=(-4, -3, -2, -1))
+
+
+@dataclass(frozen=True)
+class Tables:
+    """A method's rows under three policies, [N, P, S] each; only ``now`` carries gradients."""
+
+    now: Tensor
+    old: Tensor
+    """Under the policy that generated the rollout; in the first step after it, the same numbers as ``now``."""
+    reference: Tensor
+    """Under the starting policy."""
+
+
+Metrics = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A number that a method reports of each group."""
+
+    meaning: str
+    """One sentence, as the report shows it."""
+    largest: bool = False
+    """An update reports the largest over its groups instead of the mean."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to learn from the branches of a fork."""
+
+    evidence: Callable[[Trajectories, Credit, int, Any, torch.Generator], Evidence]
+    """(trajectories, credit, solver steps, settings, random numbers) -> what the policy is asked."""
+    loss: Callable[[Tables, Sequence[int], Credit, Any], tuple[Tensor, Metrics]]
+    """(tables, branch of each row, credit, settings) -> a scalar to minimise, and metrics."""
+    metrics: Mapping[str, Metric] = field(default_factory=dict)
+    drift: Callable[[Trajectories, Credit, Evidence, Any], Evidence | None] = anchor_drift
+    """(trajectories, credit, evidence, settings) -> rows of the velocity KL to the starting policy."""
+    rewarded: bool = True
+    """False: every branch is trained on, whatever its score."""
+    linear: bool = False
+    """The loss is linear in the table, so its gradient needs no table; saves a pass in micro-batches."""
+
+
+def per_branch(table_NPS: Tensor, branch_N: Sequence[int], branches: Sequence[int]) -> Tensor:
+    """Sum of every branch's cells: [N, P, S] -> [G], in the order of ``branches``."""
+    rows = table_NPS.sum((1, 2))
+    if tuple(branch_N) == tuple(branches):
+        return rows
+    place = torch.tensor([list(branches).index(branch) for branch in branch_N], device=rows.device)
+    return rows.new_zeros(len(branches)).index_add(0, place, rows)
+
+
+def _column(like: Tensor, values: Sequence[float]) -> Tensor:
+    return like.new_tensor(values).view(-1, *(1,) * (like.dim() - 1))
+
+
+def _replaced(evidence: Evidence, **changes: Any) -> Evidence:
+    return Evidence(**{**vars(evidence), **changes})

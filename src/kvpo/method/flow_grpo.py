@@ -1,0 +1,49 @@
+"""Flow-GRPO: stochastic solver steps in place of the ODE's, each one a Gaussian policy.
+
+    x' = a x + c v + s eps   with   a = 1 + r^2 / (2 t) dt,  c = (1 + r^2 (1 - t) / (2 t)) dt,  s^2 = -r^2 dt
+    r = kappa sqrt(t / (1 - t)),  dt = t' - t < 0;  at t = 1, r is that of the next level
+
+Every coefficient keeps the marginal distribution of the flow; kappa = 0 is the Euler step. Branches differ in
+eps. As published, except that no noise is added after the solver steps that are trained on, and never in the
+last one: with few steps, noise that no later step can remove would show in the video.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from kvpo.method.evidence import Credit, Evidence, Method, Metrics, Tables, Trajectories, evidence_of
+from kvpo.method.flow import sde_coefficients
+from kvpo.method.gaussian import METRICS, gaussian_objective
+from kvpo.method.settings import FlowGrpoSettings
+
+
+def evidence(
+    trajectories: Trajectories, credit: Credit, steps: int, settings: FlowGrpoSettings, _: torch.Generator
+) -> Evidence:
+    """The branches' visited states; targets (x' - a x) / c are the velocities that explain each step."""
+    branches = list(credit.branches)
+    x = trajectories.states_MPSFCHW[branches, :, :steps]
+    arrived = trajectories.arrivals_MPSFCHW[branches, :, :steps]
+    elements = x[0, 0, 0].numel()
+    levels = (*trajectories.sigmas, 0.0)
+    targets, weights = torch.zeros_like(x), []
+    for step in range(steps):
+        if levels[step + 1] == 0.0:  # the last solver step is deterministic: it has no policy
+            weights.append(0.0)
+            continue
+        a, c, s = sde_coefficients(levels[step], levels[step + 1], trajectories.noise)
+        targets[:, :, step] = (arrived[:, :, step] - a * x[:, :, step]) / c
+        weights.append(elements * c**2 / (2 * s**2))
+    return evidence_of(x, branches, targets, branches, weights=x.new_tensor(weights))
+
+
+def loss(
+    tables: Tables, branch_N: Sequence[int], credit: Credit, settings: FlowGrpoSettings
+) -> tuple[Tensor, Metrics]:
+    """The clipped surrogate of every stochastic step."""
+    return gaussian_objective(tables, branch_N, credit, settings.clip)
+
+
+METHOD = Method(evidence, loss, METRICS)

@@ -1,0 +1,14 @@
+"""Every method by the name that ``--method`` takes. A new one is a file and a line here."""
+
+from kvpo.method import cm_grpo, flow_grpo, kvpo, latent_distance, nft, rvm, self_distill
+from kvpo.method.evidence import Method
+
+METHODS: dict[str, Method] = {
+    "kvpo": kvpo.METHOD,
+    "latent-distance": latent_distance.METHOD,
+    "flow-grpo": flow_grpo.METHOD,
+    "cm-grpo": cm_grpo.METHOD,
+    "nft": nft.METHOD,
+    "rvm": rvm.METHOD,
+    "self-distill": self_distill.METHOD,
+}

@@ -1,0 +1,100 @@
+"""DiffusionNFT (arXiv 2509.16117), with Astrolabe's old-policy average and selective KL as settings.
+
+    r = clip(A / A_max, -1, 1) / 2 + 1/2,      v* = eps - x0
+    target = v_old + ((2 r - 1) / beta) (v* - v_old),      weight beta^2,      loss = mean of the table
+
+This equals r || v+ - v* ||^2 + (1 - r) || v- - v* ||^2 with v+ = beta v + (1 - beta) v_old and
+v- = (1 + beta) v_old - beta v, up to a constant without gradient. The adaptive weight of the published code
+is left out, as in Astrolabe.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from kvpo.method.evidence import (
+    Credit,
+    Evidence,
+    Method,
+    Metric,
+    Metrics,
+    Tables,
+    Trajectories,
+    anchor_drift,
+    drift_evidence,
+    evidence_of,
+)
+from kvpo.method.matching import noised_again
+from kvpo.method.settings import NftSettings
+
+METRICS = {
+    "loss": Metric("The method's loss, averaged over the groups that were trained on."),
+    "old_distance": Metric(
+        "Mean squared distance of the policy's velocity from its target, over beta squared; it starts at the "
+        "distance of the old policy."
+    ),
+    "good_share": Metric("Mean r of the trained branches: 1 is wholly good, 0 wholly bad."),
+}
+
+
+def goodness(advantages_G: Tensor, limit: float) -> Tensor:
+    """r = clip(A / A_max, -1, 1) / 2 + 1/2, [G] in [0, 1]."""
+    return (advantages_G / limit).clamp(-1, 1) / 2 + 0.5
+
+
+def evidence(
+    trajectories: Trajectories, credit: Credit, steps: int, settings: NftSettings, generator: torch.Generator
+) -> Evidence:
+    """Clean latents of the branches noised again; targets lead from v_old toward v*, or away from it."""
+    branches = list(credit.branches)
+    states, toward_clean = noised_again(trajectories, branches, steps, generator)
+    step_G = ((2 * goodness(credit.advantages_G, settings.advantage_limit) - 1) / settings.beta).tolist()
+    scale = states.new_tensor(step_G).view(-1, 1, 1, 1, 1, 1, 1)
+    return evidence_of(
+        states,
+        branches,
+        scale * toward_clean,
+        branches,
+        weights=settings.beta**2,
+        teacher="old",
+        share_N=[1 - step for step in step_G],
+    )
+
+
+def overrated(gap_G: Tensor, share: float) -> list[int]:
+    """Branches (positions) whose rank gap lies in the top ``share`` of the positive gaps; [] where none is."""
+    positive = gap_G[gap_G > 0]
+    if not len(positive) or share <= 0:
+        return []
+    bound = torch.quantile(positive.double(), 1 - share)
+    return [g for g, gap in enumerate(gap_G.tolist()) if gap > 0 and gap >= float(bound)]
+
+
+def drift(
+    trajectories: Trajectories, credit: Credit, evidence: Evidence, settings: NftSettings
+) -> Evidence | None:
+    """The velocity KL on the anchor, or with ``selective_kl`` on the overrated branches alone."""
+    if not settings.selective_kl:
+        return anchor_drift(trajectories, credit, evidence, settings)
+    chosen = overrated(credit.gap_G, settings.selective_kl)
+    if not chosen:
+        return None
+    return drift_evidence(evidence.states_QPSFCHW[chosen], [credit.branches[g] for g in chosen])
+
+
+def loss(
+    tables: Tables, branch_N: Sequence[int], credit: Credit, settings: NftSettings
+) -> tuple[Tensor, Metrics]:
+    """The mean of the table."""
+    value = tables.now.mean()
+    good = goodness(credit.advantages_G, settings.advantage_limit)
+    metrics = {
+        "loss": float(value.detach()),
+        "old_distance": float(value.detach()) / settings.beta**2,
+        "good_share": float(good.mean()),
+    }
+    return value, metrics
+
+
+METHOD = Method(evidence, loss, METRICS, drift, linear=True)

@@ -1,0 +1,103 @@
+"""Each method's own settings, as frozen dataclasses. Importing this module imports nothing heavy.
+
+What every method shares (clamping, noise floors, which branches train, the velocity KL) is in
+``kvpo.config``. ``EXPLORERS`` lists the explorers whose branches a method can learn from, its own first;
+``STARTS_FROM`` holds settings that a run of the method starts from instead of the preset's values.
+"""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+
+@dataclass(frozen=True)
+class KvpoSettings:
+    """KVPO: a Gibbs policy over Trajectory Velocity Energies (METHOD sections 3 to 6)."""
+
+    EXPLORERS: ClassVar[tuple[str, ...]] = ("routes",)
+    STARTS_FROM: ClassVar[dict[str, Any]] = {}
+
+    temperature: float | None = None
+    """Gibbs temperature; none calibrates it to the spread of each group's energies."""
+    anchor_share: float = 0.0
+    """Probability of the anchor in the policy's pool that the temperature is calibrated to; 0 leaves it out."""
+    clip_low: float = 0.1
+    """The ratio is clipped below 1 - clip_low."""
+    clip_high: float = 0.2
+    """The ratio is clipped above 1 + clip_high."""
+    simplex_kl: float = 0.0
+    """Weight of the KL on the branch simplex to the starting policy (the public code uses 10)."""
+    anchor_state_weight: float = 0.0
+    """Share of the anchor-state energy (an extension beyond the paper); 0 is the paper's energy."""
+
+
+@dataclass(frozen=True)
+class LatentDistanceSettings:
+    """A Gibbs policy over distances between clean latents: the paper's geometric ablation, and AR-CoPO."""
+
+    EXPLORERS: ClassVar[tuple[str, ...]] = ("routes", "neighbour", "fresh")
+    STARTS_FROM: ClassVar[dict[str, Any]] = {}
+
+    space: Literal["velocity", "latent"] = "latent"
+    """Distance between velocities at the anchor's states, or between the clean latents they lead to."""
+    temperature: float | None = None
+    """Gibbs temperature; none calibrates it to the spread of each group's distances."""
+    clip_low: float = 0.1
+    """The ratio is clipped below 1 - clip_low."""
+    clip_high: float = 0.2
+    """The ratio is clipped above 1 + clip_high."""
+
+
+@dataclass(frozen=True)
+class FlowGrpoSettings:
+    """Flow-GRPO: stochastic solver steps as Gaussian policies."""
+
+    EXPLORERS: ClassVar[tuple[str, ...]] = ("sde",)
+    STARTS_FROM: ClassVar[dict[str, Any]] = {"exploration.noise": 0.7}
+
+    clip: float = 0.2
+    """The ratio of every solver step is clipped to 1 - clip .. 1 + clip."""
+
+
+@dataclass(frozen=True)
+class CmGrpoSettings:
+    """CM-GRPO: the re-noising step of a few-step sampler as a Gaussian policy."""
+
+    EXPLORERS: ClassVar[tuple[str, ...]] = ("renoise",)
+    STARTS_FROM: ClassVar[dict[str, Any]] = {"stream.step_rule": "renoise"}
+
+    clip: float = 0.2
+    """The ratio of every solver step is clipped to 1 - clip .. 1 + clip."""
+
+
+@dataclass(frozen=True)
+class NftSettings:
+    """DiffusionNFT: forward-process matching toward rewarded and away from unrewarded clips."""
+
+    EXPLORERS: ClassVar[tuple[str, ...]] = ("fresh", "neighbour", "routes")
+    STARTS_FROM: ClassVar[dict[str, Any]] = {}
+
+    beta: float = 1.0
+    """Mixing weight of the policy in its implicit positive and negative velocities; small is a wide step."""
+    advantage_limit: float = 2.5
+    """Advantage at which a branch counts as wholly good; the published value is 5."""
+    old: Literal["rollout", "average"] = "rollout"
+    """Old policy: the one that generated the rollout, or the moving average of the trained parameters."""
+    selective_kl: float = 0.0
+    """Share of the branches that the primary reward overrates to which alone the velocity KL applies
+    (Astrolabe); 0 applies it to the anchor, as in every method."""
+
+
+@dataclass(frozen=True)
+class RvmSettings:
+    """Advantage-weighted matching with one advantage scale for the whole collection (RVM)."""
+
+    EXPLORERS: ClassVar[tuple[str, ...]] = ("fresh", "neighbour", "routes")
+    STARTS_FROM: ClassVar[dict[str, Any]] = {"objective.advantage_scale": "collection"}
+
+
+@dataclass(frozen=True)
+class SelfDistillSettings:
+    """Self-distillation: the anchor's velocities toward those under the branches' routed history, no reward."""
+
+    EXPLORERS: ClassVar[tuple[str, ...]] = ("routes",)
+    STARTS_FROM: ClassVar[dict[str, Any]] = {"exploration.donor": 0}
