@@ -5,7 +5,7 @@ import json
 import torch
 
 from kvpo.method.advantage import anchor_relative, fuse_signals, std_scaled, zscored
-from kvpo.method.objective import clipped_surrogate, policy_ratio, simplex_kl
+from kvpo.method.gibbs import clipped_surrogate, policy_ratio, simplex_kl
 
 AGREEMENT = {"rtol": 1e-5, "atol": 1e-5}
 SCALING = {"none": lambda signal: signal, "std": std_scaled, "zscore": zscored}

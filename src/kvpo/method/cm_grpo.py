@@ -11,32 +11,17 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kvpo.method.evidence import Credit, Evidence, Method, Metrics, Tables, Trajectories, evidence_of
-from kvpo.method.gaussian import METRICS, gaussian_objective
+from kvpo.method.evidence import Credit, Evidence, Method, Metrics, Tables, Trajectories
+from kvpo.method.flow import renoise_coefficients
+from kvpo.method.gaussian import METRICS, gaussian_evidence, gaussian_objective
 from kvpo.method.settings import CmGrpoSettings
 
 
 def evidence(
     trajectories: Trajectories, credit: Credit, steps: int, settings: CmGrpoSettings, _: torch.Generator
 ) -> Evidence:
-    """The branches' visited states; targets (x - x' / alpha) / sigma are the velocities that explain each step.
-
-    Weights d (alpha sigma)^2 / (2 sigma'^2); 0 for the last solver step.
-    """
-    branches = list(credit.branches)
-    x = trajectories.states_MPSFCHW[branches, :, :steps]
-    arrived = trajectories.arrivals_MPSFCHW[branches, :, :steps]
-    elements = x[0, 0, 0].numel()
-    levels = (*trajectories.sigmas, 0.0)
-    targets, weights = torch.zeros_like(x), []
-    for step, (sigma, following) in enumerate(zip(levels[:steps], levels[1:], strict=False)):
-        if following == 0.0:
-            weights.append(0.0)
-            continue
-        alpha = 1 - following
-        targets[:, :, step] = (x[:, :, step] - arrived[:, :, step] / alpha) / sigma
-        weights.append(elements * (alpha * sigma) ** 2 / (2 * following**2))
-    return evidence_of(x, branches, targets, branches, weights=x.new_tensor(weights))
+    """The branches' visited states; targets (x - x' / alpha) / sigma explain each step."""
+    return gaussian_evidence(trajectories, credit, steps, renoise_coefficients)
 
 
 def loss(
@@ -46,4 +31,4 @@ def loss(
     return gaussian_objective(tables, branch_N, credit, settings.clip)
 
 
-METHOD = Method(evidence, loss, METRICS)
+METHOD = Method(evidence, loss, METRICS, arrivals=True)

@@ -14,7 +14,7 @@ window, S solver steps, F C H W one block.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -41,14 +41,10 @@ class Trajectories:
         """Index of the unrouted member."""
         return len(self.states_MPSFCHW) - 1
 
-    @property
-    def arrivals_MPSFCHW(self) -> Tensor:
-        """Where each solver step led: the next state, or the clean latents."""
-        return torch.cat([self.states_MPSFCHW[:, :, 1:], self.clean_MPFCHW[:, :, None]], 2)
-
     def levels(self, steps: int) -> Tensor:
-        """Noise levels of the first ``steps`` states, shaped to broadcast over [..., S, F, C, H, W]."""
-        return self.states_MPSFCHW.new_tensor(self.sigmas[:steps]).view(steps, 1, 1, 1, 1)
+        """Noise levels of the first ``steps`` states over their leading axes: float64 [1, 1, S]."""
+        device = self.states_MPSFCHW.device
+        return torch.tensor(self.sigmas[:steps], dtype=torch.float64, device=device).view(1, 1, steps)
 
 
 @dataclass(frozen=True)
@@ -61,9 +57,13 @@ class Credit:
     all_advantages_G: Tensor
     """Of every branch, before selection."""
     gap_G: Tensor
-    """Of the selected branches: rank under the primary reward component less the mean rank under the others."""
+    """Of the selected branches: rank under the primary reward less the mean rank under the others."""
     withheld: int = 0
     """Branches whose positive advantage selective fusion took away."""
+
+    def advantages_N(self, branch_N: Sequence[int], like: Tensor) -> Tensor:
+        """Advantages of a table's rows, [N]."""
+        return self.advantages_G.to(like)[[self.branches.index(branch) for branch in branch_N]]
 
 
 def no_credit(branches: int) -> Credit:
@@ -78,7 +78,8 @@ class Evidence:
 
     A row's target is ``targets_NPSFCHW`` plus ``share_N`` times the velocity of its ``teacher_N`` at the same
     states: "" (none), "old" (the old policy), "reference" (the starting policy) or "routed" (the policy
-    itself, without gradient, under the history that the row's branch was routed).
+    itself, without gradient, under the history that the row's branch was routed). Weights are float32 or
+    wider.
     """
 
     states_QPSFCHW: Tensor
@@ -104,7 +105,7 @@ class Evidence:
         share = [s if asked else 0.0 for s, asked in zip(self.share_N, of_teacher, strict=True)]
         added = _column(velocities_NPSFCHW, share) * velocities_NPSFCHW
         rest = tuple("" if asked else name for name, asked in zip(self.teacher_N, of_teacher, strict=True))
-        return _replaced(self, targets_NPSFCHW=self.targets_NPSFCHW + added, teacher_N=rest)
+        return replace(self, targets_NPSFCHW=self.targets_NPSFCHW + added, teacher_N=rest)
 
 
 def evidence_of(
@@ -118,12 +119,14 @@ def evidence_of(
     teacher: str = "",
     share_N: Sequence[float] | None = None,
 ) -> Evidence:
-    """Evidence whose rows, unless ``query_N`` says otherwise, are the trajectories in order.
+    """Evidence whose rows are the trajectories in order, unless ``query_N`` says otherwise.
 
     ``weights`` broadcasts over [N, P, S].
     """
     rows = len(targets_NPSFCHW)
-    weights_NPS = torch.as_tensor(weights, dtype=states_QPSFCHW.dtype, device=states_QPSFCHW.device)
+    own = weights.dtype if isinstance(weights, Tensor) else torch.float32
+    wide = torch.promote_types(torch.promote_types(states_QPSFCHW.dtype, torch.float32), own)
+    weights_NPS = torch.as_tensor(weights, dtype=wide, device=states_QPSFCHW.device)
     return Evidence(
         states_QPSFCHW,
         tuple(past_Q),
@@ -138,18 +141,16 @@ def evidence_of(
 
 def joined(first: Evidence, second: Evidence) -> Evidence:
     """Both evidences' rows; a trajectory that both ask at (same past, same states) is replayed once."""
-    place = {past: q for q, past in enumerate(first.past_Q)}
-    states, past_Q, moved = [first.states_QPSFCHW], list(first.past_Q), {}
-    for q, past in enumerate(second.past_Q):
-        own = second.states_QPSFCHW[q]
-        if past in place and torch.equal(first.states_QPSFCHW[place[past]], own):
-            moved[q] = place[past]
-        else:
-            moved[q] = len(past_Q)
+    states, past_Q, moved = list(first.states_QPSFCHW), list(first.past_Q), []
+    for past, own in zip(second.past_Q, second.states_QPSFCHW, strict=True):
+        known = (q for q, other in enumerate(states) if past_Q[q] == past and torch.equal(other, own))
+        place = next(known, len(states))
+        if place == len(states):
             past_Q.append(past)
-            states.append(own[None])
+            states.append(own)
+        moved.append(place)
     return Evidence(
-        torch.cat(states),
+        torch.stack(states),
         tuple(past_Q),
         first.query_N + tuple(moved[q] for q in second.query_N),
         first.branch_N + second.branch_N,
@@ -169,15 +170,15 @@ def drift_evidence(states_QPSFCHW: Tensor, past_Q: Sequence[int]) -> Evidence:
 
 
 def anchor_drift(trajectories: Trajectories, credit: Credit, evidence: Evidence, settings: Any) -> Evidence:
-    """The velocity KL at the anchor's states: drift that all branches share, which a simplex KL cannot see."""
+    """The velocity KL at the anchor's states: drift that all branches share, unseen by a simplex KL."""
     anchor, steps = trajectories.anchor, evidence.states_QPSFCHW.shape[2]
     return drift_evidence(trajectories.states_MPSFCHW[[anchor], :, :steps], [anchor])
 
 
 def residual_table(weights_NPS: Tensor, targets_NPSFCHW: Tensor, velocities_NPSFCHW: Tensor) -> Tensor:
-    """w mean || target - v ||^2 over the elements of a block: [N, P, S], in float32 or wider."""
+    """w mean || target - v ||^2 over the elements of a block: [N, P, S], in the widest type of the three."""
     wide = torch.promote_types(targets_NPSFCHW.dtype, velocities_NPSFCHW.dtype)
-    wide = torch.promote_types(wide, torch.float32)
+    wide = torch.promote_types(wide, weights_NPS.dtype)
     squared = (targets_NPSFCHW.to(wide) - velocities_NPSFCHW.to(wide)).square()
     return weights_NPS.to(wide) * squared.mean(dim=(-4, -3, -2, -1))
 
@@ -188,9 +189,18 @@ class Tables:
 
     now: Tensor
     old: Tensor
-    """Under the policy that generated the rollout; in the first step after it, the same numbers as ``now``."""
+    """Under the policy that generated the rollout; in the first step after it, the numbers of ``now``."""
     reference: Tensor
     """Under the starting policy."""
+
+    def per_branch(self, branch_N: Sequence[int], branches: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+        """Sums of every branch's cells, [G] each: now, old, reference."""
+        rows = torch.tensor([tuple(branches).index(branch) for branch in branch_N], device=self.now.device)
+
+        def sums(table_NPS: Tensor) -> Tensor:
+            return table_NPS.new_zeros(len(branches)).index_add(0, rows, table_NPS.sum((1, 2)))
+
+        return sums(self.now), sums(self.old.detach()), sums(self.reference.detach())
 
 
 Metrics = dict[str, float]
@@ -219,22 +229,14 @@ class Method:
     """(trajectories, credit, evidence, settings) -> rows of the velocity KL to the starting policy."""
     rewarded: bool = True
     """False: every branch is trained on, whatever its score."""
+    arrivals: bool = False
+    """The evidence reads where the last of the solver steps led, too."""
+    keep_pool: bool = False
+    """Targets are asked for under routed history, so its pages stay until the replay."""
     linear: bool = False
     """The loss is linear in the table, so its gradient needs no table; saves a pass in micro-batches."""
 
 
-def per_branch(table_NPS: Tensor, branch_N: Sequence[int], branches: Sequence[int]) -> Tensor:
-    """Sum of every branch's cells: [N, P, S] -> [G], in the order of ``branches``."""
-    rows = table_NPS.sum((1, 2))
-    if tuple(branch_N) == tuple(branches):
-        return rows
-    place = torch.tensor([list(branches).index(branch) for branch in branch_N], device=rows.device)
-    return rows.new_zeros(len(branches)).index_add(0, place, rows)
-
-
 def _column(like: Tensor, values: Sequence[float]) -> Tensor:
-    return like.new_tensor(values).view(-1, *(1,) * (like.dim() - 1))
-
-
-def _replaced(evidence: Evidence, **changes: Any) -> Evidence:
-    return Evidence(**{**vars(evidence), **changes})
+    wide = torch.promote_types(like.dtype, torch.float32)
+    return torch.tensor(values, dtype=wide, device=like.device).view(-1, *(1,) * (like.dim() - 1))

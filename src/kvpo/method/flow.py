@@ -93,6 +93,11 @@ def renoise_step(
     return add_noise(clean_of(velocity, x, sigma), noise, sigma_next)
 
 
+def renoise_coefficients(sigma: float, sigma_next: float) -> tuple[float, float, float]:
+    """(a, c, s) of the re-noising step in the form x' = a x + c v + s eps."""
+    return 1 - sigma_next, -(1 - sigma_next) * sigma, sigma_next
+
+
 def sde_coefficients(sigma: float, sigma_next: float, kappa: float) -> tuple[float, float, float]:
     """(a, c, s) of the stochastic step x' = a x + c v + s eps that keeps the flow's marginals (Flow-GRPO).
 
@@ -108,13 +113,16 @@ def sde_coefficients(sigma: float, sigma_next: float, kappa: float) -> tuple[flo
 
 @cache
 def sde_step(kappa: float, lowest: float) -> Step:
-    """A stochastic step down to the level ``lowest``, and the Euler step below it; kappa = 0 is Euler."""
+    """A stochastic step from levels down to ``lowest``; from lower ones, and onto 0, the Euler step.
+
+    kappa = 0 is Euler throughout. Noise levels are floats.
+    """
 
     def rule(
         x: Tensor, velocity: Tensor, sigma: float | Tensor, sigma_next: float | Tensor, noise: Tensor | None
     ) -> Tensor:
         assert noise is not None and isinstance(sigma, float) and isinstance(sigma_next, float)
-        if sigma < lowest:
+        if sigma < lowest or sigma_next == 0:
             return euler_step(x, velocity, sigma, sigma_next)
         a, c, s = sde_coefficients(sigma, sigma_next, kappa)
         return (a * _wide(x) + c * _wide(velocity) + s * _wide(noise)).to(x.dtype)

@@ -13,30 +13,21 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kvpo.method.evidence import Credit, Evidence, Method, Metrics, Tables, Trajectories, evidence_of
+from kvpo.method.evidence import Credit, Evidence, Method, Metrics, Tables, Trajectories
 from kvpo.method.flow import sde_coefficients
-from kvpo.method.gaussian import METRICS, gaussian_objective
+from kvpo.method.gaussian import METRICS, gaussian_evidence, gaussian_objective
 from kvpo.method.settings import FlowGrpoSettings
 
 
 def evidence(
     trajectories: Trajectories, credit: Credit, steps: int, settings: FlowGrpoSettings, _: torch.Generator
 ) -> Evidence:
-    """The branches' visited states; targets (x' - a x) / c are the velocities that explain each step."""
-    branches = list(credit.branches)
-    x = trajectories.states_MPSFCHW[branches, :, :steps]
-    arrived = trajectories.arrivals_MPSFCHW[branches, :, :steps]
-    elements = x[0, 0, 0].numel()
-    levels = (*trajectories.sigmas, 0.0)
-    targets, weights = torch.zeros_like(x), []
-    for step in range(steps):
-        if levels[step + 1] == 0.0:  # the last solver step is deterministic: it has no policy
-            weights.append(0.0)
-            continue
-        a, c, s = sde_coefficients(levels[step], levels[step + 1], trajectories.noise)
-        targets[:, :, step] = (arrived[:, :, step] - a * x[:, :, step]) / c
-        weights.append(elements * c**2 / (2 * s**2))
-    return evidence_of(x, branches, targets, branches, weights=x.new_tensor(weights))
+    """The branches' visited states; targets are the velocities that explain each step."""
+
+    def coefficients(sigma: float, sigma_next: float) -> tuple[float, float, float]:
+        return sde_coefficients(sigma, sigma_next, trajectories.noise)
+
+    return gaussian_evidence(trajectories, credit, steps, coefficients)
 
 
 def loss(
@@ -46,4 +37,4 @@ def loss(
     return gaussian_objective(tables, branch_N, credit, settings.clip)
 
 
-METHOD = Method(evidence, loss, METRICS)
+METHOD = Method(evidence, loss, METRICS, arrivals=True)

@@ -5,26 +5,49 @@ its d elements: one cell of the table. The constant does not depend on the polic
 is the exponential of a difference between two tables.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 
+import torch
 from torch import Tensor
 
-from kvpo.method.evidence import Credit, Metrics, Tables
+from kvpo.method.evidence import Credit, Evidence, Metrics, Tables, Trajectories, evidence_of
 from kvpo.method.gibbs import RATIO_METRICS, clipped_surrogate, ratio_metrics
 
 METRICS = RATIO_METRICS
 
 
+def gaussian_evidence(
+    trajectories: Trajectories,
+    credit: Credit,
+    steps: int,
+    coefficients: Callable[[float, float], tuple[float, float, float]],
+) -> Evidence:
+    """The branches' visited states; targets (x' - a x) / c are the velocities that explain each step.
+
+    ``coefficients`` maps (sigma, sigma') to (a, c, s). The last solver step, which lands on the clean
+    latents, draws no noise and is left out. Raises ValueError where no step draws any.
+    """
+    sigmas, branches = trajectories.sigmas, list(credit.branches)
+    found = [coefficients(*levels) for levels in pairwise(sigmas[: steps + 1])]
+    if not found or not all(s for _, _, s in found):
+        raise ValueError(
+            f"noise = {trajectories.noise} over noise levels {sigmas}: a solver step without noise is no "
+            "policy; explore with noise above 0 and at least two solver steps"
+        )
+    x, arrived = (trajectories.states_MPSFCHW[branches, :, at : at + len(found)] for at in (0, 1))
+    wide = torch.promote_types(x.dtype, torch.float32)
+    a, c, s = torch.tensor(found, dtype=torch.float64, device=x.device).T[:, :, None, None, None, None]
+    targets = (arrived.to(wide) - a.to(wide) * x.to(wide)) / c.to(wide)
+    weights = x[0, 0, 0].numel() * (c / s).square() / 2
+    return evidence_of(x, branches, targets, branches, weights=weights.flatten())
+
+
 def gaussian_objective(
     tables: Tables, branch_N: Sequence[int], credit: Credit, clip: float
 ) -> tuple[Tensor, Metrics]:
-    """Clipped surrogate of every solver step with its branch's advantage; cells of weight 0 do not count.
-
-    rho = exp(old - now) for each cell of the tables [N, P, S]; advantages are the branches'.
-    """
-    place = [list(credit.branches).index(branch) for branch in branch_N]
-    stochastic_S = (tables.old != 0).any(0).any(0)
-    now, old = (-table[:, :, stochastic_S] for table in (tables.now, tables.old.detach()))
-    advantages_N11 = credit.advantages_G.to(now)[place][:, None, None]
+    """Clipped surrogate of every solver step, rho = exp(old - now), with its branch's advantage."""
+    now, old = -tables.now, -tables.old.detach()
+    advantages_N11 = credit.advantages_N(branch_N, now)[:, None, None]
     loss = clipped_surrogate(now, old, advantages_N11, clip, clip)
     return loss, {"loss": float(loss.detach())} | ratio_metrics(now, old, clip, clip)

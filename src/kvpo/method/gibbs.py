@@ -37,6 +37,8 @@ METRICS = RATIO_METRICS | {
     "temperature": Metric("Temperature of the Gibbs policy."),
     "entropy": Metric("Entropy of the branch probabilities over its maximum; 1 is uniform."),
     "anchor_probability": Metric("Probability of the anchor; 0 when it is not in the pool."),
+    "advantage_mean": Metric("Mean advantage of the branches that were trained on."),
+    "advantage_std": Metric("Spread of those advantages within a group (ddof 0)."),
 }
 
 
@@ -169,5 +171,7 @@ def gibbs_objective(
         "temperature": temperature,
         "entropy": float(normalised_entropy(log_probs.detach())),
         "anchor_probability": float(log_probs[-1].detach().exp()) if anchor_in_pool else 0.0,
+        "advantage_mean": float(advantages_G.mean()),
+        "advantage_std": float(advantages_G.std(correction=0)),
     }
     return loss, metrics | ratio_metrics(log_probs[:branches], old_log_probs[:branches], clip_low, clip_high)

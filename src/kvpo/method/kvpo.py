@@ -21,7 +21,6 @@ from kvpo.method.evidence import (
     Trajectories,
     evidence_of,
     joined,
-    per_branch,
 )
 from kvpo.method.gibbs import METRICS, gibbs_objective, temperature_of
 from kvpo.method.latent_distance import anchor_state_evidence
@@ -54,11 +53,12 @@ def loss(
     tables: Tables, branch_N: Sequence[int], credit: Credit, settings: KvpoSettings
 ) -> tuple[Tensor, Metrics]:
     """The clipped objective on the branches' energies."""
-    energies = [per_branch(table, branch_N, credit.branches) for table in vars(tables).values()]
-    old_G = energies[1].detach()
+    now_G, old_G, reference_G = tables.per_branch(branch_N, credit.branches)
     return gibbs_objective(
-        *energies,
-        credit.advantages_G.to(energies[0]),
+        now_G,
+        old_G,
+        reference_G,
+        credit.advantages_G.to(now_G),
         temperature=temperature_of(old_G, settings.temperature, settings.anchor_share),
         clip_low=settings.clip_low,
         clip_high=settings.clip_high,

@@ -20,8 +20,8 @@ from kvpo.method.evidence import (
     Tables,
     Trajectories,
     evidence_of,
-    per_branch,
 )
+from kvpo.method.flow import velocity_of
 from kvpo.method.gibbs import METRICS, gibbs_objective, temperature_of
 from kvpo.method.settings import LatentDistanceSettings
 
@@ -29,14 +29,12 @@ from kvpo.method.settings import LatentDistanceSettings
 def anchor_state_evidence(
     trajectories: Trajectories, branches: Sequence[int], steps: int, weights: float | Tensor = 1.0
 ) -> Evidence:
-    """One row per branch, all asked at the anchor's states: targets (x_a - x0_g) / sigma lead to the branch."""
+    """One row per branch, all asked at the anchor's states; targets (x_a - x0_g) / sigma lead to it."""
     anchor = trajectories.anchor
-    states_PSFCHW = trajectories.states_MPSFCHW[anchor, :, :steps]
+    states = trajectories.states_MPSFCHW[[anchor], :, :steps]
     clean_GPFCHW = trajectories.clean_MPFCHW[list(branches)]
-    targets = (states_PSFCHW - clean_GPFCHW[:, :, None]) / trajectories.levels(steps)
-    return evidence_of(
-        states_PSFCHW[None], [anchor], targets, branches, query_N=[0] * len(branches), weights=weights
-    )
+    targets = velocity_of(clean_GPFCHW[:, :, None], states, trajectories.levels(steps))
+    return evidence_of(states, [anchor], targets, branches, query_N=[0] * len(branches), weights=weights)
 
 
 def evidence(
@@ -47,8 +45,7 @@ def evidence(
     _: torch.Generator,
 ) -> Evidence:
     """The anchor's states, with the velocities that lead to each branch as targets."""
-    latent = trajectories.levels(steps).flatten().square()
-    weights = latent if settings.space == "latent" else 1.0
+    weights = trajectories.levels(steps).square() if settings.space == "latent" else 1.0
     return anchor_state_evidence(trajectories, credit.branches, steps, weights)
 
 
@@ -56,11 +53,13 @@ def loss(
     tables: Tables, branch_N: Sequence[int], credit: Credit, settings: LatentDistanceSettings
 ) -> tuple[Tensor, Metrics]:
     """The clipped objective on the branches' distances."""
-    distances = [per_branch(table, branch_N, credit.branches) for table in vars(tables).values()]
+    now_G, old_G, reference_G = tables.per_branch(branch_N, credit.branches)
     return gibbs_objective(
-        *distances,
-        credit.advantages_G.to(distances[0]),
-        temperature=temperature_of(distances[1].detach(), settings.temperature),
+        now_G,
+        old_G,
+        reference_G,
+        credit.advantages_G.to(now_G),
+        temperature=temperature_of(old_G, settings.temperature),
         clip_low=settings.clip_low,
         clip_high=settings.clip_high,
     )

@@ -30,10 +30,7 @@ from kvpo.method.settings import NftSettings
 
 METRICS = {
     "loss": Metric("The method's loss, averaged over the groups that were trained on."),
-    "old_distance": Metric(
-        "Mean squared distance of the policy's velocity from its target, over beta squared; it starts at the "
-        "distance of the old policy."
-    ),
+    "target_distance": Metric("Mean squared distance of the policy's velocity from its target."),
     "good_share": Metric("Mean r of the trained branches: 1 is wholly good, 0 wholly bad."),
 }
 
@@ -63,7 +60,7 @@ def evidence(
 
 
 def overrated(gap_G: Tensor, share: float) -> list[int]:
-    """Branches (positions) whose rank gap lies in the top ``share`` of the positive gaps; [] where none is."""
+    """Positions of the branches whose rank gap lies in the top ``share`` of the positive gaps; may be []."""
     positive = gap_G[gap_G > 0]
     if not len(positive) or share <= 0:
         return []
@@ -91,7 +88,7 @@ def loss(
     good = goodness(credit.advantages_G, settings.advantage_limit)
     metrics = {
         "loss": float(value.detach()),
-        "old_distance": float(value.detach()) / settings.beta**2,
+        "target_distance": float(value.detach()) / settings.beta**2,
         "good_share": float(good.mean()),
     }
     return value, metrics

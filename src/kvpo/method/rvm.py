@@ -1,6 +1,7 @@
 """Advantage-weighted matching (RVM): pull toward good clips, push from bad ones, by their advantages.
 
-    loss = (1/G) sum_g A_g mean_{b,s} || v* - v_theta(x) ||^2,    x = (1 - sigma) x0_g + sigma eps,  v* = eps - x0_g
+    loss = (1/G) sum_g A_g mean_{b,s} || v* - v_theta(x) ||^2
+    x = (1 - sigma) x0_g + sigma eps,    v* = eps - x0_g
 
 Advantages are divided by the standard deviation over the whole collection (``objective.advantage_scale``),
 so that a group of nearly equal clips does not count as much as one with real differences.
@@ -43,9 +44,8 @@ def loss(
     tables: Tables, branch_N: Sequence[int], credit: Credit, settings: RvmSettings
 ) -> tuple[Tensor, Metrics]:
     """The advantage-weighted mean of the table."""
-    place = [list(credit.branches).index(branch) for branch in branch_N]
     error_N = tables.now.mean((1, 2))
-    value = (credit.advantages_G.to(error_N)[place] * error_N).mean()
+    value = (credit.advantages_N(branch_N, error_N) * error_N).mean()
     return value, {"loss": float(value.detach()), "matching_error": float(error_N.detach().mean())}
 
 

@@ -51,4 +51,4 @@ def loss(
     return value, {"loss": float(value.detach())}
 
 
-METHOD = Method(evidence, loss, METRICS, rewarded=False, linear=True)
+METHOD = Method(evidence, loss, METRICS, rewarded=False, keep_pool=True, linear=True)

@@ -19,7 +19,7 @@ class KvpoSettings:
     temperature: float | None = None
     """Gibbs temperature; none calibrates it to the spread of each group's energies."""
     anchor_share: float = 0.0
-    """Probability of the anchor in the policy's pool that the temperature is calibrated to; 0 leaves it out."""
+    """Probability of the anchor in the policy's pool that sets the temperature; 0 leaves it out."""
     clip_low: float = 0.1
     """The ratio is clipped below 1 - clip_low."""
     clip_high: float = 0.2
@@ -97,7 +97,7 @@ class RvmSettings:
 
 @dataclass(frozen=True)
 class SelfDistillSettings:
-    """Self-distillation: the anchor's velocities toward those under the branches' routed history, no reward."""
+    """Self-distillation: the anchor's velocities toward those under the branches' routes, no reward."""
 
     EXPLORERS: ClassVar[tuple[str, ...]] = ("routes",)
     STARTS_FROM: ClassVar[dict[str, Any]] = {"exploration.donor": 0}

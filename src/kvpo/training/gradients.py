@@ -67,6 +67,11 @@ class Lesson:
         return self.past_MPFCHW.shape[1]
 
     @property
+    def steps(self) -> int:
+        """S, the solver steps that are learned from."""
+        return self.evidence.states_QPSFCHW.shape[2]
+
+    @property
     def method_rows(self) -> int:
         """Rows of the table that the method's loss is about."""
         return len(self.evidence.query_N) - self.drift_rows
@@ -109,7 +114,7 @@ def lesson_of(learner: Learner, group: Group, credit: Credit, generator: torch.G
 def micro_batches(learner: Learner, lessons: Sequence[Lesson]) -> list[list[tuple[int, int]]]:
     """(lesson, trajectory) pairs in micro-batches of at most ``learner.rows`` forward rows."""
     pairs = [(n, query) for n, lesson in enumerate(lessons) for query in range(len(lesson.evidence.past_Q))]
-    size = trajectories_together(learner.rows, lessons[0].blocks, learner.steps) or len(pairs)
+    size = trajectories_together(learner.rows, lessons[0].blocks, lessons[0].steps) or len(pairs)
     return [pairs[at : at + size] for at in range(0, len(pairs), size)]
 
 
@@ -139,8 +144,8 @@ def replayed(
     Yields (blocks, velocities [R, P', S, F, C, H, W]). With ``gradients``, backpropagate each part, inside
     the context, before the next one is taken.
     """
-    blocks = len(rows[0].past_PFCHW)
-    size = min(blocks, max(1, learner.rows // learner.steps)) if learner.rows else blocks
+    blocks, steps = rows[0].states_PSFCHW.shape[:2]
+    size = min(blocks, max(1, learner.rows // steps)) if learner.rows else blocks
     with replay_context(learner.generator, rows) as replay:
 
         def parts() -> Iterator[tuple[range, Tensor]]:
@@ -201,7 +206,7 @@ def _with_routed_teacher(learner: Learner, lesson: Lesson) -> Lesson:
     if not rows:
         return lesson
     velocities = torch.zeros_like(lesson.evidence.targets_NPSFCHW)
-    size = trajectories_together(learner.rows, lesson.blocks, learner.steps) or len(rows)
+    size = trajectories_together(learner.rows, lesson.blocks, lesson.steps) or len(rows)
     for at in range(0, len(rows), size):
         some = rows[at : at + size]
         velocities[some] = _whole(learner, [lesson.routed_row(n) for n in some])
@@ -242,7 +247,7 @@ def _accumulate_batch(
     now: list[Tensor] | None = None
     if learner.method.linear:
         now = references  # the loss has the same gradient at any table
-    elif len(batches) > 1 or learner.rows and learner.rows < batch[0].blocks * learner.steps:
+    elif len(batches) > 1 or learner.rows and learner.rows < batch[0].blocks * batch[0].steps:
         # The loss couples cells, so the whole table must be known before any backward.
         found = velocities_of(learner, batch)
         now = [lesson.table(velocities) for lesson, velocities in zip(batch, found, strict=True)]
