@@ -86,7 +86,7 @@ def test_the_order_of_the_branches_does_not_matter(name, order):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_evidence_in_half_precision_is_weighed_and_compared_in_single(name):
+def test_evidence_in_half_precision_is_weighed_and_compared_in_single_or_wider(name):
     settings, explorer = CASES[name]
     exact = FORKS[explorer]
     half = replace(
@@ -97,6 +97,8 @@ def test_evidence_in_half_precision_is_weighed_and_compared_in_single(name):
     )
     evidence = METHODS[name].evidence(half, credit(0, 1), 2, settings, seeded(3))
     wide = METHODS[name].evidence(exact, credit(0, 1), 2, settings, seeded(3))
-    assert evidence.weights_NPS.dtype == torch.float32
+    # The cells of a Gaussian policy are sums over a block's elements, whose differences float32 cannot tell.
+    expected = torch.float64 if name in ("flow-grpo", "cm-grpo") else torch.float32
+    assert evidence.weights_NPS.dtype == expected
     torch.testing.assert_close(evidence.weights_NPS.double(), wide.weights_NPS, rtol=1e-6, atol=0)
     torch.testing.assert_close(evidence.targets_NPSFCHW.double(), wide.targets_NPSFCHW, rtol=0.05, atol=0.2)

@@ -45,7 +45,9 @@ def evidence(
     _: torch.Generator,
 ) -> Evidence:
     """The anchor's states, with the velocities that lead to each branch as targets."""
-    weights = trajectories.levels(steps).square() if settings.space == "latent" else 1.0
+    squared = trajectories.levels(steps).square()
+    wide = torch.promote_types(trajectories.states_MPSFCHW.dtype, torch.float32)
+    weights = squared.to(wide) if settings.space == "latent" else 1.0
     return anchor_state_evidence(trajectories, credit.branches, steps, weights)
 
 
