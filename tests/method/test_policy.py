@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from kvpo.method.policy import (
     branch_log_probs,
     calibrated_temperature,
+    log_probs,
     normalised_entropy,
     pool_log_probs,
     temperature_for_anchor_share,
@@ -93,3 +94,11 @@ def test_entropy_is_one_when_uniform_and_zero_when_certain():
     )
     even_pair = branch_log_probs(torch.tensor([0.0, 0.0, 1e3, 1e3]), 1.0)
     assert float(normalised_entropy(even_pair)) == pytest.approx(0.5)
+
+
+def test_the_pool_of_the_policy_may_hold_the_anchor():
+    energy = torch.tensor([0.1, 0.3], dtype=torch.float64)
+    weights = torch.exp(-torch.tensor([0.1, 0.3, 0.0], dtype=torch.float64) / 0.2)
+    alone = log_probs(energy, 0.2, anchor_in_pool=False).exp()
+    torch.testing.assert_close(alone, weights[:2] / weights[:2].sum())
+    torch.testing.assert_close(log_probs(energy, 0.2, anchor_in_pool=True).exp(), weights / weights.sum())

@@ -18,6 +18,7 @@ from kvpo.app.noise_files import with_measured_floors
 from kvpo.app.progress import Bars, progress_bars
 from kvpo.config import Config
 from kvpo.config_checks import check
+from kvpo.report.headline import verdict_of
 from kvpo.training import radar
 from kvpo.training.checkpoint import find_checkpoint
 from kvpo.training.checks import anchor_energy_at_old, default_route_max_difference, first_ratio_max_deviation
@@ -157,6 +158,9 @@ def _finish(run: Run, directory: RunDirectory, show: Any, started: float) -> dic
         "radar": radar_summary(run, results),
         "scored": asdict(setup.scored),
     }
+    verdict = verdict_of(summary, asdict(setup.config))
+    summary["verdict"] = verdict.text
+    logger.warning("%s", verdict.text)
     directory.report.unlink(missing_ok=True)  # of a run that is now longer
     directory.write_summary(summary)
     return summary

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kvpo.app.held_out import held_out_scorers
 from kvpo.app.named_rewards import named_rewards
-from kvpo.config import Config
+from kvpo.config import Config, ObjectiveConfig
 from kvpo.config_checks import ConfigurationError
 from kvpo.engine.generator import PageShape, StreamingGenerator
 from kvpo.engine.noise import keyed_generator
@@ -98,7 +98,22 @@ def build_scorer(config: Config, frame_rate: float, cache: ScoreCache | None = N
     weights |= settings.weights
     if sum(weights.values()) <= 0:
         raise ConfigurationError(f"rewards.weights: must add up to more than 0, got {weights}")
+    foreign = [own for own in rewards if own.name.partition("@")[0] != "world"]
+    say_what_has_no_floor(config, [name for own in foreign for name in own.weights])
     return scorer, torch.tensor([weights[component] for component in scorer.components])
+
+
+def say_what_has_no_floor(config: Config, components: Sequence[str]) -> None:
+    """Warn where the noise floor that was measured for the embedded world stands in for that of a reward."""
+    floor, measured = config.objective.noise_floor, config.rewards.noise_floors
+    unmeasured = [name for name in components if name not in measured and config.rewards.weights.get(name, 1)]
+    if unmeasured and floor == ObjectiveConfig().noise_floor:
+        logger.warning(
+            "no noise floor was measured for %s: objective.noise_floor = %g is that of the embedded world's "
+            "rewards, on another scale; measure one with `kvpo calibrate` (rewards.noise_files) or set it",
+            ", ".join(unmeasured),
+            floor,
+        )
 
 
 @dataclass(frozen=True)

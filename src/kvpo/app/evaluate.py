@@ -1,6 +1,7 @@
 """`kvpo evaluate`: base and aligned model of a run on its test prompts, as at the end of the run."""
 
 import json
+import logging
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -9,10 +10,13 @@ from kvpo.app.build import build_setup
 from kvpo.app.configuration import resolve
 from kvpo.app.progress import Bars, progress_bars
 from kvpo.files import write_atomic
+from kvpo.report.headline import verdict_of
 from kvpo.training.checkpoint import find_checkpoint
 from kvpo.training.evaluation import comparison
 from kvpo.training.policy import exchanged, policy_of
 from kvpo.training.run import evaluate_prompts, load_average
+
+logger = logging.getLogger(__name__)
 
 
 def evaluate(
@@ -20,9 +24,10 @@ def evaluate(
 ) -> dict[str, Any]:
     """Compare a run's checkpoint (its moving average) with its base and write the numbers as JSON.
 
-    The result holds ``checkpoint``, ``held_out`` (for the best checkpoint the very numbers of
-    ``summary.json``) and ``scored``, how many clips were scored or known already. Raises ValueError where the
-    run or its checkpoint cannot be used.
+    The result holds ``checkpoint``, ``verdict`` in words, ``held_out`` (for the best checkpoint the very
+    numbers of ``summary.json``) and ``scored``, how many clips were scored or known already.
+
+    Raises ValueError where the run or its checkpoint cannot be used.
 
     Args:
         checkpoint: best, latest, an update, a directory; None: the best.
@@ -46,6 +51,9 @@ def evaluate(
             held_out[name] = comparison(base, aligned, setup.judges)
         show("base and aligned on test prompts", len(setup.test), len(setup.test), {})
     numbers = {"checkpoint": path.name, "held_out": held_out, "scored": asdict(setup.scored)}
+    verdict = verdict_of(numbers, asdict(config))
+    numbers["verdict"] = verdict.text
+    logger.warning("%s", verdict.text)
     target = run / "evaluation.json" if out is None else Path(out)
     write_atomic(target, json.dumps(numbers, indent=2, allow_nan=False) + "\n")
     return numbers

@@ -28,7 +28,7 @@ from kvpo.engine.rollout import Group
 from kvpo.engine.stream import TextTable
 from kvpo.method.diagnostics import ObjectiveDiagnostics
 from kvpo.method.objective import objective, velocity_kl
-from kvpo.method.policy import calibrated_temperature, temperature_for_anchor_share
+from kvpo.method.policy import calibrated_temperature, log_probs, temperature_for_anchor_share
 from kvpo.training.credit import Credit
 from kvpo.training.policy import Policy
 
@@ -265,6 +265,12 @@ def temperature_of(old_energy_G: Tensor, config: ObjectiveConfig) -> float:
     if config.anchor_in_pool:
         return temperature_for_anchor_share(old_energy_G, config.anchor_share)
     return calibrated_temperature(old_energy_G)
+
+
+def policy_of_energies(energy_G: Tensor, config: ObjectiveConfig) -> Tensor:
+    """Rollout policy over the branches, [G], or [G + 1] with the anchor last, from their energies [G]."""
+    temperature = temperature_of(energy_G, config)
+    return log_probs(energy_G, temperature, anchor_in_pool=config.anchor_in_pool).exp()
 
 
 def _backward(
