@@ -19,6 +19,7 @@ from kvpo.config_checks import ConfigurationError
 from kvpo.engine.generator import PageShape, StreamingGenerator
 from kvpo.engine.noise import keyed_generator
 from kvpo.engine.scoring import Scorer
+from kvpo.files import local_path
 from kvpo.method.flow import few_step_sigmas
 from kvpo.models.adapters import add_adapter, leave_casts_to_autocast
 from kvpo.models.causal_wan import CausalWan, WanShape
@@ -158,7 +159,7 @@ class WorldTrainingPrompts:
 
 def base_path(config: Config) -> Path:
     """The base checkpoint of a configuration; by default the one that ships with the package."""
-    return Path(config.base or str(files("kvpo.world").joinpath("assets", BASE)))
+    return local_path(config.base or str(files("kvpo.world").joinpath("assets", BASE)), "base")
 
 
 def load_base(config: Config) -> tuple[CausalWan, LearnedTextEncoder]:
@@ -242,6 +243,7 @@ def build_world(config: Config, base: Path | None = None) -> Setup:
             f"videos and be no longer than their shortest act of {SHORTEST_ACT}, got {block}"
         )
     backbone = build_backbone(config)
+    _, validation, test = split_of(config)
     frame_rate, cache = backbone.codec.frames_per_second, score_cache(config.rewards.cache)
     scorer, weights = build_scorer(config, frame_rate, cache)
     return Setup(
@@ -254,8 +256,8 @@ def build_world(config: Config, base: Path | None = None) -> Setup:
             held_out_scorers(config, frame_rate, cache),
         ),
         training_prompts=WorldTrainingPrompts(config.seed, config.optim.prompts_per_update),
-        validation=world_prompts("validation", config.evaluation.validation_prompts, 101, 10_000_000),
-        test=world_test_prompts(config),
+        validation=validation,
+        test=test,
         scored=cache.counts,
     )
 
@@ -324,19 +326,24 @@ def load_weights(config: Config) -> Weights:
     return wan_weights(config)
 
 
-def default_test_prompts(config: Config) -> dict[str, list[VideoPrompt]]:
-    """The test prompts of a configuration."""
+Sets = dict[str, list[VideoPrompt]]
+
+
+def split_of(config: Config) -> tuple[list[VideoPrompt], Sets, Sets]:
+    """The training prompts that a file lists (the embedded world draws its own), validation and test sets."""
     if config.backbone.kind == "world":
-        return world_test_prompts(config)
+        validation = config.evaluation.validation_prompts
+        return [], world_prompts("validation", validation, 101, 10_000_000), world_test_prompts(config)
     from kvpo.app.backbones import split_prompts
 
-    return split_prompts(config)[2]
+    return split_prompts(config)
 
 
 def prompt_file(config: Config, location: Path | str) -> Path:
     """Local path of a prompt file, which may also be a hub id. Raises ValueError where it is neither."""
-    if Path(location).exists():
-        return Path(location)
+    local = local_path(location, "prompts")
+    if local.exists():
+        return local
     from kvpo.models.hub import resolve
 
     try:
