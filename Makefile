@@ -29,7 +29,7 @@ install: .venv/.stamp
 
 # A run that was stopped continues; a finished one is left as it is (choose another OUT to run again).
 demo: .venv/.stamp
-	$(BIN)/kvpo align --preset demo --seed $(SEED) --out $(OUT) $(if $(wildcard $(OUT)/checkpoints),--resume)
+	$(BIN)/kvpo align --preset demo --seed $(SEED) --out $(OUT) $(if $(wildcard $(OUT)/config.yaml),--resume)
 
 # Files of tests on up to four cores at a time.
 test: .venv/.stamp

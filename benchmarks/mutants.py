@@ -31,12 +31,14 @@ from typing import Any
 
 import pytest
 import yaml
+from hypothesis import Phase, settings
 from mutations import Mutant, Signatures, mutants_of
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = [f"src/kvpo/{room}/*.py" for room in ("method", "engine", "training")]
 SOURCES += [f"src/kvpo/models/{name}.py" for name in ("cache", "context", "deployment", "causal_wan")]
 TESTS = [f"tests/{room}/test_*.py" for room in ("method", "engine", "training", "models", "parity")]
+TESTS += ["tests/app/test_plan.py"]
 REVIEWED = Path(__file__).with_suffix(".yaml")
 PRELOADED = (
     *("numpy", "torch", "pytest", "hypothesis", "safetensors.torch", "transformers", "diffusers", "peft"),
@@ -104,6 +106,12 @@ class Chosen:
     tests: set[str]
     failure: list[str] = field(default_factory=list)
 
+    def pytest_sessionstart(self) -> None:
+        """A failure is enough: Hypothesis need not look for a smaller one."""
+        phases = (Phase.explicit, Phase.generate)
+        settings.register_profile("mutants", parent=settings(), phases=phases)
+        settings.load_profile("mutants")
+
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
         items[:] = [item for item in items if item.nodeid in self.tests]
 
@@ -113,7 +121,7 @@ class Chosen:
 
 def run_file(file: str, plugin: Any) -> bool:
     """Whether the tests of one file pass; one without a chosen test does."""
-    options = ["-x", "-p", "no:cacheprovider", "-p", "no:xdist", "--basetemp=temporary/pytest"]
+    options = ["-x", "-p", "no:cacheprovider", "-p", "no:xdist", "--tb=line", "--basetemp=temporary/pytest"]
     return pytest.main([*options, file], plugins=[plugin]) in (0, 5)
 
 

@@ -21,6 +21,8 @@ TO_OPERAND = set(
 """Functions and methods that give back something of the same kind: left out, the operand stays."""
 OPTIONAL = set("sum mean std flatten softmax cat stack cumsum get".split())
 """Functions and methods that go without their last argument."""
+UNSEEN = {"strict", "device", "indent"}
+"""Arguments for what cannot happen, for what a CPU cannot tell, and for the eyes of readers."""
 SKIPPED = {"annotation", "returns", "decorator_list"}
 SHOWN = (ast.expr, ast.keyword, ast.Assign, ast.AnnAssign, ast.AugAssign, ast.Return)
 """What is shown around a number."""
@@ -77,7 +79,6 @@ class Signatures:
             elif isinstance(node, ast.ClassDef):
                 fields = (one for one in node.body if isinstance(one, ast.AnnAssign) and not one.value)
                 required.setdefault(node.name, set()).update(ast.unparse(one.target) for one in fields)
-        required["zip"] = {"strict"}  # like an assertion, it is for what cannot happen
         return cls(required, variadic)
 
 
@@ -105,8 +106,8 @@ class _Maker:
             for operator, other in self.alternatives(node, place):
                 self.add(node, other, parent, place, operator, ".".join(names) or "module", scope)
         # Messages and what cannot happen; f-strings have no positions before Python 3.12.
-        strict = isinstance(node, ast.keyword) and node.arg == "strict"
-        silent = strict or isinstance(node, ast.JoinedStr | ast.Raise | ast.Assert)
+        unseen = isinstance(node, ast.keyword) and node.arg in UNSEEN
+        silent = unseen or isinstance(node, ast.JoinedStr | ast.Raise | ast.Assert)
         if silent or (isinstance(node, ast.Call) and ast.unparse(node.func).startswith("logger.")):
             return
         for name, value in ast.iter_fields(node):
@@ -171,7 +172,7 @@ class _Maker:
         place = "attr" if attribute else "id"
         name = getattr(call.func, place, "")
         for at, keyword in enumerate(call.keywords):
-            if keyword.arg and keyword.arg not in self.signatures.required.get(name, ()):
+            if keyword.arg and keyword.arg not in self.signatures.required.get(name, set()) | UNSEEN:
                 yield "argument", _with(call, keywords=call.keywords[:at] + call.keywords[at + 1 :])
         if len(call.args) > 1 - attribute and name in self.signatures.variadic | OPTIONAL:
             yield "argument", _with(call, args=call.args[:-1])

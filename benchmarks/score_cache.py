@@ -10,7 +10,6 @@ so what the base model makes of them is scored once.
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -20,8 +19,7 @@ from measuring import section, table
 
 def kvpo(*arguments: str) -> None:
     """Run the command line; its output goes to ours."""
-    environment = {"OMP_NUM_THREADS": "1"} | os.environ
-    subprocess.run([sys.executable, "-m", "kvpo", *arguments], check=True, env=environment)
+    subprocess.run([sys.executable, "-m", "kvpo", *arguments], check=True)
 
 
 def scored(file: Path) -> dict[str, int]:

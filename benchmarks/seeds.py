@@ -8,7 +8,6 @@ group). Every run evaluates the same test prompts on the same noise, so runs are
 
 import argparse
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -29,12 +28,11 @@ def run(arm: str, seed: int, out: Path, extra: list[str], threads: int) -> dict:
     if not summary.exists():
         command = [
             sys.executable, "-m", "kvpo", "align", "--preset", "demo", "--seed", str(seed),
-            "--out", str(directory), "--resume", *ARMS[arm], *extra,
+            "--out", str(directory), "--resume", "--threads", str(threads), *ARMS[arm], *extra,
         ]  # fmt: skip
-        environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
         log = out / f"{arm}-{seed}.log"
         with log.open("w") as file:
-            subprocess.run(command, check=True, stdout=file, stderr=file, env=environment)
+            subprocess.run(command, check=True, stdout=file, stderr=file)
     return json.loads(summary.read_text())
 
 

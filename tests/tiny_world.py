@@ -58,10 +58,10 @@ def tiny_config(base: Path, **settings: Any) -> Config:
     return assign(Config(), {**SETTINGS, "base": str(base), **changes})
 
 
-def write_base(path: Path) -> None:
+def write_base(path: Path, seed: int = 1) -> None:
     """Save random weights, the output projection included, as a base checkpoint."""
     model = assign(Config(), SETTINGS).model
-    transformer, text = new_generator(model, seed=1)
+    transformer, text = new_generator(model, seed=seed)
     generator = torch.Generator().manual_seed(2)
     head = transformer.head.head.weight
     with torch.no_grad():

@@ -299,6 +299,8 @@ class Config:
     """Keys every random draw of the run."""
     device: str = "cpu"
     """Torch device."""
+    threads: int = 0
+    """Torch threads on the CPU; 0: one if the device is the CPU, else as many as torch takes by itself."""
     base: str = ""
     """Path of a base checkpoint that `kvpo pretrain` wrote; empty: the one that ships with the package."""
     backbone: BackboneConfig = field(default_factory=BackboneConfig)

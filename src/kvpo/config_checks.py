@@ -36,6 +36,7 @@ def check(config: Config) -> None:
     _method(config)
     _optim(config.optim)
     _rewards(config.rewards)
+    _require(config.threads >= 0, "threads", config.threads, "0 or more")
     evaluation, checkpoint = config.evaluation, config.checkpoint
     _require(evaluation.every >= 0, "evaluation.every", evaluation.every, "0 or more")
     for name in ("validation_prompts", "test_prompts"):

@@ -123,6 +123,23 @@ def _temporary_beside(path: Path) -> Path:
     return path.with_name(f"{TEMPORARY_PREFIX}{os.getpid()}-{path.name}")
 
 
+def local_path(given: str | Path, what: str) -> Path:
+    """A path as its user means it: ``~`` is the home directory, and an empty text no path.
+
+    Args:
+        what: what the path was given as, for messages.
+
+    Raises:
+        ValueError: empty, or the home of a user that the system does not know.
+    """
+    if not str(given):
+        raise ValueError(f"{what}: empty; name a file or directory")
+    try:
+        return Path(given).expanduser()
+    except RuntimeError as error:
+        raise ValueError(f"{what}: {given}: {error}") from error
+
+
 def refuse_pointers(*paths: Path) -> None:
     """Refuse Git LFS pointers, files that stand for content which was not fetched.
 

@@ -54,6 +54,15 @@ def read_prompts(
     return prompts
 
 
+def repeats(prompts: Sequence[VideoPrompt]) -> list[list[VideoPrompt]]:
+    """Distinct prompts in order, each with its repeats: those that differ in case and spaces only."""
+    found: dict[tuple[str, ...], list[VideoPrompt]] = {}
+    for prompt in prompts:
+        key = tuple(" ".join(text.casefold().split()) for text in prompt.segments)
+        found.setdefault(key, []).append(prompt)
+    return list(found.values())
+
+
 Line = tuple[tuple[str, ...], tuple[int, ...] | None, int | None]
 """Segments, switch frames (None: the configuration's) and number of frames (None: the configuration's)."""
 

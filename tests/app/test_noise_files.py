@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 from torch import Tensor
 
-from kvpo.app.build import build_setup
+from kvpo.app.build import build_scorer, build_setup
 from kvpo.app.cli import main
-from kvpo.app.configuration import preset, resolve, resolve_resumed
+from kvpo.app.configuration import assign, preset, resolve, resolve_resumed
 from kvpo.app.noise_files import read_floors, with_measured_floors
+from kvpo.config import Config
 from kvpo.config_checks import ConfigurationError
 from kvpo.training.trainer import Trainer
 from tests.tiny_world import tiny_config
@@ -86,3 +87,23 @@ def test_the_saved_settings_hold_what_was_measured(tmp_path: Path) -> None:
         resolve_resumed(saved, None, None, flags)
     file.unlink()
     assert resolve_resumed(saved, None, None, {}) == config
+
+
+@pytest.mark.parametrize(
+    ("settings", "announced"),
+    [
+        ({}, ""),
+        ({"rewards.scorers": ["flicker", f"{ME}:coarse"]}, "flicker, coarse"),
+        ({"rewards.scorers": ["world", "flicker"]}, "flicker"),
+        ({"rewards.scorers": ["flicker"], "rewards.noise_floors": {"flicker": 0.01}}, ""),
+        ({"rewards.scorers": ["flicker"], "objective.noise_floor": 0.01}, ""),
+        ({"rewards.scorers": ["world", "flicker"], "rewards.weights": {"flicker": 0.0}}, ""),
+    ],
+)
+def test_the_worlds_noise_floor_is_not_taken_for_another_rewards_in_silence(
+    settings: dict[str, Any], announced: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    build_scorer(assign(Config(), settings), 8.0)
+    said = [message for message in caplog.messages if "no noise floor was measured" in message]
+    assert len(said) == bool(announced)
+    assert all(f"measured for {announced}: objective.noise_floor = 0.002" in message for message in said)

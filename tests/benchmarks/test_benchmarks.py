@@ -17,6 +17,7 @@ from kvpo.models.adapters import add_adapter
 from kvpo.models.cache import FrameCache
 from kvpo.models.causal_wan import CausalWan, WanShape
 from kvpo.models.context import PageContext
+from tests.tiny_world import SETTINGS
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "benchmarks"
 SHAPE = WanShape(
@@ -166,3 +167,21 @@ def test_the_reward_service_benchmark_runs(tmp_path, capsys):
     numbers = json.loads((tmp_path / "service.json").read_text())
     assert 0 < numbers["overlap"][0]["scoring (s)"] < numbers["overlap"][0]["in turn (s)"]
     assert "| slower by |" in capsys.readouterr().out
+
+
+def test_threads_beside_a_busy_process(tiny_base, tmp_path, capsys):
+    threads = importlib.import_module("threads")
+    settings = {**SETTINGS, "base": str(tiny_base), "stream.schedule": (1.0, 0.5), "optim.updates": 9}
+    words = [
+        word
+        for path, value in settings.items()
+        for word in (f"--{path}", json.dumps(value) if isinstance(value, int | float | tuple) else value)
+    ]
+    out = tmp_path / "threads.json"
+    arms = ["--busy", "0", "1", "--threads", "1", "2", "--waiting", "PASSIVE"]
+    threads.main(["--updates", "1", "--repeats", "1", *arms, "--json", str(out), *words])
+    found = json.loads(out.read_text())
+    assert [(r["busy"], r["threads"]) for r in found["results"]] == [(0, 1), (0, 2), (1, 1), (1, 2)]
+    assert all(0 < r["cpu_s"] and 0 < r["wall_s"] for r in found["results"])
+    assert found["latents_apart"]["1"] == 0 and found["latents_apart"]["2"] < 1e-4
+    assert "| 1 | 2 | PASSIVE |" in capsys.readouterr().out

@@ -1,14 +1,51 @@
+import logging
 from pathlib import Path
 
 import pytest
-from synthetic_run import write_run
 
-from kvpo.report import write_report
+from kvpo.app.align import align
+from tests.tiny_world import tiny_config
+
+
+class Lines(logging.Handler):
+    """What a user reads while a run goes on."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(record.getMessage())
 
 
 @pytest.fixture(scope="session")
-def finished_run(tmp_path_factory) -> Path:
-    """A finished synthetic run with its report; tests must not change it."""
-    directory = write_run(tmp_path_factory.mktemp("report") / "finished")
-    write_report(directory)
-    return directory
+def run_and_console(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+    """A finished run of a tiny generator as `kvpo align` leaves it, and the lines it printed.
+
+    Four branches of which the best and the worst train, at a fixed temperature, with donor histories.
+    """
+    config = tiny_config(
+        tiny_base,
+        exploration__branches=4,
+        exploration__donor=1,
+        objective__keep_best=1,
+        objective__keep_worst=1,
+        objective__temperature=0.01,
+        evaluation__every=1,
+        evaluation__held_out=["motion_smoothness"],
+        optim__updates=2,
+    )
+    directory = tmp_path_factory.mktemp("report") / "finished"
+    console, logger = Lines(), logging.getLogger("kvpo")
+    logger.addHandler(console)
+    try:
+        assert align(config, directory) is not None
+    finally:
+        logger.removeHandler(console)
+    return directory, console.lines
+
+
+@pytest.fixture(scope="session")
+def finished_run(run_and_console: tuple[Path, list[str]]) -> Path:
+    """A finished run, never changed: tests change copies (``edits.copy_of``)."""
+    return run_and_console[0]

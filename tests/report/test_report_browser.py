@@ -1,16 +1,18 @@
 """The page in a real headless Chromium: it plays in step, sorts, fits a phone and logs no error."""
 
 import base64
+import json
 import shutil
 import time
 
 import numpy as np
 import pytest
+from edits import HOSTILE, copy_of, edit_json, enlarge, lines_of
 from headless_chromium import chromium, find_chromium
 from safetensors.numpy import load_file
-from synthetic_run import write_run
 
 from kvpo.report import write_report
+from kvpo.report.formatting import fixed
 
 pytestmark = pytest.mark.skipif(
     find_chromium() is None, reason="no Chromium is installed (Debian: apt-get install chromium)"
@@ -30,13 +32,22 @@ def browser(tmp_path_factory):
         yield page
 
 
+@pytest.fixture(scope="module")
+def hostile_run(finished_run, tmp_path_factory):
+    """The finished run, but a prompt that would be a script, and its report."""
+    run = copy_of(finished_run, tmp_path_factory.mktemp("browser") / "finished")
+    edit_json(run / "gallery" / "gallery.json", lambda entries: entries[0].update(title=HOSTILE))
+    write_report(run)
+    return run
+
+
 @pytest.fixture
-def page(browser, finished_run):
-    """The finished run's page at desktop size, paused at the first frame, with nothing logged so far."""
+def page(browser, hostile_run):
+    """The run's page at desktop size, paused at the first frame, with nothing logged so far."""
     browser.errors.clear()
     browser.requests.clear()
     browser.resize(1280, 900)
-    browser.open((finished_run / "report.html").as_uri())
+    browser.open((hostile_run / "report.html").as_uri())
     pause(browser)
     yield browser
     assert browser.errors == []
@@ -75,14 +86,13 @@ def test_nothing_is_requested_and_hostile_prompts_do_not_run(page):
 def test_canvases_show_the_saved_frames_to_the_bit(page, finished_run):
     gallery = load_file(finished_run / "gallery" / "videos.safetensors")
     branches = load_file(finished_run / "branches" / "branches.safetensors")
-    for frame in (0, 17, 29):
-        seek(page, (frame + 0.5) / 30)
-        for folder, videos, key in (
-            ("gallery", gallery, "2.base"),
-            ("gallery", gallery, "2.aligned"),
-            ("branches", branches, "group.3"),
-        ):
-            assert np.array_equal(pixels(page, f"{folder}/{key}", str(frame)), videos[key][frame])
+    long = max(gallery, key=lambda key: len(gallery[key]))
+    frames = len(gallery[long])
+    for frame in (0, 17, frames - 1):
+        seek(page, (frame + 0.5) / frames)
+        for folder, videos, key in (("gallery", gallery, long), ("branches", branches, "group-0-3")):
+            shown = frame % len(videos[key])  # shorter videos begin again
+            assert np.array_equal(pixels(page, f"{folder}/{key}", str(shown)), videos[key][shown])
 
 
 def test_every_screen_and_still_is_drawn(page):
@@ -105,10 +115,13 @@ def test_every_screen_and_still_is_drawn(page):
     assert blank == []
 
 
-def test_captions_and_segments_follow_the_frame(page):
-    card = "document.querySelectorAll('#gallery-cards .film')[2]"
-    for share, segment, text in ((0.1, 0, "drifts right"), (0.5, 1, "It leaves"), (0.9, 2, "comes back")):
-        seek(page, share)
+def test_captions_and_segments_follow_the_frame(page, hostile_run):
+    entries = json.loads((hostile_run / "gallery" / "gallery.json").read_text())
+    place = next(n for n, entry in enumerate(entries) if len(entry["prompt_segments"]) == 3)
+    entry, card = entries[place], f"document.querySelectorAll('#gallery-cards .film')[{place}]"
+    edges = [0, *entry["switches"], entry["num_frames"]]
+    for segment, text in enumerate(entry["prompt_segments"]):
+        seek(page, (edges[segment] + 1.5) / entry["num_frames"])
         page.wait_for(f"{card}.querySelectorAll('.part')[{segment}].classList.contains('now')")
         assert text in page.run(f"{card}.querySelector('.captions .now').textContent")
         assert page.run(f"{card}.querySelectorAll('.captions .now').length") == 1
@@ -135,7 +148,7 @@ def test_branches_sort_with_the_anchor_first_and_tabs_switch(page):
         )
         assert page.run(f"{members}[0].querySelector('h4').textContent") == "anchor"
         found = page.run(f"{members}.slice(1).map((m) => Number(m.dataset.{key}))")
-        assert found == sorted(found, reverse=descending) and len(found) == 8
+        assert found == sorted(found, reverse=descending) and len(found) == 4
     assert page.run("document.getElementById('group-1').hidden") is True
     page.run("document.querySelectorAll('[role=tab]')[1].click()")
     assert page.run("document.getElementById('group-1').hidden") is False
@@ -144,16 +157,22 @@ def test_branches_sort_with_the_anchor_first_and_tabs_switch(page):
 
 def test_difference_to_the_anchor_and_jump_to_the_fork(page, finished_run):
     branches = load_file(finished_run / "branches" / "branches.safetensors")
+    group = json.loads((finished_run / "branches" / "branches.json").read_text())["groups"][0]
+    stories = json.loads((finished_run / "gallery" / "gallery.json").read_text())
     page.run("document.querySelector('#group-0 [data-difference]').click()")
-    seek(page, 20.5 / 30)
-    anchor, branch = (branches[f"group.{i}"][20].astype(int) for i in (0, 1))
-    shown = pixels(page, "branches/group.1", "20 minus anchor")
+    fork = group["fork_frame"]
+    assert len(branches["group-0-0"]) == group["num_frames"]
+    frame = fork + 2
+    seek(page, (frame + 0.5) / max(entry["num_frames"] for entry in stories))
+    anchor, branch = (branches[m["video"]][frame].astype(int) for m in group["members"][:2])
+    shown = pixels(page, f"branches/{group['members'][1]['video']}", f"{frame} minus anchor")
     assert np.array_equal(shown, np.abs(anchor - branch)) and shown.any()
     page.run("document.querySelector('#group-0 [data-seek]').click()")
-    page.wait_for("document.getElementById('position').textContent.startsWith('2.3')")  # frame 18, 8 a second
+    page.wait_for(f"document.getElementById('position').textContent.startsWith('{fork / 8:.1f}')")
 
 
-def test_charts_answer_the_pointer(page):
+def test_charts_answer_the_pointer(page, finished_run):
+    last = lines_of(finished_run, "validation")[-1]
     x, y = page.run(
         """(() => {
           const plot = document.querySelector('.plot');
@@ -165,7 +184,7 @@ def test_charts_answer_the_pointer(page):
     page.call("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
     page.wait_for("!document.querySelector('.tip').hidden")
     text = page.run("document.querySelector('.tip').textContent")
-    assert "update 60" in text and "\u00b1 0.011" in text and "base  0.512" in text
+    assert f"update {last['update']}" in text and f"base  {fixed(last['short']['base_mean'])}" in text
 
 
 @pytest.mark.parametrize(("width", "phone"), [(1280, False), (390, True), (320, True)])
@@ -179,8 +198,9 @@ def test_the_page_fits_and_follows_the_colour_scheme(page, tmp_path, width, phon
     assert (tmp_path / "page.png").stat().st_size > 10_000
 
 
-def test_larger_videos_play_as_h264_in_step(browser, tmp_path):
-    run = write_run(tmp_path / "large", size=112, frames=8, updates=2)
+def test_larger_videos_play_as_h264_in_step(browser, finished_run, tmp_path):
+    run = copy_of(finished_run, tmp_path / "large")
+    enlarge(run, 4, 8)
     shutil.rmtree(run / "branches")
     browser.errors.clear()
     browser.resize(1280, 900)
@@ -190,7 +210,7 @@ def test_larger_videos_play_as_h264_in_step(browser, tmp_path):
     browser.run("document.getElementById('videos').scrollIntoView({behavior: 'instant'})")
     ready = "[...document.querySelectorAll('#gallery-cards video')].slice(0, 4)"
     browser.wait_for(f"{ready}.every((v) => v.readyState >= 2 && !v.seeking && v.currentTime > 0.3)")
-    assert browser.run(f"{ready}.map((v) => [v.videoWidth, v.videoHeight])") == [[112, 112]] * 4
+    assert browser.run(f"{ready}.map((v) => [v.videoWidth, v.videoHeight])") == [[128, 128]] * 4
     times = browser.run(f"{ready}.map((v) => v.currentTime)")
     assert max(times) - min(times) < 1e-3 and times[0] == pytest.approx(0.7 * 8 / 16, abs=0.5 / 16)
     assert browser.run(f"new Set(({READ})({ready}[0])).size") > 8

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -103,22 +104,32 @@ def test_a_clear_gain_is_called_one():
     )
 
 
-@pytest.mark.parametrize("gain", [0.0199, 0.0, -0.0199])
-def test_a_change_under_two_standard_errors_is_never_called_an_improvement(gain):
+@pytest.mark.parametrize("gain", [0.0299, 0.0, -0.0299])
+def test_a_change_under_three_standard_errors_is_never_called_one(gain):
     verdict = judge([outcome(gain)])
     assert verdict.tone == "neutral"
-    assert "Not significant" in verdict.sentence and "raised" not in verdict.sentence
+    assert "this cannot tell" in verdict.sentence and "fewer than 3)" in verdict.sentence
+    assert "raised" not in verdict.sentence and "lowered" not in verdict.sentence
+
+
+@pytest.mark.parametrize("prompts", [2, 15, None])
+def test_a_change_on_few_prompts_is_never_called_one(prompts):
+    for gain in (0.1, -0.1):
+        verdict = judge([replace(outcome(gain), prompts=prompts)])
+        assert verdict.tone == "neutral" and "distinct prompts, fewer than 16" in verdict.sentence
+        assert "raised" not in verdict.sentence and "lowered" not in verdict.sentence
+    assert judge([replace(outcome(0.1), prompts=16)]).tone == "good"
 
 
 def test_mixed_worse_and_unknown_results_are_said_plainly():
     mixed = judge([outcome(0.1), outcome(0.01, name="long")])
     assert mixed.tone == "neutral"
-    assert "raised" in mixed.sentence and "Not significant" in mixed.sentence
+    assert "raised" in mixed.sentence and "this cannot tell: +0.010" in mixed.sentence
     worse = judge([outcome(0.1), outcome(-0.05, name="long")])
     assert worse.tone == "bad" and "lowered the held-out reward: \u22120.050" in worse.sentence
     for error in (None, 0.0):
         unknown = judge([outcome(0.1, error)])
-        assert unknown.tone == "neutral" and "significance is unknown" in unknown.sentence
+        assert unknown.tone == "neutral" and "no standard error" in unknown.sentence
     assert judge([]).tone == "pending"
 
 
@@ -129,11 +140,17 @@ def test_reservations_follow_the_verdict():
     assert unfinished.tone == "pending" and "not finished" in unfinished.notes[0]
     hacked = judge([outcome(0.1, unseen=-0.05)])
     assert "unseen scorer fell by 0.050" in hacked.notes[0]
-    assert not judge([outcome(0.1, unseen=-0.005)]).notes
+    assert not judge([outcome(0.1, unseen=-0.029)]).notes, "under three standard errors"
+    assert not judge([replace(outcome(0.1, unseen=-0.05), prompts=8)]).notes
 
 
-def test_outcomes_read_both_spellings_and_survive_nonsense():
-    entry = {"paired_gain": 0.1, "paired_se": math.nan, "unseen_gain": 0.2, "components": {"a": {"base": 1}}}
+def test_outcomes_survive_nonsense():
+    entry = {
+        "paired_gain": 0.1,
+        "paired_se": math.nan,
+        "unseen_scorer_gain": 0.2,
+        "components": {"a": {"base": 1}},
+    }
     found = read_outcome("short", entry)
     assert found is not None
     assert (found.unseen_gain, found.standard_error, found.components) == (0.2, None, {})

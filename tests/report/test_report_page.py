@@ -12,10 +12,14 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
-from synthetic_run import CONFIG, HOSTILE, summary, write_run
+import yaml
+from edits import HOSTILE, copy_of, edit_json, edit_metrics, held_out, lines_of
+from safetensors.numpy import load_file, save_file
 
 from kvpo.report import write_report
+from kvpo.report.curves import GROUPS, NOT_METRICS
+from kvpo.report.formatting import fixed, signed
+from kvpo.report.tables import CHECKS, DIVERSITY, METHODS
 
 VOID = {"meta", "input", "br", "img", "link", "hr"}
 SVG_EMPTY = {"path"}
@@ -67,6 +71,12 @@ def bare_run(tmp_path):
     return tmp_path
 
 
+@pytest.fixture
+def run(finished_run, tmp_path):
+    """A copy of the finished run, to change."""
+    return copy_of(finished_run, tmp_path / "run")
+
+
 def page_of(directory) -> tuple[str, Structure]:
     text = write_report(directory).read_text()
     return text, parse(text)
@@ -77,14 +87,76 @@ def test_a_finished_run_shows_every_section_and_misses_nothing(finished_run, fin
     anchors = {attributes.get("id") for tag, attributes in page.elements if tag == "section"}
     assert anchors >= {"headline", "curves", "components", "videos", "branches", "diagnostics"}
     assert anchors >= {"checks", "diversity", "configuration", "reproduce"}
-    assert "missing from this page" not in page.text
-    assert "Alignment raised the held-out reward: +0.111 \u00b1 0.012 on short videos" in page.text
-    assert "9.2 standard errors from zero" in page.text  # 0.111 / 0.012
-    assert "23 % of what was missing to 1" in page.text  # 0.111 / (1 - 0.512)
-    assert "routing history changes what happens 0.70 times as often" in page.text  # 0.31 / 0.44
+    assert "missing from this page" not in page.text and "not available" not in page.text
+    assert "have been saved" not in page.text and "has not been written" not in page.text
+    numbers = json.loads((finished_run / "summary.json").read_text())
+    short = numbers["held_out"]["short"]
+    change = f"{signed(short['paired_gain'])} \u00b1 {fixed(short['paired_se'])} on short videos"
+    assert f"{change} (2 distinct prompts, fewer than 16)" in page.text
     assert page.text.count("exact") >= 3 and "not exact" not in page.text
     assert len(finished_page) < 15e6
     assert [path.name for path in finished_run.iterdir() if path.name.startswith(".report")] == []
+
+
+def test_every_number_that_the_page_explains_is_one_that_runs_write(finished_run):
+    """Names are all that joins the trainer and the page."""
+    written = {key for line in lines_of(finished_run, "update") for key in line}
+    explained = {diagnostic.key for _, group in GROUPS for diagnostic in group}
+    assert explained <= written and NOT_METRICS <= written
+    numbers = json.loads((finished_run / "summary.json").read_text())
+    assert set(METHODS) == set(numbers["diversity"]) and set(CHECKS) == set(numbers["checks"])
+    assert set(DIVERSITY) == {key for method in numbers["diversity"].values() for key in method}
+
+
+def test_what_a_run_cannot_tell_is_no_success(run_and_console, finished_page):
+    """Two prompts: headline, summary and console claim nothing, whatever the numbers are."""
+    finished_run, console = run_and_console
+    said = "Alignment may or may not have changed the held-out reward, this cannot tell"
+    assert said in parse(finished_page).text
+    assert 'class="verdict good"' not in finished_page.split('id="curves"', 1)[0]
+    assert json.loads((finished_run / "summary.json").read_text())["verdict"].startswith(said)
+    assert [line for line in console if "held-out reward" in line][-1].startswith(said)
+    assert "What improved" not in finished_page
+
+
+def test_a_clear_gain_on_enough_prompts_is_one(run):
+    held_out(run, paired_gain=0.111, paired_se=0.012, base_mean=0.512)
+    text, page = page_of(run)
+    assert "Alignment raised the held-out reward: +0.111 \u00b1 0.012 on short videos" in page.text
+    assert "9.2 standard errors from zero" in page.text and 'class="verdict good"' in text
+    assert "23 % of what was missing to 1" in page.text  # 0.111 / (1 - 0.512)
+    held_out(run, paired_gain=0.001, paired_se=0.001)
+    text, page = page_of(run)
+    assert "raised the held-out reward" not in page.text and "of what was missing" not in page.text
+    assert "1.0 standard errors from zero, fewer than 3" in page.text
+
+
+def test_routing_is_compared_with_noise_of_the_same_pixel_distance_on_enough_forks(run):
+    def measured(summary):
+        for name, value in (("chr", 0.31), ("noise", 0.9), ("noise_matched", 0.44)):
+            summary["diversity"][name]["attribute_diversity"] = value
+
+    edit_json(run / "summary.json", measured)
+    assert "On 1 fork(s) of this run, these are too few" in page_of(run)[1].text
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["evaluation"]["diversity_prompts"] = 16
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    assert "routing history changes what happens 0.70 times as often" in page_of(run)[1].text  # 0.31 / 0.44
+    assert "Noise at the same pixel distance" in page_of(run)[1].text
+
+
+def test_the_explorer_shows_the_policy_that_trained(finished_run):
+    """Temperature 0.01 over the best and the worst branch alone: softmax(-E / 0.01)."""
+    record = json.loads((finished_run / "branches" / "branches.json").read_text())
+    for group in record["groups"]:
+        anchor, *branches = group["members"]
+        assert anchor["name"] == "anchor" and "probability" not in anchor
+        chosen = [m for m in branches if "probability" in m]
+        advantages = [m["advantage"] for m in branches]
+        assert sorted(m["advantage"] for m in chosen) == [min(advantages), max(advantages)]
+        weights = [math.exp(-m["energy"] / 0.01) for m in chosen]
+        for member, weight in zip(chosen, weights, strict=True):
+            assert member["probability"] == pytest.approx(weight / sum(weights), rel=1e-4)
 
 
 def test_the_page_is_self_contained_and_its_policy_admits_only_its_script(finished_page):
@@ -100,16 +172,28 @@ def test_the_page_is_self_contained_and_its_policy_admits_only_its_script(finish
     assert "default-src 'none'" in policy and f"script-src 'sha256-{digest}'" in policy
 
 
-def test_hostile_text_stays_text(tmp_path):
-    run = write_run(tmp_path / "<b>run</b>", frames=6, updates=2)
-    numbers = summary()
-    numbers["held_out"]["short"]["components"][HOSTILE] = {"base": 0.1, "aligned": 0.2}
-    numbers["diversity"][HOSTILE] = {HOSTILE: 0.5}
-    numbers["checks"][HOSTILE] = 1.0
-    (run / "summary.json").write_text(json.dumps(numbers))
-    with (run / "metrics.jsonl").open("a") as file:
-        file.write(json.dumps({"kind": "update", "update": 3, HOSTILE: 1.0}) + "\n")
-    (run / "config.yaml").write_text(json.dumps(CONFIG | {"preset": HOSTILE, HOSTILE: {HOSTILE: HOSTILE}}))
+def test_hostile_text_stays_text(finished_run, tmp_path):
+    run = copy_of(finished_run, tmp_path / "<b>run</b>")
+
+    def in_summary(numbers):
+        numbers["held_out"]["short"]["components"][HOSTILE] = {"base": 0.1, "aligned": 0.2}
+        numbers["diversity"][HOSTILE] = {HOSTILE: 0.5}
+        numbers["checks"][HOSTILE] = 1.0
+
+    def in_branches(record):
+        record["groups"][0] |= {"title": HOSTILE, "prompt_segments": [HOSTILE], "switches": []}
+        member = record["groups"][0]["members"][1]
+        member |= {"name": HOSTILE, "routed_frames": [{"frame": 9, "prompt": HOSTILE}]}
+
+    edit_json(run / "summary.json", in_summary)
+    edit_json(run / "branches" / "branches.json", in_branches)
+    edit_json(
+        run / "gallery" / "gallery.json",
+        lambda entries: entries[0].update(title=HOSTILE, prompt_segments=[HOSTILE], switches=[]),
+    )
+    edit_metrics(run, lambda line: line.update({HOSTILE: 1.0}))
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    (run / "config.yaml").write_text(json.dumps(config | {"preset": HOSTILE, HOSTILE: {HOSTILE: HOSTILE}}))
     text, page = page_of(run)
     assert "<script>document" not in text.lower()
     assert text.count("<script") == 2 and text.count("</script") == 2
@@ -126,8 +210,7 @@ def test_a_bare_run_says_what_is_missing(bare_run):
     assert "No update has been written" in page.text and "No validation has been written" in page.text
 
 
-def test_an_unfinished_run_shows_validation_and_says_so(tmp_path):
-    run = write_run(tmp_path / "run", frames=6, updates=20)
+def test_an_unfinished_run_shows_validation_and_says_so(run):
     (run / "summary.json").unlink()
     shutil.rmtree(run / "branches")
     _, page = page_of(run)
@@ -143,38 +226,40 @@ def test_a_directory_that_is_no_run_is_refused(bare_run, name):
     assert not (bare_run / "report.html").exists()
 
 
-def test_damaged_files_are_named_and_the_rest_is_shown(tmp_path):
-    run = write_run(tmp_path / "run", frames=6, updates=12)
+def test_damaged_files_are_named_and_the_rest_is_shown(run):
+    pairs = len(json.loads((run / "gallery" / "gallery.json").read_text()))
     content = (run / "gallery" / "videos.safetensors").read_bytes()
     (run / "gallery" / "videos.safetensors").write_bytes(content[: len(content) // 2])
     (run / "summary.json").write_text('{"held_out": {"short"')
     with (run / "metrics.jsonl").open("a") as file:
         file.write('["no mapping"]\n{"kind": "update", "upd')
-    groups = json.loads((run / "branches" / "branches.json").read_text())
-    groups["groups"][0]["members"][2]["video"] = "nowhere"
-    groups["groups"][0]["members"][3] = "no member"
-    (run / "branches" / "branches.json").write_text(json.dumps(groups))
+
+    def damage(record):
+        record["groups"][0]["members"][2]["video"] = "nowhere"
+        record["groups"][0]["members"][3] = "no member"
+
+    edit_json(run / "branches" / "branches.json", damage)
     _, page = page_of(run)
     assert "gallery/videos.safetensors cannot be read" in page.text
     assert "summary.json cannot be read" in page.text
     assert "metrics.jsonl: 2 unreadable line(s) skipped" in page.text
     assert "branches/branches.safetensors: no video 'nowhere'" in page.text
-    assert page.text.count("not available") == 9  # eight gallery videos and one branch
-    assert "branch 5" in page.text
+    assert page.text.count("not available") == 2 * pairs + 1  # the gallery's videos and one branch
+    assert "branch 4" in page.text
 
 
-def test_videos_of_the_wrong_kind_are_named(tmp_path):
-    run = write_run(tmp_path / "run", frames=6, updates=1)
-    entry = {"title": "float", "prompt_segments": ["a"], "switches": [], "base": "x", "aligned": "x"}
-    (run / "gallery" / "gallery.json").write_text(json.dumps([entry, "no entry"]))
+def test_videos_of_the_wrong_kind_are_named(run):
+    edit_json(
+        run / "gallery" / "gallery.json",
+        lambda entries: [entries[0] | {"base": "x", "aligned": "x"}, "no entry"],
+    )
     save_file({"x": np.zeros((2, 8, 8, 3), np.float32)}, run / "gallery" / "videos.safetensors")
     _, page = page_of(run)
     assert "x: expected uint8 [T, H, W, 3]" in page.text and "float32" in page.text
 
 
 @pytest.mark.parametrize("content", ["[1, 2]", "null", "3", '"text"', '{"held_out": 3, "checks": [1]}', "{}"])
-def test_nonsense_of_valid_json_never_breaks_the_page(tmp_path, content):
-    run = write_run(tmp_path / "run", frames=6, updates=1)
+def test_nonsense_of_valid_json_never_breaks_the_page(run, content):
     for name in ("summary.json", "gallery/gallery.json", "branches/branches.json"):
         (run / name).write_text(content)
     (run / "config.yaml").write_text(content)
@@ -213,30 +298,41 @@ def test_after_a_resume_the_last_line_of_an_update_counts(bare_run):
     assert chart["series"][0]["y"] == [5.5, 6.5, 8.5]
 
 
-def test_the_timeline_shows_sink_routes_recent_and_window(finished_page):
+def test_the_timeline_shows_sink_routes_recent_and_window(finished_run, finished_page):
     page = parse(finished_page)
     titles = [a["title"] for tag, a in page.elements if tag == "i" and a.get("title")]
+    group = json.loads((finished_run / "branches" / "branches.json").read_text())["groups"][0]
+    fork = group["fork_frame"]
     assert "sink: frames 0 to 2" in titles
-    assert "recent: frames 12 to 17" in titles  # anchor: window 12 - sink 3 - block 3 = 6 past frames
-    assert "recent: frames 15 to 17" in titles  # branches keep 3
-    assert "window: frames 18 to 23" in titles
-    assert "routes are drawn from here: frames 3 to 14" in titles
-    assert "routed: frame 4, 2 slot(s)" in titles
-    assert any(title.startswith("donor: frame 9 of \u201cA <script>") for title in titles)
+    assert f"recent: frames {fork - 6} to {fork - 1}" in titles  # anchor: window 12 - sink 3 - block 3
+    assert f"recent: frames {fork - 3} to {fork - 1}" in titles  # branches keep 3
+    assert f"window: frames {fork} to {fork + 5}" in titles
+    assert f"routes are drawn from here: frames {max(3, fork - 30)} to {fork - 4}" in titles
+    routed = group["members"][1]["routed_frames"]
+    (own, *_), (donor, *_) = ([r for r in routed if isinstance(r, kind)] for kind in (int, dict))
+    assert f"routed: frame {own}, {routed.count(own)} slot(s)" in titles
+    assert any(t.startswith(f"donor: frame {donor['frame']} of \u201c{donor['prompt']}") for t in titles)
+    assert " " in donor["prompt"], "the donor's prompt, not its number"
 
 
-def test_a_check_that_is_not_exact_is_called_that(tmp_path):
-    run = write_run(tmp_path / "run", frames=6, updates=1)
-    numbers = summary(short=(0.01, 0.01))
-    numbers["checks"] = {"first_ratio_max_deviation": 1e-7, "anchor_energy_at_old": None}
-    (run / "summary.json").write_text(json.dumps(numbers))
+def test_a_group_says_how_long_its_videos_are_and_no_more_than_they_show(finished_run):
+    """One pixel frame per latent frame here: members may end before their prompt's video does."""
+    record = json.loads((finished_run / "branches" / "branches.json").read_text())
+    videos = load_file(finished_run / "branches" / "branches.safetensors")
+    for group in record["groups"] + record["causality"]:
+        assert {len(videos[member["video"]]) for member in group["members"]} == {group["num_frames"]}
+        assert all(switch < group["num_frames"] for switch in group["switches"])
+        assert len(group["prompt_segments"]) == len(group["switches"]) + 1
+
+
+def test_a_check_that_is_not_exact_is_called_that(run):
+    checks = {"first_ratio_max_deviation": 1e-7, "anchor_energy_at_old": None}
+    edit_json(run / "summary.json", lambda numbers: numbers.update(checks=checks))
     _, page = page_of(run)
     assert "not exact" in page.text and "not finite" in page.text and "not measured" in page.text
-    assert "Not significant" in page.text
 
 
-def test_videos_beyond_the_limit_are_counted(tmp_path, monkeypatch):
-    run = write_run(tmp_path / "run", frames=6, updates=1)
+def test_videos_beyond_the_limit_are_counted(run, monkeypatch):
     monkeypatch.setattr("kvpo.report.page.VIDEO_BUDGET", 20_000)
     text, page = page_of(run)
     assert re.search(r"\d+ video\(s\) were left out", page.text)
@@ -254,63 +350,78 @@ def test_rewriting_replaces_the_page_and_importing_stays_light(bare_run):
     assert found.stdout.strip() == "[]"
 
 
-def test_the_radar_says_what_rose_and_what_fell(finished_run, finished_page, bare_run):
-    page = parse(finished_page)
+HELD_OUT = "motion_smoothness"
+WORDS = (
+    "trained reward +0.090 \u00b1 0.010 while held-out motion_smoothness -0.080 \u00b1 0.011 since update 1"
+)
+
+
+def hack(run, **radar):
+    """Make the radar of every validation say that the run is being hacked, or something else."""
+    hacked = {
+        "verdict": WORDS,
+        "alarms": {HELD_OUT: {"since": 1}},
+        "in_a_row": 3,
+        "hacked": True,
+        "drifted": ["brightness"],
+    }
+    edit_metrics(run, lambda line: "radar" in line and line["radar"].update(hacked | radar))
+    edit_json(run / "summary.json", lambda s: s["radar"].update(verdict="", test={}, stopped_at=None))
+
+
+def let_stop(run, may_stop):
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["evaluation"]["stop_on_hacking"] = may_stop
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+
+
+def test_the_radar_says_what_rose_and_what_fell(run, bare_run):
+    hack(run)
+    let_stop(run, False)
+    page = page_of(run)[1]
     assert "radar" in {attributes.get("id") for tag, attributes in page.elements if tag == "section"}
-    assert "while held-out fair judge \u22120.080 ± 0.011 since update 10." in page.text
+    assert "while held-out motion_smoothness \u22120.080 \u00b1 0.011 since update 1." in page.text
     assert "This run was not allowed to stop for it." in page.text
     assert "The look of the videos has drifted: brightness." in page.text
     charts = [attributes.get("aria-label") for _, attributes in page.elements]
-    names = ("Trained reward", "fair judge", HOSTILE, "Unseen scorer", "Brightness", "Motion")
+    names = ("Trained reward", HELD_OUT, "Unseen scorer", "Brightness", "Motion")
     assert all(f"{name} over updates" in charts for name in names)
-    assert "\u22120.52" in page.text  # brightness against the fair judge
+    agreement = lines_of(run, "validation")[-1]["radar"]["agreement"]["colour"][HELD_OUT]
+    assert agreement is None or f">{signed(agreement, 2)}<" in page_of(run)[0]
     assert "No validation with a radar reading" in page_of(bare_run)[1].text
 
 
-def test_the_radar_of_a_run_without_its_summary_says_that_it_stops(finished_run, tmp_path):
-    run = shutil.copytree(finished_run, tmp_path / "run")
+def test_the_radar_of_a_run_without_its_summary_says_that_it_stops(run):
+    hack(run)
+    let_stop(run, True)
     (run / "summary.json").unlink()
-    with (run / "config.yaml").open("a") as file:
-        file.write("evaluation:\n  stop_on_hacking: true\n")
     assert "The run stops here; its best checkpoint is still to be tested." in page_of(run)[1].text
 
 
 @pytest.mark.parametrize("may_stop", [True, False])
-def test_the_radar_says_why_a_checkpoint_was_not_kept(finished_run, tmp_path, may_stop):
-    run = shutil.copytree(finished_run, tmp_path / "run")
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    for line in lines:
-        if line["kind"] == "validation":
-            line["radar"] |= {"alarms": {}, "hacked": False, "fallen": ["fair judge"]}
-    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    with (run / "config.yaml").open("a") as file:
-        file.write(f"evaluation:\n  stop_on_hacking: {str(may_stop).lower()}\n")
+def test_the_radar_says_why_a_checkpoint_was_not_kept(run, may_stop):
+    hack(run, alarms={}, hacked=False, fallen=[HELD_OUT])
+    let_stop(run, may_stop)
     assert ("has fallen is not kept as the best." in page_of(run)[1].text) == may_stop
 
 
-def test_the_radar_says_what_was_done(finished_run, tmp_path):
-    run = shutil.copytree(finished_run, tmp_path / "run")
-    last = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+def test_the_radar_says_what_was_done(run):
+    hack(run)
     verdict = {"verdict": "trained up, fair judge down", "stopped_at": 50, "best": 20, "test": {}}
-    (run / "summary.json").write_text(json.dumps(summary() | {"radar": verdict}))
+    edit_json(run / "summary.json", lambda numbers: numbers.update(radar=verdict))
     text = page_of(run)[1].text
     assert "Stopped after update 50. The best checkpoint is update 20." in text
     assert "The hacking radar stopped this run after update 50." in text
 
-    for line in last:
-        if line["kind"] == "validation":
-            line["radar"] |= {"alarms": {}, "hacked": False, "held_out": {}, "verdict": "nothing to see"}
-    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in last))
-    (run / "summary.json").write_text(json.dumps(summary()))
+    hack(run, alarms={}, hacked=False, held_out={}, verdict="nothing to see")
     assert "Name some with evaluation.held_out" in page_of(run)[1].text
 
 
 @pytest.mark.parametrize("damage", [None, [], {"trained": 3}, {"trained": {"gain": math.nan}}, {"drift": []}])
-def test_a_damaged_radar_costs_the_page_nothing_else(finished_run, tmp_path, damage):
-    run = shutil.copytree(finished_run, tmp_path / "run")
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    for line in lines:
+def test_a_damaged_radar_costs_the_page_nothing_else(run, damage):
+    def spoil(line):
         if line["kind"] == "validation":
             line["radar"] = {**line["radar"], **damage} if isinstance(damage, dict) else damage
-    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+    edit_metrics(run, spoil)
     assert "Reward while training" in page_of(run)[1].text

@@ -6,10 +6,10 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from drawn import draw
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
-from synthetic_run import draw
 
 from kvpo.report.clips import SHEET_HEIGHT, ClipStore, encode_clip, png_bytes, sprite_sheet
 from kvpo.report.video import read_video, side_by_side, video_bytes, write_video

@@ -28,6 +28,7 @@ from kvpo.training.checkpoint import (
     require_tensors,
     save_checkpoint,
 )
+from kvpo.training.run import resume_point
 from kvpo.training.state import flatten_state, load_optimizer_state, optimizer_state, unflatten_state
 
 FORK = multiprocessing.get_context("fork")  # a fork has torch loaded already
@@ -147,6 +148,18 @@ def test_a_pickle_is_refused_without_being_read(tmp_path: Path) -> None:
 def test_a_missing_checkpoint_is_named(tmp_path: Path) -> None:
     assert "does not exist" in refusal(tmp_path / "update-000001")
     assert latest_checkpoint(tmp_path / "nowhere") is None
+
+
+def test_a_damaged_later_checkpoint_takes_no_place_of_those_that_are_kept(tmp_path: Path) -> None:
+    for update in (10, 12, 20):
+        saved(tmp_path, update)
+    (tmp_path / "update-000020" / "state.safetensors").write_bytes(b"cut")
+    prune(tmp_path, keep=1, up_to=12)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["update-000012", "update-000020"]
+    (tmp_path / "update-000012" / "state.json").unlink()
+    with pytest.raises(CheckpointError, match="every checkpoint in .* is damaged .* remove that directory"):
+        resume_point(tmp_path)
+    assert resume_point(tmp_path / "nothing") is None
 
 
 def test_retention_keeps_the_newest_and_the_best(tmp_path: Path) -> None:

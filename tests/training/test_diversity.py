@@ -1,12 +1,19 @@
 """Branch diversity is read off what a fork shows, with and without a tail after its window."""
 
+from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from kvpo.config import ExplorationConfig
+from kvpo.engine.noise import SeededTape
+from kvpo.engine.scoring import Scores
 from kvpo.training import diversity
+from kvpo.training.diversity import Diversity, Explorer, Fork, NoiseBranches
+from tests.tiny_world import ToyPrompts, tiny_config, toy_setup
 
 
 @pytest.mark.parametrize(("tail", "read"), [(4, 4), (0, 6)])
@@ -28,3 +35,83 @@ def test_without_a_tail_the_window_is_read(monkeypatch: pytest.MonkeyPatch, tail
     found = look.measure([group])
     assert lengths == [read]
     assert found.attribute_diversity == pytest.approx(2 / 3) and found.broken_share == 0
+
+
+def test_a_measurement_in_closed_form(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two groups of three branches, each of one grey; the anchor, far from them, counts nowhere."""
+    greys = [torch.tensor([0.0, 0.1, 0.4, 9.0]), torch.tensor([0.2, 0.2, 0.2, 9.0])]
+    shape = (4, 8, 3, 2, 2)
+    groups: Any = [
+        SimpleNamespace(clean_MTCHW=grey[:, None, None, None, None].expand(shape).clone(), window_frames=6)
+        for grey in greys
+    ]
+    groups[0].clean_MTCHW[:, 6:] = 0.7  # the tail is read, and not measured
+    tables = [torch.tensor([[1.0, 2.0, 4.0, 90.0]]), torch.tensor([[3.0, 3.0, 3.0, 90.0]])]
+    scores = [Scores(("one",), table, 1000 * table.square()) for table in tables]
+    monkeypatch.setattr(diversity, "score_groups", lambda *given, **named: scores)
+
+    def observe(videos: torch.Tensor) -> tuple[list[tuple], torch.Tensor]:
+        assert videos.shape == (3, 2, 3, 2, 2)
+        first = bool(videos[0, 0, 0, 0, 0] > 0.5)
+        shown: list[tuple] = [("red",), ("red",), ("blue",)] if first else [("red",)] * 3
+        return shown, torch.tensor([0.4, 0.6, 0.5])
+
+    judges: Any = SimpleNamespace(
+        codec=SimpleNamespace(decode=lambda x: x), scorer=None, weights_K=torch.ones(1)
+    )
+    generator: Any = SimpleNamespace(block=3)
+    found = Explorer(generator, {}, SeededTape(("t",), (1,)), judges, observe, 0.5).measure(groups)
+    assert found.attribute_diversity == pytest.approx((2 / 3 + 0) / 2)
+    assert found.pixel_distance == pytest.approx(((0.1 + 0.3 + 0.4) / 3 + 0) / 2)
+    assert found.broken_share == pytest.approx(1 / 3)
+    assert found.reward_std == pytest.approx((7 / 3) ** 0.5 / 2)
+    assert diversity.averaged([found, Diversity(0.0, 0.0, 0.0, 0.0)])["broken_share"] == pytest.approx(1 / 6)
+
+
+def test_branch_noise_is_mixed_inside_the_window_alone() -> None:
+    plain = SeededTape(("any", 0), (40, 50))
+    mixed = NoiseBranches(plain, branches=4, first_block=2, blocks=3, strength=0.6)
+    for block in (1, 5):
+        assert torch.equal(mixed(9, block, "initial"), plain(2, block, "initial"))
+    own = {}
+    for video in (8, 9):
+        for block in (2, 4):
+            for kind in ("initial", "renoise 1"):
+                noise = mixed(video, block, kind)
+                assert torch.equal(noise, mixed(video, block, kind))
+                own[video, block, kind] = (noise - 0.8 * plain(2, block, kind)) / 0.6
+    drawn = torch.stack(list(own.values())).flatten(1)
+    correlations = drawn @ drawn.T / drawn.shape[1]
+    assert bool(((correlations - torch.eye(len(own))).abs() < 0.12).all()), "standard normal, each its own"
+
+
+def test_the_strength_is_found_by_bisection(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pixel distances that are the square of the strength, three times as large at the second fork."""
+    monkeypatch.setattr(Explorer, "noisy", lambda self, fork, strength: fork.frame * strength**2)
+    monkeypatch.setattr(Explorer, "measure", lambda self, groups: SimpleNamespace(pixel_distance=groups))
+    explorer = Explorer(*[None] * 6)  # type: ignore[arg-type]
+    forks = [Fork((), frame, ExplorationConfig()) for frame in (1, 3)]
+    assert explorer.matched_strength(forks, 2 * 0.3**2) == pytest.approx(0.3, abs=1 / 128)
+
+
+def test_branches_without_noise_of_their_own_are_the_anchor(tiny_base: Path) -> None:
+    setup = toy_setup(tiny_config(tiny_base))
+    prompts = tuple(ToyPrompts(2)(0))
+    tape = setup.tape("any")
+    explorer = Explorer(
+        setup.generator, setup.texts(prompts), tape, setup.judges, lambda videos: ([], videos), 0.5
+    )
+    fork = Fork(prompts, 12, replace(setup.config.exploration, branches=2))
+    routed, silent, noisy = explorer.routed(fork), explorer.noisy(fork, 0.0), explorer.noisy(fork, 0.5)
+    for one, other, loud in zip(routed, silent, noisy, strict=True):
+        anchor = one.clean_MTCHW[-1]
+        assert len(one.routes) == 2 and other.routes == loud.routes == ()
+        for clean in other.clean_MTCHW:
+            torch.testing.assert_close(clean, anchor, rtol=0, atol=1e-5)
+        assert all(float((anchor - clean).abs().max()) > 1e-3 for clean in one.clean_MTCHW[:-1])
+        clean = loud.clean_MTCHW
+        assert len(clean) == 3
+        assert all(float((clean[a] - clean[b]).abs().max()) > 1e-3 for a, b in ((0, 1), (0, 2), (1, 2)))
+        states = one.states_MPSFCHW
+        assert states.shape == other.states_MPSFCHW.shape == one.velocities_MPSFCHW.shape
+    assert not torch.equal(routed[0].clean_MTCHW[-1], routed[1].clean_MTCHW[-1])

@@ -1,6 +1,7 @@
 """The hacking radar: its rule on made-up readings, and in runs that are really hacked."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import pytest
 import torch
 
 from kvpo.training.checkpoint import best_checkpoint
-from kvpo.training.evaluation import HeldOut, HeldOutScorer, Judges, paired_gain
+from kvpo.training.evaluation import HeldOut, HeldOutScorer, Judges, comparison, paired_gain
 from kvpo.training.metrics_log import read_metrics
 from kvpo.training.radar import (
     Reading,
@@ -160,14 +161,19 @@ def test_agreement_names_every_pair_once() -> None:
     }
 
 
+TEXTS = (("a",), ("b",), ("c",))
+
+
 def test_what_the_radar_measures() -> None:
     scorer = ToyScorer()
     held_out = HeldOutScorer(("calm_twice",), scorer, torch.tensor([[0.0, 2.0]]))
     judges = Judges(None, scorer, torch.tensor([1.0, 0.5]), None, (held_out,))  # type: ignore[arg-type]
     assert judges.held_out_names == ("calm_twice",)
-    base = HeldOut(torch.zeros(2, 3), None, torch.zeros(1, 3), torch.tensor([[0.1, 0.2, 0.3]] * 4))
+    base = HeldOut(torch.zeros(2, 3), None, torch.zeros(1, 3), torch.tensor([[0.1, 0.2, 0.3]] * 4), TEXTS)
     gains = torch.tensor([[0.1, 0.2, 0.3], [0.3, 0.2, 0.1]])
-    aligned = HeldOut(gains, None, -gains[:1], base.looks_LN + torch.tensor([[0.5], [0.0], [0.01], [0.04]]))
+    aligned = HeldOut(
+        gains, None, -gains[:1], base.looks_LN + torch.tensor([[0.5], [0.0], [0.01], [0.04]]), TEXTS
+    )
     numbers = measured(base, aligned, judges)
     assert numbers["trained"]["gain"] == pytest.approx(0.3)
     assert numbers["held_out"]["calm_twice"]["gain"] == pytest.approx(-0.2)
@@ -235,3 +241,20 @@ def test_without_a_say_the_radar_only_reports(tiny_base: Path, tmp_path: Path) -
     assert len(found) == 8 and any(record["radar"]["hacked"] for record in found)
     best = best_checkpoint(free.directory / "checkpoints")
     assert best is not None and best[1] == max(record["mean_gain"] for record in found)
+
+
+def test_a_repeated_prompt_counts_once() -> None:
+    """Two prompts with gains 0.1 and 0.5, the second one shown three times."""
+    judges = Judges(None, ToyScorer(), torch.tensor([1.0, 0.0]), None)  # type: ignore[arg-type]
+    texts = (("a",), ("b",), ("b",), ("b",))
+    base = HeldOut(torch.zeros(2, 4), torch.zeros(4), torch.zeros(0, 4), torch.zeros(4, 4), texts)
+    gains = torch.tensor([[0.1, 0.3, 0.5, 0.7], [0.0, 0.0, 0.0, 0.0]])
+    aligned = replace(base, components_KN=gains)
+    numbers = comparison(base, aligned, judges)
+    assert numbers["prompts"] == 2
+    assert numbers["paired_gain"] == pytest.approx(0.3)
+    assert numbers["paired_se"] == pytest.approx(0.2)  # sd of (0.1, 0.5) over sqrt(2)
+    trained = measured(pooled([base]), pooled([aligned]), judges)["trained"]
+    assert (trained["gain"], trained["se"]) == (pytest.approx(0.3), pytest.approx(0.2))
+    distinct = replace(base, texts_N=(("a",), ("b",), ("c",), ("d",)))
+    assert distinct.by_prompt() is distinct

@@ -66,12 +66,42 @@ def test_a_finished_or_begun_run_is_entered_only_to_resume(tmp_path: Path) -> No
         pass
 
 
-def test_a_run_that_stopped_before_its_first_checkpoint_may_start_again(tmp_path: Path) -> None:
+def test_a_directory_with_a_configuration_is_that_run_s_with_or_without_checkpoints(tmp_path: Path) -> None:
     with RunDirectory(tmp_path, Config()):
         pass
-    with RunDirectory(tmp_path, replace(Config(), seed=1)):
+    with (
+        pytest.raises(StorageError, match="already holds a run; add --resume"),
+        RunDirectory(tmp_path, replace(Config(), seed=1)),
+    ):
         pass
-    assert resolve(None, tmp_path / "config.yaml", {}).seed == 1
+    assert resolve(None, tmp_path / "config.yaml", {}).seed == 0
+    with RunDirectory(tmp_path, Config()) as run:
+        assert run.continued
+
+
+def test_a_run_that_never_began_leaves_a_directory_as_it_was(tmp_path: Path) -> None:
+    mine = [tmp_path / "notes.txt", tmp_path / "checkpoints" / "base.pt"]
+    mine[1].parent.mkdir()
+    for file in mine:
+        file.write_text("mine")
+    for path, left in ((tmp_path, [*mine, mine[1].parent]), (tmp_path / "new" / "run", [])):
+        with pytest.raises(ValueError, match="not to be found"), RunDirectory(path, Config()) as run:
+            run.provenance.write_text("{}")
+            (run.checkpoints / "update-000000").mkdir()
+            raise ValueError("not to be found")
+        assert sorted(path.rglob("[!.]*")) == sorted(left)
+        assert path.exists() == bool(left)
+    with pytest.raises(ValueError, match="update 1"), RunDirectory(tmp_path / "begun", Config()) as run:
+        run.begun = True
+        raise ValueError("update 1")
+    assert run.config_file.exists()
+
+
+def test_what_others_put_into_a_new_directory_stays(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no weights"), RunDirectory(tmp_path / "runs", Config()) as run:
+        (run.path / "another").mkdir()
+        raise ValueError("no weights")
+    assert (tmp_path / "runs" / "another").is_dir() and not run.config_file.exists()
 
 
 def test_entering_clears_what_a_kill_left_half_written(tmp_path: Path) -> None:

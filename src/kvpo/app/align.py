@@ -13,19 +13,24 @@ from typing import Any
 import torch
 
 from kvpo.app.build import build_setup
+from kvpo.app.configuration import CHANGEABLE_ON_RESUME, demand_same_run, resolve
 from kvpo.app.exhibits import measure_diversity, write_branches, write_gallery
 from kvpo.app.noise_files import with_measured_floors
 from kvpo.app.progress import Bars, progress_bars
+from kvpo.app.provenance import keep_provenance
 from kvpo.config import Config
-from kvpo.config_checks import check
+from kvpo.config_checks import ConfigurationError, check
+from kvpo.files import local_path
+from kvpo.report.headline import verdict_of
 from kvpo.training import radar
-from kvpo.training.checkpoint import find_checkpoint
+from kvpo.training.checkpoint import find_checkpoint, latest_checkpoint
 from kvpo.training.checks import anchor_energy_at_old, default_route_max_difference, first_ratio_max_deviation
+from kvpo.training.device import computing
 from kvpo.training.evaluation import HeldOut, comparison
 from kvpo.training.interrupt import stop_on_signal
 from kvpo.training.metrics_log import MetricsLog
 from kvpo.training.run import Run, checkpoint_update, evaluate_base, restore, resume_point
-from kvpo.training.run_directory import RunDirectory
+from kvpo.training.run_directory import RunDirectory, belongs_to_run
 from kvpo.training.setup import Setup
 from kvpo.training.trainer import Trainer
 
@@ -44,10 +49,12 @@ def align(config: Config, out: Path | str, *, resume: bool = False) -> dict[str,
     """
     from kvpo.report import write_report
 
-    out, started = Path(out), time.perf_counter()
+    out, started = local_path(out, "out"), time.perf_counter()
     config = with_measured_floors(config)
     check(config)
-    with RunDirectory(out, config, resume=resume) as directory:
+    if resume and belongs_to_run(out):
+        _demand_same_run(out, config)
+    with RunDirectory(out, config, resume=resume) as directory, computing(config):
         summary = finished_summary(directory, config)
         if summary is not None and directory.report.exists():
             logger.warning("%s is a finished run; its report: %s", out, directory.report)
@@ -61,26 +68,47 @@ def align(config: Config, out: Path | str, *, resume: bool = False) -> dict[str,
 
 def _run(config: Config, directory: RunDirectory, started: float, resume: bool) -> dict[str, Any] | None:
     """Everything up to the summary; None if a signal stopped the updates."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # finds bugs, for a few per cent of the time
     point = resume_point(directory.checkpoints) if resume else None
+    if resume and point is None:
+        saved = "checkpoint: it starts from its saved configuration"
+        logger.warning("%s holds no %s", directory.path, saved if directory.continued else "run: one starts")
+    keep_provenance(directory.provenance, config)
     with progress_bars() as bars:
         show = Bars(bars)
         setup = build_setup(config)
         trainer = Trainer(setup)
         # First of all, since the checkpoint may be refused.
         state = None if point is None else restore(trainer, point)
-        show("base on validation prompts", 0, 1, {})
-        base = evaluate_base(setup, trainer, setup.validation)
-        show("base on validation prompts", 1, 1, {})
+        directory.save_config()
         resumed_at = None if point is None else checkpoint_update(point)
         with MetricsLog(directory.metrics, directory.tensorboard, resumed_at=resumed_at) as metrics:
-            run = Run(setup, trainer, directory.checkpoints, metrics, show, base)
+            run = Run(setup, trainer, directory.checkpoints, metrics, show)
+            if state is None:
+                run.save()
+            show("base on validation prompts", 0, 1, {})
+            run.base = evaluate_base(setup, trainer, setup.validation)
+            show("base on validation prompts", 1, 1, {})
+            directory.begun = True
             if state is not None:
                 run.resume(state)
             with stop_on_signal() as interrupted:
                 run.train(interrupted)
         return None if interrupted() else _finish(run, directory, show, started)
+
+
+def _demand_same_run(out: Path, config: Config) -> None:
+    """Raise ConfigurationError where ``config`` is not that of ``out``, or ends before what is done."""
+    saved = out / "config.yaml"
+    demand_same_run(saved, resolve(None, saved, {}), config, CHANGEABLE_ON_RESUME)
+    point, summary = latest_checkpoint(out / "checkpoints"), out / "summary.json"
+    done = 0 if point is None else checkpoint_update(point)
+    if summary.exists():
+        done = max(done, json.loads(summary.read_text(encoding="utf-8"))["updates"])
+    if config.optim.updates < done:
+        raise ConfigurationError(
+            f"optim.updates: {config.optim.updates}, but {out} has already made {done}; give {done} or more, "
+            "or start another run"
+        )
 
 
 def finished_summary(directory: RunDirectory, config: Config) -> dict[str, Any] | None:
@@ -151,12 +179,16 @@ def _finish(run: Run, directory: RunDirectory, show: Any, started: float) -> dic
         "wall_s": time.perf_counter() - started,
         "cpu_s": usage.ru_utime + usage.ru_stime,
         "peak_rss_mb": usage.ru_maxrss / 1024,
+        "threads": torch.get_num_threads(),
         "held_out": {name: comparison(*pair, setup.judges) for name, pair in results.items()},
         "diversity": diversity,
         "checks": checks,
         "radar": radar_summary(run, results),
         "scored": asdict(setup.scored),
     }
+    verdict = verdict_of(summary, asdict(setup.config))
+    summary["verdict"] = verdict.text
+    logger.warning("%s", verdict.text)
     directory.report.unlink(missing_ok=True)  # of a run that is now longer
     directory.write_summary(summary)
     return summary

@@ -24,6 +24,7 @@ from kvpo.config import Config
 from kvpo.config_checks import ConfigurationError
 from kvpo.engine.forks import plan_forks
 from kvpo.engine.noise import keyed_generator
+from kvpo.files import local_path
 from kvpo.models.adapter_files import PEFT_CONFIG, AdapterState, load_adapter_state
 from kvpo.models.adapters import add_adapter, check_adapter, load_adapter, merge_adapter
 from kvpo.models.causal_wan import CausalWan
@@ -44,7 +45,7 @@ from kvpo.models.umt5 import (
     text_encoder_files,
 )
 from kvpo.models.wan_vae import WanVAE, load_wan_vae
-from kvpo.prompt_files import read_prompts
+from kvpo.prompt_files import read_prompts, repeats
 from kvpo.prompts import VideoPrompt, cut_notice
 from kvpo.rewards.cache import score_cache
 from kvpo.training.evaluation import Judges
@@ -59,6 +60,7 @@ WAYS_OUT = {
 }
 TRANSFORMER_FILES = ("diffusion_pytorch_model*", "transformer/*")
 ADAPTER_FILES = ("adapter_*", "pytorch_lora_weights*")
+VAE_FILES = ("vae/*", "Wan2.1_VAE.pth")
 """What is fetched of a hub repository that is named as a whole."""
 FRAMES_PER_SECOND = 16.0
 KINDS = {"short": "one prompt", "long": "several prompts"}
@@ -141,7 +143,7 @@ def located(config: Config, name: str, *patterns: str, beside: Sequence[str] = (
     try:
         return resolve(location, patterns=patterns, beside=beside, offline=config.backbone.offline)
     except ValueError as error:
-        raise ValueError(f"backbone.{name}: {error}") from error
+        raise ValueError(f"backbone.{name}: {error}; if it has moved, --backbone.{name} PATH") from error
 
 
 def text_encoder(config: Config) -> CachedTexts:
@@ -155,7 +157,7 @@ def text_encoder(config: Config) -> CachedTexts:
     dtype = torch.float32 if config.optim.autocast == "none" else torch.bfloat16
     length = config.model.text_len
     cache = PromptCache(
-        Path(config.backbone.embeddings).expanduser(),
+        local_path(config.backbone.embeddings, "backbone.embeddings"),
         encoder_fingerprint(weights, tokenizer, dtype),
         length,
     )
@@ -167,7 +169,7 @@ def codec(config: Config) -> WanCodec:
     """The VAE, checked against the generator's latents. Raises ValueError."""
     home = "cpu" if config.backbone.offload else config.device
     dtype = torch.bfloat16 if config.backbone.vae_precision == "bfloat16" else torch.float32
-    vae = load_wan_vae(located(config, "vae", "vae/*", "Wan2.1_VAE.pth"), device=home, dtype=dtype)
+    vae = load_wan_vae(located(config, "vae", *VAE_FILES), device=home, dtype=dtype)
     channels = vae.model.config.z_dim
     if channels != config.model.channels:
         raise ValueError(
@@ -288,7 +290,9 @@ def split_prompts(
 ) -> tuple[list[VideoPrompt], dict[str, list[VideoPrompt]], dict[str, list[VideoPrompt]]]:
     """The prompt file as training prompts, and validation and test sets by kind; the same for every seed.
 
-    Of each kind (one prompt, several) a fixed shuffle gives test, validation and training prompts in turn.
+    Of each kind (one prompt, several) a fixed shuffle of the distinct prompts gives test, validation and
+    training prompts in turn. Prompts that differ in case and spaces only are one prompt: it is held out once,
+    without its repeats, or trained on as often as the file has it.
 
     Raises:
         ConfigurationError: no file, not one of prompts, too few in it, or videos too short to fork.
@@ -310,17 +314,20 @@ def split_prompts(
         if not own:
             continue
         check_length(own, config)
+        same = repeats(own)
+        if again := len(own) - len(same):
+            logger.info("%s: %d of %d videos of %s are repeats", settings.file, again, len(own), words)
         held = evaluation.test_prompts + evaluation.validation_prompts
-        if len(own) <= held:
+        if len(same) <= held:
             raise ConfigurationError(
-                f"prompts.file: {settings.file} has {len(own)} videos of {words}; "
+                f"prompts.file: {settings.file} has {len(same)} distinct videos of {words}; "
                 f"evaluation.test_prompts + evaluation.validation_prompts = {held} leave none to train on: "
                 "lower them or add prompts"
             )
-        order = torch.randperm(len(own), generator=keyed_generator("prompt split", kind)).tolist()
-        test[kind] = [own[n] for n in order[: evaluation.test_prompts]]
-        validation[kind] = [own[n] for n in order[evaluation.test_prompts : held]]
-        training += [own[n] for n in order[held:]]
+        order = torch.randperm(len(same), generator=keyed_generator("prompt split", kind)).tolist()
+        test[kind] = [same[n][0] for n in order[: evaluation.test_prompts]]
+        validation[kind] = [same[n][0] for n in order[evaluation.test_prompts : held]]
+        training += [prompt for n in order[held:] for prompt in same[n]]
     for prompt in {(prompt.num_frames, prompt.switches): prompt for prompt in training}.values():
         try:
             plan_forks([prompt], config.exploration, deployment_of(config.stream))

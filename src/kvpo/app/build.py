@@ -14,11 +14,12 @@ from torch import Tensor
 
 from kvpo.app.held_out import held_out_scorers
 from kvpo.app.named_rewards import named_rewards
-from kvpo.config import Config, StreamConfig
+from kvpo.config import Config, ObjectiveConfig, StreamConfig
 from kvpo.config_checks import ConfigurationError
 from kvpo.engine.generator import PageShape, StreamingGenerator
 from kvpo.engine.noise import keyed_generator
 from kvpo.engine.scoring import Scorer
+from kvpo.files import local_path
 from kvpo.method.flow import STEPS, few_step_sigmas
 from kvpo.models.adapters import add_adapter, leave_casts_to_autocast
 from kvpo.models.causal_wan import CausalWan, WanShape
@@ -103,7 +104,22 @@ def build_scorer(config: Config, frame_rate: float, cache: ScoreCache | None = N
     weights |= settings.weights
     if sum(weights.values()) <= 0:
         raise ConfigurationError(f"rewards.weights: must add up to more than 0, got {weights}")
+    foreign = [own for own in rewards if own.name.partition("@")[0] != "world"]
+    say_what_has_no_floor(config, [name for own in foreign for name in own.weights])
     return scorer, torch.tensor([weights[component] for component in scorer.components])
+
+
+def say_what_has_no_floor(config: Config, components: Sequence[str]) -> None:
+    """Warn where the noise floor that was measured for the embedded world stands in for that of a reward."""
+    floor, measured = config.objective.noise_floor, config.rewards.noise_floors
+    unmeasured = [name for name in components if name not in measured and config.rewards.weights.get(name, 1)]
+    if unmeasured and floor == ObjectiveConfig().noise_floor:
+        logger.warning(
+            "no noise floor was measured for %s: objective.noise_floor = %g is that of the embedded world's "
+            "rewards, on another scale; measure one with `kvpo calibrate` (rewards.noise_files) or set it",
+            ", ".join(unmeasured),
+            floor,
+        )
 
 
 @dataclass(frozen=True)
@@ -148,7 +164,7 @@ class WorldTrainingPrompts:
 
 def base_path(config: Config) -> Path:
     """The base checkpoint of a configuration; by default the one that ships with the package."""
-    return Path(config.base or str(files("kvpo.world").joinpath("assets", BASE)))
+    return local_path(config.base or str(files("kvpo.world").joinpath("assets", BASE)), "base")
 
 
 def load_base(config: Config) -> tuple[CausalWan, LearnedTextEncoder]:
@@ -232,6 +248,7 @@ def build_world(config: Config, base: Path | None = None) -> Setup:
             f"videos and be no longer than their shortest act of {SHORTEST_ACT}, got {block}"
         )
     backbone = build_backbone(config)
+    _, validation, test = split_of(config)
     frame_rate, cache = backbone.codec.frames_per_second, score_cache(config.rewards.cache)
     scorer, weights = build_scorer(config, frame_rate, cache)
     return Setup(
@@ -244,8 +261,8 @@ def build_world(config: Config, base: Path | None = None) -> Setup:
             held_out_scorers(config, frame_rate, cache),
         ),
         training_prompts=WorldTrainingPrompts(config.seed, config.optim.prompts_per_update),
-        validation=world_prompts("validation", config.evaluation.validation_prompts, 101, 10_000_000),
-        test=world_test_prompts(config),
+        validation=validation,
+        test=test,
         scored=cache.counts,
     )
 
@@ -314,19 +331,24 @@ def load_weights(config: Config) -> Weights:
     return wan_weights(config)
 
 
-def default_test_prompts(config: Config) -> dict[str, list[VideoPrompt]]:
-    """The test prompts of a configuration."""
+Sets = dict[str, list[VideoPrompt]]
+
+
+def split_of(config: Config) -> tuple[list[VideoPrompt], Sets, Sets]:
+    """The training prompts that a file lists (the embedded world draws its own), validation and test sets."""
     if config.backbone.kind == "world":
-        return world_test_prompts(config)
+        validation = config.evaluation.validation_prompts
+        return [], world_prompts("validation", validation, 101, 10_000_000), world_test_prompts(config)
     from kvpo.app.backbones import split_prompts
 
-    return split_prompts(config)[2]
+    return split_prompts(config)
 
 
 def prompt_file(config: Config, location: Path | str) -> Path:
     """Local path of a prompt file, which may also be a hub id. Raises ValueError where it is neither."""
-    if Path(location).exists():
-        return Path(location)
+    local = local_path(location, "prompts")
+    if local.exists():
+        return local
     from kvpo.models.hub import resolve
 
     try:

@@ -9,14 +9,13 @@ import logging
 import os
 import sys
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any, NoReturn
 
 from kvpo import __version__
 from kvpo.app.commands import COMMANDS, SETTING
-from kvpo.app.configuration import flat, nearest, sections, settings
+from kvpo.app.configuration import PLACES_OF_A_RUN, flat, nearest, path_argument, sections, settings
 from kvpo.app.presets import PRESETS
 from kvpo.config import Config
 from kvpo.config_checks import ConfigurationError
@@ -29,6 +28,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     0 done, 1 failed, 2 wrong usage or configuration, 130 interrupted. With KVPO_TRACEBACK=1 errors keep
     their traceback.
     """
+    if argv is None:  # a process of its own, in which torch is not loaded yet
+        # Threads that wait without sleeping take the time that a busy neighbour would need to let them go on.
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         with sigterm_as_interrupt():
             _run(list(sys.argv[1:] if argv is None else argv))
@@ -96,22 +98,33 @@ def _parsers(shown: Config) -> tuple[_Parser, dict[str, _Parser]]:
         if command.configured:
             writes = " --out DIR" if "--out" in subparser._option_string_actions else ""
             subparser.usage = f"kvpo {command.name}{writes} [--preset NAME] [options]"
-            _add_settings(subparser, shown)
+            _add_bases(subparser)
+            _add_settings(subparser, settings(), shown)
+        elif command.places:
+            _add_settings(subparser, PLACES_OF_A_RUN)
     return parser, subparsers
 
 
-def _add_settings(parser: argparse.ArgumentParser, shown: Config) -> None:
+def _add_bases(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--preset", metavar="NAME", help=f"where the values start: {', '.join(PRESETS)}")
-    parser.add_argument("--config", type=Path, metavar="FILE", help="YAML file of values, over the preset's")
-    values = flat(asdict(shown))
+    parser.add_argument(
+        "--config", type=path_argument, metavar="FILE", help="YAML file of values, over the preset's"
+    )
+
+
+def _add_settings(parser: argparse.ArgumentParser, paths: Iterable[str], shown: Config | None = None) -> None:
+    """Flags of some settings; their help shows the values of ``shown``, or says that the run's hold."""
+    values = {} if shown is None else flat(asdict(shown))
     groups: dict[str, Any] = {"": parser}
-    for name, kind in sections().items():
-        groups[name] = parser.add_argument_group(f"--{name}.*", kind.__doc__)
-    for path, setting in settings().items():
+    for path in paths:
         if path == "preset":
             continue
-        text = f"{setting.doc} [{_text(values[path])}]".replace("%", "%%")
-        groups[path.rpartition(".")[0]].add_argument(
+        setting, section = settings()[path], path.rpartition(".")[0]
+        if section not in groups:
+            groups[section] = parser.add_argument_group(f"--{section}.*", sections()[section].__doc__)
+        value = _text(values[path]) if path in values else "as in the run"
+        text = f"{setting.doc} [{value}]".replace("%", "%%")
+        groups[section].add_argument(
             f"--{path}",
             dest=SETTING + path,
             default=argparse.SUPPRESS,

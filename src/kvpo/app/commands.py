@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from kvpo.app import reward_commands
-from kvpo.app.configuration import resolve, resolve_resumed
+from kvpo.app.configuration import parse_flags, path_argument, resolve, resolve_resumed
 from kvpo.config import Config
 from kvpo.config_checks import ConfigurationError
 
@@ -20,13 +20,18 @@ SETTING = "setting:"
 
 @dataclass(frozen=True)
 class Command:
-    """One subcommand. ``configured`` ones also take --preset, --config and a flag per setting."""
+    """One subcommand.
+
+    ``configured`` ones also take --preset, --config and a flag per setting; those with ``places`` take the
+    flags that say where the files of a run lie now.
+    """
 
     name: str
     summary: str
     add_arguments: Callable[[ArgumentParser], None]
     run: Callable[[Namespace], None]
     configured: bool = False
+    places: bool = False
 
 
 def configuration(arguments: Namespace, *, saved: Path | None = None) -> Config:
@@ -45,7 +50,9 @@ def settings_given(arguments: Namespace) -> dict[str, str]:
 
 
 def _align_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="output directory of the run")
+    parser.add_argument(
+        "--out", type=path_argument, required=True, metavar="DIR", help="output directory of the run"
+    )
     parser.add_argument(
         "--resume",
         action="store_true",
@@ -67,9 +74,14 @@ def _align_arguments(parser: ArgumentParser) -> None:
 
 
 def _align(arguments: Namespace) -> None:
-    from kvpo.training.run_directory import holds_run, way_on
+    from kvpo.training.run_directory import belongs_to_run, way_on
 
-    continued = arguments.resume and holds_run(arguments.out)
+    continued = arguments.resume and belongs_to_run(arguments.out)
+    given = arguments.preset or arguments.config or settings_given(arguments)
+    if arguments.resume and not (continued or given):
+        raise ConfigurationError(
+            f"--resume: {arguments.out} holds no run; name its directory, or give --preset to start one there"
+        )
     config = configuration(arguments, saved=arguments.out / "config.yaml" if continued else None)
     try:
         from kvpo.app.align import align
@@ -82,14 +94,19 @@ def _align(arguments: Namespace) -> None:
 
 
 def _generate_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="directory for the videos")
     parser.add_argument(
-        "--run", type=Path, metavar="DIR", help="a run whose aligned model generates, beside its base"
+        "--out", type=path_argument, required=True, metavar="DIR", help="directory for the videos"
+    )
+    parser.add_argument(
+        "--run",
+        type=path_argument,
+        metavar="DIR",
+        help="a run whose aligned model generates, beside its base",
     )
     _checkpoint_argument(parser)
     parser.add_argument(
         "--prompts",
-        type=Path,
+        type=path_argument,
         metavar="FILE",
         help="one prompt per line (.txt), or segments and switch frames (.jsonl); default: some test prompts",
     )
@@ -120,7 +137,10 @@ def _evaluate_arguments(parser: ArgumentParser) -> None:
     _run_argument(parser)
     _checkpoint_argument(parser)
     parser.add_argument(
-        "--out", type=Path, metavar="FILE", help="where the numbers go (default: RUN/evaluation.json)"
+        "--out",
+        type=path_argument,
+        metavar="FILE",
+        help="where the numbers go (default: RUN/evaluation.json)",
     )
 
 
@@ -128,7 +148,8 @@ def _evaluate(arguments: Namespace) -> None:
     from kvpo.app.evaluate import evaluate
 
     out = arguments.out or arguments.run / "evaluation.json"
-    evaluate(arguments.run, checkpoint=arguments.checkpoint, out=out)
+    places = parse_flags(settings_given(arguments))
+    evaluate(arguments.run, checkpoint=arguments.checkpoint, out=out, places=places)
     print(out)
 
 
@@ -142,17 +163,22 @@ def _export_arguments(parser: ArgumentParser) -> None:
         help="the adapter for PEFT or diffusers, or all weights as a diffusers directory or public .pt file "
         "(default: peft)",
     )
-    parser.add_argument("--out", type=Path, required=True, metavar="PATH", help="new directory, or .pt file")
+    parser.add_argument(
+        "--out", type=path_argument, required=True, metavar="PATH", help="new directory, or .pt file"
+    )
 
 
 def _export(arguments: Namespace) -> None:
     from kvpo.app.export import export
 
-    print(export(arguments.run, arguments.out, layout=arguments.layout, checkpoint=arguments.checkpoint))
+    places, layout = parse_flags(settings_given(arguments)), arguments.layout
+    print(export(arguments.run, arguments.out, layout=layout, checkpoint=arguments.checkpoint, places=places))
 
 
 def _pretrain_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="safetensors file to write")
+    parser.add_argument(
+        "--out", type=path_argument, required=True, metavar="FILE", help="safetensors file to write"
+    )
     parser.add_argument("--steps", type=int, metavar="INT", help="optimiser steps (default: as shipped)")
 
 
@@ -196,7 +222,9 @@ def _plan_arguments(parser: ArgumentParser) -> None:
         metavar="RATE",
         help="memory traffic of the device, in 1e9 bytes per second (default: 1000; 10 on a CPU)",
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write every number to this file too")
+    parser.add_argument(
+        "--json", type=path_argument, metavar="FILE", help="write every number to this file too"
+    )
 
 
 def _plan(arguments: Namespace) -> None:
@@ -227,7 +255,7 @@ def _report(arguments: Namespace) -> None:
 
 
 def _run_argument(parser: ArgumentParser) -> None:
-    parser.add_argument("run", type=Path, metavar="RUN", help="directory that `kvpo align` wrote")
+    parser.add_argument("run", type=path_argument, metavar="RUN", help="directory that `kvpo align` wrote")
 
 
 def _checkpoint_argument(parser: ArgumentParser) -> None:
@@ -241,8 +269,14 @@ def _checkpoint_argument(parser: ArgumentParser) -> None:
 COMMANDS = (
     Command("align", "align a generator with a reward", _align_arguments, _align, configured=True),
     Command("generate", "generate videos from prompts", _generate_arguments, _generate, configured=True),
-    Command("evaluate", "compare base and aligned model on held-out prompts", _evaluate_arguments, _evaluate),
-    Command("export", "write what a run trained for other programs", _export_arguments, _export),
+    Command(
+        "evaluate",
+        "compare base and aligned model on held-out prompts",
+        _evaluate_arguments,
+        _evaluate,
+        places=True,
+    ),
+    Command("export", "write what a run trained for other programs", _export_arguments, _export, places=True),
     Command("pretrain", "rebuild the embedded base model", _pretrain_arguments, _pretrain, configured=True),
     Command(
         "plan", "what a run needs, and which settings fit a device", _plan_arguments, _plan, configured=True

@@ -10,7 +10,8 @@ import difflib
 import inspect
 import math
 import typing
-from collections.abc import Iterable, Mapping
+from argparse import ArgumentTypeError
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -23,21 +24,24 @@ from kvpo.app.noise_files import with_measured_floors
 from kvpo.app.presets import PRESETS
 from kvpo.config import Config
 from kvpo.config_checks import ConfigurationError, check
-from kvpo.files import read_text
+from kvpo.files import local_path, read_text
 
-CHANGEABLE_ON_RESUME = (
+PLACES = (
     "device",
-    "optim.updates",
-    "checkpoint.every",
-    "checkpoint.keep",
     "rewards.cache",
-    # Where the weights lie: what they are is checked by their digest.
+    # Where weights and prompts lie: what they are is checked by their digest.
+    "base",
+    "prompts.file",
     "backbone.checkpoint",
     "backbone.lora",
     "backbone.embeddings",
     "backbone.offline",
     "backbone.offload",
 )
+"""Settings of a run that say where things are, and may differ whenever it is taken up again."""
+CHANGEABLE_ON_RESUME = (*PLACES, "optim.updates", "checkpoint.every", "checkpoint.keep")
+PLACES_OF_A_RUN = (*PLACES, "backbone.vae", "backbone.text_encoder", "backbone.tokenizer")
+"""What `kvpo evaluate` and `kvpo export` can be told of a run."""
 
 
 RENAMED = {
@@ -131,17 +135,36 @@ def resolve_resumed(saved: Path, preset: str | None, file: Path | None, flags: M
     given = {**(read_file(file) if file is not None else {}), **({"preset": preset} if preset else {})}
     after = with_measured_floors(assign(assign(before, given), parse_flags(flags)))
     check(after)
+    demand_same_run(saved, before, after, CHANGEABLE_ON_RESUME)
+    return after
+
+
+def resolve_run(run: Path, places: Mapping[str, Any] | None = None) -> Config:
+    """The configuration of the run in ``run``, whose files now lie at ``places`` (dotted path -> value).
+
+    Raises ConfigurationError for a setting that is not in PLACES_OF_A_RUN.
+    """
+    saved = run / "config.yaml"
+    before = resolve(None, saved, {})
+    after = assign(before, places or {})
+    check(after)
+    demand_same_run(saved, before, after, PLACES_OF_A_RUN)
+    return after
+
+
+def demand_same_run(saved: Path, before: Config, after: Config, changeable: Sequence[str]) -> None:
+    """Raise ConfigurationError, naming what differs from ``saved``, unless it is ``changeable``."""
     old, new = flat(dataclasses.asdict(before)), flat(dataclasses.asdict(after))
     refused = [
         f"{path} is {old[path]} there, {new[path]} here"
         for path in old
-        if old[path] != new[path] and path not in CHANGEABLE_ON_RESUME
+        if old[path] != new[path] and path not in changeable
     ]
     if refused:
         raise ConfigurationError(
-            f"{saved.parent} continues with its saved settings, but {'; '.join(refused)}"
+            f"{saved.parent} continues with its saved settings, but {'; '.join(refused)}; for other settings "
+            "start another run"
         )
-    return after
 
 
 def read_file(path: Path) -> dict[str, Any]:
@@ -194,6 +217,14 @@ def flat(values: Mapping[Any, Any]) -> dict[str, Any]:
         elif value is not None:
             raise ConfigurationError(f"{key}: expected a section of fields, got {_shown(value)}")
     return result
+
+
+def path_argument(text: str) -> Path:
+    """A path on the command line, for argparse: ``~`` opened up, since a shell does not in ``--out=~/x``."""
+    try:
+        return local_path(text, "path")
+    except ValueError as error:
+        raise ArgumentTypeError(str(error).removeprefix("path: ")) from error
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

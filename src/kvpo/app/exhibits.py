@@ -1,7 +1,7 @@
 """What a report shows beyond numbers: before/after videos, branch groups, causality, diversity."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from kvpo.prompts import VideoPrompt
 from kvpo.training.credit import assign_credit, no_credit
 from kvpo.training.diversity import Explorer, Fork, averaged
 from kvpo.training.evaluation import HeldOut
-from kvpo.training.gradients import Trained, energies_of
+from kvpo.training.gradients import Trained, energies_of, policy_of_energies
 from kvpo.training.policy import exchanged
 from kvpo.training.run import Run
 from kvpo.training.setup import Setup
@@ -152,29 +152,31 @@ def write_branches(run: Run, directory: Path) -> None:
 
 
 def _training_groups(run: Run, videos: dict[str, Tensor]) -> list[dict[str, Any]]:
-    """Three groups of the first rollout, with energies, advantages and probabilities."""
+    """Three groups of the first rollout, with energies, advantages and probabilities as in training."""
     setup, trainer, config = run.setup, run.trainer, run.setup.config
     rollout, scores, texts = trainer.explore(0)
     replayer = trainer.replayer(texts)
+    donors = {group.index: group.root.prompt for group in rollout.groups}
     entries = []
     for index, (group, score) in enumerate(list(zip(rollout.groups, scores, strict=True))[:3]):
-        everyone = replace(config.objective, keep_best=0, keep_worst=0, noise_floor=0.0)
-        blend = replace(trainer.blend, floors_K=None)
         draws = keyed_generator("advantages", config.seed, 0, index)
-        # A group whose members all score the same has no credit to assign even so.
-        credit = assign_credit(score, blend, everyone, draws) or no_credit(group.branches)
-        (energies,) = energies_of(replayer, [Trained(group, credit)])
-        probabilities = torch.softmax(-energies / energies.std().clamp_min(1e-12), 0)
-        extras = [
-            {
-                "energy": float(energies[n]),
-                "advantage": float(credit.all_advantages_G[n]),
-                "probability": float(probabilities[n]),
-            }
-            for n in range(group.branches)
-        ]
+        credit = assign_credit(score, trainer.blend, config.objective, draws)
+        (energies,) = energies_of(replayer, [Trained(group, no_credit(group.branches))])
+        extras: list[dict[str, float]] = [{"energy": float(energy)} for energy in energies]
+        extras.append({})  # the anchor's
         title = f"group {index + 1}: fork at frame {group.fork}"
-        entries.append(_group_entry(setup, group, score, title, f"group-{index}", extras, videos))
+        if credit is None:
+            title += ", not trained on: its rewards differ by noise alone"
+        else:
+            for numbers, advantage in zip(extras, credit.all_advantages_G.tolist(), strict=False):
+                numbers["advantage"] = advantage
+            chosen = list(credit.branches)
+            pool = [*chosen, group.branches] if config.objective.anchor_in_pool else chosen
+            probabilities = policy_of_energies(energies[chosen], config.objective)
+            for member, probability in zip(pool, probabilities.tolist(), strict=True):
+                extras[member]["probability"] = probability
+        key = f"group-{index}"
+        entries.append(_group_entry(setup, group, score, title, key, extras, videos, donors))
     rollout.release()
     return entries
 
@@ -197,7 +199,7 @@ def causality_groups(setup: Setup, videos: dict[str, Tensor]) -> list[dict[str, 
         judges, block = setup.judges, setup.generator.block
         score = score_group(group, judges.codec, judges.scorer, block=block, plan=setup.clip_plan())
         title = f"routed only to act 1, only to act 2, and the anchor (video {prompt.id})"
-        entry = _group_entry(setup, group, score, title, f"causality-{prompt.id}", [{}, {}], videos)
+        entry = _group_entry(setup, group, score, title, f"causality-{prompt.id}", [{}] * 3, videos, {})
         for member, name in zip(entry["members"][1:], ("routed to act 1", "routed to act 2"), strict=True):
             member["name"] = name
         entries.append(entry)
@@ -225,7 +227,13 @@ def _group_entry(
     key: str,
     extras: Sequence[dict[str, float]],
     videos: dict[str, Tensor],
+    donors: Mapping[int, VideoPrompt],
 ) -> dict[str, Any]:
+    """A group as the report shows it.
+
+    ``extras`` are further numbers of every member, the anchor's last; ``donors`` are the prompts of the
+    groups that routed frames may come from.
+    """
     judges, weight = setup.judges, setup.config.objective.global_weight
     pixels = decode_members(group, judges.codec, lead=group.fork, block=setup.generator.block)
     totals = score.totals(judges.weights_K, weight)
@@ -240,24 +248,37 @@ def _group_entry(
                 "name": name,
                 "video": f"{key}-{n}",
                 "routed_frames": [
-                    r.frame if r.group == group.index else {"frame": r.frame, "prompt": r.group}
+                    r.frame
+                    if r.group == group.index
+                    else {
+                        "frame": r.frame,
+                        "prompt": caption_at(donors[r.group], r.frame, setup.generator.block),
+                    }
                     for r in routes
                 ],
                 "reward": float(totals[n]),
                 "local": float(judges.weights_K @ score.local_KM[:, n]),
                 "global": float(judges.weights_K @ score.global_KM[:, n]),
-                **({} if anchor else extras[n]),
+                **extras[n],
             }
         )
+    # Members end with their tail, which may come before the video's end and before its last switches.
+    end = group.fork + group.clean_MTCHW.shape[1]
+    switches = [frame for frame in group.root.prompt.switches if frame < end]
     return {
         "title": title,
-        "prompt_segments": list(group.root.prompt.segments),
-        "switches": list(group.root.prompt.switches),
+        "prompt_segments": list(group.root.prompt.segments[: len(switches) + 1]),
+        "switches": switches,
         "fork_frame": group.fork,
         "window_frames": group.window_frames,
-        "num_frames": group.root.prompt.num_frames,
+        "num_frames": end,
         "members": members,
     }
+
+
+def caption_at(prompt: VideoPrompt, frame: int, block: int) -> str:
+    """The segment that a latent frame was generated for: switches act at block starts."""
+    return prompt.segments[prompt.segment_at(frame // block * block)]
 
 
 def _write(directory: Path, listing: str, entries: Any, archive: str, videos: dict[str, Tensor]) -> None:

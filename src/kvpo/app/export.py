@@ -1,13 +1,15 @@
 """`kvpo export`: what a run trained, in the layouts that other programs load."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from kvpo.app.build import load_weights, wan_shape
-from kvpo.app.configuration import resolve
+from kvpo.app.configuration import resolve_run
 from kvpo.config import Config
 from kvpo.config_checks import ConfigurationError
+from kvpo.files import local_path
 from kvpo.models.adapters import adapter_state, merged_state
 from kvpo.models.export import (
     save_diffusers_adapter,
@@ -22,7 +24,14 @@ from kvpo.training.run import load_average
 Layout = Literal["peft", "diffusers-lora", "diffusers", "pt"]
 
 
-def export(run: Path | str, out: Path | str, *, layout: Layout, checkpoint: str | None = None) -> Path:
+def export(
+    run: Path | str,
+    out: Path | str,
+    *,
+    layout: Layout,
+    checkpoint: str | None = None,
+    places: Mapping[str, Any] | None = None,
+) -> Path:
     """Write a run's model, the moving average of what it trained, and return the path written.
 
     Text encoder, VAE and the run's device are not needed. Adapters are written as they were trained, to the
@@ -32,14 +41,15 @@ def export(run: Path | str, out: Path | str, *, layout: Layout, checkpoint: str 
         layout: ``peft`` or ``diffusers-lora``, the adapter alone; ``diffusers`` or ``pt``, all weights with
             the adapter merged, as a diffusers directory or as the public ``.pt`` file.
         checkpoint: best, latest, an update, a directory; None: the best.
+        places: where the run's weights lie now, by setting (``{"backbone.checkpoint": "/new/base.pt"}``).
 
     Raises:
         ConfigurationError: an adapter alone of a run that trained all parameters, or whose adapter belongs to
             merged weights that no file holds.
         ValueError: a run, checkpoint or target that cannot be used.
     """
-    run, out = Path(run), Path(out)
-    config = resolve(None, run / "config.yaml", {})
+    run, out = local_path(run, "run"), local_path(out, "out")
+    config = resolve_run(run, places)
     adapted = config.optim.train == "lora"
     if layout in ("peft", "diffusers-lora") and not adapted:
         raise ConfigurationError(

@@ -8,17 +8,19 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from kvpo.app.build import default_frames, default_test_prompts, load_backbone, prompt_file
+from kvpo.app.build import default_frames, load_backbone, prompt_file, split_of
 from kvpo.app.exhibits import as_bytes
 from kvpo.app.progress import Bars, progress_bars
+from kvpo.app.provenance import demand_same_prompts
 from kvpo.config import Config
 from kvpo.config_checks import check
 from kvpo.engine.stream import stream_latents
-from kvpo.files import StorageError, storage_error, write_atomic
+from kvpo.files import StorageError, local_path, storage_error, write_atomic
 from kvpo.prompt_files import read_prompts
 from kvpo.prompts import VideoPrompt, check_shown
 from kvpo.report.video import side_by_side, write_video
 from kvpo.training.checkpoint import find_checkpoint
+from kvpo.training.device import computing
 from kvpo.training.policy import exchanged, policy_of
 from kvpo.training.run import load_average
 from kvpo.training.setup import Backbone
@@ -50,17 +52,29 @@ def generate(
         checkpoint: which checkpoint of the run: best, latest, an update, a directory; None: the best.
 
     Raises:
-        ValueError: a prompt file, checkpoint or base that cannot be used; a length the stream cannot have.
-        StorageError: ``out`` cannot be written.
+        ValueError: a prompt file, checkpoint or base that cannot be used; a length the stream cannot have;
+            test prompts that are not those of the run.
+        StorageError: ``out`` cannot be written, or holds videos already.
     """
     check(config)
-    out = Path(out)
-    wanted = _prompts(config, prompts)
+    out = local_path(out, "out")
+    run = None if run is None else local_path(run, "run")
+    _demand_no_videos(out)
+    if run is not None and prompts is None:
+        demand_same_prompts(run, config)
+    with computing(config):
+        return _generate(config, out, _prompts(config, prompts), run, checkpoint)
+
+
+def _generate(
+    config: Config, out: Path, wanted: list[VideoPrompt], run: Path | None, checkpoint: str | None
+) -> list[Path]:
+    """Load the generator, and write the videos of the prompts batch by batch."""
     backbone = load_backbone(config, wanted)
     policy = policy_of(backbone.model, adapted=config.optim.train == "lora")
     average = None
     if run is not None:
-        average = load_average(backbone, policy, find_checkpoint(Path(run) / "checkpoints", checkpoint))
+        average = load_average(backbone, policy, find_checkpoint(run / "checkpoints", checkpoint))
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -88,10 +102,20 @@ def generate(
     return videos
 
 
+def _demand_no_videos(out: Path) -> None:
+    """What a folder lists (latents, prompts) and what it shows must not come from different calls."""
+    there = sorted(out.glob("*.mp4"))
+    if there:
+        raise StorageError(
+            f"{out} already holds {len(there)} video(s), such as {there[0].name}; remove them, or choose "
+            "another --out"
+        )
+
+
 def _prompts(config: Config, given: Path | str | Sequence[VideoPrompt] | None) -> list[VideoPrompt]:
     """What to generate, numbered from 0."""
     if given is None:
-        chosen = [prompt for some in default_test_prompts(config).values() for prompt in some[:UNASKED]]
+        chosen = [prompt for some in split_of(config)[2].values() for prompt in some[:UNASKED]]
     elif isinstance(given, str | Path):
         path = prompt_file(config, given)
         frames, switches = default_frames(config), config.prompts.switches

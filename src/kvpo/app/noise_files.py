@@ -6,7 +6,7 @@ from pathlib import Path
 
 from kvpo.config import Config
 from kvpo.config_checks import ConfigurationError
-from kvpo.files import read_json
+from kvpo.files import local_path, read_json
 
 TOTAL = "total"
 """What `kvpo calibrate` calls the weighted sum of a reward with several components."""
@@ -21,7 +21,7 @@ def with_measured_floors(config: Config) -> Config:
     rewards = config.rewards
     floors = dict(rewards.noise_floors)
     for name in rewards.noise_files:
-        for component, floor in read_floors(Path(name)).items():
+        for component, floor in read_floors(local_path(name, "rewards.noise_files")).items():
             if floors.setdefault(component, floor) != floor:
                 raise ConfigurationError(
                     f"rewards.noise_files: {name} has {floor:g} for {component!r}, and "

@@ -89,6 +89,7 @@ def longlive_1_3b() -> Config:
             checkpointing=True,
             autocast="bfloat16",
         ),
+        # No noise floor of HPSv3 is known: a run says so until `kvpo calibrate` has measured one.
         rewards=RewardConfig(scorers=("hpsv3",)),
         # Held-out videos are long: as many of them as the demo's would take longer than the updates.
         evaluation=EvaluationConfig(every=100, validation_prompts=8, test_prompts=32),

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from kvpo.app.configuration import path_argument
 from kvpo.config_checks import ConfigurationError
 from kvpo.rewards.catalogue import FAMILIES, REWARD_IDS
 
@@ -18,7 +19,7 @@ _PARTS = ", ".join(f"{family.ids[0]}.{part}" for family in FAMILIES for part in 
 def score_arguments(parser: ArgumentParser) -> None:
     """Arguments of ``kvpo score``."""
     parser.add_argument(
-        "folder", type=Path, metavar="FOLDER", help="videos, also in folders below; or one file"
+        "folder", type=path_argument, metavar="FOLDER", help="videos, also in folders below; or one file"
     )
     parser.add_argument(
         "--reward",
@@ -29,7 +30,7 @@ def score_arguments(parser: ArgumentParser) -> None:
     )
     parser.add_argument(
         "--out",
-        type=Path,
+        type=path_argument,
         default=Path("scores.html"),
         metavar="FILE",
         help="page to write, with a .json beside it (default: scores.html)",
@@ -63,7 +64,7 @@ def calibrate_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("reward", metavar="REWARD", help="a reward, named as for `kvpo score`")
     parser.add_argument(
         "folder",
-        type=Path,
+        type=path_argument,
         nargs="?",
         metavar="FOLDER",
         help="videos to measure on (default: generated ones)",
@@ -74,7 +75,9 @@ def calibrate_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--seed", type=int, default=0, metavar="INT", help="keys the noise and generated videos"
     )
-    parser.add_argument("--out", type=Path, metavar="FILE", help="JSON to write (default: REWARD.noise.json)")
+    parser.add_argument(
+        "--out", type=path_argument, metavar="FILE", help="JSON to write (default: REWARD.noise.json)"
+    )
     _prompts_argument(parser)
     _model_arguments(parser)
 
@@ -120,7 +123,7 @@ def reward_server_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--port", type=int, default=8787, metavar="INT", help="(default: 8787; 0: any)")
     parser.add_argument(
         "--token-file",
-        type=Path,
+        type=path_argument,
         metavar="FILE",
         help="holds the bearer token that clients must show (default: the environment's KVPO_REWARD_TOKEN)",
     )
@@ -188,7 +191,7 @@ def _names(given: list[str]) -> list[str]:
 def _prompts_argument(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--prompts",
-        type=Path,
+        type=path_argument,
         metavar="FILE",
         help="one line per video in the order of their names (.txt), or JSON that maps file names to prompts",
     )

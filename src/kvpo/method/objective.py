@@ -13,8 +13,8 @@ of one branch in memory. At ratio 1 and without KL, dL/dE_g = (A_g - pi_g sum A)
 import torch
 from torch import Tensor
 
+from kvpo.method import policy
 from kvpo.method.diagnostics import ObjectiveDiagnostics
-from kvpo.method.policy import branch_log_probs, normalised_entropy, pool_log_probs
 
 MAX_LOG_RATIO = 20.0
 """Log-ratios are clamped to plus or minus this before the exponential, against overflow."""
@@ -63,10 +63,10 @@ def objective(
     """
     branches = len(energy_G)
     assert all(len(other) == branches for other in (old_energy_G, reference_energy_G, advantages_G))
-    log_policy = pool_log_probs if anchor_in_pool else branch_log_probs
-    log_probs = log_policy(energy_G, temperature)
-    old_log_probs = log_policy(old_energy_G.detach(), temperature)
-    reference_log_probs = log_policy(reference_energy_G.detach(), temperature)
+    log_probs, old_log_probs, reference_log_probs = (
+        policy.log_probs(energies, temperature, anchor_in_pool=anchor_in_pool)
+        for energies in (energy_G, old_energy_G.detach(), reference_energy_G.detach())
+    )
 
     policy_loss = clipped_surrogate(
         log_probs[:branches], old_log_probs[:branches], advantages_G, clip_low, clip_high
@@ -84,7 +84,7 @@ def objective(
             energy_mean=float(energy_G.mean()),
             energy_std=float(energy_G.std(correction=0)),
             temperature=temperature,
-            entropy=float(normalised_entropy(log_probs)),
+            entropy=float(policy.normalised_entropy(log_probs)),
             anchor_probability=float(log_probs[-1].exp()) if anchor_in_pool else 0.0,
             ratio_mean=float(ratio_G.mean()),
             ratio_max=float(ratio_G.max()),

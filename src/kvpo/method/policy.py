@@ -21,6 +21,11 @@ def pool_log_probs(energy_G: Tensor, temperature: float) -> Tensor:
     return branch_log_probs(torch.cat([energy_G, energy_G.new_zeros(1)]), temperature)
 
 
+def log_probs(energy_G: Tensor, temperature: float, *, anchor_in_pool: bool) -> Tensor:
+    """log pi_theta over the policy's pool: [G] branches, or [G + 1] with the anchor last."""
+    return (pool_log_probs if anchor_in_pool else branch_log_probs)(energy_G, temperature)
+
+
 def calibrated_temperature(old_energy_G: Tensor) -> float:
     """tau = max(std(E_old), mean(E_old) / 1000, 1e-12), the standard deviation with ddof 1.
 

@@ -17,6 +17,8 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
+from kvpo.files import local_path
+
 _HUB = re.compile(r"(?P<repo>[\w-][\w.-]*/[\w-][\w.-]*)(?:@(?P<revision>[^/@]+))?(?:/(?P<file>[^\\]+))?")
 # The error base class of the network library that the hub client uses; which library depends on its version.
 _NetworkError = cast(type[Exception], HfHubHTTPError.__bases__[0])
@@ -41,7 +43,7 @@ def resolve(
         ValueError: neither a local path nor a hub id, or a repository, revision or file that does not exist,
             needs a login, or cannot be reached.
     """
-    local = Path(location).expanduser()
+    local = local_path(location, "path")
     if local.exists():
         return local
     match = _HUB.fullmatch(str(location))

@@ -175,6 +175,12 @@ def _load_directory(directory: Path, device: torch.device | str, dtype: torch.dt
     return model.to(device)
 
 
+def vae_files(path: Path) -> Path:
+    """The VAE's file or diffusers directory in a model directory of either layout, or ``path`` itself."""
+    inside = [path / OFFICIAL_VAE, path / "vae"] if path.is_dir() else []
+    return next((found for found in inside if found.exists()), path)
+
+
 def load_wan_vae(
     path: Path, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
 ) -> WanVAE:
@@ -183,10 +189,6 @@ def load_wan_vae(
     Raises:
         ValueError: unreadable files, keys that are missing, unexpected or misshapen (each named).
     """
-    if path.is_dir():
-        for inside in (path / OFFICIAL_VAE, path / "vae"):
-            if inside.exists():
-                path = inside
-                break
+    path = vae_files(path)
     load = _load_directory if path.is_dir() else _load_official
     return WanVAE(load(path, device, dtype))

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from kvpo.report.clips import ClipStore
 from kvpo.report.formatting import escape, fixed, number, numbers, signed, significant
 from kvpo.report.record import Entry, Run
-from kvpo.report.screens import captions, film_data, latent_frames, screen, segments_of, whole
+from kvpo.report.screens import captions, film_data, screen, segments_of, whole
 
 SORTS = ("order", "reward", "advantage", "energy", "probability")
 
@@ -66,17 +66,17 @@ def clip_keys(groups: list[Entry]) -> list[str]:
 
 def is_anchor(member: Entry) -> bool:
     """Whether a member is the unrouted anchor of its group."""
-    return str(member.get("name", "")).strip().lower() == "anchor"
+    return member.get("name") == "anchor"
 
 
-def read_group(entry: Entry, store: ClipStore) -> Group:
+def read_group(entry: Entry) -> Group:
     """Collect what a group says of itself."""
     members = members_of(entry)
     advantages = [abs(a) for m in members if (a := number(m.get("advantage"))) is not None]
     return Group(
         entry=entry,
         members=members,
-        frames=latent_frames(entry, store, "branches", [m.get("video") for m in members]),
+        frames=whole(entry.get("num_frames")),
         fork=whole(entry.get("fork_frame")),
         window=whole(entry.get("window_frames")) or 0,
         switches=segments_of(entry)[1],
@@ -238,7 +238,7 @@ def _member(group: Group, member: Entry, position: int, store: ClipStore, size: 
 
 
 def _group(run: Run, store: ClipStore, entry: Entry, identity: str, *, hidden: bool) -> str:
-    group, size = read_group(entry, store), context_size(run)
+    group, size = read_group(entry), context_size(run)
     cards = "".join(_member(group, m, i, store, size) for i, m in enumerate(group.members))
     options = "".join(
         f'<option value="{key}">{"as saved" if key == "order" else key}</option>' for key in SORTS

@@ -26,19 +26,24 @@ SIGNAL = (
         "Training prompts under routed history: noisy, and below deployment. Judge by the validation curve.",
     ),
     Diagnostic(
+        "anchor_reward",
+        "Reward of the anchor",
+        "The same prompts without routing: the baseline of the branches. As noisy as theirs.",
+    ),
+    Diagnostic(
         "reward_spread",
         "Reward spread in a group",
         "What there is to learn from. Normal: steady, above the noise floor. Alarming: sinking to it.",
     ),
     Diagnostic(
-        "share_above_anchor",
+        "above_anchor",
         "Branches above the anchor",
         "Share that beats the unrouted anchor. Normal: 0.3 to 0.6. Alarming: near 0, routing only hurts.",
         0.5,
     ),
     Diagnostic(
-        "branch_diversity",
-        "Branch diversity",
+        "branch_distance",
+        "Distance between branches",
         "Mean latent distance between branches. Normal: steady. At 0 all branches are the same video.",
     ),
     Diagnostic(
@@ -47,15 +52,25 @@ SIGNAL = (
         "Mean latent distance of branches to the anchor. A sudden rise means broken branches.",
     ),
     Diagnostic(
+        "advantage_std",
+        "Advantage spread",
+        "Of the branches that are trained on. Normal: near 1, level. Much less: most of it is noise floor.",
+    ),
+    Diagnostic(
         "advantage_mean",
         "Mean advantage",
-        "0 by construction when centred on the group. Against the anchor: below 0 while branches are worse.",
+        "0 by construction where centred. With the anchor in the pool: below 0 while branches are worse.",
         0.0,
     ),
     Diagnostic(
-        "skipped_groups",
+        "skipped_fraction",
         "Groups skipped",
-        "Groups whose reward spread is under the noise floor. Normal: few. Most: the reward cannot tell.",
+        "Share whose reward spread is under the noise floor. Normal: few. Most: the reward cannot tell.",
+    ),
+    Diagnostic(
+        "withheld_fraction",
+        "Branches withheld",
+        "Positive advantages that selective fusion took away. 0 under any other fusion.",
     ),
 )
 POLICY = (
@@ -68,6 +83,16 @@ POLICY = (
         "energy_std",
         "Energy spread in a group",
         "It sets the temperature. Near 0 every branch is equally likely and nothing is learned.",
+    ),
+    Diagnostic(
+        "temperature",
+        "Temperature",
+        "Fixed, or calibrated to the energies: then it follows their spread.",
+    ),
+    Diagnostic(
+        "anchor_probability",
+        "Probability of the anchor",
+        "Its share of the policy where it is in the pool; 0 elsewhere.",
     ),
     Diagnostic(
         "entropy",
@@ -87,6 +112,11 @@ POLICY = (
         1.0,
     ),
     Diagnostic(
+        "ratio_deviation",
+        "Ratio, deviation from 1",
+        "Exactly 0 in the first epoch: expected. Later: how far a step moves the branches' probabilities.",
+    ),
+    Diagnostic(
         "clip_fraction",
         "Clipped branches",
         "Share outside the clip range. 0 in the first epoch: expected. Above 0.3: steps too large.",
@@ -103,6 +133,7 @@ POLICY = (
     ),
 )
 OPTIMISER = (
+    Diagnostic("policy_loss", "Policy loss", "The clipped surrogate alone, without the simplex KL."),
     Diagnostic(
         "loss",
         "Loss",
@@ -113,7 +144,7 @@ OPTIMISER = (
         "Gradient norm",
         "Before clipping. Noisy but level is normal; at 0 nothing trains, growing spikes are alarming.",
     ),
-    Diagnostic("learning_rate", "Learning rate", "Linear warm-up, then constant unless a schedule is set."),
+    Diagnostic("learning_rate", "Learning rate", "Linear warm-up, then constant."),
     Diagnostic(
         "seconds",
         "Seconds per update",
@@ -121,7 +152,7 @@ OPTIMISER = (
     ),
 )
 GROUPS = (("Signal", SIGNAL), ("Policy", POLICY), ("Optimiser", OPTIMISER))
-NOT_METRICS = {"kind", "update", "epoch"}
+NOT_METRICS = {"kind", "update", "time"}
 
 
 def reward_curves(run: Run) -> str:

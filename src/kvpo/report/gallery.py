@@ -3,7 +3,7 @@
 from kvpo.report.clips import ClipStore
 from kvpo.report.formatting import escape, fixed, number, numbers, signed
 from kvpo.report.record import Entry, Run
-from kvpo.report.screens import captions, film_data, latent_frames, screen
+from kvpo.report.screens import captions, film_data, screen, whole
 
 
 def clip_keys(entries: list[Entry]) -> list[str]:
@@ -23,8 +23,6 @@ def _components(entry: Entry) -> str:
                 f"<tr><th>{escape(name)}</th><td>{fixed(pair['base'])}</td><td>{fixed(pair['aligned'])}</td>"
                 f'<td class="{tone}">{signed(gain)}</td></tr>'
             )
-        elif (single := number(value)) is not None:
-            rows.append(f"<tr><th>{escape(name)}</th><td></td><td>{fixed(single)}</td><td></td></tr>")
     if not rows:
         return ""
     return (
@@ -38,7 +36,7 @@ def _card(entry: Entry, store: ClipStore, position: int) -> str:
     gain = aligned - base if base is not None and aligned is not None else None
     tone = "up" if gain and gain > 0 else "down" if gain and gain < 0 else ""
     title = str(entry.get("title", f"Video {position + 1}"))
-    frames = latent_frames(entry, store, "gallery", [entry.get("base"), entry.get("aligned")])
+    frames = whole(entry.get("num_frames"))
     sides = "".join(
         f"<figure>{screen(store, 'gallery', entry.get(side), f'{side} video: {title}')}"
         f'<figcaption><span class="tag {side}">{side}</span><b>{fixed(reward)}</b></figcaption></figure>'

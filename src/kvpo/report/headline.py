@@ -5,12 +5,14 @@ from typing import Any
 
 from kvpo.report.charts import interval
 from kvpo.report.formatting import duration, escape, fixed, number, numbers, percent, signed
-from kvpo.report.record import Run
+from kvpo.report.record import Entry, Run
 
 LENGTHS = {"short": "one prompt", "long": "several prompts with switches"}
 SYMBOLS = {"good": "\u2713", "neutral": "\u2248", "bad": "\u2193", "pending": "\u2026"}
-SIGNIFICANT = 2.0
-"""Standard errors from zero from which a change is called one (about 95 %)."""
+SIGNIFICANT = 3.0
+"""Standard errors from zero from which a change is called one."""
+FEWEST_PROMPTS = 16
+"""Distinct prompts from which it is: of fewer the standard error itself is uncertain."""
 
 
 @dataclass(frozen=True)
@@ -36,13 +38,21 @@ class Outcome:
         return self.gain / self.standard_error
 
     @property
-    def direction(self) -> int | None:
-        """+1, 0 or -1: better, not distinguishable from no change, worse; None if it cannot be told."""
+    def doubt(self) -> str:
+        """Why nothing can be said about the gain; empty if something can."""
+        if self.prompts is None or self.prompts < FEWEST_PROMPTS:
+            count = "an unknown number of" if self.prompts is None else f"{self.prompts:.0f}"
+            return f"{count} distinct prompts, fewer than {FEWEST_PROMPTS}"
         if self.standard_errors is None:
-            return None
+            return "no standard error"
         if abs(self.standard_errors) < SIGNIFICANT:
-            return 0
-        return 1 if self.standard_errors > 0 else -1
+            return f"{fixed(self.standard_errors, 1)} standard errors from zero, fewer than {SIGNIFICANT:.0f}"
+        return ""
+
+    @property
+    def direction(self) -> int:
+        """+1 or -1: better, worse; 0 where it cannot be told."""
+        return 0 if self.doubt or not self.gain else 1 if self.gain > 0 else -1
 
 
 @dataclass(frozen=True)
@@ -52,6 +62,11 @@ class Verdict:
     tone: str
     sentence: str
     notes: tuple[str, ...]
+
+    @property
+    def text(self) -> str:
+        """Sentence and reservations."""
+        return " ".join((self.sentence, *self.notes))
 
 
 def read_outcome(name: str, entry: Any) -> Outcome | None:
@@ -68,8 +83,8 @@ def read_outcome(name: str, entry: Any) -> Outcome | None:
         gain=found["paired_gain"],
         standard_error=found.get("paired_se"),
         improved=found.get("improved_fraction"),
-        unseen_gain=found.get("unseen_scorer_gain", found.get("unseen_gain")),
-        unseen_error=found.get("unseen_scorer_se", found.get("unseen_se")),
+        unseen_gain=found.get("unseen_scorer_gain"),
+        unseen_error=found.get("unseen_scorer_se"),
         components={
             str(key): pair
             for key, value in (components.items() if isinstance(components, dict) else ())
@@ -83,11 +98,15 @@ def read_outcomes(run: Run) -> tuple[list[Outcome], str]:
     held_out = run.summary.get("held_out") if run.summary else None
     latest = run.validations[-1] if run.validations else None
     for source, entries in (("test", held_out), ("validation", latest)):
-        if isinstance(entries, dict):
-            outcomes = [o for name in LENGTHS if (o := read_outcome(name, entries.get(name))) is not None]
-            if outcomes:
-                return outcomes, source
+        if outcomes := _outcomes(entries):
+            return outcomes, source
     return [], "none"
+
+
+def _outcomes(entries: Any) -> list[Outcome]:
+    """The outcome of every prompt set that ``entries`` hold."""
+    found = entries if isinstance(entries, dict) else {}
+    return [o for name in LENGTHS if (o := read_outcome(name, found.get(name))) is not None]
 
 
 def _change(outcome: Outcome) -> str:
@@ -95,27 +114,22 @@ def _change(outcome: Outcome) -> str:
 
 
 def judge(outcomes: list[Outcome], *, null_control: bool = False, validation: bool = False) -> Verdict:
-    """The verdict in plain words; a change under two standard errors is never called an improvement."""
+    """The verdict in plain words; a change that may be chance is never called one."""
     if not outcomes:
         return Verdict(
             "pending", "There is no held-out result yet, so nothing can be said about the gain.", ()
         )
-    groups: dict[int | None, list[str]] = {}
-    for outcome in outcomes:
-        groups.setdefault(outcome.direction, []).append(_change(outcome))
-    better, same, worse = groups.get(1, []), groups.get(0, []), groups.get(-1, [])
-    unknown = groups.get(None, [])
+    better, worse = ([_change(o) for o in outcomes if o.direction == sign] for sign in (1, -1))
+    doubtful = [f"{_change(o)} ({o.doubt})" for o in outcomes if not o.direction]
     parts = []
     if better:
         parts.append(f"Alignment raised the held-out reward: {' and '.join(better)}.")
     if worse:
         parts.append(f"Alignment lowered the held-out reward: {' and '.join(worse)}.")
-    if same:
-        only = "" if better or worse else "Alignment did not measurably change the held-out reward. "
-        parts.append(f"{only}Not significant (under two standard errors from zero): {' and '.join(same)}.")
-    if unknown:
-        parts.append(f"No standard error, so significance is unknown: {' and '.join(unknown)}.")
-    tone = "bad" if worse else "good" if better and not same and not unknown else "neutral"
+    if doubtful:
+        said = "Alignment may or may not have changed the held-out reward, this cannot tell"
+        parts.append(f"{said}: {' and '.join(doubtful)}.")
+    tone = "bad" if worse else "good" if better and not doubtful else "neutral"
     notes = []
     if null_control:
         tone = "neutral" if tone == "good" else tone
@@ -133,7 +147,10 @@ def judge(outcomes: list[Outcome], *, null_control: bool = False, validation: bo
         f"The unseen scorer fell by {fixed(-o.unseen_gain)} \u00b1 {fixed(o.unseen_error)} on {o.name} "
         "videos: the reward may have been gamed rather than the videos improved."
         for o in outcomes
-        if o.unseen_gain is not None and o.unseen_error is not None and o.unseen_gain < -o.unseen_error
+        if o.unseen_gain is not None
+        and o.unseen_error is not None
+        and (o.prompts or 0) >= FEWEST_PROMPTS
+        and o.unseen_gain < -SIGNIFICANT * o.unseen_error
     ]
     return Verdict(tone, " ".join(parts), tuple(notes))
 
@@ -152,9 +169,9 @@ def _facts(outcome: Outcome) -> str:
     facts = []
     if outcome.standard_errors is not None:
         facts.append(f"{fixed(outcome.standard_errors, 1)} standard errors from zero")
-    if outcome.base_mean is not None and outcome.gain is not None and outcome.base_mean < 1:
-        share = outcome.gain / (1 - outcome.base_mean)
-        facts.append(f"{percent(share)} of what was missing to 1" if share >= 0 else "further from 1")
+    if outcome.direction > 0 and outcome.base_mean is not None and outcome.base_mean < 1:
+        assert outcome.gain is not None
+        facts.append(f"{percent(outcome.gain / (1 - outcome.base_mean))} of what was missing to 1")
     if outcome.prompts is not None:
         facts.append(f"{outcome.prompts:.0f} distinct prompts")
     return " \u00b7 ".join(facts)
@@ -165,7 +182,7 @@ def _measure(name: str, value: str, chart: str) -> str:
 
 
 def _card(outcome: Outcome, gain_axis: tuple[float, float], unseen_axis: tuple[float, float]) -> str:
-    tone = {1: "up", -1: "down"}.get(outcome.direction or 0, "flat")
+    tone = {1: "up", -1: "down"}.get(outcome.direction, "flat")
     assert outcome.gain is not None
     spread = f'<span class="soft">\u00b1 {fixed(outcome.standard_error)}</span>'
     chart = interval(outcome.gain, outcome.standard_error, *gain_axis)
@@ -204,12 +221,21 @@ def _run_facts(run: Run) -> str:
     return f'<dl class="run-facts">{items}</dl>'
 
 
+def verdict_of(summary: Entry, config: Entry) -> Verdict:
+    """The verdict on the held-out results of a summary, for a run of these settings."""
+    return judge(_outcomes(summary.get("held_out")), null_control=is_null_control(config))
+
+
+def is_null_control(config: Entry) -> bool:
+    """True where the settings deal advantages to the branches at random."""
+    objective = config.get("objective")
+    return isinstance(objective, dict) and objective.get("advantages") == "random"
+
+
 def headline(run: Run) -> str:
     """The verdict, a card each for short and long videos, and what the run cost."""
     outcomes, source = read_outcomes(run)
-    objective = run.config.get("objective")
-    null_control = isinstance(objective, dict) and objective.get("advantages") == "random"
-    verdict = judge(outcomes, null_control=null_control, validation=source == "validation")
+    verdict = judge(outcomes, null_control=is_null_control(run.config), validation=source == "validation")
     stopped = numbers(run.summary.get("radar")).get("stopped_at") if run.summary else None
     radar = [] if stopped is None else [f"The hacking radar stopped this run after update {stopped:.0f}."]
     notes = "".join(f"<p>{escape(note)}</p>" for note in (*radar, *verdict.notes))

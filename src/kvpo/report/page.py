@@ -48,7 +48,7 @@ def _sections(run: Run, store: ClipStore) -> list[tuple[str, str, str, str]]:
     return [
         ("curves", "Reward while training", "Held-out videos, fixed prompts and noise.", reward_curves(run)),
         ("radar", "Hacking radar", "Is the reward improving, or the videos?", hacking_radar(run)),
-        ("components", "What improved", "The reward's components before and after.", components(run)),
+        ("components", "Components", "The reward's components before and after.", components(run)),
         (
             "videos",
             "Before and after",

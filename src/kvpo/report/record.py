@@ -1,17 +1,16 @@
 """Read what a run left on disk. Whatever is missing or unreadable becomes a line in ``problems``.
 
 - ``config.yaml``, ``metrics.jsonl`` (lines of kind "update" and "validation"), ``summary.json``.
-- ``gallery/gallery.json``: a list of {title, prompt_segments, switches, base, aligned, base_reward,
-  aligned_reward, components: {name: {base, aligned}}}; ``base`` and ``aligned`` name uint8 [T, H, W, 3]
-  tensors in ``gallery/videos.safetensors``.
-- ``branches/branches.json``: {groups: [...], causality: [...]} or a list of groups, each {title,
-  prompt_segments, switches, fork_frame, window_frames, members: [{name, video, routed_frames, reward, local,
-  global, energy, advantage, probability}]}; the member named "anchor" is not routed, a routed frame of
-  another prompt is {frame, prompt}, and ``video`` names a tensor in ``branches/branches.safetensors``. In a
-  list, a causality group says {kind: "causality"}.
+- ``gallery/gallery.json``: a list of {title, prompt_segments, switches, num_frames, base, aligned,
+  base_reward, aligned_reward, components: {name: {base, aligned}}}; ``base`` and ``aligned`` name uint8
+  [T, H, W, 3] tensors in ``gallery/videos.safetensors``.
+- ``branches/branches.json``: {groups: [...], causality: [...]}, each {title, prompt_segments, switches,
+  fork_frame, window_frames, num_frames, members: [{name, video, routed_frames, reward, local, global, energy,
+  advantage, probability}]}; the member named "anchor" is not routed, a routed frame of another prompt is
+  {frame, prompt}, and ``video`` names a tensor in ``branches/branches.safetensors``. Advantages are those
+  before the best and worst branches are chosen and centred; branches that are not chosen have no probability.
 
-Frame indices count latent frames from the start of the video; ``num_frames`` (latent) in an entry or group
-says how many there are when the codec makes several pixel frames of one.
+Frame indices count latent frames from the start of the video, which has ``num_frames`` of them.
 """
 
 from collections.abc import Iterator
@@ -68,10 +67,7 @@ def read_run(directory: Path) -> Run:
         summary = None
     gallery = _read_json(directory, "gallery/gallery.json", "no before/after videos", problems)
     branches = _read_json(directory, "branches/branches.json", "no branch groups", problems)
-    if isinstance(branches, dict):
-        groups, causality = branches.get("groups"), branches.get("causality")
-    else:
-        groups, causality = branches, None
+    branches = branches if isinstance(branches, dict) else {}
     return Run(
         directory=directory,
         config=_read_config(directory / "config.yaml", problems),
@@ -79,8 +75,8 @@ def read_run(directory: Path) -> Run:
         updates=updates,
         validations=validations,
         gallery=_entries(gallery),
-        groups=[group for group in _entries(groups) if group.get("kind") != "causality"],
-        causality=_entries(causality) + [g for g in _entries(groups) if g.get("kind") == "causality"],
+        groups=_entries(branches.get("groups")),
+        causality=_entries(branches.get("causality")),
         problems=problems,
     )
 
@@ -112,7 +108,7 @@ def _read_json(directory: Path, name: str, meaning: str, problems: list[str]) ->
 
 def _read_metrics(path: Path, problems: list[str]) -> tuple[list[Entry], list[Entry]]:
     """Updates and validations by update number; after a resume the line written last counts."""
-    kinds: dict[str, dict[tuple[float, float], Entry]] = {"update": {}, "validation": {}}
+    kinds: dict[str, dict[float, Entry]] = {"update": {}, "validation": {}}
     unreadable = 0
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         if not line.strip():
@@ -126,12 +122,10 @@ def _read_metrics(path: Path, problems: list[str]) -> tuple[list[Entry], list[En
         if update is None:
             unreadable += 1
         elif entry.get("kind") in kinds:
-            kinds[entry["kind"]][update, number(entry.get("epoch")) or 0.0] = entry
+            kinds[entry["kind"]][update] = entry
     if unreadable:
         problems.append(f"metrics.jsonl: {unreadable} unreadable line(s) skipped")
-    updates, validations = (
-        [entry for _, entry in sorted(kind.items(), key=lambda item: item[0])] for kind in kinds.values()
-    )
+    updates, validations = ([kind[update] for update in sorted(kind)] for kind in kinds.values())
     return updates, validations
 
 

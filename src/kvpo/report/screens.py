@@ -23,18 +23,6 @@ def segments_of(entry: Entry) -> tuple[list[str], list[int]]:
     return texts, switches[: max(0, len(texts) - 1)]
 
 
-def latent_frames(entry: Entry, store: ClipStore, folder: str, keys: list[Any]) -> int | None:
-    """Latent frames of an entry: ``num_frames`` if given, else the frames of its first embedded clip.
-
-    Frame indices (switches, fork, routes) count latent frames; a codec that packs several pixel frames into
-    one needs ``num_frames``.
-    """
-    given = whole(entry.get("num_frames"))
-    if given:
-        return given
-    return next((clip["frames"] for key in keys if (clip := store.get(folder, key))), None)
-
-
 def screen(store: ClipStore, folder: str, key: Any, label: str) -> str:
     """The playing element of one clip, or a note in its place."""
     clip = store.get(folder, key)

@@ -6,6 +6,7 @@ from typing import Any
 import yaml
 
 from kvpo.report.formatting import compact, escape, fixed, number, numbers, title_of
+from kvpo.report.headline import FEWEST_PROMPTS
 from kvpo.report.record import Run
 
 CHECKS = {
@@ -31,6 +32,12 @@ DIVERSITY = {
     "pixel_distance": ("Pixels differ", "mean distance between branches after the window", 0),
     "broken_share": ("Broken frames", "detector confidence under the 1st percentile of clean renders", -1),
     "reward_std": ("Reward spread", "standard deviation of the reward over branches", 1),
+    "strength": ("Strength of the noise", "1 is fresh noise", 0),
+}
+METHODS = {
+    "chr": "Routed history (CHR)",
+    "noise": "Fresh noise",
+    "noise_matched": "Noise at the same pixel distance",
 }
 
 
@@ -63,19 +70,23 @@ def checks(run: Run) -> str:
     )
 
 
-def _diversity_sentence(methods: dict[str, dict[str, float]]) -> str:
-    if not {"chr", "noise"} <= methods.keys():
-        return ""
-    chr_values, noise = methods["chr"], methods["noise"]
+def _diversity_sentence(methods: dict[str, dict[str, float]], forks: float) -> str:
+    """Routed branches against noise that moves the pixels as far; silent on too few forks to tell."""
+    routed, noise = methods.get("chr", {}), methods.get("noise_matched", {})
     parts = []
-    if noise.get("attribute_diversity") and "attribute_diversity" in chr_values:
-        ratio = chr_values["attribute_diversity"] / noise["attribute_diversity"]
-        parts.append(f"routing history changes what happens {ratio:.2f} times as often as noise does")
-    if {"broken_share"} <= chr_values.keys() & noise.keys():
-        difference = chr_values["broken_share"] - noise["broken_share"]
+    if noise.get("attribute_diversity") and "attribute_diversity" in routed:
+        ratio = routed["attribute_diversity"] / noise["attribute_diversity"]
+        parts.append(f"routing history changes what happens {ratio:.2f} times as often as such noise does")
+    if {"broken_share"} <= routed.keys() & noise.keys():
+        difference = routed["broken_share"] - noise["broken_share"]
         word = "fewer" if difference < 0 else "more" if difference > 0 else "equally many"
         parts.append(f"with {word} broken frames")
-    return f'<p class="reading">In this run {", ".join(parts)}.</p>' if parts else ""
+    if not parts:
+        return ""
+    said = ", ".join(parts)
+    if forks < FEWEST_PROMPTS:
+        said = f"these are too few to say more than the numbers (from {FEWEST_PROMPTS} on a sentence would)"
+    return f'<p class="reading">On {forks:.0f} fork(s) of this run, {said}.</p>'
 
 
 def diversity(run: Run) -> str:
@@ -85,6 +96,7 @@ def diversity(run: Run) -> str:
     methods = {key: value for key, value in methods.items() if value}
     if not methods:
         return '<p class="missing">Branch diversity is in summary.json, which has not been written yet.</p>'
+    forks = numbers(run.config.get("evaluation")).get("diversity_prompts", 0.0)
     keys = [*DIVERSITY, *dict.fromkeys(k for m in methods.values() for k in m if k not in DIVERSITY)]
     rows = []
     for key in keys:
@@ -100,10 +112,9 @@ def diversity(run: Run) -> str:
             f'<td class="{"best" if best is not None and v == best else ""}">{fixed(v)}</td>' for v in values
         )
         rows.append(f'<tr><th>{escape(name)}<span class="soft">{escape(meaning)}</span></th>{cells}</tr>')
-    names = {"chr": "Routed history (CHR)", "noise": "Noise", "noise_fresh": "Fresh noise"}
-    head = "".join(f"<th>{escape(names.get(name, title_of(name)))}</th>" for name in methods)
+    head = "".join(f"<th>{escape(METHODS.get(name, title_of(name)))}</th>" for name in methods)
     return (
-        f'{_diversity_sentence(methods)}<div class="card scroll"><table class="diversity"><thead><tr>'
+        f'{_diversity_sentence(methods, forks)}<div class="card scroll"><table class="diversity"><thead><tr>'
         f"<th></th>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
         '<p class="note">Bold: the better one, where there is a better. Broken frames can look diverse, so '
         "read the first row together with the third.</p>"

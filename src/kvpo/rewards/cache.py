@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from kvpo.files import local_path
 from kvpo.prompts import ClipPrompt
 from kvpo.rewards.protocol import Scorer, begun, checked
 
@@ -112,7 +113,7 @@ def score_cache(directory: str) -> ScoreCache:
     """The cache in a directory, made if it is not there; "" keeps nothing. Raises ValueError."""
     if not directory:
         return ScoreCache()
-    folder = Path(directory).expanduser()
+    folder = local_path(directory, "rewards.cache")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -175,11 +175,18 @@ def find_checkpoint(directory: Path, name: str | None) -> Path:
     raise CheckpointError(f"no checkpoint {name or ''!r} in {directory}, which holds {present}")
 
 
-def prune(directory: Path, keep: int) -> None:
-    """Remove all but the newest ``keep`` checkpoints and the best one."""
+def prune(directory: Path, keep: int, *, up_to: int | None = None) -> None:
+    """Remove all but the newest ``keep`` checkpoints and the best one.
+
+    Those of updates after ``up_to``, damaged ones that a resumed run has passed over, do not count as newest
+    and stay until their update is saved again.
+    """
     best = best_checkpoint(directory)
     assert keep > 0
-    for path in sorted(directory.glob("update-*"))[:-keep]:
+    found = sorted(directory.glob("update-*"))
+    if up_to is not None:
+        found = [path for path in found if path.name <= f"update-{up_to:06d}"]
+    for path in found[:-keep]:
         if best is None or path != best[0]:
             remove_directory(path)
 

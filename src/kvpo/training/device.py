@@ -1,6 +1,11 @@
-"""What torch says of a device's memory; on a CPU it keeps no count."""
+"""What torch says of a device's memory, and the settings of the process that a run computes with."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
+
+from kvpo.config import Config
 
 GB = 1e9
 
@@ -16,3 +21,29 @@ def peak(device: torch.device | str) -> dict[str, float]:
     if torch.device(device).type != "cuda":
         return {}
     return {"device_peak_gb": torch.cuda.max_memory_allocated(device) / GB}
+
+
+@contextmanager
+def computing(config: Config) -> Iterator[None]:
+    """Deterministic kernels and the threads of a configuration inside; afterwards the process is as it was.
+
+    On a CPU one thread is the default: threads meet after every operation, and where another process has one
+    of the cores, all wait for the one that shares it.
+    """
+    before = torch.get_num_threads()
+    by_default = 1 if torch.device(config.device).type == "cpu" else before
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    dtype = torch.get_default_dtype()
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    try:
+        torch.set_num_threads(config.threads or by_default)
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # finds bugs, costs time
+        with torch.random.fork_rng(devices=[]):  # new layers draw from it, before their weights are read
+            yield
+    finally:
+        torch.set_default_dtype(dtype)
+        torch.utils.deterministic.fill_uninitialized_memory = fill
+        torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
+        torch.set_num_threads(before)

@@ -30,6 +30,25 @@ class HeldOut:
     """Of the scorers that watch for hacking; no row without one."""
     looks_LN: Tensor
     """How the videos look, whatever they show (``kvpo.rewards.looks``)."""
+    texts_N: tuple[tuple[str, ...], ...]
+    """Segments of every prompt."""
+
+    def by_prompt(self) -> "HeldOut":
+        """The mean over the videos of each distinct prompt: standard errors count repeated prompts once."""
+        distinct = list(dict.fromkeys(self.texts_N))
+        if len(distinct) == len(self.texts_N):
+            return self
+        place = {texts: n for n, texts in enumerate(distinct)}
+        share_ND = torch.zeros(len(self.texts_N), len(distinct))
+        share_ND[range(len(self.texts_N)), [place[texts] for texts in self.texts_N]] = 1.0
+        share_ND /= share_ND.sum(0)
+        return HeldOut(
+            components_KN=self.components_KN @ share_ND,
+            unseen_N=None if self.unseen_N is None else self.unseen_N @ share_ND,
+            held_out_HN=self.held_out_HN @ share_ND,
+            looks_LN=self.looks_LN @ share_ND,
+            texts_N=tuple(distinct),
+        )
 
 
 @dataclass(frozen=True)
@@ -102,6 +121,7 @@ def evaluate(
         unseen_N=torch.cat(unseen) if unseen else None,
         held_out_HN=torch.cat(held_out, 1),
         looks_LN=torch.cat(seen, 1),
+        texts_N=tuple(prompt.segments for prompt in prompts),
     )
 
 
@@ -143,7 +163,8 @@ def paired_gain(base_N: Tensor, aligned_N: Tensor) -> PairedGain:
 
 
 def comparison(base: HeldOut, aligned: HeldOut, judges: Judges) -> dict[str, object]:
-    """The numbers of one prompt set as summary.json and the metrics log hold them."""
+    """The numbers of one prompt set as summary.json and the metrics log hold them, over distinct prompts."""
+    base, aligned = base.by_prompt(), aligned.by_prompt()
     base_N, aligned_N = judges.totals(base), judges.totals(aligned)
     gain = paired_gain(base_N, aligned_N)
     components = {

@@ -131,13 +131,15 @@ def agreement(
 
 
 def pooled(results: Sequence[HeldOut]) -> HeldOut:
-    """Several prompt sets as one."""
+    """Several prompt sets as one, each distinct prompt once."""
+    results = [found.by_prompt() for found in results]
     unseen = [found.unseen_N for found in results if found.unseen_N is not None]
     return HeldOut(
         components_KN=torch.cat([found.components_KN for found in results], 1),
         unseen_N=torch.cat(unseen) if unseen else None,
         held_out_HN=torch.cat([found.held_out_HN for found in results], 1),
         looks_LN=torch.cat([found.looks_LN for found in results], 1),
+        texts_N=tuple(texts for found in results for texts in found.texts_N),
     )
 
 

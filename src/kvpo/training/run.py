@@ -11,6 +11,7 @@ from torch import Tensor
 
 from kvpo.training import radar
 from kvpo.training.checkpoint import (
+    CheckpointError,
     latest_checkpoint,
     load_checkpoint,
     mark_best,
@@ -40,8 +41,8 @@ class Run:
     checkpoints: Path
     metrics: MetricsLog
     progress: Progress
-    base: dict[str, HeldOut]
-    """Held-out results of the starting policy on the validation prompts."""
+    base: dict[str, HeldOut] = field(default_factory=dict)
+    """Held-out results of the starting policy on the validation prompts; needed from the first update on."""
     best: tuple[int, float] | None = None
     """Update and validation of the best checkpoint so far."""
     saved: int = 0
@@ -138,7 +139,7 @@ class Run:
         )
         self.saved = update
         self._mark_best()
-        prune(self.checkpoints, self.setup.config.checkpoint.keep)
+        prune(self.checkpoints, self.setup.config.checkpoint.keep, up_to=update)
         return path
 
     def _save_if_new(self) -> None:
@@ -209,7 +210,9 @@ class Run:
         self.unvalidated = state["unvalidated"]
         self.judged()
         self._mark_best()  # a kill may have come between a checkpoint and its mark
-        if self.unvalidated:
+        update = self.trainer.update
+        validated = not update or any(reading.update == update for reading in self.readings)
+        if self.unvalidated or (update == self.updates and not validated):  # shortened to where it stands
             self._validate_and_save()
 
 
@@ -247,8 +250,17 @@ def evaluate_base(setup: Setup, trainer: Trainer, sets: Mapping[str, Any]) -> di
 
 
 def resume_point(checkpoints: Path) -> Path | None:
-    """The checkpoint a resumed run continues from; None starts at update 0."""
-    return latest_checkpoint(checkpoints)
+    """The checkpoint a resumed run continues from; None starts at update 0.
+
+    Raises CheckpointError where there are checkpoints and none of them can be read.
+    """
+    latest = latest_checkpoint(checkpoints)
+    if latest is None and any(checkpoints.glob("update-*")):
+        raise CheckpointError(
+            f"every checkpoint in {checkpoints} is damaged or incomplete; remove that directory to start the "
+            "run again from its saved configuration"
+        )
+    return latest
 
 
 def checkpoint_update(path: Path) -> int:

@@ -16,16 +16,18 @@ from filelock import FileLock, Timeout
 from kvpo.config import Config
 from kvpo.files import StorageError, remove_leftovers, storage_error, write_atomic
 
+CONFIG, LOCK = "config.yaml", ".lock"
+
 
 class RunDirectory:
     """The output directory of one run, held by at most one live process.
 
-    Entering creates the directory, takes its lock and saves the resolved ``config`` as ``config.yaml``;
-    leaving gives the lock back. The lock is the kernel's (flock), so a killed process
-    cannot leave it behind. Leaving by an error before the first metrics (a checkpoint that does not load)
-    removes a directory that entering created. A directory that already holds a run (see ``holds_run``) is
-    entered only with ``resume``, and its saved configuration is then replaced: whoever resumes checks that
-    the two agree.
+    Entering creates the directory, takes its lock and saves the resolved ``config`` as ``config.yaml``, which
+    makes it that run's; leaving gives the lock back. The lock is the kernel's (flock), so a killed process
+    cannot leave it behind. Leaving by an error before the run has ``begun`` (weights that do not load) takes
+    back what it wrote. A directory that belongs to a run (see ``belongs_to_run``) is entered only with
+    ``resume``: whoever resumes checks that the configurations agree, and saves its own once the run goes on.
+    Before its first checkpoint the same configuration may also start it again.
 
     Raises StorageError when another live process holds it, when it holds a run and ``resume`` is false, or
     when it cannot be written.
@@ -33,7 +35,8 @@ class RunDirectory:
 
     def __init__(self, path: Path, config: Config, *, resume: bool = False) -> None:
         self.path = path
-        self.config_file = path / "config.yaml"
+        self.config_file = path / CONFIG
+        self.provenance = path / "provenance.json"
         self.metrics = path / "metrics.jsonl"
         self.summary = path / "summary.json"
         self.report = path / "report.html"
@@ -41,13 +44,17 @@ class RunDirectory:
         self.tensorboard = path / "tensorboard"
         self._config = config
         self._resume = resume
-        self._created = False
+        self.continued = False
+        """Whether it held a run before."""
+        self.begun = False
+        """Whether the run is at its first update: an error leaves it there to be continued."""
+        self._found: set[Path] = set()
         self._owner = path / ".owner"
-        self._lock = FileLock(path / ".lock", timeout=0)
+        self._lock = FileLock(path / LOCK, timeout=0)
 
     def __enter__(self) -> "RunDirectory":
         try:
-            self._created = not self.path.exists()
+            self._found = {self.path, *self.path.iterdir()} if self.path.is_dir() else set()
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock.acquire()
         except Timeout as error:
@@ -68,16 +75,21 @@ class RunDirectory:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._owner.unlink(missing_ok=True)
-        if error is not None and self._created and not (holds_run(self.path) or self.metrics.exists()):
-            shutil.rmtree(self.path)
+        if error is not None and not (self.continued or self.begun):
+            self._take_back()
         self._lock.release()
+
+    def save_config(self) -> None:
+        """Write ``config.yaml`` in one step."""
+        write_atomic(self.config_file, self._text())
 
     def write_summary(self, summary: Mapping[str, object]) -> None:
         """Write ``summary.json`` in one step; numbers must be finite (ValueError otherwise)."""
         write_atomic(self.summary, json.dumps(summary, indent=2, allow_nan=False) + "\n")
 
     def _prepare(self) -> None:
-        if holds_run(self.path) and not self._resume:
+        self.continued = belongs_to_run(self.path)
+        if self.continued and not self._resume and (holds_run(self.path) or not self._is_ours()):
             raise StorageError(
                 f"output directory {self.path} already holds a run; add --resume to continue it, "
                 "or choose another --out"
@@ -86,7 +98,29 @@ class RunDirectory:
         remove_leftovers(self.path)
         self.checkpoints.mkdir(exist_ok=True)
         remove_leftovers(self.checkpoints)
-        write_atomic(self.config_file, yaml.safe_dump(_lists(asdict(self._config)), sort_keys=False))
+        if not self.continued:
+            self.save_config()
+
+    def _text(self) -> str:
+        return yaml.safe_dump(_lists(asdict(self._config)), sort_keys=False)
+
+    def _is_ours(self) -> bool:
+        """Whether the saved configuration is the same: the same command may be given again."""
+        return self.config_file.exists() and self.config_file.read_text(encoding="utf-8") == self._text()
+
+    def _take_back(self) -> None:
+        """Leave the directory as it was before a run that never began."""
+        for path in self.checkpoints.glob("update-*"):
+            shutil.rmtree(path)
+        written = (self.checkpoints, self.tensorboard, self.metrics, self.provenance, self.config_file)
+        for path in (path for path in written if path.exists() and path not in self._found):
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+        left = {path.name for path in self.path.iterdir()} - {LOCK}
+        if self.path not in self._found and not left:
+            shutil.rmtree(self.path)
 
     def _owner_id(self) -> str:
         try:
@@ -96,21 +130,22 @@ class RunDirectory:
 
 
 def holds_run(path: Path) -> bool:
-    """Whether ``path`` holds work worth keeping: a checkpoint or a summary.
-
-    A run that stopped before its first checkpoint left nothing to continue from, so the same command may
-    simply be given again.
-    """
+    """Whether ``path`` holds work worth keeping: a checkpoint or a summary."""
     return (path / "summary.json").exists() or any((path / "checkpoints").glob("update-*"))
+
+
+def belongs_to_run(path: Path) -> bool:
+    """Whether ``path`` is a run's directory, which no other run may use: with or without checkpoints."""
+    return (path / CONFIG).exists() or holds_run(path)
 
 
 def way_on(path: Path) -> str:
     """How to continue the stopped run in ``path``, in one line."""
-    saved = sorted((path / "checkpoints").glob("update-*"))
-    if not saved:
+    if not belongs_to_run(path):
         return "no update had been saved; the same command starts again"
-    update = int(saved[-1].name.removeprefix("update-"))
-    return f"saved up to update {update}; continue with: kvpo align --resume --out {quote(str(path))}"
+    saved = sorted((path / "checkpoints").glob("update-*"))
+    so_far = f"saved up to update {int(saved[-1].name.removeprefix('update-'))}" if saved else "nothing saved"
+    return f"{so_far}; continue with: kvpo align --resume --out {quote(str(path))}"
 
 
 def _lists(value: Any) -> Any:

@@ -1,0 +1,117 @@
+"""What a run's settings only name: its prompts and their split, text encoder and VAE, threads.
+
+``provenance.json`` is written when a run starts, and compared whenever it is taken up again (resumed,
+evaluated, its test prompts generated): what was held out stays held out.
+"""
+
+import hashlib
+import json
+import logging
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kvpo import __version__
+from kvpo.app.build import prompt_file, split_of
+from kvpo.config import Config
+from kvpo.config_checks import ConfigurationError
+from kvpo.files import read_bytes, read_json, write_atomic
+from kvpo.models.tensor_files import fingerprint
+from kvpo.models.wan_vae import vae_files
+
+logger = logging.getLogger(__name__)
+
+NAME = "provenance.json"
+
+
+def prompts_of(config: Config) -> dict[str, Any]:
+    """The prompts of a configuration: SHA-256 of their file, and who belongs where.
+
+    Training prompts are named by their place in the file; held-out ones are written out.
+    """
+    training, validation, test = split_of(config)
+    file = config.prompts.file
+    return {
+        "sha256": hashlib.sha256(read_bytes(prompt_file(config, file))).hexdigest() if file else None,
+        "training": [prompt.id for prompt in training],
+        "validation": {kind: [asdict(prompt) for prompt in own] for kind, own in validation.items()},
+        "test": {kind: [asdict(prompt) for prompt in own] for kind, own in test.items()},
+    }
+
+
+def file_digests(config: Config) -> dict[str, str]:
+    """Digests of text encoder and VAE, which no checkpoint knows of, by the setting that says where they lie.
+
+    Raises ValueError where they are not to be found.
+    """
+    if config.backbone.kind == "world":
+        return {}
+    from kvpo.app.backbones import VAE_FILES, located, text_encoder
+
+    return {
+        "backbone.text_encoder": text_encoder(config).cache.encoder,
+        "backbone.vae": fingerprint([vae_files(located(config, "vae", *VAE_FILES))]),
+    }
+
+
+def keep_provenance(path: Path, config: Config) -> None:
+    """Write what a run is made of to ``path``, or demand that it is what is written there."""
+    if path.exists():
+        demand_same_prompts(path.parent, config)
+        demand_same_files(path.parent, config)
+        return
+    record = {
+        "kvpo": __version__,
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "prompts": prompts_of(config),
+        "files": file_digests(config),
+    }
+    write_atomic(path, json.dumps(record, indent=1) + "\n")
+
+
+def demand_same_prompts(run: Path, config: Config) -> None:
+    """Raise ConfigurationError where the prompts of ``config`` are not those that ``run`` was made with."""
+    there, here = _recorded(run, "prompts"), json.loads(json.dumps(prompts_of(config)))
+    if there is None:
+        return
+    if there["sha256"] != here["sha256"]:
+        raise ConfigurationError(
+            f"prompts.file: {config.prompts.file} has SHA-256 {here['sha256']}, {run} was made with "
+            f"{there['sha256']}: its held-out prompts would move; give the file as it was (--prompts.file "
+            "FILE), or start another run"
+        )
+    for part in ("training", "validation", "test"):
+        if there[part] != here[part]:
+            old, new = (hashlib.sha256(json.dumps(side[part]).encode()).hexdigest() for side in (there, here))
+            raise ConfigurationError(
+                f"the {part} prompts of {run} (in its {NAME}, SHA-256 {old}) are not those of these settings "
+                f"({new}); keep its settings evaluation.* and prompts.* and its version of kvpo, or start "
+                "another run"
+            )
+
+
+def demand_same_files(run: Path, config: Config) -> None:
+    """Raise ConfigurationError where text encoder or VAE are not those that ``run`` was made with."""
+    here = file_digests(config)
+    there = _recorded(run, "files") if here else None
+    for setting, digest in (there or {}).items():
+        if here.get(setting) != digest:
+            raise ConfigurationError(
+                f"{setting}: its files have the digest {here.get(setting)}, {run} was made with {digest}; "
+                f"give --{setting} PATH, where the files of that run lie now"
+            )
+
+
+def _recorded(run: Path, part: str) -> Any:
+    """A part of a run's record; None, with a warning, where the run has none."""
+    path = run / NAME
+    if not path.exists():
+        logger.warning("%s has no %s: whether its %s are the same cannot be told", run, NAME, part)
+        return None
+    try:
+        return read_json(path)[part]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigurationError(f"{path} is damaged ({error}); remove it to go on unchecked") from error

@@ -1,0 +1,400 @@
+"""A run taken up again: it stays the run it is, on the prompts and with the files that it was made with."""
+
+import hashlib
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy
+import pytest
+import torch
+import yaml
+
+import kvpo.app.align
+from kvpo.app.align import align
+from kvpo.app.backbones import split_prompts
+from kvpo.app.cli import main
+from kvpo.app.configuration import PLACES_OF_A_RUN, resolve
+from kvpo.app.evaluate import evaluate
+from kvpo.app.presets import PRESETS
+from kvpo.config import Config
+from kvpo.config_checks import ConfigurationError
+from kvpo.training.checkpoint import CheckpointError, checkpoints
+from kvpo.training.device import computing
+from kvpo.training.run_directory import RunDirectory
+from tests.tiny_wan import SENTENCES, tiny_wan
+from tests.tiny_world import tiny_config, write_base
+
+QUICK: dict[str, Any] = {
+    "rewards__scorers": ("tests.tiny_world:toy",),
+    "optim__updates": 2,
+    "evaluation__every": 0,
+    "evaluation__diversity_prompts": 0,
+    "stream__schedule": (1.0, 0.5),
+}
+
+
+def command(*words: object) -> int:
+    return main([str(word) for word in words])
+
+
+@pytest.fixture(scope="module")
+def own_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("base") / "base.safetensors"
+    write_base(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def finished(own_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two updates in the embedded world."""
+    out = tmp_path_factory.mktemp("runs") / "finished"
+    assert align(tiny_config(own_base, **QUICK), out) is not None
+    return out
+
+
+@pytest.fixture
+def run(finished: Path, tmp_path: Path) -> Path:
+    """A copy to spoil."""
+    return shutil.copytree(finished, tmp_path / "run")
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    files = (path for path in directory.rglob("*") if path.is_file() and not path.name.startswith("."))
+    return {str(path.relative_to(directory)): path.read_bytes() for path in files}
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_the_documented_command_resumes_every_preset_without_naming_it(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed before its first checkpoint, a run has left its configuration and nothing else."""
+    config = replace(PRESETS[name](), seed=7)
+    with RunDirectory(tmp_path, config):
+        pass
+    seen: list[Config] = []
+    monkeypatch.setattr(kvpo.app.align, "align", lambda config, out, *, resume: seen.append(config))
+    with pytest.raises(KeyboardInterrupt):
+        kvpo.app.commands._align(_parsed("align", "--resume", "--out", tmp_path))
+    assert seen == [config]
+    assert resolve(None, tmp_path / "config.yaml", {}) == config
+
+
+def _parsed(*words: object) -> Any:
+    from kvpo.app.cli import _parsers
+
+    return _parsers(Config())[0].parse_args([str(word) for word in words])
+
+
+def test_without_a_checkpoint_a_run_starts_from_its_saved_configuration_and_says_so(
+    own_base: Path, finished: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = tiny_config(own_base, **QUICK)
+    with RunDirectory(tmp_path, config):
+        pass
+    assert command("align", "--resume", "--out", tmp_path) == 0
+    assert "holds no checkpoint: it starts from its saved configuration" in caplog.text
+    assert resolve(None, tmp_path / "config.yaml", {}) == config
+    whole, here = (json.loads((at / "summary.json").read_text()) for at in (finished, tmp_path))
+    assert here["held_out"] == whole["held_out"] and here["threads"] == 1
+
+
+def test_resuming_where_there_is_no_run_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A mistyped directory would get a demo run."""
+    assert command("align", "--resume", "--out", tmp_path / "typo") == 2
+    assert "holds no run; name its directory, or give --preset" in capsys.readouterr().err
+    assert not (tmp_path / "typo").exists()
+
+
+def test_a_checkpoint_of_update_0_is_there_before_anything_is_generated(
+    own_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there: list[str] = []
+
+    def fails(*arguments: Any) -> Any:
+        there.extend(path.name for path in checkpoints(tmp_path / "run" / "checkpoints"))
+        raise ValueError("out of memory")
+
+    monkeypatch.setattr(kvpo.app.align, "evaluate_base", fails)
+    with pytest.raises(ValueError, match="out of memory"):
+        align(tiny_config(own_base, **QUICK), tmp_path / "run")
+    assert there == ["update-000000"]
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_library_too_continues_nothing_but_the_same_run(own_base: Path, run: Path) -> None:
+    before = contents(run)
+    for changes in ({"seed": 5}, {"optim__lr": 0.5, "optim__updates": 4}):
+        with pytest.raises(ConfigurationError, match="continues with its saved settings, but"):
+            align(tiny_config(own_base, **{**QUICK, **changes}), run, resume=True)
+    assert contents(run) == before
+
+
+def test_fewer_updates_than_were_made_are_refused(
+    own_base: Path, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = contents(run)
+    for updates in (0, 1):
+        assert command("align", "--resume", "--out", run, "--optim.updates", updates) == 2
+        said = f"optim.updates: {updates}, but {run} has already made 2; give 2 or more"
+        assert said in capsys.readouterr().err
+    assert contents(run) == before
+
+
+def test_a_run_that_cannot_go_on_keeps_its_configuration(own_base: Path, run: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other.safetensors"
+    other.write_bytes(own_base.read_bytes() + b" ")
+    (run / "summary.json").unlink()
+    before = contents(run)
+    config = resolve(None, run / "config.yaml", {})
+    with pytest.raises(ValueError, match=r"other\.safetensors"):
+        align(replace(config, base=str(other)), run, resume=True)
+    assert contents(run) == before
+
+
+@pytest.mark.parametrize("name", ["evaluate", "export", "resume"])
+def test_weights_that_moved_are_found_where_they_are_now_and_no_others(
+    name: str, own_base: Path, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gone, moved, other = (str(tmp_path / f"{word}.safetensors") for word in ("gone", "moved", "other"))
+    shutil.copy(own_base, moved)
+    write_base(Path(other), seed=9)
+    config = run / "config.yaml"
+    config.write_text(config.read_text().replace(str(own_base), gone))
+    words: dict[str, tuple[object, ...]] = {
+        "evaluate": ("evaluate", run),
+        "export": ("export", run, "--layout", "pt", "--out", tmp_path / "merged.pt"),
+        "resume": ("align", "--resume", "--out", run, "--optim.updates", 3),
+    }
+    assert command(*words[name]) != 0
+    assert f"base: {gone} is no file" in capsys.readouterr().err
+    assert command(*words[name], "--base", other) == 1
+    assert "another architecture: base is" in capsys.readouterr().err
+    assert command(*words[name], f"--base={moved}") == 0
+
+
+def test_a_run_is_evaluated_with_its_own_settings(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command("evaluate", run, "--evaluation.test_prompts", 4) == 2
+    assert "unknown argument --evaluation.test_prompts" in capsys.readouterr().err
+    with pytest.raises(ConfigurationError, match="evaluation.test_prompts is 2 there, 4 here"):
+        evaluate(run, places={"evaluation.test_prompts": 4})
+    assert all(kvpo.app.configuration.settings()[path] for path in PLACES_OF_A_RUN)
+
+
+def test_the_page_of_a_run_needs_no_weights(own_base: Path, run: Path) -> None:
+    config = run / "config.yaml"
+    config.write_text(config.read_text().replace(str(own_base), "/nowhere/base.safetensors"))
+    assert command("report", run) == 0
+
+
+def global_state() -> tuple[Any, ...]:
+    return (
+        torch.get_num_threads(),
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+        torch.utils.deterministic.fill_uninitialized_memory,
+        torch.get_default_dtype(),
+        torch.is_grad_enabled(),
+        torch.get_rng_state().tolist(),
+        random.getstate(),
+        [part.tolist() if isinstance(part, numpy.ndarray) else part for part in numpy.random.get_state()],
+        dict(os.environ),
+    )
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_run_leaves_the_process_as_it_was(own_base: Path, tmp_path: Path, fails: bool) -> None:
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        before = global_state()
+        changes = {"rewards__scorers": ("tests.tiny_world:nothing",)} if fails else {}
+        config = replace(tiny_config(own_base, **{**QUICK, "optim__updates": 1, **changes}), threads=1)
+        try:
+            summary = align(config, tmp_path / "run")
+            assert summary is not None and summary["threads"] == 1
+            evaluate(tmp_path / "run")
+        except ConfigurationError:
+            assert fails
+        assert global_state() == before
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_threads_are_one_on_a_cpu_unless_said_otherwise() -> None:
+    threads = torch.get_num_threads()
+    for config, inside in (
+        (Config(), 1),
+        (replace(Config(), threads=3), 3),
+        (replace(Config(), device="cuda"), threads),
+    ):
+        with computing(config):
+            assert torch.get_num_threads() == inside
+            assert torch.are_deterministic_algorithms_enabled()
+        assert torch.get_num_threads() == threads
+    with pytest.raises(ConfigurationError, match="threads: must be 0 or more"):
+        resolve("demo", None, {"threads": "-1"})
+
+
+def test_the_command_waits_passively_and_a_caller_s_environment_is_left_alone() -> None:
+    code = (
+        "import os, sys\nfrom kvpo.app.cli import main\n"
+        "main(['report', '/nowhere'])\nassert 'OMP_WAIT_POLICY' not in os.environ\n"
+        "sys.argv = ['kvpo', 'report', '/nowhere']\nmain()\nprint(os.environ['OMP_WAIT_POLICY'])\n"
+    )
+    environment = {key: value for key, value in os.environ.items() if key != "OMP_WAIT_POLICY"}
+    for given, expected in (({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE")):
+        script = code if not given else code.replace("assert 'OMP_WAIT_POLICY' not in os.environ\n", "")
+        done = subprocess.run(
+            [sys.executable, "-c", script], capture_output=True, text=True, env=environment | given
+        )
+        assert done.stdout.strip() == expected, done.stderr
+
+
+# Prompt files of public generators.
+
+
+def kinds(config: Config) -> dict[str, list[tuple[str, ...]]]:
+    training, validation, test = split_prompts(config)
+    sets = {"training": training, "validation": validation["short"], "test": test["short"]}
+    return {name: [prompt.segments for prompt in own] for name, own in sets.items()}
+
+
+def test_a_repeated_prompt_is_never_on_both_sides(tmp_path: Path) -> None:
+    config = tiny_wan("longlive-1.3b", tmp_path)
+    once = kinds(config)
+    file = Path(config.prompts.file)
+    file.write_text("\n".join([*SENTENCES, *(f"  {text.upper()}" for text in SENTENCES), *SENTENCES]) + "\n")
+    for name, texts in kinds(config).items():
+        assert {text.casefold() for (text,) in texts} == {text for (text,) in once[name]}
+        assert len(texts) == len(once[name]) * (3 if name == "training" else 1)
+    file.write_text("\n".join([SENTENCES[0]] * 9) + "\n")
+    with pytest.raises(ConfigurationError, match="has 1 distinct videos of one prompt"):
+        split_prompts(config)
+
+
+def test_held_out_prompts_do_not_move(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = tiny_wan("longlive-1.3b", tmp_path, optim__updates=1)
+    file, out = Path(config.prompts.file), tmp_path / "run"
+    before = hashlib.sha256(file.read_bytes()).hexdigest()
+    assert align(config, out) is not None
+    kept = json.loads((out / "provenance.json").read_text())["prompts"]
+    assert kept["sha256"] == before
+    _, validation, test = split_prompts(config)
+    assert [p["segments"][0] for p in kept["test"]["short"]] == [p.segments[0] for p in test["short"]]
+    assert len(kept["training"]) == 2 and len(kept["validation"]["short"]) == len(validation["short"])
+
+    moved = tmp_path / "elsewhere.txt"
+    shutil.copy(file, moved)
+    file.write_text(file.read_text().replace(SENTENCES[2], "a cat"))
+    after = hashlib.sha256(file.read_bytes()).hexdigest()
+    commands: list[Callable[[], tuple[object, ...]]] = [
+        lambda: ("align", "--resume", "--out", out, "--optim.updates", 2),
+        lambda: ("evaluate", out),
+        lambda: ("generate", "--run", out, "--out", tmp_path / "videos"),
+    ]
+    saved = contents(out)
+    for words in commands:
+        assert command(*words()) == 2
+        said = capsys.readouterr().err
+        assert before in said and after in said and "--prompts.file FILE" in said, said
+    assert contents(out) == saved
+    for words in reversed(commands):
+        assert command(*words(), "--prompts.file", moved) == 0
+
+
+def test_the_split_itself_is_compared(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    record = run / "provenance.json"
+    stored = json.loads(record.read_text())
+    stored["prompts"]["test"]["long"].reverse()
+    record.write_text(json.dumps(stored))
+    assert command("evaluate", run) == 2
+    assert "the test prompts of" in capsys.readouterr().err
+    record.write_text("{")
+    assert command("evaluate", run) == 2
+    assert "is damaged" in capsys.readouterr().err
+    record.unlink()
+    assert command("evaluate", run) == 0
+    words = ("--evaluation.test_prompts", 3, "--out", run / "videos")
+    assert command("generate", "--run", run, *words) == 0, "nothing is recorded that would differ"
+
+
+def test_a_text_encoder_or_vae_that_moved_is_checked_by_content(tmp_path: Path) -> None:
+    config = tiny_wan("longlive-1.3b", tmp_path / "files", optim__updates=1)
+    out, moved = tmp_path / "run", tmp_path / "moved"
+    assert align(config, out) is not None
+    shutil.copytree(tmp_path / "files" / "vae", moved / "vae")
+    summary = json.loads((out / "summary.json").read_text())
+    assert evaluate(out, places={"backbone.vae": str(moved)})["held_out"] == summary["held_out"]
+    with (moved / "vae" / "config.json").open("a") as file:
+        file.write(" ")
+    with pytest.raises(ConfigurationError, match="backbone.vae: its files have the digest"):
+        evaluate(out, places={"backbone.vae": str(moved)})
+    with pytest.raises(CheckpointError, match="another architecture: base is"):
+        other = tmp_path / "files" / "other.pt"
+        tensors = torch.load(config.backbone.checkpoint)
+        tensors["generator"]["model.head.head.bias"] += 1
+        torch.save(tensors, other)
+        evaluate(out, places={"backbone.checkpoint": str(other)})
+
+
+# Paths.
+
+
+@pytest.mark.parametrize("words", ["align", "generate", "pretrain", "export RUN", "evaluate RUN", "score x"])
+def test_an_empty_output_is_no_directory(
+    words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert command(*words.split(), "--out", "") == 2
+    assert "--out: empty; name a file or directory" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(ValueError, match="out: empty"):
+        align(Config(), "")
+
+
+def test_a_tilde_is_the_home_directory(
+    own_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "home").mkdir()
+    shutil.copy(own_base, tmp_path / "home" / "base.safetensors")
+    config = {"base": "~/base.safetensors", "optim.updates": 0}
+    (tmp_path / "home" / "run.yaml").write_text(yaml.safe_dump(_typed_settings() | config))
+    assert command("align", "--config=~/run.yaml", "--out=~/run") == 0
+    assert (tmp_path / "home" / "run" / "report.html").exists()
+    assert command("evaluate", "~/run") == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["home"]
+    assert command("align", "--out=~nobody-of-this-name/x") == 2
+    assert "~nobody-of-this-name/x" in capsys.readouterr().err
+
+
+def _typed_settings() -> dict[str, Any]:
+    from tests.tiny_world import SETTINGS
+
+    values = {**SETTINGS, **{name.replace("__", "."): value for name, value in QUICK.items()}}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+
+def test_new_videos_are_not_put_beside_old_ones(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "videos"
+    assert command("generate", "--run", run, "--out", out) == 0
+    made = contents(out)
+    (tmp_path / "one.txt").write_text("A red circle moves left.\n")
+    words = ("generate", "--run", run, "--prompts", tmp_path / "one.txt", "--out")
+    assert command(*words, out) == 1
+    assert "already holds 12 video(s), such as 000-aligned.mp4; remove them" in capsys.readouterr().err
+    assert contents(out) == made
+    assert command(*words, tmp_path / "others") == 0
