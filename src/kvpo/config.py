@@ -125,7 +125,7 @@ class ExplorationConfig:
     """How branches are told apart; Causal History Routing counts past frames (METHOD section 2)."""
 
     explorer: Literal["routes", "fresh", "neighbour", "sde", "renoise"] = "routes"
-    """Branches differ in routed history, fresh or neighbouring noise, stochastic solver steps, or re-noise."""
+    """What tells branches apart: routed history, fresh or neighbouring noise, stochastic steps, re-noise."""
     noise: float = 0.5
     """Share of a neighbour's own noise in (0, 1], or strength of the stochastic solver steps."""
     branches: int = 8
@@ -154,7 +154,7 @@ class ExplorationConfig:
 
 @dataclass(frozen=True)
 class ObjectiveConfig:
-    """What the methods share: solver steps, advantages, branches to train on, velocity KL (METHOD section 5)."""
+    """What the methods share: solver steps, advantages, branches that train, velocity KL."""
 
     grad_steps: int = 2
     """First solver steps that are learned from."""
@@ -202,7 +202,7 @@ class OptimConfig:
     grad_clip: float = 1.0
     """Gradient norm is clipped to this."""
     ema_decay: float = 0.9
-    """Decay of the moving average of the trained parameters; evaluation and export use the average."""
+    """Decay of the moving average of the trained parameters; after n updates at most (1 + n) / (10 + n)."""
     updates: int = 40
     """Optimiser updates."""
     prompts_per_update: int = 8
@@ -231,6 +231,9 @@ class EvaluationConfig:
     """Short and long prompts each, for choosing the best checkpoint."""
     test_prompts: int = 128
     """Short and long prompts each, used once, for summary.json."""
+    weights: Literal["average", "raw"] = "average"
+    """Trained weights that are validated, tested, generated with and exported: their moving average, which
+    smooths the noise of single updates, or the raw ones of the last update."""
     diversity_prompts: int = 16
     """Forks on which branch diversity is measured."""
     held_out: tuple[str, ...] = ()

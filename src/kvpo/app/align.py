@@ -119,7 +119,7 @@ def finished_summary(directory: RunDirectory, config: Config) -> dict[str, Any] 
     return summary if summary["updates"] == config.optim.updates else None
 
 
-def exactness(setup: Setup, trainer: Trainer) -> dict[str, float]:
+def exactness(setup: Setup, trainer: Trainer) -> dict[str, float | None]:
     """The identities that hold for any policy, measured on this run's own generator as it is now."""
     prompts = setup.training_prompts(0)
     return {
@@ -152,7 +152,7 @@ def _finish(run: Run, directory: RunDirectory, show: Any, started: float) -> dic
 
     def on_test_prompts(name: str) -> None:
         base = evaluate_base(setup, run.trainer, {name: setup.test[name]})[name]
-        results[name] = (base, run.evaluate_average(setup.test[name]))
+        results[name] = (base, run.evaluate_aligned(setup.test[name]))
 
     def identities() -> None:
         checks.update(exactness(setup, run.trainer))
@@ -174,6 +174,7 @@ def _finish(run: Run, directory: RunDirectory, show: Any, started: float) -> dic
     show("held-out tests, diversity, exhibits", len(stages), len(stages), {})
     usage = resource.getrusage(resource.RUSAGE_SELF)
     summary = {
+        "method": setup.config.method,
         "seed": setup.config.seed,
         "updates": run.updates,
         "wall_s": time.perf_counter() - started,

@@ -18,7 +18,7 @@ from kvpo.training.checkpoint import find_checkpoint
 from kvpo.training.device import computing
 from kvpo.training.evaluation import comparison
 from kvpo.training.policy import exchanged, policy_of
-from kvpo.training.run import evaluate_prompts, load_average
+from kvpo.training.run import evaluate_prompts, load_aligned
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +54,7 @@ def _evaluate(run: Path, config: Config, checkpoint: str | None, out: Path | str
     path = find_checkpoint(run / "checkpoints", checkpoint)
     setup = build_setup(config)
     policy = policy_of(setup.model, adapted=config.optim.train == "lora")
-    average = load_average(setup, policy, path)
+    average = load_aligned(setup, policy, path)
     held_out = {}
     with progress_bars() as display:
         show = Bars(display)

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,18 +11,27 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from kvpo.config import ExplorationConfig
-from kvpo.engine.forks import plan_forks
+from kvpo.engine.explorers import (
+    Explorer,
+    RoutedFrame,
+    chosen_routes,
+    fresh_noise,
+    noise_branches,
+    routes,
+)
+from kvpo.engine.forks import Fork, plan_forks
 from kvpo.engine.noise import keyed_generator
-from kvpo.engine.rollout import Group, RoutedFrame
+from kvpo.engine.rollout import Group
 from kvpo.engine.scoring import decode_members, score_group
 from kvpo.engine.stream import stream_latents
 from kvpo.files import write_atomic
+from kvpo.method.evidence import Tables, no_credit
 from kvpo.prompts import VideoPrompt
-from kvpo.training.credit import assign_credit, no_credit
-from kvpo.training.diversity import Explorer, Fork, averaged
+from kvpo.training.collection import credit_of, explore
+from kvpo.training.credit import collection_scale
+from kvpo.training.diversity import Laboratory, Place, averaged
 from kvpo.training.evaluation import HeldOut
-from kvpo.training.gradients import Trained, energies_of, policy_of_energies
+from kvpo.training.gradients import lesson_of, tables_of, with_old_policy
 from kvpo.training.policy import exchanged
 from kvpo.training.run import Run
 from kvpo.training.setup import Setup
@@ -32,15 +42,15 @@ def as_bytes(video_TCHW: Tensor) -> Tensor:
     return (video_TCHW.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().contiguous()
 
 
-def explorer(setup: Setup, prompts: Sequence[VideoPrompt]) -> Explorer:
-    """Branch exploration outside training, on the diversity tape."""
+def laboratory(setup: Setup, prompts: Sequence[VideoPrompt]) -> Laboratory:
+    """Branch exploration outside training, on a tape of its own."""
     from kvpo.world.detector import BROKEN_BELOW, attributes, detect
 
     def observe(video_BTCHW: Tensor) -> tuple[list[tuple], Tensor]:
         seen = detect(video_BTCHW)
         return attributes(seen), seen.confidence
 
-    return Explorer(
+    return Laboratory(
         generator=setup.generator,
         texts=setup.texts(prompts),
         tape=setup.tape("exploration"),
@@ -50,19 +60,18 @@ def explorer(setup: Setup, prompts: Sequence[VideoPrompt]) -> Explorer:
     )
 
 
-def story_forks(setup: Setup, count: int) -> list[Fork]:
+def story_places(setup: Setup, count: int) -> list[Place]:
     """Forks of long validation stories: right at a prompt switch where one is eligible, else later."""
     config = setup.config
     # A fork's diversity is measured on its own history; donors need other prompts beside it.
     own = replace(config.exploration, donor=0)
-    together: dict[tuple[int, ExplorationConfig], list[VideoPrompt]] = {}
+    together: dict[Fork, list[VideoPrompt]] = {}
     for prompt in list(setup.validation["long"])[:count]:
         plan = plan_forks([prompt], own, setup.generator.deployment)
         at_switch = [fork for fork in plan.roomiest if fork in plan.at_switches]
-        fork = (at_switch or plan.roomiest)[-1]
-        together.setdefault((fork.frame, fork.exploration), []).append(prompt)
-    forks = [Fork(tuple(prompts), *place) for place, prompts in together.items()]
-    return sorted(forks, key=lambda fork: fork.frame)
+        together.setdefault((at_switch or plan.roomiest)[-1], []).append(prompt)
+    places = [Place(tuple(prompts), fork) for fork, prompts in together.items()]
+    return sorted(places, key=lambda place: place.fork.frame)
 
 
 def measure_diversity(setup: Setup) -> dict[str, dict[str, float]]:
@@ -73,19 +82,18 @@ def measure_diversity(setup: Setup) -> dict[str, dict[str, float]]:
     count = setup.config.evaluation.diversity_prompts
     if not count or setup.config.backbone.kind != "world":
         return {}
-    forks = story_forks(setup, count)
-    look = explorer(setup, [prompt for fork in forks for prompt in fork.prompts])
+    places = story_places(setup, count)
+    look = laboratory(setup, [prompt for place in places for prompt in place.prompts])
     # A fork frame may gather few prompts; every prompt counts once.
-    weights = [len(fork.prompts) for fork in forks]
+    weights = [len(place.prompts) for place in places]
 
-    def over_forks(branches: Any) -> dict[str, float]:
-        measured = [look.measure(branches(fork)) for fork in forks]
+    def over_places(explorer: Explorer) -> dict[str, float]:
+        measured = [look.measure(look.branches(place, explorer)) for place in places]
         return averaged([m for m, weight in zip(measured, weights, strict=True) for _ in range(weight)])
 
-    routed = over_forks(look.routed)
-    strength = look.matched_strength(forks[:2], routed["pixel_distance"])
-    matched = over_forks(lambda fork: look.noisy(fork, strength))
-    fresh = over_forks(lambda fork: look.noisy(fork, 1.0))
+    routed, fresh = over_places(routes), over_places(fresh_noise)
+    strength = look.matched_strength(places[:2], routed["pixel_distance"])
+    matched = over_places(partial(noise_branches, strength=strength))
     return {"chr": routed, "noise": fresh, "noise_matched": {**matched, "strength": strength}}
 
 
@@ -103,7 +111,7 @@ def write_gallery(run: Run, results: dict[str, tuple[HeldOut, HeldOut]], directo
         texts, tape = setup.texts(chosen), setup.evaluation_tape()
         with run.trainer.policy.reference():
             before = _pixels(setup, chosen, texts, tape)
-        with exchanged(run.trainer.policy.parameters, run.trainer.average.values):
+        with exchanged(run.trainer.policy.parameters, run.trainer.aligned):
             after = _pixels(setup, chosen, texts, tape)
         for place, n in enumerate(picks):
             key = f"{name}-{n}"
@@ -154,27 +162,32 @@ def write_branches(run: Run, directory: Path) -> None:
 def _training_groups(run: Run, videos: dict[str, Tensor]) -> list[dict[str, Any]]:
     """Three groups of the first rollout, with energies, advantages and probabilities as in training."""
     setup, trainer, config = run.setup, run.trainer, run.setup.config
-    rollout, scores, texts = trainer.explore(0)
-    replayer = trainer.replayer(texts)
+    learner, settings = trainer.learner, config.method_settings
+    rollout, scores = explore(setup, 0)
+    scale = collection_scale(scores, setup.blend(), config.objective)
     donors = {group.index: group.root.prompt for group in rollout.groups}
     entries = []
     for index, (group, score) in enumerate(list(zip(rollout.groups, scores, strict=True))[:3]):
-        draws = keyed_generator("advantages", config.seed, 0, index)
-        credit = assign_credit(score, trainer.blend, config.objective, draws)
-        (energies,) = energies_of(replayer, [Trained(group, no_credit(group.branches))])
-        extras: list[dict[str, float]] = [{"energy": float(energy)} for energy in energies]
-        extras.append({})  # the anchor's
+        credit = credit_of(setup, 0, index, score, scale)
+        shown = credit or no_credit(group.branches)
+        lesson = lesson_of(learner, group, shown, keyed_generator("evidence", config.seed, 0, index))
+        (lesson,) = with_old_policy(learner, [lesson])
+        (table,) = tables_of(learner, [lesson])
+        table, branch_N = table[: lesson.method_rows], lesson.evidence.branch_N[: lesson.method_rows]
+        residuals, _, _ = Tables(table, table, table).per_branch(branch_N, shown.branches)
+        extras: list[dict[str, float]] = [{} for _ in range(group.branches + 1)]
+        for branch, residual in zip(shown.branches, residuals.tolist(), strict=True):
+            extras[branch]["energy"] = residual
         title = f"group {index + 1}: fork at frame {group.fork}"
         if credit is None:
             title += ", not trained on: its rewards differ by noise alone"
         else:
             for numbers, advantage in zip(extras, credit.all_advantages_G.tolist(), strict=False):
                 numbers["advantage"] = advantage
-            chosen = list(credit.branches)
-            pool = [*chosen, group.branches] if config.objective.anchor_in_pool else chosen
-            probabilities = policy_of_energies(energies[chosen], config.objective)
-            for member, probability in zip(pool, probabilities.tolist(), strict=True):
-                extras[member]["probability"] = probability
+            if learner.method.probabilities is not None:
+                found = learner.method.probabilities(table, branch_N, credit, settings).tolist()
+                for member, probability in zip((*credit.branches, group.branches), found, strict=False):
+                    extras[member]["probability"] = probability
         key = f"group-{index}"
         entries.append(_group_entry(setup, group, score, title, key, extras, videos, donors))
     rollout.release()
@@ -191,11 +204,10 @@ def causality_groups(setup: Setup, videos: dict[str, Tensor]) -> list[dict[str, 
         if not at_switch:
             continue
         # Act 1 may lie further back than training keeps pages for: here every frame stays.
-        fork = Fork((prompt,), at_switch[0].frame, replace(at_switch[0].exploration, resident_frames=0))
+        fork = Fork(at_switch[0].frame, replace(at_switch[0].exploration, resident_frames=0))
         sink = setup.generator.deployment.sink
-        routes = act_routes(prompt, fork.frame, exploration.routed, sink, exploration.recent)
-        look = explorer(setup, [prompt])
-        (group,) = look.chosen(fork, [routes])
+        acts = act_routes(prompt, fork.frame, exploration.routed, sink, exploration.recent)
+        (group,) = laboratory(setup, [prompt]).branches(Place((prompt,), fork), chosen_routes([acts]))
         judges, block = setup.judges, setup.generator.block
         score = score_group(group, judges.codec, judges.scorer, block=block, plan=setup.clip_plan())
         title = f"routed only to act 1, only to act 2, and the anchor (video {prompt.id})"

@@ -19,7 +19,7 @@ from kvpo.models.export import (
 )
 from kvpo.training.checkpoint import find_checkpoint
 from kvpo.training.policy import exchanged, policy_of
-from kvpo.training.run import load_average
+from kvpo.training.run import load_aligned
 
 Layout = Literal["peft", "diffusers-lora", "diffusers", "pt"]
 
@@ -67,7 +67,7 @@ def export(
     weights = load_weights(on_host(config))
     model = weights.model
     policy = policy_of(model, adapted=adapted)
-    with exchanged(policy.parameters, load_average(weights, policy, path)):
+    with exchanged(policy.parameters, load_aligned(weights, policy, path)):
         match layout:
             case "peft":
                 save_peft_adapter(out, adapter_state(model), base_model=config.backbone.checkpoint)

@@ -22,7 +22,7 @@ from kvpo.report.video import side_by_side, write_video
 from kvpo.training.checkpoint import find_checkpoint
 from kvpo.training.device import computing
 from kvpo.training.policy import exchanged, policy_of
-from kvpo.training.run import load_average
+from kvpo.training.run import load_aligned
 from kvpo.training.setup import Backbone
 
 SHORTEST_SIDE = 256
@@ -74,7 +74,7 @@ def _generate(
     policy = policy_of(backbone.model, adapted=config.optim.train == "lora")
     average = None
     if run is not None:
-        average = load_average(backbone, policy, find_checkpoint(run / "checkpoints", checkpoint))
+        average = load_aligned(backbone, policy, find_checkpoint(run / "checkpoints", checkpoint))
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -100,6 +100,16 @@ def routes(site: Site, group: int) -> list[Member]:
     return [Member(group, routes=own) for own in zip(*drawn, strict=True)]
 
 
+def chosen_routes(groups: Sequence[Sequence[tuple[RoutedFrame, ...]]]) -> Explorer:
+    """An explorer whose branches have given routes, ``[groups][G][routed]``, in every block."""
+
+    def explorer(site: Site, group: int) -> list[Member]:
+        blocks = site.forks[group].exploration.blocks
+        return [Member(group, routes=(route,) * blocks) for route in groups[group]]
+
+    return explorer
+
+
 def fresh_noise(site: Site, group: int) -> list[Member]:
     """Branches in the deployment context with fresh noise in the window."""
     return noise_branches(site, group, 1.0)

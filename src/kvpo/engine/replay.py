@@ -64,8 +64,8 @@ class ReplayContext:
 def replay_context(generator: StreamingGenerator, rows: Sequence[ReplayRow]) -> Iterator[ReplayContext]:
     """Re-encode the rows' own blocks under the current policy; pages are released on exit.
 
-    The rows' groups are of one ``replay_kind``. The pages must outlive the backward pass where activations are
-    recomputed, hence a context manager.
+    The rows' groups are of one ``replay_kind``. The pages must outlive the backward pass where activations
+    are recomputed, hence a context manager.
     """
     streams = [row.root.fork() for row in rows]
     try:

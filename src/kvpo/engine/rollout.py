@@ -243,6 +243,7 @@ def collect(
     explorer: Explorer = routes,
     cache: FrameCache | None = None,
     steps: int | None = None,
+    arrivals: bool = False,
     keep_pool: bool = False,
     finished: Callable[[Group], None] = lambda group: None,
 ) -> Rollout:
@@ -255,7 +256,8 @@ def collect(
     Args:
         explorer: tells the branches apart; every group's anchor follows them.
         cache: where the pages go, with room for ``rollout_pages``; None: a cache of its own.
-        steps: solver steps of the window to keep; None: all.
+        steps: solver steps of the window that are learned from; None: all.
+        arrivals: keep where the last of them led, too.
         keep_pool: keep what may be routed for the replay, too.
         finished: called with every group as soon as its members are generated, in order.
 
@@ -274,7 +276,7 @@ def collect(
         _add_roots(generator, rollout, prompts[at : at + together], texts, tape)
         waiting = members[at : at + together]
         every = [member for own in waiting for member in own]
-        ran = run_members(generator, rollout, every, rows=rows, steps=steps)
+        ran = run_members(generator, rollout, every, rows=rows, steps=steps and steps + arrivals)
         for own in waiting:
             rollout.groups.append(grouped(generator, rollout, own, ran))
             finished(rollout.groups[-1])

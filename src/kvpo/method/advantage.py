@@ -6,6 +6,8 @@ Rewards are [G], or [K, G] for K components at once (anchor and noise floor then
 measured jitter of the reward, so that a group whose spread is noise is not amplified into an advantage.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -19,15 +21,32 @@ def reward_spread(rewards: Tensor, anchor: Tensor | None = None) -> Tensor:
     return members.std(dim=-1, correction=1)
 
 
-def anchor_relative(rewards: Tensor, anchor: Tensor, noise_floor: float | Tensor) -> Tensor:
-    """A_g = (r_g - r_anchor) / max(std over branches and anchor, noise floor): [..., G]."""
-    scale = _at_least(reward_spread(rewards, anchor), noise_floor)
+def pooled_spread(groups: Sequence[Tensor]) -> Tensor:
+    """Spread of rewards about their own group's mean over a whole collection: [..., n] each -> [...].
+
+    sqrt(sum_g sum_i (r_gi - mean r_g)^2 / sum_g (n_g - 1)); of one group, its standard deviation (ddof 1).
+    """
+    squares = torch.stack([centred(rewards).square().sum(-1) for rewards in groups]).sum(0)
+    return (squares / sum(rewards.shape[-1] - 1 for rewards in groups)).sqrt()
+
+
+def anchor_relative(
+    rewards: Tensor, anchor: Tensor, noise_floor: float | Tensor, spread: Tensor | None = None
+) -> Tensor:
+    """A_g = (r_g - r_anchor) / max(spread, noise floor): [..., G].
+
+    ``spread`` [...] is by default the standard deviation over the branches and the anchor.
+    """
+    scale = _at_least(reward_spread(rewards, anchor) if spread is None else spread, noise_floor)
     return (rewards - anchor.unsqueeze(-1)) / scale.unsqueeze(-1)
 
 
-def group_centred(rewards: Tensor, noise_floor: float | Tensor) -> Tensor:
-    """A_g = (r_g - mean r) / max(std over branches, noise floor): [..., G], summing to 0."""
-    scale = _at_least(reward_spread(rewards), noise_floor)
+def group_centred(rewards: Tensor, noise_floor: float | Tensor, spread: Tensor | None = None) -> Tensor:
+    """A_g = (r_g - mean r) / max(spread, noise floor): [..., G], summing to 0.
+
+    ``spread`` [...] is by default the standard deviation over the branches.
+    """
+    scale = _at_least(reward_spread(rewards) if spread is None else spread, noise_floor)
     return centred(rewards) / scale.unsqueeze(-1)
 
 

@@ -1,100 +1,100 @@
-"""Every number reported about an update (METHOD section 6, last paragraph), as plain floats."""
+"""Numbers reported of every update: what each means, and how groups add up to an update (METHOD section 6).
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+A metric's name, its meaning and its value come from here and from the method's own ``metrics``; the report
+reads the meanings that the run wrote.
+"""
+
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from kvpo.method.advantage import reward_spread
+from kvpo.method.evidence import Credit, Metric, Metrics
+
+GROUP_METRICS = {
+    "reward_mean": Metric("Mean reward of the branches; it follows the prompts, so read the held-out curve."),
+    "anchor_reward": Metric("Mean reward of the unrouted anchors."),
+    "reward_spread": Metric(
+        "Spread of the rewards within a group (ddof 1), which the noise floor is compared with."
+    ),
+    "above_anchor": Metric("Share of branches that score above their anchor."),
+    "branch_distance": Metric("Distance between the latents of two branches; 0 would mean no exploration."),
+    "anchor_distance": Metric("Distance between the latents of a branch and its anchor."),
+}
+"""Of every group, skipped ones too."""
+
+UPDATE_METRICS = {
+    "skipped_fraction": Metric("Share of groups whose reward spread is noise; they are not trained on."),
+    "velocity_kl": Metric("Squared distance of the velocities from the starting policy's."),
+    "gradient_norm": Metric("Gradient norm before clipping."),
+    "gradient_coverage": Metric(
+        "Share of the trained tensors with a gradient; below 1 a layer learns nothing."
+    ),
+    "advantage_mean": Metric("Mean advantage of the trained branches; 0 where they are centred."),
+    "advantage_std": Metric("Spread of the advantages of the trained branches."),
+    "withheld_fraction": Metric("Share of branches whose praise selective fusion did not believe."),
+    "learning_rate": Metric("Learning rate of the update, constant after its warm-up."),
+    "idle_updates": Metric("Updates in a row in which nothing was learned."),
+    "forks": Metric("How many groups forked at which frame."),
+    "switch_forks": Metric("Share of groups that forked at a prompt switch."),
+    "blocks": Metric("Routed blocks, where fewer fit than were asked for."),
+    "tail_blocks": Metric("Blocks after the routed ones, where fewer fit than were asked for."),
+    "routed": Metric("Routed slots, where fewer fit than were asked for."),
+    "distinct": Metric("Distinct routed frames, where fewer fit than were asked for."),
+    "seconds": Metric("Wall-clock seconds of the update."),
+    "reward_cache_hits": Metric("Clips whose scores the cache on disk knew."),
+    "reward_cache_repeats": Metric("Clips that equal another clip of the same call."),
+    "reward_cache_misses": Metric("Clips that were scored."),
+    "device_peak_gb": Metric("Most device memory that tensors took during the update, in GB."),
+}
+"""Of an update as a whole."""
 
 
-@dataclass(frozen=True)
-class ObjectiveDiagnostics:
-    """What the objective saw of one group."""
-
-    loss: float
-    """Policy loss plus the weighted simplex KL."""
-    policy_loss: float
-    """Clipped surrogate."""
-    simplex_kl: float
-    """KL(pi_theta || pi_ref) over the group."""
-    energy_mean: float
-    """Mean energy of the branches."""
-    energy_std: float
-    """Standard deviation (ddof 0) of the branches' energies."""
-    temperature: float
-    """tau of the Gibbs policy."""
-    entropy: float
-    """Entropy of the policy over log of its members; 1 is uniform."""
-    anchor_probability: float
-    """Probability of the anchor; 0 when it is not in the pool."""
-    ratio_mean: float
-    """Mean of pi_theta / pi_old."""
-    ratio_max: float
-    """Largest pi_theta / pi_old."""
-    ratio_deviation: float
-    """Largest |pi_theta / pi_old - 1|; exactly 0 in the first inner epoch."""
-    clip_fraction: float
-    """Share of branches whose ratio lies outside the clip range."""
-    advantage_mean: float
-    """Mean advantage."""
-    advantage_std: float
-    """Standard deviation (ddof 0) of the advantages."""
-
-
-@dataclass(frozen=True)
-class GroupDiagnostics:
-    """What exploration found in one group; filled for skipped groups too."""
-
-    reward_mean: float
-    """Mean reward of the branches."""
-    anchor_reward: float
-    """Reward of the anchor."""
-    reward_spread: float
-    """Standard deviation (ddof 1) of the rewards of the branches, and of the anchor where advantages are
-    relative to it: what the noise floor is compared with."""
-    above_anchor: float
-    """Share of branches that score above the anchor."""
-    branch_distance: float
-    """Root mean square latent distance between two branches, averaged over pairs."""
-    anchor_distance: float
-    """Root mean square latent distance between a branch and the anchor, averaged over branches."""
-
-
-@dataclass(frozen=True)
-class UpdateDiagnostics(ObjectiveDiagnostics, GroupDiagnostics):
-    """One update: the mean over its groups (the maximum for ratio_max and ratio_deviation)."""
-
-    skipped_fraction: float
-    """Share of groups whose reward spread is noise; they do not enter the objective."""
-    velocity_kl: float
-    """mean || v_theta - v_ref ||^2 on anchor states."""
-    gradient_norm: float
-    """Gradient norm before clipping."""
-
-    def to_dict(self) -> dict[str, float]:
-        """Name to value, ready for a metrics file."""
-        return asdict(self)
-
-
-def group_diagnostics(
+def group_metrics(
     rewards_G: Tensor,
     anchor_reward: Tensor,
     branch_latents: Tensor,
     anchor_latents: Tensor,
     *,
     relative_to_anchor: bool = True,
-) -> GroupDiagnostics:
-    """Diagnostics of one group from rewards [G], [] and the latents of the routed window [G, ...], [...]."""
-    return GroupDiagnostics(
-        reward_mean=float(rewards_G.mean()),
-        anchor_reward=float(anchor_reward),
-        reward_spread=float(reward_spread(rewards_G, anchor_reward if relative_to_anchor else None)),
-        above_anchor=float((rewards_G > anchor_reward).double().mean()),
-        branch_distance=mean_pairwise_distance(branch_latents),
-        anchor_distance=mean_distance(branch_latents, anchor_latents),
-    )
+) -> Metrics:
+    """``GROUP_METRICS`` of one group from rewards [G], [] and the latents of the window [G, ...], [...]."""
+    return {
+        "reward_mean": float(rewards_G.mean()),
+        "anchor_reward": float(anchor_reward),
+        "reward_spread": float(reward_spread(rewards_G, anchor_reward if relative_to_anchor else None)),
+        "above_anchor": float((rewards_G > anchor_reward).double().mean()),
+        "branch_distance": mean_pairwise_distance(branch_latents),
+        "anchor_distance": mean_distance(branch_latents, anchor_latents),
+    }
+
+
+def advantage_metrics(credits: Sequence[Credit]) -> Metrics:
+    """Advantages of the trained branches, averaged over groups, and the share of all that was withheld."""
+    branches = sum(len(credit.all_advantages_G) for credit in credits)
+    return {
+        "advantage_mean": _mean([float(credit.advantages_G.mean()) for credit in credits]),
+        "advantage_std": _mean([float(credit.advantages_G.std(correction=0)) for credit in credits]),
+        "withheld_fraction": sum(credit.withheld for credit in credits) / branches if branches else 0.0,
+    }
+
+
+def update_metrics(
+    of_method: Mapping[str, Metric], trained: Sequence[Metrics], groups: Sequence[Metrics]
+) -> Metrics:
+    """Summarise an update: ``groups`` are all of its groups, ``trained`` those trained on (nan if none)."""
+    numbers = {name: _mean([group[name] for group in groups]) for name in GROUP_METRICS}
+    for name, metric in of_method.items():
+        values = [found[name] for found in trained]
+        numbers[name] = max(values, default=float("nan")) if metric.largest else _mean(values)
+    return numbers | {"skipped_fraction": 1 - len(trained) / len(groups)}
+
+
+def meanings(of_method: Mapping[str, Metric]) -> dict[str, str]:
+    """Metric -> the sentence that explains it, for everything that a run of a method reports of updates."""
+    every = {**GROUP_METRICS, **UPDATE_METRICS, **of_method}
+    return {name: metric.meaning for name, metric in every.items()}
 
 
 def mean_pairwise_distance(latents: Tensor) -> float:
@@ -111,26 +111,6 @@ def mean_distance(latents: Tensor, anchor: Tensor) -> float:
     return float(difference.square().mean(dim=1).sqrt().mean())
 
 
-def update_diagnostics(
-    objectives: Sequence[ObjectiveDiagnostics],
-    groups: Sequence[GroupDiagnostics],
-    *,
-    velocity_kl: float,
-    gradient_norm: float,
-) -> UpdateDiagnostics:
-    """Summarise an update: `groups` are all of its groups, `objectives` those not skipped (nan if none)."""
-    means = {name: _mean(objectives, name) for name in ObjectiveDiagnostics.__dataclass_fields__}
-    means |= {name: _mean(groups, name) for name in GroupDiagnostics.__dataclass_fields__}
-    for name in ("ratio_max", "ratio_deviation"):
-        means[name] = max((vars(item)[name] for item in objectives), default=float("nan"))
-    return UpdateDiagnostics(
-        **means,
-        skipped_fraction=1 - len(objectives) / len(groups),
-        velocity_kl=velocity_kl,
-        gradient_norm=gradient_norm,
-    )
-
-
-def _mean(items: Sequence[ObjectiveDiagnostics] | Sequence[GroupDiagnostics], name: str) -> float:
-    """Mean of one field; nan of no items."""
-    return sum(vars(item)[name] for item in items) / len(items) if items else float("nan")
+def _mean(values: Sequence[float]) -> float:
+    """Mean; nan of no values."""
+    return sum(values) / len(values) if values else float("nan")

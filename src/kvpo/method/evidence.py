@@ -227,6 +227,11 @@ class Method:
     metrics: Mapping[str, Metric] = field(default_factory=dict)
     drift: Callable[[Trajectories, Credit, Evidence, Any], Evidence | None] = anchor_drift
     """(trajectories, credit, evidence, settings) -> rows of the velocity KL to the starting policy."""
+    probabilities: Callable[[Tensor, Sequence[int], Credit, Any], Tensor] | None = None
+    """(table, branch of each row, credit, settings) -> the policy over the credit's branches, [G], or [G + 1]
+    with the anchor last; None for methods that define none."""
+    averaged_old: Callable[[Any], bool] = lambda settings: False
+    """(settings) -> the "old" teacher is the moving average of the policy, not the one that generated."""
     rewarded: bool = True
     """False: every branch is trained on, whatever its score."""
     arrivals: bool = False

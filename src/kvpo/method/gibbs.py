@@ -158,14 +158,14 @@ def gibbs_objective(
     """
     branches = len(energy_G)
     assert all(len(other) == branches for other in (old_energy_G, reference_energy_G, advantages_G))
-    log_policy = pool_log_probs if anchor_in_pool else branch_log_probs
-    log_probs = log_policy(energy_G, temperature)
-    old_log_probs = log_policy(old_energy_G.detach(), temperature)
-    reference_log_probs = log_policy(reference_energy_G.detach(), temperature)
-    policy_loss = clipped_surrogate(
-        log_probs[:branches], old_log_probs[:branches], advantages_G, clip_low, clip_high
+    log_pi, old_log_pi, reference_log_pi = (
+        log_probs(energies, temperature, anchor_in_pool=anchor_in_pool)
+        for energies in (energy_G, old_energy_G.detach(), reference_energy_G.detach())
     )
-    kl = simplex_kl(log_probs, reference_log_probs)
+    policy_loss = clipped_surrogate(
+        log_pi[:branches], old_log_pi[:branches], advantages_G, clip_low, clip_high
+    )
+    kl = simplex_kl(log_pi, reference_log_pi)
     loss = policy_loss + simplex_kl_weight * kl
     metrics = {
         "loss": float(loss.detach()),
@@ -174,9 +174,9 @@ def gibbs_objective(
         "energy_mean": float(energy_G.detach().mean()),
         "energy_std": float(energy_G.detach().std(correction=0)),
         "temperature": temperature,
-        "entropy": float(normalised_entropy(log_probs.detach())),
-        "anchor_probability": float(log_probs[-1].detach().exp()) if anchor_in_pool else 0.0,
+        "entropy": float(normalised_entropy(log_pi.detach())),
+        "anchor_probability": float(log_pi[-1].detach().exp()) if anchor_in_pool else 0.0,
         "advantage_mean": float(advantages_G.mean()),
         "advantage_std": float(advantages_G.std(correction=0)),
     }
-    return loss, metrics | ratio_metrics(log_probs[:branches], old_log_probs[:branches], clip_low, clip_high)
+    return loss, metrics | ratio_metrics(log_pi[:branches], old_log_pi[:branches], clip_low, clip_high)

@@ -22,7 +22,7 @@ from kvpo.method.evidence import (
     evidence_of,
     joined,
 )
-from kvpo.method.gibbs import METRICS, gibbs_objective, temperature_of
+from kvpo.method.gibbs import METRICS, gibbs_objective, log_probs, temperature_of
 from kvpo.method.latent_distance import anchor_state_evidence
 from kvpo.method.settings import KvpoSettings
 
@@ -67,4 +67,13 @@ def loss(
     )
 
 
-METHOD = Method(evidence, loss, METRICS)
+def probabilities(
+    table_NPS: Tensor, branch_N: Sequence[int], credit: Credit, settings: KvpoSettings
+) -> Tensor:
+    """The Gibbs policy of the rollout, whose table is given."""
+    energy_G, _, _ = Tables(table_NPS, table_NPS, table_NPS).per_branch(branch_N, credit.branches)
+    temperature = temperature_of(energy_G, settings.temperature, settings.anchor_share)
+    return log_probs(energy_G, temperature, anchor_in_pool=settings.anchor_share > 0).exp()
+
+
+METHOD = Method(evidence, loss, METRICS, probabilities=probabilities)

@@ -94,4 +94,6 @@ def loss(
     return value, metrics
 
 
-METHOD = Method(evidence, loss, METRICS, drift, linear=True)
+METHOD = Method(
+    evidence, loss, METRICS, drift, averaged_old=lambda settings: settings.old == "average", linear=True
+)

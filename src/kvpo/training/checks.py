@@ -1,99 +1,145 @@
-"""Exactness checks of a run, measured on its own generator before anything is trained."""
+"""Exactness checks of a run, measured on its own generator with the weights that it has then."""
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import product
 
 import torch
+from torch import Tensor
 
-from kvpo.config import ExplorationConfig
-from kvpo.engine.forks import plan_forks
-from kvpo.engine.replay import Member, branch_residuals, replay_context, replay_velocities
-from kvpo.engine.rollout import RoutedFrame, grow_roots, run_members
-from kvpo.method.objective import policy_ratio
-from kvpo.method.policy import branch_log_probs
+from kvpo.config import Config
+from kvpo.engine.explorers import Member, RoutedFrame
+from kvpo.engine.forks import Fork, plan_forks
+from kvpo.engine.replay import member_row, replay_context, replay_velocities
+from kvpo.engine.rollout import Rollout, grouped, grow_roots, run_members
+from kvpo.engine.stream import append_block, commit_banks, text_of
+from kvpo.method.evidence import Tables, no_credit, residual_table
+from kvpo.models.deployment import deployment_context
 from kvpo.prompts import VideoPrompt
-from kvpo.training.credit import no_credit
-from kvpo.training.gradients import Trained, energies_of, temperature_of
+from kvpo.training.collection import explore
+from kvpo.training.gradients import Lesson, lesson_of, tables_of, with_old_policy
 from kvpo.training.setup import Setup
 from kvpo.training.trainer import Trainer
 
+RATIO_TOLERANCE = {"none": 1e-4, "bfloat16": 0.05}
+"""By autocast: some thirty times what float32 shows on a CPU (4e-6)."""
 
-def first_ratio_max_deviation(trainer: Trainer) -> float:
-    """Largest |pi_theta / pi_old - 1| at theta = theta_old from two independent replays of one rollout.
 
-    All branches take part, whatever their rewards: what is checked is the replay.
+def streamed_table(trainer: Trainer, lesson: Lesson) -> Tensor:
+    """A lesson's table [N, P, S] with one trajectory, block and solver step at a time.
+
+    Each trajectory is a stream of its own that is given its stored latents, as deployment would be: nothing
+    of the replay's batching is used.
     """
-    config = trainer.setup.config
-    rollout, _, texts = trainer.explore(0)
-    trained = [Trained(group, no_credit(group.branches)) for group in rollout.groups]
-    replayer = trainer.replayer(texts)
-    old, again = energies_of(replayer, trained), energies_of(replayer, trained)
+    generator, evidence = trainer.setup.generator, lesson.evidence
+    every = []
+    for query, past in enumerate(evidence.past_Q):
+        stream, velocities = lesson.root.fork(), []
+        text = text_of([stream])
+        for block, clean_FCHW in enumerate(lesson.past_MPFCHW[past]):
+            commit_banks(generator, [stream], text)
+            context = deployment_context(generator.deployment, [stream.history])
+            for step in range(lesson.steps):
+                state_FCHW = evidence.states_QPSFCHW[query, block, step]
+                level = torch.tensor([generator.sigmas[step]], device=state_FCHW.device)
+                velocities.append(generator.velocity(state_FCHW[None], level, text, context)[0])
+            if block + 1 < lesson.blocks:
+                noise = None
+                if generator.context_noise:
+                    at = stream.start // generator.block
+                    noise = stream.tape(stream.prompt.id, at, "context")[None].to(clean_FCHW)
+                append_block(generator, [stream], clean_FCHW[None], text, context, noise)
+        stream.history.release()
+        every.append(torch.stack(velocities).unflatten(0, (lesson.blocks, lesson.steps)))
+    return lesson.table(torch.stack(every))
+
+
+def first_ratio_max_deviation(trainer: Trainer) -> float | None:
+    """Largest |pi_theta / pi_old - 1| at theta = theta_old: 0 but for rounding (``ratio_tolerance``).
+
+    One table comes from the replay in training's batches, the other from ``streamed_table``, over all solver
+    steps that the method can learn from. The branches of the first two groups of a rollout take part,
+    whatever their rewards. None for methods without a ratio.
+    """
+    setup = trainer.setup
+    learner = replace(trainer.learner, steps=len(setup.generator.sigmas))
+    if "ratio_deviation" not in learner.method.metrics:
+        return None
+    objective = replace(setup.config.objective, grad_steps=learner.steps)
+    rollout, _ = explore(replace(setup, config=replace(setup.config, objective=objective)), 0)
     deviation = 0.0
-    for before, after in zip(old, again, strict=True):
-        temperature = temperature_of(before, config.objective)
-        ratio = policy_ratio(branch_log_probs(after, temperature), branch_log_probs(before, temperature))
-        deviation = max(deviation, float((ratio - 1).abs().max()))
+    for group in rollout.groups[:2]:
+        draws = torch.Generator().manual_seed(0)
+        lesson = lesson_of(learner, group, no_credit(group.branches), draws)
+        (lesson,) = with_old_policy(learner, [lesson])
+        with torch.no_grad():
+            (old,), again = tables_of(learner, [lesson]), streamed_table(trainer, lesson)
+        rows = lesson.method_rows
+        tables = Tables(again[:rows], old[:rows], old[:rows])
+        branch_N = lesson.evidence.branch_N[:rows]
+        _, found = learner.method.loss(tables, branch_N, lesson.credit, learner.settings)
+        deviation = max(deviation, found["ratio_deviation"])
     rollout.release()
     return deviation
 
 
-def shared_fork(setup: Setup, prompts: Sequence[VideoPrompt]) -> tuple[int, ExplorationConfig]:
-    """A fork at which most of the exploration fits in every prompt, and that exploration."""
+def ratio_tolerance(config: Config) -> float:
+    """What rounding may add to a first ratio where two batches sum in different orders."""
+    return RATIO_TOLERANCE[config.optim.autocast]
+
+
+def shared_fork(setup: Setup, prompts: Sequence[VideoPrompt]) -> Fork:
+    """A fork at which most of the exploration fits in every prompt, without a tail, all members together."""
     roomiest = plan_forks(prompts, setup.config.exploration, setup.generator.deployment).roomiest
     fork = roomiest[len(roomiest) // 2]
-    return fork.frame, fork.exploration
+    return replace(fork, exploration=replace(fork.exploration, tail_blocks=0, rows=0))
+
+
+def _grown(setup: Setup, prompts: Sequence[VideoPrompt], fork: Fork) -> Rollout:
+    texts, tape = setup.texts(prompts), setup.tape("checks")
+    return grow_roots(setup.generator, prompts, fork.frame, texts, tape, fork.exploration)
 
 
 def anchor_energy_at_old(setup: Setup, prompts: Sequence[VideoPrompt]) -> float:
-    """Replay energy of anchors under the policy that made them, one solver step at a time: exactly 0.
+    """Largest residual of anchors against the policy that made them, at any solver step: exactly 0.
 
-    The replay's batch has the rows of the rollout's batch, so that both sum in the same order.
+    The replay's velocities are compared with those that the rollout stored, step by step in a batch with the
+    rows of the rollout's batch, so that both sum in the same order.
     """
-    fork, fitted = shared_fork(setup, prompts)
-    texts, tape = setup.texts(prompts), setup.tape("checks")
-    exploration = replace(fitted, tail_blocks=0, rows=0)
-    rollout = grow_roots(setup.generator, prompts, fork, texts, tape, exploration)
-    members = [(index, None) for index in range(len(prompts))]
-    states, velocities, clean = run_members(setup.generator, rollout, members, texts, tape)
-    groups = [
-        replace(
-            group,
-            states_MPSFCHW=states[index][None],
-            velocities_MPSFCHW=velocities[index][None],
-            clean_MTCHW=clean[index][None],
-        )
-        for index, group in enumerate(rollout.groups)
-    ]
+    generator, fork = setup.generator, shared_fork(setup, prompts)
+    rollout = _grown(setup, prompts, fork)
+    members = [Member(index) for index in range(len(prompts))]
+    ran = run_members(generator, rollout, members)
+    groups = [grouped(generator, rollout, [member], ran) for member in members]
+    rows = [member_row(group, 0) for group in groups]
     energy = 0.0
-    rows = [Member(group, 0) for group in groups]
-    with torch.no_grad(), replay_context(setup.generator, rows, texts, tape) as replay:
-        for block, context in enumerate(replay.contexts):
-            only = [replace(group, states_MPSFCHW=group.states_MPSFCHW[:, block : block + 1],
-                            velocities_MPSFCHW=group.velocities_MPSFCHW[:, block : block + 1])
-                    for group in groups]  # fmt: skip
-            members_of_block = [Member(group, 0) for group in only]
-            velocity = replay_velocities(
-                setup.generator, members_of_block, replace(replay, contexts=(context,)), 1
-            )
-            energy = max(energy, float(branch_residuals(members_of_block, velocity).max()))
+    with torch.no_grad(), replay_context(generator, rows) as replay:
+        for block, step in product(range(fork.exploration.blocks), range(len(generator.sigmas))):
+            at_step = replace(generator, sigmas=generator.sigmas[step:])
+            here = [replace(row, states_PSFCHW=row.states_PSFCHW[:, step : step + 1]) for row in rows]
+            velocity = replay_velocities(at_step, here, replay, range(block, block + 1))
+            own = [g.trajectories.velocities_MPSFCHW[0, block : block + 1, step : step + 1] for g in groups]
+            table = residual_table(velocity.new_ones(()), torch.stack(own), velocity)
+            energy = max(energy, float(table.max()))
     rollout.release()
     return energy
 
 
 def default_route_max_difference(setup: Setup, prompts: Sequence[VideoPrompt]) -> float:
     """Largest difference between unrouted generation and a route that names the most recent frames: 0."""
-    fork, fitted = shared_fork(setup, prompts)
-    one = replace(fitted, blocks=1, tail_blocks=0, rows=0)
-    texts, tape = setup.texts(prompts), setup.tape("checks")
-    rollout = grow_roots(setup.generator, prompts, fork, texts, tape, one)
-    past = setup.generator.deployment.local_past
-    first = setup.generator.deployment.sink
+    fork = shared_fork(setup, prompts)
+    fork = replace(fork, exploration=replace(fork.exploration, blocks=1))
+    rollout = _grown(setup, prompts, fork)
+    past, first = setup.generator.deployment.local_past, setup.generator.deployment.sink
     if past is not None:
-        first = max(first, fork - past)
-    route = tuple(range(first, fork - one.recent))
-    plain = [(index, None) for index in range(len(prompts))]
-    routed = [(index, [tuple(RoutedFrame(index, frame) for frame in route)]) for index in range(len(prompts))]
-    expected = run_members(setup.generator, rollout, plain, texts, tape)
-    found = run_members(setup.generator, rollout, routed, texts, tape)
+        first = max(first, fork.frame - past)
+    frames = range(first, fork.frame - fork.exploration.recent)
+    every = range(len(prompts))
+    routed = [Member(n, routes=(tuple(RoutedFrame(n, frame) for frame in frames),)) for n in every]
+    expected = run_members(setup.generator, rollout, [Member(n) for n in every])
+    difference = 0.0
+    for one, other in zip(expected, run_members(setup.generator, rollout, routed), strict=True):
+        pairs = zip(vars(one).values(), vars(other).values(), strict=True)
+        difference = max(difference, *(float((a - b).abs().max()) for a, b in pairs))
     rollout.release()
-    return max(float((a - b).abs().max()) for a, b in zip(expected, found, strict=True))
+    return difference

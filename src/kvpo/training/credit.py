@@ -19,11 +19,13 @@ from kvpo.method.advantage import (
     group_centred,
     is_noise,
     permuted,
+    pooled_spread,
     rank_gap,
     reward_spread,
     selective,
     total_floor,
 )
+from kvpo.method.evidence import Credit
 
 
 @dataclass(frozen=True)
@@ -36,10 +38,17 @@ class Blend:
     rewards: RewardConfig
     primary: int = 0
     """Component that selective fusion checks against the others."""
+    anchor_in_pool: bool = False
+    """The method's policy counts the anchor among its members."""
 
 
 def blend_of(
-    components: Sequence[str], weights_K: Tensor, rewards: RewardConfig, default_floor: float
+    components: Sequence[str],
+    weights_K: Tensor,
+    rewards: RewardConfig,
+    default_floor: float,
+    *,
+    anchor_in_pool: bool = False,
 ) -> Blend:
     """The blend that ``rewards`` asks for; components without a measured floor have ``default_floor``.
 
@@ -60,29 +69,32 @@ def blend_of(
             "it and at least one other need a weight above 0"
         )
     measured = torch.tensor([floors.get(name, default_floor) for name in components]) if floors else None
-    return Blend(weights_K, measured, rewards, primary)
+    return Blend(weights_K, measured, rewards, primary, anchor_in_pool)
 
 
-@dataclass(frozen=True)
-class Credit:
-    """The branches of one group that are trained on, and their advantages."""
-
-    branches: tuple[int, ...]
-    advantages_G: Tensor
-    """Of the selected branches."""
-    all_advantages_G: Tensor
-    """Of every branch, before selection."""
-    withheld: int = 0
-    """Branches whose positive advantage selective fusion took away."""
+Scale = tuple[Tensor, Tensor]
+"""Reward spread of a whole collection in the local and in the global signal, [K] or [] each."""
 
 
-def no_credit(branches: int) -> Credit:
-    """Every branch, none better than another: for looking at a group without training on it."""
-    return Credit(tuple(range(branches)), torch.zeros(branches), torch.zeros(branches))
+def collection_scale(scores: Sequence[Scores], blend: Blend, config: ObjectiveConfig) -> Scale | None:
+    """Spread that all advantages of a collection are divided by; None: each group's own is.
+
+    One scale for every group needs no noise floor: a group of nearly equal clips has small advantages.
+    """
+    if config.advantage_scale == "group":
+        return None
+    last = None if config.advantages == "anchor" else -1
+    signals = ([item.local_KM for item in scores], [item.global_KM for item in scores])
+    local, whole = (pooled_spread([_fused(one, blend)[..., :last] for one in own]) for own in signals)
+    return local, whole
 
 
 def assign_credit(
-    scores: Scores, blend: Blend, config: ObjectiveConfig, generator: torch.Generator
+    scores: Scores,
+    blend: Blend,
+    config: ObjectiveConfig,
+    generator: torch.Generator,
+    scale: Scale | None = None,
 ) -> Credit | None:
     """Advantages of one group (METHOD section 5), or None where its reward spread is noise.
 
@@ -92,16 +104,17 @@ def assign_credit(
     a constant that all advantages share does not cancel, but turns the gradient (METHOD section 4).
     """
     floor = config.noise_floor if blend.floors_K is None else total_floor(blend.floors_K, blend.weights_K)
-    if group_is_noise(scores, blend, config, floor):
+    if scale is None and group_is_noise(scores, blend, config, floor):
+        return None
+    if scale is not None and not any(bool(one.any()) for one in scale):
         return None
     before = fuse_signals(
-        signal(scores.local_KM, blend, config, floor),
-        signal(scores.global_KM, blend, config, floor),
+        signal(scores.local_KM, blend, config, floor, scale and scale[0]),
+        signal(scores.global_KM, blend, config, floor, scale and scale[1]),
         config.global_weight,
     )
-    advantages = before
+    advantages, gap_G = before, _gap(scores, blend, config)
     if blend.rewards.fusion == "selective":
-        gap_G = _gap(scores, blend, config)
         advantages = selective(before, gap_G, blend.rewards.rank_margin, blend.rewards.rank_penalty)
     withheld = int((advantages != before).sum())
     advantages = clamp(advantages, config.advantage_clamp)
@@ -109,9 +122,9 @@ def assign_credit(
         advantages = permuted(advantages, generator)
     chosen = best_and_worst(advantages, config.keep_best, config.keep_worst)
     selected = advantages[chosen]
-    if config.advantages != "anchor" or not config.anchor_in_pool:
+    if config.advantages != "anchor" or not blend.anchor_in_pool:
         selected = centred(selected)
-    return Credit(tuple(chosen.tolist()), selected, advantages, withheld)
+    return Credit(tuple(chosen.tolist()), selected, advantages, gap_G[chosen], withheld)
 
 
 def group_is_noise(scores: Scores, blend: Blend, config: ObjectiveConfig, floor: float | Tensor) -> bool:
@@ -128,19 +141,30 @@ def group_is_noise(scores: Scores, blend: Blend, config: ObjectiveConfig, floor:
     return is_noise(members[..., :-1], anchor, floors)
 
 
-def signal(members_KM: Tensor, blend: Blend, config: ObjectiveConfig, floor: float | Tensor) -> Tensor:
+def signal(
+    members_KM: Tensor,
+    blend: Blend,
+    config: ObjectiveConfig,
+    floor: float | Tensor,
+    scale: Tensor | None = None,
+) -> Tensor:
     """One signal's advantages ``[G]`` from the scores of branches and anchor, ``[K, M]``."""
-
-    def normalised(members: Tensor, floors: float | Tensor) -> Tensor:
-        branches, anchor = members[..., :-1], members[..., -1]
-        if config.advantages == "anchor":
-            return anchor_relative(branches, anchor, floors)
-        return group_centred(branches, floors)
-
+    members = _fused(members_KM, blend)
+    floors = floor if blend.rewards.fusion == "rewards" or blend.floors_K is None else blend.floors_K
+    if config.advantages == "anchor":
+        normalised = anchor_relative(members[..., :-1], members[..., -1], floors, scale)
+    else:
+        normalised = group_centred(members[..., :-1], floors, scale)
     if blend.rewards.fusion == "rewards":
-        return normalised(fuse_components(members_KM, blend.weights_K), floor)
-    floors = floor if blend.floors_K is None else blend.floors_K
-    return fuse_components(normalised(members_KM, floors), blend.weights_K / blend.weights_K.sum())
+        return normalised
+    return fuse_components(normalised, blend.weights_K / blend.weights_K.sum())
+
+
+def _fused(members_KM: Tensor, blend: Blend) -> Tensor:
+    """What is normalised: every component ``[K, M]``, or with raw fusion their weighted sum ``[M]``."""
+    if blend.rewards.fusion == "rewards":
+        return fuse_components(members_KM, blend.weights_K)
+    return members_KM
 
 
 def _gap(scores: Scores, blend: Blend, config: ObjectiveConfig) -> Tensor:

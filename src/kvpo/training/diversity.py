@@ -13,10 +13,9 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
-from kvpo.config import ExplorationConfig
-from kvpo.engine.generator import StreamingGenerator
 from kvpo.engine.explorers import Explorer, noise_branches
 from kvpo.engine.forks import Fork
+from kvpo.engine.generator import StreamingGenerator, pixels_of
 from kvpo.engine.noise import Tape
 from kvpo.engine.rollout import Group, collect
 from kvpo.engine.scoring import score_groups
@@ -44,11 +43,10 @@ class Diversity:
 
 @dataclass(frozen=True)
 class Place:
-    """Where diversity is measured: prompts that fork at one frame, and what is explored there."""
+    """Where diversity is measured: prompts that fork at one frame."""
 
     prompts: tuple[VideoPrompt, ...]
-    frame: int
-    exploration: ExplorationConfig
+    fork: Fork
 
 
 @dataclass(frozen=True)
@@ -64,8 +62,8 @@ class Laboratory:
 
     def branches(self, place: Place, explorer: Explorer) -> list[Group]:
         """Branches as an explorer tells them apart, the anchor last."""
-        forks = [Fork(place.frame, place.exploration)] * len(place.prompts)
-        key = ("diversity", place.frame)
+        forks = [place.fork] * len(place.prompts)
+        key = ("diversity", place.fork.frame)
         rollout = collect(self.generator, place.prompts, forks, self.texts, self.tape, key, explorer=explorer)
         rollout.release()
         return rollout.groups
@@ -75,8 +73,7 @@ class Laboratory:
         scores = score_groups(groups, self.judges.codec, self.judges.scorer, block=self.generator.block)
         results = []
         for group, score in zip(groups, scores, strict=True):
-            with torch.no_grad():
-                pixels = self.judges.codec.decode(group.clean_MTCHW[:-1])
+            pixels = pixels_of(self.judges.codec, group.clean_MTCHW[:-1])
             window, after = pixels[:, : group.window_frames], pixels[:, group.window_frames :]
             # Without a tail the window is all there is to read.
             shown, confidence = self.observe(after if after.shape[1] else window)

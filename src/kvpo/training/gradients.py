@@ -25,6 +25,7 @@ from kvpo.method.evidence import (
     joined,
     residual_table,
 )
+from kvpo.models.finite import require_finite
 from kvpo.training.policy import Policy
 
 
@@ -178,7 +179,9 @@ def tables_of(learner: Learner, lessons: Sequence[Lesson]) -> list[Tensor]:
     tables: list[Tensor] = []
     for batch in lesson_batches(learner, lessons):
         found = zip(batch, velocities_of(learner, batch), strict=True)
-        tables += [lesson.table(velocities) for lesson, velocities in found]
+        own = [lesson.table(velocities) for lesson, velocities in found]
+        _require_finite(batch, own)
+        tables += own
     return tables
 
 
@@ -190,6 +193,12 @@ def with_old_policy(learner: Learner, lessons: Sequence[Lesson]) -> list[Lesson]
     for batch in lesson_batches(learner, lessons):
         known += _taught(batch, "old", velocities_of(learner, batch))
     return known
+
+
+def _require_finite(batch: Sequence[Lesson], tables: Sequence[Tensor], policy: str = "") -> None:
+    named = {f"prompt {item.root.prompt.id}": own for item, own in zip(batch, tables, strict=True)}
+    source = f"replayed residuals{policy}"
+    require_finite(named, source, "the policy has diverged, lower optim.lr, or try --optim.autocast none")
 
 
 def _taught(lessons: Sequence[Lesson], teacher: str, velocities: Sequence[Tensor]) -> list[Lesson]:
@@ -317,7 +326,9 @@ def _coefficients(
     old: Sequence[Tensor] | None,
     references: Sequence[Tensor],
 ) -> list[Tensor]:
-    """d loss / d table of every lesson, the velocity KL included."""
+    """d loss / d table of every lesson, the velocity KL included. Raises NonFiniteError."""
+    _require_finite(batch, tables)
+    _require_finite(batch, references, " of the starting policy")
     return [
         torch.autograd.grad(loss + learner.velocity_kl * drift, table)[0]
         for table, loss, _, drift in _losses(learner, batch, tables, old, references)

@@ -69,7 +69,8 @@ class Setup(Backbone):
         """How the components of the reward become one advantage. Raises ConfigurationError."""
         judges, config = self.judges, self.config
         components, floor = judges.scorer.components, config.objective.noise_floor
-        return blend_of(components, judges.weights_K, config.rewards, floor)
+        pool = config.method == "kvpo" and config.kvpo.anchor_share > 0
+        return blend_of(components, judges.weights_K, config.rewards, floor, anchor_in_pool=pool)
 
     def evaluation_tape(self) -> SeededTape:
         """The held-out tape: the same in every run, whatever its seed, so that runs can be compared."""

@@ -1,0 +1,180 @@
+"""From prompts to lessons: plan a rollout, generate it, score it, and give its branches credit."""
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from functools import partial
+
+from torch import Tensor
+
+from kvpo.engine.background import Submit, in_background
+from kvpo.engine.explorers import EXPLORERS
+from kvpo.engine.forks import Fork, draw_forks
+from kvpo.engine.noise import keyed_generator
+from kvpo.engine.pages import PlannedRollout, cache_pages
+from kvpo.engine.rollout import Group, Rollout, collect
+from kvpo.engine.scoring import Scores, score_group
+from kvpo.engine.stream import Stream
+from kvpo.method.diagnostics import group_metrics
+from kvpo.method.evidence import Credit, Metrics, no_credit
+from kvpo.method.methods import METHODS
+from kvpo.models.cache import FrameCache
+from kvpo.training.credit import Scale, assign_credit, collection_scale
+from kvpo.training.gradients import (
+    Learner,
+    Lesson,
+    lesson_of,
+    tables_of,
+    trajectories_together,
+    with_old_policy,
+)
+from kvpo.training.setup import Setup
+
+
+@dataclass(frozen=True)
+class Collected:
+    """A scored rollout that waits for its update."""
+
+    roots: Sequence[Stream]
+    forks: Sequence[Fork]
+    lessons: list[Lesson]
+    """Of the groups worth training on."""
+    found: list[Metrics]
+    """What exploration found in all groups."""
+    old_tables: list[Tensor]
+    """Of the lessons under the rollout policy; empty where no later step needs them."""
+    fresh: bool
+    """Its update comes first after the collection, so the rollout policy is the current one."""
+
+    def release(self) -> None:
+        """Give the root histories' pages back."""
+        for root in self.roots:
+            root.history.release()
+
+
+def plan(setup: Setup, update: int) -> PlannedRollout:
+    """What the rollout of an update explores, shrunk to what fits its videos."""
+    prompts, config = setup.training_prompts(update), setup.config
+    forks = draw_forks(prompts, config.exploration, setup.generator.deployment, (config.seed, update))
+    blocks = min(fork.exploration.blocks for fork in forks)
+    replayed = trajectories_together(config.optim.replay_rows, blocks, config.objective.grad_steps)
+    return PlannedRollout(prompts, forks, replayed, METHODS[config.method].keep_pool)
+
+
+def new_cache(setup: Setup, rollouts: Sequence[PlannedRollout]) -> FrameCache:
+    """A page cache for rollouts that all wait for their replays in it."""
+    return setup.generator.new_cache(cache_pages(setup.generator, rollouts))
+
+
+def generate(
+    setup: Setup, update: int, planned: PlannedRollout, submit: Submit, cache: FrameCache
+) -> tuple[Rollout, list[Future[Scores]]]:
+    """The rollout of an update; finished groups are scored while the next ones are generated."""
+    config, judges = setup.config, setup.judges
+    method = METHODS[config.method]
+    pending: list[Future[Scores]] = []
+
+    def score(group: Group) -> None:
+        plan, block = setup.clip_plan(), setup.generator.block
+        pending.append(
+            submit(partial(score_group, group, judges.codec, judges.scorer, block=block, plan=plan))
+        )
+
+    rollout = collect(
+        setup.generator,
+        planned.prompts,
+        planned.forks,
+        setup.texts(planned.prompts),
+        setup.tape("training"),
+        (config.seed, update),
+        explorer=EXPLORERS[config.exploration.explorer],
+        cache=cache,
+        steps=config.objective.grad_steps,
+        arrivals=method.arrivals,
+        keep_pool=method.keep_pool,
+        finished=score,
+    )
+    return rollout, pending
+
+
+def explore(setup: Setup, update: int) -> tuple[Rollout, list[Scores]]:
+    """Generate and score the rollout of one update. Raises ValueError when the reward fails."""
+    planned = plan(setup, update)
+    with in_background() as submit:
+        rollout, pending = generate(setup, update, planned, submit, new_cache(setup, [planned]))
+        return rollout, [future.result() for future in pending]
+
+
+def credit_of(setup: Setup, update: int, index: int, score: Scores, scale: Scale | None) -> Credit | None:
+    """Which branches of a group are trained on, and how hard; None: its rewards differ by noise alone."""
+    config = setup.config
+    if not METHODS[config.method].rewarded:
+        return no_credit(score.local_KM.shape[1] - 1)
+    draws = keyed_generator("advantages", config.seed, update, index)
+    return assign_credit(score, setup.blend(), config.objective, draws, scale)
+
+
+def found_in(setup: Setup, group: Group, score: Scores) -> Metrics:
+    """What exploration found in a group."""
+    objective = setup.config.objective
+    totals = score.totals(setup.judges.weights_K, objective.global_weight)
+    window = group.trajectories.clean_MPFCHW.flatten(1, 2)
+    return group_metrics(
+        totals[:-1],
+        totals[-1],
+        window[:-1],
+        window[-1],
+        relative_to_anchor=objective.advantages == "anchor",
+    )
+
+
+def lessons_of(
+    setup: Setup,
+    learner: Learner,
+    update: int,
+    rollout: Rollout,
+    scores: Sequence[Scores],
+    scale: Scale | None,
+) -> list[Lesson]:
+    """What there is to learn from the groups of a rollout."""
+    lessons = []
+    for group, score in zip(rollout.groups, scores, strict=True):
+        credit = credit_of(setup, update, group.index, score, scale)
+        if credit is not None:
+            draws = keyed_generator("evidence", setup.config.seed, update, group.index)
+            lessons.append(lesson_of(learner, group, credit, draws))
+    return lessons
+
+
+def collect_updates(
+    setup: Setup,
+    learner: Learner,
+    updates: range,
+    with_old: Callable[[Sequence[Lesson]], list[Lesson]] | None = None,
+) -> list[Collected]:
+    """Rollouts for some updates under the current policy, scored and turned into lessons.
+
+    ``with_old`` adds the old policy's velocities to the lessons of methods that ask for them; None: the
+    rollout policy's. Raises ValueError when a reward fails.
+    """
+    optim = setup.config.optim
+    planned = [plan(setup, update) for update in updates]
+    cache = new_cache(setup, planned)
+    with in_background() as submit:
+        generated = [
+            generate(setup, update, rollout, submit, cache)
+            for update, rollout in zip(updates, planned, strict=True)
+        ]
+        scores = [[future.result() for future in pending] for _, pending in generated]
+    every = [score for own in scores for score in own]
+    scale = collection_scale(every, setup.blend(), setup.config.objective)
+    collected = []
+    for update, (rollout, _), own in zip(updates, generated, scores, strict=True):
+        lessons = lessons_of(setup, learner, update, rollout, own, scale)
+        lessons = (with_old or partial(with_old_policy, learner))(lessons)
+        fresh = update == updates.start
+        needed = lessons and (optim.inner_epochs > 1 or not fresh)
+        old = tables_of(learner, lessons) if needed else []
+        found = [found_in(setup, group, score) for group, score in zip(rollout.groups, own, strict=True)]
+        collected.append(Collected(rollout.roots, rollout.forks, lessons, found, old, fresh))
+    return collected
