@@ -200,7 +200,9 @@ def _objective(objective: ObjectiveConfig, exploration: ExplorationConfig, strea
         1 <= objective.grad_steps <= steps,
         "objective.grad_steps", objective.grad_steps, f"between 1 and the {steps} steps of stream.schedule",
     )  # fmt: skip
-    for name in ("anchor_state_weight", "simplex_kl", "velocity_kl", "global_weight", "noise_floor"):
+    weight = objective.anchor_state_weight
+    _require(0 <= weight <= 1, "objective.anchor_state_weight", weight, "a share between 0 and 1")
+    for name in ("simplex_kl", "velocity_kl", "global_weight", "noise_floor"):
         _require(vars(objective)[name] >= 0, f"objective.{name}", vars(objective)[name], "0 or more")
     for name in ("keep_best", "keep_worst", "clip_high"):
         _require(vars(objective)[name] >= 0, f"objective.{name}", vars(objective)[name], "0 or more")
