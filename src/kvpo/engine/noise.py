@@ -4,14 +4,34 @@ import hashlib
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
 
+def _bits(key: tuple[int | str, ...]) -> np.random.Philox:
+    """Counter-based random bits under a 128-bit hash of ``key``."""
+    digest = hashlib.blake2b(repr(key).encode(), digest_size=16).digest()
+    return np.random.Philox(key=int.from_bytes(digest, "little"))
+
+
+def keyed_normal(shape: tuple[int, ...], *key: int | str) -> Tensor:
+    """Standard normal float32 values that ``key`` alone decides, whatever the processor's vector width."""
+    return torch.from_numpy(np.random.Generator(_bits(key)).standard_normal(shape, dtype=np.float32))
+
+
 def keyed_generator(*key: int | str) -> torch.Generator:
-    """A CPU generator whose state is a hash of ``key``; equal keys give equal draws on every machine."""
-    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+    """A CPU generator whose state is drawn under a hash of ``key``.
+
+    A seed would not do: of its 64 bits torch's Mersenne Twister uses the lower 32, which tens of thousands of
+    keys are enough to share.
+    """
+    generator = torch.Generator().manual_seed(0)
+    state = generator.get_state()
+    # As torch stores it: seed, counters, then 624 words of 32 bits, each in 64. The counters stay as seeded.
+    words = _bits(key).random_raw(624) >> np.uint64(32)
+    state.numpy()[24 : 24 + 8 * len(words)] = words.astype("<u8").view(np.uint8)
+    return generator.set_state(state)
 
 
 class Tape(Protocol):
@@ -34,4 +54,4 @@ class SeededTape:
     """Frames, channels, height and width of a block."""
 
     def __call__(self, video: int, block: int, kind: str) -> Tensor:
-        return torch.randn(self.shape, generator=keyed_generator("tape", *self.key, video, block, kind))
+        return keyed_normal(self.shape, "tape", *self.key, video, block, kind)

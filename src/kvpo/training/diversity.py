@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kvpo.config import ExplorationConfig
 from kvpo.engine.generator import StreamingGenerator
-from kvpo.engine.noise import Tape, keyed_generator
+from kvpo.engine.noise import Tape, keyed_generator, keyed_normal
 from kvpo.engine.rollout import Group, Rollout, RoutedFrame, draw_routes, grow_roots, run_members
 from kvpo.engine.scoring import score_groups
 from kvpo.engine.stream import TextTable
@@ -58,8 +58,7 @@ class NoiseBranches:
         shared = self.tape(video // self.branches, block, kind)
         if not self.first_block <= block < self.first_block + self.blocks:
             return shared
-        key = ("noise branch", video, block, kind)
-        own = torch.randn(shared.shape, generator=keyed_generator(*key))
+        own = keyed_normal(tuple(shared.shape), "noise branch", video, block, kind)
         return (1 - self.strength**2) ** 0.5 * shared + self.strength * own
 
 
