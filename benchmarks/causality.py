@@ -79,9 +79,9 @@ def stories(setup: Setup, count: int) -> list[VideoPrompt]:
     """Validation stories whose third act begins at an eligible fork, its caption replaced by the open one."""
     found = []
     for prompt in setup.validation["long"]:
-        stream = setup.config.stream
-        plan = plan_forks([prompt], setup.config.exploration, block=stream.block, sink=stream.sink)
-        if plan.exploration == setup.config.exploration and prompt.switches[1] in plan.frames:
+        asked = setup.config.exploration
+        forks = plan_forks([prompt], asked, setup.generator.deployment).forks
+        if any(fork.frame == prompt.switches[1] and fork.exploration == asked for fork in forks):
             found.append(replace(prompt, segments=(*prompt.segments[:2], OPEN)))
     return found[:count]
 

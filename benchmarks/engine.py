@@ -25,9 +25,8 @@ from kvpo.engine.generator import StreamingGenerator
 from kvpo.engine.noise import SeededTape, keyed_generator
 from kvpo.engine.pages import stream_pages
 from kvpo.engine.replay import Member, branch_residuals, replay_context, replay_velocities
-from kvpo.engine.rollout import Group, Rollout, RoutedFrame, draw_routes, grow_roots, run_members
+from kvpo.engine.rollout import Group, Rollout, RoutedFrame, draw_routes, grow_roots, pool_of, run_members
 from kvpo.engine.stream import advance, open_stream
-from kvpo.method.routing import route_pool
 from kvpo.models.adapters import add_adapter, trained_parameters
 from kvpo.models.causal_wan import CausalWan
 from kvpo.models.deployment import reachable_frames
@@ -97,9 +96,9 @@ def bench(config: Config, groups: int) -> Bench:
 def members_of(subject: Bench) -> Routes:
     """Every group's branches, routed within their own history, and its anchor."""
     exploration = subject.config.exploration
-    sink = subject.generator.deployment.sink
-    pool = route_pool(FORK, sink=sink, recent=exploration.recent, resident=exploration.resident_frames)
-    routes = draw_routes([pool] * len(subject.prompts), exploration, keyed_generator("benchmark routes"))
+    draws = keyed_generator("benchmark routes")
+    pools = [pool_of(subject.generator, prompt, FORK, exploration) for prompt in subject.prompts]
+    routes = [draw_routes(pools, index, exploration, draws) for index in range(len(pools))]
     return [
         (index, route and [route] * exploration.blocks)
         for index, own in enumerate(routes)
@@ -176,9 +175,7 @@ def arms_of(subject: Bench, rollout: Rollout) -> tuple[dict[str, Any], dict[str,
     counts = {name: vars(exploration)[name] for name in ("blocks", "tail_blocks", "recent")}
 
     def rolled_out(rows: int) -> tuple[Tensor, Tensor, Tensor]:
-        return run_members(
-            subject.generator, rollout, members, subject.texts, subject.tape, replace(exploration, rows=rows)
-        )
+        return run_members(subject.generator, rollout, members, subject.texts, subject.tape, rows=rows)
 
     rollouts = {
         BATCHED: lambda: rolled_out(0),
@@ -224,9 +221,7 @@ def memory(config: Config, groups: int) -> dict[str, float]:
     with roots_of(subject) as rollout:
         members = members_of(subject)
         with peak_pages(rollout.cache) as peak:
-            run_members(
-                subject.generator, rollout, members, subject.texts, subject.tape, replace(exploration, rows=0)
-            )
+            run_members(subject.generator, rollout, members, subject.texts, subject.tape)
         copied = OneByOne.of(
             subject.generator, subject.texts, subject.tape, [group.root for group in rollout.groups]
         )
@@ -244,14 +239,12 @@ def memory(config: Config, groups: int) -> dict[str, float]:
 def grown(config: Config, repeats: int) -> dict[str, float]:
     """One group at other G or P: seconds of rollout and of replay with backward over all branches; pages."""
     subject = bench(config, 1)
-    exploration, deployment = config.exploration, subject.generator.deployment
+    deployment = subject.generator.deployment
     with roots_of(subject) as rollout, roots_of(subject) as explored:
         members = members_of(subject)
 
         def roll_out() -> tuple[Tensor, Tensor, Tensor]:
-            return run_members(
-                subject.generator, rollout, members, subject.texts, subject.tape, replace(exploration, rows=0)
-            )
+            return run_members(subject.generator, rollout, members, subject.texts, subject.tape)
 
         roots = rollout.cache.pages_in_use
         with peak_pages(rollout.cache) as peak:

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from kvpo.app.build import streaming_generator, wan_shape
 from kvpo.app.configuration import preset
 from kvpo.config import Config
+from kvpo.engine.forks import Fork
 from kvpo.engine.generator import StreamingGenerator
 from kvpo.engine.noise import SeededTape, keyed_generator
 from kvpo.engine.pages import PlannedRollout, cache_pages, stream_pages
@@ -186,15 +187,16 @@ def measure_rollout(
     exploration = replace(subject.config.exploration, rows=rows)
     made: list[Rollout] = []
 
-    everything = (subject.generator, [subject.prompt], subject.fork, subject.texts, subject.tape, exploration)
+    before = (subject.generator, [subject.prompt])
+    after = (subject.texts, subject.tape)
 
     def run() -> None:
         if made:
             made.pop().release()
-        made.append(collect(*everything, ("gpu",)))
+        made.append(collect(*before, [Fork(subject.fork, exploration)], *after, ("gpu",)))
 
     def root() -> None:
-        grow_roots(*everything).release()
+        grow_roots(*before, subject.fork, *after, exploration).release()
 
     growing = clock.median(root, repeats)
     seconds = clock.median(run, repeats) - growing
@@ -239,7 +241,7 @@ def fits(subject: Subject, rows: int) -> bool:
     if subject.device.type != "cuda":
         return True
     exploration = replace(subject.config.exploration, rows=rows)
-    planned = PlannedRollout([subject.prompt], subject.fork, exploration)
+    planned = PlannedRollout([subject.prompt], [Fork(subject.fork, exploration)])
     pages = cache_pages(subject.generator, [planned])
     free, _ = torch.cuda.mem_get_info(subject.device)
     return pages * subject.page_bytes < 0.75 * free

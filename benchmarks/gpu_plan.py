@@ -134,8 +134,8 @@ class Phases:
         def unscored(call: Callable[[], Any]) -> Future[Any]:
             return Future()
 
-        update = next(n for n in range(1000) if trainer.planned(n).fork == self.plan.fork)  # its latest fork
-        planned = trainer.planned(update)
+        updates = ((n, trainer.planned(n)) for n in range(1000))
+        update, planned = next(one for one in updates if one[1].forks[0].frame == self.plan.fork)
         cache = trainer.new_cache([planned])
         explored = self.take(PHASES[1], lambda: trainer.generate(update, planned, unscored, cache))
         group = explored.rollout.groups[0]

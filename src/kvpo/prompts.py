@@ -39,6 +39,11 @@ class VideoPrompt:
         """Index of the segment that holds for a block whose first latent frame is ``frame``."""
         return sum(frame >= switch for switch in self.switches)
 
+    @staticmethod
+    def acts_at(switch: int, block: int) -> int:
+        """First frame of the block that a switch acts at, in blocks of so many frames."""
+        return -(-switch // block) * block
+
 
 def check_shown(prompt: VideoPrompt, block: int) -> None:
     """Raise ValueError for a segment that no block of ``block`` frames shows.

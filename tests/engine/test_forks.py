@@ -7,35 +7,57 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvpo.engine.forks import plan_forks, shrunk
+from kvpo.app.build import deployment_of
+from kvpo.app.plan import typical_prompt
+from kvpo.app.presets import PRESETS
+from kvpo.engine.forks import SWITCH_SHARE, Fork, draw_forks, fork_numbers, plan_forks, shrunk
+from kvpo.engine.noise import keyed_generator
 from kvpo.engine.rollout import collect
+from kvpo.models.deployment import Deployment
 from tests.engine.tiny import EXPLORATION, generator, prompt, tape_of, texts
 
 EIGHT = replace(EXPLORATION, branches=8, distinct=2)
 """A pool of 5 frames has 10 pairs, one of 4 only 6: forks from frame 12 on."""
 
 
+DEPLOYMENT = Deployment(block=3, window=12, sink=3)
+
+
 def planned(*prompts, exploration=EIGHT):
-    return plan_forks(prompts, exploration, block=3, sink=3)
+    return plan_forks(prompts, exploration, DEPLOYMENT)
+
+
+def roomiest(plan):
+    """Frames of the forks with most room, and what fits there."""
+    return tuple(fork.frame for fork in plan.roomiest), plan.roomiest[0].exploration
+
+
+def blocks_of(fork):
+    """First frames of the blocks that a window holds."""
+    return range(fork.frame, fork.frame + 3 * fork.exploration.blocks, 3)
 
 
 def test_forks_leave_room_for_history_window_and_tail():
-    assert planned(prompt(0, 30)).frames == (12, 15, 18, 21)
-    assert planned(prompt(0, 30)).exploration == EIGHT
-    assert planned(prompt(0, 30), exploration=replace(EIGHT, tail_blocks=0)).frames[-1] == 24
+    assert roomiest(planned(prompt(0, 30))) == ((12, 15, 18, 21), EIGHT)
+    # The last window that fits, whose tail is gone.
+    assert planned(prompt(0, 30)).forks[-1] == Fork(24, replace(EIGHT, tail_blocks=0))
+    assert roomiest(planned(prompt(0, 30), exploration=replace(EIGHT, tail_blocks=0)))[0][-1] == 24
 
 
 def test_no_fork_has_a_switch_strictly_inside_its_window():
     plan = planned(prompt(0, 39, (20,)), exploration=replace(EXPLORATION, blocks=3))
     # The switch acts at frame 21: windows from 15 and 18 would contain it.
-    assert plan.frames == (9, 12, 21, 24, 27)
+    assert roomiest(plan)[0] == (9, 12, 21, 24, 27)
+    assert [fork.frame for fork in plan.at_switches] == [21]
+    # Block 18 is in the window of fork 12; no shorter window is needed for it.
+    assert {fork.exploration.blocks for fork in plan.forks} == {3}
 
 
-def test_prompts_of_one_rollout_fork_together():
+def test_prompts_that_fork_together_have_forks_in_common():
     """Switches act at frames 12, 15 and 21; what fits one prompt must fit them all."""
     both = [prompt(0, 45, (12, 21)), prompt(1, 45, (15,))]
-    assert planned(both[0]).frames == (12, 15, 21, 24, 27, 30, 33, 36)
-    assert planned(*both).frames == (15, 21, 24, 27, 30, 33, 36)
+    assert roomiest(planned(both[0]))[0] == (12, 15, 21, 24, 27, 30, 33, 36)
+    assert roomiest(planned(*both))[0] == (15, 21, 24, 27, 30, 33, 36)
 
 
 @pytest.mark.parametrize(
@@ -65,9 +87,8 @@ def test_prompts_of_one_rollout_fork_together():
 def test_short_clips_shrink_to_what_fits(videos, changes, frames, fitted):
     asked = replace(EIGHT, **changes)
     plan = planned(*videos, exploration=asked)
-    assert plan.frames == frames
-    assert plan.exploration == replace(asked, **fitted)
-    assert shrunk(asked, plan.exploration) == {name: (vars(asked)[name], fitted[name]) for name in fitted}
+    assert roomiest(plan) == (frames, replace(asked, **fitted))
+    assert shrunk(asked, roomiest(plan)[1]) == {name: (vars(asked)[name], fitted[name]) for name in fitted}
 
 
 @pytest.mark.parametrize(
@@ -107,22 +128,85 @@ def test_where_everything_fits_nothing_shrinks(frames, blocks, tail, distinct, s
     except ValueError:
         assert not roomy
         return
-    assert (plan.exploration == asked) == bool(roomy)
+    assert (roomiest(plan)[1] == asked) == bool(roomy)
     if roomy:
-        assert plan.frames == tuple(roomy)
+        assert roomiest(plan)[0] == tuple(roomy)
 
 
 def test_a_shrunken_rollout_has_the_pages_it_needs_and_no_more():
     one = generator()
     plan = planned(prompt(0, 18), exploration=replace(EXPLORATION, branches=4, blocks=9, tail_blocks=9))
-    assert plan.frames == (12,) and (plan.exploration.blocks, plan.exploration.tail_blocks) == (2, 0)
-    rollout = collect(one, [prompt(0, 18)], 12, texts(), tape_of(), plan.exploration, ("key",))
-    fitting = collect(
-        one, [prompt(0, 18)], 12, texts(), tape_of(),
-        replace(EXPLORATION, branches=4, blocks=2, tail_blocks=0), ("key",),
-    )  # fmt: skip
+    (fork,) = plan.roomiest
+    assert fork.frame == 12 and (fork.exploration.blocks, fork.exploration.tail_blocks) == (2, 0)
+    rollout = collect(one, [prompt(0, 18)], [fork], texts(), tape_of(), ("key",))
+    same = Fork(12, replace(EXPLORATION, branches=4, blocks=2, tail_blocks=0))
+    fitting = collect(one, [prompt(0, 18)], [same], texts(), tape_of(), ("key",))
     assert rollout.cache.num_pages == fitting.cache.num_pages
     assert torch.equal(rollout.groups[0].clean_MTCHW, fitting.groups[0].clean_MTCHW)
     for either in (rollout, fitting):
         either.release()
         assert either.cache.pages_in_use == 0
+
+
+@given(
+    frames=st.integers(5, 16).map(lambda blocks: 3 * blocks),
+    blocks=st.integers(1, 5),
+    distinct=st.integers(1, 4),
+    switches=st.sets(st.integers(1, 47), max_size=4),
+    keep_sink=st.booleans(),
+)
+def test_every_block_that_can_be_routed_is_trained(frames, blocks, distinct, switches, keep_sink):
+    """Against the definition: a block can be where its own frame can fork, in a window of one block."""
+    deployment = replace(DEPLOYMENT, keep_sink_at_switch=keep_sink)
+    video = prompt(0, frames, tuple(sorted(s for s in switches if s < frames))[:3])
+    asked = replace(EXPLORATION, branches=4, blocks=blocks, distinct=distinct, routed=4, resident_frames=0)
+    plan = plan_forks([video], asked, deployment)
+    assert {block for fork in plan.forks for block in blocks_of(fork)} == set(range(12, frames, 3))
+    for fork in plan.forks:
+        fitted = fork.exploration
+        assert fork.frame + 3 * (fitted.blocks + fitted.tail_blocks) <= frames
+        assert len({video.segment_at(block) for block in blocks_of(fork)}) == 1
+    for window in plan.windows:
+        assert len({(fork.exploration.blocks, fork.exploration.distinct) for fork in window}) == 1
+    acts = {-(-switch // 3) * 3 for switch in video.switches}
+    assert {fork.frame for fork in plan.at_switches} == {at for at in acts if 12 <= at < frames}
+
+
+def test_the_draw_reaches_every_block_and_favours_switches():
+    """Shares of 3,000 draws against the probabilities that the rule gives."""
+    video = prompt(0, 60, (21, 39))
+    plan = planned(video)
+    drawn = [plan.draw(keyed_generator("draw", n)) for n in range(3000)]
+    assert set(drawn) == set(plan.forks)
+    expected = {fork: 0.0 for fork in plan.forks}
+    for window in plan.windows:
+        for fork in window:
+            expected[fork] += (1 - SWITCH_SHARE) / len(plan.windows) / len(window)
+    for fork in plan.at_switches:
+        expected[fork] += SWITCH_SHARE / 2
+    for fork, share in expected.items():
+        assert abs(drawn.count(fork) / 3000 - share) < 4 * (share * (1 - share) / 3000) ** 0.5
+    numbers = fork_numbers([video] * 3000, drawn, EIGHT, block=3)
+    assert sum(numbers["forks"].values()) == 3000
+    assert SWITCH_SHARE < numbers["switch_forks"] < SWITCH_SHARE + 0.15
+    assert numbers["tail_blocks"] == sum(fork.exploration.tail_blocks for fork in drawn) / 3000 < 1
+    assert "blocks" not in numbers and plan.draw(keyed_generator("draw", 5)) == drawn[5]
+
+
+@pytest.mark.parametrize("preset", sorted(PRESETS))
+def test_the_presets_train_every_block_with_a_history(preset):
+    config = PRESETS[preset]()
+    video = replace(typical_prompt(config), id=0)
+    plan = plan_forks([video], config.exploration, deployment_of(config.stream))
+    trained = {block for fork in plan.forks for block in blocks_of(fork)}
+    assert trained == set(range(12 if config.stream.sink else 9, video.num_frames, 3))
+
+
+def test_each_group_draws_its_own_fork_but_donors_need_a_common_one():
+    prompts = [prompt(0, 45, (12, 21)), prompt(1, 45, (15,)), prompt(2, 30)]
+    apart = draw_forks(prompts, EIGHT, DEPLOYMENT, (0, 1))
+    assert apart == draw_forks(prompts, EIGHT, DEPLOYMENT, (0, 1)) and len({f.frame for f in apart}) > 1
+    common = {fork.frame for fork in planned(*prompts).forks}
+    for update in range(20):
+        first, *others = draw_forks(prompts, replace(EIGHT, donor=1), DEPLOYMENT, (0, update))
+        assert others == [first] * 2 and first.frame in common

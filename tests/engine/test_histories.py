@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from kvpo.engine import stream as engine_stream
-from kvpo.engine.forks import plan_forks
+from kvpo.engine.forks import Fork, plan_forks
 from kvpo.engine.replay import Member, branch_residuals, replay_context, replay_velocities
 from kvpo.engine.rollout import RoutedFrame, collect, grow_roots, run_members
 from kvpo.engine.stream import advance, give_frames, open_stream
@@ -31,7 +31,7 @@ NEW_PROMPT = prompt(0, 30, (FORK,))
 
 
 def collected(one, prompts, fork=FORK, exploration=EXPLORATION):
-    return collect(one, prompts, fork, texts(), tape_of(), exploration, ("k",))
+    return collect(one, prompts, [Fork(fork, exploration)] * len(prompts), texts(), tape_of(), ("k",))
 
 
 def residuals(one, members, table):
@@ -91,7 +91,7 @@ def test_a_branch_sees_sink_bank_routes_and_recent_frames(history, monkeypatch):
     root = rollout.groups[0].root.history
     route = [RoutedFrame(0, frame) for frame in (4, 7, 13)]
     monkeypatch.setattr(engine_stream, "routed_context", recording)
-    run_members(one, rollout, [(0, [route] * 2), (0, None)], texts(), tape_of(), EXPLORATION)
+    run_members(one, rollout, [(0, [route] * 2), (0, None)], texts(), tape_of())
     sink = range(one.deployment.sink)
     if one.deployment.sink and not one.deployment.keep_sink_at_switch:
         sink = range(FORK - 12, FORK - 9)
@@ -138,10 +138,10 @@ def test_forks_anywhere_that_fits(history):
     one = generator(**history)
     exploration = replace(EXPLORATION, branches=2, tail_blocks=0)
     video = prompt(0, 30, (9, 24))
-    forks = plan_forks([video], exploration, block=3, sink=one.deployment.sink).frames
-    assert forks[0] <= 9 and forks[-1] == 24
-    for fork in (forks[0], 15, forks[-1]):
-        rollout = collected(one, [video], fork, exploration)
+    forks = {fork.frame: fork.exploration for fork in plan_forks([video], exploration, one.deployment).forks}
+    assert min(forks) <= 9 and max(forks) == 24
+    for fork in (min(forks), 15, max(forks)):
+        rollout = collected(one, [video], fork, forks[fork])
         (group,) = rollout.groups
         assert (group.clean_MTCHW[:-1] - group.clean_MTCHW[-1]).abs().flatten(1).amax(1).min() > 1e-3
         rollout.release()

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from kvpo.engine.forks import Fork
 from kvpo.engine.pages import PlannedRollout, cache_pages, groups_together, rollout_pages
 from kvpo.engine.replay import Member, replay_context
 from kvpo.engine.rollout import collect
@@ -39,11 +40,12 @@ class Watched:
 
 def explore_and_replay(one, exploration, prompts, *, replayed):
     """Collect rollouts of one prompt each into one cache, then replay all members, ``replayed`` at a time."""
-    rollouts = [PlannedRollout([own], FORK, exploration, replayed) for own in prompts]
+    fork = Fork(FORK, exploration)
+    rollouts = [PlannedRollout([own], [fork], replayed) for own in prompts]
     cache = one.new_cache(cache_pages(one, rollouts))
     dtype = one.page_dtype
     found = [
-        collect(one, [own], FORK, texts(dtype), tape_of(dtype), exploration, ("k",), cache=cache, steps=1)
+        collect(one, [own], [fork], texts(dtype), tape_of(dtype), ("k",), cache=cache, steps=1)
         for own in prompts
     ]
     for rollout in found:
@@ -77,7 +79,12 @@ def test_a_group_keeps_what_its_replay_sees_once_its_members_have_run():
     one = generator(torch.float32)
     prompts = [prompt(0, 90), prompt(1, 90)]
     rollout = collect(
-        one, prompts, FORK, texts(torch.float32), tape_of(torch.float32), replace(REPORTED, rows=1), ("k",)
+        one,
+        prompts,
+        [Fork(FORK, replace(REPORTED, rows=1))] * 2,
+        texts(torch.float32),
+        tape_of(torch.float32),
+        ("k",),
     )
     for group in rollout.groups:
         assert sorted(group.root.history.pages) == [0, 1, 2, *range(FORK - 6, FORK)]
@@ -94,7 +101,7 @@ def test_waiting_rollouts_share_a_cache():
     assert rollout_pages(one, exploration, groups=8, fork=FORK) == everything
     assert everything.replay == 72 * pages.replay
     prompts = [prompt(n, 90, (FORK,)) for n in range(8)]
-    rollouts = [PlannedRollout(prompts, FORK, exploration, 1)] * 2
+    rollouts = [PlannedRollout(prompts, [Fork(FORK, exploration)] * 8, 1)] * 2
     assert cache_pages(one, rollouts) == 15 * 9 + 33 + 18
 
 

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from kvpo.engine.forks import Fork
 from kvpo.engine.noise import keyed_generator
 from kvpo.engine.replay import Member, replay_context
 from kvpo.engine.rollout import (
@@ -31,14 +32,14 @@ FORK = 18
 
 def collected(one, prompts, exploration=EXPLORATION, fork=FORK, key=("k",)):
     dtype = one.page_dtype
-    return collect(one, prompts, fork, texts(dtype), tape_of(dtype), exploration, key)
+    return collect(one, prompts, [Fork(fork, exploration)] * len(prompts), texts(dtype), tape_of(dtype), key)
 
 
 def members_of(one, prompts, members, exploration=EXPLORATION, fork=FORK, **options):
     """Clean latents of hand-made members, and the rollout (released)."""
     dtype = one.page_dtype
     rollout = grow_roots(one, prompts, fork, texts(dtype), tape_of(dtype), exploration)
-    found = run_members(one, rollout, members, texts(dtype), tape_of(dtype), exploration, **options)
+    found = run_members(one, rollout, members, texts(dtype), tape_of(dtype), **options)
     rollout.release()
     assert rollout.cache.pages_in_use == 0
     return found
@@ -128,7 +129,7 @@ def test_a_fork_copies_no_page_and_everything_comes_back():
     keys = rollout.cache.keys_LQTND.clone()
     held = [page for group in rollout.groups for page in group.root.history.pages.values()]
     members = [(0, [route(4, 5, 6)] * 2), (1, None)]
-    run_members(one, rollout, members, texts(), tape_of(), EXPLORATION)
+    run_members(one, rollout, members, texts(), tape_of())
     assert rollout.cache.pages_in_use == before
     assert torch.equal(keys[:, held], rollout.cache.keys_LQTND[:, held])
     rollout.release()
@@ -154,7 +155,7 @@ def test_a_switch_at_the_fork_is_acted_on_before_the_branches_start(deployment):
     rollout = grow_roots(one, [prompt(0, 30)], FORK, texts(), tape_of(), exploration)
     root = rollout.groups[0].root
     root.prompt, root.segment = prompt(0, 30, (FORK,)), 1
-    _, _, stale = run_members(one, rollout, members, texts(), tape_of(), exploration)
+    _, _, stale = run_members(one, rollout, members, texts(), tape_of())
     assert (new - stale)[:, :3].abs().flatten(1).amax(1).min() > 1e-3
 
 
@@ -214,7 +215,8 @@ def test_donor_routes_bring_another_videos_history():
     one = generator()
     exploration = replace(EXPLORATION, donor=1)
     groups = [range(3, 15)] * 3
-    routes = draw_routes(groups, exploration, keyed_generator("donors"))
+    draws = keyed_generator("donors")
+    routes = [draw_routes(groups, index, exploration, draws) for index in range(3)]
     for index, own in enumerate(routes):
         for slots in own:
             assert len(slots) == 3
@@ -244,7 +246,7 @@ def test_a_routed_frame_that_is_not_resident_is_an_error_and_leaks_nothing():
     rollout = grow_roots(one, [prompt(0, 60)], 36, texts(), tape_of(), exploration)
     before = rollout.cache.pages_in_use
     with pytest.raises(KeyError):
-        run_members(one, rollout, [(0, [route(12, 30, 31)] * 2)], texts(), tape_of(), exploration)
+        run_members(one, rollout, [(0, [route(12, 30, 31)] * 2)], texts(), tape_of())
     assert rollout.cache.pages_in_use == before
 
 
@@ -312,3 +314,82 @@ def test_a_long_tail_costs_no_pages():
 def test_a_fork_beyond_the_video_is_refused(fork):
     with pytest.raises(ValueError, match=f"fork = {fork}: must be a multiple of 3 from 0 to 21, .*video 0"):
         collected(generator(), [prompt(0), prompt(1)], fork=fork)
+
+
+MANY = [prompt(0, 33, (15,)), prompt(1, 33), prompt(2, 33, (21,))]
+
+
+@pytest.mark.parametrize("rows", range(1, 14))
+@pytest.mark.parametrize(("groups", "donor"), [(1, 0), (2, 0), (2, 1), (3, 0), (3, 1), (3, 2)])
+def test_a_row_limit_changes_nothing_with_or_without_donors(rows, groups, donor):
+    """Up to three groups of four members; pages that a later group routes are held until it has."""
+    one = generator()
+    exploration = replace(EXPLORATION, donor=donor)
+    told = []
+    free = collected(one, MANY[:groups], exploration)
+    forks = [Fork(FORK, replace(exploration, rows=rows))] * groups
+    limited = collect(
+        one, MANY[:groups], forks, texts(), tape_of(), ("k",), finished=lambda g: told.append(g.index)
+    )
+    assert told == list(range(groups))
+    for expected, found in zip(free.groups, limited.groups, strict=True):
+        assert expected.routes == found.routes and expected.root.prompt == found.root.prompt
+        for name in ("states_MPSFCHW", "velocities_MPSFCHW", "clean_MTCHW"):
+            # A batch of another shape may sum in another order.
+            assert (vars(expected)[name] - vars(found)[name]).abs().max() <= 1e-10
+    for rollout in (free, limited):
+        rollout.release()
+        assert rollout.cache.pages_in_use == 0
+
+
+@pytest.mark.parametrize("rows", [0, 3, 5])
+@pytest.mark.parametrize("deployment", DEPLOYMENTS.values(), ids=DEPLOYMENTS)
+def test_groups_may_fork_at_different_frames(deployment, rows):
+    """Against a rollout of each group alone: the same branches, with windows and tails of several lengths."""
+    one = generator(**deployment, renoise=True, context_noise=0.005)
+    shorter = replace(EXPLORATION, blocks=1, tail_blocks=0)
+    prompts = [prompt(0, 33, (15,)), prompt(1, 33, (24,)), prompt(2, 33), prompt(3, 33, (21,))]
+    forks = [Fork(15, EXPLORATION), Fork(18, EXPLORATION), Fork(30, shorter), Fork(12, EXPLORATION)]
+    limited = [Fork(f.frame, replace(f.exploration, rows=rows)) for f in forks]
+    together = collect(one, prompts, limited, texts(), tape_of(), ("k",))
+    assert [group.fork for group in together.groups] == [15, 18, 30, 12]
+    for group, own, fork in zip(together.groups, prompts, forks, strict=True):
+        alone = grow_roots(one, [own], fork.frame, texts(), tape_of(), fork.exploration)
+        members = [(0, [[RoutedFrame(0, r.frame) for r in block] for block in b]) for b in group.routes]
+        states, velocities, clean = run_members(one, alone, [*members, (0, None)], texts(), tape_of())
+        assert (group.states_MPSFCHW - states).abs().max() <= 1e-10
+        assert (group.velocities_MPSFCHW - velocities).abs().max() <= 1e-10
+        assert group.clean_MTCHW.shape == clean.shape and (group.clean_MTCHW - clean).abs().max() <= 1e-10
+        alone.release()
+    together.release()
+    assert together.cache.pages_in_use == 0
+
+
+@pytest.mark.parametrize("resident", [0, 21])
+def test_no_route_names_a_frame_of_a_sink_that_a_switch_has_moved(resident):
+    one = generator(keep_sink_at_switch=False)
+    exploration = replace(EXPLORATION, resident_frames=resident, redraw_every_block=True, blocks=3)
+    rollout = collected(one, [prompt(0, 60, (15, 20)), prompt(1, 60, (24,))], exploration, fork=24)
+    sinks = []
+    for group in rollout.groups:
+        sinks.append(group.root.history.sink)
+        routed = {slot.frame for routes in group.routes for block in routes for slot in block}
+        assert not routed & set(sinks[-1])
+        assert routed <= set(range(24 - (resident - 3) if resident else 0, 21))
+    assert sinks == [(9, 10, 11), (12, 13, 14)]
+    rollout.release()
+
+
+@pytest.mark.parametrize("rows", [1, 2, 0])
+def test_a_row_limit_holds_where_prompts_switch(rows, monkeypatch):
+    one, seen = generator(), []
+    encode = type(one).encode
+
+    def watched(self, clean, text, context):
+        seen.append(len(clean))
+        return encode(self, clean, text, context)
+
+    monkeypatch.setattr(type(one), "encode", watched)
+    prompts = [prompt(n, 30, (9, FORK)) for n in range(3)]
+    grow_roots(one, prompts, FORK, texts(), tape_of(), replace(EXPLORATION, rows=rows)).release()
+    assert max(seen) == (rows or 3)

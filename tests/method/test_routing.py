@@ -112,7 +112,13 @@ def test_the_all_recent_route_is_the_deployment_context(start, sink, routed, rec
     ],
 )
 def test_the_pool_is_what_is_resident_and_old(fork, resident, pool):
-    assert route_pool(fork, sink=3, recent=3, resident=resident) == pool
+    assert route_pool(fork, sink=range(3), recent=3, resident=resident) == tuple(pool)
+
+
+def test_the_pool_has_no_frame_of_a_sink_that_has_moved():
+    """The first frames are then as good as any other, where they are resident."""
+    assert route_pool(24, sink=range(6, 9), recent=3, resident=0) == (*range(6), *range(9, 21))
+    assert route_pool(24, sink=range(6, 9), recent=3, resident=21) == (*range(9, 21),)
 
 
 # ---- drawing routes ----------------------------------------------------------------------------------------
@@ -205,7 +211,7 @@ def test_overlap_counts_distinct_frames():
 
 ASKED = {
     "num_frames": 60, "window_end": 60, "blocks": 5, "tail_blocks": 2, "distinct": 2, "branches": 8,
-    "recent": 3, "sink": 3, "block": 3, "resident": 33,
+    "pool": 27, "block": 3,
 }  # fmt: skip
 
 
@@ -222,10 +228,10 @@ def test_nothing_shrinks_where_everything_fits():
         (51, {}, (3, 0, 2)),
         (30, {"window_end": 39}, (3, 2, 2)),
         (30, {"window_end": 39, "num_frames": 42}, (3, 1, 2)),
-        (12, {"branches": 7, "distinct": 5}, (5, 2, 4)),
-        (10, {"branches": 6, "distinct": 3}, (5, 2, 2)),
-        (10, {"branches": 4, "distinct": 4}, (5, 2, 3)),
-        (30, {"branches": 4, "distinct": 6, "resident": 11}, (5, 2, 4)),
+        (12, {"branches": 7, "distinct": 5, "pool": 6}, (5, 2, 4)),
+        (10, {"branches": 6, "distinct": 3, "pool": 4}, (5, 2, 2)),
+        (10, {"branches": 4, "distinct": 4, "pool": 4}, (5, 2, 3)),
+        (30, {"branches": 4, "distinct": 6, "pool": 5}, (5, 2, 4)),
     ],
 )
 def test_a_short_clip_shrinks_blocks_tail_and_distinct_frames(fork, changes, fitted):
@@ -235,14 +241,14 @@ def test_a_short_clip_shrinks_blocks_tail_and_distinct_frames(fork, changes, fit
 @pytest.mark.parametrize(
     ("fork", "message"),
     [
-        (58, "fork = 58: no block of 3 frames follows in a video of 60"),
-        (6, "branches = 8: a pool of 0 frames has only 0 different sets of 1"),
-        (9, "branches = 8: a pool of 3 frames has only 3 different sets of 1"),
+        ((58, 27), "fork = 58: no block of 3 frames follows in a video of 60"),
+        ((6, 0), "branches = 8: a pool of 0 frames has only 0 different sets of 1"),
+        ((9, 3), "branches = 8: a pool of 3 frames has only 3 different sets of 1"),
     ],
 )
 def test_what_cannot_shrink_to_fit_is_refused(fork, message):
     with pytest.raises(ValueError, match=message):
-        fit_exploration(fork, **ASKED)
+        fit_exploration(fork[0], **{**ASKED, "pool": fork[1]})
 
 
 @given(
@@ -253,9 +259,9 @@ def test_what_cannot_shrink_to_fit_is_refused(fork, message):
     branches=st.integers(1, 10),
 )
 def test_what_fits_can_be_drawn_and_no_more_would(fork, length, window_end, distinct, branches):
-    pool = route_pool(fork, sink=3, recent=3, resident=33)
+    pool = route_pool(fork, sink=range(3), recent=3, resident=33)
     asked = {**ASKED, "num_frames": length, "distinct": distinct, "branches": branches}
-    asked["window_end"] = window_end
+    asked |= {"window_end": window_end, "pool": len(pool)}
     room = (min(window_end, length) - fork) // 3
     try:
         fitted = fit_exploration(fork, **asked)

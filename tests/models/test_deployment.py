@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvpo.method.routing import deployment_frames, exploration_frames
+from kvpo.method.routing import deployment_frames, exploration_frames, route_pool
 from kvpo.models.cache import FrameCache, History
 from kvpo.models.deployment import (
     Deployment,
@@ -17,7 +17,9 @@ from kvpo.models.deployment import (
     record_block,
     reencoding_context,
     routed_context,
+    sink_frames,
 )
+from kvpo.prompts import VideoPrompt
 
 LAYERS = 2
 
@@ -215,3 +217,27 @@ def test_bank_pages_outlive_the_window():
         assert branch.bank == history.bank and branch.latest == history.latest
     history.release()
     assert history.cache.pages_in_use == 0
+
+
+@given(
+    blocks=st.integers(5, 25),
+    switches=st.sets(st.integers(1, 74), max_size=3),
+    window=st.sampled_from([-1, 9, 12]),
+    keep=st.booleans(),
+)
+def test_what_a_sink_will_hold_is_known_beforehand(blocks, switches, window, keep):
+    """Against a history that is switched and extended; what may be routed is resident and not the sink's."""
+    deployment = Deployment(block=3, window=window, sink=3, keep_sink_at_switch=keep)
+    switches = tuple(sorted(s for s in switches if s < 3 * blocks))
+    video = VideoPrompt(0, ("a",) * (len(switches) + 1), switches, 3 * blocks)
+    history, segment = empty_history(3), 0
+    for start in range(0, 3 * blocks, 3):
+        if start and video.segment_at(start) != segment:
+            segment, frames = video.segment_at(start), deployment.reencoded(start)
+            (pages,) = history.cache.write(*torch.zeros(2, LAYERS, 1, frames, 1, 1, 2))
+            adopt_reencoded(deployment, history, pages)
+        assert history.sink == tuple(sink_frames(deployment, video, start))
+        pool = route_pool(start, sink=history.sink, recent=3, resident=21)
+        assert set(pool) <= set(history.pages) - set(history.sink)
+        extend(history, 3)
+        history.keep(reachable_frames(deployment, history, 21))

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from kvpo.app.named_rewards import UserReward
-from kvpo.config import ExplorationConfig
 from kvpo.engine.background import in_background
 from kvpo.engine.generator import StreamingGenerator
 from kvpo.engine.scoring import score_groups
@@ -27,8 +26,8 @@ from kvpo.training.checks import (
 )
 from kvpo.training.metrics_log import MetricsLog, read_metrics
 from kvpo.training.run import Run
-from kvpo.training.trainer import Trainer, learning_rate_factor, shared_fork
-from tests.tiny_world import FRAMES, ToyScorer, tiny_config, toy_setup
+from kvpo.training.trainer import Trainer, learning_rate_factor
+from tests.tiny_world import ToyScorer, tiny_config, toy_setup
 
 
 def trainer_of(base: Path, scorer: Any = None, **settings: Any) -> Trainer:
@@ -53,6 +52,8 @@ def test_an_update_trains_and_the_average_follows(tiny_base: Path, train: str) -
     after = snapshot(trainer)
     assert numbers["learning_rate"] == trainer.setup.config.optim.lr / 4
     assert numbers["ratio_deviation"] == 0.0 and numbers["velocity_kl"] == 0.0
+    forks = numbers.pop("forks")
+    assert sum(forks.values()) == 2 and {str(fork.frame) for fork in trainer.planned(0).forks} == set(forks)
     assert numbers["gradient_norm"] > 0 and all(map(math.isfinite, numbers.values()))
     for name in trainer.policy.parameters:
         old, new = before[f"parameters.{name}"], after[f"parameters.{name}"]
@@ -338,27 +339,19 @@ def test_short_clips_shrink_the_exploration_and_say_so_once(
     trainer = Trainer(setup)
     with caplog.at_level("WARNING", "kvpo"):
         lines = [trainer.step() for _ in range(4)]
-    shrunken = [{name: n[name] for name in ("blocks", "tail_blocks") if name in n} for n in lines]
-    assert shrunken == [
-        {},
-        {"blocks": 2, "tail_blocks": 0},
-        {"blocks": 1},
-        {"blocks": 2, "tail_blocks": 0},
+    # The window before the switch at 12 is one block; 12 leaves room for four in the longest, without a tail.
+    names = ("forks", "blocks", "tail_blocks")
+    assert [{name: n[name] for name in names if name in n} for n in lines] == [
+        {"forks": {"12": 1, "15": 1}, "tail_blocks": 0.5},
+        {"forks": {"12": 2}, "blocks": 2.0, "tail_blocks": 0.0},
+        {"forks": {"9": 1, "12": 1}, "blocks": 1.0, "tail_blocks": 0.5},
+        {"forks": {"9": 1, "12": 1}, "blocks": 1.5, "tail_blocks": 0.5},
     ]
+    assert [n["switch_forks"] for n in lines] == [0.5, 1.0, 0.5, 0.5]
     said = [record.getMessage() for record in caplog.records if "more than fits" in record.getMessage()]
     assert len(said) == 2, "one warning for each kind of shrinking"
     assert said[0].startswith("exploration.blocks = 3 is more than fits the videos of update 2, which")
     assert first_ratio_max_deviation(trainer) == 0.0
-
-
-def test_prompts_fork_where_every_one_of_them_can(tiny_base: Path) -> None:
-    config = tiny_config(tiny_base)
-    prompts = [VideoPrompt(n, ("a", "b"), (switch,), FRAMES) for n, switch in enumerate((12, 15))]
-    few = replace(config, exploration=replace(ExplorationConfig(), branches=3, blocks=2, tail_blocks=0))
-    drawn = {shared_fork(prompts, few, ("any", n)) for n in range(30)}
-    assert drawn == {(15, few.exploration)}
-    with pytest.raises(ValueError, match=r"prompts \[9\] of 6 latent frames cannot fork anywhere"):
-        shared_fork([VideoPrompt(9, ("a",), (), 6)], few, ("any", 0))
 
 
 class Watched(ToyScorer):

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from kvpo.app.build import (
     build_scorer,
+    deployment_of,
     prompt_file,
     streaming_generator,
     wan_shape,
@@ -330,7 +331,7 @@ def split_prompts(
         training += [prompt for n in order[held:] for prompt in same[n]]
     for prompt in {(prompt.num_frames, prompt.switches): prompt for prompt in training}.values():
         try:
-            plan_forks([prompt], config.exploration, block=config.stream.block, sink=config.stream.sink)
+            plan_forks([prompt], config.exploration, deployment_of(config.stream))
         except ValueError as error:
             raise ConfigurationError(f"prompts.file: {settings.file}: {error}") from error
     return training, validation, test

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kvpo.app.held_out import held_out_scorers
 from kvpo.app.named_rewards import named_rewards
-from kvpo.config import Config, ObjectiveConfig
+from kvpo.config import Config, ObjectiveConfig, StreamConfig
 from kvpo.config_checks import ConfigurationError
 from kvpo.engine.generator import PageShape, StreamingGenerator
 from kvpo.engine.noise import keyed_generator
@@ -42,6 +42,19 @@ SHORTEST_ACT = 12
 """Frames of the shortest act of a story."""
 
 
+def deployment_of(stream: StreamConfig) -> Deployment:
+    """The deployment context that settings describe."""
+    return Deployment(
+        block=stream.block,
+        window=stream.window,
+        sink=stream.sink,
+        keep_sink_at_switch=stream.keep_sink_at_switch,
+        bank_size=stream.bank_size,
+        sparse_activation=stream.sparse_activation,
+        bank_every_block=stream.bank_every_block,
+    )
+
+
 def streaming_generator(config: Config, transformer: CausalWan) -> StreamingGenerator:
     """The streaming generator of a configuration around a transformer."""
     stream, shape = config.stream, transformer.shape
@@ -50,15 +63,7 @@ def streaming_generator(config: Config, transformer: CausalWan) -> StreamingGene
         leave_casts_to_autocast(transformer)
     return StreamingGenerator(
         transformer=transformer,
-        deployment=Deployment(
-            block=stream.block,
-            window=stream.window,
-            sink=stream.sink,
-            keep_sink_at_switch=stream.keep_sink_at_switch,
-            bank_size=stream.bank_size,
-            sparse_activation=stream.sparse_activation,
-            bank_every_block=stream.bank_every_block,
-        ),
+        deployment=deployment_of(stream),
         sigmas=tuple(few_step_sigmas(stream.schedule, stream.shift).tolist()),
         renoise=stream.step_rule == "renoise",
         latent_shape=(shape.channels, shape.latent_height, shape.latent_width),

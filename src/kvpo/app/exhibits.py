@@ -57,9 +57,10 @@ def story_forks(setup: Setup, count: int) -> list[Fork]:
     own = replace(config.exploration, donor=0)
     together: dict[tuple[int, ExplorationConfig], list[VideoPrompt]] = {}
     for prompt in list(setup.validation["long"])[:count]:
-        plan = plan_forks([prompt], own, block=config.stream.block, sink=config.stream.sink)
-        at_switch = [fork for fork in plan.frames if fork in prompt.switches]
-        together.setdefault(((at_switch or plan.frames)[-1], plan.exploration), []).append(prompt)
+        plan = plan_forks([prompt], own, setup.generator.deployment)
+        at_switch = [fork for fork in plan.roomiest if fork in plan.at_switches]
+        fork = (at_switch or plan.roomiest)[-1]
+        together.setdefault((fork.frame, fork.exploration), []).append(prompt)
     forks = [Fork(tuple(prompts), *place) for place, prompts in together.items()]
     return sorted(forks, key=lambda fork: fork.frame)
 
@@ -182,18 +183,19 @@ def _training_groups(run: Run, videos: dict[str, Tensor]) -> list[dict[str, Any]
 
 def causality_groups(setup: Setup, videos: dict[str, Tensor]) -> list[dict[str, Any]]:
     """Same noise, same prompt: one branch routed only to act 1, one only to act 2, and the anchor."""
-    stream, entries = setup.config.stream, []
+    exploration, entries = setup.config.exploration, []
     prompts = [prompt for prompt in setup.validation.get("long", ()) if len(prompt.switches) == 2]
     for prompt in prompts[:3]:
-        fork = prompt.switches[1]
-        plan = plan_forks([prompt], setup.config.exploration, block=stream.block, sink=stream.sink)
-        if fork not in plan.frames:
+        plan = plan_forks([prompt], exploration, setup.generator.deployment)
+        at_switch = [fork for fork in plan.roomiest if fork.frame == prompt.switches[1]]
+        if not at_switch:
             continue
         # Act 1 may lie further back than training keeps pages for: here every frame stays.
-        exploration = replace(plan.exploration, resident_frames=0)
-        routes = act_routes(prompt, fork, exploration.routed, stream.sink, exploration.recent)
+        fork = Fork((prompt,), at_switch[0].frame, replace(at_switch[0].exploration, resident_frames=0))
+        sink = setup.generator.deployment.sink
+        routes = act_routes(prompt, fork.frame, exploration.routed, sink, exploration.recent)
         look = explorer(setup, [prompt])
-        (group,) = look.chosen(Fork((prompt,), fork, exploration), [routes])
+        (group,) = look.chosen(fork, [routes])
         judges, block = setup.judges, setup.generator.block
         score = score_group(group, judges.codec, judges.scorer, block=block, plan=setup.clip_plan())
         title = f"routed only to act 1, only to act 2, and the anchor (video {prompt.id})"

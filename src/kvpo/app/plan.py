@@ -64,11 +64,11 @@ class Planner:
         """The plan of a configuration of the same geometry. Raises ValueError where no video can fork."""
         generator = streaming_generator(config, self.model)
         prompt = typical_prompt(config)
-        stream, optim = config.stream, config.optim
-        forks = plan_forks([prompt], config.exploration, block=stream.block, sink=stream.sink)
-        fitted = forks.exploration
-        replayed = members_together(optim.replay_rows, fitted.blocks, config.objective.grad_steps)
-        rollout = PlannedRollout([prompt] * optim.prompts_per_update, max(forks.frames), fitted, replayed)
+        optim = config.optim
+        fork = plan_forks([prompt], config.exploration, generator.deployment).roomiest[-1]
+        replayed = members_together(optim.replay_rows, fork.exploration.blocks, config.objective.grad_steps)
+        groups = optim.prompts_per_update
+        rollout = PlannedRollout([prompt] * groups, [fork] * groups, replayed)
         return plan_run(config, self.model, generator, rollout, surroundings(config), self.rates)
 
 

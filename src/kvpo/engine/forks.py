@@ -1,69 +1,140 @@
-"""Where videos may fork, and what of the requested exploration fits there (METHOD section 2)."""
+"""Where videos fork, and what of the requested exploration fits there (METHOD section 2)."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
 
 from kvpo.config import ExplorationConfig
-from kvpo.method.routing import FittedExploration, fit_exploration
+from kvpo.engine.noise import keyed_generator
+from kvpo.method.routing import FittedExploration, fit_exploration, route_pool
+from kvpo.models.deployment import Deployment, sink_frames
 from kvpo.prompts import VideoPrompt
+
+SWITCH_SHARE = 1 / 3
+"""Of the groups whose video has a switch that can be forked at, the share drawn from those forks alone."""
+
+
+@dataclass(frozen=True)
+class Fork:
+    """Where a group forks, and the exploration that fits there."""
+
+    frame: int
+    exploration: ExplorationConfig
 
 
 @dataclass(frozen=True)
 class ForkPlan:
-    """Frames at which some videos may fork together, and the exploration that fits at each of them."""
+    """The forks at which some videos are trained, together or one by one."""
 
-    frames: tuple[int, ...]
-    exploration: ExplorationConfig
+    windows: tuple[tuple[Fork, ...], ...]
+    """Of every block that a window can hold, in order: the forks whose windows hold it."""
+    at_switches: tuple[Fork, ...]
+    """Forks at which the prompt switches."""
+
+    @property
+    def forks(self) -> tuple[Fork, ...]:
+        """All of them, in order."""
+        found = {fork.frame: fork for window in self.windows for fork in window}
+        return tuple(found[frame] for frame in sorted(found))
+
+    @property
+    def roomiest(self) -> tuple[Fork, ...]:
+        """The forks at which most of what was asked for fits, in order."""
+        best = max(_room(fork) for fork in self.forks)
+        return tuple(fork for fork in self.forks if _room(fork) == best)
+
+    def draw(self, generator: torch.Generator) -> Fork:
+        """One fork: at a switch in ``SWITCH_SHARE`` of the cases; else one whose window holds a drawn block.
+
+        Every block is as likely to be the drawn one, so that all that can be routed is trained.
+        """
+        at_switch = torch.rand((), generator=generator) < SWITCH_SHARE
+        block = int(torch.randint(len(self.windows), (), generator=generator))
+        among = self.at_switches if at_switch and self.at_switches else self.windows[block]
+        return among[int(torch.randint(len(among), (), generator=generator))]
 
 
 def plan_forks(
-    prompts: Sequence[VideoPrompt], exploration: ExplorationConfig, *, block: int, sink: int
+    prompts: Sequence[VideoPrompt], exploration: ExplorationConfig, deployment: Deployment
 ) -> ForkPlan:
-    """The forks that suit every prompt and at which most of ``exploration`` fits.
+    """The forks that suit every prompt, each with as much of ``exploration`` as fits there.
 
-    Every branch needs a set of frames of its own, window and tail must fit, and no prompt switch may fall
-    strictly inside the window (at the fork itself one may: history is re-encoded before the branches start).
-    Short clips shrink first the tail, then the distinct frames, then the routed blocks; ``shrunk`` says what.
-    Routes that repeat no frame get fewer slots with fewer distinct frames.
+    Every branch needs a set of frames of its own, so the first blocks of a video, which have no such history,
+    are never routed. No prompt switch may fall strictly inside the window (at the fork itself one may:
+    history is re-encoded before the branches start). The tail shrinks towards the end of the video. A block
+    is trained by the windows with most blocks, then most distinct frames, of those that can hold it; only
+    where a segment or the pool is too short for all of both do they shrink. Routes that repeat no frame get
+    fewer slots with fewer distinct frames.
 
     Raises:
         ValueError: not even one block with one distinct frame per branch fits.
     """
-    fits: dict[int, FittedExploration] = {}
+    block, num_frames = deployment.block, min(prompt.num_frames for prompt in prompts)
+    forks: list[Fork] = []
     refused = "the video is empty"
-    for fork in range(0, min(prompt.num_frames for prompt in prompts), block):
+    for frame in range(0, num_frames, block):
+        pools = [
+            route_pool(
+                frame,
+                sink=sink_frames(deployment, prompt, frame),
+                recent=exploration.recent,
+                resident=exploration.resident_frames,
+            )
+            for prompt in prompts
+        ]
         try:
-            fits[fork] = fit_exploration(
-                fork,
-                num_frames=min(prompt.num_frames for prompt in prompts),
-                window_end=min(_window_end(prompt, fork, block) for prompt in prompts),
+            fit = fit_exploration(
+                frame,
+                num_frames=num_frames,
+                window_end=min(_window_end(prompt, frame, block) for prompt in prompts),
                 blocks=exploration.blocks,
                 tail_blocks=exploration.tail_blocks,
                 distinct=max(1, exploration.distinct - exploration.donor),
                 branches=exploration.branches,
-                recent=exploration.recent,
-                sink=sink,
+                pool=min(map(len, pools)),
                 block=block,
-                resident=exploration.resident_frames,
             )
         except ValueError as error:
             refused = str(error)
-    if not fits:
+        else:
+            forks.append(Fork(frame, _fitted(exploration, fit)))
+    if not forks:
         lengths = sorted({prompt.num_frames for prompt in prompts})
         raise ValueError(
             f"prompts {[prompt.id for prompt in prompts]} of {' and '.join(map(str, lengths))} latent frames "
             f"cannot fork anywhere ({refused}); lengthen the videos or lower exploration.branches"
         )
-    best = max(fits.values(), key=lambda fit: (fit.blocks, fit.distinct, fit.tail_blocks))
-    lost = max(1, exploration.distinct - exploration.donor) - best.distinct
-    fitted = replace(
-        exploration,
-        blocks=best.blocks,
-        tail_blocks=best.tail_blocks,
-        distinct=exploration.distinct - lost,
-        routed=exploration.routed - (lost if exploration.distinct == exploration.routed else 0),
-    )
-    return ForkPlan(tuple(fork for fork, fit in fits.items() if fit == best), fitted)
+    windows = []
+    for frame in range(forks[0].frame, num_frames - block + 1, block):
+        holding = [f for f in forks if f.frame <= frame < f.frame + f.exploration.blocks * block]
+        most = max((_room(fork)[:2] for fork in holding), default=None)
+        windows.append(tuple(fork for fork in holding if _room(fork)[:2] == most))
+    acts = {prompt.acts_at(switch, block) for prompt in prompts for switch in prompt.switches}
+    return ForkPlan(tuple(filter(None, windows)), tuple(fork for fork in forks if fork.frame in acts))
+
+
+def draw_forks(
+    prompts: Sequence[VideoPrompt],
+    exploration: ExplorationConfig,
+    deployment: Deployment,
+    key: tuple[int | str, ...],
+) -> list[Fork]:
+    """The fork of every prompt of a rollout, drawn by ``key``.
+
+    Each is drawn for itself, but with donor histories one is drawn for all: a donor's frames must be as old.
+    Raises ValueError where a prompt, or with donors all of them together, cannot fork.
+    """
+    if exploration.donor:
+        return [plan_forks(prompts, exploration, deployment).draw(keyed_generator("fork", *key))] * len(
+            prompts
+        )
+    return [
+        plan_forks([prompt], exploration, deployment).draw(keyed_generator("fork", *key, index))
+        for index, prompt in enumerate(prompts)
+    ]
 
 
 def shrunk(asked: ExplorationConfig, fitted: ExplorationConfig) -> dict[str, tuple[int, int]]:
@@ -73,24 +144,57 @@ def shrunk(asked: ExplorationConfig, fitted: ExplorationConfig) -> dict[str, tup
     return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 
 
-def check_fork(
-    prompts: Sequence[VideoPrompt], fork: int, exploration: ExplorationConfig, *, block: int
-) -> None:
-    """Raise ValueError unless ``fork`` is a block start after which window and tail fit in every video."""
-    span = (exploration.blocks + exploration.tail_blocks) * block
-    for prompt in prompts:
-        last = (prompt.num_frames - span) // block * block
-        if fork % block or not 0 <= fork <= last:
+def fork_numbers(
+    prompts: Sequence[VideoPrompt], forks: Sequence[Fork], asked: ExplorationConfig, *, block: int
+) -> dict[str, Any]:
+    """Metrics of a rollout's forks.
+
+    ``forks`` counts groups by frame, ``switch_forks`` is the share of groups that forked at a prompt switch;
+    what shrank in any group comes as the mean over all of them.
+    """
+    frames = Counter(fork.frame for fork in forks)
+    at_switch = [
+        fork.frame in {prompt.acts_at(switch, block) for switch in prompt.switches}
+        for prompt, fork in zip(prompts, forks, strict=True)
+    ]
+    names = {name: None for fork in forks for name in shrunk(asked, fork.exploration)}
+    return {
+        "forks": {str(frame): frames[frame] for frame in sorted(frames)},
+        "switch_forks": sum(at_switch) / len(forks),
+        **{name: sum(vars(fork.exploration)[name] for fork in forks) / len(forks) for name in names},
+    }
+
+
+def check_forks(prompts: Sequence[VideoPrompt], forks: Sequence[Fork], *, block: int) -> None:
+    """Raise ValueError unless every fork is a block start after which window and tail fit in its video."""
+    for prompt, fork in zip(prompts, forks, strict=True):
+        routed, tail = fork.exploration.blocks, fork.exploration.tail_blocks
+        last = (prompt.num_frames - (routed + tail) * block) // block * block
+        if fork.frame % block or not 0 <= fork.frame <= last:
             raise ValueError(
-                f"fork = {fork}: must be a multiple of {block} from 0 to {last}, since {exploration.blocks} "
-                f"routed and {exploration.tail_blocks} further blocks of {block} frames must fit in video "
-                f"{prompt.id} of {prompt.num_frames} frames"
+                f"fork = {fork.frame}: must be a multiple of {block} from 0 to {last}, since {routed} routed "
+                f"and {tail} further blocks of {block} frames must fit in video {prompt.id} of "
+                f"{prompt.num_frames} frames"
             )
 
 
+def _room(fork: Fork) -> tuple[int, int, int]:
+    exploration = fork.exploration
+    return exploration.blocks, exploration.distinct, exploration.tail_blocks
+
+
+def _fitted(asked: ExplorationConfig, fit: FittedExploration) -> ExplorationConfig:
+    lost = max(1, asked.distinct - asked.donor) - fit.distinct
+    return replace(
+        asked,
+        blocks=fit.blocks,
+        tail_blocks=fit.tail_blocks,
+        distinct=asked.distinct - lost,
+        routed=asked.routed - (lost if asked.distinct == asked.routed else 0),
+    )
+
+
 def _window_end(prompt: VideoPrompt, fork: int, block: int) -> int:
-    """The first frame, counted in blocks from the fork, of the next prompt segment, or the video's end."""
+    """The frame at which the prompt next switches after the fork, or the video's end."""
     following = [switch for switch in prompt.switches if switch > fork]
-    if not following:
-        return prompt.num_frames
-    return fork + -(-(following[0] - fork) // block) * block
+    return prompt.acts_at(following[0], block) if following else prompt.num_frames

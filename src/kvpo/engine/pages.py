@@ -5,9 +5,10 @@ Where a prompt may switch (``switches``), frames may be re-encoded: for a moment
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 from kvpo.config import ExplorationConfig
+from kvpo.engine.forks import Fork
 from kvpo.engine.generator import StreamingGenerator
 from kvpo.models.deployment import RECORD_INTERVAL
 from kvpo.prompts import VideoPrompt
@@ -172,25 +173,33 @@ class PlannedRollout:
     """A rollout before it is made."""
 
     prompts: Sequence[VideoPrompt]
-    fork: int
-    exploration: ExplorationConfig
+    forks: Sequence[Fork]
+    """Of every prompt's group."""
     replayed: int = 0
     """Members that will be replayed together; 0: all."""
 
 
 def cache_pages(generator: StreamingGenerator, rollouts: Sequence[PlannedRollout]) -> int:
-    """Pages of one cache for rollouts that are all collected, in order, before any is replayed."""
+    """Pages of one cache for rollouts that are all collected, in order, before any is replayed.
+
+    Groups that fork at different frames count as the one that needs most.
+    """
     most, waiting, replay = 0, 0, 0
     for rollout in rollouts:
-        pages = rollout_pages(
-            generator,
-            rollout.exploration,
-            groups=len(rollout.prompts),
-            fork=rollout.fork,
-            together=groups_together(rollout.exploration, len(rollout.prompts)),
-            switches=any(prompt.switches for prompt in rollout.prompts),
-            replayed=rollout.replayed,
-        )
+        groups = len(rollout.prompts)
+        each = [
+            rollout_pages(
+                generator,
+                fork.exploration,
+                groups=groups,
+                fork=fork.frame,
+                together=groups_together(fork.exploration, groups),
+                switches=any(prompt.switches for prompt in rollout.prompts),
+                replayed=rollout.replayed,
+            )
+            for fork in rollout.forks
+        ]
+        pages = Pages(*map(max, zip(*map(astuple, each), strict=True)))
         most = max(most, waiting + pages.exploring)
         waiting += pages.groups * pages.waiting
         replay = max(replay, pages.replay)

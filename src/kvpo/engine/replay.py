@@ -52,12 +52,24 @@ def window_part(group: Group, blocks: range) -> Group:
     )
 
 
+def replay_kind(generator: StreamingGenerator, group: Group) -> tuple[int, int]:
+    """What groups must agree on to be replayed together: the blocks of the window and the frames they see.
+
+    The latter are as many at every fork once window and memory bank are full, else the fork decides.
+    """
+    deployment, bank = generator.deployment, group.root.history.bank
+    full = deployment.local_past is not None and group.fork >= deployment.sink + deployment.local_past
+    banked = not deployment.bank_size or bool(bank) and len(bank[0]) == deployment.bank_size
+    return group.blocks, -1 if full and banked else group.fork
+
+
 @contextmanager
 def replay_context(
     generator: StreamingGenerator, members: Sequence[Member], texts: TextTable, tape: Tape
 ) -> Iterator[ReplayContext]:
     """Re-encode the members' own blocks under the current policy; pages are released on exit.
 
+    The members' groups are of one ``replay_kind``.
     The pages must outlive the backward pass where activations are recomputed, hence a context manager.
     """
     streams = [member.group.root.fork() for member in members]
@@ -75,8 +87,8 @@ def replay_context(
             clean = torch.stack([member.group.clean_MTCHW[member.index, frames] for member in members])
             noise = None
             if generator.context_noise:
-                index = streams[0].start // generator.block
-                noise = torch.stack([tape(s.prompt.id, index, "context") for s in streams]).to(clean)
+                at = [(stream.prompt.id, stream.start // generator.block) for stream in streams]
+                noise = torch.stack([tape(*where, "context") for where in at]).to(clean)
             append_block(generator, streams, clean, text, context, noise)
         yield ReplayContext(tuple(contexts), text)
     finally:

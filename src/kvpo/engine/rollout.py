@@ -6,12 +6,13 @@ slots hold routed frames of older history instead of the most recent ones (METHO
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 
 import torch
 from torch import Tensor
 
 from kvpo.config import ExplorationConfig
-from kvpo.engine.forks import check_fork
+from kvpo.engine.forks import Fork, check_forks
 from kvpo.engine.generator import StreamingGenerator
 from kvpo.engine.noise import Tape, keyed_generator
 from kvpo.engine.pages import (
@@ -24,14 +25,13 @@ from kvpo.engine.pages import (
 from kvpo.engine.stream import (
     Stream,
     TextTable,
-    Trajectory,
     advance,
     open_stream,
     switch_prompts,
 )
 from kvpo.method.routing import dispersed_routes, route_pool
 from kvpo.models.cache import FrameCache
-from kvpo.models.deployment import reachable_frames
+from kvpo.models.deployment import reachable_frames, sink_frames
 from kvpo.prompts import VideoPrompt
 
 
@@ -81,8 +81,8 @@ class Rollout:
 
     groups: list[Group]
     cache: FrameCache
-    exploration: ExplorationConfig
-    """What was explored with: what fits the videos."""
+    forks: Sequence[Fork]
+    """Of every group, those to come included."""
 
     def release(self) -> None:
         """Give the root histories' pages back."""
@@ -90,39 +90,49 @@ class Rollout:
             group.root.history.release()
 
 
-def draw_routes(
-    pools: Sequence[range], exploration: ExplorationConfig, generator: torch.Generator
-) -> list[list[tuple[RoutedFrame, ...]]]:
-    """Routes of every group's branches for one block, ``[groups][G][routed]``, dispersed within a group.
+def pool_of(
+    generator: StreamingGenerator, prompt: VideoPrompt, fork: int, exploration: ExplorationConfig
+) -> tuple[int, ...]:
+    """Frames of a video's own history that may be routed at a fork."""
+    return route_pool(
+        fork,
+        sink=sink_frames(generator.deployment, prompt, fork),
+        recent=exploration.recent,
+        resident=exploration.resident_frames,
+    )
 
-    ``exploration.donor`` of the distinct frames come from another group's pool (an extension beyond the
-    paper; 0 routes only a video's own history). Slots are filled by repeating the distinct frames evenly.
+
+def draw_routes(
+    pools: Sequence[Sequence[int]], index: int, exploration: ExplorationConfig, generator: torch.Generator
+) -> list[tuple[RoutedFrame, ...]]:
+    """Routes of one group's branches for one block, ``[G][routed]``, dispersed.
+
+    ``pools`` holds every group's. ``exploration.donor`` of the distinct frames come from another group's pool
+    (an extension beyond the paper; 0 routes only a video's own history). Slots are filled by repeating the
+    distinct frames evenly.
     """
     own_distinct = exploration.distinct - exploration.donor
     if exploration.donor and len(pools) < 2:
         raise ValueError(
             f"exploration.donor = {exploration.donor}: donor histories need at least two prompts per update"
         )
-    groups = []
-    for index, pool in enumerate(pools):
-        chosen: list[list[RoutedFrame]] = [[] for _ in range(exploration.branches)]
-        if own_distinct:
-            own = dispersed_routes(
-                pool,
-                branches=exploration.branches,
-                routed=own_distinct,
-                distinct=own_distinct,
-                generator=generator,
-            )
-            chosen = [[RoutedFrame(index, frame) for frame in route] for route in own.tolist()]
-        others = [n for n in range(len(pools)) if n != index and len(pools[n])]
-        for route in chosen:
-            for _ in range(exploration.donor):
-                donor = others[int(torch.randint(len(others), (), generator=generator))]
-                frame = pools[donor][int(torch.randint(len(pools[donor]), (), generator=generator))]
-                route.append(RoutedFrame(donor, frame))
-        groups.append([tuple(r[n % len(r)] for n in range(exploration.routed)) for r in chosen])
-    return groups
+    chosen: list[list[RoutedFrame]] = [[] for _ in range(exploration.branches)]
+    if own_distinct:
+        own = dispersed_routes(
+            pools[index],
+            branches=exploration.branches,
+            routed=own_distinct,
+            distinct=own_distinct,
+            generator=generator,
+        )
+        chosen = [[RoutedFrame(index, frame) for frame in route] for route in own.tolist()]
+    others = [n for n in range(len(pools)) if n != index and len(pools[n])]
+    for route in chosen:
+        for _ in range(exploration.donor):
+            donor = others[int(torch.randint(len(others), (), generator=generator))]
+            frame = pools[donor][int(torch.randint(len(pools[donor]), (), generator=generator))]
+            route.append(RoutedFrame(donor, frame))
+    return [tuple(r[n % len(r)] for n in range(exploration.routed)) for r in chosen]
 
 
 def grow_roots(
@@ -133,11 +143,12 @@ def grow_roots(
     tape: Tape,
     exploration: ExplorationConfig,
 ) -> Rollout:
-    """Stream every prompt in its deployment context up to the fork; a switch there is already acted on.
+    """Stream every prompt in its deployment context up to one fork; a switch there is already acted on.
 
     Raises ValueError where window and tail do not fit after the fork.
     """
-    check_fork(prompts, fork, exploration, block=generator.block)
+    forks = [Fork(fork, exploration)] * len(prompts)
+    check_forks(prompts, forks, block=generator.block)
     pages = rollout_pages(
         generator,
         exploration,
@@ -145,8 +156,8 @@ def grow_roots(
         fork=fork,
         switches=any(prompt.switches for prompt in prompts),
     )
-    rollout = Rollout([], generator.new_cache(pages.most), exploration)
-    _add_roots(generator, rollout, prompts, fork, texts, tape, exploration)
+    rollout = Rollout([], generator.new_cache(pages.most), forks)
+    _add_roots(generator, rollout, prompts, texts, tape)
     return rollout
 
 
@@ -154,21 +165,24 @@ def _add_roots(
     generator: StreamingGenerator,
     rollout: Rollout,
     prompts: Sequence[VideoPrompt],
-    fork: int,
     texts: TextTable,
     tape: Tape,
-    exploration: ExplorationConfig,
 ) -> None:
-    """Grow the roots of some more groups in a rollout's cache."""
-    roots = [open_stream(generator, rollout.cache, prompt) for prompt in prompts]
+    """Grow the roots of the next groups in a rollout's cache, each to its fork."""
+    forks = rollout.forks[len(rollout.groups) :][: len(prompts)]
+    exploration, farthest = forks[0].exploration, max(fork.frame for fork in forks)
     resident = exploration.resident_frames
-    while roots[0].start < fork:
-        advance(generator, roots, texts, tape, rows=exploration.rows, resident=resident)
-    pool = (resident or fork) if exploration.reencode_pool else 0
+    pool = (resident or farthest) if exploration.reencode_pool else 0
+    roots = [open_stream(generator, rollout.cache, prompt) for prompt in prompts]
+    for at in range(0, farthest, generator.block):
+        growing = [root for root, fork in zip(roots, forks, strict=True) if at < fork.frame]
+        advance(
+            generator, growing, texts, tape, rows=exploration.rows, resident=resident, reencode_frames=pool
+        )
     switch_prompts(generator, roots, texts, rows=exploration.rows, reencode_frames=pool)
     empty = torch.empty(0)
     for root in roots:
-        rollout.groups.append(Group(len(rollout.groups), root, fork, (), empty, empty, empty))
+        rollout.groups.append(Group(len(rollout.groups), root, root.start, (), empty, empty, empty))
 
 
 Member = tuple[int, Sequence[Sequence[RoutedFrame]] | None]
@@ -181,95 +195,119 @@ def run_members(
     members: Sequence[Member],
     texts: TextTable,
     tape: Tape,
-    exploration: ExplorationConfig,
     *,
     videos: Sequence[int] | None = None,
-    steps: int | None = None,
+    rows: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Continue forks of the roots through window and tail.
+    """Continue forks of the roots through window and tail, which must be equally long.
 
     Args:
         videos: video id each row asks the tape for; None: its prompt's own, so that all noise is shared.
-        steps: first solver steps whose states and velocities are kept; None: all.
+        rows: members that run together; 0: all.
 
     Returns:
         states and velocities ``[R, P, S, F, C, H, W]`` of the window and clean latents ``[R, T, C, H, W]`` of
         window and tail.
     """
-    chunks = member_chunks(generator, rollout, members, texts, tape, exploration, videos=videos, steps=steps)
-    states, velocities, clean = (torch.cat(part) for part in zip(*chunks, strict=True))
+    ran = members_in_turn(generator, rollout, members, texts, tape, videos=videos, rows=rows)
+    states, velocities, clean = map(torch.stack, zip(*ran, strict=True))
     return states, velocities, clean
 
 
-def member_chunks(
+def members_in_turn(
     generator: StreamingGenerator,
     rollout: Rollout,
     members: Sequence[Member],
     texts: TextTable,
     tape: Tape,
-    exploration: ExplorationConfig,
     *,
     videos: Sequence[int] | None = None,
+    rows: int = 0,
     steps: int | None = None,
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """``run_members``, ``exploration.rows`` members at a time, each chunk when it is generated."""
-    size = exploration.rows or len(members)
-    # The roots hold what may be routed; a branch holds only what its own blocks see.
-    recent = branch_frames(generator, exploration)
-    resident = recent and generator.deployment.sink + recent
-    roots = [group.root for group in rollout.groups]
-    for at in range(0, len(members), size):
-        batch = members[at : at + size]
-        streams = [roots[group].fork() for group, _ in batch]
+    """What ``run_members`` returns, member by member; ``rows`` of them are generated at a time (0: all).
+
+    ``steps``: first solver steps whose states and velocities are kept; None: all.
+    """
+    for at in range(0, len(members), rows or len(members)):
+        batch = members[at : at + (rows or len(members))]
+        streams = [rollout.groups[group].root.fork() for group, _ in batch]
         if videos is not None:
-            for stream, video in zip(streams, videos[at : at + size], strict=True):
+            for stream, video in zip(streams, videos[at:], strict=False):
                 stream.prompt = replace(stream.prompt, id=video)
-        trajectories: list[Trajectory] = []
-        for block in range(exploration.blocks + exploration.tail_blocks):
-            pages: list[list[int] | None] | None = None
-            if block < exploration.blocks:
-                pages = [
-                    None if routes is None else [roots[r.group].history.pages[r.frame] for r in routes[block]]
-                    for _, routes in batch
-                ]
-            trajectories.append(
-                advance(
-                    generator,
-                    streams,
-                    texts,
-                    tape,
-                    routes=pages,
-                    recent=exploration.recent,
-                    resident=resident,
-                )
-            )
-        for stream in streams:
-            stream.history.release()
-        window = trajectories[: exploration.blocks]
-        yield (
-            torch.stack([trajectory.states_RSFCHW[:, :steps] for trajectory in window], 1),
-            torch.stack([trajectory.velocities_RSFCHW[:, :steps] for trajectory in window], 1),
-            torch.cat([trajectory.clean_RFCHW for trajectory in trajectories], 1),
+        try:
+            ran = _run_streams(generator, rollout, batch, streams, texts, tape, steps)
+        finally:
+            for stream in streams:
+                stream.history.release()
+        yield from ran
+
+
+def _run_streams(
+    generator: StreamingGenerator,
+    rollout: Rollout,
+    batch: Sequence[Member],
+    streams: Sequence[Stream],
+    texts: TextTable,
+    tape: Tape,
+    steps: int | None,
+) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Run each member's stream through its own window and tail, as many as are under way at a time."""
+    windows = [rollout.forks[group].exploration for group, _ in batch]
+    # The roots hold what may be routed; a branch holds only what its own blocks see.
+    recent = branch_frames(generator, windows[0])
+    resident = recent and generator.deployment.sink + recent
+
+    def pages(n: int, block: int) -> list[int] | None:
+        _, routes = batch[n]
+        if routes is None or block >= windows[n].blocks:
+            return None
+        return [rollout.groups[r.group].root.history.pages[r.frame] for r in routes[block]]
+
+    states: list[list[Tensor]] = [[] for _ in batch]
+    velocities: list[list[Tensor]] = [[] for _ in batch]
+    for block in range(max(window.blocks + window.tail_blocks for window in windows)):
+        under_way = [n for n, window in enumerate(windows) if block < window.blocks + window.tail_blocks]
+        trajectory = advance(
+            generator,
+            [streams[n] for n in under_way],
+            texts,
+            tape,
+            routes=[pages(n, block) for n in under_way],
+            recent=windows[0].recent,
+            resident=resident,
         )
+        for row, n in enumerate(under_way):
+            if block < windows[n].blocks:
+                states[n].append(trajectory.states_RSFCHW[row, :steps])
+                velocities[n].append(trajectory.velocities_RSFCHW[row, :steps])
+    return [
+        (
+            torch.stack(states[n]),
+            torch.stack(velocities[n]),
+            torch.cat(stream.latents[-(windows[n].blocks + windows[n].tail_blocks) :]),
+        )
+        for n, stream in enumerate(streams)
+    ]
 
 
 def collect(
     generator: StreamingGenerator,
     prompts: Sequence[VideoPrompt],
-    fork: int,
+    forks: Sequence[Fork],
     texts: TextTable,
     tape: Tape,
-    exploration: ExplorationConfig,
     key: tuple[int | str, ...],
     *,
     cache: FrameCache | None = None,
     steps: int | None = None,
     finished: Callable[[Group], None] = lambda group: None,
 ) -> Rollout:
-    """Roots, branches and anchors of one rollout; ``key`` seeds the routes.
+    """Roots, branches and anchors of one rollout, a fork for every prompt; ``key`` seeds the routes.
 
-    Groups are explored ``groups_together``; once its members have run, a group keeps the pages that its
-    replay sees. Results do not depend on it beyond rounding.
+    Groups are explored ``groups_together``; once their members have run, they keep the pages that the replay
+    sees. Results do not depend on it beyond rounding. The forks may differ in what fits at them, in nothing
+    else; donor histories want one fork for all.
 
     Args:
         cache: where the pages go, with room for ``rollout_pages``; None: a cache of its own.
@@ -278,63 +316,57 @@ def collect(
 
     Raises ValueError where window and tail do not fit after the fork.
     """
-    check_fork(prompts, fork, exploration, block=generator.block)
-    pool = route_pool(
-        fork,
-        sink=generator.deployment.sink,
-        recent=exploration.recent,
-        resident=exploration.resident_frames,
-    )
-    draws = keyed_generator("routes", *key)
-    first = draw_routes([pool] * len(prompts), exploration, draws)
-    per_block = [first]
-    for _ in range(exploration.blocks - 1):
-        redraw = exploration.redraw_every_block
-        per_block.append(draw_routes([pool] * len(prompts), exploration, draws) if redraw else first)
-    together = groups_together(exploration, len(prompts))
+    check_forks(prompts, forks, block=generator.block)
+    pools = [
+        pool_of(generator, prompt, fork.frame, fork.exploration)
+        for prompt, fork in zip(prompts, forks, strict=True)
+    ]
+    members = [_members(pools, n, fork.exploration, key) for n, fork in enumerate(forks)]
     if cache is None:
-        cache = generator.new_cache(cache_pages(generator, [PlannedRollout(prompts, fork, exploration)]))
-    rollout = Rollout([], cache, exploration)
+        cache = generator.new_cache(cache_pages(generator, [PlannedRollout(prompts, forks)]))
+    rollout = Rollout([], cache, forks)
+    together = groups_together(forks[0].exploration, len(prompts))
     for at in range(0, len(prompts), together):
-        _add_roots(generator, rollout, prompts[at : at + together], fork, texts, tape, exploration)
-        for group in _explored(generator, rollout, at, per_block, texts, tape, exploration, steps):
-            history = group.root.history
-            history.keep(reachable_frames(generator.deployment, history, max(1, generator.deployment.sink)))
+        _add_roots(generator, rollout, prompts[at : at + together], texts, tape)
+        for group in _explored(generator, rollout, members[at : at + together], texts, tape, steps):
             rollout.groups[group.index] = group
             finished(group)
+        # Not before: with donors, later groups route what earlier ones hold.
+        for group in rollout.groups[at:]:
+            history = group.root.history
+            history.keep(reachable_frames(generator.deployment, history, max(1, generator.deployment.sink)))
     return rollout
+
+
+def _members(
+    pools: Sequence[Sequence[int]], index: int, exploration: ExplorationConfig, key: tuple[int | str, ...]
+) -> list[Member]:
+    """A group's branches with their routes, and its anchor."""
+    draws = keyed_generator("routes", *key, index)
+    drawn = [draw_routes(pools, index, exploration, draws)] * exploration.blocks
+    if exploration.redraw_every_block:
+        drawn[1:] = [draw_routes(pools, index, exploration, draws) for _ in drawn[1:]]
+    return [*((index, list(routes)) for routes in zip(*drawn, strict=True)), (index, None)]
 
 
 def _explored(
     generator: StreamingGenerator,
     rollout: Rollout,
-    first: int,
-    per_block: Sequence[Sequence[Sequence[tuple[RoutedFrame, ...]]]],
+    members: Sequence[Sequence[Member]],
     texts: TextTable,
     tape: Tape,
-    exploration: ExplorationConfig,
     steps: int | None,
 ) -> Iterator[Group]:
-    """The groups from ``first`` on with what their members did, each as soon as they have run."""
-    waiting = list(rollout.groups[first:])
-    members: list[Member] = []
-    for group in waiting:
-        for branch in range(exploration.branches):
-            members.append((group.index, [routes[group.index][branch] for routes in per_block]))
-        members.append((group.index, None))
-    size = exploration.branches + 1
-    rows: list[tuple[Tensor, Tensor, Tensor]] = []
-    for chunk in member_chunks(generator, rollout, members, texts, tape, exploration, steps=steps):
-        rows += zip(*chunk, strict=True)
-        while len(rows) >= size:
-            states, velocities, clean = map(torch.stack, zip(*rows[:size], strict=True))
-            group = waiting.pop(0)
-            routes = tuple(tuple(route) for _, route in members[:size] if route is not None)
-            del rows[:size], members[:size]
-            yield replace(
-                group,
-                routes=routes,
-                states_MPSFCHW=states,
-                velocities_MPSFCHW=velocities,
-                clean_MTCHW=clean,
-            )
+    """Groups with what their members did, each as soon as they have run."""
+    every = [member for own in members for member in own]
+    rows = rollout.forks[0].exploration.rows
+    ran = members_in_turn(generator, rollout, every, texts, tape, rows=rows, steps=steps)
+    for own in members:
+        states, velocities, clean = map(torch.stack, zip(*islice(ran, len(own)), strict=True))
+        yield replace(
+            rollout.groups[own[0][0]],
+            routes=tuple(tuple(routes) for _, routes in own if routes is not None),
+            states_MPSFCHW=states,
+            velocities_MPSFCHW=velocities,
+            clean_MTCHW=clean,
+        )

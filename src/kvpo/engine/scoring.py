@@ -65,7 +65,7 @@ def segment_clips(prompt: VideoPrompt, first: int, stop: int, *, block: int, lea
     A segment that begins inside the span, or right at its start, gets up to ``lead`` frames of what was
     before (``ClipPrompt.switch`` says how many). Switches act at block boundaries.
     """
-    starts = [0, *(-(-switch // block) * block for switch in prompt.switches)]
+    starts = [0, *(prompt.acts_at(switch, block) for switch in prompt.switches)]
     ends = [*starts[1:], prompt.num_frames]
     clips = []
     for index, (start, end) in enumerate(zip(starts, ends, strict=True)):

@@ -1,6 +1,6 @@
 """Streaming generation: blocks in lock step for many streams, prompt switches, routed contexts."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -117,21 +117,29 @@ def switch_prompts(
     ``rows`` streams at a time (0: all). ``reencode_frames`` above the deployment window re-encodes that many
     frames, oldest part first.
     """
+    deployment = generator.deployment
     due = [s for s in streams if s.start and s.prompt.segment_at(s.start) != s.segment]
     for stream in due:
         stream.segment = stream.prompt.segment_at(stream.start)
         stream.fresh_prompt = True
-    for index in lockstep_batches(generator, due, rows):
+    if due:
+        commit_banks(generator, due, text_of(due, texts))
+    alike = []
+    for stream in due:
+        frames = deployment.reencoded(stream.start)
+        # The pool is encoded block by block in absolute frames, so streams of one batch must agree on those.
+        pool = (stream.start, *stream.history.sink) if reencode_frames else ()
+        alike.append((*seen_alike(generator, stream), frames, frames == stream.start, *pool))
+    for index in lockstep_batches(alike, rows):
         batch = [due[n] for n in index]
         text = text_of(batch, texts)
         if reencode_frames:
             _reencode_pool(generator, batch, text, reencode_frames)
-        commit_banks(generator, batch, text)
-        context, frames = reencoding_context(generator.deployment, [s.history for s in batch])
+        context, frames = reencoding_context(deployment, [s.history for s in batch])
         clean = torch.stack([torch.cat(s.latents)[-frames:] for s in batch])
         pages = batch[0].history.cache.write(*generator.encode(clean, text, context))
         for stream, ids in zip(batch, pages, strict=True):
-            adopt_reencoded(generator.deployment, stream.history, ids)
+            adopt_reencoded(deployment, stream.history, ids)
 
 
 def _reencode_pool(
@@ -160,20 +168,19 @@ def _reencode_pool(
             stream.history.replace(start, ids)
 
 
-def lockstep_batches(
-    generator: StreamingGenerator,
-    streams: Sequence[Stream],
-    rows: int,
-    routes: Sequence[Sequence[int] | None] | None = None,
-    recent: int = 0,
-) -> Iterator[list[int]]:
-    """Indices of streams in batches of at most ``rows`` (0: no limit) that see equally many frames."""
-    deployment = generator.deployment
-    groups: dict[tuple[int, int], list[int]] = {}
-    for n, stream in enumerate(streams):
-        route = None if routes is None else routes[n]
-        key = (context_size(deployment, stream.history, route, recent), deployment.reencoded(stream.start))
-        groups.setdefault(key, []).append(n)
+def seen_alike(
+    generator: StreamingGenerator, stream: Stream, route: Sequence[int] | None = None, recent: int = 0
+) -> tuple[int, int]:
+    """What the next blocks of streams must agree on to share a forward pass: frames seen, and of a bank."""
+    bank = stream.history.bank
+    return context_size(generator.deployment, stream.history, route, recent), len(bank[0]) if bank else 0
+
+
+def lockstep_batches(alike: Sequence[Hashable], rows: int) -> Iterator[list[int]]:
+    """Indices of streams in batches of at most ``rows`` (0: no limit) that are ``alike``."""
+    groups: dict[Hashable, list[int]] = {}
+    for n, kind in enumerate(alike):
+        groups.setdefault(kind, []).append(n)
     for group in groups.values():
         size = rows or len(group)
         for at in range(0, len(group), size):
@@ -182,17 +189,18 @@ def lockstep_batches(
 
 def commit_banks(generator: StreamingGenerator, streams: Sequence[Stream], text: TextRows) -> None:
     """Before a block: every stream's memory bank takes in what was recorded."""
-
-    def keys(layer: int) -> Tensor:
-        with torch.no_grad():
-            return generator.transformer.text_keys(text.each_RLD, layer)
-
     if not generator.deployment.bank_size:
         return
     for row, stream in enumerate(streams):
+        own = text.embeddings_ULD[text.rows_R[row : row + 1]]
+
+        def keys(layer: int, own: Tensor = own) -> Tensor:
+            with torch.no_grad():
+                return generator.transformer.text_keys(own, layer)
+
         unscored = stream.fresh_prompt and generator.deployment.bank_as_published
         commit_bank(
-            generator.deployment, stream.history, generator.pages.num_layers, None if unscored else keys, row
+            generator.deployment, stream.history, generator.pages.num_layers, None if unscored else keys
         )
 
 
@@ -206,22 +214,30 @@ def advance(
     recent: int = 0,
     rows: int = 0,
     resident: int = 0,
+    reencode_frames: int = 0,
 ) -> Trajectory:
     """Generate the next block of every stream: switch prompts, denoise, then the clean pass writes pages.
+
+    Streams may be at different blocks; those whose blocks see equally many frames share a forward pass.
 
     Args:
         routes: page ids filling each stream's routed slots, None for its deployment context.
         recent: past frames that routed streams keep.
         rows: streams per forward pass; 0 means all.
         resident: history frames kept for later, counting the sink (0: all); older pages are released.
+        reencode_frames: see ``switch_prompts``.
     """
-    switch_prompts(generator, streams, texts, rows=rows)
+    switch_prompts(generator, streams, texts, rows=rows, reencode_frames=reencode_frames)
+    commit_banks(generator, streams, text_of(streams, texts))
+    alike = [
+        seen_alike(generator, stream, None if routes is None else routes[n], recent)
+        for n, stream in enumerate(streams)
+    ]
     pieces: list[Trajectory] = []
     places: list[int] = []
-    for index in lockstep_batches(generator, streams, rows, routes, recent):
+    for index in lockstep_batches(alike, rows):
         batch = [streams[n] for n in index]
         text = text_of(batch, texts)
-        commit_banks(generator, batch, text)
         context = routed_context(
             generator.deployment,
             [stream.history for stream in batch],

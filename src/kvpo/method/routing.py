@@ -46,13 +46,14 @@ def exploration_frames(start: int, routed: Sequence[int], *, sink: int, recent: 
     return (*range(min(sink, start)), *sorted(routed), *range(oldest_recent, start))
 
 
-def route_pool(fork: int, *, sink: int, recent: int, resident: int) -> range:
-    """Frames that may be routed at a fork: [max(sink, fork - (resident - sink)), fork - recent).
+def route_pool(fork: int, *, sink: Sequence[int], recent: int, resident: int) -> tuple[int, ...]:
+    """Frames that may be routed at a fork: [fork - (resident - |sink|), fork - recent) without the sink's.
 
-    `resident` is how many history frames are kept, counting the sink; 0 keeps all. May be empty.
+    `sink` holds the frames that fill the sink slots, which a prompt switch may have moved. `resident` is how
+    many history frames are kept, counting the sink; 0 keeps all. May be empty.
     """
-    oldest = max(sink, fork - (resident - sink)) if resident else sink
-    return range(oldest, max(oldest, fork - recent))
+    oldest = max(0, fork - (resident - len(sink))) if resident else 0
+    return tuple(frame for frame in range(oldest, fork - recent) if frame not in sink)
 
 
 def dispersed_routes(
@@ -115,16 +116,14 @@ def fit_exploration(
     tail_blocks: int,
     distinct: int,
     branches: int,
-    recent: int,
-    sink: int,
+    pool: int,
     block: int,
-    resident: int,
 ) -> FittedExploration:
-    """Shrink the routed blocks, the tail after them and the distinct frames to what a short clip offers.
+    """Shrink the routed blocks, the tail after them and the distinct frames to what a fork offers.
 
-    Routed blocks end by `window_end`, the tail with the clip; `distinct` falls until the pool has a different
-    set for every branch. Raises ValueError when no block follows the fork, or the pool has not even one frame
-    for every branch.
+    Routed blocks end by `window_end`, the tail with the clip; `distinct` falls until a pool of so many frames
+    has a different set for every branch. Raises ValueError when no block follows the fork, or the pool has
+    not even one frame for every branch.
     """
     fitting_blocks = min(blocks, (min(window_end, num_frames) - fork) // block)
     if fitting_blocks < 1:
@@ -132,11 +131,10 @@ def fit_exploration(
             f"fork = {fork}: no block of {block} frames follows in a video of {num_frames}; fork earlier"
         )
     fitting_tail = min(tail_blocks, (num_frames - fork) // block - fitting_blocks)
-    pool_size = len(route_pool(fork, sink=sink, recent=recent, resident=resident))
     fitting_distinct = distinct
-    while fitting_distinct > 1 and math.comb(pool_size, fitting_distinct) < branches:
+    while fitting_distinct > 1 and math.comb(pool, fitting_distinct) < branches:
         fitting_distinct -= 1
-    _check_routes(pool_size, branches, fitting_distinct, fitting_distinct)
+    _check_routes(pool, branches, fitting_distinct, fitting_distinct)
     return FittedExploration(fitting_blocks, fitting_tail, fitting_distinct)
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from kvpo.models.cache import History
 from kvpo.models.context import PageContext
+from kvpo.prompts import VideoPrompt
 
 RECORD_INTERVAL = 3
 """The memory bank takes in every third block's first frame (MODELS.md 3.2)."""
@@ -55,6 +56,18 @@ class Deployment:
     def reencoded(self, start: int) -> int:
         """Frames re-encoded when the prompt switches before the block at ``start`` (MODELS.md 3.1)."""
         return start if self.window == -1 else min(self.window, start)
+
+
+def sink_frames(deployment: Deployment, prompt: VideoPrompt, start: int) -> range:
+    """Frames in the sink slots of a stream whose next block starts at ``start``, switches there acted on.
+
+    Each switch moves the sink to the first of the frames it re-encodes, unless the sink is kept or they reach
+    back to the video's start (``adopt_reencoded``).
+    """
+    acted = [prompt.acts_at(switch, deployment.block) for switch in prompt.switches]
+    moves = [at for at in acted if at <= start and deployment.reencoded(at) < at]
+    first = 0 if deployment.keep_sink_at_switch or not moves else moves[-1] - deployment.window
+    return range(first, first + deployment.sink)
 
 
 def local_frames(deployment: Deployment, history: History, recent: int | None) -> list[int]:
@@ -122,7 +135,8 @@ def reencoding_context(deployment: Deployment, histories: Sequence[History]) -> 
     """Context for re-encoding the recent frames of streams under a new prompt, and how many frames that is.
 
     One call over the last ``n`` frames; its queries see the sink and their own last ``window - sink``.
-    Where the frames reach back to the start, or the sink is to be replaced, the sink is part of the call.
+    Where the frames reach back to the start, or the sink is to be replaced, the sink is part of the call:
+    streams must agree on that and on ``n``.
     """
     start = histories[0].end
     frames = deployment.reencoded(start)
@@ -142,7 +156,7 @@ def reencoding_context(deployment: Deployment, histories: Sequence[History]) -> 
     context = PageContext(
         cache=histories[0].cache,
         pages=pages_LRP if banked else pages_LRP[0],
-        start_R=torch.full((len(histories),), start - frames, device=device),
+        start_R=torch.tensor([history.end - frames for history in histories], device=device),
         own_frames=None if own_sink else frames - deployment.sink,
         sparse_pages=pages_LRP.shape[-1] if deployment.sparse_activation else 0,
         sparse_own=deployment.sink if own_sink and deployment.sparse_activation else 0,

@@ -5,7 +5,8 @@ from dataclasses import replace
 
 import torch
 
-from kvpo.config import Config
+from kvpo.config import ExplorationConfig
+from kvpo.engine.forks import plan_forks
 from kvpo.engine.replay import Member, branch_residuals, replay_context, replay_velocities
 from kvpo.engine.rollout import RoutedFrame, grow_roots, run_members
 from kvpo.method.objective import policy_ratio
@@ -14,7 +15,7 @@ from kvpo.prompts import VideoPrompt
 from kvpo.training.credit import no_credit
 from kvpo.training.gradients import Trained, energies_of, temperature_of
 from kvpo.training.setup import Setup
-from kvpo.training.trainer import Trainer, shared_fork
+from kvpo.training.trainer import Trainer
 
 
 def first_ratio_max_deviation(trainer: Trainer) -> float:
@@ -36,18 +37,24 @@ def first_ratio_max_deviation(trainer: Trainer) -> float:
     return deviation
 
 
+def shared_fork(setup: Setup, prompts: Sequence[VideoPrompt]) -> tuple[int, ExplorationConfig]:
+    """A fork at which most of the exploration fits in every prompt, and that exploration."""
+    roomiest = plan_forks(prompts, setup.config.exploration, setup.generator.deployment).roomiest
+    fork = roomiest[len(roomiest) // 2]
+    return fork.frame, fork.exploration
+
+
 def anchor_energy_at_old(setup: Setup, prompts: Sequence[VideoPrompt]) -> float:
     """Replay energy of anchors under the policy that made them, one solver step at a time: exactly 0.
 
     The replay's batch has the rows of the rollout's batch, so that both sum in the same order.
     """
-    config = setup.config
-    fork, fitted = shared_fork(prompts, config, ("checks", 0))
+    fork, fitted = shared_fork(setup, prompts)
     texts, tape = setup.texts(prompts), setup.tape("checks")
     exploration = replace(fitted, tail_blocks=0, rows=0)
     rollout = grow_roots(setup.generator, prompts, fork, texts, tape, exploration)
     members = [(index, None) for index in range(len(prompts))]
-    states, velocities, clean = run_members(setup.generator, rollout, members, texts, tape, exploration)
+    states, velocities, clean = run_members(setup.generator, rollout, members, texts, tape)
     groups = [
         replace(
             group,
@@ -75,8 +82,7 @@ def anchor_energy_at_old(setup: Setup, prompts: Sequence[VideoPrompt]) -> float:
 
 def default_route_max_difference(setup: Setup, prompts: Sequence[VideoPrompt]) -> float:
     """Largest difference between unrouted generation and a route that names the most recent frames: 0."""
-    config: Config = setup.config
-    fork, fitted = shared_fork(prompts, config, ("checks", 1))
+    fork, fitted = shared_fork(setup, prompts)
     one = replace(fitted, blocks=1, tail_blocks=0, rows=0)
     texts, tape = setup.texts(prompts), setup.tape("checks")
     rollout = grow_roots(setup.generator, prompts, fork, texts, tape, one)
@@ -87,7 +93,7 @@ def default_route_max_difference(setup: Setup, prompts: Sequence[VideoPrompt]) -
     route = tuple(range(first, fork - one.recent))
     plain = [(index, None) for index in range(len(prompts))]
     routed = [(index, [tuple(RoutedFrame(index, frame) for frame in route)]) for index in range(len(prompts))]
-    expected = run_members(setup.generator, rollout, plain, texts, tape, one)
-    found = run_members(setup.generator, rollout, routed, texts, tape, one)
+    expected = run_members(setup.generator, rollout, plain, texts, tape)
+    found = run_members(setup.generator, rollout, routed, texts, tape)
     rollout.release()
     return max(float((a - b).abs().max()) for a, b in zip(expected, found, strict=True))

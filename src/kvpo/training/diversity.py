@@ -15,10 +15,9 @@ from torch import Tensor
 from kvpo.config import ExplorationConfig
 from kvpo.engine.generator import StreamingGenerator
 from kvpo.engine.noise import Tape, keyed_generator, keyed_normal
-from kvpo.engine.rollout import Group, Rollout, RoutedFrame, draw_routes, grow_roots, run_members
+from kvpo.engine.rollout import Group, Rollout, RoutedFrame, draw_routes, grow_roots, pool_of, run_members
 from kvpo.engine.scoring import score_groups
 from kvpo.engine.stream import TextTable
-from kvpo.method.routing import route_pool
 from kvpo.prompts import VideoPrompt
 from kvpo.training.evaluation import Judges
 
@@ -84,14 +83,9 @@ class Explorer:
 
     def routed(self, fork: Fork) -> list[Group]:
         """CHR branches, the anchor last."""
-        pool = route_pool(
-            fork.frame,
-            sink=self.generator.deployment.sink,
-            recent=fork.exploration.recent,
-            resident=fork.exploration.resident_frames,
-        )
+        pools = [pool_of(self.generator, one, fork.frame, fork.exploration) for one in fork.prompts]
         draws = keyed_generator("diversity routes", fork.frame)
-        routes = draw_routes([pool] * len(fork.prompts), fork.exploration, draws)
+        routes = [draw_routes(pools, index, fork.exploration, draws) for index in range(len(pools))]
         return self.chosen(fork, routes)
 
     def chosen(self, fork: Fork, routes: Sequence[Sequence[tuple[RoutedFrame, ...]]]) -> list[Group]:
@@ -118,7 +112,7 @@ class Explorer:
             self.generator, fork.prompts, fork.frame, self.texts, self.tape, fork.exploration
         )
         states, velocities, clean = run_members(
-            self.generator, rollout, members, self.texts, tape, fork.exploration, videos=videos
+            self.generator, rollout, members, self.texts, tape, videos=videos, rows=fork.exploration.rows
         )
         rollout.release()
         rows = [[n for n, (owner, _) in enumerate(members) if owner == g] for g in range(len(rollout.groups))]

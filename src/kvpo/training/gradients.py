@@ -21,6 +21,7 @@ from kvpo.engine.replay import (
     anchor_state_residuals,
     branch_residuals,
     replay_context,
+    replay_kind,
     replay_velocities,
     window_part,
 )
@@ -84,6 +85,7 @@ def blocks_together(rows: int, blocks: int, steps: int) -> int:
 def micro_batches(replayer: Replayer, trained: Sequence[Trained]) -> list[list[tuple[int, int]]]:
     """(group index, member) pairs split into micro-batches of at most ``replayer.rows`` forward rows.
 
+    The groups are of one ``replay_kind``.
     With the pure anchor-state energy only the anchors are replayed.
     """
     weight = replayer.config.anchor_state_weight
@@ -97,10 +99,11 @@ def micro_batches(replayer: Replayer, trained: Sequence[Trained]) -> list[list[t
 
 
 def group_batches(replayer: Replayer, trained: Sequence[Trained]) -> list[list[Trained]]:
-    """Whole groups whose replay fits one micro-batch together; a group that does not fit stands alone."""
+    """Whole groups of one kind whose replay fits one micro-batch; a group that does not fit stands alone."""
     batches: list[list[Trained]] = []
-    for item in trained:
-        if batches and len(micro_batches(replayer, [*batches[-1], item])) == 1:
+    kinds = [replay_kind(replayer.generator, item.group) for item in trained]
+    for item, kind, before in zip(trained, kinds, [None, *kinds], strict=False):
+        if kind == before and len(micro_batches(replayer, [*batches[-1], item])) == 1:
             batches[-1].append(item)
         else:
             batches.append([item])

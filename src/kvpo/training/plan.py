@@ -118,7 +118,7 @@ def plan_run(
     surroundings: Surroundings,
     rates: Rates,
 ) -> Plan:
-    """The plan of a run; ``model`` is on the meta device, ``rollout`` a typical one at its latest fork."""
+    """The plan of a run; ``model`` is on the meta device, ``rollout`` typical: its groups fork alike."""
     parameters = parameters_of(config, model)
     standing = {
         "weights": parameters.weights,
@@ -132,18 +132,15 @@ def plan_run(
     if config.device != "cpu":
         standing["context"] = CONTEXT
     pool = pool_pages(config, generator, rollout)
-    costs = Costs(
-        replace(config, exploration=rollout.exploration),
-        model.shape,
-        parameters.weights + parameters.adapter,
-        generator.page_bytes,
-        rollout.fork,
-    )
+    fork, exploration = rollout.forks[0].frame, rollout.forks[0].exploration
+    fitted = replace(config, exploration=exploration)
+    weights = parameters.weights + parameters.adapter
+    costs = Costs(fitted, model.shape, weights, generator.page_bytes, fork)
     keep = config.checkpoint.keep + 2  # the best one, and the one being written
     return Plan(
         config=config,
         parameters=parameters,
-        fork=rollout.fork,
+        fork=fork,
         pages=pool,
         page=generator.page_bytes,
         standing={name: float(size) for name, size in standing.items() if size},
@@ -164,14 +161,15 @@ def _phases(
     costs: Costs,
     pool: int,
 ) -> tuple[Phase, ...]:
-    exploration, optim, block = rollout.exploration, config.optim, generator.block
+    fork, exploration = rollout.forks[0].frame, rollout.forks[0].exploration
+    optim, block = config.optim, generator.block
     page = generator.page_bytes
     activations = Activations(config, costs.context)
     switches = any(prompt.switches for prompt in rollout.prompts)
     members = exploration.branches + 1
     groups = optim.prompts_per_update
     rows = min(exploration.rows or groups * members, groups * members)
-    again = generator.deployment.reencoded(rollout.fork) if switches else 0
+    again = generator.deployment.reencoded(fork) if switches else 0
 
     def forward(rows: int, streams: int, context: int) -> float:
         """Denoising and the clean pass of a block, or re-encoding at a switch, keys and values included."""
@@ -184,16 +182,16 @@ def _phases(
     held_out = evaluation_pages(config, generator, frames, switches=switches)
     stored = {
         "pages": pool * page,
-        "trajectories": optim.rollouts_per_refresh * trajectory_bytes(config, rollout.fork),
+        "trajectories": optim.rollouts_per_refresh * trajectory_bytes(config, fork),
     }
     exploring = forward(rows, min(rows, groups * members), max(costs.context, costs.routed))
     streaming = forward(streams, streams, costs.context)
     beside = exploring if groups * optim.rollouts_per_refresh > 1 else 0.0
     visiting = config.backbone.offload
     tail = exploration.blocks + exploration.tail_blocks
-    decoded = groups * (members * tail * block + rollout.fork)
+    decoded = groups * (members * tail * block + fork)
     states = replayed_states(config)
-    root = blocks_work(costs, rollout.fork // block, min(rows, groups)).times(groups / min(rows, groups))
+    root = blocks_work(costs, fork // block, min(rows, groups)).times(groups / min(rows, groups))
     branches = members_work(costs, groups, rows)
     gradients = {"gradients": 4.0 * parameters.trained}
     phases = [
@@ -250,7 +248,7 @@ def _host(
     config: Config, rollout: PlannedRollout, around: Surroundings, parameters: Parameters
 ) -> dict[str, float]:
     """Host memory: pixels of a group's members, the clips cut from them, what is kept off the device."""
-    exploration, block = rollout.exploration, config.stream.block
+    exploration, block = rollout.forks[0].exploration, config.stream.block
     frames = (exploration.branches + 1) * (exploration.blocks + exploration.tail_blocks) * block
     parts = {
         "process": PROCESS,

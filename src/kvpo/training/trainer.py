@@ -11,9 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kvpo.config import Config, ExplorationConfig
 from kvpo.engine.background import Submit, in_background
-from kvpo.engine.forks import plan_forks, shrunk
+from kvpo.engine.forks import draw_forks, fork_numbers, plan_forks, shrunk
 from kvpo.engine.noise import keyed_generator
 from kvpo.engine.pages import PlannedRollout, cache_pages
 from kvpo.engine.rollout import Group, Rollout, collect
@@ -45,19 +44,6 @@ logger = logging.getLogger(__name__)
 def learning_rate_factor(update: int, warmup_updates: int) -> float:
     """Linear warm-up whose first update already trains: (update + 1) / warmup, at most 1."""
     return min(1.0, (update + 1) / max(1, warmup_updates))
-
-
-def shared_fork(
-    prompts: Sequence[VideoPrompt], config: Config, key: tuple[int | str, ...]
-) -> tuple[int, ExplorationConfig]:
-    """A fork that suits every prompt of a rollout, drawn by ``key``, and the exploration that fits there.
-
-    Raises:
-        ValueError: the prompts cannot fork together.
-    """
-    plan = plan_forks(prompts, config.exploration, block=config.stream.block, sink=config.stream.sink)
-    drawn = int(torch.randint(len(plan.frames), (), generator=keyed_generator("fork", *key)))
-    return plan.frames[drawn], plan.exploration
 
 
 @dataclass(frozen=True)
@@ -112,10 +98,12 @@ class Trainer:
     def planned(self, update: int) -> PlannedRollout:
         """What the rollout of an update explores, shrunk to what fits its videos."""
         prompts, config = self.setup.training_prompts(update), self.setup.config
-        fork, exploration = shared_fork(prompts, config, (config.seed, update))
-        self._say_what_shrank(update, exploration)
-        replayed = members_together(config.optim.replay_rows, exploration.blocks, config.objective.grad_steps)
-        return PlannedRollout(prompts, fork, exploration, replayed)
+        deployment = self.setup.generator.deployment
+        forks = draw_forks(prompts, config.exploration, deployment, (config.seed, update))
+        self._say_what_shrank(update, prompts)
+        blocks = min(fork.exploration.blocks for fork in forks)
+        replayed = members_together(config.optim.replay_rows, blocks, config.objective.grad_steps)
+        return PlannedRollout(prompts, forks, replayed)
 
     def new_cache(self, rollouts: Sequence[PlannedRollout]) -> FrameCache:
         """A page cache for rollouts that all wait for their replays in it."""
@@ -144,10 +132,9 @@ class Trainer:
         rollout = collect(
             setup.generator,
             planned.prompts,
-            planned.fork,
+            planned.forks,
             texts,
             setup.tape("training"),
-            planned.exploration,
             (config.seed, update),
             cache=cache,
             steps=config.objective.grad_steps,
@@ -155,19 +142,22 @@ class Trainer:
         )
         return Explored(rollout, texts, pending)
 
-    def _say_what_shrank(self, update: int, exploration: ExplorationConfig) -> None:
-        """Warn of each kind of shrinking once; the metrics have the numbers of every update."""
-        for name, (asked, fits) in shrunk(self.setup.config.exploration, exploration).items():
-            if name not in self.warned_of:
-                self.warned_of.add(name)
-                logger.warning(
-                    "exploration.%s = %d is more than fits the videos of update %d, which goes on with %d; "
-                    "the metrics say where else it shrinks",
-                    name,
-                    asked,
-                    update + 1,
-                    fits,
-                )
+    def _say_what_shrank(self, update: int, prompts: Sequence[VideoPrompt]) -> None:
+        """Warn once of each kind of shrinking that no fork of a video avoids; metrics have every group's."""
+        asked, deployment = self.setup.config.exploration, self.setup.generator.deployment
+        for prompt in prompts:
+            most = plan_forks([prompt], asked, deployment).roomiest[-1].exploration
+            for name, (wanted, fits) in shrunk(asked, most).items():
+                if name not in self.warned_of:
+                    self.warned_of.add(name)
+                    logger.warning(
+                        "exploration.%s = %d is more than fits the videos of update %d, "
+                        "which goes on with %d; the metrics say where else it shrinks",
+                        name,
+                        wanted,
+                        update + 1,
+                        fits,
+                    )
 
     def credit(
         self, update: int, rollout: Rollout, scores: Sequence[Scores]
@@ -230,7 +220,7 @@ class Trainer:
             collected.append(Collected(item.rollout, item.texts, trained, found, old, fresh))
         self.pending = collected
 
-    def step(self) -> dict[str, float]:
+    def step(self) -> dict[str, Any]:
         """One update on the next collected rollout; one without a group worth training on changes nothing.
 
         Raises ValueError when the gradient is not finite.
@@ -258,13 +248,12 @@ class Trainer:
         item.rollout.release()
         self.update += 1
         numbers = update_diagnostics(objectives, item.found, velocity_kl=drift, gradient_norm=norm).to_dict()
-        asked = self.setup.config.exploration
-        fitted = {name: float(fits) for name, (_, fits) in shrunk(asked, item.rollout.exploration).items()}
         branches = sum(trained.group.branches for trained in item.trained)
         withheld = sum(trained.credit.withheld for trained in item.trained) / branches if branches else 0.0
-        fork = float(item.rollout.groups[0].fork)
-        found = {"learning_rate": rate, "fork": fork, "withheld_fraction": withheld}
-        return numbers | fitted | found
+        prompts = [group.root.prompt for group in item.rollout.groups]
+        block = self.setup.generator.block
+        forks = fork_numbers(prompts, item.rollout.forks, self.setup.config.exploration, block=block)
+        return numbers | forks | {"learning_rate": rate, "withheld_fraction": withheld}
 
     def at_boundary(self) -> bool:
         """Whether no collected rollout is waiting: only then can the run be saved and resumed exactly."""
