@@ -15,6 +15,7 @@ from torch import Tensor
 
 from kvpo.app.named_rewards import UserReward
 from kvpo.engine.background import in_background
+from kvpo.engine.forks import Fork
 from kvpo.engine.generator import StreamingGenerator
 from kvpo.engine.scoring import score_groups
 from kvpo.prompts import VideoPrompt
@@ -143,15 +144,17 @@ def same_prompts(update: int) -> list[VideoPrompt]:
 
 
 def test_every_seed_and_every_update_forks_for_itself(tiny_base: Path) -> None:
-    def forks(seeds: range, updates: range) -> set[int]:
+    def forks(seeds: range, updates: range) -> set[tuple[int, ...]]:
         setup = toy_setup(tiny_config(tiny_base))
         seeded = [replace(setup.config, seed=seed) for seed in seeds]
         setups = [replace(setup, config=config, training_prompts=same_prompts) for config in seeded]
-        return {Trainer(one).planned(update).fork for one in setups for update in updates}
+        planned = [Trainer(one).planned(update) for one in setups for update in updates]
+        return {tuple(fork.frame for fork in one.forks) for one in planned}
 
     assert forks(range(1), range(1)) == forks(range(1), range(1))
     assert len(forks(range(1), range(12))) > 3
     assert len(forks(range(12), range(1))) > 3
+    assert len({fork - other for fork, other in forks(range(1), range(12))}) > 3, "groups fork for themselves"
 
 
 def test_every_group_of_every_seed_and_update_draws_its_own_routes_and_noise(tiny_base: Path) -> None:
@@ -159,7 +162,8 @@ def test_every_group_of_every_seed_and_update_draws_its_own_routes_and_noise(tin
 
     def groups(seed: int, update: int) -> list[Any]:
         trainer = Trainer(replace(setup, config=replace(setup.config, seed=seed)))
-        planned = replace(trainer.planned(update), fork=24)
+        planned = trainer.planned(update)
+        planned = replace(planned, forks=[Fork(24, setup.config.exploration)] * 2)
         with in_background() as submit:
             cache = trainer.new_cache([planned])
             return trainer.generate(update, planned, submit, cache).rollout.groups
