@@ -20,7 +20,7 @@ from kvpo.rewards.server import Limits, reward_app
 from kvpo.rewards.wire import Offer
 
 LIMITS = Limits()
-QUICK = Patience(answer=20, attempts=2, outage=1.0, first_pause=0.05, longest_pause=0.2)
+QUICK = Patience(answer=20, attempts=2, start=1.0, outage=1.0, first_pause=0.05, longest_pause=0.2)
 
 
 @dataclass(frozen=True)

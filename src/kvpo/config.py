@@ -145,9 +145,9 @@ class ExplorationConfig:
     redraw_every_block: bool = False
     """Draw new routes for every routed block instead of once per window."""
     tail_blocks: int = 2
-    """Blocks generated in the deployment context after the window, for the global signal."""
+    """Deployment blocks after the window for the global signal; late forks get less."""
     reencode_pool: bool = False
-    """At a prompt switch re-encode the whole resident pool, not only the deployment window."""
+    """At prompt switches up to the fork re-encode the whole resident pool, not only the deployment window."""
     rows: int = 0
     """Streams batched in one forward pass; 0 means all branches of all prompts together."""
 

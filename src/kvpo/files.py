@@ -7,6 +7,7 @@ import errno
 import json
 import os
 import shutil
+import unicodedata
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -237,6 +238,14 @@ def read_json(path: Path) -> Any:
         return parse_json(text)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
+
+
+def printable(text: str) -> str:
+    """``text`` with escapes for what breaks lines and files: line ends, and bytes that are not UTF-8."""
+    breaks = ("Cc", "Cs", "Zl", "Zp")
+    return "".join(
+        c.encode("unicode_escape").decode() if unicodedata.category(c) in breaks else c for c in text
+    )
 
 
 def named_list(names: Iterable[str], shown: int = NAMES_SHOWN) -> str:

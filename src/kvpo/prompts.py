@@ -26,6 +26,8 @@ class VideoPrompt:
                 f"prompt {self.id}: {len(self.segments)} segments need {len(self.segments) - 1} "
                 f"switch frames, got {len(self.switches)}: {list(self.switches)}"
             )
+        if half := [text for text in self.segments if any("\ud800" <= c <= "\udfff" for c in text)]:
+            raise ValueError(f"prompt {self.id}: {half[0]!r} holds half of a character (a lone surrogate)")
         bounds = (0, *self.switches, self.num_frames)
         if any(a >= b for a, b in zip(bounds, bounds[1:], strict=False)):
             raise ValueError(

@@ -74,6 +74,55 @@ def test_a_reward_that_looks_at_its_neighbours_is_found_out():
     assert honest.spread_between_clips > 10 * honest.noise_floor > 0
 
 
+def same(video_BTCHW, prompts):
+    return torch.full((len(video_BTCHW),), 0.25)
+
+
+def drawn(video_BTCHW, prompts):
+    return torch.rand(len(video_BTCHW))
+
+
+def dropping_out(video_BTCHW, prompts):
+    return torch.nn.functional.dropout(video_BTCHW.mean((2, 3, 4)), 0.5).mean(1)
+
+
+def by_place(video_BTCHW, prompts):
+    return video_BTCHW.mean((1, 2, 3, 4)) + torch.arange(len(video_BTCHW))
+
+
+def mean_and_constant(video_BTCHW, prompts):
+    return {"mean": video_BTCHW.mean((1, 2, 3, 4)), "one": torch.ones(len(video_BTCHW))}
+
+
+mean_and_constant.components = ["mean", "one"]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("same", "same is the same for all 3 clips: there is nothing to learn"),
+        ("drawn", "drawn is random: equal clips differ by up to"),
+        ("dropping_out", "dropping_out is random"),
+        ("by_place", "by_place is random"),
+    ],
+)
+def test_rewards_that_cannot_train_are_refused(tmp_path, capsys, monkeypatch, name, message):
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    torch.manual_seed(0)
+    out = tmp_path / "noise.json"
+    assert main(["calibrate", f"test_calibrate:{name}", "--clips", "3", "--out", str(out)]) == 1
+    assert message in capsys.readouterr().err and not out.exists()
+
+
+def test_a_constant_component_is_named(tmp_path, caplog, monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    out = tmp_path / "noise.json"
+    flags = ["--clips", "2", "--out", str(out)]
+    assert main(["calibrate", "test_calibrate:mean_and_constant", *flags]) == 0
+    assert "one is the same for all 2 clips" in caplog.text and "mean is" not in caplog.text
+    assert json.loads(out.read_text())["components"]["mean"]["repetition"] == 0
+
+
 def test_the_noise_is_a_function_of_the_seed():
     (reward,) = named_rewards(["flicker"], prompts=False)
     assert measure(reward, SAMPLES[:1], 3) == measure(reward, SAMPLES[:1], 3)

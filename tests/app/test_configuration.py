@@ -231,3 +231,9 @@ def test_configured_switches_that_hide_a_segment_are_refused(
     said = message(lambda: check(assign(config, {"prompts.switches": switches})))
     assert "prompts.switches" in said and (hidden is None or f"segment {hidden} of" in said)
     check(assign(config, {"prompts.switches": (39, 75, 144)}))
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.1])
+def test_the_share_of_the_anchor_state_energy_is_a_share(share: float) -> None:
+    said = message(lambda: check(assign(Config(), {"objective.anchor_state_weight": share})))
+    assert "objective.anchor_state_weight" in said and f"{share}" in said

@@ -175,7 +175,7 @@ def test_killed_in_the_middle_and_restarted_nothing_is_lost(
     port, (video, prompts) = free_port(), numbered(100)
     url = f"http://127.0.0.1:{port}"
     process = server_of("slow_number", port)
-    remote = connect(url, [f"{ME}:slow_number"], patience=replace(QUICK, outage=60))
+    remote = connect(url, [f"{ME}:slow_number"], patience=replace(QUICK, start=60, outage=60))
     with ThreadPoolExecutor(1) as threads:
         answer = threads.submit(remote, video, prompts)
         time.sleep(0.3)
@@ -191,7 +191,7 @@ def test_it_stops_although_its_scorer_hangs(server_of: Any, tmp_path: Path) -> N
     port = free_port()
     process = server_of("hanging", port)
     url = f"http://127.0.0.1:{port}"
-    connect(url, [f"{ME}:hanging"], patience=replace(QUICK, outage=60))
+    connect(url, [f"{ME}:hanging"], patience=replace(QUICK, start=60, outage=60))
     remote = connect(url, [f"{ME}:hanging"], patience=replace(QUICK, answer=0.2, attempts=1))
     with pytest.raises(ValueError, match="no answer within 0.2 s"):
         remote(*numbered(1))

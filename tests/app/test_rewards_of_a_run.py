@@ -40,6 +40,36 @@ def spoiling(video_BTCHW: Tensor, prompts: Any) -> Tensor:
     return means
 
 
+def in_doubles(video_BTCHW: Tensor, prompts: Any) -> Tensor:
+    """From somebody who changes what all of torch makes of numbers."""
+    torch.set_default_dtype(torch.float64)
+    return video_BTCHW.mean((1, 2, 3, 4)).double()
+
+
+def on_one_thread_more(video_BTCHW: Tensor, prompts: Any) -> Tensor:
+    """Changes how fast, and in which order, everything else is added up."""
+    torch.set_num_threads(torch.get_num_threads() + 1)
+    return video_BTCHW.mean((1, 2, 3, 4))
+
+
+def leaving(video_BTCHW: Tensor, prompts: Any) -> Tensor:
+    """From a script."""
+    raise SystemExit(0)
+
+
+def enormous(video_BTCHW: Tensor, prompts: Any) -> Tensor:
+    """Finite, but its square is not."""
+    return torch.full((len(video_BTCHW),), 3e38)
+
+
+def of_one_word(video_BTCHW: Tensor, prompts: Any) -> Tensor:
+    """Its components are letters."""
+    return video_BTCHW.mean((1, 2, 3, 4))
+
+
+of_one_word.components = "word"  # type: ignore[attr-defined]
+
+
 def flicker(video_BTCHW: Tensor, prompts: Any) -> Tensor:
     """Its name is taken already."""
     return torch.zeros(len(video_BTCHW))
@@ -79,6 +109,51 @@ def test_a_function_that_changes_its_clips_is_refused() -> None:
         score_clips(scorer, torch.rand(2, 9, 3, 16, 16), clips, frames_per_latent=1)
 
 
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("in_doubles", "changed torch's default dtype from torch.float32 to torch.float64"),
+        ("on_one_thread_more", "changed torch's number of threads from"),
+        ("leaving", "failed: SystemExit: 0"),
+        ("enormous", "'enormous' is 3e.38 for clip 0 of 2, which sums and squares of float32 cannot hold"),
+    ],
+)
+def test_what_a_function_must_not_do_is_named(name: str, message: str) -> None:
+    before = torch.get_default_dtype(), torch.get_num_threads()
+    scorer, _ = build_scorer(run_with(f"{ME}:{name}"), 8.0)
+    clips = [(member, Clip(0, 5, ClipPrompt(""))) for member in range(2)]
+    with pytest.raises(ValueError, match=message):
+        score_clips(scorer, torch.rand(2, 5, 3, 16, 16), clips, frames_per_latent=1)
+    assert before == (torch.get_default_dtype(), torch.get_num_threads())
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("torch.set_default_dtype(torch.float64)", "importing 'onesown' changed torch's default dtype"),
+        ("raise SystemExit(3)", "cannot import 'onesown': SystemExit: 3"),
+    ],
+)
+def test_what_an_import_must_not_do_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str, message: str
+) -> None:
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "onesown", raising=False)
+    (tmp_path / "onesown.py").write_text(f"import torch\n{line}\n")
+    with pytest.raises(ConfigurationError, match=message):
+        build_scorer(run_with("onesown:f"), 8.0)
+    assert torch.get_default_dtype() == torch.float32
+
+
+def test_gradients_switched_off_by_an_import_stay_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "onesown", raising=False)
+    lines = ("import torch", "torch.set_grad_enabled(False)", "def f(video, prompts):", "    return [0.0]")
+    (tmp_path / "onesown.py").write_text("\n".join(lines))
+    build_scorer(run_with("onesown:f"), 8.0)
+    assert torch.is_grad_enabled()
+
+
 def preset_prompt() -> Any:
     from kvpo.app.build import world_prompts
 
@@ -89,6 +164,7 @@ def preset_prompt() -> Any:
     ("scorers", "settings", "message"),
     [
         ("hpsv4", {}, "rewards.scorers: unknown reward 'hpsv4'; there are hpsv3"),
+        (f"{ME}:of_one_word", {}, "components must be a list of names, got 'word'"),
         ("nowhere:f", {}, "rewards.scorers: cannot import 'nowhere'"),
         (f"{ME}:nothing", {}, "rewards.scorers: module .* has no 'nothing'"),
         (f"{ME}:ME", {}, "rewards.scorers: .* is not callable"),

@@ -16,7 +16,8 @@ from tiny_rewards import gliding
 from video_makers import encode
 
 from kvpo.app.cli import main
-from kvpo.app.score import file_prompts, find_videos, preview
+from kvpo.app.score import preview
+from kvpo.app.video_folder import file_prompts, find_videos
 from kvpo.report.video import read_video
 
 LONG_NAME = "a name that is far longer than the eighty columns of a narrow terminal window, " * 2 + "end.webm"
@@ -185,16 +186,99 @@ def test_one_failing_file_does_not_end_the_batch(folder, tmp_path, capsys, monke
     assert "below/one frame.mp4  (not scored: reward component" in capsys.readouterr().out
 
 
+def prompts_of(folder: Path, file: str | None, *names: str) -> list[str] | None:
+    return file_prompts(folder / file if file else None, folder, [folder / name for name in names])
+
+
 def test_prompts_by_name_or_in_order(tmp_path):
     (tmp_path / "p.json").write_text('{"a.mp4": "first", "below/b.mp4": "second", "other": "x"}')
-    assert file_prompts(tmp_path / "p.json", ["a.mp4", "below/b.mp4"]) == ["first", "second"]
-    assert file_prompts(tmp_path / "p.json", ["below/a.mp4"]) == ["first"]
+    assert prompts_of(tmp_path, "p.json", "a.mp4", "below/b.mp4") == ["first", "second"]
+    assert prompts_of(tmp_path, "p.json", "below/a.mp4") == ["first"]
     with pytest.raises(ValueError, match="no prompt for c.mp4 and 1 more"):
-        file_prompts(tmp_path / "p.json", ["c.mp4", "d.mp4"])
+        prompts_of(tmp_path, "p.json", "c.mp4", "d.mp4")
     (tmp_path / "p.txt").write_text("one\ntwo\n")
-    assert file_prompts(tmp_path / "p.txt", ["a", "b"]) == ["one", "two"]
+    assert prompts_of(tmp_path, "p.txt", "a", "b") == ["one", "two"]
+    assert prompts_of(tmp_path, None, "a", "b") is None
     with pytest.raises(ValueError, match="2 prompts for 3 files"):
-        file_prompts(tmp_path / "p.txt", ["a", "b", "c"])
+        prompts_of(tmp_path, "p.txt", "a", "b", "c")
+
+
+def test_numbers_in_names_count_as_numbers(tmp_path):
+    names = [f"{n}-{word}.mp4" for n, word in enumerate("abcdefghijkl", 1)] + ["999-m.mp4", "1000-n.mp4"]
+    for name in names:
+        (tmp_path / name).touch()
+    found = find_videos(tmp_path)
+    assert [path.name for path in found] == names
+    (tmp_path / "p.txt").write_text("".join(f"prompt of {name}\n" for name in names))
+    assert file_prompts(tmp_path / "p.txt", tmp_path, found) == [f"prompt of {name}" for name in names]
+
+
+@pytest.mark.parametrize("names", [("1.mp4", "01.mp4"), ("a.mp4", "A.mp4"), ("x-1.9.mp4", "x-1.10.mp4")])
+def test_an_order_that_is_not_plain_is_refused(tmp_path, names):
+    for name in names:
+        (tmp_path / name).touch()
+    (tmp_path / "p.txt").write_text("one\ntwo\n")
+    with pytest.raises(ValueError, match="not plain whether .* comes first; give a .json"):
+        file_prompts(tmp_path / "p.txt", tmp_path, find_videos(tmp_path))
+
+
+def test_a_name_in_two_folders_and_a_name_given_twice_are_refused(tmp_path):
+    (tmp_path / "p.json").write_text('{"a.mp4": "one", "x/a.mp4": "two"}')
+    assert prompts_of(tmp_path, "p.json", "a.mp4", "x/a.mp4") == ["one", "two"]
+    with pytest.raises(ValueError, match="'a.mp4' is the name of 2 files"):
+        prompts_of(tmp_path, "p.json", "y/a.mp4", "z/a.mp4")
+    (tmp_path / "p.json").write_text('{"a.mp4": "one", "a.mp4": "two"}')
+    with pytest.raises(ValueError, match="'a.mp4' is given twice"):
+        prompts_of(tmp_path, "p.json", "a.mp4")
+
+
+def test_the_manifest_comes_first(tmp_path, caplog):
+    (tmp_path / "videos.json").write_text('{"2.mp4": ["two"], "10.mp4": ["ten"]}')
+    (tmp_path / "p.txt").write_text("ten\ntwo\n")
+    for file in (None, "p.txt", "videos.json"):
+        assert prompts_of(tmp_path, file, "2.mp4", "10.mp4") == ["two", "ten"]
+    (tmp_path / "p.txt").write_text("ten\nthree\n")
+    with pytest.raises(ValueError, match="2.mp4 shows 'two', which is not among these prompts"):
+        prompts_of(tmp_path, "p.txt", "2.mp4", "10.mp4")
+    with pytest.raises(ValueError, match="3.mp4 is not in the videos.json beside it"):
+        prompts_of(tmp_path, "p.txt", "3.mp4", "10.mp4")
+    assert prompts_of(tmp_path, None, "2.mp4", "3.mp4") is None
+    (tmp_path / "videos.json").write_text('{"2.mp4": ["two", "then three"], "10.mp4": ["ten"]}')
+    assert prompts_of(tmp_path, None, "2.mp4", "10.mp4") is None
+    assert "2.mp4 shows several prompts" in caplog.text
+    with pytest.raises(ValueError, match="2.mp4 shows several prompts"):
+        prompts_of(tmp_path, "videos.json", "2.mp4", "10.mp4")
+
+
+def test_the_table_does_not_overwrite_prompts(tmp_path, capsys):
+    encode(tmp_path / "a.mp4", pixels(gliding(64, 96, 12, 3, 1)))
+    for name in ("p.json", "videos.json"):
+        (tmp_path / name).write_text('{"a.mp4": "one"}')
+        out = (tmp_path / name).with_suffix(".html")
+        flags = ["--reward", "flicker", "--prompts", str(tmp_path / name), "--out", str(out)]
+        assert main(["score", str(tmp_path), *flags]) == 1
+        assert (
+            f"{tmp_path / name}, which is written beside {out.name}, holds prompts" in capsys.readouterr().err
+        )
+        assert (tmp_path / name).read_text() == '{"a.mp4": "one"}'
+
+
+def test_names_that_are_not_utf8_lose_no_score(tmp_path, capsys):
+    encode(tmp_path / "plain.mp4", pixels(gliding(64, 96, 12, 3, 1)))
+    for name in (b"caf\xe9.mp4", b"two\nlines.mp4"):
+        os.link(tmp_path / "plain.mp4", os.fsencode(tmp_path) + b"/" + name)
+    out = tmp_path / "s.html"
+    assert main(["score", str(tmp_path), "--reward", "flicker", "--out", str(out)]) == 0
+    rows = json.loads(out.with_suffix(".json").read_text())
+    assert {row["file"] for row in rows} == {"plain.mp4", "caf\\udce9.mp4", "two\\nlines.mp4"}
+    assert len({row["scores"]["flicker"] for row in rows}) == 1
+    assert 'href="caf%E9.mp4"' in out.read_text()
+    assert len(capsys.readouterr().out.splitlines()) == 5
+    folder = os.fsdecode(os.fsencode(tmp_path) + b"/\xe9")
+    os.mkdir(folder)
+    os.link(tmp_path / "plain.mp4", folder + "/a.mp4")
+    assert main(["score", folder, "--reward", "flicker", "--out", folder + "/s.html"]) == 0
+    assert main(["calibrate", "flicker", folder, "--out", folder + "/n.json"]) == 0
 
 
 @pytest.mark.parametrize(

@@ -210,3 +210,14 @@ def test_each_group_draws_its_own_fork_but_donors_need_a_common_one():
     for update in range(20):
         first, *others = draw_forks(prompts, replace(EIGHT, donor=1), DEPLOYMENT, (0, update))
         assert others == [first] * 2 and first.frame in common
+
+
+def test_blocks_count_more_than_distinct_frames_and_those_more_than_the_tail():
+    """Six branches: four frames have six pairs and only four triples, seven frames enough of both."""
+    asked = replace(EXPLORATION, branches=6, distinct=3, recent=2)
+    plan = planned(prompt(0, 30, (15,)), exploration=asked)
+    by_block = dict(zip(range(9, 30, 3), plan.windows, strict=True))
+    (held,) = by_block[12]  # fork 12 has the frames for three distinct ones, but room for one block
+    assert held.frame == 9 and (held.exploration.blocks, held.exploration.distinct) == (2, 2)
+    frames, fitted = roomiest(planned(prompt(0, 18), exploration=asked))
+    assert frames == (12,) and (fitted.distinct, fitted.tail_blocks) == (3, 0)

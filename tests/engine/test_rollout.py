@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from kvpo.engine.forks import Fork
+from kvpo.engine.generator import TextRows
 from kvpo.engine.noise import keyed_generator
 from kvpo.engine.replay import Member, replay_context
 from kvpo.engine.rollout import (
@@ -16,7 +17,8 @@ from kvpo.engine.rollout import (
     run_members,
 )
 from kvpo.engine.stream import advance, stream_latents
-from tests.engine.tiny import EXPLORATION, generator, grown, prompt, tape_of, texts
+from kvpo.models.context import PageContext
+from tests.engine.tiny import EXPLORATION, SEGMENTS, generator, grown, prompt, tape_of, texts
 
 DEPLOYMENTS = {
     "window": dict(),
@@ -393,3 +395,47 @@ def test_a_row_limit_holds_where_prompts_switch(rows, monkeypatch):
     prompts = [prompt(n, 30, (9, FORK)) for n in range(3)]
     grow_roots(one, prompts, FORK, texts(), tape_of(), replace(EXPLORATION, rows=rows)).release()
     assert max(seen) == (rows or 3)
+
+
+@pytest.mark.parametrize("resident", [33, 32, 0])
+@pytest.mark.parametrize("sink", [0, 3])
+def test_a_reencoded_pool_is_what_encoding_it_block_by_block_gives(resident, sink):
+    """Whole blocks older than the window, each seeing the sink and what is resident of its own past."""
+    one = generator(sink=sink)
+    exploration = replace(EXPLORATION, resident_frames=resident, reencode_pool=True)
+    old, new = (
+        grow_roots(one, [prompt(0, 60, switches)], 36, texts(), tape_of(), exploration)
+        for switches in ((), (36,))
+    )
+    root = old.groups[0].root
+    latents, pages, cache = torch.cat(root.latents), dict(root.history.pages), old.cache
+    oldest = min(frame for frame in pages if frame >= sink)
+    text = TextRows(texts()[SEGMENTS[1]][None], torch.tensor([0]))
+    first = -(-oldest // 3) * 3
+    for start in range(first, 36 - 12, 3):
+        seen = [*range(sink), *range(max(oldest, start - 9 + sink), start)]
+        context = PageContext(cache, torch.tensor([[pages[frame] for frame in seen]]), torch.tensor([start]))
+        (written,) = cache.write(*one.encode(latents[None, start : start + 3], text, context))
+        pages |= zip(range(start, start + 3), written, strict=True)
+    found = new.groups[0].root.history.pages
+    assert sorted(found) == sorted(root.history.pages)
+    for frame in range(oldest, 24):
+        for stored, expected in (
+            (new.cache.keys_LQTND, cache.keys_LQTND),
+            (new.cache.values_LQTND, cache.values_LQTND),
+        ):
+            assert (stored[:, found[frame]] - expected[:, pages[frame]]).abs().max() <= 1e-10
+
+
+@pytest.mark.parametrize(("pool", "unchanged"), [(True, []), (False, list(range(12, 18)))])
+def test_the_pool_is_reencoded_at_every_switch_up_to_the_fork(pool, unchanged):
+    """Two blocks after the switch: nothing that may be routed is left of the old prompt."""
+    one = generator()
+    exploration = replace(EXPLORATION, resident_frames=27, reencode_pool=pool)
+    old, new = (
+        grow_roots(one, [prompt(0, 60, switches)], 36, texts(), tape_of(), exploration)
+        for switches in ((), (30,))
+    )
+    was, now = (one.groups[0].root.history.pages for one in (old, new))
+    same = [f for f in was if torch.equal(old.cache.keys_LQTND[:, was[f]], new.cache.keys_LQTND[:, now[f]])]
+    assert same == [0, 1, 2, *unchanged]

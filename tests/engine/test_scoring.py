@@ -36,6 +36,12 @@ def test_one_clip_per_segment_after_the_fork() -> None:
     assert shown(segment_clips(STORY, 12, 18, block=BLOCK, lead=BLOCK)[0]) == (9, 18, "two", "one", 3)
 
 
+def test_a_segment_begins_with_the_first_block_at_or_after_its_switch() -> None:
+    story = VideoPrompt(0, ("one", "two", "three"), (10, 18), 30)
+    clips = segment_clips(story, 0, 30, block=BLOCK, lead=0)
+    assert [(clip.start, clip.stop) for clip in clips] == [(0, 12), (12, 18), (18, 30)]
+
+
 def test_a_transition_is_half_before_and_half_after_its_switch() -> None:
     assert [clip and shown(clip) for clip in transition_clips(STORY, 9, 24, block=BLOCK, half=6)] == [
         None,

@@ -69,7 +69,8 @@ def texts(dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
     """Embeddings that differ strongly between segments."""
     table = {}
     for segment in SEGMENTS:
-        embedding = 2 * torch.randn(SHAPE.text_len, SHAPE.text_dim, generator=keyed_generator(segment))
+        draws = keyed_generator("words", segment)
+        embedding = 2 * torch.randn(SHAPE.text_len, SHAPE.text_dim, generator=draws)
         embedding[-1] = 0
         table[segment] = embedding.to(dtype)
     return table

@@ -391,6 +391,17 @@ def test_the_radar_says_what_rose_and_what_fell(run, bare_run):
     assert "No validation with a radar reading" in page_of(bare_run)[1].text
 
 
+def test_no_alarm_on_few_prompts_is_no_tick(run):
+    def section():
+        return page_of(run)[0].split('<section id="radar">', 1)[1].split("<section", 1)[0]
+
+    hack(run, alarms={}, hacked=False, fallen=[])
+    assert "On 4 prompts, fewer than 16, no alarm says little." in section()
+    assert 'class="verdict neutral"' in section()
+    edit_metrics(run, lambda line: line["kind"] == "validation" and line["long"].update(prompts=14))
+    assert 'class="verdict good"' in section() and "says little" not in section()
+
+
 def test_the_radar_of_a_run_without_its_summary_says_that_it_stops(run):
     hack(run)
     let_stop(run, True)

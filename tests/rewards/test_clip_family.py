@@ -208,3 +208,15 @@ def test_frames_are_cropped_or_padded_to_squares():
     assert (cropped - middle).abs().mean() < 0.02
     whole = F.interpolate(picture, (25, 50), mode="area")
     assert (padded[:, :, 12:37] - whole).abs().mean() < 0.02
+
+
+def test_prompts_that_are_cut_are_reported_once(clip_directory, clips, caplog):
+    scorer, long = clip_family.load_clip_score(clip_directory), "a fox " * 40
+    scorer(clips[:1], ["a fox"])
+    assert not caplog.messages
+    scorer(clips, [long, long])
+    (said,) = caplog.messages
+    count = len(scorer.tokenizer(long, verbose=False)["input_ids"])
+    assert f"clip_score reads 77 tokens of a prompt and ignores the rest; this one has {count}" in said
+    clip_family.load_clip_score(clip_directory)(clips[:1], [long])
+    assert len(caplog.messages) == 2, "another scorer says so too"

@@ -112,3 +112,9 @@ def test_keys_are_demanded_exactly(release, tmp_path):
     torch.save(weights, tmp_path / "cut.pt")
     with pytest.raises(ValueError, match=r"missing \(1\): vision.encoder.layers.0.self_attn.qkv.weight"):
         load_image_reward(tmp_path / "cut.pt", release[1], vision=VISION, text=TEXT)
+
+
+def test_prompts_that_are_cut_are_reported(release, caplog):
+    load(release)(gliding(40, 40, 1, 1, 0)[None], ["a fox " * 40])
+    (said,) = caplog.messages
+    assert "image_reward reads 35 tokens of a prompt and ignores the rest" in said

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import math
+import re
 import socket
 import threading
 import time
@@ -517,7 +518,71 @@ def test_a_server_that_is_not_there_or_something_else() -> None:
             connect(f"{url}/elsewhere", ["own"], patience=QUICK)
 
 
-@pytest.mark.parametrize("url", ["127.0.0.1:80", "ftp://a", "http://", "http://a?b=c", "http://me:secret@a"])
+def test_what_is_waited_for_is_said_at_once(caplog: pytest.LogCaptureFixture) -> None:
+    url = f"http://127.0.0.1:{free_port()}"
+    began = time.monotonic()
+    with pytest.raises(ValueError, match="cannot connect: .*refused; start it first"):
+        connect(url, ["own"], patience=replace(QUICK, outage=300))
+    assert time.monotonic() - began < 5
+    (record,) = caplog.records
+    assert record.created - (time.time() - (time.monotonic() - began)) < 0.5
+    assert re.search(f"{url}: cannot connect: .*refused; waiting up to 1 s for it", record.message)
+
+
+def test_silence_and_outages_are_said(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(client_module, "SILENCE", 0.1)
+    with serving(Named(lambda video, prompts: time.sleep(0.4) or number_of(video, prompts))) as url:
+        remote = connect(url, ["own"], patience=QUICK)
+        assert caplog.text == ""
+        remote(*numbered(1))
+        assert "no answer yet; waiting up to 20 s" in caplog.text
+    with pytest.raises(ValueError, match="gave up"):
+        remote(*numbered(1))
+    assert caplog.text.count("asking again, up to 2 times, or 1 s of an outage") == 1
+
+
+@pytest.mark.parametrize(
+    "content",
+    [{"rewards": []}, "x", {"protocol": 2, "kvpo": "", "rewards": [], "limits": {"request_bytes": "x"}}],
+)
+def test_an_answer_of_something_else_is_refused(content: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    answer = httpx.Response(200, text=json.dumps(content))
+    monkeypatch.setattr(client_module.httpx.AsyncClient, "request", lambda *args, **named: later(answer))
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        with pytest.raises(ValueError, match=f"{url} refused: it is no reward server of kvpo"):
+            connect(url, ["own"], patience=QUICK)
+
+
+async def later(value: Any) -> Any:
+    return value
+
+
+@pytest.mark.parametrize("field", ["prompts", "components"])
+@pytest.mark.parametrize("text", ["[" * 50_000, '["\\ud800"]'])
+def test_bodies_that_no_scorer_should_see(field: str, text: str) -> None:
+    header = {"__metadata__": {"prompts": '[["", "", 0]]', "components": '["own"]', field: text}, "video": {}}
+    encoded_header = json.dumps(header).encode()
+    body = memoryview(len(encoded_header).to_bytes(8, "little") + encoded_header)
+    with pytest.raises(ValueError, match="nested too deeply|half of a character"):
+        decode_question(body)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://a:99999",
+        "http://a:x",
+        "http://[a",
+        "127.0.0.1:80",
+        "ftp://a",
+        "http://",
+        "http://a?b=c",
+        "http://me:secret@a",
+    ],
+)
 def test_addresses_that_are_none(url: str) -> None:
     with pytest.raises(ValueError, match="reward server") as caught:
         connect(url, ["own"])
@@ -527,7 +592,7 @@ def test_addresses_that_are_none(url: str) -> None:
 def test_a_server_may_come_up_after_its_client_and_come_back() -> None:
     port = free_port()
     video, prompts = numbered(4)
-    patience = replace(QUICK, outage=20)
+    patience = replace(QUICK, start=20, outage=20)
     with ThreadPoolExecutor(1) as threads:
         waiting = threads.submit(connect, f"http://127.0.0.1:{port}", ["own"], patience=patience)
         time.sleep(0.1)

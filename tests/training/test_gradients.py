@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from kvpo.config import ObjectiveConfig
-from kvpo.engine.replay import Member, replay_context, replay_velocities
+from kvpo.engine.replay import Member, replay_context, replay_kind, replay_velocities
+from kvpo.prompts import VideoPrompt
 from kvpo.training.credit import Credit
 from kvpo.training.gradients import (
     Replayer,
@@ -48,7 +49,10 @@ def nudge(trainer: Trainer, scale: float) -> None:
 
 
 def explore(base: Path, moved: float = 0.05, **settings: Any) -> Explored:
-    trainer = Trainer(in_float64(toy_setup(tiny_config(base, **settings))))
+    return explored_by(Trainer(in_float64(toy_setup(tiny_config(base, **settings)))), moved)
+
+
+def explored_by(trainer: Trainer, moved: float = 0.05) -> Explored:
     rollout, scores, texts = trainer.explore(0)
     trained, _ = trainer.credit(0, rollout, scores)
     assert len(trained) == 2
@@ -145,6 +149,39 @@ def test_activation_checkpointing_changes_nothing(lora: Explored) -> None:
     with checkpointed(lora):
         assert_equal(gradients(lora, replayer, lora.old), expected)
         assert_equal(gradients(lora, replace(replayer, rows=0), lora.old), expected)
+
+
+@dataclass(frozen=True)
+class Uneven:
+    """Videos whose forks, and with them windows and histories, differ in length."""
+
+    def __call__(self, update: int) -> list[VideoPrompt]:
+        return [
+            VideoPrompt(n, ("a red circle", "a blue one"), (switch,), 27) for n, switch in enumerate((12, 18))
+        ]
+
+
+@pytest.mark.parametrize("window", [12, -1])
+def test_groups_that_fork_apart_add_up_to_the_whole_objectives_gradient(tiny_base: Path, window: int) -> None:
+    config = tiny_config(
+        tiny_base,
+        exploration__blocks=3,
+        stream__window=window,
+        stream__sink=0,
+        exploration__resident_frames=0,
+    )
+    setup = replace(toy_setup(config), training_prompts=Uneven())
+    explored = None
+    for seed in range(20):
+        trainer = Trainer(in_float64(replace(setup, config=replace(config, seed=seed))))
+        forks = trainer.planned(0).forks
+        if len({(fork.frame, fork.exploration.blocks) for fork in forks}) == 2:
+            explored = explored_by(trainer)
+            break
+    assert explored is not None
+    kinds = {replay_kind(trainer.setup.generator, item.group) for item in explored.trained}
+    assert len(group_batches(explored.replayer, explored.trained)) == len(kinds)
+    assert_exact(explored, "both KLs")
 
 
 def direct_energies(explored: Explored, replayer: Replayer) -> tuple[list[Tensor], list[Tensor]]:

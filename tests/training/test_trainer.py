@@ -15,6 +15,7 @@ from torch import Tensor
 
 from kvpo.app.named_rewards import UserReward
 from kvpo.engine.background import in_background
+from kvpo.engine.forks import Fork
 from kvpo.engine.generator import StreamingGenerator
 from kvpo.engine.scoring import score_groups
 from kvpo.prompts import VideoPrompt
@@ -52,6 +53,8 @@ def test_an_update_trains_and_the_average_follows(tiny_base: Path, train: str) -
     after = snapshot(trainer)
     assert numbers["learning_rate"] == trainer.setup.config.optim.lr / 4
     assert numbers["ratio_deviation"] == 0.0 and numbers["velocity_kl"] == 0.0
+    forks = numbers.pop("forks")
+    assert sum(forks.values()) == 2 and {str(fork.frame) for fork in trainer.planned(0).forks} == set(forks)
     assert numbers["gradient_norm"] > 0 and all(map(math.isfinite, numbers.values()))
     for name in trainer.policy.parameters:
         old, new = before[f"parameters.{name}"], after[f"parameters.{name}"]
@@ -141,15 +144,17 @@ def same_prompts(update: int) -> list[VideoPrompt]:
 
 
 def test_every_seed_and_every_update_forks_for_itself(tiny_base: Path) -> None:
-    def forks(seeds: range, updates: range) -> set[int]:
+    def forks(seeds: range, updates: range) -> set[tuple[int, ...]]:
         setup = toy_setup(tiny_config(tiny_base))
         seeded = [replace(setup.config, seed=seed) for seed in seeds]
         setups = [replace(setup, config=config, training_prompts=same_prompts) for config in seeded]
-        return {Trainer(one).planned(update).fork for one in setups for update in updates}
+        planned = [Trainer(one).planned(update) for one in setups for update in updates]
+        return {tuple(fork.frame for fork in one.forks) for one in planned}
 
     assert forks(range(1), range(1)) == forks(range(1), range(1))
     assert len(forks(range(1), range(12))) > 3
     assert len(forks(range(12), range(1))) > 3
+    assert len({fork - other for fork, other in forks(range(1), range(12))}) > 3, "groups fork for themselves"
 
 
 def test_every_group_of_every_seed_and_update_draws_its_own_routes_and_noise(tiny_base: Path) -> None:
@@ -157,7 +162,8 @@ def test_every_group_of_every_seed_and_update_draws_its_own_routes_and_noise(tin
 
     def groups(seed: int, update: int) -> list[Any]:
         trainer = Trainer(replace(setup, config=replace(setup.config, seed=seed)))
-        planned = replace(trainer.planned(update), fork=24)
+        planned = trainer.planned(update)
+        planned = replace(planned, forks=[Fork(24, setup.config.exploration)] * 2)
         with in_background() as submit:
             cache = trainer.new_cache([planned])
             return trainer.generate(update, planned, submit, cache).rollout.groups
@@ -337,13 +343,15 @@ def test_short_clips_shrink_the_exploration_and_say_so_once(
     trainer = Trainer(setup)
     with caplog.at_level("WARNING", "kvpo"):
         lines = [trainer.step() for _ in range(4)]
-    shrunken = [{name: n[name] for name in ("blocks", "tail_blocks") if name in n} for n in lines]
-    assert shrunken == [
-        {},
-        {"blocks": 2, "tail_blocks": 0},
-        {"blocks": 1},
-        {"blocks": 2, "tail_blocks": 0},
+    # The window before the switch at 12 is one block; 12 leaves room for four in the longest, without a tail.
+    names = ("forks", "blocks", "tail_blocks")
+    assert [{name: n[name] for name in names if name in n} for n in lines] == [
+        {"forks": {"12": 1, "15": 1}, "tail_blocks": 0.5},
+        {"forks": {"12": 2}, "blocks": 2.0, "tail_blocks": 0.0},
+        {"forks": {"9": 1, "12": 1}, "blocks": 1.0, "tail_blocks": 0.5},
+        {"forks": {"9": 1, "12": 1}, "blocks": 1.5, "tail_blocks": 0.5},
     ]
+    assert [n["switch_forks"] for n in lines] == [0.5, 1.0, 0.5, 0.5]
     said = [record.getMessage() for record in caplog.records if "more than fits" in record.getMessage()]
     assert len(said) == 2, "one warning for each kind of shrinking"
     assert said[0].startswith("exploration.blocks = 3 is more than fits the videos of update 2, which")

@@ -19,6 +19,7 @@ from kvpo.app.build import (
 )
 from kvpo.app.file_prompts import updates_prompts
 from kvpo.app.held_out import held_out_scorers
+from kvpo.app.named_rewards import reach_servers
 from kvpo.app.offloading import visiting
 from kvpo.config import Config
 from kvpo.config_checks import ConfigurationError
@@ -349,6 +350,7 @@ def check_length(prompts: Sequence[VideoPrompt], config: Config) -> None:
 
 def build_wan(config: Config) -> Setup:
     """A public generator to align, on the prompts of a file, with the reward that is named."""
+    reach_servers([*config.rewards.scorers, *config.evaluation.held_out])
     training, validation, test = split_prompts(config)
     prompts = updates_prompts(config, training)
     seen = [prompts(update) for update in range(config.optim.updates)]

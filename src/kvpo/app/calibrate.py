@@ -14,10 +14,12 @@ from torch import Tensor
 
 from kvpo import __version__
 from kvpo.app.named_rewards import NamedReward, named_rewards
-from kvpo.app.score import as_video, file_prompts, find_videos
+from kvpo.app.score import as_video
+from kvpo.app.video_folder import file_prompts, find_videos, shown_names
 from kvpo.files import write_atomic
 from kvpo.prompts import ClipPrompt
 from kvpo.report.video import read_video, write_video
+from kvpo.rewards.cache import clip_digest
 from kvpo.rewards.sampling import file_clips
 from kvpo.rewards.video_files import probe, read_frames
 
@@ -33,6 +35,8 @@ QUALITIES = (18, 23)
 """H.264 constant rate factors: visually lossless, and the default of most tools."""
 SHIFTS = ((1, 0), (-1, 0), (0, 1), (0, -1))
 NOISE_DRAWS = 3
+RANDOM_SHARE = 0.1
+"""Of the noise floor, up to which scores of equal clips may differ: sums on a GPU have no fixed order."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,8 @@ class ComponentNoise:
     spread_between_clips: float
     """Standard deviation of the unchanged clips' scores, for comparison."""
     changes: dict[str, Jitter]
+    repetition: float
+    """Largest difference between the scores of equal clips, asked about twice or side by side."""
 
 
 def reencoded(sample: Sample, quality: int) -> Tensor:
@@ -112,12 +118,17 @@ def measure(
     the original's own score is the change "order of the batch".
     """
     original: dict[str, list[float]] = {}
+    repetition: dict[str, float] = {}
     deltas: dict[str, dict[str, list[list[float]]]] = {}
     for number, sample in enumerate(samples):
         prompt = ClipPrompt(sample.prompt)
         alone = _totalled(reward, reward.score(sample.video_TCHW[None], [prompt]))
+        again = _totalled(reward, reward.score(sample.video_TCHW[None], [prompt]))
+        twins = _totalled(reward, reward.score(torch.stack([sample.video_TCHW] * 2), [prompt, prompt]))
         for name, value in alone.items():
             original.setdefault(name, []).append(float(value))
+            differ = max(float((again[name] - value).abs()), float((twins[name][0] - twins[name][1]).abs()))
+            repetition[name] = max(repetition.get(name, 0.0), differ)
         for kind, versions in harmless_changes(sample, seed + number).items():
             for index, version in enumerate(versions):
                 place = index % 2
@@ -132,7 +143,7 @@ def measure(
                             per_clip.append([])
                         per_clip[number].append(float(value - alone[name]))
         done(number + 1)
-    return {name: _noise(original[name], deltas[name]) for name in original}
+    return {name: _noise(original[name], deltas[name], repetition[name]) for name in original}
 
 
 def _totalled(reward: NamedReward, scores: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -141,7 +152,7 @@ def _totalled(reward: NamedReward, scores: dict[str, Tensor]) -> dict[str, Tenso
     return scores | {"total": torch.stack([w * scores[name] for name, w in reward.weights.items()]).sum(0)}
 
 
-def _noise(original: list[float], deltas: dict[str, list[list[float]]]) -> ComponentNoise:
+def _noise(original: list[float], deltas: dict[str, list[list[float]]], repetition: float) -> ComponentNoise:
     variances = []
     for clip in range(len(original)):
         # the original is one version of the clip, and so is each of its changes
@@ -154,7 +165,35 @@ def _noise(original: list[float], deltas: dict[str, list[list[float]]]) -> Compo
             float(moved.square().mean().sqrt()), float(moved.mean()), float(moved.abs().max())
         )
     spread = float(torch.tensor(original).std(correction=1)) if len(original) > 1 else 0.0
-    return ComponentNoise(float(torch.stack(variances).mean().sqrt()), spread, changes)
+    return ComponentNoise(float(torch.stack(variances).mean().sqrt()), spread, changes, repetition)
+
+
+def check_usable(found: Mapping[str, ComponentNoise], different: int) -> None:
+    """Refuse a reward that cannot train: it is random on equal clips, or constant on different ones.
+
+    A component that is constant beside others that are not is named in a warning.
+
+    Args:
+        different: how many clips that differ it was measured on.
+
+    Raises:
+        ValueError: naming the component and what was measured.
+    """
+    for name, noise in found.items():
+        if noise.repetition > RANDOM_SHARE * noise.noise_floor:
+            raise ValueError(
+                f"{name} is random: equal clips differ by up to {noise.repetition:.2e}, where harmless "
+                f"changes move it by {noise.noise_floor:.2e}; switch dropout off, or seed its draws"
+            )
+    if different < 2:
+        return
+    constant = [name for name, noise in found.items() if noise.spread_between_clips == 0]
+    if list(found)[-1] in constant:
+        raise ValueError(
+            f"{constant[-1]} is the same for all {different} clips: there is nothing to learn from it"
+        )
+    for name in constant:
+        logger.warning("%s is the same for all %d clips: its noise floor says little", name, different)
 
 
 def folder_samples(folder: Path, reward: NamedReward, prompts: Path | None, count: int) -> list[Sample]:
@@ -165,8 +204,8 @@ def folder_samples(folder: Path, reward: NamedReward, prompts: Path | None, coun
     """
     files = find_videos(folder)
     root = folder if folder.is_dir() else folder.parent
-    names = [str(path.relative_to(root)) for path in files]
-    texts = file_prompts(prompts, names) if prompts else [""] * len(files)
+    names = shown_names(root, files)
+    texts = file_prompts(prompts, root, files) or [""] * len(files)
     needs = max(reward.declarations, key=lambda declaration: declaration.min_frames)
     samples: list[Sample] = []
     problems: list[str] = []
@@ -220,7 +259,7 @@ def calibrate(
     """Measure reward ``name`` on a folder's videos, or on generated clips, and write ``out`` (JSON).
 
     Raises:
-        ValueError: unknown reward, nothing to measure on, a reward that fails.
+        ValueError: unknown reward, nothing to measure on, a reward that fails, is random or is constant.
     """
     if clips < 1:
         raise ValueError(f"clips must be at least 1, got {clips}")
@@ -231,6 +270,7 @@ def calibrate(
         else folder_samples(folder, reward, prompts, clips)
     )
     found = measure(reward, samples, seed, lambda done: progress(done, len(samples)))
+    check_usable(found, len({clip_digest(sample.video_TCHW, sample.prompt) for sample in samples}))
     last = list(found)[-1]  # the total where there are several components
     record = {
         "reward": name,

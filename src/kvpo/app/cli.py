@@ -5,6 +5,7 @@ files are read, so that both give the same one-line messages.
 """
 
 import argparse
+import io
 import logging
 import os
 import sys
@@ -31,6 +32,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv is None:  # a process of its own, in which torch is not loaded yet
         # Threads that wait without sleeping take the time that a busy neighbour would need to let them go on.
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a name that cannot be printed is no reason to fail
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         with sigterm_as_interrupt():
             _run(list(sys.argv[1:] if argv is None else argv))

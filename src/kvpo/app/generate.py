@@ -12,6 +12,7 @@ from kvpo.app.build import default_frames, load_backbone, prompt_file, split_of
 from kvpo.app.exhibits import as_bytes
 from kvpo.app.progress import Bars, progress_bars
 from kvpo.app.provenance import demand_same_prompts
+from kvpo.app.video_folder import MANIFEST
 from kvpo.config import Config
 from kvpo.config_checks import check
 from kvpo.engine.stream import stream_latents
@@ -43,8 +44,9 @@ def generate(
 ) -> list[Path]:
     """Generate one video per prompt and return the paths of the mp4 files.
 
-    ``out`` also receives ``latents.safetensors`` ([T, C, H, W] by file name) and ``prompts.jsonl``. The noise
-    of the n-th video depends on ``config.seed`` and n alone.
+    ``out`` also receives ``latents.safetensors`` ([T, C, H, W] by file name), ``prompts.jsonl`` and
+    ``videos.json``, which names the prompts of every file and is what `kvpo score` goes by. The noise of the
+    n-th video depends on ``config.seed`` and n alone.
 
     Args:
         prompts: a prompt file (see ``kvpo.prompt_files``), prompts, or None: some of the test prompts.
@@ -82,6 +84,8 @@ def _generate(
 
     made: dict[str, Tensor] = {}
     videos: list[Path] = []
+    shows: dict[str, tuple[str, ...]] = {}
+    digits = max(3, len(str(len(wanted) - 1)))
     with progress_bars() as display:
         show, done = Bars(display), 0
         for batch in _batches(wanted):
@@ -94,11 +98,14 @@ def _generate(
                     aligned = _latents(backbone, batch)
             for row, prompt in enumerate(batch):
                 pair = [base[row]] if aligned is None else [base[row], aligned[row]]
-                videos += _write_videos(backbone, out, f"{prompt.id:03d}", pair, made)
+                written = _write_videos(backbone, out, f"{prompt.id:0{digits}d}", pair, made)
+                videos += written
+                shows |= {path.name: prompt.segments for path in written}
             done += len(batch)
             show("generating", done, len(wanted), {})
     write_atomic(out / "latents.safetensors", save(made))
     write_atomic(out / "prompts.jsonl", "".join(_line(prompt) for prompt in wanted))
+    write_atomic(out / MANIFEST, json.dumps(shows, indent=1, ensure_ascii=False) + "\n")
     return videos
 
 

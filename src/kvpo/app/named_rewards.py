@@ -6,7 +6,8 @@
 import importlib
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import inf
 from pathlib import Path
@@ -63,12 +64,13 @@ class UserReward:
     def __call__(self, video_BTCHW: Tensor, prompts: Sequence[ClipPrompt]) -> dict[str, Tensor]:
         """Component -> scores as tensors. Raises ValueError for whatever goes wrong inside the function."""
         before = _changes(video_BTCHW)
-        try:
-            result = self.function(video_BTCHW, prompts)
-            scores = result if isinstance(result, Mapping) else {self.components[0]: result}
-            found = {component: torch.as_tensor(values) for component, values in scores.items()}
-        except Exception as error:  # somebody else's code may raise anything
-            raise ValueError(f"reward {self.name!r} failed: {type(error).__name__}: {error}") from error
+        with _users_code(f"reward {self.name!r}"):
+            try:
+                result = self.function(video_BTCHW, prompts)
+                scores = result if isinstance(result, Mapping) else {self.components[0]: result}
+                found = {component: torch.as_tensor(values) for component, values in scores.items()}
+            except (Exception, SystemExit) as error:  # somebody else's code may raise anything
+                raise ValueError(f"reward {self.name!r} failed: {type(error).__name__}: {error}") from error
         # Other clips show the same frames, and a copy of each would cost more than many a reward.
         if _changes(video_BTCHW) != before:
             raise ValueError(
@@ -80,6 +82,56 @@ class UserReward:
 def _changes(tensor: Tensor) -> int:
     """How often a tensor, or what it is a view of, was changed in place, as far as torch keeps count."""
     return 0 if tensor.is_inference() else tensor._version
+
+
+_PROCESS_WIDE: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
+    "default dtype": (torch.get_default_dtype, torch.set_default_dtype),
+    "default device": (torch.get_default_device, torch.set_default_device),
+    "number of threads": (torch.get_num_threads, torch.set_num_threads),
+    "deterministic algorithms": (
+        torch.are_deterministic_algorithms_enabled,
+        torch.use_deterministic_algorithms,
+    ),
+}
+
+
+@contextmanager
+def _users_code(whose: str) -> Iterator[None]:
+    """Refuse code that leaves torch set otherwise: all threads of the process share these settings.
+
+    They are put back. So is the gradient mode, which is no fault: nobody else sees it.
+
+    Raises:
+        ConfigurationError: naming what was changed.
+    """
+    before = {what: read() for what, (read, _) in _PROCESS_WIDE.items()}
+    with torch.set_grad_enabled(torch.is_grad_enabled()):
+        try:
+            yield
+        finally:
+            found = {what: read() for what, (read, _) in _PROCESS_WIDE.items()}
+            changed = [what for what in before if found[what] != before[what]]
+            for what in changed:
+                _PROCESS_WIDE[what][1](before[what])
+    if changed:
+        what = changed[0]
+        raise ConfigurationError(
+            f"{whose} changed torch's {what} from {before[what]} to {found[what]}, for everything that runs "
+            "in this process; have it name what it needs where it needs it (dtype=..., device=...)"
+        )
+
+
+def reach_servers(names: Sequence[str]) -> None:
+    """Wait a little for the servers that rewards are at; ValueError where one is not there.
+
+    For commands that load much before their rewards.
+    """
+    urls = dict.fromkeys(url for _, url in map(split_location, names) if url is not None)
+    if urls:
+        from kvpo.rewards.client import reach
+
+        for url in urls:
+            reach(url)
 
 
 def named_rewards(
@@ -217,15 +269,20 @@ def user_reward(name: str, field: str) -> UserReward:
     module, _, attribute = name.partition(":")
     if str(Path.cwd()) not in sys.path:
         sys.path.append(str(Path.cwd()))
-    try:
-        found = vars(importlib.import_module(module))[attribute]
-    except KeyError as error:
-        raise ConfigurationError(f"{field}: module {module!r} has no {attribute!r}") from error
-    except Exception as error:  # importing runs somebody else's code
-        raise ConfigurationError(
-            f"{field}: cannot import {module!r}: {type(error).__name__}: {error}"
-        ) from error
+    with _users_code(f"{field}: importing {module!r}"):
+        try:
+            content = vars(importlib.import_module(module))
+        except (Exception, SystemExit) as error:  # importing runs somebody else's code
+            raise ConfigurationError(
+                f"{field}: cannot import {module!r}: {type(error).__name__}: {error}"
+            ) from error
+    if attribute not in content:
+        raise ConfigurationError(f"{field}: module {module!r} has no {attribute!r}")
+    found = content[attribute]
     if not callable(found):
         raise ConfigurationError(f"{field}: {name!r} is not callable")
-    components = tuple(found.components) if hasattr(found, "components") else (attribute,)
-    return UserReward(name, components, found)
+    components = found.components if hasattr(found, "components") else (attribute,)
+    named = isinstance(components, tuple | list) and components
+    if not named or not all(isinstance(component, str) for component in components):
+        raise ConfigurationError(f"{field}: {name!r}: components must be a list of names, got {components!r}")
+    return UserReward(name, tuple(components), found)

@@ -193,7 +193,8 @@ def _prompts_argument(parser: ArgumentParser) -> None:
         "--prompts",
         type=path_argument,
         metavar="FILE",
-        help="one line per video in the order of their names (.txt), or JSON that maps file names to prompts",
+        help="JSON that maps file names to prompts, or one line per video in the order of their names, 2 "
+        "before 10 (.txt); not needed where `kvpo generate` wrote the videos",
     )
 
 
@@ -219,8 +220,10 @@ def _sources(given: list[str]) -> dict[str, str]:
 
 
 def _check_out(out: Path, suffix: str) -> None:
-    if out.suffix != suffix or not out.parent.is_dir():
+    if out.suffix != suffix or out.is_dir() or not out.parent.is_dir():
         raise ConfigurationError(f"--out: must be a {suffix} file in a folder that exists, got {out}")
+    if not os.access(out.parent, os.W_OK):
+        raise ConfigurationError(f"--out: not permitted to write to {out.parent}")
 
 
 def _device() -> str:

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from kvpo.app.named_rewards import NamedReward, named_rewards, split_location
-from kvpo.files import named_list, read_json, write_atomic
-from kvpo.prompt_files import read_prompts
+from kvpo.app.video_folder import MANIFEST, file_prompts, find_videos, shown_names
+from kvpo.files import printable, write_atomic
 from kvpo.prompts import ClipPrompt
 from kvpo.report.scores import Entry, write_page
 from kvpo.report.video import enlarge, video_bytes
 from kvpo.rewards.sampling import file_clips
-from kvpo.rewards.video_files import SUFFIXES, VideoFile, probe, read_frames
+from kvpo.rewards.video_files import VideoFile, probe, read_frames
 
 PREVIEW_SECONDS = 4.0
 PREVIEW_FRAMES = 48
@@ -34,59 +34,11 @@ class FileScore:
 
     path: Path
     name: str
-    """Path below the scored folder."""
+    """Path below the scored folder, as it is shown."""
     prompt: str
     scores: dict[str, float] = field(default_factory=dict)
     problems: dict[str, str] = field(default_factory=dict)
     """Reward -> why it could not be scored."""
-
-
-def find_videos(folder: Path) -> list[Path]:
-    """Video files in a folder and below it, by name; a file is taken as it is.
-
-    Raises:
-        ValueError: no such folder, no video in it.
-    """
-    if folder.is_file():
-        return [folder]
-    if not folder.is_dir():
-        raise ValueError(f"{folder}: no such folder")
-    found = sorted(
-        path
-        for path in folder.rglob("*")
-        if path.suffix.lower() in SUFFIXES
-        and path.is_file()
-        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-    )
-    if not found:
-        raise ValueError(f"{folder}: no video files in it ({' '.join(sorted(SUFFIXES))})")
-    return found
-
-
-def file_prompts(path: Path, names: Sequence[str]) -> list[str]:
-    """The prompt of every file.
-
-    ``path`` is JSON that maps file names to prompts, or a prompt file with one prompt per file in the order
-    of their names.
-
-    Raises:
-        ValueError: files without a prompt, another number of prompts than files, several segments in one.
-    """
-    if path.suffix.lower() != ".json":
-        prompts = read_prompts(path, num_frames=1)
-        if len(prompts) != len(names):
-            raise ValueError(
-                f"{path}: {len(prompts)} prompts for {len(names)} files: give one per file in the order of "
-                "their names, or a .json file that maps names to prompts"
-            )
-        return [prompt.segments[0] for prompt in prompts]
-    given = read_json(path)
-    if not isinstance(given, dict) or not all(isinstance(text, str) for text in given.values()):
-        raise ValueError(f"{path}: expected a JSON object that maps file names to prompts")
-    known = {name: given[key] for name in names for key in (Path(name).name, name) if key in given}
-    if absent := [name for name in names if name not in known]:
-        raise ValueError(f"{path}: no prompt for {named_list(absent, 1)}")
-    return [known[name] for name in names]
 
 
 def as_video(frames_THWC: np.ndarray) -> Tensor:
@@ -106,7 +58,7 @@ def score_file(path: Path, prompt: str, rewards: Sequence[NamedReward], result: 
             result.scores |= _score(video, prompt, reward)
         except Exception as error:  # a scorer may raise anything, and the other files shall still be scored
             text = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
-            result.problems[reward.name] = " ".join(text.split())
+            result.problems[reward.name] = printable(" ".join(text.split()))
     return result
 
 
@@ -144,13 +96,18 @@ def score_folder(
     """Score every video of ``folder``, write ``out`` (HTML) and a JSON file beside it; best first.
 
     Raises:
-        ValueError: nothing to score, or not one file could be scored.
+        ValueError: nothing to score, prompts that do not fit the files, or not one file could be scored.
     """
+    table_file = out.with_suffix(".json")
+    if table_file.name == MANIFEST or prompts and table_file.resolve() == prompts.resolve():
+        raise ValueError(
+            f"--out: {table_file}, which is written beside {out.name}, holds prompts; choose another"
+        )
     files = find_videos(folder)
     root = folder if folder.is_dir() else folder.parent
-    shown = [str(path.relative_to(root)) for path in files]
-    texts = file_prompts(prompts, shown) if prompts else [""] * len(files)
-    rewards = named_rewards(names, sources, device=device, prompts=prompts is not None)
+    shown, known = shown_names(root, files), file_prompts(prompts, root, files)
+    texts = known or [""] * len(files)
+    rewards = named_rewards(names, sources, device=device, prompts=known is not None)
     results = []
     for number, (path, name, text) in enumerate(zip(files, shown, texts, strict=True)):
         progress(number, len(files))
@@ -163,8 +120,10 @@ def score_folder(
         first = next(iter(results[0].problems.values()))
         raise ValueError(f"none of {len(files)} file(s) could be scored; {results[0].name}: {first}")
     results.sort(key=lambda r: (-r.scores.get(columns[0], -math.inf), r.name))
-    _write_json(out.with_suffix(".json"), results)
-    write_page(out, str(folder), columns, [_entry(result, out) for result in results], _previews(results))
+    _write_json(table_file, results)
+    write_page(
+        out, printable(str(folder)), columns, [_entry(result, out) for result in results], _previews(results)
+    )
     return results
 
 

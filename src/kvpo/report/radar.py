@@ -4,6 +4,7 @@ from typing import Any
 
 from kvpo.report.charts import Series, line_chart
 from kvpo.report.formatting import MINUS, escape, fixed, number, numbers, signed
+from kvpo.report.headline import FEWEST_PROMPTS, LENGTHS
 from kvpo.report.record import Entry, Run
 
 SYMBOLS = {"good": "\u2713", "neutral": "\u2248", "bad": "\u2193", "pending": "\u2026"}
@@ -17,14 +18,20 @@ LOOKS = {
 
 def hacking_radar(run: Run) -> str:
     """The verdict, the curves behind it, how the videos' look drifts, and which rewards agree."""
-    points = [(float(entry["update"]), radar) for entry in run.validations if (radar := _radar(entry))]
+    entries = [entry for entry in run.validations if _radar(entry)]
+    points = [(float(entry["update"]), _radar(entry)) for entry in entries]
     if not points:
         return '<p class="missing">No validation with a radar reading is in metrics.jsonl yet.</p>'
     summary, evaluation = _mapping(run.summary, "radar"), _mapping(run.config, "evaluation")
     last = _mapping(summary, "test") or points[-1][1]
     prompts = "test prompts, best checkpoint" if _mapping(summary, "test") else "last validation"
     return (
-        _verdict(points[-1][1], summary, may_stop=bool(evaluation.get("stop_on_hacking")))
+        _verdict(
+            points[-1][1],
+            summary,
+            may_stop=bool(evaluation.get("stop_on_hacking")),
+            prompts=sum(numbers(entries[-1].get(name)).get("prompts", 0.0) for name in LENGTHS),
+        )
         + _gains(points)
         + f'<h3 class="group">Drift of the look <span class="soft">never stops a run, only warns</span></h3>'
         f'{_drift(points)}<h3 class="group">Agreement <span class="soft">{prompts}</span></h3>'
@@ -43,8 +50,8 @@ def _radar(entry: Entry) -> Entry:
     return radar if "gain" in numbers(radar.get("trained")) else {}
 
 
-def _verdict(last: Entry, summary: Entry, *, may_stop: bool) -> str:
-    """The last verdict in words, and what was done about it."""
+def _verdict(last: Entry, summary: Entry, *, may_stop: bool, prompts: float) -> str:
+    """The last verdict in words, and what was done about it; ``prompts`` is how many it was reached on."""
     words = str(summary.get("verdict") or last.get("verdict") or "no verdict")
     stopped, best = number(summary.get("stopped_at")), number(summary.get("best"))
     kept = f" The best checkpoint is update {best:.0f}." if best is not None else ""
@@ -61,6 +68,9 @@ def _verdict(last: Entry, summary: Entry, *, may_stop: bool) -> str:
             "A checkpoint at which a held-out reward has fallen is not kept as the best." if may_stop else ""
         )
         tone, outcome = "neutral", f"{ruled_out}{kept}".strip()
+    elif _mapping(last, "held_out") and prompts < FEWEST_PROMPTS:
+        few = f"On {prompts:.0f} prompts, fewer than {FEWEST_PROMPTS}, no alarm says little."
+        tone, outcome = "neutral", few + kept
     elif _mapping(last, "held_out"):
         tone, outcome = "good", kept.strip()
     else:

@@ -2,6 +2,7 @@
 
 import base64
 import hashlib
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -52,7 +53,7 @@ def _card(entry: Entry, columns: Sequence[str], video: bytes | None, position: i
     prompt = f'<p class="note">{escape(entry.prompt)}</p>' if entry.prompt else ""
     return (
         f'<article class="card" data-order="{position}"{data}><header><h3>'
-        f'<a href="{escape(quote(entry.link))}">{escape(entry.name)}</a></h3></header>'
+        f'<a href="{escape(quote(os.fsencode(entry.link)))}">{escape(entry.name)}</a></h3></header>'
         f"{screen}<table><tbody>{rows}</tbody></table>{prompt}{reasons}</article>"
     )
 

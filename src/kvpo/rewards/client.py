@@ -2,6 +2,8 @@
 
 import asyncio
 import contextlib
+import logging
+import socket
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
@@ -13,9 +15,12 @@ import httpx
 import torch
 from torch import Tensor
 
+from kvpo.files import parse_json
 from kvpo.prompts import ClipPrompt
 from kvpo.rewards.protocol import Declaration, checked
 from kvpo.rewards.wire import PROTOCOL, Body, Offer, Question, decode_offers, eight_bit, encode_question
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -29,6 +34,10 @@ PART_BYTES = 2**20
 """Of a body at a time: every part costs some Python, and copies in the processor's cache are cheap."""
 NO_BODY = Body(b"", memoryview(b""))
 CONNECT_SECONDS = 10.0
+KNOCK_SECONDS = 2.0
+"""Of one try to reach a server at the start."""
+SILENCE, SILENCE_AT_START = 30.0, 1.0
+"""Seconds without scores, or without a word, after which it is said that an answer is waited for."""
 
 
 @dataclass(frozen=True)
@@ -39,8 +48,11 @@ class Patience:
     """Seconds for an answer, the time in the server's queue included."""
     attempts: int = 3
     """Answers that may fail (late, an error of the scorer, not the scores asked for) before it gives up."""
+    start: float = 15.0
+    """Seconds at the start in which the server must be there: enough to begin to listen, not to load models,
+    as it listens before that."""
     outage: float = 300.0
-    """Seconds that the server may be out of reach or full: enough to be restarted and load its models."""
+    """Seconds that it may later be out of reach or full: enough to be restarted and load its models."""
     first_pause: float = 0.5
     """Seconds before the second try; doubled from then on."""
     longest_pause: float = 30.0
@@ -110,6 +122,8 @@ class Link:
     async def ask(self, method: str, path: str, read: Callable[[Any], T], body: Body = NO_BODY) -> T:
         """One request, tried until there is an answer that ``read`` takes, or patience ends.
 
+        What is waited for, and how long, is logged at the first failure and after some silence.
+
         Raises:
             ValueError: the server refuses, or gave no usable answer in time; the message says which.
         """
@@ -117,6 +131,8 @@ class Link:
         while True:
             tries += 1
             wait = pause
+            answer, silence = self.patience.answer, SILENCE if len(body) else SILENCE_AT_START
+            notice = self.loop.call_later(silence, self._say, "no answer yet", f"waiting up to {answer:g} s")
             try:
                 return read(_content(await self._send(method, path, body)))
             except Refused as error:
@@ -131,14 +147,22 @@ class Link:
                 over = time.monotonic() - started + pause > self.patience.outage
                 if isinstance(error, Away):
                     wait = max(pause, min(error.after, self.patience.longest_pause))
+            finally:
+                notice.cancel()
             if over:
                 seconds = time.monotonic() - started
                 times = "once" if tries == 1 else f"{tries} times"
                 raise ValueError(
                     f"reward server {self.url}: asked {times} in {seconds:.1f} s, then gave up: {problem}"
                 )
+            if tries == 1:
+                times = f"up to {self.patience.attempts} times, or {self.patience.outage:g} s of an outage"
+                self._say(problem, f"asking again, {times}")
             await asyncio.sleep(wait)
             pause = min(2 * pause, self.patience.longest_pause)
+
+    def _say(self, problem: str, plan: str) -> None:
+        logger.warning("reward server %s: %s; %s", self.url, problem, plan)
 
     async def _send(self, method: str, path: str, body: Body) -> httpx.Response:
         """One request and its answer. Bodies leave one after the other, so that the first arrives early."""
@@ -160,7 +184,7 @@ def _content(response: httpx.Response) -> Any:
     """The JSON of an answer; what else came back, as an error that says whether to ask again."""
     status = response.status_code
     try:
-        content = response.json()
+        content = parse_json(response.text)
     except ValueError as error:
         if status == 200:
             raise Failed(f"the answer is not JSON: {response.text[:100]!r}") from error
@@ -251,7 +275,14 @@ class RemoteScorer:
                     found = content["scores"].items()
                     scores = {name: torch.tensor(values, dtype=torch.float32) for name, values in found}
                     return {name: checked(name, scores, len(own)) for name in self.components}
-                except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
+                except (
+                    AttributeError,
+                    KeyError,
+                    TypeError,
+                    ValueError,
+                    RuntimeError,
+                    OverflowError,
+                ) as error:
                     raise Failed(f"unusable scores: {error}") from error
 
             async with self.link.under_way:  # only what is under way is fetched from its device
@@ -277,8 +308,10 @@ def connect(
     """The rewards ``names`` of the server at ``url``, which may still be starting.
 
     Raises:
-        ValueError: a URL that is none, no answer in time, another protocol, a reward it does not have.
+        ValueError: a URL that is none, nobody there, no answer in time, another protocol, a reward that it
+            does not have.
     """
+    reach(url, patience)
     link = Link(url, token, patience)
 
     def read(content: Any) -> RemoteScorer:
@@ -290,7 +323,9 @@ def connect(
                 )
             offers = {offer.name: offer for offer in decode_offers(content["rewards"])}
             limit, rate = int(content["limits"]["request_bytes"]), float(content["frame_rate"])
-        except (AttributeError, KeyError, TypeError) as error:
+        except Refused:
+            raise
+        except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
             raise Refused(f"it is no reward server of kvpo: {error!r} in its answer") from error
         if unknown := [name for name in names if name not in offers]:
             raise Refused(f"it does not have {unknown[0]!r}; it has {', '.join(offers)}")
@@ -303,11 +338,50 @@ def connect(
         raise
 
 
+def reach(url: str, patience: Patience = Patience()) -> None:
+    """Wait until somebody listens at ``url``; the first failure is logged with how long this goes on.
+
+    Raises:
+        ValueError: a URL that is none, nobody there within ``patience.start`` seconds.
+    """
+    parts = urlsplit(checked_url(url))
+    address = parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80)
+    started, tries, pause = time.monotonic(), 0, patience.first_pause
+    while True:
+        tries += 1
+        try:
+            socket.create_connection(address, timeout=min(KNOCK_SECONDS, patience.start)).close()
+            return
+        except OSError as error:
+            seconds, problem = time.monotonic() - started, error.strerror or str(error)
+        if seconds + pause > patience.start:
+            times = "once" if tries == 1 else f"{tries} times"
+            raise ValueError(
+                f"reward server {url}: asked {times} in {seconds:.1f} s, then gave up: "
+                f"cannot connect: {problem}; start it first, with `kvpo reward-server`"
+            )
+        if tries == 1:
+            logger.warning(
+                "reward server %s: cannot connect: %s; waiting up to %g s for it",
+                url,
+                problem,
+                patience.start,
+            )
+        time.sleep(pause)
+        pause = min(2 * pause, patience.longest_pause)
+
+
 def checked_url(url: str) -> str:
     """``url`` without a trailing slash; ValueError unless it is a plain http(s) address."""
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
-        raise ValueError(f"reward server {url!r}: expected http://HOST:PORT or https://HOST")
+    try:
+        parts = urlsplit(url)
+        right = parts.port != 0 and parts.scheme in ("http", "https") and parts.hostname
+    except ValueError:  # a port or an IPv6 address that is none
+        right = False
+    if not right or parts.query or parts.fragment:
+        raise ValueError(
+            f"reward server {url.rpartition('@')[2]!r}: expected http://HOST:PORT or https://HOST"
+        )
     if parts.username or parts.password:
         raise ValueError(f"reward server at {parts.hostname}: a token does not belong into its address")
     return url.rstrip("/")

@@ -16,7 +16,13 @@ from transformers import CLIPConfig, CLIPModel, PreTrainedTokenizerBase
 from kvpo.models.tensor_files import only_tensors, read_file, read_tensors
 from kvpo.rewards.declarations import DECLARATIONS
 from kvpo.rewards.images import CLIP_MEAN, CLIP_STD, fit_and_crop, fit_and_pad, normalised
-from kvpo.rewards.pretrained import load_strict, read_tokenizer, strict_pretrained, without_weights
+from kvpo.rewards.pretrained import (
+    load_strict,
+    read_tokenizer,
+    strict_pretrained,
+    warn_if_cut,
+    without_weights,
+)
 from kvpo.rewards.protocol import Declaration
 from kvpo.rewards.sampling import checked_batch, pooled, present_frames
 
@@ -39,8 +45,9 @@ def image_features(model: CLIPModel, frames_NCHW: Tensor, fit: Callable[[Tensor,
     return F.normalize(model.visual_projection(pooled).float(), dim=-1)
 
 
-def text_features(model: CLIPModel, tokenizer: PreTrainedTokenizerBase, text: str) -> Tensor:
-    """Unit text features [D] in float32; texts are cut at CLIP's 77 tokens."""
+def text_features(model: CLIPModel, tokenizer: PreTrainedTokenizerBase, text: str, reward: str) -> Tensor:
+    """Unit text features [D] in float32; texts are cut at CLIP's 77 tokens, with a warning."""
+    warn_if_cut(tokenizer, text, TEXT_TOKENS, reward)
     ids = tokenizer(text, truncation=True, max_length=TEXT_TOKENS, return_tensors="pt")["input_ids"]
     pooled = model.text_model(input_ids=ids.to(model.text_projection.weight.device)).pooler_output
     return F.normalize(model.text_projection(pooled).float(), dim=-1)[0]
@@ -69,7 +76,7 @@ class SimilarityScorer:
         for video, prompt in zip(video_BTCHW, prompts, strict=True):
             frames = spread_frames(present_frames(video, prompt))
             similarity_N = image_features(self.model, frames, self.fit) @ text_features(
-                self.model, self.tokenizer, str(prompt)
+                self.model, self.tokenizer, str(prompt), self.components[0]
             )
             scores.append(self.scale * pooled(similarity_N, self.top_share))
         return {self.components[0]: torch.stack(scores)}

@@ -16,7 +16,7 @@ from kvpo.models.tensor_files import read_tensors
 from kvpo.rewards.clip_family import rating_head, spread_frames
 from kvpo.rewards.declarations import DECLARATIONS
 from kvpo.rewards.images import CLIP_MEAN, CLIP_STD, fit_and_crop, normalised
-from kvpo.rewards.pretrained import load_strict, read_tokenizer, without_weights
+from kvpo.rewards.pretrained import load_strict, read_tokenizer, warn_if_cut, without_weights
 from kvpo.rewards.protocol import Declaration
 from kvpo.rewards.sampling import checked_batch, pooled, present_frames
 
@@ -88,6 +88,7 @@ class ImageRewardScorer:
         weight = self.model.vision.embeddings.patch_embedding.weight
         frames = spread_frames(present_frames(video_TCHW, prompt)).to(weight.device)
         fitted = fit_and_crop(frames, self.model.vision.config.image_size)
+        warn_if_cut(self.tokenizer, str(prompt), TEXT_TOKENS, self.components[0])
         text = self.tokenizer(
             str(prompt), padding="max_length", truncation=True, max_length=TEXT_TOKENS, return_tensors="pt"
         ).to(weight.device)

@@ -2,10 +2,12 @@
 
 import ast
 import hashlib
+import logging
 from collections.abc import Callable, Mapping
 from itertools import product
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +15,10 @@ from torch import Tensor, nn
 from kvpo.files import named_list, read_bytes, refuse_pointers
 from kvpo.models.tensor_files import assign_tensors, check_tensors
 
+logger = logging.getLogger(__name__)
+
+_WARNED: WeakSet[Any] = WeakSet()
+"""Tokenizers that have met a text longer than their reward reads."""
 TEXT_PROMPT = "{text_prompt}"
 """Where the prompt goes in a template."""
 
@@ -58,6 +64,20 @@ def read_tokenizer(directory: Path) -> Any:
         return AutoTokenizer.from_pretrained(directory, local_files_only=True)
     except (OSError, ValueError) as error:
         raise ValueError(f"{directory}: the tokenizer cannot be read ({error})") from error
+
+
+def warn_if_cut(tokenizer: Any, text: str, limit: int, reward: str) -> None:
+    """Warn, once per tokenizer, that a reward reads only the first ``limit`` tokens of a text."""
+    if tokenizer in _WARNED or (length := len(tokenizer(text, verbose=False)["input_ids"])) <= limit:
+        return
+    _WARNED.add(tokenizer)
+    logger.warning(
+        "%s reads %d tokens of a prompt and ignores the rest; this one has %d: %r; others are not reported",
+        reward,
+        limit,
+        length,
+        text[:60],
+    )
 
 
 def without_weights(build: Callable[[], nn.Module]) -> nn.Module:

@@ -89,10 +89,17 @@ class Declaration:
     """Whether it rounds pixels to 8 bits before anything else, so that they may reach it rounded."""
 
 
+LARGEST = 1e15
+"""Larger scores are refused: their squares and sums would not fit float32."""
+
+
 def checked(name: str, scores: "dict[str, Tensor]", count: int) -> "Tensor":
-    """One component's scores as float32 on the CPU; ValueError where missing, misshapen or not finite."""
+    """One component's scores as float32 on the CPU.
+
+    Raises ValueError where they are missing, misshapen, not finite or beyond ``LARGEST``.
+    """
     if name not in scores:
-        raise ValueError(f"reward component {name!r} is missing from the scorer's result {sorted(scores)}")
+        raise ValueError(f"reward component {name!r} is missing from the scorer's result {list(scores)}")
     values = scores[name].detach().to("cpu").float()
     if values.shape != (count,):
         raise ValueError(
@@ -101,4 +108,10 @@ def checked(name: str, scores: "dict[str, Tensor]", count: int) -> "Tensor":
     if not bool(values.isfinite().all()):
         bad = int((~values.isfinite()).nonzero()[0])
         raise ValueError(f"reward component {name!r} is {float(values[bad])} for clip {bad} of {count}")
+    if bool((values.abs() > LARGEST).any()):
+        bad = int(values.abs().argmax())
+        raise ValueError(
+            f"reward component {name!r} is {float(values[bad]):g} for clip {bad} of {count}, which sums and "
+            f"squares of float32 cannot hold; scores may reach {LARGEST:g}: scale it down"
+        )
     return values

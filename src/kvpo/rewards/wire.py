@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kvpo.files import parse_json
 from kvpo.prompts import ClipPrompt
 from kvpo.rewards.buffers import new_buffer
 from kvpo.rewards.protocol import Declaration, Sampling
@@ -139,14 +140,14 @@ def decode_question(body: memoryview) -> Question:
     """
     try:
         start = LENGTH_BYTES + int.from_bytes(body[:LENGTH_BYTES], "little")
-        header = json.loads(bytes(body[LENGTH_BYTES:start]))
+        header = parse_json(bytes(body[LENGTH_BYTES:start]).decode())
         metadata = header.pop("__metadata__")
-        prompts = tuple(ClipPrompt(*_prompt(item)) for item in json.loads(metadata["prompts"]))
-        components = tuple(str(name) for name in json.loads(metadata["components"]))
+        prompts = tuple(ClipPrompt(*_prompt(item)) for item in parse_json(metadata["prompts"]))
+        components = tuple(str(name) for name in parse_json(metadata["components"]))
         if list(header) != ["video"]:
             raise ValueError(f"it must hold one tensor, 'video', got {', '.join(header) or 'none'}")
         dtype, shape, offsets = (header["video"][field] for field in ("dtype", "shape", "data_offsets"))
-    except (AttributeError, KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
         raise ValueError(
             "the body must be a safetensors file with a tensor 'video' and the metadata 'prompts' (a JSON "
             f"list of [text, before, switch]) and 'components' (a JSON list): {error!r}"

@@ -132,14 +132,10 @@ def plan_run(
     if config.device != "cpu":
         standing["context"] = CONTEXT
     pool = pool_pages(config, generator, rollout)
-    fork = rollout.forks[0].frame
-    costs = Costs(
-        replace(config, exploration=rollout.forks[0].exploration),
-        model.shape,
-        parameters.weights + parameters.adapter,
-        generator.page_bytes,
-        fork,
-    )
+    fork, exploration = rollout.forks[0].frame, rollout.forks[0].exploration
+    fitted = replace(config, exploration=exploration)
+    weights = parameters.weights + parameters.adapter
+    costs = Costs(fitted, model.shape, weights, generator.page_bytes, fork)
     keep = config.checkpoint.keep + 2  # the best one, and the one being written
     return Plan(
         config=config,
@@ -258,9 +254,6 @@ def _host(
         "process": PROCESS,
         "pixels and clips": 2 * frames * around.frame,
         "checkpoint being written": parameters.checkpoint if config.device != "cpu" else 0.0,
-        "state before the update": 0.0
-        if config.device != "cpu"
-        else 4 * parameters.trained + parameters.moments,
     }
     if config.backbone.offload:
         parts |= {"codec": around.codec, "rewards": sum(around.rewards.values())}

@@ -1,0 +1,157 @@
+"""Folders of videos, and which prompt belongs to which file."""
+
+import logging
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from kvpo.files import named_list, printable, read_json
+from kvpo.prompt_files import read_prompts
+from kvpo.rewards.video_files import SUFFIXES
+
+logger = logging.getLogger(__name__)
+
+MANIFEST = "videos.json"
+"""What `kvpo generate` writes beside videos: file name -> its prompts, in the order in which they show."""
+ANY_LENGTH = 2**31
+SEVERAL = "several prompts, one after the other, and a file is scored against one: cut it at its switches"
+
+
+def find_videos(folder: Path) -> list[Path]:
+    """Video files in a folder and below it, in natural order (2 before 10); a file is taken as it is.
+
+    Raises:
+        ValueError: no such folder, no video in it.
+    """
+    if folder.is_file():
+        return [folder]
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: no such folder")
+    found = [
+        path
+        for path in folder.rglob("*")
+        if path.suffix.lower() in SUFFIXES
+        and path.is_file()
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    ]
+    if not found:
+        raise ValueError(f"{folder}: no video files in it ({' '.join(sorted(SUFFIXES))})")
+    return sorted(found, key=lambda path: (_natural(path.relative_to(folder)), str(path)))
+
+
+def _natural(name: Path, number: str = r"(\d+)") -> list[list[Any]]:
+    """A sort key: words without regard to case, ``number`` by value."""
+    parts = [re.split(number, part.casefold()) for part in name.parts]
+    return [[float(word) if i % 2 else word for i, word in enumerate(words)] for words in parts]
+
+
+def shown_names(root: Path, files: Sequence[Path]) -> list[str]:
+    """Names of files below ``root`` that can be printed and written, whatever bytes they are made of."""
+    return [printable(str(file.relative_to(root))) for file in files]
+
+
+def file_prompts(path: Path | None, root: Path, files: Sequence[Path]) -> list[str] | None:
+    """The prompt of every file below ``root``; None where nothing says it.
+
+    The manifest of `kvpo generate` beside the files decides. ``path`` is a JSON object that maps file names
+    to prompts, or a prompt file with one prompt per file in their natural order, which a manifest must agree
+    with.
+
+    Raises:
+        ValueError: files without a prompt or with several, another number of prompts than files, names whose
+            order is not plain, a prompt file that the manifest contradicts.
+    """
+    names = shown_names(root, files)
+    if path is not None and path.suffix.lower() == ".json":
+        return _one_each(path, names, _by_name(path, names))
+    listed = [_listed(file) for file in files]
+    if path is None:
+        if None in listed:
+            return None
+        several = [name for name, texts in zip(names, listed, strict=True) if len(texts or ()) > 1]
+        if several:
+            logger.warning("no prompts are read from %s: %s shows %s", MANIFEST, several[0], SEVERAL)
+            return None
+        return [texts[0] for texts in listed if texts]
+    prompts = [prompt.segments for prompt in read_prompts(path, num_frames=ANY_LENGTH)]
+    if not any(listed):
+        return _one_each(path, names, _by_position(path, files, root, prompts))
+    for name, texts in zip(names, listed, strict=True):
+        if texts is None:
+            raise ValueError(f"{name} is not in the {MANIFEST} beside it, other files are; {_MAP}")
+        if tuple(texts) not in prompts:
+            raise ValueError(
+                f"{path}: {MANIFEST} says that {name} shows {texts[0][:60]!r}, which is not among "
+                f"these prompts; leave --prompts out, or {_MAP}"
+            )
+    return _one_each(path, names, [texts for texts in listed if texts])
+
+
+_MAP = "give a .json file that maps names to prompts"
+
+
+def _one_each(path: Path, names: Sequence[str], prompts: Sequence[Sequence[str]]) -> list[str]:
+    if several := [name for name, texts in zip(names, prompts, strict=True) if len(texts) > 1]:
+        raise ValueError(f"{path}: {several[0]} shows {SEVERAL}")
+    return [texts[0] for texts in prompts]
+
+
+def read_manifest(path: Path) -> dict[str, list[str]]:
+    """File name -> prompts, of a JSON object that maps names to a prompt or a list of them.
+
+    Raises ValueError for anything else.
+    """
+    given = read_json(path)
+    if not isinstance(given, dict):
+        raise ValueError(f"{path}: expected a JSON object that maps file names to prompts")
+    found = {}
+    for name, value in given.items():
+        texts = [value] if isinstance(value, str) else value
+        if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
+            raise ValueError(f"{path}: expected a prompt for {name!r}, got {str(value)[:60]}")
+        found[_plain(name)] = texts
+    return found
+
+
+def _plain(name: str) -> str:
+    """One spelling of a name: some systems keep letters and their accents apart."""
+    return unicodedata.normalize("NFC", printable(name))
+
+
+def _listed(file: Path) -> list[str] | None:
+    """The prompts of a file in the manifest beside it."""
+    manifest = file.parent / MANIFEST
+    return read_manifest(manifest).get(_plain(file.name)) if manifest.is_file() else None
+
+
+def _by_name(path: Path, names: Sequence[str]) -> list[list[str]]:
+    given = read_manifest(path)
+    own = [_plain(name) for name in names]
+    keys = [name if name in given else Path(name).name for name in own]
+    if absent := [name for name, key in zip(names, keys, strict=True) if key not in given]:
+        raise ValueError(f"{path}: no prompt for {named_list(absent, 1)}")
+    twice = [key for key, count in Counter(keys).items() if count > 1]
+    if twice:
+        raise ValueError(
+            f"{path}: {twice[0]!r} is the name of {keys.count(twice[0])} files; name their folders too"
+        )
+    return [given[key] for key in keys]
+
+
+def _by_position(
+    path: Path, files: Sequence[Path], root: Path, prompts: Sequence[Sequence[str]]
+) -> list[Sequence[str]]:
+    if len(prompts) != len(files):
+        raise ValueError(
+            f"{path}: {len(prompts)} prompts for {len(files)} files: give one per file in the order of their "
+            "names, or a .json file that maps names to prompts"
+        )
+    names = [file.relative_to(root) for file in files]
+    for one, two in zip(names, names[1:], strict=False):
+        decimal = r"(\d+(?:\.\d+)?)"
+        if _natural(one) == _natural(two) or _natural(one, decimal) > _natural(two, decimal):
+            raise ValueError(f"{path}: it is not plain whether {one} or {two} comes first; {_MAP}")
+    return list(prompts)

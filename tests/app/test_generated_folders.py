@@ -1,0 +1,59 @@
+"""What `kvpo generate` leaves beside its videos, and that `kvpo score` goes by it."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from kvpo.app import generate as generate_module
+from kvpo.app.cli import main
+from kvpo.app.generate import generate
+from kvpo.app.video_folder import find_videos
+from kvpo.prompts import VideoPrompt
+from tests.tiny_world import SETTINGS, tiny_config
+
+CAPTIONS = ["a small red circle drifts left at night", "a small blue square drifts left at night"]
+
+
+def test_score_needs_no_prompts_beside_generated_videos(tiny_base: Path, tmp_path: Path) -> None:
+    lists = {name: list(value) if isinstance(value, tuple) else value for name, value in SETTINGS.items()}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump({**lists, "base": str(tiny_base)}))
+    lines = [{"segments": [text], "num_frames": 9} for text in CAPTIONS]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    flags = ["--config", str(tmp_path / "run.yaml"), "--prompts", str(tmp_path / "p.jsonl")]
+    out = tmp_path / "videos"
+    assert main(["generate", *flags, "--out", str(out)]) == 0
+    expected = {"000.mp4": CAPTIONS[:1], "001.mp4": CAPTIONS[1:]}
+    assert json.loads((out / "videos.json").read_text()) == expected
+    assert main(["score", str(out), "--reward", "world", "--out", str(tmp_path / "s.html")]) == 0
+    rows = json.loads((tmp_path / "s.json").read_text())
+    assert {row["file"]: [row["prompt"]] for row in rows} == expected
+
+
+def test_names_keep_their_order_beyond_a_thousand(
+    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def write(backbone: Any, out: Path, name: str, *rest: Any) -> list[Path]:
+        (out / f"{name}.mp4").touch()
+        return [out / f"{name}.mp4"]
+
+    def latents(backbone: Any, prompts: Sequence[VideoPrompt]) -> torch.Tensor:
+        return torch.zeros(len(prompts), 1)
+
+    monkeypatch.setattr(generate_module, "_write_videos", write)
+    monkeypatch.setattr(generate_module, "_latents", latents)
+    prompts = [VideoPrompt(n, (f"prompt {n}",), (), 9) for n in range(1001)]
+    written = generate(tiny_config(tiny_base), tmp_path, prompts=prompts)
+    assert [path.name for path in sorted(tmp_path.glob("*.mp4"))] == [path.name for path in written]
+    assert find_videos(tmp_path) == written and written[-1].name == "1000.mp4"
+    shows = json.loads((tmp_path / "videos.json").read_text())
+    assert [shows[path.name] for path in written] == [[f"prompt {n}"] for n in range(1001)]
+
+
+def test_half_a_character_is_no_prompt() -> None:
+    with pytest.raises(ValueError, match="holds half of a character"):
+        VideoPrompt(0, ("a \udce9 dog",), (), 8)

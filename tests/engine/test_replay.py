@@ -1,0 +1,71 @@
+"""The replay against a stream that is led along a member's stored latents by hand, one state at a time."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from kvpo.engine.forks import Fork
+from kvpo.engine.replay import Member, replay_context, replay_kind, replay_velocities
+from kvpo.engine.rollout import collect
+from kvpo.engine.stream import commit_banks, text_of
+from kvpo.models.deployment import deployment_context, record_block
+from tests.engine.test_histories import every_history
+from tests.engine.tiny import EXPLORATION, generator, prompt, tape_of, texts
+
+LONGER = replace(EXPLORATION, blocks=3)
+
+
+def by_hand(one, group, index):
+    """Velocities ``[P, S, F, C, H, W]`` at a member's states; every block of its own leaves its pages."""
+    stream, found = group.root.fork(), []
+    text = text_of([stream], texts())
+    for block in range(group.blocks):
+        commit_banks(one, [stream], text)
+        context = deployment_context(one.deployment, [stream.history])
+        for step, sigma in enumerate(one.sigmas):
+            state = group.states_MPSFCHW[index, block, step][None]
+            found.append(one.velocity(state, torch.tensor([sigma]), text, context)[0])
+        clean = group.clean_MTCHW[index, 3 * block : 3 * block + 3][None]
+        stream.history.append(stream.history.cache.write(*one.encode(clean, text, context))[0])
+        record_block(one.deployment, stream.history)
+    stream.history.release()
+    return torch.stack(found).unflatten(0, (group.blocks, -1))
+
+
+@every_history
+def test_a_replay_sees_each_members_own_blocks(history):
+    """Branches and anchor of groups that fork apart and are replayed together where they may be."""
+    one = generator(**history)
+    prompts = [prompt(0, 39), prompt(1, 39, (15,)), prompt(2, 39)]
+    forks = [Fork(frame, LONGER) for frame in (12, 15, 27)]
+    rollout = collect(one, prompts, forks, texts(), tape_of(), ("k",))
+    kinds = {}
+    for group in rollout.groups:
+        kinds.setdefault(replay_kind(one, group), []).append(group)
+    unlimited = one.deployment.local_past is None
+    assert len(kinds) == (3 if unlimited or one.deployment.bank_size else 1)
+    for groups in kinds.values():
+        members = [Member(group, index) for group in groups for index in range(4)]
+        with torch.no_grad(), replay_context(one, members, texts(), tape_of()) as replay:
+            found = replay_velocities(one, members, replay, len(one.sigmas))
+        for member, velocities in zip(members, found, strict=True):
+            with torch.no_grad():
+                expected = by_hand(one, member.group, member.index)
+            assert (velocities - expected).abs().max() <= 1e-10
+            with torch.no_grad():
+                others = by_hand(
+                    one, replace(member.group, clean_MTCHW=member.group.clean_MTCHW.roll(1, 0)), 0
+                )
+            assert (others - by_hand(one, member.group, 0))[1:].abs().max() > 1e-3
+    rollout.release()
+    assert rollout.cache.pages_in_use == 0
+
+
+@pytest.mark.parametrize("frame", [0, 3, 9, 12, 21])
+def test_windows_of_one_kind_see_equally_many_frames(frame):
+    one = generator()
+    rollout = collect(one, [prompt(0, 39)], [Fork(21, EXPLORATION)], texts(), tape_of(), ("k",))
+    blocks, seen = replay_kind(one, replace(rollout.groups[0], fork=frame))
+    assert blocks == 2 and seen == (frame if frame < 9 else -1)
+    rollout.release()
