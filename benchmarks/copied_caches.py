@@ -170,8 +170,8 @@ class OneByOne:
             for block in range(group.blocks):
                 context = self.deployed(cache)
                 for step in range(steps):
-                    state = group.states_MPSFCHW[member.index, block, step]
-                    own = group.velocities_MPSFCHW[member.index, block, step]
+                    state = group.trajectories.states_MPSFCHW[member.index, block, step]
+                    own = group.trajectories.velocities_MPSFCHW[member.index, block, step]
                     sigma = torch.tensor([generator.sigmas[step]], dtype=torch.float32)
                     velocity = generator.velocity(state[None], sigma, text, context)
                     energy = energy + velocity_residual(own, velocity[0])

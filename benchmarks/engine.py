@@ -250,7 +250,7 @@ def grown(config: Config, repeats: int) -> dict[str, float]:
         with peak_pages(rollout.cache) as peak:
             outputs = roll_out()
         # A run lets go of what only routes could reach before it replays; here the rollout is repeated.
-        history = explored.groups[0].root.history
+        history = explored.roots[0].history
         history.keep(reachable_frames(deployment, history, max(1, deployment.sink)))
         (group,) = groups_of(explored, outputs)
         replayed = [Member(group, branch) for branch in range(group.branches)]

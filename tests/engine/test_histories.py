@@ -46,13 +46,13 @@ def members_of(rollout):
 
 def extended(one, num_frames, switches):
     """A stream of given frames that was continued to the fork, a switch there acted on."""
-    stream = open_stream(one, one.new_cache(120), prompt(0, num_frames, switches))
+    stream = open_stream(one, one.new_cache(120), prompt(0, num_frames, switches), texts(), tape_of())
     latents = torch.randn(1, GIVEN, *FRAME, generator=torch.Generator().manual_seed(4)).double()
     with torch.no_grad():
-        give_frames(one, [stream], latents, texts())
+        give_frames(one, [stream], latents)
         while stream.start < FORK:
-            advance(one, [stream], texts(), tape_of())
-        engine_stream.switch_prompts(one, [stream], texts())
+            advance(one, [stream])
+        engine_stream.switch_prompts(one, [stream])
     return stream
 
 
@@ -69,8 +69,8 @@ def test_the_all_recent_route_is_deployment_bitwise_after_given_frames_and_a_swi
     for _ in range(4):
         recent = most_recent(one, routed.history)
         pages = [routed.history.page_ids(recent[:-3])]
-        expected = advance(one, [plain], texts(), tape_of())
-        found = advance(one, [routed], texts(), tape_of(), routes=pages, recent=3)
+        expected = advance(one, [plain])
+        found = advance(one, [routed], routes=pages, recent=3)
         assert torch.equal(expected.velocities_RSFCHW, found.velocities_RSFCHW)
     for stream in (plain, routed):
         stream.history.release()
@@ -88,10 +88,10 @@ def test_a_branch_sees_sink_bank_routes_and_recent_frames(history, monkeypatch):
         return context
 
     rollout = grow_roots(one, [NEW_PROMPT], FORK, texts(), tape_of(), EXPLORATION)
-    root = rollout.groups[0].root.history
+    root = rollout.roots[0].history
     route = [RoutedFrame(0, frame) for frame in (4, 7, 13)]
     monkeypatch.setattr(engine_stream, "routed_context", recording)
-    run_members(one, rollout, [(0, [route] * 2), (0, None)], texts(), tape_of())
+    run_members(one, rollout, [(0, [route] * 2), Member(0)])
     sink = range(one.deployment.sink)
     if one.deployment.sink and not one.deployment.keep_sink_at_switch:
         sink = range(FORK - 12, FORK - 9)
@@ -162,7 +162,7 @@ def test_the_replay_sees_the_new_prompt_after_a_switch_at_the_fork(history):
     assert residuals(one, [anchor], old_text)[:, 0].min() > 1e-4
 
     stale = grow_roots(one, [prompt(0, 30)], FORK, texts(), tape_of(), EXPLORATION)
-    root = stale.groups[0].root
+    root = stale.roots[0]
     root.prompt, root.segment = NEW_PROMPT, 1
     forgetful = replace(anchor, group=replace(group, root=root))
     assert residuals(one, [forgetful], texts())[:, 0].min() > 1e-7

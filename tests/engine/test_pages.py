@@ -52,7 +52,7 @@ def explore_and_replay(one, exploration, prompts, *, replayed):
         members = [Member(group, n) for group in rollout.groups for n in range(exploration.branches + 1)]
         size = replayed or len(members)
         for at in range(0, len(members), size):
-            with replay_context(one, members[at : at + size], texts(dtype), tape_of(dtype)):
+            with replay_context(one, members[at : at + size]):
                 pass
     for rollout in found:
         rollout.release()

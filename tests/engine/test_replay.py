@@ -24,7 +24,7 @@ def by_hand(one, group, index):
         commit_banks(one, [stream], text)
         context = deployment_context(one.deployment, [stream.history])
         for step, sigma in enumerate(one.sigmas):
-            state = group.states_MPSFCHW[index, block, step][None]
+            state = group.trajectories.states_MPSFCHW[index, block, step][None]
             found.append(one.velocity(state, torch.tensor([sigma]), text, context)[0])
         clean = group.clean_MTCHW[index, 3 * block : 3 * block + 3][None]
         stream.history.append(stream.history.cache.write(*one.encode(clean, text, context))[0])
@@ -47,7 +47,7 @@ def test_a_replay_sees_each_members_own_blocks(history):
     assert len(kinds) == (3 if unlimited or one.deployment.bank_size else 1)
     for groups in kinds.values():
         members = [Member(group, index) for group in groups for index in range(4)]
-        with torch.no_grad(), replay_context(one, members, texts(), tape_of()) as replay:
+        with torch.no_grad(), replay_context(one, members) as replay:
             found = replay_velocities(one, members, replay, len(one.sigmas))
         for member, velocities in zip(members, found, strict=True):
             with torch.no_grad():

@@ -41,7 +41,7 @@ def members_of(one, prompts, members, exploration=EXPLORATION, fork=FORK, **opti
     """Clean latents of hand-made members, and the rollout (released)."""
     dtype = one.page_dtype
     rollout = grow_roots(one, prompts, fork, texts(dtype), tape_of(dtype), exploration)
-    found = run_members(one, rollout, members, texts(dtype), tape_of(dtype), **options)
+    found = run_members(one, rollout, members, **options)
     rollout.release()
     assert rollout.cache.pages_in_use == 0
     return found
@@ -63,8 +63,8 @@ def test_the_all_recent_route_is_deployment_bitwise(dtype, deployment, recent):
         start = plain[0].start
         first = one.deployment.sink if past is None else max(one.deployment.sink, start - past)
         pages = [stream.history.page_ids(range(first, start - recent)) for stream in routed]
-        expected = advance(one, plain, texts(dtype), tape_of(dtype))
-        found = advance(one, routed, texts(dtype), tape_of(dtype), routes=pages, recent=recent)
+        expected = advance(one, plain)
+        found = advance(one, routed, routes=pages, recent=recent)
         assert torch.equal(expected.velocities_RSFCHW, found.velocities_RSFCHW)
         assert torch.equal(expected.clean_RFCHW, found.clean_RFCHW)
 
@@ -72,7 +72,7 @@ def test_the_all_recent_route_is_deployment_bitwise(dtype, deployment, recent):
 def test_the_all_recent_route_of_a_rollout_is_its_anchor_bitwise():
     one = generator(torch.float32)
     recent = [route(*range(12, 15)), route(*range(15, 18))]
-    states, velocities, clean = members_of(one, [prompt(0)], [(0, recent), (0, None), (0, recent)])
+    states, velocities, clean = members_of(one, [prompt(0)], [(0, recent), Member(0), (0, recent)])
     assert torch.equal(clean[0], clean[1]) and torch.equal(clean[0], clean[2])
     assert torch.equal(states[0], states[1]) and torch.equal(velocities[0], velocities[1])
 
@@ -98,7 +98,7 @@ def test_branches_do_not_depend_on_their_batch(deployment):
         assert a.routes == b.routes == c.routes
         assert (a.clean_MTCHW - b.clean_MTCHW).abs().max() <= 1e-5
         assert (a.clean_MTCHW - c.clean_MTCHW).abs().max() <= 1e-5
-        assert (a.velocities_MPSFCHW - b.velocities_MPSFCHW).abs().max() <= 1e-5
+        assert (a.trajectories.velocities_MPSFCHW - b.trajectories.velocities_MPSFCHW).abs().max() <= 1e-5
         assert (a.clean_MTCHW[:-1] - a.clean_MTCHW[-1]).abs().flatten(1).amax(1).min() > 1e-2
     for rollout in (together, alone, pairs):
         rollout.release()
@@ -110,12 +110,12 @@ def test_members_share_their_noise_and_keep_what_the_solver_visited():
     rollout = collected(one, [prompt(0)])
     (group,) = rollout.groups
     assert group.branches == 3 and group.blocks == 2 and group.window_frames == 6
-    assert group.states_MPSFCHW.shape[:4] == (4, 2, 3, 3) and group.clean_MTCHW.shape[:2] == (4, 9)
+    assert group.trajectories.states_MPSFCHW.shape[:4] == (4, 2, 3, 3) and group.clean_MTCHW.shape[:2] == (4, 9)
     for block in range(2):
         initial = tape_of()(0, FORK // 3 + block, "initial")
-        assert all(torch.equal(state, initial) for state in group.states_MPSFCHW[:, block, 0])
+        assert all(torch.equal(state, initial) for state in group.trajectories.states_MPSFCHW[:, block, 0])
     last = one.sigmas[-1]
-    clean = group.states_MPSFCHW[:, :, -1] - last * group.velocities_MPSFCHW[:, :, -1]
+    clean = group.trajectories.states_MPSFCHW[:, :, -1] - last * group.trajectories.velocities_MPSFCHW[:, :, -1]
     assert torch.allclose(clean.flatten(1, 2), group.clean_MTCHW[:, :6], atol=1e-12)
     rollout.release()
 
@@ -130,8 +130,8 @@ def test_a_fork_copies_no_page_and_everything_comes_back():
         stream.history.release()
     keys = rollout.cache.keys_LQTND.clone()
     held = [page for group in rollout.groups for page in group.root.history.pages.values()]
-    members = [(0, [route(4, 5, 6)] * 2), (1, None)]
-    run_members(one, rollout, members, texts(), tape_of())
+    members = [(0, [route(4, 5, 6)] * 2), Member(1)]
+    run_members(one, rollout, members)
     assert rollout.cache.pages_in_use == before
     assert torch.equal(keys[:, held], rollout.cache.keys_LQTND[:, held])
     rollout.release()
@@ -145,7 +145,7 @@ def test_a_switch_at_the_fork_is_acted_on_before_the_branches_start(deployment):
     exploration = replace(EXPLORATION, blocks=1, tail_blocks=2)
     past = one.deployment.local_past
     recent = route(*range(one.deployment.sink if past is None else FORK - past, FORK - 3))
-    members = [(0, [recent]), (0, [route(4, 6, 7)]), (0, None)]
+    members = [(0, [recent]), (0, [route(4, 6, 7)]), Member(0)]
     _, _, new = members_of(one, [prompt(0, 30, (FORK,))], members, exploration)
     _, _, old = members_of(one, [prompt(0, 30)], members, exploration)
     expected = stream_latents(one, [prompt(0, 30, (FORK,))], texts(), tape_of())[0, FORK:27]
@@ -155,9 +155,9 @@ def test_a_switch_at_the_fork_is_acted_on_before_the_branches_start(deployment):
 
     # Were history left as it was, and only the text new, the branches would differ from this.
     rollout = grow_roots(one, [prompt(0, 30)], FORK, texts(), tape_of(), exploration)
-    root = rollout.groups[0].root
+    root = rollout.roots[0]
     root.prompt, root.segment = prompt(0, 30, (FORK,)), 1
-    _, _, stale = run_members(one, rollout, members, texts(), tape_of())
+    _, _, stale = run_members(one, rollout, members)
     assert (new - stale)[:, :3].abs().flatten(1).amax(1).min() > 1e-3
 
 
@@ -168,7 +168,7 @@ def test_routed_frames_before_the_window_keep_their_prompt_unless_the_pool_is_re
     pages = {}
     for name, switches in (("old", ()), ("new", (36,))):
         rollout = grow_roots(one, [prompt(0, 60, switches)], 36, texts(), tape_of(), exploration)
-        history = rollout.groups[0].root.history
+        history = rollout.roots[0].history
         pages[name] = {f: rollout.cache.keys_LQTND[:, page].clone() for f, page in history.pages.items()}
     assert sorted(pages["new"]) == [0, 1, 2, *range(6, 36)]
     rewritten = [f for f in pages["new"] if not torch.equal(pages["old"][f], pages["new"][f])]
@@ -225,7 +225,7 @@ def test_donor_routes_bring_another_videos_history():
             assert {r.group for r in slots} - {index} and len({r for r in slots if r.group != index}) == 1
     # The donor's frames matter, and matter only where they are routed.
     donors = (prompt(1, 30), replace(prompt(2, 30), segments=("a green ring",)))
-    members = [(0, [route(4, 5) + route(6, group=1)] * 2), (0, None)]
+    members = [(0, [route(4, 5) + route(6, group=1)] * 2), Member(0)]
     one_donor, other = (members_of(one, [prompt(0), donor], members)[2] for donor in donors)
     assert (one_donor[0] - other[0]).abs().max() > 1e-2
     assert (one_donor[1] - other[1]).abs().max() <= 1e-12
@@ -248,13 +248,13 @@ def test_a_routed_frame_that_is_not_resident_is_an_error_and_leaks_nothing():
     rollout = grow_roots(one, [prompt(0, 60)], 36, texts(), tape_of(), exploration)
     before = rollout.cache.pages_in_use
     with pytest.raises(KeyError):
-        run_members(one, rollout, [(0, [route(12, 30, 31)] * 2)], texts(), tape_of())
+        run_members(one, rollout, [(0, [route(12, 30, 31)] * 2)])
     assert rollout.cache.pages_in_use == before
 
 
 def test_rows_may_ask_for_their_own_noise():
     one = generator()
-    _, _, clean = members_of(one, [prompt(0)], [(0, None)] * 3, videos=[0, 0, 9])
+    _, _, clean = members_of(one, [prompt(0)], [Member(0)] * 3, videos=[0, 0, 9])
     assert torch.equal(clean[0], clean[1])
     assert (clean[0] - clean[2]).abs().max() > 0.1
 
@@ -295,7 +295,7 @@ def test_the_pages_set_aside_suffice(rows, blocks, name):
     ]
     rollout = collected(one, prompts, exploration)
     members = [Member(group, n) for group in rollout.groups for n in range(6)]
-    with torch.no_grad(), replay_context(one, members, texts(one.page_dtype), tape_of(one.page_dtype)):
+    with torch.no_grad(), replay_context(one, members):
         assert rollout.cache.pages_in_use <= rollout.cache.num_pages
     rollout.release()
     assert rollout.cache.pages_in_use == 0
@@ -358,9 +358,9 @@ def test_groups_may_fork_at_different_frames(deployment, rows):
     for group, own, fork in zip(together.groups, prompts, forks, strict=True):
         alone = grow_roots(one, [own], fork.frame, texts(), tape_of(), fork.exploration)
         members = [(0, [[RoutedFrame(0, r.frame) for r in block] for block in b]) for b in group.routes]
-        states, velocities, clean = run_members(one, alone, [*members, (0, None)], texts(), tape_of())
-        assert (group.states_MPSFCHW - states).abs().max() <= 1e-10
-        assert (group.velocities_MPSFCHW - velocities).abs().max() <= 1e-10
+        states, velocities, clean = run_members(one, alone, [*members, Member(0)])
+        assert (group.trajectories.states_MPSFCHW - states).abs().max() <= 1e-10
+        assert (group.trajectories.velocities_MPSFCHW - velocities).abs().max() <= 1e-10
         assert group.clean_MTCHW.shape == clean.shape and (group.clean_MTCHW - clean).abs().max() <= 1e-10
         alone.release()
     together.release()
@@ -407,7 +407,7 @@ def test_a_reencoded_pool_is_what_encoding_it_block_by_block_gives(resident, sin
         grow_roots(one, [prompt(0, 60, switches)], 36, texts(), tape_of(), exploration)
         for switches in ((), (36,))
     )
-    root = old.groups[0].root
+    root = old.roots[0]
     latents, pages, cache = torch.cat(root.latents), dict(root.history.pages), old.cache
     oldest = min(frame for frame in pages if frame >= sink)
     text = TextRows(texts()[SEGMENTS[1]][None], torch.tensor([0]))
@@ -417,7 +417,7 @@ def test_a_reencoded_pool_is_what_encoding_it_block_by_block_gives(resident, sin
         context = PageContext(cache, torch.tensor([[pages[frame] for frame in seen]]), torch.tensor([start]))
         (written,) = cache.write(*one.encode(latents[None, start : start + 3], text, context))
         pages |= zip(range(start, start + 3), written, strict=True)
-    found = new.groups[0].root.history.pages
+    found = new.roots[0].history.pages
     assert sorted(found) == sorted(root.history.pages)
     for frame in range(oldest, 24):
         for stored, expected in (
@@ -436,6 +436,6 @@ def test_the_pool_is_reencoded_at_every_switch_up_to_the_fork(pool, unchanged):
         grow_roots(one, [prompt(0, 60, switches)], 36, texts(), tape_of(), exploration)
         for switches in ((), (30,))
     )
-    was, now = (one.groups[0].root.history.pages for one in (old, new))
+    was, now = (one.roots[0].history.pages for one in (old, new))
     same = [f for f in was if torch.equal(old.cache.keys_LQTND[:, was[f]], new.cache.keys_LQTND[:, now[f]])]
     assert same == [0, 1, 2, *unchanged]

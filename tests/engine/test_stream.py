@@ -109,7 +109,7 @@ def test_reencoded_pages_are_those_of_one_clean_call_under_the_new_prompt():
     one = generator()
     plain, switched = (grown(one, 18, prompts=[prompt(0, 30, switches)])[0] for switches in ((), (18,)))
     before = dict(switched.history.pages)
-    advance(one, [switched], texts(), tape_of())
+    advance(one, [switched])
     changed = [frame for frame in range(18) if switched.history.pages[frame] != before[frame]]
     assert changed == list(range(6, 18))
     for frame in range(18):
@@ -125,19 +125,19 @@ def test_given_frames_are_continued_as_if_they_had_been_generated(deployment):
     one = generator(**deployment)
     whole = stream_latents(one, [prompt(0, 27)], texts(), tape_of())
     cache = one.new_cache(200)
-    stream = open_stream(one, cache, prompt(0, 27))
+    stream = open_stream(one, cache, prompt(0, 27), texts(), tape_of())
     with torch.no_grad():
-        give_frames(one, [stream], whole[:, :15], texts())
+        give_frames(one, [stream], whole[:, :15])
     while stream.start < 27:
-        advance(one, [stream], texts(), tape_of())
+        advance(one, [stream])
     assert (torch.cat(stream.latents) - whole[0]).abs().max() <= 1e-12
 
 
 def test_given_frames_must_fill_blocks():
     one = generator()
-    stream = open_stream(one, one.new_cache(9), prompt())
+    stream = open_stream(one, one.new_cache(9), prompt(), texts(), tape_of())
     with pytest.raises(ValueError, match="7 given latent frames do not fill blocks of 3"):
-        give_frames(one, [stream], torch.zeros(1, 7, *FRAME, dtype=torch.float64), texts())
+        give_frames(one, [stream], torch.zeros(1, 7, *FRAME, dtype=torch.float64))
 
 
 def test_videos_generated_together_have_one_length():

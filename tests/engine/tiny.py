@@ -10,6 +10,7 @@ from kvpo.config import ExplorationConfig
 from kvpo.engine.generator import PageShape, StreamingGenerator
 from kvpo.engine.noise import keyed_generator
 from kvpo.engine.stream import Stream, advance, open_stream
+from kvpo.method.flow import STEPS
 from kvpo.models.causal_wan import CausalWan, WanShape
 from kvpo.models.deployment import Deployment
 from kvpo.prompts import VideoPrompt
@@ -52,7 +53,7 @@ def generator(
         transformer=sensitive_model(dtype, relative_positions),
         deployment=Deployment(block=3, window=window, sink=sink, **deployment),
         sigmas=(1.0, 0.9375, 0.625),
-        renoise=renoise,
+        step=STEPS["renoise" if renoise else "ode"],
         latent_shape=FRAME,
         pages=PageShape(SHAPE.num_layers, SHAPE.tokens_per_frame, SHAPE.num_heads, SHAPE.head_dim),
         context_noise=context_noise,
@@ -91,7 +92,7 @@ def grown(
     """Streams of ``num_frames`` frames that keep all of their pages."""
     dtype = generator.page_dtype
     cache = generator.new_cache(pages)
-    streams = [open_stream(generator, cache, one) for one in prompts]
+    streams = [open_stream(generator, cache, one, texts(dtype), tape_of(dtype)) for one in prompts]
     for _ in range(num_frames // 3):
-        advance(generator, streams, texts(dtype), tape_of(dtype))
+        advance(generator, streams)
     return streams

@@ -130,9 +130,9 @@ def run_routing(meta: dict, data: dict[str, Tensor], model: CausalWan) -> list[T
         )
         rollout = grow_roots(generator, [prompt], fork, texts, tape, exploration)
         members = [(0, [[RoutedFrame(0, frame) for frame in used]] * blocks) for used in meta["used_frames"]]
-        members.append((0, None))
+        members.append(Member(0))
         _, _, clean = run_members(generator, rollout, members, texts, tape)
-    before = torch.cat(rollout.groups[0].root.latents)
+    before = torch.cat(rollout.roots[0].latents)
     rollout.release()
     assert rollout.cache.pages_in_use == 0
     return [torch.cat([before, own]) for own in clean]

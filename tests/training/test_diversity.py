@@ -112,6 +112,6 @@ def test_branches_without_noise_of_their_own_are_the_anchor(tiny_base: Path) -> 
         clean = loud.clean_MTCHW
         assert len(clean) == 3
         assert all(float((clean[a] - clean[b]).abs().max()) > 1e-3 for a, b in ((0, 1), (0, 2), (1, 2)))
-        states = one.states_MPSFCHW
-        assert states.shape == other.states_MPSFCHW.shape == one.velocities_MPSFCHW.shape
+        states = one.trajectories.states_MPSFCHW
+        assert states.shape == other.trajectories.states_MPSFCHW.shape == one.trajectories.velocities_MPSFCHW.shape
     assert not torch.equal(routed[0].clean_MTCHW[-1], routed[1].clean_MTCHW[-1])

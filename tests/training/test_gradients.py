@@ -194,9 +194,9 @@ def direct_energies(explored: Explored, replayer: Replayer) -> tuple[list[Tensor
         members = [Member(group, index) for index in range(group.branches + 1)]
         with replay_context(replayer.generator, members, replayer.texts, replayer.tape) as replay:
             velocity = replay_velocities(replayer.generator, members, replay, steps)
-        own = group.velocities_MPSFCHW[:-1, :, :steps]
+        own = group.trajectories.velocities_MPSFCHW[:-1, :, :steps]
         energy = (own - velocity[:-1]).square().flatten(3).mean(-1).sum((1, 2))
-        states = group.states_MPSFCHW[-1, :, :steps]
+        states = group.trajectories.states_MPSFCHW[-1, :, :steps]
         clean = group.clean_MTCHW[:-1, : group.window_frames].unflatten(1, (group.blocks, -1))[:, :, None]
         # The straight line from the anchor's state at level sigma to a branch's clean latents.
         target = (states - clean) / sigma
@@ -264,8 +264,8 @@ def test_only_selected_branches_are_trained_on(lora: Explored) -> None:
     smaller = replace(
         item.group,
         routes=tuple(item.group.routes[n] for n in (0, 2)),
-        states_MPSFCHW=item.group.states_MPSFCHW[keep],
-        velocities_MPSFCHW=item.group.velocities_MPSFCHW[keep],
+        states_MPSFCHW=item.group.trajectories.states_MPSFCHW[keep],
+        velocities_MPSFCHW=item.group.trajectories.velocities_MPSFCHW[keep],
         clean_MTCHW=item.group.clean_MTCHW[keep],
     )
     alone = replace(lora, trained=[Trained(smaller, replace(chosen, branches=(0, 1)))])
