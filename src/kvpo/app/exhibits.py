@@ -254,7 +254,7 @@ def _group_entry(
         anchor = n == group.branches
         name = "anchor" if anchor else f"branch {n + 1}"
         videos[f"{key}-{n}"] = as_bytes(pixels[n])
-        routes = () if anchor else group.routes[n][0]
+        routes = () if anchor else (group.routes[n] or ((),))[0]
         members.append(
             {
                 "name": name,
