@@ -24,7 +24,7 @@ from kvpo.app.noise_files import with_measured_floors
 from kvpo.app.presets import PRESETS
 from kvpo.config import Config
 from kvpo.config_checks import ConfigurationError, check
-from kvpo.files import local_path, read_text
+from kvpo.files import local_path, read_text, refuse_halves
 
 PLACES = (
     "device",
@@ -145,7 +145,12 @@ def demand_same_run(saved: Path, before: Config, after: Config, changeable: Sequ
 def read_file(path: Path) -> dict[str, Any]:
     """The settings in a YAML file by dotted path, not yet converted. Raises ConfigurationError."""
     try:
-        values = yaml.load(read_text(path), Loader=_StrictLoader)
+        text = read_text(path)
+    except ValueError as error:
+        raise ConfigurationError(f"cannot read configuration file {error}") from error
+    try:
+        values = yaml.load(text, Loader=_StrictLoader)
+        refuse_halves(values)
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         raise ConfigurationError(f"configuration file {path}, line {line}: {error.problem}") from error
@@ -155,8 +160,8 @@ def read_file(path: Path) -> dict[str, Any]:
         ) from error
     except RecursionError as error:
         raise ConfigurationError(f"configuration file {path}: nested too deeply") from error
-    except ValueError as error:  # of the file, or of a date or number that is none
-        raise ConfigurationError(f"cannot read configuration file {error}") from error
+    except (TypeError, ValueError) as error:  # a date or number that is none, lists that hold themselves
+        raise ConfigurationError(f"configuration file {path}: {error}") from error
     if not isinstance(values, dict | NoneType):
         raise ConfigurationError(
             f"configuration file {path} must hold sections and fields, got {_shown(values)}"

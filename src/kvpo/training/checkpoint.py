@@ -207,6 +207,8 @@ def _read_record(path: Path) -> dict[str, Any]:
     missing = [key for key in expected if not isinstance(record, dict) or key not in record]
     if missing:
         raise CheckpointError(f"checkpoint {path} is damaged: {STATE} lacks {', '.join(missing)}")
+    if not isinstance(record["architecture"], dict) or not isinstance(record["state"], dict):
+        raise CheckpointError(f"checkpoint {path} is damaged: architecture and state must be JSON objects")
     if record.pop("record_sha256") != _record_sha256(record):
         raise CheckpointError(f"checkpoint {path} was changed after it was saved: {STATE} fails its SHA-256")
     return record
