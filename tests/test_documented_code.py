@@ -105,7 +105,7 @@ def test_every_command_is_one_that_the_parser_takes(
 
 def test_the_parser_refuses_what_is_not_documented(parsed: list[str]) -> None:
     assert cli.main(words_of("kvpo align --out x --optim.lrr 3")) == 2
-    assert not parsed and len(COMMAND_LINES) > 25 and len(WORLD) >= 8 and len(PUBLIC) == 7
+    assert not parsed and len(COMMAND_LINES) > 25 and len(WORLD) > 7 and len(PUBLIC) > 6
 
 
 def run_all(lines: list[str], flags: list[str], capsys: Any) -> None:
