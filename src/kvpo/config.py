@@ -200,7 +200,7 @@ class OptimConfig:
     grad_clip: float = 1.0
     """Gradient norm is clipped to this."""
     ema_decay: float = 0.9
-    """Decay of the moving average of the trained parameters; evaluation and export use the average."""
+    """Decay of the moving average of the trained parameters; after n updates at most (1 + n) / (10 + n)."""
     updates: int = 40
     """Optimiser updates."""
     prompts_per_update: int = 8
@@ -229,6 +229,9 @@ class EvaluationConfig:
     """Short and long prompts each, for choosing the best checkpoint."""
     test_prompts: int = 128
     """Short and long prompts each, used once, for summary.json."""
+    weights: Literal["average", "raw"] = "average"
+    """Trained weights that are validated, tested, generated with and exported: their moving average, which
+    smooths the noise of single updates, or the raw ones of the last update."""
     diversity_prompts: int = 16
     """Forks on which branch diversity is measured."""
     held_out: tuple[str, ...] = ()

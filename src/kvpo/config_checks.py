@@ -240,7 +240,7 @@ def _optim(optim: OptimConfig) -> None:
     _require(
         optim.train == "full" or bool(optim.lora_targets), "optim.lora_targets", "none", "at least one module"
     )
-    _require(optim.lr > 0, "optim.lr", optim.lr, "positive")
+    _require(0 < optim.lr < 1e30, "optim.lr", optim.lr, "positive and below 1e30")
     _require(optim.grad_clip > 0, "optim.grad_clip", optim.grad_clip, "positive")
     _require(all(0 <= beta < 1 for beta in optim.betas), "optim.betas", list(optim.betas), "in [0, 1)")
     _require(0 <= optim.ema_decay < 1, "optim.ema_decay", optim.ema_decay, "in [0, 1)")

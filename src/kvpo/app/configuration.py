@@ -114,8 +114,10 @@ def resolve_resumed(saved: Path, preset: str | None, file: Path | None, flags: M
     return after
 
 
-def resolve_run(run: Path, places: Mapping[str, Any] | None = None) -> Config:
+def resolve_run(run: Path, places: Mapping[str, Any] | None = None, weights: str | None = None) -> Config:
     """The configuration of the run in ``run``, whose files now lie at ``places`` (dotted path -> value).
+
+    ``weights`` is what to take instead of its ``evaluation.weights``.
 
     Raises ConfigurationError for a setting that is not in PLACES_OF_A_RUN.
     """
@@ -124,7 +126,7 @@ def resolve_run(run: Path, places: Mapping[str, Any] | None = None) -> Config:
     after = assign(before, places or {})
     check(after)
     demand_same_run(saved, before, after, PLACES_OF_A_RUN)
-    return after
+    return after if weights is None else assign(after, {"evaluation.weights": weights})
 
 
 def demand_same_run(saved: Path, before: Config, after: Config, changeable: Sequence[str]) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from kvpo.config import ExplorationConfig
 from kvpo.engine.forks import plan_forks
+from kvpo.engine.generator import pixels_of
 from kvpo.engine.noise import keyed_generator
 from kvpo.engine.rollout import Group, RoutedFrame
 from kvpo.engine.scoring import decode_members, score_group
@@ -103,7 +104,7 @@ def write_gallery(run: Run, results: dict[str, tuple[HeldOut, HeldOut]], directo
         texts, tape = setup.texts(chosen), setup.evaluation_tape()
         with run.trainer.policy.reference():
             before = _pixels(setup, chosen, texts, tape)
-        with exchanged(run.trainer.policy.parameters, run.trainer.average.values):
+        with exchanged(run.trainer.policy.parameters, run.trainer.aligned):
             after = _pixels(setup, chosen, texts, tape)
         for place, n in enumerate(picks):
             key = f"{name}-{n}"
@@ -132,7 +133,7 @@ def write_gallery(run: Run, results: dict[str, tuple[HeldOut, HeldOut]], directo
 
 def _pixels(setup: Setup, prompts: Sequence[VideoPrompt], texts: Any, tape: Any) -> Tensor:
     with torch.no_grad():
-        return setup.judges.codec.decode(stream_latents(setup.generator, prompts, texts, tape))
+        return pixels_of(setup.judges.codec, stream_latents(setup.generator, prompts, texts, tape))
 
 
 def write_branches(run: Run, directory: Path) -> None:

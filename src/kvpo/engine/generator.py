@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kvpo.models.cache import FrameCache
 from kvpo.models.deployment import Deployment
+from kvpo.models.finite import NonFiniteError, first_non_finite_layer, magnitudes, require_finite
 
 
 class Transformer(Protocol):
@@ -50,6 +51,19 @@ class Codec(Protocol):
         are not part of the result. None: the rows are whole videos.
         """
         ...
+
+
+def pixels_of(codec: Codec, latents_BTCHW: Tensor, before_TCHW: Tensor | None = None) -> Tensor:
+    """What ``codec.decode`` makes of latents, without gradients, in front of anything that looks at pixels.
+
+    Raises NonFiniteError where a pixel is not finite.
+    """
+    with torch.no_grad():
+        given = (latents_BTCHW,) if before_TCHW is None else (latents_BTCHW, before_TCHW)
+        pixels_BTCHW = codec.decode(*given)
+    named = {f"the pixels of video {row + 1} of {len(pixels_BTCHW)}": p for row, p in enumerate(pixels_BTCHW)}
+    require_finite(named, "decoding", "the latents are finite: check the weights and precision of the VAE")
+    return pixels_BTCHW
 
 
 def pixel_frame(latent_frame: int, frames_per_latent: int) -> int:
@@ -144,6 +158,36 @@ class StreamingGenerator:
             return self.transformer(
                 clean_RFCHW, zero, text.embeddings_ULD, context, text_rows=text.rows_R, encode=True
             )
+
+    def require_finite_block(
+        self,
+        place: str,
+        states_RSFCHW: Tensor,
+        velocities_RSFCHW: Tensor,
+        clean_RFCHW: Tensor,
+        text: TextRows,
+        context: Any,
+    ) -> None:
+        """Stop before a block that is not finite is seen, stored or decoded: one reduction of its latents.
+
+        NaN and infinity stay in a state until the last solver step, so the clean latents show them all. Only
+        then are the step and the first layer looked for. Raises NonFiniteError.
+        """
+        if bool(magnitudes([clean_RFCHW]).isfinite()):
+            return
+        steps = magnitudes(velocities_RSFCHW.unbind(1)).isfinite().tolist()
+        step = steps.index(False) if False in steps else len(steps) - 1
+        layer = None
+        if isinstance(self.transformer, nn.Module):
+            level = torch.full((len(clean_RFCHW),), self.sigmas[step], device=clean_RFCHW.device)
+            layer = first_non_finite_layer(
+                self.transformer, lambda: self.velocity(states_RSFCHW[:, step], level, text, context)
+            )
+        raise NonFiniteError(
+            f"{place}: the latents are not finite from solver step {step + 1} of {len(steps)} on"
+            + (f", first behind layer {layer}" if layer else "")
+            + "; check the weights, the adapter and the prompt embeddings, or try --optim.autocast none"
+        )
 
     def _precision(self) -> Any:
         if self.autocast is None:

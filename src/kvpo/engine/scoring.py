@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from kvpo.engine.generator import Codec, pixel_frame
+from kvpo.engine.generator import Codec, pixel_frame, pixels_of
 from kvpo.engine.rollout import Group
 from kvpo.prompts import ClipPrompt, VideoPrompt
 from kvpo.rewards.protocol import Scorer, begun, checked
@@ -200,5 +200,4 @@ def decode_members(group: Group, codec: Codec, *, lead: int, block: int) -> Tens
     first = group.fork - lead
     if lead:
         latents = torch.cat([past[first:].expand(len(latents), lead, *past.shape[1:]), latents], 1)
-    with torch.no_grad():
-        return codec.decode(latents, past[:first] if first else None)
+    return pixels_of(codec, latents, past[:first] if first else None)

@@ -34,7 +34,7 @@ class ObjectiveDiagnostics:
     ratio_max: float
     """Largest pi_theta / pi_old."""
     ratio_deviation: float
-    """Largest |pi_theta / pi_old - 1|; exactly 0 in the first inner epoch."""
+    """Largest |pi_theta / pi_old - 1|; 0 by construction in the first inner epoch on a fresh rollout."""
     clip_fraction: float
     """Share of branches whose ratio lies outside the clip range."""
     advantage_mean: float

@@ -1,38 +1,99 @@
-"""Exactness checks of a run, measured on its own generator before anything is trained."""
+"""Exactness checks of a run, measured on its own generator with the weights that it has then."""
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import product
 
 import torch
+from torch import Tensor
 
-from kvpo.config import ExplorationConfig
+from kvpo.config import Config, ExplorationConfig
 from kvpo.engine.forks import plan_forks
-from kvpo.engine.replay import Member, branch_residuals, replay_context, replay_velocities
-from kvpo.engine.rollout import RoutedFrame, grow_roots, run_members
+from kvpo.engine.noise import Tape
+from kvpo.engine.replay import (
+    Member,
+    branch_residuals,
+    replay_context,
+    replay_velocities,
+    window_part,
+)
+from kvpo.engine.rollout import Group, RoutedFrame, collect, grow_roots, run_members
+from kvpo.engine.stream import TextTable, append_block, commit_banks, text_of
+from kvpo.method.energy import velocity_residual
 from kvpo.method.objective import policy_ratio
 from kvpo.method.policy import branch_log_probs
+from kvpo.models.deployment import deployment_context
 from kvpo.prompts import VideoPrompt
 from kvpo.training.credit import no_credit
 from kvpo.training.gradients import Trained, energies_of, temperature_of
 from kvpo.training.setup import Setup
 from kvpo.training.trainer import Trainer
 
+RATIO_TOLERANCE = {"none": 1e-4, "bfloat16": 0.05}
+"""By autocast: some thirty times what float32 shows on a CPU (4e-6)."""
+
+
+def streamed_energies(setup: Setup, group: Group, texts: TextTable, tape: Tape) -> Tensor:
+    """Energies ``[G]`` of a group's branches over all solver steps, with one row, block and step at a time.
+
+    Each branch is a stream of its own that is given the branch's stored latents, as deployment would be:
+    nothing of the replay's batching is used.
+    """
+    generator, energies = setup.generator, []
+    for branch in range(group.branches):
+        stream = group.root.fork()
+        text = text_of([stream], texts)
+        clean_PFCHW = group.clean_MTCHW[branch, : group.window_frames].unflatten(0, (group.blocks, -1))
+        terms = []
+        for block, clean_FCHW in enumerate(clean_PFCHW):
+            commit_banks(generator, [stream], text)
+            context = deployment_context(generator.deployment, [stream.history])
+            for step, sigma in enumerate(generator.sigmas):
+                state_FCHW = group.states_MPSFCHW[branch, block, step]
+                level = torch.tensor([sigma], device=state_FCHW.device)
+                velocity = generator.velocity(state_FCHW[None], level, text, context)[0]
+                terms.append(velocity_residual(group.velocities_MPSFCHW[branch, block, step], velocity))
+            if block + 1 < group.blocks:
+                noise = None
+                if generator.context_noise:
+                    at = stream.start // generator.block
+                    noise = tape(stream.prompt.id, at, "context")[None].to(clean_FCHW)
+                append_block(generator, [stream], clean_FCHW[None], text, context, noise)
+        stream.history.release()
+        energies.append(torch.stack(terms).sum())
+    return torch.stack(energies)
+
 
 def first_ratio_max_deviation(trainer: Trainer) -> float:
-    """Largest |pi_theta / pi_old - 1| at theta = theta_old from two independent replays of one rollout.
+    """Largest |pi_theta / pi_old - 1| at theta = theta_old: 0 but for rounding (``ratio_tolerance``).
 
-    All branches take part, whatever their rewards: what is checked is the replay.
+    One probability comes from the replay in training's batches, the other from ``streamed_energies``, both
+    against the velocities that the rollout stored, over all solver steps. The branches of the first two
+    groups of a rollout take part, whatever their rewards.
     """
-    config = trainer.setup.config
-    rollout, _, texts = trainer.explore(0)
-    trained = [Trained(group, no_credit(group.branches)) for group in rollout.groups]
+    setup, config = trainer.setup, trainer.setup.config
+    planned = trainer.planned(0)
+    forks = [
+        replace(fork, exploration=replace(fork.exploration, tail_blocks=0)) for fork in planned.forks[:2]
+    ]
+    planned = replace(planned, prompts=planned.prompts[:2], forks=forks)
+    texts, tape = setup.texts(planned.prompts), setup.tape("training")
+    cache = trainer.new_cache([planned])
+    key = (config.seed, 0)
+    rollout = collect(setup.generator, planned.prompts, forks, texts, tape, key, cache=cache)
     replayer = trainer.replayer(texts)
-    old, again = energies_of(replayer, trained), energies_of(replayer, trained)
+    replayer = replace(
+        replayer,
+        config=replace(config.objective, grad_steps=len(setup.generator.sigmas), anchor_state_weight=0),
+    )
+    batched = energies_of(replayer, [Trained(group, no_credit(group.branches)) for group in rollout.groups])
     deviation = 0.0
-    for before, after in zip(old, again, strict=True):
-        temperature = temperature_of(before, config.objective)
-        ratio = policy_ratio(branch_log_probs(after, temperature), branch_log_probs(before, temperature))
-        deviation = max(deviation, float((ratio - 1).abs().max()))
+    with torch.no_grad():
+        for group, old in zip(rollout.groups, batched, strict=True):
+            temperature = temperature_of(old, config.objective)
+            streamed = streamed_energies(setup, group, texts, tape)
+            ratio = policy_ratio(branch_log_probs(streamed, temperature), branch_log_probs(old, temperature))
+            deviation = max(deviation, float((ratio - 1).abs().max()))
     rollout.release()
     return deviation
 
@@ -44,17 +105,24 @@ def shared_fork(setup: Setup, prompts: Sequence[VideoPrompt]) -> tuple[int, Expl
     return fork.frame, fork.exploration
 
 
-def anchor_energy_at_old(setup: Setup, prompts: Sequence[VideoPrompt]) -> float:
-    """Replay energy of anchors under the policy that made them, one solver step at a time: exactly 0.
+def ratio_tolerance(config: Config) -> float:
+    """What rounding may add to a first ratio where two batches sum in different orders."""
+    return RATIO_TOLERANCE[config.optim.autocast]
 
-    The replay's batch has the rows of the rollout's batch, so that both sum in the same order.
+
+def anchor_energy_at_old(setup: Setup, prompts: Sequence[VideoPrompt]) -> float:
+    """Largest residual of anchors against the policy that made them, at any solver step: exactly 0.
+
+    The replay's velocities are compared with those that the rollout stored, step by step in a batch with the
+    rows of the rollout's batch, so that both sum in the same order.
     """
+    generator = setup.generator
     fork, fitted = shared_fork(setup, prompts)
     texts, tape = setup.texts(prompts), setup.tape("checks")
     exploration = replace(fitted, tail_blocks=0, rows=0)
-    rollout = grow_roots(setup.generator, prompts, fork, texts, tape, exploration)
+    rollout = grow_roots(generator, prompts, fork, texts, tape, exploration)
     members = [(index, None) for index in range(len(prompts))]
-    states, velocities, clean = run_members(setup.generator, rollout, members, texts, tape)
+    states, velocities, clean = run_members(generator, rollout, members, texts, tape)
     groups = [
         replace(
             group,
@@ -66,18 +134,24 @@ def anchor_energy_at_old(setup: Setup, prompts: Sequence[VideoPrompt]) -> float:
     ]
     energy = 0.0
     rows = [Member(group, 0) for group in groups]
-    with torch.no_grad(), replay_context(setup.generator, rows, texts, tape) as replay:
-        for block, context in enumerate(replay.contexts):
-            only = [replace(group, states_MPSFCHW=group.states_MPSFCHW[:, block : block + 1],
-                            velocities_MPSFCHW=group.velocities_MPSFCHW[:, block : block + 1])
-                    for group in groups]  # fmt: skip
-            members_of_block = [Member(group, 0) for group in only]
-            velocity = replay_velocities(
-                setup.generator, members_of_block, replace(replay, contexts=(context,)), 1
-            )
-            energy = max(energy, float(branch_residuals(members_of_block, velocity).max()))
+    with torch.no_grad(), replay_context(generator, rows, texts, tape) as replay:
+        for block, step in product(range(exploration.blocks), range(len(generator.sigmas))):
+            here = [Member(_one_step(group, block, step), 0) for group in groups]
+            at_step = replace(generator, sigmas=generator.sigmas[step:])
+            velocity = replay_velocities(at_step, here, replay.of(range(block, block + 1)), 1)
+            energy = max(energy, float(branch_residuals(here, velocity).max()))
     rollout.release()
     return energy
+
+
+def _one_step(group: Group, block: int, step: int) -> Group:
+    """The group with one block and one solver step for its window."""
+    part = window_part(group, range(block, block + 1))
+    return replace(
+        part,
+        states_MPSFCHW=part.states_MPSFCHW[:, :, step : step + 1],
+        velocities_MPSFCHW=part.velocities_MPSFCHW[:, :, step : step + 1],
+    )
 
 
 def default_route_max_difference(setup: Setup, prompts: Sequence[VideoPrompt]) -> float:

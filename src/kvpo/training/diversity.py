@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from kvpo.config import ExplorationConfig
-from kvpo.engine.generator import StreamingGenerator
+from kvpo.engine.generator import StreamingGenerator, pixels_of
 from kvpo.engine.noise import Tape, keyed_generator, keyed_normal
 from kvpo.engine.rollout import Group, Rollout, RoutedFrame, draw_routes, grow_roots, pool_of, run_members
 from kvpo.engine.scoring import score_groups
@@ -132,8 +132,7 @@ class Explorer:
         scores = score_groups(groups, self.judges.codec, self.judges.scorer, block=self.generator.block)
         results = []
         for group, score in zip(groups, scores, strict=True):
-            with torch.no_grad():
-                pixels = self.judges.codec.decode(group.clean_MTCHW[:-1])
+            pixels = pixels_of(self.judges.codec, group.clean_MTCHW[:-1])
             window, after = pixels[:, : group.window_frames], pixels[:, group.window_frames :]
             # Without a tail the window is all there is to read.
             shown, confidence = self.observe(after if after.shape[1] else window)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kvpo.engine.generator import Codec, StreamingGenerator
+from kvpo.engine.generator import Codec, StreamingGenerator, pixels_of
 from kvpo.engine.noise import Tape
 from kvpo.engine.scoring import Scorer, score_clips, segment_clips
 from kvpo.engine.stream import TextTable, stream_latents
@@ -98,8 +98,7 @@ def evaluate(
     for at in range(0, len(prompts), rows):
         batch = prompts[at : at + rows]
         latents = stream_latents(generator, batch, texts, tape)
-        with torch.no_grad():
-            videos = judges.codec.decode(latents)
+        videos = pixels_of(judges.codec, latents)
         frames = judges.codec.frames_per_latent
         block = generator.block
         components.append(_segment_scores(judges.scorer, videos, batch, frames, block, lead=block))

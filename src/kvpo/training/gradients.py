@@ -30,6 +30,7 @@ from kvpo.engine.stream import TextTable
 from kvpo.method.diagnostics import ObjectiveDiagnostics
 from kvpo.method.objective import objective, velocity_kl
 from kvpo.method.policy import calibrated_temperature, log_probs, temperature_for_anchor_share
+from kvpo.models.finite import require_finite
 from kvpo.training.credit import Credit
 from kvpo.training.policy import Policy
 
@@ -173,10 +174,12 @@ def _replayed(
 
 
 def energies_of(replayer: Replayer, trained: Sequence[Trained]) -> list[Tensor]:
-    """Energies ``[G']`` of every group under the current policy, without gradients."""
+    """Energies ``[G']`` of every group under the current policy, without gradients. Raises NonFiniteError."""
     energies = []
     for batch in group_batches(replayer, trained):
-        energies += _sum_energies([part.energies for part in replay_without_gradients(replayer, batch)])
+        found = _sum_energies([part.energies for part in replay_without_gradients(replayer, batch)])
+        _require_finite_energies(batch, found)
+        energies += found
     return energies
 
 
@@ -191,6 +194,8 @@ def accumulate_gradients(
 
     Returns:
         diagnostics per group and the velocity KL to the starting policy, averaged over groups.
+
+    Raises NonFiniteError where an energy is not finite.
     """
     diagnostics: list[ObjectiveDiagnostics] = []
     drift, done = 0.0, 0
@@ -230,6 +235,12 @@ def _sum_energies(parts: Sequence[Sequence[Tensor]]) -> list[Tensor]:
     return [torch.stack(share).sum(0).detach() for share in zip(*parts, strict=True)]
 
 
+def _require_finite_energies(batch: Sequence[Trained], energies: Sequence[Tensor], policy: str = "") -> None:
+    named = {f"prompt {item.group.root.prompt.id}": own for item, own in zip(batch, energies, strict=True)}
+    source = f"replayed branch energies{policy}"
+    require_finite(named, source, "the policy has diverged, lower optim.lr, or try --optim.autocast none")
+
+
 def _coefficients(
     replayer: Replayer,
     batch: Sequence[Trained],
@@ -239,6 +250,8 @@ def _coefficients(
 ) -> tuple[list[ObjectiveDiagnostics], list[Tensor]]:
     """Differentiate each group's loss on its G' energies."""
     config = replayer.config
+    _require_finite_energies(batch, energies)
+    _require_finite_energies(batch, reference_energies, " of the starting policy")
     diagnostics, coefficients = [], []
     for n, item in enumerate(batch):
         energy = energies[n].detach().requires_grad_()

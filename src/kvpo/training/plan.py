@@ -254,6 +254,9 @@ def _host(
         "process": PROCESS,
         "pixels and clips": 2 * frames * around.frame,
         "checkpoint being written": parameters.checkpoint if config.device != "cpu" else 0.0,
+        "state before the update": 0.0
+        if config.device != "cpu"
+        else 4 * parameters.trained + parameters.moments,
     }
     if config.backbone.offload:
         parts |= {"codec": around.codec, "rewards": sum(around.rewards.values())}

@@ -28,9 +28,16 @@ class Policy:
 
 
 def policy_of(model: nn.Module, *, adapted: bool) -> Policy:
-    """The policy of a model whose trainable parameters are those that require gradients."""
+    """The policy of a model whose trainable parameters are those that require gradients.
+
+    Raises ValueError where there are none.
+    """
     parameters = trained_parameters(model)
-    assert parameters, "nothing to train: no parameter requires gradients"
+    if not parameters:
+        raise ValueError(
+            "nothing to train: the adapter binds no layer of the model; "
+            "check backbone.lora and optim.lora_targets"
+        )
     copies = None if adapted else {name: p.detach().clone() for name, p in parameters.items()}
     return Policy(model, parameters, copies)
 
@@ -50,14 +57,22 @@ def exchanged(parameters: Mapping[str, nn.Parameter], values: Mapping[str, Tenso
 
 
 class MovingAverage:
-    """Exponential moving average of the trained parameters."""
+    """Exponential moving average of the trained parameters, whose decay warms up.
+
+    After n updates the decay is min(decay, (1 + n) / (10 + n)), as is customary for moving averages of
+    weights: an average that started at its full decay would stay with the starting values for about
+    1 / (1 - decay) updates.
+    """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], decay: float) -> None:
         self.decay = decay
+        self.updates = 0
         self.values = {name: p.detach().clone() for name, p in parameters.items()}
 
     def update(self, parameters: Mapping[str, nn.Parameter]) -> None:
-        """Move towards the current values: average <- decay * average + (1 - decay) * value."""
+        """Move towards the current values: average <- d average + (1 - d) value, d being the decay."""
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        self.updates += 1
         with torch.no_grad():
             for name, parameter in parameters.items():
-                self.values[name].lerp_(parameter.detach(), 1 - self.decay)
+                self.values[name].lerp_(parameter.detach(), 1 - decay)

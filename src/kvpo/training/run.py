@@ -62,11 +62,12 @@ class Run:
     def train(self, interrupted: Callable[[], bool]) -> bool:
         """Train to the last update, or until the radar calls it hacking; False if interrupted.
 
-        The state is saved either way. Raises ValueError when a reward fails; the updates before it are saved.
+        The state is saved either way. Raises ValueError when a reward fails or a number is not finite; the
+        updates before it are saved, as they are whatever else an update raises.
         """
         config, trainer = self.setup.config, self.trainer
-        if trainer.update == 0 and self.best is None and self.guarded:
-            self.save(0.0)  # where every later checkpoint may turn out to be hacked, the base is the best one
+        if trainer.update == 0 and self.best is None:
+            self.save(0.0)  # the base is the best one until a validation beats it
         while trainer.update < self.updates and not self.stopped:
             if interrupted() and trainer.at_boundary():
                 self._save_if_new()
@@ -74,11 +75,10 @@ class Run:
             started, scored = time.perf_counter(), replace(self.setup.scored)
             forget_peak(self.setup.generator.device)
             try:
-                trainer.collect()
-            except ValueError:
+                numbers = trainer.step()
+            except Exception:
                 self._save_if_new()
                 raise
-            numbers = trainer.step()
             numbers |= self.setup.scored.since(scored)
             numbers["seconds"] = time.perf_counter() - started
             numbers |= peak(self.setup.generator.device)
@@ -89,8 +89,6 @@ class Run:
                     self._validate_and_save()
                 elif self._due(config.checkpoint.every):
                     self.save()
-        if not self.updates:
-            self.save()
         if self.stopped:
             best = 0 if self.best is None else self.best[0]
             logger.warning(
@@ -98,7 +96,14 @@ class Run:
                 trainer.update,
                 best,
             )
+        elif not self.improved:
+            logger.warning("no improvement: no validation beat the base, so the best checkpoint is the base")
         return True
+
+    @property
+    def improved(self) -> bool:
+        """A validation has beaten the base; otherwise the base, update 0, is the best checkpoint."""
+        return self.best is not None and self.best[0] > 0
 
     @property
     def guarded(self) -> bool:
@@ -149,12 +154,12 @@ class Run:
     def _validate_and_save(self) -> None:
         """Validation comes before the checkpoint: a kill in between repeats both.
 
-        Where a reward fails in it, what was trained is saved, and a resumed run begins with the validation.
+        Where it fails, what was trained is saved, and a resumed run begins with the validation.
         """
         self.unvalidated = True
         try:
             gain = self.validate()
-        except ValueError:
+        except Exception:
             self.save()
             raise
         self.unvalidated = False
@@ -166,13 +171,13 @@ class Run:
             mark_best(self.checkpoints, self.checkpoints / f"update-{update:06d}", gain)
 
     def validate(self) -> float | None:
-        """Compare the moving average with the starting policy on the validation prompts.
+        """Compare the aligned weights with the starting policy on the validation prompts.
 
         The mean gain, by which the best checkpoint is chosen; None where a held-out scorer has fallen.
         """
         judges, update = self.setup.judges, self.trainer.update
         scored = replace(self.setup.scored)
-        aligned = {name: self.evaluate_average(prompts) for name, prompts in self.setup.validation.items()}
+        aligned = {name: self.evaluate_aligned(prompts) for name, prompts in self.setup.validation.items()}
         results = {name: comparison(self.base[name], found, judges) for name, found in aligned.items()}
         gain = mean_gain(results)
         base, now = radar.pooled(list(self.base.values())), radar.pooled(list(aligned.values()))
@@ -197,9 +202,9 @@ class Run:
         self.verdict = radar.judge(history, evaluation.hacking_errors, evaluation.hacking_patience)
         return radar.verdict_numbers(history, self.verdict)
 
-    def evaluate_average(self, prompts: Any) -> HeldOut:
-        """Held-out results of the moving average of the trained parameters."""
-        with exchanged(self.trainer.policy.parameters, self.trainer.average.values):
+    def evaluate_aligned(self, prompts: Any) -> HeldOut:
+        """Held-out results of the trained parameters, averaged or raw as ``evaluation.weights`` says."""
+        with exchanged(self.trainer.policy.parameters, self.trainer.aligned):
             return evaluate_prompts(self.setup, prompts)
 
     def resume(self, state: Mapping[str, Any]) -> None:
@@ -227,13 +232,16 @@ def restore(trainer: Trainer, path: Path) -> dict[str, Any]:
     return state
 
 
-def load_average(weights: Weights, policy: Policy, path: Path) -> dict[str, Tensor]:
-    """The moving average in a checkpoint, as ``exchanged`` takes it. Raises CheckpointError."""
+def load_aligned(weights: Weights, policy: Policy, path: Path) -> dict[str, Tensor]:
+    """The trained values in a checkpoint, averaged or raw as ``evaluation.weights`` says, for ``exchanged``.
+
+    Raises CheckpointError.
+    """
     tensors, _ = load_checkpoint(path, architecture=architecture(weights))
-    prefix = "average."
-    average = {name.removeprefix(prefix): v for name, v in tensors.items() if name.startswith(prefix)}
-    require_tensors(path, average, policy.parameters)
-    return {name: value.to(policy.parameters[name].device) for name, value in average.items()}
+    prefix = {"average": "average.", "raw": "parameters."}[weights.config.evaluation.weights]
+    values = {name.removeprefix(prefix): v for name, v in tensors.items() if name.startswith(prefix)}
+    require_tensors(path, values, policy.parameters)
+    return {name: value.to(policy.parameters[name].device) for name, value in values.items()}
 
 
 def evaluate_prompts(setup: Setup, prompts: Any) -> HeldOut:

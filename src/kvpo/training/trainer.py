@@ -2,8 +2,9 @@
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -18,8 +19,14 @@ from kvpo.engine.pages import PlannedRollout, cache_pages
 from kvpo.engine.rollout import Group, Rollout, collect
 from kvpo.engine.scoring import Scores, score_group
 from kvpo.engine.stream import TextTable
-from kvpo.method.diagnostics import GroupDiagnostics, group_diagnostics, update_diagnostics
+from kvpo.method.diagnostics import (
+    GroupDiagnostics,
+    ObjectiveDiagnostics,
+    group_diagnostics,
+    update_diagnostics,
+)
 from kvpo.models.cache import FrameCache
+from kvpo.models.finite import NonFiniteError, first_non_finite, magnitudes, require_finite
 from kvpo.prompts import VideoPrompt
 from kvpo.training.credit import assign_credit
 from kvpo.training.gradients import (
@@ -29,6 +36,7 @@ from kvpo.training.gradients import (
     energies_of,
     members_together,
 )
+from kvpo.training.learning import PATIENCE, why_nothing_is_learned
 from kvpo.training.policy import MovingAverage, policy_of
 from kvpo.training.setup import Setup, Weights
 from kvpo.training.state import (
@@ -93,6 +101,8 @@ class Trainer:
         self.update = 0
         self.pending: list[Collected] = []
         self.warned_of: set[str] = set()
+        self.idle_updates = 0
+        """Updates in a row, up to the last one, in which nothing was learned."""
         self.blend = setup.blend()
 
     def planned(self, update: int) -> PlannedRollout:
@@ -197,7 +207,8 @@ class Trainer:
     def collect(self) -> None:
         """Where no rollout is waiting, collect those of the next ``rollouts_per_refresh`` updates.
 
-        Raises ValueError when a reward fails; the trainer is then as it was before.
+        Raises ValueError when a reward fails and NonFiniteError when latents, pixels or energies are not
+        finite; the trainer is then as it was before.
         """
         config = self.setup.config.optim
         if self.pending:
@@ -223,37 +234,86 @@ class Trainer:
     def step(self) -> dict[str, Any]:
         """One update on the next collected rollout; one without a group worth training on changes nothing.
 
-        Raises ValueError when the gradient is not finite.
+        Raises ValueError when a reward fails and NonFiniteError when a number is not finite. Parameters,
+        average, optimiser and the count of updates are then what they were before, whatever it raises.
         """
         config = self.setup.config.optim
-        self.collect()
-        item = self.pending.pop(0)
-        replayer = self.replayer(item.texts)
-        objectives, drift, norm = [], 0.0, 0.0
         rate = config.lr * learning_rate_factor(self.update, config.warmup_updates)
-        for epoch in range(config.inner_epochs if item.trained else 0):
-            for group in self.optimizer.param_groups:
-                group["lr"] = rate
-            old = None if item.fresh and epoch == 0 else item.old_energies
-            objectives, drift = accumulate_gradients(replayer, item.trained, old)
-            norm = float(nn.utils.clip_grad_norm_(list(self.policy.parameters.values()), config.grad_clip))
-            if not math.isfinite(norm):
-                raise ValueError(
-                    f"update {self.update + 1}: the gradient is not finite; lower optim.lr = {config.lr}"
-                )
-            self.optimizer.step()
-            self.optimizer.zero_grad(set_to_none=True)
-        if item.trained:
-            self.average.update(self.policy.parameters)
+        objectives, drift, norm, coverage = [], 0.0, 0.0, 0.0
+        try:
+            self.collect()
+            item = self.pending[0]
+            if item.trained:
+                with self._all_or_nothing():
+                    objectives, drift, norm, coverage = self._train(item, rate)
+        except NonFiniteError as error:
+            raise NonFiniteError(f"update {self.update + 1}: {error}") from error
+        self.pending.pop(0)
         item.rollout.release()
         self.update += 1
+        self._say_what_is_not_learned(item, coverage)
         numbers = update_diagnostics(objectives, item.found, velocity_kl=drift, gradient_norm=norm).to_dict()
         branches = sum(trained.group.branches for trained in item.trained)
         withheld = sum(trained.credit.withheld for trained in item.trained) / branches if branches else 0.0
         prompts = [group.root.prompt for group in item.rollout.groups]
         block = self.setup.generator.block
         forks = fork_numbers(prompts, item.rollout.forks, self.setup.config.exploration, block=block)
-        return numbers | forks | {"learning_rate": rate, "withheld_fraction": withheld}
+        found = {"learning_rate": rate, "withheld_fraction": withheld, "gradient_coverage": coverage}
+        return numbers | forks | found | {"idle_updates": float(self.idle_updates)}
+
+    @contextmanager
+    def _all_or_nothing(self) -> Iterator[None]:
+        """Undo what a block that raises has done to parameters and optimiser.
+
+        The copy that this needs lies in host memory, as a checkpoint's does while it is written.
+        """
+        tensors, state = self.tensors_and_state()
+        before = {
+            name: value.to("cpu", copy=True) if name.startswith(("parameters.", "optimizer.")) else value
+            for name, value in tensors.items()
+        }
+        try:
+            yield
+        except Exception:
+            self.optimizer.zero_grad(set_to_none=True)
+            self.restore(before, state)
+            raise
+
+    def _train(self, item: Collected, rate: float) -> tuple[list[ObjectiveDiagnostics], float, float, float]:
+        """All passes over a rollout; diagnostics, velocity KL, gradient norm and coverage of the last one."""
+        config, replayer = self.setup.config.optim, self.replayer(item.texts)
+        for epoch in range(config.inner_epochs):
+            for group in self.optimizer.param_groups:
+                group["lr"] = rate
+            old = None if item.fresh and epoch == 0 else item.old_energies
+            objectives, drift = accumulate_gradients(replayer, item.trained, old)
+            norm, coverage = self._clip_gradient()
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+            way_out = f"lower optim.lr = {config.lr}"
+            require_finite(self.policy.parameters, "parameters after the step", way_out)
+        self.average.update(self.policy.parameters)
+        return objectives, drift, norm, coverage
+
+    def _clip_gradient(self) -> tuple[float, float]:
+        """Clip the gradient; its norm before, and the share of trained tensors of which it is not zero."""
+        config, parameters = self.setup.config.optim, self.policy.parameters
+        gradients = {name: p.grad for name, p in parameters.items() if p.grad is not None}
+        bad, sizes = first_non_finite(gradients), magnitudes(gradients.values())
+        norm = float(nn.utils.clip_grad_norm_(list(parameters.values()), config.grad_clip))
+        if bad or not math.isfinite(norm):
+            where = f" ({bad[0]} holds {bad[1]})" if bad else ""
+            raise NonFiniteError(f"the gradient is not finite; lower optim.lr = {config.lr}{where}")
+        return norm, int((sizes > 0).sum()) / len(parameters)
+
+    def _say_what_is_not_learned(self, item: Collected, coverage: float) -> None:
+        """Warn once several updates in a row taught nothing, and say why."""
+        self.idle_updates = 0 if coverage else self.idle_updates + 1
+        if self.idle_updates == PATIENCE:
+            why = why_nothing_is_learned(item.trained, item.found, self.policy.parameters, self.setup.config)
+            logger.warning(
+                "nothing was learned in %d updates up to update %d: %s", PATIENCE, self.update, why
+            )
 
     def at_boundary(self) -> bool:
         """Whether no collected rollout is waiting: only then can the run be saved and resumed exactly."""
@@ -267,7 +327,15 @@ class Trainer:
         tensors = parameters | average | {f"optimizer.{name}": value for name, value in moments.items()}
         starting = self.policy.starting_values or {}
         tensors |= {f"starting.{name}": value for name, value in starting.items()}
-        return tensors, {"update": self.update, "optimizer": skeleton}
+        counts = {"averaged": self.average.updates, "idle": self.idle_updates}
+        return tensors, {"update": self.update, **counts, "optimizer": skeleton}
+
+    @property
+    def aligned(self) -> Mapping[str, Tensor]:
+        """The trained values that are judged and exported (``evaluation.weights``), for ``exchanged``."""
+        if self.setup.config.evaluation.weights == "raw":
+            return {name: p.data for name, p in self.policy.parameters.items()}
+        return self.average.values
 
     def restore(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
         """Continue from ``tensors_and_state``, to the bit."""
@@ -286,6 +354,8 @@ class Trainer:
         saved = unflatten_state(moments, state["optimizer"])
         load_optimizer_state(self.optimizer, self.policy.parameters, saved)
         self.update = int(state["update"])
+        self.average.updates = int(state.get("averaged", self.update))  # 0.1.0 did not count them
+        self.idle_updates = int(state.get("idle", 0))
 
 
 def architecture(weights: Weights) -> dict[str, Any]:
