@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -212,6 +213,12 @@ def test_groups_of_noise_are_skipped_and_counted(tiny_base: Path) -> None:
     trained, found = trainer.credit(0, rollout, scores)
     assert [item.group.index for item in trained] == [1]
     assert [item.reward_spread > 0 for item in found] == [False, True, False]
+    for group, item in zip(rollout.groups, found, strict=True):
+        *branches, anchor = group.clean_MTCHW[:, : group.window_frames]
+        far = [(branch - anchor).square().mean().sqrt() for branch in branches]
+        apart = [(a - b).square().mean().sqrt() for a, b in combinations(branches, 2)]
+        assert item.anchor_distance == pytest.approx(float(torch.stack(far).mean()), rel=1e-4)
+        assert item.branch_distance == pytest.approx(float(torch.stack(apart).mean()), rel=1e-4)
     before = snapshot(trainer)
     assert trainer.step()["skipped_fraction"] == pytest.approx(2 / 3)
     assert not equal(before, snapshot(trainer))
