@@ -200,16 +200,25 @@ def parse_json(text: str) -> Any:
         value = json.loads(text, object_pairs_hook=_fields)
         if _depth(value) > MOST_NESTED:
             raise RecursionError
-        if "\\ud" in text.lower():
-            json.dumps(value, ensure_ascii=False).encode()
+        refuse_halves(value)
         return value
     except json.JSONDecodeError as error:
         raise ValueError(f"not JSON ({error.msg} at position {error.pos + 1})") from error
     except RecursionError as error:
         raise ValueError("not JSON that can be read (nested too deeply)") from error
+
+
+def refuse_halves(value: Any) -> None:
+    """Refuse texts that no file can hold, halves of surrogate pairs, anywhere in a JSON value.
+
+    Raises:
+        ValueError: naming the first.
+    """
+    try:
+        json.dumps(value, ensure_ascii=False, default=str).encode()
     except UnicodeEncodeError as error:
         half = f"\\u{ord(error.object[error.start]):04x}"
-        raise ValueError(f"not JSON that can be read ({half} is half of a character)") from error
+        raise ValueError(f"not text that can be read ({half} is half of a character)") from error
 
 
 def _fields(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

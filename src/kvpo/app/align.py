@@ -24,11 +24,17 @@ from kvpo.files import local_path
 from kvpo.report.headline import verdict_of
 from kvpo.training import radar
 from kvpo.training.checkpoint import find_checkpoint, latest_checkpoint
-from kvpo.training.checks import anchor_energy_at_old, default_route_max_difference, first_ratio_max_deviation
+from kvpo.training.checks import (
+    anchor_energy_at_old,
+    default_route_max_difference,
+    first_ratio_max_deviation,
+    ratio_tolerance,
+)
 from kvpo.training.device import computing
 from kvpo.training.evaluation import HeldOut, comparison
 from kvpo.training.interrupt import stop_on_signal
 from kvpo.training.metrics_log import MetricsLog
+from kvpo.training.policy import exchanged
 from kvpo.training.run import Run, checkpoint_update, evaluate_base, restore, resume_point
 from kvpo.training.run_directory import RunDirectory, belongs_to_run
 from kvpo.training.setup import Setup
@@ -155,7 +161,8 @@ def _finish(run: Run, directory: RunDirectory, show: Any, started: float) -> dic
         results[name] = (base, run.evaluate_aligned(setup.test[name]))
 
     def identities() -> None:
-        checks.update(exactness(setup, run.trainer))
+        with exchanged(run.trainer.policy.parameters, run.trainer.aligned):
+            checks.update(exactness(setup, run.trainer))
 
     def branch_diversity() -> None:
         with run.trainer.policy.reference():
@@ -183,7 +190,13 @@ def _finish(run: Run, directory: RunDirectory, show: Any, started: float) -> dic
         "threads": torch.get_num_threads(),
         "held_out": {name: comparison(*pair, setup.judges) for name, pair in results.items()},
         "diversity": diversity,
+        "improved": run.improved,
         "checks": checks,
+        "checked": {
+            "update": run.trainer.update,
+            "weights": setup.config.evaluation.weights,
+            "ratio_tolerance": ratio_tolerance(setup.config),
+        },
         "radar": radar_summary(run, results),
         "scored": asdict(setup.scored),
     }

@@ -104,6 +104,7 @@ def _generate_arguments(parser: ArgumentParser) -> None:
         help="a run whose aligned model generates, beside its base",
     )
     _checkpoint_argument(parser)
+    _weights_argument(parser, dest=f"{SETTING}evaluation.weights", default=SUPPRESS)
     parser.add_argument(
         "--prompts",
         type=path_argument,
@@ -136,6 +137,7 @@ def _generate(arguments: Namespace) -> None:
 def _evaluate_arguments(parser: ArgumentParser) -> None:
     _run_argument(parser)
     _checkpoint_argument(parser)
+    _weights_argument(parser)
     parser.add_argument(
         "--out",
         type=path_argument,
@@ -149,13 +151,15 @@ def _evaluate(arguments: Namespace) -> None:
 
     out = arguments.out or arguments.run / "evaluation.json"
     places = parse_flags(settings_given(arguments))
-    evaluate(arguments.run, checkpoint=arguments.checkpoint, out=out, places=places)
+    given = {"checkpoint": arguments.checkpoint, "weights": arguments.weights, "places": places}
+    evaluate(arguments.run, out=out, **given)
     print(out)
 
 
 def _export_arguments(parser: ArgumentParser) -> None:
     _run_argument(parser)
     _checkpoint_argument(parser)
+    _weights_argument(parser)
     parser.add_argument(
         "--layout",
         choices=("peft", "diffusers-lora", "diffusers", "pt"),
@@ -171,8 +175,9 @@ def _export_arguments(parser: ArgumentParser) -> None:
 def _export(arguments: Namespace) -> None:
     from kvpo.app.export import export
 
-    places, layout = parse_flags(settings_given(arguments)), arguments.layout
-    print(export(arguments.run, arguments.out, layout=layout, checkpoint=arguments.checkpoint, places=places))
+    places = parse_flags(settings_given(arguments))
+    given = {"checkpoint": arguments.checkpoint, "weights": arguments.weights, "places": places}
+    print(export(arguments.run, arguments.out, layout=arguments.layout, **given))
 
 
 def _pretrain_arguments(parser: ArgumentParser) -> None:
@@ -263,6 +268,15 @@ def _checkpoint_argument(parser: ArgumentParser) -> None:
         "--checkpoint",
         metavar="NAME",
         help="best, latest, an update number or a checkpoint directory (default: best)",
+    )
+
+
+def _weights_argument(parser: ArgumentParser, **stored: str) -> None:
+    parser.add_argument(
+        "--weights",
+        metavar="{average,raw}",
+        help="moving average of the trained weights, or the raw ones (default: the run's evaluation.weights)",
+        **stored,
     )
 
 
