@@ -21,6 +21,7 @@ from kvpo.app.score import file_prompts
 from kvpo.config_checks import ConfigurationError
 from kvpo.models.adapter_files import load_adapter_state
 from kvpo.models.checkpoints import load_transformer_state
+from kvpo.models.export import save_diffusers_adapter, save_peft_adapter, save_public_checkpoint
 from kvpo.models.tensor_files import read_shards, read_tensors
 from kvpo.models.umt5 import PromptCache, load_text_encoder
 from kvpo.models.wan_vae import load_wan_vae
@@ -270,3 +271,22 @@ def test_damaged_checkpoints_and_embeddings(tmp_path: Path) -> None:
         cache.path("a").write_bytes(mangled(good, draws))
         found = cache.read("a")
         assert found is None or found.shape[0] == 8
+
+
+def test_what_is_written_can_be_read_by_others(tmp_path: Path) -> None:
+    """Exports, checkpoints and embeddings have the permissions of any new file."""
+    adapter = load_adapter_state(write_file(tmp_path / "in.safetensors"))
+    save_peft_adapter(tmp_path / "peft", adapter)
+    save_diffusers_adapter(tmp_path / "lora", adapter)
+    save_public_checkpoint(tmp_path / "x.pt", ADAPTER)
+    save_checkpoint(tmp_path, 1, {"x": torch.ones(3)}, {"seed": 1}, architecture={"dim": 3})
+    PromptCache(tmp_path / "embeddings", "encoder", 8).write("a", torch.ones(8, 4), 3)
+    (tmp_path / "plain").touch()
+    written = [path for path in tmp_path.rglob("*") if path.is_file() and path.name != "in.safetensors"]
+    assert len(written) == 8
+    assert {path.stat().st_mode for path in written} == {(tmp_path / "plain").stat().st_mode}
+
+
+def write_file(path: Path) -> Path:
+    save_file(ADAPTER, path)
+    return path
