@@ -17,7 +17,7 @@ from kvpo.app.cli import main
 from kvpo.app.configuration import resolve
 from kvpo.app.noise_files import read_floors
 from kvpo.app.reward_server import read_token
-from kvpo.app.score import file_prompts
+from kvpo.app.video_folder import file_prompts
 from kvpo.config_checks import ConfigurationError
 from kvpo.models.adapter_files import load_adapter_state
 from kvpo.models.checkpoints import load_transformer_state
@@ -55,6 +55,10 @@ def read_all_prompts(path: Path) -> None:
         " ".join(prompt.segments).encode()
 
 
+def score_map(path: Path) -> None:
+    file_prompts(path, path.parent, [path.parent / "a.mp4", path.parent / "b.mp4"])
+
+
 def encoder(directory: Path) -> None:
     load_text_encoder(directory / "text_encoder", directory / "tokenizer")
 
@@ -62,7 +66,7 @@ def encoder(directory: Path) -> None:
 POINTERS: dict[str, tuple[str, Callable[[Path], Any]]] = {
     "prompts": ("p.txt", lambda d: read_all_prompts(d / "p.txt")),
     "prompts with switches": ("p.jsonl", lambda d: read_all_prompts(d / "p.jsonl")),
-    "prompts to score": ("p.json", lambda d: file_prompts(d / "p.json", ["a.mp4"])),
+    "prompts to score": ("p.json", lambda d: file_prompts(d / "p.json", d, [d / "a.mp4"])),
     "settings": ("c.yaml", lambda d: resolve(None, d / "c.yaml", {})),
     "noise floors": ("n.json", lambda d: read_floors(d / "n.json")),
     "token": ("token", lambda d: read_token(d / "token", {})),
@@ -207,7 +211,7 @@ HEADER = {"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}, "__metada
 READERS: dict[str, tuple[Any, Callable[[Path], Any]]] = {
     "index": (INDEX, read_shards),
     "noise floors": ({"components": {"a": {"noise_floor": 0.1}}}, read_floors),
-    "prompts to score": ({"a.mp4": "x", "b.mp4": "y"}, lambda path: file_prompts(path, ["a.mp4", "b.mp4"])),
+    "prompts to score": ({"a.mp4": "x", "b.mp4": "y"}, score_map),
     "settings": (SETTINGS, lambda path: resolve(None, path, {})),
     "adapter's settings": (CONFIG, lambda path: load_adapter_state(path.parent)),
     "best": ({"checkpoint": "update-000001", "value": 1.0}, lambda path: best_checkpoint(path.parent)),
