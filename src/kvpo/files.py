@@ -257,6 +257,16 @@ def printable(text: str) -> str:
     )
 
 
+def demand_utf8(path: Path) -> None:
+    """Refuse a path that safetensors cannot open. Raises ValueError."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{printable(str(path))}: weights cannot be read or written where a name is not UTF-8; rename it"
+        ) from error
+
+
 def named_list(names: Iterable[str], shown: int = NAMES_SHOWN) -> str:
     """The first ``shown`` names and how many more there are."""
     every = list(names)
