@@ -17,10 +17,11 @@ from kvpo.app.cli import main
 from kvpo.app.configuration import resolve
 from kvpo.app.noise_files import read_floors
 from kvpo.app.reward_server import read_token
-from kvpo.app.score import file_prompts
+from kvpo.app.video_folder import file_prompts
 from kvpo.config_checks import ConfigurationError
 from kvpo.models.adapter_files import load_adapter_state
 from kvpo.models.checkpoints import load_transformer_state
+from kvpo.models.export import save_diffusers_adapter, save_peft_adapter, save_public_checkpoint
 from kvpo.models.tensor_files import read_shards, read_tensors
 from kvpo.models.umt5 import PromptCache, load_text_encoder
 from kvpo.models.wan_vae import load_wan_vae
@@ -54,6 +55,10 @@ def read_all_prompts(path: Path) -> None:
         " ".join(prompt.segments).encode()
 
 
+def score_map(path: Path) -> None:
+    file_prompts(path, path.parent, [path.parent / "a.mp4", path.parent / "b.mp4"])
+
+
 def encoder(directory: Path) -> None:
     load_text_encoder(directory / "text_encoder", directory / "tokenizer")
 
@@ -61,7 +66,7 @@ def encoder(directory: Path) -> None:
 POINTERS: dict[str, tuple[str, Callable[[Path], Any]]] = {
     "prompts": ("p.txt", lambda d: read_all_prompts(d / "p.txt")),
     "prompts with switches": ("p.jsonl", lambda d: read_all_prompts(d / "p.jsonl")),
-    "prompts to score": ("p.json", lambda d: file_prompts(d / "p.json", ["a.mp4"])),
+    "prompts to score": ("p.json", lambda d: file_prompts(d / "p.json", d, [d / "a.mp4"])),
     "settings": ("c.yaml", lambda d: resolve(None, d / "c.yaml", {})),
     "noise floors": ("n.json", lambda d: read_floors(d / "n.json")),
     "token": ("token", lambda d: read_token(d / "token", {})),
@@ -206,7 +211,7 @@ HEADER = {"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}, "__metada
 READERS: dict[str, tuple[Any, Callable[[Path], Any]]] = {
     "index": (INDEX, read_shards),
     "noise floors": ({"components": {"a": {"noise_floor": 0.1}}}, read_floors),
-    "prompts to score": ({"a.mp4": "x", "b.mp4": "y"}, lambda path: file_prompts(path, ["a.mp4", "b.mp4"])),
+    "prompts to score": ({"a.mp4": "x", "b.mp4": "y"}, score_map),
     "settings": (SETTINGS, lambda path: resolve(None, path, {})),
     "adapter's settings": (CONFIG, lambda path: load_adapter_state(path.parent)),
     "best": ({"checkpoint": "update-000001", "value": 1.0}, lambda path: best_checkpoint(path.parent)),
@@ -270,3 +275,22 @@ def test_damaged_checkpoints_and_embeddings(tmp_path: Path) -> None:
         cache.path("a").write_bytes(mangled(good, draws))
         found = cache.read("a")
         assert found is None or found.shape[0] == 8
+
+
+def test_what_is_written_can_be_read_by_others(tmp_path: Path) -> None:
+    """Exports, checkpoints and embeddings have the permissions of any new file."""
+    adapter = load_adapter_state(write_file(tmp_path / "in.safetensors"))
+    save_peft_adapter(tmp_path / "peft", adapter)
+    save_diffusers_adapter(tmp_path / "lora", adapter)
+    save_public_checkpoint(tmp_path / "x.pt", ADAPTER)
+    save_checkpoint(tmp_path, 1, {"x": torch.ones(3)}, {"seed": 1}, architecture={"dim": 3})
+    PromptCache(tmp_path / "embeddings", "encoder", 8).write("a", torch.ones(8, 4), 3)
+    (tmp_path / "plain").touch()
+    written = [path for path in tmp_path.rglob("*") if path.is_file() and path.name != "in.safetensors"]
+    assert len(written) == 8
+    assert {path.stat().st_mode for path in written} == {(tmp_path / "plain").stat().st_mode}
+
+
+def write_file(path: Path) -> Path:
+    save_file(ADAPTER, path)
+    return path

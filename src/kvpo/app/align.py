@@ -1,6 +1,5 @@
 """`kvpo align`: one run from the base generator to the report."""
 
-import json
 import logging
 import resource
 import time
@@ -20,7 +19,7 @@ from kvpo.app.progress import Bars, progress_bars
 from kvpo.app.provenance import keep_provenance
 from kvpo.config import Config
 from kvpo.config_checks import ConfigurationError, check
-from kvpo.files import local_path
+from kvpo.files import local_path, read_json
 from kvpo.report.headline import verdict_of
 from kvpo.training import radar
 from kvpo.training.checkpoint import find_checkpoint, latest_checkpoint
@@ -109,7 +108,7 @@ def _demand_same_run(out: Path, config: Config) -> None:
     point, summary = latest_checkpoint(out / "checkpoints"), out / "summary.json"
     done = 0 if point is None else checkpoint_update(point)
     if summary.exists():
-        done = max(done, json.loads(summary.read_text(encoding="utf-8"))["updates"])
+        done = max(done, _summary(summary)["updates"])
     if config.optim.updates < done:
         raise ConfigurationError(
             f"optim.updates: {config.optim.updates}, but {out} has already made {done}; give {done} or more, "
@@ -117,11 +116,19 @@ def _demand_same_run(out: Path, config: Config) -> None:
         )
 
 
+def _summary(path: Path) -> dict[str, Any]:
+    """What a finished run wrote. Raises ValueError where that was damaged since."""
+    summary: dict[str, Any] = read_json(path)
+    if not isinstance(summary, dict) or not isinstance(summary.get("updates"), int):
+        raise ValueError(f"{path} is not the summary of a run; remove it, and --resume writes it again")
+    return summary
+
+
 def finished_summary(directory: RunDirectory, config: Config) -> dict[str, Any] | None:
     """The summary of a run whose updates and tests are done."""
     if not directory.summary.exists():
         return None
-    summary: dict[str, Any] = json.loads(directory.summary.read_text(encoding="utf-8"))
+    summary = _summary(directory.summary)
     return summary if summary["updates"] == config.optim.updates else None
 
 

@@ -13,6 +13,7 @@ from kvpo.app import reward_commands
 from kvpo.app.configuration import parse_flags, path_argument, resolve, resolve_resumed
 from kvpo.config import Config
 from kvpo.config_checks import ConfigurationError
+from kvpo.files import output_file
 
 SETTING = "setting:"
 """Prefix of the parsed arguments that hold settings: ``setting:optim.lr``."""
@@ -189,10 +190,13 @@ def _pretrain_arguments(parser: ArgumentParser) -> None:
 
 def _pretrain(arguments: Namespace) -> None:
     config = configuration(arguments)
+    out = output_file(arguments.out, "--out")
+    import torch
     from rich.progress import Progress
 
     from kvpo.world.pretrain import PretrainSettings, pretrain
 
+    torch.set_num_threads(config.threads or torch.get_num_threads())
     settings = PretrainSettings(seed=config.seed)
     if arguments.steps is not None:
         settings = replace(settings, steps=arguments.steps)
@@ -202,10 +206,10 @@ def _pretrain(arguments: Namespace) -> None:
             config.model,
             config.stream,
             settings,
-            arguments.out,
+            out,
             lambda step, loss: progress.update(task, completed=step + 1, description=f"loss {loss:.3f}"),
         )
-    print(arguments.out)
+    print(out)
 
 
 def _plan_arguments(parser: ArgumentParser) -> None:
@@ -234,6 +238,7 @@ def _plan_arguments(parser: ArgumentParser) -> None:
 
 def _plan(arguments: Namespace) -> None:
     config = configuration(arguments)
+    out = None if arguments.json is None else output_file(arguments.json, "--json")
     for name in ("tflops", "bandwidth"):
         if (rate := vars(arguments)[name]) is not None and rate <= 0:
             raise ConfigurationError(f"--{name}: must be positive, got {rate:g}")
@@ -245,7 +250,7 @@ def _plan(arguments: Namespace) -> None:
         config,
         memory=None if arguments.gpu_memory is None else arguments.gpu_memory * GB,
         rates=Rates((arguments.tflops or flops) * 1e12, (arguments.bandwidth or bandwidth) * 1e9),
-        out=arguments.json,
+        out=out,
     )
 
 

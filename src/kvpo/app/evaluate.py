@@ -12,7 +12,7 @@ from kvpo.app.configuration import resolve_run
 from kvpo.app.progress import Bars, progress_bars
 from kvpo.app.provenance import demand_same_files, demand_same_prompts
 from kvpo.config import Config
-from kvpo.files import local_path, write_atomic
+from kvpo.files import local_path, output_file, write_atomic
 from kvpo.report.headline import verdict_of
 from kvpo.training.checkpoint import find_checkpoint, no_improvement
 from kvpo.training.device import computing
@@ -46,11 +46,12 @@ def evaluate(
     """
     run = local_path(run, "run")
     config = resolve_run(run, places, weights)
+    target = output_file(run / "evaluation.json" if out is None else out, "out")
     with computing(config):
-        return _evaluate(run, config, checkpoint, run / "evaluation.json" if out is None else out)
+        return _evaluate(run, config, checkpoint, target)
 
 
-def _evaluate(run: Path, config: Config, checkpoint: str | None, out: Path | str) -> dict[str, Any]:
+def _evaluate(run: Path, config: Config, checkpoint: str | None, out: Path) -> dict[str, Any]:
     demand_same_prompts(run, config)
     demand_same_files(run, config)
     path = find_checkpoint(run / "checkpoints", checkpoint)
@@ -75,5 +76,5 @@ def _evaluate(run: Path, config: Config, checkpoint: str | None, out: Path | str
     verdict = verdict_of(numbers, asdict(config))
     numbers["verdict"] = verdict.text
     logger.warning("%s", verdict.text)
-    write_atomic(local_path(out, "out"), json.dumps(numbers, indent=2, allow_nan=False) + "\n")
+    write_atomic(out, json.dumps(numbers, indent=2, allow_nan=False) + "\n")
     return numbers

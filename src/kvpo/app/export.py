@@ -12,6 +12,7 @@ from kvpo.config_checks import ConfigurationError
 from kvpo.files import local_path
 from kvpo.models.adapters import adapter_state, merged_state
 from kvpo.models.export import (
+    demand_new,
     save_diffusers_adapter,
     save_diffusers_transformer,
     save_peft_adapter,
@@ -52,6 +53,7 @@ def export(
     """
     run, out = local_path(run, "run"), local_path(out, "out")
     config = resolve_run(run, places, weights)
+    demand_new(out)
     adapted = config.optim.train == "lora"
     if layout in ("peft", "diffusers-lora") and not adapted:
         raise ConfigurationError(

@@ -119,8 +119,9 @@ def _generate(
 
 def _demand_no_videos(out: Path) -> None:
     """What a folder lists (latents, prompts) and what it shows must not come from different calls."""
-    there = sorted(out.glob("*.mp4"))
-    if there:
+    if out.exists() and not out.is_dir():
+        raise StorageError(f"cannot save videos in {out}: it is a file; choose another --out")
+    if there := sorted(out.glob("*.mp4")):
         raise StorageError(
             f"{out} already holds {len(there)} video(s), such as {there[0].name}; remove them, or choose "
             "another --out"

@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from kvpo.files import NAMES_SHOWN, named_list, read_json, refuse_pointers
+from kvpo.files import NAMES_SHOWN, demand_utf8, named_list, read_json, refuse_pointers
 from kvpo.models.finite import require_finite_weights
 
 SAMPLES = 64
@@ -27,8 +27,9 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
     """All tensors of a safetensors file, memory-mapped.
 
     Raises:
-        ValueError: truncated or damaged file.
+        ValueError: truncated or damaged file, a name that is not UTF-8.
     """
+    demand_utf8(path)
     refuse_pointers(path)
     try:
         with safe_open(path, framework="pt") as file:
