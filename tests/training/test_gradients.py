@@ -252,6 +252,21 @@ def test_what_is_reported_does_not_depend_on_the_batches(lora: Explored) -> None
         assert means == pytest.approx([float(energy.mean()) for energy in now], rel=1e-9)
 
 
+def test_the_velocity_kl_sees_the_anchors_states_of_the_first_steps(lora: Explored) -> None:
+    found = []
+    for steps in (1, 2):
+        replayer = replace(lora.replayer, config=replace(lora.replayer.config, grad_steps=steps))
+        with torch.no_grad(), lora.trainer.policy.reference():
+            reference = direct_energies(lora, replayer)[1]
+        with torch.no_grad():
+            anchors = direct_energies(lora, replayer)[1]
+        apart = [(a - b).square().mean() for a, b in zip(anchors, reference, strict=True)]
+        assert anchors[0].shape[1] == steps
+        found.append(accumulate_gradients(replayer, lora.trained, None)[1])
+        assert found[-1] == pytest.approx(float(sum(apart)) / 2, rel=1e-9)
+    assert abs(found[0] - found[1]) > 1e-3 * found[0]
+
+
 def test_only_selected_branches_are_trained_on(lora: Explored) -> None:
     """Leaving a branch out equals replaying a group that never had it."""
     item = lora.trained[0]
