@@ -8,6 +8,7 @@ on the text of the changes alone, not on where they stand. Mutants that change n
 """
 
 import argparse
+import gc
 import importlib
 import itertools
 import json
@@ -220,9 +221,9 @@ class Recorded:
         return []
 
 
-def record(slots: Sequence[Path]) -> Recorded:
+def record(slots: Sequence[Path], files: Sequence[str]) -> Recorded:
     """Run every test once. Raises SystemExit when one fails on the source as it is."""
-    sources, files = in_files(SOURCES), in_files(TESTS)
+    sources = in_files(SOURCES)
 
     def one(file: str) -> dict[str, Any]:
         recorder = Recorder(sources)
@@ -330,16 +331,17 @@ def reviewed() -> dict[tuple[str, str, str], str]:
     return {(row["file"], row["function"], row["change"]): row["reason"] for row in rows}
 
 
-def run(sample: Sequence[Mutant], workers: int) -> Iterator[Outcome]:
+def run(sample: Sequence[Mutant], tests: Sequence[str], workers: int) -> Iterator[Outcome]:
     """What becomes of every mutant, as it is known."""
     os.environ |= {"OMP_NUM_THREADS": "1", "ONEDNN_MAX_CPU_ISA": "AVX512_CORE_FP16"}
     os.environ.setdefault("KVPO_GOLDEN", str(ROOT.parent / "shared" / "golden"))
     for name in PRELOADED:
         importlib.import_module(name)
+    gc.freeze()  # forked processes share what is loaded
     reasons, started = reviewed(), time.monotonic()
     with tempfile.TemporaryDirectory(prefix="mutants-") as directory:
         slots = slots_in(Path(directory).resolve(), workers)
-        recorded = record(slots)
+        recorded = record(slots, in_files(tests))
         print(f"{len(recorded.lines)} tests recorded in {time.monotonic() - started:.0f} s", flush=True)
         for job, result in run_jobs([attempt(mutant, recorded) for mutant in sample], slots):
             assert job.mutant
@@ -352,6 +354,7 @@ def main() -> None:
     )
     parser.add_argument("--count", type=int, default=200, help="mutants; 0: all (default: %(default)s)")
     parser.add_argument("--match", default="", help="only those whose file, function and change contain this")
+    parser.add_argument("--tests", nargs="*", default=TESTS, help="files of tests (default: all that matter)")
     parser.add_argument("--list", action="store_true", help="print the sample and stop")
     parser.add_argument("--workers", type=int, default=min(4, os.cpu_count() or 1))
     parser.add_argument("--least", type=float, default=0.95, help="share to catch (default: %(default)s)")
@@ -363,7 +366,7 @@ def main() -> None:
         print("\n".join("  ".join([mutant.operator, *mutant.key]) for mutant in sample))
         return
     found = []
-    for one in run(sample, arguments.workers):
+    for one in run(sample, arguments.tests, arguments.workers):
         found.append(one)
         print(f"{one.outcome:9}  {one.file}  {one.function}: {one.change[:160]}  {one.test}", flush=True)
     found.sort(key=lambda one: (one.file, one.function, one.change))
