@@ -195,10 +195,10 @@ def test_rewards_that_agree_leave_no_gap(rewards):
 
 
 def test_what_only_the_primary_praises_is_withheld_or_reversed():
-    advantages = torch.tensor([2.0, 1.0, -1.0, -2.0])
-    gap = torch.tensor([0.9, 0.25, 0.9, -0.9])
-    assert selective(advantages, gap, 0.25, 0.0).tolist() == [0.0, 1.0, -1.0, -2.0]
-    assert selective(advantages, gap, 0.25, 0.5).tolist() == [-1.0, 1.0, -1.0, -2.0]
+    advantages = torch.tensor([2.0, 0.5, 1.0, -1.0, -2.0])
+    gap = torch.tensor([0.9, 0.9, 0.25, 0.9, -0.9])
+    assert selective(advantages, gap, 0.25, 0.0).tolist() == [0.0, 0.0, 1.0, -1.0, -2.0]
+    assert selective(advantages, gap, 0.25, 0.5).tolist() == [-1.0, -0.25, 1.0, -1.0, -2.0]
     assert selective(advantages, gap, 1.0, 0.5).equal(advantages)
 
 

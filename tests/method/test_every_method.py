@@ -45,6 +45,12 @@ def test_the_ratio_is_exactly_one_before_the_first_step(name):
     assert metrics["clip_fraction"] == 0.0 and float(coefficients.abs().max()) > 0
 
 
+def test_an_update_reports_the_extreme_ratios_of_its_groups():
+    for method in METHODS.values():
+        extreme = {name for name, metric in method.metrics.items() if metric.largest}
+        assert extreme == {"ratio_max", "ratio_deviation"} & method.metrics.keys()
+
+
 def test_every_method_with_a_policy_has_a_ratio():
     assert {name for name in METHODS if "ratio_deviation" in METHODS[name].metrics} == {
         "kvpo", "latent-distance", "flow-grpo", "cm-grpo"
