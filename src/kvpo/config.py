@@ -77,7 +77,7 @@ class StreamConfig(Deployment):
 
 @dataclass(frozen=True)
 class ExplorationConfig:
-    """How branches are told apart; Causal History Routing counts past frames (METHOD section 2)."""
+    """How branches are told apart; counts of history are counts of past frames."""
 
     explorer: Literal["routes", "fresh", "neighbour", "sde", "renoise"] = "routes"
     """What tells branches apart: routed history, fresh or neighbouring noise, stochastic steps, re-noise."""

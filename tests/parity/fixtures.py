@@ -205,6 +205,6 @@ def forgets_at_switch(meta: dict) -> bool:
     """Whether the public code zeroes history at a switch and then re-encodes only its last frames.
 
     With the sink not kept, MemFlow never rewrites the sink slots, and the sampler's cache is longer than what
-    is re-encoded: zero keys and values stay behind and are attended to (MODELS.md section 8, trap 10).
+    is re-encoded: zero keys and values stay behind and are attended to.
     """
     return not meta["keep_sink_at_switch"] and (meta["model"] == "memflow" or meta["kind"] == "routing")

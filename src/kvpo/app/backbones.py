@@ -215,7 +215,7 @@ def given_weights(config: Config) -> Given:
 def wan_weights(config: Config, given: Given | None = None) -> Weights:
     """The transformer with what a configuration trains in it; ``given`` are its files if already mapped.
 
-    The starting policy is the checkpoint with its given adapter, continued or merged (METHOD section 6).
+    The starting policy is the checkpoint with its given adapter, continued or merged.
     Frozen weights are kept in the precision of the forward pass, trained ones in float32.
 
     Raises:

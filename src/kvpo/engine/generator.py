@@ -55,7 +55,7 @@ class Codec(Protocol):
 
 
 def pixels_of(codec: Codec, latents_BTCHW: Tensor, before_TCHW: Tensor | None = None) -> Tensor:
-    """What ``codec.decode`` makes of latents, without gradients, in front of anything that looks at pixels.
+    """Pixels that ``codec.decode`` makes of latents, without gradients.
 
     Raises NonFiniteError where a pixel is not finite.
     """
@@ -80,7 +80,7 @@ class TextRows:
 
     embeddings_ULD: Tensor
     rows_R: Tensor
-    """Which embedding each row has."""
+    """Index of each row's embedding."""
 
     @property
     def each_RLD(self) -> Tensor:

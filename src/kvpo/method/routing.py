@@ -1,9 +1,9 @@
-"""Causal History Routing: which past frames a block may attend to (METHOD section 2).
+"""Causal History Routing: the past frames that a block may attend to (docs/method.md has the section).
 
 Deployment:   sink ++ the `local_past` most recent frames
 Exploration:  sink ++ `routed` frames of older history ++ the `recent` most recent frames
 
-All counts are *past* frames; the block being denoised always attends to itself besides. With
+All counts are *past* frames; the block being denoised also attends to itself. With
 routed + recent = local_past both contexts are equally long, and routing the most recent frames is deployment.
 """
 
@@ -60,7 +60,7 @@ def dispersed_routes(
 
 @dataclass(frozen=True)
 class FittedExploration:
-    """What of the requested exploration fits at a fork."""
+    """The exploration settings that fit at a given fork."""
 
     blocks: int
     tail_blocks: int
@@ -81,7 +81,7 @@ def fit_exploration(
 ) -> FittedExploration:
     """Shrink the routed blocks, the tail after them and the distinct frames to what a fork offers.
 
-    Routed blocks end by `window_end`, the tail with the clip; `distinct` falls until a pool of so many frames
+    Routed blocks end by `window_end`, the tail with the clip; `distinct` falls until a pool of that size
     has a different set for every branch. Raises ValueError when no block follows the fork, or the pool has
     not even one frame for every branch.
     """

@@ -1,4 +1,4 @@
-"""Which pages a block attends to: the sink and window of LongLive, the full or rolling window of
+"""The pages that a block attends to: the sink and window of LongLive, the full or rolling window of
 Self-Forcing, the memory bank of MemFlow, and the routed histories of exploration. Policies over page tables,
 not over models.
 """
@@ -15,7 +15,7 @@ from kvpo.models.settings import Deployment
 from kvpo.prompts import VideoPrompt
 
 RECORD_INTERVAL = 3
-"""The memory bank takes in every third block's first frame (MODELS.md 3.2)."""
+"""The memory bank takes in every third block's first frame."""
 TextKeys = Callable[[int], Tensor]
 """Cross-attention keys of a layer for the rows at hand: layer -> [R, text_len, N, D]."""
 
@@ -48,7 +48,7 @@ def routed_context(
     routed_pages: Sequence[Sequence[int] | None],
     recent: int,
 ) -> PageContext:
-    """Context of each stream's next block, routed where pages are given (METHOD section 2).
+    """Context of each stream's next block, routed where pages are given.
 
     A routed row sees sink ++ bank ++ its routed pages ++ the ``recent`` most recent past frames; a row with
     None sees its deployment context. The pages may belong to any stream of the cache (donor histories).
@@ -76,7 +76,7 @@ def routed_context(
 def context_size(
     deployment: Deployment, history: History, routed_pages: Sequence[int] | None = None, recent: int = 0
 ) -> int:
-    """Frames that the next block sees beside itself; streams of one forward pass must agree on it."""
+    """Frames that the next block sees in addition to itself; streams of one forward pass must agree on it."""
     sink, local = context_frames(history, deployment.local_past if routed_pages is None else recent)
     return len(sink) + len(routed_pages or ()) + len(local) + (len(history.bank[0]) if history.bank else 0)
 
@@ -117,7 +117,7 @@ def reencoding_context(deployment: Deployment, histories: Sequence[History]) -> 
 def adopt_reencoded(deployment: Deployment, history: History, pages: Sequence[int]) -> None:
     """Put re-encoded pages in place; a replaced sink is filled with the first of them, a kept one stays.
 
-    Where the frames reach back to the start, a kept sink is re-encoded with them (MODELS.md 3.1).
+    Where the frames reach back to the start, a kept sink is re-encoded with them.
     """
     start = history.end - len(pages)
     kept = 0
@@ -130,7 +130,7 @@ def adopt_reencoded(deployment: Deployment, history: History, pages: Sequence[in
 
 
 def reachable_frames(deployment: Deployment, history: History, resident: int) -> range:
-    """Frames beside the sink that the window or the routing pool may still ask for.
+    """Frames outside the sink that the window or the routing pool may still ask for.
 
     ``resident`` counts the frames kept for routing including the sink; 0 keeps everything. Re-encoding asks
     for latents, not for pages.
@@ -142,7 +142,7 @@ def reachable_frames(deployment: Deployment, history: History, resident: int) ->
 
 
 def record_block(deployment: Deployment, history: History) -> None:
-    """After a block's clean pass: its first frame is what the memory bank takes in next (MODELS.md 3.2)."""
+    """After a block's clean pass: its first frame is what the memory bank takes in next."""
     index = history.end // deployment.block - 1
     if deployment.bank_size and (deployment.bank_every_block or index % RECORD_INTERVAL == 0):
         history.record(history.pages[history.end - deployment.block])
@@ -151,7 +151,7 @@ def record_block(deployment: Deployment, history: History) -> None:
 def commit_bank(
     deployment: Deployment, history: History, num_layers: int, text_keys: TextKeys | None, row: int = 0
 ) -> None:
-    """Before a block: let the bank take in the recorded frame (MODELS.md 3.2).
+    """Before a block: let the bank take in the recorded frame.
 
     While the bank is short the frame gets the next slot; a full bank keeps the frames that the current
     prompt's text keys match best. ``text_keys`` None stands for empty text keys.
@@ -179,7 +179,7 @@ def commit_bank(
 
 
 def _agreement(text_LND: Tensor, keys_FTND: Tensor, *, in_steps: bool) -> Tensor:
-    """How well frames match a text: the mean of text keys . frame keys / sqrt(D) over tokens and heads, [F].
+    """Agreement of frames and text: mean of text keys . frame keys / sqrt(D) over tokens and heads, [F].
 
     The mean over all token pairs of a head factorises into two means. ``in_steps`` forms every pair in the
     keys' own type, as published: in bfloat16 its rounding decides between frames that match equally well.

@@ -77,7 +77,7 @@ class WanShape:
 
 @dataclass(frozen=True)
 class Deployment:
-    """The context that a stream is deployed with (METHOD section 2)."""
+    """The context that a stream is deployed with."""
 
     block: int = 3
     """Latent frames generated together."""

@@ -1,7 +1,8 @@
 """The gradient of one rollout: a table of squared residuals, a loss on it, backward in micro-batches.
 
 The loss is differentiated on the table's numbers, and each micro-batch of cells is backpropagated with its
-coefficients d loss / d table: exact, with one micro-batch's activations in memory (METHOD section 6).
+coefficients d loss / d table: exact, with the activations of one micro-batch in memory (docs/method.md, "The
+gradient").
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -48,7 +49,7 @@ class Learner:
 
 @dataclass(frozen=True)
 class Lesson:
-    """What is learned from one fork: the method's evidence, followed by the rows of the velocity KL."""
+    """One fork to learn from: the method's evidence, followed by the rows of the velocity KL."""
 
     root: Stream
     kind: tuple[int, int]
@@ -95,7 +96,7 @@ class Lesson:
 
 
 def lesson_of(learner: Learner, group: Group, credit: Credit, generator: torch.Generator) -> Lesson:
-    """What there is to learn from a group; ``generator`` draws what the evidence needs at random."""
+    """The lesson of a group; ``generator`` draws the random numbers of the evidence."""
     method, trajectories = learner.method, group.trajectories
     evidence = method.evidence(trajectories, credit, learner.steps, learner.settings, generator)
     drift = method.drift(trajectories, credit, evidence, learner.settings)
@@ -165,7 +166,7 @@ def replayed(
 
 
 def velocities_of(learner: Learner, lessons: Sequence[Lesson]) -> list[Tensor]:
-    """Velocities [Q, P, S, F, C, H, W] at every trajectory of some lessons, without gradients."""
+    """Velocities [Q, P, S, F, C, H, W] at every trajectory of the lessons, without gradients."""
     found: list[list[Tensor]] = [[] for _ in lessons]
     for pairs in micro_batches(learner, lessons):
         rows = [lessons[n].row(query) for n, query in pairs]

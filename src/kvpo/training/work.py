@@ -9,7 +9,7 @@ from kvpo.models.settings import WanShape
 
 @dataclass(frozen=True)
 class Work:
-    """What some passes cannot do without."""
+    """Lower bound on FLOPs and memory traffic."""
 
     flops: float
     bytes: float
@@ -19,13 +19,13 @@ class Work:
         return Work(self.flops + other.flops, self.bytes + other.bytes)
 
     def times(self, count: float) -> "Work":
-        """The same work, so many times."""
+        """The same work ``count`` times."""
         return Work(count * self.flops, count * self.bytes)
 
 
 @dataclass(frozen=True)
 class Costs:
-    """What a pass of a generator costs."""
+    """The cost of a generator's passes."""
 
     config: Config
     shape: WanShape
@@ -105,7 +105,7 @@ def backward_work(costs: Costs, rows: int) -> Work:
 
 
 def reencoding_work(costs: Costs, rows: int) -> Work:
-    """Encoding a member's own blocks anew before its replay, ``rows`` members together."""
+    """Re-encoding a member's own blocks before its replay, ``rows`` members together."""
     clean = encode_flops(costs.call(rows)) + costs.adapter(rows)
     once = Work(clean, costs.weight_bytes + rows * costs.context * costs.page_bytes)
     return once.times(costs.config.exploration.blocks - 1)
