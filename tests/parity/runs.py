@@ -146,7 +146,7 @@ def recent_past(meta: dict) -> int:
 def routed_by_slot(
     meta: dict, generator: StreamingGenerator, prompt: VideoPrompt, texts: TextTable, tape: Tape
 ) -> list[Tensor]:
-    """The public MemFlow sampler: routed are cache slots, read anew at every block (MODELS.md 5.3).
+    """The public MemFlow sampler: routed are cache slots, read again at every block.
 
     ``used_frames`` are what the slots hold at the first routed block; once the cache has rolled, the same
     slots hold later frames at every further block, at last frames that the branch itself has made.
@@ -198,8 +198,7 @@ def history_of(meta: dict, data: dict[str, Tensor], cache: FrameCache) -> Histor
 def cached_segment(meta: dict) -> int:
     """The prompt whose text keys the public trainer has cached at the fork.
 
-    It goes on with the prompt of the chunk before, also where the forked chunk begins with a switch
-    (MODELS.md section 8, trap 2).
+    It goes on with the prompt of the chunk before, also where the forked chunk begins with a switch.
     """
     fork = max(chunk for chunk in CHUNKS if chunk <= meta["fork_frame"])
     before = max((chunk for chunk in CHUNKS if chunk < fork), default=-1)

@@ -20,6 +20,8 @@ from kvpo.app.provenance import keep_provenance
 from kvpo.config import Config
 from kvpo.config_checks import ConfigurationError, check
 from kvpo.files import local_path, read_json
+from kvpo.method.diagnostics import meanings
+from kvpo.method.methods import METHODS
 from kvpo.report.headline import verdict_of
 from kvpo.training import radar
 from kvpo.training.checkpoint import find_checkpoint, latest_checkpoint
@@ -85,6 +87,7 @@ def _run(config: Config, directory: RunDirectory, started: float, resume: bool) 
         # First of all, since the checkpoint may be refused.
         state = None if point is None else restore(trainer, point)
         directory.save_config()
+        directory.write_meanings(meanings(METHODS[config.method].metrics))
         resumed_at = None if point is None else checkpoint_update(point)
         with MetricsLog(directory.metrics, directory.tensorboard, resumed_at=resumed_at) as metrics:
             run = Run(setup, trainer, directory.checkpoints, metrics, show)
@@ -132,14 +135,15 @@ def finished_summary(directory: RunDirectory, config: Config) -> dict[str, Any] 
     return summary if summary["updates"] == config.optim.updates else None
 
 
-def exactness(setup: Setup, trainer: Trainer) -> dict[str, float | None]:
-    """The identities that hold for any policy, measured on this run's own generator as it is now."""
+def exactness(setup: Setup, trainer: Trainer) -> dict[str, float]:
+    """The identities that hold for the run's method, measured on its own generator as it is now."""
     prompts = setup.training_prompts(0)
-    return {
+    found = {
         "first_ratio_max_deviation": first_ratio_max_deviation(trainer),
         "anchor_energy_at_old": anchor_energy_at_old(setup, prompts),
         "default_route_max_difference": default_route_max_difference(setup, prompts),
     }
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def radar_summary(run: Run, results: Mapping[str, tuple[HeldOut, HeldOut]]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The surrogate policy and its clipped objective (METHOD sections 4 and 6).
+"""The Gibbs policy over branches and its clipped objective, shared by KVPO and latent distance.
 
     pi_theta(g) = softmax_g( -E_theta(g) / tau ),    rho = pi_theta / pi_old
     L = -(1/G) sum_g min( rho_g A_g, clip(rho_g, 1 - c_low, 1 + c_high) A_g ) + lambda KL(pi_theta || pi_ref)

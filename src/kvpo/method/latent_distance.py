@@ -76,4 +76,4 @@ def probabilities(
     return log_probs(energy_G, temperature, anchor_in_pool=False).exp()
 
 
-METHOD = Method(evidence, loss, METRICS, probabilities=probabilities)
+METHOD = Method(evidence, loss, METRICS, residual="distance", probabilities=probabilities)
