@@ -124,7 +124,9 @@ def test_the_anchor_state_target_leads_to_the_branch():
 
     clean, noise = latents(0)[:, :, 0], latents(1)[:, :, 0]
     states = torch.stack([add_noise(clean, noise, sigma) for sigma in (1.0, 0.9375)], 2)
-    own = anchor_state_evidence(Trajectories(states, states, clean, (1.0, 0.9375)), [2], 2, 1.0).targets_NPSFCHW
+    own = anchor_state_evidence(
+        Trajectories(states, states, clean, (1.0, 0.9375)), [2], 2, 1.0
+    ).targets_NPSFCHW
     torch.testing.assert_close(own[0], (noise - clean)[2][:, None].expand_as(own[0]))
 
 
