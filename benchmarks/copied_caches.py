@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
+from kvpo.method.energy import velocity_residual
 from torch import Tensor
 
 from kvpo.engine.generator import StreamingGenerator, TextRows
@@ -16,8 +17,7 @@ from kvpo.engine.noise import Tape
 from kvpo.engine.replay import Member
 from kvpo.engine.rollout import Group, RoutedFrame
 from kvpo.engine.stream import Stream, TextTable, denoise_block
-from kvpo.method.energy import velocity_residual
-from kvpo.method.routing import deployment_frames, exploration_frames
+from kvpo.method.routing import visible_frames
 from kvpo.models.cache import History
 
 
@@ -119,8 +119,8 @@ class OneByOne:
     def deployed(self, cache: CopiedCache) -> SlotContext:
         """The deployment context of the next block."""
         deployment = self.generator.deployment
-        window = {"sink": deployment.sink, "window": deployment.window, "block": deployment.block}
-        return cache.context(deployment_frames(cache.end, **window))
+        sink, local = visible_frames(cache.end, range(deployment.sink), deployment.local_past)
+        return cache.context([*sink, *local])
 
     def roll_out(
         self,
@@ -140,8 +140,8 @@ class OneByOne:
                 context = self.deployed(cache)
                 if routes is not None and block < blocks:
                     routed = [slot.frame for slot in routes[block]]
-                    sink = self.generator.deployment.sink
-                    context = cache.context(exploration_frames(cache.end, routed, sink=sink, recent=recent))
+                    sink, local = visible_frames(cache.end, range(self.generator.deployment.sink), recent)
+                    context = cache.context([*sink, *sorted(routed), *local])
                 noise = self._noise(group, cache.end)
                 with torch.no_grad():
                     trajectory = denoise_block(self.generator, noise, text, context)

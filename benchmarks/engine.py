@@ -18,7 +18,7 @@ from copied_caches import OneByOne
 from measuring import alternated, machine, peak_pages, section, table, write_json
 from torch import Tensor, nn
 
-from kvpo.app.build import streaming_generator, wan_shape
+from kvpo.app.build import streaming_generator
 from kvpo.app.presets import demo
 from kvpo.config import Config
 from kvpo.engine.generator import StreamingGenerator
@@ -80,7 +80,7 @@ def bench(config: Config, groups: int) -> Bench:
     """Random weights of the demo's shape; the adapter too is random, so that all of it gets a gradient."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # module initialisers know only the global generator
-        model = CausalWan(wan_shape(config))
+        model = CausalWan(config.model)
     draws = keyed_generator("benchmark")
     optim = config.optim
     add_adapter(model, optim.lora_rank, optim.lora_alpha, optim.lora_targets, generator=draws)

@@ -22,7 +22,7 @@ import torch
 from measuring import given_settings, machine, section, table, write_json
 from torch import Tensor, nn
 
-from kvpo.app.build import streaming_generator, wan_shape
+from kvpo.app.build import streaming_generator
 from kvpo.app.configuration import preset
 from kvpo.config import Config
 from kvpo.engine.forks import Fork
@@ -87,7 +87,7 @@ class Subject:
     @property
     def costs(self) -> Costs:
         """What the passes of this generator cost at least."""
-        return Costs(self.config, wan_shape(self.config), self.weight_bytes, self.page_bytes)
+        return Costs(self.config, self.config.model, self.weight_bytes, self.page_bytes)
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,7 @@ def subject_of(config: Config, fork: int, frames: int) -> Subject:
     """Random weights on the device, in bfloat16, with a float32 adapter to train."""
     device = torch.device(config.device)
     with torch.device("meta"):
-        model = CausalWan(wan_shape(config))
+        model = CausalWan(config.model)
     model = model.to(precision(config)).to_empty(device=device)
     draws = torch.Generator(device).manual_seed(0)
     with torch.no_grad():
@@ -323,7 +323,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "GPU benchmark",
         f"{about['device']}, torch {about['torch']}: {limits.flops / 1e12:.3g} TFLOP/s in {dtype} matrix "
         f"products, {limits.bandwidth / 1e9:.3g} GB/s copying. {parameters / 1e9:.3g} billion random "
-        f"parameters with the adapter, {wan_shape(config).tokens_per_frame} tokens per frame, median of "
+        f"parameters with the adapter, {config.model.tokens_per_frame} tokens per frame, median of "
         f"{options.repeats} rounds.",
         table(columns, lines),
     )

@@ -26,7 +26,6 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
 from kvpo.app.backbones import build_wan
-from kvpo.app.build import wan_shape
 from kvpo.app.configuration import preset
 from kvpo.app.plan import Planner
 from kvpo.config import Config
@@ -71,7 +70,7 @@ def write_files(config: Config, directory: Path, *, tiny: bool) -> dict[str, Any
     """Random weights of every part in a public layout; the settings that name them."""
     device, dtype = torch.device(config.device), precision(config)
     with torch.device("meta"):
-        model = CausalWan(wan_shape(config))
+        model = CausalWan(config.model)
     model = model.to(dtype).to_empty(device=device)
     draws = torch.Generator(device).manual_seed(0)
     with torch.no_grad():

@@ -14,7 +14,6 @@ import torch
 
 import kvpo
 from kvpo.app import cli, commands, configuration
-from kvpo.app.build import wan_shape
 from kvpo.app.commands import COMMANDS, Command
 from kvpo.config import Config
 from kvpo.models.checkpoints import load_transformer_state
@@ -174,7 +173,7 @@ def test_the_commands_and_code_of_public_generators_run(
 
     config = tiny_wan("longlive-1.3b", tmp_path, segments=3)
     theirs = Path("Wan-AI/Wan2.1-T2V-1.3B-Diffusers/transformer")
-    save_diffusers_transformer(theirs, load_transformer_state(base).tensors, wan_shape(config))
+    save_diffusers_transformer(theirs, load_transformer_state(base).tensors, config.model)
     (code,) = blocks(ROOT / "docs/backbones.md", "python")
     names: dict[str, Any] = {}
     exec(code, names)

@@ -12,9 +12,9 @@ from kvpo.engine.noise import keyed_generator
 from kvpo.engine.stream import Stream, advance, open_stream
 from kvpo.method.flow import STEPS
 from kvpo.models.causal_wan import CausalWan, WanShape
-from kvpo.models.deployment import Deployment
 from kvpo.prompts import VideoPrompt
 from tests.models.tiny import tiny_model
+from tests.published_bank import deployment as deployment_of
 
 SHAPE = WanShape(
     dim=32, num_heads=2, num_layers=2, ffn_dim=48, freq_dim=16, text_len=4, text_dim=6, channels=3,
@@ -51,7 +51,7 @@ def generator(
     """A streaming generator around fresh weights, always the same."""
     return StreamingGenerator(
         transformer=sensitive_model(dtype, relative_positions),
-        deployment=Deployment(block=3, window=window, sink=sink, **deployment),
+        deployment=deployment_of(block=3, window=window, sink=sink, **deployment),
         sigmas=(1.0, 0.9375, 0.625),
         step=STEPS["renoise" if renoise else "ode"],
         latent_shape=FRAME,

@@ -13,7 +13,7 @@ from kvpo.engine.generator import PageShape, StreamingGenerator
 from kvpo.models.adapter_files import PEFT_PREFIX, AdapterState
 from kvpo.models.adapters import merge_adapter
 from kvpo.models.causal_wan import CausalWan, WanShape
-from kvpo.models.deployment import Deployment
+from tests.published_bank import PublishedBank
 
 GOLDEN = Path(os.environ.get("KVPO_GOLDEN", Path(__file__).resolve().parents[2] / ".." / "shared" / "golden"))
 SIGMAS = (1.0, 0.9375, 5 * 0.5 / 3, 0.625)
@@ -183,7 +183,7 @@ def generator_of(meta: dict, model: CausalWan, context_noise: float = 0.0) -> St
     shape = model.shape
     return StreamingGenerator(
         transformer=model,
-        deployment=Deployment(
+        deployment=PublishedBank(
             block=BLOCK,
             window=meta["window"],
             sink=meta["sink"],
@@ -191,7 +191,6 @@ def generator_of(meta: dict, model: CausalWan, context_noise: float = 0.0) -> St
             bank_size=meta["bank_size"],
             sparse_activation=meta["sparse_activation"],
             bank_every_block=meta["bank_every_block"],
-            bank_as_published=True,
         ),
         sigmas=SIGMAS,
         renoise=True,

@@ -91,10 +91,17 @@ def update_metrics(
     return numbers | {"skipped_fraction": 1 - len(trained) / len(groups)}
 
 
-def meanings(of_method: Mapping[str, Metric]) -> dict[str, str]:
-    """Metric -> the sentence that explains it, for everything that a run of a method reports of updates."""
-    every = {**GROUP_METRICS, **UPDATE_METRICS, **of_method}
-    return {name: metric.meaning for name, metric in every.items()}
+def meanings(of_method: Mapping[str, Metric]) -> dict[str, dict[str, str]]:
+    """Heading -> metric -> the sentence that explains it, for everything a run of a method writes of updates.
+
+    The headings are what the groups show, what the method measures, and what the update did.
+    """
+    of_update = {name: metric for name, metric in UPDATE_METRICS.items() if name not in of_method}
+    headings = {"Groups": GROUP_METRICS, "Method": of_method, "Update": of_update}
+    return {
+        heading: {name: metric.meaning for name, metric in metrics.items()}
+        for heading, metrics in headings.items()
+    }
 
 
 def mean_pairwise_distance(latents: Tensor) -> float:

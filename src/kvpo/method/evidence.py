@@ -241,6 +241,8 @@ class Method:
     """Targets are asked for under routed history, so its pages stay until the replay."""
     linear: bool = False
     """The loss is linear in the table, so its gradient needs no table; saves a pass in micro-batches."""
+    residual: str = "residual"
+    """What the method calls a branch's summed residuals: the number that the branch explorer shows."""
 
 
 def _column(like: Tensor, values: Sequence[float]) -> Tensor:

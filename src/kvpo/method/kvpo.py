@@ -76,4 +76,4 @@ def probabilities(
     return log_probs(energy_G, temperature, anchor_in_pool=settings.anchor_share > 0).exp()
 
 
-METHOD = Method(evidence, loss, METRICS, probabilities=probabilities)
+METHOD = Method(evidence, loss, METRICS, residual="energy", probabilities=probabilities)

@@ -38,6 +38,7 @@ class RunDirectory:
         self.config_file = path / CONFIG
         self.provenance = path / "provenance.json"
         self.metrics = path / "metrics.jsonl"
+        self.meanings = path / "meanings.json"
         self.summary = path / "summary.json"
         self.report = path / "report.html"
         self.checkpoints = path / "checkpoints"
@@ -84,6 +85,10 @@ class RunDirectory:
         """Write ``config.yaml`` in one step."""
         write_atomic(self.config_file, self._text())
 
+    def write_meanings(self, meanings: Mapping[str, Mapping[str, str]]) -> None:
+        """Write ``meanings.json`` in one step: heading -> metric -> the sentence that explains it."""
+        write_atomic(self.meanings, json.dumps(meanings, indent=1) + "\n")
+
     def write_summary(self, summary: Mapping[str, object]) -> None:
         """Write ``summary.json`` in one step; numbers must be finite (ValueError otherwise)."""
         write_atomic(self.summary, json.dumps(summary, indent=2, allow_nan=False) + "\n")
@@ -113,7 +118,8 @@ class RunDirectory:
         """Leave the directory as it was before a run that never began."""
         for path in self.checkpoints.glob("update-*"):
             shutil.rmtree(path)
-        written = (self.checkpoints, self.tensorboard, self.metrics, self.provenance, self.config_file)
+        files = (self.metrics, self.meanings, self.provenance, self.config_file)
+        written = (self.checkpoints, self.tensorboard, *files)
         for path in (path for path in written if path.exists() and path not in self._found):
             if path.is_dir():
                 shutil.rmtree(path)
