@@ -94,7 +94,7 @@ def align(arm: str, seed: int, directory: Path) -> dict[str, Any]:
                 run.resume(restore(trainer, point))
             run.train(lambda: False)
         restore(trainer, find_checkpoint(files.checkpoints, "best"))
-        tested = evaluate_base(setup, trainer, setup.test)["short"], run.evaluate_average(setup.test["short"])
+        tested = evaluate_base(setup, trainer, setup.test)["short"], run.evaluate_aligned(setup.test["short"])
         assert run.best is not None
         seen = [entry for entry in read_metrics(files.metrics) if entry["kind"] == "validation"]
         return {

@@ -197,7 +197,7 @@ def slots_in(directory: Path, count: int) -> list[Path]:
     for name in ["original", *map(str, range(count))]:
         (directory / name / "temporary").mkdir(parents=True)
         shutil.copy2(ROOT / "pyproject.toml", directory / name)
-        for part in ("src", "tests", "benchmarks"):
+        for part in ("src", "tests", "benchmarks", "docs"):
             skipped = shutil.ignore_patterns("__pycache__", "*.egg-info")
             shutil.copytree(ROOT / part, directory / name / part, ignore=skipped)
     return [directory / str(n) for n in range(count)]

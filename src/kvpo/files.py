@@ -141,6 +141,23 @@ def local_path(given: str | Path, what: str) -> Path:
         raise ValueError(f"{what}: {given}: {error}") from error
 
 
+def output_file(given: str | Path, what: str) -> Path:
+    """The path of a file to be written, its directory made now: work whose result has no place is not begun.
+
+    Raises:
+        ValueError: see `local_path`; also a directory.
+        StorageError: the directory cannot be made.
+    """
+    path = local_path(given, what)
+    if path.is_dir():
+        raise ValueError(f"{what}: {path} is a directory; name a file in it")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise storage_error(path, error) from error
+    return path
+
+
 def refuse_pointers(*paths: Path) -> None:
     """Refuse Git LFS pointers, files that stand for content which was not fetched.
 
@@ -200,16 +217,25 @@ def parse_json(text: str) -> Any:
         value = json.loads(text, object_pairs_hook=_fields)
         if _depth(value) > MOST_NESTED:
             raise RecursionError
-        if "\\ud" in text.lower():
-            json.dumps(value, ensure_ascii=False).encode()
+        refuse_halves(value)
         return value
     except json.JSONDecodeError as error:
         raise ValueError(f"not JSON ({error.msg} at position {error.pos + 1})") from error
     except RecursionError as error:
         raise ValueError("not JSON that can be read (nested too deeply)") from error
+
+
+def refuse_halves(value: Any) -> None:
+    """Refuse texts that no file can hold, halves of surrogate pairs, anywhere in a JSON value.
+
+    Raises:
+        ValueError: naming the first.
+    """
+    try:
+        json.dumps(value, ensure_ascii=False, default=str).encode()
     except UnicodeEncodeError as error:
         half = f"\\u{ord(error.object[error.start]):04x}"
-        raise ValueError(f"not JSON that can be read ({half} is half of a character)") from error
+        raise ValueError(f"not text that can be read ({half} is half of a character)") from error
 
 
 def _fields(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -246,6 +272,16 @@ def printable(text: str) -> str:
     return "".join(
         c.encode("unicode_escape").decode() if unicodedata.category(c) in breaks else c for c in text
     )
+
+
+def demand_utf8(path: Path) -> None:
+    """Refuse a path that safetensors cannot open. Raises ValueError."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{printable(str(path))}: weights cannot be read or written where a name is not UTF-8; rename it"
+        ) from error
 
 
 def named_list(names: Iterable[str], shown: int = NAMES_SHOWN) -> str:

@@ -1,6 +1,7 @@
 """What `kvpo generate` leaves beside its videos, and that `kvpo score` goes by it."""
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -57,3 +58,19 @@ def test_names_keep_their_order_beyond_a_thousand(
 def test_half_a_character_is_no_prompt() -> None:
     with pytest.raises(ValueError, match="holds half of a character"):
         VideoPrompt(0, ("a \udce9 dog",), (), 8)
+
+
+def test_weights_and_runs_where_a_name_is_not_utf8_are_refused_at_once(
+    tiny_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lists = {name: list(value) if isinstance(value, tuple) else value for name, value in SETTINGS.items()}
+    folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9"))
+    folder.mkdir()
+    (folder / "base.safetensors").write_bytes(tiny_base.read_bytes())
+    settings = tmp_path / "run.yaml"
+    settings.write_text(yaml.safe_dump(lists))
+    for base, out in ((tiny_base, folder / "run"), (folder / "base.safetensors", tmp_path / "run")):
+        assert main(["align", "--config", str(settings), "--base", str(base), "--out", str(out)]) == 1
+        line = capsys.readouterr().err
+        assert "udce9" in line and "weights cannot be read or written where a name is not UTF-8" in line
+        assert not out.exists()

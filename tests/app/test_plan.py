@@ -1,6 +1,7 @@
 """What `kvpo plan` counts is what a run allocates."""
 
 import json
+import math
 import re
 import shlex
 from dataclasses import replace
@@ -21,11 +22,12 @@ from kvpo.engine.stream import stream_latents
 from kvpo.models.adapters import add_adapter
 from kvpo.models.causal_wan import CausalWan
 from kvpo.models.context import PageContext
+from kvpo.models.flops import encode_flops
 from kvpo.training.checkpoint import save_checkpoint
 from kvpo.training.memory import Activations
 from kvpo.training.plan import Rates
 from kvpo.training.trainer import Trainer, architecture
-from kvpo.training.work import Costs
+from kvpo.training.work import Costs, backward_work, forward_work
 from tests.tiny_wan import tiny_wan
 
 RATES = Rates(150e12, 1e12)
@@ -251,3 +253,73 @@ def test_more_routed_frames_take_longer_and_more_memory():
     flops = layers * 4.0 * (3 * tokens) * (6 * tokens) * model.dim
     assert many.seconds - few.seconds == pytest.approx(flops / RATES.flops, rel=1e-6)
     assert many.parts["activations"] > few.parts["activations"]
+
+
+def replay_of(config, rates):
+    plan = Planner(config, rates).plan(config)
+    (phase,) = (p for p in plan.phases if p.name == "replay and backward")
+    shape, weights = wan_shape(config), plan.parameters.weights + plan.parameters.adapter
+    return phase.seconds, Costs(config, shape, weights, plan.page, plan.fork)
+
+
+@pytest.mark.parametrize(
+    ("changes", "passes", "stored"),
+    [
+        ({"optim.replay_rows": 0}, 2, 0.0),  # of the starting policy, and the current one with its gradient
+        ({"optim.replay_rows": 80}, 3, 0.0),  # a few members at a time: all energies come first
+        ({"optim.replay_rows": 1}, 3, 0.0),  # a state at a time
+        ({"optim.replay_rows": 0, "optim.rollouts_per_refresh": 4}, 2, 0.75),
+        ({"optim.replay_rows": 0, "optim.inner_epochs": 2}, 2, 1.0),
+    ],
+)
+def test_replays_are_as_many_as_the_trainer_makes(changes, passes, stored):
+    """Operations counted state by state: every member's window forward, its blocks anew, and backward."""
+    config = preset("longlive-1.3b", {"optim.rollouts_per_refresh": 1, **changes})
+    flops, costs = replay_of(config, Rates(1.0, math.inf))
+    exploration, objective, optim = config.exploration, config.objective, config.optim
+    members = optim.prompts_per_update * (
+        (objective.keep_best + objective.keep_worst or exploration.branches) + 1
+    )
+    states = exploration.blocks * objective.grad_steps
+    encoding = encode_flops(costs.call(1)) + costs.adapter(1)
+    once = states * forward_work(costs, 1).flops + (exploration.blocks - 1) * encoding
+    every = optim.inner_epochs * (passes * once + states * backward_work(costs, 1).flops)
+    # Keys of texts are shared by the states of a pass: half a percent. A pass is a tenth.
+    assert flops == pytest.approx(members * (every + stored * once), rel=0.01)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_replay_reads_the_weights_once_per_pass_and_pages_once_per_state(checkpointing):
+    changes = {"optim.replay_rows": 0, "optim.rollouts_per_refresh": 1, "optim.checkpointing": checkpointing}
+    config = preset("longlive-1.3b", changes)
+    read, costs = replay_of(config, Rates(math.inf, 1.0))
+    exploration, objective = config.exploration, config.objective
+    kept = objective.keep_best + objective.keep_worst or exploration.branches
+    members = config.optim.prompts_per_update * (kept + 1)
+    window = members * exploration.blocks * objective.grad_steps
+
+    def traffic(rows):
+        return costs.weight_bytes + rows * costs.context * costs.page_bytes
+
+    again = (exploration.blocks - 1) * traffic(members)
+    assert read == pytest.approx(2 * (again + traffic(window)) + (1 + checkpointing) * traffic(window))
+
+
+def test_the_host_holds_a_groups_pixels_twice_and_the_step_a_copy_of_the_gradients():
+    config = preset("longlive-1.3b")
+    plan, exploration = plan_of(config), config.exploration
+    latents = (
+        (exploration.branches + 1) * (exploration.blocks + exploration.tail_blocks) * config.stream.block
+    )
+    frame = 4 * (4 * 3 * 480 * 832)  # four frames of pixels per latent one, float32
+    assert plan.host["pixels and clips"] == 2 * latents * frame
+    (step,) = (p for p in plan.phases if p.name == "optimiser step")
+    assert step.parts["gradients"] == step.parts["its temporaries"] == 4 * plan.parameters.trained
+
+
+def test_tokens_are_counted_by_both_sides_of_a_patch():
+    """Twice the patch is half the tokens, whichever side is longer."""
+    sides = [(2, 2), (2, 4), (4, 2), (4, 4)]
+    configs = [preset("longlive-1.3b", {"model.patch_size": (1, *side)}) for side in sides]
+    square, wide, high, large = (Activations(config, 9).held(1) for config in configs)
+    assert square / 2 == wide == high == 2 * large

@@ -15,12 +15,10 @@ from typing import Any
 import numpy
 import pytest
 import torch
-import yaml
 
 import kvpo.app.align
 from kvpo.app.align import align
 from kvpo.app.backbones import split_prompts
-from kvpo.app.cli import main
 from kvpo.app.configuration import PLACES_OF_A_RUN, resolve
 from kvpo.app.evaluate import evaluate
 from kvpo.app.presets import PRESETS
@@ -29,46 +27,9 @@ from kvpo.config_checks import ConfigurationError
 from kvpo.training.checkpoint import CheckpointError, checkpoints
 from kvpo.training.device import computing
 from kvpo.training.run_directory import RunDirectory
+from tests.app.finished import QUICK, command, contents
 from tests.tiny_wan import SENTENCES, tiny_wan
 from tests.tiny_world import tiny_config, write_base
-
-QUICK: dict[str, Any] = {
-    "rewards__scorers": ("tests.tiny_world:toy",),
-    "optim__updates": 2,
-    "evaluation__every": 0,
-    "evaluation__diversity_prompts": 0,
-    "stream__schedule": (1.0, 0.5),
-}
-
-
-def command(*words: object) -> int:
-    return main([str(word) for word in words])
-
-
-@pytest.fixture(scope="module")
-def own_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("base") / "base.safetensors"
-    write_base(path)
-    return path
-
-
-@pytest.fixture(scope="module")
-def finished(own_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of two updates in the embedded world."""
-    out = tmp_path_factory.mktemp("runs") / "finished"
-    assert align(tiny_config(own_base, **QUICK), out) is not None
-    return out
-
-
-@pytest.fixture
-def run(finished: Path, tmp_path: Path) -> Path:
-    """A copy to spoil."""
-    return shutil.copytree(finished, tmp_path / "run")
-
-
-def contents(directory: Path) -> dict[str, bytes]:
-    files = (path for path in directory.rglob("*") if path.is_file() and not path.name.startswith("."))
-    return {str(path.relative_to(directory)): path.read_bytes() for path in files}
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -94,9 +55,9 @@ def _parsed(*words: object) -> Any:
 
 
 def test_without_a_checkpoint_a_run_starts_from_its_saved_configuration_and_says_so(
-    own_base: Path, finished: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tiny_base: Path, finished: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    config = tiny_config(own_base, **QUICK)
+    config = tiny_config(tiny_base, **QUICK)
     with RunDirectory(tmp_path, config):
         pass
     assert command("align", "--resume", "--out", tmp_path) == 0
@@ -116,7 +77,7 @@ def test_resuming_where_there_is_no_run_is_refused(
 
 
 def test_a_checkpoint_of_update_0_is_there_before_anything_is_generated(
-    own_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     there: list[str] = []
 
@@ -126,21 +87,21 @@ def test_a_checkpoint_of_update_0_is_there_before_anything_is_generated(
 
     monkeypatch.setattr(kvpo.app.align, "evaluate_base", fails)
     with pytest.raises(ValueError, match="out of memory"):
-        align(tiny_config(own_base, **QUICK), tmp_path / "run")
+        align(tiny_config(tiny_base, **QUICK), tmp_path / "run")
     assert there == ["update-000000"]
     assert not (tmp_path / "run").exists()
 
 
-def test_the_library_too_continues_nothing_but_the_same_run(own_base: Path, run: Path) -> None:
+def test_the_library_too_continues_nothing_but_the_same_run(tiny_base: Path, run: Path) -> None:
     before = contents(run)
     for changes in ({"seed": 5}, {"optim__lr": 0.5, "optim__updates": 4}):
         with pytest.raises(ConfigurationError, match="continues with its saved settings, but"):
-            align(tiny_config(own_base, **{**QUICK, **changes}), run, resume=True)
+            align(tiny_config(tiny_base, **{**QUICK, **changes}), run, resume=True)
     assert contents(run) == before
 
 
 def test_fewer_updates_than_were_made_are_refused(
-    own_base: Path, run: Path, capsys: pytest.CaptureFixture[str]
+    tiny_base: Path, run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = contents(run)
     for updates in (0, 1):
@@ -150,9 +111,9 @@ def test_fewer_updates_than_were_made_are_refused(
     assert contents(run) == before
 
 
-def test_a_run_that_cannot_go_on_keeps_its_configuration(own_base: Path, run: Path, tmp_path: Path) -> None:
+def test_a_run_that_cannot_go_on_keeps_its_configuration(tiny_base: Path, run: Path, tmp_path: Path) -> None:
     other = tmp_path / "other.safetensors"
-    other.write_bytes(own_base.read_bytes() + b" ")
+    other.write_bytes(tiny_base.read_bytes() + b" ")
     (run / "summary.json").unlink()
     before = contents(run)
     config = resolve(None, run / "config.yaml", {})
@@ -163,13 +124,13 @@ def test_a_run_that_cannot_go_on_keeps_its_configuration(own_base: Path, run: Pa
 
 @pytest.mark.parametrize("name", ["evaluate", "export", "resume"])
 def test_weights_that_moved_are_found_where_they_are_now_and_no_others(
-    name: str, own_base: Path, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    name: str, tiny_base: Path, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     gone, moved, other = (str(tmp_path / f"{word}.safetensors") for word in ("gone", "moved", "other"))
-    shutil.copy(own_base, moved)
+    shutil.copy(tiny_base, moved)
     write_base(Path(other), seed=9)
     config = run / "config.yaml"
-    config.write_text(config.read_text().replace(str(own_base), gone))
+    config.write_text(config.read_text().replace(str(tiny_base), gone))
     words: dict[str, tuple[object, ...]] = {
         "evaluate": ("evaluate", run),
         "export": ("export", run, "--layout", "pt", "--out", tmp_path / "merged.pt"),
@@ -190,9 +151,9 @@ def test_a_run_is_evaluated_with_its_own_settings(run: Path, capsys: pytest.Capt
     assert all(kvpo.app.configuration.settings()[path] for path in PLACES_OF_A_RUN)
 
 
-def test_the_page_of_a_run_needs_no_weights(own_base: Path, run: Path) -> None:
+def test_the_page_of_a_run_needs_no_weights(tiny_base: Path, run: Path) -> None:
     config = run / "config.yaml"
-    config.write_text(config.read_text().replace(str(own_base), "/nowhere/base.safetensors"))
+    config.write_text(config.read_text().replace(str(tiny_base), "/nowhere/base.safetensors"))
     assert command("report", run) == 0
 
 
@@ -212,13 +173,13 @@ def global_state() -> tuple[Any, ...]:
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_a_run_leaves_the_process_as_it_was(own_base: Path, tmp_path: Path, fails: bool) -> None:
+def test_a_run_leaves_the_process_as_it_was(tiny_base: Path, tmp_path: Path, fails: bool) -> None:
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(2)
         before = global_state()
         changes = {"rewards__scorers": ("tests.tiny_world:nothing",)} if fails else {}
-        config = replace(tiny_config(own_base, **{**QUICK, "optim__updates": 1, **changes}), threads=1)
+        config = replace(tiny_config(tiny_base, **{**QUICK, "optim__updates": 1, **changes}), threads=1)
         try:
             summary = align(config, tmp_path / "run")
             assert summary is not None and summary["threads"] == 1
@@ -345,56 +306,3 @@ def test_a_text_encoder_or_vae_that_moved_is_checked_by_content(tmp_path: Path) 
         tensors["generator"]["model.head.head.bias"] += 1
         torch.save(tensors, other)
         evaluate(out, places={"backbone.checkpoint": str(other)})
-
-
-# Paths.
-
-
-@pytest.mark.parametrize("words", ["align", "generate", "pretrain", "export RUN", "evaluate RUN", "score x"])
-def test_an_empty_output_is_no_directory(
-    words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    assert command(*words.split(), "--out", "") == 2
-    assert "--out: empty; name a file or directory" in capsys.readouterr().err
-    assert list(tmp_path.iterdir()) == []
-    with pytest.raises(ValueError, match="out: empty"):
-        align(Config(), "")
-
-
-def test_a_tilde_is_the_home_directory(
-    own_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    (tmp_path / "home").mkdir()
-    shutil.copy(own_base, tmp_path / "home" / "base.safetensors")
-    config = {"base": "~/base.safetensors", "optim.updates": 0}
-    (tmp_path / "home" / "run.yaml").write_text(yaml.safe_dump(_typed_settings() | config))
-    assert command("align", "--config=~/run.yaml", "--out=~/run") == 0
-    assert (tmp_path / "home" / "run" / "report.html").exists()
-    assert command("evaluate", "~/run") == 0
-    assert [path.name for path in tmp_path.iterdir()] == ["home"]
-    assert command("align", "--out=~nobody-of-this-name/x") == 2
-    assert "~nobody-of-this-name/x" in capsys.readouterr().err
-
-
-def _typed_settings() -> dict[str, Any]:
-    from tests.tiny_world import SETTINGS
-
-    values = {**SETTINGS, **{name.replace("__", "."): value for name, value in QUICK.items()}}
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
-
-
-def test_new_videos_are_not_put_beside_old_ones(
-    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    out = tmp_path / "videos"
-    assert command("generate", "--run", run, "--out", out) == 0
-    made = contents(out)
-    (tmp_path / "one.txt").write_text("A red circle moves left.\n")
-    words = ("generate", "--run", run, "--prompts", tmp_path / "one.txt", "--out")
-    assert command(*words, out) == 1
-    assert "already holds 12 video(s), such as 000-aligned.mp4; remove them" in capsys.readouterr().err
-    assert contents(out) == made
-    assert command(*words, tmp_path / "others") == 0

@@ -350,7 +350,8 @@ def test_groups_may_fork_at_different_frames(deployment, rows):
     """Against a rollout of each group alone: the same branches, with windows and tails of several lengths."""
     one = generator(**deployment, renoise=True, context_noise=0.005)
     shorter = replace(EXPLORATION, blocks=1, tail_blocks=0)
-    prompts = [prompt(0, 33, (15,)), prompt(1, 33, (24,)), prompt(2, 33), prompt(3, 33, (21,))]
+    # Two switch at their forks, one of them within reach of the start; two in the same step of the tail.
+    prompts = [prompt(0, 33, (15, 21)), prompt(1, 33, (24,)), prompt(2, 33), prompt(3, 33, (12,))]
     forks = [Fork(15, EXPLORATION), Fork(18, EXPLORATION), Fork(30, shorter), Fork(12, EXPLORATION)]
     limited = [Fork(f.frame, replace(f.exploration, rows=rows)) for f in forks]
     together = collect(one, prompts, limited, texts(), tape_of(), ("k",))

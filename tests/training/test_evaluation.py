@@ -79,7 +79,8 @@ def test_a_comparison_weights_its_components() -> None:
     def held_out(shift: float) -> HeldOut:
         table = torch.tensor([[1.0, 2.0, 4.0], [10.0, 10.0, 40.0]])
         table[0] += shift * torch.tensor([1.0, 2.0, 6.0])
-        return HeldOut(table, shift + torch.arange(3.0), torch.zeros(0, 3), torch.zeros(0, 3))
+        none, texts = torch.zeros(0, 3), (("one",), ("two",), ("three",))
+        return HeldOut(table, shift + torch.arange(3.0), none, none, texts)
 
     judges: Any = Judges(None, Literal(), torch.tensor([1.0, 0.5]), None)  # type: ignore[arg-type]
     numbers: Any = comparison(held_out(0.0), held_out(1.0), judges)

@@ -265,6 +265,18 @@ def test_what_is_reported_does_not_depend_on_the_batches(
         assert [metrics["energy_mean"] for metrics in whole] == pytest.approx(energies, rel=1e-9)
 
 
+def test_the_velocity_kl_sees_the_anchors_states_of_the_first_steps(tiny_base: Path) -> None:
+    found = []
+    for steps in (1, 2):
+        one = explored_by(toy_setup(tiny_config(tiny_base, objective__grad_steps=steps)), 0.05)
+        with torch.no_grad():
+            apart = [float(velocity_drift(fork)) for fork in one.forks()]
+        assert one.lessons[0].steps == steps
+        found.append(accumulate_gradients(one.learner, one.lessons, None)[1])
+        assert found[-1] == pytest.approx(sum(apart) / 2, rel=1e-9)
+    assert abs(found[0] - found[1]) > 1e-3 * found[0]
+
+
 @pytest.mark.parametrize("name", METHOD_CASES)
 def test_only_selected_branches_are_trained_on(explored: Callable[..., Explored], name: str) -> None:
     """Leaving a branch out equals learning from a group that never had it."""

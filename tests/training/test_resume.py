@@ -120,7 +120,7 @@ def test_a_reward_that_fails_in_validation_costs_no_update(
 
     for update in (2, 3):
         with monkeypatch.context() as patch, pytest.raises(ValueError, match="gave up"):
-            patch.setattr(Run, "evaluate_average", fails)
+            patch.setattr(Run, "evaluate_aligned", fails)
             failed.go()
         latest = latest_checkpoint(failed.directory / "checkpoints")
         assert latest is not None and latest.name == f"update-{update:06d}"

@@ -1,6 +1,5 @@
 """`kvpo align`: one run from the base generator to the report."""
 
-import json
 import logging
 import resource
 import time
@@ -20,15 +19,21 @@ from kvpo.app.progress import Bars, progress_bars
 from kvpo.app.provenance import keep_provenance
 from kvpo.config import Config
 from kvpo.config_checks import ConfigurationError, check
-from kvpo.files import local_path
+from kvpo.files import local_path, read_json
 from kvpo.report.headline import verdict_of
 from kvpo.training import radar
 from kvpo.training.checkpoint import find_checkpoint, latest_checkpoint
-from kvpo.training.checks import anchor_energy_at_old, default_route_max_difference, first_ratio_max_deviation
+from kvpo.training.checks import (
+    anchor_energy_at_old,
+    default_route_max_difference,
+    first_ratio_max_deviation,
+    ratio_tolerance,
+)
 from kvpo.training.device import computing
 from kvpo.training.evaluation import HeldOut, comparison
 from kvpo.training.interrupt import stop_on_signal
 from kvpo.training.metrics_log import MetricsLog
+from kvpo.training.policy import exchanged
 from kvpo.training.run import Run, checkpoint_update, evaluate_base, restore, resume_point
 from kvpo.training.run_directory import RunDirectory, belongs_to_run
 from kvpo.training.setup import Setup
@@ -103,7 +108,7 @@ def _demand_same_run(out: Path, config: Config) -> None:
     point, summary = latest_checkpoint(out / "checkpoints"), out / "summary.json"
     done = 0 if point is None else checkpoint_update(point)
     if summary.exists():
-        done = max(done, json.loads(summary.read_text(encoding="utf-8"))["updates"])
+        done = max(done, _summary(summary)["updates"])
     if config.optim.updates < done:
         raise ConfigurationError(
             f"optim.updates: {config.optim.updates}, but {out} has already made {done}; give {done} or more, "
@@ -111,11 +116,19 @@ def _demand_same_run(out: Path, config: Config) -> None:
         )
 
 
+def _summary(path: Path) -> dict[str, Any]:
+    """What a finished run wrote. Raises ValueError where that was damaged since."""
+    summary: dict[str, Any] = read_json(path)
+    if not isinstance(summary, dict) or not isinstance(summary.get("updates"), int):
+        raise ValueError(f"{path} is not the summary of a run; remove it, and --resume writes it again")
+    return summary
+
+
 def finished_summary(directory: RunDirectory, config: Config) -> dict[str, Any] | None:
     """The summary of a run whose updates and tests are done."""
     if not directory.summary.exists():
         return None
-    summary: dict[str, Any] = json.loads(directory.summary.read_text(encoding="utf-8"))
+    summary = _summary(directory.summary)
     return summary if summary["updates"] == config.optim.updates else None
 
 
@@ -155,7 +168,8 @@ def _finish(run: Run, directory: RunDirectory, show: Any, started: float) -> dic
         results[name] = (base, run.evaluate_aligned(setup.test[name]))
 
     def identities() -> None:
-        checks.update(exactness(setup, run.trainer))
+        with exchanged(run.trainer.policy.parameters, run.trainer.aligned):
+            checks.update(exactness(setup, run.trainer))
 
     def branch_diversity() -> None:
         with run.trainer.policy.reference():
@@ -183,7 +197,13 @@ def _finish(run: Run, directory: RunDirectory, show: Any, started: float) -> dic
         "threads": torch.get_num_threads(),
         "held_out": {name: comparison(*pair, setup.judges) for name, pair in results.items()},
         "diversity": diversity,
+        "improved": run.improved,
         "checks": checks,
+        "checked": {
+            "update": run.trainer.update,
+            "weights": setup.config.evaluation.weights,
+            "ratio_tolerance": ratio_tolerance(setup.config),
+        },
         "radar": radar_summary(run, results),
         "scored": asdict(setup.scored),
     }

@@ -20,6 +20,7 @@ from kvpo.app.configuration import PLACES_OF_A_RUN, flat, nearest, path_argument
 from kvpo.app.presets import PRESETS
 from kvpo.config import Config
 from kvpo.config_checks import ConfigurationError
+from kvpo.files import printable
 from kvpo.training.interrupt import sigterm_as_interrupt
 
 
@@ -45,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 1
         if os.environ.get("KVPO_TRACEBACK") == "1":
             raise
-        print(f"kvpo: error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"kvpo: error: {printable(' '.join(str(error).split()))}", file=sys.stderr)
         return 2 if isinstance(error, ConfigurationError) else 1
     except KeyboardInterrupt as interrupt:
         print(": ".join(["kvpo: interrupted", *map(str, interrupt.args)]), file=sys.stderr)

@@ -13,6 +13,7 @@ from kvpo.app import reward_commands
 from kvpo.app.configuration import parse_flags, path_argument, resolve, resolve_resumed
 from kvpo.config import Config
 from kvpo.config_checks import ConfigurationError
+from kvpo.files import output_file
 
 SETTING = "setting:"
 """Prefix of the parsed arguments that hold settings: ``setting:optim.lr``."""
@@ -104,6 +105,7 @@ def _generate_arguments(parser: ArgumentParser) -> None:
         help="a run whose aligned model generates, beside its base",
     )
     _checkpoint_argument(parser)
+    _weights_argument(parser, dest=f"{SETTING}evaluation.weights", default=SUPPRESS)
     parser.add_argument(
         "--prompts",
         type=path_argument,
@@ -136,6 +138,7 @@ def _generate(arguments: Namespace) -> None:
 def _evaluate_arguments(parser: ArgumentParser) -> None:
     _run_argument(parser)
     _checkpoint_argument(parser)
+    _weights_argument(parser)
     parser.add_argument(
         "--out",
         type=path_argument,
@@ -149,13 +152,15 @@ def _evaluate(arguments: Namespace) -> None:
 
     out = arguments.out or arguments.run / "evaluation.json"
     places = parse_flags(settings_given(arguments))
-    evaluate(arguments.run, checkpoint=arguments.checkpoint, out=out, places=places)
+    given = {"checkpoint": arguments.checkpoint, "weights": arguments.weights, "places": places}
+    evaluate(arguments.run, out=out, **given)
     print(out)
 
 
 def _export_arguments(parser: ArgumentParser) -> None:
     _run_argument(parser)
     _checkpoint_argument(parser)
+    _weights_argument(parser)
     parser.add_argument(
         "--layout",
         choices=("peft", "diffusers-lora", "diffusers", "pt"),
@@ -171,8 +176,9 @@ def _export_arguments(parser: ArgumentParser) -> None:
 def _export(arguments: Namespace) -> None:
     from kvpo.app.export import export
 
-    places, layout = parse_flags(settings_given(arguments)), arguments.layout
-    print(export(arguments.run, arguments.out, layout=layout, checkpoint=arguments.checkpoint, places=places))
+    places = parse_flags(settings_given(arguments))
+    given = {"checkpoint": arguments.checkpoint, "weights": arguments.weights, "places": places}
+    print(export(arguments.run, arguments.out, layout=arguments.layout, **given))
 
 
 def _pretrain_arguments(parser: ArgumentParser) -> None:
@@ -184,10 +190,13 @@ def _pretrain_arguments(parser: ArgumentParser) -> None:
 
 def _pretrain(arguments: Namespace) -> None:
     config = configuration(arguments)
+    out = output_file(arguments.out, "--out")
+    import torch
     from rich.progress import Progress
 
     from kvpo.world.pretrain import PretrainSettings, pretrain
 
+    torch.set_num_threads(config.threads or torch.get_num_threads())
     settings = PretrainSettings(seed=config.seed)
     if arguments.steps is not None:
         settings = replace(settings, steps=arguments.steps)
@@ -197,10 +206,10 @@ def _pretrain(arguments: Namespace) -> None:
             config.model,
             config.stream,
             settings,
-            arguments.out,
+            out,
             lambda step, loss: progress.update(task, completed=step + 1, description=f"loss {loss:.3f}"),
         )
-    print(arguments.out)
+    print(out)
 
 
 def _plan_arguments(parser: ArgumentParser) -> None:
@@ -229,6 +238,7 @@ def _plan_arguments(parser: ArgumentParser) -> None:
 
 def _plan(arguments: Namespace) -> None:
     config = configuration(arguments)
+    out = None if arguments.json is None else output_file(arguments.json, "--json")
     for name in ("tflops", "bandwidth"):
         if (rate := vars(arguments)[name]) is not None and rate <= 0:
             raise ConfigurationError(f"--{name}: must be positive, got {rate:g}")
@@ -240,7 +250,7 @@ def _plan(arguments: Namespace) -> None:
         config,
         memory=None if arguments.gpu_memory is None else arguments.gpu_memory * GB,
         rates=Rates((arguments.tflops or flops) * 1e12, (arguments.bandwidth or bandwidth) * 1e9),
-        out=arguments.json,
+        out=out,
     )
 
 
@@ -263,6 +273,15 @@ def _checkpoint_argument(parser: ArgumentParser) -> None:
         "--checkpoint",
         metavar="NAME",
         help="best, latest, an update number or a checkpoint directory (default: best)",
+    )
+
+
+def _weights_argument(parser: ArgumentParser, **stored: str) -> None:
+    parser.add_argument(
+        "--weights",
+        metavar="{average,raw}",
+        help="moving average of the trained weights, or the raw ones (default: the run's evaluation.weights)",
+        **stored,
     )
 
 

@@ -24,7 +24,7 @@ from kvpo.app.noise_files import with_measured_floors
 from kvpo.app.presets import PRESETS
 from kvpo.config import Config
 from kvpo.config_checks import ConfigurationError, check
-from kvpo.files import local_path, read_text
+from kvpo.files import local_path, read_text, refuse_halves
 
 PLACES = (
     "device",
@@ -142,8 +142,10 @@ def resolve_resumed(saved: Path, preset: str | None, file: Path | None, flags: M
     return after
 
 
-def resolve_run(run: Path, places: Mapping[str, Any] | None = None) -> Config:
+def resolve_run(run: Path, places: Mapping[str, Any] | None = None, weights: str | None = None) -> Config:
     """The configuration of the run in ``run``, whose files now lie at ``places`` (dotted path -> value).
+
+    ``weights`` is what to take instead of its ``evaluation.weights``.
 
     Raises ConfigurationError for a setting that is not in PLACES_OF_A_RUN.
     """
@@ -152,7 +154,7 @@ def resolve_run(run: Path, places: Mapping[str, Any] | None = None) -> Config:
     after = assign(before, places or {})
     check(after)
     demand_same_run(saved, before, after, PLACES_OF_A_RUN)
-    return after
+    return after if weights is None else assign(after, {"evaluation.weights": weights})
 
 
 def demand_same_run(saved: Path, before: Config, after: Config, changeable: Sequence[str]) -> None:
@@ -173,7 +175,12 @@ def demand_same_run(saved: Path, before: Config, after: Config, changeable: Sequ
 def read_file(path: Path) -> dict[str, Any]:
     """The settings in a YAML file by dotted path, not yet converted. Raises ConfigurationError."""
     try:
-        values = yaml.load(read_text(path), Loader=_StrictLoader)
+        text = read_text(path)
+    except ValueError as error:
+        raise ConfigurationError(f"cannot read configuration file {error}") from error
+    try:
+        values = yaml.load(text, Loader=_StrictLoader)
+        refuse_halves(values)
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         raise ConfigurationError(f"configuration file {path}, line {line}: {error.problem}") from error
@@ -183,8 +190,8 @@ def read_file(path: Path) -> dict[str, Any]:
         ) from error
     except RecursionError as error:
         raise ConfigurationError(f"configuration file {path}: nested too deeply") from error
-    except ValueError as error:  # of the file, or of a date or number that is none
-        raise ConfigurationError(f"cannot read configuration file {error}") from error
+    except (TypeError, ValueError) as error:  # a date or number that is none, lists that hold themselves
+        raise ConfigurationError(f"configuration file {path}: {error}") from error
     if not isinstance(values, dict | NoneType):
         raise ConfigurationError(
             f"configuration file {path} must hold sections and fields, got {_shown(values)}"

@@ -12,9 +12,9 @@ from kvpo.app.configuration import resolve_run
 from kvpo.app.progress import Bars, progress_bars
 from kvpo.app.provenance import demand_same_files, demand_same_prompts
 from kvpo.config import Config
-from kvpo.files import local_path, write_atomic
+from kvpo.files import local_path, output_file, write_atomic
 from kvpo.report.headline import verdict_of
-from kvpo.training.checkpoint import find_checkpoint
+from kvpo.training.checkpoint import find_checkpoint, no_improvement
 from kvpo.training.device import computing
 from kvpo.training.evaluation import comparison
 from kvpo.training.policy import exchanged, policy_of
@@ -27,34 +27,39 @@ def evaluate(
     run: Path | str,
     *,
     checkpoint: str | None = None,
+    weights: str | None = None,
     out: Path | str | None = None,
     places: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Compare a run's checkpoint (its moving average) with its base and write the numbers as JSON.
+    """Compare a run's checkpoint with its base and write the numbers as JSON.
 
-    The result holds ``checkpoint``, ``verdict`` in words, ``held_out`` (for the best checkpoint the very
-    numbers of ``summary.json``) and ``scored``, how many clips were scored or known already.
+    The result holds ``checkpoint``, ``weights``, ``verdict`` in words, ``held_out`` (for the best checkpoint
+    the very numbers of ``summary.json``) and ``scored``, how many clips were scored or known already.
 
     Raises ValueError where the run or its checkpoint cannot be used.
 
     Args:
         checkpoint: best, latest, an update, a directory; None: the best.
+        weights: average or raw; None: as the run's ``evaluation.weights`` says.
         out: file to write; None: ``evaluation.json`` in the run directory.
         places: where the run's files lie now, by setting (``{"backbone.checkpoint": "/new/base.pt"}``).
     """
     run = local_path(run, "run")
-    config = resolve_run(run, places)
+    config = resolve_run(run, places, weights)
+    target = output_file(run / "evaluation.json" if out is None else out, "out")
     with computing(config):
-        return _evaluate(run, config, checkpoint, run / "evaluation.json" if out is None else out)
+        return _evaluate(run, config, checkpoint, target)
 
 
-def _evaluate(run: Path, config: Config, checkpoint: str | None, out: Path | str) -> dict[str, Any]:
+def _evaluate(run: Path, config: Config, checkpoint: str | None, out: Path) -> dict[str, Any]:
     demand_same_prompts(run, config)
     demand_same_files(run, config)
     path = find_checkpoint(run / "checkpoints", checkpoint)
+    if (warning := no_improvement(path, checkpoint)) is not None:
+        logger.warning(warning)
     setup = build_setup(config)
     policy = policy_of(setup.model, adapted=config.optim.train == "lora")
-    average = load_aligned(setup, policy, path)
+    values = load_aligned(setup, policy, path)
     held_out = {}
     with progress_bars() as display:
         show = Bars(display)
@@ -62,13 +67,14 @@ def _evaluate(run: Path, config: Config, checkpoint: str | None, out: Path | str
             show("base and aligned on test prompts", done, len(setup.test), {})
             with policy.reference():
                 base = evaluate_prompts(setup, prompts)
-            with exchanged(policy.parameters, average):
+            with exchanged(policy.parameters, values):
                 aligned = evaluate_prompts(setup, prompts)
             held_out[name] = comparison(base, aligned, setup.judges)
         show("base and aligned on test prompts", len(setup.test), len(setup.test), {})
-    numbers = {"checkpoint": path.name, "held_out": held_out, "scored": asdict(setup.scored)}
+    numbers = {"checkpoint": path.name, "weights": config.evaluation.weights, "held_out": held_out}
+    numbers |= {"scored": asdict(setup.scored)} | ({} if warning is None else {"improved": False})
     verdict = verdict_of(numbers, asdict(config))
     numbers["verdict"] = verdict.text
     logger.warning("%s", verdict.text)
-    write_atomic(local_path(out, "out"), json.dumps(numbers, indent=2, allow_nan=False) + "\n")
+    write_atomic(out, json.dumps(numbers, indent=2, allow_nan=False) + "\n")
     return numbers

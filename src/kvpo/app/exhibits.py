@@ -20,6 +20,7 @@ from kvpo.engine.explorers import (
     routes,
 )
 from kvpo.engine.forks import Fork, plan_forks
+from kvpo.engine.generator import pixels_of
 from kvpo.engine.noise import keyed_generator
 from kvpo.engine.rollout import Group
 from kvpo.engine.scoring import decode_members, score_group
@@ -140,7 +141,7 @@ def write_gallery(run: Run, results: dict[str, tuple[HeldOut, HeldOut]], directo
 
 def _pixels(setup: Setup, prompts: Sequence[VideoPrompt], texts: Any, tape: Any) -> Tensor:
     with torch.no_grad():
-        return setup.judges.codec.decode(stream_latents(setup.generator, prompts, texts, tape))
+        return pixels_of(setup.judges.codec, stream_latents(setup.generator, prompts, texts, tape))
 
 
 def write_branches(run: Run, directory: Path) -> None:
@@ -254,7 +255,7 @@ def _group_entry(
         anchor = n == group.branches
         name = "anchor" if anchor else f"branch {n + 1}"
         videos[f"{key}-{n}"] = as_bytes(pixels[n])
-        routes = () if anchor else group.routes[n][0]
+        routes = () if anchor else (group.routes[n] or ((),))[0]
         members.append(
             {
                 "name": name,

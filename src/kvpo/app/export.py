@@ -12,12 +12,13 @@ from kvpo.config_checks import ConfigurationError
 from kvpo.files import local_path
 from kvpo.models.adapters import adapter_state, merged_state
 from kvpo.models.export import (
+    demand_new,
     save_diffusers_adapter,
     save_diffusers_transformer,
     save_peft_adapter,
     save_public_checkpoint,
 )
-from kvpo.training.checkpoint import find_checkpoint
+from kvpo.training.checkpoint import find_checkpoint, no_improvement
 from kvpo.training.policy import exchanged, policy_of
 from kvpo.training.run import load_aligned
 
@@ -30,9 +31,10 @@ def export(
     *,
     layout: Layout,
     checkpoint: str | None = None,
+    weights: str | None = None,
     places: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Write a run's model, the moving average of what it trained, and return the path written.
+    """Write a run's model with what it trained, averaged or raw, and return the path written.
 
     Text encoder, VAE and the run's device are not needed. Adapters are written as they were trained, to the
     bit. All weights are merged and written in float32, whatever precision the run computed in.
@@ -41,15 +43,17 @@ def export(
         layout: ``peft`` or ``diffusers-lora``, the adapter alone; ``diffusers`` or ``pt``, all weights with
             the adapter merged, as a diffusers directory or as the public ``.pt`` file.
         checkpoint: best, latest, an update, a directory; None: the best.
+        weights: average or raw; None: as the run's ``evaluation.weights`` says.
         places: where the run's weights lie now, by setting (``{"backbone.checkpoint": "/new/base.pt"}``).
 
     Raises:
         ConfigurationError: an adapter alone of a run that trained all parameters, or whose adapter belongs to
             merged weights that no file holds.
-        ValueError: a run, checkpoint or target that cannot be used.
+        ValueError: a run, checkpoint or target that cannot be used; a best checkpoint that is the base.
     """
     run, out = local_path(run, "run"), local_path(out, "out")
-    config = resolve_run(run, places)
+    config = resolve_run(run, places, weights)
+    demand_new(out)
     adapted = config.optim.train == "lora"
     if layout in ("peft", "diffusers-lora") and not adapted:
         raise ConfigurationError(
@@ -64,10 +68,12 @@ def export(
             "use diffusers or pt"
         )
     path = find_checkpoint(run / "checkpoints", checkpoint)
-    weights = load_weights(on_host(config))
-    model = weights.model
+    if (refusal := no_improvement(path, checkpoint)) is not None:
+        raise ValueError(refusal)
+    trained = load_weights(on_host(config))
+    model = trained.model
     policy = policy_of(model, adapted=adapted)
-    with exchanged(policy.parameters, load_aligned(weights, policy, path)):
+    with exchanged(policy.parameters, load_aligned(trained, policy, path)):
         match layout:
             case "peft":
                 save_peft_adapter(out, adapter_state(model), base_model=config.backbone.checkpoint)

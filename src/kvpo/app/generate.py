@@ -1,6 +1,7 @@
 """`kvpo generate`: videos of the base or of an aligned model, as mp4 files and latents."""
 
 import json
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,16 +16,19 @@ from kvpo.app.provenance import demand_same_prompts
 from kvpo.app.video_folder import MANIFEST
 from kvpo.config import Config
 from kvpo.config_checks import check
+from kvpo.engine.generator import pixels_of
 from kvpo.engine.stream import stream_latents
 from kvpo.files import StorageError, local_path, storage_error, write_atomic
 from kvpo.prompt_files import read_prompts
 from kvpo.prompts import VideoPrompt, check_shown
 from kvpo.report.video import side_by_side, write_video
-from kvpo.training.checkpoint import find_checkpoint
+from kvpo.training.checkpoint import find_checkpoint, no_improvement
 from kvpo.training.device import computing
 from kvpo.training.policy import exchanged, policy_of
 from kvpo.training.run import load_aligned
 from kvpo.training.setup import Backbone
+
+logger = logging.getLogger(__name__)
 
 SHORTEST_SIDE = 256
 """Frames smaller than this are enlarged in the video files."""
@@ -50,12 +54,13 @@ def generate(
 
     Args:
         prompts: a prompt file (see ``kvpo.prompt_files``), prompts, or None: some of the test prompts.
-        run: directory of a run whose aligned model generates, beside the base; None: the base alone.
+        run: directory of a run whose aligned model generates, beside the base, with its averaged or raw
+            weights as ``config.evaluation.weights`` says; None: the base alone.
         checkpoint: which checkpoint of the run: best, latest, an update, a directory; None: the best.
 
     Raises:
         ValueError: a prompt file, checkpoint or base that cannot be used; a length the stream cannot have;
-            test prompts that are not those of the run.
+            test prompts that are not those of the run; weights, latents or pixels that are not finite.
         StorageError: ``out`` cannot be written, or holds videos already.
     """
     check(config)
@@ -74,9 +79,12 @@ def _generate(
     """Load the generator, and write the videos of the prompts batch by batch."""
     backbone = load_backbone(config, wanted)
     policy = policy_of(backbone.model, adapted=config.optim.train == "lora")
-    average = None
+    values = None
     if run is not None:
-        average = load_aligned(backbone, policy, find_checkpoint(run / "checkpoints", checkpoint))
+        path = find_checkpoint(run / "checkpoints", checkpoint)
+        if (warning := no_improvement(path, checkpoint)) is not None:
+            logger.warning(warning)
+        values = load_aligned(backbone, policy, path)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -93,8 +101,8 @@ def _generate(
             with policy.reference():
                 base = _latents(backbone, batch)
             aligned = None
-            if average is not None:
-                with exchanged(policy.parameters, average):
+            if values is not None:
+                with exchanged(policy.parameters, values):
                     aligned = _latents(backbone, batch)
             for row, prompt in enumerate(batch):
                 pair = [base[row]] if aligned is None else [base[row], aligned[row]]
@@ -111,8 +119,9 @@ def _generate(
 
 def _demand_no_videos(out: Path) -> None:
     """What a folder lists (latents, prompts) and what it shows must not come from different calls."""
-    there = sorted(out.glob("*.mp4"))
-    if there:
+    if out.exists() and not out.is_dir():
+        raise StorageError(f"cannot save videos in {out}: it is a file; choose another --out")
+    if there := sorted(out.glob("*.mp4")):
         raise StorageError(
             f"{out} already holds {len(there)} video(s), such as {there[0].name}; remove them, or choose "
             "another --out"
@@ -164,8 +173,7 @@ def _write_videos(
     backbone: Backbone, out: Path, name: str, pair: Sequence[Tensor], made: dict[str, Tensor]
 ) -> list[Path]:
     """Decode and write one prompt's videos: the base alone, or base, aligned and both side by side."""
-    with torch.no_grad():
-        frames = [as_bytes(backbone.codec.decode(latents[None])[0]) for latents in pair]
+    frames = [as_bytes(pixels_of(backbone.codec, latents[None])[0]) for latents in pair]
     names = [name] if len(pair) == 1 else [f"{name}-base", f"{name}-aligned"]
     made.update(zip(names, (latents.contiguous() for latents in pair), strict=True))
     clips = dict(zip(names, frames, strict=True))

@@ -181,7 +181,6 @@ def plan_command(config: Config, *, memory: float | None, rates: Rates, out: Pat
     advice = None if memory is None or fits(plan, memory) else advise(planner, config, memory)
     _print(plan, memory, advice)
     if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(out, json.dumps(numbers(plan, memory, advice), indent=1) + "\n")
 
 

@@ -62,8 +62,10 @@ def pixels_of(codec: Codec, latents_BTCHW: Tensor, before_TCHW: Tensor | None = 
     with torch.no_grad():
         given = (latents_BTCHW,) if before_TCHW is None else (latents_BTCHW, before_TCHW)
         pixels_BTCHW = codec.decode(*given)
-    named = {f"the pixels of video {row + 1} of {len(pixels_BTCHW)}": p for row, p in enumerate(pixels_BTCHW)}
-    require_finite(named, "decoding", "the latents are finite: check the weights and precision of the VAE")
+    named = {f"video {row + 1} of {len(pixels_BTCHW)}": p for row, p in enumerate(pixels_BTCHW)}
+    require_finite(
+        named, "decoded pixels", "the latents are finite: check the weights and precision of the VAE"
+    )
     return pixels_BTCHW
 
 

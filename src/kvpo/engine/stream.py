@@ -257,6 +257,16 @@ def advance(
         noise = _tape_noise(generator, batch, step)
         with torch.no_grad():
             trajectory = denoise_block(generator, noise, text, context, step)
+            videos = ", ".join(str(stream.prompt.id) for stream in batch)
+            place = f"block {batch[0].start // generator.block + 1} of prompt {videos}"
+            generator.require_finite_block(
+                place,
+                trajectory.states_RSFCHW,
+                trajectory.velocities_RSFCHW,
+                trajectory.clean_RFCHW,
+                text,
+                context,
+            )
         append_block(generator, batch, trajectory.clean_RFCHW, text, context, noise.get("context"))
         for stream in batch:
             stream.history.keep(reachable_frames(generator.deployment, stream.history, resident))

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from kvpo.files import named_list
 from kvpo.models.adapter_files import PEFT_PREFIX, AdapterState, adapter_of
+from kvpo.models.finite import require_finite_weights
 from kvpo.models.tensor_files import check_tensors
 
 TRAINED = "default"
@@ -42,7 +43,7 @@ def check_adapter(model: nn.Module, adapter: AdapterState) -> None:
     """Demand that every adapted layer exists in a model with the right widths.
 
     Raises:
-        ValueError: naming layers that the model does not have and halves of another shape.
+        ValueError: naming layers that the model does not have, halves of another shape, and NaN or infinity.
     """
     shapes, expected = _linear_shapes(model), {}
     for module in adapter.modules:
@@ -51,6 +52,7 @@ def check_adapter(model: nn.Module, adapter: AdapterState) -> None:
             expected[f"{PEFT_PREFIX}{module}.lora_A.weight"] = (rank, in_width)
             expected[f"{PEFT_PREFIX}{module}.lora_B.weight"] = (out_width, rank)
     check_tensors(adapter.tensors, expected, adapter.source)
+    require_finite_weights(adapter.tensors, adapter.source)
 
 
 def lora_config(adapter: AdapterState, base_model: str | None = None) -> LoraConfig:

@@ -242,4 +242,4 @@ def assign_state(
         ValueError: see `check_state`.
     """
     check_state(model, state)
-    assign_tensors(model, state.tensors, device=device, dtype=dtype)
+    assign_tensors(model, state.tensors, state.source, device=device, dtype=dtype)

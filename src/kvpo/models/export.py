@@ -24,10 +24,15 @@ from kvpo.models.tensor_files import check_tensors, storable
 SHARD_BYTES = 5_000_000_000
 
 
+def demand_new(path: Path) -> None:
+    """Raise ValueError where an export would replace a file, or a directory that holds any."""
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise ValueError(f"{path}: already exists; export to a new place, or remove it first")
+
+
 def _new_directory(directory: Path) -> AbstractContextManager[Path]:
     """A scratch directory that becomes ``directory`` when the block succeeds."""
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise ValueError(f"{directory}: already exists; export to a new directory, or remove it first")
+    demand_new(directory)
     return new_directory(directory, failures=(SafetensorError,))
 
 
@@ -138,8 +143,7 @@ def save_public_checkpoint(path: str | Path, tensors: Mapping[str, Tensor]) -> N
         ValueError: the file exists.
     """
     path = Path(path)
-    if path.exists():
-        raise ValueError(f"{path}: already exists; export to a new file, or remove it first")
+    demand_new(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with new_file(path, failures=(RuntimeError,)) as scratch:  # torch's word for a full disk
         torch.save({"generator": {f"model.{name}": t for name, t in storable(tensors).items()}}, scratch)

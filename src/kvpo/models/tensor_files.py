@@ -13,7 +13,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from kvpo.files import NAMES_SHOWN, named_list, read_json, refuse_pointers
+from kvpo.files import NAMES_SHOWN, demand_utf8, named_list, read_json, refuse_pointers
+from kvpo.models.finite import require_finite_weights
 
 SAMPLES = 64
 SAMPLE_BYTES = 65536
@@ -26,8 +27,9 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
     """All tensors of a safetensors file, memory-mapped.
 
     Raises:
-        ValueError: truncated or damaged file.
+        ValueError: truncated or damaged file, a name that is not UTF-8.
     """
+    demand_utf8(path)
     refuse_pointers(path)
     try:
         with safe_open(path, framework="pt") as file:
@@ -236,6 +238,7 @@ def _placed(tensor: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
 def assign_tensors(
     model: nn.Module,
     tensors: Mapping[str, Tensor],
+    source: str,
     *,
     device: torch.device | str,
     dtype: torch.dtype,
@@ -243,10 +246,13 @@ def assign_tensors(
     """Give a model built on the meta device its (checked) weights, tensor by tensor onto the device.
 
     The mapped file is the only other place where the weights are; where device and dtype already agree, the
-    model uses the mapping itself.
+    model uses the mapping itself. Raises NonFiniteError naming the tensor of ``source`` that holds NaN or
+    infinity.
     """
     # By identity, so that one tensor under two names (tied weights) stays one tensor.
     placed = {id(tensor): _placed(tensor, torch.device(device), dtype) for tensor in tensors.values()}
-    model.load_state_dict({name: placed[id(t)] for name, t in tensors.items()}, strict=True, assign=True)
+    named = {name: placed[id(t)] for name, t in tensors.items()}
+    require_finite_weights(named, source)
+    model.load_state_dict(named, strict=True, assign=True)
     left = [name for name, value in (*model.named_parameters(), *model.named_buffers()) if value.is_meta]
     assert not left, f"still on the meta device: {left}"

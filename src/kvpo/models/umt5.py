@@ -22,6 +22,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, UMT5Config, UMT5EncoderModel
 
 from kvpo.files import named_list, new_file, refuse_pointers
+from kvpo.models.finite import require_finite_weights
 from kvpo.models.tensor_files import (
     Shapes,
     assign_tensors,
@@ -145,7 +146,7 @@ def _load_official(path: Path, device: torch.device | str, dtype: torch.dtype) -
     # One embedding table under two names in transformers.
     tensors["encoder.embed_tokens.weight"] = tensors["shared.weight"]
     check_tensors(tensors, {name: tuple(v.shape) for name, v in model.state_dict().items()}, str(path))
-    assign_tensors(model, tensors, device=device, dtype=dtype)
+    assign_tensors(model, tensors, str(path), device=device, dtype=dtype)
     model.tie_weights()
     return model
 
@@ -170,6 +171,7 @@ def _load_directory(directory: Path, device: torch.device | str, dtype: torch.dt
     }
     if said := [f"{what}: {named_list(names)}" for what, names in problems.items() if names]:
         raise ValueError(f"{directory}: weights that do not fit a UMT5 encoder; {'; '.join(said)}")
+    require_finite_weights(model.state_dict(), str(directory))
     return model
 
 

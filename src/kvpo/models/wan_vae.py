@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from kvpo.files import named_list, refuse_pointers
+from kvpo.models.finite import require_finite_weights
 from kvpo.models.tensor_files import assign_tensors, check_tensors, read_tensors
 
 OFFICIAL_VAE = "Wan2.1_VAE.pth"
@@ -158,7 +159,7 @@ def _load_official(path: Path, device: torch.device | str, dtype: torch.dtype) -
         model: Any = AutoencoderKLWan(base_dim=base, z_dim=latent)
     tensors = {official_name(name): tensor for name, tensor in official.items()}
     check_tensors(tensors, {name: tuple(v.shape) for name, v in model.state_dict().items()}, str(path))
-    assign_tensors(model, tensors, device=device, dtype=dtype)
+    assign_tensors(model, tensors, str(path), device=device, dtype=dtype)
     return model
 
 
@@ -172,6 +173,7 @@ def _load_directory(directory: Path, device: torch.device | str, dtype: torch.dt
         raise ValueError(f"{directory}: not a VAE that diffusers can load: {error}") from error
     if wrong := sorted((*report["missing_keys"], *report["unexpected_keys"])):
         raise ValueError(f"{directory}: weights that are missing or not part of the VAE: {named_list(wrong)}")
+    require_finite_weights(model.state_dict(), str(directory))
     return model.to(device)
 
 

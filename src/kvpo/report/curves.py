@@ -102,19 +102,19 @@ POLICY = (
     Diagnostic(
         "ratio_mean",
         "Ratio, mean",
-        "New over old branch probability. Exactly 1 in the first epoch of a rollout: expected.",
+        "New over old branch probability. 1 by construction in the first epoch, which compares with itself.",
         1.0,
     ),
     Diagnostic(
         "ratio_max",
         "Ratio, largest",
-        "Exactly 1 in the first epoch: expected. Later: near the clip range. Far above: steps too large.",
+        "1 by construction in the first epoch. Later: near the clip range. Far above: steps too large.",
         1.0,
     ),
     Diagnostic(
         "ratio_deviation",
         "Ratio, deviation from 1",
-        "Exactly 0 in the first epoch: expected. Later: how far a step moves the branches' probabilities.",
+        "0 by construction in the first epoch. Later: how far a step moves the branches' probabilities.",
     ),
     Diagnostic(
         "clip_fraction",
@@ -143,6 +143,12 @@ OPTIMISER = (
         "gradient_norm",
         "Gradient norm",
         "Before clipping. Noisy but level is normal; at 0 nothing trains, growing spikes are alarming.",
+    ),
+    Diagnostic(
+        "gradient_coverage",
+        "Gradient coverage",
+        "Share of trained tensors with a gradient. 0.5 in the first update of a fresh adapter, then 1. At 0 "
+        "nothing is learned.",
     ),
     Diagnostic("learning_rate", "Learning rate", "Linear warm-up, then constant."),
     Diagnostic(

@@ -15,6 +15,12 @@ FEWEST_PROMPTS = 16
 """Distinct prompts from which it is: of fewer the standard error itself is uncertain."""
 
 
+NO_IMPROVEMENT = (
+    "No improvement: no validation beat the base, so the best checkpoint is the base itself, which "
+    "the test results compare with itself."
+)
+
+
 @dataclass(frozen=True)
 class Outcome:
     """One held-out comparison of base and aligned; None where a number is missing."""
@@ -223,6 +229,8 @@ def _run_facts(run: Run) -> str:
 
 def verdict_of(summary: Entry, config: Entry) -> Verdict:
     """The verdict on the held-out results of a summary, for a run of these settings."""
+    if summary.get("improved") is False:
+        return Verdict("neutral", NO_IMPROVEMENT, ())
     return judge(_outcomes(summary.get("held_out")), null_control=is_null_control(config))
 
 
@@ -232,12 +240,24 @@ def is_null_control(config: Entry) -> bool:
     return isinstance(objective, dict) and objective.get("advantages") == "random"
 
 
+def idle_note(run: Run) -> list[str]:
+    """How many updates taught nothing, where that is one in ten or more."""
+    coverage = [number(entry.get("gradient_coverage")) for entry in run.updates]
+    idle = sum(value == 0 for value in coverage)
+    if not idle or 10 * idle < len(coverage):
+        return []
+    return [f"Nothing was learned in {idle} of {len(coverage)} updates: no trained group, or no gradient."]
+
+
 def headline(run: Run) -> str:
     """The verdict, a card each for short and long videos, and what the run cost."""
     outcomes, source = read_outcomes(run)
     verdict = judge(outcomes, null_control=is_null_control(run.config), validation=source == "validation")
     stopped = numbers(run.summary.get("radar")).get("stopped_at") if run.summary else None
     radar = [] if stopped is None else [f"The hacking radar stopped this run after update {stopped:.0f}."]
+    radar += idle_note(run)
+    if run.summary and run.summary.get("improved") is False:
+        verdict = verdict_of(run.summary, run.config)
     notes = "".join(f"<p>{escape(note)}</p>" for note in (*radar, *verdict.notes))
     gain_axis = _axis([(o.gain, o.standard_error) for o in outcomes])
     unseen_axis = _axis([(o.unseen_gain, o.unseen_error) for o in outcomes])

@@ -121,8 +121,8 @@ def _read_metrics(path: Path, problems: list[str]) -> tuple[list[Entry], list[En
         update = number(entry.get("update")) if isinstance(entry, dict) else None
         if update is None:
             unreadable += 1
-        elif entry.get("kind") in kinds:
-            kinds[entry["kind"]][update] = entry
+        elif (kind := str(entry.get("kind"))) in kinds:
+            kinds[kind][update] = entry
     if unreadable:
         problems.append(f"metrics.jsonl: {unreadable} unreadable line(s) skipped")
     updates, validations = ([kind[update] for update in sorted(kind)] for kind in kinds.values())

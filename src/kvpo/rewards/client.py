@@ -35,7 +35,7 @@ PART_BYTES = 2**20
 NO_BODY = Body(b"", memoryview(b""))
 CONNECT_SECONDS = 10.0
 KNOCK_SECONDS = 2.0
-"""Of one try to reach a server at the start."""
+"""Of one try to reach a server at the start, and most between two."""
 SILENCE, SILENCE_AT_START = 30.0, 1.0
 """Seconds without scores, or without a word, after which it is said that an answer is waited for."""
 
@@ -368,7 +368,7 @@ def reach(url: str, patience: Patience = Patience()) -> None:
                 patience.start,
             )
         time.sleep(pause)
-        pause = min(2 * pause, patience.longest_pause)
+        pause = min(2 * pause, KNOCK_SECONDS)
 
 
 def checked_url(url: str) -> str:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from kvpo.files import named_list, read_bytes, refuse_pointers
+from kvpo.models.finite import require_finite_weights
 from kvpo.models.tensor_files import assign_tensors, check_tensors
 
 logger = logging.getLogger(__name__)
@@ -45,6 +46,7 @@ def strict_pretrained(kind: Any, directory: Path, dtype: torch.dtype) -> Any:
     }
     if said := [f"{what} ({len(names)}): {named_list(names)}" for what, names in problems.items() if names]:
         raise ValueError(f"{directory}: the weights do not fit {kind.__name__}; {'; '.join(said)}")
+    require_finite_weights(model.state_dict(), str(directory))
     return model
 
 
@@ -98,7 +100,7 @@ def load_strict(
     """
     expected = {name: tuple(value.shape) for name, value in module.state_dict().items()}
     check_tensors(weights, expected, source)
-    assign_tensors(module, weights, device=device, dtype=dtype)
+    assign_tensors(module, weights, source, device=device, dtype=dtype)
     module.to(device).requires_grad_(False)
 
 

@@ -175,7 +175,7 @@ def load_weights(
     check_tensors(named, {name: tuple(value.shape) for name, value in model.state_dict().items()}, source)
     for part, kind in (("backbone", dtype), ("head", head_dtype)):
         own = {n.removeprefix(f"{part}."): v for n, v in named.items() if n.startswith(f"{part}.")}
-        assign_tensors(model.get_submodule(part), own, device=device, dtype=kind)
+        assign_tensors(model.get_submodule(part), own, source, device=device, dtype=kind)
     model.to(device).requires_grad_(False)
 
 

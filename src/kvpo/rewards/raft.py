@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kvpo.models.finite import require_finite_weights
 from kvpo.models.tensor_files import check_tensors, read_tensors
 
 PAIRS = 8
@@ -83,6 +84,7 @@ def load_raft(path: Path, device: str = "cpu") -> RaftFlow:
         weights = official_to_torchvision(weights)
     expected = network.state_dict()
     check_tensors(weights, {name: tuple(value.shape) for name, value in expected.items()}, str(path))
+    require_finite_weights(weights, str(path))
     network.load_state_dict(weights, strict=True)
     return RaftFlow(network.eval().requires_grad_(False).to(device), device)
 

@@ -26,6 +26,7 @@ from kvpo.files import (
     remove_directory,
     write_atomic,
 )
+from kvpo.models.finite import first_non_finite
 from kvpo.models.tensor_files import storable
 
 logger = logging.getLogger(__name__)
@@ -73,7 +74,7 @@ def load_checkpoint(
     """Read a checkpoint: its tensors (on the CPU) and its state.
 
     Raises CheckpointError when it is missing, cut short, changed since it was written, a pickle, or of
-    another architecture than ``architecture`` (None accepts any).
+    another architecture than ``architecture`` (None accepts any), or where a tensor is not finite.
     """
     record = _read_record(path)
     if architecture is not None:
@@ -93,9 +94,12 @@ def load_checkpoint(
             f"checkpoint {path} was changed after it was saved: {TENSORS} fails its SHA-256"
         )
     try:
-        return load_file(file), record["state"]
+        tensors = load_file(file)
     except SafetensorError as error:
         raise CheckpointError(f"checkpoint {path}: {TENSORS} is not a safetensors file ({error})") from error
+    if (bad := first_non_finite(tensors)) is not None:
+        raise CheckpointError(f"checkpoint {path}: {bad[0]} holds {bad[1]}; choose an earlier one")
+    return tensors, record["state"]
 
 
 def require_tensors(path: Path, tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
@@ -175,6 +179,16 @@ def find_checkpoint(directory: Path, name: str | None) -> Path:
     raise CheckpointError(f"no checkpoint {name or ''!r} in {directory}, which holds {present}")
 
 
+def no_improvement(path: Path, name: str | None) -> str | None:
+    """One line where ``path``, found under ``name``, is the best checkpoint and is nothing but the base."""
+    if name not in (None, "best") or path.name != "update-000000":
+        return None
+    return (
+        f"no improvement: no validation of {path.parent.parent} has beaten its base, so its best checkpoint "
+        "is update 0, the base itself; --checkpoint latest takes what was trained nevertheless"
+    )
+
+
 def prune(directory: Path, keep: int, *, up_to: int | None = None) -> None:
     """Remove all but the newest ``keep`` checkpoints and the best one.
 
@@ -207,6 +221,8 @@ def _read_record(path: Path) -> dict[str, Any]:
     missing = [key for key in expected if not isinstance(record, dict) or key not in record]
     if missing:
         raise CheckpointError(f"checkpoint {path} is damaged: {STATE} lacks {', '.join(missing)}")
+    if not isinstance(record["architecture"], dict) or not isinstance(record["state"], dict):
+        raise CheckpointError(f"checkpoint {path} is damaged: architecture and state must be JSON objects")
     if record.pop("record_sha256") != _record_sha256(record):
         raise CheckpointError(f"checkpoint {path} was changed after it was saved: {STATE} fails its SHA-256")
     return record

@@ -8,15 +8,15 @@ import torch
 from torch import Tensor
 
 from kvpo.config import Config
-from kvpo.engine.explorers import Member, RoutedFrame
+from kvpo.engine.explorers import EXPLORERS, Member, RoutedFrame
 from kvpo.engine.forks import Fork, plan_forks
 from kvpo.engine.replay import member_row, replay_context, replay_velocities
-from kvpo.engine.rollout import Rollout, grouped, grow_roots, run_members
+from kvpo.engine.rollout import Rollout, collect, grouped, grow_roots, run_members
 from kvpo.engine.stream import append_block, commit_banks, text_of
 from kvpo.method.evidence import Tables, no_credit, residual_table
 from kvpo.models.deployment import deployment_context
 from kvpo.prompts import VideoPrompt
-from kvpo.training.collection import explore
+from kvpo.training.collection import plan
 from kvpo.training.gradients import Lesson, lesson_of, tables_of, with_old_policy
 from kvpo.training.setup import Setup
 from kvpo.training.trainer import Trainer
@@ -61,14 +61,25 @@ def first_ratio_max_deviation(trainer: Trainer) -> float | None:
     steps that the method can learn from. The branches of the first two groups of a rollout take part,
     whatever their rewards. None for methods without a ratio.
     """
-    setup = trainer.setup
+    setup, config = trainer.setup, trainer.setup.config
     learner = replace(trainer.learner, steps=len(setup.generator.sigmas))
     if "ratio_deviation" not in learner.method.metrics:
         return None
-    objective = replace(setup.config.objective, grad_steps=learner.steps)
-    rollout, _ = explore(replace(setup, config=replace(setup.config, objective=objective)), 0)
+    planned = plan(setup, 0)
+    forks = [replace(one, exploration=replace(one.exploration, tail_blocks=0)) for one in planned.forks[:2]]
+    prompts = planned.prompts[:2]
+    rollout = collect(
+        setup.generator,
+        prompts,
+        forks,
+        setup.texts(prompts),
+        setup.tape("training"),
+        (config.seed, 0),
+        explorer=EXPLORERS[config.exploration.explorer],
+        keep_pool=learner.method.keep_pool,
+    )
     deviation = 0.0
-    for group in rollout.groups[:2]:
+    for group in rollout.groups:
         draws = torch.Generator().manual_seed(0)
         lesson = lesson_of(learner, group, no_credit(group.branches), draws)
         (lesson,) = with_old_policy(learner, [lesson])

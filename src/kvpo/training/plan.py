@@ -239,7 +239,7 @@ def _replay_work(config: Config, costs: Costs) -> Work:
     once = reencoding_work(costs, together) + forward
     stored = 1 - 1 / optim.rollouts_per_refresh if optim.inner_epochs == 1 else 1.0
     # The starting policy's, the energies' before any backward where they come apart, and the current one's.
-    passes = 2 + (together < trained or passes_of_window > 1)
+    passes = 2 + (together < trained)
     every = once.times(passes) + backward_work(costs, states).times(passes_of_window)
     return (every.times(optim.inner_epochs) + once.times(stored)).times(trained / together)
 
@@ -254,6 +254,9 @@ def _host(
         "process": PROCESS,
         "pixels and clips": 2 * frames * around.frame,
         "checkpoint being written": parameters.checkpoint if config.device != "cpu" else 0.0,
+        "state before the update": 0.0
+        if config.device != "cpu"
+        else 4 * parameters.trained + parameters.moments,
     }
     if config.backbone.offload:
         parts |= {"codec": around.codec, "rewards": sum(around.rewards.values())}

@@ -14,7 +14,7 @@ import yaml
 from filelock import FileLock, Timeout
 
 from kvpo.config import Config
-from kvpo.files import StorageError, remove_leftovers, storage_error, write_atomic
+from kvpo.files import StorageError, demand_utf8, remove_leftovers, storage_error, write_atomic
 
 CONFIG, LOCK = "config.yaml", ".lock"
 
@@ -53,6 +53,7 @@ class RunDirectory:
         self._lock = FileLock(path / LOCK, timeout=0)
 
     def __enter__(self) -> "RunDirectory":
+        demand_utf8(self.path)
         try:
             self._found = {self.path, *self.path.iterdir()} if self.path.is_dir() else set()
             self.path.mkdir(parents=True, exist_ok=True)

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from kvpo.files import new_file
+from kvpo.models.finite import require_finite_weights
 from kvpo.models.tensor_files import storable
 from kvpo.world.imperfect import CLEAN, Faults, training_batch
 
@@ -138,5 +139,7 @@ def load_codec(path: Path | None = None) -> PixelCodec:
     """Read a codec for inference, by default the one that ships with the package."""
     source = path or Path(str(files("kvpo.world").joinpath("assets", "codec.safetensors")))
     codec = PixelCodec()
-    codec.load_state_dict({name: value.float() for name, value in load_file(source).items()})
+    weights = load_file(source)
+    require_finite_weights(weights, str(source))
+    codec.load_state_dict({name: value.float() for name, value in weights.items()})
     return codec.eval().requires_grad_(False)

@@ -23,6 +23,7 @@ from kvpo.method.flow import add_noise, few_step_sigmas
 from kvpo.method.routing import deployment_frames
 from kvpo.models.causal_wan import CausalWan, WanShape
 from kvpo.models.context import TeacherContext
+from kvpo.models.finite import require_finite_weights
 from kvpo.models.tensor_files import storable
 from kvpo.world.codec import load_codec
 from kvpo.world.imperfect import training_batch
@@ -333,9 +334,12 @@ def load_generator(model: ModelConfig, path: Path) -> tuple[CausalWan, LearnedTe
 
     Raises:
         RuntimeError: the file's geometry is not ``model``'s.
+        NonFiniteError: a tensor holds NaN or infinity.
     """
     transformer, text = new_generator(model, 0)
     trained = nn.ModuleDict({"transformer": transformer, "text": text})
-    trained.load_state_dict({name: value.float() for name, value in load_file(path).items()})
+    weights = load_file(path)
+    require_finite_weights(weights, str(path))
+    trained.load_state_dict({name: value.float() for name, value in weights.items()})
     trained.requires_grad_(False)
     return transformer, text

@@ -24,6 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from kvpo.files import new_file
+from kvpo.models.finite import require_finite_weights
 from kvpo.models.tensor_files import storable
 from kvpo.world.codec import PixelCodec, load_codec
 from kvpo.world.imperfect import CLEAN, observe
@@ -126,6 +127,7 @@ def load_unseen(path: Path | None = None) -> UnseenScorer:
     with safe_open(source, framework="pt") as stored:
         state = {name: stored.get_tensor(name).float() for name in stored.keys()}
         captions = json.loads(stored.metadata()["distractors"])
+    require_finite_weights(state, str(source))
     scorer.load_state_dict(state | {"distractors_ND": torch.zeros(1, EMBEDDING)})
     _set_distractors(scorer, captions)
     return scorer.eval().requires_grad_(False)

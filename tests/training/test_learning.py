@@ -1,0 +1,218 @@
+"""A run that learns nothing, or does not improve on its base, says so and says why."""
+
+import json
+import logging
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from kvpo.app.align import align
+from kvpo.app.evaluate import evaluate
+from kvpo.app.export import export
+from kvpo.app.generate import generate
+from kvpo.training.checkpoint import best_checkpoint, load_checkpoint
+from kvpo.training.metrics_log import MetricsLog
+from kvpo.training.policy import MovingAverage, policy_of
+from kvpo.training.run import Run, evaluate_base, load_aligned
+from kvpo.training.trainer import Trainer
+from tests.tiny_world import tiny_config, toy_setup
+
+
+def trainer_of(base: Path, scorer: Any = None, **settings: Any) -> Trainer:
+    return Trainer(toy_setup(tiny_config(base, **settings), scorer))
+
+
+@dataclass(frozen=True)
+class Constant:
+    """A reward that sees nothing."""
+
+    components: tuple[str, ...] = ("constant",)
+
+    def __call__(self, video_BTCHW: Tensor, prompts: Any) -> dict[str, Tensor]:
+        return {"constant": torch.full((len(prompts),), 0.5)}
+
+
+def said_by(trainer: Trainer, updates: int, caplog: pytest.LogCaptureFixture) -> list[tuple[int, str]]:
+    """Warnings that nothing was learned, each with the update after which it came."""
+    found = []
+    for update in range(1, updates + 1):
+        caplog.clear()
+        with caplog.at_level("WARNING", "kvpo"):
+            trainer.step()
+        words = [record.getMessage() for record in caplog.records]
+        found += [(update, text) for text in words if "nothing was learned" in text]
+    return found
+
+
+@pytest.mark.parametrize(
+    ("scorer", "settings", "why"),
+    [
+        (
+            Constant(),
+            {},
+            r"up to update 3: the reward \(world\) gives every member of a group the same score",
+        ),
+        (
+            None,
+            {"objective__noise_floor": 9.0},
+            r"largest reward spread [\d.e-]+ being within the noise floor",
+        ),
+    ],
+    ids=["constant reward", "noise floor"],
+)
+def test_updates_without_a_trained_group_are_told_once(
+    tiny_base: Path, caplog: pytest.LogCaptureFixture, scorer: Any, settings: dict[str, Any], why: str
+) -> None:
+    trainer = trainer_of(tiny_base, scorer, optim__updates=5, **settings)
+    ((update, text),) = said_by(trainer, 5, caplog)
+    assert update == 3
+    assert re.search(why, text), text
+
+
+def test_an_adapter_of_zeros_is_told_and_has_no_coverage(
+    tiny_base: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    trainer = trainer_of(tiny_base, optim__updates=4)
+    with torch.no_grad():
+        for value in trainer.policy.parameters.values():
+            value.zero_()
+    numbers = trainer.step()
+    assert numbers["gradient_coverage"] == 0 == numbers["gradient_norm"] and numbers["idle_updates"] == 1
+    ((update, text),) = said_by(trainer, 3, caplog)
+    assert update == 2 and "all trained tensors are zero, and an adapter whose A and B are both zero" in text
+
+
+def test_gradient_coverage_is_the_share_of_trained_tensors_with_a_gradient(
+    tiny_base: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of a fresh adapter only B has one: A's is multiplied by B, which is 0 until the first step."""
+    trainer = trainer_of(tiny_base)
+    coverage = [trainer.step()["gradient_coverage"] for _ in range(3)]
+    layers = len(trainer.policy.parameters) // 2
+    assert coverage[0] <= 0.5 and coverage[0] == pytest.approx(round(coverage[0] * 2 * layers) / (2 * layers))
+    assert coverage[1] > coverage[0] and coverage[2] <= 1
+    assert said_by(trainer, 0, caplog) == []
+
+
+def test_an_adapter_that_binds_no_layer_is_refused(tiny_base: Path) -> None:
+    model = toy_setup(tiny_config(tiny_base)).model.requires_grad_(False)
+    with pytest.raises(
+        ValueError, match=r"nothing to train: the adapter binds no layer.*optim\.lora_targets"
+    ):
+        policy_of(model, adapted=True)
+
+
+def test_the_decay_of_the_average_warms_up() -> None:
+    """A steady drift of 1 per update: by recursion with the decay written out, and far from the start."""
+    value = torch.nn.Parameter(torch.zeros(1, dtype=torch.float64))
+    average, expected = MovingAverage({"a": value}, 0.999), 0.0
+    for n in range(100):
+        with torch.no_grad():
+            value.add_(1)
+        average.update({"a": value})
+        decay = min(0.999, (1 + n) / (10 + n))
+        expected = decay * expected + (1 - decay) * (n + 1)
+    assert float(average.values["a"]) == pytest.approx(expected, rel=1e-12)
+    assert expected > 0.85 * 100  # without the warm-up 5 of 100
+    average.updates = 10**6
+    with torch.no_grad():
+        value.add_(1e6)
+    average.update({"a": value})
+    assert float(average.values["a"]) == pytest.approx(0.999 * expected + 0.001 * (100 + 1e6), rel=1e-9)
+
+
+def test_a_resumed_average_goes_on_warming_up(tiny_base: Path) -> None:
+    settings = {"optim__ema_decay": 0.999, "optim__updates": 4}
+    whole, first, second = (trainer_of(tiny_base, **settings) for _ in range(3))
+    for _ in range(4):
+        whole.step()
+    for _ in range(2):
+        first.step()
+    second.restore(*first.tensors_and_state())
+    assert second.average.updates == 2
+    for _ in range(2):
+        second.step()
+    assert all(torch.equal(second.average.values[n], v) for n, v in whole.average.values.items())
+
+
+@pytest.mark.parametrize("weights", ["average", "raw"])
+def test_validation_judges_the_weights_that_are_asked_for(tiny_base: Path, weights: str) -> None:
+    trainer = trainer_of(tiny_base, evaluation__weights=weights)
+    trainer.step()
+    expected = trainer.average.values if weights == "average" else trainer.policy.parameters
+    found = trainer.aligned
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+    assert any(not torch.equal(trainer.average.values[n], p) for n, p in trainer.policy.parameters.items())
+
+
+def test_a_base_that_is_never_beaten_stays_the_best(
+    tiny_base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = trainer_of(tiny_base, optim__updates=3, evaluation__every=1, checkpoint__keep=1)
+    with MetricsLog(tmp_path / "metrics.jsonl", tmp_path / "tensorboard") as metrics:
+        base = evaluate_base(trainer.setup, trainer, trainer.setup.validation)
+        run = Run(trainer.setup, trainer, tmp_path / "checkpoints", metrics, lambda *numbers: None, base)
+        monkeypatch.setattr(run, "validate", lambda: -0.01)
+        with caplog.at_level("WARNING", "kvpo"):
+            assert run.train(lambda: False)
+    best = best_checkpoint(tmp_path / "checkpoints")
+    assert best == (tmp_path / "checkpoints" / "update-000000", 0.0) and not run.improved
+    assert "no improvement: no validation beat the base" in caplog.text
+    kept = sorted(path.name for path in (tmp_path / "checkpoints").glob("update-*"))
+    assert kept == ["update-000000", "update-000003"]
+    tensors, _ = load_checkpoint(best[0])
+    assert all(not value.any() for name, value in tensors.items() if "average" in name and "lora_B" in name)
+
+
+def test_every_command_knows_the_base_and_the_weights(
+    tiny_base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run whose best checkpoint is its base: what summary, report, evaluate, generate and export say."""
+    monkeypatch.setattr(Run, "validate", lambda self: -0.01)
+    config = tiny_config(
+        tiny_base,
+        rewards__scorers=("tests.tiny_world:toy",),
+        evaluation__diversity_prompts=0,
+        optim__updates=2,
+    )
+    run = tmp_path / "run"
+    summary = align(config, run)
+    assert summary is not None and summary["improved"] is False
+    assert summary["checked"] == {"update": 0, "weights": "average", "ratio_tolerance": 1e-4}
+    assert summary["checks"]["first_ratio_max_deviation"] <= 1e-4
+    assert "No improvement: no validation beat the base" in (run / "report.html").read_text()
+    with caplog.at_level(logging.WARNING, "kvpo"):
+        numbers = evaluate(run)
+    assert numbers["held_out"] == summary["held_out"] and "no improvement: no validation of" in caplog.text
+    caplog.clear()
+    with pytest.raises(ValueError, match="no improvement: .*--checkpoint latest takes what was trained"):
+        export(run, tmp_path / "refused", layout="peft")
+    export(run, tmp_path / "base", layout="peft", checkpoint="0")
+
+    # What was trained, averaged and raw, differs in every command.
+    files = [
+        export(run, tmp_path / f"{w}.pt", layout="pt", checkpoint="latest", weights=w)
+        for w in ("average", "raw")
+    ]
+    one, other = (torch.load(file, weights_only=True)["generator"] for file in files)
+    assert any(not torch.equal(one[name], other[name]) for name in one)
+    gains = [evaluate(run, checkpoint="latest", weights=weights) for weights in ("average", "raw", None)]
+    assert [numbers["weights"] for numbers in gains] == ["average", "raw", "average"]
+    assert gains[0]["held_out"] != gains[1]["held_out"] and gains[0]["held_out"] == gains[2]["held_out"]
+    latents = []
+    for weights in ("average", "raw"):
+        changed = tiny_config(tiny_base, evaluation__weights=weights)
+        generate(changed, tmp_path / f"{weights}-videos", run=run, checkpoint="latest")
+        latents.append((tmp_path / f"{weights}-videos/latents.safetensors").read_bytes())
+    assert latents[0] != latents[1] and "no improvement" not in caplog.text
+    trainer = Trainer(toy_setup(config))
+    raw = load_aligned(toy_setup(tiny_config(tiny_base, evaluation__weights="raw")), trainer.policy,
+                       run / "checkpoints/update-000002")  # fmt: skip
+    saved, _ = load_checkpoint(run / "checkpoints/update-000002")
+    assert all(torch.equal(value, saved[f"parameters.{name}"]) for name, value in raw.items())
+    assert json.loads((run / "evaluation.json").read_text())["weights"] == "average"
