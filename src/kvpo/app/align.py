@@ -132,14 +132,15 @@ def finished_summary(directory: RunDirectory, config: Config) -> dict[str, Any] 
     return summary if summary["updates"] == config.optim.updates else None
 
 
-def exactness(setup: Setup, trainer: Trainer) -> dict[str, float | None]:
-    """The identities that hold for any policy, measured on this run's own generator as it is now."""
+def exactness(setup: Setup, trainer: Trainer) -> dict[str, float]:
+    """The identities that hold for the run's method, measured on its own generator as it is now."""
     prompts = setup.training_prompts(0)
-    return {
+    found = {
         "first_ratio_max_deviation": first_ratio_max_deviation(trainer),
         "anchor_energy_at_old": anchor_energy_at_old(setup, prompts),
         "default_route_max_difference": default_route_max_difference(setup, prompts),
     }
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def radar_summary(run: Run, results: Mapping[str, tuple[HeldOut, HeldOut]]) -> dict[str, Any]:
