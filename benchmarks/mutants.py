@@ -339,12 +339,12 @@ def run(sample: Sequence[Mutant], tests: Sequence[str], workers: int) -> Iterato
     """What becomes of every mutant, as it is known."""
     os.environ |= {"OMP_NUM_THREADS": "1", "ONEDNN_MAX_CPU_ISA": "AVX512_CORE_FP16"}
     os.environ.setdefault("KVPO_GOLDEN", str(ROOT.parent / "shared" / "golden"))
-    for name in PRELOADED:
-        importlib.import_module(name)
-    gc.freeze()  # forked processes share what is loaded
     reasons, started = reviewed(), time.monotonic()
     with tempfile.TemporaryDirectory(prefix="mutants-") as directory:
         slots = slots_in(Path(directory).resolve(), workers)
+        for name in PRELOADED:
+            importlib.import_module(name)
+        gc.freeze()  # forked processes share what is loaded
         recorded = record(slots, in_files(tests))
         print(f"{len(recorded.seconds)} tests recorded in {time.monotonic() - started:.0f} s", flush=True)
         for job, result in run_jobs((attempt(mutant, recorded) for mutant in sample), slots):

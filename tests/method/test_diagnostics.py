@@ -100,6 +100,8 @@ def test_advantages_are_averaged_over_groups():
 @pytest.mark.parametrize("name", METHODS)
 def test_every_reported_number_is_explained_the_methods_own_in_its_words(name):
     found = meanings(METHODS[name].metrics)
-    assert found.keys() == {*GROUP_METRICS, *UPDATE_METRICS, *METHODS[name].metrics}
-    for metric, explained in METHODS[name].metrics.items():
-        assert found[metric] == explained.meaning
+    assert [*found] == ["Groups", "Method", "Update"]
+    every = [metric for under in found.values() for metric in under]
+    assert set(every) == {*GROUP_METRICS, *UPDATE_METRICS, *METHODS[name].metrics}
+    assert len(every) == len(set(every)), "no metric is explained twice"
+    assert found["Method"] == {metric: own.meaning for metric, own in METHODS[name].metrics.items()}

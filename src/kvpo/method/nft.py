@@ -36,8 +36,8 @@ METRICS = {
 
 
 def goodness(advantages_G: Tensor, limit: float) -> Tensor:
-    """r = clip(A / A_max, -1, 1) / 2 + 1/2, [G] in [0, 1]."""
-    return (advantages_G / limit).clamp(-1, 1) / 2 + 0.5
+    """r = clip(A / A_max, -1, 1) / 2 + 1/2, float64 [G] in [0, 1]."""
+    return (advantages_G.double() / limit).clamp(-1, 1) / 2 + 0.5
 
 
 def evidence(
