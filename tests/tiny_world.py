@@ -30,7 +30,6 @@ SETTINGS: dict[str, Any] = {
     "exploration.donor": 0,
     "exploration.tail_blocks": 1,
     "objective.grad_steps": 2,
-    "objective.anchor_state_weight": 0.0,
     "objective.advantages": "group",
     "objective.noise_floor": 0.0,
     "objective.keep_best": 0,
