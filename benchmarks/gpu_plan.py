@@ -25,9 +25,9 @@ from tokenizers import Tokenizer, models
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
-from kvpo.app.backbones import build_wan
 from kvpo.app.configuration import preset
 from kvpo.app.plan import Planner
+from kvpo.app.sources.wan import build_wan
 from kvpo.config import Config
 from kvpo.engine.scoring import decode_members, score_group
 from kvpo.engine.stream import stream_latents
@@ -126,7 +126,7 @@ class Phases:
         """Every phase in turn."""
         setup, trainer, block = self.setup, self.trainer, self.setup.generator.block
         held_out = [prompt for prompts in setup.test.values() for prompt in prompts][:1]
-        texts = setup.texts(held_out)
+        texts = setup.backbone.texts(held_out)
         tape = setup.evaluation_tape()
         self.take(PHASES[0], lambda: stream_latents(setup.generator, held_out, texts, tape))
 
@@ -138,9 +138,9 @@ class Phases:
         cache = trainer.new_cache([planned])
         explored = self.take(PHASES[1], lambda: trainer.generate(update, planned, unscored, cache))
         group = explored.rollout.groups[0]
-        self.take(PHASES[2], lambda: decode_members(group, setup.codec, lead=0, block=block))
+        self.take(PHASES[2], lambda: decode_members(group, setup.backbone.codec, lead=0, block=block))
         judges, plan = setup.judges, setup.clip_plan()
-        scores = score_group(group, judges.codec, judges.scorer, block=block, plan=plan)
+        scores = score_group(group, setup.backbone.codec, judges.scorer, block=block, plan=plan)
         trained, _ = trainer.credit(update, explored.rollout, [scores])
         replayer = trainer.replayer(explored.texts)
         self.take(PHASES[3], lambda: accumulate_gradients(replayer, trained, None))

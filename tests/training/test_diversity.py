@@ -97,9 +97,9 @@ def test_the_strength_is_found_by_bisection(monkeypatch: pytest.MonkeyPatch) -> 
 def test_branches_without_noise_of_their_own_are_the_anchor(tiny_base: Path) -> None:
     setup = toy_setup(tiny_config(tiny_base))
     prompts = tuple(ToyPrompts(2)(0))
-    tape = setup.tape("any")
+    tape = setup.backbone.tape("any")
     explorer = Explorer(
-        setup.generator, setup.texts(prompts), tape, setup.judges, lambda videos: ([], videos), 0.5
+        setup.generator, setup.backbone.texts(prompts), tape, setup.judges, lambda videos: ([], videos), 0.5
     )
     fork = Fork(prompts, 12, replace(setup.config.exploration, branches=2))
     routed, silent, noisy = explorer.routed(fork), explorer.noisy(fork, 0.0), explorer.noisy(fork, 0.5)

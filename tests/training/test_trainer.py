@@ -438,7 +438,7 @@ def test_scoring_overlaps_generation_and_changes_no_number(
     if refresh == 1:
         rollout, scores, _ = trainer.explore(0)
         alone = score_groups(
-            rollout.groups, trainer.setup.codec, ToyScorer(), block=trainer.setup.generator.block
+            rollout.groups, trainer.setup.backbone.codec, ToyScorer(), block=trainer.setup.generator.block
         )
         for found, expected in zip(scores, alone, strict=True):
             assert torch.equal(found.local_KM, expected.local_KM)
