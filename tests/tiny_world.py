@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kvpo.app.configuration import assign
+from kvpo.app.configuration import assign, with_method
 from kvpo.app.held_out import held_out_scorers
 from kvpo.app.sources.world import build_backbone
 from kvpo.config import Config
@@ -53,9 +53,10 @@ FRAMES = 21
 
 
 def tiny_config(base: Path, **settings: Any) -> Config:
-    """SETTINGS with changes; ``optim__lr=1`` stands for ``optim.lr``."""
+    """SETTINGS with changes; ``optim__lr=1`` stands for ``optim.lr``. A method brings what it starts from."""
     changes = {name.replace("__", "."): value for name, value in settings.items()}
-    return assign(Config(), {**SETTINGS, "base": str(base), **changes})
+    start = with_method(Config(), changes.get("method", "kvpo"))
+    return assign(start, {**SETTINGS, "base": str(base), **changes})
 
 
 def write_base(path: Path, seed: int = 1) -> None:
@@ -118,6 +119,12 @@ def toy_setup(config: Config, scorer: Any = None) -> Setup:
         validation={"short": ToyPrompts(config.evaluation.validation_prompts, 1000)(0)},
         test={"short": ToyPrompts(config.evaluation.test_prompts, 2000)(0)},
     )
+
+
+def with_weights(setup: Setup, **changes: Any) -> Setup:
+    """The same with another configuration or base digest."""
+    weights = replace(setup.backbone.weights, **changes)
+    return replace(setup, backbone=replace(setup.backbone, weights=weights))
 
 
 def in_float64(setup: Setup) -> Setup:

@@ -78,7 +78,7 @@ def test_the_starting_policy_with_a_given_adapter(files: Path) -> None:
     assert torch.allclose(*outputs, atol=1e-3)
     plain = build_setup(tiny_wan("longlive-1.3b", files))
     prompt = plain.training_prompts(0)
-    bare = stream_latents(plain.generator, prompt, plain.texts(prompt), plain.tape("test"))
+    bare = stream_latents(plain.generator, prompt, plain.backbone.texts(prompt), plain.backbone.tape("test"))
     assert not torch.allclose(bare, outputs[0], atol=1e-3)
     assert hashlib.sha256((files / "base.pt").read_bytes()).hexdigest() == before
 

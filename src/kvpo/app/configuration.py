@@ -118,8 +118,11 @@ def _start(name: str, method: Any = None) -> Config:
             f"unknown preset {name!r}{nearest(name, PRESETS)}; presets: {', '.join(PRESETS)}"
         )
     config = PRESETS[name]()
-    if method is None or method == config.method:
-        return config
+    return config if method is None or method == config.method else with_method(config, method)
+
+
+def with_method(config: Config, method: Any) -> Config:
+    """``config`` with another method, its own explorer and the settings that it starts from."""
     config = assign(config, {"method": method})
     own = config.method_settings
     return assign(config, {"exploration.explorer": own.EXPLORERS[0], **own.STARTS_FROM})

@@ -126,7 +126,7 @@ def trajectories_together(rows: int, blocks: int, steps: int) -> int:
 
 
 def blocks_together(rows: int, blocks: int, steps: int) -> int:
-    """Blocks of the window that one forward pass of at most ``rows`` forward rows holds of a trajectory."""
+    """Blocks of a window that one forward pass of at most ``rows`` rows holds, at least one; 0: all."""
     return min(blocks, max(1, rows // steps)) if rows else blocks
 
 
