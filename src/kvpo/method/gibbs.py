@@ -123,7 +123,7 @@ def clipped_surrogate(
 
 
 def simplex_kl(log_probs: Tensor, reference_log_probs: Tensor) -> Tensor:
-    """KL(pi_theta || pi_ref) = sum pi_theta (log pi_theta - log pi_ref); blind to shared drift."""
+    """KL(pi_theta || pi_ref) = sum pi_theta (log pi_theta - log pi_ref), a scalar; blind to shared drift."""
     return (log_probs.exp() * (log_probs - reference_log_probs)).sum()
 
 
