@@ -59,7 +59,7 @@ def _evaluate(run: Path, config: Config, checkpoint: str | None, out: Path) -> d
         logger.warning(warning)
     setup = build_setup(config)
     policy = policy_of(setup.model, adapted=config.optim.train == "lora")
-    values = load_aligned(setup, policy, path)
+    values = load_aligned(setup.backbone.weights, policy, path)
     held_out = {}
     with progress_bars() as display:
         show = Bars(display)

@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-from kvpo.app.build import load_weights
+from kvpo.app.build import source_of
 from kvpo.app.configuration import resolve_run
 from kvpo.config import Config
 from kvpo.config_checks import ConfigurationError
@@ -70,7 +70,7 @@ def export(
     path = find_checkpoint(run / "checkpoints", checkpoint)
     if (refusal := no_improvement(path, checkpoint)) is not None:
         raise ValueError(refusal)
-    trained = load_weights(on_host(config))
+    trained = source_of(config).weights(on_host(config))
     model = trained.model
     policy = policy_of(model, adapted=adapted)
     with exchanged(policy.parameters, load_aligned(trained, policy, path)):

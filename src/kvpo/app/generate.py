@@ -9,8 +9,9 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from kvpo.app.build import default_frames, load_backbone, prompt_file, split_of
+from kvpo.app.build import load_backbone, source_of
 from kvpo.app.exhibits import as_bytes
+from kvpo.app.file_prompts import prompt_file
 from kvpo.app.progress import Bars, progress_bars
 from kvpo.app.provenance import demand_same_prompts
 from kvpo.app.video_folder import MANIFEST
@@ -22,11 +23,11 @@ from kvpo.files import StorageError, local_path, storage_error, write_atomic
 from kvpo.prompt_files import read_prompts
 from kvpo.prompts import VideoPrompt, check_shown
 from kvpo.report.video import side_by_side, write_video
+from kvpo.training.backbone import Backbone
 from kvpo.training.checkpoint import find_checkpoint, no_improvement
 from kvpo.training.device import computing
 from kvpo.training.policy import exchanged, policy_of
 from kvpo.training.run import load_aligned
-from kvpo.training.setup import Backbone
 
 logger = logging.getLogger(__name__)
 
@@ -78,13 +79,13 @@ def _generate(
 ) -> list[Path]:
     """Load the generator, and write the videos of the prompts batch by batch."""
     backbone = load_backbone(config, wanted)
-    policy = policy_of(backbone.model, adapted=config.optim.train == "lora")
+    policy = policy_of(backbone.weights.model, adapted=config.optim.train == "lora")
     values = None
     if run is not None:
         path = find_checkpoint(run / "checkpoints", checkpoint)
         if (warning := no_improvement(path, checkpoint)) is not None:
             logger.warning(warning)
-        values = load_aligned(backbone, policy, path)
+        values = load_aligned(backbone.weights, policy, path)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -131,10 +132,10 @@ def _demand_no_videos(out: Path) -> None:
 def _prompts(config: Config, given: Path | str | Sequence[VideoPrompt] | None) -> list[VideoPrompt]:
     """What to generate, numbered from 0."""
     if given is None:
-        chosen = [prompt for some in split_of(config)[2].values() for prompt in some[:UNASKED]]
+        chosen = [prompt for some in source_of(config).split(config)[2].values() for prompt in some[:UNASKED]]
     elif isinstance(given, str | Path):
         path = prompt_file(config, given)
-        frames, switches = default_frames(config), config.prompts.switches
+        frames, switches = source_of(config).default_frames(config), config.prompts.switches
         chosen = read_prompts(path, num_frames=frames, switches=switches, block=config.stream.block)
     else:
         chosen = list(given)

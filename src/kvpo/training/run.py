@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from kvpo.training import radar
+from kvpo.training.backbone import Weights
 from kvpo.training.checkpoint import (
     CheckpointError,
     latest_checkpoint,
@@ -23,7 +24,7 @@ from kvpo.training.device import forget_peak, peak
 from kvpo.training.evaluation import ROWS, HeldOut, comparison, evaluate, mean_gain
 from kvpo.training.metrics_log import MetricsLog
 from kvpo.training.policy import Policy, exchanged
-from kvpo.training.setup import Setup, Weights
+from kvpo.training.setup import Setup
 from kvpo.training.trainer import Trainer, architecture
 
 logger = logging.getLogger(__name__)
@@ -140,7 +141,7 @@ class Run:
                 "radar": radar.saved(self.readings),
                 "unvalidated": self.unvalidated,
             },
-            architecture=architecture(self.setup),
+            architecture=architecture(self.setup.backbone.weights),
         )
         self.saved = update
         self._mark_best()
@@ -223,7 +224,7 @@ class Run:
 
 def restore(trainer: Trainer, path: Path) -> dict[str, Any]:
     """Load a checkpoint into a trainer and return its state. Raises CheckpointError."""
-    tensors, state = load_checkpoint(path, architecture=architecture(trainer.setup))
+    tensors, state = load_checkpoint(path, architecture=architecture(trainer.setup.backbone.weights))
     expected, _ = trainer.tensors_and_state()
     parameters = {name: value for name, value in expected.items() if not name.startswith("optimizer.")}
     moments = {name: value for name, value in tensors.items() if name.startswith("optimizer.")}
@@ -246,9 +247,8 @@ def load_aligned(weights: Weights, policy: Policy, path: Path) -> dict[str, Tens
 
 def evaluate_prompts(setup: Setup, prompts: Any) -> HeldOut:
     """Held-out results of the model as it is."""
-    texts, tape = setup.texts(prompts), setup.evaluation_tape()
     rows = setup.config.exploration.rows or ROWS
-    return evaluate(setup.generator, prompts, texts, tape, setup.judges, rows=rows)
+    return evaluate(setup.backbone, prompts, setup.evaluation_tape(), setup.judges, rows=rows)
 
 
 def evaluate_base(setup: Setup, trainer: Trainer, sets: Mapping[str, Any]) -> dict[str, HeldOut]:
