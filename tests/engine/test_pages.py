@@ -7,9 +7,9 @@ import torch
 
 from kvpo.engine.forks import Fork
 from kvpo.engine.pages import PlannedRollout, cache_pages, groups_together, rollout_pages
-from kvpo.engine.replay import Member, replay_context
+from kvpo.engine.replay import member_row, replay_context
 from kvpo.engine.rollout import collect
-from tests.engine.tiny import EXPLORATION, generator, prompt, tape_of, texts
+from tests.engine.tiny import EXPLORATION, generator, members_of, prompt, tape_of, texts
 
 FORK = 36
 REPORTED = replace(EXPLORATION, branches=2, blocks=5, tail_blocks=4, resident_frames=33)
@@ -49,10 +49,10 @@ def explore_and_replay(one, exploration, prompts, *, replayed):
         for own in prompts
     ]
     for rollout in found:
-        members = [Member(group, n) for group in rollout.groups for n in range(exploration.branches + 1)]
-        size = replayed or len(members)
-        for at in range(0, len(members), size):
-            with replay_context(one, members[at : at + size]):
+        rows = [member_row(group, n) for group, n in members_of(rollout)]
+        size = replayed or len(rows)
+        for at in range(0, len(rows), size):
+            with replay_context(one, rows[at : at + size]):
                 pass
     for rollout in found:
         rollout.release()
