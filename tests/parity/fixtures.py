@@ -10,6 +10,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from kvpo.engine.generator import PageShape, StreamingGenerator
+from kvpo.method.flow import STEPS
 from kvpo.models.adapter_files import PEFT_PREFIX, AdapterState
 from kvpo.models.adapters import merge_adapter
 from kvpo.models.causal_wan import CausalWan, WanShape
@@ -193,7 +194,7 @@ def generator_of(meta: dict, model: CausalWan, context_noise: float = 0.0) -> St
             bank_every_block=meta["bank_every_block"],
         ),
         sigmas=SIGMAS,
-        renoise=True,
+        step=STEPS["renoise"],
         latent_shape=(shape.channels, shape.latent_height, shape.latent_width),
         pages=PageShape(shape.num_layers, shape.tokens_per_frame, shape.num_heads, shape.head_dim),
         context_noise=context_noise,
