@@ -11,9 +11,10 @@ from kvpo.engine.rollout import collect
 from kvpo.engine.stream import commit_banks, text_of
 from kvpo.models.deployment import deployment_context, record_block
 from tests.engine.test_histories import every_history
-from tests.engine.tiny import EXPLORATION, generator, prompt, replayed, tape_of, texts
+from tests.engine.tiny import EXPLORATION, generator, prompt, replayed, routed_row, tape_of, texts
 
 LONGER = replace(EXPLORATION, blocks=3)
+FORK = 18
 
 
 def by_hand(one, group, index):
@@ -66,3 +67,23 @@ def test_windows_of_one_kind_see_equally_many_frames(frame):
     blocks, seen = replay_kind(one, replace(rollout.groups[0], fork=frame))
     assert blocks == 2 and seen == (frame if frame < 9 else -1)
     rollout.release()
+
+
+@every_history
+def test_a_routed_replay_is_where_its_branch_was(history):
+    """With the pool kept, every branch's own velocities come back, and not in the deployment context."""
+    one = generator(**history, renoise=True, context_noise=0.005)
+    prompts = [prompt(0, 39, (FORK,)), prompt(1, 39, (9,))]
+    asked = [Fork(FORK, replace(LONGER, redraw_every_block=True))] * 2
+    rollout = collect(one, prompts, asked, texts(), tape_of(), ("k",), keep_pool=True)
+    branches = [(group, branch) for group in rollout.groups for branch in range(group.branches)]
+    routed, deployed = replayed(one, branches, routed_row), replayed(one, branches)
+    own = torch.cat([group.trajectories.velocities_MPSFCHW[:-1] for group in rollout.groups])
+    assert (routed - own).abs().max() <= 1e-10
+    assert (deployed - own).abs().flatten(1).amax(1).min() > 1e-2
+    for group, branch in branches:
+        pages = group.root.history.pages
+        frames = [[slot.frame for slot in block] for block in group.routes[branch]]
+        assert group.routed_pages(branch) == tuple(tuple(pages[f] for f in block) for block in frames)
+    rollout.release()
+    assert rollout.cache.pages_in_use == 0

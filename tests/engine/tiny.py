@@ -1,6 +1,6 @@
 """A generator of random weights, prompts and noise: small enough for exactness tests in double precision."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 from functools import cache
 
@@ -11,7 +11,7 @@ from kvpo.config import ExplorationConfig
 from kvpo.engine.explorers import Member, RoutedFrame
 from kvpo.engine.generator import PageShape, StreamingGenerator
 from kvpo.engine.noise import keyed_generator
-from kvpo.engine.replay import member_row, replay_context, replay_velocities
+from kvpo.engine.replay import ReplayRow, member_row, replay_context, replay_velocities
 from kvpo.engine.rollout import Group, Ran, Rollout, run_members
 from kvpo.engine.stream import Stream, advance, open_stream
 from kvpo.method.evidence import residual_table
@@ -114,9 +114,16 @@ def visited(one: StreamingGenerator, rollout: Rollout, members: Sequence[Member]
     return Ran(*(torch.stack([vars(own)[field.name] for own in ran]) for field in fields(Ran)))
 
 
-def replayed(one: StreamingGenerator, members: Sequence[tuple[Group, int]]) -> Tensor:
+def routed_row(group: Group, branch: int) -> ReplayRow:
+    """A branch under the history that it was routed."""
+    return replace(member_row(group, branch), routes=group.routed_pages(branch), recent=group.recent)
+
+
+def replayed(
+    one: StreamingGenerator, members: Sequence[tuple[Group, int]], row: Callable[..., ReplayRow] = member_row
+) -> Tensor:
     """Velocities ``[R, P, S, F, C, H, W]`` under the generator as it is, at all states of groups' members."""
-    rows = [member_row(group, index) for group, index in members]
+    rows = [row(group, index) for group, index in members]
     with torch.no_grad(), replay_context(one, rows) as replay:
         return replay_velocities(one, rows, replay, range(len(rows[0].states_PSFCHW)))
 
