@@ -30,7 +30,7 @@ def run_and_console(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -
         exploration__donor=1,
         objective__keep_best=1,
         objective__keep_worst=1,
-        objective__temperature=0.01,
+        kvpo__temperature=0.01,
         evaluation__every=1,
         evaluation__held_out=["motion_smoothness"],
         optim__updates=2,
