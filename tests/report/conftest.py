@@ -46,6 +46,14 @@ def run_and_console(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -
 
 
 @pytest.fixture(scope="session")
+def nft_run(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The shortest finished run of another method than KVPO, never changed."""
+    directory = tmp_path_factory.mktemp("report") / "nft"
+    assert align(tiny_config(tiny_base, method="nft", optim__updates=1), directory) is not None
+    return directory
+
+
+@pytest.fixture(scope="session")
 def finished_run(run_and_console: tuple[Path, list[str]]) -> Path:
     """A finished run, never changed: tests change copies (``edits.copy_of``)."""
     return run_and_console[0]

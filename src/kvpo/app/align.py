@@ -20,6 +20,8 @@ from kvpo.app.provenance import keep_provenance
 from kvpo.config import Config
 from kvpo.config_checks import ConfigurationError, check
 from kvpo.files import local_path, read_json
+from kvpo.method.diagnostics import meanings
+from kvpo.method.methods import METHODS
 from kvpo.report.headline import verdict_of
 from kvpo.training import radar
 from kvpo.training.checkpoint import find_checkpoint, latest_checkpoint
@@ -85,6 +87,7 @@ def _run(config: Config, directory: RunDirectory, started: float, resume: bool) 
         # First of all, since the checkpoint may be refused.
         state = None if point is None else restore(trainer, point)
         directory.save_config()
+        directory.write_meanings(meanings(METHODS[config.method].metrics))
         resumed_at = None if point is None else checkpoint_update(point)
         with MetricsLog(directory.metrics, directory.tensorboard, resumed_at=resumed_at) as metrics:
             run = Run(setup, trainer, directory.checkpoints, metrics, show)

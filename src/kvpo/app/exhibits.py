@@ -178,7 +178,7 @@ def _training_groups(run: Run, videos: dict[str, Tensor]) -> list[dict[str, Any]
         residuals, _, _ = Tables(table, table, table).per_branch(branch_N, shown.branches)
         extras: list[dict[str, float]] = [{} for _ in range(group.branches + 1)]
         for branch, residual in zip(shown.branches, residuals.tolist(), strict=True):
-            extras[branch]["energy"] = residual
+            extras[branch][learner.method.residual] = residual
         title = f"group {index + 1}: fork at frame {group.fork}"
         if credit is None:
             title += ", not trained on: its rewards differ by noise alone"

@@ -1,7 +1,7 @@
 """Prompt embeddings: the UMT5 encoder of the Wan models through transformers, behind an on-disk cache.
 
 The encoder has 5.7 billion parameters and a run needs each embedding once: it is loaded only when the
-cache lacks one (MODELS.md section 7).
+cache lacks one.
 """
 
 import hashlib
@@ -246,7 +246,7 @@ class PromptCache:
             stored = read_safetensors(path)
             rows, tokens = stored["embedding"], int(stored["tokens"])
         except (ValueError, KeyError, RuntimeError):
-            return None  # computed and written anew
+            return None  # computed and written again
         return (rows, tokens) if rows.dim() == 2 else None
 
     def read(self, text: str) -> Tensor | None:

@@ -33,7 +33,7 @@ _POINTWISE = {"conv1": "quant_conv", "conv2": "post_quant_conv"}
 
 @dataclass(frozen=True)
 class DecodeState:
-    """What the decoder carries from one latent frame to the next; never changed in place, free to share."""
+    """The decoder's state from one latent frame to the next; never changed in place, free to share."""
 
     frames: int
     """Latent frames decoded so far."""

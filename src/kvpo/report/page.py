@@ -15,7 +15,7 @@ from kvpo.report.curves import components, diagnostics, reward_curves
 from kvpo.report.formatting import embed_json, escape
 from kvpo.report.headline import headline
 from kvpo.report.radar import hacking_radar
-from kvpo.report.record import Run, read_run, read_videos
+from kvpo.report.record import Run, method_of, read_run, read_videos
 from kvpo.report.tables import checks, configuration, diversity, reproduction
 
 VIDEO_BUDGET = 13_000_000
@@ -89,6 +89,7 @@ def build_page(run: Run) -> str:
         (assets / name).read_text(encoding="utf-8") for name in ("page.html", "report.css", "report.js")
     )
     return Template(template).substitute(
+        method=escape(method_of(run) or "run"),
         name=escape(run.directory.resolve().name),
         written=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         version=__version__,

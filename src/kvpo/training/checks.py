@@ -59,7 +59,7 @@ def first_ratio_max_deviation(trainer: Trainer) -> float | None:
 
     One table comes from the replay in training's batches, the other from ``streamed_table``, over all solver
     steps that the method can learn from. The branches of the first two groups of a rollout take part,
-    whatever their rewards. None for methods without a ratio.
+    regardless of their rewards. None for methods without a ratio.
     """
     setup, config = trainer.setup, trainer.setup.config
     learner = replace(trainer.learner, steps=len(setup.generator.sigmas))
@@ -95,7 +95,7 @@ def first_ratio_max_deviation(trainer: Trainer) -> float | None:
 
 
 def ratio_tolerance(config: Config) -> float:
-    """What rounding may add to a first ratio where two batches sum in different orders."""
+    """Deviation of a first ratio that rounding may cause where two batches sum in different orders."""
     return RATIO_TOLERANCE[config.optim.autocast]
 
 

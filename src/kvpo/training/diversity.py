@@ -1,4 +1,4 @@
-"""How different the branches of a fork are, and in what: routed histories beside noise.
+"""Branch diversity: routed histories compared with noise.
 
 CHR branches share all noise and differ in history; noise branches share the history and differ in the noise
 of the window, either freshly drawn or mixed in as sqrt(1 - s^2) eps + s delta with s set so that branches lie
@@ -43,7 +43,7 @@ class Diversity:
 
 @dataclass(frozen=True)
 class Place:
-    """Where diversity is measured: prompts that fork at one frame."""
+    """Prompts that fork at one frame, where diversity is measured."""
 
     prompts: tuple[VideoPrompt, ...]
     fork: Fork
@@ -51,7 +51,7 @@ class Place:
 
 @dataclass(frozen=True)
 class Laboratory:
-    """What every measurement needs."""
+    """A generator with its judges, for measuring diversity."""
 
     generator: StreamingGenerator
     texts: TextTable

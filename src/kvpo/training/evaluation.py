@@ -20,16 +20,16 @@ ROWS = 32
 
 @dataclass(frozen=True)
 class HeldOut:
-    """What one policy made of a set of prompts."""
+    """Scores of one policy on a set of prompts."""
 
     components_KN: Tensor
     """Scores per component and prompt, the mean over segments weighted by their frames."""
     unseen_N: Tensor | None
     """The unseen scorer's scores; None without one."""
     held_out_HN: Tensor
-    """Of the scorers that watch for hacking; no row without one."""
+    """Scores of the rewards that watch for hacking; no row without one."""
     looks_LN: Tensor
-    """How the videos look, whatever they show (``kvpo.rewards.looks``)."""
+    """Pixel statistics of the videos (``kvpo.rewards.looks``)."""
     texts_N: tuple[tuple[str, ...], ...]
     """Segments of every prompt."""
 
@@ -75,7 +75,7 @@ class Judges:
 
     @property
     def held_out_names(self) -> tuple[str, ...]:
-        """Of the rows of ``HeldOut.held_out_HN``."""
+        """Names of the rows of ``HeldOut.held_out_HN``."""
         return tuple(name for one in self.held_out for name in one.names)
 
     def totals(self, held_out: HeldOut) -> Tensor:

@@ -48,11 +48,11 @@ class Run:
     saved: int = 0
     """Update of the last checkpoint."""
     unvalidated: bool = False
-    """Whether the last update's validation is still to come, because a reward failed in it."""
+    """True while the last update's validation is still to come, because a reward failed in it."""
     readings: list[radar.Reading] = field(default_factory=list)
-    """What the hacking radar saw at every validation so far."""
+    """Readings of the hacking radar, one per validation so far."""
     verdict: radar.Verdict = field(default_factory=radar.Verdict)
-    """What it made of that."""
+    """Its verdict on them."""
 
     @property
     def updates(self) -> int:
@@ -63,7 +63,7 @@ class Run:
         """Train to the last update, or until the radar calls it hacking; False if interrupted.
 
         The state is saved either way. Raises ValueError when a reward fails or a number is not finite; the
-        updates before it are saved, as they are whatever else an update raises.
+        updates before it are saved, as they are for anything else that an update raises.
         """
         config, trainer = self.setup.config, self.trainer
         if trainer.update == 0 and self.best is None:
@@ -107,16 +107,16 @@ class Run:
 
     @property
     def guarded(self) -> bool:
-        """Whether the radar may stop the run and has a say in which checkpoint is the best."""
+        """True if the radar may stop the run and rule out checkpoints."""
         return bool(self.setup.judges.held_out) and self.setup.config.evaluation.stop_on_hacking
 
     @property
     def stopped(self) -> bool:
-        """Whether the radar has ended the run."""
+        """True once the radar has ended the run."""
         return self.guarded and self.verdict.hacked
 
     def _due(self, every: int) -> bool:
-        """Whether something done every so many updates is due at this boundary; always at the last one."""
+        """True if an every-N-updates action is due now; always at the last update."""
         update = self.trainer.update
         since_boundary = self.setup.config.optim.rollouts_per_refresh
         return update == self.updates or bool(every) and update % every < since_boundary

@@ -1,4 +1,4 @@
-"""What a run is made of, built once by the application and handed to the trainer."""
+"""The parts of a run, built once by the application and handed to the trainer."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,12 +24,12 @@ class Weights:
     model: nn.Module
     """The transformer, its adapter injected."""
     base_sha256: str
-    """Of the base checkpoint: what is trained fits no other."""
+    """Digest of the base checkpoint: trained parameters fit no other."""
 
 
 @dataclass(frozen=True)
 class Backbone(Weights):
-    """What generates: the transformer, its text encoder and its codec."""
+    """A generator: the transformer, its text encoder and its codec."""
 
     generator: StreamingGenerator
     """Around the same transformer."""
@@ -37,7 +37,7 @@ class Backbone(Weights):
     codec: Codec
 
     def texts(self, prompts: Sequence[VideoPrompt]) -> TextTable:
-        """Embeddings of every segment of some prompts."""
+        """Embeddings of every segment of the prompts."""
         unique = list(dict.fromkeys(text for prompt in prompts for text in prompt.segments))
         return dict(zip(unique, self.text_encoder(unique), strict=True))
 
@@ -58,20 +58,20 @@ class Setup(Backbone):
     test: Mapping[str, Sequence[VideoPrompt]]
     """Prompt sets used once, for the summary."""
     scored: Counts = field(default_factory=Counts)
-    """How many clips were scored, and how many were known already."""
+    """Counts of clips that were scored and of clips whose scores were known."""
 
     def clip_plan(self) -> ClipPlan:
-        """Which clips of a member are scored in training."""
+        """The clips of a member that are scored in training."""
         rewards = self.config.rewards
         return ClipPlan(rewards.segment_discount, rewards.transition_blocks)
 
     def blend(self) -> Blend:
-        """How the components of the reward become one advantage. Raises ConfigurationError."""
+        """The fusion of the reward's components into one advantage. Raises ConfigurationError."""
         judges, config = self.judges, self.config
         components, floor = judges.scorer.components, config.objective.noise_floor
         pool = config.method == "kvpo" and config.kvpo.anchor_share > 0
         return blend_of(components, judges.weights_K, config.rewards, floor, anchor_in_pool=pool)
 
     def evaluation_tape(self) -> SeededTape:
-        """The held-out tape: the same in every run, whatever its seed, so that runs can be compared."""
+        """The held-out tape: the same in every run, for every seed, so that runs can be compared."""
         return SeededTape(("evaluation", 0), self.generator.block_shape)

@@ -60,7 +60,7 @@ class Trainer:
         """One update on the next collected rollout; one without a group worth training on changes nothing.
 
         Raises ValueError when a reward fails and NonFiniteError when a number is not finite. Parameters,
-        average, optimiser and the count of updates are then what they were before, whatever it raises.
+        average, optimiser and the count of updates are then what they were before, for any exception.
         """
         optim = self.setup.config.optim
         rate = optim.lr * learning_rate_factor(self.update, optim.warmup_updates)
@@ -86,7 +86,7 @@ class Trainer:
         return summary | forks | {"learning_rate": rate, "idle_updates": float(self.idle_updates)}
 
     def collect(self) -> None:
-        """Where no rollout is waiting, collect those of the next ``rollouts_per_refresh`` updates.
+        """Unless a rollout is waiting, collect those of the next ``rollouts_per_refresh`` updates.
 
         Raises ValueError when a reward fails and NonFiniteError when latents, pixels or energies are not
         finite; the trainer is then as it was before.
@@ -221,7 +221,7 @@ class Trainer:
 
 
 def learner_of(setup: Setup, policy: Policy) -> Learner:
-    """What turns this run's branches into gradients of a policy."""
+    """The learner that turns this run's branches into gradients of a policy."""
     config = setup.config
     return Learner(
         generator=setup.generator,
@@ -235,7 +235,7 @@ def learner_of(setup: Setup, policy: Policy) -> Learner:
 
 
 def architecture(weights: Weights) -> dict[str, Any]:
-    """What must agree for a checkpoint's tensors to fit."""
+    """The settings that must agree for a checkpoint's tensors to fit."""
     optim = weights.config.optim
     adapter = {"rank": optim.lora_rank, "alpha": optim.lora_alpha, "targets": list(optim.lora_targets)}
     return {
