@@ -19,8 +19,7 @@ from kvpo.models.export import (
     save_public_checkpoint,
 )
 from kvpo.training.checkpoint import find_checkpoint, no_improvement
-from kvpo.training.policy import exchanged, policy_of
-from kvpo.training.run import load_aligned
+from kvpo.training.run import open_run
 
 Layout = Literal["peft", "diffusers-lora", "diffusers", "pt"]
 
@@ -70,10 +69,9 @@ def export(
     path = find_checkpoint(run / "checkpoints", checkpoint)
     if (refusal := no_improvement(path, checkpoint)) is not None:
         raise ValueError(refusal)
-    trained = load_weights(on_host(config))
+    trained, sides, _ = open_run(run, checkpoint, lambda: load_weights(on_host(config)))
     model = trained.model
-    policy = policy_of(model, adapted=adapted)
-    with exchanged(policy.parameters, load_aligned(trained, policy, path)):
+    with sides.aligned():
         match layout:
             case "peft":
                 save_peft_adapter(out, adapter_state(model), base_model=config.backbone.checkpoint)

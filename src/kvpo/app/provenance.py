@@ -19,7 +19,6 @@ from kvpo.config import Config
 from kvpo.config_checks import ConfigurationError
 from kvpo.files import read_bytes, read_json, write_atomic
 from kvpo.models.tensor_files import fingerprint
-from kvpo.models.wan_vae import vae_files
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +48,7 @@ def file_digests(config: Config) -> dict[str, str]:
     if config.backbone.kind == "world":
         return {}
     from kvpo.app.backbones import VAE_FILES, located, text_encoder
+    from kvpo.models.wan_vae import vae_files
 
     return {
         "backbone.text_encoder": text_encoder(config).cache.encoder,

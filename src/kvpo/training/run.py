@@ -5,13 +5,14 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 
 from kvpo.training import radar
 from kvpo.training.checkpoint import (
     CheckpointError,
+    find_checkpoint,
     latest_checkpoint,
     load_checkpoint,
     mark_best,
@@ -22,11 +23,13 @@ from kvpo.training.checkpoint import (
 from kvpo.training.device import forget_peak, peak
 from kvpo.training.evaluation import ROWS, HeldOut, comparison, evaluate, mean_gain
 from kvpo.training.metrics_log import MetricsLog
-from kvpo.training.policy import Policy, exchanged
+from kvpo.training.policy import Policy, Sides, policy_of
 from kvpo.training.setup import Setup, Weights
 from kvpo.training.trainer import Trainer, architecture
 
 logger = logging.getLogger(__name__)
+
+AnyWeights = TypeVar("AnyWeights", bound=Weights)
 
 Progress = Callable[[str, int, int, Mapping[str, float]], None]
 """(stage, done, of how many, numbers worth showing)."""
@@ -204,7 +207,7 @@ class Run:
 
     def evaluate_aligned(self, prompts: Any) -> HeldOut:
         """Held-out results of the trained parameters, averaged or raw as ``evaluation.weights`` says."""
-        with exchanged(self.trainer.policy.parameters, self.trainer.aligned):
+        with self.trainer.sides.aligned():
             return evaluate_prompts(self.setup, prompts)
 
     def resume(self, state: Mapping[str, Any]) -> None:
@@ -233,7 +236,7 @@ def restore(trainer: Trainer, path: Path) -> dict[str, Any]:
 
 
 def load_aligned(weights: Weights, policy: Policy, path: Path) -> dict[str, Tensor]:
-    """The trained values in a checkpoint, averaged or raw as ``evaluation.weights`` says, for ``exchanged``.
+    """The trained values in a checkpoint, averaged or raw as ``evaluation.weights`` says.
 
     Raises CheckpointError.
     """
@@ -242,6 +245,24 @@ def load_aligned(weights: Weights, policy: Policy, path: Path) -> dict[str, Tens
     values = {name.removeprefix(prefix): v for name, v in tensors.items() if name.startswith(prefix)}
     require_tensors(path, values, policy.parameters)
     return {name: value.to(policy.parameters[name].device) for name, value in values.items()}
+
+
+def open_run(
+    run: Path, checkpoint: str | None, load: Callable[[], AnyWeights]
+) -> tuple[AnyWeights, Sides, Path]:
+    """Load a run's generator and one of its checkpoints; the generator, its two policies, the checkpoint.
+
+    Args:
+        checkpoint: best, latest, an update, a directory; None: the best.
+        load: loads the generator; called only once the checkpoint has been found.
+
+    Raises:
+        CheckpointError: no such checkpoint, or one that does not fit the generator.
+    """
+    path = find_checkpoint(run / "checkpoints", checkpoint)
+    weights = load()
+    policy = policy_of(weights.model, adapted=weights.config.optim.train == "lora")
+    return weights, Sides(policy, load_aligned(weights, policy, path)), path
 
 
 def evaluate_prompts(setup: Setup, prompts: Any) -> HeldOut:
@@ -253,7 +274,7 @@ def evaluate_prompts(setup: Setup, prompts: Any) -> HeldOut:
 
 def evaluate_base(setup: Setup, trainer: Trainer, sets: Mapping[str, Any]) -> dict[str, HeldOut]:
     """Held-out results of the starting policy."""
-    with trainer.policy.reference():
+    with trainer.sides.base():
         return {name: evaluate_prompts(setup, prompts) for name, prompts in sets.items()}
 
 
