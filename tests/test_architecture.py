@@ -13,11 +13,18 @@ MAY_IMPORT = {
     "kvpo.progress": set(),
     "kvpo.extras": set(),
     "kvpo.method": set(),
-    "kvpo.config": set(),
+    "kvpo.models.settings": set(),
+    "kvpo.config": {"kvpo.method", "kvpo.models.settings"},
     "kvpo.config_checks": {"kvpo.config", "kvpo.method", "kvpo.prompts"},
     "kvpo.prompts": {"kvpo.method"},
     "kvpo.prompt_files": {"kvpo.files", "kvpo.prompts"},
-    "kvpo.models": {"kvpo.extras", "kvpo.files", "kvpo.method", "kvpo.prompts"},
+    "kvpo.models": {
+        "kvpo.extras",
+        "kvpo.files",
+        "kvpo.method",
+        "kvpo.models.settings",
+        "kvpo.prompts",
+    },
     "kvpo.rewards.protocol": {"kvpo.method", "kvpo.prompts"},
 }
 MAY_IMPORT["kvpo.rewards"] = set(MAY_IMPORT)
@@ -28,7 +35,7 @@ MAY_IMPORT["kvpo.app"] = set(MAY_IMPORT)
 MAY_IMPORT["kvpo.__main__"] = {"kvpo.app"}
 MAY_IMPORT["kvpo"] = set(MAY_IMPORT)  # the package's front door
 
-METHOD_MODULES = {"torch", "math", "collections", "dataclasses", "itertools", "typing", "kvpo"}
+METHOD_MODULES = {"torch", "math", "collections", "dataclasses", "functools", "itertools", "typing", "kvpo"}
 
 
 def module_name(path: Path) -> str:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from kvpo.app.build import build_backbone
-from kvpo.app.configuration import assign
+from kvpo.app.configuration import assign, with_method
 from kvpo.app.held_out import held_out_scorers
 from kvpo.config import Config
 from kvpo.prompts import ClipPrompt, VideoPrompt
@@ -52,9 +52,10 @@ FRAMES = 21
 
 
 def tiny_config(base: Path, **settings: Any) -> Config:
-    """SETTINGS with changes; ``optim__lr=1`` stands for ``optim.lr``."""
+    """SETTINGS with changes; ``optim__lr=1`` stands for ``optim.lr``. A method brings what it starts from."""
     changes = {name.replace("__", "."): value for name, value in settings.items()}
-    return assign(Config(), {**SETTINGS, "base": str(base), **changes})
+    start = with_method(Config(), changes.get("method", "kvpo"))
+    return assign(start, {**SETTINGS, "base": str(base), **changes})
 
 
 def write_base(path: Path, seed: int = 1) -> None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kvpo.app.build import build_setup, streaming_generator, wan_shape
+from kvpo.app.build import build_setup, streaming_generator
 from kvpo.app.cli import main
 from kvpo.app.configuration import preset
 from kvpo.app.plan import GB, Planner, advise, fits
@@ -96,7 +96,7 @@ def cuda_autocast(monkeypatch):
 def kept_bytes(config, layers, rows):
     """Bytes of all tensors that torch keeps for the backward pass of ``rows`` states, parameters left out."""
     config = replace(config, model=replace(config.model, num_layers=layers))
-    model, optim = CausalWan(wan_shape(config)), config.optim
+    model, optim = CausalWan(config.model), config.optim
     if optim.train == "lora":
         model.to(torch.bfloat16 if optim.autocast == "bfloat16" else torch.float32)
         draws = torch.Generator().manual_seed(0)
@@ -258,7 +258,7 @@ def test_more_routed_frames_take_longer_and_more_memory():
 def replay_of(config, rates):
     plan = Planner(config, rates).plan(config)
     (phase,) = (p for p in plan.phases if p.name == "replay and backward")
-    shape, weights = wan_shape(config), plan.parameters.weights + plan.parameters.adapter
+    shape, weights = config.model, plan.parameters.weights + plan.parameters.adapter
     return phase.seconds, Costs(config, shape, weights, plan.page, plan.fork)
 
 

@@ -11,8 +11,8 @@ from kvpo.config import ObjectiveConfig, RewardConfig
 from kvpo.config_checks import ConfigurationError
 from kvpo.engine.scoring import Scores
 from kvpo.method.advantage import group_centred
+from kvpo.method.gibbs import temperature_of
 from kvpo.training.credit import assign_credit, blend_of
-from kvpo.training.gradients import temperature_of
 
 OBJECTIVE = ObjectiveConfig(noise_floor=0.0, keep_best=0, keep_worst=0, advantage_clamp=10.0)
 LARGE = torch.tensor([40.0, 30.0, 20.0, 10.0, 25.0])
@@ -25,9 +25,17 @@ def scores_of(*components: Tensor) -> Scores:
     return Scores(tuple("abc"[: len(table)]), table, table)
 
 
-def credit(scores: Scores, weights: list[float], config: ObjectiveConfig = OBJECTIVE, **rewards: Any) -> Any:
+def credit(
+    scores: Scores,
+    weights: list[float],
+    config: ObjectiveConfig = OBJECTIVE,
+    *,
+    anchor_in_pool: bool = False,
+    **rewards: Any,
+) -> Any:
     settings = RewardConfig(scorers=("any",), **rewards)
-    blend = blend_of(scores.components, torch.tensor(weights), settings, config.noise_floor)
+    floor = config.noise_floor
+    blend = blend_of(scores.components, torch.tensor(weights), settings, floor, anchor_in_pool=anchor_in_pool)
     return assign_credit(scores, blend, config, torch.Generator().manual_seed(0))
 
 
@@ -55,10 +63,10 @@ def test_raw_fusion_lets_the_largest_scale_decide() -> None:
 @pytest.mark.parametrize("advantages", ["group", "anchor", "random"])
 def test_advantages_are_clamped_last(advantages: str, in_pool: bool) -> None:
     """After fusion, so that no sum leaves the range, and before the best and worst are chosen and centred."""
-    wide = replace(OBJECTIVE, advantages=advantages, anchor_in_pool=in_pool, keep_best=2, keep_worst=1)
+    wide = replace(OBJECTIVE, advantages=advantages, keep_best=2, keep_worst=1)
     narrow = replace(wide, advantage_clamp=0.5)
-    free = credit(scores_of(LARGE, SMALL), [3.0, 1.0], wide).all_advantages_G
-    found = credit(scores_of(LARGE, SMALL), [3.0, 1.0], narrow)
+    free = credit(scores_of(LARGE, SMALL), [3.0, 1.0], wide, anchor_in_pool=in_pool).all_advantages_G
+    found = credit(scores_of(LARGE, SMALL), [3.0, 1.0], narrow, anchor_in_pool=in_pool)
     assert bool((free.abs() > 0.5).any() and (free.abs() < 0.5).any())
     torch.testing.assert_close(found.all_advantages_G, free.clamp(-0.5, 0.5))
     own = found.all_advantages_G[list(found.branches)]
@@ -177,10 +185,10 @@ def test_anchor_advantages_do_not_turn_the_gradient_of_a_policy_over_branches_al
     """
     energies = torch.tensor([0.010, 0.012, 0.020, 0.024])
     members = torch.tensor([0.50, 0.54, 0.52, 0.49, 0.75])
-    config = replace(OBJECTIVE, advantages="anchor", temperature=temperature)
+    config = replace(OBJECTIVE, advantages="anchor")
 
     def gradient(advantages: Tensor) -> Tensor:
-        tau = temperature_of(energies, config)
+        tau = temperature_of(energies, temperature)
         policy = torch.softmax(-energies / tau, 0)
         return (advantages - policy * advantages.sum()) / (len(energies) * tau)
 
@@ -188,7 +196,7 @@ def test_anchor_advantages_do_not_turn_the_gradient_of_a_policy_over_branches_al
     wanted = gradient(found.all_advantages_G - found.all_advantages_G.mean())
     assert torch.cosine_similarity(gradient(found.all_advantages_G), wanted, dim=0) < 0.7, "the trap"
     assert torch.cosine_similarity(gradient(found.advantages_G), wanted, dim=0) > 1 - 1e-6
-    pooled = credit(scores_of(members), [1.0], replace(config, anchor_in_pool=True))
+    pooled = credit(scores_of(members), [1.0], config, anchor_in_pool=True)
     torch.testing.assert_close(pooled.advantages_G, pooled.all_advantages_G)
 
 

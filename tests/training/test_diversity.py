@@ -1,6 +1,7 @@
 """Branch diversity is read off what a fork shows, with and without a tail after its window."""
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,10 +10,12 @@ import pytest
 import torch
 
 from kvpo.config import ExplorationConfig
-from kvpo.engine.noise import SeededTape
+from kvpo.engine.explorers import noise_branches, routes
+from kvpo.engine.forks import Fork
+from kvpo.engine.noise import BranchTape, SeededTape
 from kvpo.engine.scoring import Scores
 from kvpo.training import diversity
-from kvpo.training.diversity import Diversity, Explorer, Fork, NoiseBranches
+from kvpo.training.diversity import Diversity, Laboratory, Place
 from tests.tiny_world import ToyPrompts, tiny_config, toy_setup
 
 
@@ -31,7 +34,7 @@ def test_without_a_tail_the_window_is_read(monkeypatch: pytest.MonkeyPatch, tail
         codec=SimpleNamespace(decode=lambda latents: latents), scorer=None, weights_K=torch.ones(1)
     )
     generator: Any = SimpleNamespace(block=3)
-    look = diversity.Explorer(generator, {}, lambda *key: torch.empty(0), judges, observe, 0.5)
+    look = Laboratory(generator, {}, lambda *key: torch.empty(0), judges, observe, 0.5)
     found = look.measure([group])
     assert lengths == [read]
     assert found.attribute_diversity == pytest.approx(2 / 3) and found.broken_share == 0
@@ -60,7 +63,7 @@ def test_a_measurement_in_closed_form(monkeypatch: pytest.MonkeyPatch) -> None:
         codec=SimpleNamespace(decode=lambda x: x), scorer=None, weights_K=torch.ones(1)
     )
     generator: Any = SimpleNamespace(block=3)
-    found = Explorer(generator, {}, SeededTape(("t",), (1,)), judges, observe, 0.5).measure(groups)
+    found = Laboratory(generator, {}, SeededTape(("t",), (1,)), judges, observe, 0.5).measure(groups)
     assert found.attribute_diversity == pytest.approx((2 / 3 + 0) / 2)
     assert found.pixel_distance == pytest.approx(((0.1 + 0.3 + 0.4) / 3 + 0) / 2)
     assert found.broken_share == pytest.approx(1 / 3)
@@ -70,16 +73,17 @@ def test_a_measurement_in_closed_form(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_branch_noise_is_mixed_inside_the_window_alone() -> None:
     plain = SeededTape(("any", 0), (40, 50))
-    mixed = NoiseBranches(plain, branches=4, first_block=2, blocks=3, strength=0.6)
-    for block in (1, 5):
-        assert torch.equal(mixed(9, block, "initial"), plain(2, block, "initial"))
     own = {}
-    for video in (8, 9):
+    for branch in range(2):
+        mixed = BranchTape(plain, ("any", branch), range(2, 5), strength=0.6)
+        for block in (1, 5):
+            assert torch.equal(mixed(2, block, "initial"), plain(2, block, "initial"))
+        assert torch.equal(mixed(2, 3, "context"), plain(2, 3, "context"))
         for block in (2, 4):
             for kind in ("initial", "renoise 1"):
-                noise = mixed(video, block, kind)
-                assert torch.equal(noise, mixed(video, block, kind))
-                own[video, block, kind] = (noise - 0.8 * plain(2, block, kind)) / 0.6
+                noise = mixed(2, block, kind)
+                assert torch.equal(noise, mixed(2, block, kind))
+                own[branch, block, kind] = (noise - 0.8 * plain(2, block, kind)) / 0.6
     drawn = torch.stack(list(own.values())).flatten(1)
     correlations = drawn @ drawn.T / drawn.shape[1]
     assert bool(((correlations - torch.eye(len(own))).abs() < 0.12).all()), "standard normal, each its own"
@@ -87,31 +91,35 @@ def test_branch_noise_is_mixed_inside_the_window_alone() -> None:
 
 def test_the_strength_is_found_by_bisection(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pixel distances that are the square of the strength, three times as large at the second fork."""
-    monkeypatch.setattr(Explorer, "noisy", lambda self, fork, strength: fork.frame * strength**2)
-    monkeypatch.setattr(Explorer, "measure", lambda self, groups: SimpleNamespace(pixel_distance=groups))
-    explorer = Explorer(*[None] * 6)  # type: ignore[arg-type]
-    forks = [Fork((), frame, ExplorationConfig()) for frame in (1, 3)]
-    assert explorer.matched_strength(forks, 2 * 0.3**2) == pytest.approx(0.3, abs=1 / 128)
+    monkeypatch.setattr(
+        Laboratory, "branches", lambda self, place, noise: place.fork.frame * noise.keywords["strength"] ** 2
+    )
+    monkeypatch.setattr(Laboratory, "measure", lambda self, groups: SimpleNamespace(pixel_distance=groups))
+    look = Laboratory(*[None] * 6)  # type: ignore[arg-type]
+    places = [Place((), Fork(frame, ExplorationConfig())) for frame in (1, 3)]
+    assert look.matched_strength(places, 2 * 0.3**2) == pytest.approx(0.3, abs=1 / 128)
 
 
 def test_branches_without_noise_of_their_own_are_the_anchor(tiny_base: Path) -> None:
     setup = toy_setup(tiny_config(tiny_base))
     prompts = tuple(ToyPrompts(2)(0))
     tape = setup.tape("any")
-    explorer = Explorer(
+    look = Laboratory(
         setup.generator, setup.texts(prompts), tape, setup.judges, lambda videos: ([], videos), 0.5
     )
-    fork = Fork(prompts, 12, replace(setup.config.exploration, branches=2))
-    routed, silent, noisy = explorer.routed(fork), explorer.noisy(fork, 0.0), explorer.noisy(fork, 0.5)
+    place = Place(prompts, Fork(12, replace(setup.config.exploration, branches=2)))
+    explorers = [routes, *(partial(noise_branches, strength=strength) for strength in (0.0, 0.5))]
+    routed, silent, noisy = (look.branches(place, explorer) for explorer in explorers)
     for one, other, loud in zip(routed, silent, noisy, strict=True):
         anchor = one.clean_MTCHW[-1]
-        assert len(one.routes) == 2 and other.routes == loud.routes == ()
+        assert len(one.routes) == 2 and other.routes == loud.routes == (None, None)
         for clean in other.clean_MTCHW:
             torch.testing.assert_close(clean, anchor, rtol=0, atol=1e-5)
         assert all(float((anchor - clean).abs().max()) > 1e-3 for clean in one.clean_MTCHW[:-1])
         clean = loud.clean_MTCHW
         assert len(clean) == 3
+        torch.testing.assert_close(clean[-1], anchor, rtol=0, atol=1e-5)
         assert all(float((clean[a] - clean[b]).abs().max()) > 1e-3 for a, b in ((0, 1), (0, 2), (1, 2)))
-        states = one.trajectories.states_MPSFCHW
-        assert states.shape == other.trajectories.states_MPSFCHW.shape == one.trajectories.velocities_MPSFCHW.shape
+        shapes = [group.trajectories.states_MPSFCHW.shape for group in (one, other, loud)]
+        assert shapes == [one.trajectories.velocities_MPSFCHW.shape] * 3
     assert not torch.equal(routed[0].clean_MTCHW[-1], routed[1].clean_MTCHW[-1])

@@ -1,8 +1,9 @@
-"""The policy gradient, against autograd on the whole objective at once; float64 throughout."""
+"""The gradient of every method, against autograd on its whole loss at once; float64 throughout."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -10,75 +11,138 @@ import pytest
 import torch
 from torch import Tensor
 
-from kvpo.config import ObjectiveConfig
-from kvpo.engine.replay import Member, replay_context, replay_kind, replay_velocities
+from kvpo.engine.noise import keyed_generator
+from kvpo.engine.rollout import Group
+from kvpo.method.evidence import Credit
+from kvpo.method.methods import METHODS
 from kvpo.prompts import VideoPrompt
-from kvpo.training.credit import Credit
+from kvpo.training.collection import explore, plan
 from kvpo.training.gradients import (
-    Replayer,
-    Trained,
+    Learner,
+    Lesson,
     accumulate_gradients,
-    energies_of,
-    group_batches,
+    lesson_batches,
+    lesson_of,
     micro_batches,
-    temperature_of,
+    tables_of,
+    with_old_policy,
 )
+from kvpo.training.setup import Setup
 from kvpo.training.trainer import Trainer
 from tests.tiny_world import in_float64, tiny_config, toy_setup
+from tests.training.by_definition import LOSSES, Fork, kvpo_energies, velocity_drift, whole_loss
 
 TOLERANCE = 1e-10
 """Relative to the largest gradient element."""
+ROWS = (0, 1, 4, 12)
+"""No limit; then micro-batches of a block, a branch (two blocks of two steps), and three branches."""
 
 
 @dataclass(frozen=True)
 class Explored:
-    """A scored rollout of the starting policy, and a trainer whose policy has moved on since."""
+    """Lessons that a trainer has collected, whose policy has moved on since."""
 
     trainer: Trainer
-    replayer: Replayer
-    trained: list[Trained]
-    old: list[Tensor]
+    groups: list[Group]
+    lessons: list[Lesson]
+    old_tables: list[Tensor]
+    old: dict[str, Tensor]
+    """Parameters of the policy that the method calls the old one."""
+
+    @property
+    def learner(self) -> Learner:
+        return self.trainer.learner
+
+    def forks(self, *, on_policy: bool = False) -> list[Fork]:
+        """For the definitions, which need nothing of the lessons but their credit."""
+        old = None if on_policy and self.trainer.setup.config.method != "nft" else self.old
+        return [
+            Fork(self.trainer, group, lesson.credit, old)
+            for group, lesson in zip(self.groups, self.lessons, strict=True)
+        ]
 
 
-def nudge(trainer: Trainer, scale: float) -> None:
-    """Move the trained parameters away from where they are."""
-    generator = torch.Generator().manual_seed(5)
+def values_of(trainer: Trainer) -> dict[str, Tensor]:
+    return {name: value.detach().clone() for name, value in trainer.policy.parameters.items()}
+
+
+def nudge(values: Mapping[str, Tensor], scale: float, seed: int = 5) -> None:
+    """Move parameters away from where they are."""
+    generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for value in trainer.policy.parameters.values():
+        for value in values.values():
             value.add_(scale * torch.randn(value.shape, generator=generator).to(value))
 
 
-def explore(base: Path, moved: float = 0.05, **settings: Any) -> Explored:
-    return explored_by(Trainer(in_float64(toy_setup(tiny_config(base, **settings)))), moved)
+def explored_by(setup: Setup, moved: float) -> Explored:
+    trainer = Trainer(in_float64(setup))
+    # The rollout policy is not the starting policy, and the average is neither.
+    nudge(trainer.policy.parameters, 0.5 * moved, seed=6)
+    nudge(trainer.average.values, 0.2 * moved, seed=7)
+    rollout, _ = explore(trainer.setup, 0)
+    trainer.collect()
+    (item,) = trainer.pending
+    assert len(item.lessons) == 2
+    averaged = trainer.learner.method.averaged_old(trainer.learner.settings)
+    old = dict(trainer.average.values) if averaged else values_of(trainer)
+    nudge(trainer.policy.parameters, moved)
+    return Explored(trainer, rollout.groups, item.lessons, item.old_tables, old)
 
 
-def explored_by(trainer: Trainer, moved: float = 0.05) -> Explored:
-    rollout, scores, texts = trainer.explore(0)
-    trained, _ = trainer.credit(0, rollout, scores)
-    assert len(trained) == 2
-    replayer = trainer.replayer(texts)
-    old = energies_of(replayer, trained)
-    nudge(trainer, moved)
-    return Explored(trainer, replayer, trained, old)
+CASES: dict[str, dict[str, Any]] = {
+    "velocity energy": {},
+    "mixed energy": {"kvpo__anchor_state_weight": 0.5},
+    "anchor-state energy": {"kvpo__anchor_state_weight": 1.0},
+    "both KLs": {"kvpo__simplex_kl": 0.7, "objective__velocity_kl": 0.3},
+    "anchor in the pool": {"kvpo__anchor_share": 0.4},
+    "fixed temperature": {"kvpo__temperature": 1e-3, "kvpo__simplex_kl": 0.2},
+    "latent distance on routes": {"method": "latent-distance"},
+    "latent distance on neighbours": {"method": "latent-distance", "exploration__explorer": "neighbour"},
+    "distance of velocities": {"method": "latent-distance", "latent_distance__space": "velocity"},
+    "flow-grpo": {"method": "flow-grpo"},
+    "cm-grpo": {"method": "cm-grpo"},
+    "nft": {"method": "nft", "nft__beta": 0.6},
+    "nft on the average": {"method": "nft", "nft__old": "average", "nft__beta": 0.6},
+    "nft with selective KL": {"method": "nft", "nft__selective_kl": 0.5},
+    "nft on routes": {"method": "nft", "exploration__explorer": "routes"},
+    "rvm": {"method": "rvm"},
+    "self-distill": {"method": "self-distill"},
+}
+METHOD_CASES = [name for name, case in CASES.items() if name in METHODS] + [
+    "both KLs",
+    "latent distance on routes",
+]
 
 
 @pytest.fixture(scope="module")
-def lora(tiny_base: Path) -> Explored:
-    return explore(tiny_base)
+def explored(tiny_base: Path) -> Callable[..., Explored]:
+    @cache
+    def of(name: str, train: str = "lora") -> Explored:
+        # Farther away all parameters' log-ratios are so large that they amplify rounding.
+        moved = 0.05 if train == "lora" else 0.01
+        config = tiny_config(tiny_base, optim__train=train, optim__inner_epochs=2, **CASES[name])
+        return explored_by(toy_setup(config), moved)
+
+    return of
 
 
-@pytest.fixture(scope="module")
-def full(tiny_base: Path) -> Explored:
-    # Every parameter counts here; farther away the log-ratios are so large that they amplify rounding.
-    return explore(tiny_base, moved=0.01, optim__train="full")
+def gradients(
+    explored: Explored, learner: Learner, lessons: Sequence[Lesson], old: Sequence[Tensor] | None
+) -> dict[str, Tensor]:
+    return gradients_after(explored.trainer, lambda: accumulate_gradients(learner, lessons, old))
 
 
-def gradients(explored: Explored, replayer: Replayer, old: list[Tensor] | None) -> dict[str, Tensor]:
-    parameters = explored.trainer.policy.parameters
+def gradients_after(trainer: Trainer, backward: Callable[[], object]) -> dict[str, Tensor]:
+    parameters = trainer.policy.parameters
     for value in parameters.values():
         value.grad = None
-    accumulate_gradients(replayer, explored.trained, old)
+    backward()
     return {name: value.grad.clone() for name, value in parameters.items() if value.grad is not None}
+
+
+def direct(explored: Explored, *, on_policy: bool = False) -> dict[str, Tensor]:
+    forks = explored.forks(on_policy=on_policy)
+    return gradients_after(explored.trainer, lambda: whole_loss(forks).backward())
 
 
 def assert_equal(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
@@ -100,55 +164,48 @@ def checkpointed(explored: Explored) -> Iterator[None]:
         model.checkpointing = False
 
 
-OBJECTIVES: dict[str, dict[str, Any]] = {
-    "velocity energy": {},
-    "mixed energy": {"anchor_state_weight": 0.5},
-    "anchor-state energy": {"anchor_state_weight": 1.0},
-    "both KLs": {"simplex_kl": 0.7, "velocity_kl": 0.3},
-    "anchor in the pool": {"anchor_in_pool": True, "anchor_share": 0.4},
-    "fixed temperature": {"temperature": 1e-3, "simplex_kl": 0.2},
-}
+def assert_exact(explored: Explored) -> None:
+    """Whatever the micro-batches, off policy and on it, the gradient is that of the whole loss."""
+    lessons = explored.lessons
+    for on_policy in (False, True):
+        expected = direct(explored, on_policy=on_policy)
+        old = None if on_policy else explored.old_tables
+        for rows in ROWS:
+            learner = replace(explored.learner, rows=rows)
+            batches = [micro_batches(learner, batch) for batch in lesson_batches(learner, lessons)]
+            assert sum(map(len, batches)) > 1 or rows in (0, 12)
+            assert_equal(gradients(explored, learner, lessons, old), expected)
 
 
-def with_objective(explored: Explored, name: str, rows: int = 0) -> Replayer:
-    return replace(explored.replayer, config=replace(explored.replayer.config, **OBJECTIVES[name]), rows=rows)
+@pytest.mark.parametrize("name", CASES)
+def test_the_gradient_is_that_of_the_whole_loss(explored: Callable[..., Explored], name: str) -> None:
+    assert_exact(explored(name))
 
 
-def assert_exact(explored: Explored, name: str) -> None:
-    """One batch, and micro-batches of a block, a branch and three, give the whole objective's gradient."""
-    whole = with_objective(explored, name)
-    # The stored energies are those of the paper's energy; with another one, start from the policy as it is.
-    on_policy = whole.config.anchor_state_weight > 0
-    now = [energy.detach() for energy in direct_energies(explored, whole)[0]]
-    expected = direct_gradient(explored, whole, now if on_policy else explored.old)
-    for rows in (0, 1, 4, 12):  # a branch has two blocks of two steps
-        replayer = replace(whole, rows=rows)
-        batches = [micro_batches(replayer, batch) for batch in group_batches(replayer, explored.trained)]
-        assert sum(map(len, batches)) > 1 or rows in (0, 12)
-        assert_equal(gradients(explored, replayer, None if on_policy else explored.old), expected)
+@pytest.mark.parametrize("name", METHOD_CASES)
+def test_the_gradient_of_all_parameters_is_that_of_the_whole_loss(
+    explored: Callable[..., Explored], name: str
+) -> None:
+    assert_exact(explored(name, "full"))
 
 
-@pytest.mark.parametrize("name", OBJECTIVES)
-def test_the_gradient_is_that_of_the_whole_objective(lora: Explored, name: str) -> None:
-    assert_exact(lora, name)
+def test_every_method_has_a_case() -> None:
+    assert {case.get("method", "kvpo") for case in CASES.values()} == set(METHODS) == set(LOSSES)
+    assert {CASES[name].get("method", "kvpo") for name in METHOD_CASES} == set(METHODS)
 
 
-def test_the_gradient_of_all_parameters_is_that_of_the_whole_objective(full: Explored) -> None:
-    assert_exact(full, "both KLs")
+def test_the_selective_kl_has_a_branch_to_hold_back(explored: Callable[..., Explored]) -> None:
+    assert any(lesson.drift_rows for lesson in explored("nft with selective KL").lessons)
 
 
-def test_the_gradient_is_the_same_on_policy(lora: Explored) -> None:
-    (now, _), replayer = direct_energies(lora, lora.replayer), lora.replayer
-    expected = direct_gradient(lora, replayer, [energy.detach() for energy in now])
-    assert_equal(gradients(lora, replace(replayer, rows=4), None), expected)
-
-
-def test_activation_checkpointing_changes_nothing(lora: Explored) -> None:
-    replayer = with_objective(lora, "both KLs", rows=4)
-    expected = gradients(lora, replayer, lora.old)
-    with checkpointed(lora):
-        assert_equal(gradients(lora, replayer, lora.old), expected)
-        assert_equal(gradients(lora, replace(replayer, rows=0), lora.old), expected)
+@pytest.mark.parametrize("name", METHOD_CASES)
+def test_activation_checkpointing_changes_nothing(explored: Callable[..., Explored], name: str) -> None:
+    one = explored(name)
+    learner = replace(one.learner, rows=4)
+    expected = gradients(one, learner, one.lessons, one.old_tables)
+    with checkpointed(one):
+        assert_equal(gradients(one, learner, one.lessons, one.old_tables), expected)
+        assert_equal(gradients(one, one.learner, one.lessons, one.old_tables), expected)
 
 
 @dataclass(frozen=True)
@@ -161,155 +218,122 @@ class Uneven:
         ]
 
 
-@pytest.mark.parametrize("window", [12, -1])
-def test_groups_that_fork_apart_add_up_to_the_whole_objectives_gradient(tiny_base: Path, window: int) -> None:
+@pytest.mark.parametrize(
+    ("name", "window"), [*((name, 12) for name in METHOD_CASES), ("both KLs", -1), ("flow-grpo", -1)]
+)
+def test_groups_that_fork_apart_add_up_to_the_gradient_of_the_whole_loss(
+    tiny_base: Path, name: str, window: int
+) -> None:
     config = tiny_config(
         tiny_base,
         exploration__blocks=3,
         stream__window=window,
         stream__sink=0,
         exploration__resident_frames=0,
+        optim__inner_epochs=2,
+        **CASES[name],
     )
     setup = replace(toy_setup(config), training_prompts=Uneven())
-    explored = None
     for seed in range(20):
-        trainer = Trainer(in_float64(replace(setup, config=replace(config, seed=seed))))
-        forks = trainer.planned(0).forks
-        if len({(fork.frame, fork.exploration.blocks) for fork in forks}) == 2:
-            explored = explored_by(trainer)
+        setup = replace(setup, config=replace(config, seed=seed))
+        if len({(fork.frame, fork.exploration.blocks) for fork in plan(setup, 0).forks}) == 2:
             break
-    assert explored is not None
-    kinds = {replay_kind(trainer.setup.generator, item.group) for item in explored.trained}
-    assert len(group_batches(explored.replayer, explored.trained)) == len(kinds)
-    assert_exact(explored, "both KLs")
+    one = explored_by(setup, 0.05)
+    assert len({(group.fork, group.blocks) for group in one.groups}) == 2
+    assert len(lesson_batches(one.learner, one.lessons)) == len({lesson.kind for lesson in one.lessons})
+    assert_exact(one)
 
 
-def direct_energies(explored: Explored, replayer: Replayer) -> tuple[list[Tensor], list[Tensor]]:
-    """Energies and anchor velocities of every group in one graph, from the definitions."""
-    energies, anchors = [], []
-    weight, steps = replayer.config.anchor_state_weight, replayer.config.grad_steps
-    sigma = torch.tensor(replayer.generator.sigmas[:steps], dtype=torch.float64)[:, None, None, None, None]
-    for item in explored.trained:
-        group = item.group
-        members = [Member(group, index) for index in range(group.branches + 1)]
-        with replay_context(replayer.generator, members, replayer.texts, replayer.tape) as replay:
-            velocity = replay_velocities(replayer.generator, members, replay, steps)
-        own = group.trajectories.velocities_MPSFCHW[:-1, :, :steps]
-        energy = (own - velocity[:-1]).square().flatten(3).mean(-1).sum((1, 2))
-        states = group.trajectories.states_MPSFCHW[-1, :, :steps]
-        clean = group.clean_MTCHW[:-1, : group.window_frames].unflatten(1, (group.blocks, -1))[:, :, None]
-        # The straight line from the anchor's state at level sigma to a branch's clean latents.
-        target = (states - clean) / sigma
-        at_anchor = (target - velocity[-1]).square().flatten(3).mean(-1).sum((1, 2))
-        energies.append((1 - weight) * energy + weight * at_anchor)
-        anchors.append(velocity[-1])
-    return energies, anchors
-
-
-def direct_gradient(explored: Explored, replayer: Replayer, old: list[Tensor]) -> dict[str, Tensor]:
-    """Autograd on L = mean over groups of -(1/G) sum min(rho A, clip(rho) A) + KLs, all in one graph."""
-    config: ObjectiveConfig = replayer.config
-    with explored.trainer.policy.reference():
-        reference, reference_anchors = direct_energies(explored, replayer)
-    energies, anchors = direct_energies(explored, replayer)
-    loss = torch.zeros((), dtype=torch.float64)
-    for n, item in enumerate(explored.trained):
-        advantages = item.credit.advantages_G.double()
-        log_policy = log_probabilities(energies[n], old[n], config)
-        log_old = log_probabilities(old[n], old[n], config)
-        log_reference = log_probabilities(reference[n], old[n], config)
-        count = len(advantages)
-        ratio = (log_policy - log_old)[:count].exp()
-        clipped = ratio.clamp(1 - config.clip_low, 1 + config.clip_high)
-        loss = loss - torch.minimum(ratio * advantages, clipped * advantages).mean()
-        loss = loss + config.simplex_kl * (log_policy.exp() * (log_policy - log_reference)).sum()
-        loss = loss + config.velocity_kl * (anchors[n] - reference_anchors[n]).square().mean()
-    parameters = explored.trainer.policy.parameters
-    for value in parameters.values():
-        value.grad = None
-    (loss / len(explored.trained)).backward()
-    return {name: value.grad.clone() for name, value in parameters.items() if value.grad is not None}
-
-
-def log_probabilities(energy: Tensor, old: Tensor, config: ObjectiveConfig) -> Tensor:
-    pool = torch.cat([energy, energy.new_zeros(1)]) if config.anchor_in_pool else energy
-    return torch.log_softmax(-pool / temperature_of(old, config), 0)
-
-
-def test_what_is_reported_does_not_depend_on_the_batches(lora: Explored) -> None:
+@pytest.mark.parametrize("name", METHOD_CASES)
+def test_what_is_reported_does_not_depend_on_the_batches(
+    explored: Callable[..., Explored], name: str
+) -> None:
     """The drift is the mean over all groups, also where groups or their members come apart."""
-    replayer = with_objective(lora, "both KLs")
+    one = explored(name)
     with torch.no_grad():
-        now, anchors = direct_energies(lora, replayer)
-        with lora.trainer.policy.reference():
-            _, reference = direct_energies(lora, replayer)
-    each = [float((a - r).square().mean()) for a, r in zip(anchors, reference, strict=True)]
+        each = [float(velocity_drift(fork)) for fork in one.forks()]
+        energies = [float(kvpo_energies(fork).mean()) for fork in one.forks()]
     assert abs(each[0] - each[1]) > 1e-6 * sum(each)
-    for rows in (0, 1, 4, 12, 16):
-        found, drift = accumulate_gradients(replace(replayer, rows=rows), lora.trained, lora.old)
+    whole, _ = accumulate_gradients(one.learner, one.lessons, one.old_tables)
+    for rows in (*ROWS, 16):
+        learner = replace(one.learner, rows=rows)
+        found, drift = accumulate_gradients(learner, one.lessons, one.old_tables)
         assert drift == pytest.approx(sum(each) / 2, rel=1e-9)
-        means = [item.energy_mean for item in found]
-        assert means == pytest.approx([float(energy.mean()) for energy in now], rel=1e-9)
+        for metrics, expected in zip(found, whole, strict=True):
+            assert metrics == pytest.approx(expected, rel=1e-9, abs=1e-12)
+    if name == "both KLs":
+        assert [metrics["energy_mean"] for metrics in whole] == pytest.approx(energies, rel=1e-9)
 
 
-def test_the_velocity_kl_sees_the_anchors_states_of_the_first_steps(lora: Explored) -> None:
+def test_the_velocity_kl_sees_the_anchors_states_of_the_first_steps(tiny_base: Path) -> None:
     found = []
     for steps in (1, 2):
-        replayer = replace(lora.replayer, config=replace(lora.replayer.config, grad_steps=steps))
-        with torch.no_grad(), lora.trainer.policy.reference():
-            reference = direct_energies(lora, replayer)[1]
+        one = explored_by(toy_setup(tiny_config(tiny_base, objective__grad_steps=steps)), 0.05)
         with torch.no_grad():
-            anchors = direct_energies(lora, replayer)[1]
-        apart = [(a - b).square().mean() for a, b in zip(anchors, reference, strict=True)]
-        assert anchors[0].shape[1] == steps
-        found.append(accumulate_gradients(replayer, lora.trained, None)[1])
-        assert found[-1] == pytest.approx(float(sum(apart)) / 2, rel=1e-9)
+            apart = [float(velocity_drift(fork)) for fork in one.forks()]
+        assert one.lessons[0].steps == steps
+        found.append(accumulate_gradients(one.learner, one.lessons, None)[1])
+        assert found[-1] == pytest.approx(sum(apart) / 2, rel=1e-9)
     assert abs(found[0] - found[1]) > 1e-3 * found[0]
 
 
-def test_only_selected_branches_are_trained_on(lora: Explored) -> None:
-    """Leaving a branch out equals replaying a group that never had it."""
-    item = lora.trained[0]
-    chosen = Credit((0, 2), torch.tensor([1.0, -1.0]), item.credit.all_advantages_G)
-    some = replace(lora, trained=[Trained(item.group, chosen)])
-    (energies,) = energies_of(lora.replayer, some.trained)
-    (everyone,) = energies_of(lora.replayer, [item])
-    torch.testing.assert_close(energies, everyone[[0, 2]], rtol=1e-12, atol=0)
-    keep = [0, 2, item.group.branches]
+@pytest.mark.parametrize("name", METHOD_CASES)
+def test_only_selected_branches_are_trained_on(explored: Callable[..., Explored], name: str) -> None:
+    """Leaving a branch out equals learning from a group that never had it."""
+    one = explored(name)
+    group, credit = one.groups[0], one.lessons[0].credit
+    chosen = Credit((0, 2), torch.tensor([1.0, -1.0]), credit.all_advantages_G, torch.zeros(2))
+    keep, trajectories = [0, 2, group.branches], group.trajectories
     smaller = replace(
-        item.group,
-        routes=tuple(item.group.routes[n] for n in (0, 2)),
-        states_MPSFCHW=item.group.trajectories.states_MPSFCHW[keep],
-        velocities_MPSFCHW=item.group.trajectories.velocities_MPSFCHW[keep],
-        clean_MTCHW=item.group.clean_MTCHW[keep],
+        group,
+        routes=tuple(group.routes[n] for n in (0, 2)),
+        trajectories=replace(
+            trajectories,
+            states_MPSFCHW=trajectories.states_MPSFCHW[keep],
+            velocities_MPSFCHW=trajectories.velocities_MPSFCHW[keep],
+            clean_MPFCHW=trajectories.clean_MPFCHW[keep],
+        ),
+        clean_MTCHW=group.clean_MTCHW[keep],
     )
-    alone = replace(lora, trained=[Trained(smaller, replace(chosen, branches=(0, 1)))])
-    found = gradients(some, lora.replayer, None)
-    assert_equal(found, gradients(alone, lora.replayer, None))
+
+    def lessons(of: Group, credit: Credit) -> list[Lesson]:
+        draws = keyed_generator("evidence", one.trainer.setup.config.seed, 0, group.index)
+        return with_old_policy(one.learner, [lesson_of(one.learner, of, credit, draws)])
+
+    found, alone = lessons(group, chosen), lessons(smaller, replace(chosen, branches=(0, 1)))
+    assert_equal(gradients(one, one.learner, found, None), gradients(one, one.learner, alone, None))
+    (some,), (everyone,) = tables_of(one.learner, found), tables_of(one.learner, one.lessons[:1])
+    if name != "nft":  # whose targets depend on the advantages
+        torch.testing.assert_close(some[:2], everyone[[0, 2]], rtol=1e-12, atol=0)
 
 
-def test_the_pure_anchor_state_energy_replays_anchors_only(lora: Explored) -> None:
-    replayer = with_objective(lora, "anchor-state energy")
-    pairs = [pair for batch in micro_batches(replayer, lora.trained) for pair in batch]
-    assert pairs == [(0, 3), (1, 3)]
+@pytest.mark.parametrize(
+    "name", ["anchor-state energy", "latent distance on routes", "distance of velocities", "self-distill"]
+)
+def test_methods_that_ask_at_the_anchors_states_replay_anchors_alone(
+    explored: Callable[..., Explored], name: str
+) -> None:
+    one = explored(name)
+    assert [lesson.evidence.past_Q for lesson in one.lessons] == [(3,), (3,)]
+    pairs = [pair for batch in micro_batches(one.learner, one.lessons) for pair in batch]
+    assert pairs == [(0, 0), (1, 0)]
 
 
+@pytest.mark.parametrize("name", METHOD_CASES)
 @pytest.mark.parametrize("train", ["lora", "full"])
 def test_kl_is_exactly_zero_and_the_ratio_exactly_one_before_the_first_step(
-    tiny_base: Path, train: str
+    tiny_base: Path, train: str, name: str
 ) -> None:
-    trainer = Trainer(toy_setup(tiny_config(tiny_base, optim__train=train, objective__simplex_kl=1.0)))
-    rollout, scores, texts = trainer.explore(0)
-    trained, _ = trainer.credit(0, rollout, scores)
-    replayer = trainer.replayer(texts)
-    stored = energies_of(replayer, trained)
+    settings = {**CASES[name], "optim__train": train, "optim__inner_epochs": 2}
+    trainer = Trainer(toy_setup(tiny_config(tiny_base, **settings)))
+    trainer.collect()
+    lessons, stored = trainer.pending[0].lessons, trainer.pending[0].old_tables
+    exact = {"simplex_kl", "ratio_deviation"} & set(trainer.learner.method.metrics)
     for rows in (0, 4):
-        found, drift = accumulate_gradients(
-            replace(replayer, rows=rows), trained, stored if not rows else None
-        )
+        learner = replace(trainer.learner, rows=rows)
+        found, drift = accumulate_gradients(learner, lessons, None if rows else stored)
         assert drift == 0.0
-        assert [item.simplex_kl for item in found] == [0.0, 0.0]
-        assert [item.ratio_deviation for item in found] == [0.0, 0.0]
-    nudge(trainer, 0.05)
-    found, drift = accumulate_gradients(replayer, trained, stored)
-    assert drift > 0 and all(item.simplex_kl > 0 and item.ratio_deviation > 0 for item in found)
+        assert all(metrics[metric] == 0.0 for metrics in found for metric in exact)
+    nudge(trainer.policy.parameters, 0.05)
+    found, drift = accumulate_gradients(trainer.learner, lessons, stored)
+    assert drift > 0 and all(metrics[metric] > 0 for metrics in found for metric in exact)

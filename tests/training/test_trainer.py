@@ -18,15 +18,18 @@ from kvpo.app.named_rewards import UserReward
 from kvpo.engine.background import in_background
 from kvpo.engine.forks import Fork
 from kvpo.engine.generator import StreamingGenerator
+from kvpo.engine.replay import ReplayRow
 from kvpo.engine.scoring import score_groups
 from kvpo.prompts import VideoPrompt
-from kvpo.training import checks, gradients
+from kvpo.training import checks
 from kvpo.training.checks import (
     anchor_energy_at_old,
     default_route_max_difference,
     first_ratio_max_deviation,
     ratio_tolerance,
 )
+from kvpo.training.collection import credit_of, explore, generate, new_cache, plan
+from kvpo.training.gradients import Lesson
 from kvpo.training.metrics_log import MetricsLog, read_metrics
 from kvpo.training.run import Run
 from kvpo.training.trainer import Trainer, learning_rate_factor
@@ -56,7 +59,9 @@ def test_an_update_trains_and_the_average_follows(tiny_base: Path, train: str) -
     assert numbers["learning_rate"] == trainer.setup.config.optim.lr / 4
     assert numbers["ratio_deviation"] == 0.0 and numbers["velocity_kl"] == 0.0
     forks = numbers.pop("forks")
-    assert sum(forks.values()) == 2 and {str(fork.frame) for fork in trainer.planned(0).forks} == set(forks)
+    assert sum(forks.values()) == 2 and {str(fork.frame) for fork in plan(trainer.setup, 0).forks} == set(
+        forks
+    )
     assert numbers["gradient_norm"] > 0 and all(map(math.isfinite, numbers.values()))
     for name in trainer.policy.parameters:
         old, new = before[f"parameters.{name}"], after[f"parameters.{name}"]
@@ -150,7 +155,7 @@ def test_every_seed_and_every_update_forks_for_itself(tiny_base: Path) -> None:
         setup = toy_setup(tiny_config(tiny_base))
         seeded = [replace(setup.config, seed=seed) for seed in seeds]
         setups = [replace(setup, config=config, training_prompts=same_prompts) for config in seeded]
-        planned = [Trainer(one).planned(update) for one in setups for update in updates]
+        planned = [plan(one, update) for one in setups for update in updates]
         return {tuple(fork.frame for fork in one.forks) for one in planned}
 
     assert forks(range(1), range(1)) == forks(range(1), range(1))
@@ -163,12 +168,10 @@ def test_every_group_of_every_seed_and_update_draws_its_own_routes_and_noise(tin
     setup = replace(toy_setup(tiny_config(tiny_base, exploration__branches=4)), training_prompts=same_prompts)
 
     def groups(seed: int, update: int) -> list[Any]:
-        trainer = Trainer(replace(setup, config=replace(setup.config, seed=seed)))
-        planned = trainer.planned(update)
-        planned = replace(planned, forks=[Fork(24, setup.config.exploration)] * 2)
+        seeded = replace(setup, config=replace(setup.config, seed=seed))
+        planned = replace(plan(seeded, update), forks=[Fork(24, setup.config.exploration)] * 2)
         with in_background() as submit:
-            cache = trainer.new_cache([planned])
-            return trainer.generate(update, planned, submit, cache).rollout.groups
+            return generate(seeded, update, planned, submit, new_cache(seeded, [planned]))[0].groups
 
     found = [*groups(0, 0), *groups(0, 1), *groups(1, 0)]
     assert len({group.routes for group in found}) == len(found) == 6
@@ -178,13 +181,13 @@ def test_every_group_of_every_seed_and_update_draws_its_own_routes_and_noise(tin
 
 
 def test_every_group_of_every_seed_and_update_is_dealt_its_own_permutation(tiny_base: Path) -> None:
-    trainer = trainer_of(tiny_base, exploration__branches=6, objective__advantages="random")
-    rollout, scores, _ = trainer.explore(0)
+    setup = toy_setup(tiny_config(tiny_base, exploration__branches=6, objective__advantages="random"))
+    _, scores = explore(setup, 0)
 
     def dealt(seed: int, update: int) -> list[tuple[float, ...]]:
-        trainer.setup = replace(trainer.setup, config=replace(trainer.setup.config, seed=seed))
-        trained, _ = trainer.credit(update, rollout, [scores[0]] * 2)
-        return [tuple(item.credit.all_advantages_G.tolist()) for item in trained]
+        seeded = replace(setup, config=replace(setup.config, seed=seed))
+        credits = [credit_of(seeded, update, index, scores[0], None) for index in range(2)]
+        return [tuple(credit.all_advantages_G.tolist()) for credit in credits if credit]
 
     found = [*dealt(0, 0), *dealt(0, 1), *dealt(1, 0)]
     assert len(set(found)) == len(found) == 6
@@ -209,16 +212,17 @@ class Flat:
 
 def test_groups_of_noise_are_skipped_and_counted(tiny_base: Path) -> None:
     trainer = trainer_of(tiny_base, Flat(), optim__prompts_per_update=3)
-    rollout, scores, _ = trainer.explore(0)
-    trained, found = trainer.credit(0, rollout, scores)
-    assert [item.group.index for item in trained] == [1]
-    assert [item.reward_spread > 0 for item in found] == [False, True, False]
-    for group, item in zip(rollout.groups, found, strict=True):
+    trainer.collect()
+    (item,) = trainer.pending
+    assert [lesson.root.prompt.id for lesson in item.lessons] == [1]
+    assert [found["reward_spread"] > 0 for found in item.found] == [False, True, False]
+    rollout, _ = explore(trainer.setup, 0)
+    for group, found in zip(rollout.groups, item.found, strict=True):
         *branches, anchor = group.clean_MTCHW[:, : group.window_frames]
         far = [(branch - anchor).square().mean().sqrt() for branch in branches]
         apart = [(a - b).square().mean().sqrt() for a, b in combinations(branches, 2)]
-        assert item.anchor_distance == pytest.approx(float(torch.stack(far).mean()), rel=1e-4)
-        assert item.branch_distance == pytest.approx(float(torch.stack(apart).mean()), rel=1e-4)
+        assert found["anchor_distance"] == pytest.approx(float(torch.stack(far).mean()), rel=1e-4)
+        assert found["branch_distance"] == pytest.approx(float(torch.stack(apart).mean()), rel=1e-4)
     before = snapshot(trainer)
     assert trainer.step()["skipped_fraction"] == pytest.approx(2 / 3)
     assert not equal(before, snapshot(trainer))
@@ -247,8 +251,8 @@ def test_shuffled_advantages_are_the_same_rollouts_with_the_same_advantages(tiny
     shuffled = trainer_of(tiny_base, exploration__branches=4, objective__advantages="random")
     expected, found, again = [], [], []
     for trainer, result in ((plain, expected), (shuffled, found), (shuffled, again)):
-        rollout, scores, _ = trainer.explore(0)
-        result += [item.credit.all_advantages_G for item in trainer.credit(0, rollout, scores)[0]]
+        trainer.collect()
+        result += [lesson.credit.all_advantages_G for lesson in trainer.pending.pop().lessons]
     assert all(map(torch.equal, found, again))
     assert not all(map(torch.equal, found, expected))
     for one, other in zip(found, expected, strict=True):
@@ -273,7 +277,7 @@ def test_a_gradient_that_is_not_finite_stops_before_the_parameters_change(
 
 
 IDENTITIES = {
-    "first ratio": (first_ratio_max_deviation, "streamed_energies"),
+    "first ratio": (first_ratio_max_deviation, "streamed_table"),
     "anchor energy": (lambda t: anchor_energy_at_old(t.setup, t.setup.training_prompts(0)), "replay_context"),
     "recent route": (
         lambda t: default_route_max_difference(t.setup, t.setup.training_prompts(0)),
@@ -304,17 +308,19 @@ def test_identities_of_a_run_are_exact_and_can_fail(
     assert measure(trainer) > tolerance
 
 
+@pytest.mark.parametrize("method", ["kvpo", "flow-grpo", "cm-grpo"])
 def test_the_first_ratio_notices_a_replay_in_the_anchors_context(
-    tiny_base: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_base: Path, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
     """Branches' own blocks encoded from the anchor's latents: two replays would agree on that."""
-    trainer = trainer_of(tiny_base)
-    original = gradients.replay_context
+    trainer = trainer_of(tiny_base, method=method)
+    assert first_ratio_max_deviation(trainer) <= ratio_tolerance(trainer.setup.config)
+    original = Lesson.row
 
-    def of_anchors(generator: Any, members: Any, texts: Any, tape: Any) -> Any:
-        return original(generator, [replace(m, index=m.group.branches) for m in members], texts, tape)
+    def of_anchors(lesson: Lesson, query: int) -> ReplayRow:
+        return replace(original(lesson, query), past_PFCHW=lesson.past_MPFCHW[-1])
 
-    monkeypatch.setattr(gradients, "replay_context", of_anchors)
+    monkeypatch.setattr(Lesson, "row", of_anchors)
     assert first_ratio_max_deviation(trainer) > 10 * ratio_tolerance(trainer.setup.config)
 
 
@@ -355,7 +361,7 @@ class Moody:
 def test_a_reward_that_fails_costs_no_update(tiny_base: Path, tmp_path: Path) -> None:
     """It fails while the third rollout is scored: the two updates before it are saved."""
     probe = Moody()
-    trainer_of(tiny_base, UserReward("mine:moody", ("moody",), probe)).explore(0)
+    explore(trainer_of(tiny_base, UserReward("mine:moody", ("moody",), probe)).setup, 0)
     reward = UserReward("mine:moody", ("moody",), Moody(patience=2.5 * probe.calls))
     trainer = trainer_of(tiny_base, reward, optim__updates=4, evaluation__every=0, checkpoint__every=3)
     checkpoints = tmp_path / "checkpoints"
@@ -436,7 +442,7 @@ def test_scoring_overlaps_generation_and_changes_no_number(
 
     monkeypatch.setattr(StreamingGenerator, "velocity", counted)
     if refresh == 1:
-        rollout, scores, _ = trainer.explore(0)
+        rollout, scores = explore(trainer.setup, 0)
         alone = score_groups(
             rollout.groups, trainer.setup.codec, ToyScorer(), block=trainer.setup.generator.block
         )
@@ -468,7 +474,7 @@ def test_a_run_with_overlap_is_the_run_without(
 
         yield submit
 
-    monkeypatch.setattr("kvpo.training.trainer.in_background", at_once)
+    monkeypatch.setattr("kvpo.training.collection.in_background", at_once)
     assert [plain.step() for _ in range(4)] == numbers
     assert equal(snapshot(overlapped), snapshot(plain))
 

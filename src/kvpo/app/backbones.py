@@ -12,10 +12,8 @@ from torch import Tensor
 
 from kvpo.app.build import (
     build_scorer,
-    deployment_of,
     prompt_file,
     streaming_generator,
-    wan_shape,
 )
 from kvpo.app.file_prompts import updates_prompts
 from kvpo.app.held_out import held_out_scorers
@@ -197,7 +195,7 @@ def given_weights(config: Config) -> Given:
     """
     backbone = config.backbone
     with torch.device("meta"):
-        model = CausalWan(wan_shape(config))
+        model = CausalWan(config.model)
     path = located(config, "checkpoint", *TRANSFORMER_FILES)
     state = load_transformer_state(path, entry=backbone.checkpoint_entry or None)
     check_state(model, state)
@@ -331,7 +329,7 @@ def split_prompts(
         training += [prompt for n in order[held:] for prompt in same[n]]
     for prompt in {(prompt.num_frames, prompt.switches): prompt for prompt in training}.values():
         try:
-            plan_forks([prompt], config.exploration, deployment_of(config.stream))
+            plan_forks([prompt], config.exploration, config.stream)
         except ValueError as error:
             raise ConfigurationError(f"prompts.file: {settings.file}: {error}") from error
     return training, validation, test

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kvpo.app.held_out import held_out_scorers
 from kvpo.app.named_rewards import named_rewards
-from kvpo.config import Config, ObjectiveConfig, StreamConfig
+from kvpo.config import Config, ObjectiveConfig
 from kvpo.config_checks import ConfigurationError
 from kvpo.engine.generator import PageShape, StreamingGenerator
 from kvpo.engine.noise import keyed_generator
@@ -22,8 +22,7 @@ from kvpo.engine.scoring import Scorer
 from kvpo.files import local_path
 from kvpo.method.flow import STEPS, few_step_sigmas
 from kvpo.models.adapters import add_adapter, leave_casts_to_autocast
-from kvpo.models.causal_wan import CausalWan, WanShape
-from kvpo.models.deployment import Deployment
+from kvpo.models.causal_wan import CausalWan
 from kvpo.models.tensor_files import named_list, read_file
 from kvpo.prompts import ClipPrompt, VideoPrompt, cut_notice
 from kvpo.rewards.cache import ScoreCache, score_cache
@@ -42,19 +41,6 @@ SHORTEST_ACT = 12
 """Frames of the shortest act of a story."""
 
 
-def deployment_of(stream: StreamConfig) -> Deployment:
-    """The deployment context that settings describe."""
-    return Deployment(
-        block=stream.block,
-        window=stream.window,
-        sink=stream.sink,
-        keep_sink_at_switch=stream.keep_sink_at_switch,
-        bank_size=stream.bank_size,
-        sparse_activation=stream.sparse_activation,
-        bank_every_block=stream.bank_every_block,
-    )
-
-
 def streaming_generator(config: Config, transformer: CausalWan) -> StreamingGenerator:
     """The streaming generator of a configuration around a transformer."""
     stream, shape = config.stream, transformer.shape
@@ -63,7 +49,7 @@ def streaming_generator(config: Config, transformer: CausalWan) -> StreamingGene
         leave_casts_to_autocast(transformer)
     return StreamingGenerator(
         transformer=transformer,
-        deployment=deployment_of(stream),
+        deployment=stream,
         sigmas=tuple(few_step_sigmas(stream.schedule, stream.shift).tolist()),
         step=STEPS[stream.step_rule],
         latent_shape=(shape.channels, shape.latent_height, shape.latent_width),
@@ -265,11 +251,6 @@ def build_world(config: Config, base: Path | None = None) -> Setup:
         test=test,
         scored=cache.counts,
     )
-
-
-def wan_shape(config: Config) -> WanShape:
-    """Geometry of a configuration's transformer."""
-    return WanShape(**asdict(config.model))
 
 
 def check_device(config: Config) -> None:

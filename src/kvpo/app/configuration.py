@@ -118,8 +118,11 @@ def _start(name: str, method: Any = None) -> Config:
             f"unknown preset {name!r}{nearest(name, PRESETS)}; presets: {', '.join(PRESETS)}"
         )
     config = PRESETS[name]()
-    if method is None or method == config.method:
-        return config
+    return config if method is None or method == config.method else with_method(config, method)
+
+
+def with_method(config: Config, method: Any) -> Config:
+    """``config`` with another method, its own explorer and the settings that it starts from."""
     config = assign(config, {"method": method})
     own = config.method_settings
     return assign(config, {"exploration.explorer": own.EXPLORERS[0], **own.STARTS_FROM})
@@ -344,10 +347,11 @@ def _settings_of(kind: type, prefix: str) -> list[Setting]:
 
 def _field_docs(kind: type) -> dict[str, str]:
     """The docstring below each field of a dataclass, which Python itself does not keep."""
-    (definition,) = ast.parse(inspect.getsource(kind)).body
-    assert isinstance(definition, ast.ClassDef)
+    definitions = [ast.parse(inspect.getsource(own)).body[0] for own in kind.__mro__[-2::-1]]
     return {
         ast.unparse(field.target): " ".join(ast.literal_eval(text.value).split())
+        for definition in definitions
+        if isinstance(definition, ast.ClassDef)
         for field, text in zip(definition.body, definition.body[1:], strict=False)
         if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr)
     }

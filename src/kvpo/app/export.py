@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-from kvpo.app.build import load_weights, wan_shape
+from kvpo.app.build import load_weights
 from kvpo.app.configuration import resolve_run
 from kvpo.config import Config
 from kvpo.config_checks import ConfigurationError
@@ -78,7 +78,7 @@ def export(
             case "diffusers-lora":
                 save_diffusers_adapter(out, adapter_state(model))
             case "diffusers":
-                save_diffusers_transformer(out, merged_state(model), wan_shape(config))
+                save_diffusers_transformer(out, merged_state(model), config.model)
             case "pt":
                 save_public_checkpoint(out, merged_state(model))
     return out

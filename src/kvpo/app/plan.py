@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from kvpo.app.build import streaming_generator, wan_shape
+from kvpo.app.build import streaming_generator
 from kvpo.app.configuration import assign, flat
 from kvpo.config import Config
 from kvpo.config_checks import ConfigurationError, check
@@ -20,7 +20,7 @@ from kvpo.files import write_atomic
 from kvpo.models.causal_wan import CausalWan
 from kvpo.prompt_files import read_prompts
 from kvpo.prompts import VideoPrompt
-from kvpo.training.gradients import members_together
+from kvpo.training.gradients import trajectories_together
 from kvpo.training.plan import Plan, Rates, Surroundings, plan_run
 
 GB = 1e9
@@ -58,7 +58,7 @@ class Planner:
     def __init__(self, config: Config, rates: Rates) -> None:
         self.rates = rates
         with torch.device("meta"):
-            self.model = CausalWan(wan_shape(config))
+            self.model = CausalWan(config.model)
 
     def plan(self, config: Config) -> Plan:
         """The plan of a configuration of the same geometry. Raises ValueError where no video can fork."""
@@ -66,7 +66,9 @@ class Planner:
         prompt = typical_prompt(config)
         optim = config.optim
         fork = plan_forks([prompt], config.exploration, generator.deployment).roomiest[-1]
-        replayed = members_together(optim.replay_rows, fork.exploration.blocks, config.objective.grad_steps)
+        replayed = trajectories_together(
+            optim.replay_rows, fork.exploration.blocks, config.objective.grad_steps
+        )
         groups = optim.prompts_per_update
         rollout = PlannedRollout([prompt] * groups, [fork] * groups, replayed)
         return plan_run(config, self.model, generator, rollout, surroundings(config), self.rates)

@@ -10,7 +10,8 @@ import torch
 from kvpo.config import ExplorationConfig
 from kvpo.engine.noise import keyed_generator
 from kvpo.method.routing import FittedExploration, fit_exploration, route_pool
-from kvpo.models.deployment import Deployment, sink_frames
+from kvpo.models.deployment import sink_frames
+from kvpo.models.settings import Deployment
 from kvpo.prompts import VideoPrompt
 
 SWITCH_SHARE = 1 / 3

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from kvpo.method.flow import Step
 from kvpo.models.cache import FrameCache
-from kvpo.models.deployment import Deployment
 from kvpo.models.finite import NonFiniteError, first_non_finite_layer, magnitudes, require_finite
+from kvpo.models.settings import Deployment
 
 
 class Transformer(Protocol):
@@ -120,6 +120,9 @@ class StreamingGenerator:
     device: torch.device | str = "cpu"
     autocast: torch.dtype | None = None
     page_dtype: torch.dtype = torch.float32
+
+    def __post_init__(self) -> None:
+        self.deployment.check()
 
     @property
     def block(self) -> int:

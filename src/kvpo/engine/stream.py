@@ -227,7 +227,8 @@ def advance(
 ) -> Trajectory:
     """Generate the next block of every stream: switch prompts, denoise, then the clean pass writes pages.
 
-    Streams may be at different blocks; those whose blocks see equally many frames share a forward pass.
+    Streams may be at different blocks; those whose blocks see equally many frames share a forward pass. The
+    trajectory has a row per stream, in their order.
 
     Args:
         routes: page ids filling each stream's routed slots, None for its deployment context.

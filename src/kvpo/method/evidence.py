@@ -242,7 +242,7 @@ class Method:
     linear: bool = False
     """The loss is linear in the table, so its gradient needs no table; saves a pass in micro-batches."""
     residual: str = "residual"
-    """What the method calls a branch's summed residuals: the number that the branch explorer shows."""
+    """Name of a branch's summed residuals, for the branch explorer of the report."""
 
 
 def _column(like: Tensor, values: Sequence[float]) -> Tensor:

@@ -36,8 +36,8 @@ METRICS = {
 
 
 def goodness(advantages_G: Tensor, limit: float) -> Tensor:
-    """r = clip(A / A_max, -1, 1) / 2 + 1/2, [G] in [0, 1]."""
-    return (advantages_G / limit).clamp(-1, 1) / 2 + 0.5
+    """r = clip(A / A_max, -1, 1) / 2 + 1/2, float64 [G] in [0, 1]."""
+    return (advantages_G.double() / limit).clamp(-1, 1) / 2 + 0.5
 
 
 def evidence(
@@ -64,7 +64,7 @@ def overrated(gap_G: Tensor, share: float) -> list[int]:
     positive = gap_G[gap_G > 0]
     if not len(positive) or share <= 0:
         return []
-    bound = torch.quantile(positive.double(), 1 - share)
+    bound = torch.quantile(positive, 1 - share)
     return [g for g, gap in enumerate(gap_G.tolist()) if gap > 0 and gap >= float(bound)]
 
 

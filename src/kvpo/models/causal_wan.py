@@ -8,7 +8,6 @@ Shape legend: R rows, F frames of the call, C/H/W latent, T tokens per frame, N 
 """
 
 import math
-from dataclasses import dataclass
 from typing import cast
 
 import torch
@@ -17,55 +16,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from kvpo.models.context import Context
+from kvpo.models.settings import WanShape
 
 TIMESTEPS = 1000.0
 """The model's clock: timestep = 1000 sigma."""
 GRAPHS = 64
 """Compiled forms of a layer that may be kept: with and without gradients, adapter, one row or many."""
-
-
-@dataclass(frozen=True)
-class WanShape:
-    """Geometry of a transformer."""
-
-    dim: int
-    num_heads: int
-    num_layers: int
-    ffn_dim: int
-    freq_dim: int
-    text_len: int
-    text_dim: int
-    channels: int
-    patch_size: tuple[int, int, int]
-    latent_height: int
-    latent_width: int
-    eps: float = 1e-6
-    relative_positions: bool = False
-
-    def __post_init__(self) -> None:
-        if self.dim % self.num_heads or (self.dim // self.num_heads) % 2:
-            raise ValueError(
-                f"model.dim = {self.dim} must be an even multiple of model.num_heads = {self.num_heads}"
-            )
-        frames, rows, columns = self.patch_size
-        if frames != 1 or self.latent_height % rows or self.latent_width % columns:
-            raise ValueError(
-                f"model.patch_size = {self.patch_size} must be (1, h, w) with h and w dividing the latent "
-                f"size {self.latent_height} x {self.latent_width}"
-            )
-
-    @property
-    def head_dim(self) -> int:
-        return self.dim // self.num_heads
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        """Token rows and columns of one frame."""
-        return self.latent_height // self.patch_size[1], self.latent_width // self.patch_size[2]
-
-    @property
-    def tokens_per_frame(self) -> int:
-        return self.grid[0] * self.grid[1]
 
 
 def timestep_sinusoid(timestep: Tensor, dim: int) -> Tensor:
@@ -269,6 +225,7 @@ class CausalWan(nn.Module):
 
     def __init__(self, shape: WanShape) -> None:
         super().__init__()
+        shape.check()
         self.shape = shape
         self.checkpointing = False
         dim = shape.dim

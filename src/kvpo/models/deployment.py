@@ -4,58 +4,20 @@ not over models.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from kvpo.method.routing import visible_frames
 from kvpo.models.cache import History
 from kvpo.models.context import PageContext
+from kvpo.models.settings import Deployment
 from kvpo.prompts import VideoPrompt
 
 RECORD_INTERVAL = 3
 """The memory bank takes in every third block's first frame."""
 TextKeys = Callable[[int], Tensor]
 """Cross-attention keys of a layer for the rows at hand: layer -> [R, text_len, N, D]."""
-
-
-@dataclass(frozen=True)
-class Deployment:
-    """The context that a stream is deployed with."""
-
-    block: int
-    """Frames generated together."""
-    window: int
-    """Frames attended to, counting sink and block; -1: everything earlier."""
-    sink: int
-    """First frames that are always attended to."""
-    keep_sink_at_switch: bool = True
-    bank_size: int = 0
-    sparse_activation: bool = False
-    bank_every_block: bool = False
-    bank_as_published: bool = False
-    """Reproduce two quirks of the published bank: it takes the same frame in up to three times, and scores
-    with empty text keys right after a prompt switch."""
-
-    def __post_init__(self) -> None:
-        if self.block < 1 or self.sink < 0:
-            raise ValueError(
-                f"stream.block = {self.block} must be positive and stream.sink = {self.sink} >= 0"
-            )
-        if self.window != -1 and self.window < self.sink + self.block:
-            raise ValueError(
-                f"stream.window = {self.window} must hold the sink and the block "
-                f"({self.sink} + {self.block} frames), or be -1 for everything earlier"
-            )
-
-    @property
-    def local_past(self) -> int | None:
-        """Past frames of the local window; None: unlimited."""
-        return None if self.window == -1 else self.window - self.sink - self.block
-
-    def reencoded(self, start: int) -> int:
-        """Frames re-encoded when the prompt switches before the block at ``start``."""
-        return start if self.window == -1 else min(self.window, start)
 
 
 def sink_frames(deployment: Deployment, prompt: VideoPrompt, start: int) -> range:
@@ -70,16 +32,9 @@ def sink_frames(deployment: Deployment, prompt: VideoPrompt, start: int) -> rang
     return range(first, first + deployment.sink)
 
 
-def local_frames(deployment: Deployment, history: History, recent: int | None) -> list[int]:
-    """The ``recent`` most recent past frames (None: all) that are not sink slots."""
-    first = 0 if recent is None else max(0, history.end - recent)
-    return [frame for frame in range(first, history.end) if frame not in history.sink]
-
-
-def context_frames(deployment: Deployment, history: History) -> tuple[list[int], list[int]]:
-    """Sink and local frames that the next block of a stream sees when deployed."""
-    sink = [frame for frame in history.sink if frame < history.end]
-    return sink, local_frames(deployment, history, deployment.local_past)
+def context_frames(history: History, recent: int | None) -> tuple[list[int], list[int]]:
+    """Sink and local frames that the next block of a stream sees with ``recent`` past frames (None: all)."""
+    return visible_frames(history.end, history.sink, recent)
 
 
 def deployment_context(deployment: Deployment, histories: Sequence[History]) -> PageContext:
@@ -100,9 +55,7 @@ def routed_context(
     """
     rows = []
     for history, routed in zip(histories, routed_pages, strict=True):
-        sink, local = context_frames(deployment, history)
-        if routed is not None:
-            local = local_frames(deployment, history, recent)
+        sink, local = context_frames(history, deployment.local_past if routed is None else recent)
         pages = [*(routed or ()), *history.page_ids(local)]
         rows.append((history.page_ids(sink), history.bank, pages))
     banked = bool(rows[0][1])
@@ -124,11 +77,8 @@ def context_size(
     deployment: Deployment, history: History, routed_pages: Sequence[int] | None = None, recent: int = 0
 ) -> int:
     """Frames that the next block sees in addition to itself; streams of one forward pass must agree on it."""
-    sink, local = context_frames(deployment, history)
-    past = len(local)
-    if routed_pages is not None:
-        past = len(routed_pages) + len(local_frames(deployment, history, recent))
-    return len(sink) + past + (len(history.bank[0]) if history.bank else 0)
+    sink, local = context_frames(history, deployment.local_past if routed_pages is None else recent)
+    return len(sink) + len(routed_pages or ()) + len(local) + (len(history.bank[0]) if history.bank else 0)
 
 
 def reencoding_context(deployment: Deployment, histories: Sequence[History]) -> tuple[PageContext, int]:

@@ -18,8 +18,8 @@ from kvpo.extras import extra
 from kvpo.files import new_directory, new_file
 from kvpo.models.adapter_files import DIFFUSERS_ADAPTER_NAME, PEFT_FILES, AdapterState
 from kvpo.models.adapters import lora_config
-from kvpo.models.causal_wan import WanShape
 from kvpo.models.checkpoints import WEIGHTS_NAME, to_diffusers_name
+from kvpo.models.settings import WanShape
 from kvpo.models.tensor_files import check_tensors, storable
 
 SHARD_BYTES = 5_000_000_000

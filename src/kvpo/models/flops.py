@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import Literal
 
-from kvpo.models.causal_wan import WanShape
+from kvpo.models.settings import WanShape
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from collections import Counter
 from dataclasses import dataclass
 
+from kvpo.models.settings import Deployment
 from kvpo.report.clips import ClipStore
 from kvpo.report.formatting import escape, fixed, number, numbers, signed, significant
 from kvpo.report.record import Entry, Run
@@ -92,11 +93,11 @@ def context_size(run: Run) -> ContextSize:
     """Context sizes of a run; a window of -1 sees all the past, and settings that are absent count as 0."""
     stream, exploration = numbers(run.config.get("stream")), numbers(run.config.get("exploration"))
     sink, window = int(stream.get("sink", 0)), int(stream.get("window", 0))
-    local_past = max(0, window - sink - int(stream.get("block", 0))) if window >= 0 else 10**9
+    past = Deployment(int(stream.get("block", 0)), window, sink).local_past
     return ContextSize(
         sink=sink,
         recent=int(exploration.get("recent", 0)),
-        local_past=local_past,
+        local_past=10**9 if past is None else max(0, past),
         resident=int(exploration.get("resident_frames", 0)),
     )
 

@@ -147,7 +147,7 @@ def default_route_max_difference(setup: Setup, prompts: Sequence[VideoPrompt]) -
     frames = range(first, fork.frame - fork.exploration.recent)
     every = range(len(prompts))
     routed = [Member(n, routes=(tuple(RoutedFrame(n, frame) for frame in frames),)) for n in every]
-    expected = run_members(setup.generator, rollout, [Member(n) for n in every])
+    expected = list(run_members(setup.generator, rollout, [Member(n) for n in every]))
     difference = 0.0
     for one, other in zip(expected, run_members(setup.generator, rollout, routed), strict=True):
         pairs = zip(vars(one).values(), vars(other).values(), strict=True)

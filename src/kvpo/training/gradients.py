@@ -125,6 +125,11 @@ def trajectories_together(rows: int, blocks: int, steps: int) -> int:
     return max(1, rows // (blocks * steps)) if rows else 0
 
 
+def blocks_together(rows: int, blocks: int, steps: int) -> int:
+    """Blocks of a window that one forward pass of at most ``rows`` rows holds, at least one; 0: all."""
+    return min(blocks, max(1, rows // steps)) if rows else blocks
+
+
 def lesson_batches(learner: Learner, lessons: Sequence[Lesson]) -> list[list[Lesson]]:
     """Lessons of one kind whose replay fits one micro-batch; one that does not fit stands alone."""
     batches: list[list[Lesson]] = []
@@ -147,7 +152,7 @@ def replayed(
     the context, before the next one is taken.
     """
     blocks, steps = rows[0].states_PSFCHW.shape[:2]
-    size = min(blocks, max(1, learner.rows // steps)) if learner.rows else blocks
+    size = blocks_together(learner.rows, blocks, steps)
     with replay_context(learner.generator, rows) as replay:
 
         def parts() -> Iterator[tuple[range, Tensor]]:
@@ -257,7 +262,7 @@ def _accumulate_batch(
     now: list[Tensor] | None = None
     if learner.method.linear:
         now = references  # the loss has the same gradient at any table
-    elif len(batches) > 1 or learner.rows and learner.rows < batch[0].blocks * batch[0].steps:
+    elif len(batches) > 1 or blocks_together(learner.rows, batch[0].blocks, batch[0].steps) < batch[0].blocks:
         # The loss couples cells, so the whole table must be known before any backward.
         found = velocities_of(learner, batch)
         now = [lesson.table(velocities) for lesson, velocities in zip(batch, found, strict=True)]

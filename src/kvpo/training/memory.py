@@ -13,7 +13,7 @@ from kvpo.config import Config
 from kvpo.engine.generator import StreamingGenerator
 from kvpo.engine.pages import PlannedRollout, cache_pages, stream_pages
 from kvpo.models.causal_wan import CausalWan
-from kvpo.training.gradients import blocks_together, members_together
+from kvpo.training.gradients import blocks_together, trajectories_together
 
 BACKWARD = 0.65
 """Memory of a layer's backward pass as a share of what the layer kept for it."""
@@ -141,7 +141,7 @@ class Activations:
 def replayed_members(config: Config) -> int:
     """Members of one replay micro-batch."""
     exploration, objective, optim = config.exploration, config.objective, config.optim
-    limit = members_together(optim.replay_rows, exploration.blocks, objective.grad_steps)
+    limit = trajectories_together(optim.replay_rows, exploration.blocks, objective.grad_steps)
     chosen = objective.keep_best + objective.keep_worst or exploration.branches
     return min(limit or optim.prompts_per_update * (chosen + 1), optim.prompts_per_update * (chosen + 1))
 

@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 
 from kvpo.config import Config
-from kvpo.models.causal_wan import WanShape
 from kvpo.models.flops import Call, adapter_flops, encode_flops, velocity_flops
+from kvpo.models.settings import WanShape
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Costs:
     def context(self) -> int:
         """Past frames that a block sees when deployed, a full memory bank included."""
         stream = self.config.stream
-        past = self.frames if stream.window == -1 else stream.window - stream.block
+        past = self.frames if stream.local_past is None else stream.sink + stream.local_past
         return past + stream.bank_size
 
     @property
