@@ -67,14 +67,14 @@ def story(setup: Setup, prompt: VideoPrompt, draws: int) -> tuple[list[dict[str,
     place = Place((prompt,), Fork(fork, exploration))
     (group,) = laboratory(setup, [prompt]).branches(place, chosen_routes([branches]))
     with torch.no_grad():
-        before = setup.judges.codec.decode(torch.cat(group.root.latents)[None])
+        before = setup.backbone.codec.decode(torch.cat(group.root.latents)[None])
         after = _after_window(group, setup)
     acts = [shown(before[:, end - 2 * block : end])[0] for end in prompt.switches]
     return acts, list(zip([*(act for act, _ in routes), ANCHOR], shown(after), strict=True))
 
 
 def _after_window(group: Group, setup: Setup) -> torch.Tensor:
-    return setup.judges.codec.decode(group.clean_MTCHW)[:, group.window_frames :]
+    return setup.backbone.codec.decode(group.clean_MTCHW)[:, group.window_frames :]
 
 
 def stories(setup: Setup, count: int) -> list[VideoPrompt]:

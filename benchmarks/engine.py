@@ -18,8 +18,8 @@ from copied_caches import OneByOne
 from measuring import alternated, machine, peak_pages, section, table, write_json
 from torch import Tensor, nn
 
-from kvpo.app.build import streaming_generator
 from kvpo.app.presets import demo
+from kvpo.app.sources.common import streaming_generator
 from kvpo.config import Config
 from kvpo.engine.explorers import Member, routes, site_of
 from kvpo.engine.forks import Fork

@@ -22,8 +22,8 @@ import torch
 from measuring import given_settings, machine, section, table, write_json
 from torch import Tensor, nn
 
-from kvpo.app.build import streaming_generator
 from kvpo.app.configuration import preset
+from kvpo.app.sources.common import streaming_generator
 from kvpo.config import Config
 from kvpo.engine.forks import Fork
 from kvpo.engine.generator import StreamingGenerator

@@ -25,9 +25,9 @@ from tokenizers import Tokenizer, models
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
-from kvpo.app.backbones import build_wan
 from kvpo.app.configuration import preset
 from kvpo.app.plan import Planner
+from kvpo.app.sources.wan import build_wan
 from kvpo.config import Config
 from kvpo.engine.scoring import decode_members, score_group
 from kvpo.engine.stream import stream_latents
@@ -128,7 +128,7 @@ class Phases:
         """Every phase in turn."""
         setup, trainer, block = self.setup, self.trainer, self.setup.generator.block
         held_out = [prompt for prompts in setup.test.values() for prompt in prompts][:1]
-        texts = setup.texts(held_out)
+        texts = setup.backbone.texts(held_out)
         tape = setup.evaluation_tape()
         self.take(PHASES[0], lambda: stream_latents(setup.generator, held_out, texts, tape))
 
@@ -142,9 +142,15 @@ class Phases:
             PHASES[1], lambda: collection.generate(setup, update, planned, unscored, cache)
         )
         group = rollout.groups[0]
+<<<<<<< HEAD
+        self.take(PHASES[2], lambda: decode_members(group, setup.backbone.codec, lead=0, block=block))
+        codec, scorer = setup.backbone.codec, setup.judges.scorer
+        scores = score_group(group, codec, scorer, block=block, plan=setup.clip_plan())
+=======
         self.take(PHASES[2], lambda: decode_members(group, setup.codec, lead=0, block=block))
         judges = setup.judges
         scores = score_group(group, judges.codec, judges.scorer, block=block, plan=setup.clip_plan())
+>>>>>>> h/t1
         scale = collection_scale([scores], setup.blend(), setup.config.objective)
         lessons = collection.lessons_of(setup, trainer.learner, update, rollout, [scores], scale)
         self.take(PHASES[3], lambda: accumulate_gradients(trainer.learner, lessons, None))

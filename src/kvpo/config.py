@@ -48,6 +48,11 @@ class BackboneConfig:
     vae_precision: Literal["float32", "bfloat16"] = "float32"
     """Precision that videos are decoded in; bfloat16 halves the memory and changes pixels slightly."""
 
+    @property
+    def from_files(self) -> bool:
+        """Weights and prompts come from files; the embedded world has its own."""
+        return self.kind != "world"
+
 
 @dataclass(frozen=True)
 class PromptsConfig:

@@ -29,7 +29,7 @@ def check(config: Config) -> None:
     except ValueError as error:
         raise ConfigurationError(str(error)) from error
     _stream(config.stream)
-    if config.backbone.kind == "wan":
+    if config.backbone.from_files:
         _prompts(config.prompts, config.stream)
     else:
         file = config.prompts.file
@@ -82,13 +82,13 @@ def _backbone(backbone: BackboneConfig, optim: OptimConfig) -> None:
         name for name in ("checkpoint", "lora", "vae", "text_encoder", "offload") if vars(backbone)[name]
     ]
     _require(
-        backbone.kind == "wan" or not given,
+        backbone.from_files or not given,
         "backbone.kind", backbone.kind,
         f"wan for backbone.{given[0] if given else ''} to be used; a preset such as longlive-1.3b sets it",
     )  # fmt: skip
     precision = backbone.vae_precision
     _require(
-        backbone.kind == "wan" or precision == "float32",
+        backbone.from_files or precision == "float32",
         "backbone.vae_precision", precision, "float32 for the embedded world, which has no VAE",
     )  # fmt: skip
     _require(

@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvpo.app.build import build_scorer, build_setup
+from kvpo.app.build import build_setup
 from kvpo.app.configuration import assign, preset
 from kvpo.app.held_out import held_out_scorers
 from kvpo.app.offloading import VisitingScorer, visiting
+from kvpo.app.sources.common import build_scorer
 from kvpo.config import Config
 from kvpo.rewards.cache import CachedScorer, Counts, score_cache
 from kvpo.training.metrics_log import MetricsLog, read_metrics

@@ -12,11 +12,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kvpo.app.build import build_setup, streaming_generator
+from kvpo.app.build import build_setup
 from kvpo.app.cli import main
 from kvpo.app.configuration import preset
 from kvpo.app.plan import GB, Planner, advise, fits
 from kvpo.app.presets import PRESETS
+from kvpo.app.sources.common import streaming_generator
 from kvpo.engine.generator import StreamingGenerator, TextRows
 from kvpo.engine.stream import stream_latents
 from kvpo.models.adapters import add_adapter
@@ -76,7 +77,9 @@ def test_pages_parameters_and_checkpoints_are_what_a_run_allocates(tmp_path, nam
     average = sum(value.nbytes for value in trainer.average.values.values())
     assert (moments, average) == (plan.standing["optimiser"], plan.standing["moving average"])
     tensors, state = trainer.tensors_and_state()
-    path = save_checkpoint(tmp_path / "saved", 1, tensors, state, architecture=architecture(trainer.setup))
+    path = save_checkpoint(
+        tmp_path / "saved", 1, tensors, state, architecture=architecture(trainer.setup.backbone.weights)
+    )
     assert (path / "state.safetensors").stat().st_size == pytest.approx(plan.checkpoint, rel=0.05)
 
 
@@ -191,7 +194,7 @@ def test_streaming_needs_what_the_plan_says(monkeypatch, tmp_path):
 
     monkeypatch.setattr(StreamingGenerator, "new_cache", watched)
     prompts = setup.validation["short"][:1]
-    stream_latents(setup.generator, prompts, setup.texts(prompts), setup.evaluation_tape(), rows=1)
+    stream_latents(setup.generator, prompts, setup.backbone.texts(prompts), setup.evaluation_tape(), rows=1)
     (phase,) = (p for p in plan_of(config).phases if p.name == "stream held-out videos")
     assert phase.parts["pages"] == made[0] * setup.generator.page_bytes
 

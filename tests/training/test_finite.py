@@ -11,7 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from kvpo.app.build import build_backbone
+from kvpo.app.sources.world import build_backbone
 from kvpo.engine import generator
 from kvpo.models.adapters import adapter_state, check_adapter
 from kvpo.models.finite import NonFiniteError, first_non_finite, magnitudes
@@ -98,14 +98,14 @@ def test_latents_that_turn_bad_late_name_the_step(tiny_base: Path, monkeypatch: 
 
 
 def bad_pixels(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
-    decode = type(trainer.setup.codec).decode
+    decode = type(trainer.setup.backbone.codec).decode
 
     def one_bad(*arguments: Any) -> Tensor:
         pixels = decode(*arguments).clone()
         pixels[1, -1, 2, 0, 0] = math.nan
         return pixels
 
-    monkeypatch.setattr(type(trainer.setup.codec), "decode", one_bad)
+    monkeypatch.setattr(type(trainer.setup.backbone.codec), "decode", one_bad)
 
 
 def bad_residuals(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:

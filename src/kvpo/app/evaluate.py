@@ -14,10 +14,10 @@ from kvpo.config import Config
 from kvpo.files import local_path, output_file, write_atomic
 from kvpo.progress import progress_bars
 from kvpo.report.headline import verdict_of
-from kvpo.training.checkpoint import no_improvement
+from kvpo.training.checkpoint import find_checkpoint, no_improvement
 from kvpo.training.device import computing
 from kvpo.training.evaluation import comparison
-from kvpo.training.run import evaluate_prompts, open_run
+from kvpo.training.run import evaluate_prompts, open_checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -53,9 +53,11 @@ def evaluate(
 def _evaluate(run: Path, config: Config, checkpoint: str | None, out: Path) -> dict[str, Any]:
     demand_same_prompts(run, config)
     demand_same_files(run, config)
-    setup, sides, path = open_run(run, checkpoint, lambda: build_setup(config))
+    path = find_checkpoint(run / "checkpoints", checkpoint)
     if (warning := no_improvement(path, checkpoint)) is not None:
         logger.warning(warning)
+    setup = build_setup(config)
+    sides = open_checkpoint(setup.backbone.weights, path)
     held_out = {}
     with progress_bars() as show:
         for done, (name, prompts) in enumerate(setup.test.items()):

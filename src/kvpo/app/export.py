@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-from kvpo.app.build import load_weights
+from kvpo.app.build import source_of
 from kvpo.app.configuration import resolve_run
 from kvpo.config import Config
 from kvpo.config_checks import ConfigurationError
@@ -19,7 +19,7 @@ from kvpo.models.export import (
     save_public_checkpoint,
 )
 from kvpo.training.checkpoint import find_checkpoint, no_improvement
-from kvpo.training.run import open_run
+from kvpo.training.run import open_checkpoint
 
 Layout = Literal["peft", "diffusers-lora", "diffusers", "pt"]
 
@@ -69,9 +69,9 @@ def export(
     path = find_checkpoint(run / "checkpoints", checkpoint)
     if (refusal := no_improvement(path, checkpoint)) is not None:
         raise ValueError(refusal)
-    trained, sides, _ = open_run(run, checkpoint, lambda: load_weights(on_host(config)))
+    trained = source_of(config).weights(on_host(config))
     model = trained.model
-    with sides.aligned():
+    with open_checkpoint(trained, path).aligned():
         match layout:
             case "peft":
                 save_peft_adapter(out, adapter_state(model), base_model=config.backbone.checkpoint)

@@ -9,8 +9,9 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from kvpo.app.build import default_frames, load_backbone, prompt_file, split_of
+from kvpo.app.build import load_backbone, source_of
 from kvpo.app.exhibits import as_bytes
+from kvpo.app.file_prompts import prompt_file
 from kvpo.app.provenance import demand_same_prompts
 from kvpo.app.video_folder import MANIFEST
 from kvpo.config import Config
@@ -22,11 +23,11 @@ from kvpo.progress import progress_bars
 from kvpo.prompt_files import read_prompts
 from kvpo.prompts import VideoPrompt, check_shown
 from kvpo.report.video import side_by_side, write_video
-from kvpo.training.checkpoint import no_improvement
+from kvpo.training.backbone import Backbone
+from kvpo.training.checkpoint import find_checkpoint, no_improvement
 from kvpo.training.device import computing
 from kvpo.training.policy import policy_of
-from kvpo.training.run import open_run
-from kvpo.training.setup import Backbone
+from kvpo.training.run import open_checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -77,18 +78,15 @@ def _generate(
     config: Config, out: Path, wanted: list[VideoPrompt], run: Path | None, checkpoint: str | None
 ) -> list[Path]:
     """Load the generator, and write the videos of the prompts batch by batch."""
-
-    def load() -> Backbone:
-        return load_backbone(config, wanted)
-
-    if run is None:
-        backbone = load()
-        sides = [policy_of(backbone.model, adapted=config.optim.train == "lora").reference]
+    path = None if run is None else find_checkpoint(run / "checkpoints", checkpoint)
+    if path is not None and (warning := no_improvement(path, checkpoint)) is not None:
+        logger.warning(warning)
+    backbone = load_backbone(config, wanted)
+    if path is None:
+        sides = [policy_of(backbone.weights.model, adapted=config.optim.train == "lora").reference]
     else:
-        backbone, both, path = open_run(run, checkpoint, load)
+        both = open_checkpoint(backbone.weights, path)
         sides = [both.base, both.aligned]
-        if (warning := no_improvement(path, checkpoint)) is not None:
-            logger.warning(warning)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -133,10 +131,10 @@ def _demand_no_videos(out: Path) -> None:
 def _prompts(config: Config, given: Path | str | Sequence[VideoPrompt] | None) -> list[VideoPrompt]:
     """What to generate, numbered from 0."""
     if given is None:
-        chosen = [prompt for some in split_of(config)[2].values() for prompt in some[:UNASKED]]
+        chosen = [prompt for some in source_of(config).split(config)[2].values() for prompt in some[:UNASKED]]
     elif isinstance(given, str | Path):
         path = prompt_file(config, given)
-        frames, switches = default_frames(config), config.prompts.switches
+        frames, switches = source_of(config).default_frames(config), config.prompts.switches
         chosen = read_prompts(path, num_frames=frames, switches=switches, block=config.stream.block)
     else:
         chosen = list(given)

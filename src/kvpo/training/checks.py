@@ -72,8 +72,8 @@ def first_ratio_max_deviation(trainer: Trainer) -> float | None:
         setup.generator,
         prompts,
         forks,
-        setup.texts(prompts),
-        setup.tape("training"),
+        setup.backbone.texts(prompts),
+        setup.backbone.tape("training"),
         (config.seed, 0),
         explorer=EXPLORERS[config.exploration.explorer],
         keep_pool=learner.method.keep_pool,
@@ -107,7 +107,7 @@ def shared_fork(setup: Setup, prompts: Sequence[VideoPrompt]) -> Fork:
 
 
 def _grown(setup: Setup, prompts: Sequence[VideoPrompt], fork: Fork) -> Rollout:
-    texts, tape = setup.texts(prompts), setup.tape("checks")
+    texts, tape = setup.backbone.texts(prompts), setup.backbone.tape("checks")
     return grow_roots(setup.generator, prompts, fork.frame, texts, tape, fork.exploration)
 
 

@@ -77,15 +77,15 @@ def generate(
     def score(group: Group) -> None:
         plan, block = setup.clip_plan(), setup.generator.block
         pending.append(
-            submit(partial(score_group, group, judges.codec, judges.scorer, block=block, plan=plan))
+            submit(partial(score_group, group, setup.backbone.codec, judges.scorer, block=block, plan=plan))
         )
 
     rollout = collect(
         setup.generator,
         planned.prompts,
         planned.forks,
-        setup.texts(planned.prompts),
-        setup.tape("training"),
+        setup.backbone.texts(planned.prompts),
+        setup.backbone.tape("training"),
         (config.seed, update),
         explorer=EXPLORERS[config.exploration.explorer],
         cache=cache,

@@ -7,12 +7,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kvpo.engine.generator import Codec, StreamingGenerator, pixels_of
+from kvpo.engine.generator import pixels_of
 from kvpo.engine.noise import Tape
 from kvpo.engine.scoring import Scorer, score_clips, segment_clips
-from kvpo.engine.stream import TextTable, stream_latents
+from kvpo.engine.stream import stream_latents
 from kvpo.prompts import VideoPrompt
 from kvpo.rewards.looks import looks
+from kvpo.training.backbone import Backbone
 
 ROWS = 32
 """Videos generated together."""
@@ -65,7 +66,6 @@ class HeldOutScorer:
 class Judges:
     """Who scores: the reward used in training, and scorers that training never sees."""
 
-    codec: Codec
     scorer: Scorer
     weights_K: Tensor
     unseen: Scorer | None
@@ -84,9 +84,8 @@ class Judges:
 
 
 def evaluate(
-    generator: StreamingGenerator,
+    backbone: Backbone,
     prompts: Sequence[VideoPrompt],
-    texts: TextTable,
     tape: Tape,
     judges: Judges,
     *,
@@ -94,13 +93,13 @@ def evaluate(
     progress: Callable[[int], None] = lambda videos: None,
 ) -> HeldOut:
     """Generate every prompt in the deployment context, ``rows`` at a time, and score its segments."""
+    codec, block, texts = backbone.codec, backbone.generator.block, backbone.texts(prompts)
     components, unseen, held_out, seen = [], [], [torch.empty(len(judges.held_out_names), 0)], []
     for at in range(0, len(prompts), rows):
         batch = prompts[at : at + rows]
-        latents = stream_latents(generator, batch, texts, tape)
-        videos = pixels_of(judges.codec, latents)
-        frames = judges.codec.frames_per_latent
-        block = generator.block
+        latents = stream_latents(backbone.generator, batch, texts, tape)
+        videos = pixels_of(codec, latents)
+        frames = codec.frames_per_latent
         components.append(_segment_scores(judges.scorer, videos, batch, frames, block, lead=block))
         if judges.unseen is not None:
             unseen.append(_segment_scores(judges.unseen, videos, batch, frames, block, lead=0)[0])

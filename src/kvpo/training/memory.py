@@ -85,7 +85,7 @@ class Parameters:
         return 4 * self.trained + self.average + self.moments + starting
 
 
-def parameters_of(config: Config, model: CausalWan) -> Parameters:
+def parameters_of(config: Config, model: CausalWan, frozen_size: int) -> Parameters:
     """Parameters of a configuration; ``model`` may be on the meta device and has no adapter."""
     optim = config.optim
     count = sum(parameter.numel() for parameter in model.parameters())
@@ -95,9 +95,8 @@ def parameters_of(config: Config, model: CausalWan) -> Parameters:
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear) and any(f".{name}".endswith(f".{end}") for end in optim.lora_targets)
     )  # fmt: skip
-    low = adapted and optim.autocast == "bfloat16" and config.backbone.kind == "wan"
     continued = bool(config.backbone.lora) and config.backbone.lora_start == "continue"
-    return Parameters(count, trained, 2 if low else 4, adapted, continued or not adapted)
+    return Parameters(count, trained, frozen_size, adapted, continued or not adapted)
 
 
 @dataclass(frozen=True)

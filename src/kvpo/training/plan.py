@@ -47,6 +47,8 @@ class Surroundings:
     """Models that score in the process of the run, by name."""
     scoring: float = 0.0
     """Most of a forward pass of a reward model."""
+    frozen_size: int = 4
+    """Of a frozen parameter of the transformer."""
     frame: float = 0.0
     """Bytes of the pixels of one latent frame, float32."""
 
@@ -119,7 +121,7 @@ def plan_run(
     rates: Rates,
 ) -> Plan:
     """The plan of a run; ``model`` is on the meta device, ``rollout`` typical: its groups fork alike."""
-    parameters = parameters_of(config, model)
+    parameters = parameters_of(config, model, surroundings.frozen_size)
     standing = {
         "weights": parameters.weights,
         "adapter": parameters.adapter,

@@ -5,14 +5,14 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from torch import Tensor
 
 from kvpo.training import radar
+from kvpo.training.backbone import Weights
 from kvpo.training.checkpoint import (
     CheckpointError,
-    find_checkpoint,
     latest_checkpoint,
     load_checkpoint,
     mark_best,
@@ -24,12 +24,10 @@ from kvpo.training.device import forget_peak, peak
 from kvpo.training.evaluation import ROWS, HeldOut, comparison, evaluate, mean_gain
 from kvpo.training.metrics_log import MetricsLog
 from kvpo.training.policy import Policy, Sides, policy_of
-from kvpo.training.setup import Setup, Weights
+from kvpo.training.setup import Setup
 from kvpo.training.trainer import Trainer, architecture
 
 logger = logging.getLogger(__name__)
-
-AnyWeights = TypeVar("AnyWeights", bound=Weights)
 
 Progress = Callable[[str, int, int, Mapping[str, float]], None]
 """(stage, done, of how many, numbers worth showing)."""
@@ -143,7 +141,7 @@ class Run:
                 "radar": radar.saved(self.readings),
                 "unvalidated": self.unvalidated,
             },
-            architecture=architecture(self.setup),
+            architecture=architecture(self.setup.backbone.weights),
         )
         self.saved = update
         self._mark_best()
@@ -226,7 +224,7 @@ class Run:
 
 def restore(trainer: Trainer, path: Path) -> dict[str, Any]:
     """Load a checkpoint into a trainer and return its state. Raises CheckpointError."""
-    tensors, state = load_checkpoint(path, architecture=architecture(trainer.setup))
+    tensors, state = load_checkpoint(path, architecture=architecture(trainer.setup.backbone.weights))
     expected, _ = trainer.tensors_and_state()
     parameters = {name: value for name, value in expected.items() if not name.startswith("optimizer.")}
     moments = {name: value for name, value in tensors.items() if name.startswith("optimizer.")}
@@ -247,29 +245,16 @@ def load_aligned(weights: Weights, policy: Policy, path: Path) -> dict[str, Tens
     return {name: value.to(policy.parameters[name].device) for name, value in values.items()}
 
 
-def open_run(
-    run: Path, checkpoint: str | None, load: Callable[[], AnyWeights]
-) -> tuple[AnyWeights, Sides, Path]:
-    """Load a run's generator and one of its checkpoints; the generator, its two policies, the checkpoint.
-
-    Args:
-        checkpoint: best, latest, an update, a directory; None: the best.
-        load: loads the generator; called only once the checkpoint has been found.
-
-    Raises:
-        CheckpointError: no such checkpoint, or one that does not fit the generator.
-    """
-    path = find_checkpoint(run / "checkpoints", checkpoint)
-    weights = load()
+def open_checkpoint(weights: Weights, path: Path) -> Sides:
+    """Base and aligned policy of a run's checkpoint. Raises CheckpointError where it does not fit."""
     policy = policy_of(weights.model, adapted=weights.config.optim.train == "lora")
-    return weights, Sides(policy, load_aligned(weights, policy, path)), path
+    return Sides(policy, load_aligned(weights, policy, path))
 
 
 def evaluate_prompts(setup: Setup, prompts: Any) -> HeldOut:
     """Held-out results of the model as it is."""
-    texts, tape = setup.texts(prompts), setup.evaluation_tape()
     rows = setup.config.exploration.rows or ROWS
-    return evaluate(setup.generator, prompts, texts, tape, setup.judges, rows=rows)
+    return evaluate(setup.backbone, prompts, setup.evaluation_tape(), setup.judges, rows=rows)
 
 
 def evaluate_base(setup: Setup, trainer: Trainer, sets: Mapping[str, Any]) -> dict[str, HeldOut]:

@@ -15,11 +15,12 @@ from kvpo.method.diagnostics import advantage_metrics, update_metrics
 from kvpo.method.evidence import Metrics
 from kvpo.method.methods import METHODS
 from kvpo.models.finite import NonFiniteError, first_non_finite, magnitudes, require_finite
+from kvpo.training.backbone import Weights
 from kvpo.training.collection import Collected, collect_updates
 from kvpo.training.gradients import Learner, Lesson, accumulate_gradients, with_old_policy
 from kvpo.training.learning import PATIENCE, why_nothing_is_learned
 from kvpo.training.policy import MovingAverage, Policy, Sides, exchanged, policy_of
-from kvpo.training.setup import Setup, Weights
+from kvpo.training.setup import Setup
 from kvpo.training.state import (
     flatten_state,
     load_optimizer_state,
