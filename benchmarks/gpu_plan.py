@@ -142,15 +142,9 @@ class Phases:
             PHASES[1], lambda: collection.generate(setup, update, planned, unscored, cache)
         )
         group = rollout.groups[0]
-<<<<<<< HEAD
         self.take(PHASES[2], lambda: decode_members(group, setup.backbone.codec, lead=0, block=block))
         codec, scorer = setup.backbone.codec, setup.judges.scorer
         scores = score_group(group, codec, scorer, block=block, plan=setup.clip_plan())
-=======
-        self.take(PHASES[2], lambda: decode_members(group, setup.codec, lead=0, block=block))
-        judges = setup.judges
-        scores = score_group(group, judges.codec, judges.scorer, block=block, plan=setup.clip_plan())
->>>>>>> h/t1
         scale = collection_scale([scores], setup.blend(), setup.config.objective)
         lessons = collection.lessons_of(setup, trainer.learner, update, rollout, [scores], scale)
         self.take(PHASES[3], lambda: accumulate_gradients(trainer.learner, lessons, None))
