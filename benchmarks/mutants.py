@@ -47,6 +47,8 @@ PRELOADED = (
 )
 TIMES = itertools.count(1_000_000_000)
 """Seconds since 1970 that mutated files are said to be written at."""
+SHORT = 0.5
+"""Seconds of a test that is tried before the longer ones."""
 MEMORY = 8 * 2**30
 """Bytes that a mutant may take."""
 
@@ -260,18 +262,19 @@ def record(slots: Sequence[Path], files: Sequence[str]) -> Recorded:
 
 
 def attempt(mutant: Mutant, recorded: Recorded) -> Job:
-    """Run the tests of one mutant until one fails: those of its own test file first, then short ones."""
-    files: dict[str, dict[str, float]] = defaultdict(dict)
-    for test in recorded.tests_of(mutant):
-        files[test.split("::")[0]][test] = recorded.seconds[test]
-    taken = {file: sum(seconds.values()) for file, seconds in files.items()}
+    """Run the tests of one mutant until one fails: short ones of all files, its own file's first, then long."""
     own = f"test_{Path(mutant.path).name}"
+    parts: dict[tuple[bool, bool, str], dict[str, float]] = defaultdict(dict)
+    for test in recorded.tests_of(mutant):
+        file, seconds = test.split("::")[0], recorded.seconds[test]
+        parts[seconds > SHORT, own not in file, file][test] = seconds
+    taken = {part: sum(seconds.values()) for part, seconds in parts.items()}
 
     def failure() -> list[str] | None:
-        for file in sorted(files, key=lambda file: (own not in file, taken[file], file)):
-            plugin = Chosen(files[file])
-            if not run_file(file, plugin, "-x"):
-                return plugin.failure or [file, "stopped"]
+        for part in sorted(parts, key=lambda part: (*part[:2], taken[part], part)):
+            plugin = Chosen(parts[part])
+            if not run_file(part[-1], plugin, "-x"):
+                return plugin.failure or [part[-1], "stopped"]
         return None
 
     return Job(lambda: {"failure": failure()}, 20 + 4 * sum(taken.values()), mutant)
