@@ -257,9 +257,8 @@ def test_the_table_does_not_overwrite_prompts(tmp_path, capsys):
         out = (tmp_path / name).with_suffix(".html")
         flags = ["--reward", "flicker", "--prompts", str(tmp_path / name), "--out", str(out)]
         assert main(["score", str(tmp_path), *flags]) == 1
-        assert (
-            f"{tmp_path / name}, which is written beside {out.name}, holds prompts" in capsys.readouterr().err
-        )
+        said = f"{tmp_path / name}, which is written next to {out.name}, holds prompts"
+        assert said in capsys.readouterr().err
         assert (tmp_path / name).read_text() == '{"a.mp4": "one"}'
 
 

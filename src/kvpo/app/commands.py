@@ -102,7 +102,7 @@ def _generate_arguments(parser: ArgumentParser) -> None:
         "--run",
         type=path_argument,
         metavar="DIR",
-        help="a run whose aligned model generates, beside its base",
+        help="a run whose aligned model generates, in addition to its base",
     )
     _checkpoint_argument(parser)
     _weights_argument(parser, dest=f"{SETTING}evaluation.weights", default=SUPPRESS)

@@ -41,7 +41,7 @@ PLACES = (
 """Settings of a run that say where things are, and may differ whenever it is taken up again."""
 CHANGEABLE_ON_RESUME = (*PLACES, "optim.updates", "checkpoint.every", "checkpoint.keep")
 PLACES_OF_A_RUN = (*PLACES, "backbone.vae", "backbone.text_encoder", "backbone.tokenizer")
-"""What `kvpo evaluate` and `kvpo export` can be told of a run."""
+"""Settings of a run that `kvpo evaluate` and `kvpo export` accept."""
 
 
 RENAMED = {

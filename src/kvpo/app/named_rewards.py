@@ -38,7 +38,7 @@ class NamedReward:
     declarations: tuple[Declaration, ...]
     weights: Mapping[str, float]
     version: str = ""
-    """What decides the scores beside clip, prompt and kvpo's own code; "": unknown."""
+    """Digest of what decides the scores apart from clip, prompt and kvpo's own code; "": unknown."""
 
     def cached(self, cache: ScoreCache | None) -> Scorer:
         """The scorer, asked about every distinct clip once; without a cache as it is."""
@@ -62,7 +62,7 @@ class UserReward:
     function: Callable[[Tensor, Sequence[ClipPrompt]], Any]
 
     def __call__(self, video_BTCHW: Tensor, prompts: Sequence[ClipPrompt]) -> dict[str, Tensor]:
-        """Component -> scores as tensors. Raises ValueError for whatever goes wrong inside the function."""
+        """Component -> scores as tensors. Raises ValueError for any error inside the function."""
         before = _changes(video_BTCHW)
         with _users_code(f"reward {self.name!r}"):
             try:
@@ -80,7 +80,7 @@ class UserReward:
 
 
 def _changes(tensor: Tensor) -> int:
-    """How often a tensor, or what it is a view of, was changed in place, as far as torch keeps count."""
+    """In-place changes of a tensor, or of the one it is a view of, as far as torch counts them."""
     return 0 if tensor.is_inference() else tensor._version
 
 
@@ -221,12 +221,8 @@ def _remote(names: Sequence[str], url: str, field: str, frame_rate: float, top_s
             f"{field}: a server averages all frames of a clip, and the best {top_share:g} of them are asked "
             f"for; set top_share to 1, or have {names[0]} score in this process"
         )
-    try:
-        from kvpo.rewards.client import connect
-    except ModuleNotFoundError as error:
-        raise ConfigurationError(
-            f"{field}: {names[0]}@{url} needs {error.name}: pip install 'kvpo[server]'"
-        ) from error
+    from kvpo.rewards.client import connect
+
     scorer = connect(url, names, token=os.environ.get(TOKEN_VARIABLE))
     samplings = [(one.name, one.sampling) for one in scorer.declarations]
     sampled = [name for name, how in samplings if how is not None and how.least < how.most]
