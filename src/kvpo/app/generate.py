@@ -22,6 +22,7 @@ from kvpo.files import StorageError, local_path, storage_error, write_atomic
 from kvpo.prompt_files import read_prompts
 from kvpo.prompts import VideoPrompt, check_shown
 from kvpo.report.video import side_by_side, write_video
+from kvpo.rewards.video_files import SUFFIXES
 from kvpo.training.checkpoint import find_checkpoint, no_improvement
 from kvpo.training.device import computing
 from kvpo.training.policy import exchanged, policy_of
@@ -121,7 +122,7 @@ def _demand_no_videos(out: Path) -> None:
     """What a folder lists (latents, prompts) and what it shows must not come from different calls."""
     if out.exists() and not out.is_dir():
         raise StorageError(f"cannot save videos in {out}: it is a file; choose another --out")
-    if there := sorted(out.glob("*.mp4")):
+    if there := sorted(path for path in out.glob("*") if path.suffix.lower() in SUFFIXES):
         raise StorageError(
             f"{out} already holds {len(there)} video(s), such as {there[0].name}; remove them, or choose "
             "another --out"
