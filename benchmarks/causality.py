@@ -21,12 +21,13 @@ from rich.progress import track
 
 from kvpo.app.build import build_setup
 from kvpo.app.configuration import resolve
-from kvpo.app.exhibits import explorer
-from kvpo.engine.forks import plan_forks
+from kvpo.app.exhibits import laboratory
+from kvpo.engine.explorers import RoutedFrame, chosen_routes
+from kvpo.engine.forks import Fork, plan_forks
 from kvpo.engine.noise import keyed_generator
-from kvpo.engine.rollout import Group, RoutedFrame
+from kvpo.engine.rollout import Group
 from kvpo.prompts import VideoPrompt
-from kvpo.training.diversity import Fork
+from kvpo.training.diversity import Place
 from kvpo.training.setup import Setup
 from kvpo.world.detector import attributes, detect
 
@@ -63,16 +64,17 @@ def story(setup: Setup, prompt: VideoPrompt, draws: int) -> tuple[list[dict[str,
     # Act 1 may lie further back than training keeps pages for: here every frame stays.
     exploration = replace(setup.config.exploration, resident_frames=0)
     branches = [tuple(RoutedFrame(0, frame) for frame in frames) for _, frames in routes]
-    (group,) = explorer(setup, [prompt]).chosen(Fork((prompt,), fork, exploration), [branches])
+    place = Place((prompt,), Fork(fork, exploration))
+    (group,) = laboratory(setup, [prompt]).branches(place, chosen_routes([branches]))
     with torch.no_grad():
-        before = setup.judges.codec.decode(torch.cat(group.root.latents)[None])
+        before = setup.backbone.codec.decode(torch.cat(group.root.latents)[None])
         after = _after_window(group, setup)
     acts = [shown(before[:, end - 2 * block : end])[0] for end in prompt.switches]
     return acts, list(zip([*(act for act, _ in routes), ANCHOR], shown(after), strict=True))
 
 
 def _after_window(group: Group, setup: Setup) -> torch.Tensor:
-    return setup.judges.codec.decode(group.clean_MTCHW)[:, group.window_frames :]
+    return setup.backbone.codec.decode(group.clean_MTCHW)[:, group.window_frames :]
 
 
 def stories(setup: Setup, count: int) -> list[VideoPrompt]:

@@ -11,13 +11,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from kvpo.engine.explorers import Member
 from kvpo.engine.generator import StreamingGenerator, TextRows
-from kvpo.engine.noise import Tape
-from kvpo.engine.replay import Member
-from kvpo.engine.rollout import Group, RoutedFrame
-from kvpo.engine.stream import Stream, TextTable, denoise_block
-from kvpo.method.energy import velocity_residual
-from kvpo.method.routing import deployment_frames, exploration_frames
+from kvpo.engine.rollout import Group
+from kvpo.engine.stream import Stream, denoise_block, text_of
+from kvpo.method.routing import visible_frames
 from kvpo.models.cache import History
 
 
@@ -100,31 +98,27 @@ class OneByOne:
     """Everything the loops below need."""
 
     generator: StreamingGenerator
-    texts: TextTable
-    tape: Tape
     roots: Sequence[Stream]
     caches: Sequence[CopiedCache] = field(default=())
 
     @classmethod
-    def of(cls, generator: StreamingGenerator, texts: TextTable, tape: Tape, roots: Sequence[Stream]):
+    def of(cls, generator: StreamingGenerator, roots: Sequence[Stream]) -> "OneByOne":
         """Lay every root's history out contiguously, once."""
-        return cls(generator, texts, tape, roots, [CopiedCache.of(root.history) for root in roots])
+        return cls(generator, roots, [CopiedCache.of(root.history) for root in roots])
 
     def text(self, group: int) -> TextRows:
         """The present segment of a root, as a batch of one."""
-        root = self.roots[group]
-        embedding = self.texts[root.prompt.segments[root.segment]]
-        return TextRows(embedding[None], torch.zeros(1, dtype=torch.int64))
+        return text_of([self.roots[group]])
 
     def deployed(self, cache: CopiedCache) -> SlotContext:
         """The deployment context of the next block."""
         deployment = self.generator.deployment
-        window = {"sink": deployment.sink, "window": deployment.window, "block": deployment.block}
-        return cache.context(deployment_frames(cache.end, **window))
+        sink, local = visible_frames(cache.end, range(deployment.sink), deployment.local_past)
+        return cache.context([*sink, *local])
 
     def roll_out(
         self,
-        members: Sequence[tuple[int, Sequence[Sequence[RoutedFrame]] | None]],
+        members: Sequence[Member],
         *,
         blocks: int,
         tail_blocks: int,
@@ -132,7 +126,8 @@ class OneByOne:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """States and velocities ``[R, P, S, F, C, H, W]`` and clean latents ``[R, T, C, H, W]``."""
         states, velocities, clean = [], [], []
-        for group, routes in members:
+        for member in members:
+            group, routes = member.group, member.routes
             cache = self.caches[group].copy((blocks + tail_blocks) * self.generator.block)
             text = self.text(group)
             trajectories = []
@@ -140,8 +135,8 @@ class OneByOne:
                 context = self.deployed(cache)
                 if routes is not None and block < blocks:
                     routed = [slot.frame for slot in routes[block]]
-                    sink = self.generator.deployment.sink
-                    context = cache.context(exploration_frames(cache.end, routed, sink=sink, recent=recent))
+                    sink, local = visible_frames(cache.end, range(self.generator.deployment.sink), recent)
+                    context = cache.context([*sink, *sorted(routed), *local])
                 noise = self._noise(group, cache.end)
                 with torch.no_grad():
                     trajectory = denoise_block(self.generator, noise, text, context)
@@ -155,29 +150,28 @@ class OneByOne:
 
     def _noise(self, group: int, start: int) -> dict[str, Tensor]:
         """The tape's tensors of one block; the embedded generator's solver needs only the first."""
-        assert not self.generator.renoise and not self.generator.context_noise
-        video = self.roots[group].prompt.id
-        return {"initial": self.tape(video, start // self.generator.block, "initial")[None]}
+        assert not self.generator.step.draws and not self.generator.context_noise
+        root = self.roots[group]
+        return {"initial": root.tape(root.prompt.id, start // self.generator.block, "initial")[None]}
 
-    def replay(self, members: Sequence[Member], coefficients: Tensor, steps: int) -> Tensor:
+    def replay(self, members: Sequence[tuple[Group, int]], coefficients: Tensor, steps: int) -> Tensor:
         """Energies ``[R]`` under the deployment context; gradients of sum_g c_g E_g are accumulated."""
         generator, energies = self.generator, []
-        for member, coefficient in zip(members, coefficients, strict=True):
-            group: Group = member.group
+        for (group, index), coefficient in zip(members, coefficients, strict=True):
             cache = self.caches[group.index].copy(group.window_frames)
             text = self.text(group.index)
             energy = coefficient.new_zeros(())
             for block in range(group.blocks):
                 context = self.deployed(cache)
                 for step in range(steps):
-                    state = group.trajectories.states_MPSFCHW[member.index, block, step]
-                    own = group.trajectories.velocities_MPSFCHW[member.index, block, step]
+                    state = group.trajectories.states_MPSFCHW[index, block, step]
+                    own = group.trajectories.velocities_MPSFCHW[index, block, step]
                     sigma = torch.tensor([generator.sigmas[step]], dtype=torch.float32)
                     velocity = generator.velocity(state[None], sigma, text, context)
-                    energy = energy + velocity_residual(own, velocity[0])
+                    energy = energy + (own - velocity[0]).square().mean()
                 if block < group.blocks - 1:
                     frames = slice(block * generator.block, (block + 1) * generator.block)
-                    clean = group.clean_MTCHW[member.index, frames]
+                    clean = group.clean_MTCHW[index, frames]
                     cache.append(*generator.encode(clean[None], text, context))
             (coefficient * energy).backward()
             energies.append(energy.detach())

@@ -18,15 +18,18 @@ from copied_caches import OneByOne
 from measuring import alternated, machine, peak_pages, section, table, write_json
 from torch import Tensor, nn
 
-from kvpo.app.build import streaming_generator, wan_shape
 from kvpo.app.presets import demo
+from kvpo.app.sources.common import streaming_generator
 from kvpo.config import Config
+from kvpo.engine.explorers import Member, routes, site_of
+from kvpo.engine.forks import Fork
 from kvpo.engine.generator import StreamingGenerator
 from kvpo.engine.noise import SeededTape, keyed_generator
 from kvpo.engine.pages import stream_pages
-from kvpo.engine.replay import Member, branch_residuals, replay_context, replay_velocities
-from kvpo.engine.rollout import Group, Rollout, RoutedFrame, draw_routes, grow_roots, pool_of, run_members
+from kvpo.engine.replay import member_row, replay_context, replay_velocities
+from kvpo.engine.rollout import Group, Ran, Rollout, grouped, grow_roots, run_members
 from kvpo.engine.stream import advance, open_stream
+from kvpo.method.evidence import residual_table
 from kvpo.models.adapters import add_adapter, trained_parameters
 from kvpo.models.causal_wan import CausalWan
 from kvpo.models.deployment import reachable_frames
@@ -56,8 +59,6 @@ class Sizes:
 FULL = Sizes(groups=8, branches=(2, 4, 8, 16), blocks=(1, 2, 3, 5), lengths=(30, 60, 120, 240), repeats=3)
 QUICK = Sizes(groups=2, branches=(2, 3), blocks=(1, 5), lengths=(18, 36), repeats=1)
 
-Routes = list[tuple[int, list[tuple[RoutedFrame, ...]] | None]]
-
 
 @dataclass(frozen=True)
 class Bench:
@@ -80,7 +81,7 @@ def bench(config: Config, groups: int) -> Bench:
     """Random weights of the demo's shape; the adapter too is random, so that all of it gets a gradient."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # module initialisers know only the global generator
-        model = CausalWan(wan_shape(config))
+        model = CausalWan(config.model)
     draws = keyed_generator("benchmark")
     optim = config.optim
     add_adapter(model, optim.lora_rank, optim.lora_alpha, optim.lora_targets, generator=draws)
@@ -93,17 +94,11 @@ def bench(config: Config, groups: int) -> Bench:
     return Bench(config, model, generator, prompts, texts, SeededTape(("benchmark",), generator.block_shape))
 
 
-def members_of(subject: Bench) -> Routes:
+def members_of(subject: Bench) -> list[Member]:
     """Every group's branches, routed within their own history, and its anchor."""
-    exploration = subject.config.exploration
-    draws = keyed_generator("benchmark routes")
-    pools = [pool_of(subject.generator, prompt, FORK, exploration) for prompt in subject.prompts]
-    routes = [draw_routes(pools, index, exploration, draws) for index in range(len(pools))]
-    return [
-        (index, route and [route] * exploration.blocks)
-        for index, own in enumerate(routes)
-        for route in [*own, None]
-    ]
+    forks = [Fork(FORK, subject.config.exploration)] * len(subject.prompts)
+    site = site_of(subject.generator, subject.prompts, forks, subject.tape, ("benchmark",))
+    return [member for index in range(len(forks)) for member in (*routes(site, index), Member(index))]
 
 
 @contextmanager
@@ -116,26 +111,30 @@ def roots_of(subject: Bench) -> Iterator[Rollout]:
     rollout.release()
 
 
-def groups_of(rollout: Rollout, outputs: Sequence[Tensor]) -> list[Group]:
-    """The rollout's groups with their members' trajectories filled in."""
-    size = len(outputs[0]) // len(rollout.groups)
-    groups = []
-    for group in rollout.groups:
-        states, velocities, clean = (part[group.index * size :][:size] for part in outputs)
-        filled = replace(group, states_MPSFCHW=states, velocities_MPSFCHW=velocities, clean_MTCHW=clean)
-        groups.append(filled)
-    return groups
+def roll_out(subject: Bench, rollout: Rollout, members: Sequence[Member], *, rows: int = 0) -> list[Ran]:
+    """What every member visits, ``rows`` of them at a time (0: all)."""
+    return list(run_members(subject.generator, rollout, members, rows=rows))
 
 
-def replay(subject: Bench, members: Sequence[Member], coefficients: Tensor, *, rows: int) -> Tensor:
+def groups_of(subject: Bench, rollout: Rollout, members: Sequence[Member], ran: Sequence[Ran]) -> list[Group]:
+    """The rollout's groups, from their members and what those visited."""
+    size, following = len(members) // len(rollout.roots), iter(ran)
+    starts = range(0, len(members), size)
+    return [grouped(subject.generator, rollout, members[at : at + size], following) for at in starts]
+
+
+def replay(
+    subject: Bench, members: Sequence[tuple[Group, int]], coefficients: Tensor, *, rows: int
+) -> Tensor:
     """Energies ``[R]`` of members, ``rows`` at a time; gradients of sum_g c_g E_g are accumulated."""
     energies = []
     for at in range(0, len(members), rows):
-        batch = members[at : at + rows]
-        with replay_context(subject.generator, batch, subject.texts, subject.tape) as context:
-            steps = subject.config.objective.grad_steps
-            velocities = replay_velocities(subject.generator, batch, context, steps)
-            energy = branch_residuals(batch, velocities).sum((1, 2))
+        batch, steps = members[at : at + rows], subject.config.objective.grad_steps
+        asked = [member_row(group, index, steps) for group, index in batch]
+        own = torch.stack([group.trajectories.velocities_MPSFCHW[n, :, :steps] for group, n in batch])
+        with replay_context(subject.generator, asked) as context:
+            velocities = replay_velocities(subject.generator, asked, context, range(own.shape[1]))
+            energy = residual_table(torch.ones(own.shape[:3]), own, velocities).sum((1, 2))
             (coefficients[at : at + rows] * energy).sum().backward()
         energies.append(energy.detach())
     return torch.cat(energies)
@@ -169,13 +168,16 @@ def arms_of(subject: Bench, rollout: Rollout) -> tuple[dict[str, Any], dict[str,
     """The arms of the rollout, and of the replay with backward; all have run once and agree."""
     config, members = subject.config, members_of(subject)
     exploration = config.exploration
-    copied = OneByOne.of(
-        subject.generator, subject.texts, subject.tape, [group.root for group in rollout.groups]
-    )
+    copied = OneByOne.of(subject.generator, rollout.roots)
     counts = {name: vars(exploration)[name] for name in ("blocks", "tail_blocks", "recent")}
 
     def rolled_out(rows: int) -> tuple[Tensor, Tensor, Tensor]:
-        return run_members(subject.generator, rollout, members, subject.texts, subject.tape, rows=rows)
+        ran = roll_out(subject, rollout, members, rows=rows)
+        return (
+            torch.stack([one.states_PSFCHW for one in ran]),
+            torch.stack([one.velocities_PSFCHW for one in ran]),
+            torch.stack([one.clean_TCHW for one in ran]),
+        )
 
     rollouts = {
         BATCHED: lambda: rolled_out(0),
@@ -190,7 +192,8 @@ def arms_of(subject: Bench, rollout: Rollout) -> tuple[dict[str, Any], dict[str,
 
     kept = config.objective.keep_best + config.objective.keep_worst
     trained = range(min(kept, exploration.branches) or exploration.branches)
-    replayed = [Member(group, branch) for group in groups_of(rollout, expected) for branch in trained]
+    groups = groups_of(subject, rollout, members, [Ran(*own) for own in zip(*expected, strict=True)])
+    replayed = [(group, branch) for group in groups for branch in trained]
     coefficients = torch.randn(len(replayed), generator=keyed_generator("benchmark coefficients"))
     steps = config.objective.grad_steps
     replays = {
@@ -221,13 +224,11 @@ def memory(config: Config, groups: int) -> dict[str, float]:
     with roots_of(subject) as rollout:
         members = members_of(subject)
         with peak_pages(rollout.cache) as peak:
-            run_members(subject.generator, rollout, members, subject.texts, subject.tape)
-        copied = OneByOne.of(
-            subject.generator, subject.texts, subject.tape, [group.root for group in rollout.groups]
-        )
+            roll_out(subject, rollout, members)
+        copied = OneByOne.of(subject.generator, rollout.roots)
         roots = float(sum(cache.bytes for cache in copied.caches))
         room = (exploration.blocks + exploration.tail_blocks) * subject.generator.block
-        copies = [copied.caches[group].copy(room).bytes for group, _ in members]
+        copies = [copied.caches[member.group].copy(room).bytes for member in members]
         return {
             "shared pages in use, all branches at once": float(peak[0] * rollout.cache.page_bytes),
             "shared pages preallocated": float(rollout.cache.num_pages * rollout.cache.page_bytes),
@@ -242,21 +243,17 @@ def grown(config: Config, repeats: int) -> dict[str, float]:
     deployment = subject.generator.deployment
     with roots_of(subject) as rollout, roots_of(subject) as explored:
         members = members_of(subject)
-
-        def roll_out() -> tuple[Tensor, Tensor, Tensor]:
-            return run_members(subject.generator, rollout, members, subject.texts, subject.tape)
-
         roots = rollout.cache.pages_in_use
         with peak_pages(rollout.cache) as peak:
-            outputs = roll_out()
+            ran = roll_out(subject, rollout, members)
         # A run lets go of what only routes could reach before it replays; here the rollout is repeated.
         history = explored.roots[0].history
         history.keep(reachable_frames(deployment, history, max(1, deployment.sink)))
-        (group,) = groups_of(explored, outputs)
-        replayed = [Member(group, branch) for branch in range(group.branches)]
+        (group,) = groups_of(subject, explored, members, ran)
+        replayed = [(group, branch) for branch in range(group.branches)]
         weights = torch.ones(len(replayed))
         arms = {
-            "rollout": roll_out,
+            "rollout": lambda: roll_out(subject, rollout, members),
             "replay": cleared(subject, lambda: replay(subject, replayed, weights, rows=len(replayed))),
         }
         arms["replay"]()
@@ -279,15 +276,15 @@ def streamed(config: Config, frames: int, repeats: int) -> dict[str, float]:
     seconds, peaks, kept = [], [], []
     for _ in range(repeats):
         cache = generator.new_cache(stream_pages(generator, frames, resident))
-        stream = open_stream(generator, cache, prompt)
+        stream = open_stream(generator, cache, prompt, texts, subject.tape)
         with peak_pages(cache) as peak:
             for _ in range(frames // generator.block // 2):
-                advance(generator, [stream], texts, subject.tape, resident=resident)
+                advance(generator, [stream], resident=resident)
             blocks = (frames - stream.start) // generator.block
 
             def second_half(stream: Any = stream, blocks: int = blocks) -> None:
                 for _ in range(blocks):
-                    advance(generator, [stream], texts, subject.tape, resident=resident)
+                    advance(generator, [stream], resident=resident)
 
             seconds.append(alternated({"half": second_half}, 1)["half"] / blocks)
         peaks.append(peak[0])

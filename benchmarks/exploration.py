@@ -10,14 +10,14 @@ import argparse
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from measuring import machine
 from rich.progress import track
 
 from kvpo.app.build import build_setup
 from kvpo.app.configuration import resolve
-from kvpo.app.exhibits import explorer, story_forks
+from kvpo.app.exhibits import laboratory, story_places
+from kvpo.engine.explorers import Explorer, fresh_noise, routes
 from kvpo.training.diversity import averaged
 
 SETTINGS = (
@@ -36,13 +36,14 @@ def measured(setting: str, stories: int) -> dict[str, dict[str, float]]:
     flags = dict(part.split("=") for part in setting.split(","))
     config = resolve("demo", None, {f"exploration.{name}": value for name, value in flags.items()})
     setup = build_setup(replace(config, evaluation=replace(config.evaluation, test_prompts=2)))
-    forks = story_forks(setup, stories)
-    look = explorer(setup, [prompt for fork in forks for prompt in fork.prompts])
+    places = story_places(setup, stories)
+    look = laboratory(setup, [prompt for place in places for prompt in place.prompts])
 
-    def over_forks(branches: Any) -> dict[str, float]:
-        return averaged([m for fork in forks for m in [look.measure(branches(fork))] * len(fork.prompts)])
+    def over_places(explorer: Explorer) -> dict[str, float]:
+        measured = [(look.measure(look.branches(place, explorer)), len(place.prompts)) for place in places]
+        return averaged([found for found, count in measured for _ in range(count)])
 
-    return {"routed": over_forks(look.routed), "noise": over_forks(lambda fork: look.noisy(fork, 1.0))}
+    return {"routed": over_places(routes), "noise": over_places(fresh_noise)}
 
 
 def markdown(results: dict[str, dict[str, dict[str, float]]]) -> str:

@@ -22,16 +22,17 @@ import torch
 from measuring import given_settings, machine, section, table, write_json
 from torch import Tensor, nn
 
-from kvpo.app.build import streaming_generator, wan_shape
 from kvpo.app.configuration import preset
+from kvpo.app.sources.common import streaming_generator
 from kvpo.config import Config
 from kvpo.engine.forks import Fork
 from kvpo.engine.generator import StreamingGenerator
 from kvpo.engine.noise import SeededTape, keyed_generator
 from kvpo.engine.pages import PlannedRollout, cache_pages, stream_pages
-from kvpo.engine.replay import Member, branch_residuals, replay_context, replay_velocities
+from kvpo.engine.replay import member_row, replay_context, replay_velocities
 from kvpo.engine.rollout import Group, Rollout, collect, grow_roots
 from kvpo.engine.stream import advance, open_stream
+from kvpo.method.evidence import residual_table
 from kvpo.models.adapters import add_adapter, trained_parameters
 from kvpo.models.causal_wan import CausalWan
 from kvpo.prompts import VideoPrompt
@@ -87,7 +88,7 @@ class Subject:
     @property
     def costs(self) -> Costs:
         """What the passes of this generator cost at least."""
-        return Costs(self.config, wan_shape(self.config), self.weight_bytes, self.page_bytes)
+        return Costs(self.config, self.config.model, self.weight_bytes, self.page_bytes)
 
 
 @dataclass(frozen=True)
@@ -143,7 +144,7 @@ def subject_of(config: Config, fork: int, frames: int) -> Subject:
     """Random weights on the device, in bfloat16, with a float32 adapter to train."""
     device = torch.device(config.device)
     with torch.device("meta"):
-        model = CausalWan(wan_shape(config))
+        model = CausalWan(config.model)
     model = model.to(precision(config)).to_empty(device=device)
     draws = torch.Generator(device).manual_seed(0)
     with torch.no_grad():
@@ -168,10 +169,10 @@ def measure_streaming(subject: Subject, clock: Clock, repeats: int) -> tuple[flo
     """Seconds of one block with the window full, and the work of a block."""
     generator, window = subject.generator, subject.config.stream.window
     cache = generator.new_cache(stream_pages(generator, subject.prompt.num_frames, window))
-    stream = open_stream(generator, cache, subject.prompt)
+    stream = open_stream(generator, cache, subject.prompt, subject.texts, subject.tape)
 
     def block() -> None:
-        advance(generator, [stream], subject.texts, subject.tape, resident=window)
+        advance(generator, [stream], resident=window)
 
     while stream.start < window:
         block()
@@ -211,16 +212,19 @@ def measure_replay(
     subject: Subject, clock: Clock, group: Group, rows: int, repeats: int
 ) -> tuple[float, Work]:
     """Seconds of replaying every branch with backward, ``rows`` branches at a time, and the work of it."""
-    members = [Member(group, branch) for branch in range(group.branches)]
     steps = subject.config.objective.grad_steps
+    members = [member_row(group, branch, steps) for branch in range(group.branches)]
+    own_GPSFCHW = group.trajectories.velocities_MPSFCHW[:, :, :steps]
     optimizer = torch.optim.AdamW(list(trained_parameters(subject.model).values()), lr=1e-5)
 
     def run() -> None:
         for at in range(0, len(members), rows):
             batch = members[at : at + rows]
-            with replay_context(subject.generator, batch, subject.texts, subject.tape) as replay:
-                velocities = replay_velocities(subject.generator, batch, replay, steps)
-                branch_residuals(batch, velocities).sum().backward()
+            own = own_GPSFCHW[at : at + len(batch)]
+            with replay_context(subject.generator, batch) as replay:
+                velocities = replay_velocities(subject.generator, batch, replay, range(group.blocks))
+                ones = torch.ones(own.shape[:3], device=own.device)
+                residual_table(ones, own, velocities).sum().backward()
 
     run()
     optimizer.step()  # so that the optimiser's state counts in the peak
@@ -323,7 +327,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "GPU benchmark",
         f"{about['device']}, torch {about['torch']}: {limits.flops / 1e12:.3g} TFLOP/s in {dtype} matrix "
         f"products, {limits.bandwidth / 1e9:.3g} GB/s copying. {parameters / 1e9:.3g} billion random "
-        f"parameters with the adapter, {wan_shape(config).tokens_per_frame} tokens per frame, median of "
+        f"parameters with the adapter, {config.model.tokens_per_frame} tokens per frame, median of "
         f"{options.repeats} rounds.",
         table(columns, lines),
     )

@@ -25,15 +25,16 @@ from tokenizers import Tokenizer, models
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
-from kvpo.app.backbones import build_wan
-from kvpo.app.build import wan_shape
 from kvpo.app.configuration import preset
 from kvpo.app.plan import Planner
+from kvpo.app.sources.wan import build_wan
 from kvpo.config import Config
 from kvpo.engine.scoring import decode_members, score_group
 from kvpo.engine.stream import stream_latents
 from kvpo.models.causal_wan import CausalWan
 from kvpo.prompts import ClipPrompt
+from kvpo.training import collection
+from kvpo.training.credit import collection_scale
 from kvpo.training.gradients import accumulate_gradients
 from kvpo.training.plan import Plan, Rates
 from kvpo.training.trainer import Trainer
@@ -71,7 +72,7 @@ def write_files(config: Config, directory: Path, *, tiny: bool) -> dict[str, Any
     """Random weights of every part in a public layout; the settings that name them."""
     device, dtype = torch.device(config.device), precision(config)
     with torch.device("meta"):
-        model = CausalWan(wan_shape(config))
+        model = CausalWan(config.model)
     model = model.to(dtype).to_empty(device=device)
     draws = torch.Generator(device).manual_seed(0)
     with torch.no_grad():
@@ -127,24 +128,26 @@ class Phases:
         """Every phase in turn."""
         setup, trainer, block = self.setup, self.trainer, self.setup.generator.block
         held_out = [prompt for prompts in setup.test.values() for prompt in prompts][:1]
-        texts = setup.texts(held_out)
+        texts = setup.backbone.texts(held_out)
         tape = setup.evaluation_tape()
         self.take(PHASES[0], lambda: stream_latents(setup.generator, held_out, texts, tape))
 
         def unscored(call: Callable[[], Any]) -> Future[Any]:
             return Future()
 
-        updates = ((n, trainer.planned(n)) for n in range(1000))
+        updates = ((n, collection.plan(setup, n)) for n in range(1000))
         update, planned = next(one for one in updates if one[1].forks[0].frame == self.plan.fork)
-        cache = trainer.new_cache([planned])
-        explored = self.take(PHASES[1], lambda: trainer.generate(update, planned, unscored, cache))
-        group = explored.rollout.groups[0]
-        self.take(PHASES[2], lambda: decode_members(group, setup.codec, lead=0, block=block))
-        judges, plan = setup.judges, setup.clip_plan()
-        scores = score_group(group, judges.codec, judges.scorer, block=block, plan=plan)
-        trained, _ = trainer.credit(update, explored.rollout, [scores])
-        replayer = trainer.replayer(explored.texts)
-        self.take(PHASES[3], lambda: accumulate_gradients(replayer, trained, None))
+        cache = collection.new_cache(setup, [planned])
+        rollout, _ = self.take(
+            PHASES[1], lambda: collection.generate(setup, update, planned, unscored, cache)
+        )
+        group = rollout.groups[0]
+        self.take(PHASES[2], lambda: decode_members(group, setup.backbone.codec, lead=0, block=block))
+        codec, scorer = setup.backbone.codec, setup.judges.scorer
+        scores = score_group(group, codec, scorer, block=block, plan=setup.clip_plan())
+        scale = collection_scale([scores], setup.blend(), setup.config.objective)
+        lessons = collection.lessons_of(setup, trainer.learner, update, rollout, [scores], scale)
+        self.take(PHASES[3], lambda: accumulate_gradients(trainer.learner, lessons, None))
         self.take(PHASES[4], trainer.optimizer.step)
 
 

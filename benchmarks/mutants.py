@@ -8,6 +8,7 @@ on the text of the changes alone, not on where they stand. Mutants that change n
 """
 
 import argparse
+import gc
 import importlib
 import itertools
 import json
@@ -22,7 +23,7 @@ import threading
 import time
 import traceback
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -57,7 +58,7 @@ class Recorder:
         self.sources = {str(Path(path).resolve()): path for path in sources}
         self.lines: dict[str, set[tuple[str, int]]] = {}
         self.shared: set[tuple[str, int]] = set()
-        """Of fixtures that outlive a test: every test of the file may rest on them."""
+        """Of imports and fixtures that outlive a test: every test of the file may rest on them."""
         self.seconds: dict[str, float] = defaultdict(float)
         self.failed: list[str] = []
         self.hit = self.shared
@@ -93,6 +94,10 @@ class Recorder:
             return (yield)
         finally:
             self.hit = own
+
+    def pytest_sessionfinish(self) -> None:
+        imported = {getattr(module, "__file__", None) for module in list(sys.modules.values())}
+        self.shared |= {(path, 0) for file, path in self.sources.items() if file in imported}
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         self.seconds[report.nodeid] += report.duration
@@ -137,14 +142,16 @@ class Job:
     """In place meanwhile."""
 
 
-def run_jobs(jobs: Sequence[Job], slots: Sequence[Path]) -> Iterator[tuple[Job, Any]]:
+def run_jobs(jobs: Iterable[Job], slots: Sequence[Path]) -> Iterator[tuple[Job, Any]]:
     """Results of all jobs as they come, one job per slot at a time; None for one out of time or killed."""
-    queue, running = list(reversed(jobs)), {}
-    while queue or running:
+    queue, running = iter(jobs), {}
+    job: Job | None
+    while True:
         for slot in slots:
-            if queue and slot not in running:
-                job = queue.pop()
+            if slot not in running and (job := next(queue, None)):
                 running[slot] = (job, _start(job, slot), time.monotonic() + 10 * job.seconds)
+        if not running:
+            return
         for slot, (job, process, deadline) in list(running.items()):
             ended = os.waitpid(process, os.WNOHANG)[0]
             if not ended and time.monotonic() < deadline:
@@ -207,22 +214,21 @@ def slots_in(directory: Path, count: int) -> list[Path]:
 class Recorded:
     """What each test executes and takes, measured on the source as it is."""
 
-    lines: Mapping[str, Mapping[str, set[int]]]
-    """Test -> source -> lines."""
+    tests: Mapping[tuple[str, int], set[str]]
+    """Source and line -> tests."""
     seconds: Mapping[str, float]
 
-    def tests_of(self, mutant: Mutant) -> list[str]:
-        """Tests that execute the change; those of the function or the file where it runs on import."""
-        for lines in (mutant.lines, mutant.scope, range(10**6)):
-            found = [test for test, own in self.lines.items() if not own[mutant.path].isdisjoint(lines)]
-            if found:
-                return found
-        return []
+    def tests_of(self, mutant: Mutant) -> set[str]:
+        """Tests that execute the change, or its function; outside of functions those that import the file."""
+        for lines in (mutant.lines, mutant.scope):
+            if found := [self.tests[at] for line in lines if (at := (mutant.path, line)) in self.tests]:
+                return set.union(*found)
+        return set()
 
 
-def record(slots: Sequence[Path]) -> Recorded:
+def record(slots: Sequence[Path], files: Sequence[str]) -> Recorded:
     """Run every test once. Raises SystemExit when one fails on the source as it is."""
-    sources, files = in_files(SOURCES), in_files(TESTS)
+    sources = in_files(SOURCES)
 
     def one(file: str) -> dict[str, Any]:
         recorder = Recorder(sources)
@@ -232,17 +238,16 @@ def record(slots: Sequence[Path]) -> Recorded:
             "seconds": recorder.seconds
         }
 
-    lines: dict[str, Mapping[str, set[int]]] = {}
+    tests: dict[tuple[str, int], set[str]] = defaultdict(set)
     seconds: dict[str, float] = {}
     for _, result in run_jobs([Job(partial(one, file), 1800) for file in files], slots):
         if result is None or result["failed"]:
             raise SystemExit(f"without any mutant, tests fail: {result and result['failed']}")
         seconds |= result["seconds"]
         for test, hits in result["lines"].items():
-            lines[test] = defaultdict(set)
             for path, line in hits:
-                lines[test][path].add(line)
-    return Recorded(lines, seconds)
+                tests[path, line].add(test)
+    return Recorded(tests, seconds)
 
 
 def attempt(mutant: Mutant, recorded: Recorded) -> Job:
@@ -260,7 +265,7 @@ def attempt(mutant: Mutant, recorded: Recorded) -> Job:
                 return plugin.failure or [file, "stopped"]
         return None
 
-    return Job(lambda: {"failure": failure()}, 60 + 5 * sum(taken.values()), mutant)
+    return Job(lambda: {"failure": failure()}, 20 + 4 * sum(taken.values()), mutant)
 
 
 @dataclass(frozen=True)
@@ -310,7 +315,7 @@ def in_files(patterns: Sequence[str]) -> list[str]:
     return sorted(str(path.relative_to(ROOT)) for paths in found.values() for path in paths)
 
 
-def sampled(count: int, match: str) -> list[Mutant]:
+def sampled(count: int, match: str, key: str) -> list[Mutant]:
     """The first mutants, in an order that their texts give, of those that contain ``match``."""
     signatures = Signatures.of([path.read_text(encoding="utf-8") for path in (ROOT / "src").rglob("*.py")])
     every: list[Mutant] = []
@@ -319,7 +324,7 @@ def sampled(count: int, match: str) -> list[Mutant]:
     if gone := set(reviewed()) - {mutant.key for mutant in every}:
         raise SystemExit(f"{REVIEWED.name} has changes that no mutant makes: {sorted(gone)}")
     matching = [mutant for mutant in every if match in " ".join(mutant.key)]
-    sample = sorted(matching, key=lambda mutant: mutant.rank)[: count or None]
+    sample = sorted(matching, key=lambda mutant: mutant.rank(key))[: count or None]
     print(f"{len(sample)} of {len(every)} mutants", flush=True)
     return sample
 
@@ -330,18 +335,19 @@ def reviewed() -> dict[tuple[str, str, str], str]:
     return {(row["file"], row["function"], row["change"]): row["reason"] for row in rows}
 
 
-def run(sample: Sequence[Mutant], workers: int) -> Iterator[Outcome]:
+def run(sample: Sequence[Mutant], tests: Sequence[str], workers: int) -> Iterator[Outcome]:
     """What becomes of every mutant, as it is known."""
     os.environ |= {"OMP_NUM_THREADS": "1", "ONEDNN_MAX_CPU_ISA": "AVX512_CORE_FP16"}
     os.environ.setdefault("KVPO_GOLDEN", str(ROOT.parent / "shared" / "golden"))
-    for name in PRELOADED:
-        importlib.import_module(name)
     reasons, started = reviewed(), time.monotonic()
     with tempfile.TemporaryDirectory(prefix="mutants-") as directory:
         slots = slots_in(Path(directory).resolve(), workers)
-        recorded = record(slots)
-        print(f"{len(recorded.lines)} tests recorded in {time.monotonic() - started:.0f} s", flush=True)
-        for job, result in run_jobs([attempt(mutant, recorded) for mutant in sample], slots):
+        for name in PRELOADED:
+            importlib.import_module(name)
+        gc.freeze()  # forked processes share what is loaded
+        recorded = record(slots, in_files(tests))
+        print(f"{len(recorded.seconds)} tests recorded in {time.monotonic() - started:.0f} s", flush=True)
+        for job, result in run_jobs((attempt(mutant, recorded) for mutant in sample), slots):
             assert job.mutant
             yield outcome(job.mutant, result, reasons)
 
@@ -352,18 +358,20 @@ def main() -> None:
     )
     parser.add_argument("--count", type=int, default=200, help="mutants; 0: all (default: %(default)s)")
     parser.add_argument("--match", default="", help="only those whose file, function and change contain this")
+    parser.add_argument("--key", default="", help="another key, another sample")
+    parser.add_argument("--tests", nargs="*", default=TESTS, help="files of tests (default: all that matter)")
     parser.add_argument("--list", action="store_true", help="print the sample and stop")
     parser.add_argument("--workers", type=int, default=min(4, os.cpu_count() or 1))
     parser.add_argument("--least", type=float, default=0.95, help="share to catch (default: %(default)s)")
     parser.add_argument("--json", type=Path, help="where everything found goes")
     arguments = parser.parse_args()
     started = time.monotonic()
-    sample = sampled(arguments.count, arguments.match)
+    sample = sampled(arguments.count, arguments.match, arguments.key)
     if arguments.list:
         print("\n".join("  ".join([mutant.operator, *mutant.key]) for mutant in sample))
         return
     found = []
-    for one in run(sample, arguments.workers):
+    for one in run(sample, arguments.tests, arguments.workers):
         found.append(one)
         print(f"{one.outcome:9}  {one.file}  {one.function}: {one.change[:160]}  {one.test}", flush=True)
     found.sort(key=lambda one: (one.file, one.function, one.change))

@@ -28,6 +28,9 @@ SHOWN = (ast.expr, ast.keyword, ast.Assign, ast.AnnAssign, ast.AugAssign, ast.Re
 """What is shown around a number."""
 STATEMENTS = (ast.AugAssign, ast.Raise, ast.Continue, ast.Break, ast.Delete)
 
+IMPORT = range(1)
+"""Stands for the lines of a file that run when it is imported."""
+
 
 @dataclass(frozen=True)
 class Mutant:
@@ -40,7 +43,7 @@ class Mutant:
     """Source before and after."""
     lines: range
     scope: range
-    """Of the function around it."""
+    """Of the function around it; ``IMPORT`` outside of one."""
     text: str
     """The whole mutated file."""
 
@@ -49,10 +52,9 @@ class Mutant:
         """What the mutant is known by, wherever its lines move to."""
         return self.path, self.function, self.change
 
-    @property
-    def rank(self) -> str:
+    def rank(self, key: str) -> str:
         """Place in the order that samples are taken in; a function that moves to another file keeps it."""
-        return hashlib.sha256(f"{self.function}: {self.change}".encode()).hexdigest()
+        return hashlib.sha256(f"{key}{self.function}: {self.change}".encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,7 @@ class Signatures:
 def mutants_of(path: str, source: str, signatures: Signatures) -> list[Mutant]:
     """Every mutant of one file that compiles, in the order of the source."""
     maker = _Maker(path, source, signatures)
-    maker.visit(ast.parse(source), ast.Module([], []), "", (), range(1, source.count("\n") + 2))
+    maker.visit(ast.parse(source), ast.Module([], []), "", (), IMPORT)
     return maker.found
 
 
@@ -101,7 +103,9 @@ class _Maker:
     def visit(self, node: Any, parent: ast.AST, place: str, names: tuple[str, ...], scope: range) -> None:
         """Make the mutants of a node and of what it holds."""
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
-            names, scope = (*names, node.name), range(node.lineno, node.end_lineno + 1)
+            names = (*names, node.name)
+        if isinstance(node, ast.FunctionDef):
+            scope = range(node.lineno, node.end_lineno + 1)
         if hasattr(node, "lineno"):
             for operator, other in self.alternatives(node, place):
                 self.add(node, other, parent, place, operator, ".".join(names) or "module", scope)

@@ -30,7 +30,7 @@ from kvpo.prompts import ClipPrompt
 from kvpo.rewards.client import RemoteScorer
 from kvpo.rewards.protocol import Scorer
 from kvpo.rewards.wire import eight_bit
-from kvpo.training.trainer import Trainer
+from kvpo.training.collection import generate, new_cache, plan
 
 SECONDS = "KVPO_BENCHMARK_CLIP_SECONDS"
 """Environment variable: what a clip costs in `paced`."""
@@ -169,15 +169,15 @@ class Rollouts:
     def __init__(self, config: Config, scorer: Any) -> None:
         setup = build_setup(config)
         self.calls: list[int] = []
-        self.trainer = Trainer(replace(setup, judges=replace(setup.judges, scorer=scorer)))
-        self.planned = self.trainer.planned(0)
+        self.setup = replace(setup, judges=replace(setup.judges, scorer=scorer))
+        self.planned = plan(self.setup, 0)
 
     def generated(self, submit: Callable[[Callable[[], Any]], Future[Any]]) -> Any:
         """Generate, hand every group to ``submit``, wait for the scores, let go of the pages."""
-        cache = self.trainer.new_cache([self.planned])
-        explored = self.trainer.generate(0, self.planned, submit, cache)
-        scores = explored.scores()
-        explored.rollout.release()
+        cache = new_cache(self.setup, [self.planned])
+        rollout, pending = generate(self.setup, 0, self.planned, submit, cache)
+        scores = [future.result() for future in pending]
+        rollout.release()
         return scores
 
     def alone(self) -> None:

@@ -27,6 +27,7 @@ from measuring import given_settings, machine, section, table, write_json
 
 from kvpo.app.build import build_setup
 from kvpo.app.configuration import preset
+from kvpo.training.collection import explore
 from kvpo.training.device import computing
 from kvpo.training.trainer import Trainer
 
@@ -37,8 +38,9 @@ def piece(threads: int, updates: int, latents: Path, settings: Sequence[str]) ->
     """Print seconds and CPU-seconds of some updates as JSON, and save the latents of the first rollout."""
     config = replace(preset("demo", given_settings(settings)), threads=threads)
     with computing(config):
-        trainer = Trainer(build_setup(config))
-        rollout, _, _ = trainer.explore(0)
+        setup = build_setup(config)
+        trainer = Trainer(setup)
+        rollout, _ = explore(setup, 0)
         torch.save(torch.cat([group.clean_MTCHW for group in rollout.groups], 1), latents)
         rollout.release()
         trainer.step()

@@ -45,7 +45,7 @@ def one_update(setup: Setup) -> dict[str, torch.Tensor]:
 
     # Stream. Every block attends to the pages that the deployment window shows; noise is a tape, never drawn.
     (prompt,) = setup.training_prompts(UPDATE)
-    texts, tape, key = setup.texts([prompt]), setup.tape("training"), (config.seed, UPDATE)
+    texts, tape, key = setup.backbone.texts([prompt]), setup.backbone.tape("training"), (config.seed, UPDATE)
     (fork,) = draw_forks([prompt], config.exploration, generator.deployment, key)
     cache = generator.new_cache(cache_pages(generator, [PlannedRollout([prompt], [fork])]))
     root = open_stream(generator, cache, prompt, texts, tape)
@@ -62,7 +62,9 @@ def one_update(setup: Setup) -> dict[str, torch.Tensor]:
 
     # Score. Rewards of the clips that can differ become advantages of the best and the worst branches.
     judges = setup.judges
-    scores = score_group(group, judges.codec, judges.scorer, block=generator.block, plan=setup.clip_plan())
+    scores = score_group(
+        group, setup.backbone.codec, judges.scorer, block=generator.block, plan=setup.clip_plan()
+    )
     draws = keyed_generator("advantages", *key, 0)
     credit = assign_credit(scores, setup.blend(), config.objective, draws)
     assert credit is not None, "these branches differ by noise alone"

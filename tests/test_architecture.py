@@ -2,20 +2,33 @@
 
 import ast
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import pytest
+
+from kvpo.app.build import SOURCES
+from kvpo.config import BackboneConfig
 
 SOURCE = Path(__file__).resolve().parents[1] / "src"
 
 # Room -> rooms it may import, besides itself. The longest matching name is a module's room.
 MAY_IMPORT = {
     "kvpo.files": set(),
+    "kvpo.progress": set(),
+    "kvpo.extras": set(),
     "kvpo.method": set(),
-    "kvpo.config": set(),
+    "kvpo.models.settings": set(),
+    "kvpo.config": {"kvpo.method", "kvpo.models.settings"},
     "kvpo.config_checks": {"kvpo.config", "kvpo.method", "kvpo.prompts"},
     "kvpo.prompts": {"kvpo.method"},
     "kvpo.prompt_files": {"kvpo.files", "kvpo.prompts"},
-    "kvpo.models": {"kvpo.files", "kvpo.method", "kvpo.prompts"},
+    "kvpo.models": {
+        "kvpo.extras",
+        "kvpo.files",
+        "kvpo.method",
+        "kvpo.models.settings",
+        "kvpo.prompts",
+    },
     "kvpo.rewards.protocol": {"kvpo.method", "kvpo.prompts"},
 }
 MAY_IMPORT["kvpo.rewards"] = set(MAY_IMPORT)
@@ -26,7 +39,7 @@ MAY_IMPORT["kvpo.app"] = set(MAY_IMPORT)
 MAY_IMPORT["kvpo.__main__"] = {"kvpo.app"}
 MAY_IMPORT["kvpo"] = set(MAY_IMPORT)  # the package's front door
 
-METHOD_MODULES = {"torch", "math", "collections", "dataclasses", "itertools", "typing", "kvpo"}
+METHOD_MODULES = {"torch", "math", "collections", "dataclasses", "functools", "itertools", "typing", "kvpo"}
 
 
 def module_name(path: Path) -> str:
@@ -105,3 +118,23 @@ def test_the_checker_sees_lazy_relative_and_submodule_imports(tmp_path, monkeypa
     assert imported_modules("kvpo.models.stray") == {"kvpo.app.config", "kvpo.models.cache", "numpy.linalg"}
     assert room_of("kvpo.rewards.protocol") == "kvpo.rewards.protocol"
     assert room_of("kvpo.rewards.motion") == "kvpo.rewards"
+
+
+def test_files_import_each_other_in_no_circle():
+    modules = set(MODULES) - {"kvpo"}  # its version number is read by modules that it exports
+    edges = {name: imported_modules(name) & modules - {name} for name in modules}
+    while leaves := {name for name, lower in edges.items() if not lower}:
+        edges = {name: lower - leaves for name, lower in edges.items() if name not in leaves}
+    assert not edges, f"a circle among {sorted(edges)}"
+
+
+def test_every_kind_of_generator_has_a_source_and_no_other_file_names_one():
+    kinds = get_args(get_type_hints(BackboneConfig)["kind"])
+    assert set(SOURCES) == set(kinds) and set(SOURCES.values()) <= set(MODULES)
+    compared = [
+        f"{name}:{node.lineno}"
+        for name, path in MODULES.items()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Compare) and "backbone.kind" in ast.unparse(node)
+    ]
+    assert not compared

@@ -13,9 +13,9 @@ import pytest
 import torch
 
 import kvpo
-from kvpo.app import cli, commands
-from kvpo.app.build import wan_shape
+from kvpo.app import cli, commands, configuration
 from kvpo.app.commands import COMMANDS, Command
+from kvpo.config import Config
 from kvpo.models.checkpoints import load_transformer_state
 from kvpo.models.export import save_diffusers_transformer
 from tests.tiny_wan import tiny_flags, tiny_wan
@@ -121,18 +121,35 @@ def test_the_commands_and_code_of_the_embedded_world_run(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
-    reward, notebook = blocks(ROOT / "docs/rewards.md", "python"), blocks(ROOT / "README.md", "python")
-    Path("rewards.py").write_text("\n".join(reward))
+    Path("rewards.py").write_text("\n".join(blocks(ROOT / "docs/rewards.md", "python")))
     Path("prompts.txt").write_text("a red circle\n")
     tiny = {**SETTINGS, "base": str(tiny_base), "optim.updates": 1}
     flags = [f"--{name}={','.join(map(str, v)) if isinstance(v, tuple) else v}" for name, v in tiny.items()]
     run_all(WORLD, flags, capsys)
     assert {path.name for path in Path("runs").iterdir()} >= {"one", "warm"}
     assert Path("scores.json").exists() and list(Path("videos").glob("*.mp4"))
-    monkeypatch.setattr(kvpo, "preset", lambda name: tiny_config(tiny_base), raising=False)
-    (code,) = notebook
-    exec(code.replace("updates=20", "updates=1"), {})
-    assert Path("runs/notebook/report.html").exists()
+    changes = []
+
+    def preset(name: str, given: dict[str, Any]) -> Config:
+        changes.append(configuration.preset(name, given))
+        return tiny_config(tiny_base, optim__updates=1)
+
+    monkeypatch.setattr(kvpo, "preset", preset, raising=False)
+    (code,) = (code for code in blocks(ROOT / "README.md", "python") if "import kvpo" in code)
+    exec(code, {})
+    assert [config.optim.updates for config in changes] == [20]
+    assert Path("runs/notebook/report.html").exists() and list(Path("clips").glob("*.mp4"))
+
+
+def test_the_excerpt_of_the_update_is_the_examples_code() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    excerpt = readme.split("<!-- one update -->")[1].split("<!-- /one update -->")[0]
+    example = (ROOT / "examples/one_update.py").read_text(encoding="utf-8")
+    code = {line.split("  #")[0].strip() for line in example.splitlines()}
+    lines = [
+        line.split("  #")[0].strip() for _, block in BLOCK.findall(excerpt) for line in block.splitlines()
+    ]
+    assert not [line for line in lines if not line.startswith("#") and line not in code] and len(lines) > 9
 
 
 def test_the_commands_and_code_of_public_generators_run(
@@ -156,7 +173,7 @@ def test_the_commands_and_code_of_public_generators_run(
 
     config = tiny_wan("longlive-1.3b", tmp_path, segments=3)
     theirs = Path("Wan-AI/Wan2.1-T2V-1.3B-Diffusers/transformer")
-    save_diffusers_transformer(theirs, load_transformer_state(base).tensors, wan_shape(config))
+    save_diffusers_transformer(theirs, load_transformer_state(base).tensors, config.model)
     (code,) = blocks(ROOT / "docs/backbones.md", "python")
     names: dict[str, Any] = {}
     exec(code, names)

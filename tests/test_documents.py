@@ -1,19 +1,45 @@
-"""What the documents point at exists: functions, tests, files and settings."""
+"""Files, functions, settings, tests, sections and counts that documents and docstrings name are right."""
 
 import ast
 import importlib
+import io
 import re
+import tokenize
+from collections.abc import Iterator
+from dataclasses import fields
+from functools import cache
 from pathlib import Path
 
 import pytest
 
 from kvpo.config import Config
+from kvpo.engine.explorers import EXPLORERS
+from kvpo.method.methods import METHODS
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/*.md")])
+TODAY = [path for path in DOCUMENTS if path.name != "CHANGELOG.md"]
+"""Documents about the code as it is; a changelog may name what is gone."""
+FOLDERS = ("src", "tests", "benchmarks", "examples")
+MODULES = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
 METHOD = (ROOT / "docs" / "method.md").read_text(encoding="utf-8")
-TABLE = METHOD.split("## Symbol, function, test")[1].split("## 1.")[0]
-ROWS = [line.split(" | ") for line in TABLE.splitlines()]
+UPSTREAM = {
+    "dataset/data_collator_qwen.py",
+    "data_collator_qwen.py",
+    "prompt_template.py",
+    "vision_process.py",
+    "open_clip/transformer.py",
+    "ImageReward/ImageReward.py",
+}
+"""Files of other projects that rewards follow."""
+OF_A_RUN = {"config.yaml", "rewards.py"}
+"""Files that a run writes, or its user."""
+OTHERS_NAMES = {"from_pretrained", "load_lora_adapter", "load_lora_weights", "use_safetensors", "use_rslora"}
+"""Names that the documents use and that belong to other libraries."""
+
+
+def name_of(path: Path) -> str:
+    return str(path.relative_to(ROOT))
 
 
 def defined(path: Path) -> set[str]:
@@ -22,35 +48,78 @@ def defined(path: Path) -> set[str]:
     return {node.name for node in body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
 
 
+@cache
+def sections() -> dict[str, set[str]]:
+    """Section of the configuration -> its settings."""
+    parts = {name: value for name, value in vars(Config()).items() if hasattr(value, "__dict__")}
+    return {name: {field.name for field in fields(value)} for name, value in parts.items()}
+
+
+@cache
+def prose(path: Path) -> str:
+    """A document; of a module its docstrings and comments."""
+    text = path.read_text(encoding="utf-8")
+    if path.suffix != ".py":
+        return text
+    found = [
+        node.value.value
+        for node in ast.walk(ast.parse(text))
+        if isinstance(node, ast.Expr)
+        and isinstance(node.value, ast.Constant)
+        and isinstance(node.value.value, str)
+    ]
+    tokens = tokenize.generate_tokens(io.StringIO(text).readline)
+    return "\n".join([*found, *(token.string for token in tokens if token.type == tokenize.COMMENT)])
+
+
+@cache
+def words_of_the_code() -> set[str]:
+    """Every word of the code outside docstrings and comments: names, and words of strings."""
+    words: set[str] = set()
+    for path in MODULES:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        quoted = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+        for node in ast.walk(tree):
+            for field in ("id", "attr", "arg", "name"):
+                words.update(re.findall(r"\w+", str(getattr(node, field, ""))))
+            if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in quoted:
+                words.update(re.findall(r"\w+", node.value))
+    return words
+
+
 def resolves(dotted: str) -> bool:
-    """Whether ``module.name`` or ``module.Class.name`` below the package can be imported."""
+    """True if ``module.name`` or ``module.Class.name`` below the package can be imported."""
     parts = dotted.split(".")
-    for cut in range(len(parts) - 1, 0, -1):
+    for cut in range(len(parts) - 1, -1, -1):
         try:
             found = importlib.import_module(".".join(["kvpo", *parts[:cut]]))
         except ModuleNotFoundError:
             continue
         for name in parts[cut:]:
-            if not hasattr(found, name):
+            known = getattr(found, "__annotations__", {}) | vars(found)
+            if name in known or hasattr(found, name):
+                found = getattr(found, name, None)
+                continue
+            try:
+                found = importlib.import_module(f"{found.__name__}.{name}")
+            except (ModuleNotFoundError, AttributeError):
                 return False
-            found = getattr(found, name)
         return True
     return False
 
 
-@pytest.mark.parametrize("row", [row for row in ROWS if len(row) == 3 and "`" in row[1]], ids=lambda r: r[0])
-def test_every_symbol_has_its_functions_and_tests(row):
-    *_, functions, tests = row
-    module = ""
-    for name in re.findall(r"`([^`]+)`", functions):
-        module, dotted = (name.rsplit(".", 1)[0], name) if "." in name else (module, f"{module}.{name}")
-        assert resolves(dotted), f"kvpo.{dotted}"
-    for path, name in named_tests(tests):
-        assert name in defined(ROOT / "tests" / path), f"tests/{path}::{name}"
+def anchor(heading: str) -> str:
+    """The anchor that a heading gets on a rendered page."""
+    return re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-")
+
+
+@cache
+def headings(path: Path) -> tuple[str, ...]:
+    return tuple(re.findall(r"^#+ (.+)$", path.read_text(encoding="utf-8"), re.MULTILINE))
 
 
 def named_tests(text: str) -> list[tuple[str, str]]:
-    """(file below tests, name) of every `file.py::name` and of `::name`, which is of the file before it."""
+    """(file below tests, name) of every test that is named; without a file it is of the file before it."""
     found, path = [], ""
     for file, name in re.findall(r"`([\w/.]*)::(\w+)`", text):
         path = file or path
@@ -58,19 +127,123 @@ def named_tests(text: str) -> list[tuple[str, str]]:
     return found
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
-def test_links_and_named_tests_lead_somewhere(document):
-    text = document.read_text(encoding="utf-8")
-    for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", text):
-        if not target.startswith(("http:", "https:", "mailto:")):
-            assert (document.parent / target).exists(), target
-    for path, name in named_tests(text):
+def tables(text: str) -> Iterator[list[list[str]]]:
+    """The tables of a document, row by row, without the line under the head."""
+    for block in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE):
+        rows = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in block.splitlines()]
+        yield [rows[0], *rows[2:]]
+
+
+def table(text: str, *head: str) -> list[list[str]]:
+    """The rows of the one table with these first columns."""
+    (found,) = [rows for rows in tables(text) if tuple(rows[0][: len(head)]) == head]
+    return found[1:]
+
+
+SYMBOLS = [row for rows in tables(METHOD) if rows[0][-2:] == ["function", "tests"] for row in rows[1:]]
+
+
+@pytest.mark.parametrize("row", SYMBOLS, ids=lambda row: row[0])
+def test_every_symbol_has_its_functions_and_tests(row: list[str]) -> None:
+    *_, functions, tests = row
+    module = ""
+    for name in re.findall(r"`([^`]+)`", functions):
+        module, dotted = (name.rsplit(".", 1)[0], name) if "." in name else (module, f"{module}.{name}")
+        assert resolves(dotted), f"kvpo.{dotted}"
+    assert named_tests(tests) or "every" in tests, row
+    for path, name in named_tests(tests):
         assert name in defined(ROOT / "tests" / path), f"tests/{path}::{name}"
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
-def test_settings_that_are_named_exist(document):
-    sections = {name: vars(value) for name, value in vars(Config()).items() if hasattr(value, "__dict__")}
-    for section, field in re.findall(r"[`-](\w+)\.(\w+)[` ]", document.read_text(encoding="utf-8")):
-        if section in sections and field != "py":
-            assert field in sections[section], f"{section}.{field}"
+@pytest.mark.parametrize("path", [*DOCUMENTS, *MODULES], ids=name_of)
+def test_named_tests_exist(path: Path) -> None:
+    for file, name in named_tests(prose(path)):
+        assert name in defined(ROOT / "tests" / file), f"tests/{file}::{name}"
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=name_of)
+def test_links_lead_somewhere(path: Path) -> None:
+    for target, place in re.findall(r"\]\(([^)#\s]*)(?:#([^)]*))?\)", prose(path)):
+        if target.startswith(("http:", "https:", "mailto:")):
+            continue
+        file = path.parent / target if target else path
+        assert file.exists(), target
+        assert not place or place in map(anchor, headings(file)), f"{target}#{place}"
+
+
+@pytest.mark.parametrize("path", [*TODAY, *MODULES], ids=name_of)
+def test_files_that_are_named_exist(path: Path) -> None:
+    roots = (ROOT, ROOT / "src" / "kvpo", ROOT / "tests", ROOT / "docs", ROOT / "benchmarks", path.parent)
+    names = {module.name for module in MODULES}  # a bare name may be of any folder
+    text = re.sub(r"https?://\S+", "", prose(path))
+    for name in re.findall(r"(?<![\w/.:{-])([\w./{},-]+\.(?:py|md|svg|yaml))\b(?!\.)", text):
+        for file in expanded(name):
+            known = file in UPSTREAM | OF_A_RUN | names or any((root / file).exists() for root in roots)
+            assert known, f"{name_of(path)} names {file}"
+
+
+def expanded(name: str) -> list[str]:
+    """Every file that a name with braces stands for."""
+    head, brace, rest = name.partition("{")
+    if not brace:
+        return [name]
+    middle, _, tail = rest.partition("}")
+    return [head + part.strip() + tail for part in middle.split(",")]
+
+
+@pytest.mark.parametrize("path", [*TODAY, *MODULES], ids=name_of)
+def test_modules_and_settings_that_are_named_exist(path: Path) -> None:
+    for dotted in re.findall(r"`{1,2}-{0,2}([a-z_]\w*(?:\.\w+)+)(?:\(\))?[` ]", prose(path)):
+        first, second = dotted.split(".")[:2]
+        if dotted.endswith(
+            (".py", ".md", ".json", ".jsonl", ".yaml", ".txt", ".html", ".pt", ".pth", ".safetensors")
+        ):
+            continue
+        if first in sections() and second in sections()[first]:
+            continue
+        if first == "kvpo" or first in sections() or (ROOT / "src/kvpo" / first).exists():
+            assert resolves(dotted.removeprefix("kvpo.")), f"{name_of(path)} names {dotted}"
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=name_of)
+def test_flags_that_are_named_exist(path: Path) -> None:
+    for section, field in re.findall(r"--(\w+)\.(\w+)", prose(path)):
+        assert field in sections().get(section, ()), f"--{section}.{field}"
+
+
+@pytest.mark.parametrize("path", [*TODAY, *(path for path in MODULES if "src" in path.parts)], ids=name_of)
+def test_names_in_backticks_are_names_of_the_code(path: Path) -> None:
+    for name in re.findall(r"`{1,2}(\w*_\w*|[A-Z][a-z]+[A-Z]\w*)(?:\(\))?`", prose(path)):
+        assert name in words_of_the_code() | OTHERS_NAMES, f"{name_of(path)} names {name}"
+
+
+@pytest.mark.parametrize("path", [*TODAY, *MODULES], ids=name_of)
+def test_sections_that_are_named_exist(path: Path) -> None:
+    """By their headings: numbers move. Our own papers are not in the repository."""
+    text = " ".join(prose(path).split())
+    for document, heading in re.findall(r"docs/(\w+\.md)`*,? \"([^\"]+)\"", text):
+        assert heading in headings(ROOT / "docs" / document), f"{name_of(path)} names {document}, {heading}"
+    stale = re.search(r"\b(METHOD|MODELS|REWARDS)(\.md)?,? (section|notation|\d)", text)
+    assert not stale or path == Path(__file__), f"{name_of(path)} names {stale and stale.group()}"
+
+
+def test_the_lines_and_settings_of_every_method() -> None:
+    folder = ROOT / "src" / "kvpo" / "method"
+    rows = table(METHOD, "method", "files and lines")
+    assert [row[0].strip("`") for row in rows] == list(METHODS)
+    for name, files, settings in rows:
+        found = re.findall(r"`(\w+\.py)` (\d+)", files)
+        assert found[0][0].removesuffix(".py") == name.strip("`").replace("-", "_")
+        lines = {file: len((folder / file).read_text().splitlines()) for file, _ in found}
+        assert {file: int(count) for file, count in found} == lines, name
+        section = name.strip("`").replace("-", "_")
+        assert set(re.findall(r"`(\w+)`", settings)) == sections()[section], name
+
+
+def test_every_method_and_explorer_is_in_the_tables() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert [row[0].strip("`") for row in table(readme, "method")] == list(METHODS)
+    assert [row[0].strip("`") for row in table(METHOD, "explorer")] == list(EXPLORERS)
+    explained = [heading.split("`")[1] for heading in headings(ROOT / "docs/method.md") if "`" in heading]
+    assert explained == list(METHODS)
+    assert len(readme.splitlines()) <= 150

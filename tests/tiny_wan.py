@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kvpo.app.build import wan_shape
 from kvpo.app.configuration import preset
 from kvpo.config import Config
 from kvpo.models.adapter_files import PEFT_PREFIX
@@ -112,13 +111,13 @@ def write_prompts(directory: Path, segments: int) -> Path:
 
 def write_transformer(config: Config, path: Path) -> None:
     """Random weights in the layout of LongLive and Self-Forcing."""
-    weights = tiny_model(wan_shape(config)).state_dict()
+    weights = tiny_model(config.model).state_dict()
     torch.save({"generator": {f"model.{name}": value for name, value in weights.items()}}, path)
 
 
 def write_lora(config: Config, path: Path) -> None:
     """A random adapter of every target layer in the layout of lora.pt."""
-    model, draws = tiny_model(wan_shape(config)), torch.Generator().manual_seed(9)
+    model, draws = tiny_model(config.model), torch.Generator().manual_seed(9)
     tensors = {}
     for name, module in model.named_modules():
         if name.endswith(config.optim.lora_targets):

@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kvpo.app.build import build_backbone
 from kvpo.app.configuration import assign, with_method
 from kvpo.app.held_out import held_out_scorers
+from kvpo.app.sources.world import build_backbone
 from kvpo.config import Config
 from kvpo.prompts import ClipPrompt, VideoPrompt
+from kvpo.training.backbone import Backbone
 from kvpo.training.evaluation import Judges
 from kvpo.training.setup import Setup
 from kvpo.world.pretrain import PretrainSettings, new_generator, save_generator
@@ -112,23 +113,29 @@ def toy_setup(config: Config, scorer: Any = None) -> Setup:
     weights = torch.ones(len(scorer.components))
     held_out = held_out_scorers(config, backbone.codec.frames_per_second)
     return Setup(
-        **vars(backbone),
-        judges=Judges(backbone.codec, scorer, weights, None, held_out),
+        backbone=backbone,
+        judges=Judges(scorer, weights, None, held_out),
         training_prompts=ToyPrompts(config.optim.prompts_per_update),
         validation={"short": ToyPrompts(config.evaluation.validation_prompts, 1000)(0)},
         test={"short": ToyPrompts(config.evaluation.test_prompts, 2000)(0)},
     )
 
 
-def in_float64(setup: Setup) -> "Float64Setup":
+def with_weights(setup: Setup, **changes: Any) -> Setup:
+    """The same with another configuration or base digest."""
+    weights = replace(setup.backbone.weights, **changes)
+    return replace(setup, backbone=replace(setup.backbone, weights=weights))
+
+
+def in_float64(setup: Setup) -> Setup:
     """The same generator in double precision, its noise and its texts too."""
     setup.model.double()
-    setup.codec.double()
+    setup.backbone.codec.double()
     generator = replace(setup.generator, page_dtype=torch.float64)
-    return Float64Setup(**{**vars(setup), "generator": generator})
+    return replace(setup, backbone=Float64Backbone(**{**vars(setup.backbone), "generator": generator}))
 
 
-class Float64Setup(Setup):
+class Float64Backbone(Backbone):
     """Noise and texts in double precision."""
 
     def texts(self, prompts: Sequence[VideoPrompt]) -> dict[str, Tensor]:

@@ -12,38 +12,7 @@ from kvpo.method.settings import (
     RvmSettings,
     SelfDistillSettings,
 )
-
-
-@dataclass(frozen=True)
-class ModelConfig:
-    """Geometry of the causal Wan transformer; every size that can be derived is derived."""
-
-    dim: int = 160
-    """Width of the transformer."""
-    num_heads: int = 4
-    """Attention heads; dim / num_heads is the head width."""
-    num_layers: int = 4
-    """Transformer blocks."""
-    ffn_dim: int = 640
-    """Hidden width of the feed-forward layers."""
-    freq_dim: int = 256
-    """Width of the sinusoidal timestep embedding."""
-    text_len: int = 32
-    """Text tokens per prompt (padded)."""
-    text_dim: int = 64
-    """Width of the text encoder's output."""
-    channels: int = 8
-    """Latent channels, in and out."""
-    patch_size: tuple[int, int, int] = (1, 2, 4)
-    """Latent (frames, height, width) per token."""
-    latent_height: int = 8
-    """Latent rows."""
-    latent_width: int = 8
-    """Latent columns."""
-    eps: float = 1e-6
-    """Epsilon of every normalisation layer."""
-    relative_positions: bool = False
-    """Cache keys without rotation and rotate by cache slot when reading (LongLive's infinite variant)."""
+from kvpo.models.settings import Deployment, WanShape
 
 
 @dataclass(frozen=True)
@@ -79,6 +48,11 @@ class BackboneConfig:
     vae_precision: Literal["float32", "bfloat16"] = "float32"
     """Precision that videos are decoded in; bfloat16 halves the memory and changes pixels slightly."""
 
+    @property
+    def from_files(self) -> bool:
+        """Weights and prompts come from files; the embedded world has its own."""
+        return self.kind != "world"
+
 
 @dataclass(frozen=True)
 class PromptsConfig:
@@ -93,17 +67,9 @@ class PromptsConfig:
 
 
 @dataclass(frozen=True)
-class StreamConfig:
+class StreamConfig(Deployment):
     """How the generator streams: block size, what a block sees, the solver's noise levels."""
 
-    block: int = 3
-    """Latent frames generated together."""
-    window: int = 12
-    """Frames a block attends to, counting the sink and itself; -1 means all earlier frames."""
-    sink: int = 3
-    """First frames that are always attended to."""
-    keep_sink_at_switch: bool = True
-    """At a prompt switch keep the sink's old keys (True) or replace the sink by re-encoded recent frames."""
     schedule: tuple[float, ...] = (1.0, 0.75, 0.5, 0.25)
     """Solver positions u in (0, 1]; noise level sigma = shift u / (1 + (shift - 1) u)."""
     shift: float = 3.0
@@ -112,17 +78,11 @@ class StreamConfig:
     """Euler on the velocity field, or re-noising from the tape (Self-Forcing, LongLive, MemFlow)."""
     context_noise: float = 0.0
     """Noise level of the clean pass input; the public trainers use 0.00498008."""
-    bank_size: int = 0
-    """MemFlow memory bank frames; 0 means no bank."""
-    sparse_activation: bool = False
-    """MemFlow sparse memory activation (top 3 of sink and bank per head)."""
-    bank_every_block: bool = False
-    """Record every block in the bank (single-prompt pipeline) instead of every third."""
 
 
 @dataclass(frozen=True)
 class ExplorationConfig:
-    """How branches are told apart; Causal History Routing counts past frames (METHOD section 2)."""
+    """How branches are told apart; counts of history are counts of past frames."""
 
     explorer: Literal["routes", "fresh", "neighbour", "sde", "renoise"] = "routes"
     """What tells branches apart: routed history, fresh or neighbouring noise, stochastic steps, re-noise."""
@@ -308,7 +268,7 @@ class Config:
     """Path of a base checkpoint that `kvpo pretrain` wrote; empty: the one that ships with the package."""
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
     prompts: PromptsConfig = field(default_factory=PromptsConfig)
-    model: ModelConfig = field(default_factory=ModelConfig)
+    model: WanShape = field(default_factory=WanShape)
     stream: StreamConfig = field(default_factory=StreamConfig)
     exploration: ExplorationConfig = field(default_factory=ExplorationConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)

@@ -6,7 +6,6 @@ from kvpo.config import (
     BackboneConfig,
     Config,
     ExplorationConfig,
-    ModelConfig,
     ObjectiveConfig,
     OptimConfig,
     PromptsConfig,
@@ -27,9 +26,13 @@ class ConfigurationError(ValueError):
 def check(config: Config) -> None:
     """Raise ConfigurationError for the first setting that is out of range or contradicts another."""
     _backbone(config.backbone, config.optim)
-    _model(config.model)
+    try:
+        config.model.check()
+        config.stream.check()
+    except ValueError as error:
+        raise ConfigurationError(str(error)) from error
     _stream(config.stream)
-    if config.backbone.kind == "wan":
+    if config.backbone.from_files:
         _prompts(config.prompts, config.stream)
     else:
         file = config.prompts.file
@@ -82,13 +85,13 @@ def _backbone(backbone: BackboneConfig, optim: OptimConfig) -> None:
         name for name in ("checkpoint", "lora", "vae", "text_encoder", "offload") if vars(backbone)[name]
     ]
     _require(
-        backbone.kind == "wan" or not given,
+        backbone.from_files or not given,
         "backbone.kind", backbone.kind,
         f"wan for backbone.{given[0] if given else ''} to be used; a preset such as longlive-1.3b sets it",
     )  # fmt: skip
     precision = backbone.vae_precision
     _require(
-        backbone.kind == "wan" or precision == "float32",
+        backbone.from_files or precision == "float32",
         "backbone.vae_precision", precision, "float32 for the embedded world, which has no VAE",
     )  # fmt: skip
     _require(
@@ -124,41 +127,7 @@ def _prompts(prompts: PromptsConfig, stream: StreamConfig) -> None:
         raise ConfigurationError(f"prompts.switches: {error}") from error
 
 
-def _model(model: ModelConfig) -> None:
-    for name in ("dim", "num_heads", "num_layers", "ffn_dim", "freq_dim", "text_len", "text_dim", "channels"):
-        _require(vars(model)[name] >= 1, f"model.{name}", vars(model)[name], "at least 1")
-    heads = model.num_heads
-    _require(
-        model.dim % (2 * heads) == 0,
-        "model.dim",
-        model.dim,
-        f"a multiple of 2 * model.num_heads = {2 * heads}",
-    )
-    _require(model.freq_dim % 2 == 0, "model.freq_dim", model.freq_dim, "even")
-    frames, height, width = model.patch_size
-    _require(
-        frames == 1, "model.patch_size", list(model.patch_size), "1 frame deep: pages hold single frames"
-    )
-    _require(height >= 1 and width >= 1, "model.patch_size", list(model.patch_size), "positive")
-    for name, patch in (("latent_height", height), ("latent_width", width)):
-        size = vars(model)[name]
-        _require(
-            size >= patch and size % patch == 0,
-            f"model.{name}",
-            size,
-            f"a multiple of the patch size {patch}",
-        )
-    _require(model.eps > 0, "model.eps", model.eps, "positive")
-
-
 def _stream(stream: StreamConfig) -> None:
-    _require(stream.block >= 1, "stream.block", stream.block, "at least 1")
-    _require(stream.sink >= 0, "stream.sink", stream.sink, "0 or more")
-    least = stream.sink + stream.block
-    _require(
-        stream.window == -1 or stream.window >= least,
-        "stream.window", stream.window, f"-1 (everything) or at least stream.sink + stream.block = {least}",
-    )  # fmt: skip
     steps = stream.schedule
     falling = all(a > b for a, b in zip(steps, steps[1:], strict=False))
     _require(
@@ -167,7 +136,6 @@ def _stream(stream: StreamConfig) -> None:
     )  # fmt: skip
     _require(stream.shift > 0, "stream.shift", stream.shift, "positive")
     _require(0 <= stream.context_noise < 1, "stream.context_noise", stream.context_noise, "in [0, 1)")
-    _require(stream.bank_size >= 0, "stream.bank_size", stream.bank_size, "0 or more")
 
 
 def _exploration(exploration: ExplorationConfig, stream: StreamConfig, optim: OptimConfig) -> None:

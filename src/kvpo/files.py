@@ -5,10 +5,11 @@ After a kill or on a full disk the old version or the new one is there, whole. N
 
 import errno
 import json
+import math
 import os
 import shutil
 import unicodedata
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -264,6 +265,32 @@ def read_json(path: Path) -> Any:
         return parse_json(text)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
+
+
+def json_lines(path: Path) -> list[tuple[str, dict[str, Any] | None]]:
+    """The lines of a file of JSON objects, each with its object; None where a line does not hold one.
+
+    A process that is still writing, or was killed, may have cut the last line. Empty lines are left out.
+    """
+    found: list[tuple[str, dict[str, Any] | None]] = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        if not line.strip():
+            continue
+        try:
+            value = parse_json(line)
+        except ValueError:
+            value = None
+        found.append((line, value if isinstance(value, dict) else None))
+    return found
+
+
+def finite(value: Any) -> Any:
+    """A JSON value with every non-finite number replaced by None, since JSON cannot hold those."""
+    if isinstance(value, Mapping):
+        return {str(key): finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def printable(text: str) -> str:

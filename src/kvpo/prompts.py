@@ -10,7 +10,7 @@ class VideoPrompt:
 
     ``id`` keys the noise tape (never the text), so the same id under another policy sees the same noise.
     ``switches[i]`` is the latent frame from which ``segments[i + 1]`` holds; it acts at the first block
-    whose first frame is at or after it (METHOD section 8).
+    whose first frame is at or after it.
     """
 
     id: int

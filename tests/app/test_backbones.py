@@ -14,11 +14,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from kvpo.app import backbones
-from kvpo.app.backbones import WanCodec, given_weights, split_prompts, wan_weights
 from kvpo.app.build import build_setup
-from kvpo.app.file_prompts import FilePrompts
+from kvpo.app.file_prompts import FilePrompts, split_prompts
 from kvpo.app.offloading import VisitingScorer, networks_of
+from kvpo.app.sources import wan_parts
+from kvpo.app.sources.wan_parts import WanCodec, given_weights, wan_weights
 from kvpo.config_checks import ConfigurationError
 from kvpo.engine.scoring import Clip, in_pixels
 from kvpo.engine.stream import stream_latents
@@ -67,7 +67,7 @@ def test_the_starting_policy_with_a_given_adapter(files: Path) -> None:
 
         prompt = setup.training_prompts(0)
 
-        texts, tape = setup.texts(prompt), setup.tape("test")
+        texts, tape = setup.backbone.texts(prompt), setup.backbone.tape("test")
         trained = stream_latents(setup.generator, prompt, texts, tape)
         with policy_of(setup.model, adapted=True).reference():
             assert torch.equal(stream_latents(setup.generator, prompt, texts, tape), trained)
@@ -78,7 +78,7 @@ def test_the_starting_policy_with_a_given_adapter(files: Path) -> None:
     assert torch.allclose(*outputs, atol=1e-3)
     plain = build_setup(tiny_wan("longlive-1.3b", files))
     prompt = plain.training_prompts(0)
-    bare = stream_latents(plain.generator, prompt, plain.texts(prompt), plain.tape("test"))
+    bare = stream_latents(plain.generator, prompt, plain.backbone.texts(prompt), plain.backbone.tape("test"))
     assert not torch.allclose(bare, outputs[0], atol=1e-3)
     assert hashlib.sha256((files / "base.pt").read_bytes()).hexdigest() == before
 
@@ -143,14 +143,14 @@ def test_branches_share_what_was_decoded_before_the_fork(monkeypatch: pytest.Mon
 
 def test_the_text_encoder_is_loaded_once_and_let_go(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     loaded: list[weakref.ref[Any]] = []
-    load = backbones.load_text_encoder
+    load = wan_parts.load_text_encoder
 
     def counted(*arguments: Any, **options: Any) -> Any:
         encoder = load(*arguments, **options)
         loaded.append(weakref.ref(encoder.model))
         return encoder
 
-    monkeypatch.setattr(backbones, "load_text_encoder", counted)
+    monkeypatch.setattr(wan_parts, "load_text_encoder", counted)
     config = tiny_wan("longlive-1.3b", files, segments=2, backbone__embeddings=str(files / "fresh"))
     trainer = Trainer(build_setup(config))
     gc.collect()
@@ -158,7 +158,7 @@ def test_the_text_encoder_is_loaded_once_and_let_go(files: Path, monkeypatch: py
     trainer.step()
     trainer.step()
     for prompts in (*trainer.setup.validation.values(), *trainer.setup.test.values()):
-        trainer.setup.texts(prompts)
+        trainer.setup.backbone.texts(prompts)
     assert len(loaded) == 1
 
 
@@ -280,7 +280,7 @@ def test_the_vae_may_decode_in_bfloat16(files: Path) -> None:
         shape = (1, 3, config.model.channels, config.model.latent_height, config.model.latent_width)
         latents = torch.randn(shape, generator=torch.Generator().manual_seed(0))
         with torch.no_grad():
-            found[precision] = backbones.codec(config).decode(latents)
+            found[precision] = wan_parts.codec(config).decode(latents)
     assert found["bfloat16"].dtype == torch.float32
     difference = (found["bfloat16"] - found["float32"]).abs()
     assert 0 < float(difference.max()) and float(difference.mean()) < 0.02

@@ -142,7 +142,11 @@ def run(tiny_base: Path, tmp_path: Path) -> Path:
             tensors, state = trainer.tensors_and_state()
             state |= {"best": None, "radar": []}
             save_checkpoint(
-                directory.checkpoints, update, tensors, state, architecture=architecture(trainer.setup)
+                directory.checkpoints,
+                update,
+                tensors,
+                state,
+                architecture=architecture(trainer.setup.backbone.weights),
             )
     return directory.path
 

@@ -4,10 +4,22 @@ from pathlib import Path
 import pytest
 import yaml
 
-from kvpo.app.configuration import assign, flat, parse_flags, resolve, resolve_resumed, sections, settings
+from kvpo.app.configuration import (
+    RENAMED,
+    assign,
+    flat,
+    parse_flags,
+    preset,
+    resolve,
+    resolve_resumed,
+    resolve_run,
+    sections,
+    settings,
+)
 from kvpo.app.presets import PRESETS
 from kvpo.config import Config
 from kvpo.config_checks import ConfigurationError, check
+from kvpo.method.methods import METHODS
 
 
 def message(call) -> str:
@@ -60,7 +72,7 @@ def test_flags_of_every_type() -> None:
         "stream.schedule": "1,0.5",
         "optim.betas": "[0.8, 0.9]",
         "optim.checkpointing": "true",
-        "objective.temperature": "none",
+        "kvpo.temperature": "none",
         "optim.lora_targets": "self_attn.q,ffn.0",
         "rewards.scorers": "flicker,my.module:reward",
         "rewards.weights": "colour=1,motion=0.5",
@@ -71,7 +83,7 @@ def test_flags_of_every_type() -> None:
     assert config.stream.window == -1
     assert config.optim.betas == (0.8, 0.9)
     assert config.optim.checkpointing is True
-    assert config.objective.temperature is None
+    assert config.kvpo.temperature is None
     assert config.optim.lora_targets == ("self_attn.q", "ffn.0")
     assert config.rewards.scorers == ("flicker", "my.module:reward")
     assert config.rewards.weights == {"colour": 1.0, "motion": 0.5}
@@ -79,7 +91,7 @@ def test_flags_of_every_type() -> None:
         "hpsv3.weights": "/models/a: b.safetensors",
         "hpsv3.base": "owner/name",
     }
-    assert assign(Config(), parse_flags({"objective.temperature": "0.5"})).objective.temperature == 0.5
+    assert assign(Config(), parse_flags({"kvpo.temperature": "0.5"})).kvpo.temperature == 0.5
 
 
 @pytest.mark.parametrize(
@@ -203,21 +215,20 @@ def _lists(value):
 @pytest.mark.parametrize("keep", [0, 1, 2])
 def test_a_share_that_no_temperature_gives_the_anchor_is_refused_at_the_start(keep: int) -> None:
     members = (2 * keep or 8) + 1
-    settings = {"objective.anchor_in_pool": True, "objective.keep_best": keep, "objective.keep_worst": keep}
+    settings = {"objective.keep_best": keep, "objective.keep_worst": keep}
     for share in (0.05, 1 / members):
-        said = message(
-            lambda share=share: check(assign(Config(), {**settings, "objective.anchor_share": share}))
-        )
-        assert all(word in said for word in ("objective.anchor_share", f"{share}", f"above 1 / {members}"))
-    check(assign(Config(), {**settings, "objective.anchor_share": 1.01 / members}))
-    fixed = {"objective.anchor_share": 0.05, "objective.temperature": 1.0}
+        said = message(lambda share=share: check(assign(Config(), {**settings, "kvpo.anchor_share": share})))
+        assert all(word in said for word in ("kvpo.anchor_share", f"{share}", f"above 1 / {members}"))
+    check(assign(Config(), {**settings, "kvpo.anchor_share": 1.01 / members}))
+    fixed = {"kvpo.anchor_share": 0.05, "kvpo.temperature": 1.0}
     check(assign(Config(), {**settings, **fixed}))
 
 
-def test_an_infinite_temperature_is_refused() -> None:
-    objective = replace(Config().objective, temperature=float("inf"))
-    said = message(lambda: check(replace(Config(), objective=objective)))
-    assert "objective.temperature" in said and "finite" in said
+@pytest.mark.parametrize("section", ["kvpo", "latent_distance"])
+def test_an_infinite_temperature_is_refused(section: str) -> None:
+    settings = replace(vars(Config())[section], temperature=float("inf"))
+    said = message(lambda: check(replace(Config(), **{section: settings})))
+    assert f"{section}.temperature" in said and "finite" in said
 
 
 @pytest.mark.parametrize(
@@ -235,5 +246,87 @@ def test_configured_switches_that_hide_a_segment_are_refused(
 
 @pytest.mark.parametrize("share", [-0.1, 1.1])
 def test_the_share_of_the_anchor_state_energy_is_a_share(share: float) -> None:
-    said = message(lambda: check(assign(Config(), {"objective.anchor_state_weight": share})))
-    assert "objective.anchor_state_weight" in said and f"{share}" in said
+    said = message(lambda: check(assign(Config(), {"kvpo.anchor_state_weight": share})))
+    assert "kvpo.anchor_state_weight" in said and f"{share}" in said
+
+
+MOVED = {
+    "objective.temperature": ("0.5", "kvpo.temperature"),
+    "objective.anchor_share": ("0.4", "kvpo.anchor_share"),
+    "objective.anchor_in_pool": ("true", "kvpo.anchor_share"),
+    "objective.anchor_state_weight": ("0.5", "kvpo.anchor_state_weight"),
+    "objective.clip_low": ("0.1", "kvpo.clip_low"),
+    "objective.clip_high": ("0.2", "kvpo.clip_high"),
+    "objective.simplex_kl": ("10", "kvpo.simplex_kl"),
+}
+
+
+@pytest.mark.parametrize("old", MOVED)
+def test_a_setting_that_moved_says_where_it_is(old: str, tmp_path: Path) -> None:
+    """As a flag, in a file, in a dictionary, and in the config.yaml of a run of an earlier version."""
+    value, new = MOVED[old]
+    assert set(MOVED) == set(RENAMED) and not set(RENAMED) & set(settings())
+    saved = tmp_path / "config.yaml"
+    section, _, name = old.rpartition(".")
+    saved.write_text(yaml.safe_dump({"preset": "demo", section: {name: yaml.safe_load(value)}}))
+    ways = (
+        lambda: resolve("demo", None, {old: value}),
+        lambda: resolve(None, saved, {}),
+        lambda: preset("demo", {old: yaml.safe_load(value)}),
+        lambda: resolve_resumed(saved, None, None, {}),
+        lambda: resolve_run(tmp_path),
+    )
+    for way in ways:
+        assert f"{old} (value " in (said := message(way)) and f"is now {new}" in said
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_method_brings_its_explorer_and_what_it_starts_from(method: str, tmp_path: Path) -> None:
+    config = resolve("demo", None, {"method": method})
+    own = config.method_settings
+    assert config.method == method and config.exploration.explorer == own.EXPLORERS[0]
+    values = flat(asdict(config))
+    assert all(values[path] == value for path, value in own.STARTS_FROM.items())
+    assert preset("demo", {"method": method}) == config
+    file = tmp_path / "run.yaml"
+    file.write_text(f"method: {method}\n")
+    assert resolve("demo", file, {}) == config
+    file.write_text(yaml.safe_dump(_lists(asdict(config))))
+    assert resolve_resumed(file, None, None, {}) == config
+
+
+def test_what_the_user_says_wins_over_what_a_method_starts_from(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("method: nft\nexploration: {explorer: neighbour, noise: 0.3}\n")
+    config = resolve("demo", file, {"exploration.noise": "0.4"})
+    assert (config.method, config.exploration.explorer, config.exploration.noise) == ("nft", "neighbour", 0.4)
+    config = resolve("demo", file, {"method": "rvm", "objective.advantage_scale": "group"})
+    assert (config.method, config.objective.advantage_scale) == ("rvm", "group")
+    assert config.exploration.explorer == "neighbour", "the file's"
+    assert preset("demo", {"method": "flow-grpo", "exploration.noise": 0.2}).exploration.noise == 0.2
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ({"exploration.explorer": "fresh"}, ["exploration.explorer", "routes for method kvpo", "fresh"]),
+        ({"method": "cm-grpo", "stream.step_rule": "ode"}, ["stream.step_rule", "renoise", "cm-grpo", "ode"]),
+        ({"method": "flow-grpo", "stream.step_rule": "renoise"}, ["stream.step_rule", "ode", "flow-grpo"]),
+        ({"method": "flow-grpo", "stream.schedule": "1", "objective.grad_steps": "1"}, ["stream.schedule"]),
+        (
+            {"method": "nft", "exploration.explorer": "sde"},
+            ["exploration.explorer", "fresh or neighbour", "sde"],
+        ),
+        ({"method": "self-distill", "exploration.donor": "1"}, ["exploration.donor", "self-distill"]),
+        (
+            {"method": "rvm", "exploration.explorer": "neighbour", "exploration.noise": "1.5"},
+            ["noise", "1.5"],
+        ),
+        ({"method": "nft", "nft.beta": "0"}, ["nft.beta", "positive"]),
+        ({"method": "nft", "nft.selective_kl": "2"}, ["nft.selective_kl", "2"]),
+        ({"method": "kvp"}, ["method", "'kvp'", "'kvpo'"]),
+    ],
+)
+def test_a_method_that_cannot_learn_as_it_is_told_is_refused(flags: dict[str, str], words: list[str]) -> None:
+    said = message(lambda: resolve("demo", None, flags))
+    assert all(word in said for word in words), said

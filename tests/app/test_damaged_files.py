@@ -12,11 +12,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from kvpo.app.build import load_base
 from kvpo.app.cli import main
 from kvpo.app.configuration import resolve
 from kvpo.app.noise_files import read_floors
 from kvpo.app.reward_server import read_token
+from kvpo.app.sources.world import load_base
 from kvpo.app.video_folder import file_prompts
 from kvpo.config_checks import ConfigurationError
 from kvpo.models.adapter_files import load_adapter_state

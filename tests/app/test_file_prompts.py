@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvpo.app.backbones import text_encoder
 from kvpo.app.build import load_backbone
 from kvpo.app.configuration import assign
 from kvpo.app.file_prompts import FilePrompts, updates_prompts
 from kvpo.app.presets import PRESETS
+from kvpo.app.sources.wan_parts import text_encoder
 from kvpo.config_checks import ConfigurationError
 from kvpo.prompts import VideoPrompt
 from tests.tiny_wan import tiny_wan

@@ -12,17 +12,19 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kvpo.app.build import build_setup, streaming_generator, wan_shape
+from kvpo.app.build import build_setup
 from kvpo.app.cli import main
 from kvpo.app.configuration import preset
 from kvpo.app.plan import GB, Planner, advise, fits
 from kvpo.app.presets import PRESETS
+from kvpo.app.sources.common import streaming_generator
 from kvpo.engine.generator import StreamingGenerator, TextRows
 from kvpo.engine.stream import stream_latents
 from kvpo.models.adapters import add_adapter
 from kvpo.models.causal_wan import CausalWan
 from kvpo.models.context import PageContext
 from kvpo.models.flops import encode_flops
+from kvpo.training import collection
 from kvpo.training.checkpoint import save_checkpoint
 from kvpo.training.memory import Activations
 from kvpo.training.plan import Rates
@@ -57,7 +59,9 @@ def test_pages_parameters_and_checkpoints_are_what_a_run_allocates(tmp_path, nam
     else:
         config = tiny_wan(name, tmp_path, segments=2, optim__lora_rank=32, optim__lora_alpha=32)
     plan, trainer = plan_of(config), Trainer(build_setup(config))
-    caches = [trainer.new_cache([trainer.planned(update)]) for update in range(12)]
+    caches = [
+        collection.new_cache(trainer.setup, [collection.plan(trainer.setup, update)]) for update in range(12)
+    ]
     latest = max(caches, key=lambda cache: cache.num_pages)
     assert latest.page_bytes == plan.page
     allocated = latest.keys_LQTND.nbytes + latest.values_LQTND.nbytes
@@ -76,7 +80,9 @@ def test_pages_parameters_and_checkpoints_are_what_a_run_allocates(tmp_path, nam
     average = sum(value.nbytes for value in trainer.average.values.values())
     assert (moments, average) == (plan.standing["optimiser"], plan.standing["moving average"])
     tensors, state = trainer.tensors_and_state()
-    path = save_checkpoint(tmp_path / "saved", 1, tensors, state, architecture=architecture(trainer.setup))
+    path = save_checkpoint(
+        tmp_path / "saved", 1, tensors, state, architecture=architecture(trainer.setup.backbone.weights)
+    )
     assert (path / "state.safetensors").stat().st_size == pytest.approx(plan.checkpoint, rel=0.05)
 
 
@@ -96,7 +102,7 @@ def cuda_autocast(monkeypatch):
 def kept_bytes(config, layers, rows):
     """Bytes of all tensors that torch keeps for the backward pass of ``rows`` states, parameters left out."""
     config = replace(config, model=replace(config.model, num_layers=layers))
-    model, optim = CausalWan(wan_shape(config)), config.optim
+    model, optim = CausalWan(config.model), config.optim
     if optim.train == "lora":
         model.to(torch.bfloat16 if optim.autocast == "bfloat16" else torch.float32)
         draws = torch.Generator().manual_seed(0)
@@ -191,7 +197,7 @@ def test_streaming_needs_what_the_plan_says(monkeypatch, tmp_path):
 
     monkeypatch.setattr(StreamingGenerator, "new_cache", watched)
     prompts = setup.validation["short"][:1]
-    stream_latents(setup.generator, prompts, setup.texts(prompts), setup.evaluation_tape(), rows=1)
+    stream_latents(setup.generator, prompts, setup.backbone.texts(prompts), setup.evaluation_tape(), rows=1)
     (phase,) = (p for p in plan_of(config).phases if p.name == "stream held-out videos")
     assert phase.parts["pages"] == made[0] * setup.generator.page_bytes
 
@@ -228,9 +234,11 @@ def test_the_plan_counts_the_keys_that_routed_and_deployed_blocks_see(monkeypatc
 
     monkeypatch.setattr(StreamingGenerator, "velocity", watched)
     # Late enough for a memory bank to be full.
-    update = next(n for n in range(100) if min(fork.frame for fork in trainer.planned(n).forks) >= 24)
-    planned = trainer.planned(update)
-    trainer.explore(update)
+    update = next(
+        n for n in range(100) if min(fork.frame for fork in collection.plan(trainer.setup, n).forks) >= 24
+    )
+    planned = collection.plan(trainer.setup, update)
+    collection.explore(trainer.setup, update)
     costs = Costs(config, trainer.setup.model.shape, 0.0, 0.0)
     assert all(seen[fork.frame] == {costs.context, costs.routed} for fork in planned.forks)
     assert costs.routed == costs.context + 3
@@ -258,7 +266,7 @@ def test_more_routed_frames_take_longer_and_more_memory():
 def replay_of(config, rates):
     plan = Planner(config, rates).plan(config)
     (phase,) = (p for p in plan.phases if p.name == "replay and backward")
-    shape, weights = wan_shape(config), plan.parameters.weights + plan.parameters.adapter
+    shape, weights = config.model, plan.parameters.weights + plan.parameters.adapter
     return phase.seconds, Costs(config, shape, weights, plan.page, plan.fork)
 
 

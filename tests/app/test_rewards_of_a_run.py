@@ -13,8 +13,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "rewards"))
 from test_hpsv3 import release, tiny  # noqa: F401
 from tiny_rewards import gliding
 
-from kvpo.app.build import build_scorer, build_setup
+from kvpo.app.build import build_setup
 from kvpo.app.configuration import preset
+from kvpo.app.sources.common import build_scorer
 from kvpo.config import Config
 from kvpo.config_checks import ConfigurationError
 from kvpo.engine.scoring import Clip, score_clips
@@ -186,7 +187,7 @@ def test_gradients_switched_off_by_an_import_stay_on(tmp_path: Path, monkeypatch
 
 
 def preset_prompt() -> Any:
-    from kvpo.app.build import world_prompts
+    from kvpo.app.sources.world import world_prompts
 
     return ClipPrompt(world_prompts("test", 1, 0, 0)["short"][0].segments[0])
 

@@ -18,9 +18,9 @@ import torch
 
 import kvpo.app.align
 from kvpo.app.align import align
-from kvpo.app.backbones import split_prompts
 from kvpo.app.configuration import PLACES_OF_A_RUN, resolve
 from kvpo.app.evaluate import evaluate
+from kvpo.app.file_prompts import split_prompts
 from kvpo.app.presets import PRESETS
 from kvpo.config import Config
 from kvpo.config_checks import ConfigurationError

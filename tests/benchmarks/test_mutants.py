@@ -71,8 +71,8 @@ def test_a_mutant_is_known_by_its_text_wherever_it_stands():
     keys = [one.key for one in mutants(SOURCE)]
     assert len(set(keys)) == len(keys)
     assert [one.key for one in mutants(moved) if "size" not in one.change] == keys
-    ranks = {one.key: one.rank for one in mutants(SOURCE)}
-    assert all(ranks[one.key] == one.rank for one in mutants(moved) if one.key in ranks)
+    ranks = {one.key: one.rank("k") for one in mutants(SOURCE)}
+    assert all(ranks[one.key] == one.rank("k") for one in mutants(moved) if one.key in ranks)
 
 
 def test_equal_changes_of_one_function_have_numbers():

@@ -7,13 +7,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvpo.app.build import deployment_of
-from kvpo.app.plan import typical_prompt
+from kvpo.app.build import source_of
 from kvpo.app.presets import PRESETS
 from kvpo.engine.forks import SWITCH_SHARE, Fork, draw_forks, fork_numbers, plan_forks, shrunk
 from kvpo.engine.noise import keyed_generator
 from kvpo.engine.rollout import collect
-from kvpo.models.deployment import Deployment
+from kvpo.models.settings import Deployment
 from tests.engine.tiny import EXPLORATION, generator, prompt, tape_of, texts
 
 EIGHT = replace(EXPLORATION, branches=8, distinct=2)
@@ -196,8 +195,8 @@ def test_the_draw_reaches_every_block_and_favours_switches():
 @pytest.mark.parametrize("preset", sorted(PRESETS))
 def test_the_presets_train_every_block_with_a_history(preset):
     config = PRESETS[preset]()
-    video = replace(typical_prompt(config), id=0)
-    plan = plan_forks([video], config.exploration, deployment_of(config.stream))
+    video = replace(source_of(config).longest_prompt(config), id=0)
+    plan = plan_forks([video], config.exploration, config.stream)
     trained = {block for fork in plan.forks for block in blocks_of(fork)}
     assert trained == set(range(12 if config.stream.sink else 9, video.num_frames, 3))
 

@@ -6,14 +6,24 @@ import pytest
 import torch
 
 from kvpo.engine import stream as engine_stream
+from kvpo.engine.explorers import Member
 from kvpo.engine.forks import Fork, plan_forks
-from kvpo.engine.replay import Member, branch_residuals, replay_context, replay_velocities
-from kvpo.engine.rollout import RoutedFrame, collect, grow_roots, run_members
+from kvpo.engine.rollout import collect, grow_roots
 from kvpo.engine.stream import advance, give_frames, open_stream
-from kvpo.method.objective import policy_ratio
-from kvpo.method.policy import branch_log_probs
+from kvpo.method.gibbs import branch_log_probs, policy_ratio
 from kvpo.models.deployment import routed_context
-from tests.engine.tiny import EXPLORATION, FRAME, generator, prompt, tape_of, texts
+from tests.engine.tiny import (
+    EXPLORATION,
+    FRAME,
+    generator,
+    members_of,
+    prompt,
+    residuals,
+    route,
+    tape_of,
+    texts,
+    visited,
+)
 
 HISTORIES = {
     "LongLive": dict(),
@@ -32,16 +42,6 @@ NEW_PROMPT = prompt(0, 30, (FORK,))
 
 def collected(one, prompts, fork=FORK, exploration=EXPLORATION):
     return collect(one, prompts, [Fork(fork, exploration)] * len(prompts), texts(), tape_of(), ("k",))
-
-
-def residuals(one, members, table):
-    """Velocity residuals ``[R, P, S]`` of a replay under the generator as it is."""
-    with torch.no_grad(), replay_context(one, members, table, tape_of()) as replay:
-        return branch_residuals(members, replay_velocities(one, members, replay, len(one.sigmas)))
-
-
-def members_of(rollout):
-    return [Member(group, n) for group in rollout.groups for n in range(group.branches + 1)]
 
 
 def extended(one, num_frames, switches):
@@ -89,9 +89,8 @@ def test_a_branch_sees_sink_bank_routes_and_recent_frames(history, monkeypatch):
 
     rollout = grow_roots(one, [NEW_PROMPT], FORK, texts(), tape_of(), EXPLORATION)
     root = rollout.roots[0].history
-    route = [RoutedFrame(0, frame) for frame in (4, 7, 13)]
     monkeypatch.setattr(engine_stream, "routed_context", recording)
-    run_members(one, rollout, [(0, [route] * 2), Member(0)])
+    visited(one, rollout, [Member(0, routes=(route(4, 7, 13),) * 2), Member(0)])
     sink = range(one.deployment.sink)
     if one.deployment.sink and not one.deployment.keep_sink_at_switch:
         sink = range(FORK - 12, FORK - 9)
@@ -120,14 +119,14 @@ def test_the_anchor_has_no_energy_and_a_second_replay_is_the_first(history):
     one = generator(**history, renoise=True, context_noise=0.005)
     rollout = collected(one, [prompt(0, 30, (9,)), prompt(1, 30, (FORK,)), prompt(2, 30, (24,))])
     members = members_of(rollout)
-    first, second = (residuals(one, members, texts()) for _ in range(2))
+    first, second = (residuals(one, members) for _ in range(2))
     assert torch.equal(first, second)
     ratio = policy_ratio(*(branch_log_probs(energy.sum((1, 2)), 0.1) for energy in (first, second)))
     assert (ratio == 1).all()
     for group, energy in zip(rollout.groups, first.sum((1, 2)).view(3, -1), strict=True):
         assert energy[group.branches] < 1e-20
         assert energy[: group.branches].min() > 1e-4
-    few = torch.cat([residuals(one, [member], texts()) for member in members])
+    few = torch.cat([residuals(one, [member]) for member in members])
     assert (few - first).abs().max() < 1e-12
     rollout.release()
     assert rollout.cache.pages_in_use == 0
@@ -154,18 +153,19 @@ def test_the_replay_sees_the_new_prompt_after_a_switch_at_the_fork(history):
     one = generator(**history)
     rollout = collected(one, [NEW_PROMPT])
     (group,) = rollout.groups
-    anchor = Member(group, group.branches)
+    anchor = group.branches
     assert group.root.segment == 1
-    assert residuals(one, [anchor], texts()).max() < 1e-20
+    assert residuals(one, [(group, anchor)]).max() < 1e-20
 
     old_text = {**texts(), NEW_PROMPT.segments[1]: texts()[NEW_PROMPT.segments[0]]}
-    assert residuals(one, [anchor], old_text)[:, 0].min() > 1e-4
+    misread = replace(group, root=replace(group.root, texts=old_text))
+    assert residuals(one, [(misread, anchor)])[:, 0].min() > 1e-4
 
     stale = grow_roots(one, [prompt(0, 30)], FORK, texts(), tape_of(), EXPLORATION)
     root = stale.roots[0]
     root.prompt, root.segment = NEW_PROMPT, 1
-    forgetful = replace(anchor, group=replace(group, root=root))
-    assert residuals(one, [forgetful], texts())[:, 0].min() > 1e-7
+    forgetful = replace(group, root=root)
+    assert residuals(one, [(forgetful, anchor)])[:, 0].min() > 1e-7
     for each in (rollout, stale):
         each.release()
         assert each.cache.pages_in_use == 0

@@ -7,9 +7,9 @@ import torch
 
 from kvpo.engine.forks import Fork
 from kvpo.engine.pages import PlannedRollout, cache_pages, groups_together, rollout_pages
-from kvpo.engine.replay import Member, replay_context
+from kvpo.engine.replay import member_row, replay_context
 from kvpo.engine.rollout import collect
-from tests.engine.tiny import EXPLORATION, generator, prompt, tape_of, texts
+from tests.engine.tiny import EXPLORATION, generator, members_of, prompt, routed_row, tape_of, texts
 
 FORK = 36
 REPORTED = replace(EXPLORATION, branches=2, blocks=5, tail_blocks=4, resident_frames=33)
@@ -38,21 +38,37 @@ class Watched:
         monkeypatch.setattr(FrameCache, "write", watched)
 
 
-def explore_and_replay(one, exploration, prompts, *, replayed):
-    """Collect rollouts of one prompt each into one cache, then replay all members, ``replayed`` at a time."""
+def explore_and_replay(one, exploration, prompts, *, replayed, keep_pool=False):
+    """Collect rollouts of one prompt each into one cache, then replay all members, ``replayed`` at a time.
+
+    With ``keep_pool``, branches are replayed under the history that they were routed.
+    """
     fork = Fork(FORK, exploration)
-    rollouts = [PlannedRollout([own], [fork], replayed) for own in prompts]
+    rollouts = [PlannedRollout([own], [fork], replayed, keep_pool) for own in prompts]
     cache = one.new_cache(cache_pages(one, rollouts))
     dtype = one.page_dtype
     found = [
-        collect(one, [own], [fork], texts(dtype), tape_of(dtype), ("k",), cache=cache, steps=1)
+        collect(
+            one,
+            [own],
+            [fork],
+            texts(dtype),
+            tape_of(dtype),
+            ("k",),
+            cache=cache,
+            steps=1,
+            keep_pool=keep_pool,
+        )
         for own in prompts
     ]
     for rollout in found:
-        members = [Member(group, n) for group in rollout.groups for n in range(exploration.branches + 1)]
-        size = replayed or len(members)
-        for at in range(0, len(members), size):
-            with replay_context(one, members[at : at + size]):
+        rows = [
+            routed_row(group, n) if keep_pool and n < group.branches else member_row(group, n)
+            for group, n in members_of(rollout)
+        ]
+        size = replayed or len(rows)
+        for at in range(0, len(rows), size):
+            with replay_context(one, rows[at : at + size]):
                 pass
     for rollout in found:
         rollout.release()
@@ -62,14 +78,15 @@ def explore_and_replay(one, exploration, prompts, *, replayed):
 
 @pytest.mark.parametrize("name", DEPLOYMENTS)
 @pytest.mark.parametrize("rows, switched", [(0, True), (1, True), (1, False)])
-def test_a_cache_is_as_large_as_a_run_needs(monkeypatch, name, rows, switched):
+@pytest.mark.parametrize("keep_pool", [False, True])
+def test_a_cache_is_as_large_as_a_run_needs(monkeypatch, name, rows, switched, keep_pool):
     """Two rollouts wait in one cache; switches at the fork and in the tail."""
     one = generator(torch.float32, **DEPLOYMENTS[name])
     exploration = replace(REPORTED, rows=rows, resident_frames=0 if name == "self-forcing" else 33)
     switches = (FORK, FORK + 18, FORK + 24) if switched else ()
     prompts = [prompt(n, 66, switches) for n in range(2)]
     watched = Watched(monkeypatch)
-    cache = explore_and_replay(one, exploration, prompts, replayed=1)
+    cache = explore_and_replay(one, exploration, prompts, replayed=1, keep_pool=keep_pool)
     # A bank may hold other frames in every layer; where every frame is re-encoded, the last switch counts.
     slack = 0.1 if name in ("memflow", "self-forcing") else 0.0
     assert (1 - slack) * cache.num_pages <= watched.peak <= cache.num_pages
@@ -89,6 +106,32 @@ def test_a_group_keeps_what_its_replay_sees_once_its_members_have_run():
     for group in rollout.groups:
         assert sorted(group.root.history.pages) == [0, 1, 2, *range(FORK - 6, FORK)]
     rollout.release()
+
+
+def test_what_may_be_routed_is_kept_where_a_replay_asks_for_it():
+    one = generator(torch.float32)
+    found = [
+        collect(
+            one,
+            [prompt(0, 90), prompt(1, 90)],
+            [Fork(FORK, replace(REPORTED, rows=1))] * 2,
+            texts(torch.float32),
+            tape_of(torch.float32),
+            ("k",),
+            keep_pool=keep_pool,
+        )
+        for keep_pool in (False, True)
+    ]
+    for forgetful, group in zip(*(rollout.groups for rollout in found), strict=True):
+        assert sorted(group.root.history.pages) == [0, 1, 2, *range(6, FORK)]
+        for branch in range(group.branches):
+            assert len(group.routed_pages(branch)) == REPORTED.blocks
+            with pytest.raises(KeyError):
+                forgetful.routed_pages(branch)
+    assert found[0].cache.num_pages < found[1].cache.num_pages
+    for rollout in found:
+        rollout.release()
+        assert rollout.cache.pages_in_use == 0
 
 
 def test_waiting_rollouts_share_a_cache():

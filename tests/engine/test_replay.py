@@ -6,20 +6,21 @@ import pytest
 import torch
 
 from kvpo.engine.forks import Fork
-from kvpo.engine.replay import Member, replay_context, replay_kind, replay_velocities
+from kvpo.engine.replay import replay_kind
 from kvpo.engine.rollout import collect
 from kvpo.engine.stream import commit_banks, text_of
 from kvpo.models.deployment import deployment_context, record_block
 from tests.engine.test_histories import every_history
-from tests.engine.tiny import EXPLORATION, generator, prompt, tape_of, texts
+from tests.engine.tiny import EXPLORATION, generator, prompt, replayed, routed_row, tape_of, texts
 
 LONGER = replace(EXPLORATION, blocks=3)
+FORK = 18
 
 
 def by_hand(one, group, index):
     """Velocities ``[P, S, F, C, H, W]`` at a member's states; every block of its own leaves its pages."""
     stream, found = group.root.fork(), []
-    text = text_of([stream], texts())
+    text = text_of([stream])
     for block in range(group.blocks):
         commit_banks(one, [stream], text)
         context = deployment_context(one.deployment, [stream.history])
@@ -46,18 +47,15 @@ def test_a_replay_sees_each_members_own_blocks(history):
     unlimited = one.deployment.local_past is None
     assert len(kinds) == (3 if unlimited or one.deployment.bank_size else 1)
     for groups in kinds.values():
-        members = [Member(group, index) for group in groups for index in range(4)]
-        with torch.no_grad(), replay_context(one, members) as replay:
-            found = replay_velocities(one, members, replay, len(one.sigmas))
-        for member, velocities in zip(members, found, strict=True):
+        members = [(group, index) for group in groups for index in range(4)]
+        for (group, index), velocities in zip(members, replayed(one, members), strict=True):
             with torch.no_grad():
-                expected = by_hand(one, member.group, member.index)
+                expected = by_hand(one, group, index)
             assert (velocities - expected).abs().max() <= 1e-10
             with torch.no_grad():
-                others = by_hand(
-                    one, replace(member.group, clean_MTCHW=member.group.clean_MTCHW.roll(1, 0)), 0
-                )
-            assert (others - by_hand(one, member.group, 0))[1:].abs().max() > 1e-3
+                others = by_hand(one, replace(group, clean_MTCHW=group.clean_MTCHW.roll(1, 0)), 0)
+                own = by_hand(one, group, 0)
+            assert (others - own)[1:].abs().max() > 1e-3
     rollout.release()
     assert rollout.cache.pages_in_use == 0
 
@@ -69,3 +67,23 @@ def test_windows_of_one_kind_see_equally_many_frames(frame):
     blocks, seen = replay_kind(one, replace(rollout.groups[0], fork=frame))
     assert blocks == 2 and seen == (frame if frame < 9 else -1)
     rollout.release()
+
+
+@every_history
+def test_a_routed_replay_is_where_its_branch_was(history):
+    """With the pool kept, every branch's own velocities come back, and not in the deployment context."""
+    one = generator(**history, renoise=True, context_noise=0.005)
+    prompts = [prompt(0, 39, (FORK,)), prompt(1, 39, (9,))]
+    asked = [Fork(FORK, replace(LONGER, redraw_every_block=True))] * 2
+    rollout = collect(one, prompts, asked, texts(), tape_of(), ("k",), keep_pool=True)
+    branches = [(group, branch) for group in rollout.groups for branch in range(group.branches)]
+    routed, deployed = replayed(one, branches, routed_row), replayed(one, branches)
+    own = torch.cat([group.trajectories.velocities_MPSFCHW[:-1] for group in rollout.groups])
+    assert (routed - own).abs().max() <= 1e-10
+    assert (deployed - own).abs().flatten(1).amax(1).min() > 1e-2
+    for group, branch in branches:
+        pages = group.root.history.pages
+        frames = [[slot.frame for slot in block] for block in group.routes[branch]]
+        assert group.routed_pages(branch) == tuple(tuple(pages[f] for f in block) for block in frames)
+    rollout.release()
+    assert rollout.cache.pages_in_use == 0

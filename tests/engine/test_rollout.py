@@ -5,20 +5,26 @@ from dataclasses import replace
 import pytest
 import torch
 
+from kvpo.engine.explorers import Member, draw_routes
 from kvpo.engine.forks import Fork
 from kvpo.engine.generator import TextRows
 from kvpo.engine.noise import keyed_generator
-from kvpo.engine.replay import Member, replay_context
-from kvpo.engine.rollout import (
-    RoutedFrame,
-    collect,
-    draw_routes,
-    grow_roots,
-    run_members,
-)
+from kvpo.engine.replay import member_row, replay_context
+from kvpo.engine.rollout import collect, grow_roots
 from kvpo.engine.stream import advance, stream_latents
 from kvpo.models.context import PageContext
-from tests.engine.tiny import EXPLORATION, SEGMENTS, generator, grown, prompt, tape_of, texts
+from tests.engine.tiny import (
+    EXPLORATION,
+    SEGMENTS,
+    generator,
+    grown,
+    members_of,
+    prompt,
+    route,
+    tape_of,
+    texts,
+    visited,
+)
 
 DEPLOYMENTS = {
     "window": dict(),
@@ -37,18 +43,14 @@ def collected(one, prompts, exploration=EXPLORATION, fork=FORK, key=("k",)):
     return collect(one, prompts, [Fork(fork, exploration)] * len(prompts), texts(dtype), tape_of(dtype), key)
 
 
-def members_of(one, prompts, members, exploration=EXPLORATION, fork=FORK, **options):
-    """Clean latents of hand-made members, and the rollout (released)."""
+def by_hand(one, prompts, members, exploration=EXPLORATION, fork=FORK):
+    """What hand-made members visit in a rollout of their own."""
     dtype = one.page_dtype
     rollout = grow_roots(one, prompts, fork, texts(dtype), tape_of(dtype), exploration)
-    found = run_members(one, rollout, members, **options)
+    found = visited(one, rollout, members)
     rollout.release()
     assert rollout.cache.pages_in_use == 0
     return found
-
-
-def route(*frames, group=0):
-    return tuple(RoutedFrame(group, frame) for frame in frames)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -71,10 +73,12 @@ def test_the_all_recent_route_is_deployment_bitwise(dtype, deployment, recent):
 
 def test_the_all_recent_route_of_a_rollout_is_its_anchor_bitwise():
     one = generator(torch.float32)
-    recent = [route(*range(12, 15)), route(*range(15, 18))]
-    states, velocities, clean = members_of(one, [prompt(0)], [(0, recent), Member(0), (0, recent)])
-    assert torch.equal(clean[0], clean[1]) and torch.equal(clean[0], clean[2])
-    assert torch.equal(states[0], states[1]) and torch.equal(velocities[0], velocities[1])
+    recent = Member(0, routes=(route(*range(12, 15)), route(*range(15, 18))))
+    found = by_hand(one, [prompt(0)], [recent, Member(0), recent])
+    assert torch.equal(found.clean_TCHW[0], found.clean_TCHW[1])
+    assert torch.equal(found.clean_TCHW[0], found.clean_TCHW[2])
+    assert torch.equal(found.states_PSFCHW[0], found.states_PSFCHW[1])
+    assert torch.equal(found.velocities_PSFCHW[0], found.velocities_PSFCHW[1])
 
 
 @pytest.mark.parametrize("deployment", DEPLOYMENTS.values(), ids=DEPLOYMENTS)
@@ -110,13 +114,15 @@ def test_members_share_their_noise_and_keep_what_the_solver_visited():
     rollout = collected(one, [prompt(0)])
     (group,) = rollout.groups
     assert group.branches == 3 and group.blocks == 2 and group.window_frames == 6
-    assert group.trajectories.states_MPSFCHW.shape[:4] == (4, 2, 3, 3) and group.clean_MTCHW.shape[:2] == (4, 9)
+    found = group.trajectories
+    assert found.states_MPSFCHW.shape[:4] == (4, 2, 3, 3) and group.clean_MTCHW.shape[:2] == (4, 9)
     for block in range(2):
         initial = tape_of()(0, FORK // 3 + block, "initial")
-        assert all(torch.equal(state, initial) for state in group.trajectories.states_MPSFCHW[:, block, 0])
+        assert all(torch.equal(state, initial) for state in found.states_MPSFCHW[:, block, 0])
     last = one.sigmas[-1]
-    clean = group.trajectories.states_MPSFCHW[:, :, -1] - last * group.trajectories.velocities_MPSFCHW[:, :, -1]
+    clean = found.states_MPSFCHW[:, :, -1] - last * found.velocities_MPSFCHW[:, :, -1]
     assert torch.allclose(clean.flatten(1, 2), group.clean_MTCHW[:, :6], atol=1e-12)
+    assert torch.equal(found.clean_MPFCHW.flatten(1, 2), group.clean_MTCHW[:, :6])
     rollout.release()
 
 
@@ -124,14 +130,13 @@ def test_a_fork_copies_no_page_and_everything_comes_back():
     one = generator()
     rollout = grow_roots(one, [prompt(0), prompt(1)], FORK, texts(), tape_of(), EXPLORATION)
     before = rollout.cache.pages_in_use
-    forks = [group.root.fork() for group in rollout.groups for _ in range(8)]
+    forks = [root.fork() for root in rollout.roots for _ in range(8)]
     assert rollout.cache.pages_in_use == before
     for stream in forks:
         stream.history.release()
     keys = rollout.cache.keys_LQTND.clone()
-    held = [page for group in rollout.groups for page in group.root.history.pages.values()]
-    members = [(0, [route(4, 5, 6)] * 2), Member(1)]
-    run_members(one, rollout, members)
+    held = [page for root in rollout.roots for page in root.history.pages.values()]
+    visited(one, rollout, [Member(0, routes=(route(4, 5, 6),) * 2), Member(1)])
     assert rollout.cache.pages_in_use == before
     assert torch.equal(keys[:, held], rollout.cache.keys_LQTND[:, held])
     rollout.release()
@@ -145,9 +150,9 @@ def test_a_switch_at_the_fork_is_acted_on_before_the_branches_start(deployment):
     exploration = replace(EXPLORATION, blocks=1, tail_blocks=2)
     past = one.deployment.local_past
     recent = route(*range(one.deployment.sink if past is None else FORK - past, FORK - 3))
-    members = [(0, [recent]), (0, [route(4, 6, 7)]), Member(0)]
-    _, _, new = members_of(one, [prompt(0, 30, (FORK,))], members, exploration)
-    _, _, old = members_of(one, [prompt(0, 30)], members, exploration)
+    members = [Member(0, routes=(recent,)), Member(0, routes=(route(4, 6, 7),)), Member(0)]
+    new = by_hand(one, [prompt(0, 30, (FORK,))], members, exploration).clean_TCHW
+    old = by_hand(one, [prompt(0, 30)], members, exploration).clean_TCHW
     expected = stream_latents(one, [prompt(0, 30, (FORK,))], texts(), tape_of())[0, FORK:27]
     assert (new[0] - expected).abs().max() <= 1e-10
     assert (new[2] - expected).abs().max() <= 1e-10
@@ -157,7 +162,7 @@ def test_a_switch_at_the_fork_is_acted_on_before_the_branches_start(deployment):
     rollout = grow_roots(one, [prompt(0, 30)], FORK, texts(), tape_of(), exploration)
     root = rollout.roots[0]
     root.prompt, root.segment = prompt(0, 30, (FORK,)), 1
-    _, _, stale = run_members(one, rollout, members)
+    stale = visited(one, rollout, members).clean_TCHW
     assert (new - stale)[:, :3].abs().flatten(1).amax(1).min() > 1e-3
 
 
@@ -183,9 +188,9 @@ def test_pool_reencoding_reaches_everything_when_everything_is_resident():
         for switches in ((), (36,))
     ]
     old, new = (
-        {frame: rollout.cache.keys_LQTND[:, page] for frame, page in group.root.history.pages.items()}
+        {frame: rollout.cache.keys_LQTND[:, page] for frame, page in root.history.pages.items()}
         for rollout in rollouts
-        for group in rollout.groups
+        for root in rollout.roots
     )
     assert [f for f in new if torch.equal(old[f], new[f])] == [0, 1, 2]
 
@@ -225,8 +230,8 @@ def test_donor_routes_bring_another_videos_history():
             assert {r.group for r in slots} - {index} and len({r for r in slots if r.group != index}) == 1
     # The donor's frames matter, and matter only where they are routed.
     donors = (prompt(1, 30), replace(prompt(2, 30), segments=("a green ring",)))
-    members = [(0, [route(4, 5) + route(6, group=1)] * 2), Member(0)]
-    one_donor, other = (members_of(one, [prompt(0), donor], members)[2] for donor in donors)
+    members = [Member(0, routes=(route(4, 5) + route(6, group=1),) * 2), Member(0)]
+    one_donor, other = (by_hand(one, [prompt(0), donor], members).clean_TCHW for donor in donors)
     assert (one_donor[0] - other[0]).abs().max() > 1e-2
     assert (one_donor[1] - other[1]).abs().max() <= 1e-12
 
@@ -248,13 +253,17 @@ def test_a_routed_frame_that_is_not_resident_is_an_error_and_leaks_nothing():
     rollout = grow_roots(one, [prompt(0, 60)], 36, texts(), tape_of(), exploration)
     before = rollout.cache.pages_in_use
     with pytest.raises(KeyError):
-        run_members(one, rollout, [(0, [route(12, 30, 31)] * 2)])
+        visited(one, rollout, [Member(0, routes=(route(12, 30, 31),) * 2)])
     assert rollout.cache.pages_in_use == before
 
 
 def test_rows_may_ask_for_their_own_noise():
     one = generator()
-    _, _, clean = members_of(one, [prompt(0)], [Member(0)] * 3, videos=[0, 0, 9])
+
+    def tape(video, block, kind):
+        return tape_of()(9, block, kind)
+
+    clean = by_hand(one, [prompt(0)], [Member(0), Member(0), Member(0, tape=tape)]).clean_TCHW
     assert torch.equal(clean[0], clean[1])
     assert (clean[0] - clean[2]).abs().max() > 0.1
 
@@ -294,8 +303,9 @@ def test_the_pages_set_aside_suffice(rows, blocks, name):
         prompt(1, 60, (9, FORK, after + 6)),
     ]
     rollout = collected(one, prompts, exploration)
-    members = [Member(group, n) for group in rollout.groups for n in range(6)]
-    with torch.no_grad(), replay_context(one, members):
+    rows = [member_row(group, n) for group, n in members_of(rollout)]
+    assert len(rows) == 12
+    with torch.no_grad(), replay_context(one, rows):
         assert rollout.cache.pages_in_use <= rollout.cache.num_pages
     rollout.release()
     assert rollout.cache.pages_in_use == 0
@@ -336,9 +346,11 @@ def test_a_row_limit_changes_nothing_with_or_without_donors(rows, groups, donor)
     assert told == list(range(groups))
     for expected, found in zip(free.groups, limited.groups, strict=True):
         assert expected.routes == found.routes and expected.root.prompt == found.root.prompt
-        for name in ("states_MPSFCHW", "velocities_MPSFCHW", "clean_MTCHW"):
-            # A batch of another shape may sum in another order.
-            assert (vars(expected)[name] - vars(found)[name]).abs().max() <= 1e-10
+        # A batch of another shape may sum in another order.
+        assert (expected.clean_MTCHW - found.clean_MTCHW).abs().max() <= 1e-10
+        for name in ("states_MPSFCHW", "velocities_MPSFCHW"):
+            free_one, limited_one = (vars(group.trajectories)[name] for group in (expected, found))
+            assert (free_one - limited_one).abs().max() <= 1e-10
     for rollout in (free, limited):
         rollout.release()
         assert rollout.cache.pages_in_use == 0
@@ -358,10 +370,11 @@ def test_groups_may_fork_at_different_frames(deployment, rows):
     assert [group.fork for group in together.groups] == [15, 18, 30, 12]
     for group, own, fork in zip(together.groups, prompts, forks, strict=True):
         alone = grow_roots(one, [own], fork.frame, texts(), tape_of(), fork.exploration)
-        members = [(0, [[RoutedFrame(0, r.frame) for r in block] for block in b]) for b in group.routes]
-        states, velocities, clean = run_members(one, alone, [*members, Member(0)])
-        assert (group.trajectories.states_MPSFCHW - states).abs().max() <= 1e-10
-        assert (group.trajectories.velocities_MPSFCHW - velocities).abs().max() <= 1e-10
+        routes = [tuple(route(*(r.frame for r in block)) for block in b) for b in group.routes]
+        found = visited(one, alone, [*(Member(0, routes=own) for own in routes), Member(0)])
+        clean = found.clean_TCHW
+        assert (group.trajectories.states_MPSFCHW - found.states_PSFCHW).abs().max() <= 1e-10
+        assert (group.trajectories.velocities_MPSFCHW - found.velocities_PSFCHW).abs().max() <= 1e-10
         assert group.clean_MTCHW.shape == clean.shape and (group.clean_MTCHW - clean).abs().max() <= 1e-10
         alone.release()
     together.release()

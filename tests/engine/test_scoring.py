@@ -16,6 +16,7 @@ from kvpo.engine.scoring import (
     shared_clips,
     transition_clips,
 )
+from kvpo.method.evidence import Trajectories
 from kvpo.prompts import VideoPrompt
 
 BLOCK = 3
@@ -105,8 +106,9 @@ def forked(fork: int, window: int, tail: int, members: int = 2) -> Group:
     own = frames[fork : fork + window + tail]
     clean = torch.stack([own + 100 * member for member in range(members)])
     states = torch.zeros(members, window // BLOCK, 1, BLOCK, 3, 2, 2)
+    seen = Trajectories(states, states, clean[:, :window].unflatten(1, (-1, BLOCK)), (1.0,))
     root: Any = SimpleNamespace(prompt=STORY, latents=list(frames[:fork].split(BLOCK)))
-    return Group(0, root, fork, (), states, states, clean)
+    return Group(0, root, fork, 0, (None,) * (members - 1), seen, clean)
 
 
 def test_scores_are_the_shares_of_what_each_clip_shows() -> None:

@@ -1,20 +1,25 @@
 """A generator of random weights, prompts and noise: small enough for exactness tests in double precision."""
 
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import fields, replace
 from functools import cache
 
 import torch
 from torch import Tensor
 
 from kvpo.config import ExplorationConfig
+from kvpo.engine.explorers import Member, RoutedFrame
 from kvpo.engine.generator import PageShape, StreamingGenerator
 from kvpo.engine.noise import keyed_generator
+from kvpo.engine.replay import ReplayRow, member_row, replay_context, replay_velocities
+from kvpo.engine.rollout import Group, Ran, Rollout, run_members
 from kvpo.engine.stream import Stream, advance, open_stream
+from kvpo.method.evidence import residual_table
 from kvpo.method.flow import STEPS
 from kvpo.models.causal_wan import CausalWan, WanShape
-from kvpo.models.deployment import Deployment
 from kvpo.prompts import VideoPrompt
 from tests.models.tiny import tiny_model
+from tests.published_bank import deployment as deployment_of
 
 SHAPE = WanShape(
     dim=32, num_heads=2, num_layers=2, ffn_dim=48, freq_dim=16, text_len=4, text_dim=6, channels=3,
@@ -51,7 +56,7 @@ def generator(
     """A streaming generator around fresh weights, always the same."""
     return StreamingGenerator(
         transformer=sensitive_model(dtype, relative_positions),
-        deployment=Deployment(block=3, window=window, sink=sink, **deployment),
+        deployment=deployment_of(block=3, window=window, sink=sink, **deployment),
         sigmas=(1.0, 0.9375, 0.625),
         step=STEPS["renoise" if renoise else "ode"],
         latent_shape=FRAME,
@@ -96,3 +101,39 @@ def grown(
     for _ in range(num_frames // 3):
         advance(generator, streams)
     return streams
+
+
+def route(*frames: int, group: int = 0) -> tuple[RoutedFrame, ...]:
+    """Routed slots of one block."""
+    return tuple(RoutedFrame(group, frame) for frame in frames)
+
+
+def visited(one: StreamingGenerator, rollout: Rollout, members: Sequence[Member], **options: int) -> Ran:
+    """What members visited, all of it with a leading axis over them."""
+    ran = list(run_members(one, rollout, members, **options))
+    return Ran(*(torch.stack([vars(own)[field.name] for own in ran]) for field in fields(Ran)))
+
+
+def routed_row(group: Group, branch: int) -> ReplayRow:
+    """A branch under the history that it was routed."""
+    return replace(member_row(group, branch), routes=group.routed_pages(branch), recent=group.recent)
+
+
+def replayed(
+    one: StreamingGenerator, members: Sequence[tuple[Group, int]], row: Callable[..., ReplayRow] = member_row
+) -> Tensor:
+    """Velocities ``[R, P, S, F, C, H, W]`` under the generator as it is, at all states of groups' members."""
+    rows = [row(group, index) for group, index in members]
+    with torch.no_grad(), replay_context(one, rows) as replay:
+        return replay_velocities(one, rows, replay, range(len(rows[0].states_PSFCHW)))
+
+
+def residuals(one: StreamingGenerator, members: Sequence[tuple[Group, int]]) -> Tensor:
+    """Squared residuals ``[R, P, S]`` between members' own velocities and a replay."""
+    own = torch.stack([group.trajectories.velocities_MPSFCHW[index] for group, index in members])
+    return residual_table(torch.ones(own.shape[:3], dtype=own.dtype), own, replayed(one, members))
+
+
+def members_of(rollout: Rollout) -> list[tuple[Group, int]]:
+    """Every group with the index of each of its members, the anchor's last."""
+    return [(group, n) for group in rollout.groups for n in range(group.branches + 1)]

@@ -13,6 +13,7 @@ from kvpo.method.advantage import (
     group_centred,
     is_noise,
     permuted,
+    pooled_spread,
     rank_gap,
     ranks,
     reward_spread,
@@ -39,6 +40,19 @@ def test_the_anchor_relative_advantage_in_closed_form():
 def test_the_group_advantage_in_closed_form():
     torch.testing.assert_close(group_centred(REWARDS, 0.0), REWARDS - 2)
     torch.testing.assert_close(group_centred(REWARDS, 4.0), (REWARDS - 2) / 4)
+
+
+def test_the_spread_of_a_collection_is_about_each_groups_own_mean():
+    groups = [torch.tensor([[0.0, 2.0], [0.0, 6.0]]), torch.tensor([[10.0, 11.0, 12.0], [5.0, 5.0, 5.0]])]
+    torch.testing.assert_close(pooled_spread(groups), torch.tensor([4 / 3, 6.0]).sqrt())
+    assert float(pooled_spread([REWARDS])) == pytest.approx(float(REWARDS.std()))
+
+
+def test_a_given_spread_replaces_the_groups_own():
+    torch.testing.assert_close(group_centred(REWARDS, 0.5, torch.tensor(4.0)), (REWARDS - 2) / 4)
+    anchor = torch.tensor(1.0, dtype=torch.float64)
+    torch.testing.assert_close(anchor_relative(REWARDS, anchor, 0.5, torch.tensor(4.0)), (REWARDS - 1) / 4)
+    torch.testing.assert_close(anchor_relative(REWARDS, anchor, 8.0, torch.tensor(4.0)), (REWARDS - 1) / 8)
 
 
 def test_every_branch_can_be_worse_than_the_anchor():
@@ -181,10 +195,10 @@ def test_rewards_that_agree_leave_no_gap(rewards):
 
 
 def test_what_only_the_primary_praises_is_withheld_or_reversed():
-    advantages = torch.tensor([2.0, 1.0, -1.0, -2.0])
-    gap = torch.tensor([0.9, 0.25, 0.9, -0.9])
-    assert selective(advantages, gap, 0.25, 0.0).tolist() == [0.0, 1.0, -1.0, -2.0]
-    assert selective(advantages, gap, 0.25, 0.5).tolist() == [-1.0, 1.0, -1.0, -2.0]
+    advantages = torch.tensor([2.0, 0.5, 1.0, -1.0, -2.0])
+    gap = torch.tensor([0.9, 0.9, 0.25, 0.9, -0.9])
+    assert selective(advantages, gap, 0.25, 0.0).tolist() == [0.0, 0.0, 1.0, -1.0, -2.0]
+    assert selective(advantages, gap, 0.25, 0.5).tolist() == [-1.0, -0.25, 1.0, -1.0, -2.0]
     assert selective(advantages, gap, 1.0, 0.5).equal(advantages)
 
 

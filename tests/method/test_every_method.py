@@ -7,6 +7,7 @@ import torch
 
 from kvpo.method.evidence import Tables
 from kvpo.method.methods import METHODS
+from kvpo.method.settings import NftSettings
 from tests.method.cases import CASES, FORKS, KNOWN, evidence_for
 from tests.method.toy import (
     credit,
@@ -42,6 +43,12 @@ def test_the_ratio_is_exactly_one_before_the_first_step(name):
     (coefficients,) = torch.autograd.grad(loss, table)
     assert metrics["ratio_deviation"] == 0.0 and metrics["ratio_max"] == 1.0 == metrics["ratio_mean"]
     assert metrics["clip_fraction"] == 0.0 and float(coefficients.abs().max()) > 0
+
+
+def test_an_update_reports_the_extreme_ratios_of_its_groups():
+    for method in METHODS.values():
+        extreme = {name for name, metric in method.metrics.items() if metric.largest}
+        assert extreme == {"ratio_max", "ratio_deviation"} & method.metrics.keys()
 
 
 def test_every_method_with_a_policy_has_a_ratio():
@@ -102,3 +109,52 @@ def test_evidence_in_half_precision_is_weighed_and_compared_in_single_or_wider(n
     assert evidence.weights_NPS.dtype == expected
     torch.testing.assert_close(evidence.weights_NPS.double(), wide.weights_NPS, rtol=1e-6, atol=0)
     torch.testing.assert_close(evidence.targets_NPSFCHW.double(), wide.targets_NPSFCHW, rtol=0.05, atol=0.2)
+
+
+PUBLISHED = {
+    "kvpo": {
+        "temperature": None, "anchor_share": 0.0, "clip_low": 0.1, "clip_high": 0.2, "simplex_kl": 0.0,
+        "anchor_state_weight": 0.0,
+    },
+    "latent-distance": {"space": "latent", "temperature": None, "clip_low": 0.1, "clip_high": 0.2},
+    "flow-grpo": {"clip": 0.2},
+    "cm-grpo": {"clip": 0.2},
+    "nft": {"beta": 1.0, "advantage_limit": 2.5, "old": "rollout", "selective_kl": 0.0},
+    "rvm": {},
+    "self-distill": {},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_settings_start_from_the_documented_values(name):
+    assert vars(type(CASES[name][0])()) == PUBLISHED[name]
+
+
+def test_runs_start_from_what_their_method_needs():
+    changed = {name: type(settings).STARTS_FROM for name, (settings, _) in CASES.items()}
+    assert {name: start for name, start in changed.items() if start} == {
+        "flow-grpo": {"exploration.noise": 0.7},
+        "cm-grpo": {"stream.step_rule": "renoise"},
+        "rvm": {"objective.advantage_scale": "collection"},
+        "self-distill": {"exploration.donor": 0},
+    }
+
+
+def test_what_each_method_asks_of_its_rollout():
+    asked = {
+        name: {flag for flag in ("rewarded", "arrivals", "keep_pool", "linear") if vars(method)[flag]}
+        for name, method in METHODS.items()
+    }
+    assert asked == {
+        "kvpo": {"rewarded"},
+        "latent-distance": {"rewarded"},
+        "flow-grpo": {"rewarded", "arrivals"},
+        "cm-grpo": {"rewarded", "arrivals"},
+        "nft": {"rewarded", "linear"},
+        "rvm": {"rewarded", "linear"},
+        "self-distill": {"keep_pool", "linear"},
+    }
+    averaging = METHODS["nft"].averaged_old
+    assert not averaging(NftSettings()) and averaging(NftSettings(old="average"))
+    assert not any(METHODS[name].averaged_old(settings) for name, (settings, _) in CASES.items())
+    assert {name for name, method in METHODS.items() if method.probabilities} == {"kvpo", "latent-distance"}

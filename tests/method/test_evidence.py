@@ -115,7 +115,7 @@ def test_the_gradient_pulls_the_policy_towards_the_branch():
 
 
 def test_the_anchor_state_target_leads_to_the_branch():
-    evidence = anchor_state_evidence(FORK, [0, 2], 4)
+    evidence = anchor_state_evidence(FORK, [0, 2], 4, 1.0)
     anchor = FORK.states_MPSFCHW[-1]
     levels = torch.tensor(SIGMAS, dtype=torch.float64).expand(BLOCKS, 4)
     for row, branch in enumerate((0, 2)):
@@ -124,7 +124,9 @@ def test_the_anchor_state_target_leads_to_the_branch():
 
     clean, noise = latents(0)[:, :, 0], latents(1)[:, :, 0]
     states = torch.stack([add_noise(clean, noise, sigma) for sigma in (1.0, 0.9375)], 2)
-    own = anchor_state_evidence(Trajectories(states, states, clean, (1.0, 0.9375)), [2], 2).targets_NPSFCHW
+    own = anchor_state_evidence(
+        Trajectories(states, states, clean, (1.0, 0.9375)), [2], 2, 1.0
+    ).targets_NPSFCHW
     torch.testing.assert_close(own[0], (noise - clean)[2][:, None].expand_as(own[0]))
 
 

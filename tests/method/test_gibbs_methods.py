@@ -135,6 +135,30 @@ def test_latent_distance_is_the_clipped_gibbs_objective_on_clean_latents(space, 
     assert len(evidence_for("latent-distance", settings, fork, earned).past_Q) == 1
 
 
+@pytest.mark.parametrize(
+    "name, settings, anchor",
+    [
+        ("kvpo", KvpoSettings(), 0),
+        ("kvpo", KvpoSettings(temperature=0.3), 0),
+        ("kvpo", KvpoSettings(anchor_share=0.4), 1),
+        ("latent-distance", LatentDistanceSettings(), 0),
+        ("latent-distance", LatentDistanceSettings(temperature=0.3), 0),
+    ],
+)
+def test_probabilities_are_those_of_the_policy_that_the_loss_compares_with(name, settings, anchor):
+    fork, earned = FORKS["routes"], credit(0, 1, 3)
+    evidence = evidence_for(name, settings, fork, earned)
+    table = table_of(KNOWN.old, fork, evidence)
+    _, metrics = METHODS[name].loss(Tables(table, table, table), evidence.branch_N, earned, settings)
+    energies = [
+        table[[n for n, at in enumerate(evidence.branch_N) if at == branch]].sum() for branch in (0, 1, 3)
+    ]
+    pool = torch.stack(energies + [torch.zeros(()).double()] * anchor)
+    expected = torch.softmax(-pool / metrics["temperature"], 0)
+    found = METHODS[name].probabilities(table, evidence.branch_N, earned, settings)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
+
+
 def test_noise_branches_teach_velocity_energies_nothing():
     """They follow the old policy in its own context: energy and gradient are exactly 0 there."""
     fork, earned = FORKS["renoise"], credit(0, 1, 2, 3)

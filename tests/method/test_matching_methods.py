@@ -77,6 +77,19 @@ def test_every_branch_is_noised_by_the_same_noise():
     )
 
 
+def test_the_noise_does_not_depend_on_the_default_type():
+    fork = FORKS["renoise"]
+    found = []
+    for dtype in (torch.float32, torch.float64):
+        torch.set_default_dtype(dtype)
+        try:
+            evidence = METHODS["rvm"].evidence(fork, credit(0), 2, RvmSettings(), seeded(3))
+        finally:
+            torch.set_default_dtype(torch.float32)
+        found.append(evidence.states_QPSFCHW)
+    assert torch.equal(*found)
+
+
 def test_self_distillation_teaches_what_other_pages_say():
     fork, earned = FORKS["routes"], credit(0, 1, 2, 3)
     own = history_of(fork.clean_MPFCHW[-1])

@@ -1,5 +1,6 @@
 import math
 from collections import Counter
+from itertools import combinations
 
 import pytest
 import torch
@@ -8,17 +9,43 @@ from hypothesis import strategies as st
 
 from kvpo.method.routing import (
     FittedExploration,
-    deployment_frames,
     dispersed_routes,
-    exploration_frames,
     fit_exploration,
-    independent_routes,
-    local_past,
-    mean_pairwise_overlap,
     route_pool,
+    visible_frames,
 )
+from kvpo.models.settings import Deployment
 
 LONGLIVE = {"sink": 3, "window": 12, "block": 3}
+
+
+def deployment_frames(start: int, *, sink: int, window: int, block: int) -> tuple[int, ...]:
+    """Past frames of a deployed block."""
+    first, local = visible_frames(start, range(sink), Deployment(block, window, sink).local_past)
+    return (*first, *local)
+
+
+def exploration_frames(start: int, routed, *, sink: int, recent: int) -> tuple[int, ...]:
+    """Past frames of a routed block."""
+    first, local = visible_frames(start, range(sink), recent)
+    return (*first, *routed, *local)
+
+
+def independent_routes(pool, *, branches: int, routed: int, distinct: int, generator) -> torch.Tensor:
+    """Routes drawn independently for each branch: what dispersed routes are compared with.
+
+    Two branches share distinct^2 / len(pool) frames on average.
+    """
+    draws = [torch.randperm(len(pool), generator=generator)[:distinct] for _ in range(branches)]
+    slots = torch.arange(routed) % distinct
+    return torch.tensor(pool)[torch.stack(draws)[:, slots]].sort(dim=1).values
+
+
+def mean_pairwise_overlap(routes: torch.Tensor) -> float:
+    """Distinct frames that two branches share, averaged over all pairs of branches of routes [G, R]."""
+    sets = [frozenset(route) for route in routes.tolist()]
+    shared = [len(one & other) for one, other in combinations(sets, 2)]
+    return sum(shared) / len(shared)
 
 
 def seeded(seed: int) -> torch.Generator:
@@ -45,7 +72,7 @@ def draws(draw):
 
 
 def test_longlive_sees_its_sink_and_six_past_frames():
-    assert local_past(12, 3, 3) == 6
+    assert Deployment(block=3, window=12, sink=3).local_past == 6
     assert deployment_frames(30, **LONGLIVE) == (0, 1, 2, 24, 25, 26, 27, 28, 29)
 
 
@@ -63,8 +90,8 @@ def test_deployment_without_a_sink_and_without_a_limit():
 
 
 def test_a_window_too_small_for_sink_and_block_is_refused():
-    with pytest.raises(ValueError, match="window = 5: must hold the sink .3. and the block .3.: at least 6"):
-        deployment_frames(30, sink=3, window=5, block=3)
+    with pytest.raises(ValueError, match=r"stream.window: must be .* stream.sink \+ stream.block = 6, got 5"):
+        Deployment(block=3, window=5, sink=3).check()
 
 
 @pytest.mark.parametrize(
@@ -82,15 +109,14 @@ def test_every_reading_of_the_window_is_two_integers(routed, recent, keys):
     assert len(frames) + LONGLIVE["block"] == keys
 
 
-def test_routed_frames_are_sorted_and_may_repeat():
-    assert exploration_frames(30, (9, 5, 9), sink=3, recent=1) == (0, 1, 2, 5, 9, 9, 29)
-    assert exploration_frames(30, (9, 5), sink=0, recent=2) == (5, 9, 28, 29)
+def test_routed_frames_come_between_and_may_repeat():
+    assert exploration_frames(30, (5, 9, 9), sink=3, recent=1) == (0, 1, 2, 5, 9, 9, 29)
+    assert exploration_frames(30, (5, 9), sink=0, recent=2) == (5, 9, 28, 29)
 
 
 @pytest.mark.parametrize("frame", [2, 27, 30])
-def test_routing_a_sink_a_recent_or_a_future_frame_is_a_bug(frame):
-    with pytest.raises(AssertionError):
-        exploration_frames(30, (frame,), sink=3, recent=3)
+def test_sink_recent_and_future_frames_are_never_routed(frame):
+    assert frame not in route_pool(30, sink=range(3), recent=3, resident=0)
 
 
 @given(start=st.integers(0, 60), sink=st.integers(0, 4), routed=st.integers(0, 6), recent=st.integers(0, 6))
@@ -190,11 +216,10 @@ def test_the_generator_alone_decides():
     assert not torch.equal(first, dispersed_routes(**arguments, generator=seeded(8)))
 
 
-@pytest.mark.parametrize("draw", [dispersed_routes, independent_routes])
-def test_a_pool_too_small_for_the_branches_is_refused(draw):
+def test_a_pool_too_small_for_the_branches_is_refused():
     message = "branches = 8: a pool of 4 frames has only 6 different sets of 2; fork later"
     with pytest.raises(ValueError, match=message):
-        draw(range(4), branches=8, routed=3, distinct=2, generator=seeded(0))
+        dispersed_routes(range(4), branches=8, routed=3, distinct=2, generator=seeded(0))
 
 
 @pytest.mark.parametrize("distinct", [0, 4])
@@ -272,7 +297,7 @@ def test_what_fits_can_be_drawn_and_no_more_would(fork, length, window_end, dist
         pool, branches=branches, routed=distinct, distinct=fitted.distinct, generator=seeded(0)
     )
     for route in routes.tolist():
-        exploration_frames(fork, route, sink=3, recent=3)
+        assert set(route) <= set(range(3, fork - 3))
     assert fitted.distinct == distinct or math.comb(len(pool), fitted.distinct + 1) < branches
     assert fitted.blocks == min(5, room)
     assert fitted.tail_blocks == min(2, (length - fork) // 3 - fitted.blocks)

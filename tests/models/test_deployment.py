@@ -5,10 +5,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvpo.method.routing import deployment_frames, exploration_frames, route_pool
+from kvpo.method.routing import route_pool
 from kvpo.models.cache import FrameCache, History
 from kvpo.models.deployment import (
-    Deployment,
     adopt_reencoded,
     commit_bank,
     context_size,
@@ -19,7 +18,10 @@ from kvpo.models.deployment import (
     routed_context,
     sink_frames,
 )
+from kvpo.models.settings import Deployment
 from kvpo.prompts import VideoPrompt
+from tests.method.test_routing import deployment_frames, exploration_frames
+from tests.published_bank import PublishedBank
 
 LAYERS = 2
 
@@ -67,15 +69,18 @@ def test_the_deployment_context_is_sink_and_window_however_little_is_kept(window
 @pytest.mark.parametrize(
     "fields, message",
     [
-        (dict(block=0, window=12, sink=3), "stream.block = 0"),
-        (dict(block=3, window=12, sink=-1), "stream.sink = -1"),
-        (dict(block=3, window=5, sink=3), "stream.window = 5 must hold the sink and the block"),
-        (dict(block=3, window=0, sink=0), "stream.window = 0"),
+        (dict(block=0, window=12, sink=3), "stream.block: must be at least 1, got 0"),
+        (dict(block=3, window=12, sink=-1), "stream.sink: must be 0 or more, got -1"),
+        (
+            dict(block=3, window=5, sink=3),
+            r"stream.window: must be .* at least stream.sink \+ stream.block = 6, got 5",
+        ),
+        (dict(block=3, window=0, sink=0), "stream.window: must be .* = 3, got 0"),
     ],
 )
 def test_impossible_windows_are_named(fields, message):
     with pytest.raises(ValueError, match=message):
-        Deployment(**fields)
+        Deployment(**fields).check()
 
 
 def test_a_routed_row_sees_sink_routes_and_recent_frames_beside_an_unrouted_one():
@@ -190,7 +195,7 @@ def test_the_bank_takes_every_third_block_and_keeps_what_the_text_matches():
 
 
 def test_the_published_bank_takes_the_same_frame_again():
-    published = Deployment(block=3, window=12, sink=3, bank_size=3, bank_as_published=True)
+    published = PublishedBank(block=3, window=12, sink=3, bank_size=3)
     seen = grown_bank(published, 12, along(1, 9, 9, 3, 9, 9, 2, 9, 9, 7, 9, 9), text)
     assert seen[10][0] == [9, 18, 27] and seen[11][0] == [27, 9, 27]
 

@@ -10,10 +10,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from kvpo.engine.generator import PageShape, StreamingGenerator
+from kvpo.method.flow import STEPS
 from kvpo.models.adapter_files import PEFT_PREFIX, AdapterState
 from kvpo.models.adapters import merge_adapter
 from kvpo.models.causal_wan import CausalWan, WanShape
-from kvpo.models.deployment import Deployment
+from tests.published_bank import PublishedBank
 
 GOLDEN = Path(os.environ.get("KVPO_GOLDEN", Path(__file__).resolve().parents[2] / ".." / "shared" / "golden"))
 SIGMAS = (1.0, 0.9375, 5 * 0.5 / 3, 0.625)
@@ -183,7 +184,7 @@ def generator_of(meta: dict, model: CausalWan, context_noise: float = 0.0) -> St
     shape = model.shape
     return StreamingGenerator(
         transformer=model,
-        deployment=Deployment(
+        deployment=PublishedBank(
             block=BLOCK,
             window=meta["window"],
             sink=meta["sink"],
@@ -191,10 +192,9 @@ def generator_of(meta: dict, model: CausalWan, context_noise: float = 0.0) -> St
             bank_size=meta["bank_size"],
             sparse_activation=meta["sparse_activation"],
             bank_every_block=meta["bank_every_block"],
-            bank_as_published=True,
         ),
         sigmas=SIGMAS,
-        renoise=True,
+        step=STEPS["renoise"],
         latent_shape=(shape.channels, shape.latent_height, shape.latent_width),
         pages=PageShape(shape.num_layers, shape.tokens_per_frame, shape.num_heads, shape.head_dim),
         context_noise=context_noise,
@@ -206,6 +206,6 @@ def forgets_at_switch(meta: dict) -> bool:
     """Whether the public code zeroes history at a switch and then re-encodes only its last frames.
 
     With the sink not kept, MemFlow never rewrites the sink slots, and the sampler's cache is longer than what
-    is re-encoded: zero keys and values stay behind and are attended to (MODELS.md section 8, trap 10).
+    is re-encoded: zero keys and values stay behind and are attended to.
     """
     return not meta["keep_sink_at_switch"] and (meta["model"] == "memflow" or meta["kind"] == "routing")

@@ -64,7 +64,7 @@ def published(meta: dict) -> Iterator[None]:
 @dataclass
 class FirstStepSink:
     """A block whose first ``own`` frames lie in sink slots: after its first solver step LongLive takes every
-    call for a re-encoding, which leaves the sink slots as they are (MODELS.md section 3)."""
+    call for a re-encoding, which leaves the sink slots as they are."""
 
     context: PageContext
     own: int

@@ -1,4 +1,4 @@
-"""The streaming generators as MODELS.md sections 2 to 5 describe them, slot by slot.
+"""The streaming generators as their public code runs them, slot by slot.
 
 An independent second implementation for parity tests: rolling slots and pointers instead of pages and tables,
 one stream at a time, nothing shared with the package. A slot holds one frame's keys (or values) of one layer,

@@ -6,10 +6,11 @@ import torch
 from torch import Tensor
 
 from kvpo.config import ExplorationConfig
-from kvpo.engine.generator import StreamingGenerator, TextRows
+from kvpo.engine.explorers import Member, RoutedFrame
+from kvpo.engine.generator import StreamingGenerator
 from kvpo.engine.noise import Tape
 from kvpo.engine.pages import stream_pages
-from kvpo.engine.rollout import RoutedFrame, grow_roots, run_members
+from kvpo.engine.rollout import grow_roots, run_members
 from kvpo.engine.stream import (
     Stream,
     TextTable,
@@ -19,6 +20,7 @@ from kvpo.engine.stream import (
     give_frames,
     open_stream,
     switch_prompts,
+    text_of,
 )
 from kvpo.method.flow import clean_of
 from kvpo.models.adapters import merge_adapter
@@ -68,6 +70,11 @@ def routing_tape(meta: dict, data: dict[str, Tensor]) -> BlockTape:
     return tape
 
 
+def no_noise(block: int, kind: str) -> Tensor:
+    """The tape of a replay, whose states and noise are stored."""
+    raise AssertionError(f"{kind} noise of block {block} was asked for")
+
+
 def of_video(tape: BlockTape) -> Callable[[int, int, str], Tensor]:
     """The tape as the engine asks for it."""
     return lambda video, block, kind: tape(block, kind)
@@ -92,18 +99,18 @@ def run_stream(meta: dict, data: dict[str, Tensor], model: CausalWan, observe: O
     prompt, texts = video(data, segments_of(meta, num_frames, offset))
     # One page more than a stream needs: a page of zeros.
     cache = generator.new_cache(stream_pages(generator, num_frames, meta["window"]) + 1)
-    stream = open_stream(generator, cache, prompt)
+    stream = open_stream(generator, cache, prompt, texts, of_video(tape))
     calls = offset // generator.block
     if given is not None:
-        give_frames(generator, [stream], given, texts, resident=meta["window"])
+        give_frames(generator, [stream], given, resident=meta["window"])
     with published(meta):
         while stream.start < num_frames:
             segment = stream.segment
-            switch_prompts(generator, [stream], texts)
+            switch_prompts(generator, [stream])
             if stream.segment != segment:
                 calls += 1
                 observe(calls, stream, None)
-            trajectory = advance(generator, [stream], texts, of_video(tape), resident=meta["window"])
+            trajectory = advance(generator, [stream], resident=meta["window"])
             calls += steps + 2
             observe(calls, stream, trajectory)
     stream.history.release()
@@ -129,9 +136,9 @@ def run_routing(meta: dict, data: dict[str, Tensor], model: CausalWan) -> list[T
             tail_blocks=(num_frames - fork) // generator.block - blocks,
         )
         rollout = grow_roots(generator, [prompt], fork, texts, tape, exploration)
-        members = [(0, [[RoutedFrame(0, frame) for frame in used]] * blocks) for used in meta["used_frames"]]
-        members.append(Member(0))
-        _, _, clean = run_members(generator, rollout, members, texts, tape)
+        routes = [tuple(RoutedFrame(0, frame) for frame in used) for used in meta["used_frames"]]
+        members = [*(Member(0, routes=(route,) * blocks) for route in routes), Member(0)]
+        clean = [ran.clean_TCHW for ran in run_members(generator, rollout, members)]
     before = torch.cat(rollout.roots[0].latents)
     rollout.release()
     assert rollout.cache.pages_in_use == 0
@@ -146,30 +153,28 @@ def recent_past(meta: dict) -> int:
 def routed_by_slot(
     meta: dict, generator: StreamingGenerator, prompt: VideoPrompt, texts: TextTable, tape: Tape
 ) -> list[Tensor]:
-    """The public MemFlow sampler: routed are cache slots, read anew at every block (MODELS.md 5.3).
+    """The public MemFlow sampler: routed are cache slots, read again at every block.
 
     ``used_frames`` are what the slots hold at the first routed block; once the cache has rolled, the same
     slots hold later frames at every further block, at last frames that the branch itself has made.
     """
     resident, fork, sink = meta["resident_frames"], meta["fork_frame"], meta["sink"]
     cache = generator.new_cache(2 * prompt.num_frames + resident + generator.deployment.window)
-    root = open_stream(generator, cache, prompt)
+    root = open_stream(generator, cache, prompt, texts, tape)
     while root.start < fork:
-        advance(generator, [root], texts, tape, resident=resident)
+        advance(generator, [root], resident=resident)
     latents = []
     for used in [*meta["used_frames"], None]:
         stream = root.fork()
         while stream.start < prompt.num_frames:
             # At a switch pages are rewritten before they are routed.
-            switch_prompts(generator, [stream], texts)
+            switch_prompts(generator, [stream])
             routes = None
             if used is not None and stream.start < fork + BLOCK * meta["perturbed_blocks"]:
                 evicted = [max(0, start + BLOCK - resident) for start in (fork, stream.start)]
                 frames = [f if f < sink else f - evicted[0] + evicted[1] for f in used]
                 routes = [stream.history.page_ids(frames)]
-            advance(
-                generator, [stream], texts, tape, routes=routes, recent=recent_past(meta), resident=resident
-            )
+            advance(generator, [stream], routes=routes, recent=recent_past(meta), resident=resident)
         latents.append(torch.cat(stream.latents))
         stream.history.release()
     root.history.release()
@@ -198,8 +203,7 @@ def history_of(meta: dict, data: dict[str, Tensor], cache: FrameCache) -> Histor
 def cached_segment(meta: dict) -> int:
     """The prompt whose text keys the public trainer has cached at the fork.
 
-    It goes on with the prompt of the chunk before, also where the forked chunk begins with a switch
-    (MODELS.md section 8, trap 2).
+    It goes on with the prompt of the chunk before, also where the forked chunk begins with a switch.
     """
     fork = max(chunk for chunk in CHUNKS if chunk <= meta["fork_frame"])
     before = max((chunk for chunk in CHUNKS if chunk < fork), default=-1)
@@ -223,14 +227,14 @@ def public_scores(
     # Every branch holds the stored history and its own blocks.
     stored = meta["history_filled_frames"][0]
     cache = generator.new_cache(stored + branches * generator.block * blocks)
-    embeds = data["prompt_embeds"][cached_segment(meta)][0]
+    text_LD = data["prompt_embeds"][cached_segment(meta)][0]
     prompt = VideoPrompt(0, ("",), (), meta["history_end_frame"][0] + generator.block * blocks)
-    root = Stream(prompt, history_of(meta, data, cache))
     noises = data["context_noise"].unflatten(0, (branches, blocks - 1)) if blocks > 1 else None
+    root = Stream(prompt, {"": text_LD}, of_video(no_noise), history_of(meta, data, cache))
     scores = []
     for batch in torch.arange(branches).split(rows or branches):
         streams = [root.fork() for _ in batch]
-        text = TextRows(embeds[None], torch.zeros(len(batch), dtype=torch.long))
+        text = text_of(streams)
         score = torch.zeros(len(batch))
         for n in range(blocks):
             context = deployment_context(generator.deployment, [stream.history for stream in streams])

@@ -30,7 +30,7 @@ def run_and_console(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -
         exploration__donor=1,
         objective__keep_best=1,
         objective__keep_worst=1,
-        objective__temperature=0.01,
+        kvpo__temperature=0.01,
         evaluation__every=1,
         evaluation__held_out=["motion_smoothness"],
         optim__updates=2,
@@ -43,6 +43,14 @@ def run_and_console(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -
     finally:
         logger.removeHandler(console)
     return directory, console.lines
+
+
+@pytest.fixture(scope="session")
+def nft_run(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The shortest finished run of another method than KVPO, never changed."""
+    directory = tmp_path_factory.mktemp("report") / "nft"
+    assert align(tiny_config(tiny_base, method="nft", optim__updates=1), directory) is not None
+    return directory
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,7 @@ from headless_chromium import chromium, find_chromium
 from safetensors.numpy import load_file
 
 from kvpo.report import write_report
-from kvpo.report.formatting import fixed
+from kvpo.report.formatting import compact
 
 pytestmark = pytest.mark.skipif(
     find_chromium() is None, reason="no Chromium is installed (Debian: apt-get install chromium)"
@@ -79,7 +79,7 @@ def pixels(page, name: str, shown: str) -> np.ndarray:
 
 def test_nothing_is_requested_and_hostile_prompts_do_not_run(page):
     assert [url for url in page.requests if not url.startswith(("file:", "data:"))] == []
-    assert page.run("document.title") == "finished \u00b7 kvpo report"
+    assert page.run("document.title") == "finished \u00b7 kvpo \u00b7 kvpo report"
     assert page.run("document.querySelectorAll('script').length") == 2
 
 
@@ -142,13 +142,16 @@ def test_playing_moves_time_and_pausing_stops_it(page):
 def test_branches_sort_with_the_anchor_first_and_tabs_switch(page):
     members = "[...document.querySelectorAll('#group-0-members .member')]"
     for key, descending in (("reward", True), ("advantage", True), ("energy", False)):
+        sort = key if descending else f"-{key}"
         page.run(
             "(() => { const s = document.querySelector('[data-sort=group-0-members]');"
-            f" s.value = '{key}'; s.dispatchEvent(new Event('change')); }})()"
+            f" s.value = '{sort}'; s.dispatchEvent(new Event('change')); }})()"
         )
         assert page.run(f"{members}[0].querySelector('h4').textContent") == "anchor"
-        found = page.run(f"{members}.slice(1).map((m) => Number(m.dataset.{key}))")
-        assert found == sorted(found, reverse=descending) and len(found) == 4
+        shown = page.run(f"{members}.slice(1).map((m) => m.dataset.{key})")
+        found = [float(text) for text in shown if text]
+        assert found == sorted(found, reverse=descending) and len(shown) == 4
+        assert shown[len(found) :] == [""] * (4 - len(found)), "branches that were not trained on come last"
     assert page.run("document.getElementById('group-1').hidden") is True
     page.run("document.querySelectorAll('[role=tab]')[1].click()")
     assert page.run("document.getElementById('group-1').hidden") is False
@@ -184,7 +187,7 @@ def test_charts_answer_the_pointer(page, finished_run):
     page.call("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
     page.wait_for("!document.querySelector('.tip').hidden")
     text = page.run("document.querySelector('.tip').textContent")
-    assert f"update {last['update']}" in text and f"base  {fixed(last['short']['base_mean'])}" in text
+    assert f"update {last['update']}" in text and f"base  {compact(last['short']['base_mean'])}" in text
 
 
 @pytest.mark.parametrize(("width", "phone"), [(1280, False), (390, True), (320, True)])

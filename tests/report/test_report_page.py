@@ -16,9 +16,10 @@ import yaml
 from edits import HOSTILE, copy_of, edit_json, edit_metrics, held_out, lines_of
 from safetensors.numpy import load_file, save_file
 
+from kvpo.method.methods import METHODS as METHODS_OF_TRAINING
 from kvpo.report import write_report
-from kvpo.report.curves import GROUPS, NOT_METRICS
-from kvpo.report.formatting import fixed, signed
+from kvpo.report.curves import NOT_METRICS
+from kvpo.report.formatting import escape, fixed, signed, title_of
 from kvpo.report.tables import CHECKS, DIVERSITY, METHODS
 
 VOID = {"meta", "input", "br", "img", "link", "hr"}
@@ -99,13 +100,56 @@ def test_a_finished_run_shows_every_section_and_misses_nothing(finished_run, fin
 
 
 def test_every_number_that_the_page_explains_is_one_that_runs_write(finished_run):
-    """Names are all that joins the trainer and the page."""
-    written = {key for line in lines_of(finished_run, "update") for key in line}
-    explained = {diagnostic.key for _, group in GROUPS for diagnostic in group}
-    assert explained <= written and NOT_METRICS <= written
+    """Names are all that joins the run and these tables of the page."""
     numbers = json.loads((finished_run / "summary.json").read_text())
     assert set(METHODS) == set(numbers["diversity"]) and set(CHECKS) == set(numbers["checks"])
     assert set(DIVERSITY) == {key for method in numbers["diversity"].values() for key in method}
+
+
+def panels(page_text: str) -> dict[str, str]:
+    """Title of every diagnostic -> the sentence under it."""
+    section = page_text.split('<section id="diagnostics">', 1)[1].split("</section>", 1)[0]
+    figure = r'<figure class="card small"><figcaption><h4>(.*?)</h4>.*?<p class="meaning">(.*?)</p>'
+    return dict(re.findall(figure, section, re.DOTALL))
+
+
+def written(run) -> set[str]:
+    """Metrics in the update lines of a run."""
+    return {key for line in lines_of(run, "update") for key in line} - NOT_METRICS
+
+
+@pytest.mark.parametrize("method", ["kvpo", "nft"])
+def test_every_metric_that_a_run_writes_has_a_meaning_and_a_panel(request, method):
+    """Of KVPO, and of another method, whose metrics the page cannot know."""
+    run = request.getfixturevalue({"kvpo": "finished_run", "nft": "nft_run"}[method])
+    meanings = json.loads((run / "meanings.json").read_text())
+    explained = {name: text for metrics in meanings.values() for name, text in metrics.items()}
+    assert sum(map(len, meanings.values())) == len(explained), "each under one heading"
+    text = (run / "report.html").read_text()
+    assert {name for name in written(run) if not explained.get(name)} == set()
+    assert panels(text) == {escape(title_of(name)): escape(explained[name]) for name in written(run)}
+    assert ">Other</h3>" not in text
+    assert set(meanings["Method"]) == set(METHODS_OF_TRAINING[method].metrics) <= written(run)
+    assert f"\u00b7 {method} \u00b7 kvpo report</title>" in text
+
+
+def test_the_explorer_calls_residuals_as_the_method_does(finished_run, nft_run):
+    names = {"energy", "distance", "residual"}
+    for run, name in ((finished_run, "energy"), (nft_run, "residual")):
+        record = json.loads((run / "branches" / "branches.json").read_text())
+        found = {key for group in record["groups"] for member in group["members"] for key in member}
+        assert found & names == {name}
+        page = parse((run / "report.html").read_text())
+        options = {a["value"].lstrip("-") for tag, a in page.elements if tag == "option"}
+        assert options & names == {name}
+        assert ("probability" in options) == (name == "energy"), "NFT defines no branch probabilities"
+
+
+def test_a_run_without_meanings_still_shows_every_metric(run):
+    (run / "meanings.json").unlink()
+    text, page = page_of(run)
+    assert "meanings.json is missing" in page.text
+    assert panels(text) == {escape(title_of(name)): "" for name in written(run)}
 
 
 def test_what_a_run_cannot_tell_is_no_success(run_and_console, finished_page):
@@ -291,9 +335,7 @@ def test_after_a_resume_the_last_line_of_an_update_counts(bare_run):
     ]
     (bare_run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     _, page = page_of(bare_run)
-    chart = next(
-        json.loads(a["data-chart"]) for _, a in page.elements if a.get("aria-label") == "Seconds per update"
-    )
+    chart = next(json.loads(a["data-chart"]) for _, a in page.elements if a.get("aria-label") == "Seconds")
     assert chart["x"] == [1, 2, 3]
     assert chart["series"][0]["y"] == [5.5, 6.5, 8.5]
 

@@ -1,6 +1,6 @@
 """Every method's loss written out, from a rollout and the generator's own velocities, in one graph.
 
-Nothing of ``kvpo.method`` is used but the temperature that gives the anchor a share. METHOD section 10 has
+Nothing of ``kvpo.method`` is used but the temperature that gives the anchor a share. docs/method.md has
 the formulas; G branches, P blocks, S solver steps.
 """
 

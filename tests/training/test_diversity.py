@@ -15,7 +15,7 @@ from kvpo.engine.forks import Fork
 from kvpo.engine.noise import BranchTape, SeededTape
 from kvpo.engine.scoring import Scores
 from kvpo.training import diversity
-from kvpo.training.diversity import Diversity, Laboratory, Place
+from kvpo.training.diversity import Diversity, Laboratory, Place, ReadOff
 from tests.tiny_world import ToyPrompts, tiny_config, toy_setup
 
 
@@ -30,11 +30,10 @@ def test_without_a_tail_the_window_is_read(monkeypatch: pytest.MonkeyPatch, tail
     scores = SimpleNamespace(totals=lambda weights, share: torch.arange(4.0))
     monkeypatch.setattr(diversity, "score_groups", lambda groups, *given, **named: [scores] * len(groups))
     group: Any = SimpleNamespace(clean_MTCHW=torch.rand(4, 6 + tail, 3, 2, 2), window_frames=6)
-    judges: Any = SimpleNamespace(
-        codec=SimpleNamespace(decode=lambda latents: latents), scorer=None, weights_K=torch.ones(1)
-    )
+    judges: Any = SimpleNamespace(scorer=None, weights_K=torch.ones(1))
+    codec: Any = SimpleNamespace(decode=lambda latents: latents)
     generator: Any = SimpleNamespace(block=3)
-    look = Laboratory(generator, {}, lambda *key: torch.empty(0), judges, observe, 0.5)
+    look = Laboratory(generator, codec, {}, lambda *key: torch.empty(0), judges, ReadOff(observe, 0.5))
     found = look.measure([group])
     assert lengths == [read]
     assert found.attribute_diversity == pytest.approx(2 / 3) and found.broken_share == 0
@@ -59,11 +58,12 @@ def test_a_measurement_in_closed_form(monkeypatch: pytest.MonkeyPatch) -> None:
         shown: list[tuple] = [("red",), ("red",), ("blue",)] if first else [("red",)] * 3
         return shown, torch.tensor([0.4, 0.6, 0.5])
 
-    judges: Any = SimpleNamespace(
-        codec=SimpleNamespace(decode=lambda x: x), scorer=None, weights_K=torch.ones(1)
-    )
+    judges: Any = SimpleNamespace(scorer=None, weights_K=torch.ones(1))
+    codec: Any = SimpleNamespace(decode=lambda latents: latents)
     generator: Any = SimpleNamespace(block=3)
-    found = Laboratory(generator, {}, SeededTape(("t",), (1,)), judges, observe, 0.5).measure(groups)
+    read_off = ReadOff(observe, 0.5)
+    look = Laboratory(generator, codec, {}, SeededTape(("t",), (1,)), judges, read_off)
+    found = look.measure(groups)
     assert found.attribute_diversity == pytest.approx((2 / 3 + 0) / 2)
     assert found.pixel_distance == pytest.approx(((0.1 + 0.3 + 0.4) / 3 + 0) / 2)
     assert found.broken_share == pytest.approx(1 / 3)
@@ -103,10 +103,9 @@ def test_the_strength_is_found_by_bisection(monkeypatch: pytest.MonkeyPatch) -> 
 def test_branches_without_noise_of_their_own_are_the_anchor(tiny_base: Path) -> None:
     setup = toy_setup(tiny_config(tiny_base))
     prompts = tuple(ToyPrompts(2)(0))
-    tape = setup.tape("any")
-    look = Laboratory(
-        setup.generator, setup.texts(prompts), tape, setup.judges, lambda videos: ([], videos), 0.5
-    )
+    read_off = ReadOff(lambda videos: ([], videos), 0.5)
+    texts, tape = setup.backbone.texts(prompts), setup.backbone.tape("any")
+    look = Laboratory(setup.generator, setup.backbone.codec, texts, tape, setup.judges, read_off)
     place = Place(prompts, Fork(12, replace(setup.config.exploration, branches=2)))
     explorers = [routes, *(partial(noise_branches, strength=strength) for strength in (0.0, 0.5))]
     routed, silent, noisy = (look.branches(place, explorer) for explorer in explorers)

@@ -41,9 +41,8 @@ class Literal:
 def judged(base: Path, rows: int = 32) -> tuple[HeldOut, Literal, Literal, Setup]:
     setup = toy_setup(tiny_config(base))
     scorer, unseen = Literal(), Literal()
-    judges = Judges(setup.codec, scorer, torch.tensor([1.0, 0.5]), unseen)
-    texts, tape = setup.texts(PROMPTS), setup.tape("test")
-    found = evaluate(setup.generator, PROMPTS, texts, tape, judges, rows=rows)
+    judges = Judges(scorer, torch.tensor([1.0, 0.5]), unseen)
+    found = evaluate(setup.backbone, PROMPTS, setup.backbone.tape("test"), judges, rows=rows)
     return found, scorer, unseen, setup
 
 
@@ -58,7 +57,7 @@ def test_a_segment_counts_by_its_frames(tiny_base: Path, rows: int) -> None:
 
 def test_only_the_reward_sees_what_was_before_a_switch(tiny_base: Path) -> None:
     _, scorer, unseen, setup = judged(tiny_base)
-    block, rate = setup.generator.block, setup.codec.frames_per_latent
+    block, rate = setup.generator.block, setup.backbone.codec.frames_per_latent
     own = torch.tensor([12, 9, 21, 6, 9, 6])
     lead = torch.tensor([0, block, 0, 0, block, block])
     assert sorted(scorer.leads) == sorted((rate * lead).tolist())
@@ -82,7 +81,7 @@ def test_a_comparison_weights_its_components() -> None:
         none, texts = torch.zeros(0, 3), (("one",), ("two",), ("three",))
         return HeldOut(table, shift + torch.arange(3.0), none, none, texts)
 
-    judges: Any = Judges(None, Literal(), torch.tensor([1.0, 0.5]), None)  # type: ignore[arg-type]
+    judges: Any = Judges(Literal(), torch.tensor([1.0, 0.5]), None)  # type: ignore[arg-type]
     numbers: Any = comparison(held_out(0.0), held_out(1.0), judges)
     assert numbers["prompts"] == 3
     assert numbers["base_mean"] == pytest.approx((6 + 7 + 24) / 3)

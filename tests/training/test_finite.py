@@ -11,7 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from kvpo.app.build import build_backbone
+from kvpo.app.sources.world import build_backbone
 from kvpo.engine import generator
 from kvpo.models.adapters import adapter_state, check_adapter
 from kvpo.models.finite import NonFiniteError, first_non_finite, magnitudes
@@ -106,19 +106,19 @@ def test_latents_that_turn_bad_late_name_the_step(tiny_base: Path, monkeypatch: 
 
 
 def bad_pixels(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
-    decode = type(trainer.setup.codec).decode
+    decode = type(trainer.setup.backbone.codec).decode
 
     def one_bad(*arguments: Any) -> Tensor:
         pixels = decode(*arguments).clone()
         pixels[1, -1, 2, 0, 0] = math.nan
         return pixels
 
-    monkeypatch.setattr(type(trainer.setup.codec), "decode", one_bad)
+    monkeypatch.setattr(type(trainer.setup.backbone.codec), "decode", one_bad)
 
 
-def bad_energies(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = gradients.branch_residuals
-    monkeypatch.setattr(gradients, "branch_residuals", lambda *given: original(*given) * math.inf)
+def bad_residuals(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = gradients.residual_table
+    monkeypatch.setattr(gradients, "residual_table", lambda *given: original(*given) * math.inf)
 
 
 def bad_gradient(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -152,7 +152,7 @@ def out_of_memory(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
 
 FAILURES: dict[str, tuple[Callable[[Trainer, pytest.MonkeyPatch], None], str]] = {
     "pixels": (bad_pixels, r"update 3: decoded pixels: video 2 of 4 holds NaN"),
-    "energies": (bad_energies, r"update 3: replayed branch energies.*: prompt \d+ holds infinity"),
+    "residuals": (bad_residuals, r"update 3: replayed residuals.*: prompt \d+ holds infinity"),
     "gradient": (bad_gradient, r"update 3: the gradient is not finite; lower optim\.lr = 0\.01 \(.*lora_B"),
     "parameters": (bad_parameters, r"update 3: parameters after the step: .*lora_B.* holds infinity; lower"),
     "memory": (out_of_memory, "no memory left"),
@@ -175,7 +175,7 @@ def test_an_update_that_fails_keeps_the_updates_before_it(
 
     def counted(*arguments: Any) -> Any:
         passes[0] += 1
-        if passes[0] == 6 and name not in ("pixels", "energies"):
+        if passes[0] == 6 and name not in ("pixels", "residuals"):
             poison(trainer, monkeypatch)
             return training.accumulate_gradients(*arguments)
         return original(*arguments)
@@ -185,7 +185,7 @@ def test_an_update_that_fails_keeps_the_updates_before_it(
         base = evaluate_base(trainer.setup, trainer, trainer.setup.validation)
 
         def progress(stage: str, done: int, *rest: Any) -> None:
-            if done == 2 and name in ("pixels", "energies"):
+            if done == 2 and name in ("pixels", "residuals"):
                 poison(trainer, monkeypatch)
 
         run = Run(trainer.setup, trainer, tmp_path / "checkpoints", metrics, progress, base)

@@ -29,7 +29,7 @@ from kvpo.training.gradients import (
 )
 from kvpo.training.setup import Setup
 from kvpo.training.trainer import Trainer
-from tests.tiny_world import in_float64, tiny_config, toy_setup
+from tests.tiny_world import in_float64, tiny_config, toy_setup, with_weights
 from tests.training.by_definition import LOSSES, Fork, kvpo_energies, velocity_drift, whole_loss
 
 TOLERANCE = 1e-10
@@ -235,7 +235,7 @@ def test_groups_that_fork_apart_add_up_to_the_gradient_of_the_whole_loss(
     )
     setup = replace(toy_setup(config), training_prompts=Uneven())
     for seed in range(20):
-        setup = replace(setup, config=replace(config, seed=seed))
+        setup = with_weights(setup, config=replace(config, seed=seed))
         if len({(fork.frame, fork.exploration.blocks) for fork in plan(setup, 0).forks}) == 2:
             break
     one = explored_by(setup, 0.05)

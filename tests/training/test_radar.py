@@ -167,7 +167,7 @@ TEXTS = (("a",), ("b",), ("c",))
 def test_what_the_radar_measures() -> None:
     scorer = ToyScorer()
     held_out = HeldOutScorer(("calm_twice",), scorer, torch.tensor([[0.0, 2.0]]))
-    judges = Judges(None, scorer, torch.tensor([1.0, 0.5]), None, (held_out,))  # type: ignore[arg-type]
+    judges = Judges(scorer, torch.tensor([1.0, 0.5]), None, (held_out,))
     assert judges.held_out_names == ("calm_twice",)
     base = HeldOut(torch.zeros(2, 3), None, torch.zeros(1, 3), torch.tensor([[0.1, 0.2, 0.3]] * 4), TEXTS)
     gains = torch.tensor([[0.1, 0.2, 0.3], [0.3, 0.2, 0.1]])
@@ -245,7 +245,7 @@ def test_without_a_say_the_radar_only_reports(tiny_base: Path, tmp_path: Path) -
 
 def test_a_repeated_prompt_counts_once() -> None:
     """Two prompts with gains 0.1 and 0.5, the second one shown three times."""
-    judges = Judges(None, ToyScorer(), torch.tensor([1.0, 0.0]), None)  # type: ignore[arg-type]
+    judges = Judges(ToyScorer(), torch.tensor([1.0, 0.0]), None)
     texts = (("a",), ("b",), ("b",), ("b",))
     base = HeldOut(torch.zeros(2, 4), torch.zeros(4), torch.zeros(0, 4), torch.zeros(4, 4), texts)
     gains = torch.tensor([[0.1, 0.3, 0.5, 0.7], [0.0, 0.0, 0.0, 0.0]])

@@ -6,7 +6,6 @@ import os
 import resource
 import signal
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from kvpo.training.metrics_log import MetricsLog, read_metrics
 from kvpo.training.run import Run, evaluate_base, restore, resume_point
 from kvpo.training.trainer import Trainer
 from tests import processes
-from tests.tiny_world import SETTINGS, tiny_config, toy_setup
+from tests.tiny_world import SETTINGS, tiny_config, toy_setup, with_weights
 
 UPDATES = 5
 
@@ -132,7 +131,7 @@ def test_a_resumed_adapter_needs_its_own_base(tiny_base: Path, tmp_path: Path) -
     run = ToyRun(tiny_base, tmp_path, optim__updates=1)
     assert run.go()
     trainer = Trainer(toy_setup(tiny_config(tiny_base, optim__updates=2)))
-    trainer.setup = replace(trainer.setup, base_sha256="0" * 64)
+    trainer.setup = with_weights(trainer.setup, base_sha256="0" * 64)
     point = resume_point(tmp_path / "checkpoints")
     assert point is not None
     with pytest.raises(CheckpointError, match="another architecture: base is"):

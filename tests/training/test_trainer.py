@@ -33,7 +33,7 @@ from kvpo.training.gradients import Lesson
 from kvpo.training.metrics_log import MetricsLog, read_metrics
 from kvpo.training.run import Run
 from kvpo.training.trainer import Trainer, learning_rate_factor
-from tests.tiny_world import ToyScorer, tiny_config, toy_setup
+from tests.tiny_world import ToyScorer, tiny_config, toy_setup, with_weights
 
 
 def trainer_of(base: Path, scorer: Any = None, **settings: Any) -> Trainer:
@@ -154,7 +154,9 @@ def test_every_seed_and_every_update_forks_for_itself(tiny_base: Path) -> None:
     def forks(seeds: range, updates: range) -> set[tuple[int, ...]]:
         setup = toy_setup(tiny_config(tiny_base))
         seeded = [replace(setup.config, seed=seed) for seed in seeds]
-        setups = [replace(setup, config=config, training_prompts=same_prompts) for config in seeded]
+        setups = [
+            replace(with_weights(setup, config=config), training_prompts=same_prompts) for config in seeded
+        ]
         planned = [plan(one, update) for one in setups for update in updates]
         return {tuple(fork.frame for fork in one.forks) for one in planned}
 
@@ -168,7 +170,7 @@ def test_every_group_of_every_seed_and_update_draws_its_own_routes_and_noise(tin
     setup = replace(toy_setup(tiny_config(tiny_base, exploration__branches=4)), training_prompts=same_prompts)
 
     def groups(seed: int, update: int) -> list[Any]:
-        seeded = replace(setup, config=replace(setup.config, seed=seed))
+        seeded = with_weights(setup, config=replace(setup.config, seed=seed))
         planned = replace(plan(seeded, update), forks=[Fork(24, setup.config.exploration)] * 2)
         with in_background() as submit:
             return generate(seeded, update, planned, submit, new_cache(seeded, [planned]))[0].groups
@@ -185,7 +187,7 @@ def test_every_group_of_every_seed_and_update_is_dealt_its_own_permutation(tiny_
     _, scores = explore(setup, 0)
 
     def dealt(seed: int, update: int) -> list[tuple[float, ...]]:
-        seeded = replace(setup, config=replace(setup.config, seed=seed))
+        seeded = with_weights(setup, config=replace(setup.config, seed=seed))
         credits = [credit_of(seeded, update, index, scores[0], None) for index in range(2)]
         return [tuple(credit.all_advantages_G.tolist()) for credit in credits if credit]
 
@@ -444,7 +446,7 @@ def test_scoring_overlaps_generation_and_changes_no_number(
     if refresh == 1:
         rollout, scores = explore(trainer.setup, 0)
         alone = score_groups(
-            rollout.groups, trainer.setup.codec, ToyScorer(), block=trainer.setup.generator.block
+            rollout.groups, trainer.setup.backbone.codec, ToyScorer(), block=trainer.setup.generator.block
         )
         for found, expected in zip(scores, alone, strict=True):
             assert torch.equal(found.local_KM, expected.local_KM)

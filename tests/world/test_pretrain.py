@@ -10,10 +10,10 @@ import torch
 from safetensors import safe_open
 
 from kvpo.app.configuration import preset
-from kvpo.config import ModelConfig, StreamConfig
+from kvpo.config import StreamConfig
 from kvpo.engine.noise import keyed_generator
-from kvpo.method.routing import deployment_frames
 from kvpo.models.causal_wan import CausalWan
+from kvpo.models.settings import WanShape
 from kvpo.world.pretrain import (
     PretrainSettings,
     TrainingVideos,
@@ -27,13 +27,14 @@ from kvpo.world.pretrain import (
     training_loss,
 )
 from kvpo.world.text import LearnedTextEncoder
+from tests.method.test_routing import deployment_frames
 from tests.tiny_world import SETTINGS
 
 ASSETS = Path(__file__).parents[2] / "src" / "kvpo" / "world" / "assets"
 TINY = PretrainSettings(steps=30, videos=2, num_frames=30, snippet_blocks=3, lr=1e-2, warmup=3)
 
 
-def tiny() -> tuple[ModelConfig, StreamConfig]:
+def tiny() -> tuple[WanShape, StreamConfig]:
     config = preset("demo", {name: value for name, value in SETTINGS.items() if name.startswith("model.")})
     return config.model, config.stream
 

@@ -364,10 +364,11 @@ def _settings_of(kind: type, prefix: str) -> list[Setting]:
 
 def _field_docs(kind: type) -> dict[str, str]:
     """The docstring below each field of a dataclass, which Python itself does not keep."""
-    (definition,) = ast.parse(inspect.getsource(kind)).body
-    assert isinstance(definition, ast.ClassDef)
+    definitions = [ast.parse(inspect.getsource(own)).body[0] for own in kind.__mro__[-2::-1]]
     return {
         ast.unparse(field.target): " ".join(ast.literal_eval(text.value).split())
+        for definition in definitions
+        if isinstance(definition, ast.ClassDef)
         for field, text in zip(definition.body, definition.body[1:], strict=False)
         if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr)
     }

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
+from kvpo.app.build import source_of
 from kvpo.engine.explorers import (
     Explorer,
     RoutedFrame,
@@ -33,7 +34,6 @@ from kvpo.training.credit import collection_scale
 from kvpo.training.diversity import Laboratory, Place, averaged
 from kvpo.training.evaluation import HeldOut
 from kvpo.training.gradients import lesson_of, tables_of, with_old_policy
-from kvpo.training.policy import exchanged
 from kvpo.training.run import Run
 from kvpo.training.setup import Setup
 
@@ -45,19 +45,14 @@ def as_bytes(video_TCHW: Tensor) -> Tensor:
 
 def laboratory(setup: Setup, prompts: Sequence[VideoPrompt]) -> Laboratory:
     """Branch exploration outside training, on a tape of its own."""
-    from kvpo.world.detector import BROKEN_BELOW, attributes, detect
-
-    def observe(video_BTCHW: Tensor) -> tuple[list[tuple], Tensor]:
-        seen = detect(video_BTCHW)
-        return attributes(seen), seen.confidence
-
+    read_off = source_of(setup.config).read_off
     return Laboratory(
         generator=setup.generator,
-        texts=setup.texts(prompts),
-        tape=setup.tape("exploration"),
+        codec=setup.backbone.codec,
+        texts=setup.backbone.texts(prompts),
+        tape=setup.backbone.tape("exploration"),
         judges=setup.judges,
-        observe=observe,
-        broken_below=BROKEN_BELOW,
+        read_off=read_off and read_off(),
     )
 
 
@@ -78,10 +73,10 @@ def story_places(setup: Setup, count: int) -> list[Place]:
 def measure_diversity(setup: Setup) -> dict[str, dict[str, float]]:
     """Routed branches beside noise branches: at matched pixel distance, and with fresh noise.
 
-    What a video shows is read off its pixels, which only the embedded world allows.
+    What a video shows is read off its pixels; empty where the generator's source does not allow that.
     """
     count = setup.config.evaluation.diversity_prompts
-    if not count or setup.config.backbone.kind != "world":
+    if not count or source_of(setup.config).read_off is None:
         return {}
     places = story_places(setup, count)
     look = laboratory(setup, [prompt for place in places for prompt in place.prompts])
@@ -109,10 +104,10 @@ def write_gallery(run: Run, results: dict[str, tuple[HeldOut, HeldOut]], directo
         quarter = len(order) // 4
         picks = list(dict.fromkeys([order[0], order[quarter], order[len(order) // 2], order[-1]]))
         chosen = [prompts[n] for n in picks]
-        texts, tape = setup.texts(chosen), setup.evaluation_tape()
-        with run.trainer.policy.reference():
+        texts, tape = setup.backbone.texts(chosen), setup.evaluation_tape()
+        with run.trainer.sides.base():
             before = _pixels(setup, chosen, texts, tape)
-        with exchanged(run.trainer.policy.parameters, run.trainer.aligned):
+        with run.trainer.sides.aligned():
             after = _pixels(setup, chosen, texts, tape)
         for place, n in enumerate(picks):
             key = f"{name}-{n}"
@@ -141,14 +136,14 @@ def write_gallery(run: Run, results: dict[str, tuple[HeldOut, HeldOut]], directo
 
 def _pixels(setup: Setup, prompts: Sequence[VideoPrompt], texts: Any, tape: Any) -> Tensor:
     with torch.no_grad():
-        return pixels_of(setup.judges.codec, stream_latents(setup.generator, prompts, texts, tape))
+        return pixels_of(setup.backbone.codec, stream_latents(setup.generator, prompts, texts, tape))
 
 
 def write_branches(run: Run, directory: Path) -> None:
     """Branch groups of the starting policy, and groups routed to one act only."""
     setup = run.setup
     videos: dict[str, Tensor] = {}
-    with run.trainer.policy.reference():
+    with run.trainer.sides.base():
         groups = _training_groups(run, videos)
         causality = causality_groups(setup, videos)
     _write(
@@ -178,7 +173,7 @@ def _training_groups(run: Run, videos: dict[str, Tensor]) -> list[dict[str, Any]
         residuals, _, _ = Tables(table, table, table).per_branch(branch_N, shown.branches)
         extras: list[dict[str, float]] = [{} for _ in range(group.branches + 1)]
         for branch, residual in zip(shown.branches, residuals.tolist(), strict=True):
-            extras[branch]["energy"] = residual
+            extras[branch][learner.method.residual] = residual
         title = f"group {index + 1}: fork at frame {group.fork}"
         if credit is None:
             title += ", not trained on: its rewards differ by noise alone"
@@ -210,7 +205,7 @@ def causality_groups(setup: Setup, videos: dict[str, Tensor]) -> list[dict[str, 
         acts = act_routes(prompt, fork.frame, exploration.routed, sink, exploration.recent)
         (group,) = laboratory(setup, [prompt]).branches(Place((prompt,), fork), chosen_routes([acts]))
         judges, block = setup.judges, setup.generator.block
-        score = score_group(group, judges.codec, judges.scorer, block=block, plan=setup.clip_plan())
+        score = score_group(group, setup.backbone.codec, judges.scorer, block=block, plan=setup.clip_plan())
         title = f"routed only to act 1, only to act 2, and the anchor (video {prompt.id})"
         entry = _group_entry(setup, group, score, title, f"causality-{prompt.id}", [{}] * 3, videos, {})
         for member, name in zip(entry["members"][1:], ("routed to act 1", "routed to act 2"), strict=True):
@@ -248,7 +243,7 @@ def _group_entry(
     groups that routed frames may come from.
     """
     judges, weight = setup.judges, setup.config.objective.global_weight
-    pixels = decode_members(group, judges.codec, lead=group.fork, block=setup.generator.block)
+    pixels = decode_members(group, setup.backbone.codec, lead=group.fork, block=setup.generator.block)
     totals = score.totals(judges.weights_K, weight)
     members = []
     for n in [group.branches, *range(group.branches)]:

@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-from kvpo.app.build import load_weights, wan_shape
+from kvpo.app.build import source_of
 from kvpo.app.configuration import resolve_run
 from kvpo.config import Config
 from kvpo.config_checks import ConfigurationError
@@ -19,8 +19,7 @@ from kvpo.models.export import (
     save_public_checkpoint,
 )
 from kvpo.training.checkpoint import find_checkpoint, no_improvement
-from kvpo.training.policy import exchanged, policy_of
-from kvpo.training.run import load_aligned
+from kvpo.training.run import open_checkpoint
 
 Layout = Literal["peft", "diffusers-lora", "diffusers", "pt"]
 
@@ -70,17 +69,16 @@ def export(
     path = find_checkpoint(run / "checkpoints", checkpoint)
     if (refusal := no_improvement(path, checkpoint)) is not None:
         raise ValueError(refusal)
-    trained = load_weights(on_host(config))
+    trained = source_of(config).weights(on_host(config))
     model = trained.model
-    policy = policy_of(model, adapted=adapted)
-    with exchanged(policy.parameters, load_aligned(trained, policy, path)):
+    with open_checkpoint(trained, path).aligned():
         match layout:
             case "peft":
                 save_peft_adapter(out, adapter_state(model), base_model=config.backbone.checkpoint)
             case "diffusers-lora":
                 save_diffusers_adapter(out, adapter_state(model))
             case "diffusers":
-                save_diffusers_transformer(out, merged_state(model), wan_shape(config))
+                save_diffusers_transformer(out, merged_state(model), config.model)
             case "pt":
                 save_public_checkpoint(out, merged_state(model))
     return out

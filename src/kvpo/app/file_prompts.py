@@ -1,18 +1,26 @@
-"""The training prompts of a file, update by update, in passes that use every prompt once."""
+"""The prompts of a file: what is held out of them, and the training prompts update by update."""
 
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 
 import torch
 
 from kvpo.config import Config
 from kvpo.config_checks import ConfigurationError
+from kvpo.engine.forks import plan_forks
 from kvpo.engine.noise import keyed_generator
+from kvpo.files import local_path
+from kvpo.prompt_files import read_prompts, repeats
 from kvpo.prompts import VideoPrompt
 
 logger = logging.getLogger(__name__)
+
+KINDS = {"short": "one prompt", "long": "several prompts"}
+Sets = dict[str, list[VideoPrompt]]
+"""Prompt sets by kind."""
 
 
 @dataclass(frozen=True)
@@ -74,3 +82,76 @@ def updates_prompts(config: Config, training: Sequence[VideoPrompt]) -> FileProm
             max(sizes),
         )
     return prompts
+
+
+def prompt_file(config: Config, location: Path | str) -> Path:
+    """Local path of a prompt file, which may also be a hub id. Raises ValueError where it is neither."""
+    local = local_path(location, "prompts")
+    if local.exists():
+        return local
+    from kvpo.models.hub import resolve
+
+    try:
+        return resolve(location, offline=config.backbone.offline)
+    except ValueError as error:
+        raise ValueError(f"{location}: no such prompt file ({error})") from error
+
+
+def split_prompts(config: Config) -> tuple[list[VideoPrompt], Sets, Sets]:
+    """The prompt file as training prompts, and validation and test sets by kind; the same for every seed.
+
+    Of each kind (one prompt, several) a fixed shuffle of the distinct prompts gives test, validation and
+    training prompts in turn. Prompts that differ in case and spaces only are one prompt: it is held out once,
+    without its repeats, or trained on as often as the file has it.
+
+    Raises:
+        ConfigurationError: no file, not one of prompts, too few in it, or videos too short to fork.
+    """
+    settings, evaluation = config.prompts, config.evaluation
+    if not settings.file:
+        raise ConfigurationError("prompts.file: empty; give --prompts FILE (.txt or .jsonl)")
+    try:
+        path = prompt_file(config, settings.file)
+        block = config.stream.block
+        every = read_prompts(path, num_frames=settings.frames, switches=settings.switches, block=block)
+    except ValueError as error:
+        raise ConfigurationError(f"prompts.file: {error}") from error
+    training: list[VideoPrompt] = []
+    validation: Sets = {}
+    test: Sets = {}
+    for kind, words in KINDS.items():
+        own = [prompt for prompt in every if (len(prompt.segments) > 1) == (kind == "long")]
+        if not own:
+            continue
+        check_length(own, config)
+        same = repeats(own)
+        if again := len(own) - len(same):
+            logger.info("%s: %d of %d videos of %s are repeats", settings.file, again, len(own), words)
+        held = evaluation.test_prompts + evaluation.validation_prompts
+        if len(same) <= held:
+            raise ConfigurationError(
+                f"prompts.file: {settings.file} has {len(same)} distinct videos of {words}; "
+                f"evaluation.test_prompts + evaluation.validation_prompts = {held} leave none to train on: "
+                "lower them or add prompts"
+            )
+        order = torch.randperm(len(same), generator=keyed_generator("prompt split", kind)).tolist()
+        test[kind] = [same[n][0] for n in order[: evaluation.test_prompts]]
+        validation[kind] = [same[n][0] for n in order[evaluation.test_prompts : held]]
+        training += [prompt for n in order[held:] for prompt in same[n]]
+    for prompt in {(prompt.num_frames, prompt.switches): prompt for prompt in training}.values():
+        try:
+            plan_forks([prompt], config.exploration, config.stream)
+        except ValueError as error:
+            raise ConfigurationError(f"prompts.file: {settings.file}: {error}") from error
+    return training, validation, test
+
+
+def check_length(prompts: Sequence[VideoPrompt], config: Config) -> None:
+    """Demand one length, in whole blocks: what is held out is generated together."""
+    lengths = sorted({prompt.num_frames for prompt in prompts})
+    block = config.stream.block
+    if len(lengths) > 1 or lengths[0] % block:
+        raise ConfigurationError(
+            f"prompts.file: videos of one kind must have one length, a multiple of stream.block = {block} "
+            f"latent frames; {config.prompts.file} has {', '.join(map(str, lengths))}"
+        )

@@ -10,32 +10,19 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from kvpo.app.build import streaming_generator, wan_shape
+from kvpo.app.build import source_of
 from kvpo.app.configuration import assign, flat
+from kvpo.app.sources.common import streaming_generator
 from kvpo.config import Config
 from kvpo.config_checks import ConfigurationError, check
 from kvpo.engine.forks import plan_forks
 from kvpo.engine.pages import PlannedRollout
 from kvpo.files import write_atomic
 from kvpo.models.causal_wan import CausalWan
-from kvpo.prompt_files import read_prompts
-from kvpo.prompts import VideoPrompt
-from kvpo.training.gradients import members_together
-from kvpo.training.plan import Plan, Rates, Surroundings, plan_run
+from kvpo.training.gradients import trajectories_together
+from kvpo.training.plan import Plan, Rates, plan_run
 
 GB = 1e9
-UMT5_PARAMETERS = 5_680_910_336
-VAE_PARAMETERS = 126_892_531
-VAE_DECODE, VAE_FLOPS = 27_400, 33.8e6
-"""Bytes and operations per pixel of decoding one latent frame with the Wan VAE in float32: two sets of
-carried features and the largest layer's tensors."""
-SCORING = 2e9
-"""Allowance for a reward model's forward pass."""
-REWARD_BYTES = {
-    "hpsv3": 16.5e9, "videoalign": 5.0e9, "hpsv2": 3.9e9, "pickscore": 3.9e9, "clip_score": 1.7e9,
-    "aesthetic": 1.7e9, "image_reward": 1.8e9, "subject_consistency": 0.35e9,
-}  # fmt: skip
-"""Reward models as they are loaded; the three scores of VideoAlign come out of one model."""
 ALIKE = ("backbone.offload", "optim.checkpointing", "optim.replay_rows", "exploration.rows")
 """Settings that change results by rounding alone."""
 SPARE = 0.04
@@ -58,57 +45,21 @@ class Planner:
     def __init__(self, config: Config, rates: Rates) -> None:
         self.rates = rates
         with torch.device("meta"):
-            self.model = CausalWan(wan_shape(config))
+            self.model = CausalWan(config.model)
 
     def plan(self, config: Config) -> Plan:
         """The plan of a configuration of the same geometry. Raises ValueError where no video can fork."""
         generator = streaming_generator(config, self.model)
-        prompt = typical_prompt(config)
+        source = source_of(config)
+        prompt = source.longest_prompt(config)
         optim = config.optim
         fork = plan_forks([prompt], config.exploration, generator.deployment).roomiest[-1]
-        replayed = members_together(optim.replay_rows, fork.exploration.blocks, config.objective.grad_steps)
+        replayed = trajectories_together(
+            optim.replay_rows, fork.exploration.blocks, config.objective.grad_steps
+        )
         groups = optim.prompts_per_update
         rollout = PlannedRollout([prompt] * groups, [fork] * groups, replayed)
-        return plan_run(config, self.model, generator, rollout, surroundings(config), self.rates)
-
-
-def typical_prompt(config: Config) -> VideoPrompt:
-    """A video of the run: the longest of the prompt file, or one of the configured length and switches."""
-    if config.backbone.kind == "world":
-        from kvpo.app.build import LONG_FRAMES
-
-        third = LONG_FRAMES // 3 // config.stream.block * config.stream.block
-        return VideoPrompt(0, ("", "", ""), (third, 2 * third), LONG_FRAMES)
-    settings = config.prompts
-    if settings.file:
-        every = read_prompts(
-            settings.file,
-            num_frames=settings.frames,
-            switches=settings.switches,
-            block=config.stream.block,
-        )
-        return max(every, key=lambda prompt: (len(prompt.switches), prompt.num_frames))
-    return VideoPrompt(0, ("",) * (len(settings.switches) + 1), settings.switches, settings.frames)
-
-
-def surroundings(config: Config) -> Surroundings:
-    """Text encoder, VAE and reward models; those of the embedded world are nearly nothing."""
-    if config.backbone.kind == "world":
-        return Surroundings()
-    low = config.optim.autocast == "bfloat16"
-    local = [name for name in config.rewards.scorers + config.evaluation.held_out if "@" not in name]
-    families = {"videoalign" if name.startswith("videoalign") else name for name in local}
-    size = 2 if config.backbone.vae_precision == "bfloat16" else 4
-    pixels = 64 * config.model.latent_height * config.model.latent_width
-    return Surroundings(
-        text_encoder=UMT5_PARAMETERS * (2 if low else 4),
-        codec=size * VAE_PARAMETERS,
-        decode=VAE_DECODE * pixels * size / 4,
-        decode_flops=VAE_FLOPS * pixels,
-        rewards={name: REWARD_BYTES[name] for name in sorted(families) if name in REWARD_BYTES},
-        scoring=SCORING,
-        frame=4 * 3 * 4 * pixels,
-    )
+        return plan_run(config, self.model, generator, rollout, source.surroundings(config), self.rates)
 
 
 def fits(plan: Plan, memory: float) -> bool:
@@ -133,7 +84,7 @@ def _changes(config: Config) -> Iterator[dict[str, object]]:
             "exploration.rows": row,
         }
         for offload, kept, replay, row in product(
-            sorted({config.backbone.offload, config.backbone.kind == "wan"}),
+            sorted({config.backbone.offload, True}),
             sorted({optim.checkpointing, True}),
             replays,
             rows,
@@ -142,7 +93,7 @@ def _changes(config: Config) -> Iterator[dict[str, object]]:
     yield from alike
     smaller: dict[str, object] = {}
     for name, values in (
-        ("backbone.vae_precision", ["bfloat16"] if config.backbone.kind == "wan" else []),
+        ("backbone.vae_precision", ["bfloat16"]),
         ("optim.rollouts_per_refresh", [1]),
         ("optim.prompts_per_update", [4, 2, 1]),
         ("optim.lora_rank", [128, 64, 32] if optim.train == "lora" else []),

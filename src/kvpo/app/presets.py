@@ -12,7 +12,6 @@ from kvpo.config import (
     Config,
     EvaluationConfig,
     ExplorationConfig,
-    ModelConfig,
     ObjectiveConfig,
     OptimConfig,
     PromptsConfig,
@@ -20,11 +19,12 @@ from kvpo.config import (
     StreamConfig,
 )
 from kvpo.method.settings import KvpoSettings
+from kvpo.models.settings import WanShape
 
 TEXT_AND_PIXELS = "Wan-AI/Wan2.1-T2V-1.3B"
 """Hub repository of Wan 2.1, whose text encoder and VAE all its descendants share."""
 
-WAN_1_3B = ModelConfig(
+WAN_1_3B = WanShape(
     dim=1536,
     num_heads=12,
     num_layers=30,

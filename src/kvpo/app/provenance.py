@@ -14,12 +14,11 @@ from typing import Any
 import torch
 
 from kvpo import __version__
-from kvpo.app.build import prompt_file, split_of
+from kvpo.app.build import source_of
+from kvpo.app.file_prompts import prompt_file
 from kvpo.config import Config
 from kvpo.config_checks import ConfigurationError
 from kvpo.files import read_bytes, read_json, write_atomic
-from kvpo.models.tensor_files import fingerprint
-from kvpo.models.wan_vae import vae_files
 
 logger = logging.getLogger(__name__)
 
@@ -31,28 +30,13 @@ def prompts_of(config: Config) -> dict[str, Any]:
 
     Training prompts are named by their place in the file; held-out ones are written out.
     """
-    training, validation, test = split_of(config)
+    training, validation, test = source_of(config).split(config)
     file = config.prompts.file
     return {
         "sha256": hashlib.sha256(read_bytes(prompt_file(config, file))).hexdigest() if file else None,
         "training": [prompt.id for prompt in training],
         "validation": {kind: [asdict(prompt) for prompt in own] for kind, own in validation.items()},
         "test": {kind: [asdict(prompt) for prompt in own] for kind, own in test.items()},
-    }
-
-
-def file_digests(config: Config) -> dict[str, str]:
-    """Digests of text encoder and VAE, which no checkpoint knows of, by the setting that says where they lie.
-
-    Raises ValueError where they are not to be found.
-    """
-    if config.backbone.kind == "world":
-        return {}
-    from kvpo.app.backbones import VAE_FILES, located, text_encoder
-
-    return {
-        "backbone.text_encoder": text_encoder(config).cache.encoder,
-        "backbone.vae": fingerprint([vae_files(located(config, "vae", *VAE_FILES))]),
     }
 
 
@@ -67,7 +51,7 @@ def keep_provenance(path: Path, config: Config) -> None:
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
         "prompts": prompts_of(config),
-        "files": file_digests(config),
+        "files": source_of(config).file_digests(config),
     }
     write_atomic(path, json.dumps(record, indent=1) + "\n")
 
@@ -95,7 +79,7 @@ def demand_same_prompts(run: Path, config: Config) -> None:
 
 def demand_same_files(run: Path, config: Config) -> None:
     """Raise ConfigurationError where text encoder or VAE are not those that ``run`` was made with."""
-    here = file_digests(config)
+    here = source_of(config).file_digests(config)
     there = _recorded(run, "files") if here else None
     for setting, digest in (there or {}).items():
         if here.get(setting) != digest:

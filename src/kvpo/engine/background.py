@@ -1,4 +1,4 @@
-"""Calls that run beside the main thread, one after another, in the order they were given."""
+"""Calls in a second thread, one after another, in the order they were given."""
 
 import threading
 from collections.abc import Callable, Iterator
@@ -8,7 +8,7 @@ from queue import SimpleQueue
 from typing import Any
 
 PATIENCE = 5.0
-"""Seconds that leaving the block waits for the call under way; one that hangs is left behind."""
+"""Seconds that leaving the block waits for the current call; one that hangs is abandoned."""
 
 Submit = Callable[[Callable[[], Any]], Future[Any]]
 """Takes a call without arguments and returns the future of its result."""

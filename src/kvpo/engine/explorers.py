@@ -77,7 +77,7 @@ def site_of(
     key: tuple[int | str, ...],
     steps: int = 1,
 ) -> Site:
-    """The site of some prompts that fork where ``forks`` say."""
+    """The site of prompts that fork where ``forks`` say."""
     pools = [
         route_pool(
             fork.frame,
@@ -123,7 +123,7 @@ def neighbour_noise(site: Site, group: int) -> list[Member]:
 def noise_branches(
     site: Site, group: int, strength: float, kinds: tuple[str, ...] = ("initial", "renoise")
 ) -> list[Member]:
-    """Branches with noise of their own in the window, of some kinds and some strength in [0, 1]."""
+    """Branches with noise of their own in the window: its kinds, and its strength in [0, 1]."""
     return [
         Member(
             group,

@@ -1,4 +1,4 @@
-"""Where videos fork, and what of the requested exploration fits there (METHOD section 2)."""
+"""The frames at which videos fork, and the exploration that fits there."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -10,16 +10,17 @@ import torch
 from kvpo.config import ExplorationConfig
 from kvpo.engine.noise import keyed_generator
 from kvpo.method.routing import FittedExploration, fit_exploration, route_pool
-from kvpo.models.deployment import Deployment, sink_frames
+from kvpo.models.deployment import sink_frames
+from kvpo.models.settings import Deployment
 from kvpo.prompts import VideoPrompt
 
 SWITCH_SHARE = 1 / 3
-"""Of the groups whose video has a switch that can be forked at, the share drawn from those forks alone."""
+"""Share of the groups that fork at a prompt switch, where their video has one to fork at."""
 
 
 @dataclass(frozen=True)
 class Fork:
-    """Where a group forks, and the exploration that fits there."""
+    """A group's fork frame and the exploration that fits there."""
 
     frame: int
     exploration: ExplorationConfig
@@ -27,10 +28,10 @@ class Fork:
 
 @dataclass(frozen=True)
 class ForkPlan:
-    """The forks at which some videos are trained, together or one by one."""
+    """The forks at which videos are trained, together or one by one."""
 
     windows: tuple[tuple[Fork, ...], ...]
-    """Of every block that a window can hold, in order: the forks whose windows hold it."""
+    """For every block that a window can hold, in order, the forks whose windows hold it."""
     at_switches: tuple[Fork, ...]
     """Forks at which the prompt switches."""
 
@@ -138,7 +139,7 @@ def draw_forks(
 
 
 def shrunk(asked: ExplorationConfig, fitted: ExplorationConfig) -> dict[str, tuple[int, int]]:
-    """What was shrunk to fit: name -> (asked for, fits)."""
+    """The settings that were shrunk to fit: name -> (asked for, fits)."""
     names = ("blocks", "tail_blocks", "routed", "distinct")
     pairs = {name: (vars(asked)[name], vars(fitted)[name]) for name in names}
     return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}

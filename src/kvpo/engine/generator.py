@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from kvpo.method.flow import Step
 from kvpo.models.cache import FrameCache
-from kvpo.models.deployment import Deployment
 from kvpo.models.finite import NonFiniteError, first_non_finite_layer, magnitudes, require_finite
+from kvpo.models.settings import Deployment
 
 
 class Transformer(Protocol):
@@ -55,7 +55,7 @@ class Codec(Protocol):
 
 
 def pixels_of(codec: Codec, latents_BTCHW: Tensor, before_TCHW: Tensor | None = None) -> Tensor:
-    """What ``codec.decode`` makes of latents, without gradients, in front of anything that looks at pixels.
+    """Pixels that ``codec.decode`` makes of latents, without gradients.
 
     Raises NonFiniteError where a pixel is not finite.
     """
@@ -80,7 +80,7 @@ class TextRows:
 
     embeddings_ULD: Tensor
     rows_R: Tensor
-    """Which embedding each row has."""
+    """Index of each row's embedding."""
 
     @property
     def each_RLD(self) -> Tensor:
@@ -120,6 +120,9 @@ class StreamingGenerator:
     device: torch.device | str = "cpu"
     autocast: torch.dtype | None = None
     page_dtype: torch.dtype = torch.float32
+
+    def __post_init__(self) -> None:
+        self.deployment.check()
 
     @property
     def block(self) -> int:

@@ -16,7 +16,7 @@ def _bits(key: tuple[int | str, ...]) -> np.random.Philox:
 
 
 def keyed_normal(shape: tuple[int, ...], *key: int | str) -> Tensor:
-    """Standard normal float32 values that ``key`` alone decides, whatever the processor's vector width."""
+    """Standard normal float32 values that ``key`` alone decides, on processors of any vector width."""
     return torch.from_numpy(np.random.Generator(_bits(key)).standard_normal(shape, dtype=np.float32))
 
 
@@ -49,7 +49,7 @@ class SeededTape:
     """A tape that draws each standard normal tensor from its own key when asked."""
 
     key: tuple[str | int, ...]
-    """What the tape is for, usually a name and a seed."""
+    """Purpose of the tape, usually a name and a seed."""
     shape: tuple[int, ...]
     """Frames, channels, height and width of a block."""
 

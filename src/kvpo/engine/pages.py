@@ -1,5 +1,4 @@
-"""How many pages streams, rollouts and replays hold at most: what caches are sized by, and what ``kvpo plan``
-counts before there is any.
+"""Upper bounds on page usage of streams, rollouts and replays: caches and ``kvpo plan`` take them.
 
 Where a prompt may switch (``switches``), frames may be re-encoded: for a moment both encodings are held.
 """
@@ -17,7 +16,7 @@ from kvpo.prompts import VideoPrompt
 def stream_pages(
     generator: StreamingGenerator, num_frames: int, resident: int = 0, *, switches: bool = True
 ) -> int:
-    """Pages that one stream of ``num_frames`` frames holds at most, the block under way included.
+    """Pages that one stream of ``num_frames`` frames holds at most, the current block included.
 
     ``resident`` frames are kept for routing, counting the sink; 0 keeps no more than the window needs.
     """
@@ -41,7 +40,7 @@ def kept_pages(
 
 
 def _encoded_anew(generator: StreamingGenerator, num_frames: int, switches: bool) -> int:
-    """Pages of a memory bank, which no switch encodes anew: the stream may hold others of the same frames."""
+    """Pages of a memory bank, which no switch re-encodes: the stream may hold others of the same frames."""
     return bank_pages(generator, range(num_frames)) if switches else 0
 
 
@@ -68,15 +67,15 @@ class Pages:
     """Pages that a rollout holds at most, by what holds them."""
 
     waiting: int
-    """Of each group whose members have run: what the replay will see."""
+    """Per group whose members have run: the pages that the replay will see."""
     root: int
-    """Of each group that is being explored: what may be routed."""
+    """Per group that is being explored: the pages that may be routed."""
     growing: int
-    """Of the root histories' blocks, or re-encodings, that are under way."""
+    """Blocks, or re-encodings, that the root histories are writing."""
     branches: int
-    """Of the members that run together: their own blocks."""
+    """Own blocks of the members that run together."""
     replay: int
-    """Of the members that are replayed together: their own blocks."""
+    """Own blocks of the members that are replayed together."""
     groups: int
     """All groups of the rollout."""
     together: int
@@ -95,7 +94,7 @@ class Pages:
 
     @property
     def most(self) -> int:
-        """What a cache must hold."""
+        """Pages that a cache must hold."""
         return max(self.exploring, self.replaying)
 
 
@@ -150,7 +149,7 @@ def _branch_pages(
     """Pages a branch adds to its root's.
 
     It lets go of its blocks as its window moves on, so a long tail costs none. Only in the tail may the
-    prompt switch; frames that were the root's are then encoded anew.
+    prompt switch; frames that were the root's are then re-encoded.
     """
     deployment, block = generator.deployment, generator.block
     recent = branch_frames(generator, exploration)
@@ -159,7 +158,7 @@ def _branch_pages(
         return 2 * (fork + own) + bank_pages(generator, range(fork, fork + own)) if switches else own
     bank = bank_pages(generator, range(fork, fork + own - (0 if switches else recent)))
     moved_sink = 0 if deployment.keep_sink_at_switch or not switches else deployment.sink
-    # A second switch finds the frames that the first one has encoded anew, however short the branch.
+    # A second switch finds the frames that the first one has re-encoded, however short the branch.
     kept = max(recent, block) if switches else min(own - block, recent)
     under_way = max(block, deployment.reencoded(fork + own - block) if switches else 0)
     return moved_sink + kept + under_way + bank
@@ -177,7 +176,7 @@ class PlannedRollout:
 
     prompts: Sequence[VideoPrompt]
     forks: Sequence[Fork]
-    """Of every prompt's group."""
+    """The fork of every prompt's group."""
     replayed: int = 0
     """Members that will be replayed together; 0: all."""
     keep_pool: bool = False

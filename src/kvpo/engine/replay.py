@@ -1,7 +1,7 @@
-"""Replay of solver states in the deployment context: what the policy would do where a branch has been.
+"""Replay of solver states in the deployment context: the policy's velocities where a branch has been.
 
 Root pages stay as the rollout policy stored them; pages of a branch's own earlier blocks are re-encoded by
-the evaluated policy, without gradient, from the branch's stored clean latents (METHOD section 3).
+the evaluated policy, without gradient, from the branch's stored clean latents.
 """
 
 from collections.abc import Iterator, Sequence
@@ -23,7 +23,7 @@ class ReplayRow:
     """One trajectory to replay."""
 
     root: Stream
-    """What came before the window."""
+    """The stream that the window continues."""
     past_PFCHW: Tensor
     """Clean latents of the window's blocks, of which each block sees the earlier ones."""
     states_PSFCHW: Tensor
@@ -42,7 +42,7 @@ def member_row(group: Group, member: int, steps: int | None = None) -> ReplayRow
 
 
 def replay_kind(generator: StreamingGenerator, group: Group) -> tuple[int, int]:
-    """What groups must agree on to be replayed together: the blocks of the window and the frames they see.
+    """The key that groups replayed together share: the blocks of the window and the frames they see.
 
     The latter are as many at every fork once window and memory bank are full, else the fork decides.
     """
@@ -96,7 +96,7 @@ def replay_context(generator: StreamingGenerator, rows: Sequence[ReplayRow]) -> 
 def replay_velocities(
     generator: StreamingGenerator, rows: Sequence[ReplayRow], replay: ReplayContext, blocks: range
 ) -> Tensor:
-    """The policy's velocities at the rows' states in some consecutive blocks: ``[R, P', S, F, C, H, W]``.
+    """The policy's velocities at the rows' states in consecutive blocks: ``[R, P', S, F, C, H, W]``.
 
     Solver steps share their block's context, so they ride in one batch; so do blocks that see equally many
     frames.

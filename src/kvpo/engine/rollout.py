@@ -1,8 +1,7 @@
 """Rollouts: branches and an anchor from one fork, as an explorer tells them apart.
 
 They share weights, prompt and past; for ``blocks`` blocks from the fork each sees the history, reads the
-noise and takes the solver step of its member (METHOD section 2). After the window, generation goes on in the
-deployment context.
+noise and takes the solver step of its member. After the window, generation goes on in the deployment context.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -33,7 +32,7 @@ from kvpo.prompts import VideoPrompt
 
 @dataclass(frozen=True)
 class Ran:
-    """What one member visited."""
+    """The trajectory of one member."""
 
     states_PSFCHW: Tensor
     """Solver states of the window."""
@@ -54,7 +53,7 @@ class Group:
     recent: int
     """Past frames that routed branches kept."""
     routes: tuple[Routes | None, ...]
-    """Of each branch, ``[G][P][routed]``."""
+    """Routes of each branch, ``[G][P][routed]``."""
     trajectories: Trajectories
     clean_MTCHW: Tensor
     """Clean latents from the fork to the end of the tail; M = G + 1 members, the anchor last."""
@@ -88,7 +87,7 @@ class Rollout:
 
     cache: FrameCache
     forks: Sequence[Fork]
-    """Of every group, those to come included."""
+    """Forks of every group, those to come included."""
     roots: list[Stream] = field(default_factory=list)
     groups: list[Group] = field(default_factory=list)
 
@@ -174,7 +173,7 @@ def _run_streams(
     streams: Sequence[Stream],
     steps: int | None,
 ) -> list[Ran]:
-    """Run each member's stream through its own window and tail, as many as are under way at a time."""
+    """Run each member's stream through its own window and tail, all that have blocks left together."""
     windows = [rollout.forks[member.group].exploration for member in batch]
     # The roots hold what may be routed; a branch holds only what its own blocks see.
     recent = branch_frames(generator, windows[0])

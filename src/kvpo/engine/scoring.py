@@ -28,7 +28,7 @@ class Clip:
 
 @dataclass(frozen=True)
 class ClipPlan:
-    """Which clips make up the global signal, and how much each of them counts.
+    """The clips that make up the global signal, and how much each of them counts.
 
     A clip's share of the signal goes with its frames, times ``segment_discount`` to the power of the segments
     that lie between its own and the fork's.
@@ -46,9 +46,9 @@ class Scores:
 
     components: tuple[str, ...]
     local_KM: Tensor
-    """Of the routed window."""
+    """Scores of the routed window."""
     global_KM: Tensor
-    """Of the video after the fork, the mean over its clips, each with its share (``ClipPlan``)."""
+    """Scores of the video after the fork: the mean over its clips, each with its share (``ClipPlan``)."""
 
     def combined(self, global_weight: float) -> Tensor:
         """Every component of every member, ``[K, M]``: (local + w global) / (1 + w)."""

@@ -30,7 +30,7 @@ TextTable = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class Trajectory:
-    """What one block's solver visited, for R streams."""
+    """The solver trajectory of one block, for R streams."""
 
     states_RSFCHW: Tensor
     """Solver states x_s, the first being pure noise."""
@@ -182,7 +182,7 @@ def _reencode_pool(
 def seen_alike(
     generator: StreamingGenerator, stream: Stream, route: Sequence[int] | None = None, recent: int = 0
 ) -> tuple[int, int]:
-    """What the next blocks of streams must agree on to share a forward pass: frames seen, and of a bank."""
+    """The key that streams of one forward pass share: frames that the next block sees, and of a bank."""
     bank = stream.history.bank
     return context_size(generator.deployment, stream.history, route, recent), len(bank[0]) if bank else 0
 
@@ -227,7 +227,8 @@ def advance(
 ) -> Trajectory:
     """Generate the next block of every stream: switch prompts, denoise, then the clean pass writes pages.
 
-    Streams may be at different blocks; those whose blocks see equally many frames share a forward pass.
+    Streams may be at different blocks; those whose blocks see equally many frames share a forward pass. The
+    trajectory has a row per stream, in their order.
 
     Args:
         routes: page ids filling each stream's routed slots, None for its deployment context.

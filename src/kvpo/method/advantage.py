@@ -1,4 +1,4 @@
-"""Advantages: how much better a branch is than the anchor, or than its group (METHOD section 5).
+"""Advantages: how much better a branch is than the anchor, or than its group (docs/method.md, "Credit").
 
     A_g = (r_g - r_anchor) / max( std{r_1 .. r_G, r_anchor}, noise floor )
 
@@ -51,7 +51,7 @@ def group_centred(rewards: Tensor, noise_floor: float | Tensor, spread: Tensor |
 
 
 def is_noise(rewards: Tensor, anchor: Tensor | None, noise_floor: float | Tensor) -> bool:
-    """Whether no component's spread exceeds its noise floor: the group teaches nothing and is skipped."""
+    """True if no component's spread exceeds its noise floor: the group teaches nothing and is skipped."""
     return bool((reward_spread(rewards, anchor) <= noise_floor).all())
 
 
@@ -106,7 +106,7 @@ def zscored(signal_G: Tensor) -> Tensor:
 
 
 def centred(advantages: Tensor) -> Tensor:
-    """A - mean A over the last axis: what the branch-only softmax needs (METHOD section 4)."""
+    """A - mean A over the last axis, as a softmax over branches alone needs it."""
     return advantages - advantages.mean(dim=-1, keepdim=True)
 
 

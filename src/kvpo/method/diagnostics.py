@@ -1,4 +1,4 @@
-"""Numbers reported of every update: what each means, and how groups add up to an update (METHOD section 6).
+"""The numbers reported of every update, their meanings, and how groups add up to an update.
 
 A metric's name, its meaning and its value come from here and from the method's own ``metrics``; the report
 reads the meanings that the run wrote.
@@ -22,7 +22,7 @@ GROUP_METRICS = {
     "branch_distance": Metric("Distance between the latents of two branches; 0 would mean no exploration."),
     "anchor_distance": Metric("Distance between the latents of a branch and its anchor."),
 }
-"""Of every group, skipped ones too."""
+"""Reported of every group, skipped ones included."""
 
 UPDATE_METRICS = {
     "skipped_fraction": Metric("Share of groups whose reward spread is noise; they are not trained on."),
@@ -48,7 +48,7 @@ UPDATE_METRICS = {
     "reward_cache_misses": Metric("Clips that were scored."),
     "device_peak_gb": Metric("Most device memory that tensors took during the update, in GB."),
 }
-"""Of an update as a whole."""
+"""Reported of an update as a whole."""
 
 
 def group_metrics(
@@ -91,10 +91,17 @@ def update_metrics(
     return numbers | {"skipped_fraction": 1 - len(trained) / len(groups)}
 
 
-def meanings(of_method: Mapping[str, Metric]) -> dict[str, str]:
-    """Metric -> the sentence that explains it, for everything that a run of a method reports of updates."""
-    every = {**GROUP_METRICS, **UPDATE_METRICS, **of_method}
-    return {name: metric.meaning for name, metric in every.items()}
+def meanings(of_method: Mapping[str, Metric]) -> dict[str, dict[str, str]]:
+    """Heading -> metric -> the sentence that explains it, for everything a run of a method writes of updates.
+
+    The headings are what the groups show, what the method measures, and what the update did.
+    """
+    of_update = {name: metric for name, metric in UPDATE_METRICS.items() if name not in of_method}
+    headings = {"Groups": GROUP_METRICS, "Method": of_method, "Update": of_update}
+    return {
+        heading: {name: metric.meaning for name, metric in metrics.items()}
+        for heading, metrics in headings.items()
+    }
 
 
 def mean_pairwise_distance(latents: Tensor) -> float:

@@ -7,7 +7,8 @@ velocity from this target?
 
 A method says which states, targets and weights (``Evidence``), and gives a scalar loss on the table. The
 trainer replays the states, differentiates the loss on the table's numbers and backpropagates its cells in
-micro-batches, which is exact. Mean over the d elements of a block; METHOD section 10 lists every method.
+micro-batches, which is exact. The mean runs over the d elements of a block. docs/method.md, "One table", has
+the rows of every method.
 
 Axes: M members (G branches, then the anchor), Q replayed trajectories, N rows of the table, P blocks of the
 window, S solver steps, F C H W one block.
@@ -34,7 +35,7 @@ class Trajectories:
     sigmas: tuple[float, ...]
     """Noise levels of the S states, falling from 1; the last step lands on 0."""
     noise: float = 0.0
-    """Strength of the noise that told the branches apart; 0 for routed branches."""
+    """Strength of the noise that told the branches apart; routed branches do not read it."""
 
     @property
     def anchor(self) -> int:
@@ -53,11 +54,11 @@ class Credit:
 
     branches: tuple[int, ...]
     advantages_G: Tensor
-    """Of the selected branches."""
+    """Advantages of the selected branches."""
     all_advantages_G: Tensor
-    """Of every branch, before selection."""
+    """Advantages of every branch, before selection."""
     gap_G: Tensor
-    """Of the selected branches: rank under the primary reward less the mean rank under the others."""
+    """Rank of the selected branches under the primary reward less their mean rank under the others."""
     withheld: int = 0
     """Branches whose positive advantage selective fusion took away."""
 
@@ -74,7 +75,7 @@ def no_credit(branches: int) -> Credit:
 
 @dataclass(frozen=True)
 class Evidence:
-    """Where the policy is asked, and what it should answer.
+    """The states at which the policy is asked, and the velocities it should answer.
 
     A row's target is ``targets_NPSFCHW`` plus ``share_N`` times the velocity of its ``teacher_N`` at the same
     states: "" (none), "old" (the old policy), "reference" (the starting policy) or "routed" (the policy
@@ -88,7 +89,7 @@ class Evidence:
     query_N: tuple[int, ...]
     """Trajectory that each row is asked at."""
     branch_N: tuple[int, ...]
-    """Branch that each row speaks of; -1: of none."""
+    """Branch that each row is about; -1: no branch."""
     targets_NPSFCHW: Tensor
     weights_NPS: Tensor
     teacher_N: tuple[str, ...]
@@ -162,7 +163,7 @@ def joined(first: Evidence, second: Evidence) -> Evidence:
 
 
 def drift_evidence(states_QPSFCHW: Tensor, past_Q: Sequence[int]) -> Evidence:
-    """Rows whose table adds up to mean || v_theta - v_ref ||^2 at some states: the velocity KL."""
+    """Rows whose table adds up to mean || v_theta - v_ref ||^2 at the given states: the velocity KL."""
     rows, blocks, steps = states_QPSFCHW.shape[:3]
     zero = torch.zeros_like(states_QPSFCHW)
     weight = 1 / (rows * blocks * steps)
@@ -233,13 +234,15 @@ class Method:
     averaged_old: Callable[[Any], bool] = lambda settings: False
     """(settings) -> the "old" teacher is the moving average of the policy, not the one that generated."""
     rewarded: bool = True
-    """False: every branch is trained on, whatever its score."""
+    """False: every branch is trained on, regardless of its score."""
     arrivals: bool = False
     """The evidence reads where the last of the solver steps led, too."""
     keep_pool: bool = False
     """Targets are asked for under routed history, so its pages stay until the replay."""
     linear: bool = False
     """The loss is linear in the table, so its gradient needs no table; saves a pass in micro-batches."""
+    residual: str = "residual"
+    """Name of a branch's summed residuals, for the branch explorer of the report."""
 
 
 def _column(like: Tensor, values: Sequence[float]) -> Tensor:

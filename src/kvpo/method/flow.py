@@ -1,4 +1,4 @@
-"""Rectified-flow conversions and deterministic solver steps (METHOD, notation and section 1).
+"""Rectified-flow conversions and solver steps, deterministic and stochastic.
 
     x = (1 - sigma) x0 + sigma eps,    v = eps - x0,    x0 = x - sigma v
 

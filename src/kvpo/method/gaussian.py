@@ -1,4 +1,4 @@
-"""Solver steps as Gaussian policies: what Flow-GRPO and CM-GRPO share (METHOD section 10).
+"""Solver steps as Gaussian policies, shared by Flow-GRPO and CM-GRPO.
 
 A step x' ~ N(a x + c v, s^2) has -log pi(x') = d c^2 / (2 s^2) mean || (x' - a x) / c - v ||^2 + const over
 its d elements: one cell of the table. The constant does not depend on the policy, so a ratio of two policies

@@ -1,4 +1,4 @@
-"""The surrogate policy and its clipped objective (METHOD sections 4 and 6).
+"""The Gibbs policy over branches and its clipped objective, shared by KVPO and latent distance.
 
     pi_theta(g) = softmax_g( -E_theta(g) / tau ),    rho = pi_theta / pi_old
     L = -(1/G) sum_g min( rho_g A_g, clip(rho_g, 1 - c_low, 1 + c_high) A_g ) + lambda KL(pi_theta || pi_ref)
@@ -75,7 +75,7 @@ def temperature_for_anchor_share(old_energy_G: Tensor, share: float) -> float:
     answer, and bisection in log tau finds it. Where energies of exactly 0 put the share out of reach, tau
     ends at its floor. Raises ValueError unless 1 / (G + 1) < share < 1.
     """
-    energies = old_energy_G.detach().to("cpu", torch.float64)
+    energies = old_energy_G.to("cpu", torch.float64)
     uniform = 1 / (len(energies) + 1)
     if not uniform < share < 1:
         raise ValueError(f"anchor_share = {share}: must lie between {uniform:.4f} (1 / (branches + 1)) and 1")
@@ -123,7 +123,7 @@ def clipped_surrogate(
 
 
 def simplex_kl(log_probs: Tensor, reference_log_probs: Tensor) -> Tensor:
-    """KL(pi_theta || pi_ref) = sum pi_theta (log pi_theta - log pi_ref); blind to shared drift."""
+    """KL(pi_theta || pi_ref) = sum pi_theta (log pi_theta - log pi_ref), a scalar; blind to shared drift."""
     return (log_probs.exp() * (log_probs - reference_log_probs)).sum()
 
 

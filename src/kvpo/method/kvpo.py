@@ -1,4 +1,4 @@
-"""KVPO: Trajectory Velocity Energy under a Gibbs policy (METHOD sections 3 to 6).
+"""KVPO (arXiv 2605.14278): Trajectory Velocity Energy under a Gibbs policy.
 
     E_theta(g) = sum_b sum_s mean || u_{g,b,s} - v_theta(x_{g,b,s}) ||^2
 
@@ -76,4 +76,4 @@ def probabilities(
     return log_probs(energy_G, temperature, anchor_in_pool=settings.anchor_share > 0).exp()
 
 
-METHOD = Method(evidence, loss, METRICS, probabilities=probabilities)
+METHOD = Method(evidence, loss, METRICS, residual="energy", probabilities=probabilities)

@@ -27,7 +27,7 @@ from kvpo.method.settings import LatentDistanceSettings
 
 
 def anchor_state_evidence(
-    trajectories: Trajectories, branches: Sequence[int], steps: int, weights: float | Tensor = 1.0
+    trajectories: Trajectories, branches: Sequence[int], steps: int, weights: float | Tensor
 ) -> Evidence:
     """One row per branch, all asked at the anchor's states; targets (x_a - x0_g) / sigma lead to it."""
     anchor = trajectories.anchor
@@ -76,4 +76,4 @@ def probabilities(
     return log_probs(energy_G, temperature, anchor_in_pool=False).exp()
 
 
-METHOD = Method(evidence, loss, METRICS, probabilities=probabilities)
+METHOD = Method(evidence, loss, METRICS, residual="distance", probabilities=probabilities)

@@ -64,7 +64,7 @@ def overrated(gap_G: Tensor, share: float) -> list[int]:
     positive = gap_G[gap_G > 0]
     if not len(positive) or share <= 0:
         return []
-    bound = torch.quantile(positive.double(), 1 - share)
+    bound = torch.quantile(positive, 1 - share)
     return [g for g, gap in enumerate(gap_G.tolist()) if gap > 0 and gap >= float(bound)]
 
 

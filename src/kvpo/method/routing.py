@@ -1,49 +1,29 @@
-"""Causal History Routing: which past frames a block may attend to (METHOD section 2).
+"""Causal History Routing: the past frames that a block may attend to (docs/method.md has the section).
 
 Deployment:   sink ++ the `local_past` most recent frames
 Exploration:  sink ++ `routed` frames of older history ++ the `recent` most recent frames
 
-All counts are *past* frames; the block being denoised always attends to itself besides. With
+All counts are *past* frames; the block being denoised also attends to itself. With
 routed + recent = local_past both contexts are equally long, and routing the most recent frames is deployment.
 """
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import combinations
 
 import torch
 from torch import Tensor
 
 
-def local_past(window: int, sink: int, block: int) -> int:
-    """Most recent past frames visible in deployment: window - sink - block (LongLive: 12 - 3 - 3 = 6).
+def visible_frames(start: int, sink: Sequence[int], recent: int | None) -> tuple[list[int], list[int]]:
+    """Past frames visible to the block that starts at frame `start`, ascending: the sink's, and local ones.
 
-    Raises ValueError when the window cannot hold the sink and the block; -1 (all visible) has no such count.
+    Local are the `recent` most recent frames (None: all) that fill no sink slot: `local_past` of them in
+    deployment. A routed block sees its routed frames between the two.
     """
-    if window < sink + block:
-        raise ValueError(
-            f"window = {window}: must hold the sink ({sink}) and the block ({block}): at least {sink + block}"
-        )
-    return window - sink - block
-
-
-def deployment_frames(start: int, *, sink: int, window: int, block: int) -> tuple[int, ...]:
-    """Past frames visible to the block that starts at frame `start`, ascending.
-
-    `window` counts the sink and the block itself; -1 makes every earlier frame visible.
-    """
-    if window == -1:
-        return tuple(range(start))
-    recent = local_past(window, sink, block)
-    return (*range(min(sink, start)), *range(max(sink, start - recent), start))
-
-
-def exploration_frames(start: int, routed: Sequence[int], *, sink: int, recent: int) -> tuple[int, ...]:
-    """Past frames visible to a routed block: sink ++ routed (ascending, repeats allowed) ++ recent."""
-    oldest_recent = max(sink, start - recent)
-    assert all(sink <= frame < oldest_recent for frame in routed), (start, tuple(routed), sink, recent)
-    return (*range(min(sink, start)), *sorted(routed), *range(oldest_recent, start))
+    oldest = 0 if recent is None else max(0, start - recent)
+    local = [frame for frame in range(oldest, start) if frame not in sink]
+    return [frame for frame in sink if frame < start], local
 
 
 def route_pool(fork: int, *, sink: Sequence[int], recent: int, resident: int) -> tuple[int, ...]:
@@ -78,29 +58,9 @@ def dispersed_routes(
     return _fill_slots(frames[torch.tensor([sorted(members) for members in sets])], routed)
 
 
-def independent_routes(
-    pool: Sequence[int], *, branches: int, routed: int, distinct: int, generator: torch.Generator
-) -> Tensor:
-    """Routes drawn independently for each branch, int64 [G, routed]: what dispersed routes are compared with.
-
-    Two branches share distinct^2 / len(pool) frames on average. Raises ValueError as `dispersed_routes` does.
-    """
-    _check_routes(len(pool), branches, routed, distinct)
-    frames = torch.tensor(pool)
-    draws = [frames[torch.randperm(len(pool), generator=generator)[:distinct]] for _ in range(branches)]
-    return _fill_slots(torch.stack(draws), routed)
-
-
-def mean_pairwise_overlap(routes: Tensor) -> float:
-    """Distinct frames that two branches share, averaged over all pairs of branches of routes [G, R]."""
-    sets = [frozenset(route) for route in routes.tolist()]
-    shared = [len(one & other) for one, other in combinations(sets, 2)]
-    return sum(shared) / len(shared)
-
-
 @dataclass(frozen=True)
 class FittedExploration:
-    """What of the requested exploration fits at a fork."""
+    """The exploration settings that fit at a given fork."""
 
     blocks: int
     tail_blocks: int
@@ -121,7 +81,7 @@ def fit_exploration(
 ) -> FittedExploration:
     """Shrink the routed blocks, the tail after them and the distinct frames to what a fork offers.
 
-    Routed blocks end by `window_end`, the tail with the clip; `distinct` falls until a pool of so many frames
+    Routed blocks end by `window_end`, the tail with the clip; `distinct` falls until a pool of that size
     has a different set for every branch. Raises ValueError when no block follows the fork, or the pool has
     not even one frame for every branch.
     """

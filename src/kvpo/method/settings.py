@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal
 
 @dataclass(frozen=True)
 class KvpoSettings:
-    """KVPO: a Gibbs policy over Trajectory Velocity Energies (METHOD sections 3 to 6)."""
+    """KVPO: a Gibbs policy over Trajectory Velocity Energies."""
 
     EXPLORERS: ClassVar[tuple[str, ...]] = ("routes",)
     STARTS_FROM: ClassVar[dict[str, Any]] = {}

@@ -1,6 +1,6 @@
 """Adapters in: LoRA of every public layout in PEFT's layout, with the scale that its files state.
 
-A layer computes ``y = W x + b + (alpha / rank) B (A x)`` (MODELS.md section 1.1). Alpha is stated in an
+A layer computes ``y = W x + b + (alpha / rank) B (A x)``. Alpha is stated in an
 ``adapter_config.json`` beside the file, in a safetensors header, in an entry or a tensor of the file, or by a
 setting; all that is stated must agree, and where nothing is, alpha is assumed to be the rank.
 """
@@ -53,7 +53,7 @@ _SAYS_NOTHING = ("", "None", "none", "null", "False", "false", "Dynamic")
 class AdapterState:
     """A LoRA adapter in PEFT's public layout (``base_model.model.<module>.lora_A.weight``).
 
-    Its effect on a layer is ``y = W x + b + scale(layer) B (A x)`` (MODELS.md section 1.1).
+    Its effect on a layer is ``y = W x + b + scale(layer) B (A x)``.
     """
 
     tensors: dict[str, Tensor]
@@ -66,7 +66,7 @@ class AdapterState:
     alphas: Mapping[str, float] = field(default_factory=dict)
     """Alpha of the layers that have another one, by module."""
     stated: str = ""
-    """Where alpha is stated; empty: nowhere, so that it is assumed to be the rank."""
+    """The place that states alpha; empty: none, so that it is assumed to be the rank."""
 
     @property
     def modules(self) -> tuple[str, ...]:
@@ -82,7 +82,7 @@ class AdapterState:
         return self.tensors[prefix + "A.weight"], self.tensors[prefix + "B.weight"]
 
     def scale(self, module: str) -> float:
-        """What ``B A`` of an adapted layer is multiplied by."""
+        """Factor of ``B A`` in an adapted layer."""
         return self.alphas.get(module, self.alpha) / self.pair(module)[0].shape[0]
 
     def described(self) -> str:
@@ -118,7 +118,7 @@ def adapter_of(
 
 @dataclass(frozen=True)
 class _Statement:
-    """What one place says of rank and alpha; None: nothing."""
+    """Rank and alpha as one place states them; None: not stated."""
 
     where: str
     rank: float | None = None
@@ -178,7 +178,7 @@ def _config_statement(path: Path) -> _Statement:
 
 
 def _header_statements(path: Path) -> list[_Statement]:
-    """What the header of a safetensors adapter says, in its own fields and in that of diffusers."""
+    """Statements in the header of a safetensors adapter, in its own fields and in that of diffusers."""
     header = safetensors_header(path)
     fields = {name: value for name, value in header.items() if value not in _SAYS_NOTHING}
     found = [_statement(fields, f"the header of {path}")]

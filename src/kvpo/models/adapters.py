@@ -1,7 +1,7 @@
 """LoRA adapters on the transformer: train a fresh one, continue a given one, or merge it; and the policy they
 started from.
 
-The starting policy (METHOD section 6) needs no second network: it is the same weights with the adapter
+The starting policy needs no second network: it is the same weights with the adapter
 switched off, or with a frozen copy of its starting value in its place.
 """
 
@@ -104,7 +104,7 @@ def add_adapter(
     Args:
         targets: name endings of the linear layers that get an adapter, such as ``self_attn.q``.
         generator: CPU generator that ``A`` is drawn from.
-        dtype: precision of the adapter's master weights, whatever the model's is.
+        dtype: precision of the adapter's master weights, independent of the model's.
 
     Raises:
         ValueError: an ending that no linear layer has.

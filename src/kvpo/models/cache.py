@@ -100,8 +100,8 @@ class FrameCache:
 class History:
     """The pages one stream can refer to: absolute frame -> page id, plus its sink and its memory bank.
 
-    ``sink`` names the frames that fill the sink slots (a prompt switch may move them); ``bank_LB`` the pages
-    of a memory bank per layer and ``latest`` the page the bank records next (see ``kvpo.models.bank``).
+    ``sink`` names the frames that fill the sink slots (a prompt switch may move them); ``bank`` the pages
+    of a memory bank per layer and ``latest`` the page that the bank takes in next.
     """
 
     def __init__(self, cache: FrameCache, sink: int) -> None:

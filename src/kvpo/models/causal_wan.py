@@ -1,14 +1,13 @@
 """The causal Wan transformer: one class from the tiny embedded generator to the 1.3B and 14B checkpoints.
 
-Parameter names and arithmetic follow the Wan 2.1 text-to-video transformer as the streaming generators use it
-(MODELS.md sections 1 and 2): attention is bidirectional among the frames of one call, and causality comes
-from calling block by block with a context of earlier frames.
+Parameter names and arithmetic follow the Wan 2.1 text-to-video transformer as the streaming generators use
+it: attention is bidirectional among the frames of one call, and causality comes from calling block by block
+with a context of earlier frames.
 
 Shape legend: R rows, F frames of the call, C/H/W latent, T tokens per frame, N heads, D head width.
 """
 
 import math
-from dataclasses import dataclass
 from typing import cast
 
 import torch
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from kvpo.models.context import Context
+from kvpo.models.settings import WanShape
 
 TIMESTEPS = 1000.0
 """The model's clock: timestep = 1000 sigma."""
@@ -24,52 +24,8 @@ GRAPHS = 64
 """Compiled forms of a layer that may be kept: with and without gradients, adapter, one row or many."""
 
 
-@dataclass(frozen=True)
-class WanShape:
-    """Geometry of a transformer."""
-
-    dim: int
-    num_heads: int
-    num_layers: int
-    ffn_dim: int
-    freq_dim: int
-    text_len: int
-    text_dim: int
-    channels: int
-    patch_size: tuple[int, int, int]
-    latent_height: int
-    latent_width: int
-    eps: float = 1e-6
-    relative_positions: bool = False
-
-    def __post_init__(self) -> None:
-        if self.dim % self.num_heads or (self.dim // self.num_heads) % 2:
-            raise ValueError(
-                f"model.dim = {self.dim} must be an even multiple of model.num_heads = {self.num_heads}"
-            )
-        frames, rows, columns = self.patch_size
-        if frames != 1 or self.latent_height % rows or self.latent_width % columns:
-            raise ValueError(
-                f"model.patch_size = {self.patch_size} must be (1, h, w) with h and w dividing the latent "
-                f"size {self.latent_height} x {self.latent_width}"
-            )
-
-    @property
-    def head_dim(self) -> int:
-        return self.dim // self.num_heads
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        """Token rows and columns of one frame."""
-        return self.latent_height // self.patch_size[1], self.latent_width // self.patch_size[2]
-
-    @property
-    def tokens_per_frame(self) -> int:
-        return self.grid[0] * self.grid[1]
-
-
 def timestep_sinusoid(timestep: Tensor, dim: int) -> Tensor:
-    """``[cos | sin]`` features of timesteps, ``[...] -> [..., dim]`` in float64 (MODELS.md section 2.2)."""
+    """``[cos | sin]`` features of timesteps, ``[...] -> [..., dim]`` in float64."""
     half = dim // 2
     exponent = torch.arange(half, dtype=torch.float64, device=timestep.device) / half
     angle = timestep.to(torch.float64)[..., None] * torch.pow(10000.0, -exponent)
@@ -80,7 +36,7 @@ def rotary_angles(frames_RF: Tensor, grid: tuple[int, int], head_dim: int) -> Te
     """Rotation angles ``[R, F*T, head_dim / 2]`` (float64) of tokens ordered (frame, row, column).
 
     The head width splits into a temporal part and two equal spatial parts, each rotated by its own coordinate
-    with frequencies 10000^(-2i / width of the part) (MODELS.md section 2).
+    with frequencies 10000^(-2i / width of the part).
     """
     spatial = 2 * (head_dim // 6)
     widths = (head_dim - 2 * spatial, spatial, spatial)
@@ -210,7 +166,7 @@ class WanBlock(nn.Module):
     def project(
         self, x: Tensor, time_R6D: Tensor, rotation: tuple[Tensor, Tensor] | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """What comes before attention over the context: queries, keys and values of the call's own frames."""
+        """The half before attention over the context: queries, keys and values of the call's own frames."""
         attention_in, k, v = self.own_keys_values(x, time_R6D, rotation)
         q = self.self_attn.heads(self.self_attn.norm_q(self.self_attn.q(attention_in)))
         return q if rotation is None else rotate(q, rotation), k, v
@@ -218,7 +174,7 @@ class WanBlock(nn.Module):
     def update(
         self, x: Tensor, attended: Tensor, time_R6D: Tensor, text: Tensor, text_rows: Tensor | None
     ) -> Tensor:
-        """What comes after it: residual, cross-attention to the text, feed-forward."""
+        """The half after it: residual, cross-attention to the text, feed-forward."""
         _, _, gate, shift_ffn, scale_ffn, gate_ffn = self.modulated(time_R6D)
         x = x + gate * attended
         text_in = self.norm3(x).type_as(x)
@@ -269,6 +225,7 @@ class CausalWan(nn.Module):
 
     def __init__(self, shape: WanShape) -> None:
         super().__init__()
+        shape.check()
         self.shape = shape
         self.checkpointing = False
         dim = shape.dim

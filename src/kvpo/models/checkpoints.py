@@ -1,6 +1,6 @@
 """Checkpoints in: every public layout of the Wan transformer, under bare Wan names.
 
-Layouts and key forms: MODELS.md section 1.
+docs/backbones.md lists the layouts.
 """
 
 import re
@@ -85,7 +85,7 @@ def _rename(name: str, top: Mapping[str, str], block: Mapping[str, str]) -> str:
 
 
 def to_diffusers_name(name: str) -> str:
-    """diffusers' WanTransformer3DModel name of a Wan parameter or module (MODELS.md section 1.2)."""
+    """diffusers' WanTransformer3DModel name of a Wan parameter or module."""
     return _rename(name, _TOP_NAMES, _BLOCK_NAMES)
 
 
@@ -118,7 +118,7 @@ _LAYOUTS = {
 
 
 def layout_of(names: Iterable[str]) -> str | None:
-    """What a file with such keys is, where it is of a known layout that is not read; None elsewhere."""
+    """The known layout, among those that are not read, of a file with such keys; None elsewhere."""
     bare = [_WRAPPERS.sub("", name) for name in names]
     return next((words for key, words in _LAYOUTS.items() if any(re.search(key, n) for n in bare)), None)
 
@@ -175,8 +175,7 @@ def load_transformer_state(path: str | Path, *, entry: str | None = None) -> Tra
     """Transformer weights of any public layout, memory-mapped, under bare Wan names.
 
     Understands the ``.pt`` layouts of Self-Forcing, LongLive, MemFlow and KVPO, Wan's own safetensors and
-    diffusers directories (single file or sharded), with wrapper, compile and ``model.`` prefixes
-    (MODELS.md section 1.1).
+    diffusers directories (single file or sharded), with wrapper, compile and ``model.`` prefixes.
 
     Args:
         path: a file or a directory.

@@ -1,4 +1,4 @@
-"""What attention may see besides the call's own frames: passed as an argument, never held by a layer."""
+"""The history that attention may see: passed as an argument, never held by a layer."""
 
 from dataclasses import dataclass
 from typing import Protocol
@@ -9,7 +9,7 @@ from torch import Tensor
 from kvpo.models.cache import FrameCache
 
 SPARSE_FRAMES = 3
-"""Global frames that sparse memory activation keeps per head (MODELS.md 3.2)."""
+"""Global frames that sparse memory activation keeps per head."""
 
 
 class Context(Protocol):
@@ -63,7 +63,7 @@ class PageContext:
     def _read_sparse(
         self, tokens: int, q: Tensor, context: tuple[Tensor, Tensor], own: tuple[Tensor, Tensor]
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Keep, per head, the global frames whose mean key matches the mean query best (MODELS.md 3.2)."""
+        """Keep, per head, the global frames whose mean key matches the mean query best."""
         cut, own_cut = self.sparse_pages * tokens, self.sparse_own * tokens
         split = [
             (o[:, :own_cut], c[:, :cut], c[:, cut:], o[:, own_cut:])

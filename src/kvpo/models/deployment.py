@@ -1,61 +1,23 @@
-"""Which pages a block attends to: the sink and window of LongLive, the full or rolling window of
+"""The pages that a block attends to: the sink and window of LongLive, the full or rolling window of
 Self-Forcing, the memory bank of MemFlow, and the routed histories of exploration. Policies over page tables,
 not over models.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from kvpo.method.routing import visible_frames
 from kvpo.models.cache import History
 from kvpo.models.context import PageContext
+from kvpo.models.settings import Deployment
 from kvpo.prompts import VideoPrompt
 
 RECORD_INTERVAL = 3
-"""The memory bank takes in every third block's first frame (MODELS.md 3.2)."""
+"""The memory bank takes in every third block's first frame."""
 TextKeys = Callable[[int], Tensor]
 """Cross-attention keys of a layer for the rows at hand: layer -> [R, text_len, N, D]."""
-
-
-@dataclass(frozen=True)
-class Deployment:
-    """The context that a stream is deployed with (METHOD section 2, MODELS.md section 3)."""
-
-    block: int
-    """Frames generated together."""
-    window: int
-    """Frames attended to, counting sink and block; -1: everything earlier."""
-    sink: int
-    """First frames that are always attended to."""
-    keep_sink_at_switch: bool = True
-    bank_size: int = 0
-    sparse_activation: bool = False
-    bank_every_block: bool = False
-    bank_as_published: bool = False
-    """Reproduce two quirks of the published bank: it takes the same frame in up to three times, and scores
-    with empty text keys right after a prompt switch."""
-
-    def __post_init__(self) -> None:
-        if self.block < 1 or self.sink < 0:
-            raise ValueError(
-                f"stream.block = {self.block} must be positive and stream.sink = {self.sink} >= 0"
-            )
-        if self.window != -1 and self.window < self.sink + self.block:
-            raise ValueError(
-                f"stream.window = {self.window} must hold the sink and the block "
-                f"({self.sink} + {self.block} frames), or be -1 for everything earlier"
-            )
-
-    @property
-    def local_past(self) -> int | None:
-        """Past frames of the local window; None: unlimited."""
-        return None if self.window == -1 else self.window - self.sink - self.block
-
-    def reencoded(self, start: int) -> int:
-        """Frames re-encoded when the prompt switches before the block at ``start`` (MODELS.md 3.1)."""
-        return start if self.window == -1 else min(self.window, start)
 
 
 def sink_frames(deployment: Deployment, prompt: VideoPrompt, start: int) -> range:
@@ -70,16 +32,9 @@ def sink_frames(deployment: Deployment, prompt: VideoPrompt, start: int) -> rang
     return range(first, first + deployment.sink)
 
 
-def local_frames(deployment: Deployment, history: History, recent: int | None) -> list[int]:
-    """The ``recent`` most recent past frames (None: all) that are not sink slots."""
-    first = 0 if recent is None else max(0, history.end - recent)
-    return [frame for frame in range(first, history.end) if frame not in history.sink]
-
-
-def context_frames(deployment: Deployment, history: History) -> tuple[list[int], list[int]]:
-    """Sink and local frames that the next block of a stream sees when deployed."""
-    sink = [frame for frame in history.sink if frame < history.end]
-    return sink, local_frames(deployment, history, deployment.local_past)
+def context_frames(history: History, recent: int | None) -> tuple[list[int], list[int]]:
+    """Sink and local frames that the next block of a stream sees with ``recent`` past frames (None: all)."""
+    return visible_frames(history.end, history.sink, recent)
 
 
 def deployment_context(deployment: Deployment, histories: Sequence[History]) -> PageContext:
@@ -93,16 +48,14 @@ def routed_context(
     routed_pages: Sequence[Sequence[int] | None],
     recent: int,
 ) -> PageContext:
-    """Context of each stream's next block, routed where pages are given (METHOD section 2).
+    """Context of each stream's next block, routed where pages are given.
 
     A routed row sees sink ++ bank ++ its routed pages ++ the ``recent`` most recent past frames; a row with
     None sees its deployment context. The pages may belong to any stream of the cache (donor histories).
     """
     rows = []
     for history, routed in zip(histories, routed_pages, strict=True):
-        sink, local = context_frames(deployment, history)
-        if routed is not None:
-            local = local_frames(deployment, history, recent)
+        sink, local = context_frames(history, deployment.local_past if routed is None else recent)
         pages = [*(routed or ()), *history.page_ids(local)]
         rows.append((history.page_ids(sink), history.bank, pages))
     banked = bool(rows[0][1])
@@ -123,12 +76,9 @@ def routed_context(
 def context_size(
     deployment: Deployment, history: History, routed_pages: Sequence[int] | None = None, recent: int = 0
 ) -> int:
-    """Frames that the next block sees beside itself; streams of one forward pass must agree on it."""
-    sink, local = context_frames(deployment, history)
-    past = len(local)
-    if routed_pages is not None:
-        past = len(routed_pages) + len(local_frames(deployment, history, recent))
-    return len(sink) + past + (len(history.bank[0]) if history.bank else 0)
+    """Frames that the next block sees in addition to itself; streams of one forward pass must agree on it."""
+    sink, local = context_frames(history, deployment.local_past if routed_pages is None else recent)
+    return len(sink) + len(routed_pages or ()) + len(local) + (len(history.bank[0]) if history.bank else 0)
 
 
 def reencoding_context(deployment: Deployment, histories: Sequence[History]) -> tuple[PageContext, int]:
@@ -167,7 +117,7 @@ def reencoding_context(deployment: Deployment, histories: Sequence[History]) -> 
 def adopt_reencoded(deployment: Deployment, history: History, pages: Sequence[int]) -> None:
     """Put re-encoded pages in place; a replaced sink is filled with the first of them, a kept one stays.
 
-    Where the frames reach back to the start, a kept sink is re-encoded with them (MODELS.md 3.1).
+    Where the frames reach back to the start, a kept sink is re-encoded with them.
     """
     start = history.end - len(pages)
     kept = 0
@@ -180,7 +130,7 @@ def adopt_reencoded(deployment: Deployment, history: History, pages: Sequence[in
 
 
 def reachable_frames(deployment: Deployment, history: History, resident: int) -> range:
-    """Frames beside the sink that the window or the routing pool may still ask for.
+    """Frames outside the sink that the window or the routing pool may still ask for.
 
     ``resident`` counts the frames kept for routing including the sink; 0 keeps everything. Re-encoding asks
     for latents, not for pages.
@@ -192,7 +142,7 @@ def reachable_frames(deployment: Deployment, history: History, resident: int) ->
 
 
 def record_block(deployment: Deployment, history: History) -> None:
-    """After a block's clean pass: its first frame is what the memory bank takes in next (MODELS.md 3.2)."""
+    """After a block's clean pass: its first frame is what the memory bank takes in next."""
     index = history.end // deployment.block - 1
     if deployment.bank_size and (deployment.bank_every_block or index % RECORD_INTERVAL == 0):
         history.record(history.pages[history.end - deployment.block])
@@ -201,7 +151,7 @@ def record_block(deployment: Deployment, history: History) -> None:
 def commit_bank(
     deployment: Deployment, history: History, num_layers: int, text_keys: TextKeys | None, row: int = 0
 ) -> None:
-    """Before a block: let the bank take in the recorded frame (MODELS.md 3.2).
+    """Before a block: let the bank take in the recorded frame.
 
     While the bank is short the frame gets the next slot; a full bank keeps the frames that the current
     prompt's text keys match best. ``text_keys`` None stands for empty text keys.
@@ -229,7 +179,7 @@ def commit_bank(
 
 
 def _agreement(text_LND: Tensor, keys_FTND: Tensor, *, in_steps: bool) -> Tensor:
-    """How well frames match a text: the mean of text keys . frame keys / sqrt(D) over tokens and heads, [F].
+    """Agreement of frames and text: mean of text keys . frame keys / sqrt(D) over tokens and heads, [F].
 
     The mean over all token pairs of a head factorises into two means. ``in_steps`` forms every pair in the
     keys' own type, as published: in bfloat16 its rounding decides between frames that match equally well.

@@ -14,11 +14,12 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from kvpo.extras import extra
 from kvpo.files import new_directory, new_file
 from kvpo.models.adapter_files import DIFFUSERS_ADAPTER_NAME, PEFT_FILES, AdapterState
 from kvpo.models.adapters import lora_config
-from kvpo.models.causal_wan import WanShape
 from kvpo.models.checkpoints import WEIGHTS_NAME, to_diffusers_name
+from kvpo.models.settings import WanShape
 from kvpo.models.tensor_files import check_tensors, storable
 
 SHARD_BYTES = 5_000_000_000
@@ -85,7 +86,8 @@ def save_diffusers_transformer(
     Raises:
         ValueError: keys or shapes that are not those of the configuration, or a directory that is not empty.
     """
-    from diffusers import WanTransformer3DModel
+    with extra("wan"):
+        from diffusers import WanTransformer3DModel
 
     with torch.device("meta"):
         model: Any = WanTransformer3DModel(

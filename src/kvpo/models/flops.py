@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import Literal
 
-from kvpo.models.causal_wan import WanShape
+from kvpo.models.settings import WanShape
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def encode_flops(call: Call) -> float:
 
 
 def adapter_flops(call: Call, rank: int, targets: Sequence[str]) -> float:
-    """What an adapter of this rank adds to a forward pass: rank (inputs + outputs) per token and layer."""
+    """FLOPs that an adapter adds to a forward pass: rank (inputs + outputs) per token and layer."""
     dim, ffn = call.shape.dim, call.shape.ffn_dim
     total = 0.0
     for target in targets:

@@ -1,4 +1,4 @@
-"""Where models and checkpoints come from: a local path, or a repository of the Hugging Face hub."""
+"""Models and checkpoints from a local path or a repository of the Hugging Face hub."""
 
 import re
 from collections.abc import Sequence
@@ -79,7 +79,7 @@ def _fetch_if_there(repo: str, file: str, revision: str | None, offline: bool) -
 
 
 def _why(error: Exception, match: re.Match[str], offline: bool) -> str:
-    """What went wrong with a hub repository, and the way out."""
+    """One line on what went wrong with a hub repository, and the way out."""
     repo = match["repo"]
     if isinstance(error, GatedRepoError):
         return (

@@ -1,4 +1,4 @@
-"""Frozen networks that wait in host memory and visit the device only while they are used."""
+"""CPU offloading for frozen networks."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager

@@ -1,7 +1,7 @@
 """Prompt embeddings: the UMT5 encoder of the Wan models through transformers, behind an on-disk cache.
 
 The encoder has 5.7 billion parameters and a run needs each embedding once: it is loaded only when the
-cache lacks one (MODELS.md section 7).
+cache lacks one.
 """
 
 import hashlib
@@ -14,13 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import ftfy
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, UMT5Config, UMT5EncoderModel
 
+from kvpo.extras import extra
 from kvpo.files import named_list, new_file, refuse_pointers
 from kvpo.models.finite import require_finite_weights
 from kvpo.models.tensor_files import (
@@ -32,6 +32,9 @@ from kvpo.models.tensor_files import (
     read_tensors,
     storable,
 )
+
+with extra("wan"):
+    import ftfy
 
 logger = logging.getLogger(__name__)
 
@@ -246,7 +249,7 @@ class PromptCache:
             stored = read_safetensors(path)
             rows, tokens = stored["embedding"], int(stored["tokens"])
         except (ValueError, KeyError, RuntimeError):
-            return None  # computed and written anew
+            return None  # computed and written again
         return (rows, tokens) if rows.dim() == 2 else None
 
     def read(self, text: str) -> Tensor | None:

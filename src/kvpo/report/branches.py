@@ -3,12 +3,16 @@
 from collections import Counter
 from dataclasses import dataclass
 
+from kvpo.models.settings import Deployment
 from kvpo.report.clips import ClipStore
 from kvpo.report.formatting import escape, fixed, number, numbers, signed, significant
 from kvpo.report.record import Entry, Run
 from kvpo.report.screens import captions, film_data, screen, segments_of, whole
 
-SORTS = ("order", "reward", "advantage", "energy", "probability")
+RESIDUALS = ("energy", "distance", "residual")
+"""What methods call a branch's residuals; small is close to the policy."""
+SORTS = ("order", "reward", "advantage", *(f"-{name}" for name in RESIDUALS), "probability")
+"""Ways to sort the cards; a minus sign puts the smallest first."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,23 @@ def clip_keys(groups: list[Entry]) -> list[str]:
     return [str(m["video"]) for group in groups for m in members_of(group) if m.get("video")]
 
 
+DIFFERENCES = {
+    "routes": "Branches attend to older frames instead of the latest ones; they differ in nothing else.",
+    "fresh": "Branches start from other noise; they differ in nothing else.",
+    "neighbour": "Branches start from noise near the anchor's; they differ in nothing else.",
+    "sde": "Branches add noise at every solver step; they differ in nothing else.",
+    "renoise": "Branches draw other noise at every solver step; they differ in nothing else.",
+}
+"""Explorer -> what sets its branches apart."""
+
+
+def difference_of(run: Run) -> str:
+    """One sentence on what sets the branches of a run apart, by its ``exploration.explorer``."""
+    exploration = run.config.get("exploration")
+    explorer = exploration.get("explorer") if isinstance(exploration, dict) else None
+    return DIFFERENCES.get(str(explorer), "Branches are alternatives from a fork of one video.")
+
+
 def is_anchor(member: Entry) -> bool:
     """Whether a member is the unrouted anchor of its group."""
     return member.get("name") == "anchor"
@@ -89,11 +110,11 @@ def context_size(run: Run) -> ContextSize:
     """Context sizes of a run; a window of -1 sees all the past, and settings that are absent count as 0."""
     stream, exploration = numbers(run.config.get("stream")), numbers(run.config.get("exploration"))
     sink, window = int(stream.get("sink", 0)), int(stream.get("window", 0))
-    local_past = max(0, window - sink - int(stream.get("block", 0))) if window >= 0 else 10**9
+    past = Deployment(int(stream.get("block", 0)), window, sink).local_past
     return ContextSize(
         sink=sink,
         recent=int(exploration.get("recent", 0)),
-        local_past=local_past,
+        local_past=10**9 if past is None else max(0, past),
         resident=int(exploration.get("resident_frames", 0)),
     )
 
@@ -209,8 +230,7 @@ def _rows(group: Group, member: Entry) -> list[tuple[str, str]]:
         difference = f' <span class="{tone}">{signed(change)}</span>'
     rows = [("reward", f"<b>{fixed(values.get('reward'))}</b>{difference}")]
     rows += [(key, fixed(values[key])) for key in ("local", "global") if key in values]
-    if "energy" in values:
-        rows.append(("energy", significant(values["energy"])))
+    rows += [(key, significant(values[key])) for key in RESIDUALS if key in values]
     if "advantage" in values:
         value, bar = values["advantage"], ""
         if group.largest_advantage:
@@ -229,7 +249,7 @@ def _member(group: Group, member: Entry, position: int, store: ClipStore, size: 
     name, values = str(member.get("name", "branch")), numbers(member) | {"order": position}
     table = "".join(f"<div><dt>{key}</dt><dd>{value}</dd></div>" for key, value in _rows(group, member))
     timeline = strip(spans_of(group, member, size), group.switches, group.frames) if group.frames else ""
-    data = "".join(f' data-{key}="{values.get(key, "")}"' for key in SORTS)
+    data = "".join(f' data-{key}="{values.get(key, "")}"' for key in (sort.lstrip("-") for sort in SORTS))
     picture = screen(store, "branches", member.get("video"), f"{name} of {group.title}")
     return (
         f'<article class="member{" anchor" if is_anchor(member) else ""}"{data}><h4>{escape(name)}</h4>'
@@ -240,8 +260,11 @@ def _member(group: Group, member: Entry, position: int, store: ClipStore, size: 
 def _group(run: Run, store: ClipStore, entry: Entry, identity: str, *, hidden: bool) -> str:
     group, size = read_group(entry), context_size(run)
     cards = "".join(_member(group, m, i, store, size) for i, m in enumerate(group.members))
+    shown = {"order", *(key for member in group.members for key in numbers(member))}
     options = "".join(
-        f'<option value="{key}">{"as saved" if key == "order" else key}</option>' for key in SORTS
+        f'<option value="{sort}">{"as saved" if key == "order" else key}</option>'
+        for sort in SORTS
+        if (key := sort.lstrip("-")) in shown
     )
     sizes, slots, jump = "", "", ""
     if group.fork is not None and group.frames:

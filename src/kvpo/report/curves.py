@@ -1,164 +1,15 @@
 """Reward curves, components and training diagnostics."""
 
-from dataclasses import dataclass
+from collections import Counter
 
 from kvpo.report.charts import Series, line_chart, paired_bars
 from kvpo.report.formatting import compact, escape, number, numbers, title_of
 from kvpo.report.headline import LENGTHS, read_outcome, read_outcomes
-from kvpo.report.record import Entry, Run
+from kvpo.report.record import Entry, Run, method_of
 
-
-@dataclass(frozen=True)
-class Diagnostic:
-    """One metric of a training update and how to read it."""
-
-    key: str
-    title: str
-    meaning: str
-    unit_line: float | None = None
-    """A reference value that is always drawn."""
-
-
-SIGNAL = (
-    Diagnostic(
-        "reward_mean",
-        "Reward of the branches",
-        "Training prompts under routed history: noisy, and below deployment. Judge by the validation curve.",
-    ),
-    Diagnostic(
-        "anchor_reward",
-        "Reward of the anchor",
-        "The same prompts without routing: the baseline of the branches. As noisy as theirs.",
-    ),
-    Diagnostic(
-        "reward_spread",
-        "Reward spread in a group",
-        "What there is to learn from. Normal: steady, above the noise floor. Alarming: sinking to it.",
-    ),
-    Diagnostic(
-        "above_anchor",
-        "Branches above the anchor",
-        "Share that beats the unrouted anchor. Normal: 0.3 to 0.6. Alarming: near 0, routing only hurts.",
-        0.5,
-    ),
-    Diagnostic(
-        "branch_distance",
-        "Distance between branches",
-        "Mean latent distance between branches. Normal: steady. At 0 all branches are the same video.",
-    ),
-    Diagnostic(
-        "anchor_distance",
-        "Distance to the anchor",
-        "Mean latent distance of branches to the anchor. A sudden rise means broken branches.",
-    ),
-    Diagnostic(
-        "advantage_std",
-        "Advantage spread",
-        "Of the branches that are trained on. Normal: near 1, level. Much less: most of it is noise floor.",
-    ),
-    Diagnostic(
-        "advantage_mean",
-        "Mean advantage",
-        "0 by construction where centred. With the anchor in the pool: below 0 while branches are worse.",
-        0.0,
-    ),
-    Diagnostic(
-        "skipped_fraction",
-        "Groups skipped",
-        "Share whose reward spread is under the noise floor. Normal: few. Most: the reward cannot tell.",
-    ),
-    Diagnostic(
-        "withheld_fraction",
-        "Branches withheld",
-        "Positive advantages that selective fusion took away. 0 under any other fusion.",
-    ),
-)
-POLICY = (
-    Diagnostic(
-        "energy_mean",
-        "Energy",
-        "Squared velocity gap between a branch and the policy. Normal: slow change. Tenfold growth is drift.",
-    ),
-    Diagnostic(
-        "energy_std",
-        "Energy spread in a group",
-        "It sets the temperature. Near 0 every branch is equally likely and nothing is learned.",
-    ),
-    Diagnostic(
-        "temperature",
-        "Temperature",
-        "Fixed, or calibrated to the energies: then it follows their spread.",
-    ),
-    Diagnostic(
-        "anchor_probability",
-        "Probability of the anchor",
-        "Its share of the policy where it is in the pool; 0 elsewhere.",
-    ),
-    Diagnostic(
-        "entropy",
-        "Entropy of the policy",
-        "Over branches, 1 is uniform. Normal: 0.6 to 0.98. Near 0 one branch takes all; at 1 no signal.",
-    ),
-    Diagnostic(
-        "ratio_mean",
-        "Ratio, mean",
-        "New over old branch probability. 1 by construction in the first epoch, which compares with itself.",
-        1.0,
-    ),
-    Diagnostic(
-        "ratio_max",
-        "Ratio, largest",
-        "1 by construction in the first epoch. Later: near the clip range. Far above: steps too large.",
-        1.0,
-    ),
-    Diagnostic(
-        "ratio_deviation",
-        "Ratio, deviation from 1",
-        "0 by construction in the first epoch. Later: how far a step moves the branches' probabilities.",
-    ),
-    Diagnostic(
-        "clip_fraction",
-        "Clipped branches",
-        "Share outside the clip range. 0 in the first epoch: expected. Above 0.3: steps too large.",
-    ),
-    Diagnostic(
-        "simplex_kl",
-        "Simplex KL",
-        "To the starting policy, over branches. Exactly 0 at first; blind to drift that all branches share.",
-    ),
-    Diagnostic(
-        "velocity_kl",
-        "Velocity KL",
-        "Squared velocity change on anchor states: sees shared drift. 0 at first, then slow; no jumps.",
-    ),
-)
-OPTIMISER = (
-    Diagnostic("policy_loss", "Policy loss", "The clipped surrogate alone, without the simplex KL."),
-    Diagnostic(
-        "loss",
-        "Loss",
-        "The surrogate. At ratio 1 its level says little; only spikes and non-finite values matter.",
-    ),
-    Diagnostic(
-        "gradient_norm",
-        "Gradient norm",
-        "Before clipping. Noisy but level is normal; at 0 nothing trains, growing spikes are alarming.",
-    ),
-    Diagnostic(
-        "gradient_coverage",
-        "Gradient coverage",
-        "Share of trained tensors with a gradient. 0.5 in the first update of a fresh adapter, then 1. At 0 "
-        "nothing is learned.",
-    ),
-    Diagnostic("learning_rate", "Learning rate", "Linear warm-up, then constant."),
-    Diagnostic(
-        "seconds",
-        "Seconds per update",
-        "Normal: level. A slow climb means something is growing with the run.",
-    ),
-)
-GROUPS = (("Signal", SIGNAL), ("Policy", POLICY), ("Optimiser", OPTIMISER))
 NOT_METRICS = {"kind", "update", "time"}
+RATIOS = {"ratio_mean", "ratio_max"}
+"""Metrics on the scale of the clip range."""
 
 
 def reward_curves(run: Run) -> str:
@@ -214,53 +65,73 @@ def components(run: Run) -> str:
     return f'<div class="pair">{"".join(cards)}</div><p class="note">{note} Sorted by gain.</p>'
 
 
-def _panel(diagnostic: Diagnostic, updates: list[Entry], references: list[tuple[str, float]]) -> str:
-    x = [float(entry["update"]) for entry in updates]
-    values = [number(entry.get(diagnostic.key)) for entry in updates]
+def _panel(key: str, meaning: str, updates: list[Entry], references: list[tuple[str, float]]) -> str:
+    """One metric over updates with the sentence that explains it, empty where nobody wrote one."""
+    title, values = title_of(key), [number(entry.get(key)) for entry in updates]
     present = [value for value in values if value is not None]
-    broken = sum(diagnostic.key in entry for entry in updates) - len(present)
+    broken = sum(key in entry for entry in updates) - len(present)
     alarm = f'<span class="alarm">{broken} not finite</span>' if broken else ""
     latest = f'<span class="latest">{compact(present[-1])}</span>' if present else ""
-    if diagnostic.unit_line is not None:
-        references = [*references, ("", diagnostic.unit_line)]
-    chart = line_chart(
-        x,
-        [Series(diagnostic.title, values, "plain")],
-        label=diagnostic.title,
-        references=references,
-        y_ticks=3,
+    x, line = [float(entry["update"]) for entry in updates], Series(title, values, "plain")
+    chart = line_chart(x, [line], label=title, references=references, y_ticks=3)
+    return _figure(title, alarm + latest, chart, meaning)
+
+
+def _counts(key: str, meaning: str, updates: list[Entry]) -> str:
+    """A metric that counts by name, such as forks by frame, added up over the updates."""
+    total: Counter[str] = Counter()
+    for entry in updates:
+        total.update(numbers(entry.get(key)))
+    most = max(total.values(), default=0) or 1
+    rows = "".join(
+        f'<div><dt>{escape(name)}</dt><dd><i class="share"><i style="width:{100 * count / most:.1f}%">'
+        f"</i></i></dd><dd>{compact(count)}</dd></div>"
+        for name, count in sorted(total.items(), key=lambda item: (len(item[0]), item[0]))
     )
+    return _figure(title_of(key), "", f'<dl class="counts">{rows}</dl>', meaning)
+
+
+def _figure(title: str, values: str, chart: str, meaning: str) -> str:
     return (
-        f'<figure class="card small"><figcaption><h4>{escape(diagnostic.title)}</h4>{alarm}{latest}'
-        f'</figcaption>{chart}<p class="meaning">{escape(diagnostic.meaning)}</p></figure>'
+        f'<figure class="card small"><figcaption><h4>{escape(title)}</h4>{values}</figcaption>{chart}'
+        f'<p class="meaning">{escape(meaning)}</p></figure>'
     )
 
 
 def _clip_range(run: Run) -> list[tuple[str, float]]:
-    objective = numbers(run.config.get("objective"))
-    if not {"clip_low", "clip_high"} <= objective.keys():
-        return []
-    return [("clip", 1 - objective["clip_low"]), ("clip", 1 + objective["clip_high"])]
+    """Where the method clips its ratios, from its own settings; empty if it does not."""
+    settings = numbers(run.config.get(method_of(run).replace("-", "_")))
+    low = settings.get("clip_low", settings.get("clip"))
+    high = settings.get("clip_high", settings.get("clip"))
+    return [] if low is None or high is None else [("clip", 1 - low), ("clip", 1 + high)]
 
 
 def diagnostics(run: Run) -> str:
-    """Small multiples of every number in the update lines; keys nobody described come last, under 'Other'."""
+    """Small multiples of every number in the update lines, with the headings and meanings that the run wrote.
+
+    Numbers without a meaning come last, under 'Other'.
+    """
     if not run.updates:
         return '<p class="missing">No update has been written to metrics.jsonl yet.</p>'
-    known = {diagnostic.key for _, group in GROUPS for diagnostic in group}
     keys = {key: None for entry in run.updates for key in entry if key not in NOT_METRICS}
-    other = [
-        Diagnostic(key, title_of(key), "")
-        for key in keys
-        if key not in known and any(number(entry.get(key)) is not None for entry in run.updates)
-    ]
+    known = {key for metrics in run.meanings.values() for key in metrics}
+    other = {key: "" for key in keys if key not in known and _is_number(key, run.updates)}
     blocks = []
-    for name, group in (*GROUPS, ("Other", other)):
+    for heading, metrics in (*run.meanings.items(), ("Other", other)):
         panels = [
-            _panel(diagnostic, run.updates, _clip_range(run) if diagnostic.key.startswith("ratio_") else [])
-            for diagnostic in group
-            if diagnostic.key in keys
+            _counts(key, meaning, run.updates)
+            if any(isinstance(entry.get(key), dict) for entry in run.updates)
+            else _panel(key, meaning, run.updates, _clip_range(run) if key in RATIOS else [])
+            for key, meaning in metrics.items()
+            if key in keys
         ]
         if panels:
-            blocks.append(f'<h3 class="group">{name}</h3><div class="multiples">{"".join(panels)}</div>')
+            blocks.append(
+                f'<h3 class="group">{escape(heading)}</h3><div class="multiples">{"".join(panels)}</div>'
+            )
     return "".join(blocks)
+
+
+def _is_number(key: str, updates: list[Entry]) -> bool:
+    """True if any update holds a number, or numbers by name, under ``key``; text is not plotted."""
+    return any(number(entry.get(key)) is not None or numbers(entry.get(key)) for entry in updates)

@@ -5,6 +5,8 @@ import json
 import math
 from typing import Any
 
+from kvpo.files import finite
+
 MISSING = "n/a"
 MINUS = "\u2212"
 
@@ -16,22 +18,12 @@ def escape(value: Any) -> str:
 
 def embed_json(value: Any) -> str:
     """JSON safe inside a ``<script type="application/json">`` element; non-finite numbers become null."""
-    return json.dumps(_finite(value), separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
+    return json.dumps(finite(value), separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
 
 
 def attribute_json(value: Any) -> str:
     """JSON safe inside a double-quoted attribute; non-finite numbers become null."""
-    return escape(json.dumps(_finite(value), separators=(",", ":"), allow_nan=False))
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {str(key): _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
+    return escape(json.dumps(finite(value), separators=(",", ":"), allow_nan=False))
 
 
 def number(value: Any) -> float | None:
@@ -104,6 +96,6 @@ def duration(seconds: float | None) -> str:
 
 
 def title_of(key: str) -> str:
-    """A metric's key as words: 'ratio_max' becomes 'Ratio max'."""
-    words = key.replace("_", " ").strip()
+    """A metric's key as words: 'ratio_max' becomes 'Ratio max', 'velocity_kl' 'Velocity KL'."""
+    words = " ".join(word.upper() if word in ("kl", "gb") else word for word in key.split("_") if word)
     return words[:1].upper() + words[1:]

@@ -5,7 +5,7 @@ from typing import Any
 
 from kvpo.report.charts import interval
 from kvpo.report.formatting import duration, escape, fixed, number, numbers, percent, signed
-from kvpo.report.record import Entry, Run
+from kvpo.report.record import Entry, Run, method_of
 
 LENGTHS = {"short": "one prompt", "long": "several prompts with switches"}
 SYMBOLS = {"good": "\u2713", "neutral": "\u2248", "bad": "\u2193", "pending": "\u2026"}
@@ -216,6 +216,7 @@ def _run_facts(run: Run) -> str:
     last = number(run.updates[-1].get("update")) if run.updates else None
     memory = summary.get("peak_rss_mb")
     facts = [
+        ("method", method_of(run) or "n/a"),
         ("preset", str(run.config.get("preset", "n/a"))),
         ("seed", str(run.config.get("seed", "n/a"))),
         ("updates", f"{summary['updates']:.0f}" if "updates" in summary else f"{last:.0f}" if last else "0"),

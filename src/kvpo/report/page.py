@@ -15,7 +15,7 @@ from kvpo.report.curves import components, diagnostics, reward_curves
 from kvpo.report.formatting import embed_json, escape
 from kvpo.report.headline import headline
 from kvpo.report.radar import hacking_radar
-from kvpo.report.record import Run, read_run, read_videos
+from kvpo.report.record import Run, method_of, read_run, read_videos
 from kvpo.report.tables import checks, configuration, diversity, reproduction
 
 VIDEO_BUDGET = 13_000_000
@@ -41,10 +41,7 @@ def _embed_videos(run: Run) -> ClipStore:
 
 def _sections(run: Run, store: ClipStore) -> list[tuple[str, str, str, str]]:
     """(anchor, title, introduction, content) of every section, in page order."""
-    explorer_intro = (
-        "Exploration lets a block attend to older frames instead of the latest ones. One group is the anchor "
-        "(plain generation) and its branches, which differ in nothing but the frames routed to them."
-    )
+    explorer_intro = f"{branches.difference_of(run)} Each group shows the anchor, which is plain generation."
     return [
         ("curves", "Reward while training", "Held-out videos, fixed prompts and noise.", reward_curves(run)),
         ("radar", "Hacking radar", "Is the reward improving, or the videos?", hacking_radar(run)),
@@ -89,6 +86,7 @@ def build_page(run: Run) -> str:
         (assets / name).read_text(encoding="utf-8") for name in ("page.html", "report.css", "report.js")
     )
     return Template(template).substitute(
+        method=escape(method_of(run) or "run"),
         name=escape(run.directory.resolve().name),
         written=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         version=__version__,

@@ -1,14 +1,16 @@
 """Read what a run left on disk. Whatever is missing or unreadable becomes a line in ``problems``.
 
 - ``config.yaml``, ``metrics.jsonl`` (lines of kind "update" and "validation"), ``summary.json``.
+- ``meanings.json``: {heading: {metric of an update: the sentence that explains it}}.
 - ``gallery/gallery.json``: a list of {title, prompt_segments, switches, num_frames, base, aligned,
   base_reward, aligned_reward, components: {name: {base, aligned}}}; ``base`` and ``aligned`` name uint8
   [T, H, W, 3] tensors in ``gallery/videos.safetensors``.
 - ``branches/branches.json``: {groups: [...], causality: [...]}, each {title, prompt_segments, switches,
-  fork_frame, window_frames, num_frames, members: [{name, video, routed_frames, reward, local, global, energy,
-  advantage, probability}]}; the member named "anchor" is not routed, a routed frame of another prompt is
-  {frame, prompt}, and ``video`` names a tensor in ``branches/branches.safetensors``. Advantages are those
-  before the best and worst branches are chosen and centred; branches that are not chosen have no probability.
+  fork_frame, window_frames, num_frames, members: [{name, video, routed_frames, reward, local, global,
+  advantage, probability, and the residuals as the method calls them: energy, distance or residual}]}; the
+  member named "anchor" is not routed, a routed frame of another prompt is {frame, prompt}, and ``video``
+  names a tensor in ``branches/branches.safetensors``. Advantages are those before the best and worst branches
+  are chosen and centred; branches that are not chosen have no probability.
 
 Frame indices count latent frames from the start of the video, which has ``num_frames`` of them.
 """
@@ -22,7 +24,7 @@ import numpy as np
 import yaml
 from safetensors import SafetensorError, safe_open
 
-from kvpo.files import parse_json, read_json, read_text, refuse_pointers
+from kvpo.files import json_lines, read_json, read_text, refuse_pointers
 from kvpo.report.formatting import number
 from kvpo.report.video import as_frames
 
@@ -40,6 +42,8 @@ class Run:
     """Final numbers, None until the run has finished."""
     updates: list[Entry]
     """Metrics per optimiser update, in order."""
+    meanings: dict[str, dict[str, str]]
+    """Heading -> metric of an update -> the sentence that explains it, as the run wrote it."""
     validations: list[Entry]
     """Held-out evaluations during training, in order."""
     gallery: list[Entry]
@@ -73,12 +77,19 @@ def read_run(directory: Path) -> Run:
         config=_read_config(directory / "config.yaml", problems),
         summary=summary,
         updates=updates,
+        meanings=_read_meanings(directory, problems),
         validations=validations,
         gallery=_entries(gallery),
         groups=_entries(branches.get("groups")),
         causality=_entries(branches.get("causality")),
         problems=problems,
     )
+
+
+def method_of(run: Run) -> str:
+    """The name of the method that trained the run; empty if the run does not say."""
+    method = (run.summary or {}).get("method", run.config.get("method"))
+    return method if isinstance(method, str) else ""
 
 
 def _entries(value: Any) -> list[Entry]:
@@ -110,16 +121,9 @@ def _read_metrics(path: Path, problems: list[str]) -> tuple[list[Entry], list[En
     """Updates and validations by update number; after a resume the line written last counts."""
     kinds: dict[str, dict[float, Entry]] = {"update": {}, "validation": {}}
     unreadable = 0
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        if not line.strip():
-            continue
-        try:
-            entry = parse_json(line)
-        except ValueError:
-            unreadable += 1
-            continue
-        update = number(entry.get("update")) if isinstance(entry, dict) else None
-        if update is None:
+    for _, entry in json_lines(path):
+        update = None if entry is None else number(entry.get("update"))
+        if entry is None or update is None:
             unreadable += 1
         elif (kind := str(entry.get("kind"))) in kinds:
             kinds[kind][update] = entry
@@ -127,6 +131,15 @@ def _read_metrics(path: Path, problems: list[str]) -> tuple[list[Entry], list[En
         problems.append(f"metrics.jsonl: {unreadable} unreadable line(s) skipped")
     updates, validations = ([kind[update] for update in sorted(kind)] for kind in kinds.values())
     return updates, validations
+
+
+def _read_meanings(directory: Path, problems: list[str]) -> dict[str, dict[str, str]]:
+    found = _read_json(directory, "meanings.json", "metrics are shown without their meaning", problems)
+    return {
+        str(heading): {str(name): str(meaning) for name, meaning in metrics.items()}
+        for heading, metrics in (found.items() if isinstance(found, dict) else ())
+        if isinstance(metrics, dict)
+    }
 
 
 def read_videos(path: Path, keys: list[str], problems: list[str]) -> Iterator[tuple[str, np.ndarray]]:

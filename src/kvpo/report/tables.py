@@ -7,7 +7,7 @@ import yaml
 
 from kvpo.report.formatting import compact, escape, fixed, number, numbers, title_of
 from kvpo.report.headline import FEWEST_PROMPTS
-from kvpo.report.record import Run
+from kvpo.report.record import Run, method_of
 
 CHECKS = {
     "first_ratio_max_deviation": (
@@ -65,7 +65,7 @@ def checks(run: Run) -> str:
             f'<tr><th>{escape(name)}<span class="soft">{escape(meaning)}</span></th>'
             f'<td>{compact(value)}</td><td><span class="badge {tone}">{word}</span></td></tr>'
         )
-    weight = numbers(run.config.get("objective")).get("anchor_state_weight")
+    weight = method_of(run) == "kvpo" and numbers(run.config.get("kvpo")).get("anchor_state_weight")
     note = (
         '<p class="note">This run uses the anchor-state energy, which is not zero at the old weights.</p>'
         if weight

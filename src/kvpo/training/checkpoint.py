@@ -49,7 +49,7 @@ def save_checkpoint(
 ) -> Path:
     """Write ``directory/update-NNNNNN`` in one step and return it; one of the same update is replaced.
 
-    ``state`` and ``architecture`` (whatever must agree for the tensors to fit: the model's settings) are
+    ``state`` and ``architecture`` (the model's settings, which must agree for the tensors to fit) are
     JSON. Raises StorageError when the disk is full; checkpoints saved before are untouched.
     """
     path = directory / f"update-{update:06d}"

@@ -38,11 +38,11 @@ class Collected:
     roots: Sequence[Stream]
     forks: Sequence[Fork]
     lessons: list[Lesson]
-    """Of the groups worth training on."""
+    """One per group worth training on."""
     found: list[Metrics]
-    """What exploration found in all groups."""
+    """Metrics of the exploration of every group."""
     old_tables: list[Tensor]
-    """Of the lessons under the rollout policy; empty where no later step needs them."""
+    """Tables of the lessons under the rollout policy; empty where no later step needs them."""
     fresh: bool
     """Its update comes first after the collection, so the rollout policy is the current one."""
 
@@ -53,7 +53,7 @@ class Collected:
 
 
 def plan(setup: Setup, update: int) -> PlannedRollout:
-    """What the rollout of an update explores, shrunk to what fits its videos."""
+    """Prompts and forks of an update's rollout, its exploration shrunk to what fits."""
     prompts, config = setup.training_prompts(update), setup.config
     forks = draw_forks(prompts, config.exploration, setup.generator.deployment, (config.seed, update))
     blocks = min(fork.exploration.blocks for fork in forks)
@@ -77,15 +77,15 @@ def generate(
     def score(group: Group) -> None:
         plan, block = setup.clip_plan(), setup.generator.block
         pending.append(
-            submit(partial(score_group, group, judges.codec, judges.scorer, block=block, plan=plan))
+            submit(partial(score_group, group, setup.backbone.codec, judges.scorer, block=block, plan=plan))
         )
 
     rollout = collect(
         setup.generator,
         planned.prompts,
         planned.forks,
-        setup.texts(planned.prompts),
-        setup.tape("training"),
+        setup.backbone.texts(planned.prompts),
+        setup.backbone.tape("training"),
         (config.seed, update),
         explorer=EXPLORERS[config.exploration.explorer],
         cache=cache,
@@ -106,7 +106,7 @@ def explore(setup: Setup, update: int) -> tuple[Rollout, list[Scores]]:
 
 
 def credit_of(setup: Setup, update: int, index: int, score: Scores, scale: Scale | None) -> Credit | None:
-    """Which branches of a group are trained on, and how hard; None: its rewards differ by noise alone."""
+    """The branches of a group to train on, and how hard; None: its rewards differ by noise alone."""
     config = setup.config
     if not METHODS[config.method].rewarded:
         return no_credit(score.local_KM.shape[1] - 1)
@@ -115,7 +115,7 @@ def credit_of(setup: Setup, update: int, index: int, score: Scores, scale: Scale
 
 
 def found_in(setup: Setup, group: Group, score: Scores) -> Metrics:
-    """What exploration found in a group."""
+    """Metrics of the exploration of one group."""
     objective = setup.config.objective
     totals = score.totals(setup.judges.weights_K, objective.global_weight)
     window = group.trajectories.clean_MPFCHW.flatten(1, 2)
@@ -136,7 +136,7 @@ def lessons_of(
     scores: Sequence[Scores],
     scale: Scale | None,
 ) -> list[Lesson]:
-    """What there is to learn from the groups of a rollout."""
+    """The lessons of a rollout's groups."""
     lessons = []
     for group, score in zip(rollout.groups, scores, strict=True):
         credit = credit_of(setup, update, group.index, score, scale)
@@ -152,7 +152,7 @@ def collect_updates(
     updates: range,
     with_old: Callable[[Sequence[Lesson]], list[Lesson]] | None = None,
 ) -> list[Collected]:
-    """Rollouts for some updates under the current policy, scored and turned into lessons.
+    """Rollouts for ``updates`` under the current policy, scored and turned into lessons.
 
     ``with_old`` adds the old policy's velocities to the lessons of methods that ask for them; None: the
     rollout policy's. Raises ValueError when a reward fails.

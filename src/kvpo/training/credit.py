@@ -30,7 +30,7 @@ from kvpo.method.evidence import Credit
 
 @dataclass(frozen=True)
 class Blend:
-    """How the components of a reward become one advantage."""
+    """The fusion of a reward's components into one advantage."""
 
     weights_K: Tensor
     floors_K: Tensor | None
@@ -52,7 +52,7 @@ def blend_of(
 ) -> Blend:
     """The blend that ``rewards`` asks for; components without a measured floor have ``default_floor``.
 
-    Raises ConfigurationError for names that are no components, and for selective fusion with nothing to
+    Raises ConfigurationError for names that are not components, and for selective fusion with nothing to
     compare.
     """
     floors = rewards.noise_floors
@@ -96,12 +96,12 @@ def assign_credit(
     generator: torch.Generator,
     scale: Scale | None = None,
 ) -> Credit | None:
-    """Advantages of one group (METHOD section 5), or None where its reward spread is noise.
+    """Advantages of one group (docs/method.md, "Credit"), or None where its reward spread is noise.
 
     Components become one advantage as ``blend`` says; the local and the global signal are fused; clamping
     comes last. With ``advantages`` "random" the same numbers are dealt to the branches at random. The
     selected ones are centred unless they are relative to an anchor in the policy's pool: over branches alone
-    a constant that all advantages share does not cancel, but turns the gradient (METHOD section 4).
+    a constant that all advantages share does not cancel, but turns the gradient.
     """
     floor = config.noise_floor if blend.floors_K is None else total_floor(blend.floors_K, blend.weights_K)
     if scale is None and group_is_noise(scores, blend, config, floor):
@@ -161,7 +161,7 @@ def signal(
 
 
 def _fused(members_KM: Tensor, blend: Blend) -> Tensor:
-    """What is normalised: every component ``[K, M]``, or with raw fusion their weighted sum ``[M]``."""
+    """The scores to normalise: every component ``[K, M]``, or with raw fusion their weighted sum ``[M]``."""
     if blend.rewards.fusion == "rewards":
         return fuse_components(members_KM, blend.weights_K)
     return members_KM

@@ -1,4 +1,4 @@
-"""What torch says of a device's memory, and the settings of the process that a run computes with."""
+"""Peak device memory, and the process settings that a run computes with."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,7 +11,7 @@ GB = 1e9
 
 
 def forget_peak(device: torch.device | str) -> None:
-    """Count the most memory anew from here on."""
+    """Reset the peak-memory counter."""
     if torch.device(device).type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
 

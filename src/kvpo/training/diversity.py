@@ -1,4 +1,4 @@
-"""How different the branches of a fork are, and in what: routed histories beside noise.
+"""Branch diversity: routed histories compared with noise.
 
 CHR branches share all noise and differ in history; noise branches share the history and differ in the noise
 of the window, either freshly drawn or mixed in as sqrt(1 - s^2) eps + s delta with s set so that branches lie
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kvpo.engine.explorers import Explorer, noise_branches
 from kvpo.engine.forks import Fork
-from kvpo.engine.generator import StreamingGenerator, pixels_of
+from kvpo.engine.generator import Codec, StreamingGenerator, pixels_of
 from kvpo.engine.noise import Tape
 from kvpo.engine.rollout import Group, collect
 from kvpo.engine.scoring import score_groups
@@ -25,6 +25,15 @@ from kvpo.training.evaluation import Judges
 
 Observer = Callable[[Tensor], tuple[list[tuple], Tensor]]
 """Videos [B, T, 3, H, W] -> what each shows at the end, as comparable tuples, and how sure that is [B]."""
+
+
+@dataclass(frozen=True)
+class ReadOff:
+    """How to tell from pixels what a video shows."""
+
+    observe: Observer
+    broken_below: float
+    """Confidence below which a video counts as broken."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +52,7 @@ class Diversity:
 
 @dataclass(frozen=True)
 class Place:
-    """Where diversity is measured: prompts that fork at one frame."""
+    """Prompts that fork at one frame, where diversity is measured."""
 
     prompts: tuple[VideoPrompt, ...]
     fork: Fork
@@ -51,14 +60,15 @@ class Place:
 
 @dataclass(frozen=True)
 class Laboratory:
-    """What every measurement needs."""
+    """A generator with its judges, for measuring diversity."""
 
     generator: StreamingGenerator
+    codec: Codec
     texts: TextTable
     tape: Tape
     judges: Judges
-    observe: Observer
-    broken_below: float
+    read_off: ReadOff | None
+    """Needed to ``measure``."""
 
     def branches(self, place: Place, explorer: Explorer) -> list[Group]:
         """Branches as an explorer tells them apart, the anchor last."""
@@ -70,20 +80,21 @@ class Laboratory:
 
     def measure(self, groups: Sequence[Group]) -> Diversity:
         """Diversity of the branches (without the last member), averaged over groups."""
-        scores = score_groups(groups, self.judges.codec, self.judges.scorer, block=self.generator.block)
+        assert self.read_off is not None
+        scores = score_groups(groups, self.codec, self.judges.scorer, block=self.generator.block)
         results = []
         for group, score in zip(groups, scores, strict=True):
-            pixels = pixels_of(self.judges.codec, group.clean_MTCHW[:-1])
+            pixels = pixels_of(self.codec, group.clean_MTCHW[:-1])
             window, after = pixels[:, : group.window_frames], pixels[:, group.window_frames :]
             # Without a tail the window is all there is to read.
-            shown, confidence = self.observe(after if after.shape[1] else window)
+            shown, confidence = self.read_off.observe(after if after.shape[1] else window)
             pairs = list(combinations(range(len(shown)), 2))
             distance = torch.pdist(window.flatten(1)).mean() / window[0].numel() ** 0.5
             results.append(
                 (
                     sum(shown[a] != shown[b] for a, b in pairs) / len(pairs),
                     float(distance),
-                    float((confidence < self.broken_below).float().mean()),
+                    float((confidence < self.read_off.broken_below).float().mean()),
                     float(score.totals(self.judges.weights_K, 0.0)[:-1].std()),
                 )
             )

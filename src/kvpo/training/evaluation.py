@@ -7,12 +7,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kvpo.engine.generator import Codec, StreamingGenerator, pixels_of
+from kvpo.engine.generator import pixels_of
 from kvpo.engine.noise import Tape
 from kvpo.engine.scoring import Scorer, score_clips, segment_clips
-from kvpo.engine.stream import TextTable, stream_latents
+from kvpo.engine.stream import stream_latents
 from kvpo.prompts import VideoPrompt
 from kvpo.rewards.looks import looks
+from kvpo.training.backbone import Backbone
 
 ROWS = 32
 """Videos generated together."""
@@ -20,16 +21,16 @@ ROWS = 32
 
 @dataclass(frozen=True)
 class HeldOut:
-    """What one policy made of a set of prompts."""
+    """Scores of one policy on a set of prompts."""
 
     components_KN: Tensor
     """Scores per component and prompt, the mean over segments weighted by their frames."""
     unseen_N: Tensor | None
     """The unseen scorer's scores; None without one."""
     held_out_HN: Tensor
-    """Of the scorers that watch for hacking; no row without one."""
+    """Scores of the rewards that watch for hacking; no row without one."""
     looks_LN: Tensor
-    """How the videos look, whatever they show (``kvpo.rewards.looks``)."""
+    """Pixel statistics of the videos (``kvpo.rewards.looks``)."""
     texts_N: tuple[tuple[str, ...], ...]
     """Segments of every prompt."""
 
@@ -65,7 +66,6 @@ class HeldOutScorer:
 class Judges:
     """Who scores: the reward used in training, and scorers that training never sees."""
 
-    codec: Codec
     scorer: Scorer
     weights_K: Tensor
     unseen: Scorer | None
@@ -75,7 +75,7 @@ class Judges:
 
     @property
     def held_out_names(self) -> tuple[str, ...]:
-        """Of the rows of ``HeldOut.held_out_HN``."""
+        """Names of the rows of ``HeldOut.held_out_HN``."""
         return tuple(name for one in self.held_out for name in one.names)
 
     def totals(self, held_out: HeldOut) -> Tensor:
@@ -84,9 +84,8 @@ class Judges:
 
 
 def evaluate(
-    generator: StreamingGenerator,
+    backbone: Backbone,
     prompts: Sequence[VideoPrompt],
-    texts: TextTable,
     tape: Tape,
     judges: Judges,
     *,
@@ -94,13 +93,13 @@ def evaluate(
     progress: Callable[[int], None] = lambda videos: None,
 ) -> HeldOut:
     """Generate every prompt in the deployment context, ``rows`` at a time, and score its segments."""
+    codec, block, texts = backbone.codec, backbone.generator.block, backbone.texts(prompts)
     components, unseen, held_out, seen = [], [], [torch.empty(len(judges.held_out_names), 0)], []
     for at in range(0, len(prompts), rows):
         batch = prompts[at : at + rows]
-        latents = stream_latents(generator, batch, texts, tape)
-        videos = pixels_of(judges.codec, latents)
-        frames = judges.codec.frames_per_latent
-        block = generator.block
+        latents = stream_latents(backbone.generator, batch, texts, tape)
+        videos = pixels_of(codec, latents)
+        frames = codec.frames_per_latent
         components.append(_segment_scores(judges.scorer, videos, batch, frames, block, lead=block))
         if judges.unseen is not None:
             unseen.append(_segment_scores(judges.unseen, videos, batch, frames, block, lead=0)[0])

@@ -1,7 +1,8 @@
 """The gradient of one rollout: a table of squared residuals, a loss on it, backward in micro-batches.
 
 The loss is differentiated on the table's numbers, and each micro-batch of cells is backpropagated with its
-coefficients d loss / d table: exact, with one micro-batch's activations in memory (METHOD section 6).
+coefficients d loss / d table: exact, with the activations of one micro-batch in memory (docs/method.md, "The
+gradient").
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -48,7 +49,7 @@ class Learner:
 
 @dataclass(frozen=True)
 class Lesson:
-    """What is learned from one fork: the method's evidence, followed by the rows of the velocity KL."""
+    """One fork to learn from: the method's evidence, followed by the rows of the velocity KL."""
 
     root: Stream
     kind: tuple[int, int]
@@ -95,7 +96,7 @@ class Lesson:
 
 
 def lesson_of(learner: Learner, group: Group, credit: Credit, generator: torch.Generator) -> Lesson:
-    """What there is to learn from a group; ``generator`` draws what the evidence needs at random."""
+    """The lesson of a group; ``generator`` draws the random numbers of the evidence."""
     method, trajectories = learner.method, group.trajectories
     evidence = method.evidence(trajectories, credit, learner.steps, learner.settings, generator)
     drift = method.drift(trajectories, credit, evidence, learner.settings)
@@ -124,6 +125,11 @@ def trajectories_together(rows: int, blocks: int, steps: int) -> int:
     return max(1, rows // (blocks * steps)) if rows else 0
 
 
+def blocks_together(rows: int, blocks: int, steps: int) -> int:
+    """Blocks of a window that one forward pass of at most ``rows`` rows holds, at least one; 0: all."""
+    return min(blocks, max(1, rows // steps)) if rows else blocks
+
+
 def lesson_batches(learner: Learner, lessons: Sequence[Lesson]) -> list[list[Lesson]]:
     """Lessons of one kind whose replay fits one micro-batch; one that does not fit stands alone."""
     batches: list[list[Lesson]] = []
@@ -146,7 +152,7 @@ def replayed(
     the context, before the next one is taken.
     """
     blocks, steps = rows[0].states_PSFCHW.shape[:2]
-    size = min(blocks, max(1, learner.rows // steps)) if learner.rows else blocks
+    size = blocks_together(learner.rows, blocks, steps)
     with replay_context(learner.generator, rows) as replay:
 
         def parts() -> Iterator[tuple[range, Tensor]]:
@@ -160,7 +166,7 @@ def replayed(
 
 
 def velocities_of(learner: Learner, lessons: Sequence[Lesson]) -> list[Tensor]:
-    """Velocities [Q, P, S, F, C, H, W] at every trajectory of some lessons, without gradients."""
+    """Velocities [Q, P, S, F, C, H, W] at every trajectory of the lessons, without gradients."""
     found: list[list[Tensor]] = [[] for _ in lessons]
     for pairs in micro_batches(learner, lessons):
         rows = [lessons[n].row(query) for n, query in pairs]
@@ -256,7 +262,7 @@ def _accumulate_batch(
     now: list[Tensor] | None = None
     if learner.method.linear:
         now = references  # the loss has the same gradient at any table
-    elif len(batches) > 1 or learner.rows and learner.rows < batch[0].blocks * batch[0].steps:
+    elif len(batches) > 1 or blocks_together(learner.rows, batch[0].blocks, batch[0].steps) < batch[0].blocks:
         # The loss couples cells, so the whole table must be known before any backward.
         found = velocities_of(learner, batch)
         now = [lesson.table(velocities) for lesson, velocities in zip(batch, found, strict=True)]

@@ -1,4 +1,4 @@
-"""Why updates teach nothing: said on the console, where a run would otherwise pass for one that trains."""
+"""Diagnosis of updates that teach nothing, so that a run never only seems to train."""
 
 from collections.abc import Mapping, Sequence
 
@@ -23,7 +23,7 @@ def why_nothing_is_learned(
 
     Args:
         lessons: the groups that were trained on.
-        found: what exploration found in all groups.
+        found: metrics of the exploration of all groups.
         parameters: the trained tensors.
     """
     if not lessons:

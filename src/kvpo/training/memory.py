@@ -13,12 +13,12 @@ from kvpo.config import Config
 from kvpo.engine.generator import StreamingGenerator
 from kvpo.engine.pages import PlannedRollout, cache_pages, stream_pages
 from kvpo.models.causal_wan import CausalWan
-from kvpo.training.gradients import blocks_together, members_together
+from kvpo.training.gradients import blocks_together, trajectories_together
 
 BACKWARD = 0.65
-"""What the backward pass of a layer needs beside what the layer kept, as a share of it."""
+"""Memory of a layer's backward pass as a share of what the layer kept for it."""
 FORWARD = 2.1
-"""What a forward pass without gradient needs, as a multiple of what its largest layer would keep."""
+"""Memory of a forward pass without gradient as a multiple of what its largest layer would keep."""
 
 
 @dataclass(frozen=True)
@@ -45,13 +45,13 @@ class Parameters:
     """Counts and bytes of what a run's transformer consists of."""
 
     all: int
-    """Of the transformer, without an adapter."""
+    """Parameters of the transformer, without an adapter."""
     trained: int
     frozen_size: int
     """Bytes of a frozen parameter; trained ones have 4."""
     adapted: bool
     second_copy: bool
-    """Whether the starting policy is kept beside: all of it, or a continued adapter."""
+    """True if a copy of the starting policy is kept: all of it, or a continued adapter."""
 
     @property
     def weights(self) -> int:
@@ -85,7 +85,7 @@ class Parameters:
         return 4 * self.trained + self.average + self.moments + starting
 
 
-def parameters_of(config: Config, model: CausalWan) -> Parameters:
+def parameters_of(config: Config, model: CausalWan, frozen_size: int) -> Parameters:
     """Parameters of a configuration; ``model`` may be on the meta device and has no adapter."""
     optim = config.optim
     count = sum(parameter.numel() for parameter in model.parameters())
@@ -95,9 +95,8 @@ def parameters_of(config: Config, model: CausalWan) -> Parameters:
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear) and any(f".{name}".endswith(f".{end}") for end in optim.lora_targets)
     )  # fmt: skip
-    low = adapted and optim.autocast == "bfloat16" and config.backbone.kind == "wan"
     continued = bool(config.backbone.lora) and config.backbone.lora_start == "continue"
-    return Parameters(count, trained, 2 if low else 4, adapted, continued or not adapted)
+    return Parameters(count, trained, frozen_size, adapted, continued or not adapted)
 
 
 @dataclass(frozen=True)
@@ -141,7 +140,7 @@ class Activations:
 def replayed_members(config: Config) -> int:
     """Members of one replay micro-batch."""
     exploration, objective, optim = config.exploration, config.objective, config.optim
-    limit = members_together(optim.replay_rows, exploration.blocks, objective.grad_steps)
+    limit = trajectories_together(optim.replay_rows, exploration.blocks, objective.grad_steps)
     chosen = objective.keep_best + objective.keep_worst or exploration.branches
     return min(limit or optim.prompts_per_update * (chosen + 1), optim.prompts_per_update * (chosen + 1))
 
@@ -153,7 +152,7 @@ def replayed_states(config: Config) -> int:
 
 
 def trajectory_bytes(config: Config, fork: int) -> float:
-    """Of a rollout's groups, float32: states and velocities of the window, clean latents."""
+    """Bytes of a rollout's groups, float32: states and velocities of the window, clean latents."""
     model, exploration, block = config.model, config.exploration, config.stream.block
     frame = 4 * model.channels * model.latent_height * model.latent_width
     members, span = exploration.branches + 1, exploration.blocks * block

@@ -1,16 +1,15 @@
 """Metrics of a run: one JSON object per line, and the same numbers for TensorBoard."""
 
 import json
-import math
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeGuard
 
 from torch.utils.tensorboard import SummaryWriter
 
-from kvpo.files import parse_json, storage_error, write_atomic
+from kvpo.files import finite, json_lines, storage_error, write_atomic
 
 
 class MetricsLog:
@@ -34,7 +33,7 @@ class MetricsLog:
         epoch. A non-finite number is stored as null, since JSON has none. Raises StorageError when the disk
         is full.
         """
-        record = {"update": update, "time": round(time.time(), 3), **_finite(metrics)}
+        record = {"update": update, "time": round(time.time(), 3), **finite(metrics)}
         try:
             self._file.write(json.dumps(record, allow_nan=False) + "\n")
             self._file.flush()
@@ -61,9 +60,8 @@ def truncate_metrics(path: Path, update: int) -> None:
     """Drop the lines of updates after ``update``, and a half-written last line, from a metrics file."""
     if not path.exists():
         return
-    before = path.read_text(encoding="utf-8")
-    records = [(line, _parsed(line)) for line in before.splitlines()]
-    kept = [line for line, record in records if record is not None and record["update"] <= update]
+    before = path.read_text(encoding="utf-8", errors="replace")
+    kept = [line for line, record in json_lines(path) if _is_metrics(record) and record["update"] <= update]
     after = "".join(line + "\n" for line in kept)
     if after != before:
         write_atomic(path, after)
@@ -71,25 +69,11 @@ def truncate_metrics(path: Path, update: int) -> None:
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """All whole lines of a metrics file, in order; a run that is still writing may have cut the last one."""
-    lines = path.read_text(encoding="utf-8").splitlines()
-    return [record for record in map(_parsed, lines) if record is not None]
+    return [record for _, record in json_lines(path) if _is_metrics(record)]
 
 
-def _parsed(line: str) -> dict[str, Any] | None:
-    try:
-        record = parse_json(line)
-    except ValueError:
-        return None
-    return record if isinstance(record, dict) and "update" in record else None
-
-
-def _finite(value: Any) -> Any:
-    """The value with every non-finite number in it replaced by None."""
-    if isinstance(value, Mapping):
-        return {name: _finite(item) for name, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+def _is_metrics(record: dict[str, Any] | None) -> TypeGuard[dict[str, Any]]:
+    return record is not None and "update" in record
 
 
 def _numbers(metrics: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:

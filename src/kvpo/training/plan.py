@@ -35,7 +35,7 @@ PROCESS = 3e9
 
 @dataclass(frozen=True)
 class Surroundings:
-    """What a run holds besides its transformer, in bytes; 0 where there is none."""
+    """Memory used by everything but the transformer, in bytes; 0 where there is none."""
 
     text_encoder: float = 0.0
     codec: float = 0.0
@@ -47,13 +47,15 @@ class Surroundings:
     """Models that score in the process of the run, by name."""
     scoring: float = 0.0
     """Most of a forward pass of a reward model."""
+    frozen_size: int = 4
+    """Of a frozen parameter of the transformer."""
     frame: float = 0.0
-    """Of the pixels of one latent frame, float32."""
+    """Bytes of the pixels of one latent frame, float32."""
 
 
 @dataclass(frozen=True)
 class Rates:
-    """What a device does per second."""
+    """Operations and bytes that a device manages per second."""
 
     flops: float
     bandwidth: float
@@ -65,7 +67,7 @@ class Rates:
 
 @dataclass(frozen=True)
 class Phase:
-    """Something a run does, with what it holds on the device beside what it always holds."""
+    """A phase of a run, with what it holds on the device in addition to what is always there."""
 
     name: str
     parts: Mapping[str, float]
@@ -106,7 +108,7 @@ class Plan:
 
     @property
     def seconds(self) -> float:
-        """Of an update, as far as estimated."""
+        """Estimated seconds per update."""
         return sum(phase.seconds or 0.0 for phase in self.phases)
 
 
@@ -119,7 +121,7 @@ def plan_run(
     rates: Rates,
 ) -> Plan:
     """The plan of a run; ``model`` is on the meta device, ``rollout`` typical: its groups fork alike."""
-    parameters = parameters_of(config, model)
+    parameters = parameters_of(config, model, surroundings.frozen_size)
     standing = {
         "weights": parameters.weights,
         "adapter": parameters.adapter,

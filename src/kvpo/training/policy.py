@@ -12,13 +12,13 @@ from kvpo.models.adapters import reference_policy, trained_parameters
 
 @dataclass(frozen=True)
 class Policy:
-    """What training changes, and how to ask for the policy it started from."""
+    """Trainable parameters and access to the reference policy."""
 
     model: nn.Module
     parameters: Mapping[str, nn.Parameter]
     starting_values: Mapping[str, Tensor] | None
     """Full-parameter training only: a frozen copy of the values at the start. With an adapter the starting
-    policy is the adapter switched off, or its frozen twin (METHOD section 6)."""
+    policy is the adapter switched off, or a frozen copy of its start."""
 
     def reference(self) -> AbstractContextManager[None]:
         """Inside, the model is the starting policy."""
@@ -54,6 +54,23 @@ def exchanged(parameters: Mapping[str, nn.Parameter], values: Mapping[str, Tenso
     finally:
         for name, parameter in parameters.items():
             parameter.data = own[name]
+
+
+@dataclass(frozen=True)
+class Sides:
+    """The base and the aligned policy of one model, each for the length of a ``with`` block."""
+
+    policy: Policy
+    values: Mapping[str, Tensor]
+    """The trained values, averaged or raw."""
+
+    def base(self) -> AbstractContextManager[None]:
+        """Inside, the model is the starting policy."""
+        return self.policy.reference()
+
+    def aligned(self) -> AbstractContextManager[None]:
+        """Inside, the model is the aligned policy."""
+        return exchanged(self.policy.parameters, self.values)
 
 
 class MovingAverage:

@@ -20,7 +20,7 @@ FAR = 0.5
 
 @dataclass(frozen=True)
 class Reading:
-    """What one validation saw, prompt by prompt and in the same order every time."""
+    """Scores of one validation by prompt, in the same order every time."""
 
     update: int
     trained_N: Tensor
@@ -42,16 +42,16 @@ class Alarm:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a run's readings say at its last validation."""
+    """The verdict on a run's readings at its last validation."""
 
     alarms: tuple[Alarm, ...] = ()
-    """Of the last reading."""
+    """Update of the last reading."""
     in_a_row: int = 0
     """For how many validations, up to the last one, the same scorer has been in alarm."""
     hacked: bool = False
-    """Whether that is often enough to call it hacking."""
+    """True if that is often enough to call it hacking."""
     fallen: tuple[str, ...] = ()
-    """Held-out scorers beyond noise below their own best earlier reading, whatever the trained reward did."""
+    """Held-out scorers beyond noise below their own best earlier reading, for any trained reward."""
 
 
 def alarms(history: Sequence[Reading], standard_errors: float) -> tuple[Alarm, ...]:
@@ -180,7 +180,7 @@ def _change(base_N: Tensor, aligned_N: Tensor) -> dict[str, float]:
 
 
 def drifted(numbers: Mapping[str, Any], standard_errors: float) -> list[str]:
-    """Looks of ``measured`` that moved beyond their noise and far beside what differs between prompts."""
+    """Looks of ``measured`` that moved beyond their noise and far compared with the spread over prompts."""
     return [
         name
         for name, change in numbers["drift"].items()
@@ -189,7 +189,7 @@ def drifted(numbers: Mapping[str, Any], standard_errors: float) -> list[str]:
 
 
 def in_words(history: Sequence[Reading], verdict: Verdict) -> str:
-    """What readings, the base's first, and the verdict on them say, as part of a sentence."""
+    """Readings, the base's first, and the verdict on them, as part of a sentence."""
     if verdict.alarms:
         fallen = [f"{a.scorer} {_change_text(a.held_out)} since update {a.since}" for a in verdict.alarms]
         often = "once" if verdict.in_a_row == 1 else f"{verdict.in_a_row} validations in a row"

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from kvpo.training import radar
+from kvpo.training.backbone import Weights
 from kvpo.training.checkpoint import (
     CheckpointError,
     latest_checkpoint,
@@ -22,8 +23,8 @@ from kvpo.training.checkpoint import (
 from kvpo.training.device import forget_peak, peak
 from kvpo.training.evaluation import ROWS, HeldOut, comparison, evaluate, mean_gain
 from kvpo.training.metrics_log import MetricsLog
-from kvpo.training.policy import Policy, exchanged
-from kvpo.training.setup import Setup, Weights
+from kvpo.training.policy import Policy, Sides, policy_of
+from kvpo.training.setup import Setup
 from kvpo.training.trainer import Trainer, architecture
 
 logger = logging.getLogger(__name__)
@@ -48,11 +49,11 @@ class Run:
     saved: int = 0
     """Update of the last checkpoint."""
     unvalidated: bool = False
-    """Whether the last update's validation is still to come, because a reward failed in it."""
+    """True while the last update's validation is still to come, because a reward failed in it."""
     readings: list[radar.Reading] = field(default_factory=list)
-    """What the hacking radar saw at every validation so far."""
+    """Readings of the hacking radar, one per validation so far."""
     verdict: radar.Verdict = field(default_factory=radar.Verdict)
-    """What it made of that."""
+    """Its verdict on them."""
 
     @property
     def updates(self) -> int:
@@ -63,7 +64,7 @@ class Run:
         """Train to the last update, or until the radar calls it hacking; False if interrupted.
 
         The state is saved either way. Raises ValueError when a reward fails or a number is not finite; the
-        updates before it are saved, as they are whatever else an update raises.
+        updates before it are saved, as they are for anything else that an update raises.
         """
         config, trainer = self.setup.config, self.trainer
         if trainer.update == 0 and self.best is None:
@@ -107,16 +108,16 @@ class Run:
 
     @property
     def guarded(self) -> bool:
-        """Whether the radar may stop the run and has a say in which checkpoint is the best."""
+        """True if the radar may stop the run and rule out checkpoints."""
         return bool(self.setup.judges.held_out) and self.setup.config.evaluation.stop_on_hacking
 
     @property
     def stopped(self) -> bool:
-        """Whether the radar has ended the run."""
+        """True once the radar has ended the run."""
         return self.guarded and self.verdict.hacked
 
     def _due(self, every: int) -> bool:
-        """Whether something done every so many updates is due at this boundary; always at the last one."""
+        """True if an every-N-updates action is due now; always at the last update."""
         update = self.trainer.update
         since_boundary = self.setup.config.optim.rollouts_per_refresh
         return update == self.updates or bool(every) and update % every < since_boundary
@@ -140,7 +141,7 @@ class Run:
                 "radar": radar.saved(self.readings),
                 "unvalidated": self.unvalidated,
             },
-            architecture=architecture(self.setup),
+            architecture=architecture(self.setup.backbone.weights),
         )
         self.saved = update
         self._mark_best()
@@ -204,7 +205,7 @@ class Run:
 
     def evaluate_aligned(self, prompts: Any) -> HeldOut:
         """Held-out results of the trained parameters, averaged or raw as ``evaluation.weights`` says."""
-        with exchanged(self.trainer.policy.parameters, self.trainer.aligned):
+        with self.trainer.sides.aligned():
             return evaluate_prompts(self.setup, prompts)
 
     def resume(self, state: Mapping[str, Any]) -> None:
@@ -223,7 +224,7 @@ class Run:
 
 def restore(trainer: Trainer, path: Path) -> dict[str, Any]:
     """Load a checkpoint into a trainer and return its state. Raises CheckpointError."""
-    tensors, state = load_checkpoint(path, architecture=architecture(trainer.setup))
+    tensors, state = load_checkpoint(path, architecture=architecture(trainer.setup.backbone.weights))
     expected, _ = trainer.tensors_and_state()
     parameters = {name: value for name, value in expected.items() if not name.startswith("optimizer.")}
     moments = {name: value for name, value in tensors.items() if name.startswith("optimizer.")}
@@ -233,7 +234,7 @@ def restore(trainer: Trainer, path: Path) -> dict[str, Any]:
 
 
 def load_aligned(weights: Weights, policy: Policy, path: Path) -> dict[str, Tensor]:
-    """The trained values in a checkpoint, averaged or raw as ``evaluation.weights`` says, for ``exchanged``.
+    """The trained values in a checkpoint, averaged or raw as ``evaluation.weights`` says.
 
     Raises CheckpointError.
     """
@@ -244,16 +245,21 @@ def load_aligned(weights: Weights, policy: Policy, path: Path) -> dict[str, Tens
     return {name: value.to(policy.parameters[name].device) for name, value in values.items()}
 
 
+def open_checkpoint(weights: Weights, path: Path) -> Sides:
+    """Base and aligned policy of a run's checkpoint. Raises CheckpointError where it does not fit."""
+    policy = policy_of(weights.model, adapted=weights.config.optim.train == "lora")
+    return Sides(policy, load_aligned(weights, policy, path))
+
+
 def evaluate_prompts(setup: Setup, prompts: Any) -> HeldOut:
     """Held-out results of the model as it is."""
-    texts, tape = setup.texts(prompts), setup.evaluation_tape()
     rows = setup.config.exploration.rows or ROWS
-    return evaluate(setup.generator, prompts, texts, tape, setup.judges, rows=rows)
+    return evaluate(setup.backbone, prompts, setup.evaluation_tape(), setup.judges, rows=rows)
 
 
 def evaluate_base(setup: Setup, trainer: Trainer, sets: Mapping[str, Any]) -> dict[str, HeldOut]:
     """Held-out results of the starting policy."""
-    with trainer.policy.reference():
+    with trainer.sides.base():
         return {name: evaluate_prompts(setup, prompts) for name, prompts in sets.items()}
 
 

@@ -38,6 +38,7 @@ class RunDirectory:
         self.config_file = path / CONFIG
         self.provenance = path / "provenance.json"
         self.metrics = path / "metrics.jsonl"
+        self.meanings = path / "meanings.json"
         self.summary = path / "summary.json"
         self.report = path / "report.html"
         self.checkpoints = path / "checkpoints"
@@ -45,9 +46,9 @@ class RunDirectory:
         self._config = config
         self._resume = resume
         self.continued = False
-        """Whether it held a run before."""
+        """True if it held a run before."""
         self.begun = False
-        """Whether the run is at its first update: an error leaves it there to be continued."""
+        """True from the run's first update on: an error leaves it there to be continued."""
         self._found: set[Path] = set()
         self._owner = path / ".owner"
         self._lock = FileLock(path / LOCK, timeout=0)
@@ -84,6 +85,10 @@ class RunDirectory:
         """Write ``config.yaml`` in one step."""
         write_atomic(self.config_file, self._text())
 
+    def write_meanings(self, meanings: Mapping[str, Mapping[str, str]]) -> None:
+        """Write ``meanings.json`` in one step: heading -> metric -> the sentence that explains it."""
+        write_atomic(self.meanings, json.dumps(meanings, indent=1) + "\n")
+
     def write_summary(self, summary: Mapping[str, object]) -> None:
         """Write ``summary.json`` in one step; numbers must be finite (ValueError otherwise)."""
         write_atomic(self.summary, json.dumps(summary, indent=2, allow_nan=False) + "\n")
@@ -106,14 +111,15 @@ class RunDirectory:
         return yaml.safe_dump(_lists(asdict(self._config)), sort_keys=False)
 
     def _is_ours(self) -> bool:
-        """Whether the saved configuration is the same: the same command may be given again."""
+        """True if the saved configuration is the same: the same command may be given again."""
         return self.config_file.exists() and self.config_file.read_text(encoding="utf-8") == self._text()
 
     def _take_back(self) -> None:
         """Leave the directory as it was before a run that never began."""
         for path in self.checkpoints.glob("update-*"):
             shutil.rmtree(path)
-        written = (self.checkpoints, self.tensorboard, self.metrics, self.provenance, self.config_file)
+        files = (self.metrics, self.meanings, self.provenance, self.config_file)
+        written = (self.checkpoints, self.tensorboard, *files)
         for path in (path for path in written if path.exists() and path not in self._found):
             if path.is_dir():
                 shutil.rmtree(path)
@@ -131,17 +137,17 @@ class RunDirectory:
 
 
 def holds_run(path: Path) -> bool:
-    """Whether ``path`` holds work worth keeping: a checkpoint or a summary."""
+    """True if ``path`` holds work worth keeping: a checkpoint or a summary."""
     return (path / "summary.json").exists() or any((path / "checkpoints").glob("update-*"))
 
 
 def belongs_to_run(path: Path) -> bool:
-    """Whether ``path`` is a run's directory, which no other run may use: with or without checkpoints."""
+    """True if ``path`` is a run's directory, which no other run may use: with or without checkpoints."""
     return (path / CONFIG).exists() or holds_run(path)
 
 
 def way_on(path: Path) -> str:
-    """How to continue the stopped run in ``path``, in one line."""
+    """One line that says how to continue the stopped run in ``path``."""
     if not belongs_to_run(path):
         return "no update had been saved; the same command starts again"
     saved = sorted((path / "checkpoints").glob("update-*"))

@@ -1,55 +1,25 @@
-"""What a run is made of, built once by the application and handed to the trainer."""
+"""The parts of a run, built once by the application and handed to the trainer."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from torch import nn
-
 from kvpo.config import Config
-from kvpo.engine.generator import Codec, StreamingGenerator, TextEncoder
+from kvpo.engine.generator import StreamingGenerator
 from kvpo.engine.noise import SeededTape
 from kvpo.engine.scoring import ClipPlan
-from kvpo.engine.stream import TextTable
+from kvpo.models.causal_wan import CausalWan
 from kvpo.prompts import VideoPrompt
 from kvpo.rewards.cache import Counts
+from kvpo.training.backbone import Backbone
 from kvpo.training.credit import Blend, blend_of
 from kvpo.training.evaluation import Judges
 
 
 @dataclass(frozen=True)
-class Weights:
-    """A transformer with what is trained in it: all that a run's checkpoint has to fit."""
-
-    config: Config
-    model: nn.Module
-    """The transformer, its adapter injected."""
-    base_sha256: str
-    """Of the base checkpoint: what is trained fits no other."""
-
-
-@dataclass(frozen=True)
-class Backbone(Weights):
-    """What generates: the transformer, its text encoder and its codec."""
-
-    generator: StreamingGenerator
-    """Around the same transformer."""
-    text_encoder: TextEncoder
-    codec: Codec
-
-    def texts(self, prompts: Sequence[VideoPrompt]) -> TextTable:
-        """Embeddings of every segment of some prompts."""
-        unique = list(dict.fromkeys(text for prompt in prompts for text in prompt.segments))
-        return dict(zip(unique, self.text_encoder(unique), strict=True))
-
-    def tape(self, purpose: str) -> SeededTape:
-        """Noise for one purpose: training and evaluation never share a tensor."""
-        return SeededTape((purpose, self.config.seed), self.generator.block_shape)
-
-
-@dataclass(frozen=True)
-class Setup(Backbone):
+class Setup:
     """A generator to align, prompts to align it on, and judges."""
 
+    backbone: Backbone
     judges: Judges
     training_prompts: Callable[[int], list[VideoPrompt]]
     """Update -> the prompts of its rollout; a pure function, so that a resumed run sees the same data."""
@@ -58,20 +28,35 @@ class Setup(Backbone):
     test: Mapping[str, Sequence[VideoPrompt]]
     """Prompt sets used once, for the summary."""
     scored: Counts = field(default_factory=Counts)
-    """How many clips were scored, and how many were known already."""
+    """Counts of clips that were scored and of clips whose scores were known."""
+
+    @property
+    def config(self) -> Config:
+        """Every setting of the run."""
+        return self.backbone.weights.config
+
+    @property
+    def model(self) -> CausalWan:
+        """The transformer that is trained."""
+        return self.backbone.weights.model
+
+    @property
+    def generator(self) -> StreamingGenerator:
+        """The generator around it."""
+        return self.backbone.generator
 
     def clip_plan(self) -> ClipPlan:
-        """Which clips of a member are scored in training."""
+        """The clips of a member that are scored in training."""
         rewards = self.config.rewards
         return ClipPlan(rewards.segment_discount, rewards.transition_blocks)
 
     def blend(self) -> Blend:
-        """How the components of the reward become one advantage. Raises ConfigurationError."""
+        """The fusion of the reward's components into one advantage. Raises ConfigurationError."""
         judges, config = self.judges, self.config
         components, floor = judges.scorer.components, config.objective.noise_floor
         pool = config.method == "kvpo" and config.kvpo.anchor_share > 0
         return blend_of(components, judges.weights_K, config.rewards, floor, anchor_in_pool=pool)
 
     def evaluation_tape(self) -> SeededTape:
-        """The held-out tape: the same in every run, whatever its seed, so that runs can be compared."""
+        """The held-out tape: the same in every run, for every seed, so that runs can be compared."""
         return SeededTape(("evaluation", 0), self.generator.block_shape)

@@ -15,11 +15,12 @@ from kvpo.method.diagnostics import advantage_metrics, update_metrics
 from kvpo.method.evidence import Metrics
 from kvpo.method.methods import METHODS
 from kvpo.models.finite import NonFiniteError, first_non_finite, magnitudes, require_finite
+from kvpo.training.backbone import Weights
 from kvpo.training.collection import Collected, collect_updates
 from kvpo.training.gradients import Learner, Lesson, accumulate_gradients, with_old_policy
 from kvpo.training.learning import PATIENCE, why_nothing_is_learned
-from kvpo.training.policy import MovingAverage, Policy, exchanged, policy_of
-from kvpo.training.setup import Setup, Weights
+from kvpo.training.policy import MovingAverage, Policy, Sides, exchanged, policy_of
+from kvpo.training.setup import Setup
 from kvpo.training.state import (
     flatten_state,
     load_optimizer_state,
@@ -60,7 +61,7 @@ class Trainer:
         """One update on the next collected rollout; one without a group worth training on changes nothing.
 
         Raises ValueError when a reward fails and NonFiniteError when a number is not finite. Parameters,
-        average, optimiser and the count of updates are then what they were before, whatever it raises.
+        average, optimiser and the count of updates are then what they were before, for any exception.
         """
         optim = self.setup.config.optim
         rate = optim.lr * learning_rate_factor(self.update, optim.warmup_updates)
@@ -86,7 +87,7 @@ class Trainer:
         return summary | forks | {"learning_rate": rate, "idle_updates": float(self.idle_updates)}
 
     def collect(self) -> None:
-        """Where no rollout is waiting, collect those of the next ``rollouts_per_refresh`` updates.
+        """Unless a rollout is waiting, collect those of the next ``rollouts_per_refresh`` updates.
 
         Raises ValueError when a reward fails and NonFiniteError when latents, pixels or energies are not
         finite; the trainer is then as it was before.
@@ -194,10 +195,15 @@ class Trainer:
 
     @property
     def aligned(self) -> Mapping[str, Tensor]:
-        """The trained values that are judged and exported (``evaluation.weights``), for ``exchanged``."""
+        """The trained values that are judged and exported (``evaluation.weights``)."""
         if self.setup.config.evaluation.weights == "raw":
             return {name: p.data for name, p in self.policy.parameters.items()}
         return self.average.values
+
+    @property
+    def sides(self) -> Sides:
+        """Base and aligned policy as they are now."""
+        return Sides(self.policy, self.aligned)
 
     def restore(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
         """Continue from ``tensors_and_state``, bit for bit."""
@@ -221,7 +227,7 @@ class Trainer:
 
 
 def learner_of(setup: Setup, policy: Policy) -> Learner:
-    """What turns this run's branches into gradients of a policy."""
+    """The learner that turns this run's branches into gradients of a policy."""
     config = setup.config
     return Learner(
         generator=setup.generator,
@@ -235,7 +241,7 @@ def learner_of(setup: Setup, policy: Policy) -> Learner:
 
 
 def architecture(weights: Weights) -> dict[str, Any]:
-    """What must agree for a checkpoint's tensors to fit."""
+    """The settings that must agree for a checkpoint's tensors to fit."""
     optim = weights.config.optim
     adapter = {"rank": optim.lora_rank, "alpha": optim.lora_alpha, "targets": list(optim.lora_targets)}
     return {

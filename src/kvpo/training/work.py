@@ -3,13 +3,13 @@
 from dataclasses import dataclass
 
 from kvpo.config import Config
-from kvpo.models.causal_wan import WanShape
 from kvpo.models.flops import Call, adapter_flops, encode_flops, velocity_flops
+from kvpo.models.settings import WanShape
 
 
 @dataclass(frozen=True)
 class Work:
-    """What some passes cannot do without."""
+    """Lower bound on FLOPs and memory traffic."""
 
     flops: float
     bytes: float
@@ -19,13 +19,13 @@ class Work:
         return Work(self.flops + other.flops, self.bytes + other.bytes)
 
     def times(self, count: float) -> "Work":
-        """The same work, so many times."""
+        """The same work ``count`` times."""
         return Work(count * self.flops, count * self.bytes)
 
 
 @dataclass(frozen=True)
 class Costs:
-    """What a pass of a generator costs."""
+    """The cost of a generator's passes."""
 
     config: Config
     shape: WanShape
@@ -39,7 +39,7 @@ class Costs:
     def context(self) -> int:
         """Past frames that a block sees when deployed, a full memory bank included."""
         stream = self.config.stream
-        past = self.frames if stream.window == -1 else stream.window - stream.block
+        past = self.frames if stream.local_past is None else stream.sink + stream.local_past
         return past + stream.bank_size
 
     @property
@@ -105,7 +105,7 @@ def backward_work(costs: Costs, rows: int) -> Work:
 
 
 def reencoding_work(costs: Costs, rows: int) -> Work:
-    """Encoding a member's own blocks anew before its replay, ``rows`` members together."""
+    """Re-encoding a member's own blocks before its replay, ``rows`` members together."""
     clean = encode_flops(costs.call(rows)) + costs.adapter(rows)
     once = Work(clean, costs.weight_bytes + rows * costs.context * costs.page_bytes)
     return once.times(costs.config.exploration.blocks - 1)

@@ -8,6 +8,7 @@ routed contexts lie on the model's own manifold.
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -16,14 +17,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from kvpo.config import ModelConfig, StreamConfig
+from kvpo.config import StreamConfig
 from kvpo.engine.noise import keyed_generator
 from kvpo.files import new_file
 from kvpo.method.flow import add_noise, few_step_sigmas
-from kvpo.method.routing import deployment_frames
-from kvpo.models.causal_wan import CausalWan, WanShape
+from kvpo.method.routing import visible_frames
+from kvpo.models.causal_wan import CausalWan
 from kvpo.models.context import TeacherContext
 from kvpo.models.finite import require_finite_weights
+from kvpo.models.settings import WanShape
 from kvpo.models.tensor_files import storable
 from kvpo.world.codec import load_codec
 from kvpo.world.imperfect import training_batch
@@ -134,7 +136,8 @@ def block_contexts(
     or from another video's.
     """
     videos, per_video = len(chosen), len(chosen[0])
-    past = stream.window - stream.sink - stream.block
+    past = stream.local_past
+    assert past is not None
     table = torch.full((videos, per_video, stream.sink + past), -1)
     length = per_video * stream.block
     for video, blocks in enumerate(chosen):
@@ -148,7 +151,7 @@ def block_contexts(
         other = (video + 1) % videos if donor else video
         for n, block in enumerate(blocks):
             start = block * stream.block
-            frames = deployment_frames(start, sink=stream.sink, window=stream.window, block=stream.block)
+            frames = [*chain(*visible_frames(start, range(stream.sink), past))]
             flat = [video * length + place[frame] for frame in frames if frame in place]
             first, stop = (0, length) if donor else (stream.sink, n * stream.block - 3)
             if routed and len(flat) == stream.sink + past and stop > first:
@@ -255,12 +258,12 @@ def learning_rate(step: int, settings: PretrainSettings) -> float:
     return settings.lr * min(1.0, (settings.steps - step) / (settings.steps - decay_start))
 
 
-def new_generator(model: ModelConfig, seed: int) -> tuple[CausalWan, LearnedTextEncoder]:
+def new_generator(model: WanShape, seed: int) -> tuple[CausalWan, LearnedTextEncoder]:
     """Freshly initialised transformer and text encoder; the output projection starts at zero."""
     with torch.random.fork_rng(devices=[]):
         # Module initialisers know only the global generator.
         torch.manual_seed(seed)
-        transformer = CausalWan(WanShape(**asdict(model)))
+        transformer = CausalWan(model)
         text = LearnedTextEncoder()
     nn.init.zeros_(transformer.head.head.weight)
     nn.init.zeros_(transformer.head.head.bias)
@@ -284,7 +287,7 @@ def new_optimizers(
 
 
 def pretrain(
-    model: ModelConfig,
+    model: WanShape,
     stream: StreamConfig,
     settings: PretrainSettings,
     out: Path,
@@ -319,9 +322,7 @@ def pretrain(
             save_generator(average, model, settings, out)
 
 
-def save_generator(
-    state: dict[str, Tensor], model: ModelConfig, settings: PretrainSettings, out: Path
-) -> None:
+def save_generator(state: dict[str, Tensor], model: WanShape, settings: PretrainSettings, out: Path) -> None:
     """Write weights in half precision with the geometry and the settings in the header."""
     # One entry, because safetensors writes several in any order and a rebuilt file would have another hash.
     header = {"generator": json.dumps({"model": asdict(model), "settings": asdict(settings)})}
@@ -329,7 +330,7 @@ def save_generator(
         save_file(storable({name: value.half() for name, value in state.items()}), partial, metadata=header)
 
 
-def load_generator(model: ModelConfig, path: Path) -> tuple[CausalWan, LearnedTextEncoder]:
+def load_generator(model: WanShape, path: Path) -> tuple[CausalWan, LearnedTextEncoder]:
     """Read a pretrained embedded generator for inference.
 
     Raises:

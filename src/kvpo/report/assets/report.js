@@ -182,7 +182,7 @@
   for (const select of all("select[data-sort]")) {
     select.addEventListener("change", () => {
       const list = document.getElementById(select.dataset.sort);
-      const descending = select.value !== "order" && select.value !== "energy" && !select.value.startsWith("-");
+      const descending = select.value !== "order" && !select.value.startsWith("-");
       const key = select.value.replace(/^-/, "");
       const value = (item) => {
         if (item.classList.contains("anchor")) return -Infinity;

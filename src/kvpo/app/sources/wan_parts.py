@@ -1,29 +1,16 @@
-"""Builds public Wan generators (LongLive, MemFlow, Self-Forcing) from their files, beside the world's own."""
+"""The parts of public Wan generators (LongLive, MemFlow, Self-Forcing), read from their files."""
 
 import logging
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
-from itertools import chain
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from kvpo.app.build import (
-    build_scorer,
-    deployment_of,
-    prompt_file,
-    streaming_generator,
-    wan_shape,
-)
-from kvpo.app.file_prompts import updates_prompts
-from kvpo.app.held_out import held_out_scorers
-from kvpo.app.named_rewards import reach_servers
-from kvpo.app.offloading import visiting
 from kvpo.config import Config
 from kvpo.config_checks import ConfigurationError
-from kvpo.engine.forks import plan_forks
 from kvpo.engine.noise import keyed_generator
 from kvpo.files import local_path
 from kvpo.models.adapter_files import PEFT_CONFIG, AdapterState, load_adapter_state
@@ -46,11 +33,8 @@ from kvpo.models.umt5 import (
     text_encoder_files,
 )
 from kvpo.models.wan_vae import WanVAE, load_wan_vae
-from kvpo.prompt_files import read_prompts, repeats
 from kvpo.prompts import VideoPrompt, cut_notice
-from kvpo.rewards.cache import score_cache
-from kvpo.training.evaluation import Judges
-from kvpo.training.setup import Backbone, Setup, Weights
+from kvpo.training.backbone import Weights
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +48,6 @@ ADAPTER_FILES = ("adapter_*", "pytorch_lora_weights*")
 VAE_FILES = ("vae/*", "Wan2.1_VAE.pth")
 """What is fetched of a hub repository that is named as a whole."""
 FRAMES_PER_SECOND = 16.0
-KINDS = {"short": "one prompt", "long": "several prompts"}
 
 
 @dataclass(frozen=True)
@@ -179,6 +162,12 @@ def codec(config: Config) -> WanCodec:
     return WanCodec(vae, config.device, vae.model.config.scale_factor_temporal)
 
 
+def frozen_dtype(config: Config) -> torch.dtype:
+    """Precision that weights are loaded in: that of the forward pass, or float32 where they are trained."""
+    low = config.optim.train == "lora" and config.optim.autocast == "bfloat16"
+    return torch.bfloat16 if low else torch.float32
+
+
 @dataclass(frozen=True)
 class Given:
     """The files of a transformer, mapped and checked against it, and the model still without memory."""
@@ -197,7 +186,7 @@ def given_weights(config: Config) -> Given:
     """
     backbone = config.backbone
     with torch.device("meta"):
-        model = CausalWan(wan_shape(config))
+        model = CausalWan(config.model)
     path = located(config, "checkpoint", *TRANSFORMER_FILES)
     state = load_transformer_state(path, entry=backbone.checkpoint_entry or None)
     check_state(model, state)
@@ -217,7 +206,7 @@ def given_weights(config: Config) -> Given:
 def wan_weights(config: Config, given: Given | None = None) -> Weights:
     """The transformer with what a configuration trains in it; ``given`` are its files if already mapped.
 
-    The starting policy is the checkpoint with its given adapter, continued or merged (METHOD section 6).
+    The starting policy is the checkpoint with its given adapter, continued or merged.
     Frozen weights are kept in the precision of the forward pass, trained ones in float32.
 
     Raises:
@@ -226,9 +215,7 @@ def wan_weights(config: Config, given: Given | None = None) -> Weights:
     optim, backbone = config.optim, config.backbone
     given = given or given_weights(config)
     model, state, adapter = given.model, given.state, given.adapter
-    frozen_low = optim.train == "lora" and optim.autocast == "bfloat16"
-    dtype = torch.bfloat16 if frozen_low else torch.float32
-    assign_state(model, state, device=config.device, dtype=dtype)
+    assign_state(model, state, device=config.device, dtype=frozen_dtype(config))
     model.requires_grad_(False)
     model.checkpointing = optim.checkpointing
     if adapter is not None and backbone.lora_start == "merge":
@@ -264,109 +251,3 @@ def _demand_same_adapter(config: Config, given: AdapterState) -> None:
             f"{said}, assumed from its rank since its files state none; set backbone.lora_alpha and "
             "optim.lora_alpha to the alpha that it was trained with"
         )
-
-
-def wan_backbone(config: Config, prompts: Iterable[VideoPrompt] = ()) -> Backbone:
-    """A public generator from the files that ``config.backbone`` names.
-
-    The embeddings of ``prompts`` are computed first, while nothing else is in memory.
-
-    Raises:
-        ConfigurationError: a file is not named.
-        ValueError: a file is absent, damaged, refused, or does not fit the configuration.
-    """
-    texts, pixels, given = text_encoder(config), codec(config), given_weights(config)
-    texts.fill(prompts)
-    weights = wan_weights(config, given)
-    return Backbone(
-        **vars(weights),
-        generator=streaming_generator(config, weights.model),
-        text_encoder=texts,
-        codec=pixels,
-    )
-
-
-def split_prompts(
-    config: Config,
-) -> tuple[list[VideoPrompt], dict[str, list[VideoPrompt]], dict[str, list[VideoPrompt]]]:
-    """The prompt file as training prompts, and validation and test sets by kind; the same for every seed.
-
-    Of each kind (one prompt, several) a fixed shuffle of the distinct prompts gives test, validation and
-    training prompts in turn. Prompts that differ in case and spaces only are one prompt: it is held out once,
-    without its repeats, or trained on as often as the file has it.
-
-    Raises:
-        ConfigurationError: no file, not one of prompts, too few in it, or videos too short to fork.
-    """
-    settings, evaluation = config.prompts, config.evaluation
-    if not settings.file:
-        raise ConfigurationError("prompts.file: empty; give --prompts FILE (.txt or .jsonl)")
-    try:
-        path = prompt_file(config, settings.file)
-        block = config.stream.block
-        every = read_prompts(path, num_frames=settings.frames, switches=settings.switches, block=block)
-    except ValueError as error:
-        raise ConfigurationError(f"prompts.file: {error}") from error
-    training: list[VideoPrompt] = []
-    validation: dict[str, list[VideoPrompt]] = {}
-    test: dict[str, list[VideoPrompt]] = {}
-    for kind, words in KINDS.items():
-        own = [prompt for prompt in every if (len(prompt.segments) > 1) == (kind == "long")]
-        if not own:
-            continue
-        check_length(own, config)
-        same = repeats(own)
-        if again := len(own) - len(same):
-            logger.info("%s: %d of %d videos of %s are repeats", settings.file, again, len(own), words)
-        held = evaluation.test_prompts + evaluation.validation_prompts
-        if len(same) <= held:
-            raise ConfigurationError(
-                f"prompts.file: {settings.file} has {len(same)} distinct videos of {words}; "
-                f"evaluation.test_prompts + evaluation.validation_prompts = {held} leave none to train on: "
-                "lower them or add prompts"
-            )
-        order = torch.randperm(len(same), generator=keyed_generator("prompt split", kind)).tolist()
-        test[kind] = [same[n][0] for n in order[: evaluation.test_prompts]]
-        validation[kind] = [same[n][0] for n in order[evaluation.test_prompts : held]]
-        training += [prompt for n in order[held:] for prompt in same[n]]
-    for prompt in {(prompt.num_frames, prompt.switches): prompt for prompt in training}.values():
-        try:
-            plan_forks([prompt], config.exploration, deployment_of(config.stream))
-        except ValueError as error:
-            raise ConfigurationError(f"prompts.file: {settings.file}: {error}") from error
-    return training, validation, test
-
-
-def check_length(prompts: Sequence[VideoPrompt], config: Config) -> None:
-    """Demand one length, in whole blocks: what is held out is generated together."""
-    lengths = sorted({prompt.num_frames for prompt in prompts})
-    block = config.stream.block
-    if len(lengths) > 1 or lengths[0] % block:
-        raise ConfigurationError(
-            f"prompts.file: videos of one kind must have one length, a multiple of stream.block = {block} "
-            f"latent frames; {config.prompts.file} has {', '.join(map(str, lengths))}"
-        )
-
-
-def build_wan(config: Config) -> Setup:
-    """A public generator to align, on the prompts of a file, with the reward that is named."""
-    reach_servers([*config.rewards.scorers, *config.evaluation.held_out])
-    training, validation, test = split_prompts(config)
-    prompts = updates_prompts(config, training)
-    seen = [prompts(update) for update in range(config.optim.updates)]
-    # Before the rewards: the text encoder and a reward of its size need not fit the device together.
-    backbone = wan_backbone(config, chain(*seen, *validation.values(), *test.values()))
-    cache = score_cache(config.rewards.cache)
-    scorer, weights = build_scorer(config, FRAMES_PER_SECOND, cache)
-    held_out = held_out_scorers(config, FRAMES_PER_SECOND, cache)
-    if config.backbone.offload:
-        scorer = visiting(scorer, config.device)
-        held_out = tuple(replace(one, scorer=visiting(one.scorer, config.device)) for one in held_out)
-    return Setup(
-        **vars(backbone),
-        judges=Judges(backbone.codec, scorer, weights, None, held_out),
-        training_prompts=prompts,
-        validation=validation,
-        test=test,
-        scored=cache.counts,
-    )

@@ -1,0 +1,141 @@
+"""Public Wan generators (LongLive, MemFlow, Self-Forcing) on the prompts of a file."""
+
+from collections.abc import Iterable
+from dataclasses import replace
+from itertools import chain
+
+from kvpo.app.file_prompts import split_prompts, updates_prompts
+from kvpo.app.held_out import held_out_scorers
+from kvpo.app.named_rewards import reach_servers
+from kvpo.app.offloading import visiting
+from kvpo.app.sources.common import Source, build_scorer, streaming_generator
+from kvpo.app.sources.wan_parts import (
+    FRAMES_PER_SECOND,
+    VAE_FILES,
+    codec,
+    frozen_dtype,
+    given_weights,
+    located,
+    text_encoder,
+    wan_weights,
+)
+from kvpo.config import Config
+from kvpo.models.tensor_files import fingerprint
+from kvpo.models.wan_vae import vae_files
+from kvpo.prompt_files import read_prompts
+from kvpo.prompts import VideoPrompt
+from kvpo.rewards.cache import score_cache
+from kvpo.training.backbone import Backbone
+from kvpo.training.evaluation import Judges
+from kvpo.training.plan import Surroundings
+from kvpo.training.setup import Setup
+
+UMT5_PARAMETERS = 5_680_910_336
+VAE_PARAMETERS = 126_892_531
+VAE_DECODE, VAE_FLOPS = 27_400, 33.8e6
+"""Bytes and operations per pixel of decoding one latent frame with the Wan VAE in float32: two sets of
+carried features and the largest layer's tensors."""
+SCORING = 2e9
+"""Allowance for a reward model's forward pass."""
+REWARD_BYTES = {
+    "hpsv3": 16.5e9, "videoalign": 5.0e9, "hpsv2": 3.9e9, "pickscore": 3.9e9, "clip_score": 1.7e9,
+    "aesthetic": 1.7e9, "image_reward": 1.8e9, "subject_consistency": 0.35e9,
+}  # fmt: skip
+"""Reward models as they are loaded; the three scores of VideoAlign come out of one model."""
+
+
+def wan_backbone(config: Config, prompts: Iterable[VideoPrompt] = ()) -> Backbone:
+    """A public generator from the files that ``config.backbone`` names.
+
+    The embeddings of ``prompts`` are computed first, while nothing else is in memory.
+
+    Raises:
+        ConfigurationError: a file is not named.
+        ValueError: a file is absent, damaged, refused, or does not fit the configuration.
+    """
+    texts, pixels, given = text_encoder(config), codec(config), given_weights(config)
+    texts.fill(prompts)
+    weights = wan_weights(config, given)
+    return Backbone(
+        weights=weights,
+        generator=streaming_generator(config, weights.model),
+        text_encoder=texts,
+        codec=pixels,
+    )
+
+
+def build_wan(config: Config) -> Setup:
+    """A public generator to align, on the prompts of a file, with the reward that is named."""
+    reach_servers([*config.rewards.scorers, *config.evaluation.held_out])
+    training, validation, test = split_prompts(config)
+    prompts = updates_prompts(config, training)
+    seen = [prompts(update) for update in range(config.optim.updates)]
+    # Before the rewards: the text encoder and a reward of its size need not fit the device together.
+    backbone = wan_backbone(config, chain(*seen, *validation.values(), *test.values()))
+    cache = score_cache(config.rewards.cache)
+    scorer, weights = build_scorer(config, FRAMES_PER_SECOND, cache)
+    held_out = held_out_scorers(config, FRAMES_PER_SECOND, cache)
+    if config.backbone.offload:
+        scorer = visiting(scorer, config.device)
+        held_out = tuple(replace(one, scorer=visiting(one.scorer, config.device)) for one in held_out)
+    return Setup(
+        backbone=backbone,
+        judges=Judges(scorer, weights, None, held_out),
+        training_prompts=prompts,
+        validation=validation,
+        test=test,
+        scored=cache.counts,
+    )
+
+
+def file_digests(config: Config) -> dict[str, str]:
+    """Digests of text encoder and VAE. Raises ValueError where they are not to be found."""
+    return {
+        "backbone.text_encoder": text_encoder(config).cache.encoder,
+        "backbone.vae": fingerprint([vae_files(located(config, "vae", *VAE_FILES))]),
+    }
+
+
+def longest_prompt(config: Config) -> VideoPrompt:
+    """The longest video of the prompt file, or one of the configured length and switches."""
+    settings = config.prompts
+    if settings.file:
+        every = read_prompts(
+            settings.file,
+            num_frames=settings.frames,
+            switches=settings.switches,
+            block=config.stream.block,
+        )
+        return max(every, key=lambda prompt: (len(prompt.switches), prompt.num_frames))
+    return VideoPrompt(0, ("",) * (len(settings.switches) + 1), settings.switches, settings.frames)
+
+
+def surroundings(config: Config) -> Surroundings:
+    """Text encoder, VAE and reward models."""
+    low = config.optim.autocast == "bfloat16"
+    local = [name for name in config.rewards.scorers + config.evaluation.held_out if "@" not in name]
+    families = {"videoalign" if name.startswith("videoalign") else name for name in local}
+    size = 2 if config.backbone.vae_precision == "bfloat16" else 4
+    pixels = 64 * config.model.latent_height * config.model.latent_width
+    return Surroundings(
+        frozen_size=frozen_dtype(config).itemsize,
+        text_encoder=UMT5_PARAMETERS * (2 if low else 4),
+        codec=size * VAE_PARAMETERS,
+        decode=VAE_DECODE * pixels * size / 4,
+        decode_flops=VAE_FLOPS * pixels,
+        rewards={name: REWARD_BYTES[name] for name in sorted(families) if name in REWARD_BYTES},
+        scoring=SCORING,
+        frame=4 * 3 * 4 * pixels,
+    )
+
+
+SOURCE = Source(
+    setup=build_wan,
+    backbone=wan_backbone,
+    weights=wan_weights,
+    split=split_prompts,
+    default_frames=lambda config: config.prompts.frames,
+    file_digests=file_digests,
+    longest_prompt=longest_prompt,
+    surroundings=surroundings,
+)

@@ -1,0 +1,237 @@
+"""The embedded world: its generator and codec, its prompts, its rewards and its independent judge."""
+
+import hashlib
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from importlib.resources import files
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from kvpo.app.file_prompts import Sets
+from kvpo.app.held_out import held_out_scorers
+from kvpo.app.sources.common import Source, build_scorer, streaming_generator
+from kvpo.config import Config
+from kvpo.config_checks import ConfigurationError
+from kvpo.engine.noise import keyed_generator
+from kvpo.files import local_path
+from kvpo.models.adapters import add_adapter
+from kvpo.models.causal_wan import CausalWan
+from kvpo.models.tensor_files import named_list, read_file
+from kvpo.prompts import ClipPrompt, VideoPrompt, cut_notice
+from kvpo.rewards.cache import score_cache
+from kvpo.training.backbone import Backbone, Weights
+from kvpo.training.diversity import ReadOff
+from kvpo.training.evaluation import Judges
+from kvpo.training.plan import Surroundings
+from kvpo.training.setup import Setup
+from kvpo.world.codec import load_codec
+from kvpo.world.detector import BROKEN_BELOW, attributes, detect
+from kvpo.world.grammar import words
+from kvpo.world.pretrain import load_generator
+from kvpo.world.stories import distinct_prompts, sample_story, video_prompt
+from kvpo.world.text import TEXT_LENGTH, LearnedTextEncoder, WordTokenizer
+from kvpo.world.unseen import load_unseen
+
+logger = logging.getLogger(__name__)
+
+BASE = "generator.safetensors"
+SHORT_FRAMES, LONG_FRAMES = 30, 60
+"""Held-out videos: one prompt over 10 blocks, three prompts over 20."""
+SHORTEST_ACT = 12
+"""Frames of the shortest act of a story."""
+
+
+@dataclass(frozen=True)
+class UnseenComponent:
+    """The unseen scorer in the shape of a scorer with one component."""
+
+    scorer: object
+    components: tuple[str, ...] = ("unseen",)
+
+    def __call__(self, video_BTCHW: Tensor, prompts: Sequence[ClipPrompt]) -> dict[str, Tensor]:
+        return {"unseen": self.scorer(video_BTCHW, prompts)}  # type: ignore[operator]
+
+
+def world_prompts(split: str, count: int, seed: int, first_id: int) -> Sets:
+    """Held-out prompt sets of the embedded world: short and long, all distinct."""
+    return {
+        "short": distinct_prompts(split, count, 1, SHORT_FRAMES, seed, first_id),
+        "long": distinct_prompts(split, count, 3, LONG_FRAMES, seed + 1, first_id + count),
+    }
+
+
+@dataclass(frozen=True)
+class WorldTrainingPrompts:
+    """Training prompts of each update, a pure function of (seed, update): stories of one to three acts."""
+
+    seed: int
+    count: int
+
+    def __call__(self, update: int) -> list[VideoPrompt]:
+        generator = keyed_generator("training prompts", self.seed, update)
+        prompts = []
+        for index in range(self.count):
+            acts = 1 + index % 3
+            story = sample_story(generator, acts, LONG_FRAMES, split="train")
+            prompts.append(video_prompt(story, update * self.count + index))
+        return prompts
+
+
+def base_path(config: Config) -> Path:
+    """The base checkpoint of a configuration; by default the one that ships with the package."""
+    return local_path(config.base or str(files("kvpo.world").joinpath("assets", BASE)), "base")
+
+
+def load_base(config: Config) -> tuple[CausalWan, LearnedTextEncoder]:
+    """The embedded generator of a configuration, frozen.
+
+    Raises:
+        ConfigurationError: the file is missing or is no such generator.
+        ValueError: it is damaged, holds pickled code, or is of another geometry than ``config.model``.
+    """
+    path = base_path(config)
+    if not path.is_file():
+        raise ConfigurationError(f"base: {path} is no file; `kvpo pretrain --out FILE` writes such a file")
+    try:
+        read_file(path)
+    except ValueError as error:
+        raise ValueError(f"base: {error}; `kvpo pretrain --out FILE` writes a good one") from error
+    try:
+        with safe_open(path, framework="pt") as file:
+            saved = json.loads((file.metadata() or {})["generator"])["model"]
+    except (SafetensorError, KeyError, ValueError) as error:
+        raise ConfigurationError(
+            f"base: {path} is not an embedded generator as `kvpo pretrain` writes it"
+        ) from error
+    here = json.loads(json.dumps(asdict(config.model)))
+    different = [f"model.{name} is {saved[name]} there, {here[name]} here" for name in here
+                 if saved.get(name, here[name]) != here[name]]  # fmt: skip
+    if different:
+        raise ConfigurationError(f"base: {path} is of another architecture: {'; '.join(different)}")
+    try:
+        return load_generator(config.model, path)
+    except RuntimeError as error:
+        raise ValueError(f"base: the tensors of {path} do not fit the architecture that it names") from error
+
+
+def embedded(config: Config) -> tuple[Weights, LearnedTextEncoder]:
+    """The embedded generator with what a configuration trains: a fresh adapter, or all its parameters."""
+    transformer, text = load_base(config)
+    transformer.checkpointing = config.optim.checkpointing
+    if config.optim.train == "lora":
+        add_adapter(
+            transformer,
+            config.optim.lora_rank,
+            config.optim.lora_alpha,
+            config.optim.lora_targets,
+            generator=keyed_generator("adapter", config.seed),
+        )
+    else:
+        transformer.requires_grad_(True)
+    transformer.to(config.device)
+    if config.optim.compile:
+        transformer.compile_blocks()
+    digest = hashlib.sha256(base_path(config).read_bytes()).hexdigest()
+    return Weights(config, transformer, digest), text
+
+
+def build_backbone(config: Config) -> Backbone:
+    """What generates in the embedded world."""
+    weights, text = embedded(config)
+    return Backbone(
+        weights=weights,
+        generator=streaming_generator(config, weights.model),
+        text_encoder=text.to(config.device),
+        codec=load_codec().to(config.device),
+    )
+
+
+def backbone_for(config: Config, prompts: Sequence[VideoPrompt]) -> Backbone:
+    """The same for the given prompts; warns of what it does not read of them."""
+    say_what_is_not_read(prompts)
+    return build_backbone(config)
+
+
+def say_what_is_not_read(prompts: Sequence[VideoPrompt]) -> None:
+    """Warn of words that the embedded generator does not know, and of those beyond what it reads."""
+    tokenizer = WordTokenizer()
+    texts = list(dict.fromkeys(text for prompt in prompts for text in prompt.segments))
+    if unknown := {text: found for text in texts if (found := tokenizer.unknown(text))}:
+        names = named_list(list(dict.fromkeys(word for found in unknown.values() for word in found)))
+        logger.warning(
+            "%d of %d prompts have words that the embedded generator does not know and cannot show: %s; it "
+            "knows the %d words of its stories (kvpo/world/assets/vocabulary.txt)",
+            len(unknown),
+            len(texts),
+            names,
+            len(tokenizer) - 2,  # but padding and the unknown word
+        )
+    if cut := {text: count for text in texts if (count := len(words(text))) > TEXT_LENGTH}:
+        logger.warning("%s", cut_notice(cut, TEXT_LENGTH, len(texts), "words"))
+
+
+def build_world(config: Config) -> Setup:
+    """The embedded world: its generator with a fresh adapter, its codec, prompts and judges."""
+    block = config.stream.block
+    if SHORT_FRAMES % block or LONG_FRAMES % block or block > SHORTEST_ACT:
+        raise ConfigurationError(
+            f"stream.block: must divide the {SHORT_FRAMES} and {LONG_FRAMES} frames of the embedded world's "
+            f"videos and be no longer than their shortest act of {SHORTEST_ACT}, got {block}"
+        )
+    backbone = build_backbone(config)
+    _, validation, test = split(config)
+    frame_rate, cache = backbone.codec.frames_per_second, score_cache(config.rewards.cache)
+    scorer, weights = build_scorer(config, frame_rate, cache)
+    return Setup(
+        backbone=backbone,
+        judges=Judges(
+            scorer,
+            weights,
+            UnseenComponent(load_unseen()),
+            held_out_scorers(config, frame_rate, cache),
+        ),
+        training_prompts=WorldTrainingPrompts(config.seed, config.optim.prompts_per_update),
+        validation=validation,
+        test=test,
+        scored=cache.counts,
+    )
+
+
+def split(config: Config) -> tuple[list[VideoPrompt], Sets, Sets]:
+    """Validation and test prompts; training prompts are drawn (``WorldTrainingPrompts``)."""
+    evaluation = config.evaluation
+    validation = world_prompts("validation", evaluation.validation_prompts, 101, 10_000_000)
+    return [], validation, world_prompts("test", evaluation.test_prompts, 202, 20_000_000)
+
+
+def longest_prompt(config: Config) -> VideoPrompt:
+    """A long story."""
+    third = LONG_FRAMES // 3 // config.stream.block * config.stream.block
+    return VideoPrompt(0, ("", "", ""), (third, 2 * third), LONG_FRAMES)
+
+
+def read_off() -> ReadOff:
+    """Attributes as the detector reads them off the last frames."""
+
+    def observe(video_BTCHW: Tensor) -> tuple[list[tuple], Tensor]:
+        seen = detect(video_BTCHW)
+        return attributes(seen), seen.confidence
+
+    return ReadOff(observe, BROKEN_BELOW)
+
+
+SOURCE = Source(
+    setup=build_world,
+    backbone=backbone_for,
+    weights=lambda config: embedded(config)[0],
+    split=split,
+    default_frames=lambda config: SHORT_FRAMES,
+    file_digests=lambda config: {},
+    longest_prompt=longest_prompt,
+    surroundings=lambda config: Surroundings(),
+    read_off=read_off,
+)

@@ -1,0 +1,119 @@
+"""Geometry and deployment of a generator. Importing this module imports nothing heavy."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+
+def require(holds: bool, path: str, value: object, what: str) -> None:
+    """Raise ValueError, in one line that names a setting and its value, unless something holds."""
+    if not holds:
+        raise ValueError(f"{path}: must be {what}, got {value}")
+
+
+@dataclass(frozen=True)
+class WanShape:
+    """Geometry of the causal Wan transformer; every size that can be derived is derived."""
+
+    dim: int = 160
+    """Width of the transformer."""
+    num_heads: int = 4
+    """Attention heads; dim / num_heads is the head width."""
+    num_layers: int = 4
+    """Transformer blocks."""
+    ffn_dim: int = 640
+    """Hidden width of the feed-forward layers."""
+    freq_dim: int = 256
+    """Width of the sinusoidal timestep embedding."""
+    text_len: int = 32
+    """Text tokens per prompt (padded)."""
+    text_dim: int = 64
+    """Width of the text encoder's output."""
+    channels: int = 8
+    """Latent channels, in and out."""
+    patch_size: tuple[int, int, int] = (1, 2, 4)
+    """Latent (frames, height, width) per token."""
+    latent_height: int = 8
+    """Latent rows."""
+    latent_width: int = 8
+    """Latent columns."""
+    eps: float = 1e-6
+    """Epsilon of every normalisation layer."""
+    relative_positions: bool = False
+    """Cache keys without rotation and rotate by cache slot when reading (LongLive's infinite variant)."""
+
+    @property
+    def head_dim(self) -> int:
+        """Width of a head."""
+        return self.dim // self.num_heads
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Token rows and columns of one frame."""
+        return self.latent_height // self.patch_size[1], self.latent_width // self.patch_size[2]
+
+    @property
+    def tokens_per_frame(self) -> int:
+        """Tokens of one frame."""
+        return self.grid[0] * self.grid[1]
+
+    def check(self) -> None:
+        """Raise ValueError for the first size that is out of range or contradicts another."""
+        sizes = ("dim", "num_heads", "num_layers", "ffn_dim", "freq_dim", "text_len", "text_dim", "channels")
+        for name in sizes:
+            require(vars(self)[name] >= 1, f"model.{name}", vars(self)[name], "at least 1")
+        pair = 2 * self.num_heads
+        require(self.dim % pair == 0, "model.dim", self.dim, f"a multiple of 2 * model.num_heads = {pair}")
+        require(self.freq_dim % 2 == 0, "model.freq_dim", self.freq_dim, "even")
+        frames, height, width = self.patch_size
+        patch = list(self.patch_size)
+        require(frames == 1, "model.patch_size", patch, "1 frame deep: pages hold single frames")
+        require(height >= 1 and width >= 1, "model.patch_size", patch, "positive")
+        for name, side in (("latent_height", height), ("latent_width", width)):
+            size = vars(self)[name]
+            fits = size >= side and size % side == 0
+            require(fits, f"model.{name}", size, f"a multiple of the patch size {side}")
+        require(self.eps > 0, "model.eps", self.eps, "positive")
+
+
+@dataclass(frozen=True)
+class Deployment:
+    """The context that a stream is deployed with."""
+
+    block: int = 3
+    """Latent frames generated together."""
+    window: int = 12
+    """Frames a block attends to, counting the sink and itself; -1 means all earlier frames."""
+    sink: int = 3
+    """First frames that are always attended to."""
+    keep_sink_at_switch: bool = True
+    """At a prompt switch keep the sink's old keys (True) or replace the sink by re-encoded recent frames."""
+    bank_size: int = 0
+    """MemFlow memory bank frames; 0 means no bank."""
+    sparse_activation: bool = False
+    """MemFlow sparse memory activation (top 3 of sink and bank per head)."""
+    bank_every_block: bool = False
+    """Record every block in the bank (single-prompt pipeline) instead of every third."""
+
+    bank_as_published: ClassVar[bool] = False
+    """True in a subclass reproduces two quirks of the published bank: it takes the same frame in up to three
+    times, and scores with empty text keys right after a prompt switch."""
+
+    @property
+    def local_past(self) -> int | None:
+        """Past frames of the local window: window - sink - block; None: unlimited."""
+        return None if self.window == -1 else self.window - self.sink - self.block
+
+    def reencoded(self, start: int) -> int:
+        """Frames re-encoded when the prompt switches before the block at ``start``."""
+        return start if self.window == -1 else min(self.window, start)
+
+    def check(self) -> None:
+        """Raise ValueError for the first number that is out of range or contradicts another."""
+        require(self.block >= 1, "stream.block", self.block, "at least 1")
+        require(self.sink >= 0, "stream.sink", self.sink, "0 or more")
+        least = self.sink + self.block
+        require(
+            self.window == -1 or self.window >= least,
+            "stream.window", self.window, f"-1 (everything) or at least stream.sink + stream.block = {least}",
+        )  # fmt: skip
+        require(self.bank_size >= 0, "stream.bank_size", self.bank_size, "0 or more")
