@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from kvpo.app.build import build_setup
-from kvpo.app.configuration import CHANGEABLE_ON_RESUME, demand_same_run, resolve
+from kvpo.app.configuration import CHANGEABLE_ON_RESUME, demand_same_run, resolve_saved
 from kvpo.app.exhibits import measure_diversity, write_branches, write_gallery
 from kvpo.app.noise_files import with_measured_floors
 from kvpo.app.provenance import keep_provenance
@@ -105,7 +105,7 @@ def _run(config: Config, directory: RunDirectory, started: float, resume: bool) 
 def _demand_same_run(out: Path, config: Config) -> None:
     """Raise ConfigurationError where ``config`` is not that of ``out``, or ends before what is done."""
     saved = out / "config.yaml"
-    demand_same_run(saved, resolve(None, saved, {}), config, CHANGEABLE_ON_RESUME)
+    demand_same_run(saved, resolve_saved(saved), config, CHANGEABLE_ON_RESUME)
     point, summary = latest_checkpoint(out / "checkpoints"), out / "summary.json"
     done = 0 if point is None else checkpoint_update(point)
     if summary.exists():

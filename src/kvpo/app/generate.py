@@ -13,7 +13,7 @@ from kvpo.app.build import load_backbone, source_of
 from kvpo.app.exhibits import as_bytes
 from kvpo.app.file_prompts import prompt_file
 from kvpo.app.provenance import demand_same_prompts
-from kvpo.app.video_folder import MANIFEST
+from kvpo.app.video_folder import MANIFEST, SUFFIXES
 from kvpo.config import Config
 from kvpo.config_checks import check
 from kvpo.engine.generator import pixels_of
@@ -121,7 +121,7 @@ def _demand_no_videos(out: Path) -> None:
     """Refuse a folder with videos: its lists and its videos must come from one call."""
     if out.exists() and not out.is_dir():
         raise StorageError(f"cannot save videos in {out}: it is a file; choose another --out")
-    if there := sorted(out.glob("*.mp4")):
+    if there := sorted(path for path in out.glob("*") if path.suffix.lower() in SUFFIXES):
         raise StorageError(
             f"{out} already holds {len(there)} video(s), such as {there[0].name}; remove them, or choose "
             "another --out"

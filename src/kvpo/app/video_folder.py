@@ -115,7 +115,8 @@ def read_manifest(path: Path) -> dict[str, list[str]]:
         texts = [value] if isinstance(value, str) else value
         if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
             raise ValueError(f"{path}: expected a prompt for {name!r}, got {str(value)[:60]}")
-        found[_plain(name)] = texts
+        if found.setdefault(_plain(name), texts) != texts:
+            raise ValueError(f"{path}: two prompts for {_plain(name)!r}, whose accents are spelt in two ways")
     return found
 
 
