@@ -262,7 +262,7 @@ def record(slots: Sequence[Path], files: Sequence[str]) -> Recorded:
 
 
 def attempt(mutant: Mutant, recorded: Recorded) -> Job:
-    """Run the tests of one mutant until one fails: short ones of all files, its own file's first, then long."""
+    """Run the tests of one mutant until one fails: short ones first, its own file's first, then long ones."""
     own = f"test_{Path(mutant.path).name}"
     parts: dict[tuple[bool, bool, str], dict[str, float]] = defaultdict(dict)
     for test in recorded.tests_of(mutant):
