@@ -82,11 +82,6 @@ class TextRows:
     rows_R: Tensor
     """Index of each row's embedding."""
 
-    @property
-    def each_RLD(self) -> Tensor:
-        """One embedding per row."""
-        return self.embeddings_ULD[self.rows_R]
-
     def select(self, index: Tensor) -> "TextRows":
         """The rows named by ``index`` (repeats allowed)."""
         return TextRows(self.embeddings_ULD, self.rows_R[index])
