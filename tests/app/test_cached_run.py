@@ -14,6 +14,7 @@ from kvpo.app.offloading import VisitingScorer, visiting
 from kvpo.app.sources.common import build_scorer
 from kvpo.config import Config
 from kvpo.rewards.cache import CachedScorer, Counts, score_cache
+from kvpo.training.collection import explore
 from kvpo.training.metrics_log import MetricsLog, read_metrics
 from kvpo.training.run import Run, evaluate_base, evaluate_prompts
 from kvpo.training.trainer import Trainer
@@ -67,7 +68,7 @@ def test_a_second_run_scores_nothing_and_finds_the_same(tiny_base: Path, tmp_pat
     results = []
     for _ in range(2):
         setup = build_setup(config)
-        _, scores, _ = Trainer(setup).explore(0)
+        _, scores = explore(setup, 0)
         results.append((scores, evaluate_prompts(setup, setup.test["short"]), setup.scored))
     (first, held_out, cold), (second, again, warm) = results
     assert cold.hits == 0 and cold.misses > 0

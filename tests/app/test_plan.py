@@ -24,6 +24,7 @@ from kvpo.models.adapters import add_adapter
 from kvpo.models.causal_wan import CausalWan
 from kvpo.models.context import PageContext
 from kvpo.models.flops import encode_flops
+from kvpo.training import collection
 from kvpo.training.checkpoint import save_checkpoint
 from kvpo.training.memory import Activations
 from kvpo.training.plan import Rates
@@ -58,7 +59,9 @@ def test_pages_parameters_and_checkpoints_are_what_a_run_allocates(tmp_path, nam
     else:
         config = tiny_wan(name, tmp_path, segments=2, optim__lora_rank=32, optim__lora_alpha=32)
     plan, trainer = plan_of(config), Trainer(build_setup(config))
-    caches = [trainer.new_cache([trainer.planned(update)]) for update in range(12)]
+    caches = [
+        collection.new_cache(trainer.setup, [collection.plan(trainer.setup, update)]) for update in range(12)
+    ]
     latest = max(caches, key=lambda cache: cache.num_pages)
     assert latest.page_bytes == plan.page
     allocated = latest.keys_LQTND.nbytes + latest.values_LQTND.nbytes
@@ -231,9 +234,11 @@ def test_the_plan_counts_the_keys_that_routed_and_deployed_blocks_see(monkeypatc
 
     monkeypatch.setattr(StreamingGenerator, "velocity", watched)
     # Late enough for a memory bank to be full.
-    update = next(n for n in range(100) if min(fork.frame for fork in trainer.planned(n).forks) >= 24)
-    planned = trainer.planned(update)
-    trainer.explore(update)
+    update = next(
+        n for n in range(100) if min(fork.frame for fork in collection.plan(trainer.setup, n).forks) >= 24
+    )
+    planned = collection.plan(trainer.setup, update)
+    collection.explore(trainer.setup, update)
     costs = Costs(config, trainer.setup.model.shape, 0.0, 0.0)
     assert all(seen[fork.frame] == {costs.context, costs.routed} for fork in planned.forks)
     assert costs.routed == costs.context + 3

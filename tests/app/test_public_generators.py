@@ -16,6 +16,7 @@ from kvpo.app.cli import main
 from kvpo.config import Config
 from kvpo.prompts import ClipPrompt
 from kvpo.training.checkpoint import latest_checkpoint
+from kvpo.training.collection import explore
 from kvpo.training.trainer import Trainer
 from tests import tiny_wan as tiny_wan_module
 from tests.tiny_wan import brightness, tiny_flags, tiny_wan
@@ -184,7 +185,7 @@ def test_compiled_layers_train_alike(tmp_path: Path) -> None:
     for compiled in (False, True):
         changes = {"optim__compile": compiled, "optim__checkpointing": True}
         trainer = Trainer(build_setup(tiny_wan("longlive-1.3b", tmp_path, segments=2, **changes)))
-        rollout, _, _ = trainer.explore(0)
+        rollout, _ = explore(trainer.setup, 0)
         latents = rollout.groups[0].clean_MTCHW
         rollout.release()
         results.append((latents, trainer.step()))

@@ -31,6 +31,7 @@ from kvpo.rewards import client as client_module
 from kvpo.rewards.client import connect
 from kvpo.rewards.declarations import DECLARATIONS
 from kvpo.rewards.wire import TOKEN_VARIABLE, Offer
+from kvpo.training.collection import explore
 from kvpo.training.metrics_log import MetricsLog
 from kvpo.training.run import Run
 from kvpo.training.trainer import Trainer
@@ -204,7 +205,7 @@ def test_it_stops_although_its_scorer_hangs(server_of: Any, tmp_path: Path) -> N
 def test_a_hanging_scorer_ends_the_run_with_what_was_trained(tiny_base: Path, tmp_path: Path) -> None:
     """It hangs while the third rollout is scored; the two updates before it are those of a healthy run."""
     toy, calls, hang = ToyScorer(), [0], threading.Event()
-    Trainer(toy_setup(tiny_config(tiny_base), Counting(calls))).explore(0)
+    explore(toy_setup(tiny_config(tiny_base), Counting(calls)), 0)
     per_rollout, calls[0] = calls[0], 0
 
     def moody(video: Tensor, prompts: Any) -> Tensor:

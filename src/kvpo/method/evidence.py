@@ -35,7 +35,7 @@ class Trajectories:
     sigmas: tuple[float, ...]
     """Noise levels of the S states, falling from 1; the last step lands on 0."""
     noise: float = 0.0
-    """Strength of the noise that told the branches apart; 0 for routed branches."""
+    """Strength of the noise that told the branches apart; routed branches do not read it."""
 
     @property
     def anchor(self) -> int:
