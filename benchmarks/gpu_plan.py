@@ -32,11 +32,11 @@ from kvpo.config import Config
 from kvpo.engine.scoring import decode_members, score_group
 from kvpo.engine.stream import stream_latents
 from kvpo.models.causal_wan import CausalWan
+from kvpo.plan.phases import Plan, Rates
 from kvpo.prompts import ClipPrompt
 from kvpo.training import collection
 from kvpo.training.credit import collection_scale
 from kvpo.training.gradients import accumulate_gradients
-from kvpo.training.plan import Plan, Rates
 from kvpo.training.trainer import Trainer
 
 GB = 1e9
