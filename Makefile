@@ -1,4 +1,4 @@
-# make          install into .venv/
+# make          install everything into .venv/
 # make demo     align the embedded generator and write runs/demo/report.html
 # make test     the tests (make test-slow: the long ones)
 # make lint     style, format and types
@@ -17,36 +17,41 @@ PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
 .PHONY: install demo test test-slow lint bench mutants clean
 .DELETE_ON_ERROR:
 
-install: .venv/.stamp
+install: .venv/.complete
 
-.venv/.stamp: pyproject.toml constraints.txt
+.venv/bin/python:
 	@$(if $(PYTHON),,echo "$(NEEDED); install one, or name it: make PYTHON=/path/to/python3" >&2; exit 1)
 	@$(PYTHON) -c "$(SUPPORTED)" 2>/dev/null || { echo "$(NEEDED); $(PYTHON) will not do" >&2; exit 1; }
-	@echo "installing into .venv (a few minutes the first time)"
 	@$(PYTHON) -m venv .venv
-	@$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev,server]'
+
+# What the demo needs, and everything. pip adds to the first what the second lacks.
+.venv/.demo: EXTRAS =
+.venv/.complete: EXTRAS = [wan,rewards,server,dev]
+.venv/.demo .venv/.complete: pyproject.toml constraints.txt | .venv/bin/python
+	@echo "installing into .venv (a few minutes the first time)"
+	@$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.$(EXTRAS)'
 	@touch $@
 
 # A run that was stopped continues; a finished one is left as it is (choose another OUT to run again).
-demo: .venv/.stamp
+demo: $(if $(wildcard .venv/.complete),.venv/.complete,.venv/.demo)
 	$(BIN)/kvpo align --preset demo --seed $(SEED) --out $(OUT) $(if $(wildcard $(OUT)/config.yaml),--resume)
 
 # Files of tests on up to four cores at a time.
-test: .venv/.stamp
+test: .venv/.complete
 	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile
 
-test-slow: .venv/.stamp
+test-slow: .venv/.complete
 	$(BIN)/python -m pytest -m slow
 
-lint: .venv/.stamp
+lint: .venv/.complete
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: .venv/.stamp
+bench: .venv/.complete
 	$(BIN)/python benchmarks/engine.py
 
-mutants: .venv/.stamp
+mutants: .venv/.complete
 	$(BIN)/python benchmarks/mutants.py
 
 clean:

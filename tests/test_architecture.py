@@ -14,13 +14,21 @@ SOURCE = Path(__file__).resolve().parents[1] / "src"
 # Room -> rooms it may import, besides itself. The longest matching name is a module's room.
 MAY_IMPORT = {
     "kvpo.files": set(),
+    "kvpo.progress": set(),
+    "kvpo.extras": set(),
     "kvpo.method": set(),
     "kvpo.models.settings": set(),
     "kvpo.config": {"kvpo.method", "kvpo.models.settings"},
     "kvpo.config_checks": {"kvpo.config", "kvpo.method", "kvpo.prompts"},
     "kvpo.prompts": {"kvpo.method"},
     "kvpo.prompt_files": {"kvpo.files", "kvpo.prompts"},
-    "kvpo.models": {"kvpo.files", "kvpo.method", "kvpo.models.settings", "kvpo.prompts"},
+    "kvpo.models": {
+        "kvpo.extras",
+        "kvpo.files",
+        "kvpo.method",
+        "kvpo.models.settings",
+        "kvpo.prompts",
+    },
     "kvpo.rewards.protocol": {"kvpo.method", "kvpo.prompts"},
 }
 MAY_IMPORT["kvpo.rewards"] = set(MAY_IMPORT)

@@ -15,13 +15,13 @@ from kvpo.app.build import build_setup
 from kvpo.app.configuration import CHANGEABLE_ON_RESUME, demand_same_run, resolve
 from kvpo.app.exhibits import measure_diversity, write_branches, write_gallery
 from kvpo.app.noise_files import with_measured_floors
-from kvpo.app.progress import Bars, progress_bars
 from kvpo.app.provenance import keep_provenance
 from kvpo.config import Config
 from kvpo.config_checks import ConfigurationError, check
 from kvpo.files import local_path, read_json
 from kvpo.method.diagnostics import meanings
 from kvpo.method.methods import METHODS
+from kvpo.progress import progress_bars
 from kvpo.report.headline import verdict_of
 from kvpo.training import radar
 from kvpo.training.checkpoint import find_checkpoint, latest_checkpoint
@@ -35,7 +35,6 @@ from kvpo.training.device import computing
 from kvpo.training.evaluation import HeldOut, comparison
 from kvpo.training.interrupt import stop_on_signal
 from kvpo.training.metrics_log import MetricsLog
-from kvpo.training.policy import exchanged
 from kvpo.training.run import Run, checkpoint_update, evaluate_base, restore, resume_point
 from kvpo.training.run_directory import RunDirectory, belongs_to_run
 from kvpo.training.setup import Setup
@@ -80,8 +79,7 @@ def _run(config: Config, directory: RunDirectory, started: float, resume: bool) 
         saved = "checkpoint: it starts from its saved configuration"
         logger.warning("%s holds no %s", directory.path, saved if directory.continued else "run: one starts")
     keep_provenance(directory.provenance, config)
-    with progress_bars() as bars:
-        show = Bars(bars)
+    with progress_bars() as show:
         setup = build_setup(config)
         trainer = Trainer(setup)
         # First of all, since the checkpoint may be refused.
@@ -93,9 +91,9 @@ def _run(config: Config, directory: RunDirectory, started: float, resume: bool) 
             run = Run(setup, trainer, directory.checkpoints, metrics, show)
             if state is None:
                 run.save()
-            show("base on validation prompts", 0, 1, {})
+            show("base on validation prompts", 0, 1)
             run.base = evaluate_base(setup, trainer, setup.validation)
-            show("base on validation prompts", 1, 1, {})
+            show("base on validation prompts", 1, 1)
             directory.begun = True
             if state is not None:
                 run.resume(state)
@@ -172,11 +170,11 @@ def _finish(run: Run, directory: RunDirectory, show: Any, started: float) -> dic
         results[name] = (base, run.evaluate_aligned(setup.test[name]))
 
     def identities() -> None:
-        with exchanged(run.trainer.policy.parameters, run.trainer.aligned):
+        with run.trainer.sides.aligned():
             checks.update(exactness(setup, run.trainer))
 
     def branch_diversity() -> None:
-        with run.trainer.policy.reference():
+        with run.trainer.sides.base():
             diversity.update(measure_diversity(setup))
 
     stages: list[Callable[[], None]] = [partial(on_test_prompts, name) for name in setup.test]
@@ -187,9 +185,9 @@ def _finish(run: Run, directory: RunDirectory, show: Any, started: float) -> dic
         lambda: write_branches(run, directory.path / "branches"),
     ]
     for done, stage in enumerate(stages):
-        show("held-out tests, diversity, exhibits", done, len(stages), {})
+        show("held-out tests, diversity, exhibits", done, len(stages))
         stage()
-    show("held-out tests, diversity, exhibits", len(stages), len(stages), {})
+    show("held-out tests, diversity, exhibits", len(stages), len(stages))
     usage = resource.getrusage(resource.RUSAGE_SELF)
     summary = {
         "method": setup.config.method,

@@ -192,22 +192,21 @@ def _pretrain(arguments: Namespace) -> None:
     config = configuration(arguments)
     out = output_file(arguments.out, "--out")
     import torch
-    from rich.progress import Progress
 
+    from kvpo.progress import progress_bars
     from kvpo.world.pretrain import PretrainSettings, pretrain
 
     torch.set_num_threads(config.threads or torch.get_num_threads())
     settings = PretrainSettings(seed=config.seed)
     if arguments.steps is not None:
         settings = replace(settings, steps=arguments.steps)
-    with Progress() as progress:
-        task = progress.add_task("pretraining", total=settings.steps)
+    with progress_bars() as show:
         pretrain(
             config.model,
             config.stream,
             settings,
             out,
-            lambda step, loss: progress.update(task, completed=step + 1, description=f"loss {loss:.3f}"),
+            lambda step, loss: show("pretraining", step + 1, settings.steps, {"loss": loss}),
         )
     print(out)
 

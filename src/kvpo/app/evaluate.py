@@ -9,16 +9,15 @@ from typing import Any
 
 from kvpo.app.build import build_setup
 from kvpo.app.configuration import resolve_run
-from kvpo.app.progress import Bars, progress_bars
 from kvpo.app.provenance import demand_same_files, demand_same_prompts
 from kvpo.config import Config
 from kvpo.files import local_path, output_file, write_atomic
+from kvpo.progress import progress_bars
 from kvpo.report.headline import verdict_of
 from kvpo.training.checkpoint import find_checkpoint, no_improvement
 from kvpo.training.device import computing
 from kvpo.training.evaluation import comparison
-from kvpo.training.policy import exchanged, policy_of
-from kvpo.training.run import evaluate_prompts, load_aligned
+from kvpo.training.run import evaluate_prompts, open_checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -58,19 +57,17 @@ def _evaluate(run: Path, config: Config, checkpoint: str | None, out: Path) -> d
     if (warning := no_improvement(path, checkpoint)) is not None:
         logger.warning(warning)
     setup = build_setup(config)
-    policy = policy_of(setup.model, adapted=config.optim.train == "lora")
-    values = load_aligned(setup.backbone.weights, policy, path)
+    sides = open_checkpoint(setup.backbone.weights, path)
     held_out = {}
-    with progress_bars() as display:
-        show = Bars(display)
+    with progress_bars() as show:
         for done, (name, prompts) in enumerate(setup.test.items()):
-            show("base and aligned on test prompts", done, len(setup.test), {})
-            with policy.reference():
+            show("base and aligned on test prompts", done, len(setup.test))
+            with sides.base():
                 base = evaluate_prompts(setup, prompts)
-            with exchanged(policy.parameters, values):
+            with sides.aligned():
                 aligned = evaluate_prompts(setup, prompts)
             held_out[name] = comparison(base, aligned, setup.judges)
-        show("base and aligned on test prompts", len(setup.test), len(setup.test), {})
+        show("base and aligned on test prompts", len(setup.test), len(setup.test))
     numbers = {"checkpoint": path.name, "weights": config.evaluation.weights, "held_out": held_out}
     numbers |= {"scored": asdict(setup.scored)} | ({} if warning is None else {"improved": False})
     verdict = verdict_of(numbers, asdict(config))

@@ -34,7 +34,6 @@ from kvpo.training.credit import collection_scale
 from kvpo.training.diversity import Laboratory, Place, averaged
 from kvpo.training.evaluation import HeldOut
 from kvpo.training.gradients import lesson_of, tables_of, with_old_policy
-from kvpo.training.policy import exchanged
 from kvpo.training.run import Run
 from kvpo.training.setup import Setup
 
@@ -106,9 +105,9 @@ def write_gallery(run: Run, results: dict[str, tuple[HeldOut, HeldOut]], directo
         picks = list(dict.fromkeys([order[0], order[quarter], order[len(order) // 2], order[-1]]))
         chosen = [prompts[n] for n in picks]
         texts, tape = setup.backbone.texts(chosen), setup.evaluation_tape()
-        with run.trainer.policy.reference():
+        with run.trainer.sides.base():
             before = _pixels(setup, chosen, texts, tape)
-        with exchanged(run.trainer.policy.parameters, run.trainer.aligned):
+        with run.trainer.sides.aligned():
             after = _pixels(setup, chosen, texts, tape)
         for place, n in enumerate(picks):
             key = f"{name}-{n}"
@@ -144,7 +143,7 @@ def write_branches(run: Run, directory: Path) -> None:
     """Branch groups of the starting policy, and groups routed to one act only."""
     setup = run.setup
     videos: dict[str, Tensor] = {}
-    with run.trainer.policy.reference():
+    with run.trainer.sides.base():
         groups = _training_groups(run, videos)
         causality = causality_groups(setup, videos)
     _write(

@@ -19,8 +19,7 @@ from kvpo.models.export import (
     save_public_checkpoint,
 )
 from kvpo.training.checkpoint import find_checkpoint, no_improvement
-from kvpo.training.policy import exchanged, policy_of
-from kvpo.training.run import load_aligned
+from kvpo.training.run import open_checkpoint
 
 Layout = Literal["peft", "diffusers-lora", "diffusers", "pt"]
 
@@ -72,8 +71,7 @@ def export(
         raise ValueError(refusal)
     trained = source_of(config).weights(on_host(config))
     model = trained.model
-    policy = policy_of(model, adapted=adapted)
-    with exchanged(policy.parameters, load_aligned(trained, policy, path)):
+    with open_checkpoint(trained, path).aligned():
         match layout:
             case "peft":
                 save_peft_adapter(out, adapter_state(model), base_model=config.backbone.checkpoint)

@@ -12,7 +12,6 @@ from torch import Tensor
 from kvpo.app.build import load_backbone, source_of
 from kvpo.app.exhibits import as_bytes
 from kvpo.app.file_prompts import prompt_file
-from kvpo.app.progress import Bars, progress_bars
 from kvpo.app.provenance import demand_same_prompts
 from kvpo.app.video_folder import MANIFEST
 from kvpo.config import Config
@@ -20,14 +19,15 @@ from kvpo.config_checks import check
 from kvpo.engine.generator import pixels_of
 from kvpo.engine.stream import stream_latents
 from kvpo.files import StorageError, local_path, storage_error, write_atomic
+from kvpo.progress import progress_bars
 from kvpo.prompt_files import read_prompts
 from kvpo.prompts import VideoPrompt, check_shown
 from kvpo.report.video import side_by_side, write_video
 from kvpo.training.backbone import Backbone
 from kvpo.training.checkpoint import find_checkpoint, no_improvement
 from kvpo.training.device import computing
-from kvpo.training.policy import exchanged, policy_of
-from kvpo.training.run import load_aligned
+from kvpo.training.policy import policy_of
+from kvpo.training.run import open_checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -78,14 +78,15 @@ def _generate(
     config: Config, out: Path, wanted: list[VideoPrompt], run: Path | None, checkpoint: str | None
 ) -> list[Path]:
     """Load the generator, and write the videos of the prompts batch by batch."""
+    path = None if run is None else find_checkpoint(run / "checkpoints", checkpoint)
+    if path is not None and (warning := no_improvement(path, checkpoint)) is not None:
+        logger.warning(warning)
     backbone = load_backbone(config, wanted)
-    policy = policy_of(backbone.weights.model, adapted=config.optim.train == "lora")
-    values = None
-    if run is not None:
-        path = find_checkpoint(run / "checkpoints", checkpoint)
-        if (warning := no_improvement(path, checkpoint)) is not None:
-            logger.warning(warning)
-        values = load_aligned(backbone.weights, policy, path)
+    if path is None:
+        sides = [policy_of(backbone.weights.model, adapted=config.optim.train == "lora").reference]
+    else:
+        both = open_checkpoint(backbone.weights, path)
+        sides = [both.base, both.aligned]
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -95,23 +96,21 @@ def _generate(
     videos: list[Path] = []
     shows: dict[str, tuple[str, ...]] = {}
     digits = max(3, len(str(len(wanted) - 1)))
-    with progress_bars() as display:
-        show, done = Bars(display), 0
+    with progress_bars() as show:
+        done = 0
         for batch in _batches(wanted):
-            show("generating", done, len(wanted), {})
-            with policy.reference():
-                base = _latents(backbone, batch)
-            aligned = None
-            if values is not None:
-                with exchanged(policy.parameters, values):
-                    aligned = _latents(backbone, batch)
+            show("generating", done, len(wanted))
+            latents = []
+            for side in sides:
+                with side():
+                    latents.append(_latents(backbone, batch))
             for row, prompt in enumerate(batch):
-                pair = [base[row]] if aligned is None else [base[row], aligned[row]]
+                pair = [of_side[row] for of_side in latents]
                 written = _write_videos(backbone, out, f"{prompt.id:0{digits}d}", pair, made)
                 videos += written
                 shows |= {path.name: prompt.segments for path in written}
             done += len(batch)
-            show("generating", done, len(wanted), {})
+            show("generating", done, len(wanted))
     write_atomic(out / "latents.safetensors", save(made))
     write_atomic(out / "prompts.jsonl", "".join(_line(prompt) for prompt in wanted))
     write_atomic(out / MANIFEST, json.dumps(shows, indent=1, ensure_ascii=False) + "\n")

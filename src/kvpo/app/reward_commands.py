@@ -2,14 +2,13 @@
 
 import math
 import os
-import sys
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 from kvpo.app.configuration import path_argument
 from kvpo.config_checks import ConfigurationError
+from kvpo.progress import progress_bars
 from kvpo.rewards.catalogue import FAMILIES, REWARD_IDS
 
 _NAMES = f"{', '.join(REWARD_IDS)}, world (the embedded world's), your own as package.module:function"
@@ -45,7 +44,7 @@ def score(arguments: Namespace) -> None:
     _check_out(arguments.out, ".html")
     from kvpo.app.score import score_folder, table
 
-    with _progress("scoring") as progress:
+    with progress_bars(lasting=False) as show:
         results = score_folder(
             arguments.folder,
             names,
@@ -53,7 +52,7 @@ def score(arguments: Namespace) -> None:
             out=arguments.out,
             sources=_sources(arguments.source),
             device=arguments.device or _device(),
-            progress=progress,
+            progress=partial(show, "scoring"),
         )
     print(table(results))
     print(arguments.out)
@@ -92,7 +91,7 @@ def calibrate(arguments: Namespace) -> None:
     from kvpo.app.calibrate import calibrate as measure
     from kvpo.app.calibrate import table
 
-    with _progress("calibrating") as progress:
+    with progress_bars(lasting=False) as show:
         found = measure(
             arguments.reward,
             arguments.folder,
@@ -102,7 +101,7 @@ def calibrate(arguments: Namespace) -> None:
             out=out,
             sources=_sources(arguments.source),
             device=arguments.device or _device(),
-            progress=progress,
+            progress=partial(show, "calibrating"),
         )
     print(table(found))
     print(f"--objective.noise_floor {list(found.values())[-1].noise_floor:.3g}")
@@ -230,14 +229,3 @@ def _device() -> str:
     import torch
 
     return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-@contextmanager
-def _progress(what: str) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar on standard error where that is a terminal; standard output is for results."""
-    from rich.console import Console
-    from rich.progress import Progress
-
-    with Progress(console=Console(file=sys.stderr), disable=not sys.stderr.isatty(), transient=True) as bar:
-        task = bar.add_task(what, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)

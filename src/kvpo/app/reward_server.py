@@ -7,14 +7,16 @@ import socket
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import uvicorn
-
 from kvpo.app.named_rewards import NamedReward, named_rewards
 from kvpo.config_checks import ConfigurationError
+from kvpo.extras import extra
 from kvpo.files import read_text
 from kvpo.rewards.declarations import DECLARATIONS
 from kvpo.rewards.server import Limits, reward_app
 from kvpo.rewards.wire import TOKEN_VARIABLE, Offer
+
+with extra("server"):
+    import uvicorn
 
 logger = logging.getLogger(__name__)
 

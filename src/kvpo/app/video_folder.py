@@ -10,10 +10,13 @@ from typing import Any
 
 from kvpo.files import named_list, printable, read_json
 from kvpo.prompt_files import read_prompts
-from kvpo.rewards.video_files import SUFFIXES
 
 logger = logging.getLogger(__name__)
 
+SUFFIXES = frozenset(
+    ".mp4 .m4v .mov .webm .mkv .avi .gif .apng .mpg .mpeg .ts .m2ts .wmv .flv .3gp .ogv .mjpeg .y4m".split()
+)
+"""File name endings of videos."""
 MANIFEST = "videos.json"
 """What `kvpo generate` writes beside videos: file name -> its prompts, in the order in which they show."""
 ANY_LENGTH = 2**31

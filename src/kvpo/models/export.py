@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from kvpo.extras import extra
 from kvpo.files import new_directory, new_file
 from kvpo.models.adapter_files import DIFFUSERS_ADAPTER_NAME, PEFT_FILES, AdapterState
 from kvpo.models.adapters import lora_config
@@ -85,7 +86,8 @@ def save_diffusers_transformer(
     Raises:
         ValueError: keys or shapes that are not those of the configuration, or a directory that is not empty.
     """
-    from diffusers import WanTransformer3DModel
+    with extra("wan"):
+        from diffusers import WanTransformer3DModel
 
     with torch.device("meta"):
         model: Any = WanTransformer3DModel(

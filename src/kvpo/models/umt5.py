@@ -14,13 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import ftfy
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, UMT5Config, UMT5EncoderModel
 
+from kvpo.extras import extra
 from kvpo.files import named_list, new_file, refuse_pointers
 from kvpo.models.finite import require_finite_weights
 from kvpo.models.tensor_files import (
@@ -32,6 +32,9 @@ from kvpo.models.tensor_files import (
     read_tensors,
     storable,
 )
+
+with extra("wan"):
+    import ftfy
 
 logger = logging.getLogger(__name__)
 

@@ -12,14 +12,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKLWan
-from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d
 from safetensors import SafetensorError
 from torch import Tensor
 
+from kvpo.extras import extra
 from kvpo.files import named_list, refuse_pointers
 from kvpo.models.finite import require_finite_weights
 from kvpo.models.tensor_files import assign_tensors, check_tensors, read_tensors
+
+with extra("wan"):
+    from diffusers import AutoencoderKLWan
+    from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d
 
 OFFICIAL_VAE = "Wan2.1_VAE.pth"
 

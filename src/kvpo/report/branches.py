@@ -68,6 +68,23 @@ def clip_keys(groups: list[Entry]) -> list[str]:
     return [str(m["video"]) for group in groups for m in members_of(group) if m.get("video")]
 
 
+DIFFERENCES = {
+    "routes": "Branches attend to older frames instead of the latest ones; they differ in nothing else.",
+    "fresh": "Branches start from other noise; they differ in nothing else.",
+    "neighbour": "Branches start from noise near the anchor's; they differ in nothing else.",
+    "sde": "Branches add noise at every solver step; they differ in nothing else.",
+    "renoise": "Branches draw other noise at every solver step; they differ in nothing else.",
+}
+"""Explorer -> what sets its branches apart."""
+
+
+def difference_of(run: Run) -> str:
+    """One sentence on what sets the branches of a run apart, by its ``exploration.explorer``."""
+    exploration = run.config.get("exploration")
+    explorer = exploration.get("explorer") if isinstance(exploration, dict) else None
+    return DIFFERENCES.get(str(explorer), "Branches are alternatives from a fork of one video.")
+
+
 def is_anchor(member: Entry) -> bool:
     """Whether a member is the unrouted anchor of its group."""
     return member.get("name") == "anchor"

@@ -1,13 +1,13 @@
 """Videos as data inside the page: sprite sheets for pixel-sized frames, h264 for larger ones."""
 
 import base64
-import struct
-import zlib
+import io
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from kvpo.report.video import video_bytes
 
@@ -48,25 +48,10 @@ class ClipStore:
 
 
 def png_bytes(image_HWC: np.ndarray) -> bytes:
-    """A uint8 RGB image as PNG, rows unfiltered: repeats between stacked frames are what compresses."""
-    height, width = image_HWC.shape[:2]
-    rows = np.zeros((height, 1 + 3 * width), np.uint8)
-    rows[:, 1:] = image_HWC.reshape(height, 3 * width)
-
-    def chunk(kind: bytes, content: bytes) -> bytes:
-        return (
-            struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
-        )
-
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"".join(
-        (
-            b"\x89PNG\r\n\x1a\n",
-            chunk(b"IHDR", header),
-            chunk(b"IDAT", zlib.compress(rows.tobytes(), 9)),
-            chunk(b"IEND", b""),
-        )
-    )
+    """A uint8 RGB image as PNG."""
+    buffer = io.BytesIO()
+    Image.fromarray(image_HWC).save(buffer, "PNG", optimize=True)
+    return buffer.getvalue()
 
 
 def sprite_sheet(frames_THWC: np.ndarray) -> tuple[np.ndarray, int]:

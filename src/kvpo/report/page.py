@@ -41,10 +41,7 @@ def _embed_videos(run: Run) -> ClipStore:
 
 def _sections(run: Run, store: ClipStore) -> list[tuple[str, str, str, str]]:
     """(anchor, title, introduction, content) of every section, in page order."""
-    explorer_intro = (
-        "Exploration lets a block attend to older frames instead of the latest ones. One group is the anchor "
-        "(plain generation) and its branches, which differ in nothing but the frames routed to them."
-    )
+    explorer_intro = f"{branches.difference_of(run)} Each group shows the anchor, which is plain generation."
     return [
         ("curves", "Reward while training", "Held-out videos, fixed prompts and noise.", reward_curves(run)),
         ("radar", "Hacking radar", "Is the reward improving, or the videos?", hacking_radar(run)),

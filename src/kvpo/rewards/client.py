@@ -11,14 +11,17 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
-import httpx
 import torch
 from torch import Tensor
 
+from kvpo.extras import extra
 from kvpo.files import parse_json
 from kvpo.prompts import ClipPrompt
 from kvpo.rewards.protocol import Declaration, checked
 from kvpo.rewards.wire import PROTOCOL, Body, Offer, Question, decode_offers, eight_bit, encode_question
+
+with extra("server"):
+    import httpx
 
 logger = logging.getLogger(__name__)
 

@@ -7,15 +7,18 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kvpo.extras import extra
 from kvpo.rewards.declarations import DECLARATIONS, FLOW_PIXELS
 from kvpo.rewards.protocol import Declaration
 from kvpo.rewards.sampling import checked_batch
+
+with extra("rewards"):
+    import cv2
 
 Flow = Callable[[Tensor], Tensor]
 """Frames [T, 3, H, W] in [0, 1] -> pixels that every point moves to the next frame, [T - 1, 2, H, W]."""

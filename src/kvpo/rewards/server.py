@@ -13,12 +13,8 @@ from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any
 
-from fastapi import Depends, FastAPI, HTTPException, Request
-from fastapi.concurrency import run_in_threadpool
-from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
-from starlette.requests import ClientDisconnect
-
 from kvpo import __version__
+from kvpo.extras import extra
 from kvpo.rewards.buffers import MIB, Buffers
 from kvpo.rewards.protocol import Scorer
 from kvpo.rewards.scoring_queue import Answer, ScoringQueue
@@ -31,6 +27,12 @@ from kvpo.rewards.wire import (
     growth,
     with_fractions,
 )
+
+with extra("server"):
+    from fastapi import Depends, FastAPI, HTTPException, Request
+    from fastapi.concurrency import run_in_threadpool
+    from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+    from starlette.requests import ClientDisconnect
 
 KEPT_BYTES = 512 * MIB
 """Memory of past requests that is kept for the next ones, beside the queue's."""

@@ -3,8 +3,12 @@
 from fractions import Fraction
 
 import av
-import cv2
 import numpy as np
+
+from kvpo.extras import extra
+
+with extra("rewards"):
+    import cv2
 
 PQ, HLG, BT2020 = 16, 18, 9
 """Numbers of transfer functions and primaries in ITU-T H.273."""

@@ -5,16 +5,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import av
-import cv2
 import numpy as np
 
+from kvpo.extras import extra
 from kvpo.files import refuse_pointers
 from kvpo.rewards.shown import shown
 
-SUFFIXES = frozenset(
-    ".mp4 .m4v .mov .webm .mkv .avi .gif .apng .mpg .mpeg .ts .m2ts .wmv .flv .3gp .ogv .mjpeg .y4m".split()
-)
-"""File name endings of videos."""
+with extra("rewards"):
+    import cv2
+
 NOMINAL_RATE = 16.0
 """Frames per second of a file that states none."""
 SEE_THROUGH = {"vp8": "libvpx", "vp9": "libvpx-vp9"}

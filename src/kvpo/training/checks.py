@@ -21,8 +21,9 @@ from kvpo.training.gradients import Lesson, lesson_of, tables_of, with_old_polic
 from kvpo.training.setup import Setup
 from kvpo.training.trainer import Trainer
 
-RATIO_TOLERANCE = {"none": 1e-4, "bfloat16": 0.05}
-"""By autocast: some thirty times what float32 shows on a CPU (4e-6)."""
+RATIO_TOLERANCE = {"none": 1e-3, "bfloat16": 0.05}
+"""By autocast. A log-ratio is a difference of energies over the temperature, which may be a hundredth of
+them: rounding of 1e-6 in an energy then shows as 1e-4. A wrong context shows as .1 and more."""
 
 
 def streamed_table(trainer: Trainer, lesson: Lesson) -> Tensor:

@@ -56,6 +56,23 @@ def exchanged(parameters: Mapping[str, nn.Parameter], values: Mapping[str, Tenso
             parameter.data = own[name]
 
 
+@dataclass(frozen=True)
+class Sides:
+    """The base and the aligned policy of one model, each for the length of a ``with`` block."""
+
+    policy: Policy
+    values: Mapping[str, Tensor]
+    """The trained values, averaged or raw."""
+
+    def base(self) -> AbstractContextManager[None]:
+        """Inside, the model is the starting policy."""
+        return self.policy.reference()
+
+    def aligned(self) -> AbstractContextManager[None]:
+        """Inside, the model is the aligned policy."""
+        return exchanged(self.policy.parameters, self.values)
+
+
 class MovingAverage:
     """Exponential moving average of the trained parameters, whose decay warms up.
 

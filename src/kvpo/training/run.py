@@ -23,7 +23,7 @@ from kvpo.training.checkpoint import (
 from kvpo.training.device import forget_peak, peak
 from kvpo.training.evaluation import ROWS, HeldOut, comparison, evaluate, mean_gain
 from kvpo.training.metrics_log import MetricsLog
-from kvpo.training.policy import Policy, exchanged
+from kvpo.training.policy import Policy, Sides, policy_of
 from kvpo.training.setup import Setup
 from kvpo.training.trainer import Trainer, architecture
 
@@ -205,7 +205,7 @@ class Run:
 
     def evaluate_aligned(self, prompts: Any) -> HeldOut:
         """Held-out results of the trained parameters, averaged or raw as ``evaluation.weights`` says."""
-        with exchanged(self.trainer.policy.parameters, self.trainer.aligned):
+        with self.trainer.sides.aligned():
             return evaluate_prompts(self.setup, prompts)
 
     def resume(self, state: Mapping[str, Any]) -> None:
@@ -234,7 +234,7 @@ def restore(trainer: Trainer, path: Path) -> dict[str, Any]:
 
 
 def load_aligned(weights: Weights, policy: Policy, path: Path) -> dict[str, Tensor]:
-    """The trained values in a checkpoint, averaged or raw as ``evaluation.weights`` says, for ``exchanged``.
+    """The trained values in a checkpoint, averaged or raw as ``evaluation.weights`` says.
 
     Raises CheckpointError.
     """
@@ -245,6 +245,12 @@ def load_aligned(weights: Weights, policy: Policy, path: Path) -> dict[str, Tens
     return {name: value.to(policy.parameters[name].device) for name, value in values.items()}
 
 
+def open_checkpoint(weights: Weights, path: Path) -> Sides:
+    """Base and aligned policy of a run's checkpoint. Raises CheckpointError where it does not fit."""
+    policy = policy_of(weights.model, adapted=weights.config.optim.train == "lora")
+    return Sides(policy, load_aligned(weights, policy, path))
+
+
 def evaluate_prompts(setup: Setup, prompts: Any) -> HeldOut:
     """Held-out results of the model as it is."""
     rows = setup.config.exploration.rows or ROWS
@@ -253,7 +259,7 @@ def evaluate_prompts(setup: Setup, prompts: Any) -> HeldOut:
 
 def evaluate_base(setup: Setup, trainer: Trainer, sets: Mapping[str, Any]) -> dict[str, HeldOut]:
     """Held-out results of the starting policy."""
-    with trainer.policy.reference():
+    with trainer.sides.base():
         return {name: evaluate_prompts(setup, prompts) for name, prompts in sets.items()}
 
 

@@ -19,7 +19,7 @@ from kvpo.training.backbone import Weights
 from kvpo.training.collection import Collected, collect_updates
 from kvpo.training.gradients import Learner, Lesson, accumulate_gradients, with_old_policy
 from kvpo.training.learning import PATIENCE, why_nothing_is_learned
-from kvpo.training.policy import MovingAverage, Policy, exchanged, policy_of
+from kvpo.training.policy import MovingAverage, Policy, Sides, exchanged, policy_of
 from kvpo.training.setup import Setup
 from kvpo.training.state import (
     flatten_state,
@@ -195,10 +195,15 @@ class Trainer:
 
     @property
     def aligned(self) -> Mapping[str, Tensor]:
-        """The trained values that are judged and exported (``evaluation.weights``), for ``exchanged``."""
+        """The trained values that are judged and exported (``evaluation.weights``)."""
         if self.setup.config.evaluation.weights == "raw":
             return {name: p.data for name, p in self.policy.parameters.items()}
         return self.average.values
+
+    @property
+    def sides(self) -> Sides:
+        """Base and aligned policy as they are now."""
+        return Sides(self.policy, self.aligned)
 
     def restore(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
         """Continue from ``tensors_and_state``, bit for bit."""

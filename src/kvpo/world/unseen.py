@@ -9,7 +9,7 @@ Axes: B clips, T frames, D embedding, N pairs.
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -18,7 +18,6 @@ from zlib import crc32
 import torch
 import torch.nn.functional as F
 from rich.console import Console
-from rich.progress import track
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -26,6 +25,7 @@ from torch import Tensor, nn
 from kvpo.files import new_file
 from kvpo.models.finite import require_finite_weights
 from kvpo.models.tensor_files import storable
+from kvpo.progress import progress_bars
 from kvpo.world.codec import PixelCodec, load_codec
 from kvpo.world.imperfect import CLEAN, observe
 from kvpo.world.stories import Split, sample_story
@@ -174,7 +174,7 @@ def train_unseen(
     batch: int = 64,
     judged: int = 400,
     seed: int = 0,
-    console: Console | None = None,
+    show: Callable[[str, int, int], None] = lambda stage, done, total: None,
 ) -> tuple[UnseenScorer, list[str]]:
     """Train on ``pool`` pairs of the training split and calibrate on ``judged`` fresh ones, from ``seed``.
 
@@ -186,10 +186,10 @@ def train_unseen(
         torch.manual_seed(seed)
         scorer = UnseenScorer()
     codec = load_codec()
-    chunks = [
-        clean_pairs("train", min(200, pool - start), generator, codec)
-        for start in track(range(0, pool, 200), "rendering", console=console, disable=console is None)
-    ]
+    chunks = []
+    for start in range(0, pool, 200):
+        chunks.append(clean_pairs("train", min(200, pool - start), generator, codec))
+        show("rendering", min(pool, start + 200), pool)
     pairs = Pairs(
         torch.cat([chunk.video_NTCHW for chunk in chunks]),
         tuple(caption for chunk in chunks for caption in chunk.captions),
@@ -199,7 +199,7 @@ def train_unseen(
     parameters = [*scorer.parameters(), temperature]
     optimizer = torch.optim.AdamW(parameters, lr=3e-3, weight_decay=0.02)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps, pct_start=0.1)
-    for _ in track(range(steps), "training", console=console, disable=console is None):
+    for step in range(steps):
         rows = torch.randperm(len(pairs.captions), generator=generator)[:batch]
         clips = scorer.clips(_augment(pairs.video_NTCHW[rows], generator))
         captions = scorer.captions([pairs.captions[row] for row in rows.tolist()])
@@ -210,6 +210,7 @@ def train_unseen(
         loss.backward()
         optimizer.step()
         schedule.step()
+        show("training", step + 1, steps)
     scorer.eval().requires_grad_(False)
     fresh = clean_pairs("train", judged, generator, codec)
     distractors = sorted(set(fresh.captions))[:64]
@@ -280,11 +281,11 @@ def measure_unseen(
 def main() -> None:
     """Rebuild the shipped scorer and report it on clean clips of the test split."""
     torch.set_num_threads(1)
-    console = Console()
-    scorer, distractors = train_unseen(console=console)
+    with progress_bars() as show:
+        scorer, distractors = train_unseen(show=show)
     target = Path(__file__).parent / "assets" / ASSET
     save_unseen(scorer, distractors, target)
-    console.print(target, target.stat().st_size, measure_unseen(load_unseen(target)))
+    Console().print(target, target.stat().st_size, measure_unseen(load_unseen(target)))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,43 @@
+"""Progress bars on standard error; standard output is for results."""
+
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
+NOTES = {"reward_mean": "reward", "loss": "loss"}
+"""Numbers that a bar shows, and what it calls them."""
+
+
+class Bars:
+    """One bar per stage, created when the stage is first reported."""
+
+    def __init__(self, display: Progress) -> None:
+        self.display = display
+        self.tasks: dict[str, TaskID] = {}
+
+    def __call__(self, stage: str, done: int, total: int, numbers: Mapping[str, float] | None = None) -> None:
+        """Show ``done`` of ``total`` steps, and the first of ``NOTES`` that ``numbers`` hold."""
+        if stage not in self.tasks:
+            self.tasks[stage] = self.display.add_task(stage, total=total, note="")
+        notes = [f"{word} {numbers[name]:.3f}" for name, word in NOTES.items() if name in (numbers or {})]
+        self.display.update(self.tasks[stage], completed=done, total=total, note=" ".join(notes[:1]))
+
+
+@contextmanager
+def progress_bars(*, lasting: bool = True) -> Iterator[Bars]:
+    """Show bars while the block runs; those that do not last vanish at its end and need a terminal."""
+    display = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[note]}"),
+        console=Console(stderr=True),
+        transient=not lasting,
+        disable=not lasting and not sys.stderr.isatty(),
+    )
+    with display:
+        yield Bars(display)

@@ -1,0 +1,108 @@
+"""The demo runs on the hard dependencies alone; anything else names the extra that it lacks."""
+
+import ast
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+OF_EXTRAS = "diffusers ftfy sentencepiece cv2 httpx fastapi starlette uvicorn torchvision".split()
+MODULES = {"opencv-python-headless": "cv2", "pyyaml": "yaml", "pillow": "PIL"}
+"""Distribution -> the module it holds, where the names differ."""
+
+WITHOUT = """
+import sys
+from importlib.machinery import PathFinder
+
+class Without:
+    find_distributions = PathFinder.find_distributions
+
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        missing = name.partition(".")[0] in {missing}
+        return None if missing else PathFinder.find_spec(name, path, target)
+
+sys.meta_path[sys.meta_path.index(PathFinder)] = Without
+"""
+
+
+def without_extras(code: str, *arguments: str) -> subprocess.CompletedProcess:
+    """Run ``code`` where no package of an extra is installed."""
+    script = WITHOUT.replace("{missing}", repr(set(OF_EXTRAS))) + code
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", script, *arguments]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=250)
+
+
+KVPO = "from kvpo.app.cli import main\nsys.exit(main(sys.argv[1:]))"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "extra"),
+    [
+        (["align", "--preset", "longlive-1.3b"], "wan"),
+        (["score", ".", "--reward", "motion_smoothness"], "rewards"),
+        (["calibrate", "motion_smoothness"], "rewards"),
+        (["reward-server", "--reward", "world"], "server"),
+        (["align", "--rewards.scorers", "world@http://127.0.0.1:1"], "server"),
+    ],
+)
+def test_what_needs_an_extra_names_it_in_one_line(tmp_path, arguments, extra):
+    (tmp_path / "a.mp4").write_bytes(b"")
+    out = {"align": ["--out", str(tmp_path / "run")], "calibrate": ["--out", str(tmp_path / "a.json")]}
+    given = [str(tmp_path) if word == "." else word for word in arguments]
+    found = without_extras(KVPO, *given, *out.get(arguments[0], []))
+    assert found.returncode == 1
+    line = found.stderr.strip().splitlines()[-1]
+    assert re.fullmatch(
+        rf"kvpo: error: \w+ is not installed; install it with: pip install 'kvpo\[{extra}\]'", line
+    ), found.stderr
+    assert "Traceback" not in found.stderr
+
+
+def test_the_embedded_generator_needs_no_extra(tmp_path, tiny_base):
+    code = """
+from pathlib import Path
+from kvpo.app.align import align
+from kvpo.app.evaluate import evaluate
+from kvpo.app.export import export
+from kvpo.app.generate import generate
+from tests.tiny_world import tiny_config
+base, out = map(Path, sys.argv[1:])
+config = tiny_config(base, optim__updates=1)
+assert align(config, out / "run")["updates"] == 1
+evaluate(out / "run")
+generate(config, out / "videos", run=out / "run", checkpoint="latest")
+export(out / "run", out / "adapter", layout="peft", checkpoint="latest")
+"""
+    found = without_extras(code, str(tiny_base), str(tmp_path))
+    assert found.returncode == 0, found.stderr
+    assert (tmp_path / "run" / "report.html").exists() and list((tmp_path / "videos").glob("*.mp4"))
+
+
+def test_hard_dependencies_are_imported_and_others_belong_to_an_extra():
+    names = [re.match(r"[\w-]+", line)[0].lower() for line in PROJECT["dependencies"]]
+    hard = {MODULES.get(name, name.replace("-", "_")) for name in names}
+    extras = PROJECT["optional-dependencies"]
+    optional = {
+        MODULES.get(name, name.replace("-", "_"))
+        for extra in ("wan", "rewards", "raft", "server")
+        for name in (re.match(r"[\w-]+", line)[0].lower() for line in extras[extra])
+    }
+    imported = set()
+    for path in (ROOT / "src" / "kvpo").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                imported |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and not node.level:
+                imported.add(node.module.partition(".")[0])
+    outside = imported - set(sys.stdlib_module_names) - {"kvpo"}
+    assert hard - outside == {"tensorboard"}, "torch.utils.tensorboard imports it"
+    assert outside - hard <= optional | {"starlette"}, "fastapi is built on it"
+    assert set(OF_EXTRAS) <= optional | {"starlette"}
