@@ -142,7 +142,7 @@ class Phases:
             PHASES[1], lambda: collection.generate(setup, update, planned, unscored, cache)
         )
         group = rollout.groups[0]
-        self.take(PHASES[2], lambda: decode_members(group, setup.backbone.codec, lead=0, block=block))
+        self.take(PHASES[2], lambda: decode_members(group, setup.backbone.codec, lead=0))
         codec, scorer = setup.backbone.codec, setup.judges.scorer
         scores = score_group(group, codec, scorer, block=block, plan=setup.clip_plan())
         scale = collection_scale([scores], setup.blend(), setup.config.objective)
