@@ -50,6 +50,7 @@ BAD = {
     "only blanks": ("p.jsonl", "\n \n\n", "p.jsonl: the file holds no prompts"),
     "blank line": ("p.txt", "a\nb\n\nc\n", "p.txt, line 3: blank"),
     "latin-1": ("p.txt", b"a\nb\xe4r\n", "line 2: not UTF-8 text (byte 0xe4 at position 2)"),
+    "utf-16 without a mark": ("p.txt", "a\nb".encode("utf-16-le"), "line 1: holds a zero byte"),
     "utf-16": ("p.txt", "a".encode("utf-16"), "line 1: not UTF-8 text (byte 0xff at position 1)"),
     "format": ("p.csv", "a", "prompt files are .txt"),
     "not json": ("p.jsonl", '{"segments": ["a"]}\n{"prompts": [\n', "line 2: not JSON"),

@@ -15,6 +15,9 @@ from kvpo.config import (
 from kvpo.method.settings import KvpoSettings, LatentDistanceSettings
 from kvpo.prompts import VideoPrompt, check_shown
 
+MOST_THREADS = 1024
+"""More than a machine has cores; torch crashes at many more."""
+
 
 class ConfigurationError(ValueError):
     """A setting cannot be used; the message is one line that names it."""
@@ -39,7 +42,7 @@ def check(config: Config) -> None:
     _method(config)
     _optim(config.optim)
     _rewards(config.rewards)
-    _require(config.threads >= 0, "threads", config.threads, "0 or more")
+    _require(0 <= config.threads <= MOST_THREADS, "threads", config.threads, f"0 to {MOST_THREADS}")
     evaluation, checkpoint = config.evaluation, config.checkpoint
     _require(evaluation.every >= 0, "evaluation.every", evaluation.every, "0 or more")
     for name in ("validation_prompts", "test_prompts"):

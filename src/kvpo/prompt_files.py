@@ -1,6 +1,7 @@
 """Prompt files: one prompt per line of text, or JSON lines with the segments of interactive videos."""
 
 import json
+import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -55,12 +56,19 @@ def read_prompts(
 
 
 def repeats(prompts: Sequence[VideoPrompt]) -> list[list[VideoPrompt]]:
-    """Distinct prompts in order, each with its repeats: those that differ in case and spaces only."""
+    """Distinct prompts in order, each with its repeats: those that read alike.
+
+    They differ in case, in spaces, in characters that cannot be seen, or in how Unicode spells a letter.
+    """
     found: dict[tuple[str, ...], list[VideoPrompt]] = {}
     for prompt in prompts:
-        key = tuple(" ".join(text.casefold().split()) for text in prompt.segments)
-        found.setdefault(key, []).append(prompt)
+        found.setdefault(tuple(map(_as_read, prompt.segments)), []).append(prompt)
     return list(found.values())
+
+
+def _as_read(text: str) -> str:
+    seen = "".join(c for c in unicodedata.normalize("NFKC", text) if unicodedata.category(c) != "Cf")
+    return " ".join(unicodedata.normalize("NFKC", seen.casefold()).split())
 
 
 Line = tuple[tuple[str, ...], tuple[int, ...] | None, int | None]
@@ -71,7 +79,10 @@ def _lines(path: Path) -> list[tuple[int, str]]:
     """Numbered lines of a file without line ends; blank ones at the end are left out."""
     if not path.exists():
         raise ValueError(f"{path}: no such prompt file")
-    numbered = [(number, line.strip()) for number, line in enumerate(read_text(path).rstrip().split("\n"), 1)]
+    text = read_text(path).replace("\r\n", "\n").replace("\r", "\n")
+    numbered = [(number, line.strip()) for number, line in enumerate(text.rstrip().split("\n"), 1)]
+    if binary := [number for number, line in numbered if "\0" in line]:
+        raise ValueError(f"{path}, line {binary[0]}: holds a zero byte; save the file as UTF-8 text")
     if numbered == [(1, "")]:
         raise ValueError(f"{path}: the file holds no prompts")
     if blank := [number for number, line in numbered if not line]:

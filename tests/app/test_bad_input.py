@@ -216,3 +216,26 @@ def test_an_output_directory_in_use_or_holding_a_run(refused: Any, settings: Pat
             said = refused("align", "--config", settings, "--out", run, *more)
             assert "is in use by process" in said and "choose another --out" in said
     assert before == {path: path.read_bytes() for path in before}
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--threads", "1000000"), "threads: must be 0 to 1024, got 1000000"),  # torch crashes
+        (("--device", ""), "device: '' cannot be used here"),
+        (("--device", "gpu"), "device: 'gpu' cannot be used here"),
+        (("--preset", ""), "unknown preset ''"),
+        (("--optim.lr", "1" + "0" * 400), "optim.lr: expected a number, got 1000"),
+    ],
+)
+def test_settings_that_end_in_a_crash_or_in_another_preset(
+    refused: Callable[..., str], settings: Path, words: tuple[str, str], said: str
+) -> None:
+    assert said in refused("align", "--config", settings, "--out", "out", *words)
+    assert not Path("out").exists()
+
+
+def test_fewer_than_no_steps_are_refused(refused: Callable[..., str]) -> None:
+    assert "--steps: must be 0 or more, got -5" in refused(
+        "pretrain", "--steps=-5", "--out", "base.safetensors"
+    )

@@ -13,7 +13,9 @@ import yaml
 from kvpo.app import generate as generate_module
 from kvpo.app.cli import main
 from kvpo.app.generate import generate
-from kvpo.app.video_folder import find_videos
+from kvpo.app.video_folder import find_videos, read_manifest
+from kvpo.config import Config
+from kvpo.files import StorageError
 from kvpo.prompts import VideoPrompt
 from tests.tiny_world import SETTINGS, tiny_config
 
@@ -53,6 +55,20 @@ def test_names_keep_their_order_beyond_a_thousand(
     assert find_videos(tmp_path) == written and written[-1].name == "1000.mp4"
     shows = json.loads((tmp_path / "videos.json").read_text())
     assert [shows[path.name] for path in written] == [[f"prompt {n}"] for n in range(1001)]
+
+
+@pytest.mark.parametrize("name", ["000.mp4", "old.MP4", "clip.webm"])
+def test_videos_of_whatever_kind_stay_alone(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).touch()
+    with pytest.raises(StorageError, match=f"already holds 1 video\\(s\\), such as {name}"):
+        generate(Config(), tmp_path)
+
+
+def test_two_prompts_for_one_name_are_refused(tmp_path: Path) -> None:
+    """Two spellings of one accent are two names to a Linux disk and one to a Mac's."""
+    (tmp_path / "names.json").write_text(json.dumps({"é.mp4": "one", "e\u0301.mp4": "two"}))
+    with pytest.raises(ValueError, match="two prompts for 'é.mp4', whose accents are spelt in two ways"):
+        read_manifest(tmp_path / "names.json")
 
 
 def test_half_a_character_is_no_prompt() -> None:

@@ -61,8 +61,8 @@ def test_files_are_read_once_and_must_agree_with_what_is_given(tmp_path: Path) -
     [
         (None, "cannot read .*: no such file"),
         ("{", "cannot read .*: not JSON"),
-        ("[]", "is no file of `kvpo calibrate`"),
-        ('{"components": {}}', "is no file of `kvpo calibrate`"),
+        ("[]", "was not written by `kvpo calibrate`"),
+        ('{"components": {}}', "was not written by `kvpo calibrate`"),
         ('{"components": {"a": {"noise_floor": -1}}}', "no noise floor of 0 or more for 'a', but -1"),
         ('{"components": {"a": {"noise_floor": NaN}}}', "no noise floor of 0 or more for 'a', but nan"),
         ('{"components": {"a": {"noise_floor": true}}}', "but True"),

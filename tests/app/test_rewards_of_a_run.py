@@ -1,5 +1,6 @@
 """The rewards that a configuration names: built together, weighted, and used by a run."""
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,27 @@ def on_one_thread_more(video_BTCHW: Tensor, prompts: Any) -> Tensor:
     """Changes how fast, and in which order, everything else is added up."""
     torch.set_num_threads(torch.get_num_threads() + 1)
     return video_BTCHW.mean((1, 2, 3, 4))
+
+
+def elsewhere(video_BTCHW: Tensor, prompts: Any) -> Tensor:
+    """Leaves the process in another directory than the one that --out is relative to."""
+    os.chdir("/")
+    return video_BTCHW.mean((1, 2, 3, 4))
+
+
+def complex_numbers(video_BTCHW: Tensor, prompts: Any) -> Tensor:
+    """Half of each would be lost."""
+    return video_BTCHW.mean((1, 2, 3, 4)) * 1j
+
+
+def hollow(video_BTCHW: Tensor, prompts: Any) -> Tensor:
+    """A tensor that was never filled."""
+    return torch.empty(len(video_BTCHW), device="meta")
+
+
+def sparse(video_BTCHW: Tensor, prompts: Any) -> Tensor:
+    """Of few numbers."""
+    return video_BTCHW.mean((1, 2, 3, 4)).to_sparse()
 
 
 def leaving(video_BTCHW: Tensor, prompts: Any) -> Tensor:
@@ -115,17 +137,26 @@ def test_a_function_that_changes_its_clips_is_refused() -> None:
     [
         ("in_doubles", "changed torch's default dtype from torch.float32 to torch.float64"),
         ("on_one_thread_more", "changed torch's number of threads from"),
+        ("elsewhere", "changed the working directory from .* to /, for everything"),
+        ("complex_numbers", "failed: ValueError: its scores are complex"),
+        ("hollow", "failed: ValueError: its scores are without content"),
         ("leaving", "failed: SystemExit: 0"),
         ("enormous", "'enormous' is 3e.38 for clip 0 of 2, which sums and squares of float32 cannot hold"),
     ],
 )
 def test_what_a_function_must_not_do_is_named(name: str, message: str) -> None:
-    before = torch.get_default_dtype(), torch.get_num_threads()
+    before = torch.get_default_dtype(), torch.get_num_threads(), os.getcwd()
     scorer, _ = build_scorer(run_with(f"{ME}:{name}"), 8.0)
     clips = [(member, Clip(0, 5, ClipPrompt(""))) for member in range(2)]
     with pytest.raises(ValueError, match=message):
         score_clips(scorer, torch.rand(2, 5, 3, 16, 16), clips, frames_per_latent=1)
-    assert before == (torch.get_default_dtype(), torch.get_num_threads())
+    assert before == (torch.get_default_dtype(), torch.get_num_threads(), os.getcwd())
+
+
+def test_sparse_scores_are_scores() -> None:
+    scorer, _ = build_scorer(run_with(f"{ME}:sparse"), 8.0)
+    clip = torch.rand(2, 5, 3, 16, 16)
+    assert torch.equal(scorer(clip, ["", ""])["sparse"], clip.mean((1, 2, 3, 4)))  # type: ignore[list-item]
 
 
 @pytest.mark.parametrize(

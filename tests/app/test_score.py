@@ -240,7 +240,7 @@ def test_the_manifest_comes_first(tmp_path, caplog):
     (tmp_path / "p.txt").write_text("ten\nthree\n")
     with pytest.raises(ValueError, match="2.mp4 shows 'two', which is not among these prompts"):
         prompts_of(tmp_path, "p.txt", "2.mp4", "10.mp4")
-    with pytest.raises(ValueError, match="3.mp4 is not in the videos.json beside it"):
+    with pytest.raises(ValueError, match="3.mp4 is not in the videos.json next to it"):
         prompts_of(tmp_path, "p.txt", "3.mp4", "10.mp4")
     assert prompts_of(tmp_path, None, "2.mp4", "3.mp4") is None
     (tmp_path / "videos.json").write_text('{"2.mp4": ["two", "then three"], "10.mp4": ["ten"]}')
@@ -257,9 +257,8 @@ def test_the_table_does_not_overwrite_prompts(tmp_path, capsys):
         out = (tmp_path / name).with_suffix(".html")
         flags = ["--reward", "flicker", "--prompts", str(tmp_path / name), "--out", str(out)]
         assert main(["score", str(tmp_path), *flags]) == 1
-        assert (
-            f"{tmp_path / name}, which is written beside {out.name}, holds prompts" in capsys.readouterr().err
-        )
+        said = f"{tmp_path / name}, which is written next to {out.name}, holds prompts"
+        assert said in capsys.readouterr().err
         assert (tmp_path / name).read_text() == '{"a.mp4": "one"}'
 
 

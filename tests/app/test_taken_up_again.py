@@ -24,6 +24,8 @@ from kvpo.app.file_prompts import split_prompts
 from kvpo.app.presets import PRESETS
 from kvpo.config import Config
 from kvpo.config_checks import ConfigurationError
+from kvpo.prompt_files import repeats
+from kvpo.prompts import VideoPrompt
 from kvpo.training.checkpoint import CheckpointError, checkpoints
 from kvpo.training.device import computing
 from kvpo.training.run_directory import RunDirectory
@@ -65,6 +67,29 @@ def test_without_a_checkpoint_a_run_starts_from_its_saved_configuration_and_says
     assert resolve(None, tmp_path / "config.yaml", {}) == config
     whole, here = (json.loads((at / "summary.json").read_text()) for at in (finished, tmp_path))
     assert here["held_out"] == whole["held_out"] and here["threads"] == 1
+
+
+@pytest.mark.parametrize("kept", [0, 0.5])
+def test_an_emptied_or_shortened_configuration_is_not_filled_up_from_a_preset(
+    kept: float, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with RunDirectory(tmp_path, PRESETS["longlive-1.3b"]()):
+        pass
+    saved = tmp_path / "config.yaml"
+    lines = saved.read_text().splitlines(keepends=True)
+    saved.write_text("".join(lines[: int(kept * len(lines))]))
+    before = contents(tmp_path)
+    new = ("--out", tmp_path / "new")
+    resumed = ("align", "--resume", "--out", tmp_path)
+    for words in (
+        resumed,
+        ("evaluate", tmp_path),
+        ("generate", "--run", tmp_path, *new),
+        ("export", tmp_path, *new),
+    ):
+        assert command(*words) == 2
+        assert f"{saved} is not the whole configuration of a run" in capsys.readouterr().err
+    assert contents(tmp_path) == before
 
 
 def test_resuming_where_there_is_no_run_is_refused(
@@ -228,6 +253,22 @@ def kinds(config: Config) -> dict[str, list[tuple[str, ...]]]:
     training, validation, test = split_prompts(config)
     sets = {"training": training, "validation": validation["short"], "test": test["short"]}
     return {name: [prompt.segments for prompt in own] for name, own in sets.items()}
+
+
+@pytest.mark.parametrize(
+    "again",
+    [
+        "CAFÉ ball",
+        "cafe\u0301  ball",
+        "café\u00a0ball",
+        "ｃａｆé ball",
+        "caf\u00adé\u200b ball",
+        "\u2060café ball",
+    ],
+)
+def test_prompts_that_read_alike_are_one_prompt(again: str) -> None:
+    prompts = [VideoPrompt(n, (text,), (), 9) for n, text in enumerate(["café ball", again, "cafe ball"])]
+    assert [[prompt.id for prompt in same] for same in repeats(prompts)] == [[0, 1], [2]]
 
 
 def test_a_repeated_prompt_is_never_on_both_sides(tmp_path: Path) -> None:

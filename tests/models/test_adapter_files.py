@@ -94,6 +94,35 @@ def test_the_configuration_beside_a_file_states_its_alpha(tmp_path):
     assert "backbone.lora_alpha" in load_adapter_state(tmp_path / "b", alpha=12).described()
 
 
+def test_a_link_and_a_name_without_an_ending_lose_no_alpha(tmp_path):
+    file = written(tmp_path / "a", {"lora_alpha": 12, "r": RANK})
+    (link := tmp_path / "mine.safetensors").symlink_to(file)
+    (blob := tmp_path / "0123abcd").write_bytes(written(tmp_path / "b", None, {"alpha": "12"}).read_bytes())
+    (tmp_path / "hub").mkdir()
+    (seen := tmp_path / "hub" / "adapter_model.safetensors").symlink_to(written(tmp_path / "c"))
+    (tmp_path / "hub" / "adapter_config.json").symlink_to(tmp_path / "a" / "adapter_config.json")
+    for path in (link, blob, seen, seen.parent):
+        assert scales(load_adapter_state(path)) == dict.fromkeys(LAYERS, 4.0), path
+
+
+def test_alpha_in_an_entry_of_its_own_counts(tmp_path):
+    torch.save(
+        {"generator_lora": lora_state(), "lora_config": {"rank": RANK, "alpha": 12}}, tmp_path / "x.pt"
+    )
+    assert scales(load_adapter_state(tmp_path / "x.pt")) == dict.fromkeys(LAYERS, 4.0)
+    with pytest.raises(ValueError, match="12 according to entry lora_config .* but 3 according to"):
+        load_adapter_state(tmp_path / "x.pt", alpha=3)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.complex64])
+def test_quantised_adapters_are_refused(tmp_path, dtype):
+    torch.save({name: value.to(dtype) for name, value in lora_state().items()}, tmp_path / "x.pt")
+    with pytest.raises(
+        ValueError, match="A.weight holds .*, not floating-point numbers; give the weights as"
+    ):
+        load_adapter_state(tmp_path / "x.pt")
+
+
 @pytest.mark.parametrize(
     "header",
     [

@@ -273,6 +273,15 @@ def test_assigned_weights_are_the_mapped_file_or_cast(tmp_path):
     assert_same(half.state_dict(), {name: value.bfloat16() for name, value in state.items()})
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.bool, torch.complex64])
+def test_quantised_weights_are_refused(dtype):
+    name = "blocks.0.ffn.0.weight"
+    with pytest.raises(
+        ValueError, match=f"file.pt: {name} holds {str(dtype)[6:]}, not floating-point numbers"
+    ):
+        assign(wan_state() | {name: wan_state()[name].to(dtype)}, meta_model())
+
+
 def test_unaligned_mapped_weights_get_memory_of_their_own(tmp_path):
     state = wan_state()
     save_file(state, tmp_path / "x.safetensors")

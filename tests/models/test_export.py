@@ -198,5 +198,8 @@ def test_nothing_is_overwritten_or_left_half_written(tmp_path):
     save_diffusers_transformer(tmp_path / "out", weights, SHAPE)
     with pytest.raises(ValueError, match="already exists"):
         save_public_checkpoint(tmp_path / "x.pt", weights)
+    for name in ("NAME", ".pt", "ü 1."):
+        save_public_checkpoint(tmp_path / name, weights)
+        assert_same(load_transformer_state(tmp_path / name).tensors, weights)
     with pytest.raises(ValueError, match="already exists"):
         save_diffusers_transformer(tmp_path / "out", weights, SHAPE)

@@ -552,7 +552,7 @@ def test_an_answer_of_something_else_is_refused(content: Any, monkeypatch: pytes
     monkeypatch.setattr(client_module.httpx.AsyncClient, "request", lambda *args, **named: later(answer))
     with socket.create_server(("127.0.0.1", 0)) as listener:
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-        with pytest.raises(ValueError, match=f"{url} refused: it is no reward server of kvpo"):
+        with pytest.raises(ValueError, match=f"{url} refused: it is not a kvpo reward server"):
             connect(url, ["own"], patience=QUICK)
 
 

@@ -50,6 +50,14 @@ def test_one_bad_number_among_many_is_found(dtype: torch.dtype, bad: float) -> N
     assert first_non_finite({"large": torch.full((9,), torch.finfo(dtype).max, dtype=dtype)}) is None
 
 
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_bad_numbers_of_eight_bits_are_found(dtype: torch.dtype) -> None:
+    numbers = torch.tensor([[1.0, -3.0]]).to(dtype)
+    assert magnitudes([numbers]).tolist() == [3.0]
+    numbers[0, 0] = math.nan
+    assert first_non_finite({"x": numbers}) == ("x", "NaN")
+
+
 def test_weights_are_refused_by_name_when_they_are_loaded(tiny_base: Path, tmp_path: Path) -> None:
     with safe_open(tiny_base, framework="pt") as file:
         metadata = file.metadata()

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from kvpo.app.build import build_setup
-from kvpo.app.configuration import CHANGEABLE_ON_RESUME, demand_same_run, resolve
+from kvpo.app.configuration import CHANGEABLE_ON_RESUME, demand_same_run, resolve_saved
 from kvpo.app.exhibits import measure_diversity, write_branches, write_gallery
 from kvpo.app.noise_files import with_measured_floors
 from kvpo.app.provenance import keep_provenance
@@ -47,7 +47,7 @@ def align(config: Config, out: Path | str, *, resume: bool = False) -> dict[str,
     """Align the generator that ``config`` names and leave everything about the run in ``out``.
 
     Returns the summary, as ``summary.json`` holds it; None if SIGINT or SIGTERM came during the updates: the
-    one under way is finished and saved first, and ``resume`` continues. Elsewhere nothing is lost by stopping
+    current one is finished and saved first, and ``resume`` continues. Elsewhere nothing is lost by stopping
     at once, so there a SIGINT raises KeyboardInterrupt as usual.
 
     Raises ValueError for settings, prompts, rewards and checkpoints that cannot be used and StorageError
@@ -105,7 +105,7 @@ def _run(config: Config, directory: RunDirectory, started: float, resume: bool) 
 def _demand_same_run(out: Path, config: Config) -> None:
     """Raise ConfigurationError where ``config`` is not that of ``out``, or ends before what is done."""
     saved = out / "config.yaml"
-    demand_same_run(saved, resolve(None, saved, {}), config, CHANGEABLE_ON_RESUME)
+    demand_same_run(saved, resolve_saved(saved), config, CHANGEABLE_ON_RESUME)
     point, summary = latest_checkpoint(out / "checkpoints"), out / "summary.json"
     done = 0 if point is None else checkpoint_update(point)
     if summary.exists():
@@ -118,7 +118,7 @@ def _demand_same_run(out: Path, config: Config) -> None:
 
 
 def _summary(path: Path) -> dict[str, Any]:
-    """What a finished run wrote. Raises ValueError where that was damaged since."""
+    """The summary of a finished run. Raises ValueError where it was damaged since."""
     summary: dict[str, Any] = read_json(path)
     if not isinstance(summary, dict) or not isinstance(summary.get("updates"), int):
         raise ValueError(f"{path} is not the summary of a run; remove it, and --resume writes it again")
@@ -145,7 +145,7 @@ def exactness(setup: Setup, trainer: Trainer) -> dict[str, float]:
 
 
 def radar_summary(run: Run, results: Mapping[str, tuple[HeldOut, HeldOut]]) -> dict[str, Any]:
-    """What the hacking radar made of the validations, and what it sees on the test prompts."""
+    """The hacking radar's verdict on the validations, and its readings on the test prompts."""
     base, aligned = (radar.pooled(side) for side in zip(*results.values(), strict=True))
     judges = run.setup.judges
     return run.judged() | {

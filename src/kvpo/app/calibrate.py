@@ -36,7 +36,7 @@ QUALITIES = (18, 23)
 SHIFTS = ((1, 0), (-1, 0), (0, 1), (0, -1))
 NOISE_DRAWS = 3
 RANDOM_SHARE = 0.1
-"""Of the noise floor, up to which scores of equal clips may differ: sums on a GPU have no fixed order."""
+"""Share of the noise floor by which scores of equal clips may differ: sums on a GPU have no fixed order."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Jitter:
-    """How one kind of change moves a score, over clips and draws."""
+    """Effect of one kind of change on a score, over clips and draws."""
 
     rms: float
     bias: float
@@ -61,7 +61,7 @@ class Jitter:
 
 @dataclass(frozen=True)
 class ComponentNoise:
-    """What was measured of one number."""
+    """Measurements of one number."""
 
     noise_floor: float
     """Standard deviation of one clip's score under harmless changes, root mean square over clips."""
@@ -171,7 +171,7 @@ def _noise(original: list[float], deltas: dict[str, list[list[float]]], repetiti
 def check_usable(found: Mapping[str, ComponentNoise], different: int) -> None:
     """Refuse a reward that cannot train: it is random on equal clips, or constant on different ones.
 
-    A component that is constant beside others that are not is named in a warning.
+    A component that is constant while others are not is named in a warning.
 
     Args:
         different: how many clips that differ it was measured on.
@@ -200,7 +200,7 @@ def folder_samples(folder: Path, reward: NamedReward, prompts: Path | None, coun
     """The first clip of each of the first ``count`` videos of a folder that can be read and are long enough.
 
     Raises:
-        ValueError: there is no such video.
+        ValueError: the video does not exist.
     """
     files = find_videos(folder)
     root = folder if folder.is_dir() else folder.parent

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from kvpo.app import reward_commands
-from kvpo.app.configuration import parse_flags, path_argument, resolve, resolve_resumed
+from kvpo.app.configuration import parse_flags, path_argument, resolve, resolve_resumed, resolve_saved
 from kvpo.config import Config
 from kvpo.config_checks import ConfigurationError
 from kvpo.files import output_file
@@ -78,7 +78,7 @@ def _align(arguments: Namespace) -> None:
     from kvpo.training.run_directory import belongs_to_run, way_on
 
     continued = arguments.resume and belongs_to_run(arguments.out)
-    given = arguments.preset or arguments.config or settings_given(arguments)
+    given = arguments.preset is not None or arguments.config or settings_given(arguments)
     if arguments.resume and not (continued or given):
         raise ConfigurationError(
             f"--resume: {arguments.out} holds no run; name its directory, or give --preset to start one there"
@@ -102,7 +102,7 @@ def _generate_arguments(parser: ArgumentParser) -> None:
         "--run",
         type=path_argument,
         metavar="DIR",
-        help="a run whose aligned model generates, beside its base",
+        help="a run whose aligned model generates, in addition to its base",
     )
     _checkpoint_argument(parser)
     _weights_argument(parser, dest=f"{SETTING}evaluation.weights", default=SUPPRESS)
@@ -122,7 +122,7 @@ def _generate(arguments: Namespace) -> None:
     else:
         if arguments.preset is not None or arguments.config is not None:
             raise ConfigurationError("--run brings its own settings; leave out --preset and --config")
-        config = resolve(None, arguments.run / "config.yaml", settings_given(arguments))
+        config = resolve_saved(arguments.run / "config.yaml", settings_given(arguments))
     from kvpo.app.generate import generate
 
     videos = generate(
@@ -190,6 +190,8 @@ def _pretrain_arguments(parser: ArgumentParser) -> None:
 
 def _pretrain(arguments: Namespace) -> None:
     config = configuration(arguments)
+    if arguments.steps is not None and arguments.steps < 0:
+        raise ConfigurationError(f"--steps: must be 0 or more, got {arguments.steps}")
     out = output_file(arguments.out, "--out")
     import torch
 

@@ -41,7 +41,7 @@ PLACES = (
 """Settings of a run that say where things are, and may differ whenever it is taken up again."""
 CHANGEABLE_ON_RESUME = (*PLACES, "optim.updates", "checkpoint.every", "checkpoint.keep")
 PLACES_OF_A_RUN = (*PLACES, "backbone.vae", "backbone.text_encoder", "backbone.tokenizer")
-"""What `kvpo evaluate` and `kvpo export` can be told of a run."""
+"""Settings of a run that `kvpo evaluate` and `kvpo export` accept."""
 
 
 RENAMED = {
@@ -93,7 +93,8 @@ def resolve(preset: str | None, file: Path | None, flags: Mapping[str, str]) -> 
     """
     values = read_file(file) if file is not None else {}
     given = parse_flags(flags)
-    config = _start(preset or str(values.get("preset", "demo")), given.get("method", values.get("method")))
+    start = str(values.get("preset", "demo")) if preset is None else preset
+    config = _start(start, given.get("method", values.get("method")))
     config = assign(config, {**values, "preset": config.preset})
     config = with_measured_floors(assign(config, given))
     check(config)
@@ -128,14 +129,30 @@ def with_method(config: Config, method: Any) -> Config:
     return assign(config, {"exploration.explorer": own.EXPLORERS[0], **own.STARTS_FROM})
 
 
+def resolve_saved(saved: Path, flags: Mapping[str, str] | None = None) -> Config:
+    """The configuration in a run's config.yaml, with some settings changed by ``flags``.
+
+    Raises ConfigurationError; also for an empty or shortened file, which a preset would fill up silently.
+    """
+    if missing := {"preset", "checkpoint.keep"} - read_file(saved).keys():  # the first and the last line
+        raise ConfigurationError(
+            f"{saved} is not the whole configuration of a run: it lacks {' and '.join(sorted(missing))}; put "
+            "the file back as the run wrote it"
+        )
+    return resolve(None, saved, flags or {})
+
+
 def resolve_resumed(saved: Path, preset: str | None, file: Path | None, flags: Mapping[str, str]) -> Config:
     """The configuration of a run that continues from ``saved``, its config.yaml.
 
     Preset, file and flags may be given again, but must agree with it except in CHANGEABLE_ON_RESUME:
     anything else would be another run. Raises ConfigurationError naming what differs.
     """
-    before = resolve(None, saved, {})
-    given = {**(read_file(file) if file is not None else {}), **({"preset": preset} if preset else {})}
+    before = resolve_saved(saved)
+    given = {
+        **(read_file(file) if file is not None else {}),
+        **({} if preset is None else {"preset": preset}),
+    }
     after = with_measured_floors(assign(assign(before, given), parse_flags(flags)))
     check(after)
     demand_same_run(saved, before, after, CHANGEABLE_ON_RESUME)
@@ -150,7 +167,7 @@ def resolve_run(run: Path, places: Mapping[str, Any] | None = None, weights: str
     Raises ConfigurationError for a setting that is not in PLACES_OF_A_RUN.
     """
     saved = run / "config.yaml"
-    before = resolve(None, saved, {})
+    before = resolve_saved(saved)
     after = assign(before, places or {})
     check(after)
     demand_same_run(saved, before, after, PLACES_OF_A_RUN)
@@ -307,7 +324,7 @@ def _number(value: Any) -> float | None:
         return None
     try:
         number = float(value)
-    except ValueError:
+    except (OverflowError, ValueError):
         return None
     return number if math.isfinite(number) else None
 

@@ -1,4 +1,4 @@
-"""What a report shows beyond numbers: before/after videos, branch groups, causality, diversity."""
+"""Contents of a report beyond numbers: before/after videos, branch groups, causality, diversity."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -59,7 +59,7 @@ def laboratory(setup: Setup, prompts: Sequence[VideoPrompt]) -> Laboratory:
 def story_places(setup: Setup, count: int) -> list[Place]:
     """Forks of long validation stories: right at a prompt switch where one is eligible, else later."""
     config = setup.config
-    # A fork's diversity is measured on its own history; donors need other prompts beside it.
+    # A fork's diversity is measured on its own history; donors would need further prompts.
     own = replace(config.exploration, donor=0)
     together: dict[Fork, list[VideoPrompt]] = {}
     for prompt in list(setup.validation["long"])[:count]:
@@ -71,7 +71,7 @@ def story_places(setup: Setup, count: int) -> list[Place]:
 
 
 def measure_diversity(setup: Setup) -> dict[str, dict[str, float]]:
-    """Routed branches beside noise branches: at matched pixel distance, and with fresh noise.
+    """Routed branches compared with noise branches: at matched pixel distance, and with fresh noise.
 
     What a video shows is read off its pixels; empty where the generator's source does not allow that.
     """

@@ -35,8 +35,8 @@ def export(
 ) -> Path:
     """Write a run's model with what it trained, averaged or raw, and return the path written.
 
-    Text encoder, VAE and the run's device are not needed. Adapters are written as they were trained, to the
-    bit. All weights are merged and written in float32, whatever precision the run computed in.
+    Text encoder, VAE and the run's device are not needed. Adapters are written bit for bit as they were
+    trained. All weights are merged and written in float32, regardless of the run's precision.
 
     Args:
         layout: ``peft`` or ``diffusers-lora``, the adapter alone; ``diffusers`` or ``pt``, all weights with

@@ -13,7 +13,7 @@ from kvpo.app.build import load_backbone, source_of
 from kvpo.app.exhibits import as_bytes
 from kvpo.app.file_prompts import prompt_file
 from kvpo.app.provenance import demand_same_prompts
-from kvpo.app.video_folder import MANIFEST
+from kvpo.app.video_folder import MANIFEST, SUFFIXES
 from kvpo.config import Config
 from kvpo.config_checks import check
 from kvpo.engine.generator import pixels_of
@@ -55,8 +55,8 @@ def generate(
 
     Args:
         prompts: a prompt file (see ``kvpo.prompt_files``), prompts, or None: some of the test prompts.
-        run: directory of a run whose aligned model generates, beside the base, with its averaged or raw
-            weights as ``config.evaluation.weights`` says; None: the base alone.
+        run: directory of a run whose aligned model generates too, with its averaged or raw weights as
+            ``config.evaluation.weights`` says; None: the base alone.
         checkpoint: which checkpoint of the run: best, latest, an update, a directory; None: the best.
 
     Raises:
@@ -118,10 +118,10 @@ def _generate(
 
 
 def _demand_no_videos(out: Path) -> None:
-    """What a folder lists (latents, prompts) and what it shows must not come from different calls."""
+    """Refuse a folder with videos: its lists and its videos must come from one call."""
     if out.exists() and not out.is_dir():
         raise StorageError(f"cannot save videos in {out}: it is a file; choose another --out")
-    if there := sorted(out.glob("*.mp4")):
+    if there := sorted(path for path in out.glob("*") if path.suffix.lower() in SUFFIXES):
         raise StorageError(
             f"{out} already holds {len(there)} video(s), such as {there[0].name}; remove them, or choose "
             "another --out"
@@ -129,7 +129,7 @@ def _demand_no_videos(out: Path) -> None:
 
 
 def _prompts(config: Config, given: Path | str | Sequence[VideoPrompt] | None) -> list[VideoPrompt]:
-    """What to generate, numbered from 0."""
+    """Prompts to generate, numbered from 0."""
     if given is None:
         chosen = [prompt for some in source_of(config).split(config)[2].values() for prompt in some[:UNASKED]]
     elif isinstance(given, str | Path):

@@ -38,7 +38,7 @@ class NamedReward:
     declarations: tuple[Declaration, ...]
     weights: Mapping[str, float]
     version: str = ""
-    """What decides the scores beside clip, prompt and kvpo's own code; "": unknown."""
+    """Digest of what decides the scores apart from clip, prompt and kvpo's own code; "": unknown."""
 
     def cached(self, cache: ScoreCache | None) -> Scorer:
         """The scorer, asked about every distinct clip once; without a cache as it is."""
@@ -62,13 +62,13 @@ class UserReward:
     function: Callable[[Tensor, Sequence[ClipPrompt]], Any]
 
     def __call__(self, video_BTCHW: Tensor, prompts: Sequence[ClipPrompt]) -> dict[str, Tensor]:
-        """Component -> scores as tensors. Raises ValueError for whatever goes wrong inside the function."""
+        """Component -> scores as tensors. Raises ValueError for any error inside the function."""
         before = _changes(video_BTCHW)
         with _users_code(f"reward {self.name!r}"):
             try:
                 result = self.function(video_BTCHW, prompts)
                 scores = result if isinstance(result, Mapping) else {self.components[0]: result}
-                found = {component: torch.as_tensor(values) for component, values in scores.items()}
+                found = {component: _plain(values) for component, values in scores.items()}
             except (Exception, SystemExit) as error:  # somebody else's code may raise anything
                 raise ValueError(f"reward {self.name!r} failed: {type(error).__name__}: {error}") from error
         # Other clips show the same frames, and a copy of each would cost more than many a reward.
@@ -79,25 +79,41 @@ class UserReward:
         return found
 
 
+def _plain(values: Any) -> Tensor:
+    """Scores as a dense tensor. Raises ValueError where they are complex, or a tensor without content."""
+    scores = torch.as_tensor(values)
+    if scores.is_complex() or scores.is_meta:
+        raise ValueError(f"its scores are {'complex' if scores.is_complex() else 'without content (meta)'}")
+    return scores.to_dense()
+
+
 def _changes(tensor: Tensor) -> int:
-    """How often a tensor, or what it is a view of, was changed in place, as far as torch keeps count."""
+    """In-place changes of a tensor, or of the one it is a view of, as far as torch counts them."""
     return 0 if tensor.is_inference() else tensor._version
 
 
+def _directory() -> str:
+    try:
+        return os.getcwd()
+    except FileNotFoundError:  # it was removed
+        return ""
+
+
 _PROCESS_WIDE: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
-    "default dtype": (torch.get_default_dtype, torch.set_default_dtype),
-    "default device": (torch.get_default_device, torch.set_default_device),
-    "number of threads": (torch.get_num_threads, torch.set_num_threads),
-    "deterministic algorithms": (
+    "torch's default dtype": (torch.get_default_dtype, torch.set_default_dtype),
+    "torch's default device": (torch.get_default_device, torch.set_default_device),
+    "torch's number of threads": (torch.get_num_threads, torch.set_num_threads),
+    "torch's deterministic algorithms": (
         torch.are_deterministic_algorithms_enabled,
         torch.use_deterministic_algorithms,
     ),
+    "the working directory": (_directory, os.chdir),
 }
 
 
 @contextmanager
 def _users_code(whose: str) -> Iterator[None]:
-    """Refuse code that leaves torch set otherwise: all threads of the process share these settings.
+    """Refuse code that leaves the process set otherwise: all its threads share these settings.
 
     They are put back. So is the gradient mode, which is no fault: nobody else sees it.
 
@@ -116,8 +132,8 @@ def _users_code(whose: str) -> Iterator[None]:
     if changed:
         what = changed[0]
         raise ConfigurationError(
-            f"{whose} changed torch's {what} from {before[what]} to {found[what]}, for everything that runs "
-            "in this process; have it name what it needs where it needs it (dtype=..., device=...)"
+            f"{whose} changed {what} from {before[what]} to {found[what]}, for everything that runs in this "
+            "process; have it name what it needs where it needs it (dtype=..., device=..., full paths)"
         )
 
 
@@ -221,12 +237,8 @@ def _remote(names: Sequence[str], url: str, field: str, frame_rate: float, top_s
             f"{field}: a server averages all frames of a clip, and the best {top_share:g} of them are asked "
             f"for; set top_share to 1, or have {names[0]} score in this process"
         )
-    try:
-        from kvpo.rewards.client import connect
-    except ModuleNotFoundError as error:
-        raise ConfigurationError(
-            f"{field}: {names[0]}@{url} needs {error.name}: pip install 'kvpo[server]'"
-        ) from error
+    from kvpo.rewards.client import connect
+
     scorer = connect(url, names, token=os.environ.get(TOKEN_VARIABLE))
     samplings = [(one.name, one.sampling) for one in scorer.declarations]
     sampled = [name for name, how in samplings if how is not None and how.least < how.most]

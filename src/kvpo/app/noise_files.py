@@ -9,13 +9,13 @@ from kvpo.config_checks import ConfigurationError
 from kvpo.files import local_path, read_json
 
 TOTAL = "total"
-"""What `kvpo calibrate` calls the weighted sum of a reward with several components."""
+"""Name that `kvpo calibrate` gives the weighted sum of several components."""
 
 
 def with_measured_floors(config: Config) -> Config:
     """``config`` with the floors of ``rewards.noise_files`` in ``rewards.noise_floors``, and no files left.
 
-    So a run's saved settings hold what was measured, whatever becomes of the files. Raises ConfigurationError
+    So a run's saved settings hold what was measured, even if the files change. Raises ConfigurationError
     for files that cannot be used or say something else than ``rewards.noise_floors``.
     """
     rewards = config.rewards
@@ -38,7 +38,7 @@ def read_floors(path: Path) -> dict[str, float]:
         raise ConfigurationError(f"rewards.noise_files: cannot read {error}") from error
     components = record.get("components") if isinstance(record, dict) else None
     if not isinstance(components, dict) or not components:
-        raise ConfigurationError(f"rewards.noise_files: {path} is no file of `kvpo calibrate`")
+        raise ConfigurationError(f"rewards.noise_files: {path} was not written by `kvpo calibrate`")
     floors = {}
     for name, measured in components.items():
         floor = measured.get("noise_floor") if isinstance(measured, dict) else None

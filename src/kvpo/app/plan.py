@@ -27,7 +27,7 @@ GB = 1e9
 ALIKE = ("backbone.offload", "optim.checkpointing", "optim.replay_rows", "exploration.rows")
 """Settings that change results by rounding alone."""
 SPARE = 0.04
-"""Share of the device that the allocator cannot use for want of a large enough gap."""
+"""Share of the device that the allocator loses to fragmentation."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Advice:
 
     flags: tuple[str, ...]
     changes_the_run: bool
-    """Whether results differ beyond rounding."""
+    """True if results differ beyond rounding."""
     plan: Plan
 
 
@@ -65,7 +65,7 @@ class Planner:
 
 
 def fits(plan: Plan, memory: float) -> bool:
-    """Whether the largest phase fits so many bytes."""
+    """True if the largest phase fits that many bytes."""
     return plan.total(plan.peak) <= (1 - SPARE) * memory
 
 
@@ -172,7 +172,7 @@ def _print(plan: Plan, memory: float | None, advice: Advice | None) -> None:
         f"a page {plan.page / 1e6:.4g} MB, {plan.pages} pages; GB = 1e9 bytes",
         highlight=False,
     )
-    table = Table("phase", "GB", "s / update", "of which, beside what is always there")
+    table = Table("phase", "GB", "s / update", "of which, besides the constant part")
     table.add_row("always", _gb(sum(plan.standing.values())), "", _listed(plan.standing))
     for phase in plan.phases:
         seconds = "" if phase.seconds is None else f"{phase.seconds:.3g}"

@@ -83,7 +83,7 @@ def longlive_1_3b() -> Config:
             warmup_updates=5,
             ema_decay=0.999,
             updates=1500,
-            prompts_per_update=4,  # with HPSv3 beside it the most that one 80 GB card holds
+            prompts_per_update=4,  # together with HPSv3 the most that one 80 GB card holds
             rollouts_per_refresh=2,
             replay_rows=1,
             checkpointing=True,
@@ -97,7 +97,7 @@ def longlive_1_3b() -> Config:
 
 
 def memflow_1_3b() -> Config:
-    """MemFlow 1.3B: as LongLive, with a memory bank of three frames beside sink and window."""
+    """MemFlow 1.3B: as LongLive, with a memory bank of three frames in addition to sink and window."""
     base = longlive_1_3b()
     return replace(base, preset="memflow-1.3b", stream=replace(base.stream, bank_size=3))
 

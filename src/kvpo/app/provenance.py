@@ -1,4 +1,4 @@
-"""What a run's settings only name: its prompts and their split, text encoder and VAE, threads.
+"""Content that a run's settings only name: its prompts and their split, text encoder and VAE, threads.
 
 ``provenance.json`` is written when a run starts, and compared whenever it is taken up again (resumed,
 evaluated, its test prompts generated): what was held out stays held out.

@@ -32,7 +32,7 @@ def score_arguments(parser: ArgumentParser) -> None:
         type=path_argument,
         default=Path("scores.html"),
         metavar="FILE",
-        help="page to write, with a .json beside it (default: scores.html)",
+        help="page to write, with a .json next to it (default: scores.html)",
     )
     _prompts_argument(parser)
     _model_arguments(parser)
@@ -145,18 +145,15 @@ def reward_server_arguments(parser: ArgumentParser) -> None:
         type=int,
         default=4096,
         metavar="INT",
-        help="of all requests under way; beyond it clients are told to come back (default: 4096)",
+        help="of all requests in flight; beyond it clients are told to come back (default: 4096)",
     )
     _model_arguments(parser)
 
 
 def reward_server(arguments: Namespace) -> None:
     """Run ``kvpo reward-server``."""
-    try:
-        from kvpo.app.reward_server import read_token, serve
-        from kvpo.rewards.server import MIB, Limits
-    except ModuleNotFoundError as error:
-        raise ConfigurationError(f"reward-server needs {error.name}: pip install 'kvpo[server]'") from error
+    from kvpo.app.reward_server import read_token, serve
+    from kvpo.rewards.server import MIB, Limits
 
     for name in ("batch", "request_mib", "queue_mib"):
         if vars(arguments)[name] < 1:

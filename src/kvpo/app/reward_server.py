@@ -21,11 +21,11 @@ with extra("server"):
 logger = logging.getLogger(__name__)
 
 STOPPING_SECONDS = 30
-"""How long requests under way may still take once the server was told to stop."""
+"""Time that running requests may still take once the server was told to stop."""
 
 
 def offers_of(rewards: Sequence[NamedReward]) -> list[Offer]:
-    """What clients may ask for: catalogue rewards one by one, others with all their components.
+    """Rewards offered to clients: catalogue rewards one by one, others with all their components.
 
     Raises ConfigurationError for two components of one name.
     """
@@ -51,7 +51,7 @@ def check_address(host: str, token: str | None) -> None:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach ``host``."""
+    """True if only this machine can reach ``host``."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:

@@ -30,7 +30,7 @@ PREVIEWS_BYTES = 12_000_000
 
 @dataclass
 class FileScore:
-    """What came of one file."""
+    """Result for one file."""
 
     path: Path
     name: str
@@ -47,7 +47,7 @@ def as_video(frames_THWC: np.ndarray) -> Tensor:
 
 
 def score_file(path: Path, prompt: str, rewards: Sequence[NamedReward], result: FileScore) -> FileScore:
-    """Fill ``result`` with every reward's components; whatever goes wrong is a problem of this file alone."""
+    """Fill ``result`` with every reward's components; errors concern this file alone."""
     try:
         video = probe(path)
     except ValueError as error:
@@ -56,7 +56,7 @@ def score_file(path: Path, prompt: str, rewards: Sequence[NamedReward], result: 
     for reward in rewards:
         try:
             result.scores |= _score(video, prompt, reward)
-        except Exception as error:  # a scorer may raise anything, and the other files shall still be scored
+        except Exception as error:  # a scorer may raise anything, and the other files should still be scored
             text = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
             result.problems[reward.name] = printable(" ".join(text.split()))
     return result
@@ -93,7 +93,7 @@ def score_folder(
     device: str = "cpu",
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[FileScore]:
-    """Score every video of ``folder``, write ``out`` (HTML) and a JSON file beside it; best first.
+    """Score every video of ``folder``, write ``out`` (HTML) and a JSON file next to it; best first.
 
     Raises:
         ValueError: nothing to score, prompts that do not fit the files, or not one file could be scored.
@@ -101,7 +101,7 @@ def score_folder(
     table_file = out.with_suffix(".json")
     if table_file.name == MANIFEST or prompts and table_file.resolve() == prompts.resolve():
         raise ValueError(
-            f"--out: {table_file}, which is written beside {out.name}, holds prompts; choose another"
+            f"--out: {table_file}, which is written next to {out.name}, holds prompts; choose another"
         )
     files = find_videos(folder)
     root = folder if folder.is_dir() else folder.parent

@@ -18,7 +18,7 @@ SUFFIXES = frozenset(
 )
 """File name endings of videos."""
 MANIFEST = "videos.json"
-"""What `kvpo generate` writes beside videos: file name -> its prompts, in the order in which they show."""
+"""File that `kvpo generate` writes with its videos: file name -> its prompts, in order of appearance."""
 ANY_LENGTH = 2**31
 SEVERAL = "several prompts, one after the other, and a file is scored against one: cut it at its switches"
 
@@ -52,14 +52,14 @@ def _natural(name: Path, number: str = r"(\d+)") -> list[list[Any]]:
 
 
 def shown_names(root: Path, files: Sequence[Path]) -> list[str]:
-    """Names of files below ``root`` that can be printed and written, whatever bytes they are made of."""
+    """Names of files below ``root`` that can be printed and written, also where their bytes are not UTF-8."""
     return [printable(str(file.relative_to(root))) for file in files]
 
 
 def file_prompts(path: Path | None, root: Path, files: Sequence[Path]) -> list[str] | None:
     """The prompt of every file below ``root``; None where nothing says it.
 
-    The manifest of `kvpo generate` beside the files decides. ``path`` is a JSON object that maps file names
+    The manifest of `kvpo generate` next to the files decides. ``path`` is a JSON object that maps file names
     to prompts, or a prompt file with one prompt per file in their natural order, which a manifest must agree
     with.
 
@@ -84,7 +84,7 @@ def file_prompts(path: Path | None, root: Path, files: Sequence[Path]) -> list[s
         return _one_each(path, names, _by_position(path, files, root, prompts))
     for name, texts in zip(names, listed, strict=True):
         if texts is None:
-            raise ValueError(f"{name} is not in the {MANIFEST} beside it, other files are; {_MAP}")
+            raise ValueError(f"{name} is not in the {MANIFEST} next to it, other files are; {_MAP}")
         if tuple(texts) not in prompts:
             raise ValueError(
                 f"{path}: {MANIFEST} says that {name} shows {texts[0][:60]!r}, which is not among "
@@ -115,7 +115,8 @@ def read_manifest(path: Path) -> dict[str, list[str]]:
         texts = [value] if isinstance(value, str) else value
         if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
             raise ValueError(f"{path}: expected a prompt for {name!r}, got {str(value)[:60]}")
-        found[_plain(name)] = texts
+        if found.setdefault(_plain(name), texts) != texts:
+            raise ValueError(f"{path}: two prompts for {_plain(name)!r}, whose accents are spelt in two ways")
     return found
 
 
@@ -125,7 +126,7 @@ def _plain(name: str) -> str:
 
 
 def _listed(file: Path) -> list[str] | None:
-    """The prompts of a file in the manifest beside it."""
+    """The prompts of a file in the manifest next to it."""
     manifest = file.parent / MANIFEST
     return read_manifest(manifest).get(_plain(file.name)) if manifest.is_file() else None
 

@@ -29,11 +29,11 @@ UPDATE_METRICS = {
     "velocity_kl": Metric("Squared distance of the velocities from the starting policy's."),
     "gradient_norm": Metric("Gradient norm before clipping."),
     "gradient_coverage": Metric(
-        "Share of the trained tensors with a gradient; below 1 a layer learns nothing."
+        "Share of the trained tensors with a gradient: 0.5 in the first update of a fresh adapter, then 1."
     ),
     "advantage_mean": Metric("Mean advantage of the trained branches; 0 where they are centred."),
     "advantage_std": Metric("Spread of the advantages of the trained branches."),
-    "withheld_fraction": Metric("Share of branches whose praise selective fusion did not believe."),
+    "withheld_fraction": Metric("Share of branches whose positive advantage selective fusion took away."),
     "learning_rate": Metric("Learning rate of the update, constant after its warm-up."),
     "idle_updates": Metric("Updates in a row in which nothing was learned."),
     "forks": Metric("How many groups forked at which frame."),
@@ -43,7 +43,7 @@ UPDATE_METRICS = {
     "routed": Metric("Routed slots, where fewer fit than were asked for."),
     "distinct": Metric("Distinct routed frames, where fewer fit than were asked for."),
     "seconds": Metric("Wall-clock seconds of the update."),
-    "reward_cache_hits": Metric("Clips whose scores the cache on disk knew."),
+    "reward_cache_hits": Metric("Clips whose scores were read from the cache on disk."),
     "reward_cache_repeats": Metric("Clips that equal another clip of the same call."),
     "reward_cache_misses": Metric("Clips that were scored."),
     "device_peak_gb": Metric("Most device memory that tensors took during the update, in GB."),

@@ -12,7 +12,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from safetensors import safe_open
 from torch import Tensor
 
 from kvpo.files import named_list, parse_json, read_json
@@ -24,7 +23,7 @@ from kvpo.models.checkpoints import (
     normalised,
     to_diffusers_name,
 )
-from kvpo.models.tensor_files import read_file
+from kvpo.models.tensor_files import read_file, require_numbers, safetensors_header
 
 PEFT_PREFIX = "base_model.model."
 PEFT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
@@ -180,10 +179,7 @@ def _config_statement(path: Path) -> _Statement:
 
 def _header_statements(path: Path) -> list[_Statement]:
     """Statements in the header of a safetensors adapter, in its own fields and in that of diffusers."""
-    if path.suffix != ".safetensors":
-        return []
-    with safe_open(path, framework="pt") as file:
-        header = file.metadata() or {}
+    header = safetensors_header(path)
     fields = {name: value for name, value in header.items() if value not in _SAYS_NOTHING}
     found = [_statement(fields, f"the header of {path}")]
     if DIFFUSERS_HEADER in header:
@@ -224,12 +220,19 @@ def load_adapter_state(
     content = read_file(path)
     named = {name: content.pop(name) for name in (*_ALPHAS, *_RANKS) if name in content}
     statements = [_statement(named, f"an entry of {path}"), *_header_statements(path)]
-    beside, in_entries = path.parent / PEFT_CONFIG, any(isinstance(value, dict) for value in content.values())
-    if beside.is_file() and not in_entries and path.name != DIFFUSERS_ADAPTER_NAME:
-        statements.append(_config_statement(beside))
+    nested = {name: value for name, value in content.items() if isinstance(value, dict)}
+    for name, value in nested.items():
+        if "lora" in name and not value.keys().isdisjoint(_ALPHAS):
+            statements.append(_statement(value, f"entry {name} of {path}"))
+    # A link has the configuration beside itself (as in the hub's cache) or beside the file that it leads to.
+    places = [folder / PEFT_CONFIG for folder in (path.resolve().parent, path.parent)]
+    for beside in {place.resolve(): place for place in places}.values():
+        if beside.is_file() and not nested and path.name != DIFFUSERS_ADAPTER_NAME:
+            statements.append(_config_statement(beside))
     if alpha is not None:
         statements.append(_Statement("the setting backbone.lora_alpha", alpha=alpha))
     tensors, source = choose_entry(content, entry, ADAPTER_ENTRIES, str(path))
+    require_numbers(tensors, source)
     pairs, own = _adapter_layers(tensors, source)
     public = {
         f"{PEFT_PREFIX}{module}.lora_{half}.weight": halves[half]

@@ -148,4 +148,5 @@ def save_public_checkpoint(path: str | Path, tensors: Mapping[str, Tensor]) -> N
     demand_new(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with new_file(path, failures=(RuntimeError,)) as scratch:  # torch's word for a full disk
-        torch.save({"generator": {f"model.{name}": t for name, t in storable(tensors).items()}}, scratch)
+        with scratch.open("wb") as file:  # given a name, torch's writer wants letters on both sides of a dot
+            torch.save({"generator": {f"model.{name}": t for name, t in storable(tensors).items()}}, file)

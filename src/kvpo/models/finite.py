@@ -23,7 +23,8 @@ def magnitudes(tensors: Iterable[Tensor]) -> Tensor:
     found = []
     for tensor in tensors:
         if tensor.numel() and tensor.is_floating_point():
-            low, high = torch.aminmax(tensor.detach())
+            exact = tensor.detach().float() if tensor.itemsize == 1 else tensor.detach()  # 8 bits: no aminmax
+            low, high = torch.aminmax(exact)
             found.append(torch.maximum(high, -low).double())
         else:
             found.append(torch.zeros((), dtype=torch.float64, device=tensor.device))

@@ -41,6 +41,15 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
         ) from error
 
 
+def safetensors_header(path: Path) -> dict[str, str]:
+    """The fields in the header of a safetensors file, recognised by its content; none in any other file."""
+    with path.open("rb") as file:
+        if file.read(9)[8:] != b"{":
+            return {}
+    with safe_open(path, framework="pt") as opened:
+        return dict(opened.metadata() or {})
+
+
 def storable(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Contiguous CPU tensors, each alone in its memory: files take no windows and no tensors that share."""
     stored: dict[str, Tensor] = {}
@@ -226,6 +235,20 @@ def check_tensors(
     raise ValueError("\n".join(lines))
 
 
+def require_numbers(tensors: Mapping[str, Tensor], source: str) -> None:
+    """Refuse weights that are no floating-point numbers: quantised ones mean nothing without their scales.
+
+    Raises:
+        ValueError: naming the first.
+    """
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            raise ValueError(
+                f"{source}: {name} holds {str(tensor.dtype).removeprefix('torch.')}, not floating-point "
+                "numbers; give the weights as they were before they were quantised"
+            )
+
+
 def _placed(tensor: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
     moved = tensor.to(device=device, dtype=dtype)
     if moved is tensor and device.type == "cpu" and tensor.data_ptr() % ALIGNMENT:
@@ -246,9 +269,10 @@ def assign_tensors(
     """Give a model built on the meta device its (checked) weights, tensor by tensor onto the device.
 
     The mapped file is the only other place where the weights are; where device and dtype already agree, the
-    model uses the mapping itself. Raises NonFiniteError naming the tensor of ``source`` that holds NaN or
-    infinity.
+    model uses the mapping itself. Raises ValueError naming the tensor of ``source`` that is quantised, or
+    that holds NaN or infinity.
     """
+    require_numbers({name: tensors[name] for name, _ in model.named_parameters()}, source)
     # By identity, so that one tensor under two names (tied weights) stays one tensor.
     placed = {id(tensor): _placed(tensor, torch.device(device), dtype) for tensor in tensors.values()}
     named = {name: placed[id(t)] for name, t in tensors.items()}

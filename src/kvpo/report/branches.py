@@ -10,7 +10,7 @@ from kvpo.report.record import Entry, Run
 from kvpo.report.screens import captions, film_data, screen, segments_of, whole
 
 RESIDUALS = ("energy", "distance", "residual")
-"""What methods call a branch's residuals; small is close to the policy."""
+"""Names that methods give a branch's residuals; small is close to the policy."""
 SORTS = ("order", "reward", "advantage", *(f"-{name}" for name in RESIDUALS), "probability")
 """Ways to sort the cards; a minus sign puts the smallest first."""
 
@@ -27,7 +27,7 @@ class Span:
 
 @dataclass(frozen=True)
 class Group:
-    """What the cards of one group share; None where the group does not say."""
+    """Facts shared by the cards of one group; None where the group does not say."""
 
     entry: Entry
     members: list[Entry]
@@ -46,7 +46,7 @@ class Group:
 
 @dataclass(frozen=True)
 class ContextSize:
-    """How many frames the contexts hold, from the run's configuration."""
+    """Frames that the contexts hold, from the run's configuration."""
 
     sink: int
     recent: int
@@ -75,7 +75,7 @@ DIFFERENCES = {
     "sde": "Branches add noise at every solver step; they differ in nothing else.",
     "renoise": "Branches draw other noise at every solver step; they differ in nothing else.",
 }
-"""Explorer -> what sets its branches apart."""
+"""Explorer -> the one difference between its branches."""
 
 
 def difference_of(run: Run) -> str:
@@ -86,7 +86,7 @@ def difference_of(run: Run) -> str:
 
 
 def is_anchor(member: Entry) -> bool:
-    """Whether a member is the unrouted anchor of its group."""
+    """True for the unrouted anchor of a group."""
     return member.get("name") == "anchor"
 
 
@@ -120,7 +120,7 @@ def context_size(run: Run) -> ContextSize:
 
 
 def routes_of(member: Entry) -> tuple[Counter[int], Counter[tuple[int, str]]]:
-    """How often each own frame, and each (frame, prompt) of another history, fills a routed slot."""
+    """Routed slots filled by each own frame, and by each (frame, prompt) of another history."""
     own: Counter[int] = Counter()
     donors: Counter[tuple[int, str]] = Counter()
     routed = member.get("routed_frames")
@@ -140,7 +140,7 @@ def _range(role: str, start: int, stop: int, meaning: str = "") -> list[Span]:
 
 
 def spans_of(group: Group, member: Entry, size: ContextSize) -> list[Span]:
-    """What the first routed block of ``member`` attends to, and the window it is generated in."""
+    """The frames that the first routed block of ``member`` attends to, and the window it is generated in."""
     if group.fork is None:
         return []
     sink = min(size.sink, group.fork)

@@ -99,7 +99,7 @@ def _figure(title: str, values: str, chart: str, meaning: str) -> str:
 
 
 def _clip_range(run: Run) -> list[tuple[str, float]]:
-    """Where the method clips its ratios, from its own settings; empty if it does not."""
+    """Bounds at which the method clips its ratios, from its own settings; empty if it does not."""
     settings = numbers(run.config.get(method_of(run).replace("-", "_")))
     low = settings.get("clip_low", settings.get("clip"))
     high = settings.get("clip_high", settings.get("clip"))

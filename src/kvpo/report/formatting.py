@@ -34,7 +34,7 @@ def number(value: Any) -> float | None:
 
 
 def numbers(mapping: Any) -> dict[str, float]:
-    """The entries of ``mapping`` that are finite numbers; empty if it is no mapping."""
+    """The entries of ``mapping`` that are finite numbers; empty if it is not a mapping."""
     if not isinstance(mapping, dict):
         return {}
     return {str(key): found for key, value in mapping.items() if (found := number(value)) is not None}

@@ -1,4 +1,4 @@
-"""What alignment changed on held-out prompts, in numbers and in one sentence."""
+"""The change on held-out prompts, in numbers and in one sentence."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -242,7 +242,7 @@ def is_null_control(config: Entry) -> bool:
 
 
 def idle_note(run: Run) -> list[str]:
-    """How many updates taught nothing, where that is one in ten or more."""
+    """The number of updates that taught nothing, where that is one in ten or more."""
     coverage = [number(entry.get("gradient_coverage")) for entry in run.updates]
     idle = sum(value == 0 for value in coverage)
     if not idle or 10 * idle < len(coverage):

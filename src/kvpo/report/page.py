@@ -53,7 +53,7 @@ def _sections(run: Run, store: ClipStore) -> list[tuple[str, str, str, str]]:
             gallery.cards(run, store),
         ),
         ("branches", "Branch explorer", explorer_intro, branches.explorer(run, store)),
-        ("diversity", "Routing beside noise", "Two ways to branch, from the same forks.", diversity(run)),
+        ("diversity", "Routing and noise", "Two ways to branch, from the same forks.", diversity(run)),
         ("diagnostics", "Training diagnostics", "Each update, and how to read it.", diagnostics(run)),
         ("checks", "Exactness", "Identities that hold for any weights, measured in this run.", checks(run)),
         ("configuration", "Configuration", "The resolved settings.", configuration(run)),

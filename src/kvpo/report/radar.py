@@ -1,4 +1,4 @@
-"""The hacking radar: trained reward beside held-out scorers, drift of looks, agreement between rewards."""
+"""The hacking radar: trained reward against held-out scorers, drift of looks, agreement between rewards."""
 
 from typing import Any
 

@@ -53,7 +53,7 @@ class Run:
     causality: list[Entry]
     """Groups whose branches were routed to one act only."""
     problems: list[str] = field(default_factory=list)
-    """What was missing or unreadable, in words; grows while videos are read."""
+    """Descriptions of what was missing or unreadable; grows while videos are read."""
 
 
 def read_run(directory: Path) -> Run:

@@ -100,7 +100,7 @@ def _diversity_sentence(methods: dict[str, dict[str, float]], forks: float) -> s
 
 
 def diversity(run: Run) -> str:
-    """Branches by routed history beside branches by noise."""
+    """Branches by routed history compared with branches by noise."""
     found = run.summary.get("diversity") if run.summary else None
     methods = {str(key): numbers(value) for key, value in found.items()} if isinstance(found, dict) else {}
     methods = {key: value for key, value in methods.items() if value}

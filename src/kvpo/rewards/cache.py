@@ -35,7 +35,7 @@ DIGEST_BYTES = 24
 
 @dataclass
 class Counts:
-    """What became of the clips that were to be scored, per reward."""
+    """Counts of clips that were scored, known or repeated, per reward."""
 
     hits: int = 0
     """Known from the cache on disk."""
@@ -104,7 +104,7 @@ class ScoreCache:
         except sqlite3.OperationalError as error:  # locked, full, not permitted
             logger.warning("score cache %s is passed over: %s", self.file, error)
         except sqlite3.DatabaseError as error:
-            logger.warning("score cache %s is damaged and begins anew: %s", self.file, error)
+            logger.warning("score cache %s is damaged and is started again: %s", self.file, error)
             if self.file.exists():
                 os.replace(self.file, self.file.with_suffix(".damaged"))
 
@@ -129,7 +129,7 @@ class CachedScorer:
 
     scorer: Scorer
     version: str
-    """What decides its scores beside clip and prompt; "": unknown, so that nothing is kept on disk."""
+    """Digest of what else than clip and prompt decides its scores; "": unknown, nothing is kept on disk."""
     cache: ScoreCache
 
     @property

@@ -22,7 +22,7 @@ class Part:
     """Something a reward is made of: a path or hub id, and which files of it are needed."""
 
     location: str
-    """Where it is looked for unless told otherwise; empty if the user must, or may, name it."""
+    """Default location; empty if the user must, or may, name it."""
     files: tuple[str, ...] = ()
     """File patterns to download of a hub repository; empty takes all."""
     required: bool = True
@@ -39,7 +39,7 @@ class Family:
 
 @dataclass(frozen=True)
 class Request:
-    """What a family is asked to build."""
+    """A request to a family for some of its rewards."""
 
     ids: tuple[str, ...]
     paths: Mapping[str, Path | None]
@@ -57,7 +57,7 @@ class Request:
         return path
 
     def version(self) -> str:
-        """Digest of all that decides the scores beside the code: files (large ones sampled) and settings."""
+        """Digest of what else than the code decides the scores: files (large ones sampled), settings."""
         from kvpo.models.tensor_files import fingerprint
 
         given = {part: path for part, path in self.paths.items() if path is not None}
@@ -213,7 +213,7 @@ def requested(
     top_share: float = 1.0,
     device: str = "cpu",
 ) -> list[tuple[Family, Request]]:
-    """What to build for rewards ``ids``; those that share a model come out of one scorer.
+    """Requests for the rewards ``ids``; those that share a model come out of one scorer.
 
     Args:
         sources: where parts are, by ``id.part``: ``{"hpsv3.template": "data_collator_qwen.py"}``.

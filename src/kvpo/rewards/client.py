@@ -31,21 +31,21 @@ REQUEST_BYTES = 8 * 2**20
 """A batch is split into requests of about this size, or of one clip where a clip is larger: scoring begins
 when the first of them has arrived."""
 IN_FLIGHT = 3
-"""Requests of a client under way at a time: one is scored, one is there, one travels. More would all be
+"""Requests that a client has in flight: one is scored, one waits, one travels. More would all be
 prepared and sent while the first is scored, in its way where the server is on the same machine."""
 PART_BYTES = 2**20
-"""Of a body at a time: every part costs some Python, and copies in the processor's cache are cheap."""
+"""Bytes of a body sent at a time: every part costs some Python, and copies within the cache are cheap."""
 NO_BODY = Body(b"", memoryview(b""))
 CONNECT_SECONDS = 10.0
 KNOCK_SECONDS = 2.0
-"""Of one try to reach a server at the start, and most between two."""
+"""Longest attempt to reach a server at the start, and longest pause between two."""
 SILENCE, SILENCE_AT_START = 30.0, 1.0
 """Seconds without scores, or without a word, after which it is said that an answer is waited for."""
 
 
 @dataclass(frozen=True)
 class Patience:
-    """How long a client puts up with what."""
+    """Retry and timeout policy."""
 
     answer: float = 300.0
     """Seconds for an answer, the time in the server's queue included."""
@@ -70,7 +70,7 @@ class Failed(ValueError):
 
 
 class Away(ValueError):
-    """The server has no time for us; ``after`` so many seconds it may have."""
+    """The server is busy; retry after ``after`` seconds."""
 
     def __init__(self, problem: str, after: float) -> None:
         super().__init__(problem)
@@ -219,7 +219,7 @@ class RemoteScorer:
 
     @property
     def declarations(self) -> tuple[Declaration, ...]:
-        """Of every component."""
+        """Declarations of the components."""
         return tuple(declaration for offer in self.offers for declaration in offer.declarations)
 
     @property
@@ -229,7 +229,7 @@ class RemoteScorer:
 
     @property
     def weights(self) -> dict[str, float]:
-        """How the components add up unless the user says otherwise."""
+        """Default weights of the components."""
         return {name: weight for offer in self.offers for name, weight in offer.weights.items()}
 
     def __call__(self, video_BTCHW: Tensor, prompts: Sequence[ClipPrompt]) -> dict[str, Tensor]:
@@ -288,7 +288,7 @@ class RemoteScorer:
                 ) as error:
                     raise Failed(f"unusable scores: {error}") from error
 
-            async with self.link.under_way:  # only what is under way is fetched from its device
+            async with self.link.under_way:  # only requests in flight are fetched from its device
                 async with self.link.preparation:
                     body = await asyncio.to_thread(body_of, own, video_BTCHW[piece])
                 return await self.link.ask("POST", "/score", read, body)
@@ -329,7 +329,7 @@ def connect(
         except Refused:
             raise
         except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
-            raise Refused(f"it is no reward server of kvpo: {error!r} in its answer") from error
+            raise Refused(f"it is not a kvpo reward server: {error!r} in its answer") from error
         if unknown := [name for name in names if name not in offers]:
             raise Refused(f"it does not have {unknown[0]!r}; it has {', '.join(offers)}")
         return RemoteScorer(link, tuple(offers[name] for name in names), rate, limit)

@@ -71,7 +71,7 @@ class SimilarityScorer:
     def __call__(self, video_BTCHW: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Component -> [B]."""
         checked_batch(video_BTCHW, prompts, 1)
-        # One clip at a time: its score cannot depend on the clips beside it.
+        # One clip at a time: its score cannot depend on the other clips.
         scores = []
         for video, prompt in zip(video_BTCHW, prompts, strict=True):
             frames = spread_frames(present_frames(video, prompt))

@@ -1,4 +1,4 @@
-"""Whether a clip stays the same thing: steadiness of its light, and of what it shows."""
+"""Temporal consistency rewards: steadiness of a clip's light and of its subject."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -69,7 +69,7 @@ class SubjectConsistencyScorer:
         checked_batch(video_BTCHW, prompts, declaration.min_frames)
         assert declaration.sampling is not None
         chosen = spread_indices(video_BTCHW.shape[1], self.frame_rate, declaration.sampling)
-        # One clip at a time: its score cannot depend on the clips beside it.
+        # One clip at a time: its score cannot depend on the other clips.
         return {"subject_consistency": torch.stack([self._score(video[chosen]) for video in video_BTCHW])}
 
     def _score(self, video_TCHW: Tensor) -> Tensor:

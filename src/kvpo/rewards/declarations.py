@@ -1,4 +1,4 @@
-"""What every reward of the catalogue is and needs, readable before anything heavy is imported."""
+"""Properties and needs of every reward in the catalogue, readable before anything heavy is imported."""
 
 from math import inf
 

@@ -66,7 +66,7 @@ class HPSv3Scorer:
         return {"hpsv3": torch.stack(scores)}
 
     def frame_scores(self, video_TCHW: Tensor, prompt: str) -> Tensor:
-        """The reward of every frame of one clip, [T]; the uncertainty beside it is not used."""
+        """The reward of every frame of one clip, [T]; the uncertainty that comes with it is not used."""
         text = filled(self.template, prompt)
         scores = []
         for frames in video_TCHW.split(FRAMES_PER_PASS):
@@ -104,7 +104,7 @@ def load_hpsv3(
 
     Args:
         base: directory with configuration and tokenizer of Qwen2-VL-7B-Instruct (its weights are not needed).
-        template: HPSv3's ``dataset/data_collator_qwen.py``; by default looked for beside ``checkpoint``.
+        template: HPSv3's ``dataset/data_collator_qwen.py``; by default looked for next to ``checkpoint``.
 
     Raises:
         ValueError: a part is absent, weights that do not fit, a template that is not the trained one.

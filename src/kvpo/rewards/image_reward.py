@@ -80,7 +80,7 @@ class ImageRewardScorer:
     def __call__(self, video_BTCHW: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Component -> [B]."""
         checked_batch(video_BTCHW, prompts, 1)
-        # One clip at a time: its score cannot depend on the clips beside it.
+        # One clip at a time: its score cannot depend on the other clips.
         scores = [self._score(v, prompt) for v, prompt in zip(video_BTCHW, prompts, strict=True)]
         return {"image_reward": torch.stack(scores)}
 

@@ -1,4 +1,4 @@
-"""How clips look, whatever they show: plain pixel measures whose drift betrays a reward that is being gamed.
+"""Pixel statistics that do not depend on content; their drift betrays a reward that is being gamed.
 
 None of them is a reward: more is not better. Each is relative to the clip's own light or contrast, so that
 they move apart from each other. Axes: B clips, T frames, H x W pixels.

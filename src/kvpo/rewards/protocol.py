@@ -1,4 +1,4 @@
-"""What the engine knows of a reward: clips and their prompts in, one number per clip and component out.
+"""Interface of a reward: clips and their prompts in, one number per clip and component out.
 
 Importing this module imports nothing heavy, so that a command line can list rewards and their needs.
 """
@@ -70,7 +70,7 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Declaration:
-    """What one component of a scorer is and what it needs, known before anything is loaded."""
+    """Properties and needs of one component of a scorer, known before anything is loaded."""
 
     name: str
     low: float
@@ -78,7 +78,7 @@ class Declaration:
     """Range of the score; infinite where there is no bound. Higher is better."""
     reads_prompt: bool
     differentiable: bool
-    """Whether gradients reach the pixels."""
+    """True if gradients reach the pixels."""
     min_frames: int
     """Fewest frames of a clip that can be scored."""
     max_pixels: int
@@ -86,7 +86,7 @@ class Declaration:
     sampling: Sampling | None = None
     """Frames that are looked at; None: neighbouring frames, all of them."""
     eight_bit: bool = False
-    """Whether it rounds pixels to 8 bits before anything else, so that they may reach it rounded."""
+    """True if it first rounds pixels to 8 bits, so that they may reach it rounded."""
 
 
 LARGEST = 1e15

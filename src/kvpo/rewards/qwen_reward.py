@@ -1,4 +1,4 @@
-"""What the rewards built on Qwen2-VL share: pixels to patches, chat to tokens, hidden states to scores.
+"""Common parts of the rewards built on Qwen2-VL: pixels to patches, chat to tokens, hidden states to scores.
 
 Axes: N frames, P patches, L tokens, D hidden width.
 """

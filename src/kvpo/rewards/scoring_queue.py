@@ -28,7 +28,7 @@ class Job:
     answer: Future[Answer] = field(default_factory=Future)
 
     def goes_with(self, other: "Job") -> bool:
-        """Whether both can be scored in one call."""
+        """True if both can be scored in one call."""
         one, two = self.question, other.question
         return (
             one.video_BTCHW.shape[1:] == two.video_BTCHW.shape[1:]
@@ -44,7 +44,7 @@ class ScoringQueue:
         self.scorer_of = {name: scorer for scorer in scorers for name in scorer.components}
         self.batch = batch
         self.began: float | None = None
-        """When the call under way began, on the monotonic clock; None between calls."""
+        """When the current call began, on the monotonic clock; None between calls."""
         self._waiting: deque[Job] = deque()
         self._changed = threading.Condition()
         self._closed = False
@@ -66,7 +66,7 @@ class ScoringQueue:
             return sum(len(job.question.prompts) for job in self._waiting if not job.answer.cancelled())
 
     def close(self) -> None:
-        """Take nothing up any more; the call under way is not waited for."""
+        """Accept nothing further; the current call is not waited for."""
         with self._changed:
             self._closed = True
             for job in self._waiting:

@@ -35,19 +35,19 @@ with extra("server"):
     from starlette.requests import ClientDisconnect
 
 KEPT_BYTES = 512 * MIB
-"""Memory of past requests that is kept for the next ones, beside the queue's."""
+"""Memory of past requests that is kept for the next ones, in addition to the queue's."""
 CLIENT_GONE = 499
 """Status of an answer that nobody waits for any more."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What a server takes on."""
+    """Limits of a server's load."""
 
     request_bytes: int = 1024 * MIB
-    """Of one request."""
+    """Size of one request."""
     queue_bytes: int = 4096 * MIB
-    """Of all requests that are being read, waiting or being scored; more are told to come back later."""
+    """Size of all requests being read, queued or scored; further ones are told to come back later."""
     batch: int = 16
     """Most clips in one call of a scorer."""
     body_seconds: float = 300.0
@@ -64,7 +64,7 @@ class Room:
         self.held = 0
 
     def take(self, size: int) -> bool:
-        """Whether there was room; ``held`` has grown by ``size`` then."""
+        """True if there was room; ``held`` has then grown by ``size``."""
         if self.held + size > self.total:
             return False
         self.held += size

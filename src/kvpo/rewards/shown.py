@@ -15,7 +15,7 @@ PQ, HLG, BT2020 = 16, 18, 9
 WHITE = 203.0
 """cd/m2 that become white: reference white of ITU-R BT.2408; brighter light is cut off."""
 GAMMA = 2.4
-"""Of a display in standard dynamic range, ITU-R BT.1886."""
+"""Gamma of a display in standard dynamic range, ITU-R BT.1886."""
 LUMINANCE = np.array([0.2627, 0.6780, 0.0593], np.float32)
 TO_BT709 = np.array(
     [[1.6605, -0.5876, -0.0728], [-0.1246, 1.1329, -0.0083], [-0.0182, -0.1006, 1.1187]], np.float32

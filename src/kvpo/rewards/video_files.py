@@ -166,5 +166,5 @@ def _fitting(height: int, width: int, max_pixels: int) -> tuple[int, int]:
 
 
 def _reason(error: av.FFmpegError) -> str:
-    """What FFmpeg says, without its error number and the file's path."""
+    """FFmpeg's message without its error number and the file's path."""
     return (error.strerror or str(error)).rstrip(".")

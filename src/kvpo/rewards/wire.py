@@ -1,4 +1,4 @@
-"""What a reward server and its clients say to each other: clips as safetensors, all else as JSON.
+"""Messages between a reward server and its clients: clips as safetensors, all else as JSON.
 
 Letters: B clips, T frames, C colours, H height, W width.
 """
@@ -18,7 +18,7 @@ from kvpo.rewards.buffers import new_buffer
 from kvpo.rewards.protocol import Declaration, Sampling
 
 PROTOCOL = 2
-"""Version of what is described here; a client refuses a server of another one."""
+"""Version of the protocol described here; a client refuses a server of another version."""
 TOKEN_VARIABLE = "KVPO_REWARD_TOKEN"
 """Environment variable that holds the bearer token, on both sides."""
 PIXELS = {torch.uint8: "U8", torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32"}
@@ -103,7 +103,7 @@ def eight_bit(video_BTCHW: Tensor) -> Tensor:
 
 
 def fractions(video_BTCHW: Tensor, memory: Callable[[int], memoryview] = new_buffer) -> Tensor:
-    """Whole numbers from 0 to 255 as floats in [0, 1], in ``memory`` of so many bytes; floats as they are."""
+    """Whole numbers from 0 to 255 as floats in [0, 1], in ``memory`` of that size; floats as they are."""
     if video_BTCHW.dtype != torch.uint8:
         return video_BTCHW
     out = _empty(video_BTCHW.shape, torch.float32, memory)
@@ -113,13 +113,13 @@ def fractions(video_BTCHW: Tensor, memory: Callable[[int], memoryview] = new_buf
 
 
 def growth(question: Question) -> int:
-    """Bytes that ``with_fractions`` needs beside those of the question."""
+    """Bytes that ``with_fractions`` needs in addition to the question's."""
     video = question.video_BTCHW
     return 4 * video.numel() if video.dtype == torch.uint8 else 0
 
 
 def with_fractions(question: Question, memory: Callable[[int], memoryview]) -> Question:
-    """The question with clips as scorers want them, in ``memory`` of so many bytes."""
+    """The question with clips as scorers want them, in ``memory`` of that many bytes."""
     return replace(question, video_BTCHW=fractions(question.video_BTCHW, memory))
 
 
@@ -136,7 +136,7 @@ def decode_question(body: memoryview) -> Question:
     """Undo ``encode_question``; the clips stay where they lie in ``body``: copies are what costs here.
 
     Raises:
-        ValueError: the body is no such file, or its clips and prompts do not go together.
+        ValueError: the body is not such a file, or its clips and prompts do not go together.
     """
     try:
         start = LENGTH_BYTES + int.from_bytes(body[:LENGTH_BYTES], "little")
