@@ -35,8 +35,8 @@ from kvpo.engine.stream import advance, open_stream
 from kvpo.method.evidence import residual_table
 from kvpo.models.adapters import add_adapter, trained_parameters
 from kvpo.models.causal_wan import CausalWan
+from kvpo.plan.cost import Costs, Work, blocks_work, replay_work
 from kvpo.prompts import VideoPrompt
-from kvpo.training.work import Costs, Work, blocks_work, replay_work
 
 FORK, FRAMES = 39, 147
 """Latent frames: a fork with a full routing pool, and the length of the reported videos."""
@@ -230,7 +230,9 @@ def measure_replay(
     optimizer.step()  # so that the optimiser's state counts in the peak
     seconds = clock.median(run, repeats)
     subject.model.zero_grad(set_to_none=True)
-    return seconds, replay_work(subject.costs, len(members), rows)
+    steps = subject.config.objective.grad_steps
+    states = rows * subject.config.exploration.blocks * steps
+    return seconds, replay_work(subject.costs, len(members), rows, states, steps, backward=True)
 
 
 def row_of(name: str, seconds: float, work: Work, limits: Limits, peak: float) -> list[object]:

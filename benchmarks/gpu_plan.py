@@ -32,11 +32,11 @@ from kvpo.config import Config
 from kvpo.engine.scoring import decode_members, score_group
 from kvpo.engine.stream import stream_latents
 from kvpo.models.causal_wan import CausalWan
+from kvpo.plan.phases import Plan, Rates
 from kvpo.prompts import ClipPrompt
 from kvpo.training import collection
 from kvpo.training.credit import collection_scale
 from kvpo.training.gradients import accumulate_gradients
-from kvpo.training.plan import Plan, Rates
 from kvpo.training.trainer import Trainer
 
 GB = 1e9
@@ -142,7 +142,7 @@ class Phases:
             PHASES[1], lambda: collection.generate(setup, update, planned, unscored, cache)
         )
         group = rollout.groups[0]
-        self.take(PHASES[2], lambda: decode_members(group, setup.backbone.codec, lead=0, block=block))
+        self.take(PHASES[2], lambda: decode_members(group, setup.backbone.codec, lead=0))
         codec, scorer = setup.backbone.codec, setup.judges.scorer
         scores = score_group(group, codec, scorer, block=block, plan=setup.clip_plan())
         scale = collection_scale([scores], setup.blend(), setup.config.objective)

@@ -36,9 +36,11 @@ from hypothesis import Phase, settings
 from mutations import Mutant, Signatures, mutants_of
 
 ROOT = Path(__file__).resolve().parents[1]
-SOURCES = [f"src/kvpo/{room}/*.py" for room in ("method", "engine", "training")]
-SOURCES += [f"src/kvpo/models/{name}.py" for name in ("cache", "context", "deployment", "causal_wan")]
-TESTS = [f"tests/{room}/test_*.py" for room in ("method", "engine", "training", "models", "parity")]
+SOURCES = [f"src/kvpo/{room}/*.py" for room in ("method", "engine", "training", "plan")]
+SOURCES += [
+    f"src/kvpo/models/{name}.py" for name in ("cache", "context", "deployment", "settings", "causal_wan")
+]
+TESTS = [f"tests/{room}/test_*.py" for room in ("method", "engine", "training", "plan", "models", "parity")]
 TESTS += ["tests/app/test_plan.py"]
 REVIEWED = Path(__file__).with_suffix(".yaml")
 PRELOADED = (

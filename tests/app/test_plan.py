@@ -23,13 +23,13 @@ from kvpo.engine.stream import stream_latents
 from kvpo.models.adapters import add_adapter
 from kvpo.models.causal_wan import CausalWan
 from kvpo.models.context import PageContext
-from kvpo.models.flops import encode_flops
+from kvpo.plan.cost import Costs, backward_work, forward_work
+from kvpo.plan.flops import encode_flops
+from kvpo.plan.memory import Activations
+from kvpo.plan.phases import Rates
 from kvpo.training import collection
 from kvpo.training.checkpoint import save_checkpoint
-from kvpo.training.memory import Activations
-from kvpo.training.plan import Rates
 from kvpo.training.trainer import Trainer, architecture
-from kvpo.training.work import Costs, backward_work, forward_work
 from tests.tiny_wan import tiny_wan
 
 RATES = Rates(150e12, 1e12)

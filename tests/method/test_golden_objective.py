@@ -4,11 +4,22 @@ import json
 
 import torch
 
-from kvpo.method.advantage import anchor_relative, fuse_signals, std_scaled, zscored
+from kvpo.method.advantage import SMALLEST_SPREAD, anchor_relative, centred, fuse_signals
 from kvpo.method.gibbs import clipped_surrogate, policy_ratio, simplex_kl
 
 AGREEMENT = {"rtol": 1e-5, "atol": 1e-5}
-SCALING = {"none": lambda signal: signal, "std": std_scaled, "zscore": zscored}
+
+
+def std_scaled(signal_G: torch.Tensor) -> torch.Tensor:
+    """As in the public code: A / std(A), ddof 0, not centred. Undoes the noise floor."""
+    return signal_G / signal_G.std(correction=0).clamp_min(SMALLEST_SPREAD)
+
+
+SCALING = {
+    "none": lambda signal: signal,
+    "std": std_scaled,
+    "zscore": lambda signal: std_scaled(centred(signal)),
+}
 
 
 def tensor(values) -> torch.Tensor:

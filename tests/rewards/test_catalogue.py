@@ -8,9 +8,10 @@ import torch
 from tiny_rewards import gliding
 
 from kvpo.rewards import catalogue
-from kvpo.rewards.catalogue import FAMILIES, REWARD_IDS, build_rewards
+from kvpo.rewards.catalogue import FAMILIES, REWARD_IDS
 from kvpo.rewards.declarations import DECLARATIONS
 from kvpo.rewards.motion import MotionScorer
+from tests.rewards.tiny_rewards import build_rewards
 
 IDS = (
     "hpsv3 videoalign_vq videoalign_mq videoalign_ta hpsv2 pickscore clip_score aesthetic image_reward "
@@ -82,8 +83,9 @@ def test_listing_rewards_imports_nothing_heavy():
 
 def test_motion_needs_neither_downloads_nor_transformers():
     code = (
-        "import sys\nfrom kvpo.rewards.catalogue import build_rewards\n"
-        "build_rewards(['motion_smoothness', 'dynamic_degree', 'flicker'])\n"
+        "import sys\nfrom kvpo.rewards.catalogue import requested\n"
+        "for family, request in requested(['motion_smoothness', 'dynamic_degree', 'flicker']):\n"
+        "    family.build(request)\n"
         "heavy = {'transformers', 'accelerate', 'huggingface_hub', 'peft'} & sys.modules.keys()\n"
         "assert not heavy, heavy"
     )

@@ -8,8 +8,8 @@ from transformers import CLIPConfig, CLIPModel
 
 from kvpo.prompts import ClipPrompt
 from kvpo.rewards import clip_family
-from kvpo.rewards.catalogue import build_rewards
 from kvpo.rewards.images import CLIP_MEAN, CLIP_STD, fit_and_crop, fit_and_pad
+from tests.rewards.tiny_rewards import build_rewards
 
 SPECIALS = ("<|startoftext|>", "<|endoftext|>")
 

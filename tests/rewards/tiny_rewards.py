@@ -1,6 +1,8 @@
 """Tiny random models of the public architectures, and clips with known motion."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -9,6 +11,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast, Qwen2VLConfig
 
 from kvpo.rewards import qwen_reward
+from kvpo.rewards.catalogue import requested
+from kvpo.rewards.protocol import Scorer
 
 MEDIA = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
 
@@ -89,3 +93,8 @@ def gliding(height: int, width: int, frames: int, dx: int, dy: int, seed: int = 
             for t in range(frames)
         ]
     )
+
+
+def build_rewards(ids: Sequence[str], sources: Mapping[str, str] | None = None, **how: Any) -> list[Scorer]:
+    """The scorers that give rewards ``ids``; see ``requested``."""
+    return [family.build(request) for family, request in requested(ids, sources, **how)]

@@ -244,7 +244,7 @@ def _plan(arguments: Namespace) -> None:
         if (rate := vars(arguments)[name]) is not None and rate <= 0:
             raise ConfigurationError(f"--{name}: must be positive, got {rate:g}")
     from kvpo.app.plan import GB, plan_command
-    from kvpo.training.plan import Rates
+    from kvpo.plan.phases import Rates
 
     flops, bandwidth = (0.1, 10.0) if config.device == "cpu" else (150.0, 1000.0)
     plan_command(

@@ -22,10 +22,10 @@ from kvpo.engine.explorers import (
 )
 from kvpo.engine.forks import Fork, plan_forks
 from kvpo.engine.generator import pixels_of
-from kvpo.engine.noise import keyed_generator
+from kvpo.engine.noise import Tape, keyed_generator
 from kvpo.engine.rollout import Group
-from kvpo.engine.scoring import decode_members, score_group
-from kvpo.engine.stream import stream_latents
+from kvpo.engine.scoring import Scores, decode_members, score_group
+from kvpo.engine.stream import TextTable, stream_latents
 from kvpo.files import write_atomic
 from kvpo.method.evidence import Tables, no_credit
 from kvpo.prompts import VideoPrompt
@@ -134,7 +134,7 @@ def write_gallery(run: Run, results: dict[str, tuple[HeldOut, HeldOut]], directo
     _write(directory, "gallery.json", entries, "videos.safetensors", videos)
 
 
-def _pixels(setup: Setup, prompts: Sequence[VideoPrompt], texts: Any, tape: Any) -> Tensor:
+def _pixels(setup: Setup, prompts: Sequence[VideoPrompt], texts: TextTable, tape: Tape) -> Tensor:
     with torch.no_grad():
         return pixels_of(setup.backbone.codec, stream_latents(setup.generator, prompts, texts, tape))
 
@@ -230,7 +230,7 @@ def act_routes(
 def _group_entry(
     setup: Setup,
     group: Group,
-    score: Any,
+    score: Scores,
     title: str,
     key: str,
     extras: Sequence[dict[str, float]],
@@ -243,7 +243,7 @@ def _group_entry(
     groups that routed frames may come from.
     """
     judges, weight = setup.judges, setup.config.objective.global_weight
-    pixels = decode_members(group, setup.backbone.codec, lead=group.fork, block=setup.generator.block)
+    pixels = decode_members(group, setup.backbone.codec, lead=group.fork)
     totals = score.totals(judges.weights_K, weight)
     members = []
     for n in [group.branches, *range(group.branches)]:

@@ -18,9 +18,10 @@ from kvpo.config_checks import ConfigurationError, check
 from kvpo.engine.forks import plan_forks
 from kvpo.engine.pages import PlannedRollout
 from kvpo.files import write_atomic
+from kvpo.method.methods import METHODS
 from kvpo.models.causal_wan import CausalWan
+from kvpo.plan.phases import Plan, Rates, plan_run
 from kvpo.training.gradients import trajectories_together
-from kvpo.training.plan import Plan, Rates, plan_run
 
 GB = 1e9
 ALIKE = ("backbone.offload", "optim.checkpointing", "optim.replay_rows", "exploration.rows")
@@ -58,7 +59,8 @@ class Planner:
             optim.replay_rows, fork.exploration.blocks, config.objective.grad_steps
         )
         groups = optim.prompts_per_update
-        rollout = PlannedRollout([prompt] * groups, [fork] * groups, replayed)
+        keep_pool = METHODS[config.method].keep_pool
+        rollout = PlannedRollout([prompt] * groups, [fork] * groups, replayed, keep_pool)
         return plan_run(config, self.model, generator, rollout, source.surroundings(config), self.rates)
 
 

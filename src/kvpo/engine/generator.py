@@ -1,7 +1,7 @@
 """A streaming generator as the engine sees it: a velocity model, its deployment context and its solver."""
 
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from kvpo.method.flow import Step
 from kvpo.models.cache import FrameCache
+from kvpo.models.context import Context
 from kvpo.models.finite import NonFiniteError, first_non_finite_layer, magnitudes, require_finite
 from kvpo.models.settings import Deployment
 
@@ -22,7 +23,7 @@ class Transformer(Protocol):
         x_RFCHW: Tensor,
         sigma_R: Tensor,
         text_ULD: Tensor,
-        context: Any,
+        context: Context,
         *,
         text_rows: Tensor | None = None,
         encode: bool = False,
@@ -81,11 +82,6 @@ class TextRows:
     embeddings_ULD: Tensor
     rows_R: Tensor
     """Index of each row's embedding."""
-
-    @property
-    def each_RLD(self) -> Tensor:
-        """One embedding per row."""
-        return self.embeddings_ULD[self.rows_R]
 
     def select(self, index: Tensor) -> "TextRows":
         """The rows named by ``index`` (repeats allowed)."""
@@ -152,12 +148,12 @@ class StreamingGenerator:
             dtype=self.page_dtype,
         )
 
-    def velocity(self, x_RFCHW: Tensor, sigma_R: Tensor, text: TextRows, context: Any) -> Tensor:
+    def velocity(self, x_RFCHW: Tensor, sigma_R: Tensor, text: TextRows, context: Context) -> Tensor:
         """Velocity of noisy blocks ``[R, F, C, H, W]``."""
         with self._precision():
             return self.transformer(x_RFCHW, sigma_R, text.embeddings_ULD, context, text_rows=text.rows_R)
 
-    def encode(self, clean_RFCHW: Tensor, text: TextRows, context: Any) -> tuple[Tensor, Tensor]:
+    def encode(self, clean_RFCHW: Tensor, text: TextRows, context: Context) -> tuple[Tensor, Tensor]:
         """Keys and values ``[L, R, F, T, N, D]`` of clean blocks: the clean pass at noise level 0."""
         with self._precision(), torch.no_grad():
             zero = torch.zeros(len(clean_RFCHW), device=clean_RFCHW.device)
@@ -172,7 +168,7 @@ class StreamingGenerator:
         velocities_RSFCHW: Tensor,
         clean_RFCHW: Tensor,
         text: TextRows,
-        context: Any,
+        context: Context,
     ) -> None:
         """Stop before a block that is not finite is seen, stored or decoded: one reduction of its latents.
 
@@ -195,7 +191,7 @@ class StreamingGenerator:
             + "; check the weights, the adapter and the prompt embeddings, or try --optim.autocast none"
         )
 
-    def _precision(self) -> Any:
+    def _precision(self) -> AbstractContextManager[object]:
         if self.autocast is None:
             return nullcontext()
         return torch.autocast(torch.device(self.device).type, self.autocast)

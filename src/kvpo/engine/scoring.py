@@ -175,7 +175,7 @@ def score_group(
     local = shared_clips(prompt, fork, fork + group.window_frames, block=block, plan=ClipPlan())
     whole = shared_clips(prompt, fork, stop, block=block, plan=plan)
     offset = min(clip.start for clip, _ in local + whole)
-    pixels_MTCHW = decode_members(group, codec, lead=fork - offset, block=block)
+    pixels_MTCHW = decode_members(group, codec, lead=fork - offset)
     members = range(len(pixels_MTCHW))
     shares = [(signal, share) for signal, pieces in enumerate((local, whole)) for _, share in pieces]
     clips = [(member, clip) for clip, _ in local + whole for member in members]
@@ -193,7 +193,7 @@ def score_groups(
     return [score_group(group, codec, scorer, block=block, plan=plan) for group in groups]
 
 
-def decode_members(group: Group, codec: Codec, *, lead: int, block: int) -> Tensor:
+def decode_members(group: Group, codec: Codec, *, lead: int) -> Tensor:
     """Pixels of every member from ``lead`` latent frames before the fork on: ``[M, T, 3, H, W]``."""
     latents = group.clean_MTCHW
     past = torch.cat(group.root.latents)

@@ -247,31 +247,15 @@ def advance(
     places: list[int] = []
     for index in lockstep_batches(alike, rows):
         batch = [streams[n] for n in index]
-        text = text_of(batch)
         context = routed_context(
             generator.deployment,
             [stream.history for stream in batch],
             [None if routes is None else routes[n] for n in index],
             recent,
         )
-        step = batch[0].step or generator.step
-        noise = _tape_noise(generator, batch, step)
-        with torch.no_grad():
-            trajectory = denoise_block(generator, noise, text, context, step)
-            videos = ", ".join(str(stream.prompt.id) for stream in batch)
-            place = f"block {batch[0].start // generator.block + 1} of prompt {videos}"
-            generator.require_finite_block(
-                place,
-                trajectory.states_RSFCHW,
-                trajectory.velocities_RSFCHW,
-                trajectory.clean_RFCHW,
-                text,
-                context,
-            )
-        append_block(generator, batch, trajectory.clean_RFCHW, text, context, noise.get("context"))
+        pieces.append(_generate_block(generator, batch, context))
         for stream in batch:
             stream.history.keep(reachable_frames(generator.deployment, stream.history, resident))
-        pieces.append(trajectory)
         places += index
     inverse = torch.tensor(places).argsort()
     return Trajectory(
@@ -279,6 +263,28 @@ def advance(
         torch.cat([piece.velocities_RSFCHW for piece in pieces])[inverse],
         torch.cat([piece.clean_RFCHW for piece in pieces])[inverse],
     )
+
+
+def _generate_block(
+    generator: StreamingGenerator, streams: Sequence[Stream], context: PageContext
+) -> Trajectory:
+    """Denoise the streams' next blocks in one batch and append them. Raises NonFiniteError."""
+    text, step = text_of(streams), streams[0].step or generator.step
+    noise = _tape_noise(generator, streams, step)
+    with torch.no_grad():
+        trajectory = denoise_block(generator, noise, text, context, step)
+        videos = ", ".join(str(stream.prompt.id) for stream in streams)
+        place = f"block {streams[0].start // generator.block + 1} of prompt {videos}"
+        generator.require_finite_block(
+            place,
+            trajectory.states_RSFCHW,
+            trajectory.velocities_RSFCHW,
+            trajectory.clean_RFCHW,
+            text,
+            context,
+        )
+    append_block(generator, streams, trajectory.clean_RFCHW, text, context, noise.get("context"))
+    return trajectory
 
 
 def _tape_noise(generator: StreamingGenerator, streams: Sequence[Stream], step: Step) -> dict[str, Tensor]:

@@ -95,16 +95,6 @@ def fuse_signals(local_G: Tensor, global_G: Tensor, global_weight: float) -> Ten
     return local_G + global_weight * global_G
 
 
-def std_scaled(signal_G: Tensor) -> Tensor:
-    """Parity with the public code: A / std(A), ddof 0, not centred. Undoes the noise floor."""
-    return signal_G / _at_least(signal_G.std(correction=0), 0.0)
-
-
-def zscored(signal_G: Tensor) -> Tensor:
-    """Parity with the public code: (A - mean A) / std(A), ddof 0. Undoes the noise floor."""
-    return std_scaled(centred(signal_G))
-
-
 def centred(advantages: Tensor) -> Tensor:
     """A - mean A over the last axis, as a softmax over branches alone needs it."""
     return advantages - advantages.mean(dim=-1, keepdim=True)

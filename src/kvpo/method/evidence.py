@@ -245,6 +245,23 @@ class Method:
     """Name of a branch's summed residuals, for the branch explorer of the report."""
 
 
+def asked_of(
+    method: Method,
+    trajectories: Trajectories,
+    credit: Credit,
+    steps: int,
+    settings: Any,
+    generator: torch.Generator,
+) -> tuple[Evidence, int]:
+    """All that is asked of one fork: the method's evidence, followed by so many rows of the velocity KL.
+
+    ``generator`` draws what the evidence needs at random.
+    """
+    evidence = method.evidence(trajectories, credit, steps, settings, generator)
+    drift = method.drift(trajectories, credit, evidence, settings)
+    return (evidence, 0) if drift is None else (joined(evidence, drift), len(drift.query_N))
+
+
 def _column(like: Tensor, values: Sequence[float]) -> Tensor:
     wide = torch.promote_types(like.dtype, torch.float32)
     return torch.tensor(values, dtype=wide, device=like.device).view(-1, *(1,) * (like.dim() - 1))

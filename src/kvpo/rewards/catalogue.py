@@ -205,19 +205,6 @@ FRAME_REWARDS = ("hpsv3", "hpsv2", "pickscore", "clip_score", "aesthetic", "imag
 """Rewards of single frames, pooled over the clip."""
 
 
-def build_rewards(
-    ids: Sequence[str],
-    sources: Mapping[str, str] | None = None,
-    *,
-    frame_rate: float = 16.0,
-    top_share: float = 1.0,
-    device: str = "cpu",
-) -> list[Scorer]:
-    """The scorers that give rewards ``ids``; see ``requested``."""
-    asked = requested(ids, sources, frame_rate=frame_rate, top_share=top_share, device=device)
-    return [family.build(request) for family, request in asked]
-
-
 def requested(
     ids: Sequence[str],
     sources: Mapping[str, str] | None = None,

@@ -25,15 +25,6 @@ FACTOR = PATCH * MERGE
 
 IMAGE_PAD = "<|image_pad|>"
 VIDEO_PAD = "<|video_pad|>"
-BASE_FILES = (
-    "config.json",
-    "tokenizer*",
-    "vocab.json",
-    "merges.txt",
-    "special_tokens_map.json",
-    "added_tokens.json",
-)
-"""Files of a base model that are needed: the reward's own checkpoint holds all weights."""
 
 
 def smart_resize(height: int, width: int, *, min_pixels: int, max_pixels: int) -> tuple[int, int]:

@@ -23,7 +23,7 @@ from kvpo.method.evidence import (
     Method,
     Metrics,
     Tables,
-    joined,
+    asked_of,
     residual_table,
 )
 from kvpo.models.finite import require_finite
@@ -97,9 +97,10 @@ class Lesson:
 
 def lesson_of(learner: Learner, group: Group, credit: Credit, generator: torch.Generator) -> Lesson:
     """The lesson of a group; ``generator`` draws the random numbers of the evidence."""
-    method, trajectories = learner.method, group.trajectories
-    evidence = method.evidence(trajectories, credit, learner.steps, learner.settings, generator)
-    drift = method.drift(trajectories, credit, evidence, learner.settings)
+    trajectories = group.trajectories
+    evidence, drift_rows = asked_of(
+        learner.method, trajectories, credit, learner.steps, learner.settings, generator
+    )
     routed = credit.branches if "routed" in evidence.teachers else ()
     return Lesson(
         group.root,
@@ -108,15 +109,15 @@ def lesson_of(learner: Learner, group: Group, credit: Credit, generator: torch.G
         {branch: group.routed_pages(branch) for branch in routed},
         group.recent,
         credit,
-        evidence if drift is None else joined(evidence, drift),
-        0 if drift is None else len(drift.query_N),
+        evidence,
+        drift_rows,
     )
 
 
 def micro_batches(learner: Learner, lessons: Sequence[Lesson]) -> list[list[tuple[int, int]]]:
     """(lesson, trajectory) pairs in micro-batches of at most ``learner.rows`` forward rows."""
     pairs = [(n, query) for n, lesson in enumerate(lessons) for query in range(len(lesson.evidence.past_Q))]
-    size = trajectories_together(learner.rows, lessons[0].blocks, lessons[0].steps) or len(pairs)
+    size = trajectories_together(learner.rows, lessons[0].blocks, learner.steps) or len(pairs)
     return [pairs[at : at + size] for at in range(0, len(pairs), size)]
 
 
@@ -221,7 +222,7 @@ def _with_routed_teacher(learner: Learner, lesson: Lesson) -> Lesson:
     if not rows:
         return lesson
     velocities = torch.zeros_like(lesson.evidence.targets_NPSFCHW)
-    size = trajectories_together(learner.rows, lesson.blocks, lesson.steps) or len(rows)
+    size = trajectories_together(learner.rows, lesson.blocks, learner.steps) or len(rows)
     for at in range(0, len(rows), size):
         some = rows[at : at + size]
         velocities[some] = _whole(learner, [lesson.routed_row(n) for n in some])

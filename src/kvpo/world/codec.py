@@ -16,8 +16,6 @@ from kvpo.models.tensor_files import storable
 from kvpo.world.imperfect import CLEAN, Faults, training_batch
 
 LATENT_CHANNELS = 8
-LATENT_SIZE = 8
-SPATIAL_FACTOR = 4
 LATENT_NOISE = 0.1
 """Deviation of the noise on normalised latents in training, so that the decoder forgives small errors."""
 

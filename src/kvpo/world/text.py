@@ -7,17 +7,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kvpo.world.grammar import all_words, words
+from kvpo.world.grammar import words
 
 TEXT_LENGTH = 32
 TEXT_DIM = 64
 PAD, UNKNOWN = 0, 1
 _FILE = "vocabulary.txt"
-
-
-def vocabulary_lines() -> list[str]:
-    """The vocabulary file's content, from the grammar: <pad>, <unk>, then every word, sorted."""
-    return ["<pad>", "<unk>", *all_words()]
 
 
 class WordTokenizer:

@@ -16,12 +16,12 @@ from kvpo.engine.scoring import Scorer
 from kvpo.method.flow import STEPS, few_step_sigmas
 from kvpo.models.adapters import leave_casts_to_autocast
 from kvpo.models.causal_wan import CausalWan
+from kvpo.plan.phases import Surroundings
 from kvpo.prompts import VideoPrompt
 from kvpo.rewards.cache import ScoreCache
 from kvpo.rewards.combined import CombinedScorer
 from kvpo.training.backbone import Backbone, Weights
 from kvpo.training.diversity import ReadOff
-from kvpo.training.plan import Surroundings
 from kvpo.training.setup import Setup
 
 logger = logging.getLogger(__name__)

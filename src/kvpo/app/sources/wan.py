@@ -22,12 +22,12 @@ from kvpo.app.sources.wan_parts import (
 from kvpo.config import Config
 from kvpo.models.tensor_files import fingerprint
 from kvpo.models.wan_vae import vae_files
+from kvpo.plan.phases import Surroundings
 from kvpo.prompt_files import read_prompts
 from kvpo.prompts import VideoPrompt
 from kvpo.rewards.cache import score_cache
 from kvpo.training.backbone import Backbone
 from kvpo.training.evaluation import Judges
-from kvpo.training.plan import Surroundings
 from kvpo.training.setup import Setup
 
 UMT5_PARAMETERS = 5_680_910_336

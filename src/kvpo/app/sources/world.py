@@ -21,12 +21,12 @@ from kvpo.files import local_path
 from kvpo.models.adapters import add_adapter
 from kvpo.models.causal_wan import CausalWan
 from kvpo.models.tensor_files import named_list, read_file
+from kvpo.plan.phases import Surroundings
 from kvpo.prompts import ClipPrompt, VideoPrompt, cut_notice
 from kvpo.rewards.cache import score_cache
 from kvpo.training.backbone import Backbone, Weights
 from kvpo.training.diversity import ReadOff
 from kvpo.training.evaluation import Judges
-from kvpo.training.plan import Surroundings
 from kvpo.training.setup import Setup
 from kvpo.world.codec import load_codec
 from kvpo.world.detector import BROKEN_BELOW, attributes, detect

@@ -13,7 +13,8 @@ from kvpo.config import Config
 from kvpo.engine.generator import StreamingGenerator
 from kvpo.engine.pages import PlannedRollout, cache_pages, stream_pages
 from kvpo.models.causal_wan import CausalWan
-from kvpo.training.gradients import blocks_together, trajectories_together
+from kvpo.plan.replays import Replays
+from kvpo.training.evaluation import ROWS
 
 BACKWARD = 0.65
 """Memory of a layer's backward pass as a share of what the layer kept for it."""
@@ -112,12 +113,11 @@ class Activations:
         model, optim = self.config.model, self.config.optim
         kept = KEPT[optim.train, optim.autocast]
         per_token = kept.width * model.dim + kept.ffn * model.ffn_dim + kept.rank * optim.lora_rank
-        return rows * self._tokens * (frames * per_token + (frames + context) * kept.keys * model.dim)
-
-    @property
-    def _tokens(self) -> int:
-        model = self.config.model
-        return model.latent_height * model.latent_width // (model.patch_size[1] * model.patch_size[2])
+        return (
+            rows
+            * self.config.model.tokens_per_frame
+            * (frames * per_token + (frames + context) * kept.keys * model.dim)
+        )
 
     def held(self, rows: int) -> float:
         """Kept for the backward pass of ``rows`` states, by the whole transformer."""
@@ -125,7 +125,7 @@ class Activations:
         if not optim.checkpointing:
             return model.num_layers * self.layer(rows, block, self.context)
         size = 2 if (optim.train, optim.autocast) == ("lora", "bfloat16") else 4
-        return model.num_layers * rows * block * self._tokens * model.dim * size
+        return model.num_layers * rows * block * self.config.model.tokens_per_frame * model.dim * size
 
     def training(self, rows: int) -> float:
         """Most of a forward and a backward pass over ``rows`` states, without the gradients of parameters."""
@@ -137,28 +137,40 @@ class Activations:
         return FORWARD * self.layer(rows, frames, context)
 
 
-def replayed_members(config: Config) -> int:
-    """Members of one replay micro-batch."""
-    exploration, objective, optim = config.exploration, config.objective, config.optim
-    limit = trajectories_together(optim.replay_rows, exploration.blocks, objective.grad_steps)
-    chosen = objective.keep_best + objective.keep_worst or exploration.branches
-    return min(limit or optim.prompts_per_update * (chosen + 1), optim.prompts_per_update * (chosen + 1))
+def block_bytes(config: Config) -> int:
+    """Bytes of the latents of a block, float32."""
+    model = config.model
+    return 4 * config.stream.block * model.channels * model.latent_height * model.latent_width
 
 
-def replayed_states(config: Config) -> int:
-    """States of one replay forward pass: members x blocks x steps."""
-    blocks, steps = config.exploration.blocks, config.objective.grad_steps
-    return replayed_members(config) * blocks_together(config.optim.replay_rows, blocks, steps) * steps
+def trajectory_bytes(config: Config, replays: Replays) -> float:
+    """Bytes of what the members of a rollout's groups visited in the window: states and velocities."""
+    members = config.exploration.branches + 1
+    visited = 2 * members * replays.blocks * replays.kept_steps
+    return config.optim.prompts_per_update * visited * block_bytes(config)
 
 
-def trajectory_bytes(config: Config, fork: int) -> float:
-    """Bytes of a rollout's groups, float32: states and velocities of the window, clean latents."""
-    model, exploration, block = config.model, config.exploration, config.stream.block
-    frame = 4 * model.channels * model.latent_height * model.latent_width
-    members, span = exploration.branches + 1, exploration.blocks * block
-    window = 2 * members * span * config.objective.grad_steps
-    clean = members * (span + exploration.tail_blocks * block) + fork
-    return config.optim.prompts_per_update * (window + clean) * frame
+def clean_bytes(config: Config, fork: int) -> float:
+    """Bytes of the clean latents of a rollout's groups: the members' own blocks, and the roots'."""
+    exploration = config.exploration
+    own = (exploration.branches + 1) * (exploration.blocks + exploration.tail_blocks)
+    return config.optim.prompts_per_update * (own + fork / config.stream.block) * block_bytes(config)
+
+
+def evidence_bytes(config: Config, replays: Replays) -> float:
+    """Bytes of the lessons of a rollout: a state per trajectory, a target per row of the table."""
+    visited = (replays.trajectories + replays.rows) * replays.blocks * replays.steps
+    return config.optim.prompts_per_update * visited * block_bytes(config)
+
+
+def answer_bytes(config: Config, replays: Replays) -> float:
+    """Bytes of what a replay adds: targets once teachers have answered, velocities of two policies.
+
+    Of the groups that are replayed together.
+    """
+    groups = -(-replays.together // replays.trajectories)
+    visited = (2 * replays.trajectories + replays.rows) * replays.blocks * replays.steps
+    return groups * visited * block_bytes(config)
 
 
 def pool_pages(config: Config, generator: StreamingGenerator, rollout: PlannedRollout) -> int:
@@ -168,7 +180,5 @@ def pool_pages(config: Config, generator: StreamingGenerator, rollout: PlannedRo
 
 def evaluation_pages(config: Config, generator: StreamingGenerator, frames: int, *, switches: bool) -> int:
     """Pages of held-out videos that are streamed together."""
-    from kvpo.training.evaluation import ROWS
-
     rows = config.exploration.rows or min(ROWS, config.evaluation.test_prompts)
     return rows * stream_pages(generator, frames, switches=switches)

@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 
 from kvpo.config import Config
-from kvpo.models.flops import Call, adapter_flops, encode_flops, velocity_flops
 from kvpo.models.settings import WanShape
+from kvpo.plan.flops import Call, adapter_flops, encode_flops, velocity_flops
 
 
 @dataclass(frozen=True)
@@ -104,15 +104,18 @@ def backward_work(costs: Costs, rows: int) -> Work:
     return once + forward if costs.config.optim.checkpointing else once
 
 
-def reencoding_work(costs: Costs, rows: int) -> Work:
-    """Re-encoding a member's own blocks before its replay, ``rows`` members together."""
-    clean = encode_flops(costs.call(rows)) + costs.adapter(rows)
-    once = Work(clean, costs.weight_bytes + rows * costs.context * costs.page_bytes)
-    return once.times(costs.config.exploration.blocks - 1)
+def replay_work(
+    costs: Costs, trajectories: int, together: int, states: int, steps: int, *, backward: bool = False
+) -> Work:
+    """Replaying trajectories, ``together`` at a time with ``states`` per forward pass: one forward each.
 
-
-def replay_work(costs: Costs, members: int, rows: int) -> Work:
-    """Replaying members with backward, ``rows`` members at a time."""
-    states = rows * costs.config.exploration.blocks * costs.config.objective.grad_steps
-    batch = reencoding_work(costs, rows) + forward_work(costs, states) + backward_work(costs, states)
-    return batch.times(members / rows)
+    Their own blocks are encoded before. ``backward``: the backward passes, too.
+    """
+    blocks = costs.config.exploration.blocks
+    clean = encode_flops(costs.call(together)) + costs.adapter(together)
+    encoded = Work(clean, costs.weight_bytes + together * costs.context * costs.page_bytes)
+    passes = together * blocks * steps / states
+    batch = encoded.times(blocks - 1) + forward_work(costs, states).times(passes)
+    if backward:
+        batch += backward_work(costs, states).times(passes)
+    return batch.times(trajectories / together)

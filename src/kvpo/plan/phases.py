@@ -1,0 +1,299 @@
+"""The phases of a run with the memory and the seconds of each, from its settings alone."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+from kvpo.config import Config
+from kvpo.engine.generator import StreamingGenerator
+from kvpo.engine.pages import PlannedRollout
+from kvpo.models.causal_wan import CausalWan
+from kvpo.plan.cost import Costs, Work, blocks_work, members_work, replay_work
+from kvpo.plan.memory import (
+    Activations,
+    Parameters,
+    answer_bytes,
+    clean_bytes,
+    evaluation_pages,
+    evidence_bytes,
+    parameters_of,
+    pool_pages,
+    trajectory_bytes,
+)
+from kvpo.plan.replays import Replays, replays_of
+from kvpo.training.evaluation import ROWS
+
+CONTEXT = 0.8e9
+"""Bytes of a CUDA context with its libraries' workspaces."""
+PROCESS = 3e9
+"""Bytes of host memory of a Python process with torch and its CUDA libraries."""
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """Memory used by everything but the transformer, in bytes; 0 where there is none."""
+
+    text_encoder: float = 0.0
+    codec: float = 0.0
+    decode: float = 0.0
+    """Most of decoding one latent frame of one video."""
+    decode_flops: float = 0.0
+    """Operations of decoding one latent frame."""
+    rewards: Mapping[str, float] = field(default_factory=dict)
+    """Models that score in the process of the run, by name."""
+    scoring: float = 0.0
+    """Most of a forward pass of a reward model."""
+    frozen_size: int = 4
+    """Of a frozen parameter of the transformer."""
+    frame: float = 0.0
+    """Bytes of the pixels of one latent frame, float32."""
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Operations and bytes that a device manages per second."""
+
+    flops: float
+    bandwidth: float
+
+    def seconds(self, work: Work) -> float:
+        """The larger of the times for arithmetic and for traffic."""
+        return max(work.flops / self.flops, work.bytes / self.bandwidth)
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A phase of a run, with what it holds on the device in addition to what is always there."""
+
+    name: str
+    parts: Mapping[str, float]
+    seconds: float | None = None
+    """Per update; None where it is not estimated."""
+
+    @property
+    def bytes(self) -> float:
+        return sum(self.parts.values())
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Memory, disk and time of a run; bytes and seconds."""
+
+    config: Config
+    parameters: Parameters
+    fork: int
+    pages: int
+    page: float
+    standing: Mapping[str, float]
+    """Held on the device from the first update on."""
+    phases: tuple[Phase, ...]
+    host: Mapping[str, float]
+    checkpoint: float
+    disk: float
+
+    def total(self, phase: Phase) -> float:
+        """All that is on the device during a phase; prompts are embedded before anything else is loaded."""
+        if phase.name == "embed prompts":
+            return CONTEXT * (self.config.device != "cpu") + phase.bytes
+        return sum(self.standing.values()) + phase.bytes
+
+    @property
+    def peak(self) -> Phase:
+        """The phase that needs most."""
+        return max(self.phases, key=self.total)
+
+    @property
+    def seconds(self) -> float:
+        """Estimated seconds per update."""
+        return sum(phase.seconds or 0.0 for phase in self.phases)
+
+
+def plan_run(
+    config: Config,
+    model: CausalWan,
+    generator: StreamingGenerator,
+    rollout: PlannedRollout,
+    surroundings: Surroundings,
+    rates: Rates,
+) -> Plan:
+    """The plan of a run; ``model`` is on the meta device, ``rollout`` typical: its groups fork alike."""
+    parameters = parameters_of(config, model, surroundings.frozen_size)
+    standing = {
+        "weights": parameters.weights,
+        "adapter": parameters.adapter,
+        "starting policy": parameters.reference,
+        "optimiser": parameters.moments,
+        "moving average": parameters.average,
+    }
+    if not config.backbone.offload:
+        standing |= {"codec": surroundings.codec, "rewards": sum(surroundings.rewards.values())}
+    if config.device != "cpu":
+        standing["context"] = CONTEXT
+    fork = rollout.forks[0]
+    fitted = replace(config, exploration=fork.exploration)
+    weights = parameters.weights + parameters.adapter
+    run = _Run(
+        config=fitted,
+        generator=generator,
+        rollout=rollout,
+        around=surroundings,
+        rates=rates,
+        parameters=parameters,
+        costs=Costs(fitted, model.shape, weights, generator.page_bytes, fork.frame),
+        replays=replays_of(fitted),
+        pages=pool_pages(config, generator, rollout),
+    )
+    keep = config.checkpoint.keep + 2  # the best one, and the one being written
+    return Plan(
+        config=config,
+        parameters=parameters,
+        fork=fork.frame,
+        pages=run.pages,
+        page=generator.page_bytes,
+        standing={name: float(size) for name, size in standing.items() if size},
+        phases=_phases(run),
+        host=_host(run),
+        checkpoint=parameters.checkpoint,
+        disk=keep * parameters.checkpoint,
+    )
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What the phases of a run are counted from."""
+
+    config: Config
+    """Its exploration is what fits at the typical fork."""
+    generator: StreamingGenerator
+    rollout: PlannedRollout
+    around: Surroundings
+    rates: Rates
+    parameters: Parameters
+    costs: Costs
+    replays: Replays
+    pages: int
+    """Of the cache that a refresh's rollouts share."""
+
+    @property
+    def fork(self) -> int:
+        """Frame of the fork."""
+        return self.rollout.forks[0].frame
+
+    @property
+    def switches(self) -> bool:
+        """A prompt may switch."""
+        return any(prompt.switches for prompt in self.rollout.prompts)
+
+    @property
+    def kept(self) -> dict[str, float]:
+        """Pages and clean latents, from the collection to the last update on it."""
+        clean = self.config.optim.rollouts_per_refresh * clean_bytes(self.config, self.fork)
+        return {"pages": self.pages * self.generator.page_bytes, "clean latents": clean}
+
+    def forward(self, rows: int, streams: int, context: int) -> float:
+        """Denoising and the clean pass of a block, or re-encoding at a switch, keys and values included."""
+        activations, generator = Activations(self.config, self.costs.context), self.generator
+        again = generator.deployment.reencoded(self.fork) if self.switches else 0
+        one = activations.inference(rows, generator.block, context)
+        one += rows * generator.block * generator.page_bytes
+        switched = activations.inference(streams, again, generator.deployment.sink)
+        return max(one, switched + streams * again * generator.page_bytes)
+
+
+def _phases(run: _Run) -> tuple[Phase, ...]:
+    """Every phase that needs anything, in order."""
+    streams = run.config.exploration.rows or ROWS
+    frames = max(prompt.num_frames for prompt in run.rollout.prompts)
+    held_out = evaluation_pages(run.config, run.generator, frames, switches=run.switches)
+    streaming = {
+        "pages": held_out * run.generator.page_bytes,
+        "activations": run.forward(streams, streams, run.costs.context),
+    }
+    phases = [
+        Phase("embed prompts", {"text encoder": run.around.text_encoder}),
+        Phase("stream held-out videos", streaming),
+        *_collecting(run),
+        *_learning(run),
+    ]
+    return tuple(
+        Phase(one.name, {name: size for name, size in one.parts.items() if size}, one.seconds)
+        for one in phases
+        if any(one.parts.values())
+    )
+
+
+def _collecting(run: _Run) -> list[Phase]:
+    """Exploring, decoding and scoring; what was visited is held until there are lessons."""
+    config, costs, around, rates = run.config, run.costs, run.around, run.rates
+    optim, exploration, block = config.optim, config.exploration, run.generator.block
+    groups, members = optim.prompts_per_update, exploration.branches + 1
+    rows = min(exploration.rows or groups * members, groups * members)
+    exploring = run.forward(rows, rows, max(costs.context, costs.routed))
+    beside = exploring if groups * optim.rollouts_per_refresh > 1 else 0.0
+    visited = trajectory_bytes(config, run.replays)
+    stored = run.kept | {"trajectories": optim.rollouts_per_refresh * visited}
+    tail = exploration.blocks + exploration.tail_blocks
+    decoded = groups * (members * tail * block + run.fork)
+    root = blocks_work(costs, run.fork // block, min(rows, groups)).times(groups / min(rows, groups))
+    seconds = rates.seconds(root) + rates.seconds(members_work(costs, groups, rows))
+    decoder = {"codec": around.codec * config.backbone.offload, "decoder": around.decode}
+    rewards = {
+        "rewards": max(around.rewards.values(), default=0.0) * config.backbone.offload,
+        "reward activations": around.scoring * bool(around.rewards),
+    }
+    at_once = {"exploring at the same time": beside}
+    return [
+        Phase("explore", stored | {"activations": exploring}, seconds),
+        Phase("decode", stored | at_once | decoder, rates.seconds(Work(decoded * around.decode_flops, 0.0))),
+        Phase("score", stored | at_once | rewards),
+    ]
+
+
+def _learning(run: _Run) -> list[Phase]:
+    """Replays with their backward passes, and the optimiser's step."""
+    config, replays = run.config, run.replays
+    evidence = config.optim.rollouts_per_refresh * evidence_bytes(config, replays)
+    gradients = 4.0 * run.parameters.trained
+    stored = run.kept | {"evidence": evidence, "gradients": gradients}
+    replaying = {
+        "answers": answer_bytes(config, replays),
+        "activations": Activations(config, run.costs.context).training(replays.states),
+    }
+    seconds = run.rates.seconds(_replay_work(config, replays, run.costs))
+    return [
+        Phase("replay and backward", stored | replaying, seconds),
+        Phase("optimiser step", stored | {"its temporaries": gradients}),
+    ]
+
+
+def _replay_work(config: Config, replays: Replays, costs: Costs) -> Work:
+    """All replays of an update: of the rollout policy, the starting policy, the current one, and backward."""
+    optim = config.optim
+
+    def replayed(trajectories: float, *, backward: bool = False) -> Work:
+        together, states, steps = replays.together, replays.states, replays.steps
+        return replay_work(costs, 1, together, states, steps, backward=backward).times(trajectories)
+
+    trained = optim.prompts_per_update * replays.trajectories
+    stored = 1 - 1 / optim.rollouts_per_refresh if optim.inner_epochs == 1 else 1.0
+    # The starting policy's, the table's before any backward where it comes apart, and the teacher's.
+    before = trained * (1 + replays.apart) + optim.prompts_per_update * replays.routed
+    every = replayed(before) + replayed(trained, backward=True)
+    return every.times(optim.inner_epochs) + replayed(trained * (stored + replays.old))
+
+
+def _host(run: _Run) -> dict[str, float]:
+    """Host memory: pixels of a group's members, the clips cut from them, what is kept off the device."""
+    config, around, parameters = run.config, run.around, run.parameters
+    exploration, block = config.exploration, config.stream.block
+    frames = (exploration.branches + 1) * (exploration.blocks + exploration.tail_blocks) * block
+    parts = {
+        "process": PROCESS,
+        "pixels and clips": 2 * frames * around.frame,
+        "checkpoint being written": parameters.checkpoint if config.device != "cpu" else 0.0,
+        "state before the update": 0.0
+        if config.device != "cpu"
+        else 4 * parameters.trained + parameters.moments,
+    }
+    if config.backbone.offload:
+        parts |= {"codec": around.codec, "rewards": sum(around.rewards.values())}
+    return {name: float(size) for name, size in parts.items() if size}
