@@ -370,7 +370,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--count", type=int, default=200, help="mutants; 0: all (default: %(default)s)")
+    parser.add_argument("--count", type=int, default=160, help="mutants; 0: all (default: %(default)s)")
     parser.add_argument("--match", default="", help="only those whose file, function and change contain this")
     parser.add_argument("--key", default="", help="another key, another sample")
     parser.add_argument("--tests", nargs="*", default=TESTS, help="files of tests (default: all that matter)")
