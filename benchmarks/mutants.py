@@ -49,6 +49,8 @@ PRELOADED = (
 )
 TIMES = itertools.count(1_000_000_000)
 """Seconds since 1970 that mutated files are said to be written at."""
+SHORT = 0.5
+"""Seconds of a test that is tried before the longer ones."""
 MEMORY = 8 * 2**30
 """Bytes that a mutant may take."""
 
@@ -108,9 +110,10 @@ class Recorder:
 
 @dataclass
 class Chosen:
-    """Pytest plugin: run these tests only, and remember what failed first."""
+    """Pytest plugin: run these tests only, short ones first, and remember what failed first."""
 
-    tests: set[str]
+    seconds: Mapping[str, float]
+    """Of every test to run."""
     failure: list[str] = field(default_factory=list)
 
     def pytest_sessionstart(self) -> None:
@@ -120,15 +123,24 @@ class Chosen:
         settings.load_profile("mutants")
 
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
-        items[:] = [item for item in items if item.nodeid in self.tests]
+        items[:] = [item for item in items if item.nodeid in self.seconds]
+        items.sort(key=lambda item: self.seconds[item.nodeid])
 
     def pytest_exception_interact(self, node: Any, call: Any) -> None:
         self.failure = self.failure or [node.nodeid, call.excinfo.typename]
 
 
-def run_file(file: str, plugin: Any) -> bool:
+def run_file(file: str, plugin: Any, *options: str) -> bool:
     """Whether the tests of one file pass; one without a chosen test does."""
-    options = ["-x", "-p", "no:cacheprovider", "-p", "no:xdist", "--tb=line", "--basetemp=temporary/pytest"]
+    options = (
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "no:xdist",
+        "--tb=line",
+        "--basetemp=temporary/pytest",
+        *options,
+    )
     return pytest.main([*options, file], plugins=[plugin]) in (0, 5)
 
 
@@ -229,42 +241,42 @@ class Recorded:
 
 
 def record(slots: Sequence[Path], files: Sequence[str]) -> Recorded:
-    """Run every test once. Raises SystemExit when one fails on the source as it is."""
+    """Run every test once. One that fails on the source as it is tells nothing, and is left out."""
     sources = in_files(SOURCES)
 
     def one(file: str) -> dict[str, Any]:
         recorder = Recorder(sources)
-        passed = run_file(file, recorder)
+        failed = [] if run_file(file, recorder) else recorder.failed or [file]
         lines = {test: sorted(hit | recorder.shared) for test, hit in recorder.lines.items()}
-        return {"failed": recorder.failed or ([] if passed else [file]), "lines": lines} | {
-            "seconds": recorder.seconds
-        }
+        return {"failed": failed, "lines": lines, "seconds": recorder.seconds}
 
     tests: dict[tuple[str, int], set[str]] = defaultdict(set)
     seconds: dict[str, float] = {}
     for _, result in run_jobs([Job(partial(one, file), 1800) for file in files], slots):
-        if result is None or result["failed"]:
-            raise SystemExit(f"without any mutant, tests fail: {result and result['failed']}")
+        assert result, "a file of tests takes too long"
+        for failed in result["failed"]:
+            print(f"fails without any mutant: {failed}", flush=True)
         seconds |= result["seconds"]
-        for test, hits in result["lines"].items():
-            for path, line in hits:
+        for test in result["lines"].keys() - set(result["failed"]):
+            for path, line in result["lines"][test]:
                 tests[path, line].add(test)
     return Recorded(tests, seconds)
 
 
 def attempt(mutant: Mutant, recorded: Recorded) -> Job:
-    """Run the tests of one mutant until one fails: those of its own test file first, then short ones."""
-    files: dict[str, set[str]] = defaultdict(set)
-    for test in recorded.tests_of(mutant):
-        files[test.split("::")[0]].add(test)
-    taken = {file: sum(recorded.seconds[test] for test in tests) for file, tests in files.items()}
+    """Run the tests of one mutant until one fails: short ones first, its own file's first, then long ones."""
     own = f"test_{Path(mutant.path).name}"
+    parts: dict[tuple[bool, bool, str], dict[str, float]] = defaultdict(dict)
+    for test in recorded.tests_of(mutant):
+        file, seconds = test.split("::")[0], recorded.seconds[test]
+        parts[seconds > SHORT, own not in file, file][test] = seconds
+    taken = {part: sum(seconds.values()) for part, seconds in parts.items()}
 
     def failure() -> list[str] | None:
-        for file in sorted(files, key=lambda file: (own not in file, taken[file], file)):
-            plugin = Chosen(files[file])
-            if not run_file(file, plugin):
-                return plugin.failure or [file, "stopped"]
+        for part in sorted(parts, key=lambda part: (*part[:2], taken[part], part)):
+            plugin = Chosen(parts[part])
+            if not run_file(part[-1], plugin, "-x"):
+                return plugin.failure or [part[-1], "stopped"]
         return None
 
     return Job(lambda: {"failure": failure()}, 20 + 4 * sum(taken.values()), mutant)

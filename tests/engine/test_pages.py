@@ -6,7 +6,17 @@ import pytest
 import torch
 
 from kvpo.engine.forks import Fork
-from kvpo.engine.pages import PlannedRollout, cache_pages, groups_together, rollout_pages
+from kvpo.engine.pages import (
+    Pages,
+    PlannedRollout,
+    bank_pages,
+    cache_pages,
+    groups_together,
+    kept_pages,
+    pages_under_way,
+    rollout_pages,
+    stream_pages,
+)
 from kvpo.engine.replay import member_row, replay_context
 from kvpo.engine.rollout import collect
 from tests.engine.tiny import EXPLORATION, generator, members_of, prompt, routed_row, tape_of, texts
@@ -157,3 +167,73 @@ def test_groups_are_explored_together_where_the_rows_hold_them():
     assert together(8, rows=18) == 2
     assert together(2, rows=100) == 2
     assert together(8, rows=1, donor=1) == 8
+
+
+def test_a_bank_holds_what_it_recorded_and_at_most_its_slots_of_every_layer():
+    every_third, every = generator(bank_size=3), generator(bank_size=3, bank_every_block=True)
+    assert [bank_pages(every_third, range(*gone)) for gone in ((3, 54), (0, 54), (0, 90))] == [5, 6, 7]
+    assert [bank_pages(every, range(*gone)) for gone in ((3, 20), (3, 21), (0, 90))] == [6, 6, 7]
+    assert bank_pages(generator(), range(90)) == 0
+
+
+@pytest.mark.parametrize(
+    "deployment, frames, resident, switches, kept, under_way",
+    [
+        (dict(), 60, 0, False, 3 + 6, 3),
+        (dict(), 60, 0, True, 3 + 6, 12),
+        (dict(), 60, 33, False, 33, 3),
+        (dict(), 6, 0, False, 6, 3),
+        (dict(), 6, 0, True, 6, 6),
+        (dict(sink=0, window=3), 60, 0, False, 1, 3),
+        (dict(sink=0, window=-1), 60, 0, False, 60, 3),
+        (dict(sink=0, window=-1), 60, 0, True, 60, 60),
+        # A bank of 3 slots in 2 layers records every ninth frame; what the stream itself keeps costs no page.
+        (dict(bank_size=3), 60, 0, False, 9 + 5, 3),
+        (dict(bank_size=3, keep_sink_at_switch=False), 60, 0, False, 9 + 6, 3),
+        (dict(bank_size=3), 60, 33, False, 33 + 3, 3),
+        (dict(bank_size=3), 60, 0, True, 9 + 7, 12),
+        (dict(bank_size=3), 6, 0, True, 6 + 1, 6),
+        (dict(bank_size=3, window=-1), 60, 0, False, 60, 3),
+        (dict(bank_size=3, window=-1), 60, 0, True, 60 + 7, 60),
+    ],
+)
+def test_pages_of_a_stream(deployment, frames, resident, switches, kept, under_way):
+    one = generator(**deployment)
+    assert kept_pages(one, frames, resident, switches=switches) == kept
+    assert pages_under_way(one, frames, switches=switches) == under_way
+    written = frames * (2 if switches else 1) + (bank_pages(one, range(frames)) if switches else 0)
+    assert stream_pages(one, frames, resident, switches=switches) == min(written, kept + under_way)
+
+
+@pytest.mark.parametrize(
+    "deployment, tail, switches, branch",
+    [
+        (dict(), 4, False, 6 + 3),
+        (dict(), 4, True, 6 + 12),
+        (dict(), 0, True, 6 + 3),
+        (dict(keep_sink_at_switch=False), 4, True, 3 + 6 + 12),
+        (dict(keep_sink_at_switch=False), 4, False, 6 + 3),
+        (dict(sink=0, window=-1), 4, False, 27),
+        (dict(sink=0, window=-1), 4, True, 2 * (36 + 27)),
+        (dict(sink=0, window=6), 4, True, 3 + 6),
+        (dict(bank_size=3), 4, False, 6 + 3 + 3),
+        (dict(bank_size=3), 4, True, 6 + 12 + 3),
+        (dict(bank_size=3, window=-1), 4, True, 2 * (36 + 27) + 3),
+    ],
+)
+def test_pages_of_a_branch(deployment, tail, switches, branch):
+    exploration = replace(REPORTED, tail_blocks=tail)
+    pages = rollout_pages(generator(**deployment), exploration, groups=1, fork=FORK, switches=switches)
+    assert pages.branches == 3 * branch
+
+
+def test_pages_of_a_rollout():
+    one = generator()
+    pages = rollout_pages(one, REPORTED, groups=8, fork=FORK, together=2, replayed=4, switches=False)
+    assert pages == Pages(
+        waiting=9, root=33, growing=2 * 3, branches=6 * 9, replay=4 * 12, groups=8, together=2
+    )
+    assert (pages.exploring, pages.replaying) == (6 * 9 + 2 * 33 + 54, 8 * 9 + 48) and pages.most == 174
+    few = rollout_pages(one, replace(REPORTED, rows=1), groups=8, fork=FORK, switches=True, keep_pool=True)
+    assert few == Pages(waiting=33, root=33, growing=12, branches=18, replay=24 * 12, groups=8, together=8)
+    assert few.most == few.replaying == 8 * 33 + 288

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from kvpo.engine.generator import pixel_frame
 from kvpo.engine.rollout import Group
 from kvpo.engine.scoring import (
     ClipPlan,
@@ -35,6 +36,11 @@ def test_one_clip_per_segment_after_the_fork() -> None:
         (15, 24, "three", "two", 3),
     ]
     assert shown(segment_clips(STORY, 12, 18, block=BLOCK, lead=BLOCK)[0]) == (9, 18, "two", "one", 3)
+
+
+def test_the_first_latent_frame_is_one_pixel_frame_and_every_other_one_is_as_many_as_the_codec_says() -> None:
+    assert [pixel_frame(latent, 4) for latent in (0, 1, 2, 3, 21)] == [0, 1, 5, 9, 81]
+    assert [pixel_frame(latent, 1) for latent in (0, 1, 2, 21)] == [0, 1, 2, 21]
 
 
 def test_a_segment_begins_with_the_first_block_at_or_after_its_switch() -> None:

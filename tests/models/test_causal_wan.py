@@ -187,6 +187,45 @@ def test_what_encode_returns_is_what_each_layer_computed():
         assert torch.equal(keys[layer].flatten(1, 2), k) and torch.equal(values[layer].flatten(1, 2), v)
 
 
+def test_the_clean_pass_leaves_out_what_only_the_velocity_needs():
+    model, ran = sensitive_model(), []
+    for module in (*(block.ffn for block in model.blocks), model.head):
+        module.register_forward_hook(lambda module, *_: ran.append(module))
+    with torch.no_grad():
+        model(draw(2, 3, *tiny.FRAME), torch.zeros(2), text(), history(model), encode=True)
+    assert ran == [block.ffn for block in model.blocks[:-1]]
+
+
+def test_fresh_modulations_shrink_with_the_width():
+    torch.manual_seed(0)
+    shape = replace(SHAPE, dim=256, num_heads=2)
+    model = CausalWan(shape)
+    for modulation in (*(block.modulation for block in model.blocks), model.head.modulation):
+        assert float(modulation.detach().std()) == pytest.approx(1 / 16, rel=0.1)
+
+
+def test_all_of_a_layer_but_its_attention_is_compiled_for_any_number_of_rows(monkeypatch):
+    import torch._dynamo.config as dynamo
+
+    monkeypatch.setattr(dynamo, "recompile_limit", 8)
+    monkeypatch.setattr(dynamo, "specialize_float", False)
+    compiled = []
+
+    def compile(function, *, dynamic):
+        compiled.append((function, dynamic))
+        return function
+
+    monkeypatch.setattr(torch, "compile", compile)
+    model = sensitive_model()
+    model.compile_blocks()
+    assert compiled == [
+        (part, True)
+        for block in model.blocks
+        for part in (type(block).project.__get__(block), type(block).update.__get__(block))
+    ]
+    assert dynamo.recompile_limit >= 64 and dynamo.specialize_float
+
+
 def gradients(model, context):
     x, sigma = draw(2, 3, *tiny.FRAME), torch.full((2,), 0.5)
     model.zero_grad()

@@ -62,7 +62,9 @@ def test_the_deployment_context_is_sink_and_window_however_little_is_kept(window
         assert context.start_R.tolist() == [history.end]
         extend(history, 3)
         history.keep(reachable_frames(deployment, history, resident))
-    if window != -1 and resident:
+    if window == -1 or not resident:
+        assert len(history.pages) == history.end
+    else:
         assert len(history.pages) <= max(resident, window - 3)
 
 
@@ -208,6 +210,40 @@ def test_single_prompt_streams_record_every_block():
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize("as_published", [False, True])
+@pytest.mark.parametrize("layers", [1, 2])
+def test_the_bank_keeps_the_frames_whose_keys_agree_most_with_the_text(layers, as_published):
+    """The mean over pairs of text and frame tokens, over heads, with several of each."""
+    draws = torch.Generator().manual_seed(0)
+
+    def drawn(*shape):
+        return torch.randn(shape, generator=draws, dtype=torch.float64)
+
+    settings = dict(block=3, window=12, sink=3, bank_size=3, bank_every_block=True)
+    deployment = (PublishedBank if as_published else Deployment)(**settings)
+    orders = set()
+    for _ in range(20):
+        cache = FrameCache(
+            num_layers=layers, tokens=2, num_heads=3, head_dim=4, num_pages=50, dtype=torch.float64
+        )
+        history, words = History(cache, 3), drawn(layers, 5, 3, 4)
+        keys = drawn(layers, 1, 12, 2, 3, 4)
+        history.append(cache.write(keys, keys)[0])
+        candidates = history.page_ids([0, 3, 6])
+        history.set_bank([candidates] * layers)
+        history.record(history.pages[9])
+        history.end = 30  # late enough for the bank to be full
+        commit_bank(deployment, history, layers, words.unsqueeze(1).__getitem__)
+        for layer in range(layers):
+            scores = [torch.einsum("lnd,tnd->", words[layer], keys[layer, 0, frame]) for frame in (0, 3, 6)]
+            best = sorted(range(3), key=lambda n: -scores[n])[:2]
+            assert history.bank[layer] == [*(candidates[n] for n in best), history.pages[9]]
+            orders.add(tuple(best))
+        history.end = 12
+        assert context_size(deployment, history) == 3 + 3 + 6
+    assert len(orders) > 3
+
+
 def test_bank_pages_outlive_the_window():
     deployment, history = Deployment(block=3, window=12, sink=3, bank_size=3), empty_history(3)
     for _ in range(6):
@@ -218,6 +254,10 @@ def test_bank_pages_outlive_the_window():
     commit_bank(deployment, history, LAYERS, text)
     context = deployment_context(deployment, [history])
     assert context.pages.shape == (LAYERS, 1, 3 + 2 + 6)
+    assert context_size(deployment, history) == 3 + 2 + 6
+    reencoding, _ = reencoding_context(deployment, [history])
+    sink = history.page_ids(range(3))
+    assert reencoding.pages.tolist() == [[[*sink, *layer]] for layer in history.bank]
     with history.fork() as branch:
         assert branch.bank == history.bank and branch.latest == history.latest
     history.release()

@@ -98,7 +98,7 @@ def run_stream(meta: dict, data: dict[str, Tensor], model: CausalWan, observe: O
     num_frames = offset + data["noise"].shape[1]
     prompt, texts = video(data, segments_of(meta, num_frames, offset))
     # One page more than a stream needs: a page of zeros.
-    cache = generator.new_cache(stream_pages(generator, num_frames, meta["window"]) + 1)
+    cache = generator.new_cache(stream_pages(generator, num_frames, meta["window"], switches=True) + 1)
     stream = open_stream(generator, cache, prompt, texts, of_video(tape))
     calls = offset // generator.block
     if given is not None:

@@ -1,3 +1,4 @@
+import hashlib
 import itertools
 import json
 import multiprocessing
@@ -100,6 +101,24 @@ def test_a_tampered_state_is_refused(tmp_path: Path) -> None:
     (path / "state.json").unlink()
     assert "no state.json" in refusal(path)
     assert latest_checkpoint(tmp_path) is None
+
+
+def test_a_record_is_the_same_in_another_order_of_its_keys(tmp_path: Path) -> None:
+    path = saved(tmp_path)
+    record = json.loads((path / "state.json").read_text())
+    (path / "state.json").write_text(json.dumps(dict(reversed(record.items()))))
+    assert load_checkpoint(path)[1] == {"best": 0.1, "seed": 3}
+
+
+@pytest.mark.parametrize("part", ["architecture", "state"])
+def test_a_record_of_another_form_is_refused_although_its_sum_fits(tmp_path: Path, part: str) -> None:
+    path = saved(tmp_path)
+    record = json.loads((path / "state.json").read_text())
+    record[part] = []
+    del record["record_sha256"]
+    digest = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+    (path / "state.json").write_text(json.dumps(record | {"record_sha256": digest}))
+    assert "architecture and state must be JSON objects" in refusal(path)
 
 
 def test_another_architecture_is_named(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from kvpo.engine.noise import SeededTape
 from kvpo.prompts import ClipPrompt, VideoPrompt
 from kvpo.training.evaluation import HeldOut, Judges, comparison, evaluate, mean_gain, paired_gain
 from kvpo.training.setup import Setup
@@ -72,6 +73,13 @@ def test_a_gain_in_closed_form() -> None:
     variance = (0 + 1 + 9 + 16) / 3  # of the gains 1, 0, -2 and 5
     assert gain.standard_error == pytest.approx((variance / 4) ** 0.5)
     assert gain.improved == 0.5
+
+
+def test_every_run_is_evaluated_on_the_same_noise(tiny_base: Path) -> None:
+    tapes = [toy_setup(tiny_config(tiny_base, seed=seed)).evaluation_tape() for seed in (0, 1)]
+    fixed = SeededTape(("evaluation", 0), tapes[0].shape)
+    for tape in tapes:
+        assert torch.equal(tape(3, 1, "initial"), fixed(3, 1, "initial"))
 
 
 def test_a_comparison_weights_its_components() -> None:

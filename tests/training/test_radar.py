@@ -183,6 +183,13 @@ def test_what_the_radar_measures() -> None:
     assert numbers["agreement"]["redness"] == {"calm": pytest.approx(-1), "calm_twice": pytest.approx(-1)}
     assert drifted(numbers, 3.0) == ["brightness"]  # the others move less than half of what prompts differ
     assert "unseen" not in numbers
+    judged = replace(base, unseen_N=torch.zeros(3)), replace(aligned, unseen_N=torch.tensor([0.1, 0.3, 0.2]))
+    assert "unseen" not in measured(base, judged[1], judges) | measured(judged[0], aligned, judges)
+    with_unseen = measured(*judged, judges)
+    assert with_unseen["unseen"]["gain"] == pytest.approx(0.2)
+    assert with_unseen["agreement"]["redness"]["unseen scorer"] == pytest.approx(0.5)
+    numbers["drift"]["brightness"] |= {"gain": 0.0, "se": 0.0, "spread": 0.0}
+    assert drifted(numbers, 3.0) == [], "a look that never changes has not drifted"
     both = pooled([base, aligned])
     torch.testing.assert_close(both.components_KN, torch.cat([torch.zeros(2, 3), gains], 1))
     assert reading(7, both, judges).held_out["calm_twice"].shape == (6,)

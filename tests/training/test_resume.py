@@ -14,10 +14,15 @@ import pytest
 import yaml
 from safetensors.torch import load_file
 
-from kvpo.training.checkpoint import CheckpointError, best_checkpoint, latest_checkpoint
+from kvpo.training.checkpoint import (
+    CheckpointError,
+    best_checkpoint,
+    latest_checkpoint,
+    save_checkpoint,
+)
 from kvpo.training.metrics_log import MetricsLog, read_metrics
 from kvpo.training.run import Run, evaluate_base, restore, resume_point
-from kvpo.training.trainer import Trainer
+from kvpo.training.trainer import Trainer, architecture
 from tests import processes
 from tests.tiny_world import SETTINGS, tiny_config, toy_setup, with_weights
 
@@ -125,6 +130,25 @@ def test_a_reward_that_fails_in_validation_costs_no_update(
         assert latest is not None and latest.name == f"update-{update:06d}"
         failed.go(stop_after=0)
     assert failed.result() == whole.result()
+
+
+def test_an_adapter_of_another_strength_or_with_a_tensor_missing_is_refused(
+    tiny_base: Path, tmp_path: Path
+) -> None:
+    assert ToyRun(tiny_base, tmp_path, optim__updates=1).go()
+    point = resume_point(tmp_path / "checkpoints")
+    assert point is not None
+    stronger = Trainer(toy_setup(tiny_config(tiny_base, optim__lora_alpha=4)))
+    with pytest.raises(CheckpointError, match="another architecture: adapter is .*2.* there, .*4.* here"):
+        restore(stronger, point)
+    trainer = Trainer(toy_setup(tiny_config(tiny_base)))
+    tensors, state = trainer.tensors_and_state()
+    gone = next(name for name in tensors if name.startswith("average."))
+    del tensors[gone]
+    weights = trainer.setup.backbone.weights
+    cut = save_checkpoint(tmp_path / "cut", 1, tensors, state, architecture=architecture(weights))
+    with pytest.raises(CheckpointError, match=f"does not fit: {gone} missing"):
+        restore(trainer, cut)
 
 
 def test_a_resumed_adapter_needs_its_own_base(tiny_base: Path, tmp_path: Path) -> None:

@@ -339,6 +339,35 @@ def test_the_anchors_energy_is_of_every_solver_step(tiny_base: Path, monkeypatch
     assert anchor_energy_at_old(trainer.setup, trainer.setup.training_prompts(0)) == pytest.approx(1.0)
 
 
+def test_the_ratio_is_checked_on_two_groups_without_their_tails(
+    tiny_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[list[int]] = []
+    original = checks.collect
+
+    def collect(generator: Any, prompts: Any, forks: Any, *arguments: Any, **options: Any) -> Any:
+        assert len(prompts) == len(forks)
+        seen.append([fork.exploration.tail_blocks for fork in forks])
+        return original(generator, prompts, forks, *arguments, **options)
+
+    monkeypatch.setattr(checks, "collect", collect)
+    trainer = trainer_of(tiny_base, optim__prompts_per_update=3)
+    assert (first_ratio_max_deviation(trainer) or 0.0) < 1e-4
+    assert seen == [[0, 0]]
+
+
+@pytest.mark.parametrize(
+    ("epochs", "refresh", "kept"),
+    [(1, 1, [False]), (1, 2, [False, True]), (2, 1, [True]), (2, 2, [True] * 2)],
+)
+def test_energies_under_the_old_policy_are_taken_where_a_later_step_needs_them(
+    tiny_base: Path, epochs: int, refresh: int, kept: list[bool]
+) -> None:
+    trainer = trainer_of(tiny_base, optim__inner_epochs=epochs, optim__rollouts_per_refresh=refresh)
+    trainer.collect()
+    assert [bool(item.old_tables) for item in trainer.pending] == kept
+
+
 def test_the_checks_ask_no_reward(tiny_base: Path) -> None:
     reward = Moody()
     trainer = trainer_of(tiny_base, UserReward("mine:moody", ("moody",), reward))

@@ -13,9 +13,7 @@ from kvpo.models.deployment import RECORD_INTERVAL
 from kvpo.prompts import VideoPrompt
 
 
-def stream_pages(
-    generator: StreamingGenerator, num_frames: int, resident: int = 0, *, switches: bool = True
-) -> int:
+def stream_pages(generator: StreamingGenerator, num_frames: int, resident: int = 0, *, switches: bool) -> int:
     """Pages that one stream of ``num_frames`` frames holds at most, the current block included.
 
     ``resident`` frames are kept for routing, counting the sink; 0 keeps no more than the window needs.
@@ -25,9 +23,7 @@ def stream_pages(
     return min(twice, kept + pages_under_way(generator, num_frames, switches=switches))
 
 
-def kept_pages(
-    generator: StreamingGenerator, num_frames: int, resident: int = 0, *, switches: bool = True
-) -> int:
+def kept_pages(generator: StreamingGenerator, num_frames: int, resident: int = 0, *, switches: bool) -> int:
     """Pages that a stream holds between blocks; see ``stream_pages``."""
     deployment = generator.deployment
     if deployment.local_past is None:

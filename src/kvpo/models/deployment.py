@@ -121,10 +121,10 @@ def adopt_reencoded(deployment: Deployment, history: History, pages: Sequence[in
     """
     start = history.end - len(pages)
     kept = 0
-    if start > 0 and deployment.keep_sink_at_switch:
-        kept = sum(frame >= start for frame in history.sink)
-    elif start > 0:
+    if not deployment.keep_sink_at_switch:
         history.sink = tuple(range(start, start + deployment.sink))
+    elif start > 0:
+        kept = sum(frame >= start for frame in history.sink)
     history.cache.release(pages[:kept])
     history.replace(start + kept, pages[kept:])
 
@@ -179,16 +179,16 @@ def commit_bank(
 
 
 def _agreement(text_LND: Tensor, keys_FTND: Tensor, *, in_steps: bool) -> Tensor:
-    """Agreement of frames and text: mean of text keys . frame keys / sqrt(D) over tokens and heads, [F].
+    """Agreement of frames and text, in some unit: mean of text keys . frame keys over tokens and heads, [F].
 
     The mean over all token pairs of a head factorises into two means. ``in_steps`` forms every pair in the
-    keys' own type, as published: in bfloat16 its rounding decides between frames that match equally well.
+    keys' own type and divides by sqrt(D), as published: in bfloat16 its rounding decides between frames that
+    match equally well.
     """
-    scale = keys_FTND.shape[-1] ** -0.5
     if in_steps:
         text = text_LND.to(keys_FTND.dtype).transpose(0, 1)
-        pairs = text @ keys_FTND.flatten(0, 1).permute(1, 2, 0) * scale
+        pairs = text @ keys_FTND.flatten(0, 1).permute(1, 2, 0) * keys_FTND.shape[-1] ** -0.5
         return pairs.mean(1).mean(0).unflatten(0, keys_FTND.shape[:2]).mean(1)
     wide = torch.promote_types(keys_FTND.dtype, torch.float32)
     query_ND, keys_FND = text_LND.to(wide).mean(0), keys_FTND.to(wide).mean(1)
-    return (query_ND * keys_FND).sum(-1).mean(1) * scale
+    return (query_ND * keys_FND).sum((-2, -1))

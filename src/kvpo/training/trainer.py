@@ -45,11 +45,8 @@ class Trainer:
         self.policy = policy_of(setup.model, adapted=config.train == "lora")
         self.average = MovingAverage(self.policy.parameters, config.ema_decay)
         self.optimizer = torch.optim.AdamW(
-            list(self.policy.parameters.values()),
-            lr=config.lr,
-            betas=config.betas,
-            weight_decay=config.weight_decay,
-        )
+            list(self.policy.parameters.values()), betas=config.betas, weight_decay=config.weight_decay
+        )  # every update sets its learning rate
         self.learner = learner_of(setup, self.policy)
         self.update = 0
         self.pending: list[Collected] = []
