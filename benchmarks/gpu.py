@@ -168,7 +168,9 @@ def subject_of(config: Config, fork: int, frames: int) -> Subject:
 def measure_streaming(subject: Subject, clock: Clock, repeats: int) -> tuple[float, Work]:
     """Seconds of one block with the window full, and the work of a block."""
     generator, window = subject.generator, subject.config.stream.window
-    cache = generator.new_cache(stream_pages(generator, subject.prompt.num_frames, window))
+    cache = generator.new_cache(
+        stream_pages(generator, subject.prompt.num_frames, window, switches=bool(subject.prompt.switches))
+    )
     stream = open_stream(generator, cache, subject.prompt, subject.texts, subject.tape)
 
     def block() -> None:

@@ -25,7 +25,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast, Qwen2VLConfig
 
-from kvpo.app.plan import REWARD_BYTES, SCORING
+from kvpo.app.sources.wan import REWARD_BYTES, SCORING
 from kvpo.prompts import ClipPrompt
 from kvpo.rewards import hpsv3 as hpsv3_module
 from kvpo.rewards import videoalign as videoalign_module

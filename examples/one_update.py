@@ -61,10 +61,8 @@ def one_update(setup: Setup) -> dict[str, torch.Tensor]:
     group = grouped(generator, rollout, members, run_members(generator, rollout, members))
 
     # Score. Rewards of the clips that can differ become advantages of the best and the worst branches.
-    judges = setup.judges
-    scores = score_group(
-        group, setup.backbone.codec, judges.scorer, block=generator.block, plan=setup.clip_plan()
-    )
+    codec, scorer = setup.backbone.codec, setup.judges.scorer
+    scores = score_group(group, codec, scorer, block=generator.block, plan=setup.clip_plan())
     draws = keyed_generator("advantages", *key, 0)
     credit = assign_credit(scores, setup.blend(), config.objective, draws)
     assert credit is not None, "these branches differ by noise alone"

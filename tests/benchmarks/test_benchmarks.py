@@ -12,11 +12,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from kvpo.app.presets import demo
 from kvpo.engine.generator import TextRows
-from kvpo.models import flops
 from kvpo.models.adapters import add_adapter
 from kvpo.models.cache import FrameCache
 from kvpo.models.causal_wan import CausalWan, WanShape
 from kvpo.models.context import PageContext
+from kvpo.plan import flops
 from tests.tiny_world import SETTINGS
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "benchmarks"
