@@ -23,7 +23,7 @@ from kvpo.plan.cost import (
     replay_work,
 )
 from kvpo.plan.flops import Call, adapter_flops, encode_flops, velocity_flops
-from kvpo.plan.memory import Parameters
+from kvpo.plan.memory import Parameters, answer_bytes
 from kvpo.plan.phases import Rates, _replay_work
 from kvpo.plan.replays import replays_of
 from tests.models.tiny import tiny_model
@@ -209,6 +209,16 @@ def test_scoring_meets_exploration_where_there_is_more_than_one_group(
     expected = phases["explore"]["activations"] if beside else 0.0
     for name in ("decode", "score"):
         assert phases[name].get("exploring at the same time", 0.0) == expected
+
+
+@pytest.mark.parametrize(("together", "groups"), [(3, 1), (5, 1), (6, 2), (10, 2)])
+def test_answers_are_a_target_per_row_and_velocities_of_two_policies_per_trajectory(
+    together: int, groups: int
+) -> None:
+    config = preset("longlive-1.3b")
+    replays = replace(replays_of(config), trajectories=5, rows=7, blocks=3, steps=2, together=together)
+    block = 4 * config.stream.block * 16 * 60 * 104
+    assert answer_bytes(config, replays) == groups * (7 + 2 * 5) * 3 * 2 * block
 
 
 def test_bytes_of_parameters() -> None:
