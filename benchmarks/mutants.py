@@ -25,7 +25,7 @@ import traceback
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, astuple, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -51,21 +51,24 @@ TIMES = itertools.count(1_000_000_000)
 """Seconds since 1970 that mutated files are said to be written at."""
 SHORT = 0.5
 """Seconds of a test that is tried before the longer ones."""
+LONG = 20.0
+"""Seconds of a test that is not asked: what it notices, a short one should."""
+LEAST = 0.95
+"""Share of the mutants to catch."""
 MEMORY = 8 * 2**30
 """Bytes that a mutant may take."""
 
 
 class Recorder:
-    """Pytest plugin for one file: the lines of the sources that its tests execute, and the tests' seconds."""
+    """Pytest plugin for one file: the lines of the sources that its tests execute, and their seconds."""
 
     def __init__(self, sources: Sequence[str]) -> None:
         self.sources = {str(Path(path).resolve()): path for path in sources}
         self.lines: dict[str, set[tuple[str, int]]] = {}
-        self.shared: set[tuple[str, int]] = set()
+        self.hit = self.shared = set[tuple[str, int]]()
         """Of imports and fixtures that outlive a test: every test of the file may rest on them."""
-        self.seconds: dict[str, float] = defaultdict(float)
+        self.seconds: dict[str, float] = {}
         self.failed: list[str] = []
-        self.hit = self.shared
 
     def enter(self, frame: Any, event: str, argument: Any) -> Any:
         """Trace function of calls; that of lines where the called function is in a source."""
@@ -81,7 +84,7 @@ class Recorder:
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_protocol(self, item: pytest.Item) -> Iterator[None]:
-        self.hit = self.lines[item.nodeid] = set()
+        self.hit, begun = self.lines.setdefault(item.nodeid, set()), sum(os.times()[:4])
         threading.settrace(self.enter)
         sys.settrace(self.enter)
         try:
@@ -89,6 +92,7 @@ class Recorder:
         finally:
             sys.settrace(None)
             threading.settrace(None)  # type: ignore[arg-type]
+            self.seconds[item.nodeid] = sum(os.times()[:4]) - begun
 
     @pytest.hookimpl(wrapper=True)
     def pytest_fixture_setup(self, fixturedef: Any) -> Iterator[None]:
@@ -100,11 +104,10 @@ class Recorder:
             self.hit = own
 
     def pytest_sessionfinish(self) -> None:
-        imported = {getattr(module, "__file__", None) for module in list(sys.modules.values())}
-        self.shared |= {(path, 0) for file, path in self.sources.items() if file in imported}
+        imported = {getattr(module, "__file__", "") for module in [*sys.modules.values()]}
+        self.shared |= {(self.sources[file], 0) for file in imported & self.sources.keys()}
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        self.seconds[report.nodeid] += report.duration
         self.failed += [report.nodeid] if report.failed else []
 
 
@@ -132,16 +135,8 @@ class Chosen:
 
 def run_file(file: str, plugin: Any, *options: str) -> bool:
     """Whether the tests of one file pass; one without a chosen test does."""
-    options = (
-        "-p",
-        "no:cacheprovider",
-        "-p",
-        "no:xdist",
-        "--tb=line",
-        "--basetemp=temporary/pytest",
-        *options,
-    )
-    return pytest.main([*options, file], plugins=[plugin]) in (0, 5)
+    always = "-p no:cacheprovider -p no:xdist --tb=line --basetemp=temporary/pytest".split()
+    return pytest.main([*always, *options, file], plugins=[plugin]) in (0, 5)
 
 
 @dataclass
@@ -153,7 +148,6 @@ class Job:
     seconds: float
     """Of processor time that it may take, and ten times that on the clock."""
     mutant: Mutant | None = None
-    """In place meanwhile."""
 
 
 def run_jobs(jobs: Iterable[Job], slots: Sequence[Path]) -> Iterator[tuple[Job, Any]]:
@@ -250,16 +244,16 @@ def record(slots: Sequence[Path], files: Sequence[str]) -> Recorded:
         lines = {test: sorted(hit | recorder.shared) for test, hit in recorder.lines.items()}
         return {"failed": failed, "lines": lines, "seconds": recorder.seconds}
 
-    tests: dict[tuple[str, int], set[str]] = defaultdict(set)
-    seconds: dict[str, float] = {}
+    tests, seconds = defaultdict[tuple[str, int], set[str]](set), dict[str, float]()
     for _, result in run_jobs([Job(partial(one, file), 1800) for file in files], slots):
         assert result, "a file of tests takes too long"
         for failed in result["failed"]:
             print(f"fails without any mutant: {failed}", flush=True)
         seconds |= result["seconds"]
-        for test in result["lines"].keys() - set(result["failed"]):
-            for path, line in result["lines"][test]:
-                tests[path, line].add(test)
+        for test, hits in result["lines"].items():
+            if test not in result["failed"] and seconds[test] < LONG:
+                for path, line in hits:
+                    tests[path, line].add(test)
     return Recorded(tests, seconds)
 
 
@@ -288,7 +282,6 @@ class Outcome:
 
     file: str
     function: str
-    operator: str
     change: str
     outcome: str
     """assertion, error (any other exception), time (too much of it, or the process died), or survived."""
@@ -307,17 +300,18 @@ def outcome(mutant: Mutant, result: Any, reasons: Mapping[tuple[str, str, str], 
     elif result:
         how = "survived"
     reason = reasons.get(mutant.key, "") if how == "survived" else ""
-    return Outcome(*mutant.key[:2], mutant.operator, mutant.change, how, test, reason)
+    return Outcome(*mutant.key, how, test, reason)
 
 
 def table(found: Sequence[Outcome]) -> str:
     """Counts per file, as Markdown."""
-    rows = ["| file | mutants | assertion | error | time | equivalent | survived |", "|---" * 7 + "|"]
+    ways = ("assertion", "error", "time", "equivalent", "survived")
+    rows = [f"| file | mutants | {' | '.join(ways)} |", "|---" * 7 + "|"]
     for file in [*sorted({one.file for one in found}), "all"]:
         own = [one for one in found if file in (one.file, "all")]
         how = Counter("equivalent" if one.reason else one.outcome for one in own)
-        cells = [len(own), *(how[name] for name in ("assertion", "error", "time", "equivalent", "survived"))]
-        rows.append(f"| {file.removeprefix('src/kvpo/')} | " + " | ".join(map(str, cells)) + " |")
+        cells = [file.removeprefix("src/kvpo/"), len(own), *(how[way] for way in ways)]
+        rows.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(rows)
 
 
@@ -332,9 +326,8 @@ def in_files(patterns: Sequence[str]) -> list[str]:
 def sampled(count: int, match: str, key: str) -> list[Mutant]:
     """The first mutants, in an order that their texts give, of those that contain ``match``."""
     signatures = Signatures.of([path.read_text(encoding="utf-8") for path in (ROOT / "src").rglob("*.py")])
-    every: list[Mutant] = []
-    for path in in_files(SOURCES):
-        every += mutants_of(path, (ROOT / path).read_text(encoding="utf-8"), signatures)
+    texts = {path: (ROOT / path).read_text(encoding="utf-8") for path in in_files(SOURCES)}
+    every = [one for path, text in texts.items() for one in mutants_of(path, text, signatures)]
     if gone := set(reviewed()) - {mutant.key for mutant in every}:
         raise SystemExit(f"{REVIEWED.name} has changes that no mutant makes: {sorted(gone)}")
     matching = [mutant for mutant in every if match in " ".join(mutant.key)]
@@ -367,16 +360,13 @@ def run(sample: Sequence[Mutant], tests: Sequence[str], workers: int) -> Iterato
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--count", type=int, default=200, help="mutants; 0: all (default: %(default)s)")
+    parser = argparse.ArgumentParser(description=str(__doc__).partition("\n")[0])
+    parser.add_argument("--count", type=int, default=160, help="mutants; 0: all (default: %(default)s)")
     parser.add_argument("--match", default="", help="only those whose file, function and change contain this")
     parser.add_argument("--key", default="", help="another key, another sample")
     parser.add_argument("--tests", nargs="*", default=TESTS, help="files of tests (default: all that matter)")
     parser.add_argument("--list", action="store_true", help="print the sample and stop")
     parser.add_argument("--workers", type=int, default=min(4, os.cpu_count() or 1))
-    parser.add_argument("--least", type=float, default=0.95, help="share to catch (default: %(default)s)")
     parser.add_argument("--json", type=Path, help="where everything found goes")
     arguments = parser.parse_args()
     started = time.monotonic()
@@ -388,18 +378,17 @@ def main() -> None:
     for one in run(sample, arguments.tests, arguments.workers):
         found.append(one)
         print(f"{one.outcome:9}  {one.file}  {one.function}: {one.change[:160]}  {one.test}", flush=True)
-    found.sort(key=lambda one: (one.file, one.function, one.change))
+    found.sort(key=lambda one: astuple(one)[:3])
     seconds = round(time.monotonic() - started)
     if arguments.json:
         numbers = {"seconds": seconds, "mutants": [asdict(one) for one in found]}
-        arguments.json.write_text(json.dumps(numbers, indent=1), encoding="utf-8")
+        arguments.json.write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
     print(f"\n{table(found)}\n\n{seconds} s, {arguments.workers} at a time\n")
     survived = [one for one in found if one.outcome == "survived"]
-    for one in survived:
-        print(f"- {one.file} {one.function}: {one.change}\n  {one.reason or 'NOT REVIEWED'}")
+    print(*(f"- {one.file} {one.function}: {one.change}\n  {one.reason}" for one in survived), sep="\n")
     caught, judged = len(found) - len(survived), sum(not one.reason for one in found)
-    if caught < arguments.least * judged:
-        raise SystemExit(f"{caught} of {judged} caught: fewer than {arguments.least:.0%}")
+    if caught < LEAST * judged:
+        raise SystemExit(f"{caught} of {judged} caught: fewer than {LEAST:.0%}")
 
 
 if __name__ == "__main__":

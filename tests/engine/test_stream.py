@@ -171,6 +171,14 @@ def test_memory_does_not_grow_with_the_length_of_the_video(monkeypatch, name, sw
     assert used[36][1] == stream_pages(one, 54, switches=bool(switches)) < 36
 
 
+def test_videos_with_and_without_switches_share_a_cache():
+    prompts = [prompt(0, 54, (27,)), prompt(1, 54)]
+    together = stream_latents(generator(), prompts, texts(), tape_of())
+    for own, latents in zip(prompts, together, strict=True):
+        alone = stream_latents(generator(), [own], texts(), tape_of())
+        torch.testing.assert_close(latents[None], alone, rtol=0, atol=1e-12)
+
+
 @pytest.mark.parametrize("name", ["bank", "sparse bank"])
 def test_a_bank_adds_at_most_its_own_pages(monkeypatch, name):
     one = generator(**DEPLOYMENTS[name])

@@ -82,9 +82,10 @@ def test_released_pages_can_neither_be_released_again_nor_shared():
     assert cache.pages_in_use == 0
 
 
-def test_page_bytes_are_those_of_the_tensors():
-    cache = new_cache(5)
-    assert cache.page_bytes * 5 == cache.keys_LQTND.nbytes + cache.values_LQTND.nbytes
+@pytest.mark.parametrize("pages", [1, 5])
+def test_page_bytes_are_those_of_the_tensors(pages):
+    cache = new_cache(pages)
+    assert cache.page_bytes * pages == cache.keys_LQTND.nbytes + cache.values_LQTND.nbytes
 
 
 def test_a_fork_copies_no_page_and_lives_on_its_own():

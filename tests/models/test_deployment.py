@@ -59,7 +59,7 @@ def test_the_deployment_context_is_sink_and_window_however_little_is_kept(window
         context = deployment_context(deployment, [history])
         assert sorted(frames_of(history, context.pages[0])) == list(expected)
         assert context_size(deployment, history) == len(expected)
-        assert context.start_R.tolist() == [history.end]
+        assert context.start_R.tolist() == [history.end] and context.pages.dtype == torch.int64
         extend(history, 3)
         history.keep(reachable_frames(deployment, history, resident))
     if window == -1 or not resident:

@@ -12,7 +12,7 @@ from kvpo.config_checks import ConfigurationError
 from kvpo.engine.scoring import Scores
 from kvpo.method.advantage import group_centred
 from kvpo.method.gibbs import temperature_of
-from kvpo.training.credit import assign_credit, blend_of
+from kvpo.training.credit import assign_credit, blend_of, collection_scale
 
 OBJECTIVE = ObjectiveConfig(noise_floor=0.0, keep_best=0, keep_worst=0, advantage_clamp=10.0)
 LARGE = torch.tensor([40.0, 30.0, 20.0, 10.0, 25.0])
@@ -106,7 +106,8 @@ def test_selective_fusion_withholds_what_only_the_primary_praises() -> None:
 
 
 def test_a_component_within_its_noise_has_no_vote() -> None:
-    hacked, dissent = torch.tensor([9.0, 1.0, 0.0, 2.0, 1.0]), torch.tensor([0.0, 3.0, 2.0, 1.0, 1.0])
+    """The anchor does not vote: however far it is, branches that are told apart by noise alone stay noise."""
+    hacked, dissent = torch.tensor([9.0, 1.0, 0.0, 2.0, 1.0]), torch.tensor([0.0, 3.0, 2.0, 1.0, 1000.0])
     scores = scores_of(hacked, dissent / 1000)
     assert credit(scores, [1.0, 0.2], fusion="selective").withheld == 1
     floors = {"b": 0.01}
@@ -138,6 +139,31 @@ def test_raw_fusion_is_skipped_by_the_floor_of_the_sum() -> None:
         floors = {"a": factor * spread, "b": 0.0}
         found = credit(scores, [1.0, 1.0], fusion="rewards", noise_floors=floors)
         assert (found is None) == skipped
+
+
+@pytest.mark.parametrize(("advantages", "spread"), [("group", 10**0.5), ("anchor", 5**0.5)])
+def test_a_collection_is_divided_by_the_spread_about_every_groups_own_mean(
+    advantages: Any, spread: float
+) -> None:
+    """Anchors count where advantages are relative to them."""
+    groups = [scores_of(torch.tensor(members)) for members in ([0.0, 2.0, 1.0], [0.0, 6.0, 3.0])]
+    config = replace(OBJECTIVE, advantages=advantages, advantage_scale="collection", global_weight=0.5)
+    blend = blend_of("a", torch.tensor([1.0]), RewardConfig(scorers=("any",)), 0.0)
+    scale = collection_scale(groups, blend, config)
+    assert (
+        scale is not None
+        and collection_scale(groups, blend, replace(config, advantage_scale="group")) is None
+    )
+    draws = torch.Generator()
+    for scores, size in zip(groups, (1.0, 3.0), strict=True):
+        found = assign_credit(scores, blend, config, draws, scale)
+        assert found is not None
+        expected = 1.5 * torch.tensor([-size, size]) / spread
+        torch.testing.assert_close(found.advantages_G, expected)
+    alike = scores_of(torch.full((3,), 4.0))
+    found = assign_credit(alike, blend, config, draws, scale)
+    assert found is not None and not found.advantages_G.any(), "small in a collection is small, and not noise"
+    assert assign_credit(alike, blend, config, draws, collection_scale([alike], blend, config)) is None
 
 
 def test_names_are_checked_against_the_runs_components() -> None:

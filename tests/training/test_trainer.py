@@ -368,6 +368,29 @@ def test_energies_under_the_old_policy_are_taken_where_a_later_step_needs_them(
     assert [bool(item.old_tables) for item in trainer.pending] == kept
 
 
+def test_a_step_gives_every_page_back(tiny_base: Path) -> None:
+    trainer = trainer_of(tiny_base)
+    trainer.collect()
+    cache = trainer.pending[0].roots[0].history.cache
+    assert cache.pages_in_use > 0
+    trainer.step()
+    assert cache.pages_in_use == 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "in_pool"),
+    [
+        ({}, False),
+        ({"kvpo__anchor_share": 0.4}, True),
+        ({"kvpo__anchor_share": 0.4, "method": "latent-distance"}, False),
+    ],
+)
+def test_the_anchor_is_in_the_pool_of_a_policy_that_gives_it_a_share(
+    tiny_base: Path, settings: dict[str, Any], in_pool: bool
+) -> None:
+    assert toy_setup(tiny_config(tiny_base, **settings)).blend().anchor_in_pool is in_pool
+
+
 def test_the_checks_ask_no_reward(tiny_base: Path) -> None:
     reward = Moody()
     trainer = trainer_of(tiny_base, UserReward("mine:moody", ("moody",), reward))

@@ -9,6 +9,7 @@ T tokens per frame, N heads, D head width.
 """
 
 from collections.abc import Iterable, Sequence
+from copy import copy
 
 import torch
 from torch import Tensor
@@ -157,8 +158,7 @@ class History:
 
     def fork(self) -> "History":
         """A second stream over the same pages; copies integers, never a tensor."""
-        twin = History(self.cache, 0)
-        twin.end, twin.sink, twin.latest = self.end, self.sink, self.latest
+        twin = copy(self)
         twin.pages = dict(self.pages)
         twin.bank = [list(layer) for layer in self.bank]
         self.cache.share(self.all_references())
