@@ -275,7 +275,7 @@ def streamed(config: Config, frames: int, repeats: int) -> dict[str, float]:
     prompt = VideoPrompt(0, ("prompt 0", "another"), (middle,), frames)
     seconds, peaks, kept = [], [], []
     for _ in range(repeats):
-        cache = generator.new_cache(stream_pages(generator, frames, resident))
+        cache = generator.new_cache(stream_pages(generator, frames, resident, switches=True))
         stream = open_stream(generator, cache, prompt, texts, subject.tape)
         with peak_pages(cache) as peak:
             for _ in range(frames // generator.block // 2):
