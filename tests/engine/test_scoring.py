@@ -12,6 +12,7 @@ from kvpo.engine.generator import pixel_frame
 from kvpo.engine.rollout import Group
 from kvpo.engine.scoring import (
     ClipPlan,
+    decode_members,
     score_group,
     segment_clips,
     shared_clips,
@@ -131,6 +132,20 @@ def test_scores_are_the_shares_of_what_each_clip_shows() -> None:
     assert (6.0, 17.0, "two", "one", 6) in recorder.seen, "the transition reaches behind the fork"
     assert (6.0, 117.0, "two", "one", 6) in recorder.seen, "what lies behind it is the root's own"
     assert min(first for first, *_ in recorder.seen) == 6
+
+
+@pytest.mark.parametrize("lead", [0, 3, 9])
+def test_members_are_decoded_behind_the_frames_before_the_first_that_is_shown(lead: int) -> None:
+    given: list[tuple[list[float], list[float]]] = []
+
+    class Causal(Frames):
+        def decode(self, latents_BTCHW: Tensor, before_TCHW: Tensor | None = None) -> Tensor:
+            before = [] if before_TCHW is None else before_TCHW[:, 0, 0, 0].tolist()
+            given.append((before, latents_BTCHW[0, :, 0, 0, 0].tolist()))
+            return latents_BTCHW
+
+    decode_members(forked(9, 3, 3), Causal(), lead=lead)
+    assert given == [([*map(float, range(9 - lead))], [*map(float, range(9 - lead, 15))])]
 
 
 def test_all_clips_are_handed_out_before_a_score_is_waited_for() -> None:
