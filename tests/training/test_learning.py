@@ -183,8 +183,8 @@ def test_every_command_knows_the_base_and_the_weights(
     run = tmp_path / "run"
     summary = align(config, run)
     assert summary is not None and summary["improved"] is False
-    assert summary["checked"] == {"update": 0, "weights": "average", "ratio_tolerance": 1e-4}
-    assert summary["checks"]["first_ratio_max_deviation"] <= 1e-4
+    assert summary["checked"] == {"update": 0, "weights": "average", "ratio_tolerance": 1e-3}
+    assert summary["checks"]["first_ratio_max_deviation"] <= 1e-3
     assert "No improvement: no validation beat the base" in (run / "report.html").read_text()
     with caplog.at_level(logging.WARNING, "kvpo"):
         numbers = evaluate(run)
