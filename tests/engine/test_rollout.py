@@ -453,3 +453,11 @@ def test_the_pool_is_reencoded_at_every_switch_up_to_the_fork(pool, unchanged):
     was, now = (one.roots[0].history.pages for one in (old, new))
     same = [f for f in was if torch.equal(old.cache.keys_LQTND[:, was[f]], new.cache.keys_LQTND[:, now[f]])]
     assert same == [0, 1, 2, *unchanged]
+
+
+def test_more_recent_frames_than_the_window_sees_stay_until_the_last_routed_block():
+    exploration = replace(EXPLORATION, recent=9, blocks=3)
+    rollout = collected(generator(), [prompt(0, 45)], exploration)
+    alone = collected(generator(), [prompt(0, 45)], replace(exploration, rows=1))
+    for one, other in zip(rollout.groups, alone.groups, strict=True):
+        torch.testing.assert_close(one.clean_MTCHW, other.clean_MTCHW, rtol=0, atol=1e-10)

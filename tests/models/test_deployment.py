@@ -18,7 +18,7 @@ from kvpo.models.deployment import (
     routed_context,
     sink_frames,
 )
-from kvpo.models.settings import Deployment
+from kvpo.models.settings import Deployment, WanShape
 from kvpo.prompts import VideoPrompt
 from tests.method.test_routing import deployment_frames, exploration_frames
 from tests.published_bank import PublishedBank
@@ -83,6 +83,14 @@ def test_the_deployment_context_is_sink_and_window_however_little_is_kept(window
 def test_impossible_windows_are_named(fields, message):
     with pytest.raises(ValueError, match=message):
         Deployment(**fields).check()
+
+
+def test_the_smallest_settings_are_settings():
+    Deployment(block=1, window=1, sink=0).check()
+    WanShape(
+        dim=2, num_heads=1, num_layers=1, ffn_dim=1, freq_dim=2, text_len=1, text_dim=1, channels=1,
+        patch_size=(1, 1, 1), latent_height=1, latent_width=1,
+    ).check()  # fmt: skip
 
 
 def test_a_routed_row_sees_sink_routes_and_recent_frames_beside_an_unrouted_one():

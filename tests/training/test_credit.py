@@ -114,9 +114,10 @@ def test_a_component_within_its_noise_has_no_vote() -> None:
     assert credit(scores, [1.0, 0.2], fusion="selective", noise_floors=floors).withheld == 0
 
 
-def test_a_measured_floor_tames_its_component_alone() -> None:
-    found = credit(scores_of(LARGE, SMALL), [1.0, 1.0], noise_floors={"b": 5.0})
-    expected = 1.5 * 0.5 * (normalised(LARGE) + group_centred(SMALL[:-1], 5.0))
+@pytest.mark.parametrize("floor", [5.0, 20.0])  # below and above the spread of the other component
+def test_a_measured_floor_tames_its_component_alone(floor: float) -> None:
+    found = credit(scores_of(LARGE, SMALL), [1.0, 1.0], noise_floors={"b": floor})
+    expected = 1.5 * 0.5 * (normalised(LARGE) + group_centred(SMALL[:-1], floor))
     torch.testing.assert_close(found.all_advantages_G, expected)
 
 

@@ -26,6 +26,20 @@ def test_the_saved_configuration_loads_equal(tmp_path: Path) -> None:
         assert resolve(None, run.config_file, {}) == config
 
 
+def test_what_a_run_found_is_written_as_json(tmp_path: Path) -> None:
+    with RunDirectory(tmp_path / "run", Config()) as run:
+        run.write_meanings({"Method": {"loss": "The loss."}})
+        run.write_summary({"gain": 0.25})
+        for path, content in (
+            (run.meanings, {"Method": {"loss": "The loss."}}),
+            (run.summary, {"gain": 0.25}),
+        ):
+            assert json.loads(path.read_text()) == content and path.read_text().endswith("}\n")
+        with pytest.raises(ValueError, match="not JSON compliant"):
+            run.write_summary({"gain": float("nan")})
+        assert json.loads(run.summary.read_text()) == {"gain": 0.25}
+
+
 def test_a_live_run_is_not_disturbed_and_a_killed_one_does_not_block(tmp_path: Path) -> None:
     out = tmp_path / "run"
     holder = subprocess.Popen([sys.executable, "-c", HOLD, str(out)], stdout=subprocess.PIPE, text=True)
