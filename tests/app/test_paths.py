@@ -80,7 +80,7 @@ def test_what_cannot_be_written_is_known_before_the_work(
     def begins(*arguments: Any, **named: Any) -> None:
         raise AssertionError("the work has begun")
 
-    for work in ("evaluate.build_setup", "export.load_weights", "generate.load_backbone"):
+    for work in ("evaluate.build_setup", "export.source_of", "generate.load_backbone"):
         monkeypatch.setattr(f"kvpo.app.{work}", begins)
     monkeypatch.setattr("kvpo.world.pretrain.pretrain", begins)
     file = tmp_path / "file"

@@ -70,11 +70,12 @@ def test_weights_are_refused_by_name_when_they_are_loaded(tiny_base: Path, tmp_p
 
 def test_an_adapter_is_refused_by_the_name_of_its_tensor(tiny_base: Path) -> None:
     backbone = build_backbone(tiny_config(tiny_base))
-    adapter = adapter_state(backbone.model)
+    adapter = adapter_state(backbone.weights.model)
     name = next(iter(adapter.tensors))
     adapter.tensors[name][0, 0] = math.inf
     with pytest.raises(NonFiniteError, match=f"{name} holds infinity"):
-        check_adapter(build_backbone(tiny_config(tiny_base, optim__train="full")).model, adapter)
+        whole = build_backbone(tiny_config(tiny_base, optim__train="full"))
+        check_adapter(whole.weights.model, adapter)
 
 
 def test_a_checkpoint_is_refused_by_the_name_of_its_tensor(tmp_path: Path) -> None:

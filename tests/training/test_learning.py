@@ -183,8 +183,8 @@ def test_every_command_knows_the_base_and_the_weights(
     run = tmp_path / "run"
     summary = align(config, run)
     assert summary is not None and summary["improved"] is False
-    assert summary["checked"] == {"update": 0, "weights": "average", "ratio_tolerance": 1e-4}
-    assert summary["checks"]["first_ratio_max_deviation"] <= 1e-4
+    assert summary["checked"] == {"update": 0, "weights": "average", "ratio_tolerance": 1e-3}
+    assert summary["checks"]["first_ratio_max_deviation"] <= 1e-3
     assert "No improvement: no validation beat the base" in (run / "report.html").read_text()
     with caplog.at_level(logging.WARNING, "kvpo"):
         numbers = evaluate(run)
@@ -211,8 +211,8 @@ def test_every_command_knows_the_base_and_the_weights(
         latents.append((tmp_path / f"{weights}-videos/latents.safetensors").read_bytes())
     assert latents[0] != latents[1] and "no improvement" not in caplog.text
     trainer = Trainer(toy_setup(config))
-    raw = load_aligned(toy_setup(tiny_config(tiny_base, evaluation__weights="raw")), trainer.policy,
-                       run / "checkpoints/update-000002")  # fmt: skip
+    weights = toy_setup(tiny_config(tiny_base, evaluation__weights="raw")).backbone.weights
+    raw = load_aligned(weights, trainer.policy, run / "checkpoints/update-000002")
     saved, _ = load_checkpoint(run / "checkpoints/update-000002")
     assert all(torch.equal(value, saved[f"parameters.{name}"]) for name, value in raw.items())
     assert json.loads((run / "evaluation.json").read_text())["weights"] == "average"

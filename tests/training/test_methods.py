@@ -50,9 +50,8 @@ def red(tiny_base: Path) -> Callable[..., Trainer]:
 def redness(setup: Setup) -> Tensor:
     """Of the held-out videos, on their fixed tape, [N]."""
     prompts = setup.test["short"]
-    texts, tape = setup.texts(prompts), setup.evaluation_tape()
     with torch.no_grad():
-        return evaluate(setup.generator, prompts, texts, tape, setup.judges).components_KN[0]
+        return evaluate(setup.backbone, prompts, setup.evaluation_tape(), setup.judges).components_KN[0]
 
 
 def gain_of(trainer: Trainer) -> PairedGain:
