@@ -227,7 +227,7 @@ def test_threads_are_one_on_a_cpu_unless_said_otherwise() -> None:
             assert torch.get_num_threads() == inside
             assert torch.are_deterministic_algorithms_enabled()
         assert torch.get_num_threads() == threads
-    with pytest.raises(ConfigurationError, match="threads: must be 0 or more"):
+    with pytest.raises(ConfigurationError, match="threads: must be 0 to 1024"):
         resolve("demo", None, {"threads": "-1"})
 
 

@@ -134,7 +134,10 @@ def resolve_saved(saved: Path, flags: Mapping[str, str] | None = None) -> Config
 
     Raises ConfigurationError; also for an empty or shortened file, which a preset would fill up silently.
     """
-    if missing := {"preset", "checkpoint.keep"} - read_file(saved).keys():  # the first and the last line
+    values = read_file(saved)
+    for path, value in values.items():
+        _setting(path, value)  # a setting that has moved says where it is
+    if missing := {"preset", "checkpoint.keep"} - values.keys():  # the first and the last line
         raise ConfigurationError(
             f"{saved} is not the whole configuration of a run: it lacks {' and '.join(sorted(missing))}; put "
             "the file back as the run wrote it"
