@@ -33,7 +33,7 @@ from kvpo.training.collection import credit_of, explore
 from kvpo.training.credit import collection_scale
 from kvpo.training.diversity import Laboratory, Place, averaged
 from kvpo.training.evaluation import HeldOut
-from kvpo.training.gradients import lesson_of, tables_of, with_old_policy
+from kvpo.training.gradients import lesson_of, tables_of, with_old_policy, with_routed_teacher
 from kvpo.training.run import Run
 from kvpo.training.setup import Setup
 
@@ -168,7 +168,7 @@ def _training_groups(run: Run, videos: dict[str, Tensor]) -> list[dict[str, Any]
         shown = credit or no_credit(group.branches)
         lesson = lesson_of(learner, group, shown, keyed_generator("evidence", config.seed, 0, index))
         (lesson,) = with_old_policy(learner, [lesson])
-        (table,) = tables_of(learner, [lesson])
+        (table,) = tables_of(learner, [with_routed_teacher(learner, lesson)])
         table, branch_N = table[: lesson.method_rows], lesson.evidence.branch_N[: lesson.method_rows]
         residuals, _, _ = Tables(table, table, table).per_branch(branch_N, shown.branches)
         extras: list[dict[str, float]] = [{} for _ in range(group.branches + 1)]

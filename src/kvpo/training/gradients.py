@@ -216,7 +216,7 @@ def _taught(lessons: Sequence[Lesson], teacher: str, velocities: Sequence[Tensor
     ]
 
 
-def _with_routed_teacher(learner: Learner, lesson: Lesson) -> Lesson:
+def with_routed_teacher(learner: Learner, lesson: Lesson) -> Lesson:
     """The lesson with the policy's own velocities under the branches' routed history in its targets."""
     rows = [n for n, name in enumerate(lesson.evidence.teacher_N) if name == "routed"]
     if not rows:
@@ -257,7 +257,7 @@ def _accumulate_batch(
 ) -> tuple[list[Metrics], float]:
     with learner.policy.reference():
         of_reference = velocities_of(learner, batch)
-    batch = [_with_routed_teacher(learner, item) for item in _taught(batch, "reference", of_reference)]
+    batch = [with_routed_teacher(learner, item) for item in _taught(batch, "reference", of_reference)]
     references = [lesson.table(found) for lesson, found in zip(batch, of_reference, strict=True)]
     batches = micro_batches(learner, batch)
     now: list[Tensor] | None = None
