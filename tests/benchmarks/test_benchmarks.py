@@ -169,6 +169,7 @@ def test_the_reward_service_benchmark_runs(tmp_path, capsys):
     assert "| slower by |" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_threads_beside_a_busy_process(tiny_base, tmp_path, capsys):
     threads = importlib.import_module("threads")
     settings = {**SETTINGS, "base": str(tiny_base), "stream.schedule": (1.0, 0.5), "optim.updates": 9}
