@@ -20,6 +20,7 @@ MAY_IMPORT = {
     "kvpo.models.settings": set(),
     "kvpo.config": {"kvpo.method", "kvpo.models.settings"},
     "kvpo.config_checks": {"kvpo.config", "kvpo.method", "kvpo.prompts"},
+    "kvpo.serving": {"kvpo.config_checks", "kvpo.extras", "kvpo.files"},
     "kvpo.prompts": {"kvpo.method"},
     "kvpo.prompt_files": {"kvpo.files", "kvpo.prompts"},
     "kvpo.models": {

@@ -15,7 +15,6 @@ from safetensors.torch import save_file
 from kvpo.app.cli import main
 from kvpo.app.configuration import resolve
 from kvpo.app.noise_files import read_floors
-from kvpo.app.reward_server import read_token
 from kvpo.app.sources.world import load_base
 from kvpo.app.video_folder import file_prompts
 from kvpo.config_checks import ConfigurationError
@@ -29,6 +28,7 @@ from kvpo.prompt_files import read_prompts
 from kvpo.report.record import read_run
 from kvpo.rewards.pretrained import read_template, read_tokenizer, strict_pretrained
 from kvpo.rewards.video_files import probe
+from kvpo.serving import read_token
 from kvpo.training.checkpoint import best_checkpoint, checkpoints, load_checkpoint, save_checkpoint
 from tests.tiny_wan import write_text_and_pixels
 from tests.tiny_world import tiny_config
@@ -69,7 +69,7 @@ POINTERS: dict[str, tuple[str, Callable[[Path], Any]]] = {
     "prompts to score": ("p.json", lambda d: file_prompts(d / "p.json", d, [d / "a.mp4"])),
     "settings": ("c.yaml", lambda d: resolve(None, d / "c.yaml", {})),
     "noise floors": ("n.json", lambda d: read_floors(d / "n.json")),
-    "token": ("token", lambda d: read_token(d / "token", {})),
+    "token": ("token", lambda d: read_token(d / "token", {}, "TOKEN")),
     "video": ("v.mp4", lambda d: probe(d / "v.mp4")),
     "torch weights": ("w.pt", lambda d: load_transformer_state(d / "w.pt")),
     "weights": ("w.safetensors", lambda d: load_transformer_state(d / "w.safetensors")),

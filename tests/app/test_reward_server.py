@@ -24,13 +24,14 @@ from torch import Tensor
 from kvpo.app import reward_server
 from kvpo.app.cli import main
 from kvpo.app.named_rewards import named_rewards, split_location
-from kvpo.app.reward_server import is_loopback, offers_of, read_token
+from kvpo.app.reward_server import offers_of
 from kvpo.config_checks import ConfigurationError
 from kvpo.report.video import write_video
 from kvpo.rewards import client as client_module
 from kvpo.rewards.client import connect
 from kvpo.rewards.declarations import DECLARATIONS
 from kvpo.rewards.wire import TOKEN_VARIABLE, Offer
+from kvpo.serving import is_loopback, read_token
 from kvpo.training.collection import explore
 from kvpo.training.metrics_log import MetricsLog
 from kvpo.training.run import Run
@@ -295,7 +296,7 @@ def test_what_is_not_served(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv(TOKEN_VARIABLE, raising=False)
-    monkeypatch.setattr(reward_server.uvicorn.Server, "run", lambda *_, **__: pytest.fail("it ran"))
+    monkeypatch.setattr(reward_server, "run_app", lambda *_, **__: pytest.fail("it ran"))
     (tmp_path / "empty").write_text("\n")
     assert main(["reward-server", *arguments.split()]) == 2
     printed = capsys.readouterr().err
@@ -316,12 +317,12 @@ def test_an_address_that_is_taken(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_where_a_token_comes_from(tmp_path: Path) -> None:
     (tmp_path / "token").write_text("from-file\n")
-    assert read_token(None, {}) is None
-    assert read_token(None, {TOKEN_VARIABLE: "from-environment"}) == "from-environment"
-    assert read_token(tmp_path / "token", {TOKEN_VARIABLE: "from-environment"}) == "from-file"
+    assert read_token(None, {}, TOKEN_VARIABLE) is None
+    assert read_token(None, {TOKEN_VARIABLE: "from-environment"}, TOKEN_VARIABLE) == "from-environment"
+    assert read_token(tmp_path / "token", {TOKEN_VARIABLE: "from-environment"}, TOKEN_VARIABLE) == "from-file"
     for bad in ("", "two words", "schlüssel", "line\nbreak"):
         with pytest.raises(ConfigurationError, match=f"{TOKEN_VARIABLE}: a token is one word"):
-            read_token(None, {TOKEN_VARIABLE: bad})
+            read_token(None, {TOKEN_VARIABLE: bad}, TOKEN_VARIABLE)
 
 
 def test_who_can_reach_an_address() -> None:

@@ -152,8 +152,10 @@ def reward_server_arguments(parser: ArgumentParser) -> None:
 
 def reward_server(arguments: Namespace) -> None:
     """Run ``kvpo reward-server``."""
-    from kvpo.app.reward_server import read_token, serve
+    from kvpo.app.reward_server import serve
     from kvpo.rewards.server import MIB, Limits
+    from kvpo.rewards.wire import TOKEN_VARIABLE
+    from kvpo.serving import read_token
 
     for name in ("batch", "request_mib", "queue_mib"):
         if vars(arguments)[name] < 1:
@@ -163,8 +165,6 @@ def reward_server(arguments: Namespace) -> None:
         raise ConfigurationError(
             f"--request-mib: {arguments.request_mib} never fits into --queue-mib {arguments.queue_mib}"
         )
-    if not 0 <= arguments.port < 2**16:
-        raise ConfigurationError(f"--port: must be 0 to {2**16 - 1}, got {arguments.port}")
     if not 0 < arguments.frame_rate < math.inf:
         raise ConfigurationError(f"--frame-rate: must be positive, got {arguments.frame_rate}")
     limits = Limits(arguments.request_mib * MIB, arguments.queue_mib * MIB, arguments.batch)
@@ -172,7 +172,7 @@ def reward_server(arguments: Namespace) -> None:
         _names(arguments.reward),
         host=arguments.host,
         port=arguments.port,
-        token=read_token(arguments.token_file, os.environ),
+        token=read_token(arguments.token_file, os.environ, TOKEN_VARIABLE),
         frame_rate=arguments.frame_rate,
         limits=limits,
         sources=_sources(arguments.source),

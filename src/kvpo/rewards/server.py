@@ -5,7 +5,6 @@
 """
 
 import asyncio
-import hmac
 import time
 from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import Future
@@ -27,6 +26,7 @@ from kvpo.rewards.wire import (
     growth,
     with_fractions,
 )
+from kvpo.serving import admitted
 
 with extra("server"):
     from fastapi import Depends, FastAPI, HTTPException, Request
@@ -100,10 +100,7 @@ def reward_app(
     def authorised(
         shown: Annotated[HTTPAuthorizationCredentials | None, Depends(HTTPBearer(auto_error=False))],
     ) -> None:
-        if token is None:
-            return
-        given = "" if shown is None else shown.credentials
-        if not hmac.compare_digest(given.encode(), token.encode()):
+        if not admitted("" if shown is None else shown.credentials, token):
             raise HTTPException(401, "a bearer token is needed", {"WWW-Authenticate": "Bearer"})
 
     app = FastAPI(title="kvpo reward server", openapi_url=None, lifespan=lifespan)

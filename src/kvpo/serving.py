@@ -1,0 +1,96 @@
+"""What the package's HTTP servers share: where they listen, whom they believe, how they stop."""
+
+import hmac
+import ipaddress
+import logging
+import signal
+import socket
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from kvpo.config_checks import ConfigurationError
+from kvpo.extras import extra
+from kvpo.files import read_text
+
+logger = logging.getLogger(__name__)
+
+STOPPING_SECONDS = 30
+"""Time that running requests may still take once a server was told to stop."""
+
+
+def is_loopback(host: str) -> bool:
+    """True if only this machine can reach ``host``."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def check_address(host: str, port: int, token: str | None, variable: str) -> None:
+    """Refuse to listen to other machines without a token, and ports that are none.
+
+    ``variable`` names where the environment holds the token. Raises ConfigurationError.
+    """
+    if not 0 <= port < 2**16:
+        raise ConfigurationError(f"--port: must be 0 to {2**16 - 1}, got {port}")
+    if token is None and not is_loopback(host):
+        raise ConfigurationError(
+            f"--host: {host} is open to other machines, which needs a token: set {variable} or "
+            "give --token-file FILE"
+        )
+
+
+def read_token(file: Path | None, environment: Mapping[str, str], variable: str) -> str | None:
+    """The bearer token: of a file if one is named, else of the environment's ``variable``.
+
+    Raises ConfigurationError for a file or a variable without one.
+    """
+    where, text = variable, environment.get(variable)
+    if file is not None:
+        try:
+            where, text = f"--token-file: {file}", read_text(file)
+        except ValueError as error:
+            raise ConfigurationError(f"--token-file: cannot read {error}") from error
+    if text is None:
+        return None
+    token = text.strip()
+    if not token or not token.isascii() or not token.isprintable() or " " in token:
+        raise ConfigurationError(f"{where}: a token is one word of letters, digits and signs")
+    return token
+
+
+def admitted(shown: str, token: str | None) -> bool:
+    """True if ``shown`` is the token, or none is asked for; the time it takes does not depend on where they
+    differ."""
+    return token is None or hmac.compare_digest(shown.encode(), token.encode())
+
+
+def listener(host: str, port: int) -> socket.socket:
+    """A socket that listens at ``host`` and ``port`` (0: any). Raises ConfigurationError."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family)
+    except OSError as error:
+        raise ConfigurationError(f"--host, --port: cannot listen at {host} {port}: {error}") from error
+
+
+def url_of(host: str, listening: socket.socket) -> str:
+    """The address of a listening socket as one types it."""
+    return f"http://{f'[{host}]' if ':' in host else host}:{listening.getsockname()[1]}"
+
+
+def run_app(app: Any, listening: socket.socket, **options: Any) -> None:
+    """Serve an application until SIGTERM or Ctrl-C; ``options`` are uvicorn's."""
+    with extra("server"):
+        import uvicorn
+    config = uvicorn.Config(
+        app, log_level="warning", access_log=False, timeout_graceful_shutdown=STOPPING_SECONDS, **options
+    )
+    # uvicorn stops at a signal and then raises it again, for the handler that was there before
+    former = signal.signal(signal.SIGTERM, lambda number, frame: None)
+    try:
+        uvicorn.Server(config).run(sockets=[listening])
+    finally:
+        signal.signal(signal.SIGTERM, former)
+    logger.info("stopped")
