@@ -25,7 +25,7 @@ from kvpo.app.configuration import preset
 from kvpo.files import write_atomic
 from kvpo.prompts import ClipPrompt
 from kvpo.report import write_report
-from kvpo.rewards.looks import brightness as mean_luminance
+from kvpo.rewards.pixel_statistics import brightness as mean_luminance
 from kvpo.training import radar
 from kvpo.training.checkpoint import find_checkpoint
 from kvpo.training.evaluation import comparison

@@ -18,7 +18,7 @@ import torch
 import yaml
 
 from kvpo.models.cache import FrameCache
-from kvpo.rewards.client import RemoteScorer, connect
+from kvpo.rewards.service.client import RemoteScorer, connect
 
 Arms = Mapping[str, Callable[[], Any]]
 

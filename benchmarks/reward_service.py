@@ -27,9 +27,9 @@ from kvpo.config import Config
 from kvpo.engine.background import in_background
 from kvpo.engine.scoring import Clip, score_clips
 from kvpo.prompts import ClipPrompt
-from kvpo.rewards.client import RemoteScorer
 from kvpo.rewards.protocol import Scorer
-from kvpo.rewards.wire import eight_bit
+from kvpo.rewards.service.client import RemoteScorer
+from kvpo.rewards.service.messages import eight_bit
 from kvpo.training.collection import generate, new_cache, plan
 
 SECONDS = "KVPO_BENCHMARK_CLIP_SECONDS"

@@ -14,10 +14,10 @@ import uvicorn
 from torch import Tensor
 
 from kvpo.prompts import ClipPrompt
-from kvpo.rewards.client import Patience
 from kvpo.rewards.protocol import Declaration, Scorer
-from kvpo.rewards.server import Limits, reward_app
-from kvpo.rewards.wire import Offer
+from kvpo.rewards.service.client import Patience
+from kvpo.rewards.service.messages import Offers
+from kvpo.rewards.service.server import Limits, reward_app
 
 LIMITS = Limits()
 QUICK = Patience(answer=20, attempts=2, start=1.0, outage=1.0, first_pause=0.05, longest_pause=0.2)
@@ -38,23 +38,23 @@ class Named:
         return {self.component: self.function(video_BTCHW, prompts)}
 
 
-def offer(scorer: Scorer, name: str = "own") -> Offer:
+def offer(scorer: Scorer, name: str = "own") -> Offers:
     """All components of a scorer under one name."""
     declarations = tuple(Declaration(c, -inf, inf, True, False, 1, 32 * 32) for c in scorer.components)
-    return Offer(name, declarations, dict.fromkeys(scorer.components, 1.0))
+    return {name: declarations}
 
 
 @contextmanager
 def serving(
     scorer: Scorer,
-    offers: Sequence[Offer] = (),
+    offers: Offers | None = None,
     *,
     port: int = 0,
     token: str | None = None,
     limits: Limits = LIMITS,
 ) -> Iterator[str]:
     """The address of a server, of one reward called "own" unless there are other offers."""
-    offers = offers or [offer(scorer)]
+    offers = offers or offer(scorer)
     app = reward_app([scorer], offers, frame_rate=16.0, token=token, limits=limits)
     with socket.create_server(("127.0.0.1", port)) as listener:
         server = uvicorn.Server(uvicorn.Config(app, log_level="critical", timeout_graceful_shutdown=1))

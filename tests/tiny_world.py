@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from kvpo.app.configuration import assign, with_method
-from kvpo.app.held_out import held_out_scorers
+from kvpo.app.judges import held_out_rewards
 from kvpo.app.sources.world import build_backbone
 from kvpo.config import Config
 from kvpo.prompts import ClipPrompt, VideoPrompt
@@ -111,7 +111,7 @@ def toy_setup(config: Config, scorer: Any = None) -> Setup:
     backbone = build_backbone(config)
     scorer = scorer or ToyScorer()
     weights = torch.ones(len(scorer.components))
-    held_out = held_out_scorers(config, backbone.codec.frames_per_second)
+    held_out = held_out_rewards(config, backbone.codec.frames_per_second)
     return Setup(
         backbone=backbone,
         judges=Judges(scorer, weights, None, held_out),

@@ -16,9 +16,8 @@ from torch import Tensor, nn
 
 from kvpo.app.build import build_setup
 from kvpo.app.file_prompts import FilePrompts, split_prompts
-from kvpo.app.offloading import VisitingScorer, networks_of
 from kvpo.app.sources import wan_parts
-from kvpo.app.sources.wan_parts import WanCodec, given_weights, wan_weights
+from kvpo.app.sources.wan_parts import WanCodec, open_weights, wan_weights
 from kvpo.config_checks import ConfigurationError
 from kvpo.engine.scoring import Clip, in_pixels
 from kvpo.engine.stream import stream_latents
@@ -29,8 +28,7 @@ from kvpo.models.export import save_peft_adapter
 from kvpo.models.offload import resident
 from kvpo.models.wan_vae import DecodeState, WanVAE
 from kvpo.prompts import ClipPrompt
-from kvpo.rewards.cache import CachedScorer
-from kvpo.rewards.combined import CombinedScorer
+from kvpo.rewards.reward import CombinedScorer, Reward, networks_of
 from kvpo.training.policy import policy_of
 from kvpo.training.trainer import Trainer
 from tests.models.test_wan_vae import tiny_model as tiny_vae
@@ -242,8 +240,8 @@ def test_offloading_changes_no_number_and_leaves_networks_where_they_were(files:
         trainer = Trainer(build_setup(tiny_wan("longlive-1.3b", files, segments=2, **changes)))
         results.append(trainer.step())
         scorer = trainer.setup.judges.scorer
-        assert isinstance(scorer, CachedScorer)
-        assert isinstance(scorer.scorer, VisitingScorer) == offload
+        assert isinstance(scorer, Reward) and scorer.cache is not None
+        assert (scorer.visited is not None) == offload
     assert results[0] == results[1]
 
 
@@ -292,29 +290,27 @@ def test_what_is_known_of_the_scale_is_printed_and_alpha_can_be_stated(
     tiny_wan("longlive-1.3b", files)
     bare = {"backbone__lora": str(files / "lora.pt"), "optim__lora_alpha": 8.0}
     with pytest.raises(ConfigurationError) as refused:
-        given_weights(tiny_wan("longlive-1.3b", files, **bare))
+        open_weights(tiny_wan("longlive-1.3b", files, **bare))
     said = str(refused.value)
     assert re.search("optim.lora_alpha: 8, but .* has alpha 2, assumed from its rank since its", said)
     assert "set it to" not in said and "to the alpha that it was trained with" in said
     caplog.set_level("INFO", logger="kvpo")
-    given = given_weights(tiny_wan("longlive-1.3b", files, **bare, backbone__lora_alpha=8.0)).adapter
+    given = open_weights(tiny_wan("longlive-1.3b", files, **bare, backbone__lora_alpha=8.0)).adapter
     assert given is not None and given.scale(given.modules[0]) == 4.0
     assert "layers of rank 2, alpha 8 (the setting backbone.lora_alpha)" in caplog.text
     save_peft_adapter(tmp_path / "peft", given)
     file = str(tmp_path / "peft" / "adapter_model.safetensors")
-    again = given_weights(
-        tiny_wan("longlive-1.3b", files, backbone__lora=file, optim__lora_alpha=8.0)
-    ).adapter
+    again = open_weights(tiny_wan("longlive-1.3b", files, backbone__lora=file, optim__lora_alpha=8.0)).adapter
     assert again is not None and again.scale(again.modules[0]) == 4.0
     assert "alpha 8 (" + str(tmp_path / "peft" / "adapter_config.json") in caplog.text
     with pytest.raises(
         ConfigurationError, match=r"optim.lora_alpha: 2, but .* has alpha 8 according .*set it to 8"
     ):
-        given_weights(tiny_wan("longlive-1.3b", files, backbone__lora=file))
+        open_weights(tiny_wan("longlive-1.3b", files, backbone__lora=file))
     with pytest.raises(
         ValueError, match="8 according to .*adapter_config.json, but 2 according to the setting"
     ):
-        given_weights(tiny_wan("longlive-1.3b", files, backbone__lora=file, backbone__lora_alpha=2.0))
+        open_weights(tiny_wan("longlive-1.3b", files, backbone__lora=file, backbone__lora_alpha=2.0))
     for alpha, lora in ((-1.0, file), (float("inf"), file), (2.0, "")):
         with pytest.raises(ConfigurationError, match="backbone.lora_alpha"):
             tiny_wan("longlive-1.3b", files, backbone__lora=lora, backbone__lora_alpha=alpha)

@@ -1,19 +1,21 @@
 """The score cache in a run: what a second run need not score, and that the metrics say so."""
 
-from dataclasses import replace
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
 from kvpo.app.build import build_setup
 from kvpo.app.configuration import assign, preset
-from kvpo.app.held_out import held_out_scorers
-from kvpo.app.offloading import VisitingScorer, visiting
-from kvpo.app.sources.common import build_scorer
+from kvpo.app.judges import build_scorer, held_out_rewards
 from kvpo.config import Config
-from kvpo.rewards.cache import CachedScorer, Counts, score_cache
+from kvpo.rewards.cache import Counts, score_cache
+from kvpo.rewards.reward import Reward
 from kvpo.training.collection import explore
 from kvpo.training.metrics_log import MetricsLog, read_metrics
 from kvpo.training.run import Run, evaluate_base, evaluate_prompts
@@ -84,7 +86,7 @@ def test_metrics_count_what_was_known(tiny_base: Path, tmp_path: Path) -> None:
     lines = []
     for turn in range(2):
         cache = score_cache(str(tmp_path))
-        setup = toy_setup(config, CachedScorer(ToyScorer(), "toy 1", cache))
+        setup = toy_setup(config, Reward("toy", ToyScorer(), version="toy 1", cache=cache))
         setup = replace(setup, scored=cache.counts)
         trainer = Trainer(setup)
         base = evaluate_base(setup, trainer, setup.validation)
@@ -99,12 +101,36 @@ def test_metrics_count_what_was_known(tiny_base: Path, tmp_path: Path) -> None:
             assert cold["reward_mean"] == warm["reward_mean"] and cold["loss"] == warm["loss"]
 
 
-def test_what_is_known_moves_no_network(tmp_path: Path) -> None:
+@dataclass(frozen=True)
+class Networked:
+    """The mean of a clip, by a scorer that holds a network."""
+
+    network: torch.nn.Module
+    components: tuple[str, ...] = ("mean",)
+
+    def __call__(self, video_BTCHW: Tensor, prompts: Any) -> dict[str, Tensor]:
+        return {"mean": video_BTCHW.mean((1, 2, 3, 4))}
+
+
+def test_what_is_known_moves_no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    moved: list[Any] = []
+
+    @contextmanager
+    def watched(networks: Any, device: Any) -> Iterator[None]:
+        moved.append((list(networks), device))
+        yield
+
+    monkeypatch.setattr("kvpo.rewards.reward.resident", watched)
+    scorer = Networked(torch.nn.Linear(1, 1))
+    reward = Reward("mean", scorer, version="1", cache=score_cache(str(tmp_path))).offloaded("cpu")
+    clips, prompts = torch.rand(2, 3, 3, 4, 4), ["a", "b"]
+    first = reward(clips, prompts)["mean"]
+    assert moved == [([scorer.network], "cpu")] and torch.equal(first, clips.mean((1, 2, 3, 4)))
+    assert torch.equal(reward(clips, prompts)["mean"], first) and len(moved) == 1
+
+
+def test_all_rewards_of_a_run_share_its_cache(tmp_path: Path) -> None:
     scorer, _ = build_scorer(preset("demo"), 8.0, score_cache(str(tmp_path)))
-    assert isinstance(scorer, CachedScorer)
-    network = torch.nn.Linear(1, 1)
-    holder = replace(scorer, scorer=VisitingScorer(scorer.scorer, scorer.components, (network,), "cpu"))
-    moved = visiting(holder, "cpu")
-    assert isinstance(moved, CachedScorer) and isinstance(moved.scorer, VisitingScorer)
-    watched = held_out_scorers(assign(Config(), {"evaluation.held_out": ["flicker"]}), 8.0, scorer.cache)
-    assert isinstance(watched[0].scorer, CachedScorer) and watched[0].scorer.cache is scorer.cache
+    assert isinstance(scorer, Reward) and scorer.cache is not None and scorer.offloaded("cpu") is scorer
+    config = assign(Config(), {"evaluation.held_out": ["flicker"]})
+    assert held_out_rewards(config, 8.0, scorer.cache)[0].cache is scorer.cache

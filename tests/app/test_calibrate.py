@@ -13,11 +13,12 @@ from video_makers import encode
 
 from kvpo.app.calibrate import Sample, demo_samples, harmless_changes, measure, noisy, reencoded, shifted
 from kvpo.app.cli import main
-from kvpo.app.named_rewards import NamedReward, named_rewards
+from kvpo.app.named_rewards import named_rewards
 from kvpo.rewards.protocol import Declaration
+from kvpo.rewards.reward import Reward
 
 
-def reward_of(function, name: str = "probe") -> NamedReward:
+def reward_of(function, name: str = "probe") -> Reward:
     class Scorer:
         components = (name,)
 
@@ -25,7 +26,7 @@ def reward_of(function, name: str = "probe") -> NamedReward:
             return {name: function(video_BTCHW)}
 
     declaration = Declaration(name, 0.0, 1.0, False, False, 1, 10**6)
-    return NamedReward(name, Scorer(), (declaration,), {name: 1.0})
+    return Reward(name, Scorer(), (declaration,))
 
 
 SAMPLES = [Sample(f"clip {i}", gliding(64, 96, 5, 2, 1, seed=i), 16.0, "") for i in range(3)]

@@ -11,8 +11,8 @@ from torch import Tensor
 from kvpo.app.build import build_setup
 from kvpo.app.cli import main
 from kvpo.app.configuration import assign, preset, resolve, resolve_resumed
+from kvpo.app.judges import build_scorer
 from kvpo.app.noise_files import read_floors, with_measured_floors
-from kvpo.app.sources.common import build_scorer
 from kvpo.config import Config
 from kvpo.config_checks import ConfigurationError
 from kvpo.training.trainer import Trainer

@@ -27,10 +27,10 @@ from kvpo.app.named_rewards import named_rewards, split_location
 from kvpo.app.reward_server import offers_of
 from kvpo.config_checks import ConfigurationError
 from kvpo.report.video import write_video
-from kvpo.rewards import client as client_module
-from kvpo.rewards.client import connect
-from kvpo.rewards.declarations import DECLARATIONS
-from kvpo.rewards.wire import TOKEN_VARIABLE, Offer
+from kvpo.rewards.catalogue import DECLARATIONS
+from kvpo.rewards.service import client as client_module
+from kvpo.rewards.service.client import connect
+from kvpo.rewards.service.messages import TOKEN_VARIABLE
 from kvpo.serving import is_loopback, read_token
 from kvpo.training.collection import explore
 from kvpo.training.metrics_log import MetricsLog
@@ -142,7 +142,7 @@ def test_rewards_that_share_a_model_are_asked_together(url: str, monkeypatch: py
 
 def test_a_server_for_other_frame_rates_is_refused() -> None:
     scorer = Named(number_of, "videoalign_vq")
-    offers = [Offer("videoalign_vq", (DECLARATIONS["videoalign_vq"],), {"videoalign_vq": 1.0})]
+    offers = {"videoalign_vq": (DECLARATIONS["videoalign_vq"],)}
     with serving(scorer, offers) as url:
         assert named_rewards([f"videoalign_vq@{url}"], prompts=True, frame_rate=16.0)
         with pytest.raises(ConfigurationError, match="16 frames per second; these have 2: .* --frame-rate 2"):
@@ -332,8 +332,8 @@ def test_who_can_reach_an_address() -> None:
 
 def test_catalogue_rewards_are_offered_one_by_one_and_others_whole() -> None:
     offers = offers_of(named_rewards(["motion_smoothness", "dynamic_degree", "world"], prompts=True))
-    assert [offer.name for offer in offers] == ["motion_smoothness", "dynamic_degree", "world"]
-    assert len(offers[0].declarations) == 1 and len(offers[2].declarations) == len(offers[2].weights) > 1
+    assert list(offers) == ["motion_smoothness", "dynamic_degree", "world"]
+    assert len(offers["motion_smoothness"]) == 1 and len(offers["world"]) > 1
 
 
 def motion_smoothness(video_BTCHW: Tensor, prompts: Sequence[Any]) -> Tensor:
@@ -343,4 +343,4 @@ def motion_smoothness(video_BTCHW: Tensor, prompts: Sequence[Any]) -> Tensor:
 
 def test_a_function_does_not_pass_for_the_reward_whose_name_it_has() -> None:
     own = f"{__name__}:motion_smoothness"
-    assert [offer.name for offer in offers_of(named_rewards([own], prompts=True))] == [own]
+    assert list(offers_of(named_rewards([own], prompts=True))) == [own]

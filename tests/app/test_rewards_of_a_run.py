@@ -15,14 +15,14 @@ from tiny_rewards import gliding
 
 from kvpo.app.build import build_setup
 from kvpo.app.configuration import preset
-from kvpo.app.sources.common import build_scorer
+from kvpo.app.judges import build_scorer
 from kvpo.config import Config
 from kvpo.config_checks import ConfigurationError
 from kvpo.engine.scoring import Clip, score_clips
 from kvpo.prompts import ClipPrompt
-from kvpo.rewards.catalogue import requested
-from kvpo.rewards.combined import CombinedScorer
+from kvpo.rewards.catalogue import load_rewards
 from kvpo.rewards.consistency import FlickerScorer
+from kvpo.rewards.reward import CombinedScorer, Reward
 from kvpo.training.trainer import Trainer
 from kvpo.world.reward import DEFAULT_WEIGHTS, WorldScorer
 from tests.tiny_wan import tiny_wan
@@ -105,7 +105,7 @@ def run_with(scorers: str, **settings: Any) -> Config:
 
 def test_the_worlds_reward_alone_is_as_it_was() -> None:
     scorer, weights = build_scorer(Config(), 8.0)
-    assert scorer == WorldScorer()
+    assert isinstance(scorer, Reward) and scorer.scorer == WorldScorer()
     assert torch.equal(weights, torch.tensor(list(DEFAULT_WEIGHTS.values())))
 
 
@@ -223,9 +223,9 @@ def test_the_rate_and_the_device_of_a_run_reach_its_rewards(monkeypatch: pytest.
 
     def watched(ids: Any, sources: Any, **options: Any) -> Any:
         asked.update(options)
-        return requested(ids, sources, **options)
+        return load_rewards(ids, sources, **options)
 
-    monkeypatch.setattr("kvpo.app.named_rewards.requested", watched)
+    monkeypatch.setattr("kvpo.app.named_rewards.load_rewards", watched)
     build_scorer(run_with("flicker"), 12.5)
     assert asked["frame_rate"] == 12.5 and asked["device"] == "cpu"
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from kvpo.app.build import build_setup
 from kvpo.app.cli import main
 from kvpo.config import Config
-from kvpo.rewards.wire import eight_bit
+from kvpo.rewards.service.messages import eight_bit
 from kvpo.training.gradients import accumulate_gradients
 from kvpo.training.trainer import Trainer
 from tests.tiny_wan import tiny_flags, tiny_wan

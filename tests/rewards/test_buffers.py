@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvpo.rewards.buffers import MIB, Buffers
+from kvpo.rewards.service.buffers import MIB, Buffers
 
 
 def place(buffer: memoryview) -> int:

@@ -1,5 +1,6 @@
 """Rewards by id: every one declared, the light ones built, sources and mistakes."""
 
+import json
 import subprocess
 import sys
 
@@ -8,8 +9,8 @@ import torch
 from tiny_rewards import gliding
 
 from kvpo.rewards import catalogue
-from kvpo.rewards.catalogue import FAMILIES, REWARD_IDS
-from kvpo.rewards.declarations import DECLARATIONS
+from kvpo.rewards.catalogue import DECLARATIONS, FAMILIES, REWARD_IDS, load_rewards
+from kvpo.rewards.consistency import FlickerScorer
 from kvpo.rewards.motion import MotionScorer
 from tests.rewards.tiny_rewards import build_rewards
 
@@ -43,17 +44,23 @@ def test_parts_are_resolved_and_given_to_the_builder(monkeypatch, tmp_path):
         return tmp_path
 
     monkeypatch.setattr("kvpo.models.hub.resolve", resolve)
-    family = catalogue.Family(("hpsv3",), built.append, FAMILIES[0].parts)
-    monkeypatch.setattr(catalogue, "FAMILIES", (family, *FAMILIES[1:]))
-    build_rewards(["hpsv3"], {"hpsv3.base": "/my/base"}, device="cuda", frame_rate=8.0, top_share=0.3)
+
+    def load(*paths, **settings):
+        built.append((paths, settings))
+        return FlickerScorer(("hpsv3",))
+
+    monkeypatch.setattr("kvpo.rewards.hpsv3.load_hpsv3", load)
+    monkeypatch.setattr("kvpo.models.tensor_files.fingerprint", lambda files, settings: settings)
+    (reward,) = load_rewards(
+        ["hpsv3"], {"hpsv3.base": "/my/base"}, device="cuda:1", frame_rate=8.0, top_share=0.3
+    )
     assert asked == [
         ("MizzenAI/HPSv3/HPSv3.safetensors", ()),
         ("/my/base", catalogue.CONFIG_AND_TOKENIZER),
     ]
-    (request,) = built
-    assert (request.ids, request.device, request.frame_rate) == (("hpsv3",), "cuda", 8.0)
-    assert request.top_share == 0.3
-    assert request.paths == {"weights": tmp_path, "base": tmp_path, "template": None}
+    assert built == [((tmp_path, tmp_path, None), {"top_share": 0.3, "device": "cuda:1"})]
+    assert (reward.name, reward.declarations) == ("hpsv3", (DECLARATIONS["hpsv3"],))
+    assert json.loads(reward.version) == [["hpsv3"], ["weights", "base"], 8.0, 0.3, "cuda"]
 
 
 @pytest.mark.parametrize(
@@ -83,9 +90,8 @@ def test_listing_rewards_imports_nothing_heavy():
 
 def test_motion_needs_neither_downloads_nor_transformers():
     code = (
-        "import sys\nfrom kvpo.rewards.catalogue import requested\n"
-        "for family, request in requested(['motion_smoothness', 'dynamic_degree', 'flicker']):\n"
-        "    family.build(request)\n"
+        "import sys\nfrom kvpo.rewards.catalogue import load_rewards\n"
+        "load_rewards(['motion_smoothness', 'dynamic_degree', 'flicker'])\n"
         "heavy = {'transformers', 'accelerate', 'huggingface_hub', 'peft'} & sys.modules.keys()\n"
         "assert not heavy, heavy"
     )

@@ -10,9 +10,10 @@ from transformers import Qwen2VLConfig
 
 from kvpo.prompts import ClipPrompt
 from kvpo.rewards import hpsv3
+from kvpo.rewards.catalogue import DECLARATIONS
 from kvpo.rewards.hpsv3 import TOKEN, HPSv3Scorer, load_hpsv3, prepared
 from kvpo.rewards.qwen_reward import IMAGE_PAD, encode_chat, tokenizer_with
-from kvpo.rewards.wire import eight_bit, fractions
+from kvpo.rewards.service.messages import eight_bit, fractions
 
 INSTRUCTION, ENDING = "\nrate this.\nprompt - {text_prompt}\n", "\nrating: <|Reward|>"
 HIDDEN = (12, 6)
@@ -115,7 +116,7 @@ def test_size_and_values_of_a_frame():
 
 def test_clips_may_arrive_in_eight_bits(release, clips):
     scorer = load(release)
-    assert all(declaration.eight_bit for declaration in scorer.declarations)
+    assert DECLARATIONS["hpsv3"].eight_bit
     rounded = fractions(eight_bit(clips[:, :3]))
     assert not torch.equal(rounded, clips[:, :3])
     found, expected = scorer(rounded, ["a", "b"]), scorer(clips[:, :3], ["a", "b"])

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvpo.prompts import ClipPrompt
-from kvpo.rewards.declarations import DECLARATIONS, VIDEOALIGN_SAMPLING
+from kvpo.rewards.catalogue import DECLARATIONS, VIDEOALIGN_SAMPLING
 from kvpo.rewards.protocol import Declaration, Sampling
 from kvpo.rewards.sampling import (
     CLIPS,

@@ -16,15 +16,13 @@ import pytest
 import torch
 
 from kvpo.prompts import ClipPrompt
-from kvpo.rewards import client as client_module
-from kvpo.rewards import scoring_queue
-from kvpo.rewards.client import Link, Patience, RemoteScorer, connect
 from kvpo.rewards.protocol import Declaration, Sampling
-from kvpo.rewards.scoring_queue import ScoringQueue
-from kvpo.rewards.server import Limits, reward_app
-from kvpo.rewards.wire import (
+from kvpo.rewards.service import client as client_module
+from kvpo.rewards.service import scoring_queue
+from kvpo.rewards.service.client import Link, Patience, RemoteScorer, connect
+from kvpo.rewards.service.messages import (
+    PROTOCOL,
     Body,
-    Offer,
     Question,
     decode_offers,
     decode_question,
@@ -33,6 +31,8 @@ from kvpo.rewards.wire import (
     encode_question,
     fractions,
 )
+from kvpo.rewards.service.scoring_queue import ScoringQueue
+from kvpo.rewards.service.server import Limits, reward_app
 from kvpo.world.render import render
 from kvpo.world.reward import WorldScorer
 from kvpo.world.stories import distinct_stories
@@ -64,9 +64,9 @@ def test_a_question_survives_its_journey_to_the_bit(dtype: torch.dtype) -> None:
 def test_offers_survive_their_journey() -> None:
     declarations = (
         Declaration("a", -math.inf, math.inf, True, False, 2, 100, Sampling(2.0, 4, 32, 2, None)),
-        Declaration("b", 0.0, 1.0, False, True, 1, 50),
+        Declaration("b", 0.0, 1.0, False, True, 1, 50, weight=0.5),
     )
-    offers = (Offer("both", declarations, {"a": 1.0, "b": 0.5}),)
+    offers = {"both": declarations}
     assert decode_offers(json.loads(json.dumps(encode_offers(offers), allow_nan=False))) == offers
 
 
@@ -110,7 +110,6 @@ def test_remote_scores_are_the_local_ones_to_the_bit() -> None:
     with serving(scorer) as url:
         remote = connect(url, ["own"], patience=QUICK)
         assert remote.components == scorer.components and remote.frame_rate == 16.0
-        assert remote.weights == dict.fromkeys(scorer.components, 1.0)
         for clips in (video, video[:, :5], video.half()):
             expected = scorer(clips, prompts)
             for name, values in remote(clips, prompts).items():
@@ -134,13 +133,13 @@ def test_clips_travel_in_eight_bits_to_a_scorer_that_rounds() -> None:
         return clips.mean((1, 2, 3, 4))
 
     scorer = Named(observed)
-    rounds = replace(offer(scorer).declarations[0], eight_bit=True)
+    rounds = replace(offer(scorer)["own"][0], eight_bit=True)
     for declaration, expected in (
         (rounds, (video * 255).round() / 255),
         (replace(rounds, eight_bit=False), video),
     ):
         seen.clear()
-        with serving(scorer, [Offer("own", (declaration,), {"own": 1.0})]) as url:
+        with serving(scorer, {"own": (declaration,)}) as url:
             for clips in (video, video.bfloat16()) if declaration.eight_bit else (video,):
                 connect(url, ["own"], patience=QUICK)(clips, [ClipPrompt("")] * 3)
         assert torch.equal(seen[0], expected)
@@ -236,12 +235,12 @@ def test_bodies_leave_one_after_the_other(monkeypatch: pytest.MonkeyPatch) -> No
 def test_a_server_that_stops_reading_costs_its_time_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Not once per request that waits behind the first."""
     monkeypatch.setattr(client_module, "REQUEST_BYTES", 1)
-    declared = offer(Named(number_of))
+    declared = offer(Named(number_of))["own"]
     with socket.create_server(("127.0.0.1", 0)) as frozen:  # connections wait to be accepted for ever
         link = Link(
             f"http://127.0.0.1:{frozen.getsockname()[1]}", None, replace(QUICK, answer=0.5, attempts=2)
         )
-        remote = RemoteScorer(link, (declared,), 16.0, 10**9)
+        remote = RemoteScorer(link, declared, 16.0, 10**9)
         started = time.monotonic()
         with pytest.raises(ValueError, match="asked 2 times .* no answer within 0.5 s"):
             remote(torch.zeros(8, 8, 3, 256, 256), [ClipPrompt("")] * 8)
@@ -450,7 +449,7 @@ def test_limits_of_a_request() -> None:
 
 def test_a_body_that_ends_early_is_refused() -> None:
     """Below HTTP, which would not let it through: the rest would be what an earlier request left behind."""
-    app = reward_app([Named(number_of)], [offer(Named(number_of))], frame_rate=16.0)
+    app = reward_app([Named(number_of)], offer(Named(number_of)), frame_rate=16.0)
     video, prompts = numbered(1)
     whole = encoded(Question(video, tuple(prompts), ("own",)))
 
@@ -545,7 +544,11 @@ def test_silence_and_outages_are_said(
 
 @pytest.mark.parametrize(
     "content",
-    [{"rewards": []}, "x", {"protocol": 2, "kvpo": "", "rewards": [], "limits": {"request_bytes": "x"}}],
+    [
+        {"rewards": []},
+        "x",
+        {"protocol": PROTOCOL, "kvpo": "", "rewards": {}, "limits": {"request_bytes": "x"}},
+    ],
 )
 def test_an_answer_of_something_else_is_refused(content: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     answer = httpx.Response(200, text=json.dumps(content))

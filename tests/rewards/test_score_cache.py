@@ -11,8 +11,8 @@ from torch import Tensor
 
 from kvpo.prompts import ClipPrompt
 from kvpo.rewards import cache as module
-from kvpo.rewards.cache import CachedScorer, Counts, ScoreCache, clip_digest, code_version, score_cache
-from kvpo.rewards.combined import CombinedScorer
+from kvpo.rewards.cache import Counts, ScoreCache, clip_digest, code_version, score_cache
+from kvpo.rewards.reward import CombinedScorer, Reward
 from tests.processes import CHILDREN
 
 
@@ -38,9 +38,14 @@ def clips(count: int, seed: int = 0) -> Tensor:
 PROMPTS = [ClipPrompt("a"), ClipPrompt("bb"), ClipPrompt("ccc")]
 
 
-def asked(cache: ScoreCache, version: str = "v1") -> tuple[CachedScorer, Watched]:
+def asked(cache: ScoreCache, version: str = "v1") -> tuple[Reward, Watched]:
     watched = Watched()
-    return CachedScorer(watched, version, cache), watched
+    return Reward("watched", watched, version=version, cache=cache), watched
+
+
+def counts_of(reward: Reward) -> Counts:
+    assert reward.cache is not None
+    return reward.cache.counts
 
 
 class Here:
@@ -65,7 +70,7 @@ class Elsewhere(Here):
 def test_scorers_elsewhere_work_while_those_of_this_process_do(tmp_path: Path) -> None:
     events: list[str] = []
     cache = score_cache(str(tmp_path))
-    known = CachedScorer(Elsewhere("elsewhere", events), "v1", cache)
+    known = Reward("elsewhere", Elsewhere("elsewhere", events), version="v1", cache=cache)
     combined = CombinedScorer((Here("here", events), known, Elsewhere("other", events)))
     found = combined(clips(3), PROMPTS)
     assert list(found) == ["here", "elsewhere", "other"] == list(combined.components)
@@ -92,11 +97,11 @@ def test_a_second_process_of_the_same_clips_scores_nothing(tmp_path: Path) -> No
     assert equal(found, Watched()(clips(3), PROMPTS)) and watched.batches == [3]
     again, unused = asked(score_cache(str(tmp_path / "new" / "scores")))
     assert equal(again(clips(3), PROMPTS), found) and unused.batches == []
-    assert again.cache.counts == Counts(hits=3)
+    assert counts_of(again) == Counts(hits=3)
     mixed = torch.cat([clips(1, seed=9), clips(3)])
     found = again(mixed, [ClipPrompt("z"), *PROMPTS])
     assert equal(found, Watched()(mixed, [ClipPrompt("z"), *PROMPTS])) and unused.batches == [1]
-    assert again.cache.counts == Counts(hits=6, misses=1)
+    assert counts_of(again) == Counts(hits=6, misses=1)
 
 
 def test_equal_clips_of_one_call_are_scored_once_without_a_directory_too() -> None:
@@ -108,7 +113,7 @@ def test_equal_clips_of_one_call_are_scored_once_without_a_directory_too() -> No
     assert equal(found, Watched()(video, prompts))
     scorer(video, prompts)
     assert watched.batches == [3, 3], "nothing is kept between calls"
-    assert scorer.cache.counts == Counts(repeats=2, misses=6)
+    assert counts_of(scorer) == Counts(repeats=2, misses=6)
 
 
 def test_whatever_may_change_a_score_changes_its_key() -> None:
@@ -253,7 +258,7 @@ def test_what_cannot_be_scored_is_not_kept(tmp_path: Path) -> None:
 
     cache = score_cache(str(tmp_path))
     with pytest.raises(ValueError, match="'mean' is nan for clip 0"):
-        CachedScorer(Broken(), "v1", cache)(clips(3), PROMPTS)
+        Reward("broken", Broken(), version="v1", cache=cache)(clips(3), PROMPTS)
     scorer, watched = asked(cache)
     scorer(clips(3), PROMPTS)
     assert watched.batches == [3]

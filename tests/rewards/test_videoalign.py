@@ -9,9 +9,10 @@ from transformers import Qwen2VLConfig, Qwen2VLModel
 
 from kvpo.prompts import ClipPrompt
 from kvpo.rewards import videoalign
+from kvpo.rewards.catalogue import DECLARATIONS
 from kvpo.rewards.qwen_reward import VIDEO_PAD, encode_chat, patchify, tokenizer_with
+from kvpo.rewards.service.messages import eight_bit, fractions
 from kvpo.rewards.videoalign import COMPONENTS, MEAN, STD, TOKENS, grey, load_videoalign, prepared
-from kvpo.rewards.wire import eight_bit, fractions
 
 TEMPLATE = "\nlook: <|VQ_reward|>\nmove: <|MQ_reward|>\nprompt - {text_prompt}\nfits: <|TA_reward|>\nEND\n"
 RANK, ALPHA = 4, 8
@@ -122,7 +123,7 @@ def test_parts_of_the_scores(release, clips):
     whole = load(release)(clips[:1], ["x"])
     for chosen in (("videoalign_mq",), ("videoalign_vq",), ("videoalign_mq", "videoalign_ta")):
         part = load(release, components=chosen)
-        assert tuple(part(clips[:1], ["x"])) == chosen == tuple(d.name for d in part.declarations)
+        assert tuple(part(clips[:1], ["x"])) == chosen
         for name, value in part(clips[:1], ["x"]).items():
             assert torch.allclose(value, whole[name], atol=1e-5)
 
@@ -154,7 +155,7 @@ def test_pixels_are_eight_bits_before_and_after_resizing():
 
 def test_clips_may_arrive_in_eight_bits(release, clips):
     scorer = load(release)
-    assert all(declaration.eight_bit for declaration in scorer.declarations)
+    assert all(DECLARATIONS[name].eight_bit for name in scorer.components)
     rounded = fractions(eight_bit(clips[:1]))
     assert not torch.equal(rounded, clips[:1])
     found, expected = scorer(rounded, ["a"]), scorer(clips[:1], ["a"])

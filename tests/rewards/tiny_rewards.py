@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast, Qwen2VLConfig
 
 from kvpo.rewards import qwen_reward
-from kvpo.rewards.catalogue import requested
+from kvpo.rewards.catalogue import load_rewards
 from kvpo.rewards.protocol import Scorer
 
 MEDIA = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
@@ -96,5 +96,5 @@ def gliding(height: int, width: int, frames: int, dx: int, dy: int, seed: int = 
 
 
 def build_rewards(ids: Sequence[str], sources: Mapping[str, str] | None = None, **how: Any) -> list[Scorer]:
-    """The scorers that give rewards ``ids``; see ``requested``."""
-    return [family.build(request) for family, request in requested(ids, sources, **how)]
+    """The scorers that give rewards ``ids``; see ``load_rewards``."""
+    return [reward.scorer for reward in load_rewards(ids, sources, **how)]

@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 import torch
 
+from kvpo.rewards.protocol import Declaration
+from kvpo.rewards.reward import Reward
 from kvpo.training.checkpoint import best_checkpoint
-from kvpo.training.evaluation import HeldOut, HeldOutScorer, Judges, comparison, paired_gain
+from kvpo.training.evaluation import HeldOut, Judges, comparison, paired_gain
 from kvpo.training.metrics_log import read_metrics
 from kvpo.training.radar import (
     Reading,
@@ -166,7 +168,11 @@ TEXTS = (("a",), ("b",), ("c",))
 
 def test_what_the_radar_measures() -> None:
     scorer = ToyScorer()
-    held_out = HeldOutScorer(("calm_twice",), scorer, torch.tensor([[0.0, 2.0]]))
+    declared = [
+        Declaration(name, 0.0, 1.0, False, False, 1, 1, weight=weight)
+        for name, weight in zip(scorer.components, (0.0, 2.0), strict=True)
+    ]
+    held_out = Reward("own:calm_twice", scorer, tuple(declared))
     judges = Judges(scorer, torch.tensor([1.0, 0.5]), None, (held_out,))
     assert judges.held_out_names == ("calm_twice",)
     base = HeldOut(torch.zeros(2, 3), None, torch.zeros(1, 3), torch.tensor([[0.1, 0.2, 0.3]] * 4), TEXTS)

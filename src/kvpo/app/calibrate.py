@@ -13,13 +13,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kvpo import __version__
-from kvpo.app.named_rewards import NamedReward, named_rewards
+from kvpo.app.named_rewards import named_rewards
 from kvpo.app.score import as_video
 from kvpo.app.video_folder import file_prompts, find_videos, shown_names
 from kvpo.files import write_atomic
 from kvpo.prompts import ClipPrompt
 from kvpo.report.video import read_video, write_video
 from kvpo.rewards.cache import clip_digest
+from kvpo.rewards.reward import Reward
 from kvpo.rewards.sampling import file_clips
 from kvpo.rewards.video_files import probe, read_frames
 
@@ -110,7 +111,7 @@ def harmless_changes(sample: Sample, seed: int) -> dict[str, list[Tensor]]:
 
 
 def measure(
-    reward: NamedReward, samples: Sequence[Sample], seed: int, done: Callable[[int], None] = lambda n: None
+    reward: Reward, samples: Sequence[Sample], seed: int, done: Callable[[int], None] = lambda n: None
 ) -> dict[str, ComponentNoise]:
     """Noise of every component and of their weighted ``total``.
 
@@ -122,9 +123,9 @@ def measure(
     deltas: dict[str, dict[str, list[list[float]]]] = {}
     for number, sample in enumerate(samples):
         prompt = ClipPrompt(sample.prompt)
-        alone = _totalled(reward, reward.score(sample.video_TCHW[None], [prompt]))
-        again = _totalled(reward, reward.score(sample.video_TCHW[None], [prompt]))
-        twins = _totalled(reward, reward.score(torch.stack([sample.video_TCHW] * 2), [prompt, prompt]))
+        alone = _totalled(reward, reward(sample.video_TCHW[None], [prompt]))
+        again = _totalled(reward, reward(sample.video_TCHW[None], [prompt]))
+        twins = _totalled(reward, reward(torch.stack([sample.video_TCHW] * 2), [prompt, prompt]))
         for name, value in alone.items():
             original.setdefault(name, []).append(float(value))
             differ = max(float((again[name] - value).abs()), float((twins[name][0] - twins[name][1]).abs()))
@@ -134,7 +135,7 @@ def measure(
                 place = index % 2
                 pair = [sample.video_TCHW, sample.video_TCHW]
                 pair[1 - place] = version
-                scores = _totalled(reward, reward.score(torch.stack(pair), [prompt, prompt]))
+                scores = _totalled(reward, reward(torch.stack(pair), [prompt, prompt]))
                 for name, values in scores.items():
                     moved = {kind: values[1 - place], "order of the batch": values[place]}
                     for what, value in moved.items():
@@ -146,7 +147,7 @@ def measure(
     return {name: _noise(original[name], deltas[name], repetition[name]) for name in original}
 
 
-def _totalled(reward: NamedReward, scores: dict[str, Tensor]) -> dict[str, Tensor]:
+def _totalled(reward: Reward, scores: dict[str, Tensor]) -> dict[str, Tensor]:
     if len(scores) == 1:
         return scores
     return scores | {"total": torch.stack([w * scores[name] for name, w in reward.weights.items()]).sum(0)}
@@ -196,7 +197,7 @@ def check_usable(found: Mapping[str, ComponentNoise], different: int) -> None:
         logger.warning("%s is the same for all %d clips: its noise floor says little", name, different)
 
 
-def folder_samples(folder: Path, reward: NamedReward, prompts: Path | None, count: int) -> list[Sample]:
+def folder_samples(folder: Path, reward: Reward, prompts: Path | None, count: int) -> list[Sample]:
     """The first clip of each of the first ``count`` videos of a folder that can be read and are long enough.
 
     Raises:
@@ -228,7 +229,7 @@ def folder_samples(folder: Path, reward: NamedReward, prompts: Path | None, coun
     return samples
 
 
-def demo_samples(reward: NamedReward, seed: int) -> list[Sample]:
+def demo_samples(reward: Reward, seed: int) -> list[Sample]:
     """Clips of the embedded world with their captions, enlarged as far as the reward looks."""
     from kvpo.world.render import render
     from kvpo.world.stories import distinct_stories

@@ -18,39 +18,22 @@ from torch import Tensor
 
 from kvpo.config_checks import ConfigurationError
 from kvpo.prompts import ClipPrompt
-from kvpo.rewards.cache import CachedScorer, ScoreCache, code_version
-from kvpo.rewards.catalogue import FAMILIES, FRAME_REWARDS, REWARD_IDS, Family, Request, requested
-from kvpo.rewards.declarations import DECLARATIONS, SD, VIDEOALIGN_SAMPLING
-from kvpo.rewards.protocol import Declaration, Scorer, checked
-from kvpo.rewards.wire import TOKEN_VARIABLE
+from kvpo.rewards.catalogue import (
+    DECLARATIONS,
+    FAMILIES,
+    FRAME_REWARDS,
+    REWARD_IDS,
+    SD,
+    VIDEOALIGN_SAMPLING,
+    load_rewards,
+)
+from kvpo.rewards.protocol import Declaration
+from kvpo.rewards.reward import Reward
+from kvpo.rewards.service.messages import TOKEN_VARIABLE
 
 WORLD = "world"
 FILE_RATE = VIDEOALIGN_SAMPLING.rate
 """Frames per second of what reaches scorers that sample by themselves: files are sampled on reading."""
-
-
-@dataclass(frozen=True)
-class NamedReward:
-    """A scorer, what its components declare, and how they add up to one number."""
-
-    name: str
-    scorer: Scorer
-    declarations: tuple[Declaration, ...]
-    weights: Mapping[str, float]
-    version: str = ""
-    """Digest of what decides the scores apart from clip, prompt and kvpo's own code; "": unknown."""
-
-    def cached(self, cache: ScoreCache | None) -> Scorer:
-        """The scorer, asked about every distinct clip once; without a cache as it is."""
-        if cache is None:
-            return self.scorer
-        return CachedScorer(self.scorer, self.version and f"{self.version} {code_version()}", cache)
-
-    def score(self, video_BTCHW: Tensor, prompts: Sequence[ClipPrompt]) -> dict[str, Tensor]:
-        """Component -> [B] on the CPU; ValueError for missing, misshapen or non-finite scores."""
-        with torch.no_grad():
-            scores = self.scorer(video_BTCHW, prompts)
-        return {name: checked(name, scores, len(prompts)) for name in self.scorer.components}
 
 
 @dataclass(frozen=True)
@@ -144,7 +127,7 @@ def reach_servers(names: Sequence[str]) -> None:
     """
     urls = dict.fromkeys(url for _, url in map(split_location, names) if url is not None)
     if urls:
-        from kvpo.rewards.client import reach
+        from kvpo.rewards.service.client import reach
 
         for url in urls:
             reach(url)
@@ -159,7 +142,7 @@ def named_rewards(
     frame_rate: float = FILE_RATE,
     top_share: float = 1.0,
     device: str = "cpu",
-) -> list[NamedReward]:
+) -> list[Reward]:
     """The rewards of ``names`` in their order; catalogue ids that share a model come out of one scorer.
 
     Args:
@@ -176,8 +159,9 @@ def named_rewards(
     located = [split_location(name) for name in names]
     _check_names(located, prompts, field)
     here = [name for name, url in located if url is None and name in REWARD_IDS]
-    found = _by_component(requested(here, sources, frame_rate=frame_rate, top_share=top_share, device=device))
-    rewards: list[NamedReward] = []
+    loaded = load_rewards(here, sources, frame_rate=frame_rate, top_share=top_share, device=device)
+    found = {reward.name: reward for reward in loaded}
+    rewards: list[Reward] = []
     for name, url in located:
         if url is not None:
             together = [other for other, its in located if its == url and _share_a_model(name, other)]
@@ -185,10 +169,10 @@ def named_rewards(
                 rewards.append(_remote(together, url, field, frame_rate, top_share))
         elif name == WORLD:
             rewards.append(_world())
-        elif name not in found:
-            rewards.append(_users_own(name, field))
-        elif all(found[name].scorer is not reward.scorer for reward in rewards):
+        elif name in found:
             rewards.append(found[name])
+        elif name not in REWARD_IDS:
+            rewards.append(_users_own(name, field))
     return rewards
 
 
@@ -218,26 +202,14 @@ def _share_a_model(one: str, other: str) -> bool:
     return one == other or any(one in family.ids and other in family.ids for family in FAMILIES)
 
 
-def _by_component(requests: Sequence[tuple[Family, Request]]) -> dict[str, NamedReward]:
-    """The reward of every id of the catalogue, built; the same scorer for ids that share a model."""
-    found = {}
-    for family, request in requests:
-        scorer, version = family.build(request), request.version()
-        for component in scorer.components:
-            declarations = tuple(DECLARATIONS[c] for c in scorer.components)
-            weights = dict.fromkeys(scorer.components, 1.0)
-            found[component] = NamedReward(component, scorer, declarations, weights, version)
-    return found
-
-
-def _remote(names: Sequence[str], url: str, field: str, frame_rate: float, top_share: float) -> NamedReward:
+def _remote(names: Sequence[str], url: str, field: str, frame_rate: float, top_share: float) -> Reward:
     """Rewards of a server that share a model there."""
     if top_share != 1 and names[0] in FRAME_REWARDS:
         raise ConfigurationError(
             f"{field}: a server averages all frames of a clip, and the best {top_share:g} of them are asked "
             f"for; set top_share to 1, or have {names[0]} score in this process"
         )
-    from kvpo.rewards.client import connect
+    from kvpo.rewards.service.client import connect
 
     scorer = connect(url, names, token=os.environ.get(TOKEN_VARIABLE))
     samplings = [(one.name, one.sampling) for one in scorer.declarations]
@@ -248,21 +220,22 @@ def _remote(names: Sequence[str], url: str, field: str, frame_rate: float, top_s
             f"{scorer.frame_rate:g} frames per second; these have {frame_rate:g}: start a server with "
             f"--frame-rate {frame_rate:g}"
         )
-    return NamedReward(names[0], scorer, scorer.declarations, scorer.weights)
+    return Reward(names[0], scorer, scorer.declarations)
 
 
-def _world() -> NamedReward:
+def _world() -> Reward:
     from kvpo.world.reward import DEFAULT_WEIGHTS, WorldScorer
     from kvpo.world.vocabulary import FRAME_SIZE
 
     scorer = WorldScorer()
     declarations = tuple(
-        Declaration(name, 0.0, 1.0, True, False, 3, FRAME_SIZE**2) for name in scorer.components
+        Declaration(name, 0.0, 1.0, True, False, 3, FRAME_SIZE**2, weight=DEFAULT_WEIGHTS[name])
+        for name in scorer.components
     )
-    return NamedReward(WORLD, scorer, declarations, DEFAULT_WEIGHTS, WORLD)
+    return Reward(WORLD, scorer, declarations, WORLD)
 
 
-def _users_own(name: str, field: str) -> NamedReward:
+def _users_own(name: str, field: str) -> Reward:
     scorer = user_reward(name, field)
     rounds = bool(getattr(scorer.function, "eight_bit", False))
     declarations = tuple(
@@ -270,7 +243,7 @@ def _users_own(name: str, field: str) -> NamedReward:
     )
     # Only its author knows what a function's scores depend on: they are kept where it says its version.
     version = f"{name} {scorer.function.version}" if hasattr(scorer.function, "version") else ""
-    return NamedReward(name, scorer, declarations, dict.fromkeys(scorer.components, 1.0), version)
+    return Reward(name, scorer, declarations, version)
 
 
 def user_reward(name: str, field: str) -> UserReward:

@@ -153,8 +153,8 @@ def reward_server_arguments(parser: ArgumentParser) -> None:
 def reward_server(arguments: Namespace) -> None:
     """Run ``kvpo reward-server``."""
     from kvpo.app.reward_server import serve
-    from kvpo.rewards.server import MIB, Limits
-    from kvpo.rewards.wire import TOKEN_VARIABLE
+    from kvpo.rewards.service.messages import TOKEN_VARIABLE
+    from kvpo.rewards.service.server import MIB, Limits
     from kvpo.serving import read_token
 
     for name in ("batch", "request_mib", "queue_mib"):

@@ -3,28 +3,29 @@
 import logging
 from collections.abc import Mapping, Sequence
 
-from kvpo.app.named_rewards import NamedReward, named_rewards
+from kvpo.app.named_rewards import named_rewards
 from kvpo.config_checks import ConfigurationError
-from kvpo.rewards.declarations import DECLARATIONS
-from kvpo.rewards.server import Limits, reward_app
-from kvpo.rewards.wire import TOKEN_VARIABLE, Offer
+from kvpo.rewards.protocol import Declaration
+from kvpo.rewards.reward import Reward
+from kvpo.rewards.service.messages import TOKEN_VARIABLE, Offers
+from kvpo.rewards.service.server import Limits, reward_app
 from kvpo.serving import check_address, listener, run_app, url_of
 
 logger = logging.getLogger(__name__)
 
 
-def offers_of(rewards: Sequence[NamedReward]) -> list[Offer]:
+def offers_of(rewards: Sequence[Reward]) -> Offers:
     """Rewards offered to clients: catalogue rewards one by one, others with all their components.
 
     Raises ConfigurationError for two components of one name.
     """
-    offers: list[Offer] = []
+    offers: dict[str, tuple[Declaration, ...]] = {}
     for reward in rewards:
-        if reward.name in DECLARATIONS:
-            offers += [Offer(one.name, (one,), {one.name: 1.0}) for one in reward.declarations]
+        if reward.name in reward.components:
+            offers |= {declaration.name: (declaration,) for declaration in reward.declarations}
         else:
-            offers.append(Offer(reward.name, reward.declarations, reward.weights))
-    names = [one.name for offer in offers for one in offer.declarations]
+            offers[reward.name] = reward.declarations
+    names = [one.name for reward in rewards for one in reward.declarations]
     if twice := [name for name in names if names.count(name) > 1]:
         raise ConfigurationError(f"--reward: two rewards have a component called {twice[0]!r}")
     return offers

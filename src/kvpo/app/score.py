@@ -11,12 +11,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kvpo.app.named_rewards import NamedReward, named_rewards, split_location
+from kvpo.app.named_rewards import named_rewards, split_location
 from kvpo.app.video_folder import MANIFEST, file_prompts, find_videos, shown_names
 from kvpo.files import printable, write_atomic
 from kvpo.prompts import ClipPrompt
 from kvpo.report.scores import Entry, write_page
 from kvpo.report.video import enlarge, video_bytes
+from kvpo.rewards.reward import Reward
 from kvpo.rewards.sampling import file_clips
 from kvpo.rewards.video_files import VideoFile, probe, read_frames
 
@@ -46,7 +47,7 @@ def as_video(frames_THWC: np.ndarray) -> Tensor:
     return torch.from_numpy(frames_THWC).movedim(-1, 1)[None].float() / 255
 
 
-def score_file(path: Path, prompt: str, rewards: Sequence[NamedReward], result: FileScore) -> FileScore:
+def score_file(path: Path, prompt: str, rewards: Sequence[Reward], result: FileScore) -> FileScore:
     """Fill ``result`` with every reward's components; errors concern this file alone."""
     try:
         video = probe(path)
@@ -62,13 +63,13 @@ def score_file(path: Path, prompt: str, rewards: Sequence[NamedReward], result: 
     return result
 
 
-def _score(video: VideoFile, prompt: str, reward: NamedReward) -> dict[str, float]:
+def _score(video: VideoFile, prompt: str, reward: Reward) -> dict[str, float]:
     """Mean over the clips of a file of every component's score; one clip is in memory at a time."""
     needs = max(reward.declarations, key=lambda declaration: declaration.min_frames)
     rows = []
     for indices in file_clips(needs, video.num_frames, video.frame_rate):
         clip = as_video(read_frames(video, indices, needs.max_pixels))
-        rows.append(reward.score(clip, [ClipPrompt(prompt)]))
+        rows.append(reward(clip, [ClipPrompt(prompt)]))
     return {name: float(torch.cat([row[name] for row in rows]).mean()) for name in rows[0]}
 
 

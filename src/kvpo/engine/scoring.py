@@ -14,7 +14,7 @@ from torch import Tensor
 from kvpo.engine.generator import Codec, pixel_frame, pixels_of
 from kvpo.engine.rollout import Group
 from kvpo.prompts import ClipPrompt, VideoPrompt
-from kvpo.rewards.protocol import Scorer, begun, checked
+from kvpo.rewards.protocol import Scorer, checked, start_scoring
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,7 @@ def score_clips(
     table = torch.empty(len(scorer.components), len(clips))
     with torch.no_grad():
         answers = deque(
-            begun(
+            start_scoring(
                 scorer,
                 _batch(videos_NTCHW, [pieces[n] for n in indices], first),
                 [pieces[n][1].prompt for n in indices],

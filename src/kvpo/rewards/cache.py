@@ -1,4 +1,4 @@
-"""Scores that are known already: equal clips are scored once, within a call and, on disk, across runs.
+"""A content-addressed score cache: equal clips are scored once, within a call and, on disk, across runs.
 
 A score is kept under a digest of the clip's pixels, of its prompt (the text before it and the switch too) and
 of the reward's version: its code, files and settings. An entry can be missing, but never be another clip's.
@@ -21,7 +21,6 @@ from torch import Tensor
 
 from kvpo.files import local_path
 from kvpo.prompts import ClipPrompt
-from kvpo.rewards.protocol import Scorer, begun, checked
 
 logger = logging.getLogger(__name__)
 
@@ -123,56 +122,6 @@ def score_cache(directory: str) -> ScoreCache:
     return ScoreCache(folder / FILE)
 
 
-@dataclass(frozen=True)
-class CachedScorer:
-    """A scorer that is asked about every distinct clip once."""
-
-    scorer: Scorer
-    version: str
-    """Digest of what else than clip and prompt decides its scores; "": unknown, nothing is kept on disk."""
-    cache: ScoreCache
-
-    @property
-    def components(self) -> tuple[str, ...]:
-        return self.scorer.components
-
-    def __call__(self, video_BTCHW: Tensor, prompts: Sequence[ClipPrompt]) -> dict[str, Tensor]:
-        """Component -> [B] on the CPU; ValueError for missing, misshapen or non-finite scores."""
-        return self.begin(video_BTCHW, prompts)()
-
-    def begin(self, video_BTCHW: Tensor, prompts: Sequence[ClipPrompt]) -> Callable[[], dict[str, Tensor]]:
-        """Look clips up and begin with those that are not known."""
-        kept, size = bool(self.version) and self.cache.file is not None, len(self.components)
-        keys = [self._key(video, prompt) for video, prompt in zip(video_BTCHW, prompts, strict=True)]
-        first = {key: index for index, key in reversed(list(enumerate(keys)))}
-        known = self.cache.read(list(first), size) if kept else {}
-        hits = len(known)
-        missing = sorted(index for key, index in first.items() if key not in known)
-        unknown_BTCHW = video_BTCHW if len(missing) == len(keys) else video_BTCHW[missing]
-        answer = begun(self.scorer, unknown_BTCHW, [prompts[index] for index in missing]) if missing else None
-
-        def scores() -> dict[str, Tensor]:
-            if answer is not None:
-                found = answer()
-                table = torch.stack([checked(name, found, len(missing)) for name in self.components], 1)
-                new = {keys[index]: row for index, row in zip(missing, table.tolist(), strict=True)}
-                if kept:
-                    self.cache.write(new)
-                known.update(new)
-            counts = self.cache.counts
-            counts.hits += hits
-            counts.misses += len(missing)
-            counts.repeats += len(keys) - len(first)
-            columns = torch.tensor([known[key] for key in keys]).reshape(len(keys), size).unbind(1)
-            return dict(zip(self.components, columns, strict=True))
-
-        return scores
-
-    def _key(self, video_TCHW: Tensor, prompt: str) -> bytes:
-        own = json.dumps([self.version, self.components]).encode()
-        return hashlib.blake2b(own + clip_digest(video_TCHW, prompt), digest_size=DIGEST_BYTES).digest()
-
-
 def clip_digest(video_TCHW: Tensor, prompt: str) -> bytes:
     """Digest of a clip's pixels, exactly as they are, and of all that its prompt says."""
     before, switch = (prompt.before, prompt.switch) if isinstance(prompt, ClipPrompt) else ("", 0)
@@ -186,7 +135,7 @@ def clip_digest(video_TCHW: Tensor, prompt: str) -> bytes:
 def code_version() -> str:
     """Digest of the code of kvpo's rewards and of torch's version: either may change a score's last bits."""
     package = Path(__file__).parents[1]
-    rewards = [path for room in ("rewards", "world") for path in sorted((package / room).glob("*.py"))]
+    rewards = [path for room in ("rewards", "world") for path in sorted((package / room).rglob("*.py"))]
     digest = hashlib.blake2b(torch.__version__.encode(), digest_size=DIGEST_BYTES)
     for path in rewards:
         digest.update(path.name.encode() + path.read_bytes())

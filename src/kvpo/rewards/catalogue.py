@@ -1,20 +1,58 @@
-"""Every reward by its id: what it is, where its parts come from, and how it is built.
+"""Every reward by its id: its properties, where its parts come from, and the function that loads it.
 
-Importing this module imports nothing heavy; each reward's own module is imported when it is built.
+Importing this module imports nothing heavy; each reward's own module is imported when it is loaded.
 """
 
 import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import import_module
+from math import inf
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from kvpo.rewards.declarations import DECLARATIONS
-from kvpo.rewards.protocol import Scorer
+from kvpo.rewards.protocol import Declaration, Sampling
 
-CLIP_H = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
-CLIP_L = "openai/clip-vit-large-patch14"
-CONFIG_AND_TOKENIZER = ("*.json", "merges.txt", "vocab.txt")
-TRANSFORMERS_FILES = ("*.json", "merges.txt", "vocab.txt", "*.safetensors")
+if TYPE_CHECKING:
+    from kvpo.rewards.reward import Reward
+
+HD = 1088 * 1920
+SD = 640 * 1152
+FLOW_PIXELS = 256 * 448
+"""Size at which motion is measured: larger frames are shrunk to it."""
+
+VIDEOALIGN_SAMPLING = Sampling(rate=2.0, least=4, most=768, multiple=2)
+"""VideoAlign's own rule (``vision_process.py``)."""
+EIGHT_FRAMES = Sampling(rate=0.5, least=8, most=8)
+SUBJECT_SAMPLING = Sampling(rate=2.0, least=4, most=32, seconds=None)
+
+
+def _videoalign(name: str) -> Declaration:
+    return Declaration(name, -inf, inf, True, False, 2, HD, VIDEOALIGN_SAMPLING, eight_bit=True)
+
+
+def _frames(name: str, low: float, high: float, reads_prompt: bool = True) -> Declaration:
+    return Declaration(name, low, high, reads_prompt, True, 1, SD, EIGHT_FRAMES)
+
+
+_ALL = (
+    Declaration("hpsv3", -inf, inf, True, False, 1, HD, Sampling(rate=2.0, least=1, most=32), eight_bit=True),
+    _videoalign("videoalign_vq"),
+    _videoalign("videoalign_mq"),
+    _videoalign("videoalign_ta"),
+    _frames("hpsv2", -1.0, 1.0),
+    _frames("pickscore", -100.0, 100.0),
+    _frames("clip_score", -1.0, 1.0),
+    _frames("aesthetic", -inf, inf, reads_prompt=False),
+    _frames("image_reward", -inf, inf),
+    Declaration("motion_smoothness", 0.0, 1.0, False, False, 3, FLOW_PIXELS),
+    Declaration("dynamic_degree", 0.0, 1.0, False, False, 2, FLOW_PIXELS),
+    Declaration("subject_consistency", -1.0, 1.0, False, True, 2, SD, SUBJECT_SAMPLING),
+    Declaration("flicker", 0.0, 1.0, False, True, 3, FLOW_PIXELS),
+)
+DECLARATIONS = {declaration.name: declaration for declaration in _ALL}
+"""By reward id, in the order they are listed."""
+REWARD_IDS = tuple(DECLARATIONS)
 
 
 @dataclass(frozen=True)
@@ -33,187 +71,106 @@ class Family:
     """Rewards that come out of one model."""
 
     ids: tuple[str, ...]
-    build: Callable[["Request"], Scorer]
+    loader: str
+    """``module:function`` below ``kvpo.rewards``; it takes the paths of the parts in their order, None for an
+    optional one that was not named, and the settings by name."""
     parts: Mapping[str, Part] = field(default_factory=dict)
+    settings: tuple[str, ...] = ("device",)
+    """The loader's settings, among components, frame_rate, top_share and device."""
 
 
-@dataclass(frozen=True)
-class Request:
-    """A request to a family for some of its rewards."""
-
-    ids: tuple[str, ...]
-    paths: Mapping[str, Path | None]
-    """Local path of every part; None for an optional one that was not named."""
-    frame_rate: float
-    """Frames per second of the clips that will be scored."""
-    top_share: float
-    """Share of a clip's frames, the best ones, that rewards of single frames average."""
-    device: str
-
-    def path(self, part: str) -> Path:
-        """The path of a required part."""
-        path = self.paths[part]
-        assert path is not None, part
-        return path
-
-    def version(self) -> str:
-        """Digest of what else than the code decides the scores: files (large ones sampled), settings."""
-        from kvpo.models.tensor_files import fingerprint
-
-        given = {part: path for part, path in self.paths.items() if path is not None}
-        device = self.device.partition(":")[0]
-        settings = [self.ids, list(given), self.frame_rate, self.top_share, device]
-        return fingerprint(given.values(), json.dumps(settings))
-
-
-def _hpsv3(request: Request) -> Scorer:
-    from kvpo.rewards.hpsv3 import load_hpsv3
-
-    scorer = load_hpsv3(
-        request.path("weights"), request.path("base"), request.paths["template"], device=request.device
-    )
-    return replace(scorer, top_share=request.top_share)
-
-
-def _videoalign(request: Request) -> Scorer:
-    from kvpo.rewards.videoalign import load_videoalign
-
-    return load_videoalign(
-        request.path("weights"),
-        request.path("base"),
-        request.paths["template"],
-        components=request.ids,
-        frame_rate=request.frame_rate,
-        device=request.device,
-    )
-
-
-def _hpsv2(request: Request) -> Scorer:
-    from kvpo.rewards.clip_family import load_hpsv2
-
-    scorer = load_hpsv2(request.path("weights"), request.path("base"), device=request.device)
-    return replace(scorer, top_share=request.top_share)
-
-
-def _pickscore(request: Request) -> Scorer:
-    from kvpo.rewards.clip_family import load_pickscore
-
-    scorer = load_pickscore(request.path("weights"), request.path("base"), device=request.device)
-    return replace(scorer, top_share=request.top_share)
-
-
-def _clip_score(request: Request) -> Scorer:
-    from kvpo.rewards.clip_family import load_clip_score
-
-    scorer = load_clip_score(request.path("weights"), device=request.device)
-    return replace(scorer, top_share=request.top_share)
-
-
-def _aesthetic(request: Request) -> Scorer:
-    from kvpo.rewards.clip_family import load_aesthetic
-
-    scorer = load_aesthetic(request.path("weights"), request.path("base"), device=request.device)
-    return replace(scorer, top_share=request.top_share)
-
-
-def _image_reward(request: Request) -> Scorer:
-    from kvpo.rewards.image_reward import load_image_reward
-
-    scorer = load_image_reward(request.path("weights"), request.path("base"), device=request.device)
-    return replace(scorer, top_share=request.top_share)
-
-
-def _motion(request: Request) -> Scorer:
-    from kvpo.rewards.motion import MotionScorer, dis_flow
-
-    if request.paths["raft"] is None:
-        return MotionScorer(request.ids, dis_flow)
-    from kvpo.rewards.raft import load_raft
-
-    return MotionScorer(request.ids, load_raft(request.path("raft"), request.device))
-
-
-def _subject_consistency(request: Request) -> Scorer:
-    from kvpo.rewards.consistency import load_subject_consistency
-
-    return load_subject_consistency(
-        request.path("weights"), frame_rate=request.frame_rate, device=request.device
-    )
-
-
-def _flicker(request: Request) -> Scorer:
-    from kvpo.rewards.consistency import FlickerScorer
-
-    return FlickerScorer()
-
-
+CLIP_H = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
+CLIP_L = "openai/clip-vit-large-patch14"
+CONFIG_AND_TOKENIZER = ("*.json", "merges.txt", "vocab.txt")
+TRANSFORMERS_FILES = ("*.json", "merges.txt", "vocab.txt", "*.safetensors")
 OPTIONAL = Part("", required=False)
 NAMED = Part("")
+OF_FRAMES = ("top_share", "device")
+"""Settings of rewards of single frames, which are pooled over the clip."""
 
 FAMILIES = (
     Family(
         ("hpsv3",),
-        _hpsv3,
+        "hpsv3:load_hpsv3",
         {
             "weights": Part("MizzenAI/HPSv3/HPSv3.safetensors"),
             "base": Part("Qwen/Qwen2-VL-7B-Instruct", CONFIG_AND_TOKENIZER),
             "template": OPTIONAL,
         },
+        OF_FRAMES,
     ),
     Family(
         ("videoalign_vq", "videoalign_mq", "videoalign_ta"),
-        _videoalign,
+        "videoalign:load_videoalign",
         {
             "weights": Part("KwaiVGI/VideoReward", ("*/model.pth", "*/tokenizer/*", "*.json")),
             "base": Part("Qwen/Qwen2-VL-2B-Instruct", CONFIG_AND_TOKENIZER),
             "template": OPTIONAL,
         },
+        ("components", "frame_rate", "device"),
     ),
     Family(
         ("hpsv2",),
-        _hpsv2,
+        "clip_family:load_hpsv2",
         {"weights": Part("xswu/HPSv2/HPS_v2.1_compressed.pt"), "base": Part(CLIP_H, CONFIG_AND_TOKENIZER)},
+        OF_FRAMES,
     ),
     Family(
         ("pickscore",),
-        _pickscore,
+        "clip_family:load_pickscore",
         {
             "weights": Part("yuvalkirstain/PickScore_v1", TRANSFORMERS_FILES),
             "base": Part(CLIP_H, CONFIG_AND_TOKENIZER),
         },
+        OF_FRAMES,
     ),
-    Family(("clip_score",), _clip_score, {"weights": Part(CLIP_L, TRANSFORMERS_FILES)}),
-    Family(("aesthetic",), _aesthetic, {"weights": NAMED, "base": Part(CLIP_L, TRANSFORMERS_FILES)}),
+    Family(
+        ("clip_score",),
+        "clip_family:load_clip_score",
+        {"weights": Part(CLIP_L, TRANSFORMERS_FILES)},
+        OF_FRAMES,
+    ),
+    Family(
+        ("aesthetic",),
+        "clip_family:load_aesthetic",
+        {"weights": NAMED, "base": Part(CLIP_L, TRANSFORMERS_FILES)},
+        OF_FRAMES,
+    ),
     Family(
         ("image_reward",),
-        _image_reward,
+        "image_reward:load_image_reward",
         {
             "weights": Part("THUDM/ImageReward/ImageReward.pt"),
             "base": Part("google-bert/bert-base-uncased", CONFIG_AND_TOKENIZER),
         },
+        OF_FRAMES,
     ),
-    Family(("motion_smoothness", "dynamic_degree"), _motion, {"raft": OPTIONAL}),
+    Family(
+        ("motion_smoothness", "dynamic_degree"),
+        "motion:load_motion",
+        {"raft": OPTIONAL},
+        ("components", "device"),
+    ),
     Family(
         ("subject_consistency",),
-        _subject_consistency,
+        "consistency:load_subject_consistency",
         {"weights": Part("facebook/dinov2-base", TRANSFORMERS_FILES)},
+        ("frame_rate", "device"),
     ),
-    Family(("flicker",), _flicker),
+    Family(("flicker",), "consistency:FlickerScorer", settings=()),
 )
-REWARD_IDS = tuple(DECLARATIONS)
-FRAME_REWARDS = ("hpsv3", "hpsv2", "pickscore", "clip_score", "aesthetic", "image_reward")
-"""Rewards of single frames, pooled over the clip."""
+FRAME_REWARDS = tuple(id for family in FAMILIES if "top_share" in family.settings for id in family.ids)
 
 
-def requested(
+def load_rewards(
     ids: Sequence[str],
     sources: Mapping[str, str] | None = None,
     *,
     frame_rate: float = 16.0,
     top_share: float = 1.0,
     device: str = "cpu",
-) -> list[tuple[Family, Request]]:
-    """Requests for the rewards ``ids``; those that share a model come out of one scorer.
+) -> "list[Reward]":
+    """The rewards ``ids``; those that share a model are components of one, named after the first of them.
 
     Args:
         sources: where parts are, by ``id.part``: ``{"hpsv3.template": "data_collator_qwen.py"}``.
@@ -231,19 +188,32 @@ def requested(
     wanted: dict[int, list[str]] = {}
     for id in ids:
         wanted.setdefault(next(n for n, family in enumerate(FAMILIES) if id in family.ids), []).append(id)
-    requests = []
-    for n, chosen in wanted.items():
-        paths = _paths(FAMILIES[n], chosen, sources)
-        requests.append((FAMILIES[n], Request(tuple(chosen), paths, frame_rate, top_share, device)))
+    located = [(FAMILIES[n], chosen, _paths(FAMILIES[n], chosen, sources)) for n, chosen in wanted.items()]
     if sources:
-        known = [
-            f"{id}.{part}" for family, request in requests for id in request.ids for part in family.parts
-        ]
+        known = [f"{id}.{part}" for family, chosen, _ in located for id in chosen for part in family.parts]
         raise ValueError(
             f"source {next(iter(sources))!r} belongs to no reward that was asked for; "
             f"they have {', '.join(known) or 'no parts'}"
         )
-    return requests
+    given = {"frame_rate": frame_rate, "top_share": top_share, "device": device}
+    return [
+        _loaded(family, {"components": tuple(chosen), **given}, paths) for family, chosen, paths in located
+    ]
+
+
+def _loaded(family: Family, given: Mapping[str, Any], paths: Mapping[str, Path | None]) -> "Reward":
+    """A family's reward; its version is a digest of its files (large ones sampled) and its settings."""
+    from kvpo.models.tensor_files import fingerprint
+    from kvpo.rewards.reward import Reward
+
+    module, _, name = family.loader.partition(":")
+    load = vars(import_module(f"kvpo.rewards.{module}"))[name]
+    scorer = load(*paths.values(), **{setting: given[setting] for setting in family.settings})
+    ids, found = given["components"], {part: path for part, path in paths.items() if path is not None}
+    kind = given["device"].partition(":")[0]
+    decisive = [ids, list(found), given["frame_rate"], given["top_share"], kind]
+    version = fingerprint(found.values(), json.dumps(decisive))
+    return Reward(ids[0], scorer, tuple(DECLARATIONS[id] for id in ids), version)
 
 
 def _paths(family: Family, ids: Sequence[str], sources: dict[str, str]) -> dict[str, Path | None]:

@@ -1,6 +1,6 @@
 """Rewards on CLIP: text similarity (CLIP score, PickScore, HPSv2) and the LAION aesthetic head.
 
-All score single frames, up to FRAMES of them spread over the clip, and average the best ``top_share``.
+All score single frames, up to eight of them spread over the clip, and average the best ``top_share``.
 """
 
 import re
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPModel, PreTrainedTokenizerBase
 
 from kvpo.models.tensor_files import only_tensors, read_file, read_tensors
-from kvpo.rewards.declarations import DECLARATIONS
+from kvpo.rewards.catalogue import EIGHT_FRAMES
 from kvpo.rewards.images import CLIP_MEAN, CLIP_STD, fit_and_crop, fit_and_pad, normalised
 from kvpo.rewards.pretrained import (
     load_strict,
@@ -23,17 +23,14 @@ from kvpo.rewards.pretrained import (
     warn_if_cut,
     without_weights,
 )
-from kvpo.rewards.protocol import Declaration
-from kvpo.rewards.sampling import checked_batch, pooled, present_frames
+from kvpo.rewards.sampling import checked_batch, pooled, present_frames, spread_indices
 
-FRAMES = 8
 TEXT_TOKENS = 77
 
 
 def spread_frames(video_TCHW: Tensor) -> Tensor:
-    """Up to FRAMES frames, evenly from the first to the last."""
-    count = min(FRAMES, len(video_TCHW))
-    return video_TCHW[torch.linspace(0, len(video_TCHW) - 1, count).round().long()]
+    """Up to eight frames, evenly from the first to the last."""
+    return video_TCHW[spread_indices(len(video_TCHW), 1.0, EIGHT_FRAMES)]
 
 
 def image_features(model: CLIPModel, frames_NCHW: Tensor, fit: Callable[[Tensor, int], Tensor]) -> Tensor:
@@ -63,10 +60,6 @@ class SimilarityScorer:
     fit: Callable[[Tensor, int], Tensor] = fit_and_crop
     scale: float = 1.0
     top_share: float = 1.0
-
-    @property
-    def declarations(self) -> tuple[Declaration, ...]:
-        return tuple(DECLARATIONS[name] for name in self.components)
 
     def __call__(self, video_BTCHW: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Component -> [B]."""
@@ -103,7 +96,6 @@ class AestheticScorer:
     model: CLIPModel
     head: nn.Sequential
     components: tuple[str, ...] = ("aesthetic",)
-    declarations: tuple[Declaration, ...] = (DECLARATIONS["aesthetic"],)
     top_share: float = 1.0
 
     def __call__(self, video_BTCHW: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
@@ -124,15 +116,20 @@ def _ready(model: CLIPModel, device: str) -> CLIPModel:
 
 
 def load_clip_score(
-    directory: Path, *, device: str = "cpu", dtype: torch.dtype = torch.float32
+    directory: Path, *, top_share: float = 1.0, device: str = "cpu", dtype: torch.dtype = torch.float32
 ) -> SimilarityScorer:
     """Cosine similarity under the CLIP model in ``directory``; ValueError for weights that do not fit."""
     model = _ready(strict_pretrained(CLIPModel, directory, dtype), device)
-    return SimilarityScorer(model, read_tokenizer(directory), ("clip_score",))
+    return SimilarityScorer(model, read_tokenizer(directory), ("clip_score",), top_share=top_share)
 
 
 def load_pickscore(
-    directory: Path, base: Path, *, device: str = "cpu", dtype: torch.dtype = torch.float32
+    directory: Path,
+    base: Path,
+    *,
+    top_share: float = 1.0,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
 ) -> SimilarityScorer:
     """PickScore (Kirstain et al. 2023): exp(logit_scale) times the cosine, as its authors report it.
 
@@ -140,11 +137,16 @@ def load_pickscore(
     """
     model = _ready(strict_pretrained(CLIPModel, directory, dtype), device)
     scale = float(model.logit_scale.float().exp())
-    return SimilarityScorer(model, read_tokenizer(base), ("pickscore",), scale=scale)
+    return SimilarityScorer(model, read_tokenizer(base), ("pickscore",), scale=scale, top_share=top_share)
 
 
 def load_hpsv2(
-    checkpoint: Path, base: Path, *, device: str = "cpu", dtype: torch.dtype = torch.float32
+    checkpoint: Path,
+    base: Path,
+    *,
+    top_share: float = 1.0,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
 ) -> SimilarityScorer:
     """HPSv2 (Wu et al. 2023): an OpenCLIP ViT-H/14 checkpoint with its weights under "state_dict".
 
@@ -155,18 +157,23 @@ def load_hpsv2(
     weights = only_tensors(nested if isinstance(nested, dict) else content, str(checkpoint))
     model = without_weights(lambda: CLIPModel(CLIPConfig.from_pretrained(base, local_files_only=True)))
     load_strict(model, open_clip_to_transformers(weights), str(checkpoint), device=device, dtype=dtype)
-    return SimilarityScorer(model, read_tokenizer(base), ("hpsv2",), fit=fit_and_pad)
+    return SimilarityScorer(model, read_tokenizer(base), ("hpsv2",), fit=fit_and_pad, top_share=top_share)
 
 
 def load_aesthetic(
-    checkpoint: Path, base: Path, *, device: str = "cpu", dtype: torch.dtype = torch.float32
+    checkpoint: Path,
+    base: Path,
+    *,
+    top_share: float = 1.0,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
 ) -> AestheticScorer:
     """The LAION head (``sac+logos+ava1-l14-linearMSE.pth``, keys ``layers.*``) on CLIP-L/14 in ``base``."""
     model = _ready(strict_pretrained(CLIPModel, base, dtype), device)
     head = rating_head(model.config.projection_dim)
     weights = {name.removeprefix("layers."): value for name, value in read_tensors(checkpoint).items()}
     load_strict(head, weights, str(checkpoint), device=device, dtype=torch.float32)
-    return AestheticScorer(model, head)
+    return AestheticScorer(model, head, top_share=top_share)
 
 
 _WHOLE = {

@@ -9,18 +9,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kvpo.files import read_json
-from kvpo.rewards.declarations import DECLARATIONS
-from kvpo.rewards.images import CLIP_MEAN, CLIP_STD, fit_and_crop, normalised
+from kvpo.rewards.catalogue import SUBJECT_SAMPLING
+from kvpo.rewards.images import CLIP_MEAN, CLIP_STD, fit_and_crop, luminance, normalised
 from kvpo.rewards.pretrained import strict_pretrained
-from kvpo.rewards.protocol import Declaration
 from kvpo.rewards.sampling import checked_batch, spread_indices
 
 GRID = 4
 """Luminance is compared in GRID x GRID blocks, so that small movements do not count as flicker."""
 FLICKER_WIDTH = 0.02
 """Mean deviation of luminance, on [0, 1], at which the score falls to 1/e."""
-LUMA = (0.299, 0.587, 0.114)
-"""Weights of red, green and blue in Rec. 601 luminance."""
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -35,13 +32,11 @@ class FlickerScorer:
     """
 
     components: tuple[str, ...] = ("flicker",)
-    declarations: tuple[Declaration, ...] = (DECLARATIONS["flicker"],)
 
     def __call__(self, video_BTCHW: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Component -> [B]; ValueError for clips that are too short or of another shape."""
         checked_batch(video_BTCHW, prompts, 3)
-        luma_BTHW = torch.einsum("btchw,c->bthw", video_BTCHW.float(), video_BTCHW.new_tensor(LUMA).float())
-        blocks_BTP = F.adaptive_avg_pool2d(luma_BTHW, GRID).flatten(2)
+        blocks_BTP = F.adaptive_avg_pool2d(luminance(video_BTCHW), GRID).flatten(2)
         between = (blocks_BTP[:, :-2] + blocks_BTP[:, 2:]) / 2
         deviation_B = (blocks_BTP[:, 1:-1] - between).abs().mean((1, 2))
         return {"flicker": (-deviation_B / FLICKER_WIDTH).exp()}
@@ -61,14 +56,11 @@ class SubjectConsistencyScorer:
     frame_rate: float = 16.0
     """Frames per second of the clips."""
     components: tuple[str, ...] = ("subject_consistency",)
-    declarations: tuple[Declaration, ...] = (DECLARATIONS["subject_consistency"],)
 
     def __call__(self, video_BTCHW: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Component -> [B]; ValueError for clips that are too short or of another shape."""
-        (declaration,) = self.declarations
-        checked_batch(video_BTCHW, prompts, declaration.min_frames)
-        assert declaration.sampling is not None
-        chosen = spread_indices(video_BTCHW.shape[1], self.frame_rate, declaration.sampling)
+        checked_batch(video_BTCHW, prompts, 2)
+        chosen = spread_indices(video_BTCHW.shape[1], self.frame_rate, SUBJECT_SAMPLING)
         # One clip at a time: its score cannot depend on the other clips.
         return {"subject_consistency": torch.stack([self._score(video[chosen]) for video in video_BTCHW])}
 

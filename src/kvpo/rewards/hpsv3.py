@@ -11,9 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, Qwen2VLConfig
 
 from kvpo.models.tensor_files import only_tensors, read_file
-from kvpo.rewards.declarations import DECLARATIONS
 from kvpo.rewards.pretrained import filled, read_template
-from kvpo.rewards.protocol import Declaration
 from kvpo.rewards.qwen_reward import (
     IMAGE_PAD,
     Patches,
@@ -54,7 +52,6 @@ class HPSv3Scorer:
     template: str
     top_share: float = 1.0
     components: tuple[str, ...] = ("hpsv3",)
-    declarations: tuple[Declaration, ...] = (DECLARATIONS["hpsv3"],)
 
     def __call__(self, video_BTCHW: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Component -> [B]; ValueError for prompts with reserved tokens."""

@@ -14,10 +14,8 @@ from transformers.models.blip.modeling_blip_text import BlipTextModel
 
 from kvpo.models.tensor_files import read_tensors
 from kvpo.rewards.clip_family import rating_head, spread_frames
-from kvpo.rewards.declarations import DECLARATIONS
 from kvpo.rewards.images import CLIP_MEAN, CLIP_STD, fit_and_crop, normalised
 from kvpo.rewards.pretrained import load_strict, read_tokenizer, warn_if_cut, without_weights
-from kvpo.rewards.protocol import Declaration
 from kvpo.rewards.sampling import checked_batch, pooled, present_frames
 
 TEXT_TOKENS = 35
@@ -74,7 +72,6 @@ class ImageRewardScorer:
     model: BlipRating
     tokenizer: PreTrainedTokenizerBase
     components: tuple[str, ...] = ("image_reward",)
-    declarations: tuple[Declaration, ...] = (DECLARATIONS["image_reward"],)
     top_share: float = 1.0
 
     def __call__(self, video_BTCHW: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
@@ -131,6 +128,7 @@ def load_image_reward(
     checkpoint: Path,
     base: Path,
     *,
+    top_share: float = 1.0,
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
     vision: BlipVisionConfig = VISION,
@@ -144,4 +142,4 @@ def load_image_reward(
     model = without_weights(lambda: BlipRating(vision, text))
     weights = released_to_ours(read_tensors(checkpoint))
     load_strict(model, weights, str(checkpoint), device=device, dtype=dtype)
-    return ImageRewardScorer(model, read_tokenizer(base))
+    return ImageRewardScorer(model, read_tokenizer(base), top_share=top_share)

@@ -1,4 +1,4 @@
-"""Frames as image encoders want them. N frames, C = 3 colours, H rows, W columns."""
+"""Frames as image encoders want them, and their luminance. N frames, C = 3 colours, H rows, W columns."""
 
 from collections.abc import Sequence
 
@@ -8,6 +8,13 @@ from torch import Tensor
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+LUMA = (0.299, 0.587, 0.114)
+"""Weights of red, green and blue in Rec. 601 luminance."""
+
+
+def luminance(video_xCHW: Tensor) -> Tensor:
+    """Rec. 601 luminance [..., H, W] in float32 of RGB [..., 3, H, W]."""
+    return torch.einsum("...chw,c->...hw", video_xCHW.float(), video_xCHW.new_tensor(LUMA).float())
 
 
 def resized(frames_NCHW: Tensor, height: int, width: int) -> Tensor:

@@ -6,6 +6,7 @@ Axes: T frames, t = T - 1 steps from one frame to the next, 2 = (x, y) in pixels
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -13,8 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kvpo.extras import extra
-from kvpo.rewards.declarations import DECLARATIONS, FLOW_PIXELS
-from kvpo.rewards.protocol import Declaration
+from kvpo.rewards.catalogue import DECLARATIONS, FLOW_PIXELS
 from kvpo.rewards.sampling import checked_batch
 
 with extra("rewards"):
@@ -122,12 +122,17 @@ class MotionScorer:
     components: tuple[str, ...] = tuple(MEASURES)
     flow: Flow = dis_flow
 
-    @property
-    def declarations(self) -> tuple[Declaration, ...]:
-        return tuple(DECLARATIONS[name] for name in self.components)
-
     def __call__(self, video_BTCHW: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Component -> [B]; ValueError for clips that are too short or of another shape."""
-        checked_batch(video_BTCHW, prompts, max(d.min_frames for d in self.declarations))
+        checked_batch(video_BTCHW, prompts, max(DECLARATIONS[name].min_frames for name in self.components))
         flows = [measured_flow(video_TCHW, self.flow) for video_TCHW in video_BTCHW]
         return {name: torch.stack([MEASURES[name](flow) for flow in flows]) for name in self.components}
+
+
+def load_motion(raft: Path | None, *, components: tuple[str, ...], device: str = "cpu") -> MotionScorer:
+    """The scorer on RAFT with the weights of a file, or on OpenCV's flow; ValueError for other weights."""
+    if raft is None:
+        return MotionScorer(components)
+    from kvpo.rewards.raft import load_raft
+
+    return MotionScorer(components, load_raft(raft, device))

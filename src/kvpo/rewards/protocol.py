@@ -29,7 +29,7 @@ class Scorer(Protocol):
 
 
 @runtime_checkable
-class Begins(Protocol):
+class AsyncScorer(Protocol):
     """A scorer that need not be waited for: it works elsewhere, or passes clips on to one that does."""
 
     def begin(
@@ -39,7 +39,7 @@ class Begins(Protocol):
         ...
 
 
-def begun(
+def start_scoring(
     scorer: Scorer, video_BTCHW: "Tensor", prompts: Sequence[ClipPrompt]
 ) -> "Callable[[], dict[str, Tensor]]":
     """Have clips scored; the returned call waits for the scores. A scorer of this process computes only then.
@@ -47,7 +47,7 @@ def begun(
     Whoever begins everything before waiting for anything keeps scorers elsewhere busy, while those of this
     process still take their memory one after the other.
     """
-    if isinstance(scorer, Begins):
+    if isinstance(scorer, AsyncScorer):
         return scorer.begin(video_BTCHW, prompts)
     return partial(scorer, video_BTCHW, prompts)
 
@@ -87,6 +87,8 @@ class Declaration:
     """Frames that are looked at; None: neighbouring frames, all of them."""
     eight_bit: bool = False
     """True if it first rounds pixels to 8 bits, so that they may reach it rounded."""
+    weight: float = 1.0
+    """Its share in the sum of its reward's components."""
 
 
 LARGEST = 1e15

@@ -13,10 +13,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, Qwen2VLConfig
 
 from kvpo.models.tensor_files import read_tensors
-from kvpo.rewards.declarations import DECLARATIONS, VIDEOALIGN_SAMPLING
-from kvpo.rewards.images import resized
+from kvpo.rewards.catalogue import VIDEOALIGN_SAMPLING
+from kvpo.rewards.images import luminance, resized
 from kvpo.rewards.pretrained import filled, read_template
-from kvpo.rewards.protocol import Declaration
 from kvpo.rewards.qwen_reward import (
     VIDEO_PAD,
     Patches,
@@ -55,8 +54,7 @@ def _bytes(frames: Tensor) -> Tensor:
 
 def grey(video_TCHW: Tensor) -> Tensor:
     """Rec. 601 luminance in all three channels: motion quality is judged without colour."""
-    luma_TCHW = torch.einsum("tchw,c->thw", video_TCHW, video_TCHW.new_tensor((0.299, 0.587, 0.114)))[:, None]
-    return luma_TCHW.expand(-1, 3, -1, -1)
+    return luminance(video_TCHW)[:, None].expand(-1, 3, -1, -1)
 
 
 @dataclass(frozen=True)
@@ -69,10 +67,6 @@ class VideoAlignScorer:
     components: tuple[str, ...] = COMPONENTS
     frame_rate: float = 16.0
     """Frames per second of the clips."""
-
-    @property
-    def declarations(self) -> tuple[Declaration, ...]:
-        return tuple(DECLARATIONS[name] for name in self.components)
 
     def __call__(self, video_BTCHW: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Component -> [B]; ValueError for clips of fewer than 2 frames or prompts with reserved tokens."""

@@ -12,7 +12,8 @@ from kvpo.engine.noise import Tape
 from kvpo.engine.scoring import Scorer, score_clips, segment_clips
 from kvpo.engine.stream import stream_latents
 from kvpo.prompts import VideoPrompt
-from kvpo.rewards.looks import looks
+from kvpo.rewards.pixel_statistics import looks
+from kvpo.rewards.reward import Reward
 from kvpo.training.backbone import Backbone
 
 ROWS = 32
@@ -30,7 +31,7 @@ class HeldOut:
     held_out_HN: Tensor
     """Scores of the rewards that watch for hacking; no row without one."""
     looks_LN: Tensor
-    """Pixel statistics of the videos (``kvpo.rewards.looks``)."""
+    """Pixel statistics of the videos (``kvpo.rewards.pixel_statistics``)."""
     texts_N: tuple[tuple[str, ...], ...]
     """Segments of every prompt."""
 
@@ -53,16 +54,6 @@ class HeldOut:
 
 
 @dataclass(frozen=True)
-class HeldOutScorer:
-    """A scorer that never trains but may stop a run, and the numbers made of its components."""
-
-    names: tuple[str, ...]
-    scorer: Scorer
-    weights_HK: Tensor
-    """Each number as a weighted sum of components."""
-
-
-@dataclass(frozen=True)
 class Judges:
     """Who scores: the reward used in training, and scorers that training never sees."""
 
@@ -70,13 +61,13 @@ class Judges:
     weights_K: Tensor
     unseen: Scorer | None
     """The independent judge of the embedded world: never used for training, selection or stopping."""
-    held_out: tuple[HeldOutScorer, ...] = ()
+    held_out: tuple[Reward, ...] = ()
     """Who watches for hacking and may stop the run."""
 
     @property
     def held_out_names(self) -> tuple[str, ...]:
         """Names of the rows of ``HeldOut.held_out_HN``."""
-        return tuple(name for one in self.held_out for name in one.names)
+        return tuple(name for reward in self.held_out for name in reward.numbers())
 
     def totals(self, held_out: HeldOut) -> Tensor:
         """Weighted reward per prompt, [N]."""
@@ -104,14 +95,11 @@ def evaluate(
         if judges.unseen is not None:
             unseen.append(_segment_scores(judges.unseen, videos, batch, frames, block, lead=0)[0])
         if judges.held_out:
-            held_out.append(
-                torch.cat(
-                    [
-                        one.weights_HK @ _segment_scores(one.scorer, videos, batch, frames, block, lead=block)
-                        for one in judges.held_out
-                    ]
-                )
-            )
+            scores = [
+                _weights(reward) @ _segment_scores(reward, videos, batch, frames, block, lead=block)
+                for reward in judges.held_out
+            ]
+            held_out.append(torch.cat(scores))
         seen.append(looks(videos))
         progress(len(batch))
     return HeldOut(
@@ -121,6 +109,12 @@ def evaluate(
         looks_LN=torch.cat(seen, 1),
         texts_N=tuple(prompt.segments for prompt in prompts),
     )
+
+
+def _weights(reward: Reward) -> Tensor:
+    """Weight of every component in each of the reward's numbers, ``[H, K]``."""
+    numbers = reward.numbers().values()
+    return torch.tensor([[weights.get(name, 0.0) for name in reward.components] for weights in numbers])
 
 
 def _segment_scores(

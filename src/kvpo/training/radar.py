@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvpo.rewards.looks import MEASURES
+from kvpo.rewards.pixel_statistics import MEASURES
 from kvpo.training.evaluation import HeldOut, Judges, PairedGain, paired_gain
 
 FAR = 0.5

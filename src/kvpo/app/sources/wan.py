@@ -1,21 +1,19 @@
 """Public Wan generators (LongLive, MemFlow, Self-Forcing) on the prompts of a file."""
 
 from collections.abc import Iterable
-from dataclasses import replace
 from itertools import chain
 
 from kvpo.app.file_prompts import split_prompts, updates_prompts
-from kvpo.app.held_out import held_out_scorers
+from kvpo.app.judges import build_judges
 from kvpo.app.named_rewards import reach_servers
-from kvpo.app.offloading import visiting
-from kvpo.app.sources.common import Source, build_scorer, streaming_generator
+from kvpo.app.sources.common import Source, streaming_generator
 from kvpo.app.sources.wan_parts import (
     FRAMES_PER_SECOND,
     VAE_FILES,
     codec,
     frozen_dtype,
-    given_weights,
     located,
+    open_weights,
     text_encoder,
     wan_weights,
 )
@@ -27,7 +25,6 @@ from kvpo.prompt_files import read_prompts
 from kvpo.prompts import VideoPrompt
 from kvpo.rewards.cache import score_cache
 from kvpo.training.backbone import Backbone
-from kvpo.training.evaluation import Judges
 from kvpo.training.setup import Setup
 
 UMT5_PARAMETERS = 5_680_910_336
@@ -53,7 +50,7 @@ def wan_backbone(config: Config, prompts: Iterable[VideoPrompt] = ()) -> Backbon
         ConfigurationError: a file is not named.
         ValueError: a file is absent, damaged, refused, or does not fit the configuration.
     """
-    texts, pixels, given = text_encoder(config), codec(config), given_weights(config)
+    texts, pixels, given = text_encoder(config), codec(config), open_weights(config)
     texts.fill(prompts)
     weights = wan_weights(config, given)
     return Backbone(
@@ -73,14 +70,10 @@ def build_wan(config: Config) -> Setup:
     # Before the rewards: the text encoder and a reward of its size need not fit the device together.
     backbone = wan_backbone(config, chain(*seen, *validation.values(), *test.values()))
     cache = score_cache(config.rewards.cache)
-    scorer, weights = build_scorer(config, FRAMES_PER_SECOND, cache)
-    held_out = held_out_scorers(config, FRAMES_PER_SECOND, cache)
-    if config.backbone.offload:
-        scorer = visiting(scorer, config.device)
-        held_out = tuple(replace(one, scorer=visiting(one.scorer, config.device)) for one in held_out)
+    judges = build_judges(config, FRAMES_PER_SECOND, cache)
     return Setup(
         backbone=backbone,
-        judges=Judges(scorer, weights, None, held_out),
+        judges=judges,
         training_prompts=prompts,
         validation=validation,
         test=test,

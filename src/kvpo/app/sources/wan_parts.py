@@ -177,7 +177,7 @@ class Given:
     adapter: AdapterState | None
 
 
-def given_weights(config: Config) -> Given:
+def open_weights(config: Config) -> Given:
     """What a configuration names, refused here if it is to be refused: nothing large has been read yet.
 
     Raises:
@@ -210,10 +210,10 @@ def wan_weights(config: Config, given: Given | None = None) -> Weights:
     Frozen weights are kept in the precision of the forward pass, trained ones in float32.
 
     Raises:
-        ValueError: see `given_weights`.
+        ValueError: see `open_weights`.
     """
     optim, backbone = config.optim, config.backbone
-    given = given or given_weights(config)
+    given = given or open_weights(config)
     model, state, adapter = given.model, given.state, given.adapter
     assign_state(model, state, device=config.device, dtype=frozen_dtype(config))
     model.requires_grad_(False)

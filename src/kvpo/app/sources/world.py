@@ -12,8 +12,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from kvpo.app.file_prompts import Sets
-from kvpo.app.held_out import held_out_scorers
-from kvpo.app.sources.common import Source, build_scorer, streaming_generator
+from kvpo.app.judges import build_judges
+from kvpo.app.sources.common import Source, streaming_generator
 from kvpo.config import Config
 from kvpo.config_checks import ConfigurationError
 from kvpo.engine.noise import keyed_generator
@@ -26,7 +26,6 @@ from kvpo.prompts import ClipPrompt, VideoPrompt, cut_notice
 from kvpo.rewards.cache import score_cache
 from kvpo.training.backbone import Backbone, Weights
 from kvpo.training.diversity import ReadOff
-from kvpo.training.evaluation import Judges
 from kvpo.training.setup import Setup
 from kvpo.world.codec import load_codec
 from kvpo.world.detector import BROKEN_BELOW, attributes, detect
@@ -185,15 +184,9 @@ def build_world(config: Config) -> Setup:
     backbone = build_backbone(config)
     _, validation, test = split(config)
     frame_rate, cache = backbone.codec.frames_per_second, score_cache(config.rewards.cache)
-    scorer, weights = build_scorer(config, frame_rate, cache)
     return Setup(
         backbone=backbone,
-        judges=Judges(
-            scorer,
-            weights,
-            UnseenComponent(load_unseen()),
-            held_out_scorers(config, frame_rate, cache),
-        ),
+        judges=build_judges(config, frame_rate, cache, UnseenComponent(load_unseen())),
         training_prompts=WorldTrainingPrompts(config.seed, config.optim.prompts_per_update),
         validation=validation,
         test=test,

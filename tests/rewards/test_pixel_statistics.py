@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kvpo.rewards.looks import MEASURES, brightness, looks, motion, saturation, sharpness
+from kvpo.rewards.pixel_statistics import MEASURES, brightness, looks, motion, saturation, sharpness
 
 
 def clip(*frames: torch.Tensor) -> torch.Tensor:

@@ -1,7 +1,7 @@
 """Rewards behind HTTP: what is asked for is bounded, batched and scored by one thread.
 
 ``GET /health`` says that the server lives, ``GET /rewards`` what it scores, ``POST /score`` scores clips
-(``kvpo.rewards.wire``). An error is JSON with a ``detail``; a scorer that fails costs its question alone.
+(``messages``). An error is JSON with a ``detail``; a scorer that fails costs its question alone.
 """
 
 import asyncio
@@ -14,18 +14,18 @@ from typing import Annotated, Any
 
 from kvpo import __version__
 from kvpo.extras import extra
-from kvpo.rewards.buffers import MIB, Buffers
 from kvpo.rewards.protocol import Scorer
-from kvpo.rewards.scoring_queue import Answer, ScoringQueue
-from kvpo.rewards.wire import (
+from kvpo.rewards.service.buffers import MIB, Buffers
+from kvpo.rewards.service.messages import (
     PROTOCOL,
-    Offer,
+    Offers,
     Question,
     decode_question,
     encode_offers,
     growth,
     with_fractions,
 )
+from kvpo.rewards.service.scoring_queue import Answer, ScoringQueue
 from kvpo.serving import admitted
 
 with extra("server"):
@@ -75,9 +75,59 @@ class Room:
         self.held -= size
 
 
+@dataclass(frozen=True)
+class Service:
+    """What the server's answers are made of."""
+
+    offers: Offers
+    frame_rate: float
+    limits: Limits
+    queue: ScoringQueue
+    room: Room
+    buffers: Buffers
+
+    async def health(self) -> dict[str, Any]:
+        """The load at this moment."""
+        began = self.queue.began
+        return {
+            "status": "ok",
+            "waiting_clips": self.queue.waiting_clips,
+            "held_bytes": self.room.held,
+            "scoring_seconds": None if began is None else round(time.monotonic() - began, 3),
+        }
+
+    async def rewards(self) -> dict[str, Any]:
+        """The rewards that can be asked for, and within which limits."""
+        return {
+            "protocol": PROTOCOL,
+            "kvpo": __version__,
+            "frame_rate": self.frame_rate,
+            "limits": asdict(self.limits),
+            "rewards": encode_offers(self.offers),
+        }
+
+    async def score(self, request: Request) -> dict[str, Any]:
+        """Component -> scores of the clips in the request's body. Raises HTTPException."""
+        held = _declared_size(request, self.limits.request_bytes)
+        if not self.room.take(held):
+            raise HTTPException(503, "the queue is full", {"Retry-After": str(self.limits.retry_seconds)})
+        try:
+            question = await _question(request, self.buffers.take(held), self.limits.body_seconds)
+            question, larger = await _prepared(question, self.room, self.buffers)
+            held += larger
+            if unknown := [name for name in question.components if name not in self.queue.scorer_of]:
+                raise HTTPException(
+                    400, f"no component {unknown[0]!r}; there are {', '.join(self.queue.scorer_of)}"
+                )
+            scores = await _answered(request, self.queue.put(question))
+        finally:
+            self.room.give_back(held)
+        return {"scores": {name: values.tolist() for name, values in scores.items()}}
+
+
 def reward_app(
     scorers: Sequence[Scorer],
-    offers: Sequence[Offer],
+    offers: Offers,
     *,
     frame_rate: float,
     token: str | None = None,
@@ -89,13 +139,19 @@ def reward_app(
         frame_rate: frames per second of the clips that the scorers were built for.
         token: what clients must show as their bearer token; None asks for none.
     """
-    room, buffers = Room(limits.queue_bytes), Buffers(min(KEPT_BYTES, limits.queue_bytes))
-    queue = ScoringQueue(scorers, batch=limits.batch)
+    service = Service(
+        offers=offers,
+        frame_rate=frame_rate,
+        limits=limits,
+        queue=ScoringQueue(scorers, batch=limits.batch),
+        room=Room(limits.queue_bytes),
+        buffers=Buffers(min(KEPT_BYTES, limits.queue_bytes)),
+    )
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         yield
-        queue.close()
+        service.queue.close()
 
     def authorised(
         shown: Annotated[HTTPAuthorizationCredentials | None, Depends(HTTPBearer(auto_error=False))],
@@ -104,45 +160,10 @@ def reward_app(
             raise HTTPException(401, "a bearer token is needed", {"WWW-Authenticate": "Bearer"})
 
     app = FastAPI(title="kvpo reward server", openapi_url=None, lifespan=lifespan)
-
-    @app.get("/health")
-    async def health() -> dict[str, Any]:
-        began = queue.began
-        return {
-            "status": "ok",
-            "waiting_clips": queue.waiting_clips,
-            "held_bytes": room.held,
-            "scoring_seconds": None if began is None else round(time.monotonic() - began, 3),
-        }
-
-    @app.get("/rewards", dependencies=[Depends(authorised)])
-    async def rewards() -> dict[str, Any]:
-        return {
-            "protocol": PROTOCOL,
-            "kvpo": __version__,
-            "frame_rate": frame_rate,
-            "limits": asdict(limits),
-            "rewards": encode_offers(offers),
-        }
-
-    @app.post("/score", dependencies=[Depends(authorised)])
-    async def score(request: Request) -> dict[str, Any]:
-        held = _declared_size(request, limits.request_bytes)
-        if not room.take(held):
-            raise HTTPException(503, "the queue is full", {"Retry-After": str(limits.retry_seconds)})
-        try:
-            question = await _question(request, buffers.take(held), limits.body_seconds)
-            question, larger = await _prepared(question, room, buffers)
-            held += larger
-            if unknown := [name for name in question.components if name not in queue.scorer_of]:
-                raise HTTPException(
-                    400, f"no component {unknown[0]!r}; there are {', '.join(queue.scorer_of)}"
-                )
-            scores = await _answered(request, queue.put(question))
-        finally:
-            room.give_back(held)
-        return {"scores": {name: values.tolist() for name, values in scores.items()}}
-
+    guarded = [Depends(authorised)]
+    app.get("/health")(service.health)
+    app.get("/rewards", dependencies=guarded)(service.rewards)
+    app.post("/score", dependencies=guarded)(service.score)
     return app
 
 

@@ -18,7 +18,14 @@ from kvpo.extras import extra
 from kvpo.files import parse_json
 from kvpo.prompts import ClipPrompt
 from kvpo.rewards.protocol import Declaration, checked
-from kvpo.rewards.wire import PROTOCOL, Body, Offer, Question, decode_offers, eight_bit, encode_question
+from kvpo.rewards.service.messages import (
+    PROTOCOL,
+    Body,
+    Question,
+    decode_offers,
+    eight_bit,
+    encode_question,
+)
 
 with extra("server"):
     import httpx
@@ -211,26 +218,16 @@ class RemoteScorer:
     """
 
     link: Link
-    offers: tuple[Offer, ...]
+    declarations: tuple[Declaration, ...]
+    """Declarations of the components of all rewards asked for."""
     frame_rate: float
     """Frames per second of the clips that the server's scorers were built for."""
     request_bytes: int
     """The server's limit."""
 
     @property
-    def declarations(self) -> tuple[Declaration, ...]:
-        """Declarations of the components."""
-        return tuple(declaration for offer in self.offers for declaration in offer.declarations)
-
-    @property
     def components(self) -> tuple[str, ...]:
-        """Of all rewards asked for."""
         return tuple(declaration.name for declaration in self.declarations)
-
-    @property
-    def weights(self) -> dict[str, float]:
-        """Default weights of the components."""
-        return {name: weight for offer in self.offers for name, weight in offer.weights.items()}
 
     def __call__(self, video_BTCHW: Tensor, prompts: Sequence[ClipPrompt]) -> dict[str, Tensor]:
         """Component -> [B], in the order of the clips, whichever request they went with.
@@ -324,7 +321,7 @@ def connect(
                     f"it is of kvpo {content['kvpo']} and speaks protocol {content['protocol']}, "
                     f"this one {PROTOCOL}; use one version on both sides"
                 )
-            offers = {offer.name: offer for offer in decode_offers(content["rewards"])}
+            offers = decode_offers(content["rewards"])
             limit, rate = int(content["limits"]["request_bytes"]), float(content["frame_rate"])
         except Refused:
             raise
@@ -332,7 +329,7 @@ def connect(
             raise Refused(f"it is not a kvpo reward server: {error!r} in its answer") from error
         if unknown := [name for name in names if name not in offers]:
             raise Refused(f"it does not have {unknown[0]!r}; it has {', '.join(offers)}")
-        return RemoteScorer(link, tuple(offers[name] for name in names), rate, limit)
+        return RemoteScorer(link, tuple(one for name in names for one in offers[name]), rate, limit)
 
     try:
         return link.run(link.ask("GET", "/rewards", read))

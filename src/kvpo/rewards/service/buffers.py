@@ -1,4 +1,4 @@
-"""Memory that is used again: a page's first touch costs more than the copy that touches it."""
+"""A buffer pool: the first touch of a page of memory costs more than the copy that touches it."""
 
 import weakref
 from collections import deque

@@ -6,7 +6,7 @@ Letters: B clips, T frames, C colours, H height, W width.
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from math import inf, prod
+from math import inf, isfinite, prod
 from typing import Any
 
 import torch
@@ -14,10 +14,10 @@ from torch import Tensor
 
 from kvpo.files import parse_json
 from kvpo.prompts import ClipPrompt
-from kvpo.rewards.buffers import new_buffer
 from kvpo.rewards.protocol import Declaration, Sampling
+from kvpo.rewards.service.buffers import new_buffer
 
-PROTOCOL = 2
+PROTOCOL = 3
 """Version of the protocol described here; a client refuses a server of another version."""
 TOKEN_VARIABLE = "KVPO_REWARD_TOKEN"
 """Environment variable that holds the bearer token, on both sides."""
@@ -27,13 +27,8 @@ LENGTH_BYTES = 8
 """A safetensors file begins with the length of its header in this many bytes, least significant first."""
 
 
-@dataclass(frozen=True)
-class Offer:
-    """A reward of a server: the name a client asks for it by, its components, and how they add up."""
-
-    name: str
-    declarations: tuple[Declaration, ...]
-    weights: Mapping[str, float]
+Offers = Mapping[str, tuple[Declaration, ...]]
+"""Rewards of a server: the name a client asks for one by, and the declarations of its components."""
 
 
 @dataclass(frozen=True)
@@ -179,30 +174,19 @@ def _prompt(item: Any) -> tuple[str, str, int]:
     return text, before, switch
 
 
-def encode_offers(offers: Sequence[Offer]) -> list[dict[str, Any]]:
+def encode_offers(offers: Offers) -> dict[str, list[dict[str, Any]]]:
     """Offers as JSON; an infinite bound is null."""
-    return [
-        {
-            "name": offer.name,
-            "components": [
-                {
-                    **asdict(one),
-                    "low": None if one.low == -inf else one.low,
-                    "high": None if one.high == inf else one.high,
-                }
-                for one in offer.declarations
-            ],
-            "weights": dict(offer.weights),
-        }
-        for offer in offers
-    ]
+    return {name: [_fields(declaration) for declaration in own] for name, own in offers.items()}
 
 
-def decode_offers(listed: Any) -> tuple[Offer, ...]:
-    """Undo ``encode_offers``. Raises ValueError, KeyError or TypeError for anything else."""
-    return tuple(
-        Offer(item["name"], tuple(map(_declaration, item["components"])), item["weights"]) for item in listed
-    )
+def decode_offers(listed: Any) -> dict[str, tuple[Declaration, ...]]:
+    """Undo ``encode_offers``. Raises AttributeError, KeyError, TypeError or ValueError for anything else."""
+    return {str(name): tuple(map(_declaration, own)) for name, own in listed.items()}
+
+
+def _fields(declaration: Declaration) -> dict[str, Any]:
+    low, high = (bound if isfinite(bound) else None for bound in (declaration.low, declaration.high))
+    return {**asdict(declaration), "low": low, "high": high}
 
 
 def _declaration(fields: Mapping[str, Any]) -> Declaration:

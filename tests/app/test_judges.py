@@ -4,11 +4,10 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 
 from kvpo.app.align import align
 from kvpo.app.configuration import assign, preset
-from kvpo.app.held_out import held_out_scorers
+from kvpo.app.judges import held_out_rewards
 from kvpo.config import Config
 from kvpo.config_checks import ConfigurationError, check
 from kvpo.world.reward import DEFAULT_WEIGHTS
@@ -23,15 +22,14 @@ def watched_by(*names: str) -> Config:
 
 
 def test_each_name_is_a_number_and_shared_models_are_built_once() -> None:
-    motion, world, own = held_out_scorers(
+    motion, world, own = held_out_rewards(
         watched_by("motion_smoothness", "world", "dynamic_degree", OPPOSITE), 8.0
     )
-    assert motion.names == ("motion_smoothness", "dynamic_degree")
-    assert torch.equal(motion.weights_HK, torch.eye(2))
-    assert world.names == ("world",)
-    torch.testing.assert_close(world.weights_HK, torch.tensor([list(DEFAULT_WEIGHTS.values())]))
-    assert own.names == ("opposite",) and torch.equal(own.weights_HK, torch.ones(1, 1))
-    assert held_out_scorers(Config(), 8.0) == ()
+    each = ("motion_smoothness", "dynamic_degree")
+    assert motion.numbers() == {name: {name: 1.0} for name in each} and motion.components == each
+    assert world.numbers() == {"world": dict(DEFAULT_WEIGHTS)}
+    assert own.numbers() == {"opposite": {"opposite": 1.0}}
+    assert held_out_rewards(Config(), 8.0) == ()
 
 
 @pytest.mark.parametrize(
@@ -39,12 +37,12 @@ def test_each_name_is_a_number_and_shared_models_are_built_once() -> None:
     [
         (["sharpness"], "evaluation.held_out: unknown reward 'sharpness'"),
         (["tests.tiny_world:nothing"], "evaluation.held_out: module 'tests.tiny_world' has no 'nothing'"),
-        ([OPPOSITE, "tests.app.test_held_out:opposite"], "two rewards are called 'opposite'"),
+        ([OPPOSITE, "tests.app.test_judges:opposite"], "two rewards are called 'opposite'"),
     ],
 )
 def test_names_that_cannot_be_used(names: list[str], message: str) -> None:
     with pytest.raises(ConfigurationError, match=message):
-        held_out_scorers(watched_by(*names), 8.0)
+        held_out_rewards(watched_by(*names), 8.0)
 
 
 @pytest.mark.parametrize(
@@ -67,7 +65,7 @@ def test_parts_of_held_out_rewards_are_sources_like_any_other(tmp_path: Path) ->
     config = assign(config, {"rewards.sources": {"motion_smoothness.raft": str(tmp_path / "raft.pth")}})
     check(config)
     with pytest.raises(ValueError, match="raft"):
-        held_out_scorers(config, 8.0)
+        held_out_rewards(config, 8.0)
 
 
 def test_a_stopped_run_says_so_in_its_summary_and_its_report(tiny_base: Path, tmp_path: Path) -> None:

@@ -7,15 +7,10 @@ they move apart from each other. Axes: B clips, T frames, H x W pixels.
 import torch
 from torch import Tensor
 
-from kvpo.rewards.consistency import LUMA
+from kvpo.rewards.images import luminance
 
 DARKEST = 1e-4
 """Least light and contrast, on [0, 1], that a relative measure divides by."""
-
-
-def luminance(video_BTCHW: Tensor) -> Tensor:
-    """Rec. 601 luminance [B, T, H, W] of RGB in [0, 1]."""
-    return torch.einsum("btchw,c->bthw", video_BTCHW.float(), video_BTCHW.new_tensor(LUMA).float())
 
 
 def brightness(video_BTCHW: Tensor) -> Tensor:

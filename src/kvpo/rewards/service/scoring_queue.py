@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kvpo.prompts import ClipPrompt
 from kvpo.rewards.protocol import Scorer, checked
-from kvpo.rewards.wire import Question, fractions, joined
+from kvpo.rewards.service.messages import Question, fractions, joined
 
 JOINED_PIXELS = 8 * 2**20
 """Questions become one batch up to this many numbers: copies of larger clips cost more than company saves."""

@@ -1,0 +1,105 @@
+"""The judges of a run: the rewards that train, those that are held out, and how their components count."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from kvpo.app.named_rewards import WORLD, named_rewards
+from kvpo.config import Config, ObjectiveConfig
+from kvpo.config_checks import ConfigurationError
+from kvpo.rewards.cache import ScoreCache
+from kvpo.rewards.protocol import Scorer
+from kvpo.rewards.reward import CombinedScorer, Reward
+from kvpo.training.evaluation import Judges
+
+logger = logging.getLogger(__name__)
+
+
+def build_judges(
+    config: Config, frame_rate: float, cache: ScoreCache, unseen: Scorer | None = None
+) -> Judges:
+    """All that score a run's videos; see ``build_scorer`` and ``held_out_rewards`` for what is refused."""
+    scorer, weights_K = build_scorer(config, frame_rate, cache)
+    return Judges(scorer, weights_K, unseen, held_out_rewards(config, frame_rate, cache))
+
+
+def build_scorer(config: Config, frame_rate: float, cache: ScoreCache | None = None) -> tuple[Scorer, Tensor]:
+    """The rewards a configuration names as one scorer, and the weights of its components.
+
+    Raises:
+        ConfigurationError: an unknown reward or component, weights that add up to nothing.
+        ValueError: a part of a reward cannot be found or does not fit; two components of one name.
+    """
+    settings, elsewhere = config.rewards, config.evaluation.held_out
+    sources = {part: at for part, at in settings.sources.items() if part.rpartition(".")[0] not in elsewhere}
+    rewards = _rewards(config, settings.scorers, "rewards.scorers", sources, frame_rate, cache)
+    scorer = CombinedScorer(rewards) if len(rewards) > 1 else rewards[0]
+    if unknown := sorted(set(settings.weights) - set(scorer.components)):
+        raise ConfigurationError(
+            f"rewards.weights: {unknown[0]!r} is not a component of {', '.join(settings.scorers)}; "
+            f"there are {', '.join(scorer.components)}"
+        )
+    weights = {name: weight for reward in rewards for name, weight in reward.weights.items()}
+    weights |= settings.weights
+    if sum(weights.values()) <= 0:
+        raise ConfigurationError(f"rewards.weights: must add up to more than 0, got {weights}")
+    _warn_without_floor(config, [name for one in rewards if one.name != WORLD for name in one.weights])
+    return scorer, torch.tensor([weights[component] for component in scorer.components])
+
+
+def held_out_rewards(
+    config: Config, frame_rate: float, cache: ScoreCache | None = None
+) -> tuple[Reward, ...]:
+    """The rewards of ``evaluation.held_out``, which watch a run for reward hacking.
+
+    Raises:
+        ConfigurationError: an unknown reward, or two whose numbers have one name.
+        ValueError: a part of a reward cannot be found or does not fit.
+    """
+    names = config.evaluation.held_out
+    if not names:
+        return ()
+    sources = {part: at for part, at in config.rewards.sources.items() if part.rpartition(".")[0] in names}
+    rewards = _rewards(config, names, "evaluation.held_out", sources, frame_rate, cache)
+    numbers = [name for reward in rewards for name in reward.numbers()]
+    if twice := [name for name in numbers if numbers.count(name) > 1]:
+        raise ConfigurationError(f"evaluation.held_out: two rewards are called {twice[0]!r}; rename one")
+    return rewards
+
+
+def _rewards(
+    config: Config,
+    names: Sequence[str],
+    field: str,
+    sources: Mapping[str, str],
+    frame_rate: float,
+    cache: ScoreCache | None,
+) -> tuple[Reward, ...]:
+    """Rewards by name as a run uses them: cached, and in host memory where the run offloads."""
+    rewards = named_rewards(
+        names,
+        sources,
+        field=field,
+        frame_rate=frame_rate,
+        top_share=config.rewards.top_share,
+        device=config.device,
+        prompts=True,
+    )
+    cached = (replace(reward, cache=cache) for reward in rewards)
+    return tuple(reward.offloaded(config.device) if config.backbone.offload else reward for reward in cached)
+
+
+def _warn_without_floor(config: Config, components: Sequence[str]) -> None:
+    """Warn where the noise floor that was measured for the embedded world stands in for that of a reward."""
+    floor, measured = config.objective.noise_floor, config.rewards.noise_floors
+    unmeasured = [name for name in components if name not in measured and config.rewards.weights.get(name, 1)]
+    if unmeasured and floor == ObjectiveConfig().noise_floor:
+        logger.warning(
+            "no noise floor was measured for %s: objective.noise_floor = %g is that of the embedded world's "
+            "rewards, on another scale; measure one with `kvpo calibrate` (rewards.noise_files) or set it",
+            ", ".join(unmeasured),
+            floor,
+        )

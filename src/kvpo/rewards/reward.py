@@ -1,0 +1,151 @@
+"""A reward as a run uses it: a scorer with its name and properties, its cache, and a device to visit."""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, fields, is_dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from kvpo.models.offload import resident
+from kvpo.prompts import ClipPrompt
+from kvpo.rewards.cache import DIGEST_BYTES, ScoreCache, clip_digest, code_version
+from kvpo.rewards.protocol import Declaration, Scorer, checked, start_scoring
+
+
+@dataclass(frozen=True)
+class Reward:
+    """A scorer with everything that is known of it; itself a scorer."""
+
+    name: str
+    """A component's name where each component is a number of its own; otherwise the name of their sum."""
+    scorer: Scorer
+    declarations: tuple[Declaration, ...] = ()
+    version: str = ""
+    """Digest of what decides the scores apart from clip, prompt and kvpo's own code; "": unknown, nothing is
+    kept on disk."""
+    cache: ScoreCache | None = None
+    """With one, the scorer is asked about every distinct clip once."""
+    visited: torch.device | str | None = None
+    """Device that the networks are on while they score, in host memory otherwise; None: they stay put."""
+
+    @property
+    def components(self) -> tuple[str, ...]:
+        return self.scorer.components
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Share of each component in the reward's sum, unless settings say otherwise."""
+        return {declaration.name: declaration.weight for declaration in self.declarations}
+
+    def numbers(self) -> dict[str, dict[str, float]]:
+        """The numbers that the reward is read as: name -> weight of each component in it."""
+        if self.name in self.components:
+            return {component: {component: 1.0} for component in self.components}
+        return {self.name.rpartition(":")[2]: self.weights}
+
+    def offloaded(self, device: torch.device | str) -> "Reward":
+        """The reward with its networks moved to host memory; one without networks unchanged."""
+        networks = list(networks_of(self.scorer))
+        for network in networks:
+            network.to("cpu")
+        return replace(self, visited=device) if networks else self
+
+    def __call__(self, video_BTCHW: Tensor, prompts: Sequence[ClipPrompt]) -> dict[str, Tensor]:
+        """Component -> [B] on the CPU; ValueError for missing, misshapen or non-finite scores."""
+        return self.begin(video_BTCHW, prompts)()
+
+    def begin(self, video_BTCHW: Tensor, prompts: Sequence[ClipPrompt]) -> Callable[[], dict[str, Tensor]]:
+        """Look clips up and begin with those that are not known; without a cache, begin with all of them."""
+        if self.cache is None:
+            return self._ask(video_BTCHW, prompts)
+        cache, size = self.cache, len(self.components)
+        kept = bool(self.version) and cache.file is not None
+        keys = [self._key(video, prompt) for video, prompt in zip(video_BTCHW, prompts, strict=True)]
+        first = {key: index for index, key in reversed(list(enumerate(keys)))}
+        known = cache.read(list(first), size) if kept else {}
+        hits = len(known)
+        missing = sorted(index for key, index in first.items() if key not in known)
+        unknown_BTCHW = video_BTCHW if len(missing) == len(keys) else video_BTCHW[missing]
+        answer = self._ask(unknown_BTCHW, [prompts[index] for index in missing]) if missing else None
+
+        def scores() -> dict[str, Tensor]:
+            if answer is not None:
+                table = torch.stack(list(answer().values()), 1)
+                new = {keys[index]: row for index, row in zip(missing, table.tolist(), strict=True)}
+                if kept:
+                    cache.write(new)
+                known.update(new)
+            cache.counts.hits += hits
+            cache.counts.misses += len(missing)
+            cache.counts.repeats += len(keys) - len(first)
+            columns = torch.tensor([known[key] for key in keys]).reshape(len(keys), size).unbind(1)
+            return dict(zip(self.components, columns, strict=True))
+
+        return scores
+
+    def _ask(self, video_BTCHW: Tensor, prompts: Sequence[ClipPrompt]) -> Callable[[], dict[str, Tensor]]:
+        """Begin with clips, whoever has seen them before."""
+        answer = start_scoring(self.scorer, video_BTCHW, prompts)
+
+        def scores() -> dict[str, Tensor]:
+            networks = networks_of(self.scorer)
+            place = nullcontext() if self.visited is None else resident(networks, self.visited)
+            with torch.no_grad(), place:
+                found = answer()
+            return {name: checked(name, found, len(prompts)) for name in self.components}
+
+        return scores
+
+    def _key(self, video_TCHW: Tensor, prompt: str) -> bytes:
+        version = self.version and f"{self.version} {code_version()}"
+        own = json.dumps([version, self.components]).encode()
+        return hashlib.blake2b(own + clip_digest(video_TCHW, prompt), digest_size=DIGEST_BYTES).digest()
+
+
+@dataclass(frozen=True)
+class CombinedScorer:
+    """Scorers whose components are returned together, in the order of the scorers.
+
+    Raises ValueError for two components of one name.
+    """
+
+    scorers: tuple[Scorer, ...]
+
+    def __post_init__(self) -> None:
+        names = self.components
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise ValueError(
+                f"two rewards have a component called {twice[0]!r}; components are {', '.join(names)}"
+            )
+
+    @property
+    def components(self) -> tuple[str, ...]:
+        return tuple(name for scorer in self.scorers for name in scorer.components)
+
+    def __call__(self, video_BTCHW: Tensor, prompts: Sequence[ClipPrompt]) -> dict[str, Tensor]:
+        """Component -> [B]."""
+        return self.begin(video_BTCHW, prompts)()
+
+    def begin(self, video_BTCHW: Tensor, prompts: Sequence[ClipPrompt]) -> Callable[[], dict[str, Tensor]]:
+        """Start those elsewhere at once; those of this process compute while the others work."""
+        answers = [start_scoring(scorer, video_BTCHW, prompts) for scorer in self.scorers]
+
+        def scores() -> dict[str, Tensor]:
+            return {name: values for answer in answers for name, values in answer().items()}
+
+        return scores
+
+
+def networks_of(value: object) -> Iterator[nn.Module]:
+    """The networks among the fields of a dataclass, at any depth."""
+    if isinstance(value, nn.Module):
+        yield value
+    elif is_dataclass(value):
+        for field in fields(value):
+            yield from networks_of(vars(value)[field.name])
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from networks_of(item)
