@@ -1,0 +1,202 @@
+"""The processes of a run and all that they say to one another; one process says nothing.
+
+What every rank has to know (settings, prompts, routes, noise) follows from the configuration, so only
+results are exchanged: scores, held-out numbers, gradients, and whether all is well. Exchanges that may have
+to wait for a reward or a slower rank have a long time-out; sums of gradients follow at once and have a short
+one.
+"""
+
+import logging
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch._C._distributed_c10d import _dump_fr_trace_json
+
+logger = logging.getLogger(__name__)
+
+LONG, SHORT = timedelta(hours=1), timedelta(minutes=5)
+"""Time-outs of exchanges that wait for rewards or validations, and of sums of gradients."""
+T = TypeVar("T")
+
+
+class RankError(ValueError):
+    """Another rank has failed, or differs; the message is one line for the user."""
+
+
+class LostRank(ConnectionError):
+    """Another rank has gone or is silent; the message is one line for the user."""
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among those of its run. The default is a run of one process, which exchanges nothing."""
+
+    rank: int = 0
+    count: int = 1
+    patient: Any = None
+    """Process group with the long time-out, on the CPU."""
+    prompt: Any = None
+    """Process group with the short time-out, of the device's backend."""
+    traces: Path | None = None
+    """Directory for the flight recorder's dump; None: the working directory."""
+
+    @property
+    def main(self) -> bool:
+        """True on rank 0, which writes the run's files."""
+        return self.rank == 0
+
+    def share(self, items: Sequence[T]) -> list[T]:
+        """The items that are this rank's: every ``count``-th one."""
+        return list(items[self.rank :: self.count])
+
+    def gather(self, value: T, doing: str) -> list[T]:
+        """The value of every rank, in order of rank. Raises LostRank."""
+        if self.count == 1:
+            return [value]
+        found: list[Any] = [None] * self.count
+        with self._in_touch(doing):
+            dist.all_gather_object(found, value, group=self.patient)
+        return found
+
+    def in_order(self, shares: Sequence[T], doing: str) -> list[T]:
+        """The results of the items that ``share`` dealt, from all ranks, in the order of the items."""
+        every = self.gather(list(shares), doing)
+        return [own[n] for n in range(len(every[0])) for own in every if n < len(own)]
+
+    def any(self, flag: bool, doing: str) -> bool:
+        """True on every rank if it is true on one."""
+        return any(self.gather(flag, doing))
+
+    @contextmanager
+    def together(self, doing: str) -> Iterator[None]:
+        """Work of each rank on its own, ``doing`` something: where it fails on one rank, it fails on all.
+
+        What the block raises is raised on; the other ranks raise RankError, which names that rank, instead of
+        waiting for it in their next exchange.
+        """
+        try:
+            yield
+        except LostRank:
+            raise
+        except Exception as error:
+            self._agree(_line(error), None, doing)
+            raise
+        self._agree("", None, doing)
+
+    def once(self, doing: str, action: Callable[[], T]) -> T:
+        """What ``action`` returns on rank 0, which alone carries it out; where it fails there, all fail."""
+        if not self.main:
+            return self._agree("", None, doing)  # type: ignore[return-value]
+        try:
+            value = action()
+        except Exception as error:
+            self._agree(_line(error), None, doing)
+            raise
+        self._agree("", value, doing)
+        return value
+
+    def _agree(self, failure: str, value: T, doing: str) -> T:
+        """Rank 0's value, once no rank reports a failure. Raises RankError on ranks that have none."""
+        reports = self.gather((failure, value), doing)
+        for rank, (report, _) in enumerate(reports):
+            if report and not failure:
+                raise RankError(f"stopped with rank {rank}, which failed while {doing}: {report}")
+        return reports[0][1]
+
+    def demand_equal(self, what: Mapping[str, object], doing: str) -> None:
+        """Raise RankError, on every rank, naming the first rank on which ``what`` is not what rank 0 has."""
+        every = self.gather(dict(what), doing)
+        for rank, own in enumerate(every):
+            different = [name for name in what if own[name] != every[0][name]]
+            if different:
+                raise RankError(
+                    f"rank {rank} differs from rank 0 in its {' and '.join(different)} after {doing}: "
+                    f"{own[different[0]]} there, {every[0][different[0]]} on rank 0; this update is not "
+                    "saved. See that all ranks read the same files, and start again with --resume"
+                )
+
+    def exchange_parts(self, flat_N: Tensor) -> Tensor:
+        """Part ``rank`` of ``count`` equal parts of every rank's tensor: ``[count, N / count]``.
+
+        Raises LostRank.
+        """
+        if self.count == 1:
+            return flat_N[None]
+        found = torch.empty_like(flat_N)
+        with self._in_touch("adding up gradients"):
+            dist.all_to_all_single(found, flat_N, group=self.prompt)
+        return found.view(self.count, -1)
+
+    def join_parts(self, part_P: Tensor) -> Tensor:
+        """The parts of all ranks in order of rank, ``[count * P]``. Raises LostRank."""
+        if self.count == 1:
+            return part_P
+        whole = part_P.new_empty(self.count * len(part_P))
+        with self._in_touch("adding up gradients"):
+            dist.all_gather_into_tensor(whole, part_P, group=self.prompt)
+        return whole
+
+    @contextmanager
+    def _in_touch(self, doing: str) -> Iterator[None]:
+        """Turn what torch raises for a lost or silent rank into one line, and dump the flight recorder."""
+        try:
+            yield
+        except RuntimeError as error:
+            trace = (self.traces or Path()) / f"flight-recorder-rank-{self.rank}.json"
+            try:
+                trace.write_bytes(_dump_fr_trace_json())
+            except OSError as unwritable:
+                logger.warning("the flight recorder could not be written: %s", unwritable)
+            raise LostRank(
+                f"rank {self.rank} of {self.count} lost touch with another rank while {doing}; look at the "
+                f"first error of the others (one that was killed left none) and at {trace} ({_line(error)})"
+            ) from error
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:500] or type(error).__name__
+
+
+def launched() -> bool:
+    """True in a process that torchrun started together with others."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+@contextmanager
+def joined(
+    device: str,
+    *,
+    traces: Path | None = None,
+    long: timedelta = LONG,
+    short: timedelta = SHORT,
+    **rendezvous: Any,
+) -> Iterator[Ranks]:
+    """The ranks that torchrun started this process with; one rank where it was started alone.
+
+    ``rendezvous``: store, rank and world_size instead of torchrun's environment. Raises LostRank where the
+    others do not come.
+    """
+    if not (launched() or rendezvous):
+        yield Ranks()
+        return
+    on_cuda = torch.device(device).type == "cuda"
+    if on_cuda:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
+    try:
+        dist.init_process_group("gloo", timeout=long, **rendezvous)
+        prompt = dist.new_group(timeout=short, backend="nccl" if on_cuda else "gloo")
+    except RuntimeError as error:
+        raise LostRank(f"the ranks of this run did not meet: {_line(error)}") from error
+    try:
+        yield Ranks(dist.get_rank(), dist.get_world_size(), dist.group.WORLD, prompt, traces)
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,104 @@
+"""What ranks say to one another, on two to four processes."""
+
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from kvpo.training.ranks import LostRank, RankError, Ranks
+from tests.ranks import on_ranks
+
+
+def exchanged(ranks: Ranks) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for items in range(6):
+        own = ranks.share(range(items))
+        found[f"order {items}"] = ranks.in_order([10 * item for item in own], "counting")
+    found["any"] = [ranks.any(ranks.rank == 1, "asking"), ranks.any(False, "asking")]
+    found["once"] = ranks.once("writing", lambda: ("by", ranks.rank))
+    parts = ranks.exchange_parts(torch.arange(2.0 * ranks.count) + 100 * ranks.rank)
+    found["parts"] = parts.tolist()
+    found["joined"] = ranks.join_parts(torch.tensor([float(ranks.rank), -float(ranks.rank)])).tolist()
+    ranks.demand_equal({"update": 3}, "counting")
+    return found
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_ranks_exchange_in_order(count: int, tmp_path: Path) -> None:
+    every = on_ranks(count, tmp_path / "ranks", exchanged)
+    for rank, found in enumerate(every):
+        for items in range(6):
+            assert found[f"order {items}"] == [10 * item for item in range(items)]
+        assert found["any"] == [count > 1, False] and found["once"] == ("by", 0)
+        assert found["parts"] == [[2.0 * rank + 100 * r, 2.0 * rank + 1 + 100 * r] for r in range(count)]
+        assert found["joined"] == [number for r in range(count) for number in (float(r), -float(r))]
+
+
+def failing(ranks: Ranks) -> None:
+    with ranks.together("scoring"):
+        if ranks.rank == 1:
+            raise ValueError("the reward\nis not finite")
+
+
+def failing_once(ranks: Ranks) -> None:
+    ranks.once("saving", lambda: 1 // 0)
+
+
+def differing(ranks: Ranks) -> None:
+    ranks.demand_equal({"update": 7, "adapter": "stale" if ranks.rank == 1 else "fresh"}, "update 7")
+
+
+def slow(ranks: Ranks) -> float:
+    """One rank waits longer for a reward than the short time-out: status first, then the sum."""
+    with ranks.together("scoring"):
+        time.sleep(2.0 * ranks.rank)
+    return float(ranks.exchange_parts(torch.ones(2)).sum())
+
+
+def killed(ranks: Ranks) -> None:
+    if ranks.rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    with ranks.together("scoring"):
+        pass
+
+
+def silent(ranks: Ranks) -> None:
+    if ranks.rank == 1:
+        time.sleep(4.0)
+    else:
+        ranks.exchange_parts(torch.ones(2))
+
+
+def test_a_failure_on_one_rank_is_a_failure_of_all_and_names_it(tmp_path: Path) -> None:
+    own, other = on_ranks(2, tmp_path / "one", failing)[::-1]
+    assert isinstance(own, ValueError) and not isinstance(own, RankError)
+    assert isinstance(other, RankError)
+    assert str(other) == "stopped with rank 1, which failed while scoring: the reward is not finite"
+    main, other = on_ranks(2, tmp_path / "once", failing_once)
+    assert isinstance(main, ZeroDivisionError)
+    assert "rank 0, which failed while saving: integer division" in str(other)
+
+
+def test_a_rank_that_differs_is_named(tmp_path: Path) -> None:
+    for error in on_ranks(3, tmp_path / "ranks", differing):
+        assert isinstance(error, RankError)
+        assert str(error).startswith("rank 1 differs from rank 0 in its adapter after update 7: stale there")
+
+
+def test_waiting_for_a_reward_outlasts_the_time_out_of_gradients(tmp_path: Path) -> None:
+    assert on_ranks(2, tmp_path / "ranks", slow, short=1.0) == [2.0, 2.0]
+
+
+def test_a_lost_or_silent_rank_ends_the_others_with_the_phase_and_a_trace(tmp_path: Path) -> None:
+    error, gone = on_ranks(2, tmp_path / "killed", killed)
+    assert gone is None and isinstance(error, LostRank)
+    assert str(error).startswith("rank 0 of 2 lost touch with another rank while scoring")
+    assert (tmp_path / "killed" / "flight-recorder-rank-0.json").stat().st_size
+    started = time.monotonic()
+    error, _ = on_ranks(2, tmp_path / "silent", silent, short=1.0)
+    assert isinstance(error, LostRank) and "while adding up gradients" in str(error)
+    assert time.monotonic() - started < 30
