@@ -1,6 +1,7 @@
 """What a configuration names, from the source of its kind of generator."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib import import_module
 
 import torch
@@ -10,6 +11,7 @@ from kvpo.config import Config
 from kvpo.config_checks import ConfigurationError
 from kvpo.prompts import VideoPrompt
 from kvpo.training.backbone import Backbone
+from kvpo.training.ranks import ALONE, Ranks
 from kvpo.training.setup import Setup
 
 SOURCES = {"world": "kvpo.app.sources.world", "wan": "kvpo.app.sources.wan"}
@@ -22,10 +24,13 @@ def source_of(config: Config) -> Source:
     return source
 
 
-def build_setup(config: Config) -> Setup:
-    """What a configuration aligns. Raises ConfigurationError, or ValueError for files that cannot be used."""
+def build_setup(config: Config, ranks: Ranks = ALONE) -> Setup:
+    """What a configuration aligns, on these ranks.
+
+    Raises ConfigurationError, or ValueError for files that cannot be used.
+    """
     check_device(config)
-    return source_of(config).setup(config)
+    return replace(source_of(config).setup(config), ranks=ranks)
 
 
 def load_backbone(config: Config, prompts: Sequence[VideoPrompt] = ()) -> Backbone:

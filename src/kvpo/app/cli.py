@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         with sigterm_as_interrupt():
-            _run(list(sys.argv[1:] if argv is None else argv))
+            status = _run(list(sys.argv[1:] if argv is None else argv))
     except (ValueError, OSError) as error:
         if isinstance(
             error, BrokenPipeError
@@ -51,10 +51,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as interrupt:
         print(": ".join(["kvpo: interrupted", *map(str, interrupt.args)]), file=sys.stderr)
         return 130
-    return 0
+    return status
 
 
-def _run(argv: list[str]) -> None:
+def _run(argv: list[str]) -> int:
     names = [command.name for command in COMMANDS]
     if argv and not argv[0].startswith("-") and argv[0] not in names:
         raise ConfigurationError(
@@ -72,7 +72,7 @@ def _run(argv: list[str]) -> None:
         raise ConfigurationError(f"unknown argument {name}{given}{nearest(name, options)}")
     logging.basicConfig(format="kvpo: %(message)s", level=logging.WARNING)
     logging.getLogger("kvpo").setLevel(logging.INFO)
-    next(command for command in COMMANDS if command.name == arguments.command).run(arguments)
+    return next(command for command in COMMANDS if command.name == arguments.command).run(arguments) or 0
 
 
 class _Parser(argparse.ArgumentParser):

@@ -4,16 +4,17 @@ Only light modules are imported up here: ``--help`` must not wait for torch. A n
 functions and a line in COMMANDS.
 """
 
+import json
 from argparse import SUPPRESS, ArgumentParser, Namespace
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from kvpo.app import reward_commands
 from kvpo.app.configuration import parse_flags, path_argument, resolve, resolve_resumed, resolve_saved
 from kvpo.config import Config
 from kvpo.config_checks import ConfigurationError
-from kvpo.files import output_file
+from kvpo.files import output_file, write_atomic
 
 SETTING = "setting:"
 """Prefix of the parsed arguments that hold settings: ``setting:optim.lr``."""
@@ -30,7 +31,8 @@ class Command:
     name: str
     summary: str
     add_arguments: Callable[[ArgumentParser], None]
-    run: Callable[[Namespace], None]
+    run: Callable[[Namespace], int | None]
+    """Returns the exit status; None is 0."""
     configured: bool = False
     places: bool = False
 
@@ -255,6 +257,37 @@ def _plan(arguments: Namespace) -> None:
     )
 
 
+def _doctor_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "--out",
+        type=path_argument,
+        default=Path("."),
+        metavar="DIR",
+        help="where runs will write (default: here)",
+    )
+    parser.add_argument(
+        "--json", type=path_argument, metavar="FILE", help="write the findings of every rank to this file too"
+    )
+
+
+def _doctor(arguments: Namespace) -> int:
+    config = configuration(arguments)
+    file = None if arguments.json is None else output_file(arguments.json, "--json")
+    from kvpo.app.doctor import doctor, worst
+    from kvpo.training.ranks import is_main
+
+    findings = doctor(config, arguments.out)
+    if is_main():
+        for rank, own in enumerate(findings):
+            shown = [finding for finding in own if rank == 0 or finding.level != "ok"]
+            where = f"rank {rank}: " if len(findings) > 1 else ""
+            print("\n".join(where + finding.line() for finding in shown))
+        if file is not None:
+            record = [[asdict(finding) for finding in own] for own in findings]
+            write_atomic(file, json.dumps(record, indent=1) + "\n")
+    return worst(findings)
+
+
 def _report_arguments(parser: ArgumentParser) -> None:
     _run_argument(parser)
 
@@ -300,6 +333,13 @@ COMMANDS = (
     Command("pretrain", "rebuild the embedded base model", _pretrain_arguments, _pretrain, configured=True),
     Command(
         "plan", "what a run needs, and which settings fit a device", _plan_arguments, _plan, configured=True
+    ),
+    Command(
+        "doctor",
+        "examine this machine for a run; exit status 0: ok, 1: warnings, 2: something fails",
+        _doctor_arguments,
+        _doctor,
+        configured=True,
     ),
     Command("report", "write the HTML report of a run", _report_arguments, _report),
     Command("score", "score a folder of videos", reward_commands.score_arguments, reward_commands.score),

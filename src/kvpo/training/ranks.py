@@ -139,10 +139,10 @@ class Ranks:
         """The parts of all ranks in order of rank, ``[count * P]``. Raises LostRank."""
         if self.count == 1:
             return part_P
-        whole = part_P.new_empty(self.count * len(part_P))
+        whole_RP = part_P.new_empty(self.count, len(part_P))
         with self._in_touch("adding up gradients"):
-            dist.all_gather_into_tensor(whole, part_P, group=self.prompt)
-        return whole
+            dist.all_gather(list(whole_RP), part_P, group=self.prompt)
+        return whole_RP.flatten()
 
     @contextmanager
     def _in_touch(self, doing: str) -> Iterator[None]:
@@ -161,6 +161,10 @@ class Ranks:
             ) from error
 
 
+ALONE = Ranks()
+"""A run of one process."""
+
+
 def _line(error: BaseException) -> str:
     return " ".join(str(error).split())[:500] or type(error).__name__
 
@@ -168,6 +172,11 @@ def _line(error: BaseException) -> str:
 def launched() -> bool:
     """True in a process that torchrun started together with others."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def is_main() -> bool:
+    """True on rank 0, and in a process that was started alone."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 @contextmanager
@@ -185,7 +194,7 @@ def joined(
     others do not come.
     """
     if not (launched() or rendezvous):
-        yield Ranks()
+        yield ALONE
         return
     on_cuda = torch.device(device).type == "cuda"
     if on_cuda:

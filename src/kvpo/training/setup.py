@@ -13,6 +13,7 @@ from kvpo.rewards.cache import Counts
 from kvpo.training.backbone import Backbone
 from kvpo.training.credit import Blend, blend_of
 from kvpo.training.evaluation import Judges
+from kvpo.training.ranks import ALONE, Ranks
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,8 @@ class Setup:
     """Prompt sets used once, for the summary."""
     scored: Counts = field(default_factory=Counts)
     """Counts of clips that were scored and of clips whose scores were known."""
+    ranks: Ranks = ALONE
+    """This process among those of the run."""
 
     @property
     def config(self) -> Config:

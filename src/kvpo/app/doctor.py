@@ -1,0 +1,288 @@
+"""`kvpo doctor`: what stands in the way of a run on this machine, before the run finds it."""
+
+import importlib.metadata
+import logging
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Literal
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
+
+from kvpo import __version__
+from kvpo.app.build import build_setup, check_device, source_of
+from kvpo.app.configuration import PLACES_OF_A_RUN, flat, preset, settings
+from kvpo.app.named_rewards import reach_servers
+from kvpo.config import Config
+from kvpo.models.hub import resolve
+from kvpo.training.device import GB, computing
+from kvpo.training.ranks import Ranks, joined
+from kvpo.training.trainer import Trainer
+
+logger = logging.getLogger(__name__)
+
+ENOUGH_MEMORY, ENOUGH_DISK = 4 * GB, 10 * GB
+"""Host memory and disk below which it is worth a warning: a checkpoint of a 1.3B adapter takes 5.6 GB."""
+SLOW_DISK = 50e6
+"""Bytes per second below which saving that checkpoint takes two minutes."""
+WRITTEN = 64 * 2**20
+"""Bytes that the write test writes."""
+SKEW = 1.0
+"""Seconds by which clocks may differ before logs of several nodes are hard to read side by side."""
+PATIENCE = timedelta(minutes=2)
+"""Time-out of all that the ranks say to one another here."""
+EXCHANGED = 2**22
+"""Numbers in the test of a gradient's exchange: 16 MB."""
+BFLOAT16 = "import torch; a = torch.ones(64, 64, dtype=torch.bfloat16); assert (a @ a)[0, 0] == 64"
+NO_FILES = ("device", "rewards.cache", "backbone.embeddings")
+"""Settings about places of a run that name nothing which must be there."""
+DRY = {
+    "optim.prompts_per_update": 2,
+    "exploration.branches": 4,
+    "exploration.blocks": 1,
+    "exploration.tail_blocks": 0,
+    "optim.updates": 1,
+}
+"""The embedded world's update, cut down to a second."""
+
+Level = Literal["ok", "warn", "fail"]
+LEVELS: tuple[Level, ...] = ("ok", "warn", "fail")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the doctor's."""
+
+    subject: str
+    level: Level
+    found: str
+    way_out: str = ""
+
+    def line(self) -> str:
+        """As it is printed."""
+        return f"{self.level:4}  {self.subject}: {self.found}" + (f"; {self.way_out}" if self.way_out else "")
+
+
+def doctor(config: Config, out: Path) -> list[list[Finding]]:
+    """Findings on the machine of every rank: one line each. Under torchrun every rank examines its own.
+
+    Raises LostRank where the ranks do not meet.
+    """
+    with joined(config.device, long=PATIENCE) as ranks:
+        checks: tuple[tuple[str, Callable[[], list[Finding]]], ...] = (
+            ("versions", versions),
+            ("device", partial(device, config)),
+            ("precision", partial(precision, config)),
+            ("memory", partial(memory, config)),
+            ("output", partial(output, out)),
+            ("files", partial(files, config)),
+            ("rewards", partial(rewards, config)),
+            ("ranks", partial(exchanges, ranks, config, out)),
+            ("dry update", partial(dry_update, ranks, config)),
+        )
+        own = [finding for subject, check in checks for finding in _examined(subject, check)]
+        return ranks.gather(own, "reporting")
+
+
+def worst(findings: list[list[Finding]]) -> int:
+    """Exit status: 0 all is ok, 1 warnings, 2 something fails."""
+    return max(LEVELS.index(finding.level) for own in findings for finding in own)
+
+
+def _examined(subject: str, check: Callable[[], list[Finding]]) -> list[Finding]:
+    """What a check finds; a check that raises has found a failure."""
+    try:
+        return check()
+    except Exception as error:
+        logger.debug("%s", subject, exc_info=error)
+        what = " ".join(str(error).split()) or "no message"
+        return [Finding(subject, "fail", f"{type(error).__name__}: {what}")]
+
+
+def versions() -> list[Finding]:
+    """Python, kvpo, torch, and the packages of the extras that are not there."""
+    found = f"kvpo {__version__}, torch {torch.__version__}, Python {platform.python_version()}"
+    missing: dict[str, list[str]] = {}
+    for requirement in importlib.metadata.requires("kvpo") or ():
+        name, _, marker = requirement.partition(";")
+        extra = re.search(r"extra == ['\"](\w+)['\"]", marker)
+        package = re.split(r"[ <>=\[]", name, maxsplit=1)[0]
+        try:
+            importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            missing.setdefault(extra[1] if extra else "", []).append(package)
+    findings = [Finding("versions", "ok", found)]
+    if required := missing.pop("", []):
+        way_out = "install them with: pip install kvpo"
+        findings.append(Finding("packages", "fail", f"{', '.join(required)} missing", way_out))
+    for extra_name, packages in sorted(missing.items()):
+        way_out = f"needed for some uses only: pip install 'kvpo[{extra_name}]'"
+        level: Level = "ok" if extra_name in ("dev", "raft", "wandb", "trackio") else "warn"
+        findings.append(Finding(f"extra {extra_name}", level, f"{', '.join(packages)} missing", way_out))
+    return findings
+
+
+def device(config: Config) -> list[Finding]:
+    """The configuration's device and its driver."""
+    check_device(config)
+    if torch.device(config.device).type != "cuda":
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        return [Finding("device", "ok", f"{config.device} with {cores} cores, {platform.machine()}")]
+    own = torch.cuda.get_device_properties(config.device)
+    driver = _driver()
+    return [
+        Finding("device", "ok", f"{own.name}, {own.total_memory / GB:.0f} GB, CUDA {torch.version.cuda}"),
+        Finding("driver", "ok" if driver else "warn", driver or "nvidia-smi does not answer"),
+    ]
+
+
+def _driver() -> str:
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return answer.split("\n")[0].strip()
+
+
+def precision(config: Config) -> list[Finding]:
+    """Matrix products in bfloat16, and the attention kernels that take it."""
+    if torch.device(config.device).type != "cuda":
+        # In a process of its own: processors that advertise what they trap on would end this one.
+        done = subprocess.run([sys.executable, "-c", BFLOAT16], capture_output=True, timeout=120)
+        if done.returncode:
+            way_out = "set ONEDNN_MAX_CPU_ISA=AVX512_CORE_FP16 before the run, or keep --optim.autocast none"
+            return [Finding("bfloat16", "warn", f"a product ends with status {done.returncode}", way_out)]
+        return [Finding("bfloat16", "ok", "products run")]
+    findings = [Finding("bfloat16", "ok" if torch.cuda.is_bf16_supported() else "warn", "on this device")]
+    query = torch.randn(1, 2, 128, 128, device=config.device, dtype=torch.bfloat16)
+    works = []
+    for backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION):
+        try:
+            with sdpa_kernel(backend):
+                scaled_dot_product_attention(query, query, query)
+            works.append(backend.name.lower())
+        except RuntimeError:
+            continue
+    way_out = "" if works else "install a torch that is built for this device"
+    found = ", ".join(works) or "only the slow kernel runs"
+    return [*findings, Finding("attention", "ok" if works else "warn", found, way_out)]
+
+
+def memory(config: Config) -> list[Finding]:
+    """Free memory of host and device."""
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    way_out = "" if free >= ENOUGH_MEMORY else "end other processes; `kvpo plan` says what a run needs"
+    findings = [Finding("host memory", "warn" if way_out else "ok", f"{free / GB:.1f} GB free", way_out)]
+    if torch.device(config.device).type == "cuda":
+        left, total = torch.cuda.mem_get_info(config.device)
+        crowded = left < 0.9 * total
+        way_out = "another process holds some of it; nvidia-smi says which" if crowded else ""
+        found = f"{left / GB:.0f} of {total / GB:.0f} GB free; `kvpo plan` says what a run needs"
+        findings.append(Finding("device memory", "warn" if crowded else "ok", found, way_out))
+    return findings
+
+
+def output(out: Path) -> list[Finding]:
+    """Free space of the output directory, and how fast it is written."""
+    place = _place(out)
+    free = shutil.disk_usage(place).free
+    way_out = "" if free >= ENOUGH_DISK else "a run of a 1.3B model keeps three checkpoints of 5.6 GB"
+    findings = [Finding("disk", "warn" if way_out else "ok", f"{free / GB:.1f} GB free at {place}", way_out)]
+    with TemporaryDirectory(dir=place, prefix=".kvpo-doctor-") as scratch:
+        started = time.perf_counter()
+        with (Path(scratch) / "test").open("wb") as file:
+            file.write(bytes(WRITTEN))
+            file.flush()
+            os.fsync(file.fileno())
+        rate = WRITTEN / (time.perf_counter() - started)
+    slow = rate < SLOW_DISK
+    way_out = "checkpoints will take long; choose a faster --out" if slow else ""
+    return [*findings, Finding("write speed", "warn" if slow else "ok", f"{rate / 1e6:.0f} MB/s", way_out)]
+
+
+def files(config: Config) -> list[Finding]:
+    """Prompts and weights that the configuration names."""
+    findings = []
+    values = flat(asdict(config))
+    for path in PLACES_OF_A_RUN:
+        value = values[path]
+        if path in NO_FILES or settings()[path].type is not str or not value:
+            continue
+        try:
+            findings.append(Finding(path, "ok", str(resolve(value, offline=True))))
+        except ValueError as error:
+            findings.append(Finding(path, "warn", str(error)))
+    training, validation, test = source_of(config).split(config)
+    counts = {"validation": validation, "test": test}
+    held_out = ", ".join(f"{sum(map(len, sets.values()))} for {name}" for name, sets in counts.items())
+    return [*findings, Finding("prompts", "ok", f"{len(training) or 'drawn'} for training, {held_out}")]
+
+
+def rewards(config: Config) -> list[Finding]:
+    """Servers of the rewards that the configuration names."""
+    names = [*config.rewards.scorers, *config.evaluation.held_out]
+    reach_servers(names)
+    return [Finding("rewards", "ok", ", ".join(names))]
+
+
+def exchanges(ranks: Ranks, config: Config, out: Path) -> list[Finding]:
+    """Exchanges between ranks, their clocks, and whether they see one output directory."""
+    if ranks.count == 1:
+        return [Finding("ranks", "ok", "one process; start this under torchrun to examine several")]
+    ranks.gather(None, "meeting")
+    started = time.perf_counter()
+    clocks = ranks.gather(time.time(), "comparing clocks")
+    status = time.perf_counter() - started
+    flat_N = torch.ones(EXCHANGED // ranks.count * ranks.count, device=config.device)
+    ranks.exchange_parts(flat_N)
+    started = time.perf_counter()
+    whole = ranks.join_parts(ranks.exchange_parts(flat_N).sum(0))
+    right = bool((whole == ranks.count).all())
+    rate = 2 * flat_N.nbytes / (time.perf_counter() - started)
+    skew = max(clocks) - min(clocks)
+    token = ranks.gather(f".kvpo-doctor-{os.getpid()}-{time.time_ns()}", "naming a file")[0]
+    here = _place(out)
+    ranks.once("writing a file", (here / token).touch)
+    seen = (here / token).exists()
+    ranks.gather(None, "looking for a file")
+    if ranks.main:
+        (here / token).unlink()
+    wrong = "" if right else "the sum of gradients is wrong; update the driver and NCCL"
+    return [
+        Finding("ranks", "ok", f"{ranks.count} ranks, a status takes {1e3 * status:.1f} ms"),
+        Finding("gradients", "ok" if right else "fail", f"{rate / 1e6:.0f} MB/s from rank to rank", wrong),
+        Finding("clocks", "ok" if skew < SKEW else "warn", f"{skew:.3f} s apart",
+                "" if skew < SKEW else "synchronise them (NTP)"),
+        Finding("shared directory", "ok" if seen else "fail", f"{here} {'is' if seen else 'is not'} shared",
+                "" if seen else "give an --out that every node sees"),
+    ]  # fmt: skip
+
+
+def _place(out: Path) -> Path:
+    """The output directory, or the one that it will be made in."""
+    return next(path for path in (out, *out.absolute().parents) if path.is_dir()).absolute()
+
+
+def dry_update(ranks: Ranks, config: Config) -> list[Finding]:
+    """One update of the embedded world on the configuration's device, the way a run makes it."""
+    small = preset("demo", {**DRY, "device": config.device})
+    started = time.perf_counter()
+    with computing(small):
+        with ranks.together("building the embedded world"):
+            trainer = Trainer(build_setup(small, ranks))
+        numbers: dict[str, Any] = trainer.step()
+    found = f"{time.perf_counter() - started:.1f} s, gradient norm {numbers['gradient_norm']:.2g}"
+    return [Finding("dry update", "ok", found)]

@@ -1,0 +1,71 @@
+"""`kvpo doctor`: a line for everything that can stand in the way, and an exit status by the worst."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from kvpo.app import doctor
+from kvpo.app.cli import main
+from kvpo.app.configuration import assign, preset
+from kvpo.app.doctor import Finding, exchanges, worst
+from kvpo.training.ranks import Ranks
+from tests.ranks import on_ranks
+
+HEALTHY = {"versions", "device", "bfloat16", "host memory", "disk", "write speed", "prompts", "rewards"}
+
+
+def test_a_healthy_machine_is_ok_line_by_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status = main(["doctor", "--out", str(tmp_path / "new"), "--json", str(tmp_path / "found.json")])
+    (found,) = json.loads((tmp_path / "found.json").read_text())
+    levels = {item["subject"]: item["level"] for item in found}
+    assert HEALTHY | {"ranks", "dry update"} <= levels.keys()
+    assert status == worst([[Finding(**item) for item in found]]) and "fail" not in levels.values()
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == [Finding(**item).line() for item in found]
+    assert not list(tmp_path.glob(".kvpo-doctor*"))
+
+
+def subjects(check: Any, *arguments: Any) -> dict[str, Finding]:
+    return {finding.subject: finding for finding in doctor._examined("it", lambda: check(*arguments))}
+
+
+def test_what_is_wrong_is_named_with_a_way_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    away = preset("demo", {"rewards.scorers": ["world@http://127.0.0.1:9"]})
+    monkeypatch.setattr(doctor, "reach_servers", lambda names: (_ for _ in ()).throw(ValueError(names[0])))
+    assert subjects(doctor.rewards, away)["it"].line() == "fail  it: ValueError: world@http://127.0.0.1:9"
+    lost = assign(preset("demo"), {"prompts.file": str(tmp_path / "none.txt")})
+    assert subjects(doctor.files, lost)["prompts.file"].level == "warn"
+    monkeypatch.setattr(doctor, "ENOUGH_DISK", 1e18)
+    monkeypatch.setattr(doctor, "ENOUGH_MEMORY", 1e18)
+    monkeypatch.setattr(doctor, "SLOW_DISK", 1e18)
+    monkeypatch.setattr(doctor, "BFLOAT16", "raise SystemExit(4)")
+    poor = subjects(doctor.output, tmp_path) | subjects(doctor.memory, preset("demo"))
+    poor |= subjects(doctor.precision, preset("demo"))
+    assert {item.subject: item.level for item in poor.values()} == dict.fromkeys(
+        ("disk", "write speed", "host memory", "bfloat16"), "warn"
+    )
+    assert all(item.way_out for item in poor.values())
+    absent = subjects(doctor.device, preset("demo", {"device": "cuda:7"}))
+    if not torch.cuda.is_available():
+        assert absent["it"].level == "fail" and "--device cpu" in absent["it"].found
+    assert worst([[poor["disk"]], []]) == 1 and worst([[poor["disk"]], [absent["it"]]]) == 2
+
+
+def examined_by_ranks(ranks: Ranks, shared: Path) -> list[Finding]:
+    unshared = shared / "of rank 1"
+    return exchanges(ranks, preset("demo"), unshared if unshared.exists() and ranks.rank else shared)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_ranks_examine_their_exchanges_and_their_directory(shared: bool, tmp_path: Path) -> None:
+    if not shared:
+        (tmp_path / "of rank 1").mkdir()
+    every = on_ranks(2, tmp_path / "ranks", examined_by_ranks, tmp_path)
+    for rank, own in enumerate(every):
+        assert [item.subject for item in own] == ["ranks", "gradients", "clocks", "shared directory"]
+        wrong = [] if shared or not rank else ["shared directory"]
+        assert [item.subject for item in own if item.level != "ok"] == wrong
+    assert not list(tmp_path.glob(".kvpo-doctor*"))
