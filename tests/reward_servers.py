@@ -15,8 +15,8 @@ from torch import Tensor
 
 from kvpo.prompts import ClipPrompt
 from kvpo.rewards.protocol import Declaration, Scorer
-from kvpo.rewards.service.client import Patience
 from kvpo.rewards.service.messages import Offers
+from kvpo.rewards.service.patience import Patience
 from kvpo.rewards.service.server import Limits, reward_app
 
 LIMITS = Limits()

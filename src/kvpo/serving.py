@@ -2,11 +2,15 @@
 
 import hmac
 import ipaddress
+import json
 import logging
 import signal
 import socket
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 from kvpo.config_checks import ConfigurationError
@@ -17,6 +21,8 @@ logger = logging.getLogger(__name__)
 
 STOPPING_SECONDS = 30
 """Time that running requests may still take once a server was told to stop."""
+QUESTION_SECONDS, RETRY_SECONDS = 10, 2
+"""Before a server is ready: time in which a question must arrive, and when to ask again."""
 
 
 def is_loopback(host: str) -> bool:
@@ -73,6 +79,43 @@ def listener(host: str, port: int) -> socket.socket:
         return socket.create_server((host, port), family=family)
     except OSError as error:
         raise ConfigurationError(f"--host, --port: cannot listen at {host} {port}: {error}") from error
+
+
+@contextmanager
+def answering_later(listening: socket.socket, words: str) -> Iterator[None]:
+    """Meanwhile every request is told to come back, and why: 503, ``Retry-After`` and ``words``."""
+    content = json.dumps({"detail": words}).encode()
+
+    class Answer(BaseHTTPRequestHandler):
+        timeout = QUESTION_SECONDS
+
+        def do_GET(self) -> None:
+            self.send_response(503)
+            self.send_header("Retry-After", str(RETRY_SECONDS))
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+
+        do_POST = do_GET
+
+        def log_message(self, format: str, *args: Any) -> None:
+            """A client's question is no news."""
+
+    class Server(ThreadingHTTPServer):
+        def handle_error(self, *of: Any) -> None:
+            """A client that went away has its own message."""
+
+    server = Server(("", 0), Answer, bind_and_activate=False)
+    server.socket.close()
+    server.socket = listening
+    thread = Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, name="kvpo answering later")
+    thread.start()
+    try:
+        yield
+    finally:
+        server.shutdown()
+        thread.join()
 
 
 def url_of(host: str, listening: socket.socket) -> str:

@@ -29,8 +29,9 @@ from kvpo.config_checks import ConfigurationError
 from kvpo.report.video import write_video
 from kvpo.rewards.catalogue import DECLARATIONS
 from kvpo.rewards.service import client as client_module
-from kvpo.rewards.service.client import connect
+from kvpo.rewards.service.client import connect, reach
 from kvpo.rewards.service.messages import TOKEN_VARIABLE
+from kvpo.rewards.service.patience import StillLoading
 from kvpo.serving import is_loopback, read_token
 from kvpo.training.collection import explore
 from kvpo.training.metrics_log import MetricsLog
@@ -187,6 +188,35 @@ def test_killed_in_the_middle_and_restarted_nothing_is_lost(
         assert not answer.done()
         server_of("slow_number", port)
         assert torch.equal(answer.result(60)["slow_number"], torch.arange(100.0))
+
+
+def test_while_it_loads_it_says_so(tmp_path: Path) -> None:
+    """A reward that takes its time to load: clients are told at once, and wait."""
+    (tmp_path / "slow_to_load.py").write_text(
+        "import pathlib, time\n"
+        "while not pathlib.Path('go').exists(): time.sleep(0.01)\n"
+        "def mean(video, prompts): return video.mean((1, 2, 3, 4))\n"
+    )
+    port, reward = free_port(), "slow_to_load:mean"
+    command = ["reward-server", "--reward", reward, "--port", str(port)]
+    url, process = f"http://127.0.0.1:{port}", None
+    try:
+        process = processes.start(command, tmp_path / "log", partial(in_directory, tmp_path))
+        told = re.escape(f"503 Service Unavailable: loading {reward}")
+        with pytest.raises(StillLoading, match=told):
+            connect(url, [reward], patience=replace(QUICK, start=60, outage=0))
+        reach(url, [reward])
+        assert httpx.post(f"{url}/score", content=b"x").status_code == 503
+        (tmp_path / "go").touch()
+        remote = connect(url, [reward], patience=replace(QUICK, start=60, outage=60))
+        assert remote(*numbered(2))["mean"].tolist() == [0, 1]
+        process.terminate()
+        process.join(20)
+        assert process.exitcode == 0, (tmp_path / "log").read_text()
+    finally:
+        if process is not None:
+            process.kill()
+            process.join()
 
 
 def test_it_stops_although_its_scorer_hangs(server_of: Any, tmp_path: Path) -> None:

@@ -1,13 +1,16 @@
 """A reward server and its client over a real loopback connection: right numbers, or a clear error."""
 
 import asyncio
+import contextlib
 import json
 import math
 import re
 import socket
 import threading
 import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -19,7 +22,7 @@ from kvpo.prompts import ClipPrompt
 from kvpo.rewards.protocol import Declaration, Sampling
 from kvpo.rewards.service import client as client_module
 from kvpo.rewards.service import scoring_queue
-from kvpo.rewards.service.client import Link, Patience, RemoteScorer, connect
+from kvpo.rewards.service.client import Link, RemoteScorer, connect, reach
 from kvpo.rewards.service.messages import (
     PROTOCOL,
     Body,
@@ -31,6 +34,7 @@ from kvpo.rewards.service.messages import (
     encode_question,
     fractions,
 )
+from kvpo.rewards.service.patience import Away, Patience, StillLoading, Trial
 from kvpo.rewards.service.scoring_queue import ScoringQueue
 from kvpo.rewards.service.server import Limits, reward_app
 from kvpo.world.render import render
@@ -255,11 +259,11 @@ def test_batches_begun_together_arrive_in_order_few_at_a_time(monkeypatch: pytes
     monkeypatch.setattr(client_module, "REQUEST_BYTES", 96)
     ask = Link.ask
 
-    async def watched(self: Link, method: str, *rest: Any) -> Any:
+    async def watched(self: Link, method: str, *rest: Any, **named: Any) -> Any:
         under_way[0] += method == "POST"
         most[0] = max(most[0], under_way[0])
         try:
-            return await ask(self, method, *rest)
+            return await ask(self, method, *rest, **named)
         finally:
             under_way[0] -= method == "POST"
 
@@ -520,12 +524,99 @@ def test_a_server_that_is_not_there_or_something_else() -> None:
 def test_what_is_waited_for_is_said_at_once(caplog: pytest.LogCaptureFixture) -> None:
     url = f"http://127.0.0.1:{free_port()}"
     began = time.monotonic()
-    with pytest.raises(ValueError, match="cannot connect: .*refused; start it first"):
+    with pytest.raises(ValueError, match="cannot connect: .*refused; is a `kvpo reward-server` there"):
         connect(url, ["own"], patience=replace(QUICK, outage=300))
     assert time.monotonic() - began < 5
     (record,) = caplog.records
     assert record.created - (time.time() - (time.monotonic() - began)) < 0.5
     assert re.search(f"{url}: cannot connect: .*refused; waiting up to 1 s for it", record.message)
+
+
+@contextmanager
+def odd_server(behave: Callable[[socket.socket], None]) -> Iterator[str]:
+    """The address of something that accepts every connection and does ``behave`` with it."""
+
+    def work(connection: socket.socket) -> None:
+        with connection, contextlib.suppress(OSError):
+            behave(connection)
+
+    def accept() -> None:
+        with contextlib.suppress(OSError):  # the listener is closed at the end
+            while True:
+                threading.Thread(target=work, args=(listener.accept()[0],), daemon=True).start()
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        threading.Thread(target=accept, daemon=True).start()
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        listener.shutdown(socket.SHUT_RDWR)
+
+
+def drip(connection: socket.socket) -> None:
+    for byte in b"HTTP/1.1 200 OK\r\nContent-Length: 999\r\n\r\n" + b" " * 999:
+        connection.send(bytes([byte]))
+        time.sleep(0.05)
+
+
+def answer(text: str) -> Callable[[socket.socket], None]:
+    def behave(connection: socket.socket) -> None:
+        connection.recv(65536)
+        connection.sendall(text.encode())
+
+    return behave
+
+
+@pytest.mark.parametrize(
+    ("behave", "problem"),
+    [
+        (lambda connection: connection.recv(65536) and None, "disconnected without sending a response"),
+        (lambda connection: time.sleep(5), "no answer within 0.5[0-9]* s"),
+        (drip, "no answer within 0.5[0-9]* s"),
+        (answer("HTTP/1.1 503 Busy\r\nContent-Length: 9\r\n\r\nnot ready"), "503 Busy: not ready"),
+        (answer("HTTP/1.1 502 Bad\r\nContent-Length: 2\r\n\r\n{}"), "502 Bad"),
+        (answer("HTTP/1.1 200 OK\r\nContent-Length: 99\r\n\r\n{"), "closed connection"),
+        (
+            answer("HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\nContent-Length: 3\r\n\r\nabc"),
+            "the answer cannot be decoded",
+        ),
+    ],
+)
+def test_something_that_never_answers_is_given_up_at_the_start(
+    behave: Any, problem: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client_module, "SILENCE_AT_START", 0.2)
+    for ask in (connect, reach):
+        with odd_server(behave) as url:
+            began = time.monotonic()
+            with pytest.raises(ValueError, match=f"{problem}.*; is a `kvpo reward-server` there"):
+                ask(url, ["own"], patience=replace(QUICK, answer=300, start=0.5, outage=300))
+            assert time.monotonic() - began < 5
+        assert re.search(f"{url}: .*; (waiting up to 0 s for it|asking again)", caplog.text)
+
+
+def test_a_server_that_loads_is_waited_for(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client_module, "AGAIN_AT_START", 0.4)
+    words = '{"detail": "loading hps"}'
+    head = f"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 0\r\nContent-Length: {len(words)}\r\n\r\n"
+    with odd_server(answer(head + words)) as url:
+        reach(url, ["own"])
+        assert caplog.text == ""
+        with pytest.raises(StillLoading, match="gave up: 503 Service Unavailable: loading hps"):
+            connect(url, ["own"], patience=replace(QUICK, start=0.1, outage=2))
+    left = re.findall("503 Service Unavailable: loading hps; waiting up to (.) s for it", caplog.text)
+    assert len(left) >= 3 and left[0] == "2" and left[-1] in "01"
+
+
+def test_a_server_that_dies_while_it_loads_is_given_up() -> None:
+    trial = Trial(Patience(), first=True, began=time.monotonic() - 200)
+    trial.failed(Away("503", 0.0))
+    assert not trial.over and 99 < trial.until - time.monotonic() < 101
+    trial.failed(httpx.ConnectError("refused"))
+    assert not trial.over and 14 < trial.until - time.monotonic() < 15
+    trial.alive -= 15
+    trial.failed(httpx.ConnectError("refused"))
+    assert trial.over
 
 
 def test_silence_and_outages_are_said(

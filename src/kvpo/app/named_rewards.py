@@ -121,16 +121,15 @@ def _users_code(whose: str) -> Iterator[None]:
 
 
 def reach_servers(names: Sequence[str]) -> None:
-    """Wait a little for the servers that rewards are at; ValueError where one is not there.
+    """Make sure of the servers that rewards are at; ValueError where one is of no use.
 
-    For commands that load much before their rewards.
+    For commands that load much before their rewards: the servers may be loading theirs meanwhile.
     """
-    urls = dict.fromkeys(url for _, url in map(split_location, names) if url is not None)
-    if urls:
+    located = [split_location(name) for name in names]
+    for url in dict.fromkeys(url for _, url in located if url is not None):
         from kvpo.rewards.service.client import reach
 
-        for url in urls:
-            reach(url)
+        reach(url, [name for name, its in located if its == url], token=os.environ.get(TOKEN_VARIABLE))
 
 
 def named_rewards(

@@ -9,7 +9,7 @@ from kvpo.rewards.protocol import Declaration
 from kvpo.rewards.reward import Reward
 from kvpo.rewards.service.messages import TOKEN_VARIABLE, Offers
 from kvpo.rewards.service.server import Limits, reward_app
-from kvpo.serving import check_address, listener, run_app, url_of
+from kvpo.serving import answering_later, check_address, listener, run_app, url_of
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +42,7 @@ def serve(
     sources: Mapping[str, str] | None = None,
     device: str = "cpu",
 ) -> None:
-    """Serve rewards until SIGTERM or Ctrl-C; clients that come before they are loaded wait.
+    """Serve rewards until SIGTERM or Ctrl-C; clients that come before they are loaded are told so, and wait.
 
     Raises:
         ConfigurationError: rewards that cannot be named so, an address that is taken or needs a token.
@@ -50,7 +50,8 @@ def serve(
     """
     check_address(host, port, token, TOKEN_VARIABLE)
     with listener(host, port) as listening:
-        rewards = named_rewards(names, sources, frame_rate=frame_rate, device=device, prompts=True)
+        with answering_later(listening, f"loading {', '.join(names)}"):
+            rewards = named_rewards(names, sources, frame_rate=frame_rate, device=device, prompts=True)
         app = reward_app(
             [reward.scorer for reward in rewards],
             offers_of(rewards),

@@ -3,11 +3,10 @@
 import asyncio
 import contextlib
 import logging
-import socket
+import os
 import threading
-import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor
 
 from kvpo.extras import extra
-from kvpo.files import parse_json
+from kvpo.files import parse_json, printable
 from kvpo.prompts import ClipPrompt
 from kvpo.rewards.protocol import Declaration, checked
 from kvpo.rewards.service.messages import (
@@ -25,6 +24,17 @@ from kvpo.rewards.service.messages import (
     decode_offers,
     eight_bit,
     encode_question,
+)
+from kvpo.rewards.service.patience import (
+    AGAIN,
+    AGAIN_AT_START,
+    PATIENCE,
+    Away,
+    Failed,
+    Patience,
+    Refused,
+    StillLoading,
+    Trial,
 )
 
 with extra("server"):
@@ -44,44 +54,10 @@ PART_BYTES = 2**20
 """Bytes of a body sent at a time: every part costs some Python, and copies within the cache are cheap."""
 NO_BODY = Body(b"", memoryview(b""))
 CONNECT_SECONDS = 10.0
-KNOCK_SECONDS = 2.0
-"""Longest attempt to reach a server at the start, and longest pause between two."""
 SILENCE, SILENCE_AT_START = 30.0, 1.0
 """Seconds without scores, or without a word, after which it is said that an answer is waited for."""
-
-
-@dataclass(frozen=True)
-class Patience:
-    """Retry and timeout policy."""
-
-    answer: float = 300.0
-    """Seconds for an answer, the time in the server's queue included."""
-    attempts: int = 3
-    """Answers that may fail (late, an error of the scorer, not the scores asked for) before it gives up."""
-    start: float = 15.0
-    """Seconds at the start in which the server must be there: enough to begin to listen, not to load models,
-    as it listens before that."""
-    outage: float = 300.0
-    """Seconds that it may later be out of reach or full: enough to be restarted and load its models."""
-    first_pause: float = 0.5
-    """Seconds before the second try; doubled from then on."""
-    longest_pause: float = 30.0
-
-
-class Refused(ValueError):
-    """The server will not do this, however often it is asked."""
-
-
-class Failed(ValueError):
-    """An answer that is of no use; the next one may be."""
-
-
-class Away(ValueError):
-    """The server is busy; retry after ``after`` seconds."""
-
-    def __init__(self, problem: str, after: float) -> None:
-        super().__init__(problem)
-        self.after = after
+WORDS = 200
+"""Letters of a server's own words that a message repeats."""
 
 
 class Link:
@@ -129,52 +105,49 @@ class Link:
         self.run(self.client.aclose())
         self.loop.call_soon_threadsafe(self.loop.stop)
 
-    async def ask(self, method: str, path: str, read: Callable[[Any], T], body: Body = NO_BODY) -> T:
+    async def ask(
+        self, method: str, path: str, read: Callable[[Any], T], body: Body = NO_BODY, *, first: bool = False
+    ) -> T:
         """One request, tried until there is an answer that ``read`` takes, or patience ends.
 
-        What is waited for, and how long, is logged at the first failure and after some silence.
+        What is waited for, why and how long, is logged at the first failure, after some silence, and from
+        then on every few seconds. ``first``: whether it is a reward server at all is still to be seen.
 
         Raises:
+            StillLoading: the server had nothing to say but that it is loading.
             ValueError: the server refuses, or gave no usable answer in time; the message says which.
         """
-        started, tries, failures, pause = time.monotonic(), 0, 0, self.patience.first_pause
-        while True:
-            tries += 1
-            wait = pause
-            answer, silence = self.patience.answer, SILENCE if len(body) else SILENCE_AT_START
-            notice = self.loop.call_later(silence, self._say, "no answer yet", f"waiting up to {answer:g} s")
-            try:
-                return read(_content(await self._send(method, path, body)))
-            except Refused as error:
-                raise ValueError(f"reward server {self.url} refused: {error}") from error
-            except (TimeoutError, Failed) as error:
-                failures += 1
-                late = isinstance(error, TimeoutError)
-                problem = f"no answer within {self.patience.answer:g} s" if late else str(error)
-                over = failures >= self.patience.attempts
-            except (httpx.TransportError, Away) as error:
-                problem = str(error) or type(error).__name__
-                over = time.monotonic() - started + pause > self.patience.outage
-                if isinstance(error, Away):
-                    wait = max(pause, min(error.after, self.patience.longest_pause))
-            finally:
-                notice.cancel()
-            if over:
-                seconds = time.monotonic() - started
-                times = "once" if tries == 1 else f"{tries} times"
-                raise ValueError(
-                    f"reward server {self.url}: asked {times} in {seconds:.1f} s, then gave up: {problem}"
-                )
-            if tries == 1:
-                times = f"up to {self.patience.attempts} times, or {self.patience.outage:g} s of an outage"
-                self._say(problem, f"asking again, {times}")
-            await asyncio.sleep(wait)
-            pause = min(2 * pause, self.patience.longest_pause)
+        trial, again = Trial(self.patience, first), AGAIN_AT_START if first else AGAIN
 
-    def _say(self, problem: str, plan: str) -> None:
-        logger.warning("reward server %s: %s; %s", self.url, problem, plan)
+        def say() -> None:
+            nonlocal timer
+            logger.warning("reward server %s: %s; %s", self.url, trial.problem, trial.plan)
+            timer = self.loop.call_later(again, say)
 
-    async def _send(self, method: str, path: str, body: Body) -> httpx.Response:
+        timer = self.loop.call_later(SILENCE_AT_START if first else SILENCE, say)
+        try:
+            while True:
+                try:
+                    return read(_content(await self._send(method, path, body, trial.seconds)))
+                except Refused as error:
+                    raise ValueError(f"reward server {self.url} refused: {error}") from error
+                except (httpx.ConnectError, httpx.ConnectTimeout) as error:
+                    trial.failed(Away(f"cannot connect: {_reason(error)}"))
+                except httpx.DecodingError as error:
+                    trial.failed(Failed(f"the answer cannot be decoded: {error}"))
+                except (TimeoutError, Failed, Away, httpx.TransportError) as error:
+                    trial.failed(error)
+                if trial.over:
+                    end = trial.end()
+                    raise type(end)(f"reward server {self.url}: {end}")
+                if trial.tries == 1:
+                    timer.cancel()
+                    say()
+                await asyncio.sleep(trial.wait)
+        finally:
+            timer.cancel()
+
+    async def _send(self, method: str, path: str, body: Body, seconds: float) -> httpx.Response:
         """One request and its answer. Bodies leave one after the other, so that the first arrives early."""
         with contextlib.ExitStack() as upload:
 
@@ -183,7 +156,7 @@ class Link:
                     yield part
                 upload.close()
 
-            async with asyncio.timeout(self.patience.answer):
+            async with asyncio.timeout(seconds):
                 await self.road.acquire()
                 upload.callback(self.road.release)
                 headers = {"Content-Length": str(len(body))}
@@ -201,12 +174,30 @@ def _content(response: httpx.Response) -> Any:
         content = {}
     if status == 200:
         return content
-    detail = content.get("detail") if isinstance(content, dict) else None
-    problem = f"{status} {response.reason_phrase}" + (f": {detail}" if detail else "")
+    detail = content.get("detail") if isinstance(content, dict) and content else response.text
+    words = printable(" ".join(str(detail or "").split()))[:WORDS]
+    problem = f"{status} {response.reason_phrase}" + (f": {words}" if words else "")
     if status in (502, 503, 504):
         after = response.headers.get("retry-after", "")
-        raise Away(problem, float(after) if after.isdecimal() else 0.0)
+        raise Away(problem, float(after) if after.isdecimal() else None)
     raise (Failed if status in (408, 499) or status >= 500 else Refused)(problem)
+
+
+def _reason(error: BaseException) -> str:
+    """What the operating system said, underneath what was made of it."""
+    reason = str(error)
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.strerror:
+            reason = (
+                os.strerror(cause.errno) if cause.errno > 0 else cause.strerror
+            )  # asyncio has its own words
+        cause = (
+            cause.exceptions[0]
+            if isinstance(cause, BaseExceptionGroup)
+            else cause.__cause__ or cause.__context__
+        )
+    return reason or type(error).__name__
 
 
 @dataclass(frozen=True)
@@ -303,15 +294,15 @@ class RemoteScorer:
 
 
 def connect(
-    url: str, names: Sequence[str], *, token: str | None = None, patience: Patience = Patience()
+    url: str, names: Sequence[str], *, token: str | None = None, patience: Patience = PATIENCE
 ) -> RemoteScorer:
-    """The rewards ``names`` of the server at ``url``, which may still be starting.
+    """The rewards ``names`` of the server at ``url``, which may still be starting or loading.
 
     Raises:
+        StillLoading: it was loading for longer than ``patience.outage``.
         ValueError: a URL that is none, nobody there, no answer in time, another protocol, a reward that it
             does not have.
     """
-    reach(url, patience)
     link = Link(url, token, patience)
 
     def read(content: Any) -> RemoteScorer:
@@ -332,43 +323,16 @@ def connect(
         return RemoteScorer(link, tuple(one for name in names for one in offers[name]), rate, limit)
 
     try:
-        return link.run(link.ask("GET", "/rewards", read))
+        return link.run(link.ask("GET", "/rewards", read, first=True))
     except BaseException:
         link.close()
         raise
 
 
-def reach(url: str, patience: Patience = Patience()) -> None:
-    """Wait until somebody listens at ``url``; the first failure is logged with how long this goes on.
-
-    Raises:
-        ValueError: a URL that is none, nobody there within ``patience.start`` seconds.
-    """
-    parts = urlsplit(checked_url(url))
-    address = parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80)
-    started, tries, pause = time.monotonic(), 0, patience.first_pause
-    while True:
-        tries += 1
-        try:
-            socket.create_connection(address, timeout=min(KNOCK_SECONDS, patience.start)).close()
-            return
-        except OSError as error:
-            seconds, problem = time.monotonic() - started, error.strerror or str(error)
-        if seconds + pause > patience.start:
-            times = "once" if tries == 1 else f"{tries} times"
-            raise ValueError(
-                f"reward server {url}: asked {times} in {seconds:.1f} s, then gave up: "
-                f"cannot connect: {problem}; start it first, with `kvpo reward-server`"
-            )
-        if tries == 1:
-            logger.warning(
-                "reward server %s: cannot connect: %s; waiting up to %g s for it",
-                url,
-                problem,
-                patience.start,
-            )
-        time.sleep(pause)
-        pause = min(2 * pause, KNOCK_SECONDS)
+def reach(url: str, names: Sequence[str], *, token: str | None = None, patience: Patience = PATIENCE) -> None:
+    """Make sure that a reward server is at ``url``, which may still be loading; otherwise see ``connect``."""
+    with contextlib.suppress(StillLoading):
+        connect(url, names, token=token, patience=replace(patience, outage=0.0)).close()
 
 
 def checked_url(url: str) -> str:

@@ -1,0 +1,125 @@
+"""When to ask a reward server again, how long to wait for it, and what to say meanwhile."""
+
+import time
+from dataclasses import dataclass, field
+
+KNOCK_SECONDS = 2.0
+"""Longest pause between two tries to reach a server that has not answered yet."""
+AGAIN, AGAIN_AT_START = 30.0, 5.0
+"""Seconds between two lines about what is waited for: later, and before a server's first answer."""
+
+
+@dataclass(frozen=True)
+class Patience:
+    """Retry and timeout policy."""
+
+    answer: float = 300.0
+    """Seconds for an answer, the time in the server's queue included."""
+    attempts: int = 3
+    """Answers that may fail (late, an error of the scorer, not the scores asked for) before it gives up."""
+    start: float = 15.0
+    """Seconds at the start in which the server must answer: enough to begin to listen, not to load models,
+    as it says that it loads them."""
+    outage: float = 300.0
+    """Seconds that it may be loading at the start, and later be out of reach or full: enough to be restarted
+    and load its models."""
+    first_pause: float = 0.5
+    """Seconds before the second try; doubled from then on."""
+    longest_pause: float = 30.0
+
+
+PATIENCE = Patience()
+
+
+class Refused(ValueError):
+    """The server will not do this, however often it is asked."""
+
+
+class Failed(ValueError):
+    """An answer that is of no use; the next one may be."""
+
+
+class Away(ValueError):
+    """Nothing there that answers; or something that wants to be asked again ``after`` seconds."""
+
+    def __init__(self, problem: str, after: float | None = None) -> None:
+        super().__init__(problem)
+        self.after = after
+
+
+class StillLoading(ValueError):
+    """The server is there, and not ready."""
+
+
+@dataclass
+class Trial:
+    """The tries of one question."""
+
+    patience: Patience
+    first: bool
+    """True while the server has given no answer of use yet: it may be something else that listens there."""
+    tries: int = 0
+    failures: int = 0
+    problem: str = "no answer yet"
+    promised: bool = False
+    """The last answer said when to come back."""
+    began: float = field(default_factory=time.monotonic)
+    over: bool = False
+    wait: float = 0.0
+    """Seconds before the next try."""
+
+    def __post_init__(self) -> None:
+        self.pause, self.alive = self.patience.first_pause, self.began
+
+    @property
+    def until(self) -> float:
+        """When to give up on a server that gives no answer at all."""
+        if self.first and not self.promised:
+            return self.alive + self.patience.start
+        return self.began + self.patience.outage
+
+    @property
+    def seconds(self) -> float:
+        """Seconds that the next try may take."""
+        left = self.until - time.monotonic() if self.first else self.patience.answer
+        return max(0.0, min(left, self.patience.answer))
+
+    @property
+    def plan(self) -> str:
+        """What is done about the problem, in words."""
+        if self.first and not self.failures:
+            return f"waiting up to {max(0.0, self.until - time.monotonic()):.0f} s for it"
+        if not self.tries:
+            return f"waiting up to {self.patience.answer:g} s"
+        times = f"asking again, up to {self.patience.attempts} times"
+        return times if self.first else f"{times}, or {self.patience.outage:g} s of an outage"
+
+    def failed(self, error: Exception) -> None:
+        """Take note of a try that was of no use: what it was, whether that was the last, when the next is."""
+        now, late = time.monotonic(), isinstance(error, TimeoutError)
+        self.problem = str(error).rstrip(".") or f"the connection broke ({type(error).__name__})"
+        if late:
+            self.problem = (
+                f"no answer within {now - self.alive if self.first else self.patience.answer:.3g} s"
+            )
+        self.tries += 1
+        after = error.after if isinstance(error, Away) else None
+        self.promised = after is not None
+        if self.promised:
+            self.alive = now
+        if isinstance(error, Failed) or (late and not self.first):
+            self.failures += 1
+            self.over = self.failures >= self.patience.attempts
+        else:
+            self.over = now + self.pause > self.until
+        longest = KNOCK_SECONDS if self.first else self.patience.longest_pause
+        self.wait = max(self.pause, min(after or 0.0, longest))
+        self.pause = min(2 * self.pause, longest)
+
+    def end(self) -> ValueError:
+        """The error to end with."""
+        times = "once" if self.tries == 1 else f"{self.tries} times"
+        seconds = time.monotonic() - self.began
+        way_out = "; is a `kvpo reward-server` there, and ready to answer?" if self.first else ""
+        kind = StillLoading if self.first and self.promised else ValueError
+        return kind(f"asked {times} in {seconds:.1f} s, then gave up: {self.problem}{way_out}")
