@@ -25,9 +25,9 @@ from kvpo.engine.explorers import Member, routes, site_of
 from kvpo.engine.forks import Fork
 from kvpo.engine.generator import StreamingGenerator
 from kvpo.engine.noise import SeededTape, keyed_generator
-from kvpo.engine.pages import stream_pages
+from kvpo.engine.pages import PlannedRollout, cache_pages, stream_pages
 from kvpo.engine.replay import member_row, replay_context, replay_velocities
-from kvpo.engine.rollout import Group, Ran, Rollout, grouped, grow_roots, run_members
+from kvpo.engine.rollout import Group, Ran, Rollout
 from kvpo.engine.stream import advance, open_stream
 from kvpo.method.evidence import residual_table
 from kvpo.models.adapters import add_adapter, trained_parameters
@@ -96,31 +96,37 @@ def bench(config: Config, groups: int) -> Bench:
 
 def members_of(subject: Bench) -> list[Member]:
     """Every group's branches, routed within their own history, and its anchor."""
-    forks = [Fork(FORK, subject.config.exploration)] * len(subject.prompts)
-    site = site_of(subject.generator, subject.prompts, forks, subject.tape, ("benchmark",))
-    return [member for index in range(len(forks)) for member in (*routes(site, index), Member(index))]
+    site = site_of(subject.generator, planned_rollout(subject), subject.tape, ("benchmark",))
+    groups = range(len(subject.prompts))
+    return [member for index in groups for member in (*routes(site, index), Member(index))]
+
+
+def planned_rollout(subject: Bench) -> PlannedRollout:
+    """Every prompt forks at one frame."""
+    return PlannedRollout(subject.prompts, [Fork(FORK, subject.config.exploration)] * len(subject.prompts))
 
 
 @contextmanager
 def roots_of(subject: Bench) -> Iterator[Rollout]:
     """Streams grown to the fork; their pages are given back at the end."""
-    rollout = grow_roots(
-        subject.generator, subject.prompts, FORK, subject.texts, subject.tape, subject.config.exploration
-    )
+    planned = planned_rollout(subject)
+    cache = subject.generator.new_cache(cache_pages(subject.generator, [planned]))
+    rollout = Rollout(subject.generator, planned, subject.texts, subject.tape, cache)
+    rollout.grow_roots(len(subject.prompts))
     yield rollout
     rollout.release()
 
 
 def roll_out(subject: Bench, rollout: Rollout, members: Sequence[Member], *, rows: int = 0) -> list[Ran]:
     """What every member visits, ``rows`` of them at a time (0: all)."""
-    return list(run_members(subject.generator, rollout, members, rows=rows))
+    return list(rollout.run(members, rows=rows))
 
 
 def groups_of(subject: Bench, rollout: Rollout, members: Sequence[Member], ran: Sequence[Ran]) -> list[Group]:
     """The rollout's groups, from their members and what those visited."""
     size, following = len(members) // len(rollout.roots), iter(ran)
     starts = range(0, len(members), size)
-    return [grouped(subject.generator, rollout, members[at : at + size], following) for at in starts]
+    return [rollout.group_of(members[at : at + size], following) for at in starts]
 
 
 def replay(

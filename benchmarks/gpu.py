@@ -30,7 +30,7 @@ from kvpo.engine.generator import StreamingGenerator
 from kvpo.engine.noise import SeededTape, keyed_generator
 from kvpo.engine.pages import PlannedRollout, cache_pages, stream_pages
 from kvpo.engine.replay import member_row, replay_context, replay_velocities
-from kvpo.engine.rollout import Group, Rollout, collect, grow_roots
+from kvpo.engine.rollout import Group, Rollout, roll_out
 from kvpo.engine.stream import advance, open_stream
 from kvpo.method.evidence import residual_table
 from kvpo.models.adapters import add_adapter, trained_parameters
@@ -190,16 +190,19 @@ def measure_rollout(
     exploration = replace(subject.config.exploration, rows=rows)
     made: list[Rollout] = []
 
-    before = (subject.generator, [subject.prompt])
-    after = (subject.texts, subject.tape)
+    generator, of_subject = subject.generator, (subject.texts, subject.tape)
+    planned = PlannedRollout([subject.prompt], [Fork(subject.fork, exploration)])
 
     def run() -> None:
         if made:
             made.pop().release()
-        made.append(collect(*before, [Fork(subject.fork, exploration)], *after, ("gpu",)))
+        made.append(roll_out(generator, planned, *of_subject, ("gpu",)))
 
     def root() -> None:
-        grow_roots(*before, subject.fork, *after, exploration).release()
+        cache = generator.new_cache(cache_pages(generator, [planned]))
+        rollout = Rollout(generator, planned, *of_subject, cache)
+        rollout.grow_roots(1)
+        rollout.release()
 
     growing = clock.median(root, repeats)
     seconds = clock.median(run, repeats) - growing

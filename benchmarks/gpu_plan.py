@@ -29,6 +29,7 @@ from kvpo.app.configuration import preset
 from kvpo.app.plan import Planner
 from kvpo.app.sources.wan import build_wan
 from kvpo.config import Config
+from kvpo.engine.pages import cache_pages
 from kvpo.engine.scoring import decode_members, score_group
 from kvpo.engine.stream import stream_latents
 from kvpo.models.causal_wan import CausalWan
@@ -135,9 +136,9 @@ class Phases:
         def unscored(call: Callable[[], Any]) -> Future[Any]:
             return Future()
 
-        updates = ((n, collection.plan(setup, n)) for n in range(1000))
+        updates = ((n, collection.plan_rollout(setup, n)) for n in range(1000))
         update, planned = next(one for one in updates if one[1].forks[0].frame == self.plan.fork)
-        cache = collection.new_cache(setup, [planned])
+        cache = setup.generator.new_cache(cache_pages(setup.generator, [planned]))
         rollout, _ = self.take(
             PHASES[1], lambda: collection.generate(setup, update, planned, unscored, cache)
         )

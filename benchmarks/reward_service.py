@@ -25,12 +25,13 @@ from kvpo.app.named_rewards import UserReward
 from kvpo.app.presets import demo
 from kvpo.config import Config
 from kvpo.engine.background import in_background
+from kvpo.engine.pages import cache_pages
 from kvpo.engine.scoring import Clip, score_clips
 from kvpo.prompts import ClipPrompt
 from kvpo.rewards.protocol import Scorer
 from kvpo.rewards.service.client import RemoteScorer
 from kvpo.rewards.service.messages import eight_bit
-from kvpo.training.collection import generate, new_cache, plan
+from kvpo.training.collection import generate, plan_rollout
 
 SECONDS = "KVPO_BENCHMARK_CLIP_SECONDS"
 """Environment variable: what a clip costs in `paced`."""
@@ -170,11 +171,11 @@ class Rollouts:
         setup = build_setup(config)
         self.calls: list[int] = []
         self.setup = replace(setup, judges=replace(setup.judges, scorer=scorer))
-        self.planned = plan(self.setup, 0)
+        self.planned = plan_rollout(self.setup, 0)
 
     def generated(self, submit: Callable[[Callable[[], Any]], Future[Any]]) -> Any:
         """Generate, hand every group to ``submit``, wait for the scores, let go of the pages."""
-        cache = new_cache(self.setup, [self.planned])
+        cache = self.setup.generator.new_cache(cache_pages(self.setup.generator, [self.planned]))
         rollout, pending = generate(self.setup, 0, self.planned, submit, cache)
         scores = [future.result() for future in pending]
         rollout.release()

@@ -40,7 +40,7 @@ def piece(threads: int, updates: int, latents: Path, settings: Sequence[str]) ->
     with computing(config):
         setup = build_setup(config)
         trainer = Trainer(setup)
-        rollout, _ = explore(setup, 0)
+        ((rollout, _),) = explore(setup, [0])
         torch.save(torch.cat([group.clean_MTCHW for group in rollout.groups], 1), latents)
         rollout.release()
         trainer.step()

@@ -18,11 +18,11 @@ from kvpo.engine.forks import draw_forks
 from kvpo.engine.noise import keyed_generator
 from kvpo.engine.pages import PlannedRollout, cache_pages
 from kvpo.engine.replay import ReplayRow, replay_context, replay_velocities
-from kvpo.engine.rollout import Rollout, grouped, run_members
+from kvpo.engine.rollout import Rollout
 from kvpo.engine.scoring import score_group
 from kvpo.engine.stream import advance, open_stream, switch_prompts
-from kvpo.method import kvpo as method
 from kvpo.method.evidence import Tables, anchor_drift, joined, residual_table
+from kvpo.method.methods import METHODS
 from kvpo.training.credit import assign_credit
 from kvpo.training.policy import policy_of
 from kvpo.training.setup import Setup
@@ -47,7 +47,8 @@ def one_update(setup: Setup) -> dict[str, torch.Tensor]:
     (prompt,) = setup.training_prompts(UPDATE)
     texts, tape, key = setup.backbone.texts([prompt]), setup.backbone.tape("training"), (config.seed, UPDATE)
     (fork,) = draw_forks([prompt], config.exploration, generator.deployment, key)
-    cache = generator.new_cache(cache_pages(generator, [PlannedRollout([prompt], [fork])]))
+    planned = PlannedRollout([prompt], [fork])
+    cache = generator.new_cache(cache_pages(generator, [planned]))
     root = open_stream(generator, cache, prompt, texts, tape)
     while root.start < fork.frame:
         advance(generator, [root], resident=config.exploration.resident_frames)
@@ -55,10 +56,9 @@ def one_update(setup: Setup) -> dict[str, torch.Tensor]:
 
     # Fork and route. Branches share all noise; each sees other old frames in its local slots. No tensor is
     # copied: a fork is a list of page numbers, a route a few of them. The last member is the unrouted anchor.
-    site = site_of(generator, [prompt], [fork], tape, key)
-    members = [*routes(site, 0), Member(0)]
-    rollout = Rollout(cache, [fork], [root])
-    group = grouped(generator, rollout, members, run_members(generator, rollout, members))
+    members = [*routes(site_of(generator, planned, tape, key), 0), Member(0)]
+    rollout = Rollout(generator, planned, texts, tape, cache, [root])
+    group = rollout.group_of(members, rollout.run(members))
 
     # Score. Rewards of the clips that can differ become advantages of the best and the worst branches.
     codec, scorer = setup.backbone.codec, setup.judges.scorer
@@ -70,7 +70,7 @@ def one_update(setup: Setup) -> dict[str, torch.Tensor]:
     # Evidence. KVPO asks: at the states that a branch visited, how far is your velocity from the branch's?
     # One more row, at the anchor's states, asks how far it is from the starting policy's: the velocity KL.
     steps = config.objective.grad_steps
-    settings, trajectories = config.kvpo, group.trajectories
+    method, settings, trajectories = METHODS["kvpo"], config.kvpo, group.trajectories
     evidence = method.evidence(trajectories, credit, steps, settings, keyed_generator("evidence", *key, 0))
     rows_of_method = len(evidence.query_N)
     evidence = joined(evidence, anchor_drift(trajectories, credit, evidence, settings))
@@ -97,7 +97,8 @@ def one_update(setup: Setup) -> dict[str, torch.Tensor]:
     with replay_context(generator, rows) as replay:
         now = table(replay_velocities(generator, rows, replay, window))
         of_method = (part[:rows_of_method] for part in (now, now.detach(), reference))
-        loss, metrics = method.loss(Tables(*of_method), evidence.branch_N[:rows_of_method], credit, settings)
+        tables = Tables(*of_method, evidence.branch_N[:rows_of_method])
+        loss, metrics = method.loss(tables, credit, settings)
         loss = loss + config.objective.velocity_kl * now[rows_of_method:].sum()
         loss.backward()
     torch.nn.utils.clip_grad_norm_(list(policy.parameters.values()), config.optim.grad_clip)

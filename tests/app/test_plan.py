@@ -19,6 +19,7 @@ from kvpo.app.plan import GB, Planner, advise, fits
 from kvpo.app.presets import PRESETS
 from kvpo.app.sources.common import streaming_generator
 from kvpo.engine.generator import StreamingGenerator, TextRows
+from kvpo.engine.pages import cache_pages
 from kvpo.engine.stream import stream_latents
 from kvpo.models.adapters import add_adapter
 from kvpo.models.causal_wan import CausalWan
@@ -59,8 +60,10 @@ def test_pages_parameters_and_checkpoints_are_what_a_run_allocates(tmp_path, nam
     else:
         config = tiny_wan(name, tmp_path, segments=2, optim__lora_rank=32, optim__lora_alpha=32)
     plan, trainer = plan_of(config), Trainer(build_setup(config))
+    generator = trainer.setup.generator
     caches = [
-        collection.new_cache(trainer.setup, [collection.plan(trainer.setup, update)]) for update in range(12)
+        generator.new_cache(cache_pages(generator, [collection.plan_rollout(trainer.setup, update)]))
+        for update in range(12)
     ]
     latest = max(caches, key=lambda cache: cache.num_pages)
     assert latest.page_bytes == plan.page
@@ -235,10 +238,12 @@ def test_the_plan_counts_the_keys_that_routed_and_deployed_blocks_see(monkeypatc
     monkeypatch.setattr(StreamingGenerator, "velocity", watched)
     # Late enough for a memory bank to be full.
     update = next(
-        n for n in range(100) if min(fork.frame for fork in collection.plan(trainer.setup, n).forks) >= 24
+        n
+        for n in range(100)
+        if min(fork.frame for fork in collection.plan_rollout(trainer.setup, n).forks) >= 24
     )
-    planned = collection.plan(trainer.setup, update)
-    collection.explore(trainer.setup, update)
+    planned = collection.plan_rollout(trainer.setup, update)
+    collection.explore(trainer.setup, [update])
     costs = Costs(config, trainer.setup.model.shape, 0.0, 0.0)
     assert all(seen[fork.frame] == {costs.context, costs.routed} for fork in planned.forks)
     assert costs.routed == costs.context + 3

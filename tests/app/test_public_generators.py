@@ -185,7 +185,7 @@ def test_compiled_layers_train_alike(tmp_path: Path) -> None:
     for compiled in (False, True):
         changes = {"optim__compile": compiled, "optim__checkpointing": True}
         trainer = Trainer(build_setup(tiny_wan("longlive-1.3b", tmp_path, segments=2, **changes)))
-        rollout, _ = explore(trainer.setup, 0)
+        ((rollout, _),) = explore(trainer.setup, [0])
         latents = rollout.groups[0].clean_MTCHW
         rollout.release()
         results.append((latents, trainer.step()))

@@ -236,7 +236,7 @@ def test_it_stops_although_its_scorer_hangs(server_of: Any, tmp_path: Path) -> N
 def test_a_hanging_scorer_ends_the_run_with_what_was_trained(tiny_base: Path, tmp_path: Path) -> None:
     """It hangs while the third rollout is scored; the two updates before it are those of a healthy run."""
     toy, calls, hang = ToyScorer(), [0], threading.Event()
-    explore(toy_setup(tiny_config(tiny_base), Counting(calls)), 0)
+    explore(toy_setup(tiny_config(tiny_base), Counting(calls)), [0])
     per_rollout, calls[0] = calls[0], 0
 
     def moody(video: Tensor, prompts: Any) -> Tensor:

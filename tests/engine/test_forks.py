@@ -11,9 +11,8 @@ from kvpo.app.build import source_of
 from kvpo.app.presets import PRESETS
 from kvpo.engine.forks import SWITCH_SHARE, Fork, draw_forks, fork_numbers, plan_forks, shrunk
 from kvpo.engine.noise import keyed_generator
-from kvpo.engine.rollout import collect
 from kvpo.models.settings import Deployment
-from tests.engine.tiny import EXPLORATION, generator, prompt, tape_of, texts
+from tests.engine.tiny import EXPLORATION, generator, prompt, rolled_out
 
 EIGHT = replace(EXPLORATION, branches=8, distinct=2)
 """A pool of 5 frames has 10 pairs, one of 4 only 6: forks from frame 12 on."""
@@ -137,9 +136,9 @@ def test_a_shrunken_rollout_has_the_pages_it_needs_and_no_more():
     plan = planned(prompt(0, 18), exploration=replace(EXPLORATION, branches=4, blocks=9, tail_blocks=9))
     (fork,) = plan.roomiest
     assert fork.frame == 12 and (fork.exploration.blocks, fork.exploration.tail_blocks) == (2, 0)
-    rollout = collect(one, [prompt(0, 18)], [fork], texts(), tape_of(), ("key",))
+    rollout = rolled_out(one, [prompt(0, 18)], [fork], ("key",))
     same = Fork(12, replace(EXPLORATION, branches=4, blocks=2, tail_blocks=0))
-    fitting = collect(one, [prompt(0, 18)], [same], texts(), tape_of(), ("key",))
+    fitting = rolled_out(one, [prompt(0, 18)], [same], ("key",))
     assert rollout.cache.num_pages == fitting.cache.num_pages
     assert torch.equal(rollout.groups[0].clean_MTCHW, fitting.groups[0].clean_MTCHW)
     for either in (rollout, fitting):

@@ -8,7 +8,6 @@ import torch
 from kvpo.engine import stream as engine_stream
 from kvpo.engine.explorers import Member
 from kvpo.engine.forks import Fork, plan_forks
-from kvpo.engine.rollout import collect, grow_roots
 from kvpo.engine.stream import advance, give_frames, open_stream
 from kvpo.method.gibbs import branch_log_probs, policy_ratio
 from kvpo.models.deployment import routed_context
@@ -16,9 +15,11 @@ from tests.engine.tiny import (
     EXPLORATION,
     FRAME,
     generator,
+    grown_roots,
     members_of,
     prompt,
     residuals,
+    rolled_out,
     route,
     tape_of,
     texts,
@@ -41,7 +42,7 @@ NEW_PROMPT = prompt(0, 30, (FORK,))
 
 
 def collected(one, prompts, fork=FORK, exploration=EXPLORATION):
-    return collect(one, prompts, [Fork(fork, exploration)] * len(prompts), texts(), tape_of(), ("k",))
+    return rolled_out(one, prompts, [Fork(fork, exploration)] * len(prompts), ("k",))
 
 
 def extended(one, num_frames, switches):
@@ -87,10 +88,10 @@ def test_a_branch_sees_sink_bank_routes_and_recent_frames(history, monkeypatch):
         seen.append((context, [h.fork() for h in histories], routes))
         return context
 
-    rollout = grow_roots(one, [NEW_PROMPT], FORK, texts(), tape_of(), EXPLORATION)
+    rollout = grown_roots(one, [NEW_PROMPT], FORK, EXPLORATION)
     root = rollout.roots[0].history
     monkeypatch.setattr(engine_stream, "routed_context", recording)
-    visited(one, rollout, [Member(0, routes=(route(4, 7, 13),) * 2), Member(0)])
+    visited(rollout, [Member(0, routes=(route(4, 7, 13),) * 2), Member(0)])
     sink = range(one.deployment.sink)
     if one.deployment.sink and not one.deployment.keep_sink_at_switch:
         sink = range(FORK - 12, FORK - 9)
@@ -161,7 +162,7 @@ def test_the_replay_sees_the_new_prompt_after_a_switch_at_the_fork(history):
     misread = replace(group, root=replace(group.root, texts=old_text))
     assert residuals(one, [(misread, anchor)])[:, 0].min() > 1e-4
 
-    stale = grow_roots(one, [prompt(0, 30)], FORK, texts(), tape_of(), EXPLORATION)
+    stale = grown_roots(one, [prompt(0, 30)], FORK, EXPLORATION)
     root = stale.roots[0]
     root.prompt, root.segment = NEW_PROMPT, 1
     forgetful = replace(group, root=root)

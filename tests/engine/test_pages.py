@@ -18,8 +18,14 @@ from kvpo.engine.pages import (
     stream_pages,
 )
 from kvpo.engine.replay import member_row, replay_context
-from kvpo.engine.rollout import collect
-from tests.engine.tiny import EXPLORATION, generator, members_of, prompt, routed_row, tape_of, texts
+from tests.engine.tiny import (
+    EXPLORATION,
+    generator,
+    members_of,
+    prompt,
+    rolled_out,
+    routed_row,
+)
 
 FORK = 36
 REPORTED = replace(EXPLORATION, branches=2, blocks=5, tail_blocks=4, resident_frames=33)
@@ -56,14 +62,11 @@ def explore_and_replay(one, exploration, prompts, *, replayed, keep_pool=False):
     fork = Fork(FORK, exploration)
     rollouts = [PlannedRollout([own], [fork], replayed, keep_pool) for own in prompts]
     cache = one.new_cache(cache_pages(one, rollouts))
-    dtype = one.page_dtype
     found = [
-        collect(
+        rolled_out(
             one,
             [own],
             [fork],
-            texts(dtype),
-            tape_of(dtype),
             ("k",),
             cache=cache,
             steps=1,
@@ -105,12 +108,10 @@ def test_a_cache_is_as_large_as_a_run_needs(monkeypatch, name, rows, switched, k
 def test_a_group_keeps_what_its_replay_sees_once_its_members_have_run():
     one = generator(torch.float32)
     prompts = [prompt(0, 90), prompt(1, 90)]
-    rollout = collect(
+    rollout = rolled_out(
         one,
         prompts,
         [Fork(FORK, replace(REPORTED, rows=1))] * 2,
-        texts(torch.float32),
-        tape_of(torch.float32),
         ("k",),
     )
     for group in rollout.groups:
@@ -121,12 +122,10 @@ def test_a_group_keeps_what_its_replay_sees_once_its_members_have_run():
 def test_what_may_be_routed_is_kept_where_a_replay_asks_for_it():
     one = generator(torch.float32)
     found = [
-        collect(
+        rolled_out(
             one,
             [prompt(0, 90), prompt(1, 90)],
             [Fork(FORK, replace(REPORTED, rows=1))] * 2,
-            texts(torch.float32),
-            tape_of(torch.float32),
             ("k",),
             keep_pool=keep_pool,
         )

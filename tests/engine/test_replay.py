@@ -7,11 +7,10 @@ import torch
 
 from kvpo.engine.forks import Fork
 from kvpo.engine.replay import replay_kind
-from kvpo.engine.rollout import collect
 from kvpo.engine.stream import commit_banks, text_of
 from kvpo.models.deployment import deployment_context, record_block
 from tests.engine.test_histories import every_history
-from tests.engine.tiny import EXPLORATION, generator, prompt, replayed, routed_row, tape_of, texts
+from tests.engine.tiny import EXPLORATION, generator, prompt, replayed, rolled_out, routed_row
 
 LONGER = replace(EXPLORATION, blocks=3)
 FORK = 18
@@ -40,7 +39,7 @@ def test_a_replay_sees_each_members_own_blocks(history):
     one = generator(**history)
     prompts = [prompt(0, 39), prompt(1, 39, (15,)), prompt(2, 39)]
     forks = [Fork(frame, LONGER) for frame in (12, 15, 27)]
-    rollout = collect(one, prompts, forks, texts(), tape_of(), ("k",))
+    rollout = rolled_out(one, prompts, forks, ("k",))
     kinds = {}
     for group in rollout.groups:
         kinds.setdefault(replay_kind(one, group), []).append(group)
@@ -63,7 +62,7 @@ def test_a_replay_sees_each_members_own_blocks(history):
 @pytest.mark.parametrize("frame", [0, 3, 9, 12, 21])
 def test_windows_of_one_kind_see_equally_many_frames(frame):
     one = generator()
-    rollout = collect(one, [prompt(0, 39)], [Fork(21, EXPLORATION)], texts(), tape_of(), ("k",))
+    rollout = rolled_out(one, [prompt(0, 39)], [Fork(21, EXPLORATION)], ("k",))
     blocks, seen = replay_kind(one, replace(rollout.groups[0], fork=frame))
     assert blocks == 2 and seen == (frame if frame < 9 else -1)
     rollout.release()
@@ -75,7 +74,7 @@ def test_a_routed_replay_is_where_its_branch_was(history):
     one = generator(**history, renoise=True, context_noise=0.005)
     prompts = [prompt(0, 39, (FORK,)), prompt(1, 39, (9,))]
     asked = [Fork(FORK, replace(LONGER, redraw_every_block=True))] * 2
-    rollout = collect(one, prompts, asked, texts(), tape_of(), ("k",), keep_pool=True)
+    rollout = rolled_out(one, prompts, asked, ("k",), keep_pool=True)
     branches = [(group, branch) for group in rollout.groups for branch in range(group.branches)]
     routed, deployed = replayed(one, branches, routed_row), replayed(one, branches)
     own = torch.cat([group.trajectories.velocities_MPSFCHW[:-1] for group in rollout.groups])

@@ -10,7 +10,6 @@ from kvpo.engine.forks import Fork
 from kvpo.engine.generator import TextRows
 from kvpo.engine.noise import keyed_generator
 from kvpo.engine.replay import member_row, replay_context
-from kvpo.engine.rollout import collect, grow_roots
 from kvpo.engine.stream import advance, stream_latents
 from kvpo.models.context import PageContext
 from tests.engine.tiny import (
@@ -18,8 +17,10 @@ from tests.engine.tiny import (
     SEGMENTS,
     generator,
     grown,
+    grown_roots,
     members_of,
     prompt,
+    rolled_out,
     route,
     tape_of,
     texts,
@@ -39,15 +40,13 @@ FORK = 18
 
 
 def collected(one, prompts, exploration=EXPLORATION, fork=FORK, key=("k",)):
-    dtype = one.page_dtype
-    return collect(one, prompts, [Fork(fork, exploration)] * len(prompts), texts(dtype), tape_of(dtype), key)
+    return rolled_out(one, prompts, [Fork(fork, exploration)] * len(prompts), key)
 
 
 def by_hand(one, prompts, members, exploration=EXPLORATION, fork=FORK):
     """What hand-made members visit in a rollout of their own."""
-    dtype = one.page_dtype
-    rollout = grow_roots(one, prompts, fork, texts(dtype), tape_of(dtype), exploration)
-    found = visited(one, rollout, members)
+    rollout = grown_roots(one, prompts, fork, exploration)
+    found = visited(rollout, members)
     rollout.release()
     assert rollout.cache.pages_in_use == 0
     return found
@@ -128,7 +127,7 @@ def test_members_share_their_noise_and_keep_what_the_solver_visited():
 
 def test_a_fork_copies_no_page_and_everything_comes_back():
     one = generator()
-    rollout = grow_roots(one, [prompt(0), prompt(1)], FORK, texts(), tape_of(), EXPLORATION)
+    rollout = grown_roots(one, [prompt(0), prompt(1)], FORK, EXPLORATION)
     before = rollout.cache.pages_in_use
     forks = [root.fork() for root in rollout.roots for _ in range(8)]
     assert rollout.cache.pages_in_use == before
@@ -136,7 +135,7 @@ def test_a_fork_copies_no_page_and_everything_comes_back():
         stream.history.release()
     keys = rollout.cache.keys_LQTND.clone()
     held = [page for root in rollout.roots for page in root.history.pages.values()]
-    visited(one, rollout, [Member(0, routes=(route(4, 5, 6),) * 2), Member(1)])
+    visited(rollout, [Member(0, routes=(route(4, 5, 6),) * 2), Member(1)])
     assert rollout.cache.pages_in_use == before
     assert torch.equal(keys[:, held], rollout.cache.keys_LQTND[:, held])
     rollout.release()
@@ -159,10 +158,10 @@ def test_a_switch_at_the_fork_is_acted_on_before_the_branches_start(deployment):
     assert (new - old)[:, :3].abs().flatten(1).amax(1).min() > 0.02
 
     # Were history left as it was, and only the text new, the branches would differ from this.
-    rollout = grow_roots(one, [prompt(0, 30)], FORK, texts(), tape_of(), exploration)
+    rollout = grown_roots(one, [prompt(0, 30)], FORK, exploration)
     root = rollout.roots[0]
     root.prompt, root.segment = prompt(0, 30, (FORK,)), 1
-    stale = visited(one, rollout, members).clean_TCHW
+    stale = visited(rollout, members).clean_TCHW
     assert (new - stale)[:, :3].abs().flatten(1).amax(1).min() > 1e-3
 
 
@@ -172,7 +171,7 @@ def test_routed_frames_before_the_window_keep_their_prompt_unless_the_pool_is_re
     exploration = replace(EXPLORATION, resident_frames=33, reencode_pool=pool)
     pages = {}
     for name, switches in (("old", ()), ("new", (36,))):
-        rollout = grow_roots(one, [prompt(0, 60, switches)], 36, texts(), tape_of(), exploration)
+        rollout = grown_roots(one, [prompt(0, 60, switches)], 36, exploration)
         history = rollout.roots[0].history
         pages[name] = {f: rollout.cache.keys_LQTND[:, page].clone() for f, page in history.pages.items()}
     assert sorted(pages["new"]) == [0, 1, 2, *range(6, 36)]
@@ -183,10 +182,7 @@ def test_routed_frames_before_the_window_keep_their_prompt_unless_the_pool_is_re
 def test_pool_reencoding_reaches_everything_when_everything_is_resident():
     one = generator()
     exploration = replace(EXPLORATION, resident_frames=0, reencode_pool=True)
-    rollouts = [
-        grow_roots(one, [prompt(0, 60, switches)], 36, texts(), tape_of(), exploration)
-        for switches in ((), (36,))
-    ]
+    rollouts = [grown_roots(one, [prompt(0, 60, switches)], 36, exploration) for switches in ((), (36,))]
     old, new = (
         {frame: rollout.cache.keys_LQTND[:, page] for frame, page in root.history.pages.items()}
         for rollout in rollouts
@@ -250,10 +246,10 @@ def test_all_slots_may_be_a_donors():
 def test_a_routed_frame_that_is_not_resident_is_an_error_and_leaks_nothing():
     one = generator()
     exploration = replace(EXPLORATION, resident_frames=15)
-    rollout = grow_roots(one, [prompt(0, 60)], 36, texts(), tape_of(), exploration)
+    rollout = grown_roots(one, [prompt(0, 60)], 36, exploration)
     before = rollout.cache.pages_in_use
     with pytest.raises(KeyError):
-        visited(one, rollout, [Member(0, routes=(route(12, 30, 31),) * 2)])
+        visited(rollout, [Member(0, routes=(route(12, 30, 31),) * 2)])
     assert rollout.cache.pages_in_use == before
 
 
@@ -314,9 +310,7 @@ def test_the_pages_set_aside_suffice(rows, blocks, name):
 def test_a_long_tail_costs_no_pages():
     one = generator()
     sizes = [
-        grow_roots(
-            one, [prompt(0, 120)], FORK, texts(), tape_of(), replace(EXPLORATION, tail_blocks=tail)
-        ).cache.num_pages
+        grown_roots(one, [prompt(0, 120)], FORK, replace(EXPLORATION, tail_blocks=tail)).cache.num_pages
         for tail in (4, 30)
     ]
     assert sizes[0] == sizes[1]
@@ -340,9 +334,7 @@ def test_a_row_limit_changes_nothing_with_or_without_donors(rows, groups, donor)
     told = []
     free = collected(one, MANY[:groups], exploration)
     forks = [Fork(FORK, replace(exploration, rows=rows))] * groups
-    limited = collect(
-        one, MANY[:groups], forks, texts(), tape_of(), ("k",), finished=lambda g: told.append(g.index)
-    )
+    limited = rolled_out(one, MANY[:groups], forks, ("k",), finished=lambda g: told.append(g.index))
     assert told == list(range(groups))
     for expected, found in zip(free.groups, limited.groups, strict=True):
         assert expected.routes == found.routes and expected.root.prompt == found.root.prompt
@@ -366,12 +358,12 @@ def test_groups_may_fork_at_different_frames(deployment, rows):
     prompts = [prompt(0, 33, (15, 21)), prompt(1, 33, (24,)), prompt(2, 33), prompt(3, 33, (12,))]
     forks = [Fork(15, EXPLORATION), Fork(18, EXPLORATION), Fork(30, shorter), Fork(12, EXPLORATION)]
     limited = [Fork(f.frame, replace(f.exploration, rows=rows)) for f in forks]
-    together = collect(one, prompts, limited, texts(), tape_of(), ("k",))
+    together = rolled_out(one, prompts, limited)
     assert [group.fork for group in together.groups] == [15, 18, 30, 12]
     for group, own, fork in zip(together.groups, prompts, forks, strict=True):
-        alone = grow_roots(one, [own], fork.frame, texts(), tape_of(), fork.exploration)
+        alone = grown_roots(one, [own], fork.frame, fork.exploration)
         routes = [tuple(route(*(r.frame for r in block)) for block in b) for b in group.routes]
-        found = visited(one, alone, [*(Member(0, routes=own) for own in routes), Member(0)])
+        found = visited(alone, [*(Member(0, routes=own) for own in routes), Member(0)])
         clean = found.clean_TCHW
         assert (group.trajectories.states_MPSFCHW - found.states_PSFCHW).abs().max() <= 1e-10
         assert (group.trajectories.velocities_MPSFCHW - found.velocities_PSFCHW).abs().max() <= 1e-10
@@ -407,7 +399,7 @@ def test_a_row_limit_holds_where_prompts_switch(rows, monkeypatch):
 
     monkeypatch.setattr(type(one), "encode", watched)
     prompts = [prompt(n, 30, (9, FORK)) for n in range(3)]
-    grow_roots(one, prompts, FORK, texts(), tape_of(), replace(EXPLORATION, rows=rows)).release()
+    grown_roots(one, prompts, FORK, replace(EXPLORATION, rows=rows)).release()
     assert max(seen) == (rows or 3)
 
 
@@ -417,10 +409,7 @@ def test_a_reencoded_pool_is_what_encoding_it_block_by_block_gives(resident, sin
     """Whole blocks older than the window, each seeing the sink and what is resident of its own past."""
     one = generator(sink=sink)
     exploration = replace(EXPLORATION, resident_frames=resident, reencode_pool=True)
-    old, new = (
-        grow_roots(one, [prompt(0, 60, switches)], 36, texts(), tape_of(), exploration)
-        for switches in ((), (36,))
-    )
+    old, new = (grown_roots(one, [prompt(0, 60, switches)], 36, exploration) for switches in ((), (36,)))
     root = old.roots[0]
     latents, pages, cache = torch.cat(root.latents), dict(root.history.pages), old.cache
     oldest = min(frame for frame in pages if frame >= sink)
@@ -446,10 +435,7 @@ def test_the_pool_is_reencoded_at_every_switch_up_to_the_fork(pool, unchanged):
     """Two blocks after the switch: nothing that may be routed is left of the old prompt."""
     one = generator()
     exploration = replace(EXPLORATION, resident_frames=27, reencode_pool=pool)
-    old, new = (
-        grow_roots(one, [prompt(0, 60, switches)], 36, texts(), tape_of(), exploration)
-        for switches in ((), (30,))
-    )
+    old, new = (grown_roots(one, [prompt(0, 60, switches)], 36, exploration) for switches in ((), (30,)))
     was, now = (one.roots[0].history.pages for one in (old, new))
     same = [f for f in was if torch.equal(old.cache.keys_LQTND[:, was[f]], new.cache.keys_LQTND[:, now[f]])]
     assert same == [0, 1, 2, *unchanged]

@@ -9,10 +9,12 @@ from torch import Tensor
 
 from kvpo.config import ExplorationConfig
 from kvpo.engine.explorers import Member, RoutedFrame
+from kvpo.engine.forks import Fork
 from kvpo.engine.generator import PageShape, StreamingGenerator
 from kvpo.engine.noise import keyed_generator
+from kvpo.engine.pages import PlannedRollout, cache_pages
 from kvpo.engine.replay import ReplayRow, member_row, replay_context, replay_velocities
-from kvpo.engine.rollout import Group, Ran, Rollout, run_members
+from kvpo.engine.rollout import Group, Ran, Rollout, roll_out
 from kvpo.engine.stream import Stream, advance, open_stream
 from kvpo.method.evidence import residual_table
 from kvpo.method.flow import STEPS
@@ -108,9 +110,36 @@ def route(*frames: int, group: int = 0) -> tuple[RoutedFrame, ...]:
     return tuple(RoutedFrame(group, frame) for frame in frames)
 
 
-def visited(one: StreamingGenerator, rollout: Rollout, members: Sequence[Member], **options: int) -> Ran:
+def rolled_out(
+    one: StreamingGenerator,
+    prompts: Sequence[VideoPrompt],
+    forks: Sequence[Fork],
+    key: tuple[int | str, ...] = ("k",),
+    *,
+    keep_pool: bool = False,
+    **options,
+) -> Rollout:
+    """A rollout with the texts and the noise of these tests."""
+    dtype, planned = one.page_dtype, PlannedRollout(prompts, forks, keep_pool=keep_pool)
+    return roll_out(one, planned, texts(dtype), tape_of(dtype), key, **options)
+
+
+def grown_roots(
+    one: StreamingGenerator, prompts: Sequence[VideoPrompt], fork: int, exploration: ExplorationConfig
+) -> Rollout:
+    """All roots of a rollout, in a cache that holds every member at once."""
+    forks = [Fork(fork, exploration)] * len(prompts)
+    every = [Fork(fork, replace(exploration, rows=0))] * len(prompts)
+    cache = one.new_cache(cache_pages(one, [PlannedRollout(prompts, every)]))
+    dtype = one.page_dtype
+    rollout = Rollout(one, PlannedRollout(prompts, forks), texts(dtype), tape_of(dtype), cache)
+    rollout.grow_roots(len(prompts))
+    return rollout
+
+
+def visited(rollout: Rollout, members: Sequence[Member], **options: int) -> Ran:
     """What members visited, all of it with a leading axis over them."""
-    ran = list(run_members(one, rollout, members, **options))
+    ran = list(rollout.run(members, **options))
     return Ran(*(torch.stack([vars(own)[field.name] for own in ran]) for field in fields(Ran)))
 
 

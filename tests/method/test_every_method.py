@@ -28,7 +28,7 @@ def tables_for(name, seed):
 @pytest.mark.parametrize("name", CASES)
 def test_a_method_reports_what_it_explains(name):
     settings, earned, evidence, table = tables_for(name, 0)
-    _, metrics = METHODS[name].loss(Tables(table, table, table), evidence.branch_N, earned, settings)
+    _, metrics = METHODS[name].loss(Tables(table, table, table, evidence.branch_N), earned, settings)
     assert metrics.keys() == METHODS[name].metrics.keys()
     assert all(type(value) is float for value in metrics.values())
 
@@ -38,7 +38,7 @@ def test_the_ratio_is_exactly_one_before_the_first_step(name):
     settings, earned, evidence, table = tables_for(name, 0)
     table.requires_grad_()
     loss, metrics = METHODS[name].loss(
-        Tables(table, table.detach().clone(), 2 * table.detach()), evidence.branch_N, earned, settings
+        Tables(table, table.detach().clone(), 2 * table.detach(), evidence.branch_N), earned, settings
     )
     (coefficients,) = torch.autograd.grad(loss, table)
     assert metrics["ratio_deviation"] == 0.0 and metrics["ratio_max"] == 1.0 == metrics["ratio_mean"]
@@ -64,7 +64,7 @@ def test_only_linear_methods_have_coefficients_that_no_table_changes(name):
         settings, earned, evidence, now = tables_for(name, seed)
         old, reference = tables_for(name, 2 + seed)[-1], tables_for(name, 4 + seed)[-1]
         now.requires_grad_()
-        loss, _ = METHODS[name].loss(Tables(now, old, reference), evidence.branch_N, earned, settings)
+        loss, _ = METHODS[name].loss(Tables(now, old, reference, evidence.branch_N), earned, settings)
         found.append(torch.autograd.grad(loss, now)[0])
     assert torch.equal(*found) == METHODS[name].linear
 
@@ -72,8 +72,8 @@ def test_only_linear_methods_have_coefficients_that_no_table_changes(name):
 @pytest.mark.parametrize("name", CASES)
 def test_only_the_current_policys_table_gets_gradients(name):
     settings, earned, evidence, table = tables_for(name, 0)
-    tables = Tables(*(table.clone().requires_grad_() for _ in range(3)))
-    loss, _ = METHODS[name].loss(tables, evidence.branch_N, earned, settings)
+    tables = Tables(*(table.clone().requires_grad_() for _ in range(3)), evidence.branch_N)
+    loss, _ = METHODS[name].loss(tables, earned, settings)
     loss.backward()
     assert tables.now.grad is not None and tables.old.grad is None and tables.reference.grad is None
 
@@ -87,8 +87,9 @@ def test_the_order_of_the_branches_does_not_matter(name, order):
     for branches in ((0, 1, 3), order):
         earned = credit(*branches)
         evidence = evidence_for(name, settings, fork, earned)
-        tables = Tables(*(table_of(p, fork, evidence) for p in (KNOWN.now, KNOWN.old, KNOWN.reference)))
-        losses.append(METHODS[name].loss(tables, evidence.branch_N, earned, settings)[0])
+        three = (table_of(p, fork, evidence) for p in (KNOWN.now, KNOWN.old, KNOWN.reference))
+        tables = Tables(*three, evidence.branch_N)
+        losses.append(METHODS[name].loss(tables, earned, settings)[0])
     torch.testing.assert_close(*losses, rtol=1e-12, atol=1e-14)
 
 

@@ -147,14 +147,14 @@ def test_rows_in_another_order_are_the_same_table_in_that_order(order):
     ]
     straight, mixed = (table_of(KNOWN.now, FORK, evidence).detach() for evidence in evidences)
     torch.testing.assert_close(mixed, straight[list(order)], rtol=1e-12, atol=0)
-    tables = Tables(mixed, mixed, mixed)
-    for sums in tables.per_branch(evidences[1].branch_N, (0, 1, 2, 3)):
+    tables = Tables(mixed, mixed, mixed, evidences[1].branch_N)
+    for sums in tables.per_branch((0, 1, 2, 3)):
         torch.testing.assert_close(sums, straight.sum((1, 2)), rtol=1e-12, atol=0)
 
 
 def test_cells_of_several_rows_of_a_branch_are_added_up():
     table = torch.arange(12, dtype=torch.float64).view(3, 2, 2)
-    now, old, reference = Tables(table, 2 * table, 3 * table).per_branch((5, 2, 5), (2, 5))
+    now, old, reference = Tables(table, 2 * table, 3 * table, (5, 2, 5)).per_branch((2, 5))
     assert now.tolist() == [4 + 5 + 6 + 7, 0 + 1 + 2 + 3 + 8 + 9 + 10 + 11]
     assert old.tolist() == (2 * now).tolist() and reference.tolist() == (3 * now).tolist()
 

@@ -119,7 +119,7 @@ def test_the_gradient_of_a_renoising_step_in_the_clean_latents():
     asked = (states[:, :, :3] - clean) / levels[:, :, :3]
     cells = evidence.weights_NPS * (evidence.targets_NPSFCHW - asked).square().mean((3, 4, 5, 6))
     loss, _ = METHODS["cm-grpo"].loss(
-        Tables(cells, cells.detach(), cells.detach()), evidence.branch_N, earned, CmGrpoSettings()
+        Tables(cells, cells.detach(), cells.detach(), evidence.branch_N), earned, CmGrpoSettings()
     )
     (gradient,) = torch.autograd.grad(loss, clean)
     following = levels[:, :, 1:]

@@ -8,19 +8,18 @@ from hypothesis import strategies as st
 from kvpo.method.advantage import centred
 from kvpo.method.evidence import drift_evidence, residual_table
 from kvpo.method.gibbs import (
+    Gibbs,
     branch_log_probs,
     calibrated_temperature,
     clipped_surrogate,
-    gibbs_objective,
     normalised_entropy,
     policy_ratio,
     pool_log_probs,
     simplex_kl,
     temperature_for_anchor_share,
-    temperature_of,
 )
 
-PLAIN = {"clip_low": 0.1, "clip_high": 0.2, "simplex_kl_weight": 0.0, "anchor_in_pool": False}
+PLAIN = {"clip_low": 0.1, "clip_high": 0.2, "simplex_kl": 0.0, "anchor_share": 0.0}
 
 
 @st.composite
@@ -38,9 +37,8 @@ def coefficients(energy, advantages, temperature, *, old=None, reference=None, *
     energy = energy.clone().requires_grad_()
     old = energy.detach().clone() if old is None else old
     reference = old if reference is None else reference
-    loss, metrics = gibbs_objective(
-        energy, old, reference, advantages, temperature=temperature, **{**PLAIN, **options}
-    )
+    policy = Gibbs(temperature=temperature, **{**PLAIN, **options})
+    loss, metrics = policy.objective(energy, old, reference, advantages)
     (coefficient_G,) = torch.autograd.grad(loss, energy)
     return coefficient_G, loss.detach(), metrics
 
@@ -110,9 +108,12 @@ def test_the_anchor_share_where_the_spread_saturates():
 
 
 def test_the_groups_temperature_is_fixed_or_calibrated():
-    assert temperature_of(ENERGY, 0.7, 0.5) == 0.7
-    assert temperature_of(ENERGY, None) == calibrated_temperature(ENERGY)
-    assert temperature_of(ENERGY, None, 0.5) == temperature_for_anchor_share(ENERGY, 0.5)
+    def temperature(fixed, share=0.0):
+        return Gibbs(**{**PLAIN, "temperature": fixed, "anchor_share": share}).temperature_of(ENERGY)
+
+    assert temperature(0.7, 0.5) == 0.7
+    assert temperature(None) == calibrated_temperature(ENERGY)
+    assert temperature(None, 0.5) == temperature_for_anchor_share(ENERGY, 0.5)
 
 
 def test_energies_of_zero_still_give_a_finite_temperature():
@@ -139,20 +140,20 @@ def test_entropy_is_one_when_uniform_and_zero_when_certain():
 # ---- the gradient at ratio 1 -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("anchor_in_pool", [False, True])
+@pytest.mark.parametrize("anchor_share", [0.0, 0.5])
 @given(group=groups())
-def test_coefficients_in_closed_form(anchor_in_pool, group):
+def test_coefficients_in_closed_form(anchor_share, group):
     energy, advantages, temperature = group
-    log_policy = pool_log_probs if anchor_in_pool else branch_log_probs
+    log_policy = pool_log_probs if anchor_share else branch_log_probs
     policy = log_policy(energy, temperature).exp()
-    coefficient, loss, metrics = coefficients(energy, advantages, temperature, anchor_in_pool=anchor_in_pool)
+    coefficient, loss, metrics = coefficients(energy, advantages, temperature, anchor_share=anchor_share)
     branches = len(energy)
     expected = (advantages - policy[:branches] * advantages.sum()) / (branches * temperature)
     torch.testing.assert_close(coefficient, expected, rtol=1e-10, atol=1e-12)
     torch.testing.assert_close(loss, -advantages.mean())
     assert metrics["ratio_deviation"] == 0.0 and metrics["ratio_max"] == 1.0
 
-    total = policy[-1] * advantages.sum() / (branches * temperature) if anchor_in_pool else 0.0
+    total = policy[-1] * advantages.sum() / (branches * temperature) if anchor_share else 0.0
     assert float(coefficient.sum()) == pytest.approx(float(total), abs=1e-10)
 
 
@@ -182,7 +183,7 @@ def test_a_constant_advantage_matters_only_where_the_policy_is_not_uniform(group
 def test_all_branches_below_the_anchor_push_away_from_all_of_them():
     energy = torch.tensor([0.3, 0.4, 0.5], dtype=torch.float64)
     advantages = torch.tensor([-1.0, -1.2, -0.9], dtype=torch.float64)
-    in_pool = coefficients(energy, advantages, 0.3, anchor_in_pool=True)[0]
+    in_pool = coefficients(energy, advantages, 0.3, anchor_share=0.5)[0]
     assert bool((in_pool < 0).all()), "gradient descent raises every energy"
     assert float(coefficients(energy, advantages, 0.3)[0].max()) > 0
 
@@ -209,15 +210,13 @@ def test_backpropagating_branch_by_branch_is_full_autograd():
     advantages = torch.randn(5, generator=generator, dtype=torch.float64)
     parameter = torch.randn(7, generator=generator, dtype=torch.float64, requires_grad=True)
     old = (target - parameter.detach() + 0.1).square().mean(dim=1)
-    arguments = {"temperature": calibrated_temperature(old), **PLAIN, "simplex_kl_weight": 10.0}
+    policy = Gibbs(**{**PLAIN, "temperature": None, "simplex_kl": 10.0})
 
-    loss, _ = gibbs_objective(
-        (target - parameter).square().mean(dim=1), old, 1.1 * old, advantages, **arguments
-    )
+    loss, _ = policy.objective((target - parameter).square().mean(dim=1), old, 1.1 * old, advantages)
     (full,) = torch.autograd.grad(loss, parameter)
 
     energy = (target - parameter).square().mean(dim=1).detach().requires_grad_()
-    loss, _ = gibbs_objective(energy, old, 1.1 * old, advantages, **arguments)
+    loss, _ = policy.objective(energy, old, 1.1 * old, advantages)
     (coefficient_G,) = torch.autograd.grad(loss, energy)
     for g in range(5):
         (coefficient_G[g] * (target[g] - parameter).square().mean()).backward()
@@ -280,7 +279,7 @@ def test_simplex_kl_is_blind_to_shared_drift_and_velocity_kl_is_not():
 def test_the_kl_weight_enters_the_loss():
     energy = torch.tensor([0.3, 0.5, 0.4], dtype=torch.float64)
     reference = torch.tensor([0.5, 0.3, 0.4], dtype=torch.float64)
-    _, loss, metrics = coefficients(energy, torch.zeros(3), 0.2, reference=reference, simplex_kl_weight=10.0)
+    _, loss, metrics = coefficients(energy, torch.zeros(3), 0.2, reference=reference, simplex_kl=10.0)
     expected = simplex_kl(branch_log_probs(energy, 0.2), branch_log_probs(reference, 0.2))
     assert metrics["simplex_kl"] == pytest.approx(float(expected))
     assert float(loss) == pytest.approx(10 * float(expected)) and metrics["policy_loss"] == 0.0
@@ -289,8 +288,8 @@ def test_the_kl_weight_enters_the_loss():
 def test_the_reference_and_the_old_policy_get_no_gradient():
     old = torch.tensor([0.5, 0.3], dtype=torch.float64, requires_grad=True)
     energy = torch.tensor([0.4, 0.3], dtype=torch.float64, requires_grad=True)
-    options = {**PLAIN, "simplex_kl_weight": 1.0}
-    loss, _ = gibbs_objective(energy, old, old, torch.tensor([1.0, -1.0]), temperature=0.2, **options)
+    policy = Gibbs(**{**PLAIN, "temperature": 0.2, "simplex_kl": 1.0})
+    loss, _ = policy.objective(energy, old, old, torch.tensor([1.0, -1.0]))
     loss.backward()
     assert old.grad is None and energy.grad is not None
 
@@ -302,7 +301,7 @@ def test_metrics_of_a_moved_policy():
     energy = torch.tensor([0.1, 0.5, 0.3], dtype=torch.float64)
     old = torch.tensor([0.5, 0.1, 0.3], dtype=torch.float64)
     advantages = torch.tensor([1.0, -1.0, 0.3], dtype=torch.float64)
-    _, loss, metrics = coefficients(energy, advantages, 0.2, old=old, anchor_in_pool=True)
+    _, loss, metrics = coefficients(energy, advantages, 0.2, old=old, anchor_share=0.5)
     policy, old_policy = pool_log_probs(energy, 0.2).exp(), pool_log_probs(old, 0.2).exp()
     ratio = (policy / old_policy)[:3]
     assert metrics["loss"] == float(loss)

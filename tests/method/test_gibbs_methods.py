@@ -112,7 +112,7 @@ def test_kvpo_with_the_anchor_in_the_pool():
 
     evidence = evidence_for("kvpo", settings, fork, earned)
     old = table_of(KNOWN.old, fork, evidence)
-    _, metrics = METHODS["kvpo"].loss(Tables(old, old, old), evidence.branch_N, earned, settings)
+    _, metrics = METHODS["kvpo"].loss(Tables(old, old, old, evidence.branch_N), earned, settings)
     temperature = metrics["temperature"]
     odds = sum(math.exp(-float(energy(KNOWN.old, branch)) / temperature) for branch in earned.branches)
     assert 1 / (1 + odds) == pytest.approx(0.4, abs=1e-12) == metrics["anchor_probability"]
@@ -149,13 +149,13 @@ def test_probabilities_are_those_of_the_policy_that_the_loss_compares_with(name,
     fork, earned = FORKS["routes"], credit(0, 1, 3)
     evidence = evidence_for(name, settings, fork, earned)
     table = table_of(KNOWN.old, fork, evidence)
-    _, metrics = METHODS[name].loss(Tables(table, table, table), evidence.branch_N, earned, settings)
+    _, metrics = METHODS[name].loss(Tables(table, table, table, evidence.branch_N), earned, settings)
     energies = [
         table[[n for n, at in enumerate(evidence.branch_N) if at == branch]].sum() for branch in (0, 1, 3)
     ]
     pool = torch.stack(energies + [torch.zeros(()).double()] * anchor)
     expected = torch.softmax(-pool / metrics["temperature"], 0)
-    found = METHODS[name].probabilities(table, evidence.branch_N, earned, settings)
+    found = METHODS[name].probabilities(Tables(table, table, table, evidence.branch_N), earned, settings)
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
 
 

@@ -162,7 +162,7 @@ def through_the_table(
         for policy in (known.now, known.old, known.reference)
     )
     now.requires_grad_()
-    loss, metrics = method.loss(Tables(now, old, reference), evidence.branch_N, earned, settings)
+    loss, metrics = method.loss(Tables(now, old, reference, evidence.branch_N), earned, settings)
     (coefficients,) = torch.autograd.grad(loss, now)
     gradients = [torch.zeros_like(tensor) for tensor in known.now]
     for part in splits(tuple(now.shape)):

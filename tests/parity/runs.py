@@ -7,10 +7,11 @@ from torch import Tensor
 
 from kvpo.config import ExplorationConfig
 from kvpo.engine.explorers import Member, RoutedFrame
+from kvpo.engine.forks import Fork
 from kvpo.engine.generator import StreamingGenerator
 from kvpo.engine.noise import Tape
-from kvpo.engine.pages import stream_pages
-from kvpo.engine.rollout import grow_roots, run_members
+from kvpo.engine.pages import PlannedRollout, cache_pages, stream_pages
+from kvpo.engine.rollout import Rollout
 from kvpo.engine.stream import (
     Stream,
     TextTable,
@@ -135,10 +136,13 @@ def run_routing(meta: dict, data: dict[str, Tensor], model: CausalWan) -> list[T
             resident_frames=meta["resident_frames"],
             tail_blocks=(num_frames - fork) // generator.block - blocks,
         )
-        rollout = grow_roots(generator, [prompt], fork, texts, tape, exploration)
+        planned = PlannedRollout([prompt], [Fork(fork, exploration)])
+        cache = generator.new_cache(cache_pages(generator, [planned]))
+        rollout = Rollout(generator, planned, texts, tape, cache)
+        rollout.grow_roots(1)
         routes = [tuple(RoutedFrame(0, frame) for frame in used) for used in meta["used_frames"]]
         members = [*(Member(0, routes=(route,) * blocks) for route in routes), Member(0)]
-        clean = [ran.clean_TCHW for ran in run_members(generator, rollout, members)]
+        clean = [ran.clean_TCHW for ran in rollout.run(members)]
     before = torch.cat(rollout.roots[0].latents)
     rollout.release()
     assert rollout.cache.pages_in_use == 0

@@ -57,7 +57,7 @@ def test_a_rollout_and_its_lessons_hold_what_is_counted(tiny_base: Path, name: s
     config = tiny_config(tiny_base, method=name, **SOME)
     setup = toy_setup(config)
     trainer, replays = Trainer(setup), replays_of(config)
-    rollout, scores = explore(setup, 0)
+    ((rollout, scores),) = explore(setup, [0])
     lessons = collection.lessons_of(setup, trainer.learner, 0, rollout, scores, None)
     visited = [group.trajectories for group in rollout.groups]
     held = sum(one.states_MPSFCHW.nbytes + one.velocities_MPSFCHW.nbytes for one in visited)

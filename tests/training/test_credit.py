@@ -11,7 +11,7 @@ from kvpo.config import ObjectiveConfig, RewardConfig
 from kvpo.config_checks import ConfigurationError
 from kvpo.engine.scoring import Scores
 from kvpo.method.advantage import group_centred
-from kvpo.method.gibbs import temperature_of
+from kvpo.method.gibbs import calibrated_temperature
 from kvpo.training.credit import assign_credit, blend_of, collection_scale
 
 OBJECTIVE = ObjectiveConfig(noise_floor=0.0, keep_best=0, keep_worst=0, advantage_clamp=10.0)
@@ -215,7 +215,7 @@ def test_anchor_advantages_do_not_turn_the_gradient_of_a_policy_over_branches_al
     config = replace(OBJECTIVE, advantages="anchor")
 
     def gradient(advantages: Tensor) -> Tensor:
-        tau = temperature_of(energies, temperature)
+        tau = calibrated_temperature(energies) if temperature is None else temperature
         policy = torch.softmax(-energies / tau, 0)
         return (advantages - policy * advantages.sum()) / (len(energies) * tau)
 

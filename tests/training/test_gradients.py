@@ -16,7 +16,7 @@ from kvpo.engine.rollout import Group
 from kvpo.method.evidence import Credit
 from kvpo.method.methods import METHODS
 from kvpo.prompts import VideoPrompt
-from kvpo.training.collection import explore, plan
+from kvpo.training.collection import explore, plan_rollout
 from kvpo.training.gradients import (
     Learner,
     Lesson,
@@ -79,9 +79,9 @@ def explored_by(setup: Setup, moved: float) -> Explored:
     # The rollout policy is not the starting policy, and the average is neither.
     nudge(trainer.policy.parameters, 0.5 * moved, seed=6)
     nudge(trainer.average.values, 0.2 * moved, seed=7)
-    rollout, _ = explore(trainer.setup, 0)
+    ((rollout, _),) = explore(trainer.setup, [0])
     trainer.collect()
-    (item,) = trainer.pending
+    (item,) = trainer.collected
     assert len(item.lessons) == 2
     averaged = trainer.learner.method.averaged_old(trainer.learner.settings)
     old = dict(trainer.average.values) if averaged else values_of(trainer)
@@ -236,7 +236,7 @@ def test_groups_that_fork_apart_add_up_to_the_gradient_of_the_whole_loss(
     setup = replace(toy_setup(config), training_prompts=Uneven())
     for seed in range(20):
         setup = with_weights(setup, config=replace(config, seed=seed))
-        if len({(fork.frame, fork.exploration.blocks) for fork in plan(setup, 0).forks}) == 2:
+        if len({(fork.frame, fork.exploration.blocks) for fork in plan_rollout(setup, 0).forks}) == 2:
             break
     one = explored_by(setup, 0.05)
     assert len({(group.fork, group.blocks) for group in one.groups}) == 2
@@ -327,7 +327,7 @@ def test_kl_is_exactly_zero_and_the_ratio_exactly_one_before_the_first_step(
     settings = {**CASES[name], "optim__train": train, "optim__inner_epochs": 2}
     trainer = Trainer(toy_setup(tiny_config(tiny_base, **settings)))
     trainer.collect()
-    lessons, stored = trainer.pending[0].lessons, trainer.pending[0].old_tables
+    lessons, stored = trainer.collected[0].lessons, trainer.collected[0].old_tables
     exact = {"simplex_kl", "ratio_deviation"} & set(trainer.learner.method.metrics)
     for rows in (0, 4):
         learner = replace(trainer.learner, rows=rows)

@@ -89,7 +89,7 @@ def test_self_distillation_comes_closer_to_its_teacher(red: Callable[..., Traine
     def losses() -> Tensor:
         found = []
         for update in range(100, 104):
-            rollout, scores = explore(trainer.setup, update)
+            ((rollout, scores),) = explore(trainer.setup, [update])
             lessons = lessons_of(trainer.setup, trainer.learner, update, rollout, scores, None)
             found += accumulate_gradients(trainer.learner, lessons, None)[0]
         trainer.optimizer.zero_grad(set_to_none=True)

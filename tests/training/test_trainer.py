@@ -18,7 +18,9 @@ from kvpo.app.named_rewards import UserReward
 from kvpo.engine.background import in_background
 from kvpo.engine.forks import Fork
 from kvpo.engine.generator import StreamingGenerator
+from kvpo.engine.pages import cache_pages
 from kvpo.engine.replay import ReplayRow
+from kvpo.engine.rollout import Rollout
 from kvpo.engine.scoring import score_groups
 from kvpo.prompts import VideoPrompt
 from kvpo.training import checks
@@ -28,7 +30,7 @@ from kvpo.training.checks import (
     first_ratio_max_deviation,
     ratio_tolerance,
 )
-from kvpo.training.collection import credit_of, explore, generate, new_cache, plan
+from kvpo.training.collection import credit_of, explore, generate, plan_rollout
 from kvpo.training.gradients import Lesson
 from kvpo.training.metrics_log import MetricsLog, read_metrics
 from kvpo.training.run import Run
@@ -59,9 +61,8 @@ def test_an_update_trains_and_the_average_follows(tiny_base: Path, train: str) -
     assert numbers["learning_rate"] == trainer.setup.config.optim.lr / 4
     assert numbers["ratio_deviation"] == 0.0 and numbers["velocity_kl"] == 0.0
     forks = numbers.pop("forks")
-    assert sum(forks.values()) == 2 and {str(fork.frame) for fork in plan(trainer.setup, 0).forks} == set(
-        forks
-    )
+    planned = plan_rollout(trainer.setup, 0)
+    assert sum(forks.values()) == 2 and {str(fork.frame) for fork in planned.forks} == set(forks)
     assert numbers["gradient_norm"] > 0 and all(map(math.isfinite, numbers.values()))
     for name in trainer.policy.parameters:
         old, new = before[f"parameters.{name}"], after[f"parameters.{name}"]
@@ -157,7 +158,7 @@ def test_every_seed_and_every_update_forks_for_itself(tiny_base: Path) -> None:
         setups = [
             replace(with_weights(setup, config=config), training_prompts=same_prompts) for config in seeded
         ]
-        planned = [plan(one, update) for one in setups for update in updates]
+        planned = [plan_rollout(one, update) for one in setups for update in updates]
         return {tuple(fork.frame for fork in one.forks) for one in planned}
 
     assert forks(range(1), range(1)) == forks(range(1), range(1))
@@ -171,9 +172,10 @@ def test_every_group_of_every_seed_and_update_draws_its_own_routes_and_noise(tin
 
     def groups(seed: int, update: int) -> list[Any]:
         seeded = with_weights(setup, config=replace(setup.config, seed=seed))
-        planned = replace(plan(seeded, update), forks=[Fork(24, setup.config.exploration)] * 2)
+        planned = replace(plan_rollout(seeded, update), forks=[Fork(24, setup.config.exploration)] * 2)
         with in_background() as submit:
-            return generate(seeded, update, planned, submit, new_cache(seeded, [planned]))[0].groups
+            cache = seeded.generator.new_cache(cache_pages(seeded.generator, [planned]))
+            return generate(seeded, update, planned, submit, cache)[0].groups
 
     found = [*groups(0, 0), *groups(0, 1), *groups(1, 0)]
     assert len({group.routes for group in found}) == len(found) == 6
@@ -184,7 +186,7 @@ def test_every_group_of_every_seed_and_update_draws_its_own_routes_and_noise(tin
 
 def test_every_group_of_every_seed_and_update_is_dealt_its_own_permutation(tiny_base: Path) -> None:
     setup = toy_setup(tiny_config(tiny_base, exploration__branches=6, objective__advantages="random"))
-    _, scores = explore(setup, 0)
+    ((_, scores),) = explore(setup, [0])
 
     def dealt(seed: int, update: int) -> list[tuple[float, ...]]:
         seeded = with_weights(setup, config=replace(setup.config, seed=seed))
@@ -215,10 +217,10 @@ class Flat:
 def test_groups_of_noise_are_skipped_and_counted(tiny_base: Path) -> None:
     trainer = trainer_of(tiny_base, Flat(), optim__prompts_per_update=3)
     trainer.collect()
-    (item,) = trainer.pending
+    (item,) = trainer.collected
     assert [lesson.root.prompt.id for lesson in item.lessons] == [1]
     assert [found["reward_spread"] > 0 for found in item.found] == [False, True, False]
-    rollout, _ = explore(trainer.setup, 0)
+    ((rollout, _),) = explore(trainer.setup, [0])
     for group, found in zip(rollout.groups, item.found, strict=True):
         *branches, anchor = group.clean_MTCHW[:, : group.window_frames]
         far = [(branch - anchor).square().mean().sqrt() for branch in branches]
@@ -254,7 +256,7 @@ def test_shuffled_advantages_are_the_same_rollouts_with_the_same_advantages(tiny
     expected, found, again = [], [], []
     for trainer, result in ((plain, expected), (shuffled, found), (shuffled, again)):
         trainer.collect()
-        result += [lesson.credit.all_advantages_G for lesson in trainer.pending.pop().lessons]
+        result += [lesson.credit.all_advantages_G for lesson in trainer.collected.pop().lessons]
     assert all(map(torch.equal, found, again))
     assert not all(map(torch.equal, found, expected))
     for one, other in zip(found, expected, strict=True):
@@ -279,11 +281,16 @@ def test_a_gradient_that_is_not_finite_stops_before_the_parameters_change(
 
 
 IDENTITIES = {
-    "first ratio": (first_ratio_max_deviation, "streamed_table"),
-    "anchor energy": (lambda t: anchor_energy_at_old(t.setup, t.setup.training_prompts(0)), "replay_context"),
+    "first ratio": (first_ratio_max_deviation, checks, "streamed_table"),
+    "anchor energy": (
+        lambda t: anchor_energy_at_old(t.setup, t.setup.training_prompts(0)),
+        checks,
+        "replay_context",
+    ),
     "recent route": (
         lambda t: default_route_max_difference(t.setup, t.setup.training_prompts(0)),
-        "run_members",
+        Rollout,
+        "run",
     ),
 }
 """What measures it, and the function that it calls after a rollout, or twice."""
@@ -294,11 +301,11 @@ IDENTITIES = {
 def test_identities_of_a_run_are_exact_and_can_fail(
     tiny_base: Path, monkeypatch: pytest.MonkeyPatch, name: str, train: str
 ) -> None:
-    measure, step = IDENTITIES[name]
+    measure, owner, step = IDENTITIES[name]
     trainer = trainer_of(tiny_base, optim__train=train)
     tolerance = ratio_tolerance(trainer.setup.config) if name == "first ratio" else 0.0
     assert measure(trainer) <= tolerance
-    original = vars(checks)[step]
+    original = vars(owner)[step]
 
     def after_a_nudge(*arguments: Any, **named: Any) -> Any:
         with torch.no_grad():
@@ -306,7 +313,7 @@ def test_identities_of_a_run_are_exact_and_can_fail(
                 value.add_(0.01)
         return original(*arguments, **named)
 
-    monkeypatch.setattr(checks, step, after_a_nudge)
+    monkeypatch.setattr(owner, step, after_a_nudge)
     assert measure(trainer) > tolerance
 
 
@@ -343,14 +350,14 @@ def test_the_ratio_is_checked_on_two_groups_without_their_tails(
     tiny_base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[list[int]] = []
-    original = checks.collect
+    original = checks.roll_out
 
-    def collect(generator: Any, prompts: Any, forks: Any, *arguments: Any, **options: Any) -> Any:
-        assert len(prompts) == len(forks)
-        seen.append([fork.exploration.tail_blocks for fork in forks])
-        return original(generator, prompts, forks, *arguments, **options)
+    def roll_out(generator: Any, planned: Any, *arguments: Any, **options: Any) -> Any:
+        assert len(planned.prompts) == len(planned.forks)
+        seen.append([fork.exploration.tail_blocks for fork in planned.forks])
+        return original(generator, planned, *arguments, **options)
 
-    monkeypatch.setattr(checks, "collect", collect)
+    monkeypatch.setattr(checks, "roll_out", roll_out)
     trainer = trainer_of(tiny_base, optim__prompts_per_update=3)
     assert (first_ratio_max_deviation(trainer) or 0.0) < 1e-4
     assert seen == [[0, 0]]
@@ -365,13 +372,13 @@ def test_energies_under_the_old_policy_are_taken_where_a_later_step_needs_them(
 ) -> None:
     trainer = trainer_of(tiny_base, optim__inner_epochs=epochs, optim__rollouts_per_refresh=refresh)
     trainer.collect()
-    assert [bool(item.old_tables) for item in trainer.pending] == kept
+    assert [bool(item.old_tables) for item in trainer.collected] == kept
 
 
 def test_a_step_gives_every_page_back(tiny_base: Path) -> None:
     trainer = trainer_of(tiny_base)
     trainer.collect()
-    cache = trainer.pending[0].roots[0].history.cache
+    cache = trainer.collected[0].rollout.cache
     assert cache.pages_in_use > 0
     trainer.step()
     assert cache.pages_in_use == 0
@@ -415,7 +422,7 @@ class Moody:
 def test_a_reward_that_fails_costs_no_update(tiny_base: Path, tmp_path: Path) -> None:
     """It fails while the third rollout is scored: the two updates before it are saved."""
     probe = Moody()
-    explore(trainer_of(tiny_base, UserReward("mine:moody", ("moody",), probe)).setup, 0)
+    explore(trainer_of(tiny_base, UserReward("mine:moody", ("moody",), probe)).setup, [0])
     reward = UserReward("mine:moody", ("moody",), Moody(patience=2.5 * probe.calls))
     trainer = trainer_of(tiny_base, reward, optim__updates=4, evaluation__every=0, checkpoint__every=3)
     checkpoints = tmp_path / "checkpoints"
@@ -496,7 +503,7 @@ def test_scoring_overlaps_generation_and_changes_no_number(
 
     monkeypatch.setattr(StreamingGenerator, "velocity", counted)
     if refresh == 1:
-        rollout, scores = explore(trainer.setup, 0)
+        ((rollout, scores),) = explore(trainer.setup, [0])
         alone = score_groups(
             rollout.groups, trainer.setup.backbone.codec, ToyScorer(), block=trainer.setup.generator.block
         )

@@ -27,7 +27,7 @@ from kvpo.engine.rollout import Group
 from kvpo.engine.scoring import Scores, decode_members, score_group
 from kvpo.engine.stream import TextTable, stream_latents
 from kvpo.files import write_atomic
-from kvpo.method.evidence import Tables, no_credit
+from kvpo.method.evidence import no_credit
 from kvpo.prompts import VideoPrompt
 from kvpo.training.collection import credit_of, explore
 from kvpo.training.credit import collection_scale
@@ -159,7 +159,7 @@ def _training_groups(run: Run, videos: dict[str, Tensor]) -> list[dict[str, Any]
     """Three groups of the first rollout, with energies, advantages and probabilities as in training."""
     setup, trainer, config = run.setup, run.trainer, run.setup.config
     learner, settings = trainer.learner, config.method_settings
-    rollout, scores = explore(setup, 0)
+    ((rollout, scores),) = explore(setup, [0])
     scale = collection_scale(scores, setup.blend(), config.objective)
     donors = {group.index: group.root.prompt for group in rollout.groups}
     entries = []
@@ -169,8 +169,8 @@ def _training_groups(run: Run, videos: dict[str, Tensor]) -> list[dict[str, Any]
         lesson = lesson_of(learner, group, shown, keyed_generator("evidence", config.seed, 0, index))
         (lesson,) = with_old_policy(learner, [lesson])
         (table,) = tables_of(learner, [with_routed_teacher(learner, lesson)])
-        table, branch_N = table[: lesson.method_rows], lesson.evidence.branch_N[: lesson.method_rows]
-        residuals, _, _ = Tables(table, table, table).per_branch(branch_N, shown.branches)
+        tables = lesson.tables(table, table, table)
+        residuals, _, _ = tables.per_branch(shown.branches)
         extras: list[dict[str, float]] = [{} for _ in range(group.branches + 1)]
         for branch, residual in zip(shown.branches, residuals.tolist(), strict=True):
             extras[branch][learner.method.residual] = residual
@@ -181,7 +181,7 @@ def _training_groups(run: Run, videos: dict[str, Tensor]) -> list[dict[str, Any]
             for numbers, advantage in zip(extras, credit.all_advantages_G.tolist(), strict=False):
                 numbers["advantage"] = advantage
             if learner.method.probabilities is not None:
-                found = learner.method.probabilities(table, branch_N, credit, settings).tolist()
+                found = learner.method.probabilities(tables, credit, settings).tolist()
                 for member, probability in zip((*credit.branches, group.branches), found, strict=False):
                     extras[member]["probability"] = probability
         key = f"group-{index}"

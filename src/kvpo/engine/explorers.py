@@ -14,10 +14,10 @@ from kvpo.config import ExplorationConfig
 from kvpo.engine.forks import Fork
 from kvpo.engine.generator import StreamingGenerator
 from kvpo.engine.noise import BranchTape, Tape, keyed_generator
+from kvpo.engine.pages import PlannedRollout
 from kvpo.method.flow import Step, sde_step
 from kvpo.method.routing import dispersed_routes, route_pool
 from kvpo.models.deployment import sink_frames
-from kvpo.prompts import VideoPrompt
 
 
 @dataclass(frozen=True)
@@ -71,13 +71,12 @@ Explorer = Callable[[Site, int], list[Member]]
 
 def site_of(
     generator: StreamingGenerator,
-    prompts: Sequence[VideoPrompt],
-    forks: Sequence[Fork],
+    planned: PlannedRollout,
     tape: Tape,
     key: tuple[int | str, ...],
     steps: int = 1,
 ) -> Site:
-    """The site of prompts that fork where ``forks`` say."""
+    """The site of a planned rollout."""
     pools = [
         route_pool(
             fork.frame,
@@ -85,9 +84,9 @@ def site_of(
             recent=fork.exploration.recent,
             resident=fork.exploration.resident_frames,
         )
-        for prompt, fork in zip(prompts, forks, strict=True)
+        for prompt, fork in zip(planned.prompts, planned.forks, strict=True)
     ]
-    return Site(generator, forks, pools, tape, key, steps)
+    return Site(generator, planned.forks, pools, tape, key, steps)
 
 
 def routes(site: Site, group: int) -> list[Member]:

@@ -11,9 +11,8 @@ from itertools import islice
 import torch
 from torch import Tensor
 
-from kvpo.config import ExplorationConfig
 from kvpo.engine.explorers import Explorer, Member, Routes, routes, site_of
-from kvpo.engine.forks import Fork, check_forks
+from kvpo.engine.forks import check_forks
 from kvpo.engine.generator import StreamingGenerator
 from kvpo.engine.noise import Tape
 from kvpo.engine.pages import (
@@ -21,13 +20,11 @@ from kvpo.engine.pages import (
     branch_frames,
     cache_pages,
     groups_together,
-    rollout_pages,
 )
 from kvpo.engine.stream import Stream, TextTable, advance, open_stream, switch_prompts
 from kvpo.method.evidence import Trajectories
 from kvpo.models.cache import FrameCache
 from kvpo.models.deployment import reachable_frames
-from kvpo.prompts import VideoPrompt
 
 
 @dataclass(frozen=True)
@@ -83,13 +80,111 @@ class Group:
 
 @dataclass
 class Rollout:
-    """Groups that share a page cache; release it when the update is done."""
+    """Groups that share a page cache; release it when the update is done.
 
+    Raises ValueError where window and tail do not fit after a fork.
+    """
+
+    generator: StreamingGenerator
+    planned: PlannedRollout
+    texts: TextTable
+    tape: Tape
     cache: FrameCache
-    forks: Sequence[Fork]
-    """Forks of every group, those to come included."""
+    """Where the pages go, with room for ``cache_pages``."""
     roots: list[Stream] = field(default_factory=list)
     groups: list[Group] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        check_forks(self.planned.prompts, self.planned.forks, block=self.generator.block)
+
+    def grow_roots(self, count: int) -> None:
+        """Stream the next prompts in their deployment context, each to its fork.
+
+        A switch at a fork is already acted on.
+        """
+        own = slice(len(self.roots), len(self.roots) + count)
+        forks, prompts = self.planned.forks[own], self.planned.prompts[own]
+        exploration, farthest = forks[0].exploration, max(fork.frame for fork in forks)
+        rows, resident = exploration.rows, exploration.resident_frames
+        pool = (resident or farthest) if exploration.reencode_pool else 0
+        roots = [open_stream(self.generator, self.cache, one, self.texts, self.tape) for one in prompts]
+        for at in range(0, farthest, self.generator.block):
+            growing = [root for root, fork in zip(roots, forks, strict=True) if at < fork.frame]
+            advance(self.generator, growing, rows=rows, resident=resident, reencode_frames=pool)
+        switch_prompts(self.generator, roots, rows=rows, reencode_frames=pool)
+        self.roots += roots
+
+    def run(self, members: Sequence[Member], *, rows: int = 0, steps: int | None = None) -> Iterator[Ran]:
+        """Continue forks of the roots through window and tail, ``rows`` members at a time (0: all).
+
+        ``steps``: first solver steps whose states and velocities are kept; None: all.
+        """
+        for at in range(0, len(members), rows or len(members)):
+            batch = members[at : at + (rows or len(members))]
+            streams = [self.roots[one.group].fork(one.tape, one.step) for one in batch]
+            try:
+                ran = self._run_streams(batch, streams, steps)
+            finally:
+                for stream in streams:
+                    stream.history.release()
+            yield from ran
+
+    def _run_streams(
+        self, batch: Sequence[Member], streams: Sequence[Stream], steps: int | None
+    ) -> list[Ran]:
+        """Run each member's stream through its own window and tail, all that have blocks left together."""
+        windows = [self.planned.forks[member.group].exploration for member in batch]
+        lengths = [window.blocks + window.tail_blocks for window in windows]
+        # The roots hold what may be routed; a branch holds only what its own blocks see.
+        recent = branch_frames(self.generator, windows[0])
+        resident = recent and self.generator.deployment.sink + recent
+
+        def pages(n: int, block: int) -> list[int] | None:
+            own = batch[n].routes
+            if own is None or block >= windows[n].blocks:
+                return None
+            return [self.roots[slot.group].history.pages[slot.frame] for slot in own[block]]
+
+        states: list[list[Tensor]] = [[] for _ in batch]
+        velocities: list[list[Tensor]] = [[] for _ in batch]
+        for block in range(max(lengths)):
+            under_way = [n for n, length in enumerate(lengths) if block < length]
+            for n in under_way:
+                if block == windows[n].blocks:
+                    streams[n].step = None
+            trajectory = advance(
+                self.generator,
+                [streams[n] for n in under_way],
+                routes=[pages(n, block) for n in under_way],
+                recent=windows[0].recent,
+                resident=resident,
+            )
+            for row, n in enumerate(under_way):
+                if block < windows[n].blocks:
+                    states[n].append(trajectory.states_RSFCHW[row, :steps])
+                    velocities[n].append(trajectory.velocities_RSFCHW[row, :steps])
+        return [
+            Ran(torch.stack(states[n]), torch.stack(velocities[n]), torch.cat(stream.latents[-lengths[n] :]))
+            for n, stream in enumerate(streams)
+        ]
+
+    def group_of(self, members: Sequence[Member], ran: Iterator[Ran]) -> Group:
+        """The group of some members, the anchor last, and what they visited: the next of ``ran``."""
+        index = members[0].group
+        fork = self.planned.forks[index]
+        own = list(islice(ran, len(members)))
+        clean_MTCHW = torch.stack([one.clean_TCHW for one in own])
+        blocks, block = fork.exploration.blocks, self.generator.block
+        trajectories = Trajectories(
+            torch.stack([one.states_PSFCHW for one in own]),
+            torch.stack([one.velocities_PSFCHW for one in own]),
+            clean_MTCHW[:, : blocks * block].unflatten(1, (blocks, block)),
+            self.generator.sigmas,
+            fork.exploration.noise,
+        )
+        own_routes = tuple(member.routes for member in members[:-1])
+        root, recent = self.roots[index], fork.exploration.recent
+        return Group(index, root, fork.frame, recent, own_routes, trajectories, clean_MTCHW)
 
     def release(self) -> None:
         """Give the root histories' pages back."""
@@ -97,144 +192,9 @@ class Rollout:
             root.history.release()
 
 
-def grow_roots(
+def roll_out(
     generator: StreamingGenerator,
-    prompts: Sequence[VideoPrompt],
-    fork: int,
-    texts: TextTable,
-    tape: Tape,
-    exploration: ExplorationConfig,
-) -> Rollout:
-    """Stream every prompt in its deployment context up to one fork; a switch there is already acted on.
-
-    Raises ValueError where window and tail do not fit after the fork.
-    """
-    forks = [Fork(fork, exploration)] * len(prompts)
-    check_forks(prompts, forks, block=generator.block)
-    pages = rollout_pages(
-        generator,
-        exploration,
-        groups=len(prompts),
-        fork=fork,
-        switches=any(prompt.switches for prompt in prompts),
-    )
-    rollout = Rollout(generator.new_cache(pages.most), forks)
-    _add_roots(generator, rollout, prompts, texts, tape)
-    return rollout
-
-
-def _add_roots(
-    generator: StreamingGenerator,
-    rollout: Rollout,
-    prompts: Sequence[VideoPrompt],
-    texts: TextTable,
-    tape: Tape,
-) -> None:
-    """Grow the roots of the next groups in a rollout's cache, each to its fork."""
-    forks = rollout.forks[len(rollout.roots) :][: len(prompts)]
-    exploration, farthest = forks[0].exploration, max(fork.frame for fork in forks)
-    resident = exploration.resident_frames
-    pool = (resident or farthest) if exploration.reencode_pool else 0
-    roots = [open_stream(generator, rollout.cache, prompt, texts, tape) for prompt in prompts]
-    for at in range(0, farthest, generator.block):
-        growing = [root for root, fork in zip(roots, forks, strict=True) if at < fork.frame]
-        advance(generator, growing, rows=exploration.rows, resident=resident, reencode_frames=pool)
-    switch_prompts(generator, roots, rows=exploration.rows, reencode_frames=pool)
-    rollout.roots += roots
-
-
-def run_members(
-    generator: StreamingGenerator,
-    rollout: Rollout,
-    members: Sequence[Member],
-    *,
-    rows: int = 0,
-    steps: int | None = None,
-) -> Iterator[Ran]:
-    """Continue forks of the roots through window and tail, ``rows`` members at a time (0: all).
-
-    ``steps``: first solver steps whose states and velocities are kept; None: all.
-    """
-    for at in range(0, len(members), rows or len(members)):
-        batch = members[at : at + (rows or len(members))]
-        streams = [rollout.roots[one.group].fork(one.tape, one.step) for one in batch]
-        try:
-            ran = _run_streams(generator, rollout, batch, streams, steps)
-        finally:
-            for stream in streams:
-                stream.history.release()
-        yield from ran
-
-
-def _run_streams(
-    generator: StreamingGenerator,
-    rollout: Rollout,
-    batch: Sequence[Member],
-    streams: Sequence[Stream],
-    steps: int | None,
-) -> list[Ran]:
-    """Run each member's stream through its own window and tail, all that have blocks left together."""
-    windows = [rollout.forks[member.group].exploration for member in batch]
-    # The roots hold what may be routed; a branch holds only what its own blocks see.
-    recent = branch_frames(generator, windows[0])
-    resident = recent and generator.deployment.sink + recent
-
-    def pages(n: int, block: int) -> list[int] | None:
-        own = batch[n].routes
-        if own is None or block >= windows[n].blocks:
-            return None
-        return [rollout.roots[slot.group].history.pages[slot.frame] for slot in own[block]]
-
-    states: list[list[Tensor]] = [[] for _ in batch]
-    velocities: list[list[Tensor]] = [[] for _ in batch]
-    for block in range(max(window.blocks + window.tail_blocks for window in windows)):
-        under_way = [n for n, window in enumerate(windows) if block < window.blocks + window.tail_blocks]
-        for n in under_way:
-            if block == windows[n].blocks:
-                streams[n].step = None
-        trajectory = advance(
-            generator,
-            [streams[n] for n in under_way],
-            routes=[pages(n, block) for n in under_way],
-            recent=windows[0].recent,
-            resident=resident,
-        )
-        for row, n in enumerate(under_way):
-            if block < windows[n].blocks:
-                states[n].append(trajectory.states_RSFCHW[row, :steps])
-                velocities[n].append(trajectory.velocities_RSFCHW[row, :steps])
-    lengths = [window.blocks + window.tail_blocks for window in windows]
-    return [
-        Ran(torch.stack(states[n]), torch.stack(velocities[n]), torch.cat(stream.latents[-lengths[n] :]))
-        for n, stream in enumerate(streams)
-    ]
-
-
-def grouped(
-    generator: StreamingGenerator, rollout: Rollout, members: Sequence[Member], ran: Iterator[Ran]
-) -> Group:
-    """The next group, from its members and what they visited."""
-    index = members[0].group
-    fork = rollout.forks[index]
-    own = list(islice(ran, len(members)))
-    clean_MTCHW = torch.stack([one.clean_TCHW for one in own])
-    blocks, block = fork.exploration.blocks, generator.block
-    trajectories = Trajectories(
-        torch.stack([one.states_PSFCHW for one in own]),
-        torch.stack([one.velocities_PSFCHW for one in own]),
-        clean_MTCHW[:, : blocks * block].unflatten(1, (blocks, block)),
-        generator.sigmas,
-        fork.exploration.noise,
-    )
-    own_routes = tuple(member.routes for member in members[:-1])
-    root, recent = rollout.roots[index], fork.exploration.recent
-    return Group(index, root, fork.frame, recent, own_routes, trajectories, clean_MTCHW)
-
-
-def collect(
-    generator: StreamingGenerator,
-    prompts: Sequence[VideoPrompt],
-    forks: Sequence[Fork],
+    planned: PlannedRollout,
     texts: TextTable,
     tape: Tape,
     key: tuple[int | str, ...],
@@ -243,10 +203,9 @@ def collect(
     cache: FrameCache | None = None,
     steps: int | None = None,
     arrivals: bool = False,
-    keep_pool: bool = False,
     finished: Callable[[Group], None] = lambda group: None,
 ) -> Rollout:
-    """Roots, branches and anchors of one rollout, a fork for every prompt; ``key`` seeds the explorer.
+    """Roots, branches and anchors of one rollout, a group for every prompt; ``key`` seeds the explorer.
 
     Groups are explored ``groups_together``; once their members have run, they keep the pages that the replay
     sees. Results do not depend on it beyond rounding. The forks may differ in what fits at them, in nothing
@@ -254,34 +213,29 @@ def collect(
 
     Args:
         explorer: tells the branches apart; every group's anchor follows them.
-        cache: where the pages go, with room for ``rollout_pages``; None: a cache of its own.
+        cache: where the pages go, with room for ``cache_pages``; None: a cache of its own.
         steps: solver steps of the window that are learned from; None: all.
         arrivals: keep where the last of them led, too.
-        keep_pool: keep what may be routed for the replay, too.
         finished: called with every group as soon as its members are generated, in order.
 
     Raises ValueError where window and tail do not fit after the fork.
     """
-    check_forks(prompts, forks, block=generator.block)
-    site = site_of(generator, prompts, forks, tape, key, steps or len(generator.sigmas))
+    cache = cache or generator.new_cache(cache_pages(generator, [planned]))
+    rollout = Rollout(generator, planned, texts, tape, cache)
+    forks = planned.forks
+    site = site_of(generator, planned, tape, key, steps or len(generator.sigmas))
     members = [[*explorer(site, n), Member(n)] for n in range(len(forks))]
-    if cache is None:
-        planned = PlannedRollout(prompts, forks, keep_pool=keep_pool)
-        cache = generator.new_cache(cache_pages(generator, [planned]))
-    rollout = Rollout(cache, forks)
-    rows = forks[0].exploration.rows
-    together = groups_together(forks[0].exploration, len(prompts))
-    for at in range(0, len(prompts), together):
-        _add_roots(generator, rollout, prompts[at : at + together], texts, tape)
+    together = groups_together(forks[0].exploration, len(forks))
+    for at in range(0, len(forks), together):
         waiting = members[at : at + together]
+        rollout.grow_roots(len(waiting))
         every = [member for own in waiting for member in own]
-        ran = run_members(generator, rollout, every, rows=rows, steps=steps and steps + arrivals)
+        ran = rollout.run(every, rows=forks[0].exploration.rows, steps=steps and steps + arrivals)
         for own in waiting:
-            rollout.groups.append(grouped(generator, rollout, own, ran))
+            rollout.groups.append(rollout.group_of(own, ran))
             finished(rollout.groups[-1])
         # Not before: with donors, later groups route what earlier ones hold.
-        for root in rollout.roots[at:] if not keep_pool else ():
-            root.history.keep(
-                reachable_frames(generator.deployment, root.history, max(1, generator.deployment.sink))
-            )
+        for root in rollout.roots[at:] if not planned.keep_pool else ():
+            kept = reachable_frames(generator.deployment, root.history, max(1, generator.deployment.sink))
+            root.history.keep(kept)
     return rollout

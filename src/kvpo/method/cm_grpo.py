@@ -6,14 +6,12 @@ is a Gaussian with mean alpha x0_theta and deviation sigma'. Branches differ in 
 SDE nor a second context is needed. The last step, which lands on the clean latents, has no policy.
 """
 
-from collections.abc import Sequence
-
 import torch
-from torch import Tensor
 
-from kvpo.method.evidence import Credit, Evidence, Method, Metrics, Tables, Trajectories
+from kvpo.method.evidence import Credit, Evidence, Method, Trajectories
 from kvpo.method.flow import renoise_coefficients
-from kvpo.method.gaussian import METRICS, gaussian_evidence, gaussian_objective
+from kvpo.method.gaussian import gaussian_evidence, gaussian_loss
+from kvpo.method.gibbs import RATIO_METRICS
 from kvpo.method.settings import CmGrpoSettings
 
 
@@ -24,11 +22,4 @@ def evidence(
     return gaussian_evidence(trajectories, credit, steps, renoise_coefficients)
 
 
-def loss(
-    tables: Tables, branch_N: Sequence[int], credit: Credit, settings: CmGrpoSettings
-) -> tuple[Tensor, Metrics]:
-    """The clipped surrogate of every stochastic step."""
-    return gaussian_objective(tables, branch_N, credit, settings.clip)
-
-
-METHOD = Method(evidence, loss, METRICS, arrivals=True)
+METHOD = Method(evidence, gaussian_loss, RATIO_METRICS, arrivals=True)

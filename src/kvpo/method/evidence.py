@@ -193,10 +193,13 @@ class Tables:
     """Under the policy that generated the rollout; in the first step after it, the numbers of ``now``."""
     reference: Tensor
     """Under the starting policy."""
+    branch_N: tuple[int, ...]
+    """Branch that each row is about."""
 
-    def per_branch(self, branch_N: Sequence[int], branches: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+    def per_branch(self, branches: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
         """Sums of every branch's cells, [G] each: now, old, reference."""
-        rows = torch.tensor([tuple(branches).index(branch) for branch in branch_N], device=self.now.device)
+        at = [tuple(branches).index(branch) for branch in self.branch_N]
+        rows = torch.tensor(at, device=self.now.device)
 
         def sums(table_NPS: Tensor) -> Tensor:
             return table_NPS.new_zeros(len(branches)).index_add(0, rows, table_NPS.sum((1, 2)))
@@ -223,14 +226,14 @@ class Method:
 
     evidence: Callable[[Trajectories, Credit, int, Any, torch.Generator], Evidence]
     """(trajectories, credit, solver steps, settings, random numbers) -> what the policy is asked."""
-    loss: Callable[[Tables, Sequence[int], Credit, Any], tuple[Tensor, Metrics]]
-    """(tables, branch of each row, credit, settings) -> a scalar to minimise, and metrics."""
+    loss: Callable[[Tables, Credit, Any], tuple[Tensor, Metrics]]
+    """(tables, credit, settings) -> a scalar to minimise, and metrics."""
     metrics: Mapping[str, Metric] = field(default_factory=dict)
     drift: Callable[[Trajectories, Credit, Evidence, Any], Evidence | None] = anchor_drift
     """(trajectories, credit, evidence, settings) -> rows of the velocity KL to the starting policy."""
-    probabilities: Callable[[Tensor, Sequence[int], Credit, Any], Tensor] | None = None
-    """(table, branch of each row, credit, settings) -> the policy over the credit's branches, [G], or [G + 1]
-    with the anchor last; None for methods that define none."""
+    probabilities: Callable[[Tables, Credit, Any], Tensor] | None = None
+    """(tables, credit, settings) -> the old policy over the credit's branches, [G], or with the anchor last
+    [G + 1]; None for methods that define none."""
     averaged_old: Callable[[Any], bool] = lambda settings: False
     """(settings) -> the "old" teacher is the moving average of the policy, not the one that generated."""
     rewarded: bool = True

@@ -8,14 +8,12 @@ eps. As published, except that no noise is added after the solver steps that are
 last one: with few steps, noise that no later step can remove would show in the video.
 """
 
-from collections.abc import Sequence
-
 import torch
-from torch import Tensor
 
-from kvpo.method.evidence import Credit, Evidence, Method, Metrics, Tables, Trajectories
+from kvpo.method.evidence import Credit, Evidence, Method, Trajectories
 from kvpo.method.flow import sde_coefficients
-from kvpo.method.gaussian import METRICS, gaussian_evidence, gaussian_objective
+from kvpo.method.gaussian import gaussian_evidence, gaussian_loss
+from kvpo.method.gibbs import RATIO_METRICS
 from kvpo.method.settings import FlowGrpoSettings
 
 
@@ -30,11 +28,4 @@ def evidence(
     return gaussian_evidence(trajectories, credit, steps, coefficients)
 
 
-def loss(
-    tables: Tables, branch_N: Sequence[int], credit: Credit, settings: FlowGrpoSettings
-) -> tuple[Tensor, Metrics]:
-    """The clipped surrogate of every stochastic step."""
-    return gaussian_objective(tables, branch_N, credit, settings.clip)
-
-
-METHOD = Method(evidence, loss, METRICS, arrivals=True)
+METHOD = Method(evidence, gaussian_loss, RATIO_METRICS, arrivals=True)

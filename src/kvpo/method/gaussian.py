@@ -5,16 +5,15 @@ its d elements: one cell of the table. The constant does not depend on the polic
 is the exponential of a difference between two tables.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from kvpo.method.evidence import Credit, Evidence, Metrics, Tables, Trajectories, evidence_of
-from kvpo.method.gibbs import RATIO_METRICS, clipped_surrogate, ratio_metrics
-
-METRICS = RATIO_METRICS
+from kvpo.method.gibbs import clipped_surrogate, ratio_metrics
+from kvpo.method.settings import CmGrpoSettings, FlowGrpoSettings
 
 
 def gaussian_evidence(
@@ -43,11 +42,11 @@ def gaussian_evidence(
     return evidence_of(x, branches, targets, branches, weights=weights.flatten())
 
 
-def gaussian_objective(
-    tables: Tables, branch_N: Sequence[int], credit: Credit, clip: float
+def gaussian_loss(
+    tables: Tables, credit: Credit, settings: FlowGrpoSettings | CmGrpoSettings
 ) -> tuple[Tensor, Metrics]:
     """Clipped surrogate of every solver step, rho = exp(old - now), with its branch's advantage."""
     now, old = -tables.now, -tables.old.detach()
-    advantages_N11 = credit.advantages_N(branch_N, now)[:, None, None]
-    loss = clipped_surrogate(now, old, advantages_N11, clip, clip)
-    return loss, {"loss": float(loss.detach())} | ratio_metrics(now, old, clip, clip)
+    advantages_N11 = credit.advantages_N(tables.branch_N, now)[:, None, None]
+    loss = clipped_surrogate(now, old, advantages_N11, settings.clip, settings.clip)
+    return loss, {"loss": float(loss.detach())} | ratio_metrics(now, old, settings.clip, settings.clip)

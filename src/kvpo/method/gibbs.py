@@ -8,11 +8,14 @@ ratio 1 and without KL, dL/dE_g = (A_g - pi_g sum A) / (G tau).
 """
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from kvpo.method.evidence import Metric, Metrics
+from kvpo.method.evidence import Credit, Evidence, Method, Metric, Metrics, Tables
 
 MAX_LOG_RATIO = 20.0
 """Log-ratios are clamped to plus or minus this before the exponential, against overflow."""
@@ -52,11 +55,6 @@ def pool_log_probs(energy_G: Tensor, temperature: float) -> Tensor:
     return branch_log_probs(torch.cat([energy_G, energy_G.new_zeros(1)]), temperature)
 
 
-def log_probs(energy_G: Tensor, temperature: float, *, anchor_in_pool: bool) -> Tensor:
-    """log pi_theta over the policy's pool: [G] branches, or [G + 1] with the anchor last."""
-    return (pool_log_probs if anchor_in_pool else branch_log_probs)(energy_G, temperature)
-
-
 def calibrated_temperature(old_energy_G: Tensor) -> float:
     """tau = max(std(E_old), mean(E_old) / 1000, 1e-12), the standard deviation with ddof 1.
 
@@ -89,15 +87,6 @@ def temperature_for_anchor_share(old_energy_G: Tensor, share: float) -> float:
         else:
             high = middle
     return math.exp((low + high) / 2)
-
-
-def temperature_of(old_energy_G: Tensor, temperature: float | None, anchor_share: float = 0.0) -> float:
-    """The group's Gibbs temperature: fixed, or calibrated to its energies."""
-    if temperature is not None:
-        return temperature
-    if anchor_share:
-        return temperature_for_anchor_share(old_energy_G, anchor_share)
-    return calibrated_temperature(old_energy_G)
 
 
 def normalised_entropy(log_probs: Tensor) -> Tensor:
@@ -139,44 +128,80 @@ def ratio_metrics(log_probs: Tensor, old_log_probs: Tensor, clip_low: float, cli
     }
 
 
-def gibbs_objective(
-    energy_G: Tensor,
-    old_energy_G: Tensor,
-    reference_energy_G: Tensor,
-    advantages_G: Tensor,
-    *,
-    temperature: float,
-    clip_low: float,
-    clip_high: float,
-    simplex_kl_weight: float = 0.0,
-    anchor_in_pool: bool = False,
-) -> tuple[Tensor, Metrics]:
-    """Loss (scalar, differentiable in energy_G) and metrics of one group; every input tensor is [G].
+@dataclass(frozen=True)
+class Gibbs:
+    """A Gibbs policy over branches, and how far one update may move it."""
 
-    With ``anchor_in_pool`` the policy has G + 1 members; the anchor's advantage is 0, so 1/G stays 1/G. To
-    train on some branches only, pass only theirs: the policy is then the softmax over the selected ones.
-    """
-    branches = len(energy_G)
-    assert all(len(other) == branches for other in (old_energy_G, reference_energy_G, advantages_G))
-    log_pi, old_log_pi, reference_log_pi = (
-        log_probs(energies, temperature, anchor_in_pool=anchor_in_pool)
-        for energies in (energy_G, old_energy_G.detach(), reference_energy_G.detach())
-    )
-    policy_loss = clipped_surrogate(
-        log_pi[:branches], old_log_pi[:branches], advantages_G, clip_low, clip_high
-    )
-    kl = simplex_kl(log_pi, reference_log_pi)
-    loss = policy_loss + simplex_kl_weight * kl
-    metrics = {
-        "loss": float(loss.detach()),
-        "policy_loss": float(policy_loss.detach()),
-        "simplex_kl": float(kl.detach()),
-        "energy_mean": float(energy_G.detach().mean()),
-        "energy_std": float(energy_G.detach().std(correction=0)),
-        "temperature": temperature,
-        "entropy": float(normalised_entropy(log_pi.detach())),
-        "anchor_probability": float(log_pi[-1].detach().exp()) if anchor_in_pool else 0.0,
-        "advantage_mean": float(advantages_G.mean()),
-        "advantage_std": float(advantages_G.std(correction=0)),
-    }
-    return loss, metrics | ratio_metrics(log_pi[:branches], old_log_pi[:branches], clip_low, clip_high)
+    temperature: float | None
+    """None: calibrated to the old energies of each group."""
+    clip_low: float
+    clip_high: float
+    simplex_kl: float = 0.0
+    """Weight of the KL to the starting policy."""
+    anchor_share: float = 0.0
+    """Probability of the anchor that sets the temperature; 0: the anchor is not in the pool."""
+
+    def temperature_of(self, old_energy_G: Tensor) -> float:
+        """The group's temperature."""
+        if self.temperature is not None:
+            return self.temperature
+        if self.anchor_share:
+            return temperature_for_anchor_share(old_energy_G, self.anchor_share)
+        return calibrated_temperature(old_energy_G)
+
+    def log_probs(self, energy_G: Tensor, temperature: float) -> Tensor:
+        """log pi_theta over the policy's pool: [G] branches, or [G + 1] with the anchor last."""
+        return (pool_log_probs if self.anchor_share > 0 else branch_log_probs)(energy_G, temperature)
+
+    def probabilities(self, old_energy_G: Tensor) -> Tensor:
+        """pi_old over the policy's pool, [G] or [G + 1]."""
+        return self.log_probs(old_energy_G, self.temperature_of(old_energy_G)).exp()
+
+    def objective(
+        self, energy_G: Tensor, old_energy_G: Tensor, reference_energy_G: Tensor, advantages_G: Tensor
+    ) -> tuple[Tensor, Metrics]:
+        """Loss (scalar, differentiable in energy_G) and metrics of one group.
+
+        With the anchor in the pool the policy has G + 1 members; the anchor's advantage is 0, so 1/G stays
+        1/G. To train on some branches only, pass only theirs: the policy is the softmax over those.
+        """
+        temperature, branches = self.temperature_of(old_energy_G), len(energy_G)
+        assert all(len(other) == branches for other in (old_energy_G, reference_energy_G, advantages_G))
+        log_pi, old_log_pi, reference_log_pi = (
+            self.log_probs(energies, temperature)
+            for energies in (energy_G, old_energy_G.detach(), reference_energy_G.detach())
+        )
+        ratio = log_pi[:branches], old_log_pi[:branches]
+        policy_loss = clipped_surrogate(*ratio, advantages_G, self.clip_low, self.clip_high)
+        kl = simplex_kl(log_pi, reference_log_pi)
+        loss = policy_loss + self.simplex_kl * kl
+        energy_G, log_pi = energy_G.detach(), log_pi.detach()
+        metrics = {
+            "loss": float(loss.detach()),
+            "policy_loss": float(policy_loss.detach()),
+            "simplex_kl": float(kl.detach()),
+            "energy_mean": float(energy_G.mean()),
+            "energy_std": float(energy_G.std(correction=0)),
+            "temperature": temperature,
+            "entropy": float(normalised_entropy(log_pi)),
+            "anchor_probability": float(log_pi[-1].exp()) if self.anchor_share > 0 else 0.0,
+            "advantage_mean": float(advantages_G.mean()),
+            "advantage_std": float(advantages_G.std(correction=0)),
+        }
+        return loss, metrics | ratio_metrics(*ratio, self.clip_low, self.clip_high)
+
+
+def gibbs_method(
+    evidence: Callable[..., Evidence], policy_of: Callable[[Any], Gibbs], residual: str
+) -> Method:
+    """A method whose policy is a softmax over branches; ``policy_of`` reads it from the method's settings."""
+
+    def loss(tables: Tables, credit: Credit, settings: Any) -> tuple[Tensor, Metrics]:
+        energies = tables.per_branch(credit.branches)
+        return policy_of(settings).objective(*energies, credit.advantages_G.to(tables.now))
+
+    def probabilities(tables: Tables, credit: Credit, settings: Any) -> Tensor:
+        _, old_G, _ = tables.per_branch(credit.branches)
+        return policy_of(settings).probabilities(old_G)
+
+    return Method(evidence, loss, METRICS, residual=residual, probabilities=probabilities)

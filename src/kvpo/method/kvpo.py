@@ -7,22 +7,10 @@ in the deployment context. A branch that differs only in its noise has energy ex
 it no gradient: this method needs routed branches.
 """
 
-from collections.abc import Sequence
-
 import torch
-from torch import Tensor
 
-from kvpo.method.evidence import (
-    Credit,
-    Evidence,
-    Method,
-    Metrics,
-    Tables,
-    Trajectories,
-    evidence_of,
-    joined,
-)
-from kvpo.method.gibbs import METRICS, gibbs_objective, log_probs, temperature_of
+from kvpo.method.evidence import Credit, Evidence, Trajectories, evidence_of, joined
+from kvpo.method.gibbs import Gibbs, gibbs_method
 from kvpo.method.latent_distance import anchor_state_evidence
 from kvpo.method.settings import KvpoSettings
 
@@ -49,31 +37,10 @@ def evidence(
     return at_anchor if share == 1 else joined(visited, at_anchor)
 
 
-def loss(
-    tables: Tables, branch_N: Sequence[int], credit: Credit, settings: KvpoSettings
-) -> tuple[Tensor, Metrics]:
-    """The clipped objective on the branches' energies."""
-    now_G, old_G, reference_G = tables.per_branch(branch_N, credit.branches)
-    return gibbs_objective(
-        now_G,
-        old_G,
-        reference_G,
-        credit.advantages_G.to(now_G),
-        temperature=temperature_of(old_G, settings.temperature, settings.anchor_share),
-        clip_low=settings.clip_low,
-        clip_high=settings.clip_high,
-        simplex_kl_weight=settings.simplex_kl,
-        anchor_in_pool=settings.anchor_share > 0,
-    )
+def policy_of(settings: KvpoSettings) -> Gibbs:
+    """The Gibbs policy of these settings."""
+    clip = settings.clip_low, settings.clip_high
+    return Gibbs(settings.temperature, *clip, settings.simplex_kl, settings.anchor_share)
 
 
-def probabilities(
-    table_NPS: Tensor, branch_N: Sequence[int], credit: Credit, settings: KvpoSettings
-) -> Tensor:
-    """The Gibbs policy of the rollout, whose table is given."""
-    energy_G, _, _ = Tables(table_NPS, table_NPS, table_NPS).per_branch(branch_N, credit.branches)
-    temperature = temperature_of(energy_G, settings.temperature, settings.anchor_share)
-    return log_probs(energy_G, temperature, anchor_in_pool=settings.anchor_share > 0).exp()
-
-
-METHOD = Method(evidence, loss, METRICS, residual="energy", probabilities=probabilities)
+METHOD = gibbs_method(evidence, policy_of, "energy")

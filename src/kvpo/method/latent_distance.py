@@ -12,17 +12,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kvpo.method.evidence import (
-    Credit,
-    Evidence,
-    Method,
-    Metrics,
-    Tables,
-    Trajectories,
-    evidence_of,
-)
+from kvpo.method.evidence import Credit, Evidence, Trajectories, evidence_of
 from kvpo.method.flow import velocity_of
-from kvpo.method.gibbs import METRICS, gibbs_objective, log_probs, temperature_of
+from kvpo.method.gibbs import Gibbs, gibbs_method
 from kvpo.method.settings import LatentDistanceSettings
 
 
@@ -51,29 +43,9 @@ def evidence(
     return anchor_state_evidence(trajectories, credit.branches, steps, weights)
 
 
-def loss(
-    tables: Tables, branch_N: Sequence[int], credit: Credit, settings: LatentDistanceSettings
-) -> tuple[Tensor, Metrics]:
-    """The clipped objective on the branches' distances."""
-    now_G, old_G, reference_G = tables.per_branch(branch_N, credit.branches)
-    return gibbs_objective(
-        now_G,
-        old_G,
-        reference_G,
-        credit.advantages_G.to(now_G),
-        temperature=temperature_of(old_G, settings.temperature),
-        clip_low=settings.clip_low,
-        clip_high=settings.clip_high,
-    )
+def policy_of(settings: LatentDistanceSettings) -> Gibbs:
+    """The Gibbs policy of these settings."""
+    return Gibbs(settings.temperature, settings.clip_low, settings.clip_high)
 
 
-def probabilities(
-    table_NPS: Tensor, branch_N: Sequence[int], credit: Credit, settings: LatentDistanceSettings
-) -> Tensor:
-    """The Gibbs policy of the rollout, whose table is given."""
-    energy_G, _, _ = Tables(table_NPS, table_NPS, table_NPS).per_branch(branch_N, credit.branches)
-    temperature = temperature_of(energy_G, settings.temperature)
-    return log_probs(energy_G, temperature, anchor_in_pool=False).exp()
-
-
-METHOD = Method(evidence, loss, METRICS, residual="distance", probabilities=probabilities)
+METHOD = gibbs_method(evidence, policy_of, "distance")

@@ -8,8 +8,6 @@ v- = (1 + beta) v_old - beta v, up to a constant without gradient. The adaptive 
 is left out, as in Astrolabe.
 """
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -80,9 +78,7 @@ def drift(
     return drift_evidence(evidence.states_QPSFCHW[chosen], [credit.branches[g] for g in chosen])
 
 
-def loss(
-    tables: Tables, branch_N: Sequence[int], credit: Credit, settings: NftSettings
-) -> tuple[Tensor, Metrics]:
+def loss(tables: Tables, credit: Credit, settings: NftSettings) -> tuple[Tensor, Metrics]:
     """The mean of the table."""
     value = tables.now.mean()
     good = goodness(credit.advantages_G, settings.advantage_limit)

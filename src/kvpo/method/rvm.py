@@ -7,8 +7,6 @@ Advantages are divided by the standard deviation over the whole collection (``ob
 so that a group of nearly equal clips does not count as much as one with real differences.
 """
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -40,12 +38,10 @@ def evidence(
     return evidence_of(states, branches, toward_clean, branches)
 
 
-def loss(
-    tables: Tables, branch_N: Sequence[int], credit: Credit, settings: RvmSettings
-) -> tuple[Tensor, Metrics]:
+def loss(tables: Tables, credit: Credit, settings: RvmSettings) -> tuple[Tensor, Metrics]:
     """The advantage-weighted mean of the table."""
     error_N = tables.now.mean((1, 2))
-    value = (credit.advantages_N(branch_N, error_N) * error_N).mean()
+    value = (credit.advantages_N(tables.branch_N, error_N) * error_N).mean()
     return value, {"loss": float(value.detach()), "matching_error": float(error_N.detach().mean())}
 
 

@@ -6,8 +6,6 @@ x_a are the anchor's states; the teacher is the policy itself, without gradient,
 history. OPSD-V (arXiv 2607.08766) is the same with a teacher whose history is made of real frames.
 """
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -43,9 +41,7 @@ def evidence(
     return evidence_of(states[None], [anchor], targets, branches, query_N=query_N, teacher="routed")
 
 
-def loss(
-    tables: Tables, branch_N: Sequence[int], credit: Credit, settings: SelfDistillSettings
-) -> tuple[Tensor, Metrics]:
+def loss(tables: Tables, credit: Credit, settings: SelfDistillSettings) -> tuple[Tensor, Metrics]:
     """The mean of the table."""
     value = tables.now.mean()
     return value, {"loss": float(value.detach())}

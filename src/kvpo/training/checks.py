@@ -10,14 +10,15 @@ from torch import Tensor
 from kvpo.config import Config
 from kvpo.engine.explorers import EXPLORERS, Member, RoutedFrame
 from kvpo.engine.forks import Fork, plan_forks
+from kvpo.engine.pages import PlannedRollout, cache_pages
 from kvpo.engine.replay import member_row, replay_context, replay_velocities
-from kvpo.engine.rollout import Rollout, collect, grouped, grow_roots, run_members
+from kvpo.engine.rollout import Rollout, roll_out
 from kvpo.engine.stream import append_block, commit_banks, text_of
-from kvpo.method.evidence import Tables, no_credit, residual_table
+from kvpo.method.evidence import no_credit, residual_table
 from kvpo.models.deployment import deployment_context
 from kvpo.prompts import VideoPrompt
-from kvpo.training.collection import plan
-from kvpo.training.gradients import Lesson, lesson_of, tables_of, with_old_policy
+from kvpo.training.collection import plan_rollout
+from kvpo.training.gradients import Lesson, differentiate, lesson_of, tables_of, with_old_policy
 from kvpo.training.setup import Setup
 from kvpo.training.trainer import Trainer
 
@@ -66,19 +67,12 @@ def first_ratio_max_deviation(trainer: Trainer) -> float | None:
     learner = replace(trainer.learner, steps=len(setup.generator.sigmas))
     if "ratio_deviation" not in learner.method.metrics:
         return None
-    planned = plan(setup, 0)
+    planned = plan_rollout(setup, 0)
     forks = [replace(one, exploration=replace(one.exploration, tail_blocks=0)) for one in planned.forks[:2]]
-    prompts = planned.prompts[:2]
-    rollout = collect(
-        setup.generator,
-        prompts,
-        forks,
-        setup.backbone.texts(prompts),
-        setup.backbone.tape("training"),
-        (config.seed, 0),
-        explorer=EXPLORERS[config.exploration.explorer],
-        keep_pool=learner.method.keep_pool,
-    )
+    planned = replace(planned, prompts=planned.prompts[:2], forks=forks)
+    texts, tape = setup.backbone.texts(planned.prompts), setup.backbone.tape("training")
+    explorer = EXPLORERS[config.exploration.explorer]
+    rollout = roll_out(setup.generator, planned, texts, tape, (config.seed, 0), explorer=explorer)
     deviation = 0.0
     for group in rollout.groups:
         draws = torch.Generator().manual_seed(0)
@@ -86,11 +80,7 @@ def first_ratio_max_deviation(trainer: Trainer) -> float | None:
         (lesson,) = with_old_policy(learner, [lesson])
         with torch.no_grad():
             (old,), again = tables_of(learner, [lesson]), streamed_table(trainer, lesson)
-        rows = lesson.method_rows
-        tables = Tables(again[:rows], old[:rows], old[:rows])
-        branch_N = lesson.evidence.branch_N[:rows]
-        _, found = learner.method.loss(tables, branch_N, lesson.credit, learner.settings)
-        deviation = max(deviation, found["ratio_deviation"])
+        deviation = max(deviation, differentiate(learner, lesson, again, old, old).metrics["ratio_deviation"])
     rollout.release()
     return deviation
 
@@ -108,8 +98,12 @@ def shared_fork(setup: Setup, prompts: Sequence[VideoPrompt]) -> Fork:
 
 
 def _grown(setup: Setup, prompts: Sequence[VideoPrompt], fork: Fork) -> Rollout:
+    planned = PlannedRollout(prompts, [fork] * len(prompts))
+    cache = setup.generator.new_cache(cache_pages(setup.generator, [planned]))
     texts, tape = setup.backbone.texts(prompts), setup.backbone.tape("checks")
-    return grow_roots(setup.generator, prompts, fork.frame, texts, tape, fork.exploration)
+    rollout = Rollout(setup.generator, planned, texts, tape, cache)
+    rollout.grow_roots(len(prompts))
+    return rollout
 
 
 def anchor_energy_at_old(setup: Setup, prompts: Sequence[VideoPrompt]) -> float:
@@ -121,8 +115,8 @@ def anchor_energy_at_old(setup: Setup, prompts: Sequence[VideoPrompt]) -> float:
     generator, fork = setup.generator, shared_fork(setup, prompts)
     rollout = _grown(setup, prompts, fork)
     members = [Member(index) for index in range(len(prompts))]
-    ran = run_members(generator, rollout, members)
-    groups = [grouped(generator, rollout, [member], ran) for member in members]
+    ran = rollout.run(members)
+    groups = [rollout.group_of([member], ran) for member in members]
     rows = [member_row(group, 0) for group in groups]
     energy = 0.0
     with torch.no_grad(), replay_context(generator, rows) as replay:
@@ -148,9 +142,9 @@ def default_route_max_difference(setup: Setup, prompts: Sequence[VideoPrompt]) -
     frames = range(first, fork.frame - fork.exploration.recent)
     every = range(len(prompts))
     routed = [Member(n, routes=(tuple(RoutedFrame(n, frame) for frame in frames),)) for n in every]
-    expected = list(run_members(setup.generator, rollout, [Member(n) for n in every]))
+    expected = list(rollout.run([Member(n) for n in every]))
     difference = 0.0
-    for one, other in zip(expected, run_members(setup.generator, rollout, routed), strict=True):
+    for one, other in zip(expected, rollout.run(routed), strict=True):
         pairs = zip(vars(one).values(), vars(other).values(), strict=True)
         difference = max(difference, *(float((a - b).abs().max()) for a, b in pairs))
     rollout.release()

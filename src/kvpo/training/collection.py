@@ -1,20 +1,19 @@
 """From prompts to lessons: plan a rollout, generate it, score it, and give its branches credit."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 from torch import Tensor
 
 from kvpo.engine.background import Submit, in_background
 from kvpo.engine.explorers import EXPLORERS
-from kvpo.engine.forks import Fork, draw_forks
+from kvpo.engine.forks import draw_forks
 from kvpo.engine.noise import keyed_generator
 from kvpo.engine.pages import PlannedRollout, cache_pages
-from kvpo.engine.rollout import Group, Rollout, collect
+from kvpo.engine.rollout import Group, Rollout, roll_out
 from kvpo.engine.scoring import Scores, score_group
-from kvpo.engine.stream import Stream
 from kvpo.method.diagnostics import group_metrics
 from kvpo.method.evidence import Credit, Metrics, no_credit
 from kvpo.method.methods import METHODS
@@ -35,8 +34,8 @@ from kvpo.training.setup import Setup
 class Collected:
     """A scored rollout that waits for its update."""
 
-    roots: Sequence[Stream]
-    forks: Sequence[Fork]
+    rollout: Rollout
+    """Its roots; the groups are gone."""
     lessons: list[Lesson]
     """One per group worth training on."""
     found: list[Metrics]
@@ -46,13 +45,8 @@ class Collected:
     fresh: bool
     """Its update comes first after the collection, so the rollout policy is the current one."""
 
-    def release(self) -> None:
-        """Give the root histories' pages back."""
-        for root in self.roots:
-            root.history.release()
 
-
-def plan(setup: Setup, update: int) -> PlannedRollout:
+def plan_rollout(setup: Setup, update: int) -> PlannedRollout:
     """Prompts and forks of an update's rollout, its exploration shrunk to what fits."""
     prompts, config = setup.training_prompts(update), setup.config
     forks = draw_forks(prompts, config.exploration, setup.generator.deployment, (config.seed, update))
@@ -61,48 +55,38 @@ def plan(setup: Setup, update: int) -> PlannedRollout:
     return PlannedRollout(prompts, forks, replayed, METHODS[config.method].keep_pool)
 
 
-def new_cache(setup: Setup, rollouts: Sequence[PlannedRollout]) -> FrameCache:
-    """A page cache for rollouts that all wait for their replays in it."""
-    return setup.generator.new_cache(cache_pages(setup.generator, rollouts))
-
-
 def generate(
     setup: Setup, update: int, planned: PlannedRollout, submit: Submit, cache: FrameCache
 ) -> tuple[Rollout, list[Future[Scores]]]:
     """The rollout of an update; finished groups are scored while the next ones are generated."""
-    config, judges = setup.config, setup.judges
-    method = METHODS[config.method]
+    config, codec, scorer = setup.config, setup.backbone.codec, setup.judges.scorer
+    options = {"block": setup.generator.block, "plan": setup.clip_plan()}
     pending: list[Future[Scores]] = []
-
-    def score(group: Group) -> None:
-        plan, block = setup.clip_plan(), setup.generator.block
-        pending.append(
-            submit(partial(score_group, group, setup.backbone.codec, judges.scorer, block=block, plan=plan))
-        )
-
-    rollout = collect(
+    rollout = roll_out(
         setup.generator,
-        planned.prompts,
-        planned.forks,
+        planned,
         setup.backbone.texts(planned.prompts),
         setup.backbone.tape("training"),
         (config.seed, update),
         explorer=EXPLORERS[config.exploration.explorer],
         cache=cache,
         steps=config.objective.grad_steps,
-        arrivals=method.arrivals,
-        keep_pool=method.keep_pool,
-        finished=score,
+        arrivals=METHODS[config.method].arrivals,
+        finished=lambda group: pending.append(submit(partial(score_group, group, codec, scorer, **options))),
     )
     return rollout, pending
 
 
-def explore(setup: Setup, update: int) -> tuple[Rollout, list[Scores]]:
-    """Generate and score the rollout of one update. Raises ValueError when the reward fails."""
-    planned = plan(setup, update)
+def explore(setup: Setup, updates: Sequence[int]) -> list[tuple[Rollout, list[Scores]]]:
+    """Generate and score the rollouts of some updates in one cache. Raises ValueError when a reward fails."""
+    planned = [plan_rollout(setup, update) for update in updates]
+    cache = setup.generator.new_cache(cache_pages(setup.generator, planned))
     with in_background() as submit:
-        rollout, pending = generate(setup, update, planned, submit, new_cache(setup, [planned]))
-        return rollout, [future.result() for future in pending]
+        generated = [
+            generate(setup, update, rollout, submit, cache)
+            for update, rollout in zip(updates, planned, strict=True)
+        ]
+        return [(rollout, [future.result() for future in pending]) for rollout, pending in generated]
 
 
 def credit_of(setup: Setup, update: int, index: int, score: Scores, scale: Scale | None) -> Credit | None:
@@ -119,13 +103,8 @@ def found_in(setup: Setup, group: Group, score: Scores) -> Metrics:
     objective = setup.config.objective
     totals = score.totals(setup.judges.weights_K, objective.global_weight)
     window = group.trajectories.clean_MPFCHW.flatten(1, 2)
-    return group_metrics(
-        totals[:-1],
-        totals[-1],
-        window[:-1],
-        window[-1],
-        relative_to_anchor=objective.advantages == "anchor",
-    )
+    of_anchor = objective.advantages == "anchor"
+    return group_metrics(totals[:-1], totals[-1], window[:-1], window[-1], relative_to_anchor=of_anchor)
 
 
 def lessons_of(
@@ -143,38 +122,23 @@ def lessons_of(
         if credit is not None:
             draws = keyed_generator("evidence", setup.config.seed, update, group.index)
             lessons.append(lesson_of(learner, group, credit, draws))
-    return lessons
+    return with_old_policy(learner, lessons)
 
 
-def collect_updates(
-    setup: Setup,
-    learner: Learner,
-    updates: range,
-    with_old: Callable[[Sequence[Lesson]], list[Lesson]] | None = None,
-) -> list[Collected]:
+def collect(setup: Setup, learner: Learner, updates: range) -> list[Collected]:
     """Rollouts for ``updates`` under the current policy, scored and turned into lessons.
 
-    ``with_old`` adds the old policy's velocities to the lessons of methods that ask for them; None: the
-    rollout policy's. Raises ValueError when a reward fails.
+    Raises ValueError when a reward fails.
     """
-    optim = setup.config.optim
-    planned = [plan(setup, update) for update in updates]
-    cache = new_cache(setup, planned)
-    with in_background() as submit:
-        generated = [
-            generate(setup, update, rollout, submit, cache)
-            for update, rollout in zip(updates, planned, strict=True)
-        ]
-        scores = [[future.result() for future in pending] for _, pending in generated]
-    every = [score for own in scores for score in own]
+    explored = explore(setup, updates)
+    every = [score for _, scores in explored for score in scores]
     scale = collection_scale(every, setup.blend(), setup.config.objective)
     collected = []
-    for update, (rollout, _), own in zip(updates, generated, scores, strict=True):
-        lessons = lessons_of(setup, learner, update, rollout, own, scale)
-        lessons = (with_old or partial(with_old_policy, learner))(lessons)
+    for update, (rollout, scores) in zip(updates, explored, strict=True):
+        lessons = lessons_of(setup, learner, update, rollout, scores, scale)
         fresh = update == updates.start
-        needed = lessons and (optim.inner_epochs > 1 or not fresh)
+        needed = lessons and (setup.config.optim.inner_epochs > 1 or not fresh)
         old = tables_of(learner, lessons) if needed else []
-        found = [found_in(setup, group, score) for group, score in zip(rollout.groups, own, strict=True)]
-        collected.append(Collected(rollout.roots, rollout.forks, lessons, found, old, fresh))
+        found = [found_in(setup, group, score) for group, score in zip(rollout.groups, scores, strict=True)]
+        collected.append(Collected(replace(rollout, groups=[]), lessons, found, old, fresh))
     return collected

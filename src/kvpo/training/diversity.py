@@ -17,7 +17,8 @@ from kvpo.engine.explorers import Explorer, noise_branches
 from kvpo.engine.forks import Fork
 from kvpo.engine.generator import Codec, StreamingGenerator, pixels_of
 from kvpo.engine.noise import Tape
-from kvpo.engine.rollout import Group, collect
+from kvpo.engine.pages import PlannedRollout
+from kvpo.engine.rollout import Group, roll_out
 from kvpo.engine.scoring import score_groups
 from kvpo.engine.stream import TextTable
 from kvpo.prompts import VideoPrompt
@@ -74,7 +75,8 @@ class Laboratory:
         """Branches as an explorer tells them apart, the anchor last."""
         forks = [place.fork] * len(place.prompts)
         key = ("diversity", place.fork.frame)
-        rollout = collect(self.generator, place.prompts, forks, self.texts, self.tape, key, explorer=explorer)
+        planned = PlannedRollout(place.prompts, forks)
+        rollout = roll_out(self.generator, planned, self.texts, self.tape, key, explorer=explorer)
         rollout.release()
         return rollout.groups
 

@@ -5,8 +5,8 @@ coefficients d loss / d table: exact, with the activations of one micro-batch in
 gradient").
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -27,7 +27,7 @@ from kvpo.method.evidence import (
     residual_table,
 )
 from kvpo.models.finite import require_finite
-from kvpo.training.policy import Policy
+from kvpo.training.policy import Policy, exchanged
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,8 @@ class Learner:
 
     generator: StreamingGenerator
     policy: Policy
+    average: Mapping[str, Tensor]
+    """Moving average of the trained parameters."""
     method: Method
     settings: Any
     """The method's own."""
@@ -45,6 +47,12 @@ class Learner:
     """Weight of the velocity KL to the starting policy."""
     rows: int
     """Forward rows (trajectories x blocks x steps) per forward pass; 0 means no limit."""
+
+    def old_policy(self) -> AbstractContextManager[None]:
+        """Inside, the model is what the method calls the old policy: as it is, or its moving average."""
+        if self.method.averaged_old(self.settings):
+            return exchanged(self.policy.parameters, self.average)
+        return nullcontext()
 
 
 @dataclass(frozen=True)
@@ -73,11 +81,6 @@ class Lesson:
         """S, the solver steps that are learned from."""
         return self.evidence.states_QPSFCHW.shape[2]
 
-    @property
-    def method_rows(self) -> int:
-        """Rows of the table that the method's loss is about."""
-        return len(self.evidence.query_N) - self.drift_rows
-
     def row(self, query: int) -> ReplayRow:
         """One of the trajectories that the evidence asks at."""
         evidence = self.evidence
@@ -88,11 +91,29 @@ class Lesson:
         pages = self.routed_pages[self.evidence.branch_N[number]]
         return replace(self.row(self.evidence.query_N[number]), routes=pages, recent=self.recent)
 
-    def table(self, velocities_QPSFCHW: Tensor) -> Tensor:
-        """The table [N, P, S] for the velocities at every trajectory."""
+    def table(self, velocities_QPSFCHW: Tensor, policy: str = "") -> Tensor:
+        """The table [N, P, S] for a policy's velocities at every trajectory. Raises NonFiniteError."""
         evidence = self.evidence
         asked = velocities_QPSFCHW[list(evidence.query_N)]
-        return residual_table(evidence.weights_NPS, evidence.targets_NPSFCHW, asked)
+        table = residual_table(evidence.weights_NPS, evidence.targets_NPSFCHW, asked)
+        self.require_finite(table, policy)
+        return table
+
+    def require_finite(self, table_NPS: Tensor, policy: str = "") -> None:
+        """Raise NonFiniteError, naming the prompt, where a number of a table is not finite."""
+        named = {f"prompt {self.root.prompt.id}": table_NPS}
+        way_out = "the policy has diverged, lower optim.lr, or try --optim.autocast none"
+        require_finite(named, f"replayed residuals{policy}", way_out)
+
+    def tables(self, now_NPS: Tensor, old_NPS: Tensor, reference_NPS: Tensor) -> Tables:
+        """The rows that the method's loss is about, under three policies."""
+        rows = len(self.evidence.query_N) - self.drift_rows
+        return Tables(now_NPS[:rows], old_NPS[:rows], reference_NPS[:rows], self.evidence.branch_N[:rows])
+
+    def taught(self, teacher: str, velocities_QPSFCHW: Tensor) -> "Lesson":
+        """The lesson once the velocities of a teacher are known at every trajectory."""
+        known = self.evidence.with_teacher(teacher, velocities_QPSFCHW[list(self.evidence.query_N)])
+        return replace(self, evidence=known)
 
 
 def lesson_of(learner: Learner, group: Group, credit: Credit, generator: torch.Generator) -> Lesson:
@@ -143,27 +164,27 @@ def lesson_batches(learner: Learner, lessons: Sequence[Lesson]) -> list[list[Les
     return batches
 
 
-@contextmanager
 def replayed(
     learner: Learner, rows: Sequence[ReplayRow], *, gradients: bool = False
-) -> Iterator[Iterator[tuple[range, Tensor]]]:
+) -> Generator[tuple[slice, Tensor]]:
     """Replay rows under the current policy, some blocks of the window at a time.
 
-    Yields (blocks, velocities [R, P', S, F, C, H, W]). With ``gradients``, backpropagate each part, inside
-    the context, before the next one is taken.
+    Yields (blocks, velocities [R, P', S, F, C, H, W]). With ``gradients``, backpropagate each part before the
+    next one is taken, and close the generator whatever happens: until then it holds the rows' pages.
     """
     blocks, steps = rows[0].states_PSFCHW.shape[:2]
     size = blocks_together(learner.rows, blocks, steps)
     with replay_context(learner.generator, rows) as replay:
+        for at in range(0, blocks, size):
+            part = range(at, min(at + size, blocks))
+            with torch.set_grad_enabled(gradients):
+                velocities = replay_velocities(learner.generator, rows, replay, part)
+            yield slice(part.start, part.stop), velocities
 
-        def parts() -> Iterator[tuple[range, Tensor]]:
-            for at in range(0, blocks, size):
-                part = range(at, min(at + size, blocks))
-                with torch.set_grad_enabled(gradients):
-                    velocities = replay_velocities(learner.generator, rows, replay, part)
-                yield part, velocities
 
-        yield parts()
+def whole_velocities(learner: Learner, rows: Sequence[ReplayRow]) -> Tensor:
+    """Velocities [R, P, S, F, C, H, W] in all blocks of the window, without gradients."""
+    return torch.cat([velocities for _, velocities in replayed(learner, rows)], 1)
 
 
 def velocities_of(learner: Learner, lessons: Sequence[Lesson]) -> list[Tensor]:
@@ -171,14 +192,9 @@ def velocities_of(learner: Learner, lessons: Sequence[Lesson]) -> list[Tensor]:
     found: list[list[Tensor]] = [[] for _ in lessons]
     for pairs in micro_batches(learner, lessons):
         rows = [lessons[n].row(query) for n, query in pairs]
-        for (n, _), velocity in zip(pairs, _whole(learner, rows), strict=True):
+        for (n, _), velocity in zip(pairs, whole_velocities(learner, rows), strict=True):
             found[n].append(velocity)
     return [torch.stack(own) for own in found]
-
-
-def _whole(learner: Learner, rows: Sequence[ReplayRow]) -> Tensor:
-    with replayed(learner, rows) as parts:
-        return torch.cat([velocities for _, velocities in parts], 1)
 
 
 def tables_of(learner: Learner, lessons: Sequence[Lesson]) -> list[Tensor]:
@@ -186,34 +202,23 @@ def tables_of(learner: Learner, lessons: Sequence[Lesson]) -> list[Tensor]:
     tables: list[Tensor] = []
     for batch in lesson_batches(learner, lessons):
         found = zip(batch, velocities_of(learner, batch), strict=True)
-        own = [lesson.table(velocities) for lesson, velocities in found]
-        _require_finite(batch, own)
-        tables += own
+        tables += [lesson.table(velocities) for lesson, velocities in found]
     return tables
 
 
 def with_old_policy(learner: Learner, lessons: Sequence[Lesson]) -> list[Lesson]:
-    """The lessons with the velocities of the old policy, which is the current one, in their targets."""
+    """The lessons with the velocities of the method's old policy in their targets, where they ask for it.
+
+    That is the current policy, which has to be the one that generated the rollout, or the average.
+    """
     if not any("old" in lesson.evidence.teachers for lesson in lessons):
         return list(lessons)
     known: list[Lesson] = []
-    for batch in lesson_batches(learner, lessons):
-        known += _taught(batch, "old", velocities_of(learner, batch))
+    with learner.old_policy():
+        for batch in lesson_batches(learner, lessons):
+            found = zip(batch, velocities_of(learner, batch), strict=True)
+            known += [lesson.taught("old", velocities) for lesson, velocities in found]
     return known
-
-
-def _require_finite(batch: Sequence[Lesson], tables: Sequence[Tensor], policy: str = "") -> None:
-    named = {f"prompt {item.root.prompt.id}": own for item, own in zip(batch, tables, strict=True)}
-    source = f"replayed residuals{policy}"
-    require_finite(named, source, "the policy has diverged, lower optim.lr, or try --optim.autocast none")
-
-
-def _taught(lessons: Sequence[Lesson], teacher: str, velocities: Sequence[Tensor]) -> list[Lesson]:
-    """The lessons once the velocities [Q, ...] of one teacher are known."""
-    return [
-        replace(lesson, evidence=lesson.evidence.with_teacher(teacher, found[list(lesson.evidence.query_N)]))
-        for lesson, found in zip(lessons, velocities, strict=True)
-    ]
 
 
 def with_routed_teacher(learner: Learner, lesson: Lesson) -> Lesson:
@@ -225,7 +230,7 @@ def with_routed_teacher(learner: Learner, lesson: Lesson) -> Lesson:
     size = trajectories_together(learner.rows, lesson.blocks, learner.steps) or len(rows)
     for at in range(0, len(rows), size):
         some = rows[at : at + size]
-        velocities[some] = _whole(learner, [lesson.routed_row(n) for n in some])
+        velocities[some] = whole_velocities(learner, [lesson.routed_row(n) for n in some])
     return replace(lesson, evidence=lesson.evidence.with_teacher("routed", velocities))
 
 
@@ -246,112 +251,89 @@ def accumulate_gradients(
     for batch in lesson_batches(learner, lessons):
         old = None if old_tables is None else old_tables[done : done + len(batch)]
         done += len(batch)
-        found, kl = _accumulate_batch(learner, batch, old, len(lessons))
-        metrics += found
-        drift += kl / len(lessons)
+        found = _accumulate_batch(learner, batch, old, len(lessons))
+        metrics += [own for own, _ in found]
+        drift += sum(kl for _, kl in found) / len(lessons)
     return metrics, drift
 
 
 def _accumulate_batch(
     learner: Learner, batch: Sequence[Lesson], old: Sequence[Tensor] | None, lessons: int
-) -> tuple[list[Metrics], float]:
+) -> list[tuple[Metrics, float]]:
+    """Backpropagate some of ``lessons`` lessons; the metrics and the velocity KL of each."""
     with learner.policy.reference():
-        of_reference = velocities_of(learner, batch)
-    batch = [with_routed_teacher(learner, item) for item in _taught(batch, "reference", of_reference)]
-    references = [lesson.table(found) for lesson, found in zip(batch, of_reference, strict=True)]
+        starting = list(zip(batch, velocities_of(learner, batch), strict=True))
+    batch = [with_routed_teacher(learner, lesson.taught("reference", found)) for lesson, found in starting]
+    references = [
+        lesson.table(found, " of the starting policy")
+        for lesson, (_, found) in zip(batch, starting, strict=True)
+    ]
+
+    def differentiated(tables: Sequence[Tensor]) -> list[Differentiated]:
+        """Every lesson's table [N, P, S] under the current policy, differentiated."""
+        before = tables if old is None else old
+        return [differentiate(learner, *own) for own in zip(batch, tables, before, references, strict=True)]
+
     batches = micro_batches(learner, batch)
-    now: list[Tensor] | None = None
-    if learner.method.linear:
-        now = references  # the loss has the same gradient at any table
+    coefficients: list[Tensor] | None = None
+    if learner.method.linear:  # the loss has the same gradient at any table
+        coefficients = [found.gradient for found in differentiated(references)]
     elif len(batches) > 1 or blocks_together(learner.rows, batch[0].blocks, batch[0].steps) < batch[0].blocks:
         # The loss couples cells, so the whole table must be known before any backward.
-        found = velocities_of(learner, batch)
-        now = [lesson.table(velocities) for lesson, velocities in zip(batch, found, strict=True)]
-    coefficients = None if now is None else _coefficients(learner, batch, now, old, references)
+        coefficients = [found.gradient for found in differentiated(tables_of(learner, batch))]
     tables = [torch.zeros_like(table) for table in references]
     for pairs in batches:
         rows = [batch[n].row(query) for n, query in pairs]
-        with replayed(learner, rows, gradients=True) as parts:
+        with closing(replayed(learner, rows, gradients=True)) as parts:
             for blocks, velocities in parts:
                 cells = _cells(batch, pairs, blocks, velocities)
-                for n, numbers, part in cells:
-                    tables[n][numbers, blocks.start : blocks.stop] = part.detach()
+                for n, place, part in cells:
+                    tables[n][place] = part.detach()
                 if coefficients is None:
-                    coefficients = _coefficients(learner, batch, tables, old, references)
-                loss = torch.stack(
-                    [
-                        (coefficients[n][numbers, blocks.start : blocks.stop] * part).sum()
-                        for n, numbers, part in cells
-                    ]
-                ).sum()
+                    coefficients = [found.gradient for found in differentiated(tables)]
+                loss = torch.stack([(coefficients[n][place] * part).sum() for n, place, part in cells]).sum()
                 if loss.requires_grad:
                     (loss / lessons).backward()
-    return _metrics(learner, batch, tables, old, references)
+    return [(found.metrics, found.drift) for found in differentiated(tables)]
 
 
 def _cells(
-    batch: Sequence[Lesson], pairs: Sequence[tuple[int, int]], blocks: range, velocities_RPSFCHW: Tensor
-) -> list[tuple[int, list[int], Tensor]]:
-    """(lesson, rows of its table, their cells [N', P', S]) that a micro-batch of trajectories gives."""
+    batch: Sequence[Lesson], pairs: Sequence[tuple[int, int]], blocks: slice, velocities_RPSFCHW: Tensor
+) -> list[tuple[int, tuple[list[int], slice], Tensor]]:
+    """(lesson, place in its table, the cells [N', P', S] there) that a micro-batch of trajectories gives."""
     found = []
-    part = slice(blocks.start, blocks.stop)
     for n, lesson in enumerate(batch):
         places = {query: row for row, (owner, query) in enumerate(pairs) if owner == n}
         evidence = lesson.evidence
         numbers = [number for number, query in enumerate(evidence.query_N) if query in places]
-        if not numbers:
-            continue
-        asked = velocities_RPSFCHW[[places[evidence.query_N[number]] for number in numbers]]
-        targets = evidence.targets_NPSFCHW[numbers, part]
-        found.append((n, numbers, residual_table(evidence.weights_NPS[numbers, part], targets, asked)))
+        if numbers:
+            place = (numbers, blocks)
+            asked = velocities_RPSFCHW[[places[evidence.query_N[number]] for number in numbers]]
+            table = residual_table(evidence.weights_NPS[place], evidence.targets_NPSFCHW[place], asked)
+            found.append((n, place, table))
     return found
 
 
-def _losses(
-    learner: Learner,
-    batch: Sequence[Lesson],
-    tables: Sequence[Tensor],
-    old: Sequence[Tensor] | None,
-    references: Sequence[Tensor],
-) -> Iterator[tuple[Tensor, Tensor, Metrics, Tensor]]:
-    """(table that requires gradients, loss, metrics, velocity KL) of every lesson."""
-    for n, lesson in enumerate(batch):
-        rows, table = lesson.method_rows, tables[n].detach().requires_grad_()
-        before = tables[n] if old is None else old[n]
-        with torch.enable_grad():
-            three = Tables(table[:rows], before[:rows].detach(), references[n][:rows])
-            loss, metrics = learner.method.loss(
-                three, lesson.evidence.branch_N[:rows], lesson.credit, learner.settings
-            )
-            yield table, loss, metrics, table[rows:].sum()
+@dataclass(frozen=True)
+class Differentiated:
+    """The loss of a lesson, differentiated on its table."""
+
+    gradient: Tensor
+    """d loss / d table, the velocity KL included: [N, P, S]."""
+    metrics: Metrics
+    drift: float
+    """Velocity KL to the starting policy."""
 
 
-def _coefficients(
-    learner: Learner,
-    batch: Sequence[Lesson],
-    tables: Sequence[Tensor],
-    old: Sequence[Tensor] | None,
-    references: Sequence[Tensor],
-) -> list[Tensor]:
-    """d loss / d table of every lesson, the velocity KL included. Raises NonFiniteError."""
-    _require_finite(batch, tables)
-    _require_finite(batch, references, " of the starting policy")
-    return [
-        torch.autograd.grad(loss + learner.velocity_kl * drift, table)[0]
-        for table, loss, _, drift in _losses(learner, batch, tables, old, references)
-    ]
-
-
-def _metrics(
-    learner: Learner,
-    batch: Sequence[Lesson],
-    tables: Sequence[Tensor],
-    old: Sequence[Tensor] | None,
-    references: Sequence[Tensor],
-) -> tuple[list[Metrics], float]:
-    """Metrics of every lesson, and the sum of their velocity KLs."""
-    metrics, drift = [], 0.0
-    for _, _, found, kl in _losses(learner, batch, tables, old, references):
-        metrics.append(found)
-        drift += float(kl.detach())
-    return metrics, drift
+def differentiate(
+    learner: Learner, lesson: Lesson, now_NPS: Tensor, old_NPS: Tensor, reference_NPS: Tensor
+) -> Differentiated:
+    """Differentiate the loss on a lesson's table, given under three policies. Raises NonFiniteError."""
+    lesson.require_finite(now_NPS)
+    table = now_NPS.detach().requires_grad_()
+    tables = lesson.tables(table, old_NPS.detach(), reference_NPS)
+    with torch.enable_grad():
+        loss, metrics = learner.method.loss(tables, lesson.credit, learner.settings)
+        drift = table[len(tables.branch_N) :].sum()
+        (gradient,) = torch.autograd.grad(loss + learner.velocity_kl * drift, table)
+    return Differentiated(gradient, metrics, float(drift.detach()))

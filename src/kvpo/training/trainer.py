@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
@@ -16,10 +16,10 @@ from kvpo.method.evidence import Metrics
 from kvpo.method.methods import METHODS
 from kvpo.models.finite import NonFiniteError, first_non_finite, magnitudes, require_finite
 from kvpo.training.backbone import Weights
-from kvpo.training.collection import Collected, collect_updates
-from kvpo.training.gradients import Learner, Lesson, accumulate_gradients, with_old_policy
+from kvpo.training.collection import Collected, collect
+from kvpo.training.gradients import Learner, accumulate_gradients
 from kvpo.training.learning import PATIENCE, why_nothing_is_learned
-from kvpo.training.policy import MovingAverage, Policy, Sides, exchanged, policy_of
+from kvpo.training.policy import MovingAverage, Sides, policy_of
 from kvpo.training.setup import Setup
 from kvpo.training.state import (
     flatten_state,
@@ -47,9 +47,19 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(
             list(self.policy.parameters.values()), betas=config.betas, weight_decay=config.weight_decay
         )  # every update sets its learning rate
-        self.learner = learner_of(setup, self.policy)
+        self.learner = Learner(
+            generator=setup.generator,
+            policy=self.policy,
+            average=self.average.values,
+            method=METHODS[setup.config.method],
+            settings=setup.config.method_settings,
+            steps=setup.config.objective.grad_steps,
+            velocity_kl=setup.config.objective.velocity_kl,
+            rows=config.replay_rows,
+        )
         self.update = 0
-        self.pending: list[Collected] = []
+        self.collected: list[Collected] = []
+        """Rollouts that wait for their updates."""
         self.warned_of: set[str] = set()
         self.idle_updates = 0
         """Updates in a row, up to the last one, in which nothing was learned."""
@@ -66,21 +76,20 @@ class Trainer:
         numbers = {"velocity_kl": 0.0, "gradient_norm": 0.0, "gradient_coverage": 0.0}
         try:
             self.collect()
-            item = self.pending[0]
+            item = self.collected[0]
             if item.lessons:
                 with self._all_or_nothing():
                     found, numbers = self._learn(item, rate)
         except NonFiniteError as error:
             raise NonFiniteError(f"update {self.update + 1}: {error}") from error
-        self.pending.pop(0)
-        item.release()
+        self.collected.pop(0)
+        item.rollout.release()
         self.update += 1
         self._say_what_is_not_learned(item, numbers["gradient_coverage"])
-        summary = update_metrics(METHODS[self.setup.config.method].metrics, found, item.found) | numbers
+        summary = update_metrics(self.learner.method.metrics, found, item.found) | numbers
         summary |= advantage_metrics([lesson.credit for lesson in item.lessons])
-        asked, block = self.setup.config.exploration, self.setup.generator.block
-        prompts = [root.prompt for root in item.roots]
-        forks = fork_numbers(prompts, item.forks, asked, block=block)
+        asked, planned = self.setup.config.exploration, item.rollout.planned
+        forks = fork_numbers(planned.prompts, planned.forks, asked, block=self.setup.generator.block)
         return summary | forks | {"learning_rate": rate, "idle_updates": float(self.idle_updates)}
 
     def collect(self) -> None:
@@ -90,19 +99,12 @@ class Trainer:
         finite; the trainer is then as it was before.
         """
         optim = self.setup.config.optim
-        if self.pending:
+        if self.collected:
             return
         updates = range(self.update, min(self.update + optim.rollouts_per_refresh, optim.updates))
         for update in updates:
             self._say_what_shrank(update)
-        self.pending = collect_updates(self.setup, self.learner, updates, self._with_old_policy)
-
-    def _with_old_policy(self, lessons: Sequence[Lesson]) -> list[Lesson]:
-        """Lessons with the velocities of the method's old policy, where they ask for them."""
-        if not self.learner.method.averaged_old(self.learner.settings):
-            return with_old_policy(self.learner, lessons)
-        with exchanged(self.policy.parameters, self.average.values):
-            return with_old_policy(self.learner, lessons)
+        self.collected = collect(self.setup, self.learner, updates)
 
     def _learn(self, item: Collected, rate: float) -> tuple[list[Metrics], dict[str, float]]:
         """All passes over a rollout; the method's metrics and the numbers of the last one."""
@@ -177,7 +179,7 @@ class Trainer:
 
     def at_boundary(self) -> bool:
         """True when no collected rollout waits: only then can the run be saved and resumed exactly."""
-        return not self.pending
+        return not self.collected
 
     def tensors_and_state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Everything a resumed run needs: parameters, moving average, optimiser, update."""
@@ -221,20 +223,6 @@ class Trainer:
         self.update = int(state["update"])
         self.average.updates = int(state.get("averaged", self.update))  # 0.1.0 did not count them
         self.idle_updates = int(state.get("idle", 0))
-
-
-def learner_of(setup: Setup, policy: Policy) -> Learner:
-    """The learner that turns this run's branches into gradients of a policy."""
-    config = setup.config
-    return Learner(
-        generator=setup.generator,
-        policy=policy,
-        method=METHODS[config.method],
-        settings=config.method_settings,
-        steps=config.objective.grad_steps,
-        velocity_kl=config.objective.velocity_kl,
-        rows=config.optim.replay_rows,
-    )
 
 
 def architecture(weights: Weights) -> dict[str, Any]:
