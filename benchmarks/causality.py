@@ -21,7 +21,7 @@ from rich.progress import track
 
 from kvpo.app.build import build_setup
 from kvpo.app.configuration import resolve
-from kvpo.app.exhibits import laboratory
+from kvpo.app.report_data import laboratory
 from kvpo.engine.explorers import RoutedFrame, chosen_routes
 from kvpo.engine.forks import Fork, plan_forks
 from kvpo.engine.noise import keyed_generator

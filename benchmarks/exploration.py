@@ -16,7 +16,7 @@ from rich.progress import track
 
 from kvpo.app.build import build_setup
 from kvpo.app.configuration import resolve
-from kvpo.app.exhibits import laboratory, story_places
+from kvpo.app.report_data import laboratory, story_places
 from kvpo.engine.explorers import Explorer, fresh_noise, routes
 from kvpo.training.diversity import averaged
 

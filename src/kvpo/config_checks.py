@@ -1,4 +1,4 @@
-"""What must hold between the settings of a run; types are checked where settings are read."""
+"""Checks across the settings of a run; types are checked where settings are read."""
 
 from math import comb, inf
 

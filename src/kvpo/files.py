@@ -39,13 +39,13 @@ def storage_error(path: Path, error: Exception) -> StorageError:
 
 @contextmanager
 def new_file(path: Path, *, failures: tuple[type[Exception], ...] = ()) -> Iterator[Path]:
-    """Yield a file beside ``path`` that replaces it in one step when the block ends without an error.
+    """Yield a file next to ``path`` that replaces it in one step when the block ends without an error.
 
-    Its permissions are those of any new file, whatever the library that writes it prefers. ``failures`` are
+    Its permissions are those of any new file, not those that a library gives its files. ``failures`` are
     further exception types that mean "could not be written". Raises StorageError when it cannot be written
     (disk full, no permission); the old file then stays as it was and no temporary file is left.
     """
-    temporary = _temporary_beside(path)
+    temporary = _temporary_next_to(path)
     try:
         temporary.unlink(missing_ok=True)
         temporary.touch()
@@ -74,7 +74,7 @@ def new_directory(path: Path, *, failures: tuple[type[Exception], ...] = ()) -> 
     What the block writes there is flushed and given the permissions of new files before the rename; an
     existing ``path`` is replaced. ``failures`` and errors are those of `new_file`.
     """
-    temporary, replaced = _temporary_beside(path), path.with_name(f"{TEMPORARY_PREFIX}old-{path.name}")
+    temporary, replaced = _temporary_next_to(path), path.with_name(f"{TEMPORARY_PREFIX}old-{path.name}")
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
@@ -98,7 +98,7 @@ def new_directory(path: Path, *, failures: tuple[type[Exception], ...] = ()) -> 
 
 def remove_directory(path: Path) -> None:
     """Remove a directory so that, killed at any moment, ``path`` is either whole or gone."""
-    doomed = _temporary_beside(path)
+    doomed = _temporary_next_to(path)
     os.replace(path, doomed)
     shutil.rmtree(doomed)
 
@@ -121,7 +121,7 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _temporary_beside(path: Path) -> Path:
+def _temporary_next_to(path: Path) -> Path:
     return path.with_name(f"{TEMPORARY_PREFIX}{os.getpid()}-{path.name}")
 
 

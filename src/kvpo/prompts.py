@@ -1,4 +1,4 @@
-"""What a video is asked to show: one text per segment and the latent frames at which segments change."""
+"""Prompts of a video: one text per segment, and the latent frames at which segments change."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -41,7 +41,7 @@ class VideoPrompt:
 
     @staticmethod
     def acts_at(switch: int, block: int) -> int:
-        """First frame of the block that a switch acts at, in blocks of so many frames."""
+        """First frame of the block that a switch acts at, in blocks of ``block`` frames."""
         return -(-switch // block) * block
 
 

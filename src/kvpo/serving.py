@@ -1,4 +1,4 @@
-"""What the package's HTTP servers share: where they listen, whom they believe, how they stop."""
+"""Shared parts of the package's HTTP servers: addresses, tokens, listening and stopping."""
 
 import hmac
 import ipaddress

@@ -241,7 +241,7 @@ def test_offloading_changes_no_number_and_leaves_networks_where_they_were(files:
         results.append(trainer.step())
         scorer = trainer.setup.judges.scorer
         assert isinstance(scorer, Reward) and scorer.cache is not None
-        assert (scorer.visited is not None) == offload
+        assert (scorer.device is not None) == offload
     assert results[0] == results[1]
 
 

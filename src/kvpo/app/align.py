@@ -13,9 +13,9 @@ import torch
 
 from kvpo.app.build import build_setup
 from kvpo.app.configuration import CHANGEABLE_ON_RESUME, demand_same_run, resolve_saved
-from kvpo.app.exhibits import measure_diversity, write_branches, write_gallery
 from kvpo.app.noise_files import with_measured_floors
 from kvpo.app.provenance import keep_provenance
+from kvpo.app.report_data import measure_diversity, write_branches, write_gallery
 from kvpo.config import Config
 from kvpo.config_checks import ConfigurationError, check
 from kvpo.files import local_path, read_json
@@ -158,7 +158,7 @@ def radar_summary(run: Run, results: Mapping[str, tuple[HeldOut, HeldOut]]) -> d
 
 
 def _finish(run: Run, directory: RunDirectory, show: Any, started: float) -> dict[str, Any]:
-    """Test the best checkpoint once, measure diversity, write exhibits and summary."""
+    """Test the best checkpoint once, measure diversity, write the report's data and the summary."""
     setup = run.setup
     restore(run.trainer, find_checkpoint(run.checkpoints, None))
     results: dict[str, tuple[HeldOut, HeldOut]] = {}
@@ -185,9 +185,9 @@ def _finish(run: Run, directory: RunDirectory, show: Any, started: float) -> dic
         lambda: write_branches(run, directory.path / "branches"),
     ]
     for done, stage in enumerate(stages):
-        show("held-out tests, diversity, exhibits", done, len(stages))
+        show("held-out tests, diversity, report data", done, len(stages))
         stage()
-    show("held-out tests, diversity, exhibits", len(stages), len(stages))
+    show("held-out tests, diversity, report data", len(stages), len(stages))
     usage = resource.getrusage(resource.RUSAGE_SELF)
     summary = {
         "method": setup.config.method,

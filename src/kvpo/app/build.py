@@ -1,4 +1,4 @@
-"""What a configuration names, from the source of its kind of generator."""
+"""Builds the parts that a configuration names, from the source of its kind of generator."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -19,13 +19,13 @@ SOURCES = {"world": "kvpo.app.sources.world", "wan": "kvpo.app.sources.wan"}
 
 
 def source_of(config: Config) -> Source:
-    """Where the generator of a configuration comes from."""
+    """The source of a configuration's generator."""
     source: Source = import_module(SOURCES[config.backbone.kind]).SOURCE
     return source
 
 
 def build_setup(config: Config, ranks: Ranks = ALONE) -> Setup:
-    """What a configuration aligns, on these ranks.
+    """Everything a run needs, on these ranks.
 
     Raises ConfigurationError, or ValueError for files that cannot be used.
     """
@@ -34,7 +34,7 @@ def build_setup(config: Config, ranks: Ranks = ALONE) -> Setup:
 
 
 def load_backbone(config: Config, prompts: Sequence[VideoPrompt] = ()) -> Backbone:
-    """What a configuration generates with, ready for the given prompts. Raises as ``build_setup`` does."""
+    """A configuration's generator, ready for the given prompts. Raises as ``build_setup`` does."""
     check_device(config)
     return source_of(config).backbone(config, prompts)
 

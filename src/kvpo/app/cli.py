@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv is None:  # a process of its own, in which torch is not loaded yet
         # Threads that wait without sleeping take the time that a busy neighbour would need to let them go on.
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    if isinstance(sys.stdout, io.TextIOWrapper):  # a name that cannot be printed is no reason to fail
+    if isinstance(sys.stdout, io.TextIOWrapper):  # an unprintable name should not end the command
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         with sigterm_as_interrupt():

@@ -28,7 +28,7 @@ class FilePrompts:
     """Training prompts of each update, a function of (seed, update) alone: each pass in another order.
 
     A pass shows every prompt once. Prompts of one update share their switches and length, so that they have
-    forks in common; where their number is no multiple of ``count``, some updates have fewer.
+    forks in common; where their number is not a multiple of ``count``, some updates have fewer.
     """
 
     prompts: tuple[VideoPrompt, ...]

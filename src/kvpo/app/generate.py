@@ -10,9 +10,9 @@ from safetensors.torch import save
 from torch import Tensor
 
 from kvpo.app.build import load_backbone, source_of
-from kvpo.app.exhibits import as_bytes
 from kvpo.app.file_prompts import prompt_file
 from kvpo.app.provenance import demand_same_prompts
+from kvpo.app.report_data import as_bytes
 from kvpo.app.video_folder import MANIFEST, SUFFIXES
 from kvpo.config import Config
 from kvpo.config_checks import check

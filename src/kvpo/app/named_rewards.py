@@ -98,7 +98,7 @@ _PROCESS_WIDE: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
 def _users_code(whose: str) -> Iterator[None]:
     """Refuse code that leaves the process set otherwise: all its threads share these settings.
 
-    They are put back. So is the gradient mode, which is no fault: nobody else sees it.
+    They are put back. So is the gradient mode, which is not an error: only this thread has it.
 
     Raises:
         ConfigurationError: naming what was changed.
@@ -240,7 +240,7 @@ def _users_own(name: str, field: str) -> Reward:
     declarations = tuple(
         Declaration(c, -inf, inf, False, False, 1, SD, eight_bit=rounds) for c in scorer.components
     )
-    # Only its author knows what a function's scores depend on: they are kept where it says its version.
+    # Only its author knows what a function's scores depend on: they are cached if it states a version.
     version = f"{name} {scorer.function.version}" if hasattr(scorer.function, "version") else ""
     return Reward(name, scorer, declarations, version)
 

@@ -43,7 +43,7 @@ class Surroundings:
     scoring: float = 0.0
     """Most of a forward pass of a reward model."""
     frozen_size: int = 4
-    """Of a frozen parameter of the transformer."""
+    """Bytes of a frozen parameter of the transformer."""
     frame: float = 0.0
     """Bytes of the pixels of one latent frame, float32."""
 
@@ -159,7 +159,7 @@ def plan_run(
 
 @dataclass(frozen=True)
 class _Run:
-    """What the phases of a run are counted from."""
+    """The quantities that the phases of a run are counted from."""
 
     config: Config
     """Its exploration is what fits at the typical fork."""
@@ -171,7 +171,7 @@ class _Run:
     costs: Costs
     replays: Replays
     pages: int
-    """Of the cache that a refresh's rollouts share."""
+    """Pages of the cache that a refresh's rollouts share."""
 
     @property
     def fork(self) -> int:
@@ -228,7 +228,7 @@ def _collecting(run: _Run) -> list[Phase]:
     groups, members = optim.prompts_per_update, exploration.branches + 1
     rows = min(exploration.rows or groups * members, groups * members)
     exploring = run.forward(rows, rows, max(costs.context, costs.routed))
-    beside = exploring if groups * optim.rollouts_per_refresh > 1 else 0.0
+    meanwhile = exploring if groups * optim.rollouts_per_refresh > 1 else 0.0
     visited = trajectory_bytes(config, run.replays)
     stored = run.kept | {"trajectories": optim.rollouts_per_refresh * visited}
     tail = exploration.blocks + exploration.tail_blocks
@@ -240,7 +240,7 @@ def _collecting(run: _Run) -> list[Phase]:
         "rewards": max(around.rewards.values(), default=0.0) * config.backbone.offload,
         "reward activations": around.scoring * bool(around.rewards),
     }
-    at_once = {"exploring at the same time": beside}
+    at_once = {"exploring at the same time": meanwhile}
     return [
         Phase("explore", stored | {"activations": exploring}, seconds),
         Phase("decode", stored | at_once | decoder, rates.seconds(Work(decoded * around.decode_flops, 0.0))),

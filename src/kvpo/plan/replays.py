@@ -1,4 +1,4 @@
-"""What an update replays of every group, as its method says: the method's own evidence, counted."""
+"""The replays of an update, counted on the method's own evidence."""
 
 from dataclasses import dataclass
 

@@ -45,7 +45,7 @@ class Outcome:
 
     @property
     def doubt(self) -> str:
-        """Why nothing can be said about the gain; empty if something can."""
+        """Reason for which nothing can be said about the gain; empty if something can."""
         if self.prompts is None or self.prompts < FEWEST_PROMPTS:
             count = "an unknown number of" if self.prompts is None else f"{self.prompts:.0f}"
             return f"{count} distinct prompts, fewer than {FEWEST_PROMPTS}"

@@ -54,10 +54,10 @@ class Counts:
 
 @dataclass(frozen=True)
 class ScoreCache:
-    """A file of scores that processes share, and the counts of those who ask it.
+    """A file of scores that processes share, and counts of what was found in it.
 
-    Whatever is wrong with the file costs a score its place in it, never the run: a damaged entry is not
-    found, a damaged file is set aside, one that cannot be read or written is reported and passed over.
+    A problem with the file never ends a run: a damaged entry is treated as absent, a damaged file is set
+    aside, a file that cannot be read or written is reported and ignored.
     """
 
     file: Path | None = None
@@ -65,7 +65,7 @@ class ScoreCache:
     counts: Counts = field(default_factory=Counts)
 
     def read(self, keys: Sequence[bytes], size: int) -> dict[bytes, list[float]]:
-        """The known ones of ``keys``, ``size`` scores each."""
+        """The scores of those ``keys`` that the file holds, ``size`` each."""
         found: dict[bytes, list[float]] = {}
 
         def look_up(connection: sqlite3.Connection) -> None:
@@ -90,7 +90,7 @@ class ScoreCache:
         self._transaction(insert)
 
     def _transaction(self, work: Callable[[sqlite3.Connection], None]) -> None:
-        """Do something on a connection of its own: nothing is shared between threads, nor inherited."""
+        """Run ``work`` on a connection of its own, which neither threads nor child processes share."""
         assert self.file is not None
         try:
             with closing(sqlite3.connect(self.file, timeout=PATIENCE)) as connection, connection:

@@ -1,4 +1,4 @@
-"""How smooth and how strong a clip's motion is, measured on optical flow.
+"""Smoothness and strength of a clip's motion, measured on optical flow.
 
 Axes: T frames, t = T - 1 steps from one frame to the next, 2 = (x, y) in pixels.
 """

@@ -21,11 +21,11 @@ logger = logging.getLogger(__name__)
 _WARNED: WeakSet[Any] = WeakSet()
 """Tokenizers that have met a text longer than their reward reads."""
 TEXT_PROMPT = "{text_prompt}"
-"""Where the prompt goes in a template."""
+"""Placeholder of the prompt in a template."""
 
 
 def strict_pretrained(kind: Any, directory: Path, dtype: torch.dtype) -> Any:
-    """``kind.from_pretrained`` of a transformers directory, refusing what that would only warn of.
+    """``kind.from_pretrained`` of a transformers directory; what it would only warn of is refused.
 
     Raises:
         ValueError: naming missing, unexpected and misshapen weights.

@@ -30,22 +30,22 @@ class Scorer(Protocol):
 
 @runtime_checkable
 class AsyncScorer(Protocol):
-    """A scorer that need not be waited for: it works elsewhere, or passes clips on to one that does."""
+    """A scorer that works in the background: elsewhere, or by passing clips on to one that does."""
 
     def begin(
         self, video_BTCHW: "Tensor", prompts: Sequence[ClipPrompt]
     ) -> "Callable[[], dict[str, Tensor]]":
-        """Have clips scored, which must not change until then; the returned call waits for the scores."""
+        """Start scoring clips, which must not change meanwhile; the returned call waits for the scores."""
         ...
 
 
 def start_scoring(
     scorer: Scorer, video_BTCHW: "Tensor", prompts: Sequence[ClipPrompt]
 ) -> "Callable[[], dict[str, Tensor]]":
-    """Have clips scored; the returned call waits for the scores. A scorer of this process computes only then.
+    """Start scoring clips; the returned call waits for the scores, or computes them in this process.
 
-    Whoever begins everything before waiting for anything keeps scorers elsewhere busy, while those of this
-    process still take their memory one after the other.
+    Starting everything before waiting for anything keeps scorers elsewhere busy, while those of this process
+    still use their memory one after the other.
     """
     if isinstance(scorer, AsyncScorer):
         return scorer.begin(video_BTCHW, prompts)

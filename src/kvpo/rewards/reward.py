@@ -1,4 +1,4 @@
-"""A reward as a run uses it: a scorer with its name and properties, its cache, and a device to visit."""
+"""Rewards as runs and commands use them: named, declared, cached, and offloaded where the run asks for it."""
 
 import hashlib
 import json
@@ -17,19 +17,19 @@ from kvpo.rewards.protocol import Declaration, Scorer, checked, start_scoring
 
 @dataclass(frozen=True)
 class Reward:
-    """A scorer with everything that is known of it; itself a scorer."""
+    """A scorer with its name, its declared properties and its cache; itself a scorer."""
 
     name: str
     """A component's name where each component is a number of its own; otherwise the name of their sum."""
     scorer: Scorer
     declarations: tuple[Declaration, ...] = ()
     version: str = ""
-    """Digest of what decides the scores apart from clip, prompt and kvpo's own code; "": unknown, nothing is
-    kept on disk."""
+    """Digest of all else that decides the scores besides clip, prompt and kvpo's code; "": unknown, and nothing
+    is kept on disk."""
     cache: ScoreCache | None = None
     """With one, the scorer is asked about every distinct clip once."""
-    visited: torch.device | str | None = None
-    """Device that the networks are on while they score, in host memory otherwise; None: they stay put."""
+    device: torch.device | str | None = None
+    """Device to which the networks are moved from host memory while they score; None: they are not moved."""
 
     @property
     def components(self) -> tuple[str, ...]:
@@ -51,14 +51,14 @@ class Reward:
         networks = list(networks_of(self.scorer))
         for network in networks:
             network.to("cpu")
-        return replace(self, visited=device) if networks else self
+        return replace(self, device=device) if networks else self
 
     def __call__(self, video_BTCHW: Tensor, prompts: Sequence[ClipPrompt]) -> dict[str, Tensor]:
         """Component -> [B] on the CPU; ValueError for missing, misshapen or non-finite scores."""
         return self.begin(video_BTCHW, prompts)()
 
     def begin(self, video_BTCHW: Tensor, prompts: Sequence[ClipPrompt]) -> Callable[[], dict[str, Tensor]]:
-        """Look clips up and begin with those that are not known; without a cache, begin with all of them."""
+        """Start scoring the clips that the cache does not hold; without a cache, all of them."""
         if self.cache is None:
             return self._ask(video_BTCHW, prompts)
         cache, size = self.cache, len(self.components)
@@ -87,12 +87,12 @@ class Reward:
         return scores
 
     def _ask(self, video_BTCHW: Tensor, prompts: Sequence[ClipPrompt]) -> Callable[[], dict[str, Tensor]]:
-        """Begin with clips, whoever has seen them before."""
+        """Start scoring clips, cached or not."""
         answer = start_scoring(self.scorer, video_BTCHW, prompts)
 
         def scores() -> dict[str, Tensor]:
             networks = networks_of(self.scorer)
-            place = nullcontext() if self.visited is None else resident(networks, self.visited)
+            place = nullcontext() if self.device is None else resident(networks, self.device)
             with torch.no_grad(), place:
                 found = answer()
             return {name: checked(name, found, len(prompts)) for name in self.components}

@@ -1,4 +1,4 @@
-"""Which frames of a clip, and of a video file, a reward looks at."""
+"""The frames of a clip, and of a video file, that a reward looks at."""
 
 from collections.abc import Sequence
 

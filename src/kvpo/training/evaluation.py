@@ -55,14 +55,14 @@ class HeldOut:
 
 @dataclass(frozen=True)
 class Judges:
-    """Who scores: the reward used in training, and scorers that training never sees."""
+    """The reward used in training, and scorers that training never sees."""
 
     scorer: Scorer
     weights_K: Tensor
     unseen: Scorer | None
     """The independent judge of the embedded world: never used for training, selection or stopping."""
     held_out: tuple[Reward, ...] = ()
-    """Who watches for hacking and may stop the run."""
+    """Rewards that watch for hacking and may stop the run."""
 
     @property
     def held_out_names(self) -> tuple[str, ...]:

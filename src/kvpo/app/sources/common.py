@@ -1,4 +1,4 @@
-"""What a source of generators is, and what every source needs."""
+"""A source of generators, and the parts that every source needs."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,14 +20,14 @@ from kvpo.training.setup import Setup
 
 @dataclass(frozen=True)
 class Source:
-    """Where generators of one ``backbone.kind`` come from: a third kind is a file with one of these."""
+    """The builders of one ``backbone.kind``; a further kind is a file with one of these."""
 
     setup: Callable[[Config], Setup]
-    """What a run aligns."""
+    """The generator that a run aligns, with its judges and prompts."""
     backbone: Callable[[Config, Sequence[VideoPrompt]], Backbone]
-    """What generates, ready for the given prompts."""
+    """The generator with text encoder and codec, ready for the given prompts."""
     weights: Callable[[Config], Weights]
-    """The transformer alone, with what is trained in it."""
+    """The transformer alone, with its trained parameters."""
     split: Callable[[Config], tuple[list[VideoPrompt], Sets, Sets]]
     """The training prompts that a file lists, validation and test sets."""
     default_frames: Callable[[Config], int]
@@ -35,11 +35,11 @@ class Source:
     file_digests: Callable[[Config], dict[str, str]]
     """Digests of files that no checkpoint knows of, by the setting that says where they lie."""
     longest_prompt: Callable[[Config], VideoPrompt]
-    """A video that needs as much as any of a run: what memory is planned by."""
+    """The most demanding video of a run, which memory is planned by."""
     surroundings: Callable[[Config], Surroundings]
-    """What a run holds in addition to the transformer."""
+    """Memory used by everything but the transformer."""
     read_off: Callable[[], ReadOff] | None = None
-    """How to tell from pixels what a video shows; None: not possible."""
+    """Reads what a video shows off its pixels; None: not possible."""
 
 
 def streaming_generator(config: Config, transformer: CausalWan) -> StreamingGenerator:

@@ -46,7 +46,7 @@ WAYS_OUT = {
 TRANSFORMER_FILES = ("diffusion_pytorch_model*", "transformer/*")
 ADAPTER_FILES = ("adapter_*", "pytorch_lora_weights*")
 VAE_FILES = ("vae/*", "Wan2.1_VAE.pth")
-"""What is fetched of a hub repository that is named as a whole."""
+"""Files fetched from a hub repository that is named as a whole."""
 FRAMES_PER_SECOND = 16.0
 
 
@@ -54,8 +54,8 @@ FRAMES_PER_SECOND = 16.0
 class WanCodec:
     """The Wan VAE as a codec; videos are decoded one by one, a latent frame at a time.
 
-    A VAE that is kept in host memory visits the device for every call. Pixels go to host memory: those of a
-    group are gigabytes at 480 x 832, and rewards take them to wherever they are computed.
+    A VAE that is kept in host memory is moved to the device for every call. Pixels go to host memory: those
+    of a group are gigabytes at 480 x 832, and rewards move them to their own device.
     """
 
     vae: WanVAE
@@ -85,7 +85,7 @@ class CachedTexts:
     """Width that the transformer expects."""
 
     def fill(self, prompts: Iterable[VideoPrompt]) -> None:
-        """Compute what the cache lacks of some prompts, so that the encoder is loaded once; warn of cuts.
+        """Compute the embeddings that the cache lacks, loading the encoder once; warn of texts that are cut.
 
         Raises ValueError where their width is not the transformer's.
         """
@@ -169,7 +169,7 @@ def frozen_dtype(config: Config) -> torch.dtype:
 
 
 @dataclass(frozen=True)
-class Given:
+class WeightFiles:
     """The files of a transformer, mapped and checked against it, and the model still without memory."""
 
     model: CausalWan
@@ -177,8 +177,8 @@ class Given:
     adapter: AdapterState | None
 
 
-def open_weights(config: Config) -> Given:
-    """What a configuration names, refused here if it is to be refused: nothing large has been read yet.
+def open_weights(config: Config) -> WeightFiles:
+    """Map the files that a configuration names and refuse those that do not fit; nothing large is read yet.
 
     Raises:
         ConfigurationError: no checkpoint is named, or the adapter is not the one that is configured.
@@ -200,11 +200,11 @@ def open_weights(config: Config) -> Given:
         logger.info("adapter: %s", adapter.described())
         if backbone.lora_start == "continue":
             _demand_same_adapter(config, adapter)
-    return Given(model, state, adapter)
+    return WeightFiles(model, state, adapter)
 
 
-def wan_weights(config: Config, given: Given | None = None) -> Weights:
-    """The transformer with what a configuration trains in it; ``given`` are its files if already mapped.
+def wan_weights(config: Config, given: WeightFiles | None = None) -> Weights:
+    """The transformer with its trained parameters; ``given`` are its files if already mapped.
 
     The starting policy is the checkpoint with its given adapter, continued or merged.
     Frozen weights are kept in the precision of the forward pass, trained ones in float32.

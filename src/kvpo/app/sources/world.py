@@ -89,7 +89,7 @@ def load_base(config: Config) -> tuple[CausalWan, LearnedTextEncoder]:
     """The embedded generator of a configuration, frozen.
 
     Raises:
-        ConfigurationError: the file is missing or is no such generator.
+        ConfigurationError: the file is missing or holds another kind of generator.
         ValueError: it is damaged, holds pickled code, or is of another geometry than ``config.model``.
     """
     path = base_path(config)
@@ -139,7 +139,7 @@ def embedded(config: Config) -> tuple[Weights, LearnedTextEncoder]:
 
 
 def build_backbone(config: Config) -> Backbone:
-    """What generates in the embedded world."""
+    """The embedded world's generator, text encoder and codec."""
     weights, text = embedded(config)
     return Backbone(
         weights=weights,

@@ -15,14 +15,14 @@ from kvpo.rewards.protocol import Scorer, checked
 from kvpo.rewards.service.messages import Question, fractions, joined
 
 JOINED_PIXELS = 8 * 2**20
-"""Questions become one batch up to this many numbers: copies of larger clips cost more than company saves."""
+"""Questions become one batch up to this many numbers: copying larger clips costs more than batching saves."""
 Answer = dict[str, Tensor]
 """Component -> [B]."""
 
 
 @dataclass(frozen=True, eq=False)
 class Job:
-    """A question and the answer that is waited for; cancelling the answer takes the question back."""
+    """A question and its pending answer; cancelling the answer withdraws the question."""
 
     question: Question
     answer: Future[Answer] = field(default_factory=Future)
@@ -44,7 +44,7 @@ class ScoringQueue:
         self.scorer_of = {name: scorer for scorer in scorers for name in scorer.components}
         self.batch = batch
         self.began: float | None = None
-        """When the current call began, on the monotonic clock; None between calls."""
+        """Start of the current call on the monotonic clock; None between calls."""
         self._waiting: deque[Job] = deque()
         self._changed = threading.Condition()
         self._closed = False

@@ -1,6 +1,6 @@
-"""Rewards behind HTTP: what is asked for is bounded, batched and scored by one thread.
+"""Rewards over HTTP: requests are bounded, batched and scored by one thread.
 
-``GET /health`` says that the server lives, ``GET /rewards`` what it scores, ``POST /score`` scores clips
+``GET /health`` reports the load, ``GET /rewards`` lists the rewards, ``POST /score`` scores clips
 (``messages``). An error is JSON with a ``detail``; a scorer that fails costs its question alone.
 """
 
@@ -37,7 +37,7 @@ with extra("server"):
 KEPT_BYTES = 512 * MIB
 """Memory of past requests that is kept for the next ones, in addition to the queue's."""
 CLIENT_GONE = 499
-"""Status of an answer that nobody waits for any more."""
+"""Status of an answer whose client has disconnected."""
 
 
 @dataclass(frozen=True)
@@ -53,11 +53,11 @@ class Limits:
     body_seconds: float = 300.0
     """Time in which a body must arrive."""
     retry_seconds: int = 2
-    """When to come back to a full queue."""
+    """Seconds after which a client should come back to a full queue."""
 
 
 class Room:
-    """Bytes that may still be taken on."""
+    """A budget of bytes for requests being read, queued or scored."""
 
     def __init__(self, total: int) -> None:
         self.total = total
@@ -77,7 +77,7 @@ class Room:
 
 @dataclass(frozen=True)
 class Service:
-    """What the server's answers are made of."""
+    """State that the server's routes share."""
 
     offers: Offers
     frame_rate: float

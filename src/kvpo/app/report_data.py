@@ -1,4 +1,4 @@
-"""Contents of a report beyond numbers: before/after videos, branch groups, causality, diversity."""
+"""Data of a run's report beyond its metrics: before/after videos, branch groups, causality, diversity."""
 
 import json
 from collections.abc import Mapping, Sequence
