@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -10,7 +11,6 @@ from tiny_rewards import gliding
 
 from kvpo.rewards import catalogue
 from kvpo.rewards.catalogue import DECLARATIONS, FAMILIES, REWARD_IDS, load_rewards
-from kvpo.rewards.consistency import FlickerScorer
 from kvpo.rewards.motion import MotionScorer
 from tests.rewards.tiny_rewards import build_rewards
 
@@ -45,9 +45,13 @@ def test_parts_are_resolved_and_given_to_the_builder(monkeypatch, tmp_path):
 
     monkeypatch.setattr("kvpo.models.hub.resolve", resolve)
 
+    @dataclass(frozen=True)
+    class Scorer:
+        top_share: float = 1.0
+
     def load(*paths, **settings):
         built.append((paths, settings))
-        return FlickerScorer(("hpsv3",))
+        return Scorer()
 
     monkeypatch.setattr("kvpo.rewards.hpsv3.load_hpsv3", load)
     monkeypatch.setattr("kvpo.models.tensor_files.fingerprint", lambda files, settings: settings)
@@ -58,7 +62,7 @@ def test_parts_are_resolved_and_given_to_the_builder(monkeypatch, tmp_path):
         ("MizzenAI/HPSv3/HPSv3.safetensors", ()),
         ("/my/base", catalogue.CONFIG_AND_TOKENIZER),
     ]
-    assert built == [((tmp_path, tmp_path, None), {"top_share": 0.3, "device": "cuda:1"})]
+    assert built == [((tmp_path, tmp_path, None), {"device": "cuda:1"})] and reward.scorer.top_share == 0.3
     assert (reward.name, reward.declarations) == ("hpsv3", (DECLARATIONS["hpsv3"],))
     assert json.loads(reward.version) == [["hpsv3"], ["weights", "base"], 8.0, 0.3, "cuda"]
 

@@ -1,5 +1,7 @@
 """Steadiness of light, and of what is shown."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -53,7 +55,7 @@ def dino_directory(tmp_path_factory):
 
 
 def test_subject_consistency_compares_with_first_and_previous_frame(dino_directory):
-    scorer = load_subject_consistency(dino_directory, frame_rate=2.0)
+    scorer = replace(load_subject_consistency(dino_directory), frame_rate=2.0)
     video = torch.stack([texture(80, 100, seed=s) for s in (0, 1, 1, 2)])
     with torch.no_grad():
         found = scorer(video[None], [""])["subject_consistency"].item()

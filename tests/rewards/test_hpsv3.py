@@ -1,6 +1,7 @@
 """HPSv3 from a release-shaped file of a tiny model: the same path as the public checkpoint."""
 
 import hashlib
+from dataclasses import replace
 
 import pytest
 import torch
@@ -49,8 +50,8 @@ def clips():
     return torch.stack([gliding(60, 90, 10, 2, 1, seed=s) for s in range(2)])
 
 
-def load(release, **options) -> HPSv3Scorer:
-    return load_hpsv3(*release, **({"dtype": torch.float32} | options))
+def load(release, template=None, **options) -> HPSv3Scorer:
+    return replace(load_hpsv3(*release, template, dtype=torch.float32), **options)
 
 
 def test_the_score_is_the_first_output_at_the_reward_token(release, clips):

@@ -1,6 +1,7 @@
 """VideoAlign from a release-shaped directory of a tiny model: the same path as the public checkpoint."""
 
 import hashlib
+from dataclasses import replace
 
 import pytest
 import torch
@@ -55,7 +56,8 @@ def clips():
 
 
 def load(release, **options):
-    return load_videoalign(*release[:2], **({"dtype": torch.float32, "frame_rate": 24.0} | options))
+    scorer = load_videoalign(*release[:2], dtype=torch.float32)
+    return replace(scorer, **({"frame_rate": 24.0} | options))
 
 
 def reference(release, frames_TCHW, prompt) -> list[float]:

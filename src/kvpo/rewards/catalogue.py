@@ -5,7 +5,7 @@ Importing this module imports nothing heavy; each reward's own module is importe
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import import_module
 from math import inf
 from pathlib import Path
@@ -72,11 +72,11 @@ class Family:
 
     ids: tuple[str, ...]
     loader: str
-    """``module:function`` below ``kvpo.rewards``; it takes the paths of the parts in their order, None for an
-    optional one that was not named, and the settings by name."""
+    """``module:function`` below ``kvpo.rewards``; it takes the paths of the parts in their order (None for an
+    optional one that was not named) and, where there are parts, the device."""
     parts: Mapping[str, Part] = field(default_factory=dict)
-    settings: tuple[str, ...] = ("device",)
-    """The loader's settings, among components, frame_rate, top_share and device."""
+    settings: tuple[str, ...] = ()
+    """Fields of the scorer that depend on the request, among components, frame_rate and top_share."""
 
 
 CLIP_H = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
@@ -85,7 +85,7 @@ CONFIG_AND_TOKENIZER = ("*.json", "merges.txt", "vocab.txt")
 TRANSFORMERS_FILES = ("*.json", "merges.txt", "vocab.txt", "*.safetensors")
 OPTIONAL = Part("", required=False)
 NAMED = Part("")
-OF_FRAMES = ("top_share", "device")
+OF_FRAMES = ("top_share",)
 """Settings of rewards of single frames, which are pooled over the clip."""
 
 FAMILIES = (
@@ -107,7 +107,7 @@ FAMILIES = (
             "base": Part("Qwen/Qwen2-VL-2B-Instruct", CONFIG_AND_TOKENIZER),
             "template": OPTIONAL,
         },
-        ("components", "frame_rate", "device"),
+        ("components", "frame_rate"),
     ),
     Family(
         ("hpsv2",),
@@ -149,15 +149,15 @@ FAMILIES = (
         ("motion_smoothness", "dynamic_degree"),
         "motion:load_motion",
         {"raft": OPTIONAL},
-        ("components", "device"),
+        ("components",),
     ),
     Family(
         ("subject_consistency",),
         "consistency:load_subject_consistency",
         {"weights": Part("facebook/dinov2-base", TRANSFORMERS_FILES)},
-        ("frame_rate", "device"),
+        ("frame_rate",),
     ),
-    Family(("flicker",), "consistency:FlickerScorer", settings=()),
+    Family(("flicker",), "consistency:FlickerScorer"),
 )
 FRAME_REWARDS = tuple(id for family in FAMILIES if "top_share" in family.settings for id in family.ids)
 
@@ -195,22 +195,26 @@ def load_rewards(
             f"source {next(iter(sources))!r} belongs to no reward that was asked for; "
             f"they have {', '.join(known) or 'no parts'}"
         )
-    given = {"frame_rate": frame_rate, "top_share": top_share, "device": device}
+    given = {"frame_rate": frame_rate, "top_share": top_share}
     return [
-        _loaded(family, {"components": tuple(chosen), **given}, paths) for family, chosen, paths in located
+        _loaded(family, paths, {"components": tuple(chosen), **given}, device)
+        for family, chosen, paths in located
     ]
 
 
-def _loaded(family: Family, given: Mapping[str, Any], paths: Mapping[str, Path | None]) -> "Reward":
+def _loaded(
+    family: Family, paths: Mapping[str, Path | None], given: Mapping[str, Any], device: str
+) -> "Reward":
     """A family's reward; its version is a digest of its files (large ones sampled) and its settings."""
     from kvpo.models.tensor_files import fingerprint
     from kvpo.rewards.reward import Reward
 
     module, _, name = family.loader.partition(":")
     load = vars(import_module(f"kvpo.rewards.{module}"))[name]
-    scorer = load(*paths.values(), **{setting: given[setting] for setting in family.settings})
+    scorer = load(*paths.values(), **({"device": device} if family.parts else {}))
+    scorer = replace(scorer, **{setting: given[setting] for setting in family.settings})
     ids, found = given["components"], {part: path for part, path in paths.items() if path is not None}
-    kind = given["device"].partition(":")[0]
+    kind = device.partition(":")[0]
     decisive = [ids, list(found), given["frame_rate"], given["top_share"], kind]
     version = fingerprint(found.values(), json.dumps(decisive))
     return Reward(ids[0], scorer, tuple(DECLARATIONS[id] for id in ids), version)

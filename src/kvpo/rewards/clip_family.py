@@ -116,20 +116,15 @@ def _ready(model: CLIPModel, device: str) -> CLIPModel:
 
 
 def load_clip_score(
-    directory: Path, *, top_share: float = 1.0, device: str = "cpu", dtype: torch.dtype = torch.float32
+    directory: Path, *, device: str = "cpu", dtype: torch.dtype = torch.float32
 ) -> SimilarityScorer:
     """Cosine similarity under the CLIP model in ``directory``; ValueError for weights that do not fit."""
     model = _ready(strict_pretrained(CLIPModel, directory, dtype), device)
-    return SimilarityScorer(model, read_tokenizer(directory), ("clip_score",), top_share=top_share)
+    return SimilarityScorer(model, read_tokenizer(directory), ("clip_score",))
 
 
 def load_pickscore(
-    directory: Path,
-    base: Path,
-    *,
-    top_share: float = 1.0,
-    device: str = "cpu",
-    dtype: torch.dtype = torch.float32,
+    directory: Path, base: Path, *, device: str = "cpu", dtype: torch.dtype = torch.float32
 ) -> SimilarityScorer:
     """PickScore (Kirstain et al. 2023): exp(logit_scale) times the cosine, as its authors report it.
 
@@ -137,16 +132,11 @@ def load_pickscore(
     """
     model = _ready(strict_pretrained(CLIPModel, directory, dtype), device)
     scale = float(model.logit_scale.float().exp())
-    return SimilarityScorer(model, read_tokenizer(base), ("pickscore",), scale=scale, top_share=top_share)
+    return SimilarityScorer(model, read_tokenizer(base), ("pickscore",), scale=scale)
 
 
 def load_hpsv2(
-    checkpoint: Path,
-    base: Path,
-    *,
-    top_share: float = 1.0,
-    device: str = "cpu",
-    dtype: torch.dtype = torch.float32,
+    checkpoint: Path, base: Path, *, device: str = "cpu", dtype: torch.dtype = torch.float32
 ) -> SimilarityScorer:
     """HPSv2 (Wu et al. 2023): an OpenCLIP ViT-H/14 checkpoint with its weights under "state_dict".
 
@@ -157,23 +147,18 @@ def load_hpsv2(
     weights = only_tensors(nested if isinstance(nested, dict) else content, str(checkpoint))
     model = without_weights(lambda: CLIPModel(CLIPConfig.from_pretrained(base, local_files_only=True)))
     load_strict(model, open_clip_to_transformers(weights), str(checkpoint), device=device, dtype=dtype)
-    return SimilarityScorer(model, read_tokenizer(base), ("hpsv2",), fit=fit_and_pad, top_share=top_share)
+    return SimilarityScorer(model, read_tokenizer(base), ("hpsv2",), fit=fit_and_pad)
 
 
 def load_aesthetic(
-    checkpoint: Path,
-    base: Path,
-    *,
-    top_share: float = 1.0,
-    device: str = "cpu",
-    dtype: torch.dtype = torch.float32,
+    checkpoint: Path, base: Path, *, device: str = "cpu", dtype: torch.dtype = torch.float32
 ) -> AestheticScorer:
     """The LAION head (``sac+logos+ava1-l14-linearMSE.pth``, keys ``layers.*``) on CLIP-L/14 in ``base``."""
     model = _ready(strict_pretrained(CLIPModel, base, dtype), device)
     head = rating_head(model.config.projection_dim)
     weights = {name.removeprefix("layers."): value for name, value in read_tensors(checkpoint).items()}
     load_strict(head, weights, str(checkpoint), device=device, dtype=torch.float32)
-    return AestheticScorer(model, head, top_share=top_share)
+    return AestheticScorer(model, head)
 
 
 _WHOLE = {

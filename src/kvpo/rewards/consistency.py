@@ -76,7 +76,7 @@ class SubjectConsistencyScorer:
 
 
 def load_subject_consistency(
-    directory: Path, *, frame_rate: float = 16.0, device: str = "cpu", dtype: torch.dtype = torch.float32
+    directory: Path, *, device: str = "cpu", dtype: torch.dtype = torch.float32
 ) -> SubjectConsistencyScorer:
     """The scorer around the image encoder in ``directory``: DINOv2 or CLIP, in transformers' layout.
 
@@ -99,4 +99,4 @@ def load_subject_consistency(
             f"{directory}: holds a model of type {kind!r}; subject_consistency takes dinov2 or clip"
         )
     encoder = encoder.eval().requires_grad_(False).to(device)
-    return SubjectConsistencyScorer(encoder, size, mean, std, frame_rate)
+    return SubjectConsistencyScorer(encoder, size, mean, std)

@@ -93,7 +93,6 @@ def load_hpsv3(
     base: Path,
     template: Path | None = None,
     *,
-    top_share: float = 1.0,
     device: str = "cpu",
     dtype: torch.dtype = torch.bfloat16,
 ) -> HPSv3Scorer:
@@ -117,7 +116,7 @@ def load_hpsv3(
         dtype=dtype,
         head_dtype=torch.float32,
     )
-    return HPSv3Scorer(model, tokenizer, text, top_share)
+    return HPSv3Scorer(model, tokenizer, text)
 
 
 def checkpoint_weights(path: Path) -> dict[str, Tensor]:

@@ -1,6 +1,5 @@
 """ImageReward (Xu et al. 2023): human preference of single frames, by BLIP and a rating head."""
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ from transformers.models.blip.modeling_blip_text import BlipTextModel
 from kvpo.models.tensor_files import read_tensors
 from kvpo.rewards.clip_family import rating_head, spread_frames
 from kvpo.rewards.images import CLIP_MEAN, CLIP_STD, fit_and_crop, normalised
-from kvpo.rewards.pretrained import load_strict, read_tokenizer, warn_if_cut, without_weights
+from kvpo.rewards.pretrained import load_strict, read_tokenizer, rename_keys, warn_if_cut, without_weights
 from kvpo.rewards.sampling import checked_batch, pooled, present_frames
 
 TEXT_TOKENS = 35
@@ -114,21 +113,13 @@ _VISION = (
 
 def released_to_ours(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Rename a released checkpoint's keys; position indices, which the model computes, are left out."""
-    renamed = {}
-    for name, value in weights.items():
-        if name.endswith("position_ids"):
-            continue
-        for pattern, replacement in _VISION:
-            name = re.sub(pattern, replacement, name)
-        renamed[name] = value
-    return renamed
+    return rename_keys(weights, _VISION, left_out=r"position_ids$")
 
 
 def load_image_reward(
     checkpoint: Path,
     base: Path,
     *,
-    top_share: float = 1.0,
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
     vision: BlipVisionConfig = VISION,
@@ -142,4 +133,4 @@ def load_image_reward(
     model = without_weights(lambda: BlipRating(vision, text))
     weights = released_to_ours(read_tensors(checkpoint))
     load_strict(model, weights, str(checkpoint), device=device, dtype=dtype)
-    return ImageRewardScorer(model, read_tokenizer(base), top_share=top_share)
+    return ImageRewardScorer(model, read_tokenizer(base))

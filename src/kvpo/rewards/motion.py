@@ -129,10 +129,10 @@ class MotionScorer:
         return {name: torch.stack([MEASURES[name](flow) for flow in flows]) for name in self.components}
 
 
-def load_motion(raft: Path | None, *, components: tuple[str, ...], device: str = "cpu") -> MotionScorer:
+def load_motion(raft: Path | None, *, device: str = "cpu") -> MotionScorer:
     """The scorer on RAFT with the weights of a file, or on OpenCV's flow; ValueError for other weights."""
     if raft is None:
-        return MotionScorer(components)
+        return MotionScorer()
     from kvpo.rewards.raft import load_raft
 
-    return MotionScorer(components, load_raft(raft, device))
+    return MotionScorer(flow=load_raft(raft, device))

@@ -3,7 +3,8 @@
 import ast
 import hashlib
 import logging
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Mapping, Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -102,6 +103,20 @@ def load_strict(
     check_tensors(weights, expected, source)
     assign_tensors(module, weights, source, device=device, dtype=dtype)
     module.to(device).requires_grad_(False)
+
+
+def rename_keys(
+    weights: Mapping[str, Tensor], patterns: Sequence[tuple[str, str]], left_out: str
+) -> dict[str, Tensor]:
+    """Weights under new names: every (pattern, replacement) in turn; names that contain ``left_out`` go."""
+    renamed = {}
+    for name, value in weights.items():
+        if re.search(left_out, name):
+            continue
+        for pattern, replacement in patterns:
+            name = re.sub(pattern, replacement, name)
+        renamed[name] = value
+    return renamed
 
 
 def read_template(path: Path, sha256: str, parts: int = 1) -> str:

@@ -1,6 +1,5 @@
 """Optical flow by RAFT (Teed and Deng 2020) through torchvision, an optional package."""
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 
 from kvpo.models.finite import require_finite_weights
 from kvpo.models.tensor_files import check_tensors, read_tensors
+from kvpo.rewards.pretrained import rename_keys
 
 PAIRS = 8
 """Pairs of frames in one forward pass."""
@@ -39,14 +39,7 @@ _OFFICIAL = (
 
 def official_to_torchvision(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Rename the authors' keys; ``norm3`` of a residual block is its ``downsample.1`` under a second name."""
-    renamed = {}
-    for name, value in weights.items():
-        if re.search(r"layer\d\.\d\.norm3\.", name):
-            continue
-        for pattern, replacement in _OFFICIAL:
-            name = re.sub(pattern, replacement, name)
-        renamed[name] = value
-    return renamed
+    return rename_keys(weights, _OFFICIAL, left_out=r"layer\d\.\d\.norm3\.")
 
 
 @dataclass(frozen=True)

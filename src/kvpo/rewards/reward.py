@@ -24,8 +24,8 @@ class Reward:
     scorer: Scorer
     declarations: tuple[Declaration, ...] = ()
     version: str = ""
-    """Digest of all else that decides the scores besides clip, prompt and kvpo's code; "": unknown, and nothing
-    is kept on disk."""
+    """Digest of what decides the scores besides clip, prompt and kvpo's code; "": unknown, nothing is kept
+    on disk."""
     cache: ScoreCache | None = None
     """With one, the scorer is asked about every distinct clip once."""
     device: torch.device | str | None = None

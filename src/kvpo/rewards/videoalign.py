@@ -111,8 +111,6 @@ def load_videoalign(
     base: Path,
     template: Path | None = None,
     *,
-    components: tuple[str, ...] = COMPONENTS,
-    frame_rate: float = 16.0,
     device: str = "cpu",
     dtype: torch.dtype = torch.bfloat16,
 ) -> VideoAlignScorer:
@@ -143,7 +141,7 @@ def load_videoalign(
         dtype=dtype,
         head_dtype=dtype,
     )
-    return VideoAlignScorer(model, tokenizer, text, components, frame_rate)
+    return VideoAlignScorer(model, tokenizer, text)
 
 
 def checkpoint_weights(path: Path) -> dict[str, Tensor]:
