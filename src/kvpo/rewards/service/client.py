@@ -1,4 +1,4 @@
-"""A scorer that lives in another process: a reward server asked as if it were a function."""
+"""A scorer in another process: a reward server that is called like a function."""
 
 import asyncio
 import contextlib
@@ -49,13 +49,13 @@ REQUEST_BYTES = 8 * 2**20
 when the first of them has arrived."""
 IN_FLIGHT = 3
 """Requests that a client has in flight: one is scored, one waits, one travels. More would all be
-prepared and sent while the first is scored, in its way where the server is on the same machine."""
+prepared and sent while the first is scored, and slow it down where the server is on the same machine."""
 PART_BYTES = 2**20
-"""Bytes of a body sent at a time: every part costs some Python, and copies within the cache are cheap."""
+"""Bytes of a body sent at a time: each part costs some Python, and copies within the cache are cheap."""
 NO_BODY = Body(b"", memoryview(b""))
 CONNECT_SECONDS = 10.0
 SILENCE, SILENCE_AT_START = 30.0, 1.0
-"""Seconds without scores, or without a word, after which it is said that an answer is waited for."""
+"""Seconds without scores, or without any answer, after which the wait is logged."""
 WORDS = 200
 """Letters of a server's own words that a message repeats."""
 
@@ -71,15 +71,15 @@ class Link:
         self.url = checked_url(url)
         self.patience = patience
         self.loop = asyncio.new_event_loop()
-        self.under_way = asyncio.Semaphore(IN_FLIGHT)
+        self.in_flight = asyncio.Semaphore(IN_FLIGHT)
         self.preparation = asyncio.Lock()
-        self.road = asyncio.Lock()  # held by the request whose body is leaving
+        self.upload = asyncio.Lock()  # held by the request whose body is leaving
         self.client = httpx.AsyncClient(
             base_url=self.url,
             headers={} if token is None else {"Authorization": f"Bearer {token}"},
             timeout=httpx.Timeout(None, connect=CONNECT_SECONDS),
             limits=httpx.Limits(max_connections=IN_FLIGHT),
-            trust_env=False,  # a proxy for the web knows nothing of this machine's own addresses
+            trust_env=False,  # a web proxy cannot reach this machine's own addresses
             verify=self.url.startswith("https:"),  # reading all certificates takes a fifth of a second
         )
         threading.Thread(target=self.loop.run_forever, name="kvpo reward client", daemon=True).start()
@@ -97,7 +97,7 @@ class Link:
         return result
 
     def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
-        """The result of a coroutine, waited for."""
+        """Run a coroutine to its end and return its result."""
         return self.begin(coroutine)()
 
     def close(self) -> None:
@@ -108,10 +108,10 @@ class Link:
     async def ask(
         self, method: str, path: str, read: Callable[[Any], T], body: Body = NO_BODY, *, first: bool = False
     ) -> T:
-        """One request, tried until there is an answer that ``read`` takes, or patience ends.
+        """One request, repeated until ``read`` accepts an answer or the policy's limits are reached.
 
-        What is waited for, why and how long, is logged at the first failure, after some silence, and from
-        then on every few seconds. ``first``: whether it is a reward server at all is still to be seen.
+        The wait, its reason and its end are logged at the first failure or after some silence, and from then
+        on every few seconds. ``first``: nothing has shown yet that this is a reward server.
 
         Raises:
             StillLoading: the server had nothing to say but that it is loading.
@@ -157,8 +157,8 @@ class Link:
                 upload.close()
 
             async with asyncio.timeout(seconds):
-                await self.road.acquire()
-                upload.callback(self.road.release)
+                await self.upload.acquire()
+                upload.callback(self.upload.release)
                 headers = {"Content-Length": str(len(body))}
                 return await self.client.request(method, path, content=parts(), headers=headers)
 
@@ -276,7 +276,7 @@ class RemoteScorer:
                 ) as error:
                     raise Failed(f"unusable scores: {error}") from error
 
-            async with self.link.under_way:  # only requests in flight are fetched from its device
+            async with self.link.in_flight:  # only requests in flight are fetched from its device
                 async with self.link.preparation:
                     body = await asyncio.to_thread(body_of, own, video_BTCHW[piece])
                 return await self.link.ask("POST", "/score", read, body)
@@ -300,7 +300,7 @@ def connect(
 
     Raises:
         StillLoading: it was loading for longer than ``patience.outage``.
-        ValueError: a URL that is none, nobody there, no answer in time, another protocol, a reward that it
+        ValueError: an invalid URL, no server there, no answer in time, another protocol, a reward that it
             does not have.
     """
     link = Link(url, token, patience)
@@ -340,7 +340,7 @@ def checked_url(url: str) -> str:
     try:
         parts = urlsplit(url)
         right = parts.port != 0 and parts.scheme in ("http", "https") and parts.hostname
-    except ValueError:  # a port or an IPv6 address that is none
+    except ValueError:  # an invalid port or IPv6 address
         right = False
     if not right or parts.query or parts.fragment:
         raise ValueError(

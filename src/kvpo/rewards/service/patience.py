@@ -1,4 +1,4 @@
-"""When to ask a reward server again, how long to wait for it, and what to say meanwhile."""
+"""The policy of asking a reward server: retries, timeouts, and what is logged meanwhile."""
 
 import time
 from dataclasses import dataclass, field
@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 KNOCK_SECONDS = 2.0
 """Longest pause between two tries to reach a server that has not answered yet."""
 AGAIN, AGAIN_AT_START = 30.0, 5.0
-"""Seconds between two lines about what is waited for: later, and before a server's first answer."""
+"""Seconds between two log lines about a wait: later, and before a server's first answer."""
 
 
 @dataclass(frozen=True)
@@ -18,11 +18,10 @@ class Patience:
     attempts: int = 3
     """Answers that may fail (late, an error of the scorer, not the scores asked for) before it gives up."""
     start: float = 15.0
-    """Seconds at the start in which the server must answer: enough to begin to listen, not to load models,
-    as it says that it loads them."""
+    """Seconds within which the server must answer at the start, if only that it is loading its models."""
     outage: float = 300.0
-    """Seconds that it may be loading at the start, and later be out of reach or full: enough to be restarted
-    and load its models."""
+    """Seconds that it may load at the start, and later be unreachable or full: enough for a restart that
+    loads its models."""
     first_pause: float = 0.5
     """Seconds before the second try; doubled from then on."""
     longest_pause: float = 30.0
@@ -32,15 +31,15 @@ PATIENCE = Patience()
 
 
 class Refused(ValueError):
-    """The server will not do this, however often it is asked."""
+    """The server refuses this request for good."""
 
 
 class Failed(ValueError):
-    """An answer that is of no use; the next one may be."""
+    """An unusable answer; asking again may help."""
 
 
 class Away(ValueError):
-    """Nothing there that answers; or something that wants to be asked again ``after`` seconds."""
+    """No server answers, or one that asks to be tried again ``after`` seconds."""
 
     def __init__(self, problem: str, after: float | None = None) -> None:
         super().__init__(problem)
@@ -48,21 +47,21 @@ class Away(ValueError):
 
 
 class StillLoading(ValueError):
-    """The server is there, and not ready."""
+    """The server answers, but is not ready."""
 
 
 @dataclass
 class Trial:
-    """The tries of one question."""
+    """The tries of one request."""
 
     patience: Patience
     first: bool
-    """True while the server has given no answer of use yet: it may be something else that listens there."""
+    """True until the first usable answer: something else may listen there."""
     tries: int = 0
     failures: int = 0
     problem: str = "no answer yet"
     promised: bool = False
-    """The last answer said when to come back."""
+    """True if the last answer said when to come back."""
     began: float = field(default_factory=time.monotonic)
     over: bool = False
     wait: float = 0.0
@@ -73,7 +72,7 @@ class Trial:
 
     @property
     def until(self) -> float:
-        """When to give up on a server that gives no answer at all."""
+        """Time at which to give up on a server that does not answer at all."""
         if self.first and not self.promised:
             return self.alive + self.patience.start
         return self.began + self.patience.outage
@@ -86,7 +85,7 @@ class Trial:
 
     @property
     def plan(self) -> str:
-        """What is done about the problem, in words."""
+        """The next step, in words."""
         if self.first and not self.failures:
             return f"waiting up to {max(0.0, self.until - time.monotonic()):.0f} s for it"
         if not self.tries:
@@ -95,7 +94,7 @@ class Trial:
         return times if self.first else f"{times}, or {self.patience.outage:g} s of an outage"
 
     def failed(self, error: Exception) -> None:
-        """Take note of a try that was of no use: what it was, whether that was the last, when the next is."""
+        """Record a failed try: the problem, and whether and when to try again."""
         now, late = time.monotonic(), isinstance(error, TimeoutError)
         self.problem = str(error).rstrip(".") or f"the connection broke ({type(error).__name__})"
         if late:
@@ -117,7 +116,7 @@ class Trial:
         self.pause = min(2 * self.pause, longest)
 
     def end(self) -> ValueError:
-        """The error to end with."""
+        """The error to give up with."""
         times = "once" if self.tries == 1 else f"{self.tries} times"
         seconds = time.monotonic() - self.began
         way_out = "; is a `kvpo reward-server` there, and ready to answer?" if self.first else ""
