@@ -18,6 +18,7 @@ from kvpo.models.finite import NonFiniteError, first_non_finite, magnitudes
 from kvpo.training import gradients
 from kvpo.training import trainer as training
 from kvpo.training.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+from kvpo.training.interrupt import StopAtOnce
 from kvpo.training.metrics_log import MetricsLog
 from kvpo.training.run import Run, evaluate_base
 from kvpo.training.trainer import Trainer
@@ -144,6 +145,26 @@ def bad_parameters(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trainer.optimizer, "step", overflowing)
 
 
+def bad_moments(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
+    step = trainer.optimizer.step
+
+    def overflowing() -> None:  # the square of a large gradient: the parameter would never move again
+        step()
+        list(trainer.optimizer.state.values())[3]["exp_avg_sq"][0, 0] = math.inf
+
+    monkeypatch.setattr(trainer.optimizer, "step", overflowing)
+
+
+def second_interrupt(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
+    step = trainer.optimizer.step
+
+    def interrupted() -> None:
+        step()
+        raise KeyboardInterrupt("pressed twice")
+
+    monkeypatch.setattr(trainer.optimizer, "step", interrupted)
+
+
 def out_of_memory(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(*arguments: Any) -> Any:
         raise torch.OutOfMemoryError("no memory left")
@@ -156,6 +177,11 @@ FAILURES: dict[str, tuple[Callable[[Trainer, pytest.MonkeyPatch], None], str]] =
     "residuals": (bad_residuals, r"update 3: replayed residuals.*: prompt \d+ holds infinity"),
     "gradient": (bad_gradient, r"update 3: the gradient is not finite; lower optim\.lr = 0\.01 \(.*lora_B"),
     "parameters": (bad_parameters, r"update 3: parameters after the step: .*lora_B.* holds infinity; lower"),
+    "moments": (
+        bad_moments,
+        r"update 3: optimiser's state after the step: .*lora_B.*exp_avg_sq holds infinity",
+    ),
+    "interrupt": (second_interrupt, "pressed twice"),
     "memory": (out_of_memory, "no memory left"),
 }
 
@@ -190,7 +216,7 @@ def test_an_update_that_fails_keeps_the_updates_before_it(
                 poison(trainer, monkeypatch)
 
         run = Run(trainer.setup, trainer, tmp_path / "checkpoints", metrics, progress, base)
-        with pytest.raises((ValueError, torch.OutOfMemoryError), match=words):
+        with pytest.raises((ValueError, torch.OutOfMemoryError, KeyboardInterrupt), match=words):
             run.train(lambda: False)
     assert_same(state_of(trainer), expected)
     tensors, state = load_checkpoint(tmp_path / "checkpoints" / "update-000002")
@@ -199,6 +225,33 @@ def test_an_update_that_fails_keeps_the_updates_before_it(
     monkeypatch.undo()
     trainer.step(), alone.step()
     assert_same(state_of(trainer), state_of(alone))
+
+
+@pytest.mark.parametrize("ends", ["at once", "disk full"])
+def test_updates_that_are_lost_are_named(
+    tiny_base: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    ends: str,
+) -> None:
+    trainer = trainer_of(tiny_base, optim__updates=5, checkpoint__every=9, evaluation__every=0)
+    original = training.accumulate_gradients
+
+    def third(*arguments: Any) -> Any:
+        if trainer.update == 2:
+            if ends == "disk full":
+                monkeypatch.setattr(run, "save", lambda: (_ for _ in ()).throw(OSError("disk full")))
+            raise StopAtOnce if ends == "at once" else KeyboardInterrupt
+        return original(*arguments)
+
+    monkeypatch.setattr(training, "accumulate_gradients", third)
+    with MetricsLog(tmp_path / "metrics.jsonl", tmp_path / "tensorboard") as metrics:
+        run = Run(trainer.setup, trainer, tmp_path / "checkpoints", metrics, lambda *numbers: None, {})
+        with pytest.raises((StopAtOnce, OSError)):
+            run.train(lambda: False)
+    assert [path.name for path in (tmp_path / "checkpoints").glob("update-*")] == ["update-000000"]
+    assert "lost: updates 1 to 2, made since the last checkpoint" in caplog.text
 
 
 def test_a_learning_rate_that_diverges_stops_with_one_line(tiny_base: Path) -> None:

@@ -7,18 +7,22 @@ import time
 
 import pytest
 
-from kvpo.training.interrupt import stop_on_signal
+from kvpo.training.interrupt import StopAtOnce, stop_on_signal
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_the_first_signal_asks_and_the_second_stops(number: signal.Signals) -> None:
+def test_the_first_signal_asks_the_second_saves_the_third_stops(number: signal.Signals) -> None:
     former = signal.getsignal(number)
     with stop_on_signal() as interrupted:
         assert not interrupted()
         signal.raise_signal(number)
         assert interrupted()
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(KeyboardInterrupt) as second:
             signal.raise_signal(number)
+        assert not isinstance(second.value, StopAtOnce)
+        for _ in range(2):
+            with pytest.raises(StopAtOnce):
+                signal.raise_signal(number)
     assert signal.getsignal(number) is former
 
 

@@ -10,20 +10,31 @@ from types import FrameType
 logger = logging.getLogger(__name__)
 
 
+class StopAtOnce(KeyboardInterrupt):
+    """Stop without saving anything."""
+
+
 @contextmanager
 def stop_on_signal() -> Iterator[Callable[[], bool]]:
     """Yield ``interrupted()``, which turns true at the first SIGINT or SIGTERM.
 
-    A second signal raises KeyboardInterrupt at once. The former handlers come back when the block ends.
+    A second signal raises KeyboardInterrupt, for the block to save what it has; every further one StopAtOnce,
+    as that may take too long. The former handlers come back when the block ends.
     Outside the main thread, where Python allows no handlers, ``interrupted()`` stays false.
     """
     received: list[int] = []
 
     def handle(number: int, frame: FrameType | None) -> None:
-        if received:
-            raise KeyboardInterrupt
         received.append(number)
-        logger.warning("stopping at the next safe point; press Ctrl-C again to stop at once")
+        if len(received) == 1:
+            logger.warning(
+                "stopping at the next safe point; press Ctrl-C again to give up the update under way"
+            )
+        elif len(received) == 2:
+            logger.warning("saving the updates before it; press Ctrl-C again to lose them")
+            raise KeyboardInterrupt
+        else:
+            raise StopAtOnce
 
     with _handled(handle, signal.SIGINT, signal.SIGTERM):
         yield lambda: bool(received)

@@ -22,6 +22,7 @@ from kvpo.training.checkpoint import (
 )
 from kvpo.training.device import forget_peak, peak
 from kvpo.training.evaluation import ROWS, HeldOut, comparison, evaluate, mean_gain
+from kvpo.training.interrupt import StopAtOnce
 from kvpo.training.metrics_log import MetricsLog
 from kvpo.training.policy import Policy, Sides, policy_of
 from kvpo.training.setup import Setup
@@ -64,8 +65,24 @@ class Run:
         """Train to the last update, or until the radar calls it hacking; False if interrupted.
 
         The state is saved either way. Raises ValueError when a reward fails or a number is not finite; the
-        updates before it are saved, as they are for anything else that an update raises.
+        updates before it are saved, as they are for anything else that is raised but StopAtOnce. Where
+        updates are lost, that is said.
         """
+        try:
+            return self._train(interrupted)
+        except BaseException as error:
+            if not isinstance(error, StopAtOnce):
+                self._save_if_new()
+            raise
+        finally:
+            if self.trainer.update > self.saved:
+                logger.warning(
+                    "lost: updates %d to %d, made since the last checkpoint",
+                    self.saved + 1,
+                    self.trainer.update,
+                )
+
+    def _train(self, interrupted: Callable[[], bool]) -> bool:
         config, trainer = self.setup.config, self.trainer
         if trainer.update == 0 and self.best is None:
             self.save(0.0)  # the base is the best one until a validation beats it
@@ -75,11 +92,7 @@ class Run:
                 return False
             started, scored = time.perf_counter(), replace(self.setup.scored)
             forget_peak(self.setup.generator.device)
-            try:
-                numbers = trainer.step()
-            except Exception:
-                self._save_if_new()
-                raise
+            numbers = trainer.step()
             numbers |= self.setup.scored.since(scored)
             numbers["seconds"] = time.perf_counter() - started
             numbers |= peak(self.setup.generator.device)
@@ -155,14 +168,10 @@ class Run:
     def _validate_and_save(self) -> None:
         """Validation comes before the checkpoint: a kill in between repeats both.
 
-        Where it fails, what was trained is saved, and a resumed run begins with the validation.
+        Where it fails, ``train`` saves what was trained, and a resumed run begins with the validation.
         """
-        self.unvalidated = True
-        try:
-            gain = self.validate()
-        except Exception:
-            self.save()
-            raise
+        self.unvalidated = True  # until it has succeeded
+        gain = self.validate()
         self.unvalidated = False
         self.save(gain)
 

@@ -119,6 +119,11 @@ class Trainer:
             self.optimizer.zero_grad(set_to_none=True)
             way_out = f"lower optim.lr = {optim.lr}"
             require_finite(self.policy.parameters, "parameters after the step", way_out)
+            moments, _ = flatten_state(optimizer_state(self.optimizer, self.policy.parameters))
+            moments = {
+                name: moment for name, moment in moments.items() if moment.dim()
+            }  # counts are elsewhere
+            require_finite(moments, "optimiser's state after the step", "lower optim.grad_clip")
         self.average.update(self.policy.parameters)
         return found, {"velocity_kl": drift, "gradient_norm": norm, "gradient_coverage": coverage}
 
@@ -146,7 +151,7 @@ class Trainer:
         }
         try:
             yield
-        except Exception:
+        except BaseException:  # Ctrl-C too: what comes before the update is then saved
             self.optimizer.zero_grad(set_to_none=True)
             self.restore(before, state)
             raise
