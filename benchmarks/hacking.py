@@ -24,7 +24,7 @@ from kvpo.app.build import build_setup
 from kvpo.app.configuration import preset
 from kvpo.files import write_atomic
 from kvpo.prompts import ClipPrompt
-from kvpo.report import write_report
+from kvpo.report.page import write_report
 from kvpo.rewards.pixel_statistics import brightness as mean_luminance
 from kvpo.training import radar
 from kvpo.training.checkpoint import find_checkpoint

@@ -18,14 +18,14 @@ if TYPE_CHECKING:
     from kvpo.app.configuration import preset
     from kvpo.app.evaluate import evaluate
     from kvpo.app.generate import generate
-    from kvpo.report import write_report
+    from kvpo.report.page import write_report
 
 _HOME = {
     "align": "kvpo.app.align",
     "evaluate": "kvpo.app.evaluate",
     "generate": "kvpo.app.generate",
     "preset": "kvpo.app.configuration",
-    "write_report": "kvpo.report",
+    "write_report": "kvpo.report.page",
 }
 
 

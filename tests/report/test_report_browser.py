@@ -11,8 +11,8 @@ from edits import HOSTILE, copy_of, edit_json, enlarge, lines_of
 from headless_chromium import chromium, find_chromium
 from safetensors.numpy import load_file
 
-from kvpo.report import write_report
 from kvpo.report.formatting import compact
+from kvpo.report.page import write_report
 
 pytestmark = pytest.mark.skipif(
     find_chromium() is None, reason="no Chromium is installed (Debian: apt-get install chromium)"

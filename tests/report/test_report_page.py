@@ -17,9 +17,9 @@ from edits import HOSTILE, copy_of, edit_json, edit_metrics, held_out, lines_of
 from safetensors.numpy import load_file, save_file
 
 from kvpo.method.methods import METHODS as METHODS_OF_TRAINING
-from kvpo.report import write_report
 from kvpo.report.curves import NOT_METRICS
 from kvpo.report.formatting import escape, fixed, signed, title_of
+from kvpo.report.page import write_report
 from kvpo.report.tables import CHECKS, DIVERSITY, METHODS
 
 VOID = {"meta", "input", "br", "img", "link", "hr"}

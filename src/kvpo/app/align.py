@@ -53,7 +53,7 @@ def align(config: Config, out: Path | str, *, resume: bool = False) -> dict[str,
     Raises ValueError for settings, prompts, rewards and checkpoints that cannot be used and StorageError
     where ``out`` cannot be written or already holds a run.
     """
-    from kvpo.report import write_report
+    from kvpo.report.page import write_report
 
     out, started = local_path(out, "out"), time.perf_counter()
     config = with_measured_floors(config)

@@ -293,7 +293,7 @@ def _report_arguments(parser: ArgumentParser) -> None:
 
 
 def _report(arguments: Namespace) -> None:
-    from kvpo.report import write_report
+    from kvpo.report.page import write_report
 
     print(write_report(arguments.run))
 

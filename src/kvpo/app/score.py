@@ -2,9 +2,7 @@
 
 import json
 import math
-import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +13,7 @@ from kvpo.app.named_rewards import named_rewards, split_location
 from kvpo.app.video_folder import MANIFEST, file_prompts, find_videos, shown_names
 from kvpo.files import printable, write_atomic
 from kvpo.prompts import ClipPrompt
-from kvpo.report.scores import Entry, write_page
+from kvpo.report.scores import ScoredVideo, write_page
 from kvpo.report.video import enlarge, video_bytes
 from kvpo.rewards.reward import Reward
 from kvpo.rewards.sampling import file_clips
@@ -29,25 +27,12 @@ PREVIEWS_BYTES = 12_000_000
 """All previews of a page together; files beyond them are listed without."""
 
 
-@dataclass
-class FileScore:
-    """Result for one file."""
-
-    path: Path
-    name: str
-    """Path below the scored folder, as it is shown."""
-    prompt: str
-    scores: dict[str, float] = field(default_factory=dict)
-    problems: dict[str, str] = field(default_factory=dict)
-    """Reward -> why it could not be scored."""
-
-
 def as_video(frames_THWC: np.ndarray) -> Tensor:
     """Frames read from a file as a clip [1, T, 3, H, W] in [0, 1]."""
     return torch.from_numpy(frames_THWC).movedim(-1, 1)[None].float() / 255
 
 
-def score_file(path: Path, prompt: str, rewards: Sequence[Reward], result: FileScore) -> FileScore:
+def score_file(path: Path, prompt: str, rewards: Sequence[Reward], result: ScoredVideo) -> ScoredVideo:
     """Fill ``result`` with every reward's components; errors concern this file alone."""
     try:
         video = probe(path)
@@ -93,7 +78,7 @@ def score_folder(
     sources: Mapping[str, str] | None = None,
     device: str = "cpu",
     progress: Callable[[int, int], None] = lambda done, total: None,
-) -> list[FileScore]:
+) -> list[ScoredVideo]:
     """Score every video of ``folder``, write ``out`` (HTML) and a JSON file next to it; best first.
 
     Raises:
@@ -112,7 +97,7 @@ def score_folder(
     results = []
     for number, (path, name, text) in enumerate(zip(files, shown, texts, strict=True)):
         progress(number, len(files))
-        results.append(score_file(path, text, rewards, FileScore(path, name, text)))
+        results.append(score_file(path, text, rewards, ScoredVideo(path, name, text)))
     progress(len(files), len(files))
     columns = [component for reward in rewards for component in reward.scorer.components]
     plain = [split_location(name)[0] for name in names]
@@ -122,18 +107,11 @@ def score_folder(
         raise ValueError(f"none of {len(files)} file(s) could be scored; {results[0].name}: {first}")
     results.sort(key=lambda r: (-r.scores.get(columns[0], -math.inf), r.name))
     _write_json(table_file, results)
-    write_page(
-        out, printable(str(folder)), columns, [_entry(result, out) for result in results], _previews(results)
-    )
+    write_page(out, printable(str(folder)), columns, results, _previews(results))
     return results
 
 
-def _entry(result: FileScore, out: Path) -> Entry:
-    link = os.path.relpath(result.path.resolve(), out.resolve().parent)
-    return Entry(result.name, link, result.prompt, result.scores, result.problems)
-
-
-def _previews(results: Sequence[FileScore]) -> dict[str, bytes]:
+def _previews(results: Sequence[ScoredVideo]) -> dict[str, bytes]:
     """Previews by name, best and worst first, as far as they fit."""
     readable = [result for result in results if result.scores]
     ends = [readable[i // 2 if i % 2 == 0 else -1 - i // 2] for i in range(len(readable))]
@@ -150,12 +128,12 @@ def _previews(results: Sequence[FileScore]) -> dict[str, bytes]:
     return found
 
 
-def _write_json(path: Path, results: Sequence[FileScore]) -> None:
+def _write_json(path: Path, results: Sequence[ScoredVideo]) -> None:
     rows = [{"file": r.name, "prompt": r.prompt, "scores": r.scores, "problems": r.problems} for r in results]
     write_atomic(path, json.dumps(rows, indent=1, ensure_ascii=False) + "\n")
 
 
-def table(results: Sequence[FileScore]) -> str:
+def table(results: Sequence[ScoredVideo]) -> str:
     """The scores as text, full file names last so that no terminal width cuts them."""
     columns = list(dict.fromkeys(name for result in results for name in result.scores))
     widths = [max(10, len(column)) for column in columns]

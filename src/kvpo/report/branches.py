@@ -4,10 +4,9 @@ from collections import Counter
 from dataclasses import dataclass
 
 from kvpo.models.settings import Deployment
-from kvpo.report.clips import ClipStore
+from kvpo.report.clips import ClipStore, captions, film_data, screen, segments_of, whole
 from kvpo.report.formatting import escape, fixed, number, numbers, signed, significant
-from kvpo.report.record import Entry, Run
-from kvpo.report.screens import captions, film_data, screen, segments_of, whole
+from kvpo.report.record import Entry, RunRecord
 
 RESIDUALS = ("energy", "distance", "residual")
 """Names that methods give a branch's residuals; small is close to the policy."""
@@ -78,7 +77,7 @@ DIFFERENCES = {
 """Explorer -> the one difference between its branches."""
 
 
-def difference_of(run: Run) -> str:
+def difference_of(run: RunRecord) -> str:
     """One sentence on what sets the branches of a run apart, by its ``exploration.explorer``."""
     exploration = run.config.get("exploration")
     explorer = exploration.get("explorer") if isinstance(exploration, dict) else None
@@ -106,7 +105,7 @@ def read_group(entry: Entry) -> Group:
     )
 
 
-def context_size(run: Run) -> ContextSize:
+def context_size(run: RunRecord) -> ContextSize:
     """Context sizes of a run; a window of -1 sees all the past, and settings that are absent count as 0."""
     stream, exploration = numbers(run.config.get("stream")), numbers(run.config.get("exploration"))
     sink, window = int(stream.get("sink", 0)), int(stream.get("window", 0))
@@ -257,7 +256,7 @@ def _member(group: Group, member: Entry, position: int, store: ClipStore, size: 
     )
 
 
-def _group(run: Run, store: ClipStore, entry: Entry, identity: str, *, hidden: bool) -> str:
+def _group(run: RunRecord, store: ClipStore, entry: Entry, identity: str, *, hidden: bool) -> str:
     group, size = read_group(entry), context_size(run)
     cards = "".join(_member(group, m, i, store, size) for i, m in enumerate(group.members))
     shown = {"order", *(key for member in group.members for key in numbers(member))}
@@ -291,7 +290,7 @@ LEGEND = (
 )
 
 
-def explorer(run: Run, store: ClipStore) -> str:
+def explorer(run: RunRecord, store: ClipStore) -> str:
     """Groups of branches in tabs, then the causality groups, whose branches were routed to one act only."""
     if not run.groups and not run.causality:
         return '<p class="missing">No branch groups have been saved (branches/branches.json).</p>'

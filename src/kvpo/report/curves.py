@@ -5,14 +5,14 @@ from collections import Counter
 from kvpo.report.charts import Series, line_chart, paired_bars
 from kvpo.report.formatting import compact, escape, number, numbers, title_of
 from kvpo.report.headline import LENGTHS, read_outcome, read_outcomes
-from kvpo.report.record import Entry, Run, method_of
+from kvpo.report.record import Entry, RunRecord, method_of
 
 NOT_METRICS = {"kind", "update", "time"}
 RATIOS = {"ratio_mean", "ratio_max"}
 """Metrics on the scale of the clip range."""
 
 
-def reward_curves(run: Run) -> str:
+def reward_curves(run: RunRecord) -> str:
     """Held-out reward over updates, base and aligned, with bands of one and two paired standard errors."""
     charts = []
     for name, meaning in LENGTHS.items():
@@ -46,7 +46,7 @@ def reward_curves(run: Run) -> str:
     )
 
 
-def components(run: Run) -> str:
+def components(run: RunRecord) -> str:
     """Reward components before and after, sorted by gain."""
     outcomes, source = read_outcomes(run)
     cards = [
@@ -98,7 +98,7 @@ def _figure(title: str, values: str, chart: str, meaning: str) -> str:
     )
 
 
-def _clip_range(run: Run) -> list[tuple[str, float]]:
+def _clip_range(run: RunRecord) -> list[tuple[str, float]]:
     """Bounds at which the method clips its ratios, from its own settings; empty if it does not."""
     settings = numbers(run.config.get(method_of(run).replace("-", "_")))
     low = settings.get("clip_low", settings.get("clip"))
@@ -106,7 +106,7 @@ def _clip_range(run: Run) -> list[tuple[str, float]]:
     return [] if low is None or high is None else [("clip", 1 - low), ("clip", 1 + high)]
 
 
-def diagnostics(run: Run) -> str:
+def diagnostics(run: RunRecord) -> str:
     """Small multiples of every number in the update lines, with the headings and meanings that the run wrote.
 
     Numbers without a meaning come last, under 'Other'.

@@ -1,9 +1,8 @@
 """Before/after videos side by side."""
 
-from kvpo.report.clips import ClipStore
+from kvpo.report.clips import ClipStore, captions, film_data, screen, whole
 from kvpo.report.formatting import escape, fixed, number, numbers, signed
-from kvpo.report.record import Entry, Run
-from kvpo.report.screens import captions, film_data, screen, whole
+from kvpo.report.record import Entry, RunRecord
 
 
 def clip_keys(entries: list[Entry]) -> list[str]:
@@ -50,7 +49,7 @@ def _card(entry: Entry, store: ClipStore, position: int) -> str:
     )
 
 
-def cards(run: Run, store: ClipStore) -> str:
+def cards(run: RunRecord, store: ClipStore) -> str:
     """Cards of before/after pairs that play in step, with the caption that holds at each moment."""
     if not run.gallery:
         return '<p class="missing">No before/after videos have been saved (gallery/gallery.json).</p>'

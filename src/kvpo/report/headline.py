@@ -5,7 +5,7 @@ from typing import Any
 
 from kvpo.report.charts import interval
 from kvpo.report.formatting import duration, escape, fixed, number, numbers, percent, signed
-from kvpo.report.record import Entry, Run, method_of
+from kvpo.report.record import Entry, RunRecord, method_of
 
 LENGTHS = {"short": "one prompt", "long": "several prompts with switches"}
 SYMBOLS = {"good": "\u2713", "neutral": "\u2248", "bad": "\u2193", "pending": "\u2026"}
@@ -99,7 +99,7 @@ def read_outcome(name: str, entry: Any) -> Outcome | None:
     )
 
 
-def read_outcomes(run: Run) -> tuple[list[Outcome], str]:
+def read_outcomes(run: RunRecord) -> tuple[list[Outcome], str]:
     """The run's outcomes and where they come from: 'test', 'validation' (unfinished run) or 'none'."""
     held_out = run.summary.get("held_out") if run.summary else None
     latest = run.validations[-1] if run.validations else None
@@ -211,7 +211,7 @@ def _card(outcome: Outcome, gain_axis: tuple[float, float], unseen_axis: tuple[f
     )
 
 
-def _run_facts(run: Run) -> str:
+def _run_facts(run: RunRecord) -> str:
     summary = numbers(run.summary)
     last = number(run.updates[-1].get("update")) if run.updates else None
     memory = summary.get("peak_rss_mb")
@@ -241,7 +241,7 @@ def is_null_control(config: Entry) -> bool:
     return isinstance(objective, dict) and objective.get("advantages") == "random"
 
 
-def idle_note(run: Run) -> list[str]:
+def idle_note(run: RunRecord) -> list[str]:
     """The number of updates that taught nothing, where that is one in ten or more."""
     coverage = [number(entry.get("gradient_coverage")) for entry in run.updates]
     idle = sum(value == 0 for value in coverage)
@@ -250,7 +250,7 @@ def idle_note(run: Run) -> list[str]:
     return [f"Nothing was learned in {idle} of {len(coverage)} updates: no trained group, or no gradient."]
 
 
-def headline(run: Run) -> str:
+def headline(run: RunRecord) -> str:
     """The verdict, a card each for short and long videos, and what the run cost."""
     outcomes, source = read_outcomes(run)
     verdict = judge(outcomes, null_control=is_null_control(run.config), validation=source == "validation")

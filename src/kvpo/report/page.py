@@ -1,28 +1,22 @@
-"""Assemble the page: sections, styles, script and videos in one file that makes no request."""
+"""Assembles the page of a run from its sections and videos."""
 
-import base64
-import hashlib
-from datetime import UTC, datetime
-from importlib.resources import files
 from pathlib import Path
-from string import Template
 
-from kvpo import __version__
 from kvpo.files import write_atomic
 from kvpo.report import branches, gallery
 from kvpo.report.clips import ClipStore
 from kvpo.report.curves import components, diagnostics, reward_curves
-from kvpo.report.formatting import embed_json, escape
+from kvpo.report.formatting import embed_json, escape, fill_page
 from kvpo.report.headline import headline
 from kvpo.report.radar import hacking_radar
-from kvpo.report.record import Run, method_of, read_run, read_videos
+from kvpo.report.record import RunRecord, method_of, read_run, read_videos
 from kvpo.report.tables import checks, configuration, diversity, reproduction
 
 VIDEO_BUDGET = 13_000_000
 """Characters of base64 video in a page; with text, styles and charts it stays under 15 MB."""
 
 
-def _embed_videos(run: Run) -> ClipStore:
+def _embed_videos(run: RunRecord) -> ClipStore:
     """Encode the videos of groups first, then those of the gallery, as far as they fit."""
     sources = (
         ("branches", "branches.safetensors", branches.clip_keys(run.groups + run.causality)),
@@ -39,7 +33,7 @@ def _embed_videos(run: Run) -> ClipStore:
     return store
 
 
-def _sections(run: Run, store: ClipStore) -> list[tuple[str, str, str, str]]:
+def _sections(run: RunRecord, store: ClipStore) -> list[tuple[str, str, str, str]]:
     """(anchor, title, introduction, content) of every section, in page order."""
     explorer_intro = f"{branches.difference_of(run)} Each group shows the anchor, which is plain generation."
     return [
@@ -61,7 +55,7 @@ def _sections(run: Run, store: ClipStore) -> list[tuple[str, str, str, str]]:
     ]
 
 
-def _problems(run: Run) -> str:
+def _problems(run: RunRecord) -> str:
     if not run.problems:
         return ""
     count = "One thing" if len(run.problems) == 1 else f"{len(run.problems)} things"
@@ -77,22 +71,15 @@ def _section(anchor: str, title: str, intro: str, content: str) -> str:
     return f'<section id="{anchor}"><h2>{title}</h2>{introduction}{content}</section>'
 
 
-def build_page(run: Run) -> str:
-    """The page of ``run`` as HTML text; the security policy admits only the script that is in it."""
+def build_page(run: RunRecord) -> str:
+    """The page of ``run`` as HTML text."""
     store = _embed_videos(run)
     sections = _sections(run, store)
-    assets = files("kvpo.report") / "assets"
-    template, style, script = (
-        (assets / name).read_text(encoding="utf-8") for name in ("page.html", "report.css", "report.js")
-    )
-    return Template(template).substitute(
+    return fill_page(
+        "page.html",
+        "report.js",
         method=escape(method_of(run) or "run"),
         name=escape(run.directory.resolve().name),
-        written=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        version=__version__,
-        style=style,
-        script=script,
-        script_digest=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         links="".join(f'<a href="#{anchor}">{title}</a>' for anchor, title, *_ in sections),
         headline=headline(run) + _problems(run),
         sections="\n".join(_section(*section) for section in sections),
@@ -100,8 +87,13 @@ def build_page(run: Run) -> str:
     )
 
 
-def render_report(run_dir: Path) -> Path:
-    """Write ``run_dir/report.html`` in one step, so that nobody reads half a page, and return its path."""
-    target = run_dir / "report.html"
-    write_atomic(target, build_page(read_run(run_dir)))
+def write_report(run_dir: Path | str) -> Path:
+    """Write ``run_dir/report.html`` from what the run has left there so far, and return its path.
+
+    Only ``config.yaml`` and ``metrics.jsonl`` must exist; anything else missing or unreadable is named on the
+    page. Raises ValueError if ``run_dir`` is not a run directory.
+    """
+    directory = Path(run_dir)
+    target = directory / "report.html"
+    write_atomic(target, build_page(read_run(directory)))
     return target

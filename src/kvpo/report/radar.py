@@ -5,7 +5,7 @@ from typing import Any
 from kvpo.report.charts import Series, line_chart
 from kvpo.report.formatting import MINUS, escape, fixed, number, numbers, signed
 from kvpo.report.headline import FEWEST_PROMPTS, LENGTHS
-from kvpo.report.record import Entry, Run
+from kvpo.report.record import Entry, RunRecord
 
 SYMBOLS = {"good": "\u2713", "neutral": "\u2248", "bad": "\u2193", "pending": "\u2026"}
 LOOKS = {
@@ -16,7 +16,7 @@ LOOKS = {
 }
 
 
-def hacking_radar(run: Run) -> str:
+def hacking_radar(run: RunRecord) -> str:
     """The verdict, the curves behind it, how the videos' look drifts, and which rewards agree."""
     entries = [entry for entry in run.validations if _radar(entry)]
     points = [(float(entry["update"]), _radar(entry)) for entry in entries]

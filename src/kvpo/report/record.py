@@ -32,7 +32,7 @@ Entry = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Run:
+class RunRecord:
     """The contents of one run directory, as plain data."""
 
     directory: Path
@@ -56,7 +56,7 @@ class Run:
     """Descriptions of what was missing or unreadable; grows while videos are read."""
 
 
-def read_run(directory: Path) -> Run:
+def read_run(directory: Path) -> RunRecord:
     """Read ``directory``; raises ValueError if it lacks ``config.yaml`` or ``metrics.jsonl``."""
     for name in ("config.yaml", "metrics.jsonl"):
         if not (directory / name).is_file():
@@ -72,7 +72,7 @@ def read_run(directory: Path) -> Run:
     gallery = _read_json(directory, "gallery/gallery.json", "no before/after videos", problems)
     branches = _read_json(directory, "branches/branches.json", "no branch groups", problems)
     branches = branches if isinstance(branches, dict) else {}
-    return Run(
+    return RunRecord(
         directory=directory,
         config=_read_config(directory / "config.yaml", problems),
         summary=summary,
@@ -86,7 +86,7 @@ def read_run(directory: Path) -> Run:
     )
 
 
-def method_of(run: Run) -> str:
+def method_of(run: RunRecord) -> str:
     """The name of the method that trained the run; empty if the run does not say."""
     method = (run.summary or {}).get("method", run.config.get("method"))
     return method if isinstance(method, str) else ""

@@ -7,7 +7,7 @@ import yaml
 
 from kvpo.report.formatting import compact, escape, fixed, number, numbers, title_of
 from kvpo.report.headline import FEWEST_PROMPTS
-from kvpo.report.record import Run, method_of
+from kvpo.report.record import RunRecord, method_of
 
 CHECKS = {
     "first_ratio_max_deviation": (
@@ -43,7 +43,7 @@ METHODS = {
 }
 
 
-def checks(run: Run) -> str:
+def checks(run: RunRecord) -> str:
     """Numbers that must be zero: exactly, or for the first ratio within what rounding may add."""
     found = run.summary.get("checks") if run.summary else None
     if not isinstance(found, dict) or not found:
@@ -99,7 +99,7 @@ def _diversity_sentence(methods: dict[str, dict[str, float]], forks: float) -> s
     return f'<p class="reading">On {forks:.0f} fork(s) of this run, {said}.</p>'
 
 
-def diversity(run: Run) -> str:
+def diversity(run: RunRecord) -> str:
     """Branches by routed history compared with branches by noise."""
     found = run.summary.get("diversity") if run.summary else None
     methods = {str(key): numbers(value) for key, value in found.items()} if isinstance(found, dict) else {}
@@ -143,7 +143,7 @@ def _value(value: Any) -> str:
     return str(value)
 
 
-def configuration(run: Run) -> str:
+def configuration(run: RunRecord) -> str:
     """The resolved configuration: one table per section, and the file itself."""
     if not run.config:
         return '<p class="missing">config.yaml could not be read.</p>'
@@ -173,7 +173,7 @@ def _command(identity: str, text: str) -> str:
     )
 
 
-def reproduction(run: Run) -> str:
+def reproduction(run: RunRecord) -> str:
     """The commands that repeat this run and rebuild this page."""
     directory = shlex.quote(str(run.directory))
     command = f"kvpo align --config {shlex.quote(str(run.directory / 'config.yaml'))} --out {directory}-again"
