@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kvpo.prompts import ClipPrompt
 from kvpo.rewards.protocol import Declaration, Scorer
-from kvpo.rewards.service.messages import Offers
+from kvpo.rewards.service.messages import Offers, Question, encode_question
 from kvpo.rewards.service.patience import Patience
 from kvpo.rewards.service.server import Limits, reward_app
 
@@ -96,3 +96,8 @@ def number_of(video_BTCHW: Tensor, prompts: Sequence[ClipPrompt]) -> Tensor:
         told = (str(prompt), prompt.before, prompt.switch)
         assert told == (f"clip {number:.0f}", f"before {number:.0f}", number % 3)
     return numbers
+
+
+def encoded(question: Question) -> bytes:
+    """A question as one piece."""
+    return b"".join(encode_question(question).parts(1000))

@@ -2,6 +2,7 @@ import logging
 from pathlib import Path
 
 import pytest
+from edits import copy_of
 
 from kvpo.app.align import align
 from tests.tiny_world import tiny_config
@@ -57,3 +58,17 @@ def nft_run(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def finished_run(run_and_console: tuple[Path, list[str]]) -> Path:
     """A finished run, never changed: tests change copies (``edits.copy_of``)."""
     return run_and_console[0]
+
+
+@pytest.fixture
+def bare_run(tmp_path):
+    """The least that is a run: a configuration and no metrics yet."""
+    (tmp_path / "config.yaml").write_text("preset: demo\nseed: 3\n")
+    (tmp_path / "metrics.jsonl").write_text("")
+    return tmp_path
+
+
+@pytest.fixture
+def run(finished_run, tmp_path):
+    """A copy of the finished run, to change."""
+    return copy_of(finished_run, tmp_path / "run")

@@ -1,0 +1,93 @@
+"""Messages between reward servers and clients: what is sent is what arrives, and nothing else is accepted."""
+
+import json
+import math
+from typing import Any
+
+import pytest
+import torch
+
+from kvpo.prompts import ClipPrompt
+from kvpo.rewards.protocol import Declaration, Sampling
+from kvpo.rewards.service.messages import (
+    Question,
+    decode_offers,
+    decode_question,
+    eight_bit,
+    encode_offers,
+    fractions,
+)
+from tests.reward_servers import encoded, numbered
+
+
+def decoded(body: bytes) -> Question:
+    """The question of a body that has arrived."""
+    return decode_question(memoryview(bytearray(body)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.uint8])
+def test_a_question_survives_its_journey_to_the_bit(dtype: torch.dtype) -> None:
+    video = (torch.rand(2, 3, 3, 4, 6) * 255).to(dtype)
+    prompts = (ClipPrompt("Ein Bär, “groß”", "vorher\n", 2), ClipPrompt(""))
+    found = decoded(encoded(Question(video, prompts, ("a", "b"))))
+    assert torch.equal(found.video_BTCHW, video) and found.components == ("a", "b")
+    assert [(str(p), p.before, p.switch) for p in found.prompts] == [
+        ("Ein Bär, “groß”", "vorher\n", 2),
+        ("", "", 0),
+    ]
+
+
+def test_offers_survive_their_journey() -> None:
+    declarations = (
+        Declaration("a", -math.inf, math.inf, True, False, 2, 100, Sampling(2.0, 4, 32, 2, None)),
+        Declaration("b", 0.0, 1.0, False, True, 1, 50, weight=0.5),
+    )
+    offers = {"both": declarations}
+    assert decode_offers(json.loads(json.dumps(encode_offers(offers), allow_nan=False))) == offers
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda body: b"", "must be a safetensors file"),
+        (lambda body: b"\xff" * 40, "must be a safetensors file"),
+        (lambda body: body[:-3], "189 bytes .* are no video"),
+        (lambda body: body + b"123", "195 bytes .* are no video"),
+        (lambda body: body.replace(b"[2, 2, 3, 2, 2]", b"[2, 2, 3, 2, 0]"), "must be .* got"),
+        (lambda body: body.replace(b"[2, 2, 3, 2, 2]", b"[2, 2, 3, 2,-2]"), "must be .* got"),
+        (lambda body: body.replace(b"[2, 2, 3, 2, 2]", b"[2, 2, 3, 2, 3]"), "are no video"),
+        (lambda body: body.replace(b'"F32"', b'"F16"'), "are no video"),
+        (lambda body: body.replace(b'"prompts"', b'"prompps"'), "must be a safetensors file"),
+        (lambda body: body.replace(b"clip 0", b'\\"\\"]..'), "must be a safetensors file"),
+        (lambda body: body.replace(b'"video"', b'"audio"'), "one tensor, 'video', got audio"),
+        (
+            lambda body: body.replace(b"[2, 2, 3, 2, 2]", b"[2, 3, 2, 2, 2]"),
+            "must be .* got \\[2, 3, 2, 2, 2\\]",
+        ),
+        (lambda body: body.replace(b"[2, 2, 3, 2, 2]", b"[4, 1, 3, 2, 2]"), "2 prompts for 4 clips"),
+        (lambda body: body.replace(b'"F32"', b'"I32"'), "of I32"),
+    ],
+)
+def test_a_damaged_question_is_refused(change: Any, message: str) -> None:
+    video, prompts = numbered(2)
+    body = encoded(Question(video, tuple(prompts), ("own",)))
+    assert change(body) != body
+    with pytest.raises(ValueError, match=message):
+        decoded(change(body))
+
+
+def test_eight_bits_of_what_is_no_colour() -> None:
+    values = torch.tensor([-0.1, 0.0, 0.5 / 255, 0.51 / 255, 1.5 / 255, 1.0, 1.2])[:, None, None, None, None]
+    assert eight_bit(values).flatten().tolist() == [0, 0, 0, 1, 2, 255, 255]
+    whole = torch.arange(256, dtype=torch.uint8)[:, None, None, None, None]
+    assert eight_bit(whole) is whole and torch.equal(eight_bit(fractions(whole)), whole)
+
+
+@pytest.mark.parametrize("field", ["prompts", "components"])
+@pytest.mark.parametrize("text", ["[" * 50_000, '["\\ud800"]'])
+def test_bodies_that_no_scorer_should_see(field: str, text: str) -> None:
+    header = {"__metadata__": {"prompts": '[["", "", 0]]', "components": '["own"]', field: text}, "video": {}}
+    encoded_header = json.dumps(header).encode()
+    body = memoryview(len(encoded_header).to_bytes(8, "little") + encoded_header)
+    with pytest.raises(ValueError, match="nested too deeply|half of a character"):
+        decode_question(body)
