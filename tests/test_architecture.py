@@ -140,3 +140,14 @@ def test_every_kind_of_generator_has_a_source_and_no_other_file_names_one():
         if isinstance(node, ast.Compare) and "backbone.kind" in ast.unparse(node)
     ]
     assert not compared
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_files_and_functions_stay_short(name):
+    text = MODULES[name].read_text(encoding="utf-8")
+    functions = [
+        n for n in ast.walk(ast.parse(text)) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)
+    ]
+    long = [f.name for f in functions if f.end_lineno is not None and f.end_lineno - f.lineno >= 60]
+    assert not long, f"{name}: {', '.join(long)} have more than 60 lines"
+    assert len(text.splitlines()) <= 400, f"{name} has more than 400 lines"

@@ -247,3 +247,18 @@ def test_every_method_and_explorer_is_in_the_tables() -> None:
     explained = [heading.split("`")[1] for heading in headings(ROOT / "docs/method.md") if "`" in heading]
     assert explained == list(METHODS)
     assert len(readme.splitlines()) <= 150
+
+
+def texts_of(path: Path) -> Iterator[tuple[int, str]]:
+    """Every docstring and every attribute's description in a module, with its line."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+            if isinstance(node.value.value, str):
+                yield node.lineno, node.value.value
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "src").rglob("*.py")), ids=lambda path: path.stem)
+def test_descriptions_say_it_and_do_not_ask(path: Path) -> None:
+    questions = ("What", "How", "Which", "Whether", "Who", "Where", "When", "Why", "Of")
+    asked = [f"{path}:{line}: {text[:60]!r}" for line, text in texts_of(path) if text.split()[0] in questions]
+    assert not asked, "begin with a verb or a noun: " + "; ".join(asked)

@@ -17,7 +17,7 @@ from kvpo.models.settings import Deployment, WanShape
 
 @dataclass(frozen=True)
 class BackboneConfig:
-    """Which generator, and where the files of a public one are: local paths, or hub ids owner/name/file."""
+    """The generator, and the files of a public one: local paths, or hub ids owner/name/file."""
 
     kind: Literal["world", "wan"] = "world"
     """The embedded generator that ships with the package, or a public Wan generator."""
@@ -68,7 +68,7 @@ class PromptsConfig:
 
 @dataclass(frozen=True)
 class StreamConfig(Deployment):
-    """How the generator streams: block size, what a block sees, the solver's noise levels."""
+    """Streaming: block size, what a block sees, the solver's noise levels."""
 
     schedule: tuple[float, ...] = (1.0, 0.75, 0.5, 0.25)
     """Solver positions u in (0, 1]; noise level sigma = shift u / (1 + (shift - 1) u)."""
@@ -82,10 +82,10 @@ class StreamConfig(Deployment):
 
 @dataclass(frozen=True)
 class ExplorationConfig:
-    """How branches are told apart; counts of history are counts of past frames."""
+    """Branches of a fork; counts of history are counts of past frames."""
 
     explorer: Literal["routes", "fresh", "neighbour", "sde", "renoise"] = "routes"
-    """What tells branches apart: routed history, fresh or neighbouring noise, stochastic steps, re-noise."""
+    """Kind of branches: routed history, fresh or neighbouring noise, stochastic steps, re-noise."""
     noise: float = 0.5
     """Share of a neighbour's own noise in (0, 1], or strength of the stochastic solver steps."""
     branches: int = 8
@@ -99,7 +99,7 @@ class ExplorationConfig:
     distinct: int = 2
     """Distinct routed frames per branch; fewer than `routed` repeats them (concentrated routes)."""
     donor: int = 0
-    """How many of the distinct routed frames come from another prompt's history (0 is the paper's method)."""
+    """Number of distinct routed frames that come from another prompt's history (0 is the paper's method)."""
     resident_frames: int = 33
     """History frames kept for routing, counting the sink; 0 keeps all."""
     redraw_every_block: bool = False
@@ -114,7 +114,7 @@ class ExplorationConfig:
 
 @dataclass(frozen=True)
 class ObjectiveConfig:
-    """What the methods share: solver steps, advantages, branches that train, velocity KL."""
+    """Settings that all methods share: solver steps, advantages, branches that train, velocity KL."""
 
     grad_steps: int = 2
     """First solver steps that are learned from."""
@@ -125,7 +125,7 @@ class ObjectiveConfig:
     advantage_scale: Literal["group", "collection"] = "group"
     """Divide by the reward spread of the group, or by that of all groups collected together."""
     global_weight: float = 0.5
-    """Weight of the global (post-fork) signal beside the local (window) signal."""
+    """Weight of the global (post-fork) signal relative to the local (window) signal."""
     advantage_clamp: float = 2.5
     """Advantages are clamped to plus or minus this."""
     noise_floor: float = 0.002
@@ -138,7 +138,7 @@ class ObjectiveConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """What is trained and how."""
+    """Trained parameters and their optimiser."""
 
     train: Literal["lora", "full"] = "lora"
     """Train a PEFT LoRA adapter or all transformer parameters."""
@@ -208,17 +208,17 @@ class EvaluationConfig:
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """What is kept on disk."""
+    """Checkpoints kept on disk."""
 
     every: int = 10
     """Updates between checkpoints."""
     keep: int = 2
-    """Most recent checkpoints kept, beside the best one."""
+    """Most recent checkpoints kept, in addition to the best one."""
 
 
 @dataclass(frozen=True)
 class RewardConfig:
-    """Which rewards score the clips of a run, and how their components are weighted."""
+    """Rewards that score the clips of a run, and the weights of their components."""
 
     scorers: tuple[str, ...] = ("world",)
     """Rewards used together: ids of the catalogue, "world", `package.module:function` of your own, or any of
@@ -241,7 +241,7 @@ class RewardConfig:
     rank_margin: float = 0.25
     """Selective fusion acts on branches that the primary ranks this much above the others' mean rank."""
     rank_penalty: float = 0.0
-    """What selective fusion turns a positive advantage into: 0 withholds it, 1 reverses it."""
+    """Effect of selective fusion on a positive advantage: 0 withholds it, 1 reverses it."""
     noise_floors: dict[str, float] = field(default_factory=dict)
     """Measured noise floor of components; objective.noise_floor holds for the others."""
     noise_files: tuple[str, ...] = ()
@@ -257,7 +257,7 @@ class Config:
     preset: str = "demo"
     """Name of the preset these values started from."""
     method: Literal["kvpo", "latent-distance", "flow-grpo", "cm-grpo", "nft", "rvm", "self-distill"] = "kvpo"
-    """How the policy learns from the branches of a fork; each method has a section of its own."""
+    """Method by which the policy learns from the branches of a fork; each method has a section of its own."""
     seed: int = 0
     """Keys every random draw of the run."""
     device: str = "cpu"

@@ -25,7 +25,7 @@ from kvpo.models.adapter_files import load_adapter_state
 from kvpo.models.adapters import adapter_state, base_state
 from kvpo.models.checkpoints import load_transformer_state
 from kvpo.models.export import save_peft_adapter
-from kvpo.models.offload import resident
+from kvpo.models.offload import on_device
 from kvpo.models.wan_vae import DecodeState, WanVAE
 from kvpo.prompts import ClipPrompt
 from kvpo.rewards.reward import CombinedScorer, Reward, networks_of
@@ -251,7 +251,7 @@ def test_networks_visit_the_device_and_return_without_a_copy() -> None:
     scorer = CombinedScorer((Wrapped(network), Wrapped(nn.Linear(1, 1), "other")))
     assert list(networks_of(scorer)) == [network, scorer.scorers[1].network]
     before = {name: value for name, value in (*network.named_parameters(), *network.named_buffers())}
-    with resident([network], "meta"):
+    with on_device([network], "meta"):
         assert all(value.is_meta for value in (*network.parameters(), *network.buffers()))
         assert network[0].bias is network[1].bias
     after = {name: value for name, value in (*network.named_parameters(), *network.named_buffers())}

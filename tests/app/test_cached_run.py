@@ -120,7 +120,7 @@ def test_what_is_known_moves_no_network(tmp_path: Path, monkeypatch: pytest.Monk
         moved.append((list(networks), device))
         yield
 
-    monkeypatch.setattr("kvpo.rewards.reward.resident", watched)
+    monkeypatch.setattr("kvpo.rewards.reward.on_device", watched)
     scorer = Networked(torch.nn.Linear(1, 1))
     reward = Reward("mean", scorer, version="1", cache=score_cache(str(tmp_path))).offloaded("cpu")
     clips, prompts = torch.rand(2, 3, 3, 4, 4), ["a", "b"]

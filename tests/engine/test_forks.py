@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from kvpo.app.build import source_of
 from kvpo.app.presets import PRESETS
-from kvpo.engine.forks import SWITCH_SHARE, Fork, draw_forks, fork_numbers, plan_forks, shrunk
+from kvpo.engine.forks import SWITCH_SHARE, Fork, draw_forks, fork_numbers, plan_forks, shrunk_fields
 from kvpo.engine.noise import keyed_generator
 from kvpo.models.settings import Deployment
 from tests.engine.tiny import EXPLORATION, generator, prompt, rolled_out
@@ -86,7 +86,9 @@ def test_short_clips_shrink_to_what_fits(videos, changes, frames, fitted):
     asked = replace(EIGHT, **changes)
     plan = planned(*videos, exploration=asked)
     assert roomiest(plan) == (frames, replace(asked, **fitted))
-    assert shrunk(asked, roomiest(plan)[1]) == {name: (vars(asked)[name], fitted[name]) for name in fitted}
+    assert shrunk_fields(asked, roomiest(plan)[1]) == {
+        name: (vars(asked)[name], fitted[name]) for name in fitted
+    }
 
 
 @pytest.mark.parametrize(

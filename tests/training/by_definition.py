@@ -17,7 +17,7 @@ from kvpo.engine.replay import ReplayRow, replay_context, replay_velocities
 from kvpo.engine.rollout import Group
 from kvpo.method.evidence import Credit
 from kvpo.method.gibbs import temperature_for_anchor_share
-from kvpo.training.policy import exchanged
+from kvpo.training.policy import swapped_parameters
 from kvpo.training.trainer import Trainer
 
 
@@ -79,7 +79,7 @@ class Fork:
             return replay_velocities(generator, rows, replay, range(group.blocks))
 
     def under_old(self) -> AbstractContextManager[None]:
-        return exchanged(self.trainer.policy.parameters, self.old) if self.old else torch.no_grad()  # type: ignore[return-value]
+        return swapped_parameters(self.trainer.policy.parameters, self.old) if self.old else torch.no_grad()  # type: ignore[return-value]
 
     def noised_again(self) -> tuple[Tensor, Tensor]:
         """x = (1 - sigma) x0 + sigma eps with one eps for all branches, and v* = eps - x0."""

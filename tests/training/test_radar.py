@@ -16,8 +16,8 @@ from kvpo.training.metrics_log import read_metrics
 from kvpo.training.radar import (
     Reading,
     agreement,
+    describe_verdict,
     drifted,
-    in_words,
     judge,
     loaded,
     measured,
@@ -88,8 +88,10 @@ def test_a_fallen_scorer_rules_a_checkpoint_out_before_there_is_an_alarm() -> No
     verdicts = [judge(history[: n + 1], 3.0, 2) for n in range(5)]
     assert [verdict.fallen for verdict in verdicts] == [(), ("fair",), ("fair",), (), ("fair",)]
     assert [bool(verdict.alarms) for verdict in verdicts] == [False, False, False, False, True]
-    assert in_words(history[:2], verdicts[1]).endswith("no alarm, but fair fell below the best so far")
-    assert in_words(history[:4], verdicts[3]).endswith("no alarm")
+    assert describe_verdict(history[:2], verdicts[1]).endswith(
+        "no alarm, but fair fell below the best so far"
+    )
+    assert describe_verdict(history[:4], verdicts[3]).endswith("no alarm")
 
 
 def test_the_same_scorer_has_to_alarm_in_a_row() -> None:

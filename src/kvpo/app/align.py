@@ -148,7 +148,7 @@ def radar_summary(run: Run, results: Mapping[str, tuple[HeldOut, HeldOut]]) -> d
     """The hacking radar's verdict on the validations, and its readings on the test prompts."""
     base, aligned = (radar.pooled(side) for side in zip(*results.values(), strict=True))
     judges = run.setup.judges
-    return run.judged() | {
+    return run.update_verdict() | {
         "held_out": list(judges.held_out_names),
         "guarded": run.guarded,
         "stopped_at": run.readings[-1].update if run.stopped else None,

@@ -77,7 +77,7 @@ def _align_arguments(parser: ArgumentParser) -> None:
 
 
 def _align(arguments: Namespace) -> None:
-    from kvpo.training.run_directory import belongs_to_run, way_on
+    from kvpo.training.run_directory import belongs_to_run, resume_hint
 
     continued = arguments.resume and belongs_to_run(arguments.out)
     given = arguments.preset is not None or arguments.config or settings_given(arguments)
@@ -93,7 +93,7 @@ def _align(arguments: Namespace) -> None:
     except KeyboardInterrupt:  # outside the updates, or a second Ctrl-C
         stopped = True
     if stopped:
-        raise KeyboardInterrupt(way_on(arguments.out))
+        raise KeyboardInterrupt(resume_hint(arguments.out))
 
 
 def _generate_arguments(parser: ArgumentParser) -> None:

@@ -102,7 +102,7 @@ def worst(findings: list[list[Finding]]) -> int:
 
 
 def _examined(subject: str, check: Callable[[], list[Finding]]) -> list[Finding]:
-    """What a check finds; a check that raises has found a failure."""
+    """The findings of a check; one that raises has found a failure."""
     try:
         return check()
     except Exception as error:

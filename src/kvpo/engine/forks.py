@@ -138,7 +138,7 @@ def draw_forks(
     ]
 
 
-def shrunk(asked: ExplorationConfig, fitted: ExplorationConfig) -> dict[str, tuple[int, int]]:
+def shrunk_fields(asked: ExplorationConfig, fitted: ExplorationConfig) -> dict[str, tuple[int, int]]:
     """The settings that were shrunk to fit: name -> (asked for, fits)."""
     names = ("blocks", "tail_blocks", "routed", "distinct")
     pairs = {name: (vars(asked)[name], vars(fitted)[name]) for name in names}
@@ -158,7 +158,7 @@ def fork_numbers(
         fork.frame in {prompt.acts_at(switch, block) for switch in prompt.switches}
         for prompt, fork in zip(prompts, forks, strict=True)
     ]
-    names = {name: None for fork in forks for name in shrunk(asked, fork.exploration)}
+    names = {name: None for fork in forks for name in shrunk_fields(asked, fork.exploration)}
     return {
         "forks": {str(frame): frames[frame] for frame in sorted(frames)},
         "switch_forks": sum(at_switch) / len(forks),

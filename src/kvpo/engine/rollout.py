@@ -90,7 +90,7 @@ class Rollout:
     texts: TextTable
     tape: Tape
     cache: FrameCache
-    """Where the pages go, with room for ``cache_pages``."""
+    """Destination of the pages, with room for ``cache_pages``."""
     roots: list[Stream] = field(default_factory=list)
     groups: list[Group] = field(default_factory=list)
 

@@ -256,7 +256,7 @@ def asked_of(
     settings: Any,
     generator: torch.Generator,
 ) -> tuple[Evidence, int]:
-    """All that is asked of one fork: the method's evidence, followed by so many rows of the velocity KL.
+    """All that is asked of one fork: the method's evidence, followed by rows of the velocity KL.
 
     ``generator`` draws what the evidence needs at random.
     """

@@ -134,7 +134,7 @@ def _statement(fields: Mapping[str, object], where: str) -> _Statement:
     """The statement of a PEFT configuration, or of a header with any of the usual names.
 
     Raises:
-        ValueError: values that are no positive numbers, two alphas or ranks, fields that change the formula.
+        ValueError: values that are not positive numbers, two alphas or ranks, fields that change the formula.
     """
     used = [name for name, plain in _PLAIN.items() if fields.get(name) not in plain]
     if str(fields.get("init_lora_weights")).startswith(_BASE_CHANGING):

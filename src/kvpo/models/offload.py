@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 
 @contextmanager
-def resident(networks: Iterable[nn.Module], device: torch.device | str) -> Iterator[None]:
+def on_device(networks: Iterable[nn.Module], device: torch.device | str) -> Iterator[None]:
     """Inside, the networks are on ``device``; afterwards, where they were before.
 
     Their values must not change inside: what waits in host memory is not written back, so that leaving costs

@@ -236,7 +236,7 @@ def check_tensors(
 
 
 def require_numbers(tensors: Mapping[str, Tensor], source: str) -> None:
-    """Refuse weights that are no floating-point numbers: quantised ones mean nothing without their scales.
+    """Refuse weights that are not floating-point numbers: quantised ones mean nothing without their scales.
 
     Raises:
         ValueError: naming the first.

@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields, is_dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from kvpo.models.offload import resident
+from kvpo.models.offload import on_device
 from kvpo.prompts import ClipPrompt
 from kvpo.rewards.cache import DIGEST_BYTES, ScoreCache, clip_digest, code_version
 from kvpo.rewards.protocol import Declaration, Scorer, checked, start_scoring
@@ -92,7 +92,7 @@ class Reward:
 
         def scores() -> dict[str, Tensor]:
             networks = networks_of(self.scorer)
-            place = nullcontext() if self.device is None else resident(networks, self.device)
+            place = nullcontext() if self.device is None else on_device(networks, self.device)
             with torch.no_grad(), place:
                 found = answer()
             return {name: checked(name, found, len(prompts)) for name in self.components}

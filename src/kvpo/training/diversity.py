@@ -30,7 +30,7 @@ Observer = Callable[[Tensor], tuple[list[tuple], Tensor]]
 
 @dataclass(frozen=True)
 class ReadOff:
-    """How to tell from pixels what a video shows."""
+    """Reads what a video shows off its pixels."""
 
     observe: Observer
     broken_below: float

@@ -27,7 +27,7 @@ from kvpo.method.evidence import (
     residual_table,
 )
 from kvpo.models.finite import require_finite
-from kvpo.training.policy import Policy, exchanged
+from kvpo.training.policy import Policy, swapped_parameters
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Learner:
     def old_policy(self) -> AbstractContextManager[None]:
         """Inside, the model is what the method calls the old policy: as it is, or its moving average."""
         if self.method.averaged_old(self.settings):
-            return exchanged(self.policy.parameters, self.average)
+            return swapped_parameters(self.policy.parameters, self.average)
         return nullcontext()
 
 

@@ -24,7 +24,7 @@ class Policy:
         """Inside, the model is the starting policy."""
         if self.starting_values is None:
             return reference_policy(self.model)
-        return exchanged(self.parameters, self.starting_values)
+        return swapped_parameters(self.parameters, self.starting_values)
 
 
 def policy_of(model: nn.Module, *, adapted: bool) -> Policy:
@@ -43,7 +43,9 @@ def policy_of(model: nn.Module, *, adapted: bool) -> Policy:
 
 
 @contextmanager
-def exchanged(parameters: Mapping[str, nn.Parameter], values: Mapping[str, Tensor]) -> Iterator[None]:
+def swapped_parameters(
+    parameters: Mapping[str, nn.Parameter], values: Mapping[str, Tensor]
+) -> Iterator[None]:
     """Inside, the parameters have other values and no gradients are recorded; afterwards, their own again."""
     own = {name: parameter.data for name, parameter in parameters.items()}
     try:
@@ -70,7 +72,7 @@ class Sides:
 
     def aligned(self) -> AbstractContextManager[None]:
         """Inside, the model is the aligned policy."""
-        return exchanged(self.policy.parameters, self.values)
+        return swapped_parameters(self.policy.parameters, self.values)
 
 
 class MovingAverage:

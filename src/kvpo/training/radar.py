@@ -188,7 +188,7 @@ def drifted(numbers: Mapping[str, Any], standard_errors: float) -> list[str]:
     ]
 
 
-def in_words(history: Sequence[Reading], verdict: Verdict) -> str:
+def describe_verdict(history: Sequence[Reading], verdict: Verdict) -> str:
     """Readings, the base's first, and the verdict on them, as part of a sentence."""
     if verdict.alarms:
         fallen = [f"{a.scorer} {_change_text(a.held_out)} since update {a.since}" for a in verdict.alarms]
@@ -222,7 +222,7 @@ def verdict_numbers(history: Sequence[Reading], verdict: Verdict) -> dict[str, A
         for alarm in verdict.alarms
     }
     return {
-        "verdict": in_words(history, verdict),
+        "verdict": describe_verdict(history, verdict),
         "alarms": found,
         "in_a_row": verdict.in_a_row,
         "hacked": verdict.hacked,

@@ -92,7 +92,7 @@ class Ranks:
         self._agree("", None, doing)
 
     def once(self, doing: str, action: Callable[[], T]) -> T:
-        """What ``action`` returns on rank 0, which alone carries it out; where it fails there, all fail."""
+        """The result of ``action``, carried out by rank 0 alone; where it fails there, all fail."""
         if not self.main:
             return self._agree("", None, doing)  # type: ignore[return-value]
         try:

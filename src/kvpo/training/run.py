@@ -192,7 +192,7 @@ class Run:
         gain = mean_gain(results)
         base, now = radar.pooled(list(self.base.values())), radar.pooled(list(aligned.values()))
         self.readings.append(radar.reading(update, now, judges))
-        numbers = self.judged() | radar.measured(base, now, judges)
+        numbers = self.update_verdict() | radar.measured(base, now, judges)
         drifted = radar.drifted(numbers, self.setup.config.evaluation.hacking_errors)
         self.metrics.write(
             update,
@@ -204,7 +204,7 @@ class Run:
             logger.warning("update %d: the look of the videos drifts: %s", update, ", ".join(drifted))
         return None if self.guarded and self.verdict.fallen else gain
 
-    def judged(self) -> dict[str, Any]:
+    def update_verdict(self) -> dict[str, Any]:
         """Let the radar judge the validations so far, and return its verdict as numbers and words."""
         evaluation = self.setup.config.evaluation
         base = radar.reading(0, radar.pooled(list(self.base.values())), self.setup.judges)
@@ -223,7 +223,7 @@ class Run:
         self.best = None if state["best"] is None else (int(state["best"][0]), float(state["best"][1]))
         self.readings = radar.loaded(state["radar"])
         self.unvalidated = state["unvalidated"]
-        self.judged()
+        self.update_verdict()
         self._mark_best()  # a kill may have come between a checkpoint and its mark
         update = self.trainer.update
         validated = not update or any(reading.update == update for reading in self.readings)

@@ -146,7 +146,7 @@ def belongs_to_run(path: Path) -> bool:
     return (path / CONFIG).exists() or holds_run(path)
 
 
-def way_on(path: Path) -> str:
+def resume_hint(path: Path) -> str:
     """One line that says how to continue the stopped run in ``path``."""
     if not belongs_to_run(path):
         return "no update had been saved; the same command starts again"

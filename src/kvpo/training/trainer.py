@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kvpo.engine.forks import fork_numbers, plan_forks, shrunk
+from kvpo.engine.forks import fork_numbers, plan_forks, shrunk_fields
 from kvpo.method.diagnostics import advantage_metrics, update_metrics
 from kvpo.method.evidence import Metrics
 from kvpo.method.methods import METHODS
@@ -170,7 +170,7 @@ class Trainer:
         asked, deployment = self.setup.config.exploration, self.setup.generator.deployment
         for prompt in self.setup.training_prompts(update):
             most = plan_forks([prompt], asked, deployment).roomiest[-1].exploration
-            for name, (wanted, fits) in shrunk(asked, most).items():
+            for name, (wanted, fits) in shrunk_fields(asked, most).items():
                 if name not in self.warned_of:
                     self.warned_of.add(name)
                     logger.warning(

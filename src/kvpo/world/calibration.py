@@ -40,7 +40,7 @@ def draw_stories(split: Split, count: int, num_acts: int, num_frames: int, seed:
 
 
 def true_attributes(act: Act) -> tuple:
-    """What the detector should decode from an act."""
+    """Values that the detector should decode from an act."""
     return (act.scene, *((a.colour, a.shape, a.size, a.motion) for a in act.actors))
 
 

@@ -70,11 +70,11 @@ OFFSETS = (-0.5, -0.25, 0.0, 0.25, 0.5)
 
 @dataclass(frozen=True)
 class Detection:
-    """What every frame shows, as soft memberships in [0, 1]."""
+    """Contents of every frame, as soft memberships in [0, 1]."""
 
     scene_BTS: Tensor
     count_BT2: Tensor
-    """How well one actor, or two, explain the foreground; sums to at most 1."""
+    """Degree to which one actor, or two, explain the foreground; sums to at most 1."""
     presence_BTL: Tensor
     """Share of a slot's foreground energy that its best glyph explains."""
     colour_BTLC: Tensor
@@ -89,7 +89,7 @@ class Detection:
     brightness_BTL: Tensor
     """Mean brightness of a slot's actor."""
     confidence_BT: Tensor
-    """How sure a frame is to show the world at all: scene, glyphs and colours together."""
+    """Confidence that a frame shows the world at all: scene, glyphs and colours together."""
 
     @property
     def confidence(self) -> Tensor:
@@ -168,7 +168,7 @@ def _membership(pixels_NCP: Tensor, tones_KC: Tensor, width: float) -> Tensor:
 
 
 def _cover(pixels_NCHW: Tensor, scene_NS: Tensor) -> Tensor:
-    """How far each pixel is covered by an actor [N, H, W]: its largest channel above the scene's own."""
+    """Coverage of each pixel by an actor [N, H, W]: its largest channel above the scene's own."""
     tones_S2 = torch.tensor(list(SCENE_TONES.values())).amax(2)
     floor_SH = tones_S2.repeat_interleave(torch.tensor([20, FRAME_SIZE - 20]), 1)
     weight_NS = scene_NS + 1e-3
@@ -246,7 +246,7 @@ def _glyph_bank() -> tuple[Tensor, Tensor]:
 
 
 def inside(shape: str, x: Tensor, y: Tensor, extent: float) -> Tensor:
-    """Whether points (x, y), in pixels from the actor's centre, belong to its shape."""
+    """True where points (x, y), in pixels from the actor's centre, belong to its shape."""
     if shape == "circle":
         return x.square() + y.square() < extent**2
     if shape == "ring":
@@ -263,7 +263,7 @@ def inside(shape: str, x: Tensor, y: Tensor, extent: float) -> Tensor:
 
 
 def _count(presence_NL: Tensor, energy_NL: Tensor) -> Tensor:
-    """How well one and two actors explain the foreground [N, 2]: a posterior times the explained share."""
+    """Evidence for one and for two actors in the foreground [N, 2]: a posterior times the explained share."""
     # Two actors must both be there: a lone large glyph must not pass for two halves.
     halves_N2, weights_N2 = presence_NL[:, 1:], energy_NL[:, 1:]
     weighted_N = (halves_N2 * weights_N2).sum(1) / (weights_N2.sum(1) + 1e-3)

@@ -14,7 +14,7 @@ from kvpo.world.vocabulary import COLOURS, MOTIONS, SHAPES, Act, Actor, Story
 
 @dataclass(frozen=True)
 class Faults:
-    """How often and how strongly training videos disobey; every draw is made once per act."""
+    """Frequency and strength of the faults in training videos; every draw is made once per act."""
 
     wrong_attribute: float = 0.2
     """Chance that one actor has a wrong colour, shape or motion throughout the act."""
@@ -39,7 +39,7 @@ CLEAN = Faults(wrong_attribute=0.0, late_switch=0.0, ignored_switch=0.0, flicker
 
 @dataclass(frozen=True)
 class Showing:
-    """What a faulty video shows: another story, who plays in it, and how restless each act is."""
+    """Contents of a faulty video: another story, who plays in it, and how restless each act is."""
 
     story: Story
     casts: tuple[Cast, ...]

@@ -47,7 +47,7 @@ def _overlap(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _constancy(seen: Detection, weight_BT: Tensor) -> Tensor:
-    """How much every frame looks like the segment's mean: scene, number of actors and their looks [B]."""
+    """Likeness of every frame to the segment's mean: scene, number of actors and their looks [B]."""
     share_BT = weight_BT / weight_BT.sum(1, keepdim=True)
 
     def segment_mean(value: Tensor) -> Tensor:
@@ -65,7 +65,7 @@ def _constancy(seen: Detection, weight_BT: Tensor) -> Tensor:
 def _memory(
     seen: Detection, asked: Requested, slot_BHR: Tensor, present_BT: Tensor, prompts: Sequence[ClipPrompt]
 ) -> Tensor:
-    """How well the segment keeps what it should keep of the one before [B]; NaN where it need keep nothing.
+    """Faithfulness to what the segment should keep of the one before [B]; NaN where it need keep nothing.
 
     What both captions demand must be shown; what this caption leaves open must look as it did before.
     """
@@ -117,7 +117,7 @@ def _scene_memory(
 
 
 def _target(value: Tensor, both: Tensor, memory: Tensor) -> Tensor:
-    """What should be shown [..., V]: the value that both captions demand, else what was remembered."""
+    """Values that should be shown [..., V]: those that both captions demand, else the remembered ones."""
     one_hot = F.one_hot(value.clamp(min=0), memory.shape[-1]).to(memory)
     return torch.where(both[..., None], one_hot, memory)
 
@@ -135,14 +135,14 @@ def _recall(shown_BTLV: Tensor, count_BTH: Tensor, slot_BHR: Tensor, share_BT: T
 
 @dataclass(frozen=True)
 class _Staying:
-    """What a caption says stays."""
+    """Attributes that a caption keeps."""
 
     scene: bool
-    """Whether an unnamed scene is the one before."""
+    """True where an unnamed scene is the one before."""
     source: tuple[int, ...]
-    """Which actor of the caption before each actor is, -1 for another one."""
+    """Index of each actor in the caption before, -1 for another one."""
     recoloured: bool
-    """Whether an unnamed colour is a new one."""
+    """True where an unnamed colour is a new one."""
 
 
 @lru_cache(maxsize=8192)

@@ -35,7 +35,7 @@ from kvpo.world.text import LearnedTextEncoder
 
 @dataclass(frozen=True)
 class PretrainSettings:
-    """What one pretraining run does; the shipped base used the defaults."""
+    """Settings of a pretraining run; the shipped base used the defaults."""
 
     steps: int = 2400
     videos: int = 12
@@ -107,7 +107,7 @@ def snippet_blocks(
     settings: PretrainSettings,
     generator: torch.Generator,
 ) -> list[int]:
-    """Which blocks of a video are trained on: the first, and a run of consecutive ones.
+    """Blocks of a video that are trained on: the first, and a run of consecutive ones.
 
     Half of the runs of a video with switches contain one, a third of the others follow the first block.
     """
@@ -170,11 +170,11 @@ class Snippets:
     clean_CFCHW: Tensor
     starts_C: Tensor
     context_text_C: Tensor
-    """Which caption each block's keys are encoded under."""
+    """Caption that each block's keys are encoded under."""
     text_C: Tensor
-    """Which caption each block is generated under."""
+    """Caption that each block is generated under."""
     trained_C: Tensor
-    """Whether the block's velocity is trained on: 0 where its context was encoded under a later prompt."""
+    """1 where the block's velocity is trained on, 0 where its context was encoded under a later prompt."""
 
 
 def snippet_rows(

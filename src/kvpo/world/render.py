@@ -39,7 +39,7 @@ Cast = tuple[int, ...]
 
 @dataclass(frozen=True)
 class FrameStates:
-    """What every frame shows. N frames, A = 2 actor slots."""
+    """Contents of every frame. N frames, A = 2 actor slots."""
 
     scene_N: Tensor
     """Index into SCENES."""
@@ -79,7 +79,7 @@ def casts(story: Story) -> list[Cast]:
 
 @dataclass(frozen=True)
 class _Place:
-    """Where an actor is as an act begins: centre in pixels, and how many frames it has been bobbing."""
+    """Place of an actor as an act begins: centre in pixels, and how many frames it has been bobbing."""
 
     x: float
     y: float

@@ -21,7 +21,7 @@ MAX_ACTORS = 2
 
 @lru_cache(maxsize=8192)
 def read_caption(caption: str) -> Request:
-    """What a caption demands; ValueError, from the grammar, for a caption it cannot read."""
+    """Demands of a caption; ValueError, from the grammar, for a caption it cannot read."""
     return parse(caption)
 
 
@@ -31,13 +31,13 @@ class Requested:
 
     scene_B: Tensor
     actors_B: Tensor
-    """How many actors are asked for; requests beyond it are all -1."""
+    """Number of actors asked for; requests beyond it are all -1."""
     value_BR: dict[str, Tensor]
     """Attribute -> the value demanded of each actor."""
 
     @property
     def moving_BR(self) -> Tensor:
-        """Whether a request asks for movement."""
+        """True where a request asks for movement."""
         return self.value_BR["motion"] > MOTIONS.index("still")
 
 
@@ -74,7 +74,7 @@ def frame_mean(value_BT: Tensor, weight_BT: Tensor) -> Tensor:
 
 
 def demanded(seen: Detection, asked: Requested, kind: str) -> tuple[Tensor, Tensor]:
-    """How well every slot shows each demand for one attribute [B, T, L, R], and is there one [B, R]."""
+    """Degree to which slots show each demand for one attribute [B, T, L, R]; whether there is one [B, R]."""
     value_BR = asked.value_BR[kind]
     shown_BTLV = memberships(seen)[kind]
     index_BTLR = value_BR.clamp(min=0)[:, None, None, :].expand(*shown_BTLV.shape[:3], -1)

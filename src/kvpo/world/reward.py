@@ -44,7 +44,7 @@ FLICKER_WIDTH = 0.25
 SETTLING_FRAMES = 4
 """Frames an actor may take to reach its new height when the number of actors changes."""
 FROZEN = 0.25
-"""What the calm of a video without the movement it was asked for still counts."""
+"""Weight of the calm of a video that lacks the movement it was asked for."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ def score_detection(seen: Detection, prompts: Sequence[ClipPrompt]) -> dict[str,
 def _following(
     seen: Detection, asked: Requested, slot_BHR: Tensor, weight_BT: Tensor, kinds: tuple[str, ...]
 ) -> Tensor:
-    """How well the demanded attributes are shown, mean over frames and demands [B]; NaN without a demand."""
+    """Share of what is demanded that is shown, mean over frames and demands [B]; NaN without a demand."""
     score_BT, demands_B = torch.zeros_like(weight_BT), torch.zeros(weight_BT.shape[0])
     for kind in kinds:
         shown_BTLR, wanted_BR = demanded(seen, asked, kind)
@@ -189,6 +189,6 @@ def _no_flicker(seen: Detection, step_BT: Tensor) -> Tensor:
 
 
 def _steadiness(light: Tensor) -> Tensor:
-    """How little a brightness [B, T, ...] changes, relative to itself, from each frame to the next."""
+    """Steadiness of a brightness [B, T, ...], relative to itself, from each frame to the next."""
     change = (light[:, 1:] - light[:, :-1]).abs() / ((light[:, 1:] + light[:, :-1]) / 2 + 0.02)
     return (-change / FLICKER_WIDTH).exp()

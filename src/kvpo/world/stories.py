@@ -33,7 +33,7 @@ TRIES = 60
 
 
 def split_of(colour: str, shape: str, motion: str, scene: str) -> Split:
-    """Which split an attribute combination belongs to: a stable hash, the same on every machine."""
+    """Split that an attribute combination belongs to: a stable hash, the same on every machine."""
     digest = hashlib.sha256(f"{colour}|{shape}|{motion}|{scene}".encode()).digest()
     point = int.from_bytes(digest[:4], "big") % 100
     for split, share in SHARES.items():
@@ -59,7 +59,7 @@ def _combinations(split: Split, scene: str) -> tuple[tuple[str, str, str], ...]:
 
 
 def belongs(act: Act, split: Split) -> bool:
-    """Whether every actor of the act, in its scene, is a combination of the split."""
+    """True if every actor of the act, in its scene, is a combination of the split."""
     return all(split_of(a.colour, a.shape, a.motion, act.scene) == split for a in act.actors)
 
 

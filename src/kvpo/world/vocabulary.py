@@ -53,7 +53,7 @@ class Actor:
 
 @dataclass(frozen=True)
 class Act:
-    """What one prompt segment really shows: a scene and one or two actors, from latent frame ``start`` on."""
+    """One prompt segment as rendered: a scene and one or two actors, from latent frame ``start`` on."""
 
     scene: str
     actors: tuple[Actor, ...]
@@ -72,7 +72,7 @@ class Story:
 
 @dataclass(frozen=True)
 class ActorRequest:
-    """What a caption demands of one actor; None leaves the attribute open."""
+    """Demands of a caption on one actor; None leaves the attribute open."""
 
     colour: str | None = None
     shape: str | None = None
@@ -82,7 +82,7 @@ class ActorRequest:
 
 @dataclass(frozen=True)
 class Request:
-    """What a caption demands of its segment: as many actors as listed; None leaves the scene open."""
+    """Demands of a caption on its segment: as many actors as listed; None leaves the scene open."""
 
     scene: str | None
     actors: tuple[ActorRequest, ...]

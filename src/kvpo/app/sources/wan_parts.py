@@ -23,7 +23,7 @@ from kvpo.models.checkpoints import (
     load_transformer_state,
 )
 from kvpo.models.hub import resolve
-from kvpo.models.offload import resident
+from kvpo.models.offload import on_device
 from kvpo.models.tensor_files import fingerprint
 from kvpo.models.umt5 import (
     PromptCache,
@@ -66,7 +66,7 @@ class WanCodec:
     def decode(self, latents_BTCHW: Tensor, before_TCHW: Tensor | None = None) -> Tensor:
         """RGB ``[B, T', 3, H', W']`` in [0, 1] of latents ``[B, T, C, H, W]``; see the codec protocol."""
         state = self.vae.start()
-        with resident([self.vae.model], self.device):
+        with on_device([self.vae.model], self.device):
             if before_TCHW is not None:
                 for frame in before_TCHW.to(self.device)[:, None, None]:
                     _, state = self.vae.decode_stream(frame, state)

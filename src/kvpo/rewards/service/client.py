@@ -184,7 +184,7 @@ def _content(response: httpx.Response) -> Any:
 
 
 def _reason(error: BaseException) -> str:
-    """What the operating system said, underneath what was made of it."""
+    """The operating system's own message, without the layers around it."""
     reason = str(error)
     cause: BaseException | None = error
     while cause is not None:
