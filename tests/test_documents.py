@@ -260,5 +260,9 @@ def texts_of(path: Path) -> Iterator[tuple[int, str]]:
 @pytest.mark.parametrize("path", sorted((ROOT / "src").rglob("*.py")), ids=lambda path: path.stem)
 def test_descriptions_say_it_and_do_not_ask(path: Path) -> None:
     questions = ("What", "How", "Which", "Whether", "Who", "Where", "When", "Why", "Of")
-    asked = [f"{path}:{line}: {text[:60]!r}" for line, text in texts_of(path) if text.split()[0] in questions]
+    asked = [
+        f"{path}:{line}: {text[:60]!r}"
+        for line, text in texts_of(path)
+        if text.split(maxsplit=1)[:1] and text.split()[0] in questions
+    ]
     assert not asked, "begin with a verb or a noun: " + "; ".join(asked)
