@@ -145,7 +145,7 @@ class Phases:
         group = rollout.groups[0]
         self.take(PHASES[2], lambda: decode_members(group, setup.backbone.codec, lead=0))
         codec, scorer = setup.backbone.codec, setup.judges.scorer
-        scores = score_group(group, codec, scorer, block=block, plan=setup.clip_plan())
+        scores = score_group(group, codec, scorer, block=block, shares=setup.clip_shares())
         scale = collection_scale([scores], setup.blend(), setup.config.objective)
         lessons = collection.lessons_of(setup, trainer.learner, update, rollout, [scores], scale)
         self.take(PHASES[3], lambda: accumulate_gradients(trainer.learner, lessons, None))

@@ -62,7 +62,7 @@ def one_update(setup: Setup) -> dict[str, torch.Tensor]:
 
     # Score. Rewards of the clips that can differ become advantages of the best and the worst branches.
     codec, scorer = setup.backbone.codec, setup.judges.scorer
-    scores = score_group(group, codec, scorer, block=generator.block, plan=setup.clip_plan())
+    scores = score_group(group, codec, scorer, block=generator.block, shares=setup.clip_shares())
     draws = keyed_generator("advantages", *key, 0)
     credit = assign_credit(scores, setup.blend(), config.objective, draws)
     assert credit is not None, "these branches differ by noise alone"

@@ -11,7 +11,7 @@ from torch import Tensor
 from kvpo.engine.generator import pixel_frame
 from kvpo.engine.rollout import Group
 from kvpo.engine.scoring import (
-    ClipPlan,
+    ClipShares,
     decode_members,
     score_group,
     segment_clips,
@@ -62,22 +62,22 @@ def test_a_transition_is_half_before_and_half_after_its_switch() -> None:
     assert transition_clips(STORY, 21, 30, block=BLOCK, half=3) == [None]
 
 
-def shares_of(plan: ClipPlan) -> dict[tuple[int, int], float]:
-    found = shared_clips(STORY, 9, 24, block=BLOCK, plan=plan)
+def shares_of(asked: ClipShares) -> dict[tuple[int, int], float]:
+    found = shared_clips(STORY, 9, 24, block=BLOCK, shares=asked)
     assert sum(share for _, share in found) == pytest.approx(1)
     return {(clip.start, clip.stop): share for clip, share in found}
 
 
 def test_shares_go_with_frames_and_fall_with_distance_from_the_fork() -> None:
-    assert shares_of(ClipPlan()) == {(9, 12): 3 / 15, (9, 18): 6 / 15, (15, 24): 6 / 15}
-    assert shares_of(ClipPlan(0.5)) == pytest.approx(
+    assert shares_of(ClipShares()) == {(9, 12): 3 / 15, (9, 18): 6 / 15, (15, 24): 6 / 15}
+    assert shares_of(ClipShares(0.5)) == pytest.approx(
         {(9, 12): 3 / 7.5, (9, 18): 3 / 7.5, (15, 24): 1.5 / 7.5}
     )
-    assert shares_of(ClipPlan(0.0)) == {(9, 12): 1.0}
-    assert shares_of(ClipPlan(1.0, 1)) == pytest.approx(
+    assert shares_of(ClipShares(0.0)) == {(9, 12): 1.0}
+    assert shares_of(ClipShares(1.0, 1)) == pytest.approx(
         {(9, 12): 3 / 21, (9, 18): 6 / 21, (15, 24): 6 / 21, (9, 15): 3 / 21, (15, 21): 3 / 21}
     )
-    assert shares_of(ClipPlan(0.0, 1)) == {(9, 12): 1.0}, "a transition belongs to the segment it leads to"
+    assert shares_of(ClipShares(0.0, 1)) == {(9, 12): 1.0}, "a transition belongs to the segment it leads to"
 
 
 @dataclass
@@ -120,11 +120,11 @@ def forked(fork: int, window: int, tail: int, members: int = 2) -> Group:
 
 def test_scores_are_the_shares_of_what_each_clip_shows() -> None:
     recorder = Recorder()
-    plan = ClipPlan(0.5, 2)
-    scores = score_group(forked(9, 3, 12), Frames(), recorder, block=BLOCK, plan=plan)
+    asked = ClipShares(0.5, 2)
+    scores = score_group(forked(9, 3, 12), Frames(), recorder, block=BLOCK, shares=asked)
     assert scores.local_KM[0].tolist() == [10, 110]
     means = {(9, 12): 10, (9, 18): 14.5, (15, 24): 20.5, (6, 18): 14.5, (12, 24): 20.5}
-    shares = {(clip.start, clip.stop): s for clip, s in shared_clips(STORY, 9, 24, block=BLOCK, plan=plan)}
+    shares = {(clip.start, clip.stop): s for clip, s in shared_clips(STORY, 9, 24, block=BLOCK, shares=asked)}
     assert shares.keys() == means.keys()
     expected = sum(shares[key] * means[key] for key in means)
     torch.testing.assert_close(scores.global_KM[0], torch.tensor([expected, expected + 100]))

@@ -10,13 +10,13 @@ from kvpo.engine.pages import stream_pages
 from kvpo.engine.stream import (
     advance,
     denoise_block,
-    give_frames,
     open_stream,
     stream_latents,
     switch_prompts,
 )
 from kvpo.models.cache import FrameCache
 from tests.engine.tiny import FRAME, generator, grown, prompt, tape_of, texts
+from tests.given_frames import give_frames
 
 DEPLOYMENTS = {
     "window": dict(),

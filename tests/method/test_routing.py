@@ -8,9 +8,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from kvpo.method.routing import (
-    FittedExploration,
     dispersed_routes,
-    fit_exploration,
     route_pool,
     visible_frames,
 )
@@ -230,74 +228,3 @@ def test_distinct_frames_that_do_not_fit_the_slots_are_refused(distinct):
 
 def test_overlap_counts_distinct_frames():
     assert mean_pairwise_overlap(torch.tensor([[1, 1, 2], [1, 2, 2], [3, 3, 4]])) == pytest.approx(2 / 3)
-
-
-# ---- what fits ---------------------------------------------------------------------------------------------
-
-ASKED = {
-    "num_frames": 60, "window_end": 60, "blocks": 5, "tail_blocks": 2, "distinct": 2, "branches": 8,
-    "pool": 27, "block": 3,
-}  # fmt: skip
-
-
-def test_nothing_shrinks_where_everything_fits():
-    assert fit_exploration(30, **ASKED) == FittedExploration(blocks=5, tail_blocks=2, distinct=2)
-    assert fit_exploration(39, **ASKED) == FittedExploration(blocks=5, tail_blocks=2, distinct=2)
-
-
-@pytest.mark.parametrize(
-    ("fork", "changes", "fitted"),
-    [
-        (42, {}, (5, 1, 2)),
-        (45, {}, (5, 0, 2)),
-        (51, {}, (3, 0, 2)),
-        (30, {"window_end": 39}, (3, 2, 2)),
-        (30, {"window_end": 39, "num_frames": 42}, (3, 1, 2)),
-        (12, {"branches": 7, "distinct": 5, "pool": 6}, (5, 2, 4)),
-        (10, {"branches": 6, "distinct": 3, "pool": 4}, (5, 2, 2)),
-        (10, {"branches": 4, "distinct": 4, "pool": 4}, (5, 2, 3)),
-        (30, {"branches": 4, "distinct": 6, "pool": 5}, (5, 2, 4)),
-    ],
-)
-def test_a_short_clip_shrinks_blocks_tail_and_distinct_frames(fork, changes, fitted):
-    assert fit_exploration(fork, **{**ASKED, **changes}) == FittedExploration(*fitted)
-
-
-@pytest.mark.parametrize(
-    ("fork", "message"),
-    [
-        ((58, 27), "fork = 58: no block of 3 frames follows in a video of 60"),
-        ((6, 0), "branches = 8: a pool of 0 frames has only 0 different sets of 1"),
-        ((9, 3), "branches = 8: a pool of 3 frames has only 3 different sets of 1"),
-    ],
-)
-def test_what_cannot_shrink_to_fit_is_refused(fork, message):
-    with pytest.raises(ValueError, match=message):
-        fit_exploration(fork[0], **{**ASKED, "pool": fork[1]})
-
-
-@given(
-    fork=st.integers(0, 20).map(lambda b: 3 * b),
-    length=st.integers(0, 60),
-    window_end=st.integers(0, 60),
-    distinct=st.integers(1, 6),
-    branches=st.integers(1, 10),
-)
-def test_what_fits_can_be_drawn_and_no_more_would(fork, length, window_end, distinct, branches):
-    pool = route_pool(fork, sink=range(3), recent=3, resident=33)
-    asked = {**ASKED, "num_frames": length, "distinct": distinct, "branches": branches}
-    asked |= {"window_end": window_end, "pool": len(pool)}
-    room = (min(window_end, length) - fork) // 3
-    try:
-        fitted = fit_exploration(fork, **asked)
-    except ValueError:
-        assert room < 1 or len(pool) < branches
-        return
-    routes = dispersed_routes(
-        pool, branches=branches, routed=distinct, distinct=fitted.distinct, generator=seeded(0)
-    )
-    for route in routes.tolist():
-        assert set(route) <= set(range(3, fork - 3))
-    assert fitted.distinct == distinct or math.comb(len(pool), fitted.distinct + 1) < branches
-    assert fitted.blocks == min(5, room)
-    assert fitted.tail_blocks == min(2, (length - fork) // 3 - fitted.blocks)

@@ -91,15 +91,16 @@ def test_page_bytes_are_those_of_the_tensors(pages):
 def test_a_fork_copies_no_page_and_lives_on_its_own():
     cache = new_cache(8)
     (pages,) = cache.write(*marked([1, 2, 3, 4]))
-    with History(cache, sink=1) as root:
-        root.append(pages)
-        branch = root.fork()
-        assert cache.pages_in_use == 4
-        (own,) = cache.write(*marked([5]))
-        branch.append(own)
-        assert branch.page_ids([0, 4]) == [pages[0], own[0]] and root.end == 4
-        branch.keep(range(3, 5))
-        assert sorted(branch.pages) == [0, 3, 4] and cache.pages_in_use == 5
+    root = History(cache, sink=1)
+    root.append(pages)
+    branch = root.fork()
+    assert cache.pages_in_use == 4
+    (own,) = cache.write(*marked([5]))
+    branch.append(own)
+    assert branch.page_ids([0, 4]) == [pages[0], own[0]] and root.end == 4
+    branch.keep(range(3, 5))
+    assert sorted(branch.pages) == [0, 3, 4] and cache.pages_in_use == 5
+    root.release()
     assert cache.pages_in_use == 3
     branch.release()
     assert cache.pages_in_use == 0

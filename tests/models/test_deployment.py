@@ -266,9 +266,10 @@ def test_bank_pages_outlive_the_window():
     reencoding, _ = reencoding_context(deployment, [history])
     sink = history.page_ids(range(3))
     assert reencoding.pages.tolist() == [[[*sink, *layer]] for layer in history.bank]
-    with history.fork() as branch:
-        assert branch.bank == history.bank and branch.latest == history.latest
-    history.release()
+    branch = history.fork()
+    assert branch.bank == history.bank and branch.latest == history.latest
+    for either in (branch, history):
+        either.release()
     assert history.cache.pages_in_use == 0
 
 

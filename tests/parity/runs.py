@@ -8,17 +8,15 @@ from torch import Tensor
 from kvpo.config import ExplorationConfig
 from kvpo.engine.explorers import Member, RoutedFrame
 from kvpo.engine.forks import Fork
-from kvpo.engine.generator import StreamingGenerator
+from kvpo.engine.generator import StreamingGenerator, Trajectory
 from kvpo.engine.noise import Tape
 from kvpo.engine.pages import PlannedRollout, cache_pages, stream_pages
 from kvpo.engine.rollout import Rollout
 from kvpo.engine.stream import (
     Stream,
     TextTable,
-    Trajectory,
     advance,
     append_block,
-    give_frames,
     open_stream,
     switch_prompts,
     text_of,
@@ -29,6 +27,7 @@ from kvpo.models.cache import FrameCache, History
 from kvpo.models.causal_wan import CausalWan
 from kvpo.models.deployment import deployment_context
 from kvpo.prompts import VideoPrompt
+from tests.given_frames import give_frames
 from tests.parity.fixtures import (
     BLOCK,
     CHUNKS,

@@ -28,7 +28,7 @@ def test_without_a_tail_the_window_is_read(monkeypatch: pytest.MonkeyPatch, tail
         return [(n % 2,) for n in range(len(videos))], torch.ones(len(videos))
 
     scores = SimpleNamespace(totals=lambda weights, share: torch.arange(4.0))
-    monkeypatch.setattr(diversity, "score_groups", lambda groups, *given, **named: [scores] * len(groups))
+    monkeypatch.setattr(diversity, "score_group", lambda *given, **named: scores)
     group: Any = SimpleNamespace(clean_MTCHW=torch.rand(4, 6 + tail, 3, 2, 2), window_frames=6)
     judges: Any = SimpleNamespace(scorer=None, weights_K=torch.ones(1))
     codec: Any = SimpleNamespace(decode=lambda latents: latents)
@@ -50,7 +50,8 @@ def test_a_measurement_in_closed_form(monkeypatch: pytest.MonkeyPatch) -> None:
     groups[0].clean_MTCHW[:, 6:] = 0.7  # the tail is read, and not measured
     tables = [torch.tensor([[1.0, 2.0, 4.0, 90.0]]), torch.tensor([[3.0, 3.0, 3.0, 90.0]])]
     scores = [Scores(("one",), table, 1000 * table.square()) for table in tables]
-    monkeypatch.setattr(diversity, "score_groups", lambda *given, **named: scores)
+    scored = iter(scores)
+    monkeypatch.setattr(diversity, "score_group", lambda *given, **named: next(scored))
 
     def observe(videos: torch.Tensor) -> tuple[list[tuple], torch.Tensor]:
         assert videos.shape == (3, 2, 3, 2, 2)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kvpo.engine.noise import SeededTape
 from kvpo.prompts import ClipPrompt, VideoPrompt
-from kvpo.training.evaluation import HeldOut, Judges, comparison, evaluate, mean_gain, paired_gain
+from kvpo.training.evaluation import Evaluation, Judges, comparison, evaluate, mean_gain, paired_gain
 from kvpo.training.setup import Setup
 from tests.tiny_world import FRAMES, tiny_config, toy_setup
 
@@ -39,7 +39,7 @@ class Literal:
         return {"text": score, "doubled": 2 * score}
 
 
-def judged(base: Path, rows: int = 32) -> tuple[HeldOut, Literal, Literal, Setup]:
+def judged(base: Path, rows: int = 32) -> tuple[Evaluation, Literal, Literal, Setup]:
     setup = toy_setup(tiny_config(base))
     scorer, unseen = Literal(), Literal()
     judges = Judges(scorer, torch.tensor([1.0, 0.5]), unseen)
@@ -83,11 +83,11 @@ def test_every_run_is_evaluated_on_the_same_noise(tiny_base: Path) -> None:
 
 
 def test_a_comparison_weights_its_components() -> None:
-    def held_out(shift: float) -> HeldOut:
+    def held_out(shift: float) -> Evaluation:
         table = torch.tensor([[1.0, 2.0, 4.0], [10.0, 10.0, 40.0]])
         table[0] += shift * torch.tensor([1.0, 2.0, 6.0])
         none, texts = torch.zeros(0, 3), (("one",), ("two",), ("three",))
-        return HeldOut(table, shift + torch.arange(3.0), none, none, texts)
+        return Evaluation(table, shift + torch.arange(3.0), none, none, texts)
 
     judges: Any = Judges(Literal(), torch.tensor([1.0, 0.5]), None)  # type: ignore[arg-type]
     numbers: Any = comparison(held_out(0.0), held_out(1.0), judges)

@@ -11,7 +11,7 @@ import torch
 from kvpo.rewards.protocol import Declaration
 from kvpo.rewards.reward import Reward
 from kvpo.training.checkpoint import best_checkpoint
-from kvpo.training.evaluation import HeldOut, Judges, comparison, paired_gain
+from kvpo.training.evaluation import Evaluation, Judges, comparison, paired_gain
 from kvpo.training.metrics_log import read_metrics
 from kvpo.training.radar import (
     Reading,
@@ -177,9 +177,9 @@ def test_what_the_radar_measures() -> None:
     held_out = Reward("own:calm_twice", scorer, tuple(declared))
     judges = Judges(scorer, torch.tensor([1.0, 0.5]), None, (held_out,))
     assert judges.held_out_names == ("calm_twice",)
-    base = HeldOut(torch.zeros(2, 3), None, torch.zeros(1, 3), torch.tensor([[0.1, 0.2, 0.3]] * 4), TEXTS)
+    base = Evaluation(torch.zeros(2, 3), None, torch.zeros(1, 3), torch.tensor([[0.1, 0.2, 0.3]] * 4), TEXTS)
     gains = torch.tensor([[0.1, 0.2, 0.3], [0.3, 0.2, 0.1]])
-    aligned = HeldOut(
+    aligned = Evaluation(
         gains, None, -gains[:1], base.looks_LN + torch.tensor([[0.5], [0.0], [0.01], [0.04]]), TEXTS
     )
     numbers = measured(base, aligned, judges)
@@ -262,7 +262,7 @@ def test_a_repeated_prompt_counts_once() -> None:
     """Two prompts with gains 0.1 and 0.5, the second one shown three times."""
     judges = Judges(ToyScorer(), torch.tensor([1.0, 0.0]), None)
     texts = (("a",), ("b",), ("b",), ("b",))
-    base = HeldOut(torch.zeros(2, 4), torch.zeros(4), torch.zeros(0, 4), torch.zeros(4, 4), texts)
+    base = Evaluation(torch.zeros(2, 4), torch.zeros(4), torch.zeros(0, 4), torch.zeros(4, 4), texts)
     gains = torch.tensor([[0.1, 0.3, 0.5, 0.7], [0.0, 0.0, 0.0, 0.0]])
     aligned = replace(base, components_KN=gains)
     numbers = comparison(base, aligned, judges)

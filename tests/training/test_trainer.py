@@ -21,7 +21,7 @@ from kvpo.engine.generator import StreamingGenerator
 from kvpo.engine.pages import cache_pages
 from kvpo.engine.replay import ReplayRow
 from kvpo.engine.rollout import Rollout
-from kvpo.engine.scoring import score_groups
+from kvpo.engine.scoring import score_group
 from kvpo.prompts import VideoPrompt
 from kvpo.training import checks
 from kvpo.training.checks import (
@@ -504,9 +504,8 @@ def test_scoring_overlaps_generation_and_changes_no_number(
     monkeypatch.setattr(StreamingGenerator, "velocity", counted)
     if refresh == 1:
         ((rollout, scores),) = explore(trainer.setup, [0])
-        alone = score_groups(
-            rollout.groups, trainer.setup.backbone.codec, ToyScorer(), block=trainer.setup.generator.block
-        )
+        codec, block = trainer.setup.backbone.codec, trainer.setup.generator.block
+        alone = [score_group(group, codec, ToyScorer(), block=block) for group in rollout.groups]
         for found, expected in zip(scores, alone, strict=True):
             assert torch.equal(found.local_KM, expected.local_KM)
             assert torch.equal(found.global_KM, expected.global_KM)

@@ -32,7 +32,7 @@ from kvpo.training.checks import (
     ratio_tolerance,
 )
 from kvpo.training.device import computing
-from kvpo.training.evaluation import HeldOut, comparison
+from kvpo.training.evaluation import Evaluation, comparison
 from kvpo.training.interrupt import stop_on_signal
 from kvpo.training.metrics_log import MetricsLog
 from kvpo.training.run import Run, checkpoint_update, evaluate_base, restore, resume_point
@@ -144,7 +144,7 @@ def exactness(setup: Setup, trainer: Trainer) -> dict[str, float]:
     return {name: value for name, value in found.items() if value is not None}
 
 
-def radar_summary(run: Run, results: Mapping[str, tuple[HeldOut, HeldOut]]) -> dict[str, Any]:
+def radar_summary(run: Run, results: Mapping[str, tuple[Evaluation, Evaluation]]) -> dict[str, Any]:
     """The hacking radar's verdict on the validations, and its readings on the test prompts."""
     base, aligned = (radar.pooled(side) for side in zip(*results.values(), strict=True))
     judges = run.setup.judges
@@ -161,7 +161,7 @@ def _finish(run: Run, directory: RunDirectory, show: Any, started: float) -> dic
     """Test the best checkpoint once, measure diversity, write the report's data and the summary."""
     setup = run.setup
     restore(run.trainer, find_checkpoint(run.checkpoints, None))
-    results: dict[str, tuple[HeldOut, HeldOut]] = {}
+    results: dict[str, tuple[Evaluation, Evaluation]] = {}
     diversity: dict[str, dict[str, float]] = {}
     checks: dict[str, float] = {}
 

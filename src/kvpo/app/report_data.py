@@ -32,7 +32,7 @@ from kvpo.prompts import VideoPrompt
 from kvpo.training.collection import credit_of, explore
 from kvpo.training.credit import collection_scale
 from kvpo.training.diversity import Laboratory, Place, averaged
-from kvpo.training.evaluation import HeldOut
+from kvpo.training.evaluation import Evaluation
 from kvpo.training.gradients import lesson_of, tables_of, with_old_policy, with_routed_teacher
 from kvpo.training.run import Run
 from kvpo.training.setup import Setup
@@ -93,7 +93,7 @@ def measure_diversity(setup: Setup) -> dict[str, dict[str, float]]:
     return {"chr": routed, "noise": fresh, "noise_matched": {**matched, "strength": strength}}
 
 
-def write_gallery(run: Run, results: dict[str, tuple[HeldOut, HeldOut]], directory: Path) -> None:
+def write_gallery(run: Run, results: dict[str, tuple[Evaluation, Evaluation]], directory: Path) -> None:
     """Before and after, side by side: the most improved test videos, two between, the least improved."""
     setup, judges = run.setup, run.setup.judges
     entries, videos = [], {}
@@ -205,7 +205,9 @@ def causality_groups(setup: Setup, videos: dict[str, Tensor]) -> list[dict[str, 
         acts = act_routes(prompt, fork.frame, exploration.routed, sink, exploration.recent)
         (group,) = laboratory(setup, [prompt]).branches(Place((prompt,), fork), chosen_routes([acts]))
         judges, block = setup.judges, setup.generator.block
-        score = score_group(group, setup.backbone.codec, judges.scorer, block=block, plan=setup.clip_plan())
+        score = score_group(
+            group, setup.backbone.codec, judges.scorer, block=block, shares=setup.clip_shares()
+        )
         title = f"routed only to act 1, only to act 2, and the anchor (video {prompt.id})"
         entry = _group_entry(setup, group, score, title, f"causality-{prompt.id}", [{}] * 3, videos, {})
         for member, name in zip(entry["members"][1:], ("routed to act 1", "routed to act 2"), strict=True):

@@ -125,8 +125,7 @@ def noise_branches(
     """Branches with noise of their own in the window: its kinds, and its strength in [0, 1]."""
     return [
         Member(
-            group,
-            tape=BranchTape(site.tape, (*site.key, group, branch), site.blocks(group), strength, kinds),
+            group, tape=BranchTape(site.tape, (*site.key, group, branch), site.blocks(group), strength, kinds)
         )
         for branch in range(site.forks[group].exploration.branches)
     ]

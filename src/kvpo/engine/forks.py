@@ -1,5 +1,6 @@
 """The frames at which videos fork, and the exploration that fits there."""
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -9,7 +10,7 @@ import torch
 
 from kvpo.config import ExplorationConfig
 from kvpo.engine.noise import keyed_generator
-from kvpo.method.routing import FittedExploration, fit_exploration, route_pool
+from kvpo.method.routing import check_routes, route_pool
 from kvpo.models.deployment import sink_frames
 from kvpo.models.settings import Deployment
 from kvpo.prompts import VideoPrompt
@@ -67,8 +68,7 @@ def plan_forks(
     are never routed. No prompt switch may fall strictly inside the window (at the fork itself one may:
     history is re-encoded before the branches start). The tail shrinks towards the end of the video. A block
     is trained by the windows with most blocks, then most distinct frames, of those that can hold it; only
-    where a segment or the pool is too short for all of both do they shrink. Routes that repeat no frame get
-    fewer slots with fewer distinct frames.
+    where a segment or the pool is too short for all of both do they shrink.
 
     Raises:
         ValueError: not even one block with one distinct frame per branch fits.
@@ -87,21 +87,18 @@ def plan_forks(
             for prompt in prompts
         ]
         try:
-            fit = fit_exploration(
+            fitted = fit_exploration(
+                exploration,
                 frame,
                 num_frames=num_frames,
                 window_end=min(_window_end(prompt, frame, block) for prompt in prompts),
-                blocks=exploration.blocks,
-                tail_blocks=exploration.tail_blocks,
-                distinct=max(1, exploration.distinct - exploration.donor),
-                branches=exploration.branches,
                 pool=min(map(len, pools)),
                 block=block,
             )
         except ValueError as error:
             refused = str(error)
         else:
-            forks.append(Fork(frame, _fitted(exploration, fit)))
+            forks.append(Fork(frame, fitted))
     if not forks:
         lengths = sorted({prompt.num_frames for prompt in prompts})
         raise ValueError(
@@ -184,15 +181,28 @@ def _room(fork: Fork) -> tuple[int, int, int]:
     return exploration.blocks, exploration.distinct, exploration.tail_blocks
 
 
-def _fitted(asked: ExplorationConfig, fit: FittedExploration) -> ExplorationConfig:
-    lost = max(1, asked.distinct - asked.donor) - fit.distinct
-    return replace(
-        asked,
-        blocks=fit.blocks,
-        tail_blocks=fit.tail_blocks,
-        distinct=asked.distinct - lost,
-        routed=asked.routed - (lost if asked.distinct == asked.routed else 0),
-    )
+def fit_exploration(
+    asked: ExplorationConfig, fork: int, *, num_frames: int, window_end: int, pool: int, block: int
+) -> ExplorationConfig:
+    """Shrink the routed blocks, the tail after them and the distinct frames to what a fork offers.
+
+    Routed blocks end by ``window_end``, the tail with the video; distinct frames fall until ``pool`` frames
+    have a different set for every branch. Routes that repeat no frame get fewer slots with them. Raises
+    ValueError when no block follows the fork, or the pool has not even one frame for every branch.
+    """
+    blocks = min(asked.blocks, (min(window_end, num_frames) - fork) // block)
+    if blocks < 1:
+        raise ValueError(
+            f"fork = {fork}: no block of {block} frames follows in a video of {num_frames}; fork earlier"
+        )
+    tail = min(asked.tail_blocks, (num_frames - fork) // block - blocks)
+    wanted = distinct = max(1, asked.distinct - asked.donor)
+    while distinct > 1 and math.comb(pool, distinct) < asked.branches:
+        distinct -= 1
+    check_routes(pool, asked.branches, distinct, distinct)
+    lost = wanted - distinct
+    routed = asked.routed - (lost if asked.distinct == asked.routed else 0)
+    return replace(asked, blocks=blocks, tail_blocks=tail, distinct=asked.distinct - lost, routed=routed)
 
 
 def _window_end(prompt: VideoPrompt, fork: int, block: int) -> int:

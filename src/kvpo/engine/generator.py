@@ -89,6 +89,18 @@ class TextRows:
 
 
 @dataclass(frozen=True)
+class Trajectory:
+    """The solver trajectory of one block, for R streams."""
+
+    states_RSFCHW: Tensor
+    """Solver states x_s, the first being pure noise."""
+    velocities_RSFCHW: Tensor
+    """The generator's velocity at each state."""
+    clean_RFCHW: Tensor
+    """The emitted clean latents."""
+
+
+@dataclass(frozen=True)
 class PageShape:
     """Geometry of cache pages."""
 
@@ -161,30 +173,21 @@ class StreamingGenerator:
                 clean_RFCHW, zero, text.embeddings_ULD, context, text_rows=text.rows_R, encode=True
             )
 
-    def require_finite_block(
-        self,
-        place: str,
-        states_RSFCHW: Tensor,
-        velocities_RSFCHW: Tensor,
-        clean_RFCHW: Tensor,
-        text: TextRows,
-        context: Context,
-    ) -> None:
+    def require_finite(self, trajectory: Trajectory, text: TextRows, context: Context, place: str) -> None:
         """Stop before a block that is not finite is seen, stored or decoded: one reduction of its latents.
 
         NaN and infinity stay in a state until the last solver step, so the clean latents show them all. Only
         then are the step and the first layer looked for. Raises NonFiniteError.
         """
-        if bool(magnitudes([clean_RFCHW]).isfinite()):
+        if bool(magnitudes([trajectory.clean_RFCHW]).isfinite()):
             return
-        steps = magnitudes(velocities_RSFCHW.unbind(1)).isfinite().tolist()
+        steps = magnitudes(trajectory.velocities_RSFCHW.unbind(1)).isfinite().tolist()
         step = steps.index(False) if False in steps else len(steps) - 1
         layer = None
         if isinstance(self.transformer, nn.Module):
-            level = torch.full((len(clean_RFCHW),), self.sigmas[step], device=clean_RFCHW.device)
-            layer = first_non_finite_layer(
-                self.transformer, lambda: self.velocity(states_RSFCHW[:, step], level, text, context)
-            )
+            x = trajectory.states_RSFCHW[:, step]
+            level = torch.full((len(x),), self.sigmas[step], device=x.device)
+            layer = first_non_finite_layer(self.transformer, lambda: self.velocity(x, level, text, context))
         raise NonFiniteError(
             f"{place}: the latents are not finite from solver step {step + 1} of {len(steps)} on"
             + (f", first behind layer {layer}" if layer else "")

@@ -15,12 +15,7 @@ from kvpo.engine.explorers import Explorer, Member, Routes, routes, site_of
 from kvpo.engine.forks import check_forks
 from kvpo.engine.generator import StreamingGenerator
 from kvpo.engine.noise import Tape
-from kvpo.engine.pages import (
-    PlannedRollout,
-    branch_frames,
-    cache_pages,
-    groups_together,
-)
+from kvpo.engine.pages import PlannedRollout, branch_frames, cache_pages, groups_together
 from kvpo.engine.stream import Stream, TextTable, advance, open_stream, switch_prompts
 from kvpo.method.evidence import Trajectories
 from kvpo.models.cache import FrameCache

@@ -27,7 +27,7 @@ class Clip:
 
 
 @dataclass(frozen=True)
-class ClipPlan:
+class ClipShares:
     """The clips that make up the global signal, and how much each of them counts.
 
     A clip's share of the signal goes with its frames, times ``segment_discount`` to the power of the segments
@@ -48,7 +48,7 @@ class Scores:
     local_KM: Tensor
     """Scores of the routed window."""
     global_KM: Tensor
-    """Scores of the video after the fork: the mean over its clips, each with its share (``ClipPlan``)."""
+    """Scores of the video after the fork: the mean over its clips, each with its share (``ClipShares``)."""
 
     def combined(self, global_weight: float) -> Tensor:
         """Every component of every member, ``[K, M]``: (local + w global) / (1 + w)."""
@@ -96,17 +96,17 @@ def transition_clips(
 
 
 def shared_clips(
-    prompt: VideoPrompt, first: int, stop: int, *, block: int, plan: ClipPlan
+    prompt: VideoPrompt, first: int, stop: int, *, block: int, shares: ClipShares
 ) -> list[tuple[Clip, float]]:
     """The clips of latent frames ``[first, stop)``, each with its share of the signal; shares add up to 1."""
     segments = segment_clips(prompt, first, stop, block=block, lead=block)
     found = [(clip, away) for away, clip in enumerate(segments)]
-    if plan.transition_blocks:
-        half = plan.transition_blocks * block
+    if shares.transition_blocks:
+        half = shares.transition_blocks * block
         around = transition_clips(prompt, first, stop, block=block, half=half)
         found += [(clip, away) for away, clip in enumerate(around) if clip is not None]
     counts = [
-        (clip.stop - clip.start - clip.prompt.switch) * plan.segment_discount**away for clip, away in found
+        (clip.stop - clip.start - clip.prompt.switch) * shares.segment_discount**away for clip, away in found
     ]
     return [(clip, count / sum(counts)) for (clip, _), count in zip(found, counts, strict=True) if count]
 
@@ -167,30 +167,23 @@ def _batch(videos_NTCHW: Tensor, pieces: Sequence[tuple[int, Clip]], first: int)
 
 
 def score_group(
-    group: Group, codec: Codec, scorer: Scorer, *, block: int, plan: ClipPlan = ClipPlan()
+    group: Group, codec: Codec, scorer: Scorer, *, block: int, shares: ClipShares = ClipShares()
 ) -> Scores:
     """Local and global scores of one group's members; its pixels live no longer than this call."""
     prompt, fork = group.root.prompt, group.fork
     stop = fork + group.clean_MTCHW.shape[1]
-    local = shared_clips(prompt, fork, fork + group.window_frames, block=block, plan=ClipPlan())
-    whole = shared_clips(prompt, fork, stop, block=block, plan=plan)
+    local = shared_clips(prompt, fork, fork + group.window_frames, block=block, shares=ClipShares())
+    whole = shared_clips(prompt, fork, stop, block=block, shares=shares)
     offset = min(clip.start for clip, _ in local + whole)
     pixels_MTCHW = decode_members(group, codec, lead=fork - offset)
     members = range(len(pixels_MTCHW))
-    shares = [(signal, share) for signal, pieces in enumerate((local, whole)) for _, share in pieces]
+    parts = [(signal, share) for signal, pieces in enumerate((local, whole)) for _, share in pieces]
     clips = [(member, clip) for clip, _ in local + whole for member in members]
     table = score_clips(scorer, pixels_MTCHW, clips, offset=offset, frames_per_latent=codec.frames_per_latent)
     sums = torch.zeros(2, len(scorer.components), len(members))
-    for (signal, share), scores_KM in zip(shares, table.split(len(members), 1), strict=True):
+    for (signal, share), scores_KM in zip(parts, table.split(len(members), 1), strict=True):
         sums[signal] += share * scores_KM
     return Scores(tuple(scorer.components), sums[0], sums[1])
-
-
-def score_groups(
-    groups: Sequence[Group], codec: Codec, scorer: Scorer, *, block: int, plan: ClipPlan = ClipPlan()
-) -> list[Scores]:
-    """Local and global scores of every group's members, one group after the other."""
-    return [score_group(group, codec, scorer, block=block, plan=plan) for group in groups]
 
 
 def decode_members(group: Group, codec: Codec, *, lead: int) -> Tensor:

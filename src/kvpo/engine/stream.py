@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from kvpo.engine.generator import StreamingGenerator, TextRows
+from kvpo.engine.generator import StreamingGenerator, TextRows, Trajectory
 from kvpo.engine.noise import Tape
 from kvpo.engine.pages import stream_pages
 from kvpo.method.flow import Step, add_noise, clean_of
@@ -16,7 +16,6 @@ from kvpo.models.deployment import (
     adopt_reencoded,
     commit_bank,
     context_size,
-    deployment_context,
     reachable_frames,
     record_block,
     reencoding_context,
@@ -26,18 +25,6 @@ from kvpo.prompts import VideoPrompt
 
 TextTable = Mapping[str, Tensor]
 """Prompt text -> embedding [text_len, text_dim], computed once."""
-
-
-@dataclass(frozen=True)
-class Trajectory:
-    """The solver trajectory of one block, for R streams."""
-
-    states_RSFCHW: Tensor
-    """Solver states x_s, the first being pure noise."""
-    velocities_RSFCHW: Tensor
-    """The generator's velocity at each state."""
-    clean_RFCHW: Tensor
-    """The emitted clean latents."""
 
 
 @dataclass
@@ -117,11 +104,7 @@ def denoise_block(
 
 
 def switch_prompts(
-    generator: StreamingGenerator,
-    streams: Sequence[Stream],
-    *,
-    rows: int = 0,
-    reencode_frames: int = 0,
+    generator: StreamingGenerator, streams: Sequence[Stream], *, rows: int = 0, reencode_frames: int = 0
 ) -> None:
     """Re-encode the recent history of every stream whose prompt switches before its next block.
 
@@ -183,8 +166,8 @@ def seen_alike(
     generator: StreamingGenerator, stream: Stream, route: Sequence[int] | None = None, recent: int = 0
 ) -> tuple[int, int]:
     """The key that streams of one forward pass share: frames that the next block sees, and of a bank."""
-    bank = stream.history.bank
-    return context_size(generator.deployment, stream.history, route, recent), len(bank[0]) if bank else 0
+    size = context_size(generator.deployment, stream.history, route, recent)
+    return size, stream.history.bank_frames
 
 
 def lockstep_batches(alike: Sequence[Hashable], rows: int) -> Iterator[list[int]]:
@@ -258,11 +241,8 @@ def advance(
             stream.history.keep(reachable_frames(generator.deployment, stream.history, resident))
         places += index
     inverse = torch.tensor(places).argsort()
-    return Trajectory(
-        torch.cat([piece.states_RSFCHW for piece in pieces])[inverse],
-        torch.cat([piece.velocities_RSFCHW for piece in pieces])[inverse],
-        torch.cat([piece.clean_RFCHW for piece in pieces])[inverse],
-    )
+    fields = zip(*(vars(piece).values() for piece in pieces), strict=True)
+    return Trajectory(*(torch.cat(own)[inverse] for own in fields))
 
 
 def _generate_block(
@@ -275,14 +255,7 @@ def _generate_block(
         trajectory = denoise_block(generator, noise, text, context, step)
         videos = ", ".join(str(stream.prompt.id) for stream in streams)
         place = f"block {streams[0].start // generator.block + 1} of prompt {videos}"
-        generator.require_finite_block(
-            place,
-            trajectory.states_RSFCHW,
-            trajectory.velocities_RSFCHW,
-            trajectory.clean_RFCHW,
-            text,
-            context,
-        )
+        generator.require_finite(trajectory, text, context, place)
     append_block(generator, streams, trajectory.clean_RFCHW, text, context, noise.get("context"))
     return trajectory
 
@@ -320,33 +293,6 @@ def append_block(
         stream.latents.append(clean)
         stream.fresh_prompt = False
         record_block(generator.deployment, stream.history)
-
-
-def give_frames(
-    generator: StreamingGenerator,
-    streams: Sequence[Stream],
-    latents_RTCHW: Tensor,
-    *,
-    resident: int = 0,
-) -> None:
-    """Start streams from given latents (video extension): encode them block by block, generate nothing.
-
-    ``resident`` history frames are kept, counting the sink (0: all).
-
-    Raises:
-        ValueError: the number of frames is not a multiple of the block.
-    """
-    if latents_RTCHW.shape[1] % generator.block:
-        raise ValueError(
-            f"{latents_RTCHW.shape[1]} given latent frames do not fill blocks of {generator.block}"
-        )
-    text = text_of(streams)
-    for clean in latents_RTCHW.split(generator.block, dim=1):
-        commit_banks(generator, streams, text)
-        context = deployment_context(generator.deployment, [stream.history for stream in streams])
-        append_block(generator, streams, clean, text, context, None)
-        for stream in streams:
-            stream.history.keep(reachable_frames(generator.deployment, stream.history, resident))
 
 
 def stream_latents(

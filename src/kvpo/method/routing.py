@@ -9,7 +9,6 @@ routed + recent = local_past both contexts are equally long, and routing the mos
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -46,7 +45,7 @@ def dispersed_routes(
     (n_f - 1) / 2, least when no two n_f differ by more than one. Every pool frame is equally likely. Raises
     ValueError when the pool has fewer than G different sets, or `distinct` is not in 1..routed.
     """
-    _check_routes(len(pool), branches, routed, distinct)
+    check_routes(len(pool), branches, routed, distinct)
     sets: list[frozenset[int]] = []
     while len(sets) < branches:
         drawn = frozenset(torch.randperm(len(pool), generator=generator)[:distinct].tolist())
@@ -58,47 +57,7 @@ def dispersed_routes(
     return _fill_slots(frames[torch.tensor([sorted(members) for members in sets])], routed)
 
 
-@dataclass(frozen=True)
-class FittedExploration:
-    """The exploration settings that fit at a given fork."""
-
-    blocks: int
-    tail_blocks: int
-    distinct: int
-
-
-def fit_exploration(
-    fork: int,
-    *,
-    num_frames: int,
-    window_end: int,
-    blocks: int,
-    tail_blocks: int,
-    distinct: int,
-    branches: int,
-    pool: int,
-    block: int,
-) -> FittedExploration:
-    """Shrink the routed blocks, the tail after them and the distinct frames to what a fork offers.
-
-    Routed blocks end by `window_end`, the tail with the clip; `distinct` falls until a pool of that size
-    has a different set for every branch. Raises ValueError when no block follows the fork, or the pool has
-    not even one frame for every branch.
-    """
-    fitting_blocks = min(blocks, (min(window_end, num_frames) - fork) // block)
-    if fitting_blocks < 1:
-        raise ValueError(
-            f"fork = {fork}: no block of {block} frames follows in a video of {num_frames}; fork earlier"
-        )
-    fitting_tail = min(tail_blocks, (num_frames - fork) // block - fitting_blocks)
-    fitting_distinct = distinct
-    while fitting_distinct > 1 and math.comb(pool, fitting_distinct) < branches:
-        fitting_distinct -= 1
-    _check_routes(pool, branches, fitting_distinct, fitting_distinct)
-    return FittedExploration(fitting_blocks, fitting_tail, fitting_distinct)
-
-
-def _check_routes(pool_size: int, branches: int, routed: int, distinct: int) -> None:
+def check_routes(pool_size: int, branches: int, routed: int, distinct: int) -> None:
     """Raise ValueError unless every branch can have a set of its own."""
     if not 1 <= distinct <= routed:
         raise ValueError(f"distinct = {distinct}: must be between 1 and routed = {routed}")

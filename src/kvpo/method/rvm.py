@@ -10,16 +10,7 @@ so that a group of nearly equal clips does not count as much as one with real di
 import torch
 from torch import Tensor
 
-from kvpo.method.evidence import (
-    Credit,
-    Evidence,
-    Method,
-    Metric,
-    Metrics,
-    Tables,
-    Trajectories,
-    evidence_of,
-)
+from kvpo.method.evidence import Credit, Evidence, Method, Metric, Metrics, Tables, Trajectories, evidence_of
 from kvpo.method.matching import noised_again
 from kvpo.method.settings import RvmSettings
 

@@ -9,29 +9,16 @@ history. OPSD-V (arXiv 2607.08766) is the same with a teacher whose history is m
 import torch
 from torch import Tensor
 
-from kvpo.method.evidence import (
-    Credit,
-    Evidence,
-    Method,
-    Metric,
-    Metrics,
-    Tables,
-    Trajectories,
-    evidence_of,
-)
+from kvpo.method.evidence import Credit, Evidence, Method, Metric, Metrics, Tables, Trajectories, evidence_of
 from kvpo.method.settings import SelfDistillSettings
 
 METRICS = {
-    "loss": Metric("Mean squared distance between the velocities under routed and under deployed history."),
+    "loss": Metric("Mean squared distance between the velocities under routed and under deployed history.")
 }
 
 
 def evidence(
-    trajectories: Trajectories,
-    credit: Credit,
-    steps: int,
-    settings: SelfDistillSettings,
-    _: torch.Generator,
+    trajectories: Trajectories, credit: Credit, steps: int, settings: SelfDistillSettings, _: torch.Generator
 ) -> Evidence:
     """The anchor's states; each branch's routed history gives one target."""
     anchor, branches = trajectories.anchor, credit.branches

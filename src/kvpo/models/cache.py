@@ -141,6 +141,11 @@ class History:
         for frame in [f for f in self.pages if f not in wanted]:
             self.cache.release([self.pages.pop(frame)])
 
+    @property
+    def bank_frames(self) -> int:
+        """Frames in the memory bank."""
+        return len(self.bank[0]) if self.bank else 0
+
     def set_bank(self, bank: list[list[int]]) -> None:
         """Exchange the memory bank's page ids (one list per layer)."""
         for layer in bank:
@@ -173,9 +178,3 @@ class History:
         """Give all pages back; the history is empty afterwards."""
         self.cache.release(self.all_references())
         self.pages, self.bank, self.latest = {}, [], None
-
-    def __enter__(self) -> "History":
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.release()

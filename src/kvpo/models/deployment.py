@@ -17,7 +17,7 @@ from kvpo.prompts import VideoPrompt
 RECORD_INTERVAL = 3
 """The memory bank takes in every third block's first frame."""
 TextKeys = Callable[[int], Tensor]
-"""Cross-attention keys of a layer for the rows at hand: layer -> [R, text_len, N, D]."""
+"""Cross-attention keys of a layer for a stream's prompt: layer -> [1, text_len, N, D]."""
 
 
 def sink_frames(deployment: Deployment, prompt: VideoPrompt, start: int) -> range:
@@ -30,11 +30,6 @@ def sink_frames(deployment: Deployment, prompt: VideoPrompt, start: int) -> rang
     moves = [at for at in acted if at <= start and deployment.reencoded(at) < at]
     first = 0 if deployment.keep_sink_at_switch or not moves else moves[-1] - deployment.window
     return range(first, first + deployment.sink)
-
-
-def context_frames(history: History, recent: int | None) -> tuple[list[int], list[int]]:
-    """Sink and local frames that the next block of a stream sees with ``recent`` past frames (None: all)."""
-    return visible_frames(history.end, history.sink, recent)
 
 
 def deployment_context(deployment: Deployment, histories: Sequence[History]) -> PageContext:
@@ -53,32 +48,43 @@ def routed_context(
     A routed row sees sink ++ bank ++ its routed pages ++ the ``recent`` most recent past frames; a row with
     None sees its deployment context. The pages may belong to any stream of the cache (donor histories).
     """
-    rows = []
+    sinks, others = [], []
     for history, routed in zip(histories, routed_pages, strict=True):
-        sink, local = context_frames(history, deployment.local_past if routed is None else recent)
-        pages = [*(routed or ()), *history.page_ids(local)]
-        rows.append((history.page_ids(sink), history.bank, pages))
-    banked = bool(rows[0][1])
-    layers = range(len(rows[0][1])) if banked else range(1)
-    table = [[[*sink, *(bank[n] if banked else []), *local] for sink, bank, local in rows] for n in layers]
-    cache = histories[0].cache
-    device = cache.keys_LQTND.device
-    pages_LRP = torch.tensor(table, dtype=torch.int64, device=device).view(len(layers), len(rows), -1)
-    sparse = len(rows[0][0]) + (len(rows[0][1][0]) if banked else 0) if deployment.sparse_activation else 0
+        past = deployment.local_past if routed is None else recent
+        sink, local = visible_frames(history.end, history.sink, past)
+        sinks.append(history.page_ids(sink))
+        others.append([*(routed or ()), *history.page_ids(local)])
+    pages = _page_table(histories, sinks, others)
     return PageContext(
-        cache=cache,
-        pages=pages_LRP if banked else pages_LRP[0],
-        start_R=torch.tensor([history.end for history in histories], device=device),
-        sparse_pages=sparse,
+        cache=histories[0].cache,
+        pages=pages,
+        start_R=torch.tensor([history.end for history in histories], device=pages.device),
+        sparse_pages=len(sinks[0]) + histories[0].bank_frames if deployment.sparse_activation else 0,
     )
+
+
+def _page_table(
+    histories: Sequence[History], sinks: Sequence[Sequence[int]], others: Sequence[Sequence[int]]
+) -> Tensor:
+    """Page ids of sink ++ bank ++ others of every row: [R, P], or [L, R, P] where there is a bank."""
+    # Layers of a bank differ; without one, a single empty layer stands for all.
+    rows = [
+        (sink, history.bank or [[]], own) for sink, history, own in zip(sinks, histories, others, strict=True)
+    ]
+    layers = range(len(rows[0][1]))
+    table = [[[*sink, *bank[layer], *own] for sink, bank, own in rows] for layer in layers]
+    device = histories[0].cache.keys_LQTND.device
+    pages_LRP = torch.tensor(table, dtype=torch.int64, device=device).view(len(layers), len(rows), -1)
+    return pages_LRP if histories[0].bank else pages_LRP[0]
 
 
 def context_size(
     deployment: Deployment, history: History, routed_pages: Sequence[int] | None = None, recent: int = 0
 ) -> int:
     """Frames that the next block sees in addition to itself; streams of one forward pass must agree on it."""
-    sink, local = context_frames(history, deployment.local_past if routed_pages is None else recent)
-    return len(sink) + len(routed_pages or ()) + len(local) + (len(history.bank[0]) if history.bank else 0)
+    past = deployment.local_past if routed_pages is None else recent
+    sink, local = visible_frames(history.end, history.sink, past)
+    return len(sink) + len(routed_pages or ()) + len(local) + history.bank_frames
 
 
 def reencoding_context(deployment: Deployment, histories: Sequence[History]) -> tuple[PageContext, int]:
@@ -91,24 +97,14 @@ def reencoding_context(deployment: Deployment, histories: Sequence[History]) -> 
     start = histories[0].end
     frames = deployment.reencoded(start)
     own_sink = frames == start or not deployment.keep_sink_at_switch
-    device = histories[0].cache.keys_LQTND.device
     sinks = [[] if own_sink else history.page_ids(history.sink) for history in histories]
-    banked = bool(histories[0].bank)
-    layers = range(len(histories[0].bank)) if banked else range(1)
-    table = [
-        [
-            [*sink, *(history.bank[n] if banked else [])]
-            for sink, history in zip(sinks, histories, strict=True)
-        ]
-        for n in layers
-    ]
-    pages_LRP = torch.tensor(table, dtype=torch.int64, device=device).view(len(layers), len(histories), -1)
+    pages = _page_table(histories, sinks, [[]] * len(histories))
     context = PageContext(
         cache=histories[0].cache,
-        pages=pages_LRP if banked else pages_LRP[0],
-        start_R=torch.tensor([history.end - frames for history in histories], device=device),
+        pages=pages,
+        start_R=torch.tensor([history.end - frames for history in histories], device=pages.device),
         own_frames=None if own_sink else frames - deployment.sink,
-        sparse_pages=pages_LRP.shape[-1] if deployment.sparse_activation else 0,
+        sparse_pages=pages.shape[-1] if deployment.sparse_activation else 0,
         sparse_own=deployment.sink if own_sink and deployment.sparse_activation else 0,
     )
     return context, frames
@@ -149,7 +145,7 @@ def record_block(deployment: Deployment, history: History) -> None:
 
 
 def commit_bank(
-    deployment: Deployment, history: History, num_layers: int, text_keys: TextKeys | None, row: int = 0
+    deployment: Deployment, history: History, num_layers: int, text_keys: TextKeys | None
 ) -> None:
     """Before a block: let the bank take in the recorded frame.
 
@@ -169,11 +165,12 @@ def commit_bank(
     keep = deployment.bank_size - 1
     chosen = []
     for n, layer in enumerate(bank):
-        keys = history.cache.keys_LQTND[n, torch.tensor(layer, device=history.cache.keys_LQTND.device)]
+        cached = history.cache.keys_LQTND[n]
+        keys = cached[torch.tensor(layer, device=cached.device)]
         if text_keys is None:
             score = keys.new_zeros(len(layer), dtype=torch.float32)
         else:
-            score = _agreement(text_keys(n)[row], keys, in_steps=deployment.bank_as_published)
+            score = _agreement(text_keys(n)[0], keys, in_steps=deployment.bank_as_published)
         chosen.append([*(layer[i] for i in score.topk(keep).indices.tolist()), latest])
     history.set_bank(chosen)
 

@@ -60,7 +60,7 @@ def generate(
 ) -> tuple[Rollout, list[Future[Scores]]]:
     """The rollout of an update; finished groups are scored while the next ones are generated."""
     config, codec, scorer = setup.config, setup.backbone.codec, setup.judges.scorer
-    options = {"block": setup.generator.block, "plan": setup.clip_plan()}
+    options = {"block": setup.generator.block, "shares": setup.clip_shares()}
     pending: list[Future[Scores]] = []
     rollout = roll_out(
         setup.generator,

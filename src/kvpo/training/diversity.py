@@ -19,7 +19,7 @@ from kvpo.engine.generator import Codec, StreamingGenerator, pixels_of
 from kvpo.engine.noise import Tape
 from kvpo.engine.pages import PlannedRollout
 from kvpo.engine.rollout import Group, roll_out
-from kvpo.engine.scoring import score_groups
+from kvpo.engine.scoring import score_group
 from kvpo.engine.stream import TextTable
 from kvpo.prompts import VideoPrompt
 from kvpo.training.evaluation import Judges
@@ -83,9 +83,9 @@ class Laboratory:
     def measure(self, groups: Sequence[Group]) -> Diversity:
         """Diversity of the branches (without the last member), averaged over groups."""
         assert self.read_off is not None
-        scores = score_groups(groups, self.codec, self.judges.scorer, block=self.generator.block)
         results = []
-        for group, score in zip(groups, scores, strict=True):
+        for group in groups:
+            score = score_group(group, self.codec, self.judges.scorer, block=self.generator.block)
             pixels = pixels_of(self.codec, group.clean_MTCHW[:-1])
             window, after = pixels[:, : group.window_frames], pixels[:, group.window_frames :]
             # Without a tail the window is all there is to read.

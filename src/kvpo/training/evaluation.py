@@ -21,7 +21,7 @@ ROWS = 32
 
 
 @dataclass(frozen=True)
-class HeldOut:
+class Evaluation:
     """Scores of one policy on a set of prompts."""
 
     components_KN: Tensor
@@ -35,7 +35,7 @@ class HeldOut:
     texts_N: tuple[tuple[str, ...], ...]
     """Segments of every prompt."""
 
-    def by_prompt(self) -> "HeldOut":
+    def by_prompt(self) -> "Evaluation":
         """The mean over the videos of each distinct prompt: standard errors count repeated prompts once."""
         distinct = list(dict.fromkeys(self.texts_N))
         if len(distinct) == len(self.texts_N):
@@ -44,7 +44,7 @@ class HeldOut:
         share_ND = torch.zeros(len(self.texts_N), len(distinct))
         share_ND[range(len(self.texts_N)), [place[texts] for texts in self.texts_N]] = 1.0
         share_ND /= share_ND.sum(0)
-        return HeldOut(
+        return Evaluation(
             components_KN=self.components_KN @ share_ND,
             unseen_N=None if self.unseen_N is None else self.unseen_N @ share_ND,
             held_out_HN=self.held_out_HN @ share_ND,
@@ -66,12 +66,12 @@ class Judges:
 
     @property
     def held_out_names(self) -> tuple[str, ...]:
-        """Names of the rows of ``HeldOut.held_out_HN``."""
+        """Names of the rows of ``Evaluation.held_out_HN``."""
         return tuple(name for reward in self.held_out for name in reward.numbers())
 
-    def totals(self, held_out: HeldOut) -> Tensor:
+    def totals(self, evaluation: Evaluation) -> Tensor:
         """Weighted reward per prompt, [N]."""
-        return self.weights_K @ held_out.components_KN
+        return self.weights_K @ evaluation.components_KN
 
 
 def evaluate(
@@ -82,7 +82,7 @@ def evaluate(
     *,
     rows: int = ROWS,
     progress: Callable[[int], None] = lambda videos: None,
-) -> HeldOut:
+) -> Evaluation:
     """Generate every prompt in the deployment context, ``rows`` at a time, and score its segments."""
     codec, block, texts = backbone.codec, backbone.generator.block, backbone.texts(prompts)
     components, unseen, held_out, seen = [], [], [torch.empty(len(judges.held_out_names), 0)], []
@@ -102,7 +102,7 @@ def evaluate(
             held_out.append(torch.cat(scores))
         seen.append(looks(videos))
         progress(len(batch))
-    return HeldOut(
+    return Evaluation(
         components_KN=torch.cat(components, 1),
         unseen_N=torch.cat(unseen) if unseen else None,
         held_out_HN=torch.cat(held_out, 1),
@@ -154,7 +154,7 @@ def paired_gain(base_N: Tensor, aligned_N: Tensor) -> PairedGain:
     return PairedGain(float(gain.mean()), error, float((gain > 0).double().mean()))
 
 
-def comparison(base: HeldOut, aligned: HeldOut, judges: Judges) -> dict[str, object]:
+def comparison(base: Evaluation, aligned: Evaluation, judges: Judges) -> dict[str, object]:
     """The numbers of one prompt set as summary.json and the metrics log hold them, over distinct prompts."""
     base, aligned = base.by_prompt(), aligned.by_prompt()
     base_N, aligned_N = judges.totals(base), judges.totals(aligned)

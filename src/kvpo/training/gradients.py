@@ -17,15 +17,7 @@ from kvpo.engine.generator import StreamingGenerator
 from kvpo.engine.replay import ReplayRow, replay_context, replay_kind, replay_velocities
 from kvpo.engine.rollout import Group
 from kvpo.engine.stream import Stream
-from kvpo.method.evidence import (
-    Credit,
-    Evidence,
-    Method,
-    Metrics,
-    Tables,
-    asked_of,
-    residual_table,
-)
+from kvpo.method.evidence import Credit, Evidence, Method, Metrics, Tables, asked_of, residual_table
 from kvpo.models.finite import require_finite
 from kvpo.training.policy import Policy, swapped_parameters
 

@@ -14,10 +14,7 @@ PATIENCE = 3
 
 
 def why_nothing_is_learned(
-    lessons: Sequence[Lesson],
-    found: Sequence[Metrics],
-    parameters: Mapping[str, Tensor],
-    config: Config,
+    lessons: Sequence[Lesson], found: Sequence[Metrics], parameters: Mapping[str, Tensor], config: Config
 ) -> str:
     """One sentence for an update without a trained group, or with a gradient that is zero everywhere.
 

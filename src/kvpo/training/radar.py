@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kvpo.rewards.pixel_statistics import MEASURES
-from kvpo.training.evaluation import HeldOut, Judges, PairedGain, paired_gain
+from kvpo.training.evaluation import Evaluation, Judges, PairedGain, paired_gain
 
 FAR = 0.5
 """Drift of a look, in standard deviations between the base's prompts, from which it is worth a warning."""
@@ -130,11 +130,11 @@ def agreement(
     }
 
 
-def pooled(results: Sequence[HeldOut]) -> HeldOut:
+def pooled(results: Sequence[Evaluation]) -> Evaluation:
     """Several prompt sets as one, each distinct prompt once."""
     results = [found.by_prompt() for found in results]
     unseen = [found.unseen_N for found in results if found.unseen_N is not None]
-    return HeldOut(
+    return Evaluation(
         components_KN=torch.cat([found.components_KN for found in results], 1),
         unseen_N=torch.cat(unseen) if unseen else None,
         held_out_HN=torch.cat([found.held_out_HN for found in results], 1),
@@ -143,13 +143,13 @@ def pooled(results: Sequence[HeldOut]) -> HeldOut:
     )
 
 
-def reading(update: int, found: HeldOut, judges: Judges) -> Reading:
+def reading(update: int, found: Evaluation, judges: Judges) -> Reading:
     """The part of some pooled results that the rule judges by; the unseen scorer is not in it."""
     scores = dict(zip(judges.held_out_names, found.held_out_HN, strict=True))
     return Reading(update, judges.totals(found), scores)
 
 
-def measured(base: HeldOut, aligned: HeldOut, judges: Judges) -> dict[str, Any]:
+def measured(base: Evaluation, aligned: Evaluation, judges: Judges) -> dict[str, Any]:
     """Paired changes of everything the radar watches, as the metrics log and summary.json hold them."""
     base_reading, last = reading(0, base, judges), reading(0, aligned, judges)
     gains_KN = aligned.components_KN - base.components_KN

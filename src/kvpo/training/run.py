@@ -21,7 +21,7 @@ from kvpo.training.checkpoint import (
     save_checkpoint,
 )
 from kvpo.training.device import forget_peak, peak
-from kvpo.training.evaluation import ROWS, HeldOut, comparison, evaluate, mean_gain
+from kvpo.training.evaluation import ROWS, Evaluation, comparison, evaluate, mean_gain
 from kvpo.training.interrupt import StopAtOnce
 from kvpo.training.metrics_log import MetricsLog
 from kvpo.training.policy import Policy, Sides, policy_of
@@ -43,7 +43,7 @@ class Run:
     checkpoints: Path
     metrics: MetricsLog
     progress: Progress
-    base: dict[str, HeldOut] = field(default_factory=dict)
+    base: dict[str, Evaluation] = field(default_factory=dict)
     """Held-out results of the starting policy on the validation prompts; needed from the first update on."""
     best: tuple[int, float] | None = None
     """Update and validation of the best checkpoint so far."""
@@ -212,7 +212,7 @@ class Run:
         self.verdict = radar.judge(history, evaluation.hacking_errors, evaluation.hacking_patience)
         return radar.verdict_numbers(history, self.verdict)
 
-    def evaluate_aligned(self, prompts: Any) -> HeldOut:
+    def evaluate_aligned(self, prompts: Any) -> Evaluation:
         """Held-out results of the trained parameters, averaged or raw as ``evaluation.weights`` says."""
         with self.trainer.sides.aligned():
             return evaluate_prompts(self.setup, prompts)
@@ -260,13 +260,13 @@ def open_checkpoint(weights: Weights, path: Path) -> Sides:
     return Sides(policy, load_aligned(weights, policy, path))
 
 
-def evaluate_prompts(setup: Setup, prompts: Any) -> HeldOut:
+def evaluate_prompts(setup: Setup, prompts: Any) -> Evaluation:
     """Held-out results of the model as it is."""
     rows = setup.config.exploration.rows or ROWS
     return evaluate(setup.backbone, prompts, setup.evaluation_tape(), setup.judges, rows=rows)
 
 
-def evaluate_base(setup: Setup, trainer: Trainer, sets: Mapping[str, Any]) -> dict[str, HeldOut]:
+def evaluate_base(setup: Setup, trainer: Trainer, sets: Mapping[str, Any]) -> dict[str, Evaluation]:
     """Held-out results of the starting policy."""
     with trainer.sides.base():
         return {name: evaluate_prompts(setup, prompts) for name, prompts in sets.items()}

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from kvpo.config import Config
 from kvpo.engine.generator import StreamingGenerator
 from kvpo.engine.noise import SeededTape
-from kvpo.engine.scoring import ClipPlan
+from kvpo.engine.scoring import ClipShares
 from kvpo.models.causal_wan import CausalWan
 from kvpo.prompts import VideoPrompt
 from kvpo.rewards.cache import Counts
@@ -48,10 +48,10 @@ class Setup:
         """The generator around it."""
         return self.backbone.generator
 
-    def clip_plan(self) -> ClipPlan:
+    def clip_shares(self) -> ClipShares:
         """The clips of a member that are scored in training."""
         rewards = self.config.rewards
-        return ClipPlan(rewards.segment_discount, rewards.transition_blocks)
+        return ClipShares(rewards.segment_discount, rewards.transition_blocks)
 
     def blend(self) -> Blend:
         """The fusion of the reward's components into one advantage. Raises ConfigurationError."""

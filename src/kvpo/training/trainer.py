@@ -21,12 +21,7 @@ from kvpo.training.gradients import Learner, accumulate_gradients
 from kvpo.training.learning import PATIENCE, why_nothing_is_learned
 from kvpo.training.policy import MovingAverage, Sides, policy_of
 from kvpo.training.setup import Setup
-from kvpo.training.state import (
-    flatten_state,
-    load_optimizer_state,
-    optimizer_state,
-    unflatten_state,
-)
+from kvpo.training.state import flatten_state, load_optimizer_state, optimizer_state, unflatten_state
 
 logger = logging.getLogger(__name__)
 
