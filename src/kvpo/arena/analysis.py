@@ -1,0 +1,320 @@
+"""What the votes of a study say: who wins, how sure that is, and which raters to trust. Pure functions.
+
+Axes: P prompts, R resamples, M models. A vote is good for an arm, bad for it, or neither (same and both bad
+alike): G, B and S of the user studies of the field.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from math import comb, inf, sqrt
+from statistics import NormalDist, median
+
+import numpy as np
+
+from kvpo.arena.judgements import Judgement, Ranking
+
+RESAMPLES = 2000
+FEWEST = 4
+"""Prompts below which no interval is given."""
+LEVEL = 0.95
+POWER = 0.8
+SUSPICIOUS = 1e-3
+"""Probability, for a rater without a side bias, of a left share as far from a half as one that is flagged."""
+ATTENTIVE = 0.5
+"""Least share of attention pairs that a rater must call the same."""
+
+
+@dataclass(frozen=True)
+class Interval:
+    """An estimate with its interval at ``LEVEL``."""
+
+    value: float
+    low: float
+    high: float
+
+
+def student(probability: float, freedom: int) -> float:
+    """Quantile of Student's t (Abramowitz and Stegun 26.7.5), within 2 % from three degrees of freedom on."""
+    z = NormalDist().inv_cdf(probability)
+    terms = (
+        (z**3 + z) / 4,
+        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
+        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
+        (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160,
+    )
+    return z + sum(term / freedom ** (power + 1) for power, term in enumerate(terms))
+
+
+def counts_by_prompt(judgements: Sequence[Judgement], arm: str) -> np.ndarray:
+    """Good, same and bad votes of ``arm`` against the others, by prompt: [P, 3]."""
+    found: dict[str, list[int]] = {}
+    for one in judgements:
+        if one.model_a == one.model_b or arm not in (one.model_a, one.model_b):
+            continue
+        row = found.setdefault(one.prompt, [0, 0, 0])
+        own = "model_a" if one.model_a == arm else "model_b"
+        row[0 if one.winner == own else 2 if one.winner in ("model_a", "model_b") else 1] += 1
+    return np.array(list(found.values()), float).reshape(-1, 3)
+
+
+def gsb(totals: np.ndarray) -> np.ndarray:
+    """(G - B) / (G + S + B) of sums [..., 3]."""
+    return (totals[..., 0] - totals[..., 2]) / totals.sum(-1)
+
+
+def win_rate(totals: np.ndarray) -> np.ndarray:
+    """G / (G + B), the share of decided votes, of sums [..., 3]; a half where none is decided."""
+    decided = totals[..., 0] + totals[..., 2]
+    return np.where(decided > 0, totals[..., 0] / np.maximum(decided, 1), 0.5)
+
+
+def bootstrap(
+    statistic: Callable[[np.ndarray], np.ndarray], counts_P3: np.ndarray, generator: np.random.Generator
+) -> Interval:
+    """A statistic of the sum over prompts, with its bootstrap interval over whole prompts.
+
+    The percentiles are widened to what Student's t needs with so few prompts (Hesterberg 2015, the expanded
+    percentile interval). With fewer than ``FEWEST`` prompts the interval says nothing and is infinite.
+    """
+    prompts = len(counts_P3)
+    value = float(statistic(counts_P3.sum(0)))
+    if prompts < FEWEST:
+        return Interval(value, -inf, inf)
+    drawn_RP = generator.multinomial(prompts, np.full(prompts, 1 / prompts), size=RESAMPLES)
+    values_R = statistic(drawn_RP @ counts_P3)
+    tail = NormalDist().cdf(-sqrt(prompts / (prompts - 1)) * student((1 + LEVEL) / 2, prompts - 1))
+    low, high = np.quantile(values_R, [tail, 1 - tail])
+    return Interval(value, float(low), float(high))
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How one arm does against another, or against all others, on one question."""
+
+    good: int
+    same: int
+    bad: int
+    prompts: int
+    win_rate: Interval
+    gsb: Interval
+    prompts_needed: int | None
+    """Prompts for a difference of ``effect`` to be seen; None where nothing can be said yet."""
+    votes_needed: int | None
+    """Votes on so many prompts, as many on each as there are now."""
+
+
+def compare(judgements: Sequence[Judgement], arm: str, effect: float, seed: int = 0) -> Comparison | None:
+    """``arm`` against whatever it met in ``judgements``; None without a vote.
+
+    Args:
+        effect: the smallest (G - B) / (G + S + B) that matters.
+    """
+    counts = counts_by_prompt(judgements, arm)
+    if not len(counts):
+        return None
+    generator = np.random.default_rng(seed)
+    good, same, bad = counts.sum(0).astype(int).tolist()
+    needed = prompts_needed(counts, effect)
+    return Comparison(
+        good,
+        same,
+        bad,
+        len(counts),
+        bootstrap(win_rate, counts, generator),
+        bootstrap(gsb, counts, generator),
+        needed,
+        None if needed is None else round(needed * counts.sum() / len(counts)),
+    )
+
+
+def prompts_needed(counts_P3: np.ndarray, effect: float) -> int | None:
+    """Prompts after which a true (G - B) / (G + S + B) of ``effect`` is seen with probability ``POWER``.
+
+    (z_level + z_power)² s² / effect², where s is the standard deviation over prompts of what a prompt adds to
+    the statistic (its linearisation). None with fewer than two prompts, or where all prompts agree.
+    """
+    if len(counts_P3) < 2:
+        return None
+    votes_P = counts_P3.sum(1)
+    added_P = (counts_P3[:, 0] - counts_P3[:, 2] - gsb(counts_P3.sum(0)) * votes_P) / votes_P.mean()
+    spread = added_P.std(ddof=1)
+    reach = NormalDist().inv_cdf((1 + LEVEL) / 2) + NormalDist().inv_cdf(POWER)
+    return int(np.ceil((reach * spread / effect) ** 2)) if spread > 0 else None
+
+
+def wins_by_prompt(
+    judgements: Sequence[Judgement], rankings: Sequence[Ranking], models: Sequence[str]
+) -> np.ndarray:
+    """How often row beats column, by prompt: [P, M, M]; a tie is half a win for each."""
+    place = {model: n for n, model in enumerate(models)}
+    found: dict[str, np.ndarray] = {}
+
+    def table(prompt: str) -> np.ndarray:
+        return found.setdefault(prompt, np.zeros((len(models), len(models))))
+
+    for one in judgements:
+        if one.model_a != one.model_b:
+            share = {"model_a": 1.0, "model_b": 0.0}.get(one.winner, 0.5)
+            table(one.prompt)[place[one.model_a], place[one.model_b]] += share
+            table(one.prompt)[place[one.model_b], place[one.model_a]] += 1 - share
+    for ranking in rankings:
+        for (one, above), (other, below) in combinations(zip(ranking.arms, ranking.ranks, strict=True), 2):
+            if above < below:
+                table(ranking.prompt)[place[str(one)], place[str(other)]] += 1
+    return np.stack(list(found.values())) if found else np.zeros((0, len(models), len(models)))
+
+
+def bradley_terry(wins_PMM: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Log-strengths of models, mean 0, and their standard errors: [..., M] each, of [..., P, M, M].
+
+    P(i beats j) = 1 / (1 + exp(s_j - s_i)) (Bradley and Terry 1952), fitted by Newton's method with one tie
+    added to every pair that met, so that a model that always won stays finite. The errors are the sandwich
+    estimator's over prompts: votes on one prompt may depend on each other.
+    """
+    wins = wins_PMM.sum(-3)
+    met = wins + np.swapaxes(wins, -1, -2)
+    wins = wins + 0.5 * (met > 0)
+    met = wins + np.swapaxes(wins, -1, -2)
+    models = wins.shape[-1]
+    strengths = np.zeros(wins.shape[:-1])
+    level = np.full((models, models), 1 / models)  # fixes the mean, which votes say nothing about
+    for _ in range(30):
+        expected = 1 / (1 + np.exp(strengths[..., None, :] - strengths[..., :, None]))
+        slope = (wins - met * expected).sum(-1)
+        information = _information(met, expected) + level
+        strengths = strengths + np.clip(np.linalg.solve(information, slope[..., None])[..., 0], -1, 1)
+    expected = 1 / (1 + np.exp(strengths[..., None, :] - strengths[..., :, None]))
+    bread = np.linalg.inv(_information(met, expected) + level)
+    met_PMM = wins_PMM + np.swapaxes(wins_PMM, -1, -2)
+    scores_PM = (wins_PMM - met_PMM * expected[..., None, :, :]).sum(-1)
+    prompts = wins_PMM.shape[-3]
+    meat = np.swapaxes(scores_PM, -1, -2) @ scores_PM * (prompts / max(1, prompts - 1))
+    errors = np.sqrt(np.clip(np.diagonal(bread @ meat @ bread, axis1=-2, axis2=-1), 0, None))
+    return strengths - strengths.mean(-1, keepdims=True), errors
+
+
+def _information(met: np.ndarray, expected: np.ndarray) -> np.ndarray:
+    weights = met * expected * (1 - expected)
+    return np.eye(weights.shape[-1]) * weights.sum(-1)[..., None] - weights
+
+
+def strengths(
+    judgements: Sequence[Judgement], rankings: Sequence[Ranking], models: Sequence[str]
+) -> dict[str, Interval]:
+    """Bradley-Terry log-strengths of the models with intervals; empty for fewer than three or no vote."""
+    if len(models) < 3:
+        return {}
+    wins = wins_by_prompt(judgements, rankings, models)
+    if not len(wins):
+        return {}
+    values, errors = bradley_terry(wins)
+    reach = student((1 + LEVEL) / 2, len(wins) - 1) if len(wins) >= FEWEST else inf
+    return {
+        model: Interval(float(value), float(value - reach * error), float(value + reach * error))
+        for model, value, error in zip(models, values, errors, strict=True)
+    }
+
+
+def krippendorff(units: Mapping[object, Sequence[float]]) -> float | None:
+    """Krippendorff's alpha of interval data: unit -> one value per rater who judged it.
+
+    1 - D_o / D_e with squared differences (Krippendorff 2011); 1 is perfect agreement, 0 chance. None where
+    no unit has two raters, or no two values differ.
+    """
+    paired = [np.asarray(values, float) for values in units.values() if len(values) > 1]
+    if not paired:
+        return None
+    every = np.concatenate(paired)
+    # the sum of squared differences over ordered pairs is 2 n² times the variance
+    observed = sum(2 * len(v) ** 2 * v.var() / (len(v) - 1) for v in paired) / len(every)
+    expected = 2 * len(every) ** 2 * every.var() / (len(every) * (len(every) - 1))
+    return float(1 - observed / expected) if expected > 0 else None
+
+
+def preferences(judgements: Sequence[Judgement]) -> dict[tuple[str, str, str, str], dict[str, list[float]]]:
+    """(prompt, question, first arm, other arm) -> rater -> 1 for the first, -1 for the other, 0 for neither.
+
+    The first arm is that of the smaller digest, whatever side it was on.
+    """
+    found: dict[tuple[str, str, str, str], dict[str, list[float]]] = {}
+    for one in judgements:
+        if one.kind == "attention":
+            continue
+        turned = (one.video_b, one.model_b) < (one.video_a, one.model_a)
+        pair = (one.model_b, one.model_a) if turned else (one.model_a, one.model_b)
+        value = {"model_a": 1.0, "model_b": -1.0}.get(one.winner, 0.0)
+        unit = found.setdefault((one.prompt, one.question, *pair), {})
+        unit.setdefault(one.rater, []).append(-value if turned else value)
+    return found
+
+
+def agreement(judgements: Sequence[Judgement], question: str) -> float | None:
+    """Krippendorff's alpha between raters on one question; of a repeated pair, the first answer counts."""
+    return krippendorff(
+        {
+            unit: [values[0] for values in raters.values()]
+            for unit, raters in preferences(judgements).items()
+            if unit[1] == question
+        }
+    )
+
+
+@dataclass(frozen=True)
+class Reliability:
+    """How a rater votes, whatever for."""
+
+    rater: str
+    votes: int
+    left_share: float | None
+    """Share of decided votes that went to the left; None without one."""
+    consistent: float | None
+    """Share of repeated answers that chose the same video again; None without a repeat."""
+    attentive: float | None
+    """Share of answers on attention pairs that were "same"; None without one."""
+    seconds: float
+    """Median time of a ballot."""
+    flags: tuple[str, ...]
+    """Why this rater's votes do not count."""
+
+
+def reliability(judgements: Sequence[Judgement], rater: str, question: str) -> Reliability:
+    """How a rater answers ``question``; side bias and inattention are told without looking at who wins.
+
+    One question, because the answers to several about one pair are not independent of each other.
+    """
+    own = [one for one in judgements if one.rater == rater and one.question == question]
+    decided = [one.winner == "model_a" for one in own if one.winner in ("model_a", "model_b")]
+    left = sum(decided) / len(decided) if decided else None
+    repeated = [values for raters in preferences(own).values() for values in raters.values() if len(values) > 1]
+    again = [value == values[0] for values in repeated for value in values[1:]]
+    same = [one.winner == "tie" for one in own if one.kind == "attention"]
+    attentive = sum(same) / len(same) if same else None
+    flags = []
+    if decided and binomial_tail(sum(decided), len(decided)) < SUSPICIOUS:
+        side = "left" if left is not None and left > 0.5 else "right"
+        flags.append(f"votes for the {side} side whatever is shown there")
+    if attentive is not None and attentive < ATTENTIVE:
+        flags.append("calls most attention pairs, the same video twice, different")
+    times = [one.milliseconds / 1000 for one in own if one.milliseconds > 0]
+    return Reliability(
+        rater,
+        len(own),
+        left,
+        sum(again) / len(again) if again else None,
+        attentive,
+        median(times) if times else 0.0,
+        tuple(flags),
+    )
+
+
+def trusted(judgements: Sequence[Judgement], raters: Sequence[Reliability]) -> list[Judgement]:
+    """What counts for a result: first showings of different videos, by raters who are not flagged."""
+    flagged = {one.rater for one in raters if one.flags}
+    return [one for one in judgements if one.kind == "pair" and one.rater not in flagged]
+
+
+def binomial_tail(successes: int, trials: int) -> float:
+    """Two-sided probability of a count at least as far from half of the trials, both outcomes equally likely."""
+    far = max(successes, trials - successes)
+    return min(1.0, 2 * sum(comb(trials, n) for n in range(far, trials + 1)) / 2**trials)

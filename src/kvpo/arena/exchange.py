@@ -1,0 +1,179 @@
+"""Votes as tables of pairwise comparisons (CSV, Parquet) and as Label Studio's tasks (JSON), out and in.
+
+The tables have the columns ``model_a, model_b, winner`` that arena-rank reads, and further ones that say who
+voted on which files.
+"""
+
+import csv
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+from kvpo.arena.judgements import WINNERS, Judgement
+from kvpo.extras import extra
+from kvpo.files import read_bytes, read_json, read_text, write_atomic
+
+COLUMNS = (
+    "model_a", "model_b", "winner", "question", "prompt", "rater", "kind", "milliseconds", "video_a", "video_b",
+)  # fmt: skip
+SUFFIXES = (".csv", ".parquet", ".json")
+KINDS = ("pair", "repeat", "attention")
+SIDES = ("video1", "video2")
+
+
+def write_votes(path: Path, judgements: Sequence[Judgement]) -> None:
+    """Write votes as the file's ending says.
+
+    Raises:
+        ValueError: another ending than ``SUFFIXES``; for Parquet, pyarrow is not installed.
+        StorageError: the file cannot be written.
+    """
+    _check_suffix(path)
+    rows = [{column: asdict(one)[column] for column in COLUMNS} for one in judgements]
+    if path.suffix == ".csv":
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        write_atomic(path, text.getvalue())
+    elif path.suffix == ".parquet":
+        with extra("parquet"):
+            import pyarrow as arrow
+            import pyarrow.parquet as parquet
+        buffer = io.BytesIO()
+        parquet.write_table(arrow.Table.from_pylist(rows), buffer)
+        write_atomic(path, buffer.getvalue())
+    else:
+        write_atomic(path, json.dumps(_tasks(judgements), indent=1, ensure_ascii=False) + "\n")
+
+
+def read_votes(path: Path) -> list[Judgement]:
+    """Read votes as `write_votes` writes them, or as a bare table of ``model_a, model_b, winner``.
+
+    Raises:
+        ValueError: another ending, a missing column, a winner that is none; with its row.
+    """
+    _check_suffix(path)
+    if path.suffix == ".json":
+        return _from_tasks(path)
+    if path.suffix == ".csv":
+        reader = csv.DictReader(io.StringIO(read_text(path), newline=""))
+        rows: list[dict[str, Any]] = list(reader)
+        columns = list(reader.fieldnames or ())
+    else:
+        with extra("parquet"):
+            import pyarrow as arrow
+            import pyarrow.parquet as parquet
+        try:
+            table = parquet.read_table(io.BytesIO(read_bytes(path)))
+        except arrow.ArrowInvalid as error:
+            raise ValueError(f"{path}: not a Parquet file ({error})") from error
+        rows, columns = table.to_pylist(), table.column_names
+    if missing := [name for name in COLUMNS[:3] if name not in columns]:
+        raise ValueError(f"{path}: no column {missing[0]!r}; there are {', '.join(columns)[:200] or 'none'}")
+    return [_judgement(f"{path}, row {number}", row) for number, row in enumerate(rows, 1)]
+
+
+def _check_suffix(path: Path) -> None:
+    if path.suffix not in SUFFIXES:
+        raise ValueError(f"{path}: votes are kept in {', '.join(SUFFIXES)} files")
+
+
+def _judgement(where: str, row: dict[str, Any]) -> Judgement:
+    given = {name: value for name, value in row.items() if name in COLUMNS and value not in (None, "")}
+    values: dict[str, Any] = {"rater": "unknown", "prompt": where, "question": "overall"} | given
+    if absent := [name for name in COLUMNS[:3] if name not in values]:
+        raise ValueError(f"{where}: no {absent[0]}")
+    if values["winner"] not in WINNERS.values():
+        raise ValueError(f"{where}: winner is {values['winner']!r}, not one of {', '.join(WINNERS.values())}")
+    if values.get("kind", "pair") not in KINDS:
+        raise ValueError(f"{where}: kind is {values['kind']!r}, not one of {', '.join(KINDS)}")
+    try:
+        values["milliseconds"] = int(values.get("milliseconds", 0))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{where}: milliseconds is {values['milliseconds']!r}, not a whole number") from error
+    texts = {field.name: str(values[field.name]) for field in fields(Judgement)
+             if field.name in values and field.name != "milliseconds"}  # fmt: skip
+    return Judgement(**texts, milliseconds=values["milliseconds"])
+
+
+def _tasks(judgements: Sequence[Judgement]) -> list[dict[str, Any]]:
+    """One task per pair and order, one annotation per ballot, one result per answer.
+
+    A side that won is a result of type ``pairwise``; Label Studio has no tie there, so that "same" and
+    "both bad" are results of type ``choices``.
+    """
+    tasks: dict[tuple[str, ...], dict[str, Any]] = {}
+    ballots: dict[tuple[object, ...], dict[str, Any]] = {}
+    for one in judgements:
+        pair = (one.prompt, one.video_a, one.video_b, one.model_a, one.model_b)
+        task = tasks.setdefault(
+            pair,
+            {
+                "id": len(tasks) + 1,
+                "data": dict(zip(SIDES, (f"{one.video_a}.mp4", f"{one.video_b}.mp4"), strict=True))
+                | {"prompt": one.prompt, "model_a": one.model_a, "model_b": one.model_b},
+                "annotations": [],
+            },
+        )
+        key = (*pair, one.rater, one.kind, one.milliseconds)
+        if key not in ballots:
+            ballots[key] = {"result": [], "lead_time": one.milliseconds / 1000,
+                            "meta": {"rater": one.rater, "kind": one.kind}}  # fmt: skip
+            task["annotations"].append(ballots[key])
+        side = {"model_a": "left", "model_b": "right"}.get(one.winner)
+        ballots[key]["result"].append(
+            {"from_name": one.question, "to_name": ",".join(SIDES)}
+            | (
+                {"type": "pairwise", "value": {"selected": side}}
+                if side
+                else {"type": "choices", "value": {"choices": [one.winner]}}
+            )
+        )
+    return list(tasks.values())
+
+
+def _from_tasks(path: Path) -> list[Judgement]:
+    given = read_json(path)
+    if not isinstance(given, list):
+        raise ValueError(f"{path}: expected a list of Label Studio's tasks")
+    found = []
+    for number, task in enumerate(given, 1):
+        where = f"{path}, task {number}"
+        try:
+            data, annotations = dict(task["data"]), list(task.get("annotations", ()))
+            files = [Path(str(data[side])).stem for side in SIDES]
+            for annotation in annotations:
+                meta = annotation.get("meta") or {}
+                rater = meta.get("rater", annotation.get("completed_by", "unknown"))
+                for result in annotation["result"]:
+                    found.append(
+                        _judgement(
+                            where,
+                            {
+                                "model_a": data.get("model_a", "video1"),
+                                "model_b": data.get("model_b", "video2"),
+                                "winner": _winner(result),
+                                "question": result["from_name"],
+                                "prompt": data.get("prompt", ""),
+                                "rater": rater,
+                                "kind": meta.get("kind", "pair"),
+                                "milliseconds": round(1000 * float(annotation.get("lead_time") or 0)),
+                                "video_a": files[0],
+                                "video_b": files[1],
+                            },
+                        )
+                    )
+        except (KeyError, TypeError, AttributeError, IndexError) as error:
+            raise ValueError(f"{where}: not a pairwise task of Label Studio ({error!r})") from error
+    return found
+
+
+def _winner(result: dict[str, Any]) -> str:
+    value = result["value"]
+    if result["type"] == "pairwise":
+        return WINNERS.get(value["selected"], str(value["selected"]))
+    return str(value["choices"][0])

@@ -1,0 +1,45 @@
+"""One answer of one rater about one pair, and one ranking: what is exported, analysed and learned from."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+WINNERS = {"left": "model_a", "right": "model_b", "same": "tie", "both_bad": "both_bad"}
+"""Answers and what they are called in tables of pairwise comparisons, whose model_a was on the left."""
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """An answer to one question about two videos of a scene."""
+
+    rater: str
+    prompt: str
+    """The scene's prompts: votes on one are not independent of each other."""
+    question: str
+    model_a: str
+    """The arm whose video was on the left."""
+    model_b: str
+    winner: str
+    """model_a, model_b, tie or both_bad."""
+    kind: str = "pair"
+    milliseconds: int = 0
+    video_a: str = ""
+    """Digest of the left video."""
+    video_b: str = ""
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """Videos of one scene, best first."""
+
+    rater: str
+    prompt: str
+    videos: tuple[str, ...]
+    arms: tuple[str | None, ...]
+    """The arm of each; None where the study knows none, as for branches of a live fork."""
+    ranks: tuple[int, ...]
+    """The rank of each, rising; equal ones were not ranked among each other."""
+
+
+def prompt_of(segments: Sequence[str]) -> str:
+    """The prompts of a scene as one text."""
+    return " → ".join(segments)

@@ -1,0 +1,158 @@
+"""The rating page behind HTTP: every request shows the token of an invitation, and sees that rater's ballots.
+
+Nothing that is served says which arm a video comes from: videos are addressed by the rater's ballot and side.
+"""
+
+import logging
+from collections.abc import Awaitable, Callable
+from importlib.resources import files
+from typing import Annotated, Any
+from urllib.parse import urlsplit
+
+from kvpo.arena.pairs import Ballot
+from kvpo.arena.store import Rater, Refused, Study, Vote
+from kvpo.arena.study import as_record, asked_about
+from kvpo.extras import extra
+
+with extra("server"):
+    from fastapi import Depends, FastAPI, HTTPException, Request, Response
+    from fastapi.responses import FileResponse, JSONResponse
+    from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+    from pydantic import BaseModel, ConfigDict, Field
+
+logger = logging.getLogger(__name__)
+
+LARGEST_BODY = 16 * 1024
+"""Bytes of a request: a vote takes a few hundred."""
+A_DAY = 24 * 3600 * 1000
+"""Most milliseconds that a ballot is said to have taken."""
+PAGE = {
+    "/": ("arena.html", "text/html; charset=utf-8"),
+    "/arena.css": ("arena.css", "text/css; charset=utf-8"),
+    "/arena.js": ("arena.js", "text/javascript; charset=utf-8"),
+}
+HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
+    "media-src blob:; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Cache-Control": "no-store",
+}
+
+
+class SentVote(BaseModel):
+    """The body of a vote."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+    position: int = Field(ge=0)
+    answers: dict[str, str] = {}
+    ranking: list[int] = []
+    milliseconds: int = Field(default=0, ge=0, le=A_DAY)
+    finished: bool = False
+
+
+def arena_app(study: Study) -> FastAPI:
+    """The application that serves a study to its raters."""
+    app = FastAPI(title="kvpo arena", openapi_url=None)
+    app.middleware("http")(_guarded)
+
+    def rater(
+        shown: Annotated[HTTPAuthorizationCredentials | None, Depends(HTTPBearer(auto_error=False))],
+    ) -> Rater:
+        found = None if shown is None else study.rater_of(shown.credentials)
+        if found is None:
+            raise HTTPException(401, "open the link of your invitation", {"WWW-Authenticate": "Bearer"})
+        return found
+
+    Voter = Annotated[Rater, Depends(rater)]
+
+    for path, (name, kind) in PAGE.items():
+        app.add_api_route(path, _asset(name, kind), methods=["GET"])
+
+    @app.get("/session")
+    def session(who: Voter) -> dict[str, Any]:
+        design = study.design
+        return {
+            "title": design.title,
+            "instructions": design.instructions,
+            "questions": [as_record(one) for one in design.questions],
+            "rater": who.name,
+            "ballots": len(study.ballots_of(who)),
+            "done": study.done(who),
+            "closed": study.closed,
+        }
+
+    @app.get("/ballots/{position}")
+    def ballot(position: int, who: Voter) -> dict[str, Any]:
+        shown = _ballot(study, who, position)
+        scene = study.design.scenes[shown.scene]
+        ranked = shown.kind == "ranking"
+        return {
+            "position": position,
+            "ranked": ranked,
+            "videos": len(shown.videos),
+            "prompts": scene.segments,
+            "starts": scene.starts,
+            "questions": asked_about(study.design.questions, scene, ranked=ranked),
+        }
+
+    @app.get("/ballots/{position}/videos/{place}")
+    def video(position: int, place: int, who: Voter) -> FileResponse:
+        shown = _ballot(study, who, position)
+        if not 0 <= place < len(shown.videos):
+            raise HTTPException(404, f"ballot {position} has {len(shown.videos)} videos")
+        return FileResponse(study.video_path(shown.videos[place]), media_type="video/mp4")
+
+    @app.post("/votes")
+    def vote(sent: SentVote, who: Voter) -> dict[str, int]:
+        given = Vote(sent.position, sent.answers, tuple(sent.ranking), sent.milliseconds, sent.finished)
+        try:
+            study.vote(who, given)
+        except Refused as error:
+            raise HTTPException(409, str(error)) from error
+        return {"done": study.done(who)}
+
+    @app.post("/undo")
+    def undo(who: Voter) -> dict[str, int]:
+        try:
+            study.undo(who)
+        except Refused as error:
+            raise HTTPException(409, str(error)) from error
+        return {"done": study.done(who)}
+
+    return app
+
+
+def _ballot(study: Study, who: Rater, position: int) -> Ballot:
+    """A ballot that the rater may see: one that was voted on, the one that is due, the next to load ahead."""
+    shown = study.ballots_of(who)
+    if not 0 <= position < len(shown) or position > study.done(who) + 1:
+        raise HTTPException(404, f"there is no ballot {position} for you now")
+    return shown[position]
+
+
+def _asset(name: str, kind: str) -> Callable[[], Response]:
+    content = (files("kvpo.arena") / "assets" / name).read_bytes()
+    return lambda: Response(content, media_type=kind)
+
+
+async def _guarded(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
+    """Refuse what other pages send and what is too large; give every answer the security headers."""
+    refused = _refusal(request)
+    response = JSONResponse({"detail": refused[1]}, refused[0]) if refused else await call_next(request)
+    response.headers.update(HEADERS)
+    return response
+
+
+def _refusal(request: Request) -> tuple[int, str] | None:
+    origin = request.headers.get("origin")
+    if origin is not None and urlsplit(origin).netloc != request.headers.get("host"):
+        return 403, "requests of other pages are not answered"
+    if request.method == "POST":
+        length = request.headers.get("content-length", "0" if request.headers.get("transfer-encoding") is None else "")
+        if not length.isdecimal():
+            return 411, "the length of the body must be declared"
+        if int(length) > LARGEST_BODY:
+            return 413, f"{int(length):,} bytes are over the limit of {LARGEST_BODY:,}"
+    return None

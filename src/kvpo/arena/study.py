@@ -1,0 +1,154 @@
+"""What a study asks: its questions, the scenes that raters see, and who made their videos (the arms)."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from kvpo.files import read_text
+
+ANSWERS = ("left", "right", "same", "both_bad")
+MOST_TEXT = 4000
+"""Characters of a question, its hint or the instructions."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question about a pair."""
+
+    name: str
+    text: str
+    hint: str = ""
+    """An example of what should decide."""
+    stories: bool = False
+    """Asked only about videos of several prompts."""
+
+
+QUESTIONS = (
+    Question(
+        "overall",
+        "Which video is better, all in all?",
+        "Ask yourself which of the two you would keep.",
+    ),
+    Question(
+        "visual",
+        "Which one looks better?",
+        "Sharp outlines and steady colours beat blur, noise and flicker; do not judge the movement here.",
+    ),
+    Question(
+        "motion",
+        "Which one moves better?",
+        "A smooth glide beats a jump or a shake; standing still where the prompt asks for movement is a fault.",
+    ),
+    Question(
+        "text",
+        "Which one shows more of what the prompt says?",
+        "Two blue squares that roll beat one, if the prompt asks for two; look at number, colour and deed.",
+    ),
+    Question(
+        "consistency",
+        "Which one holds together better when the prompt changes?",
+        "Whoever was there should still look the same after the change, unless the prompt says otherwise.",
+        stories=True,
+    ),
+)
+INSTRUCTIONS = (
+    "You will see two videos at a time, made from the same prompt. They play in step; watch them to the end "
+    "once, then again as often as you like, slowly or frame by frame. Judge what you see, not what you guess "
+    "about how it was made. Say 'same' when you see no difference worth naming, 'both bad' when neither is "
+    "acceptable. Some pairs come twice, and some are the same video twice: this checks the study."
+)
+
+
+@dataclass(frozen=True)
+class Scene:
+    """Videos of one prompt and one noise tape, of which raters compare two or rank all."""
+
+    segments: tuple[str, ...]
+    """The prompts, one after the other."""
+    videos: Mapping[str, str]
+    """Arm -> digest of its video."""
+    starts: tuple[float, ...] = ()
+    """Where each segment begins, as a share of the video's length; empty: not known."""
+
+
+@dataclass(frozen=True)
+class Design:
+    """Everything of a study but its votes."""
+
+    title: str
+    scenes: tuple[Scene, ...] = ()
+    questions: tuple[Question, ...] = QUESTIONS
+    instructions: str = INSTRUCTIONS
+    pairs: int = 20
+    """Most pairs, or rankings, that one rater is asked about; repeats and attention pairs come on top."""
+    ranked: bool = False
+    """Scenes are ranked whole, not pair by pair."""
+    sources: str = ""
+    """Where the videos come from, as the study was asked for."""
+
+    @property
+    def arms(self) -> tuple[str, ...]:
+        """All arms, in the order in which scenes name them."""
+        return tuple(dict.fromkeys(arm for scene in self.scenes for arm in scene.videos))
+
+
+def asked_about(questions: Sequence[Question], scene: Scene, *, ranked: bool = False) -> list[str]:
+    """Names of the questions that a ballot on ``scene`` asks: of a ranking, the first alone."""
+    if ranked:
+        return [questions[0].name]
+    return [one.name for one in questions if not one.stories or len(scene.segments) > 1]
+
+
+def read_questions(path: Path) -> dict[str, Any]:
+    """The ``title``, ``instructions`` and ``questions`` that a YAML file sets, as fields of ``Design``.
+
+    Raises:
+        ValueError: not YAML, an unknown field, a question without a name or text, two of one name.
+    """
+    try:
+        given = yaml.safe_load(read_text(path))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
+    known = ("title", "instructions", "questions")
+    if not isinstance(given, dict) or not given or set(given) - set(known):
+        raise ValueError(f"{path}: expected some of the fields {', '.join(known)}, got {str(given)[:60]}")
+    found: dict[str, Any] = {}
+    for name in ("title", "instructions"):
+        if name in given:
+            found[name] = _text(f"{path}: {name}", given[name])
+    if "questions" in given:
+        if not isinstance(given["questions"], list) or not given["questions"]:
+            raise ValueError(f"{path}: questions: expected a list of questions")
+        questions = tuple(_question(path, number, one) for number, one in enumerate(given["questions"], 1))
+        names = [one.name for one in questions]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise ValueError(f"{path}: two questions are called {twice[0]!r}")
+        if questions[0].stories:
+            raise ValueError(f"{path}: question 1 is asked about every pair: leave its 'stories' out")
+        found["questions"] = questions
+    return found
+
+
+def _question(path: Path, number: int, given: Any) -> Question:
+    where = f"{path}: question {number}"
+    known = [field.name for field in fields(Question)]
+    if not isinstance(given, dict) or not {"name", "text"} <= set(given) <= set(known):
+        raise ValueError(f"{where}: expected a name, a text and perhaps hint and stories, got {str(given)[:60]}")
+    if not isinstance(stories := given.get("stories", False), bool):
+        raise ValueError(f"{where}: stories: expected true or false, got {stories!r}")
+    texts = {name: _text(f"{where}: {name}", given[name]) for name in ("name", "text", "hint") if name in given}
+    return Question(**texts, stories=stories)
+
+
+def _text(where: str, value: Any) -> str:
+    if not isinstance(value, str) or not value.strip() or len(value) > MOST_TEXT:
+        raise ValueError(f"{where}: expected a text of at most {MOST_TEXT} characters, got {str(value)[:60]!r}")
+    return value.strip()
+
+
+def as_record(question: Question) -> dict[str, Any]:
+    """A question as JSON."""
+    return asdict(question)
