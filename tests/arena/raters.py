@@ -2,13 +2,15 @@
 
 import hashlib
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
+from kvpo.arena.intake import create_study
 from kvpo.arena.judgements import WINNERS, Judgement, prompt_of
 from kvpo.arena.pairs import Ballot, ballots
-from kvpo.arena.store import Study, Vote, create_study
+from kvpo.arena.store import Study, Vote
 from kvpo.arena.study import Design, Scene, asked_about
 
 KEY = b"a key of the tests"
@@ -32,9 +34,7 @@ def digest_of(text: str) -> str:
 
 
 def scenes_of(count: int, arms: Sequence[str] = ("base", "aligned")) -> list[Scene]:
-    return [
-        Scene((f"prompt {n}",), {arm: digest_of(f"{arm} {n}") for arm in arms}) for n in range(count)
-    ]
+    return [Scene((f"prompt {n}",), {arm: digest_of(f"{arm} {n}") for arm in arms}) for n in range(count)]
 
 
 def judged(
@@ -55,16 +55,22 @@ def judged(
             answer = "same" if same and say is honest else say(lead, generator)
             prompt = prompt_of(scenes[ballot.scene].segments)
             found.append(
-                Judgement(rater, prompt, "overall", left, right, WINNERS[answer], ballot.kind, 4000, *ballot.videos)
+                Judgement(
+                    rater, prompt, "overall", left, right, WINNERS[answer], ballot.kind, 4000, *ballot.videos
+                )
             )
     return found
 
 
 def small_study(directory: Path, pairs: int = 6, **changes: object) -> Study:
     """A study of two arms whose videos are text files: nothing below the page looks into them."""
-    contents = {f"{arm} {n}".encode() for n in range(pairs) for arm in ("base", "aligned")}
-    videos = {hashlib.sha256(content).hexdigest(): content for content in contents}
-    design = Design("A study", tuple(scenes_of(pairs)), **changes)  # type: ignore[arg-type]
+    folder = directory.with_name(f"videos of {directory.name}")
+    folder.mkdir()
+    videos = {}
+    for text in (f"{arm} {n}" for n in range(pairs) for arm in ("base", "aligned")):
+        videos[digest_of(text)] = folder / text
+        (folder / text).write_text(text)
+    design = replace(Design("A study", tuple(scenes_of(pairs)), pairs=1000), **changes)  # type: ignore[arg-type]
     return create_study(directory, design, videos)
 
 

@@ -24,7 +24,7 @@ from kvpo.arena.analysis import (
     win_rate,
     wins_by_prompt,
 )
-from kvpo.arena.judgements import Judgement, Ranking
+from kvpo.arena.judgements import Judgement, Ranking, as_judgements
 from tests.arena.raters import honest, judged, leftist, scenes_of
 
 DRAWS = 1000
@@ -99,9 +99,7 @@ def test_a_rater_biased_to_one_side_is_flagged_and_does_not_move_the_result():
         trust = [reliability(joined, rater, "overall") for rater in (*raters, "biased")]
         assert trust[-1].flags and trust[-1].left_share == 1.0
         flagged += sum(bool(one.flags) for one in trust[:-1])
-        with_biased, without = (
-            compare(trusted(votes, trust), "aligned", 0.1) for votes in (joined, alone)
-        )
+        with_biased, without = (compare(trusted(votes, trust), "aligned", 0.1) for votes in (joined, alone))
         assert with_biased == without
         # Kept, the biased rater would still only dilute: sides are drawn, so no arm gains from them.
         everyone = compare([one for one in joined if one.kind == "pair"], "aligned", 0.1)
@@ -112,7 +110,9 @@ def test_a_rater_biased_to_one_side_is_flagged_and_does_not_move_the_result():
 
 def test_repeats_attention_and_time_of_a_rater():
     scenes = scenes_of(40)
-    steady = judged(scenes, {"steady": lambda lead, _: "left" if lead > 0 else "right"}, lambda n, arm: arm == "base", 1)
+    steady = judged(
+        scenes, {"steady": lambda lead, _: "left" if lead > 0 else "right"}, lambda n, arm: arm == "base", 1
+    )
     found = reliability([one for one in steady if one.kind != "attention"], "steady", "overall")
     assert found.consistent == 1.0 and found.attentive is None and found.seconds == 4.0 and not found.flags
     tossed = judged(scenes, {"coin": lambda _, g: g.choice(["left", "right"])}, lambda n, arm: 0.0, 2)
@@ -141,7 +141,8 @@ def test_votes_needed_give_the_power_that_is_promised(monkeypatch):
     pilot = votes_on_prompts(400, 3, 0.2, 0.3, generator)
     needed = prompts_needed(pilot, 0.2)
     seen = sum(
-        bootstrap(gsb, votes_on_prompts(needed, 3, 0.2, 0.3, generator), generator).low > 0 for _ in range(400)
+        bootstrap(gsb, votes_on_prompts(needed, 3, 0.2, 0.3, generator), generator).low > 0
+        for _ in range(400)
     )
     assert 0.72 < seen / 400 < 0.88
     assert prompts_needed(pilot, 0.1) == pytest.approx(4 * needed, abs=4)
@@ -150,7 +151,11 @@ def test_votes_needed_give_the_power_that_is_promised(monkeypatch):
 
 def test_agreement_is_that_of_the_published_example():
     """Interval alpha of the three raters' table in Krippendorff's worked example: 0.811."""
-    table = ["*****341211 33*3".replace(" ", ""), "1*21334 3*******".replace(" ", ""), "**2134 4*211 33*4".replace(" ", "")]
+    table = [
+        "*****341211 33*3".replace(" ", ""),
+        "1*21334 3*******".replace(" ", ""),
+        "**2134 4*211 33*4".replace(" ", ""),
+    ]
     units = {n: [float(row[n]) for row in table if row[n] != "*"] for n in range(15)}
     assert krippendorff(units) == pytest.approx(0.811, abs=5e-4)
     assert krippendorff({1: [1.0, 1.0], 2: [0.0, 0.0]}) == 1.0
@@ -170,17 +175,21 @@ def test_agreement_is_near_zero_for_coins_and_does_not_depend_on_sides():
 
 
 def test_rankings_count_every_pair_in_them_and_order_the_models():
-    ranking = Ranking("a", "p", ("1", "2", "3"), ("x", "y", "z"), (0, 1, 2))
-    assert wins_by_prompt([], [ranking], ("x", "y", "z")).tolist() == [[[0, 1, 1], [0, 0, 1], [0, 0, 0]]]
-    chosen = Ranking("a", "p", ("1", "2", "3"), ("x", "y", "z"), (0, 1, 1))
-    assert wins_by_prompt([], [chosen], ("x", "y", "z")).tolist() == [[[0, 1, 1], [0, 0, 0], [0, 0, 0]]]
-    many = [Ranking("a", f"p{n}", ("1", "2", "3"), order, (0, 1, 2)) for n in range(12)
-            for order in (("x", "y", "z"), ("y", "x", "z"), ("x", "z", "y"))]  # fmt: skip
-    found = strengths([], many, ("x", "y", "z"))
+    def wins(ranks: tuple[int, ...]) -> list:
+        ranking = Ranking("a", "p", ("1", "2", "3"), ("x", "y", "z"), ranks)
+        return wins_by_prompt(as_judgements(ranking, "overall"), ("x", "y", "z"))[0].tolist()
+
+    assert wins((0, 1, 2)) == [[0, 1, 1], [0, 0, 1], [0, 0, 0]]
+    assert wins((0, 1, 1)) == [[0, 1, 1], [0, 0, 0], [0, 0, 0]], "a choice does not rank the others"
+    orders = (("x", "y", "z"), ("y", "x", "z"), ("x", "z", "y"))
+    whole = [Ranking("a", f"p{n}", ("1", "2", "3"), order, (0, 1, 2)) for n in range(12) for order in orders]
+    votes = [one for ranking in whole for one in as_judgements(ranking, "overall")]
+    found = strengths(votes, ("x", "y", "z"))
     values = [found[arm].value for arm in "xyz"]
     assert values == sorted(values, reverse=True) and sum(values) == pytest.approx(0)
     assert all(found[arm].low < found[arm].value < found[arm].high for arm in "xyz")
-    assert strengths([], many, ("x", "y")) == {}
+    assert strengths([], ("x", "y", "z")) == {} and strengths(votes[:0], ("x", "y")) == {}
+    assert not reliability(votes, "a", "overall").flags and len(trusted(votes, [])) == len(votes)
 
 
 def test_quantiles_of_student_and_of_a_fair_coin():

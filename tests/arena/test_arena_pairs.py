@@ -1,4 +1,4 @@
-"""Ballots are a function of key, rater and scenes: repeats swap sides, attention pairs are one video twice."""
+"""Ballots are a function of key, rater and scenes; repeats swap sides, attention pairs are one video."""
 
 from collections import Counter
 

@@ -1,14 +1,17 @@
 """Votes are on the disk before they are acknowledged, attach to the pixels voted on, and survive kills."""
 
 import hashlib
+import json
 import sqlite3
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from kvpo.arena import store
+from kvpo.arena import database
+from kvpo.arena.database import DATABASE, MIGRATIONS, Refused, transaction
 from kvpo.arena.exchange import read_votes, write_votes
-from kvpo.arena.store import DATABASE, MIGRATIONS, Refused, Study, Vote, record_ranking, transaction
+from kvpo.arena.intake import add_judgements, record_ranking
+from kvpo.arena.store import Study, Vote
 from tests.arena.raters import answered, small_study, vote_all
 
 
@@ -74,7 +77,16 @@ def test_invitations_are_the_raters_own_and_forged_ones_open_nothing(study):
     ann, ben = study.invite("ann"), study.invite("ben")
     assert study.invite("ann") == ann != ben and study.rater_of(ann).name == "ann"
     number, _, signature = ann.partition(".")
-    for forged in ("", "1", f"{number}.", f"2.{signature}", f"{ann}x", f"99.{signature}", "²." + signature, "ä.ö"):
+    for forged in (
+        "",
+        "1",
+        f"{number}.",
+        f"2.{signature}",
+        f"{ann}x",
+        f"99.{signature}",
+        "²." + signature,
+        "ä.ö",
+    ):
         assert study.rater_of(forged) is None, forged
     for name in ("", "  ", "a\nb", "x" * 81):
         with pytest.raises(ValueError, match="one line"):
@@ -87,7 +99,9 @@ def test_many_raters_vote_at_once(tmp_path):
     with ThreadPoolExecutor(6) as pool:
         list(pool.map(lambda name: vote_all(Study(study.directory), name, lambda ballot: "left"), names))
     assert len({(one.rater, one.prompt) for one in study.judgements()}) == 6 * 5
-    assert all(study.done(rater_of(study, name)) == len(study.ballots_of(rater_of(study, name))) for name in names)
+    assert all(
+        study.done(rater_of(study, name)) == len(study.ballots_of(rater_of(study, name))) for name in names
+    )
 
 
 def test_votes_never_attach_to_other_pixels(study):
@@ -110,12 +124,12 @@ def test_votes_go_out_and_come_back_to_the_same_videos_only(tmp_path, study, suf
     write_votes(path, study.judgements())
     votes = read_votes(path)
     assert set(votes) == set(study.judgements()) and len(votes) == len(study.judgements())
-    assert study.add_judgements(votes) == 0
+    assert add_judgements(study, votes) == 0
     elsewhere = small_study(tmp_path / "elsewhere")
-    assert elsewhere.add_judgements(votes) == len(votes) and set(elsewhere.judgements()) == set(votes)
+    assert add_judgements(elsewhere, votes) == len(votes) and set(elsewhere.judgements()) == set(votes)
     other = small_study(tmp_path / "other", pairs=2)
     with pytest.raises(ValueError, match="very files that were voted on"):
-        other.add_judgements(votes)
+        add_judgements(other, votes)
     assert other.judgements() == []
 
 
@@ -123,13 +137,13 @@ def test_files_of_other_programs_are_read_and_bad_ones_refused(tmp_path):
     bare = tmp_path / "bare.csv"
     bare.write_text("model_a,model_b,winner\nx,y,model_a\ny,x,tie\n")
     assert [(one.model_a, one.winner) for one in read_votes(bare)] == [("x", "model_a"), ("y", "tie")]
-    task = (
-        '[{"data": {"video1": "/data/a.mp4", "video2": "/data/b.mp4", "prompt": "p"}, "annotations": [{"completed_by":'
-        ' 7, "lead_time": 2.5, "result": [{"type": "pairwise", "from_name": "pw", "to_name": "video1,video2", '
-        '"value": {"selected": "right"}}]}]}]'
-    )
+    chosen = {"type": "pairwise", "from_name": "pw", "to_name": "v1,v2", "value": {"selected": "right"}}
+    task = {
+        "data": {"video1": "/data/a.mp4", "video2": "/data/b.mp4", "prompt": "p"},
+        "annotations": [{"completed_by": 7, "lead_time": 2.5, "result": [chosen]}],
+    }
     studio = tmp_path / "studio.json"
-    studio.write_text(task)
+    studio.write_text(json.dumps([task]))
     (vote,) = read_votes(studio)
     assert (vote.rater, vote.winner, vote.milliseconds, vote.video_b) == ("7", "model_b", 2500, "b")
     for text, reason in (
@@ -152,7 +166,7 @@ def test_files_of_other_programs_are_read_and_bad_ones_refused(tmp_path):
 def test_old_databases_are_migrated_with_their_votes_and_newer_ones_refused(study, monkeypatch):
     vote_all(study, "ann", lambda ballot: "left")
     votes = study.judgements()
-    monkeypatch.setattr(store, "MIGRATIONS", (*MIGRATIONS, "ALTER TABLE rater ADD COLUMN email TEXT"))
+    monkeypatch.setattr(database, "MIGRATIONS", (*MIGRATIONS, "ALTER TABLE rater ADD COLUMN email TEXT"))
     assert Study(study.directory).judgements() == votes
     with transaction(study.path) as db:
         assert db.execute("PRAGMA user_version").fetchone() == (2,)
@@ -163,7 +177,9 @@ def test_old_databases_are_migrated_with_their_votes_and_newer_ones_refused(stud
 
 
 def test_a_migration_that_fails_changes_nothing(study, monkeypatch):
-    monkeypatch.setattr(store, "MIGRATIONS", (*MIGRATIONS, "ALTER TABLE rater ADD COLUMN email TEXT; SELECT nonsense"))
+    monkeypatch.setattr(
+        database, "MIGRATIONS", (*MIGRATIONS, "ALTER TABLE rater ADD COLUMN email TEXT; SELECT nonsense")
+    )
     with pytest.raises(ValueError, match="cannot be used as a study"):
         Study(study.directory)
     monkeypatch.undo()
@@ -180,7 +196,10 @@ def test_what_is_no_study_is_refused(tmp_path):
 
 def test_settings_of_every_connection_make_votes_durable(study):
     with transaction(study.path) as db:
-        asked = {name: db.execute(f"PRAGMA {name}").fetchone()[0] for name in ("journal_mode", "synchronous", "foreign_keys")}
+        asked = {
+            name: db.execute(f"PRAGMA {name}").fetchone()[0]
+            for name in ("journal_mode", "synchronous", "foreign_keys")
+        }
         assert asked == {"journal_mode": "wal", "synchronous": 2, "foreign_keys": 1}
     with pytest.raises(sqlite3.IntegrityError), transaction(study.path) as db:
         db.execute("INSERT INTO answer VALUES (99, 'overall', 'left')")

@@ -8,7 +8,7 @@ import time
 import numpy as np
 import pytest
 from edits import HOSTILE, copy_of, edit_json, enlarge, lines_of
-from headless_chromium import chromium, find_chromium
+from tests.headless_chromium import chromium, find_chromium
 from safetensors.numpy import load_file
 
 from kvpo.report.formatting import compact

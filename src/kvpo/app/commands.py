@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from kvpo.app import reward_commands
+from kvpo.app import arena_commands, reward_commands
 from kvpo.app.configuration import parse_flags, path_argument, resolve, resolve_resumed, resolve_saved
 from kvpo.config import Config
 from kvpo.config_checks import ConfigurationError
@@ -342,6 +342,12 @@ COMMANDS = (
         configured=True,
     ),
     Command("report", "write the HTML report of a run", _report_arguments, _report),
+    Command(
+        "arena",
+        "compare videos blind, with raters on a page of their own",
+        arena_commands.arena_arguments,
+        arena_commands.arena,
+    ),
     Command("score", "score a folder of videos", reward_commands.score_arguments, reward_commands.score),
     Command(
         "calibrate",

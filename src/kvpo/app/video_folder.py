@@ -57,31 +57,43 @@ def shown_names(root: Path, files: Sequence[Path]) -> list[str]:
 
 
 def file_prompts(path: Path | None, root: Path, files: Sequence[Path]) -> list[str] | None:
-    """The prompt of every file below ``root``; None where nothing says it.
+    """The one prompt of every file below ``root``; None where nothing says it, or says several.
+
+    Raises:
+        ValueError: see `file_segments`; also a file whose given prompts are several.
+    """
+    names, found = shown_names(root, files), file_segments(path, root, files)
+    if found is None:
+        return None
+    several = [name for name, texts in zip(names, found, strict=True) if len(texts) > 1]
+    if several and path is None:
+        logger.warning("no prompts are read from %s: %s shows %s", MANIFEST, several[0], SEVERAL)
+        return None
+    if several:
+        raise ValueError(f"{path}: {several[0]} shows {SEVERAL}")
+    return [texts[0] for texts in found]
+
+
+def file_segments(path: Path | None, root: Path, files: Sequence[Path]) -> list[Sequence[str]] | None:
+    """The prompts of every file below ``root``, in order of appearance; None where nothing says them.
 
     The manifest of `kvpo generate` next to the files decides. ``path`` is a JSON object that maps file names
-    to prompts, or a prompt file with one prompt per file in their natural order, which a manifest must agree
+    to prompts, or a prompt file with one line per file in their natural order, which a manifest must agree
     with.
 
     Raises:
-        ValueError: files without a prompt or with several, another number of prompts than files, names whose
-            order is not plain, a prompt file that the manifest contradicts.
+        ValueError: files without a prompt, another number of prompts than files, names whose order is not
+            plain, a prompt file that the manifest contradicts.
     """
     names = shown_names(root, files)
     if path is not None and path.suffix.lower() == ".json":
-        return _one_each(path, names, _by_name(path, names))
+        return list(_by_name(path, names))
     listed = [_listed(file) for file in files]
     if path is None:
-        if None in listed:
-            return None
-        several = [name for name, texts in zip(names, listed, strict=True) if len(texts or ()) > 1]
-        if several:
-            logger.warning("no prompts are read from %s: %s shows %s", MANIFEST, several[0], SEVERAL)
-            return None
-        return [texts[0] for texts in listed if texts]
+        return None if None in listed else [texts for texts in listed if texts]
     prompts = [prompt.segments for prompt in read_prompts(path, num_frames=ANY_LENGTH)]
     if not any(listed):
-        return _one_each(path, names, _by_position(path, files, root, prompts))
+        return _by_position(path, files, root, prompts)
     for name, texts in zip(names, listed, strict=True):
         if texts is None:
             raise ValueError(f"{name} is not in the {MANIFEST} next to it, other files are; {_MAP}")
@@ -90,16 +102,10 @@ def file_prompts(path: Path | None, root: Path, files: Sequence[Path]) -> list[s
                 f"{path}: {MANIFEST} says that {name} shows {texts[0][:60]!r}, which is not among "
                 f"these prompts; leave --prompts out, or {_MAP}"
             )
-    return _one_each(path, names, [texts for texts in listed if texts])
+    return [texts for texts in listed if texts]
 
 
 _MAP = "give a .json file that maps names to prompts"
-
-
-def _one_each(path: Path, names: Sequence[str], prompts: Sequence[Sequence[str]]) -> list[str]:
-    if several := [name for name, texts in zip(names, prompts, strict=True) if len(texts) > 1]:
-        raise ValueError(f"{path}: {several[0]} shows {SEVERAL}")
-    return [texts[0] for texts in prompts]
 
 
 def read_manifest(path: Path) -> dict[str, list[str]]:

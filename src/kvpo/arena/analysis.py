@@ -6,13 +6,12 @@ alike): G, B and S of the user studies of the field.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import combinations
 from math import comb, inf, sqrt
 from statistics import NormalDist, median
 
 import numpy as np
 
-from kvpo.arena.judgements import Judgement, Ranking
+from kvpo.arena.judgements import Judgement
 
 RESAMPLES = 2000
 FEWEST = 4
@@ -143,25 +142,16 @@ def prompts_needed(counts_P3: np.ndarray, effect: float) -> int | None:
     return int(np.ceil((reach * spread / effect) ** 2)) if spread > 0 else None
 
 
-def wins_by_prompt(
-    judgements: Sequence[Judgement], rankings: Sequence[Ranking], models: Sequence[str]
-) -> np.ndarray:
+def wins_by_prompt(judgements: Sequence[Judgement], models: Sequence[str]) -> np.ndarray:
     """How often row beats column, by prompt: [P, M, M]; a tie is half a win for each."""
     place = {model: n for n, model in enumerate(models)}
     found: dict[str, np.ndarray] = {}
-
-    def table(prompt: str) -> np.ndarray:
-        return found.setdefault(prompt, np.zeros((len(models), len(models))))
-
     for one in judgements:
         if one.model_a != one.model_b:
+            table = found.setdefault(one.prompt, np.zeros((len(models), len(models))))
             share = {"model_a": 1.0, "model_b": 0.0}.get(one.winner, 0.5)
-            table(one.prompt)[place[one.model_a], place[one.model_b]] += share
-            table(one.prompt)[place[one.model_b], place[one.model_a]] += 1 - share
-    for ranking in rankings:
-        for (one, above), (other, below) in combinations(zip(ranking.arms, ranking.ranks, strict=True), 2):
-            if above < below:
-                table(ranking.prompt)[place[str(one)], place[str(other)]] += 1
+            table[place[one.model_a], place[one.model_b]] += share
+            table[place[one.model_b], place[one.model_a]] += 1 - share
     return np.stack(list(found.values())) if found else np.zeros((0, len(models), len(models)))
 
 
@@ -199,14 +189,10 @@ def _information(met: np.ndarray, expected: np.ndarray) -> np.ndarray:
     return np.eye(weights.shape[-1]) * weights.sum(-1)[..., None] - weights
 
 
-def strengths(
-    judgements: Sequence[Judgement], rankings: Sequence[Ranking], models: Sequence[str]
-) -> dict[str, Interval]:
+def strengths(judgements: Sequence[Judgement], models: Sequence[str]) -> dict[str, Interval]:
     """Bradley-Terry log-strengths of the models with intervals; empty for fewer than three or no vote."""
-    if len(models) < 3:
-        return {}
-    wins = wins_by_prompt(judgements, rankings, models)
-    if not len(wins):
+    wins = wins_by_prompt(judgements, models)
+    if len(models) < 3 or not len(wins):
         return {}
     values, errors = bradley_terry(wins)
     reach = student((1 + LEVEL) / 2, len(wins) - 1) if len(wins) >= FEWEST else inf
@@ -232,20 +218,22 @@ def krippendorff(units: Mapping[object, Sequence[float]]) -> float | None:
     return float(1 - observed / expected) if expected > 0 else None
 
 
-def preferences(judgements: Sequence[Judgement]) -> dict[tuple[str, str, str, str], dict[str, list[float]]]:
-    """(prompt, question, first arm, other arm) -> rater -> 1 for the first, -1 for the other, 0 for neither.
+Unit = tuple[str, str, tuple[str, str], tuple[str, str]]
+"""(prompt, question, (arm, digest), (arm, digest)), the two in the order of their digests."""
 
-    The first arm is that of the smaller digest, whatever side it was on.
-    """
-    found: dict[tuple[str, str, str, str], dict[str, list[float]]] = {}
+
+def preferences(judgements: Sequence[Judgement]) -> dict[Unit, dict[str, list[float]]]:
+    """Unit -> rater -> 1 for its first video, -1 for the other, 0 for neither, on whatever side they were."""
+    found: dict[Unit, dict[str, list[float]]] = {}
     for one in judgements:
         if one.kind == "attention":
             continue
-        turned = (one.video_b, one.model_b) < (one.video_a, one.model_a)
-        pair = (one.model_b, one.model_a) if turned else (one.model_a, one.model_b)
+        first, other = (one.model_a, one.video_a), (one.model_b, one.video_b)
         value = {"model_a": 1.0, "model_b": -1.0}.get(one.winner, 0.0)
-        unit = found.setdefault((one.prompt, one.question, *pair), {})
-        unit.setdefault(one.rater, []).append(-value if turned else value)
+        if other[::-1] < first[::-1]:
+            first, other, value = other, first, -value
+        raters = found.setdefault((one.prompt, one.question, first, other), {})
+        raters.setdefault(one.rater, []).append(value)
     return found
 
 
@@ -284,9 +272,12 @@ def reliability(judgements: Sequence[Judgement], rater: str, question: str) -> R
     One question, because the answers to several about one pair are not independent of each other.
     """
     own = [one for one in judgements if one.rater == rater and one.question == question]
+    own = [one for one in own if one.kind != "ranking"]
     decided = [one.winner == "model_a" for one in own if one.winner in ("model_a", "model_b")]
     left = sum(decided) / len(decided) if decided else None
-    repeated = [values for raters in preferences(own).values() for values in raters.values() if len(values) > 1]
+    repeated = [
+        values for raters in preferences(own).values() for values in raters.values() if len(values) > 1
+    ]
     again = [value == values[0] for values in repeated for value in values[1:]]
     same = [one.winner == "tie" for one in own if one.kind == "attention"]
     attentive = sum(same) / len(same) if same else None
@@ -309,12 +300,12 @@ def reliability(judgements: Sequence[Judgement], rater: str, question: str) -> R
 
 
 def trusted(judgements: Sequence[Judgement], raters: Sequence[Reliability]) -> list[Judgement]:
-    """What counts for a result: first showings of different videos, by raters who are not flagged."""
+    """What counts: first showings of different videos, and rankings, by raters who are not flagged."""
     flagged = {one.rater for one in raters if one.flags}
-    return [one for one in judgements if one.kind == "pair" and one.rater not in flagged]
+    return [one for one in judgements if one.kind in ("pair", "ranking") and one.rater not in flagged]
 
 
 def binomial_tail(successes: int, trials: int) -> float:
-    """Two-sided probability of a count at least as far from half of the trials, both outcomes equally likely."""
+    """Two-sided probability that a fair coin falls at least as far from half of the trials."""
     far = max(successes, trials - successes)
     return min(1.0, 2 * sum(comb(trials, n) for n in range(far, trials + 1)) / 2**trials)

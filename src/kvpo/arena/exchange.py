@@ -17,7 +17,8 @@ from kvpo.extras import extra
 from kvpo.files import read_bytes, read_json, read_text, write_atomic
 
 COLUMNS = (
-    "model_a", "model_b", "winner", "question", "prompt", "rater", "kind", "milliseconds", "video_a", "video_b",
+    "model_a", "model_b", "winner", "question", "prompt", "rater", "kind", "milliseconds",
+    "video_a", "video_b",
 )  # fmt: skip
 SUFFIXES = (".csv", ".parquet", ".json")
 KINDS = ("pair", "repeat", "attention")
@@ -94,7 +95,9 @@ def _judgement(where: str, row: dict[str, Any]) -> Judgement:
     try:
         values["milliseconds"] = int(values.get("milliseconds", 0))
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{where}: milliseconds is {values['milliseconds']!r}, not a whole number") from error
+        raise ValueError(
+            f"{where}: milliseconds is {values['milliseconds']!r}, not a whole number"
+        ) from error
     texts = {field.name: str(values[field.name]) for field in fields(Judgement)
              if field.name in values and field.name != "milliseconds"}  # fmt: skip
     return Judgement(**texts, milliseconds=values["milliseconds"])

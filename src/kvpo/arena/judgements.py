@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import combinations
 
 WINNERS = {"left": "model_a", "right": "model_b", "same": "tie", "both_bad": "both_bad"}
 """Answers and what they are called in tables of pairwise comparisons, whose model_a was on the left."""
@@ -43,3 +44,13 @@ class Ranking:
 def prompt_of(segments: Sequence[str]) -> str:
     """The prompts of a scene as one text."""
     return " → ".join(segments)
+
+
+def as_judgements(ranking: Ranking, question: str) -> list[Judgement]:
+    """A ranking as what it says about each pair of its arms, the better one first."""
+    placed = list(zip(ranking.arms, ranking.videos, ranking.ranks, strict=True))
+    return [
+        Judgement(ranking.rater, ranking.prompt, question, one, other, "model_a", "ranking", 0, better, worse)
+        for (one, better, above), (other, worse, below) in combinations(placed, 2)
+        if above < below and one is not None and other is not None
+    ]

@@ -1,7 +1,7 @@
 """Which ballots a rater gets, in which order and on which sides: a pure function of (key, rater, scenes).
 
-Every draw is a keyed hash (HMAC-SHA256) of the rater and the pair, so that a study can be audited from its key
-and nobody can foresee sides without it.
+Every draw is a keyed hash (HMAC-SHA256) of the rater and the pair, so that a study can be audited from its
+key and nobody can foresee sides without it.
 """
 
 import hmac
@@ -37,7 +37,9 @@ def draw(key: bytes, *words: object) -> float:
     return int.from_bytes(hmac.digest(key, text, "sha256")[:6]) / 2**48
 
 
-def ballots(key: bytes, rater: str, scenes: Sequence[Scene], *, most: int, ranked: bool = False) -> list[Ballot]:
+def ballots(
+    key: bytes, rater: str, scenes: Sequence[Scene], *, most: int, ranked: bool = False
+) -> list[Ballot]:
     """The ballots of a rater, in order.
 
     At most ``most`` pairs of different videos, then the repeats, which come in the second half and swap the
@@ -73,7 +75,9 @@ def _sided(key: bytes, rater: str, pair: tuple[int, str, str]) -> Ballot:
 
 
 def _repeats(key: bytes, rater: str, pairs: Sequence[Ballot]) -> list[tuple[float, Ballot]]:
-    first = sorted(pairs[: len(pairs) // 2], key=lambda one: draw(key, rater, "repeat", one.scene, *one.videos))
+    first = sorted(
+        pairs[: len(pairs) // 2], key=lambda one: draw(key, rater, "repeat", one.scene, *one.videos)
+    )
     return [
         (
             0.6 + 0.4 * draw(key, rater, "repeated at", one.scene, *one.videos),

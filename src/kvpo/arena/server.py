@@ -5,13 +5,14 @@ Nothing that is served says which arm a video comes from: videos are addressed b
 
 import logging
 from collections.abc import Awaitable, Callable
+from dataclasses import asdict
 from importlib.resources import files
 from typing import Annotated, Any
 from urllib.parse import urlsplit
 
 from kvpo.arena.pairs import Ballot
 from kvpo.arena.store import Rater, Refused, Study, Vote
-from kvpo.arena.study import as_record, asked_about
+from kvpo.arena.study import asked_about
 from kvpo.extras import extra
 
 with extra("server"):
@@ -26,6 +27,8 @@ LARGEST_BODY = 16 * 1024
 """Bytes of a request: a vote takes a few hundred."""
 A_DAY = 24 * 3600 * 1000
 """Most milliseconds that a ballot is said to have taken."""
+AHEAD = 2
+"""Ballots after the one that is due that are served: the next, and that of a vote which was just undone."""
 PAGE = {
     "/": ("arena.html", "text/html; charset=utf-8"),
     "/arena.css": ("arena.css", "text/css; charset=utf-8"),
@@ -65,18 +68,24 @@ def arena_app(study: Study) -> FastAPI:
             raise HTTPException(401, "open the link of your invitation", {"WWW-Authenticate": "Bearer"})
         return found
 
-    Voter = Annotated[Rater, Depends(rater)]
-
+    voter = Annotated[Rater, Depends(rater)]
     for path, (name, kind) in PAGE.items():
         app.add_api_route(path, _asset(name, kind), methods=["GET"])
+    _show(app, study, voter)
+    _take_votes(app, study, voter)
+    return app
+
+
+def _show(app: FastAPI, study: Study, voter: Any) -> None:
+    """Routes that say what a rater is asked."""
 
     @app.get("/session")
-    def session(who: Voter) -> dict[str, Any]:
+    def session(who: voter) -> dict[str, Any]:
         design = study.design
         return {
             "title": design.title,
             "instructions": design.instructions,
-            "questions": [as_record(one) for one in design.questions],
+            "questions": [asdict(one) for one in design.questions],
             "rater": who.name,
             "ballots": len(study.ballots_of(who)),
             "done": study.done(who),
@@ -84,7 +93,7 @@ def arena_app(study: Study) -> FastAPI:
         }
 
     @app.get("/ballots/{position}")
-    def ballot(position: int, who: Voter) -> dict[str, Any]:
+    def ballot(position: int, who: voter) -> dict[str, Any]:
         shown = _ballot(study, who, position)
         scene = study.design.scenes[shown.scene]
         ranked = shown.kind == "ranking"
@@ -94,18 +103,23 @@ def arena_app(study: Study) -> FastAPI:
             "videos": len(shown.videos),
             "prompts": scene.segments,
             "starts": scene.starts,
+            "rate": scene.rate,
             "questions": asked_about(study.design.questions, scene, ranked=ranked),
         }
 
     @app.get("/ballots/{position}/videos/{place}")
-    def video(position: int, place: int, who: Voter) -> FileResponse:
+    def video(position: int, place: int, who: voter) -> FileResponse:
         shown = _ballot(study, who, position)
         if not 0 <= place < len(shown.videos):
             raise HTTPException(404, f"ballot {position} has {len(shown.videos)} videos")
         return FileResponse(study.video_path(shown.videos[place]), media_type="video/mp4")
 
+
+def _take_votes(app: FastAPI, study: Study, voter: Any) -> None:
+    """Routes that store what a rater says."""
+
     @app.post("/votes")
-    def vote(sent: SentVote, who: Voter) -> dict[str, int]:
+    def vote(sent: SentVote, who: voter) -> dict[str, int]:
         given = Vote(sent.position, sent.answers, tuple(sent.ranking), sent.milliseconds, sent.finished)
         try:
             study.vote(who, given)
@@ -114,20 +128,18 @@ def arena_app(study: Study) -> FastAPI:
         return {"done": study.done(who)}
 
     @app.post("/undo")
-    def undo(who: Voter) -> dict[str, int]:
+    def undo(who: voter) -> dict[str, int]:
         try:
             study.undo(who)
         except Refused as error:
             raise HTTPException(409, str(error)) from error
         return {"done": study.done(who)}
 
-    return app
-
 
 def _ballot(study: Study, who: Rater, position: int) -> Ballot:
-    """A ballot that the rater may see: one that was voted on, the one that is due, the next to load ahead."""
+    """A ballot that the rater may see: up to the one that is due, and a few that are loaded ahead."""
     shown = study.ballots_of(who)
-    if not 0 <= position < len(shown) or position > study.done(who) + 1:
+    if not 0 <= position < len(shown) or position > study.done(who) + AHEAD:
         raise HTTPException(404, f"there is no ballot {position} for you now")
     return shown[position]
 
@@ -150,7 +162,9 @@ def _refusal(request: Request) -> tuple[int, str] | None:
     if origin is not None and urlsplit(origin).netloc != request.headers.get("host"):
         return 403, "requests of other pages are not answered"
     if request.method == "POST":
-        length = request.headers.get("content-length", "0" if request.headers.get("transfer-encoding") is None else "")
+        length = request.headers.get(
+            "content-length", "0" if request.headers.get("transfer-encoding") is None else ""
+        )
         if not length.isdecimal():
             return 411, "the length of the body must be declared"
         if int(length) > LARGEST_BODY:

@@ -1,7 +1,7 @@
 """What a study asks: its questions, the scenes that raters see, and who made their videos (the arms)."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,7 @@ QUESTIONS = (
     Question(
         "motion",
         "Which one moves better?",
-        "A smooth glide beats a jump or a shake; standing still where the prompt asks for movement is a fault.",
+        "A smooth glide beats a jump or a shake; standing still where movement is asked for is a fault.",
     ),
     Question(
         "text",
@@ -72,6 +72,8 @@ class Scene:
     """Arm -> digest of its video."""
     starts: tuple[float, ...] = ()
     """Where each segment begins, as a share of the video's length; empty: not known."""
+    rate: float = 24.0
+    """Frames per second."""
 
 
 @dataclass(frozen=True)
@@ -136,19 +138,20 @@ def _question(path: Path, number: int, given: Any) -> Question:
     where = f"{path}: question {number}"
     known = [field.name for field in fields(Question)]
     if not isinstance(given, dict) or not {"name", "text"} <= set(given) <= set(known):
-        raise ValueError(f"{where}: expected a name, a text and perhaps hint and stories, got {str(given)[:60]}")
+        raise ValueError(
+            f"{where}: expected a name, a text and perhaps hint and stories, got {str(given)[:60]}"
+        )
     if not isinstance(stories := given.get("stories", False), bool):
         raise ValueError(f"{where}: stories: expected true or false, got {stories!r}")
-    texts = {name: _text(f"{where}: {name}", given[name]) for name in ("name", "text", "hint") if name in given}
+    texts = {
+        name: _text(f"{where}: {name}", given[name]) for name in ("name", "text", "hint") if name in given
+    }
     return Question(**texts, stories=stories)
 
 
 def _text(where: str, value: Any) -> str:
     if not isinstance(value, str) or not value.strip() or len(value) > MOST_TEXT:
-        raise ValueError(f"{where}: expected a text of at most {MOST_TEXT} characters, got {str(value)[:60]!r}")
+        raise ValueError(
+            f"{where}: expected a text of at most {MOST_TEXT} characters, got {str(value)[:60]!r}"
+        )
     return value.strip()
-
-
-def as_record(question: Question) -> dict[str, Any]:
-    """A question as JSON."""
-    return asdict(question)

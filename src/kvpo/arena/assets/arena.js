@@ -4,7 +4,7 @@ const token = location.hash.slice(1);
 const at = (id) => document.getElementById(id);
 const ANSWERS = [["left", "Left", "ArrowLeft"], ["same", "Same", "ArrowDown"], ["right", "Right", "ArrowRight"], ["both_bad", "Both bad", "ArrowUp"]];
 const SPEEDS = [1, 0.5, 0.25, 2];
-const FRAME = 1 / 24, DRIFT = 0.06;
+const DRIFT = 0.06;
 const state = { session: null, ballot: null, videos: [], answers: {}, order: [], shown: 0, watched: false, speed: 0, ahead: null, busy: false };
 
 async function ask(path, body) {
@@ -52,12 +52,16 @@ async function load(position) {
   return ballot;
 }
 
+function showProgress({ done, ballots }) {
+  at("progress").style.width = `${100 * done / Math.max(1, ballots)}%`;
+  at("progress").parentElement.setAttribute("aria-valuemax", ballots);
+  at("progress").parentElement.setAttribute("aria-valuenow", done);
+  at("count").textContent = `${done} of ${ballots}`;
+}
+
 async function present() {
   const { session } = state;
-  at("progress").style.width = `${100 * session.done / Math.max(1, session.ballots)}%`;
-  at("progress").parentElement.setAttribute("aria-valuemax", session.ballots);
-  at("progress").parentElement.setAttribute("aria-valuenow", session.done);
-  at("count").textContent = `${session.done} of ${session.ballots}`;
+  if (session.closed || session.done >= session.ballots) showProgress(session);
   if (session.closed) return say("This study is closed.", "Thank you; no more votes are taken.");
   if (session.done >= session.ballots) {
     say("That was the last one. Thank you!", `${session.done} votes of ${session.rater} are stored. You can close this page.`);
@@ -70,6 +74,7 @@ async function present() {
   for (const source of former ? former.sources : []) URL.revokeObjectURL(source);
   Object.assign(state, { ballot, answers: {}, order: [...ballot.sources.keys()], watched: false, shown: performance.now(), ahead: null });
   draw(ballot);
+  showProgress(session);
   show("ballot");
   note("");
   if (session.done + 1 < session.ballots) {
@@ -124,6 +129,7 @@ function questionCard(question) {
 const due = () => state.ballot.questions.find((name) => !state.answers[name]);
 
 function choose(name, answer) {
+  if (state.busy) return;
   state.answers[name] = answer;
   mark();
 }
@@ -201,7 +207,7 @@ function seek(seconds) {
 }
 function step(frames) {
   setPlaying(false);
-  seek(clock().currentTime + frames * FRAME);
+  seek(clock().currentTime + frames / state.ballot.rate);
 }
 function replay() {
   seek(0);

@@ -1,0 +1,168 @@
+"""``kvpo arena``: opens a study of blind comparisons, serves it, and says what its votes show."""
+
+import logging
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from kvpo.app.arena_sources import arms_of, described, parse_source, scenes_of
+from kvpo.arena.database import DATABASE
+from kvpo.arena.exchange import SUFFIXES, read_votes, write_votes
+from kvpo.arena.intake import add_judgements, create_study
+from kvpo.arena.pairs import draw
+from kvpo.arena.report import write_page
+from kvpo.arena.result import Result, analyse
+from kvpo.arena.store import Study
+from kvpo.arena.study import Design, read_questions
+from kvpo.config_checks import ConfigurationError
+from kvpo.files import write_atomic
+from kvpo.serving import listener, run_app, url_of
+
+logger = logging.getLogger(__name__)
+
+
+def open_study(
+    sources: Sequence[str],
+    out: Path | None = None,
+    *,
+    prompts: Path | None = None,
+    questions: Path | None = None,
+    pairs: int = 20,
+    ranked: bool = False,
+) -> Study:
+    """The study of these sources, or the one in a directory; its videos are checked against their digests.
+
+    Args:
+        sources: arms as ``parse_source`` reads them, or the directory of a study alone.
+        out: where the study lies; by default ``arena/NAME-NAME``. One that is there is continued.
+        prompts: what runs generate, and what the videos of folders show; None: test prompts of the first
+            run, and the manifest that `kvpo generate` writes.
+        questions: a YAML file with ``title``, ``instructions`` or ``questions`` of one's own.
+        pairs: most pairs, or rankings, per rater, and the prompts that runs generate.
+        ranked: videos of a prompt are ranked all at once.
+
+    Raises:
+        ValueError: sources that cannot be used or compared; a study of other sources in ``out``.
+        StorageError: ``out`` cannot be written.
+    """
+    if pairs < 1:
+        raise ConfigurationError(f"--pairs: must be 1 or more, got {pairs}")
+    if len(sources) == 1 and (Path(sources[0]) / DATABASE).is_file():
+        study = Study(Path(sources[0]))
+        study.check_videos()
+        return study
+    given = [parse_source(text) for text in sources]
+    directory = out or Path("arena") / "-".join(dict.fromkeys(one.name for one in given))
+    asked = described(given, prompts, ranked)
+    if (directory / DATABASE).is_file():
+        study = Study(directory)
+        if study.design.sources != asked:
+            raise ValueError(
+                f"{directory} is a study of other sources ({study.design.sources}); choose another --out, or "
+                f"continue it: kvpo arena {directory}"
+            )
+        study.check_videos()
+        return study
+    if directory.exists() and any(directory.iterdir()):
+        raise ValueError(f"{directory} is not empty and holds no study; choose another --out")
+    own = {} if questions is None else read_questions(questions)
+    with tempfile.TemporaryDirectory() as folder:
+        scenes, videos = scenes_of(arms_of(given, prompts, pairs, Path(folder)), Path(folder))
+        fields = {"title": "Which video is better?"} | own
+        design = Design(**fields, scenes=tuple(scenes), pairs=pairs, ranked=ranked, sources=asked)
+        return create_study(directory, design, videos)
+
+
+def links(study: Study, raters: Sequence[str], url: str) -> list[str]:
+    """A line with the link of each rater, who is invited by it. Raises ValueError for names that are none."""
+    return [f"{rater}: {url}/#{study.invite(rater)}" for rater in raters]
+
+
+def serve(opened: Callable[[], Study], raters: Sequence[str], *, host: str, port: int) -> None:
+    """Serve a study to the raters until SIGTERM or Ctrl-C; every request needs one of their tokens.
+
+    The address is taken before the study is opened, which may generate its videos first.
+
+    Raises:
+        ConfigurationError: an address that cannot be listened at.
+    """
+    from kvpo.arena.server import arena_app
+
+    if not 0 <= port < 2**16:
+        raise ConfigurationError(f"--port: must be 0 to {2**16 - 1}, got {port}")
+    with listener(host, port) as listening:
+        study = opened()
+        for line in links(study, raters, url_of(host, listening)):
+            logger.info("%s", line)
+        logger.info("results: kvpo arena report %s --close", study.directory)
+        run_app(arena_app(study), listening)
+
+
+def report(place: Path, *, effect: float = 0.1, close: bool = False) -> tuple[Path, Result]:
+    """Analyse a study, or a file of votes, and write its page and numbers beside it.
+
+    Until a study is closed, its report calls the arms by letters.
+
+    Args:
+        effect: the smallest (G - B) / (G + S + B) that matters, for how many votes are still needed.
+        close: take no more votes from now on, and name the arms.
+
+    Raises:
+        ValueError: no study or votes there; an effect outside (0, 1].
+        StorageError: the page cannot be written.
+    """
+    if not 0 < effect <= 1:
+        raise ConfigurationError(f"--effect: must be above 0 and at most 1, got {effect}")
+    if place.suffix in SUFFIXES:
+        result = analyse(place.stem, read_votes(place), [], effect=effect)
+        return _written(result, place.with_suffix(".html"), {}), result
+    study = Study(place)
+    if close:
+        study.close()
+    study.check_videos()
+    judgements, rankings, design = study.judgements(), study.rankings(), study.design
+    names = {arm: arm for arm in design.arms} if study.closed else masks(study)
+    result = analyse(
+        design.title,
+        judgements,
+        rankings,
+        effect=effect,
+        questions=design.questions,
+        names=names,
+        closed=study.closed,
+    )
+    videos = {digest: study.video_path(digest) for scene in design.scenes for digest in scene.videos.values()}
+    return _written(result, place / "report.html", videos), result
+
+
+def _written(result: Result, page: Path, videos: Mapping[str, Path]) -> Path:
+    write_page(page, result, videos)
+    write_atomic(page.with_suffix(".json"), result.as_json())
+    return page
+
+
+def masks(study: Study) -> dict[str, str]:
+    """Arm -> the letter that stands for it while the study is open, in a drawn order."""
+    drawn = sorted(study.design.arms, key=lambda arm: draw(study.key, "mask", arm))
+    return {arm: f"arm {chr(ord('A') + n)}" if n < 26 else f"arm {n + 1}" for n, arm in enumerate(drawn)}
+
+
+def export_votes(study: Study, out: Path) -> int:
+    """Write a closed study's votes, and return how many answers they are.
+
+    Raises:
+        ValueError: the study is open, an unknown ending, an extra that is not installed.
+    """
+    if not study.closed:
+        raise ValueError(
+            f"{study.directory}: names stay hidden until the study is closed: kvpo arena report "
+            f"{study.directory} --close"
+        )
+    votes = study.judgements()
+    write_votes(out, votes)
+    return len(votes)
+
+
+def import_votes(study: Study, file: Path) -> int:
+    """Take in votes that were given elsewhere on the study's own videos, and return how many were new."""
+    return add_judgements(study, read_votes(file))

@@ -1,0 +1,256 @@
+"""The arms of a study: videos of runs, of checkpoints, of folders, and of the branches of a fork."""
+
+import hashlib
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import av
+
+from kvpo.app.build import source_of
+from kvpo.app.configuration import resolve_run
+from kvpo.app.generate import SHORTEST_SIDE, generate
+from kvpo.app.video_folder import file_segments, find_videos
+from kvpo.arena.study import Scene
+from kvpo.config import Config
+from kvpo.files import json_lines, read_json
+from kvpo.prompts import VideoPrompt
+from kvpo.report.record import read_videos
+from kvpo.report.video import read_video, write_video
+
+logger = logging.getLogger(__name__)
+
+BASE, ALIGNED, BOTH = "base", "aligned", "side-by-side"
+SIDES, BRANCHES = (BASE, ALIGNED), "branches"
+BRANCH_RATE = 8.0
+"""Frames per second at which branches of the report play."""
+
+
+@dataclass(frozen=True)
+class Given:
+    """A source as it is named: ``[NAME=]PATH[:base|:aligned|:branches]``."""
+
+    path: Path
+    name: str
+    part: str = ""
+
+    @property
+    def run(self) -> Path | None:
+        """The run that this is, or whose checkpoint this is."""
+        whole = self.path if (self.path / "config.yaml").is_file() else self.path.parent.parent
+        return whole if (whole / "config.yaml").is_file() and self.path.is_dir() else None
+
+
+def parse_source(text: str) -> Given:
+    """A source of the command line. Raises ValueError where there is no such directory, run or part."""
+    name, equals, rest = text.partition("=")
+    if not equals or "/" in name:
+        name, rest = "", text
+    where, colon, part = rest.rpartition(":")
+    if not colon or part not in (*SIDES, BRANCHES):
+        where, part = rest, ""
+    path = Path(where).expanduser()
+    if not path.is_dir():
+        raise ValueError(
+            f"{where}: no such directory; an arm is a run, one of its checkpoints or a folder of videos, "
+            "with :base, :aligned or :branches behind it where it holds several"
+        )
+    given = Given(path, name or path.resolve().name, part)
+    if part == BRANCHES and not (path / BRANCHES).is_dir():
+        raise ValueError(f"{where}: holds no {BRANCHES}; a run writes them at its end")
+    return given
+
+
+@dataclass(frozen=True)
+class Shot:
+    """One video of an arm."""
+
+    path: Path
+    segments: tuple[str, ...]
+    starts: tuple[float, ...] = ()
+
+
+Arms = Mapping[str, Sequence[Shot]]
+
+
+def arms_of(sources: Sequence[Given], prompts: Path | None, count: int, folder: Path) -> Arms:
+    """Arm -> its videos. What has to be generated, for ``count`` prompts, goes into ``folder``.
+
+    A source that has two sides, base and aligned, is both where it stands alone, and else its aligned side.
+
+    Raises:
+        ValueError: two arms of one name; runs, folders and prompts that cannot be used.
+    """
+    first = next((given.run for given in sources if given.run and given.part != BRANCHES), None)
+    config = None if first is None else resolve_run(first)
+    wanted: Path | list[VideoPrompt] | None = prompts
+    if config is not None and prompts is None:
+        wanted = _test_prompts(config, count)
+    arms: dict[str, Sequence[Shot]] = {}
+    for number, given in enumerate(sources):
+        if given.part == BRANCHES:
+            found: Arms = _branches(given.path, folder / f"{number}")
+        elif given.run is not None:
+            assert config is not None and wanted is not None
+            _generate(given, config, wanted, folder / f"{number}")
+            found = _of_folder(folder / f"{number}", None)
+        else:
+            found = _of_folder(given.path, prompts)
+        for name, shots in _named(given, found, alone=len(sources) == 1).items():
+            if name in arms:
+                raise ValueError(f"two arms are called {name!r}; name them: ONE={given.path} OTHER=…")
+            arms[name] = shots
+    return arms
+
+
+def _named(given: Given, found: Arms, alone: bool) -> Arms:
+    """The arms that a source stands for."""
+    if given.part == BRANCHES or set(found) == {""}:
+        return {name or given.name: shots for name, shots in found.items()}
+    if given.part:
+        return {f"{given.name} {given.part}": found[given.part]}
+    return found if alone else {given.name: found[ALIGNED]}
+
+
+def _test_prompts(config: Config, count: int) -> list[VideoPrompt]:
+    """The first test prompts of a run, of each kind in turn."""
+    kinds = list(source_of(config).split(config)[2].values())
+    mixed = [kind[n] for n in range(max(map(len, kinds))) for kind in kinds if n < len(kind)]
+    return mixed[:count]
+
+
+def _generate(given: Given, common: Config, prompts: Path | list[VideoPrompt], out: Path) -> None:
+    """The videos of a run, on the tape that is common to all arms."""
+    run = given.run
+    assert run is not None
+    config = replace(resolve_run(run), seed=common.seed)
+    checkpoint = None if run == given.path else given.path.name
+    logger.info("generating the videos of %s", given.path)
+    generate(config, out, prompts=prompts, run=run, checkpoint=checkpoint)
+
+
+def _of_folder(folder: Path, prompts: Path | None) -> Arms:
+    """The videos of a folder: of both sides, as `kvpo generate` writes them, or of one arm without a name."""
+    files = find_videos(folder)
+    told = file_segments(prompts, folder, files)
+    if told is None:
+        raise ValueError(
+            f"{folder}: nothing says which prompts these videos show; give --prompts, a .json file that maps "
+            "file names to prompts"
+        )
+    starts = _starts(folder)
+    shots = [
+        Shot(file, tuple(segments), starts.get((file.stem.partition("-")[0], tuple(segments)), ()))
+        for file, segments in zip(files, told, strict=True)
+    ]
+    sides = {side: [shot for shot in shots if shot.path.stem.endswith(f"-{side}")] for side in (*SIDES, BOTH)}
+    if sum(map(len, sides.values())) == len(shots) and all(sides[side] for side in SIDES):
+        return {side: sides[side] for side in SIDES}
+    return {"": shots}
+
+
+def _starts(folder: Path) -> dict[tuple[str, tuple[str, ...]], tuple[float, ...]]:
+    """(number in the file's name, segments) -> where they begin, from what `kvpo generate` wrote beside."""
+    path = folder / "prompts.jsonl"
+    found = {}
+    records = [record for _, record in json_lines(path)] if path.is_file() else []
+    for number, record in enumerate(records):
+        if record and {"segments", "switches", "num_frames"} <= set(record):
+            shares = tuple(frame / record["num_frames"] for frame in (0, *record["switches"]))
+            digits = max(3, len(str(len(records) - 1)))
+            found[f"{number:0{digits}d}", tuple(record["segments"])] = shares
+    return found
+
+
+def _branches(run: Path, folder: Path) -> Arms:
+    """The branches of a run's forks, as arms by their names."""
+    listing = read_json(run / BRANCHES / f"{BRANCHES}.json")
+    entries = [entry for kind in listing.values() for entry in kind]
+    keys = [member["video"] for entry in entries for member in entry["members"]]
+    problems: list[str] = []
+    folder.mkdir()
+    for key, frames in read_videos(run / BRANCHES / f"{BRANCHES}.safetensors", keys, problems):
+        scale = max(1, -(-SHORTEST_SIDE // min(frames.shape[1:3])))
+        write_video(folder / f"{key}.mp4", frames, BRANCH_RATE, scale=scale)
+    if problems:
+        raise ValueError(problems[0])
+    arms: dict[str, list[Shot]] = {}
+    for entry in entries:
+        starts = tuple(frame / entry["num_frames"] for frame in (0, *entry["switches"]))
+        for member in entry["members"]:
+            shot = Shot(folder / f"{member['video']}.mp4", tuple(entry["prompt_segments"]), starts)
+            arms.setdefault(member["name"], []).append(shot)
+    return arms
+
+
+def scenes_of(arms: Arms, folder: Path) -> tuple[list[Scene], dict[str, Path]]:
+    """The scenes in which at least two arms meet, and their videos by digest.
+
+    Videos meet where their prompts are the same, the n-th of one arm with the n-th of the others. Those that
+    browsers cannot play are encoded anew, into ``folder``.
+
+    Raises:
+        ValueError: fewer than two arms, no common prompt, nothing but equal videos.
+    """
+    if len(arms) < 2:
+        raise ValueError(
+            f"one arm alone, {next(iter(arms), 'of none')}, has nothing to be compared with; name another "
+            "run, checkpoint or folder"
+        )
+    met: dict[tuple[tuple[str, ...], int], dict[str, Shot]] = {}
+    for arm, shots in arms.items():
+        seen: dict[tuple[str, ...], int] = {}
+        for shot in shots:
+            number = seen[shot.segments] = seen.get(shot.segments, -1) + 1
+            met.setdefault((shot.segments, number), {})[arm] = shot
+    shared = {key: shots for key, shots in met.items() if len(shots) > 1}
+    if not shared:
+        raise ValueError(
+            f"{', '.join(arms)}: no prompt is shown by two of them; make their videos of one file"
+        )
+    if lonely := len(met) - len(shared):
+        logger.warning("%d of %d prompts are shown by one arm alone and left out", lonely, len(met))
+    scenes, videos = [], {}
+    for (segments, _), shots in shared.items():
+        digests, rates = {}, []
+        for arm, shot in shots.items():
+            path, rate = playable(shot.path, folder)
+            with path.open("rb") as file:
+                digests[arm] = hashlib.file_digest(file, "sha256").hexdigest()
+            videos[digests[arm]] = path
+            rates.append(rate)
+        starts = next((shot.starts for shot in shots.values() if shot.starts), ())
+        scenes.append(Scene(segments, digests, starts, max(rates)))
+    if all(len(set(scene.videos.values())) == 1 for scene in scenes):
+        raise ValueError(f"{', '.join(arms)} show the same videos: there is nothing to compare")
+    return scenes, videos
+
+
+def playable(path: Path, folder: Path) -> tuple[Path, float]:
+    """A video as browsers play it, H.264 in mp4, and its frames per second; other kinds are encoded anew.
+
+    Raises:
+        ValueError: it cannot be read as a video.
+    """
+    try:
+        with av.open(str(path)) as container:
+            stream = container.streams.video[0] if container.streams.video else None
+            if stream is not None and stream.average_rate and "mp4" in container.format.name:
+                codec = stream.codec_context
+                if codec.name == "h264" and codec.pix_fmt == "yuv420p":
+                    return path, float(stream.average_rate)
+    except av.FFmpegError as error:
+        raise ValueError(f"{path} cannot be read as a video: {error}") from error
+    frames, rate = read_video(path)
+    again = folder / f"{hashlib.sha256(str(path).encode()).hexdigest()[:24]}.mp4"
+    write_video(again, frames, rate)
+    return again, rate
+
+
+def described(sources: Sequence[Given], prompts: Path | None, ranked: bool) -> str:
+    """What a study was asked for, as one line that tells it from others."""
+    words = [f"{one.name}={one.path.resolve()}{':' * bool(one.part)}{one.part}" for one in sources]
+    where = None if prompts is None else str(prompts.resolve())
+    return json.dumps([words, where, ranked], ensure_ascii=False)

@@ -1,0 +1,144 @@
+"""Brings into a study what it starts with, votes that were given elsewhere, and choices at forks."""
+
+import hashlib
+import json
+import secrets
+import shutil
+import sqlite3
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from kvpo.arena.database import (
+    DATABASE,
+    demand_open,
+    insert_vote,
+    migrate,
+    now,
+    rater_number,
+    transaction,
+)
+from kvpo.arena.judgements import WINNERS, Judgement
+from kvpo.arena.store import Study
+from kvpo.arena.study import Design, Scene
+from kvpo.files import new_directory, write_atomic
+
+_ANSWERS = {winner: answer for answer, winner in WINNERS.items()}
+
+
+def create_study(out: Path, design: Design, videos: Mapping[str, Path]) -> Study:
+    """Write a new study, whole or not at all; ``videos`` are mp4 files by digest, of which it keeps copies.
+
+    Raises:
+        StorageError: the directory cannot be written.
+    """
+    with new_directory(out) as directory:
+        for digest, video in videos.items():
+            shutil.copyfile(video, directory / f"{digest}.mp4")
+        path = directory / DATABASE
+        migrate(path)
+        with transaction(path) as db:
+            db.execute(
+                "INSERT INTO study VALUES (1, ?, ?, ?, ?, ?, ?, ?, NULL)",
+                (design.title, design.instructions, secrets.token_bytes(32), design.pairs, design.ranked,
+                 design.sources, now()),
+            )  # fmt: skip
+            for number, one in enumerate(design.questions):
+                db.execute(
+                    "INSERT INTO question VALUES (?, ?, ?, ?, ?)",
+                    (one.name, number, one.text, one.hint, one.stories),
+                )
+            db.executemany("INSERT INTO arm VALUES (?, ?)", [(arm, n) for n, arm in enumerate(design.arms)])
+            for scene in design.scenes:
+                _add_scene(db, scene)
+    return Study(out)
+
+
+def _add_scene(db: sqlite3.Connection, scene: Scene) -> int:
+    texts = [json.dumps(list(part), ensure_ascii=False) for part in (scene.segments, scene.starts)]
+    number = db.execute(
+        "INSERT INTO scene (segments, starts, rate) VALUES (?, ?, ?)", (*texts, scene.rate)
+    ).lastrowid
+    assert number is not None
+    for arm, digest in scene.videos.items():
+        db.execute("INSERT OR IGNORE INTO video VALUES (?)", (digest,))
+        db.execute("INSERT INTO made VALUES (?, ?, ?)", (number, arm, digest))
+    return number
+
+
+def add_judgements(study: Study, judgements: Sequence[Judgement]) -> int:
+    """Take in answers that were given elsewhere, and return how many were not known yet.
+
+    Raises:
+        ValueError: a video that is not one of the study's, two that are of different scenes, an unknown
+            question; nothing is then taken in.
+    """
+    known = set(study.judgements())
+    fresh = [one for one in dict.fromkeys(judgements) if one not in known]
+    ballots: dict[tuple[str, str, str, str, int], list[Judgement]] = {}
+    for one in fresh:
+        ballots.setdefault((one.rater, one.video_a, one.video_b, one.kind, one.milliseconds), []).append(one)
+    names = [one.name for one in study.design.questions]
+    with transaction(study.path) as db:
+        demand_open(db)
+        for (rater, left, right, kind, milliseconds), answers in ballots.items():
+            scene = db.execute(
+                "SELECT a.scene FROM made a JOIN made b ON a.scene = b.scene "
+                "WHERE a.video = ? AND b.video = ?",
+                (left, right),
+            ).fetchone()
+            if scene is None:
+                raise ValueError(
+                    f"{rater}'s vote on {left[:12]} against {right[:12]}: no two videos of one scene of this "
+                    "study; votes are taken in for the very files that were voted on"
+                )
+            if unknown := [one.question for one in answers if one.question not in names]:
+                raise ValueError(
+                    f"{unknown[0]!r} is not a question of this study; there are {', '.join(names)}"
+                )
+            said = {one.question: _ANSWERS[one.winner] for one in answers}
+            seen = [(left, None), (right, None)]
+            who = rater_number(db, rater)
+            insert_vote(db, who, scene[0], kind, seen, said, milliseconds=milliseconds)
+    return len(fresh)
+
+
+def record_ranking(
+    directory: Path,
+    segments: Sequence[str],
+    videos: Sequence[bytes],
+    best_first: Sequence[int],
+    *,
+    rater: str,
+) -> None:
+    """Store a choice among videos of one fork, mp4 files, as a ranking in the study at ``directory``.
+
+    A study without arms is started where there is none. ``best_first`` are positions in ``videos``; those
+    that are left out rank below the others, which is all a choice says.
+
+    Raises:
+        ValueError: positions that are not those of videos, named twice or none.
+        StorageError: the directory cannot be written.
+    """
+    if (
+        not best_first
+        or len(set(best_first)) < len(best_first)
+        or not set(best_first) <= set(range(len(videos)))
+    ):
+        raise ValueError(
+            f"best_first: expected positions of {len(videos)} videos, each once, got {list(best_first)}"
+        )
+    if (directory / DATABASE).is_file():
+        study = Study(directory)
+    else:
+        study = create_study(directory, Design("Choices at forks", ranked=True, sources="kvpo live"), {})
+    digests = []
+    for content in videos:
+        digests.append(hashlib.sha256(content).hexdigest())
+        if not study.video_path(digests[-1]).is_file():
+            write_atomic(study.video_path(digests[-1]), content)
+    ranks = {place: rank for rank, place in enumerate(best_first)}
+    with transaction(study.path) as db:
+        db.executemany("INSERT OR IGNORE INTO video VALUES (?)", [(digest,) for digest in digests])
+        scene = _add_scene(db, Scene(tuple(segments), {}))
+        seen = [(digest, ranks.get(place, len(best_first))) for place, digest in enumerate(digests)]
+        insert_vote(db, rater_number(db, rater), scene, "ranking", seen, {})

@@ -1,0 +1,202 @@
+"""The page of a study: who wins and how sure that is, whom to trust, and the clips that decided."""
+
+import base64
+import hashlib
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from importlib.resources import files
+from math import isfinite
+from pathlib import Path
+from string import Template
+
+from kvpo import __version__
+from kvpo.arena.analysis import LEVEL, POWER, Comparison, Interval, Reliability
+from kvpo.arena.result import Answered, Decided, Result
+from kvpo.files import write_atomic
+from kvpo.report.formatting import MINUS, duration, escape, fixed, percent, signed
+
+CLIPS_BYTES = 12_000_000
+"""All clips of a page together; pairs beyond them are left out."""
+
+
+def write_page(path: Path, result: Result, videos: Mapping[str, Path]) -> None:
+    """Write the page in one step; ``videos`` are mp4 files by digest, for the clips that decided."""
+    assets = files("kvpo.report") / "assets", files("kvpo.arena") / "assets"
+    style = (assets[0] / "report.css").read_text(encoding="utf-8") + (assets[1] / "results.css").read_text()
+    template, script = ((assets[1] / name).read_text("utf-8") for name in ("results.html", "results.js"))
+    page = Template(template).substitute(
+        title=escape(result.title),
+        written=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        version=__version__,
+        style=style,
+        script=script,
+        script_digest=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        verdict=_verdict(result),
+        questions="".join(_question(one, result) for one in result.questions),
+        raters=_raters(result),
+        clips=_clips(result, videos),
+    )
+    write_atomic(path, page)
+
+
+def _verdict(result: Result) -> str:
+    """What may be said in one sentence: of the first question, and of an open study that names are hidden."""
+    sentences, tone = [], "pending"
+    if not result.closed:
+        sentences.append("The study is open: arms are called by letters until it is closed.")
+    first = result.questions[0] if result.questions else None
+    pairings = [one for one in first.pairings if one.counted] if first else []
+    if not pairings:
+        sentences.append("There are no votes that count yet.")
+    for one in pairings:
+        assert one.counted is not None
+        sentences.append(in_words(one.arm, one.other, one.counted))
+        if one.counted.gsb.low > 0 or one.counted.gsb.high < 0:
+            tone = "good"
+    head, *rest = sentences
+    more = "".join(f"<p>{escape(sentence)}</p>" for sentence in rest)
+    return f'<div class="verdict {tone}"><div><p class="sentence">{escape(head)}</p>{more}</div></div>'
+
+
+def in_words(arm: str, other: str, found: Comparison) -> str:
+    """One comparison as a sentence, which calls a difference one only where its interval excludes zero."""
+    votes = (
+        f"{found.good} votes for it, {found.bad} against, {found.same} for neither, {found.prompts} prompts"
+    )
+    low, high = found.gsb.low, found.gsb.high
+    if low > 0:
+        return f"{arm} is preferred to {other} ({votes})."
+    if high < 0:
+        return f"{other} is preferred to {arm} (of {arm}: {votes})."
+    return f"No difference between {arm} and {other} can be told from chance (of {arm}: {votes})."
+
+
+def _question(one: Answered, result: Result) -> str:
+    rows = "".join(
+        f"<tr><th>{escape(pairing.arm)} <span class='soft'>against {escape(pairing.other)}</span></th>"
+        f"<td>{found.good} · {found.same} · {found.bad}</td><td>{_share(found.win_rate)}</td>"
+        f"<td>{_gsb(found.gsb)}</td><td class='drawn'>{_bar(found.gsb)}</td>"
+        f"<td>{_needed(found)}</td></tr>"
+        for pairing in one.pairings
+        if (found := pairing.counted) is not None
+    )
+    if not rows:
+        return f"<h3 class='group'>{escape(one.question.text)}</h3><p class='missing'>No votes yet.</p>"
+    agreed = "" if one.agreement is None else f" Raters agree with α = {fixed(one.agreement, 2)}."
+    strengths = "".join(
+        f"<tr><th>{escape(arm)}</th><td>{signed(found.value, 2)}</td><td>{_ends(found, signed)}</td>"
+        f"<td class='drawn'>{_bar(found, 2.0)}</td></tr>"
+        for arm, found in sorted(one.strengths.items(), key=lambda item: -item[1].value)
+    )
+    table = (
+        "<div class='scroll'><table class='card'><thead><tr><th>Strength (Bradley-Terry, log odds)</th>"
+        f"<th></th><th>95 %</th><th></th></tr></thead><tbody>{strengths}</tbody></table></div>"
+    )
+    return (
+        f"<h3 class='group'>{escape(one.question.text)}</h3><div class='scroll'><table class='card'>"
+        "<thead><tr><th></th><th>good · same · bad</th><th>win rate</th><th>(G − B) / (G + S + B)</th>"
+        f"<th></th><th>to see {signed(result.effect, 2)}</th></tr></thead><tbody>{rows}</tbody></table></div>"
+        f"{table if strengths else ''}<p class='note'>{agreed}</p>"
+    )
+
+
+def _share(found: Interval) -> str:
+    return f"{percent(found.value)} <span class='soft'>{_ends(found, percent)}</span>"
+
+
+def _gsb(found: Interval) -> str:
+    return f"{signed(found.value, 2)} <span class='soft'>{_ends(found, lambda end: signed(end, 2))}</span>"
+
+
+def _ends(found: Interval, text) -> str:
+    if not isfinite(found.low) or not isfinite(found.high):
+        return "too few prompts"
+    return f"{text(found.low)} to {text(found.high)}"
+
+
+def _needed(found: Comparison) -> str:
+    if found.prompts_needed is None or found.votes_needed is None:
+        return "<span class='soft'>cannot be said yet</span>"
+    missing = found.prompts_needed - found.prompts
+    if missing <= 0:
+        return "enough prompts"
+    return f"{missing} more prompts <span class='soft'>({found.votes_needed} votes in all)</span>"
+
+
+def _bar(found: Interval, reach: float = 1.0) -> str:
+    """An interval on [-reach, reach] with zero in the middle."""
+
+    def place(value: float) -> float:
+        return 50 + 50 * max(-1.0, min(1.0, value / reach))
+
+    low, high = place(found.low), place(found.high)
+    return (
+        f"<div class='interval'><i class='zero' style='left:50%'></i><i class='two' style='left:{low:.1f}%;"
+        f"width:{high - low:.1f}%'></i><i class='point' style='left:{place(found.value):.1f}%'></i></div>"
+    )
+
+
+def _raters(result: Result) -> str:
+    rows = "".join(_rater(one) for one in result.raters)
+    if not rows:
+        return "<p class='missing'>Nobody has voted yet.</p>"
+    return (
+        "<div class='scroll'><table class='card'><thead><tr><th>rater</th><th>pairs</th><th>left side</th>"
+        "<th>same answer on repeats</th><th>same on equal videos</th><th>median time</th></tr></thead>"
+        f"<tbody>{rows}</tbody></table></div><p class='note'>Of the first question. Whoever is flagged does "
+        "not count above; side bias is a left share that a fair coin has with a probability below 0.1 %. "
+        f"Intervals are at {percent(LEVEL)}, by resampling whole prompts; numbers of prompts needed are "
+        f"for a power of {percent(POWER)}.</p>"
+    )
+
+
+def _rater(one: Reliability) -> str:
+    flags = "".join(f"<br><span class='badge bad'>{escape(flag)}</span>" for flag in one.flags)
+    return (
+        f"<tr><th>{escape(one.rater)}{flags}</th><td>{one.votes}</td><td>{percent(one.left_share)}</td>"
+        f"<td>{percent(one.consistent)}</td><td>{percent(one.attentive)}</td><td>{duration(one.seconds)}</td></tr>"
+    )
+
+
+def _clips(result: Result, videos: Mapping[str, Path]) -> str:
+    """The decided pairs of the first question, as far as their clips fit into the page."""
+    cards, left = [], CLIPS_BYTES
+    for one in result.questions[0].decided if result.questions else ():
+        if one.better not in videos or one.worse not in videos:
+            continue
+        clips = [base64.b64encode(videos[digest].read_bytes()).decode() for digest in (one.better, one.worse)]
+        if (size := sum(map(len, clips))) <= left:
+            left -= size
+            cards.append(_card(one, clips))
+    if not cards:
+        return "<p class='missing'>No pair has a lead of votes yet, or the clips are not at hand.</p>"
+    return f"<div class='cards decided'>{''.join(cards)}</div>"
+
+
+def _card(one: Decided, clips: list[str]) -> str:
+    figures = "".join(
+        f"<figure><video class='screen' muted loop playsinline preload='metadata' aria-label='{escape(arm)}' "
+        f"src='data:video/mp4;base64,{clip}'></video><figcaption><b>{escape(arm)}</b></figcaption></figure>"
+        for arm, clip in zip((one.winner, one.loser), clips, strict=True)
+    )
+    ahead, same, behind = one.votes
+    return (
+        f"<article class='card'><header><h3>{ahead} : {behind} for {escape(one.winner)}</h3>"
+        f"<span class='soft'>{same} neither</span></header><div class='duo'>{figures}</div>"
+        f"<p class='note'>{escape(one.prompt)}</p></article>"
+    )
+
+
+def text_table(result: Result) -> str:
+    """The comparisons as lines of text."""
+    lines = []
+    for answered in result.questions:
+        for one in answered.pairings:
+            if (found := one.counted) is not None:
+                value, ends = signed(found.gsb.value, 2), _ends(found.gsb, lambda end: signed(end, 2))
+                lines.append(
+                    f"{answered.question.name}: {one.arm} against {one.other}: {found.good} good, "
+                    f"{found.same} same, {found.bad} bad; {value} ({ends})"
+                )
+    lines += [f"{one.rater} {flag}: not counted" for one in result.raters for flag in one.flags]
+    return "\n".join(lines or ["no votes yet"]).replace(MINUS, "-")

@@ -1,0 +1,219 @@
+"""The rating page in a real headless Chromium: a study is voted through by keyboard and reported."""
+
+import json
+import time
+
+import numpy as np
+import pytest
+
+from kvpo.app.arena import open_study, report
+from kvpo.arena.store import Study
+from kvpo.report.video import write_video
+from tests.arena.serving import served
+from tests.headless_chromium import chromium, find_chromium
+
+pytestmark = pytest.mark.skipif(
+    find_chromium() is None, reason="no Chromium is installed (Debian: apt-get install chromium)"
+)
+HOSTILE = "<img src=x onerror=alert(1)><script>document.title='owned'</script>"
+PAIRS = 20
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    with chromium(tmp_path_factory.mktemp("chromium")) as page:
+        yield page
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Two arms of videos of 12 frames, 4 a second, told apart by their brightness; one prompt is a script."""
+    root = tmp_path_factory.mktemp("arms")
+    ramp = np.linspace(0, 90, 12)[:, None, None, None] * np.ones((12, 32, 32, 3))
+    for arm, light in (("dim", 40), ("bright", 140)):
+        (root / arm).mkdir()
+        names = {}
+        for n in range(PAIRS):
+            frames = np.clip(ramp + light + 2 * n, 0, 255).astype(np.uint8)
+            write_video(root / arm / f"{n}.mp4", frames, 4, scale=4)
+            names[f"{n}.mp4"] = [HOSTILE] if n == 0 else [f"a light {n}", f"a brighter light {n}"]
+        (root / arm / "videos.json").write_text(json.dumps(names))
+    return [str(root / arm) for arm in ("dim", "bright")]
+
+
+def press(page, *keys: str) -> None:
+    for key in keys:
+        page.run(f"document.dispatchEvent(new KeyboardEvent('keydown', {{key: {key!r}, cancelable: true}}))")
+
+
+def brightness(page, place: int) -> float:
+    """Mean grey of what a video shows."""
+    return page.run(
+        f"""(() => {{ const video = document.querySelectorAll('.shot video')[{place}];
+        const copy = new OffscreenCanvas(8, 8).getContext('2d');
+        copy.drawImage(video, 0, 0, 8, 8);
+        const green = copy.getImageData(0, 0, 8, 8).data.filter((_, n) => n % 4 == 1);
+        return green.reduce((a, b) => a + b) / 64; }})()"""
+    )
+
+
+READY = "[...document.querySelectorAll('.shot video')].every((v) => v.readyState >= 2 && !v.seeking)"
+
+
+def at_ballot(page, done: int) -> None:
+    page.wait_for(
+        f"document.getElementById('count').textContent.startsWith('{done} of')"
+        " && !document.getElementById('ballot').hidden"
+    )
+    page.wait_for(READY)
+
+
+def test_a_study_of_twenty_pairs_is_voted_by_keyboard_and_reported(browser, folders, tmp_path):
+    study = open_study(folders, tmp_path / "study")
+    token = study.invite(HOSTILE[:60])
+    browser.errors.clear()
+    with served(study) as url:
+        browser.resize(1280, 900)
+        browser.open(f"{url}/#{token}")
+        browser.wait_for("!document.getElementById('welcome').hidden")
+        press(browser, "?")
+        for done in range(23):
+            at_ballot(browser, done)
+            lights = [brightness(browser, place) for place in (0, 1)]
+            difference = lights[1] - lights[0]
+            key = "ArrowDown" if abs(difference) < 25 else "ArrowRight" if difference > 0 else "ArrowLeft"
+            press(browser, *[key] * 5)
+            if done == 3:
+                press(browser, "Enter")
+                at_ballot(browser, 4)
+                press(browser, "u")
+                at_ballot(browser, 3)
+                assert browser.run("document.getElementById('next').disabled"), "answers are asked for again"
+                press(browser, *[key] * 5)
+            press(browser, "Enter")
+        browser.wait_for("document.getElementById('headline').textContent.includes('last one')")
+        assert browser.run("document.title") != "owned" and browser.errors == []
+        assert browser.run("document.querySelectorAll('main img, main script').length") == 0
+    votes = Study(study.directory).judgements()
+    arms = {(one.model_a, one.model_b, one.winner) for one in votes if one.kind != "attention"}
+    assert arms <= {("dim", "bright", "model_b"), ("bright", "dim", "model_a")}
+    assert {one.winner for one in votes if one.kind == "attention"} == {"tie"}
+    assert min(one.milliseconds for one in votes) > 0
+
+    page, result = report(study.directory, close=True)
+    found = result.questions[0].pairings[0].counted
+    assert (found.good, found.same, found.bad) == (PAIRS, 0, 0) and result.closed
+    browser.open(page.as_uri())
+    said = browser.run("document.querySelector('.sentence').textContent")
+    assert "bright is preferred to dim (20 votes for it, 0 against" in said
+    assert browser.run("document.querySelectorAll('.decided video').length") == 16
+    assert browser.run("document.title") != "owned" and browser.errors == []
+
+
+def test_videos_play_in_step_and_stop_frame_by_frame(browser, folders, tmp_path):
+    study = open_study(folders, tmp_path / "study")
+    with served(study) as url:
+        browser.open(f"{url}/#{study.invite('ann')}")
+        browser.wait_for("!document.getElementById('welcome').hidden")
+        browser.run("document.getElementById('begin').click()")
+        at_ballot(browser, 0)
+        browser.wait_for("document.querySelector('.shot video').currentTime > 0.3")
+        times = "[...document.querySelectorAll('.shot video')].map((v) => v.currentTime)"
+        one, other = browser.run(times)
+        assert abs(one - other) < 0.1
+        press(browser, " ")
+        browser.run("document.querySelectorAll('.shot video').forEach((v) => { v.currentTime = 1; })")
+        for key, expected in ((".", 1.25), (".", 1.5), (",", 1.25)):
+            browser.wait_for(READY)
+            press(browser, key)
+            browser.wait_for(READY)
+            assert browser.run(times) == pytest.approx([expected, expected], abs=0.02)
+        press(browser, "s")
+        assert browser.run("document.querySelector('.shot video').playbackRate") == 0.5
+        press(browser, "r")
+        browser.wait_for(f"Math.max(...{times}) < 1.2 && !document.querySelector('.shot video').paused")
+        browser.run("document.querySelectorAll('.shot video')[1].currentTime = 2.5")
+        browser.wait_for(f"(([a, b]) => Math.abs(a - b) < 0.1)({times})")
+
+
+def test_the_page_fits_a_phone_and_says_what_a_wrong_link_lacks(browser, folders, tmp_path):
+    study = open_study(folders, tmp_path / "study")
+    with served(study) as url:
+        browser.resize(390, 844, phone=True)
+        browser.open(f"{url}/?phone#{study.invite('ann')}")
+        browser.wait_for("!document.getElementById('welcome').hidden")
+        browser.run("document.getElementById('begin').click()")
+        at_ballot(browser, 0)
+        assert browser.run("document.documentElement.scrollWidth <= innerWidth")
+        sizes = (
+            "[...document.querySelectorAll('.answers button')].map((b) => b.getBoundingClientRect().height)"
+        )
+        assert min(browser.run(sizes)) >= 40, "fingers need room"
+        browser.errors.clear()
+        browser.open(f"{url}/?wrong#1.forged")
+        browser.wait_for("document.getElementById('headline').textContent.includes('invitation')")
+        browser.errors.clear()
+        browser.resize(1280, 900)
+
+
+def drag(page, start: str, end: str) -> None:
+    """Move the pointer from the middle of one element to that of another."""
+    places = [
+        page.run(
+            f"(() => {{ const b = document.querySelectorAll('.shot')[{n}].getBoundingClientRect();"
+            " return [b.x + b.width / 2, b.y + b.height / 2]; })()"
+        )
+        for n in (start, end)
+    ]
+    (x, y), (to_x, to_y) = places
+    mouse = {"button": "left", "buttons": 1, "clickCount": 1}
+    page.call("Input.dispatchMouseEvent", type="mousePressed", x=x, y=y, **mouse)
+    for share in (0.3, 0.7, 1.0):
+        at = {"x": x + share * (to_x - x), "y": y + share * (to_y - y)}
+        page.call("Input.dispatchMouseEvent", type="mouseMoved", **at, **mouse)
+    page.call("Input.dispatchMouseEvent", type="mouseReleased", x=to_x, y=to_y, **mouse)
+
+
+def test_videos_are_ranked_by_drag_and_drop_and_by_arrow_keys(browser, folders, tmp_path):
+    study = open_study([*folders, f"again={folders[0]}"], tmp_path / "study", pairs=3, ranked=True)
+    token = study.invite("ann")
+    shown = study.ballots_of(study.rater_of(token))
+    with served(study) as url:
+        browser.open(f"{url}/?ranked#{token}")
+        browser.wait_for("!document.getElementById('welcome').hidden")
+        browser.run("document.getElementById('begin').click()")
+        at_ballot(browser, 0)
+        places = "[...document.querySelectorAll('.shot')].map((s) => Number(s.dataset.place))"
+        assert browser.run(places) == [0, 1]
+        drag(browser, 1, 0)
+        assert browser.run(places) == [1, 0]
+        press(browser, "Enter")
+        at_ballot(browser, 1)
+        browser.run("document.querySelectorAll('.shot')[0].focus()")
+        press(browser, "ArrowRight")
+        assert browser.run(places) == [1, 0]
+        press(browser, "ArrowLeft", "Enter")
+        at_ballot(browser, 2)
+    first, second = study.rankings()
+    assert first.videos == shown[0].videos[::-1] and second.videos == shown[1].videos
+
+
+def test_a_vote_that_the_server_did_not_take_says_so_and_is_sent_again(browser, folders, tmp_path):
+    study = open_study(folders, tmp_path / "study")
+    token = study.invite("ann")
+    with served(study) as url:
+        browser.open(f"{url}/?broken#{token}")
+        browser.wait_for("!document.getElementById('welcome').hidden")
+        browser.run("document.getElementById('begin').click()")
+        at_ballot(browser, 0)
+        browser.run(
+            "window.fetched = window.fetch; window.fetch = () => Promise.reject(new TypeError('gone'))"
+        )
+        press(browser, *["ArrowLeft"] * 5, "Enter")
+        browser.wait_for("document.getElementById('note').textContent.includes('not stored yet')")
+        assert study.done(study.rater_of(token)) == 0
+        browser.run("window.fetch = window.fetched")
+        time.sleep(0.1)
+        press(browser, "Enter")
+        at_ballot(browser, 1)
+    assert study.done(study.rater_of(token)) == 1
