@@ -26,7 +26,7 @@ install: .venv/.complete
 
 # What the demo needs, and everything. pip adds to the first what the second lacks.
 .venv/.demo: EXTRAS =
-.venv/.complete: EXTRAS = [wan,rewards,server,dev]
+.venv/.complete: EXTRAS = [wan,rewards,server,parquet,dev]
 .venv/.demo .venv/.complete: pyproject.toml constraints.txt | .venv/bin/python
 	@echo "installing into .venv (a few minutes the first time)"
 	@$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.$(EXTRAS)'

@@ -47,6 +47,7 @@ PARSED_ONLY = (
     "@http",
     "...",
     "kvpo plan",
+    "kvpo arena",
     "calibrate rewards",
     "runs/demo",
     "runs/null",

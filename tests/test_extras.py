@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-OF_EXTRAS = "diffusers ftfy sentencepiece cv2 httpx fastapi starlette uvicorn torchvision".split()
+OF_EXTRAS = "diffusers ftfy sentencepiece cv2 httpx fastapi starlette uvicorn torchvision pyarrow".split()
 MODULES = {"opencv-python-headless": "cv2", "pyyaml": "yaml", "pillow": "PIL"}
 """Distribution -> the module it holds, where the names differ."""
 
@@ -50,6 +50,8 @@ KVPO = "from kvpo.app.cli import main\nsys.exit(main(sys.argv[1:]))"
         (["score", ".", "--reward", "motion_smoothness"], "rewards"),
         (["calibrate", "motion_smoothness"], "rewards"),
         (["reward-server", "--reward", "world"], "server"),
+        (["arena", "study"], "server"),
+        (["arena", "report", "study/votes.parquet"], "parquet"),
         (["align", "--rewards.scorers", "world@http://127.0.0.1:1"], "server"),
     ],
 )
@@ -92,7 +94,7 @@ def test_hard_dependencies_are_imported_and_others_belong_to_an_extra():
     extras = PROJECT["optional-dependencies"]
     optional = {
         MODULES.get(name, name.replace("-", "_"))
-        for extra in ("wan", "rewards", "raft", "server")
+        for extra in ("wan", "rewards", "raft", "server", "parquet")
         for name in (re.match(r"[\w-]+", line)[0].lower() for line in extras[extra])
     }
     imported = set()
@@ -104,5 +106,5 @@ def test_hard_dependencies_are_imported_and_others_belong_to_an_extra():
                 imported.add(node.module.partition(".")[0])
     outside = imported - set(sys.stdlib_module_names) - {"kvpo"}
     assert hard - outside == {"tensorboard"}, "torch.utils.tensorboard imports it"
-    assert outside - hard <= optional | {"starlette"}, "fastapi is built on it"
+    assert outside - hard <= optional | {"starlette", "pydantic"}, "fastapi is built on them"
     assert set(OF_EXTRAS) <= optional | {"starlette"}

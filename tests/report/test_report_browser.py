@@ -8,11 +8,11 @@ import time
 import numpy as np
 import pytest
 from edits import HOSTILE, copy_of, edit_json, enlarge, lines_of
-from tests.headless_chromium import chromium, find_chromium
 from safetensors.numpy import load_file
 
 from kvpo.report.formatting import compact
 from kvpo.report.page import write_report
+from tests.headless_chromium import chromium, find_chromium
 
 pytestmark = pytest.mark.skipif(
     find_chromium() is None, reason="no Chromium is installed (Debian: apt-get install chromium)"

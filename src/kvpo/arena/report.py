@@ -1,19 +1,14 @@
 """The page of a study: who wins and how sure that is, whom to trust, and the clips that decided."""
 
 import base64
-import hashlib
 from collections.abc import Mapping
-from datetime import UTC, datetime
-from importlib.resources import files
 from math import isfinite
 from pathlib import Path
-from string import Template
 
-from kvpo import __version__
 from kvpo.arena.analysis import LEVEL, POWER, Comparison, Interval, Reliability
 from kvpo.arena.result import Answered, Decided, Result
 from kvpo.files import write_atomic
-from kvpo.report.formatting import MINUS, duration, escape, fixed, percent, signed
+from kvpo.report.formatting import MINUS, duration, escape, fill_page, fixed, percent, signed
 
 CLIPS_BYTES = 12_000_000
 """All clips of a page together; pairs beyond them are left out."""
@@ -21,16 +16,10 @@ CLIPS_BYTES = 12_000_000
 
 def write_page(path: Path, result: Result, videos: Mapping[str, Path]) -> None:
     """Write the page in one step; ``videos`` are mp4 files by digest, for the clips that decided."""
-    assets = files("kvpo.report") / "assets", files("kvpo.arena") / "assets"
-    style = (assets[0] / "report.css").read_text(encoding="utf-8") + (assets[1] / "results.css").read_text()
-    template, script = ((assets[1] / name).read_text("utf-8") for name in ("results.html", "results.js"))
-    page = Template(template).substitute(
+    page = fill_page(
+        "study.html",
+        "study.js",
         title=escape(result.title),
-        written=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        version=__version__,
-        style=style,
-        script=script,
-        script_digest=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         verdict=_verdict(result),
         questions="".join(_question(one, result) for one in result.questions),
         raters=_raters(result),
