@@ -15,7 +15,7 @@ from kvpo.arena.study import Design, Scene, asked_about
 
 KEY = b"a key of the tests"
 Say = Callable[[float, np.random.Generator], str]
-"""What a rater says: of the left video's lead in quality, one of left, right, same."""
+"""From the left video's lead in quality to an answer: left, right or same."""
 
 
 def honest(lead: float, generator: np.random.Generator) -> str:

@@ -250,7 +250,7 @@ def playable(path: Path, folder: Path) -> tuple[Path, float]:
 
 
 def described(sources: Sequence[Given], prompts: Path | None, ranked: bool) -> str:
-    """What a study was asked for, as one line that tells it from others."""
+    """The sources of a study as one line that tells it from others."""
     words = [f"{one.name}={one.path.resolve()}{':' * bool(one.part)}{one.part}" for one in sources]
     where = None if prompts is None else str(prompts.resolve())
     return json.dumps([words, where, ranked], ensure_ascii=False)

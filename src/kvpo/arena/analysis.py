@@ -1,4 +1,4 @@
-"""What the votes of a study say: who wins, how sure that is, and which raters to trust. Pure functions.
+"""Reads the votes of a study: who wins, how sure that is, and which raters to trust. Pure functions.
 
 Axes: P prompts, R resamples, M models. A vote is good for an arm, bad for it, or neither (same and both bad
 alike): G, B and S of the user studies of the field.
@@ -89,7 +89,7 @@ def bootstrap(
 
 @dataclass(frozen=True)
 class Comparison:
-    """How one arm does against another, or against all others, on one question."""
+    """The votes for and against one arm on one question, and their measures."""
 
     good: int
     same: int
@@ -143,7 +143,7 @@ def prompts_needed(counts_P3: np.ndarray, effect: float) -> int | None:
 
 
 def wins_by_prompt(judgements: Sequence[Judgement], models: Sequence[str]) -> np.ndarray:
-    """How often row beats column, by prompt: [P, M, M]; a tie is half a win for each."""
+    """Wins of row over column, by prompt: [P, M, M]; a tie is half a win for each."""
     place = {model: n for n, model in enumerate(models)}
     found: dict[str, np.ndarray] = {}
     for one in judgements:
@@ -250,7 +250,7 @@ def agreement(judgements: Sequence[Judgement], question: str) -> float | None:
 
 @dataclass(frozen=True)
 class Reliability:
-    """How a rater votes, whatever for."""
+    """A rater's habits, whatever the videos."""
 
     rater: str
     votes: int
@@ -263,11 +263,11 @@ class Reliability:
     seconds: float
     """Median time of a ballot."""
     flags: tuple[str, ...]
-    """Why this rater's votes do not count."""
+    """Reasons why this rater's votes do not count."""
 
 
 def reliability(judgements: Sequence[Judgement], rater: str, question: str) -> Reliability:
-    """How a rater answers ``question``; side bias and inattention are told without looking at who wins.
+    """The habits of a rater in answers to ``question``, told without looking at who wins.
 
     One question, because the answers to several about one pair are not independent of each other.
     """
@@ -300,7 +300,7 @@ def reliability(judgements: Sequence[Judgement], rater: str, question: str) -> R
 
 
 def trusted(judgements: Sequence[Judgement], raters: Sequence[Reliability]) -> list[Judgement]:
-    """What counts: first showings of different videos, and rankings, by raters who are not flagged."""
+    """The votes that count: first showings of different videos, and rankings, by raters without flags."""
     flagged = {one.rater for one in raters if one.flags}
     return [one for one in judgements if one.kind in ("pair", "ranking") and one.rater not in flagged]
 

@@ -41,7 +41,7 @@ MIGRATIONS = (
         answer TEXT NOT NULL CHECK (answer IN {ANSWERS}), PRIMARY KEY (vote, question));
     """,
 )
-"""What brings a database from one version of the schema to the next; ``user_version`` counts them."""
+"""Scripts that bring a database from one version of the schema to the next; ``user_version`` counts them."""
 
 
 class Refused(ValueError):

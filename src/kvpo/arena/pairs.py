@@ -1,4 +1,4 @@
-"""Which ballots a rater gets, in which order and on which sides: a pure function of (key, rater, scenes).
+"""Draws a rater's ballots, their order and their sides: a pure function of (key, rater, scenes).
 
 Every draw is a keyed hash (HMAC-SHA256) of the rater and the pair, so that a study can be audited from its
 key and nobody can foresee sides without it.
@@ -24,7 +24,7 @@ FEWEST = 5
 
 @dataclass(frozen=True)
 class Ballot:
-    """What one page shows: digests from left to right."""
+    """A page: the digests of its videos from left to right."""
 
     kind: Kind
     scene: int

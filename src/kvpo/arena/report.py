@@ -29,7 +29,7 @@ def write_page(path: Path, result: Result, videos: Mapping[str, Path]) -> None:
 
 
 def _verdict(result: Result) -> str:
-    """What may be said in one sentence: of the first question, and of an open study that names are hidden."""
+    """The first question's result in a sentence per pair of arms; of an open study, that names are hidden."""
     sentences, tone = [], "pending"
     if not result.closed:
         sentences.append("The study is open: arms are called by letters until it is closed.")

@@ -64,7 +64,7 @@ class Answered:
 
 @dataclass(frozen=True)
 class Result:
-    """What a study found."""
+    """The findings of a study."""
 
     title: str
     closed: bool

@@ -36,7 +36,7 @@ MOST_NAME = 80
 
 @dataclass(frozen=True)
 class Rater:
-    """Who votes."""
+    """Somebody who votes."""
 
     id: int
     name: str
@@ -44,10 +44,10 @@ class Rater:
 
 @dataclass(frozen=True)
 class Vote:
-    """What a rater says about one ballot."""
+    """A rater's answers to one ballot."""
 
     position: int
-    """Which of the rater's ballots."""
+    """The ballot's number among the rater's."""
     answers: Mapping[str, str]
     """Question -> one of ``ANSWERS``; empty for a ranking."""
     ranking: tuple[int, ...] = ()
@@ -72,7 +72,7 @@ class Study:
 
     @cached_property
     def design(self) -> Design:
-        """What the study asks, with scenes in the order of their numbers."""
+        """Everything but the votes, with scenes in the order of their numbers."""
         with transaction(self.path) as db:
             title, instructions, pairs, ranked, sources = db.execute(
                 "SELECT title, instructions, pairs, ranked, sources FROM study"
@@ -133,7 +133,7 @@ class Study:
                 )
 
     def video_path(self, digest: str) -> Path:
-        """Where a video of the study lies."""
+        """The file of a video of the study."""
         return self.directory / f"{digest}.mp4"
 
     def invite(self, name: str) -> str:
@@ -156,7 +156,7 @@ class Study:
         return urlsafe_b64encode(signed[:18]).decode()
 
     def rater_of(self, token: str) -> Rater | None:
-        """Who was invited with this token; it is compared in constant time."""
+        """The rater who was invited with this token, compared in constant time; None: nobody was."""
         number, _, signature = token.partition(".")
         if not (number.isascii() and number.isdecimal() and len(number) < 10):
             return None
@@ -172,7 +172,7 @@ class Study:
         return ballots(self.key, rater.name, design.scenes, most=design.pairs, ranked=design.ranked)
 
     def done(self, rater: Rater) -> int:
-        """How many of their ballots a rater has voted on: the position of the next."""
+        """Number of ballots that a rater has voted on: the position of the next."""
         with transaction(self.path) as db:
             return _done(db, rater)
 
@@ -308,7 +308,7 @@ def _said(vote: Vote) -> tuple[dict[str, str], tuple[int, ...]]:
 
 
 def _answers(db: sqlite3.Connection, rater: Rater, position: int) -> tuple[dict[str, str], tuple[int, ...]]:
-    """What the standing vote at a position says, as ``_said`` puts it."""
+    """Answers and ranking of the standing vote at a position, as ``_said`` puts them."""
     (number,) = db.execute(
         "SELECT id FROM vote WHERE rater = ? AND position = ? AND undone IS NULL", (rater.id, position)
     ).fetchone()

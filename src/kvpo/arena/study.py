@@ -1,4 +1,4 @@
-"""What a study asks: its questions, the scenes that raters see, and who made their videos (the arms)."""
+"""The design of a study: its questions, its scenes, and the arms that made their videos."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -71,7 +71,7 @@ class Scene:
     videos: Mapping[str, str]
     """Arm -> digest of its video."""
     starts: tuple[float, ...] = ()
-    """Where each segment begins, as a share of the video's length; empty: not known."""
+    """The beginning of each segment, as a share of the video's length; empty: not known."""
     rate: float = 24.0
     """Frames per second."""
 
@@ -89,7 +89,7 @@ class Design:
     ranked: bool = False
     """Scenes are ranked whole, not pair by pair."""
     sources: str = ""
-    """Where the videos come from, as the study was asked for."""
+    """The origin of the videos, as the study was asked for."""
 
     @property
     def arms(self) -> tuple[str, ...]:
