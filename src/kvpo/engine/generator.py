@@ -41,10 +41,13 @@ class TextEncoder(Protocol):
 class Codec(Protocol):
     """Latents to pixels."""
 
-    frames_per_latent: int
-    """Pixel frames of every latent frame but the first, which always gives one."""
-    frames_per_second: float
-    """Speed at which the pixel frames are shown."""
+    @property
+    def frames_per_latent(self) -> int:
+        """Pixel frames of every latent frame but the first, which always gives one."""
+
+    @property
+    def frames_per_second(self) -> float:
+        """Speed at which the pixel frames are shown."""
 
     def decode(self, latents_BTCHW: Tensor, before_TCHW: Tensor | None = None) -> Tensor:
         """Latents ``[B, T, C, H, W]`` to RGB ``[B, T', 3, H', W']`` in [0, 1], in host memory.

@@ -12,11 +12,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from kvpo.files import named_list
 from kvpo.models.tensor_files import (
     Shapes,
     assign_tensors,
     check_tensors,
-    named_list,
     only_tensors,
     read_file,
     read_shards,

@@ -15,8 +15,9 @@ SPARSE_FRAMES = 3
 class Context(Protocol):
     """Supplies the keys and values a layer attends to."""
 
-    start_R: Tensor
-    """First absolute frame of each row's call, ``[R]``."""
+    @property
+    def start_R(self) -> Tensor:
+        """First absolute frame of each row's call, ``[R]``."""
 
     def read(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Context and own keys and values of a layer.

@@ -117,7 +117,7 @@ def plan_run(
 ) -> Plan:
     """The plan of a run; ``model`` is on the meta device, ``rollout`` typical: its groups fork alike."""
     parameters = parameters_of(config, model, surroundings.frozen_size)
-    standing = {
+    standing: dict[str, float] = {
         "weights": parameters.weights,
         "adapter": parameters.adapter,
         "starting policy": parameters.reference,

@@ -21,7 +21,8 @@ class Scorer(Protocol):
     visual, motion and text scores). Components are higher-is-better floats.
     """
 
-    components: tuple[str, ...]
+    @property
+    def components(self) -> tuple[str, ...]: ...
 
     def __call__(self, video_BTCHW: "Tensor", prompts: Sequence[ClipPrompt]) -> "dict[str, Tensor]":
         """Score ``video_BTCHW`` (float in [0, 1], RGB) against ``prompts`` (length B): component -> [B]."""

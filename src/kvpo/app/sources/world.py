@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -17,10 +18,10 @@ from kvpo.app.sources.common import Source, streaming_generator
 from kvpo.config import Config
 from kvpo.config_checks import ConfigurationError
 from kvpo.engine.noise import keyed_generator
-from kvpo.files import local_path
+from kvpo.files import local_path, named_list
 from kvpo.models.adapters import add_adapter
 from kvpo.models.causal_wan import CausalWan
-from kvpo.models.tensor_files import named_list, read_file
+from kvpo.models.tensor_files import read_file
 from kvpo.plan.phases import Surroundings
 from kvpo.prompts import ClipPrompt, VideoPrompt, cut_notice
 from kvpo.rewards.cache import score_cache
@@ -31,7 +32,7 @@ from kvpo.world.codec import load_codec
 from kvpo.world.detector import BROKEN_BELOW, attributes, detect
 from kvpo.world.grammar import words
 from kvpo.world.pretrain import load_generator
-from kvpo.world.stories import distinct_prompts, sample_story, video_prompt
+from kvpo.world.stories import Split, distinct_prompts, sample_story, video_prompt
 from kvpo.world.text import TEXT_LENGTH, LearnedTextEncoder, WordTokenizer
 from kvpo.world.unseen import load_unseen
 
@@ -55,7 +56,7 @@ class UnseenComponent:
         return {"unseen": self.scorer(video_BTCHW, prompts)}  # type: ignore[operator]
 
 
-def world_prompts(split: str, count: int, seed: int, first_id: int) -> Sets:
+def world_prompts(split: Split, count: int, seed: int, first_id: int) -> Sets:
     """Held-out prompt sets of the embedded world: short and long, all distinct."""
     return {
         "short": distinct_prompts(split, count, 1, SHORT_FRAMES, seed, first_id),
@@ -210,7 +211,7 @@ def longest_prompt(config: Config) -> VideoPrompt:
 def read_off() -> ReadOff:
     """Attributes as the detector reads them off the last frames."""
 
-    def observe(video_BTCHW: Tensor) -> tuple[list[tuple], Tensor]:
+    def observe(video_BTCHW: Tensor) -> tuple[list[tuple[Any, ...]], Tensor]:
         seen = detect(video_BTCHW)
         return attributes(seen), seen.confidence
 
