@@ -1,10 +1,5 @@
 import json
 import math
-import time
-import weakref
-from collections.abc import Iterator
-from concurrent.futures import Future
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
@@ -15,27 +10,13 @@ import torch
 from torch import Tensor
 
 from kvpo.app.named_rewards import UserReward
-from kvpo.engine.background import in_background
-from kvpo.engine.forks import Fork
-from kvpo.engine.generator import StreamingGenerator
-from kvpo.engine.pages import cache_pages
-from kvpo.engine.replay import ReplayRow
-from kvpo.engine.rollout import Rollout
-from kvpo.engine.scoring import score_group
 from kvpo.prompts import VideoPrompt
-from kvpo.training import checks
-from kvpo.training.checks import (
-    anchor_energy_at_old,
-    default_route_max_difference,
-    first_ratio_max_deviation,
-    ratio_tolerance,
-)
-from kvpo.training.collection import credit_of, explore, generate, plan_rollout
-from kvpo.training.gradients import Lesson
+from kvpo.training.checks import first_ratio_max_deviation, ratio_tolerance
+from kvpo.training.collection import explore, plan_rollout
 from kvpo.training.metrics_log import MetricsLog, read_metrics
 from kvpo.training.run import Run
 from kvpo.training.trainer import Trainer, learning_rate_factor
-from tests.tiny_world import ToyScorer, tiny_config, toy_setup, with_weights
+from tests.tiny_world import ToyScorer, tiny_config, toy_setup
 
 
 def trainer_of(base: Path, scorer: Any = None, **settings: Any) -> Trainer:
@@ -146,58 +127,6 @@ def test_the_parameters_follow_adamw_with_the_settings(
             torch.testing.assert_close(parameters[name].double(), expected[name], rtol=1e-4, atol=1e-5)
 
 
-def same_prompts(update: int) -> list[VideoPrompt]:
-    """The same long video twice, in every update: only keys make a difference."""
-    return [VideoPrompt(n, ("a red circle",), (), 45) for n in range(2)]
-
-
-def test_every_seed_and_every_update_forks_for_itself(tiny_base: Path) -> None:
-    def forks(seeds: range, updates: range) -> set[tuple[int, ...]]:
-        setup = toy_setup(tiny_config(tiny_base))
-        seeded = [replace(setup.config, seed=seed) for seed in seeds]
-        setups = [
-            replace(with_weights(setup, config=config), training_prompts=same_prompts) for config in seeded
-        ]
-        planned = [plan_rollout(one, update) for one in setups for update in updates]
-        return {tuple(fork.frame for fork in one.forks) for one in planned}
-
-    assert forks(range(1), range(1)) == forks(range(1), range(1))
-    assert len(forks(range(1), range(12))) > 3
-    assert len(forks(range(12), range(1))) > 3
-    assert len({fork - other for fork, other in forks(range(1), range(12))}) > 3, "groups fork for themselves"
-
-
-def test_every_group_of_every_seed_and_update_draws_its_own_routes_and_noise(tiny_base: Path) -> None:
-    setup = replace(toy_setup(tiny_config(tiny_base, exploration__branches=4)), training_prompts=same_prompts)
-
-    def groups(seed: int, update: int) -> list[Any]:
-        seeded = with_weights(setup, config=replace(setup.config, seed=seed))
-        planned = replace(plan_rollout(seeded, update), forks=[Fork(24, setup.config.exploration)] * 2)
-        with in_background() as submit:
-            cache = seeded.generator.new_cache(cache_pages(seeded.generator, [planned]))
-            return generate(seeded, update, planned, submit, cache)[0].groups
-
-    found = [*groups(0, 0), *groups(0, 1), *groups(1, 0)]
-    assert len({group.routes for group in found}) == len(found) == 6
-    anchors = [group.clean_MTCHW[-1] for group in found]
-    same = {(a, b) for b in range(6) for a in range(b) if torch.equal(anchors[a], anchors[b])}
-    assert same == {(0, 2), (1, 3)}, "the noise goes with the seed and the video, whatever the update"
-
-
-def test_every_group_of_every_seed_and_update_is_dealt_its_own_permutation(tiny_base: Path) -> None:
-    setup = toy_setup(tiny_config(tiny_base, exploration__branches=6, objective__advantages="random"))
-    ((_, scores),) = explore(setup, [0])
-
-    def dealt(seed: int, update: int) -> list[tuple[float, ...]]:
-        seeded = with_weights(setup, config=replace(setup.config, seed=seed))
-        credits = [credit_of(seeded, update, index, scores[0], None) for index in range(2)]
-        return [tuple(credit.all_advantages_G.tolist()) for credit in credits if credit]
-
-    found = [*dealt(0, 0), *dealt(0, 1), *dealt(1, 0)]
-    assert len(set(found)) == len(found) == 6
-    assert len({tuple(sorted(row)) for row in found}) == 1
-
-
 def test_warm_up_trains_from_the_first_update() -> None:
     assert [learning_rate_factor(n, 4) for n in range(6)] == [0.25, 0.5, 0.75, 1, 1, 1]
     assert learning_rate_factor(0, 0) == 1
@@ -278,89 +207,6 @@ def test_a_gradient_that_is_not_finite_stops_before_the_parameters_change(
     with pytest.raises(ValueError, match=r"update 1: the gradient is not finite; lower optim\.lr"):
         trainer.step()
     assert equal(before, snapshot(trainer))
-
-
-IDENTITIES = {
-    "first ratio": (first_ratio_max_deviation, checks, "streamed_table"),
-    "anchor energy": (
-        lambda t: anchor_energy_at_old(t.setup, t.setup.training_prompts(0)),
-        checks,
-        "replay_context",
-    ),
-    "recent route": (
-        lambda t: default_route_max_difference(t.setup, t.setup.training_prompts(0)),
-        Rollout,
-        "run",
-    ),
-}
-"""What measures it, and the function that it calls after a rollout, or twice."""
-
-
-@pytest.mark.parametrize("name", IDENTITIES)
-@pytest.mark.parametrize("train", ["lora", "full"])
-def test_identities_of_a_run_are_exact_and_can_fail(
-    tiny_base: Path, monkeypatch: pytest.MonkeyPatch, name: str, train: str
-) -> None:
-    measure, owner, step = IDENTITIES[name]
-    trainer = trainer_of(tiny_base, optim__train=train)
-    tolerance = ratio_tolerance(trainer.setup.config) if name == "first ratio" else 0.0
-    assert measure(trainer) <= tolerance
-    original = vars(owner)[step]
-
-    def after_a_nudge(*arguments: Any, **named: Any) -> Any:
-        with torch.no_grad():
-            for value in trainer.policy.parameters.values():
-                value.add_(0.01)
-        return original(*arguments, **named)
-
-    monkeypatch.setattr(owner, step, after_a_nudge)
-    assert measure(trainer) > tolerance
-
-
-@pytest.mark.parametrize("method", ["kvpo", "flow-grpo", "cm-grpo"])
-def test_the_first_ratio_notices_a_replay_in_the_anchors_context(
-    tiny_base: Path, monkeypatch: pytest.MonkeyPatch, method: str
-) -> None:
-    """Branches' own blocks encoded from the anchor's latents: two replays would agree on that."""
-    trainer = trainer_of(tiny_base, method=method)
-    assert first_ratio_max_deviation(trainer) <= ratio_tolerance(trainer.setup.config)
-    original = Lesson.row
-
-    def of_anchors(lesson: Lesson, query: int) -> ReplayRow:
-        return replace(original(lesson, query), past_PFCHW=lesson.past_MPFCHW[-1])
-
-    monkeypatch.setattr(Lesson, "row", of_anchors)
-    assert first_ratio_max_deviation(trainer) > 10 * ratio_tolerance(trainer.setup.config)
-
-
-def test_the_anchors_energy_is_of_every_solver_step(tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A replay that is wrong at the last step alone is noticed."""
-    trainer = trainer_of(tiny_base)
-    last = trainer.setup.generator.sigmas[-1]
-    original = checks.replay_velocities
-
-    def wrong_at_the_last(generator: Any, *arguments: Any) -> Tensor:
-        return original(generator, *arguments) + (1.0 if generator.sigmas[0] == last else 0.0)
-
-    monkeypatch.setattr(checks, "replay_velocities", wrong_at_the_last)
-    assert anchor_energy_at_old(trainer.setup, trainer.setup.training_prompts(0)) == pytest.approx(1.0)
-
-
-def test_the_ratio_is_checked_on_two_groups_without_their_tails(
-    tiny_base: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    seen: list[list[int]] = []
-    original = checks.roll_out
-
-    def roll_out(generator: Any, planned: Any, *arguments: Any, **options: Any) -> Any:
-        assert len(planned.prompts) == len(planned.forks)
-        seen.append([fork.exploration.tail_blocks for fork in planned.forks])
-        return original(generator, planned, *arguments, **options)
-
-    monkeypatch.setattr(checks, "roll_out", roll_out)
-    trainer = trainer_of(tiny_base, optim__prompts_per_update=3)
-    assert (first_ratio_max_deviation(trainer) or 0.0) < 1e-4
-    assert seen == [[0, 0]]
 
 
 @pytest.mark.parametrize(
@@ -466,77 +312,6 @@ def test_short_clips_shrink_the_exploration_and_say_so_once(
     assert len(said) == 2, "one warning for each kind of shrinking"
     assert said[0].startswith("exploration.blocks = 3 is more than fits the videos of update 2, which")
     assert first_ratio_max_deviation(trainer) <= ratio_tolerance(config)
-
-
-class Watched(ToyScorer):
-    """Counts the blocks that were generated when each of its calls began, and the clips that are alive."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        vars(self).update(generated=[0], at_calls=[], alive=[], most_alive=[0])
-
-    def __call__(self, video_BTCHW: Tensor, prompts: Any) -> dict[str, Tensor]:
-        self.at_calls.append(self.generated[0])
-        self.alive.append(weakref.ref(video_BTCHW))
-        self.most_alive[0] = max(self.most_alive[0], sum(ref() is not None for ref in self.alive))
-        time.sleep(0.02)  # longer than a block takes
-        return super().__call__(video_BTCHW, prompts)
-
-
-@pytest.mark.parametrize("refresh", [1, 2])
-def test_scoring_overlaps_generation_and_changes_no_number(
-    tiny_base: Path, monkeypatch: pytest.MonkeyPatch, refresh: int
-) -> None:
-    scorer = Watched()
-    trainer = trainer_of(
-        tiny_base,
-        scorer,
-        exploration__rows=2,
-        optim__prompts_per_update=3,
-        optim__rollouts_per_refresh=refresh,
-    )
-    velocity = StreamingGenerator.velocity
-
-    def counted(*arguments: Any) -> Tensor:
-        scorer.generated[0] += 1
-        return velocity(*arguments)
-
-    monkeypatch.setattr(StreamingGenerator, "velocity", counted)
-    if refresh == 1:
-        ((rollout, scores),) = explore(trainer.setup, [0])
-        codec, block = trainer.setup.backbone.codec, trainer.setup.generator.block
-        alone = [score_group(group, codec, ToyScorer(), block=block) for group in rollout.groups]
-        for found, expected in zip(scores, alone, strict=True):
-            assert torch.equal(found.local_KM, expected.local_KM)
-            assert torch.equal(found.global_KM, expected.global_KM)
-    else:
-        trainer.collect()
-    assert (
-        scorer.at_calls[0] < scorer.generated[0]
-    )  # the first group was scored before the last was generated
-    assert scorer.most_alive[0] == 1
-
-
-@pytest.mark.parametrize("rows", [0, 3])
-def test_a_run_with_overlap_is_the_run_without(
-    tiny_base: Path, monkeypatch: pytest.MonkeyPatch, rows: int
-) -> None:
-    settings = {"exploration__rows": rows, "optim__rollouts_per_refresh": 2, "optim__updates": 4}
-    overlapped, plain = trainer_of(tiny_base, **settings), trainer_of(tiny_base, **settings)
-    numbers = [overlapped.step() for _ in range(4)]
-
-    @contextmanager
-    def at_once() -> Iterator[Any]:
-        def submit(call: Any) -> Future[Any]:
-            future: Future[Any] = Future()
-            future.set_result(call())
-            return future
-
-        yield submit
-
-    monkeypatch.setattr("kvpo.training.collection.in_background", at_once)
-    assert [plain.step() for _ in range(4)] == numbers
-    assert equal(snapshot(overlapped), snapshot(plain))
 
 
 @pytest.mark.parametrize(

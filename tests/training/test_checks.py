@@ -1,0 +1,103 @@
+"""The exactness checks of a run measure what they say, and can fail."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from kvpo.engine.replay import ReplayRow
+from kvpo.engine.rollout import Rollout
+from kvpo.training import checks
+from kvpo.training.checks import (
+    anchor_energy_at_old,
+    default_route_max_difference,
+    first_ratio_max_deviation,
+    ratio_tolerance,
+)
+from kvpo.training.gradients import Lesson
+from tests.training.test_trainer import trainer_of
+
+IDENTITIES = {
+    "first ratio": (first_ratio_max_deviation, checks, "streamed_table"),
+    "anchor energy": (
+        lambda t: anchor_energy_at_old(t.setup, t.setup.training_prompts(0)),
+        checks,
+        "replay_context",
+    ),
+    "recent route": (
+        lambda t: default_route_max_difference(t.setup, t.setup.training_prompts(0)),
+        Rollout,
+        "run",
+    ),
+}
+"""What measures it, and the function that it calls after a rollout, or twice."""
+
+
+@pytest.mark.parametrize("name", IDENTITIES)
+@pytest.mark.parametrize("train", ["lora", "full"])
+def test_identities_of_a_run_are_exact_and_can_fail(
+    tiny_base: Path, monkeypatch: pytest.MonkeyPatch, name: str, train: str
+) -> None:
+    measure, owner, step = IDENTITIES[name]
+    trainer = trainer_of(tiny_base, optim__train=train)
+    tolerance = ratio_tolerance(trainer.setup.config) if name == "first ratio" else 0.0
+    assert measure(trainer) <= tolerance
+    original = vars(owner)[step]
+
+    def after_a_nudge(*arguments: Any, **named: Any) -> Any:
+        with torch.no_grad():
+            for value in trainer.policy.parameters.values():
+                value.add_(0.01)
+        return original(*arguments, **named)
+
+    monkeypatch.setattr(owner, step, after_a_nudge)
+    assert measure(trainer) > tolerance
+
+
+@pytest.mark.parametrize("method", ["kvpo", "flow-grpo", "cm-grpo"])
+def test_the_first_ratio_notices_a_replay_in_the_anchors_context(
+    tiny_base: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    """Branches' own blocks encoded from the anchor's latents: two replays would agree on that."""
+    trainer = trainer_of(tiny_base, method=method)
+    assert first_ratio_max_deviation(trainer) <= ratio_tolerance(trainer.setup.config)
+    original = Lesson.row
+
+    def of_anchors(lesson: Lesson, query: int) -> ReplayRow:
+        return replace(original(lesson, query), past_PFCHW=lesson.past_MPFCHW[-1])
+
+    monkeypatch.setattr(Lesson, "row", of_anchors)
+    assert first_ratio_max_deviation(trainer) > 10 * ratio_tolerance(trainer.setup.config)
+
+
+def test_the_anchors_energy_is_of_every_solver_step(tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A replay that is wrong at the last step alone is noticed."""
+    trainer = trainer_of(tiny_base)
+    last = trainer.setup.generator.sigmas[-1]
+    original = checks.replay_velocities
+
+    def wrong_at_the_last(generator: Any, *arguments: Any) -> Tensor:
+        return original(generator, *arguments) + (1.0 if generator.sigmas[0] == last else 0.0)
+
+    monkeypatch.setattr(checks, "replay_velocities", wrong_at_the_last)
+    assert anchor_energy_at_old(trainer.setup, trainer.setup.training_prompts(0)) == pytest.approx(1.0)
+
+
+def test_the_ratio_is_checked_on_two_groups_without_their_tails(
+    tiny_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[list[int]] = []
+    original = checks.roll_out
+
+    def roll_out(generator: Any, planned: Any, *arguments: Any, **options: Any) -> Any:
+        assert len(planned.prompts) == len(planned.forks)
+        seen.append([fork.exploration.tail_blocks for fork in planned.forks])
+        return original(generator, planned, *arguments, **options)
+
+    monkeypatch.setattr(checks, "roll_out", roll_out)
+    trainer = trainer_of(tiny_base, optim__prompts_per_update=3)
+    assert (first_ratio_max_deviation(trainer) or 0.0) < 1e-4
+    assert seen == [[0, 0]]
