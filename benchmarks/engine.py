@@ -84,7 +84,7 @@ def bench(config: Config, groups: int) -> Bench:
         model = CausalWan(config.model)
     draws = keyed_generator("benchmark")
     optim = config.optim
-    add_adapter(model, optim.lora_rank, optim.lora_alpha, optim.lora_targets, generator=draws)
+    add_adapter(model, optim.lora_rank, generator=draws)
     for parameter in trained_parameters(model).values():
         parameter.data.normal_(0, 0.05, generator=draws)
     prompts = tuple(VideoPrompt(n, (f"prompt {n}",), (), FRAMES) for n in range(groups))
@@ -196,7 +196,7 @@ def arms_of(subject: Bench, rollout: Rollout) -> tuple[dict[str, Any], dict[str,
         for what, one, other in zip(("states", "velocities", "latents"), expected, others, strict=True):
             agree(f"{what} ({name})", one, other)
 
-    kept = config.objective.keep_best + config.objective.keep_worst
+    kept = sum(config.objective.keep)
     trained = range(min(kept, exploration.branches) or exploration.branches)
     groups = groups_of(subject, rollout, members, [Ran(*own) for own in zip(*expected, strict=True)])
     replayed = [(group, branch) for group in groups for branch in trained]
@@ -314,7 +314,7 @@ def report_comparison(config: Config, sizes: Sizes, threads: Sequence[int]) -> d
                 )  # fmt: skip
                 numbers.append({"threads": count, "groups": groups, "what": what, "seconds": seconds})
     torch.set_num_threads(threads[0])
-    kept = config.objective.keep_best + config.objective.keep_worst
+    kept = sum(config.objective.keep)
     section(
         "Batched branches over shared pages, against one branch at a time with copied caches",
         f"Median seconds of {sizes.repeats} alternating rounds. Rollout: {exploration.branches} branches "

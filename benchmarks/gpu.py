@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from measuring import given_settings, machine, section, table, write_json
+from shapes import with_shape
 from torch import Tensor, nn
 
 from kvpo.app.configuration import preset
@@ -152,9 +153,7 @@ def subject_of(config: Config, fork: int, frames: int) -> Subject:
             fan = parameter[0].numel() if parameter.dim() > 1 else 1
             parameter.normal_(0, 0.02 if parameter.dim() == 1 else fan**-0.5, generator=draws)
     optim = config.optim
-    add_adapter(
-        model, optim.lora_rank, optim.lora_alpha, optim.lora_targets, generator=keyed_generator("benchmark")
-    )
+    add_adapter(model, optim.lora_rank, generator=keyed_generator("benchmark"))
     model.checkpointing = optim.checkpointing
     if optim.compile:
         model.compile_blocks()
@@ -290,15 +289,14 @@ def measure(subject: Subject, limits: Limits, rows: Sequence[int], repeats: int)
 
 def tiny(config: Config) -> Config:
     """The same settings with sizes that a CPU runs in a second."""
-    model = replace(
-        config.model, dim=64, num_heads=2, num_layers=2, ffn_dim=96, text_len=8, text_dim=16,
+    config = with_shape(
+        config, dim=64, num_heads=2, num_layers=2, ffn_dim=96, text_len=8, text_dim=16,
         latent_height=4, latent_width=8,
     )  # fmt: skip
     exploration = replace(config.exploration, branches=2, blocks=2, tail_blocks=1)
     return replace(
         config,
         device="cpu",
-        model=model,
         exploration=exploration,
         optim=replace(config.optim, lora_rank=4, autocast="none"),
     )

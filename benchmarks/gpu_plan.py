@@ -13,7 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ import torch
 from diffusers import AutoencoderKLWan
 from gpu import Clock, measured_limits, precision
 from measuring import given_settings, machine, section, table, write_json
+from shapes import geometry_file
 from tokenizers import Tokenizer, models
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
@@ -33,6 +34,7 @@ from kvpo.engine.pages import cache_pages
 from kvpo.engine.scoring import decode_members, score_group
 from kvpo.engine.stream import stream_latents
 from kvpo.models.causal_wan import CausalWan
+from kvpo.models.geometry import GEOMETRIES
 from kvpo.plan.phases import Plan, Rates
 from kvpo.prompts import ClipPrompt
 from kvpo.training import collection
@@ -47,7 +49,7 @@ SETTINGS: dict[str, Any] = {
     "exploration.branches": 4,
     "exploration.blocks": 2,
     "exploration.tail_blocks": 1,
-    "objective.noise_floor": 0.0,
+    "rewards.noise_floors": {"total": 0.0},
     "optim.updates": 1,
     "optim.prompts_per_update": 1,
     "optim.rollouts_per_refresh": 1,
@@ -56,10 +58,10 @@ SETTINGS: dict[str, Any] = {
     "evaluation.test_prompts": 2,
 }
 """One prompt, a shorter window and tail than the preset's: all sizes but the counts are the preset's own."""
+SMALL = replace(GEOMETRIES["1.3b"], dim=64, num_heads=2, num_layers=2, ffn_dim=96, text_len=8, text_dim=16)
 TINY: dict[str, Any] = {
-    "device": "cpu", "model.dim": 64, "model.num_heads": 2, "model.num_layers": 2, "model.ffn_dim": 96,
-    "model.text_len": 8, "model.text_dim": 16, "model.latent_height": 4, "model.latent_width": 4,
-    "optim.lora_rank": 4, "optim.lora_alpha": 4, "optim.autocast": "none", "prompts.frames": 48,
+    "device": "cpu", "backbone.geometry": geometry_file(SMALL), "stream.size": (4, 4),
+    "optim.lora_rank": 4, "optim.autocast": "none", "prompts.frames": 48,
 }  # fmt: skip
 PHASES = ("stream held-out videos", "explore", "decode", "replay and backward", "optimiser step")
 

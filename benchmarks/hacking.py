@@ -49,7 +49,6 @@ COMMON: dict[str, Any] = {
     "optim.prompts_per_update": 4,
     "optim.lr": 2e-3,
     "optim.ema_decay": 0.8,
-    "optim.warmup_updates": 2,
 }
 """Pressed harder than the demo, so that hacking takes minutes: a higher rate and no tie to the base."""
 ARMS: dict[str, dict[str, Any]] = {
@@ -58,9 +57,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "selective": {"evaluation.stop_on_hacking": False, "rewards.fusion": "selective"},
     "reversing": {
         "evaluation.stop_on_hacking": False,
-        "rewards.fusion": "selective",
-        "rewards.rank_margin": 0.0,
-        "rewards.rank_penalty": 1.0,
+        "rewards.fusion": "reversing",
     },
 }
 

@@ -26,7 +26,7 @@ from kvpo.method.methods import METHODS
 from kvpo.training.credit import assign_credit
 from kvpo.training.policy import policy_of
 from kvpo.training.setup import Setup
-from kvpo.training.trainer import Trainer, learning_rate_factor
+from kvpo.training.trainer import BETAS, GRADIENT_NORM, WEIGHT_DECAY, Trainer, learning_rate_factor
 
 SETTINGS = {"optim.prompts_per_update": 1, "optim.updates": 1, "kvpo.simplex_kl": 0.1}
 UPDATE = 0
@@ -38,9 +38,9 @@ def one_update(setup: Setup) -> dict[str, torch.Tensor]:
     policy = policy_of(setup.model, adapted=True)
     optimizer = torch.optim.AdamW(
         list(policy.parameters.values()),
-        lr=config.optim.lr * learning_rate_factor(UPDATE, config.optim.warmup_updates),
-        betas=config.optim.betas,
-        weight_decay=config.optim.weight_decay,
+        lr=config.optim.lr * learning_rate_factor(UPDATE),
+        betas=BETAS,
+        weight_decay=WEIGHT_DECAY,
     )
 
     # Stream. Every block attends to the pages that the deployment window shows; noise is a tape, never drawn.
@@ -70,7 +70,7 @@ def one_update(setup: Setup) -> dict[str, torch.Tensor]:
     # Evidence. KVPO asks: at the states that a branch visited, how far is your velocity from the branch's?
     # One more row, at the anchor's states, asks how far it is from the starting policy's: the velocity KL.
     steps = config.objective.grad_steps
-    method, settings, trajectories = METHODS["kvpo"], config.kvpo, group.trajectories
+    method, settings, trajectories = METHODS["kvpo"], config.method_settings, group.trajectories
     evidence = method.evidence(trajectories, credit, steps, settings, keyed_generator("evidence", *key, 0))
     rows_of_method = len(evidence.query_N)
     evidence = joined(evidence, anchor_drift(trajectories, credit, evidence, settings))
@@ -101,7 +101,7 @@ def one_update(setup: Setup) -> dict[str, torch.Tensor]:
         loss, metrics = method.loss(tables, credit, settings)
         loss = loss + config.objective.velocity_kl * now[rows_of_method:].sum()
         loss.backward()
-    torch.nn.utils.clip_grad_norm_(list(policy.parameters.values()), config.optim.grad_clip)
+    torch.nn.utils.clip_grad_norm_(list(policy.parameters.values()), GRADIENT_NORM)
     optimizer.step()
     root.history.release()
     print({name: round(value, 6) for name, value in metrics.items()})

@@ -6,7 +6,8 @@ import os
 # matrix product dies with "Illegal instruction"; this instruction set is the widest below AMX.
 os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_FP16")
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,15 @@ def golden_file() -> Callable[[str], Path]:
         return directory / name
 
     return existing
+
+
+@pytest.fixture(autouse=True)
+def own_cache(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Prompt embeddings are kept per test, and never among a user's own."""
+    name = sha256(request.node.nodeid.encode()).hexdigest()[:16]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("KVPO_CACHE", str(tmp_path_factory.getbasetemp() / "caches" / name))
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -124,7 +124,7 @@ def test_the_commands_and_code_of_the_embedded_world_run(
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
     Path("rewards.py").write_text("\n".join(blocks(ROOT / "docs/rewards.md", "python")))
     Path("prompts.txt").write_text("a red circle\n")
-    tiny = {**SETTINGS, "base": str(tiny_base), "optim.updates": 1}
+    tiny = {**SETTINGS, "backbone.checkpoint": str(tiny_base), "optim.updates": 1}
     flags = [f"--{name}={','.join(map(str, v)) if isinstance(v, tuple) else v}" for name, v in tiny.items()]
     run_all(WORLD, flags, capsys)
     assert {path.name for path in Path("runs").iterdir()} >= {"one", "warm"}

@@ -9,38 +9,42 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from benchmarks.shapes import geometry_file
 from kvpo.app.configuration import preset
 from kvpo.config import Config
 from kvpo.models.adapter_files import PEFT_PREFIX
+from kvpo.models.adapters import LORA_TARGETS
+from kvpo.models.settings import WanShape
 from kvpo.prompts import ClipPrompt
 from tests.models.test_umt5 import tiny_encoder, tiny_tokenizer
 from tests.models.test_wan_vae import tiny_model as tiny_vae
 from tests.models.tiny import tiny_model
 
+SHAPE = WanShape(
+    dim=24,
+    num_heads=2,
+    num_layers=2,
+    ffn_dim=40,
+    freq_dim=16,
+    text_len=8,
+    text_dim=12,
+    channels=4,
+    patch_size=(1, 2, 2),
+)
 SETTINGS: dict[str, Any] = {
     "device": "cpu",
-    "model.dim": 24,
-    "model.num_heads": 2,
-    "model.num_layers": 2,
-    "model.ffn_dim": 40,
-    "model.freq_dim": 16,
-    "model.text_len": 8,
-    "model.text_dim": 12,
-    "model.channels": 4,
-    "model.latent_height": 2,
-    "model.latent_width": 2,
+    "backbone.geometry": geometry_file(SHAPE),
+    "stream.size": (2, 2),
     "exploration.branches": 3,
     "exploration.blocks": 1,
     "exploration.distinct": 2,
     "exploration.tail_blocks": 1,
-    "objective.noise_floor": 0.0,
-    "kvpo.temperature": None,
+    "rewards.noise_floors": {"total": 0.0},
+    "objective.temperature": None,
     "kvpo.simplex_kl": 0.1,
     "optim.lora_rank": 2,
-    "optim.lora_alpha": 2,
-    "optim.lr": 1e-2,
+    "optim.lr": 5e-2,
     "optim.ema_decay": 0.5,
-    "optim.warmup_updates": 1,
     "optim.updates": 2,
     "optim.prompts_per_update": 1,
     "optim.rollouts_per_refresh": 1,
@@ -120,7 +124,7 @@ def write_lora(config: Config, path: Path) -> None:
     model, draws = tiny_model(config.model), torch.Generator().manual_seed(9)
     tensors = {}
     for name, module in model.named_modules():
-        if name.endswith(config.optim.lora_targets):
+        if name.endswith(LORA_TARGETS):
             for half, size in (("A", (2, module.in_features)), ("B", (module.out_features, 2))):
                 key = f"{PEFT_PREFIX}{name}.lora_{half}.weight"
                 tensors[key] = 0.2 * torch.randn(size, generator=draws)
@@ -138,7 +142,6 @@ def tiny_settings(name: str, directory: Path, segments: int, changes: Mapping[st
         "backbone.checkpoint": str(directory / "base.pt"),
         "backbone.text_encoder": str(directory),
         "backbone.vae": str(directory),
-        "backbone.embeddings": str(directory / "embeddings"),
         "prompts.file": str(write_prompts(directory, segments)),
         "prompts.switches": SWITCHES[segments],
     }
@@ -157,6 +160,8 @@ def tiny_flags(name: str, directory: Path, *, segments: int = 1, **changes: Any)
 
 
 def _typed(value: Any) -> str:
-    if isinstance(value, list):
+    if isinstance(value, list | tuple):
         return "[" + ",".join(map(str, value)) + "]"
+    if isinstance(value, dict):
+        return ",".join(f"{name}={item}" for name, item in value.items())
     return str(value).lower() if value is None or isinstance(value, bool) else str(value)

@@ -8,10 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from benchmarks.shapes import geometry_file
 from kvpo.app.configuration import assign, with_method
 from kvpo.app.judges import held_out_rewards
 from kvpo.app.sources.world import build_backbone
 from kvpo.config import Config
+from kvpo.models.settings import WanShape
 from kvpo.prompts import ClipPrompt, VideoPrompt
 from kvpo.training.backbone import Backbone
 from kvpo.training.evaluation import Judges
@@ -19,12 +21,9 @@ from kvpo.training.setup import Setup
 from kvpo.world.pretrain import PretrainSettings, new_generator, save_generator
 
 SETTINGS: dict[str, Any] = {
-    "model.dim": 32,
-    "model.num_heads": 2,
-    "model.num_layers": 1,
-    "model.ffn_dim": 48,
-    "model.freq_dim": 16,
-    "model.patch_size": (1, 4, 4),
+    "backbone.geometry": geometry_file(
+        replace(WanShape(), dim=32, num_heads=2, num_layers=1, ffn_dim=48, freq_dim=16, patch_size=(1, 4, 4))
+    ),
     "exploration.branches": 3,
     "exploration.blocks": 2,
     "exploration.distinct": 2,
@@ -32,22 +31,17 @@ SETTINGS: dict[str, Any] = {
     "exploration.tail_blocks": 1,
     "objective.grad_steps": 2,
     "objective.advantages": "group",
-    "objective.noise_floor": 0.0,
-    "objective.keep_best": 0,
-    "objective.keep_worst": 0,
+    "objective.keep": (0, 0),
     "optim.lora_rank": 2,
-    "optim.lora_alpha": 2,
-    "optim.lr": 1e-2,
-    "optim.warmup_updates": 1,
+    "optim.lr": 5e-2,
     "optim.updates": 3,
     "optim.prompts_per_update": 2,
     "optim.replay_rows": 0,
     "evaluation.every": 2,
     "evaluation.validation_prompts": 2,
     "evaluation.test_prompts": 2,
-    "evaluation.diversity_prompts": 1,
     "checkpoint.every": 1,
-    "checkpoint.keep": 2,
+    "rewards.noise_floors": {"total": 0.0},
 }
 FRAMES = 21
 
@@ -56,7 +50,7 @@ def tiny_config(base: Path, **settings: Any) -> Config:
     """SETTINGS with changes; ``optim__lr=1`` stands for ``optim.lr``. A method brings what it starts from."""
     changes = {name.replace("__", "."): value for name, value in settings.items()}
     start = with_method(Config(), changes.get("method", "kvpo"))
-    return assign(start, {**SETTINGS, "base": str(base), **changes})
+    return assign(start, {**SETTINGS, "backbone.checkpoint": str(base), **changes})
 
 
 def write_base(path: Path, seed: int = 1) -> None:

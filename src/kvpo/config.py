@@ -1,6 +1,7 @@
 """Every setting of a run, as frozen dataclasses. Importing this module imports nothing heavy."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, Literal
 
 from kvpo.method.settings import (
@@ -8,11 +9,18 @@ from kvpo.method.settings import (
     FlowGrpoSettings,
     KvpoSettings,
     LatentDistanceSettings,
+    MethodSettings,
     NftSettings,
     RvmSettings,
     SelfDistillSettings,
 )
+from kvpo.models.geometry import geometry
 from kvpo.models.settings import Deployment, WanShape
+
+WORLD_NOISE_FLOOR = 0.002
+"""Noise floor of the embedded world's rewards, measured with `kvpo calibrate`."""
+TOTAL = "total"
+"""Name of the weighted sum of all components among noise floors."""
 
 
 @dataclass(frozen=True)
@@ -21,28 +29,22 @@ class BackboneConfig:
 
     kind: Literal["world", "wan"] = "world"
     """The embedded generator that ships with the package, or a public Wan generator."""
+    geometry: str = "world"
+    """Sizes of the transformer: world, 1.3b, 1.3b-relative, 14b, or a JSON file or model folder of your own
+    with the fields of diffusers' transformer/config.json."""
     checkpoint: str = ""
-    """Transformer weights: a .pt or .safetensors file, or a diffusers directory."""
-    checkpoint_entry: str = ""
-    """Entry of a .pt checkpoint; empty: the first of generator, generator_ema, model."""
+    """Transformer weights, FILE or FILE#ENTRY: a .pt (an entry such as generator_ema instead of the first of
+    generator, generator_ema, model), .safetensors or diffusers directory; for the embedded generator a file
+    that `kvpo pretrain` wrote, empty: the one that ships with the package."""
     lora: str = ""
-    """Adapter that belongs to the checkpoint (LongLive's and MemFlow's lora.pt); empty: none."""
-    lora_entry: str = ""
-    """Entry of a .pt adapter; empty: generator_lora. The moving average of a KVPO checkpoint is ema."""
-    lora_alpha: float = 0.0
-    """Alpha of the given adapter, where its files state none; 0: what they state, else its rank."""
+    """Adapter that belongs to the checkpoint (LongLive's and MemFlow's lora.pt), FILE or FILE#ENTRY (without:
+    generator_lora; #ema is the moving average of a KVPO checkpoint); empty: none."""
     lora_start: Literal["continue", "merge"] = "continue"
     """Continue training the given adapter, or merge it into the weights and train a fresh one."""
     text_encoder: str = ""
-    """UMT5 encoder: a model directory that holds it and its tokenizer, or its weights."""
-    tokenizer: str = ""
-    """Directory of the tokenizer; empty: inside the model directory that text_encoder names."""
+    """UMT5 encoder with its tokenizer: a model directory in Wan's or diffusers' layout."""
     vae: str = ""
     """Wan VAE: its .pth file or a directory."""
-    embeddings: str = "~/.cache/kvpo/embeddings"
-    """Directory in which prompt embeddings are kept; several runs may share it."""
-    offline: bool = False
-    """Take hub files from the local cache only."""
     offload: bool = False
     """Keep VAE and reward models in host memory and move them to the device only to decode and to score."""
     vae_precision: Literal["float32", "bfloat16"] = "float32"
@@ -70,6 +72,8 @@ class PromptsConfig:
 class StreamConfig(Deployment):
     """Streaming: block size, what a block sees, the solver's noise levels."""
 
+    size: tuple[int, int] = (8, 8)
+    """Rows and columns of the latents; a Wan VAE makes eight pixels of each."""
     schedule: tuple[float, ...] = (1.0, 0.75, 0.5, 0.25)
     """Solver positions u in (0, 1]; noise level sigma = shift u / (1 + (shift - 1) u)."""
     shift: float = 3.0
@@ -102,19 +106,15 @@ class ExplorationConfig:
     """Number of distinct routed frames that come from another prompt's history (0 is the paper's method)."""
     resident_frames: int = 33
     """History frames kept for routing, counting the sink; 0 keeps all."""
-    redraw_every_block: bool = False
-    """Draw new routes for every routed block instead of once per window."""
     tail_blocks: int = 2
     """Deployment blocks after the window for the global signal; late forks get less."""
-    reencode_pool: bool = False
-    """At prompt switches up to the fork re-encode the whole resident pool, not only the deployment window."""
     rows: int = 0
     """Streams batched in one forward pass; 0 means all branches of all prompts together."""
 
 
 @dataclass(frozen=True)
 class ObjectiveConfig:
-    """Settings that all methods share: solver steps, advantages, branches that train, velocity KL."""
+    """Settings that methods share: solver steps, advantages, branches that train, ratio, temperature, drift."""
 
     grad_steps: int = 2
     """First solver steps that are learned from."""
@@ -122,47 +122,25 @@ class ObjectiveConfig:
     """Weight of the mean squared velocity difference to the starting policy on anchor states."""
     advantages: Literal["anchor", "group", "random"] = "group"
     """Relative to the anchor, centred on the group, or (null control) group advantages permuted."""
-    advantage_scale: Literal["group", "collection"] = "group"
-    """Divide by the reward spread of the group, or by that of all groups collected together."""
-    global_weight: float = 0.5
-    """Weight of the global (post-fork) signal relative to the local (window) signal."""
-    advantage_clamp: float = 2.5
-    """Advantages are clamped to plus or minus this."""
-    noise_floor: float = 0.002
-    """Reward spread below which a group is noise: it is skipped and counted."""
-    keep_best: int = 2
-    """Train on this many best branches (0 together with keep_worst 0: all)."""
-    keep_worst: int = 2
-    """Train on this many worst branches."""
+    keep: tuple[int, int] = (2, 2)
+    """Train on this many best and this many worst branches; 0,0: on all."""
+    clip: tuple[float, float] = (0.1, 0.2)
+    """Ratios are clipped to 1 - the first .. 1 + the second (every method but nft, rvm and self-distill)."""
+    temperature: float | None = None
+    """Gibbs temperature of kvpo and latent-distance; none calibrates it to each group's energies."""
 
 
 @dataclass(frozen=True)
 class OptimConfig:
     """Trained parameters and their optimiser."""
 
-    train: Literal["lora", "full"] = "lora"
-    """Train a PEFT LoRA adapter or all transformer parameters."""
     lora_rank: int = 16
-    """Rank of the adapter."""
-    lora_alpha: float = 16.0
-    """Scale of the adapter is alpha / rank."""
-    lora_targets: tuple[str, ...] = (
-        "self_attn.q", "self_attn.k", "self_attn.v", "self_attn.o",
-        "cross_attn.q", "cross_attn.k", "cross_attn.v", "cross_attn.o", "ffn.0", "ffn.2",
-    )  # fmt: skip
-    """Module name endings that get an adapter."""
+    """Rank of the LoRA adapter that is trained, on every linear layer of a block; 0 trains all parameters."""
     lr: float = 1e-3
-    """Peak learning rate of AdamW."""
-    weight_decay: float = 0.01
-    """AdamW weight decay."""
-    betas: tuple[float, float] = (0.9, 0.999)
-    """AdamW betas."""
-    warmup_updates: int = 5
-    """Updates over which the learning rate rises linearly; the first update already trains."""
-    grad_clip: float = 1.0
-    """Gradient norm is clipped to this."""
+    """Peak learning rate of AdamW, reached in the fifth update."""
     ema_decay: float = 0.9
-    """Decay of the moving average of the trained parameters; after n updates at most (1 + n) / (10 + n)."""
+    """Decay of the moving average of the trained parameters, which is what a run is judged by and exports;
+    after n updates at most (1 + n) / (10 + n), and 0 is no average."""
     updates: int = 40
     """Optimiser updates."""
     prompts_per_update: int = 8
@@ -191,19 +169,10 @@ class EvaluationConfig:
     """Short and long prompts each, for choosing the best checkpoint."""
     test_prompts: int = 128
     """Short and long prompts each, used once, for summary.json."""
-    weights: Literal["average", "raw"] = "average"
-    """Trained weights that are validated, tested, generated with and exported: their moving average, which
-    smooths the noise of single updates, or the raw ones of the last update."""
-    diversity_prompts: int = 16
-    """Forks on which branch diversity is measured."""
     held_out: tuple[str, ...] = ()
     """Rewards that never train and watch for hacking, named as training rewards are."""
     stop_on_hacking: bool = True
     """Stop once a held-out reward keeps falling while the trained one rises, and keep the best before."""
-    hacking_errors: float = 3.0
-    """Paired standard errors by which the one must have risen and the other fallen."""
-    hacking_patience: int = 2
-    """Validations in a row at which that must hold."""
 
 
 @dataclass(frozen=True)
@@ -211,9 +180,7 @@ class CheckpointConfig:
     """Checkpoints kept on disk."""
 
     every: int = 10
-    """Updates between checkpoints."""
-    keep: int = 2
-    """Most recent checkpoints kept, in addition to the best one."""
+    """Updates between checkpoints; the last two are kept, in addition to the best one."""
 
 
 @dataclass(frozen=True)
@@ -229,23 +196,14 @@ class RewardConfig:
     """Path or hub id of parts of catalogue rewards, held-out ones too: hpsv3.base=/models/Qwen2-VL-7B."""
     top_share: float = 1.0
     """Share of a clip's frames, the best ones, that rewards of single frames average (Astrolabe: 0.3)."""
-    segment_discount: float = 1.0
-    """Factor on a prompt segment's share of the global signal per segment between it and the fork's."""
     transition_blocks: int = 0
     """Blocks on either side of a prompt switch in a further clip of the global signal; 0: no such clips."""
-    fusion: Literal["advantages", "rewards", "selective"] = "advantages"
+    fusion: Literal["advantages", "rewards", "selective", "reversing"] = "advantages"
     """Normalise components one by one and add; add and normalise; or the first, but withhold what only the
-    primary component praises."""
-    primary: str = ""
-    """Component that selective fusion checks against the others; empty: the first one."""
-    rank_margin: float = 0.25
-    """Selective fusion acts on branches that the primary ranks this much above the others' mean rank."""
-    rank_penalty: float = 0.0
-    """Effect of selective fusion on a positive advantage: 0 withholds it, 1 reverses it."""
+    first component praises, or count it against the branch."""
     noise_floors: dict[str, float] = field(default_factory=dict)
-    """Measured noise floor of components; objective.noise_floor holds for the others."""
-    noise_files: tuple[str, ...] = ()
-    """JSON files of `kvpo calibrate`, read once: their floors go to noise_floors."""
+    """Noise floor of components: a number, or a file of `kvpo calibrate` that is read once; total: floor of
+    the weighted sum, which holds for components without one of their own (0.002)."""
     cache: str = ""
     """Directory in which scores are kept by the content of their clips; several runs may share it."""
 
@@ -264,11 +222,8 @@ class Config:
     """Torch device."""
     threads: int = 0
     """Torch threads on the CPU; 0: one if the device is the CPU, else as many as torch takes by itself."""
-    base: str = ""
-    """Path of a base checkpoint that `kvpo pretrain` wrote; empty: the one that ships with the package."""
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
     prompts: PromptsConfig = field(default_factory=PromptsConfig)
-    model: WanShape = field(default_factory=WanShape)
     stream: StreamConfig = field(default_factory=StreamConfig)
     exploration: ExplorationConfig = field(default_factory=ExplorationConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
@@ -284,7 +239,18 @@ class Config:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
 
+    @cached_property
+    def model(self) -> WanShape:
+        """Geometry of the transformer on latents of this size. Raises ValueError where there is none."""
+        height, width = self.stream.size
+        return replace(geometry(self.backbone.geometry), latent_height=height, latent_width=width)
+
     @property
-    def method_settings(self) -> Any:
+    def own_settings(self) -> Any:
         """The section of the chosen method."""
         return vars(self)[self.method.replace("-", "_")]
+
+    @property
+    def method_settings(self) -> MethodSettings[Any]:
+        """All that the chosen method reads."""
+        return MethodSettings(self.own_settings, self.objective.clip, self.objective.temperature)

@@ -12,7 +12,6 @@ from kvpo.config import (
     RewardConfig,
     StreamConfig,
 )
-from kvpo.method.settings import KvpoSettings, LatentDistanceSettings
 from kvpo.prompts import VideoPrompt, check_shown
 
 MOST_THREADS = 1024
@@ -48,15 +47,8 @@ def check(config: Config) -> None:
     for name in ("validation_prompts", "test_prompts"):
         count = vars(evaluation)[name]
         _require(count >= 2, f"evaluation.{name}", count, "at least 2: a standard error needs two")
-    _require(
-        evaluation.diversity_prompts >= 0,
-        "evaluation.diversity_prompts",
-        evaluation.diversity_prompts,
-        "0 or more",
-    )
     _hacking(config)
     _require(checkpoint.every >= 1, "checkpoint.every", checkpoint.every, "at least 1")
-    _require(checkpoint.keep >= 1, "checkpoint.keep", checkpoint.keep, "at least 1")
 
 
 def _require(holds: bool, path: str, value: object, what: str) -> None:
@@ -75,15 +67,10 @@ def _hacking(config: Config) -> None:
         len(set(evaluation.held_out)) == len(evaluation.held_out),
         "evaluation.held_out", names, "each named once",
     )  # fmt: skip
-    errors, patience = evaluation.hacking_errors, evaluation.hacking_patience
-    _require(errors > 0, "evaluation.hacking_errors", errors, "positive")
-    _require(patience >= 1, "evaluation.hacking_patience", patience, "at least 1")
 
 
 def _backbone(backbone: BackboneConfig, optim: OptimConfig) -> None:
-    given = [
-        name for name in ("checkpoint", "lora", "vae", "text_encoder", "offload") if vars(backbone)[name]
-    ]
+    given = [name for name in ("lora", "vae", "text_encoder", "offload") if vars(backbone)[name]]
     _require(
         backbone.from_files or not given,
         "backbone.kind", backbone.kind,
@@ -95,20 +82,9 @@ def _backbone(backbone: BackboneConfig, optim: OptimConfig) -> None:
         "backbone.vae_precision", precision, "float32 for the embedded world, which has no VAE",
     )  # fmt: skip
     _require(
-        optim.train == "lora" or not backbone.lora or backbone.lora_start == "merge",
-        "backbone.lora_start", backbone.lora_start, "merge while optim.train is full",
+        optim.lora_rank > 0 or not backbone.lora or backbone.lora_start == "merge",
+        "backbone.lora_start", backbone.lora_start, "merge while optim.lora_rank is 0",
     )  # fmt: skip
-    alpha = backbone.lora_alpha
-    _require(
-        0 <= alpha < inf and (not alpha or bool(backbone.lora)),
-        "backbone.lora_alpha", alpha, "0, or the positive alpha of the adapter that backbone.lora names",
-    )  # fmt: skip
-    for name in ("checkpoint", "lora"):
-        entry = vars(backbone)[f"{name}_entry"]
-        _require(
-            not entry or bool(vars(backbone)[name]),
-            f"backbone.{name}_entry", entry, f"empty while backbone.{name} names no file",
-        )  # fmt: skip
 
 
 def _prompts(prompts: PromptsConfig, stream: StreamConfig) -> None:
@@ -173,22 +149,27 @@ def _objective(objective: ObjectiveConfig, exploration: ExplorationConfig, strea
         1 <= objective.grad_steps <= steps,
         "objective.grad_steps", objective.grad_steps, f"between 1 and the {steps} steps of stream.schedule",
     )  # fmt: skip
-    for name in ("velocity_kl", "global_weight", "noise_floor", "keep_best", "keep_worst"):
-        _require(vars(objective)[name] >= 0, f"objective.{name}", vars(objective)[name], "0 or more")
+    kept, branches, low = list(objective.keep), exploration.branches, objective.clip[0]
+    _require(objective.velocity_kl >= 0, "objective.velocity_kl", objective.velocity_kl, "0 or more")
     _require(
-        objective.advantage_clamp > 0, "objective.advantage_clamp", objective.advantage_clamp, "positive"
-    )
-    kept = objective.keep_best + objective.keep_worst
+        min(kept) >= 0 and sum(kept) <= branches and sum(kept) != 1,
+        "objective.keep", kept,
+        f"two counts that add up to 0 (all) or 2 to exploration.branches = {branches}",
+    )  # fmt: skip
     _require(
-        kept <= exploration.branches and kept != 1,
-        "objective.keep_best", objective.keep_best,
-        f"such that keep_best + keep_worst is 0 (all) or 2 to exploration.branches = {exploration.branches}",
+        0 <= low < 1 and objective.clip[1] >= 0,
+        "objective.clip", list(objective.clip), "a number in [0, 1) and one of 0 or more",
+    )  # fmt: skip
+    temperature = objective.temperature
+    _require(
+        temperature is None or 0 < temperature < inf,
+        "objective.temperature", temperature, "positive and finite, or none",
     )  # fmt: skip
 
 
 def _method(config: Config) -> None:
     explorer, noise = config.exploration.explorer, config.exploration.noise
-    allowed = config.method_settings.EXPLORERS
+    allowed = config.own_settings.EXPLORERS
     why = (
         ""
         if "routes" != allowed[0] or len(allowed) > 1
@@ -218,23 +199,8 @@ def _method(config: Config) -> None:
     )  # fmt: skip
     _kvpo(config)
     nft = config.nft
-    for section in ("kvpo", "latent_distance"):
-        _gibbs(section, vars(config)[section])
-    for section in ("flow_grpo", "cm_grpo"):
-        _require(vars(config)[section].clip >= 0, f"{section}.clip", vars(config)[section].clip, "0 or more")
-    for name in ("beta", "advantage_limit"):
-        _require(vars(nft)[name] > 0, f"nft.{name}", vars(nft)[name], "positive")
+    _require(nft.beta > 0, "nft.beta", nft.beta, "positive")
     _require(0 <= nft.selective_kl <= 1, "nft.selective_kl", nft.selective_kl, "between 0 and 1")
-
-
-def _gibbs(section: str, settings: KvpoSettings | LatentDistanceSettings) -> None:
-    temperature = settings.temperature
-    _require(
-        temperature is None or 0 < temperature < inf,
-        f"{section}.temperature", temperature, "positive and finite, or none",
-    )  # fmt: skip
-    _require(0 <= settings.clip_low < 1, f"{section}.clip_low", settings.clip_low, "in [0, 1)")
-    _require(settings.clip_high >= 0, f"{section}.clip_high", settings.clip_high, "0 or more")
 
 
 def _kvpo(config: Config) -> None:
@@ -242,8 +208,8 @@ def _kvpo(config: Config) -> None:
     _require(0 <= kvpo.anchor_state_weight <= 1, "kvpo.anchor_state_weight", kvpo.anchor_state_weight,
              "between 0 and 1")  # fmt: skip
     _require(kvpo.simplex_kl >= 0, "kvpo.simplex_kl", kvpo.simplex_kl, "0 or more")
-    members = (objective.keep_best + objective.keep_worst or config.exploration.branches) + 1
-    calibrated = kvpo.anchor_share and kvpo.temperature is None
+    members = (sum(objective.keep) or config.exploration.branches) + 1
+    calibrated = kvpo.anchor_share and objective.temperature is None
     _require(
         kvpo.anchor_share == 0 or 0 < kvpo.anchor_share < 1,
         "kvpo.anchor_share", kvpo.anchor_share, "0 (the anchor is not in the pool) or in (0, 1)",
@@ -257,17 +223,11 @@ def _kvpo(config: Config) -> None:
 
 
 def _optim(optim: OptimConfig) -> None:
-    _require(0 < optim.lora_alpha < inf, "optim.lora_alpha", optim.lora_alpha, "positive")
-    for name in ("lora_rank", "prompts_per_update", "inner_epochs", "rollouts_per_refresh"):
+    for name in ("prompts_per_update", "inner_epochs", "rollouts_per_refresh"):
         _require(vars(optim)[name] >= 1, f"optim.{name}", vars(optim)[name], "at least 1")
-    for name in ("updates", "warmup_updates", "weight_decay", "replay_rows"):
+    for name in ("lora_rank", "updates", "replay_rows"):
         _require(vars(optim)[name] >= 0, f"optim.{name}", vars(optim)[name], "0 or more")
-    _require(
-        optim.train == "full" or bool(optim.lora_targets), "optim.lora_targets", "none", "at least one module"
-    )
     _require(0 < optim.lr < 1e30, "optim.lr", optim.lr, "positive and below 1e30")
-    _require(optim.grad_clip > 0, "optim.grad_clip", optim.grad_clip, "positive")
-    _require(all(0 <= beta < 1 for beta in optim.betas), "optim.betas", list(optim.betas), "in [0, 1)")
     _require(0 <= optim.ema_decay < 1, "optim.ema_decay", optim.ema_decay, "in [0, 1)")
 
 
@@ -282,7 +242,5 @@ def _rewards(rewards: RewardConfig) -> None:
     for component, floor in rewards.noise_floors.items():
         _require(floor >= 0, f"rewards.noise_floors.{component}", floor, "0 or more")
     _require(0 < rewards.top_share <= 1, "rewards.top_share", rewards.top_share, "above 0, at most 1")
-    for name in ("segment_discount", "rank_margin"):
-        _require(0 <= vars(rewards)[name] <= 1, f"rewards.{name}", vars(rewards)[name], "between 0 and 1")
-    for name in ("transition_blocks", "rank_penalty"):
-        _require(vars(rewards)[name] >= 0, f"rewards.{name}", vars(rewards)[name], "0 or more")
+    blocks = rewards.transition_blocks
+    _require(blocks >= 0, "rewards.transition_blocks", blocks, "0 or more")

@@ -142,6 +142,13 @@ def local_path(given: str | Path, what: str) -> Path:
         raise ValueError(f"{what}: {given}: {error}") from error
 
 
+def cache_directory(name: str) -> Path:
+    """Directory for what may be computed again: $KVPO_CACHE, else kvpo in $XDG_CACHE_HOME or ~/.cache."""
+    own = os.environ.get("KVPO_CACHE")
+    shared = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return (Path(own) if own else Path(shared) / "kvpo").expanduser() / name
+
+
 def output_file(given: str | Path, what: str) -> Path:
     """The path of a file to be written, its directory made now: work whose result has no place is not begun.
 

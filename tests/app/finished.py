@@ -9,7 +9,6 @@ QUICK: dict[str, Any] = {
     "rewards__scorers": ("tests.tiny_world:toy",),
     "optim__updates": 2,
     "evaluation__every": 0,
-    "evaluation__diversity_prompts": 0,
     "stream__schedule": (1.0, 0.5),
 }
 

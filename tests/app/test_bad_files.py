@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from benchmarks.shapes import geometry_file
 from kvpo.app.cli import main
-from tests.tiny_wan import tiny_flags, tiny_wan
+from tests.tiny_wan import SHAPE, tiny_flags, tiny_wan
 
 
 @pytest.fixture(scope="module")
@@ -149,10 +151,15 @@ def test_adapters(
         ({"backbone__lora": "nowhere.pt"}, "backbone.lora: nowhere.pt: no such file"),
         ({"backbone__vae": "nowhere.pth"}, "backbone.vae: nowhere.pth: no such file"),
         ({"backbone__text_encoder": "nowhere/"}, "backbone.text_encoder: nowhere/: no such file"),
-        ({"backbone__checkpoint_entry": "ema"}, "no entry ema; the file holds generator"),
-        ({"backbone__lora_entry": "ema"}, "backbone.lora_entry: must be empty while backbone.lora names no"),
-        ({"model__freq_dim": 32}, "misshapen (1): time_embedding.0.weight (file [24, 16], model [24, 32])"),
-        ({"model__channels": 8}, "backbone.vae: latents of 4 channels, model.channels is 8"),
+        ({"backbone__checkpoint": "nowhere.pt#ema"}, "backbone.checkpoint: nowhere.pt: no such file"),
+        (
+            {"backbone__geometry": geometry_file(replace(SHAPE, freq_dim=32))},
+            "misshapen (1): time_embedding.0.weight (file [24, 16], model [24, 32])",
+        ),
+        (
+            {"backbone__geometry": geometry_file(replace(SHAPE, channels=8))},
+            "backbone.vae: latents of 4 channels, backbone.geometry has 8",
+        ),
         ({"device": "cuda:9"}, "device: 'cuda:9' cannot be used here"),
     ],
 )
@@ -173,9 +180,12 @@ def test_an_encoder_of_another_width(files: Path, tmp_path: Path, capsys: pytest
     state = weights(files)
     state["model.text_embedding.0.weight"] = torch.zeros(24, 16)
     torch.save({"generator": state}, tmp_path / "wide.pt")
-    changes = {"backbone__checkpoint": str(tmp_path / "wide.pt"), "model__text_dim": 16}
+    changes = {
+        "backbone__checkpoint": str(tmp_path / "wide.pt"),
+        "backbone__geometry": geometry_file(replace(SHAPE, text_dim=16)),
+    }
     line = refused(capsys, tmp_path, "generate", *tiny_flags("longlive-1.3b", files, **changes))
-    assert "backbone.text_encoder: embeddings of width 12, model.text_dim is 16" in line
+    assert "backbone.text_encoder: embeddings of width 12, backbone.geometry has 16" in line
 
 
 def test_sharded_directories_with_a_part_missing(

@@ -55,7 +55,7 @@ def settings(tiny_base: Path, tmp_path: Path) -> Path:
     """A configuration file of the tiny generator."""
     lists = {name: list(value) if isinstance(value, tuple) else value for name, value in SETTINGS.items()}
     file = tmp_path / "run.yaml"
-    file.write_text(yaml.safe_dump({**lists, "base": str(tiny_base)}))
+    file.write_text(yaml.safe_dump({**lists, "backbone.checkpoint": str(tiny_base)}))
     return file
 
 
@@ -68,11 +68,16 @@ def settings(tiny_base: Path, tmp_path: Path) -> Path:
         ("--exploration.resident_frames 8", ["exploration.resident_frames", "pool of 2 frames", "got 8"]),
         ("--stream.block 4", ["stream.block", "divide the 30 and 60 frames", "got 4"]),
         ("--prompts mine.txt", ["prompts.file", "'mine.txt'", "writes its own prompts"]),
-        ("--base nowhere.safetensors", ["base: nowhere.safetensors is no file", "kvpo pretrain"]),
-        ("--base run.yaml", ["base: run.yaml: neither a torch nor a safetensors file", "kvpo pretrain"]),
-        ("--base evil.pt", ["base: evil.pt", "kvpo pretrain"]),
-        ("--model.dim 64", ["base: ", "model.dim is 32 there, 64 here"]),
-        ("--optim.lora_targets nothing", ["optim.lora_targets", "nothing", "self_attn.q"]),
+        (
+            "--backbone.checkpoint nowhere.safetensors",
+            ["backbone.checkpoint: nowhere.safetensors is no file", "kvpo pretrain"],
+        ),
+        (
+            "--backbone.checkpoint run.yaml",
+            ["backbone.checkpoint: run.yaml: neither a torch nor a safetensors file", "kvpo pretrain"],
+        ),
+        ("--backbone.checkpoint evil.pt", ["backbone.checkpoint: evil.pt", "kvpo pretrain"]),
+        ("--backbone.geometry world", ["backbone.checkpoint: ", "dim is 32 there, 160 here"]),
     ],
 )
 def test_settings(refused: Any, settings: Path, tmp_path: Path, flags: str, words: list[str]) -> None:

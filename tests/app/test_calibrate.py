@@ -151,7 +151,7 @@ def test_on_files(tmp_path, capsys):
     assert 0 < record["noise_floor"] == noise["noise_floor"] < 0.02
     assert set(noise["changes"]) == {"re-encoding", "one pixel", "one grey level", "order of the batch"}
     printed = capsys.readouterr().out
-    assert f"--objective.noise_floor {record['noise_floor']:.3g}" in printed and printed.endswith(f"{out}\n")
+    assert printed.endswith(f"--rewards.noise_floors flicker={out}\n")
 
 
 def test_files_that_cannot_be_measured_on_are_left_out(tmp_path, capsys, caplog):

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from kvpo.app.cli import main
 from kvpo.app.configuration import resolve
-from kvpo.app.noise_files import read_floors
+from kvpo.app.noise_files import read_floor
 from kvpo.app.sources.world import load_base
 from kvpo.app.video_folder import file_prompts
 from kvpo.config_checks import ConfigurationError
@@ -45,7 +45,8 @@ CONFIG = {
 }
 SETTINGS = {
     "seed": 1,
-    "optim": {"lr": 1e-4, "betas": [0.9, 0.99], "lora_targets": ["self_attn.q"]},
+    "optim": {"lr": 1e-4},
+    "objective": {"clip": [0.1, 0.2]},
     "rewards": {"weights": {"redness": 1.0}, "scorers": ["world"]},
 }
 
@@ -68,7 +69,7 @@ POINTERS: dict[str, tuple[str, Callable[[Path], Any]]] = {
     "prompts with switches": ("p.jsonl", lambda d: read_all_prompts(d / "p.jsonl")),
     "prompts to score": ("p.json", lambda d: file_prompts(d / "p.json", d, [d / "a.mp4"])),
     "settings": ("c.yaml", lambda d: resolve(None, d / "c.yaml", {})),
-    "noise floors": ("n.json", lambda d: read_floors(d / "n.json")),
+    "noise floors": ("n.json", lambda d: read_floor(d / "n.json", "a")),
     "token": ("token", lambda d: read_token(d / "token", {}, "TOKEN")),
     "video": ("v.mp4", lambda d: probe(d / "v.mp4")),
     "torch weights": ("w.pt", lambda d: load_transformer_state(d / "w.pt")),
@@ -210,7 +211,7 @@ def torch_file(content: object, zipped: bool) -> bytes:
 HEADER = {"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}, "__metadata__": {"alpha": "3"}}
 READERS: dict[str, tuple[Any, Callable[[Path], Any]]] = {
     "index": (INDEX, read_shards),
-    "noise floors": ({"components": {"a": {"noise_floor": 0.1}}}, read_floors),
+    "noise floors": ({"components": {"a": {"noise_floor": 0.1}}}, lambda path: read_floor(path, "a")),
     "prompts to score": ({"a.mp4": "x", "b.mp4": "y"}, score_map),
     "settings": (SETTINGS, lambda path: resolve(None, path, {})),
     "adapter's settings": (CONFIG, lambda path: load_adapter_state(path.parent)),

@@ -24,7 +24,7 @@ CAPTIONS = ["a small red circle drifts left at night", "a small blue square drif
 
 def test_score_needs_no_prompts_beside_generated_videos(tiny_base: Path, tmp_path: Path) -> None:
     lists = {name: list(value) if isinstance(value, tuple) else value for name, value in SETTINGS.items()}
-    (tmp_path / "run.yaml").write_text(yaml.safe_dump({**lists, "base": str(tiny_base)}))
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump({**lists, "backbone.checkpoint": str(tiny_base)}))
     lines = [{"segments": [text], "num_frames": 9} for text in CAPTIONS]
     (tmp_path / "p.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     flags = ["--config", str(tmp_path / "run.yaml"), "--prompts", str(tmp_path / "p.jsonl")]
@@ -86,7 +86,10 @@ def test_weights_and_runs_where_a_name_is_not_utf8_are_refused_at_once(
     settings = tmp_path / "run.yaml"
     settings.write_text(yaml.safe_dump(lists))
     for base, out in ((tiny_base, folder / "run"), (folder / "base.safetensors", tmp_path / "run")):
-        assert main(["align", "--config", str(settings), "--base", str(base), "--out", str(out)]) == 1
+        assert (
+            main(["align", "--config", str(settings), "--backbone.checkpoint", str(base), "--out", str(out)])
+            == 1
+        )
         line = capsys.readouterr().err
         assert "udce9" in line and "weights cannot be read or written where a name is not UTF-8" in line
         assert not out.exists()

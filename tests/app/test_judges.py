@@ -51,8 +51,6 @@ def test_names_that_cannot_be_used(names: list[str], message: str) -> None:
         ({"evaluation.held_out": ["flicker", "world"]}, "held_out: must be rewards that are not trained on"),
         ({"evaluation.held_out": ["world@http://127.0.0.1:9"]}, "held_out: must be rewards that are not"),
         ({"evaluation.held_out": ["flicker", "flicker"]}, "evaluation.held_out: must be each named once"),
-        ({"evaluation.hacking_patience": 0}, "evaluation.hacking_patience: must be at least 1"),
-        ({"evaluation.hacking_errors": 0.0}, "evaluation.hacking_errors: must be positive"),
     ],
 )
 def test_settings_that_contradict_each_other(changes: dict, message: str) -> None:
@@ -68,16 +66,17 @@ def test_parts_of_held_out_rewards_are_sources_like_any_other(tmp_path: Path) ->
         held_out_rewards(config, 8.0)
 
 
-def test_a_stopped_run_says_so_in_its_summary_and_its_report(tiny_base: Path, tmp_path: Path) -> None:
+def test_a_stopped_run_says_so_in_its_summary_and_its_report(
+    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kvpo.training.radar.STANDARD_ERRORS", 0.01)  # two prompts tell nothing beyond noise
+    monkeypatch.setattr("kvpo.training.radar.PATIENCE", 1)
     config = tiny_config(
         tiny_base,
         optim__updates=8,
         rewards__scorers=("tests.tiny_world:toy",),
         evaluation__held_out=(OPPOSITE,),
         evaluation__every=1,
-        evaluation__hacking_errors=0.01,
-        evaluation__hacking_patience=1,
-        evaluation__diversity_prompts=0,
     )
     summary = align(config, tmp_path / "run")
     assert summary is not None and json.loads((tmp_path / "run" / "summary.json").read_text()) == summary

@@ -14,7 +14,6 @@ from tests.tiny_world import SETTINGS
 FEW = {
     "optim.updates": 2,
     "evaluation.every": 0,
-    "evaluation.diversity_prompts": 0,
     "exploration.branches": 2,
     "exploration.distinct": 1,
     "exploration.resident_frames": 9,
@@ -24,7 +23,17 @@ FEW = {
 @pytest.mark.parametrize("method", METHODS)
 def test_a_run_of_every_method_ends_with_its_summary(tiny_base: Path, tmp_path: Path, method: str) -> None:
     out = tmp_path / "run"
-    command = ["align", "--preset", "demo", "--method", method, "--out", str(out), "--base", str(tiny_base)]
+    command = [
+        "align",
+        "--preset",
+        "demo",
+        "--method",
+        method,
+        "--out",
+        str(out),
+        "--backbone.checkpoint",
+        str(tiny_base),
+    ]
     for name, value in (SETTINGS | FEW).items():
         text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
         command.append(f"--{name.replace('_', '-')}={text}")

@@ -33,7 +33,7 @@ def test_a_tilde_is_the_home_directory(
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     (tmp_path / "home").mkdir()
     shutil.copy(tiny_base, tmp_path / "home" / "base.safetensors")
-    config = {"base": "~/base.safetensors", "optim.updates": 0}
+    config = {"backbone.checkpoint": "~/base.safetensors", "optim.updates": 0}
     (tmp_path / "home" / "run.yaml").write_text(yaml.safe_dump(_typed_settings() | config))
     assert command("align", "--config=~/run.yaml", "--out=~/run") == 0
     assert (tmp_path / "home" / "run" / "report.html").exists()

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from benchmarks.shapes import geometry_file, with_shape
 from kvpo.app.build import build_setup
 from kvpo.app.cli import main
 from kvpo.app.configuration import preset
@@ -24,6 +25,7 @@ from kvpo.engine.stream import stream_latents
 from kvpo.models.adapters import add_adapter
 from kvpo.models.causal_wan import CausalWan
 from kvpo.models.context import PageContext
+from kvpo.models.geometry import GEOMETRIES
 from kvpo.plan.cost import Costs, backward_work, forward_work
 from kvpo.plan.flops import encode_flops
 from kvpo.plan.memory import Activations
@@ -58,7 +60,7 @@ def test_pages_parameters_and_checkpoints_are_what_a_run_allocates(tmp_path, nam
         config = preset("demo", {"optim.prompts_per_update": 2, "evaluation.test_prompts": 2,
                                  "evaluation.validation_prompts": 2})  # fmt: skip
     else:
-        config = tiny_wan(name, tmp_path, segments=2, optim__lora_rank=32, optim__lora_alpha=32)
+        config = tiny_wan(name, tmp_path, segments=2, optim__lora_rank=32)
     plan, trainer = plan_of(config), Trainer(build_setup(config))
     generator = trainer.setup.generator
     caches = [
@@ -104,12 +106,12 @@ def cuda_autocast(monkeypatch):
 
 def kept_bytes(config, layers, rows):
     """Bytes of all tensors that torch keeps for the backward pass of ``rows`` states, parameters left out."""
-    config = replace(config, model=replace(config.model, num_layers=layers))
+    config = with_shape(config, num_layers=layers)
     model, optim = CausalWan(config.model), config.optim
-    if optim.train == "lora":
+    if optim.lora_rank:
         model.to(torch.bfloat16 if optim.autocast == "bfloat16" else torch.float32)
         draws = torch.Generator().manual_seed(0)
-        add_adapter(model, optim.lora_rank, optim.lora_alpha, optim.lora_targets, generator=draws)
+        add_adapter(model, optim.lora_rank, generator=draws)
     model.checkpointing = optim.checkpointing
     generator = streaming_generator(config, model)
     context = config.stream.window - config.stream.block
@@ -139,13 +141,14 @@ def kept_bytes(config, layers, rows):
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_activations_are_those_that_torch_keeps(cuda_autocast, train, autocast, checkpointing):
     """Within ten percent, for each layer, at widths that the coefficients were not fitted to."""
+    wide = replace(GEOMETRIES["1.3b"], dim=192, num_heads=3, ffn_dim=704, text_len=8, text_dim=16)
     config = preset("longlive-1.3b", {
-        "device": "cpu", "model.dim": 192, "model.num_heads": 3, "model.ffn_dim": 704, "model.text_len": 8,
-        "model.text_dim": 16, "model.latent_height": 8, "model.latent_width": 16, "optim.lora_rank": 24,
-        "optim.train": train, "optim.autocast": autocast, "optim.checkpointing": checkpointing,
+        "device": "cpu", "backbone.geometry": geometry_file(wide), "stream.size": (8, 16),
+        "optim.lora_rank": 24 if train == "lora" else 0, "optim.autocast": autocast,
+        "optim.checkpointing": checkpointing,
     })  # fmt: skip
     layer = (kept_bytes(config, 3, 2) - kept_bytes(config, 1, 2)) / 2
-    planned = replace(config, model=replace(config.model, num_layers=1))
+    planned = with_shape(config, num_layers=1)
     assert Activations(planned, 9).held(2) == pytest.approx(layer, rel=0.1)
 
 
@@ -290,9 +293,7 @@ def test_replays_are_as_many_as_the_trainer_makes(changes, passes, stored):
     config = preset("longlive-1.3b", {"optim.rollouts_per_refresh": 1, **changes})
     flops, costs = replay_of(config, Rates(1.0, math.inf))
     exploration, objective, optim = config.exploration, config.objective, config.optim
-    members = optim.prompts_per_update * (
-        (objective.keep_best + objective.keep_worst or exploration.branches) + 1
-    )
+    members = optim.prompts_per_update * ((sum(objective.keep) or exploration.branches) + 1)
     states = exploration.blocks * objective.grad_steps
     encoding = encode_flops(costs.call(1)) + costs.adapter(1)
     once = states * forward_work(costs, 1).flops + (exploration.blocks - 1) * encoding
@@ -307,7 +308,7 @@ def test_a_replay_reads_the_weights_once_per_pass_and_pages_once_per_state(check
     config = preset("longlive-1.3b", changes)
     read, costs = replay_of(config, Rates(math.inf, 1.0))
     exploration, objective = config.exploration, config.objective
-    kept = objective.keep_best + objective.keep_worst or exploration.branches
+    kept = sum(objective.keep) or exploration.branches
     members = config.optim.prompts_per_update * (kept + 1)
     window = members * exploration.blocks * objective.grad_steps
 
@@ -333,6 +334,6 @@ def test_the_host_holds_a_groups_pixels_twice_and_the_step_a_copy_of_the_gradien
 def test_tokens_are_counted_by_both_sides_of_a_patch():
     """Twice the patch is half the tokens, whichever side is longer."""
     sides = [(2, 2), (2, 4), (4, 2), (4, 4)]
-    configs = [preset("longlive-1.3b", {"model.patch_size": (1, *side)}) for side in sides]
+    configs = [with_shape(preset("longlive-1.3b"), patch_size=(1, *side)) for side in sides]
     square, wide, high, large = (Activations(config, 9).held(1) for config in configs)
     assert square / 2 == wide == high == 2 * large

@@ -96,7 +96,7 @@ def end_to_end(name: str, segments: int, out: Path, monkeypatch: pytest.MonkeyPa
     assert summary["checks"]["anchor_energy_at_old"] == 0
     assert summary["checks"]["default_route_max_difference"] == 0
 
-    adapted = changes.get("optim__train", "lora") == "lora"
+    adapted = changes.get("optim__lora_rank") != 0
     alone = adapted and changes.get("backbone__lora_start") != "merge"
     targets = {"pt": "merged.pt", "diffusers": "merged"}
     adapters = ("peft", "diffusers-lora") if alone else ()
@@ -147,7 +147,7 @@ def test_a_given_adapter_end_to_end(start: str, tmp_path: Path, monkeypatch: pyt
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_all_parameters_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    end_to_end("longlive-1.3b", 1, tmp_path, monkeypatch, optim__train="full", optim__lr=1e-3)
+    end_to_end("longlive-1.3b", 1, tmp_path, monkeypatch, optim__lora_rank=0, optim__lr=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -167,7 +167,7 @@ def test_the_kl_to_the_starting_policy_begins_at_zero(start: str, precision: str
     if start in ("continue", "merge"):
         changes |= {"backbone__lora": str(tmp_path / "lora.pt"), "backbone__lora_start": start}
     if start == "full":
-        changes["optim__train"] = "full"
+        changes["optim__lora_rank"] = 0
     trainer = Trainer(build_setup(tiny_wan("longlive-1.3b", tmp_path, segments=2, **changes)))
     first, second = trainer.step(), trainer.step()
     assert first["simplex_kl"] == 0 and first["velocity_kl"] == 0 and first["ratio_deviation"] == 0

@@ -91,9 +91,11 @@ def test_a_run_with_its_reward_in_another_process_is_the_run_without(
     url: str, tiny_base: Path, tmp_path: Path
 ) -> None:
     lists = {name: list(value) if isinstance(value, tuple) else value for name, value in SETTINGS.items()}
-    few = {"optim.updates": 2, "exploration.rows": 3, "evaluation.diversity_prompts": 0,
+    few = {"optim.updates": 2, "exploration.rows": 3,
            "stream.schedule": [1.0, 0.5]}  # fmt: skip
-    (tmp_path / "run.yaml").write_text(yaml.safe_dump({**lists, "base": str(tiny_base), **few}))
+    (tmp_path / "run.yaml").write_text(
+        yaml.safe_dump({**lists, "backbone.checkpoint": str(tiny_base), **few})
+    )
     for name, reward in (("here", "world"), ("there", f"world@{url}")):
         command = ["align", "--config", tmp_path / "run.yaml", "--rewards.scorers", reward]
         code, printed = processes.run([*command, "--out", tmp_path / name], tmp_path / "log", give_token)
@@ -285,7 +287,7 @@ class Counting(ToyScorer):
 
 def test_a_run_whose_scorer_hangs_can_be_stopped(tiny_base: Path, tmp_path: Path) -> None:
     lists = {name: list(value) if isinstance(value, tuple) else value for name, value in SETTINGS.items()}
-    (tmp_path / "run.yaml").write_text(yaml.safe_dump({**lists, "base": str(tiny_base)}))
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump({**lists, "backbone.checkpoint": str(tiny_base)}))
     command = ["align", "--config", "run.yaml", "--rewards.scorers", f"{ME}:hanging", "--out", "run"]
     process = processes.start(command, tmp_path / "log", partial(in_directory, tmp_path))
     processes.wait_for((tmp_path / "hanging").exists, process)

@@ -143,7 +143,7 @@ def test_a_run_that_cannot_go_on_keeps_its_configuration(tiny_base: Path, run: P
     before = contents(run)
     config = resolve(None, run / "config.yaml", {})
     with pytest.raises(ValueError, match=r"other\.safetensors"):
-        align(replace(config, base=str(other)), run, resume=True)
+        align(replace(config, backbone=replace(config.backbone, checkpoint=str(other))), run, resume=True)
     assert contents(run) == before
 
 
@@ -162,10 +162,10 @@ def test_weights_that_moved_are_found_where_they_are_now_and_no_others(
         "resume": ("align", "--resume", "--out", run, "--optim.updates", 3),
     }
     assert command(*words[name]) != 0
-    assert f"base: {gone} is no file" in capsys.readouterr().err
-    assert command(*words[name], "--base", other) == 1
+    assert f"backbone.checkpoint: {gone} is no file" in capsys.readouterr().err
+    assert command(*words[name], "--backbone.checkpoint", other) == 1
     assert "another architecture: base is" in capsys.readouterr().err
-    assert command(*words[name], f"--base={moved}") == 0
+    assert command(*words[name], f"--backbone.checkpoint={moved}") == 0
 
 
 def test_a_run_is_evaluated_with_its_own_settings(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.shapes import with_shape
 from kvpo.app.presets import demo
 from kvpo.engine.generator import TextRows
 from kvpo.models.adapters import add_adapter
@@ -64,9 +65,9 @@ def test_operations_are_those_that_torch_counts(adapted):
 def small(**exploration):
     """The demo's settings around a transformer of a few thousand parameters."""
     config = demo()
-    model = replace(config.model, dim=32, num_heads=2, num_layers=2, ffn_dim=48)
+    config = with_shape(config, dim=32, num_heads=2, num_layers=2, ffn_dim=48)
     changed = replace(config.exploration, branches=2, tail_blocks=1, **exploration)
-    return replace(config, model=model, exploration=changed)
+    return replace(config, exploration=changed)
 
 
 def test_copied_caches_and_shared_pages_compute_the_same():
@@ -172,7 +173,12 @@ def test_the_reward_service_benchmark_runs(tmp_path, capsys):
 @pytest.mark.slow
 def test_threads_beside_a_busy_process(tiny_base, tmp_path, capsys):
     threads = importlib.import_module("threads")
-    settings = {**SETTINGS, "base": str(tiny_base), "stream.schedule": (1.0, 0.5), "optim.updates": 9}
+    settings = {
+        **SETTINGS,
+        "backbone.checkpoint": str(tiny_base),
+        "stream.schedule": (1.0, 0.5),
+        "optim.updates": 9,
+    }
     words = [
         word
         for path, value in settings.items()

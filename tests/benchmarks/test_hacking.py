@@ -18,7 +18,7 @@ def hacking(monkeypatch):
 def test_an_arm_runs_and_its_result_is_a_row(hacking, monkeypatch, tiny_base, tmp_path):
     from tests.tiny_world import SETTINGS
 
-    small = SETTINGS | {"base": str(tiny_base), "optim.updates": 2, "evaluation.every": 1}
+    small = SETTINGS | {"backbone.checkpoint": str(tiny_base), "optim.updates": 2, "evaluation.every": 1}
     small |= {"evaluation.validation_prompts": 2, "evaluation.test_prompts": 3}
     monkeypatch.setattr(hacking, "COMMON", hacking.COMMON | small)
     result = hacking.align("stopped", 0, tmp_path / "run")

@@ -73,7 +73,7 @@ def test_a_routed_replay_is_where_its_branch_was(history):
     """With the pool kept, every branch's own velocities come back, and not in the deployment context."""
     one = generator(**history, renoise=True, context_noise=0.005)
     prompts = [prompt(0, 39, (FORK,)), prompt(1, 39, (9,))]
-    asked = [Fork(FORK, replace(LONGER, redraw_every_block=True))] * 2
+    asked = [Fork(FORK, LONGER)] * 2
     rollout = rolled_out(one, prompts, asked, ("k",), keep_pool=True)
     branches = [(group, branch) for group in rollout.groups for branch in range(group.branches)]
     routed, deployed = replayed(one, branches, routed_row), replayed(one, branches)

@@ -7,14 +7,11 @@ import torch
 
 from kvpo.engine.explorers import Member, draw_routes
 from kvpo.engine.forks import Fork
-from kvpo.engine.generator import TextRows
 from kvpo.engine.noise import keyed_generator
 from kvpo.engine.replay import member_row, replay_context
 from kvpo.engine.stream import advance, stream_latents
-from kvpo.models.context import PageContext
 from tests.engine.tiny import (
     EXPLORATION,
-    SEGMENTS,
     generator,
     grown,
     grown_roots,
@@ -165,10 +162,9 @@ def test_a_switch_at_the_fork_is_acted_on_before_the_branches_start(deployment):
     assert (new - stale)[:, :3].abs().flatten(1).amax(1).min() > 1e-3
 
 
-@pytest.mark.parametrize("pool", [False, True])
-def test_routed_frames_before_the_window_keep_their_prompt_unless_the_pool_is_reencoded(pool):
+def test_routed_frames_before_the_window_keep_their_prompt():
     one = generator()
-    exploration = replace(EXPLORATION, resident_frames=33, reencode_pool=pool)
+    exploration = replace(EXPLORATION, resident_frames=33)
     pages = {}
     for name, switches in (("old", ()), ("new", (36,))):
         rollout = grown_roots(one, [prompt(0, 60, switches)], 36, exploration)
@@ -176,34 +172,17 @@ def test_routed_frames_before_the_window_keep_their_prompt_unless_the_pool_is_re
         pages[name] = {f: rollout.cache.keys_LQTND[:, page].clone() for f, page in history.pages.items()}
     assert sorted(pages["new"]) == [0, 1, 2, *range(6, 36)]
     rewritten = [f for f in pages["new"] if not torch.equal(pages["old"][f], pages["new"][f])]
-    assert rewritten == list(range(6 if pool else 24, 36))
+    assert rewritten == list(range(24, 36))
 
 
-def test_pool_reencoding_reaches_everything_when_everything_is_resident():
-    one = generator()
-    exploration = replace(EXPLORATION, resident_frames=0, reencode_pool=True)
-    rollouts = [grown_roots(one, [prompt(0, 60, switches)], 36, exploration) for switches in ((), (36,))]
-    old, new = (
-        {frame: rollout.cache.keys_LQTND[:, page] for frame, page in root.history.pages.items()}
-        for rollout in rollouts
-        for root in rollout.roots
-    )
-    assert [f for f in new if torch.equal(old[f], new[f])] == [0, 1, 2]
-
-
-def test_routes_are_drawn_once_per_window_or_for_every_block():
-    one = generator()
-    once = collected(one, [prompt(0), prompt(1)])
-    again = collected(one, [prompt(0), prompt(1)], replace(EXPLORATION, redraw_every_block=True))
-    for fixed, redrawn in zip(once.groups, again.groups, strict=True):
-        assert all(first == second for first, second in fixed.routes)
-        assert any(first != second for first, second in redrawn.routes)
-        assert [routes[0] for routes in fixed.routes] == [routes[0] for routes in redrawn.routes]
-        pool = range(3, FORK - 3)
-        for routes in redrawn.routes:
-            assert all(r.group == fixed.index and r.frame in pool for block in routes for r in block)
-    for rollout in (once, again):
-        rollout.release()
+def test_routes_are_drawn_once_per_window():
+    once = collected(generator(), [prompt(0), prompt(1)])
+    pool = range(3, FORK - 3)
+    for group in once.groups:
+        assert all(first == second for first, second in group.routes)
+        for routes in group.routes:
+            assert all(r.group == group.index and r.frame in pool for block in routes for r in block)
+    once.release()
 
 
 def test_the_key_alone_decides_the_routes():
@@ -376,7 +355,7 @@ def test_groups_may_fork_at_different_frames(deployment, rows):
 @pytest.mark.parametrize("resident", [0, 21])
 def test_no_route_names_a_frame_of_a_sink_that_a_switch_has_moved(resident):
     one = generator(keep_sink_at_switch=False)
-    exploration = replace(EXPLORATION, resident_frames=resident, redraw_every_block=True, blocks=3)
+    exploration = replace(EXPLORATION, resident_frames=resident, blocks=3)
     rollout = collected(one, [prompt(0, 60, (15, 20)), prompt(1, 60, (24,))], exploration, fork=24)
     sinks = []
     for group in rollout.groups:
@@ -401,44 +380,6 @@ def test_a_row_limit_holds_where_prompts_switch(rows, monkeypatch):
     prompts = [prompt(n, 30, (9, FORK)) for n in range(3)]
     grown_roots(one, prompts, FORK, replace(EXPLORATION, rows=rows)).release()
     assert max(seen) == (rows or 3)
-
-
-@pytest.mark.parametrize("resident", [33, 32, 0])
-@pytest.mark.parametrize("sink", [0, 3])
-def test_a_reencoded_pool_is_what_encoding_it_block_by_block_gives(resident, sink):
-    """Whole blocks older than the window, each seeing the sink and what is resident of its own past."""
-    one = generator(sink=sink)
-    exploration = replace(EXPLORATION, resident_frames=resident, reencode_pool=True)
-    old, new = (grown_roots(one, [prompt(0, 60, switches)], 36, exploration) for switches in ((), (36,)))
-    root = old.roots[0]
-    latents, pages, cache = torch.cat(root.latents), dict(root.history.pages), old.cache
-    oldest = min(frame for frame in pages if frame >= sink)
-    text = TextRows(texts()[SEGMENTS[1]][None], torch.tensor([0]))
-    first = -(-oldest // 3) * 3
-    for start in range(first, 36 - 12, 3):
-        seen = [*range(sink), *range(max(oldest, start - 9 + sink), start)]
-        context = PageContext(cache, torch.tensor([[pages[frame] for frame in seen]]), torch.tensor([start]))
-        (written,) = cache.write(*one.encode(latents[None, start : start + 3], text, context))
-        pages |= zip(range(start, start + 3), written, strict=True)
-    found = new.roots[0].history.pages
-    assert sorted(found) == sorted(root.history.pages)
-    for frame in range(oldest, 24):
-        for stored, expected in (
-            (new.cache.keys_LQTND, cache.keys_LQTND),
-            (new.cache.values_LQTND, cache.values_LQTND),
-        ):
-            assert (stored[:, found[frame]] - expected[:, pages[frame]]).abs().max() <= 1e-10
-
-
-@pytest.mark.parametrize(("pool", "unchanged"), [(True, []), (False, list(range(12, 18)))])
-def test_the_pool_is_reencoded_at_every_switch_up_to_the_fork(pool, unchanged):
-    """Two blocks after the switch: nothing that may be routed is left of the old prompt."""
-    one = generator()
-    exploration = replace(EXPLORATION, resident_frames=27, reencode_pool=pool)
-    old, new = (grown_roots(one, [prompt(0, 60, switches)], 36, exploration) for switches in ((), (30,)))
-    was, now = (one.roots[0].history.pages for one in (old, new))
-    same = [f for f in was if torch.equal(old.cache.keys_LQTND[:, was[f]], new.cache.keys_LQTND[:, now[f]])]
-    assert same == [0, 1, 2, *unchanged]
 
 
 def test_more_recent_frames_than_the_window_sees_stay_until_the_last_routed_block():

@@ -68,16 +68,11 @@ def shares_of(asked: ClipShares) -> dict[tuple[int, int], float]:
     return {(clip.start, clip.stop): share for clip, share in found}
 
 
-def test_shares_go_with_frames_and_fall_with_distance_from_the_fork() -> None:
+def test_shares_go_with_frames() -> None:
     assert shares_of(ClipShares()) == {(9, 12): 3 / 15, (9, 18): 6 / 15, (15, 24): 6 / 15}
-    assert shares_of(ClipShares(0.5)) == pytest.approx(
-        {(9, 12): 3 / 7.5, (9, 18): 3 / 7.5, (15, 24): 1.5 / 7.5}
-    )
-    assert shares_of(ClipShares(0.0)) == {(9, 12): 1.0}
-    assert shares_of(ClipShares(1.0, 1)) == pytest.approx(
+    assert shares_of(ClipShares(1)) == pytest.approx(
         {(9, 12): 3 / 21, (9, 18): 6 / 21, (15, 24): 6 / 21, (9, 15): 3 / 21, (15, 21): 3 / 21}
     )
-    assert shares_of(ClipShares(0.0, 1)) == {(9, 12): 1.0}, "a transition belongs to the segment it leads to"
 
 
 @dataclass
@@ -120,7 +115,7 @@ def forked(fork: int, window: int, tail: int, members: int = 2) -> Group:
 
 def test_scores_are_the_shares_of_what_each_clip_shows() -> None:
     recorder = Recorder()
-    asked = ClipShares(0.5, 2)
+    asked = ClipShares(2)
     scores = score_group(forked(9, 3, 12), Frames(), recorder, block=BLOCK, shares=asked)
     assert scores.local_KM[0].tolist() == [10, 110]
     means = {(9, 12): 10, (9, 18): 14.5, (15, 24): 20.5, (6, 18): 14.5, (12, 24): 20.5}

@@ -12,7 +12,6 @@ from kvpo.engine.stream import (
     denoise_block,
     open_stream,
     stream_latents,
-    switch_prompts,
 )
 from kvpo.models.cache import FrameCache
 from tests.engine.tiny import FRAME, generator, grown, prompt, tape_of, texts
@@ -194,29 +193,3 @@ def test_streaming_leaves_the_global_generator_alone():
     state = torch.get_rng_state()
     stream_latents(one, [prompt(0, 12)], texts(), tape_of())
     assert torch.equal(state, torch.get_rng_state())
-
-
-def test_pools_are_reencoded_apart_where_streams_switch_at_different_frames():
-    one = generator()
-
-    def switched(*together):
-        """Keys and values of streams 0 and 1, which switch before frames 24 and 30, by stream."""
-        found = {}
-        for batch in together:
-            cache = one.new_cache(200)
-            streams = []
-            for n in batch:
-                at = 24 + 6 * n
-                stream = open_stream(one, cache, prompt(n, 60, (at,)), texts(), tape_of())
-                while stream.start < at:
-                    advance(one, [stream])
-                streams.append(stream)
-            switch_prompts(one, streams, reencode_frames=21)
-            for n, stream in zip(batch, streams, strict=True):
-                pages = stream.history.page_ids(range(stream.start))
-                found[n] = torch.stack([cache.keys_LQTND[:, pages], cache.values_LQTND[:, pages]])
-        return found
-
-    alone, together = switched([0], [1]), switched([0, 1])
-    for n in range(2):
-        torch.testing.assert_close(together[n], alone[n], rtol=0, atol=1e-12)

@@ -100,7 +100,7 @@ def test_a_run_from_files_to_files(autocast: str, tmp_path: Path) -> None:
 
 def test_the_demo_aligns_and_resumes(tmp_path: Path) -> None:
     few = ["--evaluation.validation_prompts", 2, "--evaluation.test_prompts", 2,
-           "--evaluation.diversity_prompts", 0, "--optim.prompts_per_update", 2]  # fmt: skip
+           "--optim.prompts_per_update", 2]  # fmt: skip
     out = tmp_path / "run"
     run("align", "--device", "cuda", "--optim.updates", 2, *few, "--out", out)
     run("align", "--resume", "--optim.updates", 3, "--out", out)

@@ -11,6 +11,7 @@ from kvpo.method.settings import (
     FlowGrpoSettings,
     KvpoSettings,
     LatentDistanceSettings,
+    MethodSettings,
     NftSettings,
     RvmSettings,
     SelfDistillSettings,
@@ -38,14 +39,16 @@ FORKS = {
     "sde": sampled(KNOWN.old, sde_step(KAPPA, lowest=0.0), noise=KAPPA),
     "renoise": sampled(KNOWN.old, STEPS["renoise"]),
 }
+EVEN = (0.2, 0.2)
+"""The clip that policies of solver steps start from."""
 CASES = {
-    "kvpo": (KvpoSettings(), "routes"),
-    "latent-distance": (LatentDistanceSettings(), "routes"),
-    "flow-grpo": (FlowGrpoSettings(), "sde"),
-    "cm-grpo": (CmGrpoSettings(), "renoise"),
-    "nft": (NftSettings(beta=0.5), "renoise"),
-    "rvm": (RvmSettings(), "renoise"),
-    "self-distill": (SelfDistillSettings(), "routes"),
+    "kvpo": (MethodSettings(KvpoSettings()), "routes"),
+    "latent-distance": (MethodSettings(LatentDistanceSettings()), "routes"),
+    "flow-grpo": (MethodSettings(FlowGrpoSettings(), EVEN), "sde"),
+    "cm-grpo": (MethodSettings(CmGrpoSettings(), EVEN), "renoise"),
+    "nft": (MethodSettings(NftSettings(beta=0.5)), "renoise"),
+    "rvm": (MethodSettings(RvmSettings()), "renoise"),
+    "self-distill": (MethodSettings(SelfDistillSettings()), "routes"),
 }
 """Method -> settings, and the explorer of the fork it learns from."""
 

@@ -141,7 +141,7 @@ def test_equal_advantages_never_select_a_branch_twice():
 
 @pytest.mark.parametrize(("best", "worst"), [(5, 4), (-1, 2)])
 def test_more_branches_than_there_are_is_refused(best, worst):
-    with pytest.raises(ValueError, match=r"keep_best \+ keep_worst = .* 8 branches"):
+    with pytest.raises(ValueError, match="objective.keep = .* 8 branches"):
         best_and_worst(torch.zeros(8), best, worst)
 
 

@@ -5,9 +5,11 @@ from dataclasses import replace
 import pytest
 import torch
 
+from kvpo.app.configuration import preset
+from kvpo.method.advantage import ADVANTAGE_LIMIT
 from kvpo.method.evidence import Tables
 from kvpo.method.methods import METHODS
-from kvpo.method.settings import NftSettings
+from kvpo.method.settings import MethodSettings, NftSettings
 from tests.method.cases import CASES, FORKS, KNOWN, evidence_for
 from tests.method.toy import (
     credit,
@@ -114,13 +116,13 @@ def test_evidence_in_half_precision_is_weighed_and_compared_in_single_or_wider(n
 
 PUBLISHED = {
     "kvpo": {
-        "temperature": None, "anchor_share": 0.0, "clip_low": 0.1, "clip_high": 0.2, "simplex_kl": 0.0,
-        "anchor_state_weight": 0.0,
+        "temperature": None, "clip": (0.1, 0.2),
+        "anchor_share": 0.0, "simplex_kl": 0.0, "anchor_state_weight": 0.0,
     },
-    "latent-distance": {"space": "latent", "temperature": None, "clip_low": 0.1, "clip_high": 0.2},
-    "flow-grpo": {"clip": 0.2},
-    "cm-grpo": {"clip": 0.2},
-    "nft": {"beta": 1.0, "advantage_limit": 2.5, "old": "rollout", "selective_kl": 0.0},
+    "latent-distance": {"temperature": None, "clip": (0.1, 0.2), "space": "latent"},
+    "flow-grpo": {"clip": (0.2, 0.2)},
+    "cm-grpo": {"clip": (0.2, 0.2)},
+    "nft": {"beta": 1.0, "old": "rollout", "selective_kl": 0.0},
     "rvm": {},
     "self-distill": {},
 }  # fmt: skip
@@ -128,22 +130,29 @@ PUBLISHED = {
 
 @pytest.mark.parametrize("name", METHODS)
 def test_settings_start_from_the_documented_values(name):
-    assert vars(type(CASES[name][0])()) == PUBLISHED[name]
+    settings = preset("demo", {"method": name}).method_settings
+    shared = {key: vars(settings)[key] for key in ("temperature", "clip") if key in PUBLISHED[name]}
+    assert vars(settings.own) | shared == PUBLISHED[name]
+    assert ADVANTAGE_LIMIT == 2.5
 
 
 def test_runs_start_from_what_their_method_needs():
-    changed = {name: type(settings).STARTS_FROM for name, (settings, _) in CASES.items()}
+    changed = {name: type(settings.own).STARTS_FROM for name, (settings, _) in CASES.items()}
     assert {name: start for name, start in changed.items() if start} == {
-        "flow-grpo": {"exploration.noise": 0.7},
-        "cm-grpo": {"stream.step_rule": "renoise"},
-        "rvm": {"objective.advantage_scale": "collection"},
+        "latent-distance": {"objective.temperature": None},
+        "flow-grpo": {"exploration.noise": 0.7, "objective.clip": (0.2, 0.2)},
+        "cm-grpo": {"stream.step_rule": "renoise", "objective.clip": (0.2, 0.2)},
         "self-distill": {"exploration.donor": 0},
     }
 
 
 def test_what_each_method_asks_of_its_rollout():
     asked = {
-        name: {flag for flag in ("rewarded", "arrivals", "keep_pool", "linear") if vars(method)[flag]}
+        name: {
+            flag
+            for flag in ("rewarded", "arrivals", "keep_pool", "pooled_scale", "linear")
+            if vars(method)[flag]
+        }
         for name, method in METHODS.items()
     }
     assert asked == {
@@ -152,10 +161,11 @@ def test_what_each_method_asks_of_its_rollout():
         "flow-grpo": {"rewarded", "arrivals"},
         "cm-grpo": {"rewarded", "arrivals"},
         "nft": {"rewarded", "linear"},
-        "rvm": {"rewarded", "linear"},
+        "rvm": {"rewarded", "pooled_scale", "linear"},
         "self-distill": {"keep_pool", "linear"},
     }
     averaging = METHODS["nft"].averaged_old
-    assert not averaging(NftSettings()) and averaging(NftSettings(old="average"))
+    assert not averaging(MethodSettings(NftSettings()))
+    assert averaging(MethodSettings(NftSettings(old="average")))
     assert not any(METHODS[name].averaged_old(settings) for name, (settings, _) in CASES.items())
     assert {name for name, method in METHODS.items() if method.probabilities} == {"kvpo", "latent-distance"}

@@ -18,7 +18,7 @@ from kvpo.method.flow import STEPS, add_noise, clean_of
 from kvpo.method.kvpo import evidence as kvpo_evidence
 from kvpo.method.latent_distance import anchor_state_evidence
 from kvpo.method.nft import evidence as nft_evidence
-from kvpo.method.settings import KvpoSettings, NftSettings
+from kvpo.method.settings import KvpoSettings, MethodSettings, NftSettings
 from tests.method.toy import (
     BLOCKS,
     BRANCHES,
@@ -143,7 +143,8 @@ def test_the_table_is_proportional_to_its_weights(scale, seed):
 @given(order=st.permutations(range(4)))
 def test_rows_in_another_order_are_the_same_table_in_that_order(order):
     evidences = [
-        kvpo_evidence(FORK, credit(*some), 2, KvpoSettings(), seeded(0)) for some in ((0, 1, 2, 3), order)
+        kvpo_evidence(FORK, credit(*some), 2, MethodSettings(KvpoSettings()), seeded(0))
+        for some in ((0, 1, 2, 3), order)
     ]
     straight, mixed = (table_of(KNOWN.now, FORK, evidence).detach() for evidence in evidences)
     torch.testing.assert_close(mixed, straight[list(order)], rtol=1e-12, atol=0)
@@ -192,7 +193,9 @@ def test_trajectories_with_one_past_but_other_states_are_not_merged():
     first = evidence_of(moved, [0, 0], visited.targets_NPSFCHW, [0, 0])
     second = rows_at(fork, [0], 1)
     assert joined(first, second).past_Q == (0, 0), "the first of two trajectories behind one past is found"
-    assert joined(second, nft_evidence(fork, credit(0), 2, NftSettings(), seeded(0))).past_Q == (0, 0)
+    assert joined(
+        second, nft_evidence(fork, credit(0), 2, MethodSettings(NftSettings()), seeded(0))
+    ).past_Q == (0, 0)
 
 
 def test_the_same_states_behind_another_past_are_not_merged():
@@ -201,9 +204,9 @@ def test_the_same_states_behind_another_past_are_not_merged():
 
 
 def test_the_velocity_kl_of_anchor_states_needs_no_second_replay():
-    evidence = kvpo_evidence(FORK, EVERY, 2, KvpoSettings(anchor_state_weight=0.5), seeded(0))
+    evidence = kvpo_evidence(FORK, EVERY, 2, MethodSettings(KvpoSettings(anchor_state_weight=0.5)), seeded(0))
     assert evidence.past_Q == (0, 1, 2, 3, 4) and evidence.query_N == (0, 1, 2, 3, 4, 4, 4, 4)
-    both = joined(evidence, anchor_drift(FORK, EVERY, evidence, KvpoSettings()))
+    both = joined(evidence, anchor_drift(FORK, EVERY, evidence, MethodSettings(KvpoSettings())))
     assert both.past_Q == evidence.past_Q and both.query_N[-1] == 4
     assert both.teachers == {"reference"} and both.branch_N[-1] == -1
 

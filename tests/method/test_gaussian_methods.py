@@ -9,11 +9,7 @@ from torch.distributions import Normal
 
 from kvpo.method.evidence import Tables
 from kvpo.method.methods import METHODS
-from kvpo.method.settings import (
-    CmGrpoSettings,
-    FlowGrpoSettings,
-)
-from tests.method.cases import FORKS, KAPPA, KNOWN, agrees, at, evidence_for
+from tests.method.cases import CASES, FORKS, KAPPA, KNOWN, agrees, at, evidence_for
 from tests.method.toy import (
     BLOCKS,
     SIGMAS,
@@ -41,8 +37,8 @@ def renoising_policy(policy, fork, branch, block, step) -> Normal:
 
 
 GAUSSIAN = {
-    "flow-grpo": ("sde", sde_policy, FlowGrpoSettings),
-    "cm-grpo": ("renoise", renoising_policy, CmGrpoSettings),
+    "flow-grpo": ("sde", sde_policy, CASES["flow-grpo"][0]),
+    "cm-grpo": ("renoise", renoising_policy, CASES["cm-grpo"][0]),
 }
 
 
@@ -71,20 +67,24 @@ def step_loss(law, fork, earned, clip, steps):
 @pytest.mark.parametrize("name", GAUSSIAN)
 def test_solver_steps_are_clipped_gaussian_policies(name, steps):
     """With all four steps, the last one counts for nothing: it draws no noise."""
-    explorer, law, kind = GAUSSIAN[name]
+    explorer, law, settings = GAUSSIAN[name]
     fork, earned = FORKS[explorer], credit(0, 1, 3)
     fractions = []
     for clip in (0.03, 0.3):
         formula = step_loss(law, fork, earned, clip, steps)
-        fractions.append(agrees(name, kind(clip=clip), fork, earned, formula, steps=steps)["clip_fraction"])
+        fractions.append(
+            agrees(name, replace(settings, clip=(clip, clip)), fork, earned, formula, steps=steps)[
+                "clip_fraction"
+            ]
+        )
     assert fractions[0] > fractions[1], "one of the clip ranges holds some steps and not others"
 
 
 @pytest.mark.parametrize("name", GAUSSIAN)
 def test_a_difference_of_tables_is_a_difference_of_log_densities(name):
-    explorer, law, kind = GAUSSIAN[name]
+    explorer, law, settings = GAUSSIAN[name]
     fork = FORKS[explorer]
-    evidence = evidence_for(name, kind(), fork, credit(2), steps=3)
+    evidence = evidence_for(name, settings, fork, credit(2), steps=3)
     now, old = (table_of(policy, fork, evidence)[0] for policy in (KNOWN.now, KNOWN.old))
     for block in range(BLOCKS):
         for step in range(3):
@@ -98,9 +98,9 @@ def test_a_difference_of_tables_is_a_difference_of_log_densities(name):
 @pytest.mark.parametrize("name", GAUSSIAN)
 def test_the_old_policys_own_steps_are_half_a_squared_noise_each(name):
     """Under the policy that made it, a step's cell is || eps ||^2 / 2 at every level."""
-    explorer, law, kind = GAUSSIAN[name]
+    explorer, law, settings = GAUSSIAN[name]
     fork = FORKS[explorer]
-    table = table_of(KNOWN.old, fork, evidence_for(name, kind(), fork, credit(0, 1, 2, 3), steps=3))
+    table = table_of(KNOWN.old, fork, evidence_for(name, settings, fork, credit(0, 1, 2, 3), steps=3))
     for branch in range(4):
         for block in range(BLOCKS):
             for step in range(3):
@@ -112,14 +112,14 @@ def test_the_old_policys_own_steps_are_half_a_squared_noise_each(name):
 def test_the_gradient_of_a_renoising_step_in_the_clean_latents():
     """d(-A log pi)/d x0 = -A alpha (x' - alpha x0) / sigma'^2."""
     fork, earned = FORKS["renoise"], credit(0, 1, 2, 3)
-    evidence = evidence_for("cm-grpo", CmGrpoSettings(), fork, earned, steps=3)
+    evidence = evidence_for("cm-grpo", CASES["cm-grpo"][0], fork, earned, steps=3)
     states = fork.states_MPSFCHW[:4]
     levels = torch.tensor(SIGMAS, dtype=torch.float64).view(1, 1, 4, 1, 1, 1, 1)
     clean = (states - levels * fork.velocities_MPSFCHW[:4])[:, :, :3].requires_grad_()
     asked = (states[:, :, :3] - clean) / levels[:, :, :3]
     cells = evidence.weights_NPS * (evidence.targets_NPSFCHW - asked).square().mean((3, 4, 5, 6))
     loss, _ = METHODS["cm-grpo"].loss(
-        Tables(cells, cells.detach(), cells.detach(), evidence.branch_N), earned, CmGrpoSettings()
+        Tables(cells, cells.detach(), cells.detach(), evidence.branch_N), earned, CASES["cm-grpo"][0]
     )
     (gradient,) = torch.autograd.grad(loss, clean)
     following = levels[:, :, 1:]
@@ -131,12 +131,12 @@ def test_the_gradient_of_a_renoising_step_in_the_clean_latents():
 
 @pytest.mark.parametrize("name", GAUSSIAN)
 def test_solver_steps_without_noise_are_refused(name):
-    _, _, kind = GAUSSIAN[name]
+    _, _, settings = GAUSSIAN[name]
     with pytest.raises(ValueError, match="noise = 0.0 .*no policy; explore with noise above 0"):
         one_step = replace(FORKS["routes"], sigmas=(1.0,))
-        METHODS[name].evidence(one_step, credit(0, 1), 1, kind(), seeded(0))
+        METHODS[name].evidence(one_step, credit(0, 1), 1, settings, seeded(0))
 
 
 def test_flow_grpo_refuses_a_fork_that_was_explored_without_noise():
     with pytest.raises(ValueError, match="noise = 0.0 over noise levels .*: a solver step without noise"):
-        METHODS["flow-grpo"].evidence(FORKS["routes"], credit(0, 1), 2, FlowGrpoSettings(), seeded(0))
+        METHODS["flow-grpo"].evidence(FORKS["routes"], credit(0, 1), 2, CASES["flow-grpo"][0], seeded(0))

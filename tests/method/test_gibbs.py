@@ -19,7 +19,7 @@ from kvpo.method.gibbs import (
     temperature_for_anchor_share,
 )
 
-PLAIN = {"clip_low": 0.1, "clip_high": 0.2, "simplex_kl": 0.0, "anchor_share": 0.0}
+PLAIN = {"clip": (0.1, 0.2), "simplex_kl": 0.0, "anchor_share": 0.0}
 
 
 @st.composite
@@ -239,7 +239,7 @@ def test_backpropagating_branch_by_branch_is_full_autograd():
 )
 def test_the_clip_is_pessimistic_and_asymmetric(ratio, advantage, loss, has_gradient):
     log_prob = torch.tensor([math.log(ratio)], dtype=torch.float64, requires_grad=True)
-    value = clipped_surrogate(log_prob, torch.zeros(1), torch.tensor([advantage]), 0.1, 0.2)
+    value = clipped_surrogate(log_prob, torch.zeros(1), torch.tensor([advantage]), (0.1, 0.2))
     (gradient,) = torch.autograd.grad(value, log_prob)
     assert float(value.detach()) == pytest.approx(loss)
     assert (float(gradient) != 0) == has_gradient

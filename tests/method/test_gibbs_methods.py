@@ -12,6 +12,7 @@ from kvpo.method.methods import METHODS
 from kvpo.method.settings import (
     KvpoSettings,
     LatentDistanceSettings,
+    MethodSettings,
 )
 from tests.method.cases import EXACT, FORKS, KNOWN, agrees, at, evidence_for
 from tests.method.toy import (
@@ -57,10 +58,10 @@ def gibbs_loss(energy, earned, settings, temperature, anchor=False) -> Tensor:
         terms = []
         for g, advantage in enumerate(earned.advantages_G.tolist()):
             ratio = policy[g] / old[g]
-            held = ratio.clamp(1 - settings.clip_low, 1 + settings.clip_high)
+            held = ratio.clamp(1 - settings.clip[0], 1 + settings.clip[1])
             terms.append(torch.minimum(ratio * advantage, held * advantage))
         kl = kl_divergence(Categorical(probs=policy), Categorical(probs=reference))
-        return -torch.stack(terms).mean() + getattr(settings, "simplex_kl", 0.0) * kl
+        return -torch.stack(terms).mean() + vars(settings.own).get("simplex_kl", 0.0) * kl
 
     return loss
 
@@ -85,9 +86,8 @@ def test_kvpo_is_the_clipped_gibbs_objective_on_velocity_energies(branches, weig
     temperature = spread([energy(KNOWN.old, branch) for branch in branches])
     fractions = []
     for low, high in ((0.002, 0.003), (0.2, 0.3)):
-        settings = KvpoSettings(
-            clip_low=low, clip_high=high, simplex_kl=simplex_kl, anchor_state_weight=weight
-        )
+        own = KvpoSettings(simplex_kl=simplex_kl, anchor_state_weight=weight)
+        settings = MethodSettings(own, clip=(low, high))
         metrics = agrees("kvpo", settings, fork, earned, gibbs_loss(energy, earned, settings, temperature))
         assert metrics["temperature"] == pytest.approx(temperature, rel=EXACT)
         assert metrics["loss"] == pytest.approx(metrics["policy_loss"] + simplex_kl * metrics["simplex_kl"])
@@ -98,13 +98,13 @@ def test_kvpo_is_the_clipped_gibbs_objective_on_velocity_energies(branches, weig
 
 @pytest.mark.parametrize("steps", [1, 4])
 def test_kvpo_counts_the_first_solver_steps(steps):
-    settings, fork, earned = KvpoSettings(temperature=0.3), FORKS["routes"], credit(1, 3)
+    settings, fork, earned = MethodSettings(KvpoSettings(), temperature=0.3), FORKS["routes"], credit(1, 3)
     formula = gibbs_loss(lambda p, g: branch_distance(p, fork, g, steps), earned, settings, 0.3)
     agrees("kvpo", settings, fork, earned, formula, steps=steps)
 
 
 def test_kvpo_with_the_anchor_in_the_pool():
-    settings = KvpoSettings(anchor_share=0.4, simplex_kl=2.0, clip_low=0.02, clip_high=0.03)
+    settings = MethodSettings(KvpoSettings(anchor_share=0.4, simplex_kl=2.0), clip=(0.02, 0.03))
     fork, earned = FORKS["routes"], credit(0, 1, 2)
 
     def energy(policy, branch):
@@ -122,7 +122,7 @@ def test_kvpo_with_the_anchor_in_the_pool():
 @pytest.mark.parametrize("space", ["velocity", "latent"])
 @pytest.mark.parametrize("explorer", ["routes", "renoise"])
 def test_latent_distance_is_the_clipped_gibbs_objective_on_clean_latents(space, explorer):
-    settings = LatentDistanceSettings(space=space, clip_low=0.02, clip_high=0.03)
+    settings = MethodSettings(LatentDistanceSettings(space=space), clip=(0.02, 0.03))
     fork, earned = FORKS[explorer], credit(0, 1, 3)
 
     def energy(policy, branch):
@@ -138,11 +138,11 @@ def test_latent_distance_is_the_clipped_gibbs_objective_on_clean_latents(space, 
 @pytest.mark.parametrize(
     "name, settings, anchor",
     [
-        ("kvpo", KvpoSettings(), 0),
-        ("kvpo", KvpoSettings(temperature=0.3), 0),
-        ("kvpo", KvpoSettings(anchor_share=0.4), 1),
-        ("latent-distance", LatentDistanceSettings(), 0),
-        ("latent-distance", LatentDistanceSettings(temperature=0.3), 0),
+        ("kvpo", MethodSettings(KvpoSettings()), 0),
+        ("kvpo", MethodSettings(KvpoSettings(), temperature=0.3), 0),
+        ("kvpo", MethodSettings(KvpoSettings(anchor_share=0.4)), 1),
+        ("latent-distance", MethodSettings(LatentDistanceSettings()), 0),
+        ("latent-distance", MethodSettings(LatentDistanceSettings(), temperature=0.3), 0),
     ],
 )
 def test_probabilities_are_those_of_the_policy_that_the_loss_compares_with(name, settings, anchor):
@@ -162,5 +162,5 @@ def test_probabilities_are_those_of_the_policy_that_the_loss_compares_with(name,
 def test_noise_branches_teach_velocity_energies_nothing():
     """They follow the old policy in its own context: energy and gradient are exactly 0 there."""
     fork, earned = FORKS["renoise"], credit(0, 1, 2, 3)
-    table = table_of(KNOWN.old, fork, evidence_for("kvpo", KvpoSettings(), fork, earned))
+    table = table_of(KNOWN.old, fork, evidence_for("kvpo", MethodSettings(KvpoSettings()), fork, earned))
     assert float(table.max()) < 1e-28

@@ -43,7 +43,7 @@ def check_objective(case: dict) -> None:
     scale = 1 - anchor_share(case)
     if case["mode"] == "mechanism_1":
         scale = float(case["safe"])
-    policy = scale * clipped_surrogate(theta, old, tensor(case["adv"]), 1 - low, high - 1)
+    policy = scale * clipped_surrogate(theta, old, tensor(case["adv"]), (1 - low, high - 1))
     kl = simplex_kl(theta, reference)
     total = policy + scale * case["kl_coef"] * kl
     (gradient,) = torch.autograd.grad(total, scores)

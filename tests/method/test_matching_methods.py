@@ -6,6 +6,7 @@ import torch
 from kvpo.method.methods import METHODS
 from kvpo.method.nft import goodness, overrated
 from kvpo.method.settings import (
+    MethodSettings,
     NftSettings,
     RvmSettings,
     SelfDistillSettings,
@@ -26,9 +27,10 @@ from tests.method.toy import (
 
 @pytest.mark.parametrize("beta", [0.1, 0.5, 1.0, 2.0])
 @pytest.mark.parametrize("steps", [2, 4])
-def test_nft_pulls_its_positive_and_pushes_its_negative_velocity(beta, steps):
+def test_nft_pulls_its_positive_and_pushes_its_negative_velocity(beta, steps, monkeypatch):
     """r || v+ - v* ||^2 + (1 - r) || v- - v* ||^2, v+ = beta v + (1 - beta) v_old and v- its mirror."""
-    settings, fork, earned = NftSettings(beta=beta, advantage_limit=1.2), FORKS["renoise"], credit(0, 1, 3)
+    monkeypatch.setattr("kvpo.method.nft.ADVANTAGE_LIMIT", 1.2)  # so that one advantage lies beyond it
+    settings, fork, earned = MethodSettings(NftSettings(beta=beta)), FORKS["renoise"], credit(0, 1, 3)
     rewarded = dict(zip(earned.branches, earned.advantages_G.tolist(), strict=True))
 
     def formula(now):
@@ -63,17 +65,19 @@ def test_rvm_weighs_matching_errors_by_advantages(steps):
         ]
         return torch.stack(terms).mean()
 
-    agrees("rvm", RvmSettings(), fork, earned, formula, steps=steps)
+    agrees("rvm", MethodSettings(RvmSettings()), fork, earned, formula, steps=steps)
 
 
 def test_every_branch_is_noised_by_the_same_noise():
     fork = FORKS["renoise"]
-    evidence = METHODS["rvm"].evidence(fork, credit(0, 3), 2, RvmSettings(), seeded(3))
+    evidence = METHODS["rvm"].evidence(fork, credit(0, 3), 2, MethodSettings(RvmSettings()), seeded(3))
     noise = evidence.targets_NPSFCHW + fork.clean_MPFCHW[[0, 3]][:, :, None]
     torch.testing.assert_close(noise[0], noise[1])
     assert torch.equal(
         evidence.states_QPSFCHW,
-        METHODS["rvm"].evidence(fork, credit(0, 3), 2, RvmSettings(), seeded(3)).states_QPSFCHW,
+        METHODS["rvm"]
+        .evidence(fork, credit(0, 3), 2, MethodSettings(RvmSettings()), seeded(3))
+        .states_QPSFCHW,
     )
 
 
@@ -83,7 +87,7 @@ def test_the_noise_does_not_depend_on_the_default_type():
     for dtype in (torch.float32, torch.float64):
         torch.set_default_dtype(dtype)
         try:
-            evidence = METHODS["rvm"].evidence(fork, credit(0), 2, RvmSettings(), seeded(3))
+            evidence = METHODS["rvm"].evidence(fork, credit(0), 2, MethodSettings(RvmSettings()), seeded(3))
         finally:
             torch.set_default_dtype(torch.float32)
         found.append(evidence.states_QPSFCHW)
@@ -105,7 +109,7 @@ def test_self_distillation_teaches_what_other_pages_say():
                     terms.append((taught_velocity - velocity(now, x, own[b])).square().mean())
         return torch.stack(terms).mean()
 
-    agrees("self-distill", SelfDistillSettings(), fork, earned, formula)
+    agrees("self-distill", MethodSettings(SelfDistillSettings()), fork, earned, formula)
     assert not METHODS["self-distill"].rewarded and len(METHODS) == len(CASES)
 
 
@@ -134,7 +138,7 @@ def test_the_drift_rows_add_up_to_the_velocity_kl_at_the_anchors_states(name):
 
 
 def test_the_selective_velocity_kl_holds_the_overrated_branches_alone():
-    settings, fork, earned = NftSettings(selective_kl=0.5), FORKS["renoise"], credit(1, 2, 0)
+    settings, fork, earned = MethodSettings(NftSettings(selective_kl=0.5)), FORKS["renoise"], credit(1, 2, 0)
     evidence = evidence_for("nft", settings, fork, earned)
     rows = drift_of(METHODS["nft"], settings, fork, earned, evidence)
     assert rows.past_Q == (0,), "gaps 1 and 2 are positive; branch 0 is the upper half"
@@ -148,7 +152,7 @@ def test_the_selective_velocity_kl_holds_the_overrated_branches_alone():
 
 
 def test_no_overrated_branch_means_no_drift_rows():
-    settings, fork = NftSettings(selective_kl=0.5), FORKS["renoise"]
+    settings, fork = MethodSettings(NftSettings(selective_kl=0.5)), FORKS["renoise"]
     earned = credit(1, 3)
     evidence = evidence_for("nft", settings, fork, earned)
     assert METHODS["nft"].drift(fork, earned, evidence, settings) is None

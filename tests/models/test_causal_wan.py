@@ -57,10 +57,10 @@ def test_golden_1_3b_keys_and_shapes(golden_file):
 @pytest.mark.parametrize(
     "change, message",
     [
-        (dict(dim=30, num_heads=4), r"model.dim: must be a multiple of 2 \* model.num_heads = 8, got 30"),
-        (dict(dim=6, num_heads=2), "model.dim: must be .*, got 6"),
-        (dict(patch_size=(2, 2, 2)), r"model.patch_size: must be 1 frame deep: .*, got \[2, 2, 2\]"),
-        (dict(latent_height=5), "model.latent_height: must be a multiple of the patch size 2, got 5"),
+        (dict(dim=30, num_heads=4), r"geometry: dim: must be a multiple of 2 \* num_heads = 8, got 30"),
+        (dict(dim=6, num_heads=2), "geometry: dim: must be .*, got 6"),
+        (dict(patch_size=(2, 2, 2)), r"geometry: patch_size: must be 1 frame deep: .*, got \[2, 2, 2\]"),
+        (dict(latent_height=5), r"stream.size: must be multiples of the patch size 2 x 2, got \[5, 4\]"),
     ],
 )
 def test_impossible_geometry_is_named(change, message):

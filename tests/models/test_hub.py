@@ -33,6 +33,17 @@ def test_local_paths_come_first(tmp_path, monkeypatch):
     assert hub.resolve(tmp_path / "base.pt") == tmp_path / "base.pt"
 
 
+def test_an_entry_of_a_file_stands_behind_a_hash(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert hub.split_entry("a/base.pt#generator_ema") == ("a/base.pt", "generator_ema")
+    assert hub.split_entry("owner/name@v1/x.pt#ema") == ("owner/name@v1/x.pt", "ema")
+    for plain in ("a/base.pt", "", "#x"):
+        assert hub.split_entry(plain) == (plain, None)
+    assert hub.split_entry("a/base.pt#") == ("a/base.pt", None)
+    (tmp_path / "take #3.pt").touch()
+    assert hub.split_entry("take #3.pt") == ("take #3.pt", None), "a file of that name exists"
+
+
 @pytest.mark.parametrize(
     "location", ["missing.pt", "checkpoints/missing.pt", "/no/such/dir", "./a/b", "name", "C:\\weights\\x.pt"]
 )
@@ -46,36 +57,37 @@ def test_paths_that_do_not_exist_are_not_looked_up_on_the_hub(location, monkeypa
 def test_hub_ids_are_split_into_repository_revision_and_file(tmp_path, monkeypatch):
     calls = []
 
-    def file(repo, name, *, revision, local_files_only):
-        calls.append((repo, name, revision, local_files_only))
+    def file(repo, name, *, revision):
+        calls.append((repo, name, revision))
         return str(tmp_path / "f")
 
-    def snapshot(repo, *, revision, allow_patterns, local_files_only):
-        calls.append((repo, revision, allow_patterns, local_files_only))
+    def snapshot(repo, *, revision, allow_patterns):
+        calls.append((repo, revision, allow_patterns))
         return str(tmp_path)
 
     (tmp_path / "f").touch()
     monkeypatch.setattr(hub, "hf_hub_download", file)
     monkeypatch.setattr(hub, "snapshot_download", snapshot)
     assert hub.resolve("Efficient-Large-Model/LongLive-1.3B/models/lora.pt") == tmp_path / "f"
-    assert hub.resolve("owner/name@v1.0/x.pt", offline=True) == tmp_path / "f"
+    assert hub.resolve("owner/name@v1.0/x.pt") == tmp_path / "f"
     assert hub.resolve("Wan-AI/Wan2.1-T2V-1.3B", patterns=("vae/*",)) == tmp_path
     assert hub.resolve("owner/name@abc") == tmp_path
     assert calls == [
-        ("Efficient-Large-Model/LongLive-1.3B", "models/lora.pt", None, False),
-        ("owner/name", "x.pt", "v1.0", True),
-        ("Wan-AI/Wan2.1-T2V-1.3B", None, ["vae/*"], False),
-        ("owner/name", "abc", None, False),
+        ("Efficient-Large-Model/LongLive-1.3B", "models/lora.pt", None),
+        ("owner/name", "x.pt", "v1.0"),
+        ("Wan-AI/Wan2.1-T2V-1.3B", None, ["vae/*"]),
+        ("owner/name", "abc", None),
     ]
 
 
 @pytest.mark.parametrize("location", ["owner/name", "owner/name/x.pt"])
 def test_offline_mode_names_the_way_out(location, tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(
-        ValueError, match="offline mode finds no copy of owner/name .* `hf download owner/name`"
+        ValueError, match="HF_HUB_OFFLINE is set, and .* no copy of owner/name: .* `hf download owner/name`"
     ):
-        hub.resolve(location, offline=True)
+        hub.resolve(location)
 
 
 def test_a_pattern_that_matches_nothing_is_an_error(tmp_path, monkeypatch):
@@ -143,13 +155,15 @@ class FakeHub(BaseHTTPRequestHandler):
 
 
 PROGRAM = """
+from huggingface_hub import constants
 from kvpo.models.hub import resolve
 try:
     resolve("owner/name/refused.pt")
 except ValueError as error:
     print(error)
 print(resolve("owner/name/model.pt"))
-print(resolve("owner/name/model.pt", offline=True))
+constants.HF_HUB_OFFLINE = True
+print(resolve("owner/name/model.pt"))
 """
 
 
@@ -182,10 +196,10 @@ def test_a_broken_transfer_is_taken_up_where_it_broke(tmp_path):
 def test_what_belongs_beside_a_file_is_fetched_where_it_exists(tmp_path, monkeypatch):
     there, calls = {"a/adapter_model.safetensors", "a/adapter_config.json"}, []
 
-    def file(repo, name, *, revision, local_files_only):
+    def file(repo, name, *, revision):
         calls.append(name)
         if name not in there:
-            raise errors[local_files_only]
+            raise errors[hub.constants.HF_HUB_OFFLINE]
         return str(tmp_path / name)
 
     response = SimpleNamespace(headers={}, request=None)
@@ -193,11 +207,14 @@ def test_what_belongs_beside_a_file_is_fetched_where_it_exists(tmp_path, monkeyp
     monkeypatch.setattr(hub, "hf_hub_download", file)
     beside, name = ("adapter_config.json",), "owner/name/a/adapter_model.safetensors"
     for offline in (False, True):
-        assert hub.resolve(name, beside=beside, offline=offline) == tmp_path / "a/adapter_model.safetensors"
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", offline)
+        assert hub.resolve(name, beside=beside) == tmp_path / "a/adapter_model.safetensors"
     assert calls == ["a/adapter_model.safetensors", "a/adapter_config.json"] * 2
     there.remove("a/adapter_config.json")
     for offline in (False, True):
-        assert hub.resolve(name, beside=beside, offline=offline) == tmp_path / "a/adapter_model.safetensors"
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", offline)
+        assert hub.resolve(name, beside=beside) == tmp_path / "a/adapter_model.safetensors"
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     errors[False] = LocalEntryNotFoundError("out of reach")
     with pytest.raises(ValueError, match="the hub cannot be reached"):
         hub.resolve(name, beside=beside)

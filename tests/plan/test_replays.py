@@ -17,7 +17,7 @@ from kvpo.training.collection import explore
 from kvpo.training.trainer import Trainer
 from tests.tiny_world import tiny_config, toy_setup
 
-SOME = {"objective__keep_best": 1, "objective__keep_worst": 1, "exploration__tail_blocks": 0}
+SOME = {"objective__keep": (1, 1), "exploration__tail_blocks": 0}
 FITS, APART, SINGLE = 0, 4, 1
 """Forward rows per pass: a group at once, one trajectory of two blocks and two steps, one block and step."""
 

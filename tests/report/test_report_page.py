@@ -126,9 +126,9 @@ def test_routing_is_compared_with_noise_of_the_same_pixel_distance_on_enough_for
             summary["diversity"][name]["attribute_diversity"] = value
 
     edit_json(run / "summary.json", measured)
-    assert "On 1 fork(s) of this run, these are too few" in page_of(run)[1].text
+    assert "On 2 fork(s) of this run, these are too few" in page_of(run)[1].text
     config = yaml.safe_load((run / "config.yaml").read_text())
-    config["evaluation"]["diversity_prompts"] = 16
+    config["evaluation"]["validation_prompts"] = 16
     (run / "config.yaml").write_text(yaml.safe_dump(config))
     assert "routing history changes what happens 0.70 times as often" in page_of(run)[1].text  # 0.31 / 0.44
     assert "Noise at the same pixel distance" in page_of(run)[1].text

@@ -125,7 +125,7 @@ def gibbs_loss(fork: Fork) -> Tensor:
     kvpo = fork.config.method == "kvpo"
     energies = kvpo_energies if kvpo else distances
     settings = fork.config.method_settings
-    share = settings.anchor_share if kvpo else 0.0
+    share = settings.own.anchor_share if kvpo else 0.0
     with fork.under_old():
         old = energies(fork).detach()
     with fork.trainer.policy.reference():
@@ -141,9 +141,9 @@ def gibbs_loss(fork: Fork) -> Tensor:
 
     now, advantages = log_policy(energies(fork)), fork.credit.advantages_G.double()
     ratio = (now - log_policy(old))[: len(advantages)].exp()
-    loss = clipped(ratio, advantages, settings.clip_low, settings.clip_high)
+    loss = clipped(ratio, advantages, *settings.clip)
     if kvpo:
-        loss = loss + settings.simplex_kl * (now.exp() * (now - log_policy(reference))).sum()
+        loss = loss + settings.own.simplex_kl * (now.exp() * (now - log_policy(reference))).sum()
     return loss
 
 
@@ -167,7 +167,7 @@ def gaussian_loss(fork: Fork) -> Tensor:
     with fork.under_old():
         old = log_density(fork).detach()
     clip, advantages = fork.config.method_settings.clip, fork.credit.advantages_G.double()
-    return clipped((log_density(fork) - old).exp(), advantages[:, None, None], clip, clip)
+    return clipped((log_density(fork) - old).exp(), advantages[:, None, None], *clip)
 
 
 def nft_loss(fork: Fork) -> Tensor:
@@ -178,7 +178,7 @@ def nft_loss(fork: Fork) -> Tensor:
     with fork.under_old():
         old = fork.velocities(states, fork.branches).detach()
     velocity = fork.velocities(states, fork.branches)
-    good = (fork.credit.advantages_G.double() / settings.advantage_limit).clamp(-1, 1) / 2 + 0.5
+    good = (fork.credit.advantages_G.double() / 2.5).clamp(-1, 1) / 2 + 0.5
     good = good[:, None, None]
     beta = settings.beta
     positive = mean_square(beta * velocity + (1 - beta) * old - wanted)

@@ -170,12 +170,17 @@ def test_a_missing_checkpoint_is_named(tmp_path: Path) -> None:
 
 
 def test_a_damaged_later_checkpoint_takes_no_place_of_those_that_are_kept(tmp_path: Path) -> None:
-    for update in (10, 12, 20):
+    for update in (8, 10, 12, 20):
         saved(tmp_path, update)
     (tmp_path / "update-000020" / "state.safetensors").write_bytes(b"cut")
-    prune(tmp_path, keep=1, up_to=12)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["update-000012", "update-000020"]
-    (tmp_path / "update-000012" / "state.json").unlink()
+    prune(tmp_path, up_to=12)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "update-000010",
+        "update-000012",
+        "update-000020",
+    ]
+    for update in (10, 12):
+        (tmp_path / f"update-{update:06d}" / "state.json").unlink()
     with pytest.raises(CheckpointError, match="every checkpoint in .* is damaged .* remove that directory"):
         resume_point(tmp_path)
     assert resume_point(tmp_path / "nothing") is None
@@ -187,7 +192,7 @@ def test_retention_keeps_the_newest_and_the_best(tmp_path: Path) -> None:
         path = saved(tmp_path, update)
         if update == 10:
             mark_best(tmp_path, path, 0.7)
-        prune(tmp_path, keep=2)
+        prune(tmp_path)
     assert [path.name for path in checkpoints(tmp_path)] == [
         "update-000010",
         "update-000030",
@@ -195,7 +200,7 @@ def test_retention_keeps_the_newest_and_the_best(tmp_path: Path) -> None:
     ]
     assert best_checkpoint(tmp_path) == (tmp_path / "update-000010", 0.7)
     mark_best(tmp_path, tmp_path / "update-000040", 0.8)
-    prune(tmp_path, keep=2)
+    prune(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["best.json", "update-000030", "update-000040"]
     (tmp_path / "best.json").write_text("{")
     with pytest.raises(CheckpointError, match="best.json is damaged"):
@@ -253,7 +258,7 @@ def save_for_ever(directory: Path, first: int) -> None:
         path = save_checkpoint(directory, update, tensors, {"update": update}, architecture={})
         if update % 5 == 0:
             mark_best(directory, path, float(update))
-        prune(directory, 2)
+        prune(directory)
 
 
 def test_killed_at_any_moment_the_latest_checkpoint_is_whole(tmp_path: Path) -> None:

@@ -14,7 +14,8 @@ from kvpo.method.advantage import group_centred
 from kvpo.method.gibbs import calibrated_temperature
 from kvpo.training.credit import assign_credit, blend_of, collection_scale
 
-OBJECTIVE = ObjectiveConfig(noise_floor=0.0, keep_best=0, keep_worst=0, advantage_clamp=10.0)
+OBJECTIVE = ObjectiveConfig(keep=(0, 0))
+NO_FLOOR = RewardConfig(scorers=("any",), noise_floors={"total": 0.0})
 LARGE = torch.tensor([40.0, 30.0, 20.0, 10.0, 25.0])
 SMALL = torch.tensor([0.1, 0.2, 0.3, 0.5, 0.25])
 """Rewards of four branches and the anchor, of very different scale, that disagree."""
@@ -31,11 +32,11 @@ def credit(
     config: ObjectiveConfig = OBJECTIVE,
     *,
     anchor_in_pool: bool = False,
+    noise_floors: dict[str, float] | None = None,
     **rewards: Any,
 ) -> Any:
-    settings = RewardConfig(scorers=("any",), **rewards)
-    floor = config.noise_floor
-    blend = blend_of(scores.components, torch.tensor(weights), settings, floor, anchor_in_pool=anchor_in_pool)
+    settings = RewardConfig(scorers=("any",), noise_floors={"total": 0.0} | (noise_floors or {}), **rewards)
+    blend = blend_of(scores.components, torch.tensor(weights), settings, anchor_in_pool=anchor_in_pool)
     return assign_credit(scores, blend, config, torch.Generator().manual_seed(0))
 
 
@@ -61,12 +62,12 @@ def test_raw_fusion_lets_the_largest_scale_decide() -> None:
 
 @pytest.mark.parametrize("in_pool", [False, True])
 @pytest.mark.parametrize("advantages", ["group", "anchor", "random"])
-def test_advantages_are_clamped_last(advantages: str, in_pool: bool) -> None:
+def test_advantages_are_clamped_last(advantages: str, in_pool: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """After fusion, so that no sum leaves the range, and before the best and worst are chosen and centred."""
-    wide = replace(OBJECTIVE, advantages=advantages, keep_best=2, keep_worst=1)
-    narrow = replace(wide, advantage_clamp=0.5)
-    free = credit(scores_of(LARGE, SMALL), [3.0, 1.0], wide, anchor_in_pool=in_pool).all_advantages_G
-    found = credit(scores_of(LARGE, SMALL), [3.0, 1.0], narrow, anchor_in_pool=in_pool)
+    config = replace(OBJECTIVE, advantages=advantages, keep=(2, 1))
+    free = credit(scores_of(LARGE, SMALL), [3.0, 1.0], config, anchor_in_pool=in_pool).all_advantages_G
+    monkeypatch.setattr("kvpo.training.credit.ADVANTAGE_LIMIT", 0.5)
+    found = credit(scores_of(LARGE, SMALL), [3.0, 1.0], config, anchor_in_pool=in_pool)
     assert bool((free.abs() > 0.5).any() and (free.abs() < 0.5).any())
     torch.testing.assert_close(found.all_advantages_G, free.clamp(-0.5, 0.5))
     own = found.all_advantages_G[list(found.branches)]
@@ -74,13 +75,12 @@ def test_advantages_are_clamped_last(advantages: str, in_pool: bool) -> None:
     torch.testing.assert_close(found.advantages_G, own if relative else own - own.mean())
 
 
-def test_what_is_turned_round_is_clamped_too() -> None:
+def test_what_is_turned_round_is_clamped_too(monkeypatch: pytest.MonkeyPatch) -> None:
     hacked, honest = torch.tensor([9.0, 1.0, 0.0, 2.0, 1.0]), torch.tensor([0.0, 3.0, 2.0, 1.0, 1.0])
-    config = replace(OBJECTIVE, advantage_clamp=0.3)
-    options = {"fusion": "selective", "rank_penalty": 2.0}
-    found = credit(scores_of(hacked, honest), [1.0, 0.2], config, **options)
+    monkeypatch.setattr("kvpo.training.credit.ADVANTAGE_LIMIT", 0.3)
+    found = credit(scores_of(hacked, honest), [1.0, 0.2], fusion="reversing")
     assert found.withheld == 1
-    assert found.all_advantages_G[0] == -config.advantage_clamp
+    assert found.all_advantages_G[0] == pytest.approx(-0.3)
 
 
 def test_one_component_is_the_same_under_every_fusion_that_takes_it() -> None:
@@ -97,12 +97,20 @@ def test_selective_fusion_withholds_what_only_the_primary_praises() -> None:
     chosen = credit(scores, [1.0, 0.2, 0.2], fusion="selective")
     assert chosen.all_advantages_G[0] == 0 and chosen.withheld == 1
     torch.testing.assert_close(chosen.all_advantages_G[1:], plain.all_advantages_G[1:])
-    reversed_ = credit(scores, [1.0, 0.2, 0.2], fusion="selective", rank_penalty=1.0)
+    reversed_ = credit(scores, [1.0, 0.2, 0.2], fusion="reversing")
     torch.testing.assert_close(reversed_.all_advantages_G[0], -plain.all_advantages_G[0])
-    other = credit(scores, [1.0, 0.2, 0.2], fusion="selective", primary="b")
+    turned = scores_of(honest[0], hacked, honest[1])
+    other = credit(turned, [0.2, 1.0, 0.2], fusion="selective")
     torch.testing.assert_close(other.all_advantages_G, plain.all_advantages_G)
-    lenient = credit(scores, [1.0, 0.2, 0.2], fusion="selective", rank_margin=1.0)
-    torch.testing.assert_close(lenient.all_advantages_G, plain.all_advantages_G)
+
+
+def test_selective_fusion_leaves_small_disagreement_alone_and_reversing_does_not() -> None:
+    """Branch 0 ranks 1 under the first component and 0.8 under the second, a gap of 0.2."""
+    first = torch.tensor([9.0, 5.0, 4.0, 3.0, 2.0, 1.0, 5.0])
+    second = torch.tensor([5.0, 9.0, 4.0, 3.0, 2.0, 1.0, 5.0])
+    scores = scores_of(first, second)
+    assert credit(scores, [1.0, 0.2], fusion="selective").withheld == 0
+    assert credit(scores, [1.0, 0.2], fusion="reversing").withheld == 1
 
 
 def test_a_component_within_its_noise_has_no_vote() -> None:
@@ -127,10 +135,10 @@ def test_groups_are_skipped_where_every_component_is_within_its_floor() -> None:
     assert credit(scores, [1.0, 1.0], noise_floors={"a": 20.0, "b": 0.1}) is not None
     assert credit(scores, [1.0, 0.0], noise_floors={"a": 20.0, "b": 0.1}) is None, "weight 0 teaches nothing"
     # the default holds for what was not measured, and for nothing that was
-    config = replace(OBJECTIVE, noise_floor=20.0)
-    assert credit(scores, [1.0, 1.0], config, noise_floors={"b": 0.5}) is None
-    assert credit(scores, [1.0, 1.0], config, noise_floors={"b": 0.1}) is not None
-    assert credit(scores, [1.0, 1.0], config) is None, "without measured floors the total decides"
+    high = {"total": 20.0}
+    assert credit(scores, [1.0, 1.0], noise_floors=high | {"b": 0.5}) is None
+    assert credit(scores, [1.0, 1.0], noise_floors=high | {"b": 0.1}) is not None
+    assert credit(scores, [1.0, 1.0], noise_floors=high) is None, "without measured floors the total decides"
 
 
 def test_raw_fusion_is_skipped_by_the_floor_of_the_sum() -> None:
@@ -148,13 +156,11 @@ def test_a_collection_is_divided_by_the_spread_about_every_groups_own_mean(
 ) -> None:
     """Anchors count where advantages are relative to them."""
     groups = [scores_of(torch.tensor(members)) for members in ([0.0, 2.0, 1.0], [0.0, 6.0, 3.0])]
-    config = replace(OBJECTIVE, advantages=advantages, advantage_scale="collection", global_weight=0.5)
-    blend = blend_of("a", torch.tensor([1.0]), RewardConfig(scorers=("any",)), 0.0)
+    config = replace(OBJECTIVE, advantages=advantages)
+    blend = blend_of("a", torch.tensor([1.0]), NO_FLOOR, pooled_scale=True)
     scale = collection_scale(groups, blend, config)
-    assert (
-        scale is not None
-        and collection_scale(groups, blend, replace(config, advantage_scale="group")) is None
-    )
+    assert scale is not None
+    assert collection_scale(groups, replace(blend, pooled_scale=False), config) is None
     draws = torch.Generator()
     for scores, size in zip(groups, (1.0, 3.0), strict=True):
         found = assign_credit(scores, blend, config, draws, scale)
@@ -171,11 +177,9 @@ def test_names_are_checked_against_the_runs_components() -> None:
     scores = scores_of(LARGE, SMALL)
     with pytest.raises(ConfigurationError, match="rewards.noise_floors: 'z' is not a component .* a, b"):
         credit(scores, [1.0, 1.0], noise_floors={"z": 1.0})
-    with pytest.raises(ConfigurationError, match="rewards.primary: 'z' is not a component"):
-        credit(scores, [1.0, 1.0], primary="z")
-    for weights in ([1.0, 0.0], [0.0, 1.0]):
-        with pytest.raises(ConfigurationError, match="rewards.fusion: selective compares"):
-            credit(scores, weights, fusion="selective")
+    for weights, fusion in (([1.0, 0.0], "selective"), ([0.0, 1.0], "reversing")):
+        with pytest.raises(ConfigurationError, match=f"rewards.fusion: {fusion} compares"):
+            credit(scores, weights, fusion=fusion)
     with pytest.raises(ConfigurationError, match="rewards.fusion"):
         credit(scores_of(LARGE), [1.0], fusion="selective")
 
@@ -183,8 +187,8 @@ def test_names_are_checked_against_the_runs_components() -> None:
 def test_the_null_control_trains_on_random_branches_with_the_same_advantages() -> None:
     """Permutation comes before the choice of the best and worst: which branches are kept is chance too."""
     members = torch.tensor([0.0, 1.0, 2.0, 4.0, 8.0, 16.0, 1.0])
-    blend = blend_of("a", torch.tensor([1.0]), RewardConfig(scorers=("any",)), 0.0)
-    config = replace(OBJECTIVE, keep_best=2, keep_worst=2)
+    blend = blend_of("a", torch.tensor([1.0]), NO_FLOOR)
+    config = replace(OBJECTIVE, keep=(2, 2))
     draws = torch.Generator().manual_seed(0)
     plain = assign_credit(scores_of(members), blend, config, draws)
     assert plain is not None and plain.branches == (0, 1, 4, 5)
@@ -203,7 +207,7 @@ def test_the_null_control_trains_on_random_branches_with_the_same_advantages() -
 
 @pytest.mark.parametrize("temperature", [None, 0.004])
 def test_anchor_advantages_do_not_turn_the_gradient_of_a_policy_over_branches_alone(
-    temperature: float | None,
+    temperature: float | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every branch falls short of the anchor by much the same: only what they differ by may train.
 
@@ -212,6 +216,7 @@ def test_anchor_advantages_do_not_turn_the_gradient_of_a_policy_over_branches_al
     """
     energies = torch.tensor([0.010, 0.012, 0.020, 0.024])
     members = torch.tensor([0.50, 0.54, 0.52, 0.49, 0.75])
+    monkeypatch.setattr("kvpo.training.credit.ADVANTAGE_LIMIT", 10.0)
     config = replace(OBJECTIVE, advantages="anchor")
 
     def gradient(advantages: Tensor) -> Tensor:
@@ -233,5 +238,5 @@ def test_the_anchor_enters_the_noise_test_only_where_advantages_are_relative_to_
     floors: dict[str, float], advantages: Any, skipped: bool
 ) -> None:
     members = torch.tensor([0.50, 0.51, 0.50, 0.49, 5.0])
-    config = replace(OBJECTIVE, advantages=advantages, noise_floor=0.1)
+    config, floors = replace(OBJECTIVE, advantages=advantages), {"total": 0.1} | floors
     assert (credit(scores_of(members), [1.0], config, noise_floors=floors) is None) == skipped

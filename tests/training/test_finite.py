@@ -75,7 +75,7 @@ def test_an_adapter_is_refused_by_the_name_of_its_tensor(tiny_base: Path) -> Non
     name = next(iter(adapter.tensors))
     adapter.tensors[name][0, 0] = math.inf
     with pytest.raises(NonFiniteError, match=f"{name} holds infinity"):
-        whole = build_backbone(tiny_config(tiny_base, optim__train="full"))
+        whole = build_backbone(tiny_config(tiny_base, optim__lora_rank=0))
         check_adapter(whole.weights.model, adapter)
 
 
@@ -255,7 +255,7 @@ def test_updates_that_are_lost_are_named(
 
 
 def test_a_learning_rate_that_diverges_stops_with_one_line(tiny_base: Path) -> None:
-    trainer = trainer_of(tiny_base, optim__lr=1e25, optim__warmup_updates=0)
+    trainer = trainer_of(tiny_base, optim__lr=1e25)
     trainer.step()
     before = state_of(trainer)
     with pytest.raises(NonFiniteError, match=r"^update 2: [^\n]*$"):

@@ -89,13 +89,14 @@ def explored_by(setup: Setup, moved: float) -> Explored:
     return Explored(trainer, rollout.groups, item.lessons, item.old_tables, old)
 
 
+RANK = {"lora": 2, "full": 0}
 CASES: dict[str, dict[str, Any]] = {
     "velocity energy": {},
     "mixed energy": {"kvpo__anchor_state_weight": 0.5},
     "anchor-state energy": {"kvpo__anchor_state_weight": 1.0},
     "both KLs": {"kvpo__simplex_kl": 0.7, "objective__velocity_kl": 0.3},
     "anchor in the pool": {"kvpo__anchor_share": 0.4},
-    "fixed temperature": {"kvpo__temperature": 1e-3, "kvpo__simplex_kl": 0.2},
+    "fixed temperature": {"objective__temperature": 1e-3, "kvpo__simplex_kl": 0.2},
     "latent distance on routes": {"method": "latent-distance"},
     "latent distance on neighbours": {"method": "latent-distance", "exploration__explorer": "neighbour"},
     "distance of velocities": {"method": "latent-distance", "latent_distance__space": "velocity"},
@@ -120,7 +121,7 @@ def explored(tiny_base: Path) -> Callable[..., Explored]:
     def of(name: str, train: str = "lora") -> Explored:
         # Farther away all parameters' log-ratios are so large that they amplify rounding.
         moved = 0.05 if train == "lora" else 0.01
-        config = tiny_config(tiny_base, optim__train=train, optim__inner_epochs=2, **CASES[name])
+        config = tiny_config(tiny_base, optim__lora_rank=RANK[train], optim__inner_epochs=2, **CASES[name])
         return explored_by(toy_setup(config), moved)
 
     return of
@@ -324,7 +325,7 @@ def test_methods_that_ask_at_the_anchors_states_replay_anchors_alone(
 def test_kl_is_exactly_zero_and_the_ratio_exactly_one_before_the_first_step(
     tiny_base: Path, train: str, name: str
 ) -> None:
-    settings = {**CASES[name], "optim__train": train, "optim__inner_epochs": 2}
+    settings = {**CASES[name], "optim__lora_rank": RANK[train], "optim__inner_epochs": 2}
     trainer = Trainer(toy_setup(tiny_config(tiny_base, **settings)))
     trainer.collect()
     lessons, stored = trainer.collected[0].lessons, trainer.collected[0].old_tables

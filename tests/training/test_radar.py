@@ -206,7 +206,6 @@ def test_what_the_radar_measures() -> None:
 WATCHED: dict[str, Any] = {
     "evaluation__held_out": ("tests.tiny_world:opposite",),
     "evaluation__every": 1,
-    "evaluation__hacking_errors": 0.01,
     "optim__updates": 8,
 }
 

@@ -75,7 +75,7 @@ def outcome(directory: Path) -> tuple[Any, ...]:
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "lora": {},
-    "full": {"optim__train": "full"},
+    "full": {"optim__lora_rank": 0},
     "epochs and refresh": {"optim__inner_epochs": 2, "optim__rollouts_per_refresh": 2},
 }
 
@@ -98,7 +98,7 @@ def test_stopped_after_any_update_a_run_ends_the_same(tiny_base: Path, tmp_path:
 
 
 def test_validation_and_the_best_checkpoint(tiny_base: Path, tmp_path: Path) -> None:
-    run = ToyRun(tiny_base, tmp_path, checkpoint__keep=1)
+    run = ToyRun(tiny_base, tmp_path)
     assert run.go()
     validations = [r for r in read_metrics(tmp_path / "metrics.jsonl") if r["kind"] == "validation"]
     assert [record["update"] for record in validations] == [2, 4, 5]
@@ -138,7 +138,7 @@ def test_an_adapter_of_another_strength_or_with_a_tensor_missing_is_refused(
     assert ToyRun(tiny_base, tmp_path, optim__updates=1).go()
     point = resume_point(tmp_path / "checkpoints")
     assert point is not None
-    stronger = Trainer(toy_setup(tiny_config(tiny_base, optim__lora_alpha=4)))
+    stronger = Trainer(toy_setup(tiny_config(tiny_base, optim__lora_rank=4)))
     with pytest.raises(CheckpointError, match="another architecture: adapter is .*2.* there, .*4.* here"):
         restore(stronger, point)
     trainer = Trainer(toy_setup(tiny_config(tiny_base)))
@@ -171,11 +171,10 @@ def arguments(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> list
     file = tmp_path_factory.mktemp("config") / "run.yaml"
     lists = {name: list(value) if isinstance(value, tuple) else value for name, value in SETTINGS.items()}
     changes = {
-        "base": str(tiny_base),
+        "backbone.checkpoint": str(tiny_base),
         "optim.updates": 6,
         "checkpoint.every": 2,
         "evaluation.every": 3,
-        "evaluation.diversity_prompts": 0,
         "stream.schedule": [1.0, 0.5],
     }
     file.write_text(yaml.safe_dump({**lists, **changes}))
@@ -253,7 +252,7 @@ def test_killed_within_shared_rollouts_a_run_of_all_parameters_ends_the_same(
     arguments: list[str | Path], tmp_path: Path
 ) -> None:
     """Two rollouts per refresh, two epochs each; killed in the second epoch of the second rollout."""
-    command = [*arguments, "--optim.train", "full", "--optim.inner_epochs", "2"]
+    command = [*arguments, "--optim.lora_rank", "0", "--optim.inner_epochs", "2"]
     command += ["--optim.rollouts_per_refresh", "2", "--resume", "--out"]
     before_tests = partial(signal_at, "kvpo.app.align:evaluate_base", 2, signal.SIGTERM)
     log = tmp_path / "log"

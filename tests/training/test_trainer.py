@@ -32,14 +32,17 @@ def equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
+RANK = {"lora": 2, "full": 0}
+
+
 @pytest.mark.parametrize("train", ["lora", "full"])
 def test_an_update_trains_and_the_average_follows(tiny_base: Path, train: str) -> None:
-    trainer = trainer_of(tiny_base, optim__train=train, optim__ema_decay=0.75, optim__warmup_updates=4)
+    trainer = trainer_of(tiny_base, optim__lora_rank=RANK[train], optim__ema_decay=0.75)
     frozen = {n: p.clone() for n, p in trainer.setup.model.named_parameters() if not p.requires_grad}
     before = snapshot(trainer)
     numbers = trainer.step()
     after = snapshot(trainer)
-    assert numbers["learning_rate"] == trainer.setup.config.optim.lr / 4
+    assert numbers["learning_rate"] == trainer.setup.config.optim.lr / 5
     assert numbers["ratio_deviation"] == 0.0 and numbers["velocity_kl"] == 0.0
     forks = numbers.pop("forks")
     planned = plan_rollout(trainer.setup, 0)
@@ -90,14 +93,10 @@ def test_the_parameters_follow_adamw_with_the_settings(
     tiny_base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Against the update rule written out: warm-up, clipping of the joint norm, moments, decoupled decay."""
-    trainer = trainer_of(
-        tiny_base,
-        optim__lr=0.1,
-        optim__warmup_updates=2,
-        optim__betas=(0.5, 0.7),
-        optim__weight_decay=0.3,
-        optim__grad_clip=0.25,
-    )
+    constants = {"WARMUP_UPDATES": 2, "BETAS": (0.5, 0.7), "WEIGHT_DECAY": 0.3, "GRADIENT_NORM": 0.25}
+    for constant, value in constants.items():
+        monkeypatch.setattr(f"kvpo.training.trainer.{constant}", value)
+    trainer = trainer_of(tiny_base, optim__lr=0.1)
     parameters = trainer.policy.parameters
     draws = torch.Generator().manual_seed(3)
     given: list[dict[str, Tensor]] = []
@@ -162,7 +161,7 @@ def test_groups_of_noise_are_skipped_and_counted(tiny_base: Path) -> None:
 
 
 def test_an_update_of_noise_changes_nothing_and_writes_valid_metrics(tiny_base: Path, tmp_path: Path) -> None:
-    trainer = trainer_of(tiny_base, objective__noise_floor=1e9)
+    trainer = trainer_of(tiny_base, rewards__noise_floors={"total": 1e9})
     with torch.no_grad():  # parameters away from their average, so that a moving average would move
         for value in trainer.policy.parameters.values():
             value.add_(0.01)

@@ -35,7 +35,7 @@ TINY = PretrainSettings(steps=30, videos=2, num_frames=30, snippet_blocks=3, lr=
 
 
 def tiny() -> tuple[WanShape, StreamConfig]:
-    config = preset("demo", {name: value for name, value in SETTINGS.items() if name.startswith("model.")})
+    config = preset("demo", {name: value for name, value in SETTINGS.items() if name == "backbone.geometry"})
     return config.model, config.stream
 
 

@@ -13,7 +13,6 @@ import torch
 
 from kvpo.app.build import build_setup
 from kvpo.app.configuration import CHANGEABLE_ON_RESUME, demand_same_run, resolve_saved
-from kvpo.app.noise_files import with_measured_floors
 from kvpo.app.provenance import keep_provenance
 from kvpo.app.report_data import measure_diversity, write_branches, write_gallery
 from kvpo.config import Config
@@ -56,7 +55,6 @@ def align(config: Config, out: Path | str, *, resume: bool = False) -> dict[str,
     from kvpo.report.page import write_report
 
     out, started = local_path(out, "out"), time.perf_counter()
-    config = with_measured_floors(config)
     check(config)
     if resume and belongs_to_run(out):
         _demand_same_run(out, config)
@@ -203,7 +201,7 @@ def _finish(run: Run, directory: RunDirectory, show: Any, started: float) -> dic
         "checks": checks,
         "checked": {
             "update": run.trainer.update,
-            "weights": setup.config.evaluation.weights,
+            "weights": "average",
             "ratio_tolerance": ratio_tolerance(setup.config),
         },
         "radar": radar_summary(run, results),

@@ -107,7 +107,7 @@ def _generate_arguments(parser: ArgumentParser) -> None:
         help="a run whose aligned model generates, in addition to its base",
     )
     _checkpoint_argument(parser)
-    _weights_argument(parser, dest=f"{SETTING}evaluation.weights", default=SUPPRESS)
+    _weights_argument(parser)
     parser.add_argument(
         "--prompts",
         type=path_argument,
@@ -133,6 +133,7 @@ def _generate(arguments: Namespace) -> None:
         prompts=arguments.prompts,
         run=arguments.run,
         checkpoint=arguments.checkpoint,
+        weights=arguments.weights,
     )
     print("\n".join(map(str, videos)))
 
@@ -310,12 +311,12 @@ def _checkpoint_argument(parser: ArgumentParser) -> None:
     )
 
 
-def _weights_argument(parser: ArgumentParser, **stored: str) -> None:
+def _weights_argument(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--weights",
-        metavar="{average,raw}",
-        help="moving average of the trained weights, or the raw ones (default: the run's evaluation.weights)",
-        **stored,
+        choices=("average", "raw"),
+        default="average",
+        help="moving average of the trained weights, or the raw ones of the last update (default: average)",
     )
 
 

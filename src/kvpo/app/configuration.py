@@ -20,7 +20,8 @@ from typing import Any, Literal
 
 import yaml
 
-from kvpo.app.noise_files import with_measured_floors
+from kvpo.app.noise_files import NOISE_FLOORS, measured_floors
+from kvpo.app.old_settings import OLD, OLD_SECTIONS
 from kvpo.app.presets import PRESETS
 from kvpo.config import Config
 from kvpo.config_checks import ConfigurationError, check
@@ -30,35 +31,16 @@ PLACES = (
     "device",
     "rewards.cache",
     # Where weights and prompts lie: what they are is checked by their digest.
-    "base",
     "prompts.file",
+    "backbone.geometry",
     "backbone.checkpoint",
     "backbone.lora",
-    "backbone.embeddings",
-    "backbone.offline",
     "backbone.offload",
 )
 """Settings of a run that say where things are, and may differ whenever it is taken up again."""
-CHANGEABLE_ON_RESUME = (*PLACES, "optim.updates", "checkpoint.every", "checkpoint.keep")
-PLACES_OF_A_RUN = (*PLACES, "backbone.vae", "backbone.text_encoder", "backbone.tokenizer")
+CHANGEABLE_ON_RESUME = (*PLACES, "optim.updates", "checkpoint.every")
+PLACES_OF_A_RUN = (*PLACES, "backbone.vae", "backbone.text_encoder")
 """Settings of a run that `kvpo evaluate` and `kvpo export` accept."""
-
-
-RENAMED = {
-    **{
-        f"objective.{name}": f"kvpo.{name}"
-        for name in (
-            "anchor_state_weight",
-            "temperature",
-            "anchor_share",
-            "clip_low",
-            "clip_high",
-            "simplex_kl",
-        )
-    },
-    "objective.anchor_in_pool": "kvpo.anchor_share (above 0 puts the anchor in the pool)",
-}
-"""Settings of earlier versions and what to use instead; there are no silent aliases."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +78,7 @@ def resolve(preset: str | None, file: Path | None, flags: Mapping[str, str]) -> 
     start = str(values.get("preset", "demo")) if preset is None else preset
     config = _start(start, given.get("method", values.get("method")))
     config = assign(config, {**values, "preset": config.preset})
-    config = with_measured_floors(assign(config, given))
+    config = assign(config, given)
     check(config)
     return config
 
@@ -107,7 +89,7 @@ def preset(name: str, changes: Mapping[str, Any] | None = None) -> Config:
     Raises ConfigurationError for an unknown name, field or value.
     """
     changes = changes or {}
-    config = with_measured_floors(assign(_start(name, changes.get("method")), {**changes, "preset": name}))
+    config = assign(_start(name, changes.get("method")), {**changes, "preset": name})
     check(config)
     return config
 
@@ -125,7 +107,7 @@ def _start(name: str, method: Any = None) -> Config:
 def with_method(config: Config, method: Any) -> Config:
     """``config`` with another method, its own explorer and the settings that it starts from."""
     config = assign(config, {"method": method})
-    own = config.method_settings
+    own = config.own_settings
     return assign(config, {"exploration.explorer": own.EXPLORERS[0], **own.STARTS_FROM})
 
 
@@ -137,7 +119,7 @@ def resolve_saved(saved: Path, flags: Mapping[str, str] | None = None) -> Config
     values = read_file(saved)
     for path, value in values.items():
         _setting(path, value)  # a setting that has moved says where it is
-    if missing := {"preset", "checkpoint.keep"} - values.keys():  # the first and the last line
+    if missing := {"preset", "checkpoint.every"} - values.keys():  # the first and the last line
         raise ConfigurationError(
             f"{saved} is not the whole configuration of a run: it lacks {' and '.join(sorted(missing))}; put "
             "the file back as the run wrote it"
@@ -156,16 +138,14 @@ def resolve_resumed(saved: Path, preset: str | None, file: Path | None, flags: M
         **(read_file(file) if file is not None else {}),
         **({} if preset is None else {"preset": preset}),
     }
-    after = with_measured_floors(assign(assign(before, given), parse_flags(flags)))
+    after = assign(assign(before, given), parse_flags(flags))
     check(after)
     demand_same_run(saved, before, after, CHANGEABLE_ON_RESUME)
     return after
 
 
-def resolve_run(run: Path, places: Mapping[str, Any] | None = None, weights: str | None = None) -> Config:
+def resolve_run(run: Path, places: Mapping[str, Any] | None = None) -> Config:
     """The configuration of the run in ``run``, whose files now lie at ``places`` (dotted path -> value).
-
-    ``weights`` is what to take instead of its ``evaluation.weights``.
 
     Raises ConfigurationError for a setting that is not in PLACES_OF_A_RUN.
     """
@@ -174,7 +154,7 @@ def resolve_run(run: Path, places: Mapping[str, Any] | None = None, weights: str
     after = assign(before, places or {})
     check(after)
     demand_same_run(saved, before, after, PLACES_OF_A_RUN)
-    return after if weights is None else assign(after, {"evaluation.weights": weights})
+    return after
 
 
 def demand_same_run(saved: Path, before: Config, after: Config, changeable: Sequence[str]) -> None:
@@ -230,6 +210,8 @@ def assign(config: Config, values: Mapping[str, Any]) -> Config:
     for path, value in values.items():
         section, _, name = path.rpartition(".")
         setting = _setting(path, value)
+        if path == NOISE_FLOORS:
+            value = measured_floors(value)
         changes.setdefault(section, {})[name] = _convert(setting.type, value, setting)
     top = changes.pop("", {})
     parts = {name: dataclasses.replace(vars(config)[name], **part) for name, part in changes.items()}
@@ -240,7 +222,7 @@ def flat(values: Mapping[Any, Any]) -> dict[str, Any]:
     """Sections opened up: {"optim": {"lr": 1}} becomes {"optim.lr": 1}; an empty section gives nothing."""
     result: dict[str, Any] = {}
     for key, value in values.items():
-        if key not in sections():
+        if key not in sections() and not (key in OLD_SECTIONS and isinstance(value, Mapping)):
             result[str(key)] = value
         elif isinstance(value, Mapping):
             result.update({f"{key}.{name}": item for name, item in value.items()})
@@ -270,8 +252,8 @@ def _ending(path: str) -> str:
 
 
 def _setting(path: str, value: Any) -> Setting:
-    if path in RENAMED:
-        raise ConfigurationError(f"{path} (value {_shown(value)}) is now {RENAMED[path]}")
+    if path in OLD:
+        raise ConfigurationError(f"{path} (value {_shown(value)}) is no longer a setting: {OLD[path]}")
     if path not in settings():
         raise ConfigurationError(f"unknown field {path!r} (value {_shown(value)}){nearest(path, settings())}")
     return settings()[path]
@@ -286,12 +268,11 @@ def _parse(kind: Any, text: str) -> Any:
         return text
     if origin is tuple and not text.startswith("["):
         text = f"[{text}]"
-    if origin is dict and typing.get_args(kind)[1] is str and not text.startswith("{"):
-        # a path may hold what YAML would take for something else
-        pairs = [part.partition("=") for part in text.split(",") if part]
-        return {name: value for name, _, value in pairs} if all(value for *_, value in pairs) else text
     if origin is dict and not text.startswith("{"):
-        text = "{" + text.replace("=", ": ") + "}"
+        # A path may hold what YAML would take for something else, and a number converts from its text.
+        pairs = [part.partition("=") for part in text.split(",") if part]
+        values = {name.strip(): value.strip() for name, _, value in pairs}
+        return values if all(values.values()) and len(values) == len(pairs) else text
     try:
         return yaml.load(text, Loader=_StrictLoader)
     except (yaml.YAMLError, ValueError, RecursionError):

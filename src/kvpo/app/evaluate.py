@@ -26,7 +26,7 @@ def evaluate(
     run: Path | str,
     *,
     checkpoint: str | None = None,
-    weights: str | None = None,
+    weights: str = "average",
     out: Path | str | None = None,
     places: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
@@ -39,25 +39,25 @@ def evaluate(
 
     Args:
         checkpoint: best, latest, an update, a directory; None: the best.
-        weights: average or raw; None: as the run's ``evaluation.weights`` says.
+        weights: the moving ``average`` of the trained weights, or the ``raw`` ones of the last update.
         out: file to write; None: ``evaluation.json`` in the run directory.
         places: where the run's files lie now, by setting (``{"backbone.checkpoint": "/new/base.pt"}``).
     """
     run = local_path(run, "run")
-    config = resolve_run(run, places, weights)
+    config = resolve_run(run, places)
     target = output_file(run / "evaluation.json" if out is None else out, "out")
     with computing(config):
-        return _evaluate(run, config, checkpoint, target)
+        return _evaluate(run, config, checkpoint, weights, target)
 
 
-def _evaluate(run: Path, config: Config, checkpoint: str | None, out: Path) -> dict[str, Any]:
+def _evaluate(run: Path, config: Config, checkpoint: str | None, weights: str, out: Path) -> dict[str, Any]:
     demand_same_prompts(run, config)
     demand_same_files(run, config)
     path = find_checkpoint(run / "checkpoints", checkpoint)
     if (warning := no_improvement(path, checkpoint)) is not None:
         logger.warning(warning)
     setup = build_setup(config)
-    sides = open_checkpoint(setup.backbone.weights, path)
+    sides = open_checkpoint(setup.backbone.weights, path, weights)
     held_out = {}
     with progress_bars() as show:
         for done, (name, prompts) in enumerate(setup.test.items()):
@@ -68,7 +68,7 @@ def _evaluate(run: Path, config: Config, checkpoint: str | None, out: Path) -> d
                 aligned = evaluate_prompts(setup, prompts)
             held_out[name] = comparison(base, aligned, setup.judges)
         show("base and aligned on test prompts", len(setup.test), len(setup.test))
-    numbers = {"checkpoint": path.name, "weights": config.evaluation.weights, "held_out": held_out}
+    numbers = {"checkpoint": path.name, "weights": weights, "held_out": held_out}
     numbers |= {"scored": asdict(setup.scored)} | ({} if warning is None else {"improved": False})
     verdict = verdict_of(numbers, asdict(config))
     numbers["verdict"] = verdict.text

@@ -30,7 +30,7 @@ def export(
     *,
     layout: Layout,
     checkpoint: str | None = None,
-    weights: str | None = None,
+    weights: str = "average",
     places: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write a run's model with what it trained, averaged or raw, and return the path written.
@@ -42,7 +42,7 @@ def export(
         layout: ``peft`` or ``diffusers-lora``, the adapter alone; ``diffusers`` or ``pt``, all weights with
             the adapter merged, as a diffusers directory or as the public ``.pt`` file.
         checkpoint: best, latest, an update, a directory; None: the best.
-        weights: average or raw; None: as the run's ``evaluation.weights`` says.
+        weights: the moving ``average`` of the trained weights, or the ``raw`` ones of the last update.
         places: where the run's weights lie now, by setting (``{"backbone.checkpoint": "/new/base.pt"}``).
 
     Raises:
@@ -51,12 +51,12 @@ def export(
         ValueError: a run, checkpoint or target that cannot be used; a best checkpoint that is the base.
     """
     run, out = local_path(run, "run"), local_path(out, "out")
-    config = resolve_run(run, places, weights)
+    config = resolve_run(run, places)
     demand_new(out)
-    adapted = config.optim.train == "lora"
+    adapted = config.optim.lora_rank > 0
     if layout in ("peft", "diffusers-lora") and not adapted:
         raise ConfigurationError(
-            f"--layout {layout}: {run} trained all parameters (optim.train full) and has no adapter; "
+            f"--layout {layout}: {run} trained all parameters (optim.lora_rank 0) and has no adapter; "
             "use diffusers or pt"
         )
     merged = bool(config.backbone.lora) and config.backbone.lora_start == "merge"
@@ -71,7 +71,7 @@ def export(
         raise ValueError(refusal)
     trained = source_of(config).weights(on_host(config))
     model = trained.model
-    with open_checkpoint(trained, path).aligned():
+    with open_checkpoint(trained, path, weights).aligned():
         match layout:
             case "peft":
                 save_peft_adapter(out, adapter_state(model), base_model=config.backbone.checkpoint)

@@ -92,7 +92,7 @@ def prompt_file(config: Config, location: Path | str) -> Path:
     from kvpo.models.hub import resolve
 
     try:
-        return resolve(location, offline=config.backbone.offline)
+        return resolve(location)
     except ValueError as error:
         raise ValueError(f"{location}: no such prompt file ({error})") from error
 

@@ -46,6 +46,7 @@ def generate(
     prompts: Path | str | Sequence[VideoPrompt] | None = None,
     run: Path | str | None = None,
     checkpoint: str | None = None,
+    weights: str = "average",
 ) -> list[Path]:
     """Generate one video per prompt and return the paths of the mp4 files.
 
@@ -55,9 +56,9 @@ def generate(
 
     Args:
         prompts: a prompt file (see ``kvpo.prompt_files``), prompts, or None: some of the test prompts.
-        run: directory of a run whose aligned model generates too, with its averaged or raw weights as
-            ``config.evaluation.weights`` says; None: the base alone.
+        run: directory of a run whose aligned model generates too; None: the base alone.
         checkpoint: which checkpoint of the run: best, latest, an update, a directory; None: the best.
+        weights: the moving ``average`` of the trained weights, or the ``raw`` ones of the last update.
 
     Raises:
         ValueError: a prompt file, checkpoint or base that cannot be used; a length the stream cannot have;
@@ -71,11 +72,16 @@ def generate(
     if run is not None and prompts is None:
         demand_same_prompts(run, config)
     with computing(config):
-        return _generate(config, out, _prompts(config, prompts), run, checkpoint)
+        return _generate(config, out, _prompts(config, prompts), run, checkpoint, weights)
 
 
 def _generate(
-    config: Config, out: Path, wanted: list[VideoPrompt], run: Path | None, checkpoint: str | None
+    config: Config,
+    out: Path,
+    wanted: list[VideoPrompt],
+    run: Path | None,
+    checkpoint: str | None,
+    weights: str,
 ) -> list[Path]:
     """Load the generator, and write the videos of the prompts batch by batch."""
     path = None if run is None else find_checkpoint(run / "checkpoints", checkpoint)
@@ -83,9 +89,9 @@ def _generate(
         logger.warning(warning)
     backbone = load_backbone(config, wanted)
     if path is None:
-        sides = [policy_of(backbone.weights.model, adapted=config.optim.train == "lora").reference]
+        sides = [policy_of(backbone.weights.model, adapted=config.optim.lora_rank > 0).reference]
     else:
-        both = open_checkpoint(backbone.weights, path)
+        both = open_checkpoint(backbone.weights, path, weights)
         sides = [both.base, both.aligned]
     try:
         out.mkdir(parents=True, exist_ok=True)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kvpo.app.named_rewards import WORLD, named_rewards
-from kvpo.config import Config, ObjectiveConfig
+from kvpo.config import TOTAL, WORLD_NOISE_FLOOR, Config
 from kvpo.config_checks import ConfigurationError
 from kvpo.rewards.cache import ScoreCache
 from kvpo.rewards.protocol import Scorer
@@ -94,12 +94,12 @@ def _rewards(
 
 def _warn_without_floor(config: Config, components: Sequence[str]) -> None:
     """Warn where the noise floor that was measured for the embedded world stands in for that of a reward."""
-    floor, measured = config.objective.noise_floor, config.rewards.noise_floors
+    measured = config.rewards.noise_floors
     unmeasured = [name for name in components if name not in measured and config.rewards.weights.get(name, 1)]
-    if unmeasured and floor == ObjectiveConfig().noise_floor:
+    if unmeasured and TOTAL not in measured:
         logger.warning(
-            "no noise floor was measured for %s: objective.noise_floor = %g is that of the embedded world's "
-            "rewards, on another scale; measure one with `kvpo calibrate` (rewards.noise_files) or set it",
+            "no noise floor was measured for %s: %g is that of the embedded world's rewards, on another "
+            "scale; measure one with `kvpo calibrate` and set rewards.noise_floors",
             ", ".join(unmeasured),
-            floor,
+            WORLD_NOISE_FLOOR,
         )

@@ -1,50 +1,52 @@
 """Noise floors from the files that `kvpo calibrate` writes."""
 
 import math
-from dataclasses import replace
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from kvpo.config import Config
 from kvpo.config_checks import ConfigurationError
 from kvpo.files import local_path, read_json
 
-TOTAL = "total"
-"""Name that `kvpo calibrate` gives the weighted sum of several components."""
+NOISE_FLOORS = "rewards.noise_floors"
 
 
-def with_measured_floors(config: Config) -> Config:
-    """``config`` with the floors of ``rewards.noise_files`` in ``rewards.noise_floors``, and no files left.
+def measured_floors(floors: Any) -> Any:
+    """Floors by component, those that name a file of `kvpo calibrate` replaced by what it measured.
 
-    So a run's saved settings hold what was measured, even if the files change. Raises ConfigurationError
-    for files that cannot be used or say something else than ``rewards.noise_floors``.
+    So a run's saved settings hold what was measured, even if the file changes. Raises ConfigurationError for
+    a file that cannot be used or has no such component.
     """
-    rewards = config.rewards
-    floors = dict(rewards.noise_floors)
-    for name in rewards.noise_files:
-        for component, floor in read_floors(local_path(name, "rewards.noise_files")).items():
-            if floors.setdefault(component, floor) != floor:
-                raise ConfigurationError(
-                    f"rewards.noise_files: {name} has {floor:g} for {component!r}, and "
-                    f"{floors[component]:g} is given already; leave one of them out"
-                )
-    return replace(config, rewards=replace(rewards, noise_floors=floors, noise_files=()))
+    if not isinstance(floors, Mapping):
+        return floors
+    return {
+        name: read_floor(local_path(value, NOISE_FLOORS), str(name)) if _is_path(value) else value
+        for name, value in floors.items()
+    }
 
 
-def read_floors(path: Path) -> dict[str, float]:
-    """The floor of every component in a file of `kvpo calibrate`. Raises ConfigurationError."""
+def _is_path(value: Any) -> bool:
+    try:
+        float(value)
+    except (TypeError, ValueError):
+        return isinstance(value, str)
+    return False
+
+
+def read_floor(path: Path, component: str) -> float:
+    """The floor of a component in a file of `kvpo calibrate`. Raises ConfigurationError."""
+    field = f"{NOISE_FLOORS}.{component}"
     try:
         record = read_json(path)
     except ValueError as error:
-        raise ConfigurationError(f"rewards.noise_files: cannot read {error}") from error
+        raise ConfigurationError(f"{field}: cannot read {error}") from error
     components = record.get("components") if isinstance(record, dict) else None
     if not isinstance(components, dict) or not components:
-        raise ConfigurationError(f"rewards.noise_files: {path} was not written by `kvpo calibrate`")
-    floors = {}
-    for name, measured in components.items():
-        floor = measured.get("noise_floor") if isinstance(measured, dict) else None
-        if isinstance(floor, bool) or not isinstance(floor, int | float) or not 0 <= floor < math.inf:
-            raise ConfigurationError(
-                f"rewards.noise_files: {path} has no noise floor of 0 or more for {name!r}, but {floor!r}"
-            )
-        floors[name] = float(floor)
-    return {name: floor for name, floor in floors.items() if name != TOTAL or len(floors) == 1}
+        raise ConfigurationError(f"{field}: {path} was not written by `kvpo calibrate`")
+    if component not in components:
+        raise ConfigurationError(f"{field}: {path} holds no such component; it has {', '.join(components)}")
+    measured = components[component]
+    floor = measured.get("noise_floor") if isinstance(measured, dict) else None
+    if isinstance(floor, bool) or not isinstance(floor, int | float) or not 0 <= floor < math.inf:
+        raise ConfigurationError(f"{field}: {path} has no noise floor of 0 or more, but {floor!r}")
+    return float(floor)

@@ -21,6 +21,7 @@ from kvpo.files import write_atomic
 from kvpo.method.methods import METHODS
 from kvpo.models.causal_wan import CausalWan
 from kvpo.plan.phases import Plan, Rates, plan_run
+from kvpo.training.checkpoint import KEPT_CHECKPOINTS
 from kvpo.training.gradients import trajectories_together
 
 GB = 1e9
@@ -98,7 +99,7 @@ def _changes(config: Config) -> Iterator[dict[str, object]]:
         ("backbone.vae_precision", ["bfloat16"]),
         ("optim.rollouts_per_refresh", [1]),
         ("optim.prompts_per_update", [4, 2, 1]),
-        ("optim.lora_rank", [128, 64, 32] if optim.train == "lora" else []),
+        ("optim.lora_rank", [128, 64, 32] if optim.lora_rank else []),
         ("exploration.resident_frames", [24, 21, 18, 15]),
     ):
         own = flat(asdict(config))[name]
@@ -182,8 +183,8 @@ def _print(plan: Plan, memory: float | None, advice: Advice | None) -> None:
         f"peak: {_gb(plan.total(plan.peak))} GB in {plan.peak.name!r}; at least {plan.seconds:.3g} s "
         "per update, rewards not counted",
         f"host memory: {_gb(sum(plan.host.values()))} GB ({_listed(plan.host)})",
-        f"disk: {_gb(plan.checkpoint)} GB per checkpoint, {_gb(plan.disk)} GB for checkpoint.keep = "
-        f"{plan.config.checkpoint.keep}, the best and the one being written",
+        f"disk: {_gb(plan.checkpoint)} GB per checkpoint, {_gb(plan.disk)} GB for the last "
+        f"{KEPT_CHECKPOINTS}, the best and the one being written",
     ]
     if memory is not None:
         lines.append(_verdict(plan, memory, advice))

@@ -19,25 +19,9 @@ from kvpo.config import (
     StreamConfig,
 )
 from kvpo.method.settings import KvpoSettings
-from kvpo.models.settings import WanShape
 
 TEXT_AND_PIXELS = "Wan-AI/Wan2.1-T2V-1.3B"
 """Hub repository of Wan 2.1, whose text encoder and VAE all its descendants share."""
-
-WAN_1_3B = WanShape(
-    dim=1536,
-    num_heads=12,
-    num_layers=30,
-    ffn_dim=8960,
-    freq_dim=256,
-    text_len=512,
-    text_dim=4096,
-    channels=16,
-    patch_size=(1, 2, 2),
-    latent_height=60,
-    latent_width=104,
-    eps=1e-6,
-)
 
 
 def demo() -> Config:
@@ -50,10 +34,12 @@ def longlive_1_3b() -> Config:
     return Config(
         preset="longlive-1.3b",
         device="cuda",
-        backbone=BackboneConfig(kind="wan", text_encoder=TEXT_AND_PIXELS, vae=TEXT_AND_PIXELS),
+        backbone=BackboneConfig(
+            kind="wan", geometry="1.3b", text_encoder=TEXT_AND_PIXELS, vae=TEXT_AND_PIXELS
+        ),
         prompts=PromptsConfig(frames=147),
-        model=WAN_1_3B,
         stream=StreamConfig(
+            size=(60, 104),
             block=3,
             window=12,
             sink=3,
@@ -67,20 +53,17 @@ def longlive_1_3b() -> Config:
         ),
         # A temperature of 1 leaves the surrogate policy near uniform, so the reported KL weight of 10 and the
         # clipping hardly bind; calibrate it (none) together with a KL weight below 1.
-        kvpo=KvpoSettings(temperature=1.0, simplex_kl=10.0),
+        kvpo=KvpoSettings(simplex_kl=10.0),
         objective=ObjectiveConfig(
             grad_steps=2,
             velocity_kl=0.0,
             advantages="anchor",
-            keep_best=0,
-            keep_worst=0,
+            keep=(0, 0),
+            temperature=1.0,
         ),
         optim=OptimConfig(
             lora_rank=256,
-            lora_alpha=256,
             lr=1e-5,
-            weight_decay=0.01,
-            warmup_updates=5,
             ema_decay=0.999,
             updates=1500,
             prompts_per_update=4,  # together with HPSv3 the most that one 80 GB card holds
@@ -117,8 +100,7 @@ def self_forcing_1_3b() -> Config:
 def wan_14b() -> Config:
     """The 14B geometry of Wan 2.1, streamed as LongLive does."""
     base = longlive_1_3b()
-    model = replace(WAN_1_3B, dim=5120, num_heads=40, num_layers=40, ffn_dim=13824)
-    return replace(base, preset="wan-14b", model=model)
+    return replace(base, preset="wan-14b", backbone=replace(base.backbone, geometry="14b"))
 
 
 PRESETS: dict[str, Callable[[], Config]] = {

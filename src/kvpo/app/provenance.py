@@ -19,6 +19,7 @@ from kvpo.app.file_prompts import prompt_file
 from kvpo.config import Config
 from kvpo.config_checks import ConfigurationError
 from kvpo.files import read_bytes, read_json, write_atomic
+from kvpo.models.geometry import fields_of
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +50,7 @@ def keep_provenance(path: Path, config: Config) -> None:
     record = {
         "kvpo": __version__,
         "torch": torch.__version__,
+        "geometry": fields_of(config.model),
         "threads": torch.get_num_threads(),
         "prompts": prompts_of(config),
         "files": source_of(config).file_digests(config),

@@ -27,8 +27,10 @@ from kvpo.engine.rollout import Group
 from kvpo.engine.scoring import Scores, decode_members, score_group
 from kvpo.engine.stream import TextTable, stream_latents
 from kvpo.files import write_atomic
+from kvpo.method.advantage import GLOBAL_WEIGHT
 from kvpo.method.evidence import no_credit
 from kvpo.prompts import VideoPrompt
+from kvpo.report.headline import FEWEST_PROMPTS
 from kvpo.training.collection import credit_of, explore
 from kvpo.training.credit import collection_scale
 from kvpo.training.diversity import Laboratory, Place, averaged
@@ -75,10 +77,9 @@ def measure_diversity(setup: Setup) -> dict[str, dict[str, float]]:
 
     What a video shows is read off its pixels; empty where the generator's source does not allow that.
     """
-    count = setup.config.evaluation.diversity_prompts
-    if not count or source_of(setup.config).read_off is None:
+    if source_of(setup.config).read_off is None:
         return {}
-    places = story_places(setup, count)
+    places = story_places(setup, FEWEST_PROMPTS)
     look = laboratory(setup, [prompt for place in places for prompt in place.prompts])
     # A fork frame may gather few prompts; every prompt counts once.
     weights = [len(place.prompts) for place in places]
@@ -244,9 +245,9 @@ def _group_entry(
     ``extras`` are further numbers of every member, the anchor's last; ``donors`` are the prompts of the
     groups that routed frames may come from.
     """
-    judges, weight = setup.judges, setup.config.objective.global_weight
+    judges = setup.judges
     pixels = decode_members(group, setup.backbone.codec, lead=group.fork)
-    totals = score.totals(judges.weights_K, weight)
+    totals = score.totals(judges.weights_K, GLOBAL_WEIGHT)
     members = []
     for n in [group.branches, *range(group.branches)]:
         anchor = n == group.branches

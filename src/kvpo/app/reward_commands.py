@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 
 from kvpo.app.configuration import path_argument
+from kvpo.config import TOTAL
 from kvpo.config_checks import ConfigurationError
 from kvpo.progress import progress_bars
 from kvpo.rewards.catalogue import FAMILIES, REWARD_IDS
@@ -104,8 +105,8 @@ def calibrate(arguments: Namespace) -> None:
             progress=partial(show, "calibrating"),
         )
     print(table(found))
-    print(f"--objective.noise_floor {list(found.values())[-1].noise_floor:.3g}")
-    print(f"--rewards.noise_files {out}")
+    parts = [name for name in found if name != TOTAL or len(found) == 1]
+    print(f"--rewards.noise_floors {','.join(f'{name}={out}' for name in parts)}")
 
 
 def reward_server_arguments(parser: ArgumentParser) -> None:

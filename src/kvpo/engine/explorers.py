@@ -94,8 +94,6 @@ def routes(site: Site, group: int) -> list[Member]:
     exploration = site.forks[group].exploration
     draws = keyed_generator("routes", *site.key, group)
     drawn = [draw_routes(site.pools, group, exploration, draws)] * exploration.blocks
-    if exploration.redraw_every_block:
-        drawn[1:] = [draw_routes(site.pools, group, exploration, draws) for _ in drawn[1:]]
     return [Member(group, routes=own) for own in zip(*drawn, strict=True)]
 
 

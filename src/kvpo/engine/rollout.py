@@ -101,12 +101,11 @@ class Rollout:
         forks, prompts = self.planned.forks[own], self.planned.prompts[own]
         exploration, farthest = forks[0].exploration, max(fork.frame for fork in forks)
         rows, resident = exploration.rows, exploration.resident_frames
-        pool = (resident or farthest) if exploration.reencode_pool else 0
         roots = [open_stream(self.generator, self.cache, one, self.texts, self.tape) for one in prompts]
         for at in range(0, farthest, self.generator.block):
             growing = [root for root, fork in zip(roots, forks, strict=True) if at < fork.frame]
-            advance(self.generator, growing, rows=rows, resident=resident, reencode_frames=pool)
-        switch_prompts(self.generator, roots, rows=rows, reencode_frames=pool)
+            advance(self.generator, growing, rows=rows, resident=resident)
+        switch_prompts(self.generator, roots, rows=rows)
         self.roots += roots
 
     def run(self, members: Sequence[Member], *, rows: int = 0, steps: int | None = None) -> Iterator[Ran]:

@@ -28,14 +28,8 @@ class Clip:
 
 @dataclass(frozen=True)
 class ClipShares:
-    """The clips that make up the global signal, and how much each of them counts.
+    """The clips that make up the global signal; a clip's share of the signal goes with its frames."""
 
-    A clip's share of the signal goes with its frames, times ``segment_discount`` to the power of the segments
-    that lie between its own and the fork's.
-    """
-
-    segment_discount: float = 1.0
-    """1 lets every frame after the fork count alike, 0 only those of the segment that the fork is in."""
     transition_blocks: int = 0
     """Blocks on either side of a prompt switch in a further clip of the transition; 0: no such clips."""
 
@@ -99,16 +93,13 @@ def shared_clips(
     prompt: VideoPrompt, first: int, stop: int, *, block: int, shares: ClipShares
 ) -> list[tuple[Clip, float]]:
     """The clips of latent frames ``[first, stop)``, each with its share of the signal; shares add up to 1."""
-    segments = segment_clips(prompt, first, stop, block=block, lead=block)
-    found = [(clip, away) for away, clip in enumerate(segments)]
+    found = segment_clips(prompt, first, stop, block=block, lead=block)
     if shares.transition_blocks:
         half = shares.transition_blocks * block
         around = transition_clips(prompt, first, stop, block=block, half=half)
-        found += [(clip, away) for away, clip in enumerate(around) if clip is not None]
-    counts = [
-        (clip.stop - clip.start - clip.prompt.switch) * shares.segment_discount**away for clip, away in found
-    ]
-    return [(clip, count / sum(counts)) for (clip, _), count in zip(found, counts, strict=True) if count]
+        found += [clip for clip in around if clip is not None]
+    counts = [clip.stop - clip.start - clip.prompt.switch for clip in found]
+    return [(clip, count / sum(counts)) for clip, count in zip(found, counts, strict=True)]
 
 
 def in_pixels(clip: Clip, frames_per_latent: int) -> Clip:

@@ -103,13 +103,10 @@ def denoise_block(
     return Trajectory(torch.stack(states, 1), torch.stack(velocities, 1), x)
 
 
-def switch_prompts(
-    generator: StreamingGenerator, streams: Sequence[Stream], *, rows: int = 0, reencode_frames: int = 0
-) -> None:
+def switch_prompts(generator: StreamingGenerator, streams: Sequence[Stream], *, rows: int = 0) -> None:
     """Re-encode the recent history of every stream whose prompt switches before its next block.
 
-    ``rows`` streams at a time (0: all). ``reencode_frames`` above the deployment window re-encodes that many
-    frames, oldest part first.
+    ``rows`` streams at a time (0: all).
     """
     deployment = generator.deployment
     due = [s for s in streams if s.start and s.prompt.segment_at(s.start) != s.segment]
@@ -121,45 +118,15 @@ def switch_prompts(
     alike = []
     for stream in due:
         frames = deployment.reencoded(stream.start)
-        # The pool is encoded block by block in absolute frames, so streams of one batch must agree on those.
-        pool = (stream.start, *stream.history.sink) if reencode_frames else ()
-        alike.append((*seen_alike(generator, stream), frames, frames == stream.start, *pool))
+        alike.append((*seen_alike(generator, stream), frames, frames == stream.start))
     for index in lockstep_batches(alike, rows):
         batch = [due[n] for n in index]
         text = text_of(batch)
-        if reencode_frames:
-            _reencode_pool(generator, batch, text, reencode_frames)
         context, frames = reencoding_context(deployment, [s.history for s in batch])
         clean = torch.stack([torch.cat(s.latents)[-frames:] for s in batch])
         pages = batch[0].history.cache.write(*generator.encode(clean, text, context))
         for stream, ids in zip(batch, pages, strict=True):
             adopt_reencoded(deployment, stream.history, ids)
-
-
-def _reencode_pool(
-    generator: StreamingGenerator, streams: Sequence[Stream], text: TextRows, reencode_frames: int
-) -> None:
-    """Re-encode resident frames older than the window, block by block under the new prompt.
-
-    The oldest blocks see what is resident of their own past.
-    """
-    deployment, end = generator.deployment, streams[0].start
-    history = streams[0].history
-    oldest = min((frame for frame in history.pages if frame not in history.sink), default=end)
-    last = end - deployment.reencoded(end)
-    first = max(oldest, end - reencode_frames)
-    first += -first % generator.block
-    for start in range(first, last - generator.block + 1, generator.block):
-        pasts = [stream.history.fork() for stream in streams]
-        for past in pasts:
-            past.end = start
-        recent = min(start - oldest, start if deployment.local_past is None else deployment.local_past)
-        context = routed_context(deployment, pasts, [()] * len(pasts), recent)
-        clean = torch.stack([s.latents[start // generator.block] for s in streams])
-        pages = streams[0].history.cache.write(*generator.encode(clean, text, context))
-        for past, stream, ids in zip(pasts, streams, pages, strict=True):
-            past.release()
-            stream.history.replace(start, ids)
 
 
 def seen_alike(
@@ -206,7 +173,6 @@ def advance(
     recent: int = 0,
     rows: int = 0,
     resident: int = 0,
-    reencode_frames: int = 0,
 ) -> Trajectory:
     """Generate the next block of every stream: switch prompts, denoise, then the clean pass writes pages.
 
@@ -218,9 +184,8 @@ def advance(
         recent: past frames that routed streams keep.
         rows: streams per forward pass; 0 means all.
         resident: history frames kept for later, counting the sink (0: all); older pages are released.
-        reencode_frames: see ``switch_prompts``.
     """
-    switch_prompts(generator, streams, rows=rows, reencode_frames=reencode_frames)
+    switch_prompts(generator, streams, rows=rows)
     commit_banks(generator, streams, text_of(streams))
     alike = [
         (*seen_alike(generator, stream, None if routes is None else routes[n], recent), stream.step)

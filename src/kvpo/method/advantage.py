@@ -11,6 +11,17 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+ADVANTAGE_LIMIT = 2.5
+"""Advantages end at plus or minus this: of eight branches, one that stands alone has (8 - 1) / sqrt(8) = 2.47
+in one signal, so that only what two signals agree on is cut. At the limit nft counts a branch as wholly good
+(its paper has 5)."""
+GLOBAL_WEIGHT = 0.5
+"""Weight of the global (post-fork) signal beside the local one: the window is what the branches differ in,
+and the video after it follows from it through more noise."""
+SUSPICION = {"selective": (0.25, 0.0), "reversing": (0.0, 1.0)}
+"""Fusion -> (margin, penalty): a positive advantage whose rank gap exceeds the margin becomes minus penalty
+times itself. A margin of a quarter leaves the ordinary disagreement of rewards alone; see
+benchmarks/RESULTS.md for both."""
 SMALLEST_SPREAD = 1e-12
 """Keeps 0 / 0 at 0 where no noise floor is given and all rewards are equal."""
 
@@ -120,7 +131,7 @@ def best_and_worst(advantages_G: Tensor, best: int, worst: int) -> Tensor:
     branches = len(advantages_G)
     if min(best, worst) < 0 or best + worst > branches:
         raise ValueError(
-            f"keep_best + keep_worst = {best} + {worst}: must be between 0 and the {branches} branches"
+            f"objective.keep = {best},{worst}: must add up to between 0 and the {branches} branches"
         )
     if best + worst == 0:
         return torch.arange(branches, device=advantages_G.device)

@@ -12,11 +12,15 @@ from kvpo.method.evidence import Credit, Evidence, Method, Trajectories
 from kvpo.method.flow import renoise_coefficients
 from kvpo.method.gaussian import gaussian_evidence, gaussian_loss
 from kvpo.method.gibbs import RATIO_METRICS
-from kvpo.method.settings import CmGrpoSettings
+from kvpo.method.settings import CmGrpoSettings, MethodSettings
 
 
 def evidence(
-    trajectories: Trajectories, credit: Credit, steps: int, settings: CmGrpoSettings, _: torch.Generator
+    trajectories: Trajectories,
+    credit: Credit,
+    steps: int,
+    settings: MethodSettings[CmGrpoSettings],
+    _: torch.Generator,
 ) -> Evidence:
     """The branches' visited states; targets (x - x' / alpha) / sigma explain each step."""
     return gaussian_evidence(trajectories, credit, steps, renoise_coefficients)

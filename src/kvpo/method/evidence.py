@@ -58,7 +58,7 @@ class Credit:
     all_advantages_G: Tensor
     """Advantages of every branch, before selection."""
     gap_G: Tensor
-    """Rank of the selected branches under the primary reward less their mean rank under the others."""
+    """Rank of the selected branches under the first reward less their mean rank under the others."""
     withheld: int = 0
     """Branches whose positive advantage selective fusion took away."""
 
@@ -242,6 +242,8 @@ class Method:
     """The evidence reads where the last of the solver steps led, too."""
     keep_pool: bool = False
     """Targets are asked for under routed history, so its pages stay until the replay."""
+    pooled_scale: bool = False
+    """Advantages are divided by the reward spread of the whole collection instead of their own group's."""
     linear: bool = False
     """The loss is linear in the table, so its gradient needs no table; saves a pass in micro-batches."""
     residual: str = "residual"

@@ -14,11 +14,15 @@ from kvpo.method.evidence import Credit, Evidence, Method, Trajectories
 from kvpo.method.flow import sde_coefficients
 from kvpo.method.gaussian import gaussian_evidence, gaussian_loss
 from kvpo.method.gibbs import RATIO_METRICS
-from kvpo.method.settings import FlowGrpoSettings
+from kvpo.method.settings import FlowGrpoSettings, MethodSettings
 
 
 def evidence(
-    trajectories: Trajectories, credit: Credit, steps: int, settings: FlowGrpoSettings, _: torch.Generator
+    trajectories: Trajectories,
+    credit: Credit,
+    steps: int,
+    settings: MethodSettings[FlowGrpoSettings],
+    _: torch.Generator,
 ) -> Evidence:
     """The branches' visited states; targets are the velocities that explain each step."""
 

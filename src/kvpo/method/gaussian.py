@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kvpo.method.evidence import Credit, Evidence, Metrics, Tables, Trajectories, evidence_of
 from kvpo.method.gibbs import clipped_surrogate, ratio_metrics
-from kvpo.method.settings import CmGrpoSettings, FlowGrpoSettings
+from kvpo.method.settings import CmGrpoSettings, FlowGrpoSettings, MethodSettings
 
 
 def gaussian_evidence(
@@ -43,10 +43,10 @@ def gaussian_evidence(
 
 
 def gaussian_loss(
-    tables: Tables, credit: Credit, settings: FlowGrpoSettings | CmGrpoSettings
+    tables: Tables, credit: Credit, settings: MethodSettings[FlowGrpoSettings | CmGrpoSettings]
 ) -> tuple[Tensor, Metrics]:
     """Clipped surrogate of every solver step, rho = exp(old - now), with its branch's advantage."""
     now, old = -tables.now, -tables.old.detach()
     advantages_N11 = credit.advantages_N(tables.branch_N, now)[:, None, None]
-    loss = clipped_surrogate(now, old, advantages_N11, settings.clip, settings.clip)
-    return loss, {"loss": float(loss.detach())} | ratio_metrics(now, old, settings.clip, settings.clip)
+    loss = clipped_surrogate(now, old, advantages_N11, settings.clip)
+    return loss, {"loss": float(loss.detach())} | ratio_metrics(now, old, settings.clip)

@@ -100,14 +100,16 @@ def policy_ratio(log_probs: Tensor, old_log_probs: Tensor) -> Tensor:
 
 
 def clipped_surrogate(
-    log_probs_G: Tensor, old_log_probs_G: Tensor, advantages_G: Tensor, clip_low: float, clip_high: float
+    log_probs_G: Tensor, old_log_probs_G: Tensor, advantages_G: Tensor, clip: tuple[float, float]
 ) -> Tensor:
-    """-(1/G) sum_g min(rho_g A_g, clip(rho_g, 1 - clip_low, 1 + clip_high) A_g), a scalar to minimise.
+    """-(1/G) sum_g min(rho_g A_g, clip(rho_g, 1 - low, 1 + high) A_g), a scalar to minimise.
 
-    Advantages broadcast: log-probabilities may have more axes than one, and the mean goes over all.
+    ``clip`` is (low, high). Advantages broadcast: log-probabilities may have more axes than one, and the mean
+    goes over all.
     """
     ratio = policy_ratio(log_probs_G, old_log_probs_G)
-    clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
+    low, high = clip
+    clipped = ratio.clamp(1 - low, 1 + high)
     return -torch.minimum(ratio * advantages_G, clipped * advantages_G).mean()
 
 
@@ -116,10 +118,11 @@ def simplex_kl(log_probs: Tensor, reference_log_probs: Tensor) -> Tensor:
     return (log_probs.exp() * (log_probs - reference_log_probs)).sum()
 
 
-def ratio_metrics(log_probs: Tensor, old_log_probs: Tensor, clip_low: float, clip_high: float) -> Metrics:
+def ratio_metrics(log_probs: Tensor, old_log_probs: Tensor, clip: tuple[float, float]) -> Metrics:
     """Mean and largest ratio, its largest distance from 1, and the share outside the clip range."""
     ratio = policy_ratio(log_probs.detach(), old_log_probs)
-    outside = (ratio < 1 - clip_low) | (ratio > 1 + clip_high)
+    low, high = clip
+    outside = (ratio < 1 - low) | (ratio > 1 + high)
     return {
         "ratio_mean": float(ratio.mean()),
         "ratio_max": float(ratio.max()),
@@ -134,8 +137,8 @@ class Gibbs:
 
     temperature: float | None
     """None: calibrated to the old energies of each group."""
-    clip_low: float
-    clip_high: float
+    clip: tuple[float, float]
+    """The ratio stays within 1 - the first .. 1 + the second."""
     simplex_kl: float = 0.0
     """Weight of the KL to the starting policy."""
     anchor_share: float = 0.0
@@ -172,7 +175,7 @@ class Gibbs:
             for energies in (energy_G, old_energy_G.detach(), reference_energy_G.detach())
         )
         ratio = log_pi[:branches], old_log_pi[:branches]
-        policy_loss = clipped_surrogate(*ratio, advantages_G, self.clip_low, self.clip_high)
+        policy_loss = clipped_surrogate(*ratio, advantages_G, self.clip)
         kl = simplex_kl(log_pi, reference_log_pi)
         loss = policy_loss + self.simplex_kl * kl
         energy_G, log_pi = energy_G.detach(), log_pi.detach()
@@ -188,7 +191,7 @@ class Gibbs:
             "advantage_mean": float(advantages_G.mean()),
             "advantage_std": float(advantages_G.std(correction=0)),
         }
-        return loss, metrics | ratio_metrics(*ratio, self.clip_low, self.clip_high)
+        return loss, metrics | ratio_metrics(*ratio, self.clip)
 
 
 def gibbs_method(

@@ -12,18 +12,22 @@ import torch
 from kvpo.method.evidence import Credit, Evidence, Trajectories, evidence_of, joined
 from kvpo.method.gibbs import Gibbs, gibbs_method
 from kvpo.method.latent_distance import anchor_state_evidence
-from kvpo.method.settings import KvpoSettings
+from kvpo.method.settings import KvpoSettings, MethodSettings
 
 
 def evidence(
-    trajectories: Trajectories, credit: Credit, steps: int, settings: KvpoSettings, _: torch.Generator
+    trajectories: Trajectories,
+    credit: Credit,
+    steps: int,
+    settings: MethodSettings[KvpoSettings],
+    _: torch.Generator,
 ) -> Evidence:
     """The branches' visited states with their own velocities as targets.
 
     ``anchor_state_weight`` moves that share of the energy to the anchor's states (an extension beyond the
     paper, ``kvpo.method.latent_distance``).
     """
-    branches, share = list(credit.branches), settings.anchor_state_weight
+    branches, share = list(credit.branches), settings.own.anchor_state_weight
     visited = evidence_of(
         trajectories.states_MPSFCHW[branches, :, :steps],
         branches,
@@ -37,10 +41,10 @@ def evidence(
     return at_anchor if share == 1 else joined(visited, at_anchor)
 
 
-def policy_of(settings: KvpoSettings) -> Gibbs:
+def policy_of(settings: MethodSettings[KvpoSettings]) -> Gibbs:
     """The Gibbs policy of these settings."""
-    clip = settings.clip_low, settings.clip_high
-    return Gibbs(settings.temperature, *clip, settings.simplex_kl, settings.anchor_share)
+    own = settings.own
+    return Gibbs(settings.temperature, settings.clip, own.simplex_kl, own.anchor_share)
 
 
 METHOD = gibbs_method(evidence, policy_of, "energy")

@@ -15,7 +15,7 @@ from torch import Tensor
 from kvpo.method.evidence import Credit, Evidence, Trajectories, evidence_of
 from kvpo.method.flow import velocity_of
 from kvpo.method.gibbs import Gibbs, gibbs_method
-from kvpo.method.settings import LatentDistanceSettings
+from kvpo.method.settings import LatentDistanceSettings, MethodSettings
 
 
 def anchor_state_evidence(
@@ -33,19 +33,19 @@ def evidence(
     trajectories: Trajectories,
     credit: Credit,
     steps: int,
-    settings: LatentDistanceSettings,
+    settings: MethodSettings[LatentDistanceSettings],
     _: torch.Generator,
 ) -> Evidence:
     """The anchor's states, with the velocities that lead to each branch as targets."""
     squared = trajectories.levels(steps).square()
     wide = torch.promote_types(trajectories.states_MPSFCHW.dtype, torch.float32)
-    weights = squared.to(wide) if settings.space == "latent" else 1.0
+    weights = squared.to(wide) if settings.own.space == "latent" else 1.0
     return anchor_state_evidence(trajectories, credit.branches, steps, weights)
 
 
-def policy_of(settings: LatentDistanceSettings) -> Gibbs:
+def policy_of(settings: MethodSettings[LatentDistanceSettings]) -> Gibbs:
     """The Gibbs policy of these settings."""
-    return Gibbs(settings.temperature, settings.clip_low, settings.clip_high)
+    return Gibbs(settings.temperature, settings.clip)
 
 
 METHOD = gibbs_method(evidence, policy_of, "distance")

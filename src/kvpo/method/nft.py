@@ -11,6 +11,7 @@ is left out, as in Astrolabe.
 import torch
 from torch import Tensor
 
+from kvpo.method.advantage import ADVANTAGE_LIMIT
 from kvpo.method.evidence import (
     Credit,
     Evidence,
@@ -24,7 +25,7 @@ from kvpo.method.evidence import (
     evidence_of,
 )
 from kvpo.method.matching import noised_again
-from kvpo.method.settings import NftSettings
+from kvpo.method.settings import MethodSettings, NftSettings
 
 METRICS = {
     "loss": Metric("The method's loss, averaged over the groups that were trained on."),
@@ -39,19 +40,23 @@ def goodness(advantages_G: Tensor, limit: float) -> Tensor:
 
 
 def evidence(
-    trajectories: Trajectories, credit: Credit, steps: int, settings: NftSettings, generator: torch.Generator
+    trajectories: Trajectories,
+    credit: Credit,
+    steps: int,
+    settings: MethodSettings[NftSettings],
+    generator: torch.Generator,
 ) -> Evidence:
     """Clean latents of the branches noised again; targets lead from v_old toward v*, or away from it."""
     branches = list(credit.branches)
     states, toward_clean = noised_again(trajectories, branches, steps, generator)
-    step_G = ((2 * goodness(credit.advantages_G, settings.advantage_limit) - 1) / settings.beta).tolist()
+    step_G = ((2 * goodness(credit.advantages_G, ADVANTAGE_LIMIT) - 1) / settings.own.beta).tolist()
     scale = states.new_tensor(step_G).view(-1, 1, 1, 1, 1, 1, 1)
     return evidence_of(
         states,
         branches,
         scale * toward_clean,
         branches,
-        weights=settings.beta**2,
+        weights=settings.own.beta**2,
         teacher="old",
         share_N=[1 - step for step in step_G],
     )
@@ -67,29 +72,29 @@ def overrated(gap_G: Tensor, share: float) -> list[int]:
 
 
 def drift(
-    trajectories: Trajectories, credit: Credit, evidence: Evidence, settings: NftSettings
+    trajectories: Trajectories, credit: Credit, evidence: Evidence, settings: MethodSettings[NftSettings]
 ) -> Evidence | None:
     """The velocity KL on the anchor, or with ``selective_kl`` on the overrated branches alone."""
-    if not settings.selective_kl:
+    if not settings.own.selective_kl:
         return anchor_drift(trajectories, credit, evidence, settings)
-    chosen = overrated(credit.gap_G, settings.selective_kl)
+    chosen = overrated(credit.gap_G, settings.own.selective_kl)
     if not chosen:
         return None
     return drift_evidence(evidence.states_QPSFCHW[chosen], [credit.branches[g] for g in chosen])
 
 
-def loss(tables: Tables, credit: Credit, settings: NftSettings) -> tuple[Tensor, Metrics]:
+def loss(tables: Tables, credit: Credit, settings: MethodSettings[NftSettings]) -> tuple[Tensor, Metrics]:
     """The mean of the table."""
     value = tables.now.mean()
-    good = goodness(credit.advantages_G, settings.advantage_limit)
+    good = goodness(credit.advantages_G, ADVANTAGE_LIMIT)
     metrics = {
         "loss": float(value.detach()),
-        "target_distance": float(value.detach()) / settings.beta**2,
+        "target_distance": float(value.detach()) / settings.own.beta**2,
         "good_share": float(good.mean()),
     }
     return value, metrics
 
 
 METHOD = Method(
-    evidence, loss, METRICS, drift, averaged_old=lambda settings: settings.old == "average", linear=True
+    evidence, loss, METRICS, drift, averaged_old=lambda settings: settings.own.old == "average", linear=True
 )

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kvpo.method.evidence import Credit, Evidence, Method, Metric, Metrics, Tables, Trajectories, evidence_of
-from kvpo.method.settings import SelfDistillSettings
+from kvpo.method.settings import MethodSettings, SelfDistillSettings
 
 METRICS = {
     "loss": Metric("Mean squared distance between the velocities under routed and under deployed history.")
@@ -18,7 +18,11 @@ METRICS = {
 
 
 def evidence(
-    trajectories: Trajectories, credit: Credit, steps: int, settings: SelfDistillSettings, _: torch.Generator
+    trajectories: Trajectories,
+    credit: Credit,
+    steps: int,
+    settings: MethodSettings[SelfDistillSettings],
+    _: torch.Generator,
 ) -> Evidence:
     """The anchor's states; each branch's routed history gives one target."""
     anchor, branches = trajectories.anchor, credit.branches
@@ -28,7 +32,9 @@ def evidence(
     return evidence_of(states[None], [anchor], targets, branches, query_N=query_N, teacher="routed")
 
 
-def loss(tables: Tables, credit: Credit, settings: SelfDistillSettings) -> tuple[Tensor, Metrics]:
+def loss(
+    tables: Tables, credit: Credit, settings: MethodSettings[SelfDistillSettings]
+) -> tuple[Tensor, Metrics]:
     """The mean of the table."""
     value = tables.now.mean()
     return value, {"loss": float(value.detach())}

@@ -1,12 +1,25 @@
 """Each method's own settings, as frozen dataclasses. Importing this module imports nothing heavy.
 
-What every method shares (clamping, noise floors, which branches train, the velocity KL) is in
+Settings that several methods share (clip, temperature, which branches train, the velocity KL) are in
 ``kvpo.config``. ``EXPLORERS`` lists the explorers whose branches a method can learn from, its own first;
 ``STARTS_FROM`` holds settings that a run of the method starts from instead of the preset's values.
 """
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Generic, Literal, TypeVar
+
+Own = TypeVar("Own")
+
+
+@dataclass(frozen=True)
+class MethodSettings(Generic[Own]):
+    """All that a method reads: its own section, and the clip and temperature that it shares with others."""
+
+    own: Own
+    clip: tuple[float, float] = (0.1, 0.2)
+    """The ratio is clipped to 1 - the first .. 1 + the second."""
+    temperature: float | None = None
+    """Gibbs temperature; None calibrates it to the spread of each group's energies."""
 
 
 @dataclass(frozen=True)
@@ -16,14 +29,8 @@ class KvpoSettings:
     EXPLORERS: ClassVar[tuple[str, ...]] = ("routes",)
     STARTS_FROM: ClassVar[dict[str, Any]] = {}
 
-    temperature: float | None = None
-    """Gibbs temperature; none calibrates it to the spread of each group's energies."""
     anchor_share: float = 0.0
     """Probability of the anchor in the policy's pool that sets the temperature; 0 leaves it out."""
-    clip_low: float = 0.1
-    """The ratio is clipped below 1 - clip_low."""
-    clip_high: float = 0.2
-    """The ratio is clipped above 1 + clip_high."""
     simplex_kl: float = 0.0
     """Weight of the KL on the branch simplex to the starting policy (the public code uses 10)."""
     anchor_state_weight: float = 0.0
@@ -35,16 +42,10 @@ class LatentDistanceSettings:
     """A Gibbs policy over distances between clean latents: the paper's geometric ablation, and AR-CoPO."""
 
     EXPLORERS: ClassVar[tuple[str, ...]] = ("routes", "neighbour", "fresh")
-    STARTS_FROM: ClassVar[dict[str, Any]] = {}
+    STARTS_FROM: ClassVar[dict[str, Any]] = {"objective.temperature": None}
 
     space: Literal["velocity", "latent"] = "latent"
     """Distance between velocities at the anchor's states, or between the clean latents they lead to."""
-    temperature: float | None = None
-    """Gibbs temperature; none calibrates it to the spread of each group's distances."""
-    clip_low: float = 0.1
-    """The ratio is clipped below 1 - clip_low."""
-    clip_high: float = 0.2
-    """The ratio is clipped above 1 + clip_high."""
 
 
 @dataclass(frozen=True)
@@ -52,10 +53,7 @@ class FlowGrpoSettings:
     """Flow-GRPO: stochastic solver steps as Gaussian policies."""
 
     EXPLORERS: ClassVar[tuple[str, ...]] = ("sde",)
-    STARTS_FROM: ClassVar[dict[str, Any]] = {"exploration.noise": 0.7}
-
-    clip: float = 0.2
-    """The ratio of every solver step is clipped to 1 - clip .. 1 + clip."""
+    STARTS_FROM: ClassVar[dict[str, Any]] = {"exploration.noise": 0.7, "objective.clip": (0.2, 0.2)}
 
 
 @dataclass(frozen=True)
@@ -63,10 +61,7 @@ class CmGrpoSettings:
     """CM-GRPO: the re-noising step of a few-step sampler as a Gaussian policy."""
 
     EXPLORERS: ClassVar[tuple[str, ...]] = ("renoise",)
-    STARTS_FROM: ClassVar[dict[str, Any]] = {"stream.step_rule": "renoise"}
-
-    clip: float = 0.2
-    """The ratio of every solver step is clipped to 1 - clip .. 1 + clip."""
+    STARTS_FROM: ClassVar[dict[str, Any]] = {"stream.step_rule": "renoise", "objective.clip": (0.2, 0.2)}
 
 
 @dataclass(frozen=True)
@@ -78,12 +73,10 @@ class NftSettings:
 
     beta: float = 1.0
     """Mixing weight of the policy in its implicit positive and negative velocities; small is a wide step."""
-    advantage_limit: float = 2.5
-    """Advantage at which a branch counts as wholly good; the published value is 5."""
     old: Literal["rollout", "average"] = "rollout"
     """Old policy: the one that generated the rollout, or the moving average of the trained parameters."""
     selective_kl: float = 0.0
-    """Share of the branches that the primary reward overrates to which alone the velocity KL applies
+    """Share of the branches that the first reward overrates to which alone the velocity KL applies
     (Astrolabe); 0 applies it to the anchor, as in every method."""
 
 
@@ -92,7 +85,7 @@ class RvmSettings:
     """Advantage-weighted matching with one advantage scale for the whole collection (RVM)."""
 
     EXPLORERS: ClassVar[tuple[str, ...]] = ("fresh", "neighbour", "routes")
-    STARTS_FROM: ClassVar[dict[str, Any]] = {"objective.advantage_scale": "collection"}
+    STARTS_FROM: ClassVar[dict[str, Any]] = {}
 
 
 @dataclass(frozen=True)

@@ -89,7 +89,7 @@ class AdapterState:
         """Rank and alpha in words, and where they come from."""
         ranks = sorted({self.pair(module)[0].shape[0] for module in self.modules})
         alphas = sorted({self.alphas.get(module, self.alpha) for module in self.modules})
-        where = self.stated or "assumed to be the rank, since the file states none: see backbone.lora_alpha"
+        where = self.stated or "assumed to be the rank; where it is not, add an entry lora_alpha to the file"
         return (
             f"{len(self.modules)} layers of rank {_span(ranks)}, alpha {_span(alphas)} ({where})"
             f", from {self.source}"
@@ -196,10 +196,8 @@ def _header_statements(path: Path) -> list[_Statement]:
     return found
 
 
-def load_adapter_state(
-    path: str | Path, *, entry: str | None = None, alpha: float | None = None
-) -> AdapterState:
-    """A LoRA adapter of any public layout, in PEFT's layout.
+def load_adapter_state(path: str | Path, *, entry: str | None = None) -> AdapterState:
+    """A LoRA adapter of any public layout, in PEFT's layout; where its file states no alpha, it is the rank.
 
     Understands LongLive's and MemFlow's ``lora.pt``, KVPO's checkpoints (adapter, ``ema``), bare PEFT files,
     PEFT directories and diffusers LoRA files, with the adapter's name in the keys or without.
@@ -208,7 +206,6 @@ def load_adapter_state(
         path: a file or a directory.
         entry: top-level entry of a ``.pt`` file, by default ``generator_lora``; the moving average of a KVPO
             checkpoint is ``ema``.
-        alpha: numerator of the scale where no file states it (public ``.pt`` files do not); None: the rank.
 
     Raises:
         ValueError: unreadable file, no adapter in it, layers with only one half or nothing but zeros, ranks
@@ -229,8 +226,6 @@ def load_adapter_state(
     for beside in {place.resolve(): place for place in places}.values():
         if beside.is_file() and not nested and path.name != DIFFUSERS_ADAPTER_NAME:
             statements.append(_config_statement(beside))
-    if alpha is not None:
-        statements.append(_Statement("the setting backbone.lora_alpha", alpha=alpha))
     tensors, source = choose_entry(content, entry, ADAPTER_ENTRIES, str(path))
     require_numbers(tensors, source)
     pairs, own = _adapter_layers(tensors, source)

@@ -22,6 +22,11 @@ from kvpo.models.adapter_files import PEFT_PREFIX, AdapterState, adapter_of
 from kvpo.models.finite import require_finite_weights
 from kvpo.models.tensor_files import check_tensors
 
+LORA_TARGETS = (
+    "self_attn.q", "self_attn.k", "self_attn.v", "self_attn.o",
+    "cross_attn.q", "cross_attn.k", "cross_attn.v", "cross_attn.o", "ffn.0", "ffn.2",
+)  # fmt: skip
+"""Endings of the layers that get an adapter: every linear layer of a block, as in the public adapters."""
 TRAINED = "default"
 REFERENCE = "reference"
 
@@ -90,8 +95,8 @@ def _inject(model: nn.Module, adapter: AdapterState, name: str, dtype: torch.dty
 def add_adapter(
     model: nn.Module,
     rank: int,
-    alpha: float,
-    targets: Sequence[str],
+    alpha: float | None = None,
+    targets: Sequence[str] = LORA_TARGETS,
     *,
     generator: torch.Generator,
     dtype: torch.dtype = torch.float32,
@@ -102,6 +107,8 @@ def add_adapter(
     exactly equal to the model.
 
     Args:
+        alpha: the scale is alpha / rank; None: the rank, a scale of 1, so that the rank does not move the
+            learning rate.
         targets: name endings of the linear layers that get an adapter, such as ``self_attn.q``.
         generator: CPU generator that ``A`` is drawn from.
         dtype: precision of the adapter's master weights, independent of the model's.
@@ -114,7 +121,7 @@ def add_adapter(
     found = {end for ends in endings.values() for end in ends}
     if unknown := [end for end in targets if end not in found]:
         raise ValueError(
-            f"optim.lora_targets: no linear layer ends in {named_list(unknown)}; a block has "
+            f"targets: no linear layer ends in {named_list(unknown)}; a block has "
             f"{named_list(name.removeprefix('blocks.0.') for name in shapes if name.startswith('blocks.0.'))}"
         )
     tensors: dict[str, Tensor] = {}
@@ -124,7 +131,7 @@ def add_adapter(
         a = torch.empty(rank, in_width).uniform_(-bound, bound, generator=generator)
         tensors[f"{PEFT_PREFIX}{name}.lora_A.weight"] = a
         tensors[f"{PEFT_PREFIX}{name}.lora_B.weight"] = torch.zeros(out_width, rank)
-    _inject(model, AdapterState(tensors, rank, alpha, "fresh adapter"), TRAINED, dtype)
+    _inject(model, AdapterState(tensors, rank, alpha or float(rank), "fresh adapter"), TRAINED, dtype)
 
 
 def load_adapter(model: nn.Module, adapter: AdapterState, *, dtype: torch.dtype = torch.float32) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import cast
 
-from huggingface_hub import hf_hub_download, snapshot_download
+from huggingface_hub import constants, hf_hub_download, snapshot_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
@@ -25,19 +25,25 @@ _NetworkError = cast(type[Exception], HfHubHTTPError.__bases__[0])
 _FILE_SUFFIXES = {".pt", ".pth", ".bin", ".ckpt", ".safetensors", ".json", ".jsonl", ".txt", ".yaml", ".yml"}
 
 
-def resolve(
-    location: str | Path, *, patterns: Sequence[str] = (), beside: Sequence[str] = (), offline: bool = False
-) -> Path:
+def split_entry(location: str) -> tuple[str, str | None]:
+    """FILE#ENTRY as the file and the entry within it; what exists under the whole name has no entry."""
+    file, mark, entry = location.rpartition("#")
+    if not mark or not file or Path(location).expanduser().exists():
+        return location, None
+    return file, entry or None
+
+
+def resolve(location: str | Path, *, patterns: Sequence[str] = (), beside: Sequence[str] = ()) -> Path:
     """Local path of a file or directory named by a path or by a hub id.
 
     A hub id is ``owner/name`` for a whole repository, ``owner/name/path/in/repository`` for one file, either
     with ``@revision`` after the name. What exists locally wins. Downloads go to the hub's shared cache; a
-    broken transfer is taken up where it broke, and a later run keeps every file that was finished.
+    broken transfer is taken up where it broke, and a later run keeps every file that was finished. With the
+    environment variable HF_HUB_OFFLINE=1 the cache alone is used.
 
     Args:
         patterns: file patterns of a repository to download; empty means all of it.
         beside: names of files that are fetched with a single one, from the same folder, where they exist.
-        offline: use the hub's cache only (as does the environment variable HF_HUB_OFFLINE=1).
 
     Raises:
         ValueError: neither a local path nor a hub id, or a repository, revision or file that does not exist,
@@ -54,31 +60,29 @@ def resolve(
     repo, revision, file = match["repo"], match["revision"], match["file"]
     try:
         if file is not None:
-            found = hf_hub_download(repo, file, revision=revision, local_files_only=offline)
+            found = hf_hub_download(repo, file, revision=revision)
             for name in beside:
-                _fetch_if_there(repo, str(PurePosixPath(file).with_name(name)), revision, offline)
+                _fetch_if_there(repo, str(PurePosixPath(file).with_name(name)), revision)
             return Path(found)
-        found = snapshot_download(
-            repo, revision=revision, allow_patterns=list(patterns) or None, local_files_only=offline
-        )
+        found = snapshot_download(repo, revision=revision, allow_patterns=list(patterns) or None)
     except (OSError, _NetworkError, EntryNotFoundError, HFValidationError) as error:
-        raise ValueError(f"{location}: no such local path, and {_why(error, match, offline)}") from error
+        raise ValueError(f"{location}: no such local path, and {_why(error, match)}") from error
     directory = Path(found)
     if not any(path.is_file() for path in directory.rglob("*")):
         raise ValueError(f"{location}: no file of the hub repository {repo} matches {', '.join(patterns)}")
     return directory
 
 
-def _fetch_if_there(repo: str, file: str, revision: str | None, offline: bool) -> None:
+def _fetch_if_there(repo: str, file: str, revision: str | None) -> None:
     try:
-        hf_hub_download(repo, file, revision=revision, local_files_only=offline)
+        hf_hub_download(repo, file, revision=revision)
     except EntryNotFoundError as error:
         # Offline, what the cache lacks was not there when the file was fetched.
-        if isinstance(error, LocalEntryNotFoundError) and not offline:
+        if isinstance(error, LocalEntryNotFoundError) and not constants.HF_HUB_OFFLINE:
             raise
 
 
-def _why(error: Exception, match: re.Match[str], offline: bool) -> str:
+def _why(error: Exception, match: re.Match[str]) -> str:
     """One line on what went wrong with a hub repository, and the way out."""
     repo = match["repo"]
     if isinstance(error, GatedRepoError):
@@ -91,10 +95,10 @@ def _why(error: Exception, match: re.Match[str], offline: bool) -> str:
     if isinstance(error, RevisionNotFoundError):
         return f"the hub repository {repo} has no revision {match['revision']}"
     if isinstance(error, LocalEntryNotFoundError | OfflineModeIsEnabled):
-        if offline or isinstance(error, OfflineModeIsEnabled):
+        if constants.HF_HUB_OFFLINE or isinstance(error, OfflineModeIsEnabled):
             return (
-                f"offline mode finds no copy of {repo} in the hub's cache: run once with a connection, "
-                f"or `hf download {repo}` on a machine that has one"
+                f"HF_HUB_OFFLINE is set, and the hub's cache holds no copy of {repo}: run once with a "
+                f"connection, or `hf download {repo}` on a machine that has one"
             )
         return f"the hub cannot be reached and its cache holds no copy of {repo}: {error}"
     if isinstance(error, EntryNotFoundError):

@@ -60,19 +60,19 @@ class WanShape:
         """Raise ValueError for the first size that is out of range or contradicts another."""
         sizes = ("dim", "num_heads", "num_layers", "ffn_dim", "freq_dim", "text_len", "text_dim", "channels")
         for name in sizes:
-            require(vars(self)[name] >= 1, f"model.{name}", vars(self)[name], "at least 1")
+            require(vars(self)[name] >= 1, f"backbone.geometry: {name}", vars(self)[name], "at least 1")
         pair = 2 * self.num_heads
-        require(self.dim % pair == 0, "model.dim", self.dim, f"a multiple of 2 * model.num_heads = {pair}")
-        require(self.freq_dim % 2 == 0, "model.freq_dim", self.freq_dim, "even")
+        even = f"a multiple of 2 * num_heads = {pair}"
+        require(self.dim % pair == 0, "backbone.geometry: dim", self.dim, even)
+        require(self.freq_dim % 2 == 0, "backbone.geometry: freq_dim", self.freq_dim, "even")
         frames, height, width = self.patch_size
         patch = list(self.patch_size)
-        require(frames == 1, "model.patch_size", patch, "1 frame deep: pages hold single frames")
-        require(height >= 1 and width >= 1, "model.patch_size", patch, "positive")
-        for name, side in (("latent_height", height), ("latent_width", width)):
-            size = vars(self)[name]
-            fits = size >= side and size % side == 0
-            require(fits, f"model.{name}", size, f"a multiple of the patch size {side}")
-        require(self.eps > 0, "model.eps", self.eps, "positive")
+        require(frames == 1, "backbone.geometry: patch_size", patch, "1 frame deep: pages hold single frames")
+        require(height >= 1 and width >= 1, "backbone.geometry: patch_size", patch, "positive")
+        size = [self.latent_height, self.latent_width]
+        fits = height <= size[0] and width <= size[1] and not (size[0] % height or size[1] % width)
+        require(fits, "stream.size", size, f"multiples of the patch size {height} x {width}")
+        require(self.eps > 0, "backbone.geometry: eps", self.eps, "positive")
 
 
 @dataclass(frozen=True)

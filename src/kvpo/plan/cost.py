@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from kvpo.config import Config
+from kvpo.models.adapters import LORA_TARGETS
 from kvpo.models.settings import WanShape
 from kvpo.plan.flops import Call, adapter_flops, encode_flops, velocity_flops
 
@@ -55,9 +56,9 @@ class Costs:
     def adapter(self, rows: int) -> float:
         """Operations that an adapter adds to a forward pass; 0 where all parameters are trained."""
         optim = self.config.optim
-        if optim.train == "full":
+        if not optim.lora_rank:
             return 0.0
-        return adapter_flops(self.call(rows), optim.lora_rank, optim.lora_targets)
+        return adapter_flops(self.call(rows), optim.lora_rank, LORA_TARGETS)
 
 
 def blocks_work(costs: Costs, blocks: int, rows: int, context: int | None = None) -> Work:
@@ -98,7 +99,7 @@ def backward_work(costs: Costs, rows: int) -> Work:
     """
     forward, call = forward_work(costs, rows), costs.call(rows)
     linear = velocity_flops(call) - velocity_flops(call, part="attention")
-    trained = linear if costs.config.optim.train == "full" else costs.adapter(rows)
+    trained = costs.adapter(rows) if costs.config.optim.lora_rank else linear
     flops = forward.flops + velocity_flops(call, part="attention") + trained
     once = Work(flops, forward.bytes)
     return once + forward if costs.config.optim.checkpointing else once

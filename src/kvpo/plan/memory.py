@@ -12,6 +12,7 @@ from torch import nn
 from kvpo.config import Config
 from kvpo.engine.generator import StreamingGenerator
 from kvpo.engine.pages import PlannedRollout, cache_pages, stream_pages
+from kvpo.models.adapters import LORA_TARGETS
 from kvpo.models.causal_wan import CausalWan
 from kvpo.plan.replays import Replays
 from kvpo.training.evaluation import ROWS
@@ -90,11 +91,11 @@ def parameters_of(config: Config, model: CausalWan, frozen_size: int) -> Paramet
     """Parameters of a configuration; ``model`` may be on the meta device and has no adapter."""
     optim = config.optim
     count = sum(parameter.numel() for parameter in model.parameters())
-    adapted = optim.train == "lora"
+    adapted = optim.lora_rank > 0
     trained = count if not adapted else optim.lora_rank * sum(
         module.in_features + module.out_features
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and any(f".{name}".endswith(f".{end}") for end in optim.lora_targets)
+        if isinstance(module, nn.Linear) and any(f".{name}".endswith(f".{end}") for end in LORA_TARGETS)
     )  # fmt: skip
     continued = bool(config.backbone.lora) and config.backbone.lora_start == "continue"
     return Parameters(count, trained, frozen_size, adapted, continued or not adapted)
@@ -111,7 +112,7 @@ class Activations:
     def layer(self, rows: int, frames: int, context: int) -> float:
         """Kept by one layer for its backward pass, over ``rows`` calls of ``frames`` frames."""
         model, optim = self.config.model, self.config.optim
-        kept = KEPT[optim.train, optim.autocast]
+        kept = KEPT["lora" if optim.lora_rank else "full", optim.autocast]
         per_token = kept.width * model.dim + kept.ffn * model.ffn_dim + kept.rank * optim.lora_rank
         return (
             rows
@@ -124,7 +125,7 @@ class Activations:
         model, optim, block = self.config.model, self.config.optim, self.config.stream.block
         if not optim.checkpointing:
             return model.num_layers * self.layer(rows, block, self.context)
-        size = 2 if (optim.train, optim.autocast) == ("lora", "bfloat16") else 4
+        size = 2 if optim.lora_rank and optim.autocast == "bfloat16" else 4
         return model.num_layers * rows * block * self.config.model.tokens_per_frame * model.dim * size
 
     def training(self, rows: int) -> float:

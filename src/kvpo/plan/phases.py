@@ -20,6 +20,7 @@ from kvpo.plan.memory import (
     trajectory_bytes,
 )
 from kvpo.plan.replays import Replays, replays_of
+from kvpo.training.checkpoint import KEPT_CHECKPOINTS
 from kvpo.training.evaluation import ROWS
 
 CONTEXT = 0.8e9
@@ -142,7 +143,7 @@ def plan_run(
         replays=replays_of(fitted),
         pages=pool_pages(config, generator, rollout),
     )
-    keep = config.checkpoint.keep + 2  # the best one, and the one being written
+    keep = KEPT_CHECKPOINTS + 2  # the best one, and the one being written
     return Plan(
         config=config,
         parameters=parameters,

@@ -40,7 +40,7 @@ def replays_of(config: Config) -> Replays:
     method, exploration, objective = METHODS[config.method], config.exploration, config.objective
     sigmas = tuple(few_step_sigmas(config.stream.schedule, config.stream.shift).tolist())
     kept = min(objective.grad_steps + method.arrivals, len(sigmas))
-    chosen = objective.keep_best + objective.keep_worst if method.rewarded else 0
+    chosen = sum(objective.keep) if method.rewarded else 0
     draws = torch.Generator().manual_seed(0)
     # One number stands for a block's latents.
     members = torch.rand(exploration.branches + 1, exploration.blocks, kept, 1, 1, 1, 1, generator=draws)

@@ -5,7 +5,7 @@ from collections import Counter
 from kvpo.report.charts import Series, line_chart, paired_bars
 from kvpo.report.formatting import compact, escape, number, numbers, title_of
 from kvpo.report.headline import LENGTHS, read_outcome, read_outcomes
-from kvpo.report.record import Entry, RunRecord, method_of
+from kvpo.report.record import Entry, RunRecord
 
 NOT_METRICS = {"kind", "update", "time"}
 RATIOS = {"ratio_mean", "ratio_max"}
@@ -99,11 +99,14 @@ def _figure(title: str, values: str, chart: str, meaning: str) -> str:
 
 
 def _clip_range(run: RunRecord) -> list[tuple[str, float]]:
-    """Bounds at which the method clips its ratios, from its own settings; empty if it does not."""
-    settings = numbers(run.config.get(method_of(run).replace("-", "_")))
-    low = settings.get("clip_low", settings.get("clip"))
-    high = settings.get("clip_high", settings.get("clip"))
-    return [] if low is None or high is None else [("clip", 1 - low), ("clip", 1 + high)]
+    """Bounds at which ratios are clipped; empty if the run's settings do not say."""
+    objective = run.config.get("objective")
+    clip = objective.get("clip") if isinstance(objective, dict) else None
+    match clip:
+        case [int() | float() as low, int() | float() as high]:
+            return [("clip", 1 - low), ("clip", 1 + high)]
+        case _:
+            return []
 
 
 def diagnostics(run: RunRecord) -> str:

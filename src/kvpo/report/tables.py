@@ -106,7 +106,8 @@ def diversity(run: RunRecord) -> str:
     methods = {key: value for key, value in methods.items() if value}
     if not methods:
         return '<p class="missing">Branch diversity is in summary.json, which has not been written yet.</p>'
-    forks = numbers(run.config.get("evaluation")).get("diversity_prompts", 0.0)
+    # A run measures it on as many long validation prompts as a sentence needs.
+    forks = min(numbers(run.config.get("evaluation")).get("validation_prompts", 0.0), FEWEST_PROMPTS)
     keys = [*DIVERSITY, *dict.fromkeys(k for m in methods.values() for k in m if k not in DIVERSITY)]
     rows = []
     for key in keys:

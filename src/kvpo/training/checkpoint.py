@@ -31,6 +31,8 @@ from kvpo.models.tensor_files import storable
 
 logger = logging.getLogger(__name__)
 
+KEPT_CHECKPOINTS = 2
+"""Most recent checkpoints kept beside the best one: one to resume from, and one should it be damaged."""
 TENSORS, STATE, BEST = "state.safetensors", "state.json", "best.json"
 PICKLES = (".pt", ".pth", ".ckpt", ".bin", ".pkl")
 
@@ -189,18 +191,17 @@ def no_improvement(path: Path, name: str | None) -> str | None:
     )
 
 
-def prune(directory: Path, keep: int, *, up_to: int | None = None) -> None:
-    """Remove all but the newest ``keep`` checkpoints and the best one.
+def prune(directory: Path, *, up_to: int | None = None) -> None:
+    """Remove all but the newest KEPT_CHECKPOINTS checkpoints and the best one.
 
     Those of updates after ``up_to``, damaged ones that a resumed run has passed over, do not count as newest
     and stay until their update is saved again.
     """
     best = best_checkpoint(directory)
-    assert keep > 0
     found = sorted(directory.glob("update-*"))
     if up_to is not None:
         found = [path for path in found if path.name <= f"update-{up_to:06d}"]
-    for path in found[:-keep]:
+    for path in found[:-KEPT_CHECKPOINTS]:
         if best is None or path != best[0]:
             remove_directory(path)
 

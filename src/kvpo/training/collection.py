@@ -14,6 +14,7 @@ from kvpo.engine.noise import keyed_generator
 from kvpo.engine.pages import PlannedRollout, cache_pages
 from kvpo.engine.rollout import Group, Rollout, roll_out
 from kvpo.engine.scoring import Scores, score_group
+from kvpo.method.advantage import GLOBAL_WEIGHT
 from kvpo.method.diagnostics import group_metrics
 from kvpo.method.evidence import Credit, Metrics, no_credit
 from kvpo.method.methods import METHODS
@@ -101,7 +102,7 @@ def credit_of(setup: Setup, update: int, index: int, score: Scores, scale: Scale
 def found_in(setup: Setup, group: Group, score: Scores) -> Metrics:
     """Metrics of the exploration of one group."""
     objective = setup.config.objective
-    totals = score.totals(setup.judges.weights_K, objective.global_weight)
+    totals = score.totals(setup.judges.weights_K, GLOBAL_WEIGHT)
     window = group.trajectories.clean_MPFCHW.flatten(1, 2)
     of_anchor = objective.advantages == "anchor"
     return group_metrics(totals[:-1], totals[-1], window[:-1], window[-1], relative_to_anchor=of_anchor)

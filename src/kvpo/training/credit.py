@@ -6,10 +6,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kvpo.config import ObjectiveConfig, RewardConfig
+from kvpo.config import TOTAL, WORLD_NOISE_FLOOR, ObjectiveConfig, RewardConfig
 from kvpo.config_checks import ConfigurationError
 from kvpo.engine.scoring import Scores
 from kvpo.method.advantage import (
+    ADVANTAGE_LIMIT,
+    GLOBAL_WEIGHT,
+    SUSPICION,
     anchor_relative,
     best_and_worst,
     centred,
@@ -36,40 +39,41 @@ class Blend:
     floors_K: Tensor | None
     """Noise floor of every component; None: none was measured, the total's holds for each."""
     rewards: RewardConfig
-    primary: int = 0
-    """Component that selective fusion checks against the others."""
+    default_floor: float = WORLD_NOISE_FLOOR
+    """Noise floor of the weighted sum, and of every component without one of its own."""
     anchor_in_pool: bool = False
     """The method's policy counts the anchor among its members."""
+    pooled_scale: bool = False
+    """The method divides advantages by the spread of the whole collection, not of their own group."""
 
 
 def blend_of(
     components: Sequence[str],
     weights_K: Tensor,
     rewards: RewardConfig,
-    default_floor: float,
     *,
     anchor_in_pool: bool = False,
+    pooled_scale: bool = False,
 ) -> Blend:
-    """The blend that ``rewards`` asks for; components without a measured floor have ``default_floor``.
+    """The blend that ``rewards`` asks for; components without a measured floor have that of the sum.
 
     Raises ConfigurationError for names that are not components, and for selective fusion with nothing to
     compare.
     """
-    floors = rewards.noise_floors
-    for field, names in (("noise_floors", floors), ("primary", [rewards.primary] if rewards.primary else [])):
-        if unknown := [name for name in names if name not in components]:
-            raise ConfigurationError(
-                f"rewards.{field}: {unknown[0]!r} is not a component of the run's rewards; "
-                f"there are {', '.join(components)}"
-            )
-    primary = components.index(rewards.primary) if rewards.primary else 0
-    if rewards.fusion == "selective" and (weights_K[primary] <= 0 or int((weights_K > 0).sum()) < 2):
+    floors = dict(rewards.noise_floors)
+    default = floors.pop(TOTAL, WORLD_NOISE_FLOOR)
+    if unknown := [name for name in floors if name not in components]:
         raise ConfigurationError(
-            f"rewards.fusion: selective compares the primary component {components[primary]!r} with others; "
+            f"rewards.noise_floors: {unknown[0]!r} is not a component of the run's rewards; "
+            f"there are {', '.join(components)}, and {TOTAL} for their weighted sum"
+        )
+    if rewards.fusion in SUSPICION and (weights_K[0] <= 0 or int((weights_K > 0).sum()) < 2):
+        raise ConfigurationError(
+            f"rewards.fusion: {rewards.fusion} compares the first component {components[0]!r} with others; "
             "it and at least one other need a weight above 0"
         )
-    measured = torch.tensor([floors.get(name, default_floor) for name in components]) if floors else None
-    return Blend(weights_K, measured, rewards, primary, anchor_in_pool)
+    measured = torch.tensor([floors.get(name, default) for name in components]) if floors else None
+    return Blend(weights_K, measured, rewards, default, anchor_in_pool, pooled_scale)
 
 
 Scale = tuple[Tensor, Tensor]
@@ -81,7 +85,7 @@ def collection_scale(scores: Sequence[Scores], blend: Blend, config: ObjectiveCo
 
     One scale for every group needs no noise floor: a group of nearly equal clips has small advantages.
     """
-    if config.advantage_scale == "group":
+    if not blend.pooled_scale:
         return None
     last = None if config.advantages == "anchor" else -1
     signals = ([item.local_KM for item in scores], [item.global_KM for item in scores])
@@ -103,7 +107,7 @@ def assign_credit(
     selected ones are centred unless they are relative to an anchor in the policy's pool: over branches alone
     a constant that all advantages share does not cancel, but turns the gradient.
     """
-    floor = config.noise_floor if blend.floors_K is None else total_floor(blend.floors_K, blend.weights_K)
+    floor = blend.default_floor if blend.floors_K is None else total_floor(blend.floors_K, blend.weights_K)
     if scale is None and group_is_noise(scores, blend, config, floor):
         return None
     if scale is not None and not any(bool(one.any()) for one in scale):
@@ -111,16 +115,16 @@ def assign_credit(
     before = fuse_signals(
         signal(scores.local_KM, blend, config, floor, scale and scale[0]),
         signal(scores.global_KM, blend, config, floor, scale and scale[1]),
-        config.global_weight,
+        GLOBAL_WEIGHT,
     )
-    advantages, gap_G = before, _gap(scores, blend, config)
-    if blend.rewards.fusion == "selective":
-        advantages = selective(before, gap_G, blend.rewards.rank_margin, blend.rewards.rank_penalty)
+    advantages, gap_G = before, _gap(scores, blend)
+    if blend.rewards.fusion in SUSPICION:
+        advantages = selective(before, gap_G, *SUSPICION[blend.rewards.fusion])
     withheld = int((advantages != before).sum())
-    advantages = clamp(advantages, config.advantage_clamp)
+    advantages = clamp(advantages, ADVANTAGE_LIMIT)
     if config.advantages == "random":
         advantages = permuted(advantages, generator)
-    chosen = best_and_worst(advantages, config.keep_best, config.keep_worst)
+    chosen = best_and_worst(advantages, *config.keep)
     selected = advantages[chosen]
     if config.advantages != "anchor" or not blend.anchor_in_pool:
         selected = centred(selected)
@@ -133,10 +137,10 @@ def group_is_noise(scores: Scores, blend: Blend, config: ObjectiveConfig, floor:
     Raw fusion normalises the total, so there the total decides in either case. Components of weight 0 do not
     count, and neither does the anchor unless advantages are relative to it.
     """
-    members, floors = scores.totals(blend.weights_K, config.global_weight), floor
+    members, floors = scores.totals(blend.weights_K, GLOBAL_WEIGHT), floor
     if blend.floors_K is not None and blend.rewards.fusion != "rewards":
         counted = blend.weights_K > 0
-        members, floors = scores.combined(config.global_weight)[counted], blend.floors_K[counted]
+        members, floors = scores.combined(GLOBAL_WEIGHT)[counted], blend.floors_K[counted]
     anchor = members[..., -1] if config.advantages == "anchor" else None
     return is_noise(members[..., :-1], anchor, floors)
 
@@ -167,9 +171,9 @@ def _fused(members_KM: Tensor, blend: Blend) -> Tensor:
     return members_KM
 
 
-def _gap(scores: Scores, blend: Blend, config: ObjectiveConfig) -> Tensor:
-    """Rank gap of the primary component; components within their noise have no vote."""
-    members_KM = scores.combined(config.global_weight)
-    floors_K = config.noise_floor if blend.floors_K is None else blend.floors_K
+def _gap(scores: Scores, blend: Blend) -> Tensor:
+    """Rank gap of the first component; components within their noise have no vote."""
+    members_KM = scores.combined(GLOBAL_WEIGHT)
+    floors_K = blend.default_floor if blend.floors_K is None else blend.floors_K
     votes_K = blend.weights_K * (reward_spread(members_KM[:, :-1]) > floors_K)
-    return rank_gap(members_KM[:, :-1], votes_K, blend.primary)
+    return rank_gap(members_KM[:, :-1], votes_K, 0)

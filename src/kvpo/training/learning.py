@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
-from kvpo.config import Config
+from kvpo.config import TOTAL, WORLD_NOISE_FLOOR, Config
 from kvpo.method.evidence import Metrics
 from kvpo.models.finite import magnitudes
 from kvpo.training.gradients import Lesson
@@ -30,10 +30,11 @@ def why_nothing_is_learned(
                 f"the reward ({', '.join(config.rewards.scorers)}) gives every member of a group the same "
                 "score; check that it sees these videos and prompts"
             )
+        floor = config.rewards.noise_floors.get(TOTAL, WORLD_NOISE_FLOOR)
         return (
             f"every group was skipped, its largest reward spread {spread:.2g} being within the noise floor "
-            f"(objective.noise_floor = {config.objective.noise_floor:g}, rewards.noise_floors); measure the "
-            "floor with kvpo calibrate, or use a reward that tells these branches apart"
+            f"(rewards.noise_floors, {TOTAL} = {floor:g}); measure the floor with kvpo calibrate, or use a "
+            "reward that tells these branches apart"
         )
     if not magnitudes(parameters.values()).any():
         return (
@@ -44,5 +45,5 @@ def why_nothing_is_learned(
         return "all advantages are zero; check objective.advantages and the reward"
     return (
         "the gradient of every trained tensor is exactly zero; check that the trained layers "
-        "(optim.lora_targets, backbone.lora) reach the output, and the temperature of the method"
+        "(backbone.lora) reach the output, and the temperature of the method"
     )

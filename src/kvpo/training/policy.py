@@ -34,10 +34,7 @@ def policy_of(model: nn.Module, *, adapted: bool) -> Policy:
     """
     parameters = trained_parameters(model)
     if not parameters:
-        raise ValueError(
-            "nothing to train: the adapter binds no layer of the model; "
-            "check backbone.lora and optim.lora_targets"
-        )
+        raise ValueError("nothing to train: the adapter binds no layer of the model; check backbone.lora")
     copies = None if adapted else {name: p.detach().clone() for name, p in parameters.items()}
     return Policy(model, parameters, copies)
 

@@ -14,6 +14,10 @@ from torch import Tensor
 from kvpo.rewards.pixel_statistics import MEASURES
 from kvpo.training.evaluation import Evaluation, Judges, PairedGain, paired_gain
 
+STANDARD_ERRORS = 3.0
+"""Paired standard errors by which the trained reward must have risen and a held-out one fallen."""
+PATIENCE = 2
+"""Validations in a row at which the same held-out reward must have fallen before a run stops."""
 FAR = 0.5
 """Drift of a look, in standard deviations between the base's prompts, from which it is worth a warning."""
 

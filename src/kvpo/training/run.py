@@ -30,6 +30,8 @@ from kvpo.training.trainer import Trainer, architecture
 
 logger = logging.getLogger(__name__)
 
+KINDS = {"average": "average.", "raw": "parameters."}
+"""Kinds of trained values in a checkpoint, and how the names of their tensors begin."""
 Progress = Callable[[str, int, int, Mapping[str, float]], None]
 """(stage, done, of how many, numbers worth showing)."""
 
@@ -158,7 +160,7 @@ class Run:
         )
         self.saved = update
         self._mark_best()
-        prune(self.checkpoints, self.setup.config.checkpoint.keep, up_to=update)
+        prune(self.checkpoints, up_to=update)
         return path
 
     def _save_if_new(self) -> None:
@@ -193,7 +195,7 @@ class Run:
         base, now = radar.pooled(list(self.base.values())), radar.pooled(list(aligned.values()))
         self.readings.append(radar.reading(update, now, judges))
         numbers = self.update_verdict() | radar.measured(base, now, judges)
-        drifted = radar.drifted(numbers, self.setup.config.evaluation.hacking_errors)
+        drifted = radar.drifted(numbers, radar.STANDARD_ERRORS)
         self.metrics.write(
             update,
             {"kind": "validation", "mean_gain": gain, **results, "radar": numbers | {"drifted": drifted}}
@@ -206,14 +208,13 @@ class Run:
 
     def update_verdict(self) -> dict[str, Any]:
         """Let the radar judge the validations so far, and return its verdict as numbers and words."""
-        evaluation = self.setup.config.evaluation
         base = radar.reading(0, radar.pooled(list(self.base.values())), self.setup.judges)
         history = [base, *self.readings]
-        self.verdict = radar.judge(history, evaluation.hacking_errors, evaluation.hacking_patience)
+        self.verdict = radar.judge(history, radar.STANDARD_ERRORS, radar.PATIENCE)
         return radar.verdict_numbers(history, self.verdict)
 
     def evaluate_aligned(self, prompts: Any) -> Evaluation:
-        """Held-out results of the trained parameters, averaged or raw as ``evaluation.weights`` says."""
+        """Held-out results of the trained parameters' moving average."""
         with self.trainer.sides.aligned():
             return evaluate_prompts(self.setup, prompts)
 
@@ -242,22 +243,24 @@ def restore(trainer: Trainer, path: Path) -> dict[str, Any]:
     return state
 
 
-def load_aligned(weights: Weights, policy: Policy, path: Path) -> dict[str, Tensor]:
-    """The trained values in a checkpoint, averaged or raw as ``evaluation.weights`` says.
+def load_aligned(weights: Weights, policy: Policy, path: Path, kind: str = "average") -> dict[str, Tensor]:
+    """The trained values in a checkpoint: their moving ``average``, or ``raw`` those of the last update.
 
-    Raises CheckpointError.
+    Raises ValueError for another ``kind`` and CheckpointError.
     """
+    if kind not in KINDS:
+        raise ValueError(f"weights: must be {' or '.join(KINDS)}, got {kind!r}")
     tensors, _ = load_checkpoint(path, architecture=architecture(weights))
-    prefix = {"average": "average.", "raw": "parameters."}[weights.config.evaluation.weights]
+    prefix = KINDS[kind]
     values = {name.removeprefix(prefix): v for name, v in tensors.items() if name.startswith(prefix)}
     require_tensors(path, values, policy.parameters)
     return {name: value.to(policy.parameters[name].device) for name, value in values.items()}
 
 
-def open_checkpoint(weights: Weights, path: Path) -> Sides:
-    """Base and aligned policy of a run's checkpoint. Raises CheckpointError where it does not fit."""
-    policy = policy_of(weights.model, adapted=weights.config.optim.train == "lora")
-    return Sides(policy, load_aligned(weights, policy, path))
+def open_checkpoint(weights: Weights, path: Path, kind: str = "average") -> Sides:
+    """Base and aligned policy of a run's checkpoint (see `load_aligned`)."""
+    policy = policy_of(weights.model, adapted=weights.config.optim.lora_rank > 0)
+    return Sides(policy, load_aligned(weights, policy, path, kind))
 
 
 def evaluate_prompts(setup: Setup, prompts: Any) -> Evaluation:

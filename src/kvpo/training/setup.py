@@ -7,6 +7,7 @@ from kvpo.config import Config
 from kvpo.engine.generator import StreamingGenerator
 from kvpo.engine.noise import SeededTape
 from kvpo.engine.scoring import ClipShares
+from kvpo.method.methods import METHODS
 from kvpo.models.causal_wan import CausalWan
 from kvpo.prompts import VideoPrompt
 from kvpo.rewards.cache import Counts
@@ -50,15 +51,18 @@ class Setup:
 
     def clip_shares(self) -> ClipShares:
         """The clips of a member that are scored in training."""
-        rewards = self.config.rewards
-        return ClipShares(rewards.segment_discount, rewards.transition_blocks)
+        return ClipShares(self.config.rewards.transition_blocks)
 
     def blend(self) -> Blend:
         """The fusion of the reward's components into one advantage. Raises ConfigurationError."""
         judges, config = self.judges, self.config
-        components, floor = judges.scorer.components, config.objective.noise_floor
-        pool = config.method == "kvpo" and config.kvpo.anchor_share > 0
-        return blend_of(components, judges.weights_K, config.rewards, floor, anchor_in_pool=pool)
+        return blend_of(
+            judges.scorer.components,
+            judges.weights_K,
+            config.rewards,
+            anchor_in_pool=config.method == "kvpo" and config.kvpo.anchor_share > 0,
+            pooled_scale=METHODS[config.method].pooled_scale,
+        )
 
     def evaluation_tape(self) -> SeededTape:
         """The held-out tape: the same in every run, for every seed, so that runs can be compared."""

@@ -14,6 +14,7 @@ from kvpo.engine.forks import fork_numbers, plan_forks, shrunk_fields
 from kvpo.method.diagnostics import advantage_metrics, update_metrics
 from kvpo.method.evidence import Metrics
 from kvpo.method.methods import METHODS
+from kvpo.models.adapters import LORA_TARGETS
 from kvpo.models.finite import NonFiniteError, first_non_finite, magnitudes, require_finite
 from kvpo.training.backbone import Weights
 from kvpo.training.collection import Collected, collect
@@ -26,9 +27,17 @@ from kvpo.training.state import flatten_state, load_optimizer_state, optimizer_s
 logger = logging.getLogger(__name__)
 
 
-def learning_rate_factor(update: int, warmup_updates: int) -> float:
-    """Linear warm-up whose first update already trains: (update + 1) / warmup, at most 1."""
-    return min(1.0, (update + 1) / max(1, warmup_updates))
+BETAS, WEIGHT_DECAY = (0.9, 0.999), 0.01
+"""AdamW as KVPO was published, which is torch's default."""
+WARMUP_UPDATES = 5
+"""Updates over which the learning rate rises, as published: AdamW's first steps go by single gradients."""
+GRADIENT_NORM = 1.0
+"""Gradients are clipped to this norm, as published: one group that stands out does not decide an update."""
+
+
+def learning_rate_factor(update: int) -> float:
+    """Linear warm-up whose first update already trains: (update + 1) / WARMUP_UPDATES, at most 1."""
+    return min(1.0, (update + 1) / WARMUP_UPDATES)
 
 
 class Trainer:
@@ -37,10 +46,10 @@ class Trainer:
     def __init__(self, setup: Setup) -> None:
         config = setup.config.optim
         self.setup = setup
-        self.policy = policy_of(setup.model, adapted=config.train == "lora")
+        self.policy = policy_of(setup.model, adapted=config.lora_rank > 0)
         self.average = MovingAverage(self.policy.parameters, config.ema_decay)
         self.optimizer = torch.optim.AdamW(
-            list(self.policy.parameters.values()), betas=config.betas, weight_decay=config.weight_decay
+            list(self.policy.parameters.values()), betas=BETAS, weight_decay=WEIGHT_DECAY
         )  # every update sets its learning rate
         self.learner = Learner(
             generator=setup.generator,
@@ -66,7 +75,7 @@ class Trainer:
         average, optimiser and the count of updates are then what they were before, for any exception.
         """
         optim = self.setup.config.optim
-        rate = optim.lr * learning_rate_factor(self.update, optim.warmup_updates)
+        rate = optim.lr * learning_rate_factor(self.update)
         found: list[Metrics] = []
         numbers = {"velocity_kl": 0.0, "gradient_norm": 0.0, "gradient_coverage": 0.0}
         try:
@@ -127,7 +136,7 @@ class Trainer:
         config, parameters = self.setup.config.optim, self.policy.parameters
         gradients = {name: p.grad for name, p in parameters.items() if p.grad is not None}
         bad, sizes = first_non_finite(gradients), magnitudes(gradients.values())
-        norm = float(nn.utils.clip_grad_norm_(list(parameters.values()), config.grad_clip))
+        norm = float(nn.utils.clip_grad_norm_(list(parameters.values()), GRADIENT_NORM))
         if bad or not math.isfinite(norm):
             where = f" ({bad[0]} holds {bad[1]})" if bad else ""
             raise NonFiniteError(f"the gradient is not finite; lower optim.lr = {config.lr}{where}")
@@ -194,9 +203,7 @@ class Trainer:
 
     @property
     def aligned(self) -> Mapping[str, Tensor]:
-        """The trained values that are judged and exported (``evaluation.weights``)."""
-        if self.setup.config.evaluation.weights == "raw":
-            return {name: p.data for name, p in self.policy.parameters.items()}
+        """The trained values that are judged and exported: the moving average."""
         return self.average.values
 
     @property
@@ -228,10 +235,8 @@ class Trainer:
 def architecture(weights: Weights) -> dict[str, Any]:
     """The settings that must agree for a checkpoint's tensors to fit."""
     optim = weights.config.optim
-    adapter = {"rank": optim.lora_rank, "alpha": optim.lora_alpha, "targets": list(optim.lora_targets)}
     return {
         "model": asdict(weights.config.model),
         "base": weights.base_sha256,
-        "train": optim.train,
-        "adapter": adapter if optim.train == "lora" else None,
+        "adapter": {"rank": optim.lora_rank, "targets": list(LORA_TARGETS)} if optim.lora_rank else None,
     }

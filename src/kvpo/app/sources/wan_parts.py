@@ -12,7 +12,7 @@ from torch import Tensor
 from kvpo.config import Config
 from kvpo.config_checks import ConfigurationError
 from kvpo.engine.noise import keyed_generator
-from kvpo.files import local_path
+from kvpo.files import cache_directory
 from kvpo.models.adapter_files import PEFT_CONFIG, AdapterState, load_adapter_state
 from kvpo.models.adapters import add_adapter, check_adapter, load_adapter, merge_adapter
 from kvpo.models.causal_wan import CausalWan
@@ -22,7 +22,7 @@ from kvpo.models.checkpoints import (
     check_state,
     load_transformer_state,
 )
-from kvpo.models.hub import resolve
+from kvpo.models.hub import resolve, split_entry
 from kvpo.models.offload import on_device
 from kvpo.models.tensor_files import fingerprint
 from kvpo.models.umt5 import (
@@ -106,7 +106,7 @@ class CachedTexts:
         if embeddings.shape[-1] != self.text_dim:
             raise ValueError(
                 f"backbone.text_encoder: embeddings of width {embeddings.shape[-1]}, "
-                f"model.text_dim is {self.text_dim}: the encoder belongs to another generator"
+                f"backbone.geometry has {self.text_dim}: the encoder belongs to another generator"
             )
         return embeddings.to(self.device, torch.float32)
 
@@ -118,14 +118,14 @@ def located(config: Config, name: str, *patterns: str, beside: Sequence[str] = (
         ConfigurationError: the setting is empty.
         ValueError: it names nothing that exists.
     """
-    location = vars(config.backbone)[name]
+    location, _ = split_entry(vars(config.backbone)[name])
     if not location:
         raise ConfigurationError(
             f"backbone.{name}: empty, but the generator of preset {config.preset!r} needs it; "
             f"give {WAYS_OUT[name]}"
         )
     try:
-        return resolve(location, patterns=patterns, beside=beside, offline=config.backbone.offline)
+        return resolve(location, patterns=patterns, beside=beside)
     except ValueError as error:
         raise ValueError(f"backbone.{name}: {error}; if it has moved, --backbone.{name} PATH") from error
 
@@ -133,15 +133,11 @@ def located(config: Config, name: str, *patterns: str, beside: Sequence[str] = (
 def text_encoder(config: Config) -> CachedTexts:
     """UMT5 behind its cache. Raises ValueError where its files are not to be found."""
     root = located(config, "text_encoder", "models_t5*", "google/*", "text_encoder/*", "tokenizer/*")
-    if config.backbone.tokenizer:
-        weights = root
-        tokenizer = resolve(config.backbone.tokenizer, offline=config.backbone.offline)
-    else:
-        weights, tokenizer = text_encoder_files(root)
+    weights, tokenizer = text_encoder_files(root)
     dtype = torch.float32 if config.optim.autocast == "none" else torch.bfloat16
     length = config.model.text_len
     cache = PromptCache(
-        local_path(config.backbone.embeddings, "backbone.embeddings"),
+        cache_directory("embeddings"),
         encoder_fingerprint(weights, tokenizer, dtype),
         length,
     )
@@ -157,14 +153,14 @@ def codec(config: Config) -> WanCodec:
     channels = vae.model.config.z_dim
     if channels != config.model.channels:
         raise ValueError(
-            f"backbone.vae: latents of {channels} channels, model.channels is {config.model.channels}"
+            f"backbone.vae: latents of {channels} channels, backbone.geometry has {config.model.channels}"
         )
     return WanCodec(vae, config.device, vae.model.config.scale_factor_temporal)
 
 
 def frozen_dtype(config: Config) -> torch.dtype:
     """Precision that weights are loaded in: that of the forward pass, or float32 where they are trained."""
-    low = config.optim.train == "lora" and config.optim.autocast == "bfloat16"
+    low = config.optim.lora_rank > 0 and config.optim.autocast == "bfloat16"
     return torch.bfloat16 if low else torch.float32
 
 
@@ -188,14 +184,12 @@ def open_weights(config: Config) -> WeightFiles:
     with torch.device("meta"):
         model = CausalWan(config.model)
     path = located(config, "checkpoint", *TRANSFORMER_FILES)
-    state = load_transformer_state(path, entry=backbone.checkpoint_entry or None)
+    state = load_transformer_state(path, entry=split_entry(backbone.checkpoint)[1])
     check_state(model, state)
     adapter = None
     if backbone.lora:
         path = located(config, "lora", *ADAPTER_FILES, beside=(PEFT_CONFIG,))
-        adapter = load_adapter_state(
-            path, entry=backbone.lora_entry or None, alpha=backbone.lora_alpha or None
-        )
+        adapter = load_adapter_state(path, entry=split_entry(backbone.lora)[1])
         check_adapter(model, adapter)
         logger.info("adapter: %s", adapter.described())
         if backbone.lora_start == "continue":
@@ -220,34 +214,26 @@ def wan_weights(config: Config, given: WeightFiles | None = None) -> Weights:
     model.checkpointing = optim.checkpointing
     if adapter is not None and backbone.lora_start == "merge":
         merge_adapter(model, adapter, state.tensors)
-    if optim.train == "full":
+    if not optim.lora_rank:
         model.requires_grad_(True)
     elif adapter is not None and backbone.lora_start == "continue":
         load_adapter(model, adapter)
     else:
         draws = keyed_generator("adapter", config.seed)
-        add_adapter(model, optim.lora_rank, optim.lora_alpha, optim.lora_targets, generator=draws)
+        add_adapter(model, optim.lora_rank, generator=draws)
     if optim.compile:
         model.compile_blocks()
-    how = [backbone.checkpoint_entry, *([backbone.lora_start, backbone.lora_entry] if adapter else [])]
+    entries = [split_entry(location)[1] or "" for location in (backbone.checkpoint, backbone.lora)]
+    how = [entries[0], *([backbone.lora_start, entries[1]] if adapter else [])]
     how += [str(sorted(set(map(adapter.scale, adapter.modules))))] if adapter and adapter.stated else []
     files = (*state.files, *(adapter.files if adapter else ()))
     return Weights(config, model.to(config.device), fingerprint(files, "/".join(how)))
 
 
 def _demand_same_adapter(config: Config, given: AdapterState) -> None:
-    """A continued adapter brings its own rank and scale; the configuration must say the same."""
-    optim, way_out = config.optim, "backbone.lora_start to merge"
-    told = f"optim.{{}}: {{}}, but the adapter {config.backbone.lora} that is continued has {{}} {{}}"
-    if optim.lora_rank != given.rank:
-        said = told.format("lora_rank", optim.lora_rank, "rank", given.rank)
-        raise ConfigurationError(f"{said}; set it to {given.rank}, or {way_out}")
-    if optim.lora_alpha != given.alpha:
-        alpha = repr(given.alpha).removesuffix(".0")
-        said = told.format("lora_alpha", f"{optim.lora_alpha:g}", "alpha", alpha)
-        if given.stated:
-            raise ConfigurationError(f"{said} according to {given.stated}; set it to {alpha}, or {way_out}")
+    """A continued adapter brings its own scale, and its rank, which the configuration must agree with."""
+    if config.optim.lora_rank != given.rank:
         raise ConfigurationError(
-            f"{said}, assumed from its rank since its files state none; set backbone.lora_alpha and "
-            "optim.lora_alpha to the alpha that it was trained with"
+            f"optim.lora_rank: {config.optim.lora_rank}, but the adapter {config.backbone.lora} that is "
+            f"continued has rank {given.rank}; set it to {given.rank}, or backbone.lora_start to merge"
         )

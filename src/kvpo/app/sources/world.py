@@ -83,7 +83,8 @@ class WorldTrainingPrompts:
 
 def base_path(config: Config) -> Path:
     """The base checkpoint of a configuration; by default the one that ships with the package."""
-    return local_path(config.base or str(files("kvpo.world").joinpath("assets", BASE)), "base")
+    shipped = str(files("kvpo.world").joinpath("assets", BASE))
+    return local_path(config.backbone.checkpoint or shipped, "backbone.checkpoint")
 
 
 def load_base(config: Config) -> tuple[CausalWan, LearnedTextEncoder]:
@@ -95,39 +96,45 @@ def load_base(config: Config) -> tuple[CausalWan, LearnedTextEncoder]:
     """
     path = base_path(config)
     if not path.is_file():
-        raise ConfigurationError(f"base: {path} is no file; `kvpo pretrain --out FILE` writes such a file")
+        raise ConfigurationError(
+            f"backbone.checkpoint: {path} is no file; `kvpo pretrain --out FILE` writes such a file"
+        )
     try:
         read_file(path)
     except ValueError as error:
-        raise ValueError(f"base: {error}; `kvpo pretrain --out FILE` writes a good one") from error
+        raise ValueError(
+            f"backbone.checkpoint: {error}; `kvpo pretrain --out FILE` writes a good one"
+        ) from error
     try:
         with safe_open(path, framework="pt") as file:
             saved = json.loads((file.metadata() or {})["generator"])["model"]
     except (SafetensorError, KeyError, ValueError) as error:
         raise ConfigurationError(
-            f"base: {path} is not an embedded generator as `kvpo pretrain` writes it"
+            f"backbone.checkpoint: {path} is not an embedded generator as `kvpo pretrain` writes it"
         ) from error
     here = json.loads(json.dumps(asdict(config.model)))
-    different = [f"model.{name} is {saved[name]} there, {here[name]} here" for name in here
+    different = [f"{name} is {saved[name]} there, {here[name]} here" for name in here
                  if saved.get(name, here[name]) != here[name]]  # fmt: skip
     if different:
-        raise ConfigurationError(f"base: {path} is of another architecture: {'; '.join(different)}")
+        raise ConfigurationError(
+            f"backbone.checkpoint: {path} is not of backbone.geometry: {'; '.join(different)}"
+        )
     try:
         return load_generator(config.model, path)
     except RuntimeError as error:
-        raise ValueError(f"base: the tensors of {path} do not fit the architecture that it names") from error
+        raise ValueError(
+            f"backbone.checkpoint: the tensors of {path} do not fit the architecture that it names"
+        ) from error
 
 
 def embedded(config: Config) -> tuple[Weights, LearnedTextEncoder]:
     """The embedded generator with what a configuration trains: a fresh adapter, or all its parameters."""
     transformer, text = load_base(config)
     transformer.checkpointing = config.optim.checkpointing
-    if config.optim.train == "lora":
+    if config.optim.lora_rank:
         add_adapter(
             transformer,
             config.optim.lora_rank,
-            config.optim.lora_alpha,
-            config.optim.lora_targets,
             generator=keyed_generator("adapter", config.seed),
         )
     else:

@@ -1,0 +1,126 @@
+"""Geometries of the Wan transformer: named ones, and files in the form of diffusers' config.json."""
+
+from dataclasses import replace
+from typing import Any
+
+from kvpo.files import local_path, read_json
+from kvpo.models.settings import WanShape
+
+SETTING = "backbone.geometry"
+_WAN_1_3B = WanShape(
+    dim=1536,
+    num_heads=12,
+    num_layers=30,
+    ffn_dim=8960,
+    freq_dim=256,
+    text_len=512,
+    text_dim=4096,
+    channels=16,
+    patch_size=(1, 2, 2),
+)
+GEOMETRIES = {
+    "world": WanShape(),
+    "1.3b": _WAN_1_3B,
+    "1.3b-relative": replace(_WAN_1_3B, relative_positions=True),
+    "14b": replace(_WAN_1_3B, dim=5120, num_heads=40, num_layers=40, ffn_dim=13824),
+}
+"""The embedded world's; Wan 2.1's two, and the small one as LongLive's infinite variant has it."""
+SIZES = {
+    "num_attention_heads": int,
+    "attention_head_dim": int,
+    "num_layers": int,
+    "ffn_dim": int,
+    "freq_dim": int,
+    "text_dim": int,
+    "in_channels": int,
+    "eps": float,
+}
+"""Numbers of diffusers' ``WanTransformer3DModel`` that a file must have, beside its patch size."""
+FIXED = {
+    "cross_attn_norm": True,
+    "qk_norm": "rms_norm_across_heads",
+    "image_dim": None,
+    "added_kv_proj_dim": None,
+    "pos_embed_seq_len": None,
+}
+"""What the transformer of this package always is; a file may say so."""
+IGNORED = {"out_channels", "rope_max_seq_len"}
+"""As many channels come out as go in, and positions have no end."""
+
+
+def geometry(name: str) -> WanShape:
+    """The geometry of a name in GEOMETRIES, a JSON file, or a model's folder with its config.json.
+
+    A file has the fields of diffusers' ``WanTransformer3DModel``, and may say ``text_len`` (512 without) and
+    ``relative_positions``. Raises ValueError naming the field that is missing, unknown or impossible.
+    """
+    if name in GEOMETRIES:
+        return GEOMETRIES[name]
+    path = local_path(name, SETTING)
+    if path.is_dir():
+        path = next((file for file in (path / "config.json", path / "transformer/config.json")
+                     if file.is_file()), path)  # fmt: skip
+    if not path.is_file():
+        raise ValueError(
+            f"{SETTING}: {name!r} is none of {', '.join(GEOMETRIES)}, no JSON file and no folder with a "
+            "config.json"
+        )
+    try:
+        fields = read_json(path)
+    except ValueError as error:
+        raise ValueError(f"{SETTING}: {error}") from error
+    if not isinstance(fields, dict):
+        raise ValueError(f"{SETTING}: {path} holds no fields")
+    return _shape(fields, f"{SETTING}: {path}")
+
+
+def fields_of(shape: WanShape) -> dict[str, Any]:
+    """A geometry as a file has it; what `geometry` reads back, but for the size of the latents."""
+    return {
+        "num_attention_heads": shape.num_heads,
+        "attention_head_dim": shape.head_dim,
+        "num_layers": shape.num_layers,
+        "ffn_dim": shape.ffn_dim,
+        "freq_dim": shape.freq_dim,
+        "text_dim": shape.text_dim,
+        "in_channels": shape.channels,
+        "patch_size": list(shape.patch_size),
+        "eps": shape.eps,
+        "text_len": shape.text_len,
+        "relative_positions": shape.relative_positions,
+    }
+
+
+def _shape(fields: dict[str, Any], where: str) -> WanShape:
+    found = {name: value for name, value in fields.items() if not name.startswith("_")}
+    patch, text_len = found.pop("patch_size", None), found.pop("text_len", 512)
+    relative = found.pop("relative_positions", False)
+    for name, value in FIXED.items():
+        if found.pop(name, value) != value:
+            raise ValueError(f"{where}: {name} must be {value}, got {fields[name]!r}")
+    if not (isinstance(patch, list) and len(patch) == 3 and all(type(side) is int for side in patch)):
+        raise ValueError(f"{where}: patch_size must be three whole numbers, got {patch!r}")
+    if type(text_len) is not int or type(relative) is not bool:
+        raise ValueError(f"{where}: text_len is a whole number and relative_positions true or false")
+    if fields.get("out_channels", fields.get("in_channels")) != fields.get("in_channels"):
+        raise ValueError(f"{where}: out_channels must be in_channels, got {fields['out_channels']!r}")
+    if unknown := sorted(found.keys() - SIZES.keys() - IGNORED):
+        raise ValueError(f"{where}: unknown field {unknown[0]!r}")
+    for name, kind in SIZES.items():
+        value = found.get(name)
+        if isinstance(value, bool) or not isinstance(value, int if kind is int else int | float):
+            what = "a whole number" if kind is int else "a number"
+            raise ValueError(f"{where}: {name} must be {what}, got {value!r}")
+    return WanShape(
+        dim=found["num_attention_heads"] * found["attention_head_dim"],
+        num_heads=found["num_attention_heads"],
+        num_layers=found["num_layers"],
+        ffn_dim=found["ffn_dim"],
+        freq_dim=found["freq_dim"],
+        text_len=text_len,
+        text_dim=found["text_dim"],
+        channels=found["in_channels"],
+        patch_size=tuple(patch),
+        eps=float(found["eps"]),
+        relative_positions=relative,
+    )
