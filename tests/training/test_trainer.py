@@ -42,7 +42,7 @@ def test_an_update_trains_and_the_average_follows(tiny_base: Path, train: str) -
     before = snapshot(trainer)
     numbers = trainer.step()
     after = snapshot(trainer)
-    assert numbers["learning_rate"] == trainer.setup.config.optim.lr / 5
+    assert numbers["learning_rate"] == trainer.setup.config.optim.lr * 0.2
     assert numbers["ratio_deviation"] == 0.0 and numbers["velocity_kl"] == 0.0
     forks = numbers.pop("forks")
     planned = plan_rollout(trainer.setup, 0)
