@@ -114,7 +114,7 @@ class ExplorationConfig:
 
 @dataclass(frozen=True)
 class ObjectiveConfig:
-    """Settings that methods share: solver steps, advantages, branches that train, ratio, temperature, drift."""
+    """Settings that methods share: solver steps, advantages, branches that train, ratio, temperature, KL."""
 
     grad_steps: int = 2
     """First solver steps that are learned from."""

@@ -175,7 +175,7 @@ def out_of_memory(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
 FAILURES: dict[str, tuple[Callable[[Trainer, pytest.MonkeyPatch], None], str]] = {
     "pixels": (bad_pixels, r"update 3: decoded pixels: video 2 of 4 holds NaN"),
     "residuals": (bad_residuals, r"update 3: replayed residuals.*: prompt \d+ holds infinity"),
-    "gradient": (bad_gradient, r"update 3: the gradient is not finite; lower optim\.lr = 0\.01 \(.*lora_B"),
+    "gradient": (bad_gradient, r"update 3: the gradient is not finite; lower optim\.lr = 0\.05 \(.*lora_B"),
     "parameters": (bad_parameters, r"update 3: parameters after the step: .*lora_B.* holds infinity; lower"),
     "moments": (
         bad_moments,

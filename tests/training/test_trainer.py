@@ -127,8 +127,7 @@ def test_the_parameters_follow_adamw_with_the_settings(
 
 
 def test_warm_up_trains_from_the_first_update() -> None:
-    assert [learning_rate_factor(n, 4) for n in range(6)] == [0.25, 0.5, 0.75, 1, 1, 1]
-    assert learning_rate_factor(0, 0) == 1
+    assert [learning_rate_factor(n) for n in range(7)] == [0.2, 0.4, 0.6, 0.8, 1, 1, 1]
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,7 @@ FIXED = {
     "added_kv_proj_dim": None,
     "pos_embed_seq_len": None,
 }
-"""What the transformer of this package always is; a file may say so."""
+"""Properties that the transformer of this package always has; a file may name them."""
 IGNORED = {"out_channels", "rope_max_seq_len"}
 """As many channels come out as go in, and positions have no end."""
 
