@@ -195,16 +195,16 @@ class Gibbs:
 
 
 def gibbs_method(
-    evidence: Callable[..., Evidence], policy_of: Callable[[Any], Gibbs], residual: str
+    evidence: Callable[..., Evidence], gibbs_of: Callable[[Any], Gibbs], residual: str
 ) -> Method:
-    """A method whose policy is a softmax over branches; ``policy_of`` reads it from the method's settings."""
+    """A method whose policy is a softmax over branches; ``gibbs_of`` reads it from the method's settings."""
 
     def loss(tables: Tables, credit: Credit, settings: Any) -> tuple[Tensor, Metrics]:
         energies = tables.per_branch(credit.branches)
-        return policy_of(settings).objective(*energies, credit.advantages_G.to(tables.now))
+        return gibbs_of(settings).objective(*energies, credit.advantages_G.to(tables.now))
 
     def probabilities(tables: Tables, credit: Credit, settings: Any) -> Tensor:
         _, old_G, _ = tables.per_branch(credit.branches)
-        return policy_of(settings).probabilities(old_G)
+        return gibbs_of(settings).probabilities(old_G)
 
     return Method(evidence, loss, METRICS, residual=residual, probabilities=probabilities)

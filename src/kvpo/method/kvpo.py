@@ -41,10 +41,10 @@ def evidence(
     return at_anchor if share == 1 else joined(visited, at_anchor)
 
 
-def policy_of(settings: MethodSettings[KvpoSettings]) -> Gibbs:
+def gibbs_of(settings: MethodSettings[KvpoSettings]) -> Gibbs:
     """The Gibbs policy of these settings."""
     own = settings.own
     return Gibbs(settings.temperature, settings.clip, own.simplex_kl, own.anchor_share)
 
 
-METHOD = gibbs_method(evidence, policy_of, "energy")
+METHOD = gibbs_method(evidence, gibbs_of, "energy")

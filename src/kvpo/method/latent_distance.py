@@ -43,9 +43,9 @@ def evidence(
     return anchor_state_evidence(trajectories, credit.branches, steps, weights)
 
 
-def policy_of(settings: MethodSettings[LatentDistanceSettings]) -> Gibbs:
+def gibbs_of(settings: MethodSettings[LatentDistanceSettings]) -> Gibbs:
     """The Gibbs policy of these settings."""
     return Gibbs(settings.temperature, settings.clip)
 
 
-METHOD = gibbs_method(evidence, policy_of, "distance")
+METHOD = gibbs_method(evidence, gibbs_of, "distance")
