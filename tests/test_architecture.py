@@ -40,6 +40,7 @@ LOWER_FLOORS = set(MAY_IMPORT)
 MAY_IMPORT |= {room: LOWER_FLOORS for room in ("kvpo.training", "kvpo.world", "kvpo.report")}
 MAY_IMPORT["kvpo.plan"] = LOWER_FLOORS | {"kvpo.training"}
 MAY_IMPORT["kvpo.arena"] = LOWER_FLOORS | {"kvpo.report"}
+MAY_IMPORT["kvpo.live"] = LOWER_FLOORS | {"kvpo.report", "kvpo.arena"}
 MAY_IMPORT["kvpo.app"] = set(MAY_IMPORT)
 MAY_IMPORT["kvpo.__main__"] = {"kvpo.app"}
 MAY_IMPORT["kvpo"] = set(MAY_IMPORT)  # the package's front door

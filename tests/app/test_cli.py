@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from kvpo.app import commands
+from kvpo.app import arguments, commands
 from kvpo.app.cli import main
 from kvpo.app.commands import COMMANDS
 from kvpo.config import Config
@@ -77,7 +77,7 @@ def test_preset_file_and_flags_in_that_order(resolved: list[Config], tmp_path: P
 
 def test_advantages_is_short_for_the_field(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     seen = []
-    monkeypatch.setattr(commands, "resolve", lambda preset, file, flags: seen.append((preset, flags)))
+    monkeypatch.setattr(arguments, "resolve", lambda preset, file, flags: seen.append((preset, flags)))
     monkeypatch.setitem(sys.modules, "kvpo.app.align", _Align)
     main(["align", "--preset", "demo", "--advantages", "random", "--out", str(tmp_path / "run")])
     main(["align", "--preset", "demo", "--out", str(tmp_path / "run")])

@@ -15,7 +15,8 @@ from dataclasses import asdict
 from typing import Any, NoReturn
 
 from kvpo import __version__
-from kvpo.app.commands import COMMANDS, SETTING
+from kvpo.app.arguments import SETTING
+from kvpo.app.commands import COMMANDS
 from kvpo.app.configuration import PLACES_OF_A_RUN, flat, nearest, path_argument, sections, settings
 from kvpo.app.presets import PRESETS
 from kvpo.config import Config

@@ -10,14 +10,19 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from kvpo.app import arena_commands, reward_commands
-from kvpo.app.configuration import parse_flags, path_argument, resolve, resolve_resumed, resolve_saved
-from kvpo.config import Config
+from kvpo.app import arena_commands, live_commands, reward_commands
+from kvpo.app.arguments import (
+    SETTING,
+    checkpoint_argument,
+    configuration,
+    generating,
+    run_argument,
+    settings_given,
+    weights_argument,
+)
+from kvpo.app.configuration import parse_flags, path_argument
 from kvpo.config_checks import ConfigurationError
 from kvpo.files import output_file, write_atomic
-
-SETTING = "setting:"
-"""Prefix of the parsed arguments that hold settings: ``setting:optim.lr``."""
 
 
 @dataclass(frozen=True)
@@ -35,21 +40,6 @@ class Command:
     """Returns the exit status; None is 0."""
     configured: bool = False
     places: bool = False
-
-
-def configuration(arguments: Namespace, *, saved: Path | None = None) -> Config:
-    """The configuration that ``arguments`` ask for, on top of ``saved`` when a run continues."""
-    flags = settings_given(arguments)
-    if saved is None:
-        return resolve(arguments.preset, arguments.config, flags)
-    return resolve_resumed(saved, arguments.preset, arguments.config, flags)
-
-
-def settings_given(arguments: Namespace) -> dict[str, str]:
-    """The settings among ``arguments``: dotted path -> text."""
-    return {
-        name.removeprefix(SETTING): text for name, text in vars(arguments).items() if name.startswith(SETTING)
-    }
 
 
 def _align_arguments(parser: ArgumentParser) -> None:
@@ -106,8 +96,8 @@ def _generate_arguments(parser: ArgumentParser) -> None:
         metavar="DIR",
         help="a run whose aligned model generates, in addition to its base",
     )
-    _checkpoint_argument(parser)
-    _weights_argument(parser)
+    checkpoint_argument(parser)
+    weights_argument(parser)
     parser.add_argument(
         "--prompts",
         type=path_argument,
@@ -117,14 +107,7 @@ def _generate_arguments(parser: ArgumentParser) -> None:
 
 
 def _generate(arguments: Namespace) -> None:
-    if arguments.run is None:
-        if arguments.checkpoint is not None:
-            raise ConfigurationError("--checkpoint: needs --run, the run that it is a checkpoint of")
-        config = configuration(arguments)
-    else:
-        if arguments.preset is not None or arguments.config is not None:
-            raise ConfigurationError("--run brings its own settings; leave out --preset and --config")
-        config = resolve_saved(arguments.run / "config.yaml", settings_given(arguments))
+    config = generating(arguments)
     from kvpo.app.generate import generate
 
     videos = generate(
@@ -139,9 +122,9 @@ def _generate(arguments: Namespace) -> None:
 
 
 def _evaluate_arguments(parser: ArgumentParser) -> None:
-    _run_argument(parser)
-    _checkpoint_argument(parser)
-    _weights_argument(parser)
+    run_argument(parser)
+    checkpoint_argument(parser)
+    weights_argument(parser)
     parser.add_argument(
         "--out",
         type=path_argument,
@@ -161,9 +144,9 @@ def _evaluate(arguments: Namespace) -> None:
 
 
 def _export_arguments(parser: ArgumentParser) -> None:
-    _run_argument(parser)
-    _checkpoint_argument(parser)
-    _weights_argument(parser)
+    run_argument(parser)
+    checkpoint_argument(parser)
+    weights_argument(parser)
     parser.add_argument(
         "--layout",
         choices=("peft", "diffusers-lora", "diffusers", "pt"),
@@ -290,7 +273,7 @@ def _doctor(arguments: Namespace) -> int:
 
 
 def _report_arguments(parser: ArgumentParser) -> None:
-    _run_argument(parser)
+    run_argument(parser)
 
 
 def _report(arguments: Namespace) -> None:
@@ -299,30 +282,16 @@ def _report(arguments: Namespace) -> None:
     print(write_report(arguments.run))
 
 
-def _run_argument(parser: ArgumentParser) -> None:
-    parser.add_argument("run", type=path_argument, metavar="RUN", help="directory that `kvpo align` wrote")
-
-
-def _checkpoint_argument(parser: ArgumentParser) -> None:
-    parser.add_argument(
-        "--checkpoint",
-        metavar="NAME",
-        help="best, latest, an update number or a checkpoint directory (default: best)",
-    )
-
-
-def _weights_argument(parser: ArgumentParser) -> None:
-    parser.add_argument(
-        "--weights",
-        choices=("average", "raw"),
-        default="average",
-        help="moving average of the trained weights, or the raw ones of the last update (default: average)",
-    )
-
-
 COMMANDS = (
     Command("align", "align a generator with a reward", _align_arguments, _align, configured=True),
     Command("generate", "generate videos from prompts", _generate_arguments, _generate, configured=True),
+    Command(
+        "live",
+        "direct a stream while it runs, on a page",
+        live_commands.live_arguments,
+        live_commands.live,
+        configured=True,
+    ),
     Command(
         "evaluate",
         "compare base and aligned model on held-out prompts",

@@ -57,6 +57,11 @@ class Codec(Protocol):
         """
         ...
 
+    def decode_next(self, latents_FCHW: Tensor, state: object | None) -> tuple[Tensor, object | None]:
+        """RGB ``[T', 3, H', W']`` of the next latent frames of one video, as ``decode`` gives it, and the
+        state that its following frames are decoded from; None: before the first frame."""
+        ...
+
 
 def pixels_of(codec: Codec, latents_BTCHW: Tensor, before_TCHW: Tensor | None = None) -> Tensor:
     """Pixels that ``codec.decode`` makes of latents, without gradients.

@@ -44,6 +44,8 @@ class Stream:
     """No block was generated since the last prompt switch."""
     step: Step | None = None
     """Solver step of the next blocks; None: the generator's."""
+    pinned: frozenset[int] = frozenset()
+    """Frames that stay resident in addition to what ``advance`` keeps."""
 
     @property
     def start(self) -> int:
@@ -203,7 +205,8 @@ def advance(
         )
         pieces.append(_generate_block(generator, batch, context))
         for stream in batch:
-            stream.history.keep(reachable_frames(generator.deployment, stream.history, resident))
+            reachable = reachable_frames(generator.deployment, stream.history, resident)
+            stream.history.keep(stream.pinned.union(reachable))
         places += index
     inverse = torch.tensor(places).argsort()
     fields = zip(*(vars(piece).values() for piece in pieces), strict=True)

@@ -127,6 +127,11 @@ class History:
             if old is not None:
                 self.cache.release([old])
 
+    def rewind(self, frame: int) -> None:
+        """Go back to before ``frame``: its page and all later ones are released; a memory bank stays."""
+        self.cache.release([self.pages.pop(later) for later in sorted(self.pages) if later >= frame])
+        self.end = frame
+
     def page_ids(self, frames: Iterable[int]) -> list[int]:
         """Page ids of absolute frames.
 

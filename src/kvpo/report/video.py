@@ -34,14 +34,17 @@ def shrink(frame_HWC: np.ndarray, factor: int) -> np.ndarray:
     return squares.mean(axis=(1, 3)).round().astype(np.uint8)
 
 
-def _encode(file: str | BinaryIO, frames_HWC: Iterable[np.ndarray], fps: float, quality: int) -> None:
+def _encode(
+    file: str | BinaryIO, frames_HWC: Iterable[np.ndarray], fps: float, quality: int, fragmented: bool = False
+) -> None:
     """Write frames of one even size; one frame is in memory at a time, and equal frames give equal bytes."""
     # The macroblock tree of x264 with AVX-512 reads memory that nobody wrote. It costs bytes to do without.
     codec, options = "libx264", {"crf": str(quality), "preset": "veryfast", "mbtree": "0"}
     if codec not in av.codecs_available:
         codec, options = "mpeg4", {"qscale": str(max(1, quality // 3))}
     # Moving the index to the front, for players on the web, reopens the file by name.
-    muxer = {"movflags": "+faststart"} if isinstance(file, str) else {}
+    flags = "+frag_keyframe+empty_moov+default_base_moof" if fragmented else "+faststart"
+    muxer = {"movflags": flags} if isinstance(file, str) else {}
     with av.open(file, "w", format="mp4", options=muxer) as container:
         stream = container.add_stream(codec, rate=Fraction(fps).limit_denominator(1001), options=options)
         stream.pix_fmt = "yuv420p"
@@ -67,6 +70,21 @@ def write_video(path: Path, frames_THWC: Any, fps: float, *, scale: int = 1, qua
     if scale < 1:
         raise ValueError(f"scale must be a whole number of at least 1, got {scale}")
     _encode(str(path), (enlarge(frame, scale) for frame in frames_THWC), fps, quality)
+
+
+def write_frames(path: Path, frames_HWC: Iterable[np.ndarray], fps: float, *, scale: int = 1) -> None:
+    """Write a fragmented mp4 of uint8 frames [H, W, 3] of one size, however many come.
+
+    A player can begin before the file is complete, and one that was cut off plays up to there.
+    """
+    _encode(str(path), (enlarge(frame, scale) for frame in frames_HWC), fps, 18, fragmented=True)
+
+
+def mp4_bytes(frames_THWC: np.ndarray, fps: float, *, scale: int = 1) -> bytes:
+    """The mp4 of ``write_video`` in memory."""
+    buffer = io.BytesIO()
+    _encode(buffer, (enlarge(frame, scale) for frame in as_frames(frames_THWC)), fps, 18)
+    return buffer.getvalue()
 
 
 def video_bytes(frames_THWC: np.ndarray, fps: float, max_bytes: int) -> bytes:

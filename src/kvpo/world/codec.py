@@ -66,6 +66,10 @@ class PixelCodec(nn.Module):
         video = ((self.decoder(raw) + 1) / 2).unflatten(0, latents_BTCHW.shape[:2])
         return video if self.training else video.clamp(0, 1).cpu()
 
+    def decode_next(self, latents_FCHW: Tensor, state: object | None) -> tuple[Tensor, object | None]:
+        """Frames [F, 3, 32, 32] of the next latents of a video; there is nothing to remember."""
+        return self.decode(latents_FCHW[None])[0], None
+
     @torch.no_grad()
     def set_statistics(self, video_BTCHW: Tensor) -> None:
         """Set the stored mean and deviation per latent channel from sample frames."""

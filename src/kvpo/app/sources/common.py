@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from kvpo.app.file_prompts import Sets
 from kvpo.config import Config
@@ -16,6 +17,18 @@ from kvpo.prompts import VideoPrompt
 from kvpo.training.backbone import Backbone, Weights
 from kvpo.training.diversity import ReadOff
 from kvpo.training.setup import Setup
+
+
+@dataclass(frozen=True)
+class Guide:
+    """Knowledge of a source's prompts, for those who direct a stream."""
+
+    story: Callable[[int], list[tuple[str, int]]]
+    """Seed -> prompts that tell a story, each with the latent frames that it lasts."""
+    shows: Callable[[Tensor, str, str], bool]
+    """(pixels ``[T, 3, H, W]``, prompt, prompt before) -> True once some frame shows the prompt rather."""
+    notice: Callable[[str], str]
+    """Names the words of a prompt that have no effect; empty: all have."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +53,8 @@ class Source:
     """Memory used by everything but the transformer."""
     read_off: Callable[[], ReadOff] | None = None
     """Reads what a video shows off its pixels; None: not possible."""
+    guide: Guide | None = None
+    """Help for those who direct a stream; None: there is none."""
 
 
 def streaming_generator(config: Config, transformer: CausalWan) -> StreamingGenerator:

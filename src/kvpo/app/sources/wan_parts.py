@@ -32,7 +32,7 @@ from kvpo.models.umt5 import (
     load_text_encoder,
     text_encoder_files,
 )
-from kvpo.models.wan_vae import WanVAE, load_wan_vae
+from kvpo.models.wan_vae import DecodeState, WanVAE, load_wan_vae
 from kvpo.prompts import VideoPrompt, cut_notice
 from kvpo.training.backbone import Weights
 
@@ -72,6 +72,14 @@ class WanCodec:
                     _, state = self.vae.decode_stream(frame, state)
             return torch.cat([self.vae.decode_stream(row[None], state)[0].cpu()
                               for row in latents_BTCHW.to(self.device)])  # fmt: skip
+
+    def decode_next(self, latents_FCHW: Tensor, state: object | None) -> tuple[Tensor, object | None]:
+        """RGB ``[T', 3, H', W']`` of the next latent frames of a video; see the codec protocol."""
+        assert state is None or isinstance(state, DecodeState)
+        with on_device([self.vae.model], self.device):
+            latents = latents_FCHW[None].to(self.device)
+            pixels, after = self.vae.decode_stream(latents, state or self.vae.start())
+        return pixels[0].cpu(), after
 
 
 @dataclass(frozen=True)

@@ -9,12 +9,13 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from kvpo.app.file_prompts import Sets
 from kvpo.app.judges import build_judges
-from kvpo.app.sources.common import Source, streaming_generator
+from kvpo.app.sources.common import Guide, Source, streaming_generator
 from kvpo.config import Config
 from kvpo.config_checks import ConfigurationError
 from kvpo.engine.noise import keyed_generator
@@ -32,6 +33,7 @@ from kvpo.world.codec import load_codec
 from kvpo.world.detector import BROKEN_BELOW, attributes, detect
 from kvpo.world.grammar import words
 from kvpo.world.pretrain import load_generator
+from kvpo.world.reward import WorldScorer
 from kvpo.world.stories import Split, distinct_prompts, sample_story, video_prompt
 from kvpo.world.text import TEXT_LENGTH, LearnedTextEncoder, WordTokenizer
 from kvpo.world.unseen import load_unseen
@@ -225,7 +227,34 @@ def read_off() -> ReadOff:
     return ReadOff(observe, BROKEN_BELOW)
 
 
+def live_story(seed: int) -> list[tuple[str, int]]:
+    """A story of four acts with their lengths in frames."""
+    story = sample_story(keyed_generator("live story", seed), 4, 4 * LONG_FRAMES // 3, split="train")
+    ends = [act.start for act in story.acts[1:]] + [story.num_frames]
+    return [(act.caption, end - act.start) for act, end in zip(story.acts, ends, strict=True)]
+
+
+def shows_rather(video_TCHW: Tensor, prompt: str, before: str) -> bool:
+    """True if some frame follows ``prompt`` better than ``before``; False where one cannot be read."""
+
+    def following(text: str) -> Tensor:
+        scores = WorldScorer()(video_TCHW[:, None], [ClipPrompt(text)] * len(video_TCHW))
+        return torch.stack([scores[name] for name in ("colour", "shape", "scene", "count")]).sum(0)
+
+    try:
+        return bool((following(prompt) > following(before)).any())
+    except ValueError:
+        return False
+
+
+def unknown_words(prompt: str) -> str:
+    """Names the words of a prompt that the embedded generator does not know."""
+    unknown = WordTokenizer().unknown(prompt)
+    return f"unknown words have no effect: {named_list(unknown)}" if unknown else ""
+
+
 SOURCE = Source(
+    guide=Guide(live_story, shows_rather, unknown_words),
     setup=build_world,
     backbone=backbone_for,
     weights=lambda config: embedded(config)[0],

@@ -1,0 +1,61 @@
+"""Arguments that several subcommands share, and the configuration that they ask for."""
+
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+
+from kvpo.app.configuration import path_argument, resolve, resolve_resumed, resolve_saved
+from kvpo.config import Config
+from kvpo.config_checks import ConfigurationError
+
+SETTING = "setting:"
+"""Prefix of the parsed arguments that hold settings: ``setting:optim.lr``."""
+
+
+def configuration(arguments: Namespace, *, saved: Path | None = None) -> Config:
+    """The configuration that ``arguments`` ask for, on top of ``saved`` when a run continues."""
+    flags = settings_given(arguments)
+    if saved is None:
+        return resolve(arguments.preset, arguments.config, flags)
+    return resolve_resumed(saved, arguments.preset, arguments.config, flags)
+
+
+def settings_given(arguments: Namespace) -> dict[str, str]:
+    """The settings among ``arguments``: dotted path -> text."""
+    return {
+        name.removeprefix(SETTING): text for name, text in vars(arguments).items() if name.startswith(SETTING)
+    }
+
+
+def generating(arguments: Namespace) -> Config:
+    """The configuration of a run that is named, or of the arguments."""
+    if arguments.run is None:
+        if arguments.checkpoint is not None:
+            raise ConfigurationError("--checkpoint: needs --run, the run that it is a checkpoint of")
+        return configuration(arguments)
+    if arguments.preset is not None or arguments.config is not None:
+        raise ConfigurationError("--run brings its own settings; leave out --preset and --config")
+    return resolve_saved(arguments.run / "config.yaml", settings_given(arguments))
+
+
+def run_argument(parser: ArgumentParser) -> None:
+    """Add the directory of a run."""
+    parser.add_argument("run", type=path_argument, metavar="RUN", help="directory that `kvpo align` wrote")
+
+
+def checkpoint_argument(parser: ArgumentParser) -> None:
+    """Add the choice of a checkpoint."""
+    parser.add_argument(
+        "--checkpoint",
+        metavar="NAME",
+        help="best, latest, an update number or a checkpoint directory (default: best)",
+    )
+
+
+def weights_argument(parser: ArgumentParser) -> None:
+    """Add the choice between averaged and raw weights."""
+    parser.add_argument(
+        "--weights",
+        choices=("average", "raw"),
+        default="average",
+        help="moving average of the trained weights, or the raw ones of the last update (default: average)",
+    )

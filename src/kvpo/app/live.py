@@ -1,0 +1,148 @@
+"""``kvpo live``: a page on which a stream is directed while it runs, base and aligned side by side."""
+
+import hashlib
+import logging
+import threading
+from collections.abc import Mapping
+from dataclasses import astuple, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from kvpo.app.build import load_backbone, source_of
+from kvpo.config import Config
+from kvpo.config_checks import check
+from kvpo.files import storage_error
+from kvpo.live.scheduler import Limits, Scheduler, Side
+from kvpo.live.script import Cue
+from kvpo.live.server import live_app
+from kvpo.live.session import Stage
+from kvpo.live.theatre import Theatre
+from kvpo.prompts import VideoPrompt
+from kvpo.serving import check_address, listener, run_app, url_of
+from kvpo.training.backbone import Backbone
+from kvpo.training.checkpoint import TENSORS, find_checkpoint, no_improvement
+from kvpo.training.device import computing
+from kvpo.training.policy import policy_of
+from kvpo.training.run import open_checkpoint
+
+logger = logging.getLogger(__name__)
+
+TOKEN_VARIABLE = "KVPO_LIVE_TOKEN"
+RESIDENT = 33
+"""History frames that stay resident where a configuration keeps all: a stream has no end."""
+GB = 1e9
+
+
+@dataclass(frozen=True)
+class Address:
+    """The address a server listens at, and the token it asks for."""
+
+    host: str
+    port: int
+    token: str | None
+
+
+def serve_live(
+    config: Config,
+    address: Address,
+    out: Path,
+    *,
+    run: Path | None = None,
+    checkpoint: str | None = None,
+    limits: Limits,
+) -> None:
+    """Serve the live page until SIGTERM or Ctrl-C.
+
+    Args:
+        out: directory of snapshots, exports and choices.
+        run: a run whose aligned model streams too; None: the base alone.
+        checkpoint: which checkpoint of the run; None: the best.
+
+    Raises:
+        ConfigurationError: an address that is taken or needs a token.
+        ValueError: weights that cannot be used.
+        StorageError: ``out`` cannot be made.
+    """
+    check(config)
+    check_address(address.host, address.port, address.token, TOKEN_VARIABLE)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise storage_error(out, error) from error
+    with listener(address.host, address.port) as listening:
+        with computing(config):
+            theatre = theatre_of(config, out, run=run, checkpoint=checkpoint, limits=limits)
+            scheduler = theatre.scheduler
+            worker = threading.Thread(target=scheduler.run, name="kvpo live scheduler", daemon=True)
+            worker.start()
+            key = f"/#token={address.token}" if address.token else "/"
+            size = scheduler.cache.num_pages * scheduler.cache.page_bytes / GB
+            logger.info("%d pages of history take %.2f GB", scheduler.cache.num_pages, size)
+            logger.info("live at %s%s (Ctrl-C stops)", url_of(address.host, listening), key)
+            try:
+                app = live_app(theatre, host=address.host, token=address.token)
+                run_app(app, listening, ws_max_size=1 << 20)
+            finally:
+                scheduler.stop()
+                worker.join()
+
+
+def theatre_of(
+    config: Config, out: Path, *, run: Path | None, checkpoint: str | None, limits: Limits
+) -> Theatre:
+    """The sessions of a server, ready for their first client; see `serve_live`."""
+    source = source_of(config)
+    backbone = load_backbone(config)
+    sides, weights = _sides(config, backbone, run, checkpoint)
+    generator, codec, guide = backbone.generator, backbone.codec, source.guide
+    exploration = config.exploration
+    if generator.deployment.window == -1:
+        limits = replace(limits, frames=min(limits.frames, source.default_frames(config)))
+    else:
+        exploration = replace(exploration, resident_frames=exploration.resident_frames or RESIDENT)
+    numbers = repr((weights, astuple(generator.deployment), generator.sigmas, config.stream.step_rule))
+
+    def embed(texts: Any) -> Any:
+        return backbone.texts([VideoPrompt(0, (text,), (), 1) for text in texts])
+
+    stage = Stage(generator, codec, embed, exploration, hashlib.sha256(numbers.encode()).hexdigest())
+    scheduler = Scheduler(stage, sides, limits, observer=guide.shows if guide else None)
+    theatre = Theatre(scheduler, out, _info(config, backbone, sides, run, told=guide is not None))
+    if guide is not None:
+        theatre.story = lambda seed: [Cue(*act) for act in guide.story(seed)]
+        theatre.notice = guide.notice
+    return theatre
+
+
+def _sides(
+    config: Config, backbone: Backbone, run: Path | None, checkpoint: str | None
+) -> tuple[dict[str, Side], tuple[str, ...]]:
+    """The arms that a server can stream, and what names their weights."""
+    base = backbone.weights.base_sha256
+    if run is None:
+        policy = policy_of(backbone.weights.model, adapted=config.optim.train == "lora")
+        return {"base": policy.reference}, (base,)
+    path = find_checkpoint(run / "checkpoints", checkpoint)
+    if (warning := no_improvement(path, checkpoint)) is not None:
+        logger.warning(warning)
+    both = open_checkpoint(backbone.weights, path)
+    digest = hashlib.sha256((path / TENSORS).read_bytes()).hexdigest()
+    return {"base": both.base, "aligned": both.aligned}, (base, digest, config.evaluation.weights)
+
+
+def _info(
+    config: Config, backbone: Backbone, sides: Mapping[str, Side], run: Path | None, *, told: bool
+) -> dict[str, Any]:
+    deployment = backbone.generator.deployment
+    return {
+        "model": config.preset if run is None else run.name,
+        "arms_there": list(sides),
+        "rate": backbone.codec.frames_per_second,
+        "block": deployment.block,
+        "frames_per_latent": backbone.codec.frames_per_latent,
+        "window": deployment.window,
+        "sink": deployment.sink,
+        "routed_slots": config.exploration.routed,
+        "recent": config.exploration.recent,
+        "story": told,
+    }

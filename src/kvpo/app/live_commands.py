@@ -1,0 +1,74 @@
+"""The arguments of ``kvpo live``; nothing heavy is imported up here."""
+
+import os
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+
+from kvpo.app.arguments import checkpoint_argument, generating, weights_argument
+from kvpo.app.configuration import path_argument
+from kvpo.config_checks import ConfigurationError
+
+
+def live_arguments(parser: ArgumentParser) -> None:
+    """Arguments of ``kvpo live``."""
+    parser.add_argument(
+        "--run",
+        type=path_argument,
+        metavar="DIR",
+        help="a run whose aligned model streams too, beside its base (default: the base alone)",
+    )
+    checkpoint_argument(parser)
+    weights_argument(parser)
+    parser.add_argument(
+        "--host",
+        default="127.0.0.1",
+        metavar="ADDRESS",
+        help="address to listen at; one that other machines can reach needs a token (default: 127.0.0.1)",
+    )
+    parser.add_argument("--port", type=int, default=8788, metavar="INT", help="(default: 8788; 0: any)")
+    parser.add_argument(
+        "--token-file",
+        type=path_argument,
+        metavar="FILE",
+        help="holds the token that clients must show (default: the environment's KVPO_LIVE_TOKEN)",
+    )
+    parser.add_argument(
+        "--out",
+        type=path_argument,
+        default=Path("runs/live"),
+        metavar="DIR",
+        help="directory for snapshots, exports and choices (default: runs/live)",
+    )
+    parser.add_argument(
+        "--sessions", type=int, default=8, metavar="INT", help="most streams at a time (default: 8)"
+    )
+    parser.add_argument(
+        "--rows",
+        type=int,
+        default=0,
+        metavar="INT",
+        help="streams per forward pass; 1: what a session shows does not depend on others, bit for bit "
+        "(default: 0, all)",
+    )
+
+
+def live(arguments: Namespace) -> None:
+    """Run ``kvpo live``."""
+    for name, least in (("sessions", 1), ("rows", 0)):
+        if vars(arguments)[name] < least:
+            raise ConfigurationError(f"--{name}: must be {least} or more, got {vars(arguments)[name]}")
+    config = generating(arguments)
+    from kvpo.app.live import TOKEN_VARIABLE, Address, serve_live
+    from kvpo.live.scheduler import Limits
+    from kvpo.serving import read_token
+
+    token = read_token(arguments.token_file, os.environ, TOKEN_VARIABLE)
+    serve_live(
+        config,
+        Address(arguments.host, arguments.port, token),
+        arguments.out,
+        run=arguments.run,
+        checkpoint=arguments.checkpoint,
+        weights=arguments.weights,
+        limits=Limits(sessions=arguments.sessions, rows=arguments.rows),
+    )

@@ -1,0 +1,322 @@
+"""Clients' messages carried out: each is checked, handed to the scheduler's thread, and answered."""
+
+import asyncio
+import secrets
+from collections.abc import Callable
+from functools import partial
+from typing import Any, TypeVar
+
+from kvpo.live import protocol as p
+from kvpo.live.keep import export, record_choice
+from kvpo.live.pictures import pictures
+from kvpo.live.protocol import Refusal, packed
+from kvpo.live.scheduler import FASTEST, Show
+from kvpo.live.script import Cue
+from kvpo.live.session import Branches, Session
+from kvpo.live.snapshots import load_snapshot, restored, save_snapshot, snapshot_of
+from kvpo.live.theatre import Connection, Theatre
+
+T = TypeVar("T")
+
+
+class Direction:
+    """Carries out the messages of one connection."""
+
+    def __init__(self, theatre: Theatre, connection: Connection) -> None:
+        self.theatre, self.connection = theatre, connection
+        self.scheduler = theatre.scheduler
+        self.limits = theatre.scheduler.limits
+        self._name = ""
+        self._carried_out: dict[type, Callable[[Any], Any]] = {
+            p.Start: self.start,
+            p.Watch: self.watch,
+            p.PromptUpdate: self.prompt_update,
+            p.Queue: self.line_up,
+            p.Route: self.route,
+            p.Pin: self.pin,
+            p.Fork: self.fork,
+            p.Choose: self.choose,
+            p.Pause: self.pause,
+            p.Speed: self.speed,
+            p.Reset: self.reset,
+            p.Snapshot: self.snapshot,
+            p.Export: self.export,
+            p.Stop: self.stop,
+        }
+
+    async def carry_out(self, name: str, message: Any) -> None:
+        """Do what a message says and answer it. Raises Refusal."""
+        self._name = name
+        await self._carried_out[type(message)](message)
+
+    def answer(self, **values: Any) -> None:
+        """Say that the message is accepted; from any thread, in order with the blocks."""
+        self.theatre.put(self.connection, {"type": f"{self._name}.accepted", **values})
+
+    def directed(self) -> Show:
+        """The session that this connection directs. Raises Refusal where it directs none."""
+        if self.connection.show is None or not self.connection.directs:
+            raise Refusal("out_of_order", "this connection directs no session; send session.start first")
+        return self.connection.show
+
+    def cue(self, prompt: str, frames: int) -> Cue:
+        """A prompt within bounds. Raises Refusal."""
+        text = prompt.strip()
+        if not text:
+            raise Refusal("out_of_range", "prompt: empty; say what to show")
+        if len(text) > self.limits.prompt_chars:
+            most = self.limits.prompt_chars
+            raise Refusal("out_of_range", f"prompt: at most {most} characters, got {len(text)}")
+        if not 0 <= frames <= self.limits.frames:
+            raise Refusal("out_of_range", f"frames: must be 0..{self.limits.frames}, got {frames}")
+        return Cue(text, frames)
+
+    def within(self, name: str, value: float, low: float, high: float) -> None:
+        """Raise Refusal for a number out of bounds."""
+        if not low <= value <= high:
+            raise Refusal("out_of_range", f"{name}: must be {low:g}..{high:g}, got {value:g}")
+
+    def pace(self, speed: float) -> None:
+        """Raise Refusal for a speed that is none."""
+        if speed:
+            self.within("speed", speed, 0.05, FASTEST)
+
+    async def ask(self, what: Callable[[], T]) -> T:
+        """Have something done between two blocks; a text that cannot be embedded is refused."""
+        try:
+            return await self.theatre.ask(what)
+        except ValueError as error:
+            raise Refusal("out_of_range", str(error)) from error
+        except (MemoryError, OSError, RuntimeError) as error:
+            raise Refusal("failed", str(error)) from error
+
+    # Sessions --------------------------------------------------------------------------------------------
+
+    async def start(self, message: p.Start) -> None:
+        if self.connection.show is not None:
+            raise Refusal("out_of_order", "this connection has a session; stop it, or send session.reset")
+        asked = self.scheduler.clock()
+        self.pace(message.speed)
+        if message.snapshot:
+            make = await self._restored(message.snapshot)
+        else:
+            self.within("seed", message.seed, 0, 2**53)
+            arms, cue = self._arms(message.arms), self.cue(message.prompt, message.frames)
+            stage, cache = self.scheduler.stage, self.scheduler.cache
+            make = partial(Session, stage, cache, arms, cue, message.seed)
+        id = secrets.token_hex(6)
+        self.theatre.rooms[id] = [self.connection]  # before the first block comes
+
+        def open_session() -> Show:
+            publish = partial(self.theatre.publish, id)
+            show = self.scheduler.open(id, make, publish, asked, message.speed)
+            publish(self._video_start(show, directs=True))
+            return show
+
+        try:
+            self.connection.show = await self.ask(open_session)
+        except BaseException:
+            del self.theatre.rooms[id]
+            raise
+        self.connection.directs = True
+
+    def _arms(self, wanted: str) -> list[str]:
+        there = list(self.scheduler.sides)
+        arms = {"": there, "both": ["base", "aligned"]}.get(wanted, [wanted])
+        if missing := [arm for arm in arms if arm not in there]:
+            raise Refusal("unavailable", f"arms: this server has no {missing[0]} model; it has {there[0]}")
+        return arms
+
+    async def _restored(self, name: str) -> Callable[[], Session]:
+        tensors, record = await asyncio.to_thread(load_snapshot, self.theatre.out, name)
+        if unknown := sorted(record["arms"].keys() - self.scheduler.sides.keys()):
+            raise Refusal("unavailable", f"snapshot: this server has no {unknown[0]} model")
+        return partial(restored, self.scheduler.stage, self.scheduler.cache, tensors, record)
+
+    def _video_start(self, show: Show, *, directs: bool) -> dict[str, Any]:
+        session = show.session
+        return {
+            **self.theatre.info,
+            "type": "video.start",
+            "session": show.id,
+            "arms": list(session.arms),
+            "seed": session.script.seed,
+            "frame": session.start,
+            "prompt": session.prompt,
+            "speed": show.speed,
+            "directs": directs,
+        }
+
+    async def watch(self, message: p.Watch) -> None:
+        if self.connection.show is not None:
+            raise Refusal("out_of_order", "this connection has a session")
+        show = self.scheduler.shows.get(message.session)
+        if show is None or show.id not in self.theatre.rooms:
+            raise Refusal("not_found", f"session: {message.session[:60]!r} is not on")
+        audience = self.theatre.rooms[show.id]
+        audience.append(self.connection)
+        self.connection.show, show.viewers = show, len(audience)
+        self.connection.outbox.put(self._video_start(show, directs=False))
+
+    async def stop(self, message: p.Stop) -> None:
+        show = self.directed()
+        await self.ask(lambda: self.scheduler.close(show, "stopped"))
+
+    async def reset(self, message: p.Reset) -> None:
+        show = self.directed()
+        old = show.session
+        seed = old.script.seed if message.seed < 0 else message.seed
+        self.within("seed", seed, 0, 2**53)
+        cue = self.cue(message.prompt or old.prompt, 0)
+        make = partial(Session, old.stage, self.scheduler.cache, list(old.arms), cue, seed)
+
+        def reset() -> None:
+            self.scheduler.replace(show, make)
+            self.answer(seed=seed, prompt=cue.prompt, frame=0)
+
+        await self.ask(reset)
+
+    # Directing -------------------------------------------------------------------------------------------
+
+    async def prompt_update(self, message: p.PromptUpdate) -> None:
+        show, asked = self.directed(), self.scheduler.clock()
+        cue = self.cue(message.prompt, message.frames)
+        notice = self.theatre.notice(cue.prompt)
+
+        def switch() -> None:
+            self.scheduler.switch(show, cue, asked)
+            self.answer(prompt=cue.prompt, frame=show.session.start, notice=notice)
+
+        await self.ask(switch)
+
+    async def line_up(self, message: p.Queue) -> None:
+        show = self.directed()
+        if len(message.prompts) > self.limits.prompts:
+            most = self.limits.prompts
+            raise Refusal("out_of_range", f"prompts: at most {most}, got {len(message.prompts)}")
+        cues = [self.cue(one.prompt, one.frames) for one in message.prompts]
+
+        def line_up() -> None:
+            show.session.line_up(cues)
+            self.answer(queued=len(cues))
+
+        await self.ask(line_up)
+
+    async def route(self, message: p.Route) -> None:
+        show = self.directed()
+        self.within("blocks", message.blocks, 1, self.limits.route_blocks)
+
+        def route() -> None:
+            show.session.route(message.frames, message.blocks)
+            frames = sorted(set(message.frames))
+            self.answer(frames=frames, blocks=message.blocks, frame=show.session.start)
+
+        await self.ask(route)
+
+    async def pin(self, message: p.Pin) -> None:
+        show = self.directed()
+
+        def pin() -> None:
+            show.session.pin(message.frames, message.pinned, self.limits.pins)
+            self.answer(pinned=sorted(show.session.pins))
+
+        await self.ask(pin)
+
+    async def pause(self, message: p.Pause) -> None:
+        show = self.directed()
+
+        def pause() -> None:
+            show.paused = message.paused
+            show.pace.restart()
+            self.answer(paused=message.paused)
+
+        await self.ask(pause)
+
+    async def speed(self, message: p.Speed) -> None:
+        show = self.directed()
+        self.pace(message.speed)
+
+        def change() -> None:
+            show.speed = message.speed
+            show.pace.restart()
+            self.answer(speed=message.speed)
+
+        await self.ask(change)
+
+    # Forks -----------------------------------------------------------------------------------------------
+
+    async def fork(self, message: p.Fork) -> None:
+        show = self.directed()
+        self.within("branches", message.branches, 1, self.limits.branches)
+        self.within("blocks", message.blocks, 1, self.limits.fork_blocks)
+        names = list(show.session.arms)
+        arm = message.arm or names[-1]
+        if arm not in names:
+            raise Refusal("unavailable", f"arm: this session has no {arm} arm")
+
+        def fork() -> None:
+            frame = show.session.start if message.frame < 0 else message.frame
+            fork = self.scheduler.fork(show, arm, frame, message.branches, message.blocks)
+            images = [pictures(pixels) for pixels in fork.pixels]
+            header = {
+                "type": "session.fork.accepted",
+                "arm": arm,
+                "frame": fork.frame,
+                "blocks": fork.blocks,
+                "prompt": show.session.prompt,
+                "routes": [sorted(set(route or ())) for route in fork.routes],
+                "frames": [[len(one) for one in branch] for branch in images],
+            }
+            parts = [one for branch in images for one in branch]
+            self.theatre.put(self.connection, packed(header, parts))
+
+        await self.ask(fork)
+
+    async def choose(self, message: p.Choose) -> None:
+        show = self.directed()
+        branch = None if message.branch < 0 else message.branch
+
+        def choose() -> Branches:
+            fork = show.session.choose(branch)
+            show.pace.restart()
+            self.answer(branch=message.branch, frame=show.session.start)
+            return fork
+
+        fork = await self.ask(choose)
+        if branch is not None:
+            rate = self.scheduler.stage.codec.frames_per_second
+            prompt = show.session.prompt
+            await asyncio.to_thread(record_choice, self.theatre.out, fork, branch, prompt=prompt, rate=rate)
+
+    # Keeping ---------------------------------------------------------------------------------------------
+
+    async def snapshot(self, message: p.Snapshot) -> None:
+        show = self.directed()
+        tensors, record = await self.ask(lambda: snapshot_of(show.session))
+        name = f"{show.id}-{record['start']}"
+        await asyncio.to_thread(save_snapshot, self.theatre.out, name, tensors, record)
+        self.answer(snapshot=name, frame=record["start"])
+
+    async def export(self, message: p.Export) -> None:
+        show = self.directed()
+        stage = self.scheduler.stage
+
+        def copied() -> tuple[Any, dict[str, Any]]:
+            session = show.session
+            if not session.start:
+                raise Refusal("out_of_order", "there is nothing to export before the first block")
+            latents = {name: arm.spool.read(0, session.start) for name, arm in session.arms.items()}
+            return session.script.shown(session.start), latents if message.what == "mp4" else {}
+
+        prompt, latents = await self.ask(copied)
+        path = await asyncio.to_thread(
+            export,
+            self.theatre.out,
+            f"{show.id}-{prompt.num_frames}",
+            message.what,
+            prompt,
+            latents,
+            stage.codec,
+        )
+        self.theatre.exported[path.name] = path
+        self.answer(what=message.what, file=path.name, url=f"/v1/files/{path.name}")

@@ -1,0 +1,39 @@
+"""Items that wait to be sent to a connection: bounded, however slowly it reads."""
+
+import asyncio
+from collections import deque
+from typing import Any
+
+BLOCKS = 4
+"""Blocks that wait for a slow reader; the oldest make way for newer ones."""
+EVENTS = 256
+"""Events that wait; they cannot be left out, so a reader further behind is cut off."""
+
+
+class Outbox:
+    """Events (dict) and blocks (bytes) in order. For one event loop."""
+
+    def __init__(self) -> None:
+        self._items: deque[dict[str, Any] | bytes] = deque()
+        self._wake = asyncio.Event()
+        self.dropped = 0
+        """Blocks that were left out."""
+        self.overrun = False
+
+    def put(self, item: dict[str, Any] | bytes) -> None:
+        """Add an item; never waits."""
+        waiting = [other for other in self._items if isinstance(other, type(item))]
+        if isinstance(item, dict) and len(waiting) >= EVENTS:
+            self.overrun = True
+        elif isinstance(item, bytes) and len(waiting) >= BLOCKS:
+            self._items.remove(waiting[0])
+            self.dropped += 1
+        self._items.append(item)
+        self._wake.set()
+
+    async def get(self) -> dict[str, Any] | bytes | None:
+        """The next item; None: the reader is too far behind to be told everything."""
+        while not self._items and not self.overrun:
+            self._wake.clear()
+            await self._wake.wait()
+        return None if self.overrun else self._items.popleft()

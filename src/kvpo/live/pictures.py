@@ -1,0 +1,31 @@
+"""Frames as pictures that every browser shows."""
+
+import io
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+
+QUALITY = 92
+LOSSLESS_SIDE = 96
+"""Frames with no side longer than this lose nothing: JPEG's blocks would be seen once they are enlarged."""
+
+
+def pictures(pixels_TCHW: Tensor) -> list[bytes]:
+    """Every frame, RGB in [0, 1], as a picture: WebP without loss where frames are tiny, JPEG otherwise."""
+    return [_picture(frame) for frame in as_bytes(pixels_TCHW)]
+
+
+def as_bytes(pixels_TCHW: Tensor) -> np.ndarray:
+    """Pixels in [0, 1] as uint8 ``[T, H, W, 3]``."""
+    return (pixels_TCHW.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+
+
+def _picture(frame_HWC: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    image = Image.fromarray(frame_HWC)
+    if max(frame_HWC.shape[:2]) <= LOSSLESS_SIDE:
+        image.save(file, "WEBP", lossless=True, quality=0, method=0)
+    else:
+        image.save(file, "JPEG", quality=QUALITY, subsampling=0)
+    return file.getvalue()

@@ -1,0 +1,46 @@
+"""The plain data that decide a session: seed, prompts with their switches, routed frames."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+from kvpo.prompts import VideoPrompt
+
+OPEN_END = 2**40
+"""Latent frames of a video that ends when its viewer says so."""
+
+
+@dataclass(frozen=True)
+class Cue:
+    """A prompt and the latent frames it lasts before the queue goes on; 0: until it is replaced."""
+
+    prompt: str
+    frames: int = 0
+
+
+@dataclass(frozen=True)
+class Script:
+    """All that decides the latents of a session under given weights."""
+
+    seed: int
+    segments: tuple[str, ...]
+    switches: tuple[int, ...] = ()
+    routes: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
+    """Block -> the past frames in its routed slots; a block without an entry sees its deployment context."""
+
+    def shown(self, num_frames: int = OPEN_END) -> VideoPrompt:
+        """The prompts as a request."""
+        acted = sum(switch < num_frames for switch in self.switches)
+        return VideoPrompt(0, self.segments[: acted + 1], self.switches[:acted], num_frames)
+
+    def switched(self, frame: int, prompt: str) -> "Script":
+        """Another prompt from ``frame`` on, which lies at or after every switch."""
+        before = sum(switch < frame for switch in self.switches) if frame else 0
+        if not frame:
+            return replace(self, segments=(prompt,), switches=())
+        kept = self.segments[: before + 1]
+        return replace(self, segments=(*kept, prompt), switches=(*self.switches[:before], frame))
+
+    def routed(self, routes: Mapping[int, tuple[int, ...]], first: int) -> "Script":
+        """Other routes from block ``first`` on."""
+        earlier = {block: route for block, route in self.routes.items() if block < first}
+        return replace(self, routes={**earlier, **routes})

@@ -1,0 +1,331 @@
+"""One stream that is directed while it runs: prompts, routed history, pins, forks, snapshots; no network.
+
+A session's ``Script`` is plain data and decides every latent. Commands edit the script between blocks, and
+each acts at the next block. Base and aligned are *arms*: streams of one script on one tape.
+"""
+
+import math
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kvpo.config import ExplorationConfig
+from kvpo.engine.generator import Codec, StreamingGenerator
+from kvpo.engine.noise import SeededTape, keyed_generator
+from kvpo.engine.stream import Stream, TextTable, advance, open_stream, switch_prompts
+from kvpo.live.protocol import Refusal
+from kvpo.live.script import OPEN_END, Cue, Script
+from kvpo.live.spool import Spool
+from kvpo.method.routing import dispersed_routes, visible_frames
+from kvpo.models.cache import FrameCache, History
+
+
+@dataclass(frozen=True)
+class Stage:
+    """The generator and its surroundings, shared by all sessions of a server."""
+
+    generator: StreamingGenerator
+    codec: Codec
+    embed: Callable[[Sequence[str]], TextTable]
+    """Prompt texts to embeddings. Raises ValueError for a text that cannot be embedded."""
+    exploration: ExplorationConfig
+    """Routed slots, recent frames and resident frames: as in training."""
+    identity: str
+    """Names weights and deployment: a snapshot continues under no other."""
+
+    @property
+    def local_frames(self) -> int:
+        """Past frames whose latents a block, its re-encoding included, may need."""
+        window = self.generator.deployment.window
+        return OPEN_END if window == -1 else window
+
+
+@dataclass
+class Arm:
+    """One policy's stream of a session, and everything it has generated."""
+
+    stream: Stream
+    spool: Spool
+    decoding: object | None = None
+    """The codec's state behind the last decoded frame."""
+
+
+@dataclass(frozen=True)
+class Branches:
+    """An open fork: continuations of one arm from ``frame``, the first of them not routed."""
+
+    arm: str
+    frame: int
+    routes: tuple[tuple[int, ...] | None, ...]
+    pixels: tuple[Tensor, ...]
+    """RGB ``[T', 3, H', W']`` of every branch."""
+    blocks: int
+
+
+class Session:
+    """A directed stream. Not safe between threads: one thread directs and advances it."""
+
+    def __init__(self, stage: Stage, cache: FrameCache, arms: Sequence[str], cue: Cue, seed: int) -> None:
+        self.stage = stage
+        self.script = Script(seed, (cue.prompt,))
+        self.cue, self.cue_start = cue, 0
+        self.coming: Cue | None = None
+        self.queue: deque[Cue] = deque()
+        self.pins: frozenset[int] = frozenset()
+        self.fork: Branches | None = None
+        self.texts, tape = dict(stage.embed([cue.prompt])), self.tape
+        self.arms = {
+            name: Arm(open_stream(stage.generator, cache, self.script.shown(), self.texts, tape), Spool())
+            for name in arms
+        }
+
+    @property
+    def tape(self) -> SeededTape:
+        """The noise that all arms share."""
+        return SeededTape(("live", self.script.seed), self.stage.generator.block_shape)
+
+    @property
+    def start(self) -> int:
+        """First latent frame of the next block."""
+        return next(iter(self.arms.values())).stream.start
+
+    @property
+    def block(self) -> int:
+        """Index of the next block."""
+        return self.start // self.stage.generator.block
+
+    @property
+    def history(self) -> History:
+        """The history of any arm: all hold the same frames."""
+        return next(iter(self.arms.values())).stream.history
+
+    @property
+    def prompt(self) -> str:
+        """The text in force."""
+        return self.script.segments[-1]
+
+    def show(self, cue: Cue) -> None:
+        """Switch to another prompt at the next block. Raises ValueError where it cannot be embedded."""
+        self._embed([cue])
+        self.coming = cue
+
+    def line_up(self, cues: Iterable[Cue]) -> None:
+        """Replace the queue; its first prompt follows when the current one has lasted its length."""
+        cues = list(cues)
+        self._embed(cues)
+        self.queue = deque(cues)
+
+    def _embed(self, cues: Sequence[Cue]) -> None:
+        new = [prompt for prompt in {cue.prompt: None for cue in cues} if prompt not in self.texts]
+        self.texts |= self.stage.embed(new) if new else {}
+
+    def route(self, frames: Sequence[int], blocks: int) -> None:
+        """Fill the routed slots of the next blocks with past frames, repeated evenly; none: deployment.
+
+        Raises Refusal for frames that are not resident or more than there are slots.
+        """
+        self.demand_resident(frames)
+        slots = self.stage.exploration.routed
+        if len(set(frames)) > slots:
+            raise Refusal("out_of_range", f"frames: {len(set(frames))} frames for {slots} routed slots")
+        distinct = sorted(set(frames))
+        filled = tuple(sorted(distinct[n % len(distinct)] for n in range(slots))) if distinct else ()
+        coming = {self.block + n: filled for n in range(blocks)} if filled else {}
+        self.script = self.script.routed(coming, self.block)
+        self.hold()
+
+    def pin(self, frames: Sequence[int], pinned: bool, most: int) -> None:
+        """Keep frames resident, or let them go. Raises Refusal for frames that are gone, or too many."""
+        if not pinned:
+            self.pins -= set(frames)
+        else:
+            self.demand_resident(frames)
+            if len(self.pins.union(frames)) > most:
+                raise Refusal("out_of_range", f"frames: at most {most} frames can be pinned")
+            self.pins |= set(frames)
+        self.hold()
+
+    def demand_resident(self, frames: Sequence[int]) -> None:
+        """Raise Refusal for a frame that has no page any more, or not yet."""
+        if gone := sorted(set(frames) - set(self.history.pages)):
+            raise Refusal(
+                "not_resident",
+                f"frames: frame {gone[0]} is not resident; pin frames that you want to keep",
+            )
+
+    def begin_block(self) -> None:
+        """Act on what was asked for before the next block: the prompt that is due."""
+        cue, self.coming = self.coming, None
+        over = self.cue.frames and self.start >= self.cue_start + self.cue.frames
+        if cue is None and over and self.queue:
+            cue = self.queue.popleft()
+        if cue is None:
+            return
+        self.cue, self.cue_start = cue, self.start
+        self.script = self.script.switched(self.start, cue.prompt)
+        wanted = {cue.prompt, *(queued.prompt for queued in self.queue)}
+        self.texts = {prompt: text for prompt, text in self.texts.items() if prompt in wanted}
+        for arm in self.arms.values():
+            arm.stream.prompt, arm.stream.texts = self.script.shown(), self.texts
+            # After going back to a switch the window may be encoded for the prompt that is now replaced.
+            arm.stream.segment = min(arm.stream.segment, max(0, len(self.script.segments) - 2))
+
+    def pages(self, name: str) -> list[int] | None:
+        """Page ids in an arm's routed slots at the next block; None: its deployment context."""
+        stream = self.arms[name].stream  # the arms advance one after another
+        route = self.script.routes.get(stream.start // self.stage.generator.block)
+        return None if route is None else stream.history.page_ids(route)
+
+    def sees(self) -> dict[str, list[int]]:
+        """Past frames that the next block attends to: in sink, routed and local slots."""
+        route = self.script.routes.get(self.block, ())
+        recent = self.stage.exploration.recent if route else self.stage.generator.deployment.local_past
+        sink, local = visible_frames(self.start, self.history.sink, recent)
+        return {"sink": sink, "routed": sorted(set(route)), "local": local}
+
+    def end_block(self) -> None:
+        """After a block: its latents go to the spool; only those that a switch may re-encode stay."""
+        for arm in self.arms.values():
+            arm.spool.append(arm.stream.latents[-1])
+            del arm.stream.latents[: -max(1, self.stage.local_frames // self.stage.generator.block)]
+        self.hold()
+
+    def hold(self) -> None:
+        """Have every arm keep what is pinned and what coming blocks are routed to."""
+        coming = [route for block, route in self.script.routes.items() if block >= self.block]
+        held = self.pins.union(*coming)
+        for arm in self.arms.values():
+            arm.stream.pinned = held
+
+    # Going back ------------------------------------------------------------------------------------------
+
+    def back_to(self, frame: int) -> None:
+        """Go on from an earlier moment under the prompt in force; what came after it is forgotten."""
+        again = self._encodes_again(frame)
+        script = self._script_from(frame, again)
+        for arm in self.arms.values():
+            self._take_back(arm.stream, arm.spool, script, frame, again)
+            arm.spool.cut(frame)
+            arm.decoding = self.decoding_at(arm, frame)
+        self.script, self.fork = script, None
+        self.cue_start = min(self.cue_start, frame)
+        self.pins = frozenset(pin for pin in self.pins if pin < frame)
+        self.hold()
+
+    def _encodes_again(self, frame: int) -> bool:
+        """True if the window before ``frame`` is gone or was encoded for a later prompt than one there."""
+        deployment = self.stage.generator.deployment
+        oldest = 0 if deployment.local_past is None else max(0, frame - deployment.local_past)
+        gone = any(past not in self.history.pages for past in range(oldest, frame))
+        return gone or any(switch > frame for switch in self.script.switches)
+
+    def _script_from(self, frame: int, again: bool) -> Script:
+        script = self.script.switched(frame, self.prompt) if again else self.script
+        return script.routed({}, frame // self.stage.generator.block)
+
+    def _take_back(self, stream: Stream, spool: Spool, script: Script, frame: int, again: bool) -> None:
+        """Take a stream back; where ``again`` is set, its next block re-encodes its window first."""
+        stream.history.rewind(frame)
+        if not frame:
+            stream.history.sink = tuple(range(self.stage.generator.deployment.sink))
+        stream.latents = self.before(spool, frame)
+        stream.prompt, stream.fresh_prompt = script.shown(), False
+        stream.segment = len(script.segments) - 1 - (again and frame > 0)
+
+    def before(self, spool: Spool, frame: int) -> list[Tensor]:
+        """Clean blocks before a frame, as many as the next block may re-encode."""
+        tail = spool.read(max(0, frame - self.stage.local_frames), frame)
+        return list(tail.to(self.stage.generator.device).split(self.stage.generator.block)) if frame else []
+
+    def decoding_at(self, arm: Arm, frame: int) -> object | None:
+        """The codec's state at a frame, from the latents of the window before it."""
+        before = self.before(arm.spool, frame)
+        return self.stage.codec.decode_next(torch.cat(before), None)[1] if before else None
+
+    def open_fork(self, name: str, frame: int, count: int, blocks: int) -> Branches:
+        """Run the deployed continuation and ``count`` routed ones of an arm from a moment in its past.
+
+        They share prompt and noise. The session itself stays where it is. Raises Refusal.
+        """
+        stage, arm = self.stage, self.arms[name]
+        generator = stage.generator
+        if frame % generator.block or not 0 < frame <= self.start:
+            raise Refusal(
+                "out_of_range",
+                f"frame: must be a multiple of {generator.block} in 1..{self.start}, got {frame}",
+            )
+        if generator.deployment.bank_size and frame != self.start:
+            raise Refusal("unavailable", "frame: a memory bank cannot go back; fork at the next block")
+        again = self._encodes_again(frame)
+        root = arm.stream.fork()
+        try:
+            self._take_back(root, arm.spool, self._script_from(frame, again), frame, again)
+            switch_prompts(generator, [root])
+            routes = self._drawn(root.history, frame, count)
+            pages = [None, *(root.history.page_ids(route) for route in routes)]
+            clean_RTCHW = self._continued(root, pages, blocks)
+            lead = arm.spool.read(max(0, frame - stage.local_frames), frame)
+            pixels = stage.codec.decode(clean_RTCHW, lead)
+        finally:
+            root.history.release()
+        self.fork = Branches(name, frame, (None, *routes), tuple(pixels), blocks)
+        return self.fork
+
+    def _drawn(self, history: History, frame: int, count: int) -> list[tuple[int, ...]]:
+        """Dispersed routes of a fork's branches among the resident frames."""
+        exploration = self.stage.exploration
+        pool = sorted(set(history.pages) - set(history.sink) - set(range(frame - exploration.recent, frame)))
+        distinct = exploration.distinct
+        while distinct > 1 and math.comb(len(pool), distinct) < count:
+            distinct -= 1
+        if math.comb(len(pool), distinct) < count:
+            raise Refusal(
+                "out_of_range", f"branches: {len(pool)} resident frames at {frame} do not give {count} routes"
+            )
+        draws = keyed_generator("fork", self.script.seed, frame, count)
+        drawn = dispersed_routes(
+            pool, branches=count, routed=exploration.routed, distinct=distinct, generator=draws
+        )
+        return [tuple(route) for route in drawn.tolist()]
+
+    def _continued(self, root: Stream, pages: Sequence[list[int] | None], blocks: int) -> Tensor:
+        """Clean latents ``[R, T, C, H, W]`` of a root continued under each row of pages."""
+        streams = [root.fork() for _ in pages]
+        try:
+            for _ in range(blocks):
+                advance(
+                    self.stage.generator,
+                    streams,
+                    routes=pages,
+                    recent=self.stage.exploration.recent,
+                    resident=1,
+                )
+            return torch.stack([torch.cat(stream.latents[-blocks:]) for stream in streams])
+        finally:
+            for stream in streams:
+                stream.history.release()
+
+    def choose(self, branch: int | None) -> Branches:
+        """Close the fork: go on from it along a branch, or (None) where the stream was. Raises Refusal."""
+        fork = self.fork
+        if fork is None:
+            raise Refusal("no_fork", "there is no open fork to choose from")
+        if branch is not None and not 0 <= branch < len(fork.routes):
+            raise Refusal("out_of_range", f"branch: must be 0..{len(fork.routes) - 1}, got {branch}")
+        self.fork = None
+        if branch is not None:
+            self.back_to(fork.frame)
+            route = fork.routes[branch]
+            coming = {self.block + n: route for n in range(fork.blocks)} if route else {}
+            self.script = self.script.routed(coming, self.block)
+            self.hold()
+        return fork
+
+    def release(self) -> None:
+        """Give all pages back."""
+        for arm in self.arms.values():
+            arm.stream.history.release()
+            arm.spool.close()

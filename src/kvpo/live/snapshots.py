@@ -1,0 +1,121 @@
+"""Sessions that outlive their server: pages, latents and script in one file."""
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from kvpo.files import new_file, parse_json
+from kvpo.live.protocol import Refusal
+from kvpo.live.script import Cue, Script
+from kvpo.live.session import Session, Stage
+from kvpo.models.cache import FrameCache, History
+from kvpo.models.tensor_files import storable
+
+NAME = re.compile(r"[0-9a-f]{1,32}-[0-9]{1,12}")
+"""Names of snapshots: a session's id and the latent frame that it was at."""
+
+
+def snapshot_of(session: Session) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """A session as tensors and plain data; ``restored`` continues it with equal latents."""
+    tensors: dict[str, Tensor] = {}
+    arms: dict[str, Any] = {}
+    for name, arm in session.arms.items():
+        history = arm.stream.history
+        ids = sorted(set(history.all_references()))
+        at = {page: n for n, page in enumerate(ids)}
+        tensors[f"{name}.keys"] = history.cache.keys_LQTND[:, ids].clone()
+        tensors[f"{name}.values"] = history.cache.values_LQTND[:, ids].clone()
+        tensors[f"{name}.latents"] = arm.spool.read(0, session.start)
+        arms[name] = {
+            "pages": [[frame, at[page]] for frame, page in history.pages.items()],
+            "sink": history.sink,
+            "bank": [[at[page] for page in layer] for layer in history.bank],
+            "latest": None if history.latest is None else at[history.latest],
+            "segment": arm.stream.segment,
+            "fresh_prompt": arm.stream.fresh_prompt,
+        }
+    record = {
+        "identity": session.stage.identity,
+        "start": session.start,
+        "script": {**asdict(session.script), "routes": sorted(session.script.routes.items())},
+        "cue": [session.cue.prompt, session.cue.frames, session.cue_start],
+        "coming": None if session.coming is None else [session.coming.prompt, session.coming.frames],
+        "queue": [[cue.prompt, cue.frames] for cue in session.queue],
+        "pins": sorted(session.pins),
+        "arms": arms,
+    }
+    return tensors, record
+
+
+def restored(
+    stage: Stage, cache: FrameCache, tensors: Mapping[str, Tensor], record: Mapping[str, Any]
+) -> Session:
+    """The session of a snapshot. Raises Refusal for one of another generator."""
+    if record["identity"] != stage.identity:
+        raise Refusal("not_found", "snapshot: it was taken under other weights or another deployment")
+    script = record["script"]
+    prompt, frames, since = record["cue"]
+    session = Session(stage, cache, list(record["arms"]), Cue(prompt, frames), script["seed"])
+    session.cue_start, session.pins = since, frozenset(record["pins"])
+    if record["coming"] is not None:
+        session.show(Cue(*record["coming"]))
+    session.line_up(Cue(*cue) for cue in record["queue"])
+    session.script = Script(
+        script["seed"],
+        tuple(script["segments"]),
+        tuple(script["switches"]),
+        {block: tuple(route) for block, route in script["routes"]},
+    )
+    for name, own in record["arms"].items():
+        arm = session.arms[name]
+        _fill(arm.stream.history, tensors[f"{name}.keys"], tensors[f"{name}.values"], own)
+        arm.stream.history.end = record["start"]
+        arm.spool.append(tensors[f"{name}.latents"])
+        arm.stream.latents = session.before(arm.spool, record["start"])
+        arm.stream.prompt = session.script.shown()
+        arm.stream.segment, arm.stream.fresh_prompt = own["segment"], own["fresh_prompt"]
+        arm.decoding = session.decoding_at(arm, record["start"])
+    session.hold()
+    return session
+
+
+def _fill(history: History, keys: Tensor, values: Tensor, record: Mapping[str, Any]) -> None:
+    """Write a snapshot's pages and refer to them as its history did."""
+    if not keys.shape[1]:
+        return
+    (ids,) = history.cache.write(keys[:, None], values[:, None])
+    history.pages = {frame: ids[n] for frame, n in record["pages"]}
+    history.sink = tuple(record["sink"])
+    history.bank = [[ids[n] for n in layer] for layer in record["bank"]]
+    history.latest = None if record["latest"] is None else ids[record["latest"]]
+    history.cache.share(history.all_references())
+    history.cache.release(ids)
+
+
+def save_snapshot(out: Path, name: str, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> Path:
+    """Write a session's snapshot in one step. Raises StorageError."""
+    path = out / "snapshots" / f"{name}.safetensors"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with new_file(path, failures=(SafetensorError,)) as temporary:
+        save_file(storable(dict(tensors)), temporary, metadata={"session": json.dumps(record)})
+    return path
+
+
+def load_snapshot(out: Path, name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors and the record of a snapshot. Raises Refusal where there is none of that name."""
+    path = out / "snapshots" / f"{name}.safetensors"
+    if not NAME.fullmatch(name) or not path.is_file():
+        raise Refusal("not_found", f"snapshot: there is none called {name[:60]!r}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            record = parse_json((file.metadata() or {})["session"])
+        return load_file(path), record
+    except (SafetensorError, KeyError, ValueError) as error:
+        raise Refusal("not_found", f"snapshot: {name} is damaged: {error}") from error

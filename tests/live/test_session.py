@@ -1,0 +1,252 @@
+"""A directed stream: its script decides every latent, and it can be left and taken up again."""
+
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from kvpo.engine.stream import advance, open_stream, switch_prompts
+from kvpo.live.protocol import Refusal
+from kvpo.live.scheduler import Limits
+from kvpo.live.script import Cue
+from kvpo.live.session import Session, Stage
+from kvpo.live.snapshots import restored, snapshot_of
+from tests.live.stage import scheduler, session, stage
+
+SMALL = Limits(sessions=1, frames=9)
+
+
+def play(one: Session, blocks: int = 1) -> None:
+    """Generate blocks of every arm, as the scheduler does."""
+    own = scheduler(one.stage, SMALL)
+    for _ in range(blocks):
+        one.begin_block()
+        with torch.no_grad():
+            for name in one.arms:
+                own._advance(name, [one])
+        one.end_block()
+
+
+def shown(one: Session, arm: str = "base") -> Tensor:
+    return one.arms[arm].spool.read(0, one.start)
+
+
+def by_script(own: Stage, one: Session) -> Tensor:
+    """The latents that a session's script gives when the engine streams it from the first frame."""
+    prompt = one.script.shown(one.start)
+    stream = open_stream(
+        own.generator, own.generator.new_cache(600), prompt, own.embed(prompt.segments), one.tape
+    )
+    while stream.start < one.start:
+        switch_prompts(own.generator, [stream])  # before pages are named: it writes new ones
+        route = one.script.routes.get(stream.start // own.generator.block)
+        pages = None if route is None else stream.history.page_ids(route)
+        advance(own.generator, [stream], routes=[pages], recent=own.exploration.recent)
+    return torch.cat(stream.latents)
+
+
+def test_a_session_is_what_its_script_says():
+    own = stage()
+    one = session(own)
+    play(one, 3)
+    one.show(Cue("a blue disc"))
+    play(one, 3)
+    one.route([4, 5], 2)
+    play(one, 4)
+    assert one.script.switches == (9,) and set(one.script.routes) == {6, 7}
+    assert torch.equal(shown(one), by_script(own, one))
+    alone = session(own)
+    play(alone, 10)
+    assert not torch.equal(shown(one)[9:], shown(alone)[9:])
+
+
+@pytest.mark.parametrize("frame", [24, 21, 15, 12, 9, 6, 3, 0])
+@pytest.mark.parametrize("keep_sink_at_switch", [True, False])
+def test_going_back_leaves_what_its_script_says(frame, keep_sink_at_switch):
+    own = stage(keep_sink_at_switch=keep_sink_at_switch)
+    one = session(own)
+    play(one, 4)
+    one.show(Cue("a blue disc"))  # at frame 12
+    play(one, 2)
+    one.show(Cue("a green ring"))  # at frame 18
+    play(one, 2)
+    before = shown(one)
+    one.back_to(frame)
+    assert one.start == frame and torch.equal(shown(one), before[:frame])
+    play(one, 5)
+    assert one.prompt == "a green ring"
+    assert torch.equal(shown(one), by_script(own, one))
+
+
+def test_a_prompt_right_after_going_back_to_a_switch():
+    own = stage()
+    one = session(own)
+    play(one, 4)
+    one.show(Cue("a blue disc"))
+    play(one, 2)
+    one.back_to(12)
+    one.show(Cue("a green ring"))
+    play(one, 2)
+    assert one.script.segments == ("a red square", "a green ring") and one.script.switches == (12,)
+    assert torch.equal(shown(one), by_script(own, one))
+
+
+def test_a_moment_whose_pages_are_gone_is_encoded_again_from_its_latents():
+    own = stage()
+    one = session(own)
+    play(one, 20)
+    assert 20 not in one.history.pages
+    one.back_to(24)
+    play(one, 3)
+    assert one.script.switches == (24,)  # under the same prompt
+    assert torch.equal(shown(one), by_script(own, one))
+
+
+def test_branches_differ_by_their_routes_and_the_chosen_one_is_what_follows():
+    own = stage()
+    one = session(own, arms=("base", "aligned"))
+    play(one, 8)
+    used = one.history.cache.pages_in_use
+    fork = one.open_fork("base", 18, 3, 2)
+    assert one.history.cache.pages_in_use == used and one.start == 24
+    assert fork.routes[0] is None and len({route for route in fork.routes}) == 4
+    assert len({tuple(pixels.flatten().tolist()) for pixels in fork.pixels}) == 4
+    one.choose(2)
+    assert one.start == 18 and one.script.routes == {6: fork.routes[2], 7: fork.routes[2]}
+    play(one, 2)
+    assert torch.allclose(own.codec.decode(shown(one)[None])[0, 18:], fork.pixels[2], atol=1e-5)
+    assert torch.equal(shown(one), shown(one, "aligned"))
+    assert torch.equal(shown(one), by_script(own, one))
+
+
+def test_a_fork_that_is_not_used_changes_nothing():
+    own = stage()
+    one, other = session(own), session(own)
+    play(one, 8)
+    play(other, 8)
+    one.open_fork("base", 12, 3, 2)
+    one.choose(None)
+    play(one, 2)
+    play(other, 2)
+    assert torch.equal(shown(one), shown(other))
+    with pytest.raises(Refusal, match="no open fork"):
+        one.choose(None)
+
+
+def test_a_fork_under_a_prompt_that_came_later():
+    own = stage()
+    one = session(own)
+    play(one, 4)
+    one.show(Cue("a blue disc"))
+    play(one, 4)
+    fork = one.open_fork("base", 9, 2, 1)
+    one.choose(1)
+    play(one, 1)
+    assert one.script.switches == (9,) and one.prompt == "a blue disc"
+    assert torch.allclose(own.codec.decode(shown(one)[None])[0, 9:], fork.pixels[1], atol=1e-5)
+
+
+@pytest.mark.parametrize("bank", [0, 3])
+def test_a_snapshot_continues_bit_for_bit(bank):
+    own = stage(bank_size=bank)
+    one = session(own, arms=("base", "aligned"))
+    play(one, 6)
+    one.pin([3], True, 8)
+    one.show(Cue("a blue disc", frames=6))
+    one.line_up([Cue("a green ring")])
+    play(one, 6)
+    one.route([3, 20], 5)
+    play(one, 1)
+    tensors, record = snapshot_of(one)
+    cache = own.generator.new_cache(one.history.cache.num_pages)
+    other = restored(own, cache, tensors, record)
+    assert cache.pages_in_use == one.history.cache.pages_in_use
+    assert torch.equal(shown(one), shown(other)) and other.script == one.script
+    play(one, 6)
+    play(other, 6)
+    assert torch.equal(shown(one), shown(other))
+    other.release()
+    assert cache.pages_in_use == 0
+    with pytest.raises(Refusal, match="other weights"):
+        restored(replace(own, identity="else"), cache, tensors, record)
+
+
+def test_queued_prompts_follow_one_another_by_their_lengths():
+    own = stage()
+    one = session(own)
+    one.show(Cue("one", frames=6))
+    one.line_up([Cue("two", frames=4), Cue("three"), Cue("never")])
+    play(one, 8)
+    assert one.script.segments == ("one", "two", "three") and one.script.switches == (6, 12)
+    one.show(Cue("now"))
+    one.show(Cue("rather this"))
+    play(one, 1)
+    assert one.script.segments[3:] == ("rather this",) and one.script.switches == (6, 12, 24)
+    assert one.texts.keys() == {"rather this", "never"}
+
+
+def test_what_stays_resident():
+    own = stage()
+    one = session(own)
+    play(one, 4)
+    one.pin([4, 5], True, 3)
+    with pytest.raises(Refusal, match="at most 3"):
+        one.pin([7, 8], True, 3)
+    play(one, 12)
+    assert {4, 5} <= one.history.pages.keys() and 6 not in one.history.pages
+    with pytest.raises(Refusal, match="frame 6 is not resident"):
+        one.route([4, 6], 1)
+    with pytest.raises(Refusal, match="3 routed slots"):
+        one.route([4, 5, 40, 41], 1)
+    one.route([4, 5], 3)
+    one.pin([4, 5], False, 3)
+    play(one, 1)
+    assert one.sees() == {"sink": [0, 1, 2], "routed": [4, 5], "local": [48, 49, 50]}
+    play(one, 1)
+    one.route([], 1)
+    play(one, 1)
+    assert one.sees()["routed"] == [] and 4 not in one.history.pages
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_no_commands_need_more_pages_than_a_session_is_given(seed):
+    own = stage(keep_sink_at_switch=bool(seed % 2))
+    one = session(own, arms=("base", "aligned"))
+    draws = random.Random(seed)
+    for _ in range(40):
+        do = draws.randrange(7)
+        held = sorted(one.history.pages)
+        try:
+            if do == 0:
+                one.show(Cue(draws.choice(["a", "b", "c"])))
+            elif do == 1 and held:
+                one.pin(draws.sample(held, min(len(held), 4)), draws.random() < 0.8, 24)
+            elif do == 2 and held:
+                one.route(draws.sample(held, min(len(held), 3)), draws.randrange(1, 5))
+            elif do == 3 and one.start:
+                one.open_fork("base", 3 * draws.randrange(one.start // 3) + 3, 8, 4)
+                one.choose(draws.choice([None, 0, 3]))
+        except Refusal:
+            pass
+        play(one, 1)
+    one.release()
+    assert one.history.cache.pages_in_use == 0
+
+
+def test_a_memory_bank_cannot_go_back():
+    one = session(stage(bank_size=3))
+    play(one, 8)
+    with pytest.raises(Refusal, match="memory bank"):
+        one.open_fork("base", 12, 2, 1)
+    assert len(one.open_fork("base", 24, 2, 1).pixels) == 3
+
+
+def test_the_memory_of_a_long_stream_is_flat():
+    one = session(stage())
+    play(one, 30)
+    kept, pages = len(one.arms["base"].stream.latents), one.history.cache.pages_in_use
+    play(one, 30)
+    assert (len(one.arms["base"].stream.latents), one.history.cache.pages_in_use) == (kept, pages)
+    assert len(shown(one)) == 180
