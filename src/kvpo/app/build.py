@@ -1,8 +1,11 @@
 """Builds the parts that a configuration names, from the source of its kind of generator."""
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from importlib import import_module
+from pathlib import Path
 
 import torch
 
@@ -11,8 +14,13 @@ from kvpo.config import Config
 from kvpo.config_checks import ConfigurationError
 from kvpo.prompts import VideoPrompt
 from kvpo.training.backbone import Backbone
+from kvpo.training.checkpoint import find_checkpoint, no_improvement
+from kvpo.training.policy import policy_of
 from kvpo.training.ranks import ALONE, Ranks
+from kvpo.training.run import open_checkpoint
 from kvpo.training.setup import Setup
+
+logger = logging.getLogger(__name__)
 
 SOURCES = {"world": "kvpo.app.sources.world", "wan": "kvpo.app.sources.wan"}
 """``backbone.kind`` -> the module that holds its ``SOURCE``, imported once it is used: that takes seconds."""
@@ -48,3 +56,23 @@ def check_device(config: Config) -> None:
         raise ConfigurationError(
             f"device: {config.device!r} cannot be used here ({reason}); --device cpu always can"
         ) from error
+
+
+def checkpoint_of(run: Path | None, name: str | None) -> Path | None:
+    """The checkpoint of a run that generates; warns where it is no improvement. Raises CheckpointError."""
+    if run is None:
+        return None
+    path = find_checkpoint(run / "checkpoints", name)
+    if (warning := no_improvement(path, name)) is not None:
+        logger.warning(warning)
+    return path
+
+
+def arms_of(
+    config: Config, backbone: Backbone, checkpoint: Path | None, weights: str
+) -> dict[str, Callable[[], AbstractContextManager[None]]]:
+    """The base, and with a checkpoint the aligned model: the generator has its weights inside the context."""
+    if checkpoint is None:
+        return {"base": policy_of(backbone.weights.model, adapted=config.optim.lora_rank > 0).reference}
+    both = open_checkpoint(backbone.weights, checkpoint, weights)
+    return {"base": both.base, "aligned": both.aligned}

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from kvpo.app.build import load_backbone, source_of
+from kvpo.app.build import arms_of, checkpoint_of, load_backbone, source_of
 from kvpo.app.file_prompts import prompt_file
 from kvpo.app.provenance import demand_same_prompts
 from kvpo.app.report_data import as_bytes
@@ -24,10 +24,7 @@ from kvpo.prompt_files import read_prompts
 from kvpo.prompts import VideoPrompt, check_shown
 from kvpo.report.video import side_by_side, write_video
 from kvpo.training.backbone import Backbone
-from kvpo.training.checkpoint import find_checkpoint, no_improvement
 from kvpo.training.device import computing
-from kvpo.training.policy import policy_of
-from kvpo.training.run import open_checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -84,15 +81,9 @@ def _generate(
     weights: str,
 ) -> list[Path]:
     """Load the generator, and write the videos of the prompts batch by batch."""
-    path = None if run is None else find_checkpoint(run / "checkpoints", checkpoint)
-    if path is not None and (warning := no_improvement(path, checkpoint)) is not None:
-        logger.warning(warning)
+    path = checkpoint_of(run, checkpoint)
     backbone = load_backbone(config, wanted)
-    if path is None:
-        sides = [policy_of(backbone.weights.model, adapted=config.optim.lora_rank > 0).reference]
-    else:
-        both = open_checkpoint(backbone.weights, path, weights)
-        sides = [both.base, both.aligned]
+    sides = list(arms_of(config, backbone, path, weights).values())
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:

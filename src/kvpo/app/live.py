@@ -8,7 +8,7 @@ from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from kvpo.app.build import load_backbone, source_of
+from kvpo.app.build import arms_of, checkpoint_of, load_backbone, source_of
 from kvpo.config import Config
 from kvpo.config_checks import check
 from kvpo.files import storage_error
@@ -20,10 +20,8 @@ from kvpo.live.theatre import Theatre
 from kvpo.prompts import VideoPrompt
 from kvpo.serving import check_address, listener, run_app, url_of
 from kvpo.training.backbone import Backbone
-from kvpo.training.checkpoint import TENSORS, find_checkpoint, no_improvement
+from kvpo.training.checkpoint import TENSORS
 from kvpo.training.device import computing
-from kvpo.training.policy import policy_of
-from kvpo.training.run import open_checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +47,7 @@ def serve_live(
     *,
     run: Path | None = None,
     checkpoint: str | None = None,
+    weights: str = "average",
     limits: Limits,
 ) -> None:
     """Serve the live page until SIGTERM or Ctrl-C.
@@ -57,6 +56,7 @@ def serve_live(
         out: directory of snapshots, exports and choices.
         run: a run whose aligned model streams too; None: the base alone.
         checkpoint: which checkpoint of the run; None: the best.
+        weights: the moving ``average`` of the trained weights, or the ``raw`` ones.
 
     Raises:
         ConfigurationError: an address that is taken or needs a token.
@@ -71,7 +71,7 @@ def serve_live(
         raise storage_error(out, error) from error
     with listener(address.host, address.port) as listening:
         with computing(config):
-            theatre = theatre_of(config, out, run=run, checkpoint=checkpoint, limits=limits)
+            theatre = theatre_of(config, out, run=run, checkpoint=checkpoint, weights=weights, limits=limits)
             scheduler = theatre.scheduler
             worker = threading.Thread(target=scheduler.run, name="kvpo live scheduler", daemon=True)
             worker.start()
@@ -88,19 +88,23 @@ def serve_live(
 
 
 def theatre_of(
-    config: Config, out: Path, *, run: Path | None, checkpoint: str | None, limits: Limits
+    config: Config, out: Path, *, run: Path | None, checkpoint: str | None, weights: str, limits: Limits
 ) -> Theatre:
     """The sessions of a server, ready for their first client; see `serve_live`."""
     source = source_of(config)
+    path = checkpoint_of(run, checkpoint)
     backbone = load_backbone(config)
-    sides, weights = _sides(config, backbone, run, checkpoint)
+    sides = arms_of(config, backbone, path, weights)
     generator, codec, guide = backbone.generator, backbone.codec, source.guide
     exploration = config.exploration
     if generator.deployment.window == -1:
         limits = replace(limits, frames=min(limits.frames, source.default_frames(config)))
     else:
         exploration = replace(exploration, resident_frames=exploration.resident_frames or RESIDENT)
-    numbers = repr((weights, astuple(generator.deployment), generator.sigmas, config.stream.step_rule))
+    digests = [backbone.weights.base_sha256, weights if path else ""]
+    if path is not None:
+        digests.append(hashlib.sha256((path / TENSORS).read_bytes()).hexdigest())
+    numbers = repr((digests, astuple(generator.deployment), generator.sigmas, config.stream.step_rule))
 
     def embed(texts: Any) -> Any:
         return backbone.texts([VideoPrompt(0, (text,), (), 1) for text in texts])
@@ -112,22 +116,6 @@ def theatre_of(
         theatre.story = lambda seed: [Cue(*act) for act in guide.story(seed)]
         theatre.notice = guide.notice
     return theatre
-
-
-def _sides(
-    config: Config, backbone: Backbone, run: Path | None, checkpoint: str | None
-) -> tuple[dict[str, Side], tuple[str, ...]]:
-    """The arms that a server can stream, and what names their weights."""
-    base = backbone.weights.base_sha256
-    if run is None:
-        policy = policy_of(backbone.weights.model, adapted=config.optim.train == "lora")
-        return {"base": policy.reference}, (base,)
-    path = find_checkpoint(run / "checkpoints", checkpoint)
-    if (warning := no_improvement(path, checkpoint)) is not None:
-        logger.warning(warning)
-    both = open_checkpoint(backbone.weights, path)
-    digest = hashlib.sha256((path / TENSORS).read_bytes()).hexdigest()
-    return {"base": both.base, "aligned": both.aligned}, (base, digest, config.evaluation.weights)
 
 
 def _info(
