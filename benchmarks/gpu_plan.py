@@ -45,7 +45,7 @@ from kvpo.training.trainer import Trainer
 GB = 1e9
 SETTINGS: dict[str, Any] = {
     "rewards.scorers": ["gpu_plan:brightness"],
-    "prompts.frames": 57,
+    "prompts.frames": [57],
     "exploration.branches": 4,
     "exploration.blocks": 2,
     "exploration.tail_blocks": 1,
@@ -61,7 +61,7 @@ SETTINGS: dict[str, Any] = {
 SMALL = replace(GEOMETRIES["1.3b"], dim=64, num_heads=2, num_layers=2, ffn_dim=96, text_len=8, text_dim=16)
 TINY: dict[str, Any] = {
     "device": "cpu", "backbone.geometry": geometry_file(SMALL), "stream.size": (4, 4),
-    "optim.lora_rank": 4, "optim.autocast": "none", "prompts.frames": 48,
+    "optim.lora_rank": 4, "optim.autocast": "none", "prompts.frames": [48],
 }  # fmt: skip
 PHASES = ("stream held-out videos", "explore", "decode", "replay and backward", "optimiser step")
 
@@ -98,8 +98,7 @@ def write_files(config: Config, directory: Path, *, tiny: bool) -> dict[str, Any
     (directory / "prompts.txt").write_text("one\ntwo\nthree\none two\ntwo one\n", encoding="utf-8")
     return {
         "backbone.checkpoint": str(directory / "base.pt"),
-        "backbone.text_encoder": str(directory),
-        "backbone.vae": str(directory),
+        "backbone.encoders": str(directory),
         "backbone.embeddings": str(directory / "embeddings"),
         "prompts.file": str(directory / "prompts.txt"),
     }

@@ -164,7 +164,7 @@ def test_the_commands_and_code_of_public_generators_run(
     Path(base).parent.mkdir(parents=True)
     (tmp_path / "base.pt").rename(base)
     (tmp_path / adapter).rename(Path(base).with_name(adapter))
-    changes = (("--prompts.switches 39,75", "--prompts.switches 6,12"),
+    changes = (("--prompts.frames 39,75,147", "--prompts.frames 6,12,18"),
                ("--rewards.sources hpsv3.template=data_collator_qwen.py", ""))  # fmt: skip
     lines = PUBLIC
     for documented_words, words in changes:

@@ -55,7 +55,7 @@ SETTINGS: dict[str, Any] = {
     "evaluation.validation_prompts": 2,
     "evaluation.test_prompts": 2,
     "checkpoint.every": 1,
-    "prompts.frames": 18,
+    "prompts.frames": [18],
 }
 SWITCHES = {1: [], 2: [9], 3: [6, 12]}
 """Switch frames of prompts with so many segments."""
@@ -140,10 +140,9 @@ def tiny_settings(name: str, directory: Path, segments: int, changes: Mapping[st
         write_lora(config, directory / "lora.pt")
     files = {
         "backbone.checkpoint": str(directory / "base.pt"),
-        "backbone.text_encoder": str(directory),
-        "backbone.vae": str(directory),
+        "backbone.encoders": str(directory),
         "prompts.file": str(write_prompts(directory, segments)),
-        "prompts.switches": SWITCHES[segments],
+        "prompts.frames": [*SWITCHES[segments], 18],
     }
     return SETTINGS | files | {key.replace("__", "."): value for key, value in changes.items()}
 

@@ -19,6 +19,8 @@ from kvpo.models.settings import Deployment, WanShape
 
 WORLD_NOISE_FLOOR = 0.002
 """Noise floor of the embedded world's rewards, measured with `kvpo calibrate`."""
+BANK_FRAMES = 3
+"""Frames of MemFlow's memory bank in every released configuration."""
 TOTAL = "total"
 """Name of the weighted sum of all components among noise floors."""
 
@@ -41,10 +43,9 @@ class BackboneConfig:
     generator_lora; #ema is the moving average of a KVPO checkpoint); empty: none."""
     lora_start: Literal["continue", "merge"] = "continue"
     """Continue training the given adapter, or merge it into the weights and train a fresh one."""
-    text_encoder: str = ""
-    """UMT5 encoder with its tokenizer: a model directory in Wan's or diffusers' layout."""
-    vae: str = ""
-    """Wan VAE: its .pth file or a directory."""
+    encoders: str = ""
+    """Text encoder with its tokenizer, and VAE: the folder or hub id of a Wan 2.1 model, in Wan's or
+    diffusers' layout."""
     offload: bool = False
     """Keep VAE and reward models in host memory and move them to the device only to decode and to score."""
     vae_precision: Literal["float32", "bfloat16"] = "float32"
@@ -62,16 +63,36 @@ class PromptsConfig:
 
     file: str = ""
     """One prompt per line (.txt), or segments and switch frames (.jsonl); a path or a hub id."""
-    frames: int = 147
-    """Latent frames per video, where a line does not say."""
-    switches: tuple[int, ...] = ()
-    """Latent frames at which the prompts of a line follow one another, where it does not say."""
+    frames: tuple[int, ...] = (147,)
+    """Latent frames at which each prompt of a line ends, the last one being the video's length, where a line
+    does not say: 39,75,147 for three."""
+
+    @property
+    def switches(self) -> tuple[int, ...]:
+        """Latent frames at which the prompts of a line follow one another."""
+        return self.frames[:-1]
+
+    @property
+    def num_frames(self) -> int:
+        """Latent frames of a video."""
+        return self.frames[-1]
 
 
 @dataclass(frozen=True)
-class StreamConfig(Deployment):
+class StreamConfig:
     """Streaming: block size, what a block sees, the solver's noise levels."""
 
+    block: int = 3
+    """Latent frames generated together."""
+    window: int = 12
+    """Frames a block attends to, counting the sink and itself; -1 means all earlier frames."""
+    sink: int = 3
+    """First frames that are always attended to."""
+    keep_sink_at_switch: bool = True
+    """At a prompt switch keep the sink's old keys (True) or replace the sink by re-encoded recent frames."""
+    bank: tuple[Literal["memflow", "every-block", "sparse"], ...] = ()
+    """MemFlow's memory bank of three frames: memflow records every third block, with every-block all of them
+    (its single-prompt pipeline); sparse attends to the top three frames of sink and bank per head."""
     size: tuple[int, int] = (8, 8)
     """Rows and columns of the latents; a Wan VAE makes eight pixels of each."""
     schedule: tuple[float, ...] = (1.0, 0.75, 0.5, 0.25)
@@ -80,8 +101,19 @@ class StreamConfig(Deployment):
     """Timestep shift of the schedule."""
     step_rule: Literal["ode", "renoise"] = "ode"
     """Euler on the velocity field, or re-noising from the tape (Self-Forcing, LongLive, MemFlow)."""
-    context_noise: float = 0.0
-    """Noise level of the clean pass input; the public trainers use 0.00498008."""
+
+    @property
+    def deployment(self) -> Deployment:
+        """The context that a stream is deployed with."""
+        return Deployment(
+            block=self.block,
+            window=self.window,
+            sink=self.sink,
+            keep_sink_at_switch=self.keep_sink_at_switch,
+            bank_size=BANK_FRAMES if self.bank else 0,
+            sparse_activation="sparse" in self.bank,
+            bank_every_block="every-block" in self.bank,
+        )
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ def check(config: Config) -> None:
     _backbone(config.backbone, config.optim)
     try:
         config.model.check()
-        config.stream.check()
+        config.stream.deployment.check()
     except ValueError as error:
         raise ConfigurationError(str(error)) from error
     _stream(config.stream)
@@ -70,7 +70,7 @@ def _hacking(config: Config) -> None:
 
 
 def _backbone(backbone: BackboneConfig, optim: OptimConfig) -> None:
-    given = [name for name in ("lora", "vae", "text_encoder", "offload") if vars(backbone)[name]]
+    given = [name for name in ("lora", "encoders", "offload") if vars(backbone)[name]]
     _require(
         backbone.from_files or not given,
         "backbone.kind", backbone.kind,
@@ -88,19 +88,17 @@ def _backbone(backbone: BackboneConfig, optim: OptimConfig) -> None:
 
 
 def _prompts(prompts: PromptsConfig, stream: StreamConfig) -> None:
-    block = stream.block
+    block, frames = stream.block, prompts.frames
+    rising = all(a < b for a, b in zip((0, *frames), frames, strict=False))
+    _require(bool(frames) and rising, "prompts.frames", list(frames), "frames that rise from above 0")
     _require(
-        prompts.frames >= 1 and prompts.frames % block == 0,
-        "prompts.frames", prompts.frames, f"a positive multiple of stream.block = {block}",
+        frames[-1] % block == 0,
+        "prompts.frames", list(frames), f"a video of a multiple of stream.block = {block} frames",
     )  # fmt: skip
-    bounds = (0, *prompts.switches)
-    rising = all(a < b for a, b in zip(bounds, prompts.switches, strict=False))
-    _require(rising, "prompts.switches", list(prompts.switches), "frames that rise from above 0")
     try:
-        segments = ("",) * (len(prompts.switches) + 1)
-        check_shown(VideoPrompt(0, segments, prompts.switches, prompts.frames), block)
+        check_shown(VideoPrompt(0, ("",) * len(frames), prompts.switches, prompts.num_frames), block)
     except ValueError as error:
-        raise ConfigurationError(f"prompts.switches: {error}") from error
+        raise ConfigurationError(f"prompts.frames: {error}") from error
 
 
 def _stream(stream: StreamConfig) -> None:
@@ -110,8 +108,11 @@ def _stream(stream: StreamConfig) -> None:
         bool(steps) and steps[0] == 1.0 and steps[-1] > 0 and falling,
         "stream.schedule", list(steps), "positions that fall from 1.0 and stay above 0",
     )  # fmt: skip
+    _require(
+        not stream.bank or "memflow" in stream.bank,
+        "stream.bank", ",".join(stream.bank), "memflow, alone or with every-block and sparse",
+    )  # fmt: skip
     _require(stream.shift > 0, "stream.shift", stream.shift, "positive")
-    _require(0 <= stream.context_noise < 1, "stream.context_noise", stream.context_noise, "in [0, 1)")
 
 
 def _exploration(exploration: ExplorationConfig, stream: StreamConfig, optim: OptimConfig) -> None:

@@ -109,7 +109,7 @@ def test_a_prompt_file_is_split_once_and_used_up_in_passes(files: Path) -> None:
     assert [p.id for p in draw(3)] == [6, 7] and draw(3) == draw(3)
 
 
-@pytest.mark.parametrize("name", ["checkpoint", "vae", "text_encoder"])
+@pytest.mark.parametrize("name", ["checkpoint", "encoders"])
 def test_an_empty_path_names_the_setting_and_the_way_out(files: Path, name: str) -> None:
     with pytest.raises(ConfigurationError, match=rf"backbone\.{name}: empty.*--"):
         build_setup(tiny_wan("longlive-1.3b", files, **{f"backbone__{name}": ""}))

@@ -149,8 +149,7 @@ def test_adapters(
             "prompts.file: nowhere.txt: no such prompt file (nowhere.txt: no such file or directory",
         ),
         ({"backbone__lora": "nowhere.pt"}, "backbone.lora: nowhere.pt: no such file"),
-        ({"backbone__vae": "nowhere.pth"}, "backbone.vae: nowhere.pth: no such file"),
-        ({"backbone__text_encoder": "nowhere/"}, "backbone.text_encoder: nowhere/: no such file"),
+        ({"backbone__encoders": "nowhere/"}, "backbone.encoders: nowhere/: no such file"),
         ({"backbone__checkpoint": "nowhere.pt#ema"}, "backbone.checkpoint: nowhere.pt: no such file"),
         (
             {"backbone__geometry": geometry_file(replace(SHAPE, freq_dim=32))},
@@ -158,7 +157,7 @@ def test_adapters(
         ),
         (
             {"backbone__geometry": geometry_file(replace(SHAPE, channels=8))},
-            "backbone.vae: latents of 4 channels, backbone.geometry has 8",
+            "backbone.encoders: latents of 4 channels, backbone.geometry has 8",
         ),
         ({"device": "cuda:9"}, "device: 'cuda:9' cannot be used here"),
     ],
@@ -185,7 +184,7 @@ def test_an_encoder_of_another_width(files: Path, tmp_path: Path, capsys: pytest
         "backbone__geometry": geometry_file(replace(SHAPE, text_dim=16)),
     }
     line = refused(capsys, tmp_path, "generate", *tiny_flags("longlive-1.3b", files, **changes))
-    assert "backbone.text_encoder: embeddings of width 12, backbone.geometry has 16" in line
+    assert "backbone.encoders: embeddings of width 12, backbone.geometry has 16" in line
 
 
 def test_sharded_directories_with_a_part_missing(

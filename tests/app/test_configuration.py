@@ -41,9 +41,9 @@ def test_later_sources_win(tmp_path: Path) -> None:
 def test_the_file_names_the_preset_unless_a_flag_does(tmp_path: Path) -> None:
     file = tmp_path / "run.yaml"
     file.write_text("preset: memflow-1.3b\noptim.updates: 3\n")
-    assert resolve(None, file, {}).stream.bank_size == 3
+    assert resolve(None, file, {}).stream.bank == ("memflow",)
     config = resolve("longlive-1.3b", file, {})
-    assert (config.preset, config.stream.bank_size, config.optim.updates) == ("longlive-1.3b", 0, 3)
+    assert (config.preset, config.stream.bank, config.optim.updates) == ("longlive-1.3b", (), 3)
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -161,6 +161,8 @@ def test_every_field_has_a_docstring_and_a_flag() -> None:
     ("flags", "words"),
     [
         ({"backbone.geometry": "wrld"}, ["backbone.geometry", "'wrld'", "world, 1.3b"]),
+        ({"stream.bank": "sparse"}, ["stream.bank", "sparse", "memflow"]),
+        ({"stream.bank": "memflo"}, ["stream.bank", "memflow"]),
         ({"stream.size": "7,8"}, ["stream.size", "[7, 8]", "2 x 4"]),
         ({"stream.window": "5", "stream.sink": "3", "stream.block": "3"}, ["stream.window", "5", "6"]),
         ({"stream.schedule": "0.5,0.75"}, ["stream.schedule"]),
@@ -200,8 +202,8 @@ def test_a_resumed_run_keeps_its_settings(tmp_path: Path) -> None:
     saved_public.write_text(yaml.safe_dump(_lists(asdict(public))))
     moved = resolve_resumed(saved_public, None, None, {"backbone.checkpoint": "b.pt"})
     assert moved == replace(public, backbone=replace(public.backbone, checkpoint="b.pt"))
-    said = message(lambda: resolve_resumed(saved_public, None, None, {"backbone.vae": "other.pth"}))
-    assert "backbone.vae is" in said
+    said = message(lambda: resolve_resumed(saved_public, None, None, {"backbone.encoders": "other"}))
+    assert "backbone.encoders is" in said
     said = message(lambda: resolve_resumed(saved, None, None, {"optim.lr": "1e-5"}))
     assert "optim.lr is 0.0003 there, 1e-05 here" in said
     assert "preset" in message(lambda: resolve_resumed(saved, "wan-14b", None, {}))
@@ -239,9 +241,9 @@ def test_configured_switches_that_hide_a_segment_are_refused(
 ) -> None:
     """Of 147 frames in blocks of 3 the last starts at 144."""
     config = PRESETS["longlive-1.3b"]()
-    said = message(lambda: check(assign(config, {"prompts.switches": switches})))
-    assert "prompts.switches" in said and (hidden is None or f"segment {hidden} of" in said)
-    check(assign(config, {"prompts.switches": (39, 75, 144)}))
+    said = message(lambda: check(assign(config, {"prompts.frames": (*switches, 147)})))
+    assert "prompts.frames" in said and (hidden is None or f"segment {hidden} of" in said)
+    check(assign(config, {"prompts.frames": (39, 75, 144, 147)}))
 
 
 @pytest.mark.parametrize("share", [-0.1, 1.1])

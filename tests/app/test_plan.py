@@ -229,7 +229,7 @@ def test_there_is_a_recipe_for_every_usual_card() -> None:
 def test_the_plan_counts_the_keys_that_routed_and_deployed_blocks_see(monkeypatch, tmp_path, name):
     """Six routed and three recent frames are three more than the window's own six."""
     config = tiny_wan(name, tmp_path, segments=1, exploration__routed=6, exploration__distinct=2,
-                      exploration__recent=3, prompts__frames=45)  # fmt: skip
+                      exploration__recent=3, prompts__frames=[45])  # fmt: skip
     trainer, seen = Trainer(build_setup(config)), {}
     velocity = StreamingGenerator.velocity
 

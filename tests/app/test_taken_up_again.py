@@ -334,13 +334,14 @@ def test_a_text_encoder_or_vae_that_moved_is_checked_by_content(tmp_path: Path) 
     config = tiny_wan("longlive-1.3b", tmp_path / "files", optim__updates=1)
     out, moved = tmp_path / "run", tmp_path / "moved"
     assert align(config, out) is not None
-    shutil.copytree(tmp_path / "files" / "vae", moved / "vae")
+    for part in ("text_encoder", "tokenizer", "vae"):
+        shutil.copytree(tmp_path / "files" / part, moved / part)
     summary = json.loads((out / "summary.json").read_text())
-    assert evaluate(out, places={"backbone.vae": str(moved)})["held_out"] == summary["held_out"]
+    assert evaluate(out, places={"backbone.encoders": str(moved)})["held_out"] == summary["held_out"]
     with (moved / "vae" / "config.json").open("a") as file:
         file.write(" ")
-    with pytest.raises(ConfigurationError, match="backbone.vae: its files have the digest"):
-        evaluate(out, places={"backbone.vae": str(moved)})
+    with pytest.raises(ConfigurationError, match="backbone.encoders: its files have the digest"):
+        evaluate(out, places={"backbone.encoders": str(moved)})
     with pytest.raises(CheckpointError, match="another architecture: base is"):
         other = tmp_path / "files" / "other.pt"
         tensors = torch.load(config.backbone.checkpoint)

@@ -197,7 +197,7 @@ def test_the_draw_reaches_every_block_and_favours_switches():
 def test_the_presets_train_every_block_with_a_history(preset):
     config = PRESETS[preset]()
     video = replace(source_of(config).longest_prompt(config), id=0)
-    plan = plan_forks([video], config.exploration, config.stream)
+    plan = plan_forks([video], config.exploration, config.stream.deployment)
     trained = {block for fork in plan.forks for block in blocks_of(fork)}
     assert trained == set(range(12 if config.stream.sink else 9, video.num_frames, 3))
 

@@ -131,7 +131,7 @@ def test_members_are_routed_in_the_window_and_deployed_elsewhere() -> None:
 
 def test_context_counts_sink_window_routes_and_bank() -> None:
     costs = costs_of(**{"exploration.routed": 2, "exploration.distinct": 2, "exploration.recent": 3})
-    bank = replace(costs.config, stream=replace(costs.config.stream, bank_size=3))
+    bank = replace(costs.config, stream=replace(costs.config.stream, bank=("memflow",)))
     unlimited = replace(costs.config, stream=replace(costs.config.stream, window=-1))
     assert (costs.context, costs.routed) == (9, 3 + 2 + 3)
     assert (replace(costs, config=bank).context, replace(costs, config=bank).routed) == (12, 11)

@@ -318,8 +318,8 @@ def test_short_clips_shrink_the_exploration_and_say_so_once(
         dict(keep_sink_at_switch=False),
         dict(window=-1, sink=0),
         dict(sink=0),
-        dict(bank_size=3),
-        dict(bank_size=3, sparse_activation=True),
+        dict(bank=["memflow"]),
+        dict(bank=["memflow", "sparse"]),
     ],
     ids=["sink reset", "everything", "rolling", "bank", "sparse bank"],
 )

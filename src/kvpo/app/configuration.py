@@ -39,7 +39,7 @@ PLACES = (
 )
 """Settings of a run that say where things are, and may differ whenever it is taken up again."""
 CHANGEABLE_ON_RESUME = (*PLACES, "optim.updates", "checkpoint.every")
-PLACES_OF_A_RUN = (*PLACES, "backbone.vae", "backbone.text_encoder")
+PLACES_OF_A_RUN = (*PLACES, "backbone.encoders")
 """Settings of a run that `kvpo evaluate` and `kvpo export` accept."""
 
 
@@ -322,7 +322,7 @@ def describe(kind: Any) -> str:
         text = "one of " + ", ".join(map(str, arguments))
     elif origin is tuple:
         count = "a list, each" if arguments[-1] is ... else f"a list of {len(arguments)}, each"
-        text = f"{count} {words[arguments[0]]}"
+        text = f"{count} {describe(arguments[0])}"
     elif origin is dict:
         text = f"name: value pairs, each value {words[arguments[1]]}"
     else:

@@ -113,7 +113,7 @@ def split_prompts(config: Config) -> tuple[list[VideoPrompt], Sets, Sets]:
     try:
         path = prompt_file(config, settings.file)
         block = config.stream.block
-        every = read_prompts(path, num_frames=settings.frames, switches=settings.switches, block=block)
+        every = read_prompts(path, num_frames=settings.num_frames, switches=settings.switches, block=block)
     except ValueError as error:
         raise ConfigurationError(f"prompts.file: {error}") from error
     training: list[VideoPrompt] = []
@@ -140,7 +140,7 @@ def split_prompts(config: Config) -> tuple[list[VideoPrompt], Sets, Sets]:
         training += [prompt for n in order[held:] for prompt in same[n]]
     for prompt in {(prompt.num_frames, prompt.switches): prompt for prompt in training}.values():
         try:
-            plan_forks([prompt], config.exploration, config.stream)
+            plan_forks([prompt], config.exploration, config.stream.deployment)
         except ValueError as error:
             raise ConfigurationError(f"prompts.file: {settings.file}: {error}") from error
     return training, validation, test

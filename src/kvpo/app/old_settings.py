@@ -2,6 +2,8 @@
 
 _CLIP = "use objective.clip LOW,HIGH, which every method with a ratio shares"
 _TEMPERATURE = "use objective.temperature, which kvpo and latent-distance share"
+_ENCODERS = "use backbone.encoders, the folder of a Wan 2.1 model with text encoder, tokenizer and VAE"
+_BANK = "use stream.bank memflow, or memflow,every-block,sparse as wanted"
 _KEEP = "use objective.keep BEST,WORST"
 _SUSPICION = "rewards.fusion selective withholds from a rank gap of 0.25 on, reversing turns round from 0 on"
 _ADAPTER = "every linear layer of a block gets an adapter, and its alpha is its rank"
@@ -13,7 +15,14 @@ OLD = {
     "base": "use backbone.checkpoint",
     "backbone.checkpoint_entry": "use backbone.checkpoint FILE#ENTRY",
     "backbone.lora_entry": "use backbone.lora FILE#ENTRY",
-    "backbone.tokenizer": "the tokenizer lies in the folder of backbone.text_encoder, or beside its weights",
+    "backbone.tokenizer": _ENCODERS,
+    "backbone.text_encoder": _ENCODERS,
+    "backbone.vae": _ENCODERS,
+    "prompts.switches": "use prompts.frames, which ends with the video's length: 39,75,147 for three prompts",
+    "stream.context_noise": "the clean pass takes the block as it is, as in the public pipelines",
+    "stream.bank_size": _BANK,
+    "stream.sparse_activation": _BANK,
+    "stream.bank_every_block": _BANK,
     "backbone.embeddings": "set the environment variable KVPO_CACHE; they are kept in embeddings/ there",
     "backbone.offline": "set the environment variable HF_HUB_OFFLINE=1",
     **{

@@ -34,10 +34,8 @@ def longlive_1_3b() -> Config:
     return Config(
         preset="longlive-1.3b",
         device="cuda",
-        backbone=BackboneConfig(
-            kind="wan", geometry="1.3b", text_encoder=TEXT_AND_PIXELS, vae=TEXT_AND_PIXELS
-        ),
-        prompts=PromptsConfig(frames=147),
+        backbone=BackboneConfig(kind="wan", geometry="1.3b", encoders=TEXT_AND_PIXELS),
+        prompts=PromptsConfig(frames=(147,)),
         stream=StreamConfig(
             size=(60, 104),
             block=3,
@@ -82,7 +80,7 @@ def longlive_1_3b() -> Config:
 def memflow_1_3b() -> Config:
     """MemFlow 1.3B: as LongLive, with a memory bank of three frames in addition to sink and window."""
     base = longlive_1_3b()
-    return replace(base, preset="memflow-1.3b", stream=replace(base.stream, bank_size=3))
+    return replace(base, preset="memflow-1.3b", stream=replace(base.stream, bank=("memflow",)))
 
 
 def self_forcing_1_3b() -> Config:
@@ -91,7 +89,7 @@ def self_forcing_1_3b() -> Config:
     return replace(
         base,
         preset="self-forcing-1.3b",
-        prompts=replace(base.prompts, frames=21),
+        prompts=replace(base.prompts, frames=(21,)),
         stream=replace(base.stream, window=-1, sink=0),
         exploration=replace(base.exploration, blocks=2, resident_frames=0, tail_blocks=1),
     )

@@ -116,4 +116,3 @@ class Deployment:
             self.window == -1 or self.window >= least,
             "stream.window", self.window, f"-1 (everything) or at least stream.sink + stream.block = {least}",
         )  # fmt: skip
-        require(self.bank_size >= 0, "stream.bank_size", self.bank_size, "0 or more")

@@ -181,8 +181,6 @@ def _load_directory(directory: Path, device: torch.device | str, dtype: torch.dt
 def text_encoder_files(root: Path) -> tuple[Path, Path]:
     """Weights and tokenizer in a model directory, laid out as by Wan or as by diffusers.
 
-    ``root`` may also be the weights, with the tokenizer beside them.
-
     Raises:
         ValueError: neither layout.
     """
@@ -190,8 +188,6 @@ def text_encoder_files(root: Path) -> tuple[Path, Path]:
     for weights, tokenizer in layouts:
         if (root / weights).exists() and (root / tokenizer).is_dir():
             return root / weights, root / tokenizer
-        if (root.parent / tokenizer).is_dir():
-            return root, root.parent / tokenizer
     raise ValueError(
         f"{root}: no text encoder; expected {OFFICIAL_WEIGHTS} and {OFFICIAL_TOKENIZER}/ (Wan's layout), "
         "or text_encoder/ and tokenizer/ (diffusers' layout)"

@@ -39,14 +39,14 @@ class Costs:
     @property
     def context(self) -> int:
         """Past frames that a block sees when deployed, a full memory bank included."""
-        stream = self.config.stream
+        stream = self.config.stream.deployment
         past = self.frames if stream.local_past is None else stream.sink + stream.local_past
         return past + stream.bank_size
 
     @property
     def routed(self) -> int:
         """Past frames that a routed block sees, a full memory bank included."""
-        stream, exploration = self.config.stream, self.config.exploration
+        stream, exploration = self.config.stream.deployment, self.config.exploration
         return stream.sink + exploration.routed + exploration.recent + stream.bank_size
 
     def call(self, rows: int, context: int | None = None) -> Call:

@@ -136,7 +136,7 @@ def block_contexts(
     or from another video's.
     """
     videos, per_video = len(chosen), len(chosen[0])
-    past = stream.local_past
+    past = stream.deployment.local_past
     assert past is not None
     table = torch.full((videos, per_video, stream.sink + past), -1)
     length = per_video * stream.block

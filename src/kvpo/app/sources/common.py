@@ -65,12 +65,11 @@ def streaming_generator(config: Config, transformer: CausalWan) -> StreamingGene
         leave_casts_to_autocast(transformer)
     return StreamingGenerator(
         transformer=transformer,
-        deployment=stream,
+        deployment=stream.deployment,
         sigmas=tuple(few_step_sigmas(stream.schedule, stream.shift).tolist()),
         step=STEPS[stream.step_rule],
         latent_shape=(shape.channels, shape.latent_height, shape.latent_width),
         pages=PageShape(shape.num_layers, shape.tokens_per_frame, shape.num_heads, shape.head_dim),
-        context_noise=stream.context_noise,
         device=config.device,
         autocast=autocast,
         page_dtype=autocast or torch.float32,

@@ -8,8 +8,8 @@ from kvpo.app.judges import build_judges
 from kvpo.app.named_rewards import reach_servers
 from kvpo.app.sources.common import Source, streaming_generator
 from kvpo.app.sources.wan_parts import (
+    ENCODER_FILES,
     FRAMES_PER_SECOND,
-    VAE_FILES,
     codec,
     frozen_dtype,
     located,
@@ -84,8 +84,8 @@ def build_wan(config: Config) -> Setup:
 def file_digests(config: Config) -> dict[str, str]:
     """Digests of text encoder and VAE. Raises ValueError where they are not to be found."""
     return {
-        "backbone.text_encoder": text_encoder(config).cache.encoder,
-        "backbone.vae": fingerprint([vae_files(located(config, "vae", *VAE_FILES))]),
+        "backbone.encoders": f"{text_encoder(config).cache.encoder} and "
+        f"{fingerprint([vae_files(located(config, 'encoders', *ENCODER_FILES))])}",
     }
 
 
@@ -95,12 +95,12 @@ def longest_prompt(config: Config) -> VideoPrompt:
     if settings.file:
         every = read_prompts(
             settings.file,
-            num_frames=settings.frames,
+            num_frames=settings.num_frames,
             switches=settings.switches,
             block=config.stream.block,
         )
         return max(every, key=lambda prompt: (len(prompt.switches), prompt.num_frames))
-    return VideoPrompt(0, ("",) * (len(settings.switches) + 1), settings.switches, settings.frames)
+    return VideoPrompt(0, ("",) * (len(settings.switches) + 1), settings.switches, settings.num_frames)
 
 
 def surroundings(config: Config) -> Surroundings:
@@ -127,7 +127,7 @@ SOURCE = Source(
     backbone=wan_backbone,
     weights=wan_weights,
     split=split_prompts,
-    default_frames=lambda config: config.prompts.frames,
+    default_frames=lambda config: config.prompts.num_frames,
     file_digests=file_digests,
     longest_prompt=longest_prompt,
     surroundings=surroundings,

@@ -40,12 +40,13 @@ logger = logging.getLogger(__name__)
 
 WAYS_OUT = {
     "checkpoint": "--checkpoint FILE, the transformer weights that belong to the preset (longlive_base.pt)",
-    "vae": "--backbone.vae PATH, such as Wan2.1_VAE.pth or Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
-    "text_encoder": "--backbone.text_encoder PATH, a Wan or diffusers directory with UMT5 and tokenizer",
+    "encoders": "--backbone.encoders PATH, such as Wan-AI/Wan2.1-T2V-1.3B: UMT5, its tokenizer and the VAE",
 }
 TRANSFORMER_FILES = ("diffusion_pytorch_model*", "transformer/*")
 ADAPTER_FILES = ("adapter_*", "pytorch_lora_weights*")
-VAE_FILES = ("vae/*", "Wan2.1_VAE.pth")
+ENCODER_FILES = (
+    "models_t5*", "google/*", "text_encoder/*", "tokenizer/*", "vae/*", "Wan2.1_VAE.pth"
+)  # fmt: skip
 """Files fetched from a hub repository that is named as a whole."""
 FRAMES_PER_SECOND = 16.0
 
@@ -113,7 +114,7 @@ class CachedTexts:
         embeddings = torch.stack([found[text] for text in texts])
         if embeddings.shape[-1] != self.text_dim:
             raise ValueError(
-                f"backbone.text_encoder: embeddings of width {embeddings.shape[-1]}, "
+                f"backbone.encoders: embeddings of width {embeddings.shape[-1]}, "
                 f"backbone.geometry has {self.text_dim}: the encoder belongs to another generator"
             )
         return embeddings.to(self.device, torch.float32)
@@ -140,7 +141,7 @@ def located(config: Config, name: str, *patterns: str, beside: Sequence[str] = (
 
 def text_encoder(config: Config) -> CachedTexts:
     """UMT5 behind its cache. Raises ValueError where its files are not to be found."""
-    root = located(config, "text_encoder", "models_t5*", "google/*", "text_encoder/*", "tokenizer/*")
+    root = located(config, "encoders", *ENCODER_FILES)
     weights, tokenizer = text_encoder_files(root)
     dtype = torch.float32 if config.optim.autocast == "none" else torch.bfloat16
     length = config.model.text_len
@@ -157,11 +158,12 @@ def codec(config: Config) -> WanCodec:
     """The VAE, checked against the generator's latents. Raises ValueError."""
     home = "cpu" if config.backbone.offload else config.device
     dtype = torch.bfloat16 if config.backbone.vae_precision == "bfloat16" else torch.float32
-    vae = load_wan_vae(located(config, "vae", *VAE_FILES), device=home, dtype=dtype)
+    vae = load_wan_vae(located(config, "encoders", *ENCODER_FILES), device=home, dtype=dtype)
     channels = vae.model.config.z_dim
     if channels != config.model.channels:
         raise ValueError(
-            f"backbone.vae: latents of {channels} channels, backbone.geometry has {config.model.channels}"
+            f"backbone.encoders: latents of {channels} channels, "
+            f"backbone.geometry has {config.model.channels}"
         )
     return WanCodec(vae, config.device, vae.model.config.scale_factor_temporal)
 
