@@ -91,6 +91,19 @@ def by_place(video_BTCHW, prompts):
     return video_BTCHW.mean((1, 2, 3, 4)) + torch.arange(len(video_BTCHW))
 
 
+def by_prompt(video_BTCHW, prompts):
+    return torch.tensor([float(len(prompt)) for prompt in prompts])
+
+
+def counted(video_BTCHW, prompts):
+    return (video_BTCHW.mean((1, 2, 3, 4)) * 20).round()
+
+
+def by_checksum(video_BTCHW, prompts):
+    sums = (video_BTCHW.double().sum((1, 2, 3, 4)) * 1e6).long()
+    return (sums % 997) / 997
+
+
 def mean_and_constant(video_BTCHW, prompts):
     return {"mean": video_BTCHW.mean((1, 2, 3, 4)), "one": torch.ones(len(video_BTCHW))}
 
@@ -105,6 +118,10 @@ mean_and_constant.components = ["mean", "one"]
         ("drawn", "drawn is random: equal clips differ by up to"),
         ("dropping_out", "dropping_out is random"),
         ("by_place", "by_place is random"),
+        (
+            "by_prompt",
+            "by_prompt is the same for all 3 clips under one prompt: it does not look at the pixels",
+        ),
     ],
 )
 def test_rewards_that_cannot_train_are_refused(tmp_path, capsys, monkeypatch, name, message):
@@ -113,6 +130,16 @@ def test_rewards_that_cannot_train_are_refused(tmp_path, capsys, monkeypatch, na
     out = tmp_path / "noise.json"
     assert main(["calibrate", f"test_calibrate:{name}", "--clips", "3", "--out", str(out)]) == 1
     assert message in capsys.readouterr().err and not out.exists()
+
+
+def test_a_number_that_harmless_changes_move_as_much_as_other_clips_is_named(tmp_path, caplog, monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    flags = ["--clips", "3", "--out", str(tmp_path / "noise.json")]
+    assert main(["calibrate", "test_calibrate:by_checksum", *flags]) == 0
+    assert "as much as different clips differ" in caplog.text
+    caplog.clear()
+    assert main(["calibrate", "test_calibrate:counted", *flags]) == 0, "a count is not moved by a grey level"
+    assert "clips differ" not in caplog.text
 
 
 def test_a_constant_component_is_named(tmp_path, caplog, monkeypatch):

@@ -172,7 +172,8 @@ def _noise(original: list[float], deltas: dict[str, list[list[float]]], repetiti
 def check_usable(found: Mapping[str, ComponentNoise], different: int) -> None:
     """Refuse a reward that cannot train: it is random on equal clips, or constant on different ones.
 
-    A component that is constant while others are not is named in a warning.
+    A component that is constant while others are not, or that harmless changes move as much as clips differ,
+    is named in a warning.
 
     Args:
         different: how many clips that differ it was measured on.
@@ -195,6 +196,31 @@ def check_usable(found: Mapping[str, ComponentNoise], different: int) -> None:
         )
     for name in constant:
         logger.warning("%s is the same for all %d clips: its noise floor says little", name, different)
+    for name, noise in found.items():
+        if noise.noise_floor >= noise.spread_between_clips > 0:
+            logger.warning(
+                "%s moves by %.2e under harmless changes, as much as different clips differ (%.2e): it tells "
+                "them apart no better than noise",
+                name,
+                noise.noise_floor,
+                noise.spread_between_clips,
+            )
+
+
+def check_pixels_count(reward: Reward, samples: Sequence[Sample]) -> None:
+    """Refuse a reward that is the same for all clips as soon as their prompt is the same.
+
+    Raises:
+        ValueError: naming what is constant.
+    """
+    prompt = ClipPrompt(samples[0].prompt)
+    scores = [_totalled(reward, reward(sample.video_TCHW[None], [prompt])) for sample in samples]
+    name = list(scores[0])[-1]
+    if all(bool(score[name] == scores[0][name]) for score in scores):
+        raise ValueError(
+            f"{name} is the same for all {len(samples)} clips under one prompt: it does not look at the "
+            "pixels, so branches of one prompt cannot differ by it"
+        )
 
 
 def folder_samples(folder: Path, reward: Reward, prompts: Path | None, count: int) -> list[Sample]:
@@ -271,8 +297,11 @@ def calibrate(
         else folder_samples(folder, reward, prompts, clips)
     )
     found = measure(reward, samples, seed, lambda done: progress(done, len(samples)))
-    check_usable(found, len({clip_digest(sample.video_TCHW, sample.prompt) for sample in samples}))
+    different = len({clip_digest(sample.video_TCHW, sample.prompt) for sample in samples})
+    check_usable(found, different)
     last = list(found)[-1]  # the total where there are several components
+    if different > 1 and found[last].noise_floor == 0:  # as it should be for a count, or if nothing is seen
+        check_pixels_count(reward, samples)
     record = {
         "reward": name,
         "noise_floor": found[last].noise_floor,
