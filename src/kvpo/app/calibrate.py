@@ -172,8 +172,8 @@ def _noise(original: list[float], deltas: dict[str, list[list[float]]], repetiti
 def check_usable(found: Mapping[str, ComponentNoise], different: int) -> None:
     """Refuse a reward that cannot train: it is random on equal clips, or constant on different ones.
 
-    A component that is constant while others are not, or that harmless changes move as much as clips differ,
-    is named in a warning.
+    A component that is constant while others are not, or moved by harmless changes over half as far as clips
+    differ, is named in a warning.
 
     Args:
         different: how many clips that differ it was measured on.
@@ -197,10 +197,10 @@ def check_usable(found: Mapping[str, ComponentNoise], different: int) -> None:
     for name in constant:
         logger.warning("%s is the same for all %d clips: its noise floor says little", name, different)
     for name, noise in found.items():
-        if noise.noise_floor >= noise.spread_between_clips > 0:
+        if 2 * noise.noise_floor > noise.spread_between_clips > 0:
             logger.warning(
-                "%s moves by %.2e under harmless changes, as much as different clips differ (%.2e): it tells "
-                "them apart no better than noise",
+                "%s moves by %.2e under harmless changes, more than half as much as different clips differ "
+                "(%.2e): most of what it tells apart is noise",
                 name,
                 noise.noise_floor,
                 noise.spread_between_clips,
