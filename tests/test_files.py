@@ -174,6 +174,27 @@ def test_pointers_of_git_lfs_are_refused(tmp_path: Path) -> None:
             refuse_pointers(path)
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (
+            b"\xef\xbb\xbfversion https://git-lfs.github.com/spec/v1\r\noid sha256:00\r\n",
+            "Git LFS .* `git lfs pull`",
+        ),
+        (b"version https://hawser.github.com/spec/v1\noid sha256:00\n", "Git LFS pointer"),
+        (b"version http://git-media.io/v/2\noid sha256:00\n", "Git LFS pointer"),
+        (b"/annex/objects/SHA256E-s1048576--4d7a21.mp4\n", "git-annex pointer, .* run `git annex get`"),
+    ],
+)
+def test_pointers_of_every_kind_are_refused_wherever_a_file_is_read(
+    tmp_path: Path, content: bytes, message: str
+) -> None:
+    (tmp_path / "x.txt").write_bytes(content)
+    for read in (refuse_pointers, read_text):
+        with pytest.raises(ValueError, match=f"x.txt: a {message}"):
+            read(tmp_path / "x.txt")
+
+
 def test_texts_that_cannot_be_read_are_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="nowhere: no such file"):
         read_text(tmp_path / "nowhere")

@@ -27,6 +27,20 @@ def test_text_files(tmp_path):
     ]
 
 
+@pytest.mark.parametrize("end", ["\r", "\r\n", "\n"])
+def test_line_ends_of_every_system(tmp_path, end):
+    path = write(tmp_path / "p.txt", end.join(["A dog runs.", "A cat sits.", ""]).encode())
+    assert [prompt.segments for prompt in read_prompts(path, num_frames=9)] == [
+        ("A dog runs.",),
+        ("A cat sits.",),
+    ]
+    path = write(tmp_path / "p.jsonl", end.join(['{"segments": ["a"]}', '{"segments": ["b"]}']).encode())
+    assert [prompt.segments for prompt in read_prompts(path, num_frames=9)] == [("a",), ("b",)]
+    path = write(tmp_path / "p.txt", end.join(["a", "b", "", "c"]).encode())
+    with pytest.raises(ValueError, match="line 3: blank"):
+        read_prompts(path, num_frames=9)
+
+
 def test_interactive_files_take_the_configured_switches(tmp_path):
     path = write(tmp_path / "p.jsonl", jsonl({"prompts": ["a", "b", "c"]}, {"prompts": ["d", "e", "f"]}))
     assert read_prompts(path, num_frames=240, switches=(40, 80)) == [
@@ -49,6 +63,8 @@ BAD = {
     "empty file": ("p.txt", "", "p.txt: the file holds no prompts"),
     "only blanks": ("p.jsonl", "\n \n\n", "p.jsonl: the file holds no prompts"),
     "blank line": ("p.txt", "a\nb\n\nc\n", "p.txt, line 3: blank"),
+    "nothing that can be seen": ("p.txt", "a\n\u200b\u2060\n", "p.txt, line 2: blank"),
+    "no segment that can be seen": ("p.jsonl", '{"segments": ["\\u200d"]}\n', "segment 1 of 1 is blank"),
     "latin-1": ("p.txt", b"a\nb\xe4r\n", "line 2: not UTF-8 text (byte 0xe4 at position 2)"),
     "utf-16 without a mark": ("p.txt", "a\nb".encode("utf-16-le"), "line 1: holds a zero byte"),
     "utf-16": ("p.txt", "a".encode("utf-16"), "line 1: not UTF-8 text (byte 0xff at position 1)"),

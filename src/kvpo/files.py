@@ -7,6 +7,7 @@ import errno
 import json
 import math
 import os
+import re
 import shutil
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping
@@ -16,9 +17,10 @@ from typing import Any
 
 TEMPORARY_PREFIX = ".incomplete-"
 NAMES_SHOWN = 12
-POINTER = b"version https://git-lfs"
+POINTER = re.compile(rb"(?:\xef\xbb\xbf)?(?:version https?://(?:git-lfs|hawser|git-media)|(/annex/objects/))")
+"""How the pointers of Git LFS, also under its former names, and of git-annex begin."""
 POINTER_BYTES = 1024
-"""Git LFS pointers are smaller than this."""
+"""Pointers are smaller than this."""
 MOST_NESTED = 100
 """Levels of JSON that are read; everything that is written has fewer than ten."""
 
@@ -167,7 +169,7 @@ def output_file(given: str | Path, what: str) -> Path:
 
 
 def refuse_pointers(*paths: Path) -> None:
-    """Refuse Git LFS pointers, files that stand for content which was not fetched.
+    """Refuse pointers of Git LFS and git-annex, files that stand for content which was not fetched.
 
     Args:
         paths: files, and directories whose own files are looked at; what does not exist is passed over.
@@ -178,16 +180,15 @@ def refuse_pointers(*paths: Path) -> None:
     for path in paths:
         for file in sorted(path.iterdir()) if path.is_dir() else [path]:
             if file.is_file() and file.stat().st_size < POINTER_BYTES:
-                with file.open("rb") as stream:
-                    if stream.read(len(POINTER)) == POINTER:
-                        raise ValueError(
-                            f"{file}: a Git LFS pointer, not the file itself; run `git lfs pull` where it "
-                            "was cloned"
-                        )
+                if found := POINTER.match(file.read_bytes()):
+                    kind, fetch = ("git-annex", "git annex get") if found[1] else ("Git LFS", "git lfs pull")
+                    raise ValueError(
+                        f"{file}: a {kind} pointer, not the file itself; run `{fetch}` where it was cloned"
+                    )
 
 
 def read_bytes(path: Path) -> bytes:
-    """The content of a file. Raises ValueError: no file, not permitted, a Git LFS pointer."""
+    """The content of a file. Raises ValueError: no file, not permitted, a pointer of Git LFS or git-annex."""
     if not path.is_file():
         raise ValueError(f"{path}: {'a directory' if path.is_dir() else 'no such file'}")
     try:

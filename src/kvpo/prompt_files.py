@@ -66,6 +66,11 @@ def repeats(prompts: Sequence[VideoPrompt]) -> list[list[VideoPrompt]]:
     return list(found.values())
 
 
+def blank(text: str) -> bool:
+    """True if a reader sees nothing."""
+    return not _as_read(text)
+
+
 def _as_read(text: str) -> str:
     seen = "".join(c for c in unicodedata.normalize("NFKC", text) if unicodedata.category(c) != "Cf")
     return " ".join(unicodedata.normalize("NFKC", seen.casefold()).split())
@@ -85,8 +90,8 @@ def _lines(path: Path) -> list[tuple[int, str]]:
         raise ValueError(f"{path}, line {binary[0]}: holds a zero byte; save the file as UTF-8 text")
     if numbered == [(1, "")]:
         raise ValueError(f"{path}: the file holds no prompts")
-    if blank := [number for number, line in numbered if not line]:
-        raise ValueError(f"{path}, line {blank[0]}: blank; write a prompt there or remove the line")
+    if empty := [number for number, line in numbered if blank(line)]:
+        raise ValueError(f"{path}, line {empty[0]}: blank; write a prompt there or remove the line")
     return numbered
 
 
@@ -120,8 +125,8 @@ def _json_line(line: str) -> Line:
 def _segments(value: object, field: str) -> tuple[str, ...]:
     if not isinstance(value, list) or not value or not all(isinstance(text, str) for text in value):
         raise ValueError(f"{field} must be a list of at least one text, got {json.dumps(value)[:60]}")
-    if blank := [i for i, text in enumerate(value, 1) if not text.strip()]:
-        raise ValueError(f"segment {blank[0]} of {len(value)} is blank")
+    if empty := [i for i, text in enumerate(value, 1) if blank(text)]:
+        raise ValueError(f"segment {empty[0]} of {len(value)} is blank")
     return tuple(text.strip() for text in value)
 
 

@@ -99,6 +99,18 @@ def test_words_that_the_embedded_generator_does_not_know_are_named(
     load_backbone(config, [known, VideoPrompt(1, ("A dog runs on the beach.",), (), 30)])
     (said,) = caplog.messages
     assert "1 of 2 prompts" in said and "does not know" in said and said.count("dog, runs, beach") == 1
+    for text, named in (
+        ("\u732b\u304c\u8d70\u308b", "\u732b\u304c\u8d70\u308b"),
+        ("A red\u00e9 circle.", "red\u00e9"),
+        ("A circle \U0001f600", "\U0001f600"),
+        ("\u041a\u043e\u0442", "\u043a\u043e\u0442"),
+    ):
+        caplog.clear()
+        load_backbone(config, [VideoPrompt(0, (text,), (), 30)])
+        assert f"cannot show: {named};" in caplog.text
+    caplog.clear()
+    load_backbone(config, [VideoPrompt(0, ("\uff32\uff45\uff44 circle.",), (), 30)])
+    assert not caplog.messages, "full-width letters are the same letters"
     caplog.clear()
     load_backbone(config, [VideoPrompt(0, ("red " * 40,), (), 30)])
     (said,) = caplog.messages

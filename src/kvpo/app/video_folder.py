@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from kvpo.files import named_list, printable, read_json
-from kvpo.prompt_files import read_prompts
+from kvpo.prompt_files import blank, read_prompts
 
 logger = logging.getLogger(__name__)
 
@@ -121,6 +121,8 @@ def read_manifest(path: Path) -> dict[str, list[str]]:
         texts = [value] if isinstance(value, str) else value
         if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
             raise ValueError(f"{path}: expected a prompt for {name!r}, got {str(value)[:60]}")
+        if any(blank(text) for text in texts):
+            raise ValueError(f"{path}: the prompt for {name!r} is blank")
         if found.setdefault(_plain(name), texts) != texts:
             raise ValueError(f"{path}: two prompts for {_plain(name)!r}, whose accents are spelt in two ways")
     return found
