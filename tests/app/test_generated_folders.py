@@ -71,6 +71,15 @@ def test_two_prompts_for_one_name_are_refused(tmp_path: Path) -> None:
         read_manifest(tmp_path / "names.json")
 
 
+@pytest.mark.parametrize("text", ["", "  ", "\u200b", ["a dog", "\u2060"], [], 3, {"prompt": "a dog"}])
+def test_a_map_names_prompts_that_can_be_read(tmp_path: Path, text: object) -> None:
+    (tmp_path / "names.json").write_text(json.dumps({"a.mp4": text}))
+    with pytest.raises(
+        ValueError, match="names.json: (the prompt for 'a.mp4' is blank|expected a prompt for 'a)"
+    ):
+        read_manifest(tmp_path / "names.json")
+
+
 def test_half_a_character_is_no_prompt() -> None:
     with pytest.raises(ValueError, match="holds half of a character"):
         VideoPrompt(0, ("a \udce9 dog",), (), 8)
