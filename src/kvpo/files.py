@@ -18,7 +18,7 @@ from typing import Any
 TEMPORARY_PREFIX = ".incomplete-"
 NAMES_SHOWN = 12
 POINTER = re.compile(rb"(?:\xef\xbb\xbf)?(?:version https?://(?:git-lfs|hawser|git-media)|(/annex/objects/))")
-"""How the pointers of Git LFS, also under its former names, and of git-annex begin."""
+"""First bytes of the pointers of Git LFS, also under its former names, and of git-annex."""
 POINTER_BYTES = 1024
 """Pointers are smaller than this."""
 MOST_NESTED = 100
