@@ -112,7 +112,7 @@ def roots_of(subject: Bench) -> Iterator[Rollout]:
     planned = planned_rollout(subject)
     cache = subject.generator.new_cache(cache_pages(subject.generator, [planned]))
     rollout = Rollout(subject.generator, planned, subject.texts, subject.tape, cache)
-    rollout.grow_roots(len(subject.prompts))
+    rollout.grow_roots(range(len(subject.prompts)))
     yield rollout
     rollout.release()
 
@@ -174,7 +174,7 @@ def arms_of(subject: Bench, rollout: Rollout) -> tuple[dict[str, Any], dict[str,
     """The arms of the rollout, and of the replay with backward; all have run once and agree."""
     config, members = subject.config, members_of(subject)
     exploration = config.exploration
-    copied = OneByOne.of(subject.generator, rollout.roots)
+    copied = OneByOne.of(subject.generator, list(rollout.roots.values()))
     counts = {name: vars(exploration)[name] for name in ("blocks", "tail_blocks", "recent")}
 
     def rolled_out(rows: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -231,7 +231,7 @@ def memory(config: Config, groups: int) -> dict[str, float]:
         members = members_of(subject)
         with peak_pages(rollout.cache) as peak:
             roll_out(subject, rollout, members)
-        copied = OneByOne.of(subject.generator, rollout.roots)
+        copied = OneByOne.of(subject.generator, list(rollout.roots.values()))
         roots = float(sum(cache.bytes for cache in copied.caches))
         room = (exploration.blocks + exploration.tail_blocks) * subject.generator.block
         copies = [copied.caches[member.group].copy(room).bytes for member in members]

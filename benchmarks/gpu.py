@@ -200,7 +200,7 @@ def measure_rollout(
     def root() -> None:
         cache = generator.new_cache(cache_pages(generator, [planned]))
         rollout = Rollout(generator, planned, *of_subject, cache)
-        rollout.grow_roots(1)
+        rollout.grow_roots(range(1))
         rollout.release()
 
     growing = clock.median(root, repeats)

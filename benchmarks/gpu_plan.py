@@ -148,8 +148,10 @@ class Phases:
         codec, scorer = setup.backbone.codec, setup.judges.scorer
         scores = score_group(group, codec, scorer, block=block, shares=setup.clip_shares())
         scale = collection_scale([scores], setup.blend(), setup.config.objective)
-        lessons = collection.lessons_of(setup, trainer.learner, update, rollout, [scores], scale)
-        self.take(PHASES[3], lambda: accumulate_gradients(trainer.learner, lessons, None))
+        credits = collection.credits_of(setup, update, {group.index: scores}, scale)
+        lessons = collection.lessons_of(setup, trainer.learner, update, rollout, credits)
+        lesson = lessons[group.index]
+        self.take(PHASES[3], lambda: accumulate_gradients(trainer.learner, lesson, None, 1))
         self.take(PHASES[4], trainer.optimizer.step)
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 TIME_LIMIT = 280.0
 CHILDREN = multiprocessing.get_context("forkserver")
-CHILDREN.set_forkserver_preload(["tests.processes", "tests.ranks", "kvpo.app.align", "kvpo.report.page"])
+CHILDREN.set_forkserver_preload(["tests.ranks", "tests.tiny_world", "kvpo.app.align", "kvpo.report.page"])
 
 
 def nothing() -> None:

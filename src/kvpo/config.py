@@ -140,8 +140,9 @@ class ExplorationConfig:
     """History frames kept for routing, counting the sink; 0 keeps all."""
     tail_blocks: int = 2
     """Deployment blocks after the window for the global signal; late forks get less."""
-    rows: int = 0
-    """Streams batched in one forward pass; 0 means all branches of all prompts together."""
+    rows: int = 18
+    """Streams batched in one forward pass, whole groups if it holds any, which then go to one rank together;
+    0 means all branches of all prompts of a rank, so that the number of ranks changes the rounding."""
 
 
 @dataclass(frozen=True)

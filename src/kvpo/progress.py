@@ -27,7 +27,7 @@ class Bars:
 
 
 @contextmanager
-def progress_bars(*, lasting: bool = True) -> Iterator[Bars]:
+def progress_bars(*, lasting: bool = True, shown: bool = True) -> Iterator[Bars]:
     """Show bars while the block runs; those that do not last vanish at its end and need a terminal."""
     display = Progress(
         TextColumn("{task.description}"),
@@ -37,7 +37,7 @@ def progress_bars(*, lasting: bool = True) -> Iterator[Bars]:
         TextColumn("{task.fields[note]}"),
         console=Console(stderr=True),
         transient=not lasting,
-        disable=not lasting and not sys.stderr.isatty(),
+        disable=not shown or (not lasting and not sys.stderr.isatty()),
     )
     with display:
         yield Bars(display)

@@ -2,11 +2,9 @@
 
 from dataclasses import replace
 
-import pytest
 import torch
 
 from kvpo.engine.forks import Fork
-from kvpo.engine.replay import replay_kind
 from kvpo.engine.stream import commit_banks, text_of
 from kvpo.models.deployment import deployment_context, record_block
 from tests.engine.test_histories import every_history
@@ -35,18 +33,13 @@ def by_hand(one, group, index):
 
 @every_history
 def test_a_replay_sees_each_members_own_blocks(history):
-    """Branches and anchor of groups that fork apart and are replayed together where they may be."""
+    """Branches and anchor of groups that fork apart."""
     one = generator(**history)
     prompts = [prompt(0, 39), prompt(1, 39, (15,)), prompt(2, 39)]
     forks = [Fork(frame, LONGER) for frame in (12, 15, 27)]
     rollout = rolled_out(one, prompts, forks, ("k",))
-    kinds = {}
     for group in rollout.groups:
-        kinds.setdefault(replay_kind(one, group), []).append(group)
-    unlimited = one.deployment.local_past is None
-    assert len(kinds) == (3 if unlimited or one.deployment.bank_size else 1)
-    for groups in kinds.values():
-        members = [(group, index) for group in groups for index in range(4)]
+        members = [(group, index) for index in range(4)]
         for (group, index), velocities in zip(members, replayed(one, members), strict=True):
             with torch.no_grad():
                 expected = by_hand(one, group, index)
@@ -59,15 +52,6 @@ def test_a_replay_sees_each_members_own_blocks(history):
     assert rollout.cache.pages_in_use == 0
 
 
-@pytest.mark.parametrize("frame", [0, 3, 9, 12, 21])
-def test_windows_of_one_kind_see_equally_many_frames(frame):
-    one = generator()
-    rollout = rolled_out(one, [prompt(0, 39)], [Fork(21, EXPLORATION)], ("k",))
-    blocks, seen = replay_kind(one, replace(rollout.groups[0], fork=frame))
-    assert blocks == 2 and seen == (frame if frame < 9 else -1)
-    rollout.release()
-
-
 @every_history
 def test_a_routed_replay_is_where_its_branch_was(history):
     """With the pool kept, every branch's own velocities come back, and not in the deployment context."""
@@ -76,7 +60,9 @@ def test_a_routed_replay_is_where_its_branch_was(history):
     asked = [Fork(FORK, LONGER)] * 2
     rollout = rolled_out(one, prompts, asked, ("k",), keep_pool=True)
     branches = [(group, branch) for group in rollout.groups for branch in range(group.branches)]
-    routed, deployed = replayed(one, branches, routed_row), replayed(one, branches)
+    members = [[pair for pair in branches if pair[0] is group] for group in rollout.groups]
+    routed = torch.cat([replayed(one, own, routed_row) for own in members])
+    deployed = torch.cat([replayed(one, own) for own in members])
     own = torch.cat([group.trajectories.velocities_MPSFCHW[:-1] for group in rollout.groups])
     assert (routed - own).abs().max() <= 1e-10
     assert (deployed - own).abs().flatten(1).amax(1).min() > 1e-2

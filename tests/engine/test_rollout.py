@@ -126,12 +126,12 @@ def test_a_fork_copies_no_page_and_everything_comes_back():
     one = generator()
     rollout = grown_roots(one, [prompt(0), prompt(1)], FORK, EXPLORATION)
     before = rollout.cache.pages_in_use
-    forks = [root.fork() for root in rollout.roots for _ in range(8)]
+    forks = [root.fork() for root in rollout.roots.values() for _ in range(8)]
     assert rollout.cache.pages_in_use == before
     for stream in forks:
         stream.history.release()
     keys = rollout.cache.keys_LQTND.clone()
-    held = [page for root in rollout.roots for page in root.history.pages.values()]
+    held = [page for root in rollout.roots.values() for page in root.history.pages.values()]
     visited(rollout, [Member(0, routes=(route(4, 5, 6),) * 2), Member(1)])
     assert rollout.cache.pages_in_use == before
     assert torch.equal(keys[:, held], rollout.cache.keys_LQTND[:, held])

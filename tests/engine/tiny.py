@@ -133,7 +133,7 @@ def grown_roots(
     cache = one.new_cache(cache_pages(one, [PlannedRollout(prompts, every)]))
     dtype = one.page_dtype
     rollout = Rollout(one, PlannedRollout(prompts, forks), texts(dtype), tape_of(dtype), cache)
-    rollout.grow_roots(len(prompts))
+    rollout.grow_roots(range(len(prompts)))
     return rollout
 
 

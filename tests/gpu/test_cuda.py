@@ -13,7 +13,7 @@ from kvpo.app.build import build_setup
 from kvpo.app.cli import main
 from kvpo.config import Config
 from kvpo.rewards.service.messages import eight_bit
-from kvpo.training.collection import explore, lessons_of
+from kvpo.training.collection import credits_of, explore, lessons_of
 from kvpo.training.gradients import accumulate_gradients
 from kvpo.training.trainer import Trainer
 from tests.tiny_wan import tiny_flags, tiny_wan
@@ -49,14 +49,16 @@ def explored(config: Config) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """
     trainer = Trainer(build_setup(config))
     ((rollout, scores),) = explore(trainer.setup, [0])
-    trained = lessons_of(trainer.setup, trainer.learner, 0, rollout, scores, None)
+    credits = credits_of(trainer.setup, 0, dict(enumerate(scores)), None)
+    lessons = lessons_of(trainer.setup, trainer.learner, 0, rollout, credits).values()
     advantages = torch.tensor([1.0, -0.5, 0.25])
-    trained = [replace(item, credit=replace(item.credit, advantages_G=advantages)) for item in trained]
+    trained = [replace(item, credit=replace(item.credit, advantages_G=advantages)) for item in lessons]
     with torch.no_grad():  # a fresh adapter's second half is zero, and so is the gradient of its first half
         draws = torch.Generator().manual_seed(0)
         for parameter in trainer.policy.parameters.values():
             parameter += 0.02 * torch.randn(parameter.shape, generator=draws).to(parameter.device)
-    accumulate_gradients(trainer.learner, trained, None)
+    for lesson in trained:
+        accumulate_gradients(trainer.learner, lesson, None, len(trained))
     gradients = {name: p.grad.cpu() for name, p in trainer.policy.parameters.items()}
     return rollout.groups[0].clean_MTCHW.cpu(), scores[0].local_KM, gradients
 

@@ -138,7 +138,7 @@ def run_routing(meta: dict, data: dict[str, Tensor], model: CausalWan) -> list[T
         planned = PlannedRollout([prompt], [Fork(fork, exploration)])
         cache = generator.new_cache(cache_pages(generator, [planned]))
         rollout = Rollout(generator, planned, texts, tape, cache)
-        rollout.grow_roots(1)
+        rollout.grow_roots(range(1))
         routes = [tuple(RoutedFrame(0, frame) for frame in used) for used in meta["used_frames"]]
         members = [*(Member(0, routes=(route,) * blocks) for route in routes), Member(0)]
         clean = [ran.clean_TCHW for ran in rollout.run(members)]

@@ -58,12 +58,13 @@ def test_a_rollout_and_its_lessons_hold_what_is_counted(tiny_base: Path, name: s
     setup = toy_setup(config)
     trainer, replays = Trainer(setup), replays_of(config)
     ((rollout, scores),) = explore(setup, [0])
-    lessons = collection.lessons_of(setup, trainer.learner, 0, rollout, scores, None)
+    credits = collection.credits_of(setup, 0, dict(enumerate(scores)), None)
+    lessons = collection.lessons_of(setup, trainer.learner, 0, rollout, credits).values()
     visited = [group.trajectories for group in rollout.groups]
     held = sum(one.states_MPSFCHW.nbytes + one.velocities_MPSFCHW.nbytes for one in visited)
     assert held == trajectory_bytes(config, replays)
     clean = sum(group.clean_MTCHW.nbytes for group in rollout.groups)
-    clean += sum(block.nbytes for root in rollout.roots for block in root.latents)
+    clean += sum(block.nbytes for root in rollout.roots.values() for block in root.latents)
     forks = {group.fork for group in rollout.groups}
     assert len(forks) > 1 or clean == clean_bytes(config, *forks)
     evidence = [lesson.evidence for lesson in lessons]

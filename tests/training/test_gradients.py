@@ -21,10 +21,9 @@ from kvpo.training.gradients import (
     Learner,
     Lesson,
     accumulate_gradients,
-    lesson_batches,
     lesson_of,
     micro_batches,
-    tables_of,
+    table_of,
     with_old_policy,
 )
 from kvpo.training.setup import Setup
@@ -86,7 +85,8 @@ def explored_by(setup: Setup, moved: float) -> Explored:
     averaged = trainer.learner.method.averaged_old(trainer.learner.settings)
     old = dict(trainer.average.values) if averaged else values_of(trainer)
     nudge(trainer.policy.parameters, moved)
-    return Explored(trainer, rollout.groups, item.lessons, item.old_tables, old)
+    lessons, old_tables = list(item.lessons.values()), list(item.old_tables.values())
+    return Explored(trainer, rollout.groups, lessons, old_tables, old)
 
 
 RANK = {"lora": 2, "full": 0}
@@ -130,7 +130,18 @@ def explored(tiny_base: Path) -> Callable[..., Explored]:
 def gradients(
     explored: Explored, learner: Learner, lessons: Sequence[Lesson], old: Sequence[Tensor] | None
 ) -> dict[str, Tensor]:
-    return gradients_after(explored.trainer, lambda: accumulate_gradients(learner, lessons, old))
+    return gradients_after(explored.trainer, lambda: accumulated(learner, lessons, old))
+
+
+def accumulated(
+    learner: Learner, lessons: Sequence[Lesson], old: Sequence[Tensor] | None
+) -> tuple[list[dict[str, float]], float]:
+    """The metrics of some lessons and the mean of their drift, once their gradients are added up."""
+    found = [
+        accumulate_gradients(learner, lesson, None if old is None else old[n], len(lessons))
+        for n, lesson in enumerate(lessons)
+    ]
+    return [dict(metrics) for metrics, _ in found], sum(drift for _, drift in found) / len(found)
 
 
 def gradients_after(trainer: Trainer, backward: Callable[[], object]) -> dict[str, Tensor]:
@@ -173,8 +184,8 @@ def assert_exact(explored: Explored) -> None:
         old = None if on_policy else explored.old_tables
         for rows in ROWS:
             learner = replace(explored.learner, rows=rows)
-            batches = [micro_batches(learner, batch) for batch in lesson_batches(learner, lessons)]
-            assert sum(map(len, batches)) > 1 or rows in (0, 12)
+            batches = [micro_batches(learner, lesson) for lesson in lessons]
+            assert max(map(len, batches)) > 1 or rows in (0, 12) or len(lessons[0].evidence.past_Q) == 1
             assert_equal(gradients(explored, learner, lessons, old), expected)
 
 
@@ -241,7 +252,6 @@ def test_groups_that_fork_apart_add_up_to_the_gradient_of_the_whole_loss(
             break
     one = explored_by(setup, 0.05)
     assert len({(group.fork, group.blocks) for group in one.groups}) == 2
-    assert len(lesson_batches(one.learner, one.lessons)) == len({lesson.kind for lesson in one.lessons})
     assert_exact(one)
 
 
@@ -255,10 +265,10 @@ def test_what_is_reported_does_not_depend_on_the_batches(
         each = [float(velocity_drift(fork)) for fork in one.forks()]
         energies = [float(kvpo_energies(fork).mean()) for fork in one.forks()]
     assert abs(each[0] - each[1]) > 1e-6 * sum(each)
-    whole, _ = accumulate_gradients(one.learner, one.lessons, one.old_tables)
+    whole, _ = accumulated(one.learner, one.lessons, one.old_tables)
     for rows in (*ROWS, 16):
         learner = replace(one.learner, rows=rows)
-        found, drift = accumulate_gradients(learner, one.lessons, one.old_tables)
+        found, drift = accumulated(learner, one.lessons, one.old_tables)
         assert drift == pytest.approx(sum(each) / 2, rel=1e-9)
         for metrics, expected in zip(found, whole, strict=True):
             assert metrics == pytest.approx(expected, rel=1e-9, abs=1e-12)
@@ -273,7 +283,7 @@ def test_the_velocity_kl_sees_the_anchors_states_of_the_first_steps(tiny_base: P
         with torch.no_grad():
             apart = [float(velocity_drift(fork)) for fork in one.forks()]
         assert one.lessons[0].steps == steps
-        found.append(accumulate_gradients(one.learner, one.lessons, None)[1])
+        found.append(accumulated(one.learner, one.lessons, None)[1])
         assert found[-1] == pytest.approx(sum(apart) / 2, rel=1e-9)
     assert abs(found[0] - found[1]) > 1e-3 * found[0]
 
@@ -299,11 +309,11 @@ def test_only_selected_branches_are_trained_on(explored: Callable[..., Explored]
 
     def lessons(of: Group, credit: Credit) -> list[Lesson]:
         draws = keyed_generator("evidence", one.trainer.setup.config.seed, 0, group.index)
-        return with_old_policy(one.learner, [lesson_of(one.learner, of, credit, draws)])
+        return [with_old_policy(one.learner, lesson_of(one.learner, of, credit, draws))]
 
     found, alone = lessons(group, chosen), lessons(smaller, replace(chosen, branches=(0, 1)))
     assert_equal(gradients(one, one.learner, found, None), gradients(one, one.learner, alone, None))
-    (some,), (everyone,) = tables_of(one.learner, found), tables_of(one.learner, one.lessons[:1])
+    some, everyone = table_of(one.learner, found[0]), table_of(one.learner, one.lessons[0])
     if name != "nft":  # whose targets depend on the advantages
         torch.testing.assert_close(some[:2], everyone[[0, 2]], rtol=1e-12, atol=0)
 
@@ -316,8 +326,7 @@ def test_methods_that_ask_at_the_anchors_states_replay_anchors_alone(
 ) -> None:
     one = explored(name)
     assert [lesson.evidence.past_Q for lesson in one.lessons] == [(3,), (3,)]
-    pairs = [pair for batch in micro_batches(one.learner, one.lessons) for pair in batch]
-    assert pairs == [(0, 0), (1, 0)]
+    assert [micro_batches(one.learner, lesson) for lesson in one.lessons] == [[range(1)], [range(1)]]
 
 
 @pytest.mark.parametrize("name", METHOD_CASES)
@@ -328,13 +337,14 @@ def test_kl_is_exactly_zero_and_the_ratio_exactly_one_before_the_first_step(
     settings = {**CASES[name], "optim__lora_rank": RANK[train], "optim__inner_epochs": 2}
     trainer = Trainer(toy_setup(tiny_config(tiny_base, **settings)))
     trainer.collect()
-    lessons, stored = trainer.collected[0].lessons, trainer.collected[0].old_tables
+    lessons = list(trainer.collected[0].lessons.values())
+    stored = list(trainer.collected[0].old_tables.values())
     exact = {"simplex_kl", "ratio_deviation"} & set(trainer.learner.method.metrics)
     for rows in (0, 4):
         learner = replace(trainer.learner, rows=rows)
-        found, drift = accumulate_gradients(learner, lessons, None if rows else stored)
+        found, drift = accumulated(learner, lessons, None if rows else stored)
         assert drift == 0.0
         assert all(metrics[metric] == 0.0 for metrics in found for metric in exact)
     nudge(trainer.policy.parameters, 0.05)
-    found, drift = accumulate_gradients(trainer.learner, lessons, stored)
+    found, drift = accumulated(trainer.learner, lessons, stored)
     assert drift > 0 and all(metrics[metric] > 0 for metrics in found for metric in exact)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kvpo.method.methods import METHODS
 from kvpo.prompts import VideoPrompt
-from kvpo.training.collection import explore, lessons_of
+from kvpo.training.collection import credits_of, explore, lessons_of
 from kvpo.training.evaluation import PairedGain, evaluate, paired_gain
 from kvpo.training.gradients import accumulate_gradients
 from kvpo.training.setup import Setup
@@ -90,8 +90,9 @@ def test_self_distillation_comes_closer_to_its_teacher(red: Callable[..., Traine
         found = []
         for update in range(100, 104):
             ((rollout, scores),) = explore(trainer.setup, [update])
-            lessons = lessons_of(trainer.setup, trainer.learner, update, rollout, scores, None)
-            found += accumulate_gradients(trainer.learner, lessons, None)[0]
+            credits = credits_of(trainer.setup, update, dict(enumerate(scores)), None)
+            lessons = lessons_of(trainer.setup, trainer.learner, update, rollout, credits).values()
+            found += [accumulate_gradients(trainer.learner, lesson, None, 1)[0] for lesson in lessons]
         trainer.optimizer.zero_grad(set_to_none=True)
         return torch.tensor([metrics["loss"] for metrics in found])
 

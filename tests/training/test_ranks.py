@@ -23,7 +23,7 @@ def exchanged(ranks: Ranks) -> dict[str, Any]:
     parts = ranks.exchange_parts(torch.arange(2.0 * ranks.count) + 100 * ranks.rank)
     found["parts"] = parts.tolist()
     found["joined"] = ranks.join_parts(torch.tensor([float(ranks.rank), -float(ranks.rank)])).tolist()
-    ranks.demand_equal({"update": 3}, "counting")
+    ranks.demand_equal(lambda: {"update": 3}, "counting")
     return found
 
 
@@ -49,7 +49,8 @@ def failing_once(ranks: Ranks) -> None:
 
 
 def differing(ranks: Ranks) -> None:
-    ranks.demand_equal({"update": 7, "adapter": "stale" if ranks.rank == 1 else "fresh"}, "update 7")
+    adapter = "stale" if ranks.rank == 1 else "fresh"
+    ranks.demand_equal(lambda: {"update": 7, "adapter": adapter}, "update 7")
 
 
 def slow(ranks: Ranks) -> float:

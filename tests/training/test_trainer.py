@@ -96,7 +96,7 @@ def test_the_parameters_follow_adamw_with_the_settings(
     constants = {"WARMUP_UPDATES": 2, "BETAS": (0.5, 0.7), "WEIGHT_DECAY": 0.3, "GRADIENT_NORM": 0.25}
     for constant, value in constants.items():
         monkeypatch.setattr(f"kvpo.training.trainer.{constant}", value)
-    trainer = trainer_of(tiny_base, optim__lr=0.1)
+    trainer = trainer_of(tiny_base, optim__lr=0.1, optim__prompts_per_update=1)
     parameters = trainer.policy.parameters
     draws = torch.Generator().manual_seed(3)
     given: list[dict[str, Tensor]] = []
@@ -107,7 +107,7 @@ def test_the_parameters_follow_adamw_with_the_settings(
         for name, value in parameters.items():
             assert value.grad is None
             value.grad = given[-1][name].clone()
-        return [], 0.0
+        return dict.fromkeys(trainer.learner.method.metrics, 0.0), 0.0
 
     monkeypatch.setattr("kvpo.training.trainer.accumulate_gradients", known)
     expected = {name: value.detach().double() for name, value in parameters.items()}
@@ -145,7 +145,7 @@ def test_groups_of_noise_are_skipped_and_counted(tiny_base: Path) -> None:
     trainer = trainer_of(tiny_base, Flat(), optim__prompts_per_update=3)
     trainer.collect()
     (item,) = trainer.collected
-    assert [lesson.root.prompt.id for lesson in item.lessons] == [1]
+    assert [lesson.root.prompt.id for lesson in item.lessons.values()] == [1]
     assert [found["reward_spread"] > 0 for found in item.found] == [False, True, False]
     ((rollout, _),) = explore(trainer.setup, [0])
     for group, found in zip(rollout.groups, item.found, strict=True):
@@ -183,7 +183,7 @@ def test_shuffled_advantages_are_the_same_rollouts_with_the_same_advantages(tiny
     expected, found, again = [], [], []
     for trainer, result in ((plain, expected), (shuffled, found), (shuffled, again)):
         trainer.collect()
-        result += [lesson.credit.all_advantages_G for lesson in trainer.collected.pop().lessons]
+        result += [credit.all_advantages_G for credit in trainer.collected.pop().credits.values()]
     assert all(map(torch.equal, found, again))
     assert not all(map(torch.equal, found, expected))
     for one, other in zip(found, expected, strict=True):
@@ -198,7 +198,7 @@ def test_a_gradient_that_is_not_finite_stops_before_the_parameters_change(
     def poisoned(*arguments: Any) -> Any:
         for value in trainer.policy.parameters.values():
             value.grad = torch.full_like(value, math.nan)
-        return [], 0.0
+        return dict.fromkeys(trainer.learner.method.metrics, 0.0), 0.0
 
     monkeypatch.setattr("kvpo.training.trainer.accumulate_gradients", poisoned)
     before = snapshot(trainer)

@@ -4,6 +4,7 @@ import logging
 import resource
 import time
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -34,6 +35,7 @@ from kvpo.training.device import computing
 from kvpo.training.evaluation import Evaluation, comparison
 from kvpo.training.interrupt import stop_on_signal
 from kvpo.training.metrics_log import MetricsLog
+from kvpo.training.ranks import added_up, joined
 from kvpo.training.run import Run, checkpoint_update, evaluate_base, restore, resume_point
 from kvpo.training.run_directory import RunDirectory, belongs_to_run
 from kvpo.training.setup import Setup
@@ -49,8 +51,10 @@ def align(config: Config, out: Path | str, *, resume: bool = False) -> dict[str,
     current one is finished and saved first, and ``resume`` continues. Elsewhere nothing is lost by stopping
     at once, so there a SIGINT raises KeyboardInterrupt as usual.
 
-    Raises ValueError for settings, prompts, rewards and checkpoints that cannot be used and StorageError
-    where ``out`` cannot be written or already holds a run.
+    Under torchrun the run is shared by its ranks, and is the same run whatever their number (docs/scale.md).
+
+    Raises ValueError for settings, prompts, rewards and checkpoints that cannot be used, StorageError where
+    ``out`` cannot be written or already holds a run, and LostRank where another rank has gone.
     """
     from kvpo.report.page import write_report
 
@@ -58,46 +62,60 @@ def align(config: Config, out: Path | str, *, resume: bool = False) -> dict[str,
     check(config)
     if resume and belongs_to_run(out):
         _demand_same_run(out, config)
-    with RunDirectory(out, config, resume=resume) as directory, computing(config):
-        summary = finished_summary(directory, config)
-        if summary is not None and directory.report.exists():
+    with (
+        joined(config.device, traces=out) as ranks,
+        RunDirectory(out, config, resume=resume, ranks=ranks) as directory,
+        computing(config),
+    ):
+        summary = ranks.once("looking for a summary", partial(finished_summary, directory, config))
+        reported = ranks.once("looking for a report", directory.report.exists)
+        if summary is not None and reported:
             logger.warning("%s is a finished run; its report: %s", out, directory.report)
             return summary
         summary = summary or _run(config, directory, started, resume)
         if summary is not None:
-            write_report(out)
+            ranks.once("writing the report", lambda: write_report(out))
             logger.warning("report: %s", directory.report)
         return summary
 
 
 def _run(config: Config, directory: RunDirectory, started: float, resume: bool) -> dict[str, Any] | None:
     """Everything up to the summary; None if a signal stopped the updates."""
-    point = resume_point(directory.checkpoints) if resume else None
+    ranks = directory.ranks
+    looked_up = partial(resume_point, directory.checkpoints)
+    point = ranks.once("looking for a checkpoint", looked_up) if resume else None
     if resume and point is None:
         saved = "checkpoint: it starts from its saved configuration"
         logger.warning("%s holds no %s", directory.path, saved if directory.continued else "run: one starts")
-    keep_provenance(directory.provenance, config)
-    with progress_bars() as show:
-        setup = build_setup(config)
-        trainer = Trainer(setup)
+    ranks.once("writing provenance", partial(keep_provenance, directory.provenance, config))
+    with ExitStack() as stack:
+        show = stack.enter_context(progress_bars(shown=ranks.main))
+        with ranks.together("loading the generator and the rewards"):
+            setup = build_setup(config, ranks)
+            trainer = Trainer(setup)
         # First of all, since the checkpoint may be refused.
         state = None if point is None else restore(trainer, point)
-        directory.save_config()
-        directory.write_meanings(meanings(METHODS[config.method].metrics))
+        ranks.once("writing the configuration", partial(_write_settings, directory, config))
         resumed_at = None if point is None else checkpoint_update(point)
-        with MetricsLog(directory.metrics, directory.tensorboard, resumed_at=resumed_at) as metrics:
-            run = Run(setup, trainer, directory.checkpoints, metrics, show)
-            if state is None:
-                run.save()
-            show("base on validation prompts", 0, 1)
-            run.base = evaluate_base(setup, trainer, setup.validation)
-            show("base on validation prompts", 1, 1)
-            directory.begun = True
-            if state is not None:
-                run.resume(state)
-            with stop_on_signal() as interrupted:
-                run.train(interrupted)
-        return None if interrupted() else _finish(run, directory, show, started)
+        opened = partial(MetricsLog, directory.metrics, directory.tensorboard, resumed_at=resumed_at)
+        metrics = stack.enter_context(opened()) if ranks.main else None
+        run = Run(setup, trainer, directory.checkpoints, metrics, show)
+        if state is None:
+            run.save()
+        show("base on validation prompts", 0, 1)
+        run.base = evaluate_base(setup, trainer, setup.validation)
+        show("base on validation prompts", 1, 1)
+        directory.begun = True
+        if state is not None:
+            run.resume(state)
+        with stop_on_signal() as interrupted:
+            done = run.train(interrupted)
+        return _finish(run, directory, show, started) if done else None
+
+
+def _write_settings(directory: RunDirectory, config: Config) -> None:
+    directory.save_config()
+    directory.write_meanings(meanings(METHODS[config.method].metrics))
 
 
 def _demand_same_run(out: Path, config: Config) -> None:
@@ -157,8 +175,9 @@ def radar_summary(run: Run, results: Mapping[str, tuple[Evaluation, Evaluation]]
 
 def _finish(run: Run, directory: RunDirectory, show: Any, started: float) -> dict[str, Any]:
     """Test the best checkpoint once, measure diversity, write the report's data and the summary."""
-    setup = run.setup
-    restore(run.trainer, find_checkpoint(run.checkpoints, None))
+    setup, ranks = run.setup, run.setup.ranks
+    best = ranks.once("looking for the best checkpoint", lambda: find_checkpoint(run.checkpoints, None))
+    restore(run.trainer, best)
     results: dict[str, tuple[Evaluation, Evaluation]] = {}
     diversity: dict[str, dict[str, float]] = {}
     checks: dict[str, float] = {}
@@ -167,34 +186,31 @@ def _finish(run: Run, directory: RunDirectory, show: Any, started: float) -> dic
         base = evaluate_base(setup, run.trainer, {name: setup.test[name]})[name]
         results[name] = (base, run.evaluate_aligned(setup.test[name]))
 
-    def identities() -> None:
+    def identities() -> dict[str, float]:
         with run.trainer.sides.aligned():
-            checks.update(exactness(setup, run.trainer))
+            return exactness(setup, run.trainer)
 
     def branch_diversity() -> None:
         with run.trainer.sides.base():
             diversity.update(measure_diversity(setup))
 
+    gallery, branches = directory.path / "gallery", directory.path / "branches"
     stages: list[Callable[[], None]] = [partial(on_test_prompts, name) for name in setup.test]
     stages += [
-        identities,
+        lambda: checks.update(ranks.once("checking identities", identities)),
         branch_diversity,
-        lambda: write_gallery(run, results, directory.path / "gallery"),
-        lambda: write_branches(run, directory.path / "branches"),
+        lambda: ranks.once("writing the gallery", lambda: write_gallery(run, results, gallery)),
+        lambda: ranks.once("writing branches", lambda: write_branches(run, branches)),
     ]
     for done, stage in enumerate(stages):
         show("held-out tests, diversity, report data", done, len(stages))
         stage()
     show("held-out tests, diversity, report data", len(stages), len(stages))
-    usage = resource.getrusage(resource.RUSAGE_SELF)
     summary = {
         "method": setup.config.method,
         "seed": setup.config.seed,
         "updates": run.updates,
-        "wall_s": time.perf_counter() - started,
-        "cpu_s": usage.ru_utime + usage.ru_stime,
-        "peak_rss_mb": usage.ru_maxrss / 1024,
-        "threads": torch.get_num_threads(),
+        **_cost(run, started),
         "held_out": {name: comparison(*pair, setup.judges) for name, pair in results.items()},
         "diversity": diversity,
         "improved": run.improved,
@@ -205,11 +221,27 @@ def _finish(run: Run, directory: RunDirectory, show: Any, started: float) -> dic
             "ratio_tolerance": ratio_tolerance(setup.config),
         },
         "radar": radar_summary(run, results),
-        "scored": asdict(setup.scored),
     }
     verdict = verdict_of(summary, asdict(setup.config))
     summary["verdict"] = verdict.text
     logger.warning("%s", verdict.text)
+    ranks.once("writing the summary", partial(_write_summary, directory, summary))
+    return summary
+
+
+def _cost(run: Run, started: float) -> dict[str, Any]:
+    """Seconds, memory and scored clips of all ranks together."""
+    ranks, usage = run.setup.ranks, resource.getrusage(resource.RUSAGE_SELF)
+    return {
+        "ranks": ranks.count,
+        "wall_s": time.perf_counter() - started,
+        "cpu_s": sum(ranks.gather(usage.ru_utime + usage.ru_stime, "adding up time")),
+        "peak_rss_mb": max(ranks.gather(usage.ru_maxrss / 1024, "comparing memory")),
+        "threads": torch.get_num_threads(),
+        "scored": added_up(ranks.gather(asdict(run.setup.scored), "counting clips")),
+    }
+
+
+def _write_summary(directory: RunDirectory, summary: Mapping[str, Any]) -> None:
     directory.report.unlink(missing_ok=True)  # of a run that is now longer
     directory.write_summary(summary)
-    return summary

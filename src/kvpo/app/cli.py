@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 
 from kvpo import __version__
 from kvpo.app.arguments import SETTING
-from kvpo.app.commands import COMMANDS
+from kvpo.app.commands import COMMANDS, is_main
 from kvpo.app.configuration import PLACES_OF_A_RUN, flat, nearest, path_argument, sections, settings
 from kvpo.app.presets import PRESETS
 from kvpo.config import Config
@@ -47,12 +47,17 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 1
         if os.environ.get("KVPO_TRACEBACK") == "1":
             raise
-        print(f"kvpo: error: {printable(' '.join(str(error).split()))}", file=sys.stderr)
+        print(f"kvpo: {_rank()}error: {printable(' '.join(str(error).split()))}", file=sys.stderr)
         return 2 if isinstance(error, ConfigurationError) else 1
     except KeyboardInterrupt as interrupt:
         print(": ".join(["kvpo: interrupted", *map(str, interrupt.args)]), file=sys.stderr)
         return 130
     return status
+
+
+def _rank() -> str:
+    """The name of the process that speaks, if torchrun has started several."""
+    return f"rank {os.environ['RANK']}: " if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
 
 
 def _run(argv: list[str]) -> int:
@@ -72,7 +77,9 @@ def _run(argv: list[str]) -> int:
         ]
         raise ConfigurationError(f"unknown argument {name}{given}{nearest(name, options)}")
     logging.basicConfig(format="kvpo: %(message)s", level=logging.WARNING)
-    logging.getLogger("kvpo").setLevel(logging.INFO)
+    # What concerns the run, rank 0 says; of the others only errors, and trouble with their rewards.
+    logging.getLogger("kvpo").setLevel(logging.INFO if is_main() else logging.ERROR)
+    logging.getLogger("kvpo.rewards").setLevel(logging.INFO)
     return next(command for command in COMMANDS if command.name == arguments.command).run(arguments) or 0
 
 

@@ -5,6 +5,7 @@ functions and a line in COMMANDS.
 """
 
 import json
+import os
 from argparse import SUPPRESS, ArgumentParser, Namespace
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -42,6 +43,11 @@ class Command:
     places: bool = False
 
 
+def is_main() -> bool:
+    """True in the process that speaks for a run: rank 0 of those that torchrun started, or the only one."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def _align_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--out", type=path_argument, required=True, metavar="DIR", help="output directory of the run"
@@ -69,9 +75,10 @@ def _align_arguments(parser: ArgumentParser) -> None:
 def _align(arguments: Namespace) -> None:
     from kvpo.training.run_directory import belongs_to_run, resume_hint
 
-    continued = arguments.resume and belongs_to_run(arguments.out)
+    resume = arguments.resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    continued = resume and belongs_to_run(arguments.out)
     given = arguments.preset is not None or arguments.config or settings_given(arguments)
-    if arguments.resume and not (continued or given):
+    if resume and not (continued or given):
         raise ConfigurationError(
             f"--resume: {arguments.out} holds no run; name its directory, or give --preset to start one there"
         )
@@ -79,11 +86,11 @@ def _align(arguments: Namespace) -> None:
     try:
         from kvpo.app.align import align
 
-        stopped = align(config, arguments.out, resume=arguments.resume) is None
+        stopped = align(config, arguments.out, resume=resume) is None
     except KeyboardInterrupt:  # outside the updates, or a second Ctrl-C
         stopped = True
     if stopped:
-        raise KeyboardInterrupt(resume_hint(arguments.out))
+        raise KeyboardInterrupt(*[resume_hint(arguments.out)] if is_main() else [])
 
 
 def _generate_arguments(parser: ArgumentParser) -> None:
@@ -258,7 +265,6 @@ def _doctor(arguments: Namespace) -> int:
     config = configuration(arguments)
     file = None if arguments.json is None else output_file(arguments.json, "--json")
     from kvpo.app.doctor import doctor, worst
-    from kvpo.training.ranks import is_main
 
     findings = doctor(config, arguments.out)
     if is_main():

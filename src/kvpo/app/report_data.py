@@ -35,7 +35,7 @@ from kvpo.training.collection import credit_of, explore
 from kvpo.training.credit import collection_scale
 from kvpo.training.diversity import Laboratory, Place, averaged
 from kvpo.training.evaluation import Evaluation
-from kvpo.training.gradients import lesson_of, tables_of, with_old_policy, with_routed_teacher
+from kvpo.training.gradients import lesson_of, table_of, with_old_policy, with_routed_teacher
 from kvpo.training.run import Run
 from kvpo.training.setup import Setup
 
@@ -81,12 +81,12 @@ def measure_diversity(setup: Setup) -> dict[str, dict[str, float]]:
         return {}
     places = story_places(setup, FEWEST_PROMPTS)
     look = laboratory(setup, [prompt for place in places for prompt in place.prompts])
-    # A fork frame may gather few prompts; every prompt counts once.
-    weights = [len(place.prompts) for place in places]
 
-    def over_places(explorer: Explorer) -> dict[str, float]:
-        measured = [look.measure(look.branches(place, explorer)) for place in places]
-        return averaged([m for m, weight in zip(measured, weights, strict=True) for _ in range(weight)])
+    def over_places(explorer: Explorer, some: Sequence[Place] = places) -> dict[str, float]:
+        with setup.ranks.together("measuring diversity"):
+            own = [look.measure(look.branches(place, explorer)) for place in setup.ranks.share(some)]
+        measured = setup.ranks.in_order(own, "measuring diversity")
+        return averaged([m for m, place in zip(measured, some, strict=True) for _ in place.prompts])
 
     routed, fresh = over_places(routes), over_places(fresh_noise)
     strength = look.matched_strength(places[:2], routed["pixel_distance"])
@@ -168,8 +168,8 @@ def _training_groups(run: Run, videos: dict[str, Tensor]) -> list[dict[str, Any]
         credit = credit_of(setup, 0, index, score, scale)
         shown = credit or no_credit(group.branches)
         lesson = lesson_of(learner, group, shown, keyed_generator("evidence", config.seed, 0, index))
-        (lesson,) = with_old_policy(learner, [lesson])
-        (table,) = tables_of(learner, [with_routed_teacher(learner, lesson)])
+        lesson = with_old_policy(learner, lesson)
+        table = table_of(learner, with_routed_teacher(learner, lesson))
         tables = lesson.tables(table, table, table)
         residuals, _, _ = tables.per_branch(shown.branches)
         extras: list[dict[str, float]] = [{} for _ in range(group.branches + 1)]

@@ -3,6 +3,7 @@
 Where a prompt may switch (``switches``), frames may be re-encoded: for a moment both encodings are held.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass
 
@@ -94,13 +95,15 @@ class Pages:
         return max(self.exploring, self.replaying)
 
 
-def groups_together(exploration: ExplorationConfig, groups: int) -> int:
+def groups_together(exploration: ExplorationConfig, groups: int, ranks: int = 1) -> int:
     """Groups that are explored together: as many as ``exploration.rows`` holds all members of, at least one.
 
-    Donor histories need every group's root at once.
+    Without that limit they are a rank's share of all. Donor histories need every group's root at once.
     """
-    if exploration.donor or not exploration.rows:
+    if exploration.donor:
         return groups
+    if not exploration.rows:
+        return math.ceil(groups / ranks)
     return min(groups, max(1, exploration.rows // (exploration.branches + 1)))
 
 
@@ -120,7 +123,7 @@ def rollout_pages(
     Args:
         groups: prompts of the rollout.
         together: groups explored together; 0: all.
-        replayed: members replayed together; 0: all.
+        replayed: members replayed together; 0: all of a group.
         keep_pool: what may be routed is kept for the replay, too.
     """
     together = together or groups
@@ -133,7 +136,7 @@ def rollout_pages(
         root=root,
         growing=min(rows, together) * pages_under_way(generator, fork, switches=switches),
         branches=rows * _branch_pages(generator, exploration, fork, own, switches=switches),
-        replay=(replayed or groups * (exploration.branches + 1)) * (exploration.blocks - 1) * generator.block,
+        replay=(replayed or exploration.branches + 1) * (exploration.blocks - 1) * generator.block,
         groups=groups,
         together=together,
     )
@@ -174,9 +177,22 @@ class PlannedRollout:
     forks: Sequence[Fork]
     """The fork of every prompt's group."""
     replayed: int = 0
-    """Members that will be replayed together; 0: all."""
+    """Members that will be replayed together; 0: all of a group."""
     keep_pool: bool = False
     """Roots keep what may be routed until the replay."""
+    share: Sequence[range] | None = None
+    """Turns that this process takes, of the groups that are explored together; None: all."""
+
+    def turns(self, ranks: int = 1) -> list[range]:
+        """All groups, in turns of those that are explored together."""
+        groups = len(self.forks)
+        size = groups_together(self.forks[0].exploration, groups, ranks)
+        return [range(at, min(at + size, groups)) for at in range(0, groups, size)]
+
+    @property
+    def own_turns(self) -> Sequence[range]:
+        """The turns that this process takes."""
+        return self.turns() if self.share is None else self.share
 
 
 def cache_pages(generator: StreamingGenerator, rollouts: Sequence[PlannedRollout]) -> int:
@@ -186,19 +202,21 @@ def cache_pages(generator: StreamingGenerator, rollouts: Sequence[PlannedRollout
     """
     most, waiting, replay = 0, 0, 0
     for rollout in rollouts:
-        groups = len(rollout.prompts)
+        own = [group for turn in rollout.own_turns for group in turn]
+        if not own:
+            continue
         each = [
             rollout_pages(
                 generator,
                 fork.exploration,
-                groups=groups,
+                groups=len(own),
                 fork=fork.frame,
-                together=groups_together(fork.exploration, groups),
+                together=max(map(len, rollout.own_turns)),
                 switches=any(prompt.switches for prompt in rollout.prompts),
                 replayed=rollout.replayed,
                 keep_pool=rollout.keep_pool,
             )
-            for fork in rollout.forks
+            for fork in (rollout.forks[group] for group in own)
         ]
         pages = Pages(*map(max, zip(*map(astuple, each), strict=True)))
         most = max(most, waiting + pages.exploring)

@@ -41,17 +41,6 @@ def member_row(group: Group, member: int, steps: int | None = None) -> ReplayRow
     return ReplayRow(group.root, trajectories.clean_MPFCHW[member], states_PSFCHW)
 
 
-def replay_kind(generator: StreamingGenerator, group: Group) -> tuple[int, int]:
-    """The key that groups replayed together share: the blocks of the window and the frames they see.
-
-    The latter are as many at every fork once window and memory bank are full, else the fork decides.
-    """
-    deployment, bank, fork = generator.deployment, group.root.history.bank, group.fork
-    full = deployment.local_past is not None and fork >= deployment.sink + deployment.local_past
-    banked = not deployment.bank_size or bool(bank) and len(bank[0]) == deployment.bank_size
-    return group.blocks, -1 if full and banked else fork
-
-
 @dataclass(frozen=True)
 class ReplayContext:
     """Contexts of the window's blocks for a batch of rows, held while gradients need them."""
@@ -64,8 +53,8 @@ class ReplayContext:
 def replay_context(generator: StreamingGenerator, rows: Sequence[ReplayRow]) -> Iterator[ReplayContext]:
     """Re-encode the rows' own blocks under the current policy; pages are released on exit.
 
-    The rows' groups are of one ``replay_kind``. The pages must outlive the backward pass where activations
-    are recomputed, hence a context manager.
+    The rows are of one group. The pages must outlive the backward pass where activations are recomputed,
+    hence a context manager.
     """
     streams = [row.root.fork() for row in rows]
     try:

@@ -15,7 +15,7 @@ from kvpo.engine.explorers import Explorer, Member, Routes, routes, site_of
 from kvpo.engine.forks import check_forks
 from kvpo.engine.generator import StreamingGenerator
 from kvpo.engine.noise import Tape
-from kvpo.engine.pages import PlannedRollout, branch_frames, cache_pages, groups_together
+from kvpo.engine.pages import PlannedRollout, branch_frames, cache_pages
 from kvpo.engine.stream import Stream, TextTable, advance, open_stream, switch_prompts
 from kvpo.method.evidence import Trajectories
 from kvpo.models.cache import FrameCache
@@ -86,19 +86,20 @@ class Rollout:
     tape: Tape
     cache: FrameCache
     """Destination of the pages, with room for ``cache_pages``."""
-    roots: list[Stream] = field(default_factory=list)
+    roots: dict[int, Stream] = field(default_factory=dict)
+    """By group."""
     groups: list[Group] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         check_forks(self.planned.prompts, self.planned.forks, block=self.generator.block)
 
-    def grow_roots(self, count: int) -> None:
-        """Stream the next prompts in their deployment context, each to its fork.
+    def grow_roots(self, groups: range) -> None:
+        """Stream the prompts of some groups in their deployment context, each to its fork.
 
         A switch at a fork is already acted on.
         """
-        own = slice(len(self.roots), len(self.roots) + count)
-        forks, prompts = self.planned.forks[own], self.planned.prompts[own]
+        forks = [self.planned.forks[group] for group in groups]
+        prompts = [self.planned.prompts[group] for group in groups]
         exploration, farthest = forks[0].exploration, max(fork.frame for fork in forks)
         rows, resident = exploration.rows, exploration.resident_frames
         roots = [open_stream(self.generator, self.cache, one, self.texts, self.tape) for one in prompts]
@@ -106,7 +107,7 @@ class Rollout:
             growing = [root for root, fork in zip(roots, forks, strict=True) if at < fork.frame]
             advance(self.generator, growing, rows=rows, resident=resident)
         switch_prompts(self.generator, roots, rows=rows)
-        self.roots += roots
+        self.roots |= zip(groups, roots, strict=True)
 
     def run(self, members: Sequence[Member], *, rows: int = 0, steps: int | None = None) -> Iterator[Ran]:
         """Continue forks of the roots through window and tail, ``rows`` members at a time (0: all).
@@ -182,7 +183,7 @@ class Rollout:
 
     def release(self) -> None:
         """Give the root histories' pages back."""
-        for root in self.roots:
+        for root in self.roots.values():
             root.history.release()
 
 
@@ -201,9 +202,9 @@ def roll_out(
 ) -> Rollout:
     """Roots, branches and anchors of one rollout, a group for every prompt; ``key`` seeds the explorer.
 
-    Groups are explored ``groups_together``; once their members have run, they keep the pages that the replay
-    sees. Results do not depend on it beyond rounding. The forks may differ in what fits at them, in nothing
-    else; donor histories want one fork for all.
+    The plan's own groups are explored in turns; once their members have run, they keep the pages that the
+    replay sees. Results do not depend on it beyond rounding. The forks may differ in what fits at them, in
+    nothing else; donor histories want one fork for all.
 
     Args:
         explorer: tells the branches apart; every group's anchor follows them.
@@ -219,17 +220,16 @@ def roll_out(
     forks = planned.forks
     site = site_of(generator, planned, tape, key, steps or len(generator.sigmas))
     members = [[*explorer(site, n), Member(n)] for n in range(len(forks))]
-    together = groups_together(forks[0].exploration, len(forks))
-    for at in range(0, len(forks), together):
-        waiting = members[at : at + together]
-        rollout.grow_roots(len(waiting))
+    for turn in planned.own_turns:
+        waiting = [members[group] for group in turn]
+        rollout.grow_roots(turn)
         every = [member for own in waiting for member in own]
         ran = rollout.run(every, rows=forks[0].exploration.rows, steps=steps and steps + arrivals)
         for own in waiting:
             rollout.groups.append(rollout.group_of(own, ran))
             finished(rollout.groups[-1])
         # Not before: with donors, later groups route what earlier ones hold.
-        for root in rollout.roots[at:] if not planned.keep_pool else ():
+        for root in [rollout.roots[group] for group in turn] if not planned.keep_pool else ():
             kept = reachable_frames(generator.deployment, root.history, max(1, generator.deployment.sink))
             root.history.keep(kept)
     return rollout

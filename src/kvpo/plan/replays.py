@@ -48,10 +48,8 @@ def replays_of(config: Config) -> Replays:
     credit = no_credit(chosen or exploration.branches)
     evidence, _ = asked_of(method, trajectories, credit, objective.grad_steps, config.method_settings, draws)
     each, steps = len(evidence.past_Q), evidence.states_QPSFCHW.shape[2]
-    every = config.optim.prompts_per_update * each
     rows, blocks = config.optim.replay_rows, exploration.blocks
-    limit = trajectories_together(rows, blocks, objective.grad_steps) or every
-    together = min(limit if limit < each else limit // each * each, every)
+    together = min(trajectories_together(rows, blocks, objective.grad_steps) or each, each)
     part = blocks_together(rows, blocks, steps)
     return Replays(
         trajectories=each,

@@ -18,7 +18,7 @@ from kvpo.method.evidence import no_credit, residual_table
 from kvpo.models.deployment import deployment_context
 from kvpo.prompts import VideoPrompt
 from kvpo.training.collection import plan_rollout
-from kvpo.training.gradients import Lesson, differentiate, lesson_of, tables_of, with_old_policy
+from kvpo.training.gradients import Lesson, differentiate, lesson_of, table_of, with_old_policy
 from kvpo.training.setup import Setup
 from kvpo.training.trainer import Trainer
 
@@ -77,9 +77,9 @@ def first_ratio_max_deviation(trainer: Trainer) -> float | None:
     for group in rollout.groups:
         draws = torch.Generator().manual_seed(0)
         lesson = lesson_of(learner, group, no_credit(group.branches), draws)
-        (lesson,) = with_old_policy(learner, [lesson])
+        lesson = with_old_policy(learner, lesson)
         with torch.no_grad():
-            (old,), again = tables_of(learner, [lesson]), streamed_table(trainer, lesson)
+            old, again = table_of(learner, lesson), streamed_table(trainer, lesson)
         deviation = max(deviation, differentiate(learner, lesson, again, old, old).metrics["ratio_deviation"])
     rollout.release()
     return deviation
@@ -102,7 +102,7 @@ def _grown(setup: Setup, prompts: Sequence[VideoPrompt], fork: Fork) -> Rollout:
     cache = setup.generator.new_cache(cache_pages(setup.generator, [planned]))
     texts, tape = setup.backbone.texts(prompts), setup.backbone.tape("checks")
     rollout = Rollout(setup.generator, planned, texts, tape, cache)
-    rollout.grow_roots(len(prompts))
+    rollout.grow_roots(range(len(prompts)))
     return rollout
 
 

@@ -1,9 +1,10 @@
 """From prompts to lessons: plan a rollout, generate it, score it, and give its branches credit."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from functools import partial
+from operator import itemgetter
 
 from torch import Tensor
 
@@ -24,10 +25,11 @@ from kvpo.training.gradients import (
     Learner,
     Lesson,
     lesson_of,
-    tables_of,
+    table_of,
     trajectories_together,
     with_old_policy,
 )
+from kvpo.training.ranks import ALONE, Ranks
 from kvpo.training.setup import Setup
 
 
@@ -37,11 +39,13 @@ class Collected:
 
     rollout: Rollout
     """Its roots; the groups are gone."""
-    lessons: list[Lesson]
-    """One per group worth training on."""
+    credits: dict[int, Credit]
+    """By group, of every group worth training on, whichever rank explored it."""
+    lessons: dict[int, Lesson]
+    """By group, of those that this rank explored."""
     found: list[Metrics]
     """Metrics of the exploration of every group."""
-    old_tables: list[Tensor]
+    old_tables: dict[int, Tensor]
     """Tables of the lessons under the rollout policy; empty where no later step needs them."""
     fresh: bool
     """Its update comes first after the collection, so the rollout policy is the current one."""
@@ -78,9 +82,13 @@ def generate(
     return rollout, pending
 
 
-def explore(setup: Setup, updates: Sequence[int]) -> list[tuple[Rollout, list[Scores]]]:
-    """Generate and score the rollouts of some updates in one cache. Raises ValueError when a reward fails."""
-    planned = [plan_rollout(setup, update) for update in updates]
+def explore(setup: Setup, updates: Sequence[int], ranks: Ranks = ALONE) -> list[tuple[Rollout, list[Scores]]]:
+    """Generate and score the rollouts of some updates in one cache, this process's share of them.
+
+    Raises ValueError when a reward fails.
+    """
+    whole = [plan_rollout(setup, update) for update in updates]
+    planned = [replace(one, share=ranks.share(one.turns(ranks.count))) for one in whole]
     cache = setup.generator.new_cache(cache_pages(setup.generator, planned))
     with in_background() as submit:
         generated = [
@@ -99,6 +107,14 @@ def credit_of(setup: Setup, update: int, index: int, score: Scores, scale: Scale
     return assign_credit(score, setup.blend(), config.objective, draws, scale)
 
 
+def credits_of(
+    setup: Setup, update: int, scores: Mapping[int, Scores], scale: Scale | None
+) -> dict[int, Credit]:
+    """The credit of an update's groups, by group, of those worth training on."""
+    given = {group: credit_of(setup, update, group, score, scale) for group, score in scores.items()}
+    return {group: credit for group, credit in given.items() if credit is not None}
+
+
 def found_in(setup: Setup, group: Group, score: Scores) -> Metrics:
     """Metrics of the exploration of one group."""
     objective = setup.config.objective
@@ -109,37 +125,47 @@ def found_in(setup: Setup, group: Group, score: Scores) -> Metrics:
 
 
 def lessons_of(
-    setup: Setup,
-    learner: Learner,
-    update: int,
-    rollout: Rollout,
-    scores: Sequence[Scores],
-    scale: Scale | None,
-) -> list[Lesson]:
-    """The lessons of a rollout's groups."""
-    lessons = []
-    for group, score in zip(rollout.groups, scores, strict=True):
-        credit = credit_of(setup, update, group.index, score, scale)
-        if credit is not None:
+    setup: Setup, learner: Learner, update: int, rollout: Rollout, credits: Mapping[int, Credit]
+) -> dict[int, Lesson]:
+    """The lessons of a rollout's groups, by group, of those that have credit."""
+    lessons = {}
+    for group in rollout.groups:
+        if group.index in credits:
             draws = keyed_generator("evidence", setup.config.seed, update, group.index)
-            lessons.append(lesson_of(learner, group, credit, draws))
-    return with_old_policy(learner, lessons)
+            lesson = lesson_of(learner, group, credits[group.index], draws)
+            lessons[group.index] = with_old_policy(learner, lesson)
+    return lessons
 
 
 def collect(setup: Setup, learner: Learner, updates: range) -> list[Collected]:
     """Rollouts for ``updates`` under the current policy, scored and turned into lessons.
 
-    Raises ValueError when a reward fails.
+    Every rank explores its share of the groups and learns the scores of all. Raises ValueError when a reward
+    fails.
     """
-    explored = explore(setup, updates)
-    every = [score for _, scores in explored for score in scores]
+    ranks, doing = setup.ranks, "exploring and scoring"
+    with ranks.together(doing):
+        explored = explore(setup, updates, ranks)
+        own = [
+            [
+                (g.index, score, found_in(setup, g, score))
+                for g, score in zip(rollout.groups, scores, strict=True)
+            ]
+            for rollout, scores in explored
+        ]
+    by_update = [
+        sorted(sum(shares, []), key=itemgetter(0)) for shares in zip(*ranks.gather(own, doing), strict=True)
+    ]
+    every = [score for seen in by_update for _, score, _ in seen]
     scale = collection_scale(every, setup.blend(), setup.config.objective)
     collected = []
-    for update, (rollout, scores) in zip(updates, explored, strict=True):
-        lessons = lessons_of(setup, learner, update, rollout, scores, scale)
-        fresh = update == updates.start
-        needed = lessons and (setup.config.optim.inner_epochs > 1 or not fresh)
-        old = tables_of(learner, lessons) if needed else []
-        found = [found_in(setup, group, score) for group, score in zip(rollout.groups, scores, strict=True)]
-        collected.append(Collected(replace(rollout, groups=[]), lessons, found, old, fresh))
+    with ranks.together("replaying the rollout policy"):
+        for update, (rollout, _), seen in zip(updates, explored, by_update, strict=True):
+            credits = credits_of(setup, update, {group: score for group, score, _ in seen}, scale)
+            lessons = lessons_of(setup, learner, update, rollout, credits)
+            fresh = update == updates.start
+            needed = setup.config.optim.inner_epochs > 1 or not fresh
+            old = {group: table_of(learner, lesson) for group, lesson in lessons.items() if needed}
+            found = [metrics for _, _, metrics in seen]
+            collected.append(Collected(replace(rollout, groups=[]), credits, lessons, found, old, fresh))
     return collected

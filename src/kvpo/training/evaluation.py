@@ -1,8 +1,9 @@
 """Held-out evaluation: fixed prompts on fixed tapes, so that two policies can be compared video by video."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from kvpo.prompts import VideoPrompt
 from kvpo.rewards.pixel_statistics import looks
 from kvpo.rewards.reward import Reward
 from kvpo.training.backbone import Backbone
+from kvpo.training.ranks import ALONE, Ranks
 
 ROWS = 32
 """Videos generated together."""
@@ -81,33 +83,52 @@ def evaluate(
     judges: Judges,
     *,
     rows: int = ROWS,
-    progress: Callable[[int], None] = lambda videos: None,
+    ranks: Ranks = ALONE,
 ) -> Evaluation:
-    """Generate every prompt in the deployment context, ``rows`` at a time, and score its segments."""
-    codec, block, texts = backbone.codec, backbone.generator.block, backbone.texts(prompts)
-    components, unseen, held_out, seen = [], [], [torch.empty(len(judges.held_out_names), 0)], []
-    for at in range(0, len(prompts), rows):
-        batch = prompts[at : at + rows]
-        latents = stream_latents(backbone.generator, batch, texts, tape)
-        videos = pixels_of(codec, latents)
-        frames = codec.frames_per_latent
-        components.append(_segment_scores(judges.scorer, videos, batch, frames, block, lead=block))
-        if judges.unseen is not None:
-            unseen.append(_segment_scores(judges.unseen, videos, batch, frames, block, lead=0)[0])
-        if judges.held_out:
-            scores = [
-                _weights(reward) @ _segment_scores(reward, videos, batch, frames, block, lead=block)
-                for reward in judges.held_out
-            ]
-            held_out.append(torch.cat(scores))
-        seen.append(looks(videos))
-        progress(len(batch))
+    """Generate every prompt in the deployment context and score its segments.
+
+    At most ``rows`` videos are generated together, in batches that do not depend on the number of ranks.
+    """
+    with ranks.together("evaluating"):
+        own = [_evaluated(backbone, batch, tape, judges) for batch in ranks.share(batches(prompts, rows))]
+    return _joined(ranks.in_order(own, "evaluating"))
+
+
+def batches(prompts: Sequence[VideoPrompt], rows: int) -> list[Sequence[VideoPrompt]]:
+    """The prompts in as few batches of at most ``rows`` as there can be, of nearly equal sizes."""
+    count = math.ceil(len(prompts) / rows)
+    ends = [len(prompts) * n // count for n in range(count + 1)]
+    return [prompts[start:end] for start, end in pairwise(ends)]
+
+
+def _evaluated(backbone: Backbone, prompts: Sequence[VideoPrompt], tape: Tape, judges: Judges) -> Evaluation:
+    """The results of one batch."""
+    codec, block = backbone.codec, backbone.generator.block
+    latents = stream_latents(backbone.generator, prompts, backbone.texts(prompts), tape)
+    videos, frames = pixels_of(codec, latents), codec.frames_per_latent
+    unseen = judges.unseen and _segment_scores(judges.unseen, videos, prompts, frames, block, lead=0)[0]
+    held_out = [
+        _weights(reward) @ _segment_scores(reward, videos, prompts, frames, block, lead=block)
+        for reward in judges.held_out
+    ]
     return Evaluation(
-        components_KN=torch.cat(components, 1),
-        unseen_N=torch.cat(unseen) if unseen else None,
-        held_out_HN=torch.cat(held_out, 1),
-        looks_LN=torch.cat(seen, 1),
+        components_KN=_segment_scores(judges.scorer, videos, prompts, frames, block, lead=block),
+        unseen_N=unseen,
+        held_out_HN=torch.cat(held_out) if held_out else torch.empty(0, len(prompts)),
+        looks_LN=looks(videos),
         texts_N=tuple(prompt.segments for prompt in prompts),
+    )
+
+
+def _joined(parts: Sequence[Evaluation]) -> Evaluation:
+    """The results of several batches as one."""
+    unseen = [part.unseen_N for part in parts if part.unseen_N is not None]
+    return Evaluation(
+        components_KN=torch.cat([part.components_KN for part in parts], 1),
+        unseen_N=torch.cat(unseen) if unseen else None,
+        held_out_HN=torch.cat([part.held_out_HN for part in parts], 1),
+        looks_LN=torch.cat([part.looks_LN for part in parts], 1),
+        texts_N=tuple(texts for part in parts for texts in part.texts_N),
     )
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from kvpo.engine.generator import StreamingGenerator
-from kvpo.engine.replay import ReplayRow, replay_context, replay_kind, replay_velocities
+from kvpo.engine.replay import ReplayRow, replay_context, replay_velocities
 from kvpo.engine.rollout import Group
 from kvpo.engine.stream import Stream
 from kvpo.method.evidence import Credit, Evidence, Method, Metrics, Tables, asked_of, residual_table
@@ -51,9 +51,9 @@ class Learner:
 class Lesson:
     """One fork to learn from: the method's evidence, followed by the rows of the velocity KL."""
 
+    group: int
+    """Position of its group among those of the rollout."""
     root: Stream
-    kind: tuple[int, int]
-    """Lessons of one ``replay_kind`` can be replayed together."""
     past_MPFCHW: Tensor
     """Every member's clean latents of the window."""
     routed_pages: Mapping[int, tuple[tuple[int, ...], ...]]
@@ -116,8 +116,8 @@ def lesson_of(learner: Learner, group: Group, credit: Credit, generator: torch.G
     )
     routed = credit.branches if "routed" in evidence.teachers else ()
     return Lesson(
+        group.index,
         group.root,
-        replay_kind(learner.generator, group),
         trajectories.clean_MPFCHW,
         {branch: group.routed_pages(branch) for branch in routed},
         group.recent,
@@ -127,11 +127,11 @@ def lesson_of(learner: Learner, group: Group, credit: Credit, generator: torch.G
     )
 
 
-def micro_batches(learner: Learner, lessons: Sequence[Lesson]) -> list[list[tuple[int, int]]]:
-    """(lesson, trajectory) pairs in micro-batches of at most ``learner.rows`` forward rows."""
-    pairs = [(n, query) for n, lesson in enumerate(lessons) for query in range(len(lesson.evidence.past_Q))]
-    size = trajectories_together(learner.rows, lessons[0].blocks, learner.steps) or len(pairs)
-    return [pairs[at : at + size] for at in range(0, len(pairs), size)]
+def micro_batches(learner: Learner, lesson: Lesson) -> list[range]:
+    """The trajectories of a lesson in micro-batches of at most ``learner.rows`` forward rows."""
+    every = len(lesson.evidence.past_Q)
+    size = trajectories_together(learner.rows, lesson.blocks, learner.steps) or every
+    return [range(at, min(at + size, every)) for at in range(0, every, size)]
 
 
 def trajectories_together(rows: int, blocks: int, steps: int) -> int:
@@ -142,18 +142,6 @@ def trajectories_together(rows: int, blocks: int, steps: int) -> int:
 def blocks_together(rows: int, blocks: int, steps: int) -> int:
     """Blocks of a window that one forward pass of at most ``rows`` rows holds, at least one; 0: all."""
     return min(blocks, max(1, rows // steps)) if rows else blocks
-
-
-def lesson_batches(learner: Learner, lessons: Sequence[Lesson]) -> list[list[Lesson]]:
-    """Lessons of one kind whose replay fits one micro-batch; one that does not fit stands alone."""
-    batches: list[list[Lesson]] = []
-    for lesson in lessons:
-        alike = batches and batches[-1][-1].kind == lesson.kind
-        if alike and len(micro_batches(learner, [*batches[-1], lesson])) == 1:
-            batches[-1].append(lesson)
-        else:
-            batches.append([lesson])
-    return batches
 
 
 def replayed(
@@ -179,38 +167,26 @@ def whole_velocities(learner: Learner, rows: Sequence[ReplayRow]) -> Tensor:
     return torch.cat([velocities for _, velocities in replayed(learner, rows)], 1)
 
 
-def velocities_of(learner: Learner, lessons: Sequence[Lesson]) -> list[Tensor]:
-    """Velocities [Q, P, S, F, C, H, W] at every trajectory of the lessons, without gradients."""
-    found: list[list[Tensor]] = [[] for _ in lessons]
-    for pairs in micro_batches(learner, lessons):
-        rows = [lessons[n].row(query) for n, query in pairs]
-        for (n, _), velocity in zip(pairs, whole_velocities(learner, rows), strict=True):
-            found[n].append(velocity)
-    return [torch.stack(own) for own in found]
+def velocities_of(learner: Learner, lesson: Lesson) -> Tensor:
+    """Velocities [Q, P, S, F, C, H, W] at every trajectory of a lesson, without gradients."""
+    batches = micro_batches(learner, lesson)
+    return torch.cat([whole_velocities(learner, [lesson.row(query) for query in own]) for own in batches])
 
 
-def tables_of(learner: Learner, lessons: Sequence[Lesson]) -> list[Tensor]:
-    """The table [N, P, S] of every lesson under the current policy, without gradients."""
-    tables: list[Tensor] = []
-    for batch in lesson_batches(learner, lessons):
-        found = zip(batch, velocities_of(learner, batch), strict=True)
-        tables += [lesson.table(velocities) for lesson, velocities in found]
-    return tables
+def table_of(learner: Learner, lesson: Lesson) -> Tensor:
+    """The table [N, P, S] of a lesson under the current policy, without gradients."""
+    return lesson.table(velocities_of(learner, lesson))
 
 
-def with_old_policy(learner: Learner, lessons: Sequence[Lesson]) -> list[Lesson]:
-    """The lessons with the velocities of the method's old policy in their targets, where they ask for it.
+def with_old_policy(learner: Learner, lesson: Lesson) -> Lesson:
+    """The lesson with the velocities of the method's old policy in its targets, where it asks for them.
 
     That is the current policy, which has to be the one that generated the rollout, or the average.
     """
-    if not any("old" in lesson.evidence.teachers for lesson in lessons):
-        return list(lessons)
-    known: list[Lesson] = []
+    if "old" not in lesson.evidence.teachers:
+        return lesson
     with learner.old_policy():
-        for batch in lesson_batches(learner, lessons):
-            found = zip(batch, velocities_of(learner, batch), strict=True)
-            known += [lesson.taught("old", velocities) for lesson, velocities in found]
-    return known
+        return lesson.taught("old", velocities_of(learner, lesson))
 
 
 def with_routed_teacher(learner: Learner, lesson: Lesson) -> Lesson:
@@ -227,83 +203,60 @@ def with_routed_teacher(learner: Learner, lesson: Lesson) -> Lesson:
 
 
 def accumulate_gradients(
-    learner: Learner, lessons: Sequence[Lesson], old_tables: Sequence[Tensor] | None
-) -> tuple[list[Metrics], float]:
-    """Add the gradient of the mean loss over the lessons to the parameters' ``.grad``.
+    learner: Learner, lesson: Lesson, old_table: Tensor | None, lessons: int
+) -> tuple[Metrics, float]:
+    """Add the gradient of a lesson's share of the mean loss over ``lessons`` to the parameters' ``.grad``.
 
     Args:
-        old_tables: tables under the rollout policy; None while the current policy still is that policy (they
-            are then the current tables, and every ratio is exactly 1).
+        old_table: the table under the rollout policy; None while the current policy still is that policy (it
+            is then the current table, and every ratio is exactly 1).
 
     Returns:
-        metrics per lesson and the velocity KL to the starting policy, averaged over lessons.
+        metrics of the lesson and its velocity KL to the starting policy.
     """
-    metrics: list[Metrics] = []
-    drift, done = 0.0, 0
-    for batch in lesson_batches(learner, lessons):
-        old = None if old_tables is None else old_tables[done : done + len(batch)]
-        done += len(batch)
-        found = _accumulate_batch(learner, batch, old, len(lessons))
-        metrics += [own for own, _ in found]
-        drift += sum(kl for _, kl in found) / len(lessons)
-    return metrics, drift
-
-
-def _accumulate_batch(
-    learner: Learner, batch: Sequence[Lesson], old: Sequence[Tensor] | None, lessons: int
-) -> list[tuple[Metrics, float]]:
-    """Backpropagate some of ``lessons`` lessons; the metrics and the velocity KL of each."""
     with learner.policy.reference():
-        starting = list(zip(batch, velocities_of(learner, batch), strict=True))
-    batch = [with_routed_teacher(learner, lesson.taught("reference", found)) for lesson, found in starting]
-    references = [
-        lesson.table(found, " of the starting policy")
-        for lesson, (_, found) in zip(batch, starting, strict=True)
-    ]
+        of_reference = velocities_of(learner, lesson)
+    lesson = with_routed_teacher(learner, lesson.taught("reference", of_reference))
+    reference = lesson.table(of_reference, " of the starting policy")
 
-    def differentiated(tables: Sequence[Tensor]) -> list[Differentiated]:
-        """Every lesson's table [N, P, S] under the current policy, differentiated."""
-        before = tables if old is None else old
-        return [differentiate(learner, *own) for own in zip(batch, tables, before, references, strict=True)]
+    def differentiated(table_NPS: Tensor) -> Differentiated:
+        """The table under the current policy, differentiated."""
+        return differentiate(
+            learner, lesson, table_NPS, table_NPS if old_table is None else old_table, reference
+        )
 
-    batches = micro_batches(learner, batch)
-    coefficients: list[Tensor] | None = None
+    batches = micro_batches(learner, lesson)
+    coefficients: Tensor | None = None
     if learner.method.linear:  # the loss has the same gradient at any table
-        coefficients = [found.gradient for found in differentiated(references)]
-    elif len(batches) > 1 or blocks_together(learner.rows, batch[0].blocks, batch[0].steps) < batch[0].blocks:
+        coefficients = differentiated(reference).gradient
+    elif len(batches) > 1 or blocks_together(learner.rows, lesson.blocks, lesson.steps) < lesson.blocks:
         # The loss couples cells, so the whole table must be known before any backward.
-        coefficients = [found.gradient for found in differentiated(tables_of(learner, batch))]
-    tables = [torch.zeros_like(table) for table in references]
-    for pairs in batches:
-        rows = [batch[n].row(query) for n, query in pairs]
+        coefficients = differentiated(table_of(learner, lesson)).gradient
+    table = torch.zeros_like(reference)
+    for queries in batches:
+        rows = [lesson.row(query) for query in queries]
         with closing(replayed(learner, rows, gradients=True)) as parts:
             for blocks, velocities in parts:
-                cells = _cells(batch, pairs, blocks, velocities)
-                for n, place, part in cells:
-                    tables[n][place] = part.detach()
+                place, cells = _cells(lesson, queries, blocks, velocities)
+                table[place] = cells.detach()
                 if coefficients is None:
-                    coefficients = [found.gradient for found in differentiated(tables)]
-                loss = torch.stack([(coefficients[n][place] * part).sum() for n, place, part in cells]).sum()
+                    coefficients = differentiated(table).gradient
+                loss = (coefficients[place] * cells).sum()
                 if loss.requires_grad:
                     (loss / lessons).backward()
-    return [(found.metrics, found.drift) for found in differentiated(tables)]
+    found = differentiated(table)
+    return found.metrics, found.drift
 
 
 def _cells(
-    batch: Sequence[Lesson], pairs: Sequence[tuple[int, int]], blocks: slice, velocities_RPSFCHW: Tensor
-) -> list[tuple[int, tuple[list[int], slice], Tensor]]:
-    """(lesson, place in its table, the cells [N', P', S] there) that a micro-batch of trajectories gives."""
-    found = []
-    for n, lesson in enumerate(batch):
-        places = {query: row for row, (owner, query) in enumerate(pairs) if owner == n}
-        evidence = lesson.evidence
-        numbers = [number for number, query in enumerate(evidence.query_N) if query in places]
-        if numbers:
-            place = (numbers, blocks)
-            asked = velocities_RPSFCHW[[places[evidence.query_N[number]] for number in numbers]]
-            table = residual_table(evidence.weights_NPS[place], evidence.targets_NPSFCHW[place], asked)
-            found.append((n, place, table))
-    return found
+    lesson: Lesson, queries: range, blocks: slice, velocities_RPSFCHW: Tensor
+) -> tuple[tuple[list[int], slice], Tensor]:
+    """The place of a micro-batch of trajectories in a lesson's table, and its cells there: [N', P', S]."""
+    evidence = lesson.evidence
+    numbers = [number for number, query in enumerate(evidence.query_N) if query in queries]
+    place = (numbers, blocks)
+    asked = velocities_RPSFCHW[[evidence.query_N[number] - queries.start for number in numbers]]
+    return place, residual_table(evidence.weights_NPS[place], evidence.targets_NPSFCHW[place], asked)
 
 
 @dataclass(frozen=True)

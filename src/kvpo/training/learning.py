@@ -1,29 +1,28 @@
 """Diagnosis of updates that teach nothing, so that a run never only seems to train."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from torch import Tensor
 
 from kvpo.config import TOTAL, WORLD_NOISE_FLOOR, Config
-from kvpo.method.evidence import Metrics
+from kvpo.method.evidence import Credit, Metrics
 from kvpo.models.finite import magnitudes
-from kvpo.training.gradients import Lesson
 
 PATIENCE = 3
 """Updates in a row without a trained group or without a gradient, from which it is worth a warning."""
 
 
 def why_nothing_is_learned(
-    lessons: Sequence[Lesson], found: Sequence[Metrics], parameters: Mapping[str, Tensor], config: Config
+    credits: Collection[Credit], found: Sequence[Metrics], parameters: Mapping[str, Tensor], config: Config
 ) -> str:
     """One sentence for an update without a trained group, or with a gradient that is zero everywhere.
 
     Args:
-        lessons: the groups that were trained on.
+        credits: of the groups that were trained on.
         found: metrics of the exploration of all groups.
         parameters: the trained tensors.
     """
-    if not lessons:
+    if not credits:
         spread = max(group["reward_spread"] for group in found)
         if spread == 0:
             return (
@@ -41,7 +40,7 @@ def why_nothing_is_learned(
             "all trained tensors are zero, and an adapter whose A and B are both zero has no gradient; start "
             "a fresh one (leave backbone.lora out, or set backbone.lora_start to merge)"
         )
-    if not any(bool(item.credit.advantages_G.any()) for item in lessons):
+    if not any(bool(credit.advantages_G.any()) for credit in credits):
         return "all advantages are zero; check objective.advantages and the reward"
     return (
         "the gradient of every trained tensor is exactly zero; check that the trained layers "

@@ -31,6 +31,10 @@ class RankError(ValueError):
     """Another rank has failed, or differs; the message is one line for the user."""
 
 
+class RanksDiffer(RankError):
+    """The ranks are not at the same place of the same run."""
+
+
 class LostRank(ConnectionError):
     """Another rank has gone or is silent; the message is one line for the user."""
 
@@ -111,16 +115,19 @@ class Ranks:
                 raise RankError(f"stopped with rank {rank}, which failed while {doing}: {report}")
         return reports[0][1]
 
-    def demand_equal(self, what: Mapping[str, object], doing: str) -> None:
-        """Raise RankError, on every rank, naming the first rank on which ``what`` is not what rank 0 has."""
-        every = self.gather(dict(what), doing)
+    def demand_equal(self, found: Callable[[], Mapping[str, object]], doing: str) -> None:
+        """Raise RanksDiffer, on every rank, naming the first rank that has not ``found`` what rank 0 has."""
+        if self.count == 1:
+            return
+        every = self.gather(dict(found()), doing)
         for rank, own in enumerate(every):
-            different = [name for name in what if own[name] != every[0][name]]
+            different = [name for name in own if own[name] != every[0][name]]
             if different:
-                raise RankError(
+                there, here = (str(side[different[0]])[:200] for side in (own, every[0]))
+                raise RanksDiffer(
                     f"rank {rank} differs from rank 0 in its {' and '.join(different)} after {doing}: "
-                    f"{own[different[0]]} there, {every[0][different[0]]} on rank 0; this update is not "
-                    "saved. See that all ranks read the same files, and start again with --resume"
+                    f"{there} there, {here} on rank 0; this update is not saved. See that all ranks read the "
+                    "same files, and start again with --resume"
                 )
 
     def exchange_parts(self, flat_N: Tensor) -> Tensor:
@@ -169,14 +176,14 @@ def _line(error: BaseException) -> str:
     return " ".join(str(error).split())[:500] or type(error).__name__
 
 
+def added_up(counts: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Sums of equally named numbers."""
+    return {name: sum(own[name] for own in counts) for name in counts[0]}
+
+
 def launched() -> bool:
     """True in a process that torchrun started together with others."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
-
-
-def is_main() -> bool:
-    """True on rank 0, and in a process that was started alone."""
-    return os.environ.get("RANK", "0") == "0"
 
 
 @contextmanager

@@ -4,11 +4,13 @@ import logging
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from kvpo.rewards.cache import Counts
 from kvpo.training import radar
 from kvpo.training.backbone import Weights
 from kvpo.training.checkpoint import (
@@ -25,6 +27,7 @@ from kvpo.training.evaluation import ROWS, Evaluation, comparison, evaluate, mea
 from kvpo.training.interrupt import StopAtOnce
 from kvpo.training.metrics_log import MetricsLog
 from kvpo.training.policy import Policy, Sides, policy_of
+from kvpo.training.ranks import RanksDiffer, added_up
 from kvpo.training.setup import Setup
 from kvpo.training.trainer import Trainer, architecture
 
@@ -43,7 +46,8 @@ class Run:
     setup: Setup
     trainer: Trainer
     checkpoints: Path
-    metrics: MetricsLog
+    metrics: MetricsLog | None
+    """None on ranks that write no files."""
     progress: Progress
     base: dict[str, Evaluation] = field(default_factory=dict)
     """Held-out results of the starting policy on the validation prompts; needed from the first update on."""
@@ -67,14 +71,16 @@ class Run:
         """Train to the last update, or until the radar calls it hacking; False if interrupted.
 
         The state is saved either way. Raises ValueError when a reward fails or a number is not finite; the
-        updates before it are saved, as they are for anything else that is raised but StopAtOnce. Where
-        updates are lost, that is said.
+        updates before it are saved, as they are for anything else that is raised but StopAtOnce and
+        RanksDiffer. Where updates are lost, that is said.
         """
         try:
             return self._train(interrupted)
         except BaseException as error:
-            if not isinstance(error, StopAtOnce):
-                self._save_if_new()
+            # Alone: what was raised may have come between two ranks.
+            lost = isinstance(error, StopAtOnce | RanksDiffer)
+            if self.setup.ranks.main and not lost and self.trainer.update > self.saved:
+                self._save(self.trainer.update)
             raise
         finally:
             if self.trainer.update > self.saved:
@@ -85,21 +91,14 @@ class Run:
                 )
 
     def _train(self, interrupted: Callable[[], bool]) -> bool:
-        config, trainer = self.setup.config, self.trainer
+        config, trainer, ranks = self.setup.config, self.trainer, self.setup.ranks
         if trainer.update == 0 and self.best is None:
             self.save(0.0)  # the base is the best one until a validation beats it
         while trainer.update < self.updates and not self.stopped:
-            if interrupted() and trainer.at_boundary():
+            if trainer.at_boundary() and ranks.any(interrupted(), "asking for signals"):
                 self._save_if_new()
                 return False
-            started, scored = time.perf_counter(), replace(self.setup.scored)
-            forget_peak(self.setup.generator.device)
-            numbers = trainer.step()
-            numbers |= self.setup.scored.since(scored)
-            numbers["seconds"] = time.perf_counter() - started
-            numbers |= peak(self.setup.generator.device)
-            self.metrics.write(trainer.update, {"kind": "update", **numbers})
-            self.progress("aligning", trainer.update, self.updates, numbers)
+            self._update()
             if trainer.at_boundary():
                 if self._due(config.evaluation.every):
                     self._validate_and_save()
@@ -115,6 +114,28 @@ class Run:
         elif not self.improved:
             logger.warning("no improvement: no validation beat the base, so the best checkpoint is the base")
         return True
+
+    def _update(self) -> None:
+        """One update of the trainer, its metrics written."""
+        trainer, device = self.trainer, self.setup.generator.device
+        started, scored = time.perf_counter(), replace(self.setup.scored)
+        forget_peak(device)
+        numbers = trainer.step()
+        trainer.demand_equal_ranks()
+        numbers |= self._scored_since(scored)
+        numbers["seconds"] = time.perf_counter() - started
+        numbers |= peak(device)
+        self._write({"kind": "update", **numbers})
+        self.progress("aligning", trainer.update, self.updates, numbers)
+
+    def _write(self, numbers: Mapping[str, Any]) -> None:
+        """Append a line to the metrics."""
+        metrics, update = self.metrics, self.trainer.update
+        self.setup.ranks.once("writing metrics", lambda: metrics and metrics.write(update, numbers))
+
+    def _scored_since(self, before: Counts) -> dict[str, float]:
+        """Clips that all ranks have scored since ``before``."""
+        return added_up(self.setup.ranks.gather(self.setup.scored.since(before), "counting clips"))
 
     @property
     def improved(self) -> bool:
@@ -145,22 +166,22 @@ class Run:
         update = self.trainer.update
         if gain is not None and (self.best is None or gain > self.best[1]):
             self.best = (update, gain)
-        tensors, state = self.trainer.tensors_and_state()
-        path = save_checkpoint(
-            self.checkpoints,
-            update,
-            tensors,
-            {
-                **state,
-                "best": self.best,
-                "radar": radar.saved(self.readings),
-                "unvalidated": self.unvalidated,
-            },
-            architecture=architecture(self.setup.backbone.weights),
-        )
+        path = self.setup.ranks.once("saving a checkpoint", partial(self._save, update))
         self.saved = update
+        return path
+
+    def _save(self, update: int) -> Path:
+        tensors, state = self.trainer.tensors_and_state()
+        own = {
+            "best": self.best,
+            "radar": radar.saved(self.readings),
+            "unvalidated": self.unvalidated,
+        }
+        kind = architecture(self.setup.backbone.weights)
+        path = save_checkpoint(self.checkpoints, update, tensors, state | own, architecture=kind)
         self._mark_best()
         prune(self.checkpoints, up_to=update)
+        self.saved = update
         return path
 
     def _save_if_new(self) -> None:
@@ -196,10 +217,9 @@ class Run:
         self.readings.append(radar.reading(update, now, judges))
         numbers = self.update_verdict() | radar.measured(base, now, judges)
         drifted = radar.drifted(numbers, radar.STANDARD_ERRORS)
-        self.metrics.write(
-            update,
+        self._write(
             {"kind": "validation", "mean_gain": gain, **results, "radar": numbers | {"drifted": drifted}}
-            | self.setup.scored.since(scored),
+            | self._scored_since(scored)
         )
         logger.info("hacking radar, update %d: %s", update, numbers["verdict"])
         if drifted:
@@ -225,7 +245,8 @@ class Run:
         self.readings = radar.loaded(state["radar"])
         self.unvalidated = state["unvalidated"]
         self.update_verdict()
-        self._mark_best()  # a kill may have come between a checkpoint and its mark
+        # A kill may have come between a checkpoint and its mark.
+        self.setup.ranks.once("marking the best checkpoint", self._mark_best)
         update = self.trainer.update
         validated = not update or any(reading.update == update for reading in self.readings)
         if self.unvalidated or (update == self.updates and not validated):  # shortened to where it stands
@@ -233,13 +254,18 @@ class Run:
 
 
 def restore(trainer: Trainer, path: Path) -> dict[str, Any]:
-    """Load a checkpoint into a trainer and return its state. Raises CheckpointError."""
-    tensors, state = load_checkpoint(path, architecture=architecture(trainer.setup.backbone.weights))
-    expected, _ = trainer.tensors_and_state()
-    parameters = {name: value for name, value in expected.items() if not name.startswith("optimizer.")}
-    moments = {name: value for name, value in tensors.items() if name.startswith("optimizer.")}
-    require_tensors(path, tensors, {**parameters, **moments})
-    trainer.restore(tensors, state)
+    """Load a checkpoint into the trainers of all ranks and return its state.
+
+    Raises CheckpointError, and RankError where the ranks have read different ones.
+    """
+    with trainer.setup.ranks.together("reading the checkpoint"):
+        tensors, state = load_checkpoint(path, architecture=architecture(trainer.setup.backbone.weights))
+        expected, _ = trainer.tensors_and_state()
+        parameters = {name: value for name, value in expected.items() if not name.startswith("optimizer.")}
+        moments = {name: value for name, value in tensors.items() if name.startswith("optimizer.")}
+        require_tensors(path, tensors, {**parameters, **moments})
+        trainer.restore(tensors, state)
+    trainer.demand_equal_ranks()
     return state
 
 
@@ -266,7 +292,8 @@ def open_checkpoint(weights: Weights, path: Path, kind: str = "average") -> Side
 def evaluate_prompts(setup: Setup, prompts: Any) -> Evaluation:
     """Held-out results of the model as it is."""
     rows = setup.config.exploration.rows or ROWS
-    return evaluate(setup.backbone, prompts, setup.evaluation_tape(), setup.judges, rows=rows)
+    tape, ranks = setup.evaluation_tape(), setup.ranks
+    return evaluate(setup.backbone, prompts, tape, setup.judges, rows=rows, ranks=ranks)
 
 
 def evaluate_base(setup: Setup, trainer: Trainer, sets: Mapping[str, Any]) -> dict[str, Evaluation]:

@@ -15,6 +15,7 @@ from filelock import FileLock, Timeout
 
 from kvpo.config import Config
 from kvpo.files import StorageError, demand_utf8, remove_leftovers, storage_error, write_atomic
+from kvpo.training.ranks import ALONE, Ranks
 
 CONFIG, LOCK = "config.yaml", ".lock"
 
@@ -27,14 +28,16 @@ class RunDirectory:
     cannot leave it behind. Leaving by an error before the run has ``begun`` (weights that do not load) takes
     back what it wrote. A directory that belongs to a run (see ``belongs_to_run``) is entered only with
     ``resume``: whoever resumes checks that the configurations agree, and saves its own once the run goes on.
-    Before its first checkpoint the same configuration may also start it again.
+    Before its first checkpoint the same configuration may also start it again. Of several ranks, rank 0 does
+    all that.
 
     Raises StorageError when another live process holds it, when it holds a run and ``resume`` is false, or
     when it cannot be written.
     """
 
-    def __init__(self, path: Path, config: Config, *, resume: bool = False) -> None:
+    def __init__(self, path: Path, config: Config, *, resume: bool = False, ranks: Ranks = ALONE) -> None:
         self.path = path
+        self.ranks = ranks
         self.config_file = path / CONFIG
         self.provenance = path / "provenance.json"
         self.metrics = path / "metrics.jsonl"
@@ -54,6 +57,10 @@ class RunDirectory:
         self._lock = FileLock(path / LOCK, timeout=0)
 
     def __enter__(self) -> "RunDirectory":
+        self.continued = self.ranks.once("opening the output directory", self._open)
+        return self
+
+    def _open(self) -> bool:
         demand_utf8(self.path)
         try:
             self._found = {self.path, *self.path.iterdir()} if self.path.is_dir() else set()
@@ -71,11 +78,13 @@ class RunDirectory:
         except BaseException:
             self._lock.release()
             raise
-        return self
+        return self.continued
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if not self.ranks.main:
+            return
         self._owner.unlink(missing_ok=True)
         if error is not None and not (self.continued or self.begun):
             self._take_back()

@@ -21,6 +21,7 @@ from kvpo.training.collection import Collected, collect
 from kvpo.training.gradients import Learner, accumulate_gradients
 from kvpo.training.learning import PATIENCE, why_nothing_is_learned
 from kvpo.training.policy import MovingAverage, Sides, policy_of
+from kvpo.training.reduction import OrderedSum, digest, taken
 from kvpo.training.setup import Setup
 from kvpo.training.state import flatten_state, load_optimizer_state, optimizer_state, unflatten_state
 
@@ -81,7 +82,7 @@ class Trainer:
         try:
             self.collect()
             item = self.collected[0]
-            if item.lessons:
+            if item.credits:
                 with self._all_or_nothing():
                     found, numbers = self._learn(item, rate)
         except NonFiniteError as error:
@@ -91,7 +92,7 @@ class Trainer:
         self.update += 1
         self._say_what_is_not_learned(item, numbers["gradient_coverage"])
         summary = update_metrics(self.learner.method.metrics, found, item.found) | numbers
-        summary |= advantage_metrics([lesson.credit for lesson in item.lessons])
+        summary |= advantage_metrics(list(item.credits.values()))
         asked, planned = self.setup.config.exploration, item.rollout.planned
         forks = fork_numbers(planned.prompts, planned.forks, asked, block=self.setup.generator.block)
         return summary | forks | {"learning_rate": rate, "idle_updates": float(self.idle_updates)}
@@ -114,22 +115,48 @@ class Trainer:
         """All passes over a rollout; the method's metrics and the numbers of the last one."""
         optim = self.setup.config.optim
         for epoch in range(optim.inner_epochs):
-            for group in self.optimizer.param_groups:
-                group["lr"] = rate
-            old = None if item.fresh and epoch == 0 else item.old_tables
-            found, drift = accumulate_gradients(self.learner, item.lessons, old)
-            norm, coverage = self._clip_gradient()
-            self.optimizer.step()
-            self.optimizer.zero_grad(set_to_none=True)
-            way_out = f"lower optim.lr = {optim.lr}"
-            require_finite(self.policy.parameters, "parameters after the step", way_out)
-            moments, _ = flatten_state(optimizer_state(self.optimizer, self.policy.parameters))
-            moments = {
-                name: moment for name, moment in moments.items() if moment.dim()
-            }  # counts are elsewhere
-            require_finite(moments, "optimiser's state after the step", "lower optim.grad_clip")
+            found, drift = self._differentiate(item, on_policy=item.fresh and epoch == 0)
+            with self.setup.ranks.together("taking the step"):
+                for group in self.optimizer.param_groups:
+                    group["lr"] = rate
+                norm, coverage = self._clip_gradient()
+                self.optimizer.step()
+                self.optimizer.zero_grad(set_to_none=True)
+                way_out = f"lower optim.lr = {optim.lr}"
+                require_finite(self.policy.parameters, "parameters after the step", way_out)
+                moments, _ = flatten_state(optimizer_state(self.optimizer, self.policy.parameters))
+                moments = {
+                    name: moment for name, moment in moments.items() if moment.dim()
+                }  # counts are elsewhere
+                require_finite(moments, "optimiser's state after the step", "lower optim.grad_clip")
         self.average.update(self.policy.parameters)
         return found, {"velocity_kl": drift, "gradient_norm": norm, "gradient_coverage": coverage}
+
+    def _differentiate(self, item: Collected, *, on_policy: bool) -> tuple[list[Metrics], float]:
+        """Leave the gradient of the mean loss over all ranks' lessons in the parameters.
+
+        Returns the lessons' metrics, in order, and the mean of their velocity KL.
+        """
+        ranks, parameters = self.setup.ranks, list(self.policy.parameters.values())
+        total, found, doing = OrderedSum(ranks, parameters), {}, "computing gradients"
+        planned, lessons = item.rollout.planned, len(item.credits)
+        turns = planned.turns(ranks.count)
+        for at in range(0, len(turns), ranks.count):
+            if not any(group in item.credits for turn in turns[at : at + ranks.count] for group in turn):
+                continue
+            gradients = []
+            with ranks.together(doing):
+                for group in (group for turn in ranks.share(turns[at : at + ranks.count]) for group in turn):
+                    if group in item.lessons:
+                        old = None if on_policy else item.old_tables[group]
+                        one = accumulate_gradients(self.learner, item.lessons[group], old, lessons)
+                        found[group] = one
+                    gradients.append(taken(parameters))
+            total.add(gradients, slots=len(turns[0]))
+        total.store()
+        every = {group: one for own in ranks.gather(found, doing) for group, one in own.items()}
+        in_order = [every[group] for group in item.credits]
+        return [metrics for metrics, _ in in_order], sum(drift for _, drift in in_order) / lessons
 
     def _clip_gradient(self) -> tuple[float, float]:
         """Clip the gradient; its norm before, and the share of trained tensors of which it is not zero."""
@@ -164,7 +191,9 @@ class Trainer:
         """Warn once several updates in a row taught nothing, and say why."""
         self.idle_updates = 0 if coverage else self.idle_updates + 1
         if self.idle_updates == PATIENCE:
-            why = why_nothing_is_learned(item.lessons, item.found, self.policy.parameters, self.setup.config)
+            why = why_nothing_is_learned(
+                item.credits.values(), item.found, self.policy.parameters, self.setup.config
+            )
             logger.warning(
                 "nothing was learned in %d updates up to update %d: %s", PATIENCE, self.update, why
             )
@@ -185,6 +214,19 @@ class Trainer:
                         update + 1,
                         fits,
                     )
+
+    def demand_equal_ranks(self) -> None:
+        """Raise RankError unless all ranks are at the same update of the same run with the same weights."""
+        config, tensors = self.setup.config, self.tensors_and_state()[0]
+        self.setup.ranks.demand_equal(
+            lambda: {
+                "update": self.update,
+                **{f"settings of {name}": repr(value) for name, value in vars(config).items()},
+                "base": self.setup.backbone.weights.base_sha256,
+                "weights": digest([tensors[name] for name in sorted(tensors)]),
+            },
+            f"update {self.update}",
+        )
 
     def at_boundary(self) -> bool:
         """True when no collected rollout waits: only then can the run be saved and resumed exactly."""
