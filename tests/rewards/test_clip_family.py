@@ -143,6 +143,14 @@ def test_aesthetic_is_the_linear_chain_on_unit_features(clip_directory, clips, t
         clip_family.load_aesthetic(tmp_path / "cut.pth", clip_directory)
 
 
+def test_embeddings_of_clip_and_prompt_add_up_to_the_cosine(clip_directory, clips):
+    scorer, prompts = clip_family.load_clip_score(clip_directory), ["a fox", "a cat"]
+    with torch.no_grad():
+        features = scorer.features(clips, prompts)
+        assert torch.allclose(features.sum(1), scorer(clips, prompts)["clip_score"], atol=1e-5)
+    assert features.shape[0] == 2 and features.shape[1] > 1
+
+
 def test_the_best_frames_are_averaged(clip_directory, clips, tmp_path):
     best = {"clip_score.weights": str(clip_directory)}
     (scorer,) = build_rewards(["clip_score"], best, top_share=0.25)

@@ -332,6 +332,12 @@ COMMANDS = (
         reward_commands.calibrate,
     ),
     Command(
+        "learn-reward",
+        "learn a reward from the votes of studies",
+        reward_commands.learn_reward_arguments,
+        reward_commands.learn_reward,
+    ),
+    Command(
         "reward-server",
         "serve rewards to runs in other processes",
         reward_commands.reward_server_arguments,

@@ -1,4 +1,4 @@
-"""Rewards by name, for every command: ids of the catalogue, "world", or package.module:function.
+"""Rewards by name: ids of the catalogue, "world", package.module:function, or preference:FILE.
 
 ``NAME@http://HOST:PORT`` is a reward of a server (``kvpo reward-server``).
 """
@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import inf
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from kvpo.config_checks import ConfigurationError
+from kvpo.models.tensor_files import fingerprint
 from kvpo.prompts import ClipPrompt
 from kvpo.rewards.catalogue import (
     DECLARATIONS,
@@ -27,11 +28,19 @@ from kvpo.rewards.catalogue import (
     VIDEOALIGN_SAMPLING,
     load_rewards,
 )
+from kvpo.rewards.preference import (
+    Features,
+    PreferenceScorer,
+    ScorerFeatures,
+    load_preference,
+    pixel_features,
+)
 from kvpo.rewards.protocol import Declaration
 from kvpo.rewards.reward import Reward
 from kvpo.rewards.service.messages import TOKEN_VARIABLE
 
 WORLD = "world"
+PREFERENCE = "preference:"
 FILE_RATE = VIDEOALIGN_SAMPLING.rate
 """Frames per second of what reaches scorers that sample by themselves: files are sampled on reading."""
 
@@ -170,6 +179,8 @@ def named_rewards(
             rewards.append(_world())
         elif name in found:
             rewards.append(found[name])
+        elif name.startswith(PREFERENCE):
+            rewards.append(_preference(name, field, prompts, frame_rate, device))
         elif name not in REWARD_IDS:
             rewards.append(_users_own(name, field))
     return rewards
@@ -183,7 +194,8 @@ def _check_names(located: Sequence[tuple[str, str | None]], prompts: bool, field
         if name not in REWARD_IDS and name != WORLD and ":" not in name:
             raise ConfigurationError(
                 f"{field}: unknown reward {name!r}; there are {', '.join(REWARD_IDS)}, {WORLD}, "
-                "your own as package.module:function, and any of a server as NAME@http://HOST:PORT"
+                "your own as package.module:function, one learned from votes as preference:FILE, and any of "
+                "a server as NAME@http://HOST:PORT"
             )
     readers = [n for n in plain if n == WORLD or n in DECLARATIONS and DECLARATIONS[n].reads_prompt]
     if readers and not prompts:
@@ -232,6 +244,45 @@ def _world() -> Reward:
         for name in scorer.components
     )
     return Reward(WORLD, scorer, declarations, WORLD)
+
+
+def _preference(name: str, field: str, prompts: bool, frame_rate: float, device: str) -> Reward:
+    """A reward learned from votes, whose component is called as its file is."""
+    path = Path(name.removeprefix(PREFERENCE))
+    try:
+        preference, record = load_preference(path)
+    except ValueError as error:
+        raise ConfigurationError(f"{field}: {error}") from error
+    features, needs = frozen_features(
+        record["features"], record["sources"], prompts=prompts, frame_rate=frame_rate, device=device
+    )
+    scorer = PreferenceScorer((path.stem,), features, preference)
+    declaration = replace(needs, name=path.stem, low=-inf, high=inf, weight=1.0)
+    return Reward(path.stem, scorer, (declaration,), fingerprint([path], PREFERENCE))
+
+
+def frozen_features(
+    names: Sequence[str], sources: Mapping[str, str], *, prompts: bool, frame_rate: float, device: str
+) -> tuple[Features, Declaration]:
+    """The features that a learned reward looks at, and their needs: features of these rewards, of pixels if none.
+
+    Raises:
+        ConfigurationError: rewards that cannot be named so, or whose needs of frames differ.
+    """
+    if not names:
+        return pixel_features, Declaration("pixels", -inf, inf, False, False, 3, SD)
+    rewards = named_rewards(
+        names, sources, prompts=prompts, field="--features", frame_rate=frame_rate, device=device
+    )
+    needs = [declaration for reward in rewards for declaration in reward.declarations]
+    if len({one.sampling for one in needs}) > 1:
+        raise ConfigurationError(f"--features: {', '.join(names)} look at different frames; take one of them")
+    common = replace(
+        max(needs, key=lambda one: one.min_frames),
+        reads_prompt=any(one.reads_prompt for one in needs),
+        max_pixels=max(one.max_pixels for one in needs),
+    )
+    return ScorerFeatures(tuple(reward.scorer for reward in rewards)), common
 
 
 def _users_own(name: str, field: str) -> Reward:

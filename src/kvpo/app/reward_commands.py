@@ -1,4 +1,4 @@
-"""``kvpo score``, ``calibrate`` and ``reward-server``: their arguments, and the functions they call."""
+"""Rewards on the command line: arguments of their commands, and the functions that these call."""
 
 import math
 import os
@@ -12,7 +12,10 @@ from kvpo.config_checks import ConfigurationError
 from kvpo.progress import progress_bars
 from kvpo.rewards.catalogue import FAMILIES, REWARD_IDS
 
-_NAMES = f"{', '.join(REWARD_IDS)}, world (the embedded world's), your own as package.module:function"
+_NAMES = (
+    f"{', '.join(REWARD_IDS)}, world (the embedded world's), your own as package.module:function, one "
+    "learned from votes as preference:FILE"
+)
 _PARTS = ", ".join(f"{family.ids[0]}.{part}" for family in FAMILIES for part in family.parts)
 
 
@@ -179,6 +182,45 @@ def reward_server(arguments: Namespace) -> None:
         sources=_sources(arguments.source),
         device=arguments.device or _device(),
     )
+
+
+def learn_reward_arguments(parser: ArgumentParser) -> None:
+    """Arguments of ``kvpo learn-reward``."""
+    parser.add_argument(
+        "votes", type=path_argument, nargs="+", metavar="VOTES", help="studies that `kvpo arena` made"
+    )
+    parser.add_argument(
+        "--out", type=path_argument, required=True, metavar="FILE", help="safetensors file to write"
+    )
+    parser.add_argument(
+        "--features",
+        default="",
+        metavar="NAME[,NAME]",
+        help="rewards whose embeddings or components it looks at (default: pixel features)",
+    )
+    parser.add_argument(
+        "--question", default="overall", metavar="TEXT", help="whose answers are learned (default: overall)"
+    )
+    _model_arguments(parser)
+
+
+def learn_reward(arguments: Namespace) -> None:
+    """Run ``kvpo learn-reward``."""
+    _check_out(arguments.out, ".safetensors")
+    from kvpo.app.learn_reward import learn_reward as learn
+    from kvpo.app.learn_reward import table
+
+    worth = learn(
+        arguments.votes,
+        arguments.out,
+        features=_names([arguments.features]),
+        question=arguments.question,
+        sources=_sources(arguments.source),
+        device=arguments.device or _device(),
+    )
+    print(table(worth))
+    print(f"--rewards.scorers preference:{arguments.out}")
+    print(f"--rewards.noise_files {arguments.out.with_suffix('.noise.json')}")
 
 
 def _names(given: list[str]) -> list[str]:

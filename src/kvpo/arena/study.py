@@ -7,6 +7,7 @@ from typing import Any
 
 import yaml
 
+from kvpo.arena.judgements import prompt_of
 from kvpo.files import read_text
 
 ANSWERS = ("left", "right", "same", "both_bad")
@@ -74,6 +75,11 @@ class Scene:
     """The beginning of each segment, as a share of the video's length; empty: not known."""
     rate: float = 24.0
     """Frames per second."""
+
+    @property
+    def prompt(self) -> str:
+        """Its prompts as one text."""
+        return prompt_of(self.segments)
 
 
 @dataclass(frozen=True)

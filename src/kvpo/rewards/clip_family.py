@@ -74,6 +74,18 @@ class SimilarityScorer:
             scores.append(self.scale * pooled(similarity_N, self.top_share))
         return {self.components[0]: torch.stack(scores)}
 
+    def features(self, video_BTCHW: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Mean image feature of each clip's frames, times the text's feature by feature: [B, D].
+
+        Their sum is the cosine, so a linear reward on them is a cosine that weighs its terms.
+        """
+        rows = []
+        for video, prompt in zip(video_BTCHW, prompts, strict=True):
+            frames = spread_frames(present_frames(video, prompt))
+            text_D = text_features(self.model, self.tokenizer, str(prompt), self.components[0])
+            rows.append(image_features(self.model, frames, self.fit).mean(0) * text_D)
+        return torch.stack(rows)
+
 
 def rating_head(width: int, *, device: str = "meta") -> nn.Sequential:
     """The head of LAION aesthetic and of ImageReward: five linear layers without activations between them."""
@@ -109,6 +121,11 @@ class AestheticScorer:
             for video in video_BTCHW
         ]
         return {"aesthetic": torch.stack(scores)}
+
+    def features(self, video_BTCHW: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Mean image feature of each clip's frames, [B, D]."""
+        means = [image_features(self.model, spread_frames(v), fit_and_crop).mean(0) for v in video_BTCHW]
+        return torch.stack(means)
 
 
 def _ready(model: CLIPModel, device: str) -> CLIPModel:

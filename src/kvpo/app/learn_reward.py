@@ -1,0 +1,274 @@
+"""``kvpo learn-reward``: a reward from the votes of studies, and its worth on prompts that are left out."""
+
+import json
+import logging
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from hashlib import sha256
+from math import log, nan
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kvpo.app.calibrate import calibrate
+from kvpo.app.named_rewards import FILE_RATE, PREFERENCE, frozen_features
+from kvpo.app.score import as_video
+from kvpo.arena.analysis import Interval, bootstrap, reliability, trusted, win_rate
+from kvpo.arena.store import Study
+from kvpo.arena.study import Scene
+from kvpo.config_checks import ConfigurationError
+from kvpo.files import finite, write_atomic
+from kvpo.prompts import ClipPrompt
+from kvpo.report.video import read_video
+from kvpo.rewards.preference import Features, Task, fit, plackett_luce, save_preference, stacked
+from kvpo.rewards.protocol import Declaration
+from kvpo.rewards.sampling import file_clips
+
+logger = logging.getLogger(__name__)
+
+FOLDS = 5
+RIDGES = (1e-3, 1e-2, 1e-1, 1.0)
+BINS = 5
+CALIBRATED = 8
+"""Videos on which the noise floor is measured."""
+
+
+@dataclass(frozen=True)
+class Bin:
+    """Held-out pairs whose predicted probability is alike."""
+
+    predicted: float
+    observed: float
+    """Share in which the video was preferred that was predicted to be."""
+    pairs: int
+
+
+@dataclass(frozen=True)
+class Worth:
+    """Predictions for votes on prompts that the prediction had not seen."""
+
+    accuracy: Interval
+    """Share of decided pairs that are predicted right, its interval over prompts."""
+    loss: float
+    """Mean negative log-likelihood of a vote; log 2 = 0.693 of a coin, for pairs."""
+    calibration: tuple[Bin, ...]
+    votes: int
+    prompts: int
+    ridge: float
+    noise_floor: float = nan
+
+
+def learn_reward(
+    places: Sequence[Path],
+    out: Path,
+    *,
+    features: Sequence[str] = (),
+    question: str = "overall",
+    sources: Mapping[str, str] | None = None,
+    device: str = "cpu",
+    seed: int = 0,
+) -> Worth:
+    """Learn a reward from the votes of studies and write it, ``preference:FILE`` wherever rewards are named.
+
+    Beside ``out`` go its worth on prompts left out (.json) and its noise floor (.noise.json).
+
+    Args:
+        places: directories of studies; raters that a study's report flags do not count.
+        features: rewards whose embeddings, or components, are looked at; none: pixel features.
+        question: the question whose answers are learned.
+
+    Raises:
+        ValueError: no study there, votes on fewer than ``FOLDS`` prompts, features that cannot be computed.
+        StorageError: ``out`` cannot be written.
+    """
+    if out.suffix != ".safetensors":
+        raise ConfigurationError(f"--out: must be a .safetensors file, got {out}")
+    studies = [Study(place) for place in places]
+    found, needs = frozen_features(features, sources or {}, prompts=True, frame_rate=FILE_RATE, device=device)
+    votes, shown = votes_of(studies, question)
+    if len({vote.prompt for vote in votes}) < FOLDS:
+        raise ValueError(
+            f"{', '.join(map(str, places))}: votes on {len({vote.prompt for vote in votes})} prompts decide "
+            f"{question!r}, and at least {FOLDS} are needed to tell what a reward is worth"
+        )
+    table_VD = torch.cat([features_of(path, scene, found, needs) for path, scene in shown])
+    worth = worth_of(table_VD, votes, seed)
+    preference = fit(table_VD, votes, worth.ridge)
+    record = {"features": list(features), "sources": dict(sources or {}), "question": question}
+    save_preference(out, preference, record | {"worth": finite(asdict(worth))})
+    if worth.accuracy.low <= 0.5:
+        logger.warning(
+            "held-out accuracy is not told from chance (%.3f, %.3f to %.3f): more votes, or other features",
+            worth.accuracy.value, worth.accuracy.low, worth.accuracy.high,
+        )  # fmt: skip
+    floor = _noise_floor(out, shown, seed, device)
+    worth = Worth(**{**vars(worth), "noise_floor": floor})
+    write_atomic(out.with_suffix(".json"), json.dumps(finite(asdict(worth)), indent=1) + "\n")
+    return worth
+
+
+def votes_of(studies: Sequence[Study], question: str) -> tuple[list[Task], list[tuple[Path, Scene]]]:
+    """Answers and rankings as tasks on rows of a table, and the video and scene of each row.
+
+    "Same" and "both bad" are half a vote for each side.
+
+    Raises:
+        ValueError: a study's files have changed.
+    """
+    rows: dict[tuple[str, str], int] = {}
+    shown: list[tuple[Path, Scene]] = []
+    tasks: list[Task] = []
+    for study in studies:
+        study.check_videos()
+        scenes = {scene.prompt: scene for scene in study.design.scenes}
+        answers = [one for one in study.judgements() if one.question == question]
+        raters = [reliability(answers, name, question) for name in {one.rater for one in answers}]
+        counted, rankings = trusted(answers, raters), study.rankings()
+        pairs = [(one.prompt, video) for one in counted for video in (one.video_a, one.video_b)]
+        for prompt, video in [*pairs, *((one.prompt, video) for one in rankings for video in one.videos)]:
+            if (prompt, video) not in rows:
+                rows[prompt, video] = len(shown)
+                shown.append((study.video_path(video), scenes[prompt]))
+        for one in counted:
+            pair = rows[one.prompt, one.video_a], rows[one.prompt, one.video_b]
+            if one.winner in ("model_a", "model_b"):
+                tasks.append(Task(pair if one.winner == "model_a" else pair[::-1], (0, 1), one.prompt))
+            else:
+                tasks += [Task(pair, (0, 1), one.prompt, 0.5), Task(pair[::-1], (0, 1), one.prompt, 0.5)]
+        tasks += [
+            Task(tuple(rows[one.prompt, video] for video in one.videos), one.ranks, one.prompt)
+            for one in rankings
+        ]
+    return tasks, shown
+
+
+def features_of(path: Path, scene: Scene, features: Features, needs: Declaration) -> Tensor:
+    """Features [1, D] of a video: the mean over its prompts' stretches, each by its length.
+
+    Raises:
+        ValueError: it has fewer frames than the features need.
+    """
+    frames, rate = read_video(path)
+    video = as_video(frames)[0]
+    starts = scene.starts if len(scene.starts) == len(scene.segments) else (0.0,)
+    texts = scene.segments if len(starts) > 1 else scene.segments[:1]
+    edges = [round(start * len(video)) for start in (*starts, 1.0)]
+    rows, lengths = [], []
+    for text, first, end in zip(texts, edges, edges[1:], strict=False):
+        if end - first < needs.min_frames and len(texts) > 1:
+            continue
+        for indices in file_clips(needs, end - first, rate):
+            clip = video[first:end][indices]
+            rows.append(features(clip[None], [ClipPrompt(text)])[0] * len(clip))
+            lengths.append(len(clip))
+    if not rows:
+        raise ValueError(f"{path}: no prompt is shown for the {needs.min_frames} frames that are needed")
+    return (torch.stack(rows).sum(0) / sum(lengths))[None]
+
+
+def worth_of(table_VD: Tensor, votes: Sequence[Task], seed: int) -> Worth:
+    """The worth of a preference: every prompt's votes are predicted from those on the others.
+
+    How much it is held back is chosen within the votes that it learns from.
+    """
+    folds = _folds(votes, seed)
+    scored: list[tuple[Task, Tensor]] = []
+    losses = []
+    for fold in range(FOLDS):
+        learned = [vote for vote in votes if folds[vote.prompt] != fold]
+        held_out = [vote for vote in votes if folds[vote.prompt] == fold]
+        if not learned or not held_out:
+            continue
+        scores_V = fit(table_VD, learned, _ridge(table_VD, learned, seed + 1))(table_VD)
+        losses.append(float(plackett_luce(scores_V, stacked(held_out))) * len(held_out))
+        scored += [(vote, scores_V) for vote in held_out]
+    pairs = [
+        (vote.prompt, margin, vote.weight) for vote, scores in scored for margin in _margins(vote, scores)
+    ]
+    decided = [(prompt, margin) for prompt, margin, weight in pairs if weight == 1.0]
+    counts: dict[str, list[float]] = {}
+    for prompt, margin in decided:
+        row = counts.setdefault(prompt, [0.0, 0.0, 0.0])
+        row[0 if margin > 0 else 2 if margin < 0 else 1] += 1
+    table = np.array(list(counts.values())).reshape(-1, 3)
+    return Worth(
+        bootstrap(win_rate, table, np.random.default_rng(seed)),
+        sum(losses) / max(1, len(votes)),
+        _calibration([margin for _, margin in decided]),
+        len(votes),
+        len(folds),
+        _ridge(table_VD, votes, seed + 1),
+    )
+
+
+def _folds(votes: Sequence[Task], seed: int) -> dict[str, int]:
+    """Prompt -> fold, in an order that depends on the seed alone."""
+    prompts = {vote.prompt for vote in votes}
+    drawn = sorted(prompts, key=lambda text: sha256(f"{seed} {text}".encode()).digest())
+    return {prompt: n % FOLDS for n, prompt in enumerate(drawn)}
+
+
+def _ridge(table_VD: Tensor, votes: Sequence[Task], seed: int) -> float:
+    """The ridge of least loss on prompts left out of ``votes``."""
+    folds = _folds(votes, seed)
+    losses = dict.fromkeys(RIDGES, 0.0)
+    for fold in range(FOLDS):
+        learned = [vote for vote in votes if folds[vote.prompt] != fold]
+        held_out = [vote for vote in votes if folds[vote.prompt] == fold]
+        if learned and held_out:
+            for ridge in RIDGES:
+                scores_V = fit(table_VD, learned, ridge)(table_VD)
+                losses[ridge] += float(plackett_luce(scores_V, stacked(held_out))) * len(held_out)
+    return min(losses, key=lambda ridge: losses[ridge])
+
+
+def _margins(vote: Task, scores_V: Tensor) -> list[float]:
+    """Predicted log odds of every pair that a vote decides."""
+    placed = list(zip(vote.videos, vote.ranks, strict=True))
+    return [
+        float(scores_V[better] - scores_V[worse])
+        for better, above in placed
+        for worse, below in placed
+        if above < below
+    ]
+
+
+def _calibration(margins: Sequence[float]) -> tuple[Bin, ...]:
+    """Predicted and observed shares of the video that was predicted to win, in bins of probability."""
+    odds = np.array(margins)
+    predicted, right = 1 / (1 + np.exp(-np.abs(odds))), odds > 0
+    places = np.minimum(((predicted - 0.5) * 2 * BINS).astype(int), BINS - 1)
+    return tuple(
+        Bin(float(predicted[places == n].mean()), float(right[places == n].mean()), int((places == n).sum()))
+        for n in range(BINS)
+        if (places == n).any()
+    )
+
+
+def _noise_floor(out: Path, shown: Sequence[tuple[Path, Scene]], seed: int, device: str) -> float:
+    """The reward's noise floor on the study's own videos; written beside it."""
+    name, noise = f"{PREFERENCE}{out}", out.with_suffix(".noise.json")
+    with tempfile.TemporaryDirectory() as folder:
+        prompts = {path.name: scene.segments[0] for path, scene in shown[:CALIBRATED]}
+        for path in {path for path, _ in shown[:CALIBRATED]}:
+            (Path(folder) / path.name).symlink_to(path.resolve())
+        (Path(folder) / "prompts.json").write_text(json.dumps(prompts))
+        found = calibrate(
+            name, Path(folder), prompts=Path(folder) / "prompts.json", seed=seed, out=noise, device=device
+        )
+    return list(found.values())[-1].noise_floor
+
+
+def table(worth: Worth) -> str:
+    """The worth as text."""
+    accuracy = worth.accuracy
+    lines = [
+        f"votes {worth.votes} on {worth.prompts} prompts",
+        f"held-out accuracy {accuracy.value:.3f} ({accuracy.low:.3f} to {accuracy.high:.3f})",
+        f"held-out loss {worth.loss:.3f} (a coin: {log(2):.3f})",
+        *(f"predicted {b.predicted:.2f}: observed {b.observed:.2f} of {b.pairs}" for b in worth.calibration),
+    ]
+    return "\n".join(lines)

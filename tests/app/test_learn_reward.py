@@ -1,0 +1,176 @@
+"""`kvpo learn-reward`: votes to a reward, its worth, and the loop from raters to a fresh round."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from kvpo.app.align import align
+from kvpo.app.arena import open_study, report
+from kvpo.app.generate import generate
+from kvpo.app.learn_reward import features_of, learn_reward, worth_of
+from kvpo.app.named_rewards import named_rewards
+from kvpo.arena.intake import record_ranking
+from kvpo.arena.store import Study
+from kvpo.prompts import ClipPrompt, VideoPrompt
+from kvpo.report.video import read_video
+from kvpo.rewards.preference import PIXELS, Task, load_preference, pixel_features
+from kvpo.rewards.protocol import Declaration
+from kvpo.training.checkpoint import latest_checkpoint
+from tests.app.finished import QUICK, command
+from tests.app.test_arena import folder
+from tests.arena.raters import vote_all
+from tests.tiny_world import tiny_config
+
+RED = PIXELS.index("red")
+PROMPTS = [
+    f"A {size} {colour} {shape} drifts left."
+    for size in ("small", "large")
+    for colour in ("red", "blue", "green")
+    for shape in ("circle", "square")
+]
+
+
+def redness(path: Path) -> float:
+    """The hidden taste: how red a video is, compared with how green."""
+    frames, _ = read_video(path)
+    return float(frames[..., 0].mean() - frames[..., 1].mean())
+
+
+def by_taste(study: Study, seed: int = 0, noise: float = 0.1):
+    """Answers of a rater who prefers red, and errs where videos are nearly alike."""
+    generator = np.random.default_rng(seed)
+
+    def say(ballot) -> str:
+        if ballot.videos[0] == ballot.videos[1]:
+            return "same"
+        left, right = (redness(study.video_path(video)) for video in ballot.videos)
+        return "left" if left - right + noise * generator.logistic() > 0 else "right"
+
+    return say
+
+
+def videos_of(base: Path, out: Path, count: int, seed: int) -> Path:
+    """A folder of short videos of the tiny generator: the same prompts, noise of its own."""
+    prompts = [VideoPrompt(n, (PROMPTS[n],), (), 9) for n in range(count)]
+    generate(tiny_config(base, seed=seed, **QUICK), out, prompts=prompts)
+    return out
+
+
+def test_worth_of_a_known_taste_and_of_coins():
+    generator = np.random.default_rng(0)
+    table = torch.from_numpy(generator.standard_normal((300, 4)))
+    pairs = [(n, n + 1) for n in range(0, 300, 2)]
+
+    def votes(taste: float) -> list[Task]:
+        leads = taste * (table[0::2, 1] - table[1::2, 1]).numpy() + generator.logistic(size=150)
+        return [Task(pair if lead > 0 else pair[::-1], (0, 1), f"prompt {n // 3}")
+                for n, (pair, lead) in enumerate(zip(pairs, leads, strict=True))]  # fmt: skip
+
+    sure = worth_of(table, votes(4.0), 0)
+    assert sure.accuracy.value > 0.8 and sure.accuracy.low > 0.7 and sure.loss < 0.45
+    assert all(abs(one.predicted - one.observed) < 0.2 for one in sure.calibration if one.pairs > 20)
+    assert (sure.votes, sure.prompts) == (150, 50)
+    coin = worth_of(table, votes(0.0), 0)
+    assert coin.accuracy.low < 0.5 < coin.accuracy.high and coin.ridge >= 0.1 and coin.loss > 0.66
+
+
+def test_features_of_a_story_are_those_of_its_segments_by_their_length(tmp_path):
+    one = folder(tmp_path / "one", {"1.mp4": "a"}, 20)
+    other = folder(tmp_path / "other", {"1.mp4": "a"}, 120)
+    scene = open_study([str(one), str(other)], tmp_path / "study").design.scenes[0]
+    seen = []
+
+    def spy(video, prompts):
+        seen.append((video.shape[1], str(prompts[0])))
+        return pixel_features(video, prompts)
+
+    needs = Declaration("pixels", 0, 1, False, False, 1, 10**6)
+    story = replace(scene, segments=("a", "b"), starts=(0.0, 0.25))
+    found = features_of(one / "1.mp4", story, spy, needs)
+    assert seen == [(1, "a"), (3, "b")] and found[0, RED] == pytest.approx(20 / 255, abs=0.02)
+    with pytest.raises(ValueError, match="9 frames that are needed|needs at least 9"):
+        features_of(one / "1.mp4", scene, spy, replace(needs, min_frames=9))
+
+
+def test_the_loop_closes_from_votes_to_a_reward_to_a_run_to_a_fresh_round(tiny_base, tmp_path, capsys):
+    one = videos_of(tiny_base, tmp_path / "one", 12, seed=1)
+    other = videos_of(tiny_base, tmp_path / "other", 12, seed=2)
+    study = open_study([str(one), str(other)], tmp_path / "study")
+    for seed, name in enumerate(("ann", "ben")):
+        vote_all(study, name, by_taste(study, seed))
+    out = tmp_path / "liked.safetensors"
+    assert command("learn-reward", study.directory, "--out", out) == 0
+    said = capsys.readouterr().out
+    assert "held-out accuracy" in said and f"--rewards.scorers preference:{out}" in said
+    preference, record = load_preference(out)
+    assert record["features"] == [] and record["worth"]["prompts"] == 12
+    assert json.loads(out.with_suffix(".json").read_text())["noise_floor"] > 0
+
+    (reward,) = named_rewards([f"preference:{out}"], prompts=True)
+    assert reward.components == ("liked",) and reward.version
+    red, green = torch.zeros(2, 1, 4, 3, 32, 32).unbind(0)
+    red[:, :, 0], green[:, :, 1] = 0.5, 0.5
+    scores = reward(torch.cat([red, green]), [ClipPrompt("a")] * 2)["liked"]
+    assert scores[0] > scores[1], "the taste is found, though nobody told it"
+
+    config = tiny_config(
+        tiny_base,
+        **{
+            **QUICK,
+            "rewards__scorers": (f"preference:{out}",),
+            "rewards__noise_files": (str(out.with_suffix(".noise.json")),),
+            "evaluation__held_out": ("flicker",),
+            "evaluation__every": 2,
+        },
+    )
+    summary = align(config, tmp_path / "run")
+    assert summary is not None and "radar" in json.dumps(summary)
+    latest = latest_checkpoint(tmp_path / "run" / "checkpoints")
+    fresh = open_study([f"{tmp_path / 'run'}:base", f"new={latest}"], tmp_path / "fresh", pairs=2)
+    vote_all(fresh, "ann", by_taste(fresh))
+    _, result = report(fresh.directory, close=True)
+    assert result.questions[0].pairings[0].counted is not None
+
+
+def test_rankings_and_choices_at_forks_are_learned_from_too(tiny_base, tmp_path):
+    made = videos_of(tiny_base, tmp_path / "made", 6, seed=1)
+    videos = sorted(made.glob("*.mp4"))
+    for n in range(0, 6):
+        group = [videos[(n + k) % len(videos)] for k in range(3)]
+        best = max(range(3), key=lambda k: redness(group[k]))
+        shown = [one.read_bytes() for one in group]
+        record_ranking(tmp_path / "live", [f"prompt {n}"], shown, [best], rater="me")
+    out = tmp_path / "live.safetensors"
+    worth = learn_reward([tmp_path / "live"], out)
+    assert (worth.votes, worth.prompts) == (6, 6)
+    table = torch.cat([pixel_features(torch.from_numpy(read_video(path)[0]).movedim(-1, 1)[None] / 255, [])
+                       for path in videos])  # fmt: skip
+    preference, _ = load_preference(out)
+    reds = table[:, RED] - table[:, RED + 1]
+    assert torch.corrcoef(torch.stack([preference(table), reds.double()]))[0, 1] > 0.5
+
+
+def test_what_cannot_be_learned_from_is_refused_in_one_line(tmp_path, capsys):
+    prompts = {f"{n}.mp4": f"prompt {n}" for n in range(6)}
+    one, other = folder(tmp_path / "a", prompts, 20), folder(tmp_path / "b", prompts, 99)
+    study = open_study([str(one), str(other)], tmp_path / "study")
+    out = tmp_path / "liked.safetensors"
+    for words, reason in (
+        ([study.directory, "--out", out], "votes on 0 prompts decide 'overall'"),
+        ([tmp_path / "a", "--out", out], "holds no study"),
+        ([study.directory, "--out", tmp_path / "liked.pt"], "must be a .safetensors file"),
+        ([study.directory, "--out", out, "--features", "nothing"], "unknown reward 'nothing'"),
+    ):
+        status = command("learn-reward", *words)
+        error = capsys.readouterr().err
+        assert status in (1, 2) and reason in error, (words, error)
+    assert not out.exists()
+    wrong = tmp_path / "wrong.safetensors"
+    wrong.write_text("x")
+    page = tmp_path / "s.html"
+    assert command("score", tmp_path / "a", "--reward", f"preference:{wrong}", "--out", page) in (1, 2)
+    assert "not a learned preference" in capsys.readouterr().err

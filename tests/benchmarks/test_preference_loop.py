@@ -1,0 +1,40 @@
+"""The preference loop runs from votes to a fresh round; its raters like what they are said to like."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from kvpo.arena.pairs import Ballot
+
+SCRIPTS = Path(__file__).resolve().parents[2] / "benchmarks"
+
+
+@pytest.fixture
+def script(monkeypatch):
+    monkeypatch.syspath_prepend(str(SCRIPTS.parent))
+    import benchmarks.preference_loop
+
+    return benchmarks.preference_loop
+
+
+def test_raters_choose_by_their_taste_and_call_equal_videos_the_same(script):
+    utility = {"good": 3.0, "bad": 0.0}.__getitem__
+    generator = np.random.default_rng(0)
+    said = [script.answer(Ballot("pair", 0, ("bad", "good")), utility, generator) for _ in range(400)]
+    assert said.count("right") / (400 - said.count("same")) == pytest.approx(0.953, abs=0.03)
+    assert script.answer(Ballot("attention", 0, ("bad", "bad")), utility, generator) == "same"
+
+
+@pytest.mark.slow
+def test_the_loop_closes_at_a_tiny_size(script, tiny_base, tmp_path):
+    from tests.tiny_world import SETTINGS
+
+    small = SETTINGS | {
+        "base": str(tiny_base),
+        "evaluation.validation_prompts": 2,
+        "evaluation.test_prompts": 2,
+    }
+    numbers = script.loop(tmp_path, 0, script.Sizes(6, 2, 2, 2), small)
+    assert numbers["votes"] == 12 and numbers["worth"]["prompts"] == 6
+    assert numbers["fresh"]["prompts"] == 2 and "radar" in numbers
