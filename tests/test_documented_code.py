@@ -92,8 +92,8 @@ def test_every_command_is_one_that_the_parser_takes(
     line: str, parsed: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    for name in ("flicker", "warmth"):
-        file = tmp_path / ("flicker.noise.json" if name == "flicker" else "rewards.warmth.noise.json")
+    for name in ("flicker", "warmth", "preference"):
+        file = tmp_path / ("rewards.warmth.noise.json" if name == "warmth" else f"{name}.noise.json")
         file.write_text(f'{{"components": {{"{name}": {{"noise_floor": 0.1}}}}}}')
     words = words_of(line)
     if "--help" in words:

@@ -264,7 +264,7 @@ def _preference(name: str, field: str, prompts: bool, frame_rate: float, device:
 def frozen_features(
     names: Sequence[str], sources: Mapping[str, str], *, prompts: bool, frame_rate: float, device: str
 ) -> tuple[Features, Declaration]:
-    """The features that a learned reward looks at, and their needs: features of these rewards, of pixels if none.
+    """The features that a learned reward looks at, of these rewards or of pixels, and their needs.
 
     Raises:
         ConfigurationError: rewards that cannot be named so, or whose needs of frames differ.

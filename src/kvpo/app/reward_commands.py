@@ -220,7 +220,7 @@ def learn_reward(arguments: Namespace) -> None:
     )
     print(table(worth))
     print(f"--rewards.scorers preference:{arguments.out}")
-    print(f"--rewards.noise_files {arguments.out.with_suffix('.noise.json')}")
+    print(f"--rewards.noise_floors {arguments.out.stem}={arguments.out.with_suffix('.noise.json')}")
 
 
 def _names(given: list[str]) -> list[str]:
