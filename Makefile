@@ -1,5 +1,6 @@
 # make          install everything into .venv/
 # make demo     align the embedded generator and write runs/demo/report.html
+# make live     the page on which that run is directed while it streams
 # make test     the tests (make test-slow: the long ones)
 # make lint     style, format and types
 # make bench    the benchmarks
@@ -14,7 +15,7 @@ NEEDED := kvpo needs Python 3.11 or newer with venv (on Debian: python3-venv)
 PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
 	$$python -c "$(SUPPORTED)" >/dev/null 2>&1 && echo $$python && break; done)
 
-.PHONY: install demo test test-slow lint bench mutants clean
+.PHONY: install demo live test test-slow lint bench mutants clean
 .DELETE_ON_ERROR:
 
 install: .venv/.complete
@@ -26,8 +27,9 @@ install: .venv/.complete
 
 # What the demo needs, and everything. pip adds to the first what the second lacks.
 .venv/.demo: EXTRAS =
+.venv/.live: EXTRAS = [server]
 .venv/.complete: EXTRAS = [wan,rewards,server,parquet,dev]
-.venv/.demo .venv/.complete: pyproject.toml constraints.txt | .venv/bin/python
+.venv/.demo .venv/.live .venv/.complete: pyproject.toml constraints.txt | .venv/bin/python
 	@echo "installing into .venv (a few minutes the first time)"
 	@$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.$(EXTRAS)'
 	@touch $@
@@ -35,6 +37,10 @@ install: .venv/.complete
 # A run that was stopped continues; a finished one is left as it is (choose another OUT to run again).
 demo: $(if $(wildcard .venv/.complete),.venv/.complete,.venv/.demo)
 	$(BIN)/kvpo align --preset demo --seed $(SEED) --out $(OUT) $(if $(wildcard $(OUT)/config.yaml),--resume)
+
+# Base and aligned of the demo's run; without one, the base.
+live: $(if $(wildcard .venv/.complete),.venv/.complete,.venv/.live)
+	$(BIN)/kvpo live $(if $(wildcard $(OUT)/config.yaml),--run $(OUT))
 
 # Files of tests on up to four cores at a time.
 test: .venv/.complete

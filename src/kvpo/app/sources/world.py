@@ -43,6 +43,8 @@ logger = logging.getLogger(__name__)
 BASE = "generator.safetensors"
 SHORT_FRAMES, LONG_FRAMES = 30, 60
 """Held-out videos: one prompt over 10 blocks, three prompts over 20."""
+LIVE_FRAMES = 96
+"""Frames of the stories that the live page tells."""
 SHORTEST_ACT = 12
 """Frames of the shortest act of a story."""
 
@@ -229,7 +231,7 @@ def read_off() -> ReadOff:
 
 def live_story(seed: int) -> list[tuple[str, int]]:
     """A story of four acts with their lengths in frames."""
-    story = sample_story(keyed_generator("live story", seed), 4, 4 * LONG_FRAMES // 3, split="train")
+    story = sample_story(keyed_generator("live story", seed), 4, LIVE_FRAMES)
     ends = [act.start for act in story.acts[1:]] + [story.num_frames]
     return [(act.caption, end - act.start) for act, end in zip(story.acts, ends, strict=True)]
 
