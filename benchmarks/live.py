@@ -36,7 +36,12 @@ class Client:
     """A connection that directs or watches a session."""
 
     def __init__(self, port: int) -> None:
-        self.socket = connect(f"ws://127.0.0.1:{port}{ENDPOINT}", max_size=None, open_timeout=60)
+        self._open = ExitStack()
+        url = f"ws://127.0.0.1:{port}{ENDPOINT}"
+        self.socket = self._open.enter_context(connect(url, max_size=None, open_timeout=60))
+
+    def close(self) -> None:
+        self._open.close()
 
     def send(self, type: str, **values: Any) -> None:
         self.socket.send(json.dumps({"type": type, **values}))
@@ -92,7 +97,7 @@ def one_session(port: int, blocks: int = 60) -> dict[str, float]:
         if switched and came[-1]["prompt"] != came[-2]["prompt"]:
             switches.append(came[-1]["at"] - switched)
             switched = 0.0
-    client.socket.close()
+    client.close()
     frames = sum(map(len, came[0]["frames"].values()))
     return {
         "first frame, s": came[0]["at"] - asked,
@@ -116,7 +121,7 @@ def watched(port: int, viewers: int, seconds: float = 10.0) -> dict[str, float]:
         while time.monotonic() < end:
             block = client.block()
             own[block["block"]] = block["at"]
-        client.socket.close()
+        client.close()
 
     threads = [threading.Thread(target=watch, args=(own,)) for own in arrivals]
     for thread in threads:
@@ -128,7 +133,7 @@ def watched(port: int, viewers: int, seconds: float = 10.0) -> dict[str, float]:
         reference[block["block"]] = block["at"]
     for thread in threads:
         thread.join()
-    director.socket.close()
+    director.close()
     behind = [own[n] - at for own in arrivals for n, at in reference.items() if n in own]
     gaps = [n for own in arrivals for n in range(min(own), max(own)) if n not in own]
     return {
@@ -162,7 +167,7 @@ def many_sessions(port: int, sessions: int, blocks: int = 25) -> dict[str, float
     for thread in threads:
         thread.join()
     for client in [*clients, refused]:
-        client.socket.close()
+        client.close()
     rates = [3 * (blocks - 1) / (own[-1] - own[0]) for own in came]
     return {
         f"{sessions} sessions: frames a second of one arm, slowest session": min(rates),

@@ -5,12 +5,12 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import uvicorn
-from websockets.sync.client import ClientConnection, connect
+from websockets.sync.client import connect
 
 from kvpo.live.scheduler import Limits, Scheduler
 from kvpo.live.server import ENDPOINT, live_app
@@ -62,7 +62,7 @@ class Served:
     def connect(self, query: str = "", **options: Any) -> "Client":
         """A client's connection."""
         url = f"ws://127.0.0.1:{self.port}{ENDPOINT}{query}"
-        return Client(connect(url, max_size=None, open_timeout=20, **options))
+        return Client(url, max_size=None, open_timeout=20, **options)
 
     @property
     def pages(self) -> int:
@@ -72,8 +72,9 @@ class Served:
 class Client:
     """Sends messages and waits for answers."""
 
-    def __init__(self, socket: ClientConnection) -> None:
-        self.socket = socket
+    def __init__(self, url: str, **options: Any) -> None:
+        self._open = ExitStack()
+        self.socket = self._open.enter_context(connect(url, **options))
         self.blocks: list[dict[str, Any]] = []
         """Headers of the blocks that have come."""
 
@@ -81,7 +82,10 @@ class Client:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self.socket.close()
+        self.close()
+
+    def close(self) -> None:
+        self._open.close()
 
     def send(self, type: str, **values: Any) -> None:
         self.socket.send(json.dumps({"type": type, **values}))

@@ -194,7 +194,7 @@ def test_a_server_has_room_for_so_many(tmp_path):
         clients[0].until("session.done")
         clients[2].start()
         for client in clients:
-            client.socket.close()
+            client.close()
 
 
 def test_watchers_see_the_same_and_direct_nothing(tmp_path):
@@ -207,7 +207,7 @@ def test_watchers_see_the_same_and_direct_nothing(tmp_path):
         block = director.until("video.block", block=seen["block"])
         assert block["pictures"] == seen["pictures"] and seen["numbers"]["viewers"] == 2
         assert watcher.refused("session.pause") == "out_of_order"
-        director.socket.close()
+        director.close()
         assert watcher.until("session.done")["reason"] == "its director left"
         eventually(lambda: served.pages == 0)
 
@@ -318,8 +318,8 @@ def test_who_may_connect(tmp_path):
             with pytest.raises(InvalidStatus):
                 served.connect(additional_headers=wrong)
         for query in ("?token=secret%2F%2Bword",):
-            served.connect(query).socket.close()
-        served.connect(additional_headers=bearer, origin=served.url).socket.close()
+            served.connect(query).close()
+        served.connect(additional_headers=bearer, origin=served.url).close()
         for origin in ("https://evil.example", "null", "http://127.0.0.1:1"):
             with pytest.raises(InvalidStatus):
                 served.connect(additional_headers=bearer, origin=origin)
