@@ -18,7 +18,7 @@ from kvpo.app.build import build_setup
 from kvpo.app.configuration import resolve
 from kvpo.app.report_data import laboratory, story_places
 from kvpo.engine.explorers import Explorer, fresh_noise, routes
-from kvpo.training.diversity import averaged
+from kvpo.training.diversity import mean_diversity
 
 SETTINGS = (
     "routed=3,distinct=2",
@@ -41,7 +41,7 @@ def measured(setting: str, stories: int) -> dict[str, dict[str, float]]:
 
     def over_places(explorer: Explorer) -> dict[str, float]:
         measured = [(look.measure(look.branches(place, explorer)), len(place.prompts)) for place in places]
-        return averaged([found for found, count in measured for _ in range(count)])
+        return mean_diversity([found for found, count in measured for _ in range(count)])
 
     return {"routed": over_places(routes), "noise": over_places(fresh_noise)}
 

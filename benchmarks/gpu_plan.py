@@ -141,7 +141,7 @@ class Phases:
         update, planned = next(one for one in updates if one[1].forks[0].frame == self.plan.fork)
         cache = setup.generator.new_cache(cache_pages(setup.generator, [planned]))
         rollout, _ = self.take(
-            PHASES[1], lambda: collection.generate(setup, update, planned, unscored, cache)
+            PHASES[1], lambda: collection.generate_rollout(setup, update, planned, unscored, cache)
         )
         group = rollout.groups[0]
         self.take(PHASES[2], lambda: decode_members(group, setup.backbone.codec, lead=0))

@@ -21,7 +21,7 @@ from kvpo.engine.replay import ReplayRow, replay_context, replay_velocities
 from kvpo.engine.rollout import Rollout
 from kvpo.engine.scoring import score_group
 from kvpo.engine.stream import advance, open_stream, switch_prompts
-from kvpo.method.evidence import Tables, anchor_drift, joined, residual_table
+from kvpo.method.evidence import Tables, anchor_drift, joined_evidence, residual_table
 from kvpo.method.methods import METHODS
 from kvpo.training.credit import assign_credit
 from kvpo.training.policy import policy_of
@@ -73,7 +73,7 @@ def one_update(setup: Setup) -> dict[str, torch.Tensor]:
     method, settings, trajectories = METHODS["kvpo"], config.method_settings, group.trajectories
     evidence = method.evidence(trajectories, credit, steps, settings, keyed_generator("evidence", *key, 0))
     rows_of_method = len(evidence.query_N)
-    evidence = joined(evidence, anchor_drift(trajectories, credit, evidence, settings))
+    evidence = joined_evidence(evidence, anchor_drift(trajectories, credit, evidence, settings))
 
     # Replay, in the deployment context: each trajectory behind its own earlier blocks.
     rows = [

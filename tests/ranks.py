@@ -7,7 +7,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from kvpo.training.ranks import Ranks, joined
+from kvpo.training.ranks import Ranks, joined_ranks
 from tests.processes import CHILDREN, TIME_LIMIT
 
 Work = Callable[..., Any]
@@ -21,7 +21,7 @@ def _child(work: Work, rank: int, count: int, meeting: Path, short: float, argum
     torch.set_num_threads(1)
     store = FileStore(str(meeting / "store"), count)
     try:
-        with joined(
+        with joined_ranks(
             "cpu", traces=meeting, short=timedelta(seconds=short), store=store, rank=rank, world_size=count
         ) as ranks:
             found = work(ranks, *arguments)

@@ -15,11 +15,11 @@ from torch import Tensor
 
 from kvpo.prompts import ClipPrompt
 from kvpo.rewards.protocol import Declaration, Scorer
-from kvpo.rewards.service.messages import Offers, Question, encode_question
+from kvpo.rewards.service.messages import Offers, ScoreRequest, encode_question
 from kvpo.rewards.service.patience import Patience
-from kvpo.rewards.service.server import Limits, reward_app
+from kvpo.rewards.service.server import RequestLimits, reward_app
 
-LIMITS = Limits()
+LIMITS = RequestLimits()
 QUICK = Patience(answer=20, attempts=2, start=1.0, outage=1.0, first_pause=0.05, longest_pause=0.2)
 
 
@@ -51,7 +51,7 @@ def serving(
     *,
     port: int = 0,
     token: str | None = None,
-    limits: Limits = LIMITS,
+    limits: RequestLimits = LIMITS,
 ) -> Iterator[str]:
     """The address of a server, of one reward called "own" unless there are other offers."""
     offers = offers or offer(scorer)
@@ -98,6 +98,6 @@ def number_of(video_BTCHW: Tensor, prompts: Sequence[ClipPrompt]) -> Tensor:
     return numbers
 
 
-def encoded(question: Question) -> bytes:
+def encoded(question: ScoreRequest) -> bytes:
     """A question as one piece."""
     return b"".join(encode_question(question).parts(1000))

@@ -155,3 +155,50 @@ def test_files_and_functions_stay_short(name):
     long = [f.name for f in functions if f.end_lineno is not None and f.end_lineno - f.lineno >= 60]
     assert not long, f"{name}: {', '.join(long)} have more than 60 lines"
     assert len(text.splitlines()) <= 400, f"{name} has more than 400 lines"
+
+
+# Names that several modules define because a reader calls each of them in the same way, or by custom.
+DEFINED_IN_SEVERAL = {
+    "logger": "every module's own",
+    "main": "what `python -m` runs",
+    "T": "a type variable",
+    "METHOD": "what METHODS collects",
+    "METRICS": "the metrics of a method",
+    "evidence": "a method's function of this name",
+    "loss": "a method's function of this name",
+    "gibbs_of": "a method's Gibbs policy",
+    "SOURCE": "what SOURCES leads to",
+    "longest_prompt": "a source's function of this name",
+    "HEADERS": "what a server sends with every answer",
+    "PAGE": "files of a server's page",
+    "TEMPLATE_FILE": "a reward's file with its question to the model",
+    "TEMPLATE_SHA256": "the digest of that file",
+    "MEAN": "what a reward subtracts from its scores",
+    "STD": "what a reward divides them by",
+    "TEXT_TOKENS": "tokens that a reward's text encoder reads",
+    "prepared": "pixels as a reward's model takes them",
+    "empty_model": "a reward's network without weights",
+    "checkpoint_weights": "the weights of a reward's released file",
+}
+
+
+def public_definitions(name: str) -> set[str]:
+    """Functions, classes and constants on the top level of a module, without the private ones."""
+    found: set[str] = set()
+    for node in ast.parse(MODULES[name].read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            found.add(node.name)
+        elif isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            found |= {n.id for target in targets for n in ast.walk(target) if isinstance(n, ast.Name)}
+    return {one for one in found if not one.startswith("_")}
+
+
+def test_a_name_means_one_thing():
+    places: dict[str, list[str]] = {}
+    for module in MODULES:
+        for name in public_definitions(module):
+            places.setdefault(name, []).append(module)
+    several = {name: modules for name, modules in places.items() if len(modules) > 1}
+    assert not {name: modules for name, modules in several.items() if name not in DEFINED_IN_SEVERAL}
+    assert set(several) == set(DEFINED_IN_SEVERAL), "an allowed name is defined once by now"

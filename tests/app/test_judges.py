@@ -70,7 +70,7 @@ def test_a_stopped_run_says_so_in_its_summary_and_its_report(
     tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("kvpo.training.radar.STANDARD_ERRORS", 0.01)  # two prompts tell nothing beyond noise
-    monkeypatch.setattr("kvpo.training.radar.PATIENCE", 1)
+    monkeypatch.setattr("kvpo.training.radar.FALLS_IN_A_ROW", 1)
     config = tiny_config(
         tiny_base,
         optim__updates=8,

@@ -16,7 +16,7 @@ from benchmarks.shapes import geometry_file, with_shape
 from kvpo.app.build import build_setup
 from kvpo.app.cli import main
 from kvpo.app.configuration import preset
-from kvpo.app.plan import GB, Planner, advise, fits
+from kvpo.app.plan import Planner, advise, fits
 from kvpo.app.presets import PRESETS
 from kvpo.app.sources.common import streaming_generator
 from kvpo.engine.generator import StreamingGenerator, TextRows
@@ -32,6 +32,7 @@ from kvpo.plan.memory import Activations
 from kvpo.plan.phases import Rates
 from kvpo.training import collection
 from kvpo.training.checkpoint import save_checkpoint
+from kvpo.training.device import GB
 from kvpo.training.trainer import Trainer, architecture
 from tests.tiny_wan import tiny_wan
 

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from kvpo.arena import database
-from kvpo.arena.database import DATABASE, MIGRATIONS, Refused, transaction
+from kvpo.arena.database import DATABASE, MIGRATIONS, VoteRefused, transaction
 from kvpo.arena.exchange import read_votes, write_votes
 from kvpo.arena.intake import add_judgements, record_ranking
 from kvpo.arena.store import Study, Vote
@@ -64,12 +64,12 @@ def test_only_the_ballot_that_is_due_is_voted_on_and_a_repeated_request_changes_
         (Vote(1, answered(study, study.ballots_of(ann)[1], "better")), "one of left, right, same, both_bad"),
         (Vote(1, {}, ranking=(0, 1)), "expected answers"),
     ):
-        with pytest.raises(Refused, match=reason):
+        with pytest.raises(VoteRefused, match=reason):
             study.vote(ann, wrong)
     study.close()
-    with pytest.raises(Refused, match="closed"):
+    with pytest.raises(VoteRefused, match="closed"):
         study.vote(ann, Vote(1, answered(study, study.ballots_of(ann)[1])))
-    with pytest.raises(Refused, match="closed"):
+    with pytest.raises(VoteRefused, match="closed"):
         study.undo(ann)
 
 
@@ -213,7 +213,7 @@ def test_rankings_of_a_study_and_choices_at_a_fork(tmp_path):
     (found,) = study.rankings()
     assert found.videos == shown[0].videos[::-1] and found.prompt == f"prompt {shown[0].scene}"
     assert set(found.arms) == {"base", "aligned"} and found.ranks == (0, 1)
-    with pytest.raises(Refused, match="each of the 2 videos once"):
+    with pytest.raises(VoteRefused, match="each of the 2 videos once"):
         study.vote(ann, Vote(1, {}, ranking=(1, 1)))
     live = tmp_path / "live"
     videos = [b"one", b"two", b"three"]

@@ -41,7 +41,7 @@ def test_an_error_comes_out_at_the_result_and_at_the_next_call():
 
 
 def test_leaving_drops_what_has_not_begun_and_leaves_behind_what_hangs(monkeypatch):
-    monkeypatch.setattr(background, "PATIENCE", 0.1)
+    monkeypatch.setattr(background, "LEAVING_SECONDS", 0.1)
     hang, begun, ran = threading.Event(), threading.Event(), []
 
     def hanging():

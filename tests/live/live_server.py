@@ -12,7 +12,7 @@ from typing import Any
 import uvicorn
 from websockets.sync.client import connect
 
-from kvpo.live.scheduler import Limits, Scheduler
+from kvpo.live.scheduler import Scheduler, SessionLimits
 from kvpo.live.server import ENDPOINT, live_app
 from kvpo.live.theatre import Theatre
 from tests.live.stage import LIMITS, running, scheduler, slow_stage, unpacked
@@ -30,7 +30,7 @@ def serving(
     out: Path,
     own: Scheduler | None = None,
     *,
-    limits: Limits = LIMITS,
+    limits: SessionLimits = LIMITS,
     token: str | None = None,
     theatre: Theatre | None = None,
 ) -> Iterator["Served"]:

@@ -13,12 +13,12 @@ from torch import Tensor
 
 from kvpo.config import ExplorationConfig
 from kvpo.engine.noise import keyed_normal
-from kvpo.live.scheduler import Limits, Scheduler, pages_needed
+from kvpo.live.scheduler import Scheduler, SessionLimits, pages_needed
 from kvpo.live.script import Cue
 from kvpo.live.session import Session, Stage
 from tests.engine.tiny import EXPLORATION, SHAPE, generator
 
-LIMITS = Limits()
+LIMITS = SessionLimits()
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def slow_stage(delay: float = 0.0) -> Stage:
 
 
 def scheduler(
-    own: Stage | None = None, limits: Limits = LIMITS, arms: Sequence[str] = ("base",), **options: Any
+    own: Stage | None = None, limits: SessionLimits = LIMITS, arms: Sequence[str] = ("base",), **options: Any
 ) -> Scheduler:
     """A scheduler that nobody runs yet; all arms have the same weights."""
     return Scheduler(own or stage(), dict.fromkeys(arms, nullcontext), limits, **options)
@@ -80,7 +80,7 @@ def scheduler(
 
 def session(own: Stage, cue: str = "a red square", seed: int = 1, arms: Sequence[str] = ("base",)) -> Session:
     """A session in a cache of its own."""
-    limits = Limits(sessions=1, frames=600)
+    limits = SessionLimits(sessions=1, frames=600)
     cache = own.generator.new_cache(pages_needed(own, limits, len(arms)))
     return Session(own, cache, arms, Cue(cue), seed)
 

@@ -14,7 +14,7 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus
 
 from kvpo.arena.store import Study
 from kvpo.live.outbox import BLOCKS
-from kvpo.live.scheduler import Limits
+from kvpo.live.scheduler import SessionLimits
 from kvpo.live.session import Session
 from kvpo.prompt_files import read_prompts
 from kvpo.report.video import read_video
@@ -179,7 +179,7 @@ def test_what_is_refused(tmp_path):
 
 
 def test_a_server_has_room_for_so_many(tmp_path):
-    with serving(tmp_path, limits=Limits(sessions=2, viewers=4)) as served:
+    with serving(tmp_path, limits=SessionLimits(sessions=2, viewers=4)) as served:
         clients = [served.connect() for _ in range(4)]
         for client in clients[:2]:
             client.start()
@@ -215,10 +215,13 @@ def test_watchers_see_the_same_and_direct_nothing(tmp_path):
 def test_two_sessions_never_mix(tmp_path):
     alone = {}
     for prompt in ("a red square", "a blue disc"):
-        with serving(tmp_path, scheduler(stage(), Limits(rows=1))) as served, served.connect() as client:
+        with (
+            serving(tmp_path, scheduler(stage(), SessionLimits(rows=1))) as served,
+            served.connect() as client,
+        ):
             client.start(prompt, speed=0)
             alone[prompt] = [client.until("video.block")["pictures"] for _ in range(4)]
-    with serving(tmp_path, scheduler(stage(), Limits(rows=1))) as served:
+    with serving(tmp_path, scheduler(stage(), SessionLimits(rows=1))) as served:
         with served.connect() as one, served.connect() as two:
             one.start("a red square", speed=0)
             two.start("a blue disc", speed=0)
@@ -263,7 +266,7 @@ def test_a_hundred_clients_that_come_and_go_leave_nothing(tmp_path):
 
 
 def test_a_block_that_fails_ends_its_session_and_no_other_later(tmp_path):
-    own = scheduler(stage(), Limits(rows=1))
+    own = scheduler(stage(), SessionLimits(rows=1))
     with serving(tmp_path, own) as served, served.connect() as client:
         client.start(speed=0)
         (show,) = own.shows.values()

@@ -9,13 +9,13 @@ from torch import Tensor
 
 from kvpo.engine.stream import advance, open_stream, switch_prompts
 from kvpo.live.protocol import Refusal
-from kvpo.live.scheduler import Limits
+from kvpo.live.scheduler import SessionLimits
 from kvpo.live.script import Cue
 from kvpo.live.session import Session, Stage
 from kvpo.live.snapshots import restored, snapshot_of
 from tests.live.stage import scheduler, session, stage
 
-SMALL = Limits(sessions=1, frames=9)
+SMALL = SessionLimits(sessions=1, frames=9)
 
 
 def play(one: Session, blocks: int = 1) -> None:

@@ -10,7 +10,7 @@ from kvpo.method.evidence import (
     anchor_drift,
     drift_evidence,
     evidence_of,
-    joined,
+    joined_evidence,
     no_credit,
     residual_table,
 )
@@ -178,7 +178,7 @@ members = st.lists(st.integers(0, BRANCHES), min_size=1, max_size=4)
 @given(first=members, second=members, seed=st.integers(0, 1000))
 def test_joined_evidence_is_both_tables_and_replays_shared_trajectories_once(first, second, seed):
     parts = [rows_at(FORK, some, seed + n) for n, some in enumerate((first, second))]
-    both = joined(*parts)
+    both = joined_evidence(*parts)
     tables = [table_of(KNOWN.now, FORK, part).detach() for part in parts]
     assert torch.equal(table_of(KNOWN.now, FORK, both).detach(), torch.cat(tables))
     assert both.branch_N == (*first, *second)
@@ -192,21 +192,25 @@ def test_trajectories_with_one_past_but_other_states_are_not_merged():
     moved = torch.cat([visited.states_QPSFCHW[:1], visited.states_QPSFCHW[:1] + 1])
     first = evidence_of(moved, [0, 0], visited.targets_NPSFCHW, [0, 0])
     second = rows_at(fork, [0], 1)
-    assert joined(first, second).past_Q == (0, 0), "the first of two trajectories behind one past is found"
-    assert joined(
+    assert joined_evidence(first, second).past_Q == (0, 0), (
+        "the first of two trajectories behind one past is found"
+    )
+    assert joined_evidence(
         second, nft_evidence(fork, credit(0), 2, MethodSettings(NftSettings()), seeded(0))
     ).past_Q == (0, 0)
 
 
 def test_the_same_states_behind_another_past_are_not_merged():
     first = rows_at(FORK, [0], 0)
-    assert joined(first, evidence_of(first.states_QPSFCHW, [1], first.targets_NPSFCHW, [1])).past_Q == (0, 1)
+    assert joined_evidence(
+        first, evidence_of(first.states_QPSFCHW, [1], first.targets_NPSFCHW, [1])
+    ).past_Q == (0, 1)
 
 
 def test_the_velocity_kl_of_anchor_states_needs_no_second_replay():
     evidence = kvpo_evidence(FORK, EVERY, 2, MethodSettings(KvpoSettings(anchor_state_weight=0.5)), seeded(0))
     assert evidence.past_Q == (0, 1, 2, 3, 4) and evidence.query_N == (0, 1, 2, 3, 4, 4, 4, 4)
-    both = joined(evidence, anchor_drift(FORK, EVERY, evidence, MethodSettings(KvpoSettings())))
+    both = joined_evidence(evidence, anchor_drift(FORK, EVERY, evidence, MethodSettings(KvpoSettings())))
     assert both.past_Q == evidence.past_Q and both.query_N[-1] == 4
     assert both.teachers == {"reference"} and both.branch_N[-1] == -1
 
@@ -221,7 +225,7 @@ def test_a_teacher_adds_its_share_to_its_own_rows_alone():
         base.states_QPSFCHW, [0, 1], base.targets_NPSFCHW, [0, 1], teacher="old", share_N=[0.25, -1.5]
     )
     drift = drift_evidence(base.states_QPSFCHW, [0, 1])
-    evidence = joined(joined(plain, old), drift)
+    evidence = joined_evidence(joined_evidence(plain, old), drift)
     velocity = torch.randn(evidence.targets_NPSFCHW.shape, generator=seeded(5), dtype=torch.float64)
     known = evidence.with_teacher("old", velocity)
     expected = evidence.targets_NPSFCHW.clone()

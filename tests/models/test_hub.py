@@ -29,8 +29,8 @@ def test_local_paths_come_first(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "owner" / "name").mkdir(parents=True)
     (tmp_path / "base.pt").write_bytes(b"x")
-    assert hub.resolve("owner/name") == Path("owner/name")
-    assert hub.resolve(tmp_path / "base.pt") == tmp_path / "base.pt"
+    assert hub.resolve_location("owner/name") == Path("owner/name")
+    assert hub.resolve_location(tmp_path / "base.pt") == tmp_path / "base.pt"
 
 
 def test_an_entry_of_a_file_stands_behind_a_hash(tmp_path, monkeypatch):
@@ -51,7 +51,7 @@ def test_paths_that_do_not_exist_are_not_looked_up_on_the_hub(location, monkeypa
     monkeypatch.setattr(hub, "snapshot_download", None)
     monkeypatch.setattr(hub, "hf_hub_download", None)
     with pytest.raises(ValueError, match="no such file or directory, and not a hub id"):
-        hub.resolve(location)
+        hub.resolve_location(location)
 
 
 def test_hub_ids_are_split_into_repository_revision_and_file(tmp_path, monkeypatch):
@@ -68,10 +68,10 @@ def test_hub_ids_are_split_into_repository_revision_and_file(tmp_path, monkeypat
     (tmp_path / "f").touch()
     monkeypatch.setattr(hub, "hf_hub_download", file)
     monkeypatch.setattr(hub, "snapshot_download", snapshot)
-    assert hub.resolve("Efficient-Large-Model/LongLive-1.3B/models/lora.pt") == tmp_path / "f"
-    assert hub.resolve("owner/name@v1.0/x.pt") == tmp_path / "f"
-    assert hub.resolve("Wan-AI/Wan2.1-T2V-1.3B", patterns=("vae/*",)) == tmp_path
-    assert hub.resolve("owner/name@abc") == tmp_path
+    assert hub.resolve_location("Efficient-Large-Model/LongLive-1.3B/models/lora.pt") == tmp_path / "f"
+    assert hub.resolve_location("owner/name@v1.0/x.pt") == tmp_path / "f"
+    assert hub.resolve_location("Wan-AI/Wan2.1-T2V-1.3B", patterns=("vae/*",)) == tmp_path
+    assert hub.resolve_location("owner/name@abc") == tmp_path
     assert calls == [
         ("Efficient-Large-Model/LongLive-1.3B", "models/lora.pt", None),
         ("owner/name", "x.pt", "v1.0"),
@@ -87,13 +87,13 @@ def test_offline_mode_names_the_way_out(location, tmp_path, monkeypatch):
     with pytest.raises(
         ValueError, match="HF_HUB_OFFLINE is set, and .* no copy of owner/name: .* `hf download owner/name`"
     ):
-        hub.resolve(location)
+        hub.resolve_location(location)
 
 
 def test_a_pattern_that_matches_nothing_is_an_error(tmp_path, monkeypatch):
     monkeypatch.setattr(hub, "snapshot_download", lambda *a, **k: str(tmp_path))
     with pytest.raises(ValueError, match=r"no file of the hub repository owner/name matches \*.pth, x/\*"):
-        hub.resolve("owner/name", patterns=("*.pth", "x/*"))
+        hub.resolve_location("owner/name", patterns=("*.pth", "x/*"))
 
 
 def bare(kind: type[Exception], *args: object) -> Exception:
@@ -119,7 +119,7 @@ def test_hub_errors_become_one_clear_error(error, message, monkeypatch):
 
     monkeypatch.setattr(hub, "hf_hub_download", fail)
     with pytest.raises(ValueError, match=message):
-        hub.resolve("owner/name@v2/x.pt")
+        hub.resolve_location("owner/name@v2/x.pt")
 
 
 class FakeHub(BaseHTTPRequestHandler):
@@ -208,13 +208,13 @@ def test_what_belongs_beside_a_file_is_fetched_where_it_exists(tmp_path, monkeyp
     beside, name = ("adapter_config.json",), "owner/name/a/adapter_model.safetensors"
     for offline in (False, True):
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", offline)
-        assert hub.resolve(name, beside=beside) == tmp_path / "a/adapter_model.safetensors"
+        assert hub.resolve_location(name, beside=beside) == tmp_path / "a/adapter_model.safetensors"
     assert calls == ["a/adapter_model.safetensors", "a/adapter_config.json"] * 2
     there.remove("a/adapter_config.json")
     for offline in (False, True):
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", offline)
-        assert hub.resolve(name, beside=beside) == tmp_path / "a/adapter_model.safetensors"
+        assert hub.resolve_location(name, beside=beside) == tmp_path / "a/adapter_model.safetensors"
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     errors[False] = LocalEntryNotFoundError("out of reach")
     with pytest.raises(ValueError, match="the hub cannot be reached"):
-        hub.resolve(name, beside=beside)
+        hub.resolve_location(name, beside=beside)

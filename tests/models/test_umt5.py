@@ -9,12 +9,12 @@ from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
 from kvpo.models.umt5 import (
     PromptCache,
-    TextEncoder,
+    UMT5Encoder,
     clean_text,
     encoder_fingerprint,
     load_text_encoder,
-    official_name,
     text_encoder_files,
+    transformers_name,
 )
 
 WORDS = ["<pad>", "</s>", "<unk>", "a", "red", "ball", "rolls", "left", "the", "dog", "jumps", "<extra>"]
@@ -89,7 +89,7 @@ def diffusers_directory(tmp_path):
     return root
 
 
-def load(root, dtype=torch.float32) -> TextEncoder:
+def load(root, dtype=torch.float32) -> UMT5Encoder:
     return load_text_encoder(*text_encoder_files(root), text_len=TEXT_LEN, dtype=dtype)
 
 
@@ -153,7 +153,7 @@ def test_the_official_name_map_covers_the_encoder_at_its_real_size():
     block += ["ffn.gate.0", "ffn.fc1", "ffn.fc2"]
     official = [f"blocks.{i}.{part}.weight" for i in range(24) for part in block]
     official += ["token_embedding.weight", "norm.weight"]
-    assert {official_name(name) for name in official} == names and len(official) == len(names)
+    assert {transformers_name(name) for name in official} == names and len(official) == len(names)
     assert sum(value.numel() for value in model.parameters()) == 5_680_910_336
     assert (config.dense_act_fn, config.layer_norm_epsilon) == ("gelu_new", 1e-6)
 
@@ -189,10 +189,10 @@ def test_a_tokenizer_larger_than_the_table_is_refused():
     tokenizer = tiny_tokenizer()
     tokenizer.add_tokens([f"extra{i}" for i in range(20)])
     with pytest.raises(ValueError, match="32 tokens, the text encoder's table only 16"):
-        TextEncoder(tiny_encoder(), tokenizer, TEXT_LEN)
+        UMT5Encoder(tiny_encoder(), tokenizer, TEXT_LEN)
 
 
-def never() -> TextEncoder:
+def never() -> UMT5Encoder:
     raise AssertionError("the encoder was loaded although every prompt is in the cache")
 
 

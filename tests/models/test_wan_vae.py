@@ -5,7 +5,7 @@ import torch
 from diffusers import AutoencoderKLWan
 from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
 
-from kvpo.models.wan_vae import WanVAE, load_wan_vae, official_name
+from kvpo.models.wan_vae import WanVAE, diffusers_name, load_wan_vae
 
 MEAN, STD = [0.3, -0.2, 0.1, 0.5], [1.5, 0.7, 2.0, 1.1]
 
@@ -167,16 +167,16 @@ def test_the_official_name_map_is_exact_at_the_real_size():
         model = AutoencoderKLWan()
     expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     layout = official_layout(96, 16)
-    assert {official_name(name): shape for name, shape in layout.items()} == expected
+    assert {diffusers_name(name): shape for name, shape in layout.items()} == expected
     assert len(layout) == len(expected) == 194
     converted = convert_wan_vae_to_diffusers({name: name for name in layout})
-    assert converted == {official_name(name): name for name in layout}
+    assert converted == {diffusers_name(name): name for name in layout}
 
 
 def test_both_layouts_load_to_the_same_pixels(tmp_path):
     torch.manual_seed(1)
     model = AutoencoderKLWan(base_dim=4, z_dim=16)
-    back = {official_name(name): name for name in official_layout(4, 16)}
+    back = {diffusers_name(name): name for name in official_layout(4, 16)}
     (tmp_path / "wan").mkdir()
     torch.save({back[n]: v for n, v in model.state_dict().items()}, tmp_path / "wan" / "Wan2.1_VAE.pth")
     model.save_pretrained(tmp_path / "diffusers" / "vae")

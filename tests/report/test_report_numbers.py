@@ -22,7 +22,7 @@ from kvpo.report.formatting import (
     signed,
     significant,
 )
-from kvpo.report.headline import Outcome, judge, read_outcome
+from kvpo.report.headline import Outcome, headline_on, read_outcome
 
 FINITE = st.floats(-1e6, 1e6, allow_nan=False)
 
@@ -96,7 +96,7 @@ def outcome(gain: float, error: float | None = 0.01, *, name: str = "short", uns
 
 
 def test_a_clear_gain_is_called_one():
-    verdict = judge([outcome(0.1), outcome(0.05, name="long")])
+    verdict = headline_on([outcome(0.1), outcome(0.05, name="long")])
     assert verdict.tone == "good" and not verdict.notes
     assert verdict.sentence == (
         "Alignment raised the held-out reward: +0.100 \u00b1 0.010 on short videos and "
@@ -106,7 +106,7 @@ def test_a_clear_gain_is_called_one():
 
 @pytest.mark.parametrize("gain", [0.0299, 0.0, -0.0299])
 def test_a_change_under_three_standard_errors_is_never_called_one(gain):
-    verdict = judge([outcome(gain)])
+    verdict = headline_on([outcome(gain)])
     assert verdict.tone == "neutral"
     assert "this cannot tell" in verdict.sentence and "fewer than 3)" in verdict.sentence
     assert "raised" not in verdict.sentence and "lowered" not in verdict.sentence
@@ -115,33 +115,33 @@ def test_a_change_under_three_standard_errors_is_never_called_one(gain):
 @pytest.mark.parametrize("prompts", [2, 15, None])
 def test_a_change_on_few_prompts_is_never_called_one(prompts):
     for gain in (0.1, -0.1):
-        verdict = judge([replace(outcome(gain), prompts=prompts)])
+        verdict = headline_on([replace(outcome(gain), prompts=prompts)])
         assert verdict.tone == "neutral" and "distinct prompts, fewer than 16" in verdict.sentence
         assert "raised" not in verdict.sentence and "lowered" not in verdict.sentence
-    assert judge([replace(outcome(0.1), prompts=16)]).tone == "good"
+    assert headline_on([replace(outcome(0.1), prompts=16)]).tone == "good"
 
 
 def test_mixed_worse_and_unknown_results_are_said_plainly():
-    mixed = judge([outcome(0.1), outcome(0.01, name="long")])
+    mixed = headline_on([outcome(0.1), outcome(0.01, name="long")])
     assert mixed.tone == "neutral"
     assert "raised" in mixed.sentence and "this cannot tell: +0.010" in mixed.sentence
-    worse = judge([outcome(0.1), outcome(-0.05, name="long")])
+    worse = headline_on([outcome(0.1), outcome(-0.05, name="long")])
     assert worse.tone == "bad" and "lowered the held-out reward: \u22120.050" in worse.sentence
     for error in (None, 0.0):
-        unknown = judge([outcome(0.1, error)])
+        unknown = headline_on([outcome(0.1, error)])
         assert unknown.tone == "neutral" and "no standard error" in unknown.sentence
-    assert judge([]).tone == "pending"
+    assert headline_on([]).tone == "pending"
 
 
 def test_reservations_follow_the_verdict():
-    control = judge([outcome(0.1)], null_control=True)
+    control = headline_on([outcome(0.1)], null_control=True)
     assert control.tone == "neutral" and "null control" in control.notes[0]
-    unfinished = judge([outcome(0.1)], validation=True)
+    unfinished = headline_on([outcome(0.1)], validation=True)
     assert unfinished.tone == "pending" and "not finished" in unfinished.notes[0]
-    hacked = judge([outcome(0.1, unseen=-0.05)])
+    hacked = headline_on([outcome(0.1, unseen=-0.05)])
     assert "unseen scorer fell by 0.050" in hacked.notes[0]
-    assert not judge([outcome(0.1, unseen=-0.029)]).notes, "under three standard errors"
-    assert not judge([replace(outcome(0.1, unseen=-0.05), prompts=8)]).notes
+    assert not headline_on([outcome(0.1, unseen=-0.029)]).notes, "under three standard errors"
+    assert not headline_on([replace(outcome(0.1, unseen=-0.05), prompts=8)]).notes
 
 
 def test_outcomes_survive_nonsense():

@@ -20,7 +20,7 @@ from kvpo.method.methods import METHODS as METHODS_OF_TRAINING
 from kvpo.report.curves import NOT_METRICS
 from kvpo.report.formatting import escape, fixed, signed, title_of
 from kvpo.report.page import write_report
-from kvpo.report.tables import CHECKS, DIVERSITY, METHODS
+from kvpo.report.tables import BRANCHINGS, CHECKS, DIVERSITY
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +47,7 @@ def test_a_finished_run_shows_every_section_and_misses_nothing(finished_run, fin
 def test_every_number_that_the_page_explains_is_one_that_runs_write(finished_run):
     """Names are all that joins the run and these tables of the page."""
     numbers = json.loads((finished_run / "summary.json").read_text())
-    assert set(METHODS) == set(numbers["diversity"]) and set(CHECKS) == set(numbers["checks"])
+    assert set(BRANCHINGS) == set(numbers["diversity"]) and set(CHECKS) == set(numbers["checks"])
     assert set(DIVERSITY) == {key for method in numbers["diversity"].values() for key in method}
 
 

@@ -43,7 +43,7 @@ def test_parts_are_resolved_and_given_to_the_builder(monkeypatch, tmp_path):
         asked.append((str(location), patterns))
         return tmp_path
 
-    monkeypatch.setattr("kvpo.models.hub.resolve", resolve)
+    monkeypatch.setattr("kvpo.models.hub.resolve_location", resolve)
 
     @dataclass(frozen=True)
     class Scorer:

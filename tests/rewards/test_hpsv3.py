@@ -40,7 +40,7 @@ def release(tmp_path_factory):
 def tiny(monkeypatch):
     digest = hashlib.sha256((INSTRUCTION + ENDING).encode()).hexdigest()
     monkeypatch.setattr(hpsv3, "TEMPLATE_SHA256", digest)
-    monkeypatch.setattr(hpsv3, "PIXELS", 28 * 28 * 6)
+    monkeypatch.setattr(hpsv3, "FRAME_PIXELS", 28 * 28 * 6)
     empty_model = hpsv3.empty_model
     monkeypatch.setattr(hpsv3, "empty_model", lambda config, rows: empty_model(config, rows, HIDDEN))
 

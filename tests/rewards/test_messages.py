@@ -10,7 +10,7 @@ import torch
 from kvpo.prompts import ClipPrompt
 from kvpo.rewards.protocol import Declaration, Sampling
 from kvpo.rewards.service.messages import (
-    Question,
+    ScoreRequest,
     decode_offers,
     decode_question,
     eight_bit,
@@ -20,7 +20,7 @@ from kvpo.rewards.service.messages import (
 from tests.reward_servers import encoded, numbered
 
 
-def decoded(body: bytes) -> Question:
+def decoded(body: bytes) -> ScoreRequest:
     """The question of a body that has arrived."""
     return decode_question(memoryview(bytearray(body)))
 
@@ -29,7 +29,7 @@ def decoded(body: bytes) -> Question:
 def test_a_question_survives_its_journey_to_the_bit(dtype: torch.dtype) -> None:
     video = (torch.rand(2, 3, 3, 4, 6) * 255).to(dtype)
     prompts = (ClipPrompt("Ein Bär, “groß”", "vorher\n", 2), ClipPrompt(""))
-    found = decoded(encoded(Question(video, prompts, ("a", "b"))))
+    found = decoded(encoded(ScoreRequest(video, prompts, ("a", "b"))))
     assert torch.equal(found.video_BTCHW, video) and found.components == ("a", "b")
     assert [(str(p), p.before, p.switch) for p in found.prompts] == [
         ("Ein Bär, “groß”", "vorher\n", 2),
@@ -70,7 +70,7 @@ def test_offers_survive_their_journey() -> None:
 )
 def test_a_damaged_question_is_refused(change: Any, message: str) -> None:
     video, prompts = numbered(2)
-    body = encoded(Question(video, tuple(prompts), ("own",)))
+    body = encoded(ScoreRequest(video, tuple(prompts), ("own",)))
     assert change(body) != body
     with pytest.raises(ValueError, match=message):
         decoded(change(body))

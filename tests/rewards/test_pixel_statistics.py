@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kvpo.rewards.pixel_statistics import MEASURES, brightness, looks, motion, saturation, sharpness
+from kvpo.rewards.pixel_statistics import LOOKS, brightness, looks, motion, saturation, sharpness
 
 
 def clip(*frames: torch.Tensor) -> torch.Tensor:
@@ -50,5 +50,5 @@ def test_motion_of_boards():
 def test_looks_of_a_clip_do_not_depend_on_its_neighbours():
     clips = torch.rand(3, 4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     table_LB = looks(clips)
-    assert table_LB.shape == (len(MEASURES), 3)
+    assert table_LB.shape == (len(LOOKS), 3)
     assert torch.equal(table_LB[:, 1:2], looks(clips[1:2]))

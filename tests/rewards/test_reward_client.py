@@ -22,10 +22,10 @@ from kvpo.rewards.service import client as client_module
 from kvpo.rewards.service.client import Link, RemoteScorer, connect, reach
 from kvpo.rewards.service.messages import (
     PROTOCOL,
-    Question,
+    ScoreRequest,
 )
 from kvpo.rewards.service.patience import Away, Patience, StillLoading, Trial
-from kvpo.rewards.service.server import Limits
+from kvpo.rewards.service.server import RequestLimits
 from tests.reward_servers import (
     QUICK,
     Named,
@@ -143,8 +143,8 @@ def test_a_full_queue_says_when_to_come_back_and_the_client_does() -> None:
         return number_of(video, prompts)
 
     video, prompts = numbered(2)
-    body = encoded(Question(video, tuple(prompts), ("own",)))
-    limits = Limits(request_bytes=2 * len(body), queue_bytes=2 * len(body), retry_seconds=1)
+    body = encoded(ScoreRequest(video, tuple(prompts), ("own",)))
+    limits = RequestLimits(request_bytes=2 * len(body), queue_bytes=2 * len(body), retry_seconds=1)
     with serving(Named(slow), limits=limits) as url, ThreadPoolExecutor(3) as threads:
         clients = [connect(url, ["own"], patience=replace(QUICK, outage=20)) for _ in range(2)]
         answers = [threads.submit(client, video, prompts) for client in clients]

@@ -15,7 +15,7 @@ from kvpo.rewards.sampling import (
     NEIGHBOURS,
     checked_batch,
     file_clips,
-    pooled,
+    pooled_frames,
     present_frames,
     spread_indices,
 )
@@ -104,9 +104,11 @@ def test_a_batch_of_another_form_is_named():
 
 def test_frames_are_pooled_by_their_best_share():
     scores = torch.tensor([0.1, 0.9, 0.5, 0.3, 0.7, 0.2, 0.8, 0.4, 0.6, 1.0])
-    assert pooled(scores, 0.3).item() == pytest.approx(0.9)
-    assert torch.equal(pooled(scores, 1.0), scores.mean())
-    assert pooled(scores, 0.01).item() == 1.0 and pooled(scores[:1], 0.3).item() == pytest.approx(0.1)
+    assert pooled_frames(scores, 0.3).item() == pytest.approx(0.9)
+    assert torch.equal(pooled_frames(scores, 1.0), scores.mean())
+    assert pooled_frames(scores, 0.01).item() == 1.0 and pooled_frames(
+        scores[:1], 0.3
+    ).item() == pytest.approx(0.1)
     for share in (0.0, 1.1, -1.0):
         with pytest.raises(ValueError, match="top_share must be in"):
-            pooled(scores, share)
+            pooled_frames(scores, share)

@@ -17,11 +17,11 @@ from kvpo.rewards.service import scoring_queue
 from kvpo.rewards.service.client import Link, connect
 from kvpo.rewards.service.messages import (
     Body,
-    Question,
+    ScoreRequest,
 )
 from kvpo.rewards.service.patience import Patience
 from kvpo.rewards.service.scoring_queue import ScoringQueue
-from kvpo.rewards.service.server import Limits, reward_app
+from kvpo.rewards.service.server import RequestLimits, reward_app
 from kvpo.world.render import render
 from kvpo.world.reward import WorldScorer
 from kvpo.world.stories import distinct_stories
@@ -95,7 +95,7 @@ def test_clips_of_eight_bits_count_at_their_full_size(clips_of_room: int) -> Non
 
     video = torch.arange(1, 3, dtype=torch.uint8)[:, None, None, None, None].repeat(1, 4, 3, 64, 64)
     size = video[0].numel()
-    with serving(Named(observed), limits=Limits(queue_bytes=clips_of_room * size + 2000)) as url:
+    with serving(Named(observed), limits=RequestLimits(queue_bytes=clips_of_room * size + 2000)) as url:
         remote = connect(url, ["own"], patience=QUICK)
         with ThreadPoolExecutor(1) as threads:
             answer = threads.submit(remote, video, [ClipPrompt("")] * 2)
@@ -125,7 +125,7 @@ def test_large_clips_are_scored_without_company(monkeypatch: pytest.MonkeyPatch)
     asked = []
     for start, size in zip(starts, sizes, strict=True):
         rows = slice(start, start + size)
-        asked.append(queue.put(Question(video[rows], tuple(prompts[rows]), ("own",))))
+        asked.append(queue.put(ScoreRequest(video[rows], tuple(prompts[rows]), ("own",))))
         busy.wait(20)
     hold.set()
     found = torch.cat([answer.result(20)["own"] for answer in asked])
@@ -156,7 +156,7 @@ def test_bodies_leave_one_after_the_other(monkeypatch: pytest.MonkeyPatch) -> No
             raise RuntimeError("not now")
         return number_of(video, prompts)
 
-    with serving(Named(failing), limits=Limits(batch=1)) as url:
+    with serving(Named(failing), limits=RequestLimits(batch=1)) as url:
         found = connect(url, ["own"], patience=replace(QUICK, attempts=3))(*numbered(6))["own"]
     assert torch.equal(found, torch.arange(6.0))
     assert sent == sorted(sent) and sent.count(0) == 7 and max(sent) == 7
@@ -184,7 +184,7 @@ def test_batches_begun_together_arrive_in_order_few_at_a_time(monkeypatch: pytes
         seen.extend(number_of(video, prompts).tolist())
         return number_of(video, prompts)
 
-    with serving(Named(observed), limits=Limits(batch=1)) as url:
+    with serving(Named(observed), limits=RequestLimits(batch=1)) as url:
         remote = connect(url, ["own"], patience=QUICK)
         answers = [remote.begin(*numbered(8, 8 * n)) for n in range(3)]
         eventually(lambda: len(seen) == 24)
@@ -205,7 +205,7 @@ def test_a_large_batch_is_split_and_put_together_in_order(monkeypatch: pytest.Mo
 
     monkeypatch.setattr(client_module, "REQUEST_BYTES", 5 * 96 + 95)
     video, prompts = numbered(103)
-    with serving(Named(observed), limits=Limits(batch=8)) as url:
+    with serving(Named(observed), limits=RequestLimits(batch=8)) as url:
         assert torch.equal(connect(url, ["own"], patience=QUICK)(video, prompts)["own"], torch.arange(103.0))
     assert sum(sizes) == 103 and max(sizes) <= 8
 
@@ -224,7 +224,7 @@ def test_requests_of_many_clients_are_batched_by_shape() -> None:
     video, prompts = numbered(20)
 
     def ask(n: int, frames: int) -> Any:
-        return queue.put(Question(video[n : n + 1, :frames], tuple(prompts[n : n + 1]), ("own",)))
+        return queue.put(ScoreRequest(video[n : n + 1, :frames], tuple(prompts[n : n + 1]), ("own",)))
 
     first = ask(0, 2)
     assert busy.wait(10)
@@ -252,7 +252,7 @@ def test_a_question_that_breaks_the_scorer_breaks_no_other() -> None:
 
     queue = ScoringQueue([Named(picky)], batch=16)
     video, prompts = numbered(6)
-    answers = [queue.put(Question(video[n][None], (prompts[n],), ("own",))) for n in range(6)]
+    answers = [queue.put(ScoreRequest(video[n][None], (prompts[n],), ("own",))) for n in range(6)]
     hold.set()
     for n, answer in enumerate(answers):
         if n == 3:
@@ -261,19 +261,19 @@ def test_a_question_that_breaks_the_scorer_breaks_no_other() -> None:
         else:
             assert answer.result(10)["own"].tolist() == [n]
     queue.close()
-    assert queue.put(Question(video, tuple(prompts), ("own",))).done() is False  # nobody works any more
+    assert queue.put(ScoreRequest(video, tuple(prompts), ("own",))).done() is False  # nobody works any more
 
 
 def test_limits_of_a_request() -> None:
     video, prompts = numbered(3)
-    body = encoded(Question(video, tuple(prompts), ("own",)))
-    with serving(Named(number_of), limits=Limits(request_bytes=len(body))) as url:
+    body = encoded(ScoreRequest(video, tuple(prompts), ("own",)))
+    with serving(Named(number_of), limits=RequestLimits(request_bytes=len(body))) as url:
         assert httpx.post(f"{url}/score", content=body).json() == {"scores": {"own": [0, 1, 2]}}
         answer = httpx.post(f"{url}/score", content=body + b" ")
         assert answer.status_code == 413 and f"limit of {len(body):,}" in answer.json()["detail"]
         assert httpx.post(f"{url}/score", content=iter([body])).status_code == 411
         assert httpx.post(f"{url}/score", content=body[:-1]).status_code == 400
-        other = encoded(Question(video[:2], tuple(prompts[:2]), ("other",)))
+        other = encoded(ScoreRequest(video[:2], tuple(prompts[:2]), ("other",)))
         answer = httpx.post(f"{url}/score", content=other)
         assert answer.status_code == 400 and answer.json()["detail"] == "no component 'other'; there are own"
         remote = connect(url, ["own"], patience=QUICK)
@@ -286,7 +286,7 @@ def test_a_body_that_ends_early_is_refused() -> None:
     """Below HTTP, which would not let it through: the rest would be what an earlier request left behind."""
     app = reward_app([Named(number_of)], offer(Named(number_of)), frame_rate=16.0)
     video, prompts = numbered(1)
-    whole = encoded(Question(video, tuple(prompts), ("own",)))
+    whole = encoded(ScoreRequest(video, tuple(prompts), ("own",)))
 
     async def posted(body: bytes) -> httpx.Response:
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
@@ -298,7 +298,7 @@ def test_a_body_that_ends_early_is_refused() -> None:
 
 
 def test_who_may_ask() -> None:
-    body = encoded(Question(*map(lambda part: part[:1], numbered(1)), ("own",)))  # type: ignore[arg-type]
+    body = encoded(ScoreRequest(*map(lambda part: part[:1], numbered(1)), ("own",)))  # type: ignore[arg-type]
     with serving(Named(number_of), token="swordfish") as url:
         assert httpx.get(f"{url}/health").status_code == 200
         for headers in ({}, {"Authorization": "Bearer swordfis"}, {"Authorization": "Basic swordfish"}):
@@ -316,7 +316,7 @@ def test_who_may_ask() -> None:
 def test_ten_thousand_queued_clips(monkeypatch: pytest.MonkeyPatch) -> None:
     """Most wait at once, the rest comes back; nothing is lost, mis-assigned or held beyond the limit."""
     video, prompts = numbered(25)
-    size = len(encoded(Question(video, tuple(prompts), ("own",)))) + 200  # later numbers are longer
+    size = len(encoded(ScoreRequest(video, tuple(prompts), ("own",)))) + 200  # later numbers are longer
     room = 270 * size
     monkeypatch.setattr(client_module, "REQUEST_BYTES", 25 * 96)
     monkeypatch.setattr(client_module, "IN_FLIGHT", 100)
@@ -326,7 +326,7 @@ def test_ten_thousand_queued_clips(monkeypatch: pytest.MonkeyPatch) -> None:
         release.wait(60)
         return number_of(video, prompts)
 
-    limits = Limits(request_bytes=size, queue_bytes=room, batch=64, retry_seconds=0)
+    limits = RequestLimits(request_bytes=size, queue_bytes=room, batch=64, retry_seconds=0)
     with serving(Named(observed), limits=limits) as url, ThreadPoolExecutor(4) as threads:
         patience = Patience(answer=60, outage=60, first_pause=0.5, longest_pause=0.5)
         remotes = [connect(url, ["own"], patience=patience) for _ in range(4)]

@@ -200,7 +200,7 @@ def test_a_truncated_file_costs_its_scores_only(tmp_path: Path) -> None:
 def test_a_cache_that_another_process_holds_is_passed_over(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(module, "PATIENCE", 0.05)
+    monkeypatch.setattr(module, "WRITER_SECONDS", 0.05)
     cache = score_cache(str(tmp_path))
     holder = sqlite3.connect(cache.file, isolation_level=None)
     holder.execute("BEGIN EXCLUSIVE")

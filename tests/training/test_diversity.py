@@ -69,7 +69,9 @@ def test_a_measurement_in_closed_form(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found.pixel_distance == pytest.approx(((0.1 + 0.3 + 0.4) / 3 + 0) / 2)
     assert found.broken_share == pytest.approx(1 / 3)
     assert found.reward_std == pytest.approx((7 / 3) ** 0.5 / 2)
-    assert diversity.averaged([found, Diversity(0.0, 0.0, 0.0, 0.0)])["broken_share"] == pytest.approx(1 / 6)
+    assert diversity.mean_diversity([found, Diversity(0.0, 0.0, 0.0, 0.0)])["broken_share"] == pytest.approx(
+        1 / 6
+    )
 
 
 def test_branch_noise_is_mixed_inside_the_window_alone() -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kvpo.engine.noise import SeededTape
 from kvpo.prompts import ClipPrompt, VideoPrompt
-from kvpo.training.evaluation import Evaluation, Judges, comparison, evaluate, mean_gain, paired_gain
+from kvpo.training.evaluation import Evaluation, Judges, comparison, evaluate_policy, mean_gain, paired_gain
 from kvpo.training.setup import Setup
 from tests.tiny_world import FRAMES, tiny_config, toy_setup
 
@@ -43,7 +43,7 @@ def judged(base: Path, rows: int = 32) -> tuple[Evaluation, Literal, Literal, Se
     setup = toy_setup(tiny_config(base))
     scorer, unseen = Literal(), Literal()
     judges = Judges(scorer, torch.tensor([1.0, 0.5]), unseen)
-    found = evaluate(setup.backbone, PROMPTS, setup.backbone.tape("test"), judges, rows=rows)
+    found = evaluate_policy(setup.backbone, PROMPTS, setup.backbone.tape("test"), judges, rows=rows)
     return found, scorer, unseen, setup
 
 

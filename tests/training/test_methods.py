@@ -12,7 +12,7 @@ from torch import Tensor
 from kvpo.method.methods import METHODS
 from kvpo.prompts import VideoPrompt
 from kvpo.training.collection import credits_of, explore, lessons_of
-from kvpo.training.evaluation import PairedGain, evaluate, paired_gain
+from kvpo.training.evaluation import PairedGain, evaluate_policy, paired_gain
 from kvpo.training.gradients import accumulate_gradients
 from kvpo.training.setup import Setup
 from kvpo.training.trainer import Trainer
@@ -51,7 +51,9 @@ def redness(setup: Setup) -> Tensor:
     """Of the held-out videos, on their fixed tape, [N]."""
     prompts = setup.test["short"]
     with torch.no_grad():
-        return evaluate(setup.backbone, prompts, setup.evaluation_tape(), setup.judges).components_KN[0]
+        return evaluate_policy(setup.backbone, prompts, setup.evaluation_tape(), setup.judges).components_KN[
+            0
+        ]
 
 
 def gain_of(trainer: Trainer) -> PairedGain:

@@ -15,13 +15,13 @@ from kvpo.training.evaluation import Evaluation, Judges, comparison, paired_gain
 from kvpo.training.metrics_log import read_metrics
 from kvpo.training.radar import (
     Reading,
-    agreement,
     describe_verdict,
     drifted,
     judge,
     loaded,
     measured,
-    pooled,
+    pooled_sets,
+    rank_agreement,
     rank_correlation,
     reading,
     saved,
@@ -159,7 +159,7 @@ def test_rank_correlation_in_closed_form() -> None:
 
 def test_agreement_names_every_pair_once() -> None:
     up, down = torch.arange(4.0), -torch.arange(4.0)
-    assert agreement({"a": up, "b": down}, {"held": up}) == {
+    assert rank_agreement({"a": up, "b": down}, {"held": up}) == {
         "a": {"b": pytest.approx(-1), "held": pytest.approx(1)},
         "b": {"held": pytest.approx(-1)},
     }
@@ -198,7 +198,7 @@ def test_what_the_radar_measures() -> None:
     assert with_unseen["agreement"]["redness"]["unseen scorer"] == pytest.approx(0.5)
     numbers["drift"]["brightness"] |= {"gain": 0.0, "se": 0.0, "spread": 0.0}
     assert drifted(numbers, 3.0) == [], "a look that never changes has not drifted"
-    both = pooled([base, aligned])
+    both = pooled_sets([base, aligned])
     torch.testing.assert_close(both.components_KN, torch.cat([torch.zeros(2, 3), gains], 1))
     assert reading(7, both, judges).held_out["calm_twice"].shape == (6,)
 
@@ -268,7 +268,7 @@ def test_a_repeated_prompt_counts_once() -> None:
     assert numbers["prompts"] == 2
     assert numbers["paired_gain"] == pytest.approx(0.3)
     assert numbers["paired_se"] == pytest.approx(0.2)  # sd of (0.1, 0.5) over sqrt(2)
-    trained = measured(pooled([base]), pooled([aligned]), judges)["trained"]
+    trained = measured(pooled_sets([base]), pooled_sets([aligned]), judges)["trained"]
     assert (trained["gain"], trained["se"]) == (pytest.approx(0.3), pytest.approx(0.2))
     distinct = replace(base, texts_N=(("a",), ("b",), ("c",), ("d",)))
     assert distinct.by_prompt() is distinct

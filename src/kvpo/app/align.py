@@ -22,7 +22,7 @@ from kvpo.files import local_path, read_json
 from kvpo.method.diagnostics import meanings
 from kvpo.method.methods import METHODS
 from kvpo.progress import progress_bars
-from kvpo.report.headline import verdict_of
+from kvpo.report.headline import final_headline
 from kvpo.training import radar
 from kvpo.training.checkpoint import find_checkpoint, latest_checkpoint
 from kvpo.training.checks import (
@@ -35,7 +35,7 @@ from kvpo.training.device import computing
 from kvpo.training.evaluation import Evaluation, comparison
 from kvpo.training.interrupt import stop_on_signal
 from kvpo.training.metrics_log import MetricsLog
-from kvpo.training.ranks import added_up, joined
+from kvpo.training.ranks import added_up, joined_ranks
 from kvpo.training.run import Run, checkpoint_update, evaluate_base, restore, resume_point
 from kvpo.training.run_directory import RunDirectory, belongs_to_run
 from kvpo.training.setup import Setup
@@ -63,7 +63,7 @@ def align(config: Config, out: Path | str, *, resume: bool = False) -> dict[str,
     if resume and belongs_to_run(out):
         _demand_same_run(out, config)
     with (
-        joined(config.device, traces=out) as ranks,
+        joined_ranks(config.device, traces=out) as ranks,
         RunDirectory(out, config, resume=resume, ranks=ranks) as directory,
         computing(config),
     ):
@@ -162,7 +162,7 @@ def exactness(setup: Setup, trainer: Trainer) -> dict[str, float]:
 
 def radar_summary(run: Run, results: Mapping[str, tuple[Evaluation, Evaluation]]) -> dict[str, Any]:
     """The hacking radar's verdict on the validations, and its readings on the test prompts."""
-    base, aligned = (radar.pooled(side) for side in zip(*results.values(), strict=True))
+    base, aligned = (radar.pooled_sets(side) for side in zip(*results.values(), strict=True))
     judges = run.setup.judges
     return run.update_verdict() | {
         "held_out": list(judges.held_out_names),
@@ -222,7 +222,7 @@ def _finish(run: Run, directory: RunDirectory, show: Any, started: float) -> dic
         },
         "radar": radar_summary(run, results),
     }
-    verdict = verdict_of(summary, asdict(setup.config))
+    verdict = final_headline(summary, asdict(setup.config))
     summary["verdict"] = verdict.text
     logger.warning("%s", verdict.text)
     ranks.once("writing the summary", partial(_write_summary, directory, summary))

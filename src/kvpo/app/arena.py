@@ -7,10 +7,10 @@ from pathlib import Path
 
 from kvpo.app.arena_sources import arms_of, described, parse_source, scenes_of
 from kvpo.arena.database import DATABASE
-from kvpo.arena.exchange import SUFFIXES, read_votes, write_votes
+from kvpo.arena.exchange import VOTE_SUFFIXES, read_votes, write_votes
 from kvpo.arena.intake import add_judgements, create_study
 from kvpo.arena.pairs import draw
-from kvpo.arena.report import write_page
+from kvpo.arena.report import write_study_page
 from kvpo.arena.result import Result, analyse
 from kvpo.arena.store import Study
 from kvpo.arena.study import Design, read_questions
@@ -78,7 +78,7 @@ def links(study: Study, raters: Sequence[str], url: str) -> list[str]:
     return [f"{rater}: {url}/#{study.invite(rater)}" for rater in raters]
 
 
-def serve(opened: Callable[[], Study], raters: Sequence[str], *, host: str, port: int) -> None:
+def serve_study(opened: Callable[[], Study], raters: Sequence[str], *, host: str, port: int) -> None:
     """Serve a study to the raters until SIGTERM or Ctrl-C; every request needs one of their tokens.
 
     The address is taken before the study is opened, which may generate its videos first.
@@ -113,7 +113,7 @@ def report(place: Path, *, effect: float = 0.1, close: bool = False) -> tuple[Pa
     """
     if not 0 < effect <= 1:
         raise ConfigurationError(f"--effect: must be above 0 and at most 1, got {effect}")
-    if place.suffix in SUFFIXES:
+    if place.suffix in VOTE_SUFFIXES:
         result = analyse(place.stem, read_votes(place), [], effect=effect)
         return _written(result, place.with_suffix(".html"), {}), result
     study = Study(place)
@@ -136,7 +136,7 @@ def report(place: Path, *, effect: float = 0.1, close: bool = False) -> tuple[Pa
 
 
 def _written(result: Result, page: Path, videos: Mapping[str, Path]) -> Path:
-    write_page(page, result, videos)
+    write_study_page(page, result, videos)
     write_atomic(page.with_suffix(".json"), result.as_json())
     return page
 

@@ -67,7 +67,7 @@ def arena(arguments: Namespace) -> None:
     if verb in _VERBS:
         _VERBS[verb](rest, arguments)
         return
-    from kvpo.app.arena import open_study, serve
+    from kvpo.app.arena import open_study, serve_study
 
     opened = partial(
         open_study,
@@ -78,7 +78,7 @@ def arena(arguments: Namespace) -> None:
         pairs=arguments.pairs,
         ranked=arguments.rank,
     )
-    serve(opened, _raters(arguments.raters), host=arguments.host, port=arguments.port)
+    serve_study(opened, _raters(arguments.raters), host=arguments.host, port=arguments.port)
 
 
 def _raters(text: str) -> list[str]:

@@ -11,14 +11,14 @@ import av
 
 from kvpo.app.build import source_of
 from kvpo.app.configuration import resolve_run
-from kvpo.app.generate import SHORTEST_SIDE, generate
+from kvpo.app.generate import generate
 from kvpo.app.video_folder import file_segments, find_videos
 from kvpo.arena.study import Scene
 from kvpo.config import Config
 from kvpo.files import json_lines, read_json
 from kvpo.prompts import VideoPrompt
 from kvpo.report.record import read_videos
-from kvpo.report.video import read_video, write_video
+from kvpo.report.video import enlargement, read_video, write_video
 
 logger = logging.getLogger(__name__)
 
@@ -172,7 +172,7 @@ def _branches(run: Path, folder: Path) -> Arms:
     problems: list[str] = []
     folder.mkdir()
     for key, frames in read_videos(run / BRANCHES / f"{BRANCHES}.safetensors", keys, problems):
-        scale = max(1, -(-SHORTEST_SIDE // min(frames.shape[1:3])))
+        scale = enlargement(frames.shape[1:3])
         write_video(folder / f"{key}.mp4", frames, BRANCH_RATE, scale=scale)
     if problems:
         raise ValueError(problems[0])

@@ -7,7 +7,7 @@ from kvpo.app.configuration import path_argument, resolve, resolve_resumed, reso
 from kvpo.config import Config
 from kvpo.config_checks import ConfigurationError
 
-SETTING = "setting:"
+SETTING_PREFIX = "setting:"
 """Prefix of the parsed arguments that hold settings: ``setting:optim.lr``."""
 
 
@@ -22,7 +22,9 @@ def configuration(arguments: Namespace, *, saved: Path | None = None) -> Config:
 def settings_given(arguments: Namespace) -> dict[str, str]:
     """The settings among ``arguments``: dotted path -> text."""
     return {
-        name.removeprefix(SETTING): text for name, text in vars(arguments).items() if name.startswith(SETTING)
+        name.removeprefix(SETTING_PREFIX): text
+        for name, text in vars(arguments).items()
+        if name.startswith(SETTING_PREFIX)
     }
 
 

@@ -68,7 +68,7 @@ def checkpoint_of(run: Path | None, name: str | None) -> Path | None:
     return path
 
 
-def arms_of(
+def opened_arms(
     config: Config, backbone: Backbone, checkpoint: Path | None, weights: str
 ) -> dict[str, Callable[[], AbstractContextManager[None]]]:
     """The base, and with a checkpoint the aligned model: the generator has its weights inside the context."""

@@ -314,7 +314,7 @@ def calibrate(
     return found
 
 
-def table(found: Mapping[str, ComponentNoise]) -> str:
+def noise_table(found: Mapping[str, ComponentNoise]) -> str:
     """The measurement as text: per component the noise floor, the spread between clips, and every change."""
     kinds = list(next(iter(found.values())).changes)
     header = ["", "noise floor", "clips differ by", *kinds]

@@ -15,7 +15,7 @@ from dataclasses import asdict
 from typing import Any, NoReturn
 
 from kvpo import __version__
-from kvpo.app.arguments import SETTING
+from kvpo.app.arguments import SETTING_PREFIX
 from kvpo.app.commands import COMMANDS, is_main
 from kvpo.app.configuration import PLACES_OF_A_RUN, flat, nearest, path_argument, sections, settings
 from kvpo.app.presets import PRESETS
@@ -138,7 +138,7 @@ def _add_settings(parser: argparse.ArgumentParser, paths: Iterable[str], shown: 
         text = f"{setting.doc} [{value}]".replace("%", "%%")
         groups[section].add_argument(
             f"--{path}",
-            dest=SETTING + path,
+            dest=SETTING_PREFIX + path,
             default=argparse.SUPPRESS,
             metavar=_metavar(setting.type),
             help=text,

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from kvpo.app import arena_commands, live_commands, reward_commands
 from kvpo.app.arguments import (
-    SETTING,
+    SETTING_PREFIX,
     checkpoint_argument,
     configuration,
     generating,
@@ -65,7 +65,7 @@ def _align_arguments(parser: ArgumentParser) -> None:
     ):
         parser.add_argument(
             f"--{short}",
-            dest=f"{SETTING}{setting}",
+            dest=f"{SETTING_PREFIX}{setting}",
             default=SUPPRESS,
             metavar=metavar,
             help=f"short for --{setting}",
@@ -236,8 +236,9 @@ def _plan(arguments: Namespace) -> None:
     for name in ("tflops", "bandwidth"):
         if (rate := vars(arguments)[name]) is not None and rate <= 0:
             raise ConfigurationError(f"--{name}: must be positive, got {rate:g}")
-    from kvpo.app.plan import GB, plan_command
+    from kvpo.app.plan import plan_command
     from kvpo.plan.phases import Rates
+    from kvpo.training.device import GB
 
     flops, bandwidth = (0.1, 10.0) if config.device == "cpu" else (150.0, 1000.0)
     plan_command(
@@ -329,13 +330,13 @@ COMMANDS = (
         "calibrate",
         "measure a reward's noise floor",
         reward_commands.calibrate_arguments,
-        reward_commands.calibrate,
+        reward_commands.run_calibrate,
     ),
     Command(
         "learn-reward",
         "learn a reward from the votes of studies",
         reward_commands.learn_reward_arguments,
-        reward_commands.learn_reward,
+        reward_commands.run_learn_reward,
     ),
     Command(
         "reward-server",

@@ -73,7 +73,7 @@ def resolve(preset: str | None, file: Path | None, flags: Mapping[str, str]) -> 
 
     Without ``preset`` the file's own holds, and without that ``demo``. Raises ConfigurationError.
     """
-    values = read_file(file) if file is not None else {}
+    values = read_settings(file) if file is not None else {}
     given = parse_flags(flags)
     start = str(values.get("preset", "demo")) if preset is None else preset
     config = _start(start, given.get("method", values.get("method")))
@@ -116,7 +116,7 @@ def resolve_saved(saved: Path, flags: Mapping[str, str] | None = None) -> Config
 
     Raises ConfigurationError; also for an empty or shortened file, which a preset would fill up silently.
     """
-    values = read_file(saved)
+    values = read_settings(saved)
     for path, value in values.items():
         _setting(path, value)  # a setting that has moved says where it is
     if missing := {"preset", "checkpoint.every"} - values.keys():  # the first and the last line
@@ -135,7 +135,7 @@ def resolve_resumed(saved: Path, preset: str | None, file: Path | None, flags: M
     """
     before = resolve_saved(saved)
     given = {
-        **(read_file(file) if file is not None else {}),
+        **(read_settings(file) if file is not None else {}),
         **({} if preset is None else {"preset": preset}),
     }
     after = assign(assign(before, given), parse_flags(flags))
@@ -172,7 +172,7 @@ def demand_same_run(saved: Path, before: Config, after: Config, changeable: Sequ
         )
 
 
-def read_file(path: Path) -> dict[str, Any]:
+def read_settings(path: Path) -> dict[str, Any]:
     """The settings in a YAML file by dotted path, not yet converted. Raises ConfigurationError."""
     try:
         text = read_text(path)
@@ -299,7 +299,9 @@ def _convert(kind: Any, value: Any, setting: Setting) -> Any:
     if kind is float and (number := _number(value)) is not None:
         return number
     hint = nearest(str(value), arguments) if origin is Literal else ""
-    raise ConfigurationError(f"{setting.path}: expected {describe(setting.type)}, got {_shown(value)}{hint}")
+    raise ConfigurationError(
+        f"{setting.path}: expected {kind_in_words(setting.type)}, got {_shown(value)}{hint}"
+    )
 
 
 def _number(value: Any) -> float | None:
@@ -313,7 +315,7 @@ def _number(value: Any) -> float | None:
     return number if math.isfinite(number) else None
 
 
-def describe(kind: Any) -> str:
+def kind_in_words(kind: Any) -> str:
     """A type in words, for messages."""
     kind, optional = _without_none(kind)
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
@@ -322,7 +324,7 @@ def describe(kind: Any) -> str:
         text = "one of " + ", ".join(map(str, arguments))
     elif origin is tuple:
         count = "a list, each" if arguments[-1] is ... else f"a list of {len(arguments)}, each"
-        text = f"{count} {describe(arguments[0])}"
+        text = f"{count} {kind_in_words(arguments[0])}"
     elif origin is dict:
         text = f"name: value pairs, each value {words[arguments[1]]}"
     else:

@@ -26,9 +26,9 @@ from kvpo.app.build import build_setup, check_device, source_of
 from kvpo.app.configuration import PLACES_OF_A_RUN, flat, preset, settings
 from kvpo.app.named_rewards import reach_servers
 from kvpo.config import Config
-from kvpo.models.hub import resolve
+from kvpo.models.hub import resolve_location
 from kvpo.training.device import GB, computing
-from kvpo.training.ranks import Ranks, joined
+from kvpo.training.ranks import Ranks, joined_ranks
 from kvpo.training.trainer import Trainer
 
 logger = logging.getLogger(__name__)
@@ -41,7 +41,7 @@ WRITTEN = 64 * 2**20
 """Bytes that the write test writes."""
 SKEW = 1.0
 """Seconds by which clocks may differ before logs of several nodes are hard to read side by side."""
-PATIENCE = timedelta(minutes=2)
+RANK_TIMEOUT = timedelta(minutes=2)
 """Time-out of all that the ranks say to one another here."""
 EXCHANGED = 2**22
 """Numbers in the test of a gradient's exchange: 16 MB."""
@@ -80,7 +80,7 @@ def doctor(config: Config, out: Path) -> list[list[Finding]]:
 
     Raises LostRank where the ranks do not meet.
     """
-    with joined(config.device, long=PATIENCE) as ranks:
+    with joined_ranks(config.device, long=RANK_TIMEOUT) as ranks:
         checks: tuple[tuple[str, Callable[[], list[Finding]]], ...] = (
             ("versions", versions),
             ("device", partial(device, config)),
@@ -222,7 +222,7 @@ def files(config: Config) -> list[Finding]:
         if path in NO_FILES or settings()[path].type is not str or not value:
             continue
         try:
-            findings.append(Finding(path, "ok", str(resolve(value, offline=True))))
+            findings.append(Finding(path, "ok", str(resolve_location(value, offline=True))))
         except ValueError as error:
             findings.append(Finding(path, "warn", str(error)))
     training, validation, test = source_of(config).split(config)

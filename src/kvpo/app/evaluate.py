@@ -13,7 +13,7 @@ from kvpo.app.provenance import demand_same_files, demand_same_prompts
 from kvpo.config import Config
 from kvpo.files import local_path, output_file, write_atomic
 from kvpo.progress import progress_bars
-from kvpo.report.headline import verdict_of
+from kvpo.report.headline import final_headline
 from kvpo.training.checkpoint import find_checkpoint, no_improvement
 from kvpo.training.device import computing
 from kvpo.training.evaluation import comparison
@@ -70,7 +70,7 @@ def _evaluate(run: Path, config: Config, checkpoint: str | None, weights: str, o
         show("base and aligned on test prompts", len(setup.test), len(setup.test))
     numbers = {"checkpoint": path.name, "weights": weights, "held_out": held_out}
     numbers |= {"scored": asdict(setup.scored)} | ({} if warning is None else {"improved": False})
-    verdict = verdict_of(numbers, asdict(config))
+    verdict = final_headline(numbers, asdict(config))
     numbers["verdict"] = verdict.text
     logger.warning("%s", verdict.text)
     write_atomic(out, json.dumps(numbers, indent=2, allow_nan=False) + "\n")

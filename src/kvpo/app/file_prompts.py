@@ -18,7 +18,7 @@ from kvpo.prompts import VideoPrompt
 
 logger = logging.getLogger(__name__)
 
-KINDS = {"short": "one prompt", "long": "several prompts"}
+PROMPT_KINDS = {"short": "one prompt", "long": "several prompts"}
 Sets = dict[str, list[VideoPrompt]]
 """Prompt sets by kind."""
 
@@ -89,10 +89,10 @@ def prompt_file(config: Config, location: Path | str) -> Path:
     local = local_path(location, "prompts")
     if local.exists():
         return local
-    from kvpo.models.hub import resolve
+    from kvpo.models.hub import resolve_location
 
     try:
-        return resolve(location)
+        return resolve_location(location)
     except ValueError as error:
         raise ValueError(f"{location}: no such prompt file ({error})") from error
 
@@ -119,7 +119,7 @@ def split_prompts(config: Config) -> tuple[list[VideoPrompt], Sets, Sets]:
     training: list[VideoPrompt] = []
     validation: Sets = {}
     test: Sets = {}
-    for kind, words in KINDS.items():
+    for kind, words in PROMPT_KINDS.items():
         own = [prompt for prompt in every if (len(prompt.segments) > 1) == (kind == "long")]
         if not own:
             continue

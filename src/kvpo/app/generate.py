@@ -9,28 +9,25 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from kvpo.app.build import arms_of, checkpoint_of, load_backbone, source_of
+from kvpo.app.build import checkpoint_of, load_backbone, opened_arms, source_of
 from kvpo.app.file_prompts import prompt_file
 from kvpo.app.provenance import demand_same_prompts
-from kvpo.app.report_data import as_bytes
-from kvpo.app.video_folder import MANIFEST, SUFFIXES
+from kvpo.app.video_folder import MANIFEST, VIDEO_SUFFIXES
 from kvpo.config import Config
 from kvpo.config_checks import check
-from kvpo.engine.generator import pixels_of
+from kvpo.engine.generator import as_bytes, pixels_of
 from kvpo.engine.stream import stream_latents
 from kvpo.files import StorageError, local_path, storage_error, write_atomic
 from kvpo.progress import progress_bars
 from kvpo.prompt_files import read_prompts
 from kvpo.prompts import VideoPrompt, check_shown
-from kvpo.report.video import side_by_side, write_video
+from kvpo.report.video import enlargement, side_by_side, write_video
 from kvpo.training.backbone import Backbone
 from kvpo.training.device import computing
 
 logger = logging.getLogger(__name__)
 
-SHORTEST_SIDE = 256
-"""Frames smaller than this are enlarged in the video files."""
-TOGETHER = 8
+VIDEOS_TOGETHER = 8
 """Videos generated in one batch."""
 UNASKED = 4
 """Test prompts of each kind where no prompts are given."""
@@ -83,7 +80,7 @@ def _generate(
     """Load the generator, and write the videos of the prompts batch by batch."""
     path = checkpoint_of(run, checkpoint)
     backbone = load_backbone(config, wanted)
-    sides = list(arms_of(config, backbone, path, weights).values())
+    sides = list(opened_arms(config, backbone, path, weights).values())
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -118,7 +115,7 @@ def _demand_no_videos(out: Path) -> None:
     """Refuse a folder with videos: its lists and its videos must come from one call."""
     if out.exists() and not out.is_dir():
         raise StorageError(f"cannot save videos in {out}: it is a file; choose another --out")
-    if there := sorted(path for path in out.glob("*") if path.suffix.lower() in SUFFIXES):
+    if there := sorted(path for path in out.glob("*") if path.suffix.lower() in VIDEO_SUFFIXES):
         raise StorageError(
             f"{out} already holds {len(there)} video(s), such as {there[0].name}; remove them, or choose "
             "another --out"
@@ -157,7 +154,11 @@ def _batches(prompts: Sequence[VideoPrompt]) -> list[list[VideoPrompt]]:
     by_length: dict[int, list[VideoPrompt]] = {}
     for prompt in prompts:
         by_length.setdefault(prompt.num_frames, []).append(prompt)
-    return [some[at : at + TOGETHER] for some in by_length.values() for at in range(0, len(some), TOGETHER)]
+    return [
+        some[at : at + VIDEOS_TOGETHER]
+        for some in by_length.values()
+        for at in range(0, len(some), VIDEOS_TOGETHER)
+    ]
 
 
 def _latents(backbone: Backbone, prompts: Sequence[VideoPrompt]) -> Tensor:
@@ -176,7 +177,7 @@ def _write_videos(
     clips = dict(zip(names, frames, strict=True))
     if len(pair) == 2:
         clips[f"{name}-side-by-side"] = torch.from_numpy(side_by_side(frames))
-    scale = max(1, -(-SHORTEST_SIDE // min(frames[0].shape[1:3])))
+    scale = enlargement(frames[0].shape[1:3])
     for clip, content in clips.items():
         try:
             write_video(out / f"{clip}.mp4", content, backbone.codec.frames_per_second, scale=scale)

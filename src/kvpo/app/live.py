@@ -8,11 +8,11 @@ from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from kvpo.app.build import arms_of, checkpoint_of, load_backbone, source_of
+from kvpo.app.build import checkpoint_of, load_backbone, opened_arms, source_of
 from kvpo.config import Config
 from kvpo.config_checks import check
 from kvpo.files import storage_error
-from kvpo.live.scheduler import Limits, Scheduler, Side
+from kvpo.live.scheduler import Scheduler, SessionLimits, Side
 from kvpo.live.script import Cue
 from kvpo.live.server import live_app
 from kvpo.live.session import Stage
@@ -21,14 +21,13 @@ from kvpo.prompts import VideoPrompt
 from kvpo.serving import check_address, listener, run_app, url_of
 from kvpo.training.backbone import Backbone
 from kvpo.training.checkpoint import TENSORS
-from kvpo.training.device import computing
+from kvpo.training.device import GB, computing
 
 logger = logging.getLogger(__name__)
 
-TOKEN_VARIABLE = "KVPO_LIVE_TOKEN"
+LIVE_TOKEN_VARIABLE = "KVPO_LIVE_TOKEN"
 RESIDENT = 33
 """History frames that stay resident where a configuration keeps all: a stream has no end."""
-GB = 1e9
 
 
 @dataclass(frozen=True)
@@ -48,7 +47,7 @@ def serve_live(
     run: Path | None = None,
     checkpoint: str | None = None,
     weights: str = "average",
-    limits: Limits,
+    limits: SessionLimits,
 ) -> None:
     """Serve the live page until SIGTERM or Ctrl-C.
 
@@ -64,7 +63,7 @@ def serve_live(
         StorageError: ``out`` cannot be made.
     """
     check(config)
-    check_address(address.host, address.port, address.token, TOKEN_VARIABLE)
+    check_address(address.host, address.port, address.token, LIVE_TOKEN_VARIABLE)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -88,13 +87,19 @@ def serve_live(
 
 
 def theatre_of(
-    config: Config, out: Path, *, run: Path | None, checkpoint: str | None, weights: str, limits: Limits
+    config: Config,
+    out: Path,
+    *,
+    run: Path | None,
+    checkpoint: str | None,
+    weights: str,
+    limits: SessionLimits,
 ) -> Theatre:
     """The sessions of a server, ready for their first client; see `serve_live`."""
     source = source_of(config)
     path = checkpoint_of(run, checkpoint)
     backbone = load_backbone(config)
-    sides = arms_of(config, backbone, path, weights)
+    sides = opened_arms(config, backbone, path, weights)
     generator, codec, guide = backbone.generator, backbone.codec, source.guide
     exploration = config.exploration
     if generator.deployment.window == -1:

@@ -58,11 +58,11 @@ def live(arguments: Namespace) -> None:
         if vars(arguments)[name] < least:
             raise ConfigurationError(f"--{name}: must be {least} or more, got {vars(arguments)[name]}")
     config = generating(arguments)
-    from kvpo.app.live import TOKEN_VARIABLE, Address, serve_live
-    from kvpo.live.scheduler import Limits
+    from kvpo.app.live import LIVE_TOKEN_VARIABLE, Address, serve_live
+    from kvpo.live.scheduler import SessionLimits
     from kvpo.serving import read_token
 
-    token = read_token(arguments.token_file, os.environ, TOKEN_VARIABLE)
+    token = read_token(arguments.token_file, os.environ, LIVE_TOKEN_VARIABLE)
     serve_live(
         config,
         Address(arguments.host, arguments.port, token),
@@ -70,5 +70,5 @@ def live(arguments: Namespace) -> None:
         run=arguments.run,
         checkpoint=arguments.checkpoint,
         weights=arguments.weights,
-        limits=Limits(sessions=arguments.sessions, rows=arguments.rows),
+        limits=SessionLimits(sessions=arguments.sessions, rows=arguments.rows),
     )

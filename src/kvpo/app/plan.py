@@ -22,9 +22,9 @@ from kvpo.method.methods import METHODS
 from kvpo.models.causal_wan import CausalWan
 from kvpo.plan.phases import Plan, Rates, plan_run
 from kvpo.training.checkpoint import KEPT_CHECKPOINTS
+from kvpo.training.device import GB
 from kvpo.training.gradients import trajectories_together
 
-GB = 1e9
 ALIKE = ("backbone.offload", "optim.checkpointing", "optim.replay_rows", "exploration.rows")
 """Settings that change results by rounding alone."""
 SPARE = 0.04
@@ -135,10 +135,10 @@ def plan_command(config: Config, *, memory: float | None, rates: Rates, out: Pat
     advice = None if memory is None or fits(plan, memory) else advise(planner, config, memory)
     _print(plan, memory, advice)
     if out is not None:
-        write_atomic(out, json.dumps(numbers(plan, memory, advice), indent=1) + "\n")
+        write_atomic(out, json.dumps(plan_numbers(plan, memory, advice), indent=1) + "\n")
 
 
-def numbers(plan: Plan, memory: float | None, advice: Advice | None) -> dict[str, object]:
+def plan_numbers(plan: Plan, memory: float | None, advice: Advice | None) -> dict[str, object]:
     """Everything in the plan, in bytes and seconds."""
     found: dict[str, object] = {
         "preset": plan.config.preset,

@@ -23,7 +23,7 @@ from kvpo.models.geometry import fields_of
 
 logger = logging.getLogger(__name__)
 
-NAME = "provenance.json"
+PROVENANCE = "provenance.json"
 
 
 def prompts_of(config: Config) -> dict[str, Any]:
@@ -73,9 +73,9 @@ def demand_same_prompts(run: Path, config: Config) -> None:
         if there[part] != here[part]:
             old, new = (hashlib.sha256(json.dumps(side[part]).encode()).hexdigest() for side in (there, here))
             raise ConfigurationError(
-                f"the {part} prompts of {run} (in its {NAME}, SHA-256 {old}) are not those of these settings "
-                f"({new}); keep its settings evaluation.* and prompts.* and its version of kvpo, or start "
-                "another run"
+                f"the {part} prompts of {run} (in its {PROVENANCE}, SHA-256 {old}) are not those of these "
+                f"settings ({new}); keep its settings evaluation.* and prompts.* and its version of kvpo, or "
+                "start another run"
             )
 
 
@@ -93,9 +93,9 @@ def demand_same_files(run: Path, config: Config) -> None:
 
 def _recorded(run: Path, part: str) -> Any:
     """A part of a run's record; None, with a warning, where the run has none."""
-    path = run / NAME
+    path = run / PROVENANCE
     if not path.exists():
-        logger.warning("%s has no %s: whether its %s are the same cannot be told", run, NAME, part)
+        logger.warning("%s has no %s: whether its %s are the same cannot be told", run, PROVENANCE, part)
         return None
     try:
         return read_json(path)[part]

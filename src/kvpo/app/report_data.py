@@ -21,7 +21,7 @@ from kvpo.engine.explorers import (
     routes,
 )
 from kvpo.engine.forks import Fork, plan_forks
-from kvpo.engine.generator import pixels_of
+from kvpo.engine.generator import as_bytes, pixels_of
 from kvpo.engine.noise import Tape, keyed_generator
 from kvpo.engine.rollout import Group
 from kvpo.engine.scoring import Scores, decode_members, score_group
@@ -33,16 +33,11 @@ from kvpo.prompts import VideoPrompt
 from kvpo.report.headline import FEWEST_PROMPTS
 from kvpo.training.collection import credit_of, explore
 from kvpo.training.credit import collection_scale
-from kvpo.training.diversity import Laboratory, Place, averaged
+from kvpo.training.diversity import Laboratory, Place, mean_diversity
 from kvpo.training.evaluation import Evaluation
 from kvpo.training.gradients import lesson_of, table_of, with_old_policy, with_routed_teacher
 from kvpo.training.run import Run
 from kvpo.training.setup import Setup
-
-
-def as_bytes(video_TCHW: Tensor) -> Tensor:
-    """Pixels in [0, 1] as uint8 ``[T, H, W, 3]``."""
-    return (video_TCHW.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().contiguous()
 
 
 def laboratory(setup: Setup, prompts: Sequence[VideoPrompt]) -> Laboratory:
@@ -86,7 +81,7 @@ def measure_diversity(setup: Setup) -> dict[str, dict[str, float]]:
         with setup.ranks.together("measuring diversity"):
             own = [look.measure(look.branches(place, explorer)) for place in setup.ranks.share(some)]
         measured = setup.ranks.in_order(own, "measuring diversity")
-        return averaged([m for m, place in zip(measured, some, strict=True) for _ in place.prompts])
+        return mean_diversity([m for m, place in zip(measured, some, strict=True) for _ in place.prompts])
 
     routed, fresh = over_places(routes), over_places(fresh_noise)
     strength = look.matched_strength(places[:2], routed["pixel_distance"])

@@ -46,7 +46,7 @@ def score(arguments: Namespace) -> None:
     """Run ``kvpo score``."""
     names = _names(arguments.reward)
     _check_out(arguments.out, ".html")
-    from kvpo.app.score import score_folder, table
+    from kvpo.app.score import score_folder, score_table
 
     with progress_bars(lasting=False) as show:
         results = score_folder(
@@ -58,7 +58,7 @@ def score(arguments: Namespace) -> None:
             device=arguments.device or _device(),
             progress=partial(show, "scoring"),
         )
-    print(table(results))
+    print(score_table(results))
     print(arguments.out)
 
 
@@ -85,7 +85,7 @@ def calibrate_arguments(parser: ArgumentParser) -> None:
     _model_arguments(parser)
 
 
-def calibrate(arguments: Namespace) -> None:
+def run_calibrate(arguments: Namespace) -> None:
     """Run ``kvpo calibrate``."""
     from kvpo.app.named_rewards import split_location
 
@@ -93,7 +93,7 @@ def calibrate(arguments: Namespace) -> None:
     out = arguments.out or Path(f"{plain.replace(':', '.')}.noise.json")
     _check_out(out, ".json")
     from kvpo.app.calibrate import calibrate as measure
-    from kvpo.app.calibrate import table
+    from kvpo.app.calibrate import noise_table
 
     with progress_bars(lasting=False) as show:
         found = measure(
@@ -107,7 +107,7 @@ def calibrate(arguments: Namespace) -> None:
             device=arguments.device or _device(),
             progress=partial(show, "calibrating"),
         )
-    print(table(found))
+    print(noise_table(found))
     parts = [name for name in found if name != TOTAL or len(found) == 1]
     print(f"--rewards.noise_floors {','.join(f'{name}={out}' for name in parts)}")
 
@@ -156,9 +156,9 @@ def reward_server_arguments(parser: ArgumentParser) -> None:
 
 def reward_server(arguments: Namespace) -> None:
     """Run ``kvpo reward-server``."""
-    from kvpo.app.reward_server import serve
+    from kvpo.app.reward_server import serve_rewards
     from kvpo.rewards.service.messages import TOKEN_VARIABLE
-    from kvpo.rewards.service.server import MIB, Limits
+    from kvpo.rewards.service.server import MIB, RequestLimits
     from kvpo.serving import read_token
 
     for name in ("batch", "request_mib", "queue_mib"):
@@ -171,8 +171,8 @@ def reward_server(arguments: Namespace) -> None:
         )
     if not 0 < arguments.frame_rate < math.inf:
         raise ConfigurationError(f"--frame-rate: must be positive, got {arguments.frame_rate}")
-    limits = Limits(arguments.request_mib * MIB, arguments.queue_mib * MIB, arguments.batch)
-    serve(
+    limits = RequestLimits(arguments.request_mib * MIB, arguments.queue_mib * MIB, arguments.batch)
+    serve_rewards(
         _names(arguments.reward),
         host=arguments.host,
         port=arguments.port,
@@ -204,7 +204,7 @@ def learn_reward_arguments(parser: ArgumentParser) -> None:
     _model_arguments(parser)
 
 
-def learn_reward(arguments: Namespace) -> None:
+def run_learn_reward(arguments: Namespace) -> None:
     """Run ``kvpo learn-reward``."""
     _check_out(arguments.out, ".safetensors")
     from kvpo.app.learn_reward import learn_reward as learn

@@ -8,7 +8,7 @@ from kvpo.config_checks import ConfigurationError
 from kvpo.rewards.protocol import Declaration
 from kvpo.rewards.reward import Reward
 from kvpo.rewards.service.messages import TOKEN_VARIABLE, Offers
-from kvpo.rewards.service.server import Limits, reward_app
+from kvpo.rewards.service.server import RequestLimits, reward_app
 from kvpo.serving import answering_later, check_address, listener, run_app, url_of
 
 logger = logging.getLogger(__name__)
@@ -31,14 +31,14 @@ def offers_of(rewards: Sequence[Reward]) -> Offers:
     return offers
 
 
-def serve(
+def serve_rewards(
     names: Sequence[str],
     *,
     host: str,
     port: int,
     token: str | None,
     frame_rate: float,
-    limits: Limits,
+    limits: RequestLimits,
     sources: Mapping[str, str] | None = None,
     device: str = "cpu",
 ) -> None:

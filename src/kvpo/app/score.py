@@ -13,7 +13,7 @@ from kvpo.app.named_rewards import named_rewards, split_location
 from kvpo.app.video_folder import MANIFEST, file_prompts, find_videos, shown_names
 from kvpo.files import printable, write_atomic
 from kvpo.prompts import ClipPrompt
-from kvpo.report.scores import ScoredVideo, write_page
+from kvpo.report.scores import ScoredVideo, write_scores_page
 from kvpo.report.video import enlarge, video_bytes
 from kvpo.rewards.reward import Reward
 from kvpo.rewards.sampling import file_clips
@@ -107,7 +107,7 @@ def score_folder(
         raise ValueError(f"none of {len(files)} file(s) could be scored; {results[0].name}: {first}")
     results.sort(key=lambda r: (-r.scores.get(columns[0], -math.inf), r.name))
     _write_json(table_file, results)
-    write_page(out, printable(str(folder)), columns, results, _previews(results))
+    write_scores_page(out, printable(str(folder)), columns, results, _previews(results))
     return results
 
 
@@ -133,7 +133,7 @@ def _write_json(path: Path, results: Sequence[ScoredVideo]) -> None:
     write_atomic(path, json.dumps(rows, indent=1, ensure_ascii=False) + "\n")
 
 
-def table(results: Sequence[ScoredVideo]) -> str:
+def score_table(results: Sequence[ScoredVideo]) -> str:
     """The scores as text, full file names last so that no terminal width cuts them."""
     columns = list(dict.fromkeys(name for result in results for name in result.scores))
     widths = [max(10, len(column)) for column in columns]

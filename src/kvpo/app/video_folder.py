@@ -13,7 +13,7 @@ from kvpo.prompt_files import blank, read_prompts
 
 logger = logging.getLogger(__name__)
 
-SUFFIXES = frozenset(
+VIDEO_SUFFIXES = frozenset(
     ".mp4 .m4v .mov .webm .mkv .avi .gif .apng .mpg .mpeg .ts .m2ts .wmv .flv .3gp .ogv .mjpeg .y4m".split()
 )
 """File name endings of videos."""
@@ -36,12 +36,12 @@ def find_videos(folder: Path) -> list[Path]:
     found = [
         path
         for path in folder.rglob("*")
-        if path.suffix.lower() in SUFFIXES
+        if path.suffix.lower() in VIDEO_SUFFIXES
         and path.is_file()
         and not any(part.startswith(".") for part in path.relative_to(folder).parts)
     ]
     if not found:
-        raise ValueError(f"{folder}: no video files in it ({' '.join(sorted(SUFFIXES))})")
+        raise ValueError(f"{folder}: no video files in it ({' '.join(sorted(VIDEO_SUFFIXES))})")
     return sorted(found, key=lambda path: (_natural(path.relative_to(folder)), str(path)))
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from kvpo.arena.judgements import Judgement
 
 RESAMPLES = 2000
-FEWEST = 4
+INTERVAL_PROMPTS = 4
 """Prompts below which no interval is given."""
 LEVEL = 0.95
 POWER = 0.8
@@ -74,11 +74,11 @@ def bootstrap(
     """A statistic of the sum over prompts, with its bootstrap interval over whole prompts.
 
     The percentiles are widened to what Student's t needs with so few prompts (Hesterberg 2015, the expanded
-    percentile interval). With fewer than ``FEWEST`` prompts the interval says nothing and is infinite.
+    percentile interval). With fewer than ``INTERVAL_PROMPTS`` prompts it says nothing and is infinite.
     """
     prompts = len(counts_P3)
     value = float(statistic(counts_P3.sum(0)))
-    if prompts < FEWEST:
+    if prompts < INTERVAL_PROMPTS:
         return Interval(value, -inf, inf)
     drawn_RP = generator.multinomial(prompts, np.full(prompts, 1 / prompts), size=RESAMPLES)
     values_R = statistic(drawn_RP @ counts_P3)
@@ -195,7 +195,7 @@ def strengths(judgements: Sequence[Judgement], models: Sequence[str]) -> dict[st
     if len(models) < 3 or not len(wins):
         return {}
     values, errors = bradley_terry(wins)
-    reach = student((1 + LEVEL) / 2, len(wins) - 1) if len(wins) >= FEWEST else inf
+    reach = student((1 + LEVEL) / 2, len(wins) - 1) if len(wins) >= INTERVAL_PROMPTS else inf
     return {
         model: Interval(float(value), float(value - reach * error), float(value + reach * error))
         for model, value, error in zip(models, values, errors, strict=True)

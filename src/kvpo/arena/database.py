@@ -44,7 +44,7 @@ MIGRATIONS = (
 """Scripts that bring a database from one version of the schema to the next; ``user_version`` counts them."""
 
 
-class Refused(ValueError):
+class VoteRefused(ValueError):
     """A vote that cannot be taken; the message is one line for the rater."""
 
 
@@ -95,9 +95,9 @@ def migrate(path: Path) -> None:
 
 
 def demand_open(db: sqlite3.Connection) -> None:
-    """Raise Refused where no more votes are taken."""
+    """Raise VoteRefused where no more votes are taken."""
     if db.execute("SELECT closed FROM study").fetchone()[0] is not None:
-        raise Refused("the study is closed")
+        raise VoteRefused("the study is closed")
 
 
 def rater_number(db: sqlite3.Connection, name: str) -> int:

@@ -20,16 +20,16 @@ COLUMNS = (
     "model_a", "model_b", "winner", "question", "prompt", "rater", "kind", "milliseconds",
     "video_a", "video_b",
 )  # fmt: skip
-SUFFIXES = (".csv", ".parquet", ".json")
-KINDS = ("pair", "repeat", "attention")
-SIDES = ("video1", "video2")
+VOTE_SUFFIXES = (".csv", ".parquet", ".json")
+PAIR_KINDS = ("pair", "repeat", "attention")
+VIDEO_NAMES = ("video1", "video2")
 
 
 def write_votes(path: Path, judgements: Sequence[Judgement]) -> None:
     """Write votes as the file's ending says.
 
     Raises:
-        ValueError: another ending than ``SUFFIXES``; for Parquet, pyarrow is not installed.
+        ValueError: another ending than ``VOTE_SUFFIXES``; for Parquet, pyarrow is not installed.
         StorageError: the file cannot be written.
     """
     _check_suffix(path)
@@ -79,8 +79,8 @@ def read_votes(path: Path) -> list[Judgement]:
 
 
 def _check_suffix(path: Path) -> None:
-    if path.suffix not in SUFFIXES:
-        raise ValueError(f"{path}: votes are kept in {', '.join(SUFFIXES)} files")
+    if path.suffix not in VOTE_SUFFIXES:
+        raise ValueError(f"{path}: votes are kept in {', '.join(VOTE_SUFFIXES)} files")
 
 
 def _judgement(where: str, row: dict[str, Any]) -> Judgement:
@@ -90,8 +90,8 @@ def _judgement(where: str, row: dict[str, Any]) -> Judgement:
         raise ValueError(f"{where}: no {absent[0]}")
     if values["winner"] not in WINNERS.values():
         raise ValueError(f"{where}: winner is {values['winner']!r}, not one of {', '.join(WINNERS.values())}")
-    if values.get("kind", "pair") not in KINDS:
-        raise ValueError(f"{where}: kind is {values['kind']!r}, not one of {', '.join(KINDS)}")
+    if values.get("kind", "pair") not in PAIR_KINDS:
+        raise ValueError(f"{where}: kind is {values['kind']!r}, not one of {', '.join(PAIR_KINDS)}")
     try:
         values["milliseconds"] = int(values.get("milliseconds", 0))
     except (TypeError, ValueError) as error:
@@ -117,7 +117,7 @@ def _tasks(judgements: Sequence[Judgement]) -> list[dict[str, Any]]:
             pair,
             {
                 "id": len(tasks) + 1,
-                "data": dict(zip(SIDES, (f"{one.video_a}.mp4", f"{one.video_b}.mp4"), strict=True))
+                "data": dict(zip(VIDEO_NAMES, (f"{one.video_a}.mp4", f"{one.video_b}.mp4"), strict=True))
                 | {"prompt": one.prompt, "model_a": one.model_a, "model_b": one.model_b},
                 "annotations": [],
             },
@@ -129,7 +129,7 @@ def _tasks(judgements: Sequence[Judgement]) -> list[dict[str, Any]]:
             task["annotations"].append(ballots[key])
         side = {"model_a": "left", "model_b": "right"}.get(one.winner)
         ballots[key]["result"].append(
-            {"from_name": one.question, "to_name": ",".join(SIDES)}
+            {"from_name": one.question, "to_name": ",".join(VIDEO_NAMES)}
             | (
                 {"type": "pairwise", "value": {"selected": side}}
                 if side
@@ -148,7 +148,7 @@ def _from_tasks(path: Path) -> list[Judgement]:
         where = f"{path}, task {number}"
         try:
             data, annotations = dict(task["data"]), list(task.get("annotations", ()))
-            files = [Path(str(data[side])).stem for side in SIDES]
+            files = [Path(str(data[side])).stem for side in VIDEO_NAMES]
             for annotation in annotations:
                 meta = annotation.get("meta") or {}
                 rater = meta.get("rater", annotation.get("completed_by", "unknown"))

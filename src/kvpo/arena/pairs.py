@@ -18,7 +18,7 @@ REPEATED = 0.1
 """Share of pairs that are shown once more, with their sides swapped."""
 ATTENTION = 0.05
 """Attention pairs, one video on both sides, as a share of the pairs."""
-FEWEST = 5
+FEWEST_PAIRS = 5
 """With fewer pairs than this, none is repeated and no attention pair is added."""
 
 
@@ -62,7 +62,7 @@ def ballots(
     }
     chosen = sorted(distinct, key=lambda pair: draw(key, rater, "order", *pair))[:most]
     placed = [((i + 0.5) / len(chosen), _sided(key, rater, pair)) for i, pair in enumerate(chosen)]
-    if len(chosen) >= FEWEST:
+    if len(chosen) >= FEWEST_PAIRS:
         placed += _repeats(key, rater, [one for _, one in placed])
         placed += _attention(key, rater, [one for _, one in placed])
     return [one for _, one in sorted(placed, key=lambda item: item[0])]

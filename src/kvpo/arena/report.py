@@ -14,7 +14,7 @@ CLIPS_BYTES = 12_000_000
 """All clips of a page together; pairs beyond them are left out."""
 
 
-def write_page(path: Path, result: Result, videos: Mapping[str, Path]) -> None:
+def write_study_page(path: Path, result: Result, videos: Mapping[str, Path]) -> None:
     """Write the page in one step; ``videos`` are mp4 files by digest, for the clips that decided."""
     page = fill_page(
         "study.html",

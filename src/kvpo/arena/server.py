@@ -10,8 +10,9 @@ from importlib.resources import files
 from typing import Annotated, Any
 from urllib.parse import urlsplit
 
+from kvpo.arena.database import VoteRefused
 from kvpo.arena.pairs import Ballot
-from kvpo.arena.store import Rater, Refused, Study, Vote
+from kvpo.arena.store import Rater, Study, Vote
 from kvpo.arena.study import asked_about
 from kvpo.extras import extra
 
@@ -123,7 +124,7 @@ def _take_votes(app: FastAPI, study: Study, voter: Any) -> None:
         given = Vote(sent.position, sent.answers, tuple(sent.ranking), sent.milliseconds, sent.finished)
         try:
             study.vote(who, given)
-        except Refused as error:
+        except VoteRefused as error:
             raise HTTPException(409, str(error)) from error
         return {"done": study.done(who)}
 
@@ -131,7 +132,7 @@ def _take_votes(app: FastAPI, study: Study, voter: Any) -> None:
     def undo(who: voter) -> dict[str, int]:
         try:
             study.undo(who)
-        except Refused as error:
+        except VoteRefused as error:
             raise HTTPException(409, str(error)) from error
         return {"done": study.done(who)}
 

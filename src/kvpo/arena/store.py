@@ -18,7 +18,7 @@ from pathlib import Path
 
 from kvpo.arena.database import (
     DATABASE,
-    Refused,
+    VoteRefused,
     demand_open,
     insert_vote,
     migrate,
@@ -180,11 +180,11 @@ class Study:
         """Store a vote; it is on the disk when this returns. The same vote once more changes nothing.
 
         Raises:
-            Refused: the study is closed, another ballot is due, or the answers are not those asked for.
+            VoteRefused: the study is closed, another ballot is due, or the answers are not those asked for.
         """
         shown = self.ballots_of(rater)
         if not 0 <= vote.position < len(shown):
-            raise Refused(f"there is no ballot {vote.position}; there are {len(shown)}")
+            raise VoteRefused(f"there is no ballot {vote.position}; there are {len(shown)}")
         ballot = shown[vote.position]
         self._check(ballot, vote)
         with transaction(self.path) as db:
@@ -193,7 +193,7 @@ class Study:
             if vote.position < done and _answers(db, rater, vote.position) == _said(vote):
                 return
             if vote.position != done:
-                raise Refused(
+                raise VoteRefused(
                     f"ballot {done} is due, got a vote on ballot {vote.position}: load the page again"
                 )
             self._insert(db, rater, ballot, vote)
@@ -201,13 +201,15 @@ class Study:
     def _check(self, ballot: Ballot, vote: Vote) -> None:
         if ballot.kind == "ranking":
             if sorted(vote.ranking) != list(range(len(ballot.videos))) or vote.answers:
-                raise Refused(f"a ranking names each of the {len(ballot.videos)} videos once")
+                raise VoteRefused(f"a ranking names each of the {len(ballot.videos)} videos once")
             return
         wanted = asked_about(self.design.questions, self.design.scenes[ballot.scene])
         if vote.ranking or set(vote.answers) != set(wanted):
-            raise Refused(f"expected answers to {', '.join(wanted)}; got {', '.join(vote.answers) or 'none'}")
+            raise VoteRefused(
+                f"expected answers to {', '.join(wanted)}; got {', '.join(vote.answers) or 'none'}"
+            )
         if wrong := [answer for answer in vote.answers.values() if answer not in ANSWERS]:
-            raise Refused(f"an answer is one of {', '.join(ANSWERS)}, got {wrong[0][:40]!r}")
+            raise VoteRefused(f"an answer is one of {', '.join(ANSWERS)}, got {wrong[0][:40]!r}")
 
     def _insert(self, db: sqlite3.Connection, rater: Rater, ballot: Ballot, vote: Vote) -> None:
         ranks = {place: rank for rank, place in enumerate(vote.ranking)}
@@ -228,7 +230,7 @@ class Study:
         """Take a rater's last vote back and return its position; None where there is none.
 
         Raises:
-            Refused: the study is closed.
+            VoteRefused: the study is closed.
         """
         with transaction(self.path) as db:
             demand_open(db)

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from queue import SimpleQueue
 from typing import Any
 
-PATIENCE = 5.0
+LEAVING_SECONDS = 5.0
 """Seconds that leaving the block waits for the current call; one that hangs is abandoned."""
 
 Submit = Callable[[Callable[[], Any]], Future[Any]]
@@ -51,4 +51,4 @@ def in_background() -> Iterator[Submit]:
         for future in given:
             future.cancel()
         calls.put(None)
-        thread.join(PATIENCE)
+        thread.join(LEAVING_SECONDS)

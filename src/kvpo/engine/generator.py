@@ -206,3 +206,8 @@ class StreamingGenerator:
         if self.autocast is None:
             return nullcontext()
         return torch.autocast(torch.device(self.device).type, self.autocast)
+
+
+def as_bytes(video_TCHW: Tensor) -> Tensor:
+    """Pixels in [0, 1] as uint8 ``[T, H, W, 3]``."""
+    return (video_TCHW.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().contiguous()

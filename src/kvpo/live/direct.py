@@ -7,10 +7,10 @@ from functools import partial
 from typing import Any, TypeVar
 
 from kvpo.live import protocol as p
-from kvpo.live.keep import export, record_choice
+from kvpo.live.keep import export_session, record_choice
 from kvpo.live.pictures import pictures
 from kvpo.live.protocol import Refusal, packed
-from kvpo.live.scheduler import FASTEST, Show
+from kvpo.live.scheduler import FASTEST_SPEED, Show
 from kvpo.live.script import Cue
 from kvpo.live.session import Branches, Session
 from kvpo.live.snapshots import load_snapshot, restored, save_snapshot, snapshot_of
@@ -34,7 +34,7 @@ class Direction:
             p.Queue: self.line_up,
             p.Route: self.route,
             p.Pin: self.pin,
-            p.Fork: self.fork,
+            p.ForkRequest: self.fork,
             p.Choose: self.choose,
             p.Pause: self.pause,
             p.Speed: self.speed,
@@ -79,7 +79,7 @@ class Direction:
     def pace(self, speed: float) -> None:
         """Raise Refusal for a speed that is none."""
         if speed:
-            self.within("speed", speed, 0.05, FASTEST)
+            self.within("speed", speed, 0.05, FASTEST_SPEED)
 
     async def ask(self, what: Callable[[], T]) -> T:
         """Have something done between two blocks; a text that cannot be embedded is refused."""
@@ -245,7 +245,7 @@ class Direction:
 
     # Forks -----------------------------------------------------------------------------------------------
 
-    async def fork(self, message: p.Fork) -> None:
+    async def fork(self, message: p.ForkRequest) -> None:
         show = self.directed()
         self.within("branches", message.branches, 1, self.limits.branches)
         self.within("blocks", message.blocks, 1, self.limits.fork_blocks)
@@ -310,7 +310,7 @@ class Direction:
 
         prompt, latents = await self.ask(copied)
         path = await asyncio.to_thread(
-            export,
+            export_session,
             self.theatre.out,
             f"{show.id}-{prompt.num_frames}",
             message.what,

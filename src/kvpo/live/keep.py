@@ -1,7 +1,6 @@
 """Files that a session leaves behind: exports, and choices at forks."""
 
 import json
-import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -10,22 +9,17 @@ import torch
 from torch import Tensor
 
 from kvpo.arena.intake import record_ranking
-from kvpo.engine.generator import Codec
+from kvpo.engine.generator import Codec, as_bytes
 from kvpo.files import new_file, sync, write_atomic
-from kvpo.live.pictures import as_bytes
 from kvpo.live.session import Branches
 from kvpo.prompts import VideoPrompt
-from kvpo.report.video import mp4_bytes, side_by_side, write_frames
+from kvpo.report.video import enlargement, mp4_bytes, side_by_side, write_frames
 
-NAME = re.compile(r"[0-9a-f]{1,32}-[0-9]{1,12}")
-"""Names of snapshots and exports: a session's id and the latent frame that it was at."""
-SHORTEST_SIDE = 256
-"""Frames smaller than this are enlarged in video files."""
-TOGETHER = 24
+FRAMES_TOGETHER = 24
 """Latent frames that are decoded in one go."""
 
 
-def export(
+def export_session(
     out: Path, name: str, what: str, prompt: VideoPrompt, latents: Mapping[str, Tensor], codec: Codec
 ) -> Path:
     """Write a session as ``mp4``, as ``prompts`` for `kvpo generate`, or add it to the ``training`` prompts.
@@ -36,11 +30,10 @@ def export(
     folder.mkdir(parents=True, exist_ok=True)
     if what == "mp4":
         path = folder / f"{name}.mp4"
-        shortest = min(codec.decode_next(next(iter(latents.values()))[:1], None)[0].shape[-2:])
+        first, _ = codec.decode_next(next(iter(latents.values()))[:1], None)
         with new_file(path) as temporary:
             frames = (frame for chunk in _decoded(codec, latents) for frame in chunk)
-            scale = max(1, -(-SHORTEST_SIDE // shortest))
-            write_frames(temporary, frames, codec.frames_per_second, scale=scale)
+            write_frames(temporary, frames, codec.frames_per_second, scale=enlargement(first.shape[-2:]))
         return path
     line = {"segments": prompt.segments, "switches": prompt.switches, "num_frames": prompt.num_frames}
     text = json.dumps(line, ensure_ascii=False) + "\n"
@@ -59,12 +52,12 @@ def _decoded(codec: Codec, latents: Mapping[str, Tensor]) -> Iterator[np.ndarray
     """Frames of all arms side by side, uint8 [T, H, W, 3], a stretch at a time."""
     states: dict[str, object | None] = dict.fromkeys(latents)
     length = len(next(iter(latents.values())))
-    for at in range(0, length, TOGETHER):
+    for at in range(0, length, FRAMES_TOGETHER):
         videos = []
         for name, own in latents.items():
             with torch.no_grad():
-                pixels, states[name] = codec.decode_next(own[at : at + TOGETHER], states[name])
-            videos.append(as_bytes(pixels))
+                pixels, states[name] = codec.decode_next(own[at : at + FRAMES_TOGETHER], states[name])
+            videos.append(as_bytes(pixels).numpy())
         yield side_by_side(videos)
 
 
@@ -74,7 +67,7 @@ def record_choice(out: Path, fork: Branches, chosen: int, *, prompt: str, rate: 
     Raises StorageError.
     """
     videos = [
-        mp4_bytes(as_bytes(pixels), rate, scale=max(1, -(-SHORTEST_SIDE // min(pixels.shape[-2:]))))
+        mp4_bytes(as_bytes(pixels).numpy(), rate, scale=enlargement(pixels.shape[-2:]))
         for pixels in fork.pixels
     ]
     record_ranking(out / "choices", (prompt,), videos, (chosen,), rater="live page")

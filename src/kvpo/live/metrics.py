@@ -19,7 +19,7 @@ def memory_bytes() -> int:
     return used if sys.platform == "darwin" else 1024 * used
 
 
-class Metrics:
+class ServerMetrics:
     """Numbers of a whole server, under a registry of their own."""
 
     def __init__(self) -> None:

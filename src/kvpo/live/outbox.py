@@ -6,7 +6,7 @@ from typing import Any
 
 BLOCKS = 4
 """Blocks that wait for a slow reader; the oldest make way for newer ones."""
-EVENTS = 256
+EVENTS_WAITING = 256
 """Events that wait; they cannot be left out, so a reader further behind is cut off."""
 
 
@@ -23,7 +23,7 @@ class Outbox:
     def put(self, item: dict[str, Any] | bytes) -> None:
         """Add an item; never waits."""
         waiting = [other for other in self._items if isinstance(other, type(item))]
-        if isinstance(item, dict) and len(waiting) >= EVENTS:
+        if isinstance(item, dict) and len(waiting) >= EVENTS_WAITING:
             self.overrun = True
         elif isinstance(item, bytes) and len(waiting) >= BLOCKS:
             self._items.remove(waiting[0])

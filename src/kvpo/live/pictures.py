@@ -6,6 +6,8 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
+from kvpo.engine.generator import as_bytes
+
 QUALITY = 92
 LOSSLESS_SIDE = 96
 """Frames with no side longer than this lose nothing: JPEG's blocks would be seen once they are enlarged."""
@@ -13,12 +15,7 @@ LOSSLESS_SIDE = 96
 
 def pictures(pixels_TCHW: Tensor) -> list[bytes]:
     """Every frame, RGB in [0, 1], as a picture: WebP without loss where frames are tiny, JPEG otherwise."""
-    return [_picture(frame) for frame in as_bytes(pixels_TCHW)]
-
-
-def as_bytes(pixels_TCHW: Tensor) -> np.ndarray:
-    """Pixels in [0, 1] as uint8 ``[T, H, W, 3]``."""
-    return (pixels_TCHW.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+    return [_picture(frame) for frame in as_bytes(pixels_TCHW).numpy()]
 
 
 def _picture(frame_HWC: np.ndarray) -> bytes:

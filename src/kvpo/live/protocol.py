@@ -103,7 +103,7 @@ class Pin:
 
 
 @dataclass(frozen=True)
-class Fork:
+class ForkRequest:
     """Run routed continuations from a past moment side by side; -1: from the next block."""
 
     frame: int = -1
@@ -166,7 +166,7 @@ MESSAGES: dict[str, type] = {
     "session.queue": Queue,
     "session.route": Route,
     "session.pin": Pin,
-    "session.fork": Fork,
+    "session.fork": ForkRequest,
     "session.choose": Choose,
     "session.pause": Pause,
     "session.speed": Speed,
@@ -178,7 +178,7 @@ MESSAGES: dict[str, type] = {
 """``type`` of a client's message -> its fields."""
 
 
-def parse(text: str) -> tuple[str, Any]:
+def parse_message(text: str) -> tuple[str, Any]:
     """The type and the fields of a client's message. Raises Refusal."""
     try:
         value = parse_json(text)

@@ -19,7 +19,7 @@ from torch import Tensor
 from kvpo.engine.generator import pixel_frame
 from kvpo.engine.pages import bank_pages, stream_pages
 from kvpo.engine.stream import advance, switch_prompts
-from kvpo.live.metrics import Metrics, memory_bytes
+from kvpo.live.metrics import ServerMetrics, memory_bytes
 from kvpo.live.pictures import pictures
 from kvpo.live.protocol import Refusal, packed
 from kvpo.live.script import Cue
@@ -31,18 +31,18 @@ T = TypeVar("T")
 
 GATHER = 0.02
 """Seconds by which a block may start before it is due, to share a forward pass."""
-FASTEST = 16.0
+FASTEST_SPEED = 16.0
 WATCHED_BLOCKS = 40
 """Blocks after a switch in which the observer is asked for the new prompt."""
 
 Side = Callable[[], AbstractContextManager[None]]
 """Inside, the generator has an arm's weights."""
-Observer = Callable[[Tensor, str, str], bool]
+PromptObserver = Callable[[Tensor, str, str], bool]
 """(pixels ``[T, 3, H, W]``, prompt, prompt before) -> whether the pixels show the new prompt rather."""
 
 
 @dataclass(frozen=True)
-class Limits:
+class SessionLimits:
     """Bounds of a server's load; what goes beyond is refused."""
 
     sessions: int = 8
@@ -83,7 +83,7 @@ class Show:
         return not self.paused and self.session.fork is None
 
 
-def pages_needed(stage: Stage, limits: Limits, arms: int) -> int:
+def pages_needed(stage: Stage, limits: SessionLimits, arms: int) -> int:
     """Pages of a cache that holds as many sessions as are allowed, and one fork at a time."""
     generator, exploration = stage.generator, stage.exploration
     held = limits.pins + exploration.routed
@@ -104,16 +104,16 @@ class Scheduler:
         self,
         stage: Stage,
         sides: Mapping[str, Side],
-        limits: Limits = Limits(),
+        limits: SessionLimits = SessionLimits(),
         *,
-        observer: Observer | None = None,
+        observer: PromptObserver | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.stage, self.sides, self.limits = stage, sides, limits
         self.observer, self.clock = observer, clock
         self.cache = stage.generator.new_cache(pages_needed(stage, limits, len(sides)))
         self.shows: dict[str, Show] = {}
-        self.metrics = Metrics()
+        self.metrics = ServerMetrics()
         self.metrics.capacity.set(self.cache.num_pages)
         self._asked: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._stopping = False

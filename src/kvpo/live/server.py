@@ -11,7 +11,7 @@ from urllib.parse import parse_qs, urlsplit
 
 from kvpo.extras import extra
 from kvpo.live.direct import Direction
-from kvpo.live.protocol import Refusal, parse
+from kvpo.live.protocol import Refusal, parse_message
 from kvpo.live.theatre import Connection, Theatre
 from kvpo.serving import admitted, is_loopback
 
@@ -182,7 +182,7 @@ async def _read(theatre: Theatre, socket: WebSocket, connection: Connection) -> 
                 raise Refusal("malformed", "binary messages are not understood; send JSON text")
             if len(text) > limit:
                 raise Refusal("too_large", f"a message may have {limit:,} characters, got {len(text):,}")
-            await direction.carry_out(*parse(text))
+            await direction.carry_out(*parse_message(text))
         except Refusal as refusal:
             theatre.scheduler.metrics.refused.labels(refusal.code).inc()
             connection.outbox.put(refusal.event())

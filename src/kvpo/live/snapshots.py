@@ -18,7 +18,7 @@ from kvpo.live.session import Session, Stage
 from kvpo.models.cache import FrameCache, History
 from kvpo.models.tensor_files import storable
 
-NAME = re.compile(r"[0-9a-f]{1,32}-[0-9]{1,12}")
+SNAPSHOT_NAME = re.compile(r"[0-9a-f]{1,32}-[0-9]{1,12}")
 """Names of snapshots: a session's id and the latent frame that it was at."""
 
 
@@ -111,7 +111,7 @@ def save_snapshot(out: Path, name: str, tensors: Mapping[str, Tensor], record: M
 def load_snapshot(out: Path, name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors and the record of a snapshot. Raises Refusal where there is none of that name."""
     path = out / "snapshots" / f"{name}.safetensors"
-    if not NAME.fullmatch(name) or not path.is_file():
+    if not SNAPSHOT_NAME.fullmatch(name) or not path.is_file():
         raise Refusal("not_found", f"snapshot: there is none called {name[:60]!r}")
     try:
         with safe_open(path, framework="pt") as file:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-KEPT = 512
+INTERVALS_KEPT = 512
 """Intervals between blocks that the percentiles are of: the latest ones."""
 
 
@@ -37,7 +37,7 @@ class Pace:
     met: int = 0
     missed: int = 0
     stalled: float = 0.0
-    intervals: deque[float] = field(default_factory=lambda: deque(maxlen=KEPT))
+    intervals: deque[float] = field(default_factory=lambda: deque(maxlen=INTERVALS_KEPT))
     switch: Switch | None = None
     switch_shown: float | None = None
     """From the last prompt sent to the first block generated under it."""

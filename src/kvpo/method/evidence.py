@@ -140,7 +140,7 @@ def evidence_of(
     )
 
 
-def joined(first: Evidence, second: Evidence) -> Evidence:
+def joined_evidence(first: Evidence, second: Evidence) -> Evidence:
     """Both evidences' rows; a trajectory that both ask at (same past, same states) is replayed once."""
     states, past_Q, moved = list(first.states_QPSFCHW), list(first.past_Q), []
     for past, own in zip(second.past_Q, second.states_QPSFCHW, strict=True):
@@ -264,7 +264,7 @@ def asked_of(
     """
     evidence = method.evidence(trajectories, credit, steps, settings, generator)
     drift = method.drift(trajectories, credit, evidence, settings)
-    return (evidence, 0) if drift is None else (joined(evidence, drift), len(drift.query_N))
+    return (evidence, 0) if drift is None else (joined_evidence(evidence, drift), len(drift.query_N))
 
 
 def _column(like: Tensor, values: Sequence[float]) -> Tensor:

@@ -9,7 +9,7 @@ it no gradient: this method needs routed branches.
 
 import torch
 
-from kvpo.method.evidence import Credit, Evidence, Trajectories, evidence_of, joined
+from kvpo.method.evidence import Credit, Evidence, Trajectories, evidence_of, joined_evidence
 from kvpo.method.gibbs import Gibbs, gibbs_method
 from kvpo.method.latent_distance import anchor_state_evidence
 from kvpo.method.settings import KvpoSettings, MethodSettings
@@ -38,7 +38,7 @@ def evidence(
     if not share:
         return visited
     at_anchor = anchor_state_evidence(trajectories, branches, steps, weights=share)
-    return at_anchor if share == 1 else joined(visited, at_anchor)
+    return at_anchor if share == 1 else joined_evidence(visited, at_anchor)
 
 
 def gibbs_of(settings: MethodSettings[KvpoSettings]) -> Gibbs:

@@ -19,11 +19,11 @@ from kvpo.models.checkpoints import (
     ADAPTER_ENTRIES,
     ADAPTER_KEY,
     choose_entry,
+    in_wan_names,
     layout_of,
-    normalised,
     to_diffusers_name,
 )
-from kvpo.models.tensor_files import read_file, require_numbers, safetensors_header
+from kvpo.models.tensor_files import read_tensor_file, require_numbers, safetensors_header
 
 PEFT_PREFIX = "base_model.model."
 PEFT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
@@ -214,7 +214,7 @@ def load_adapter_state(path: str | Path, *, entry: str | None = None) -> Adapter
     path = Path(path)
     if path.is_dir():
         path = _adapter_file(path)
-    content = read_file(path)
+    content = read_tensor_file(path)
     named = {name: content.pop(name) for name in (*_ALPHAS, *_RANKS) if name in content}
     statements = [_statement(named, f"an entry of {path}"), *_header_statements(path)]
     nested = {name: value for name, value in content.items() if isinstance(value, dict)}
@@ -262,7 +262,7 @@ def _adapter_layers(
     """
     pairs: dict[str, dict[str, Tensor]] = {}
     alphas, strangers = {}, []
-    for name, tensor in normalised(tensors, _PREFIX, source).items():
+    for name, tensor in in_wan_names(tensors, _PREFIX, source).items():
         match = ADAPTER_KEY.match(name)
         if name.endswith(".alpha"):
             alphas[name.removesuffix(".alpha")] = _positive(tensor, f"{source}: {name}")

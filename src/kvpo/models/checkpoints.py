@@ -18,8 +18,8 @@ from kvpo.models.tensor_files import (
     assign_tensors,
     check_tensors,
     only_tensors,
-    read_file,
     read_shards,
+    read_tensor_file,
     read_tensors,
 )
 
@@ -123,7 +123,7 @@ def layout_of(names: Iterable[str]) -> str | None:
     return next((words for key, words in _LAYOUTS.items() if any(re.search(key, n) for n in bare)), None)
 
 
-def normalised(tensors: Mapping[str, Tensor], prefix: re.Pattern[str], source: str) -> dict[str, Tensor]:
+def in_wan_names(tensors: Mapping[str, Tensor], prefix: re.Pattern[str], source: str) -> dict[str, Tensor]:
     """Tensors under names without wrapper and model prefixes, in Wan's naming."""
     names = {name: prefix.sub("", _WRAPPERS.sub("", name)) for name in tensors}
     if _is_diffusers(names.values()):
@@ -191,10 +191,10 @@ def load_transformer_state(path: str | Path, *, entry: str | None = None) -> Tra
             raise ValueError(f"{path}: a directory has no entry {entry}; only .pt files have entries")
         tensors, source, files = _read_directory(path)
     else:
-        tensors, source = choose_entry(read_file(path), entry, TRANSFORMER_ENTRIES, str(path))
+        tensors, source = choose_entry(read_tensor_file(path), entry, TRANSFORMER_ENTRIES, str(path))
         files = (path,)
     adapted = any(ADAPTER_KEY.match(name) for name in tensors)
-    weights = normalised(tensors, _MODEL_PREFIX, source)
+    weights = in_wan_names(tensors, _MODEL_PREFIX, source)
     fits = any(name.startswith("blocks.") for name in weights) and not adapted
     if not fits and (layout := layout_of(tensors)):
         raise ValueError(f"{source}: {layout}, which is not read as transformer weights")

@@ -6,7 +6,7 @@ from typing import Any
 from kvpo.files import local_path, read_json
 from kvpo.models.settings import WanShape
 
-SETTING = "backbone.geometry"
+GEOMETRY_SETTING = "backbone.geometry"
 _WAN_1_3B = WanShape(
     dim=1536,
     num_heads=12,
@@ -25,7 +25,7 @@ GEOMETRIES = {
     "14b": replace(_WAN_1_3B, dim=5120, num_heads=40, num_layers=40, ffn_dim=13824),
 }
 """The embedded world's; Wan 2.1's two, and the small one as LongLive's infinite variant has it."""
-SIZES = {
+SIZE_FIELDS = {
     "num_attention_heads": int,
     "attention_head_dim": int,
     "num_layers": int,
@@ -56,22 +56,22 @@ def geometry(name: str) -> WanShape:
     """
     if name in GEOMETRIES:
         return GEOMETRIES[name]
-    path = local_path(name, SETTING)
+    path = local_path(name, GEOMETRY_SETTING)
     if path.is_dir():
         path = next((file for file in (path / "config.json", path / "transformer/config.json")
                      if file.is_file()), path)  # fmt: skip
     if not path.is_file():
         raise ValueError(
-            f"{SETTING}: {name!r} is none of {', '.join(GEOMETRIES)}, no JSON file and no folder with a "
-            "config.json"
+            f"{GEOMETRY_SETTING}: {name!r} is none of {', '.join(GEOMETRIES)}, no JSON file and no "
+            "folder with a config.json"
         )
     try:
         fields = read_json(path)
     except ValueError as error:
-        raise ValueError(f"{SETTING}: {error}") from error
+        raise ValueError(f"{GEOMETRY_SETTING}: {error}") from error
     if not isinstance(fields, dict):
-        raise ValueError(f"{SETTING}: {path} holds no fields")
-    return _shape(fields, f"{SETTING}: {path}")
+        raise ValueError(f"{GEOMETRY_SETTING}: {path} holds no fields")
+    return _shape(fields, f"{GEOMETRY_SETTING}: {path}")
 
 
 def fields_of(shape: WanShape) -> dict[str, Any]:
@@ -104,9 +104,9 @@ def _shape(fields: dict[str, Any], where: str) -> WanShape:
         raise ValueError(f"{where}: text_len is a whole number and relative_positions true or false")
     if fields.get("out_channels", fields.get("in_channels")) != fields.get("in_channels"):
         raise ValueError(f"{where}: out_channels must be in_channels, got {fields['out_channels']!r}")
-    if unknown := sorted(found.keys() - SIZES.keys() - IGNORED):
+    if unknown := sorted(found.keys() - SIZE_FIELDS.keys() - IGNORED):
         raise ValueError(f"{where}: unknown field {unknown[0]!r}")
-    for name, kind in SIZES.items():
+    for name, kind in SIZE_FIELDS.items():
         value = found.get(name)
         if isinstance(value, bool) or not isinstance(value, int if kind is int else int | float):
             what = "a whole number" if kind is int else "a number"

@@ -33,7 +33,9 @@ def split_entry(location: str) -> tuple[str, str | None]:
     return file, entry or None
 
 
-def resolve(location: str | Path, *, patterns: Sequence[str] = (), beside: Sequence[str] = ()) -> Path:
+def resolve_location(
+    location: str | Path, *, patterns: Sequence[str] = (), beside: Sequence[str] = ()
+) -> Path:
     """Local path of a file or directory named by a path or by a hub id.
 
     A hub id is ``owner/name`` for a whole repository, ``owner/name/path/in/repository`` for one file, either

@@ -116,7 +116,7 @@ def _why_unreadable(error: Exception, num_bytes: int) -> str:
     )
 
 
-def read_file(path: Path) -> dict[str, object]:
+def read_tensor_file(path: Path) -> dict[str, object]:
     """The mapping stored in a torch or safetensors file, recognised by its content, memory-mapped on the CPU.
 
     Raises:
@@ -156,9 +156,9 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     """The flat mapping of names to tensors stored in a file.
 
     Raises:
-        ValueError: see `read_file`; also when an entry is not a tensor.
+        ValueError: see `read_tensor_file`; also when an entry is not a tensor.
     """
-    return only_tensors(read_file(path), str(path))
+    return only_tensors(read_tensor_file(path), str(path))
 
 
 def read_shards(index: Path) -> tuple[dict[str, Tensor], tuple[Path, ...]]:

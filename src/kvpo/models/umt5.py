@@ -64,7 +64,7 @@ def clean_text(text: str) -> str:
 
 
 @dataclass(frozen=True)
-class TextEncoder:
+class UMT5Encoder:
     """Tokenizer and encoder; ``text_len`` tokens per prompt, padded or cut."""
 
     model: UMT5EncoderModel
@@ -99,7 +99,7 @@ class TextEncoder:
         return len(self.tokenizer(clean_text(text), verbose=False).input_ids)
 
 
-def official_name(name: str) -> str:
+def transformers_name(name: str) -> str:
     """transformers' name of a parameter in Wan's own text encoder file."""
     match = re.match(r"blocks\.(\d+)\.(.*)", name)
     rest, table = (match[2], _OFFICIAL_BLOCK) if match else (name, _OFFICIAL_TOP)
@@ -127,7 +127,7 @@ def _sizes(shapes: Shapes) -> dict[str, int]:
 
 def _load_official(path: Path, device: torch.device | str, dtype: torch.dtype) -> UMT5EncoderModel:
     """The encoder in a file of Wan's own layout; its sizes are read off the shapes."""
-    tensors = {official_name(name): tensor for name, tensor in read_tensors(path).items()}
+    tensors = {transformers_name(name): tensor for name, tensor in read_tensors(path).items()}
     sizes = _sizes({name: tuple(tensor.shape) for name, tensor in tensors.items()})
     if len(sizes) < 7:
         raise ValueError(
@@ -201,7 +201,7 @@ def load_text_encoder(
     text_len: int = TEXT_LEN,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.bfloat16,
-) -> TextEncoder:
+) -> UMT5Encoder:
     """The text encoder in local files, frozen.
 
     Args:
@@ -218,7 +218,7 @@ def load_text_encoder(
         vocabulary = AutoTokenizer.from_pretrained(tokenizer, local_files_only=True)
     except (OSError, ValueError) as error:
         raise ValueError(f"{tokenizer}: not a tokenizer that transformers can load: {error}") from error
-    return TextEncoder(model, vocabulary, text_len)
+    return UMT5Encoder(model, vocabulary, text_len)
 
 
 def encoder_fingerprint(weights: Path, tokenizer: Path, dtype: torch.dtype) -> str:
@@ -271,7 +271,7 @@ class PromptCache:
             stored = storable({"embedding": embedding_LD[:used], "tokens": torch.tensor(tokens)})
             save_file(stored, scratch, metadata={"text": clean_text(text)})
 
-    def fill(self, texts: Iterable[str], load: Callable[[], TextEncoder]) -> dict[str, int]:
+    def fill(self, texts: Iterable[str], load: Callable[[], UMT5Encoder]) -> dict[str, int]:
         """Compute and store the embeddings that are absent; the encoder is loaded only if there are any, and
         is let go afterwards.
 
@@ -293,7 +293,7 @@ class PromptCache:
                 self.write(text, encoder.encode(text), lengths[text])
         return {text: length for text, length in lengths.items() if length > self.text_len}
 
-    def embed(self, texts: Sequence[str], load: Callable[[], TextEncoder]) -> dict[str, Tensor]:
+    def embed(self, texts: Sequence[str], load: Callable[[], UMT5Encoder]) -> dict[str, Tensor]:
         """Embedding ``[text_len, D]`` (CPU) per text, computed and stored first where it is absent."""
         self.fill(texts, load)
         found = {text: self.read(text) for text in dict.fromkeys(texts)}

@@ -125,7 +125,7 @@ class WanVAE:
         return self.decode_stream(latents_BFCHW, self.start())[0]
 
 
-def official_name(name: str) -> str:
+def diffusers_name(name: str) -> str:
     """diffusers' name of a parameter in Wan's own VAE file."""
     part, _, rest = name.partition(".")
     if part in _POINTWISE:
@@ -160,7 +160,7 @@ def _load_official(path: Path, device: torch.device | str, dtype: torch.dtype) -
         ) from error
     with torch.device("meta"):
         model: Any = AutoencoderKLWan(base_dim=base, z_dim=latent)
-    tensors = {official_name(name): tensor for name, tensor in official.items()}
+    tensors = {diffusers_name(name): tensor for name, tensor in official.items()}
     check_tensors(tensors, {name: tuple(v.shape) for name, v in model.state_dict().items()}, str(path))
     assign_tensors(model, tensors, str(path), device=device, dtype=dtype)
     return model

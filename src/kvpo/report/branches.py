@@ -25,7 +25,7 @@ class Span:
 
 
 @dataclass(frozen=True)
-class Group:
+class GroupFacts:
     """Facts shared by the cards of one group; None where the group does not say."""
 
     entry: Entry
@@ -62,7 +62,7 @@ def members_of(group: Entry) -> list[Entry]:
     return [m for m in members if isinstance(m, dict)] if isinstance(members, list) else []
 
 
-def clip_keys(groups: list[Entry]) -> list[str]:
+def branch_clips(groups: list[Entry]) -> list[str]:
     """Names of the videos that groups refer to."""
     return [str(m["video"]) for group in groups for m in members_of(group) if m.get("video")]
 
@@ -89,11 +89,11 @@ def is_anchor(member: Entry) -> bool:
     return member.get("name") == "anchor"
 
 
-def read_group(entry: Entry) -> Group:
+def read_group(entry: Entry) -> GroupFacts:
     """Collect what a group says of itself."""
     members = members_of(entry)
     advantages = [abs(a) for m in members if (a := number(m.get("advantage"))) is not None]
-    return Group(
+    return GroupFacts(
         entry=entry,
         members=members,
         frames=whole(entry.get("num_frames")),
@@ -105,7 +105,7 @@ def read_group(entry: Entry) -> Group:
     )
 
 
-def context_size(run: RunRecord) -> ContextSize:
+def read_context_size(run: RunRecord) -> ContextSize:
     """Context sizes of a run; a window of -1 sees all the past, and settings that are absent count as 0."""
     stream, exploration = numbers(run.config.get("stream")), numbers(run.config.get("exploration"))
     sink, window = int(stream.get("sink", 0)), int(stream.get("window", 0))
@@ -138,7 +138,7 @@ def _range(role: str, start: int, stop: int, meaning: str = "") -> list[Span]:
     )
 
 
-def spans_of(group: Group, member: Entry, size: ContextSize) -> list[Span]:
+def spans_of(group: GroupFacts, member: Entry, size: ContextSize) -> list[Span]:
     """The frames that the first routed block of ``member`` attends to, and the window it is generated in."""
     if group.fork is None:
         return []
@@ -155,7 +155,7 @@ def spans_of(group: Group, member: Entry, size: ContextSize) -> list[Span]:
     return spans
 
 
-def slot_spans(group: Group, size: ContextSize) -> list[Span]:
+def slot_spans(group: GroupFacts, size: ContextSize) -> list[Span]:
     """The slots of the whole group: sink, pool that routes are drawn from, recent, window, afterwards."""
     if group.fork is None or group.frames is None:
         return []
@@ -219,7 +219,7 @@ def _route_line(member: Entry, store: ClipStore, frames: int | None) -> str:
     return f'<p class="route"><span class="soft">routed</span> {"".join(slots)}</p>'
 
 
-def _rows(group: Group, member: Entry) -> list[tuple[str, str]]:
+def _rows(group: GroupFacts, member: Entry) -> list[tuple[str, str]]:
     """(name, value as HTML) of a member's numbers."""
     values = numbers(member)
     difference = ""
@@ -244,7 +244,7 @@ def _rows(group: Group, member: Entry) -> list[tuple[str, str]]:
     return rows
 
 
-def _member(group: Group, member: Entry, position: int, store: ClipStore, size: ContextSize) -> str:
+def _member(group: GroupFacts, member: Entry, position: int, store: ClipStore, size: ContextSize) -> str:
     name, values = str(member.get("name", "branch")), numbers(member) | {"order": position}
     table = "".join(f"<div><dt>{key}</dt><dd>{value}</dd></div>" for key, value in _rows(group, member))
     timeline = strip(spans_of(group, member, size), group.switches, group.frames) if group.frames else ""
@@ -257,7 +257,7 @@ def _member(group: Group, member: Entry, position: int, store: ClipStore, size: 
 
 
 def _group(run: RunRecord, store: ClipStore, entry: Entry, identity: str, *, hidden: bool) -> str:
-    group, size = read_group(entry), context_size(run)
+    group, size = read_group(entry), read_context_size(run)
     cards = "".join(_member(group, m, i, store, size) for i, m in enumerate(group.members))
     shown = {"order", *(key for member in group.members for key in numbers(member))}
     options = "".join(

@@ -15,6 +15,8 @@ from kvpo.files import finite
 
 MISSING = "n/a"
 MINUS = "\u2212"
+SYMBOLS = {"good": "\u2713", "neutral": "\u2248", "bad": "\u2193", "pending": "\u2026"}
+"""Tone of a statement -> the sign in front of it."""
 
 
 def escape(value: Any) -> str:

@@ -5,7 +5,7 @@ from kvpo.report.formatting import escape, fixed, number, numbers, signed
 from kvpo.report.record import Entry, RunRecord
 
 
-def clip_keys(entries: list[Entry]) -> list[str]:
+def gallery_clips(entries: list[Entry]) -> list[str]:
     """Names of the videos that gallery entries refer to."""
     return [str(entry[side]) for entry in entries for side in ("base", "aligned") if entry.get(side)]
 

@@ -4,11 +4,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from kvpo.report.charts import interval
-from kvpo.report.formatting import duration, escape, fixed, number, numbers, percent, signed
+from kvpo.report.formatting import SYMBOLS, duration, escape, fixed, number, numbers, percent, signed
 from kvpo.report.record import Entry, RunRecord, method_of
 
 LENGTHS = {"short": "one prompt", "long": "several prompts with switches"}
-SYMBOLS = {"good": "\u2713", "neutral": "\u2248", "bad": "\u2193", "pending": "\u2026"}
 SIGNIFICANT = 3.0
 """Standard errors from zero from which a change is called one."""
 FEWEST_PROMPTS = 16
@@ -62,7 +61,7 @@ class Outcome:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class Headline:
     """The sentence on top of the page, its tone (good, neutral, bad, pending) and reservations."""
 
     tone: str
@@ -119,10 +118,10 @@ def _change(outcome: Outcome) -> str:
     return f"{signed(outcome.gain)} \u00b1 {fixed(outcome.standard_error)} on {outcome.name} videos"
 
 
-def judge(outcomes: list[Outcome], *, null_control: bool = False, validation: bool = False) -> Verdict:
+def headline_on(outcomes: list[Outcome], *, null_control: bool = False, validation: bool = False) -> Headline:
     """The verdict in plain words; a change that may be chance is never called one."""
     if not outcomes:
-        return Verdict(
+        return Headline(
             "pending", "There is no held-out result yet, so nothing can be said about the gain.", ()
         )
     better, worse = ([_change(o) for o in outcomes if o.direction == sign] for sign in (1, -1))
@@ -158,7 +157,7 @@ def judge(outcomes: list[Outcome], *, null_control: bool = False, validation: bo
         and (o.prompts or 0) >= FEWEST_PROMPTS
         and o.unseen_gain < -SIGNIFICANT * o.unseen_error
     ]
-    return Verdict(tone, " ".join(parts), tuple(notes))
+    return Headline(tone, " ".join(parts), tuple(notes))
 
 
 def _axis(changes: list[tuple[float | None, float | None]]) -> tuple[float, float]:
@@ -228,11 +227,11 @@ def _run_facts(run: RunRecord) -> str:
     return f'<dl class="run-facts">{items}</dl>'
 
 
-def verdict_of(summary: Entry, config: Entry) -> Verdict:
+def final_headline(summary: Entry, config: Entry) -> Headline:
     """The verdict on the held-out results of a summary, for a run of these settings."""
     if summary.get("improved") is False:
-        return Verdict("neutral", NO_IMPROVEMENT, ())
-    return judge(_outcomes(summary.get("held_out")), null_control=is_null_control(config))
+        return Headline("neutral", NO_IMPROVEMENT, ())
+    return headline_on(_outcomes(summary.get("held_out")), null_control=is_null_control(config))
 
 
 def is_null_control(config: Entry) -> bool:
@@ -253,12 +252,14 @@ def idle_note(run: RunRecord) -> list[str]:
 def headline(run: RunRecord) -> str:
     """The verdict, a card each for short and long videos, and what the run cost."""
     outcomes, source = read_outcomes(run)
-    verdict = judge(outcomes, null_control=is_null_control(run.config), validation=source == "validation")
+    verdict = headline_on(
+        outcomes, null_control=is_null_control(run.config), validation=source == "validation"
+    )
     stopped = numbers(run.summary.get("radar")).get("stopped_at") if run.summary else None
     radar = [] if stopped is None else [f"The hacking radar stopped this run after update {stopped:.0f}."]
     radar += idle_note(run)
     if run.summary and run.summary.get("improved") is False:
-        verdict = verdict_of(run.summary, run.config)
+        verdict = final_headline(run.summary, run.config)
     notes = "".join(f"<p>{escape(note)}</p>" for note in (*radar, *verdict.notes))
     gain_axis = _axis([(o.gain, o.standard_error) for o in outcomes])
     unseen_axis = _axis([(o.unseen_gain, o.unseen_error) for o in outcomes])

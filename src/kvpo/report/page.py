@@ -10,7 +10,7 @@ from kvpo.report.formatting import embed_json, escape, fill_page
 from kvpo.report.headline import headline
 from kvpo.report.radar import hacking_radar
 from kvpo.report.record import RunRecord, method_of, read_run, read_videos
-from kvpo.report.tables import checks, configuration, diversity, reproduction
+from kvpo.report.tables import checks, diversity, reproduction, settings_tables
 
 VIDEO_BUDGET = 13_000_000
 """Characters of base64 video in a page; with text, styles and charts it stays under 15 MB."""
@@ -19,8 +19,8 @@ VIDEO_BUDGET = 13_000_000
 def _embed_videos(run: RunRecord) -> ClipStore:
     """Encode the videos of groups first, then those of the gallery, as far as they fit."""
     sources = (
-        ("branches", "branches.safetensors", branches.clip_keys(run.groups + run.causality)),
-        ("gallery", "videos.safetensors", gallery.clip_keys(run.gallery)),
+        ("branches", "branches.safetensors", branches.branch_clips(run.groups + run.causality)),
+        ("gallery", "videos.safetensors", gallery.gallery_clips(run.gallery)),
     )
     count = sum(len(set(keys)) for *_, keys in sources)
     store = ClipStore(VIDEO_BUDGET)
@@ -50,7 +50,7 @@ def _sections(run: RunRecord, store: ClipStore) -> list[tuple[str, str, str, str
         ("diversity", "Routing and noise", "Two ways to branch, from the same forks.", diversity(run)),
         ("diagnostics", "Training diagnostics", "Each update, and how to read it.", diagnostics(run)),
         ("checks", "Exactness", "Identities that hold for any weights, measured in this run.", checks(run)),
-        ("configuration", "Configuration", "The resolved settings.", configuration(run)),
+        ("configuration", "Configuration", "The resolved settings.", settings_tables(run)),
         ("reproduce", "Reproduce", "", reproduction(run)),
     ]
 

@@ -3,12 +3,11 @@
 from typing import Any
 
 from kvpo.report.charts import Series, line_chart
-from kvpo.report.formatting import MINUS, escape, fixed, number, numbers, signed
+from kvpo.report.formatting import MINUS, SYMBOLS, escape, fixed, number, numbers, signed
 from kvpo.report.headline import FEWEST_PROMPTS, LENGTHS
 from kvpo.report.record import Entry, RunRecord
 
-SYMBOLS = {"good": "\u2713", "neutral": "\u2248", "bad": "\u2193", "pending": "\u2026"}
-LOOKS = {
+LOOK_MEANINGS = {
     "brightness": "mean luminance",
     "saturation": "how pure the colours are, however bright",
     "sharpness": "differences between neighbouring pixels over the contrast",
@@ -136,7 +135,7 @@ def _drift(points: list[tuple[float, Entry]]) -> str:
     panels = []
     for name in looks:
         far = isinstance(drifted, list) and name in drifted
-        note = LOOKS.get(name, "") + ("; more than half of what prompts differ by" if far else "")
+        note = LOOK_MEANINGS.get(name, "") + ("; more than half of what prompts differ by" if far else "")
         colour = "alarm" if far else "plain"
         panels.append(_panel(name.capitalize(), note, colour, points, "drift", name, level=True))
     return f'<div class="multiples">{"".join(panels)}</div>'

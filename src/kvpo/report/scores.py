@@ -53,7 +53,7 @@ def _card(entry: ScoredVideo, link: str, columns: Sequence[str], video: bytes | 
     )
 
 
-def write_page(
+def write_scores_page(
     path: Path,
     title: str,
     columns: Sequence[str],

@@ -36,7 +36,7 @@ DIVERSITY = {
     "reward_std": ("Reward spread", "standard deviation of the reward over branches", 1),
     "strength": ("Strength of the noise", "1 is fresh noise", 0),
 }
-METHODS = {
+BRANCHINGS = {
     "chr": "Routed history (CHR)",
     "noise": "Fresh noise",
     "noise_matched": "Noise at the same pixel distance",
@@ -123,7 +123,7 @@ def diversity(run: RunRecord) -> str:
             f'<td class="{"best" if best is not None and v == best else ""}">{fixed(v)}</td>' for v in values
         )
         rows.append(f'<tr><th>{escape(name)}<span class="soft">{escape(meaning)}</span></th>{cells}</tr>')
-    head = "".join(f"<th>{escape(METHODS.get(name, title_of(name)))}</th>" for name in methods)
+    head = "".join(f"<th>{escape(BRANCHINGS.get(name, title_of(name)))}</th>" for name in methods)
     return (
         f'{_diversity_sentence(methods, forks)}<div class="card scroll"><table class="diversity"><thead><tr>'
         f"<th></th>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
@@ -144,7 +144,7 @@ def _value(value: Any) -> str:
     return str(value)
 
 
-def configuration(run: RunRecord) -> str:
+def settings_tables(run: RunRecord) -> str:
     """The resolved configuration: one table per section, and the file itself."""
     if not run.config:
         return '<p class="missing">config.yaml could not be read.</p>'

@@ -21,6 +21,15 @@ def as_frames(frames_THWC: Any, name: str = "frames") -> np.ndarray:
     return array
 
 
+SHORTEST_SIDE = 256
+"""Frames smaller than this are enlarged in video files."""
+
+
+def enlargement(size: Sequence[int]) -> int:
+    """The whole factor by which frames of this height and width are enlarged in video files."""
+    return max(1, -(-SHORTEST_SIDE // min(size)))
+
+
 def enlarge(frame_HWC: np.ndarray, scale: int) -> np.ndarray:
     """Repeat every pixel ``scale`` times in both directions, and the last row or column up to even sizes."""
     large = frame_HWC.repeat(scale, axis=0).repeat(scale, axis=1)

@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 FILE = "scores.sqlite"
 MOST = 1_000_000
 """Entries kept; the oldest make room. An entry takes about 150 bytes."""
-PATIENCE = 30.0
+WRITER_SECONDS = 30.0
 """Seconds to wait for another process that writes."""
 DIGEST_BYTES = 24
 
@@ -93,7 +93,7 @@ class ScoreCache:
         """Run ``work`` on a connection of its own, which neither threads nor child processes share."""
         assert self.file is not None
         try:
-            with closing(sqlite3.connect(self.file, timeout=PATIENCE)) as connection, connection:
+            with closing(sqlite3.connect(self.file, timeout=WRITER_SECONDS)) as connection, connection:
                 # A power cut may cost the file: it is a cache.
                 connection.execute("PRAGMA synchronous = OFF")
                 connection.execute(

@@ -233,7 +233,7 @@ def _paths(family: Family, ids: Sequence[str], sources: dict[str, str]) -> dict[
         if not location:
             paths[name] = None
             continue
-        from kvpo.models.hub import resolve
+        from kvpo.models.hub import resolve_location
 
-        paths[name] = resolve(location, patterns=part.files)
+        paths[name] = resolve_location(location, patterns=part.files)
     return paths

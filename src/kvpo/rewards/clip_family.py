@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPModel, PreTrainedTokenizerBase
 
-from kvpo.models.tensor_files import only_tensors, read_file, read_tensors
+from kvpo.models.tensor_files import only_tensors, read_tensor_file, read_tensors
 from kvpo.rewards.catalogue import EIGHT_FRAMES
-from kvpo.rewards.images import CLIP_MEAN, CLIP_STD, fit_and_crop, fit_and_pad, normalised
+from kvpo.rewards.images import CLIP_MEAN, CLIP_STD, fit_and_crop, fit_and_pad, standardised
 from kvpo.rewards.pretrained import (
     load_strict,
     read_tokenizer,
@@ -23,7 +23,7 @@ from kvpo.rewards.pretrained import (
     warn_if_cut,
     without_weights,
 )
-from kvpo.rewards.sampling import checked_batch, pooled, present_frames, spread_indices
+from kvpo.rewards.sampling import checked_batch, pooled_frames, present_frames, spread_indices
 
 TEXT_TOKENS = 77
 
@@ -37,7 +37,7 @@ def image_features(model: CLIPModel, frames_NCHW: Tensor, fit: Callable[[Tensor,
     """Unit image features [N, D] in float32."""
     weight = model.visual_projection.weight
     fitted = fit(frames_NCHW.to(weight.device), model.config.vision_config.image_size)
-    pixels = normalised(fitted, CLIP_MEAN, CLIP_STD).to(weight.dtype)
+    pixels = standardised(fitted, CLIP_MEAN, CLIP_STD).to(weight.dtype)
     pooled = model.vision_model(pixel_values=pixels).pooler_output
     return F.normalize(model.visual_projection(pooled).float(), dim=-1)
 
@@ -71,7 +71,7 @@ class SimilarityScorer:
             similarity_N = image_features(self.model, frames, self.fit) @ text_features(
                 self.model, self.tokenizer, str(prompt), self.components[0]
             )
-            scores.append(self.scale * pooled(similarity_N, self.top_share))
+            scores.append(self.scale * pooled_frames(similarity_N, self.top_share))
         return {self.components[0]: torch.stack(scores)}
 
     def features(self, video_BTCHW: Tensor, prompts: Sequence[str]) -> Tensor:
@@ -114,7 +114,7 @@ class AestheticScorer:
         """Component -> [B]."""
         checked_batch(video_BTCHW, prompts, 1)
         scores = [
-            pooled(
+            pooled_frames(
                 self.head(image_features(self.model, spread_frames(video), fit_and_crop))[:, 0],
                 self.top_share,
             )
@@ -159,7 +159,7 @@ def load_hpsv2(
 
     ``base`` holds configuration and tokenizer (laion/CLIP-ViT-H-14-laion2B-s32B-b79K).
     """
-    content = read_file(checkpoint)
+    content = read_tensor_file(checkpoint)
     nested = content.get("state_dict")
     weights = only_tensors(nested if isinstance(nested, dict) else content, str(checkpoint))
     model = without_weights(lambda: CLIPModel(CLIPConfig.from_pretrained(base, local_files_only=True)))

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from kvpo.files import read_json
 from kvpo.rewards.catalogue import SUBJECT_SAMPLING
-from kvpo.rewards.images import CLIP_MEAN, CLIP_STD, fit_and_crop, luminance, normalised
+from kvpo.rewards.images import CLIP_MEAN, CLIP_STD, fit_and_crop, luminance, standardised
 from kvpo.rewards.pretrained import strict_pretrained
 from kvpo.rewards.sampling import checked_batch, spread_indices
 
@@ -66,7 +66,9 @@ class SubjectConsistencyScorer:
 
     def _score(self, video_TCHW: Tensor) -> Tensor:
         weight = next(self.encoder.parameters())
-        pixels = normalised(fit_and_crop(video_TCHW.to(weight.device), self.image_size), self.mean, self.std)
+        pixels = standardised(
+            fit_and_crop(video_TCHW.to(weight.device), self.image_size), self.mean, self.std
+        )
         features_TD = F.normalize(
             self.encoder(pixel_values=pixels.to(weight.dtype)).pooler_output.float(), dim=-1
         )

@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, Qwen2VLConfig
 
-from kvpo.models.tensor_files import only_tensors, read_file
+from kvpo.models.tensor_files import only_tensors, read_tensor_file
 from kvpo.rewards.pretrained import filled, read_template
 from kvpo.rewards.qwen_reward import (
     IMAGE_PAD,
@@ -23,12 +23,12 @@ from kvpo.rewards.qwen_reward import (
     smart_resize,
     tokenizer_with,
 )
-from kvpo.rewards.sampling import checked_batch, pooled, present_frames
+from kvpo.rewards.sampling import checked_batch, pooled_frames, present_frames
 
 TOKEN = "<|Reward|>"
 TEMPLATE_FILE = "data_collator_qwen.py"
 TEMPLATE_SHA256 = "f6ee57479d4e9eee76b49c00dc962e1e696a5a2b3cc32cebd9b1fa76fe27502c"
-PIXELS = 200_704
+FRAME_PIXELS = 200_704
 FRAMES_PER_PASS = 8
 """Frames of one clip in one forward pass."""
 
@@ -38,7 +38,7 @@ def prepared(frame_CHW: Tensor) -> Patches:
     image = (
         (frame_CHW.detach().float().cpu().clamp(0, 1) * 255).round().to(torch.uint8).movedim(0, -1).numpy()
     )
-    height, width = smart_resize(*frame_CHW.shape[-2:], min_pixels=PIXELS, max_pixels=PIXELS)
+    height, width = smart_resize(*frame_CHW.shape[-2:], min_pixels=FRAME_PIXELS, max_pixels=FRAME_PIXELS)
     pixels = np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC))
     return patchify(torch.from_numpy(pixels.copy()).movedim(-1, 0)[None].float() / 255)
 
@@ -59,7 +59,7 @@ class HPSv3Scorer:
         scores = []
         for video, prompt in zip(video_BTCHW, prompts, strict=True):
             scores_T = self.frame_scores(present_frames(video, prompt), str(prompt))
-            scores.append(pooled(scores_T, self.top_share))
+            scores.append(pooled_frames(scores_T, self.top_share))
         return {"hpsv3": torch.stack(scores)}
 
     def frame_scores(self, video_TCHW: Tensor, prompt: str) -> Tensor:
@@ -121,6 +121,6 @@ def load_hpsv3(
 
 def checkpoint_weights(path: Path) -> dict[str, Tensor]:
     """The full state dict of a released file, which may lie under "model"."""
-    content = read_file(path)
+    content = read_tensor_file(path)
     nested = content.get("model")
     return only_tensors(nested if isinstance(nested, dict) else content, str(path))

@@ -13,9 +13,9 @@ from transformers.models.blip.modeling_blip_text import BlipTextModel
 
 from kvpo.models.tensor_files import read_tensors
 from kvpo.rewards.clip_family import rating_head, spread_frames
-from kvpo.rewards.images import CLIP_MEAN, CLIP_STD, fit_and_crop, normalised
+from kvpo.rewards.images import CLIP_MEAN, CLIP_STD, fit_and_crop, standardised
 from kvpo.rewards.pretrained import load_strict, read_tokenizer, rename_keys, warn_if_cut, without_weights
-from kvpo.rewards.sampling import checked_batch, pooled, present_frames
+from kvpo.rewards.sampling import checked_batch, pooled_frames, present_frames
 
 TEXT_TOKENS = 35
 MEAN, STD = 0.16717362830052426, 1.0333394966054072
@@ -89,8 +89,8 @@ class ImageRewardScorer:
             str(prompt), padding="max_length", truncation=True, max_length=TEXT_TOKENS, return_tensors="pt"
         ).to(weight.device)
         ids_NL, mask_NL = (text[key].expand(len(frames), -1) for key in ("input_ids", "attention_mask"))
-        rating_N = self.model(normalised(fitted, CLIP_MEAN, CLIP_STD).to(weight.dtype), ids_NL, mask_NL)
-        return (pooled(rating_N, self.top_share) - MEAN) / STD
+        rating_N = self.model(standardised(fitted, CLIP_MEAN, CLIP_STD).to(weight.dtype), ids_NL, mask_NL)
+        return (pooled_frames(rating_N, self.top_share) - MEAN) / STD
 
 
 _VISION = (

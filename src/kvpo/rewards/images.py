@@ -45,7 +45,7 @@ def fit_and_pad(frames_NCHW: Tensor, size: int) -> Tensor:
     return F.pad(frames, (columns // 2, columns - columns // 2, rows // 2, rows - rows // 2))
 
 
-def normalised(frames_NCHW: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+def standardised(frames_NCHW: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """(x - mean) / std per colour."""
     mean_C11, std_C11 = (
         torch.tensor(values, dtype=frames_NCHW.dtype, device=frames_NCHW.device)[:, None, None]

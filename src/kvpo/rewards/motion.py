@@ -34,7 +34,7 @@ FLAT = 4.0
 of the pixel's motion counts; noise of one grey level has 0.7."""
 FULL_MOTION = 0.15
 """Distance per frame, as a share of the diagonal, that counts as full motion (as in the public KVPO)."""
-FASTEST = 0.05
+FASTEST_SHARE = 0.05
 """Share of the pixels, the fastest ones, whose speed is a frame's motion."""
 
 
@@ -108,25 +108,27 @@ def motion_smoothness(flow_t2HW: Tensor) -> Tensor:
 def dynamic_degree(flow_t2HW: Tensor) -> Tensor:
     """Speed of the fastest twentieth of the pixels, as a share of full motion, mean over steps, in [0, 1]."""
     speed_tP = flow_t2HW.norm(dim=1).flatten(1)
-    fastest_tk = speed_tP.topk(max(1, round(FASTEST * speed_tP.shape[1])), dim=1).values
+    fastest_tk = speed_tP.topk(max(1, round(FASTEST_SHARE * speed_tP.shape[1])), dim=1).values
     return (fastest_tk.mean(1) / FULL_MOTION).clamp(max=1).mean()
 
 
-MEASURES = {"motion_smoothness": motion_smoothness, "dynamic_degree": dynamic_degree}
+MOTION_MEASURES = {"motion_smoothness": motion_smoothness, "dynamic_degree": dynamic_degree}
 
 
 @dataclass(frozen=True)
 class MotionScorer:
     """Motion smoothness and dynamic degree of clips of any size; the flow is measured once for both."""
 
-    components: tuple[str, ...] = tuple(MEASURES)
+    components: tuple[str, ...] = tuple(MOTION_MEASURES)
     flow: Flow = dis_flow
 
     def __call__(self, video_BTCHW: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Component -> [B]; ValueError for clips that are too short or of another shape."""
         checked_batch(video_BTCHW, prompts, max(DECLARATIONS[name].min_frames for name in self.components))
         flows = [measured_flow(video_TCHW, self.flow) for video_TCHW in video_BTCHW]
-        return {name: torch.stack([MEASURES[name](flow) for flow in flows]) for name in self.components}
+        return {
+            name: torch.stack([MOTION_MEASURES[name](flow) for flow in flows]) for name in self.components
+        }
 
 
 def load_motion(raft: Path | None, *, device: str = "cpu") -> MotionScorer:

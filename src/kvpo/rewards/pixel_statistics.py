@@ -50,11 +50,11 @@ def motion(video_BTCHW: Tensor) -> Tensor:
     return luma_BTHW.diff(dim=1).square().mean((1, 2, 3)).sqrt() / _contrast(luma_BTHW)
 
 
-MEASURES = {"brightness": brightness, "saturation": saturation, "sharpness": sharpness, "motion": motion}
+LOOKS = {"brightness": brightness, "saturation": saturation, "sharpness": sharpness, "motion": motion}
 
 
 def looks(video_BTCHW: Tensor) -> Tensor:
-    """All measures of RGB clips in [0, 1], in the order of ``MEASURES``: [L, B] on the CPU."""
+    """All measures of RGB clips in [0, 1], in the order of ``LOOKS``: [L, B] on the CPU."""
     # One clip at a time: a long video at full size is gigabytes by itself.
-    columns = [torch.cat([measure(clip[None]) for measure in MEASURES.values()]) for clip in video_BTCHW]
+    columns = [torch.cat([measure(clip[None]) for measure in LOOKS.values()]) for clip in video_BTCHW]
     return torch.stack(columns, 1).cpu()

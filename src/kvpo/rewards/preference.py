@@ -16,12 +16,12 @@ from torch import Tensor
 
 from kvpo.files import read_bytes, write_atomic
 from kvpo.prompts import ClipPrompt
-from kvpo.rewards.pixel_statistics import MEASURES, luminance
+from kvpo.rewards.pixel_statistics import LOOKS, luminance
 from kvpo.rewards.protocol import Scorer
 
 SIDE = 32
 """Rows and columns that pixel features look at: files of enlarged frames and decoded clips then agree."""
-PIXELS = (*MEASURES, "red", "green", "blue", "contrast", "flicker", "shake")
+PIXELS = (*LOOKS, "red", "green", "blue", "contrast", "flicker", "shake")
 """Names of the pixel features, which know neither the prompt nor what a frame shows."""
 ITERATIONS = 200
 Features = Callable[[Tensor, Sequence[ClipPrompt]], Tensor]
@@ -40,7 +40,7 @@ def pixel_features(video_BTCHW: Tensor, prompts: Sequence[ClipPrompt]) -> Tensor
         light_BT.diff(dim=1).abs().mean(1) if light_BT.shape[1] > 1 else still_B,
         luma_BTHW.diff(n=2, dim=1).abs().mean((1, 2, 3)) if light_BT.shape[1] > 2 else still_B,
     ]
-    measured = [measure(small_BTCHW) for measure in MEASURES.values()]
+    measured = [measure(small_BTCHW) for measure in LOOKS.values()]
     colours = small_BTCHW.mean((1, 3, 4)).unbind(1)
     return torch.stack([*measured, *colours, contrast_B, *changes], 1)
 

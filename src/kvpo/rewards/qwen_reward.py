@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase, Qwen2VLConfig, Qwen2VLModel
 
 from kvpo.files import named_list
 from kvpo.models.tensor_files import assign_tensors, check_tensors
-from kvpo.rewards.images import CLIP_MEAN, CLIP_STD, normalised
+from kvpo.rewards.images import CLIP_MEAN, CLIP_STD, standardised
 from kvpo.rewards.pretrained import read_tokenizer, without_weights
 
 PATCH = 14
@@ -63,7 +63,7 @@ def patchify(frames_NCHW: Tensor) -> Patches:
     Order: pairs of frames, then 2 x 2 groups of patches row by row, then the patches of a group; inside a
     patch colour, frame, row, column (transformers' Qwen2-VL image processor).
     """
-    frames = normalised(frames_NCHW.float(), CLIP_MEAN, CLIP_STD)
+    frames = standardised(frames_NCHW.float(), CLIP_MEAN, CLIP_STD)
     if len(frames) % TEMPORAL_PATCH:
         frames = torch.cat([frames, frames[-1:]])
     count, colours, height, width = frames.shape

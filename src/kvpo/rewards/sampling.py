@@ -76,7 +76,7 @@ def present_frames(video_TCHW: Tensor, prompt: str) -> Tensor:
     return video_TCHW[switch:]
 
 
-def pooled(scores_T: Tensor, top_share: float) -> Tensor:
+def pooled_frames(scores_T: Tensor, top_share: float) -> Tensor:
     """One number for the scores of a clip's frames: the mean of the best ``top_share`` of them, [T] -> [].
 
     1 averages all frames (the public KVPO), 0.3 the best three tenths (Astrolabe, arXiv 2603.17051); at least

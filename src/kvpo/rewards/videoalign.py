@@ -38,7 +38,7 @@ TEMPLATE_FILE = "prompt_template.py"
 TEMPLATE_SHA256 = "fdb6309bac618dd0c8b1b589d3a0970a974f7856eecbb355a190b2dce54af700"
 MIN_PIXELS, MAX_PIXELS = 100_352, 200_704
 LORA_RANK, LORA_ALPHA = 64, 128
-LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+ADAPTED_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 """Every linear layer of the language model; the vision tower and the embedding carry no adapter."""
 
 
@@ -100,7 +100,7 @@ def empty_model(
 ) -> QwenReward:
     """VideoAlign's network with its adapter in place, weights still to be loaded."""
     backbone = empty_backbone(config, vocabulary)
-    adapter = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules=list(LORA_TARGETS))
+    adapter = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules=list(ADAPTED_LAYERS))
     inject_adapter_in_model(adapter, backbone.language_model, low_cpu_mem_usage=True)
     head = nn.Linear(config.text_config.hidden_size, 1, bias=False, device="meta")
     return QwenReward(backbone, head).eval().requires_grad_(False)

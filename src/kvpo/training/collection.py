@@ -60,7 +60,7 @@ def plan_rollout(setup: Setup, update: int) -> PlannedRollout:
     return PlannedRollout(prompts, forks, replayed, METHODS[config.method].keep_pool)
 
 
-def generate(
+def generate_rollout(
     setup: Setup, update: int, planned: PlannedRollout, submit: Submit, cache: FrameCache
 ) -> tuple[Rollout, list[Future[Scores]]]:
     """The rollout of an update; finished groups are scored while the next ones are generated."""
@@ -92,7 +92,7 @@ def explore(setup: Setup, updates: Sequence[int], ranks: Ranks = ALONE) -> list[
     cache = setup.generator.new_cache(cache_pages(setup.generator, planned))
     with in_background() as submit:
         generated = [
-            generate(setup, update, rollout, submit, cache)
+            generate_rollout(setup, update, rollout, submit, cache)
             for update, rollout in zip(updates, planned, strict=True)
         ]
         return [(rollout, [future.result() for future in pending]) for rollout, pending in generated]

@@ -118,7 +118,7 @@ class Laboratory:
         return (low + high) / 2
 
 
-def averaged(measured: Sequence[Diversity]) -> dict[str, float]:
+def mean_diversity(measured: Sequence[Diversity]) -> dict[str, float]:
     """Mean of each number over several measurements."""
     rows = [asdict(item) for item in measured]
     return {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}

@@ -76,7 +76,7 @@ class Judges:
         return self.weights_K @ evaluation.components_KN
 
 
-def evaluate(
+def evaluate_policy(
     backbone: Backbone,
     prompts: Sequence[VideoPrompt],
     tape: Tape,

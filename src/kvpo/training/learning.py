@@ -8,7 +8,7 @@ from kvpo.config import TOTAL, WORLD_NOISE_FLOOR, Config
 from kvpo.method.evidence import Credit, Metrics
 from kvpo.models.finite import magnitudes
 
-PATIENCE = 3
+IDLE_UPDATES = 3
 """Updates in a row without a trained group or without a gradient, from which it is worth a warning."""
 
 

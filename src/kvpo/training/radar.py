@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvpo.rewards.pixel_statistics import MEASURES
+from kvpo.rewards.pixel_statistics import LOOKS
 from kvpo.training.evaluation import Evaluation, Judges, PairedGain, paired_gain
 
 STANDARD_ERRORS = 3.0
 """Paired standard errors by which the trained reward must have risen and a held-out one fallen."""
-PATIENCE = 2
+FALLS_IN_A_ROW = 2
 """Validations in a row at which the same held-out reward must have fallen before a run stops."""
 FAR = 0.5
 """Drift of a look, in standard deviations between the base's prompts, from which it is worth a warning."""
@@ -123,7 +123,7 @@ def rank_correlation(one_N: Tensor, other_N: Tensor) -> float | None:
     return float(ranks[0] @ ranks[1]) / scale if scale else None
 
 
-def agreement(
+def rank_agreement(
     trained: Mapping[str, Tensor], others: Mapping[str, Tensor]
 ) -> dict[str, dict[str, float | None]]:
     """Rank correlation of the gains [N] of every trained component with all later ones and ``others``."""
@@ -134,7 +134,7 @@ def agreement(
     }
 
 
-def pooled(results: Sequence[Evaluation]) -> Evaluation:
+def pooled_sets(results: Sequence[Evaluation]) -> Evaluation:
     """Several prompt sets as one, each distinct prompt once."""
     results = [found.by_prompt() for found in results]
     unseen = [found.unseen_N for found in results if found.unseen_N is not None]
@@ -165,10 +165,10 @@ def measured(base: Evaluation, aligned: Evaluation, judges: Judges) -> dict[str,
     if base.unseen_N is not None and aligned.unseen_N is not None:
         numbers["unseen"] = _change(base.unseen_N, aligned.unseen_N)
         others["unseen scorer"] = aligned.unseen_N - base.unseen_N
-    looks = zip(MEASURES, base.looks_LN, aligned.looks_LN, strict=True)
+    looks = zip(LOOKS, base.looks_LN, aligned.looks_LN, strict=True)
     return numbers | {
         "drift": {name: _change(before, after) for name, before, after in looks},
-        "agreement": agreement(dict(zip(judges.scorer.components, gains_KN, strict=True)), others),
+        "agreement": rank_agreement(dict(zip(judges.scorer.components, gains_KN, strict=True)), others),
     }
 
 

@@ -187,7 +187,7 @@ def launched() -> bool:
 
 
 @contextmanager
-def joined(
+def joined_ranks(
     device: str,
     *,
     traces: Path | None = None,

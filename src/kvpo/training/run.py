@@ -23,7 +23,7 @@ from kvpo.training.checkpoint import (
     save_checkpoint,
 )
 from kvpo.training.device import forget_peak, peak
-from kvpo.training.evaluation import ROWS, Evaluation, comparison, evaluate, mean_gain
+from kvpo.training.evaluation import ROWS, Evaluation, comparison, evaluate_policy, mean_gain
 from kvpo.training.interrupt import StopAtOnce
 from kvpo.training.metrics_log import MetricsLog
 from kvpo.training.policy import Policy, Sides, policy_of
@@ -33,7 +33,7 @@ from kvpo.training.trainer import Trainer, architecture
 
 logger = logging.getLogger(__name__)
 
-KINDS = {"average": "average.", "raw": "parameters."}
+VALUE_PREFIXES = {"average": "average.", "raw": "parameters."}
 """Kinds of trained values in a checkpoint, and how the names of their tensors begin."""
 Progress = Callable[[str, int, int, Mapping[str, float]], None]
 """(stage, done, of how many, numbers worth showing)."""
@@ -213,7 +213,7 @@ class Run:
         aligned = {name: self.evaluate_aligned(prompts) for name, prompts in self.setup.validation.items()}
         results = {name: comparison(self.base[name], found, judges) for name, found in aligned.items()}
         gain = mean_gain(results)
-        base, now = radar.pooled(list(self.base.values())), radar.pooled(list(aligned.values()))
+        base, now = radar.pooled_sets(list(self.base.values())), radar.pooled_sets(list(aligned.values()))
         self.readings.append(radar.reading(update, now, judges))
         numbers = self.update_verdict() | radar.measured(base, now, judges)
         drifted = radar.drifted(numbers, radar.STANDARD_ERRORS)
@@ -228,9 +228,9 @@ class Run:
 
     def update_verdict(self) -> dict[str, Any]:
         """Let the radar judge the validations so far, and return its verdict as numbers and words."""
-        base = radar.reading(0, radar.pooled(list(self.base.values())), self.setup.judges)
+        base = radar.reading(0, radar.pooled_sets(list(self.base.values())), self.setup.judges)
         history = [base, *self.readings]
-        self.verdict = radar.judge(history, radar.STANDARD_ERRORS, radar.PATIENCE)
+        self.verdict = radar.judge(history, radar.STANDARD_ERRORS, radar.FALLS_IN_A_ROW)
         return radar.verdict_numbers(history, self.verdict)
 
     def evaluate_aligned(self, prompts: Any) -> Evaluation:
@@ -274,10 +274,10 @@ def load_aligned(weights: Weights, policy: Policy, path: Path, kind: str = "aver
 
     Raises ValueError for another ``kind`` and CheckpointError.
     """
-    if kind not in KINDS:
-        raise ValueError(f"weights: must be {' or '.join(KINDS)}, got {kind!r}")
+    if kind not in VALUE_PREFIXES:
+        raise ValueError(f"weights: must be {' or '.join(VALUE_PREFIXES)}, got {kind!r}")
     tensors, _ = load_checkpoint(path, architecture=architecture(weights))
-    prefix = KINDS[kind]
+    prefix = VALUE_PREFIXES[kind]
     values = {name.removeprefix(prefix): v for name, v in tensors.items() if name.startswith(prefix)}
     require_tensors(path, values, policy.parameters)
     return {name: value.to(policy.parameters[name].device) for name, value in values.items()}
@@ -293,7 +293,7 @@ def evaluate_prompts(setup: Setup, prompts: Any) -> Evaluation:
     """Held-out results of the model as it is."""
     rows = setup.config.exploration.rows or ROWS
     tape, ranks = setup.evaluation_tape(), setup.ranks
-    return evaluate(setup.backbone, prompts, tape, setup.judges, rows=rows, ranks=ranks)
+    return evaluate_policy(setup.backbone, prompts, tape, setup.judges, rows=rows, ranks=ranks)
 
 
 def evaluate_base(setup: Setup, trainer: Trainer, sets: Mapping[str, Any]) -> dict[str, Evaluation]:

@@ -19,7 +19,7 @@ from kvpo.models.finite import NonFiniteError, first_non_finite, magnitudes, req
 from kvpo.training.backbone import Weights
 from kvpo.training.collection import Collected, collect
 from kvpo.training.gradients import Learner, accumulate_gradients
-from kvpo.training.learning import PATIENCE, why_nothing_is_learned
+from kvpo.training.learning import IDLE_UPDATES, why_nothing_is_learned
 from kvpo.training.policy import MovingAverage, Sides, policy_of
 from kvpo.training.reduction import OrderedSum, digest, taken
 from kvpo.training.setup import Setup
@@ -190,12 +190,12 @@ class Trainer:
     def _say_what_is_not_learned(self, item: Collected, coverage: float) -> None:
         """Warn once several updates in a row taught nothing, and say why."""
         self.idle_updates = 0 if coverage else self.idle_updates + 1
-        if self.idle_updates == PATIENCE:
+        if self.idle_updates == IDLE_UPDATES:
             why = why_nothing_is_learned(
                 item.credits.values(), item.found, self.policy.parameters, self.setup.config
             )
             logger.warning(
-                "nothing was learned in %d updates up to update %d: %s", PATIENCE, self.update, why
+                "nothing was learned in %d updates up to update %d: %s", IDLE_UPDATES, self.update, why
             )
 
     def _say_what_shrank(self, update: int) -> None:

@@ -62,7 +62,7 @@ BROKEN_BELOW = 0.519
 latent codec. `python -m kvpo.world.calibration` measures it again."""
 BROKEN_FRAME_BELOW = 0.406
 """The same for the confidence of a single frame."""
-WINDOW = 17
+GLYPH_WINDOW = 17
 """Side of the window around a glyph's centroid."""
 OFFSETS = (-0.5, -0.25, 0.0, 0.25, 0.5)
 """Sub-pixel offsets of the glyph bank, in both directions."""
@@ -206,14 +206,14 @@ def _glyphs(cover_NLHW: Tensor, centroid_NL2: Tensor, energy_NL: Tensor) -> tupl
     the glyphs' posterior [N, L, G]. The window around the centroid is matched at every sub-pixel offset.
     """
     bank_GOP, moved_G2 = _glyph_bank()
-    corner_NL2 = centroid_NL2.floor().long() - WINDOW // 2
-    span = torch.arange(WINDOW)
+    corner_NL2 = centroid_NL2.floor().long() - GLYPH_WINDOW // 2
+    span = torch.arange(GLYPH_WINDOW)
     columns_NLQ = (corner_NL2[..., 0, None] + span).remainder(FRAME_SIZE)
     rows_NLQ = corner_NL2[..., 1, None] + span
     inside_NLQ = (rows_NLQ >= 0) & (rows_NLQ < FRAME_SIZE)
     index_NLQQ = rows_NLQ.clamp(0, FRAME_SIZE - 1)[..., None] * FRAME_SIZE + columns_NLQ[..., None, :]
     window_NLP = cover_NLHW.flatten(2).gather(2, index_NLQQ.flatten(2))
-    window_NLP = (window_NLP.unflatten(2, (WINDOW, WINDOW)) * inside_NLQ[..., None]).flatten(2)
+    window_NLP = (window_NLP.unflatten(2, (GLYPH_WINDOW, GLYPH_WINDOW)) * inside_NLQ[..., None]).flatten(2)
     match_NLGO = (window_NLP @ bank_GOP.flatten(0, 1).T).unflatten(2, bank_GOP.shape[:2])
     # Glyphs have unit norm, so a squared product is the energy explained; the floor mutes near-empty slots.
     floor_NL1 = (EMPTY_ENERGY * (-energy_NL / EMPTY_ENERGY).exp())[..., None]
@@ -226,7 +226,7 @@ def _glyphs(cover_NLHW: Tensor, centroid_NL2: Tensor, energy_NL: Tensor) -> tupl
 def _glyph_bank() -> tuple[Tensor, Tensor]:
     """Unit-norm glyphs at sub-pixel offsets of their centroid [G, O, P] and (centre - centroid) [G, 2]."""
     fine = 8
-    grid = (torch.arange(WINDOW * fine) + 0.5) / fine - WINDOW // 2
+    grid = (torch.arange(GLYPH_WINDOW * fine) + 0.5) / fine - GLYPH_WINDOW // 2
     y, x = torch.meshgrid(grid, grid, indexing="ij")
     bank, moved = [], []
     for shape in SHAPES:
@@ -239,7 +239,11 @@ def _glyph_bank() -> tuple[Tensor, Tensor]:
                 for offset_x in OFFSETS:
                     # The centroid's pixel spans [0, 1): its middle is 0.5.
                     mask = inside(shape, x - 0.5 - offset_x, y - 0.5 - offset_y + centroid_y, extent).float()
-                    cells = mask.unflatten(0, (WINDOW, fine)).unflatten(2, (WINDOW, fine)).mean((1, 3))
+                    cells = (
+                        mask.unflatten(0, (GLYPH_WINDOW, fine))
+                        .unflatten(2, (GLYPH_WINDOW, fine))
+                        .mean((1, 3))
+                    )
                     glyphs.append((cells / cells.norm()).flatten())
             bank.append(torch.stack(glyphs))
     return torch.stack(bank), torch.tensor(moved)

@@ -15,7 +15,6 @@ from kvpo.prompts import ClipPrompt
 from kvpo.world.detector import Detection
 from kvpo.world.grammar import RECOLOURS, RETURNS, REVISITS, UNNAMED_PLACE
 from kvpo.world.requests import (
-    MAX_ACTORS,
     Requested,
     as_tensors,
     assign_slots,
@@ -25,9 +24,9 @@ from kvpo.world.requests import (
     over_slots,
     read_caption,
 )
-from kvpo.world.vocabulary import ActorRequest, Request
+from kvpo.world.vocabulary import MAX_ACTORS, ActorRequest, Request
 
-LOOKS = ("colour", "shape", "size")
+APPEARANCE = ("colour", "shape", "size")
 MEMORY_FRAMES = 6
 """Frames before a switch that count as what was visible before it."""
 
@@ -56,7 +55,9 @@ def _constancy(seen: Detection, weight_BT: Tensor) -> Tensor:
     scene_BT = _overlap(seen.scene_BTS, segment_mean(seen.scene_BTS))
     count_BTH = torch.minimum(seen.count_BT2, segment_mean(seen.count_BT2))
     looks = [
-        _overlap(shown, segment_mean(shown)) for kind, shown in memberships(seen).items() if kind in LOOKS
+        _overlap(shown, segment_mean(shown))
+        for kind, shown in memberships(seen).items()
+        if kind in APPEARANCE
     ]
     actors_BT = (count_BTH * over_slots(torch.stack(looks).mean(0))).sum(2)
     return frame_mean((scene_BT + 2 * actors_BT) / 3, weight_BT)

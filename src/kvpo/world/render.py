@@ -15,6 +15,7 @@ from kvpo.world.vocabulary import (
     FRAME_SIZE,
     HORIZON,
     LANES,
+    MAX_ACTORS,
     SCENES,
     SHAPES,
     SIZES,
@@ -24,7 +25,6 @@ from kvpo.world.vocabulary import (
     Story,
 )
 
-MAX_ACTORS = 2
 GLIDE = 4.0
 """Frames over which an actor eases to a new height when it changes lane or stops bobbing."""
 

@@ -13,10 +13,9 @@ from torch import Tensor
 
 from kvpo.world.detector import SLOT_LANES, SLOTS_OF_COUNT, Detection
 from kvpo.world.grammar import parse
-from kvpo.world.vocabulary import COLOURS, MOTIONS, SCENES, SHAPES, SIZES, ActorRequest, Request
+from kvpo.world.vocabulary import COLOURS, MAX_ACTORS, MOTIONS, SCENES, SHAPES, SIZES, ActorRequest, Request
 
 ATTRIBUTES = {"colour": tuple(COLOURS), "shape": SHAPES, "size": tuple(SIZES), "motion": MOTIONS}
-MAX_ACTORS = 2
 
 
 @lru_cache(maxsize=8192)

@@ -13,7 +13,6 @@ from kvpo.prompts import ClipPrompt
 from kvpo.world.detector import SLOT_LANES, Detection, detect, torus_difference
 from kvpo.world.persistence import persistence
 from kvpo.world.requests import (
-    MAX_ACTORS,
     Requested,
     as_tensors,
     assign_slots,
@@ -23,7 +22,7 @@ from kvpo.world.requests import (
     over_slots,
     read_caption,
 )
-from kvpo.world.vocabulary import BOB_PERIOD, SPEED
+from kvpo.world.vocabulary import BOB_PERIOD, MAX_ACTORS, SPEED
 
 DEFAULT_WEIGHTS = {
     "colour": 0.13,
@@ -39,7 +38,7 @@ DEFAULT_WEIGHTS = {
 
 JERK_WIDTH = 1.5
 """Pixels of unexpected second difference at which smoothness falls to a half."""
-FLICKER_WIDTH = 0.25
+CALM_WIDTH = 0.25
 """Relative change of brightness at which calm falls to 1/e."""
 SETTLING_FRAMES = 4
 """Frames an actor may take to reach its new height when the number of actors changes."""
@@ -191,4 +190,4 @@ def _no_flicker(seen: Detection, step_BT: Tensor) -> Tensor:
 def _steadiness(light: Tensor) -> Tensor:
     """Steadiness of a brightness [B, T, ...], relative to itself, from each frame to the next."""
     change = (light[:, 1:] - light[:, :-1]).abs() / ((light[:, 1:] + light[:, :-1]) / 2 + 0.02)
-    return (-change / FLICKER_WIDTH).exp()
+    return (-change / CALM_WIDTH).exp()

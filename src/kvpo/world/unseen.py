@@ -35,7 +35,7 @@ WORD_BUCKETS = 2048
 ASSET = "unseen.safetensors"
 MATCHED, MISMATCHED = 0.9, 0.1
 """Scores that calibration gives to the median true pair and to the median false pair of clean clips."""
-WINDOW = 8
+CLIP_WINDOW = 8
 """Frames per training clip."""
 ACT = 12
 """Frames per act of the stories it is cut from: the shortest there are, so that all are of this length."""
@@ -221,9 +221,9 @@ def train_unseen(
 
 def _augment(video_NTCHW: Tensor, generator: torch.Generator) -> Tensor:
     """A random window in time and a random turn of the torus: no caption can tell it from other entrances."""
-    start = int(torch.randint(video_NTCHW.shape[1] - WINDOW + 1, (), generator=generator))
+    start = int(torch.randint(video_NTCHW.shape[1] - CLIP_WINDOW + 1, (), generator=generator))
     turn = int(torch.randint(video_NTCHW.shape[4], (), generator=generator))
-    return video_NTCHW[:, start : start + WINDOW].float().div(255).roll(turn, 4)
+    return video_NTCHW[:, start : start + CLIP_WINDOW].float().div(255).roll(turn, 4)
 
 
 @torch.no_grad()

@@ -20,6 +20,8 @@ SHAPES = ("circle", "square", "triangle", "cross", "ring")
 SIZES: dict[str, float] = {"small": 4.0, "large": 5.75}
 """Half extent of an actor in pixels."""
 
+MAX_ACTORS = 2
+"""Actors that a segment shows at most."""
 MOTIONS = ("still", "left", "right", "bob")
 """left and right move at SPEED around the torus; bob swings vertically by BOB_AMPLITUDE over BOB_PERIOD."""
 SPEED = 1.25

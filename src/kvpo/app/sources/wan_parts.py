@@ -22,12 +22,12 @@ from kvpo.models.checkpoints import (
     check_state,
     load_transformer_state,
 )
-from kvpo.models.hub import resolve, split_entry
+from kvpo.models.hub import resolve_location, split_entry
 from kvpo.models.offload import on_device
 from kvpo.models.tensor_files import fingerprint
 from kvpo.models.umt5 import (
     PromptCache,
-    TextEncoder,
+    UMT5Encoder,
     encoder_fingerprint,
     load_text_encoder,
     text_encoder_files,
@@ -88,7 +88,7 @@ class CachedTexts:
     """Prompt embeddings from the cache on disk; the encoder is loaded for those it lacks, then let go."""
 
     cache: PromptCache
-    load: Callable[[], TextEncoder]
+    load: Callable[[], UMT5Encoder]
     device: torch.device | str
     text_dim: int
     """Width that the transformer expects."""
@@ -134,7 +134,7 @@ def located(config: Config, name: str, *patterns: str, beside: Sequence[str] = (
             f"give {WAYS_OUT[name]}"
         )
     try:
-        return resolve(location, patterns=patterns, beside=beside)
+        return resolve_location(location, patterns=patterns, beside=beside)
     except ValueError as error:
         raise ValueError(f"backbone.{name}: {error}; if it has moved, --backbone.{name} PATH") from error
 

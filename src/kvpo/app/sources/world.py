@@ -22,7 +22,7 @@ from kvpo.engine.noise import keyed_generator
 from kvpo.files import local_path, named_list
 from kvpo.models.adapters import add_adapter
 from kvpo.models.causal_wan import CausalWan
-from kvpo.models.tensor_files import read_file
+from kvpo.models.tensor_files import read_tensor_file
 from kvpo.plan.phases import Surroundings
 from kvpo.prompts import ClipPrompt, VideoPrompt, cut_notice
 from kvpo.rewards.cache import score_cache
@@ -40,7 +40,7 @@ from kvpo.world.unseen import load_unseen
 
 logger = logging.getLogger(__name__)
 
-BASE = "generator.safetensors"
+SHIPPED_GENERATOR = "generator.safetensors"
 SHORT_FRAMES, LONG_FRAMES = 30, 60
 """Held-out videos: one prompt over 10 blocks, three prompts over 20."""
 LIVE_FRAMES = 96
@@ -87,7 +87,7 @@ class WorldTrainingPrompts:
 
 def base_path(config: Config) -> Path:
     """The base checkpoint of a configuration; by default the one that ships with the package."""
-    shipped = str(files("kvpo.world").joinpath("assets", BASE))
+    shipped = str(files("kvpo.world").joinpath("assets", SHIPPED_GENERATOR))
     return local_path(config.backbone.checkpoint or shipped, "backbone.checkpoint")
 
 
@@ -104,7 +104,7 @@ def load_base(config: Config) -> tuple[CausalWan, LearnedTextEncoder]:
             f"backbone.checkpoint: {path} is no file; `kvpo pretrain --out FILE` writes such a file"
         )
     try:
-        read_file(path)
+        read_tensor_file(path)
     except ValueError as error:
         raise ValueError(
             f"backbone.checkpoint: {error}; `kvpo pretrain --out FILE` writes a good one"

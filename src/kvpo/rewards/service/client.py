@@ -20,7 +20,7 @@ from kvpo.rewards.protocol import Declaration, checked
 from kvpo.rewards.service.messages import (
     PROTOCOL,
     Body,
-    Question,
+    ScoreRequest,
     decode_offers,
     eight_bit,
     encode_question,
@@ -32,7 +32,7 @@ from kvpo.rewards.service.patience import (
     Away,
     Failed,
     Patience,
-    Refused,
+    RequestRefused,
     StillLoading,
     Trial,
 )
@@ -129,7 +129,7 @@ class Link:
             while True:
                 try:
                     return read(_content(await self._send(method, path, body, trial.seconds)))
-                except Refused as error:
+                except RequestRefused as error:
                     raise ValueError(f"reward server {self.url} refused: {error}") from error
                 except (httpx.ConnectError, httpx.ConnectTimeout) as error:
                     trial.failed(Away(f"cannot connect: {_reason(error)}"))
@@ -180,7 +180,7 @@ def _content(response: httpx.Response) -> Any:
     if status in (502, 503, 504):
         after = response.headers.get("retry-after", "")
         raise Away(problem, float(after) if after.isdecimal() else None)
-    raise (Failed if status in (408, 499) or status >= 500 else Refused)(problem)
+    raise (Failed if status in (408, 499) or status >= 500 else RequestRefused)(problem)
 
 
 def _reason(error: BaseException) -> str:
@@ -256,7 +256,7 @@ class RemoteScorer:
     ) -> list[dict[str, Tensor]]:
         def body_of(own: tuple[ClipPrompt, ...], clips_BTCHW: Tensor) -> Body:
             sent_BTCHW = (eight_bit(clips_BTCHW) if rounded else clips_BTCHW).cpu()
-            return encode_question(Question(sent_BTCHW, own, self.components))
+            return encode_question(ScoreRequest(sent_BTCHW, own, self.components))
 
         async def score(piece: slice) -> dict[str, Tensor]:
             own = tuple(prompts[piece])
@@ -308,18 +308,18 @@ def connect(
     def read(content: Any) -> RemoteScorer:
         try:
             if content["protocol"] != PROTOCOL:
-                raise Refused(
+                raise RequestRefused(
                     f"it is of kvpo {content['kvpo']} and speaks protocol {content['protocol']}, "
                     f"this one {PROTOCOL}; use one version on both sides"
                 )
             offers = decode_offers(content["rewards"])
             limit, rate = int(content["limits"]["request_bytes"]), float(content["frame_rate"])
-        except Refused:
+        except RequestRefused:
             raise
         except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
-            raise Refused(f"it is not a kvpo reward server: {error!r} in its answer") from error
+            raise RequestRefused(f"it is not a kvpo reward server: {error!r} in its answer") from error
         if unknown := [name for name in names if name not in offers]:
-            raise Refused(f"it does not have {unknown[0]!r}; it has {', '.join(offers)}")
+            raise RequestRefused(f"it does not have {unknown[0]!r}; it has {', '.join(offers)}")
         return RemoteScorer(link, tuple(one for name in names for one in offers[name]), rate, limit)
 
     try:

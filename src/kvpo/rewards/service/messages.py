@@ -21,7 +21,7 @@ PROTOCOL = 3
 """Version of the protocol described here; a client refuses a server of another version."""
 TOKEN_VARIABLE = "KVPO_REWARD_TOKEN"
 """Environment variable that holds the bearer token, on both sides."""
-PIXELS = {torch.uint8: "U8", torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32"}
+PIXEL_TYPES = {torch.uint8: "U8", torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32"}
 """Precisions of pixels, and what safetensors calls them."""
 LENGTH_BYTES = 8
 """A safetensors file begins with the length of its header in this many bytes, least significant first."""
@@ -32,7 +32,7 @@ Offers = Mapping[str, tuple[Declaration, ...]]
 
 
 @dataclass(frozen=True)
-class Question:
+class ScoreRequest:
     """Clips of one shape, their prompts, and the components that are asked for."""
 
     video_BTCHW: Tensor
@@ -58,7 +58,7 @@ class Body:
             yield self.pixels[at : at + size]
 
 
-def encode_question(question: Question) -> Body:
+def encode_question(question: ScoreRequest) -> Body:
     """A question as a safetensors file: the tensor ``video`` as it is, all else in the metadata."""
     video = question.video_BTCHW.contiguous()
     prompts = [[str(prompt), prompt.before, prompt.switch] for prompt in question.prompts]
@@ -67,7 +67,7 @@ def encode_question(question: Question) -> Body:
         {
             "__metadata__": {"prompts": json.dumps(prompts), "components": json.dumps(question.components)},
             "video": {
-                "dtype": PIXELS[video.dtype],
+                "dtype": PIXEL_TYPES[video.dtype],
                 "shape": list(video.shape),
                 "data_offsets": [0, len(pixels)],
             },
@@ -77,7 +77,7 @@ def encode_question(question: Question) -> Body:
     return Body(len(header).to_bytes(LENGTH_BYTES, "little") + header, pixels)
 
 
-def joined(videos_BTCHW: Sequence[Tensor]) -> Tensor:
+def one_batch(videos_BTCHW: Sequence[Tensor]) -> Tensor:
     """Clips of one shape and precision as one batch; copied only if there are several tensors."""
     first = videos_BTCHW[0]
     if len(videos_BTCHW) == 1:
@@ -107,13 +107,13 @@ def fractions(video_BTCHW: Tensor, memory: Callable[[int], memoryview] = new_buf
     return out
 
 
-def growth(question: Question) -> int:
+def growth(question: ScoreRequest) -> int:
     """Bytes that ``with_fractions`` needs in addition to the question's."""
     video = question.video_BTCHW
     return 4 * video.numel() if video.dtype == torch.uint8 else 0
 
 
-def with_fractions(question: Question, memory: Callable[[int], memoryview]) -> Question:
+def with_fractions(question: ScoreRequest, memory: Callable[[int], memoryview]) -> ScoreRequest:
     """The question with clips as scorers want them, in ``memory`` of that many bytes."""
     return replace(question, video_BTCHW=fractions(question.video_BTCHW, memory))
 
@@ -127,7 +127,7 @@ def _empty(shape: Sequence[int], dtype: torch.dtype, memory: Callable[[int], mem
     return torch.frombuffer(memory(prod(shape) * dtype.itemsize), dtype=dtype).view(*shape)
 
 
-def decode_question(body: memoryview) -> Question:
+def decode_question(body: memoryview) -> ScoreRequest:
     """Undo ``encode_question``; the clips stay where they lie in ``body``: copies are what costs here.
 
     Raises:
@@ -147,7 +147,7 @@ def decode_question(body: memoryview) -> Question:
             "the body must be a safetensors file with a tensor 'video' and the metadata 'prompts' (a JSON "
             f"list of [text, before, switch]) and 'components' (a JSON list): {error!r}"
         ) from error
-    precision = next((known for known, name in PIXELS.items() if name == dtype), None)
+    precision = next((known for known, name in PIXEL_TYPES.items() if name == dtype), None)
     if precision is None or not _is_clips(shape):
         raise ValueError(
             "video must be [clips, frames, 3, height, width] of uint8, float16, bfloat16 or float32, "
@@ -159,7 +159,7 @@ def decode_question(body: memoryview) -> Question:
     if len(prompts) != shape[0]:
         raise ValueError(f"{len(prompts)} prompts for {shape[0]} clips")
     video = torch.frombuffer(body, dtype=precision, offset=start, count=count)
-    return Question(video.view(shape), prompts, components)
+    return ScoreRequest(video.view(shape), prompts, components)
 
 
 def _is_clips(shape: Any) -> bool:

@@ -30,7 +30,7 @@ class Patience:
 PATIENCE = Patience()
 
 
-class Refused(ValueError):
+class RequestRefused(ValueError):
     """The server refuses this request for good."""
 
 

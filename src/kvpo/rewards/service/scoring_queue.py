@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kvpo.prompts import ClipPrompt
 from kvpo.rewards.protocol import Scorer, checked
-from kvpo.rewards.service.messages import Question, fractions, joined
+from kvpo.rewards.service.messages import ScoreRequest, fractions, one_batch
 
 JOINED_PIXELS = 8 * 2**20
 """Questions become one batch up to this many numbers: copying larger clips costs more than batching saves."""
@@ -24,7 +24,7 @@ Answer = dict[str, Tensor]
 class Job:
     """A question and its pending answer; cancelling the answer withdraws the question."""
 
-    question: Question
+    question: ScoreRequest
     answer: Future[Answer] = field(default_factory=Future)
 
     def goes_with(self, other: "Job") -> bool:
@@ -51,7 +51,7 @@ class ScoringQueue:
         # a daemon: a scorer that hangs cannot keep the server from stopping
         threading.Thread(target=self._work, name="kvpo scoring", daemon=True).start()
 
-    def put(self, question: Question) -> Future[Answer]:
+    def put(self, question: ScoreRequest) -> Future[Answer]:
         """Queue a question whose components there are; the future raises ValueError when its scorer fails."""
         job = Job(question)
         with self._changed:
@@ -122,10 +122,10 @@ class ScoringQueue:
             job.answer.set_result({name: values[rows] for name, values in scores.items()})
             at = rows.stop
 
-    def _score(self, questions: Sequence[Question]) -> Answer:
+    def _score(self, questions: Sequence[ScoreRequest]) -> Answer:
         """Scores of questions that go together, ``batch`` clips per call; ValueError for bad numbers."""
         prompts = [prompt for question in questions for prompt in question.prompts]
-        video = joined([question.video_BTCHW for question in questions])
+        video = one_batch([question.video_BTCHW for question in questions])
         pieces = [
             self._call(video[at : at + self.batch], prompts[at : at + self.batch], questions[0].components)
             for at in range(0, len(prompts), self.batch)

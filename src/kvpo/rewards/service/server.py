@@ -19,7 +19,7 @@ from kvpo.rewards.service.buffers import MIB, Buffers
 from kvpo.rewards.service.messages import (
     PROTOCOL,
     Offers,
-    Question,
+    ScoreRequest,
     decode_question,
     encode_offers,
     growth,
@@ -41,7 +41,7 @@ CLIENT_GONE = 499
 
 
 @dataclass(frozen=True)
-class Limits:
+class RequestLimits:
     """Limits of a server's load."""
 
     request_bytes: int = 1024 * MIB
@@ -81,7 +81,7 @@ class Service:
 
     offers: Offers
     frame_rate: float
-    limits: Limits
+    limits: RequestLimits
     queue: ScoringQueue
     room: Room
     buffers: Buffers
@@ -131,7 +131,7 @@ def reward_app(
     *,
     frame_rate: float,
     token: str | None = None,
-    limits: Limits = Limits(),
+    limits: RequestLimits = RequestLimits(),
 ) -> FastAPI:
     """The application that serves ``offers``, whose components come out of ``scorers``.
 
@@ -178,7 +178,7 @@ def _declared_size(request: Request, limit: int) -> int:
     return int(text)
 
 
-async def _question(request: Request, body: memoryview, seconds: float) -> Question:
+async def _question(request: Request, body: memoryview, seconds: float) -> ScoreRequest:
     at = 0
     try:
         async with asyncio.timeout(seconds):
@@ -197,7 +197,7 @@ async def _question(request: Request, body: memoryview, seconds: float) -> Quest
         raise HTTPException(400, str(error)) from error
 
 
-async def _prepared(question: Question, room: Room, buffers: Buffers) -> tuple[Question, int]:
+async def _prepared(question: ScoreRequest, room: Room, buffers: Buffers) -> tuple[ScoreRequest, int]:
     """The question as scorers want it, and the bytes it has grown by; as it is where there is no room.
 
     It is then converted when it is scored, which makes that longer.
