@@ -57,11 +57,11 @@ def test_paths_that_do_not_exist_are_not_looked_up_on_the_hub(location, monkeypa
 def test_hub_ids_are_split_into_repository_revision_and_file(tmp_path, monkeypatch):
     calls = []
 
-    def file(repo, name, *, revision):
+    def file(repo, name, *, revision, local_files_only):
         calls.append((repo, name, revision))
         return str(tmp_path / "f")
 
-    def snapshot(repo, *, revision, allow_patterns):
+    def snapshot(repo, *, revision, allow_patterns, local_files_only):
         calls.append((repo, revision, allow_patterns))
         return str(tmp_path)
 
@@ -88,6 +88,14 @@ def test_offline_mode_names_the_way_out(location, tmp_path, monkeypatch):
         ValueError, match="HF_HUB_OFFLINE is set, and .* no copy of owner/name: .* `hf download owner/name`"
     ):
         hub.resolve_location(location)
+
+
+@pytest.mark.parametrize("location", ["owner/name", "owner/name/x.pt"])
+def test_without_download_the_cache_alone_is_asked(location, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    with pytest.raises(ValueError, match="the hub's cache holds no copy of owner/name: a run downloads it"):
+        hub.resolve_location(location, download=False)
 
 
 def test_a_pattern_that_matches_nothing_is_an_error(tmp_path, monkeypatch):
@@ -156,14 +164,14 @@ class FakeHub(BaseHTTPRequestHandler):
 
 PROGRAM = """
 from huggingface_hub import constants
-from kvpo.models.hub import resolve
+from kvpo.models.hub import resolve_location
 try:
-    resolve("owner/name/refused.pt")
+    resolve_location("owner/name/refused.pt")
 except ValueError as error:
     print(error)
-print(resolve("owner/name/model.pt"))
+print(resolve_location("owner/name/model.pt"))
 constants.HF_HUB_OFFLINE = True
-print(resolve("owner/name/model.pt"))
+print(resolve_location("owner/name/model.pt"))
 """
 
 
@@ -196,7 +204,7 @@ def test_a_broken_transfer_is_taken_up_where_it_broke(tmp_path):
 def test_what_belongs_beside_a_file_is_fetched_where_it_exists(tmp_path, monkeypatch):
     there, calls = {"a/adapter_model.safetensors", "a/adapter_config.json"}, []
 
-    def file(repo, name, *, revision):
+    def file(repo, name, *, revision, local_files_only):
         calls.append(name)
         if name not in there:
             raise errors[hub.constants.HF_HUB_OFFLINE]

@@ -26,7 +26,7 @@ from kvpo.app.build import build_setup, check_device, source_of
 from kvpo.app.configuration import PLACES_OF_A_RUN, flat, preset, settings
 from kvpo.app.named_rewards import reach_servers
 from kvpo.config import Config
-from kvpo.models.hub import resolve_location
+from kvpo.models.hub import resolve_location, split_entry
 from kvpo.training.device import GB, computing
 from kvpo.training.ranks import Ranks, joined_ranks
 from kvpo.training.trainer import Trainer
@@ -222,7 +222,7 @@ def files(config: Config) -> list[Finding]:
         if path in NO_FILES or settings()[path].type is not str or not value:
             continue
         try:
-            findings.append(Finding(path, "ok", str(resolve_location(value, offline=True))))
+            findings.append(Finding(path, "ok", str(resolve_location(split_entry(value)[0], download=False))))
         except ValueError as error:
             findings.append(Finding(path, "warn", str(error)))
     training, validation, test = source_of(config).split(config)

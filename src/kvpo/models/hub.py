@@ -34,7 +34,7 @@ def split_entry(location: str) -> tuple[str, str | None]:
 
 
 def resolve_location(
-    location: str | Path, *, patterns: Sequence[str] = (), beside: Sequence[str] = ()
+    location: str | Path, *, patterns: Sequence[str] = (), beside: Sequence[str] = (), download: bool = True
 ) -> Path:
     """Local path of a file or directory named by a path or by a hub id.
 
@@ -46,6 +46,7 @@ def resolve_location(
     Args:
         patterns: file patterns of a repository to download; empty means all of it.
         beside: names of files that are fetched with a single one, from the same folder, where they exist.
+        download: False looks into the cache alone.
 
     Raises:
         ValueError: neither a local path nor a hub id, or a repository, revision or file that does not exist,
@@ -62,29 +63,31 @@ def resolve_location(
     repo, revision, file = match["repo"], match["revision"], match["file"]
     try:
         if file is not None:
-            found = hf_hub_download(repo, file, revision=revision)
+            found = hf_hub_download(repo, file, revision=revision, local_files_only=not download)
             for name in beside:
-                _fetch_if_there(repo, str(PurePosixPath(file).with_name(name)), revision)
+                _fetch_if_there(repo, str(PurePosixPath(file).with_name(name)), revision, download)
             return Path(found)
-        found = snapshot_download(repo, revision=revision, allow_patterns=list(patterns) or None)
+        found = snapshot_download(
+            repo, revision=revision, allow_patterns=list(patterns) or None, local_files_only=not download
+        )
     except (OSError, _NetworkError, EntryNotFoundError, HFValidationError) as error:
-        raise ValueError(f"{location}: no such local path, and {_why(error, match)}") from error
+        raise ValueError(f"{location}: no such local path, and {_why(error, match, download)}") from error
     directory = Path(found)
     if not any(path.is_file() for path in directory.rglob("*")):
         raise ValueError(f"{location}: no file of the hub repository {repo} matches {', '.join(patterns)}")
     return directory
 
 
-def _fetch_if_there(repo: str, file: str, revision: str | None) -> None:
+def _fetch_if_there(repo: str, file: str, revision: str | None, download: bool) -> None:
     try:
-        hf_hub_download(repo, file, revision=revision)
+        hf_hub_download(repo, file, revision=revision, local_files_only=not download)
     except EntryNotFoundError as error:
         # Offline, what the cache lacks was not there when the file was fetched.
-        if isinstance(error, LocalEntryNotFoundError) and not constants.HF_HUB_OFFLINE:
+        if isinstance(error, LocalEntryNotFoundError) and download and not constants.HF_HUB_OFFLINE:
             raise
 
 
-def _why(error: Exception, match: re.Match[str]) -> str:
+def _why(error: Exception, match: re.Match[str], download: bool) -> str:
     """One line on what went wrong with a hub repository, and the way out."""
     repo = match["repo"]
     if isinstance(error, GatedRepoError):
@@ -97,6 +100,8 @@ def _why(error: Exception, match: re.Match[str]) -> str:
     if isinstance(error, RevisionNotFoundError):
         return f"the hub repository {repo} has no revision {match['revision']}"
     if isinstance(error, LocalEntryNotFoundError | OfflineModeIsEnabled):
+        if not download:
+            return f"the hub's cache holds no copy of {repo}: a run downloads it"
         if constants.HF_HUB_OFFLINE or isinstance(error, OfflineModeIsEnabled):
             return (
                 f"HF_HUB_OFFLINE is set, and the hub's cache holds no copy of {repo}: run once with a "
