@@ -25,7 +25,7 @@ from websockets.sync.client import connect
 from kvpo.app.configuration import preset, resolve_saved
 from kvpo.app.live import theatre_of
 from kvpo.live.protocol import Refusal
-from kvpo.live.scheduler import Limits
+from kvpo.live.scheduler import SessionLimits
 from kvpo.live.server import ENDPOINT, live_app
 from kvpo.training.device import computing
 
@@ -57,7 +57,7 @@ class Client:
 
 
 @contextmanager
-def served(run: Path | None, limits: Limits) -> Any:
+def served(run: Path | None, limits: SessionLimits) -> Any:
     """The port of a server in this process."""
     config = preset("demo") if run is None else resolve_saved(run / "config.yaml")
     with ExitStack() as stack:
@@ -182,7 +182,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     numbers: dict[str, float] = {"load before": os.getloadavg()[0]}
-    with served(arguments.run, Limits(sessions=8)) as port:
+    with served(arguments.run, SessionLimits(sessions=8)) as port:
         numbers |= one_session(port)
         numbers |= watched(port, 50)
         numbers |= many_sessions(port, 8)

@@ -11,7 +11,7 @@ from kvpo.app.live import theatre_of
 from kvpo.app.sources.world import live_story, shows_rather, unknown_words
 from kvpo.engine.generator import pixels_of
 from kvpo.engine.stream import stream_latents
-from kvpo.live.scheduler import Limits
+from kvpo.live.scheduler import SessionLimits
 from kvpo.live.script import Cue
 from kvpo.live.session import Session
 from kvpo.prompts import VideoPrompt
@@ -34,7 +34,7 @@ def test_what_is_refused(arguments, tmp_path, capsys, monkeypatch):
 
 
 def test_the_embedded_generator_streams(tmp_path):
-    limits = Limits(sessions=1, frames=30)
+    limits = SessionLimits(sessions=1, frames=30)
     theatre = theatre_of(
         preset("demo"), tmp_path, run=None, checkpoint=None, weights="average", limits=limits
     )
