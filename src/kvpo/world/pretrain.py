@@ -32,7 +32,7 @@ from kvpo.models.causal_wan import CausalWan
 from kvpo.models.context import TeacherContext
 from kvpo.models.finite import require_finite_weights
 from kvpo.models.settings import WanShape
-from kvpo.models.tensor_files import read_file, storable
+from kvpo.models.tensor_files import read_tensor_file, storable
 from kvpo.world.muon import Muon
 from kvpo.world.snippets import Batch, SnippetSettings, TrainingSnippets
 from kvpo.world.text import LearnedTextEncoder
@@ -275,7 +275,7 @@ def _header(model: WanShape, stream: StreamConfig, settings: PretrainSettings) -
 
 
 def _restore(training: Training, path: Path, expected: dict[str, Any]) -> None:
-    read_file(path)
+    read_tensor_file(path)
     try:
         with safe_open(path, framework="pt") as file:
             found = json.loads((file.metadata() or {})["training"])
