@@ -8,6 +8,7 @@ the run from them as `kvpo align` does, and takes the phases of one update one a
 """
 
 import argparse
+import os
 import sys
 import tempfile
 import time
@@ -99,7 +100,6 @@ def write_files(config: Config, directory: Path, *, tiny: bool) -> dict[str, Any
     return {
         "backbone.checkpoint": str(directory / "base.pt"),
         "backbone.encoders": str(directory),
-        "backbone.embeddings": str(directory / "embeddings"),
         "prompts.file": str(directory / "prompts.txt"),
     }
 
@@ -188,6 +188,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     settings = SETTINGS | (TINY if options.tiny else {}) | given_settings(rest)
     with tempfile.TemporaryDirectory(dir=options.work) as directory:
+        os.environ["KVPO_CACHE"] = directory
         files = write_files(preset("longlive-1.3b", settings), Path(directory), tiny=options.tiny)
         config = preset("longlive-1.3b", settings | files)
         sizes = {"size": 64, "copied": 2**16} if options.tiny else {"size": 8192, "copied": 2**32}

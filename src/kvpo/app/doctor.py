@@ -46,7 +46,7 @@ RANK_TIMEOUT = timedelta(minutes=2)
 EXCHANGED = 2**22
 """Numbers in the test of a gradient's exchange: 16 MB."""
 BFLOAT16 = "import torch; a = torch.ones(64, 64, dtype=torch.bfloat16); assert (a @ a)[0, 0] == 64"
-NO_FILES = ("device", "rewards.cache")
+NO_FILES = ("device", "rewards.cache", "backbone.geometry")
 """Settings about places of a run that name nothing which must be there."""
 DRY = {
     "optim.prompts_per_update": 2,

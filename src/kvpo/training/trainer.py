@@ -128,7 +128,7 @@ class Trainer:
                 moments = {
                     name: moment for name, moment in moments.items() if moment.dim()
                 }  # counts are elsewhere
-                require_finite(moments, "optimiser's state after the step", "lower optim.grad_clip")
+                require_finite(moments, "optimiser's state after the step", way_out)
         self.average.update(self.policy.parameters)
         return found, {"velocity_kl": drift, "gradient_norm": norm, "gradient_coverage": coverage}
 
