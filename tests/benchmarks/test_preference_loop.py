@@ -31,7 +31,7 @@ def test_the_loop_closes_at_a_tiny_size(script, tiny_base, tmp_path):
     from tests.tiny_world import SETTINGS
 
     small = SETTINGS | {
-        "base": str(tiny_base),
+        "backbone.checkpoint": str(tiny_base),
         "evaluation.validation_prompts": 2,
         "evaluation.test_prompts": 2,
     }
