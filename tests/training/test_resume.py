@@ -172,6 +172,7 @@ def arguments(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> list
     lists = {name: list(value) if isinstance(value, tuple) else value for name, value in SETTINGS.items()}
     changes = {
         "backbone.checkpoint": str(tiny_base),
+        "exploration.rows": 4,
         "optim.updates": 6,
         "checkpoint.every": 2,
         "evaluation.every": 3,
@@ -279,7 +280,7 @@ STOPS = {
     "twice in an update": ("kvpo.training.trainer:accumulate_gradients", 1, signal.SIGINT, signal.SIGINT),
     "while saving": ("kvpo.training.run:save_checkpoint", 1, signal.SIGTERM),
     "final tests": ("kvpo.app.align:evaluate_base", 2, signal.SIGTERM),
-    "report": ("kvpo.report:write_report", 1, signal.SIGTERM),
+    "report": ("kvpo.report.page:write_report", 1, signal.SIGTERM),
 }
 SAVED = {"first update": 1, "validation": 3, "twice in an update": 3, "while saving": 4, "final tests": 6,
          "report": 6}  # fmt: skip

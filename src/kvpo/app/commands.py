@@ -125,7 +125,8 @@ def _generate(arguments: Namespace) -> None:
         checkpoint=arguments.checkpoint,
         weights=arguments.weights,
     )
-    print("\n".join(map(str, videos)))
+    if is_main():
+        print("\n".join(map(str, videos)))
 
 
 def _evaluate_arguments(parser: ArgumentParser) -> None:
@@ -147,7 +148,8 @@ def _evaluate(arguments: Namespace) -> None:
     places = parse_flags(settings_given(arguments))
     given = {"checkpoint": arguments.checkpoint, "weights": arguments.weights, "places": places}
     evaluate(arguments.run, out=out, **given)
-    print(out)
+    if is_main():
+        print(out)
 
 
 def _export_arguments(parser: ArgumentParser) -> None:
@@ -179,7 +181,6 @@ def _pretrain_arguments(parser: ArgumentParser) -> None:
         "--out", type=path_argument, required=True, metavar="FILE", help="safetensors file to write"
     )
     parser.add_argument("--steps", type=int, metavar="INT", help="optimiser steps (default: as shipped)")
-    parser.add_argument("--resume", action="store_true", help="go on with an unfinished training of FILE")
 
 
 def _pretrain(arguments: Namespace) -> None:
@@ -190,25 +191,21 @@ def _pretrain(arguments: Namespace) -> None:
     import torch
 
     from kvpo.progress import progress_bars
-    from kvpo.training.interrupt import stop_on_signal
     from kvpo.world.pretrain import PretrainSettings, pretrain
 
     torch.set_num_threads(config.threads or torch.get_num_threads())
-    settings = PretrainSettings(seed=config.seed, autocast=config.optim.autocast)
+    settings = PretrainSettings(seed=config.seed)
     if arguments.steps is not None:
         settings = replace(settings, steps=arguments.steps)
-    with progress_bars() as show, stop_on_signal() as interrupted:
-        finished = pretrain(
+    with progress_bars() as show:
+        pretrain(
             config.model,
             config.stream,
             settings,
             out,
-            lambda done, loss: show("pretraining", done, settings.steps, {"loss": loss}),
-            device=config.device,
-            resume=arguments.resume,
-            interrupted=interrupted,
+            lambda step, loss: show("pretraining", step + 1, settings.steps, {"loss": loss}),
         )
-    print(out if finished else f"{out}: stopped; --resume goes on")
+    print(out)
 
 
 def _plan_arguments(parser: ArgumentParser) -> None:

@@ -17,6 +17,7 @@ from kvpo.report.headline import final_headline
 from kvpo.training.checkpoint import find_checkpoint, no_improvement
 from kvpo.training.device import computing
 from kvpo.training.evaluation import comparison
+from kvpo.training.ranks import Ranks, added_up, joined_ranks
 from kvpo.training.run import evaluate_prompts, open_checkpoint
 
 logger = logging.getLogger(__name__)
@@ -30,7 +31,7 @@ def evaluate(
     out: Path | str | None = None,
     places: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Compare a run's checkpoint with its base and write the numbers as JSON.
+    """Compare a run's checkpoint with its base and write the numbers as JSON; ranks share the videos.
 
     The result holds ``checkpoint``, ``weights``, ``verdict`` in words, ``held_out`` (for the best checkpoint
     the very numbers of ``summary.json``) and ``scored``, how many clips were scored or known already.
@@ -46,20 +47,23 @@ def evaluate(
     run = local_path(run, "run")
     config = resolve_run(run, places)
     target = output_file(run / "evaluation.json" if out is None else out, "out")
-    with computing(config):
-        return _evaluate(run, config, checkpoint, weights, target)
+    with joined_ranks(config.device) as ranks, computing(config):
+        return _evaluate(ranks, run, config, checkpoint, weights, target)
 
 
-def _evaluate(run: Path, config: Config, checkpoint: str | None, weights: str, out: Path) -> dict[str, Any]:
+def _evaluate(
+    ranks: Ranks, run: Path, config: Config, checkpoint: str | None, weights: str, out: Path
+) -> dict[str, Any]:
     demand_same_prompts(run, config)
     demand_same_files(run, config)
     path = find_checkpoint(run / "checkpoints", checkpoint)
     if (warning := no_improvement(path, checkpoint)) is not None:
         logger.warning(warning)
-    setup = build_setup(config)
-    sides = open_checkpoint(setup.backbone.weights, path, weights)
+    with ranks.together("loading the generator and the rewards"):
+        setup = build_setup(config, ranks)
+        sides = open_checkpoint(setup.backbone.weights, path, weights)
     held_out = {}
-    with progress_bars() as show:
+    with progress_bars(shown=ranks.main) as show:
         for done, (name, prompts) in enumerate(setup.test.items()):
             show("base and aligned on test prompts", done, len(setup.test))
             with sides.base():
@@ -69,9 +73,12 @@ def _evaluate(run: Path, config: Config, checkpoint: str | None, weights: str, o
             held_out[name] = comparison(base, aligned, setup.judges)
         show("base and aligned on test prompts", len(setup.test), len(setup.test))
     numbers = {"checkpoint": path.name, "weights": weights, "held_out": held_out}
-    numbers |= {"scored": asdict(setup.scored)} | ({} if warning is None else {"improved": False})
+    numbers |= {"scored": added_up(ranks.gather(asdict(setup.scored), "counting clips"))} | (
+        {} if warning is None else {"improved": False}
+    )
     verdict = final_headline(numbers, asdict(config))
     numbers["verdict"] = verdict.text
     logger.warning("%s", verdict.text)
-    write_atomic(out, json.dumps(numbers, indent=2, allow_nan=False) + "\n")
+    text = json.dumps(numbers, indent=2, allow_nan=False) + "\n"
+    ranks.once("writing the numbers", lambda: write_atomic(out, text))
     return numbers

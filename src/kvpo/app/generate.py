@@ -24,6 +24,7 @@ from kvpo.prompts import VideoPrompt, check_shown
 from kvpo.report.video import enlargement, side_by_side, write_video
 from kvpo.training.backbone import Backbone
 from kvpo.training.device import computing
+from kvpo.training.ranks import Ranks, joined_ranks
 
 logger = logging.getLogger(__name__)
 
@@ -65,11 +66,12 @@ def generate(
     _demand_no_videos(out)
     if run is not None and prompts is None:
         demand_same_prompts(run, config)
-    with computing(config):
-        return _generate(config, out, _prompts(config, prompts), run, checkpoint, weights)
+    with joined_ranks(config.device) as ranks, computing(config):
+        return _generate(ranks, config, out, _prompts(config, prompts), run, checkpoint, weights)
 
 
 def _generate(
+    ranks: Ranks,
     config: Config,
     out: Path,
     wanted: list[VideoPrompt],
@@ -77,23 +79,24 @@ def _generate(
     checkpoint: str | None,
     weights: str,
 ) -> list[Path]:
-    """Load the generator, and write the videos of the prompts batch by batch."""
-    path = checkpoint_of(run, checkpoint)
-    backbone = load_backbone(config, wanted)
-    sides = list(opened_arms(config, backbone, path, weights).values())
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise storage_error(out, error) from error
+    """Load the generator, and write the videos of the prompts batch by batch; ranks share the batches."""
+    with ranks.together("loading the generator"):
+        path = checkpoint_of(run, checkpoint)
+        backbone = load_backbone(config, wanted)
+        sides = list(opened_arms(config, backbone, path, weights).values())
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise storage_error(out, error) from error
 
     made: dict[str, Tensor] = {}
-    videos: list[Path] = []
     shows: dict[str, tuple[str, ...]] = {}
+    share = ranks.share(_batches(wanted))
     digits = max(3, len(str(len(wanted) - 1)))
-    with progress_bars() as show:
-        done = 0
-        for batch in _batches(wanted):
-            show("generating", done, len(wanted))
+    with ranks.together("generating"), progress_bars(shown=ranks.main) as show:
+        done, total = 0, sum(map(len, share))
+        for batch in share:
+            show("generating", done, total)
             latents = []
             for side in sides:
                 with side():
@@ -101,14 +104,23 @@ def _generate(
             for row, prompt in enumerate(batch):
                 pair = [of_side[row] for of_side in latents]
                 written = _write_videos(backbone, out, f"{prompt.id:0{digits}d}", pair, made)
-                videos += written
                 shows |= {path.name: prompt.segments for path in written}
             done += len(batch)
-            show("generating", done, len(wanted))
-    write_atomic(out / "latents.safetensors", save(made))
+            show("generating", done, total)
+    for own_made, own_shows in ranks.gather((made, shows), "collecting latents"):
+        made |= own_made
+        shows |= own_shows
+    ranks.once("writing lists", lambda: _write_lists(out, wanted, made, shows))
+    return [out / name for name in sorted(shows)]
+
+
+def _write_lists(
+    out: Path, wanted: Sequence[VideoPrompt], made: dict[str, Tensor], shows: dict[str, tuple[str, ...]]
+) -> None:
+    """Everything beside the videos, in the order of their names."""
+    write_atomic(out / "latents.safetensors", save(dict(sorted(made.items()))))
     write_atomic(out / "prompts.jsonl", "".join(_line(prompt) for prompt in wanted))
-    write_atomic(out / MANIFEST, json.dumps(shows, indent=1, ensure_ascii=False) + "\n")
-    return videos
+    write_atomic(out / MANIFEST, json.dumps(dict(sorted(shows.items())), indent=1, ensure_ascii=False) + "\n")
 
 
 def _demand_no_videos(out: Path) -> None:

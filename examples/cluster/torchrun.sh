@@ -1,0 +1,15 @@
+#!/bin/sh
+# Start this on every node of a cluster without a scheduler. Variables, with what they are by default:
+#   NODES  number of nodes (1)            GPUS  processes per node, one per GPU (8)
+#   HEAD   host name of the first node    PORT  a free port there (29500)
+#   PRESET, OUT, RUN_ID                   what is aligned, where to, and a name for this start
+# All nodes must see OUT. A rank that dies ends the others; all are started again and resume the last checkpoint.
+set -eu
+exec torchrun \
+    --nnodes "${NODES:-1}" \
+    --nproc-per-node "${GPUS:-8}" \
+    --rdzv-backend c10d \
+    --rdzv-endpoint "${HEAD:-localhost}:${PORT:-29500}" \
+    --rdzv-id "${RUN_ID:-kvpo}" \
+    --max-restarts 3 \
+    -m kvpo align --preset "${PRESET:-longlive-1.3b}" --out "${OUT:-runs/align}" --resume "$@"

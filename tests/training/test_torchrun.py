@@ -1,0 +1,68 @@
+"""Whole runs on several ranks, as torchrun starts them: killed, stopped, and resumed on other numbers."""
+
+import json
+import os
+import signal
+import socket
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+
+from tests import processes
+from tests.training.test_resume import arguments, outcome, signal_at, uninterrupted
+
+__all__ = ["arguments", "uninterrupted"]  # fixtures
+GRADIENTS = "kvpo.training.trainer:accumulate_gradients"
+
+
+def as_rank(rank: int, count: int, port: int, before: Callable[[], None]) -> None:
+    """In a child: be one of the ranks that torchrun starts."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    before()
+
+
+def on_ranks(
+    count: int,
+    command: list[str | Path],
+    logs: Path,
+    disturbed: Mapping[int, Callable[[], None]] | None = None,
+) -> list[tuple[int, str]]:
+    """Exit status and output of every rank of a command."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    before = {rank: (disturbed or {}).get(rank, processes.nothing) for rank in range(count)}
+    files = [logs / f"rank-{rank}.log" for rank in range(count)]
+    started = [
+        processes.start(command, file, partial(as_rank, rank, count, port, before[rank]))
+        for rank, file in enumerate(files)
+    ]
+    for process in started:
+        process.join(processes.TIME_LIMIT)
+        assert process.exitcode is not None, f"still running after {processes.TIME_LIMIT} s"
+    return [(process.exitcode, file.read_text()) for process, file in zip(started, files, strict=True)]
+
+
+def test_a_run_killed_and_stopped_on_several_ranks_is_that_of_one_process(
+    arguments: list[str | Path], uninterrupted: Path, tmp_path: Path
+) -> None:
+    """Rank 1 is killed in the fourth update, later gets SIGTERM, and then three ranks finish."""
+    directory = tmp_path / "run"
+    command = [*arguments, "--out", directory, "--resume"]
+    killed = {1: partial(signal_at, GRADIENTS, 4, signal.SIGKILL)}
+    (code, printed), (gone, _) = on_ranks(2, command, tmp_path, killed)
+    assert gone == -signal.SIGKILL and code == 1
+    assert "error: rank 0 of 2 lost touch with another rank while computing gradients" in printed
+    assert "Traceback" not in printed and list(directory.glob("flight-recorder-rank-0.json"))
+
+    stopped = {1: partial(signal_at, GRADIENTS, 1, signal.SIGTERM)}
+    (code, printed), (other_code, other) = on_ranks(2, command, tmp_path, stopped)
+    assert (code, other_code) == (130, 130)
+    assert "saved up to update" in printed and "kvpo: interrupted" in other
+
+    assert [code for code, _ in on_ranks(3, command, tmp_path)] == [0, 0, 0]
+    assert outcome(directory) == outcome(uninterrupted)
+    ours, theirs = (json.loads((d / "summary.json").read_text()) for d in (directory, uninterrupted))
+    assert ours["held_out"] == theirs["held_out"] and ours["checks"] == theirs["checks"]
+    assert ours["diversity"] == theirs["diversity"] and ours["ranks"] == 3
