@@ -27,11 +27,8 @@ def stop_on_signal() -> Iterator[Callable[[], bool]]:
     def handle(number: int, frame: FrameType | None) -> None:
         received.append(number)
         if len(received) == 1:
-            logger.warning(
-                "stopping at the next safe point; press Ctrl-C again to give up the update under way"
-            )
+            logger.warning("stopping at the next safe point; press Ctrl-C again to stop at once")
         elif len(received) == 2:
-            logger.warning("saving the updates before it; press Ctrl-C again to lose them")
             raise KeyboardInterrupt
         else:
             raise StopAtOnce

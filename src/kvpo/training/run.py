@@ -186,6 +186,7 @@ class Run:
 
     def _save_if_new(self) -> None:
         if self.trainer.update > self.saved:
+            logger.warning("saving updates %d to %d", self.saved + 1, self.trainer.update)
             self.save()
 
     def _validate_and_save(self) -> None:
