@@ -128,7 +128,7 @@ def loop(out: Path, seed: int, sizes: Sizes, changes: dict[str, Any]) -> dict[st
     return {
         "votes": count,
         "worth": asdict(worth),
-        "held_out": summary["held_out"],
+        "test": summary["test"],
         "radar": summary.get("radar"),
         "fresh": asdict(pairing),
     }
