@@ -3,8 +3,9 @@
 Each mutant changes one expression or drops one statement of the method, the engine, the training loop or the
 parts of the models that histories rest on. It runs in a copy of the repository, in a process forked from one
 that has torch loaded, against the tests that execute the changed lines, until one fails. The sample depends
-on the text of the changes alone, not on where they stand. Mutants that change no result have their reason in
-``mutants.yaml``; the command fails when too few of the others are caught.
+on the text of the changes alone, not on where they stand. Results are kept below ``scratch/mutants``: the
+same command continues where it was stopped, and tests are recorded again only after a change. Mutants that
+change no result have their reason in ``mutants.yaml``; too few of the others caught is a failure.
 """
 
 import argparse
@@ -17,6 +18,7 @@ import os
 import resource
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import threading
@@ -33,9 +35,9 @@ from typing import Any
 import pytest
 import yaml
 from hypothesis import Phase, settings
+from kept import ROOT, Kept
 from mutations import Mutant, Signatures, mutants_of
 
-ROOT = Path(__file__).resolve().parents[1]
 SOURCES = [f"src/kvpo/{room}/*.py" for room in ("method", "engine", "training", "plan")]
 SOURCES += [
     f"src/kvpo/models/{name}.py" for name in ("cache", "context", "deployment", "settings", "causal_wan")
@@ -57,6 +59,8 @@ LEAST = 0.95
 """Share of the mutants to catch."""
 MEMORY = 8 * 2**30
 """Bytes that a mutant may take."""
+ELSEWHERE = -1
+"""Stands for the lines that a test executes in other processes, which no trace function sees."""
 
 
 class Recorder:
@@ -64,6 +68,8 @@ class Recorder:
 
     def __init__(self, sources: Sequence[str]) -> None:
         self.sources = {str(Path(path).resolve()): path for path in sources}
+        self.ranked = {(path, ELSEWHERE) for path in sources if "ranks" in Path(path).read_text("utf-8")}
+        """The sources that the tests' child processes, which are ranks, run."""
         self.lines: dict[str, set[tuple[str, int]]] = {}
         self.hit = self.shared = set[tuple[str, int]]()
         """Of imports and fixtures that outlive a test: every test of the file may rest on them."""
@@ -85,6 +91,7 @@ class Recorder:
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_protocol(self, item: pytest.Item) -> Iterator[None]:
         self.hit, begun = self.lines.setdefault(item.nodeid, set()), sum(os.times()[:4])
+        self.hit |= self.ranked if hasattr(item.module, "on_ranks") else set()  # type: ignore[attr-defined]
         threading.settrace(self.enter)
         sys.settrace(self.enter)
         try:
@@ -228,13 +235,14 @@ class Recorded:
 
     def tests_of(self, mutant: Mutant) -> set[str]:
         """Tests that execute the change, or its function; outside of functions those that import the file."""
+        tests = set(self.tests.get((mutant.path, ELSEWHERE), ()))
         for lines in (mutant.lines, mutant.scope):
             if found := [self.tests[at] for line in lines if (at := (mutant.path, line)) in self.tests]:
-                return set.union(*found)
-        return set()
+                return tests.union(*found)
+        return tests
 
 
-def record(slots: Sequence[Path], files: Sequence[str]) -> Recorded:
+def record(slots: Sequence[Path], files: Sequence[str], kept: Kept) -> Recorded:
     """Run every test once. One that fails on the source as it is tells nothing, and is left out."""
     sources = in_files(SOURCES)
 
@@ -244,9 +252,14 @@ def record(slots: Sequence[Path], files: Sequence[str]) -> Recorded:
         lines = {test: sorted(hit | recorder.shared) for test, hit in recorder.lines.items()}
         return {"failed": failed, "lines": lines, "seconds": recorder.seconds}
 
+    found = {file: kept.read("lines", file, *SOURCES) for file in files}
+    missing = {partial(one, file): file for file in files if not found[file]}
+    for job, result in run_jobs([Job(function, 1800) for function in missing], slots):
+        assert result, f"{missing[job.function]} takes too long"
+        found[missing[job.function]] = result
+        kept.write(result, [missing[job.function]], "lines", missing[job.function], *SOURCES)
     tests, seconds = defaultdict[tuple[str, int], set[str]](set), dict[str, float]()
-    for _, result in run_jobs([Job(partial(one, file), 1800) for file in files], slots):
-        assert result, "a file of tests takes too long"
+    for result in found.values():
         for failed in result["failed"]:
             print(f"fails without any mutant: {failed}", flush=True)
         seconds |= result["seconds"]
@@ -342,21 +355,33 @@ def reviewed() -> dict[tuple[str, str, str], str]:
     return {(row["file"], row["function"], row["change"]): row["reason"] for row in rows}
 
 
-def run(sample: Sequence[Mutant], tests: Sequence[str], workers: int) -> Iterator[Outcome]:
-    """What becomes of every mutant, as it is known."""
+def run(
+    sample: Sequence[Mutant], tests: Sequence[str], workers: int, kept: Kept
+) -> Iterator[tuple[Mutant, Any]]:
+    """The failure that every mutant of the sample causes, as it is known; None where it never ends."""
     os.environ |= {"OMP_NUM_THREADS": "1", "ONEDNN_MAX_CPU_ISA": "AVX512_CORE_FP16"}
     os.environ.setdefault("KVPO_GOLDEN", str(ROOT.parent / "shared" / "golden"))
-    reasons, started = reviewed(), time.monotonic()
+    files, missing, started = in_files(tests), [], time.monotonic()
+    for mutant in sample:
+        if found := kept.read("mutant", *mutant.key):
+            yield mutant, found[0]
+        else:
+            missing.append(mutant)
+    if not missing:
+        return
     with tempfile.TemporaryDirectory(prefix="mutants-") as directory:
         slots = slots_in(Path(directory).resolve(), workers)
         for name in PRELOADED:
             importlib.import_module(name)
         gc.freeze()  # forked processes share what is loaded
-        recorded = record(slots, in_files(tests))
+        recorded = record(slots, files, kept)
         print(f"{len(recorded.seconds)} tests recorded in {time.monotonic() - started:.0f} s", flush=True)
-        for job, result in run_jobs((attempt(mutant, recorded) for mutant in sample), slots):
+        for job, result in run_jobs((attempt(mutant, recorded) for mutant in missing), slots):
             assert job.mutant
-            yield outcome(job.mutant, result, reasons)
+            caught = result and result["failure"]
+            rests_on = [result["failure"][0].split("::")[0]] if caught else files
+            kept.write([result], [job.mutant.path, *rests_on], "mutant", *job.mutant.key)
+            yield job.mutant, result
 
 
 def main() -> None:
@@ -367,6 +392,9 @@ def main() -> None:
     parser.add_argument("--tests", nargs="*", default=TESTS, help="files of tests (default: all that matter)")
     parser.add_argument("--list", action="store_true", help="print the sample and stop")
     parser.add_argument("--workers", type=int, default=min(4, os.cpu_count() or 1))
+    parser.add_argument(
+        "--kept", type=Path, default=ROOT / "scratch" / "mutants", help="where results are kept"
+    )
     parser.add_argument("--json", type=Path, help="where everything found goes")
     arguments = parser.parse_args()
     started = time.monotonic()
@@ -374,14 +402,17 @@ def main() -> None:
     if arguments.list:
         print("\n".join("  ".join([mutant.operator, *mutant.key]) for mutant in sample))
         return
-    found = []
-    for one in run(sample, arguments.tests, arguments.workers):
-        found.append(one)
+    found, reasons = [], reviewed()
+    for mutant, result in run(sample, arguments.tests, arguments.workers, Kept(arguments.kept)):
+        found.append(one := outcome(mutant, result, reasons))
         print(f"{one.outcome:9}  {one.file}  {one.function}: {one.change[:160]}  {one.test}", flush=True)
     found.sort(key=lambda one: astuple(one)[:3])
     seconds = round(time.monotonic() - started)
     if arguments.json:
-        numbers = {"seconds": seconds, "mutants": [asdict(one) for one in found]}
+        commit = subprocess.check_output(
+            ["git", "describe", "--always", "--dirty"], cwd=ROOT, text=True
+        ).strip()
+        numbers = {"key": arguments.key, "commit": commit, "mutants": [asdict(one) for one in found]}
         arguments.json.write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
     print(f"\n{table(found)}\n\n{seconds} s, {arguments.workers} at a time\n")
     survived = [one for one in found if one.outcome == "survived"]

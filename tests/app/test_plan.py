@@ -28,7 +28,7 @@ from kvpo.models.context import PageContext
 from kvpo.models.geometry import GEOMETRIES
 from kvpo.plan.cost import Costs, backward_work, forward_work
 from kvpo.plan.flops import encode_flops
-from kvpo.plan.memory import Activations
+from kvpo.plan.memory import KEPT, Activations
 from kvpo.plan.phases import Rates
 from kvpo.training import collection
 from kvpo.training.checkpoint import save_checkpoint
@@ -338,3 +338,26 @@ def test_tokens_are_counted_by_both_sides_of_a_patch():
     configs = [with_shape(preset("longlive-1.3b"), patch_size=(1, *side)) for side in sides]
     square, wide, high, large = (Activations(config, 9).held(1) for config in configs)
     assert square / 2 == wide == high == 2 * large
+
+
+@pytest.mark.parametrize("train", ["lora", "full"])
+def test_in_float32_every_width_costs_a_token_what_torch_keeps(train):
+    """Each coefficient by itself, as the slope in its width; what does not grow with tokens cancels."""
+
+    def per_token(dim=192, ffn=704, rank=24, window=12):
+        wide = replace(GEOMETRIES["1.3b"], dim=dim, num_heads=dim // 64, ffn_dim=ffn, text_len=8, text_dim=16)
+        config = preset("longlive-1.3b", {
+            "device": "cpu", "backbone.geometry": geometry_file(wide), "stream.size": (8, 16),
+            "stream.window": window, "optim.lora_rank": rank if train == "lora" else 0,
+            "optim.autocast": "none", "optim.checkpointing": False,
+        })  # fmt: skip
+        four, two = (kept_bytes(config, 2, rows) - kept_bytes(config, 1, rows) for rows in (4, 2))
+        return (four - two) / (2 * config.model.tokens_per_frame)
+
+    kept, one = KEPT[train, "none"], per_token()
+    assert per_token(ffn=960) - one == kept.ffn * 3 * 256
+    assert per_token(window=15) - one == kept.keys * 3 * 192
+    if train == "lora":
+        assert per_token(rank=48) - one == pytest.approx(kept.rank * 3 * 24, rel=0.015)
+    keys = kept.keys * 12 * 192
+    assert per_token(dim=384) - one - keys == pytest.approx(kept.width * 3 * 192, rel=0.005)

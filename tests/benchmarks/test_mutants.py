@@ -115,3 +115,65 @@ def test_reviewed_mutants_count_apart():
     survivors = [run.outcome(mutant, {"failure": None}, reasons) for reasons in ({}, {mutant.key: "why"})]
     assert [one.outcome for one in survivors] == ["survived", "survived"]
     assert run.table([caught, *survivors]).splitlines()[-1] == "| all | 3 | 1 | 0 | 0 | 1 | 1 |"
+
+
+def test_a_result_is_kept_until_something_changes_that_its_test_imports(tmp_path, monkeypatch):
+    kept = importlib.import_module("kept")
+    files = {
+        "src/kvpo/__init__.py": "",
+        "src/kvpo/low.py": "LOW = 1\n",
+        "src/kvpo/high.py": "def late():\n    from kvpo.low import LOW\n",
+        "src/kvpo/named.py": "",
+        "src/kvpo/other.py": "",
+        "tests/conftest.py": "",
+        "tests/shared.py": "from kvpo import high\n",
+        "tests/test_one.py": "import tests.shared\nNAME = 'kvpo.named'\n",
+    }
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    monkeypatch.setattr(kept, "ROOT", tmp_path)
+    monkeypatch.setattr(kept, "PLACES", {"kvpo": tmp_path / "src", "tests": tmp_path})
+    monkeypatch.setattr(kept, "ALWAYS", (tmp_path / "tests" / "conftest.py",))
+
+    def begin():
+        for remembered in (kept.text_of, kept.imported_files, kept.rests_on):
+            remembered.cache_clear()
+        return kept.Kept(tmp_path / "kept")
+
+    begin().write({"failure": None}, ["tests/test_one.py"], "a", "name")
+    (tmp_path / "src/kvpo/other.py").write_text("new")
+    assert begin().read("a", "name") == {"failure": None}
+    assert begin().read("a", "nam", "e") is None
+    for name in files.keys() - {"src/kvpo/other.py"}:
+        text = (tmp_path / name).read_text()
+        (tmp_path / name).write_text(text + "# changed\n")
+        assert begin().read("a", "name") is None, name
+        (tmp_path / name).write_text(text)
+    assert begin().read("a", "name") == {"failure": None}
+
+
+def test_a_stopped_run_goes_on_with_what_is_not_kept(tmp_path, monkeypatch):
+    run, kept = importlib.import_module("mutants"), importlib.import_module("kept")
+    sample = mutants("LIMIT, MOST = 3, 4\n")
+    tried = []
+
+    def jobs(wanted, slots):
+        for job in wanted:
+            tried.append(job.mutant.key)
+            yield job, {"failure": ["tests/benchmarks/test_mutants.py::one", "AssertionError"]}
+
+    monkeypatch.setattr(run, "slots_in", lambda *_: [])
+    monkeypatch.setattr(run, "record", lambda *_: run.Recorded({}, {}))
+    monkeypatch.setattr(run, "run_jobs", jobs)
+    monkeypatch.setattr(run, "PRELOADED", ())
+    monkeypatch.setattr(run.gc, "freeze", lambda: None)
+    for name in ("OMP_NUM_THREADS", "ONEDNN_MAX_CPU_ISA", "KVPO_GOLDEN"):
+        monkeypatch.setenv(name, "as it was")
+    monkeypatch.setattr(kept, "text_of", lambda path: "")
+    options = (["tests/benchmarks/test_mutants.py"], 1, kept.Kept(tmp_path))
+    (stopped := run.run(sample, *options)).__next__()
+    stopped.close()
+    found = list(run.run(sample, *options))
+    assert [mutant.key for mutant, _ in found] == tried == [mutant.key for mutant in sample]
+    assert list(run.run(sample, *options)) == found and len(tried) == len(sample)
