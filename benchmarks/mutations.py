@@ -21,8 +21,8 @@ TO_OPERAND = set(
 """Functions and methods that give back something of the same kind: left out, the operand stays."""
 OPTIONAL = set("sum mean std flatten softmax cat stack cumsum get".split())
 """Functions and methods that go without their last argument."""
-UNSEEN = {"strict", "device", "indent"}
-"""Arguments for what cannot happen, for what a CPU cannot tell, and for the eyes of readers."""
+UNSEEN = {"strict", "device", "indent", "encoding"}
+"""Arguments for what cannot happen, what a CPU or a UTF-8 locale cannot tell, and for the eyes of readers."""
 SKIPPED = {"annotation", "returns", "decorator_list"}
 SHOWN = (ast.expr, ast.keyword, ast.Assign, ast.AnnAssign, ast.AugAssign, ast.Return)
 """What is shown around a number."""

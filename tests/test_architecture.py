@@ -147,6 +147,16 @@ def test_every_kind_of_generator_has_a_source_and_no_other_file_names_one():
 
 
 @pytest.mark.parametrize("name", MODULES)
+def test_text_is_utf_8_whatever_the_locale(name):
+    for node in ast.walk(ast.parse(MODULES[name].read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            modes = {one.value for one in node.args if isinstance(one, ast.Constant)} & {"r", "w", "a", "x"}
+            opened = modes and node.func.attr == "open" and ast.unparse(node.func) != "av.open"
+            text = opened or node.func.attr in {"read_text", "write_text"}
+            assert not text or "encoding" in {one.arg for one in node.keywords}, ast.unparse(node)
+
+
+@pytest.mark.parametrize("name", MODULES)
 def test_files_and_functions_stay_short(name):
     text = MODULES[name].read_text(encoding="utf-8")
     functions = [

@@ -70,12 +70,15 @@ def test_views_and_shared_tensors_are_saved_apart(tmp_path: Path) -> None:
     assert all(torch.equal(tensors[name], shared[name]) for name in shared)
 
 
-def test_a_truncated_checkpoint_is_refused_and_skipped(tmp_path: Path) -> None:
+def test_a_truncated_checkpoint_is_refused_and_skipped(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     older, newer = saved(tmp_path, 10), saved(tmp_path, 20)
     file = newer / "state.safetensors"
     file.write_bytes(file.read_bytes()[:-5])
     assert "truncated" in refusal(newer)
     assert latest_checkpoint(tmp_path) == older
+    assert caplog.messages == [f"skipped: checkpoint {newer} is truncated"]
 
 
 def test_a_tampered_checkpoint_is_refused(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """The hacking radar: its rule on made-up readings, and in runs that are really hacked."""
 
 import json
+import logging
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from kvpo.training.radar import (
     saved,
     verdict_numbers,
 )
+from kvpo.training.run import checkpoint_update
 from tests.tiny_world import ToyScorer
 from tests.training.test_resume import ToyRun
 
@@ -198,6 +200,11 @@ def test_what_the_radar_measures() -> None:
     assert with_unseen["agreement"]["redness"]["unseen scorer"] == pytest.approx(0.5)
     numbers["drift"]["brightness"] |= {"gain": 0.0, "se": 0.0, "spread": 0.0}
     assert drifted(numbers, 3.0) == [], "a look that never changes has not drifted"
+    for gain, far in ((0.049, False), (0.051, True), (-0.051, True)):  # half the spread, up or down
+        numbers["drift"]["brightness"] |= {"gain": gain, "se": 0.001, "spread": 0.1}
+        assert drifted(numbers, 3.0) == ["brightness"] * far
+    numbers["drift"]["brightness"] |= {"gain": 0.06, "se": 0.021}
+    assert drifted(numbers, 3.0) == [] and drifted(numbers, 2.8) == ["brightness"]
     both = pooled_sets([base, aligned])
     torch.testing.assert_close(both.components_KN, torch.cat([torch.zeros(2, 3), gains], 1))
     assert reading(7, both, judges).held_out["calm_twice"].shape == (6,)
@@ -219,9 +226,12 @@ def validations(directory: Path) -> list[dict[str, Any]]:
     return [record for record in read_metrics(directory / "metrics.jsonl") if record["kind"] == "validation"]
 
 
-def test_a_hacked_run_stops_and_keeps_a_checkpoint_from_before(tiny_base: Path, tmp_path: Path) -> None:
+def test_a_hacked_run_stops_and_keeps_a_checkpoint_from_before(
+    tiny_base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     hacked = run(tiny_base, tmp_path / "hacked")
-    assert hacked.go()
+    with caplog.at_level(logging.INFO):
+        assert hacked.go()
     found = validations(hacked.directory)
     radar = [record["radar"] for record in found]
     assert 2 <= len(found) < 8 and [one["hacked"] for one in radar] == [False] * (len(found) - 1) + [True]
@@ -235,6 +245,14 @@ def test_a_hacked_run_stops_and_keeps_a_checkpoint_from_before(tiny_base: Path, 
     innocent = [record["mean_gain"] for record in found if not record["radar"]["fallen"]]
     assert best[1] == max([0.0, *innocent])
     assert best[1] < found[-1]["mean_gain"]  # the trained reward alone would have chosen a hacked one
+    said = [f"hacking radar, update {one['update']}: {one['radar']['verdict']}" for one in found]
+    assert set(said) <= set(caplog.messages)
+    kept = checkpoint_update(best[0])
+    stop = f"stopped after update {len(found)}, reward hacking: the best checkpoint is update {kept}"
+    assert stop in caplog.messages
+    for one in found:
+        drift = f"update {one['update']}: the look of the videos drifts: {', '.join(one['radar']['drifted'])}"
+        assert (drift in caplog.messages) == bool(one["radar"]["drifted"])
 
     stopped_for_good = hacked.result()
     assert hacked.go() and hacked.result() == stopped_for_good

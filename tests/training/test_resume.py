@@ -107,7 +107,7 @@ def test_validation_and_the_best_checkpoint(tiny_base: Path, tmp_path: Path) -> 
     assert best is not None and best[1] == winner["mean_gain"]
     assert best[0].name == f"update-{winner['update']:06d}" and best[0].is_dir()
     kept = {path.name for path in (tmp_path / "checkpoints").glob("update-*")}
-    assert kept == {best[0].name, "update-000005"}
+    assert kept == {best[0].name, "update-000004", "update-000005"}  # the newest two and the best
 
 
 def test_a_reward_that_fails_in_validation_costs_no_update(

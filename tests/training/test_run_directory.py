@@ -3,6 +3,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -57,7 +58,10 @@ def test_a_live_run_is_not_disturbed_and_a_killed_one_does_not_block(tmp_path: P
         assert run.checkpoints.is_dir()
 
 
-def test_two_runs_in_one_process_exclude_each_other_until_the_first_ends(tmp_path: Path) -> None:
+def test_two_runs_in_one_process_exclude_each_other_until_the_first_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(time, "sleep", lambda seconds: pytest.fail("a run that is refused does not wait"))
     with (
         RunDirectory(tmp_path, Config()),
         pytest.raises(StorageError, match=f"in use by process {os.getpid()}"),
