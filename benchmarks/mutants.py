@@ -29,6 +29,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, astuple, dataclass, field
 from functools import partial
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,10 @@ SHORT = 0.5
 """Seconds of a test that is tried before the longer ones."""
 LONG = 20.0
 """Seconds of a test that is not asked: what it notices, a short one should."""
+HIDDEN = 5.0
+"""Seconds that a test counts for whose work other processes do: their time is not known."""
+ENOUGH = 40.0
+"""Seconds of tests for one mutant: a change that these do not notice has survived."""
 LEAST = 0.95
 """Share of the mutants to catch."""
 MEMORY = 8 * 2**30
@@ -91,7 +96,9 @@ class Recorder:
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_protocol(self, item: pytest.Item) -> Iterator[None]:
         self.hit, begun = self.lines.setdefault(item.nodeid, set()), sum(os.times()[:4])
-        self.hit |= self.ranked if hasattr(item.module, "on_ranks") else set()  # type: ignore[attr-defined]
+        module = item.module  # type: ignore[attr-defined]
+        self.hit |= self.ranked if hasattr(module, "on_ranks") else set()
+        hidden = HIDDEN * (hasattr(module, "on_ranks") or hasattr(module, "processes"))
         threading.settrace(self.enter)
         sys.settrace(self.enter)
         try:
@@ -99,7 +106,7 @@ class Recorder:
         finally:
             sys.settrace(None)
             threading.settrace(None)  # type: ignore[arg-type]
-            self.seconds[item.nodeid] = sum(os.times()[:4]) - begun
+            self.seconds[item.nodeid] = sum(os.times()[:4]) - begun + hidden
 
     @pytest.hookimpl(wrapper=True)
     def pytest_fixture_setup(self, fixturedef: Any) -> Iterator[None]:
@@ -278,15 +285,22 @@ def attempt(mutant: Mutant, recorded: Recorded) -> Job:
         file, seconds = test.split("::")[0], recorded.seconds[test]
         parts[seconds > SHORT, own not in file, file][test] = seconds
     taken = {part: sum(seconds.values()) for part, seconds in parts.items()}
+    chosen: dict[tuple[bool, bool, str], dict[str, float]] = defaultdict(dict)
+    spent = 0.0
+    for part in sorted(parts, key=lambda part: (*part[:2], taken[part], part)):
+        for test, seconds in sorted(parts[part].items(), key=itemgetter(1)):
+            if spent < ENOUGH:
+                chosen[part][test] = seconds
+                spent += seconds
 
     def failure() -> list[str] | None:
-        for part in sorted(parts, key=lambda part: (*part[:2], taken[part], part)):
-            plugin = Chosen(parts[part])
+        for part, own_seconds in chosen.items():
+            plugin = Chosen(own_seconds)
             if not run_file(part[-1], plugin, "-x"):
                 return plugin.failure or [part[-1], "stopped"]
         return None
 
-    return Job(lambda: {"failure": failure()}, 20 + 4 * sum(taken.values()), mutant)
+    return Job(lambda: {"failure": failure()}, 20 + 4 * spent, mutant)
 
 
 @dataclass(frozen=True)

@@ -140,7 +140,7 @@ class RunDirectory:
 
     def _owner_id(self) -> str:
         try:
-            return self._owner.read_text()
+            return self._owner.read_text(encoding="utf-8")
         except OSError:
             return "unknown"  # it took the lock a moment ago and has not written its id yet
 
