@@ -36,7 +36,7 @@ from typing import Any
 import pytest
 import yaml
 from hypothesis import Phase, settings
-from kept import ROOT, Kept
+from kept import ROOT, Kept, digest
 from mutations import Mutant, Signatures, mutants_of
 
 SOURCES = [f"src/kvpo/{room}/*.py" for room in ("method", "engine", "training", "plan")]
@@ -376,6 +376,7 @@ def run(
     os.environ |= {"OMP_NUM_THREADS": "1", "ONEDNN_MAX_CPU_ISA": "AVX512_CORE_FP16"}
     os.environ.setdefault("KVPO_GOLDEN", str(ROOT.parent / "shared" / "golden"))
     files, missing, started = in_files(tests), [], time.monotonic()
+    digest([*files, *in_files(SOURCES)])  # reads every text as it is now, which is what is copied below
     for mutant in sample:
         if found := kept.read("mutant", *mutant.key):
             yield mutant, found[0]

@@ -255,7 +255,7 @@ def _noise_floor(out: Path, shown: Sequence[tuple[Path, Scene]], seed: int, devi
         prompts = {path.name: scene.segments[0] for path, scene in shown[:CALIBRATED]}
         for path in {path for path, _ in shown[:CALIBRATED]}:
             (Path(folder) / path.name).symlink_to(path.resolve())
-        (Path(folder) / "prompts.json").write_text(json.dumps(prompts))
+        (Path(folder) / "prompts.json").write_text(json.dumps(prompts), encoding="utf-8")
         found = calibrate(
             name, Path(folder), prompts=Path(folder) / "prompts.json", seed=seed, out=noise, device=device
         )
