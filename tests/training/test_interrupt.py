@@ -18,11 +18,10 @@ def test_the_first_signal_asks_the_second_saves_the_third_stops(
     with stop_on_signal() as interrupted:
         assert not interrupted()
         signal.raise_signal(number)
-        assert interrupted() and "press Ctrl-C again to give up the update under way" in caplog.text
+        assert interrupted() and "press Ctrl-C again to stop at once" in caplog.text
         with pytest.raises(KeyboardInterrupt) as second:
             signal.raise_signal(number)
         assert not isinstance(second.value, StopAtOnce)
-        assert "press Ctrl-C again to lose them" in caplog.text
         for _ in range(2):
             with pytest.raises(StopAtOnce):
                 signal.raise_signal(number)
