@@ -1,121 +1,191 @@
-"""What does routed history bring back? Same noise, same prompt: act 1 only, act 2 only, and the anchor.
+"""Who comes back? The history that is routed decides: same noise, same prompt, other frames.
 
-Long validation stories of the embedded world fork where their third act begins, and its caption says only
-that one of them is back: who, and where, is for the history to decide. What acts 1 and 2 showed is read off
-the pixels before the fork, what a branch shows off the blocks after its window. Only stories count whose acts
-differ in the attribute.
+Test stories of four acts whose first three show different actors; the fourth caption says only that one of
+them is back. At its beginning the deployment window holds act 1 (the sink) and act 3 (the recent frames);
+act 2 is hidden. Branches are routed to six different frames, n of act 2 and 6 - n of act 1, n = 0 to 6, or
+to six frames of another story's act 2. What the acts showed, and colour and shape of what a branch shows in
+the blocks after its window, are read off pixels.
 
-    python benchmarks/causality.py [--stories 48] [--draws 4] [--json PATH] [any setting]
+    python benchmarks/causality.py [--stories 48] [--draws 3] [--json FILE] [any setting]
 """
 
 import argparse
-import json
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from itertools import combinations
+from math import sqrt
 from pathlib import Path
-from statistics import mean
+from statistics import fmean, stdev
+from typing import Any
 
 import torch
-from measuring import machine
+from measuring import given_settings, machine, section, table, write_json
 from rich.progress import track
 
 from kvpo.app.build import build_setup
 from kvpo.app.configuration import resolve
 from kvpo.app.report_data import laboratory
 from kvpo.engine.explorers import RoutedFrame, chosen_routes
-from kvpo.engine.forks import Fork, plan_forks
+from kvpo.engine.forks import Fork
 from kvpo.engine.noise import keyed_generator
 from kvpo.engine.rollout import Group
 from kvpo.prompts import VideoPrompt
 from kvpo.training.diversity import Place
 from kvpo.training.setup import Setup
 from kvpo.world.detector import attributes, detect
+from kvpo.world.stories import sample_story, video_prompt
 
 OPEN = "Then one of them is back again."
-ATTRIBUTES = ("scene", "colour", "shape")
-ANCHOR, ACT_1, ACT_2 = "anchor", "act 1 only", "act 2 only"
+ROUTED = 6
+ANCHOR, DONOR = "anchor", "donor"
+TOGETHER = 8
+"""Stories that fork in one rollout."""
+
+Look = tuple[str, str]
+"""Colour and shape of an actor."""
 
 
-def shown(pixels_MTCHW: torch.Tensor) -> list[dict[str, str]]:
-    """Scene, and colour and shape of the first actor, of each clip."""
-    found = attributes(detect(pixels_MTCHW))
-    return [dict(zip(ATTRIBUTES, (clip[0], clip[1][0], clip[1][1]), strict=True)) for clip in found]
+@dataclass(frozen=True)
+class Shown:
+    """What a member of a group shows after its window."""
+
+    history: str
+    """How many frames of act 2 were routed, or ANCHOR, or DONOR."""
+    look: Look
+    broken: bool
 
 
-def drawn_routes(setup: Setup, prompt: VideoPrompt, fork: int, draws: int) -> list[tuple[str, list[int]]]:
-    """``draws`` routes into each act: distinct frames of it, repeated to fill the routed slots."""
-    exploration = setup.config.exploration
-    generator = keyed_generator("causality", prompt.id)
-    spans = {ACT_1: (setup.config.stream.sink, prompt.switches[0]),
-             ACT_2: (prompt.switches[0], fork - exploration.recent)}  # fmt: skip
+@dataclass(frozen=True)
+class Observed:
+    """One story: who acts 1 to 3 showed, who another story's act 2, and what came back."""
+
+    acts: list[set[Look]]
+    donor: set[Look]
+    members: list[Shown]
+
+    @property
+    def telling(self) -> bool:
+        """Whether the looks tell the acts apart."""
+        return all(not a & b for a, b in combinations(self.acts, 2))
+
+    def share(self, history: str, looks: set[Look]) -> float:
+        """Share of the members with one history that show one of the looks."""
+        return fmean(float(m.look in looks) for m in self.members if m.history == history)
+
+
+def open_stories(count: int, frames: int, block: int) -> list[VideoPrompt]:
+    """Test stories of four equal acts, the first three with different actors, the fourth left open."""
+    starts = [frames // (4 * block) * block * n for n in range(4)]
+    generator = keyed_generator("open stories")
+    prompts: list[VideoPrompt] = []
+    while len(prompts) < count:
+        story = sample_story(generator, 4, frames, split="test")
+        looks = [{(a.colour, a.shape) for a in act.actors} for act in story.acts[:3]]
+        if any(a & b for a, b in combinations(looks, 2)):
+            continue
+        acts = tuple(replace(act, start=start) for act, start in zip(story.acts, starts, strict=True))
+        prompt = video_prompt(replace(story, acts=acts), 30_000_000 + len(prompts))
+        prompts.append(replace(prompt, segments=(*prompt.segments[:3], OPEN)))
+    return prompts
+
+
+def drawn_routes(
+    prompts: Sequence[VideoPrompt], index: int, draws: int, sink: int
+) -> list[tuple[str, tuple[RoutedFrame, ...]]]:
+    """(history, route) of every branch: for each draw n frames of act 2 for all n, then another's act 2."""
+    first, second, third = prompts[index].switches
+    generator = keyed_generator("causality", prompts[index].id)
+    other = (index + 1) % len(prompts)
+
+    def some(start: int, stop: int, count: int, video: int) -> list[RoutedFrame]:
+        chosen = (start + torch.randperm(stop - start, generator=generator)[:count]).sort().values
+        return [RoutedFrame(video, frame) for frame in chosen.tolist()]
+
     routes = []
-    for act, (first, stop) in spans.items():
-        for _ in range(draws):
-            chosen = first + torch.randperm(stop - first, generator=generator)[: exploration.distinct]
-            frames = [int(chosen[n % len(chosen)]) for n in range(exploration.routed)]
-            routes.append((act, sorted(frames)))
+    for _ in range(draws):
+        for n in range(ROUTED + 1):
+            route = some(sink, first, ROUTED - n, index) + some(first, second, n, index)
+            routes.append((str(n), tuple(route)))
+        routes.append((DONOR, tuple(some(first, second, ROUTED, other))))
     return routes
 
 
-def story(setup: Setup, prompt: VideoPrompt, draws: int) -> tuple[list[dict[str, str]], list]:
-    """What acts 1 and 2 showed, and (history, what was shown) of every branch and the anchor."""
-    fork, block = prompt.switches[1], setup.generator.block
-    routes = drawn_routes(setup, prompt, fork, draws)
+def observed(setup: Setup, prompts: Sequence[VideoPrompt], draws: int) -> list[Observed]:
+    """What stories that switch at the same frames bring back."""
+    deployment = setup.generator.deployment
+    routes = [drawn_routes(prompts, n, draws, deployment.sink) for n in range(len(prompts))]
     # Act 1 may lie further back than training keeps pages for: here every frame stays.
-    exploration = replace(setup.config.exploration, resident_frames=0)
-    branches = [tuple(RoutedFrame(0, frame) for frame in frames) for _, frames in routes]
-    place = Place((prompt,), Fork(fork, exploration))
-    (group,) = laboratory(setup, [prompt]).branches(place, chosen_routes([branches]))
-    with torch.no_grad():
-        before = setup.backbone.codec.decode(torch.cat(group.root.latents)[None])
-        after = _after_window(group, setup)
-    acts = [shown(before[:, end - 2 * block : end])[0] for end in prompt.switches]
-    return acts, list(zip([*(act for act, _ in routes), ANCHOR], shown(after), strict=True))
-
-
-def _after_window(group: Group, setup: Setup) -> torch.Tensor:
-    return setup.backbone.codec.decode(group.clean_MTCHW)[:, group.window_frames :]
-
-
-def stories(setup: Setup, count: int) -> list[VideoPrompt]:
-    """Validation stories whose third act begins at an eligible fork, its caption replaced by the open one."""
+    exploration = replace(setup.config.exploration, routed=ROUTED, distinct=ROUTED, resident_frames=0)
+    place = Place(tuple(prompts), Fork(prompts[0].switches[2], exploration))
+    explorer = chosen_routes([[route for _, route in own] for own in routes])
+    groups = laboratory(setup, prompts).branches(place, explorer)
+    acts = [acts_shown(setup, group) for group in groups]
     found = []
-    for prompt in setup.validation["long"]:
-        asked = setup.config.exploration
-        forks = plan_forks([prompt], asked, setup.generator.deployment).forks
-        if any(fork.frame == prompt.switches[1] and fork.exploration == asked for fork in forks):
-            found.append(replace(prompt, segments=(*prompt.segments[:2], OPEN)))
-    return found[:count]
+    for n, (group, own) in enumerate(zip(groups, routes, strict=True)):
+        histories = [*(history for history, _ in own), ANCHOR]
+        members = [
+            Shown(history, look, broken)
+            for history, (look, broken) in zip(histories, after_window(setup, group), strict=True)
+        ]
+        found.append(Observed(acts[n], acts[(n + 1) % len(acts)][1], members))
+    return found
 
 
-def shares(results: Sequence[tuple[list[dict[str, str]], list]]) -> dict[str, dict[str, dict[str, float]]]:
-    """Attribute -> history -> share of branches that show what an act showed, averaged over stories."""
-    table: dict[str, dict[str, dict[str, float]]] = {}
-    for attribute in ATTRIBUTES:
-        telling = [(acts, seen) for acts, seen in results if acts[0][attribute] != acts[1][attribute]]
-        table[attribute] = {"stories": {"number": float(len(telling))}}
-        for history in (ANCHOR, ACT_1, ACT_2):
-            table[attribute][history] = {
-                name: mean(
-                    mean(float(look[attribute] == acts[n][attribute]) for h, look in seen if h == history)
-                    for acts, seen in telling
-                )
-                for n, name in enumerate(("act 1", "act 2"))
-            }
-    return table
+def after_window(setup: Setup, group: Group) -> list[tuple[Look, bool]]:
+    """Colour and shape of each member's first actor after the window, and whether the member is broken."""
+    with torch.no_grad():
+        seen = detect(setup.backbone.codec.decode(group.clean_MTCHW)[:, group.window_frames :])
+    looks = [(clip[1][0], clip[1][1]) for clip in attributes(seen)]
+    return list(zip(looks, seen.broken.tolist(), strict=True))
 
 
-def markdown(table: dict[str, dict[str, dict[str, float]]]) -> str:
-    """One row per attribute and history."""
-    lines = ["| attribute (stories) | routed history | shows act 1's | shows act 2's |", "|---|---|---|---|"]
-    for attribute, rows in table.items():
-        number = int(rows["stories"]["number"])
-        for history in (ANCHOR, ACT_1, ACT_2):
-            found = rows[history]
-            lines.append(
-                f"| {attribute} ({number}) | {history} | {found['act 1']:.2f} | {found['act 2']:.2f} |"
-            )
-    return "\n".join(lines)
+def acts_shown(setup: Setup, group: Group) -> list[set[Look]]:
+    """Colours and shapes in the last two blocks of acts 1 to 3."""
+    block = setup.generator.block
+    with torch.no_grad():
+        pixels = setup.backbone.codec.decode(torch.cat(group.root.latents)[None])
+    clips = torch.cat([pixels[:, end - 2 * block : end] for end in group.root.prompt.switches])
+    return [{(look[0], look[1]) for look in clip[1:]} for clip in attributes(detect(clips))]
+
+
+def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
+    """Mean over stories and its standard error."""
+    return fmean(values), stdev(values) / sqrt(len(values))
+
+
+def summary(results: Sequence[Observed]) -> dict[str, Any]:
+    """The shares that others read, each with its standard error; stories count that tell the acts apart."""
+    stories = [story for story in results if story.telling]
+    if len(stories) < 2:
+        raise SystemExit(f"only {len(stories)} of {len(results)} stories tell their acts apart: ask for more")
+    numbers: dict[str, Any] = {"stories": len(stories), "stories_shown": len(results)}
+
+    def add(name: str, history: str, act: int) -> None:
+        values = [story.share(history, story.acts[act]) for story in stories]
+        numbers[name], numbers[f"{name}_se"] = mean_and_error(values)
+
+    add("act1_when_routed_to_act1", "0", 0)
+    add("act2_when_routed_to_act2", str(ROUTED), 1)
+    add("act2_when_not_routed", ANCHOR, 1)
+    add("act1_when_not_routed", ANCHOR, 0)
+    add("act1_when_routed_to_act2", str(ROUTED), 0)
+    add("act2_when_routed_to_act1", "0", 1)
+    add("act2_when_routed_to_donor", DONOR, 1)
+    donors = [story for story in stories if not any(story.donor & act for act in story.acts)]
+    if len(donors) > 1:
+        name = "donor_when_routed_to_donor"
+        values = [story.share(DONOR, story.donor) for story in donors]
+        numbers[name], numbers[f"{name}_se"] = mean_and_error(values)
+    by_frames = [
+        mean_and_error([story.share(str(n), story.acts[1]) for story in stories]) for n in range(ROUTED + 1)
+    ]
+    numbers["act2_by_routed_frames"] = [value for value, _ in by_frames]
+    numbers["act2_by_routed_frames_se"] = [error for _, error in by_frames]
+    numbers["broken"] = {
+        history: fmean(float(m.broken) for story in results for m in story.members if m.history == history)
+        for history in (ANCHOR, DONOR, *map(str, range(ROUTED + 1)))
+    }
+    return numbers
 
 
 def main() -> None:
@@ -123,20 +193,26 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--stories", type=int, default=48)
-    parser.add_argument("--draws", type=int, default=4, help="routes into each act")
-    parser.add_argument("--json", type=Path, help="where everything measured goes")
+    parser.add_argument("--draws", type=int, default=3, help="routes of every kind")
+    parser.add_argument("--frames", type=int, default=84, help="latent frames of a story")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="where everything measured goes")
     arguments, extra = parser.parse_known_args()
-    settings = {name.removeprefix("--"): value for name, value in zip(extra[::2], extra[1::2], strict=True)}
-    config = resolve("demo", None, settings)
-    # About half of the stories have their second switch at an eligible fork.
-    evaluation = replace(config.evaluation, validation_prompts=3 * arguments.stories, test_prompts=2)
+    config = resolve("demo", None, given_settings(extra))
+    evaluation = replace(config.evaluation, validation_prompts=2, test_prompts=2)
     setup = build_setup(replace(config, evaluation=evaluation))
-    chosen = stories(setup, arguments.stories)
-    results = [story(setup, prompt, arguments.draws) for prompt in track(chosen, "stories")]
-    table = shares(results)
-    print(markdown(table))
-    if arguments.json:
-        arguments.json.write_text(json.dumps({"machine": machine(), "shares": table}, indent=1) + "\n")
+    prompts = open_stories(arguments.stories, arguments.frames, setup.generator.block)
+    batches = [prompts[n : n + TOGETHER] for n in range(0, len(prompts), TOGETHER)]
+    results = [o for batch in track(batches, "stories") for o in observed(setup, batch, arguments.draws)]
+    numbers = summary(results)
+    shares = [(name, numbers[name], numbers[f"{name}_se"]) for name in numbers if f"{name}_se" in numbers]
+    *shares, (_, counts, errors) = shares
+    rising = [(n, *pair) for n, pair in enumerate(zip(counts, errors, strict=True))]
+    section(
+        f"Who comes back ({numbers['stories']} stories)",
+        table(["share of branches", "mean", "standard error"], shares),
+        table(["frames of act 2 routed", "act 2's actor", "standard error"], rising),
+    )
+    write_json(arguments.json, {"machine": machine(), **numbers})
 
 
 if __name__ == "__main__":

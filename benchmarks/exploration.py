@@ -1,76 +1,105 @@
-"""How much do routed histories change, beside noise, and which routes change most?
+"""How much do routed histories change, beside fresh noise, and which routes change most?
 
-Each row sets some of ``exploration.*``; the base generator forks the same validation stories under all.
+Test stories whose last caption says only that one of them is back fork where that is said. Two branches of a
+story differ validly if both show a possible continuation, somebody of act 1 or act 2, not broken, and not
+the same actor. Each row sets some of ``exploration.*``; the base generator forks the same stories under all.
 Noise branches keep the deployment history and draw fresh noise for the same blocks.
 
-    python benchmarks/exploration.py [--stories 16] [--json PATH] [--settings routed=3 ...]
+    python benchmarks/exploration.py [--stories 32] [--json FILE] [--settings routed=3 ...] [any setting]
 """
 
 import argparse
-import json
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import combinations
 from pathlib import Path
+from statistics import fmean
+from typing import Any
 
-from measuring import machine
+from causality import TOGETHER, Look, acts_shown, after_window, mean_and_error, open_stories
+from measuring import given_settings, machine, section, table, write_json
 from rich.progress import track
 
 from kvpo.app.build import build_setup
 from kvpo.app.configuration import resolve
-from kvpo.app.report_data import laboratory, story_places
+from kvpo.app.report_data import laboratory
 from kvpo.engine.explorers import Explorer, fresh_noise, routes
-from kvpo.training.diversity import mean_diversity
+from kvpo.engine.forks import Fork
+from kvpo.engine.rollout import Group
+from kvpo.prompts import VideoPrompt
+from kvpo.training.diversity import Place, mean_diversity
+from kvpo.training.setup import Setup
 
 SETTINGS = (
     "routed=3,distinct=2",
-    "routed=3,distinct=1",
     "routed=6,distinct=2",
     "routed=6,distinct=1",
-    "routed=3,distinct=2,blocks=4",
-    "routed=6,distinct=2,blocks=4",
+    "routed=6,distinct=2,resident_frames=0",
+    "routed=6,distinct=6,resident_frames=0",
+    "routed=6,distinct=2,blocks=4,resident_frames=0",
 )
-NAMES = ("attribute_diversity", "pixel_distance", "broken_share", "reward_std")
+KINDS: dict[str, Explorer] = {"routed": routes, "noise": fresh_noise}
+COUNTED = ("valid_differences", "valid_share", "broken_share")
+NAMES = (*COUNTED, "attribute_diversity", "pixel_distance", "reward_std")
 
 
-def measured(setting: str, stories: int) -> dict[str, dict[str, float]]:
-    """Diversity of routed and of noise branches under one setting, every story counted once."""
+def counted(shown: Sequence[tuple[Look, bool]], possible: set[Look]) -> dict[str, float]:
+    """Shares of one story: pairs of branches that differ validly, valid branches, broken ones."""
+    valid = [look if look in possible and not broken else None for look, broken in shown]
+    pairs = list(combinations(valid, 2))
+    return {
+        "valid_differences": fmean(float(None not in pair and pair[0] != pair[1]) for pair in pairs),
+        "valid_share": fmean(float(look is not None) for look in valid),
+        "broken_share": fmean(float(broken) for _, broken in shown),
+    }
+
+
+def measured(setup: Setup, prompts: Sequence[VideoPrompt], explorer: Explorer) -> dict[str, float]:
+    """Diversity of branches as one explorer tells them apart, every story counted once."""
+    per_story, others = [], []
+    fork = Fork(prompts[0].switches[2], setup.config.exploration)
+    for first in range(0, len(prompts), TOGETHER):
+        batch = prompts[first : first + TOGETHER]
+        look = laboratory(setup, batch)
+        groups: list[Group] = look.branches(Place(tuple(batch), fork), explorer)
+        for group in groups:
+            acts = acts_shown(setup, group)
+            per_story.append(counted(after_window(setup, group)[:-1], acts[0] | acts[1]))
+            others.append(look.measure([group]))
+    found = mean_diversity(others)
+    for name in COUNTED:
+        found[name], found[f"{name}_se"] = mean_and_error([story[name] for story in per_story])
+    return found
+
+
+def under(setting: str, stories: int, given: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+    """Routed and noise branches under one setting of ``exploration.*``."""
     flags = dict(part.split("=") for part in setting.split(","))
-    config = resolve("demo", None, {f"exploration.{name}": value for name, value in flags.items()})
-    setup = build_setup(replace(config, evaluation=replace(config.evaluation, test_prompts=2)))
-    places = story_places(setup, stories)
-    look = laboratory(setup, [prompt for place in places for prompt in place.prompts])
-
-    def over_places(explorer: Explorer) -> dict[str, float]:
-        measured = [(look.measure(look.branches(place, explorer)), len(place.prompts)) for place in places]
-        return mean_diversity([found for found, count in measured for _ in range(count)])
-
-    return {"routed": over_places(routes), "noise": over_places(fresh_noise)}
-
-
-def markdown(results: dict[str, dict[str, dict[str, float]]]) -> str:
-    """One row per setting: routed / noise for every number, and the ratio of attribute diversities."""
-    lines = [f"| exploration | {' | '.join(NAMES)} | routed / noise |", "|---|---|---|---|---|---|"]
-    for setting, found in results.items():
-        routed, noise = found["routed"], found["noise"]
-        cells = " | ".join(f"{routed[name]:.3f} / {noise[name]:.3f}" for name in NAMES)
-        ratio = routed["attribute_diversity"] / noise["attribute_diversity"]
-        lines.append(f"| {setting} | {cells} | {ratio:.2f} |")
-    return "\n".join(lines)
+    config = resolve("demo", None, {**given, **{f"exploration.{name}": v for name, v in flags.items()}})
+    evaluation = replace(config.evaluation, validation_prompts=2, test_prompts=2)
+    setup = build_setup(replace(config, evaluation=evaluation))
+    prompts = open_stories(stories, 84, setup.generator.block)
+    return {kind: measured(setup, prompts, explorer) for kind, explorer in KINDS.items()}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--stories", type=int, default=16)
+    parser.add_argument("--stories", type=int, default=32)
     parser.add_argument("--settings", nargs="+", default=list(SETTINGS))
-    parser.add_argument("--json", type=Path, help="where everything measured goes")
-    arguments = parser.parse_args()
+    parser.add_argument("--json", type=Path, metavar="FILE", help="where everything measured goes")
+    arguments, extra = parser.parse_known_args()
+    given = given_settings(extra)
     results = {
-        setting: measured(setting, arguments.stories) for setting in track(arguments.settings, "routes")
+        setting: under(setting, arguments.stories, given) for setting in track(arguments.settings, "routes")
     }
-    print(markdown(results))
-    if arguments.json:
-        arguments.json.write_text(json.dumps({"machine": machine(), "routes": results}, indent=1) + "\n")
+    rows = [
+        (setting, *(f"{found['routed'][name]:.3f} / {found['noise'][name]:.3f}" for name in NAMES))
+        for setting, found in results.items()
+    ]
+    section("Routed / fresh noise", table(["exploration", *NAMES], rows))
+    write_json(arguments.json, {"machine": machine(), "routes": results})
 
 
 if __name__ == "__main__":

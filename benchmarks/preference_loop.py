@@ -32,7 +32,6 @@ from kvpo.files import finite, write_atomic
 from kvpo.prompts import ClipPrompt
 from kvpo.report.video import read_video
 from kvpo.rewards.preference import SIDE
-from kvpo.training.checkpoint import latest_checkpoint
 from kvpo.world.reward import WorldScorer
 from kvpo.world.stories import distinct_prompts
 
@@ -119,8 +118,7 @@ def loop(out: Path, seed: int, sizes: Sizes, changes: dict[str, Any]) -> dict[st
     fresh_prompts = out / "fresh.txt"
     fresh = distinct_prompts("test", sizes.fresh_pairs, 1, FRAMES, 400 + seed)
     write_atomic(fresh_prompts, "".join(f"{prompt.segments[0]}\n" for prompt in fresh))
-    sources = [f"{run}:base", f"aligned={latest_checkpoint(run / 'checkpoints')}"]
-    study = open_study(sources, out / "fresh", prompts=fresh_prompts, pairs=sizes.fresh_pairs)
+    study = open_study([str(run)], out / "fresh", prompts=fresh_prompts, pairs=sizes.fresh_pairs)
     vote_all(study, sizes.raters, seed + 1)
     _, result = report(study.directory, close=True)
     pairing = result.questions[0].pairings[0].counted

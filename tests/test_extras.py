@@ -13,6 +13,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 OF_EXTRAS = "diffusers ftfy sentencepiece cv2 httpx fastapi starlette uvicorn torchvision pyarrow".split()
+PACKAGE_DATA = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
 MODULES = {"opencv-python-headless": "cv2", "pyyaml": "yaml", "pillow": "PIL"}
 """Distribution -> the module it holds, where the names differ."""
 
@@ -108,3 +109,14 @@ def test_hard_dependencies_are_imported_and_others_belong_to_an_extra():
     assert hard - outside == {"tensorboard"}, "torch.utils.tensorboard imports it"
     assert outside - hard <= optional | {"starlette", "pydantic"}, "fastapi is built on them"
     assert set(OF_EXTRAS) <= optional | {"starlette"}
+
+
+def test_an_installed_package_has_every_file_of_the_checkout():
+    package = ROOT / "src/kvpo"
+    packed = {path for pattern in PACKAGE_DATA["kvpo"] for path in package.glob(pattern)}
+    others = {
+        path
+        for path in package.rglob("*")
+        if path.is_file() and path.suffix not in (".py", ".pyc") and not path.name.startswith(".")
+    }
+    assert others <= packed

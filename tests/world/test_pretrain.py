@@ -1,6 +1,9 @@
-"""Pretraining of the embedded generator: contexts as deployed, a loss that falls, the shipped settings."""
+"""Pretraining of the embedded generator: contexts as deployed, telling histories, falling loss, resuming."""
 
 import json
+import subprocess
+import sys
+import time
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -14,24 +17,43 @@ from kvpo.config import StreamConfig
 from kvpo.engine.noise import keyed_generator
 from kvpo.models.causal_wan import CausalWan
 from kvpo.models.settings import WanShape
+from kvpo.world.imperfect import Faults, imperfect_story, training_stories
 from kvpo.world.pretrain import (
     PretrainSettings,
-    TrainingVideos,
-    block_contexts,
+    frame_size_of,
     learning_rate,
     load_generator,
     new_generator,
     noise_levels,
     pretrain,
-    snippet_blocks,
     training_loss,
+    unfinished,
 )
+from kvpo.world.snippets import (
+    RECENT,
+    Snippet,
+    SnippetSettings,
+    TrainingSnippets,
+    context_frames,
+    draw_snippet,
+    lay_out,
+    telling_acts,
+    told_act,
+    untold,
+)
+from kvpo.world.stories import RECALLS
 from kvpo.world.text import LearnedTextEncoder
+from kvpo.world.vocabulary import FRAME_SIZE, Act, Actor, Story
 from tests.method.test_routing import deployment_frames
 from tests.tiny_world import SETTINGS
 
 ASSETS = Path(__file__).parents[2] / "src" / "kvpo" / "world" / "assets"
-TINY = PretrainSettings(steps=30, videos=2, num_frames=30, snippet_blocks=3, lr=1e-2, warmup=3)
+SNIPPETS = SnippetSettings(videos=2, num_frames=48, copies=2)
+TINY = PretrainSettings(SNIPPETS, steps=30, lr=1e-2, warmup=3, checkpoint_every=2)
+RED, BLUE, PINK = (
+    Actor(colour, shape, "small", "still")
+    for colour, shape in (("red", "ring"), ("blue", "cross"), ("pink", "circle"))
+)
 
 
 def tiny() -> tuple[WanShape, StreamConfig]:
@@ -39,33 +61,35 @@ def tiny() -> tuple[WanShape, StreamConfig]:
     return config.model, config.stream
 
 
-def test_the_shipped_base_has_the_settings_of_the_command() -> None:
-    with safe_open(ASSETS / "generator.safetensors", "pt") as file:
+def test_the_shipped_base_is_of_the_demo_s_geometry_and_frame_size() -> None:
+    path = ASSETS / "generator.safetensors"
+    with safe_open(path, "pt") as file:
         header = json.loads(file.metadata()["generator"])
-    expected = {"model": asdict(preset("demo").model), "settings": asdict(PretrainSettings())}
-    assert header == json.loads(json.dumps(expected))
+    assert header["model"] == json.loads(json.dumps(asdict(preset("demo").model)))
+    assert frame_size_of(path) == FRAME_SIZE
 
 
 def trained(out: Path, **changes: Any) -> list[float]:
     """The losses of a tiny run."""
     losses: list[float] = []
-    pretrain(*tiny(), replace(TINY, **changes), out, lambda step, loss: losses.append(loss))
+    pretrain(*tiny(), replace(TINY, **changes), out, lambda done, loss: losses.append(loss))
     return losses
 
 
-def test_the_loss_falls(tmp_path: Path) -> None:
+@pytest.mark.parametrize("autocast", ["none", "bfloat16"])
+def test_the_loss_falls(tmp_path: Path, autocast: str) -> None:
     """On one batch that was not trained on, and one draw of noise."""
     model, stream = tiny()
-    losses = trained(tmp_path / "base", steps=80, videos=4)
-    assert len(losses) == 80 and not list(tmp_path.glob("*.partial"))
-    settings = replace(TINY, steps=2000, videos=4)
-    batch = TrainingVideos(stream, settings)[1999]
+    losses = trained(tmp_path / "base", steps=60, autocast=autocast)
+    assert len(losses) == 60 and [path.name for path in tmp_path.iterdir()] == ["base"]
+    batch = TrainingSnippets(stream.deployment, SNIPPETS, 0)[1999]
 
     def loss(transformer: CausalWan, text: LearnedTextEncoder) -> float:
         with torch.no_grad():
-            return float(training_loss(transformer, text, batch, stream, settings, keyed_generator("x", 0)))
+            return float(training_loss(transformer, text, batch, stream, TINY, keyed_generator("x", 0)))
 
     loaded = load_generator(model, tmp_path / "base")
+    assert frame_size_of(tmp_path / "base") == SNIPPETS.frame_size
     assert not any(p.requires_grad for part in loaded for p in part.parameters())
     assert loss(*loaded) < 0.9 * loss(*new_generator(model, 0))
 
@@ -76,65 +100,208 @@ def test_a_run_repeats_to_the_bit(tmp_path: Path) -> None:
     assert trained(tmp_path / "other", steps=4, seed=1)[0] != first[0]
 
 
+def test_a_training_goes_on_where_it_was_stopped_and_ends_in_the_same_file(tmp_path: Path) -> None:
+    """Stopped at a step that is no checkpoint's; begun for more steps than it then gets."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    expected = trained(whole, steps=7)
+    losses: list[float] = []
+
+    def part(steps: int, until: int, resume: bool) -> bool:
+        return pretrain(
+            *tiny(), replace(TINY, steps=steps), parts, lambda done, loss: losses.append(loss),
+            resume=resume, interrupted=lambda: len(losses) >= until - 1,
+        )  # fmt: skip
+
+    assert not part(30, 3, resume=False) and len(losses) == 3 and unfinished(parts).exists()
+    with pytest.raises(ValueError, match="is an unfinished training: --resume goes on with it"):
+        part(7, 99, resume=False)
+    assert not part(7, 6, resume=True)
+    # The rate has begun to fall: now the length is fixed.
+    with pytest.raises(ValueError, match="settings.steps was 7, is 30"):
+        part(30, 99, resume=True)
+    assert part(7, 99, resume=True)
+    assert losses == expected and not unfinished(parts).exists()
+    assert parts.read_bytes() == whole.read_bytes()
+
+
+def test_a_training_that_was_killed_goes_on(tmp_path: Path) -> None:
+    out = tmp_path / "base"
+    command = [sys.executable, "-c", KILLED, str(out)]
+    process = subprocess.Popen(command, cwd=Path(__file__).parents[2])
+    try:
+        while not unfinished(out).exists():
+            assert process.poll() is None
+            time.sleep(0.01)
+    finally:
+        process.kill()
+        process.wait()
+    assert pretrain(*tiny(), replace(TINY, steps=12), out, lambda done, loss: None, resume=True)
+    trained(tmp_path / "whole", steps=12)
+    assert out.read_bytes() == (tmp_path / "whole").read_bytes()
+
+
+KILLED = """
+import sys
+from dataclasses import replace
+from pathlib import Path
+import torch
+from kvpo.world.pretrain import pretrain
+from tests.world.test_pretrain import TINY, tiny
+
+torch.set_num_threads(1)
+pretrain(*tiny(), replace(TINY, steps=12), Path(sys.argv[1]), lambda done, loss: None)
+"""
+
+
+@pytest.mark.parametrize("content", [b"", b"no tensors"])
+def test_a_damaged_checkpoint_is_named(tmp_path: Path, content: bytes) -> None:
+    unfinished(tmp_path / "base").write_bytes(content)
+    with pytest.raises(ValueError, match="base.unfinished"):
+        pretrain(*tiny(), TINY, tmp_path / "base", lambda done, loss: None, resume=True)
+
+
 def test_a_batch_is_a_function_of_its_number() -> None:
-    stream = preset("demo").stream
-    one, two = TrainingVideos(stream, TINY)[7], TrainingVideos(stream, TINY)[7]
-    assert torch.equal(one.latents_BKFCHW, two.latents_BKFCHW) and one.captions == two.captions
-    assert one.latents_BKFCHW.shape[:3] == (2, 4, stream.block)
-    assert not torch.equal(one.latents_BKFCHW, TrainingVideos(stream, TINY)[8].latents_BKFCHW)
+    stream = preset("demo").stream.deployment
+    one, two, other = (TrainingSnippets(stream, SNIPPETS, 0)[n] for n in (7, 7, 8))
+    assert all(
+        torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+        for a, b in zip(vars(one).values(), vars(two).values(), strict=True)
+    )
+    assert one.captions != other.captions
+    assert len(one.source_N) == SNIPPETS.videos * SNIPPETS.copies * SNIPPETS.run
 
 
-@pytest.mark.parametrize("switches", [[], [12], [9, 30]])
-def test_snippets_are_the_first_block_and_a_run(switches: list[int]) -> None:
-    stream, settings = preset("demo").stream, PretrainSettings()
-    starts = set()
-    for draw in range(200):
-        chosen = snippet_blocks(switches, 20, stream, settings, keyed_generator("test", draw))
-        assert chosen[0] == 0 and chosen[1:] == list(range(chosen[1], chosen[1] + 6)) and chosen[-1] < 20
-        starts.add(chosen[1])
-    assert {1, 14} <= starts
+def snippets(count: int, **changes: Any) -> list[tuple[Story, Story, Snippet]]:
+    """Stories, what their videos show, and snippets of them."""
+    stream, settings = preset("demo").stream.deployment, replace(SnippetSettings(), **changes)
+    found = []
+    for n in range(count):
+        generator = keyed_generator("snippets", n)
+        (story,) = training_stories(generator, 1, settings.num_frames)
+        shown = imperfect_story(story, Faults(), generator).story
+        found.append((story, shown, draw_snippet(story, shown, stream, settings, generator)))
+    return found
 
 
-def test_contexts_of_rows_that_are_not_routed_are_those_of_deployment() -> None:
-    stream, settings = preset("demo").stream, replace(PretrainSettings(), routed_share=0.0)
-    chosen = [[0, 1, 2, 3, 4, 5, 6], [0, 9, 10, 11, 12, 13, 14]]
-    table = block_contexts(chosen, stream, settings, keyed_generator("test", 0)).unflatten(0, (2, 7))
-    for video, blocks in enumerate(chosen):
-        places = [b * stream.block + f for b in blocks for f in range(stream.block)]
-        for n, block in enumerate(blocks):
+def test_snippets_lie_in_one_act_and_hold_what_its_first_block_sees() -> None:
+    block, recalls, openings = preset("demo").stream.block, 0, set()
+    for story, _, snippet in snippets(200):
+        ends = [*(act.start for act in story.acts[1:]), story.num_frames]
+        act = story.acts[snippet.act]
+        assert act.start <= snippet.run[0] * block and snippet.run[-1] * block + block <= ends[snippet.act]
+        assert list(snippet.lead) == list(range(max(0, snippet.run[0] - 2), snippet.run[0]))
+        assert all(0 < b < snippet.lead[0] for b in snippet.memory)
+        assert snippet.blocks[0] == 0 and set(snippet.run) <= set(snippet.blocks)
+        if act.event in RECALLS:
+            recalls += 1
+            assert snippet.run[0] * block == act.start
+        openings.add(snippet.run[0])
+    assert recalls > 60 and 0 in openings and len(openings) > 15
+
+
+def story_of(*acts: tuple[str, str, Actor, str]) -> Story:
+    """Acts of seven blocks, (event, scene, actor, caption)."""
+    return Story(
+        tuple(
+            Act(scene, (actor,), caption, 21 * n, event)
+            for n, (event, scene, actor, caption) in enumerate(acts)
+        ),
+        21 * len(acts),
+    )
+
+
+RETURNING = story_of(
+    ("open", "sea", RED, "A small red ring rests by the sea."),
+    ("show", "cave", BLUE, "Then a small blue cross rests in a cave."),
+    ("show", "night", PINK, "Then a small pink circle rests at night."),
+    ("return", "night", BLUE, "Then one of them is back again."),
+)
+
+
+def test_the_memory_of_what_comes_back_is_mostly_of_the_acts_that_showed_it() -> None:
+    assert telling_acts(RETURNING, 3) == [1] and telling_acts(RETURNING, 2) == []
+    revisit = story_of(
+        ("open", "sea", RED, ""), ("show", "cave", BLUE, ""), ("revisit", "sea", BLUE, "We are back.")
+    )
+    assert telling_acts(revisit, 2) == [0, 1]
+    stream, settings = preset("demo").stream.deployment, replace(SnippetSettings(), recall_weight=1e9)
+    drawn = [
+        draw_snippet(RETURNING, RETURNING, stream, settings, keyed_generator("memory", n)) for n in range(200)
+    ]
+    blocks = [b for snippet in drawn for b in snippet.memory]
+    share = sum(7 <= b < 14 for b in blocks) / len(blocks)
+    # Three quarters, and seven of eighteen of the rest.
+    assert share == pytest.approx(0.75 + 0.25 * 7 / 18, abs=0.06)
+    assert all(snippet.untold and snippet.run == range(21, 25) for snippet in drawn)
+
+
+def test_only_what_nothing_else_tells_is_always_routed() -> None:
+    """Where the sink shows the actor, or the caption names it, a row may do without the memory."""
+    stream, settings = (
+        preset("demo").stream.deployment,
+        replace(SnippetSettings(), recall_weight=1e9, routed_share=0.0),
+    )
+
+    def routed(story: Story) -> bool:
+        generator = keyed_generator("routed", 0)
+        snippet = draw_snippet(story, story, stream, settings, generator)
+        clean = torch.zeros(len(snippet.blocks), 3, 8, 8, 8)
+        batch = lay_out([story], [snippet], clean, stream, settings, generator)
+        deployed = lay_out([story], [replace(snippet, untold=False)], clean, stream, settings, generator)
+        return not torch.equal(batch.frames_RP, deployed.frames_RP)
+
+    assert routed(RETURNING)
+    acts = RETURNING.acts
+    assert not routed(replace(RETURNING, acts=(*acts[:3], replace(acts[3], actors=(RED,)))))
+    named = replace(acts[3], caption="Then the blue cross is back again.")
+    assert not routed(replace(RETURNING, acts=(*acts[:3], named)))
+    assert untold(acts[3].caption) and not untold(named.caption)
+
+
+def test_rows_see_the_frames_and_texts_of_deployment() -> None:
+    stream, settings = preset("demo").stream.deployment, replace(SnippetSettings(), routed_share=0.0)
+    for story, _, snippet in snippets(30):
+        snippet = replace(snippet, untold=False)
+        clean = torch.zeros(len(snippet.blocks), stream.block, 8, 8, 8)
+        batch = lay_out([story], [snippet], clean, stream, settings, keyed_generator("test", 0))
+        places = [b * stream.block + f for b in snippet.blocks for f in range(stream.block)]
+        rows = [*range(len(snippet.blocks)), *batch.source_N.tolist()]
+        for row, source in enumerate(rows):
+            block = snippet.blocks[source]
             frames = deployment_frames(
                 block * stream.block, sink=stream.sink, window=stream.window, block=stream.block
             )
-            found = [places[i - video * len(places)] for i in table[video, n].tolist() if i >= 0]
-            assert found == [frame for frame in frames if frame in places], (video, n)
+            found = [places[i] for i in batch.frames_RP[row].tolist() if i >= 0]
+            assert found == [frame for frame in frames if frame in places]
+            # Trained rows lack nothing.
+            assert row < len(snippet.blocks) or found == list(frames)
+            assert batch.starts_R[row] == block * stream.block
+        assert (batch.text_R[len(snippet.blocks) :] == snippet.act).all()
+        assert batch.text_R[: len(snippet.blocks)].tolist() == [
+            told_act(story, b, snippet, stream) for b in snippet.blocks
+        ]
 
 
-@pytest.mark.parametrize("donor_share", [0.0, 1.0])
-def test_routed_contexts_keep_sink_and_recent_frames(donor_share: float) -> None:
-    stream = preset("demo").stream
-    settings = replace(PretrainSettings(), routed_share=1.0, donor_share=donor_share)
-    plain = replace(settings, routed_share=0.0)
-    chosen = [[0, 1, 2, 3, 4, 5, 6]] * 3
-    length = 7 * stream.block
-    changed = 0
-    for draw in range(20):
-        table = block_contexts(chosen, stream, settings, keyed_generator("test", draw)).unflatten(0, (3, 7))
-        usual = block_contexts(chosen, stream, plain, keyed_generator("test", draw)).unflatten(0, (3, 7))
-        full = (usual >= 0).all(-1)
-        assert torch.equal(table[~full], usual[~full])
-        assert torch.equal(table[..., : stream.sink], usual[..., : stream.sink])
-        assert torch.equal(table[..., -3:], usual[..., -3:])
-        for video in range(3):
-            source = (video + 1) % 3 if donor_share else video
-            for n in range(7):
-                routed = table[video, n, stream.sink : -3]
-                if full[video, n] and not torch.equal(routed, usual[video, n, stream.sink : -3]):
-                    changed += 1
-                    assert len(routed.unique()) <= 3 and set((routed // length).tolist()) == {source}
-                    if not donor_share:
-                        within = routed - video * length
-                        assert int(within.min()) >= stream.sink and int(within.max()) < n * stream.block - 3
-    assert changed > 50
+def test_keys_are_held_under_the_captions_of_deployment() -> None:
+    """The twelve frames before a switch are encoded anew, the sink and older pages are not."""
+    stream = preset("demo").stream.deployment
+    snippet = Snippet(act=3, run=range(21, 25), lead=range(19, 21), memory=(8, 16), untold=True)
+    told = [told_act(RETURNING, b, snippet, stream) for b in (0, 8, 16, 17, 18, 19, 20, 21, 24)]
+    assert told == [0, 1, 2, 3, 3, 3, 3, 3, 3]
+
+
+def test_routed_contexts_keep_sink_and_recent_frames() -> None:
+    stream = preset("demo").stream.deployment
+    snippet = Snippet(act=3, run=range(21, 25), lead=range(19, 21), memory=(8, 16), untold=True)
+    lengths, distinct = set(), set()
+    for draw in range(60):
+        frames = context_frames(snippet, 21, True, stream, keyed_generator("test", draw))
+        assert frames[: stream.sink] == [0, 1, 2] and frames[-RECENT:] == [60, 61, 62]
+        route = frames[stream.sink : -RECENT]
+        assert set(route) <= {24, 25, 26, 48, 49, 50} and route == sorted(route)
+        lengths.add(len(route))
+        distinct.add(len(set(route)))
+    assert lengths == {3, 6} and distinct == {1, 2, 3, 6}
 
 
 def test_noise_levels_are_mostly_those_of_the_solver() -> None:

@@ -14,10 +14,12 @@ from kvpo.world.text import (
     LearnedTextEncoder,
     WordTokenizer,
 )
+from kvpo.world.vocabulary import FRAME_SIZE
 
 
-def held_out(faults: Faults) -> torch.Tensor:
-    return observe(distinct_stories("test", 10, 2, 30, seed=0), torch.Generator().manual_seed(0), faults)
+def held_out(faults: Faults, size: int = FRAME_SIZE) -> torch.Tensor:
+    stories = distinct_stories("test", 10, 2, 30, seed=0)
+    return observe(stories, torch.Generator().manual_seed(0), faults, size)
 
 
 def test_shipped_codec_reconstructs_held_out_frames_and_forgives_small_latent_errors():
@@ -50,14 +52,14 @@ def test_frames_are_coded_one_by_one():
 
 
 def test_training_is_deterministic_and_survives_saving(tmp_path):
-    first, second = (train_codec(steps=6, seed=3, batch=4) for _ in range(2))
+    first, second = (train_codec(steps=6, seed=3, batch=4, size=48) for _ in range(2))
     assert all(
         torch.equal(a, b)
         for a, b in zip(first.state_dict().values(), second.state_dict().values(), strict=True)
     )
     save_codec(first, tmp_path / "codec.safetensors")
     loaded = load_codec(tmp_path / "codec.safetensors")
-    video = held_out(CLEAN)[:1, :2]
+    video = held_out(CLEAN, size=48)[:1, :2]
     assert torch.allclose(loaded.encode(video), first.encode(video), atol=0.05)
     assert isinstance(loaded, PixelCodec) and not any(p.requires_grad for p in loaded.parameters())
 

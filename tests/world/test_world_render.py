@@ -5,25 +5,35 @@ import time
 import pytest
 import torch
 
-from kvpo.world.imperfect import CLEAN, Faults, imperfect_story, observe, training_batch
+from kvpo.world.imperfect import CLEAN, Faults, film, imperfect_story, observe, training_stories
 from kvpo.world.render import FrameStates, backgrounds, casts, paint, render, stage
-from kvpo.world.stories import sample_story
-from kvpo.world.vocabulary import COLOURS, SCENES, SHAPES, SIZES, SPEED, Act, Actor, Story
+from kvpo.world.stories import RECALLS, sample_story
+from kvpo.world.vocabulary import (
+    COLOURS,
+    FRAME_SIZE,
+    SCENES,
+    SHAPES,
+    SIZES,
+    SPEED,
+    Act,
+    Actor,
+    Story,
+)
 
 
 def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def one(shape: str, x: float, y: float = 16.0, size: str = "large", colour: str = "white") -> torch.Tensor:
-    """One frame with one actor."""
+def one(shape: str, x: float, size: str = "large", colour: str = "white") -> torch.Tensor:
+    """One frame with one actor, x units from the left."""
     return paint(
         FrameStates(
             scene_N=torch.tensor([0]),
             colour_NA=torch.tensor([[list(COLOURS).index(colour), 0]]),
             shape_NA=torch.tensor([[SHAPES.index(shape), -1]]),
             extent_NA=torch.tensor([[SIZES[size], 1.0]]),
-            centre_NA2=torch.tensor([[[x, y], [0.0, 0.0]]]),
+            centre_NA2=torch.tensor([[[x, 16.0], [0.0, 0.0]]]),
         )
     )[0]
 
@@ -98,7 +108,7 @@ def test_render_is_deterministic_and_clean_observation_is_render():
     story = sample_story(generator(1), 3, 60)
     assert torch.equal(render(story, generator(2)), render(story, generator(2)))
     video = observe([story, story], generator(2), CLEAN)
-    assert video.shape == (2, 60, 3, 32, 32)
+    assert video.shape == (2, 60, 3, FRAME_SIZE, FRAME_SIZE)
     assert 0 <= float(video.min()) and float(video.max()) <= 1
     # With no fault the only randomness is where actors enter.
     still = story_of(("sea", (), "open"))
@@ -147,13 +157,40 @@ def test_flicker_and_jitter_are_traits_of_an_act():
     assert torch.equal(shaking[corner], quiet[corner]) and not torch.equal(shaking, quiet)
 
 
-def test_training_batch_shapes_and_speed():
+def test_who_comes_back_looks_as_it_was_shown():
+    """Whatever was wrong with an actor's look when it left is what history knows of it."""
+    rng = generator(6)
+    faults = Faults(wrong_attribute=1.0, late_switch=0, ignored_switch=0, flicker=0, jitter=0)
+    recalled = 0
+    for _ in range(60):
+        story = sample_story(rng, 4, 84)
+        shown = imperfect_story(story, faults, rng).story
+        worn = {}
+        for told, act in zip(story.acts, shown.acts, strict=True):
+            if told.event in RECALLS:
+                known = [(a, b) for a, b in zip(told.actors, act.actors, strict=True) if a in worn]
+                recalled += len(known)
+                assert all(b == worn[a] for a, b in known)
+            else:
+                assert act.actors != told.actors
+            worn |= zip(told.actors, act.actors, strict=True)
+    assert recalled > 30
+
+
+def test_filming_some_frames_shows_what_they_show_in_the_whole_video():
+    stories = [sample_story(generator(n), 2, 30) for n in range(2)]
+    showings = [imperfect_story(story, Faults(), generator(8)) for story in stories]
+    whole = film(showings, [torch.arange(30)] * 2, generator(9)).unflatten(0, (2, 30))
+    some = [torch.tensor([3, 4, 5]), torch.tensor([29, 0])]
+    found = film(showings, some, generator(9))
+    assert torch.equal(found, torch.cat([whole[0][some[0]], whole[1][some[1]]]))
+
+
+def test_training_stories_have_all_numbers_of_acts_and_are_painted_fast():
+    stories = training_stories(generator(7), 64, 60)
+    assert {len(story.acts) for story in stories} == {1, 2, 3, 4}
+    assert training_stories(generator(7), 64, 60) == stories
+    assert all(len(story.acts) == 1 for story in training_stories(generator(7), 4, 12))
     start = time.process_time()
-    videos, captions, switches = training_batch(generator(7), 32)
-    seconds = time.process_time() - start
-    assert videos.shape == (32, 60, 3, 32, 32) and videos.dtype == torch.float32
-    assert {len(texts) for texts in captions} == {1, 2, 3, 4}
-    assert all(len(s) == len(c) - 1 for s, c in zip(switches, captions, strict=True))
-    assert seconds / 32 < 0.03
-    again = training_batch(generator(7), 32)
-    assert torch.equal(again[0], videos) and again[1:] == (captions, switches)
+    observe(stories[:16], generator(7))
+    assert (time.process_time() - start) / 16 < 0.03

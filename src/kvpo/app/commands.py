@@ -181,6 +181,7 @@ def _pretrain_arguments(parser: ArgumentParser) -> None:
         "--out", type=path_argument, required=True, metavar="FILE", help="safetensors file to write"
     )
     parser.add_argument("--steps", type=int, metavar="INT", help="optimiser steps (default: as shipped)")
+    parser.add_argument("--resume", action="store_true", help="go on with an unfinished training of FILE")
 
 
 def _pretrain(arguments: Namespace) -> None:
@@ -191,21 +192,25 @@ def _pretrain(arguments: Namespace) -> None:
     import torch
 
     from kvpo.progress import progress_bars
+    from kvpo.training.interrupt import stop_on_signal
     from kvpo.world.pretrain import PretrainSettings, pretrain
 
     torch.set_num_threads(config.threads or torch.get_num_threads())
-    settings = PretrainSettings(seed=config.seed)
+    settings = PretrainSettings(seed=config.seed, autocast=config.optim.autocast)
     if arguments.steps is not None:
         settings = replace(settings, steps=arguments.steps)
-    with progress_bars() as show:
-        pretrain(
+    with progress_bars() as show, stop_on_signal() as interrupted:
+        finished = pretrain(
             config.model,
             config.stream,
             settings,
             out,
-            lambda step, loss: show("pretraining", step + 1, settings.steps, {"loss": loss}),
+            lambda done, loss: show("pretraining", done, settings.steps, {"loss": loss}),
+            device=config.device,
+            resume=arguments.resume,
+            interrupted=interrupted,
         )
-    print(out)
+    print(out if finished else f"{out}: stopped; --resume goes on")
 
 
 def _plan_arguments(parser: ArgumentParser) -> None:

@@ -88,29 +88,30 @@ class PageContext:
 
 @dataclass(frozen=True)
 class TeacherContext:
-    """Whole clean videos as context, for training all blocks of many videos in one pass.
+    """Clean frames of whole batches as context, for training many blocks of many videos in one pass.
 
-    The call's rows are ``B * blocks`` clean rows followed by any number of equally ordered copies with noise;
-    all read the keys that the clean rows have just computed, so a layer's context costs no second pass.
+    The call's first C rows are clean blocks; all rows read the keys that these have just computed, so a
+    layer's context costs no second pass.
     """
 
     start_R: Tensor
-    frames_CP: Tensor
-    """Context frames of each of the C clean rows, ``[C, P]``: indices into all clean frames in row order
-    (row * block + frame), so a route may name another video's frames; -1 hides a slot."""
+    frames_RP: Tensor
+    """Context frames of each row, ``[R, P]``: indices into all clean frames in row order (row * block +
+    frame), so a route may name another video's frames; -1 hides a slot."""
     block: int
     """Frames per block."""
+    clean: int
+    """C: how many of the rows are clean."""
 
     def read(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        clean, slots = self.frames_CP.shape
+        rows, slots = self.frames_RP.shape
         tokens = k.shape[1] // self.block
-        index = self.frames_CP.clamp_min(0).reshape(-1)
+        index = self.frames_RP.clamp_min(0).reshape(-1)
 
         def context(own: Tensor) -> Tensor:
-            picked = own[:clean].reshape(-1, tokens, *own.shape[2:]).index_select(0, index)
-            picked = picked.view(clean, slots * tokens, *own.shape[2:])
-            return torch.cat([picked.repeat(len(own) // clean, 1, 1, 1), own], 1)
+            picked = own[: self.clean].reshape(-1, tokens, *own.shape[2:]).index_select(0, index)
+            return torch.cat([picked.view(rows, slots * tokens, *own.shape[2:]), own], 1)
 
-        visible = self.frames_CP >= 0
-        visible = torch.cat([visible, visible.new_ones(clean, self.block)], 1).repeat_interleave(tokens, 1)
-        return context(k), context(v), visible.repeat(len(k) // clean, 1)[:, None, None, :]
+        visible = self.frames_RP >= 0
+        visible = torch.cat([visible, visible.new_ones(rows, self.block)], 1).repeat_interleave(tokens, 1)
+        return context(k), context(v), visible[:, None, None, :]

@@ -1,5 +1,6 @@
 """The embedded world's latent codec: a small convolutional autoencoder, one latent frame per video frame."""
 
+import math
 from collections.abc import Iterator
 from importlib.resources import files
 from pathlib import Path
@@ -13,24 +14,28 @@ from torch import Tensor, nn
 from kvpo.files import new_file
 from kvpo.models.finite import require_finite_weights
 from kvpo.models.tensor_files import storable
-from kvpo.world.imperfect import CLEAN, Faults, training_batch
+from kvpo.world.imperfect import CLEAN, Faults, observe, training_stories
+from kvpo.world.vocabulary import FRAME_SIZE
 
 LATENT_CHANNELS = 8
+PEAK_RATE = 3e-3
 LATENT_NOISE = 0.1
 """Deviation of the noise on normalised latents in training, so that the decoder forgives small errors."""
 
 
 class PixelCodec(nn.Module):
-    """Frames 3x32x32 in [0, 1] to latents 8x8x8 of zero mean and unit deviation per channel, and back."""
+    """Frames [3, size, size] in [0, 1] to latents [8, 8, 8] of zero mean and unit deviation, and back."""
 
     frames_per_latent = 1
     frames_per_second = 8.0
 
-    def __init__(self) -> None:
+    def __init__(self, size: int = FRAME_SIZE) -> None:
         super().__init__()
+        self.size = size
+        cell = size // 16  # pixels along a side of what the first layer sees as one
         self.encoder = nn.Sequential(
-            nn.PixelUnshuffle(2),
-            nn.Conv2d(12, 32, 3, padding=1),
+            nn.PixelUnshuffle(cell),
+            nn.Conv2d(3 * cell**2, 32, 3, padding=1),
             nn.SiLU(),
             nn.Conv2d(32, 64, 4, stride=2, padding=1),
             nn.SiLU(),
@@ -44,20 +49,20 @@ class PixelCodec(nn.Module):
             nn.PixelShuffle(2),
             nn.Conv2d(16, 24, 3, padding=1),
             nn.SiLU(),
-            nn.Conv2d(24, 12, 3, padding=1),
-            nn.PixelShuffle(2),
+            nn.Conv2d(24, 3 * cell**2, 3, padding=1),
+            nn.PixelShuffle(cell),
         )
         self.register_buffer("mean", torch.zeros(LATENT_CHANNELS))
         self.register_buffer("std", torch.ones(LATENT_CHANNELS))
 
     def encode(self, video_BTCHW: Tensor) -> Tensor:
-        """Latents [B, T, 8, 8, 8] of frames [B, T, 3, 32, 32] in [0, 1]."""
+        """Latents [B, T, 8, 8, 8] of frames [B, T, 3, H, W] in [0, 1]."""
         raw = self.encoder(video_BTCHW.flatten(0, 1) * 2 - 1)
         latents = (raw - self.mean[:, None, None]) / self.std[:, None, None]
         return latents.unflatten(0, video_BTCHW.shape[:2])
 
     def decode(self, latents_BTCHW: Tensor, before_TCHW: Tensor | None = None) -> Tensor:
-        """Frames [B, T, 3, 32, 32] of latents [B, T, 8, 8, 8]; clamped to [0, 1] unless training.
+        """Frames [B, T, 3, H, W] of latents [B, T, 8, 8, 8]; clamped to [0, 1] unless training.
 
         Frames are decoded one by one: what was ``before`` makes no difference. They are on the CPU, where the
         world's scorers are: each looks at few pixels.
@@ -67,7 +72,7 @@ class PixelCodec(nn.Module):
         return video if self.training else video.clamp(0, 1).cpu()
 
     def decode_next(self, latents_FCHW: Tensor, state: object | None) -> tuple[Tensor, object | None]:
-        """Frames [F, 3, 32, 32] of the next latents of a video; there is nothing to remember."""
+        """Frames [F, 3, size, size] of the next latents of a video; there is nothing to remember."""
         return self.decode(latents_FCHW[None])[0], None
 
     @torch.no_grad()
@@ -83,33 +88,36 @@ def psnr(video: Tensor, reference: Tensor) -> float:
     return float(-10 * torch.log10(F.mse_loss(video, reference)))
 
 
-def _sample(generator: torch.Generator, count: int, num_frames: int) -> Tensor:
+def _sample(generator: torch.Generator, count: int, num_frames: int, size: int) -> Tensor:
     """``count`` faulty and ``count`` clean videos [2 * count, num_frames, 3, H, W]."""
     return torch.cat(
-        [training_batch(generator, count, num_frames, faults)[0] for faults in (Faults(), CLEAN)]
+        [
+            observe(training_stories(generator, count, num_frames), generator, faults, size)
+            for faults in (Faults(), CLEAN)
+        ]
     )
 
 
-def _frames(generator: torch.Generator, count: int) -> Iterator[Tensor]:
+def _frames(generator: torch.Generator, count: int, size: int) -> Iterator[Tensor]:
     """Batches [1, count, 3, H, W] of shuffled frames, half faulty and half clean, each seen about twice."""
     while True:
-        pool = _sample(generator, 24, 36).flatten(0, 1)
+        pool = _sample(generator, 24, 36, size).flatten(0, 1)
         for _ in range(2):
             for rows in torch.randperm(len(pool), generator=generator).split(count):
                 yield pool[rows][None]
 
 
-def train_codec(steps: int = 14000, seed: int = 0, batch: int = 16) -> PixelCodec:
+def train_codec(steps: int = 14000, seed: int = 0, batch: int = 16, size: int = FRAME_SIZE) -> PixelCodec:
     """Train a codec from scratch on freshly drawn frames of the training split; deterministic in ``seed``."""
     generator = torch.Generator().manual_seed(seed)
-    codec = PixelCodec()
+    codec = PixelCodec(size)
     for layer in codec.modules():
         if isinstance(layer, nn.Conv2d):
             nn.init.kaiming_normal_(layer.weight, nonlinearity="relu", generator=generator)
             nn.init.zeros_(layer.bias)
-    optimizer = torch.optim.AdamW(codec.parameters(), lr=6e-3, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 6e-3, total_steps=steps, pct_start=0.1)
-    frames = _frames(generator, batch)
+    optimizer = torch.optim.AdamW(codec.parameters(), lr=PEAK_RATE, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, PEAK_RATE, total_steps=steps, pct_start=0.1)
+    frames = _frames(generator, batch, size)
     codec.train()
     for step in range(steps):
         video = next(frames)
@@ -120,9 +128,10 @@ def train_codec(steps: int = 14000, seed: int = 0, batch: int = 16) -> PixelCode
         loss = _loss(codec.decode(latents + LATENT_NOISE * noise), video)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
+        nn.utils.clip_grad_norm_(codec.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-    codec.set_statistics(_sample(torch.Generator().manual_seed(seed + 1), 256, 60)[:, ::5])
+    codec.set_statistics(_sample(torch.Generator().manual_seed(seed + 1), 256, 60, size)[:, ::5])
     return codec.eval().requires_grad_(False)
 
 
@@ -137,11 +146,17 @@ def save_codec(codec: PixelCodec, path: Path) -> None:
         save_file(storable({name: value.half() for name, value in codec.state_dict().items()}), partial)
 
 
-def load_codec(path: Path | None = None) -> PixelCodec:
-    """Read a codec for inference, by default the one that ships with the package."""
-    source = path or Path(str(files("kvpo.world").joinpath("assets", "codec.safetensors")))
-    codec = PixelCodec()
+def asset(name: str, size: int = FRAME_SIZE) -> Path:
+    """A file of weights that ships with the package, for one frame size."""
+    suffix = "" if size == FRAME_SIZE else f"-{size}"
+    return Path(str(files("kvpo.world").joinpath("assets", f"{name}{suffix}.safetensors")))
+
+
+def load_codec(path: Path | None = None, size: int = FRAME_SIZE) -> PixelCodec:
+    """Read a codec for inference, by default the one that ships with the package for a frame size."""
+    source = path or asset("codec", size)
     weights = load_file(source)
     require_finite_weights(weights, str(source))
+    codec = PixelCodec(16 * math.isqrt(weights["encoder.1.weight"].shape[1] // 3))
     codec.load_state_dict({name: value.float() for name, value in weights.items()})
     return codec.eval().requires_grad_(False)

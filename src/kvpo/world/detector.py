@@ -17,13 +17,14 @@ from kvpo.world.vocabulary import (
     BOB_AMPLITUDE,
     BOB_PERIOD,
     COLOURS,
-    FRAME_SIZE,
+    FRAME_SIZES,
     LANES,
     MOTIONS,
     SCENES,
     SHAPES,
     SIZES,
     SPEED,
+    WIDTH,
 )
 
 SLOT_LANES = (*LANES[1], *LANES[2])
@@ -39,9 +40,8 @@ SCENE_TONES = {
     "cave": ((0.13, 0.07, 0.16), (0.22, 0.12, 0.24)),
 }
 """The vocabulary's tones with each scene's texture averaged in: (upper rows, lower rows)."""
-UPPER_ROWS = slice(0, 16)
-LOWER_ROWS = slice(26, FRAME_SIZE)
-"""Rows that lie above, or below, the ground line of every scene."""
+ABOVE_GROUND, GROUND, BELOW_GROUND = 16, 20, 26
+"""Heights in units that lie above the ground line of every scene, about at it, and below it."""
 
 SCENE_WIDTH = 0.12
 COLOUR_WIDTH = 0.25
@@ -51,21 +51,21 @@ GLYPH_TEMPERATURE = 0.025
 COUNT_TEMPERATURE = 0.04
 X_WIDTH = 0.8
 SWING_WIDTH = 1.2
-"""Pixels per frame, and pixels of swing, at which a motion's membership falls to 1/e."""
+"""Units per frame, and units of swing, at which a motion's membership falls to 1/e."""
 EMPTY_ENERGY = 6.0
-"""Foreground energy in pixels below which a slot counts as empty rather than as a small glyph."""
+"""Foreground energy in square units below which a slot counts as empty rather than as a small glyph."""
 
-COLOUR_PIXELS = 200
-"""Pixels of a frame that are compared with the colours, the best covered ones."""
-BROKEN_BELOW = 0.519
-"""Confidence below which a clip of 15 frames counts as broken: the 1st percentile of exact renders after the
-latent codec. `python -m kvpo.world.calibration` measures it again."""
-BROKEN_FRAME_BELOW = 0.406
+COLOUR_AREA = 200
+"""Square units of a frame that are compared with the colours, the best covered ones."""
+BROKEN_BELOW = {32: 0.519, 48: 0.515}
+"""By frame size, the confidence below which a clip of 15 frames counts as broken: the 1st percentile of exact
+renders after the latent codec. `python -m kvpo.world.calibration` measures it again."""
+BROKEN_FRAME_BELOW = {32: 0.406, 48: 0.398}
 """The same for the confidence of a single frame."""
-GLYPH_WINDOW = 17
-"""Side of the window around a glyph's centroid."""
+HALF_WINDOW = 8
+"""Units on either side of a glyph's centroid that are looked at."""
 OFFSETS = (-0.5, -0.25, 0.0, 0.25, 0.5)
-"""Sub-pixel offsets of the glyph bank, in both directions."""
+"""Offsets of the glyph bank in pixels, in both directions."""
 
 
 @dataclass(frozen=True)
@@ -83,13 +83,20 @@ class Detection:
     motion_BTLM: Tensor
     """Motion between the frame before and this one; frame 0 repeats frame 1."""
     centre_BTL2: Tensor
-    """(x, y) of a slot's actor in pixels."""
+    """(x, y) of a slot's actor in units."""
     background_BT: Tensor
     """Mean brightness of the background."""
     brightness_BTL: Tensor
     """Mean brightness of a slot's actor."""
     confidence_BT: Tensor
     """Confidence that a frame shows the world at all: scene, glyphs and colours together."""
+    size: int
+    """Height and width of the frames in pixels."""
+
+    @property
+    def broken(self) -> Tensor:
+        """True for clips that show the world too poorly to be read, [B]."""
+        return self.confidence < BROKEN_BELOW[self.size]
 
     @property
     def confidence(self) -> Tensor:
@@ -98,18 +105,19 @@ class Detection:
 
 
 def detect(video_BTCHW: Tensor) -> Detection:
-    """Read clips [B, T, 3, 32, 32] in [0, 1]; raises ValueError for another shape."""
-    if video_BTCHW.ndim != 5 or video_BTCHW.shape[2:] != (3, FRAME_SIZE, FRAME_SIZE):
+    """Read clips [B, T, 3, H, W] in [0, 1], H = W in FRAME_SIZES; raises ValueError for another shape."""
+    if video_BTCHW.ndim != 5 or tuple(video_BTCHW.shape[2:]) not in {(3, n, n) for n in FRAME_SIZES}:
         raise ValueError(
             f"video has shape {list(video_BTCHW.shape)}: the embedded world's detector reads "
-            f"[B, T, 3, {FRAME_SIZE}, {FRAME_SIZE}]; use another reward for other videos"
+            f"[B, T, 3, H, W] with H = W of {' or '.join(map(str, FRAME_SIZES))}; use another reward for "
+            "other videos"
         )
     batch, frames = video_BTCHW.shape[:2]
     pixels_NCHW = video_BTCHW.detach().to("cpu", torch.float32).clamp(0, 1).flatten(0, 1)
     scene_NS, background_N = _scenes(pixels_NCHW)
     cover_NHW = _cover(pixels_NCHW, scene_NS)
     cover_NLHW = _slots(cover_NHW)
-    energy_NL = cover_NLHW.square().sum((2, 3))
+    energy_NL = cover_NLHW.square().sum((2, 3)) * (WIDTH / cover_NLHW.shape[3]) ** 2
     centroid_NL2 = _centroid(cover_NLHW)
     fit_NLG, offset_NL2, glyph_NLG = _glyphs(cover_NLHW, centroid_NL2, energy_NL)
     presence_NL = fit_NLG.amax(2)
@@ -137,6 +145,7 @@ def detect(video_BTCHW: Tensor) -> Detection:
         background_BT=frames_of(background_N),
         brightness_BTL=frames_of(brightness_NL),
         confidence_BT=frames_of(confidence_N),
+        size=video_BTCHW.shape[-1],
     )
 
 
@@ -146,7 +155,8 @@ def _scenes(pixels_NCHW: Tensor) -> tuple[Tensor, Tensor]:
     # Actors are bright and scenes dark, so the largest channel alone separates them well enough here.
     weight_NHW = (1 - (pixels_NCHW.amax(1) - 0.5).clamp(0, 0.25) / 0.25).square()
     halves = []
-    for half, rows in enumerate((UPPER_ROWS, LOWER_ROWS)):
+    unit = pixels_NCHW.shape[2] / WIDTH
+    for half, rows in enumerate((slice(round(ABOVE_GROUND * unit)), slice(round(BELOW_GROUND * unit), None))):
         member_NPS = _membership(pixels_NCHW[:, :, rows].flatten(2), tones_S2C[:, half], SCENE_WIDTH)
         weight_NP = weight_NHW[:, rows].flatten(1)
         # Every pixel counts in the denominator's floor: a frame without background shows no scene.
@@ -170,7 +180,9 @@ def _membership(pixels_NCP: Tensor, tones_KC: Tensor, width: float) -> Tensor:
 def _cover(pixels_NCHW: Tensor, scene_NS: Tensor) -> Tensor:
     """Coverage of each pixel by an actor [N, H, W]: its largest channel above the scene's own."""
     tones_S2 = torch.tensor(list(SCENE_TONES.values())).amax(2)
-    floor_SH = tones_S2.repeat_interleave(torch.tensor([20, FRAME_SIZE - 20]), 1)
+    size = pixels_NCHW.shape[2]
+    ground = round(GROUND * size / WIDTH)
+    floor_SH = tones_S2.repeat_interleave(torch.tensor([ground, size - ground]), 1)
     weight_NS = scene_NS + 1e-3
     floor_NH1 = ((weight_NS / weight_NS.sum(1, keepdim=True)) @ floor_SH)[..., None]
     # Twelve per cent of slack keeps the scenes' texture out of the cover.
@@ -179,24 +191,26 @@ def _cover(pixels_NCHW: Tensor, scene_NS: Tensor) -> Tensor:
 
 def _slots(cover_NHW: Tensor) -> Tensor:
     """The cover as each slot sees it [N, L, H, W]: the whole frame, its upper half, its lower half."""
-    half_HL = torch.zeros(FRAME_SIZE, len(SLOT_LANES))
+    size = cover_NHW.shape[1]
+    half_HL = torch.zeros(size, len(SLOT_LANES))
     half_HL[:, 0] = 1
-    half_HL[: FRAME_SIZE // 2, 1] = 1
-    half_HL[FRAME_SIZE // 2 :, 2] = 1
+    half_HL[: size // 2, 1] = 1
+    half_HL[size // 2 :, 2] = 1
     return cover_NHW[:, None] * half_HL.T[..., None]
 
 
 def _centroid(cover_NLHW: Tensor) -> Tensor:
-    """Centre of mass (x, y) in pixels [N, L, 2], circular in x; the slot's lane where the cover is empty."""
-    pixel = torch.arange(FRAME_SIZE) + 0.5
-    turn = 2 * math.pi / FRAME_SIZE
+    """Centre of mass (x, y) in units [N, L, 2], circular in x; the slot's lane where the cover is empty."""
+    size = cover_NLHW.shape[3]
+    pixel = (torch.arange(size) + 0.5) * (WIDTH / size)
+    turn = 2 * math.pi / WIDTH
     columns_NLW = cover_NLHW.sum(2)
     x_NL = torch.atan2(columns_NLW @ (turn * pixel).sin(), columns_NLW @ (turn * pixel).cos()) / turn
     rows_NLH = cover_NLHW.sum(3)
     lane_L = torch.tensor(SLOT_LANES)
     mass_NL = rows_NLH.sum(2)
     y_NL = (rows_NLH @ pixel + 0.01 * lane_L) / (mass_NL + 0.01)
-    return torch.stack([x_NL.remainder(FRAME_SIZE), y_NL], 2)
+    return torch.stack([x_NL.remainder(WIDTH), y_NL], 2)
 
 
 def _glyphs(cover_NLHW: Tensor, centroid_NL2: Tensor, energy_NL: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -205,52 +219,56 @@ def _glyphs(cover_NLHW: Tensor, centroid_NL2: Tensor, energy_NL: Tensor) -> tupl
     Returns the explained share of the energy [N, L, G], the glyph's centre minus the centroid [N, L, 2] and
     the glyphs' posterior [N, L, G]. The window around the centroid is matched at every sub-pixel offset.
     """
-    bank_GOP, moved_G2 = _glyph_bank()
-    corner_NL2 = centroid_NL2.floor().long() - GLYPH_WINDOW // 2
-    span = torch.arange(GLYPH_WINDOW)
-    columns_NLQ = (corner_NL2[..., 0, None] + span).remainder(FRAME_SIZE)
+    size = cover_NLHW.shape[3]
+    unit = size / WIDTH
+    bank_GOP, moved_G2 = _glyph_bank(unit)
+    half = round(HALF_WINDOW * unit)
+    corner_NL2 = (centroid_NL2 * unit).floor().long() - half
+    span = torch.arange(2 * half + 1)
+    columns_NLQ = (corner_NL2[..., 0, None] + span).remainder(size)
     rows_NLQ = corner_NL2[..., 1, None] + span
-    inside_NLQ = (rows_NLQ >= 0) & (rows_NLQ < FRAME_SIZE)
-    index_NLQQ = rows_NLQ.clamp(0, FRAME_SIZE - 1)[..., None] * FRAME_SIZE + columns_NLQ[..., None, :]
+    inside_NLQ = (rows_NLQ >= 0) & (rows_NLQ < size)
+    index_NLQQ = rows_NLQ.clamp(0, size - 1)[..., None] * size + columns_NLQ[..., None, :]
     window_NLP = cover_NLHW.flatten(2).gather(2, index_NLQQ.flatten(2))
-    window_NLP = (window_NLP.unflatten(2, (GLYPH_WINDOW, GLYPH_WINDOW)) * inside_NLQ[..., None]).flatten(2)
+    window_NLP = (window_NLP.unflatten(2, (len(span), len(span))) * inside_NLQ[..., None]).flatten(2)
     match_NLGO = (window_NLP @ bank_GOP.flatten(0, 1).T).unflatten(2, bank_GOP.shape[:2])
     # Glyphs have unit norm, so a squared product is the energy explained; the floor mutes near-empty slots.
     floor_NL1 = (EMPTY_ENERGY * (-energy_NL / EMPTY_ENERGY).exp())[..., None]
-    fit_NLG = (match_NLGO.amax(3).square() / (energy_NL[..., None] + floor_NL1)).clamp(max=1)
+    explained_NLG = match_NLGO.amax(3).square() / unit**2
+    fit_NLG = (explained_NLG / (energy_NL[..., None] + floor_NL1)).clamp(max=1)
     glyph_NLG = (fit_NLG / GLYPH_TEMPERATURE).softmax(2)
     return fit_NLG, glyph_NLG @ moved_G2, glyph_NLG
 
 
-@lru_cache(maxsize=1)
-def _glyph_bank() -> tuple[Tensor, Tensor]:
-    """Unit-norm glyphs at sub-pixel offsets of their centroid [G, O, P] and (centre - centroid) [G, 2]."""
-    fine = 8
-    grid = (torch.arange(GLYPH_WINDOW * fine) + 0.5) / fine - GLYPH_WINDOW // 2
+@lru_cache
+def _glyph_bank(unit: float) -> tuple[Tensor, Tensor]:
+    """Glyphs of norm 1, ``unit`` pixels to a unit, at sub-pixel offsets of their centroid.
+
+    Returns them as [G, O, P] and (centre - centroid) in units [G, 2].
+    """
+    fine, half = 8, round(HALF_WINDOW * unit)
+    window = 2 * half + 1
+    grid = (torch.arange(window * fine) + 0.5) / fine - half
     y, x = torch.meshgrid(grid, grid, indexing="ij")
     bank, moved = [], []
     for shape in SHAPES:
-        for extent in SIZES.values():
+        for extent in (unit * size for size in SIZES.values()):
             solid = inside(shape, x, y, extent).float()
             centroid_y = float((solid * y).sum() / solid.sum())
-            moved.append((0.0, -centroid_y))
+            moved.append((0.0, -centroid_y / unit))
             glyphs = []
             for offset_y in OFFSETS:
                 for offset_x in OFFSETS:
                     # The centroid's pixel spans [0, 1): its middle is 0.5.
                     mask = inside(shape, x - 0.5 - offset_x, y - 0.5 - offset_y + centroid_y, extent).float()
-                    cells = (
-                        mask.unflatten(0, (GLYPH_WINDOW, fine))
-                        .unflatten(2, (GLYPH_WINDOW, fine))
-                        .mean((1, 3))
-                    )
+                    cells = mask.unflatten(0, (window, fine)).unflatten(2, (window, fine)).mean((1, 3))
                     glyphs.append((cells / cells.norm()).flatten())
             bank.append(torch.stack(glyphs))
     return torch.stack(bank), torch.tensor(moved)
 
 
 def inside(shape: str, x: Tensor, y: Tensor, extent: float) -> Tensor:
-    """True where points (x, y), in pixels from the actor's centre, belong to its shape."""
+    """True where points (x, y), measured as ``extent`` from the actor's centre, belong to its shape."""
     if shape == "circle":
         return x.square() + y.square() < extent**2
     if shape == "ring":
@@ -280,8 +298,10 @@ def _colours(pixels_NCHW: Tensor, cover_NLHW: Tensor) -> tuple[Tensor, Tensor]:
     """Membership of a slot's well-covered pixels in each colour [N, L, C]; mean brightness [N, L]."""
     # Only the best covered pixels are compared: more than two large actors cover, at a fifth of the cost.
     weight_NLP = (cover_NLHW.flatten(2) - 0.5).clamp_(min=0)
-    weight_NP, best_NP = weight_NLP[:, 0].topk(COLOUR_PIXELS, dim=1, sorted=False)
-    upper_NP = best_NP < FRAME_SIZE**2 // 2
+    pixels = weight_NLP.shape[2]
+    count = round(COLOUR_AREA * pixels / WIDTH**2)
+    weight_NP, best_NP = weight_NLP[:, 0].topk(count, dim=1, sorted=False)
+    upper_NP = best_NP < pixels // 2
     weight_NLP = torch.stack([weight_NP, weight_NP * upper_NP, weight_NP * ~upper_NP], 1)
     pixels_NCP = pixels_NCHW.flatten(2).gather(2, best_NP[:, None].expand(-1, 3, -1))
     total_NL1 = weight_NLP.sum(2, keepdim=True) + 0.5
@@ -327,10 +347,10 @@ def _motions(centre_BTL2: Tensor) -> Tensor:
 
 
 def torus_difference(centre_BTL2: Tensor) -> Tensor:
-    """Steps (x, y) in pixels between frames [B, T - 1, L, 2], the short way around in x."""
+    """Steps (x, y) in units between frames [B, T - 1, L, 2], the short way around in x."""
     step_BTL2 = centre_BTL2[:, 1:] - centre_BTL2[:, :-1]
-    half = FRAME_SIZE / 2
-    around_BTL = (step_BTL2[..., 0] + half).remainder(FRAME_SIZE) - half
+    half = WIDTH / 2
+    around_BTL = (step_BTL2[..., 0] + half).remainder(WIDTH) - half
     return torch.stack([around_BTL, step_BTL2[..., 1]], 3)
 
 

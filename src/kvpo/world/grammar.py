@@ -2,7 +2,6 @@
 
 import random
 import re
-import unicodedata
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -64,13 +63,9 @@ _LEXICON = _lexicon()
 _LONGEST = max(map(len, _LEXICON))
 
 
-_WORD = re.compile(r"(?:[^\W_]|['\u2190-\u2bff\U0001f000-\U0001faff])+")
-"""Letters and digits of any script, apostrophes, pictures among the letters."""
-
-
 def words(text: str) -> list[str]:
-    """Lower-case words of a text, punctuation dropped; letters written in several ways are one."""
-    return _WORD.findall(unicodedata.normalize("NFKC", text).lower())
+    """Lower-case words of a text, punctuation dropped."""
+    return re.findall(r"[a-z0-9']+", text.lower())
 
 
 def all_words() -> list[str]:
@@ -153,20 +148,24 @@ def full_request(act: Act) -> Request:
     return Request(act.scene, actors)
 
 
-def describe(act: Act, previous: Act | None, rng: random.Random) -> str:
+DROPPED = (0, 0, 1, 2, 5)
+"""Numbers of attributes that captions of *return* and *leave* may leave open; 5: who it is."""
+
+
+def describe(act: Act, previous: Act | None, rng: random.Random, dropped: tuple[int, ...] = DROPPED) -> str:
     """A caption for ``act``; parse(caption) agrees with the act in all that it names.
 
     Three quarters of the captions of most events name everything; a quarter leave one attribute open.
     Captions of *return* and *leave* are vague more often ("one of them comes back").
     """
-    return phrase(_draw_request(act, rng), act, previous, rng)
+    return phrase(_draw_request(act, rng, dropped), act, previous, rng)
 
 
-def _draw_request(act: Act, rng: random.Random) -> Request:
+def _draw_request(act: Act, rng: random.Random, dropped: tuple[int, ...]) -> Request:
     request = full_request(act)
     drops = 0 if rng.random() < 0.75 else 1
     if act.event in ("return", "leave"):
-        drops = rng.choice((0, 0, 1, 2, 5))
+        drops = rng.choice(dropped)
     if act.event == "turn" or drops == 5:
         # What a turn is about has to be said.
         droppable = ["scene"] if act.event == "turn" else ["scene", "motion"]

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from kvpo.world.render import Cast, FrameStates, casts, concatenate, paint, stage
-from kvpo.world.stories import sample_story
-from kvpo.world.vocabulary import COLOURS, MOTIONS, SHAPES, Act, Actor, Story
+from kvpo.world.stories import PLAIN, RECALLS, Telling, sample_story
+from kvpo.world.vocabulary import COLOURS, FRAME_SIZE, MOTIONS, SHAPES, Act, Actor, Story
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Faults:
     jitter: float = 0.4
     """Chance that an act's actors shake."""
     jitter_range: tuple[float, float] = (0.7, 1.8)
-    """Standard deviation of the position noise in pixels, per frame."""
+    """Standard deviation of the position noise in units, per frame."""
 
 
 CLEAN = Faults(wrong_attribute=0.0, late_switch=0.0, ignored_switch=0.0, flicker=0.0, jitter=0.0)
@@ -48,10 +48,14 @@ class Showing:
 
 
 def imperfect_story(story: Story, faults: Faults, generator: torch.Generator) -> Showing:
-    """Draw the faults of one video; captions and the number of acts stay as they are."""
+    """Draw the faults of one video; captions and the number of acts stay as they are.
+
+    Whoever comes back looks as it was shown before, so that history tells the truth about who that is.
+    """
     rng = random.Random(int(torch.randint(2**62, (), generator=generator)))
     shown: list[Act] = []
     shown_casts: list[Cast] = []
+    looks: dict[Actor, Actor] = {}
     for act, cast in zip(story.acts, casts(story), strict=True):
         fate = rng.random()
         if shown and fate < faults.ignored_switch:
@@ -61,10 +65,12 @@ def imperfect_story(story: Story, faults: Faults, generator: torch.Generator) ->
             continue
         late = shown and fate < faults.ignored_switch + faults.late_switch
         start = act.start + (rng.randint(*faults.late_frames) if late else 0)
-        actors = act.actors
-        if rng.random() < faults.wrong_attribute:
-            wrong = rng.randrange(len(actors))
-            actors = tuple(_spoil(a, rng) if i == wrong else a for i, a in enumerate(actors))
+        wrong = rng.randrange(len(act.actors)) if rng.random() < faults.wrong_attribute else -1
+        if act.event in RECALLS:
+            actors = tuple(looks.get(actor, actor) for actor in act.actors)
+        else:
+            actors = tuple(_spoil(a, rng) if i == wrong else a for i, a in enumerate(act.actors))
+        looks |= zip(act.actors, actors, strict=True)
         shown.append(replace(act, start=start, actors=actors))
         shown_casts.append(cast)
     return Showing(
@@ -99,28 +105,39 @@ def _stage(showing: Showing, generator: torch.Generator) -> tuple[FrameStates, T
     return replace(states, centre_NA2=states.centre_NA2 + shake), brightness_T
 
 
-def observe(stories: Sequence[Story], generator: torch.Generator, faults: Faults = Faults()) -> Tensor:
-    """Faulty videos [B, T, 3, H, W] in [0, 1] of stories of equal length; with CLEAN, exact renders."""
-    staged = [_stage(imperfect_story(story, faults, generator), generator) for story in stories]
-    frames_NCHW = paint(concatenate([states for states, _ in staged]))
-    brightness_N = torch.cat([brightness for _, brightness in staged])
-    frames_NCHW = (frames_NCHW * brightness_N[:, None, None, None]).clamp(0, 1)
-    return frames_NCHW.unflatten(0, (len(stories), -1))
-
-
-def training_batch(
+def film(
+    showings: Sequence[Showing],
+    frames: Sequence[Tensor],
     generator: torch.Generator,
-    count: int,
-    num_frames: int = 60,
-    faults: Faults = Faults(),
-) -> tuple[Tensor, list[list[str]], list[list[int]]]:
-    """Fresh training videos: frames [B, T, 3, H, W], captions per act, switch frames; one to four acts each.
+    size: int = FRAME_SIZE,
+) -> Tensor:
+    """Some frames of faulty videos, [N, 3, size, size] in [0, 1]: ``frames`` of each, in any order."""
+    states, brightness = [], []
+    for showing, chosen in zip(showings, frames, strict=True):
+        staged, brightness_T = _stage(showing, generator)
+        states.append(staged.at(chosen))
+        brightness.append(brightness_T[chosen])
+    return (paint(concatenate(states), size) * torch.cat(brightness)[:, None, None, None]).clamp(0, 1)
 
-    Shorter videos have fewer acts: no more than fit.
-    """
+
+def observe(
+    stories: Sequence[Story],
+    generator: torch.Generator,
+    faults: Faults = Faults(),
+    size: int = FRAME_SIZE,
+) -> Tensor:
+    """Faulty videos [B, T, 3, size, size] in [0, 1] of stories of equal length; with CLEAN, exact renders."""
+    showings = [imperfect_story(story, faults, generator) for story in stories]
+    whole = [torch.arange(story.num_frames) for story in stories]
+    return film(showings, whole, generator, size).unflatten(0, (len(stories), -1))
+
+
+def training_stories(
+    generator: torch.Generator, count: int, num_frames: int, telling: Telling = PLAIN
+) -> list[Story]:
+    """Fresh training stories of one to four acts each; shorter ones have no more acts than fit."""
     most = max(1, min(4, num_frames // 12))
-    counts = torch.randint(1, most + 1, (count,), generator=generator).tolist()
-    stories = [sample_story(generator, num_acts, num_frames) for num_acts in counts]
-    captions = [[act.caption for act in story.acts] for story in stories]
-    switches = [[act.start for act in story.acts[1:]] for story in stories]
-    return observe(stories, generator, faults), captions, switches
+    # The more acts, the more there is to remember: numbers are drawn in proportion to their squares.
+    weights = torch.arange(1.0, most + 1).square()
+    counts = (1 + torch.multinomial(weights, count, replacement=True, generator=generator)).tolist()
+    return [sample_story(generator, num_acts, num_frames, telling=telling) for num_acts in counts]

@@ -1,206 +1,65 @@
 """Pretraining of the embedded generator: flow matching with teacher forcing on deliberately imperfect videos.
 
-All blocks of all videos train in one pass: clean rows compute keys and values once, noisy rows attend to the
-frames their block would see when deployed, or, in part of the rows, to a randomly routed history, so that
-routed contexts lie on the model's own manifold.
+All blocks of a batch train in one pass: clean rows compute keys and values once, noisy rows attend to the
+frames their block would see when deployed or, in part of the rows, to a routed history, so that routed
+contexts lie on the model's own manifold.
+
+Training may be killed at any moment. ``<out>.unfinished`` is a safetensors file of everything the next step
+depends on besides its number: weights, their moving average and the optimisers' state, in full precision. All
+random draws are functions of (seed, step).
 """
 
 import json
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from itertools import chain
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from os import cpu_count
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.data import DataLoader
 
 from kvpo.config import StreamConfig
 from kvpo.engine.noise import keyed_generator
 from kvpo.files import new_file
 from kvpo.method.flow import add_noise, few_step_sigmas
-from kvpo.method.routing import visible_frames
 from kvpo.models.causal_wan import CausalWan
 from kvpo.models.context import TeacherContext
 from kvpo.models.finite import require_finite_weights
 from kvpo.models.settings import WanShape
-from kvpo.models.tensor_files import storable
-from kvpo.world.codec import load_codec
-from kvpo.world.imperfect import training_batch
+from kvpo.models.tensor_files import read_tensor_file, storable
 from kvpo.world.muon import Muon
+from kvpo.world.snippets import Batch, SnippetSettings, TrainingSnippets
 from kvpo.world.text import LearnedTextEncoder
+from kvpo.world.vocabulary import FRAME_SIZE
+
+KERNELS = (SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH)
 
 
 @dataclass(frozen=True)
 class PretrainSettings:
-    """Settings of a pretraining run; the shipped base used the defaults."""
+    """Settings of a pretraining run; `kvpo pretrain --optim.autocast bfloat16` takes the defaults."""
 
-    steps: int = 2400
-    videos: int = 12
-    num_frames: int = 60
-    snippet_blocks: int = 6
-    """Consecutive blocks taken from each video, besides its first one (the sink)."""
-    noisy_copies: int = 2
-    """Noisy rows per clean row."""
+    snippets: SnippetSettings = field(default_factory=SnippetSettings)
+    steps: int = 4400
     lr: float = 2.5e-3
     warmup: int = 100
     decay_from: float = 0.6
     """Share of the steps after which the learning rate falls linearly to zero."""
     ema_decay: float = 0.998
-    routed_share: float = 0.4
-    """Share of the videos whose blocks see a routed history."""
-    donor_share: float = 0.25
-    """Share of the routed videos that are routed into another video's history."""
-    reencoded_share: float = 0.5
-    """Share of the videos whose past before a switch is encoded under the new prompt, as streams do."""
     context_noise: float = 0.15
     """Upper end of the noise mixed into the clean rows, so that the model forgives its own errors."""
     solver_share: float = 0.7
     """Share of the noisy rows at the solver's own noise levels; the rest cover (0, 1)."""
+    checkpoint_every: int = 100
+    """Steps between checkpoints."""
+    autocast: Literal["none", "bfloat16"] = "none"
     seed: int = 0
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Encoded snippets of training videos."""
-
-    latents_BKFCHW: Tensor
-    """K chosen blocks of each video."""
-    captions: list[list[str]]
-    switches: list[list[int]]
-    chosen: list[list[int]]
-    """Indices of the chosen blocks."""
-
-
-class TrainingVideos(Dataset):
-    """Batches of encoded snippets; item n is a pure function of (settings, n)."""
-
-    def __init__(self, stream: StreamConfig, settings: PretrainSettings) -> None:
-        self.stream = stream
-        self.settings = settings
-        self.codec = load_codec()
-
-    def __len__(self) -> int:
-        return self.settings.steps
-
-    def __getitem__(self, step: int) -> Batch:
-        torch.set_num_threads(1)
-        settings, block = self.settings, self.stream.block
-        generator = keyed_generator("pretraining videos", settings.seed, step)
-        videos, captions, switches = training_batch(generator, settings.videos, settings.num_frames)
-        blocks = settings.num_frames // block
-        chosen = [snippet_blocks(own, blocks, self.stream, settings, generator) for own in switches]
-        cut = torch.stack(
-            [v.unflatten(0, (blocks, block))[own] for v, own in zip(videos, chosen, strict=True)]
-        )
-        with torch.no_grad():
-            latents = self.codec.encode(cut.flatten(1, 2)).unflatten(1, cut.shape[1:3])
-        return Batch(latents, captions, switches, chosen)
-
-
-def snippet_blocks(
-    switches: list[int],
-    blocks: int,
-    stream: StreamConfig,
-    settings: PretrainSettings,
-    generator: torch.Generator,
-) -> list[int]:
-    """Blocks of a video that are trained on: the first, and a run of consecutive ones.
-
-    Half of the runs of a video with switches contain one, a third of the others follow the first block.
-    """
-    length = settings.snippet_blocks
-    last = blocks - length
-
-    def draw(low: int, high: int) -> int:
-        return int(torch.randint(low, high + 1, (), generator=generator))
-
-    kind = float(torch.rand((), generator=generator))
-    if switches and kind < 0.5:
-        at = switches[draw(0, len(switches) - 1)] // stream.block
-        start = min(max(1, at - draw(2, length - 1)), last)
-    else:
-        start = 1 if kind > 0.67 else draw(1, last)
-    return [0, *range(start, start + length)]
-
-
-def block_contexts(
-    chosen: list[list[int]], stream: StreamConfig, settings: PretrainSettings, generator: torch.Generator
-) -> Tensor:
-    """Context frames of every chosen block ``[videos * blocks, P]`` as flat indices; -1 is an empty slot.
-
-    A deployment context lacks the frames that the snippet left out. Routed rows keep the three most recent
-    past frames and fill the other local slots with one to three frames from anywhere earlier in the snippet,
-    or from another video's.
-    """
-    videos, per_video = len(chosen), len(chosen[0])
-    past = stream.deployment.local_past
-    assert past is not None
-    table = torch.full((videos, per_video, stream.sink + past), -1)
-    length = per_video * stream.block
-    for video, blocks in enumerate(chosen):
-        place = {
-            b * stream.block + f: n * stream.block + f
-            for n, b in enumerate(blocks)
-            for f in range(stream.block)
-        }
-        routed = bool(torch.rand((), generator=generator) < settings.routed_share)
-        donor = routed and bool(torch.rand((), generator=generator) < settings.donor_share)
-        other = (video + 1) % videos if donor else video
-        for n, block in enumerate(blocks):
-            start = block * stream.block
-            frames = [*chain(*visible_frames(start, range(stream.sink), past))]
-            flat = [video * length + place[frame] for frame in frames if frame in place]
-            first, stop = (0, length) if donor else (stream.sink, n * stream.block - 3)
-            if routed and len(flat) == stream.sink + past and stop > first:
-                distinct = int(torch.randint(1, 4, (), generator=generator))
-                picks = torch.randint(first, stop, (distinct,), generator=generator).tolist()
-                slots = [other * length + picks[k % distinct] for k in range(past - 3)]
-                flat = flat[: stream.sink] + slots + flat[-3:]
-            table[video, n, : len(flat)] = torch.tensor(flat, dtype=torch.int64)
-    return table.flatten(0, 1)
-
-
-@dataclass(frozen=True)
-class Snippets:
-    """Rows of one training batch: C clean blocks with their positions and texts."""
-
-    clean_CFCHW: Tensor
-    starts_C: Tensor
-    context_text_C: Tensor
-    """Caption that each block's keys are encoded under."""
-    text_C: Tensor
-    """Caption that each block is generated under."""
-    trained_C: Tensor
-    """1 where the block's velocity is trained on, 0 where its context was encoded under a later prompt."""
-
-
-def snippet_rows(
-    batch: Batch, stream: StreamConfig, settings: PretrainSettings, generator: torch.Generator
-) -> Snippets:
-    """Lay the blocks of a batch out as rows."""
-    starts, context_text, text, trained = [], [], [], []
-    first_caption = 0
-    for video, blocks in enumerate(batch.chosen):
-        frames = [block * stream.block for block in blocks]
-        segments = [sum(frame >= switch for switch in batch.switches[video]) for frame in frames]
-        reencoded = bool(torch.rand((), generator=generator) < settings.reencoded_share)
-        for n, (frame, segment) in enumerate(zip(frames, segments, strict=True)):
-            starts.append(frame)
-            text.append(first_caption + segment)
-            later = reencoded and n > 0 and segment < segments[-1]
-            context_text.append(first_caption + (segments[-1] if later else segment))
-            trained.append(0.0 if later else 1.0)
-        first_caption += len(batch.captions[video])
-    return Snippets(
-        batch.latents_BKFCHW.flatten(0, 1),
-        torch.tensor(starts),
-        torch.tensor(context_text),
-        torch.tensor(text),
-        torch.tensor(trained),
-    )
 
 
 def training_loss(
@@ -211,32 +70,40 @@ def training_loss(
     settings: PretrainSettings,
     generator: torch.Generator,
 ) -> Tensor:
-    """Mean squared velocity error of the noisy rows of one batch."""
-    copies, chosen = settings.noisy_copies, batch.chosen
-    rows = snippet_rows(batch, stream, settings, generator)
-    clean = rows.clean_CFCHW
-    embedded = text([caption for video in batch.captions for caption in video])
-    level = torch.rand(len(chosen), generator=generator) * settings.context_noise
-    level = level.repeat_interleave(len(chosen[0]))
+    """Mean squared velocity error of the noisy rows of one batch; the draws are made on the CPU."""
+    clean = batch.clean_CFCHW
+    level = torch.rand(len(clean), generator=generator) * settings.context_noise
     seen = add_noise(clean, torch.randn(clean.shape, generator=generator), level)
-    sigma = noise_levels(len(clean) * copies, stream, settings, generator)
-    target = clean.repeat(copies, 1, 1, 1, 1)
+    target = clean[batch.source_N]
+    sigma = noise_levels(len(target), stream, settings, generator)
     noise = torch.randn(target.shape, generator=generator)
+    device = next(model.parameters()).device
     context = TeacherContext(
-        start_R=rows.starts_C.repeat(copies + 1),
-        frames_CP=block_contexts(chosen, stream, settings, generator),
+        start_R=batch.starts_R.to(device),
+        frames_RP=batch.frames_RP.to(device),
         block=stream.block,
+        clean=len(clean),
     )
-    velocity = model(
-        torch.cat([seen, add_noise(target, noise, sigma)]),
-        torch.cat([torch.zeros(len(clean)), sigma]),
-        embedded,
-        context,
-        text_rows=torch.cat([rows.context_text_C, rows.text_C.repeat(copies)]),
-    )[len(clean) :]
-    error_R = (velocity - (noise - target)).pow(2).mean((1, 2, 3, 4))
-    weight_R = rows.trained_C.repeat(copies)
-    return (error_R * weight_R).sum() / weight_R.sum()
+    with _precision(device, settings):
+        velocity = model(
+            torch.cat([seen, add_noise(target, noise, sigma)]).to(device),
+            torch.cat([torch.zeros(len(clean)), sigma]).to(device),
+            text(batch.captions),
+            context,
+            text_rows=batch.text_R.to(device),
+        )[len(clean) :]
+    return (velocity.float() - (noise - target).to(device)).pow(2).mean()
+
+
+@contextmanager
+def _precision(device: torch.device, settings: PretrainSettings) -> Iterator[None]:
+    """Autocast, if asked for; then attention on the CPU is matrix products: its fused backward is slow."""
+    kernels = [SDPBackend.MATH] if device.type == "cpu" and settings.autocast != "none" else list(KERNELS)
+    with (
+        torch.autocast(device.type, torch.bfloat16, enabled=settings.autocast == "bfloat16"),
+        sdpa_kernel(kernels),
+    ):
+        yield
 
 
 def noise_levels(
@@ -286,40 +153,155 @@ def new_optimizers(
     )
 
 
+@dataclass
+class Training:
+    """Everything that a step changes."""
+
+    trained: nn.ModuleDict
+    average: dict[str, Tensor]
+    optimizers: tuple[torch.optim.Optimizer, torch.optim.Optimizer]
+    step: int = 0
+
+    @classmethod
+    def begin(cls, model: WanShape, settings: PretrainSettings, device: str) -> "Training":
+        """Fresh weights on a device."""
+        transformer, text = new_generator(model, settings.seed)
+        trained = nn.ModuleDict({"transformer": transformer, "text": text}).to(device)
+        average = {name: value.detach().clone() for name, value in trained.state_dict().items()}
+        return cls(trained, average, new_optimizers(transformer, trained, settings.lr))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Tensors of a checkpoint by name."""
+        found = {f"weights.{name}": value for name, value in self.trained.state_dict().items()}
+        found |= {f"average.{name}": value for name, value in self.average.items()}
+        for n, optimizer in enumerate(self.optimizers):
+            for place, state in optimizer.state_dict()["state"].items():
+                found |= {f"optimizer.{n}.{place}.{key}": value for key, value in state.items()}
+        return found
+
+    def restore(self, tensors: dict[str, Tensor], step: int) -> None:
+        """Go on where ``tensors()`` were taken, after ``step`` steps."""
+        groups: dict[str, dict[str, Tensor]] = {"weights": {}, "average": {}}
+        states: tuple[dict[int, Any], ...] = ({}, {})
+        for name, value in tensors.items():
+            kind, rest = name.split(".", 1)
+            if kind == "optimizer":
+                n, place, key = rest.split(".")
+                states[int(n)].setdefault(int(place), {})[key] = value
+            else:
+                groups[kind][rest] = value
+        self.trained.load_state_dict(groups["weights"])
+        for name, value in groups["average"].items():
+            self.average[name].copy_(value)
+        for optimizer, state in zip(self.optimizers, states, strict=True):
+            optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+        self.step = step
+
+    def advance(self, batch: Batch, stream: StreamConfig, settings: PretrainSettings) -> float:
+        """One optimiser step; returns its loss."""
+        for optimizer in self.optimizers:
+            optimizer.param_groups[0]["lr"] = learning_rate(self.step, settings)
+        generator = keyed_generator("pretraining noise", settings.seed, self.step)
+        transformer, text = self.trained.values()
+        loss = training_loss(transformer, text, batch, stream, settings, generator)
+        self.trained.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.trained.parameters(), 1.0)
+        for optimizer in self.optimizers:
+            optimizer.step()
+        with torch.no_grad():
+            decay = min(settings.ema_decay, (self.step + 1) / (self.step + 10))
+            for name, value in self.trained.state_dict().items():
+                self.average[name].lerp_(value, 1 - decay)
+        self.step += 1
+        return float(loss.detach())
+
+
+def unfinished(out: Path) -> Path:
+    """Place of the checkpoint of a training that is to end in ``out``."""
+    return out.with_name(out.name + ".unfinished")
+
+
 def pretrain(
     model: WanShape,
     stream: StreamConfig,
     settings: PretrainSettings,
     out: Path,
     report: Callable[[int, float], None],
-) -> None:
-    """Train the embedded generator from scratch and write its moving average to ``out`` (safetensors, fp16).
+    *,
+    device: str = "cpu",
+    resume: bool = False,
+    interrupted: Callable[[], bool] = lambda: False,
+) -> bool:
+    """Train the embedded generator and write its moving average to ``out`` (safetensors, fp16).
 
-    ``report`` is called with (step, loss) after every step. Deterministic in the settings on one machine.
+    ``out`` and a checkpoint beside it are written every ``checkpoint_every`` steps; ``resume`` goes on from
+    that checkpoint, and what comes out is the same, byte for byte; the number of steps may differ as long as
+    the learning rate has not begun to fall under either. ``report`` is called with (steps done, loss)
+    after every step. Deterministic in the settings on one machine. Returns whether it was finished, which it
+    is not where ``interrupted`` turned true.
+
+    Raises:
+        ValueError: the checkpoint is damaged, of other settings, or there without ``resume``.
     """
-    transformer, text = new_generator(model, settings.seed)
-    trained = nn.ModuleDict({"transformer": transformer, "text": text})
-    average = {name: value.detach().clone() for name, value in trained.state_dict().items()}
-    parameters = list(trained.parameters())
-    optimizers = new_optimizers(transformer, trained, settings.lr)
-    batches = DataLoader(TrainingVideos(stream, settings), batch_size=None, num_workers=1)
-    for step, batch in enumerate(batches):
-        for optimizer in optimizers:
-            optimizer.param_groups[0]["lr"] = learning_rate(step, settings)
-        generator = keyed_generator("pretraining noise", settings.seed, step)
-        loss = training_loss(transformer, text, batch, stream, settings, generator)
-        trained.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        for optimizer in optimizers:
-            optimizer.step()
-        with torch.no_grad():
-            decay = min(settings.ema_decay, (step + 1) / (step + 10))
-            for name, value in trained.state_dict().items():
-                average[name].lerp_(value, 1 - decay)
-        report(step, float(loss.detach()))
-        if (step + 1) % 250 == 0 or step + 1 == settings.steps:
-            save_generator(average, model, settings, out)
+    training, checkpoint = Training.begin(model, settings, device), unfinished(out)
+    header = _header(model, stream, settings)
+    if checkpoint.exists():
+        if not resume:
+            raise ValueError(
+                f"{checkpoint} is an unfinished training: --resume goes on with it; delete it to start anew"
+            )
+        _restore(training, checkpoint, header)
+    for batch in _batches(stream, settings, training.step):
+        loss = training.advance(batch, stream, settings)
+        stop = interrupted()
+        if stop or training.step % settings.checkpoint_every == 0:
+            record = {"training": json.dumps({**header, "step": training.step})}
+            with new_file(checkpoint, failures=(SafetensorError,)) as partial:
+                save_file(storable(training.tensors()), partial, metadata=record)
+            save_generator(training.average, model, settings, out)
+        report(training.step, loss)
+        if stop and training.step < settings.steps:
+            return False
+    save_generator(training.average, model, settings, out)
+    checkpoint.unlink(missing_ok=True)
+    return True
+
+
+def _header(model: WanShape, stream: StreamConfig, settings: PretrainSettings) -> dict[str, Any]:
+    """Settings that must be the same for a training to go on, as JSON gives them back."""
+    parts = {"model": model, "stream": stream, "settings": settings}
+    return json.loads(json.dumps({name: asdict(part) for name, part in parts.items()}))
+
+
+def _restore(training: Training, path: Path, expected: dict[str, Any]) -> None:
+    read_tensor_file(path)
+    try:
+        with safe_open(path, framework="pt") as file:
+            found = json.loads((file.metadata() or {})["training"])
+    except (SafetensorError, KeyError, ValueError) as error:
+        raise ValueError(f"{path} is no unfinished training; delete it to start anew") from error
+    step, settings = int(found.pop("step")), expected["settings"]
+    if step <= settings["decay_from"] * min(settings["steps"], found["settings"]["steps"]):
+        # Until the rate falls, trainings of all lengths are the same.
+        found["settings"]["steps"] = settings["steps"]
+    different = [
+        f"{part}.{name} was {found[part].get(name)}, is {value}"
+        for part, values in expected.items()
+        for name, value in values.items()
+        if found[part].get(name) != value
+    ]
+    if different:
+        raise ValueError(f"{path}: {'; '.join(different)}; give what it was begun with, or delete it")
+    training.restore(load_file(path), step)
+
+
+def _batches(stream: StreamConfig, settings: PretrainSettings, first: int) -> Iterator[Batch]:
+    """The batches of all steps from ``first`` on, made by other processes."""
+    steps = range(first, settings.steps)
+    snippets = TrainingSnippets(stream.deployment, settings.snippets, settings.seed)
+    workers = max(1, (cpu_count() or 2) - 1)
+    return iter(DataLoader(snippets, sampler=steps, batch_size=None, num_workers=workers))
 
 
 def save_generator(state: dict[str, Tensor], model: WanShape, settings: PretrainSettings, out: Path) -> None:
@@ -328,6 +310,14 @@ def save_generator(state: dict[str, Tensor], model: WanShape, settings: Pretrain
     header = {"generator": json.dumps({"model": asdict(model), "settings": asdict(settings)})}
     with new_file(out, failures=(SafetensorError,)) as partial:
         save_file(storable({name: value.half() for name, value in state.items()}), partial, metadata=header)
+
+
+def frame_size_of(path: Path) -> int:
+    """Height and width of the frames that a base checkpoint was pretrained on."""
+    with safe_open(path, framework="pt") as file:
+        settings = json.loads(file.metadata()["generator"])["settings"]
+    # Bases of before there were two sizes do not say.
+    return int(settings.get("snippets", {}).get("frame_size", FRAME_SIZE))
 
 
 def load_generator(model: WanShape, path: Path) -> tuple[CausalWan, LearnedTextEncoder]:

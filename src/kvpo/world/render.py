@@ -20,6 +20,7 @@ from kvpo.world.vocabulary import (
     SHAPES,
     SIZES,
     SPEED,
+    WIDTH,
     Act,
     Actor,
     Story,
@@ -48,9 +49,13 @@ class FrameStates:
     shape_NA: Tensor
     """Index into SHAPES, -1 where the slot is empty."""
     extent_NA: Tensor
-    """Half extent in pixels."""
+    """Half extent in units."""
     centre_NA2: Tensor
-    """(x, y) in pixels; x lives on a torus of FRAME_SIZE."""
+    """(x, y) in units; x lives on a torus of WIDTH."""
+
+    def at(self, frames: Tensor) -> "FrameStates":
+        """The states of some frames, in the order given."""
+        return FrameStates(**{field.name: getattr(self, field.name)[frames] for field in fields(self)})
 
 
 def casts(story: Story) -> list[Cast]:
@@ -79,7 +84,7 @@ def casts(story: Story) -> list[Cast]:
 
 @dataclass(frozen=True)
 class _Place:
-    """Place of an actor as an act begins: centre in pixels, and how many frames it has been bobbing."""
+    """Place of an actor as an act begins: centre in units, and how many frames it has been bobbing."""
 
     x: float
     y: float
@@ -97,7 +102,7 @@ def stage(story: Story, acts_cast: Sequence[Cast], generator: torch.Generator) -
         centre_NA2=torch.zeros(frames, MAX_ACTORS, 2),
     )
     ends = [act.start for act in story.acts[1:]] + [frames]
-    entrances = torch.rand(len(story.acts), MAX_ACTORS, generator=generator) * FRAME_SIZE
+    entrances = torch.rand(len(story.acts), MAX_ACTORS, generator=generator) * WIDTH
     where: dict[int, _Place] = {}
     for number, (act, cast, end) in enumerate(zip(story.acts, acts_cast, ends, strict=True)):
         states.scene_N[act.start : end] = _SCENE_INDEX[act.scene]
@@ -134,30 +139,31 @@ def concatenate(states: Sequence[FrameStates]) -> FrameStates:
     )
 
 
-def paint(states: FrameStates) -> Tensor:
-    """Frames [N, 3, FRAME_SIZE, FRAME_SIZE] in [0, 1]: shapes anti-aliased by their signed distance."""
-    frames_NCHW = backgrounds()[states.scene_N]
+def paint(states: FrameStates, size: int = FRAME_SIZE) -> Tensor:
+    """Frames [N, 3, size, size] in [0, 1]: shapes anti-aliased by their signed distance."""
+    frames_NCHW = backgrounds(size)[states.scene_N]
     palette = torch.tensor(list(COLOURS.values()))
-    pixel = torch.arange(FRAME_SIZE) + 0.5
-    half = FRAME_SIZE / 2
+    unit = size / WIDTH
+    pixel = (torch.arange(size) + 0.5) / unit
+    half = WIDTH / 2
     for slot in range(MAX_ACTORS):
         for index, shape in enumerate(SHAPES):
             rows = (states.shape_NA[:, slot] == index).nonzero()[:, 0]
             if len(rows) == 0:
                 continue
             centre = states.centre_NA2[rows, slot]
-            dx_MW = torch.remainder(pixel - centre[:, :1] + half, FRAME_SIZE) - half
+            dx_MW = torch.remainder(pixel - centre[:, :1] + half, WIDTH) - half
             dy_MH = pixel - centre[:, 1:]
             extent_M = states.extent_NA[rows, slot][:, None, None]
             distance_MHW = _signed_distance(shape, dx_MW[:, None, :], dy_MH[:, :, None], extent_M)
-            cover = (0.5 - distance_MHW).clamp(0, 1)[:, None]
+            cover = (0.5 - unit * distance_MHW).clamp(0, 1)[:, None]
             colour = palette[states.colour_NA[rows, slot]][:, :, None, None]
             frames_NCHW[rows] = torch.lerp(frames_NCHW[rows], colour, cover)
     return frames_NCHW
 
 
 def _signed_distance(shape: str, dx: Tensor, dy: Tensor, extent: Tensor) -> Tensor:
-    """Distance in pixels to the outline, negative inside; broadcasts dx [.., 1, W] with dy [.., H, 1]."""
+    """Distance in units to the outline, negative inside; broadcasts dx [.., 1, W] with dy [.., H, 1]."""
     if shape == "circle":
         return torch.sqrt(dx * dx + dy * dy) - extent
     if shape == "ring":
@@ -175,12 +181,14 @@ def _signed_distance(shape: str, dx: Tensor, dy: Tensor, extent: Tensor) -> Tens
     return torch.minimum(upright, across)
 
 
-@lru_cache(maxsize=1)
-def backgrounds() -> Tensor:
-    """The scenes without actors, [len(SCENES), 3, FRAME_SIZE, FRAME_SIZE]; seamless across the torus."""
-    y, x = torch.meshgrid(torch.arange(FRAME_SIZE) + 0.5, torch.arange(FRAME_SIZE) + 0.5, indexing="ij")
-    turn = 2 * math.pi / FRAME_SIZE
-    level = HORIZON * FRAME_SIZE
+@lru_cache
+def backgrounds(size: int = FRAME_SIZE) -> Tensor:
+    """The scenes without actors, [len(SCENES), 3, size, size]; seamless across the torus."""
+    unit = size / WIDTH
+    pixel = (torch.arange(size) + 0.5) / unit
+    y, x = torch.meshgrid(pixel, pixel, indexing="ij")
+    turn = 2 * math.pi / WIDTH
+    level = HORIZON * WIDTH
     ground_level = {
         "night": level + 1.5 * torch.sin(turn * x + 1) + 2,
         "meadow": level + 1.2 * torch.sin(turn * x),
@@ -190,35 +198,37 @@ def backgrounds() -> Tensor:
     }
     scenes = []
     for name, (upper, lower) in SCENES.items():
-        ground = (y - ground_level[name] + 0.5).clamp(0, 1)
+        ground = (unit * (y - ground_level[name]) + 0.5).clamp(0, 1)
         scene = torch.lerp(torch.tensor(upper)[:, None, None], torch.tensor(lower)[:, None, None], ground)
-        scenes.append((scene + _texture(name, x, y, ground)).clamp(0, 1))
+        scenes.append((scene + _texture(name, x, y, ground, unit)).clamp(0, 1))
     return torch.stack(scenes)
 
 
-def _texture(scene: str, x: Tensor, y: Tensor, ground: Tensor) -> Tensor:
+def _texture(scene: str, x: Tensor, y: Tensor, ground: Tensor, unit: float) -> Tensor:
     """Quiet detail that tells scenes apart, as an offset [3, H, W] to the two tones."""
-    turn = 2 * math.pi / FRAME_SIZE
+    turn = 2 * math.pi / WIDTH
     if scene == "night":
         stars = ((3, 4), (9, 11), (14, 2), (20, 7), (27, 3), (30, 13), (23, 15), (5, 17))
         light = torch.zeros_like(x)
         for column, row in stars:
-            light[row, column] = 0.34
+            near = torch.maximum((x - column - 0.5).abs(), (y - row - 0.5).abs())
+            light += 0.34 * (unit * (0.5 - near) + 0.5).clamp(0, 1)
         return light * torch.tensor((0.9, 0.9, 1.0))[:, None, None]
     if scene == "meadow":
         blades = torch.sin(8 * turn * x + 0.9 * y).clamp(min=0) * ground
         return blades * torch.tensor((0.02, 0.10, 0.01))[:, None, None]
     if scene == "desert":
-        second_dune = (y - (25 + 2.2 * torch.sin(turn * x))).add(0.5).clamp(0, 1)
+        second_dune = (unit * (y - (25 + 2.2 * torch.sin(turn * x)))).add(0.5).clamp(0, 1)
         return second_dune * torch.tensor((0.10, 0.06, 0.03))[:, None, None]
     if scene == "sea":
         waves = torch.sin(1.6 * y + 1.2 * torch.sin(4 * turn * x)).clamp(min=0) * ground
         return waves * torch.tensor((0.02, 0.08, 0.12))[:, None, None]
     # Cave: rock teeth hanging from the roof.
-    tooth = ((x.remainder(8) - 4).abs() * 1.6 + y - (5 + 1.5 * torch.sin(turn * x))).neg().clamp(0, 1)
+    above = (x.remainder(8) - 4).abs() * 1.6 + y - (5 + 1.5 * torch.sin(turn * x))
+    tooth = (unit * above).neg().clamp(0, 1)
     return -tooth * torch.tensor((0.10, 0.05, 0.12))[:, None, None]
 
 
-def render(story: Story, generator: torch.Generator) -> Tensor:
-    """The story exactly as its acts say, [T, 3, FRAME_SIZE, FRAME_SIZE] in [0, 1]; entrances are random."""
-    return paint(stage(story, casts(story), generator))
+def render(story: Story, generator: torch.Generator, size: int = FRAME_SIZE) -> Tensor:
+    """The story exactly as its acts say, [T, 3, size, size] in [0, 1]; entrances are random."""
+    return paint(stage(story, casts(story), generator), size)

@@ -37,7 +37,7 @@ DEFAULT_WEIGHTS = {
 """Weights of the total; the first five, 0.56 together, are prompt following."""
 
 JERK_WIDTH = 1.5
-"""Pixels of unexpected second difference at which smoothness falls to a half."""
+"""Units of unexpected second difference at which smoothness falls to a half."""
 CALM_WIDTH = 0.25
 """Relative change of brightness at which calm falls to 1/e."""
 SETTLING_FRAMES = 4
@@ -48,7 +48,7 @@ FROZEN = 0.25
 
 @dataclass(frozen=True)
 class WorldScorer:
-    """Scores clips [B, T, 3, 32, 32] of the embedded world against captions of its grammar.
+    """Scores clips [B, T, 3, H, W] of the embedded world against captions of its grammar.
 
     Frames before a prompt's ``switch`` show the previous segment; they serve as memory only. A component with
     nothing to judge in a clip (a caption that leaves every colour open, a clip of one frame) takes the

@@ -2,34 +2,52 @@
 
 import hashlib
 import random
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Literal
 
 import torch
 
 from kvpo.prompts import VideoPrompt
-from kvpo.world.grammar import describe, parse
+from kvpo.world.grammar import DROPPED, describe, parse
 from kvpo.world.vocabulary import COLOURS, MOTIONS, SCENES, SHAPES, SIZES, Act, Actor, Story
 
 Split = Literal["train", "validation", "test"]
 SHARES: dict[Split, int] = {"test": 20, "validation": 15, "train": 65}
 """Per cent of the combinations (colour, shape, motion, scene) that belong to each split."""
 MIN_ACT_BLOCKS = 4
-TWO_ACTORS = 0.35
-"""Chance that an opening or a show has two actors."""
-EVENTS: dict[str, float] = {
-    "show": 0.20,
-    "return": 0.40,
-    "revisit": 0.45,
-    "recolour": 0.08,
-    "turn": 0.07,
-    "join": 0.07,
-    "leave": 0.04,
-}
-"""Weights of the events of later acts; return and revisit need earlier acts that differ, so they are drawn
-more often than they can happen."""
+EVENTS = ("show", "return", "revisit", "recolour", "turn", "join", "leave")
+RECALLS = ("return", "revisit")
+"""Events that bring back what an earlier act has shown."""
 TRIES = 60
+
+
+@dataclass(frozen=True)
+class Telling:
+    """Frequency of what happens in stories, and how much of it their captions say."""
+
+    show: float = 0.20
+    return_: float = 0.40
+    revisit: float = 0.45
+    recolour: float = 0.08
+    turn: float = 0.07
+    join: float = 0.07
+    leave: float = 0.04
+    """Weights of the events of later acts; return and revisit need earlier acts that differ, so they are
+    drawn more often than they can happen."""
+    two_actors: float = 0.35
+    """Chance that an opening or a show has two actors."""
+    dropped: tuple[int, ...] = DROPPED
+    """Numbers of attributes that captions of return and leave may leave open; 5: who it is."""
+
+    @property
+    def events(self) -> dict[str, float]:
+        """Weight of every event by its name."""
+        return {name: vars(self)[name.replace("return", "return_")] for name in EVENTS}
+
+
+PLAIN = Telling()
+"""As the stories are told that the generator is aligned and judged on."""
 
 
 def split_of(colour: str, shape: str, motion: str, scene: str) -> Split:
@@ -77,12 +95,12 @@ def _new_actors(
     return tuple(actors)
 
 
-def _crowd(rng: random.Random) -> int:
-    return 2 if rng.random() < TWO_ACTORS else 1
+def _crowd(telling: Telling, rng: random.Random) -> int:
+    return 2 if rng.random() < telling.two_actors else 1
 
 
 def _next(
-    event: str, acts: list[Act], split: Split, rng: random.Random
+    event: str, acts: list[Act], split: Split, telling: Telling, rng: random.Random
 ) -> tuple[str, tuple[Actor, ...] | None]:
     """Scene and actors of the next act, or None where the event is impossible or the draw was unlucky."""
     now = acts[-1]
@@ -90,7 +108,7 @@ def _next(
     changed = rng.randrange(len(actors))
     if event == "show":
         scene = scene if rng.random() < 0.35 else rng.choice(tuple(SCENES))
-        return scene, _new_actors(scene, split, _crowd(rng), actors, rng)
+        return scene, _new_actors(scene, split, _crowd(telling, rng), actors, rng)
     if event == "join":
         newcomer = _new_actors(scene, split, 1, actors, rng)
         return scene, (*actors, *newcomer) if newcomer and len(actors) == 1 else None
@@ -115,14 +133,16 @@ def _next(
     return scene, tuple(new if i == changed else a for i, a in enumerate(actors))
 
 
-def _draw_acts(plan: list[str], starts: list[int], split: Split, rng: random.Random) -> list[Act] | None:
+def _draw_acts(
+    plan: list[str], starts: list[int], split: Split, telling: Telling, rng: random.Random
+) -> list[Act] | None:
     scene = rng.choice(tuple(SCENES))
-    actors = _new_actors(scene, split, _crowd(rng), (), rng)
+    actors = _new_actors(scene, split, _crowd(telling, rng), (), rng)
     if actors is None:
         return None
     acts = [Act(scene, actors, "", starts[0], "open")]
     for event, start in zip(plan, starts[1:], strict=True):
-        scene, following = _next(event, acts, split, rng)
+        scene, following = _next(event, acts, split, telling, rng)
         act = Act(scene, following or (), "", start, event)
         if following is None or not belongs(act, split):
             return None
@@ -130,10 +150,10 @@ def _draw_acts(plan: list[str], starts: list[int], split: Split, rng: random.Ran
     return acts
 
 
-def _plan(num_acts: int, rng: random.Random) -> list[str]:
-    first = [event for event in EVENTS if event not in ("return", "revisit")]
+def _plan(num_acts: int, telling: Telling, rng: random.Random) -> list[str]:
+    first = [event for event in EVENTS if event not in RECALLS]
     names = [first if k == 0 else list(EVENTS) for k in range(num_acts - 1)]
-    return [rng.choices(options, [EVENTS[e] for e in options])[0] for options in names]
+    return [rng.choices(options, [telling.events[e] for e in options])[0] for options in names]
 
 
 def _starts(num_acts: int, num_blocks: int, block: int, rng: random.Random) -> list[int]:
@@ -144,7 +164,12 @@ def _starts(num_acts: int, num_blocks: int, block: int, rng: random.Random) -> l
 
 
 def sample_story(
-    generator: torch.Generator, num_acts: int, num_frames: int, block: int = 3, split: Split = "train"
+    generator: torch.Generator,
+    num_acts: int,
+    num_frames: int,
+    block: int = 3,
+    split: Split = "train",
+    telling: Telling = PLAIN,
 ) -> Story:
     """Draw a captioned story of ``num_acts`` acts over ``num_frames`` latent frames.
 
@@ -160,19 +185,19 @@ def sample_story(
     starts = _starts(num_acts, num_frames // block, block, rng)
     while True:
         # One plan gets many draws before it is given up, so small splits tell the same kinds of story.
-        plan = _plan(num_acts, rng)
+        plan = _plan(num_acts, telling, rng)
         for _ in range(TRIES):
-            acts = _draw_acts(plan, starts, split, rng)
+            acts = _draw_acts(plan, starts, split, telling, rng)
             if acts is not None:
-                return Story(_tell(acts, rng), num_frames)
+                return Story(_tell(acts, telling, rng), num_frames)
 
 
-def _tell(acts: list[Act], rng: random.Random) -> tuple[Act, ...]:
+def _tell(acts: list[Act], telling: Telling, rng: random.Random) -> tuple[Act, ...]:
     """Caption the acts; some caption names a whole combination, so no two splits share a caption sequence."""
     while True:
         before = [None, *acts[:-1]]
         told = tuple(
-            replace(act, caption=describe(act, previous, rng))
+            replace(act, caption=describe(act, previous, rng, telling.dropped))
             for act, previous in zip(acts, before, strict=True)
         )
         if any(named_split(act.caption) for act in told):

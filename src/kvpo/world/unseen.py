@@ -3,15 +3,15 @@
 A small network looks at frames and frame differences, another averages word embeddings; contrastive training
 on exact renders (half of them through the latent codec) pulls a clip and its caption together. It knows
 neither the vocabulary's meanings nor how the rewards measure pixels: its only labels are which caption came
-with which clip. ``python -m kvpo.world.unseen`` rebuilds the shipped weights in about five CPU minutes.
+with which clip. ``python -m kvpo.world.unseen [48]`` rebuilds the shipped weights in about five CPU minutes.
 Axes: B clips, T frames, D embedding, N pairs.
 """
 
 import json
 import re
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 from zlib import crc32
 
@@ -26,13 +26,13 @@ from kvpo.files import new_file
 from kvpo.models.finite import require_finite_weights
 from kvpo.models.tensor_files import storable
 from kvpo.progress import progress_bars
-from kvpo.world.codec import PixelCodec, load_codec
+from kvpo.world.codec import FRAME_SIZE, PixelCodec, asset, load_codec
 from kvpo.world.imperfect import CLEAN, observe
 from kvpo.world.stories import Split, sample_story
 
 EMBEDDING = 64
 WORD_BUCKETS = 2048
-ASSET = "unseen.safetensors"
+ASSET = "unseen"
 MATCHED, MISMATCHED = 0.9, 0.1
 """Scores that calibration gives to the median true pair and to the median false pair of clean clips."""
 CLIP_WINDOW = 8
@@ -42,12 +42,13 @@ ACT = 12
 
 
 class ClipEncoder(nn.Module):
-    """Clips [B, T, 3, 32, 32] in [0, 1], T >= 1, to unit vectors [B, D]."""
+    """Clips [B, T, 3, size, size] in [0, 1], T >= 1, to unit vectors [B, D]."""
 
-    def __init__(self) -> None:
+    def __init__(self, size: int) -> None:
         super().__init__()
+        cell = size // 16
         self.frames = nn.Sequential(
-            nn.Conv2d(6, 24, 5, stride=2, padding=2, padding_mode="circular"),
+            nn.Conv2d(6, 24, 2 * cell + 1, stride=cell, padding=cell, padding_mode="circular"),
             nn.ReLU(),
             nn.Conv2d(24, 48, 3, stride=2, padding=1),
             nn.ReLU(),
@@ -96,9 +97,9 @@ class UnseenScorer(nn.Module):
     A typical clean pair scores MATCHED, a typical clean clip with another clip's caption MISMATCHED.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, size: int = FRAME_SIZE) -> None:
         super().__init__()
-        self.clips = ClipEncoder()
+        self.clips = ClipEncoder(size)
         self.captions = CaptionEncoder()
         self.register_buffer("distractors_ND", torch.zeros(1, EMBEDDING))
         self.register_buffer("calibration", torch.tensor([1.0, 0.0]))
@@ -110,7 +111,7 @@ class UnseenScorer(nn.Module):
 
     @torch.no_grad()
     def forward(self, video_BTCHW: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Match [B] of clips [B, T, 3, 32, 32] in [0, 1] with captions; ValueError if lengths differ."""
+        """Match [B] of clips [B, T, 3, H, W] in [0, 1] with captions; ValueError if lengths differ."""
         if len(prompts) != video_BTCHW.shape[0]:
             raise ValueError(
                 f"prompts has {len(prompts)} entries for {video_BTCHW.shape[0]} clips: "
@@ -120,14 +121,14 @@ class UnseenScorer(nn.Module):
         return torch.sigmoid(slope * self.margin(video_BTCHW, prompts) + offset)
 
 
-def load_unseen(path: Path | None = None) -> UnseenScorer:
+def load_unseen(path: Path | None = None, size: int = FRAME_SIZE) -> UnseenScorer:
     """Read a scorer for inference, by default the one that ships with the package."""
-    source = path or Path(str(files("kvpo.world").joinpath("assets", ASSET)))
-    scorer = UnseenScorer()
+    source = path or asset(ASSET, size)
     with safe_open(source, framework="pt") as stored:
         state = {name: stored.get_tensor(name).float() for name in stored.keys()}
         captions = json.loads(stored.metadata()["distractors"])
     require_finite_weights(state, str(source))
+    scorer = UnseenScorer(16 * (state["clips.frames.0.weight"].shape[-1] // 2))
     scorer.load_state_dict(state | {"distractors_ND": torch.zeros(1, EMBEDDING)})
     _set_distractors(scorer, captions)
     return scorer.eval().requires_grad_(False)
@@ -155,10 +156,12 @@ class Pairs:
     captions: tuple[str, ...]
 
 
-def clean_pairs(split: Split, count: int, generator: torch.Generator, codec: PixelCodec | None) -> Pairs:
+def clean_pairs(
+    split: Split, count: int, generator: torch.Generator, codec: PixelCodec | None, size: int = FRAME_SIZE
+) -> Pairs:
     """``count`` exact clips of ACT frames, each one act; every second one through the codec, if given."""
     stories = [sample_story(generator, 2, 2 * ACT, split=split) for _ in range((count + 1) // 2)]
-    video = observe(stories, generator, CLEAN)
+    video = observe(stories, generator, CLEAN, size)
     assert all(story.acts[1].start == ACT for story in stories)
     video_NTCHW = video.unflatten(1, (2, ACT)).flatten(0, 1)[:count]
     captions = tuple(act.caption for story in stories for act in story.acts)[:count]
@@ -174,9 +177,12 @@ def train_unseen(
     batch: int = 64,
     judged: int = 400,
     seed: int = 0,
+    size: int = FRAME_SIZE,
     show: Callable[[str, int, int], None] = lambda stage, done, total: None,
 ) -> tuple[UnseenScorer, list[str]]:
     """Train on ``pool`` pairs of the training split and calibrate on ``judged`` fresh ones, from ``seed``.
+
+    ``size`` is that of the frames.
 
     Returns the scorer and the texts of its distractor captions.
     """
@@ -184,11 +190,11 @@ def train_unseen(
     with torch.random.fork_rng(devices=[]):
         # Module initialisers know only the global generator.
         torch.manual_seed(seed)
-        scorer = UnseenScorer()
-    codec = load_codec()
+        scorer = UnseenScorer(size)
+    codec = load_codec(size=size)
     chunks = []
     for start in range(0, pool, 200):
-        chunks.append(clean_pairs("train", min(200, pool - start), generator, codec))
+        chunks.append(clean_pairs("train", min(200, pool - start), generator, codec, size))
         show("rendering", min(pool, start + 200), pool)
     pairs = Pairs(
         torch.cat([chunk.video_NTCHW for chunk in chunks]),
@@ -212,10 +218,10 @@ def train_unseen(
         schedule.step()
         show("training", step + 1, steps)
     scorer.eval().requires_grad_(False)
-    fresh = clean_pairs("train", judged, generator, codec)
+    fresh = clean_pairs("train", judged, generator, codec, size)
     distractors = sorted(set(fresh.captions))[:64]
     _set_distractors(scorer, distractors)
-    _calibrate(scorer, clean_pairs("train", judged, generator, codec))
+    _calibrate(scorer, clean_pairs("train", judged, generator, codec, size))
     return scorer, distractors
 
 
@@ -251,12 +257,12 @@ class UnseenReport:
 
 @torch.no_grad()
 def measure_unseen(
-    scorer: UnseenScorer, split: Split = "test", groups: int = 16, seed: int = 1
+    scorer: UnseenScorer, split: Split = "test", groups: int = 16, seed: int = 1, size: int = FRAME_SIZE
 ) -> UnseenReport:
     """Recall@1 of 32 from clip to caption; mean scores of true, false and tampered pairs after the codec."""
     generator = torch.Generator().manual_seed(seed)
-    codec = load_codec()
-    pairs = clean_pairs(split, 32 * groups, generator, None)
+    codec = load_codec(size=size)
+    pairs = clean_pairs(split, 32 * groups, generator, None, size)
     video = torch.cat([codec.decode(codec.encode(v.float() / 255)) for v in pairs.video_NTCHW.split(64)])
     clips = scorer.clips(video).unflatten(0, (groups, 32))
     captions = scorer.captions(pairs.captions).unflatten(0, (groups, 32))
@@ -279,13 +285,14 @@ def measure_unseen(
 
 
 def main() -> None:
-    """Rebuild the shipped scorer and report it on clean clips of the test split."""
+    """Rebuild the shipped scorer of a frame size and report it on clean clips of the test split."""
     torch.set_num_threads(1)
+    size = int(sys.argv[1]) if len(sys.argv) > 1 else FRAME_SIZE
     with progress_bars() as show:
-        scorer, distractors = train_unseen(show=show)
-    target = Path(__file__).parent / "assets" / ASSET
+        scorer, distractors = train_unseen(size=size, show=show)
+    target = asset(ASSET, size)
     save_unseen(scorer, distractors, target)
-    Console().print(target, target.stat().st_size, measure_unseen(load_unseen(target)))
+    Console().print(target, target.stat().st_size, measure_unseen(load_unseen(target), size=size))
 
 
 if __name__ == "__main__":

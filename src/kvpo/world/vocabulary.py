@@ -2,8 +2,12 @@
 
 from dataclasses import dataclass
 
+WIDTH = 32
+"""Side of a frame in units of length, whatever its number of pixels."""
+FRAME_SIZES = (32, 48)
+"""Heights and widths in pixels at which the world can be shown."""
 FRAME_SIZE = 32
-"""Height and width of a frame in pixels."""
+"""The one of them at which it is shown unless another is asked for."""
 
 COLOURS: dict[str, tuple[float, float, float]] = {
     "red": (0.93, 0.16, 0.18),
@@ -18,14 +22,14 @@ COLOURS: dict[str, tuple[float, float, float]] = {
 
 SHAPES = ("circle", "square", "triangle", "cross", "ring")
 SIZES: dict[str, float] = {"small": 4.0, "large": 5.75}
-"""Half extent of an actor in pixels."""
+"""Half extent of an actor in units."""
 
 MAX_ACTORS = 2
 """Actors that a segment shows at most."""
 MOTIONS = ("still", "left", "right", "bob")
 """left and right move at SPEED around the torus; bob swings vertically by BOB_AMPLITUDE over BOB_PERIOD."""
 SPEED = 1.25
-"""Pixels per frame."""
+"""Units per frame."""
 BOB_AMPLITUDE = 2.5
 BOB_PERIOD = 8.0
 
@@ -40,7 +44,7 @@ SCENES: dict[str, tuple[tuple[float, float, float], tuple[float, float, float]]]
 HORIZON = 0.6
 
 LANES = {1: (16.0,), 2: (8.0, 24.0)}
-"""Vertical centres of the actors, by number of actors: two actors never overlap."""
+"""Vertical centres of the actors in units, by number of actors: two actors never overlap."""
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,253 @@
+"""Batches of pretraining: blocks of one act of a story, what they see of the past, and under which text.
+
+A snippet is the video's first block (the sink), two older blocks that may be routed (the memory), the blocks
+just before, and a run of trained blocks inside one act. What comes back comes from somewhere: the memory of
+an act that brings something back holds, more often than not, frames of the acts that have shown it. So a
+routed history says who returns, the more surely the more of its frames agree, and the captions need not.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import chain
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from kvpo.engine.noise import keyed_generator
+from kvpo.method.routing import visible_frames
+from kvpo.models.settings import Deployment
+from kvpo.world.codec import load_codec
+from kvpo.world.grammar import parse
+from kvpo.world.imperfect import Faults, film, imperfect_story, training_stories
+from kvpo.world.stories import RECALLS, Telling
+from kvpo.world.vocabulary import Act, Story
+
+RECENT = 3
+"""Most recent past frames that a routed row keeps."""
+ROUTED = (3, 6)
+"""Slots that a routed row fills from its memory: as many as deployment has, or twice as many."""
+DISTINCT = (1, 2, 3, 6)
+"""Different frames among them."""
+
+
+@dataclass(frozen=True)
+class SnippetSettings:
+    """Parts of training stories that are looked at, and how often their history is routed."""
+
+    videos: int = 12
+    num_frames: int = 84
+    frame_size: int = 48
+    """Height and width of the frames in pixels."""
+    telling: Telling = Telling(return_=0.9, two_actors=0.25, dropped=(0, 1, 2, 5, 5, 5))
+    """More comes back, and less is said about it, than in the stories that the generator is judged on."""
+    faults: Faults = Faults(
+        late_switch=0.2, flicker=0.25, flicker_range=(0.06, 0.18), jitter=0.15, jitter_range=(0.7, 1.8)
+    )
+    run: int = 4
+    """Consecutive blocks that are trained."""
+    copies: int = 3
+    """Noisy rows of each, every copy with a history of its own."""
+    recall_weight: float = 6.0
+    """Weight of an act that brings something back, against 1 of the other acts of its story."""
+    opening_share: float = 0.6
+    """Share of the runs that begin where their act begins; all do where it brings something back."""
+    routed_share: float = 0.4
+    """Share of the copies whose history is routed."""
+    telling_share: float = 0.75
+    """Share of the memory blocks that show what the act brings back, where an act has shown it."""
+
+
+@dataclass(frozen=True)
+class Snippet:
+    """Blocks of one video."""
+
+    act: int
+    run: range
+    lead: range
+    """The blocks before the run that its first block sees."""
+    memory: tuple[int, ...]
+    """Older blocks to route to; empty where there are none."""
+    untold: bool
+    """Only the memory can tell what the act's opening brings back: neither caption, sink nor lead do."""
+
+    @property
+    def blocks(self) -> list[int]:
+        """All blocks in order, each once."""
+        return sorted({0, *self.memory, *self.lead, *self.run})
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows of one training step: C clean blocks, then N noisy copies of some of them."""
+
+    clean_CFCHW: Tensor
+    source_N: Tensor
+    """Clean block that each noisy row is a copy of."""
+    starts_R: Tensor
+    """First frame of every row in its video."""
+    text_R: Tensor
+    """Caption that every row is encoded or generated under."""
+    frames_RP: Tensor
+    """Context frames as ``TeacherContext`` has them."""
+    captions: list[str]
+
+
+def telling_acts(story: Story, number: int) -> list[int]:
+    """Earlier acts that have shown who plays in act ``number`` or, where the view returns, its scene."""
+    act = story.acts[number]
+    looks = {(a.colour, a.shape, a.size) for a in act.actors}
+
+    def tells(other: Act) -> bool:
+        known = any((a.colour, a.shape, a.size) in looks for a in other.actors)
+        return known or (act.event == "revisit" and other.scene == act.scene)
+
+    return [n for n in range(number) if tells(story.acts[n])]
+
+
+def untold(caption: str) -> bool:
+    """True of a caption that leaves open how an actor looks."""
+    return any(actor.colour is None or actor.shape is None for actor in parse(caption).actors)
+
+
+def draw_snippet(
+    story: Story, shown: Story, stream: Deployment, settings: SnippetSettings, generator: torch.Generator
+) -> Snippet:
+    """Choose an act of a story, a run of blocks in it and a memory of what the video really showed."""
+    block, lead = stream.block, -(-(stream.local_past or 0) // stream.block)
+
+    def draw(options: Sequence[int]) -> int:
+        return options[int(torch.randint(len(options), (), generator=generator))]
+
+    def chance(share: float) -> bool:
+        return bool(torch.rand((), generator=generator) < share)
+
+    weights = [settings.recall_weight if act.event in RECALLS else 1.0 for act in story.acts]
+    number = int(torch.multinomial(torch.tensor(weights), 1, generator=generator))
+    act = story.acts[number]
+    starts = [act.start // block for act in story.acts]
+    first, end = starts[number], [*starts[1:], story.num_frames // block][number]
+    opening = act.event in RECALLS or chance(settings.opening_share)
+    start = first if opening else draw(range(first, end - settings.run + 1))
+    pool = range(1, start - lead)
+    telling = telling_acts(shown, number)
+    sources = {frame // block for n in telling for frame in act_frames(shown, n)} & set(pool)
+    memory = tuple(
+        draw(sorted(sources) if sources and chance(settings.telling_share) else pool)
+        for _ in range(2 if pool else 0)
+    )
+    hidden = bool(telling) and 0 not in telling and number - 1 not in telling and start == first
+    return Snippet(
+        number,
+        range(start, start + settings.run),
+        range(max(0, start - lead), start),
+        memory,
+        hidden and act.event in RECALLS and untold(act.caption),
+    )
+
+
+def act_frames(story: Story, number: int) -> range:
+    """The frames of one act."""
+    ends = [*(act.start for act in story.acts[1:]), story.num_frames]
+    return range(story.acts[number].start, ends[number])
+
+
+def told_act(story: Story, block: int, snippet: Snippet, stream: Deployment) -> int:
+    """Act under whose caption a block's keys are held while the snippet's act is generated.
+
+    At a prompt switch a stream encodes its recent frames anew; the sink keeps what it was encoded under.
+    """
+    frame, switch = block * stream.block, story.acts[snippet.act].start
+    if block > 0 and frame >= switch - stream.reencoded(switch):
+        return snippet.act
+    return sum(frame >= act.start for act in story.acts[1:])
+
+
+def context_frames(
+    snippet: Snippet, block: int, routed: bool, stream: Deployment, generator: torch.Generator
+) -> list[int]:
+    """Absolute frames that a block of a snippet sees: as deployed, or the sink, a route and recent frames."""
+    local = stream.local_past
+    start = block * stream.block
+    sink, recent = visible_frames(start, range(stream.sink), local)
+    if not routed:
+        return [*sink, *recent]
+    options = [frame for b in snippet.memory for frame in range(b * stream.block, (b + 1) * stream.block)]
+
+    def one_of(values: Sequence[int]) -> int:
+        return values[int(torch.randint(len(values), (), generator=generator))]
+
+    distinct = torch.randperm(len(options), generator=generator)[: one_of(DISTINCT)]
+    route = sorted(options[int(distinct[n % len(distinct)])] for n in range(one_of(ROUTED)))
+    return [*sink, *route, *recent[-RECENT:]]
+
+
+def lay_out(
+    stories: Sequence[Story],
+    snippets: Sequence[Snippet],
+    clean_CFCHW: Tensor,
+    stream: Deployment,
+    settings: SnippetSettings,
+    generator: torch.Generator,
+) -> Batch:
+    """The rows of a batch, its clean blocks being those of the snippets one after another."""
+    block, width = stream.block, stream.sink + max(ROUTED) + RECENT
+    clean: list[tuple[int, int, list[int]]] = []
+    noisy: list[tuple[int, int, list[int]]] = []
+    source: list[int] = []
+    captions = [act.caption for story in stories for act in story.acts]
+    first_caption = 0
+    for story, snippet in zip(stories, snippets, strict=True):
+        row = {b: len(clean) + n for n, b in enumerate(snippet.blocks)}
+
+        def places(frames: Sequence[int], row: dict[int, int] = row) -> list[int]:
+            return [row[f // block] * block + f % block for f in frames if f // block in row]
+
+        for b in snippet.blocks:
+            frames = context_frames(snippet, b, False, stream, generator)
+            clean.append((b * block, first_caption + told_act(story, b, snippet, stream), places(frames)))
+        for _ in range(settings.copies):
+            by_chance = bool(torch.rand((), generator=generator) < settings.routed_share)
+            routed = bool(snippet.memory) and (by_chance or snippet.untold)
+            for b in snippet.run:
+                frames = context_frames(snippet, b, routed, stream, generator)
+                noisy.append((b * block, first_caption + snippet.act, places(frames)))
+                source.append(row[b])
+        first_caption += len(story.acts)
+    starts, texts, contexts = zip(*chain(clean, noisy), strict=True)
+    padded = [[*frames, *[-1] * (width - len(frames))] for frames in contexts]
+    return Batch(
+        clean_CFCHW,
+        torch.tensor(source),
+        torch.tensor(starts),
+        torch.tensor(texts),
+        torch.tensor(padded),
+        captions,
+    )
+
+
+class TrainingSnippets(Dataset):
+    """Batches of encoded snippets of faulty videos; item n is a pure function of (settings, seed, n)."""
+
+    def __init__(self, stream: Deployment, settings: SnippetSettings, seed: int) -> None:
+        self.stream, self.settings, self.seed = stream, settings, seed
+        self.codec = load_codec(size=settings.frame_size)
+
+    def __getitem__(self, step: int) -> Batch:
+        torch.set_num_threads(1)
+        settings, block = self.settings, self.stream.block
+        generator = keyed_generator("pretraining videos", self.seed, step)
+        stories = training_stories(generator, settings.videos, settings.num_frames, settings.telling)
+        showings = [imperfect_story(story, settings.faults, generator) for story in stories]
+        snippets = [
+            draw_snippet(story, showing.story, self.stream, settings, generator)
+            for story, showing in zip(stories, showings, strict=True)
+        ]
+        frames = [
+            torch.tensor([b * block + n for b in snippet.blocks for n in range(block)])
+            for snippet in snippets
+        ]
+        with torch.no_grad():
+            video = film(showings, frames, generator, settings.frame_size)
+            latents = self.codec.encode(video[None])[0]
+        return lay_out(stories, snippets, latents.unflatten(0, (-1, block)), self.stream, settings, generator)
