@@ -18,6 +18,7 @@ import torch
 
 import kvpo.app.align
 from kvpo.app.align import align
+from kvpo.app.cli import main
 from kvpo.app.configuration import PLACES_OF_A_RUN, resolve
 from kvpo.app.evaluate import evaluate
 from kvpo.app.file_prompts import split_prompts
@@ -229,6 +230,20 @@ def test_threads_are_one_on_a_cpu_unless_said_otherwise() -> None:
         assert torch.get_num_threads() == threads
     with pytest.raises(ConfigurationError, match="threads: must be 0 to 1024"):
         resolve("demo", None, {"threads": "-1"})
+
+
+@pytest.mark.parametrize(("given", "inside"), [([], 1), (["--threads", "3"], 3)])
+def test_pretraining_takes_as_many_threads_as_a_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: list[str], inside: int
+) -> None:
+    threads, seen = torch.get_num_threads(), []
+    monkeypatch.setattr("kvpo.world.pretrain.pretrain", lambda *_, **__: seen.append(torch.get_num_threads()))
+    try:
+        torch.set_num_threads(2)
+        assert main(["pretrain", "--out", str(tmp_path / "base.safetensors"), *given]) == 0
+        assert seen == [inside] and torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_the_command_waits_passively_and_a_caller_s_environment_is_left_alone() -> None:

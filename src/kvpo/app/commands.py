@@ -189,17 +189,15 @@ def _pretrain(arguments: Namespace) -> None:
     if arguments.steps is not None and arguments.steps < 0:
         raise ConfigurationError(f"--steps: must be 0 or more, got {arguments.steps}")
     out = output_file(arguments.out, "--out")
-    import torch
-
     from kvpo.progress import progress_bars
+    from kvpo.training.device import computing
     from kvpo.training.interrupt import stop_on_signal
     from kvpo.world.pretrain import PretrainSettings, pretrain
 
-    torch.set_num_threads(config.threads or torch.get_num_threads())
     settings = PretrainSettings(seed=config.seed, autocast=config.optim.autocast)
     if arguments.steps is not None:
         settings = replace(settings, steps=arguments.steps)
-    with progress_bars() as show, stop_on_signal() as interrupted:
+    with computing(config), progress_bars() as show, stop_on_signal() as interrupted:
         finished = pretrain(
             config.model,
             config.stream,
