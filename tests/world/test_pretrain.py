@@ -17,7 +17,7 @@ from kvpo.config import StreamConfig
 from kvpo.engine.noise import keyed_generator
 from kvpo.models.causal_wan import CausalWan
 from kvpo.models.settings import WanShape
-from kvpo.world.imperfect import Faults, imperfect_story, training_stories
+from kvpo.world.imperfect import imperfect_story, training_stories
 from kvpo.world.pretrain import (
     PretrainSettings,
     frame_size_of,
@@ -39,7 +39,6 @@ from kvpo.world.snippets import (
     lay_out,
     telling_acts,
     told_act,
-    untold,
 )
 from kvpo.world.stories import RECALLS
 from kvpo.world.text import LearnedTextEncoder
@@ -177,8 +176,8 @@ def snippets(count: int, **changes: Any) -> list[tuple[Story, Story, Snippet]]:
     found = []
     for n in range(count):
         generator = keyed_generator("snippets", n)
-        (story,) = training_stories(generator, 1, settings.num_frames)
-        shown = imperfect_story(story, Faults(), generator).story
+        (story,) = training_stories(generator, 1, settings.num_frames, settings.telling)
+        shown = imperfect_story(story, settings.faults, generator).story
         found.append((story, shown, draw_snippet(story, shown, stream, settings, generator)))
     return found
 
@@ -224,7 +223,10 @@ def test_the_memory_of_what_comes_back_is_mostly_of_the_acts_that_showed_it() ->
         ("open", "sea", RED, ""), ("show", "cave", BLUE, ""), ("revisit", "sea", BLUE, "We are back.")
     )
     assert telling_acts(revisit, 2) == [0, 1]
-    stream, settings = preset("demo").stream.deployment, replace(SnippetSettings(), recall_weight=1e9)
+    stream, settings = (
+        preset("demo").stream.deployment,
+        replace(SnippetSettings(), recall_weight=1e9, untold_weight=1e9),
+    )
     drawn = [
         draw_snippet(RETURNING, RETURNING, stream, settings, keyed_generator("memory", n)) for n in range(200)
     ]
@@ -239,7 +241,7 @@ def test_only_what_nothing_else_tells_is_always_routed() -> None:
     """Where the sink shows the actor, or the caption names it, a row may do without the memory."""
     stream, settings = (
         preset("demo").stream.deployment,
-        replace(SnippetSettings(), recall_weight=1e9, routed_share=0.0),
+        replace(SnippetSettings(), recall_weight=1e9, untold_weight=1e9, routed_share=0.0),
     )
 
     def routed(story: Story) -> bool:
@@ -255,7 +257,11 @@ def test_only_what_nothing_else_tells_is_always_routed() -> None:
     assert not routed(replace(RETURNING, acts=(*acts[:3], replace(acts[3], actors=(RED,)))))
     named = replace(acts[3], caption="Then the blue cross is back again.")
     assert not routed(replace(RETURNING, acts=(*acts[:3], named)))
-    assert untold(acts[3].caption) and not untold(named.caption)
+
+
+def test_acts_that_only_history_tells_are_looked_at_often() -> None:
+    drawn = snippets(300)
+    assert sum(snippet.untold for _, _, snippet in drawn) / len(drawn) > 0.05
 
 
 def test_rows_see_the_frames_and_texts_of_deployment() -> None:

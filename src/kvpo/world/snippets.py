@@ -39,7 +39,7 @@ class SnippetSettings:
     num_frames: int = 84
     frame_size: int = 48
     """Height and width of the frames in pixels."""
-    telling: Telling = Telling(return_=0.9, two_actors=0.25, dropped=(0, 1, 2, 5, 5, 5))
+    telling: Telling = Telling(return_=2.0, two_actors=0.25, dropped=(0, 1, 2, 5, 5, 5))
     """More comes back, and less is said about it, than in the stories that the generator is judged on."""
     faults: Faults = Faults(
         late_switch=0.2, flicker=0.25, flicker_range=(0.06, 0.18), jitter=0.15, jitter_range=(0.7, 1.8)
@@ -50,6 +50,8 @@ class SnippetSettings:
     """Noisy rows of each, every copy with a history of its own."""
     recall_weight: float = 6.0
     """Weight of an act that brings something back, against 1 of the other acts of its story."""
+    untold_weight: float = 50.0
+    """Weight of an act that brings back what only the memory can tell."""
     opening_share: float = 0.6
     """Share of the runs that begin where their act begins; all do where it brings something back."""
     routed_share: float = 0.4
@@ -105,9 +107,12 @@ def telling_acts(story: Story, number: int) -> list[int]:
     return [n for n in range(number) if tells(story.acts[n])]
 
 
-def untold(caption: str) -> bool:
-    """True of a caption that leaves open how an actor looks."""
-    return any(actor.colour is None or actor.shape is None for actor in parse(caption).actors)
+def only_history_tells(story: Story, shown: Story, number: int) -> bool:
+    """True of an act that brings back what neither its caption nor act 1 nor the act before shows."""
+    act, telling = story.acts[number], telling_acts(shown, number)
+    hidden = bool(telling) and 0 not in telling and number - 1 not in telling
+    left_open = any(actor.colour is None or actor.shape is None for actor in parse(act.caption).actors)
+    return act.event in RECALLS and hidden and left_open
 
 
 def draw_snippet(
@@ -123,6 +128,8 @@ def draw_snippet(
         return bool(torch.rand((), generator=generator) < share)
 
     weights = [settings.recall_weight if act.event in RECALLS else 1.0 for act in story.acts]
+    untold = [only_history_tells(story, shown, n) for n in range(len(story.acts))]
+    weights = [settings.untold_weight if hidden else w for hidden, w in zip(untold, weights, strict=True)]
     number = int(torch.multinomial(torch.tensor(weights), 1, generator=generator))
     act = story.acts[number]
     starts = [act.start // block for act in story.acts]
@@ -136,13 +143,12 @@ def draw_snippet(
         draw(sorted(sources) if sources and chance(settings.telling_share) else pool)
         for _ in range(2 if pool else 0)
     )
-    hidden = bool(telling) and 0 not in telling and number - 1 not in telling and start == first
     return Snippet(
         number,
         range(start, start + settings.run),
         range(max(0, start - lead), start),
         memory,
-        hidden and act.event in RECALLS and untold(act.caption),
+        untold[number],
     )
 
 
