@@ -49,7 +49,7 @@ def test_help_shows_docstrings_and_the_presets_values(capsys: pytest.CaptureFixt
         with pytest.raises(SystemExit):
             main(["align", "--preset", preset, "--help"])
         text = " ".join(capsys.readouterr().out.split())
-        assert f"Peak learning rate of AdamW. [{rate}]" in text
+        assert f"Peak learning rate of AdamW, reached in the fifth update. [{rate}]" in text
 
 
 def test_flags_with_dashes_switches_and_negative_numbers(resolved: list[Config]) -> None:
