@@ -413,6 +413,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="where everything found goes")
     arguments = parser.parse_args()
     started = time.monotonic()
+    describe = ["git", "describe", "--always", "--dirty"]
+    commit = subprocess.check_output(describe, cwd=ROOT, text=True).strip()
     sample = sampled(arguments.count, arguments.match, arguments.key)
     if arguments.list:
         print("\n".join("  ".join([mutant.operator, *mutant.key]) for mutant in sample))
@@ -424,9 +426,6 @@ def main() -> None:
     found.sort(key=lambda one: astuple(one)[:3])
     seconds = round(time.monotonic() - started)
     if arguments.json:
-        commit = subprocess.check_output(
-            ["git", "describe", "--always", "--dirty"], cwd=ROOT, text=True
-        ).strip()
         numbers = {"key": arguments.key, "commit": commit, "mutants": [asdict(one) for one in found]}
         arguments.json.write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
     print(f"\n{table(found)}\n\n{seconds} s, {arguments.workers} at a time\n")

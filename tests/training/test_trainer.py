@@ -89,6 +89,23 @@ def test_a_run_made_longer_stays_off_policy_where_it_is(tiny_base: Path) -> None
     assert [longer.step()["ratio_deviation"] > 0 for _ in range(3)] == [False, True, False]
 
 
+@pytest.mark.parametrize("train", ["lora", "full"])
+def test_a_restored_trainer_holds_every_number_that_was_saved(tiny_base: Path, train: str) -> None:
+    """Each tensor is another one than in the trainer that is restored, and so is each count."""
+    settings = {"optim__lora_rank": RANK[train], "optim__inner_epochs": 1}
+    trained, fresh = trainer_of(tiny_base, **settings), trainer_of(tiny_base, **settings)
+    trained.step()
+    tensors, state = trained.tensors_and_state()
+    other = {name: value + 0.25 for name, value in tensors.items()}
+    state |= {"update": 7, "averaged": 5, "idle": 2}
+    fresh.restore(other, state)
+    found, counts = fresh.tensors_and_state()
+    assert equal(found, other) and counts == state
+    assert any(name.startswith("starting.") for name in found) == (train == "full")
+    fresh.restore(other, {name: state[name] for name in ("update", "optimizer")})  # as 0.1.0 saved it
+    assert fresh.tensors_and_state()[1] == state | {"averaged": 7, "idle": 0}
+
+
 def test_the_parameters_follow_adamw_with_the_settings(
     tiny_base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
