@@ -15,6 +15,7 @@ import itertools
 import json
 import math
 import os
+import re
 import resource
 import shutil
 import signal
@@ -73,8 +74,9 @@ class Recorder:
 
     def __init__(self, sources: Sequence[str]) -> None:
         self.sources = {str(Path(path).resolve()): path for path in sources}
-        self.ranked = {(path, ELSEWHERE) for path in sources if "ranks" in Path(path).read_text("utf-8")}
-        """The sources that the tests' child processes, which are ranks, run."""
+        texts = {path: Path(path).read_text(encoding="utf-8") for path in sources}
+        self.ranked = {(path, ELSEWHERE) for path in sources if re.search(r"Ranks|setup\.ranks", texts[path])}
+        """The sources that know of ranks, which run in processes of their own."""
         self.lines: dict[str, set[tuple[str, int]]] = {}
         self.hit = self.shared = set[tuple[str, int]]()
         """Of imports and fixtures that outlive a test: every test of the file may rest on them."""
@@ -96,9 +98,9 @@ class Recorder:
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_protocol(self, item: pytest.Item) -> Iterator[None]:
         self.hit, begun = self.lines.setdefault(item.nodeid, set()), sum(os.times()[:4])
-        module = item.module  # type: ignore[attr-defined]
-        self.hit |= self.ranked if hasattr(module, "on_ranks") else set()
-        hidden = HIDDEN * (hasattr(module, "on_ranks") or hasattr(module, "processes"))
+        names = set(item.function.__code__.co_names)  # type: ignore[attr-defined]
+        self.hit |= self.ranked if "on_ranks" in names else set()
+        hidden = HIDDEN * bool(names & {"on_ranks", "processes"})
         threading.settrace(self.enter)
         sys.settrace(self.enter)
         try:

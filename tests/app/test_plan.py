@@ -310,14 +310,15 @@ def test_a_replay_reads_the_weights_once_per_pass_and_pages_once_per_state(check
     read, costs = replay_of(config, Rates(math.inf, 1.0))
     exploration, objective = config.exploration, config.objective
     kept = sum(objective.keep) or exploration.branches
-    members = config.optim.prompts_per_update * (kept + 1)
+    groups, members = config.optim.prompts_per_update, kept + 1  # each group is replayed by itself
     window = members * exploration.blocks * objective.grad_steps
 
     def traffic(rows):
         return costs.weight_bytes + rows * costs.context * costs.page_bytes
 
     again = (exploration.blocks - 1) * traffic(members)
-    assert read == pytest.approx(2 * (again + traffic(window)) + (1 + checkpointing) * traffic(window))
+    passes = 2 * (again + traffic(window)) + (1 + checkpointing) * traffic(window)
+    assert read == pytest.approx(groups * passes)
 
 
 def test_the_host_holds_a_groups_pixels_twice_and_the_step_a_copy_of_the_gradients():

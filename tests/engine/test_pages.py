@@ -149,9 +149,9 @@ def test_waiting_rollouts_share_a_cache():
     exploration = replace(REPORTED, branches=8, rows=1)
     pages = rollout_pages(one, exploration, groups=8, fork=FORK, together=1, replayed=1)
     assert (pages.waiting, pages.root, pages.growing, pages.branches, pages.replay) == (9, 33, 12, 18, 12)
-    everything = rollout_pages(one, exploration, groups=8, fork=FORK, together=8, replayed=72, switches=True)
+    everything = rollout_pages(one, exploration, groups=8, fork=FORK, together=8, replayed=9, switches=True)
     assert rollout_pages(one, exploration, groups=8, fork=FORK) == everything
-    assert everything.replay == 72 * pages.replay
+    assert everything.replay == 9 * pages.replay  # the members of a group, since each is replayed by itself
     prompts = [prompt(n, 90, (FORK,)) for n in range(8)]
     rollouts = [PlannedRollout(prompts, [Fork(FORK, exploration)] * 8, 1)] * 2
     assert cache_pages(one, rollouts) == 15 * 9 + 33 + 18
@@ -234,5 +234,5 @@ def test_pages_of_a_rollout():
     )
     assert (pages.exploring, pages.replaying) == (6 * 9 + 2 * 33 + 54, 8 * 9 + 48) and pages.most == 174
     few = rollout_pages(one, replace(REPORTED, rows=1), groups=8, fork=FORK, switches=True, keep_pool=True)
-    assert few == Pages(waiting=33, root=33, growing=12, branches=18, replay=24 * 12, groups=8, together=8)
-    assert few.most == few.replaying == 8 * 33 + 288
+    assert few == Pages(waiting=33, root=33, growing=12, branches=18, replay=3 * 12, groups=8, together=8)
+    assert few.most == few.replaying == 8 * 33 + 36

@@ -3,7 +3,7 @@
 import json
 import logging
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,10 @@ from kvpo.app.align import align
 from kvpo.app.evaluate import evaluate
 from kvpo.app.export import export
 from kvpo.app.generate import generate
+from kvpo.config import WORLD_NOISE_FLOOR, Config
+from kvpo.method.evidence import no_credit
 from kvpo.training.checkpoint import best_checkpoint, load_checkpoint
+from kvpo.training.learning import why_nothing_is_learned
 from kvpo.training.metrics_log import MetricsLog
 from kvpo.training.policy import MovingAverage, policy_of
 from kvpo.training.run import Run, evaluate_base, load_aligned
@@ -72,6 +75,27 @@ def test_updates_without_a_trained_group_are_told_once(
     ((update, text),) = said_by(trainer, 5, caplog)
     assert update == 3
     assert re.search(why, text), text
+
+
+@pytest.mark.parametrize(
+    ("spreads", "floors", "advantage", "value", "why"),
+    [
+        ((0.0, 0.0), {}, None, 1.0, "every member of a group the same score"),
+        ((0.0, 2e-4), {}, None, 1.0, "spread 0.0002 .* total = " + f"{WORLD_NOISE_FLOOR:g}"),
+        ((0.5, 0.25), {"total": 9.0, "coarse": 7.0}, None, 1.0, r"spread 0\.5 .* total = 9\)"),
+        ((0.5, 0.25), {}, 0.0, 0.0, "all trained tensors are zero"),
+        ((0.5, 0.25), {}, 0.0, 1.0, "all advantages are zero"),
+        ((0.5, 0.25), {}, 1.0, 1.0, "the gradient of every trained tensor is exactly zero"),
+    ],
+)
+def test_the_reason_is_the_first_that_holds(
+    spreads: tuple[float, ...], floors: dict[str, float], advantage: float | None, value: float, why: str
+) -> None:
+    credits = [] if advantage is None else [replace(no_credit(2), advantages_G=torch.full((2,), advantage))]
+    config = replace(Config(), rewards=replace(Config().rewards, noise_floors=floors))
+    found = [{"reward_spread": spread} for spread in spreads]
+    said = why_nothing_is_learned(credits, found, {"b": torch.zeros(2), "a": torch.full((2,), value)}, config)
+    assert re.search(why, said), said
 
 
 def test_an_adapter_of_zeros_is_told_and_has_no_coverage(
