@@ -48,6 +48,7 @@ PARSED_ONLY = (
     "...",
     "kvpo plan",
     "kvpo arena",
+    "kvpo live",
     "calibrate rewards",
     "runs/demo",
     "runs/null",
