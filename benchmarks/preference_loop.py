@@ -126,7 +126,7 @@ def loop(out: Path, seed: int, sizes: Sizes, changes: dict[str, Any]) -> dict[st
     return {
         "votes": count,
         "worth": asdict(worth),
-        "test": summary["test"],
+        "held_out": summary["held_out"],
         "radar": summary.get("radar"),
         "fresh": asdict(pairing),
     }

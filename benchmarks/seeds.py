@@ -51,7 +51,7 @@ def table(results: dict[str, list[dict]]) -> str:
     ]
     for arm, runs in results.items():
         for name in ("short", "long"):
-            sets = [run["test"][name] for run in runs]
+            sets = [run["held_out"][name] for run in runs]
             gains = [one["paired_gain"] for one in sets]
             base = statistics.mean(one["base_mean"] for one in sets)
             unseen = statistics.mean(one["unseen_scorer_gain"] for one in sets)
@@ -68,12 +68,12 @@ def table(results: dict[str, list[dict]]) -> str:
 
 def components(results: dict[str, list[dict]]) -> str:
     """Gain per component, mean over seeds."""
-    names = list(next(iter(results.values()))[0]["test"]["short"]["components"])
+    names = list(next(iter(results.values()))[0]["held_out"]["short"]["components"])
     lines = ["| arm | set | " + " | ".join(names) + " |", "|---|---|" + "---|" * len(names)]
     for arm, runs in results.items():
         for name in ("short", "long"):
             gains = [
-                statistics.mean(run["test"][name]["components"][part]["gain"] for run in runs)
+                statistics.mean(run["held_out"][name]["components"][part]["gain"] for run in runs)
                 for part in names
             ]
             lines.append(f"| {arm} | {name} | " + " | ".join(f"{gain:+.3f}" for gain in gains) + " |")

@@ -90,7 +90,7 @@ def end_to_end(name: str, segments: int, out: Path, monkeypatch: pytest.MonkeyPa
     run("evaluate", out / "run")
     evaluation = json.loads((out / "run/evaluation.json").read_text())
     summary = json.loads((out / "run/summary.json").read_text())
-    assert evaluation["test"] == summary["test"]
+    assert evaluation["held_out"] == summary["held_out"]
     assert evaluation["verdict"] == summary["verdict"]
     assert summary["checks"]["first_ratio_max_deviation"] <= summary["checked"]["ratio_tolerance"]
     assert summary["checks"]["anchor_energy_at_old"] == 0

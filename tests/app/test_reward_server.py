@@ -102,7 +102,7 @@ def test_a_run_with_its_reward_in_another_process_is_the_run_without(
         assert code == 0, printed
     assert outcome(tmp_path / "here") == outcome(tmp_path / "there")
     here, there = (json.loads((tmp_path / name / "summary.json").read_text()) for name in ("here", "there"))
-    assert here["test"] == there["test"]
+    assert here["held_out"] == there["held_out"]
     assert TOKEN not in "".join(path.read_text() for path in (tmp_path / "there").glob("*.*l"))
 
 

@@ -67,7 +67,7 @@ def test_without_a_checkpoint_a_run_starts_from_its_saved_configuration_and_says
     assert "holds no checkpoint: it starts from its saved configuration" in caplog.text
     assert resolve(None, tmp_path / "config.yaml", {}) == config
     whole, here = (json.loads((at / "summary.json").read_text()) for at in (finished, tmp_path))
-    assert here["test"] == whole["test"] and here["threads"] == 1
+    assert here["held_out"] == whole["held_out"] and here["threads"] == 1
 
 
 @pytest.mark.parametrize("kept", [0, 0.5])
@@ -352,7 +352,7 @@ def test_a_text_encoder_or_vae_that_moved_is_checked_by_content(tmp_path: Path) 
     for part in ("text_encoder", "tokenizer", "vae"):
         shutil.copytree(tmp_path / "files" / part, moved / part)
     summary = json.loads((out / "summary.json").read_text())
-    assert evaluate(out, places={"backbone.encoders": str(moved)})["test"] == summary["test"]
+    assert evaluate(out, places={"backbone.encoders": str(moved)})["held_out"] == summary["held_out"]
     with (moved / "vae" / "config.json").open("a") as file:
         file.write(" ")
     with pytest.raises(ConfigurationError, match="backbone.encoders: its files have the digest"):

@@ -43,7 +43,7 @@ def held_out(run: Path, **numbers: float) -> None:
     """Give every outcome of the summary some numbers, as if it had been measured on enough prompts."""
     for name in ("short", "long"):
         edit_json(
-            run / "summary.json", lambda s, name=name: s["test"][name].update({"prompts": 128} | numbers)
+            run / "summary.json", lambda s, name=name: s["held_out"][name].update({"prompts": 128} | numbers)
         )
 
 

@@ -209,7 +209,7 @@ def test_every_command_knows_the_base_and_the_weights(
     assert "No improvement: no validation beat the base" in (run / "report.html").read_text()
     with caplog.at_level(logging.WARNING, "kvpo"):
         numbers = evaluate(run)
-    assert numbers["test"] == summary["test"] and "no improvement: no validation of" in caplog.text
+    assert numbers["held_out"] == summary["held_out"] and "no improvement: no validation of" in caplog.text
     caplog.clear()
     with pytest.raises(ValueError, match="no improvement: .*--checkpoint latest takes what was trained"):
         export(run, tmp_path / "refused", layout="peft")
@@ -224,7 +224,7 @@ def test_every_command_knows_the_base_and_the_weights(
     assert any(not torch.equal(one[name], other[name]) for name in one)
     gains = [evaluate(run, checkpoint="latest", weights=weights) for weights in ("raw", "average")]
     assert [numbers["weights"] for numbers in gains] == ["raw", "average"]
-    assert gains[0]["test"] != gains[1]["test"]
+    assert gains[0]["held_out"] != gains[1]["held_out"]
     with pytest.raises(ValueError, match="weights: must be average or raw, got 'mean'"):
         evaluate(run, checkpoint="latest", weights="mean")
     latents = []

@@ -246,7 +246,7 @@ def test_killed_again_and_again_a_run_ends_the_same(
     assert code == 0, printed
     assert outcome(directory) == outcome(uninterrupted)
     ours, theirs = (json.loads((d / "summary.json").read_text()) for d in (directory, uninterrupted))
-    assert ours["test"] == theirs["test"] and ours["checks"] == theirs["checks"]
+    assert ours["held_out"] == theirs["held_out"] and ours["checks"] == theirs["checks"]
 
 
 def test_killed_within_shared_rollouts_a_run_of_all_parameters_ends_the_same(

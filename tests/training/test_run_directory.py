@@ -138,8 +138,8 @@ def test_an_output_that_cannot_be_a_directory(tmp_path: Path) -> None:
 
 def test_summary_is_whole_json(tmp_path: Path) -> None:
     with RunDirectory(tmp_path, Config()) as run:
-        run.write_summary({"seed": 0, "test": {"short": {"paired_gain": 0.1}}})
-        assert json.loads(run.summary.read_text())["test"]["short"]["paired_gain"] == 0.1
+        run.write_summary({"seed": 0, "held_out": {"short": {"paired_gain": 0.1}}})
+        assert json.loads(run.summary.read_text())["held_out"]["short"]["paired_gain"] == 0.1
         with pytest.raises(ValueError):
             run.write_summary({"seed": float("nan")})
         assert json.loads(run.summary.read_text())["seed"] == 0

@@ -211,7 +211,7 @@ def _finish(run: Run, directory: RunDirectory, show: Any, started: float) -> dic
         "seed": setup.config.seed,
         "updates": run.updates,
         **_cost(run, started),
-        "test": {name: comparison(*pair, setup.judges) for name, pair in results.items()},
+        "held_out": {name: comparison(*pair, setup.judges) for name, pair in results.items()},
         "diversity": diversity,
         "improved": run.improved,
         "checks": checks,

@@ -227,8 +227,8 @@ def files(config: Config) -> list[Finding]:
             findings.append(Finding(path, "warn", str(error)))
     training, validation, test = source_of(config).split(config)
     counts = {"validation": validation, "test": test}
-    unseen = ", ".join(f"{sum(map(len, sets.values()))} for {name}" for name, sets in counts.items())
-    return [*findings, Finding("prompts", "ok", f"{len(training) or 'drawn'} for training, {unseen}")]
+    held_out = ", ".join(f"{sum(map(len, sets.values()))} for {name}" for name, sets in counts.items())
+    return [*findings, Finding("prompts", "ok", f"{len(training) or 'drawn'} for training, {held_out}")]
 
 
 def rewards(config: Config) -> list[Finding]:

@@ -100,9 +100,9 @@ def read_outcome(name: str, entry: Any) -> Outcome | None:
 
 def read_outcomes(run: RunRecord) -> tuple[list[Outcome], str]:
     """The run's outcomes and where they come from: 'test', 'validation' (unfinished run) or 'none'."""
-    test = run.summary.get("test") if run.summary else None
+    held_out = run.summary.get("held_out") if run.summary else None
     latest = run.validations[-1] if run.validations else None
-    for source, entries in (("test", test), ("validation", latest)):
+    for source, entries in (("test", held_out), ("validation", latest)):
         if outcomes := _outcomes(entries):
             return outcomes, source
     return [], "none"
@@ -231,7 +231,7 @@ def final_headline(summary: Entry, config: Entry) -> Headline:
     """The verdict on the held-out results of a summary, for a run of these settings."""
     if summary.get("improved") is False:
         return Headline("neutral", NO_IMPROVEMENT, ())
-    return headline_on(_outcomes(summary.get("test")), null_control=is_null_control(config))
+    return headline_on(_outcomes(summary.get("held_out")), null_control=is_null_control(config))
 
 
 def is_null_control(config: Entry) -> bool:
