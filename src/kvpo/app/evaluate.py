@@ -33,7 +33,7 @@ def evaluate(
 ) -> dict[str, Any]:
     """Compare a run's checkpoint with its base and write the numbers as JSON; ranks share the videos.
 
-    The result holds ``checkpoint``, ``weights``, ``verdict`` in words, ``test`` (for the best checkpoint
+    The result holds ``checkpoint``, ``weights``, ``verdict`` in words, ``held_out`` (for the best checkpoint
     the very numbers of ``summary.json``) and ``scored``, how many clips were scored or known already.
 
     Raises ValueError where the run or its checkpoint cannot be used.
@@ -62,7 +62,7 @@ def _evaluate(
     with ranks.together("loading the generator and the rewards"):
         setup = build_setup(config, ranks)
         sides = open_checkpoint(setup.backbone.weights, path, weights)
-    test = {}
+    held_out = {}
     with progress_bars(shown=ranks.main) as show:
         for done, (name, prompts) in enumerate(setup.test.items()):
             show("base and aligned on test prompts", done, len(setup.test))
@@ -70,9 +70,9 @@ def _evaluate(
                 base = evaluate_prompts(setup, prompts)
             with sides.aligned():
                 aligned = evaluate_prompts(setup, prompts)
-            test[name] = comparison(base, aligned, setup.judges)
+            held_out[name] = comparison(base, aligned, setup.judges)
         show("base and aligned on test prompts", len(setup.test), len(setup.test))
-    numbers = {"checkpoint": path.name, "weights": weights, "test": test}
+    numbers = {"checkpoint": path.name, "weights": weights, "held_out": held_out}
     numbers |= {"scored": added_up(ranks.gather(asdict(setup.scored), "counting clips"))} | (
         {} if warning is None else {"improved": False}
     )
