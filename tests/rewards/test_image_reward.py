@@ -82,7 +82,7 @@ def test_the_score_is_the_normalised_rating_of_image_and_text(release):
     direct.load_state_dict(release[2])
     text = scorer.tokenizer("a fox", padding="max_length", max_length=35, return_tensors="pt")
     assert text["attention_mask"].sum() == 5 and text["input_ids"].shape == (1, 35)
-    pixels = image_reward.normalised(
+    pixels = image_reward.standardised(
         image_reward.fit_and_crop(clips[0], 32), image_reward.CLIP_MEAN, image_reward.CLIP_STD
     )
     with torch.no_grad():

@@ -2,6 +2,7 @@
 
 import random
 import re
+import unicodedata
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -63,9 +64,13 @@ _LEXICON = _lexicon()
 _LONGEST = max(map(len, _LEXICON))
 
 
+_WORD = re.compile(r"(?:[^\W_]|['\u2190-\u2bff\U0001f000-\U0001faff])+")
+"""Letters and digits of any script, apostrophes, pictures among the letters."""
+
+
 def words(text: str) -> list[str]:
-    """Lower-case words of a text, punctuation dropped."""
-    return re.findall(r"[a-z0-9']+", text.lower())
+    """Lower-case words of a text, punctuation dropped; letters written in several ways are one."""
+    return _WORD.findall(unicodedata.normalize("NFKC", text).lower())
 
 
 def all_words() -> list[str]:
