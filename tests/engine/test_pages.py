@@ -226,6 +226,15 @@ def test_pages_of_a_branch(deployment, tail, switches, branch):
     assert pages.branches == 3 * branch
 
 
+def test_a_bank_of_single_frames_may_take_the_last_one_of_a_branch():
+    one = generator(bank_size=3, bank_every_block=True)
+    one = replace(one, deployment=replace(one.deployment, block=1))
+    exploration = replace(REPORTED, blocks=1, tail_blocks=2)
+    pages = rollout_pages(one, exploration, groups=1, fork=FORK, switches=True)
+    recent = one.deployment.local_past
+    assert recent == 12 - 3 - 1 and pages.branches == 3 * (recent + one.deployment.reencoded(38) + 3)
+
+
 def test_pages_of_a_rollout():
     one = generator()
     pages = rollout_pages(one, REPORTED, groups=8, fork=FORK, together=2, replayed=4, switches=False)
