@@ -302,7 +302,7 @@ def attempt(mutant: Mutant, recorded: Recorded) -> Job:
                 return plugin.failure or [part[-1], "stopped"]
         return None
 
-    return Job(lambda: {"failure": failure()}, 20 + 4 * spent, mutant)
+    return Job(lambda: {"failure": failure()}, 15 + 2 * spent, mutant)
 
 
 @dataclass(frozen=True)

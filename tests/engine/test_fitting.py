@@ -48,6 +48,8 @@ def test_nothing_shrinks_where_everything_fits():
         (10, {"branches": 6, "distinct": 3, "pool": 4}, (5, 2, 2)),
         (10, {"branches": 4, "distinct": 4, "pool": 4}, (5, 2, 3)),
         (30, {"branches": 4, "distinct": 6, "pool": 5}, (5, 2, 4)),
+        (10, {"branches": 2, "distinct": 1, "pool": 2}, (5, 2, 1)),
+        (10, {"branches": 2, "distinct": 2, "donor": 1, "pool": 2}, (5, 2, 2)),
     ],
 )
 def test_a_short_clip_shrinks_blocks_tail_and_distinct_frames(fork, changes, expected):
