@@ -10,6 +10,7 @@ import torch
 
 from kvpo.app.align import align
 from kvpo.app.arena import open_study, report
+from kvpo.app.configuration import assign
 from kvpo.app.generate import generate
 from kvpo.app.learn_reward import features_of, learn_reward, worth_of
 from kvpo.app.named_rewards import named_rewards
@@ -127,6 +128,10 @@ def test_the_loop_closes_from_votes_to_a_reward_to_a_run_to_a_fresh_round(tiny_b
             "evaluation__every": 2,
         },
     )
+    measured = json.loads(out.with_suffix(".noise.json").read_text())["components"]["liked"]["noise_floor"]
+    assert config.rewards.noise_floors["liked"] == pytest.approx(measured)
+    # So small a generator differs by about that floor: whether a group exceeds it is the processor's choice.
+    config = assign(config, {"rewards.noise_floors": {"total": 0.0}})
     summary = align(config, tmp_path / "run")
     assert summary is not None and "radar" in json.dumps(summary)
     latest = latest_checkpoint(tmp_path / "run" / "checkpoints")
