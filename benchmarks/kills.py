@@ -45,7 +45,7 @@ SETTINGS = [
     "--rewards.noise_floors", "total=0",
 ]  # fmt: skip
 RESTARTS = 3
-TIMES = ("time", "seconds")
+TIMES = ("time", "seconds", "phases")
 """Metrics that no two runs share."""
 STARTING = 4.0
 """Seconds in which ranks only import torch."""

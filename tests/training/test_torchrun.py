@@ -8,7 +8,14 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
+import torch
+
+from kvpo.app.build import build_setup
+from kvpo.prompts import ClipPrompt
+from kvpo.training.ranks import Ranks
 from tests import processes
+from tests.ranks import on_ranks as children
+from tests.tiny_world import tiny_config, toy
 from tests.training.test_resume import arguments, outcome, signal_at, uninterrupted
 
 __all__ = ["arguments", "uninterrupted"]  # fixtures
@@ -66,3 +73,21 @@ def test_a_run_killed_and_stopped_on_several_ranks_is_that_of_one_process(
     ours, theirs = (json.loads((d / "summary.json").read_text()) for d in (directory, uninterrupted))
     assert ours["held_out"] == theirs["held_out"] and ours["checks"] == theirs["checks"]
     assert ours["diversity"] == theirs["diversity"] and ours["ranks"] == 3
+
+
+def served(ranks: Ranks, base: Path) -> tuple[dict[str, list[float]], list[str]]:
+    """Scores of a toy reward that the first of several ranks holds, and the names that a run has saved."""
+    scorers = {"rewards__scorers": ("tests.tiny_world:toy",), "rewards__ranks": 1}
+    setup = build_setup(tiny_config(base, **scorers), ranks)
+    draws = torch.Generator().manual_seed(ranks.rank)
+    clips = torch.rand(3, 4, 3, 8, 8, generator=draws)
+    found = setup.judges.scorer(clips, [ClipPrompt("a clip")] * 3)
+    expected = toy(clips, [])
+    assert all(torch.allclose(found[name], expected[name], atol=1e-6) for name in expected)
+    ranks.gather(None, "scoring")  # before the server goes
+    return sorted(found), list(setup.config.rewards.scorers)
+
+
+def test_rewards_of_some_ranks_score_the_clips_of_all(tiny_base: Path, tmp_path: Path) -> None:
+    found = children(2, tmp_path / "ranks", served, tiny_base)
+    assert found == [(["calm", "redness"], ["tests.tiny_world:toy"])] * 2

@@ -186,6 +186,10 @@ class WanBlock(nn.Module):
         ffn_in = (self.norm2(x) * (1 + scale_ffn) + shift_ffn).type_as(x)
         return x + gate_ffn * self.ffn(ffn_in)
 
+    def text_keys(self, text: Tensor) -> Tensor:
+        """Keys of the cross-attention ``[R, K, N, D]``."""
+        return self.cross_attn.keys_values(text)[0]
+
     def _rotate_by_slot(self, q: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
         """Relative positions: keys are rotated by their slot, queries by theirs, the last slots."""
         tokens = self.shape.tokens_per_frame
@@ -312,4 +316,4 @@ class CausalWan(nn.Module):
     def text_keys(self, text_RLD: Tensor, layer: int) -> Tensor:
         """Keys of a layer's cross-attention, ``[R, text_len, N, D]`` (a bank scores frames by them)."""
         text = self.text_embedding(text_RLD.to(self.patch_embedding.weight.dtype))
-        return cast(WanBlock, self.blocks[layer]).cross_attn.keys_values(text)[0]
+        return cast(WanBlock, self.blocks[layer]).text_keys(text)

@@ -66,6 +66,11 @@ def optimizer_state(optimizer: torch.optim.Optimizer, parameters: Mapping[str, T
     }
 
 
+def moment_of(path: str) -> str:
+    """Name of the parameter whose state a tensor of a flattened ``optimizer_state`` is."""
+    return path.split("/")[2]
+
+
 def load_optimizer_state(
     optimizer: torch.optim.Optimizer, parameters: Mapping[str, Tensor], saved: Mapping[str, Any]
 ) -> None:

@@ -43,6 +43,8 @@ class Source:
     """The transformer alone, with its trained parameters."""
     split: Callable[[Config], tuple[list[VideoPrompt], Sets, Sets]]
     """The training prompts that a file lists, validation and test sets."""
+    frame_rate: float
+    """Frames per second at which its videos are shown."""
     default_frames: Callable[[Config], int]
     """Latent frames of a video whose length is not given."""
     file_digests: Callable[[Config], dict[str, str]]

@@ -127,6 +127,7 @@ SOURCE = Source(
     backbone=wan_backbone,
     weights=wan_weights,
     split=split_prompts,
+    frame_rate=FRAMES_PER_SECOND,
     default_frames=lambda config: config.prompts.num_frames,
     file_digests=file_digests,
     longest_prompt=longest_prompt,

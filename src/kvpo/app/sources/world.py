@@ -29,7 +29,7 @@ from kvpo.rewards.cache import score_cache
 from kvpo.training.backbone import Backbone, Weights
 from kvpo.training.diversity import ReadOff
 from kvpo.training.setup import Setup
-from kvpo.world.codec import load_codec
+from kvpo.world.codec import PixelCodec, load_codec
 from kvpo.world.detector import BROKEN_BELOW, attributes, detect
 from kvpo.world.grammar import words
 from kvpo.world.pretrain import frame_size_of, load_generator
@@ -263,6 +263,7 @@ SOURCE = Source(
     backbone=backbone_for,
     weights=lambda config: embedded(config)[0],
     split=split,
+    frame_rate=PixelCodec.frames_per_second,
     default_frames=lambda config: SHORT_FRAMES,
     file_digests=lambda config: {},
     longest_prompt=longest_prompt,
