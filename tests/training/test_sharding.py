@@ -37,15 +37,14 @@ def wan_trainer(ranks: Ranks, config: Config) -> Trainer:
     return Trainer(build_setup(spread(ranks, config), ranks))
 
 
-def continued(
-    ranks: Ranks, build: Any, config: Config, directory: Path, updates: int
-) -> tuple[dict[str, Tensor], bool, list[float]]:
-    """Some more updates of the run in a directory, which are saved there."""
+def continued(ranks: Ranks, build: Any, config: Config, directory: Path, updates: int) -> list[float]:
+    """Some more updates of the run in a directory, which are saved there; held-out scores of the base."""
     trainer = build(ranks, config)
     values = trainer.policy.parameters.values()
     assert sharded(values) == trainer.sharded == (ranks.count > 1)
     if trainer.sharded:
-        assert max(local(value).numel() / value.numel() for value in values) < 1
+        held = sum(local(value).numel() for value in values)
+        assert held < 1.2 * sum(value.numel() for value in values) / ranks.count
     point = ranks.once("looking", lambda: latest_checkpoint(directory))
     if point is not None:
         restore(trainer, point)
@@ -102,7 +101,8 @@ def test_a_run_of_spread_weights_is_that_of_whole_ones(rank: int, tiny_base: Pat
 
 
 def test_a_public_generator_in_bfloat16_with_an_adapter_in_float32(tmp_path: Path) -> None:
-    config = tiny_wan("memflow-1.3b", tmp_path, **SETTINGS, optim__autocast="bfloat16", optim__lr=1e-3)
+    config = tiny_wan("memflow-1.3b", tmp_path, **SETTINGS, optim__autocast="bfloat16", optim__lr=1e-3,
+                      optim__updates=3)  # fmt: skip
     expected, scores = run_of([1], [3], wan_trainer, config, tmp_path / "whole")
     found, again = run_of([2], [3], wan_trainer, config, tmp_path / "spread")
     assert_near(found, expected, 1e-4)

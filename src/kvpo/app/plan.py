@@ -22,7 +22,7 @@ from kvpo.files import write_atomic
 from kvpo.method.methods import METHODS
 from kvpo.models.causal_wan import CausalWan
 from kvpo.plan.phases import ONE_PROCESS, Plan, Rates, plan_run
-from kvpo.plan.splits import Split, splits
+from kvpo.plan.splits import Sharing, splits
 from kvpo.training.checkpoint import KEPT_CHECKPOINTS
 from kvpo.training.device import GB
 from kvpo.training.gradients import trajectories_together
@@ -56,7 +56,7 @@ class Planner:
         with torch.device("meta"):
             self.model = CausalWan(config.model)
 
-    def plan(self, config: Config, split: Split = ONE_PROCESS) -> Plan:
+    def plan(self, config: Config, split: Sharing = ONE_PROCESS) -> Plan:
         """The plan of a configuration of the same geometry, for the busiest rank of ``split``.
 
         Raises ValueError where no video can fork.
@@ -192,9 +192,12 @@ def say_what_is_needed(config: Config, ranks: int, *, anyway: bool) -> None:
     device = torch.device(config.device)
     gpus = torch.cuda.device_count() if device.type == "cuda" else ranks
     chosen = teams_within(ranks, config.distributed.branch_ranks)
-    split = Split(ranks, chosen, config.distributed.shard and chosen > 1, max(1, min(gpus, ranks)))
+    split = Sharing(ranks, chosen, config.distributed.shard and chosen > 1, max(1, min(gpus, ranks)))
     planner = Planner(config, DEFAULT_RATES[device.type == "cuda"])
-    plan = planner.plan(config, split)
+    try:
+        plan = planner.plan(config, split)
+    except ValueError:  # the run itself is about to say what is wrong
+        return
     shared = "" if ranks == 1 else f" on each of {ranks} ranks ({split.name})"
     logger.warning(
         "plan: at most %s GB%s, in %r; %s GB of disk (`kvpo plan` has the details)",
@@ -205,10 +208,12 @@ def say_what_is_needed(config: Config, ranks: int, *, anyway: bool) -> None:
     memory = float(torch.cuda.get_device_properties(device).total_memory)
     if not anyway and not fits(plan, memory):
         advice = None if ranks > 1 else advise(planner, config, memory)
-        add = f"add {' '.join(advice.flags)}, or" if advice else "ask `kvpo plan --gpus N` how to share it, or"
+        add = (
+            f"add {' '.join(advice.flags)}, or" if advice else "ask `kvpo plan --gpus N` how to share it, or"
+        )
         raise ConfigurationError(
-            f"device: the run needs {_gb(plan.total(plan.peak))} GB{shared} while it does {plan.peak.name!r}, "
-            f"and {config.device} has {_gb(memory)} GB; {add} --anyway to try"
+            f"device: the run needs {_gb(plan.total(plan.peak))} GB{shared} while it does "
+            f"{plan.peak.name!r}, and {config.device} has {_gb(memory)} GB; {add} --anyway to try"
         )
 
 

@@ -186,6 +186,13 @@ class WanBlock(nn.Module):
         ffn_in = (self.norm2(x) * (1 + scale_ffn) + shift_ffn).type_as(x)
         return x + gate_ffn * self.ffn(ffn_in)
 
+    def only_keys_values(
+        self, x: Tensor, time_R6D: Tensor, rotation: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, Tensor]:
+        """Keys and values of the call's own frames, for those who need nothing else of the layer."""
+        _, k, v = self.own_keys_values(x, time_R6D, rotation)
+        return k, v
+
     def text_keys(self, text: Tensor) -> Tensor:
         """Keys of the cross-attention ``[R, K, N, D]``."""
         return self.cross_attn.keys_values(text)[0]
@@ -277,7 +284,7 @@ class CausalWan(nn.Module):
         for layer, module in enumerate(self.blocks):
             block = cast(WanBlock, module)
             if encode and layer == len(self.blocks) - 1:
-                _, k, v = block.own_keys_values(x, time_R6D, rotation)
+                k, v = block.only_keys_values(x, time_R6D, rotation)
                 stored = _stored(stored, layer, len(self.blocks), k, v)
                 break
             arguments = (x, time_R6D, text, text_rows, rotation, context, layer)

@@ -20,7 +20,7 @@ from kvpo.plan.memory import (
     trajectory_bytes,
 )
 from kvpo.plan.replays import Replays, replays_of
-from kvpo.plan.splits import Split
+from kvpo.plan.splits import Sharing
 from kvpo.training.checkpoint import KEPT_CHECKPOINTS
 from kvpo.training.evaluation import ROWS
 
@@ -95,7 +95,7 @@ class Plan:
     host: Mapping[str, float]
     checkpoint: float
     disk: float
-    split: Split
+    split: Sharing
 
     def total(self, phase: Phase) -> float:
         """All that is on the device during a phase; prompts are embedded before anything else is loaded."""
@@ -114,7 +114,7 @@ class Plan:
         return sum(phase.seconds or 0.0 for phase in self.phases)
 
 
-ONE_PROCESS = Split()
+ONE_PROCESS = Sharing()
 
 
 def plan_run(
@@ -124,7 +124,7 @@ def plan_run(
     rollout: PlannedRollout,
     surroundings: Surroundings,
     rates: Rates,
-    split: Split = ONE_PROCESS,
+    split: Sharing = ONE_PROCESS,
 ) -> Plan:
     """The plan of a run for the busiest of its ranks, which share it as ``split`` says.
 
@@ -185,7 +185,7 @@ class _Run:
     """A rank's groups and branches; the exploration is what fits at the typical fork."""
     groups: Config
     """The same groups with all of their branches."""
-    split: Split
+    split: Sharing
     generator: StreamingGenerator
     rollout: PlannedRollout
     around: Surroundings

@@ -18,7 +18,7 @@ GATHERED = 2
 
 
 @dataclass(frozen=True)
-class Split:
+class Sharing:
     """The ranks of a run. The default is one process."""
 
     ranks: int = 1
@@ -107,8 +107,8 @@ class Split:
         return GATHERED * (parameters.weights + parameters.adapter) / layers if self.shard else 0.0
 
 
-def splits(gpus: int, nodes: int) -> Iterator[Split]:
+def splits(gpus: int, nodes: int) -> Iterator[Sharing]:
     """All ways to share a run among ``nodes`` of ``gpus``; teams stay within a node."""
     for size in (size for size in range(1, gpus + 1) if gpus % size == 0):
         for shard in (False, True) if size > 1 else (False,):
-            yield Split(gpus * nodes, size, shard, gpus)
+            yield Sharing(gpus * nodes, size, shard, gpus)

@@ -9,8 +9,8 @@ from typing import Any, TypeGuard
 
 from torch.utils.tensorboard import SummaryWriter
 
-from kvpo.training.trackers import Tracker
 from kvpo.files import finite, json_lines, storage_error, write_atomic
+from kvpo.training.trackers import Tracker
 
 
 class MetricsLog:

@@ -13,7 +13,6 @@ from torch import Tensor
 from kvpo.rewards.cache import Counts
 from kvpo.training import radar
 from kvpo.training.backbone import Weights
-from kvpo.training.clock import phases_of
 from kvpo.training.checkpoint import (
     CheckpointError,
     checked_file,
@@ -25,6 +24,7 @@ from kvpo.training.checkpoint import (
     require_tensors,
     save_checkpoint,
 )
+from kvpo.training.clock import phases_of
 from kvpo.training.device import forget_peak, peak
 from kvpo.training.evaluation import ROWS, Evaluation, comparison, evaluate_policy, mean_gain
 from kvpo.training.interrupt import StopAtOnce

@@ -38,7 +38,7 @@ from kvpo.training.state import (
 )
 
 logger = logging.getLogger(__name__)
-Kind = TypeVar("Kind")
+T = TypeVar("T")
 
 BETAS, WEIGHT_DECAY = (0.9, 0.999), 0.01
 """AdamW as KVPO was published, which is torch's default."""
@@ -317,7 +317,7 @@ class Trainer:
         """Ranks that may do different things: of spread weights, only those of different teams."""
         return self.teams.peers if self.sharded else self.setup.ranks
 
-    def solo(self, doing: str, action: Callable[[], Kind]) -> Kind:
+    def solo(self, doing: str, action: Callable[[], T]) -> T:
         """``action`` by rank 0 alone; where weights are spread, by every rank alike."""
         if not self.sharded:
             return self.setup.ranks.once(doing, action)

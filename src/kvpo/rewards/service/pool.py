@@ -12,6 +12,7 @@ from kvpo.prompts import ClipPrompt
 from kvpo.rewards.protocol import Declaration
 from kvpo.rewards.service.client import RemoteScorer, connect
 from kvpo.rewards.service.patience import PATIENCE, GaveUp, Patience
+from kvpo.rewards.service.scoring_queue import Answer
 
 logger = logging.getLogger(__name__)
 
@@ -19,8 +20,6 @@ OUTAGE = 5.0
 """Seconds that one of several servers may be unreachable before others take its clips."""
 REST = 30.0
 """Seconds for which a server that was given up is asked only if all are."""
-
-Scores = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -47,11 +46,11 @@ class PooledScorer:
     def components(self) -> tuple[str, ...]:
         return self.servers[0].components
 
-    def __call__(self, video_BTCHW: Tensor, prompts: Sequence[ClipPrompt]) -> Scores:
+    def __call__(self, video_BTCHW: Tensor, prompts: Sequence[ClipPrompt]) -> Answer:
         """Component -> [B], in the order of the clips. Raises ValueError as ``begin``."""
         return self.begin(video_BTCHW, prompts)()
 
-    def begin(self, video_BTCHW: Tensor, prompts: Sequence[ClipPrompt]) -> Callable[[], Scores]:
+    def begin(self, video_BTCHW: Tensor, prompts: Sequence[ClipPrompt]) -> Callable[[], Answer]:
         """Share clips out to the servers; the returned call waits for component -> [B].
 
         Raises:
@@ -65,7 +64,7 @@ class PooledScorer:
             for server, piece in zip(asked, pieces, strict=True)
         ]
 
-        def scores() -> Scores:
+        def scores() -> Answer:
             found = [
                 self._answered(server, answer, video_BTCHW[piece], prompts[piece])
                 for server, piece, answer in started
@@ -81,8 +80,8 @@ class PooledScorer:
         return awake or [min(every, key=lambda server: self.rested[server])]
 
     def _answered(
-        self, server: int, answer: Callable[[], Scores], clips: Tensor, prompts: Sequence[ClipPrompt]
-    ) -> Scores:
+        self, server: int, answer: Callable[[], Answer], clips: Tensor, prompts: Sequence[ClipPrompt]
+    ) -> Answer:
         """Scores from the server that was asked, or else from another one."""
         until = time.monotonic() + self.outage
         while True:
