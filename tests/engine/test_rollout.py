@@ -121,6 +121,20 @@ def test_members_share_their_noise_and_keep_what_the_solver_visited():
     rollout.release()
 
 
+def test_a_members_own_step_is_taken_in_its_window_alone():
+    one, calls = generator(), []
+
+    def step(*arguments):
+        calls.append(arguments)
+        return one.step(*arguments)
+
+    exploration = replace(EXPLORATION, blocks=2, tail_blocks=2)
+    own, plain = Member(0, step=step), Member(0)
+    found = by_hand(one, [prompt(0, 36)], [own, plain], exploration)
+    assert len(calls) == 2 * len(one.sigmas), "two blocks of the window, none of the tail"
+    assert torch.equal(found.clean_TCHW[0], found.clean_TCHW[1])
+
+
 def test_a_fork_copies_no_page_and_everything_comes_back():
     one = generator()
     rollout = grown_roots(one, [prompt(0), prompt(1)], FORK, EXPLORATION)
