@@ -10,6 +10,7 @@ from kvpo.engine.forks import Fork
 from kvpo.engine.noise import keyed_generator
 from kvpo.engine.replay import member_row, replay_context
 from kvpo.engine.stream import advance, stream_latents
+from kvpo.method.flow import Step
 from tests.engine.tiny import (
     EXPLORATION,
     generator,
@@ -124,12 +125,12 @@ def test_members_share_their_noise_and_keep_what_the_solver_visited():
 def test_a_members_own_step_is_taken_in_its_window_alone():
     one, calls = generator(), []
 
-    def step(*arguments):
+    def counted(*arguments):
         calls.append(arguments)
         return one.step(*arguments)
 
     exploration = replace(EXPLORATION, blocks=2, tail_blocks=2)
-    own, plain = Member(0, step=step), Member(0)
+    own, plain = Member(0, step=Step(counted, draws=False)), Member(0)
     found = by_hand(one, [prompt(0, 36)], [own, plain], exploration)
     assert len(calls) == 2 * len(one.sigmas), "two blocks of the window, none of the tail"
     assert torch.equal(found.clean_TCHW[0], found.clean_TCHW[1])
