@@ -37,7 +37,7 @@ class BackboneConfig:
     checkpoint: str = ""
     """Transformer weights, FILE or FILE#ENTRY: a .pt (an entry such as generator_ema instead of the first of
     generator, generator_ema, model), .safetensors or diffusers directory; for the embedded generator a file
-    that `kvpo pretrain` wrote, empty: the one that ships with the package."""
+    that `kvpo pretrain` wrote, empty: the one that ships with the package. `kvpo pretrain` begins with it."""
     lora: str = ""
     """Adapter that belongs to the checkpoint (LongLive's and MemFlow's lora.pt), FILE or FILE#ENTRY (without:
     generator_lora; #ema is the moving average of a KVPO checkpoint); empty: none."""
