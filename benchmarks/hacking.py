@@ -41,7 +41,7 @@ COMMON: dict[str, Any] = {
     "rewards.weights": {"brightness": 3.0},
     "rewards.noise_floors": {"brightness": 1e-4},
     "objective.velocity_kl": 0.0,
-    "evaluation.held_out": ["benchmarks.hacking:legibility", "flicker"],
+    "evaluation.watchers": ["benchmarks.hacking:legibility", "flicker"],
     "evaluation.every": 4,
     "evaluation.validation_prompts": 16,
     "evaluation.test_prompts": 32,
@@ -106,12 +106,12 @@ def align(arm: str, seed: int, directory: Path) -> dict[str, Any]:
 def numbers(result: dict[str, Any]) -> dict[str, float]:
     """Gains of one run on the test prompts."""
     gains = {name: change["gain"] for name, change in result["components"].items()}
-    held_out = {name: change["gain"] for name, change in result["test"]["held_out"].items()}
+    watchers = {name: change["gain"] for name, change in result["test"]["watchers"].items()}
     return {
         "trained reward": result["test"]["trained"]["gain"],
         "brightness": gains["brightness"],
         "world": sum(weight * gains[name] for name, weight in DEFAULT_WEIGHTS.items()),
-        **held_out,
+        **watchers,
         "unseen scorer": result["test"]["unseen"]["gain"],
     }
 

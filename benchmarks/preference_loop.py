@@ -105,7 +105,7 @@ def loop(out: Path, seed: int, sizes: Sizes, changes: dict[str, Any]) -> dict[st
     rewarded = {
         "rewards.scorers": [f"preference:{file}"],
         "rewards.noise_floors": {file.stem: str(file.with_suffix(".noise.json"))},
-        "evaluation.held_out": ["world"],
+        "evaluation.watchers": ["world"],
         "optim.updates": sizes.updates,
         "evaluation.every": max(1, sizes.updates // 4),
         "evaluation.validation_prompts": 16,

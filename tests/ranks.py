@@ -16,7 +16,7 @@ Work = Callable[..., Any]
 
 def _child(work: Work, rank: int, count: int, meeting: Path, short: float, arguments: Sequence[Any]) -> None:
     import torch
-    from torch.distributed import FileStore
+    from torch.distributed import FileStore, is_initialized
 
     torch.set_num_threads(1)
     store = FileStore(str(meeting / "store"), count)
@@ -25,6 +25,7 @@ def _child(work: Work, rank: int, count: int, meeting: Path, short: float, argum
             "cpu", traces=meeting, short=timedelta(seconds=short), store=store, rank=rank, world_size=count
         ) as ranks:
             found = work(ranks, *arguments)
+        assert not is_initialized(), "the process group outlives its run"
     except Exception as error:
         found = error
         (meeting / f"traceback-{rank}").write_text(traceback.format_exc())

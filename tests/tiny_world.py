@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from benchmarks.shapes import geometry_file
 from kvpo.app.configuration import assign, with_method
-from kvpo.app.judges import held_out_rewards
+from kvpo.app.judges import build_watchers
 from kvpo.app.sources.world import build_backbone
 from kvpo.config import Config
 from kvpo.models.settings import WanShape
@@ -107,10 +107,10 @@ def toy_setup(config: Config, scorer: Any = None) -> Setup:
     backbone = build_backbone(config)
     scorer = scorer or ToyScorer()
     weights = torch.ones(len(scorer.components))
-    held_out = held_out_rewards(config, backbone.codec.frames_per_second)
+    watchers = build_watchers(config, backbone.codec.frames_per_second)
     return Setup(
         backbone=backbone,
-        judges=Judges(scorer, weights, None, held_out),
+        judges=Judges(scorer, weights, None, watchers),
         training_prompts=ToyPrompts(config.optim.prompts_per_update),
         validation={"short": ToyPrompts(config.evaluation.validation_prompts, 1000)(0)},
         test={"short": ToyPrompts(config.evaluation.test_prompts, 2000)(0)},

@@ -37,7 +37,7 @@ class BackboneConfig:
     checkpoint: str = ""
     """Transformer weights, FILE or FILE#ENTRY: a .pt (an entry such as generator_ema instead of the first of
     generator, generator_ema, model), .safetensors or diffusers directory; for the embedded generator a file
-    that `kvpo pretrain` wrote, empty: the one that ships with the package."""
+    that `kvpo pretrain` wrote, empty: the one that ships with the package. `kvpo pretrain` begins with it."""
     lora: str = ""
     """Adapter that belongs to the checkpoint (LongLive's and MemFlow's lora.pt), FILE or FILE#ENTRY (without:
     generator_lora; #ema is the moving average of a KVPO checkpoint); empty: none."""
@@ -202,10 +202,10 @@ class EvaluationConfig:
     """Short and long prompts each, for choosing the best checkpoint."""
     test_prompts: int = 128
     """Short and long prompts each, used once, for summary.json."""
-    held_out: tuple[str, ...] = ()
-    """Rewards that never train and watch for hacking, named as training rewards are."""
+    watchers: tuple[str, ...] = ()
+    """Rewards that never train and watch for hacking; named as training rewards are."""
     stop_on_hacking: bool = True
-    """Stop once a held-out reward keeps falling while the trained one rises, and keep the best before."""
+    """Stop once a watcher keeps falling while the trained one rises, and keep the best before."""
 
 
 @dataclass(frozen=True)
@@ -237,7 +237,7 @@ class RewardConfig:
     weights: dict[str, float] = field(default_factory=dict)
     """Weight of components, instead of 1 each, or of the embedded world's own."""
     sources: dict[str, str] = field(default_factory=dict)
-    """Path or hub id of parts of catalogue rewards, held-out ones too: hpsv3.base=/models/Qwen2-VL-7B."""
+    """Path or hub id of parts of catalogue rewards, watchers too: hpsv3.base=/models/Qwen2-VL-7B."""
     top_share: float = 1.0
     """Share of a clip's frames, the best ones, that rewards of single frames average (Astrolabe: 0.3)."""
     transition_blocks: int = 0

@@ -61,12 +61,12 @@ def _hacking(config: Config) -> None:
     evaluation = config.evaluation
     # A reward is the same one on whatever server it runs.
     scorers = {name.partition("@")[0] for name in config.rewards.scorers}
-    trained = [name for name in evaluation.held_out if name.partition("@")[0] in scorers]
-    _require(not trained, "evaluation.held_out", ", ".join(trained), "rewards that are not trained on")
-    names = ", ".join(evaluation.held_out)
+    trained = [name for name in evaluation.watchers if name.partition("@")[0] in scorers]
+    _require(not trained, "evaluation.watchers", ", ".join(trained), "rewards that are not trained on")
+    names = ", ".join(evaluation.watchers)
     _require(
-        len(set(evaluation.held_out)) == len(evaluation.held_out),
-        "evaluation.held_out", names, "each named once",
+        len(set(evaluation.watchers)) == len(evaluation.watchers),
+        "evaluation.watchers", names, "each named once",
     )  # fmt: skip
 
 

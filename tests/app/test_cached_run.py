@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kvpo.app.build import build_setup
 from kvpo.app.configuration import assign, preset
-from kvpo.app.judges import build_scorer, held_out_rewards
+from kvpo.app.judges import build_scorer, build_watchers
 from kvpo.config import Config
 from kvpo.rewards.cache import Counts, score_cache
 from kvpo.rewards.reward import Reward
@@ -65,20 +65,20 @@ def test_a_second_run_scores_nothing_and_finds_the_same(tiny_base: Path, tmp_pat
         tiny_base,
         rewards__scorers=["flicker", f"{ME}:calm"],
         rewards__cache=str(tmp_path / "scores"),
-        evaluation__held_out=["world"],
+        evaluation__watchers=["world"],
     )
     results = []
     for _ in range(2):
         setup = build_setup(config)
         ((_, scores),) = explore(setup, [0])
         results.append((scores, evaluate_prompts(setup, setup.test["short"], setup.ranks), setup.scored))
-    (first, held_out, cold), (second, again, warm) = results
+    (first, fresh, cold), (second, again, warm) = results
     assert cold.hits == 0 and cold.misses > 0
     assert warm == Counts(hits=cold.misses, repeats=cold.repeats)
     for one, other in zip(first, second, strict=True):
         assert torch.equal(one.local_KM, other.local_KM) and torch.equal(one.global_KM, other.global_KM)
-    assert torch.equal(held_out.components_KN, again.components_KN)
-    assert torch.equal(held_out.held_out_HN, again.held_out_HN)
+    assert torch.equal(fresh.components_KN, again.components_KN)
+    assert torch.equal(fresh.watchers_HN, again.watchers_HN)
 
 
 def test_metrics_count_what_was_known(tiny_base: Path, tmp_path: Path) -> None:
@@ -132,5 +132,5 @@ def test_what_is_known_moves_no_network(tmp_path: Path, monkeypatch: pytest.Monk
 def test_all_rewards_of_a_run_share_its_cache(tmp_path: Path) -> None:
     scorer, _ = build_scorer(preset("demo"), 8.0, score_cache(str(tmp_path)))
     assert isinstance(scorer, Reward) and scorer.cache is not None and scorer.offloaded("cpu") is scorer
-    config = assign(Config(), {"evaluation.held_out": ["flicker"]})
-    assert held_out_rewards(config, 8.0, scorer.cache)[0].cache is scorer.cache
+    config = assign(Config(), {"evaluation.watchers": ["flicker"]})
+    assert build_watchers(config, 8.0, scorer.cache)[0].cache is scorer.cache

@@ -124,7 +124,7 @@ def test_the_loop_closes_from_votes_to_a_reward_to_a_run_to_a_fresh_round(tiny_b
             **QUICK,
             "rewards__scorers": (f"preference:{out}",),
             "rewards__noise_floors": {"liked": str(out.with_suffix(".noise.json"))},
-            "evaluation__held_out": ("flicker",),
+            "evaluation__watchers": ("flicker",),
             "evaluation__every": 2,
         },
     )

@@ -22,7 +22,7 @@ def test_an_arm_runs_and_its_result_is_a_row(hacking, monkeypatch, tiny_base, tm
     small |= {"evaluation.validation_prompts": 2, "evaluation.test_prompts": 3}
     monkeypatch.setattr(hacking, "COMMON", hacking.COMMON | small)
     result = hacking.align("stopped", 0, tmp_path / "run")
-    assert result["test"]["held_out"].keys() == {"legibility", "flicker"}
+    assert result["test"]["watchers"].keys() == {"legibility", "flicker"}
     assert result["updates"] <= 2 and result["best"] <= result["updates"]
     gains = hacking.numbers(result)
     assert list(gains) == ["trained reward", "brightness", "world", "legibility", "flicker", "unseen scorer"]
@@ -34,7 +34,7 @@ def test_the_table_has_means_and_deviations_over_seeds(hacking):
     def result(gain: float, called: int | None) -> dict:
         change = {"gain": gain}
         components = dict.fromkeys(["brightness", *hacking.DEFAULT_WEIGHTS], change)
-        test = {"trained": change, "held_out": {"fair": change}, "unseen": change}
+        test = {"trained": change, "watchers": {"fair": change}, "unseen": change}
         return {"updates": 8, "called": called, "best": 0, "test": test, "components": components}
 
     table = hacking.table({"free": [result(0.1, 4), result(0.3, None)]})

@@ -10,6 +10,7 @@ from kvpo.engine.forks import Fork
 from kvpo.engine.noise import keyed_generator
 from kvpo.engine.replay import member_row, replay_context
 from kvpo.engine.stream import advance, stream_latents
+from kvpo.method.flow import Step
 from tests.engine.tiny import (
     EXPLORATION,
     generator,
@@ -119,6 +120,20 @@ def test_members_share_their_noise_and_keep_what_the_solver_visited():
     assert torch.allclose(clean.flatten(1, 2), group.clean_MTCHW[:, :6], atol=1e-12)
     assert torch.equal(found.clean_MPFCHW.flatten(1, 2), group.clean_MTCHW[:, :6])
     rollout.release()
+
+
+def test_a_members_own_step_is_taken_in_its_window_alone():
+    one, calls = generator(), []
+
+    def counted(*arguments):
+        calls.append(arguments)
+        return one.step(*arguments)
+
+    exploration = replace(EXPLORATION, blocks=2, tail_blocks=2)
+    own, plain = Member(0, step=Step(counted, draws=False)), Member(0)
+    found = by_hand(one, [prompt(0, 36)], [own, plain], exploration)
+    assert len(calls) == 2 * (len(one.sigmas) - 1), "two blocks of the window, none of the tail"
+    assert torch.equal(found.clean_TCHW[0], found.clean_TCHW[1])
 
 
 def test_a_fork_copies_no_page_and_everything_comes_back():

@@ -13,6 +13,7 @@ from kvpo.app.plan import Planner
 from kvpo.models.cache import FrameCache
 from kvpo.models.context import PageContext
 from kvpo.models.settings import WanShape
+from kvpo.plan import phases as planned
 from kvpo.plan.cost import (
     Costs,
     Work,
@@ -23,7 +24,7 @@ from kvpo.plan.cost import (
     replay_work,
 )
 from kvpo.plan.flops import Call, adapter_flops, encode_flops, velocity_flops
-from kvpo.plan.memory import Parameters, answer_bytes
+from kvpo.plan.memory import Parameters, answer_bytes, evidence_bytes
 from kvpo.plan.phases import Rates, _replay_work
 from kvpo.plan.replays import replays_of
 from tests.models.tiny import tiny_model
@@ -153,6 +154,32 @@ def test_the_old_policy_is_replayed_once_more() -> None:
     assert more.flops - plain.flops == pytest.approx(trained * once.flops, rel=1e-9)
     assert more.bytes - plain.bytes == pytest.approx(trained * once.bytes, rel=1e-9)
     assert forward_work(costs, 2).bytes == 1000 + 2 * 9 * 10
+
+
+def test_a_teacher_with_routed_history_is_asked_once_per_row() -> None:
+    config, costs = (
+        preset("longlive-1.3b", {"optim.rollouts_per_refresh": 1, "optim.inner_epochs": 2}),
+        costs_of(),
+    )
+    replays = replace(replays_of(config), routed=0)
+    once = replay_work(costs, 1, replays.together, replays.states, replays.steps)
+    more = _replay_work(config, replace(replays, routed=3), costs).flops
+    expected = 2 * 3 * config.optim.prompts_per_update * once.flops
+    assert more - _replay_work(config, replays, costs).flops == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_prompts_are_embedded_before_anything_else_is_loaded(device: str) -> None:
+    config = preset("longlive-1.3b", {"device": device})
+    plan = Planner(config, RATES).plan(config)
+    (phase,) = (one for one in plan.phases if one.name == "embed prompts")
+    assert plan.total(phase) == phase.bytes + (planned.CONTEXT if device == "cuda" else 0)
+
+
+def test_the_evidence_of_every_rollout_of_a_refresh_is_held_at_once() -> None:
+    config = preset("longlive-1.3b", {"optim.rollouts_per_refresh": 3})
+    phases = {one.name: one.parts for one in Planner(config, RATES).plan(config).phases}
+    assert phases["replay and backward"]["evidence"] == 3 * evidence_bytes(config, replays_of(config))
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

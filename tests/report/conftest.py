@@ -32,7 +32,7 @@ def run_and_console(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -
         objective__keep=(1, 1),
         objective__temperature=0.01,
         evaluation__every=1,
-        evaluation__held_out=["motion_smoothness"],
+        evaluation__watchers=["motion_smoothness"],
         optim__updates=2,
     )
     directory = tmp_path_factory.mktemp("report") / "finished"

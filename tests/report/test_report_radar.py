@@ -11,7 +11,7 @@ from kvpo.report.formatting import signed
 
 HELD_OUT = "motion_smoothness"
 WORDS = (
-    "trained reward +0.090 \u00b1 0.010 while held-out motion_smoothness -0.080 \u00b1 0.011 since update 1"
+    "trained reward +0.090 \u00b1 0.010 while watcher motion_smoothness -0.080 \u00b1 0.011 since update 1"
 )
 
 
@@ -39,7 +39,7 @@ def test_the_radar_says_what_rose_and_what_fell(run, bare_run):
     let_stop(run, False)
     page = page_of(run)[1]
     assert "radar" in {attributes.get("id") for tag, attributes in page.elements if tag == "section"}
-    assert "while held-out motion_smoothness \u22120.080 \u00b1 0.011 since update 1." in page.text
+    assert "while watcher motion_smoothness \u22120.080 \u00b1 0.011 since update 1." in page.text
     assert "This run was not allowed to stop for it." in page.text
     assert "The look of the videos has drifted: brightness." in page.text
     charts = [attributes.get("aria-label") for _, attributes in page.elements]
@@ -83,8 +83,8 @@ def test_the_radar_says_what_was_done(run):
     assert "Stopped after update 50. The best checkpoint is update 20." in text
     assert "The hacking radar stopped this run after update 50." in text
 
-    hack(run, alarms={}, hacked=False, held_out={}, verdict="nothing to see")
-    assert "Name some with evaluation.held_out" in page_of(run)[1].text
+    hack(run, alarms={}, hacked=False, watchers={}, verdict="nothing to see")
+    assert "Name some with evaluation.watchers" in page_of(run)[1].text
 
 
 @pytest.mark.parametrize("damage", [None, [], {"trained": 3}, {"trained": {"gain": math.nan}}, {"drift": []}])

@@ -45,6 +45,16 @@ def test_every_seed_and_every_update_forks_for_itself(tiny_base: Path) -> None:
     assert len({fork - other for fork, other in forks(range(1), range(12))}) > 3, "groups fork for themselves"
 
 
+def test_members_are_replayed_together_by_the_shortest_window_of_a_rollout(tiny_base: Path) -> None:
+    setup = toy_setup(tiny_config(tiny_base, exploration__blocks=3, optim__replay_rows=12))
+    found = {
+        tuple(sorted(fork.exploration.blocks for fork in planned.forks)): planned.replayed
+        for planned in (plan_rollout(setup, update) for update in range(60))
+    }
+    assert any(len(set(blocks)) > 1 for blocks in found)
+    assert all(together == 12 // (2 * blocks[0]) for blocks, together in found.items())
+
+
 def test_every_group_of_every_seed_and_update_draws_its_own_routes_and_noise(tiny_base: Path) -> None:
     setup = replace(toy_setup(tiny_config(tiny_base, exploration__branches=4)), training_prompts=same_prompts)
 

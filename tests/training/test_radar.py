@@ -40,13 +40,13 @@ def noise(seed: int, scale: float = 0.01) -> torch.Tensor:
     return scale * torch.randn(PROMPTS, generator=torch.Generator().manual_seed(seed))
 
 
-def readings(trained: list[float], **held_out: list[float]) -> list[Reading]:
+def readings(trained: list[float], **watchers: list[float]) -> list[Reading]:
     """A history of mean scores by update, five apart, every prompt with its own small noise."""
     return [
         Reading(
             5 * step,
             mean + noise(step),
-            {name: means[step] + noise(100 * step + len(name)) for name, means in held_out.items()},
+            {name: means[step] + noise(100 * step + len(name)) for name, means in watchers.items()},
         )
         for step, mean in enumerate(trained)
     ]
@@ -60,12 +60,12 @@ def test_hacking_is_called_after_some_validations_in_a_row() -> None:
     assert judge(history, 3.0, 1).hacked and not judge(history, 3.0, 3).hacked
 
 
-def test_a_fall_counts_from_where_the_held_out_scorer_was_highest() -> None:
+def test_a_fall_counts_from_where_the_watcher_was_highest() -> None:
     """It first rose with the trained reward: worse than its best, though better than the base."""
     history = readings([0.5, 0.6, 0.7, 0.8], fair=[0.5, 0.62, 0.58, 0.56])
     (alarm,) = judge(history, 3.0, 2).alarms
     assert alarm.since == 5
-    assert alarm.held_out == paired_gain(history[1].held_out["fair"], history[3].held_out["fair"])
+    assert alarm.fall == paired_gain(history[1].watchers["fair"], history[3].watchers["fair"])
     assert alarm.trained == paired_gain(history[1].trained_N, history[3].trained_N)
 
 
@@ -99,12 +99,12 @@ def test_a_fallen_scorer_rules_a_checkpoint_out_before_there_is_an_alarm() -> No
 def test_the_same_scorer_has_to_alarm_in_a_row() -> None:
     taking_turns = readings([0.5, 0.6, 0.7], one=[0.5, 0.4, 0.5], other=[0.5, 0.5, 0.4])
     verdict = judge(taking_turns, 3.0, 2)
-    assert [alarm.scorer for alarm in verdict.alarms] == ["other"] and verdict.in_a_row == 1
+    assert [alarm.watcher for alarm in verdict.alarms] == ["other"] and verdict.in_a_row == 1
     recovered = readings([0.5, 0.6, 0.7, 0.8], fair=[0.5, 0.4, 0.5, 0.4])
     assert judge(recovered, 3.0, 2).in_a_row == 1
 
 
-def test_no_held_out_scorer_and_no_validation_give_no_alarm() -> None:
+def test_no_watcher_and_no_validation_give_no_alarm() -> None:
     assert judge(readings([0.5, 0.9, 1.3]), 3.0, 1).in_a_row == 0
     assert judge(readings([0.5], fair=[0.5]), 3.0, 1).alarms == ()
 
@@ -129,12 +129,12 @@ def test_a_verdict_in_words() -> None:
     words = verdict_numbers(history, judge(history, 3.0, 2))
     json.dumps(words)
     assert words["hacked"] and words["alarms"]["fair"]["since"] in (0, 5)
-    assert "while held-out fair -0.2" in words["verdict"]
+    assert "while watcher fair -0.2" in words["verdict"]
     assert "2 validations in a row" in words["verdict"]
     calm = verdict_numbers(history[:2], judge(history[:2], 3.0, 2))["verdict"]
     assert "trained reward +0.1" in calm and "no alarm" in calm
     alone = readings([0.5, 0.6])
-    assert "no held-out scorer" in verdict_numbers(alone, judge(alone, 3.0, 2))["verdict"]
+    assert "no watcher" in verdict_numbers(alone, judge(alone, 3.0, 2))["verdict"]
 
 
 def test_readings_survive_json_exactly() -> None:
@@ -143,7 +143,7 @@ def test_readings_survive_json_exactly() -> None:
     assert [r.update for r in again] == [0, 5, 10]
     for before, after in zip(history, again, strict=True):
         assert torch.equal(before.trained_N, after.trained_N)
-        assert torch.equal(before.held_out["fair"], after.held_out["fair"])
+        assert torch.equal(before.watchers["fair"], after.watchers["fair"])
 
 
 def test_rank_correlation_in_closed_form() -> None:
@@ -176,9 +176,9 @@ def test_what_the_radar_measures() -> None:
         Declaration(name, 0.0, 1.0, False, False, 1, 1, weight=weight)
         for name, weight in zip(scorer.components, (0.0, 2.0), strict=True)
     ]
-    held_out = Reward("own:calm_twice", scorer, tuple(declared))
-    judges = Judges(scorer, torch.tensor([1.0, 0.5]), None, (held_out,))
-    assert judges.held_out_names == ("calm_twice",)
+    watcher = Reward("own:calm_twice", scorer, tuple(declared))
+    judges = Judges(scorer, torch.tensor([1.0, 0.5]), None, (watcher,))
+    assert judges.watcher_names == ("calm_twice",)
     base = Evaluation(torch.zeros(2, 3), None, torch.zeros(1, 3), torch.tensor([[0.1, 0.2, 0.3]] * 4), TEXTS)
     gains = torch.tensor([[0.1, 0.2, 0.3], [0.3, 0.2, 0.1]])
     aligned = Evaluation(
@@ -186,8 +186,8 @@ def test_what_the_radar_measures() -> None:
     )
     numbers = measured(base, aligned, judges)
     assert numbers["trained"]["gain"] == pytest.approx(0.3)
-    assert numbers["held_out"]["calm_twice"]["gain"] == pytest.approx(-0.2)
-    assert numbers["held_out"]["calm_twice"]["se"] == pytest.approx(0.1 / 3**0.5)
+    assert numbers["watchers"]["calm_twice"]["gain"] == pytest.approx(-0.2)
+    assert numbers["watchers"]["calm_twice"]["se"] == pytest.approx(0.1 / 3**0.5)
     assert numbers["drift"]["brightness"]["gain"] == pytest.approx(0.5)
     assert numbers["drift"]["brightness"]["spread"] == pytest.approx(0.1)
     assert numbers["agreement"]["redness"] == {"calm": pytest.approx(-1), "calm_twice": pytest.approx(-1)}
@@ -207,11 +207,11 @@ def test_what_the_radar_measures() -> None:
     assert drifted(numbers, 3.0) == [] and drifted(numbers, 2.8) == ["brightness"]
     both = pooled_sets([base, aligned])
     torch.testing.assert_close(both.components_KN, torch.cat([torch.zeros(2, 3), gains], 1))
-    assert reading(7, both, judges).held_out["calm_twice"].shape == (6,)
+    assert reading(7, both, judges).watchers["calm_twice"].shape == (6,)
 
 
 WATCHED: dict[str, Any] = {
-    "evaluation__held_out": ("tests.tiny_world:opposite",),
+    "evaluation__watchers": ("tests.tiny_world:opposite",),
     "evaluation__every": 1,
     "optim__updates": 8,
 }
@@ -236,7 +236,7 @@ def test_a_hacked_run_stops_and_keeps_a_checkpoint_from_before(
     radar = [record["radar"] for record in found]
     assert 2 <= len(found) < 8 and [one["hacked"] for one in radar] == [False] * (len(found) - 1) + [True]
     assert set(radar[-1]["alarms"]) == set(radar[-2]["alarms"]) == {"opposite"}
-    gain, opposite = radar[-1]["trained"], radar[-1]["held_out"]["opposite"]
+    gain, opposite = radar[-1]["trained"], radar[-1]["watchers"]["opposite"]
     assert opposite["gain"] == pytest.approx(-gain["gain"], abs=1e-6)
     assert set(radar[-1]["agreement"]["redness"]) == {"calm", "opposite"}
     assert set(radar[-1]["drift"]) == {"brightness", "saturation", "sharpness", "motion"}

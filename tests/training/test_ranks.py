@@ -103,3 +103,13 @@ def test_a_lost_or_silent_rank_ends_the_others_with_the_phase_and_a_trace(tmp_pa
     error, _ = on_ranks(2, tmp_path / "silent", silent, short=1.0)
     assert isinstance(error, LostRank) and "while adding up gradients" in str(error)
     assert time.monotonic() - started < 30
+
+
+def test_a_lost_rank_is_named_where_its_trace_cannot_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("kvpo.training.ranks._dump_fr_trace_json", lambda: b"{}")
+    ranks = Ranks(traces=tmp_path / "missing")
+    with pytest.raises(LostRank, match="while counting"), ranks._in_touch("counting"):
+        raise RuntimeError("connection reset")
+    assert "the flight recorder could not be written" in caplog.text

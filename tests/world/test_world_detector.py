@@ -21,9 +21,9 @@ def video(stories):
     return observe(stories, torch.Generator().manual_seed(12), CLEAN)
 
 
-def show(scene: str, *actors: Actor, frames: int = 12, seed: int = 0) -> torch.Tensor:
+def show(scene: str, *actors: Actor, frames: int = 12) -> torch.Tensor:
     story = Story((Act(scene, actors, "", 0, "open"),), frames)
-    return render(story, torch.Generator().manual_seed(seed))[None]
+    return render(story)[None]
 
 
 @pytest.mark.parametrize("size", FRAME_SIZES)

@@ -18,7 +18,7 @@ def acts(*shown: tuple[str, tuple[Actor, ...]], frames: int = 12) -> torch.Tenso
     """One clip [1, T, 3, 32, 32] that shows each (scene, actors) for ``frames`` frames."""
     told = tuple(Act(scene, actors, "", k * frames, "show") for k, (scene, actors) in enumerate(shown))
     story = Story(told, frames * len(told))
-    return render(story, torch.Generator().manual_seed(0))[None]
+    return render(story)[None]
 
 
 def score(video: torch.Tensor, prompt: ClipPrompt = PROMPT) -> dict[str, float]:

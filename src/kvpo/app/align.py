@@ -188,7 +188,7 @@ def radar_summary(run: Run, results: Mapping[str, tuple[Evaluation, Evaluation]]
     base, aligned = (radar.pooled_sets(side) for side in zip(*results.values(), strict=True))
     judges = run.setup.judges
     return run.update_verdict() | {
-        "held_out": list(judges.held_out_names),
+        "watchers": list(judges.watcher_names),
         "guarded": run.guarded,
         "stopped_at": run.readings[-1].update if run.stopped else None,
         "best": None if run.best is None else run.best[0],

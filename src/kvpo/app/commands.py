@@ -200,6 +200,7 @@ def _pretrain(arguments: Namespace) -> None:
     if arguments.steps is not None and arguments.steps < 0:
         raise ConfigurationError(f"--steps: must be 0 or more, got {arguments.steps}")
     out = output_file(arguments.out, "--out")
+    from kvpo.app.sources.world import checked_base
     from kvpo.progress import progress_bars
     from kvpo.training.device import computing
     from kvpo.training.interrupt import stop_on_signal
@@ -217,6 +218,7 @@ def _pretrain(arguments: Namespace) -> None:
             lambda done, loss: show("pretraining", done, settings.steps, {"loss": loss}),
             device=config.device,
             resume=arguments.resume,
+            start=checked_base(config) if config.backbone.checkpoint else None,
             interrupted=interrupted,
         )
     print(out if finished else f"{out}: stopped; --resume goes on")

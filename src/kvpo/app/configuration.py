@@ -38,7 +38,7 @@ PLACES = (
     "backbone.offload",
 )
 """Settings of a run that say where things are, and may differ whenever it is taken up again."""
-REWARD_NAMES = ("rewards.scorers", "evaluation.held_out")
+REWARD_NAMES = ("rewards.scorers", "evaluation.watchers")
 SHARING = ("distributed.branch_ranks", "distributed.shard", "rewards.ranks")
 """Settings of how ranks share a run, which change nothing but the rounding of its results."""
 CHANGEABLE_ON_RESUME = (*PLACES, *SHARING, "optim.updates", "checkpoint.every")

@@ -227,13 +227,13 @@ def files(config: Config) -> list[Finding]:
             findings.append(Finding(path, "warn", str(error)))
     training, validation, test = source_of(config).split(config)
     counts = {"validation": validation, "test": test}
-    held_out = ", ".join(f"{sum(map(len, sets.values()))} for {name}" for name, sets in counts.items())
-    return [*findings, Finding("prompts", "ok", f"{len(training) or 'drawn'} for training, {held_out}")]
+    evaluated = ", ".join(f"{sum(map(len, sets.values()))} for {name}" for name, sets in counts.items())
+    return [*findings, Finding("prompts", "ok", f"{len(training) or 'drawn'} for training, {evaluated}")]
 
 
 def rewards(config: Config) -> list[Finding]:
     """Servers of the rewards that the configuration names."""
-    names = [*config.rewards.scorers, *config.evaluation.held_out]
+    names = [*config.rewards.scorers, *config.evaluation.watchers]
     reach_servers(names)
     return [Finding("rewards", "ok", ", ".join(names))]
 

@@ -1,4 +1,4 @@
-"""The judges of a run: the rewards that train, those that are held out, and how their components count."""
+"""The judges of a run: the rewards that train, those that watch, and how their components count."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -21,9 +21,9 @@ logger = logging.getLogger(__name__)
 def build_judges(
     config: Config, frame_rate: float, cache: ScoreCache, unseen: Scorer | None = None
 ) -> Judges:
-    """All that score a run's videos; see ``build_scorer`` and ``held_out_rewards`` for what is refused."""
+    """All that score a run's videos; see ``build_scorer`` and ``build_watchers`` for what is refused."""
     scorer, weights_K = build_scorer(config, frame_rate, cache)
-    return Judges(scorer, weights_K, unseen, held_out_rewards(config, frame_rate, cache))
+    return Judges(scorer, weights_K, unseen, build_watchers(config, frame_rate, cache))
 
 
 def build_scorer(config: Config, frame_rate: float, cache: ScoreCache | None = None) -> tuple[Scorer, Tensor]:
@@ -33,7 +33,7 @@ def build_scorer(config: Config, frame_rate: float, cache: ScoreCache | None = N
         ConfigurationError: an unknown reward or component, weights that add up to nothing.
         ValueError: a part of a reward cannot be found or does not fit; two components of one name.
     """
-    settings, elsewhere = config.rewards, config.evaluation.held_out
+    settings, elsewhere = config.rewards, config.evaluation.watchers
     sources = {part: at for part, at in settings.sources.items() if part.rpartition(".")[0] not in elsewhere}
     rewards = _rewards(config, settings.scorers, "rewards.scorers", sources, frame_rate, cache)
     scorer = CombinedScorer(rewards) if len(rewards) > 1 else rewards[0]
@@ -50,23 +50,21 @@ def build_scorer(config: Config, frame_rate: float, cache: ScoreCache | None = N
     return scorer, torch.tensor([weights[component] for component in scorer.components])
 
 
-def held_out_rewards(
-    config: Config, frame_rate: float, cache: ScoreCache | None = None
-) -> tuple[Reward, ...]:
-    """The rewards of ``evaluation.held_out``, which watch a run for reward hacking.
+def build_watchers(config: Config, frame_rate: float, cache: ScoreCache | None = None) -> tuple[Reward, ...]:
+    """The rewards of ``evaluation.watchers``, which watch a run for reward hacking.
 
     Raises:
         ConfigurationError: an unknown reward, or two whose numbers have one name.
         ValueError: a part of a reward cannot be found or does not fit.
     """
-    names = config.evaluation.held_out
+    names = config.evaluation.watchers
     if not names:
         return ()
     sources = {part: at for part, at in config.rewards.sources.items() if part.rpartition(".")[0] in names}
-    rewards = _rewards(config, names, "evaluation.held_out", sources, frame_rate, cache)
+    rewards = _rewards(config, names, "evaluation.watchers", sources, frame_rate, cache)
     numbers = [name for reward in rewards for name in reward.numbers()]
     if twice := [name for name in numbers if numbers.count(name) > 1]:
-        raise ConfigurationError(f"evaluation.held_out: two rewards are called {twice[0]!r}; rename one")
+        raise ConfigurationError(f"evaluation.watchers: two rewards are called {twice[0]!r}; rename one")
     return rewards
 
 

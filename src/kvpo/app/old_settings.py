@@ -83,6 +83,7 @@ OLD = {
     "rewards.rank_margin": _SUSPICION,
     "rewards.rank_penalty": _SUSPICION,
     "rewards.noise_files": "use rewards.noise_floors COMPONENT=FILE, as `kvpo calibrate` prints it",
+    "evaluation.held_out": "use evaluation.watchers",
     "evaluation.weights": "runs are judged by the moving average (optim.ema_decay 0: by the last update); "
     "generate, evaluate and export take --weights raw",
     "evaluation.diversity_prompts": "branch diversity is measured on up to 16 of the long validation prompts",

@@ -23,7 +23,7 @@ def with_served_rewards(config: Config, frame_rate: float, ranks: Ranks) -> Conf
     where ``rewards.ranks`` is 0 or there are no more ranks than that. Raises ValueError as `named_rewards`.
     """
     count = config.rewards.ranks
-    every = [*config.rewards.scorers, *config.evaluation.held_out]
+    every = [*config.rewards.scorers, *config.evaluation.watchers]
     here = [name for name in every if "@" not in name]
     if not 0 < count < ranks.count or not here:
         return config
@@ -45,7 +45,7 @@ def with_served_rewards(config: Config, frame_rate: float, ranks: Ranks) -> Conf
         return tuple(f"{name}@{urls}" if name in here else name for name in names)
 
     rewards = replace(config.rewards, scorers=there(config.rewards.scorers))
-    evaluation = replace(config.evaluation, held_out=there(config.evaluation.held_out))
+    evaluation = replace(config.evaluation, watchers=there(config.evaluation.watchers))
     return replace(config, rewards=rewards, evaluation=evaluation)
 
 

@@ -1,4 +1,4 @@
-"""The hacking radar: trained reward against held-out scorers, drift of looks, agreement between rewards."""
+"""The hacking radar: trained reward against watchers, drift of looks, agreement between rewards."""
 
 from typing import Any
 
@@ -63,17 +63,15 @@ def _verdict(last: Entry, summary: Entry, *, may_stop: bool, prompts: float) -> 
     elif _mapping(last, "alarms"):
         tone, outcome = "neutral", f"Not often enough in a row to stop.{kept}"
     elif last.get("fallen"):
-        ruled_out = (
-            "A checkpoint at which a held-out reward has fallen is not kept as the best." if may_stop else ""
-        )
+        ruled_out = "A checkpoint at which a watcher has fallen is not kept as the best." if may_stop else ""
         tone, outcome = "neutral", f"{ruled_out}{kept}".strip()
-    elif _mapping(last, "held_out") and prompts < FEWEST_PROMPTS:
+    elif _mapping(last, "watchers") and prompts < FEWEST_PROMPTS:
         few = f"On {prompts:.0f} prompts, fewer than {FEWEST_PROMPTS}, no alarm says little."
         tone, outcome = "neutral", few + kept
-    elif _mapping(last, "held_out"):
+    elif _mapping(last, "watchers"):
         tone, outcome = "good", kept.strip()
     else:
-        tone, outcome = "pending", "Name some with evaluation.held_out and the run stops when they fall."
+        tone, outcome = "pending", "Name some with evaluation.watchers and the run stops when they fall."
     drifted = last.get("drifted")
     names = [str(name) for name in drifted] if isinstance(drifted, list) else []
     warning = f"<p>The look of the videos has drifted: {escape(', '.join(names))}.</p>" if names else ""
@@ -85,12 +83,11 @@ def _verdict(last: Entry, summary: Entry, *, may_stop: bool, prompts: float) -> 
 
 
 def _gains(points: list[tuple[float, Entry]]) -> str:
-    """Paired gain over updates, from zero at the base: the trained reward, held-out ones, the unseen one."""
-    held_out = dict.fromkeys(name for _, radar in points for name in _mapping(radar, "held_out"))
+    """Paired gain over updates, from zero at the base: the trained reward, the watchers, the unseen one."""
+    watchers = dict.fromkeys(name for _, radar in points for name in _mapping(radar, "watchers"))
     panels = [_panel("Trained reward", "what alignment maximises", "aligned", points, "trained")]
     panels += [
-        _panel(name, "held out, watched by the radar", "unseen", points, "held_out", name)
-        for name in held_out
+        _panel(name, "a watcher: it never trains", "unseen", points, "watchers", name) for name in watchers
     ]
     if any("unseen" in radar for _, radar in points):
         note = "the final judge: shown here, never used to stop"
@@ -142,7 +139,7 @@ def _drift(points: list[tuple[float, Entry]]) -> str:
 
 
 def _agreement(table: Entry) -> str:
-    """Rank correlations of per-prompt gains: each trained component with the others and the held-out ones."""
+    """Rank correlations of per-prompt gains: each trained component with the others and the watchers."""
     rows = {str(name): row for name, row in table.items() if isinstance(row, dict)}
     columns = list(dict.fromkeys(str(other) for row in rows.values() for other in row))
     if not columns:

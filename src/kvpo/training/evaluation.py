@@ -30,7 +30,7 @@ class Evaluation:
     """Scores per component and prompt, the mean over segments weighted by their frames."""
     unseen_N: Tensor | None
     """The unseen scorer's scores; None without one."""
-    held_out_HN: Tensor
+    watchers_HN: Tensor
     """Scores of the rewards that watch for hacking; no row without one."""
     looks_LN: Tensor
     """Pixel statistics of the videos (``kvpo.rewards.pixel_statistics``)."""
@@ -49,7 +49,7 @@ class Evaluation:
         return Evaluation(
             components_KN=self.components_KN @ share_ND,
             unseen_N=None if self.unseen_N is None else self.unseen_N @ share_ND,
-            held_out_HN=self.held_out_HN @ share_ND,
+            watchers_HN=self.watchers_HN @ share_ND,
             looks_LN=self.looks_LN @ share_ND,
             texts_N=tuple(distinct),
         )
@@ -63,13 +63,13 @@ class Judges:
     weights_K: Tensor
     unseen: Scorer | None
     """The independent judge of the embedded world: never used for training, selection or stopping."""
-    held_out: tuple[Reward, ...] = ()
+    watchers: tuple[Reward, ...] = ()
     """Rewards that watch for hacking and may stop the run."""
 
     @property
-    def held_out_names(self) -> tuple[str, ...]:
-        """Names of the rows of ``Evaluation.held_out_HN``."""
-        return tuple(name for reward in self.held_out for name in reward.numbers())
+    def watcher_names(self) -> tuple[str, ...]:
+        """Names of the rows of ``Evaluation.watchers_HN``."""
+        return tuple(name for reward in self.watchers for name in reward.numbers())
 
     def totals(self, evaluation: Evaluation) -> Tensor:
         """Weighted reward per prompt, [N]."""
@@ -107,14 +107,14 @@ def _evaluated(backbone: Backbone, prompts: Sequence[VideoPrompt], tape: Tape, j
     latents = stream_latents(backbone.generator, prompts, backbone.texts(prompts), tape)
     videos, frames = pixels_of(codec, latents), codec.frames_per_latent
     unseen = judges.unseen and _segment_scores(judges.unseen, videos, prompts, frames, block, lead=0)[0]
-    held_out = [
+    watchers = [
         _weights(reward) @ _segment_scores(reward, videos, prompts, frames, block, lead=block)
-        for reward in judges.held_out
+        for reward in judges.watchers
     ]
     return Evaluation(
         components_KN=_segment_scores(judges.scorer, videos, prompts, frames, block, lead=block),
         unseen_N=unseen,
-        held_out_HN=torch.cat(held_out) if held_out else torch.empty(0, len(prompts)),
+        watchers_HN=torch.cat(watchers) if watchers else torch.empty(0, len(prompts)),
         looks_LN=looks(videos),
         texts_N=tuple(prompt.segments for prompt in prompts),
     )
@@ -126,7 +126,7 @@ def _joined(parts: Sequence[Evaluation]) -> Evaluation:
     return Evaluation(
         components_KN=torch.cat([part.components_KN for part in parts], 1),
         unseen_N=torch.cat(unseen) if unseen else None,
-        held_out_HN=torch.cat([part.held_out_HN for part in parts], 1),
+        watchers_HN=torch.cat([part.watchers_HN for part in parts], 1),
         looks_LN=torch.cat([part.looks_LN for part in parts], 1),
         texts_N=tuple(texts for part in parts for texts in part.texts_N),
     )

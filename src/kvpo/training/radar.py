@@ -1,7 +1,7 @@
 """Hacking radar: has the trained reward risen while scorers that never train have fallen?
 
 Every comparison is paired, prompt by prompt on the same noise, and judged in its own standard errors. Axes:
-N validation prompts (all sets together), K trained components, H held-out scorers, L looks.
+N validation prompts (all sets together), K trained components, H watchers, L looks.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,9 +15,9 @@ from kvpo.rewards.pixel_statistics import LOOKS
 from kvpo.training.evaluation import Evaluation, Judges, PairedGain, paired_gain
 
 STANDARD_ERRORS = 3.0
-"""Paired standard errors by which the trained reward must have risen and a held-out one fallen."""
+"""Paired standard errors by which the trained reward must have risen and a watcher fallen."""
 FALLS_IN_A_ROW = 2
-"""Validations in a row at which the same held-out reward must have fallen before a run stops."""
+"""Validations in a row at which the same watcher must have fallen before a run stops."""
 FAR = 0.5
 """Drift of a look, in standard deviations between the base's prompts, from which it is worth a warning."""
 
@@ -29,19 +29,19 @@ class Reading:
     update: int
     trained_N: Tensor
     """Weighted reward."""
-    held_out: Mapping[str, Tensor]
-    """Held-out scorer -> scores [N]."""
+    watchers: Mapping[str, Tensor]
+    """Watcher -> scores [N]."""
 
 
 @dataclass(frozen=True)
 class Alarm:
-    """A held-out scorer that fell while the trained reward rose, each beyond its noise."""
+    """A watcher that fell while the trained reward rose, each beyond its noise."""
 
-    scorer: str
+    watcher: str
     since: int
     """Update of the reading it is compared with: the one at which this scorer was highest; 0 is the base."""
     trained: PairedGain
-    held_out: PairedGain
+    fall: PairedGain
 
 
 @dataclass(frozen=True)
@@ -55,11 +55,11 @@ class Verdict:
     hacked: bool = False
     """True if that is often enough to call it hacking."""
     fallen: tuple[str, ...] = ()
-    """Held-out scorers beyond noise below their own best earlier reading, for any trained reward."""
+    """watchers beyond noise below their own best earlier reading, for any trained reward."""
 
 
 def alarms(history: Sequence[Reading], standard_errors: float) -> tuple[Alarm, ...]:
-    """Held-out scorers whose last reading is in alarm.
+    """watchers whose last reading is in alarm.
 
     Each is compared with its own best earlier reading, so that a scorer which first rose and then fell is
     noticed before it is worse than the base. ``history`` starts with the base. More ``standard_errors`` are
@@ -71,13 +71,13 @@ def alarms(history: Sequence[Reading], standard_errors: float) -> tuple[Alarm, .
         best, last = _best_earlier(history, name), history[-1]
         trained = paired_gain(best.trained_N, last.trained_N)
         if trained.mean > standard_errors * trained.standard_error:
-            held_out = paired_gain(best.held_out[name], last.held_out[name])
-            found.append(Alarm(name, best.update, trained, held_out))
+            watchers = paired_gain(best.watchers[name], last.watchers[name])
+            found.append(Alarm(name, best.update, trained, watchers))
     return tuple(found)
 
 
 def fallen(history: Sequence[Reading], standard_errors: float) -> tuple[str, ...]:
-    """Held-out scorers whose last reading is beyond noise below their own best earlier one.
+    """watchers whose last reading is beyond noise below their own best earlier one.
 
     Such a checkpoint is not to be kept as the best, also while the trained reward does not rise yet: a run
     that has begun to trade one for the other passes through there.
@@ -85,15 +85,15 @@ def fallen(history: Sequence[Reading], standard_errors: float) -> tuple[str, ...
     if len(history) < 2:
         return ()
     names = []
-    for name, scores_N in history[-1].held_out.items():
-        change = paired_gain(_best_earlier(history, name).held_out[name], scores_N)
+    for name, scores_N in history[-1].watchers.items():
+        change = paired_gain(_best_earlier(history, name).watchers[name], scores_N)
         if -change.mean > standard_errors * change.standard_error:
             names.append(name)
     return tuple(names)
 
 
 def _best_earlier(history: Sequence[Reading], name: str) -> Reading:
-    return max(history[:-1], key=lambda reading: float(reading.held_out[name].double().mean()))
+    return max(history[:-1], key=lambda reading: float(reading.watchers[name].double().mean()))
 
 
 def judge(history: Sequence[Reading], standard_errors: float, patience: int) -> Verdict:
@@ -103,11 +103,11 @@ def judge(history: Sequence[Reading], standard_errors: float, patience: int) -> 
     so that a resumed run reaches the same verdict.
     """
     last = alarms(history, standard_errors)
-    names, in_a_row = {alarm.scorer for alarm in last}, 0
+    names, in_a_row = {alarm.watcher for alarm in last}, 0
     while names:
         in_a_row += 1
         earlier = history[: len(history) - in_a_row]
-        names &= {alarm.scorer for alarm in alarms(earlier, standard_errors)}
+        names &= {alarm.watcher for alarm in alarms(earlier, standard_errors)}
     return Verdict(last, in_a_row, in_a_row >= patience, fallen(history, standard_errors))
 
 
@@ -141,7 +141,7 @@ def pooled_sets(results: Sequence[Evaluation]) -> Evaluation:
     return Evaluation(
         components_KN=torch.cat([found.components_KN for found in results], 1),
         unseen_N=torch.cat(unseen) if unseen else None,
-        held_out_HN=torch.cat([found.held_out_HN for found in results], 1),
+        watchers_HN=torch.cat([found.watchers_HN for found in results], 1),
         looks_LN=torch.cat([found.looks_LN for found in results], 1),
         texts_N=tuple(texts for found in results for texts in found.texts_N),
     )
@@ -149,7 +149,7 @@ def pooled_sets(results: Sequence[Evaluation]) -> Evaluation:
 
 def reading(update: int, found: Evaluation, judges: Judges) -> Reading:
     """The part of some pooled results that the rule judges by; the unseen scorer is not in it."""
-    scores = dict(zip(judges.held_out_names, found.held_out_HN, strict=True))
+    scores = dict(zip(judges.watcher_names, found.watchers_HN, strict=True))
     return Reading(update, judges.totals(found), scores)
 
 
@@ -157,10 +157,10 @@ def measured(base: Evaluation, aligned: Evaluation, judges: Judges) -> dict[str,
     """Paired changes of everything the radar watches, as the metrics log and summary.json hold them."""
     base_reading, last = reading(0, base, judges), reading(0, aligned, judges)
     gains_KN = aligned.components_KN - base.components_KN
-    others = {name: last.held_out[name] - base_reading.held_out[name] for name in last.held_out}
+    others = {name: last.watchers[name] - base_reading.watchers[name] for name in last.watchers}
     numbers: dict[str, Any] = {
         "trained": _change(base_reading.trained_N, last.trained_N),
-        "held_out": {n: _change(base_reading.held_out[n], last.held_out[n]) for n in last.held_out},
+        "watchers": {n: _change(base_reading.watchers[n], last.watchers[n]) for n in last.watchers},
     }
     if base.unseen_N is not None and aligned.unseen_N is not None:
         numbers["unseen"] = _change(base.unseen_N, aligned.unseen_N)
@@ -195,20 +195,20 @@ def drifted(numbers: Mapping[str, Any], standard_errors: float) -> list[str]:
 def describe_verdict(history: Sequence[Reading], verdict: Verdict) -> str:
     """Readings, the base's first, and the verdict on them, as part of a sentence."""
     if verdict.alarms:
-        fallen = [f"{a.scorer} {_change_text(a.held_out)} since update {a.since}" for a in verdict.alarms]
+        fallen = [f"{a.watcher} {_change_text(a.fall)} since update {a.since}" for a in verdict.alarms]
         often = "once" if verdict.in_a_row == 1 else f"{verdict.in_a_row} validations in a row"
         rise = _change_text(verdict.alarms[0].trained)
-        return f"trained reward {rise} while held-out {', '.join(fallen)} ({often})"
+        return f"trained reward {rise} while watcher {', '.join(fallen)} ({often})"
     base, last = history[0], history[-1]
     trained = f"trained reward {_change_text(paired_gain(base.trained_N, last.trained_N))}"
-    if not last.held_out:
-        return f"{trained}, no held-out scorer to compare it with"
-    held_out = [
-        f"{name} {_change_text(paired_gain(base.held_out[name], scores_N))}"
-        for name, scores_N in last.held_out.items()
+    if not last.watchers:
+        return f"{trained}, no watcher to compare it with"
+    watchers = [
+        f"{name} {_change_text(paired_gain(base.watchers[name], scores_N))}"
+        for name, scores_N in last.watchers.items()
     ]
     but = f", but {' and '.join(verdict.fallen)} fell below the best so far" if verdict.fallen else ""
-    return f"{trained}, held-out {', '.join(held_out)}: no alarm{but}"
+    return f"{trained}, watchers {', '.join(watchers)}: no alarm{but}"
 
 
 def _change_text(gain: PairedGain) -> str:
@@ -218,10 +218,10 @@ def _change_text(gain: PairedGain) -> str:
 def verdict_numbers(history: Sequence[Reading], verdict: Verdict) -> dict[str, Any]:
     """A verdict as the metrics log and summary.json hold it."""
     found = {
-        alarm.scorer: {
+        alarm.watcher: {
             "since": alarm.since,
             "trained": asdict(alarm.trained),
-            "held_out": asdict(alarm.held_out),
+            "fall": asdict(alarm.fall),
         }
         for alarm in verdict.alarms
     }
@@ -240,7 +240,7 @@ def saved(history: Sequence[Reading]) -> list[dict[str, Any]]:
         {
             "update": reading.update,
             "trained": reading.trained_N.tolist(),
-            "held_out": {name: scores_N.tolist() for name, scores_N in reading.held_out.items()},
+            "watchers": {name: scores_N.tolist() for name, scores_N in reading.watchers.items()},
         }
         for reading in history
     ]
@@ -252,7 +252,7 @@ def loaded(records: Sequence[Mapping[str, Any]]) -> list[Reading]:
         Reading(
             int(record["update"]),
             torch.tensor(record["trained"]),
-            {name: torch.tensor(scores) for name, scores in record["held_out"].items()},
+            {name: torch.tensor(scores) for name, scores in record["watchers"].items()},
         )
         for record in records
     ]

@@ -158,7 +158,7 @@ class Run:
     @property
     def guarded(self) -> bool:
         """True if the radar may stop the run and rule out checkpoints."""
-        return bool(self.setup.judges.held_out) and self.setup.config.evaluation.stop_on_hacking
+        return bool(self.setup.judges.watchers) and self.setup.config.evaluation.stop_on_hacking
 
     @property
     def stopped(self) -> bool:
@@ -238,7 +238,7 @@ class Run:
     def validate(self) -> float | None:
         """Compare the aligned weights with the starting policy on the validation prompts.
 
-        The mean gain, by which the best checkpoint is chosen; None where a held-out scorer has fallen.
+        The mean gain, by which the best checkpoint is chosen; None where a watcher has fallen.
         """
         judges, update = self.setup.judges, self.trainer.update
         scored = replace(self.setup.scored)

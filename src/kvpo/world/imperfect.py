@@ -94,7 +94,7 @@ def _amplitude(chance: float, bounds: tuple[float, float], rng: random.Random) -
 def _stage(showing: Showing, generator: torch.Generator) -> tuple[FrameStates, Tensor]:
     """Shaken states and the brightness factor of every frame [T]."""
     story = showing.story
-    states = stage(story, showing.casts, generator)
+    states = stage(story, showing.casts)
     starts = [act.start for act in story.acts]
     ends = [*starts[1:], story.num_frames]
     lengths = torch.tensor([end - start for start, end in zip(starts, ends, strict=True)])

@@ -9,6 +9,7 @@ depends on besides its number: weights, their moving average and the optimisers'
 random draws are functions of (seed, step).
 """
 
+import hashlib
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -163,9 +164,16 @@ class Training:
     step: int = 0
 
     @classmethod
-    def begin(cls, model: WanShape, settings: PretrainSettings, device: str) -> "Training":
-        """Fresh weights on a device."""
-        transformer, text = new_generator(model, settings.seed)
+    def begin(
+        cls, model: WanShape, settings: PretrainSettings, device: str, start: Path | None = None
+    ) -> "Training":
+        """Fresh weights on a device, or those of the base ``start``."""
+        if start is None:
+            transformer, text = new_generator(model, settings.seed)
+        else:
+            transformer, text = load_generator(model, start)
+            transformer.requires_grad_(True)
+            text.requires_grad_(True)
         trained = nn.ModuleDict({"transformer": transformer, "text": text}).to(device)
         average = {name: value.detach().clone() for name, value in trained.state_dict().items()}
         return cls(trained, average, new_optimizers(transformer, trained, settings.lr))
@@ -231,6 +239,7 @@ def pretrain(
     *,
     device: str = "cpu",
     resume: bool = False,
+    start: Path | None = None,
     interrupted: Callable[[], bool] = lambda: False,
 ) -> bool:
     """Train the embedded generator and write its moving average to ``out`` (safetensors, fp16).
@@ -238,14 +247,16 @@ def pretrain(
     ``out`` and a checkpoint beside it are written every ``checkpoint_every`` steps; ``resume`` goes on from
     that checkpoint, and what comes out is the same, byte for byte; the number of steps may differ as long as
     the learning rate has not begun to fall under either. ``report`` is called with (steps done, loss)
-    after every step. Deterministic in the settings on one machine. Returns whether it was finished, which it
-    is not where ``interrupted`` turned true.
+    after every step. ``start`` is a base whose weights come first; without it they are drawn. Deterministic
+    in the settings on one machine. Returns whether it was finished, which it is not where ``interrupted``
+    turned true.
 
     Raises:
-        ValueError: the checkpoint is damaged, of other settings, or there without ``resume``.
+        ValueError: the checkpoint is damaged, of other settings or another ``start``, or there without
+            ``resume``.
     """
-    training, checkpoint = Training.begin(model, settings, device), unfinished(out)
-    header = _header(model, stream, settings)
+    training, checkpoint = Training.begin(model, settings, device, start), unfinished(out)
+    header = _header(model, stream, settings, start)
     if checkpoint.exists():
         if not resume:
             raise ValueError(
@@ -268,10 +279,13 @@ def pretrain(
     return True
 
 
-def _header(model: WanShape, stream: StreamConfig, settings: PretrainSettings) -> dict[str, Any]:
+def _header(
+    model: WanShape, stream: StreamConfig, settings: PretrainSettings, start: Path | None
+) -> dict[str, Any]:
     """Settings that must be the same for a training to go on, as JSON gives them back."""
-    parts = {"model": model, "stream": stream, "settings": settings}
-    return json.loads(json.dumps({name: asdict(part) for name, part in parts.items()}))
+    begun = {"sha256": None if start is None else hashlib.sha256(start.read_bytes()).hexdigest()}
+    parts = {"model": asdict(model), "stream": asdict(stream), "settings": asdict(settings), "start": begun}
+    return json.loads(json.dumps(parts))
 
 
 def _restore(training: Training, path: Path, expected: dict[str, Any]) -> None:

@@ -91,8 +91,8 @@ class _Place:
     phase: float
 
 
-def stage(story: Story, acts_cast: Sequence[Cast], generator: torch.Generator) -> FrameStates:
-    """Per-frame states: positions are continuous while an actor stays, random in x when it enters."""
+def stage(story: Story, acts_cast: Sequence[Cast]) -> FrameStates:
+    """Per-frame states: positions are continuous while an actor stays; actors enter in the middle."""
     frames = story.num_frames
     states = FrameStates(
         scene_N=torch.zeros(frames, dtype=torch.long),
@@ -102,14 +102,13 @@ def stage(story: Story, acts_cast: Sequence[Cast], generator: torch.Generator) -
         centre_NA2=torch.zeros(frames, MAX_ACTORS, 2),
     )
     ends = [act.start for act in story.acts[1:]] + [frames]
-    entrances = torch.rand(len(story.acts), MAX_ACTORS, generator=generator) * WIDTH
     where: dict[int, _Place] = {}
-    for number, (act, cast, end) in enumerate(zip(story.acts, acts_cast, ends, strict=True)):
+    for act, cast, end in zip(story.acts, acts_cast, ends, strict=True):
         states.scene_N[act.start : end] = _SCENE_INDEX[act.scene]
         following = {}
         for slot, (actor, identity) in enumerate(zip(act.actors, cast, strict=True)):
             lane = LANES[len(act.actors)][slot]
-            place = where.get(identity, _Place(float(entrances[number, slot]), lane, 0.0))
+            place = where.get(identity, _Place(WIDTH / 2, lane, 0.0))
             centre_T2, following[identity] = _move(actor, lane, place, end - act.start)
             states.centre_NA2[act.start : end, slot] = centre_T2
             states.colour_NA[act.start : end, slot] = _COLOUR_INDEX[actor.colour]
@@ -229,6 +228,6 @@ def _texture(scene: str, x: Tensor, y: Tensor, ground: Tensor, unit: float) -> T
     return -tooth * torch.tensor((0.10, 0.05, 0.12))[:, None, None]
 
 
-def render(story: Story, generator: torch.Generator, size: int = FRAME_SIZE) -> Tensor:
-    """The story exactly as its acts say, [T, 3, size, size] in [0, 1]; entrances are random."""
-    return paint(stage(story, casts(story), generator), size)
+def render(story: Story, size: int = FRAME_SIZE) -> Tensor:
+    """The story exactly as its acts say, [T, 3, size, size] in [0, 1]."""
+    return paint(stage(story, casts(story)), size)

@@ -19,7 +19,7 @@ from kvpo.method.routing import visible_frames
 from kvpo.models.settings import Deployment
 from kvpo.world.codec import load_codec
 from kvpo.world.grammar import parse
-from kvpo.world.imperfect import Faults, film, imperfect_story, training_stories
+from kvpo.world.imperfect import Faults, Showing, film, imperfect_story, training_stories
 from kvpo.world.stories import RECALLS, Telling
 from kvpo.world.vocabulary import Act, Story
 
@@ -29,13 +29,15 @@ ROUTED = (3, 6)
 """Slots that a routed row fills from its memory: as many as deployment has, or twice as many."""
 DISTINCT = (1, 2, 3, 6)
 """Different frames among them."""
+CANDIDATES = 4
+"""Stories drawn for each that is shown."""
 
 
 @dataclass(frozen=True)
 class SnippetSettings:
     """Parts of training stories that are looked at, and how often their history is routed."""
 
-    videos: int = 12
+    videos: int = 16
     num_frames: int = 84
     frame_size: int = 48
     """Height and width of the frames in pixels."""
@@ -44,14 +46,16 @@ class SnippetSettings:
     faults: Faults = Faults(
         late_switch=0.2, flicker=0.25, flicker_range=(0.06, 0.18), jitter=0.15, jitter_range=(0.7, 1.8)
     )
-    run: int = 4
+    run: int = 2
     """Consecutive blocks that are trained."""
-    copies: int = 3
+    copies: int = 4
     """Noisy rows of each, every copy with a history of its own."""
     recall_weight: float = 6.0
     """Weight of an act that brings something back, against 1 of the other acts of its story."""
     untold_weight: float = 50.0
     """Weight of an act that brings back what only the memory can tell."""
+    untold_share: float = 0.4
+    """Share of the videos that have such an act, where as many of ``CANDIDATES`` times the videos do."""
     opening_share: float = 0.6
     """Share of the runs that begin where their act begins; all do where it brings something back."""
     routed_share: float = 0.4
@@ -113,6 +117,22 @@ def only_history_tells(story: Story, shown: Story, number: int) -> bool:
     hidden = bool(telling) and 0 not in telling and number - 1 not in telling
     left_open = any(actor.colour is None or actor.shape is None for actor in parse(act.caption).actors)
     return act.event in RECALLS and hidden and left_open
+
+
+def shown_stories(settings: SnippetSettings, generator: torch.Generator) -> tuple[list[Story], list[Showing]]:
+    """Stories of one batch and how they are shown; in a good share of them only history tells who returns."""
+    count = settings.videos * CANDIDATES
+    pairs = [
+        (story, imperfect_story(story, settings.faults, generator))
+        for story in training_stories(generator, count, settings.num_frames, settings.telling)
+    ]
+    hidden, plain = [], []
+    for story, showing in pairs:
+        untold = any(only_history_tells(story, showing.story, n) for n in range(len(story.acts)))
+        (hidden if untold else plain).append((story, showing))
+    hidden = hidden[: round(settings.untold_share * settings.videos)]
+    stories, showings = zip(*hidden, *plain[: settings.videos - len(hidden)], strict=True)
+    return list(stories), list(showings)
 
 
 def draw_snippet(
@@ -243,8 +263,7 @@ class TrainingSnippets(Dataset):
         torch.set_num_threads(1)
         settings, block = self.settings, self.stream.block
         generator = keyed_generator("pretraining videos", self.seed, step)
-        stories = training_stories(generator, settings.videos, settings.num_frames, settings.telling)
-        showings = [imperfect_story(story, settings.faults, generator) for story in stories]
+        stories, showings = shown_stories(settings, generator)
         snippets = [
             draw_snippet(story, showing.story, self.stream, settings, generator)
             for story, showing in zip(stories, showings, strict=True)

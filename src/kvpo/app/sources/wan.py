@@ -63,7 +63,7 @@ def wan_backbone(config: Config, prompts: Iterable[VideoPrompt] = ()) -> Backbon
 
 def build_wan(config: Config) -> Setup:
     """A public generator to align, on the prompts of a file, with the reward that is named."""
-    reach_servers([*config.rewards.scorers, *config.evaluation.held_out])
+    reach_servers([*config.rewards.scorers, *config.evaluation.watchers])
     training, validation, test = split_prompts(config)
     prompts = updates_prompts(config, training)
     seen = [prompts(update) for update in range(config.optim.updates)]
@@ -106,7 +106,7 @@ def longest_prompt(config: Config) -> VideoPrompt:
 def surroundings(config: Config) -> Surroundings:
     """Text encoder, VAE and reward models."""
     low = config.optim.autocast == "bfloat16"
-    local = [name for name in config.rewards.scorers + config.evaluation.held_out if "@" not in name]
+    local = [name for name in config.rewards.scorers + config.evaluation.watchers if "@" not in name]
     families = {"videoalign" if name.startswith("videoalign") else name for name in local}
     size = 2 if config.backbone.vae_precision == "bfloat16" else 4
     pixels = 64 * config.model.latent_height * config.model.latent_width

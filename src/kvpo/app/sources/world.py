@@ -91,8 +91,8 @@ def base_path(config: Config) -> Path:
     return local_path(config.backbone.checkpoint or shipped, "backbone.checkpoint")
 
 
-def load_base(config: Config) -> tuple[CausalWan, LearnedTextEncoder]:
-    """The embedded generator of a configuration, frozen.
+def checked_base(config: Config) -> Path:
+    """The base checkpoint of a configuration.
 
     Raises:
         ConfigurationError: the file is missing or holds another kind of generator.
@@ -123,6 +123,12 @@ def load_base(config: Config) -> tuple[CausalWan, LearnedTextEncoder]:
         raise ConfigurationError(
             f"backbone.checkpoint: {path} is not of backbone.geometry: {'; '.join(different)}"
         )
+    return path
+
+
+def load_base(config: Config) -> tuple[CausalWan, LearnedTextEncoder]:
+    """The embedded generator of a configuration, frozen; raises what ``checked_base`` does."""
+    path = checked_base(config)
     try:
         return load_generator(config.model, path)
     except RuntimeError as error:
