@@ -101,8 +101,8 @@ def test_a_run_of_spread_weights_is_that_of_whole_ones(rank: int, tiny_base: Pat
 
 
 def test_a_public_generator_in_bfloat16_with_an_adapter_in_float32(tmp_path: Path) -> None:
-    config = tiny_wan("memflow-1.3b", tmp_path, **SETTINGS, optim__autocast="bfloat16", optim__lr=1e-3,
-                      optim__updates=3)  # fmt: skip
+    changes = {"optim__autocast": "bfloat16", "optim__checkpointing": True, "optim__updates": 3}
+    config = tiny_wan("memflow-1.3b", tmp_path, **SETTINGS, **changes, optim__lr=1e-3)
     expected, scores = run_of([1], [3], wan_trainer, config, tmp_path / "whole")
     found, again = run_of([2], [3], wan_trainer, config, tmp_path / "spread")
     assert_near(found, expected, 1e-4)
