@@ -162,7 +162,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def read_shards(index: Path) -> tuple[dict[str, Tensor], tuple[Path, ...]]:
-    """Tensors of a sharded safetensors checkpoint, each key read from the shard that its index names, and the
+    """Tensors of a sharded checkpoint, each key read from the shard that its index names, and the
     shards.
 
     Raises:
@@ -177,7 +177,7 @@ def read_shards(index: Path) -> tuple[dict[str, Tensor], tuple[Path, ...]]:
     shards = sorted(set(weight_map.values()))
     if absent := [name for name in shards if Path(name).name != name or not (index.parent / name).is_file()]:
         raise ValueError(f"{index}: shards that are not beside it: {named_list(absent)}; download the rest")
-    held = {shard: read_safetensors(index.parent / shard) for shard in shards}
+    held = {shard: read_tensors(index.parent / shard) for shard in shards}
     if lost := [f"{key} ({shard})" for key, shard in weight_map.items() if key not in held[shard]]:
         raise ValueError(f"{index}: keys that their shard does not hold: {named_list(lost)}")
     tensors = {key: held[shard][key] for key, shard in weight_map.items()}

@@ -9,6 +9,8 @@ from torch import Tensor
 from kvpo.app.file_prompts import Sets
 from kvpo.config import Config
 from kvpo.engine.generator import PageShape, StreamingGenerator
+from kvpo.engine.noise import SeededTape, keyed_generator
+from kvpo.engine.stream import stream_latents
 from kvpo.method.flow import STEPS, few_step_sigmas
 from kvpo.models.adapters import leave_casts_to_autocast
 from kvpo.models.causal_wan import CausalWan
@@ -74,3 +76,17 @@ def streaming_generator(config: Config, transformer: CausalWan) -> StreamingGene
         autocast=autocast,
         page_dtype=autocast or torch.float32,
     )
+
+
+def first_block(config: Config, transformer: CausalWan) -> Tensor:
+    """Latents ``[F, C, H, W]`` of the first block that a transformer makes of one noise and one random text.
+
+    They are of the smallest size, so that weights of any size are told apart within seconds.
+    """
+    shape, key = transformer.shape, "first block"
+    text = torch.randn(shape.text_len, shape.text_dim, generator=keyed_generator(key))
+    with transformer.smallest_latents():
+        generator = streaming_generator(config, transformer)
+        prompt = VideoPrompt(0, (key,), (), generator.block)
+        tape = SeededTape((key,), generator.block_shape)
+        return stream_latents(generator, [prompt], {key: text.to(config.device)}, tape)[0].cpu()

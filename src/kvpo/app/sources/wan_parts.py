@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from kvpo.app.sources.common import first_block
 from kvpo.config import Config
 from kvpo.config_checks import ConfigurationError
 from kvpo.engine.noise import keyed_generator
@@ -42,7 +43,7 @@ WAYS_OUT = {
     "checkpoint": "--checkpoint FILE, the transformer weights that belong to the preset (longlive_base.pt)",
     "encoders": "--backbone.encoders PATH, such as Wan-AI/Wan2.1-T2V-1.3B: UMT5, its tokenizer and the VAE",
 }
-TRANSFORMER_FILES = ("diffusion_pytorch_model*", "transformer/*")
+TRANSFORMER_FILES = ("diffusion_pytorch_model*", "transformer/*", "model.*", "pytorch_model*")
 ADAPTER_FILES = ("adapter_*", "pytorch_lora_weights*")
 ENCODER_FILES = (
     "models_t5*", "google/*", "text_encoder/*", "tokenizer/*", "vae/*", "Wan2.1_VAE.pth"
@@ -196,12 +197,17 @@ def open_weights(config: Config) -> WeightFiles:
     path = located(config, "checkpoint", *TRANSFORMER_FILES)
     state = load_transformer_state(path, entry=split_entry(backbone.checkpoint)[1])
     check_state(model, state)
+    if state.adapted and not backbone.lora:
+        raise ConfigurationError(
+            f"backbone.lora: empty, but {state.source} holds weights and their adapter; give the file as "
+            f"both: --backbone.lora {backbone.checkpoint}"
+        )
     adapter = None
     if backbone.lora:
         path = located(config, "lora", *ADAPTER_FILES, beside=(PEFT_CONFIG,))
         adapter = load_adapter_state(path, entry=split_entry(backbone.lora)[1])
         check_adapter(model, adapter)
-        logger.info("adapter: %s", adapter.described())
+        logger.info("adapter bound to %s", adapter.described())
         if backbone.lora_start == "continue":
             _demand_same_adapter(config, adapter)
     return WeightFiles(model, state, adapter)
@@ -222,6 +228,7 @@ def wan_weights(config: Config, given: WeightFiles | None = None) -> Weights:
     assign_state(model, state, device=config.device, dtype=frozen_dtype(config))
     model.requires_grad_(False)
     model.checkpointing = optim.checkpointing
+    bare = None if adapter is None else first_block(config, model)
     if adapter is not None and backbone.lora_start == "merge":
         merge_adapter(model, adapter, state.tensors)
     if not optim.lora_rank:
@@ -231,6 +238,11 @@ def wan_weights(config: Config, given: WeightFiles | None = None) -> Weights:
     else:
         draws = keyed_generator("adapter", config.seed)
         add_adapter(model, optim.lora_rank, generator=draws)
+    if adapter is not None and bare is not None and torch.equal(first_block(config, model), bare):
+        raise ValueError(
+            f"{adapter.source}: bound to {len(adapter.modules)} layers, but the generator makes the same "
+            f"latents with and without it at optim.autocast {optim.autocast}; is it of this checkpoint?"
+        )
     if optim.compile:
         model.compile_blocks()
     entries = [split_entry(location)[1] or "" for location in (backbone.checkpoint, backbone.lora)]
