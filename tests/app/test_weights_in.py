@@ -1,4 +1,4 @@
-"""Files in the layouts of public post-trained generators, with random weights: what loads and what it does."""
+"""Files in the layouts of public post-trained generators: they load, and change the base."""
 
 import json
 from collections.abc import Callable
