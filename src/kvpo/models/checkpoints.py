@@ -36,7 +36,7 @@ _WRAPPERS = re.compile(r"(?:_fsdp_wrapped_module|_checkpoint_wrapped_module|_ori
 PREFIX = re.compile(
     r"^(?:(?:module|model|base_model|generator|transformer|diffusion_model|pipe\.dit|dit)\.)+"
 )
-"""What trainers, pipelines and interfaces put before the names of the transformer."""
+"""Words that trainers, pipelines and interfaces put before the names of the transformer."""
 ADAPTER_KEY = re.compile(r"^(?P<module>.+)\.lora[._](?P<half>A|B|down|up)\.(?:[^.]+\.)?weight$")
 _KOHYA = re.compile(r"^(?:lora_unet|lora_transformer|lycoris)_(?P<block>blocks_\d+_)?(?P<layer>[^.]+)")
 
