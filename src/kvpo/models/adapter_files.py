@@ -252,6 +252,8 @@ def _adapter_file(directory: Path) -> Path:
     for name in (*PEFT_FILES, DIFFUSERS_ADAPTER_NAME):
         if (directory / name).is_file():
             return directory / name
+    if len(single := sorted(directory.glob("*.safetensors"))) == 1:
+        return single[0]
     raise ValueError(
         f"{directory}: no adapter ({', '.join((*PEFT_FILES, DIFFUSERS_ADAPTER_NAME))}); "
         f"the directory holds {named_list(sorted(p.name for p in directory.iterdir())) or 'nothing'}"

@@ -300,7 +300,7 @@ class CausalWan(nn.Module):
     def smallest_latents(self) -> Iterator[None]:
         """Inside, latents are two by two tokens: enough to compare weights, at a fraction of the work."""
         own, (_, height, width) = self.shape, self.shape.patch_size
-        shaped = [self, *(cast(WanBlock, block) for block in self.blocks)]
+        shaped: list[CausalWan | WanBlock] = [self, *(cast(WanBlock, block) for block in self.blocks)]
         try:
             for module in shaped:
                 module.shape = replace(own, latent_height=2 * height, latent_width=2 * width)

@@ -19,6 +19,10 @@ from kvpo.models.finite import require_finite_weights
 SAMPLES = 64
 SAMPLE_BYTES = 65536
 ALIGNMENT = 64
+RECORD = "kvpo"
+"""Field of a safetensors header, or entry of a .pt file, that says what exported weights were made with."""
+DIGESTED = 64
+"""Numbers of each tensor that `digest_of` reads."""
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -83,6 +87,17 @@ def fingerprint(paths: Iterable[Path], settings: str = "") -> str:
                 for sample in range(SAMPLES):
                     stream.seek((size - SAMPLE_BYTES) * sample // (SAMPLES - 1))
                     digest.update(stream.read(SAMPLE_BYTES))
+    return digest.hexdigest()
+
+
+def digest_of(tensors: Mapping[str, Tensor]) -> str:
+    """Digest of weights by name, shape and evenly spaced numbers in bfloat16, whatever file they are from."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(json.dumps([name, list(tensor.shape)]).encode())
+        sample = tensor.detach().reshape(-1)[:: max(1, tensor.numel() // DIGESTED)].cpu().to(torch.bfloat16)
+        digest.update(bytes(sample.contiguous().view(torch.uint8).numpy()))
     return digest.hexdigest()
 
 

@@ -62,6 +62,7 @@ class Source:
 def streaming_generator(config: Config, transformer: CausalWan) -> StreamingGenerator:
     """The streaming generator of a configuration around a transformer."""
     stream, shape = config.stream, transformer.shape
+    first = few_step_sigmas(stream.schedule_first, stream.shift).tolist() if stream.schedule_first else ()
     autocast = None if config.optim.autocast == "none" else torch.bfloat16
     if autocast is not None:
         leave_casts_to_autocast(transformer)
@@ -69,6 +70,7 @@ def streaming_generator(config: Config, transformer: CausalWan) -> StreamingGene
         transformer=transformer,
         deployment=stream.deployment,
         sigmas=tuple(few_step_sigmas(stream.schedule, stream.shift).tolist()),
+        sigmas_first=tuple(first),
         step=STEPS[stream.step_rule],
         latent_shape=(shape.channels, shape.latent_height, shape.latent_width),
         pages=PageShape(shape.num_layers, shape.tokens_per_frame, shape.num_heads, shape.head_dim),

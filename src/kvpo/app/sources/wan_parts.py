@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from kvpo.app.origin import warn_of_other_values
 from kvpo.app.sources.common import first_block
 from kvpo.config import Config
 from kvpo.config_checks import ConfigurationError
@@ -25,7 +26,7 @@ from kvpo.models.checkpoints import (
 )
 from kvpo.models.hub import resolve_location, split_entry
 from kvpo.models.offload import on_device
-from kvpo.models.tensor_files import fingerprint
+from kvpo.models.tensor_files import digest_of, fingerprint
 from kvpo.models.umt5 import (
     PromptCache,
     UMT5Encoder,
@@ -202,12 +203,14 @@ def open_weights(config: Config) -> WeightFiles:
             f"backbone.lora: empty, but {state.source} holds weights and their adapter; give the file as "
             f"both: --backbone.lora {backbone.checkpoint}"
         )
+    warn_of_other_values(state.files[0], config)
     adapter = None
     if backbone.lora:
         path = located(config, "lora", *ADAPTER_FILES, beside=(PEFT_CONFIG,))
         adapter = load_adapter_state(path, entry=split_entry(backbone.lora)[1])
         check_adapter(model, adapter)
         logger.info("adapter bound to %s", adapter.described())
+        warn_of_other_values(adapter.files[0], config, digest_of(state.tensors))
         if backbone.lora_start == "continue":
             _demand_same_adapter(config, adapter)
     return WeightFiles(model, state, adapter)
