@@ -102,35 +102,36 @@ def export(
         before = first_block(host, model)
     with both.aligned():
         after = first_block(host, model)
-        given = None
-        if layout in ADAPTERS:
-            part: AdapterState | dict[str, Tensor] = adapter_state(model)
-            if difference is not None:
-                given = adapter_state(model, REFERENCE)
-                part, lost = adapter_difference(adapter_state(model), given, difference)
-                record |= {"added_to": config.backbone.lora, "rank": part.rank, "lost": lost}
-                logger.info(
-                    "difference to %s: rank %d, without %.2g of it", config.backbone.lora, part.rank, lost
-                )
-        else:
-            part = merged_state(model)
-        if (
-            layout in ADAPTERS
-            and (difference is not None or not config.backbone.lora)
-            and torch.equal(before, after)
-        ):
+        fresh = layout in ADAPTERS and (difference is not None or not config.backbone.lora)
+        if fresh and torch.equal(before, after):
             raise ValueError(
                 f"{path}: its adapter changes nothing of what is generated; there is nothing to export"
             )
+        part, given, added = _part(model, config, layout, difference)
         rebuilt = partial(_rebuilt, host, model, given=given)
-        if difference:
+        if isinstance(part, AdapterState) and difference:
             after = first_block(host, rebuilt(part))  # less what the rank loses
         proof = _Proof(config, host, rebuilt, before, after)
-        finish = partial(_finish, proof, layout, out, record, run)
-        _write(layout, out, part, config, record, finish)
+        finish = partial(_finish, proof, layout, out, record | added, run)
+        _write(layout, out, part, config, record | added, finish)
     if push:
         logger.warning("pushed to %s", push_folder(out, push))
     return out
+
+
+def _part(
+    model: CausalWan, config: Config, layout: Layout, difference: int | None
+) -> tuple[AdapterState | dict[str, Tensor], AdapterState | None, dict[str, Any]]:
+    """The weights that a layout holds, the adapter that they are to be added to, and a record of that."""
+    if layout not in ADAPTERS:
+        return merged_state(model), None, {}
+    trained, lora = adapter_state(model), config.backbone.lora
+    if difference is None:
+        return trained, None, {}
+    given = adapter_state(model, REFERENCE)
+    part, lost = adapter_difference(trained, given, difference)
+    logger.info("difference to %s: rank %d, without %.2g of it", lora, part.rank, lost)
+    return part, given, {"added_to": lora, "rank": part.rank, "lost": lost}
 
 
 def _check(config: Config, run: Path, layout: Layout, difference: int | None, push: str) -> None:
