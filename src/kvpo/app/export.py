@@ -84,8 +84,8 @@ def export(
     Raises:
         ConfigurationError: an adapter alone of a run that trained all parameters, or whose adapter belongs to
             merged weights that no file holds; a difference to no adapter.
-        ValueError: a run, checkpoint or target that cannot be used; a best checkpoint that is the base; a
-            file that does not generate what the run does; an upload that fails, which the export survives.
+        ValueError: a run, checkpoint or target that cannot be used; a best checkpoint that is the base; an
+            upload that fails, which the export survives.
     """
     run, out = local_path(run, "run"), local_path(out, "out")
     config = resolve_run(run, places)
@@ -104,16 +104,14 @@ def export(
         after = first_block(host, model)
         fresh = layout in ADAPTERS and (difference is not None or not config.backbone.lora)
         if fresh and torch.equal(before, after):
-            raise ValueError(
-                f"{path}: its adapter changes nothing of what is generated; there is nothing to export"
-            )
+            raise ValueError(f"{path}: its adapter changes nothing of what is generated: nothing to export")
         part, given, added = _part(model, config, layout, difference)
         rebuilt = partial(_rebuilt, host, model, given=given)
         if isinstance(part, AdapterState) and difference:
             after = first_block(host, rebuilt(part))  # less what the rank loses
+        record |= added
         proof = _Proof(config, host, rebuilt, before, after)
-        finish = partial(_finish, proof, layout, out, record | added, run)
-        _write(layout, out, part, config, record | added, finish)
+        _write(layout, out, part, config, record, partial(_finish, proof, layout, out, record, run))
     if push:
         logger.warning("pushed to %s", push_folder(out, push))
     return out
