@@ -84,8 +84,7 @@ def export(
     Raises:
         ConfigurationError: an adapter alone of a run that trained all parameters, or whose adapter belongs to
             merged weights that no file holds; a difference to no adapter.
-        ValueError: a run, checkpoint or target that cannot be used; a best checkpoint that is the base; an
-            upload that fails, which the export survives.
+        ValueError: a run, checkpoint or target that cannot be used; a best checkpoint that is the base.
     """
     run, out = local_path(run, "run"), local_path(out, "out")
     config = resolve_run(run, places)
