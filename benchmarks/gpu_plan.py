@@ -147,7 +147,7 @@ class Phases:
         self.take(PHASES[2], lambda: decode_members(group, setup.backbone.codec, lead=0))
         codec, scorer = setup.backbone.codec, setup.judges.scorer
         scores = score_group(group, codec, scorer, block=block, shares=setup.clip_shares())
-        scale = collection_scale([scores], setup.blend(), setup.config.objective)
+        scale = collection_scale([scores], setup.blend())
         credits = collection.credits_of(setup, update, {group.index: scores}, scale)
         lessons = collection.lessons_of(setup, trainer.learner, update, rollout, credits)
         lesson = lessons[group.index]

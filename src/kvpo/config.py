@@ -11,6 +11,7 @@ from kvpo.method.settings import (
     LatentDistanceSettings,
     MethodSettings,
     NftSettings,
+    OwnSettings,
     RvmSettings,
     SelfDistillSettings,
 )
@@ -285,9 +286,10 @@ class Config:
         return replace(geometry(self.backbone.geometry), latent_height=height, latent_width=width)
 
     @property
-    def own_settings(self) -> Any:
+    def own_settings(self) -> OwnSettings:
         """The section of the chosen method."""
-        return vars(self)[self.method.replace("-", "_")]
+        own: OwnSettings = vars(self)[self.method.replace("-", "_")]
+        return own
 
     @property
     def method_settings(self) -> MethodSettings[Any]:

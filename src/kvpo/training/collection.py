@@ -104,7 +104,7 @@ def credit_of(setup: Setup, update: int, index: int, score: Scores, scale: Scale
     if not METHODS[config.method].rewarded:
         return no_credit(score.local_KM.shape[1] - 1)
     draws = keyed_generator("advantages", config.seed, update, index)
-    return assign_credit(score, setup.blend(), config.objective, draws, scale)
+    return assign_credit(score, setup.blend(), draws, scale)
 
 
 def credits_of(
@@ -157,7 +157,7 @@ def collect(setup: Setup, learner: Learner, updates: range) -> list[Collected]:
         sorted(sum(shares, []), key=itemgetter(0)) for shares in zip(*ranks.gather(own, doing), strict=True)
     ]
     every = [score for seen in by_update for _, score, _ in seen]
-    scale = collection_scale(every, setup.blend(), setup.config.objective)
+    scale = collection_scale(every, setup.blend())
     collected = []
     with ranks.together("replaying the rollout policy"):
         for update, (rollout, _), seen in zip(updates, explored, by_update, strict=True):
