@@ -1,6 +1,7 @@
 import hashlib
 import itertools
 import json
+import math
 import multiprocessing
 import os
 import pickle
@@ -187,6 +188,22 @@ def test_a_damaged_later_checkpoint_takes_no_place_of_those_that_are_kept(tmp_pa
     with pytest.raises(CheckpointError, match="every checkpoint in .* is damaged .* remove that directory"):
         resume_point(tmp_path)
     assert resume_point(tmp_path / "nothing") is None
+
+
+def test_a_resumed_run_passes_over_what_it_cannot_read(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A whole file of bad numbers or flipped bits is damaged, as a file cut short is."""
+    good = saved(tmp_path, 10)
+    flipped = saved(tmp_path, 20) / "state.safetensors"
+    flipped.write_bytes(flipped.read_bytes()[:-1] + b"!")
+    save_checkpoint(tmp_path, 30, {"optimizer.0": torch.tensor([math.nan])}, {}, architecture={})
+    assert resume_point(tmp_path) == good
+    assert "update-000030: optimizer.0 holds NaN" in caplog.messages[0]
+    assert "fails its SHA-256" in caplog.messages[1]
+    shutil.rmtree(good)
+    with pytest.raises(CheckpointError, match="every checkpoint in .* is damaged"):
+        resume_point(tmp_path)
 
 
 def test_retention_keeps_the_newest_and_the_best(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from kvpo.training import radar
 from kvpo.training.backbone import Weights
 from kvpo.training.checkpoint import (
     CheckpointError,
-    latest_checkpoint,
+    checkpoints,
     load_checkpoint,
     mark_best,
     prune,
@@ -303,18 +303,24 @@ def evaluate_base(setup: Setup, trainer: Trainer, sets: Mapping[str, Any]) -> di
         return {name: evaluate_prompts(setup, prompts) for name, prompts in sets.items()}
 
 
-def resume_point(checkpoints: Path) -> Path | None:
-    """The checkpoint a resumed run continues from; None starts at update 0.
+def resume_point(directory: Path) -> Path | None:
+    """The newest checkpoint that can be read whole, which a resumed run continues from; None starts at 0.
 
-    Raises CheckpointError where there are checkpoints and none of them can be read.
+    Those passed over are warnings. Raises CheckpointError where there are checkpoints and none can be read.
     """
-    latest = latest_checkpoint(checkpoints)
-    if latest is None and any(checkpoints.glob("update-*")):
+    for path in reversed(checkpoints(directory)):
+        try:
+            load_checkpoint(path)
+        except CheckpointError as error:
+            logger.warning("skipped: %s", error)
+        else:
+            return path
+    if any(directory.glob("update-*")):
         raise CheckpointError(
-            f"every checkpoint in {checkpoints} is damaged or incomplete; remove that directory to start the "
+            f"every checkpoint in {directory} is damaged or incomplete; remove that directory to start the "
             "run again from its saved configuration"
         )
-    return latest
+    return None
 
 
 def checkpoint_update(path: Path) -> int:

@@ -270,8 +270,8 @@ class Trainer:
         saved = unflatten_state(moments, state["optimizer"])
         load_optimizer_state(self.optimizer, self.policy.parameters, saved)
         self.update = int(state["update"])
-        self.average.updates = int(state.get("averaged", self.update))  # 0.1.0 did not count them
-        self.idle_updates = int(state.get("idle", 0))
+        self.average.updates = int(state["averaged"])
+        self.idle_updates = int(state["idle"])
 
 
 def architecture(weights: Weights) -> dict[str, Any]:
