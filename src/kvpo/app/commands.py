@@ -14,6 +14,7 @@ from pathlib import Path
 from kvpo.app import arena_commands, live_commands, reward_commands
 from kvpo.app.arguments import (
     SETTING_PREFIX,
+    aligned_arguments,
     checkpoint_argument,
     configuration,
     generating,
@@ -97,14 +98,7 @@ def _generate_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--out", type=path_argument, required=True, metavar="DIR", help="directory for the videos"
     )
-    parser.add_argument(
-        "--run",
-        type=path_argument,
-        metavar="DIR",
-        help="a run whose aligned model generates, in addition to its base",
-    )
-    checkpoint_argument(parser)
-    weights_argument(parser)
+    aligned_arguments(parser, "generates, in addition to its base")
     parser.add_argument(
         "--prompts",
         type=path_argument,
