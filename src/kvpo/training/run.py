@@ -29,6 +29,7 @@ from kvpo.training.metrics_log import MetricsLog
 from kvpo.training.policy import Policy, Sides, policy_of
 from kvpo.training.ranks import RanksDiffer, added_up
 from kvpo.training.setup import Setup
+from kvpo.training.state import expected_moments
 from kvpo.training.trainer import Trainer, architecture
 
 logger = logging.getLogger(__name__)
@@ -263,8 +264,8 @@ def restore(trainer: Trainer, path: Path) -> dict[str, Any]:
         tensors, state = load_checkpoint(path, architecture=architecture(trainer.setup.backbone.weights))
         expected, _ = trainer.tensors_and_state()
         parameters = {name: value for name, value in expected.items() if not name.startswith("optimizer.")}
-        moments = {name: value for name, value in tensors.items() if name.startswith("optimizer.")}
-        require_tensors(path, tensors, {**parameters, **moments})
+        own = {f"optimizer.{name}": value for name, value in trainer.policy.parameters.items()}
+        require_tensors(path, tensors, parameters | expected_moments(own, tensors))
         trainer.restore(tensors, state)
     trainer.demand_equal_ranks()
     return state

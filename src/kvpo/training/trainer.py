@@ -23,7 +23,7 @@ from kvpo.training.learning import IDLE_UPDATES, why_nothing_is_learned
 from kvpo.training.policy import MovingAverage, Sides, policy_of
 from kvpo.training.reduction import OrderedSum, digest, taken
 from kvpo.training.setup import Setup
-from kvpo.training.state import flatten_state, load_optimizer_state, optimizer_state, unflatten_state
+from kvpo.training.state import load_moments, moments_of
 
 logger = logging.getLogger(__name__)
 
@@ -124,10 +124,8 @@ class Trainer:
                 self.optimizer.zero_grad(set_to_none=True)
                 way_out = f"lower optim.lr = {optim.lr}"
                 require_finite(self.policy.parameters, "parameters after the step", way_out)
-                moments, _ = flatten_state(optimizer_state(self.optimizer, self.policy.parameters))
-                moments = {
-                    name: moment for name, moment in moments.items() if moment.dim()
-                }  # counts are elsewhere
+                moments = moments_of(self.optimizer, self.policy.parameters)
+                moments = {name: moment for name, moment in moments.items() if not name.endswith(".step")}
                 require_finite(moments, "optimiser's state after the step", way_out)
         self.average.update(self.policy.parameters)
         return found, {"velocity_kl": drift, "gradient_norm": norm, "gradient_coverage": coverage}
@@ -236,12 +234,12 @@ class Trainer:
         """Everything a resumed run needs: parameters, moving average, optimiser, update."""
         parameters = {f"parameters.{name}": p.detach() for name, p in self.policy.parameters.items()}
         average = {f"average.{name}": value for name, value in self.average.values.items()}
-        moments, skeleton = flatten_state(optimizer_state(self.optimizer, self.policy.parameters))
+        moments = moments_of(self.optimizer, self.policy.parameters)
         tensors = parameters | average | {f"optimizer.{name}": value for name, value in moments.items()}
         starting = self.policy.starting_values or {}
         tensors |= {f"starting.{name}": value for name, value in starting.items()}
         counts = {"averaged": self.average.updates, "idle": self.idle_updates}
-        return tensors, {"update": self.update, **counts, "optimizer": skeleton}
+        return tensors, {"update": self.update, **counts}
 
     @property
     def aligned(self) -> Mapping[str, Tensor]:
@@ -267,8 +265,7 @@ class Trainer:
             for name, value in tensors.items()
             if name.startswith("optimizer.")
         }
-        saved = unflatten_state(moments, state["optimizer"])
-        load_optimizer_state(self.optimizer, self.policy.parameters, saved)
+        load_moments(self.optimizer, self.policy.parameters, moments)
         self.update = int(state["update"])
         self.average.updates = int(state["averaged"])
         self.idle_updates = int(state["idle"])
