@@ -1,4 +1,4 @@
-"""Whether a run at the real 1.3B geometry takes the memory and the seconds that `kvpo plan` says.
+"""Compare the memory and the seconds of a run at the real 1.3B geometry with what `kvpo plan` says.
 
     python benchmarks/gpu_plan.py [--work DIR] [--json PATH] [any setting]
     python benchmarks/gpu_plan.py --tiny     the same code with tiny sizes on the CPU: a check
@@ -156,7 +156,7 @@ class Phases:
 
 
 def compared(plan: Plan, measured: Mapping[str, tuple[float, float]]) -> list[dict[str, Any]]:
-    """Plan and measurement of every phase; a CUDA context is no tensor and is left out of both."""
+    """Plan and measurement of every phase; a CUDA context is not a tensor and is left out of both."""
     outside = plan.standing.get("context", 0.0)
     rows = []
     for phase in plan.phases:

@@ -59,7 +59,7 @@ def ended(out: Path) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
 
 
 def same(out: Path, reference: Path) -> bool:
-    """Whether two runs have ended alike."""
+    """True if two runs have ended alike."""
     (tensors, metrics), (expected, expected_metrics) = ended(out), ended(reference)
     equal = tensors.keys() == expected.keys()
     return (
@@ -74,7 +74,7 @@ def children(parent: int) -> list[int]:
 
 
 def moment(out: Path) -> str:
-    """What the run had reached: the last update with metrics, or the directory that it was saving."""
+    """The point that a run had reached: the last update with metrics, or the directory that it was saving."""
     saving = (
         [path.name for path in (out / "checkpoints").glob(f"{TEMPORARY_PREFIX}*")] if out.exists() else []
     )

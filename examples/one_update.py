@@ -109,7 +109,7 @@ def one_update(setup: Setup) -> dict[str, torch.Tensor]:
 
 
 def largest_difference() -> float:
-    """Of all trained tensors after this update and after the trainer's."""
+    """Largest difference of all trained tensors after this update and after the trainer's."""
     config = kvpo.preset("demo", SETTINGS)
     ours = one_update(build_setup(config))
     trainer = Trainer(build_setup(config))

@@ -180,7 +180,7 @@ class OptimConfig:
     """Peak learning rate of AdamW, reached in the fifth update."""
     ema_decay: float = 0.9
     """Decay of the moving average of the trained parameters, which is what a run is judged by and exports;
-    after n updates at most (1 + n) / (10 + n), and 0 is no average."""
+    after n updates at most (1 + n) / (10 + n), and 0 keeps no average."""
     updates: int = 40
     """Optimiser updates."""
     prompts_per_update: int = 8

@@ -34,7 +34,7 @@ from kvpo.method.methods import METHODS
 
 @dataclass(frozen=True)
 class Blend:
-    """How a run's scores become one advantage of each branch."""
+    """The rule by which a run's scores become one advantage of each branch."""
 
     weights_K: Tensor
     floors_K: Tensor | None

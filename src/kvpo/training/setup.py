@@ -53,7 +53,7 @@ class Setup:
         return ClipShares(self.config.rewards.transition_blocks)
 
     def blend(self) -> Blend:
-        """How scores become one advantage of each branch. Raises ConfigurationError."""
+        """The rule by which scores become one advantage of each branch. Raises ConfigurationError."""
         return blend_of(self.judges.scorer.components, self.judges.weights_K, self.config)
 
     def evaluation_tape(self) -> SeededTape:

@@ -101,7 +101,7 @@ def checked_base(config: Config) -> Path:
     path = base_path(config)
     if not path.is_file():
         raise ConfigurationError(
-            f"backbone.checkpoint: {path} is no file; `kvpo pretrain --out FILE` writes such a file"
+            f"backbone.checkpoint: {path} is not a file; `kvpo pretrain --out FILE` writes such a file"
         )
     try:
         read_tensor_file(path)
