@@ -30,7 +30,7 @@ class Guide:
     shows: Callable[[Tensor, str, str], bool]
     """(pixels ``[T, 3, H, W]``, prompt, prompt before) -> True once some frame shows the prompt rather."""
     notice: Callable[[str], str]
-    """Names the words of a prompt that have no effect; empty: all have."""
+    """Names the words of a prompt that have no effect, unknown or cut; empty: all have."""
 
 
 @dataclass(frozen=True)

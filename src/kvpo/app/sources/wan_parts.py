@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -94,6 +94,8 @@ class CachedTexts:
     device: torch.device | str
     text_dim: int
     """Width that the transformer expects."""
+    seen: set[str] = field(default_factory=set)
+    """Texts that are in the cache, and whose cut was told if there is one."""
 
     def fill(self, prompts: Iterable[VideoPrompt]) -> None:
         """Compute the embeddings that the cache lacks, loading the encoder once; warn of texts that are cut.
@@ -101,17 +103,23 @@ class CachedTexts:
         Raises ValueError where their width is not the transformer's.
         """
         texts = [text for prompt in prompts for text in prompt.segments]
-        if cut := self.cache.fill(texts, self.load):
-            logger.warning("%s", cut_notice(cut, self.cache.text_len, len(set(texts))))
+        self._meet(texts)
         self(texts[:1])
 
+    def _meet(self, texts: Iterable[str]) -> None:
+        new = [text for text in dict.fromkeys(texts) if text not in self.seen]
+        if new and (cut := self.cache.fill(new, self.load)):
+            logger.warning("%s", cut_notice(cut, self.cache.text_len, len(new)))
+        self.seen.update(new)
+
     def __call__(self, texts: Sequence[str]) -> Tensor:
-        """Embeddings ``[n, text_len, text_dim]`` float32, padding rows zero.
+        """Embeddings ``[n, text_len, text_dim]`` float32, padding rows zero; warns of texts that are cut.
 
         Raises ValueError where their width is not the transformer's.
         """
         if not texts:
             return torch.empty(0, self.cache.text_len, self.text_dim, device=self.device)
+        self._meet(texts)
         found = self.cache.embed(texts, self.load)
         embeddings = torch.stack([found[text] for text in texts])
         if embeddings.shape[-1] != self.text_dim:
