@@ -88,7 +88,7 @@ def ended(out: Path) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
 
 
 def same(out: Path, reference: Path) -> bool:
-    """Whether two runs have ended alike."""
+    """True if two runs have ended alike."""
     (tensors, metrics), (expected, expected_metrics) = ended(out), ended(reference)
     equal = tensors.keys() == expected.keys()
     return (

@@ -103,12 +103,13 @@ def _prompts(prompts: PromptsConfig, stream: StreamConfig) -> None:
 
 
 def _stream(stream: StreamConfig) -> None:
-    steps = stream.schedule
-    falling = all(a > b for a, b in zip(steps, steps[1:], strict=False))
-    _require(
-        bool(steps) and steps[0] == 1.0 and steps[-1] > 0 and falling,
-        "stream.schedule", list(steps), "positions that fall from 1.0 and stay above 0",
-    )  # fmt: skip
+    for name, steps in (("schedule", stream.schedule), ("schedule_first", stream.schedule_first)):
+        falling = all(a > b for a, b in zip(steps, steps[1:], strict=False))
+        _require(
+            not steps and name == "schedule_first"
+            or bool(steps) and steps[0] == 1.0 and steps[-1] > 0 and falling,
+            f"stream.{name}", list(steps), "positions that fall from 1.0 and stay above 0",
+        )  # fmt: skip
     _require(
         not stream.bank or "memflow" in stream.bank,
         "stream.bank", ",".join(stream.bank), "memflow, alone or with every-block and sparse",

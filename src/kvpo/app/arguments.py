@@ -61,3 +61,29 @@ def weights_argument(parser: ArgumentParser) -> None:
         default="average",
         help="moving average of the trained weights, or the raw ones of the last update (default: average)",
     )
+
+
+def aligned_arguments(parser: ArgumentParser, use: str) -> None:
+    """Add a run whose aligned model takes part as ``use`` says, its checkpoint and its weights."""
+    parser.add_argument("--run", type=path_argument, metavar="DIR", help=f"a run whose aligned model {use}")
+    checkpoint_argument(parser)
+    weights_argument(parser)
+
+
+def address_arguments(parser: ArgumentParser, port: int, token: str = "") -> None:
+    """Add where a server listens; ``token`` names the environment's variable where clients need one."""
+    needs = "; one that other machines can reach needs a token" if token else ""
+    parser.add_argument(
+        "--host",
+        default="127.0.0.1",
+        metavar="ADDRESS",
+        help=f"address to listen at{needs} (default: 127.0.0.1)",
+    )
+    parser.add_argument("--port", type=int, default=port, metavar="INT", help=f"(default: {port}; 0: any)")
+    if token:
+        parser.add_argument(
+            "--token-file",
+            type=path_argument,
+            metavar="FILE",
+            help=f"holds the token that clients must show (default: the environment's {token})",
+        )

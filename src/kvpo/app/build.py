@@ -63,7 +63,7 @@ def check_device(config: Config) -> None:
 
 
 def checkpoint_of(run: Path | None, name: str | None) -> Path | None:
-    """The checkpoint of a run that generates; warns where it is no improvement. Raises CheckpointError."""
+    """The checkpoint of a run that generates; warns where it is only its base. Raises CheckpointError."""
     if run is None:
         return None
     path = find_checkpoint(run / "checkpoints", name)

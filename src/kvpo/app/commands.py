@@ -14,6 +14,7 @@ from pathlib import Path
 from kvpo.app import arena_commands, live_commands, reward_commands
 from kvpo.app.arguments import (
     SETTING_PREFIX,
+    aligned_arguments,
     checkpoint_argument,
     configuration,
     generating,
@@ -108,14 +109,7 @@ def _generate_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--out", type=path_argument, required=True, metavar="DIR", help="directory for the videos"
     )
-    parser.add_argument(
-        "--run",
-        type=path_argument,
-        metavar="DIR",
-        help="a run whose aligned model generates, in addition to its base",
-    )
-    checkpoint_argument(parser)
-    weights_argument(parser)
+    aligned_arguments(parser, "generates, in addition to its base")
     parser.add_argument(
         "--prompts",
         type=path_argument,
@@ -169,10 +163,22 @@ def _export_arguments(parser: ArgumentParser) -> None:
     weights_argument(parser)
     parser.add_argument(
         "--layout",
-        choices=("peft", "diffusers-lora", "diffusers", "pt"),
+        choices=("peft", "diffusers-lora", "comfy", "diffusers", "pt"),
         default="peft",
-        help="the adapter for PEFT or diffusers, or all weights as a diffusers directory or public .pt file "
-        "(default: peft)",
+        help="the adapter for PEFT, diffusers or ComfyUI, or all weights as a diffusers directory or public "
+        ".pt file (default: peft)",
+    )
+    parser.add_argument(
+        "--difference",
+        type=int,
+        nargs="?",
+        const=0,
+        metavar="RANK",
+        help="write what a continued adapter adds to the given one, for programs that load that first: "
+        "exactly, or at a rank",
+    )
+    parser.add_argument(
+        "--push", default="", metavar="OWNER/NAME", help="upload the directory to this repository of the hub"
     )
     parser.add_argument(
         "--out", type=path_argument, required=True, metavar="PATH", help="new directory, or .pt file"
@@ -184,6 +190,7 @@ def _export(arguments: Namespace) -> None:
 
     places = parse_flags(settings_given(arguments))
     given = {"checkpoint": arguments.checkpoint, "weights": arguments.weights, "places": places}
+    given |= {"difference": arguments.difference, "push": arguments.push}
     print(export(arguments.run, arguments.out, layout=arguments.layout, **given))
 
 

@@ -284,7 +284,7 @@ def _print(plan: Plan, memory: float | None, advice: Advice | None) -> None:
         f"a page {plan.page / 1e6:.4g} MB, {plan.pages} pages; GB = 1e9 bytes",
         highlight=False,
     )
-    table = Table("phase", "GB", "s / update", "of which, besides the constant part")
+    table = Table("phase", "GB", "s / update", "of which, in addition to the constant part")
     table.add_row("always", _gb(sum(plan.standing.values())), "", _listed(plan.standing))
     for phase in plan.phases:
         seconds = "" if phase.seconds is None else f"{phase.seconds:.3g}"

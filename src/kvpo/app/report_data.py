@@ -156,7 +156,7 @@ def _training_groups(run: Run, videos: dict[str, Tensor]) -> list[dict[str, Any]
     setup, trainer, config = run.setup, run.trainer, run.setup.config
     learner, settings = replace(trainer.learner, teams=ONE_TEAM), config.method_settings
     ((rollout, scores),) = explore(setup, [0])
-    scale = collection_scale(scores, setup.blend(), config.objective)
+    scale = collection_scale(scores, setup.blend())
     donors = {group.index: group.root.prompt for group in rollout.groups}
     entries = []
     for index, (group, score) in enumerate(list(zip(rollout.groups, scores, strict=True))[:3]):

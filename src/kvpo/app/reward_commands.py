@@ -6,6 +6,7 @@ from argparse import ArgumentParser, Namespace
 from functools import partial
 from pathlib import Path
 
+from kvpo.app.arguments import address_arguments
 from kvpo.app.configuration import path_argument
 from kvpo.config import TOTAL
 from kvpo.config_checks import ConfigurationError
@@ -117,19 +118,7 @@ def reward_server_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--reward", action="append", required=True, metavar="NAME[,NAME]", help=f"what to serve: {_NAMES}"
     )
-    parser.add_argument(
-        "--host",
-        default="127.0.0.1",
-        metavar="TEXT",
-        help="address to listen at; one that other machines can reach needs a token (default: 127.0.0.1)",
-    )
-    parser.add_argument("--port", type=int, default=8787, metavar="INT", help="(default: 8787; 0: any)")
-    parser.add_argument(
-        "--token-file",
-        type=path_argument,
-        metavar="FILE",
-        help="holds the bearer token that clients must show (default: the environment's KVPO_REWARD_TOKEN)",
-    )
+    address_arguments(parser, 8787, "KVPO_REWARD_TOKEN")
     parser.add_argument(
         "--frame-rate",
         type=float,

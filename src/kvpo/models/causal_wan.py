@@ -8,6 +8,9 @@ Shape legend: R rows, F frames of the call, C/H/W latent, T tokens per frame, N 
 """
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import cast
 
 import torch
@@ -303,6 +306,19 @@ class CausalWan(nn.Module):
         (rows, columns), (_, height, width) = self.shape.grid, self.shape.patch_size
         x = x.unflatten(2, (height, width, self.shape.channels)).unflatten(1, (frames, rows, columns))
         return x.permute(0, 1, 6, 2, 4, 3, 5).flatten(5, 6).flatten(3, 4)
+
+    @contextmanager
+    def smallest_latents(self) -> Iterator[None]:
+        """Inside, latents are two by two tokens: enough to compare weights, at a fraction of the work."""
+        own, (_, height, width) = self.shape, self.shape.patch_size
+        shaped: list[CausalWan | WanBlock] = [self, *(cast(WanBlock, block) for block in self.blocks)]
+        try:
+            for module in shaped:
+                module.shape = replace(own, latent_height=2 * height, latent_width=2 * width)
+            yield
+        finally:
+            for module in shaped:
+                module.shape = own
 
     def compile_blocks(self) -> None:
         """Compile every layer but its attention over the context, for any number of rows, in place.

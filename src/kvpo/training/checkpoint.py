@@ -205,7 +205,7 @@ def no_improvement(path: Path, name: str | None) -> str | None:
         return None
     return (
         f"no improvement: no validation of {path.parent.parent} has beaten its base, so its best checkpoint "
-        "is update 0, the base itself; --checkpoint latest takes what was trained nevertheless"
+        "is update 0, the base itself; --checkpoint latest takes what was trained all the same"
     )
 
 

@@ -38,8 +38,8 @@ def streamed_table(trainer: Trainer, lesson: Lesson) -> Tensor:
     every = []
     for query, past in enumerate(evidence.past_Q):
         stream, velocities = lesson.root.fork(), []
-        text = text_of([stream])
         for block, clean_FCHW in enumerate(lesson.past_MPFCHW[past]):
+            text = text_of([stream])
             commit_banks(generator, [stream], text)
             context = deployment_context(generator.deployment, [stream.history])
             for step in range(lesson.steps):

@@ -132,7 +132,7 @@ def credit_of(setup: Setup, update: int, index: int, score: Scores, scale: Scale
     if not METHODS[config.method].rewarded:
         return no_credit(score.local_KM.shape[1] - 1)
     draws = keyed_generator("advantages", config.seed, update, index)
-    return assign_credit(score, setup.blend(), config.objective, draws, scale)
+    return assign_credit(score, setup.blend(), draws, scale)
 
 
 def credits_of(
@@ -184,7 +184,7 @@ def collect(setup: Setup, learner: Learner, updates: range) -> list[Collected]:
     first = ranks.gather(own if teams.team.main else [[] for _ in own], doing)
     by_update = [sorted(sum(shares, []), key=itemgetter(0)) for shares in zip(*first, strict=True)]
     every = [score for seen in by_update for _, score, _ in seen]
-    scale = collection_scale(every, setup.blend(), setup.config.objective)
+    scale = collection_scale(every, setup.blend())
     collected = []
     doing = "replaying the rollout policy"
     with ranks.together(doing), teams.team.together(doing), ranks.clock("replay"):

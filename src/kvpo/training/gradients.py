@@ -18,6 +18,7 @@ from kvpo.engine.replay import ReplayRow, replay_context, replay_velocities
 from kvpo.engine.rollout import Group
 from kvpo.engine.stream import Stream
 from kvpo.method.evidence import Credit, Evidence, Method, Metrics, Tables, asked_of, residual_table
+from kvpo.method.settings import MethodSettings
 from kvpo.models.finite import require_finite
 from kvpo.training.policy import Policy, swapped_parameters
 from kvpo.training.ranks import ONE_TEAM, Teams
@@ -31,9 +32,8 @@ class Learner:
     policy: Policy
     average: Mapping[str, Tensor]
     """Moving average of the trained parameters."""
-    method: Method
-    settings: Any
-    """The method's own."""
+    method: Method[Any]
+    settings: MethodSettings[Any]
     steps: int
     """First solver steps that count."""
     velocity_kl: float

@@ -16,7 +16,7 @@ from kvpo.training.backbone import Weights
 from kvpo.training.checkpoint import (
     CheckpointError,
     checked_file,
-    latest_checkpoint,
+    checkpoints,
     load_checkpoint,
     mark_best,
     prune,
@@ -33,6 +33,7 @@ from kvpo.training.policy import Policy, Sides, policy_of
 from kvpo.training.ranks import Ranks, RanksDiffer, added_up
 from kvpo.training.setup import Setup
 from kvpo.training.sharding import local, read_parts, write_parts
+from kvpo.training.state import expected_moments
 from kvpo.training.trainer import Trainer, architecture
 
 logger = logging.getLogger(__name__)
@@ -304,8 +305,8 @@ def restore(trainer: Trainer, path: Path) -> dict[str, Any]:
         else:
             tensors, state = load_checkpoint(path, architecture=kind)
         parameters = {name: value for name, value in expected.items() if not name.startswith("optimizer.")}
-        moments = {name: value for name, value in tensors.items() if name.startswith("optimizer.")}
-        require_tensors(path, tensors, {**parameters, **moments})
+        own = {f"optimizer.{name}": value for name, value in trainer.policy.parameters.items()}
+        require_tensors(path, tensors, parameters | expected_moments(own, tensors))
         trainer.restore(tensors, state)
     trainer.demand_equal_ranks()
     return state
@@ -366,18 +367,24 @@ def evaluate_base(setup: Setup, trainer: Trainer, sets: Mapping[str, Any]) -> di
         return {name: evaluate_prompts(setup, prompts, trainer.sharing) for name, prompts in sets.items()}
 
 
-def resume_point(checkpoints: Path) -> Path | None:
-    """The checkpoint a resumed run continues from; None starts at update 0.
+def resume_point(directory: Path) -> Path | None:
+    """The newest checkpoint that can be read whole, which a resumed run continues from; None starts at 0.
 
-    Raises CheckpointError where there are checkpoints and none of them can be read.
+    Those passed over are warnings. Raises CheckpointError where there are checkpoints and none can be read.
     """
-    latest = latest_checkpoint(checkpoints)
-    if latest is None and any(checkpoints.glob("update-*")):
+    for path in reversed(checkpoints(directory)):
+        try:
+            load_checkpoint(path)
+        except CheckpointError as error:
+            logger.warning("skipped: %s", error)
+        else:
+            return path
+    if any(directory.glob("update-*")):
         raise CheckpointError(
-            f"every checkpoint in {checkpoints} is damaged or incomplete; remove that directory to start the "
+            f"every checkpoint in {directory} is damaged or incomplete; remove that directory to start the "
             "run again from its saved configuration"
         )
-    return latest
+    return None
 
 
 def checkpoint_update(path: Path) -> int:

@@ -29,13 +29,7 @@ from kvpo.training.ranks import Ranks, teams_of
 from kvpo.training.reduction import Gradients, OrderedSum, digest, taken
 from kvpo.training.setup import Setup
 from kvpo.training.sharding import local, shard, spread_like
-from kvpo.training.state import (
-    flatten_state,
-    load_optimizer_state,
-    moment_of,
-    optimizer_state,
-    unflatten_state,
-)
+from kvpo.training.state import load_moments, moment_of, moments_of
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -142,10 +136,8 @@ class Trainer:
                 way_out = f"lower optim.lr = {optim.lr}"
                 values = {name: local(value.detach()) for name, value in self.policy.parameters.items()}
                 require_finite(values, "parameters after the step", way_out)
-                moments, _ = flatten_state(optimizer_state(self.optimizer, self.policy.parameters))
-                moments = {
-                    name: local(moment) for name, moment in moments.items() if moment.dim()
-                }  # counts are elsewhere
+                moments = moments_of(self.optimizer, self.policy.parameters)
+                moments = {name: local(one) for name, one in moments.items() if not name.endswith(".step")}
                 require_finite(moments, "optimiser's state after the step", way_out)
         self.average.update(self.policy.parameters)
         return found, {"velocity_kl": drift, "gradient_norm": norm, "gradient_coverage": coverage}
@@ -273,12 +265,12 @@ class Trainer:
         """Everything a resumed run needs: parameters, moving average, optimiser, update."""
         parameters = {f"parameters.{name}": p.detach() for name, p in self.policy.parameters.items()}
         average = {f"average.{name}": value for name, value in self.average.values.items()}
-        moments, skeleton = flatten_state(optimizer_state(self.optimizer, self.policy.parameters))
+        moments = moments_of(self.optimizer, self.policy.parameters)
         tensors = parameters | average | {f"optimizer.{name}": value for name, value in moments.items()}
         starting = self.policy.starting_values or {}
         tensors |= {f"starting.{name}": value for name, value in starting.items()}
         counts = {"averaged": self.average.updates, "idle": self.idle_updates}
-        return tensors, {"update": self.update, **counts, "optimizer": skeleton}
+        return tensors, {"update": self.update, **counts}
 
     @property
     def aligned(self) -> Mapping[str, Tensor]:
@@ -302,15 +294,14 @@ class Trainer:
                 for name, value in values.items():
                     local(value).copy_(local(tensors[f"{kind}.{name}"]))
         moments = {
-            name.removeprefix("optimizer."): self._spread(name, value)
+            name.removeprefix("optimizer."): spread_like(self._like(name), value) if value.dim() else value
             for name, value in tensors.items()
             if name.startswith("optimizer.")
         }
-        saved = unflatten_state(moments, state["optimizer"])
-        load_optimizer_state(self.optimizer, self.policy.parameters, saved)
+        load_moments(self.optimizer, self.policy.parameters, moments)
         self.update = int(state["update"])
-        self.average.updates = int(state.get("averaged", self.update))  # 0.1.0 did not count them
-        self.idle_updates = int(state.get("idle", 0))
+        self.average.updates = int(state["averaged"])
+        self.idle_updates = int(state["idle"])
 
     @property
     def sharing(self) -> Ranks:
@@ -334,11 +325,11 @@ class Trainer:
         with safe_open(file, "pt") as header:
             moments = [name for name in header.keys() if name.startswith("optimizer.")]
             spread = [name for name in moments if header.get_slice(name).get_shape()]
-        return found | {name: self.policy.parameters[moment_of(name)] for name in spread}
+        return found | {name: self._like(name) for name in spread}
 
-    def _spread(self, name: str, value: Tensor) -> Tensor:
-        """A moment of the optimiser, spread as its parameter is; counts are not."""
-        return spread_like(self.policy.parameters[moment_of(name)], value) if value.dim() else value
+    def _like(self, name: str) -> Tensor:
+        """The parameter that a moment of the optimiser belongs to."""
+        return self.policy.parameters[moment_of(name.removeprefix("optimizer."))]
 
 
 def nothing() -> None:

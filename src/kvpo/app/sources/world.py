@@ -101,7 +101,7 @@ def checked_base(config: Config) -> Path:
     path = base_path(config)
     if not path.is_file():
         raise ConfigurationError(
-            f"backbone.checkpoint: {path} is no file; `kvpo pretrain --out FILE` writes such a file"
+            f"backbone.checkpoint: {path} is not a file; `kvpo pretrain --out FILE` writes such a file"
         )
     try:
         read_tensor_file(path)
@@ -257,14 +257,16 @@ def shows_rather(video_TCHW: Tensor, prompt: str, before: str) -> bool:
         return False
 
 
-def unknown_words(prompt: str) -> str:
-    """Names the words of a prompt that the embedded generator does not know."""
-    unknown = WordTokenizer().unknown(prompt)
-    return f"unknown words have no effect: {named_list(unknown)}" if unknown else ""
+def words_without_effect(prompt: str) -> str:
+    """Names the words of a prompt that the embedded generator does not know, and counts those it cuts."""
+    unknown, cut = WordTokenizer().unknown(prompt), len(words(prompt)) - TEXT_LENGTH
+    notices = [f"unknown words have no effect: {named_list(unknown)}"] if unknown else []
+    notices += [f"the last {cut} words have no effect: {TEXT_LENGTH} are read"] if cut > 0 else []
+    return "; ".join(notices)
 
 
 SOURCE = Source(
-    guide=Guide(live_story, shows_rather, unknown_words),
+    guide=Guide(live_story, shows_rather, words_without_effect),
     setup=build_world,
     backbone=backbone_for,
     weights=lambda config: embedded(config)[0],
