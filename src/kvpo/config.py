@@ -225,7 +225,7 @@ class CheckpointConfig:
 
 @dataclass(frozen=True)
 class DistributedConfig:
-    """How the ranks of torchrun share a run; it ends alike whatever they share, but for rounding."""
+    """Sharing of a run among the ranks of torchrun; it ends alike on any of them, but for rounding."""
 
     branch_ranks: int = 1
     """Ranks that have each group in common and deal its branches, rounded down to a divisor of all ranks;
