@@ -1,4 +1,4 @@
-"""What more ranks bring: measured on gloo ranks of one machine, and worked out for many H200s.
+"""Gains of more ranks: measured on gloo ranks of one machine, and worked out for many H200s.
 
 * Strong scaling keeps the demo's eight groups, weak scaling two groups per rank, `branches` deals one group's
   branches. Every rank has one thread; the first update warms up and is not counted. Bytes that a rank sends

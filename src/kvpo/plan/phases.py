@@ -193,7 +193,7 @@ class _Run:
     parameters: Parameters
     costs: Costs
     replays: Replays
-    """Of whole groups."""
+    """Replays of whole groups."""
     own_replays: Replays
     pages: int
     """Pages of the cache that a refresh's rollouts share."""
@@ -303,7 +303,7 @@ def _learning(run: _Run) -> list[Phase]:
 
 
 def _exchanging(run: _Run) -> list[Phase]:
-    """What ranks send one another: gradients, and spread weights before each layer of each pass."""
+    """Traffic between ranks: gradients, and spread weights before each layer of each pass."""
     split, config, rates = run.split, run.config, run.rates
     if split.ranks == 1:
         return []

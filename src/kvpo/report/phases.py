@@ -1,4 +1,4 @@
-"""Where the time of a run's updates went: phases, ranks, bytes and waiting."""
+"""The time of a run's updates: phases, ranks, bytes and waiting."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any

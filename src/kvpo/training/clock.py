@@ -13,7 +13,7 @@ PHASES = ("rollout", "decode", "score", "replay", "reduce", "save", "wait")
 
 @dataclass
 class Clock:
-    """What this rank has spent so far. Phases that run beside one another add up to more than the time."""
+    """Time and traffic of this rank so far. Phases that overlap add up to more than it."""
 
     seconds: Counter[str] = field(default_factory=Counter)
     bytes: Counter[str] = field(default_factory=Counter)

@@ -56,11 +56,11 @@ class Ranks:
     traces: Path | None = None
     """Directory for the flight recorder's dump; None: the working directory."""
     numbers: tuple[int, ...] = ()
-    """What the run calls these ranks, where they are some of its ranks only."""
+    """Numbers of these ranks in the run, where they are some of its ranks only."""
     clock: Clock = field(default_factory=Clock)
-    """What this rank spends on the phases of the run."""
+    """Time and traffic of this rank, by phase."""
     leaving: ExitStack = field(default_factory=ExitStack)
-    """What ends with these ranks."""
+    """Calls to make when these ranks part."""
 
     @property
     def main(self) -> bool:
@@ -72,7 +72,7 @@ class Ranks:
         return list(items[self.rank :: self.count])
 
     def deal(self, items: Sequence[T]) -> list[T]:
-        """As ``share``, but equally many for each rank: where there is none left, the last one again."""
+        """Deal as ``share`` does, but equally many for each rank: the last one again where none is left."""
         rounds = -(-len(items) // self.count)
         return [items[min(self.rank + n * self.count, len(items) - 1)] for n in range(rounds)]
 

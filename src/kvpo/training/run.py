@@ -209,7 +209,7 @@ class Run:
         return path
 
     def _tidy(self, update: int) -> None:
-        """What follows the writing of a checkpoint."""
+        """Mark the best checkpoint and drop old ones, once a new one is written."""
         written = self.checkpoints / f"update-{update:06d}"
         self.setup.ranks.clock.bytes["save"] += sum(file.stat().st_size for file in written.iterdir())
         self._mark_best()

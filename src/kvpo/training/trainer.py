@@ -333,7 +333,7 @@ class Trainer:
 
 
 def nothing() -> None:
-    """What follows most micro-batches."""
+    """Do nothing after a micro-batch."""
 
 
 def architecture(weights: Weights) -> dict[str, Any]:
