@@ -6,7 +6,9 @@ order. Trained parameters, their moments and averages are DTensors of which a ra
 saved is whole (`kvpo.training.checkpoint`).
 """
 
+import json
 import shutil
+import struct
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -80,8 +82,20 @@ def write_parts(tensors: Mapping[str, Tensor], file: Path, team: Ranks) -> None:
     dcp.save(dict(tensors), storage_writer=writer, process_group=team.patient)
     if team.main:
         (joined,) = parts.glob("*.safetensors")
+        _write_counts(joined, tensors)
         joined.rename(file)
         shutil.rmtree(parts)
+
+
+def _write_counts(file: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Put tensors without an axis in place, which torch leaves zero where it joins parts."""
+    with file.open("r+b") as stream:
+        (length,) = struct.unpack("<Q", stream.read(8))
+        header = json.loads(stream.read(length))
+        for name, value in tensors.items():
+            if not value.dim():
+                stream.seek(8 + length + header[name]["data_offsets"][0])
+                stream.write(value.cpu().numpy().tobytes())
 
 
 def read_parts(file: Path, spread: Mapping[str, Tensor], team: Ranks) -> dict[str, Tensor]:
