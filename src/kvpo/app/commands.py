@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from kvpo.app import arena_commands, live_commands, reward_commands
+from kvpo.app import arena_commands, live_commands, prompt_commands, reward_commands
 from kvpo.app.arguments import (
     SETTING_PREFIX,
     aligned_arguments,
@@ -103,7 +103,7 @@ def _generate_arguments(parser: ArgumentParser) -> None:
         "--prompts",
         type=path_argument,
         metavar="FILE",
-        help="one prompt per line (.txt), or segments and switch frames (.jsonl); default: some test prompts",
+        help="prompts of any form (docs/evaluation.md); default: some test prompts",
     )
 
 
@@ -306,6 +306,13 @@ def _report(arguments: Namespace) -> None:
 COMMANDS = (
     Command("align", "align a generator with a reward", _align_arguments, _align, configured=True),
     Command("generate", "generate videos from prompts", _generate_arguments, _generate, configured=True),
+    Command(
+        "prompts",
+        "read, check, convert and split prompt files",
+        prompt_commands.prompts_arguments,
+        prompt_commands.prompts,
+        configured=True,
+    ),
     Command(
         "live",
         "direct a stream while it runs, on a page",

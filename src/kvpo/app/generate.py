@@ -10,7 +10,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from kvpo.app.build import checkpoint_of, load_backbone, opened_arms, source_of
-from kvpo.app.file_prompts import prompt_file
+from kvpo.app.file_prompts import prompt_file, reading_of
 from kvpo.app.provenance import demand_same_prompts
 from kvpo.app.video_folder import MANIFEST, VIDEO_SUFFIXES
 from kvpo.config import Config
@@ -139,9 +139,9 @@ def _prompts(config: Config, given: Path | str | Sequence[VideoPrompt] | None) -
     if given is None:
         chosen = [prompt for some in source_of(config).split(config)[2].values() for prompt in some[:UNASKED]]
     elif isinstance(given, str | Path):
-        path = prompt_file(config, given)
-        frames, switches = source_of(config).default_frames(config), config.prompts.switches
-        chosen = read_prompts(path, num_frames=frames, switches=switches, block=config.stream.block)
+        source = source_of(config)
+        reading = reading_of(config, source.default_frames(config), source.latent_rate)
+        chosen = read_prompts(prompt_file(config, given), **reading)
     else:
         chosen = list(given)
     numbered = [

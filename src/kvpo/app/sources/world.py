@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from kvpo.app.file_prompts import Sets
+from kvpo.app.file_prompts import Sets, TextLimits
 from kvpo.app.judges import build_judges
 from kvpo.app.sources.common import Guide, Source, streaming_generator
 from kvpo.config import Config
@@ -29,7 +29,7 @@ from kvpo.rewards.cache import score_cache
 from kvpo.training.backbone import Backbone, Weights
 from kvpo.training.diversity import ReadOff
 from kvpo.training.setup import Setup
-from kvpo.world.codec import load_codec
+from kvpo.world.codec import PixelCodec, load_codec
 from kvpo.world.detector import BROKEN_BELOW, attributes, detect
 from kvpo.world.grammar import words
 from kvpo.world.pretrain import frame_size_of, load_generator
@@ -173,6 +173,12 @@ def backbone_for(config: Config, prompts: Sequence[VideoPrompt]) -> Backbone:
     return build_backbone(config)
 
 
+def text_limits(config: Config) -> TextLimits:
+    """Words of its vocabulary, up to the length of its text encoder."""
+    tokenizer = WordTokenizer()
+    return TextLimits(lambda text: len(words(text)), TEXT_LENGTH, "words", tokenizer.unknown)
+
+
 def say_what_is_not_read(prompts: Sequence[VideoPrompt]) -> None:
     """Warn of words that the embedded generator does not know, and of those beyond what it reads."""
     tokenizer = WordTokenizer()
@@ -272,6 +278,8 @@ SOURCE = Source(
     weights=lambda config: embedded(config)[0],
     split=split,
     default_frames=lambda config: SHORT_FRAMES,
+    latent_rate=PixelCodec.frames_per_second,
+    text_limits=text_limits,
     file_digests=lambda config: {},
     longest_prompt=longest_prompt,
     surroundings=lambda config: Surroundings(),
