@@ -11,13 +11,19 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from kvpo.app import arena_commands, live_commands, prompt_commands, reward_commands, suite_commands
+from kvpo.app import (
+    arena_commands,
+    generate_commands,
+    live_commands,
+    prompt_commands,
+    reward_commands,
+    suite_commands,
+)
 from kvpo.app.arguments import (
     SETTING_PREFIX,
-    aligned_arguments,
     checkpoint_argument,
     configuration,
-    generating,
+    is_main,
     run_argument,
     settings_given,
     weights_argument,
@@ -42,11 +48,6 @@ class Command:
     """Returns the exit status; None is 0."""
     configured: bool = False
     places: bool = False
-
-
-def is_main() -> bool:
-    """True in the process that speaks for a run: rank 0 of those that torchrun started, or the only one."""
-    return os.environ.get("RANK", "0") == "0"
 
 
 def _align_arguments(parser: ArgumentParser) -> None:
@@ -92,64 +93,6 @@ def _align(arguments: Namespace) -> None:
         stopped = True
     if stopped:
         raise KeyboardInterrupt(*[resume_hint(arguments.out)] if is_main() else [])
-
-
-def _generate_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument(
-        "--out", type=path_argument, required=True, metavar="DIR", help="directory for the videos"
-    )
-    aligned_arguments(parser, "generates, in addition to its base")
-    parser.add_argument(
-        "--prompts",
-        type=path_argument,
-        metavar="FILE",
-        help="prompts of any form (docs/evaluation.md); default: some test prompts",
-    )
-    prompt_commands.extended_argument(parser)
-    parser.add_argument(
-        "--suite",
-        metavar="NAME[=PATH]",
-        help="the videos of vbench, vbench-long or vbench2, by the list of its package or of a checkout",
-    )
-    parser.add_argument(
-        "--dimensions", default="", metavar="NAME[,NAME]", help="dimensions of the suite (default: all)"
-    )
-
-
-def _generate(arguments: Namespace) -> None:
-    config = generating(arguments)
-    model = {name: vars(arguments)[name] for name in ("run", "checkpoint", "weights")}
-    if arguments.suite is not None:
-        if arguments.prompts is not None:
-            raise ConfigurationError("--prompts: a suite brings its own; leave out --prompts or --suite")
-        from kvpo.app.suites import generate_suite
-
-        folders = generate_suite(
-            config,
-            arguments.out,
-            arguments.suite,
-            dimensions=[name for name in arguments.dimensions.split(",") if name],
-            extended_texts=arguments.extended,
-            **model,
-        )
-        if is_main():
-            print("\n".join(f"kvpo suite check {folder}" for folder in folders))
-        return
-    if arguments.dimensions:
-        raise ConfigurationError("--dimensions: needs --suite")
-    if arguments.extended is not None and arguments.prompts is None:
-        raise ConfigurationError("--extended: needs --prompts or --suite, whose texts it extends")
-    from kvpo.app.generate import generate
-
-    videos = generate(
-        config,
-        arguments.out,
-        prompts=arguments.prompts,
-        extended_texts=arguments.extended,
-        **model,
-    )
-    if is_main():
-        print("\n".join(map(str, videos)))
 
 
 def _evaluate_arguments(parser: ArgumentParser) -> None:
@@ -334,7 +277,13 @@ def _report(arguments: Namespace) -> None:
 
 COMMANDS = (
     Command("align", "align a generator with a reward", _align_arguments, _align, configured=True),
-    Command("generate", "generate videos from prompts", _generate_arguments, _generate, configured=True),
+    Command(
+        "generate",
+        "generate videos from prompts",
+        generate_commands.generate_arguments,
+        generate_commands.run_generate,
+        configured=True,
+    ),
     Command(
         "suite",
         "check folders for a benchmark suite, and compare its results",
