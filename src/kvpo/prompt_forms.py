@@ -38,7 +38,7 @@ class Asked:
     """None: the configuration's."""
 
 
-Record = tuple[int, Callable[[], Any]]
+AtLine = tuple[int, Callable[[], Any]]
 """A line, and the call that parses what stands there: its problems belong to the line."""
 
 
@@ -47,17 +47,17 @@ def _lines(text: str) -> Iterator[tuple[int, str]]:
     return enumerate(map(str.strip, text.split("\n")), 1) if text else iter(())
 
 
-def _of_text(path: Path, text: str) -> Iterator[Record]:
+def _of_text(path: Path, text: str) -> Iterator[AtLine]:
     return (
         (number, partial(_not_blank, line)) for number, line in _lines(text) if line[:2] not in ("#", "# ")
     )
 
 
-def _of_json_lines(path: Path, text: str) -> Iterator[Record]:
+def _of_json_lines(path: Path, text: str) -> Iterator[AtLine]:
     return ((number, partial(_json, line)) for number, line in _lines(text))
 
 
-def _of_json(path: Path, text: str) -> Iterator[Record]:
+def _of_json(path: Path, text: str) -> Iterator[AtLine]:
     """The elements of a list, or the one value, each with its line."""
     at, more = _beyond_spaces(text, 0), True
     if text[at : at + 1] != "[":
@@ -95,7 +95,7 @@ _SPACES = re.compile(r"\s*")
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
 
 
-def _of_table(path: Path, text: str) -> Iterator[Record]:
+def _of_table(path: Path, text: str) -> Iterator[AtLine]:
     """The column ``prompt`` of a table, or VBench's ``prompt_en``."""
     rows = csv.reader(io.StringIO(text), delimiter=DELIMITERS[path.suffix.lower()], strict=True)
     try:
@@ -112,7 +112,7 @@ def _of_table(path: Path, text: str) -> Iterator[Record]:
         raise ValueError(f"{path}, line {rows.line_num}: not a table ({error})") from error
 
 
-FORMS: dict[str, Callable[[Path, str], Iterator[Record]]] = {
+FORMS: dict[str, Callable[[Path, str], Iterator[AtLine]]] = {
     ".txt": _of_text,
     ".jsonl": _of_json_lines,
     ".json": _of_json,

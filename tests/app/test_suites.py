@@ -9,7 +9,7 @@ import pytest
 
 from kvpo.app import suites
 from kvpo.app.cli import main
-from kvpo.app.suite_results import GROUPS, check_folder, compare, read_results, total
+from kvpo.app.suite_results import GROUPS, check_folder, compared_results, read_results, total
 from kvpo.app.suites import generate_suite, suite_of, suite_videos
 from kvpo.config_checks import ConfigurationError
 from kvpo.files import StorageError
@@ -200,12 +200,14 @@ def test_results_of_two_folders_are_paired_by_prompt(
     results(tmp_path / "aligned/a_eval_results.json", {"scene": [value + 0.1 for value in base]})
     noisy = [value + (0.1 if n % 4 < 2 else -0.1) for n, value in enumerate(base)]
     results(tmp_path / "aligned/c_eval_results.json", {"imaging_quality": noisy, "color": base}, 100)
-    table = compare(tmp_path / "base", tmp_path / "aligned")
+    table = compared_results(tmp_path / "base", tmp_path / "aligned")
     assert list(table) == ["scene", "imaging_quality"] and {one.prompts for one in table.values()} == {20}
     scene, imaging = table.values()
     assert scene.low == pytest.approx(0.1) == pytest.approx(scene.high)
     assert imaging.low < 0 < imaging.high < 0.1, "half of the prompts gain, half lose"
-    assert compare(tmp_path / "base", tmp_path / "aligned") == table, "the interval is the same every time"
+    assert compared_results(tmp_path / "base", tmp_path / "aligned") == table, (
+        "the interval is the same every time"
+    )
     out = tmp_path / "table.json"
     command = ["suite", "import", str(tmp_path / "base"), str(tmp_path / "aligned"), "--out", str(out)]
     assert main(command) == 0

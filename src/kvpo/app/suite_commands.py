@@ -46,10 +46,10 @@ def _import(places: list[Path], out: Path | None) -> int:
     import json
     from dataclasses import asdict
 
-    from kvpo.app.suite_results import compare, result_lines
+    from kvpo.app.suite_results import compared_results, result_lines
     from kvpo.files import finite
 
-    table = compare(*places)
+    table = compared_results(*places)
     print("\n".join(result_lines(table)))
     if target is not None:
         numbers = {name: finite(asdict(one)) for name, one in table.items()}

@@ -16,7 +16,7 @@ from kvpo.rewards.video_files import probe, read_frames
 RESULTS = "*_eval_results.json"
 DRAWS = 2000
 """Bootstrap draws of the prompts."""
-RATE_TOLERANCE = 0.01
+SAME_RATE = 0.01
 
 
 def check_folder(folder: Path) -> tuple[list[str], str]:
@@ -42,7 +42,7 @@ def check_folder(folder: Path) -> tuple[list[str], str]:
             continue
         if video.num_frames != record["frames"]:
             problems.append(f"length: {name} has {video.num_frames} frames, not {record['frames']}")
-        if abs(video.frame_rate - record["rate"]) > RATE_TOLERANCE:
+        if abs(video.frame_rate - record["rate"]) > SAME_RATE:
             problems.append(
                 f"rate: {name} has {video.frame_rate:g} frames per second, not {record['rate']:g}"
             )
@@ -153,7 +153,7 @@ def _by_prompt(rows: Any) -> dict[str, float]:
     return {prompt: sum(own) / len(own) / scale for prompt, own in by_prompt.items()}
 
 
-def compare(base: Path, aligned: Path) -> dict[str, Compared]:
+def compared_results(base: Path, aligned: Path) -> dict[str, Compared]:
     """Every dimension that both places have results of.
 
     Raises ValueError: see `read_results`; also no common dimension.

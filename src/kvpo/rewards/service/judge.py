@@ -38,7 +38,7 @@ KEY_VARIABLE = "OPENAI_API_KEY"
 """Environment variable with the key that is sent, where it is set."""
 AT_ONCE = 8
 """Questions in flight."""
-CANDIDATES = 20
+LIKELIEST = 20
 """Most likely tokens that are asked for at every place of an answer."""
 
 
@@ -186,7 +186,7 @@ class Judge:
             "max_tokens": self.rubric.tokens,
         }
         if self.rubric.expectation:
-            question |= {"logprobs": True, "top_logprobs": CANDIDATES}
+            question |= {"logprobs": True, "top_logprobs": LIKELIEST}
         return Body(json.dumps(question).encode(), memoryview(b""))
 
     def _read(self, answer: Any) -> float:
