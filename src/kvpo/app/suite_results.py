@@ -85,7 +85,7 @@ GROUPS: dict[str, dict[str, tuple[float, tuple[str, ...]]]] = {
         "physics": (1.0, ("Mechanics", "Thermotics", "Material", "Multi-View_Consistency")),
     },
 }  # fmt: skip
-"""Of a suite, groups of dimensions and the weight of each in the total."""
+"""A suite's groups of dimensions and the weight of each in the total."""
 WEIGHTS = {"dynamic_degree": 0.5}
 """Weights in a group that are not 1."""
 RANGES = {
