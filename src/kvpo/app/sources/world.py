@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from kvpo.app.file_prompts import Sets
+from kvpo.app.file_prompts import Sets, TextLimits
 from kvpo.app.judges import build_judges
 from kvpo.app.sources.common import Guide, Source, streaming_generator
 from kvpo.config import Config
@@ -173,6 +173,12 @@ def backbone_for(config: Config, prompts: Sequence[VideoPrompt]) -> Backbone:
     return build_backbone(config)
 
 
+def text_limits(config: Config) -> TextLimits:
+    """Words of its vocabulary, up to the length of its text encoder."""
+    tokenizer = WordTokenizer()
+    return TextLimits(lambda text: len(words(text)), TEXT_LENGTH, "words", tokenizer.unknown)
+
+
 def say_what_is_not_read(prompts: Sequence[VideoPrompt]) -> None:
     """Warn of words that the embedded generator does not know, and of those beyond what it reads."""
     tokenizer = WordTokenizer()
@@ -273,6 +279,8 @@ SOURCE = Source(
     split=split,
     frame_rate=PixelCodec.frames_per_second,
     default_frames=lambda config: SHORT_FRAMES,
+    latent_rate=PixelCodec.frames_per_second,
+    text_limits=text_limits,
     file_digests=lambda config: {},
     longest_prompt=longest_prompt,
     surroundings=lambda config: Surroundings(),
