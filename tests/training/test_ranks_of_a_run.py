@@ -98,7 +98,7 @@ def continued(
     ranks: Ranks, base: Path, directory: Path, updates: int, settings: Mapping[str, Any]
 ) -> Outcome:
     """Some more updates of the run in a directory, saved there by rank 0."""
-    trainer = trainer_on(ranks, base, **settings)
+    trainer = trainer_on(ranks, base, OneAlike(), **settings)
     point = ranks.once("looking", lambda: latest_checkpoint(directory))
     if point is not None:
         restore(trainer, point)
