@@ -48,6 +48,7 @@ PARSED_ONLY = (
     "...",
     "kvpo plan",
     "kvpo arena",
+    "kvpo compare",
     "kvpo live",
     "calibrate rewards",
     "runs/demo",

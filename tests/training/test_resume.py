@@ -66,7 +66,7 @@ def outcome(directory: Path) -> tuple[Any, ...]:
     assert any(name.startswith("optimizer.") for name in tensors)
     state = json.loads((latest / "state.json").read_text())
     metrics = [
-        {key: value for key, value in record.items() if key not in ("time", "seconds")}
+        {key: value for key, value in record.items() if key not in ("time", "seconds", "cpu_s")}
         for record in read_metrics(directory / "metrics.jsonl")
     ]
     best = best_checkpoint(directory / "checkpoints")

@@ -76,17 +76,21 @@ def measure_diversity(setup: Setup) -> dict[str, dict[str, float]]:
         return {}
     places = story_places(setup, FEWEST_PROMPTS)
     look = laboratory(setup, [prompt for place in places for prompt in place.prompts])
-
-    def over_places(explorer: Explorer, some: Sequence[Place] = places) -> dict[str, float]:
-        with setup.ranks.together("measuring diversity"):
-            own = [look.measure(look.branches(place, explorer)) for place in setup.ranks.share(some)]
-        measured = setup.ranks.in_order(own, "measuring diversity")
-        return mean_diversity([m for m, place in zip(measured, some, strict=True) for _ in place.prompts])
-
+    over_places = partial(branch_diversity, setup, look, places)
     routed, fresh = over_places(routes), over_places(fresh_noise)
     strength = look.matched_strength(places[:2], routed["pixel_distance"])
     matched = over_places(partial(noise_branches, strength=strength))
     return {"chr": routed, "noise": fresh, "noise_matched": {**matched, "strength": strength}}
+
+
+def branch_diversity(
+    setup: Setup, look: Laboratory, places: Sequence[Place], explorer: Explorer
+) -> dict[str, float]:
+    """Diversity of an explorer's branches, the mean over the prompts of all places, which ranks share."""
+    with setup.ranks.together("measuring diversity"):
+        own = [look.measure(look.branches(place, explorer)) for place in setup.ranks.share(places)]
+    measured = setup.ranks.in_order(own, "measuring diversity")
+    return mean_diversity([m for m, place in zip(measured, places, strict=True) for _ in place.prompts])
 
 
 def write_gallery(run: Run, results: dict[str, tuple[Evaluation, Evaluation]], directory: Path) -> None:

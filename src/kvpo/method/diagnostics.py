@@ -43,6 +43,7 @@ UPDATE_METRICS = {
     "routed": Metric("Routed slots, where fewer fit than were asked for."),
     "distinct": Metric("Distinct routed frames, where fewer fit than were asked for."),
     "seconds": Metric("Wall-clock seconds of the update."),
+    "cpu_s": Metric("CPU-seconds that this process spent on the update."),
     "reward_cache_hits": Metric("Clips whose scores were read from the cache on disk."),
     "reward_cache_repeats": Metric("Clips that equal another clip of the same call."),
     "reward_cache_misses": Metric("Clips that were scored."),

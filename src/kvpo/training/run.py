@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from kvpo.engine.noise import Tape
 from kvpo.rewards.cache import Counts
 from kvpo.training import radar
 from kvpo.training.backbone import Weights
@@ -62,6 +63,10 @@ class Run:
     """Readings of the hacking radar, one per validation so far."""
     verdict: radar.Verdict = field(default_factory=radar.Verdict)
     """Its verdict on them."""
+    budget_cpu_s: float | None = None
+    """CPU-seconds of this process that its updates may take; None: the run makes all of them."""
+    cpu_s: float = 0.0
+    """CPU-seconds that the updates so far took, without validations and whatever else is no update."""
 
     @property
     def updates(self) -> int:
@@ -95,7 +100,7 @@ class Run:
         config, trainer, ranks = self.setup.config, self.trainer, self.setup.ranks
         if trainer.update == 0 and self.best is None:
             self.save(0.0)  # the base is the best one until a validation beats it
-        while trainer.update < self.updates and not self.stopped:
+        while trainer.update < self.updates and not (self.stopped or self.spent):
             if trainer.at_boundary() and ranks.any(interrupted(), "asking for signals"):
                 self._save_if_new()
                 return False
@@ -112,7 +117,7 @@ class Run:
                 trainer.update,
                 best,
             )
-        elif not self.improved:
+        elif self.setup.validation and not self.improved:
             logger.warning("no improvement: no validation beat the base, so the best checkpoint is the base")
         return True
 
@@ -121,7 +126,10 @@ class Run:
         trainer, device = self.trainer, self.setup.generator.device
         started, scored = time.perf_counter(), replace(self.setup.scored)
         forget_peak(device)
+        cpu_before = time.process_time()
         numbers = trainer.step()
+        numbers["cpu_s"] = time.process_time() - cpu_before
+        self.cpu_s += numbers["cpu_s"]
         trainer.demand_equal_ranks()
         numbers |= self._scored_since(scored)
         numbers["seconds"] = time.perf_counter() - started
@@ -153,11 +161,19 @@ class Run:
         """True once the radar has ended the run."""
         return self.guarded and self.verdict.hacked
 
+    @property
+    def spent(self) -> bool:
+        """True once another update would take the run farther from its budget than it is."""
+        made = self.trainer.update
+        if self.budget_cpu_s is None or not made or not self.trainer.at_boundary():
+            return False
+        return self.cpu_s * (1 + 0.5 / made) >= self.budget_cpu_s
+
     def _due(self, every: int) -> bool:
         """True if an every-N-updates action is due now; always at the last update."""
         update = self.trainer.update
         since_boundary = self.setup.config.optim.rollouts_per_refresh
-        return update == self.updates or bool(every) and update % every < since_boundary
+        return update == self.updates or self.spent or bool(every) and update % every < since_boundary
 
     def save(self, gain: float | None = None) -> Path:
         """Write a checkpoint, mark the best one, and drop the ones that are no longer kept.
@@ -178,6 +194,8 @@ class Run:
             "radar": radar.saved(self.readings),
             "unvalidated": self.unvalidated,
         }
+        if self.budget_cpu_s is not None:  # elsewhere equal runs have equal checkpoints
+            own["cpu_s"] = self.cpu_s
         kind = architecture(self.setup.backbone.weights)
         path = save_checkpoint(self.checkpoints, update, tensors, state | own, architecture=kind)
         self._mark_best()
@@ -191,10 +209,13 @@ class Run:
             self.save()
 
     def _validate_and_save(self) -> None:
-        """Validation comes before the checkpoint: a kill in between repeats both.
+        """Validation, if there are prompts, comes before the checkpoint: a kill in between repeats both.
 
         Where it fails, ``train`` saves what was trained, and a resumed run begins with the validation.
         """
+        if not self.setup.validation:
+            self.save()
+            return
         self.unvalidated = True  # until it has succeeded
         gain = self.validate()
         self.unvalidated = False
@@ -235,10 +256,10 @@ class Run:
         self.verdict = radar.judge(history, radar.STANDARD_ERRORS, radar.FALLS_IN_A_ROW)
         return radar.verdict_numbers(history, self.verdict)
 
-    def evaluate_aligned(self, prompts: Any) -> Evaluation:
+    def evaluate_aligned(self, prompts: Any, *, mismatched: bool = False) -> Evaluation:
         """Held-out results of the trained parameters' moving average."""
         with self.trainer.sides.aligned():
-            return evaluate_prompts(self.setup, prompts)
+            return evaluate_prompts(self.setup, prompts, mismatched=mismatched)
 
     def resume(self, state: Mapping[str, Any]) -> None:
         """Continue from the state of a checkpoint that its trainer was restored from."""
@@ -246,6 +267,7 @@ class Run:
         self.best = None if state["best"] is None else (int(state["best"][0]), float(state["best"][1]))
         self.readings = radar.loaded(state["radar"])
         self.unvalidated = state["unvalidated"]
+        self.cpu_s = float(state.get("cpu_s", 0.0))
         self.update_verdict()
         # A kill may have come between a checkpoint and its mark.
         self.setup.ranks.once("marking the best checkpoint", self._mark_best)
@@ -291,17 +313,28 @@ def open_checkpoint(weights: Weights, path: Path, kind: str = "average") -> Side
     return Sides(policy, load_aligned(weights, policy, path, kind))
 
 
-def evaluate_prompts(setup: Setup, prompts: Any) -> Evaluation:
-    """Held-out results of the model as it is."""
-    rows = setup.config.exploration.rows or ROWS
-    tape, ranks = setup.evaluation_tape(), setup.ranks
-    return evaluate_policy(setup.backbone, prompts, tape, setup.judges, rows=rows, ranks=ranks)
+def evaluate_prompts(
+    setup: Setup, prompts: Any, tape: Tape | None = None, *, mismatched: bool = False, first: int = 0
+) -> Evaluation:
+    """Held-out results of the model as it is, on the evaluation tape or another one (`evaluate_policy`)."""
+    return evaluate_policy(
+        setup.backbone,
+        prompts,
+        tape or setup.evaluation_tape(),
+        setup.judges,
+        rows=setup.config.exploration.rows or ROWS,
+        ranks=setup.ranks,
+        mismatched=mismatched,
+        first=first,
+    )
 
 
-def evaluate_base(setup: Setup, trainer: Trainer, sets: Mapping[str, Any]) -> dict[str, Evaluation]:
+def evaluate_base(
+    setup: Setup, trainer: Trainer, sets: Mapping[str, Any], *, mismatched: bool = False
+) -> dict[str, Evaluation]:
     """Held-out results of the starting policy."""
     with trainer.sides.base():
-        return {name: evaluate_prompts(setup, prompts) for name, prompts in sets.items()}
+        return {name: evaluate_prompts(setup, own, mismatched=mismatched) for name, own in sets.items()}
 
 
 def resume_point(directory: Path) -> Path | None:

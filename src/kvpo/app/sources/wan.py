@@ -6,7 +6,7 @@ from itertools import chain
 from kvpo.app.file_prompts import split_prompts, updates_prompts
 from kvpo.app.judges import build_judges
 from kvpo.app.named_rewards import reach_servers
-from kvpo.app.sources.common import Source, streaming_generator
+from kvpo.app.sources.common import FinalSet, Source, streaming_generator
 from kvpo.app.sources.wan_parts import (
     ENCODER_FILES,
     FRAMES_PER_SECOND,
@@ -127,6 +127,7 @@ SOURCE = Source(
     backbone=wan_backbone,
     weights=wan_weights,
     split=split_prompts,
+    final=lambda config: {name: FinalSet(own) for name, own in split_prompts(config)[2].items()},
     default_frames=lambda config: config.prompts.num_frames,
     file_digests=file_digests,
     longest_prompt=longest_prompt,
