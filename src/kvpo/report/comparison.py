@@ -1,6 +1,5 @@
 """The page and the picture of a comparison, from its ``summary.json``."""
 
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -154,7 +153,7 @@ def _arm_row(arm: str, own: Entry, axis: tuple[float, float]) -> str:
         against,
         "" if above is None else f"{above} of {len(gains)}",
     )
-    return f"<tr><th>{escape(arm)}</th>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
+    return f"<tr><th>{escape(arm)}</th>{_cells(cells)}</tr>"
 
 
 def _floor_row(line: str, own: Entry, axis: tuple[float, float]) -> str:
@@ -170,7 +169,12 @@ def _floor_row(line: str, own: Entry, axis: tuple[float, float]) -> str:
         "",
         "",
     )
-    return f'<tr><th class="soft">{escape(line)}</th>{"".join(f"<td>{cell}</td>" for cell in cells)}</tr>'
+    return f'<tr><th class="soft">{escape(line)}</th>{_cells(cells)}</tr>'
+
+
+def _cells(cells: Sequence[str]) -> str:
+    """Cells of HTML, the second of which is drawn."""
+    return "".join(f"<td{' class=drawn' if n == 1 else ''}>{cell}</td>" for n, cell in enumerate(cells))
 
 
 def _average(values: Sequence[float] | None) -> str:
@@ -246,26 +250,27 @@ def _facts(summary: Entry) -> str:
 
 
 def draw_comparison(path: Path, summary: Entry) -> None:
-    """Draw every arm's gains, run by run, beside floor lines and ceiling, as a PNG."""
+    """Draw every arm's gains, run by run with their spread, and the base with more computation, as a PNG."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     sets = [key for key in SETS if key in summary["prompts"]]
     arms = [arm for arm, _ in _ranked(sets[-1], summary["methods"])]
-    figure = Figure(figsize=(4.6 * len(sets), 1.6 + 0.42 * len(arms)), layout="constrained")
+    floors = list(summary["floors"])
+    names = [*arms, *floors]
+    figure = Figure(figsize=(4.2 * len(sets), 1.4 + 0.32 * len(names)), layout="constrained")
     for axes, key in zip(figure.subplots(1, len(sets), squeeze=False)[0], sets, strict=True):
-        for row, arm in enumerate(reversed(arms)):
+        for row, arm in enumerate(arms):
             own = summary["methods"][arm][key]
             axes.plot(own["gains"], [row] * len(own["gains"]), "o", color="#3b6fb6", alpha=0.6, ms=5)
-            error = own["std"] if own["std"] is not None and math.isfinite(own["std"]) else 0.0
-            axes.errorbar(own["mean"], row, xerr=error, fmt="|", color="#17365d", ms=14, capsize=3)
-        for line, own in summary["floors"].items():
-            axes.axvline(own[key]["gain"], color="#999999", lw=1, ls="--")
-            axes.text(own[key]["gain"], len(arms) - 0.4, line, fontsize=7, color="#666666", ha="center")
+            axes.errorbar(own["mean"], row, xerr=own["std"] or 0, fmt="|", color="#17365d", ms=14, capsize=3)
+        for row, line in enumerate(floors, len(arms)):
+            own = summary["floors"][line][key]
+            axes.errorbar(own["gain"], row, xerr=own["standard_error"], fmt="D", color="#999999", ms=4)
         axes.axvline(0, color="black", lw=0.8)
-        axes.set(
-            yticks=range(len(arms)), yticklabels=arms[::-1], ylim=(-0.6, len(arms)), xlabel="paired gain"
-        )
+        axes.set(yticks=range(len(names)), yticklabels=names, xlabel="paired gain")
+        axes.invert_yaxis()
+        axes.locator_params(axis="x", nbins=5)
         axes.set_title(f"{key} videos", fontsize=10)
     FigureCanvasAgg(figure)
     figure.savefig(path, format="png", dpi=150)

@@ -268,7 +268,8 @@ class Run:
         self.readings = radar.loaded(state["radar"])
         self.unvalidated = state["unvalidated"]
         self.cpu_s = float(state.get("cpu_s", 0.0))
-        self.update_verdict()
+        if self.setup.validation:
+            self.update_verdict()
         # A kill may have come between a checkpoint and its mark.
         self.setup.ranks.once("marking the best checkpoint", self._mark_best)
         update = self.trainer.update
