@@ -1,15 +1,23 @@
 """Parts of a comparison: its arms and trials, its statistics, and its numbers on results made by hand."""
 
+import json
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
 from kvpo.app.comparison.arms import CONTROLS, TRIAL_SEED, Arm, chosen_arms, configured, trials
+from kvpo.app.comparison.measuring import PretrainingTrainer, trainer_of
+from kvpo.app.comparison.plan import Comparison
 from kvpo.app.comparison.statistics import least_p, permutation_p, relabelling_p, sign_flip_p
+from kvpo.app.sources import world
 from kvpo.config import Config
 from kvpo.method.methods import METHODS
 from kvpo.report.comparison import verdict
+from kvpo.training.ranks import ALONE
+from kvpo.world.snippets import SnippetSettings
+from tests.tiny_world import tiny_config
 
 
 def test_arms_are_given_as_words_or_in_a_file(tmp_path: Path) -> None:
@@ -68,6 +76,32 @@ def test_a_difference_has_to_hold_over_runs_and_over_prompts() -> None:
     peak = torch.zeros(5, 64) + torch.linspace(0, 0.01, 5)[:, None]
     assert permutation_p(peak + torch.eye(64)[0], peak) == 1.0
     assert permutation_p(noise_SN + 9, noise_SN) == pytest.approx(2 / 252)
+
+
+def test_more_pretraining_trains_the_same_parameters_without_a_reward(
+    tiny_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(world, "SnippetSettings", partial(SnippetSettings, videos=1))
+    world.pretraining_batches.cache_clear()
+    trainer = trainer_of(CONTROLS["pretraining"], tiny_config(tiny_base, optim__lr=1e-2), ALONE)
+    assert isinstance(trainer, PretrainingTrainer) and not trainer.setup.validation
+    before = {name: value.detach().clone() for name, value in trainer.policy.parameters.items()}
+    found = [trainer.step() for _ in range(2)]
+    assert trainer.update == 2 and trainer.at_boundary()
+    assert all(one["loss"] > 0 and one["gradient_norm"] > 0 for one in found)
+    assert all(not torch.equal(value, before[name]) for name, value in trainer.policy.parameters.items())
+    assert any(not torch.equal(value, before[name]) for name, value in trainer.average.values.items())
+    world.pretraining_batches.cache_clear()
+
+
+def test_the_best_trial_is_taken_and_a_diverged_one_passed_over(tmp_path: Path) -> None:
+    comparison = Comparison(Config(), [Arm("kvpo", "kvpo")], 1, 1.0, 3, tmp_path)
+    (tmp_path / "pieces").mkdir()
+    tried = comparison.trials_of("kvpo")
+    for gains, chosen in (((0.1, 0.3, 0.2), 1), ((None, 0.1, 0.2), 2), ((None, None, None), 0)):
+        for n, gain in enumerate(gains):
+            comparison.result_file(f"trial-kvpo-{n}").write_text(json.dumps({"gain": gain}))
+        assert comparison.tuned("kvpo") == tried[chosen]
 
 
 def numbers(gains: list[float], p: float | None, difference: float | None) -> dict:

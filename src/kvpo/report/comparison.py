@@ -215,15 +215,27 @@ def _settings(summary: Entry) -> str:
     blocks = [_table(["", "settings that differ from the comparison's own"], rows)]
     for method, tried in summary["trials"].items():
         if tried:
-            best = max(one["gain"] for one in tried)
-            rows = [[f"{method} {n}{' (chosen)' if one['gain'] == best else ''}", signed(one["gain"]),
-                     str(one["updates"]), fixed(one["cpu_s"], 1), _listed(one["settings"])]
-                    for n, one in enumerate(tried)]  # fmt: skip
+            best = max((one["gain"] for one in tried if one["gain"] is not None), default=None)
+            rows = [_trial_row(f"{method} {n}", one, best) for n, one in enumerate(tried)]
             blocks.append(
                 f'<h3 class="group">Trials of {escape(method)}</h3>'
                 + _table(["", "gain on validation prompts", "updates", "CPU-s", "settings"], rows)
             )
     return "".join(blocks)
+
+
+def _trial_row(name: str, one: Entry, best: float | None) -> list[str]:
+    """A trial, chosen if its gain is the best; one whose numbers were not finite has none."""
+    if one["gain"] is None:
+        return [name, "not finite", "", "", _listed(one["settings"])]
+    chosen = " (chosen)" if one["gain"] == best else ""
+    return [
+        name + chosen,
+        signed(one["gain"]),
+        str(one["updates"]),
+        fixed(one["cpu_s"], 1),
+        _listed(one["settings"]),
+    ]
 
 
 def _listed(settings: Entry) -> str:

@@ -34,6 +34,7 @@ from kvpo.app.comparison.results import summarise
 from kvpo.config import Config
 from kvpo.config_checks import ConfigurationError, check
 from kvpo.files import StorageError, finite, local_path, read_json, storage_error, write_atomic
+from kvpo.models.finite import NonFiniteError
 from kvpo.report.comparison import write_comparison
 from kvpo.training.device import computing
 from kvpo.training.run_directory import RunDirectory
@@ -88,14 +89,19 @@ def pieces(comparison: Comparison) -> list[Piece]:
 
 
 def _trial(comparison: Comparison, name: str, arm: Arm, config: Config, base: str) -> dict[str, Any] | None:
-    result = _trained(
-        comparison, name, arm, config, TRIAL_SHARE * comparison.budget_cpu_s, on_validation_prompts
-    )
-    if result is not None:
-        before = comparison.result(base)["results"]
-        gains = [_mean(after) - _mean(before[name]) for name, after in result["results"].items()]
-        result |= {"gain": _mean(gains), "settings": changed_settings(comparison.start, config)}
-    return result
+    """The gain of one trial on validation prompts; None as a gain where its numbers were not finite."""
+    budget = TRIAL_SHARE * comparison.budget_cpu_s
+    settings = {"settings": changed_settings(comparison.start, config)}
+    try:
+        result = _trained(comparison, name, arm, config, budget, on_validation_prompts)
+    except NonFiniteError as error:
+        logger.warning("%s: %s", name, error)
+        return {**settings, "gain": None, "updates": None, "cpu_s": None, "failed": str(error)}
+    if result is None:
+        return None
+    before = comparison.result(base)["results"]
+    gains = [_mean(after) - _mean(before[name]) for name, after in result["results"].items()]
+    return {**result, **settings, "gain": _mean(gains)}
 
 
 def _run(comparison: Comparison, name: str, arm: Arm, seed: int) -> dict[str, Any] | None:

@@ -41,10 +41,13 @@ class Comparison:
         return trials(self.start, own[0], self.trials) if own and self.trials else []
 
     def tuned(self, method: str) -> dict[str, Any]:
-        """The settings of the method's best trial."""
-        tried = self.trials_of(method)
-        gains = [self.result(f"trial-{method}-{n}")["gain"] for n in range(len(tried))]
-        return tried[gains.index(max(gains))] if tried else {}
+        """The settings of the method's best trial; its defaults where there is none."""
+        gains = [
+            (self.result(f"trial-{method}-{n}")["gain"], settings)
+            for n, settings in enumerate(self.trials_of(method))
+        ]
+        found = [(gain, settings) for gain, settings in gains if gain is not None]
+        return max(found, key=lambda trial: trial[0])[1] if found else {}
 
     def base_of(self, config: Config) -> str:
         """Name of the base under a configuration's stream settings: an arm is compared with its own."""
