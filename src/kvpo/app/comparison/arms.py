@@ -46,14 +46,8 @@ CONTROLS = {
 }
 """Arms beside the methods: advantages dealt at random, training on the best branch, more pretraining."""
 
-SHARED = {
-    "optim.lr": (5e-4, 1e-3, 2e-3),
-    "objective.keep": ((2, 2), (0, 0)),
-    "exploration.blocks": (2, 3),
-    "objective.velocity_kl": (5.0, 20.0),
-}
-"""Settings that every rewarded method is tuned in, and the values tried."""
-UNREWARDED = {"optim.lr": (2e-4, 5e-4, 1e-3, 2e-3, 4e-3, 8e-3)}
+RATES, RATES_ALONE = (0.5, 1.0, 2.0), (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
+"""Learning rates that are tried, relative to the comparison's own; more where nothing else is shared."""
 OWN: dict[str, dict[str, Sequence[Any]]] = {
     "kvpo": {
         "exploration.donor": (0, 1),
@@ -132,16 +126,31 @@ def configured(start: Config, arm: Arm, tuned: Mapping[str, Any], seed: int) -> 
     return config
 
 
+def grid(start: Config, method: str) -> dict[str, Sequence[Any]]:
+    """Settings that a method is tuned in and the values tried: those that all share, and its own."""
+    rewarded = method in METHODS and METHODS[method].rewarded
+    rates = {"optim.lr": [factor * start.optim.lr for factor in (RATES if rewarded else RATES_ALONE)]}
+    if not rewarded:
+        return rates | OWN[method]
+    blocks, weight = start.exploration.blocks, start.objective.velocity_kl
+    shared = {
+        "objective.keep": ((2, 2), (0, 0)),
+        "exploration.blocks": (blocks, blocks + 1),
+        "objective.velocity_kl": (weight / 4, weight),
+    }
+    return rates | shared | OWN[method]
+
+
 def trials(start: Config, arm: Arm, count: int) -> list[dict[str, Any]]:
     """Settings that a method is tried with: its defaults, then different ones of its grid, drawn by its name.
 
     Combinations that the configuration refuses are passed over; a small grid gives fewer than ``count``.
     """
-    rewarded = arm.method in METHODS and METHODS[arm.method].rewarded
-    grid = {**(SHARED if rewarded else UNREWARDED), **OWN[arm.method]}
-    every = [dict(zip(grid, values, strict=True)) for values in product(*grid.values())]
+    tried = grid(start, arm.method)
+    every = [dict(zip(tried, values, strict=True)) for values in product(*tried.values())]
     order = torch.randperm(len(every), generator=keyed_generator("tuning", arm.method)).tolist()
     found: list[dict[str, Any]] = [{}]
+    configs = [configured(start, arm, {}, TRIAL_SEED)]
     for settings in (every[n] for n in order):
         if len(found) >= count:
             break
@@ -149,6 +158,7 @@ def trials(start: Config, arm: Arm, count: int) -> list[dict[str, Any]]:
             config = configured(start, arm, settings, TRIAL_SEED)
         except ConfigurationError:
             continue
-        if config != configured(start, arm, {}, TRIAL_SEED):
+        if config not in configs:
             found.append(settings)
-    return found[:count]
+            configs.append(config)
+    return found
