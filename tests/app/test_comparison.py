@@ -10,6 +10,7 @@ import torch
 from kvpo.app.comparison.arms import CONTROLS, TRIAL_SEED, Arm, chosen_arms, configured, trials
 from kvpo.app.comparison.measuring import PretrainingTrainer, trainer_of
 from kvpo.app.comparison.plan import Comparison
+from kvpo.app.comparison.results import summarise
 from kvpo.app.comparison.statistics import least_p, permutation_p, relabelling_p, sign_flip_p
 from kvpo.app.sources import world
 from kvpo.config import Config
@@ -102,6 +103,47 @@ def test_the_best_trial_is_taken_and_a_diverged_one_passed_over(tmp_path: Path) 
         for n, gain in enumerate(gains):
             comparison.result_file(f"trial-kvpo-{n}").write_text(json.dumps({"gain": gain}))
         assert comparison.tuned("kvpo") == tried[chosen]
+
+
+def scores(totals: list[float], unseen: float = 0.0) -> dict:
+    halves = [value / 2 for value in totals]
+    return {"totals": totals, "components": {"a": halves, "b": halves}, "unseen": [unseen] * len(totals)}
+
+
+def test_the_numbers_of_arms_are_those_of_their_pieces(tmp_path: Path) -> None:
+    arms = [Arm("kvpo", "kvpo"), CONTROLS["null"], Arm("deep", "kvpo", {"stream.step_rule": "renoise"})]
+    comparison = Comparison(Config(), arms, 2, 10.0, 0, tmp_path)
+    (tmp_path / "pieces").mkdir()
+    comparison.plan_file.write_text('{"commit": "abc"}')
+    base, renoised = [0.0, 0.0, 0.2, 0.2], [0.1, 0.1, 0.1, 0.1]
+    pieces: dict[str, dict] = {
+        "base-final": {"results": {"short": scores(base), "diversity": {}}, "base_sha256": "def"},
+        "base-step_rule-final": {"results": {"short": scores(renoised), "diversity": {}}},
+        "best-of-8": {"results": {"short": scores([0.5, 0.3], 0.2)}},
+    }
+    gains = {"kvpo": (0.1, 0.3), "null": (0.0, 0.1), "deep": (0.2, 0.2)}
+    for arm, own in gains.items():
+        before = renoised if arm == "deep" else base
+        for seed, gain in enumerate(own):
+            pieces[f"run-{arm}-{seed}"] = {
+                "results": {"short": scores([value + gain for value in before], 0.1), "diversity": {}},
+                "base": "base-step_rule" if arm == "deep" else "base",
+                "settings": {}, "cpu_s": 9.0, "updates": 3, "cpu_s_per_update": 3.0,
+            }  # fmt: skip
+    for name, content in pieces.items():
+        comparison.result_file(name).write_text(json.dumps(content))
+    summary = summarise(comparison, ["best-of-8"])
+    kvpo, null, deep = (summary["methods"][arm]["short"] for arm in gains)
+    assert kvpo["gains"] == pytest.approx([0.1, 0.3]) and kvpo["mean"] == pytest.approx(0.2)
+    assert kvpo["std"] == pytest.approx(0.02**0.5) and kvpo["components"]["a"] == pytest.approx(0.1)
+    assert kvpo["unseen"] == pytest.approx([0.1, 0.1]) and kvpo["p_against_kvpo"] is None
+    # The best of eight gains 0.4 on the two prompts that it was measured on.
+    assert summary["floors"]["best-of-8"]["short"]["gain"] == pytest.approx(0.4)
+    assert kvpo["gap_closed"] == pytest.approx(0.2 / 0.4)
+    assert kvpo["above_every_null"] == 1 and "above_every_null" not in null
+    assert deep["mean"] == pytest.approx(0.2) and deep["difference_to_kvpo"] == pytest.approx(0, abs=1e-9)
+    assert null["difference_to_kvpo"] == pytest.approx(-0.15)
+    assert (summary["commit"], summary["base_sha256"]) == ("abc", "def")
 
 
 def numbers(gains: list[float], p: float | None, difference: float | None) -> dict:

@@ -20,9 +20,10 @@ Results = Mapping[str, Any]
 
 def gains_SN(runs: Sequence[Results], bases: Sequence[Results], name: str, key: str = "totals") -> Tensor:
     """Paired gains ``[seeds, prompts]`` of an arm's runs on one set."""
-    rows = [torch.tensor(run[name][key]) - torch.tensor(base[name][key])
-            for run, base in zip(runs, bases, strict=True)]  # fmt: skip
-    return torch.stack(rows).double()
+    before_SN, after_SN = (
+        torch.tensor([one[name][key] for one in side], dtype=torch.float64) for side in (bases, runs)
+    )
+    return after_SN - before_SN
 
 
 def summarise(comparison: Comparison, floors: Sequence[str]) -> dict[str, Any]:
@@ -85,7 +86,7 @@ def _on_set(
 ) -> dict[str, Any]:
     """One arm on one prompt set."""
     own = gains[arm][name]
-    of_runs = own.mean(1).tolist()
+    of_runs: list[float] = own.mean(1).tolist()
     numbers: dict[str, Any] = {
         "gains": of_runs,
         "mean": mean(of_runs),
