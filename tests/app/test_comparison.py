@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from kvpo.app.comparison.arms import CONTROLS, TRIAL_SEED, Arm, chosen_arms, configured, trials
+from kvpo.app.comparison.arms import CONTROLS, TRIAL_SEED, TrainingArm, chosen_arms, configured, trials
 from kvpo.app.comparison.measuring import PretrainingTrainer, trainer_of
-from kvpo.app.comparison.plan import Comparison
+from kvpo.app.comparison.plan import MethodComparison
 from kvpo.app.comparison.results import summarise
 from kvpo.app.comparison.statistics import least_p, permutation_p, relabelling_p, sign_flip_p
 from kvpo.app.sources import world
@@ -44,7 +44,7 @@ def test_arms_are_given_as_words_or_in_a_file(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("method", [*METHODS, "pretraining"])
 def test_every_method_is_tried_equally_often_in_other_settings(method: str) -> None:
-    arm = CONTROLS.get(method) or Arm(method, method)
+    arm = CONTROLS.get(method) or TrainingArm(method, method)
     tried = trials(Config(), arm, 5)
     configs = [configured(Config(), arm, settings, TRIAL_SEED) for settings in tried]
     assert tried[0] == {} and len(tried) == 5
@@ -96,7 +96,7 @@ def test_more_pretraining_trains_the_same_parameters_without_a_reward(
 
 
 def test_the_best_trial_is_taken_and_a_diverged_one_passed_over(tmp_path: Path) -> None:
-    comparison = Comparison(Config(), [Arm("kvpo", "kvpo")], 1, 1.0, 3, tmp_path)
+    comparison = MethodComparison(Config(), [TrainingArm("kvpo", "kvpo")], 1, 1.0, 3, tmp_path)
     (tmp_path / "pieces").mkdir()
     tried = comparison.trials_of("kvpo")
     for gains, chosen in (((0.1, 0.3, 0.2), 1), ((None, 0.1, 0.2), 2), ((None, None, None), 0)):
@@ -111,8 +111,12 @@ def scores(totals: list[float], unseen: float = 0.0) -> dict:
 
 
 def test_the_numbers_of_arms_are_those_of_their_pieces(tmp_path: Path) -> None:
-    arms = [Arm("kvpo", "kvpo"), CONTROLS["null"], Arm("deep", "kvpo", {"stream.step_rule": "renoise"})]
-    comparison = Comparison(Config(), arms, 2, 10.0, 0, tmp_path)
+    arms = [
+        TrainingArm("kvpo", "kvpo"),
+        CONTROLS["null"],
+        TrainingArm("deep", "kvpo", {"stream.step_rule": "renoise"}),
+    ]
+    comparison = MethodComparison(Config(), arms, 2, 10.0, 0, tmp_path)
     (tmp_path / "pieces").mkdir()
     comparison.plan_file.write_text('{"commit": "abc"}')
     base, renoised = [0.0, 0.0, 0.2, 0.2], [0.1, 0.1, 0.1, 0.1]

@@ -145,7 +145,7 @@ def _evaluate_arguments(parser: ArgumentParser) -> None:
 
 
 def _evaluate(arguments: Namespace) -> None:
-    from kvpo.app.evaluate import drift, evaluate
+    from kvpo.app.evaluate import evaluate, evaluate_drift
 
     places = parse_flags(settings_given(arguments))
     given = {"checkpoint": arguments.checkpoint, "weights": arguments.weights, "places": places}
@@ -154,7 +154,7 @@ def _evaluate(arguments: Namespace) -> None:
             raise ConfigurationError(
                 "--out: --drift writes drift.json and drift.png into the run; leave it out"
             )
-        drift(arguments.run, seconds=arguments.seconds, **given)
+        evaluate_drift(arguments.run, seconds=arguments.seconds, **given)
         print(arguments.run / "drift.json")
         return
     out = arguments.out or arguments.run / "evaluation.json"
@@ -341,7 +341,7 @@ COMMANDS = (
         "compare",
         "train methods on one base under one budget and compare them",
         compare_commands.compare_arguments,
-        compare_commands.compare,
+        compare_commands.compare_command,
         configured=True,
     ),
     Command("export", "write what a run trained for other programs", _export_arguments, _export, places=True),

@@ -51,14 +51,14 @@ def compare_arguments(parser: ArgumentParser) -> None:
     )
 
 
-def compare(arguments: Namespace) -> None:
+def compare_command(arguments: Namespace) -> None:
     """Compare methods and print where the numbers are."""
     config = configuration(arguments)
     from kvpo.app.comparison.arms import chosen_arms
-    from kvpo.app.comparison.command import compare as run_comparison
+    from kvpo.app.comparison.command import compare_methods
 
     names = [name.strip() for name in arguments.methods.split(",") if name.strip()]
-    run_comparison(
+    compare_methods(
         config,
         arguments.out,
         chosen_arms(names, arguments.arms),

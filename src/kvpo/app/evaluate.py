@@ -100,7 +100,7 @@ def _opened(
     return setup, sides, path, warning
 
 
-def drift(
+def evaluate_drift(
     run: Path | str,
     *,
     seconds: float = 300.0,

@@ -1,19 +1,19 @@
 """The page and the picture of a comparison, from its ``summary.json``."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from kvpo.files import new_file, write_atomic
 from kvpo.report.charts import interval, value_range
 from kvpo.report.formatting import compact, escape, fill_page, fixed, number, percent, signed, title_of
+from kvpo.report.record import Entry
 
 SETS = {
     "short": "one prompt",
     "long": "several prompts with switches",
     "beyond": "frames later than any that training scores",
 }
-COLUMNS = (
+GAIN_COLUMNS = (
     "",
     "paired gain, ± over seeds",
     "",
@@ -28,7 +28,6 @@ COLUMNS = (
 FEWEST_SEEDS = 5
 """Runs of each arm from which a difference can have p < .01."""
 SURE = 0.01
-Entry = Mapping[str, Any]
 
 
 def write_comparison(out: Path, summary: Entry) -> Path:
@@ -58,7 +57,7 @@ def comparison_page(name: str, summary: Entry) -> str:
 
 
 def verdict(summary: Entry) -> tuple[str, list[str]]:
-    """What a comparison shows, in a sentence, and what has to be known about it."""
+    """The sentence that a comparison comes to, and notes on how far it goes."""
     seeds, methods = len(summary["seeds"]), summary["methods"]
     notes = []
     if seeds < FEWEST_SEEDS:
@@ -128,7 +127,7 @@ def _set_section(key: str, summary: Entry) -> str:
     axis = _axis(key, summary)
     rows = [_arm_row(arm, own, axis) for arm, own in _ranked(key, summary["methods"])]
     rows += [_floor_row(line, own[key], axis) for line, own in summary["floors"].items()]
-    head = "".join(f"<th>{name}</th>" for name in COLUMNS)
+    head = "".join(f"<th>{name}</th>" for name in GAIN_COLUMNS)
     facts = f"{summary['prompts'][key]} prompts, base {fixed(summary['base'][key])}"
     table = f"<thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody>"
     return (

@@ -8,7 +8,7 @@ from typing import Any
 
 SHOWN = ("reward", "unseen", "confidence", "brightness", "saturation", "motion", "sharpness", "peak_rss_mb")
 """Measures that are drawn, where they were taken."""
-COLOURS = {"base": "#8a8a8a", "aligned": "#3b6fb6"}
+SIDE_COLOURS = {"base": "#8a8a8a", "aligned": "#3b6fb6"}
 
 
 def draw_drift(path: Path, numbers: Mapping[str, Any]) -> None:
@@ -21,7 +21,7 @@ def draw_drift(path: Path, numbers: Mapping[str, Any]) -> None:
     figure = Figure(figsize=(10, 2.1 * rows), layout="constrained")
     panels = figure.subplots(rows, 2, squeeze=False, sharex=True).flatten()
     for axes, name in zip(panels, names, strict=False):
-        for side, colour in COLOURS.items():
+        for side, colour in SIDE_COLOURS.items():
             spans = numbers[side][name]
             middle = [mean(values) for values in spans]
             error = [stdev(values) / len(values) ** 0.5 for values in spans]

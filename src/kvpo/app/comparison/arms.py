@@ -24,7 +24,7 @@ TRIAL_SEED = 1_000_000
 
 
 @dataclass(frozen=True)
-class Arm:
+class TrainingArm:
     """One row of the comparison."""
 
     name: str
@@ -40,9 +40,9 @@ class Arm:
 
 
 CONTROLS = {
-    "null": Arm("null", "kvpo", {"objective.advantages": "random"}),
-    "best-of-n": Arm("best-of-n", "rvm", {"objective.keep": (1, 0)}),
-    PRETRAINING: Arm(PRETRAINING, PRETRAINING),
+    "null": TrainingArm("null", "kvpo", {"objective.advantages": "random"}),
+    "best-of-n": TrainingArm("best-of-n", "rvm", {"objective.keep": (1, 0)}),
+    PRETRAINING: TrainingArm(PRETRAINING, PRETRAINING),
 }
 """Arms beside the methods: advantages dealt at random, training on the best branch, more pretraining."""
 
@@ -72,9 +72,9 @@ OWN: dict[str, dict[str, Sequence[Any]]] = {
 """Settings of one method that it is tuned in besides."""
 
 
-def chosen_arms(names: Sequence[str], given: Sequence[str]) -> list[Arm]:
+def chosen_arms(names: Sequence[str], given: Sequence[str]) -> list[TrainingArm]:
     """The arms of ``--methods`` and ``--arms``, each named once. Raises ConfigurationError."""
-    known = {name: Arm(name, name) for name in METHODS} | CONTROLS
+    known = {name: TrainingArm(name, name) for name in METHODS} | CONTROLS
     if unknown := [name for name in names if name not in known]:
         raise ConfigurationError(
             f"--methods: unknown {unknown[0]!r}{nearest(unknown[0], known)}; there are {', '.join(known)}"
@@ -88,7 +88,7 @@ def chosen_arms(names: Sequence[str], given: Sequence[str]) -> list[Arm]:
     return arms
 
 
-def _given(text: str) -> list[Arm]:
+def _given(text: str) -> list[TrainingArm]:
     """The arms of a YAML file, or the one of ``NAME:setting=value,setting=value``."""
     name, colon, settings = text.partition(":")
     if not colon:
@@ -99,7 +99,7 @@ def _given(text: str) -> list[Arm]:
     return [_arm(name, parse_flags({path.strip(): value.strip() for path, _, value in pairs}))]
 
 
-def _arm(name: str, settings: Any) -> Arm:
+def _arm(name: str, settings: Any) -> TrainingArm:
     if not re.fullmatch(r"[\w.+-]+", name):
         raise ConfigurationError(f"--arms: {name!r} names files: use letters, digits and . + - _ only")
     if not isinstance(settings, Mapping):
@@ -110,10 +110,10 @@ def _arm(name: str, settings: Any) -> Arm:
         raise ConfigurationError(f"--arms: {name}: no method {method!r}{nearest(method, METHODS)}")
     if name == method:
         raise ConfigurationError(f"--arms: {name!r} is the name of a method; give the arm another")
-    return Arm(name, method, changes)
+    return TrainingArm(name, method, changes)
 
 
-def configured(start: Config, arm: Arm, tuned: Mapping[str, Any], seed: int) -> Config:
+def configured(start: Config, arm: TrainingArm, tuned: Mapping[str, Any], seed: int) -> Config:
     """The configuration of an arm's run: the comparison's, its method, what trials chose, its own changes.
 
     Raises ConfigurationError where they contradict each other.
@@ -141,7 +141,7 @@ def grid(start: Config, method: str) -> dict[str, Sequence[Any]]:
     return rates | shared | OWN[method]
 
 
-def trials(start: Config, arm: Arm, count: int) -> list[dict[str, Any]]:
+def trials(start: Config, arm: TrainingArm, count: int) -> list[dict[str, Any]]:
     """Settings that a method is tried with: its defaults, then different ones of its grid, drawn by its name.
 
     Combinations that the configuration refuses are passed over; a small grid gives fewer than ``count``.

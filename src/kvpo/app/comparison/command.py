@@ -20,7 +20,7 @@ from filelock import FileLock, Timeout
 from kvpo import __version__
 from kvpo.app.align import train
 from kvpo.app.build import build_setup
-from kvpo.app.comparison.arms import TRIAL_SEED, Arm, configured
+from kvpo.app.comparison.arms import TRIAL_SEED, TrainingArm, configured
 from kvpo.app.comparison.measuring import (
     base_policy,
     floor_line,
@@ -29,7 +29,7 @@ from kvpo.app.comparison.measuring import (
     trained,
     trainer_of,
 )
-from kvpo.app.comparison.plan import Comparison, changed_settings
+from kvpo.app.comparison.plan import MethodComparison, changed_settings
 from kvpo.app.comparison.results import summarise
 from kvpo.config import Config
 from kvpo.config_checks import ConfigurationError, check
@@ -58,7 +58,7 @@ class Piece:
     """Pieces that come first."""
 
 
-def pieces(comparison: Comparison) -> list[Piece]:
+def pieces(comparison: MethodComparison) -> list[Piece]:
     """All of the work, in the order in which it is best done: seed by seed, all arms beside each other."""
     found: dict[str, Piece] = {}
     finals: list[Piece] = []
@@ -88,7 +88,9 @@ def pieces(comparison: Comparison) -> list[Piece]:
     return [*found.values(), *finals, *floors]
 
 
-def _trial(comparison: Comparison, name: str, arm: Arm, config: Config, base: str) -> dict[str, Any] | None:
+def _trial(
+    comparison: MethodComparison, name: str, arm: TrainingArm, config: Config, base: str
+) -> dict[str, Any] | None:
     """The gain of one trial on validation prompts; None as a gain where its numbers were not finite."""
     budget = TRIAL_SHARE * comparison.budget_cpu_s
     settings = {"settings": changed_settings(comparison.start, config)}
@@ -104,7 +106,7 @@ def _trial(comparison: Comparison, name: str, arm: Arm, config: Config, base: st
     return {**result, **settings, "gain": _mean(gains)}
 
 
-def _run(comparison: Comparison, name: str, arm: Arm, seed: int) -> dict[str, Any] | None:
+def _run(comparison: MethodComparison, name: str, arm: TrainingArm, seed: int) -> dict[str, Any] | None:
     config = configured(comparison.start, arm, comparison.tuned(arm.method), seed)
     result = _trained(comparison, name, arm, config, comparison.budget_cpu_s, on_final_prompts)
     base = comparison.base_of(config)
@@ -112,7 +114,12 @@ def _run(comparison: Comparison, name: str, arm: Arm, seed: int) -> dict[str, An
 
 
 def _trained(
-    comparison: Comparison, name: str, arm: Arm, config: Config, budget: float, measure: Callable[..., Any]
+    comparison: MethodComparison,
+    name: str,
+    arm: TrainingArm,
+    config: Config,
+    budget: float,
+    measure: Callable[..., Any],
 ) -> dict[str, Any] | None:
     """Train a run of the comparison, or go on with it, and measure what it has become."""
     path = comparison.out / "runs" / name
@@ -147,10 +154,10 @@ def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
 
-def compare(
+def compare_methods(
     config: Config,
     out: Path | str,
-    arms: Sequence[Arm],
+    arms: Sequence[TrainingArm],
     *,
     seeds: int,
     budget_cpu_s: float,
@@ -163,7 +170,7 @@ def compare(
     _check(config, seeds, budget_cpu_s, trials)
     out = local_path(out, "--out")
     config = replace(config, threads=1)
-    comparison = Comparison(config, arms, seeds, budget_cpu_s, trials, out)
+    comparison = MethodComparison(config, arms, seeds, budget_cpu_s, trials, out)
     plan = pieces(comparison)  # every setting is checked before anything is trained
     _claim(comparison)
     while left := [piece for piece in plan if not comparison.result_file(piece.name).exists()]:
@@ -191,7 +198,7 @@ def _check(config: Config, seeds: int, budget_cpu_s: float, trials: int) -> None
         )
 
 
-def _claim(comparison: Comparison) -> None:
+def _claim(comparison: MethodComparison) -> None:
     """Make the directory this comparison's, or see that it is. Raises StorageError."""
     out, file = comparison.out, comparison.plan_file
     plan = {name: value for name, value in asdict(comparison).items() if name != "out"}
@@ -211,7 +218,7 @@ def _claim(comparison: Comparison) -> None:
         )
 
 
-def _done(comparison: Comparison, piece: Piece, before: int) -> bool:
+def _done(comparison: MethodComparison, piece: Piece, before: int) -> bool:
     """Make a piece; False where it has to wait for others, or another process has it.
 
     Raises KeyboardInterrupt if a signal stopped it.

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kvpo.app.build import build_setup, source_of
-from kvpo.app.comparison.arms import PRETRAINING, Arm
+from kvpo.app.comparison.arms import PRETRAINING, TrainingArm
 from kvpo.app.report_data import branch_diversity, laboratory, story_places
 from kvpo.app.sources.common import FinalSet
 from kvpo.config import Config, ExplorationConfig
@@ -26,7 +26,7 @@ from kvpo.training.trainer import Trainer, learning_rate_factor
 
 FLOOR_SHARE = 4
 """Floor lines and the ceiling are measured on the first of this many parts of every final set."""
-Record = dict[str, Any]
+PromptScores = dict[str, Any]
 """Scores by prompt: ``totals``, ``mismatched``, ``unseen``, and ``components`` by name."""
 
 
@@ -50,7 +50,7 @@ class PretrainingTrainer(Trainer):
         return {"loss": float(loss.detach()), "gradient_norm": norm, "gradient_coverage": coverage}
 
 
-def trainer_of(arm: Arm, config: Config, ranks: Ranks) -> Trainer:
+def trainer_of(arm: TrainingArm, config: Config, ranks: Ranks) -> Trainer:
     """The trainer of an arm's run, which looks at no held-out prompt."""
     if arm.method == PRETRAINING and source_of(config).pretraining is None:
         raise ConfigurationError(
@@ -66,11 +66,11 @@ def final_tape(setup: Setup, *member: int) -> SeededTape:
     return SeededTape(("final evaluation", *member), setup.generator.block_shape)
 
 
-def record(found: Evaluation, judges: Judges) -> Record:
+def record(found: Evaluation, judges: Judges) -> PromptScores:
     """An evaluation as JSON holds it, over distinct prompts."""
     found = found.by_prompt()
     names = judges.scorer.components
-    scores: Record = {
+    scores: PromptScores = {
         "totals": judges.totals(found).tolist(),
         "components": dict(zip(names, found.components_KN.tolist(), strict=True)),
     }
@@ -99,7 +99,7 @@ def on_final_prompts(setup: Setup) -> dict[str, Any]:
     return found | {"diversity": fresh_diversity(setup)}
 
 
-def final_record(setup: Setup, one: FinalSet) -> Record:
+def final_record(setup: Setup, one: FinalSet) -> PromptScores:
     """The record of the model as it is on one final set."""
     scored = {"mismatched": True, "first": one.first}
     return record(evaluate_prompts(setup, one.prompts, final_tape(setup), **scored), setup.judges)
@@ -112,7 +112,7 @@ def shortened(sets: Mapping[str, FinalSet]) -> dict[str, FinalSet]:
 
 
 def fresh_diversity(setup: Setup) -> dict[str, float]:
-    """What branches of fresh noise differ in: little, where the policy has collapsed to few videos."""
+    """Diversity of branches of fresh noise: little, where the policy has collapsed to few videos."""
     source = source_of(setup.config)
     if source.read_off is None:
         return {}
@@ -126,7 +126,7 @@ def fresh_diversity(setup: Setup) -> dict[str, float]:
     return branch_diversity(whole, look, places, fresh_noise)
 
 
-def best_of(setup: Setup, count: int) -> dict[str, Record]:
+def best_of(setup: Setup, count: int) -> dict[str, PromptScores]:
     """Records of the best of ``count`` videos of every prompt, by the trained reward: test-time selection."""
     found = {}
     for name, one in shortened(source_of(setup.config).final(setup.config)).items():
@@ -138,7 +138,7 @@ def best_of(setup: Setup, count: int) -> dict[str, Record]:
     return found
 
 
-def _selected(videos: list[Record], best_N: Tensor) -> Record:
+def _selected(videos: list[PromptScores], best_N: Tensor) -> PromptScores:
     def pick(rows: list[list[float]]) -> list[float]:
         return [rows[best][n] for n, best in enumerate(best_N.tolist())]
 
@@ -147,7 +147,7 @@ def _selected(videos: list[Record], best_N: Tensor) -> Record:
     return {**plain, "components": parts}
 
 
-def floor_line(config: Config, kind: str, count: int) -> dict[str, Record]:
+def floor_line(config: Config, kind: str, count: int) -> dict[str, PromptScores]:
     """The base's ``best-of`` so many videos, or with so many solver ``steps``, on part of the final sets."""
     if kind == "steps":
         schedule = tuple(1 - n / count for n in range(count))

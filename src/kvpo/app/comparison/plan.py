@@ -5,17 +5,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from kvpo.app.comparison.arms import Arm, trials
+from kvpo.app.comparison.arms import TrainingArm, trials
 from kvpo.config import Config
 from kvpo.files import read_json
 
 
 @dataclass(frozen=True)
-class Comparison:
-    """What is compared, and where its results lie."""
+class MethodComparison:
+    """The arms, seeds and budget that were asked for, and the place of the results."""
 
     start: Config
-    arms: Sequence[Arm]
+    arms: Sequence[TrainingArm]
     seeds: int
     budget_cpu_s: float
     trials: int

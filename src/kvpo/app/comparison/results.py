@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvpo.app.comparison.plan import Comparison
+from kvpo.app.comparison.plan import MethodComparison
 from kvpo.app.comparison.statistics import least_p, permutation_p, relabelling_p, spread
 from kvpo.files import read_json
 from kvpo.training.evaluation import paired_gain
 
-REFERENCE, NULL = "kvpo", "null"
+COMPARED_WITH, NULL = "kvpo", "null"
 """The arm that the others are compared with, and the one whose gains are chance."""
 Results = Mapping[str, Any]
 """Records by prompt set, as a piece holds them."""
@@ -26,7 +26,7 @@ def gains_SN(runs: Sequence[Results], bases: Sequence[Results], name: str, key: 
     return after_SN - before_SN
 
 
-def summarise(comparison: Comparison, floors: Sequence[str]) -> dict[str, Any]:
+def summarise(comparison: MethodComparison, floors: Sequence[str]) -> dict[str, Any]:
     """All that ``summary.json`` holds."""
     runs = {
         arm.name: [comparison.result(f"run-{arm.name}-{seed}") for seed in range(comparison.seeds)]
@@ -104,8 +104,8 @@ def _on_set(
         part = len(ceiling[name]["totals"])
         possible = mean(ceiling[name]["totals"]) - mean(base[name]["totals"][:part])
         numbers["gap_closed"] = float(own[:, :part].mean()) / possible if possible > 0 else None
-    reference = gains.get(REFERENCE, {}).get(name)
-    compared = reference is not None and arm != REFERENCE
+    reference = gains.get(COMPARED_WITH, {}).get(name)
+    compared = reference is not None and arm != COMPARED_WITH
     numbers["difference_to_kvpo"] = float(own.mean() - reference.mean()) if compared else None
     numbers["p_against_kvpo"] = permutation_p(own, reference) if compared else None
     if NULL in gains and arm != NULL:
@@ -129,7 +129,7 @@ def _floor_gain(line: Results, base: Results, name: str) -> dict[str, float]:
     return numbers
 
 
-def _tried(comparison: Comparison, method: str) -> list[dict[str, Any]]:
+def _tried(comparison: MethodComparison, method: str) -> list[dict[str, Any]]:
     """Settings, validation gain and cost of every trial of a method."""
     every = [comparison.result(f"trial-{method}-{n}") for n in range(len(comparison.trials_of(method)))]
     return [{key: one[key] for key in ("settings", "gain", "updates", "cpu_s")} for one in every]
