@@ -206,6 +206,10 @@ def test_the_card_says_what_it_is_how_it_loads_and_what_was_measured(runs: Path,
         assert "| long | 16 | 0.5000 | 0.7500 | +0.2500 | 0.0312 |" in text and "Up." in text
         assert text.count("`kvpo export RUN --layout") == 2 and "| stream.window | `12` |" in text
         assert "`tests.tiny_wan:brightness`" in text and str(runs / "base.pt") in text
+        continued = f"It continues the adapter `{runs / 'lora.pt'}` and takes its place."
+        assert continued in text and "base_model" not in fields
+    part = export(run, tmp_path / "part", layout="comfy", difference=0)
+    assert f"to be added to the adapter `{runs / 'lora.pt'}`" in (part / "README.md").read_text()
     raw = export(run, tmp_path / "raw", layout="peft", weights="raw")
     assert "were not tested on held-out prompts" in (raw / "README.md").read_text()
     (runs / "README.md").unlink()

@@ -1,5 +1,6 @@
 """Arguments that several subcommands share, and the configuration that they ask for."""
 
+import os
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
@@ -9,6 +10,11 @@ from kvpo.config_checks import ConfigurationError
 
 SETTING_PREFIX = "setting:"
 """Prefix of the parsed arguments that hold settings: ``setting:optim.lr``."""
+
+
+def is_main() -> bool:
+    """True in the process that speaks for a run: rank 0 of those that torchrun started, or the only one."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def configuration(arguments: Namespace, *, saved: Path | None = None) -> Config:

@@ -11,13 +11,20 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from kvpo.app import arena_commands, compare_commands, live_commands, reward_commands
+from kvpo.app import (
+    arena_commands,
+    compare_commands,
+    generate_commands,
+    live_commands,
+    prompt_commands,
+    reward_commands,
+    suite_commands,
+)
 from kvpo.app.arguments import (
     SETTING_PREFIX,
-    aligned_arguments,
     checkpoint_argument,
     configuration,
-    generating,
+    is_main,
     run_argument,
     settings_given,
     weights_argument,
@@ -42,11 +49,6 @@ class Command:
     """Returns the exit status; None is 0."""
     configured: bool = False
     places: bool = False
-
-
-def is_main() -> bool:
-    """True in the process that speaks for a run: rank 0 of those that torchrun started, or the only one."""
-    return os.environ.get("RANK", "0") == "0"
 
 
 def _align_arguments(parser: ArgumentParser) -> None:
@@ -92,35 +94,6 @@ def _align(arguments: Namespace) -> None:
         stopped = True
     if stopped:
         raise KeyboardInterrupt(*[resume_hint(arguments.out)] if is_main() else [])
-
-
-def _generate_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument(
-        "--out", type=path_argument, required=True, metavar="DIR", help="directory for the videos"
-    )
-    aligned_arguments(parser, "generates, in addition to its base")
-    parser.add_argument(
-        "--prompts",
-        type=path_argument,
-        metavar="FILE",
-        help="one prompt per line (.txt), or segments and switch frames (.jsonl); default: some test prompts",
-    )
-
-
-def _generate(arguments: Namespace) -> None:
-    config = generating(arguments)
-    from kvpo.app.generate import generate
-
-    videos = generate(
-        config,
-        arguments.out,
-        prompts=arguments.prompts,
-        run=arguments.run,
-        checkpoint=arguments.checkpoint,
-        weights=arguments.weights,
-    )
-    if is_main():
-        print("\n".join(map(str, videos)))
 
 
 def _evaluate_arguments(parser: ArgumentParser) -> None:
@@ -322,7 +295,26 @@ def _report(arguments: Namespace) -> None:
 
 COMMANDS = (
     Command("align", "align a generator with a reward", _align_arguments, _align, configured=True),
-    Command("generate", "generate videos from prompts", _generate_arguments, _generate, configured=True),
+    Command(
+        "generate",
+        "generate videos from prompts",
+        generate_commands.generate_arguments,
+        generate_commands.run_generate,
+        configured=True,
+    ),
+    Command(
+        "suite",
+        "check folders for a benchmark suite, and compare its results",
+        suite_commands.suite_arguments,
+        suite_commands.suite,
+    ),
+    Command(
+        "prompts",
+        "read, check, convert and split prompt files",
+        prompt_commands.prompts_arguments,
+        prompt_commands.prompts,
+        configured=True,
+    ),
     Command(
         "live",
         "direct a stream while it runs, on a page",

@@ -39,7 +39,7 @@ from kvpo.models.export import (
     save_peft_adapter,
     save_public_checkpoint,
 )
-from kvpo.models.hub import is_repository, push_folder, resolve_location, split_entry
+from kvpo.models.hub import is_repository, push_folder, repository_of, resolve_location, split_entry
 from kvpo.models.tensor_files import digest_of
 from kvpo.training.checkpoint import find_checkpoint, no_improvement
 from kvpo.training.run import open_checkpoint
@@ -230,9 +230,19 @@ def _finish(
     off = proof(written, layout)
     logger.info("%s: loaded again, its first block is that of the run to %.1g", out, off)
     if layout != "pt":
-        location, _ = split_entry(proof.config.backbone.checkpoint)
-        licence = licence_of(resolve_location(location, download=False)) if location else "apache-2.0"
+        licence = _licence(proof.config.backbone.checkpoint)
         (written / CARD).write_text(model_card(layout, out, record, licence, run), encoding="utf-8")
+
+
+def _licence(base: str) -> str:
+    """The licence in the card of a base, fetched for one of the hub; the embedded generator's is kvpo's."""
+    if not base:
+        return "apache-2.0"
+    repo = repository_of(base)
+    try:
+        return licence_of(resolve_location(f"{repo}/{CARD}" if repo else split_entry(base)[0]))
+    except ValueError:  # no card, or no connection
+        return "other"
 
 
 def on_host(config: Config) -> Config:

@@ -9,9 +9,9 @@ import yaml
 
 from kvpo.files import read_json
 from kvpo.models.adapter_files import DIFFUSERS_ADAPTER_NAME
+from kvpo.models.hub import repository_of
 
 CARD = "README.md"
-_HUB_BASE = re.compile(r"(?P<repo>[\w-][\w.-]*/[\w-][\w.-]*?)(?:@[^/]+)?(?:/.*)?")
 _BASE_FOLDERS = 3
 """The checkpoint itself, its folder and the one above, in which its card is looked for."""
 
@@ -51,8 +51,7 @@ def licence_of(checkpoint: Path | None) -> str:
 def model_card(layout: str, folder: Path, record: Mapping[str, Any], licence: str, run: Path) -> str:
     """The card of what was exported to ``folder``; ``run`` holds the numbers measured on held-out prompts."""
     base, alone = record["base"] or "the embedded generator of kvpo", layout != "diffusers"
-    match = _HUB_BASE.fullmatch(record["base"]) if not Path(record["base"]).exists() else None
-    repo = match["repo"] if match else None
+    repo = repository_of(record["base"])
     fields = {
         "license": licence,
         **({"base_model": repo, "base_model_relation": "adapter" if alone else "finetune"} if repo else {}),
@@ -60,9 +59,9 @@ def model_card(layout: str, folder: Path, record: Mapping[str, Any], licence: st
         "pipeline_tag": "text-to-video",
         "tags": ["kvpo", "streaming-video", *(["lora"] if alone else [])],
     }
-    added = (
-        f" It is added to the adapter `{record['added_to']}`, on top of it." if "added_to" in record else ""
-    )
+    added = f" It continues the adapter `{record['lora']}` and takes its place." if record["lora"] else ""
+    if "added_to" in record:
+        added = f" It is to be added to the adapter `{record['added_to']}`, which is loaded first."
     rewards = ", ".join(f"`{name}`" for name in record["rewards"])
     parts = [
         "---\n" + yaml.safe_dump(fields, sort_keys=False).strip() + "\n---",
@@ -96,6 +95,8 @@ def _loading(layout: str, folder: Path, record: Mapping[str, Any]) -> str:
         f"```\nkvpo generate --preset {record['settings']['preset']}{base} \\\n"
         f"  --backbone.{flag} {folder.name} --prompts prompts.txt --out videos\n```"
     )
+    if "added_to" in record:
+        own = "kvpo takes the continued adapter itself: export it without `--difference`."
     others = {"PEFT": "peft", "diffusers": "diffusers-lora", "ComfyUI": "comfy"}
     del others[program]
     rest = "; ".join(f"for {name}, `kvpo export RUN --layout {other}`" for name, other in others.items())

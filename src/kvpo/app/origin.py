@@ -33,6 +33,7 @@ def record_of(config: Config, backbone: str, checkpoint: Path, weights: str) -> 
         "method": config.method,
         "rewards": list(config.rewards.scorers),
         "base": config.backbone.checkpoint,
+        "lora": config.backbone.lora,
         "backbone": backbone,
         "settings": settings_of(config),
     }

@@ -84,6 +84,13 @@ def is_repository(name: str) -> bool:
     return match is not None and match["repo"] == name
 
 
+def repository_of(location: str) -> str | None:
+    """Repository of the hub, owner/name, that a location is in, FILE#ENTRY too; None for a local path."""
+    file, _ = split_entry(location)
+    match = None if not file or local_path(file, "path").exists() else _HUB.fullmatch(file)
+    return match["repo"] if match else None
+
+
 def push_folder(directory: Path, repo: str) -> str:
     """Upload a directory to a model repository of the hub, owner/name, and return its address.
 

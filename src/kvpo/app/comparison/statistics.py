@@ -11,8 +11,8 @@ from torch import Tensor
 from kvpo.engine.noise import keyed_generator
 
 MOST_RELABELLINGS = 20_000
-"""Relabellings of runs that are all counted; of more, DRAWS are drawn."""
-DRAWS = 10_000
+"""Relabellings of runs that are all counted; of more, PERMUTATIONS are drawn."""
+PERMUTATIONS = 10_000
 
 
 def spread(values: Sequence[float]) -> float | None:
@@ -30,7 +30,7 @@ def relabelling_p(one_S: Sequence[float], other_S: Sequence[float]) -> float:
         chosen = torch.tensor(list(combinations(range(len(runs)), size)))
     else:
         draws = keyed_generator("relabelling", len(runs))
-        keys = torch.rand(DRAWS, len(runs), generator=draws)
+        keys = torch.rand(PERMUTATIONS, len(runs), generator=draws)
         keys[0] = torch.arange(len(runs))  # as it was
         chosen = keys.argsort(1)[:, :size]
     firsts = runs[chosen].sum(1)
@@ -43,9 +43,11 @@ def sign_flip_p(difference_N: Tensor) -> float:
     """Two-sided p of the mean of paired differences whose signs are exchangeable prompt by prompt."""
     difference_N = difference_N.double()
     draws = keyed_generator("sign flips", len(difference_N))
-    signs = 2.0 * torch.randint(2, (DRAWS, len(difference_N)), generator=draws).double() - 1
+    signs = 2.0 * torch.randint(2, (PERMUTATIONS, len(difference_N)), generator=draws).double() - 1
     observed = difference_N.mean().abs() - 1e-12
-    return (1 + int(((signs @ difference_N / len(difference_N)).abs() >= observed).sum())) / (1 + DRAWS)
+    return (1 + int(((signs @ difference_N / len(difference_N)).abs() >= observed).sum())) / (
+        1 + PERMUTATIONS
+    )
 
 
 def permutation_p(one_SN: Tensor, other_SN: Tensor) -> float:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kvpo.app.file_prompts import Sets
+from kvpo.app.file_prompts import Sets, TextLimits
 from kvpo.config import Config
 from kvpo.engine.generator import PageShape, StreamingGenerator
 from kvpo.engine.noise import SeededTape, keyed_generator
@@ -58,6 +58,10 @@ class Source:
     """The prompts that compared methods are tested on, which have no place in any run."""
     default_frames: Callable[[Config], int]
     """Latent frames of a video whose length is not given."""
+    latent_rate: float
+    """Latent frames per second."""
+    text_limits: Callable[[Config], TextLimits]
+    """The text encoder's reading of a prompt, without its weights."""
     file_digests: Callable[[Config], dict[str, str]]
     """Digests of files that no checkpoint knows of, by the setting that says where they lie."""
     longest_prompt: Callable[[Config], VideoPrompt]

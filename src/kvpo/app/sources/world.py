@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from kvpo.app.file_prompts import Sets
+from kvpo.app.file_prompts import Sets, TextLimits
 from kvpo.app.judges import build_judges
 from kvpo.app.sources.common import FinalSet, Guide, Source, streaming_generator
 from kvpo.config import Config
@@ -31,7 +31,7 @@ from kvpo.rewards.cache import score_cache
 from kvpo.training.backbone import Backbone, Weights
 from kvpo.training.diversity import ReadOff
 from kvpo.training.setup import Setup
-from kvpo.world.codec import load_codec
+from kvpo.world.codec import PixelCodec, load_codec
 from kvpo.world.detector import BROKEN_BELOW, attributes, detect
 from kvpo.world.grammar import words
 from kvpo.world.pretrain import PretrainSettings, frame_size_of, load_generator, training_loss
@@ -178,6 +178,12 @@ def backbone_for(config: Config, prompts: Sequence[VideoPrompt]) -> Backbone:
     return build_backbone(config)
 
 
+def text_limits(config: Config) -> TextLimits:
+    """Words of its vocabulary, up to the length of its text encoder."""
+    tokenizer = WordTokenizer()
+    return TextLimits(lambda text: len(words(text)), TEXT_LENGTH, "words", tokenizer.unknown)
+
+
 def say_what_is_not_read(prompts: Sequence[VideoPrompt]) -> None:
     """Warn of words that the embedded generator does not know, and of those beyond what it reads."""
     tokenizer = WordTokenizer()
@@ -310,6 +316,8 @@ SOURCE = Source(
     final=lambda config: final_prompts(config.evaluation.test_prompts),
     pretraining=pretraining,
     default_frames=lambda config: SHORT_FRAMES,
+    latent_rate=PixelCodec.frames_per_second,
+    text_limits=text_limits,
     file_digests=lambda config: {},
     longest_prompt=longest_prompt,
     surroundings=lambda config: Surroundings(),

@@ -57,6 +57,7 @@ class Trial:
     patience: Patience
     first: bool
     """True until the first usable answer: something else may listen there."""
+    role: str = "reward server"
     tries: int = 0
     failures: int = 0
     problem: str = "no answer yet"
@@ -119,6 +120,7 @@ class Trial:
         """The error to give up with."""
         times = "once" if self.tries == 1 else f"{self.tries} times"
         seconds = time.monotonic() - self.began
-        way_out = "; is a `kvpo reward-server` there, and ready to answer?" if self.first else ""
+        server = "`kvpo reward-server`" if self.role == "reward server" else f"server of the {self.role}"
+        way_out = f"; is a {server} there, and ready to answer?" if self.first else ""
         kind = StillLoading if self.first and self.promised else ValueError
         return kind(f"asked {times} in {seconds:.1f} s, then gave up: {self.problem}{way_out}")
