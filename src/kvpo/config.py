@@ -224,12 +224,23 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True)
+class DistributedConfig:
+    """Sharing of a run among the ranks of torchrun; it ends alike on any of them, but for rounding."""
+
+    branch_ranks: int = 1
+    """Ranks that have each group in common and deal its branches, rounded down to a divisor of all ranks;
+    equal bit for bit where exploration.rows and optim.replay_rows leave one trajectory per pass."""
+    shard: bool = False
+    """Spread weights, gradients and optimiser over the branch_ranks of a group (FSDP2)."""
+
+
+@dataclass(frozen=True)
 class RewardConfig:
     """Rewards that score the clips of a run, and the weights of their components."""
 
     scorers: tuple[str, ...] = ("world",)
     """Rewards used together: ids of the catalogue, "world", `package.module:function` of your own, or any of
-    these of a server as `NAME@http://HOST:PORT`."""
+    these of a server as `NAME@http://HOST:PORT`, or of several as `NAME@http://A:PORT,http://B:PORT`."""
     weights: dict[str, float] = field(default_factory=dict)
     """Weight of components, instead of 1 each, or of the embedded world's own."""
     sources: dict[str, str] = field(default_factory=dict)
@@ -244,6 +255,8 @@ class RewardConfig:
     noise_floors: dict[str, float] = field(default_factory=dict)
     """Noise floor of components: a number, or a file of `kvpo calibrate` that is read once; total: floor of
     the weighted sum, which holds for components without one of their own (0.002)."""
+    ranks: int = 0
+    """Ranks of torchrun that hold the rewards, the first ones; the others send their clips there. 0: all."""
     cache: str = ""
     """Directory in which scores are kept by the content of their clips; several runs may share it."""
 
@@ -277,6 +290,7 @@ class Config:
     optim: OptimConfig = field(default_factory=OptimConfig)
     rewards: RewardConfig = field(default_factory=RewardConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
 
     @cached_property

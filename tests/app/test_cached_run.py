@@ -17,8 +17,9 @@ from kvpo.config import Config
 from kvpo.rewards.cache import Counts, score_cache
 from kvpo.rewards.reward import Reward
 from kvpo.training.collection import explore
+from kvpo.training.held_out import evaluate_base, evaluate_prompts
 from kvpo.training.metrics_log import MetricsLog, read_metrics
-from kvpo.training.run import Run, evaluate_base, evaluate_prompts
+from kvpo.training.run import Run
 from kvpo.training.trainer import Trainer
 from tests.tiny_world import ToyScorer, tiny_config, toy_setup
 
@@ -71,7 +72,7 @@ def test_a_second_run_scores_nothing_and_finds_the_same(tiny_base: Path, tmp_pat
     for _ in range(2):
         setup = build_setup(config)
         ((_, scores),) = explore(setup, [0])
-        results.append((scores, evaluate_prompts(setup, setup.test["short"]), setup.scored))
+        results.append((scores, evaluate_prompts(setup, setup.test["short"], setup.ranks), setup.scored))
     (first, fresh, cold), (second, again, warm) = results
     assert cold.hits == 0 and cold.misses > 0
     assert warm == Counts(hits=cold.misses, repeats=cold.repeats)

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from kvpo.prompts import ClipPrompt
 from kvpo.training import gradients, reduction
 from kvpo.training.checkpoint import latest_checkpoint, save_checkpoint
+from kvpo.training.held_out import evaluate_prompts
 from kvpo.training.ranks import RankError, Ranks
 from kvpo.training.reduction import OrderedSum, digest, taken
-from kvpo.training.run import evaluate_prompts, restore
+from kvpo.training.run import restore
 from kvpo.training.trainer import Trainer, architecture
 from tests.ranks import on_ranks
 from tests.tiny_world import ToyScorer, tiny_config, toy_setup, with_weights
@@ -127,7 +128,7 @@ def test_a_run_resumes_on_other_numbers_of_ranks(
 
 def held_out(ranks: Ranks, base: Path) -> dict[str, Tensor]:
     setup = trainer_on(ranks, base, evaluation__validation_prompts=7, exploration__rows=3).setup
-    found = evaluate_prompts(setup, setup.validation["short"])
+    found = evaluate_prompts(setup, setup.validation["short"], ranks)
     return {name: value for name, value in vars(found).items() if isinstance(value, Tensor)}
 
 
@@ -147,7 +148,7 @@ def added_up_in_buckets(ranks: Ranks, sizes: list[int], bucket: int) -> list[Ten
     total = OrderedSum(ranks, parameters)
     for at in range(0, len(turns), ranks.count):
         own = [n for turn in ranks.share(turns[at : at + ranks.count]) for n in turn]
-        total.add([every[n] if n % 3 else [None] * len(sizes) for n in own], slots=2)
+        total.add([[every[n] if n % 3 else [None] * len(sizes)] for n in own], slots=2)
     total.store()
     return [gradient for gradient in taken(parameters) if gradient is not None]
 

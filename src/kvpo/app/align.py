@@ -3,7 +3,7 @@
 import logging
 import resource
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from functools import partial
@@ -13,7 +13,8 @@ from typing import Any
 import torch
 
 from kvpo.app.build import build_setup
-from kvpo.app.configuration import CHANGEABLE_ON_RESUME, demand_same_run, resolve_saved
+from kvpo.app.configuration import CHANGEABLE_ON_RESUME, demand_same_run, flat, resolve_saved
+from kvpo.app.plan import say_what_is_needed
 from kvpo.app.provenance import keep_provenance
 from kvpo.app.report_data import measure_diversity, write_branches, write_gallery
 from kvpo.config import Config
@@ -33,18 +34,27 @@ from kvpo.training.checks import (
 )
 from kvpo.training.device import computing
 from kvpo.training.evaluation import Evaluation, comparison
+from kvpo.training.held_out import evaluate_base
 from kvpo.training.interrupt import stop_on_signal
 from kvpo.training.metrics_log import MetricsLog
 from kvpo.training.ranks import Ranks, added_up, joined_ranks
-from kvpo.training.run import Run, checkpoint_update, evaluate_base, restore, resume_point
+from kvpo.training.run import Run, checkpoint_update, restore, resume_point
 from kvpo.training.run_directory import RunDirectory, belongs_to_run
 from kvpo.training.setup import Setup
+from kvpo.training.trackers import Tracker
 from kvpo.training.trainer import Trainer
 
 logger = logging.getLogger(__name__)
 
 
-def align(config: Config, out: Path | str, *, resume: bool = False) -> dict[str, Any] | None:
+def align(
+    config: Config,
+    out: Path | str,
+    *,
+    resume: bool = False,
+    track: Sequence[str] = (),
+    anyway: bool = False,
+) -> dict[str, Any] | None:
     """Align the generator that ``config`` names and leave everything about the run in ``out``.
 
     Returns the summary, as ``summary.json`` holds it; None if SIGINT or SIGTERM came during the updates: the
@@ -52,6 +62,10 @@ def align(config: Config, out: Path | str, *, resume: bool = False) -> dict[str,
     at once, so there a SIGINT raises KeyboardInterrupt as usual.
 
     Under torchrun the run is shared by its ranks, and is the same run whatever their number (docs/scale.md).
+
+    Args:
+        track: packages that get the metrics too, ``wandb`` or ``trackio``.
+        anyway: begin even if the plan says that the run does not fit the device.
 
     Raises ValueError for settings, prompts, rewards and checkpoints that cannot be used, StorageError where
     ``out`` cannot be written or already holds a run, and LostRank where another rank has gone.
@@ -72,8 +86,10 @@ def align(config: Config, out: Path | str, *, resume: bool = False) -> dict[str,
         if summary is not None and reported:
             logger.warning("%s is a finished run; its report: %s", out, directory.report)
             return summary
-        finish = partial(_finish, directory=directory, started=started)
-        summary = summary or train(config, directory, resume=resume, finish=finish)
+        if summary is None:
+            ranks.once("planning", partial(say_what_is_needed, config, ranks.count, anyway=anyway))
+            finish = partial(_finish, directory=directory, started=started)
+            summary = train(config, directory, resume=resume, finish=finish, track=track)
         if summary is not None:
             ranks.once("writing the report", lambda: write_report(out))
             logger.warning("report: %s", directory.report)
@@ -88,11 +104,13 @@ def train(
     finish: Callable[[Run], dict[str, Any]],
     build: Callable[[Config, Ranks], Trainer] = lambda config, ranks: Trainer(build_setup(config, ranks)),
     budget_cpu_s: float | None = None,
+    track: Sequence[str] = (),
 ) -> dict[str, Any] | None:
     """Train the run of an entered directory, from its last checkpoint with ``resume``.
 
     ``finish`` makes the result of the trained run, whose ``trainer`` is that of the last update. With a
-    budget the updates end where their CPU-seconds come nearest to it. None if a signal stopped the updates.
+    budget the updates end where their CPU-seconds come nearest to it. ``track`` is that of `align`. None if a
+    signal stopped the updates.
     """
     ranks = directory.ranks
     looked_up = partial(resume_point, directory.checkpoints)
@@ -110,8 +128,14 @@ def train(
         state = None if point is None else restore(trainer, point)
         ranks.once("writing the configuration", partial(_write_settings, directory, config))
         resumed_at = None if point is None else checkpoint_update(point)
-        opened = partial(MetricsLog, directory.metrics, directory.tensorboard, resumed_at=resumed_at)
-        metrics = stack.enter_context(opened()) if ranks.main else None
+        metrics = None
+        if ranks.main:
+            settings = flat(asdict(config))
+            trackers = [Tracker(package, directory.path.name, settings) for package in track]
+            log = MetricsLog(
+                directory.metrics, directory.tensorboard, resumed_at=resumed_at, trackers=trackers
+            )
+            metrics = stack.enter_context(log)
         run = Run(setup, trainer, directory.checkpoints, metrics, show, budget_cpu_s=budget_cpu_s)
         if state is None:
             run.save()
@@ -188,7 +212,7 @@ def radar_summary(run: Run, results: Mapping[str, tuple[Evaluation, Evaluation]]
 
 def _finish(run: Run, directory: RunDirectory, started: float) -> dict[str, Any]:
     """Test the best checkpoint once, measure diversity, write the report's data and the summary."""
-    setup, ranks, show = run.setup, run.setup.ranks, run.progress
+    setup, ranks, solo, show = run.setup, run.setup.ranks, run.trainer.solo, run.progress
     best = ranks.once("looking for the best checkpoint", lambda: find_checkpoint(run.checkpoints, None))
     restore(run.trainer, best)
     results: dict[str, tuple[Evaluation, Evaluation]] = {}
@@ -205,15 +229,15 @@ def _finish(run: Run, directory: RunDirectory, started: float) -> dict[str, Any]
 
     def branch_diversity() -> None:
         with run.trainer.sides.base():
-            diversity.update(measure_diversity(setup))
+            diversity.update(measure_diversity(setup, run.trainer.sharing))
 
     gallery, branches = directory.path / "gallery", directory.path / "branches"
     stages: list[Callable[[], None]] = [partial(on_test_prompts, name) for name in setup.test]
     stages += [
-        lambda: checks.update(ranks.once("checking identities", identities)),
+        lambda: checks.update(solo("checking identities", identities)),
         branch_diversity,
-        lambda: ranks.once("writing the gallery", lambda: write_gallery(run, results, gallery)),
-        lambda: ranks.once("writing branches", lambda: write_branches(run, branches)),
+        lambda: solo("writing the gallery", lambda: write_gallery(run, results, gallery)),
+        lambda: solo("writing branches", lambda: write_branches(run, branches)),
     ]
     for done, stage in enumerate(stages):
         show("held-out tests, diversity, report data", done, len(stages))

@@ -60,6 +60,16 @@ def _align_arguments(parser: ArgumentParser) -> None:
         action="store_true",
         help="continue the run in --out from its last checkpoint; its saved settings hold",
     )
+    parser.add_argument(
+        "--track",
+        action="append",
+        default=[],
+        choices=("wandb", "trackio"),
+        help="send the metrics there too, next to TensorBoard (extra: trackers)",
+    )
+    parser.add_argument(
+        "--anyway", action="store_true", help="begin even if the plan says that the device is too small"
+    )
     for short, setting, metavar in (
         ("advantages", "objective.advantages", "KIND"),
         ("checkpoint", "backbone.checkpoint", "FILE"),
@@ -89,7 +99,8 @@ def _align(arguments: Namespace) -> None:
     try:
         from kvpo.app.align import align
 
-        stopped = align(config, arguments.out, resume=resume) is None
+        given = {"track": arguments.track, "anyway": arguments.anyway}
+        stopped = align(config, arguments.out, resume=resume, **given) is None
     except KeyboardInterrupt:  # outside the updates, or a second Ctrl-C
         stopped = True
     if stopped:
@@ -217,6 +228,8 @@ def _plan_arguments(parser: ArgumentParser) -> None:
         metavar="GB",
         help="memory of the device; says whether the run fits, or what to add",
     )
+    for name, what in (("gpus", "GPUs of a node that share the run"), ("nodes", "nodes of as many GPUs")):
+        parser.add_argument(f"--{name}", type=int, default=1, metavar="INT", help=f"{what} (default: 1)")
     parser.add_argument(
         "--tflops",
         type=float,
@@ -240,16 +253,21 @@ def _plan(arguments: Namespace) -> None:
     for name in ("tflops", "bandwidth"):
         if (rate := vars(arguments)[name]) is not None and rate <= 0:
             raise ConfigurationError(f"--{name}: must be positive, got {rate:g}")
-    from kvpo.app.plan import plan_command
-    from kvpo.plan.phases import Rates
+    from kvpo.app.plan import DEFAULT_RATES, plan_command
     from kvpo.training.device import GB
 
-    flops, bandwidth = (0.1, 10.0) if config.device == "cpu" else (150.0, 1000.0)
+    rates = DEFAULT_RATES[config.device != "cpu"]
+    if arguments.tflops:
+        rates = replace(rates, flops=arguments.tflops * 1e12)
+    if arguments.bandwidth:
+        rates = replace(rates, bandwidth=arguments.bandwidth * 1e9)
     plan_command(
         config,
         memory=None if arguments.gpu_memory is None else arguments.gpu_memory * GB,
-        rates=Rates((arguments.tflops or flops) * 1e12, (arguments.bandwidth or bandwidth) * 1e9),
+        rates=rates,
         out=out,
+        gpus=arguments.gpus,
+        nodes=arguments.nodes,
     )
 
 

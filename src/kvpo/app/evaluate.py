@@ -20,9 +20,10 @@ from kvpo.training.checkpoint import find_checkpoint, no_improvement
 from kvpo.training.device import computing
 from kvpo.training.drift import chained, drift_curves
 from kvpo.training.evaluation import comparison
+from kvpo.training.held_out import evaluate_prompts
 from kvpo.training.policy import Sides
 from kvpo.training.ranks import ALONE, Ranks, added_up, joined_ranks
-from kvpo.training.run import evaluate_prompts, open_checkpoint
+from kvpo.training.run import open_checkpoint
 from kvpo.training.setup import Setup
 
 logger = logging.getLogger(__name__)
@@ -68,9 +69,9 @@ def _evaluate(
         for done, (name, prompts) in enumerate(setup.test.items()):
             show("base and aligned on test prompts", done, len(setup.test))
             with sides.base():
-                base = evaluate_prompts(setup, prompts, mismatched=True)
+                base = evaluate_prompts(setup, prompts, ranks, mismatched=True)
             with sides.aligned():
-                aligned = evaluate_prompts(setup, prompts, mismatched=True)
+                aligned = evaluate_prompts(setup, prompts, ranks, mismatched=True)
             held_out[name] = comparison(base, aligned, setup.judges)
         show("base and aligned on test prompts", len(setup.test), len(setup.test))
     numbers = {"checkpoint": path.name, "weights": weights, "held_out": held_out}

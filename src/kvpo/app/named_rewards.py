@@ -1,7 +1,8 @@
 """Rewards by name: ids of the catalogue, "world", package.module:function, or preference:FILE.
 
-``NAME@http://HOST:PORT`` is a reward of a server (``kvpo reward-server``), ``NAME@openai:URL#MODEL`` a judge:
-a vision-language model that answers the rubric of ``NAME.rubric``.
+``NAME@http://HOST:PORT`` is a reward of a server (``kvpo reward-server``), ``NAME@http://A,http://B`` one of
+several that share its clips, ``NAME@openai:URL#MODEL`` a judge: a vision-language model that answers the
+rubric of ``NAME.rubric``.
 """
 
 import importlib
@@ -139,7 +140,8 @@ def reach_servers(names: Sequence[str]) -> None:
     for url in dict.fromkeys(url for _, url in located if url is not None and not url.startswith(JUDGES)):
         from kvpo.rewards.service.client import reach
 
-        reach(url, [name for name, its in located if its == url], token=os.environ.get(TOKEN_VARIABLE))
+        for one in url.split(","):
+            reach(one, [name for name, its in located if its == url], token=os.environ.get(TOKEN_VARIABLE))
 
 
 def named_rewards(
@@ -210,7 +212,7 @@ def _check_names(located: Sequence[tuple[str, str | None]], prompts: bool, field
 
 
 def split_location(name: str) -> tuple[str, str | None]:
-    """The reward and the address of its server in ``NAME@http://HOST:PORT``; a name alone has no address."""
+    """The reward and the addresses of its servers in ``NAME@http://HOST:PORT,...``; a name alone has none."""
     plain, at, url = name.partition("@")
     return (plain, url) if at else (name, None)
 
@@ -226,9 +228,9 @@ def _remote(names: Sequence[str], url: str, field: str, frame_rate: float, top_s
             f"{field}: a server averages all frames of a clip, and the best {top_share:g} of them are asked "
             f"for; set top_share to 1, or have {names[0]} score in this process"
         )
-    from kvpo.rewards.service.client import connect
+    from kvpo.rewards.service.pool import connect_all
 
-    scorer = connect(url, names, token=os.environ.get(TOKEN_VARIABLE))
+    scorer = connect_all(url.split(","), names, token=os.environ.get(TOKEN_VARIABLE))
     samplings = [(one.name, one.sampling) for one in scorer.declarations]
     sampled = [name for name, how in samplings if how is not None and how.least < how.most]
     if sampled and scorer.frame_rate != frame_rate:

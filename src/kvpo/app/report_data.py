@@ -36,6 +36,7 @@ from kvpo.training.credit import collection_scale
 from kvpo.training.diversity import Laboratory, Place, mean_diversity
 from kvpo.training.evaluation import Evaluation
 from kvpo.training.gradients import lesson_of, table_of, with_old_policy, with_routed_teacher
+from kvpo.training.ranks import ONE_TEAM, Ranks
 from kvpo.training.run import Run
 from kvpo.training.setup import Setup
 
@@ -67,8 +68,10 @@ def story_places(setup: Setup, count: int) -> list[Place]:
     return sorted(places, key=lambda place: place.fork.frame)
 
 
-def measure_diversity(setup: Setup) -> dict[str, dict[str, float]]:
+def measure_diversity(setup: Setup, ranks: Ranks) -> dict[str, dict[str, float]]:
     """Routed branches compared with noise branches: at matched pixel distance, and with fresh noise.
+
+    ``ranks`` share the places.
 
     What a video shows is read off its pixels; empty where the generator's source does not allow that.
     """
@@ -76,7 +79,7 @@ def measure_diversity(setup: Setup) -> dict[str, dict[str, float]]:
         return {}
     places = story_places(setup, FEWEST_PROMPTS)
     look = laboratory(setup, [prompt for place in places for prompt in place.prompts])
-    over_places = partial(branch_diversity, setup, look, places)
+    over_places = partial(branch_diversity, look, places, ranks)
     routed, fresh = over_places(routes), over_places(fresh_noise)
     strength = look.matched_strength(places[:2], routed["pixel_distance"])
     matched = over_places(partial(noise_branches, strength=strength))
@@ -84,12 +87,12 @@ def measure_diversity(setup: Setup) -> dict[str, dict[str, float]]:
 
 
 def branch_diversity(
-    setup: Setup, look: Laboratory, places: Sequence[Place], explorer: Explorer
+    look: Laboratory, places: Sequence[Place], ranks: Ranks, explorer: Explorer
 ) -> dict[str, float]:
     """Diversity of an explorer's branches, the mean over the prompts of all places, which ranks share."""
-    with setup.ranks.together("measuring diversity"):
-        own = [look.measure(look.branches(place, explorer)) for place in setup.ranks.share(places)]
-    measured = setup.ranks.in_order(own, "measuring diversity")
+    with ranks.together("measuring diversity"):
+        own = [look.measure(look.branches(place, explorer)) for place in ranks.share(places)]
+    measured = ranks.in_order(own, "measuring diversity")
     return mean_diversity([m for m, place in zip(measured, places, strict=True) for _ in place.prompts])
 
 
@@ -131,7 +134,8 @@ def write_gallery(run: Run, results: dict[str, tuple[Evaluation, Evaluation]], d
                     },
                 }
             )
-    _write(directory, "gallery.json", entries, "videos.safetensors", videos)
+    if setup.ranks.main:
+        _write(directory, "gallery.json", entries, "videos.safetensors", videos)
 
 
 def _pixels(setup: Setup, prompts: Sequence[VideoPrompt], texts: TextTable, tape: Tape) -> Tensor:
@@ -146,19 +150,15 @@ def write_branches(run: Run, directory: Path) -> None:
     with run.trainer.sides.base():
         groups = _training_groups(run, videos)
         causality = causality_groups(setup, videos)
-    _write(
-        directory,
-        "branches.json",
-        {"groups": groups, "causality": causality},
-        "branches.safetensors",
-        videos,
-    )
+    entries = {"groups": groups, "causality": causality}
+    if setup.ranks.main:
+        _write(directory, "branches.json", entries, "branches.safetensors", videos)
 
 
 def _training_groups(run: Run, videos: dict[str, Tensor]) -> list[dict[str, Any]]:
     """Three groups of the first rollout, with energies, advantages and probabilities as in training."""
     setup, trainer, config = run.setup, run.trainer, run.setup.config
-    learner, settings = trainer.learner, config.method_settings
+    learner, settings = replace(trainer.learner, teams=ONE_TEAM), config.method_settings
     ((rollout, scores),) = explore(setup, [0])
     scale = collection_scale(scores, setup.blend())
     donors = {group.index: group.root.prompt for group in rollout.groups}

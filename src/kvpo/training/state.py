@@ -17,6 +17,11 @@ def moments_of(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Par
     }
 
 
+def moment_of(name: str) -> str:
+    """Name of the parameter whose moment, or count, has this name among ``moments_of``."""
+    return name.rpartition(".")[0]
+
+
 def expected_moments(parameters: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Tensors of the names and shapes that ``saved`` must have for the parameters of which it has any."""
     shapes = {

@@ -18,9 +18,10 @@ from kvpo.engine.explorers import fresh_noise
 from kvpo.engine.noise import SeededTape
 from kvpo.report.headline import FEWEST_PROMPTS
 from kvpo.training.evaluation import Evaluation, Judges
+from kvpo.training.held_out import evaluate_prompts
 from kvpo.training.policy import policy_of
-from kvpo.training.ranks import Ranks
-from kvpo.training.run import Run, evaluate_prompts
+from kvpo.training.ranks import ALONE, Ranks
+from kvpo.training.run import Run
 from kvpo.training.setup import Setup
 from kvpo.training.trainer import Trainer, learning_rate_factor
 
@@ -89,7 +90,10 @@ def base_policy(setup: Setup) -> AbstractContextManager[None]:
 def on_validation_prompts(setup: Setup) -> dict[str, list[float]]:
     """Totals of the model as it is, by prompt of every validation set."""
     sets = source_of(setup.config).split(setup.config)[1]
-    return {name: record(evaluate_prompts(setup, own), setup.judges)["totals"] for name, own in sets.items()}
+    return {
+        name: record(evaluate_prompts(setup, own, ALONE), setup.judges)["totals"]
+        for name, own in sets.items()
+    }
 
 
 def on_final_prompts(setup: Setup) -> dict[str, Any]:
@@ -102,7 +106,7 @@ def on_final_prompts(setup: Setup) -> dict[str, Any]:
 def final_record(setup: Setup, one: FinalSet) -> PromptScores:
     """The record of the model as it is on one final set."""
     scored = {"mismatched": True, "first": one.first}
-    return record(evaluate_prompts(setup, one.prompts, final_tape(setup), **scored), setup.judges)
+    return record(evaluate_prompts(setup, one.prompts, ALONE, final_tape(setup), **scored), setup.judges)
 
 
 def shortened(sets: Mapping[str, FinalSet]) -> dict[str, FinalSet]:
@@ -123,7 +127,7 @@ def fresh_diversity(setup: Setup) -> dict[str, float]:
     )
     places = story_places(whole, FEWEST_PROMPTS)
     look = laboratory(whole, [prompt for place in places for prompt in place.prompts])
-    return branch_diversity(whole, look, places, fresh_noise)
+    return branch_diversity(look, places, ALONE, fresh_noise)
 
 
 def best_of(setup: Setup, count: int) -> dict[str, PromptScores]:
@@ -131,7 +135,7 @@ def best_of(setup: Setup, count: int) -> dict[str, PromptScores]:
     found = {}
     for name, one in shortened(source_of(setup.config).final(setup.config)).items():
         tapes = [final_tape(setup, *member) for member in [(), *((n,) for n in range(1, count))]]
-        found_of = [evaluate_prompts(setup, one.prompts, tape, first=one.first) for tape in tapes]
+        found_of = [evaluate_prompts(setup, one.prompts, ALONE, tape, first=one.first) for tape in tapes]
         videos = [record(evaluation, setup.judges) for evaluation in found_of]
         best_N = torch.tensor([video["totals"] for video in videos]).argmax(0)
         found[name] = _selected(videos, best_N)

@@ -56,6 +56,8 @@ class Source:
     """The training prompts that a file lists, validation and test sets."""
     final: Callable[[Config], dict[str, FinalSet]]
     """The prompts that compared methods are tested on, which have no place in any run."""
+    frame_rate: float
+    """Frames per second at which its videos are shown."""
     default_frames: Callable[[Config], int]
     """Latent frames of a video whose length is not given."""
     latent_rate: float

@@ -144,6 +144,7 @@ SOURCE = Source(
     weights=wan_weights,
     split=split_prompts,
     final=lambda config: {name: FinalSet(own) for name, own in split_prompts(config)[2].items()},
+    frame_rate=FRAMES_PER_SECOND,
     default_frames=lambda config: config.prompts.num_frames,
     latent_rate=LATENT_RATE,
     text_limits=text_limits,

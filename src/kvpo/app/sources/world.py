@@ -315,6 +315,7 @@ SOURCE = Source(
     split=split,
     final=lambda config: final_prompts(config.evaluation.test_prompts),
     pretraining=pretraining,
+    frame_rate=PixelCodec.frames_per_second,
     default_frames=lambda config: SHORT_FRAMES,
     latent_rate=PixelCodec.frames_per_second,
     text_limits=text_limits,
