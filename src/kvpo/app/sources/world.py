@@ -32,7 +32,7 @@ from kvpo.training.setup import Setup
 from kvpo.world.codec import load_codec
 from kvpo.world.detector import BROKEN_BELOW, attributes, detect
 from kvpo.world.grammar import words
-from kvpo.world.pretrain import frame_size_of, load_generator
+from kvpo.world.pretrain import load_generator
 from kvpo.world.reward import WorldScorer
 from kvpo.world.stories import Split, distinct_prompts, sample_story, video_prompt
 from kvpo.world.text import TEXT_LENGTH, LearnedTextEncoder, WordTokenizer
@@ -163,7 +163,7 @@ def build_backbone(config: Config) -> Backbone:
         weights=weights,
         generator=streaming_generator(config, weights.model),
         text_encoder=text.to(config.device),
-        codec=load_codec(size=frame_size_of(base_path(config))).to(config.device),
+        codec=load_codec().to(config.device),
     )
 
 
@@ -204,9 +204,7 @@ def build_world(config: Config) -> Setup:
     frame_rate, cache = backbone.codec.frames_per_second, score_cache(config.rewards.cache)
     return Setup(
         backbone=backbone,
-        judges=build_judges(
-            config, frame_rate, cache, UnseenComponent(load_unseen(size=frame_size_of(base_path(config))))
-        ),
+        judges=build_judges(config, frame_rate, cache, UnseenComponent(load_unseen())),
         training_prompts=WorldTrainingPrompts(config.seed, config.optim.prompts_per_update),
         validation=validation,
         test=test,
@@ -232,7 +230,7 @@ def read_off() -> ReadOff:
 
     def observe(video_BTCHW: Tensor) -> tuple[list[tuple[Any, ...]], Tensor]:
         seen = detect(video_BTCHW)
-        return attributes(seen), seen.confidence / BROKEN_BELOW[seen.size]
+        return attributes(seen), seen.confidence / BROKEN_BELOW
 
     return ReadOff(observe, 1.0)
 
