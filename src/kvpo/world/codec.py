@@ -18,7 +18,7 @@ from kvpo.world.vocabulary import FRAME_SIZE
 
 LATENT_CHANNELS = 8
 PEAK_RATE = 3e-3
-LATENT_NOISE = 0.4
+LATENT_NOISE = 0.5
 """Largest deviation of noise on normalised latents in training: the decoder forgives a generator's errors."""
 ENCODED = 32
 """Height and width at which the encoder sees a frame, as means of neighbouring pixels."""
@@ -140,8 +140,7 @@ def train_codec(
             codec.set_statistics(video)
         latents = codec.encode(video)
         noise = torch.randn(latents.shape, generator=generator)
-        # Most frames get little noise: what is right stays sharp.
-        deviation_TCHW = LATENT_NOISE * torch.rand(latents.shape[1], 1, 1, 1, generator=generator).square()
+        deviation_TCHW = LATENT_NOISE * torch.rand(latents.shape[1], 1, 1, 1, generator=generator)
         loss = _loss(codec.decode(latents + deviation_TCHW * noise), video)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -155,7 +154,7 @@ def train_codec(
 
 def _loss(decoded: Tensor, video: Tensor) -> Tensor:
     # The absolute error keeps outlines crisp, the squared one keeps colours right.
-    return F.mse_loss(decoded, video) + 0.3 * F.l1_loss(decoded, video)
+    return 0.2 * F.mse_loss(decoded, video) + 0.8 * F.l1_loss(decoded, video)
 
 
 def save_codec(codec: PixelCodec, path: Path) -> None:

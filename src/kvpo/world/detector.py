@@ -57,10 +57,10 @@ EMPTY_ENERGY = 6.0
 
 COLOUR_AREA = 200
 """Square units of a frame that are compared with the colours, the best covered ones."""
-BROKEN_BELOW = 0.545
+BROKEN_BELOW = 0.535
 """Confidence below which a clip of 15 frames counts as broken: the 1st percentile of exact
 renders after the latent codec. `python -m kvpo.world.calibration` measures it again."""
-BROKEN_FRAME_BELOW = 0.427
+BROKEN_FRAME_BELOW = 0.405
 """The same for the confidence of a single frame."""
 HALF_WINDOW = 8
 """Units on either side of a glyph's centroid that are looked at."""
