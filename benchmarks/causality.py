@@ -47,10 +47,10 @@ Look = tuple[str, str]
 
 @dataclass(frozen=True)
 class Shown:
-    """What a member of a group shows after its window."""
+    """The actors that a member of a group shows after its window."""
 
     history: str
-    """How many frames of act 2 were routed, or ANCHOR, or DONOR."""
+    """The number of routed frames of act 2, or ANCHOR, or DONOR."""
     look: Look
     broken: bool
 
@@ -65,7 +65,7 @@ class Observed:
 
     @property
     def telling(self) -> bool:
-        """Whether the looks tell the acts apart."""
+        """True if the looks tell the acts apart."""
         return all(not a & b for a, b in combinations(self.acts, 2))
 
     def share(self, history: str, looks: set[Look]) -> float:
@@ -111,7 +111,7 @@ def drawn_routes(
 
 
 def observed(setup: Setup, prompts: Sequence[VideoPrompt], draws: int) -> list[Observed]:
-    """What stories that switch at the same frames bring back."""
+    """The actors that stories which switch at the same frames bring back."""
     deployment = setup.generator.deployment
     routes = [drawn_routes(prompts, n, draws, deployment.sink) for n in range(len(prompts))]
     # Act 1 may lie further back than training keeps pages for, and a donor in another group: all stay.

@@ -55,7 +55,7 @@ class CopiedCache:
         return CopiedCache(cloned(self.keys), cloned(self.values), dict(self.slots), self.end)
 
     def context(self, frames: Sequence[int]) -> "SlotContext":
-        """What a block that attends to these frames sees."""
+        """The keys and values of a block that attends to these frames."""
         return SlotContext(self, _runs([self.slots[frame] for frame in frames]), torch.tensor([self.end]))
 
     def append(self, keys_LRFTND: Tensor, values_LRFTND: Tensor) -> None:

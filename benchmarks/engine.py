@@ -47,7 +47,7 @@ COPIED = "copied caches, one at a time"
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much is measured."""
+    """Sizes of the measurement."""
 
     groups: int
     branches: tuple[int, ...]
@@ -118,7 +118,7 @@ def roots_of(subject: Bench) -> Iterator[Rollout]:
 
 
 def roll_out(subject: Bench, rollout: Rollout, members: Sequence[Member], *, rows: int = 0) -> list[Ran]:
-    """What every member visits, ``rows`` of them at a time (0: all)."""
+    """The states that every member visits, ``rows`` of them at a time (0: all)."""
     return list(rollout.run(members, rows=rows))
 
 
@@ -157,7 +157,7 @@ def cleared(subject: Bench, run: Any) -> Any:
 
 
 def gradients_after(subject: Bench, run: Any) -> tuple[Tensor, Tensor]:
-    """What a replay returns, and the adapter's gradient as one vector."""
+    """The velocities of a replay, and the adapter's gradient as one vector."""
     energies = cleared(subject, run)()
     return energies, torch.cat([p.grad.flatten() for p in subject.trained.values() if p.grad is not None])
 
@@ -347,7 +347,7 @@ def report_memory(config: Config, sizes: Sizes) -> dict[str, Any]:
 
 
 def report_growth(config: Config, sizes: Sizes) -> dict[str, Any]:
-    """How time and pages grow with branches, routed blocks and video length."""
+    """Measure how time and pages grow with branches, routed blocks and video length."""
     base = replace(config.exploration, branches=8)
     variants = [("branches G", g, replace(base, branches=g)) for g in sizes.branches]
     variants += [("routed blocks P", p, replace(base, blocks=p)) for p in sizes.blocks]

@@ -1,4 +1,4 @@
-"""How much do routed histories change, beside fresh noise, and which routes change most?
+"""Measure how much routed histories change, compared with fresh noise, and which routes change most.
 
 Test stories whose last caption says only that one of them is back fork where that is said. Two branches of a
 story differ validly if both show a possible continuation, somebody of act 1 or act 2, not broken, and not

@@ -1,4 +1,4 @@
-"""How close a GPU runs to its limits at the real 1.3B geometry, with random weights.
+"""Measure how close a GPU runs to its limits at the real 1.3B geometry, with random weights.
 
     python benchmarks/gpu.py [--rows 1 2] [--repeats N] [--json PATH] [any setting of the preset]
     python benchmarks/gpu.py --tiny     the same code with tiny sizes on the CPU: a check, not a measurement
@@ -48,7 +48,7 @@ GIB = 2.0**30
 
 @dataclass(frozen=True)
 class Limits:
-    """What the device can do, measured."""
+    """The device's own limits, measured."""
 
     flops: float
     """Operations per second of a large matrix product."""
@@ -88,7 +88,7 @@ class Subject:
 
     @property
     def costs(self) -> Costs:
-        """What the passes of this generator cost at least."""
+        """Lower bounds of what the passes of this generator cost."""
         return Costs(self.config, self.config.model, self.weight_bytes, self.page_bytes)
 
 
@@ -126,7 +126,7 @@ class Clock:
 
 
 def precision(config: Config) -> torch.dtype:
-    """What the matrix products run in: bfloat16, or float32 for the check on a CPU."""
+    """Precision of the matrix products: bfloat16, or float32 for the check on a CPU."""
     return torch.float32 if config.optim.autocast == "none" else torch.bfloat16
 
 
@@ -247,7 +247,7 @@ def row_of(name: str, seconds: float, work: Work, limits: Limits, peak: float) -
 
 
 def fits(subject: Subject, rows: int) -> bool:
-    """Whether a rollout's pages with this many rows leave a quarter of the device's free memory."""
+    """True if a rollout's pages with this many rows leave a quarter of the device's free memory."""
     if subject.device.type != "cuda":
         return True
     exploration = replace(subject.config.exploration, rows=rows)

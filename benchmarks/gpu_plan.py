@@ -1,4 +1,4 @@
-"""Whether a run at the real 1.3B geometry takes the memory and the seconds that `kvpo plan` says.
+"""Compare the memory and the seconds of a run at the real 1.3B geometry with what `kvpo plan` says.
 
     python benchmarks/gpu_plan.py [--work DIR] [--json PATH] [any setting]
     python benchmarks/gpu_plan.py --tiny     the same code with tiny sizes on the CPU: a check
@@ -147,7 +147,7 @@ class Phases:
         self.take(PHASES[2], lambda: decode_members(group, setup.backbone.codec, lead=0))
         codec, scorer = setup.backbone.codec, setup.judges.scorer
         scores = score_group(group, codec, scorer, block=block, shares=setup.clip_shares())
-        scale = collection_scale([scores], setup.blend(), setup.config.objective)
+        scale = collection_scale([scores], setup.blend())
         credits = collection.credits_of(setup, update, {group.index: scores}, scale)
         lessons = collection.lessons_of(setup, trainer.learner, update, rollout, credits)
         lesson = lessons[group.index]
@@ -156,7 +156,7 @@ class Phases:
 
 
 def compared(plan: Plan, measured: Mapping[str, tuple[float, float]]) -> list[dict[str, Any]]:
-    """Plan and measurement of every phase; a CUDA context is no tensor and is left out of both."""
+    """Plan and measurement of every phase; a CUDA context is not a tensor and is left out of both."""
     outside = plan.standing.get("context", 0.0)
     rows = []
     for phase in plan.phases:

@@ -1,4 +1,4 @@
-"""What the large rewards cost on a GPU, in the process of a run and behind a reward server on the same card.
+"""Measure the cost of large rewards on a GPU, in the process of a run and behind a server on the same card.
 
     python benchmarks/gpu_rewards.py [--clips 9] [--frames 60] [--repeats N] [--json PATH]
     python benchmarks/gpu_rewards.py --tiny     the same code with tiny sizes on the CPU: a check
@@ -51,12 +51,12 @@ VOCABULARY = 151_936
 
 
 def is_tiny() -> bool:
-    """Whether this only checks the code."""
+    """True if this only checks the code."""
     return TINY in os.environ
 
 
 def device() -> str:
-    """Where the networks are."""
+    """Place of the networks."""
     return "cpu" if is_tiny() else "cuda"
 
 

@@ -56,7 +56,7 @@ def rests_on(file: Path) -> frozenset[Path]:
 
 
 def digest(files: Iterable[str]) -> str:
-    """Of the text of some files, named from the repository's root, and of all that they import."""
+    """Digest of the text of some files, named from the repository's root, and of all that they import."""
     every = sorted({path for file in files for path in rests_on(ROOT / file)})
     texts = [f"{path.relative_to(ROOT)}\0{text_of(path)}" for path in every]
     return hashlib.sha256("\0".join(texts).encode()).hexdigest()

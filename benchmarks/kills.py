@@ -1,47 +1,75 @@
 """A campaign of kills: ranks of a run die at random moments, and it ends as if nothing had happened.
 
 Every attempt starts torchrun with ``--max-restarts`` and sends SIGKILL to a random rank at a random moment,
-again and again until the run is done. The end is compared with that of an uninterrupted run of one process:
-trained weights, moving average and optimiser bit for bit, metrics but for times. The campaign can be
-interrupted and goes on where it was; every kill is a line of kills.jsonl.
+one in four as soon as a checkpoint is being written, again and again until the run is done. What the ranks
+were doing is what the others say that they lost touch in. The end is compared with that of an uninterrupted
+run of one process: trained weights, moving average and optimiser bit for bit, metrics but for times. The
+campaign can be interrupted and goes on where it was; every kill is a line of kills.jsonl.
 
-    python benchmarks/kills.py --out runs/kills --kills 100 [--ranks 2] [--seed 0]
+    python benchmarks/kills.py --out runs/kills --kills 100 [--ranks 2] [--seed 0] [--json PATH]
 """
 
 import argparse
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
+from torch import nn
 
 from kvpo.files import TEMPORARY_PREFIX
+from kvpo.models.geometry import fields_of
+from kvpo.models.settings import WanShape
 from kvpo.training.checkpoint import latest_checkpoint
 from kvpo.training.metrics_log import read_metrics
+from kvpo.world.pretrain import PretrainSettings, new_generator, save_generator
+from kvpo.world.snippets import SnippetSettings
 
+SHAPE = WanShape(dim=32, num_heads=2, num_layers=1, ffn_dim=48, freq_dim=16, patch_size=(1, 4, 4))
+"""A generator of random weights, so small that starting takes longer than an update."""
 SETTINGS = [
-    "--preset", "demo", "--optim.updates", "6", "--optim.prompts_per_update", "2",
+    "--preset", "demo", "--optim.updates", "8", "--optim.prompts_per_update", "2", "--optim.lora_rank", "4",
     "--exploration.branches", "4", "--exploration.rows", "5", "--checkpoint.every", "1",
     "--evaluation.every", "2", "--evaluation.validation_prompts", "2", "--evaluation.test_prompts", "2",
+    "--rewards.noise_floors", "total=0",
 ]  # fmt: skip
 RESTARTS = 3
-TIMES = ("time", "seconds")
+TIMES = ("time", "seconds", "phases")
 """Metrics that no two runs share."""
 STARTING = 4.0
 """Seconds in which ranks only import torch."""
+AFTER = 6.0
+"""Mean of the exponential time that follows."""
+LOST = re.compile(r"lost touch with another rank while (.+?);")
+
+
+def write_generator(directory: Path) -> None:
+    """Geometry and random weights of the generator that is trained."""
+    transformer, text = new_generator(SHAPE, seed=0)
+    head, draws = transformer.head.head.weight, torch.Generator().manual_seed(0)
+    with torch.no_grad():  # a new one is zero, and would teach nothing
+        head.copy_(0.3 * torch.randn(head.shape, generator=draws))
+    state = nn.ModuleDict({"transformer": transformer, "text": text}).state_dict()
+    settings = PretrainSettings(SnippetSettings(), steps=0)
+    save_generator(state, SHAPE, settings, directory / "base.safetensors")
+    (directory / "geometry.json").write_text(json.dumps(fields_of(SHAPE)))
 
 
 def command(out: Path, ranks: int) -> list[str]:
     """The run under torchrun, or alone."""
-    align = ["-m", "kvpo", "align", *SETTINGS, "--out", str(out), "--resume"]
+    files = [str(out.parent / name) for name in ("base.safetensors", "geometry.json")]
+    generator = ["--backbone.checkpoint", files[0], "--backbone.geometry", files[1]]
+    align = ["-m", "kvpo", "align", *SETTINGS, *generator, "--out", str(out), "--resume"]
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     launcher += ["--max-restarts", str(RESTARTS)]
     return [sys.executable, *(launcher if ranks > 1 else []), *align]
@@ -59,7 +87,7 @@ def ended(out: Path) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
 
 
 def same(out: Path, reference: Path) -> bool:
-    """Whether two runs have ended alike."""
+    """True if two runs have ended alike."""
     (tensors, metrics), (expected, expected_metrics) = ended(out), ended(reference)
     equal = tensors.keys() == expected.keys()
     return (
@@ -73,15 +101,18 @@ def children(parent: int) -> list[int]:
     return [int(child) for child in listed]
 
 
-def moment(out: Path) -> str:
-    """What the run had reached: the last update with metrics, or the directory that it was saving."""
-    saving = (
-        [path.name for path in (out / "checkpoints").glob(f"{TEMPORARY_PREFIX}*")] if out.exists() else []
-    )
-    lines = read_metrics(out / "metrics.jsonl") if (out / "metrics.jsonl").exists() else []
-    return (
-        f"while saving {saving[0]}" if saving else f"after update {lines[-1]['update']}" if lines else "start"
-    )
+def saving(out: Path) -> bool:
+    """True while a checkpoint is being written."""
+    return any((out / "checkpoints").glob(f"{TEMPORARY_PREFIX}*"))
+
+
+def wait(out: Path, draws: random.Random) -> None:
+    """Until a random moment, or until a checkpoint is written after it."""
+    time.sleep(STARTING + draws.expovariate(1 / AFTER))
+    if draws.random() < 0.25:
+        until = time.monotonic() + 5 * AFTER
+        while not saving(out) and time.monotonic() < until:
+            time.sleep(0.0005)
 
 
 def attempt(out: Path, ranks: int, draws: random.Random, log: Path, left: int) -> list[dict[str, Any]]:
@@ -90,15 +121,25 @@ def attempt(out: Path, ranks: int, draws: random.Random, log: Path, left: int) -
     with log.open("a") as file:
         launcher = subprocess.Popen(command(out, ranks), stdout=file, stderr=file)
         while launcher.poll() is None and len(kills) < min(left, RESTARTS + 1):
-            time.sleep(STARTING + draws.expovariate(1 / 6.0))
+            wait(out, draws)
             ours = children(launcher.pid) if launcher.poll() is None else []
             if len(ours) < ranks:
                 continue
-            victim, reached, started = draws.randrange(ranks), moment(out), time.monotonic()
+            victim, writing, said = draws.randrange(ranks), saving(out), log.stat().st_size
+            started = time.monotonic()
             os.kill(ours[victim], signal.SIGKILL)
             while launcher.poll() is None and set(ours) & set(children(launcher.pid)):
                 time.sleep(0.05)
-            kills.append({"rank": victim, "moment": reached, "ended_s": time.monotonic() - started})
+            lost = LOST.search(log.read_bytes()[said:].decode(errors="replace"))
+            doing = lost.group(1) if lost else "starting, or ending"
+            kills.append(
+                {
+                    "rank": victim,
+                    "doing": doing,
+                    "writing": writing,
+                    "ended_s": round(time.monotonic() - started, 2),
+                }
+            )
         launcher.wait()
     return kills
 
@@ -107,6 +148,8 @@ def campaign(out: Path, kills: int, ranks: int, seed: int) -> list[dict[str, Any
     """Kill until there are enough kills; every run that ends is compared and removed."""
     record, reference, run = out / "kills.jsonl", out / "reference", out / "run"
     out.mkdir(parents=True, exist_ok=True)
+    if not (out / "geometry.json").exists():
+        write_generator(out)
     if not (reference / "report.html").exists():
         subprocess.run(command(reference, 1), check=True)
     done = [json.loads(line) for line in record.read_text().splitlines()] if record.exists() else []
@@ -125,16 +168,19 @@ def campaign(out: Path, kills: int, ranks: int, seed: int) -> list[dict[str, Any
 
 
 def table(done: list[dict[str, Any]], ranks: int) -> str:
-    """The campaign as Markdown."""
+    """The campaign as Markdown: what was interrupted how often, and how the runs ended."""
     kills, runs = [one for one in done if "rank" in one], [one for one in done if "run" in one]
-    saving = sum(one["moment"].startswith("while saving") for one in kills)
     slowest = max((one["ended_s"] for one in kills), default=0.0)
+    interrupted = Counter(one["doing"] for one in kills).most_common()
     return "\n".join(
         [
-            "| ranks | kills | while saving | others ended within | runs ended | equal bit for bit |",
-            "|---|---|---|---|---|---|",
-            f"| {ranks} | {len(kills)} | {saving} | {slowest:.1f} s | {len(runs)} | "
-            f"{sum(bool(one['same']) for one in runs)} |",
+            "| ranks were | kills |",
+            "|---|---|",
+            *(f"| {doing} | {count} |" for doing, count in interrupted),
+            "",
+            f"{len(kills)} kills on {ranks} ranks, {sum(one['writing'] for one in kills)} while a checkpoint "
+            f"was being written; the others ended within {slowest:.1f} s; "
+            f"{sum(bool(one['same']) for one in runs)} of {len(runs)} runs ended equal bit for bit.",
         ]
     )
 
@@ -147,5 +193,9 @@ if __name__ == "__main__":
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", type=Path)
     given = parser.parse_args()
-    print(table(campaign(given.out, given.kills, given.ranks, given.seed), given.ranks))
+    found = campaign(given.out, given.kills, given.ranks, given.seed)
+    print(table(found, given.ranks))
+    if given.json is not None:
+        given.json.write_text(json.dumps(found, indent=1) + "\n")

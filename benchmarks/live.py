@@ -1,4 +1,4 @@
-"""What `kvpo live` holds: first frame, frames a second, prompt switches, watchers, several sessions.
+"""Measure `kvpo live`: first frame, frames a second, prompt switches, watchers, several sessions.
 
     python benchmarks/live.py [--run RUN] [--json FILE]
 

@@ -1,4 +1,4 @@
-"""What the benchmarks share: alternating arms, the machine they ran on, tables."""
+"""Parts that benchmarks share: alternating arms, the machine they ran on, tables."""
 
 import json
 import os
@@ -57,7 +57,7 @@ def peak_pages(cache: FrameCache) -> Iterator[list[int]]:
 
 
 def machine(device: str = "cpu") -> dict[str, Any]:
-    """What a number depends on besides the code."""
+    """The machine that a number depends on in addition to the code."""
     cpu = platform.processor()
     if Path("/proc/cpuinfo").exists():
         names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]

@@ -25,7 +25,7 @@ UNSEEN = {"strict", "device", "indent", "encoding"}
 """Arguments for what cannot happen, what a CPU or a UTF-8 locale cannot tell, and for the eyes of readers."""
 SKIPPED = {"annotation", "returns", "decorator_list"}
 SHOWN = (ast.expr, ast.keyword, ast.Assign, ast.AnnAssign, ast.AugAssign, ast.Return)
-"""What is shown around a number."""
+"""Marks around a number in the text of a mutant."""
 STATEMENTS = (ast.AugAssign, ast.Raise, ast.Continue, ast.Break, ast.Delete)
 
 IMPORT = range(1)
@@ -43,13 +43,13 @@ class Mutant:
     """Source before and after."""
     lines: range
     scope: range
-    """Of the function around it; ``IMPORT`` outside of one."""
+    """Name of the function around it; ``IMPORT`` outside of one."""
     text: str
     """The whole mutated file."""
 
     @property
     def key(self) -> tuple[str, str, str]:
-        """What the mutant is known by, wherever its lines move to."""
+        """The name that a mutant keeps wherever its lines move to."""
         return self.path, self.function, self.change
 
     def rank(self, key: str) -> str:
@@ -59,7 +59,7 @@ class Mutant:
 
 @dataclass(frozen=True)
 class Signatures:
-    """What is known of the calls in the sources: an argument whose loss is a TypeError is not worth a run."""
+    """Signatures of the calls in the sources: an argument whose loss is a TypeError is not worth a run."""
 
     required: Mapping[str, set[str]]
     """Parameters without a default, of every function and dataclass."""

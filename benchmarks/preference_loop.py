@@ -37,14 +37,14 @@ from kvpo.world.stories import distinct_prompts
 
 FRAMES = 30
 TASTE = {"smoothness": 8.0, "no_flicker": 8.0}
-"""What the raters like, in log odds of a choice per unit of the world's components."""
+"""The raters' taste, in log odds of a choice per unit of the world's components."""
 INDIFFERENCE = 0.15
 """A lead below this, noise included, is called the same."""
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """How many videos, raters and updates."""
+    """Numbers of videos, raters and updates."""
 
     pairs: int = 50
     raters: int = 6

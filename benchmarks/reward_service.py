@@ -1,4 +1,4 @@
-"""What a reward server costs, and what of scoring hides behind generation.
+"""Measure what a reward server costs, and how much of scoring hides behind generation.
 
     python benchmarks/reward_service.py [--quick] [--repeats 5] [--parts throughput overlap] [--json PATH]
 
@@ -36,7 +36,7 @@ from kvpo.training.collection import generate_rollout, plan_rollout
 SECONDS = "KVPO_BENCHMARK_CLIP_SECONDS"
 """Environment variable: what a clip costs in `paced`."""
 MEMBERS = 9
-"""Of one group: eight branches and the anchor."""
+"""Members of one group: eight branches and the anchor."""
 BUSY = 4
 """Batches, two at a time, that keep a server busy, as two processes of a run do."""
 BRANCHES, GROUPS = 4, 6
@@ -75,7 +75,7 @@ class Size:
 
     @property
     def bytes_sent(self) -> int:
-        """Of one video."""
+        """Size of one video."""
         width = 1 if self.scorer is paced_rounding else self.dtype.itemsize
         return self.frames * 3 * self.height * self.width * width
 
@@ -225,7 +225,7 @@ class Counted:
 
 
 def overlap(config: Config, share: float, repeats: int) -> dict[str, Any]:
-    """How much of scoring hides behind generation where scoring takes ``share`` of the time of generation."""
+    """The share of scoring that hides behind generation where scoring takes ``share`` of its time."""
     os.environ[SECONDS] = "0"
     counted = Counted(build_setup(config).judges.scorer)
     probe = Rollouts(config, counted)

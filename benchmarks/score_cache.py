@@ -1,4 +1,4 @@
-"""How much of a run's scoring is known already where several runs share a score cache?
+"""Measure how much of a run's scoring is known already where several runs share a score cache.
 
 Real runs of the demo through the command line, one after another, on one cache (``rewards.cache``) that
 starts empty: a run, another seed, the first run evaluated again, a run made longer by resuming, and the
@@ -23,7 +23,7 @@ def kvpo(*arguments: str) -> None:
 
 
 def scored(file: Path) -> dict[str, int]:
-    """What the process that wrote a summary or an evaluation found in the cache."""
+    """Clips that the process which wrote a summary or an evaluation found in the cache."""
     return json.loads(file.read_text(encoding="utf-8"))["scored"]
 
 

@@ -1,4 +1,4 @@
-"""What a busy neighbour costs: torch threads, how they wait, and processes that want the same cores.
+"""The cost of a busy neighbour: torch threads, how they wait, and processes that want the same cores.
 
 A fixed piece of the demo (updates after one that is not counted) in a process of its own, quiet and beside
 processes that never sleep, for every number of threads and every OMP_WAIT_POLICY.

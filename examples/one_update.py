@@ -64,7 +64,7 @@ def one_update(setup: Setup) -> dict[str, torch.Tensor]:
     codec, scorer = setup.backbone.codec, setup.judges.scorer
     scores = score_group(group, codec, scorer, block=generator.block, shares=setup.clip_shares())
     draws = keyed_generator("advantages", *key, 0)
-    credit = assign_credit(scores, setup.blend(), config.objective, draws)
+    credit = assign_credit(scores, setup.blend(), draws)
     assert credit is not None, "these branches differ by noise alone"
 
     # Evidence. KVPO asks: at the states that a branch visited, how far is your velocity from the branch's?
@@ -109,7 +109,7 @@ def one_update(setup: Setup) -> dict[str, torch.Tensor]:
 
 
 def largest_difference() -> float:
-    """Of all trained tensors after this update and after the trainer's."""
+    """Largest difference of all trained tensors after this update and after the trainer's."""
     config = kvpo.preset("demo", SETTINGS)
     ours = one_update(build_setup(config))
     trainer = Trainer(build_setup(config))

@@ -1,7 +1,6 @@
 """Reward servers for tests: the real HTTP server on a loopback port, in a thread."""
 
 import socket
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -10,7 +9,6 @@ from math import inf
 from typing import Any
 
 import torch
-import uvicorn
 from torch import Tensor
 
 from kvpo.prompts import ClipPrompt
@@ -18,6 +16,7 @@ from kvpo.rewards.protocol import Declaration, Scorer
 from kvpo.rewards.service.messages import Offers, ScoreRequest, encode_question
 from kvpo.rewards.service.patience import Patience
 from kvpo.rewards.service.server import RequestLimits, reward_app
+from tests.http_servers import served_app
 
 LIMITS = RequestLimits()
 QUICK = Patience(answer=20, attempts=2, start=1.0, outage=1.0, first_pause=0.05, longest_pause=0.2)
@@ -56,16 +55,8 @@ def serving(
     """The address of a server, of one reward called "own" unless there are other offers."""
     offers = offers or offer(scorer)
     app = reward_app([scorer], offers, frame_rate=16.0, token=token, limits=limits)
-    with socket.create_server(("127.0.0.1", port)) as listener:
-        server = uvicorn.Server(uvicorn.Config(app, log_level="critical", timeout_graceful_shutdown=1))
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-        thread.start()
-        try:
-            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-        finally:
-            server.should_exit = True
-            thread.join(20)
-            assert not thread.is_alive()
+    with served_app(app, port=port) as url:
+        yield url
 
 
 def free_port() -> int:

@@ -23,7 +23,8 @@ MAY_IMPORT = {
     "kvpo.config_checks": {"kvpo.config", "kvpo.method", "kvpo.prompts"},
     "kvpo.serving": {"kvpo.config_checks", "kvpo.extras", "kvpo.files"},
     "kvpo.prompts": {"kvpo.method"},
-    "kvpo.prompt_files": {"kvpo.files", "kvpo.prompts"},
+    "kvpo.prompt_forms": {"kvpo.files"},
+    "kvpo.prompt_files": {"kvpo.files", "kvpo.prompt_forms", "kvpo.prompts"},
     "kvpo.models": {
         "kvpo.extras",
         "kvpo.files",
@@ -179,6 +180,7 @@ DEFINED_IN_SEVERAL = {
     "gibbs_of": "a method's Gibbs policy",
     "SOURCE": "what SOURCES leads to",
     "longest_prompt": "a source's function of this name",
+    "text_limits": "a source's function of this name",
     "HEADERS": "what a server sends with every answer",
     "PAGE": "files of a server's page",
     "TEMPLATE_FILE": "a reward's file with its question to the model",

@@ -45,6 +45,7 @@ PARSED_ONLY = (
     "reward-server",
     "hpsv3",
     "@http",
+    "@openai",
     "...",
     "kvpo plan",
     "kvpo arena",

@@ -95,7 +95,7 @@ def test_hard_dependencies_are_imported_and_others_belong_to_an_extra():
     extras = PROJECT["optional-dependencies"]
     optional = {
         MODULES.get(name, name.replace("-", "_"))
-        for extra in ("wan", "rewards", "raft", "server", "parquet")
+        for extra in ("wan", "rewards", "raft", "server", "parquet", "trackers")
         for name in (re.match(r"[\w-]+", line)[0].lower() for line in extras[extra])
     }
     imported = set()

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvpo.prompt_files import read_prompts
+from kvpo.prompt_files import examine, extended, read_prompts, written
 from kvpo.prompts import VideoPrompt, check_shown
 
 
@@ -68,7 +68,7 @@ BAD = {
     "latin-1": ("p.txt", b"a\nb\xe4r\n", "line 2: not UTF-8 text (byte 0xe4 at position 2)"),
     "utf-16 without a mark": ("p.txt", "a\nb".encode("utf-16-le"), "line 1: holds a zero byte"),
     "utf-16": ("p.txt", "a".encode("utf-16"), "line 1: not UTF-8 text (byte 0xff at position 1)"),
-    "format": ("p.csv", "a", "prompt files are .txt"),
+    "format": ("p.xml", "a", "prompt files are .txt"),
     "not json": ("p.jsonl", '{"segments": ["a"]}\n{"prompts": [\n', "line 2: not JSON"),
     "no object": ("p.jsonl", '["a"]\n', "line 1: not a prompt"),
     "neither": ("p.jsonl", '{"text": "a"}\n', "line 1: not a prompt"),
@@ -154,3 +154,130 @@ def test_what_is_written_is_read(tmp_path_factory, videos):
     prompts = read_prompts(path, num_frames=12)
     assert [p.segments for p in prompts] == [tuple(s.strip() for s in v) for v in videos]
     assert [p.id for p in prompts] == list(range(len(videos)))
+
+
+TWO = [("a dog",), ("eine Ä ist kein A 🐈",)]
+SAME = {
+    "p.txt": "# of two\na dog\neine Ä ist kein A 🐈\n#\n",
+    "p.jsonl": '{"prompt": "a dog"}\n{"segments": ["eine Ä ist kein A 🐈"]}\n',
+    "q.jsonl": '{"segments": ["a dog"], "switches": []}\n"eine Ä ist kein A 🐈"\n',
+    "p.json": '["a dog",\n "eine Ä ist kein A 🐈"]',
+    "q.json": json.dumps([{"prompt": text, "seed": n} for n, (text,) in enumerate(TWO)]),
+    "full_info.json": json.dumps(
+        [{"prompt_en": text, "dimension": ["color"], "auxiliary_info": {}} for (text,) in TWO]
+    ),
+    "p.csv": '\ufeffid,Prompt\n1,a dog\n2,"eine Ä ist kein A 🐈"\n',
+    "p.tsv": "prompt\tid\r\na dog\t1\r\neine Ä ist kein A 🐈\t2\r\n",
+}
+
+
+@pytest.mark.parametrize("name", SAME)
+def test_every_form_of_the_same_prompts(tmp_path, name):
+    found = examine(write(tmp_path / name, SAME[name]), num_frames=21)
+    assert [p.segments for p in found.prompts] == TWO and not found.problems
+    assert {p.switches for p in found.prompts} == {()} and {p.num_frames for p in found.prompts} == {21}
+
+
+def test_every_problem_of_a_file_has_its_line(tmp_path):
+    records = '[\n{"prompt": "a"},\n\n{"prompt": " "}, 3,\n{"prompt": "b", "switches": [3]},\n"c"\n]'
+    found = examine(write(tmp_path / "p.json", records), num_frames=9)
+    assert [p.segments for p in found.prompts] == [("a",), ("c",)] and found.lines == (2, 6)
+    assert [problem.partition("p.json, ")[2].partition(":")[0] for problem in found.problems] == [
+        "line 4",
+        "line 4",
+        "line 5",
+    ]
+    table = examine(write(tmp_path / "p.csv", 'n,prompt\n1,"a\nlong one"\n2,\n3\n4,b\n'), num_frames=9)
+    assert [(p.segments[0], line) for p, line in zip(table.prompts, table.lines, strict=True)] == [
+        ("a\nlong one", 2),
+        ("b", 6),
+    ]
+    assert [problem.partition("p.csv, ")[2][:6] for problem in table.problems] == ["line 4", "line 5"]
+    lines = examine(write(tmp_path / "p.txt", "a\n\nb\n\u200b\n"), num_frames=9)
+    assert len(lines.prompts) == 2 and len(lines.problems) == 2 and "line 4: blank" in lines.problems[1]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("p.json", '["a", ]', "line 1: not JSON"),
+        ("p.json", '["a"\n "b"]', "line 2: not JSON (Expecting ',' delimiter)"),
+        ("p.json", '["a"]\n["b"]', "line 2: not JSON (Extra data)"),
+        ("p.json", '["a",\n', "line 1: not JSON"),
+        ("p.json", "[]", "the file holds no prompts"),
+        ("p.json", '[["a"]]', "line 1: not a prompt"),
+        ("p.csv", "id,text\n1,a\n", "line 1: no column is called prompt; there are id, text"),
+        ("p.csv", 'prompt\n"a\n', "line 2: not a table"),
+        ("p.csv", "prompt\n", "the file holds no prompts"),
+        (
+            "t.json",
+            '{"prompts": [{"startTime": 0, "prompts": []}]}',
+            "entry 1 of the timeline needs startTime",
+        ),
+        (
+            "t.json",
+            '{"prompts": [{"startTime": 0, "endTime": Infinity, "text": "a"}]}',
+            "lasts from 0.0 to inf",
+        ),
+        ("t.json", '{"prompts": [{"startTime": 1, "endTime": 1, "text": "a"}]}', "shows nothing"),
+    ],
+)
+def test_forms_that_are_damaged(tmp_path, name, content, message):
+    with pytest.raises(ValueError) as error:
+        read_prompts(write(tmp_path / name, content), num_frames=9)
+    assert message in str(error.value) and str(error.value).startswith(str(tmp_path / name))
+
+
+def test_a_timeline_is_one_video(tmp_path):
+    """Seconds become latent frames, in whole blocks; a blend reads as Scope shows it."""
+    entries = [
+        {"startTime": 0, "endTime": 4.2, "prompts": [{"text": "a dog", "weight": 100}]},
+        {"startTime": 4.2, "endTime": 4.2, "prompts": [{"text": "nothing", "weight": 100}]},
+        {
+            "startTime": 4.2,
+            "endTime": 9,
+            "prompts": [{"text": "a cat", "weight": 60}, {"text": "fog", "weight": 40}],
+            "transitionSteps": 4,
+        },
+    ]
+    path = write(tmp_path / "t.json", json.dumps({"prompts": entries, "settings": {}, "version": "2.1"}))
+    (prompt,) = read_prompts(path, num_frames=21, block=3)
+    assert prompt == VideoPrompt(0, ("a dog", "a cat, fog"), (17,), 36)
+    (prompt,) = read_prompts(path, num_frames=21, block=3, latent_rate=8.0)
+    assert prompt.switches == (34,) and prompt.num_frames == 72
+
+
+def test_extended_texts_pair_line_by_line(tmp_path):
+    short = examine(write(tmp_path / "short.txt", "a dog\na cat\n"), num_frames=9)
+    long = write(tmp_path / "long.txt", "A brown dog runs.\nA grey cat sleeps.\n")
+    both = extended(short, long, num_frames=9)
+    assert [p.segments for p in both.prompts] == [("A brown dog runs.",), ("A grey cat sleeps.",)]
+    assert [p.id for p in both.prompts] == [0, 1] and both.lines == short.lines
+    mapped = {"a cat": "A grey cat sleeps.", "a dog": "A brown dog runs."}
+    assert extended(short, write(tmp_path / "m.json", json.dumps(mapped)), num_frames=9) == both
+    for name, content, message in (
+        ("one.txt", "A brown dog runs.\n", "1 prompts, .*short.txt has 2: .*short.txt, line 2 has no"),
+        ("three.txt", "aaaaaaa\nbbbbbbbb\nccc\n", "3 prompts, .*: .*three.txt, line 3 has no counterpart"),
+        ("swapped.txt", "dog\ncat\n", "most texts are shorter .* swapped"),
+        ("none.json", '{"a dog": "A brown dog runs."}', "no extended text for .*short.txt, line 2"),
+        (
+            "parts.jsonl",
+            '{"segments": ["a", "b"], "switches": [3]}\n"c"\n',
+            "line 1: 2 segments, .*line 1 has 1",
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            extended(short, write(tmp_path / name, content), num_frames=9)
+
+
+@pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".json", ".csv", ".tsv"])
+def test_what_is_converted_is_read_again(tmp_path, suffix):
+    prompts = [VideoPrompt(n, (text,), (), 9) for n, text in enumerate(['a "dog", running', "猫", "🐈"])]
+    path = write(tmp_path / f"p{suffix}", written(prompts, suffix))
+    assert read_prompts(path, num_frames=9) == prompts
+    several = [VideoPrompt(0, ("a", "b"), (3,), 9)]
+    if "json" in suffix:
+        assert read_prompts(write(path, written(several, suffix)), num_frames=21) == several
+    else:
+        with pytest.raises(ValueError, match="holds one text per video, prompt 0 has 2"):
+            written(several, suffix)

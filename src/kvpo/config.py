@@ -11,6 +11,7 @@ from kvpo.method.settings import (
     LatentDistanceSettings,
     MethodSettings,
     NftSettings,
+    OwnSettings,
     RvmSettings,
     SelfDistillSettings,
 )
@@ -93,10 +94,15 @@ class StreamConfig:
     bank: tuple[Literal["memflow", "every-block", "sparse"], ...] = ()
     """MemFlow's memory bank of three frames: memflow records every third block, with every-block all of them
     (its single-prompt pipeline); sparse attends to the top three frames of sink and bank per head."""
+    transition_blocks: int = 0
+    """Blocks after a prompt switch whose text embedding moves linearly to the new prompt's: block k of n is
+    told k / (n + 1) of it; 0 switches at once."""
     size: tuple[int, int] = (8, 8)
     """Rows and columns of the latents; a Wan VAE makes eight pixels of each."""
     schedule: tuple[float, ...] = (1.0, 0.75, 0.5, 0.25)
     """Solver positions u in (0, 1]; noise level sigma = shift u / (1 + (shift - 1) u)."""
+    schedule_first: tuple[float, ...] = ()
+    """Solver positions of a video's first block, where few-step models take more there; empty: schedule."""
     shift: float = 3.0
     """Timestep shift of the schedule."""
     step_rule: Literal["ode", "renoise"] = "ode"
@@ -113,6 +119,7 @@ class StreamConfig:
             bank_size=BANK_FRAMES if self.bank else 0,
             sparse_activation="sparse" in self.bank,
             bank_every_block="every-block" in self.bank,
+            transition_blocks=self.transition_blocks,
         )
 
 
@@ -173,7 +180,7 @@ class OptimConfig:
     """Peak learning rate of AdamW, reached in the fifth update."""
     ema_decay: float = 0.9
     """Decay of the moving average of the trained parameters, which is what a run is judged by and exports;
-    after n updates at most (1 + n) / (10 + n), and 0 is no average."""
+    after n updates at most (1 + n) / (10 + n), and 0 keeps no average."""
     updates: int = 40
     """Optimiser updates."""
     prompts_per_update: int = 8
@@ -217,12 +224,23 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True)
+class DistributedConfig:
+    """Sharing of a run among the ranks of torchrun; it ends alike on any of them, but for rounding."""
+
+    branch_ranks: int = 1
+    """Ranks that have each group in common and deal its branches, rounded down to a divisor of all ranks;
+    equal bit for bit where exploration.rows and optim.replay_rows leave one trajectory per pass."""
+    shard: bool = False
+    """Spread weights, gradients and optimiser over the branch_ranks of a group (FSDP2)."""
+
+
+@dataclass(frozen=True)
 class RewardConfig:
     """Rewards that score the clips of a run, and the weights of their components."""
 
     scorers: tuple[str, ...] = ("world",)
     """Rewards used together: ids of the catalogue, "world", `package.module:function` of your own, or any of
-    these of a server as `NAME@http://HOST:PORT`."""
+    these of a server as `NAME@http://HOST:PORT`, or of several as `NAME@http://A:PORT,http://B:PORT`."""
     weights: dict[str, float] = field(default_factory=dict)
     """Weight of components, instead of 1 each, or of the embedded world's own."""
     sources: dict[str, str] = field(default_factory=dict)
@@ -237,6 +255,8 @@ class RewardConfig:
     noise_floors: dict[str, float] = field(default_factory=dict)
     """Noise floor of components: a number, or a file of `kvpo calibrate` that is read once; total: floor of
     the weighted sum, which holds for components without one of their own (0.002)."""
+    ranks: int = 0
+    """Ranks of torchrun that hold the rewards, the first ones; the others send their clips there. 0: all."""
     cache: str = ""
     """Directory in which scores are kept by the content of their clips; several runs may share it."""
 
@@ -270,6 +290,7 @@ class Config:
     optim: OptimConfig = field(default_factory=OptimConfig)
     rewards: RewardConfig = field(default_factory=RewardConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
 
     @cached_property
@@ -279,9 +300,10 @@ class Config:
         return replace(geometry(self.backbone.geometry), latent_height=height, latent_width=width)
 
     @property
-    def own_settings(self) -> Any:
+    def own_settings(self) -> OwnSettings:
         """The section of the chosen method."""
-        return vars(self)[self.method.replace("-", "_")]
+        own: OwnSettings = vars(self)[self.method.replace("-", "_")]
+        return own
 
     @property
     def method_settings(self) -> MethodSettings[Any]:

@@ -41,6 +41,7 @@ def check(config: Config) -> None:
     _method(config)
     _optim(config.optim)
     _rewards(config.rewards)
+    _distributed(config)
     _require(0 <= config.threads <= MOST_THREADS, "threads", config.threads, f"0 to {MOST_THREADS}")
     evaluation, checkpoint = config.evaluation, config.checkpoint
     _require(evaluation.every >= 0, "evaluation.every", evaluation.every, "0 or more")
@@ -102,12 +103,13 @@ def _prompts(prompts: PromptsConfig, stream: StreamConfig) -> None:
 
 
 def _stream(stream: StreamConfig) -> None:
-    steps = stream.schedule
-    falling = all(a > b for a, b in zip(steps, steps[1:], strict=False))
-    _require(
-        bool(steps) and steps[0] == 1.0 and steps[-1] > 0 and falling,
-        "stream.schedule", list(steps), "positions that fall from 1.0 and stay above 0",
-    )  # fmt: skip
+    for name, steps in (("schedule", stream.schedule), ("schedule_first", stream.schedule_first)):
+        falling = all(a > b for a, b in zip(steps, steps[1:], strict=False))
+        _require(
+            not steps and name == "schedule_first"
+            or bool(steps) and steps[0] == 1.0 and steps[-1] > 0 and falling,
+            f"stream.{name}", list(steps), "positions that fall from 1.0 and stay above 0",
+        )  # fmt: skip
     _require(
         not stream.bank or "memflow" in stream.bank,
         "stream.bank", ",".join(stream.bank), "memflow, alone or with every-block and sparse",
@@ -232,6 +234,19 @@ def _optim(optim: OptimConfig) -> None:
     _require(0 <= optim.ema_decay < 1, "optim.ema_decay", optim.ema_decay, "in [0, 1)")
 
 
+def _distributed(config: Config) -> None:
+    ranks, optim = config.distributed.branch_ranks, config.optim
+    _require(ranks >= 1, "distributed.branch_ranks", ranks, "at least 1")
+    _require(
+        ranks > 1 or not config.distributed.shard,
+        "distributed.branch_ranks", ranks, "above 1 for distributed.shard: weights are spread over these",
+    )  # fmt: skip
+    _require(
+        not (config.distributed.shard and optim.compile),
+        "optim.compile", optim.compile, "false while distributed.shard is true",
+    )  # fmt: skip
+
+
 def _rewards(rewards: RewardConfig) -> None:
     names = rewards.scorers
     _require(
@@ -243,5 +258,6 @@ def _rewards(rewards: RewardConfig) -> None:
     for component, floor in rewards.noise_floors.items():
         _require(floor >= 0, f"rewards.noise_floors.{component}", floor, "0 or more")
     _require(0 < rewards.top_share <= 1, "rewards.top_share", rewards.top_share, "above 0, at most 1")
+    _require(rewards.ranks >= 0, "rewards.ranks", rewards.ranks, "0 (all ranks) or more")
     blocks = rewards.transition_blocks
     _require(blocks >= 0, "rewards.transition_blocks", blocks, "0 or more")

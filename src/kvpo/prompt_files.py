@@ -1,58 +1,176 @@
-"""Prompt files: one prompt per line of text, or JSON lines with the segments of interactive videos."""
+"""Prompt files of every form that people have: one reader, and every problem with its file and line."""
 
+import csv
+import io
 import json
-import unicodedata
+import logging
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-from kvpo.files import parse_json, read_text
+from kvpo.files import named_list, parse_json, read_text
+from kvpo.prompt_forms import DELIMITERS, FORMATS, FORMS, as_read, asked, is_timeline, texts_of, timeline
 from kvpo.prompts import VideoPrompt, check_shown
 
-_FORMATS = (
-    'a JSON line is {"prompts": [...]} with the switch frames of the configuration, or '
-    '{"segments": [...], "switches": [...]} with its own (and, if it differs, "num_frames")'
-)
+logger = logging.getLogger(__name__)
+
+LATENT_RATE = 4.0
+"""Latent frames per second of the public generators: a timeline counts in seconds."""
 
 
-def read_prompts(
-    path: str | Path, *, num_frames: int, switches: Sequence[int] = (), first_id: int = 0, block: int = 1
-) -> list[VideoPrompt]:
-    """The prompts of a file, in order, numbered from ``first_id``.
+@dataclass(frozen=True)
+class PromptFile:
+    """The prompts of a file, and the problems of what could not be read as one."""
 
-    A ``.txt`` file holds one prompt per line: single-segment videos. A ``.jsonl`` file holds on each line
-    either ``{"prompts": [...]}``, the interactive format of LongLive and MemFlow, whose switch frames are
-    ``switches`` for every line; or ``{"segments": [...], "switches": [...]}``, which may also set
-    ``"num_frames"``.
+    path: Path
+    prompts: tuple[VideoPrompt, ...]
+    lines: tuple[int, ...]
+    """The line of every prompt."""
+    problems: tuple[str, ...] = ()
+    """Each with file and line."""
+
+    def at(self, index: int) -> str:
+        """The place of a prompt, for messages."""
+        return f"{self.path}, line {self.lines[index]}"
+
+
+def read_prompts(path: str | Path, **reading: Any) -> list[VideoPrompt]:
+    """The prompts of a file, in order. Takes what `examine` takes.
+
+    Raises:
+        ValueError: naming file and line of the first problem: see `examine`.
+    """
+    found = examine(path, **reading)
+    if found.problems:
+        raise ValueError(found.problems[0])
+    return list(found.prompts)
+
+
+def examine(
+    path: str | Path,
+    *,
+    num_frames: int,
+    switches: Sequence[int] = (),
+    first_id: int = 0,
+    block: int = 1,
+    latent_rate: float = LATENT_RATE,
+) -> PromptFile:
+    """The prompts of a file, numbered from ``first_id``, and everything that is wrong with it.
+
+    The suffix decides the form (``kvpo.prompt_forms``).
 
     Args:
         num_frames: latent frames of each video.
-        switches: latent frames at which the segments of ``{"prompts": [...]}`` lines follow one another.
+        switches: latent frames at which the segments of ``{"prompts": [...]}`` follow one another.
         block: latent frames generated together, of which every segment needs some.
+        latent_rate: latent frames per second, for timelines.
 
-    Raises:
-        ValueError: naming file and line: missing or empty file, undecodable text, blank lines or segments,
-            not JSON, unknown fields, another number of segments than before or than the switches need, switch
-            frames that do not increase inside the video or leave a segment without a block.
+    Problems are blank lines or segments, no JSON, unknown fields, another number of segments than before or
+    than the switches need, switch frames that do not increase inside the video or leave a segment without a
+    block. Raises ValueError for a file that is missing, empty, of no known form, or not UTF-8.
     """
     path = Path(path)
-    parse = {".txt": _text_line, ".jsonl": _json_line}.get(path.suffix.lower())
-    if parse is None:
-        raise ValueError(f"{path}: prompt files are .txt (one prompt per line) or .jsonl ({_FORMATS})")
+    records = FORMS.get(path.suffix.lower())
+    if records is None:
+        raise ValueError(
+            f"{path}: prompt files are .txt (one prompt per line), .csv and .tsv (a column prompt), .json "
+            f"and .jsonl ({FORMATS})"
+        )
     prompts: list[VideoPrompt] = []
+    lines: list[int] = []
+    problems: list[str] = []
+    unread: set[str] = set()
     shared_count: int | None = None
-    for number, line in _lines(path):
+    for number, parse in records(path, _text(path)):
         try:
-            segments, own_switches, own_frames = parse(line)
-            if own_switches is None:
-                own_switches = tuple(switches)
-                shared_count = shared_count or len(segments)
-                _check_shared(len(segments), shared_count, own_switches)
-            prompt = VideoPrompt(first_id + len(prompts), segments, own_switches, own_frames or num_frames)
+            record = parse()
+            own = timeline(record, block, latent_rate) if is_timeline(record) else asked(record, unread)
+            cuts = own.switches
+            if cuts is None:
+                cuts, shared_count = tuple(switches), shared_count or len(own.segments)
+                _check_shared(len(own.segments), shared_count, cuts)
+            frames = own.num_frames or num_frames
+            prompt = VideoPrompt(first_id + len(prompts), own.segments, cuts, frames)
             check_shown(prompt, block)
             prompts.append(prompt)
+            lines.append(number)
         except ValueError as error:
-            raise ValueError(f"{path}, line {number}: {error}") from error
-    return prompts
+            problems.append(f"{path}, line {number}: {error}")
+    if not prompts and not problems:
+        raise ValueError(f"{path}: the file holds no prompts")
+    if unread:
+        logger.info("%s: fields that are not read: %s", path, named_list(sorted(unread)))
+    return PromptFile(path, tuple(prompts), tuple(lines), tuple(problems))
+
+
+def extended(short: PromptFile, path: str | Path, **reading: Any) -> PromptFile:
+    """The same videos under the extended texts of another file, which pairs with ``short`` line by line.
+
+    ``path`` may also be a JSON object that maps short texts to extended ones. Takes what `examine` takes.
+
+    Raises:
+        ValueError: files that do not pair, with the line; texts that are the shorter ones of their pairs.
+    """
+    long = Path(path)
+    if long.suffix.lower() == ".json" and isinstance(texts := parse_json(read_text(long)), dict):
+        absent = [n for n, p in enumerate(short.prompts) if not all(text in texts for text in p.segments)]
+        if absent:
+            raise ValueError(f"{long}: no extended text for {short.at(absent[0])}")
+        others = [texts_of([texts[text] for text in p.segments], str(long)) for p in short.prompts]
+    else:
+        found = examine(long, **reading)
+        if found.problems:
+            raise ValueError(found.problems[0])
+        others = [prompt.segments for prompt in found.prompts]
+        for n, (one, other) in enumerate(zip(short.prompts, others, strict=False)):
+            if len(one.segments) != len(other):
+                raise ValueError(
+                    f"{found.at(n)}: {len(other)} segments, {short.at(n)} has {len(one.segments)}: extended "
+                    "texts pair with short ones line by line"
+                )
+        if len(others) != len(short.prompts):
+            longer = short if len(short.prompts) > len(others) else found
+            alone = longer.at(min(len(others), len(short.prompts)))
+            raise ValueError(
+                f"{long}: {len(others)} prompts, {short.path} has {len(short.prompts)}: {alone} has no "
+                "counterpart"
+            )
+    pairs = list(zip(short.prompts, others, strict=True))
+    if 2 * sum(len(" ".join(other)) < len(" ".join(one.segments)) for one, other in pairs) > len(pairs):
+        raise ValueError(f"{long}: most texts are shorter than those of {short.path}; are the files swapped?")
+    return replace(short, prompts=tuple(replace(one, segments=other) for one, other in pairs))
+
+
+def written(prompts: Sequence[VideoPrompt], suffix: str) -> str:
+    """A prompt file of the form that ``suffix`` says, as `examine` reads it.
+
+    Raises:
+        ValueError: no such form, or one that cannot hold several segments.
+    """
+    if suffix in (".json", ".jsonl"):
+        records = [
+            {"segments": list(p.segments), "switches": list(p.switches), "num_frames": p.num_frames}
+            for p in prompts
+        ]
+        if suffix == ".json":
+            return json.dumps(records, indent=1, ensure_ascii=False) + "\n"
+        return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    if suffix not in FORMS:
+        raise ValueError(f"prompt files are {', '.join(FORMS)}, not {suffix or 'without a suffix'}")
+    if several := [prompt for prompt in prompts if len(prompt.segments) > 1]:
+        raise ValueError(
+            f"a {suffix} file holds one text per video, prompt {several[0].id} has "
+            f"{len(several[0].segments)}; write .jsonl"
+        )
+    texts = [prompt.segments[0] for prompt in prompts]
+    if suffix == ".txt":
+        return "".join(" ".join(text.split()) + "\n" for text in texts)
+    file = io.StringIO()
+    csv.writer(file, delimiter=DELIMITERS[suffix], lineterminator="\n").writerows(
+        [["prompt"], *([text] for text in texts)]
+    )
+    return file.getvalue()
 
 
 def repeats(prompts: Sequence[VideoPrompt]) -> list[list[VideoPrompt]]:
@@ -62,76 +180,19 @@ def repeats(prompts: Sequence[VideoPrompt]) -> list[list[VideoPrompt]]:
     """
     found: dict[tuple[str, ...], list[VideoPrompt]] = {}
     for prompt in prompts:
-        found.setdefault(tuple(map(_as_read, prompt.segments)), []).append(prompt)
+        found.setdefault(tuple(map(as_read, prompt.segments)), []).append(prompt)
     return list(found.values())
 
 
-def blank(text: str) -> bool:
-    """True if a reader sees nothing."""
-    return not _as_read(text)
-
-
-def _as_read(text: str) -> str:
-    seen = "".join(c for c in unicodedata.normalize("NFKC", text) if unicodedata.category(c) != "Cf")
-    return " ".join(unicodedata.normalize("NFKC", seen.casefold()).split())
-
-
-Line = tuple[tuple[str, ...], tuple[int, ...] | None, int | None]
-"""Segments, switch frames (None: the configuration's) and number of frames (None: the configuration's)."""
-
-
-def _lines(path: Path) -> list[tuple[int, str]]:
-    """Numbered lines of a file without line ends; blank ones at the end are left out."""
+def _text(path: Path) -> str:
+    """The text of a file with line ends of one kind."""
     if not path.exists():
         raise ValueError(f"{path}: no such prompt file")
-    text = read_text(path).replace("\r\n", "\n").replace("\r", "\n")
-    numbered = [(number, line.strip()) for number, line in enumerate(text.rstrip().split("\n"), 1)]
-    if binary := [number for number, line in numbered if "\0" in line]:
-        raise ValueError(f"{path}, line {binary[0]}: holds a zero byte; save the file as UTF-8 text")
-    if numbered == [(1, "")]:
-        raise ValueError(f"{path}: the file holds no prompts")
-    if empty := [number for number, line in numbered if blank(line)]:
-        raise ValueError(f"{path}, line {empty[0]}: blank; write a prompt there or remove the line")
-    return numbered
-
-
-def _text_line(line: str) -> Line:
-    return (line,), (), None
-
-
-def _json_line(line: str) -> Line:
-    try:
-        record = parse_json(line)
-    except ValueError as error:
-        raise ValueError(f"{error}; {_FORMATS}") from error
-    if not isinstance(record, dict) or ("prompts" in record) == ("segments" in record):
-        raise ValueError(f"not a prompt; {_FORMATS}")
-    field = "prompts" if "prompts" in record else "segments"
-    allowed = {"prompts"} if field == "prompts" else {"segments", "switches", "num_frames"}
-    if unknown := sorted(record.keys() - allowed):
-        raise ValueError(f"unknown field {', '.join(unknown)} beside {field}; {_FORMATS}")
-    segments = _segments(record[field], field)
-    if field == "prompts":
-        return segments, None, None
-    switches = record.get("switches", [])
-    if not isinstance(switches, list) or not all(_is_frame(frame) for frame in switches):
-        raise ValueError(f"switches must be a list of latent frames, got {json.dumps(switches)}")
-    frames = record.get("num_frames")
-    if frames is not None and not (_is_frame(frames) and frames > 0):
-        raise ValueError(f"num_frames must be a positive number of latent frames, got {json.dumps(frames)}")
-    return segments, tuple(switches), frames
-
-
-def _segments(value: object, field: str) -> tuple[str, ...]:
-    if not isinstance(value, list) or not value or not all(isinstance(text, str) for text in value):
-        raise ValueError(f"{field} must be a list of at least one text, got {json.dumps(value)[:60]}")
-    if empty := [i for i, text in enumerate(value, 1) if blank(text)]:
-        raise ValueError(f"segment {empty[0]} of {len(value)} is blank")
-    return tuple(text.strip() for text in value)
-
-
-def _is_frame(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+    text = read_text(path).replace("\r\n", "\n").replace("\r", "\n").rstrip()
+    if "\0" in text:
+        line = text.count("\n", 0, text.index("\0")) + 1
+        raise ValueError(f"{path}, line {line}: holds a zero byte; save the file as UTF-8 text")
+    return text
 
 
 def _check_shared(count: int, first_count: int, switches: tuple[int, ...]) -> None:

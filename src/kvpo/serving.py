@@ -100,7 +100,7 @@ def answering_later(listening: socket.socket, words: str) -> Iterator[None]:
         do_POST = do_GET
 
         def log_message(self, format: str, *args: Any) -> None:
-            """A client's question is no news."""
+            """Clients that ask are not worth a line each."""
 
     class Server(ThreadingHTTPServer):
         def handle_error(self, *of: Any) -> None:

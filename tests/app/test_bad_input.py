@@ -70,7 +70,7 @@ def settings(tiny_base: Path, tmp_path: Path) -> Path:
         ("--prompts mine.txt", ["prompts.file", "'mine.txt'", "writes its own prompts"]),
         (
             "--backbone.checkpoint nowhere.safetensors",
-            ["backbone.checkpoint: nowhere.safetensors is no file", "kvpo pretrain"],
+            ["backbone.checkpoint: nowhere.safetensors is not a file", "kvpo pretrain"],
         ),
         (
             "--backbone.checkpoint run.yaml",

@@ -71,7 +71,7 @@ def test_a_second_run_scores_nothing_and_finds_the_same(tiny_base: Path, tmp_pat
     for _ in range(2):
         setup = build_setup(config)
         ((_, scores),) = explore(setup, [0])
-        results.append((scores, evaluate_prompts(setup, setup.test["short"]), setup.scored))
+        results.append((scores, evaluate_prompts(setup, setup.test["short"], setup.ranks), setup.scored))
     (first, fresh, cold), (second, again, warm) = results
     assert cold.hits == 0 and cold.misses > 0
     assert warm == Counts(hits=cold.misses, repeats=cold.repeats)

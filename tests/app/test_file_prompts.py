@@ -81,12 +81,19 @@ def test_prompts_that_the_encoder_cuts_are_counted(tmp_path: Path, caplog: pytes
     long = VideoPrompt(0, ("a red ball " * 5, "the dog jumps"), (9,), 18)
     for _ in range(2):
         caplog.clear()
-        text_encoder(config).fill([long])
+        encoder = text_encoder(config)
+        encoder.fill([long])
         (said,) = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
         assert "1 of 2 prompts are longer than the 8 tokens that are read of each; the other 8 tokens" in said
         assert "longest prompt has 16" in said and "a red ball" in said
-        text_encoder(config)(long.segments)
+        encoder(long.segments)
         assert len([r for r in caplog.records if r.levelno == logging.WARNING]) == 1, "said once"
+    caplog.clear()
+    directed = text_encoder(config)
+    directed(["a blue ball " * 5])  # typed while a stream runs
+    directed(["a blue ball " * 5])
+    (said,) = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert "1 of 1 prompts are longer than the 8 tokens" in said
 
 
 def test_words_that_the_embedded_generator_does_not_know_are_named(

@@ -48,7 +48,7 @@ def test_names_keep_their_order_beyond_a_thousand(
         return torch.zeros(len(prompts), 1)
 
     monkeypatch.setattr(generate_module, "_write_videos", write)
-    monkeypatch.setattr(generate_module, "_latents", latents)
+    monkeypatch.setattr(generate_module, "latents_of", latents)
     prompts = [VideoPrompt(n, (f"prompt {n}",), (), 9) for n in range(1001)]
     written = generate(tiny_config(tiny_base), tmp_path, prompts=prompts)
     assert [path.name for path in sorted(tmp_path.glob("*.mp4"))] == [path.name for path in written]

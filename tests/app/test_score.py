@@ -308,3 +308,19 @@ def test_folders_with_nothing_to_score(tmp_path, capsys):
     for folder, message in ((tmp_path, "no video files in it"), (tmp_path / "absent", "no such folder")):
         assert main(["score", str(folder), "--reward", "flicker", "--out", str(tmp_path / "s.html")]) == 1
         assert message in capsys.readouterr().err
+
+
+def test_explain_says_what_each_reward_would_see(tmp_path, capsys):
+    for name in ("a", "b"):
+        encode(tmp_path / f"{name}.mp4", pixels(gliding(64, 96, 33, 2, 1)), rate=16)
+    (tmp_path / "p.json").write_text('["a fox", "a dog"]')
+    command = ["score", str(tmp_path), "--reward", "videoalign_mq,flicker", "--explain"]
+    assert main([*command, "--prompts", str(tmp_path / "p.json"), "--out", str(tmp_path / "s.html")]) == 0
+    said = capsys.readouterr().out
+    assert "a.mp4: 33 frames of 64 x 96, 16 per second" in said
+    assert "videoalign_mq:\n  frames: 1 clips; the first takes 0, 11, 21, 32" in said
+    assert (
+        "prompt: 'a fox'" in said and "scale: 0 to 1, higher is better" in said and "prompt: not read" in said
+    )
+    assert main(command) == 0 and "needed: give --prompts FILE" in capsys.readouterr().out
+    assert not (tmp_path / "s.html").exists()

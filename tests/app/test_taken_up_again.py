@@ -163,7 +163,7 @@ def test_weights_that_moved_are_found_where_they_are_now_and_no_others(
         "resume": ("align", "--resume", "--out", run, "--optim.updates", 3),
     }
     assert command(*words[name]) != 0
-    assert f"backbone.checkpoint: {gone} is no file" in capsys.readouterr().err
+    assert f"backbone.checkpoint: {gone} is not a file" in capsys.readouterr().err
     assert command(*words[name], "--backbone.checkpoint", other) == 1
     assert "another architecture: base is" in capsys.readouterr().err
     assert command(*words[name], f"--backbone.checkpoint={moved}") == 0

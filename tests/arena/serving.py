@@ -4,7 +4,6 @@ import json
 import socket
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,10 +11,9 @@ from typing import Any
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
-import uvicorn
-
 from kvpo.arena.server import arena_app
 from kvpo.arena.store import Study
+from tests.http_servers import served_app
 
 CHILD = """
 import sys, uvicorn
@@ -29,17 +27,8 @@ uvicorn.run(arena_app(Study(Path(sys.argv[1]))), fd=int(sys.argv[2]), log_level=
 @contextmanager
 def served(study: Study) -> Iterator[str]:
     """The address of a server of ``study`` in this process."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        config = uvicorn.Config(arena_app(study), log_level="critical", timeout_graceful_shutdown=1)
-        server = uvicorn.Server(config)
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-        thread.start()
-        try:
-            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-        finally:
-            server.should_exit = True
-            thread.join(20)
-            assert not thread.is_alive()
+    with served_app(arena_app(study)) as url:
+        yield url
 
 
 def child_server(directory: Path, listener: socket.socket) -> subprocess.Popen:

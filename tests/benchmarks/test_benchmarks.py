@@ -192,3 +192,22 @@ def test_threads_beside_a_busy_process(tiny_base, tmp_path, capsys):
     assert all(0 < r["cpu_s"] and 0 < r["wall_s"] for r in found["results"])
     assert found["latents_apart"]["1"] == 0 and found["latents_apart"]["2"] < 1e-4
     assert "| 1 | 2 | PASSIVE |" in capsys.readouterr().out
+
+
+def test_a_layout_of_512_ranks_holds_what_the_plan_says() -> None:
+    from benchmarks.scaling import layout
+
+    found = layout(ranks=512, size=8, lora_rank=8)
+    assert found["teams"] == 64 and found["deepest_turns"] == 1
+    assert found["weights"] == pytest.approx(found["planned_weights"], rel=0.01)
+    assert found["adapter"] == pytest.approx(found["planned_adapter"], rel=0.01)
+
+
+def test_more_cards_are_never_slower_and_say_when_they_idle() -> None:
+    from benchmarks.scaling import model, model_table
+
+    rows = [row for row in model(8) if row["preset"] == "longlive-1.3b"]
+    assert [row["ranks"] for row in rows] == [1, 8, 16, 64, 512]
+    seconds = [row["seconds_per_update"] for row in rows]
+    assert seconds[1] < seconds[0] / 6 and seconds[-1] <= 1.05 * seconds[-2]
+    assert rows[1]["busy"] == 1 and model_table(rows).count("longlive") == 5

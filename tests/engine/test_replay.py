@@ -17,8 +17,8 @@ FORK = 18
 def by_hand(one, group, index):
     """Velocities ``[P, S, F, C, H, W]`` at a member's states; every block of its own leaves its pages."""
     stream, found = group.root.fork(), []
-    text = text_of([stream])
     for block in range(group.blocks):
+        text = text_of([stream])
         commit_banks(one, [stream], text)
         context = deployment_context(one.deployment, [stream.history])
         for step, sigma in enumerate(one.sigmas):

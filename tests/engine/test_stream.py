@@ -133,6 +133,55 @@ def test_given_frames_are_continued_as_if_they_had_been_generated(deployment):
     assert (torch.cat(stream.latents) - whole[0]).abs().max() <= 1e-12
 
 
+@pytest.mark.parametrize("renoise", [False, True])
+@pytest.mark.parametrize("first", [(1.0,), (1.0, 0.5), (1.0, 0.96, 0.9, 0.8, 0.4)])
+def test_the_first_block_may_take_other_solver_steps(renoise, first):
+    one = replace(generator(renoise=renoise), sigmas=(1.0, 0.6), sigmas_first=first)
+    whole = stream_latents(one, [prompt(0, 12)], texts(), tape_of())[0]
+    by_hand = open_stream(one, one.new_cache(50), prompt(0, 12), texts(), tape_of())
+    for sigmas in (first, one.sigmas, one.sigmas, one.sigmas):
+        trajectory = advance(replace(one, sigmas=sigmas, sigmas_first=()), [by_hand])
+        assert trajectory.states_RSFCHW.shape[1] == len(sigmas)
+    assert torch.equal(torch.cat(by_hand.latents), whole)
+    same = stream_latents(replace(one, sigmas_first=()), [prompt(0, 12)], texts(), tape_of())[0]
+    assert not torch.allclose(same[:3], whole[:3], atol=1e-3)
+
+
+def test_first_blocks_and_later_ones_are_generated_side_by_side():
+    one = replace(generator(renoise=True), sigmas_first=(1.0, 0.5))
+    cache = one.new_cache(100)
+    early, late = (open_stream(one, cache, prompt(n, 12), texts(), tape_of()) for n in (0, 1))
+    advance(one, [early])
+    trajectory = advance(one, [late, early])
+    assert trajectory.states_RSFCHW.shape[:2] == (2, 2)
+    advance(one, [early, late])
+    for n, stream in enumerate((early, late)):
+        alone = stream_latents(one, [prompt(n, 12)], texts(), tape_of())[0]
+        assert (torch.cat(stream.latents) - alone[: stream.start]).abs().max() <= 1e-10
+
+
+@pytest.mark.parametrize("sigmas", [(1.0,), (1.0, 0.6)])
+@pytest.mark.parametrize("renoise", [False, True])
+def test_models_of_one_and_two_steps_and_of_single_frames_stream(sigmas, renoise):
+    """Frame-wise, one solver step from the tape: x0 = eps - v, seen by the next frame."""
+    deployment = replace(generator().deployment, block=1, window=4, sink=1)
+    one = replace(generator(renoise=renoise), deployment=deployment, sigmas=sigmas)
+
+    def tape(video, block, kind):
+        return tape_of()(video, block, kind)[:1]
+
+    prompts = [prompt(0, 7), prompt(1, 7, (4,))]
+    latents = stream_latents(one, prompts, texts(), tape)
+    assert latents.shape[1] == 7
+    stream = open_stream(one, one.new_cache(20), prompt(0, 7), texts(), tape)
+    for frame in range(7):
+        trajectory = advance(one, [stream])
+        states, velocities = trajectory.states_RSFCHW[0], trajectory.velocities_RSFCHW[0]
+        assert len(states) == len(sigmas) and torch.equal(states[0], tape(0, frame, "initial"))
+        assert torch.allclose(trajectory.clean_RFCHW[0], states[-1] - sigmas[-1] * velocities[-1])
+    assert (torch.cat(stream.latents) - latents[0]).abs().max() <= 1e-10
+
+
 def test_given_frames_must_fill_blocks():
     one = generator()
     stream = open_stream(one, one.new_cache(9), prompt(), texts(), tape_of())

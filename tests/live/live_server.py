@@ -1,20 +1,18 @@
 """The real live server on a loopback port, and a client that speaks its protocol."""
 
 import json
-import socket
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-import uvicorn
 from websockets.sync.client import connect
 
 from kvpo.live.scheduler import Scheduler, SessionLimits
 from kvpo.live.server import ENDPOINT, live_app
 from kvpo.live.theatre import Theatre
+from tests.http_servers import served_app
 from tests.live.stage import LIMITS, running, scheduler, slow_stage, unpacked
 
 
@@ -38,26 +36,17 @@ def serving(
     own = theatre.scheduler if theatre else own or scheduler(slow_stage(), limits, ("base", "aligned"))
     theatre = theatre or theatre_of(out, own)
     app = live_app(theatre, host="127.0.0.1", token=token)
-    with socket.create_server(("127.0.0.1", 0)) as listener, running(own):
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 14)  # slow readers are soon noticed
-        config = uvicorn.Config(app, log_level="critical", timeout_graceful_shutdown=1, ws_max_size=1 << 20)
-        server = uvicorn.Server(config)
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-        thread.start()
-        try:
-            yield Served(theatre, listener.getsockname()[1])
-        finally:
-            server.should_exit = True
-            thread.join(20)
-            assert not thread.is_alive()
+    # the buffer is small, so that slow readers are soon noticed
+    with running(own), served_app(app, send_buffer=1 << 14, ws_max_size=1 << 20) as url:
+        yield Served(theatre, url)
 
 
 class Served:
     """A server's address and inside."""
 
-    def __init__(self, theatre: Theatre, port: int) -> None:
-        self.theatre, self.scheduler, self.port = theatre, theatre.scheduler, port
-        self.url = f"http://127.0.0.1:{port}"
+    def __init__(self, theatre: Theatre, url: str) -> None:
+        self.theatre, self.scheduler, self.url = theatre, theatre.scheduler, url
+        self.port = int(url.rpartition(":")[2])
 
     def connect(self, query: str = "", **options: Any) -> "Client":
         """A client's connection."""

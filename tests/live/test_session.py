@@ -62,10 +62,32 @@ def test_a_session_is_what_its_script_says():
     assert not torch.equal(shown(one)[9:], shown(alone)[9:])
 
 
+def test_transitions_of_a_session_outlive_a_snapshot_and_forks():
+    """Texts of earlier prompts are there for as long as blocks are told of them, and no longer."""
+    own = stage(transition_blocks=2)
+    one = session(own)
+    play(one, 4)
+    one.show(Cue("a blue disc"))
+    play(one)
+    again = restored(own, own.generator.new_cache(600), *snapshot_of(one))
+    one.open_fork("base", one.start, 2, 2)
+    one.choose(None)
+    for session_of in (one, again):
+        play(session_of, 4)
+        assert torch.equal(shown(session_of), by_script(own, session_of))
+    one.show(Cue("a green ring"))
+    play(one)
+    assert set(one.texts) == {"a blue disc", "a green ring"}
+
+
 @pytest.mark.parametrize("frame", [24, 21, 15, 12, 9, 6, 3, 0])
-@pytest.mark.parametrize("keep_sink_at_switch", [True, False])
-def test_going_back_leaves_what_its_script_says(frame, keep_sink_at_switch):
-    own = stage(keep_sink_at_switch=keep_sink_at_switch)
+@pytest.mark.parametrize(
+    "deployed",
+    [{"keep_sink_at_switch": True}, {"keep_sink_at_switch": False}, {"transition_blocks": 2}],
+    ids=["kept sink", "moved sink", "transition"],
+)
+def test_going_back_leaves_what_its_script_says(frame, deployed):
+    own = stage(**deployed)
     one = session(own)
     play(one, 4)
     one.show(Cue("a blue disc"))  # at frame 12

@@ -271,8 +271,19 @@ def test_malformed_adapters_are_named(tmp_path):
         load_adapter_state(saved(tmp_path / "alpha.pt", state | {"blocks.7.alpha": torch.ones(())}))
     with pytest.raises(ValueError, match="is it a base model"):
         load_adapter_state(saved(tmp_path / "base.pt", wan_state()))
-    with pytest.raises(ValueError, match="no entry generator_lora; the file holds generator"):
+    with pytest.raises(ValueError, match="entry generator: holds no adapter .*; is it a base model"):
         load_adapter_state(saved(tmp_path / "gen.pt", {"generator": wan_state()}))
+    with pytest.raises(ValueError, match="no entry generator_lora or .*; the file holds critic"):
+        load_adapter_state(saved(tmp_path / "critic.pt", {"critic": wan_state()}))
+    two = state | {Q + "A.other.weight": torch.ones(3, 24)}
+    with pytest.raises(ValueError, match="blocks.0.self_attn.q has A of several adapters; save one"):
+        load_adapter_state(saved(tmp_path / "two.pt", two))
+    convolution = state | {
+        f"base_model.model.patch_embedding.lora_{half}.weight": torch.ones(size)
+        for half, size in {"A": (3, 4, 1, 2, 2), "B": (24, 3, 1, 1, 1)}.items()
+    }
+    with pytest.raises(ValueError, match="not halves of a LoRA layer: patch_embedding.lora_A"):
+        load_adapter_state(saved(tmp_path / "convolution.pt", convolution))
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="no adapter"):
         load_adapter_state(tmp_path / "empty")
@@ -280,33 +291,120 @@ def test_malformed_adapters_are_named(tmp_path):
 
 def test_an_adapter_that_cannot_change_anything_is_refused(tmp_path):
     zeros = {name: torch.zeros_like(value) for name, value in lora_state().items()}
-    with pytest.raises(ValueError, match="A and B of every layer are zero"):
-        load_adapter_state(saved(tmp_path / "x.pt", {"generator_lora": zeros}))
     fresh = {name: value if "lora_A" in name else zeros[name] for name, value in lora_state().items()}
-    load_adapter_state(saved(tmp_path / "x.pt", fresh))  # as PEFT draws it: it can learn
+    for nothing in (zeros, fresh):  # the second as PEFT draws it, before it has learned anything
+        with pytest.raises(ValueError, match="A or B of every layer is zero, so that the adapter changes"):
+            load_adapter_state(saved(tmp_path / "x.pt", {"generator_lora": nothing}))
     for nothing in ({}, {"generator_lora": {}}):
         with pytest.raises(ValueError, match="holds no adapter|no entry generator_lora"):
             load_adapter_state(saved(tmp_path / "x.pt", nothing))
 
 
-def half_names(prefix: str, ends: tuple[str, str]) -> dict[str, torch.Tensor]:
+def half_names(prefix: str, ends: tuple[str, str], diffusers: bool = False) -> dict[str, torch.Tensor]:
     """The adapter of `lora_state` under other names of layers and halves."""
     found = {}
     for name, value in lora_state().items():
         module, half = name.removeprefix("base_model.model.").removesuffix(".weight").split(".lora_")
-        module = module.replace(".", "_") if prefix.startswith("lora_unet") else module
+        module = to_diffusers_name(module) if diffusers else module
+        module = module.replace(".", "_") if prefix.endswith("_") else module
         found[f"{prefix}{module}.{ends['AB'.index(half)]}"] = value
     return found
 
 
 DOWN_UP = ("lora_down.weight", "lora_up.weight")
+A_B = ("lora_A.weight", "lora_B.weight")
+TRAINERS = {
+    "kohya and musubi": half_names("lora_unet_", DOWN_UP),
+    "kohya on diffusers": half_names("lora_unet_", DOWN_UP, diffusers=True),
+    "LyCORIS": half_names("lycoris_", DOWN_UP),
+    "diffusion-pipe and ComfyUI": half_names("diffusion_model.", A_B),
+    "older ComfyUI": half_names("diffusion_model.", DOWN_UP),
+    "diffusers": half_names("transformer.", A_B, diffusers=True),
+    "older diffusers": half_names("transformer.", ("lora.down.weight", "lora.up.weight"), diffusers=True),
+    "DiffSynth": half_names("", ("lora_A.default.weight", "lora_B.default.weight")),
+    "DiffSynth, its prefix left": half_names("pipe.dit.", ("lora_A.default.weight", "lora_B.default.weight")),
+    "DDP": half_names("module.model.", A_B),
+}
+
+
+@pytest.mark.parametrize("trainer", TRAINERS)
+@pytest.mark.parametrize("ending", ["pt", "safetensors"])
+def test_adapters_of_every_trainer_are_read_with_their_alpha(tmp_path, trainer, ending):
+    halves = {name: value.clone() for name, value in TRAINERS[trainer].items()}
+    stated = {f"{name.split('.lora')[0]}.alpha": torch.tensor(12.0) for name in halves}
+    for alphas, scale in (({}, 1.0), (stated, 4.0)):
+        path = tmp_path / f"x.{ending}"
+        torch.save(halves | alphas, path) if ending == "pt" else save_file(halves | alphas, path)
+        adapter = load_adapter_state(path)
+        assert_same(adapter.tensors, lora_state())
+        assert scales(adapter) == dict.fromkeys(LAYERS, scale)
+
+
+EXTRA = ("text_embedding.0", "text_embedding.2", "time_embedding.0", "time_embedding.2",
+         "time_projection.1", "head.head")  # fmt: skip
+
+
+@pytest.mark.parametrize("form", ["peft", "kohya", "comfy", "diffusers"])
+def test_adapters_of_embeddings_and_head_bind_with_ranks_of_their_own(tmp_path, form):
+    model, draws = tiny_model(), torch.Generator().manual_seed(2)
+    names = {
+        "peft": lambda module, half: f"base_model.model.{module}.lora_{half}.default.weight",
+        "kohya": lambda module, half: f"lora_unet_{module.replace('.', '_')}.{DOWN_UP['AB'.index(half)]}",
+        "comfy": lambda module, half: f"diffusion_model.{module}.lora_{half}.weight",
+        "diffusers": lambda module, half: f"transformer.{to_diffusers_name(module)}.lora_{half}.weight",
+    }
+    tensors = {}
+    for rank, module in enumerate((*EXTRA, "blocks.1.cross_attn.o"), 1):
+        out, inner = model.get_submodule(module).weight.shape
+        for half, size in (("A", (rank, inner)), ("B", (out, rank))):
+            tensors[names[form](module, half)] = 0.3 * torch.randn(size, generator=draws)
+    adapter = load_adapter_state(saved(tmp_path / "x.pt", tensors))
+    assert set(adapter.modules) == {*EXTRA, "blocks.1.cross_attn.o"}
+    with torch.no_grad():
+        before = velocity(model)
+        load_adapter(model, adapter)
+        assert (velocity(model) - before).abs().max() > 1e-3
+    velocity(model).sum().backward()
+    learning = [name for name, value in model.named_parameters() if value.requires_grad]
+    assert len(learning) == 14 and all(model.get_parameter(name).grad.any() for name in learning)
+
+
+def test_a_file_of_an_adapter_and_its_average_offers_both(tmp_path):
+    average = {name: value + 1 for name, value in lora_state().items()}
+    path = saved(tmp_path / "x.pt", {"generator_ema": average, "generator_lora": lora_state(), "step": 9})
+    assert_same(load_adapter_state(path).tensors, lora_state())
+    assert_same(load_adapter_state(path, entry="generator_ema").tensors, average)
+    with pytest.raises(ValueError, match="give it as the adapter"):
+        load_transformer_state(path)
+    for entry in ("generator_ema_lora", "generator_ema", "state_dict", "model_state_dict"):
+        assert_same(load_adapter_state(saved(path, {entry: average, "epoch": 3})).tensors, average)
+
+
+def peft_model(prefix: str = "base_model.model.") -> dict[str, torch.Tensor]:
+    """Base weights and adapter in one, as PEFT's wrapped model has them."""
+    adapted = {name.split(".lora_")[0].removeprefix("base_model.model.") for name in lora_state()}
+    base = {}
+    for name, value in wan_state().items():
+        module, _, last = name.rpartition(".")
+        base[f"{prefix}{module}.base_layer.{last}" if module in adapted else prefix + name] = value
+    halves = {
+        name.replace("base_model.model.", prefix).replace(".weight", ".default.weight"): value
+        for name, value in lora_state().items()
+    }
+    return base | halves
+
+
+@pytest.mark.parametrize("prefix", ["base_model.model.", "model.base_model.model.", "module."])
+def test_a_whole_peft_model_gives_its_base_and_its_adapter(tmp_path, prefix):
+    for content in (peft_model(prefix), {"generator": peft_model(prefix)}):
+        path = saved(tmp_path / "full.pt", content)
+        state = load_transformer_state(path)
+        assert_same(dict(sorted(state.tensors.items())), dict(sorted(wan_state().items())))
+        assert state.adapted and not load_transformer_state(saved(tmp_path / "x.pt", wan_state())).adapted
+        assert_same(load_adapter_state(path).tensors, lora_state())
+
+
 LAYOUTS = {
-    "kohya": (half_names("lora_unet_", DOWN_UP), "an adapter in kohya's layout"),
-    "ComfyUI": (half_names("diffusion_model.", DOWN_UP), "an adapter in ComfyUI's layout"),
-    "old diffusers": (
-        half_names("transformer.", ("lora.down.weight", "lora.up.weight")),
-        "older diffusers",
-    ),
     "LoKr": ({"diffusion_model.blocks.0.ffn.0.lokr_w1": torch.ones(2, 2)}, "a LoKr adapter"),
     "LoHa": ({"lycoris_blocks_0_ffn_0.hada_w1_a": torch.ones(2, 2)}, "a LoHa adapter"),
     "DoRA": (lora_state() | {Q + "magnitude_vector": torch.ones(24)}, "a DoRA adapter"),
@@ -314,16 +412,24 @@ LAYOUTS = {
         lora_state() | {"blocks.0.self_attn.q.dora_scale": torch.ones(24, 1)},
         "a DoRA adapter",
     ),
-    "whole PEFT model": (
-        lora_state() | {"base_model.model.blocks.0.self_attn.q.base_layer.weight": torch.ones(24, 24)},
-        "a whole PEFT model",
-    ),
     "differences": (
         {"diffusion_model.blocks.0.ffn.0.diff": torch.ones(2, 2)},
         "differences of whole weights",
     ),
-    "ComfyUI model": (prefixed(wan_state(), "model.diffusion_model."), "a model in ComfyUI's layout"),
-    "pipeline": (prefixed(wan_state(), "transformer."), "the part of a diffusers pipeline"),
+    "norms beside LoRA": (
+        half_names("diffusion_model.", A_B) | {"diffusion_model.blocks.0.norm3.diff": torch.ones(24)},
+        r"differences of whole weights.* \(key diffusion_model.blocks.0.norm3.diff\)",
+    ),
+    "biases beside LoRA": (
+        half_names("diffusion_model.", A_B) | {"diffusion_model.blocks.0.ffn.0.diff_b": torch.ones(40)},
+        "differences of whole weights.*diff_b",
+    ),
+    "scaled fp8": (
+        wan_state() | {"blocks.0.ffn.0.scale_weight": torch.ones(())},
+        r"scaled fp8 weights, numbers without meaning until .*\(key blocks.0.ffn.0.scale_weight\)",
+    ),
+    "scaled fp8, marked": (wan_state() | {"scaled_fp8": torch.ones(2)}, "scaled fp8 weights"),
+    "foreign prefix": (prefixed(wan_state(), "student.net."), "layers have student.net. before their names"),
     "text encoder": ({"token_embedding.weight": torch.ones(2, 2)}, "a T5 text encoder"),
     "VAE": ({"decoder.middle.0.residual.0.gamma": torch.ones(2, 2)}, "a VAE"),
 }
@@ -338,8 +444,3 @@ def test_layouts_that_are_not_read_are_named(tmp_path, layout):
             with pytest.raises(ValueError, match=words) as caught:
                 load(path)
             assert "base model" not in str(caught.value) and "num_layers" not in str(caught.value)
-
-
-def test_adapters_of_comfyui_with_the_usual_halves_are_read(tmp_path):
-    path = saved(tmp_path / "x.pt", half_names("diffusion_model.", ("lora_A.weight", "lora_B.weight")))
-    assert_same(load_adapter_state(path).tensors, lora_state())

@@ -63,9 +63,14 @@ def prefixed(state: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Ten
         "model._fsdp_wrapped_module.",
         "_orig_mod.model.",
         "module.model._orig_mod._fsdp_wrapped_module.",
+        "module.",
+        "model.diffusion_model.",
+        "diffusion_model.",
+        "pipe.dit.",
+        "transformer.",
     ],
 )
-@pytest.mark.parametrize("entry", ["generator", "generator_ema", "model"])
+@pytest.mark.parametrize("entry", ["generator", "generator_ema", "model", "model_state_dict", "state_dict"])
 def test_every_pt_layout_loads(tmp_path, entry, prefix):
     state = wan_state()
     path = saved(tmp_path / "x.pt", {entry: prefixed(state, prefix), "step": 3, "critic": {}})
@@ -125,6 +130,62 @@ def test_directories_load(tmp_path, folder, names, shards):
         index = directory / "diffusion_pytorch_model.safetensors.index.json"
         index.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     assert_same(load_transformer_state(tmp_path).tensors, state)
+
+
+FOLDERS = {
+    "pickles": ["diffusion_pytorch_model.bin"],
+    "a variant": ["diffusion_pytorch_model.fp16.safetensors"],
+    "transformers' name": ["model.safetensors"],
+    "a trainer's": ["model.pt", "optimizer.pt", "config.json"],
+    "a variant beside": ["diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bf16.safetensors"],
+    "pickles beside": ["diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin"],
+    "in transformer/": ["transformer/diffusion_pytorch_model.fp16.bin"],
+}
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_folders_load_what_they_are_named_for(tmp_path, folder):
+    """The first file is the one; the others hold something else."""
+    (tmp_path / "transformer").mkdir()
+    for n, name in enumerate(FOLDERS[folder]):
+        stored = {key: value + n for key, value in wan_state().items()}
+        if name.endswith("safetensors"):
+            save_file(stored, tmp_path / name)
+        else:
+            saved(tmp_path / name, {"generator": stored} if name.endswith(".pt") else stored)
+    state = load_transformer_state(tmp_path)
+    assert_same(state.tensors, wan_state())
+    assert state.files == (tmp_path / FOLDERS[folder][0],)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["diffusion_pytorch_model.safetensors.index.json", "pytorch_model.bin.index.json",
+     "diffusion_pytorch_model.safetensors.index.fp16.json"],
+)  # fmt: skip
+def test_an_index_is_read_by_itself_and_in_its_folder(tmp_path, name):
+    state, pickled = wan_state(), ".bin." in name
+    weight_map = {key: f"part-{n % 2}.{'bin' if pickled else 'safetensors'}" for n, key in enumerate(state)}
+    for shard in set(weight_map.values()):
+        part = {key: state[key] for key, own in weight_map.items() if own == shard}
+        torch.save(part, tmp_path / shard) if pickled else save_file(part, tmp_path / shard)
+    (tmp_path / name).write_text(json.dumps({"weight_map": weight_map}))
+    for path in (tmp_path / name, tmp_path):
+        loaded = load_transformer_state(path)
+        assert_same(loaded.tensors, state)
+        assert len(loaded.files) == 2
+    with pytest.raises(ValueError, match="an index of shards has no entry ema"):
+        load_transformer_state(tmp_path, entry="ema")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2])
+def test_weights_of_every_float_type_are_widened(tmp_path, dtype):
+    state = {name: value.to(dtype) for name, value in wan_state().items()}
+    save_file(state, tmp_path / "x.safetensors")
+    model = meta_model()
+    loaded = load_transformer_state(tmp_path / "x.safetensors")
+    assign_state(model, loaded, device="cpu", dtype=torch.float32)
+    assert_same(model.state_dict(), {name: value.float() for name, value in state.items()})
 
 
 def test_absent_shards_and_lost_keys_are_named(tmp_path):

@@ -8,10 +8,17 @@ import torch
 from diffusers import WanTransformer3DModel
 from diffusers.loaders import WanLoraLoaderMixin
 from peft import PeftModel
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
+from kvpo.app.origin import recorded
 from kvpo.models.adapter_files import AdapterState, load_adapter_state
-from kvpo.models.adapters import adapter_state, load_adapter, merge_adapter, merged_state
+from kvpo.models.adapters import (
+    adapter_difference,
+    adapter_state,
+    load_adapter,
+    merge_adapter,
+    merged_state,
+)
 from kvpo.models.causal_wan import CausalWan, WanShape
 from kvpo.models.checkpoints import (
     assign_state,
@@ -19,6 +26,7 @@ from kvpo.models.checkpoints import (
     to_diffusers_name,
 )
 from kvpo.models.export import (
+    save_comfy_adapter,
     save_diffusers_adapter,
     save_diffusers_transformer,
     save_peft_adapter,
@@ -153,6 +161,101 @@ def test_the_diffusers_adapter_loads_in_diffusers_and_agrees(tmp_path, alpha):
         assert torch.allclose(merged_again.state_dict()[name], value, atol=1e-6), name
     if alpha == 3.0:
         assert_same(again.tensors, adapter.tensors)
+
+
+@pytest.mark.parametrize("alpha", [3.0, 6.0, 5.0])
+def test_the_comfy_adapter_binds_by_name_with_its_scale_folded_in(tmp_path, alpha):
+    """As ComfyUI and Scope bind it: the prefix goes, and `.weight` finds the layer; no alpha is read."""
+    model = tiny_model()
+    adapter = random_adapter(model, rank=3, alpha=alpha)
+    save_comfy_adapter(tmp_path / "mine", adapter)
+    halves = load_file(tmp_path / "mine" / "mine.safetensors")
+    weights, bound = dict(model.named_parameters()), set()
+    with torch.no_grad():
+        for name, down in halves.items():
+            layer, _, half = name.removeprefix("diffusion_model.").rpartition(".lora_")
+            if half == "A.weight":
+                weights[f"{layer}.weight"] += halves[name.replace("lora_A", "lora_B")] @ down
+                bound |= {name, name.replace("lora_A", "lora_B")}
+    assert bound == halves.keys() and len(bound) == len(adapter.tensors)
+    expected = tiny_model()
+    merge_adapter(expected, adapter)
+    again = tiny_model()
+    merge_adapter(again, load_adapter_state(tmp_path / "mine"))
+    with torch.no_grad():
+        for found in (model, again):
+            assert (velocity(found) - velocity(expected)).abs().max() < 1e-5
+        assert (velocity(expected) - velocity(tiny_model())).abs().max() > 1e-2
+
+
+def other_adapter(model: CausalWan, rank: int, alpha: float) -> AdapterState:
+    adapter, draws = random_adapter(model, rank, alpha), torch.Generator().manual_seed(8)
+    tensors = {
+        name: 0.2 * torch.randn(value.shape, generator=draws) for name, value in adapter.tensors.items()
+    }
+    return replace(adapter, tensors=tensors)
+
+
+@pytest.mark.parametrize(("rank", "alpha"), [(3, 3.0), (2, 7.0)])
+def test_base_given_and_difference_are_base_and_continued(rank, alpha):
+    """W + s' B' A' + D = W + s B A to 1e-6, with other ranks and scales too."""
+    model, both = tiny_model(), tiny_model()
+    given, continued = random_adapter(model, rank=3, alpha=6.0), other_adapter(model, rank, alpha)
+    difference, lost = adapter_difference(continued, given)
+    assert lost == 0 and difference.pair("blocks.0.self_attn.q")[0].shape[0] == 3 + rank
+    merge_adapter(model, continued)
+    for adapter in (given, difference):
+        merge_adapter(both, adapter)
+    for name, value in model.state_dict().items():
+        assert (both.state_dict()[name] - value).abs().max() <= 1e-6, name
+
+
+def test_a_difference_of_lower_rank_is_the_best_one_and_says_what_it_loses():
+    model = tiny_model()
+    given, continued = random_adapter(model, rank=3, alpha=6.0), other_adapter(model, 2, 2.0)
+
+    def product(adapter, module):
+        a, b = adapter.pair(module)
+        return adapter.scale(module) * (b.double() @ a.double())
+
+    whole = {m: product(continued, m) - product(given, m) for m in continued.modules}
+    norm = sum(float(value.square().sum()) for value in whole.values())
+    losses = []
+    for rank in range(1, 6):
+        part, lost = adapter_difference(continued, given, rank)
+        error = sum(float((product(part, m) - value).square().sum()) for m, value in whole.items())
+        tails = sum(float(torch.linalg.svdvals(value)[rank:].square().sum()) for value in whole.values())
+        assert lost == pytest.approx((tails / norm) ** 0.5, abs=1e-6)
+        assert error == pytest.approx(tails, abs=1e-6 * norm)
+        losses.append(lost)
+    assert losses == sorted(losses, reverse=True) and losses[-1] == 0 and losses[0] > 0.1
+
+
+def test_an_export_whose_proof_fails_leaves_nothing_and_records_are_kept(tmp_path):
+    model = tiny_model()
+    adapter, weights = random_adapter(model), merged_state(model)
+    writers = {
+        "peft": lambda out, **how: save_peft_adapter(out, adapter, **how),
+        "diffusers": lambda out, **how: save_diffusers_adapter(out, adapter, **how),
+        "comfy": lambda out, **how: save_comfy_adapter(out, adapter, **how),
+        "transformer": lambda out, **how: save_diffusers_transformer(
+            out, weights, SHAPE, shard_bytes=9000, **how
+        ),
+        "pt": lambda out, **how: save_public_checkpoint(out, weights, **how),
+    }
+
+    def fail(written):
+        assert written.exists() and written != tmp_path / "out"
+        raise ValueError("no proof")
+
+    for name, write in writers.items():
+        with pytest.raises(ValueError, match="no proof"):
+            write(tmp_path / "out", finish=fail)
+        assert not list(tmp_path.iterdir()), name
+    for name, write in writers.items():
+        write(tmp_path / name, record={"settings": {"stream.window": 9}})
+        files = [tmp_path / name] if name == "pt" else list((tmp_path / name).glob("*.safetensors"))
+        assert files and all(recorded(file) == {"settings": {"stream.window": 9}} for file in files)
 
 
 def test_what_is_exported_generates_identical_values_after_reloading(tmp_path):

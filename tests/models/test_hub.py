@@ -25,6 +25,17 @@ ETAG = hashlib.sha256(CONTENT).hexdigest()
 COMMIT = "a" * 40
 
 
+def test_the_repository_of_a_location_is_named_unless_it_is_local(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for given in ("o/n", "o/n@v1", "o/n/a/b.pt", "o/n@v1/b.pt#ema"):
+        assert hub.repository_of(given) == "o/n"
+    assert hub.is_repository("o/n") and not any(map(hub.is_repository, ("o", "o/n/b.pt", "o/n@v1")))
+    (tmp_path / "o" / "n").mkdir(parents=True)
+    (tmp_path / "o" / "n" / "b.pt").write_bytes(b"x")
+    assert not any(map(hub.repository_of, ("o/n", "o/n/b.pt", "o/n/b.pt#ema", "b.pt", "")))
+    assert hub.is_repository("o/n")  # as a place to push to
+
+
 def test_local_paths_come_first(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "owner" / "name").mkdir(parents=True)

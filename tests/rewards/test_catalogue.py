@@ -16,7 +16,7 @@ from tests.rewards.tiny_rewards import build_rewards
 
 IDS = (
     "hpsv3 videoalign_vq videoalign_mq videoalign_ta hpsv2 pickscore clip_score aesthetic image_reward "
-    "motion_smoothness dynamic_degree subject_consistency flicker"
+    "transition_follow transition_keep motion_smoothness dynamic_degree subject_consistency flicker"
 ).split()
 
 

@@ -57,6 +57,25 @@ def test_identities_of_a_run_are_exact_and_can_fail(
     assert measure(trainer) > tolerance
 
 
+STREAMS: dict[str, dict[str, Any]] = {
+    "one step": {"stream__schedule": (1.0,), "objective__grad_steps": 1},
+    "other steps first": {"stream__schedule": (1.0, 0.5), "stream__schedule_first": (1.0, 0.75, 0.5, 0.25)},
+    "single frames": {"stream__block": 1, "stream__schedule": (1.0, 0.5)},
+    "soft transitions": {"stream__transition_blocks": 3},
+}
+
+
+@pytest.mark.parametrize("kind", STREAMS)
+def test_identities_hold_however_a_generator_is_deployed(tiny_base: Path, kind: str) -> None:
+    trainer = trainer_of(tiny_base, **STREAMS[kind])
+    prompts = trainer.setup.training_prompts(0)
+    first = trainer.step()
+    assert first["ratio_deviation"] == 0 and first["gradient_norm"] > 0
+    assert first_ratio_max_deviation(trainer) <= ratio_tolerance(trainer.setup.config)
+    assert anchor_energy_at_old(trainer.setup, prompts) == 0
+    assert default_route_max_difference(trainer.setup, prompts) == 0
+
+
 @pytest.mark.parametrize("method", ["kvpo", "flow-grpo", "cm-grpo"])
 def test_the_first_ratio_notices_a_replay_in_the_anchors_context(
     tiny_base: Path, monkeypatch: pytest.MonkeyPatch, method: str

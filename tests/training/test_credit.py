@@ -7,11 +7,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from kvpo.config import ObjectiveConfig, RewardConfig
+from kvpo.config import Config, ObjectiveConfig, RewardConfig
 from kvpo.config_checks import ConfigurationError
 from kvpo.engine.scoring import Scores
 from kvpo.method.advantage import group_centred
 from kvpo.method.gibbs import calibrated_temperature
+from kvpo.method.settings import KvpoSettings
 from kvpo.training.credit import assign_credit, blend_of, collection_scale
 
 OBJECTIVE = ObjectiveConfig(keep=(0, 0))
@@ -36,8 +37,10 @@ def credit(
     **rewards: Any,
 ) -> Any:
     settings = RewardConfig(scorers=("any",), noise_floors={"total": 0.0} | (noise_floors or {}), **rewards)
-    blend = blend_of(scores.components, torch.tensor(weights), settings, anchor_in_pool=anchor_in_pool)
-    return assign_credit(scores, blend, config, torch.Generator().manual_seed(0))
+    own = KvpoSettings(anchor_share=0.1 if anchor_in_pool else 0.0)
+    run = Config(objective=config, kvpo=own, rewards=settings)
+    blend = blend_of(scores.components, torch.tensor(weights), run)
+    return assign_credit(scores, blend, torch.Generator().manual_seed(0))
 
 
 def normalised(members: Tensor) -> Tensor:
@@ -156,21 +159,21 @@ def test_a_collection_is_divided_by_the_spread_about_every_groups_own_mean(
 ) -> None:
     """Anchors count where advantages are relative to them."""
     groups = [scores_of(torch.tensor(members)) for members in ([0.0, 2.0, 1.0], [0.0, 6.0, 3.0])]
-    config = replace(OBJECTIVE, advantages=advantages)
-    blend = blend_of("a", torch.tensor([1.0]), NO_FLOOR, pooled_scale=True)
-    scale = collection_scale(groups, blend, config)
+    config = Config(method="rvm", objective=replace(OBJECTIVE, advantages=advantages), rewards=NO_FLOOR)
+    blend = blend_of("a", torch.tensor([1.0]), config)
+    scale = collection_scale(groups, blend)
     assert scale is not None
-    assert collection_scale(groups, replace(blend, pooled_scale=False), config) is None
+    assert collection_scale(groups, replace(blend, pooled_scale=False)) is None
     draws = torch.Generator()
     for scores, size in zip(groups, (1.0, 3.0), strict=True):
-        found = assign_credit(scores, blend, config, draws, scale)
+        found = assign_credit(scores, blend, draws, scale)
         assert found is not None
         expected = 1.5 * torch.tensor([-size, size]) / spread
         torch.testing.assert_close(found.advantages_G, expected)
     alike = scores_of(torch.full((3,), 4.0))
-    found = assign_credit(alike, blend, config, draws, scale)
+    found = assign_credit(alike, blend, draws, scale)
     assert found is not None and not found.advantages_G.any(), "small in a collection is small, and not noise"
-    assert assign_credit(alike, blend, config, draws, collection_scale([alike], blend, config)) is None
+    assert assign_credit(alike, blend, draws, collection_scale([alike], blend)) is None
 
 
 def test_names_are_checked_against_the_runs_components() -> None:
@@ -187,14 +190,15 @@ def test_names_are_checked_against_the_runs_components() -> None:
 def test_the_null_control_trains_on_random_branches_with_the_same_advantages() -> None:
     """Permutation comes before the choice of the best and worst: which branches are kept is chance too."""
     members = torch.tensor([0.0, 1.0, 2.0, 4.0, 8.0, 16.0, 1.0])
-    blend = blend_of("a", torch.tensor([1.0]), NO_FLOOR)
-    config = replace(OBJECTIVE, keep=(2, 2))
+    config = Config(objective=replace(OBJECTIVE, keep=(2, 2)), rewards=NO_FLOOR)
+    blend = blend_of("a", torch.tensor([1.0]), config)
+    chance = replace(blend, objective=replace(blend.objective, advantages="random"))
     draws = torch.Generator().manual_seed(0)
-    plain = assign_credit(scores_of(members), blend, config, draws)
+    plain = assign_credit(scores_of(members), blend, draws)
     assert plain is not None and plain.branches == (0, 1, 4, 5)
     kept = []
     for _ in range(200):
-        found = assign_credit(scores_of(members), blend, replace(config, advantages="random"), draws)
+        found = assign_credit(scores_of(members), chance, draws)
         assert found is not None
         torch.testing.assert_close(found.advantages_G.sort().values, plain.advantages_G.sort().values)
         own = found.all_advantages_G[list(found.branches)]

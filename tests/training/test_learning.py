@@ -213,7 +213,9 @@ def test_every_command_knows_the_base_and_the_weights(
     caplog.clear()
     with pytest.raises(ValueError, match="no improvement: .*--checkpoint latest takes what was trained"):
         export(run, tmp_path / "refused", layout="peft")
-    export(run, tmp_path / "base", layout="peft", checkpoint="0")
+    with pytest.raises(ValueError, match="update-000000: its adapter changes nothing of what is generated"):
+        export(run, tmp_path / "refused", layout="peft", checkpoint="0")
+    export(run, tmp_path / "base.pt", layout="pt", checkpoint="0")
 
     # What was trained, averaged and raw, differs in every command.
     files = [

@@ -4,11 +4,22 @@ import json
 import os
 import signal
 import socket
-from collections.abc import Callable, Mapping
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
+import pytest
+import torch
+
+from kvpo.app.build import build_setup
+from kvpo.prompts import ClipPrompt
+from kvpo.training.checkpoint import latest_checkpoint
+from kvpo.training.ranks import Ranks
 from tests import processes
+from tests.ranks import on_ranks as children
+from tests.tiny_world import tiny_config, toy
 from tests.training.test_resume import arguments, outcome, signal_at, uninterrupted
 
 __all__ = ["arguments", "uninterrupted"]  # fixtures
@@ -66,3 +77,76 @@ def test_a_run_killed_and_stopped_on_several_ranks_is_that_of_one_process(
     ours, theirs = (json.loads((d / "summary.json").read_text()) for d in (directory, uninterrupted))
     assert ours["held_out"] == theirs["held_out"] and ours["checks"] == theirs["checks"]
     assert ours["diversity"] == theirs["diversity"] and ours["ranks"] == 3
+
+
+def served(ranks: Ranks, base: Path) -> tuple[dict[str, list[float]], list[str]]:
+    """Scores of a toy reward that the first of several ranks holds, and the names that a run has saved."""
+    scorers = {"rewards__scorers": ("tests.tiny_world:toy",), "rewards__ranks": 1}
+    setup = build_setup(tiny_config(base, **scorers), ranks)
+    draws = torch.Generator().manual_seed(ranks.rank)
+    clips = torch.rand(3, 4, 3, 8, 8, generator=draws)
+    found = setup.judges.scorer(clips, [ClipPrompt("a clip")] * 3)
+    expected = toy(clips, [])
+    assert all(torch.allclose(found[name], expected[name], atol=1e-6) for name in expected)
+    ranks.gather(None, "scoring")  # before the server goes
+    return sorted(found), list(setup.config.rewards.scorers)
+
+
+def test_rewards_of_some_ranks_score_the_clips_of_all(tiny_base: Path, tmp_path: Path) -> None:
+    found = children(2, tmp_path / "ranks", served, tiny_base)
+    assert found == [(["calm", "redness"], ["tests.tiny_world:toy"])] * 2
+
+
+def files_of(directory: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(directory.iterdir()) if path.is_file()}
+
+
+def test_two_ranks_evaluate_and_generate_what_one_does(uninterrupted: Path, tmp_path: Path) -> None:
+    found = {}
+    for count in (1, 2):
+        numbers, videos = tmp_path / f"evaluation-{count}.json", tmp_path / f"videos-{count}"
+        prompts = tmp_path / "prompts.txt"
+        prompts.write_text("a red circle moves right\na blue square moves left\na red square moves left\n")
+        for command in (
+            ["evaluate", uninterrupted, "--out", numbers],
+            ["generate", "--run", uninterrupted, "--prompts", prompts, "--out", videos],
+        ):
+            printed = on_ranks(count, command, tmp_path)
+            assert [code for code, _ in printed] == [0] * count, printed
+        found[count] = json.loads(numbers.read_text()), files_of(videos)
+    (alone, videos), (shared, others) = found[1], found[2]
+    assert alone["held_out"] == shared["held_out"] and alone["scored"] == shared["scored"]
+    assert len(videos) > 6 and videos == others
+
+
+def torchrun(command: Sequence[str | Path], log: Path) -> subprocess.Popen[bytes]:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    with log.open("wb") as file:
+        return subprocess.Popen([*launcher, "-m", "kvpo", *map(str, command)], stdout=file, stderr=file)
+
+
+@pytest.mark.slow
+def test_ctrl_c_on_torchrun_saves_and_the_same_command_goes_on(
+    arguments: list[str | Path], uninterrupted: Path, tmp_path: Path
+) -> None:
+    """The signal reaches torchrun, which passes it on to its ranks."""
+    directory, log = tmp_path / "run", tmp_path / "log"
+    command = [*arguments, "--out", directory, "--resume"]
+    process = torchrun(command, log)
+    processes.wait_for(lambda: processes.lines_in(directory / "metrics.jsonl") >= 2, Alive(process))
+    process.send_signal(signal.SIGINT)
+    assert process.wait(processes.TIME_LIMIT) != 0
+    assert "saved up to update" in log.read_text()
+    assert latest_checkpoint(directory / "checkpoints") is not None
+    assert torchrun(command, log).wait(processes.TIME_LIMIT) == 0, log.read_text()
+    assert outcome(directory) == outcome(uninterrupted)
+
+
+class Alive:
+    """A launched process as ``processes.wait_for`` asks about it."""
+
+    def __init__(self, process: subprocess.Popen[bytes]) -> None:
+        self.process = process
+
+    def is_alive(self) -> bool:
+        return self.process.poll() is None

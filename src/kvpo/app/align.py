@@ -3,7 +3,7 @@
 import logging
 import resource
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from functools import partial
@@ -13,7 +13,8 @@ from typing import Any
 import torch
 
 from kvpo.app.build import build_setup
-from kvpo.app.configuration import CHANGEABLE_ON_RESUME, demand_same_run, resolve_saved
+from kvpo.app.configuration import CHANGEABLE_ON_RESUME, demand_same_run, flat, resolve_saved
+from kvpo.app.plan import say_what_is_needed
 from kvpo.app.provenance import keep_provenance
 from kvpo.app.report_data import measure_diversity, write_branches, write_gallery
 from kvpo.config import Config
@@ -39,12 +40,20 @@ from kvpo.training.ranks import added_up, joined_ranks
 from kvpo.training.run import Run, checkpoint_update, evaluate_base, restore, resume_point
 from kvpo.training.run_directory import RunDirectory, belongs_to_run
 from kvpo.training.setup import Setup
+from kvpo.training.trackers import Tracker
 from kvpo.training.trainer import Trainer
 
 logger = logging.getLogger(__name__)
 
 
-def align(config: Config, out: Path | str, *, resume: bool = False) -> dict[str, Any] | None:
+def align(
+    config: Config,
+    out: Path | str,
+    *,
+    resume: bool = False,
+    track: Sequence[str] = (),
+    anyway: bool = False,
+) -> dict[str, Any] | None:
     """Align the generator that ``config`` names and leave everything about the run in ``out``.
 
     Returns the summary, as ``summary.json`` holds it; None if SIGINT or SIGTERM came during the updates: the
@@ -52,6 +61,10 @@ def align(config: Config, out: Path | str, *, resume: bool = False) -> dict[str,
     at once, so there a SIGINT raises KeyboardInterrupt as usual.
 
     Under torchrun the run is shared by its ranks, and is the same run whatever their number (docs/scale.md).
+
+    Args:
+        track: packages that get the metrics too, ``wandb`` or ``trackio``.
+        anyway: begin even if the plan says that the run does not fit the device.
 
     Raises ValueError for settings, prompts, rewards and checkpoints that cannot be used, StorageError where
     ``out`` cannot be written or already holds a run, and LostRank where another rank has gone.
@@ -72,14 +85,18 @@ def align(config: Config, out: Path | str, *, resume: bool = False) -> dict[str,
         if summary is not None and reported:
             logger.warning("%s is a finished run; its report: %s", out, directory.report)
             return summary
-        summary = summary or _run(config, directory, started, resume)
+        if summary is None:
+            ranks.once("planning", partial(say_what_is_needed, config, ranks.count, anyway=anyway))
+            summary = _run(config, directory, started, resume, track)
         if summary is not None:
             ranks.once("writing the report", lambda: write_report(out))
             logger.warning("report: %s", directory.report)
         return summary
 
 
-def _run(config: Config, directory: RunDirectory, started: float, resume: bool) -> dict[str, Any] | None:
+def _run(
+    config: Config, directory: RunDirectory, started: float, resume: bool, track: Sequence[str]
+) -> dict[str, Any] | None:
     """Everything up to the summary; None if a signal stopped the updates."""
     ranks = directory.ranks
     looked_up = partial(resume_point, directory.checkpoints)
@@ -97,8 +114,14 @@ def _run(config: Config, directory: RunDirectory, started: float, resume: bool) 
         state = None if point is None else restore(trainer, point)
         ranks.once("writing the configuration", partial(_write_settings, directory, config))
         resumed_at = None if point is None else checkpoint_update(point)
-        opened = partial(MetricsLog, directory.metrics, directory.tensorboard, resumed_at=resumed_at)
-        metrics = stack.enter_context(opened()) if ranks.main else None
+        metrics = None
+        if ranks.main:
+            settings = flat(asdict(config))
+            trackers = [Tracker(package, directory.path.name, settings) for package in track]
+            log = MetricsLog(
+                directory.metrics, directory.tensorboard, resumed_at=resumed_at, trackers=trackers
+            )
+            metrics = stack.enter_context(log)
         run = Run(setup, trainer, directory.checkpoints, metrics, show)
         if state is None:
             run.save()
@@ -175,7 +198,7 @@ def radar_summary(run: Run, results: Mapping[str, tuple[Evaluation, Evaluation]]
 
 def _finish(run: Run, directory: RunDirectory, show: Any, started: float) -> dict[str, Any]:
     """Test the best checkpoint once, measure diversity, write the report's data and the summary."""
-    setup, ranks = run.setup, run.setup.ranks
+    setup, ranks, solo = run.setup, run.setup.ranks, run.trainer.solo
     best = ranks.once("looking for the best checkpoint", lambda: find_checkpoint(run.checkpoints, None))
     restore(run.trainer, best)
     results: dict[str, tuple[Evaluation, Evaluation]] = {}
@@ -192,15 +215,15 @@ def _finish(run: Run, directory: RunDirectory, show: Any, started: float) -> dic
 
     def branch_diversity() -> None:
         with run.trainer.sides.base():
-            diversity.update(measure_diversity(setup))
+            diversity.update(measure_diversity(setup, run.trainer.sharing))
 
     gallery, branches = directory.path / "gallery", directory.path / "branches"
     stages: list[Callable[[], None]] = [partial(on_test_prompts, name) for name in setup.test]
     stages += [
-        lambda: checks.update(ranks.once("checking identities", identities)),
+        lambda: checks.update(solo("checking identities", identities)),
         branch_diversity,
-        lambda: ranks.once("writing the gallery", lambda: write_gallery(run, results, gallery)),
-        lambda: ranks.once("writing branches", lambda: write_branches(run, branches)),
+        lambda: solo("writing the gallery", lambda: write_gallery(run, results, gallery)),
+        lambda: solo("writing branches", lambda: write_branches(run, branches)),
     ]
     for done, stage in enumerate(stages):
         show("held-out tests, diversity, report data", done, len(stages))

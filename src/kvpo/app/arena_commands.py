@@ -4,6 +4,7 @@ from argparse import ArgumentParser, Namespace
 from functools import partial
 from pathlib import Path
 
+from kvpo.app.arguments import address_arguments
 from kvpo.app.configuration import path_argument
 from kvpo.config_checks import ConfigurationError
 from kvpo.files import output_file
@@ -47,10 +48,7 @@ def arena_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--raters", default="you", metavar="NAME[,NAME]", help="who gets a link (default: you)"
     )
-    parser.add_argument(
-        "--host", default="127.0.0.1", metavar="TEXT", help="address to listen at (default: 127.0.0.1)"
-    )
-    parser.add_argument("--port", type=int, default=8789, metavar="INT", help="(default: 8789; 0: any)")
+    address_arguments(parser, 8789)
     parser.add_argument("--close", action="store_true", help="report: take no more votes, and name the arms")
     parser.add_argument(
         "--effect",

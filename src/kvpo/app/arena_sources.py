@@ -189,7 +189,7 @@ def scenes_of(arms: Arms, folder: Path) -> tuple[list[Scene], dict[str, Path]]:
     """The scenes in which at least two arms meet, and their videos by digest.
 
     Videos meet where their prompts are the same, the n-th of one arm with the n-th of the others. Those that
-    browsers cannot play are encoded anew, into ``folder``.
+    browsers cannot play are encoded again, into ``folder``.
 
     Raises:
         ValueError: fewer than two arms, no common prompt, nothing but equal videos.
@@ -229,7 +229,7 @@ def scenes_of(arms: Arms, folder: Path) -> tuple[list[Scene], dict[str, Path]]:
 
 
 def playable(path: Path, folder: Path) -> tuple[Path, float]:
-    """A video as browsers play it, H.264 in mp4, and its frames per second; other kinds are encoded anew.
+    """A video as browsers play it, H.264 in mp4, and its frames per second; other kinds are encoded again.
 
     Raises:
         ValueError: it cannot be read as a video.

@@ -1,5 +1,6 @@
 """Arguments that several subcommands share, and the configuration that they ask for."""
 
+import os
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
@@ -9,6 +10,11 @@ from kvpo.config_checks import ConfigurationError
 
 SETTING_PREFIX = "setting:"
 """Prefix of the parsed arguments that hold settings: ``setting:optim.lr``."""
+
+
+def is_main() -> bool:
+    """True in the process that speaks for a run: rank 0 of those that torchrun started, or the only one."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def configuration(arguments: Namespace, *, saved: Path | None = None) -> Config:
@@ -61,3 +67,29 @@ def weights_argument(parser: ArgumentParser) -> None:
         default="average",
         help="moving average of the trained weights, or the raw ones of the last update (default: average)",
     )
+
+
+def aligned_arguments(parser: ArgumentParser, use: str) -> None:
+    """Add a run whose aligned model takes part as ``use`` says, its checkpoint and its weights."""
+    parser.add_argument("--run", type=path_argument, metavar="DIR", help=f"a run whose aligned model {use}")
+    checkpoint_argument(parser)
+    weights_argument(parser)
+
+
+def address_arguments(parser: ArgumentParser, port: int, token: str = "") -> None:
+    """Add where a server listens; ``token`` names the environment's variable where clients need one."""
+    needs = "; one that other machines can reach needs a token" if token else ""
+    parser.add_argument(
+        "--host",
+        default="127.0.0.1",
+        metavar="ADDRESS",
+        help=f"address to listen at{needs} (default: 127.0.0.1)",
+    )
+    parser.add_argument("--port", type=int, default=port, metavar="INT", help=f"(default: {port}; 0: any)")
+    if token:
+        parser.add_argument(
+            "--token-file",
+            type=path_argument,
+            metavar="FILE",
+            help=f"holds the token that clients must show (default: the environment's {token})",
+        )

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from kvpo.app.rank_rewards import with_served_rewards
 from kvpo.app.sources.common import Source
 from kvpo.config import Config
 from kvpo.config_checks import ConfigurationError
@@ -38,7 +39,10 @@ def build_setup(config: Config, ranks: Ranks = ALONE) -> Setup:
     Raises ConfigurationError, or ValueError for files that cannot be used.
     """
     check_device(config)
-    return replace(source_of(config).setup(config), ranks=ranks)
+    source = source_of(config)
+    setup = source.setup(with_served_rewards(config, source.frame_rate, ranks))
+    weights = replace(setup.backbone.weights, config=config)
+    return replace(setup, backbone=replace(setup.backbone, weights=weights), ranks=ranks)
 
 
 def load_backbone(config: Config, prompts: Sequence[VideoPrompt] = ()) -> Backbone:
@@ -59,7 +63,7 @@ def check_device(config: Config) -> None:
 
 
 def checkpoint_of(run: Path | None, name: str | None) -> Path | None:
-    """The checkpoint of a run that generates; warns where it is no improvement. Raises CheckpointError."""
+    """The checkpoint of a run that generates; warns where it is only its base. Raises CheckpointError."""
     if run is None:
         return None
     path = find_checkpoint(run / "checkpoints", name)

@@ -11,12 +11,19 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from kvpo.app import arena_commands, live_commands, reward_commands
+from kvpo.app import (
+    arena_commands,
+    generate_commands,
+    live_commands,
+    prompt_commands,
+    reward_commands,
+    suite_commands,
+)
 from kvpo.app.arguments import (
     SETTING_PREFIX,
     checkpoint_argument,
     configuration,
-    generating,
+    is_main,
     run_argument,
     settings_given,
     weights_argument,
@@ -43,11 +50,6 @@ class Command:
     places: bool = False
 
 
-def is_main() -> bool:
-    """True in the process that speaks for a run: rank 0 of those that torchrun started, or the only one."""
-    return os.environ.get("RANK", "0") == "0"
-
-
 def _align_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--out", type=path_argument, required=True, metavar="DIR", help="output directory of the run"
@@ -56,6 +58,16 @@ def _align_arguments(parser: ArgumentParser) -> None:
         "--resume",
         action="store_true",
         help="continue the run in --out from its last checkpoint; its saved settings hold",
+    )
+    parser.add_argument(
+        "--track",
+        action="append",
+        default=[],
+        choices=("wandb", "trackio"),
+        help="send the metrics there too, next to TensorBoard (extra: trackers)",
+    )
+    parser.add_argument(
+        "--anyway", action="store_true", help="begin even if the plan says that the device is too small"
     )
     for short, setting, metavar in (
         ("advantages", "objective.advantages", "KIND"),
@@ -86,47 +98,12 @@ def _align(arguments: Namespace) -> None:
     try:
         from kvpo.app.align import align
 
-        stopped = align(config, arguments.out, resume=resume) is None
+        given = {"track": arguments.track, "anyway": arguments.anyway}
+        stopped = align(config, arguments.out, resume=resume, **given) is None
     except KeyboardInterrupt:  # outside the updates, or a second Ctrl-C
         stopped = True
     if stopped:
         raise KeyboardInterrupt(*[resume_hint(arguments.out)] if is_main() else [])
-
-
-def _generate_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument(
-        "--out", type=path_argument, required=True, metavar="DIR", help="directory for the videos"
-    )
-    parser.add_argument(
-        "--run",
-        type=path_argument,
-        metavar="DIR",
-        help="a run whose aligned model generates, in addition to its base",
-    )
-    checkpoint_argument(parser)
-    weights_argument(parser)
-    parser.add_argument(
-        "--prompts",
-        type=path_argument,
-        metavar="FILE",
-        help="one prompt per line (.txt), or segments and switch frames (.jsonl); default: some test prompts",
-    )
-
-
-def _generate(arguments: Namespace) -> None:
-    config = generating(arguments)
-    from kvpo.app.generate import generate
-
-    videos = generate(
-        config,
-        arguments.out,
-        prompts=arguments.prompts,
-        run=arguments.run,
-        checkpoint=arguments.checkpoint,
-        weights=arguments.weights,
-    )
-    if is_main():
-        print("\n".join(map(str, videos)))
 
 
 def _evaluate_arguments(parser: ArgumentParser) -> None:
@@ -158,10 +135,22 @@ def _export_arguments(parser: ArgumentParser) -> None:
     weights_argument(parser)
     parser.add_argument(
         "--layout",
-        choices=("peft", "diffusers-lora", "diffusers", "pt"),
+        choices=("peft", "diffusers-lora", "comfy", "diffusers", "pt"),
         default="peft",
-        help="the adapter for PEFT or diffusers, or all weights as a diffusers directory or public .pt file "
-        "(default: peft)",
+        help="the adapter for PEFT, diffusers or ComfyUI, or all weights as a diffusers directory or public "
+        ".pt file (default: peft)",
+    )
+    parser.add_argument(
+        "--difference",
+        type=int,
+        nargs="?",
+        const=0,
+        metavar="RANK",
+        help="write what a continued adapter adds to the given one, for programs that load that first: "
+        "exactly, or at a rank",
+    )
+    parser.add_argument(
+        "--push", default="", metavar="OWNER/NAME", help="upload the directory to this repository of the hub"
     )
     parser.add_argument(
         "--out", type=path_argument, required=True, metavar="PATH", help="new directory, or .pt file"
@@ -173,6 +162,7 @@ def _export(arguments: Namespace) -> None:
 
     places = parse_flags(settings_given(arguments))
     given = {"checkpoint": arguments.checkpoint, "weights": arguments.weights, "places": places}
+    given |= {"difference": arguments.difference, "push": arguments.push}
     print(export(arguments.run, arguments.out, layout=arguments.layout, **given))
 
 
@@ -220,6 +210,8 @@ def _plan_arguments(parser: ArgumentParser) -> None:
         metavar="GB",
         help="memory of the device; says whether the run fits, or what to add",
     )
+    for name, what in (("gpus", "GPUs of a node that share the run"), ("nodes", "nodes of as many GPUs")):
+        parser.add_argument(f"--{name}", type=int, default=1, metavar="INT", help=f"{what} (default: 1)")
     parser.add_argument(
         "--tflops",
         type=float,
@@ -243,16 +235,21 @@ def _plan(arguments: Namespace) -> None:
     for name in ("tflops", "bandwidth"):
         if (rate := vars(arguments)[name]) is not None and rate <= 0:
             raise ConfigurationError(f"--{name}: must be positive, got {rate:g}")
-    from kvpo.app.plan import plan_command
-    from kvpo.plan.phases import Rates
+    from kvpo.app.plan import DEFAULT_RATES, plan_command
     from kvpo.training.device import GB
 
-    flops, bandwidth = (0.1, 10.0) if config.device == "cpu" else (150.0, 1000.0)
+    rates = DEFAULT_RATES[config.device != "cpu"]
+    if arguments.tflops:
+        rates = replace(rates, flops=arguments.tflops * 1e12)
+    if arguments.bandwidth:
+        rates = replace(rates, bandwidth=arguments.bandwidth * 1e9)
     plan_command(
         config,
         memory=None if arguments.gpu_memory is None else arguments.gpu_memory * GB,
-        rates=Rates((arguments.tflops or flops) * 1e12, (arguments.bandwidth or bandwidth) * 1e9),
+        rates=rates,
         out=out,
+        gpus=arguments.gpus,
+        nodes=arguments.nodes,
     )
 
 
@@ -298,7 +295,26 @@ def _report(arguments: Namespace) -> None:
 
 COMMANDS = (
     Command("align", "align a generator with a reward", _align_arguments, _align, configured=True),
-    Command("generate", "generate videos from prompts", _generate_arguments, _generate, configured=True),
+    Command(
+        "generate",
+        "generate videos from prompts",
+        generate_commands.generate_arguments,
+        generate_commands.run_generate,
+        configured=True,
+    ),
+    Command(
+        "suite",
+        "check folders for a benchmark suite, and compare its results",
+        suite_commands.suite_arguments,
+        suite_commands.suite,
+    ),
+    Command(
+        "prompts",
+        "read, check, convert and split prompt files",
+        prompt_commands.prompts_arguments,
+        prompt_commands.prompts,
+        configured=True,
+    ),
     Command(
         "live",
         "direct a stream while it runs, on a page",

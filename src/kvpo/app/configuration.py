@@ -38,7 +38,10 @@ PLACES = (
     "backbone.offload",
 )
 """Settings of a run that say where things are, and may differ whenever it is taken up again."""
-CHANGEABLE_ON_RESUME = (*PLACES, "optim.updates", "checkpoint.every")
+REWARD_NAMES = ("rewards.scorers", "evaluation.watchers")
+SHARING = ("distributed.branch_ranks", "distributed.shard", "rewards.ranks")
+"""Settings of how ranks share a run, which change nothing but the rounding of its results."""
+CHANGEABLE_ON_RESUME = (*PLACES, *SHARING, "optim.updates", "checkpoint.every")
 PLACES_OF_A_RUN = (*PLACES, "backbone.encoders")
 """Settings of a run that `kvpo evaluate` and `kvpo export` accept."""
 
@@ -212,10 +215,25 @@ def assign(config: Config, values: Mapping[str, Any]) -> Config:
         setting = _setting(path, value)
         if path == NOISE_FLOORS:
             value = measured_floors(value)
+        if path in REWARD_NAMES:
+            value = whole_names(value)
         changes.setdefault(section, {})[name] = _convert(setting.type, value, setting)
     top = changes.pop("", {})
     parts = {name: dataclasses.replace(vars(config)[name], **part) for name, part in changes.items()}
     return dataclasses.replace(config, **top, **parts)
+
+
+def whole_names(names: Any) -> Any:
+    """Rewards by name, where a list on the command line was parted at the commas of NAME@http://A,http://B."""
+    if not isinstance(names, list | tuple):
+        return names
+    whole: list[Any] = []
+    for name in names:
+        if whole and isinstance(name, str) and name.startswith(("http://", "https://")):
+            whole[-1] = f"{whole[-1]},{name}"
+        else:
+            whole.append(name)
+    return whole
 
 
 def flat(values: Mapping[Any, Any]) -> dict[str, Any]:

@@ -67,9 +67,9 @@ def _evaluate(
         for done, (name, prompts) in enumerate(setup.test.items()):
             show("base and aligned on test prompts", done, len(setup.test))
             with sides.base():
-                base = evaluate_prompts(setup, prompts)
+                base = evaluate_prompts(setup, prompts, ranks)
             with sides.aligned():
-                aligned = evaluate_prompts(setup, prompts)
+                aligned = evaluate_prompts(setup, prompts, ranks)
             held_out[name] = comparison(base, aligned, setup.judges)
         show("base and aligned on test prompts", len(setup.test), len(setup.test))
     numbers = {"checkpoint": path.name, "weights": weights, "held_out": held_out}

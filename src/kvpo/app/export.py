@@ -1,27 +1,57 @@
 """`kvpo export`: what a run trained, in the layouts that other programs load."""
 
-from collections.abc import Mapping
-from dataclasses import replace
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+from torch import Tensor
+
 from kvpo.app.build import source_of
 from kvpo.app.configuration import resolve_run
+from kvpo.app.model_card import CARD, licence_of, model_card
+from kvpo.app.origin import record_of
+from kvpo.app.sources.common import first_block
 from kvpo.config import Config
 from kvpo.config_checks import ConfigurationError
 from kvpo.files import local_path
-from kvpo.models.adapters import adapter_state, merged_state
+from kvpo.models.adapter_files import AdapterState, load_adapter_state
+from kvpo.models.adapters import (
+    REFERENCE,
+    adapter_difference,
+    adapter_state,
+    base_state,
+    load_adapter,
+    merge_adapter,
+    merged_state,
+)
+from kvpo.models.causal_wan import CausalWan
+from kvpo.models.checkpoints import TransformerState, assign_state, load_transformer_state
 from kvpo.models.export import (
+    Finish,
     demand_new,
+    save_comfy_adapter,
     save_diffusers_adapter,
     save_diffusers_transformer,
     save_peft_adapter,
     save_public_checkpoint,
 )
+from kvpo.models.hub import is_repository, push_folder, repository_of, resolve_location, split_entry
+from kvpo.models.tensor_files import digest_of
 from kvpo.training.checkpoint import find_checkpoint, no_improvement
 from kvpo.training.run import open_checkpoint
 
-Layout = Literal["peft", "diffusers-lora", "diffusers", "pt"]
+logger = logging.getLogger(__name__)
+
+Layout = Literal["peft", "diffusers-lora", "comfy", "diffusers", "pt"]
+ADAPTERS = ("peft", "diffusers-lora", "comfy")
+"""Layouts of the adapter alone."""
+OF_CHANGE, OF_LATENTS = 1e-2, 1e-5
+"""Difference between the first blocks of the run and of its export that rounding may make: shares of how far
+training moved the block, and of its largest latent."""
 
 
 def export(
@@ -32,58 +62,189 @@ def export(
     checkpoint: str | None = None,
     weights: str = "average",
     places: Mapping[str, Any] | None = None,
+    difference: int | None = None,
+    push: str = "",
 ) -> Path:
     """Write a run's model with what it trained, averaged or raw, and return the path written.
 
     Text encoder, VAE and the run's device are not needed. Adapters are written bit for bit as they were
-    trained. All weights are merged and written in float32, regardless of the run's precision.
+    trained. All weights are merged and written in float32, regardless of the run's precision. What was
+    written is loaded again before it is put in place, and must generate the first block that the run does.
 
     Args:
-        layout: ``peft`` or ``diffusers-lora``, the adapter alone; ``diffusers`` or ``pt``, all weights with
-            the adapter merged, as a diffusers directory or as the public ``.pt`` file.
+        layout: ``peft``, ``diffusers-lora`` or ``comfy``, the adapter alone; ``diffusers`` or ``pt``, all
+            weights with the adapter merged, as a diffusers directory or as the public ``.pt`` file.
         checkpoint: best, latest, an update, a directory; None: the best.
         weights: the moving ``average`` of the trained weights, or the ``raw`` ones of the last update.
         places: where the run's weights lie now, by setting (``{"backbone.checkpoint": "/new/base.pt"}``).
+        difference: write what a continued adapter adds to the given one, exactly (0: at the sum of the two
+            ranks) or at this rank; None: the adapter itself.
+        push: repository of the hub, owner/name, that the directory is uploaded to; empty: none.
 
     Raises:
         ConfigurationError: an adapter alone of a run that trained all parameters, or whose adapter belongs to
-            merged weights that no file holds.
+            merged weights that no file holds; a difference to no adapter.
         ValueError: a run, checkpoint or target that cannot be used; a best checkpoint that is the base.
     """
     run, out = local_path(run, "run"), local_path(out, "out")
     config = resolve_run(run, places)
     demand_new(out)
+    _check(config, run, layout, difference, push)
+    path = find_checkpoint(run / "checkpoints", checkpoint)
+    if (refusal := no_improvement(path, checkpoint)) is not None:
+        raise ValueError(refusal)
+    host = on_host(config)
+    trained = source_of(config).weights(host)
+    model, both = trained.model, open_checkpoint(trained, path, weights)
+    record = record_of(config, digest_of(base_state(model)), path, weights)
+    with both.base():
+        before = first_block(host, model)
+    with both.aligned():
+        after = first_block(host, model)
+        fresh = layout in ADAPTERS and (difference is not None or not config.backbone.lora)
+        if fresh and torch.equal(before, after):
+            raise ValueError(f"{path}: its adapter changes nothing of what is generated: nothing to export")
+        part, given, added = _part(model, config, layout, difference)
+        rebuilt = partial(_rebuilt, host, model, given=given)
+        if isinstance(part, AdapterState) and difference:
+            after = first_block(host, rebuilt(part))  # less what the rank loses
+        record |= added
+        proof = _Proof(config, host, rebuilt, before, after)
+        _write(layout, out, part, config, record, partial(_finish, proof, layout, out, record, run))
+    if push:
+        logger.warning("pushed to %s", push_folder(out, push))
+    return out
+
+
+def _part(
+    model: CausalWan, config: Config, layout: Layout, difference: int | None
+) -> tuple[AdapterState | dict[str, Tensor], AdapterState | None, dict[str, Any]]:
+    """The weights that a layout holds, the adapter that they are to be added to, and a record of that."""
+    if layout not in ADAPTERS:
+        return merged_state(model), None, {}
+    trained, lora = adapter_state(model), config.backbone.lora
+    if difference is None:
+        return trained, None, {}
+    given = adapter_state(model, REFERENCE)
+    part, lost = adapter_difference(trained, given, difference)
+    logger.info("difference to %s: rank %d, without %.2g of it", lora, part.rank, lost)
+    return part, given, {"added_to": lora, "rank": part.rank, "lost": lost}
+
+
+def _check(config: Config, run: Path, layout: Layout, difference: int | None, push: str) -> None:
+    """Raise ConfigurationError where a run has nothing of a layout."""
     adapted = config.optim.lora_rank > 0
-    if layout in ("peft", "diffusers-lora") and not adapted:
+    if layout in ADAPTERS and not adapted:
         raise ConfigurationError(
             f"--layout {layout}: {run} trained all parameters (optim.lora_rank 0) and has no adapter; "
             "use diffusers or pt"
         )
     merged = bool(config.backbone.lora) and config.backbone.lora_start == "merge"
-    if layout in ("peft", "diffusers-lora") and merged:
+    if layout in ADAPTERS and merged:
         raise ConfigurationError(
             f"--layout {layout}: {run} trained its adapter on {config.backbone.checkpoint} with "
             f"{config.backbone.lora} merged into it (backbone.lora_start merge), weights that no file holds; "
             "use diffusers or pt"
         )
-    path = find_checkpoint(run / "checkpoints", checkpoint)
-    if (refusal := no_improvement(path, checkpoint)) is not None:
-        raise ValueError(refusal)
-    trained = source_of(config).weights(on_host(config))
-    model = trained.model
-    with open_checkpoint(trained, path, weights).aligned():
-        match layout:
-            case "peft":
-                save_peft_adapter(out, adapter_state(model), base_model=config.backbone.checkpoint)
-            case "diffusers-lora":
-                save_diffusers_adapter(out, adapter_state(model))
-            case "diffusers":
-                save_diffusers_transformer(out, merged_state(model), config.model)
-            case "pt":
-                save_public_checkpoint(out, merged_state(model))
-    return out
+    if difference is not None and (layout not in ADAPTERS or not config.backbone.lora):
+        what = (
+            f"layout {layout} holds all weights" if layout not in ADAPTERS else f"{run} continued no adapter"
+        )
+        raise ConfigurationError(f"--difference: must be left out, since {what}; got {difference}")
+    if difference is not None and difference < 0:
+        raise ConfigurationError(f"--difference: must be a rank, or 0 for an exact one, got {difference}")
+    if push and layout == "pt":
+        raise ConfigurationError(f"--push {push}: needs a directory; use another layout than pt")
+    if push and not is_repository(push):
+        raise ConfigurationError(f"--push {push}: must be a repository of the hub, owner/name")
+
+
+def _write(
+    layout: Layout, out: Path, part: Any, config: Config, record: Mapping[str, Any], finish: Finish
+) -> None:
+    how: dict[str, Any] = {"record": record, "finish": finish}
+    match layout:
+        case "peft":
+            save_peft_adapter(out, part, base_model=config.backbone.checkpoint, **how)
+        case "diffusers-lora":
+            save_diffusers_adapter(out, part, **how)
+        case "comfy":
+            save_comfy_adapter(out, part, **how)
+        case "diffusers":
+            save_diffusers_transformer(out, part, config.model, **how)
+        case "pt":
+            save_public_checkpoint(out, part, **how)
+
+
+def _rebuilt(
+    config: Config, model: CausalWan, part: AdapterState | TransformerState, *, given: AdapterState | None
+) -> CausalWan:
+    """A transformer from loaded weights, or from the base's and a loaded adapter, ``given`` merged first."""
+    with torch.device("meta"):
+        again = CausalWan(config.model)
+    state = part if isinstance(part, TransformerState) else TransformerState(base_state(model), "base")
+    if given is not None:  # merging writes into the weights, which are the run's
+        state = replace(state, tensors={name: value.clone() for name, value in state.tensors.items()})
+    assign_state(again, state, device="cpu", dtype=torch.float32)
+    again.requires_grad_(False)
+    if given is not None:
+        merge_adapter(again, given)
+    if isinstance(part, AdapterState):
+        load_adapter(again, part)
+    return again
+
+
+@dataclass(frozen=True)
+class _Proof:
+    """That an export does what its run does."""
+
+    config: Config
+    host: Config
+    rebuilt: Callable[[Any], CausalWan]
+    before: Tensor
+    """First block of the base."""
+    after: Tensor
+    """First block that the export must generate."""
+
+    def __call__(self, written: Path, layout: Layout) -> float:
+        """Load what was written, and return how far its first block is from the run's.
+
+        Raises ValueError where that is more than rounding.
+        """
+        loaded = load_adapter_state(written) if layout in ADAPTERS else load_transformer_state(written)
+        found = first_block(self.host, self.rebuilt(loaded))
+        off = float((found - self.after).abs().max())
+        moved, largest = float((self.after - self.before).abs().max()), float(self.after.abs().max())
+        if not off <= OF_CHANGE * moved + OF_LATENTS * largest:
+            raise ValueError(
+                f"--layout {layout}: loaded again, its first block is {off:.2g} off that of the run, which "
+                f"training moved by {moved:.2g}; nothing was exported. Please report this"
+            )
+        return off
+
+
+def _finish(
+    proof: _Proof, layout: Layout, out: Path, record: Mapping[str, Any], run: Path, written: Path
+) -> None:
+    """Prove what was written, and add the card to a directory."""
+    off = proof(written, layout)
+    logger.info("%s: loaded again, its first block is that of the run to %.1g", out, off)
+    if layout != "pt":
+        licence = _licence(proof.config.backbone.checkpoint)
+        (written / CARD).write_text(model_card(layout, out, record, licence, run), encoding="utf-8")
+
+
+def _licence(base: str) -> str:
+    """The licence in the card of a base, fetched for one of the hub; the embedded generator's is kvpo's."""
+    if not base:
+        return "apache-2.0"
+    repo = repository_of(base)
+    try:
+        return licence_of(resolve_location(f"{repo}/{CARD}" if repo else split_entry(base)[0]))
+    except ValueError:  # no card, or no connection
+        return "other"
 
 
 def on_host(config: Config) -> Config:
-    """The same model in float32 on the CPU: nothing is computed with it but a merge."""
+    """The same model in float32 on the CPU: nothing is computed with it but merges and one small block."""
     return replace(config, device="cpu", optim=replace(config.optim, autocast="none", compile=False))

@@ -1,10 +1,12 @@
 """The prompts of a file: what is held out of them, and the training prompts update by update."""
 
 import logging
-from collections.abc import Sequence
+import unicodedata
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -13,7 +15,7 @@ from kvpo.config_checks import ConfigurationError
 from kvpo.engine.forks import plan_forks
 from kvpo.engine.noise import keyed_generator
 from kvpo.files import local_path
-from kvpo.prompt_files import read_prompts, repeats
+from kvpo.prompt_files import LATENT_RATE, read_prompts, repeats
 from kvpo.prompts import VideoPrompt
 
 logger = logging.getLogger(__name__)
@@ -21,6 +23,42 @@ logger = logging.getLogger(__name__)
 PROMPT_KINDS = {"short": "one prompt", "long": "several prompts"}
 Sets = dict[str, list[VideoPrompt]]
 """Prompt sets by kind."""
+
+
+@dataclass(frozen=True)
+class TextLimits:
+    """The share of a prompt that a source's text encoder reads."""
+
+    length: Callable[[str], int] | None
+    """Units of a text; None: they cannot be counted, for want of the tokenizer."""
+    limit: int
+    """Most units that are read."""
+    unit: str = "tokens"
+    unknown: Callable[[str], list[str]] = lambda text: []
+    """Words of a text that have no effect."""
+    usual: int = 0
+    """Words of the prompts that the generator was made for; far shorter ones are followed badly. 0: any."""
+
+
+def short_notice(prompts: Sequence[VideoPrompt], usual: int) -> str | None:
+    """One line on prompts whose median has less than a third of the ``usual`` words; None: it has more."""
+    lengths = sorted(word_count(text) for prompt in prompts for text in prompt.segments)
+    if not lengths or 3 * (median := lengths[len(lengths) // 2]) >= usual:
+        return None
+    return (
+        f"the median prompt has {median} words, the generator was made for extended ones of about {usual} "
+        "and follows short ones badly; pair them with extended texts: "
+        "kvpo prompts FILE --extended FILE --out NEW"
+    )
+
+
+def word_count(text: str) -> int:
+    """Words of a text; of scripts that put no spaces between them, two characters count as one."""
+    wide = sum(unicodedata.east_asian_width(c) in "WF" and c.isalpha() for c in text)
+    return wide // 2 + sum(
+        any(c.isalnum() and unicodedata.east_asian_width(c) not in "WF" for c in word)
+        for word in text.split()
+    )
 
 
 @dataclass(frozen=True)
@@ -97,6 +135,27 @@ def prompt_file(config: Config, location: Path | str) -> Path:
         raise ValueError(f"{location}: no such prompt file ({error})") from error
 
 
+def reading_of(config: Config, num_frames: int | None = None, rate: float = LATENT_RATE) -> dict[str, Any]:
+    """Settings of a configuration that `kvpo.prompt_files` reads files by.
+
+    Args:
+        num_frames: latent frames of a video whose length is not given; None: the configuration's.
+        rate: latent frames per second.
+    """
+    settings = config.prompts
+    return {
+        "num_frames": settings.num_frames if num_frames is None else num_frames,
+        "switches": settings.switches,
+        "block": config.stream.block,
+        "latent_rate": rate,
+    }
+
+
+def prompts_of_file(config: Config, location: Path | str) -> list[VideoPrompt]:
+    """The prompts of a file as a configuration of a public generator reads it. Raises ValueError."""
+    return read_prompts(prompt_file(config, location), **reading_of(config))
+
+
 def split_prompts(config: Config) -> tuple[list[VideoPrompt], Sets, Sets]:
     """The prompt file as training prompts, and validation and test sets by kind; the same for every seed.
 
@@ -109,11 +168,9 @@ def split_prompts(config: Config) -> tuple[list[VideoPrompt], Sets, Sets]:
     """
     settings, evaluation = config.prompts, config.evaluation
     if not settings.file:
-        raise ConfigurationError("prompts.file: empty; give --prompts FILE (.txt or .jsonl)")
+        raise ConfigurationError("prompts.file: empty; give --prompts FILE (.txt, .jsonl, .json or .csv)")
     try:
-        path = prompt_file(config, settings.file)
-        block = config.stream.block
-        every = read_prompts(path, num_frames=settings.num_frames, switches=settings.switches, block=block)
+        every = prompts_of_file(config, settings.file)
     except ValueError as error:
         raise ConfigurationError(f"prompts.file: {error}") from error
     training: list[VideoPrompt] = []
@@ -144,6 +201,20 @@ def split_prompts(config: Config) -> tuple[list[VideoPrompt], Sets, Sets]:
         except ValueError as error:
             raise ConfigurationError(f"prompts.file: {settings.file}: {error}") from error
     return training, validation, test
+
+
+def held_out(prompts: Sequence[VideoPrompt], count: int) -> tuple[list[VideoPrompt], list[VideoPrompt]]:
+    """Prompts to keep and ``count`` distinct ones to hold out, the same ones every time; both in order.
+
+    Repeats of a prompt that is held out are left out. Raises ValueError where nothing would be left.
+    """
+    same = repeats(prompts)
+    if count >= len(same):
+        raise ValueError(f"{count} of {len(same)} distinct prompts cannot be held out: none would be left")
+    order = torch.randperm(len(same), generator=keyed_generator("prompts held out")).tolist()
+    chosen = {id(prompt) for n in order[:count] for prompt in same[n]}
+    first = {id(same[n][0]) for n in order[:count]}
+    return [p for p in prompts if id(p) not in chosen], [p for p in prompts if id(p) in first]
 
 
 def check_length(prompts: Sequence[VideoPrompt], config: Config) -> None:

@@ -10,7 +10,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from kvpo.app.build import checkpoint_of, load_backbone, opened_arms, source_of
-from kvpo.app.file_prompts import prompt_file
+from kvpo.app.file_prompts import prompt_file, reading_of
 from kvpo.app.provenance import demand_same_prompts
 from kvpo.app.video_folder import MANIFEST, VIDEO_SUFFIXES
 from kvpo.config import Config
@@ -19,7 +19,7 @@ from kvpo.engine.generator import as_bytes, pixels_of
 from kvpo.engine.stream import stream_latents
 from kvpo.files import StorageError, local_path, storage_error, write_atomic
 from kvpo.progress import progress_bars
-from kvpo.prompt_files import read_prompts
+from kvpo.prompt_files import examine, extended, read_prompts
 from kvpo.prompts import VideoPrompt, check_shown
 from kvpo.report.video import enlargement, side_by_side, write_video
 from kvpo.training.backbone import Backbone
@@ -39,6 +39,7 @@ def generate(
     out: Path | str,
     *,
     prompts: Path | str | Sequence[VideoPrompt] | None = None,
+    extended_texts: Path | None = None,
     run: Path | str | None = None,
     checkpoint: str | None = None,
     weights: str = "average",
@@ -51,6 +52,7 @@ def generate(
 
     Args:
         prompts: a prompt file (see ``kvpo.prompt_files``), prompts, or None: some of the test prompts.
+        extended_texts: extended texts of the prompts of that file.
         run: directory of a run whose aligned model generates too; None: the base alone.
         checkpoint: which checkpoint of the run: best, latest, an update, a directory; None: the best.
         weights: the moving ``average`` of the trained weights, or the ``raw`` ones of the last update.
@@ -67,7 +69,9 @@ def generate(
     if run is not None and prompts is None:
         demand_same_prompts(run, config)
     with joined_ranks(config.device) as ranks, computing(config):
-        return _generate(ranks, config, out, _prompts(config, prompts), run, checkpoint, weights)
+        return _generate(
+            ranks, config, out, _prompts(config, prompts, extended_texts), run, checkpoint, weights
+        )
 
 
 def _generate(
@@ -100,7 +104,7 @@ def _generate(
             latents = []
             for side in sides:
                 with side():
-                    latents.append(_latents(backbone, batch))
+                    latents.append(latents_of(backbone, batch))
             for row, prompt in enumerate(batch):
                 pair = [of_side[row] for of_side in latents]
                 written = _write_videos(backbone, out, f"{prompt.id:0{digits}d}", pair, made)
@@ -134,14 +138,19 @@ def _demand_no_videos(out: Path) -> None:
         )
 
 
-def _prompts(config: Config, given: Path | str | Sequence[VideoPrompt] | None) -> list[VideoPrompt]:
+def _prompts(
+    config: Config, given: Path | str | Sequence[VideoPrompt] | None, extended_texts: Path | None
+) -> list[VideoPrompt]:
     """Prompts to generate, numbered from 0."""
     if given is None:
         chosen = [prompt for some in source_of(config).split(config)[2].values() for prompt in some[:UNASKED]]
     elif isinstance(given, str | Path):
+        source = source_of(config)
+        reading = reading_of(config, source.default_frames(config), source.latent_rate)
         path = prompt_file(config, given)
-        frames, switches = source_of(config).default_frames(config), config.prompts.switches
-        chosen = read_prompts(path, num_frames=frames, switches=switches, block=config.stream.block)
+        chosen = read_prompts(path, **reading)
+        if extended_texts is not None:
+            chosen = list(extended(examine(path, **reading), extended_texts, **reading).prompts)
     else:
         chosen = list(given)
     numbered = [
@@ -173,7 +182,7 @@ def _batches(prompts: Sequence[VideoPrompt]) -> list[list[VideoPrompt]]:
     ]
 
 
-def _latents(backbone: Backbone, prompts: Sequence[VideoPrompt]) -> Tensor:
+def latents_of(backbone: Backbone, prompts: Sequence[VideoPrompt]) -> Tensor:
     with torch.no_grad():
         texts = backbone.texts(prompts)
         return stream_latents(backbone.generator, prompts, texts, backbone.tape("generation"))

@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from kvpo.app.named_rewards import WORLD, named_rewards
+from kvpo.app.named_rewards import WORLD, named_rewards, split_location
 from kvpo.config import TOTAL, WORLD_NOISE_FLOOR, Config
 from kvpo.config_checks import ConfigurationError
 from kvpo.rewards.cache import ScoreCache
@@ -33,7 +33,8 @@ def build_scorer(config: Config, frame_rate: float, cache: ScoreCache | None = N
         ConfigurationError: an unknown reward or component, weights that add up to nothing.
         ValueError: a part of a reward cannot be found or does not fit; two components of one name.
     """
-    settings, elsewhere = config.rewards, config.evaluation.watchers
+    settings = config.rewards
+    elsewhere = [split_location(name)[0] for name in config.evaluation.watchers]
     sources = {part: at for part, at in settings.sources.items() if part.rpartition(".")[0] not in elsewhere}
     rewards = _rewards(config, settings.scorers, "rewards.scorers", sources, frame_rate, cache)
     scorer = CombinedScorer(rewards) if len(rewards) > 1 else rewards[0]
@@ -60,7 +61,8 @@ def build_watchers(config: Config, frame_rate: float, cache: ScoreCache | None =
     names = config.evaluation.watchers
     if not names:
         return ()
-    sources = {part: at for part, at in config.rewards.sources.items() if part.rpartition(".")[0] in names}
+    own = [split_location(name)[0] for name in names]
+    sources = {part: at for part, at in config.rewards.sources.items() if part.rpartition(".")[0] in own}
     rewards = _rewards(config, names, "evaluation.watchers", sources, frame_rate, cache)
     numbers = [name for reward in rewards for name in reward.numbers()]
     if twice := [name for name in numbers if numbers.count(name) > 1]:

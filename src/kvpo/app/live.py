@@ -109,7 +109,15 @@ def theatre_of(
     digests = [backbone.weights.base_sha256, weights if path else ""]
     if path is not None:
         digests.append(hashlib.sha256((path / TENSORS).read_bytes()).hexdigest())
-    numbers = repr((digests, astuple(generator.deployment), generator.sigmas, config.stream.step_rule))
+    numbers = repr(
+        (
+            digests,
+            astuple(generator.deployment),
+            generator.sigmas,
+            generator.sigmas_first,
+            config.stream.step_rule,
+        )
+    )
 
     def embed(texts: Any) -> Any:
         return backbone.texts([VideoPrompt(0, (text,), (), 1) for text in texts])

@@ -4,34 +4,15 @@ import os
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
-from kvpo.app.arguments import checkpoint_argument, generating, weights_argument
+from kvpo.app.arguments import address_arguments, aligned_arguments, generating
 from kvpo.app.configuration import path_argument
 from kvpo.config_checks import ConfigurationError
 
 
 def live_arguments(parser: ArgumentParser) -> None:
     """Arguments of ``kvpo live``."""
-    parser.add_argument(
-        "--run",
-        type=path_argument,
-        metavar="DIR",
-        help="a run whose aligned model streams too, beside its base (default: the base alone)",
-    )
-    checkpoint_argument(parser)
-    weights_argument(parser)
-    parser.add_argument(
-        "--host",
-        default="127.0.0.1",
-        metavar="ADDRESS",
-        help="address to listen at; one that other machines can reach needs a token (default: 127.0.0.1)",
-    )
-    parser.add_argument("--port", type=int, default=8788, metavar="INT", help="(default: 8788; 0: any)")
-    parser.add_argument(
-        "--token-file",
-        type=path_argument,
-        metavar="FILE",
-        help="holds the token that clients must show (default: the environment's KVPO_LIVE_TOKEN)",
-    )
+    aligned_arguments(parser, "streams too, beside its base (default: the base alone)")
+    address_arguments(parser, 8788, "KVPO_LIVE_TOKEN")
     parser.add_argument(
         "--out",
         type=path_argument,

@@ -1,6 +1,8 @@
 """Rewards by name: ids of the catalogue, "world", package.module:function, or preference:FILE.
 
-``NAME@http://HOST:PORT`` is a reward of a server (``kvpo reward-server``).
+``NAME@http://HOST:PORT`` is a reward of a server (``kvpo reward-server``), ``NAME@http://A,http://B`` one of
+several that share its clips, ``NAME@openai:URL#MODEL`` a judge: a vision-language model that answers the
+rubric of ``NAME.rubric``.
 """
 
 import importlib
@@ -35,7 +37,7 @@ from kvpo.rewards.preference import (
     load_preference,
     pixel_features,
 )
-from kvpo.rewards.protocol import Declaration
+from kvpo.rewards.protocol import JUDGES, Declaration
 from kvpo.rewards.reward import Reward
 from kvpo.rewards.service.messages import TOKEN_VARIABLE
 
@@ -135,10 +137,11 @@ def reach_servers(names: Sequence[str]) -> None:
     For commands that load much before their rewards: the servers may be loading theirs meanwhile.
     """
     located = [split_location(name) for name in names]
-    for url in dict.fromkeys(url for _, url in located if url is not None):
+    for url in dict.fromkeys(url for _, url in located if url is not None and not url.startswith(JUDGES)):
         from kvpo.rewards.service.client import reach
 
-        reach(url, [name for name, its in located if its == url], token=os.environ.get(TOKEN_VARIABLE))
+        for one in url.split(","):
+            reach(one, [name for name, its in located if its == url], token=os.environ.get(TOKEN_VARIABLE))
 
 
 def named_rewards(
@@ -167,11 +170,16 @@ def named_rewards(
     located = [split_location(name) for name in names]
     _check_names(located, prompts, field)
     here = [name for name, url in located if url is None and name in REWARD_IDS]
+    judges = {name for name, url in located if url is not None and url.startswith(JUDGES)}
+    sources = dict(sources or {})
+    rubrics = {name: sources.pop(f"{name}.rubric", None) for name in judges}
     loaded = load_rewards(here, sources, frame_rate=frame_rate, top_share=top_share, device=device)
     found = {reward.name: reward for reward in loaded}
     rewards: list[Reward] = []
     for name, url in located:
-        if url is not None:
+        if url is not None and name in judges:
+            rewards.append(_judge(name, url, rubrics[name], field))
+        elif url is not None:
             together = [other for other, its in located if its == url and _share_a_model(name, other)]
             if together[0] == name:
                 rewards.append(_remote(together, url, field, frame_rate, top_share))
@@ -195,7 +203,7 @@ def _check_names(located: Sequence[tuple[str, str | None]], prompts: bool, field
             raise ConfigurationError(
                 f"{field}: unknown reward {name!r}; there are {', '.join(REWARD_IDS)}, {WORLD}, "
                 "your own as package.module:function, one learned from votes as preference:FILE, and any of "
-                "a server as NAME@http://HOST:PORT"
+                "a server as NAME@http://HOST:PORT; NAME@openai:URL#MODEL is a judge with a rubric"
             )
     readers = [n for n in plain if n == WORLD or n in DECLARATIONS and DECLARATIONS[n].reads_prompt]
     if readers and not prompts:
@@ -204,7 +212,7 @@ def _check_names(located: Sequence[tuple[str, str | None]], prompts: bool, field
 
 
 def split_location(name: str) -> tuple[str, str | None]:
-    """The reward and the address of its server in ``NAME@http://HOST:PORT``; a name alone has no address."""
+    """The reward and the addresses of its servers in ``NAME@http://HOST:PORT,...``; a name alone has none."""
     plain, at, url = name.partition("@")
     return (plain, url) if at else (name, None)
 
@@ -220,9 +228,9 @@ def _remote(names: Sequence[str], url: str, field: str, frame_rate: float, top_s
             f"{field}: a server averages all frames of a clip, and the best {top_share:g} of them are asked "
             f"for; set top_share to 1, or have {names[0]} score in this process"
         )
-    from kvpo.rewards.service.client import connect
+    from kvpo.rewards.service.pool import connect_all
 
-    scorer = connect(url, names, token=os.environ.get(TOKEN_VARIABLE))
+    scorer = connect_all(url.split(","), names, token=os.environ.get(TOKEN_VARIABLE))
     samplings = [(one.name, one.sampling) for one in scorer.declarations]
     sampled = [name for name, how in samplings if how is not None and how.least < how.most]
     if sampled and scorer.frame_rate != frame_rate:
@@ -232,6 +240,14 @@ def _remote(names: Sequence[str], url: str, field: str, frame_rate: float, top_s
             f"--frame-rate {frame_rate:g}"
         )
     return Reward(names[0], scorer, scorer.declarations)
+
+
+def _judge(name: str, place: str, rubric: str | None, field: str) -> Reward:
+    if rubric is None:
+        raise ConfigurationError(f"{field}: judge {name} needs a rubric: name its file as {name}.rubric=FILE")
+    from kvpo.rewards.service.judge import KEY_VARIABLE, connect_judge, read_rubric
+
+    return connect_judge(name, place, read_rubric(Path(rubric)), key=os.environ.get(KEY_VARIABLE))
 
 
 def _world() -> Reward:

@@ -1,8 +1,9 @@
 """`kvpo plan`: what a run will need, before anything is loaded, and which settings fit a device."""
 
 import json
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
 
@@ -20,13 +21,19 @@ from kvpo.engine.pages import PlannedRollout
 from kvpo.files import write_atomic
 from kvpo.method.methods import METHODS
 from kvpo.models.causal_wan import CausalWan
-from kvpo.plan.phases import Plan, Rates, plan_run
+from kvpo.plan.phases import ONE_PROCESS, Plan, Rates, plan_run
+from kvpo.plan.splits import Sharing, splits
 from kvpo.training.checkpoint import KEPT_CHECKPOINTS
 from kvpo.training.device import GB
 from kvpo.training.gradients import trajectories_together
+from kvpo.training.ranks import teams_within
+
+logger = logging.getLogger(__name__)
 
 ALIKE = ("backbone.offload", "optim.checkpointing", "optim.replay_rows", "exploration.rows")
 """Settings that change results by rounding alone."""
+DEFAULT_RATES = {False: Rates(0.1e12, 10e9), True: Rates(150e12, 1000e9)}
+"""Operations and bytes per second of a CPU, and of a GPU."""
 SPARE = 0.04
 """Share of the device that the allocator loses to fragmentation."""
 
@@ -49,8 +56,11 @@ class Planner:
         with torch.device("meta"):
             self.model = CausalWan(config.model)
 
-    def plan(self, config: Config) -> Plan:
-        """The plan of a configuration of the same geometry. Raises ValueError where no video can fork."""
+    def plan(self, config: Config, split: Sharing = ONE_PROCESS) -> Plan:
+        """The plan of a configuration of the same geometry, for the busiest rank of ``split``.
+
+        Raises ValueError where no video can fork.
+        """
         generator = streaming_generator(config, self.model)
         source = source_of(config)
         prompt = source.longest_prompt(config)
@@ -59,10 +69,25 @@ class Planner:
         replayed = trajectories_together(
             optim.replay_rows, fork.exploration.blocks, config.objective.grad_steps
         )
-        groups = optim.prompts_per_update
+        own = split.share(config)
+        groups, branches = own.optim.prompts_per_update, own.exploration.branches
+        fork = replace(fork, exploration=replace(fork.exploration, branches=branches))
         keep_pool = METHODS[config.method].keep_pool
         rollout = PlannedRollout([prompt] * groups, [fork] * groups, replayed, keep_pool)
-        return plan_run(config, self.model, generator, rollout, source.surroundings(config), self.rates)
+        around = source.surroundings(config)
+        return plan_run(config, self.model, generator, rollout, around, self.rates, split)
+
+    def best_split(self, config: Config, gpus: int, nodes: int, memory: float | None) -> list[Plan]:
+        """Plans of all ways to share a run: those that fit first, the fastest first among them."""
+        plans = [self.plan(config, split) for split in splits(gpus, nodes)]
+        return sorted(
+            plans,
+            key=lambda plan: (
+                memory is not None and not fits(plan, memory),
+                plan.seconds,
+                plan.total(plan.peak),
+            ),
+        )
 
 
 def fits(plan: Plan, memory: float) -> bool:
@@ -126,16 +151,104 @@ def advise(planner: Planner, config: Config, memory: float) -> Advice | None:
     return None
 
 
-def plan_command(config: Config, *, memory: float | None, rates: Rates, out: Path | None) -> None:
-    """Print the plan of a configuration, and what to add where it does not fit ``memory`` bytes."""
+def plan_command(
+    config: Config,
+    *,
+    memory: float | None,
+    rates: Rates,
+    out: Path | None,
+    gpus: int = 1,
+    nodes: int = 1,
+) -> None:
+    """Print the plan of a configuration, and what to add where it does not fit ``memory`` bytes.
+
+    On several GPUs, or nodes of as many, the plan is that of the best way to share the run.
+    """
     if memory is not None and memory <= 0:
         raise ConfigurationError(f"--gpu-memory: must be positive, got {memory / GB:g}")
+    for name, count in (("gpus", gpus), ("nodes", nodes)):
+        if count < 1:
+            raise ConfigurationError(f"--{name}: must be at least 1, got {count}")
     planner = Planner(config, rates)
-    plan = planner.plan(config)
-    advice = None if memory is None or fits(plan, memory) else advise(planner, config, memory)
+    plans = planner.best_split(config, gpus, nodes, memory)
+    plan = plans[0]
+    alone = memory is None or fits(plan, memory) or len(plans) > 1
+    advice = None if alone else advise(planner, config, memory or 0.0)
     _print(plan, memory, advice)
+    if len(plans) > 1:
+        _print_splits(plans, memory)
     if out is not None:
-        write_atomic(out, json.dumps(plan_numbers(plan, memory, advice), indent=1) + "\n")
+        numbers = plan_numbers(plan, memory, advice)
+        if len(plans) > 1:
+            numbers |= {"splits": [split_numbers(one, memory) for one in plans]}
+        write_atomic(out, json.dumps(numbers, indent=1) + "\n")
+
+
+def say_what_is_needed(config: Config, ranks: int, *, anyway: bool) -> None:
+    """Log the summary of a run's plan on ``ranks``.
+
+    Raises ConfigurationError where it does not fit the device, unless it shall begin ``anyway``.
+    """
+    device = torch.device(config.device)
+    gpus = torch.cuda.device_count() if device.type == "cuda" else ranks
+    chosen = teams_within(ranks, config.distributed.branch_ranks)
+    split = Sharing(ranks, chosen, config.distributed.shard and chosen > 1, max(1, min(gpus, ranks)))
+    planner = Planner(config, DEFAULT_RATES[device.type == "cuda"])
+    try:
+        plan = planner.plan(config, split)
+    except ValueError:  # the run itself is about to say what is wrong
+        return
+    shared = "" if ranks == 1 else f" on each of {ranks} ranks ({split.name})"
+    logger.warning(
+        "plan: at most %s GB%s, in %r; %s GB of disk (`kvpo plan` has the details)",
+        _gb(plan.total(plan.peak)), shared, plan.peak.name, _gb(plan.disk),
+    )  # fmt: skip
+    if device.type != "cuda":
+        return
+    memory = float(torch.cuda.get_device_properties(device).total_memory)
+    if not anyway and not fits(plan, memory):
+        advice = None if ranks > 1 else advise(planner, config, memory)
+        add = (
+            f"add {' '.join(advice.flags)}, or" if advice else "ask `kvpo plan --gpus N` how to share it, or"
+        )
+        raise ConfigurationError(
+            f"device: the run needs {_gb(plan.total(plan.peak))} GB{shared} while it does "
+            f"{plan.peak.name!r}, and {config.device} has {_gb(memory)} GB; {add} --anyway to try"
+        )
+
+
+def split_numbers(plan: Plan, memory: float | None) -> dict[str, object]:
+    """A way to share a run: its settings, and what the busiest rank needs."""
+    split = plan.split
+    numbers: dict[str, object] = {
+        "ranks": split.ranks,
+        "branch_ranks": split.branch_ranks,
+        "shard": split.shard,
+        "peak": {"phase": plan.peak.name, "bytes": plan.total(plan.peak)},
+        "seconds_per_update": plan.seconds,
+        "exchange_seconds": sum(one.seconds or 0.0 for one in plan.phases if one.name == "exchange"),
+    }
+    return numbers if memory is None else numbers | {"fits": fits(plan, memory)}
+
+
+def _print_splits(plans: Sequence[Plan], memory: float | None) -> None:
+    """All ways to share a run, and which one to take."""
+    table = Table("shared by", "GB per rank", "s / update", "of which exchange", "settings")
+    for plan in plans:
+        numbers = split_numbers(plan, memory)
+        table.add_row(
+            plan.split.name + ("" if numbers.get("fits", True) else " (does not fit)"),
+            _gb(plan.total(plan.peak)),
+            f"{plan.seconds:.3g}",
+            f"{numbers['exchange_seconds']:.2g}",
+            plan.split.flags,
+        )
+    console = _console()
+    console.print(table, highlight=False)
+    best = plans[0]
+    fitting = memory is None or fits(best, memory)
+    words = f"take: {best.split.flags}" if fitting else "none of them fits: spread weights further, or shrink"
+    console.print(f"{best.split.ranks} ranks; {words}", highlight=False, markup=False)
 
 
 def plan_numbers(plan: Plan, memory: float | None, advice: Advice | None) -> dict[str, object]:
@@ -165,15 +278,13 @@ def plan_numbers(plan: Plan, memory: float | None, advice: Advice | None) -> dic
 
 
 def _print(plan: Plan, memory: float | None, advice: Advice | None) -> None:
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=160)  # full text in files and pipes
+    console = _console()
     console.print(
         f"{plan.config.preset}: {plan.parameters.all:,} parameters, {plan.parameters.trained:,} trained; "
         f"a page {plan.page / 1e6:.4g} MB, {plan.pages} pages; GB = 1e9 bytes",
         highlight=False,
     )
-    table = Table("phase", "GB", "s / update", "of which, besides the constant part")
+    table = Table("phase", "GB", "s / update", "of which, in addition to the constant part")
     table.add_row("always", _gb(sum(plan.standing.values())), "", _listed(plan.standing))
     for phase in plan.phases:
         seconds = "" if phase.seconds is None else f"{phase.seconds:.3g}"
@@ -189,6 +300,12 @@ def _print(plan: Plan, memory: float | None, advice: Advice | None) -> None:
     if memory is not None:
         lines.append(_verdict(plan, memory, advice))
     console.print("\n".join(lines), highlight=False, markup=False)
+
+
+def _console() -> Console:
+    """Full text in files and pipes."""
+    console = Console()
+    return console if console.is_terminal else Console(width=160)
 
 
 def _verdict(plan: Plan, memory: float, advice: Advice | None) -> str:

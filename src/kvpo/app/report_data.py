@@ -36,6 +36,7 @@ from kvpo.training.credit import collection_scale
 from kvpo.training.diversity import Laboratory, Place, mean_diversity
 from kvpo.training.evaluation import Evaluation
 from kvpo.training.gradients import lesson_of, table_of, with_old_policy, with_routed_teacher
+from kvpo.training.ranks import ONE_TEAM, Ranks
 from kvpo.training.run import Run
 from kvpo.training.setup import Setup
 
@@ -67,8 +68,10 @@ def story_places(setup: Setup, count: int) -> list[Place]:
     return sorted(places, key=lambda place: place.fork.frame)
 
 
-def measure_diversity(setup: Setup) -> dict[str, dict[str, float]]:
+def measure_diversity(setup: Setup, ranks: Ranks) -> dict[str, dict[str, float]]:
     """Routed branches compared with noise branches: at matched pixel distance, and with fresh noise.
+
+    ``ranks`` share the places.
 
     What a video shows is read off its pixels; empty where the generator's source does not allow that.
     """
@@ -78,9 +81,9 @@ def measure_diversity(setup: Setup) -> dict[str, dict[str, float]]:
     look = laboratory(setup, [prompt for place in places for prompt in place.prompts])
 
     def over_places(explorer: Explorer, some: Sequence[Place] = places) -> dict[str, float]:
-        with setup.ranks.together("measuring diversity"):
-            own = [look.measure(look.branches(place, explorer)) for place in setup.ranks.share(some)]
-        measured = setup.ranks.in_order(own, "measuring diversity")
+        with ranks.together("measuring diversity"):
+            own = [look.measure(look.branches(place, explorer)) for place in ranks.share(some)]
+        measured = ranks.in_order(own, "measuring diversity")
         return mean_diversity([m for m, place in zip(measured, some, strict=True) for _ in place.prompts])
 
     routed, fresh = over_places(routes), over_places(fresh_noise)
@@ -127,7 +130,8 @@ def write_gallery(run: Run, results: dict[str, tuple[Evaluation, Evaluation]], d
                     },
                 }
             )
-    _write(directory, "gallery.json", entries, "videos.safetensors", videos)
+    if setup.ranks.main:
+        _write(directory, "gallery.json", entries, "videos.safetensors", videos)
 
 
 def _pixels(setup: Setup, prompts: Sequence[VideoPrompt], texts: TextTable, tape: Tape) -> Tensor:
@@ -142,21 +146,17 @@ def write_branches(run: Run, directory: Path) -> None:
     with run.trainer.sides.base():
         groups = _training_groups(run, videos)
         causality = causality_groups(setup, videos)
-    _write(
-        directory,
-        "branches.json",
-        {"groups": groups, "causality": causality},
-        "branches.safetensors",
-        videos,
-    )
+    entries = {"groups": groups, "causality": causality}
+    if setup.ranks.main:
+        _write(directory, "branches.json", entries, "branches.safetensors", videos)
 
 
 def _training_groups(run: Run, videos: dict[str, Tensor]) -> list[dict[str, Any]]:
     """Three groups of the first rollout, with energies, advantages and probabilities as in training."""
     setup, trainer, config = run.setup, run.trainer, run.setup.config
-    learner, settings = trainer.learner, config.method_settings
+    learner, settings = replace(trainer.learner, teams=ONE_TEAM), config.method_settings
     ((rollout, scores),) = explore(setup, [0])
-    scale = collection_scale(scores, setup.blend(), config.objective)
+    scale = collection_scale(scores, setup.blend())
     donors = {group.index: group.root.prompt for group in rollout.groups}
     entries = []
     for index, (group, score) in enumerate(list(zip(rollout.groups, scores, strict=True))[:3]):

@@ -6,6 +6,7 @@ from argparse import ArgumentParser, Namespace
 from functools import partial
 from pathlib import Path
 
+from kvpo.app.arguments import address_arguments
 from kvpo.app.configuration import path_argument
 from kvpo.config import TOTAL
 from kvpo.config_checks import ConfigurationError
@@ -38,6 +39,11 @@ def score_arguments(parser: ArgumentParser) -> None:
         metavar="FILE",
         help="page to write, with a .json next to it (default: scores.html)",
     )
+    parser.add_argument(
+        "--explain",
+        action="store_true",
+        help="say which frames, size, prompt and scale each reward would have of the first file, and stop",
+    )
     _prompts_argument(parser)
     _model_arguments(parser)
 
@@ -45,6 +51,12 @@ def score_arguments(parser: ArgumentParser) -> None:
 def score(arguments: Namespace) -> None:
     """Run ``kvpo score``."""
     names = _names(arguments.reward)
+    if arguments.explain:
+        from kvpo.app.explain import explain
+
+        sources = _sources(arguments.source)
+        print("\n".join(explain(arguments.folder, names, prompts=arguments.prompts, sources=sources)))
+        return
     _check_out(arguments.out, ".html")
     from kvpo.app.score import score_folder, score_table
 
@@ -117,19 +129,7 @@ def reward_server_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--reward", action="append", required=True, metavar="NAME[,NAME]", help=f"what to serve: {_NAMES}"
     )
-    parser.add_argument(
-        "--host",
-        default="127.0.0.1",
-        metavar="TEXT",
-        help="address to listen at; one that other machines can reach needs a token (default: 127.0.0.1)",
-    )
-    parser.add_argument("--port", type=int, default=8787, metavar="INT", help="(default: 8787; 0: any)")
-    parser.add_argument(
-        "--token-file",
-        type=path_argument,
-        metavar="FILE",
-        help="holds the bearer token that clients must show (default: the environment's KVPO_REWARD_TOKEN)",
-    )
+    address_arguments(parser, 8787, "KVPO_REWARD_TOKEN")
     parser.add_argument(
         "--frame-rate",
         type=float,
@@ -137,6 +137,9 @@ def reward_server_arguments(parser: ArgumentParser) -> None:
         metavar="FLOAT",
         help="frames per second of the clips, for rewards that take frames by time (default: 16, the public "
         "generators'; `kvpo score` sends 2)",
+    )
+    parser.add_argument(
+        "--check", action="store_true", help="score one generated clip, print its scores and exit"
     )
     parser.add_argument(
         "--batch", type=int, default=16, metavar="INT", help="most clips scored in one call (default: 16)"
@@ -156,7 +159,7 @@ def reward_server_arguments(parser: ArgumentParser) -> None:
 
 def reward_server(arguments: Namespace) -> None:
     """Run ``kvpo reward-server``."""
-    from kvpo.app.reward_server import serve_rewards
+    from kvpo.app.reward_server import check_rewards, serve_rewards
     from kvpo.rewards.service.messages import TOKEN_VARIABLE
     from kvpo.rewards.service.server import MIB, RequestLimits
     from kvpo.serving import read_token
@@ -171,6 +174,10 @@ def reward_server(arguments: Namespace) -> None:
         )
     if not 0 < arguments.frame_rate < math.inf:
         raise ConfigurationError(f"--frame-rate: must be positive, got {arguments.frame_rate}")
+    if arguments.check:
+        given = {"sources": _sources(arguments.source), "device": arguments.device or _device()}
+        print(check_rewards(_names(arguments.reward), frame_rate=arguments.frame_rate, **given))
+        return
     limits = RequestLimits(arguments.request_mib * MIB, arguments.queue_mib * MIB, arguments.batch)
     serve_rewards(
         _names(arguments.reward),

@@ -1,10 +1,12 @@
 """``kvpo reward-server``: rewards by name, built here and served to runs elsewhere."""
 
 import logging
+import time
 from collections.abc import Mapping, Sequence
 
 from kvpo.app.named_rewards import named_rewards
 from kvpo.config_checks import ConfigurationError
+from kvpo.prompts import ClipPrompt
 from kvpo.rewards.protocol import Declaration
 from kvpo.rewards.reward import Reward
 from kvpo.rewards.service.messages import TOKEN_VARIABLE, Offers
@@ -29,6 +31,31 @@ def offers_of(rewards: Sequence[Reward]) -> Offers:
     if twice := [name for name in names if names.count(name) > 1]:
         raise ConfigurationError(f"--reward: two rewards have a component called {twice[0]!r}")
     return offers
+
+
+def check_rewards(
+    names: Sequence[str],
+    *,
+    frame_rate: float,
+    sources: Mapping[str, str] | None = None,
+    device: str = "cpu",
+) -> str:
+    """Load rewards and score one generated clip, of the embedded world: a line per component with its time.
+
+    Raises ValueError where a reward cannot be loaded, or does not give one finite number.
+    """
+    rewards = named_rewards(names, sources, frame_rate=frame_rate, device=device, prompts=True)
+    offers_of(rewards)
+    from kvpo.app.calibrate import demo_samples
+
+    lines = []
+    for reward in rewards:
+        sample = demo_samples(reward, seed=0)[0]
+        began = time.monotonic()
+        scores = reward(sample.video_TCHW[None], [ClipPrompt(sample.prompt)])
+        seconds = time.monotonic() - began
+        lines += [f"{name}  {float(value):.4f}  {seconds:.2f} s" for name, value in scores.items()]
+    return "\n".join(lines)
 
 
 def serve_rewards(

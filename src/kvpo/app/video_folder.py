@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from kvpo.files import named_list, printable, read_json
-from kvpo.prompt_files import blank, read_prompts
+from kvpo.prompt_files import read_prompts
+from kvpo.prompt_forms import blank
 
 logger = logging.getLogger(__name__)
 
@@ -86,7 +87,7 @@ def file_segments(path: Path | None, root: Path, files: Sequence[Path]) -> list[
             plain, a prompt file that the manifest contradicts.
     """
     names = shown_names(root, files)
-    if path is not None and path.suffix.lower() == ".json":
+    if path is not None and path.suffix.lower() == ".json" and isinstance(read_json(path), dict):
         return list(_by_name(path, names))
     listed = [_listed(file) for file in files]
     if path is None:

@@ -76,7 +76,7 @@ def migrate(path: Path) -> None:
     """Bring a database to the present schema.
 
     Raises:
-        ValueError: it is no database of a study, or one of a later version.
+        ValueError: it is not a database of a study, or one of a later version.
     """
     try:
         with transaction(path) as db:

@@ -135,6 +135,8 @@ class StreamingGenerator:
     """Noise level mixed into the input of the clean pass (its timestep stays 0)."""
     device: torch.device | str = "cpu"
     autocast: torch.dtype | None = None
+    sigmas_first: tuple[float, ...] = ()
+    """Noise levels of the solver in a video's first block; empty: ``sigmas``."""
     page_dtype: torch.dtype = torch.float32
 
     def __post_init__(self) -> None:
@@ -149,6 +151,10 @@ class StreamingGenerator:
     def block_shape(self) -> tuple[int, int, int, int]:
         """Frames, channels, height and width of a block."""
         return (self.block, *self.latent_shape)
+
+    def levels(self, start: int) -> tuple[float, ...]:
+        """Noise levels of the solver in the block at frame ``start``."""
+        return self.sigmas if start or not self.sigmas_first else self.sigmas_first
 
     @property
     def page_bytes(self) -> int:
@@ -181,7 +187,9 @@ class StreamingGenerator:
                 clean_RFCHW, zero, text.embeddings_ULD, context, text_rows=text.rows_R, encode=True
             )
 
-    def require_finite(self, trajectory: Trajectory, text: TextRows, context: Context, place: str) -> None:
+    def require_finite(
+        self, trajectory: Trajectory, levels: Sequence[float], text: TextRows, context: Context, place: str
+    ) -> None:
         """Stop before a block that is not finite is seen, stored or decoded: one reduction of its latents.
 
         NaN and infinity stay in a state until the last solver step, so the clean latents show them all. Only
@@ -194,7 +202,7 @@ class StreamingGenerator:
         layer = None
         if isinstance(self.transformer, nn.Module):
             x = trajectory.states_RSFCHW[:, step]
-            level = torch.full((len(x),), self.sigmas[step], device=x.device)
+            level = torch.full((len(x),), levels[step], device=x.device)
             layer = first_non_finite_layer(self.transformer, lambda: self.velocity(x, level, text, context))
         raise NonFiniteError(
             f"{place}: the latents are not finite from solver step {step + 1} of {len(steps)} on"

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kvpo.engine.generator import StreamingGenerator, TextRows
 from kvpo.engine.rollout import Group
-from kvpo.engine.stream import Stream, append_block, commit_banks, text_of
+from kvpo.engine.stream import Stream, append_block, commit_banks, text_of, told
 from kvpo.models.context import PageContext
 from kvpo.models.deployment import routed_context
 
@@ -46,7 +46,8 @@ class ReplayContext:
     """Contexts of the window's blocks for a batch of rows, held while gradients need them."""
 
     contexts: tuple[PageContext, ...]
-    text: TextRows
+    texts: tuple[TextRows, ...]
+    """The same object for blocks that are told the same."""
 
 
 @contextmanager
@@ -58,10 +59,15 @@ def replay_context(generator: StreamingGenerator, rows: Sequence[ReplayRow]) -> 
     """
     streams = [row.root.fork() for row in rows]
     try:
-        text = text_of(streams)
-        contexts = []
+        contexts: list[PageContext] = []
+        texts: list[TextRows] = []
+        heard = None
         blocks = len(rows[0].past_PFCHW)
         for block in range(blocks):
+            hears = [told(stream) for stream in streams]
+            text = text_of(streams) if hears != heard else texts[-1]
+            heard = hears
+            texts.append(text)
             commit_banks(generator, streams, text)
             routes = [None if row.routes is None else row.routes[block] for row in rows]
             histories = [stream.history for stream in streams]
@@ -76,7 +82,7 @@ def replay_context(generator: StreamingGenerator, rows: Sequence[ReplayRow]) -> 
                 own = [stream.tape(*where, "context") for stream, where in zip(streams, at, strict=True)]
                 noise = torch.stack(own).to(clean)
             append_block(generator, streams, clean, text, context, noise)
-        yield ReplayContext(tuple(contexts), text)
+        yield ReplayContext(tuple(contexts), tuple(texts))
     finally:
         for stream in streams:
             stream.history.release()
@@ -88,26 +94,29 @@ def replay_velocities(
     """The policy's velocities at the rows' states in consecutive blocks: ``[R, P', S, F, C, H, W]``.
 
     Solver steps share their block's context, so they ride in one batch; so do blocks that see equally many
-    frames.
+    frames and are told the same.
     """
     steps = rows[0].states_PSFCHW.shape[1]
     sigmas = torch.tensor(generator.sigmas[:steps], dtype=torch.float32)
     velocities = []
-    for together in _equal_sized(replay.contexts, blocks):
+    for together in _alike(replay, blocks):
         states = torch.stack([row.states_PSFCHW[together] for row in rows], 1)
         repeat = torch.arange(len(rows), device=states.device).repeat(len(together)).repeat_interleave(steps)
         context = _repeated([replay.contexts[block] for block in together], steps)
         sigma = sigmas.to(states.device).repeat(len(together) * len(rows))
-        velocity = generator.velocity(states.flatten(0, 2), sigma, replay.text.select(repeat), context)
+        text = replay.texts[together[0]].select(repeat)
+        velocity = generator.velocity(states.flatten(0, 2), sigma, text, context)
         velocities.append(velocity.unflatten(0, (len(together), len(rows), steps)).transpose(0, 1))
     return torch.cat(velocities, 1)
 
 
-def _equal_sized(contexts: Sequence[PageContext], blocks: range) -> list[list[int]]:
-    """Runs of consecutive blocks whose contexts hold equally many frames."""
+def _alike(replay: ReplayContext, blocks: range) -> list[list[int]]:
+    """Runs of consecutive blocks whose contexts hold equally many frames, and that are told the same."""
     runs: list[list[int]] = []
+    sizes = [context.pages.shape for context in replay.contexts]
     for block in blocks:
-        if runs and contexts[runs[-1][-1]].pages.shape == contexts[block].pages.shape:
+        last = runs[-1][-1] if runs else block
+        if runs and sizes[last] == sizes[block] and replay.texts[last] is replay.texts[block]:
             runs[-1].append(block)
         else:
             runs.append([block])

@@ -7,6 +7,7 @@ noise and takes the solver step of its member. After the window, generation goes
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -31,6 +32,17 @@ class Ran:
     velocities_PSFCHW: Tensor
     clean_TCHW: Tensor
     """Clean latents from the fork to the end of the tail."""
+
+
+class Team(Protocol):
+    """Processes that explore the same groups; ``kvpo.training.ranks.Ranks`` documents the calls."""
+
+    @property
+    def count(self) -> int: ...
+
+    def deal(self, items: Sequence[Any]) -> list[Any]: ...
+
+    def in_order(self, shares: Sequence[Any], doing: str) -> list[Any]: ...
 
 
 @dataclass(frozen=True)
@@ -199,6 +211,7 @@ def roll_out(
     steps: int | None = None,
     arrivals: bool = False,
     finished: Callable[[Group], None] = lambda group: None,
+    team: Team | None = None,
 ) -> Rollout:
     """Roots, branches and anchors of one rollout, a group for every prompt; ``key`` seeds the explorer.
 
@@ -212,6 +225,8 @@ def roll_out(
         steps: solver steps of the window that are learned from; None: all.
         arrivals: keep where the last of them led, too.
         finished: called with every group as soon as its members are generated, in order.
+        team: the processes that have the branches dealt among them; each grows the roots and runs the
+            anchors, so that all take equally many passes. None: this one alone.
 
     Raises ValueError where window and tail do not fit after the fork.
     """
@@ -223,13 +238,26 @@ def roll_out(
     for turn in planned.own_turns:
         waiting = [members[group] for group in turn]
         rollout.grow_roots(turn)
-        every = [member for own in waiting for member in own]
+        dealt = [own if team is None else [*team.deal(own[:-1]), own[-1]] for own in waiting]
+        every = [member for own in dealt for member in own]
         ran = rollout.run(every, rows=forks[0].exploration.rows, steps=steps and steps + arrivals)
-        for own in waiting:
-            rollout.groups.append(rollout.group_of(own, ran))
+        for own, mine in zip(waiting, dealt, strict=True):
+            whole = ran if team is None else iter(_joined(team, list(islice(ran, len(mine))), len(own)))
+            rollout.groups.append(rollout.group_of(own, whole))
             finished(rollout.groups[-1])
         # Not before: with donors, later groups route what earlier ones hold.
         for root in [rollout.roots[group] for group in turn] if not planned.keep_pool else ():
             kept = reachable_frames(generator.deployment, root.history, max(1, generator.deployment.sink))
             root.history.keep(kept)
     return rollout
+
+
+def _joined(team: Team, own: Sequence[Ran], members: int) -> list[Ran]:
+    """All members of a group, from the branches that each process ran and from this one's anchor."""
+    if team.count == 1:
+        return list(own)
+    *branches, anchor = own
+    sent = [Ran(*(value.cpu() for value in vars(one).values())) for one in branches]
+    every = team.in_order(sent, "exploring")[: members - 1]
+    device = anchor.clean_TCHW.device
+    return [*(Ran(*(value.to(device) for value in vars(one).values())) for one in every), anchor]

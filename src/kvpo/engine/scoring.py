@@ -5,7 +5,8 @@ switches right at the fork, one block before it comes along as what the video sh
 """
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 
 import torch
@@ -158,19 +159,33 @@ def _batch(videos_NTCHW: Tensor, pieces: Sequence[tuple[int, Clip]], first: int)
 
 
 def score_group(
-    group: Group, codec: Codec, scorer: Scorer, *, block: int, shares: ClipShares = ClipShares()
+    group: Group,
+    codec: Codec,
+    scorer: Scorer,
+    *,
+    block: int,
+    shares: ClipShares = ClipShares(),
+    timed: Callable[[str], AbstractContextManager[None]] = lambda phase: nullcontext(),
 ) -> Scores:
-    """Local and global scores of one group's members; its pixels live no longer than this call."""
+    """Local and global scores of one group's members, which may be none.
+
+    Its pixels live no longer than this call. ``timed`` is told of the phases, decode and score.
+    """
+    if not len(group.clean_MTCHW):
+        return Scores(tuple(scorer.components), *torch.zeros(2, len(scorer.components), 0))
     prompt, fork = group.root.prompt, group.fork
     stop = fork + group.clean_MTCHW.shape[1]
     local = shared_clips(prompt, fork, fork + group.window_frames, block=block, shares=ClipShares())
     whole = shared_clips(prompt, fork, stop, block=block, shares=shares)
     offset = min(clip.start for clip, _ in local + whole)
-    pixels_MTCHW = decode_members(group, codec, lead=fork - offset)
+    with timed("decode"):
+        pixels_MTCHW = decode_members(group, codec, lead=fork - offset)
     members = range(len(pixels_MTCHW))
     parts = [(signal, share) for signal, pieces in enumerate((local, whole)) for _, share in pieces]
     clips = [(member, clip) for clip, _ in local + whole for member in members]
-    table = score_clips(scorer, pixels_MTCHW, clips, offset=offset, frames_per_latent=codec.frames_per_latent)
+    frames = codec.frames_per_latent
+    with timed("score"):
+        table = score_clips(scorer, pixels_MTCHW, clips, offset=offset, frames_per_latent=frames)
     sums = torch.zeros(2, len(scorer.components), len(members))
     for (signal, share), scores_KM in zip(parts, table.split(len(members), 1), strict=True):
         sums[signal] += share * scores_KM

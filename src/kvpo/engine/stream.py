@@ -21,6 +21,7 @@ from kvpo.models.deployment import (
     reencoding_context,
     routed_context,
 )
+from kvpo.models.settings import Deployment
 from kvpo.prompts import VideoPrompt
 
 TextTable = Mapping[str, Tensor]
@@ -46,6 +47,8 @@ class Stream:
     """Solver step of the next blocks; None: the generator's."""
     pinned: frozenset[int] = frozenset()
     """Frames that stay resident in addition to what ``advance`` keeps."""
+    deployment: Deployment = field(default_factory=Deployment)
+    """Deployment of its generator, which says how its prompts follow one another."""
 
     @property
     def start(self) -> int:
@@ -66,15 +69,48 @@ def open_stream(
     generator: StreamingGenerator, cache: FrameCache, prompt: VideoPrompt, texts: TextTable, tape: Tape
 ) -> Stream:
     """A stream before its first block."""
-    return Stream(prompt, texts, tape, History(cache, generator.deployment.sink))
+    deployment = generator.deployment
+    return Stream(prompt, texts, tape, History(cache, deployment.sink), deployment=deployment)
+
+
+Shares = tuple[tuple[str, float], ...]
+"""Prompt texts, and the share of each in what a block is told."""
+
+
+def shares_of(prompt: VideoPrompt, segment: int, start: int, deployment: Deployment) -> Shares:
+    """Shares of a prompt's texts in the block at frame ``start``, which shows ``segment``.
+
+    In block k after a switch, of n ``transition_blocks``, the new text has k / (n + 1), and the mixture of
+    the block before the switch has the rest.
+    """
+    shares: Shares = ((prompt.segments[segment], 1.0),)
+    if not deployment.transition_blocks:
+        return shares
+    block = deployment.block
+    acted = [0, *(prompt.acts_at(switch, block) for switch in prompt.switches[:segment])]
+    shares = ((prompt.segments[0], 1.0),)
+    for text, first, until in zip(prompt.segments[1:], acted[1:], [*acted[2:], start + block], strict=False):
+        done = min(1.0, (until - first) // block / (deployment.transition_blocks + 1))
+        rest = tuple((old, share * (1 - done)) for old, share in shares if done < 1)
+        shares = (*rest, (text, done))
+    return shares
+
+
+def told(stream: Stream) -> Shares:
+    """Shares of a stream's texts in its next block."""
+    return shares_of(stream.prompt, stream.segment, stream.start, stream.deployment)
 
 
 def text_of(streams: Sequence[Stream]) -> TextRows:
-    """Embeddings of the streams' current segments."""
-    segments = [stream.prompt.segments[stream.segment] for stream in streams]
-    unique = {segment: stream.texts[segment] for stream, segment in zip(streams, segments, strict=True)}
+    """Embeddings that the streams' next blocks are told; equal mixtures share one."""
+    mixtures = [told(stream) for stream in streams]
+    unique = {}
+    for stream, mixture in zip(streams, mixtures, strict=True):
+        alone = stream.texts[mixture[-1][0]]
+        parts = [share * stream.texts[text] for text, share in mixture]
+        unique[mixture] = alone if len(mixture) == 1 else torch.stack(parts).sum(0)
     embeddings = torch.stack(list(unique.values()))
-    rows = torch.tensor([list(unique).index(segment) for segment in segments], device=embeddings.device)
+    rows = torch.tensor([list(unique).index(mixture) for mixture in mixtures], device=embeddings.device)
     return TextRows(embeddings, rows)
 
 
@@ -84,15 +120,16 @@ def denoise_block(
     text: TextRows,
     context: PageContext,
     step: Step | None = None,
+    sigmas: Sequence[float] = (),
 ) -> Trajectory:
-    """Take every solver step of a block with the generator's rule, or ``step``; writes nothing.
+    """Take every solver step of a block with the generator's rule and levels, or these; writes nothing.
 
     ``noise`` holds ``initial`` and, for rules that draw, ``renoise 1`` ..., each [R, F, C, H, W].
     """
     rule = step or generator.step
     x = noise["initial"]
     states, velocities = [], []
-    levels = (*generator.sigmas, 0.0)
+    levels = (*(sigmas or generator.sigmas), 0.0)
     for number, (sigma, sigma_next) in enumerate(zip(levels, levels[1:], strict=False), 1):
         level = torch.full((len(x),), sigma, dtype=torch.float32, device=x.device)
         velocity = generator.velocity(x, level, text, context)
@@ -179,7 +216,8 @@ def advance(
     """Generate the next block of every stream: switch prompts, denoise, then the clean pass writes pages.
 
     Streams may be at different blocks; those whose blocks see equally many frames share a forward pass. The
-    trajectory has a row per stream, in their order.
+    trajectory has a row per stream, in their order; where first blocks take more or fewer solver steps, it
+    has the first ones, as many as all rows took.
 
     Args:
         routes: page ids filling each stream's routed slots, None for its deployment context.
@@ -190,7 +228,11 @@ def advance(
     switch_prompts(generator, streams, rows=rows)
     commit_banks(generator, streams, text_of(streams))
     alike = [
-        (*seen_alike(generator, stream, None if routes is None else routes[n], recent), stream.step)
+        (
+            *seen_alike(generator, stream, None if routes is None else routes[n], recent),
+            stream.step,
+            generator.levels(stream.start),
+        )
         for n, stream in enumerate(streams)
     ]
     pieces: list[Trajectory] = []
@@ -209,8 +251,12 @@ def advance(
             stream.history.keep(stream.pinned.union(reachable))
         places += index
     inverse = torch.tensor(places).argsort()
-    fields = zip(*(vars(piece).values() for piece in pieces), strict=True)
-    return Trajectory(*(torch.cat(own)[inverse] for own in fields))
+    steps = min(piece.states_RSFCHW.shape[1] for piece in pieces)
+    return Trajectory(
+        torch.cat([piece.states_RSFCHW[:, :steps] for piece in pieces])[inverse],
+        torch.cat([piece.velocities_RSFCHW[:, :steps] for piece in pieces])[inverse],
+        torch.cat([piece.clean_RFCHW for piece in pieces])[inverse],
+    )
 
 
 def _generate_block(
@@ -218,21 +264,24 @@ def _generate_block(
 ) -> Trajectory:
     """Denoise the streams' next blocks in one batch and append them. Raises NonFiniteError."""
     text, step = text_of(streams), streams[0].step or generator.step
-    noise = _tape_noise(generator, streams, step)
+    levels = generator.levels(streams[0].start)
+    noise = _tape_noise(generator, streams, step, len(levels))
     with torch.no_grad():
-        trajectory = denoise_block(generator, noise, text, context, step)
+        trajectory = denoise_block(generator, noise, text, context, step, levels)
         videos = ", ".join(str(stream.prompt.id) for stream in streams)
         place = f"block {streams[0].start // generator.block + 1} of prompt {videos}"
-        generator.require_finite(trajectory, text, context, place)
+        generator.require_finite(trajectory, levels, text, context, place)
     append_block(generator, streams, trajectory.clean_RFCHW, text, context, noise.get("context"))
     return trajectory
 
 
-def _tape_noise(generator: StreamingGenerator, streams: Sequence[Stream], step: Step) -> dict[str, Tensor]:
+def _tape_noise(
+    generator: StreamingGenerator, streams: Sequence[Stream], step: Step, steps: int
+) -> dict[str, Tensor]:
     """The tapes' tensors of the streams' next blocks, each [R, F, C, H, W]."""
     kinds = ["initial"]
     if step.draws:
-        kinds += [f"renoise {step}" for step in range(1, len(generator.sigmas))]
+        kinds += [f"renoise {number}" for number in range(1, steps)]
     if generator.context_noise:
         kinds.append("context")
     return {

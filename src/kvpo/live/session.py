@@ -15,7 +15,7 @@ from torch import Tensor
 from kvpo.config import ExplorationConfig
 from kvpo.engine.generator import Codec, StreamingGenerator
 from kvpo.engine.noise import SeededTape, keyed_generator
-from kvpo.engine.stream import Stream, TextTable, advance, open_stream, switch_prompts
+from kvpo.engine.stream import Stream, TextTable, advance, open_stream, shares_of, switch_prompts
 from kvpo.live.protocol import Refusal
 from kvpo.live.script import OPEN_END, Cue, Script
 from kvpo.live.spool import Spool
@@ -162,16 +162,25 @@ class Session:
         over = self.cue.frames and self.start >= self.cue_start + self.cue.frames
         if cue is None and over and self.queue:
             cue = self.queue.popleft()
-        if cue is None:
-            return
+        if cue is not None:
+            self._switch(cue)
+        self._embed(self._told(self.script, self.start))
+
+    def _switch(self, cue: Cue) -> None:
         self.cue, self.cue_start = cue, self.start
         self.script = self.script.switched(self.start, cue.prompt)
-        wanted = {cue.prompt, *(queued.prompt for queued in self.queue)}
+        wanted = {one.prompt for one in (*self._told(self.script, self.start), *self.queue)}
         self.texts = {prompt: text for prompt, text in self.texts.items() if prompt in wanted}
         for arm in self.arms.values():
             arm.stream.prompt, arm.stream.texts = self.script.shown(), self.texts
             # After going back to a switch the window may be encoded for the prompt that is now replaced.
             arm.stream.segment = min(arm.stream.segment, max(0, len(self.script.segments) - 2))
+
+    def _told(self, script: Script, frame: int) -> list[Cue]:
+        """The prompts that the block at a frame is told: in a transition, earlier ones too."""
+        deployment = self.stage.generator.deployment
+        mixture = shares_of(script.shown(), len(script.segments) - 1, frame, deployment)
+        return [Cue(text) for text, _ in mixture]
 
     def pages(self, name: str) -> list[int] | None:
         """Page ids in an arm's routed slots at the next block; None: its deployment context."""
@@ -262,7 +271,9 @@ class Session:
         again = self._encodes_again(frame)
         root = arm.stream.fork()
         try:
-            self._take_back(root, arm.spool, self._script_from(frame, again), frame, again)
+            script = self._script_from(frame, again)
+            self._embed(self._told(script, frame))
+            self._take_back(root, arm.spool, script, frame, again)
             switch_prompts(generator, [root])
             routes = self._drawn(root.history, frame, count)
             pages = [None, *(root.history.page_ids(route) for route in routes)]

@@ -43,6 +43,10 @@ UPDATE_METRICS = {
     "routed": Metric("Routed slots, where fewer fit than were asked for."),
     "distinct": Metric("Distinct routed frames, where fewer fit than were asked for."),
     "seconds": Metric("Wall-clock seconds of the update."),
+    "phases": Metric(
+        "Seconds and bytes that each rank spent on rollout, decode, score, replay, reduce and save since the "
+        "update before; the share of all time that ranks waited for others; samples per second and rank."
+    ),
     "reward_cache_hits": Metric("Clips whose scores were read from the cache on disk."),
     "reward_cache_repeats": Metric("Clips that equal another clip of the same call."),
     "reward_cache_misses": Metric("Clips that were scored."),

@@ -16,10 +16,12 @@ window, S solver steps, F C H W one block.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Generic
 
 import torch
 from torch import Tensor
+
+from kvpo.method.settings import MethodSettings, Own
 
 
 @dataclass(frozen=True)
@@ -170,7 +172,9 @@ def drift_evidence(states_QPSFCHW: Tensor, past_Q: Sequence[int]) -> Evidence:
     return evidence_of(states_QPSFCHW, past_Q, zero, [-1] * rows, weights=weight, teacher="reference")
 
 
-def anchor_drift(trajectories: Trajectories, credit: Credit, evidence: Evidence, settings: Any) -> Evidence:
+def anchor_drift(
+    trajectories: Trajectories, credit: Credit, evidence: Evidence, settings: object
+) -> Evidence:
     """The velocity KL at the anchor's states: drift that all branches share, unseen by a simplex KL."""
     anchor, steps = trajectories.anchor, evidence.states_QPSFCHW.shape[2]
     return drift_evidence(trajectories.states_MPSFCHW[[anchor], :, :steps], [anchor])
@@ -221,20 +225,20 @@ class Metric:
 
 
 @dataclass(frozen=True)
-class Method:
-    """One way to learn from the branches of a fork."""
+class Method(Generic[Own]):
+    """One way to learn from the branches of a fork; ``Own`` is its section of settings."""
 
-    evidence: Callable[[Trajectories, Credit, int, Any, torch.Generator], Evidence]
+    evidence: Callable[[Trajectories, Credit, int, MethodSettings[Own], torch.Generator], Evidence]
     """(trajectories, credit, solver steps, settings, random numbers) -> what the policy is asked."""
-    loss: Callable[[Tables, Credit, Any], tuple[Tensor, Metrics]]
+    loss: Callable[[Tables, Credit, MethodSettings[Own]], tuple[Tensor, Metrics]]
     """(tables, credit, settings) -> a scalar to minimise, and metrics."""
     metrics: Mapping[str, Metric] = field(default_factory=dict)
-    drift: Callable[[Trajectories, Credit, Evidence, Any], Evidence | None] = anchor_drift
+    drift: Callable[[Trajectories, Credit, Evidence, MethodSettings[Own]], Evidence | None] = anchor_drift
     """(trajectories, credit, evidence, settings) -> rows of the velocity KL to the starting policy."""
-    probabilities: Callable[[Tables, Credit, Any], Tensor] | None = None
+    probabilities: Callable[[Tables, Credit, MethodSettings[Own]], Tensor] | None = None
     """(tables, credit, settings) -> the old policy over the credit's branches, [G], or with the anchor last
     [G + 1]; None for methods that define none."""
-    averaged_old: Callable[[Any], bool] = lambda settings: False
+    averaged_old: Callable[[MethodSettings[Own]], bool] = lambda settings: False
     """(settings) -> the "old" teacher is the moving average of the policy, not the one that generated."""
     rewarded: bool = True
     """False: every branch is trained on, regardless of its score."""
@@ -251,11 +255,11 @@ class Method:
 
 
 def asked_of(
-    method: Method,
+    method: Method[Own],
     trajectories: Trajectories,
     credit: Credit,
     steps: int,
-    settings: Any,
+    settings: MethodSettings[Own],
     generator: torch.Generator,
 ) -> tuple[Evidence, int]:
     """All that is asked of one fork: the method's evidence, followed by rows of the velocity KL.

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kvpo.method.evidence import Credit, Evidence, Metrics, Tables, Trajectories, evidence_of
 from kvpo.method.gibbs import clipped_surrogate, ratio_metrics
-from kvpo.method.settings import CmGrpoSettings, FlowGrpoSettings, MethodSettings
+from kvpo.method.settings import MethodSettings, Own
 
 
 def gaussian_evidence(
@@ -42,9 +42,7 @@ def gaussian_evidence(
     return evidence_of(x, branches, targets, branches, weights=weights.flatten())
 
 
-def gaussian_loss(
-    tables: Tables, credit: Credit, settings: MethodSettings[FlowGrpoSettings | CmGrpoSettings]
-) -> tuple[Tensor, Metrics]:
+def gaussian_loss(tables: Tables, credit: Credit, settings: MethodSettings[Own]) -> tuple[Tensor, Metrics]:
     """Clipped surrogate of every solver step, rho = exp(old - now), with its branch's advantage."""
     now, old = -tables.now, -tables.old.detach()
     advantages_N11 = credit.advantages_N(tables.branch_N, now)[:, None, None]

@@ -10,12 +10,12 @@ ratio 1 and without KL, dL/dE_g = (A_g - pi_g sum A) / (G tau).
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from kvpo.method.evidence import Credit, Evidence, Method, Metric, Metrics, Tables
+from kvpo.method.evidence import Credit, Evidence, Method, Metric, Metrics, Tables, Trajectories
+from kvpo.method.settings import MethodSettings, Own
 
 MAX_LOG_RATIO = 20.0
 """Log-ratios are clamped to plus or minus this before the exponential, against overflow."""
@@ -195,15 +195,17 @@ class Gibbs:
 
 
 def gibbs_method(
-    evidence: Callable[..., Evidence], gibbs_of: Callable[[Any], Gibbs], residual: str
-) -> Method:
+    evidence: Callable[[Trajectories, Credit, int, MethodSettings[Own], torch.Generator], Evidence],
+    gibbs_of: Callable[[MethodSettings[Own]], Gibbs],
+    residual: str,
+) -> Method[Own]:
     """A method whose policy is a softmax over branches; ``gibbs_of`` reads it from the method's settings."""
 
-    def loss(tables: Tables, credit: Credit, settings: Any) -> tuple[Tensor, Metrics]:
+    def loss(tables: Tables, credit: Credit, settings: MethodSettings[Own]) -> tuple[Tensor, Metrics]:
         energies = tables.per_branch(credit.branches)
         return gibbs_of(settings).objective(*energies, credit.advantages_G.to(tables.now))
 
-    def probabilities(tables: Tables, credit: Credit, settings: Any) -> Tensor:
+    def probabilities(tables: Tables, credit: Credit, settings: MethodSettings[Own]) -> Tensor:
         _, old_G, _ = tables.per_branch(credit.branches)
         return gibbs_of(settings).probabilities(old_G)
 

@@ -1,9 +1,11 @@
 """Every method by the name that ``--method`` takes. A new one is a file and a line here."""
 
+from typing import Any
+
 from kvpo.method import cm_grpo, flow_grpo, kvpo, latent_distance, nft, rvm, self_distill
 from kvpo.method.evidence import Method
 
-METHODS: dict[str, Method] = {
+METHODS: dict[str, Method[Any]] = {
     "kvpo": kvpo.METHOD,
     "latent-distance": latent_distance.METHOD,
     "flow-grpo": flow_grpo.METHOD,

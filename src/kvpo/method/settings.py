@@ -6,9 +6,10 @@ Settings that several methods share (clip, temperature, which branches train, th
 """
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Generic, Literal, TypeVar
+from typing import ClassVar, Generic, Literal, TypeVar
 
 Own = TypeVar("Own")
+"""Settings of one method."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class KvpoSettings:
     """KVPO: a Gibbs policy over Trajectory Velocity Energies."""
 
     EXPLORERS: ClassVar[tuple[str, ...]] = ("routes",)
-    STARTS_FROM: ClassVar[dict[str, Any]] = {}
+    STARTS_FROM: ClassVar[dict[str, object]] = {}
 
     anchor_share: float = 0.0
     """Probability of the anchor in the policy's pool that sets the temperature; 0 leaves it out."""
@@ -42,7 +43,7 @@ class LatentDistanceSettings:
     """A Gibbs policy over distances between clean latents: the paper's geometric ablation, and AR-CoPO."""
 
     EXPLORERS: ClassVar[tuple[str, ...]] = ("routes", "neighbour", "fresh")
-    STARTS_FROM: ClassVar[dict[str, Any]] = {"objective.temperature": None}
+    STARTS_FROM: ClassVar[dict[str, object]] = {"objective.temperature": None}
 
     space: Literal["velocity", "latent"] = "latent"
     """Distance between velocities at the anchor's states, or between the clean latents they lead to."""
@@ -53,7 +54,7 @@ class FlowGrpoSettings:
     """Flow-GRPO: stochastic solver steps as Gaussian policies."""
 
     EXPLORERS: ClassVar[tuple[str, ...]] = ("sde",)
-    STARTS_FROM: ClassVar[dict[str, Any]] = {"exploration.noise": 0.7, "objective.clip": (0.2, 0.2)}
+    STARTS_FROM: ClassVar[dict[str, object]] = {"exploration.noise": 0.7, "objective.clip": (0.2, 0.2)}
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ class CmGrpoSettings:
     """CM-GRPO: the re-noising step of a few-step sampler as a Gaussian policy."""
 
     EXPLORERS: ClassVar[tuple[str, ...]] = ("renoise",)
-    STARTS_FROM: ClassVar[dict[str, Any]] = {"stream.step_rule": "renoise", "objective.clip": (0.2, 0.2)}
+    STARTS_FROM: ClassVar[dict[str, object]] = {"stream.step_rule": "renoise", "objective.clip": (0.2, 0.2)}
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ class NftSettings:
     """DiffusionNFT: forward-process matching toward rewarded and away from unrewarded clips."""
 
     EXPLORERS: ClassVar[tuple[str, ...]] = ("fresh", "neighbour", "routes")
-    STARTS_FROM: ClassVar[dict[str, Any]] = {}
+    STARTS_FROM: ClassVar[dict[str, object]] = {}
 
     beta: float = 1.0
     """Mixing weight of the policy in its implicit positive and negative velocities; small is a wide step."""
@@ -85,7 +86,7 @@ class RvmSettings:
     """Advantage-weighted matching with one advantage scale for the whole collection (RVM)."""
 
     EXPLORERS: ClassVar[tuple[str, ...]] = ("fresh", "neighbour", "routes")
-    STARTS_FROM: ClassVar[dict[str, Any]] = {}
+    STARTS_FROM: ClassVar[dict[str, object]] = {}
 
 
 @dataclass(frozen=True)
@@ -93,4 +94,15 @@ class SelfDistillSettings:
     """Self-distillation: the anchor's velocities toward those under the branches' routes, no reward."""
 
     EXPLORERS: ClassVar[tuple[str, ...]] = ("routes",)
-    STARTS_FROM: ClassVar[dict[str, Any]] = {"exploration.donor": 0}
+    STARTS_FROM: ClassVar[dict[str, object]] = {"exploration.donor": 0}
+
+
+OwnSettings = (
+    KvpoSettings
+    | LatentDistanceSettings
+    | FlowGrpoSettings
+    | CmGrpoSettings
+    | NftSettings
+    | RvmSettings
+    | SelfDistillSettings
+)

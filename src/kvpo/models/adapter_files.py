@@ -18,9 +18,10 @@ from kvpo.files import named_list, parse_json, read_json
 from kvpo.models.checkpoints import (
     ADAPTER_ENTRIES,
     ADAPTER_KEY,
+    PREFIX,
     choose_entry,
     in_wan_names,
-    layout_of,
+    refuse_layout,
     to_diffusers_name,
 )
 from kvpo.models.tensor_files import read_tensor_file, require_numbers, safetensors_header
@@ -31,7 +32,8 @@ PEFT_CONFIG = "adapter_config.json"
 DIFFUSERS_ADAPTER_NAME = "pytorch_lora_weights.safetensors"
 DIFFUSERS_HEADER = "lora_adapter_metadata"
 
-_PREFIX = re.compile(r"^(?:(?:module|model|base_model|transformer|diffusion_model)\.)+")
+_HALVES = {"down": "A", "up": "B"}
+"""Names that kohya's trainers and older diffusers give the halves."""
 _ALPHAS = ("lora_alpha", "alpha", "network_alpha", "ss_network_alpha")
 _RANKS = ("r", "rank", "lora_rank", "network_dim", "ss_network_dim")
 _PLAIN: Mapping[str, tuple[object, ...]] = {
@@ -199,13 +201,14 @@ def _header_statements(path: Path) -> list[_Statement]:
 def load_adapter_state(path: str | Path, *, entry: str | None = None) -> AdapterState:
     """A LoRA adapter of any public layout, in PEFT's layout; where its file states no alpha, it is the rank.
 
-    Understands LongLive's and MemFlow's ``lora.pt``, KVPO's checkpoints (adapter, ``ema``), bare PEFT files,
-    PEFT directories and diffusers LoRA files, with the adapter's name in the keys or without.
+    Understands LongLive's and MemFlow's ``lora.pt``, KVPO's checkpoints (adapter, ``ema``), PEFT's files,
+    directories and whole models, with the adapter's name in the keys or without, diffusers LoRA files, and
+    those of kohya's and musubi's trainers, diffusion-pipe, ComfyUI and DiffSynth.
 
     Args:
         path: a file or a directory.
-        entry: top-level entry of a ``.pt`` file, by default ``generator_lora``; the moving average of a KVPO
-            checkpoint is ``ema``.
+        entry: top-level entry of a ``.pt`` file, by default the first present of ADAPTER_ENTRIES; the moving
+            average of a KVPO checkpoint is ``ema``.
 
     Raises:
         ValueError: unreadable file, no adapter in it, layers with only one half or nothing but zeros, ranks
@@ -234,8 +237,11 @@ def load_adapter_state(path: str | Path, *, entry: str | None = None) -> Adapter
         for module, halves in pairs.items()
         for half in "AB"
     }
-    if not any(half.any() for half in reversed(public.values())):  # B first: A may be drawn at random
-        raise ValueError(f"{source}: A and B of every layer are zero: nothing changes and nothing can learn")
+    if not any(pairs[module]["A"].float().any() and pairs[module]["B"].float().any() for module in pairs):
+        raise ValueError(
+            f"{source}: A or B of every layer is zero, so that the adapter changes nothing; without it "
+            "(backbone.lora empty) training starts from a fresh one"
+        )
     statements += [_Statement(f"tensors of {path}", alphas=own)] if own else []
     ranks = {module: halves["A"].shape[0] for module, halves in pairs.items()}
     alphas, stated = _agreed(statements, ranks, source)
@@ -246,6 +252,8 @@ def _adapter_file(directory: Path) -> Path:
     for name in (*PEFT_FILES, DIFFUSERS_ADAPTER_NAME):
         if (directory / name).is_file():
             return directory / name
+    if len(single := sorted(directory.glob("*.safetensors"))) == 1:
+        return single[0]
     raise ValueError(
         f"{directory}: no adapter ({', '.join((*PEFT_FILES, DIFFUSERS_ADAPTER_NAME))}); "
         f"the directory holds {named_list(sorted(p.name for p in directory.iterdir())) or 'nothing'}"
@@ -262,18 +270,22 @@ def _adapter_layers(
     """
     pairs: dict[str, dict[str, Tensor]] = {}
     alphas, strangers = {}, []
-    for name, tensor in in_wan_names(tensors, _PREFIX, source).items():
+    refuse_layout(tensors, source)
+    whole = any(".base_layer." in name for name in tensors)  # a whole PEFT model: its base is a checkpoint
+    for name, tensor in in_wan_names(tensors, source).items():
         match = ADAPTER_KEY.match(name)
         if name.endswith(".alpha"):
             alphas[name.removesuffix(".alpha")] = _positive(tensor, f"{source}: {name}")
+        elif match is None and whole:
+            continue
         elif match is None or tensor.ndim != 2:
             strangers.append(name)
         else:
-            pairs.setdefault(match["module"], {})[match["half"]] = tensor
+            halves, half = pairs.setdefault(match["module"], {}), _HALVES.get(match["half"], match["half"])
+            if half in halves:
+                raise ValueError(f"{source}: {match['module']} has {half} of several adapters; save one")
+            halves[half] = tensor
     strangers += [f"{name}.alpha" for name in alphas if name not in pairs]
-    layout = layout_of(tensors)
-    if layout and (strangers or not pairs):
-        raise ValueError(f"{source}: {layout}, which is not read; only plain LoRA in PEFT's or diffusers' is")
     if not pairs:
         base = any(name.startswith("blocks.") for name in strangers)
         raise ValueError(
@@ -336,7 +348,7 @@ def _agreed(
 def _of(module: str, patterns: Mapping[str, float], default: float | None) -> float | None:
     """The value of the first pattern that a layer's name ends in, in Wan's or in diffusers' names."""
     for pattern, value in patterns.items():
-        bare = _PREFIX.sub("", pattern)
+        bare = PREFIX.sub("", pattern)
         try:
             if any(re.fullmatch(rf"(.*\.)?({bare})", name) for name in (module, to_diffusers_name(module))):
                 return value

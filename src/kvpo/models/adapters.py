@@ -213,15 +213,49 @@ def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: value for name, value in model.named_parameters() if value.requires_grad}
 
 
-def adapter_state(model: nn.Module) -> AdapterState:
-    """The trained adapter's current weights (sharing memory) in PEFT's public layout."""
-    tensors = get_peft_model_state_dict(model, adapter_name=TRAINED)
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+def adapter_state(model: nn.Module, name: str = TRAINED) -> AdapterState:
+    """An adapter's current weights (sharing memory) in PEFT's public layout.
+
+    Args:
+        name: TRAINED, or REFERENCE for what a continued adapter started from.
+    """
+    tensors = get_peft_model_state_dict(model, adapter_name=name)
+    layers = {path: module for path, module in model.named_modules() if isinstance(module, LoraLayer)}
     return adapter_of(
-        {PEFT_PREFIX + name: tensor.detach() for name, tensor in tensors.items()},
-        {name: layer.lora_alpha[TRAINED] for name, layer in layers.items()},
-        "trained adapter",
+        {PEFT_PREFIX + path: tensor.detach() for path, tensor in tensors.items()},
+        {path: layer.lora_alpha[name] for path, layer in layers.items()},
+        f"{name} adapter",
     )
+
+
+def adapter_difference(
+    continued: AdapterState, given: AdapterState, rank: int = 0
+) -> tuple[AdapterState, float]:
+    """The adapter that makes ``continued`` of ``given`` when it is added, of scale 1, and how much is lost.
+
+    Concatenated it is exact, ``[s B, -s' B'] [A; A']``, at the sum of both ranks; at a lower ``rank`` its
+    layers are their best approximations (truncated singular values), which lose a share of the Frobenius norm
+    of all.
+    """
+    tensors: dict[str, Tensor] = {}
+    ranks: dict[str, float] = {}
+    squares, lost = 0.0, 0.0
+    for module in continued.modules:
+        (a, b), (given_a, given_b) = continued.pair(module), given.pair(module)
+        scaled = [continued.scale(module) * b.double(), -given.scale(module) * given_b.double()]
+        a, b = torch.cat([a, given_a]).double(), torch.cat(scaled, 1)
+        if 0 < rank < len(a):
+            (q, r), (other_q, other_r) = torch.linalg.qr(b), torch.linalg.qr(a.T)
+            left, values, right = torch.linalg.svd(r @ other_r.T)
+            squares += float(values.square().sum())
+            lost += float(values[rank:].square().sum())
+            root = values[:rank].sqrt()
+            b = q @ left[:, :rank] * root
+            a = root[:, None] * (right[:rank] @ other_q.T)
+        tensors[f"{PEFT_PREFIX}{module}.lora_A.weight"] = a.float()
+        tensors[f"{PEFT_PREFIX}{module}.lora_B.weight"] = b.float()
+        ranks[module] = float(len(a))
+    return adapter_of(tensors, ranks, "difference"), math.sqrt(lost / squares) if squares else 0.0
 
 
 def base_state(model: nn.Module) -> dict[str, Tensor]:

@@ -8,6 +8,9 @@ Shape legend: R rows, F frames of the call, C/H/W latent, T tokens per frame, N 
 """
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import cast
 
 import torch
@@ -186,6 +189,17 @@ class WanBlock(nn.Module):
         ffn_in = (self.norm2(x) * (1 + scale_ffn) + shift_ffn).type_as(x)
         return x + gate_ffn * self.ffn(ffn_in)
 
+    def only_keys_values(
+        self, x: Tensor, time_R6D: Tensor, rotation: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, Tensor]:
+        """Keys and values of the call's own frames, for those who need nothing else of the layer."""
+        _, k, v = self.own_keys_values(x, time_R6D, rotation)
+        return k, v
+
+    def text_keys(self, text: Tensor) -> Tensor:
+        """Keys of the cross-attention ``[R, K, N, D]``."""
+        return self.cross_attn.keys_values(text)[0]
+
     def _rotate_by_slot(self, q: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
         """Relative positions: keys are rotated by their slot, queries by theirs, the last slots."""
         tokens = self.shape.tokens_per_frame
@@ -273,7 +287,7 @@ class CausalWan(nn.Module):
         for layer, module in enumerate(self.blocks):
             block = cast(WanBlock, module)
             if encode and layer == len(self.blocks) - 1:
-                _, k, v = block.own_keys_values(x, time_R6D, rotation)
+                k, v = block.only_keys_values(x, time_R6D, rotation)
                 stored = _stored(stored, layer, len(self.blocks), k, v)
                 break
             arguments = (x, time_R6D, text, text_rows, rotation, context, layer)
@@ -292,6 +306,19 @@ class CausalWan(nn.Module):
         (rows, columns), (_, height, width) = self.shape.grid, self.shape.patch_size
         x = x.unflatten(2, (height, width, self.shape.channels)).unflatten(1, (frames, rows, columns))
         return x.permute(0, 1, 6, 2, 4, 3, 5).flatten(5, 6).flatten(3, 4)
+
+    @contextmanager
+    def smallest_latents(self) -> Iterator[None]:
+        """Inside, latents are two by two tokens: enough to compare weights, at a fraction of the work."""
+        own, (_, height, width) = self.shape, self.shape.patch_size
+        shaped: list[CausalWan | WanBlock] = [self, *(cast(WanBlock, block) for block in self.blocks)]
+        try:
+            for module in shaped:
+                module.shape = replace(own, latent_height=2 * height, latent_width=2 * width)
+            yield
+        finally:
+            for module in shaped:
+                module.shape = own
 
     def compile_blocks(self) -> None:
         """Compile every layer but its attention over the context, for any number of rows, in place.
@@ -312,4 +339,4 @@ class CausalWan(nn.Module):
     def text_keys(self, text_RLD: Tensor, layer: int) -> Tensor:
         """Keys of a layer's cross-attention, ``[R, text_len, N, D]`` (a bank scores frames by them)."""
         text = self.text_embedding(text_RLD.to(self.patch_embedding.weight.dtype))
-        return cast(WanBlock, self.blocks[layer]).cross_attn.keys_values(text)[0]
+        return cast(WanBlock, self.blocks[layer]).text_keys(text)

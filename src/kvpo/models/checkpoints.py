@@ -20,20 +20,25 @@ from kvpo.models.tensor_files import (
     only_tensors,
     read_shards,
     read_tensor_file,
-    read_tensors,
 )
 
-TRANSFORMER_ENTRIES = ("generator", "generator_ema", "model")
+TRANSFORMER_ENTRIES = ("generator", "generator_ema", "model", "model_state_dict", "state_dict")
 """Top-level entries that hold transformer weights, in the order the public loaders try them."""
-ADAPTER_ENTRIES = ("generator_lora",)
-"""Top-level entries that hold an adapter; a trainer's other copies are chosen by name."""
+LORA_ENTRIES = ("generator_lora", "generator_ema_lora")
+"""Top-level entries that hold nothing but an adapter."""
+ADAPTER_ENTRIES = (*LORA_ENTRIES, *TRANSFORMER_ENTRIES)
+"""Top-level entries that may hold an adapter; a trainer's other copies are chosen by name."""
 NAMED_ENTRIES = ("ema", "initial_generator_lora")
 """Entries of KVPO's own checkpoints that are read only when asked for by name."""
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
 
 _WRAPPERS = re.compile(r"(?:_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod)\.")
-_MODEL_PREFIX = re.compile(r"^(?:(?:module|model)\.)+")
-ADAPTER_KEY = re.compile(r"^(?P<module>.+)\.lora_(?P<half>[AB])\.(?:[^.]+\.)?weight$")
+PREFIX = re.compile(
+    r"^(?:(?:module|model|base_model|generator|transformer|diffusion_model|pipe\.dit|dit)\.)+"
+)
+"""Words that trainers, pipelines and interfaces put before the names of the transformer."""
+ADAPTER_KEY = re.compile(r"^(?P<module>.+)\.lora[._](?P<half>A|B|down|up)\.(?:[^.]+\.)?weight$")
+_KOHYA = re.compile(r"^(?:lora_unet|lora_transformer|lycoris)_(?P<block>blocks_\d+_)?(?P<layer>[^.]+)")
 
 _TOP_NAMES = {
     "patch_embedding": "patch_embedding",
@@ -64,6 +69,15 @@ _BLOCK_NAMES = {
     "ffn.2": "ffn.net.2",
     "modulation": "scale_shift_table",
 }
+_DOTTED = {
+    name.replace(".", "_"): name for table in (_TOP_NAMES, _BLOCK_NAMES) for name in (*table.values(), *table)
+}
+"""Names of layers as kohya's trainers write them, without dots -> as the transformer has them."""
+_WEIGHTS = re.compile(
+    r"(?P<stem>diffusion_pytorch_model|model|pytorch_model)(?P<variant>\.(?:fp16|bf16|fp32))?"
+    r"\.(?P<kind>safetensors|bin|pt|pth)(?P<index>\.index(?:\.\w+)?\.json)?"
+)
+"""Names of whole weights, or of their index, in a folder."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +87,8 @@ class TransformerState:
     tensors: dict[str, Tensor]
     source: str
     files: tuple[Path, ...] = ()
+    adapted: bool = False
+    """The file holds an adapter of these weights, too."""
 
 
 def _rename(name: str, top: Mapping[str, str], block: Mapping[str, str]) -> str:
@@ -104,28 +120,31 @@ _LAYOUTS = {
     r"\.lokr_w[12]": "a LoKr adapter of LyCORIS",
     r"\.hada_w[12]_": "a LoHa adapter of LyCORIS",
     r"\.lora_magnitude_vector|\.dora_scale": "a DoRA adapter",
-    r"\.base_layer\.": "a whole PEFT model, base weights and adapter in one (save_pretrained splits them)",
-    r"^(?:lora|lycoris)_\w+\.": "an adapter in kohya's layout (lora_unet_...)",
-    r"\.diff(?:_b)?$": "differences of whole weights, as ComfyUI's extraction writes them",
-    r"^diffusion_model\..*\.lora_(?:down|up)\.": "an adapter in ComfyUI's layout (diffusion_model...)",
-    r"\.lora_(?:down|up)\.|\.lora\.(?:down|up)\.": "an adapter of older diffusers (down and up)",
-    r"^(?:model\.)*diffusion_model\.(?!.*\.lora_)": "a model in ComfyUI's layout (diffusion_model...)",
-    r"^(?:pipe\.)?transformer\.(?!.*\.lora_)": "the part of a diffusers pipeline under transformer...",
+    r"\.(?:diff|diff_b|w_norm|b_norm)$": "differences of whole weights, which no LoRA holds: merge the file "
+    "into the checkpoint with the tool that wrote it",
+    r"(?:^|\.)scaled_fp8$|\.(?:scale_weight|weight_scale|scale_input|input_scale|weight_scale_inv)$|"
+    r"\.comfy_quant$": "scaled fp8 weights, numbers without meaning until each is multiplied by its scale: "
+    "give the fp16, bf16 or plain fp8 file",
     r"^token_embedding\.|^shared\.weight|\.SelfAttention\.": "a T5 text encoder",
     r"^(?:encoder|decoder)\.(?:conv1|conv_in|middle|mid_block|head)\.": "a VAE",
 }
 """Patterns of keys, and what a file with such keys is; the first that matches any key holds."""
 
 
-def layout_of(names: Iterable[str]) -> str | None:
-    """The known layout, among those that are not read, of a file with such keys; None elsewhere."""
-    bare = [_WRAPPERS.sub("", name) for name in names]
-    return next((words for key, words in _LAYOUTS.items() if any(re.search(key, n) for n in bare)), None)
+def refuse_layout(names: Iterable[str], source: str) -> None:
+    """Raise ValueError for keys of a known layout that is not read, naming it and the first such key."""
+    for key, words in _LAYOUTS.items():
+        if found := next((name for name in names if re.search(key, _WRAPPERS.sub("", name))), None):
+            raise ValueError(f"{source}: {words}; that is not read (key {found})")
 
 
-def in_wan_names(tensors: Mapping[str, Tensor], prefix: re.Pattern[str], source: str) -> dict[str, Tensor]:
-    """Tensors under names without wrapper and model prefixes, in Wan's naming."""
-    names = {name: prefix.sub("", _WRAPPERS.sub("", name)) for name in tensors}
+def in_wan_names(tensors: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
+    """Tensors under names without wrappers, prefixes and PEFT's ``base_layer``, in Wan's naming.
+
+    Raises:
+        ValueError: two names that become one, or a prefix that no public layout has before every layer.
+    """
+    names = {name: _bare(name) for name in tensors}
     if _is_diffusers(names.values()):
         names = {name: from_diffusers_name(bare) for name, bare in names.items()}
     twice = [bare for bare, count in Counter(names.values()).items() if count > 1]
@@ -133,7 +152,21 @@ def in_wan_names(tensors: Mapping[str, Tensor], prefix: re.Pattern[str], source:
         raise ValueError(
             f"{source}: parameters under several names that differ only in prefixes: {named_list(twice)}"
         )
+    strange = {match[1] for bare in names.values() if (match := re.match(r"(.+?\.)blocks\.\d+\.", bare))}
+    if strange and not any(bare.startswith("blocks.") for bare in names.values()):
+        raise ValueError(
+            f"{source}: its layers have {named_list(sorted(strange))} before their names, which no public "
+            "layout has; save them without it"
+        )
     return {names[name]: tensor for name, tensor in tensors.items()}
+
+
+def _bare(name: str) -> str:
+    bare = PREFIX.sub("", _WRAPPERS.sub("", name)).replace(".base_layer.", ".")
+    match = _KOHYA.match(bare)
+    if match is None or match["layer"] not in _DOTTED:
+        return bare
+    return (match["block"] or "").replace("_", ".") + _DOTTED[match["layer"]] + bare[match.end() :]
 
 
 def choose_entry(
@@ -148,7 +181,7 @@ def choose_entry(
     if entry not in entries:
         wanted = entry or " or ".join(order)
         message = f"{source}: no entry {wanted}; the file holds {named_list(content) or 'nothing'}"
-        if order is TRANSFORMER_ENTRIES and any(name in entries for name in ADAPTER_ENTRIES):
+        if order is TRANSFORMER_ENTRIES and any(name in entries for name in LORA_ENTRIES):
             message += ". It is an adapter: give it as the adapter, beside the base checkpoint"
         raise ValueError(message)
     unused = [name for name in entries if name != entry and name in (*order, *NAMED_ENTRIES)]
@@ -158,49 +191,56 @@ def choose_entry(
     )
 
 
-def _read_directory(directory: Path) -> tuple[dict[str, Tensor], str, tuple[Path, ...]]:
+def _weights_file(directory: Path) -> Path:
+    """The whole weights in a directory, or their index: safetensors before pickles, no variant before one."""
+    kinds = ("safetensors", "bin", "pt", "pth")
+    stems = ("diffusion_pytorch_model", "model", "pytorch_model")
     for folder in (directory, directory / "transformer"):
-        if (index := folder / (WEIGHTS_NAME + ".index.json")).is_file():
-            tensors, shards = read_shards(index)
-            return tensors, str(index), shards
-        if (single := folder / WEIGHTS_NAME).is_file():
-            return read_tensors(single), str(single), (single,)
+        files = sorted(folder.iterdir()) if folder.is_dir() else []
+        found = {file: match for file in files if (match := _WEIGHTS.fullmatch(file.name))}
+        if found:
+            return min(found, key=lambda file: (
+                stems.index(found[file]["stem"]), kinds.index(found[file]["kind"]),
+                bool(found[file]["variant"]), not found[file]["index"],
+            ))  # fmt: skip
     raise ValueError(
-        f"{directory}: neither {WEIGHTS_NAME} nor its index.json, here or in transformer/; "
-        f"the directory holds {named_list(sorted(p.name for p in directory.iterdir())) or 'nothing'}"
+        f"{directory}: no weights (such as {WEIGHTS_NAME}, its index.json, or model.pt), here or in "
+        f"transformer/; the directory holds "
+        f"{named_list(sorted(p.name for p in directory.iterdir())) or 'nothing'}"
     )
 
 
 def load_transformer_state(path: str | Path, *, entry: str | None = None) -> TransformerState:
     """Transformer weights of any public layout, memory-mapped, under bare Wan names.
 
-    Understands the ``.pt`` layouts of Self-Forcing, LongLive, MemFlow and KVPO, Wan's own safetensors and
-    diffusers directories (single file or sharded), with wrapper, compile and ``model.`` prefixes.
+    Understands the ``.pt`` layouts of Self-Forcing, LongLive, MemFlow and KVPO, Wan's own safetensors,
+    diffusers directories (single file, sharded, a variant) and ComfyUI's files, with wrapper, compile and
+    trainer prefixes. Of a whole PEFT model it takes the base weights and says so in ``adapted``.
 
     Args:
-        path: a file or a directory.
-        entry: top-level entry of a ``.pt`` file; by default the first present of ``generator``,
-            ``generator_ema``, ``model``. The result's ``source`` says what was taken and what was not.
+        path: a file, an index of shards or a directory.
+        entry: top-level entry of a ``.pt`` file; by default the first present of TRANSFORMER_ENTRIES. The
+            result's ``source`` says what was taken and what was not.
 
     Raises:
         ValueError: unreadable file, pickled code, no such entry, an adapter instead of weights.
     """
     path = Path(path)
     if path.is_dir():
+        path = _weights_file(path)
+    if path.suffix == ".json":
         if entry is not None:
-            raise ValueError(f"{path}: a directory has no entry {entry}; only .pt files have entries")
-        tensors, source, files = _read_directory(path)
+            raise ValueError(f"{path}: an index of shards has no entry {entry}; only .pt files have entries")
+        (tensors, files), source = read_shards(path), str(path)
     else:
         tensors, source = choose_entry(read_tensor_file(path), entry, TRANSFORMER_ENTRIES, str(path))
         files = (path,)
-    adapted = any(ADAPTER_KEY.match(name) for name in tensors)
-    weights = in_wan_names(tensors, _MODEL_PREFIX, source)
-    fits = any(name.startswith("blocks.") for name in weights) and not adapted
-    if not fits and (layout := layout_of(tensors)):
-        raise ValueError(f"{source}: {layout}, which is not read as transformer weights")
-    if adapted:
+    refuse_layout(tensors, source)
+    own = {name: tensor for name, tensor in tensors.items() if not ADAPTER_KEY.match(name)}
+    adapted = len(own) < len(tensors)
+    if adapted and not any(".base_layer." in name for name in own):
         raise ValueError(f"{source}: holds an adapter, not transformer weights; give it as the adapter")
-    return TransformerState(weights, source, files)
+    return TransformerState(in_wan_names(own, source), source, files, adapted)
 
 
 def transformer_sizes(shapes: Shapes) -> dict[str, int]:

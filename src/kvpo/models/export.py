@@ -4,7 +4,7 @@ Every writer puts its result in place in one step: an interrupted export leaves 
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,14 @@ from kvpo.models.adapter_files import DIFFUSERS_ADAPTER_NAME, PEFT_FILES, Adapte
 from kvpo.models.adapters import lora_config
 from kvpo.models.checkpoints import WEIGHTS_NAME, to_diffusers_name
 from kvpo.models.settings import WanShape
-from kvpo.models.tensor_files import check_tensors, storable
+from kvpo.models.tensor_files import RECORD, check_tensors, storable
 
 SHARD_BYTES = 5_000_000_000
+Record = Mapping[str, Any]
+"""Statement in JSON of what weights were made with, kept with them."""
+NOTHING: Record = {}
+Finish = Callable[[Path], None]
+"""Called with a written directory or file before it is put in place; where it raises, nothing is left."""
 
 
 def demand_new(path: Path) -> None:
@@ -37,37 +42,84 @@ def _new_directory(directory: Path) -> AbstractContextManager[Path]:
     return new_directory(directory, failures=(SafetensorError,))
 
 
-def save_peft_adapter(directory: str | Path, adapter: AdapterState, *, base_model: str = "") -> None:
+def _header(record: Record) -> dict[str, str]:
+    return {"format": "pt"} | ({RECORD: json.dumps(record)} if record else {})
+
+
+def save_peft_adapter(
+    directory: str | Path,
+    adapter: AdapterState,
+    *,
+    base_model: str = "",
+    record: Record = NOTHING,
+    finish: Finish = lambda written: None,
+) -> None:
     """Write ``adapter_model.safetensors`` and ``adapter_config.json``, as PEFT reads them.
 
     Args:
         base_model: name of the weights that the adapter belongs to, recorded in the configuration.
+        record: kept in the header.
+        finish: called before the directory is put in place.
 
     Raises:
         ValueError: the directory exists and is not empty.
     """
     with _new_directory(Path(directory)) as scratch:
         lora_config(adapter, base_model).save_pretrained(str(scratch))
-        save_file(storable(adapter.tensors), scratch / PEFT_FILES[0], metadata={"format": "pt"})
+        save_file(storable(adapter.tensors), scratch / PEFT_FILES[0], metadata=_header(record))
+        finish(scratch)
 
 
-def save_diffusers_adapter(directory: str | Path, adapter: AdapterState) -> None:
-    """Write ``pytorch_lora_weights.safetensors``, as diffusers' LoRA loaders read it.
-
-    That layout has no place for alpha on which all its readers agree, so a scale alpha / rank other than 1 is
-    multiplied into ``B`` (exact for powers of two).
+def save_diffusers_adapter(
+    directory: str | Path,
+    adapter: AdapterState,
+    *,
+    record: Record = NOTHING,
+    finish: Finish = lambda written: None,
+) -> None:
+    """Write ``pytorch_lora_weights.safetensors``, as diffusers' LoRA loaders read it (see `_folded`).
 
     Raises:
         ValueError: the directory exists and is not empty.
     """
+    tensors = _folded(adapter, lambda module: f"transformer.{to_diffusers_name(module)}")
+    with _new_directory(Path(directory)) as scratch:
+        save_file(tensors, scratch / DIFFUSERS_ADAPTER_NAME, metadata=_header(record))
+        finish(scratch)
+
+
+def save_comfy_adapter(
+    directory: str | Path,
+    adapter: AdapterState,
+    *,
+    record: Record = NOTHING,
+    finish: Finish = lambda written: None,
+) -> None:
+    """Write one safetensors file named as the directory, as ComfyUI and Scope read it (see `_folded`).
+
+    Raises:
+        ValueError: the directory exists and is not empty.
+    """
+    tensors = _folded(adapter, lambda module: f"diffusion_model.{module}")
+    directory = Path(directory)
+    with _new_directory(directory) as scratch:
+        save_file(tensors, scratch / f"{directory.name}.safetensors", metadata=_header(record))
+        finish(scratch)
+
+
+def _folded(adapter: AdapterState, name_of: Callable[[str], str]) -> dict[str, Tensor]:
+    """An adapter's halves under other names of layers.
+
+    These layouts have no place for alpha on which all their readers agree, so a scale alpha / rank other than
+    1 is multiplied into ``B`` (exact for powers of two).
+    """
     tensors = {}
     for module in adapter.modules:
         (a, b), scale = adapter.pair(module), adapter.scale(module)
-        prefix = f"transformer.{to_diffusers_name(module)}.lora_"
+        prefix = f"{name_of(module)}.lora_"
         tensors[prefix + "A.weight"] = a
         tensors[prefix + "B.weight"] = b if scale == 1 else b * scale
-    with _new_directory(Path(directory)) as scratch:
-        save_file(storable(tensors), scratch / DIFFUSERS_ADAPTER_NAME, metadata={"format": "pt"})
+    return storable(tensors)
 
 
 def save_diffusers_transformer(
@@ -76,12 +128,16 @@ def save_diffusers_transformer(
     shape: WanShape,
     *,
     shard_bytes: int = SHARD_BYTES,
+    record: Record = NOTHING,
+    finish: Finish = lambda written: None,
 ) -> None:
     """Write weights and configuration as diffusers' ``WanTransformer3DModel.from_pretrained`` reads them.
 
     Args:
         tensors: all weights under bare Wan names.
         shard_bytes: size beyond which a safetensors file is split; splits come with an index.
+        record: kept in the header of every file.
+        finish: called before the directory is put in place.
 
     Raises:
         ValueError: keys or shapes that are not those of the configuration, or a directory that is not empty.
@@ -108,10 +164,13 @@ def save_diffusers_transformer(
     )
     with _new_directory(Path(directory)) as scratch:
         model.save_config(scratch)
-        _save_sharded(scratch, named, shard_bytes)
+        _save_sharded(scratch, named, shard_bytes, _header(record))
+        finish(scratch)
 
 
-def _save_sharded(directory: Path, tensors: Mapping[str, Tensor], shard_bytes: int) -> None:
+def _save_sharded(
+    directory: Path, tensors: Mapping[str, Tensor], shard_bytes: int, header: dict[str, str]
+) -> None:
     shards: list[list[str]] = [[]]
     used = 0
     for name, tensor in tensors.items():
@@ -125,9 +184,7 @@ def _save_sharded(directory: Path, tensors: Mapping[str, Tensor], shard_bytes: i
     if len(shards) == 1:
         files = [WEIGHTS_NAME]
     for file, names in zip(files, shards, strict=True):
-        save_file(
-            storable({name: tensors[name] for name in names}), directory / file, metadata={"format": "pt"}
-        )
+        save_file(storable({name: tensors[name] for name in names}), directory / file, metadata=header)
     if len(shards) > 1:
         weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}
         total = sum(tensor.nbytes for tensor in tensors.values())
@@ -135,11 +192,19 @@ def _save_sharded(directory: Path, tensors: Mapping[str, Tensor], shard_bytes: i
         (directory / f"{WEIGHTS_NAME}.index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
 
 
-def save_public_checkpoint(path: str | Path, tensors: Mapping[str, Tensor]) -> None:
+def save_public_checkpoint(
+    path: str | Path,
+    tensors: Mapping[str, Tensor],
+    *,
+    record: Record = NOTHING,
+    finish: Finish = lambda written: None,
+) -> None:
     """Write ``{"generator": {"model.…": …}}``, the layout of LongLive, MemFlow and Self-Forcing.
 
     Args:
         tensors: all weights under bare Wan names.
+        record: kept in an entry of its own.
+        finish: called before the file is put in place.
 
     Raises:
         ValueError: the file exists.
@@ -149,4 +214,7 @@ def save_public_checkpoint(path: str | Path, tensors: Mapping[str, Tensor]) -> N
     path.parent.mkdir(parents=True, exist_ok=True)
     with new_file(path, failures=(RuntimeError,)) as scratch:  # torch's word for a full disk
         with scratch.open("wb") as file:  # given a name, torch's writer wants letters on both sides of a dot
-            torch.save({"generator": {f"model.{name}": t for name, t in storable(tensors).items()}}, file)
+            content: dict[str, Any] = {RECORD: json.dumps(record)} if record else {}
+            named = {f"model.{name}": tensor for name, tensor in storable(tensors).items()}
+            torch.save({"generator": named, **content}, file)
+        finish(scratch)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import cast
 
-from huggingface_hub import constants, hf_hub_download, snapshot_download
+from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
@@ -76,6 +76,42 @@ def resolve_location(
     if not any(path.is_file() for path in directory.rglob("*")):
         raise ValueError(f"{location}: no file of the hub repository {repo} matches {', '.join(patterns)}")
     return directory
+
+
+def is_repository(name: str) -> bool:
+    """True for owner/name without a revision or a file."""
+    match = _HUB.fullmatch(name)
+    return match is not None and match["repo"] == name
+
+
+def repository_of(location: str) -> str | None:
+    """Repository of the hub, owner/name, that a location is in, FILE#ENTRY too; None for a local path."""
+    file, _ = split_entry(location)
+    match = None if not file or local_path(file, "path").exists() else _HUB.fullmatch(file)
+    return match["repo"] if match else None
+
+
+def push_folder(directory: Path, repo: str) -> str:
+    """Upload a directory to a model repository of the hub, owner/name, and return its address.
+
+    A new repository is private. Hub and login are those of ``huggingface_hub`` (HF_ENDPOINT, HF_TOKEN).
+
+    Raises:
+        ValueError: no such name, no login, no right to write, or no connection.
+    """
+    api = HfApi()
+    try:
+        api.create_repo(repo, private=True, exist_ok=True)
+        api.upload_folder(
+            repo_id=repo, folder_path=directory, commit_message=f"{directory.name}, by kvpo export"
+        )
+    except (OSError, ValueError, _NetworkError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(
+            f"--push {repo}: {reason}; {directory} is complete: once that is put right (a login is made with "
+            f"`hf auth login`), `hf upload {repo} {directory}` uploads it"
+        ) from error
+    return f"{api.endpoint}/{repo}"
 
 
 def _fetch_if_there(repo: str, file: str, revision: str | None, download: bool) -> None:

@@ -93,6 +93,8 @@ class Deployment:
     """MemFlow sparse memory activation (top 3 of sink and bank per head)."""
     bank_every_block: bool = False
     """Record every block in the bank (single-prompt pipeline) instead of every third."""
+    transition_blocks: int = 0
+    """Blocks after a prompt switch that are told a mixture of the two prompts; 0: the new one at once."""
 
     bank_as_published: ClassVar[bool] = False
     """True in a subclass reproduces two quirks of the published bank: it takes the same frame in up to three
@@ -111,6 +113,8 @@ class Deployment:
         """Raise ValueError for the first number that is out of range or contradicts another."""
         require(self.block >= 1, "stream.block", self.block, "at least 1")
         require(self.sink >= 0, "stream.sink", self.sink, "0 or more")
+        transition = self.transition_blocks
+        require(transition >= 0, "stream.transition_blocks", transition, "0 or more")
         least = self.sink + self.block
         require(
             self.window == -1 or self.window >= least,

@@ -19,6 +19,10 @@ from kvpo.models.finite import require_finite_weights
 SAMPLES = 64
 SAMPLE_BYTES = 65536
 ALIGNMENT = 64
+RECORD = "kvpo"
+"""Field of a safetensors header, or entry of a .pt file, that says what exported weights were made with."""
+DIGESTED = 64
+"""Numbers of each tensor that `digest_of` reads."""
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -83,6 +87,17 @@ def fingerprint(paths: Iterable[Path], settings: str = "") -> str:
                 for sample in range(SAMPLES):
                     stream.seek((size - SAMPLE_BYTES) * sample // (SAMPLES - 1))
                     digest.update(stream.read(SAMPLE_BYTES))
+    return digest.hexdigest()
+
+
+def digest_of(tensors: Mapping[str, Tensor]) -> str:
+    """Digest of weights by name, shape and evenly spaced numbers in bfloat16, whatever file they are from."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(json.dumps([name, list(tensor.shape)]).encode())
+        sample = tensor.detach().reshape(-1)[:: max(1, tensor.numel() // DIGESTED)].cpu().to(torch.bfloat16)
+        digest.update(bytes(sample.contiguous().view(torch.uint8).numpy()))
     return digest.hexdigest()
 
 
@@ -162,7 +177,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def read_shards(index: Path) -> tuple[dict[str, Tensor], tuple[Path, ...]]:
-    """Tensors of a sharded safetensors checkpoint, each key read from the shard that its index names, and the
+    """Tensors of a sharded checkpoint, each key read from the shard that its index names, and the
     shards.
 
     Raises:
@@ -177,7 +192,7 @@ def read_shards(index: Path) -> tuple[dict[str, Tensor], tuple[Path, ...]]:
     shards = sorted(set(weight_map.values()))
     if absent := [name for name in shards if Path(name).name != name or not (index.parent / name).is_file()]:
         raise ValueError(f"{index}: shards that are not beside it: {named_list(absent)}; download the rest")
-    held = {shard: read_safetensors(index.parent / shard) for shard in shards}
+    held = {shard: read_tensors(index.parent / shard) for shard in shards}
     if lost := [f"{key} ({shard})" for key, shard in weight_map.items() if key not in held[shard]]:
         raise ValueError(f"{index}: keys that their shard does not hold: {named_list(lost)}")
     tensors = {key: held[shard][key] for key, shard in weight_map.items()}

@@ -96,7 +96,12 @@ class UMT5Encoder:
 
     def length(self, text: str) -> int:
         """Tokens of a prompt, the end token included, before anything is cut."""
-        return len(self.tokenizer(clean_text(text), verbose=False).input_ids)
+        return token_count(self.tokenizer, text)
+
+
+def token_count(tokenizer: PreTrainedTokenizerBase, text: str) -> int:
+    """Tokens of a prompt, the end token included."""
+    return len(tokenizer(clean_text(text), verbose=False).input_ids)
 
 
 def transformers_name(name: str) -> str:
@@ -213,12 +218,16 @@ def load_text_encoder(
     """
     load = _load_directory if weights.is_dir() else _load_official
     model = load(weights, device, dtype).eval().requires_grad_(False)
-    refuse_pointers(tokenizer)
+    return UMT5Encoder(model, load_tokenizer(tokenizer), text_len)
+
+
+def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer in a directory. Raises ValueError where transformers finds none."""
+    refuse_pointers(directory)
     try:
-        vocabulary = AutoTokenizer.from_pretrained(tokenizer, local_files_only=True)
+        return AutoTokenizer.from_pretrained(directory, local_files_only=True)
     except (OSError, ValueError) as error:
-        raise ValueError(f"{tokenizer}: not a tokenizer that transformers can load: {error}") from error
-    return UMT5Encoder(model, vocabulary, text_len)
+        raise ValueError(f"{directory}: not a tokenizer that transformers can load: {error}") from error
 
 
 def encoder_fingerprint(weights: Path, tokenizer: Path, dtype: torch.dtype) -> str:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 
 from kvpo.config import Config
 from kvpo.engine.generator import StreamingGenerator
-from kvpo.engine.pages import PlannedRollout
+from kvpo.engine.pages import PlannedRollout, groups_together
 from kvpo.models.causal_wan import CausalWan
 from kvpo.plan.cost import Costs, Work, blocks_work, members_work, replay_work
 from kvpo.plan.memory import (
@@ -20,6 +20,7 @@ from kvpo.plan.memory import (
     trajectory_bytes,
 )
 from kvpo.plan.replays import Replays, replays_of
+from kvpo.plan.splits import Sharing
 from kvpo.training.checkpoint import KEPT_CHECKPOINTS
 from kvpo.training.evaluation import ROWS
 
@@ -55,6 +56,10 @@ class Rates:
 
     flops: float
     bandwidth: float
+    link: float = 400e9
+    """Bytes per second that a device sends to others of its node (NVLink of an H200: 450 at best)."""
+    network: float = 45e9
+    """Bytes per second that it sends to other nodes (400 Gbit/s)."""
 
     def seconds(self, work: Work) -> float:
         """The larger of the times for arithmetic and for traffic."""
@@ -90,6 +95,7 @@ class Plan:
     host: Mapping[str, float]
     checkpoint: float
     disk: float
+    split: Sharing
 
     def total(self, phase: Phase) -> float:
         """All that is on the device during a phase; prompts are embedded before anything else is loaded."""
@@ -108,6 +114,9 @@ class Plan:
         return sum(phase.seconds or 0.0 for phase in self.phases)
 
 
+ONE_PROCESS = Sharing()
+
+
 def plan_run(
     config: Config,
     model: CausalWan,
@@ -115,32 +124,41 @@ def plan_run(
     rollout: PlannedRollout,
     surroundings: Surroundings,
     rates: Rates,
+    split: Sharing = ONE_PROCESS,
 ) -> Plan:
-    """The plan of a run; ``model`` is on the meta device, ``rollout`` typical: its groups fork alike."""
+    """The plan of a run for the busiest of its ranks, which share it as ``split`` says.
+
+    ``model`` is on the meta device; ``rollout`` is that rank's and typical: its groups fork alike.
+    """
     parameters = parameters_of(config, model, surroundings.frozen_size)
     standing: dict[str, float] = {
-        "weights": parameters.weights,
-        "adapter": parameters.adapter,
-        "starting policy": parameters.reference,
-        "optimiser": parameters.moments,
-        "moving average": parameters.average,
+        "weights": parameters.weights / split.parts,
+        "adapter": parameters.adapter / split.parts,
+        "gathered layers": split.gathered(parameters, model.shape.num_layers),
+        "starting policy": parameters.reference / split.parts,
+        "optimiser": parameters.moments / split.parts,
+        "moving average": parameters.average / split.parts,
     }
     if not config.backbone.offload:
         standing |= {"codec": surroundings.codec, "rewards": sum(surroundings.rewards.values())}
     if config.device != "cpu":
         standing["context"] = CONTEXT
     fork = rollout.forks[0]
-    fitted = replace(config, exploration=fork.exploration)
+    fitted = replace(config, exploration=replace(fork.exploration, branches=config.exploration.branches))
+    own, replays = split.share(fitted), replays_of(fitted)
     weights = parameters.weights + parameters.adapter
     run = _Run(
-        config=fitted,
+        config=own,
+        groups=replace(own, exploration=fitted.exploration),
+        split=split,
         generator=generator,
         rollout=rollout,
         around=surroundings,
         rates=rates,
         parameters=parameters,
-        costs=Costs(fitted, model.shape, weights, generator.page_bytes, fork.frame),
-        replays=replays_of(fitted),
+        costs=Costs(own, model.shape, weights, generator.page_bytes, fork.frame),
+        replays=replays,
+        own_replays=split.replayed(replays),
         pages=pool_pages(config, generator, rollout),
     )
     keep = KEPT_CHECKPOINTS + 2  # the best one, and the one being written
@@ -155,6 +173,7 @@ def plan_run(
         host=_host(run),
         checkpoint=parameters.checkpoint,
         disk=keep * parameters.checkpoint,
+        split=split,
     )
 
 
@@ -163,7 +182,10 @@ class _Run:
     """The quantities that the phases of a run are counted from."""
 
     config: Config
-    """Its exploration is what fits at the typical fork."""
+    """A rank's groups and branches; the exploration is what fits at the typical fork."""
+    groups: Config
+    """The same groups with all of their branches."""
+    split: Sharing
     generator: StreamingGenerator
     rollout: PlannedRollout
     around: Surroundings
@@ -171,6 +193,8 @@ class _Run:
     parameters: Parameters
     costs: Costs
     replays: Replays
+    """Replays of whole groups."""
+    own_replays: Replays
     pages: int
     """Pages of the cache that a refresh's rollouts share."""
 
@@ -187,7 +211,7 @@ class _Run:
     @property
     def kept(self) -> dict[str, float]:
         """Pages and clean latents, from the collection to the last update on it."""
-        clean = self.config.optim.rollouts_per_refresh * clean_bytes(self.config, self.fork)
+        clean = self.config.optim.rollouts_per_refresh * clean_bytes(self.groups, self.fork)
         return {"pages": self.pages * self.generator.page_bytes, "clean latents": clean}
 
     def forward(self, rows: int, streams: int, context: int) -> float:
@@ -214,6 +238,7 @@ def _phases(run: _Run) -> tuple[Phase, ...]:
         Phase("stream held-out videos", streaming),
         *_collecting(run),
         *_learning(run),
+        *_exchanging(run),
     ]
     return tuple(
         Phase(one.name, {name: size for name, size in one.parts.items() if size}, one.seconds)
@@ -230,12 +255,11 @@ def _collecting(run: _Run) -> list[Phase]:
     rows = min(exploration.rows or groups * members, groups * members)
     exploring = run.forward(rows, rows, max(costs.context, costs.routed))
     meanwhile = exploring if groups * optim.rollouts_per_refresh > 1 else 0.0
-    visited = trajectory_bytes(config, run.replays)
+    visited = trajectory_bytes(run.groups, run.replays)
     stored = run.kept | {"trajectories": optim.rollouts_per_refresh * visited}
     tail = exploration.blocks + exploration.tail_blocks
     decoded = groups * (members * tail * block + run.fork)
-    root = blocks_work(costs, run.fork // block, min(rows, groups)).times(groups / min(rows, groups))
-    seconds = rates.seconds(root) + rates.seconds(members_work(costs, groups, rows))
+    seconds = sum(rates.seconds(work) for work in _explored(run, costs))
     decoder = {"codec": around.codec * config.backbone.offload, "decoder": around.decode}
     rewards = {
         "rewards": max(around.rewards.values(), default=0.0) * config.backbone.offload,
@@ -249,14 +273,26 @@ def _collecting(run: _Run) -> list[Phase]:
     ]
 
 
+def _explored(run: _Run, costs: Costs) -> tuple[Work, Work]:
+    """Growing the roots of a rank's groups, and running its members."""
+    config, exploration = run.config, run.config.exploration
+    groups, blocks = config.optim.prompts_per_update, run.fork // run.generator.block
+    members = groups * (exploration.branches + 1)
+    rows = min(exploration.rows or members, members)
+    together = min(rows, groups)
+    root = blocks_work(costs, blocks, together).times(groups / together)
+    return root, members_work(costs, groups, rows)
+
+
 def _learning(run: _Run) -> list[Phase]:
     """Replays with their backward passes, and the optimiser's step."""
-    config, replays = run.config, run.replays
-    evidence = config.optim.rollouts_per_refresh * evidence_bytes(config, replays)
-    gradients = 4.0 * run.parameters.trained
+    config, replays, split = run.config, run.own_replays, run.split
+    evidence = config.optim.rollouts_per_refresh * evidence_bytes(config, run.replays)
+    gradients = 4.0 * run.parameters.trained / split.parts
     stored = run.kept | {"evidence": evidence, "gradients": gradients}
     replaying = {
-        "answers": answer_bytes(config, replays),
+        "answers": answer_bytes(config, run.replays),
+        "gradients of micro-batches": (split.kept(replays) - 1) * gradients,
         "activations": Activations(config, run.costs.context).training(replays.states),
     }
     seconds = run.rates.seconds(_replay_work(config, replays, run.costs))
@@ -264,6 +300,28 @@ def _learning(run: _Run) -> list[Phase]:
         Phase("replay and backward", stored | replaying, seconds),
         Phase("optimiser step", stored | {"its temporaries": gradients}),
     ]
+
+
+def _exchanging(run: _Run) -> list[Phase]:
+    """Traffic between ranks: gradients, and spread weights before each layer of each pass."""
+    split, config, rates = run.split, run.config, run.rates
+    if split.ranks == 1:
+        return []
+    replays = run.own_replays
+
+    def read(costs: Costs) -> float:
+        works = (*_explored(run, costs), _replay_work(config, replays, costs))
+        return sum(work.bytes for work in works)
+
+    weights = read(run.costs) - read(replace(run.costs, weight_bytes=0.0)) if split.shard else 0.0
+    sent = split.exchanged(config, run.parameters, replays)
+    across = split.ranks > split.per_node
+    seconds = sent / (rates.network if across else rates.link)
+    seconds += weights * (split.parts - 1) / split.parts / rates.link
+    together = min(groups_together(config.exploration, config.optim.prompts_per_update), split.ranks)
+    buckets = split.buckets(run.parameters, replays, together)
+    gradients = 4.0 * run.parameters.trained / split.parts * split.kept(replays)
+    return [Phase("exchange", run.kept | {"gradients": gradients, "buckets": buckets}, seconds)]
 
 
 def _replay_work(config: Config, replays: Replays, costs: Costs) -> Work:

@@ -7,7 +7,7 @@ from kvpo.report.formatting import compact, escape, number, numbers, title_of
 from kvpo.report.headline import LENGTHS, read_outcome, read_outcomes
 from kvpo.report.record import Entry, RunRecord
 
-NOT_METRICS = {"kind", "update", "time"}
+NOT_METRICS = {"kind", "update", "time", "phases"}
 RATIOS = {"ratio_mean", "ratio_max"}
 """Metrics on the scale of the clip range."""
 

@@ -8,6 +8,7 @@ from kvpo.report.clips import ClipStore
 from kvpo.report.curves import components, diagnostics, reward_curves
 from kvpo.report.formatting import embed_json, escape, fill_page
 from kvpo.report.headline import headline
+from kvpo.report.phases import phases
 from kvpo.report.radar import hacking_radar
 from kvpo.report.record import RunRecord, method_of, read_run, read_videos
 from kvpo.report.tables import checks, diversity, reproduction, settings_tables
@@ -49,6 +50,7 @@ def _sections(run: RunRecord, store: ClipStore) -> list[tuple[str, str, str, str
         ("branches", "Branch explorer", explorer_intro, branches.explorer(run, store)),
         ("diversity", "Routing and noise", "Two ways to branch, from the same forks.", diversity(run)),
         ("diagnostics", "Training diagnostics", "Each update, and how to read it.", diagnostics(run)),
+        ("phases", "Where time goes", "Phases of an update, and ranks.", phases(run)),
         ("checks", "Exactness", "Identities that hold for any weights, measured in this run.", checks(run)),
         ("configuration", "Configuration", "The resolved settings.", settings_tables(run)),
         ("reproduce", "Reproduce", "", reproduction(run)),

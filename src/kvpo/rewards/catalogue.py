@@ -45,6 +45,8 @@ _ALL = (
     _frames("clip_score", -1.0, 1.0),
     _frames("aesthetic", -inf, inf, reads_prompt=False),
     _frames("image_reward", -inf, inf),
+    _frames("transition_follow", -4.0, 4.0),
+    _frames("transition_keep", -1.0, 1.0),
     Declaration("motion_smoothness", 0.0, 1.0, False, False, 3, FLOW_PIXELS),
     Declaration("dynamic_degree", 0.0, 1.0, False, False, 2, FLOW_PIXELS),
     Declaration("subject_consistency", -1.0, 1.0, False, True, 2, SD, SUBJECT_SAMPLING),
@@ -144,6 +146,12 @@ FAMILIES = (
             "base": Part("google-bert/bert-base-uncased", CONFIG_AND_TOKENIZER),
         },
         OF_FRAMES,
+    ),
+    Family(
+        ("transition_follow", "transition_keep"),
+        "transition:load_transition",
+        {"weights": Part(CLIP_L, TRANSFORMERS_FILES)},
+        ("components",),
     ),
     Family(
         ("motion_smoothness", "dynamic_degree"),

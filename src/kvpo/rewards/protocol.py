@@ -14,6 +14,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+JUDGES = "openai:"
+"""Beginning of the addresses of judges (``kvpo.rewards.service.judge``)."""
+
+
 class Scorer(Protocol):
     """Scores a batch of clips.
 

@@ -7,7 +7,7 @@ the architecture, SHA-256 sums); ``checkpoints/best.json`` names the best one. N
 import hashlib
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,11 @@ class CheckpointError(ValueError):
     """A checkpoint that cannot be used; the message is one line for the user."""
 
 
+def write_tensors(tensors: Mapping[str, Tensor], file: Path) -> None:
+    """Write tensors to a safetensors file."""
+    save_file(storable(tensors), file)
+
+
 def save_checkpoint(
     directory: Path,
     update: int,
@@ -48,15 +53,17 @@ def save_checkpoint(
     state: Mapping[str, Any],
     *,
     architecture: Mapping[str, Any],
+    write: Callable[[Mapping[str, Tensor], Path], None] = write_tensors,
 ) -> Path:
     """Write ``directory/update-NNNNNN`` in one step and return it; one of the same update is replaced.
 
     ``state`` and ``architecture`` (the model's settings, which must agree for the tensors to fit) are
-    JSON. Raises StorageError when the disk is full; checkpoints saved before are untouched.
+    JSON; ``write`` puts the tensors into a file. Raises StorageError when the disk is full; checkpoints saved
+    before are untouched.
     """
     path = directory / f"update-{update:06d}"
     with new_directory(path, failures=(SafetensorError,)) as temporary:
-        save_file(storable(tensors), temporary / TENSORS)
+        write(tensors, temporary / TENSORS)
         record = {
             "kvpo": __version__,
             "update": update,
@@ -78,6 +85,23 @@ def load_checkpoint(
     Raises CheckpointError when it is missing, cut short, changed since it was written, a pickle, or of
     another architecture than ``architecture`` (None accepts any), or where a tensor is not finite.
     """
+    file, state = checked_file(path, architecture=architecture)
+    try:
+        tensors = load_file(file)
+    except SafetensorError as error:
+        raise CheckpointError(f"checkpoint {path}: {TENSORS} is not a safetensors file ({error})") from error
+    require_finite_tensors(path, tensors)
+    return tensors, state
+
+
+def require_finite_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Raise CheckpointError where a tensor of the checkpoint ``path`` is not finite."""
+    if (bad := first_non_finite(tensors)) is not None:
+        raise CheckpointError(f"checkpoint {path}: {bad[0]} holds {bad[1]}; choose an earlier one")
+
+
+def checked_file(path: Path, *, architecture: Mapping[str, Any] | None = None) -> tuple[Path, dict[str, Any]]:
+    """The file of a checkpoint's tensors, known to be whole, and its state. Raises as ``load_checkpoint``."""
     record = _read_record(path)
     if architecture is not None:
         _require_architecture(path, record["architecture"], _json(architecture))
@@ -95,13 +119,7 @@ def load_checkpoint(
         raise CheckpointError(
             f"checkpoint {path} was changed after it was saved: {TENSORS} fails its SHA-256"
         )
-    try:
-        tensors = load_file(file)
-    except SafetensorError as error:
-        raise CheckpointError(f"checkpoint {path}: {TENSORS} is not a safetensors file ({error})") from error
-    if (bad := first_non_finite(tensors)) is not None:
-        raise CheckpointError(f"checkpoint {path}: {bad[0]} holds {bad[1]}; choose an earlier one")
-    return tensors, record["state"]
+    return file, record["state"]
 
 
 def require_tensors(path: Path, tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
@@ -187,7 +205,7 @@ def no_improvement(path: Path, name: str | None) -> str | None:
         return None
     return (
         f"no improvement: no validation of {path.parent.parent} has beaten its base, so its best checkpoint "
-        "is update 0, the base itself; --checkpoint latest takes what was trained nevertheless"
+        "is update 0, the base itself; --checkpoint latest takes what was trained all the same"
     )
 
 

@@ -19,6 +19,7 @@ from kvpo.models.deployment import deployment_context
 from kvpo.prompts import VideoPrompt
 from kvpo.training.collection import plan_rollout
 from kvpo.training.gradients import Lesson, differentiate, lesson_of, table_of, with_old_policy
+from kvpo.training.ranks import ONE_TEAM
 from kvpo.training.setup import Setup
 from kvpo.training.trainer import Trainer
 
@@ -37,8 +38,8 @@ def streamed_table(trainer: Trainer, lesson: Lesson) -> Tensor:
     every = []
     for query, past in enumerate(evidence.past_Q):
         stream, velocities = lesson.root.fork(), []
-        text = text_of([stream])
         for block, clean_FCHW in enumerate(lesson.past_MPFCHW[past]):
+            text = text_of([stream])
             commit_banks(generator, [stream], text)
             context = deployment_context(generator.deployment, [stream.history])
             for step in range(lesson.steps):
@@ -64,7 +65,7 @@ def first_ratio_max_deviation(trainer: Trainer) -> float | None:
     regardless of their rewards. None for methods without a ratio.
     """
     setup, config = trainer.setup, trainer.setup.config
-    learner = replace(trainer.learner, steps=len(setup.generator.sigmas))
+    learner = replace(trainer.learner, steps=len(setup.generator.sigmas), teams=ONE_TEAM)
     if "ratio_deviation" not in learner.method.metrics:
         return None
     planned = plan_rollout(setup, 0)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from operator import itemgetter
 
+import torch
 from torch import Tensor
 
 from kvpo.engine.background import Submit, in_background
@@ -29,7 +30,7 @@ from kvpo.training.gradients import (
     trajectories_together,
     with_old_policy,
 )
-from kvpo.training.ranks import ALONE, Ranks
+from kvpo.training.ranks import ONE_TEAM, Ranks, Teams
 from kvpo.training.setup import Setup
 
 
@@ -42,7 +43,7 @@ class Collected:
     credits: dict[int, Credit]
     """By group, of every group worth training on, whichever rank explored it."""
     lessons: dict[int, Lesson]
-    """By group, of those that this rank explored."""
+    """By group, of those that this rank's team explored."""
     found: list[Metrics]
     """Metrics of the exploration of every group."""
     old_tables: dict[int, Tensor]
@@ -61,12 +62,20 @@ def plan_rollout(setup: Setup, update: int) -> PlannedRollout:
 
 
 def generate_rollout(
-    setup: Setup, update: int, planned: PlannedRollout, submit: Submit, cache: FrameCache
+    setup: Setup, update: int, planned: PlannedRollout, submit: Submit, cache: FrameCache, team: Ranks
 ) -> tuple[Rollout, list[Future[Scores]]]:
-    """The rollout of an update; finished groups are scored while the next ones are generated."""
+    """The rollout of an update; finished groups are scored while the next ones are generated.
+
+    Of every group this rank scores its share of the members.
+    """
     config, codec, scorer = setup.config, setup.backbone.codec, setup.judges.scorer
-    options = {"block": setup.generator.block, "shares": setup.clip_shares()}
+    options = {"block": setup.generator.block, "shares": setup.clip_shares(), "timed": setup.ranks.clock}
     pending: list[Future[Scores]] = []
+
+    def finished(group: Group) -> None:
+        own = replace(group, clean_MTCHW=group.clean_MTCHW[team.rank :: team.count])
+        pending.append(submit(partial(score_group, own, codec, scorer, **options)))
+
     rollout = roll_out(
         setup.generator,
         planned,
@@ -77,25 +86,44 @@ def generate_rollout(
         cache=cache,
         steps=config.objective.grad_steps,
         arrivals=METHODS[config.method].arrivals,
-        finished=lambda group: pending.append(submit(partial(score_group, group, codec, scorer, **options))),
+        finished=finished,
+        team=team,
     )
     return rollout, pending
 
 
-def explore(setup: Setup, updates: Sequence[int], ranks: Ranks = ALONE) -> list[tuple[Rollout, list[Scores]]]:
-    """Generate and score the rollouts of some updates in one cache, this process's share of them.
+def explore(
+    setup: Setup, updates: Sequence[int], teams: Teams = ONE_TEAM
+) -> list[tuple[Rollout, list[Scores]]]:
+    """Generate and score the rollouts of some updates in one cache, this team's share of them.
 
     Raises ValueError when a reward fails.
     """
+    team, doing = teams.team, "exploring and scoring"
     whole = [plan_rollout(setup, update) for update in updates]
-    planned = [replace(one, share=ranks.share(one.turns(ranks.count))) for one in whole]
+    planned = [replace(one, share=teams.peers.share(one.turns(teams.count))) for one in whole]
     cache = setup.generator.new_cache(cache_pages(setup.generator, planned))
-    with in_background() as submit:
-        generated = [
-            generate_rollout(setup, update, rollout, submit, cache)
-            for update, rollout in zip(updates, planned, strict=True)
-        ]
-        return [(rollout, [future.result() for future in pending]) for rollout, pending in generated]
+    with team.together(doing), in_background() as submit:
+        with setup.ranks.clock("rollout"):
+            generated = [
+                generate_rollout(setup, update, rollout, submit, cache, team)
+                for update, rollout in zip(updates, planned, strict=True)
+            ]
+        own = [[future.result() for future in pending] for _, pending in generated]
+        every = team.gather(own, doing)
+    return [
+        (rollout, [merged(parts) for parts in zip(*(found[n] for found in every), strict=True)])
+        for n, (rollout, _) in enumerate(generated)
+    ]
+
+
+def merged(parts: Sequence[Scores]) -> Scores:
+    """Scores of all members of a group, from the shares that ranks have scored."""
+    members = sum(part.local_KM.shape[1] for part in parts)
+    whole = torch.empty(2, len(parts[0].components), members)
+    for rank, part in enumerate(parts):
+        whole[:, :, rank :: len(parts)] = torch.stack([part.local_KM, part.global_KM])
+    return Scores(parts[0].components, whole[0], whole[1])
 
 
 def credit_of(setup: Setup, update: int, index: int, score: Scores, scale: Scale | None) -> Credit | None:
@@ -104,7 +132,7 @@ def credit_of(setup: Setup, update: int, index: int, score: Scores, scale: Scale
     if not METHODS[config.method].rewarded:
         return no_credit(score.local_KM.shape[1] - 1)
     draws = keyed_generator("advantages", config.seed, update, index)
-    return assign_credit(score, setup.blend(), config.objective, draws, scale)
+    return assign_credit(score, setup.blend(), draws, scale)
 
 
 def credits_of(
@@ -143,9 +171,9 @@ def collect(setup: Setup, learner: Learner, updates: range) -> list[Collected]:
     Every rank explores its share of the groups and learns the scores of all. Raises ValueError when a reward
     fails.
     """
-    ranks, doing = setup.ranks, "exploring and scoring"
+    ranks, teams, doing = setup.ranks, learner.teams, "exploring and scoring"
     with ranks.together(doing):
-        explored = explore(setup, updates, ranks)
+        explored = explore(setup, updates, teams)
         own = [
             [
                 (g.index, score, found_in(setup, g, score))
@@ -153,13 +181,13 @@ def collect(setup: Setup, learner: Learner, updates: range) -> list[Collected]:
             ]
             for rollout, scores in explored
         ]
-    by_update = [
-        sorted(sum(shares, []), key=itemgetter(0)) for shares in zip(*ranks.gather(own, doing), strict=True)
-    ]
+    first = ranks.gather(own if teams.team.main else [[] for _ in own], doing)
+    by_update = [sorted(sum(shares, []), key=itemgetter(0)) for shares in zip(*first, strict=True)]
     every = [score for seen in by_update for _, score, _ in seen]
-    scale = collection_scale(every, setup.blend(), setup.config.objective)
+    scale = collection_scale(every, setup.blend())
     collected = []
-    with ranks.together("replaying the rollout policy"):
+    doing = "replaying the rollout policy"
+    with ranks.together(doing), teams.team.together(doing), ranks.clock("replay"):
         for update, (rollout, _), seen in zip(updates, explored, by_update, strict=True):
             credits = credits_of(setup, update, {group: score for group, score, _ in seen}, scale)
             lessons = lessons_of(setup, learner, update, rollout, credits)

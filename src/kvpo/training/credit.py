@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kvpo.config import TOTAL, WORLD_NOISE_FLOOR, ObjectiveConfig, RewardConfig
+from kvpo.config import TOTAL, WORLD_NOISE_FLOOR, Config, ObjectiveConfig, RewardConfig
 from kvpo.config_checks import ConfigurationError
 from kvpo.engine.scoring import Scores
 from kvpo.method.advantage import (
@@ -29,16 +29,18 @@ from kvpo.method.advantage import (
     total_floor,
 )
 from kvpo.method.evidence import Credit
+from kvpo.method.methods import METHODS
 
 
 @dataclass(frozen=True)
 class Blend:
-    """The fusion of a reward's components into one advantage."""
+    """The rule by which a run's scores become one advantage of each branch."""
 
     weights_K: Tensor
     floors_K: Tensor | None
     """Noise floor of every component; None: none was measured, the total's holds for each."""
     rewards: RewardConfig
+    objective: ObjectiveConfig
     default_floor: float = WORLD_NOISE_FLOOR
     """Noise floor of the weighted sum, and of every component without one of its own."""
     anchor_in_pool: bool = False
@@ -46,20 +48,19 @@ class Blend:
     pooled_scale: bool = False
     """The method divides advantages by the spread of the whole collection, not of their own group."""
 
+    @property
+    def floor(self) -> float | Tensor:
+        """Noise floor of the weighted sum of all components."""
+        return self.default_floor if self.floors_K is None else total_floor(self.floors_K, self.weights_K)
 
-def blend_of(
-    components: Sequence[str],
-    weights_K: Tensor,
-    rewards: RewardConfig,
-    *,
-    anchor_in_pool: bool = False,
-    pooled_scale: bool = False,
-) -> Blend:
-    """The blend that ``rewards`` asks for; components without a measured floor have that of the sum.
+
+def blend_of(components: Sequence[str], weights_K: Tensor, config: Config) -> Blend:
+    """The blend that a run's settings ask for; components without a measured floor have that of the sum.
 
     Raises ConfigurationError for names that are not components, and for selective fusion with nothing to
     compare.
     """
+    rewards = config.rewards
     floors = dict(rewards.noise_floors)
     default = floors.pop(TOTAL, WORLD_NOISE_FLOOR)
     if unknown := [name for name in floors if name not in components]:
@@ -73,32 +74,36 @@ def blend_of(
             "it and at least one other need a weight above 0"
         )
     measured = torch.tensor([floors.get(name, default) for name in components]) if floors else None
-    return Blend(weights_K, measured, rewards, default, anchor_in_pool, pooled_scale)
+    return Blend(
+        weights_K,
+        measured,
+        rewards,
+        config.objective,
+        default,
+        anchor_in_pool=config.method == "kvpo" and config.kvpo.anchor_share > 0,
+        pooled_scale=METHODS[config.method].pooled_scale,
+    )
 
 
 Scale = tuple[Tensor, Tensor]
 """Reward spread of a whole collection in the local and in the global signal, [K] or [] each."""
 
 
-def collection_scale(scores: Sequence[Scores], blend: Blend, config: ObjectiveConfig) -> Scale | None:
+def collection_scale(scores: Sequence[Scores], blend: Blend) -> Scale | None:
     """Spread that all advantages of a collection are divided by; None: each group's own is.
 
     One scale for every group needs no noise floor: a group of nearly equal clips has small advantages.
     """
     if not blend.pooled_scale:
         return None
-    last = None if config.advantages == "anchor" else -1
+    last = None if blend.objective.advantages == "anchor" else -1
     signals = ([item.local_KM for item in scores], [item.global_KM for item in scores])
     local, whole = (pooled_spread([_fused(one, blend)[..., :last] for one in own]) for own in signals)
     return local, whole
 
 
 def assign_credit(
-    scores: Scores,
-    blend: Blend,
-    config: ObjectiveConfig,
-    generator: torch.Generator,
-    scale: Scale | None = None,
+    scores: Scores, blend: Blend, generator: torch.Generator, scale: Scale | None = None
 ) -> Credit | None:
     """Advantages of one group (docs/method.md, "Credit"), or None where its reward spread is noise.
 
@@ -107,14 +112,13 @@ def assign_credit(
     selected ones are centred unless they are relative to an anchor in the policy's pool: over branches alone
     a constant that all advantages share does not cancel, but turns the gradient.
     """
-    floor = blend.default_floor if blend.floors_K is None else total_floor(blend.floors_K, blend.weights_K)
-    if scale is None and group_is_noise(scores, blend, config, floor):
+    if scale is None and group_is_noise(scores, blend):
         return None
     if scale is not None and not any(bool(one.any()) for one in scale):
         return None
     before = fuse_signals(
-        signal(scores.local_KM, blend, config, floor, scale and scale[0]),
-        signal(scores.global_KM, blend, config, floor, scale and scale[1]),
+        signal(scores.local_KM, blend, scale and scale[0]),
+        signal(scores.global_KM, blend, scale and scale[1]),
         GLOBAL_WEIGHT,
     )
     advantages, gap_G = before, _gap(scores, blend)
@@ -122,46 +126,39 @@ def assign_credit(
         advantages = selective(before, gap_G, *SUSPICION[blend.rewards.fusion])
     withheld = int((advantages != before).sum())
     advantages = clamp(advantages, ADVANTAGE_LIMIT)
-    if config.advantages == "random":
+    if blend.objective.advantages == "random":
         advantages = permuted(advantages, generator)
-    chosen = best_and_worst(advantages, *config.keep)
+    chosen = best_and_worst(advantages, *blend.objective.keep)
     selected = advantages[chosen]
-    if config.advantages != "anchor" or not blend.anchor_in_pool:
+    if blend.objective.advantages != "anchor" or not blend.anchor_in_pool:
         selected = centred(selected)
     return Credit(tuple(chosen.tolist()), selected, advantages, gap_G[chosen], withheld)
 
 
-def group_is_noise(scores: Scores, blend: Blend, config: ObjectiveConfig, floor: float | Tensor) -> bool:
+def group_is_noise(scores: Scores, blend: Blend) -> bool:
     """True for a group that teaches nothing: its total, or with measured floors every component, is noise.
 
     Raw fusion normalises the total, so there the total decides in either case. Components of weight 0 do not
     count, and neither does the anchor unless advantages are relative to it.
     """
-    members, floors = scores.totals(blend.weights_K, GLOBAL_WEIGHT), floor
+    members, floors = scores.totals(blend.weights_K, GLOBAL_WEIGHT), blend.floor
     if blend.floors_K is not None and blend.rewards.fusion != "rewards":
         counted = blend.weights_K > 0
         members, floors = scores.combined(GLOBAL_WEIGHT)[counted], blend.floors_K[counted]
-    anchor = members[..., -1] if config.advantages == "anchor" else None
+    anchor = members[..., -1] if blend.objective.advantages == "anchor" else None
     return is_noise(members[..., :-1], anchor, floors)
 
 
-def signal(
-    members_KM: Tensor,
-    blend: Blend,
-    config: ObjectiveConfig,
-    floor: float | Tensor,
-    scale: Tensor | None = None,
-) -> Tensor:
+def signal(members_KM: Tensor, blend: Blend, scale: Tensor | None = None) -> Tensor:
     """One signal's advantages ``[G]`` from the scores of branches and anchor, ``[K, M]``."""
     members = _fused(members_KM, blend)
-    floors = floor if blend.rewards.fusion == "rewards" or blend.floors_K is None else blend.floors_K
-    if config.advantages == "anchor":
+    raw = blend.rewards.fusion == "rewards"
+    floors = blend.floor if raw or blend.floors_K is None else blend.floors_K
+    if blend.objective.advantages == "anchor":
         normalised = anchor_relative(members[..., :-1], members[..., -1], floors, scale)
     else:
         normalised = group_centred(members[..., :-1], floors, scale)
-    if blend.rewards.fusion == "rewards":
-        return normalised
-    return fuse_components(normalised, blend.weights_K / blend.weights_K.sum())
+    return normalised if raw else fuse_components(normalised, blend.weights_K / blend.weights_K.sum())
 
 
 def _fused(members_KM: Tensor, blend: Blend) -> Tensor:

@@ -5,7 +5,7 @@ coefficients d loss / d table: exact, with the activations of one micro-batch in
 gradient").
 """
 
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,8 +18,10 @@ from kvpo.engine.replay import ReplayRow, replay_context, replay_velocities
 from kvpo.engine.rollout import Group
 from kvpo.engine.stream import Stream
 from kvpo.method.evidence import Credit, Evidence, Method, Metrics, Tables, asked_of, residual_table
+from kvpo.method.settings import MethodSettings
 from kvpo.models.finite import require_finite
 from kvpo.training.policy import Policy, swapped_parameters
+from kvpo.training.ranks import ONE_TEAM, Teams
 
 
 @dataclass(frozen=True)
@@ -30,15 +32,16 @@ class Learner:
     policy: Policy
     average: Mapping[str, Tensor]
     """Moving average of the trained parameters."""
-    method: Method
-    settings: Any
-    """The method's own."""
+    method: Method[Any]
+    settings: MethodSettings[Any]
     steps: int
     """First solver steps that count."""
     velocity_kl: float
     """Weight of the velocity KL to the starting policy."""
     rows: int
     """Forward rows (trajectories x blocks x steps) per forward pass; 0 means no limit."""
+    teams: Teams = ONE_TEAM
+    """The ranks that have this one's groups in common, and replay their trajectories in turn."""
 
     def old_policy(self) -> AbstractContextManager[None]:
         """Inside, the model is what the method calls the old policy: as it is, or its moving average."""
@@ -128,10 +131,19 @@ def lesson_of(learner: Learner, group: Group, credit: Credit, generator: torch.G
 
 
 def micro_batches(learner: Learner, lesson: Lesson) -> list[range]:
-    """The trajectories of a lesson in micro-batches of at most ``learner.rows`` forward rows."""
+    """The trajectories of a lesson in micro-batches of at most ``learner.rows`` forward rows.
+
+    No rank of a team goes without one, if there are enough.
+    """
     every = len(lesson.evidence.past_Q)
     size = trajectories_together(learner.rows, lesson.blocks, learner.steps) or every
+    size = min(size, -(-every // learner.teams.team.count))
     return [range(at, min(at + size, every)) for at in range(0, every, size)]
+
+
+def own_batches(learner: Learner, lesson: Lesson) -> list[range]:
+    """The micro-batches that this rank replays: equally many on each of its team, the last one repeated."""
+    return learner.teams.team.deal(micro_batches(learner, lesson))
 
 
 def trajectories_together(rows: int, blocks: int, steps: int) -> int:
@@ -168,14 +180,29 @@ def whole_velocities(learner: Learner, rows: Sequence[ReplayRow]) -> Tensor:
 
 
 def velocities_of(learner: Learner, lesson: Lesson) -> Tensor:
-    """Velocities [Q, P, S, F, C, H, W] at every trajectory of a lesson, without gradients."""
-    batches = micro_batches(learner, lesson)
-    return torch.cat([whole_velocities(learner, [lesson.row(query) for query in own]) for own in batches])
+    """Velocities [Q, P, S, F, C, H, W] at the trajectories that this rank replays, without gradients.
+
+    Those of others in its team are zero.
+    """
+    velocities = torch.zeros_like(lesson.evidence.states_QPSFCHW)
+    for own in own_batches(learner, lesson):
+        velocities[list(own)] = whole_velocities(learner, [lesson.row(query) for query in own])
+    return velocities
 
 
-def table_of(learner: Learner, lesson: Lesson) -> Tensor:
+def whole_table(learner: Learner, lesson: Lesson, table_NPS: Tensor, policy: str = "") -> Tensor:
+    """The table with the cells that the other ranks of the team have replayed. Raises NonFiniteError."""
+    queries = {query for own in own_batches(learner, lesson) for query in own}
+    rows = [number for number, query in enumerate(lesson.evidence.query_N) if query in queries]
+    for others, cells in learner.teams.team.gather((rows, table_NPS[rows].cpu()), "replaying"):
+        table_NPS[others] = cells.to(table_NPS)
+    lesson.require_finite(table_NPS, policy)
+    return table_NPS
+
+
+def table_of(learner: Learner, lesson: Lesson, policy: str = "") -> Tensor:
     """The table [N, P, S] of a lesson under the current policy, without gradients."""
-    return lesson.table(velocities_of(learner, lesson))
+    return whole_table(learner, lesson, lesson.table(velocities_of(learner, lesson)), policy)
 
 
 def with_old_policy(learner: Learner, lesson: Lesson) -> Lesson:
@@ -195,21 +222,32 @@ def with_routed_teacher(learner: Learner, lesson: Lesson) -> Lesson:
     if not rows:
         return lesson
     velocities = torch.zeros_like(lesson.evidence.targets_NPSFCHW)
-    size = trajectories_together(learner.rows, lesson.blocks, learner.steps) or len(rows)
-    for at in range(0, len(rows), size):
-        some = rows[at : at + size]
-        velocities[some] = whole_velocities(learner, [lesson.routed_row(n) for n in some])
+    team, found = learner.teams.team, []
+    mine = team.deal(rows)
+    size = trajectories_together(learner.rows, lesson.blocks, learner.steps) or len(mine)
+    for at in range(0, len(mine), size):
+        some = [lesson.routed_row(n) for n in mine[at : at + size]]
+        found += list(whole_velocities(learner, some).cpu())
+    answers = team.in_order(found, "replaying")[: len(rows)]
+    velocities[rows] = torch.stack(answers).to(velocities)
     return replace(lesson, evidence=lesson.evidence.with_teacher("routed", velocities))
 
 
 def accumulate_gradients(
-    learner: Learner, lesson: Lesson, old_table: Tensor | None, lessons: int
+    learner: Learner,
+    lesson: Lesson,
+    old_table: Tensor | None,
+    lessons: int,
+    added: Callable[[], None] = lambda: None,
 ) -> tuple[Metrics, float]:
     """Add the gradient of a lesson's share of the mean loss over ``lessons`` to the parameters' ``.grad``.
+
+    Of a lesson that a team has in common, the gradient of the micro-batches that this rank replays.
 
     Args:
         old_table: the table under the rollout policy; None while the current policy still is that policy (it
             is then the current table, and every ratio is exactly 1).
+        added: called after every micro-batch.
 
     Returns:
         metrics of the lesson and its velocity KL to the starting policy.
@@ -217,7 +255,8 @@ def accumulate_gradients(
     with learner.policy.reference():
         of_reference = velocities_of(learner, lesson)
     lesson = with_routed_teacher(learner, lesson.taught("reference", of_reference))
-    reference = lesson.table(of_reference, " of the starting policy")
+    of_start = " of the starting policy"
+    reference = whole_table(learner, lesson, lesson.table(of_reference, of_start), of_start)
 
     def differentiated(table_NPS: Tensor) -> Differentiated:
         """The table under the current policy, differentiated."""
@@ -225,7 +264,7 @@ def accumulate_gradients(
             learner, lesson, table_NPS, table_NPS if old_table is None else old_table, reference
         )
 
-    batches = micro_batches(learner, lesson)
+    batches, rank = micro_batches(learner, lesson), learner.teams.team.rank
     coefficients: Tensor | None = None
     if learner.method.linear:  # the loss has the same gradient at any table
         coefficients = differentiated(reference).gradient
@@ -233,7 +272,8 @@ def accumulate_gradients(
         # The loss couples cells, so the whole table must be known before any backward.
         coefficients = differentiated(table_of(learner, lesson)).gradient
     table = torch.zeros_like(reference)
-    for queries in batches:
+    for number, queries in enumerate(own_batches(learner, lesson)):
+        again = rank + number * learner.teams.team.count >= len(batches)  # it is another rank's
         rows = [lesson.row(query) for query in queries]
         with closing(replayed(learner, rows, gradients=True)) as parts:
             for blocks, velocities in parts:
@@ -241,10 +281,11 @@ def accumulate_gradients(
                 table[place] = cells.detach()
                 if coefficients is None:
                     coefficients = differentiated(table).gradient
-                loss = (coefficients[place] * cells).sum()
+                loss = (0.0 if again else 1.0) * (coefficients[place] * cells).sum()
                 if loss.requires_grad:
                     (loss / lessons).backward()
-    found = differentiated(table)
+        added()
+    found = differentiated(whole_table(learner, lesson, table))
     return found.metrics, found.drift
 
 

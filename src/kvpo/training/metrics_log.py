@@ -1,8 +1,8 @@
-"""Metrics of a run: one JSON object per line, and the same numbers for TensorBoard."""
+"""Metrics of a run: one JSON object per line, and the same numbers for TensorBoard and other trackers."""
 
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeGuard
@@ -10,17 +10,25 @@ from typing import Any, TypeGuard
 from torch.utils.tensorboard import SummaryWriter
 
 from kvpo.files import finite, json_lines, storage_error, write_atomic
+from kvpo.training.trackers import Tracker
 
 
 class MetricsLog:
-    """Appends metrics to ``metrics.jsonl`` and to TensorBoard event files.
+    """Appends metrics to ``metrics.jsonl``, to TensorBoard event files and to ``trackers``.
 
     ``resumed_at`` is the update of the checkpoint the run continues from, None for a new run: lines of later
     updates and a half-written last line, left by a run killed past that checkpoint, are removed first.
     """
 
-    def __init__(self, path: Path, tensorboard: Path, *, resumed_at: int | None = None) -> None:
-        self._path = path
+    def __init__(
+        self,
+        path: Path,
+        tensorboard: Path,
+        *,
+        resumed_at: int | None = None,
+        trackers: Sequence[Tracker] = (),
+    ) -> None:
+        self._path, self._trackers = path, trackers
         last_kept = -1 if resumed_at is None else resumed_at
         truncate_metrics(path, last_kept)
         self._file = path.open("a", encoding="utf-8")
@@ -37,15 +45,20 @@ class MetricsLog:
         try:
             self._file.write(json.dumps(record, allow_nan=False) + "\n")
             self._file.flush()
-            for name, value in _numbers(metrics):
+            found = dict(_numbers(metrics))
+            for name, value in found.items():
                 self._writer.add_scalar(name, value, update)
         except OSError as error:
             raise storage_error(self._path, error) from error
+        for tracker in self._trackers:
+            tracker.write(update, found)
 
     def close(self) -> None:
         """Flush and close both logs."""
         self._file.close()
         self._writer.close()
+        for tracker in self._trackers:
+            tracker.close()
 
     def __enter__(self) -> "MetricsLog":
         return self

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from kvpo.models.adapters import reference_policy, trained_parameters
+from kvpo.training.sharding import local, sharded
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,21 @@ def policy_of(model: nn.Module, *, adapted: bool) -> Policy:
 def swapped_parameters(
     parameters: Mapping[str, nn.Parameter], values: Mapping[str, Tensor]
 ) -> Iterator[None]:
-    """Inside, the parameters have other values and no gradients are recorded; afterwards, their own again."""
+    """Inside, the parameters have other values and no gradients are recorded; afterwards, their own again.
+
+    Values are copied where parameters are spread over ranks: what is gathered there is not their ``.data``.
+    """
+    if sharded(parameters.values()):
+        own = {name: local(parameter.detach()).clone() for name, parameter in parameters.items()}
+        try:
+            for name, parameter in parameters.items():
+                local(parameter.detach()).copy_(local(values[name]))
+            with torch.no_grad():
+                yield
+        finally:
+            for name, parameter in parameters.items():
+                local(parameter.detach()).copy_(own[name])
+        return
     own = {name: parameter.data for name, parameter in parameters.items()}
     try:
         for name, parameter in parameters.items():

@@ -9,8 +9,8 @@ one.
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,10 +20,14 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import _dump_fr_trace_json
 
+from kvpo.training.clock import Clock
+
 logger = logging.getLogger(__name__)
 
 LONG, SHORT = timedelta(hours=1), timedelta(minutes=5)
 """Time-outs of exchanges that wait for rewards or validations, and of sums of gradients."""
+STOPPED = "stopped with rank"
+"""First words of the message of a rank that stops because another one has failed."""
 T = TypeVar("T")
 
 
@@ -51,6 +55,12 @@ class Ranks:
     """Process group with the short time-out, of the device's backend."""
     traces: Path | None = None
     """Directory for the flight recorder's dump; None: the working directory."""
+    numbers: tuple[int, ...] = ()
+    """Numbers of these ranks in the run, where they are some of its ranks only."""
+    clock: Clock = field(default_factory=Clock)
+    """Time and traffic of this rank, by phase."""
+    leaving: ExitStack = field(default_factory=ExitStack)
+    """Calls to make when these ranks part."""
 
     @property
     def main(self) -> bool:
@@ -61,17 +71,36 @@ class Ranks:
         """The items that are this rank's: every ``count``-th one."""
         return list(items[self.rank :: self.count])
 
+    def deal(self, items: Sequence[T]) -> list[T]:
+        """Deal as ``share`` does, but equally many for each rank: the last one again where none is left."""
+        rounds = -(-len(items) // self.count)
+        return [items[min(self.rank + n * self.count, len(items) - 1)] for n in range(rounds)]
+
     def gather(self, value: T, doing: str) -> list[T]:
-        """The value of every rank, in order of rank. Raises LostRank."""
+        """The value of every rank, in order of rank. Raises LostRank, and RankError where one has failed."""
+        return self._exchange("", value, doing)
+
+    def _exchange(self, failure: str, value: T, doing: str) -> list[T]:
+        """Values of all ranks, each with word of its failure, so that none waits for one that has failed."""
         if self.count == 1:
             return [value]
         found: list[Any] = [None] * self.count
-        with self._in_touch(doing):
-            dist.all_gather_object(found, value, group=self.patient)
-        return found
+        with self._in_touch(doing), self.clock("wait"):
+            dist.all_gather_object(found, (failure, value), group=self.patient)
+        for rank, (report, _) in enumerate(found):
+            if report and not failure:
+                again = report.startswith(STOPPED)  # it has only heard of another one
+                text = f"{STOPPED} {self._number(rank)}, which failed while {doing}: {report}"
+                error = RankError(report if again else text)
+                vars(error)["told"] = id(self)
+                raise error
+        return [one for _, one in found]
+
+    def _number(self, rank: int) -> int:
+        return self.numbers[rank] if self.numbers else rank
 
     def in_order(self, shares: Sequence[T], doing: str) -> list[T]:
-        """The results of the items that ``share`` dealt, from all ranks, in the order of the items."""
+        """The results of the items that ``share`` or ``deal`` dealt, from all ranks, in their order."""
         every = self.gather(list(shares), doing)
         return [own[n] for n in range(len(every[0])) for own in every if n < len(own)]
 
@@ -91,29 +120,27 @@ class Ranks:
         except LostRank:
             raise
         except Exception as error:
-            self._agree(_line(error), None, doing)
+            self._tell(error, doing)
             raise
-        self._agree("", None, doing)
+        self._exchange("", None, doing)
 
     def once(self, doing: str, action: Callable[[], T]) -> T:
         """The result of ``action``, carried out by rank 0 alone; where it fails there, all fail."""
         if not self.main:
-            return self._agree("", None, doing)  # type: ignore[return-value]
+            return self._exchange("", None, doing)[0]  # type: ignore[return-value]
         try:
             value = action()
         except Exception as error:
-            self._agree(_line(error), None, doing)
+            self._tell(error, doing)
             raise
-        self._agree("", value, doing)
+        self._exchange("", value, doing)
         return value
 
-    def _agree(self, failure: str, value: T, doing: str) -> T:
-        """Rank 0's value, once no rank reports a failure. Raises RankError on ranks that have none."""
-        reports = self.gather((failure, value), doing)
-        for rank, (report, _) in enumerate(reports):
-            if report and not failure:
-                raise RankError(f"stopped with rank {rank}, which failed while {doing}: {report}")
-        return reports[0][1]
+    def _tell(self, error: Exception, doing: str) -> None:
+        """Let the other ranks know of a failure, unless they do already."""
+        if vars(error).get("told") != id(self):
+            vars(error)["told"] = id(self)
+            self._exchange(_line(error), None, doing)
 
     def demand_equal(self, found: Callable[[], Mapping[str, object]], doing: str) -> None:
         """Raise RanksDiffer, on every rank, naming the first rank that has not ``found`` what rank 0 has."""
@@ -137,6 +164,7 @@ class Ranks:
         """
         if self.count == 1:
             return flat_N[None]
+        self.clock.bytes["reduce"] += flat_N.nbytes * (self.count - 1) // self.count
         found = torch.empty_like(flat_N)
         with self._in_touch("adding up gradients"):
             dist.all_to_all_single(found, flat_N, group=self.prompt)
@@ -146,6 +174,7 @@ class Ranks:
         """The parts of all ranks in order of rank, ``[count * P]``. Raises LostRank."""
         if self.count == 1:
             return part_P
+        self.clock.bytes["reduce"] += part_P.nbytes * (self.count - 1)
         whole_RP = part_P.new_empty(self.count, len(part_P))
         with self._in_touch("adding up gradients"):
             dist.all_gather(list(whole_RP), part_P, group=self.prompt)
@@ -157,19 +186,77 @@ class Ranks:
         try:
             yield
         except RuntimeError as error:
-            trace = (self.traces or Path()) / f"flight-recorder-rank-{self.rank}.json"
+            number = self._number(self.rank)
+            trace = (self.traces or Path()) / f"flight-recorder-rank-{number}.json"
             try:
                 trace.write_bytes(_dump_fr_trace_json())
             except OSError as unwritable:
                 logger.warning("the flight recorder could not be written: %s", unwritable)
             raise LostRank(
-                f"rank {self.rank} of {self.count} lost touch with another rank while {doing}; look at the "
+                f"rank {number} of {self.count} lost touch with another rank while {doing}; look at the "
                 f"first error of the others (one that was killed left none) and at {trace} ({_line(error)})"
             ) from error
+
+    def some(self, numbers: Sequence[int], *, patient: Any, prompt: Any) -> "Ranks":
+        """This rank among some of the run's, which have process groups of their own."""
+        own = tuple(numbers)
+        return Ranks(own.index(self.rank), len(own), patient, prompt, self.traces, own, self.clock)
 
 
 ALONE = Ranks()
 """A run of one process."""
+
+
+@dataclass(frozen=True)
+class Teams:
+    """The ranks of a run in teams of equal size: a team has its groups in common and deals their branches."""
+
+    team: Ranks = ALONE
+    """The ranks of this one's team."""
+    peers: Ranks = ALONE
+    """The ranks that have this one's place in the other teams, in the order of the teams."""
+
+    @property
+    def index(self) -> int:
+        """Number of this rank's team."""
+        return self.peers.rank
+
+    @property
+    def count(self) -> int:
+        """Number of teams."""
+        return self.peers.count
+
+
+ONE_TEAM = Teams()
+"""The team of a run of one process."""
+
+
+def teams_within(ranks: int, size: int) -> int:
+    """The largest size of a team, at most ``size``, that divides the ranks."""
+    return max(n for n in range(1, min(size, ranks) + 1) if ranks % n == 0)
+
+
+def teams_of(ranks: Ranks, size: int) -> Teams:
+    """Teams of neighbouring ranks: as large as asked for, or the next smaller size that divides the ranks."""
+    size = teams_within(ranks.count, size)
+    if size == 1:
+        return Teams(ALONE, ranks)
+    if size == ranks.count:
+        return Teams(ranks, ALONE)
+    backend, every = dist.get_backend(ranks.prompt), range(ranks.count)
+
+    def mine(parts: Sequence[Sequence[int]]) -> Ranks:
+        found = None
+        for numbers in parts:  # every rank takes part in forming every group
+            patient = dist.new_group(list(numbers), timeout=LONG, backend="gloo")
+            prompt = dist.new_group(list(numbers), timeout=SHORT, backend=backend)
+            if ranks.rank in numbers:
+                found = ranks.some(numbers, patient=patient, prompt=prompt)
+        assert found is not None
+        return found
+
+    teams = [every[at : at + size] for at in range(0, ranks.count, size)]
+    return Teams(mine(teams), mine([every[place::size] for place in range(size)]))
 
 
 def _line(error: BaseException) -> str:
@@ -213,6 +300,8 @@ def joined_ranks(
     except RuntimeError as error:
         raise LostRank(f"the ranks of this run did not meet: {_line(error)}") from error
     try:
-        yield Ranks(dist.get_rank(), dist.get_world_size(), dist.group.WORLD, prompt, traces)
+        with ExitStack() as leaving:
+            place = dist.get_rank(), dist.get_world_size()
+            yield Ranks(*place, dist.group.WORLD, prompt, traces, leaving=leaving)
     finally:
         dist.destroy_process_group()

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from kvpo.training.ranks import Ranks
+from kvpo.training.sharding import local, spread_like
 
 BUCKET = 2**26
 """Numbers exchanged at a time, if no parameter is larger: 256 MB in float32, twice during an exchange."""
@@ -18,54 +19,65 @@ Gradients = Sequence[Tensor | None]
 class OrderedSum:
     """A sum of gradients of groups, taken in the order of the groups, so that it is the same on any ranks.
 
+    Where a team of ranks has a group in common, its gradient is the sum of its micro-batches, in their order.
+
     A rank adds up one part of every gradient: it receives that part from all others, adds them in order, and
     gets the other parts' sums at the end. Where every rank has one gradient, that moves as many bytes as a
     ring all-reduce, which adds in an order of its own.
     """
 
-    def __init__(self, ranks: Ranks, parameters: Sequence[nn.Parameter]) -> None:
-        self.ranks = ranks
+    def __init__(self, ranks: Ranks, parameters: Sequence[nn.Parameter], team: int = 1) -> None:
+        """``team``: neighbouring ranks that have their groups in common. Of spread parameters, add parts."""
+        self.ranks, self.team = ranks, team
         self.parameters = parameters
-        self.buckets = list(_buckets(parameters))
-        self.parts = [
-            parameters[own.start].new_zeros(self._part_size(own), requires_grad=False) for own in self.buckets
-        ]
+        self.values = [local(parameter.detach()) for parameter in parameters]
+        self.buckets = list(_buckets(self.values))
+        self.parts = [self.values[own.start].new_zeros(self._part_size(own)) for own in self.buckets]
 
-    def add(self, gradients: Sequence[Gradients], slots: int) -> None:
+    def add(self, groups: Sequence[Sequence[Gradients]], slots: int, cells: int = 1) -> None:
         """Add a turn of every rank, those of rank 0 first. Every rank takes part in every turn.
 
-        ``slots``: the most gradients that a rank has in a turn; missing ones are zero.
+        Args:
+            groups: gradients of this rank's micro-batches of every group, every team-th one of the group's.
+            slots: the most groups that a rank has in a turn; missing ones are zero.
+            cells: the most micro-batches that a rank has of a group.
         """
+        count = self.ranks.count
         for bucket, part in zip(self.buckets, self.parts, strict=True):
-            flat_SN = part.new_zeros(slots, self.ranks.count * len(part))
-            for row_N, own in zip(flat_SN, gradients, strict=False):
-                self._flatten(row_N, own, bucket)
-            by_rank = flat_SN.view(slots, self.ranks.count, -1).transpose(0, 1)
+            flat_SCN = part.new_zeros(slots, cells, count * len(part))
+            for rows_CN, group in zip(flat_SCN, groups, strict=False):
+                for row_N, own in zip(rows_CN, group, strict=False):
+                    self._flatten(row_N, own, bucket)
+            by_rank = flat_SCN.view(slots, cells, count, -1).permute(2, 0, 1, 3)
             received = self.ranks.exchange_parts(by_rank.reshape(-1))
-            for row_P in received.view(-1, len(part)):
-                part += row_P
+            in_order = received.view(-1, self.team, slots, cells, len(part)).permute(0, 2, 3, 1, 4)
+            for group_CP in in_order.reshape(-1, cells * self.team, len(part)):
+                whole, *rest = group_CP
+                for row_P in rest:
+                    whole += row_P
+                part += whole
 
     def store(self) -> None:
         """Make the sum the parameters' ``.grad``."""
         for bucket, part in zip(self.buckets, self.parts, strict=True):
             whole, at = self.ranks.join_parts(part), 0
-            for parameter in (self.parameters[n] for n in bucket):
-                parameter.grad = whole[at : at + parameter.numel()].view_as(parameter)
-                at += parameter.numel()
+            for parameter, value in ((self.parameters[n], self.values[n]) for n in bucket):
+                parameter.grad = spread_like(parameter, whole[at : at + value.numel()].view_as(value))
+                at += value.numel()
 
     def _part_size(self, bucket: range) -> int:
-        return math.ceil(sum(self.parameters[n].numel() for n in bucket) / self.ranks.count)
+        return math.ceil(sum(self.values[n].numel() for n in bucket) / self.ranks.count)
 
     def _flatten(self, row_N: Tensor, gradients: Gradients, bucket: range) -> None:
         at = 0
         for n in bucket:
-            size = self.parameters[n].numel()
+            size = self.values[n].numel()
             if (gradient := gradients[n]) is not None:
-                row_N[at : at + size] = gradient.flatten()
+                row_N[at : at + size] = local(gradient).flatten()
             at += size
 
 
-def _buckets(parameters: Sequence[nn.Parameter]) -> Iterator[range]:
+def _buckets(parameters: Sequence[Tensor]) -> Iterator[range]:
     """Runs of parameters of at most BUCKET numbers and one kind, or of a single parameter."""
     start, size = 0, 0
     for n, parameter in enumerate(parameters):
@@ -86,10 +98,13 @@ def taken(parameters: Sequence[nn.Parameter]) -> list[Tensor | None]:
 
 
 def digest(tensors: Sequence[Tensor]) -> int:
-    """A number that changes with any bit of the tensors, in practice: sums of their bits, mixed."""
+    """A number that changes with any bit of the tensors, or of this rank's parts of them, in practice.
+
+    Sums of their bits, mixed.
+    """
     words = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     found = 0
     for tensor in tensors:
-        total = tensor.detach().contiguous().view(words[tensor.element_size()]).sum(dtype=torch.int64)
+        total = local(tensor.detach()).contiguous().view(words[tensor.element_size()]).sum(dtype=torch.int64)
         found = (found * 1_000_003 + int(total)) % 2**64
     return found

@@ -15,20 +15,25 @@ from kvpo.training import radar
 from kvpo.training.backbone import Weights
 from kvpo.training.checkpoint import (
     CheckpointError,
-    latest_checkpoint,
+    checked_file,
+    checkpoints,
     load_checkpoint,
     mark_best,
     prune,
+    require_finite_tensors,
     require_tensors,
     save_checkpoint,
 )
+from kvpo.training.clock import phases_of
 from kvpo.training.device import forget_peak, peak
 from kvpo.training.evaluation import ROWS, Evaluation, comparison, evaluate_policy, mean_gain
 from kvpo.training.interrupt import StopAtOnce
 from kvpo.training.metrics_log import MetricsLog
 from kvpo.training.policy import Policy, Sides, policy_of
-from kvpo.training.ranks import RanksDiffer, added_up
+from kvpo.training.ranks import Ranks, RanksDiffer, added_up
 from kvpo.training.setup import Setup
+from kvpo.training.sharding import local, read_parts, write_parts
+from kvpo.training.state import expected_moments
 from kvpo.training.trainer import Trainer, architecture
 
 logger = logging.getLogger(__name__)
@@ -59,6 +64,8 @@ class Run:
     """True while the last update's validation is still to come, because a reward failed in it."""
     readings: list[radar.Reading] = field(default_factory=list)
     """Readings of the hacking radar, one per validation so far."""
+    saving: tuple[float, int] = (0, 0)
+    """Seconds and bytes of this rank's saving that an update has reported."""
     verdict: radar.Verdict = field(default_factory=radar.Verdict)
     """Its verdict on them."""
 
@@ -79,6 +86,7 @@ class Run:
         except BaseException as error:
             # Alone: what was raised may have come between two ranks.
             lost = isinstance(error, StopAtOnce | RanksDiffer)
+            lost |= self.trainer.sharded  # rank 0 has only its part
             if self.setup.ranks.main and not lost and self.trainer.update > self.saved:
                 self._save(self.trainer.update)
             raise
@@ -118,12 +126,18 @@ class Run:
     def _update(self) -> None:
         """One update of the trainer, its metrics written."""
         trainer, device = self.trainer, self.setup.generator.device
-        started, scored = time.perf_counter(), replace(self.setup.scored)
+        ranks, config = self.setup.ranks, self.setup.config
+        started, scored, shown = time.perf_counter(), replace(self.setup.scored), ranks.clock.read()
+        shown.seconds["save"], shown.bytes["save"] = self.saving  # it came between the updates
         forget_peak(device)
         numbers = trainer.step()
         trainer.demand_equal_ranks()
         numbers |= self._scored_since(scored)
         numbers["seconds"] = time.perf_counter() - started
+        spent = ranks.gather(ranks.clock.since(shown), "adding up time")
+        self.saving = ranks.clock.seconds["save"], ranks.clock.bytes["save"]
+        samples = config.optim.prompts_per_update * (config.exploration.branches + 1)
+        numbers["phases"] = phases_of(spent, numbers["seconds"], samples)
         numbers |= peak(device)
         self._write({"kind": "update", **numbers})
         self.progress("aligning", trainer.update, self.updates, numbers)
@@ -166,23 +180,41 @@ class Run:
         update = self.trainer.update
         if gain is not None and (self.best is None or gain > self.best[1]):
             self.best = (update, gain)
-        path = self.setup.ranks.once("saving a checkpoint", partial(self._save, update))
+        with self.setup.ranks.clock("save"):
+            path = self._save_on_ranks(update)
         self.saved = update
         return path
 
-    def _save(self, update: int) -> Path:
-        tensors, state = self.trainer.tensors_and_state()
-        own = {
+    def _save_on_ranks(self, update: int) -> Path:
+        doing = "saving a checkpoint"
+        if self.trainer.sharded:
+            path = save_parts(self.trainer, self.checkpoints, self._state())
+            self.setup.ranks.once(doing, partial(self._tidy, update))
+            return path
+        return self.setup.ranks.once(doing, partial(self._save, update))
+
+    def _state(self) -> dict[str, Any]:
+        """The run's own part of a checkpoint's state."""
+        return {
             "best": self.best,
             "radar": radar.saved(self.readings),
             "unvalidated": self.unvalidated,
         }
+
+    def _save(self, update: int) -> Path:
+        tensors, state = self.trainer.tensors_and_state()
         kind = architecture(self.setup.backbone.weights)
-        path = save_checkpoint(self.checkpoints, update, tensors, state | own, architecture=kind)
+        path = save_checkpoint(self.checkpoints, update, tensors, state | self._state(), architecture=kind)
+        self._tidy(update)
+        return path
+
+    def _tidy(self, update: int) -> None:
+        """Mark the best checkpoint and drop old ones, once a new one is written."""
+        written = self.checkpoints / f"update-{update:06d}"
+        self.setup.ranks.clock.bytes["save"] += sum(file.stat().st_size for file in written.iterdir())
         self._mark_best()
         prune(self.checkpoints, up_to=update)
         self.saved = update
-        return path
 
     def _save_if_new(self) -> None:
         if self.trainer.update > self.saved:
@@ -237,7 +269,7 @@ class Run:
     def evaluate_aligned(self, prompts: Any) -> Evaluation:
         """Held-out results of the trained parameters' moving average."""
         with self.trainer.sides.aligned():
-            return evaluate_prompts(self.setup, prompts)
+            return evaluate_prompts(self.setup, prompts, self.trainer.sharing)
 
     def resume(self, state: Mapping[str, Any]) -> None:
         """Continue from the state of a checkpoint that its trainer was restored from."""
@@ -259,15 +291,48 @@ def restore(trainer: Trainer, path: Path) -> dict[str, Any]:
 
     Raises CheckpointError, and RankError where the ranks have read different ones.
     """
-    with trainer.setup.ranks.together("reading the checkpoint"):
-        tensors, state = load_checkpoint(path, architecture=architecture(trainer.setup.backbone.weights))
+    ranks, kind, doing = (
+        trainer.setup.ranks,
+        architecture(trainer.setup.backbone.weights),
+        "reading the checkpoint",
+    )
+    with ranks.together(doing):
         expected, _ = trainer.tensors_and_state()
+        if trainer.sharded:
+            file, state = ranks.once(doing, partial(checked_file, path, architecture=kind))
+            tensors = read_parts(file, trainer.spread_tensors(file), trainer.teams.team)
+            require_finite_tensors(path, {name: local(value) for name, value in tensors.items()})
+        else:
+            tensors, state = load_checkpoint(path, architecture=kind)
         parameters = {name: value for name, value in expected.items() if not name.startswith("optimizer.")}
-        moments = {name: value for name, value in tensors.items() if name.startswith("optimizer.")}
-        require_tensors(path, tensors, {**parameters, **moments})
+        own = {f"optimizer.{name}": value for name, value in trainer.policy.parameters.items()}
+        require_tensors(path, tensors, parameters | expected_moments(own, tensors))
         trainer.restore(tensors, state)
     trainer.demand_equal_ranks()
     return state
+
+
+def save_parts(trainer: Trainer, directory: Path, state: Mapping[str, Any]) -> Path:
+    """The checkpoint of a trainer whose weights are spread, written by all ranks of the first team together.
+
+    ``state`` is added to the trainer's own.
+    """
+    ranks, teams, doing = trainer.setup.ranks, trainer.teams, "saving a checkpoint"
+    tensors, own = trainer.tensors_and_state()
+
+    def write(given: Mapping[str, Tensor], file: Path) -> None:
+        target: Path = ranks.gather(file, doing)[0]
+        if teams.index == 0:
+            write_parts(given, target, teams.team)
+
+    with ranks.together(doing):
+        if not ranks.main:
+            write(tensors, directory)  # where, rank 0 says
+            return directory / f"update-{trainer.update:06d}"
+        kind = architecture(trainer.setup.backbone.weights)
+        return save_checkpoint(
+            directory, trainer.update, tensors, {**own, **state}, architecture=kind, write=write
+        )
 
 
 def load_aligned(weights: Weights, policy: Policy, path: Path, kind: str = "average") -> dict[str, Tensor]:
@@ -290,31 +355,36 @@ def open_checkpoint(weights: Weights, path: Path, kind: str = "average") -> Side
     return Sides(policy, load_aligned(weights, policy, path, kind))
 
 
-def evaluate_prompts(setup: Setup, prompts: Any) -> Evaluation:
-    """Held-out results of the model as it is."""
-    rows = setup.config.exploration.rows or ROWS
-    tape, ranks = setup.evaluation_tape(), setup.ranks
+def evaluate_prompts(setup: Setup, prompts: Any, ranks: Ranks) -> Evaluation:
+    """Held-out results of the model as it is, on ranks that share the videos."""
+    rows, tape = setup.config.exploration.rows or ROWS, setup.evaluation_tape()
     return evaluate_policy(setup.backbone, prompts, tape, setup.judges, rows=rows, ranks=ranks)
 
 
 def evaluate_base(setup: Setup, trainer: Trainer, sets: Mapping[str, Any]) -> dict[str, Evaluation]:
     """Held-out results of the starting policy."""
     with trainer.sides.base():
-        return {name: evaluate_prompts(setup, prompts) for name, prompts in sets.items()}
+        return {name: evaluate_prompts(setup, prompts, trainer.sharing) for name, prompts in sets.items()}
 
 
-def resume_point(checkpoints: Path) -> Path | None:
-    """The checkpoint a resumed run continues from; None starts at update 0.
+def resume_point(directory: Path) -> Path | None:
+    """The newest checkpoint that can be read whole, which a resumed run continues from; None starts at 0.
 
-    Raises CheckpointError where there are checkpoints and none of them can be read.
+    Those passed over are warnings. Raises CheckpointError where there are checkpoints and none can be read.
     """
-    latest = latest_checkpoint(checkpoints)
-    if latest is None and any(checkpoints.glob("update-*")):
+    for path in reversed(checkpoints(directory)):
+        try:
+            load_checkpoint(path)
+        except CheckpointError as error:
+            logger.warning("skipped: %s", error)
+        else:
+            return path
+    if any(directory.glob("update-*")):
         raise CheckpointError(
-            f"every checkpoint in {checkpoints} is damaged or incomplete; remove that directory to start the "
+            f"every checkpoint in {directory} is damaged or incomplete; remove that directory to start the "
             "run again from its saved configuration"
         )
-    return latest
+    return None
 
 
 def checkpoint_update(path: Path) -> int:

@@ -7,7 +7,6 @@ from kvpo.config import Config
 from kvpo.engine.generator import StreamingGenerator
 from kvpo.engine.noise import SeededTape
 from kvpo.engine.scoring import ClipShares
-from kvpo.method.methods import METHODS
 from kvpo.models.causal_wan import CausalWan
 from kvpo.prompts import VideoPrompt
 from kvpo.rewards.cache import Counts
@@ -54,15 +53,8 @@ class Setup:
         return ClipShares(self.config.rewards.transition_blocks)
 
     def blend(self) -> Blend:
-        """The fusion of the reward's components into one advantage. Raises ConfigurationError."""
-        judges, config = self.judges, self.config
-        return blend_of(
-            judges.scorer.components,
-            judges.weights_K,
-            config.rewards,
-            anchor_in_pool=config.method == "kvpo" and config.kvpo.anchor_share > 0,
-            pooled_scale=METHODS[config.method].pooled_scale,
-        )
+        """The rule by which scores become one advantage of each branch. Raises ConfigurationError."""
+        return blend_of(self.judges.scorer.components, self.judges.weights_K, self.config)
 
     def evaluation_tape(self) -> SeededTape:
         """The held-out tape: the same in every run, for every seed, so that runs can be compared."""

@@ -1,88 +1,50 @@
-"""The state of training as named tensors and JSON, and back, exactly."""
+"""AdamW's state as named tensors, and back, exactly; its settings are constants of the trainer."""
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from kvpo.files import named_list
-from kvpo.training.checkpoint import CheckpointError
-
-
-def flatten_state(tree: Any) -> tuple[dict[str, Tensor], Any]:
-    """Split nested dicts, lists and tuples into tensors by path and a JSON skeleton; exact both ways.
-
-    Raises ValueError for a leaf that is neither a tensor nor JSON, or a dict key that is not a string.
-    """
-    tensors: dict[str, Tensor] = {}
-
-    def walk(node: Any, path: str) -> Any:
-        if isinstance(node, Tensor):
-            if path in tensors:  # a key that contains "/" can spell the path of another tensor
-                raise ValueError(f"{path}: two tensors have this path")
-            tensors[path] = node
-            return {"tensor": path}
-        if isinstance(node, Mapping):
-            if not all(isinstance(key, str) for key in node):
-                raise ValueError(f"{path}: keys must be strings, got {named_list(map(repr, node))}")
-            return {"dict": {key: walk(value, f"{path}/{key}") for key, value in node.items()}}
-        if isinstance(node, list | tuple):
-            kind = "tuple" if isinstance(node, tuple) else "list"
-            return {kind: [walk(value, f"{path}/{index}") for index, value in enumerate(node)]}
-        if node is None or type(node) in (bool, int, float, str):
-            return node
-        raise ValueError(f"{path}: a {type(node).__name__} is neither a tensor nor JSON")
-
-    return tensors, walk(tree, "state")
+MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
 
-def unflatten_state(tensors: Mapping[str, Tensor], skeleton: Any) -> Any:
-    """Undo ``flatten_state``. Raises CheckpointError when a tensor is missing."""
-    if not isinstance(skeleton, dict):
-        return skeleton
-    ((kind, content),) = skeleton.items()
-    if kind == "tensor":
-        if content not in tensors:
-            raise CheckpointError(f"checkpoint has no tensor {content}")
-        return tensors[content]
-    if kind == "dict":
-        return {key: unflatten_state(tensors, value) for key, value in content.items()}
-    items = [unflatten_state(tensors, value) for value in content]
-    return tuple(items) if kind == "tuple" else items
-
-
-def optimizer_state(optimizer: torch.optim.Optimizer, parameters: Mapping[str, Tensor]) -> dict[str, Any]:
-    """``optimizer.state_dict()`` keyed by parameter names, so that it does not depend on their order."""
-    names = {id(parameter): name for name, parameter in parameters.items()}
-    groups = [
-        {**{key: value for key, value in group.items() if key != "params"},
-         "params": [names[id(parameter)] for parameter in group["params"]]}
-        for group in optimizer.param_groups
-    ]  # fmt: skip
+def moments_of(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+    """The state of every parameter that has taken a step: NAME.step [], NAME.exp_avg and NAME.exp_avg_sq."""
     return {
-        "state": {names[id(parameter)]: dict(state) for parameter, state in optimizer.state.items()},
-        "param_groups": groups,
+        f"{name}.{key}": value
+        for name, parameter in parameters.items()
+        for key, value in optimizer.state.get(parameter, {}).items()
     }
 
 
-def load_optimizer_state(
-    optimizer: torch.optim.Optimizer, parameters: Mapping[str, Tensor], saved: Mapping[str, Any]
+def moment_of(name: str) -> str:
+    """Name of the parameter whose moment, or count, has this name among ``moments_of``."""
+    return name.rpartition(".")[0]
+
+
+def expected_moments(parameters: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of the names and shapes that ``saved`` must have for the parameters of which it has any."""
+    shapes = {
+        name: {key: torch.empty(()) if key == "step" else parameter for key in MOMENTS}
+        for name, parameter in parameters.items()
+    }
+    with_state = {name.rpartition(".")[0] for name in saved}
+    return {
+        f"{name}.{key}": like
+        for name, own in shapes.items()
+        if name in with_state
+        for key, like in own.items()
+    }
+
+
+def load_moments(
+    optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter], saved: Mapping[str, Tensor]
 ) -> None:
-    """Undo ``optimizer_state``. Raises CheckpointError when the parameters are not those that were saved."""
-    names = {id(parameter): name for name, parameter in parameters.items()}
-    ours = [[names[id(parameter)] for parameter in group["params"]] for group in optimizer.param_groups]
-    theirs = [group["params"] for group in saved["param_groups"]]
-    if [sorted(group) for group in ours] != [sorted(group) for group in theirs]:
-        changed = {name for group in ours for name in group} ^ {name for group in theirs for name in group}
-        raise CheckpointError(f"the optimiser state is of other parameters: {named_list(sorted(changed))}")
-    numbers = {name: index for index, name in enumerate(name for group in ours for name in group)}
-    optimizer.load_state_dict(
-        {
-            "state": {numbers[name]: dict(state) for name, state in saved["state"].items()},
-            "param_groups": [
-                {**group, "params": [numbers[name] for name in own]}
-                for group, own in zip(saved["param_groups"], ours, strict=True)
-            ],
-        }
-    )
+    """Undo ``moments_of``; ``saved`` has the names of ``expected_moments``. Steps are counted on the CPU."""
+    optimizer.state.clear()
+    for name, parameter in parameters.items():
+        own = {key: saved[f"{name}.{key}"] for key in MOMENTS if f"{name}.{key}" in saved}
+        if own:
+            optimizer.state[parameter] = {
+                key: value if key == "step" else value.to(parameter) for key, value in own.items()
+            }

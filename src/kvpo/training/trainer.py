@@ -2,13 +2,17 @@
 
 import logging
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
-from typing import Any
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from kvpo.engine.forks import fork_numbers, plan_forks, shrunk_fields
 from kvpo.method.diagnostics import advantage_metrics, update_metrics
@@ -21,12 +25,14 @@ from kvpo.training.collection import Collected, collect
 from kvpo.training.gradients import Learner, accumulate_gradients
 from kvpo.training.learning import IDLE_UPDATES, why_nothing_is_learned
 from kvpo.training.policy import MovingAverage, Sides, policy_of
-from kvpo.training.reduction import OrderedSum, digest, taken
+from kvpo.training.ranks import Ranks, teams_of
+from kvpo.training.reduction import Gradients, OrderedSum, digest, taken
 from kvpo.training.setup import Setup
-from kvpo.training.state import flatten_state, load_optimizer_state, optimizer_state, unflatten_state
+from kvpo.training.sharding import local, shard, spread_like
+from kvpo.training.state import load_moments, moment_of, moments_of
 
 logger = logging.getLogger(__name__)
-
+T = TypeVar("T")
 
 BETAS, WEIGHT_DECAY = (0.9, 0.999), 0.01
 """AdamW as KVPO was published, which is torch's default."""
@@ -45,8 +51,12 @@ class Trainer:
     """Owns the trained parameters, the optimiser and the moving average of one run."""
 
     def __init__(self, setup: Setup) -> None:
-        config = setup.config.optim
+        config, spread = setup.config.optim, setup.config.distributed
         self.setup = setup
+        self.teams = teams_of(setup.ranks, spread.branch_ranks)
+        self.sharded = spread.shard and self.teams.team.count > 1
+        if self.sharded:
+            shard(setup.model, self.teams.team, setup.generator.device)
         self.policy = policy_of(setup.model, adapted=config.lora_rank > 0)
         self.average = MovingAverage(self.policy.parameters, config.ema_decay)
         self.optimizer = torch.optim.AdamW(
@@ -61,6 +71,7 @@ class Trainer:
             steps=setup.config.objective.grad_steps,
             velocity_kl=setup.config.objective.velocity_kl,
             rows=config.replay_rows,
+            teams=self.teams,
         )
         self.update = 0
         self.collected: list[Collected] = []
@@ -123,11 +134,10 @@ class Trainer:
                 self.optimizer.step()
                 self.optimizer.zero_grad(set_to_none=True)
                 way_out = f"lower optim.lr = {optim.lr}"
-                require_finite(self.policy.parameters, "parameters after the step", way_out)
-                moments, _ = flatten_state(optimizer_state(self.optimizer, self.policy.parameters))
-                moments = {
-                    name: moment for name, moment in moments.items() if moment.dim()
-                }  # counts are elsewhere
+                values = {name: local(value.detach()) for name, value in self.policy.parameters.items()}
+                require_finite(values, "parameters after the step", way_out)
+                moments = moments_of(self.optimizer, self.policy.parameters)
+                moments = {name: local(one) for name, one in moments.items() if not name.endswith(".step")}
                 require_finite(moments, "optimiser's state after the step", way_out)
         self.average.update(self.policy.parameters)
         return found, {"velocity_kl": drift, "gradient_norm": norm, "gradient_coverage": coverage}
@@ -137,33 +147,47 @@ class Trainer:
 
         Returns the lessons' metrics, in order, and the mean of their velocity KL.
         """
-        ranks, parameters = self.setup.ranks, list(self.policy.parameters.values())
-        total, found, doing = OrderedSum(ranks, parameters), {}, "computing gradients"
+        ranks, teams, parameters = self.setup.ranks, self.teams, list(self.policy.parameters.values())
+        # Of spread weights the team's gradients are added up as they are computed.
+        adding, team = (teams.peers, 1) if self.sharded else (ranks, teams.team.count)
+        total, found, doing = OrderedSum(adding, parameters, team), {}, "computing gradients"
         planned, lessons = item.rollout.planned, len(item.credits)
-        turns = planned.turns(ranks.count)
-        for at in range(0, len(turns), ranks.count):
-            if not any(group in item.credits for turn in turns[at : at + ranks.count] for group in turn):
+        turns = planned.turns(teams.count)
+        for at in range(0, len(turns), teams.count):
+            turn = turns[at : at + teams.count]
+            if not any(group in item.credits for groups in turn for group in groups):
                 continue
-            gradients = []
-            with ranks.together(doing):
-                for group in (group for turn in ranks.share(turns[at : at + ranks.count]) for group in turn):
+            gradients: list[list[Gradients]] = []
+            with ranks.together(doing), teams.team.together(doing), ranks.clock("replay"):
+                for group in (group for groups in teams.peers.share(turn) for group in groups):
+                    parts: list[Gradients] = []
                     if group in item.lessons:
-                        old = None if on_policy else item.old_tables[group]
-                        one = accumulate_gradients(self.learner, item.lessons[group], old, lessons)
-                        found[group] = one
-                    gradients.append(taken(parameters))
-            total.add(gradients, slots=len(turns[0]))
-        total.store()
+                        old, lesson = None if on_policy else item.old_tables[group], item.lessons[group]
+                        keep = partial(self._keep, parts) if team > 1 else nothing
+                        found[group] = accumulate_gradients(self.learner, lesson, old, lessons, keep)
+                    gradients.append(parts if team > 1 else [taken(parameters)])
+            cells = max(ranks.gather(max(map(len, gradients), default=0), doing)) if team > 1 else 1
+            with ranks.clock("reduce"):
+                total.add(gradients, slots=len(turns[0]), cells=cells)
+        with ranks.clock("reduce"):
+            total.store()
         every = {group: one for own in ranks.gather(found, doing) for group, one in own.items()}
         in_order = [every[group] for group in item.credits]
         return [metrics for metrics, _ in in_order], sum(drift for _, drift in in_order) / lessons
 
+    def _keep(self, parts: list[Gradients]) -> None:
+        """Set the gradients of a micro-batch aside."""
+        parts.append(taken(list(self.policy.parameters.values())))
+
     def _clip_gradient(self) -> tuple[float, float]:
         """Clip the gradient; its norm before, and the share of trained tensors of which it is not zero."""
         config, parameters = self.setup.config.optim, self.policy.parameters
-        gradients = {name: p.grad for name, p in parameters.items() if p.grad is not None}
+        gradients = {name: local(p.grad) for name, p in parameters.items() if p.grad is not None}
         bad, sizes = first_non_finite(gradients), magnitudes(gradients.values())
-        norm = float(nn.utils.clip_grad_norm_(list(parameters.values()), GRADIENT_NORM))
+        if self.sharded:
+            sizes = torch.stack(self.teams.team.gather(sizes, "taking the step")).amax(0)
+        whole = nn.utils.clip_grad_norm_(list(parameters.values()), GRADIENT_NORM)
+        norm = float(whole.full_tensor() if isinstance(whole, DTensor) else whole)
         if bad or not math.isfinite(norm):
             where = f" ({bad[0]} holds {bad[1]})" if bad else ""
             raise NonFiniteError(f"the gradient is not finite; lower optim.lr = {config.lr}{where}")
@@ -177,7 +201,9 @@ class Trainer:
         """
         tensors, state = self.tensors_and_state()
         before = {
-            name: value.to("cpu", copy=True) if name.startswith(("parameters.", "optimizer.")) else value
+            name: local(value).to("cpu", copy=True)
+            if name.startswith(("parameters.", "optimizer."))
+            else value
             for name, value in tensors.items()
         }
         try:
@@ -218,12 +244,15 @@ class Trainer:
     def demand_equal_ranks(self) -> None:
         """Raise RankError unless all ranks are at the same update of the same run with the same weights."""
         config, tensors = self.setup.config, self.tensors_and_state()[0]
+        weights: object = digest([tensors[name] for name in sorted(tensors)])
+        if self.sharded:
+            weights = self.teams.team.gather(weights, f"update {self.update}")
         self.setup.ranks.demand_equal(
             lambda: {
                 "update": self.update,
                 **{f"settings of {name}": repr(value) for name, value in vars(config).items()},
                 "base": self.setup.backbone.weights.base_sha256,
-                "weights": digest([tensors[name] for name in sorted(tensors)]),
+                "weights": weights,
             },
             f"update {self.update}",
         )
@@ -236,12 +265,12 @@ class Trainer:
         """Everything a resumed run needs: parameters, moving average, optimiser, update."""
         parameters = {f"parameters.{name}": p.detach() for name, p in self.policy.parameters.items()}
         average = {f"average.{name}": value for name, value in self.average.values.items()}
-        moments, skeleton = flatten_state(optimizer_state(self.optimizer, self.policy.parameters))
+        moments = moments_of(self.optimizer, self.policy.parameters)
         tensors = parameters | average | {f"optimizer.{name}": value for name, value in moments.items()}
         starting = self.policy.starting_values or {}
         tensors |= {f"starting.{name}": value for name, value in starting.items()}
         counts = {"averaged": self.average.updates, "idle": self.idle_updates}
-        return tensors, {"update": self.update, **counts, "optimizer": skeleton}
+        return tensors, {"update": self.update, **counts}
 
     @property
     def aligned(self) -> Mapping[str, Tensor]:
@@ -254,24 +283,57 @@ class Trainer:
         return Sides(self.policy, self.aligned)
 
     def restore(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
-        """Continue from ``tensors_and_state``, bit for bit."""
+        """Continue from ``tensors_and_state``, bit for bit; of spread tensors, this rank's parts will do."""
+        own = {
+            "parameters": self.policy.parameters,
+            "average": self.average.values,
+            "starting": self.policy.starting_values or {},
+        }
         with torch.no_grad():
-            for name, parameter in self.policy.parameters.items():
-                parameter.copy_(tensors[f"parameters.{name}"])
-            for name, value in self.average.values.items():
-                value.copy_(tensors[f"average.{name}"])
-            for name, value in (self.policy.starting_values or {}).items():
-                value.copy_(tensors[f"starting.{name}"])
+            for kind, values in own.items():
+                for name, value in values.items():
+                    local(value).copy_(local(tensors[f"{kind}.{name}"]))
         moments = {
-            name.removeprefix("optimizer."): value
+            name.removeprefix("optimizer."): spread_like(self._like(name), value) if value.dim() else value
             for name, value in tensors.items()
             if name.startswith("optimizer.")
         }
-        saved = unflatten_state(moments, state["optimizer"])
-        load_optimizer_state(self.optimizer, self.policy.parameters, saved)
+        load_moments(self.optimizer, self.policy.parameters, moments)
         self.update = int(state["update"])
-        self.average.updates = int(state.get("averaged", self.update))  # 0.1.0 did not count them
-        self.idle_updates = int(state.get("idle", 0))
+        self.average.updates = int(state["averaged"])
+        self.idle_updates = int(state["idle"])
+
+    @property
+    def sharing(self) -> Ranks:
+        """Ranks that may do different things: of spread weights, only those of different teams."""
+        return self.teams.peers if self.sharded else self.setup.ranks
+
+    def solo(self, doing: str, action: Callable[[], T]) -> T:
+        """``action`` by rank 0 alone; where weights are spread, by every rank alike."""
+        if not self.sharded:
+            return self.setup.ranks.once(doing, action)
+        with self.setup.ranks.together(doing):
+            return action()
+
+    def spread_tensors(self, file: Path) -> dict[str, Tensor]:
+        """Those of a checkpoint's tensors that are spread, by name, each with one that is spread alike."""
+        found = {
+            name: value
+            for name, value in self.tensors_and_state()[0].items()
+            if not name.startswith("optimizer.")
+        }
+        with safe_open(file, "pt") as header:
+            moments = [name for name in header.keys() if name.startswith("optimizer.")]
+            spread = [name for name in moments if header.get_slice(name).get_shape()]
+        return found | {name: self._like(name) for name in spread}
+
+    def _like(self, name: str) -> Tensor:
+        """The parameter that a moment of the optimiser belongs to."""
+        return self.policy.parameters[moment_of(name.removeprefix("optimizer."))]
+
+
+def nothing() -> None:
+    """Do nothing after a micro-batch."""
 
 
 def architecture(weights: Weights) -> dict[str, Any]:

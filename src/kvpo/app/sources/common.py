@@ -6,9 +6,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kvpo.app.file_prompts import Sets
+from kvpo.app.file_prompts import Sets, TextLimits
 from kvpo.config import Config
 from kvpo.engine.generator import PageShape, StreamingGenerator
+from kvpo.engine.noise import SeededTape, keyed_generator
+from kvpo.engine.stream import stream_latents
 from kvpo.method.flow import STEPS, few_step_sigmas
 from kvpo.models.adapters import leave_casts_to_autocast
 from kvpo.models.causal_wan import CausalWan
@@ -28,7 +30,7 @@ class Guide:
     shows: Callable[[Tensor, str, str], bool]
     """(pixels ``[T, 3, H, W]``, prompt, prompt before) -> True once some frame shows the prompt rather."""
     notice: Callable[[str], str]
-    """Names the words of a prompt that have no effect; empty: all have."""
+    """Names the words of a prompt that have no effect, unknown or cut; empty: all have."""
 
 
 @dataclass(frozen=True)
@@ -43,8 +45,14 @@ class Source:
     """The transformer alone, with its trained parameters."""
     split: Callable[[Config], tuple[list[VideoPrompt], Sets, Sets]]
     """The training prompts that a file lists, validation and test sets."""
+    frame_rate: float
+    """Frames per second at which its videos are shown."""
     default_frames: Callable[[Config], int]
     """Latent frames of a video whose length is not given."""
+    latent_rate: float
+    """Latent frames per second."""
+    text_limits: Callable[[Config], TextLimits]
+    """The text encoder's reading of a prompt, without its weights."""
     file_digests: Callable[[Config], dict[str, str]]
     """Digests of files that no checkpoint knows of, by the setting that says where they lie."""
     longest_prompt: Callable[[Config], VideoPrompt]
@@ -60,6 +68,7 @@ class Source:
 def streaming_generator(config: Config, transformer: CausalWan) -> StreamingGenerator:
     """The streaming generator of a configuration around a transformer."""
     stream, shape = config.stream, transformer.shape
+    first = few_step_sigmas(stream.schedule_first, stream.shift).tolist() if stream.schedule_first else ()
     autocast = None if config.optim.autocast == "none" else torch.bfloat16
     if autocast is not None:
         leave_casts_to_autocast(transformer)
@@ -67,6 +76,7 @@ def streaming_generator(config: Config, transformer: CausalWan) -> StreamingGene
         transformer=transformer,
         deployment=stream.deployment,
         sigmas=tuple(few_step_sigmas(stream.schedule, stream.shift).tolist()),
+        sigmas_first=tuple(first),
         step=STEPS[stream.step_rule],
         latent_shape=(shape.channels, shape.latent_height, shape.latent_width),
         pages=PageShape(shape.num_layers, shape.tokens_per_frame, shape.num_heads, shape.head_dim),
@@ -74,3 +84,17 @@ def streaming_generator(config: Config, transformer: CausalWan) -> StreamingGene
         autocast=autocast,
         page_dtype=autocast or torch.float32,
     )
+
+
+def first_block(config: Config, transformer: CausalWan) -> Tensor:
+    """Latents ``[F, C, H, W]`` of the first block that a transformer makes of one noise and one random text.
+
+    They are of the smallest size, so that weights of any size are told apart within seconds.
+    """
+    shape, key = transformer.shape, "first block"
+    text = torch.randn(shape.text_len, shape.text_dim, generator=keyed_generator(key))
+    with transformer.smallest_latents():
+        generator = streaming_generator(config, transformer)
+        prompt = VideoPrompt(0, (key,), (), generator.block)
+        tape = SeededTape((key,), generator.block_shape)
+        return stream_latents(generator, [prompt], {key: text.to(config.device)}, tape)[0].cpu()

@@ -1,9 +1,11 @@
 """Public Wan generators (LongLive, MemFlow, Self-Forcing) on the prompts of a file."""
 
+import logging
 from collections.abc import Iterable
+from functools import partial
 from itertools import chain
 
-from kvpo.app.file_prompts import split_prompts, updates_prompts
+from kvpo.app.file_prompts import TextLimits, prompts_of_file, short_notice, split_prompts, updates_prompts
 from kvpo.app.judges import build_judges
 from kvpo.app.named_rewards import reach_servers
 from kvpo.app.sources.common import Source, streaming_generator
@@ -19,14 +21,19 @@ from kvpo.app.sources.wan_parts import (
 )
 from kvpo.config import Config
 from kvpo.models.tensor_files import fingerprint
+from kvpo.models.umt5 import OFFICIAL_TOKENIZER, load_tokenizer, token_count
 from kvpo.models.wan_vae import vae_files
 from kvpo.plan.phases import Surroundings
-from kvpo.prompt_files import read_prompts
+from kvpo.prompt_files import LATENT_RATE
 from kvpo.prompts import VideoPrompt
 from kvpo.rewards.cache import score_cache
 from kvpo.training.backbone import Backbone
 from kvpo.training.setup import Setup
 
+logger = logging.getLogger(__name__)
+
+EXTENDED_WORDS = 80
+"""Words of the extended prompts that the public checkpoints were distilled on, the fewest usual."""
 UMT5_PARAMETERS = 5_680_910_336
 VAE_PARAMETERS = 126_892_531
 VAE_DECODE, VAE_FLOPS = 27_400, 33.8e6
@@ -65,6 +72,8 @@ def build_wan(config: Config) -> Setup:
     """A public generator to align, on the prompts of a file, with the reward that is named."""
     reach_servers([*config.rewards.scorers, *config.evaluation.watchers])
     training, validation, test = split_prompts(config)
+    if (notice := short_notice(training, EXTENDED_WORDS)) is not None:
+        logger.warning("%s: %s", config.prompts.file, notice)
     prompts = updates_prompts(config, training)
     seen = [prompts(update) for update in range(config.optim.updates)]
     # Before the rewards: the text encoder and a reward of its size need not fit the device together.
@@ -81,6 +90,18 @@ def build_wan(config: Config) -> Setup:
     )
 
 
+def text_limits(config: Config) -> TextLimits:
+    """Tokens of UMT5, where its tokenizer is to be found."""
+    length = None
+    try:
+        root = located(config, "encoders", f"{OFFICIAL_TOKENIZER}/*", "tokenizer/*")
+        own = next(root / name for name in (OFFICIAL_TOKENIZER, "tokenizer") if (root / name).is_dir())
+        length = partial(token_count, load_tokenizer(own))
+    except (ValueError, StopIteration) as error:
+        logger.warning("no tokenizer: %s", error or f"{root} has none")
+    return TextLimits(length, config.model.text_len, usual=EXTENDED_WORDS)
+
+
 def file_digests(config: Config) -> dict[str, str]:
     """Digests of text encoder and VAE. Raises ValueError where they are not to be found."""
     return {
@@ -93,12 +114,7 @@ def longest_prompt(config: Config) -> VideoPrompt:
     """The longest video of the prompt file, or one of the configured length and switches."""
     settings = config.prompts
     if settings.file:
-        every = read_prompts(
-            settings.file,
-            num_frames=settings.num_frames,
-            switches=settings.switches,
-            block=config.stream.block,
-        )
+        every = prompts_of_file(config, settings.file)
         return max(every, key=lambda prompt: (len(prompt.switches), prompt.num_frames))
     return VideoPrompt(0, ("",) * (len(settings.switches) + 1), settings.switches, settings.num_frames)
 
@@ -127,7 +143,10 @@ SOURCE = Source(
     backbone=wan_backbone,
     weights=wan_weights,
     split=split_prompts,
+    frame_rate=FRAMES_PER_SECOND,
     default_frames=lambda config: config.prompts.num_frames,
+    latent_rate=LATENT_RATE,
+    text_limits=text_limits,
     file_digests=file_digests,
     longest_prompt=longest_prompt,
     surroundings=surroundings,

@@ -2,13 +2,15 @@
 
 import logging
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from kvpo.app.origin import warn_of_other_values
+from kvpo.app.sources.common import first_block
 from kvpo.config import Config
 from kvpo.config_checks import ConfigurationError
 from kvpo.engine.noise import keyed_generator
@@ -24,7 +26,7 @@ from kvpo.models.checkpoints import (
 )
 from kvpo.models.hub import resolve_location, split_entry
 from kvpo.models.offload import on_device
-from kvpo.models.tensor_files import fingerprint
+from kvpo.models.tensor_files import digest_of, fingerprint
 from kvpo.models.umt5 import (
     PromptCache,
     UMT5Encoder,
@@ -42,7 +44,7 @@ WAYS_OUT = {
     "checkpoint": "--checkpoint FILE, the transformer weights that belong to the preset (longlive_base.pt)",
     "encoders": "--backbone.encoders PATH, such as Wan-AI/Wan2.1-T2V-1.3B: UMT5, its tokenizer and the VAE",
 }
-TRANSFORMER_FILES = ("diffusion_pytorch_model*", "transformer/*")
+TRANSFORMER_FILES = ("diffusion_pytorch_model*", "transformer/*", "model.*", "pytorch_model*")
 ADAPTER_FILES = ("adapter_*", "pytorch_lora_weights*")
 ENCODER_FILES = (
     "models_t5*", "google/*", "text_encoder/*", "tokenizer/*", "vae/*", "Wan2.1_VAE.pth"
@@ -92,6 +94,8 @@ class CachedTexts:
     device: torch.device | str
     text_dim: int
     """Width that the transformer expects."""
+    seen: set[str] = field(default_factory=set)
+    """Texts that are in the cache, and whose cut was told if there is one."""
 
     def fill(self, prompts: Iterable[VideoPrompt]) -> None:
         """Compute the embeddings that the cache lacks, loading the encoder once; warn of texts that are cut.
@@ -99,17 +103,23 @@ class CachedTexts:
         Raises ValueError where their width is not the transformer's.
         """
         texts = [text for prompt in prompts for text in prompt.segments]
-        if cut := self.cache.fill(texts, self.load):
-            logger.warning("%s", cut_notice(cut, self.cache.text_len, len(set(texts))))
+        self._meet(texts)
         self(texts[:1])
 
+    def _meet(self, texts: Iterable[str]) -> None:
+        new = [text for text in dict.fromkeys(texts) if text not in self.seen]
+        if new and (cut := self.cache.fill(new, self.load)):
+            logger.warning("%s", cut_notice(cut, self.cache.text_len, len(new)))
+        self.seen.update(new)
+
     def __call__(self, texts: Sequence[str]) -> Tensor:
-        """Embeddings ``[n, text_len, text_dim]`` float32, padding rows zero.
+        """Embeddings ``[n, text_len, text_dim]`` float32, padding rows zero; warns of texts that are cut.
 
         Raises ValueError where their width is not the transformer's.
         """
         if not texts:
             return torch.empty(0, self.cache.text_len, self.text_dim, device=self.device)
+        self._meet(texts)
         found = self.cache.embed(texts, self.load)
         embeddings = torch.stack([found[text] for text in texts])
         if embeddings.shape[-1] != self.text_dim:
@@ -196,12 +206,19 @@ def open_weights(config: Config) -> WeightFiles:
     path = located(config, "checkpoint", *TRANSFORMER_FILES)
     state = load_transformer_state(path, entry=split_entry(backbone.checkpoint)[1])
     check_state(model, state)
+    if state.adapted and not backbone.lora:
+        raise ConfigurationError(
+            f"backbone.lora: empty, but {state.source} holds weights and their adapter; give the file as "
+            f"both: --backbone.lora {backbone.checkpoint}"
+        )
+    warn_of_other_values(state.files[0], config)
     adapter = None
     if backbone.lora:
         path = located(config, "lora", *ADAPTER_FILES, beside=(PEFT_CONFIG,))
         adapter = load_adapter_state(path, entry=split_entry(backbone.lora)[1])
         check_adapter(model, adapter)
-        logger.info("adapter: %s", adapter.described())
+        logger.info("adapter bound to %s", adapter.described())
+        warn_of_other_values(adapter.files[0], config, digest_of(state.tensors))
         if backbone.lora_start == "continue":
             _demand_same_adapter(config, adapter)
     return WeightFiles(model, state, adapter)
@@ -222,6 +239,7 @@ def wan_weights(config: Config, given: WeightFiles | None = None) -> Weights:
     assign_state(model, state, device=config.device, dtype=frozen_dtype(config))
     model.requires_grad_(False)
     model.checkpointing = optim.checkpointing
+    bare = None if adapter is None else first_block(config, model)
     if adapter is not None and backbone.lora_start == "merge":
         merge_adapter(model, adapter, state.tensors)
     if not optim.lora_rank:
@@ -231,6 +249,11 @@ def wan_weights(config: Config, given: WeightFiles | None = None) -> Weights:
     else:
         draws = keyed_generator("adapter", config.seed)
         add_adapter(model, optim.lora_rank, generator=draws)
+    if adapter is not None and bare is not None and torch.equal(first_block(config, model), bare):
+        raise ValueError(
+            f"{adapter.source}: bound to {len(adapter.modules)} layers, but the generator makes the same "
+            f"latents with and without it at optim.autocast {optim.autocast}; is it of this checkpoint?"
+        )
     if optim.compile:
         model.compile_blocks()
     entries = [split_entry(location)[1] or "" for location in (backbone.checkpoint, backbone.lora)]

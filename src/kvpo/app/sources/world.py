@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from kvpo.app.file_prompts import Sets
+from kvpo.app.file_prompts import Sets, TextLimits
 from kvpo.app.judges import build_judges
 from kvpo.app.sources.common import Guide, Source, streaming_generator
 from kvpo.config import Config
@@ -29,7 +29,7 @@ from kvpo.rewards.cache import score_cache
 from kvpo.training.backbone import Backbone, Weights
 from kvpo.training.diversity import ReadOff
 from kvpo.training.setup import Setup
-from kvpo.world.codec import load_codec
+from kvpo.world.codec import PixelCodec, load_codec
 from kvpo.world.detector import BROKEN_BELOW, attributes, detect
 from kvpo.world.grammar import words
 from kvpo.world.pretrain import load_generator
@@ -101,7 +101,7 @@ def checked_base(config: Config) -> Path:
     path = base_path(config)
     if not path.is_file():
         raise ConfigurationError(
-            f"backbone.checkpoint: {path} is no file; `kvpo pretrain --out FILE` writes such a file"
+            f"backbone.checkpoint: {path} is not a file; `kvpo pretrain --out FILE` writes such a file"
         )
     try:
         read_tensor_file(path)
@@ -171,6 +171,12 @@ def backbone_for(config: Config, prompts: Sequence[VideoPrompt]) -> Backbone:
     """The same for the given prompts; warns of what it does not read of them."""
     say_what_is_not_read(prompts)
     return build_backbone(config)
+
+
+def text_limits(config: Config) -> TextLimits:
+    """Words of its vocabulary, up to the length of its text encoder."""
+    tokenizer = WordTokenizer()
+    return TextLimits(lambda text: len(words(text)), TEXT_LENGTH, "words", tokenizer.unknown)
 
 
 def say_what_is_not_read(prompts: Sequence[VideoPrompt]) -> None:
@@ -255,19 +261,24 @@ def shows_rather(video_TCHW: Tensor, prompt: str, before: str) -> bool:
         return False
 
 
-def unknown_words(prompt: str) -> str:
-    """Names the words of a prompt that the embedded generator does not know."""
-    unknown = WordTokenizer().unknown(prompt)
-    return f"unknown words have no effect: {named_list(unknown)}" if unknown else ""
+def words_without_effect(prompt: str) -> str:
+    """Names the words of a prompt that the embedded generator does not know, and counts those it cuts."""
+    unknown, cut = WordTokenizer().unknown(prompt), len(words(prompt)) - TEXT_LENGTH
+    notices = [f"unknown words have no effect: {named_list(unknown)}"] if unknown else []
+    notices += [f"the last {cut} words have no effect: {TEXT_LENGTH} are read"] if cut > 0 else []
+    return "; ".join(notices)
 
 
 SOURCE = Source(
-    guide=Guide(live_story, shows_rather, unknown_words),
+    guide=Guide(live_story, shows_rather, words_without_effect),
     setup=build_world,
     backbone=backbone_for,
     weights=lambda config: embedded(config)[0],
     split=split,
+    frame_rate=PixelCodec.frames_per_second,
     default_frames=lambda config: SHORT_FRAMES,
+    latent_rate=PixelCodec.frames_per_second,
+    text_limits=text_limits,
     file_digests=lambda config: {},
     longest_prompt=longest_prompt,
     surroundings=lambda config: Surroundings(),

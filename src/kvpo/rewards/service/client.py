@@ -67,18 +67,29 @@ class Link:
     loop of its own as well.
     """
 
-    def __init__(self, url: str, token: str | None, patience: Patience) -> None:
+    def __init__(
+        self,
+        url: str,
+        token: str | None,
+        patience: Patience,
+        *,
+        at_once: int = IN_FLIGHT,
+        role: str = "reward server",
+        kind: str = "application/octet-stream",
+    ) -> None:
         self.url = checked_url(url)
         self.patience = patience
+        self.role = role
+        self.kind = kind
         self.loop = asyncio.new_event_loop()
-        self.in_flight = asyncio.Semaphore(IN_FLIGHT)
+        self.in_flight = asyncio.Semaphore(at_once)
         self.preparation = asyncio.Lock()
         self.upload = asyncio.Lock()  # held by the request whose body is leaving
         self.client = httpx.AsyncClient(
             base_url=self.url,
             headers={} if token is None else {"Authorization": f"Bearer {token}"},
             timeout=httpx.Timeout(None, connect=CONNECT_SECONDS),
-            limits=httpx.Limits(max_connections=IN_FLIGHT),
+            limits=httpx.Limits(max_connections=at_once),
             trust_env=False,  # a web proxy cannot reach this machine's own addresses
             verify=self.url.startswith("https:"),  # reading all certificates takes a fifth of a second
         )
@@ -117,11 +128,11 @@ class Link:
             StillLoading: the server had nothing to say but that it is loading.
             ValueError: the server refuses, or gave no usable answer in time; the message says which.
         """
-        trial, again = Trial(self.patience, first), AGAIN_AT_START if first else AGAIN
+        trial, again = Trial(self.patience, first, self.role), AGAIN_AT_START if first else AGAIN
 
         def say() -> None:
             nonlocal timer
-            logger.warning("reward server %s: %s; %s", self.url, trial.problem, trial.plan)
+            logger.warning("%s %s: %s; %s", self.role, self.url, trial.problem, trial.plan)
             timer = self.loop.call_later(again, say)
 
         timer = self.loop.call_later(SILENCE_AT_START if first else SILENCE, say)
@@ -130,7 +141,7 @@ class Link:
                 try:
                     return read(_content(await self._send(method, path, body, trial.seconds)))
                 except RequestRefused as error:
-                    raise ValueError(f"reward server {self.url} refused: {error}") from error
+                    raise ValueError(f"{self.role} {self.url} refused: {error}") from error
                 except (httpx.ConnectError, httpx.ConnectTimeout) as error:
                     trial.failed(Away(f"cannot connect: {_reason(error)}"))
                 except httpx.DecodingError as error:
@@ -139,7 +150,7 @@ class Link:
                     trial.failed(error)
                 if trial.over:
                     end = trial.end()
-                    raise type(end)(f"reward server {self.url}: {end}")
+                    raise type(end)(f"{self.role} {self.url}: {end}")
                 if trial.tries == 1:
                     timer.cancel()
                     say()
@@ -159,7 +170,7 @@ class Link:
             async with asyncio.timeout(seconds):
                 await self.upload.acquire()
                 upload.callback(self.upload.release)
-                headers = {"Content-Length": str(len(body))}
+                headers = {"Content-Length": str(len(body)), "Content-Type": self.kind}
                 return await self.client.request(method, path, content=parts(), headers=headers)
 
 
@@ -177,7 +188,7 @@ def _content(response: httpx.Response) -> Any:
     detail = content.get("detail") if isinstance(content, dict) and content else response.text
     words = printable(" ".join(str(detail or "").split()))[:WORDS]
     problem = f"{status} {response.reason_phrase}" + (f": {words}" if words else "")
-    if status in (502, 503, 504):
+    if status in (429, 502, 503, 504):
         after = response.headers.get("retry-after", "")
         raise Away(problem, float(after) if after.isdecimal() else None)
     raise (Failed if status in (408, 499) or status >= 500 else RequestRefused)(problem)

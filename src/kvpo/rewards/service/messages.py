@@ -155,7 +155,7 @@ def decode_question(body: memoryview) -> ScoreRequest:
         )
     count = prod(shape)
     if offsets != [0, len(body) - start] or count * precision.itemsize != len(body) - start:
-        raise ValueError(f"{len(body) - start:,} bytes at {offsets} are no video of {shape} in {dtype}")
+        raise ValueError(f"{len(body) - start:,} bytes at {offsets} are not a video of {shape} in {dtype}")
     if len(prompts) != shape[0]:
         raise ValueError(f"{len(prompts)} prompts for {shape[0]} clips")
     video = torch.frombuffer(body, dtype=precision, offset=start, count=count)

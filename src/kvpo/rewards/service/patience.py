@@ -46,7 +46,11 @@ class Away(ValueError):
         self.after = after
 
 
-class StillLoading(ValueError):
+class GaveUp(ValueError):
+    """No usable answer within the limits of the policy."""
+
+
+class StillLoading(GaveUp):
     """The server answers, but is not ready."""
 
 
@@ -57,6 +61,7 @@ class Trial:
     patience: Patience
     first: bool
     """True until the first usable answer: something else may listen there."""
+    role: str = "reward server"
     tries: int = 0
     failures: int = 0
     problem: str = "no answer yet"
@@ -115,10 +120,11 @@ class Trial:
         self.wait = max(self.pause, min(after or 0.0, longest))
         self.pause = min(2 * self.pause, longest)
 
-    def end(self) -> ValueError:
+    def end(self) -> GaveUp:
         """The error to give up with."""
         times = "once" if self.tries == 1 else f"{self.tries} times"
         seconds = time.monotonic() - self.began
-        way_out = "; is a `kvpo reward-server` there, and ready to answer?" if self.first else ""
-        kind = StillLoading if self.first and self.promised else ValueError
+        server = "`kvpo reward-server`" if self.role == "reward server" else f"server of the {self.role}"
+        way_out = f"; is a {server} there, and ready to answer?" if self.first else ""
+        kind = StillLoading if self.first and self.promised else GaveUp
         return kind(f"asked {times} in {seconds:.1f} s, then gave up: {self.problem}{way_out}")

@@ -1,0 +1,236 @@
+"""Gains of more ranks: measured on gloo ranks of one machine, and worked out for many H200s.
+
+* Strong scaling keeps the demo's eight groups, weak scaling two groups per rank, `branches` deals one group's
+  branches. Every rank has one thread; the first update warms up and is not counted. Bytes that a rank sends
+  are compared with the formula of `kvpo.plan.splits`.
+* The model takes `kvpo plan` at the rates that `benchmarks/gpu.py` measured on an H200 and at stated
+  bandwidths, and names the best way to share a run on 1 to 512 of them.
+* The layout of 512 ranks is laid out for real in one process, with torch's fake process group on the meta
+  device: parameters per rank against the plan.
+
+    python benchmarks/scaling.py [--ranks 1 2] [--updates 2] [--only measured model layout] [--json PATH]
+"""
+
+import argparse
+import json
+import math
+import socket
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as processes
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from kvpo.app.build import build_setup
+from kvpo.app.configuration import preset
+from kvpo.app.plan import Planner, split_numbers
+from kvpo.config import Config
+from kvpo.models.adapters import add_adapter, trained_parameters
+from kvpo.models.causal_wan import CausalWan
+from kvpo.plan.phases import Rates
+from kvpo.plan.replays import replays_of
+from kvpo.plan.splits import Sharing
+from kvpo.training.device import GB, computing
+from kvpo.training.ranks import Ranks, joined_ranks
+from kvpo.training.sharding import local, shard
+from kvpo.training.trainer import Trainer
+
+GROUPS, PER_RANK = 8, 2
+SMALL = {"exploration.rows": 9, "optim.replay_rows": 4}
+"""One group at a time, and one trajectory of it in a replay, so that both can be dealt to ranks."""
+H200 = Rates(flops=250e12, bandwidth=3.0e12, link=400e9, network=45e9)
+"""A third of the measured 752 TFLOP/s, since every phase took three times its arithmetic; the measured
+bandwidth of memory; and nine tenths of what NVLink (450 GB/s) and a 400 Gbit/s adapter send one way."""
+MEMORY = 141 * GB
+NODES = (1, 2, 8, 64)
+PER_NODE = 8
+
+
+def formula(config: Config, split: Sharing) -> float:
+    """Bytes of gradients that a rank sends per update."""
+    plan = Planner(config, H200).plan(config, split)
+    return split.exchanged(split.share(config), plan.parameters, split.replayed(replays_of(config)))
+
+
+def updates(ranks: Ranks, changes: dict[str, Any], count: int) -> dict[str, Any]:
+    """Seconds per update, and of rollout and replay, and the bytes that this rank sent in the last one."""
+    config = preset("demo", {**SMALL, **changes, "optim.updates": count + 1})
+    with computing(config):
+        trainer, clock = Trainer(build_setup(config, ranks)), ranks.clock
+        seconds, phases = [], []
+        for _ in range(count + 1):
+            ranks.gather(None, "starting together")
+            started, before = time.perf_counter(), clock.read()
+            trainer.step()
+            seconds.append(time.perf_counter() - started)
+            spent = clock.since(before)
+            phases.append(spent["seconds"]["rollout"] + spent["seconds"]["replay"])
+    split = Sharing(ranks.count, trainer.teams.team.count, trainer.sharded, ranks.count)
+    return {
+        "seconds": statistics.median(seconds[1:]),
+        "rollout_and_replay": statistics.median(phases[1:]),
+        "sent": spent["bytes"].get("reduce", 0.0),
+        "formula": formula(config, split),
+    }
+
+
+def rank(index: int, count: int, port: int, changes: dict[str, Any], steps: int, found: Any) -> None:
+    """One process of a measurement."""
+    torch.set_num_threads(1)
+    store = dist.TCPStore("127.0.0.1", port, count, is_master=index == 0)
+    with joined_ranks("cpu", store=store, rank=index, world_size=count) as ranks:
+        every = ranks.gather(updates(ranks, changes, steps), "collecting")
+    if index == 0:
+        found.put(every)
+
+
+def measured(kind: str, count: int, changes: dict[str, Any], steps: int) -> dict[str, Any]:
+    """Updates on some ranks, as the slowest of them sees it."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = processes.get_context("spawn")
+    found = context.SimpleQueue()
+    started = [
+        context.Process(target=rank, args=(n, count, port, changes, steps, found)) for n in range(count)
+    ]
+    for process in started:
+        process.start()
+    every = found.get()
+    for process in started:
+        process.join()
+    slowest = {
+        name: max(one[name] for one in every) for name in ("seconds", "rollout_and_replay", "sent", "formula")
+    }
+    return {"kind": kind, "ranks": count, "groups": changes["optim.prompts_per_update"], **slowest}
+
+
+def measurements(counts: list[int], steps: int) -> list[dict[str, Any]]:
+    """Strong and weak scaling, and one group whose branches are dealt."""
+    rows = []
+    for kind, changes_of in {
+        "strong": lambda count: {"optim.prompts_per_update": GROUPS},
+        "weak": lambda count: {"optim.prompts_per_update": PER_RANK * count},
+        "branches": lambda count: {"optim.prompts_per_update": 1, "distributed.branch_ranks": count},
+    }.items():
+        rows += [measured(kind, count, changes_of(count), steps) for count in counts]
+    return rows
+
+
+def measured_table(rows: list[dict[str, Any]]) -> str:
+    """Markdown; the gain is groups per second against the first row of a kind."""
+    lines = [
+        "| scaling | ranks | groups | s per update | gain | of rollout and replay | MB sent | formula, MB |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        first = next(one for one in rows if one["kind"] == row["kind"])
+        share = row["groups"] / first["groups"]
+        gains = [share * first[name] / row[name] for name in ("seconds", "rollout_and_replay")]
+        lines.append(
+            f"| {row['kind']} | {row['ranks']} | {row['groups']} | {row['seconds']:.2f} | {gains[0]:.2f} | "
+            f"{gains[1]:.2f} | {row['sent'] / 1e6:.2f} | {row['formula'] / 1e6:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+def model(groups: int) -> list[dict[str, Any]]:
+    """The best way to share an update of the 1.3B and the 14B preset on more and more H200s."""
+    rows = []
+    for name in ("longlive-1.3b", "wan-14b"):
+        changes = {
+            "optim.prompts_per_update": groups,
+            "optim.checkpointing": True,
+            "rewards.scorers": ["flicker"],
+        }
+        config = preset(name, {**changes, "backbone.offload": True})
+        planner = Planner(config, H200)
+        alone = planner.plan(config).seconds
+        for gpus, nodes in ((1, 1), *((PER_NODE, nodes) for nodes in NODES)):
+            best = planner.best_split(config, gpus, nodes, MEMORY)[0]
+            numbers = split_numbers(best, MEMORY)
+            busy = min(1.0, groups / best.split.teams)
+            rows.append({"preset": name, "groups": groups, **numbers, "busy": busy, "alone": alone})
+    return rows
+
+
+def model_table(rows: list[dict[str, Any]]) -> str:
+    """Markdown; efficiency is what one card would take over what all of them take together."""
+    lines = [
+        "| preset | groups | H200s | branch_ranks | weights spread | GB | fits | s per update | "
+        "exchange, s | efficiency | ranks with work |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        efficiency = row["alone"] / row["seconds_per_update"] / row["ranks"]
+        lines.append(
+            f"| {row['preset']} | {row['groups']} | {row['ranks']} | {row['branch_ranks']} | "
+            f"{'yes' if row['shard'] else 'no'} | {row['peak']['bytes'] / GB:.1f} | "
+            f"{'yes' if row['fits'] else 'no'} | {row['seconds_per_update']:.3g} | "
+            f"{row['exchange_seconds']:.2g} | {efficiency:.0%} | {row['busy']:.0%} |"
+        )
+    return "\n".join(lines)
+
+
+def layout(ranks: int = 512, size: int = 8, lora_rank: int = 16) -> dict[str, Any]:
+    """The 14B transformer spread over the last team of 512 ranks, on the meta device, against the plan."""
+    dist.init_process_group("fake", rank=ranks - 1, world_size=ranks, store=FakeStore())
+    try:
+        numbers = range(ranks - size, ranks)
+        group = dist.new_group(list(numbers), backend="fake")
+        config = preset(
+            "wan-14b", {"optim.lora_rank": lora_rank, "backbone.lora": "", "rewards.scorers": ["flicker"]}
+        )
+        with torch.device("meta"):
+            transformer = CausalWan(config.model).to(torch.bfloat16).requires_grad_(False)
+        draws = torch.Generator().manual_seed(0)
+        add_adapter(transformer, lora_rank, generator=draws)
+        shard(transformer, Ranks(size - 1, size, None, group), "cpu")
+        trained = sum(local(value).nbytes for value in trained_parameters(transformer).values())
+        every = sum(local(value).nbytes for value in transformer.parameters())
+    finally:
+        dist.destroy_process_group()
+    plan = Planner(config, H200).plan(config, Sharing(ranks, size, True, PER_NODE))
+    return {
+        "ranks": ranks,
+        "team": size,
+        "weights": every - trained,
+        "planned_weights": plan.standing["weights"],
+        "adapter": trained,
+        "planned_adapter": plan.standing["adapter"],
+        "teams": plan.split.teams,
+        "deepest_turns": math.ceil(config.optim.prompts_per_update / plan.split.teams),
+    }
+
+
+def main() -> None:
+    """Measure, work out and lay out."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--updates", type=int, default=2)
+    parts = ("measured", "model", "layout")
+    parser.add_argument("--only", nargs="+", choices=parts, default=list(parts))
+    parser.add_argument("--json", type=Path)
+    given = parser.parse_args()
+    found: dict[str, Any] = {}
+    if "measured" in given.only:
+        found["measured"] = measurements(given.ranks, given.updates)
+        print(measured_table(found["measured"]))
+    if "model" in given.only:
+        found["model"] = [row for groups in (8, 64) for row in model(groups)]
+        print(model_table(found["model"]))
+    if "layout" in given.only:
+        found["layout"] = layout()
+        print(json.dumps(found["layout"], indent=1))
+    if given.json is not None:
+        given.json.write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

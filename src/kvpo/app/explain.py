@@ -1,0 +1,69 @@
+"""The view that scorers have of a file: frames, rate, size, text and scale; nothing large is loaded."""
+
+from collections.abc import Mapping, Sequence
+from math import sqrt
+from pathlib import Path
+
+from kvpo.app.named_rewards import FILE_RATE, named_rewards, split_location
+from kvpo.app.video_folder import file_prompts, find_videos, shown_names
+from kvpo.files import named_list
+from kvpo.rewards.catalogue import DECLARATIONS
+from kvpo.rewards.protocol import Declaration
+from kvpo.rewards.sampling import file_clips
+from kvpo.rewards.video_files import VideoFile, probe, read_frames
+
+INDICES_SHOWN = 16
+
+
+def explain(
+    folder: Path, names: Sequence[str], *, prompts: Path | None, sources: Mapping[str, str] | None = None
+) -> list[str]:
+    """Lines on how the first file of ``folder`` would be scored; rewards of the catalogue are not loaded.
+
+    Raises ValueError: no file, or one that cannot be read; rewards that cannot be named so.
+    """
+    files = find_videos(folder)
+    root = folder if folder.is_dir() else folder.parent
+    texts = file_prompts(prompts, root, files)
+    found: list[Declaration] = []
+    for name in names:
+        if split_location(name)[1] is None and name in DECLARATIONS:
+            found.append(DECLARATIONS[name])
+        else:
+            own = {
+                part: at
+                for part, at in (sources or {}).items()
+                if part.startswith(f"{split_location(name)[0]}.")
+            }
+            (reward,) = named_rewards([name], own, prompts=texts is not None)
+            found += reward.declarations
+    video = probe(files[0])
+    height, width = read_frames(video, [0], 2**40).shape[1:3]
+    lines = [
+        f"{shown_names(root, files)[0]}: {video.num_frames} frames of {height} x {width}, "
+        f"{video.frame_rate:g} per second"
+    ]
+    for one in found:
+        lines += [f"{one.name}:", *(f"  {line}" for line in _explained(one, video, height, width, texts))]
+    return lines
+
+
+def _explained(
+    one: Declaration, video: VideoFile, height: int, width: int, texts: Sequence[str] | None
+) -> list[str]:
+    clips = file_clips(one, video.num_frames, video.frame_rate)
+    shown = named_list(map(str, clips[0]), INDICES_SHOWN)
+    rate = (
+        "neighbouring frames" if one.sampling is None else f"clips of {FILE_RATE:g} frames per second assumed"
+    )
+    shrink = min(1.0, sqrt(one.max_pixels / (height * width)))
+    size = "as they are" if shrink == 1 else f"shrunk to {round(height * shrink)} x {round(width * shrink)}"
+    text = "not read"
+    if one.reads_prompt:
+        text = repr(texts[0]) if texts else "needed: give --prompts FILE"
+    return [
+        f"frames: {len(clips)} clips; the first takes {shown} ({rate})",
+        f"size: {size}, then as its network takes them{', rounded to 8 bits' if one.eight_bit else ''}",
+        f"prompt: {text}",
+        f"scale: {one.low:g} to {one.high:g}, higher is better; weight {one.weight:g}",
+    ]

@@ -1,0 +1,68 @@
+"""``kvpo generate``: its arguments, and the functions that it calls."""
+
+from argparse import ArgumentParser, Namespace
+
+from kvpo.app.arguments import aligned_arguments, generating, is_main
+from kvpo.app.configuration import path_argument
+from kvpo.app.prompt_commands import extended_argument
+from kvpo.config_checks import ConfigurationError
+
+
+def generate_arguments(parser: ArgumentParser) -> None:
+    """Arguments of ``kvpo generate``."""
+    parser.add_argument(
+        "--out", type=path_argument, required=True, metavar="DIR", help="directory for the videos"
+    )
+    aligned_arguments(parser, "generates, in addition to its base")
+    parser.add_argument(
+        "--prompts",
+        type=path_argument,
+        metavar="FILE",
+        help="prompts of any form (docs/evaluation.md); default: some test prompts",
+    )
+    extended_argument(parser)
+    parser.add_argument(
+        "--suite",
+        metavar="NAME[=PATH]",
+        help="the videos of vbench, vbench-long or vbench2, by the list of its package or of a checkout",
+    )
+    parser.add_argument(
+        "--dimensions", default="", metavar="NAME[,NAME]", help="dimensions of the suite (default: all)"
+    )
+
+
+def run_generate(arguments: Namespace) -> None:
+    """Run ``kvpo generate``."""
+    config = generating(arguments)
+    model = {name: vars(arguments)[name] for name in ("run", "checkpoint", "weights")}
+    if arguments.suite is not None:
+        if arguments.prompts is not None:
+            raise ConfigurationError("--prompts: a suite brings its own; leave out --prompts or --suite")
+        from kvpo.app.suites import generate_suite
+
+        folders = generate_suite(
+            config,
+            arguments.out,
+            arguments.suite,
+            dimensions=[name for name in arguments.dimensions.split(",") if name],
+            extended_texts=arguments.extended,
+            **model,
+        )
+        if is_main():
+            print("\n".join(f"kvpo suite check {folder}" for folder in folders))
+        return
+    if arguments.dimensions:
+        raise ConfigurationError("--dimensions: needs --suite")
+    if arguments.extended is not None and arguments.prompts is None:
+        raise ConfigurationError("--extended: needs --prompts or --suite, whose texts it extends")
+    from kvpo.app.generate import generate
+
+    videos = generate(
+        config,
+        arguments.out,
+        prompts=arguments.prompts,
+        extended_texts=arguments.extended,
+        **model,
+    )
+    if is_main():
+        print("\n".join(map(str, videos)))

@@ -1,0 +1,123 @@
+"""README.md of exported weights: a model card as the Hugging Face hub reads it."""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from kvpo.files import read_json
+from kvpo.models.adapter_files import DIFFUSERS_ADAPTER_NAME
+from kvpo.models.hub import repository_of
+
+CARD = "README.md"
+_BASE_FOLDERS = 3
+"""The checkpoint itself, its folder and the one above, in which its card is looked for."""
+
+_WORDS = {
+    "peft": "a LoRA adapter in PEFT's layout",
+    "diffusers-lora": "a LoRA adapter in diffusers' layout",
+    "comfy": "a LoRA adapter in ComfyUI's layout",
+    "diffusers": "a whole transformer in diffusers' layout",
+}
+_USES = {
+    "peft": ("PEFT", "```python\nfrom peft import PeftModel\n\n"
+             "model = PeftModel.from_pretrained(transformer, \"{folder}\")  # Wan's own names\n```"),
+    "diffusers-lora": ("diffusers", "```python\ntransformer.load_lora_adapter(\"{folder}\", "
+                       "use_safetensors=True)\n# in a pipeline: pipe.load_lora_weights(\"{folder}\")\n```"),
+    "diffusers": ("diffusers", "```python\nfrom diffusers import WanTransformer3DModel\n\n"
+                  "transformer = WanTransformer3DModel.from_pretrained(\"{folder}\")\n```"),
+    "comfy": ("ComfyUI", "Put `{file}` into `models/loras` and load it with *LoraLoaderModelOnly* behind the "
+              "base, at strength 1. Scope and others that read `diffusion_model.` names take the same file."),
+}  # fmt: skip
+
+
+def licence_of(checkpoint: Path | None) -> str:
+    """The licence that a base states in the card beside its file, or in a folder above; else ``other``."""
+    for folder in [checkpoint, *checkpoint.parents][:_BASE_FOLDERS] if checkpoint is not None else ():
+        if (card := folder / CARD).is_file():
+            text = card.read_text(encoding="utf-8", errors="replace")
+            match = re.match(r"---\r?\n(.*?)\r?\n---", text, re.DOTALL)
+            try:
+                fields = yaml.safe_load(match[1]) if match else None
+            except yaml.YAMLError:
+                fields = None
+            if isinstance(fields, dict) and isinstance(fields.get("license"), str):
+                return str(fields["license"])
+    return "other"
+
+
+def model_card(layout: str, folder: Path, record: Mapping[str, Any], licence: str, run: Path) -> str:
+    """The card of what was exported to ``folder``; ``run`` holds the numbers measured on held-out prompts."""
+    base, alone = record["base"] or "the embedded generator of kvpo", layout != "diffusers"
+    repo = repository_of(record["base"])
+    fields = {
+        "license": licence,
+        **({"base_model": repo, "base_model_relation": "adapter" if alone else "finetune"} if repo else {}),
+        "library_name": "peft" if layout == "peft" else "diffusers",
+        "pipeline_tag": "text-to-video",
+        "tags": ["kvpo", "streaming-video", *(["lora"] if alone else [])],
+    }
+    added = f" It continues the adapter `{record['lora']}` and takes its place." if record["lora"] else ""
+    if "added_to" in record:
+        added = f" It is to be added to the adapter `{record['added_to']}`, which is loaded first."
+    rewards = ", ".join(f"`{name}`" for name in record["rewards"])
+    parts = [
+        "---\n" + yaml.safe_dump(fields, sort_keys=False).strip() + "\n---",
+        f"# {folder.name}",
+        f"This is {_WORDS[layout]}, aligned online with {rewards} by the method `{record['method']}` of "
+        f"[kvpo](https://arxiv.org/abs/2605.14278) {record['kvpo']}. Its base is `{base}`.{added}",
+        "## Loading",
+        _loading(layout, folder, record),
+        "## Held-out prompts",
+        _numbers(record, run),
+        "## Made with",
+        _table(record),
+        "## Licence",
+        "The base's licence holds for these weights: "
+        + (
+            f"`{licence}`."
+            if licence != "other"
+            else f"see `{base}`, whose card was not found by the export."
+        ),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _loading(layout: str, folder: Path, record: Mapping[str, Any]) -> str:
+    files = {"diffusers-lora": DIFFUSERS_ADAPTER_NAME, "comfy": f"{folder.name}.safetensors"}
+    program, use = _USES[layout]
+    use = use.replace("{folder}", folder.name).replace("{file}", files.get(layout, ""))
+    flag = "checkpoint" if layout == "diffusers" else "lora"
+    base = f" --backbone.checkpoint {record['base']}" if flag == "lora" else ""
+    own = (
+        f"```\nkvpo generate --preset {record['settings']['preset']}{base} \\\n"
+        f"  --backbone.{flag} {folder.name} --prompts prompts.txt --out videos\n```"
+    )
+    if "added_to" in record:
+        own = "kvpo takes the continued adapter itself: export it without `--difference`."
+    others = {"PEFT": "peft", "diffusers": "diffusers-lora", "ComfyUI": "comfy"}
+    del others[program]
+    rest = "; ".join(f"for {name}, `kvpo export RUN --layout {other}`" for name, other in others.items())
+    return f"{program}:\n\n{use}\n\nkvpo:\n\n{own}\n\nOther programs read other layouts: {rest}."
+
+
+def _numbers(record: Mapping[str, Any], run: Path) -> str:
+    """The run's test, where it is of these very weights."""
+    summary = read_json(run / "summary.json") if (run / "summary.json").is_file() else {}
+    checked = summary.get("checked", {})
+    same = record["checkpoint"] == f"update-{checked.get('update', -1):06d}"
+    if not same or record["weights"] != checked.get("weights"):
+        return "These weights were not tested on held-out prompts (`kvpo evaluate` does)."
+    lines = ["| prompts | n | base | aligned | gain, paired | standard error |", "|---|---|---|---|---|---|"]
+    for name, own in summary["held_out"].items():
+        means = f"{own['base_mean']:.4f} | {own['aligned_mean']:.4f} | {own['paired_gain']:+.4f}"
+        lines.append(f"| {name} | {own['prompts']} | {means} | {own['paired_se']:.4f} |")
+    return "\n".join(lines) + f"\n\n{summary['verdict']}"
+
+
+def _table(record: Mapping[str, Any]) -> str:
+    shown = {name: value for name, value in record.items() if name not in ("settings", "kvpo")}
+    rows = (shown | record["settings"]).items()
+    return "\n".join(["| | |", "|---|---|", *(f"| {name} | `{value}` |" for name, value in rows)])

@@ -1,0 +1,119 @@
+"""``kvpo prompts``: its arguments, and what it says about prompt files, converts and holds out."""
+
+from argparse import ArgumentParser, Namespace
+from typing import TYPE_CHECKING
+
+from kvpo.app.arguments import configuration
+from kvpo.app.configuration import path_argument
+from kvpo.config_checks import ConfigurationError
+from kvpo.files import output_file, write_atomic
+
+if TYPE_CHECKING:
+    from kvpo.app.file_prompts import TextLimits
+    from kvpo.prompt_files import PromptFile
+
+
+def prompts_arguments(parser: ArgumentParser) -> None:
+    """Arguments of ``kvpo prompts``."""
+    parser.usage = "kvpo prompts FILE [FILE ...] [--extended FILE] [--out FILE] [--hold-out INT] [options]"
+    parser.add_argument(
+        "files", nargs="+", type=path_argument, metavar="FILE", help=".txt, .jsonl, .json, .csv or .tsv"
+    )
+    extended_argument(parser)
+    parser.add_argument(
+        "--out",
+        type=path_argument,
+        metavar="FILE",
+        help="write all prompts to one file, of its suffix's form",
+    )
+    parser.add_argument(
+        "--hold-out",
+        type=int,
+        default=0,
+        metavar="INT",
+        help="of the distinct prompts this many go to FILE's name with -held-out; the same ones every time",
+    )
+
+
+def extended_argument(parser: ArgumentParser) -> None:
+    """Add the file of extended texts."""
+    parser.add_argument(
+        "--extended",
+        type=path_argument,
+        metavar="FILE",
+        help="extended texts of the prompts, line by line, or JSON that maps short texts to them",
+    )
+
+
+def prompts(arguments: Namespace) -> int:
+    """Run ``kvpo prompts``; 1 where a file has problems, and then nothing is written."""
+    config = configuration(arguments)
+    out = None if arguments.out is None else output_file(arguments.out, "--out")
+    if arguments.hold_out < 0 or arguments.hold_out and out is None:
+        raise ConfigurationError("--hold-out: needs a positive number, and --out for what is left")
+    from kvpo.app.build import source_of
+    from kvpo.app.file_prompts import held_out, prompt_file, reading_of
+    from kvpo.prompt_files import examine, extended, written
+
+    source = source_of(config)
+    reading = reading_of(config, source.default_frames(config), source.latent_rate)
+    found, problems = [], []
+    for path in arguments.files:
+        try:
+            found.append(examine(prompt_file(config, path), **reading))
+            problems += found[-1].problems
+        except ValueError as error:
+            problems.append(str(error))
+    if arguments.extended is not None:
+        if len(arguments.files) > 1:
+            raise ConfigurationError("--extended: pairs with one file of prompts")
+        if not problems:
+            found = [extended(found[0], arguments.extended, **reading)]
+    print("\n".join([*problems, *notes(found, source.text_limits(config))]))
+    if problems:
+        return 1
+    if out is not None:
+        every = [prompt for file in found for prompt in file.prompts]
+        rest, held = held_out(every, arguments.hold_out)
+        parts = {out: rest} | ({out.with_stem(f"{out.stem}-held-out"): held} if held else {})
+        texts = {path: written(own, path.suffix.lower()) for path, own in parts.items()}
+        for path, text in texts.items():
+            write_atomic(path, text)
+            print(f"{path}: {len(parts[path])} prompts")
+    return 0
+
+
+def notes(files: "list[PromptFile]", limits: "TextLimits") -> list[str]:
+    """Everything worth knowing about prompts that were read: lengths, repeats, parts that have no effect."""
+    from kvpo.app.file_prompts import short_notice, word_count
+    from kvpo.files import named_list
+    from kvpo.prompt_files import repeats
+
+    said = []
+    places = {}
+    for file in files:
+        if not file.prompts:
+            continue
+        counts = sorted(word_count(text) for prompt in file.prompts for text in prompt.segments)
+        said.append(
+            f"{file.path}: {len(file.prompts)} prompts, {len(repeats(file.prompts))} distinct; "
+            f"{counts[0]} to {counts[-1]} words, the median {counts[len(counts) // 2]}"
+        )
+        for n, prompt in enumerate(file.prompts):
+            places[id(prompt)] = file.at(n)
+            for text in dict.fromkeys(prompt.segments):
+                if limits.length is not None and (length := limits.length(text)) > limits.limit:
+                    said.append(
+                        f"{file.at(n)}: {length} {limits.unit}, {limits.limit} are read: "
+                        f"{length - limits.limit} are cut"
+                    )
+                if unknown := limits.unknown(text):
+                    said.append(f"{file.at(n)}: unknown words have no effect: {named_list(unknown)}")
+    every = [prompt for file in files for prompt in file.prompts]
+    for first, *again in repeats(every):
+        said += [f"{places[id(prompt)]}: repeats {places[id(first)]}" for prompt in again]
+    if limits.length is None:
+        said.append(f"{limits.unit} are not counted: give --backbone.encoders")
+    if (notice := short_notice(every, limits.usual)) is not None:
+        said.append(notice)
+    return said

@@ -1,0 +1,82 @@
+"""Rewards of a run on some of its ranks only: those serve them, and all ranks send their clips there."""
+
+import os
+import secrets
+import socket
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from threading import Thread
+
+from kvpo.app.named_rewards import named_rewards
+from kvpo.config import Config
+from kvpo.extras import extra
+from kvpo.rewards.service.messages import TOKEN_VARIABLE
+from kvpo.serving import listener, url_of
+from kvpo.training.ranks import Ranks
+
+
+def with_served_rewards(config: Config, frame_rate: float, ranks: Ranks) -> Config:
+    """The configuration whose rewards are at servers on the first ``rewards.ranks`` ranks, which this starts.
+
+    They last as long as the ranks do. Rewards that name servers of their own stay there; nothing changes
+    where ``rewards.ranks`` is 0 or there are no more ranks than that. Raises ValueError as `named_rewards`.
+    """
+    count = config.rewards.ranks
+    every = [*config.rewards.scorers, *config.evaluation.watchers]
+    here = [name for name in every if "@" not in name]
+    if not 0 < count < ranks.count or not here:
+        return config
+    doing, leaving = "loading the rewards", ranks.leaving
+    given = os.environ.get(TOKEN_VARIABLE)
+    token: str = ranks.gather(given or secrets.token_urlsafe(), doing)[0]
+    os.environ[TOKEN_VARIABLE] = token
+    if given is None:
+        leaving.callback(os.environ.pop, TOKEN_VARIABLE, None)
+    machines = ranks.gather(socket.gethostname(), doing)
+    with ranks.together(doing):
+        url = ""
+        if ranks.rank < count:
+            host = "127.0.0.1" if len(set(machines)) == 1 else machines[ranks.rank]
+            url = _serve(config, here, host, token, frame_rate, leaving)
+    urls = ",".join(ranks.gather(url, doing)[:count])
+
+    def there(names: Sequence[str]) -> tuple[str, ...]:
+        return tuple(f"{name}@{urls}" if name in here else name for name in names)
+
+    rewards = replace(config.rewards, scorers=there(config.rewards.scorers))
+    evaluation = replace(config.evaluation, watchers=there(config.evaluation.watchers))
+    return replace(config, rewards=rewards, evaluation=evaluation)
+
+
+def _serve(
+    config: Config, names: Sequence[str], host: str, token: str, frame_rate: float, leaving: ExitStack
+) -> str:
+    """Load rewards, serve them in a thread until ``leaving`` is closed, and return their address."""
+    from kvpo.app.reward_server import offers_of
+    from kvpo.rewards.service.server import reward_app
+
+    with extra("server"):
+        import uvicorn
+    rewards = named_rewards(
+        names,
+        config.rewards.sources,
+        field="rewards.scorers",
+        prompts=True,
+        frame_rate=frame_rate,
+        device=config.device,
+    )
+    app = reward_app(
+        [reward.scorer for reward in rewards], offers_of(rewards), frame_rate=frame_rate, token=token
+    )
+    listening = leaving.enter_context(listener(host, 0))
+    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False))
+    thread = Thread(target=server.run, kwargs={"sockets": [listening]}, name="kvpo rewards", daemon=True)
+    thread.start()
+
+    def stop() -> None:
+        server.should_exit = True
+        thread.join()
+
+    leaving.callback(stop)
+    return url_of(host, listening)

@@ -1,0 +1,339 @@
+"""Benchmark suites: which videos one asks for, under exactly which names, and making them.
+
+Conventions of VBench (Huang et al. 2023), VBench-Long and VBench-2.0; the prompts come from the user's copy.
+"""
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kvpo import __version__
+from kvpo.app.build import checkpoint_of, load_backbone, opened_arms, source_of
+from kvpo.app.file_prompts import reading_of
+from kvpo.app.generate import VIDEOS_TOGETHER, latents_of
+from kvpo.config import Config
+from kvpo.config_checks import ConfigurationError, check
+from kvpo.engine.generator import as_bytes, pixel_frame, pixels_of
+from kvpo.files import (
+    TEMPORARY_PREFIX,
+    StorageError,
+    local_path,
+    named_list,
+    read_json,
+    remove_leftovers,
+    storage_error,
+    write_atomic,
+)
+from kvpo.progress import progress_bars
+from kvpo.prompt_files import examine, extended
+from kvpo.prompts import VideoPrompt
+from kvpo.report.video import enlargement, write_video
+from kvpo.training.backbone import Backbone
+from kvpo.training.device import computing
+from kvpo.training.ranks import Ranks, joined_ranks
+
+logger = logging.getLogger(__name__)
+
+LONGEST_NAME = 255
+"""Bytes of a file's name that every usual disk takes."""
+
+
+@dataclass(frozen=True)
+class Suite:
+    """The rules by which a suite looks for its videos."""
+
+    package: str
+    """Python package that holds the list of prompts, in ``info``."""
+    info: str
+    copies: int
+    """Videos of a prompt."""
+    more: Mapping[str, int] = field(default_factory=dict)
+    """Dimensions whose prompts have more of them."""
+    folders: bool = False
+    """True if every dimension has a folder of its own."""
+    letters: int | None = None
+    """Letters of a prompt in a name; None: all."""
+    command: str = ""
+    """Scores the dimension D of a folder DIR."""
+    caution: str = ""
+
+
+_VBENCH = Suite(
+    "vbench",
+    "VBench_full_info.json",
+    5,
+    {"temporal_flickering": 25},
+    command="vbench evaluate --videos_path DIR --dimension D",
+    caution="temporal_flickering looks at what `vbench static_filter --videos_path DIR` leaves of its videos",
+)
+SUITES = {
+    "vbench": _VBENCH,
+    "vbench-long": replace(
+        _VBENCH,
+        command="python vbench2_beta_long/eval_long.py --videos_path DIR --dimension D "
+        "--mode long_vbench_standard",
+        caution="VBench-Long writes split_clip/ into the folder, and scores what it finds there again: give "
+        "it a copy; it loses prompts with an underscore, and temporal_flickering needs --static_filter_flag",
+    ),
+    "vbench2": Suite(
+        "vbench2",
+        "VBench2_full_info.json",
+        3,
+        {"Diversity": 20},
+        folders=True,
+        letters=180,
+        command="vbench2 evaluate --videos_path DIR/D --dimension D",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class SuiteVideo:
+    """A video that a suite asks for."""
+
+    name: str
+    """Path below the folder."""
+    prompt: str
+    """The suite's own text, which the name comes from."""
+    text: str
+    """The text that is generated: the same, or its extended one."""
+
+    @property
+    def noise(self) -> int:
+        """Key of its noise, of the name alone: whatever else is generated, and for base and aligned alike."""
+        return int.from_bytes(hashlib.blake2b(self.name.encode(), digest_size=6).digest(), "little")
+
+
+def suite_of(given: str) -> tuple[str, Path]:
+    """A suite and its list of prompts, of NAME (an installed package) or NAME=PATH (a checkout, or the list).
+
+    Raises ConfigurationError where there is none.
+    """
+    name, equals, where = given.partition("=")
+    if name not in SUITES:
+        raise ConfigurationError(f"--suite: unknown suite {name!r}; there are {', '.join(SUITES)}")
+    suite = SUITES[name]
+    if equals:
+        path = local_path(where, "--suite")
+        folders = [path, path / suite.package, path / "VBench-2.0" / suite.package]
+        places = [path, *(folder / suite.info for folder in folders)]
+    else:
+        spec = find_spec(suite.package)
+        places = [Path(root) / suite.info for root in (spec and spec.submodule_search_locations) or ()]
+    for place in places:
+        if place.is_file():
+            return name, place
+    raise ConfigurationError(
+        f"--suite: {where or f'the package {suite.package}'} has no {suite.info}; pip install --no-deps "
+        f"{suite.package}, or name a checkout of it: --suite {name}=PATH"
+    )
+
+
+def dimensions_of(info: Path) -> list[str]:
+    """The dimensions of a suite's list of prompts. Raises ValueError for another file."""
+    records = read_json(info)
+    if not (
+        isinstance(records, list)
+        and all(isinstance(r, dict) and isinstance(r.get("dimension"), list) for r in records)
+    ):
+        raise ValueError(f"{info}: not a suite's list of prompts, each with its dimensions")
+    return list(dict.fromkeys(own for record in records for own in record["dimension"]))
+
+
+def suite_videos(
+    name: str, info: Path, dimensions: Sequence[str] = (), extended_texts: Path | None = None
+) -> list[SuiteVideo]:
+    """Every video that a suite asks for, prompt by prompt in the order of its list.
+
+    Args:
+        dimensions: those that are wanted; none: all.
+        extended_texts: extended texts of all prompts of the list (`kvpo.prompt_files.extended`).
+
+    Raises:
+        ValueError: a list of another form, unknown dimensions, texts that do not pair, names that no disk
+            takes or that two prompts share.
+    """
+    suite = SUITES[name]
+    short = examine(info, num_frames=1)
+    if short.problems:
+        raise ValueError(short.problems[0])
+    known = dimensions_of(info)
+    if unknown := [own for own in dimensions if own not in known]:
+        raise ConfigurationError(
+            f"--dimensions: {name} has no {named_list(unknown)}; there are {', '.join(known)}"
+        )
+    records = read_json(info)
+    long = short if extended_texts is None else extended(short, extended_texts, num_frames=1)
+    wanted: dict[tuple[str, str], set[str]] = {}
+    texts: dict[tuple[str, str], tuple[str, str]] = {}
+    for record, one, other in zip(records, short.prompts, long.prompts, strict=True):
+        prompt, text = record.get("prompt_en", one.segments[0]), other.segments[0]
+        for own in [own for own in record["dimension"] if own in (dimensions or known)]:
+            key = (own if suite.folders else "", prompt[: suite.letters])
+            wanted.setdefault(key, set()).add(own)
+            if texts.setdefault(key, (prompt, text))[0] != prompt:
+                raise ValueError(f"{info}: {texts[key][0]!r} and {prompt!r} have one file name")
+    found = []
+    for (folder, stem), own in wanted.items():
+        prompt, text = texts[folder, stem]
+        for n in range(max(suite.more.get(dimension, suite.copies) for dimension in own)):
+            file = f"{stem}-{n}.mp4"
+            if "/" in file or "\0" in file or len(file.encode()) > LONGEST_NAME:
+                raise ValueError(f"{info}: no file can be called {file[:60]!r}")
+            found.append(SuiteVideo(f"{folder}/{file}" if folder else file, prompt, text))
+    return found
+
+
+def demand_case(out: Path, videos: Sequence[SuiteVideo]) -> None:
+    """Raise StorageError where the disk takes two names that differ in case for one."""
+    twins: dict[str, str] = {}
+    for video in videos:
+        if (other := twins.setdefault(video.name.casefold(), video.name)) != video.name:
+            probe = out / f"{TEMPORARY_PREFIX}case"
+            probe.touch()
+            one = (out / probe.name.upper()).exists()
+            probe.unlink()
+            if one:
+                raise StorageError(
+                    f"{out}: this disk keeps {other!r} and {video.name!r} in one file; use one that tells "
+                    "upper from lower case"
+                )
+            return
+
+
+def generate_suite(
+    config: Config,
+    out: Path | str,
+    given: str,
+    *,
+    dimensions: Sequence[str] = (),
+    extended_texts: Path | None = None,
+    run: Path | None = None,
+    checkpoint: str | None = None,
+    weights: str = "average",
+) -> list[Path]:
+    """Generate a suite's videos into ``out``/base, and with a run ``out``/aligned.
+
+    Goes on where it was stopped. Nothing but videos is in these folders: ``base.json`` and ``aligned.json``
+    beside them say what each file is. Base and aligned have equal noise. Returns the folders.
+
+    Raises:
+        ConfigurationError: no such suite or dimension.
+        ValueError: see `suite_videos`; a folder that was begun with other settings.
+        StorageError: ``out`` cannot be written.
+    """
+    check(config)
+    name, info = suite_of(given)
+    videos = suite_videos(name, info, dimensions, extended_texts)
+    frames = int(reading_of(config, source_of(config).default_frames(config))["num_frames"])
+    out = local_path(out, "out")
+    if SUITES[name].caution:
+        logger.warning("%s: %s", name, SUITES[name].caution)
+    record = {
+        "suite": name,
+        "list": hashlib.sha256(info.read_bytes()).hexdigest(),
+        "dimensions": list(dimensions) or dimensions_of(info),
+        "seed": config.seed,
+        "kvpo": __version__,
+        "videos": {v.name: {"prompt": v.prompt, "text": v.text, "noise": v.noise} for v in videos},
+    }
+    with joined_ranks(config.device) as ranks, computing(config):
+        with ranks.together("loading the generator"):
+            path = checkpoint_of(run, checkpoint)
+            asked = [VideoPrompt(v.noise, (v.text,), (), frames) for v in videos]
+            backbone = load_backbone(config, asked)
+            record |= {"base": backbone.weights.base_sha256, **_shape(backbone, frames)}
+            arms = opened_arms(config, backbone, path, weights)
+        for arm, side in arms.items():
+            own = record | ({"checkpoint": f"{path}, {weights}"} if arm == "aligned" else {})
+            ranks.once("preparing the folder", lambda own=own, arm=arm: _prepare(out, arm, own, videos))
+            with ranks.together(f"generating {arm}"), side():
+                _fill(ranks, backbone, out, arm, own, list(zip(videos, asked, strict=True)))
+    return [out / arm for arm in arms]
+
+
+def _shape(backbone: Backbone, latent_frames: int) -> dict[str, Any]:
+    """Frames, frames per second, height and width of the files."""
+    empty = torch.zeros(1, 1, *backbone.generator.latent_shape, device=backbone.generator.device)
+    height, width = pixels_of(backbone.codec, empty).shape[-2:]
+    scale = enlargement((height, width))
+    return {
+        "frames": pixel_frame(latent_frames, backbone.codec.frames_per_latent),
+        "rate": backbone.codec.frames_per_second,
+        "size": [side * scale + side * scale % 2 for side in (height, width)],
+    }
+
+
+def _prepare(out: Path, arm: str, record: Mapping[str, Any], videos: Sequence[SuiteVideo]) -> None:
+    """Make the folders of an arm, or demand that they were begun with the same settings."""
+    try:
+        for folder in {(out / arm / video.name).parent for video in videos}:
+            folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise storage_error(out, error) from error
+    remove_leftovers(out)
+    demand_case(out, videos)
+    manifest = out / f"{arm}.json"
+    if manifest.exists():
+        before = read_json(manifest)
+        if changed := [key for key in record if before.get(key) != record[key]]:
+            raise StorageError(
+                f"{manifest}: {out / arm} was begun with other {named_list(changed)}; choose another --out"
+            )
+    elif any(path.is_file() for path in (out / arm).rglob("*")):
+        raise StorageError(
+            f"{out / arm} holds files, and no {manifest.name} is beside it; choose another --out"
+        )
+    else:
+        write_atomic(manifest, json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+
+
+def _fill(
+    ranks: Ranks,
+    backbone: Backbone,
+    out: Path,
+    arm: str,
+    record: Mapping[str, Any],
+    videos: Sequence[tuple[SuiteVideo, VideoPrompt]],
+) -> None:
+    """Make the videos that an arm lacks; ranks share the prompts."""
+    share = ranks.share(list(_together(videos)))
+    with progress_bars(shown=ranks.main) as show:
+        for done, batch in enumerate(share):
+            show(f"generating {arm}", done, len(share))
+            if all((out / arm / video.name).exists() for video, _ in batch):
+                continue
+            latents = latents_of(backbone, [asked for _, asked in batch])
+            for (video, _), own in zip(batch, latents, strict=True):
+                frames = as_bytes(pixels_of(backbone.codec, own[None])[0])
+                _write(out, out / arm / video.name, frames, backbone.codec.frames_per_second)
+        show(f"generating {arm}", len(share), len(share))
+
+
+def _together(
+    videos: Sequence[tuple[SuiteVideo, VideoPrompt]],
+) -> Iterator[list[tuple[SuiteVideo, VideoPrompt]]]:
+    """Videos of one prompt, at most `VIDEOS_TOGETHER`: batches do not depend on what else is wanted."""
+    by_prompt: dict[tuple[str, str], list[tuple[SuiteVideo, VideoPrompt]]] = {}
+    for video, asked in videos:
+        by_prompt.setdefault((str(Path(video.name).parent), video.prompt), []).append((video, asked))
+    for own in by_prompt.values():
+        yield from (own[at : at + VIDEOS_TOGETHER] for at in range(0, len(own), VIDEOS_TOGETHER))
+
+
+def _write(out: Path, path: Path, frames: Any, rate: float) -> None:
+    """A video that is there whole or not at all: until then it lies beside the folder."""
+    temporary = out / f"{TEMPORARY_PREFIX}{os.getpid()}.mp4"
+    try:
+        write_video(temporary, frames, rate, scale=enlargement(frames.shape[1:3]))
+        os.replace(temporary, path)
+    except OSError as error:
+        raise storage_error(path, error) from error

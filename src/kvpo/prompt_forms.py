@@ -1,0 +1,224 @@
+"""The forms that prompts are written in: lines, JSON, tables, timelines; parsed record by record.
+
+``.txt`` holds one prompt per line, ``# ...`` is a comment; ``.jsonl`` a record per line; ``.json`` a list of
+records or texts, one record, or a timeline of Scope, which is one video; ``.csv`` and ``.tsv`` have a column
+``prompt``. Records are ``{"prompt": text}`` (``prompt_en`` in VBench's lists), ``{"prompts": [...]}``, the
+interactive form of LongLive and MemFlow, whose switch frames the configuration has, and
+``{"segments": [...], "switches": [...]}``, which may also set ``"num_frames"``.
+"""
+
+import csv
+import io
+import json
+import math
+import re
+import unicodedata
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from kvpo.files import named_list, parse_json
+
+FORMATS = (
+    'a record is {"prompt": "..."}, {"prompts": [...]} with the switch frames of the configuration, or '
+    '{"segments": [...], "switches": [...]} with its own (and, if it differs, "num_frames")'
+)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A prompt as a file has it."""
+
+    segments: tuple[str, ...]
+    switches: tuple[int, ...] | None = ()
+    """None: the configuration's."""
+    num_frames: int | None = None
+    """None: the configuration's."""
+
+
+AtLine = tuple[int, Callable[[], Any]]
+"""A line, and the call that parses what stands there: its problems belong to the line."""
+
+
+def _lines(text: str) -> Iterator[tuple[int, str]]:
+    """Numbered lines without their ends."""
+    return enumerate(map(str.strip, text.split("\n")), 1) if text else iter(())
+
+
+def _of_text(path: Path, text: str) -> Iterator[AtLine]:
+    return (
+        (number, partial(_not_blank, line)) for number, line in _lines(text) if line[:2] not in ("#", "# ")
+    )
+
+
+def _of_json_lines(path: Path, text: str) -> Iterator[AtLine]:
+    return ((number, partial(_json, line)) for number, line in _lines(text))
+
+
+def _of_json(path: Path, text: str) -> Iterator[AtLine]:
+    """The elements of a list, or the one value, each with its line."""
+    at, more = _beyond_spaces(text, 0), True
+    if text[at : at + 1] != "[":
+        yield text.count("\n", 0, at) + 1, partial(_json, text)
+        return
+    at = _beyond_spaces(text, at + 1)
+    try:
+        if text[at : at + 1] == "]":
+            more, at = False, _beyond_spaces(text, at + 1)
+        while more:
+            _, stop = json.JSONDecoder().raw_decode(text, at)
+            yield text.count("\n", 0, at) + 1, partial(_json, text[at:stop])
+            at = _beyond_spaces(text, stop)
+            more = text[at : at + 1] == ","
+            if not more and text[at : at + 1] != "]":
+                raise json.JSONDecodeError("Expecting ',' delimiter", text, at)
+            at = _beyond_spaces(text, at + 1)
+        if at < len(text):
+            raise json.JSONDecodeError("Extra data", text, at)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}, line {error.lineno}: not JSON ({error.msg})") from error
+    except RecursionError as error:
+        line = text.count("\n", 0, at) + 1
+        raise ValueError(f"{path}, line {line}: not JSON that can be read (nested too deeply)") from error
+
+
+def _beyond_spaces(text: str, at: int) -> int:
+    found = _SPACES.match(text, at)
+    return found.end() if found else at
+
+
+_SPACES = re.compile(r"\s*")
+
+
+DELIMITERS = {".csv": ",", ".tsv": "\t"}
+
+
+def _of_table(path: Path, text: str) -> Iterator[AtLine]:
+    """The column ``prompt`` of a table, or VBench's ``prompt_en``."""
+    rows = csv.reader(io.StringIO(text), delimiter=DELIMITERS[path.suffix.lower()], strict=True)
+    try:
+        head = [name.strip().lower() for name in next(rows, [])]
+        column = next((name for name in ("prompt", "prompt_en") if name in head), None)
+        if column is None:
+            raise ValueError(f"{path}, line 1: no column is called prompt; there are {named_list(head)}")
+        place, line = head.index(column), rows.line_num + 1
+        for row in rows:
+            cell = row[place] if place < len(row) else ""
+            yield line, partial(_not_blank, cell)
+            line = rows.line_num + 1
+    except csv.Error as error:
+        raise ValueError(f"{path}, line {rows.line_num}: not a table ({error})") from error
+
+
+FORMS: dict[str, Callable[[Path, str], Iterator[AtLine]]] = {
+    ".txt": _of_text,
+    ".jsonl": _of_json_lines,
+    ".json": _of_json,
+    ".csv": _of_table,
+    ".tsv": _of_table,
+}
+
+
+def _not_blank(line: str) -> str:
+    if blank(line):
+        raise ValueError("blank; write a prompt there or remove the line")
+    return line
+
+
+def _json(line: str) -> Any:
+    try:
+        return parse_json(_not_blank(line))
+    except ValueError as error:
+        raise ValueError(f"{error}; {FORMATS}") from error
+
+
+_ONE = ("prompt", "prompt_en")
+
+
+def asked(record: Any, unread: set[str]) -> Asked:
+    """The prompt of a text or a record; ``unread`` takes the names of fields that say nothing here.
+
+    Raises ValueError for anything else.
+    """
+    if isinstance(record, str):
+        return Asked(texts_of([record], "prompt"))
+    named = [name for name in ("prompts", "segments", *_ONE) if isinstance(record, dict) and name in record]
+    if len(named) != 1:
+        raise ValueError(f"not a prompt; {FORMATS}")
+    field = named[0]
+    allowed = {"prompts": set(), "segments": {"switches", "num_frames"}}.get(field, {"num_frames"})
+    unknown = record.keys() - allowed - {field}
+    if field in _ONE and "switches" not in unknown:
+        unread |= unknown  # those of data sets describe their prompts
+    elif unknown:
+        raise ValueError(f"unknown field {', '.join(sorted(unknown))} beside {field}; {FORMATS}")
+    segments = texts_of([record[field]] if field in _ONE else record[field], field)
+    if field == "prompts":
+        return Asked(segments, None)
+    switches = record.get("switches", [])
+    if not isinstance(switches, list) or not all(_is_frame(frame) for frame in switches):
+        raise ValueError(f"switches must be a list of latent frames, got {json.dumps(switches)}")
+    frames = record.get("num_frames")
+    if frames is not None and not (_is_frame(frames) and frames > 0):
+        raise ValueError(f"num_frames must be a positive number of latent frames, got {json.dumps(frames)}")
+    return Asked(segments, tuple(switches), frames)
+
+
+def is_timeline(record: Any) -> bool:
+    """True for a timeline that Scope exports: prompts with the seconds at which they start."""
+    entries = record.get("prompts") if isinstance(record, dict) else None
+    return isinstance(entries, list) and any(isinstance(e, dict) and "startTime" in e for e in entries)
+
+
+def timeline(record: dict[str, Any], block: int, latent_rate: float) -> Asked:
+    """A timeline as one video: seconds become latent frames, the length whole blocks.
+
+    A blend of several texts is joined by commas, as Scope itself shows it; entries without length are not
+    shown there and are left out.
+    """
+    cues: list[tuple[float, float, str]] = []
+    for number, entry in enumerate(record["prompts"], 1):
+        try:
+            start, end = float(entry["startTime"]), float(entry["endTime"])
+            texts = [part["text"] for part in entry["prompts"]] if "prompts" in entry else [entry["text"]]
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"entry {number} of the timeline needs startTime, endTime and prompts, each with a text"
+            ) from error
+        if not math.isfinite(start + end):
+            raise ValueError(f"entry {number} of the timeline lasts from {start} to {end}")
+        if start != end:
+            (text,) = texts_of([", ".join(map(str, texts))], f"entry {number} of the timeline")
+            cues.append((start, end, text))
+    if not cues:
+        raise ValueError("the timeline shows nothing")
+    cues.sort(key=lambda cue: cue[0])
+    starts = [round(latent_rate * (start - cues[0][0])) for start, _, _ in cues]
+    blocks = round(latent_rate * (max(end for _, end, _ in cues) - cues[0][0]) / block)
+    return Asked(tuple(text for *_, text in cues), tuple(starts[1:]), max(1, blocks) * block)
+
+
+def texts_of(value: object, field: str) -> tuple[str, ...]:
+    """A list of texts that can be read, without spaces around them. Raises ValueError, naming ``field``."""
+    if not isinstance(value, list) or not value or not all(isinstance(text, str) for text in value):
+        raise ValueError(f"{field} must be a list of at least one text, got {json.dumps(value)[:60]}")
+    if empty := [i for i, text in enumerate(value, 1) if blank(text)]:
+        raise ValueError(f"segment {empty[0]} of {len(value)} is blank")
+    return tuple(text.strip() for text in value)
+
+
+def _is_frame(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def blank(text: str) -> bool:
+    """True if a reader sees nothing."""
+    return not as_read(text)
+
+
+def as_read(text: str) -> str:
+    """The text as a reader takes it in: without what cannot be seen, in one case and one spelling."""
+    seen = "".join(c for c in unicodedata.normalize("NFKC", text) if unicodedata.category(c) != "Cf")
+    return " ".join(unicodedata.normalize("NFKC", seen.casefold()).split())

@@ -1,0 +1,59 @@
+"""The time of a run's updates: phases, ranks, bytes and waiting."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from kvpo.report.formatting import compact, escape, number, title_of
+from kvpo.report.record import RunRecord
+
+MEANINGS = {
+    "rollout": "roots, branches and anchors",
+    "decode": "latents to pixels, beside the next rollout",
+    "score": "rewards, beside the next rollout",
+    "replay": "evidence, tables and backward passes",
+    "reduce": "gradients over ranks",
+    "save": "the checkpoint before",
+    "wait": "for other ranks, within any phase",
+}
+
+
+def phases(run: RunRecord) -> str:
+    """Seconds per update of every phase, the mean over ranks and the slowest one, and the bytes sent."""
+    found = [entry["phases"] for entry in run.updates if isinstance(entry.get("phases"), dict)]
+    if not found:
+        return '<p class="missing">No update has said how long its phases took.</p>'
+    seconds, sent = (_by_phase(found, kind) for kind in ("seconds", "bytes"))
+    rows = []
+    for name, ranks in seconds.items():
+        bytes_sent = sum(sent[name]) / len(sent[name]) / 1e6 if name in sent else None
+        rows.append(
+            f'<tr><th>{escape(title_of(name))}<span class="soft">{escape(MEANINGS.get(name, ""))}</span></th>'
+            f"<td>{compact(sum(ranks) / len(ranks))}</td><td>{compact(max(ranks))}</td>"
+            f"<td>{'' if bytes_sent is None else compact(bytes_sent)}</td></tr>"
+        )
+    ranks = max((len(values) for values in seconds.values()), default=1)
+    idle, samples = (_mean(found, name) for name in ("idle", "samples_per_second_and_rank"))
+    note = f"{ranks} rank(s), {compact(idle)} of their time spent waiting for others"
+    note += f", {compact(samples)} samples per second and rank."
+    return (
+        '<div class="card scroll"><table class="checks"><thead><tr><th></th><th>s per update</th>'
+        "<th>slowest rank</th><th>MB</th></tr></thead>"
+        f'<tbody>{"".join(rows)}</tbody></table></div><p class="note">{note}</p>'
+    )
+
+
+def _by_phase(found: Sequence[Mapping[str, Any]], kind: str) -> dict[str, list[float]]:
+    """Phase -> mean of the updates for every rank; an update of fewer ranks counts for those it had."""
+    values: dict[str, list[list[float]]] = {}
+    for entry in found:
+        for name, ranks in (entry.get(kind) or {}).items():
+            columns = values.setdefault(str(name), [])
+            for rank, value in enumerate(ranks if isinstance(ranks, list) else []):
+                columns += [[]] if rank == len(columns) else []
+                columns[rank].append(number(value) or 0.0)
+    return {name: [sum(own) / len(own) for own in columns] for name, columns in values.items() if columns}
+
+
+def _mean(found: Sequence[Mapping[str, Any]], name: str) -> float | None:
+    values = [value for entry in found if (value := number(entry.get(name))) is not None]
+    return sum(values) / len(values) if values else None

@@ -1,0 +1,133 @@
+"""Several servers of the same rewards as one scorer: they share its clips, and one dying costs a retry."""
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from kvpo.prompts import ClipPrompt
+from kvpo.rewards.protocol import Declaration
+from kvpo.rewards.service.client import RemoteScorer, connect
+from kvpo.rewards.service.patience import PATIENCE, GaveUp, Patience
+from kvpo.rewards.service.scoring_queue import Answer
+
+logger = logging.getLogger(__name__)
+
+OUTAGE = 5.0
+"""Seconds that one of several servers may be unreachable before others take its clips."""
+REST = 30.0
+"""Seconds for which a server that was given up is asked only if all are."""
+
+
+@dataclass(frozen=True)
+class PooledScorer:
+    """Servers of the same rewards."""
+
+    servers: tuple[RemoteScorer, ...]
+    outage: float
+    """Seconds without scores from any of them before it gives up."""
+    rested: dict[int, float] = field(default_factory=dict)
+    """Server that was given up -> time from which it is asked again as any other."""
+
+    @property
+    def declarations(self) -> tuple[Declaration, ...]:
+        """Declarations of the components, the same on all servers."""
+        return self.servers[0].declarations
+
+    @property
+    def frame_rate(self) -> float:
+        """Frames per second of the clips, the same on all servers."""
+        return self.servers[0].frame_rate
+
+    @property
+    def components(self) -> tuple[str, ...]:
+        return self.servers[0].components
+
+    def __call__(self, video_BTCHW: Tensor, prompts: Sequence[ClipPrompt]) -> Answer:
+        """Component -> [B], in the order of the clips. Raises ValueError as ``begin``."""
+        return self.begin(video_BTCHW, prompts)()
+
+    def begin(self, video_BTCHW: Tensor, prompts: Sequence[ClipPrompt]) -> Callable[[], Answer]:
+        """Share clips out to the servers; the returned call waits for component -> [B].
+
+        Raises:
+            ValueError: a server refuses the clips, or none gave scores in time; names it and says what.
+        """
+        asked = self._in_turn()[: len(prompts)]
+        ends = [len(prompts) * n // len(asked) for n in range(len(asked) + 1)]
+        pieces = [slice(*span) for span in zip(ends, ends[1:], strict=False)]
+        started = [
+            (server, piece, self.servers[server].begin(video_BTCHW[piece], prompts[piece]))
+            for server, piece in zip(asked, pieces, strict=True)
+        ]
+
+        def scores() -> Answer:
+            found = [
+                self._answered(server, answer, video_BTCHW[piece], prompts[piece])
+                for server, piece, answer in started
+            ]
+            return {name: torch.cat([part[name] for part in found]) for name in self.components}
+
+        return scores
+
+    def _in_turn(self) -> list[int]:
+        """Servers to share clips out to: those that do not rest, or else the one that has rested longest."""
+        now, every = time.monotonic(), range(len(self.servers))
+        awake = [server for server in every if self.rested.get(server, now) <= now]
+        return awake or [min(every, key=lambda server: self.rested[server])]
+
+    def _answered(
+        self, server: int, answer: Callable[[], Answer], clips: Tensor, prompts: Sequence[ClipPrompt]
+    ) -> Answer:
+        """Scores from the server that was asked, or else from another one."""
+        until = time.monotonic() + self.outage
+        while True:
+            try:
+                found = answer()
+            except GaveUp as error:
+                self.rested[server] = time.monotonic() + REST
+                other = self._in_turn()[0]
+                if time.monotonic() > until:
+                    raise
+                logger.warning("%s; %s takes its clips", error, self.servers[other].link.url)
+                server, answer = other, self.servers[other].begin(clips, prompts)
+            else:
+                self.rested.pop(server, None)
+                return found
+
+    def close(self) -> None:
+        """Close all connections."""
+        for server in self.servers:
+            server.close()
+
+
+def connect_all(
+    urls: Sequence[str], names: Sequence[str], *, token: str | None = None, patience: Patience = PATIENCE
+) -> RemoteScorer | PooledScorer:
+    """The rewards ``names`` of the server at each of ``urls``. Raises ValueError as ``connect``.
+
+    All have to be there at the start; from then on one will do.
+    """
+    if len(urls) == 1:
+        return connect(urls[0], names, token=token, patience=patience)
+    servers: list[RemoteScorer] = []
+    try:
+        for url in urls:
+            servers.append(connect(url, names, token=token, patience=patience))
+        for server in servers[1:]:
+            for what in ("declarations", "frame_rate"):
+                if vars(server)[what] != vars(servers[0])[what]:
+                    raise ValueError(
+                        f"reward servers {urls[0]} and {server.link.url} differ in the {what} of "
+                        f"{', '.join(names)}; start them alike"
+                    )
+    except BaseException:
+        for server in servers:
+            server.close()
+        raise
+    for server in servers:
+        server.link.patience = replace(patience, outage=min(OUTAGE, patience.outage), attempts=1)
+    return PooledScorer(tuple(servers), patience.outage)

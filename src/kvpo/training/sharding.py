@@ -1,0 +1,112 @@
+"""Weights spread over the ranks of a team, with torch's FSDP2 (`fully_shard`).
+
+Every layer is a group of its own that is gathered just before it runs, and so is the adapter of every linear
+layer: base and adapter differ in precision. All ranks of a team have to make equally many passes in one
+order. Trained parameters, their moments and averages are DTensors of which a rank holds its part; what is
+saved is whole (`kvpo.training.checkpoint`).
+"""
+
+import json
+import shutil
+import struct
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+import torch.distributed.checkpoint as dcp
+from peft.tuners.lora import LoraLayer
+from safetensors import safe_open
+from torch import Tensor, nn
+from torch.distributed import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
+
+from kvpo.models.causal_wan import CausalWan
+from kvpo.training.ranks import Ranks
+
+
+def shard(model: CausalWan, team: Ranks, device: torch.device | str) -> None:
+    """Spread the parameters of a transformer over a team, in place; gradients are added up, not averaged."""
+    mesh = DeviceMesh.from_group(team.prompt, torch.device(device).type)
+
+    def group(*modules: nn.Module) -> None:
+        # Explicitly, or the outermost group would stay gathered, and stale once its values are exchanged.
+        fully_shard(list(modules) if len(modules) > 1 else modules[0], mesh=mesh, reshard_after_forward=True)
+
+    for block in model.blocks:
+        for layer in [module for module in block.modules() if isinstance(module, LoraLayer)]:
+            for name in layer.lora_A:
+                group(layer.lora_A[name], layer.lora_B[name])
+        group(block)
+        for method in ("only_keys_values", "text_keys"):  # what is called beside ``forward``, never within it
+            register_fsdp_forward_method(block, method)
+    group(model)
+    register_fsdp_forward_method(model, "text_keys")
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
+
+
+def sharded(tensors: Iterable[Tensor]) -> bool:
+    """True if these are parts of tensors that are spread over ranks."""
+    return any(isinstance(tensor, DTensor) for tensor in tensors)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part of a tensor, sharing its memory; a tensor that is not spread is its own part."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor  # type: ignore[no-any-return]
+
+
+def spread_like(tensor: Tensor, part: Tensor) -> Tensor:
+    """The tensor of which ``part`` is this rank's part, spread as ``tensor`` is."""
+    if not isinstance(tensor, DTensor) or isinstance(part, DTensor):
+        return part
+    return DTensor.from_local(
+        part,
+        tensor.device_mesh,
+        tensor.placements,
+        run_check=False,
+        shape=tensor.shape,
+        stride=tensor.stride(),
+    )
+
+
+def write_parts(tensors: Mapping[str, Tensor], file: Path, team: Ranks) -> None:
+    """Write the whole of spread tensors to a safetensors file, each rank its parts.
+
+    The ranks of the team call this together; rank 0 joins what they have written.
+    """
+    parts = file.parent / "parts"
+    writer = dcp.HuggingFaceStorageWriter(str(parts), save_distributed=True, enable_consolidation=True)
+    dcp.save(dict(tensors), storage_writer=writer, process_group=team.patient)
+    if team.main:
+        (joined,) = parts.glob("*.safetensors")
+        _write_counts(joined, tensors)
+        joined.rename(file)
+        shutil.rmtree(parts)
+
+
+def _write_counts(file: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Put tensors without an axis in place, which torch leaves zero where it joins parts."""
+    with file.open("r+b") as stream:
+        (length,) = struct.unpack("<Q", stream.read(8))
+        header = json.loads(stream.read(length))
+        for name, value in tensors.items():
+            if not value.dim():
+                stream.seek(8 + length + header[name]["data_offsets"][0])
+                stream.write(value.cpu().numpy().tobytes())
+
+
+def read_parts(file: Path, spread: Mapping[str, Tensor], team: Ranks) -> dict[str, Tensor]:
+    """Every tensor of a safetensors file, of which each rank of the team reads its parts.
+
+    ``spread`` says how, by name; others are read whole. The ranks of the team call this together.
+    """
+    with safe_open(file, "pt") as header:
+        names = list(header.keys())
+        found = {name: header.get_tensor(name) for name in names if name not in spread}
+    parts = {name: torch.zeros_like(value.detach()) for name, value in spread.items() if name in names}
+    reader = dcp.HuggingFaceStorageReader(str(file.parent))
+    dcp.load(parts, storage_reader=reader, process_group=team.patient)
+    return found | parts

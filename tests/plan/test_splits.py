@@ -1,0 +1,132 @@
+"""What the plan counts of a shared run is what ranks hold, do and send."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from kvpo.app.cli import main
+from kvpo.app.configuration import preset
+from kvpo.app.plan import Planner
+from kvpo.engine.generator import StreamingGenerator
+from kvpo.plan.phases import Rates
+from kvpo.plan.replays import replays_of
+from kvpo.plan.splits import Sharing, splits
+from kvpo.training.ranks import Ranks
+from kvpo.training.sharding import local
+from kvpo.training.trainer import Trainer
+from tests.ranks import on_ranks
+from tests.tiny_world import tiny_config, toy_setup
+
+RATES = Rates(250e12, 3e12)
+
+
+def planned(config: Any, split: Sharing) -> Any:
+    return Planner(config, RATES).plan(config, split)
+
+
+def test_teams_stay_within_a_node() -> None:
+    found = [(one.branch_ranks, one.shard, one.teams) for one in splits(4, 2)]
+    assert found == [(1, False, 8), (2, False, 4), (2, True, 4), (4, False, 2), (4, True, 2)]
+    assert list(splits(1, 1)) == [Sharing()]
+
+
+def counted(ranks: Ranks, base: Path, settings: dict[str, Any]) -> dict[str, float]:
+    """Passes over states, bytes of gradients sent, and bytes of a rank's parts, in one update."""
+    config = tiny_config(base, **settings)
+    trainer = Trainer(replace(toy_setup(config), ranks=ranks))
+    calls = {"velocity": 0, "backward": 0}
+    velocity = StreamingGenerator.velocity
+
+    def watched(generator: Any, x: Any, *given: Any) -> Any:
+        calls["velocity"] += len(x)
+        found = velocity(generator, x, *given)
+        calls["backward"] += len(x) * found.requires_grad
+        return found
+
+    StreamingGenerator.velocity = watched  # type: ignore[method-assign]
+    try:
+        trainer.step()
+    finally:
+        StreamingGenerator.velocity = velocity  # type: ignore[method-assign]
+    parts = sum(local(value).nbytes for value in trainer.policy.model.parameters())
+    return calls | {"sent": ranks.clock.bytes["reduce"], "weights": parts}
+
+
+@pytest.mark.parametrize(("count", "size", "shard"), [(2, 1, False), (2, 2, False), (2, 2, True)])
+def test_ranks_do_and_send_what_the_plan_says(
+    count: int, size: int, shard: bool, tiny_base: Path, tmp_path: Path
+) -> None:
+    settings = {"exploration__rows": 4, "optim__replay_rows": 4, "optim__prompts_per_update": 3,
+                "distributed__branch_ranks": size, "distributed__shard": shard}  # fmt: skip
+    config, split = tiny_config(tiny_base, **settings), Sharing(count, size, shard, count)
+    plan = planned(config, split)
+    every = on_ranks(count, tmp_path / "ranks", counted, tiny_base, settings)
+    replays = split.replayed(replays_of(config))
+    groups = split.share(config).optim.prompts_per_update
+    for found in every:
+        assert isinstance(found, dict), found
+        if not shard:  # of spread weights FSDP sends the team's
+            expected = split.exchanged(split.share(config), plan.parameters, replays)
+            assert found["sent"] == pytest.approx(expected, rel=0.02)  # parts are rounded up
+        weights = plan.standing["weights"] + plan.standing["adapter"]
+        assert found["weights"] == pytest.approx(weights, rel=0.15 if shard else 1e-6)
+    busiest = max(found["backward"] for found in every)
+    assert busiest == groups * replays.trajectories * replays.blocks * replays.steps
+
+
+def test_more_ranks_take_less_of_each_and_say_what_they_send() -> None:
+    config = preset("wan-14b", {"optim.prompts_per_update": 8, "rewards.scorers": ["flicker"]})
+    one, groups, teams, spread = (
+        planned(config, split)
+        for split in (Sharing(), Sharing(8, 1), Sharing(8, 8), Sharing(8, 8, True, 8))
+    )  # fmt: skip
+    assert one.seconds > 7 * (groups.seconds - exchange(groups)) > 7 * groups.seconds / 2
+    assert teams.seconds < one.seconds / 2
+    for name in ("weights", "adapter", "optimiser", "moving average"):
+        assert groups.standing[name] == teams.standing[name] == 8 * spread.standing[name]
+    assert exchange(one) == 0 < exchange(groups) < exchange(spread)
+    nodes = planned(config, Sharing(16, 1, False, 8))
+    assert exchange(nodes) > exchange(groups)
+
+
+def exchange(plan: Any) -> float:
+    return sum(phase.seconds for phase in plan.phases if phase.name == "exchange")
+
+
+def test_the_command_recommends_a_split_that_fits(tmp_path: Path, capsys: Any) -> None:
+    file = tmp_path / "plan.json"
+    command = ["plan", "--preset", "wan-14b", "--rewards.scorers", "flicker", "--optim.checkpointing", "true",
+               "--gpus", "8", "--gpu-memory", "141", "--json", str(file)]  # fmt: skip
+    assert main(command) == 0
+    numbers, printed = json.loads(file.read_text()), capsys.readouterr().out
+    best = numbers["splits"][0]
+    assert numbers["seconds_per_update"] == best["seconds_per_update"]
+    fitting = [one for one in numbers["splits"] if one["fits"]]
+    assert best == min(fitting or numbers["splits"], key=lambda one: one["seconds_per_update"])
+    assert len(numbers["splits"]) == 7
+    assert f"--distributed.branch_ranks {best['branch_ranks']}" in printed
+    assert main(["plan", "--preset", "demo", "--gpus", "0"]) == 2
+    assert "--gpus: must be at least 1, got 0" in capsys.readouterr().err
+
+
+def test_a_run_that_cannot_fit_is_refused_unless_told(
+    monkeypatch: Any, tiny_base: Path, tmp_path: Path
+) -> None:
+    from kvpo.app import plan
+
+    config = replace(tiny_config(tiny_base), device="cuda")
+
+    class Card:
+        total_memory = 1e6
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Card)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(ValueError, match="device: the run needs .* GB while it does .* --anyway to try"):
+        plan.say_what_is_needed(config, 1, anyway=False)
+    plan.say_what_is_needed(config, 1, anyway=True)
+    Card.total_memory = 1e12
+    plan.say_what_is_needed(config, 1, anyway=False)

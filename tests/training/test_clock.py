@@ -1,0 +1,125 @@
+"""Phases of updates as ranks count them, and trackers that get the same numbers."""
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from kvpo.extras import MissingPackageError
+from kvpo.report.phases import phases
+from kvpo.report.record import RunRecord
+from kvpo.training.clock import PHASES, Clock, phases_of
+from kvpo.training.metrics_log import MetricsLog, read_metrics
+from kvpo.training.ranks import Ranks
+from kvpo.training.run import Run, evaluate_base
+from kvpo.training.trackers import TRACKERS, Tracker
+from kvpo.training.trainer import Trainer
+from tests.ranks import on_ranks
+from tests.tiny_world import tiny_config, toy_setup
+
+
+def logged(ranks: Ranks, base: Path, directory: Path) -> None:
+    config = tiny_config(base, exploration__rows=4, evaluation__every=0)
+    setup = replace(toy_setup(config), ranks=ranks)
+    trainer = Trainer(setup)
+    metrics = MetricsLog(directory / "metrics.jsonl", directory / "events") if ranks.main else None
+    held_out = evaluate_base(setup, trainer, setup.validation)
+    run = Run(setup, trainer, directory / "checkpoints", metrics, lambda *given: None, held_out)
+    assert run.train(lambda: False)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_every_rank_says_where_its_time_went(count: int, tiny_base: Path, tmp_path: Path) -> None:
+    directory = tmp_path / "run"
+    directory.mkdir()
+    assert on_ranks(count, tmp_path / "ranks", logged, tiny_base, directory) == [None] * count
+    found = [one["phases"] for one in read_metrics(directory / "metrics.jsonl") if one["kind"] == "update"]
+    assert len(found) == 3
+    for one in found:
+        assert set(one["seconds"]) == set(PHASES) and all(
+            len(own) == count for own in one["seconds"].values()
+        )
+        for name in ("rollout", "decode", "score", "replay", "save"):
+            assert one["seconds"][name][0] > 0, name
+        assert 0 <= one["idle"] < 1 and one["samples_per_second_and_rank"] > 0
+        assert one["bytes"]["save"][0] > 1000
+    assert ("reduce" in found[-1]["bytes"]) == (count > 1)
+    assert (found[-1]["seconds"]["wait"][0] > 0) == (count > 1)
+
+
+def test_samples_and_waiting_are_of_all_ranks() -> None:
+    clock = Clock()
+    before = clock.read()
+    with clock("rollout"):
+        pass
+    clock.seconds["wait"] += 2
+    clock.bytes["reduce"] += 10
+    own = clock.since(before)
+    assert own["bytes"] == {"reduce": 10} and own["seconds"]["wait"] == 2
+    idle = {"seconds": {name: 0.0 for name in PHASES}, "bytes": {}}
+    found = phases_of([own, idle], 4.0, 16)
+    assert found["idle"] == 0.25 and found["samples_per_second_and_rank"] == 2.0
+    assert found["seconds"]["wait"] == [2, 0] and found["bytes"]["reduce"] == [10, 0]
+
+
+def record_of(updates: list[Any]) -> RunRecord:
+    return RunRecord(Path(), {}, None, updates, {}, [], [], [], [])
+
+
+def test_the_report_has_a_line_for_every_phase() -> None:
+    seconds = {"rollout": [1.0, 3.0], "wait": [0.5, 0.0]}
+    entry = {"phases": {"seconds": seconds, "bytes": {"rollout": [2e6, 4e6]}, "idle": 0.125,
+                        "samples_per_second_and_rank": 7.0}}  # fmt: skip
+    page = phases(record_of(updates=[entry, entry, {}]))
+    assert "Rollout" in page and "<td>2</td><td>3</td><td>3</td>" in page
+    assert "2 rank(s), 0.125 of their time" in page and "7 samples" in page
+    assert "No update has said" in phases(record_of(updates=[{}]))
+
+
+class Package(ModuleType):
+    """Stands in for either package."""
+
+    def __init__(self) -> None:
+        super().__init__("tracker")
+        self.calls: list[Any] = []
+
+    def init(self, **given: Any) -> None:
+        self.calls.append(given)
+
+    def log(self, numbers: Any, step: int) -> None:
+        self.calls.append((step, numbers))
+
+    def finish(self) -> None:
+        self.calls.append("finished")
+
+
+@pytest.mark.parametrize("name", TRACKERS)
+def test_trackers_get_what_tensorboard_gets(name: str, tmp_path: Path, monkeypatch: Any) -> None:
+    package = Package()
+    monkeypatch.setitem(sys.modules, name, package)
+    tracker = Tracker(name, "run-1", {"optim.lr": 1.0})
+    with MetricsLog(tmp_path / "metrics.jsonl", tmp_path / "events", trackers=[tracker]) as log:
+        log.write(1, {"kind": "update", "loss": 0.5, "phases": {"idle": 0.25, "seconds": {"rollout": [1.0]}}})
+    begun, written, ended = package.calls
+    assert begun == {"project": "kvpo", "name": "run-1", "config": {"optim.lr": 1.0}}
+    assert written == (1, {"loss": 0.5, "phases/idle": 0.25}) and ended == "finished"
+
+
+def test_a_tracker_that_is_not_installed_is_one_line(monkeypatch: Any) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(MissingPackageError, match=r"pip install 'kvpo\[trackers\]'"):
+        Tracker("wandb", "run", {})
+
+
+def test_weights_and_biases_offline(tmp_path: Path, monkeypatch: Any) -> None:
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    tracker = Tracker("wandb", "run", json.loads("{}"))
+    tracker.write(1, {"loss": 0.5})
+    tracker.close()
+    assert list(tmp_path.rglob("*.wandb"))

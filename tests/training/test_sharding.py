@@ -1,0 +1,109 @@
+"""Weights that are spread over ranks: the run of whole weights, saved whole, read by any number of ranks."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+from torch import Tensor
+
+from kvpo.app.build import build_setup
+from kvpo.config import Config
+from kvpo.training.checkpoint import TENSORS, latest_checkpoint, save_checkpoint
+from kvpo.training.ranks import Ranks
+from kvpo.training.run import evaluate_base, restore, save_parts
+from kvpo.training.sharding import local, sharded
+from kvpo.training.trainer import Trainer, architecture
+from tests.ranks import on_ranks
+from tests.tiny_wan import tiny_wan
+from tests.tiny_world import in_float64, tiny_config, toy_setup
+
+SETTINGS = {"exploration__rows": 2, "optim__replay_rows": 4, "optim__prompts_per_update": 2}
+
+
+def spread(ranks: Ranks, config: Config) -> Config:
+    own = replace(config.distributed, branch_ranks=ranks.count, shard=ranks.count > 1)
+    return replace(config, distributed=own)
+
+
+def toy_trainer(ranks: Ranks, config: Config) -> Trainer:
+    setup = toy_setup(spread(ranks, config))
+    return Trainer(replace(setup if config.optim.autocast != "none" else in_float64(setup), ranks=ranks))
+
+
+def wan_trainer(ranks: Ranks, config: Config) -> Trainer:
+    return Trainer(build_setup(spread(ranks, config), ranks))
+
+
+def continued(ranks: Ranks, build: Any, config: Config, directory: Path, updates: int) -> list[float]:
+    """Some more updates of the run in a directory, which are saved there; held-out scores of the base."""
+    trainer = build(ranks, config)
+    values = trainer.policy.parameters.values()
+    assert sharded(values) == trainer.sharded == (ranks.count > 1)
+    if trainer.sharded:
+        held = sum(local(value).numel() for value in values)
+        assert held < 0.75 * sum(value.numel() for value in values)  # two rows do not part in three
+    point = ranks.once("looking", lambda: latest_checkpoint(directory))
+    if point is not None:
+        restore(trainer, point)
+    for _ in range(updates):
+        trainer.step()
+    trainer.demand_equal_ranks()
+    found = evaluate_base(trainer.setup, trainer, trainer.setup.validation)
+    if trainer.sharded:
+        save_parts(trainer, directory, {})
+    else:
+        tensors, state = trainer.tensors_and_state()
+        kind = architecture(trainer.setup.backbone.weights)
+        save_checkpoint(directory, trainer.update, tensors, state, architecture=kind)
+    return [float(one.components_KN.sum()) for one in found.values()]
+
+
+def saved(directory: Path) -> dict[str, Tensor]:
+    latest = latest_checkpoint(directory)
+    assert latest is not None
+    return load_file(latest / TENSORS)
+
+
+def run_of(
+    counts: list[int], updates: list[int], build: Any, config: Config, directory: Path
+) -> tuple[dict[str, Tensor], list[float]]:
+    """A run on some ranks after another, and held-out scores of its base."""
+    (directory / "checkpoints").mkdir(parents=True)
+    for turn, (count, more) in enumerate(zip(counts, updates, strict=True)):
+        every = on_ranks(
+            count, directory / f"turn {turn}", continued, build, config, directory / "checkpoints", more
+        )
+        for found in every:
+            assert isinstance(found, list), found
+            assert found == every[0]
+    return saved(directory / "checkpoints"), every[0]
+
+
+def assert_near(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], share: float = 1e-6) -> None:
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert found[name].shape == value.shape and found[name].dtype == value.dtype, name
+        apart = (found[name] - value).double().norm()
+        assert apart <= share * value.double().norm() + 1e-12, (name, float(apart))
+
+
+@pytest.mark.parametrize("rank", [2, 0])
+def test_a_run_of_spread_weights_is_that_of_whole_ones(rank: int, tiny_base: Path, tmp_path: Path) -> None:
+    """An adapter, and all parameters; two ranks, then one, then three, among which nothing divides evenly."""
+    config = tiny_config(tiny_base, **SETTINGS, optim__lora_rank=rank)
+    expected, scores = run_of([1], [3], toy_trainer, config, tmp_path / "whole")
+    found, again = run_of([2, 1, 3], [1, 1, 1], toy_trainer, config, tmp_path / "spread")
+    assert_near(found, expected)
+    assert again == pytest.approx(scores, rel=1e-9)
+
+
+def test_a_public_generator_in_bfloat16_with_an_adapter_in_float32(tmp_path: Path) -> None:
+    changes = {"optim__autocast": "bfloat16", "optim__checkpointing": True, "optim__updates": 3}
+    config = tiny_wan("memflow-1.3b", tmp_path, **SETTINGS, **changes, optim__lr=1e-3)
+    expected, scores = run_of([1], [3], wan_trainer, config, tmp_path / "whole")
+    found, again = run_of([2], [3], wan_trainer, config, tmp_path / "spread")
+    assert_near(found, expected, 1e-4)
+    assert again == pytest.approx(scores, rel=1e-3)
