@@ -34,7 +34,7 @@ from kvpo.training.setup import Setup
 from kvpo.world.codec import PixelCodec, load_codec
 from kvpo.world.detector import BROKEN_BELOW, attributes, detect
 from kvpo.world.grammar import words
-from kvpo.world.pretrain import PretrainSettings, frame_size_of, load_generator, training_loss
+from kvpo.world.pretrain import PretrainSettings, load_generator, training_loss
 from kvpo.world.reward import WorldScorer
 from kvpo.world.snippets import SnippetSettings, TrainingSnippets
 from kvpo.world.stories import Split, distinct_prompts, sample_story, video_prompt
@@ -168,7 +168,7 @@ def build_backbone(config: Config) -> Backbone:
         weights=weights,
         generator=streaming_generator(config, weights.model),
         text_encoder=text.to(config.device),
-        codec=load_codec(size=frame_size_of(base_path(config))).to(config.device),
+        codec=load_codec().to(config.device),
     )
 
 
@@ -215,9 +215,7 @@ def build_world(config: Config) -> Setup:
     frame_rate, cache = backbone.codec.frames_per_second, score_cache(config.rewards.cache)
     return Setup(
         backbone=backbone,
-        judges=build_judges(
-            config, frame_rate, cache, UnseenComponent(load_unseen(size=frame_size_of(base_path(config))))
-        ),
+        judges=build_judges(config, frame_rate, cache, UnseenComponent(load_unseen())),
         training_prompts=WorldTrainingPrompts(config.seed, config.optim.prompts_per_update),
         validation=validation,
         test=test,
@@ -247,9 +245,9 @@ def final_prompts(count: int) -> dict[str, FinalSet]:
 
 
 @cache
-def pretraining_batches(stream: Deployment, frame_size: int, seed: int) -> TrainingSnippets:
+def pretraining_batches(stream: Deployment, seed: int) -> TrainingSnippets:
     """The data of the base's pretraining, drawn from another seed."""
-    return TrainingSnippets(stream, SnippetSettings(frame_size=frame_size), seed)
+    return TrainingSnippets(stream, SnippetSettings(), seed)
 
 
 def pretraining(setup: Setup, step: int) -> Tensor:
@@ -258,8 +256,7 @@ def pretraining(setup: Setup, step: int) -> Tensor:
     assert isinstance(text, LearnedTextEncoder)
     settings = PretrainSettings(seed=1 + config.seed)
     draws = keyed_generator("pretraining noise", settings.seed, step)
-    size = frame_size_of(base_path(config))
-    batch = pretraining_batches(config.stream.deployment, size, settings.seed)[step]
+    batch = pretraining_batches(config.stream.deployment, settings.seed)[step]
     return training_loss(setup.model, text, batch, config.stream, settings, draws)
 
 
@@ -274,7 +271,7 @@ def read_off() -> ReadOff:
 
     def observe(video_BTCHW: Tensor) -> tuple[list[tuple[Any, ...]], Tensor]:
         seen = detect(video_BTCHW)
-        return attributes(seen), seen.confidence / BROKEN_BELOW[seen.size]
+        return attributes(seen), seen.confidence / BROKEN_BELOW
 
     return ReadOff(observe, 1.0)
 
