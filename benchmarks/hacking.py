@@ -29,8 +29,9 @@ from kvpo.rewards.pixel_statistics import brightness as mean_luminance
 from kvpo.training import radar
 from kvpo.training.checkpoint import find_checkpoint
 from kvpo.training.evaluation import comparison
+from kvpo.training.held_out import evaluate_base
 from kvpo.training.metrics_log import MetricsLog, read_metrics
-from kvpo.training.run import Run, checkpoint_update, evaluate_base, restore, resume_point
+from kvpo.training.run import Run, checkpoint_update, restore, resume_point
 from kvpo.training.run_directory import RunDirectory
 from kvpo.training.trainer import Trainer
 from kvpo.world.detector import detect

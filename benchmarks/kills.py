@@ -34,7 +34,6 @@ from kvpo.training.checkpoint import latest_checkpoint
 from kvpo.training.metrics_log import read_metrics
 from kvpo.world.pretrain import PretrainSettings, new_generator, save_generator
 from kvpo.world.snippets import SnippetSettings
-from kvpo.world.vocabulary import FRAME_SIZE
 
 SHAPE = WanShape(dim=32, num_heads=2, num_layers=1, ffn_dim=48, freq_dim=16, patch_size=(1, 4, 4))
 """A generator of random weights, so small that starting takes longer than an update."""
@@ -61,7 +60,7 @@ def write_generator(directory: Path) -> None:
     with torch.no_grad():  # a new one is zero, and would teach nothing
         head.copy_(0.3 * torch.randn(head.shape, generator=draws))
     state = nn.ModuleDict({"transformer": transformer, "text": text}).state_dict()
-    settings = PretrainSettings(SnippetSettings(frame_size=FRAME_SIZE), steps=0)
+    settings = PretrainSettings(SnippetSettings(), steps=0)
     save_generator(state, SHAPE, settings, directory / "base.safetensors")
     (directory / "geometry.json").write_text(json.dumps(fields_of(SHAPE)))
 

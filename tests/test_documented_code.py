@@ -49,6 +49,7 @@ PARSED_ONLY = (
     "...",
     "kvpo plan",
     "kvpo arena",
+    "kvpo compare",
     "kvpo live",
     "calibrate rewards",
     "runs/demo",

@@ -32,7 +32,7 @@ UPSTREAM = {
     "ImageReward/ImageReward.py",
 }
 """Files of other projects that rewards follow."""
-OF_A_RUN = {"config.yaml", "plot.yaml", "rewards.py"}
+OF_A_RUN = {"arms.yaml", "config.yaml", "plot.yaml", "rewards.py"}
 """Files that a run writes, or its user."""
 OTHERS_NAMES = {"from_pretrained", "load_lora_adapter", "load_lora_weights", "use_safetensors", "use_rslora"}
 """Names that the documents use and that belong to other libraries."""

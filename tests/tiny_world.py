@@ -20,7 +20,6 @@ from kvpo.training.evaluation import Judges
 from kvpo.training.setup import Setup
 from kvpo.world.pretrain import PretrainSettings, new_generator, save_generator
 from kvpo.world.snippets import SnippetSettings
-from kvpo.world.vocabulary import FRAME_SIZE
 
 SETTINGS: dict[str, Any] = {
     "backbone.geometry": geometry_file(
@@ -64,7 +63,7 @@ def write_base(path: Path, seed: int = 1) -> None:
     with torch.no_grad():
         head.copy_(0.3 * torch.randn(head.shape, generator=generator))
     state = nn.ModuleDict({"transformer": transformer, "text": text}).state_dict()
-    save_generator(state, model, PretrainSettings(SnippetSettings(frame_size=FRAME_SIZE), steps=0), path)
+    save_generator(state, model, PretrainSettings(SnippetSettings(), steps=0), path)
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,9 @@ from kvpo.config import Config
 from kvpo.rewards.cache import Counts, score_cache
 from kvpo.rewards.reward import Reward
 from kvpo.training.collection import explore
+from kvpo.training.held_out import evaluate_base, evaluate_prompts
 from kvpo.training.metrics_log import MetricsLog, read_metrics
-from kvpo.training.run import Run, evaluate_base, evaluate_prompts
+from kvpo.training.run import Run
 from kvpo.training.trainer import Trainer
 from tests.tiny_world import ToyScorer, tiny_config, toy_setup
 

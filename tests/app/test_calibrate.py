@@ -161,7 +161,7 @@ def test_generated_clips_fit_the_reward():
     (motion,) = named_rewards(["motion_smoothness"], prompts=True)
     (world,) = named_rewards(["world"], prompts=True)
     large, small = demo_samples(motion, 0), demo_samples(world, 0)
-    assert large[0].video_TCHW.shape == (15, 3, 256, 256) and small[0].video_TCHW.shape == (15, 3, 32, 32)
+    assert large[0].video_TCHW.shape == (15, 3, 240, 240) and small[0].video_TCHW.shape == (15, 3, 48, 48)
     assert len({sample.prompt for sample in small}) == 8
     assert torch.equal(demo_samples(world, 0)[3].video_TCHW, small[3].video_TCHW)
 

@@ -102,3 +102,19 @@ def test_weights_and_runs_where_a_name_is_not_utf8_are_refused_at_once(
         line = capsys.readouterr().err
         assert "udce9" in line and "weights cannot be read or written where a name is not UTF-8" in line
         assert not out.exists()
+
+
+def test_the_best_of_several_on_the_command_line(tiny_base: Path, tmp_path: Path) -> None:
+    lists = {name: list(value) if isinstance(value, tuple) else value for name, value in SETTINGS.items()}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump({**lists, "backbone.checkpoint": str(tiny_base)}))
+    (tmp_path / "p.jsonl").write_text(json.dumps({"segments": CAPTIONS[:1], "num_frames": 9}) + "\n")
+    command = ["generate", "--config", str(tmp_path / "run.yaml"), "--prompts", str(tmp_path / "p.jsonl")]
+    choosing = [*command, "--best-of", "3", "--by", "flicker", "--branches", "fresh"]
+    assert main([*choosing, "--out", str(tmp_path / "best")]) == 0
+    scores = json.loads((tmp_path / "best" / "best-of.json").read_text())["0"]["base"]
+    assert [len(own) for own in scores] == [3, 3, 3]
+    assert main([*choosing, "--per", "video", "--out", str(tmp_path / "whole")]) == 0
+    scores = json.loads((tmp_path / "whole" / "best-of.json").read_text())["0"]["base"]
+    assert [len(own) for own in scores] == [3]
+    for wrong in (["--best-of", "1"], ["--by", "flicker"], ["--best-of", "2", "--branches", "no"]):
+        assert main([*command, *wrong, "--out", str(tmp_path / "no")]) == 2

@@ -115,7 +115,7 @@ def test_several_rewards_are_one_scorer_with_a_weight_per_component() -> None:
     assert scorer.components == ("flicker", *DEFAULT_WEIGHTS, "brightness")
     expected = {"flicker": 1.0, **DEFAULT_WEIGHTS, "colour": 0.0, "brightness": 0.5}
     assert torch.equal(weights, torch.tensor(list(expected.values())))
-    clip = gliding(32, 32, 6, 1, 0)[None]
+    clip = gliding(48, 48, 6, 1, 0)[None]
     prompt = preset_prompt()
     scores = scorer(clip, [prompt])
     assert list(scores) == list(scorer.components)

@@ -17,6 +17,7 @@ import pytest
 import torch
 
 import kvpo.app.align
+import kvpo.app.evaluate
 from kvpo.app.align import align
 from kvpo.app.cli import main
 from kvpo.app.configuration import PLACES_OF_A_RUN, resolve
@@ -363,3 +364,24 @@ def test_a_text_encoder_or_vae_that_moved_is_checked_by_content(tmp_path: Path) 
         tensors["generator"]["model.head.head.bias"] += 1
         torch.save(tensors, other)
         evaluate(out, places={"backbone.checkpoint": str(other)})
+
+
+def test_a_run_streams_for_long_and_says_what_drifts(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    run = shutil.copytree(finished, tmp_path / "run")
+    monkeypatch.setattr(kvpo.app.evaluate, "SPAN_SECONDS", 0.5)
+    assert command("evaluate", "--drift", run, "--seconds", "1.7") == 0
+    numbers = json.loads((run / "drift.json").read_text())
+    span = numbers["seconds"][0]
+    assert numbers["seconds"] == pytest.approx([span * (n + 1) for n in range(int(1.7 / span))])
+    for side in ("base", "aligned"):
+        measures = {"reward", "redness", "calm", "brightness", "saturation", "motion", "confidence", "unseen"}
+        assert measures <= set(numbers[side])
+        assert all(len(spans) == len(numbers["seconds"]) for spans in numbers[side].values())
+        assert all(len(values) == 4 for values in numbers[side]["reward"])
+    assert numbers["base"]["brightness"] != numbers["aligned"]["brightness"]
+    assert (run / "drift.png").read_bytes().startswith(b"\x89PNG")
+    assert command("evaluate", "--drift", run, "--seconds", "0.1") == 1
+    assert "--seconds: must be at least" in capsys.readouterr().err
+    assert command("evaluate", "--drift", run, "--out", tmp_path / "x.json") == 2

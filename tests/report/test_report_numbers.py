@@ -92,7 +92,7 @@ def test_components_are_sorted_by_gain_with_escaped_names():
 
 
 def outcome(gain: float, error: float | None = 0.01, *, name: str = "short", unseen: float = 0.0) -> Outcome:
-    return Outcome(name, 128, 0.5, 0.5 + gain, gain, error, 0.7, unseen, 0.01, {})
+    return Outcome(name, 128, 0.5, 0.5 + gain, gain, error, 0.7, unseen, 0.01, None, None, {})
 
 
 def test_a_clear_gain_is_called_one():

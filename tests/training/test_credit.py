@@ -176,6 +176,18 @@ def test_a_collection_is_divided_by_the_spread_about_every_groups_own_mean(
     assert assign_credit(alike, blend, draws, collection_scale([alike], blend)) is None
 
 
+def test_the_best_branch_alone_is_imitated_where_no_policy_over_branches_would_turn() -> None:
+    """Best-of-n fine-tuning: a centred advantage of one branch would be 0."""
+    group = scores_of(torch.tensor([0.0, 6.0, 3.0, 1.0]))
+    config = Config(method="rvm", objective=replace(OBJECTIVE, keep=(1, 0)), rewards=NO_FLOOR)
+    blend = blend_of("a", torch.tensor([1.0]), config)
+    for pooled in (True, False):
+        own = replace(blend, pooled_scale=pooled)
+        found = assign_credit(group, own, torch.Generator(), collection_scale([group], own))
+        assert found is not None and found.branches == (1,)
+        assert float(found.advantages_G) == pytest.approx(1.5 * 3 / 3 if pooled else 0.0)
+
+
 def test_names_are_checked_against_the_runs_components() -> None:
     scores = scores_of(LARGE, SMALL)
     with pytest.raises(ConfigurationError, match="rewards.noise_floors: 'z' is not a component .* a, b"):

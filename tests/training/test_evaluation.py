@@ -11,7 +11,15 @@ from torch import Tensor
 
 from kvpo.engine.noise import SeededTape
 from kvpo.prompts import ClipPrompt, VideoPrompt
-from kvpo.training.evaluation import Evaluation, Judges, comparison, evaluate_policy, mean_gain, paired_gain
+from kvpo.training.evaluation import (
+    Evaluation,
+    Judges,
+    comparison,
+    evaluate_policy,
+    mean_gain,
+    paired_gain,
+    swapped_captions,
+)
 from kvpo.training.setup import Setup
 from tests.tiny_world import FRAMES, tiny_config, toy_setup
 
@@ -65,6 +73,33 @@ def test_only_the_reward_sees_what_was_before_a_switch(tiny_base: Path) -> None:
     assert sorted(scorer.shown) == sorted((rate * (own + lead)).tolist())
     assert unseen.leads == [0] * 6
     assert sorted(unseen.shown) == sorted((rate * own).tolist())
+
+
+def test_a_wrong_caption_is_another_prompts_of_as_many_segments(tiny_base: Path) -> None:
+    pairs = [VideoPrompt(n, texts, (12,), FRAMES) for n, texts in enumerate((("1", "2"), ("4", "8")))]
+    same, alone = VideoPrompt(7, ("1", "2"), (9,), FRAMES), VideoPrompt(8, ("16",), (), FRAMES)
+    swapped = swapped_captions([*pairs, same])
+    assert swapped is not None
+    assert [one.segments for one in swapped] == [("4", "8"), ("1", "2"), ("4", "8")]
+    assert [one.switches for one in swapped] == [(12,), (12,), (9,)]
+    assert swapped_captions([*pairs, alone]) is None
+    setup, judges = toy_setup(tiny_config(tiny_base)), Judges(Literal(), torch.tensor([1.0, 0.5]), None)
+    for rows in (1, 32):
+        found = evaluate_policy(
+            setup.backbone, pairs, setup.backbone.tape("test"), judges, rows=rows, mismatched=True
+        )
+        assert found.mismatched_KN is not None
+        torch.testing.assert_close(found.mismatched_KN, found.components_KN.flip(1))
+    both: Any = comparison(found, found, judges)
+    assert both["wrong_caption_gain"] == both["wrong_caption_se"] == 0.0
+    assert "wrong_caption_gain" not in comparison(*[judged(tiny_base)[0]] * 2, judges)
+
+
+def test_only_what_is_shown_from_a_frame_on_is_scored(tiny_base: Path) -> None:
+    setup, judges = toy_setup(tiny_config(tiny_base)), Judges(Literal(), torch.tensor([1.0, 0.5]), None)
+    found = evaluate_policy(setup.backbone, PROMPTS, setup.backbone.tape("test"), judges, first=9)
+    expected = torch.tensor([(3 * 1 + 9 * 2) / 12, 4.0, (6 * 16 + 6 * 32) / 12])
+    torch.testing.assert_close(found.components_KN[0], expected)
 
 
 def test_a_gain_in_closed_form() -> None:

@@ -18,9 +18,10 @@ from kvpo.models.finite import NonFiniteError, first_non_finite, magnitudes
 from kvpo.training import gradients
 from kvpo.training import trainer as training
 from kvpo.training.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+from kvpo.training.held_out import evaluate_base
 from kvpo.training.interrupt import StopAtOnce
 from kvpo.training.metrics_log import MetricsLog
-from kvpo.training.run import Run, evaluate_base
+from kvpo.training.run import Run
 from kvpo.training.trainer import Trainer
 from tests.tiny_world import tiny_config, toy_setup
 

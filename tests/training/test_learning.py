@@ -18,10 +18,11 @@ from kvpo.app.generate import generate
 from kvpo.config import WORLD_NOISE_FLOOR, Config
 from kvpo.method.evidence import no_credit
 from kvpo.training.checkpoint import best_checkpoint, load_checkpoint
+from kvpo.training.held_out import evaluate_base
 from kvpo.training.learning import why_nothing_is_learned
 from kvpo.training.metrics_log import MetricsLog
 from kvpo.training.policy import MovingAverage, policy_of
-from kvpo.training.run import Run, evaluate_base, load_aligned
+from kvpo.training.run import Run, load_aligned
 from kvpo.training.trainer import Trainer
 from tests.tiny_world import tiny_config, toy_setup
 

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from kvpo.prompts import ClipPrompt
 from kvpo.training import gradients, reduction
 from kvpo.training.checkpoint import latest_checkpoint, save_checkpoint
+from kvpo.training.held_out import evaluate_prompts
 from kvpo.training.ranks import RankError, Ranks
 from kvpo.training.reduction import OrderedSum, digest, taken
-from kvpo.training.run import evaluate_prompts, restore
+from kvpo.training.run import restore
 from kvpo.training.trainer import Trainer, architecture
 from tests.ranks import on_ranks
 from tests.tiny_world import ToyScorer, tiny_config, toy_setup, with_weights

@@ -20,8 +20,9 @@ from kvpo.training.checkpoint import (
     latest_checkpoint,
     save_checkpoint,
 )
+from kvpo.training.held_out import evaluate_base
 from kvpo.training.metrics_log import MetricsLog, read_metrics
-from kvpo.training.run import Run, evaluate_base, restore, resume_point
+from kvpo.training.run import Run, restore, resume_point
 from kvpo.training.trainer import Trainer, architecture
 from tests import processes
 from tests.tiny_world import SETTINGS, tiny_config, toy_setup, with_weights
@@ -66,7 +67,7 @@ def outcome(directory: Path) -> tuple[Any, ...]:
     assert any(name.startswith("optimizer.") for name in tensors)
     state = json.loads((latest / "state.json").read_text())
     metrics = [
-        {key: value for key, value in record.items() if key not in ("time", "seconds", "phases")}
+        {key: value for key, value in record.items() if key not in ("time", "seconds", "phases", "cpu_s")}
         for record in read_metrics(directory / "metrics.jsonl")
     ]
     best = best_checkpoint(directory / "checkpoints")

@@ -12,8 +12,9 @@ from torch import Tensor
 from kvpo.app.build import build_setup
 from kvpo.config import Config
 from kvpo.training.checkpoint import TENSORS, latest_checkpoint, save_checkpoint
+from kvpo.training.held_out import evaluate_base
 from kvpo.training.ranks import Ranks
-from kvpo.training.run import evaluate_base, restore, save_parts
+from kvpo.training.run import restore, save_parts
 from kvpo.training.sharding import local, sharded
 from kvpo.training.trainer import Trainer, architecture
 from tests.ranks import on_ranks

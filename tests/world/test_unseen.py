@@ -16,7 +16,7 @@ from kvpo.world.unseen import (
     save_unseen,
     train_unseen,
 )
-from kvpo.world.vocabulary import FRAME_SIZE, FRAME_SIZES
+from kvpo.world.vocabulary import FRAME_SIZE
 
 
 @pytest.fixture(scope="module")
@@ -70,9 +70,8 @@ def test_training_is_reproducible_and_survives_a_round_trip_through_a_file(tmp_p
     assert loaded(video, captions[:2]) == pytest.approx(first(video, captions[:2]), abs=0.02)
 
 
-@pytest.mark.parametrize("size", FRAME_SIZES)
-def test_the_shipped_file_is_small(size):
-    assert asset(ASSET, size).stat().st_size < 1_500_000
+def test_the_shipped_file_is_small():
+    assert asset(ASSET).stat().st_size < 1_500_000
 
 
 def test_it_shares_no_code_with_the_rewards():

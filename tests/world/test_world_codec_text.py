@@ -2,7 +2,7 @@
 
 import torch
 
-from kvpo.world.codec import LATENT_NOISE, PixelCodec, load_codec, psnr, save_codec, train_codec
+from kvpo.world.codec import PixelCodec, load_codec, psnr, save_codec, train_codec
 from kvpo.world.grammar import all_words
 from kvpo.world.imperfect import CLEAN, Faults, observe
 from kvpo.world.stories import distinct_stories
@@ -14,12 +14,11 @@ from kvpo.world.text import (
     LearnedTextEncoder,
     WordTokenizer,
 )
-from kvpo.world.vocabulary import FRAME_SIZE
 
 
-def held_out(faults: Faults, size: int = FRAME_SIZE) -> torch.Tensor:
+def held_out(faults: Faults) -> torch.Tensor:
     stories = distinct_stories("test", 10, 2, 30, seed=0)
-    return observe(stories, torch.Generator().manual_seed(0), faults, size)
+    return observe(stories, torch.Generator().manual_seed(0), faults)
 
 
 def test_shipped_codec_reconstructs_held_out_frames_and_forgives_small_latent_errors():
@@ -29,7 +28,8 @@ def test_shipped_codec_reconstructs_held_out_frames_and_forgives_small_latent_er
     assert latents.shape == (10, 30, 8, 8, 8)
     assert psnr(codec.decode(latents), video) >= 30
     noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(1))
-    assert psnr(codec.decode(latents + LATENT_NOISE * noise), video) >= 29
+    assert psnr(codec.decode(latents + 0.1 * noise), video) >= 29
+    assert psnr(codec.decode(latents + 0.4 * noise), video) >= 27
     faulty = held_out(Faults())
     assert psnr(codec.decode(codec.encode(faulty)), faulty) >= 29
 
@@ -52,16 +52,25 @@ def test_frames_are_coded_one_by_one():
 
 
 def test_training_is_deterministic_and_survives_saving(tmp_path):
-    first, second = (train_codec(steps=6, seed=3, batch=4, size=48) for _ in range(2))
+    first, second = (train_codec(steps=6, seed=3, batch=4) for _ in range(2))
     assert all(
         torch.equal(a, b)
         for a, b in zip(first.state_dict().values(), second.state_dict().values(), strict=True)
     )
     save_codec(first, tmp_path / "codec.safetensors")
     loaded = load_codec(tmp_path / "codec.safetensors")
-    video = held_out(CLEAN, size=48)[:1, :2]
+    video = held_out(CLEAN)[:1, :2]
     assert torch.allclose(loaded.encode(video), first.encode(video), atol=0.05)
     assert isinstance(loaded, PixelCodec) and not any(p.requires_grad for p in loaded.parameters())
+
+
+def test_a_decoder_may_be_trained_for_the_latents_of_another_codec():
+    shipped, video = load_codec(), held_out(CLEAN)[:1, :2]
+    codec = train_codec(steps=6, batch=4, encoding=shipped)
+    assert torch.equal(codec.encode(video), shipped.encode(video))
+    assert not torch.allclose(
+        codec.decode(codec.encode(video)), shipped.decode(shipped.encode(video)), atol=0.1
+    )
 
 
 def test_the_committed_vocabulary_is_the_grammar_s():

@@ -8,14 +8,14 @@ from kvpo.world.calibration import draw_stories, switch_clips
 from kvpo.world.imperfect import CLEAN, Faults, observe
 from kvpo.world.render import backgrounds, render
 from kvpo.world.reward import DEFAULT_WEIGHTS, WorldScorer, weighted_total
-from kvpo.world.vocabulary import Act, Actor, Story
+from kvpo.world.vocabulary import FRAME_SIZE, Act, Actor, Story
 
 RING = Actor("red", "ring", "large", "right")
 PROMPT = ClipPrompt("A large red ring drifts right by the sea.")
 
 
 def acts(*shown: tuple[str, tuple[Actor, ...]], frames: int = 12) -> torch.Tensor:
-    """One clip [1, T, 3, 32, 32] that shows each (scene, actors) for ``frames`` frames."""
+    """One clip [1, T, 3, H, W] that shows each (scene, actors) for ``frames`` frames."""
     told = tuple(Act(scene, actors, "", k * frames, "show") for k, (scene, actors) in enumerate(shown))
     story = Story(told, frames * len(told))
     return render(story)[None]
@@ -173,7 +173,7 @@ def test_short_clips_have_finite_scores(frames):
 def test_cheap_tricks_score_far_below_honest_videos(exact):
     video, prompts = exact
     honest = totals(video, prompts)
-    checkers = ((torch.arange(32)[:, None] // 2 + torch.arange(32) // 2) % 2).float()
+    checkers = ((torch.arange(FRAME_SIZE)[:, None] // 2 + torch.arange(FRAME_SIZE) // 2) % 2).float()
     scene = backgrounds()[torch.arange(len(video)) % 5][:, None]
     palette = torch.tensor([0.93, 0.16, 0.18])[:, None, None]
     for trick in (scene, palette, checkers, torch.zeros(1), torch.ones(1)):

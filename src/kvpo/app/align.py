@@ -34,10 +34,11 @@ from kvpo.training.checks import (
 )
 from kvpo.training.device import computing
 from kvpo.training.evaluation import Evaluation, comparison
+from kvpo.training.held_out import evaluate_base
 from kvpo.training.interrupt import stop_on_signal
 from kvpo.training.metrics_log import MetricsLog
-from kvpo.training.ranks import added_up, joined_ranks
-from kvpo.training.run import Run, checkpoint_update, evaluate_base, restore, resume_point
+from kvpo.training.ranks import Ranks, added_up, joined_ranks
+from kvpo.training.run import Run, checkpoint_update, restore, resume_point
 from kvpo.training.run_directory import RunDirectory, belongs_to_run
 from kvpo.training.setup import Setup
 from kvpo.training.trackers import Tracker
@@ -87,17 +88,30 @@ def align(
             return summary
         if summary is None:
             ranks.once("planning", partial(say_what_is_needed, config, ranks.count, anyway=anyway))
-            summary = _run(config, directory, started, resume, track)
+            finish = partial(_finish, directory=directory, started=started)
+            summary = train(config, directory, resume=resume, finish=finish, track=track)
         if summary is not None:
             ranks.once("writing the report", lambda: write_report(out))
             logger.warning("report: %s", directory.report)
         return summary
 
 
-def _run(
-    config: Config, directory: RunDirectory, started: float, resume: bool, track: Sequence[str]
+def train(
+    config: Config,
+    directory: RunDirectory,
+    *,
+    resume: bool,
+    finish: Callable[[Run], dict[str, Any]],
+    build: Callable[[Config, Ranks], Trainer] = lambda config, ranks: Trainer(build_setup(config, ranks)),
+    budget_cpu_s: float | None = None,
+    track: Sequence[str] = (),
 ) -> dict[str, Any] | None:
-    """Everything up to the summary; None if a signal stopped the updates."""
+    """Train the run of an entered directory, from its last checkpoint with ``resume``.
+
+    ``finish`` makes the result of the trained run, whose ``trainer`` is that of the last update. With a
+    budget the updates end where their CPU-seconds come nearest to it. ``track`` is that of `align`. None if a
+    signal stopped the updates.
+    """
     ranks = directory.ranks
     looked_up = partial(resume_point, directory.checkpoints)
     point = ranks.once("looking for a checkpoint", looked_up) if resume else None
@@ -108,8 +122,8 @@ def _run(
     with ExitStack() as stack:
         show = stack.enter_context(progress_bars(shown=ranks.main))
         with ranks.together("loading the generator and the rewards"):
-            setup = build_setup(config, ranks)
-            trainer = Trainer(setup)
+            trainer = build(config, ranks)
+        setup = trainer.setup
         # First of all, since the checkpoint may be refused.
         state = None if point is None else restore(trainer, point)
         ranks.once("writing the configuration", partial(_write_settings, directory, config))
@@ -122,7 +136,7 @@ def _run(
                 directory.metrics, directory.tensorboard, resumed_at=resumed_at, trackers=trackers
             )
             metrics = stack.enter_context(log)
-        run = Run(setup, trainer, directory.checkpoints, metrics, show)
+        run = Run(setup, trainer, directory.checkpoints, metrics, show, budget_cpu_s=budget_cpu_s)
         if state is None:
             run.save()
         show("base on validation prompts", 0, 1)
@@ -133,7 +147,7 @@ def _run(
             run.resume(state)
         with stop_on_signal() as interrupted:
             done = run.train(interrupted)
-        return _finish(run, directory, show, started) if done else None
+        return finish(run) if done else None
 
 
 def _write_settings(directory: RunDirectory, config: Config) -> None:
@@ -196,9 +210,9 @@ def radar_summary(run: Run, results: Mapping[str, tuple[Evaluation, Evaluation]]
     }
 
 
-def _finish(run: Run, directory: RunDirectory, show: Any, started: float) -> dict[str, Any]:
+def _finish(run: Run, directory: RunDirectory, started: float) -> dict[str, Any]:
     """Test the best checkpoint once, measure diversity, write the report's data and the summary."""
-    setup, ranks, solo = run.setup, run.setup.ranks, run.trainer.solo
+    setup, ranks, solo, show = run.setup, run.setup.ranks, run.trainer.solo, run.progress
     best = ranks.once("looking for the best checkpoint", lambda: find_checkpoint(run.checkpoints, None))
     restore(run.trainer, best)
     results: dict[str, tuple[Evaluation, Evaluation]] = {}
@@ -206,8 +220,8 @@ def _finish(run: Run, directory: RunDirectory, show: Any, started: float) -> dic
     checks: dict[str, float] = {}
 
     def on_test_prompts(name: str) -> None:
-        base = evaluate_base(setup, run.trainer, {name: setup.test[name]})[name]
-        results[name] = (base, run.evaluate_aligned(setup.test[name]))
+        base = evaluate_base(setup, run.trainer, {name: setup.test[name]}, mismatched=True)[name]
+        results[name] = (base, run.evaluate_aligned(setup.test[name], mismatched=True))
 
     def identities() -> dict[str, float]:
         with run.trainer.sides.aligned():

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from kvpo.app import (
     arena_commands,
+    compare_commands,
     generate_commands,
     live_commands,
     prompt_commands,
@@ -116,14 +117,31 @@ def _evaluate_arguments(parser: ArgumentParser) -> None:
         metavar="FILE",
         help="where the numbers go (default: RUN/evaluation.json)",
     )
+    parser.add_argument(
+        "--drift",
+        action="store_true",
+        help="instead stream for --seconds and write RUN/drift.json and drift.png: rewards and looks every "
+        "ten seconds",
+    )
+    parser.add_argument(
+        "--seconds", type=float, default=300.0, metavar="SECONDS", help="length of the streams (default: 300)"
+    )
 
 
 def _evaluate(arguments: Namespace) -> None:
-    from kvpo.app.evaluate import evaluate
+    from kvpo.app.evaluate import evaluate, evaluate_drift
 
-    out = arguments.out or arguments.run / "evaluation.json"
     places = parse_flags(settings_given(arguments))
     given = {"checkpoint": arguments.checkpoint, "weights": arguments.weights, "places": places}
+    if arguments.drift:
+        if arguments.out:
+            raise ConfigurationError(
+                "--out: --drift writes drift.json and drift.png into the run; leave it out"
+            )
+        evaluate_drift(arguments.run, seconds=arguments.seconds, **given)
+        print(arguments.run / "drift.json")
+        return
+    out = arguments.out or arguments.run / "evaluation.json"
     evaluate(arguments.run, out=out, **given)
     if is_main():
         print(out)
@@ -328,6 +346,13 @@ COMMANDS = (
         _evaluate_arguments,
         _evaluate,
         places=True,
+    ),
+    Command(
+        "compare",
+        "train methods on one base under one budget and compare them",
+        compare_commands.compare_arguments,
+        compare_commands.compare_command,
+        configured=True,
     ),
     Command("export", "write what a run trained for other programs", _export_arguments, _export, places=True),
     Command("pretrain", "rebuild the embedded base model", _pretrain_arguments, _pretrain, configured=True),

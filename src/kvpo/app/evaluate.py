@@ -1,26 +1,35 @@
-"""`kvpo evaluate`: base and aligned model of a run on its test prompts, as at the end of the run."""
+"""`kvpo evaluate`: base and aligned model of a run on its test prompts, and on streams of minutes."""
 
 import json
 import logging
 from collections.abc import Mapping
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from kvpo.app.build import build_setup
+from kvpo.app.build import build_setup, source_of
 from kvpo.app.configuration import resolve_run
 from kvpo.app.provenance import demand_same_files, demand_same_prompts
 from kvpo.config import Config
-from kvpo.files import local_path, output_file, write_atomic
+from kvpo.files import local_path, new_file, output_file, write_atomic
 from kvpo.progress import progress_bars
+from kvpo.report.drift import draw_drift
 from kvpo.report.headline import final_headline
 from kvpo.training.checkpoint import find_checkpoint, no_improvement
 from kvpo.training.device import computing
+from kvpo.training.drift import chained, drift_curves
 from kvpo.training.evaluation import comparison
-from kvpo.training.ranks import Ranks, added_up, joined_ranks
-from kvpo.training.run import evaluate_prompts, open_checkpoint
+from kvpo.training.held_out import evaluate_prompts
+from kvpo.training.policy import Sides
+from kvpo.training.ranks import ALONE, Ranks, added_up, joined_ranks
+from kvpo.training.run import open_checkpoint
+from kvpo.training.setup import Setup
 
 logger = logging.getLogger(__name__)
+
+SPAN_SECONDS, STREAMS = 10.0, 4
+"""Drift is measured over spans of this length, rounded to whole blocks, on so many streams."""
 
 
 def evaluate(
@@ -54,22 +63,15 @@ def evaluate(
 def _evaluate(
     ranks: Ranks, run: Path, config: Config, checkpoint: str | None, weights: str, out: Path
 ) -> dict[str, Any]:
-    demand_same_prompts(run, config)
-    demand_same_files(run, config)
-    path = find_checkpoint(run / "checkpoints", checkpoint)
-    if (warning := no_improvement(path, checkpoint)) is not None:
-        logger.warning(warning)
-    with ranks.together("loading the generator and the rewards"):
-        setup = build_setup(config, ranks)
-        sides = open_checkpoint(setup.backbone.weights, path, weights)
+    setup, sides, path, warning = _opened(ranks, run, config, checkpoint, weights)
     held_out = {}
     with progress_bars(shown=ranks.main) as show:
         for done, (name, prompts) in enumerate(setup.test.items()):
             show("base and aligned on test prompts", done, len(setup.test))
             with sides.base():
-                base = evaluate_prompts(setup, prompts, ranks)
+                base = evaluate_prompts(setup, prompts, ranks, mismatched=True)
             with sides.aligned():
-                aligned = evaluate_prompts(setup, prompts, ranks)
+                aligned = evaluate_prompts(setup, prompts, ranks, mismatched=True)
             held_out[name] = comparison(base, aligned, setup.judges)
         show("base and aligned on test prompts", len(setup.test), len(setup.test))
     numbers = {"checkpoint": path.name, "weights": weights, "held_out": held_out}
@@ -81,4 +83,65 @@ def _evaluate(
     logger.warning("%s", verdict.text)
     text = json.dumps(numbers, indent=2, allow_nan=False) + "\n"
     ranks.once("writing the numbers", lambda: write_atomic(out, text))
+    return numbers
+
+
+def _opened(
+    ranks: Ranks, run: Path, config: Config, checkpoint: str | None, weights: str
+) -> tuple[Setup, Sides, Path, str | None]:
+    """A run's setup, its base and aligned policy, the checkpoint's path, and what is to be known of it."""
+    demand_same_prompts(run, config)
+    demand_same_files(run, config)
+    path = find_checkpoint(run / "checkpoints", checkpoint)
+    if (warning := no_improvement(path, checkpoint)) is not None:
+        logger.warning(warning)
+    with ranks.together("loading the generator and the rewards"):
+        setup = build_setup(config, ranks)
+        sides = open_checkpoint(setup.backbone.weights, path, weights)
+    return setup, sides, path, warning
+
+
+def evaluate_drift(
+    run: Path | str,
+    *,
+    seconds: float = 300.0,
+    checkpoint: str | None = None,
+    weights: str = "average",
+    places: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Stream test prompts one after another for minutes, base and aligned, and measure every ten seconds.
+
+    Writes ``drift.json`` and ``drift.png`` into the run and returns what the first holds: for ``base`` and
+    ``aligned`` every measure as ``[spans][videos]`` (see `drift_curves`), and the ``seconds`` at which the
+    spans end. The other arguments are those of `evaluate`.
+
+    Raises ValueError where the run or its checkpoint cannot be used, or the streams are too short.
+    """
+    run = local_path(run, "run")
+    config = resolve_run(run, places)
+    with computing(config), progress_bars() as show:
+        setup, sides, path, _ = _opened(ALONE, run, config, checkpoint, weights)
+        codec, block = setup.backbone.codec, setup.generator.block
+        rate = codec.frames_per_second / codec.frames_per_latent
+        span = max(1, round(SPAN_SECONDS * rate / block)) * block
+        spans = int(seconds * rate / span + 1e-6)
+        if spans < 1:
+            raise ValueError(f"--seconds: must be at least {span / rate:g}, one span, got {seconds:g}")
+        pool = list(setup.test.get("long") or next(iter(setup.test.values())))
+        turns = [len(pool) * n // STREAMS for n in range(STREAMS)]
+        prompts = [chained([*pool[at:], *pool[:at]], spans * span, n) for n, at in enumerate(turns)]
+        tape, read_off = setup.backbone.tape("drift"), source_of(config).read_off
+        numbers: dict[str, Any] = {
+            "checkpoint": path.name,
+            "weights": weights,
+            "latent_frames": spans * span,
+            "seconds": [span * (n + 1) / rate for n in range(spans)],
+        }
+        for side in ("base", "aligned"):
+            given = {"read_off": read_off and read_off(), "show": partial(show, f"{side} streams")}
+            with (sides.base if side == "base" else sides.aligned)():
+                numbers[side] = drift_curves(setup.backbone, prompts, tape, setup.judges, span, **given)
+    write_atomic(run / "drift.json", json.dumps(numbers, indent=1, allow_nan=False) + "\n")
+    with new_file(run / "drift.png") as picture:
+        draw_drift(picture, numbers)
     return numbers

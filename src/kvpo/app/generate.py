@@ -3,7 +3,9 @@
 import json
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save
@@ -11,11 +13,14 @@ from torch import Tensor
 
 from kvpo.app.build import checkpoint_of, load_backbone, opened_arms, source_of
 from kvpo.app.file_prompts import prompt_file, reading_of
+from kvpo.app.judges import build_scorer
 from kvpo.app.provenance import demand_same_prompts
 from kvpo.app.video_folder import MANIFEST, VIDEO_SUFFIXES
 from kvpo.config import Config
-from kvpo.config_checks import check
+from kvpo.config_checks import ConfigurationError, check
+from kvpo.engine.explorers import EXPLORERS
 from kvpo.engine.generator import as_bytes, pixels_of
+from kvpo.engine.selection import Selection
 from kvpo.engine.stream import stream_latents
 from kvpo.files import StorageError, local_path, storage_error, write_atomic
 from kvpo.progress import progress_bars
@@ -34,6 +39,34 @@ UNASKED = 4
 """Test prompts of each kind where no prompts are given."""
 
 
+@dataclass(frozen=True)
+class Best:
+    """Test-time selection (``kvpo.engine.selection``)."""
+
+    count: int
+    """Candidates of every choice, the plain continuation among them."""
+    rewards: tuple[str, ...] = ()
+    """Rewards that choose; none: those of the configuration."""
+    span: int = 1
+    """Blocks between two choices; 0: one choice per video."""
+    explorer: str = "routes"
+    """Name of the explorer that tells candidates apart."""
+
+    def selection(self, config: Config, backbone: Backbone) -> Selection:
+        """The selection of a generator. Raises ConfigurationError."""
+        if self.explorer not in EXPLORERS:
+            raise ConfigurationError(
+                f"--branches: unknown explorer {self.explorer!r}; there are {', '.join(EXPLORERS)}"
+            )
+        if self.count < 2:
+            raise ConfigurationError(f"--best-of: needs two candidates at least, got {self.count}")
+        if self.rewards:
+            config = replace(config, rewards=replace(config.rewards, scorers=self.rewards, weights={}))
+        scorer, weights_K = build_scorer(config, backbone.codec.frames_per_second)
+        parts = (backbone.generator, backbone.codec, scorer, weights_K, config.exploration)
+        return Selection(*parts, EXPLORERS[self.explorer], self.count, self.span)
+
+
 def generate(
     config: Config,
     out: Path | str,
@@ -43,6 +76,7 @@ def generate(
     run: Path | str | None = None,
     checkpoint: str | None = None,
     weights: str = "average",
+    best: Best | None = None,
 ) -> list[Path]:
     """Generate one video per prompt and return the paths of the mp4 files.
 
@@ -56,6 +90,7 @@ def generate(
         run: directory of a run whose aligned model generates too; None: the base alone.
         checkpoint: which checkpoint of the run: best, latest, an update, a directory; None: the best.
         weights: the moving ``average`` of the trained weights, or the ``raw`` ones of the last update.
+        best: choose among candidates by a reward; the scores go to ``best-of.json``.
 
     Raises:
         ValueError: a prompt file, checkpoint or base that cannot be used; a length the stream cannot have;
@@ -70,7 +105,7 @@ def generate(
         demand_same_prompts(run, config)
     with joined_ranks(config.device) as ranks, computing(config):
         return _generate(
-            ranks, config, out, _prompts(config, prompts, extended_texts), run, checkpoint, weights
+            ranks, config, out, _prompts(config, prompts, extended_texts), run, checkpoint, weights, best
         )
 
 
@@ -82,12 +117,14 @@ def _generate(
     run: Path | None,
     checkpoint: str | None,
     weights: str,
+    best: Best | None,
 ) -> list[Path]:
     """Load the generator, and write the videos of the prompts batch by batch; ranks share the batches."""
     with ranks.together("loading the generator"):
         path = checkpoint_of(run, checkpoint)
         backbone = load_backbone(config, wanted)
-        sides = list(opened_arms(config, backbone, path, weights).values())
+        arms = opened_arms(config, backbone, path, weights)
+        selection = None if best is None else best.selection(config, backbone)
         try:
             out.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -95,6 +132,7 @@ def _generate(
 
     made: dict[str, Tensor] = {}
     shows: dict[str, tuple[str, ...]] = {}
+    scores: dict[str, dict[str, Any]] = {}
     share = ranks.share(_batches(wanted))
     digits = max(3, len(str(len(wanted) - 1)))
     with ranks.together("generating"), progress_bars(shown=ranks.main) as show:
@@ -102,19 +140,30 @@ def _generate(
         for batch in share:
             show("generating", done, total)
             latents = []
-            for side in sides:
+            for arm, side in arms.items():
                 with side():
-                    latents.append(latents_of(backbone, batch))
+                    if selection is None:
+                        latents.append(latents_of(backbone, batch))
+                        continue
+                    texts, tape = backbone.texts(batch), backbone.tape("generation")
+                    found = [selection.best(prompt, texts, tape) for prompt in batch]
+                latents.append(torch.stack([one.latents_TCHW for one in found]))
+                for prompt, one in zip(batch, found, strict=True):
+                    scores.setdefault(str(prompt.id), {})[arm] = one.scores
             for row, prompt in enumerate(batch):
                 pair = [of_side[row] for of_side in latents]
                 written = _write_videos(backbone, out, f"{prompt.id:0{digits}d}", pair, made)
                 shows |= {path.name: prompt.segments for path in written}
             done += len(batch)
             show("generating", done, total)
-    for own_made, own_shows in ranks.gather((made, shows), "collecting latents"):
+    for own_made, own_shows, own_scores in ranks.gather((made, shows, scores), "collecting latents"):
         made |= own_made
         shows |= own_shows
+        scores |= own_scores
     ranks.once("writing lists", lambda: _write_lists(out, wanted, made, shows))
+    if scores:
+        text = json.dumps(scores, indent=1) + "\n"
+        ranks.once("writing scores", lambda: write_atomic(out / "best-of.json", text))
     return [out / name for name in sorted(shows)]
 
 

@@ -27,6 +27,24 @@ def generate_arguments(parser: ArgumentParser) -> None:
         help="the videos of vbench, vbench-long or vbench2, by the list of its package or of a checkout",
     )
     parser.add_argument(
+        "--best-of",
+        type=int,
+        metavar="INT",
+        help="continue every video in this many ways and keep the best by --by",
+    )
+    parser.add_argument(
+        "--by", default="", metavar="NAME[,NAME]", help="rewards that choose (default: --rewards.scorers)"
+    )
+    parser.add_argument(
+        "--branches",
+        default="routes",
+        metavar="NAME",
+        help="tells candidates apart: routes, or noise: fresh, neighbour, sde, renoise (default: routes)",
+    )
+    parser.add_argument(
+        "--per", choices=("block", "video"), default="block", help="how often is chosen (default: block)"
+    )
+    parser.add_argument(
         "--dimensions", default="", metavar="NAME[,NAME]", help="dimensions of the suite (default: all)"
     )
 
@@ -35,7 +53,11 @@ def run_generate(arguments: Namespace) -> None:
     """Run ``kvpo generate``."""
     config = generating(arguments)
     model = {name: vars(arguments)[name] for name in ("run", "checkpoint", "weights")}
+    if arguments.best_of is None and arguments.by:
+        raise ConfigurationError("--by: needs --best-of, the number of candidates")
     if arguments.suite is not None:
+        if arguments.best_of is not None:
+            raise ConfigurationError("--best-of: not with --suite, whose videos are those of the model alone")
         if arguments.prompts is not None:
             raise ConfigurationError("--prompts: a suite brings its own; leave out --prompts or --suite")
         from kvpo.app.suites import generate_suite
@@ -55,13 +77,18 @@ def run_generate(arguments: Namespace) -> None:
         raise ConfigurationError("--dimensions: needs --suite")
     if arguments.extended is not None and arguments.prompts is None:
         raise ConfigurationError("--extended: needs --prompts or --suite, whose texts it extends")
-    from kvpo.app.generate import generate
+    from kvpo.app.generate import Best, generate
 
+    best = None
+    if arguments.best_of is not None:
+        by = tuple(name for name in arguments.by.split(",") if name)
+        best = Best(arguments.best_of, by, int(arguments.per == "block"), arguments.branches)
     videos = generate(
         config,
         arguments.out,
         prompts=arguments.prompts,
         extended_texts=arguments.extended,
+        best=best,
         **model,
     )
     if is_main():

@@ -79,17 +79,21 @@ def measure_diversity(setup: Setup, ranks: Ranks) -> dict[str, dict[str, float]]
         return {}
     places = story_places(setup, FEWEST_PROMPTS)
     look = laboratory(setup, [prompt for place in places for prompt in place.prompts])
-
-    def over_places(explorer: Explorer, some: Sequence[Place] = places) -> dict[str, float]:
-        with ranks.together("measuring diversity"):
-            own = [look.measure(look.branches(place, explorer)) for place in ranks.share(some)]
-        measured = ranks.in_order(own, "measuring diversity")
-        return mean_diversity([m for m, place in zip(measured, some, strict=True) for _ in place.prompts])
-
+    over_places = partial(branch_diversity, look, places, ranks)
     routed, fresh = over_places(routes), over_places(fresh_noise)
     strength = look.matched_strength(places[:2], routed["pixel_distance"])
     matched = over_places(partial(noise_branches, strength=strength))
     return {"chr": routed, "noise": fresh, "noise_matched": {**matched, "strength": strength}}
+
+
+def branch_diversity(
+    look: Laboratory, places: Sequence[Place], ranks: Ranks, explorer: Explorer
+) -> dict[str, float]:
+    """Diversity of an explorer's branches, the mean over the prompts of all places, which ranks share."""
+    with ranks.together("measuring diversity"):
+        own = [look.measure(look.branches(place, explorer)) for place in ranks.share(places)]
+    measured = ranks.in_order(own, "measuring diversity")
+    return mean_diversity([m for m, place in zip(measured, places, strict=True) for _ in place.prompts])
 
 
 def write_gallery(run: Run, results: dict[str, tuple[Evaluation, Evaluation]], directory: Path) -> None:

@@ -43,6 +43,7 @@ UPDATE_METRICS = {
     "routed": Metric("Routed slots, where fewer fit than were asked for."),
     "distinct": Metric("Distinct routed frames, where fewer fit than were asked for."),
     "seconds": Metric("Wall-clock seconds of the update."),
+    "cpu_s": Metric("CPU-seconds that this process spent on the update."),
     "phases": Metric(
         "Seconds and bytes that each rank spent on rollout, decode, score, replay, reduce and save since the "
         "update before; the share of all time that ranks waited for others; samples per second and rank."

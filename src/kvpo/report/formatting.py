@@ -112,11 +112,12 @@ def title_of(key: str) -> str:
 def fill_page(template: str, script: str, **fields: str) -> str:
     """The HTML of an asset ``template``, with ``fields`` in place, in one file that makes no request.
 
-    Its security policy admits only the asset ``script``.
+    Its security policy admits only the asset ``script``; empty: none.
     """
     assets = files("kvpo.report") / "assets"
     page, style, code = (
-        (assets / name).read_text(encoding="utf-8") for name in (template, "report.css", script)
+        (assets / name).read_text(encoding="utf-8") if name else ""
+        for name in (template, "report.css", script)
     )
     return Template(page).substitute(
         fields,

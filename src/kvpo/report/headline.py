@@ -33,6 +33,9 @@ class Outcome:
     improved: float | None
     unseen_gain: float | None
     unseen_error: float | None
+    wrong_gain: float | None
+    """The gain where every video is judged by another prompt's captions; None: not measured."""
+    wrong_error: float | None
     components: dict[str, dict[str, float]]
 
     @property
@@ -90,6 +93,8 @@ def read_outcome(name: str, entry: Any) -> Outcome | None:
         improved=found.get("improved_fraction"),
         unseen_gain=found.get("unseen_scorer_gain"),
         unseen_error=found.get("unseen_scorer_se"),
+        wrong_gain=found.get("wrong_caption_gain"),
+        wrong_error=found.get("wrong_caption_se"),
         components={
             str(key): pair
             for key, value in (components.items() if isinstance(components, dict) else ())
@@ -196,6 +201,10 @@ def _card(outcome: Outcome, gain_axis: tuple[float, float], unseen_axis: tuple[f
         spread = f'<span class="soft">\u00b1 {fixed(outcome.unseen_error)}</span>'
         chart = interval(outcome.unseen_gain, outcome.unseen_error, *unseen_axis, colour="unseen")
         measures += _measure("Unseen scorer", f"<b>{signed(outcome.unseen_gain)}</b> {spread}", chart)
+    if outcome.wrong_gain is not None:
+        spread = f'<span class="soft">\u00b1 {fixed(outcome.wrong_error)}</span>'
+        chart = interval(outcome.wrong_gain, outcome.wrong_error, *gain_axis)
+        measures += _measure("With a wrong caption", f"<b>{signed(outcome.wrong_gain)}</b> {spread}", chart)
     if outcome.improved is not None:
         width = f"{min(100.0, max(0.0, 100 * outcome.improved)):.1f}%"
         chart = f'<div class="share"><i style="width:{width}"></i><i class="half" title="one half"></i></div>'
@@ -267,7 +276,8 @@ def headline(run: RunRecord) -> str:
     legend = (
         "Bars: one and two standard errors over distinct prompts; the upright line is zero. The gain is "
         "paired: same prompt, same noise. The unseen scorer looks at pixels only and is never used for "
-        "training, selection or stopping."
+        "training, selection or stopping. A gain that is as large with a wrong caption, another prompt's, is "
+        "one of looks and not of what was asked for."
     )
     return (
         f'<div class="verdict {verdict.tone}"><i aria-hidden="true">{SYMBOLS[verdict.tone]}</i><div>'

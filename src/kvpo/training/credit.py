@@ -110,7 +110,8 @@ def assign_credit(
     Components become one advantage as ``blend`` says; the local and the global signal are fused; clamping
     comes last. With ``advantages`` "random" the same numbers are dealt to the branches at random. The
     selected ones are centred unless they are relative to an anchor in the policy's pool: over branches alone
-    a constant that all advantages share does not cancel, but turns the gradient.
+    a constant that all advantages share does not cancel, but turns the gradient. A method with one scale for
+    the collection has no such policy, so the best branches alone keep their advantages: all are imitated.
     """
     if scale is None and group_is_noise(scores, blend):
         return None
@@ -130,7 +131,9 @@ def assign_credit(
         advantages = permuted(advantages, generator)
     chosen = best_and_worst(advantages, *blend.objective.keep)
     selected = advantages[chosen]
-    if blend.objective.advantages != "anchor" or not blend.anchor_in_pool:
+    objective = blend.objective
+    only_best = blend.pooled_scale and objective.keep[0] > 0 and objective.keep[1] == 0
+    if not (only_best or (objective.advantages == "anchor" and blend.anchor_in_pool)):
         selected = centred(selected)
     return Credit(tuple(chosen.tolist()), selected, advantages, gap_G[chosen], withheld)
 

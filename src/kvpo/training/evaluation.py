@@ -2,8 +2,8 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from itertools import pairwise
+from dataclasses import dataclass, replace
+from itertools import pairwise, repeat
 
 import torch
 from torch import Tensor
@@ -36,6 +36,8 @@ class Evaluation:
     """Pixel statistics of the videos (``kvpo.rewards.pixel_statistics``)."""
     texts_N: tuple[tuple[str, ...], ...]
     """Segments of every prompt."""
+    mismatched_KN: Tensor | None = None
+    """Component scores against another prompt's captions; None: not asked for."""
 
     def by_prompt(self) -> "Evaluation":
         """The mean over the videos of each distinct prompt: standard errors count repeated prompts once."""
@@ -52,6 +54,7 @@ class Evaluation:
             watchers_HN=self.watchers_HN @ share_ND,
             looks_LN=self.looks_LN @ share_ND,
             texts_N=tuple(distinct),
+            mismatched_KN=None if self.mismatched_KN is None else self.mismatched_KN @ share_ND,
         )
 
 
@@ -84,14 +87,36 @@ def evaluate_policy(
     *,
     rows: int = ROWS,
     ranks: Ranks = ALONE,
+    mismatched: bool = False,
+    first: int = 0,
 ) -> Evaluation:
     """Generate every prompt in the deployment context and score its segments.
 
     At most ``rows`` videos are generated together, in batches that do not depend on the number of ranks.
+    ``mismatched``: the videos are scored against the captions of others as well (see `swapped_captions`).
+    What a video shows before latent frame ``first`` is not scored.
     """
+    others = swapped_captions(prompts) if mismatched else None
+    pairs = zip(batches(prompts, rows), batches(others, rows) if others else repeat(None), strict=False)
     with ranks.together("evaluating"):
-        own = [_evaluated(backbone, batch, tape, judges) for batch in ranks.share(batches(prompts, rows))]
+        own = [_evaluated(backbone, *pair, tape, judges, first) for pair in ranks.share(list(pairs))]
     return _joined(ranks.in_order(own, "evaluating"))
+
+
+def swapped_captions(prompts: Sequence[VideoPrompt]) -> list[VideoPrompt] | None:
+    """Every prompt with the captions of the next one that has as many segments and says something else.
+
+    None where one has no such partner.
+    """
+    swapped = []
+    for n, prompt in enumerate(prompts):
+        following = (*prompts[n + 1 :], *prompts[:n])
+        partners = (other.segments for other in following if len(other.segments) == len(prompt.segments))
+        captions = next((texts for texts in partners if texts != prompt.segments), None)
+        if captions is None:
+            return None
+        swapped.append(replace(prompt, segments=captions))
+    return swapped
 
 
 def batches(prompts: Sequence[VideoPrompt], rows: int) -> list[Sequence[VideoPrompt]]:
@@ -101,34 +126,44 @@ def batches(prompts: Sequence[VideoPrompt], rows: int) -> list[Sequence[VideoPro
     return [prompts[start:end] for start, end in pairwise(ends)]
 
 
-def _evaluated(backbone: Backbone, prompts: Sequence[VideoPrompt], tape: Tape, judges: Judges) -> Evaluation:
-    """The results of one batch."""
+def _evaluated(
+    backbone: Backbone,
+    prompts: Sequence[VideoPrompt],
+    others: Sequence[VideoPrompt] | None,
+    tape: Tape,
+    judges: Judges,
+    first: int,
+) -> Evaluation:
+    """The results of one batch, also against the captions of ``others``."""
     codec, block = backbone.codec, backbone.generator.block
     latents = stream_latents(backbone.generator, prompts, backbone.texts(prompts), tape)
     videos, frames = pixels_of(codec, latents), codec.frames_per_latent
-    unseen = judges.unseen and _segment_scores(judges.unseen, videos, prompts, frames, block, lead=0)[0]
-    watchers = [
-        _weights(reward) @ _segment_scores(reward, videos, prompts, frames, block, lead=block)
-        for reward in judges.watchers
-    ]
+
+    def scores(scorer: Scorer, lead: int = block, asked: Sequence[VideoPrompt] = prompts) -> Tensor:
+        return segment_scores(scorer, videos, asked, frames, block, lead, first=first)
+
+    watchers = [_weights(reward) @ scores(reward) for reward in judges.watchers]
     return Evaluation(
-        components_KN=_segment_scores(judges.scorer, videos, prompts, frames, block, lead=block),
-        unseen_N=unseen,
+        components_KN=scores(judges.scorer),
+        unseen_N=judges.unseen and scores(judges.unseen, lead=0)[0],
         watchers_HN=torch.cat(watchers) if watchers else torch.empty(0, len(prompts)),
         looks_LN=looks(videos),
         texts_N=tuple(prompt.segments for prompt in prompts),
+        mismatched_KN=others and scores(judges.scorer, asked=others),
     )
 
 
 def _joined(parts: Sequence[Evaluation]) -> Evaluation:
     """The results of several batches as one."""
     unseen = [part.unseen_N for part in parts if part.unseen_N is not None]
+    mismatched = [part.mismatched_KN for part in parts if part.mismatched_KN is not None]
     return Evaluation(
         components_KN=torch.cat([part.components_KN for part in parts], 1),
         unseen_N=torch.cat(unseen) if unseen else None,
         watchers_HN=torch.cat([part.watchers_HN for part in parts], 1),
         looks_LN=torch.cat([part.looks_LN for part in parts], 1),
         texts_N=tuple(texts for part in parts for texts in part.texts_N),
+        mismatched_KN=torch.cat(mismatched, 1) if mismatched else None,
     )
 
 
@@ -138,21 +173,31 @@ def _weights(reward: Reward) -> Tensor:
     return torch.tensor([[weights.get(name, 0.0) for name in reward.components] for weights in numbers])
 
 
-def _segment_scores(
+def segment_scores(
     scorer: Scorer,
     videos: Tensor,
     prompts: Sequence[VideoPrompt],
     frames_per_latent: int,
     block: int,
     lead: int,
+    *,
+    first: int = 0,
+    stop: int | None = None,
+    offset: int = 0,
 ) -> Tensor:
-    """Frame-weighted mean over each video's segments: ``[K, N]``."""
-    clips = [segment_clips(p, 0, p.num_frames, block=block, lead=lead) for p in prompts]
+    """Frame-weighted mean over the segments that videos show in latent frames ``[first, stop)``: ``[K, N]``.
+
+    The pixels start at latent frame ``offset``; ``lead`` frames before a segment come along.
+    """
+    ends = [stop or prompt.num_frames for prompt in prompts]
+    clips = [
+        segment_clips(p, first, end, block=block, lead=lead) for p, end in zip(prompts, ends, strict=True)
+    ]
     flat = [(n, clip) for n, own in enumerate(clips) for clip in own]
-    table = score_clips(scorer, videos, flat, frames_per_latent=frames_per_latent)
+    table = score_clips(scorer, videos, flat, offset=offset, frames_per_latent=frames_per_latent)
     means = torch.zeros(len(table), len(prompts))
     for column, (n, clip) in enumerate(flat):
-        share = (clip.stop - clip.start - clip.prompt.switch) / prompts[n].num_frames
+        share = (clip.stop - clip.start - clip.prompt.switch) / (ends[n] - first)
         means[:, n] += share * table[:, column]
     return means
 
@@ -204,6 +249,10 @@ def comparison(base: Evaluation, aligned: Evaluation, judges: Judges) -> dict[st
             "unseen_scorer_gain": unseen.mean,
             "unseen_scorer_se": unseen.standard_error,
         }
+    if base.mismatched_KN is not None and aligned.mismatched_KN is not None:
+        weights_K = judges.weights_K
+        wrong = paired_gain(weights_K @ base.mismatched_KN, weights_K @ aligned.mismatched_KN)
+        numbers |= {"wrong_caption_gain": wrong.mean, "wrong_caption_se": wrong.standard_error}
     return numbers | {"components": components}
 
 

@@ -26,11 +26,12 @@ from kvpo.training.checkpoint import (
 )
 from kvpo.training.clock import phases_of
 from kvpo.training.device import forget_peak, peak
-from kvpo.training.evaluation import ROWS, Evaluation, comparison, evaluate_policy, mean_gain
+from kvpo.training.evaluation import Evaluation, comparison, mean_gain
+from kvpo.training.held_out import evaluate_prompts
 from kvpo.training.interrupt import StopAtOnce
 from kvpo.training.metrics_log import MetricsLog
 from kvpo.training.policy import Policy, Sides, policy_of
-from kvpo.training.ranks import Ranks, RanksDiffer, added_up
+from kvpo.training.ranks import RanksDiffer, added_up
 from kvpo.training.setup import Setup
 from kvpo.training.sharding import local, read_parts, write_parts
 from kvpo.training.state import expected_moments
@@ -68,6 +69,10 @@ class Run:
     """Seconds and bytes of this rank's saving that an update has reported."""
     verdict: radar.Verdict = field(default_factory=radar.Verdict)
     """Its verdict on them."""
+    budget_cpu_s: float | None = None
+    """CPU-seconds of this process that its updates may take; None: the run makes all of them."""
+    cpu_s: float = 0.0
+    """CPU-seconds that the updates so far took, without validations and whatever else is no update."""
 
     @property
     def updates(self) -> int:
@@ -102,7 +107,7 @@ class Run:
         config, trainer, ranks = self.setup.config, self.trainer, self.setup.ranks
         if trainer.update == 0 and self.best is None:
             self.save(0.0)  # the base is the best one until a validation beats it
-        while trainer.update < self.updates and not self.stopped:
+        while trainer.update < self.updates and not (self.stopped or self.spent):
             if trainer.at_boundary() and ranks.any(interrupted(), "asking for signals"):
                 self._save_if_new()
                 return False
@@ -119,7 +124,7 @@ class Run:
                 trainer.update,
                 best,
             )
-        elif not self.improved:
+        elif self.setup.validation and not self.improved:
             logger.warning("no improvement: no validation beat the base, so the best checkpoint is the base")
         return True
 
@@ -130,7 +135,10 @@ class Run:
         started, scored, shown = time.perf_counter(), replace(self.setup.scored), ranks.clock.read()
         shown.seconds["save"], shown.bytes["save"] = self.saving  # it came between the updates
         forget_peak(device)
+        cpu_before = time.process_time()
         numbers = trainer.step()
+        numbers["cpu_s"] = time.process_time() - cpu_before
+        self.cpu_s += numbers["cpu_s"]
         trainer.demand_equal_ranks()
         numbers |= self._scored_since(scored)
         numbers["seconds"] = time.perf_counter() - started
@@ -166,11 +174,19 @@ class Run:
         """True once the radar has ended the run."""
         return self.guarded and self.verdict.hacked
 
+    @property
+    def spent(self) -> bool:
+        """True once another update would take the run farther from its budget than it is."""
+        made = self.trainer.update
+        if self.budget_cpu_s is None or not made or not self.trainer.at_boundary():
+            return False
+        return self.cpu_s * (1 + 0.5 / made) >= self.budget_cpu_s
+
     def _due(self, every: int) -> bool:
         """True if an every-N-updates action is due now; always at the last update."""
         update = self.trainer.update
         since_boundary = self.setup.config.optim.rollouts_per_refresh
-        return update == self.updates or bool(every) and update % every < since_boundary
+        return update == self.updates or self.spent or bool(every) and update % every < since_boundary
 
     def save(self, gain: float | None = None) -> Path:
         """Write a checkpoint, mark the best one, and drop the ones that are no longer kept.
@@ -195,11 +211,9 @@ class Run:
 
     def _state(self) -> dict[str, Any]:
         """The run's own part of a checkpoint's state."""
-        return {
-            "best": self.best,
-            "radar": radar.saved(self.readings),
-            "unvalidated": self.unvalidated,
-        }
+        own = {"best": self.best, "radar": radar.saved(self.readings), "unvalidated": self.unvalidated}
+        # Only with a budget: elsewhere equal runs have equal checkpoints.
+        return own if self.budget_cpu_s is None else own | {"cpu_s": self.cpu_s}
 
     def _save(self, update: int) -> Path:
         tensors, state = self.trainer.tensors_and_state()
@@ -222,10 +236,13 @@ class Run:
             self.save()
 
     def _validate_and_save(self) -> None:
-        """Validation comes before the checkpoint: a kill in between repeats both.
+        """Validation, if there are prompts, comes before the checkpoint: a kill in between repeats both.
 
         Where it fails, ``train`` saves what was trained, and a resumed run begins with the validation.
         """
+        if not self.setup.validation:
+            self.save()
+            return
         self.unvalidated = True  # until it has succeeded
         gain = self.validate()
         self.unvalidated = False
@@ -266,10 +283,10 @@ class Run:
         self.verdict = radar.judge(history, radar.STANDARD_ERRORS, radar.FALLS_IN_A_ROW)
         return radar.verdict_numbers(history, self.verdict)
 
-    def evaluate_aligned(self, prompts: Any) -> Evaluation:
+    def evaluate_aligned(self, prompts: Any, *, mismatched: bool = False) -> Evaluation:
         """Held-out results of the trained parameters' moving average."""
         with self.trainer.sides.aligned():
-            return evaluate_prompts(self.setup, prompts, self.trainer.sharing)
+            return evaluate_prompts(self.setup, prompts, self.trainer.sharing, mismatched=mismatched)
 
     def resume(self, state: Mapping[str, Any]) -> None:
         """Continue from the state of a checkpoint that its trainer was restored from."""
@@ -277,7 +294,9 @@ class Run:
         self.best = None if state["best"] is None else (int(state["best"][0]), float(state["best"][1]))
         self.readings = radar.loaded(state["radar"])
         self.unvalidated = state["unvalidated"]
-        self.update_verdict()
+        self.cpu_s = float(state.get("cpu_s", 0.0))
+        if self.setup.validation:
+            self.update_verdict()
         # A kill may have come between a checkpoint and its mark.
         self.setup.ranks.once("marking the best checkpoint", self._mark_best)
         update = self.trainer.update
@@ -353,18 +372,6 @@ def open_checkpoint(weights: Weights, path: Path, kind: str = "average") -> Side
     """Base and aligned policy of a run's checkpoint (see `load_aligned`)."""
     policy = policy_of(weights.model, adapted=weights.config.optim.lora_rank > 0)
     return Sides(policy, load_aligned(weights, policy, path, kind))
-
-
-def evaluate_prompts(setup: Setup, prompts: Any, ranks: Ranks) -> Evaluation:
-    """Held-out results of the model as it is, on ranks that share the videos."""
-    rows, tape = setup.config.exploration.rows or ROWS, setup.evaluation_tape()
-    return evaluate_policy(setup.backbone, prompts, tape, setup.judges, rows=rows, ranks=ranks)
-
-
-def evaluate_base(setup: Setup, trainer: Trainer, sets: Mapping[str, Any]) -> dict[str, Evaluation]:
-    """Held-out results of the starting policy."""
-    with trainer.sides.base():
-        return {name: evaluate_prompts(setup, prompts, trainer.sharing) for name, prompts in sets.items()}
 
 
 def resume_point(directory: Path) -> Path | None:

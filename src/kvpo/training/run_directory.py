@@ -90,8 +90,9 @@ class RunDirectory:
             self._take_back()
         self._lock.release()
 
-    def save_config(self) -> None:
-        """Write ``config.yaml`` in one step."""
+    def save_config(self, config: Config | None = None) -> None:
+        """Write ``config.yaml`` in one step: the run's settings, or what they have become."""
+        self._config = config or self._config
         write_atomic(self.config_file, self._text())
 
     def write_meanings(self, meanings: Mapping[str, Mapping[str, str]]) -> None:

@@ -1,11 +1,10 @@
-"""Measures the world's instruments on renders of known content: ``python -m kvpo.world.calibration [48]``.
+"""Measures the world's instruments on renders of known content: ``python -m kvpo.world.calibration``.
 
 Prints the detector's accuracy, the confidences below which a clip or frame counts as broken (the constants in
 kvpo.world.detector), the rewards' means on exact and on faulty videos, their jitter under harmless
 changes and their speed, and the unseen scorer's numbers.
 """
 
-import sys
 import time
 from collections.abc import Sequence
 
@@ -21,7 +20,7 @@ from kvpo.world.imperfect import CLEAN, Faults, observe
 from kvpo.world.reward import DEFAULT_WEIGHTS, WorldScorer, weighted_total
 from kvpo.world.stories import Split, sample_story
 from kvpo.world.unseen import load_unseen, measure_unseen
-from kvpo.world.vocabulary import FRAME_SIZE, Act, Story
+from kvpo.world.vocabulary import Act, Story
 
 CLIP_FRAMES = 15
 BEFORE_FRAMES = 5
@@ -79,7 +78,7 @@ def switch_clips(video_BTCHW: Tensor, stories: Sequence[Story]) -> tuple[Tensor,
 def broken_thresholds(codec: PixelCodec, count: int = 400) -> tuple[float, float]:
     """1st percentiles of the confidence of clips and of frames, on exact renders after the codec."""
     stories = draw_stories("validation", count, 2, 2 * CLIP_FRAMES, seed=7)
-    video = observe(stories, torch.Generator().manual_seed(8), CLEAN, codec.size)
+    video = observe(stories, torch.Generator().manual_seed(8), CLEAN)
     seen = detect(round_trip(codec, video).unflatten(1, (2, CLIP_FRAMES)).flatten(0, 1))
     return float(seen.confidence.quantile(0.01)), float(seen.confidence_BT.flatten().quantile(0.01))
 
@@ -106,7 +105,7 @@ def _rewards(console: Console, codec: PixelCodec) -> None:
     stories = draw_stories("test", 200, 2, 2 * CLIP_FRAMES, seed=3)
     columns = {}
     for name, faults in (("exact", CLEAN), ("faulty", Faults())):
-        shown = observe(stories, torch.Generator().manual_seed(4), faults, codec.size)
+        shown = observe(stories, torch.Generator().manual_seed(4), faults)
         video, prompts = switch_clips(shown, stories)
         video = round_trip(codec, video)
         started = time.process_time()
@@ -122,12 +121,11 @@ def _rewards(console: Console, codec: PixelCodec) -> None:
 
 
 def main() -> None:
-    """Measure and print everything for one frame size."""
+    """Measure and print everything."""
     torch.set_num_threads(1)
-    size = int(sys.argv[1]) if len(sys.argv) > 1 else FRAME_SIZE
-    console, codec = Console(), load_codec(size=size)
+    console, codec = Console(), load_codec()
     stories = draw_stories("test", 300, 1, CLIP_FRAMES, seed=1)
-    video = observe(stories, torch.Generator().manual_seed(2), CLEAN, size)
+    video = observe(stories, torch.Generator().manual_seed(2), CLEAN)
     accuracy = {
         "exact": detector_accuracy(video, stories),
         "after the codec": detector_accuracy(round_trip(codec, video), stories),
@@ -136,7 +134,7 @@ def main() -> None:
     clip, frame = broken_thresholds(codec)
     console.print(f"BROKEN_BELOW = {clip:.3f}, BROKEN_FRAME_BELOW = {frame:.3f}")
     _rewards(console, codec)
-    console.print(measure_unseen(load_unseen(size=size), size=size))
+    console.print(measure_unseen(load_unseen()))
 
 
 def _print_columns(console: Console, title: str, columns: dict[str, dict[str, float]]) -> None:

@@ -1,6 +1,5 @@
 """The embedded world's latent codec: a small convolutional autoencoder, one latent frame per video frame."""
 
-import math
 from collections.abc import Iterator
 from importlib.resources import files
 from pathlib import Path
@@ -19,38 +18,43 @@ from kvpo.world.vocabulary import FRAME_SIZE
 
 LATENT_CHANNELS = 8
 PEAK_RATE = 3e-3
-LATENT_NOISE = 0.1
-"""Deviation of the noise on normalised latents in training, so that the decoder forgives small errors."""
+LATENT_NOISE = 0.5
+"""Largest deviation of noise on normalised latents in training: the decoder forgives a generator's errors."""
+ENCODED = 32
+"""Height and width at which the encoder sees a frame, as means of neighbouring pixels."""
 
 
 class PixelCodec(nn.Module):
-    """Frames [3, size, size] in [0, 1] to latents [8, 8, 8] of zero mean and unit deviation, and back."""
+    """Frames [3, FRAME_SIZE, FRAME_SIZE] in [0, 1] to latents [8, 8, 8], mean 0 and deviation 1, and back."""
 
     frames_per_latent = 1
     frames_per_second = 8.0
 
-    def __init__(self, size: int = FRAME_SIZE) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.size = size
-        cell = size // 16  # pixels along a side of what the first layer sees as one
         self.encoder = nn.Sequential(
-            nn.PixelUnshuffle(cell),
-            nn.Conv2d(3 * cell**2, 32, 3, padding=1),
+            nn.AdaptiveAvgPool2d(ENCODED),
+            nn.PixelUnshuffle(2),
+            nn.Conv2d(12, 32, 3, padding=1),
             nn.SiLU(),
             nn.Conv2d(32, 64, 4, stride=2, padding=1),
             nn.SiLU(),
             nn.Conv2d(64, LATENT_CHANNELS, 3, padding=1),
         )
         self.decoder = nn.Sequential(
-            nn.Conv2d(LATENT_CHANNELS, 32, 3, padding=1),
+            nn.Conv2d(LATENT_CHANNELS, 48, 3, padding=1),
             nn.SiLU(),
-            nn.Conv2d(32, 64, 3, padding=1),
+            nn.Conv2d(48, 64, 3, padding=1),
+            nn.SiLU(),
+            nn.Conv2d(64, 64, 3, padding=1),
+            nn.SiLU(),
+            nn.Conv2d(64, 64, 3, padding=1),
             nn.SiLU(),
             nn.PixelShuffle(2),
-            nn.Conv2d(16, 24, 3, padding=1),
+            nn.Conv2d(16, 32, 3, padding=1),
             nn.SiLU(),
-            nn.Conv2d(24, 3 * cell**2, 3, padding=1),
-            nn.PixelShuffle(cell),
+            nn.Conv2d(32, 3 * (FRAME_SIZE // 16) ** 2, 3, padding=1),
+            nn.PixelShuffle(FRAME_SIZE // 16),
         )
         self.register_buffer("mean", torch.zeros(LATENT_CHANNELS))
         self.register_buffer("std", torch.ones(LATENT_CHANNELS))
@@ -67,12 +71,11 @@ class PixelCodec(nn.Module):
         Frames are decoded one by one: what was ``before`` makes no difference. They are on the CPU, where the
         world's scorers are: each looks at few pixels.
         """
-        raw = latents_BTCHW.flatten(0, 1) * self.std[:, None, None] + self.mean[:, None, None]
-        video = ((self.decoder(raw) + 1) / 2).unflatten(0, latents_BTCHW.shape[:2])
+        video = ((self.decoder(latents_BTCHW.flatten(0, 1)) + 1) / 2).unflatten(0, latents_BTCHW.shape[:2])
         return video if self.training else video.clamp(0, 1).cpu()
 
     def decode_next(self, latents_FCHW: Tensor, state: object | None) -> tuple[Tensor, object | None]:
-        """Frames [F, 3, size, size] of the next latents of a video; there is nothing to remember."""
+        """Frames [F, 3, H, W] of the next latents of a video; there is nothing to remember."""
         return self.decode(latents_FCHW[None])[0], None
 
     @torch.no_grad()
@@ -88,56 +91,70 @@ def psnr(video: Tensor, reference: Tensor) -> float:
     return float(-10 * torch.log10(F.mse_loss(video, reference)))
 
 
-def _sample(generator: torch.Generator, count: int, num_frames: int, size: int) -> Tensor:
+def _sample(generator: torch.Generator, count: int, num_frames: int) -> Tensor:
     """``count`` faulty and ``count`` clean videos [2 * count, num_frames, 3, H, W]."""
     return torch.cat(
         [
-            observe(training_stories(generator, count, num_frames), generator, faults, size)
+            observe(training_stories(generator, count, num_frames), generator, faults)
             for faults in (Faults(), CLEAN)
         ]
     )
 
 
-def _frames(generator: torch.Generator, count: int, size: int) -> Iterator[Tensor]:
+def _frames(generator: torch.Generator, count: int) -> Iterator[Tensor]:
     """Batches [1, count, 3, H, W] of shuffled frames, half faulty and half clean, each seen about twice."""
     while True:
-        pool = _sample(generator, 24, 36, size).flatten(0, 1)
+        pool = _sample(generator, 24, 36).flatten(0, 1)
         for _ in range(2):
             for rows in torch.randperm(len(pool), generator=generator).split(count):
                 yield pool[rows][None]
 
 
-def train_codec(steps: int = 14000, seed: int = 0, batch: int = 16, size: int = FRAME_SIZE) -> PixelCodec:
-    """Train a codec from scratch on freshly drawn frames of the training split; deterministic in ``seed``."""
+def train_codec(
+    steps: int = 12000, seed: int = 0, batch: int = 16, encoding: PixelCodec | None = None
+) -> PixelCodec:
+    """Train a codec on freshly drawn frames of the training split; deterministic in ``seed``.
+
+    With ``encoding`` only the decoder is trained, for the latents of that codec: generators of those latents
+    stay as they are.
+    """
     generator = torch.Generator().manual_seed(seed)
-    codec = PixelCodec(size)
+    codec = PixelCodec()
     for layer in codec.modules():
         if isinstance(layer, nn.Conv2d):
             nn.init.kaiming_normal_(layer.weight, nonlinearity="relu", generator=generator)
             nn.init.zeros_(layer.bias)
-    optimizer = torch.optim.AdamW(codec.parameters(), lr=PEAK_RATE, weight_decay=0.0)
+    if encoding is not None:
+        codec.encoder.load_state_dict(encoding.encoder.state_dict())
+        codec.mean.copy_(encoding.mean)
+        codec.std.copy_(encoding.std)
+        codec.encoder.requires_grad_(False)
+    trained = [p for p in codec.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=PEAK_RATE, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, PEAK_RATE, total_steps=steps, pct_start=0.1)
-    frames = _frames(generator, batch, size)
+    frames = _frames(generator, batch)
     codec.train()
     for step in range(steps):
         video = next(frames)
-        if step in (0, steps // 10, steps // 4) or step % 500 == 0:
+        if encoding is None and (step in (0, steps // 10, steps // 4) or step % 500 == 0):
             codec.set_statistics(video)
         latents = codec.encode(video)
         noise = torch.randn(latents.shape, generator=generator)
-        loss = _loss(codec.decode(latents + LATENT_NOISE * noise), video)
+        deviation_TCHW = LATENT_NOISE * torch.rand(latents.shape[1], 1, 1, 1, generator=generator)
+        loss = _loss(codec.decode(latents + deviation_TCHW * noise), video)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        nn.utils.clip_grad_norm_(codec.parameters(), 1.0)
+        nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         schedule.step()
-    codec.set_statistics(_sample(torch.Generator().manual_seed(seed + 1), 256, 60, size)[:, ::5])
+    if encoding is None:
+        codec.set_statistics(_sample(torch.Generator().manual_seed(seed + 1), 256, 60)[:, ::5])
     return codec.eval().requires_grad_(False)
 
 
 def _loss(decoded: Tensor, video: Tensor) -> Tensor:
     # The absolute error keeps outlines crisp, the squared one keeps colours right.
-    return F.mse_loss(decoded, video) + 0.1 * F.l1_loss(decoded, video)
+    return 0.2 * F.mse_loss(decoded, video) + 0.8 * F.l1_loss(decoded, video)
 
 
 def save_codec(codec: PixelCodec, path: Path) -> None:
@@ -146,17 +163,16 @@ def save_codec(codec: PixelCodec, path: Path) -> None:
         save_file(storable({name: value.half() for name, value in codec.state_dict().items()}), partial)
 
 
-def asset(name: str, size: int = FRAME_SIZE) -> Path:
-    """A file of weights that ships with the package, for one frame size."""
-    suffix = "" if size == FRAME_SIZE else f"-{size}"
-    return Path(str(files("kvpo.world").joinpath("assets", f"{name}{suffix}.safetensors")))
+def asset(name: str) -> Path:
+    """A file of weights that ships with the package."""
+    return Path(str(files("kvpo.world").joinpath("assets", f"{name}.safetensors")))
 
 
-def load_codec(path: Path | None = None, size: int = FRAME_SIZE) -> PixelCodec:
-    """Read a codec for inference, by default the one that ships with the package for a frame size."""
-    source = path or asset("codec", size)
+def load_codec(path: Path | None = None) -> PixelCodec:
+    """Read a codec for inference, by default the one that ships with the package."""
+    source = path or asset("codec")
     weights = load_file(source)
     require_finite_weights(weights, str(source))
-    codec = PixelCodec(16 * math.isqrt(weights["encoder.1.weight"].shape[1] // 3))
+    codec = PixelCodec()
     codec.load_state_dict({name: value.float() for name, value in weights.items()})
     return codec.eval().requires_grad_(False)

@@ -17,7 +17,7 @@ from kvpo.world.vocabulary import (
     BOB_AMPLITUDE,
     BOB_PERIOD,
     COLOURS,
-    FRAME_SIZES,
+    FRAME_SIZE,
     LANES,
     MOTIONS,
     SCENES,
@@ -57,10 +57,10 @@ EMPTY_ENERGY = 6.0
 
 COLOUR_AREA = 200
 """Square units of a frame that are compared with the colours, the best covered ones."""
-BROKEN_BELOW = {32: 0.519, 48: 0.515}
-"""By frame size, the confidence below which a clip of 15 frames counts as broken: the 1st percentile of exact
+BROKEN_BELOW = 0.535
+"""Confidence below which a clip of 15 frames counts as broken: the 1st percentile of exact
 renders after the latent codec. `python -m kvpo.world.calibration` measures it again."""
-BROKEN_FRAME_BELOW = {32: 0.406, 48: 0.398}
+BROKEN_FRAME_BELOW = 0.405
 """The same for the confidence of a single frame."""
 HALF_WINDOW = 8
 """Units on either side of a glyph's centroid that are looked at."""
@@ -90,13 +90,11 @@ class Detection:
     """Mean brightness of a slot's actor."""
     confidence_BT: Tensor
     """Confidence that a frame shows the world at all: scene, glyphs and colours together."""
-    size: int
-    """Height and width of the frames in pixels."""
 
     @property
     def broken(self) -> Tensor:
         """True for clips that show the world too poorly to be read, [B]."""
-        return self.confidence < BROKEN_BELOW[self.size]
+        return self.confidence < BROKEN_BELOW
 
     @property
     def confidence(self) -> Tensor:
@@ -105,12 +103,11 @@ class Detection:
 
 
 def detect(video_BTCHW: Tensor) -> Detection:
-    """Read clips [B, T, 3, H, W] in [0, 1], H = W in FRAME_SIZES; raises ValueError for another shape."""
-    if video_BTCHW.ndim != 5 or tuple(video_BTCHW.shape[2:]) not in {(3, n, n) for n in FRAME_SIZES}:
+    """Read clips [B, T, 3, H, W] in [0, 1], H = W = FRAME_SIZE; raises ValueError for another shape."""
+    if video_BTCHW.ndim != 5 or tuple(video_BTCHW.shape[2:]) != (3, FRAME_SIZE, FRAME_SIZE):
         raise ValueError(
             f"video has shape {list(video_BTCHW.shape)}: the embedded world's detector reads "
-            f"[B, T, 3, H, W] with H = W of {' or '.join(map(str, FRAME_SIZES))}; use another reward for "
-            "other videos"
+            f"[B, T, 3, {FRAME_SIZE}, {FRAME_SIZE}]; use another reward for other videos"
         )
     batch, frames = video_BTCHW.shape[:2]
     pixels_NCHW = video_BTCHW.detach().to("cpu", torch.float32).clamp(0, 1).flatten(0, 1)
@@ -145,7 +142,6 @@ def detect(video_BTCHW: Tensor) -> Detection:
         background_BT=frames_of(background_N),
         brightness_BTL=frames_of(brightness_NL),
         confidence_BT=frames_of(confidence_N),
-        size=video_BTCHW.shape[-1],
     )
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kvpo.world.render import Cast, FrameStates, casts, concatenate, paint, stage
 from kvpo.world.stories import PLAIN, RECALLS, Telling, sample_story
-from kvpo.world.vocabulary import COLOURS, FRAME_SIZE, MOTIONS, SHAPES, Act, Actor, Story
+from kvpo.world.vocabulary import COLOURS, MOTIONS, SHAPES, Act, Actor, Story
 
 
 @dataclass(frozen=True)
@@ -109,27 +109,25 @@ def film(
     showings: Sequence[Showing],
     frames: Sequence[Tensor],
     generator: torch.Generator,
-    size: int = FRAME_SIZE,
 ) -> Tensor:
-    """Some frames of faulty videos, [N, 3, size, size] in [0, 1]: ``frames`` of each, in any order."""
+    """Some frames of faulty videos, [N, 3, H, W] in [0, 1]: ``frames`` of each, in any order."""
     states, brightness = [], []
     for showing, chosen in zip(showings, frames, strict=True):
         staged, brightness_T = _stage(showing, generator)
         states.append(staged.at(chosen))
         brightness.append(brightness_T[chosen])
-    return (paint(concatenate(states), size) * torch.cat(brightness)[:, None, None, None]).clamp(0, 1)
+    return (paint(concatenate(states)) * torch.cat(brightness)[:, None, None, None]).clamp(0, 1)
 
 
 def observe(
     stories: Sequence[Story],
     generator: torch.Generator,
     faults: Faults = Faults(),
-    size: int = FRAME_SIZE,
 ) -> Tensor:
-    """Faulty videos [B, T, 3, size, size] in [0, 1] of stories of equal length; with CLEAN, exact renders."""
+    """Faulty videos [B, T, 3, H, W] in [0, 1] of stories of equal length; with CLEAN, exact renders."""
     showings = [imperfect_story(story, faults, generator) for story in stories]
     whole = [torch.arange(story.num_frames) for story in stories]
-    return film(showings, whole, generator, size).unflatten(0, (len(stories), -1))
+    return film(showings, whole, generator).unflatten(0, (len(stories), -1))
 
 
 def training_stories(

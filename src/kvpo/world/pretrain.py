@@ -37,7 +37,6 @@ from kvpo.models.tensor_files import read_tensor_file, storable
 from kvpo.world.muon import Muon
 from kvpo.world.snippets import Batch, SnippetSettings, TrainingSnippets
 from kvpo.world.text import LearnedTextEncoder
-from kvpo.world.vocabulary import FRAME_SIZE
 
 KERNELS = (SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH)
 
@@ -324,14 +323,6 @@ def save_generator(state: dict[str, Tensor], model: WanShape, settings: Pretrain
     header = {"generator": json.dumps({"model": asdict(model), "settings": asdict(settings)})}
     with new_file(out, failures=(SafetensorError,)) as partial:
         save_file(storable({name: value.half() for name, value in state.items()}), partial, metadata=header)
-
-
-def frame_size_of(path: Path) -> int:
-    """Height and width of the frames that a base checkpoint was pretrained on."""
-    with safe_open(path, framework="pt") as file:
-        settings = json.loads(file.metadata()["generator"])["settings"]
-    # Bases of before there were two sizes do not say.
-    return int(settings.get("snippets", {}).get("frame_size", FRAME_SIZE))
 
 
 def load_generator(model: WanShape, path: Path) -> tuple[CausalWan, LearnedTextEncoder]:

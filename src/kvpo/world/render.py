@@ -138,12 +138,12 @@ def concatenate(states: Sequence[FrameStates]) -> FrameStates:
     )
 
 
-def paint(states: FrameStates, size: int = FRAME_SIZE) -> Tensor:
-    """Frames [N, 3, size, size] in [0, 1]: shapes anti-aliased by their signed distance."""
-    frames_NCHW = backgrounds(size)[states.scene_N]
+def paint(states: FrameStates) -> Tensor:
+    """Frames [N, 3, FRAME_SIZE, FRAME_SIZE] in [0, 1]: shapes anti-aliased by their signed distance."""
+    frames_NCHW = backgrounds()[states.scene_N]
     palette = torch.tensor(list(COLOURS.values()))
-    unit = size / WIDTH
-    pixel = (torch.arange(size) + 0.5) / unit
+    unit = FRAME_SIZE / WIDTH
+    pixel = (torch.arange(FRAME_SIZE) + 0.5) / unit
     half = WIDTH / 2
     for slot in range(MAX_ACTORS):
         for index, shape in enumerate(SHAPES):
@@ -181,10 +181,10 @@ def _signed_distance(shape: str, dx: Tensor, dy: Tensor, extent: Tensor) -> Tens
 
 
 @lru_cache
-def backgrounds(size: int = FRAME_SIZE) -> Tensor:
-    """The scenes without actors, [len(SCENES), 3, size, size]; seamless across the torus."""
-    unit = size / WIDTH
-    pixel = (torch.arange(size) + 0.5) / unit
+def backgrounds() -> Tensor:
+    """The scenes without actors, [len(SCENES), 3, FRAME_SIZE, FRAME_SIZE]; seamless across the torus."""
+    unit = FRAME_SIZE / WIDTH
+    pixel = (torch.arange(FRAME_SIZE) + 0.5) / unit
     y, x = torch.meshgrid(pixel, pixel, indexing="ij")
     turn = 2 * math.pi / WIDTH
     level = HORIZON * WIDTH
@@ -228,6 +228,6 @@ def _texture(scene: str, x: Tensor, y: Tensor, ground: Tensor, unit: float) -> T
     return -tooth * torch.tensor((0.10, 0.05, 0.12))[:, None, None]
 
 
-def render(story: Story, size: int = FRAME_SIZE) -> Tensor:
-    """The story exactly as its acts say, [T, 3, size, size] in [0, 1]."""
-    return paint(stage(story, casts(story)), size)
+def render(story: Story) -> Tensor:
+    """The story exactly as its acts say, [T, 3, FRAME_SIZE, FRAME_SIZE] in [0, 1]."""
+    return paint(stage(story, casts(story)))

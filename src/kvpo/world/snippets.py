@@ -39,9 +39,7 @@ class SnippetSettings:
 
     videos: int = 16
     num_frames: int = 84
-    frame_size: int = 48
-    """Height and width of the frames in pixels."""
-    telling: Telling = Telling(return_=2.0, two_actors=0.25, dropped=(0, 1, 2, 5, 5, 5))
+    telling: Telling = Telling(return_=0.6, two_actors=0.3, dropped=(0, 1, 2, 5, 5, 5))
     """More comes back, and less is said about it, than in the stories that the generator is judged on."""
     faults: Faults = Faults(
         late_switch=0.2, flicker=0.25, flicker_range=(0.06, 0.18), jitter=0.15, jitter_range=(0.7, 1.8)
@@ -50,15 +48,15 @@ class SnippetSettings:
     """Consecutive blocks that are trained."""
     copies: int = 4
     """Noisy rows of each, every copy with a history of its own."""
-    recall_weight: float = 6.0
+    recall_weight: float = 1.5
     """Weight of an act that brings something back, against 1 of the other acts of its story."""
     untold_weight: float = 50.0
     """Weight of an act that brings back what only the memory can tell."""
-    untold_share: float = 0.4
+    untold_share: float = 0.3
     """Share of the videos that have such an act, where as many of ``CANDIDATES`` times the videos do."""
-    opening_share: float = 0.6
+    opening_share: float = 0.7
     """Share of the runs that begin where their act begins; all do where it brings something back."""
-    routed_share: float = 0.4
+    routed_share: float = 0.3
     """Share of the copies whose history is routed."""
     telling_share: float = 0.75
     """Share of the memory blocks that show what the act brings back, where an act has shown it."""
@@ -257,7 +255,7 @@ class TrainingSnippets(Dataset):
 
     def __init__(self, stream: Deployment, settings: SnippetSettings, seed: int) -> None:
         self.stream, self.settings, self.seed = stream, settings, seed
-        self.codec = load_codec(size=settings.frame_size)
+        self.codec = load_codec()
 
     def __getitem__(self, step: int) -> Batch:
         torch.set_num_threads(1)
@@ -273,6 +271,6 @@ class TrainingSnippets(Dataset):
             for snippet in snippets
         ]
         with torch.no_grad():
-            video = film(showings, frames, generator, settings.frame_size)
+            video = film(showings, frames, generator)
             latents = self.codec.encode(video[None])[0]
         return lay_out(stories, snippets, latents.unflatten(0, (-1, block)), self.stream, settings, generator)

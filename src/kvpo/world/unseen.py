@@ -3,13 +3,12 @@
 A small network looks at frames and frame differences, another averages word embeddings; contrastive training
 on exact renders (half of them through the latent codec) pulls a clip and its caption together. It knows
 neither the vocabulary's meanings nor how the rewards measure pixels: its only labels are which caption came
-with which clip. ``python -m kvpo.world.unseen [48]`` rebuilds the shipped weights in about five CPU minutes.
+with which clip. ``python -m kvpo.world.unseen`` rebuilds the shipped weights in about five CPU minutes.
 Axes: B clips, T frames, D embedding, N pairs.
 """
 
 import json
 import re
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,11 +41,11 @@ ACT = 12
 
 
 class ClipEncoder(nn.Module):
-    """Clips [B, T, 3, size, size] in [0, 1], T >= 1, to unit vectors [B, D]."""
+    """Clips [B, T, 3, FRAME_SIZE, FRAME_SIZE] in [0, 1], T >= 1, to unit vectors [B, D]."""
 
-    def __init__(self, size: int) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        cell = size // 16
+        cell = FRAME_SIZE // 16
         self.frames = nn.Sequential(
             nn.Conv2d(6, 24, 2 * cell + 1, stride=cell, padding=cell, padding_mode="circular"),
             nn.ReLU(),
@@ -97,9 +96,9 @@ class UnseenScorer(nn.Module):
     A typical clean pair scores MATCHED, a typical clean clip with another clip's caption MISMATCHED.
     """
 
-    def __init__(self, size: int = FRAME_SIZE) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.clips = ClipEncoder(size)
+        self.clips = ClipEncoder()
         self.captions = CaptionEncoder()
         self.register_buffer("distractors_ND", torch.zeros(1, EMBEDDING))
         self.register_buffer("calibration", torch.tensor([1.0, 0.0]))
@@ -121,14 +120,14 @@ class UnseenScorer(nn.Module):
         return torch.sigmoid(slope * self.margin(video_BTCHW, prompts) + offset)
 
 
-def load_unseen(path: Path | None = None, size: int = FRAME_SIZE) -> UnseenScorer:
+def load_unseen(path: Path | None = None) -> UnseenScorer:
     """Read a scorer for inference, by default the one that ships with the package."""
-    source = path or asset(ASSET, size)
+    source = path or asset(ASSET)
     with safe_open(source, framework="pt") as stored:
         state = {name: stored.get_tensor(name).float() for name in stored.keys()}
         captions = json.loads(stored.metadata()["distractors"])
     require_finite_weights(state, str(source))
-    scorer = UnseenScorer(16 * (state["clips.frames.0.weight"].shape[-1] // 2))
+    scorer = UnseenScorer()
     scorer.load_state_dict(state | {"distractors_ND": torch.zeros(1, EMBEDDING)})
     _set_distractors(scorer, captions)
     return scorer.eval().requires_grad_(False)
@@ -156,12 +155,10 @@ class Pairs:
     captions: tuple[str, ...]
 
 
-def clean_pairs(
-    split: Split, count: int, generator: torch.Generator, codec: PixelCodec | None, size: int = FRAME_SIZE
-) -> Pairs:
+def clean_pairs(split: Split, count: int, generator: torch.Generator, codec: PixelCodec | None) -> Pairs:
     """``count`` exact clips of ACT frames, each one act; every second one through the codec, if given."""
     stories = [sample_story(generator, 2, 2 * ACT, split=split) for _ in range((count + 1) // 2)]
-    video = observe(stories, generator, CLEAN, size)
+    video = observe(stories, generator, CLEAN)
     assert all(story.acts[1].start == ACT for story in stories)
     video_NTCHW = video.unflatten(1, (2, ACT)).flatten(0, 1)[:count]
     captions = tuple(act.caption for story in stories for act in story.acts)[:count]
@@ -177,12 +174,9 @@ def train_unseen(
     batch: int = 64,
     judged: int = 400,
     seed: int = 0,
-    size: int = FRAME_SIZE,
     show: Callable[[str, int, int], None] = lambda stage, done, total: None,
 ) -> tuple[UnseenScorer, list[str]]:
     """Train on ``pool`` pairs of the training split and calibrate on ``judged`` fresh ones, from ``seed``.
-
-    ``size`` is that of the frames.
 
     Returns the scorer and the texts of its distractor captions.
     """
@@ -190,11 +184,11 @@ def train_unseen(
     with torch.random.fork_rng(devices=[]):
         # Module initialisers know only the global generator.
         torch.manual_seed(seed)
-        scorer = UnseenScorer(size)
-    codec = load_codec(size=size)
+        scorer = UnseenScorer()
+    codec = load_codec()
     chunks = []
     for start in range(0, pool, 200):
-        chunks.append(clean_pairs("train", min(200, pool - start), generator, codec, size))
+        chunks.append(clean_pairs("train", min(200, pool - start), generator, codec))
         show("rendering", min(pool, start + 200), pool)
     pairs = Pairs(
         torch.cat([chunk.video_NTCHW for chunk in chunks]),
@@ -218,10 +212,10 @@ def train_unseen(
         schedule.step()
         show("training", step + 1, steps)
     scorer.eval().requires_grad_(False)
-    fresh = clean_pairs("train", judged, generator, codec, size)
+    fresh = clean_pairs("train", judged, generator, codec)
     distractors = sorted(set(fresh.captions))[:64]
     _set_distractors(scorer, distractors)
-    _calibrate(scorer, clean_pairs("train", judged, generator, codec, size))
+    _calibrate(scorer, clean_pairs("train", judged, generator, codec))
     return scorer, distractors
 
 
@@ -257,12 +251,12 @@ class UnseenReport:
 
 @torch.no_grad()
 def measure_unseen(
-    scorer: UnseenScorer, split: Split = "test", groups: int = 16, seed: int = 1, size: int = FRAME_SIZE
+    scorer: UnseenScorer, split: Split = "test", groups: int = 16, seed: int = 1
 ) -> UnseenReport:
     """Recall@1 of 32 from clip to caption; mean scores of true, false and tampered pairs after the codec."""
     generator = torch.Generator().manual_seed(seed)
-    codec = load_codec(size=size)
-    pairs = clean_pairs(split, 32 * groups, generator, None, size)
+    codec = load_codec()
+    pairs = clean_pairs(split, 32 * groups, generator, None)
     video = torch.cat([codec.decode(codec.encode(v.float() / 255)) for v in pairs.video_NTCHW.split(64)])
     clips = scorer.clips(video).unflatten(0, (groups, 32))
     captions = scorer.captions(pairs.captions).unflatten(0, (groups, 32))
@@ -285,14 +279,13 @@ def measure_unseen(
 
 
 def main() -> None:
-    """Rebuild the shipped scorer of a frame size and report it on clean clips of the test split."""
+    """Rebuild the shipped scorer and report it on clean clips of the test split."""
     torch.set_num_threads(1)
-    size = int(sys.argv[1]) if len(sys.argv) > 1 else FRAME_SIZE
     with progress_bars() as show:
-        scorer, distractors = train_unseen(size=size, show=show)
-    target = asset(ASSET, size)
+        scorer, distractors = train_unseen(show=show)
+    target = asset(ASSET)
     save_unseen(scorer, distractors, target)
-    Console().print(target, target.stat().st_size, measure_unseen(load_unseen(target), size=size))
+    Console().print(target, target.stat().st_size, measure_unseen(load_unseen(target)))
 
 
 if __name__ == "__main__":

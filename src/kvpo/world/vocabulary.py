@@ -4,10 +4,8 @@ from dataclasses import dataclass
 
 WIDTH = 32
 """Side of a frame in units of length, whatever its number of pixels."""
-FRAME_SIZES = (32, 48)
-"""Heights and widths in pixels at which the world can be shown."""
-FRAME_SIZE = 32
-"""The one of them at which it is shown unless another is asked for."""
+FRAME_SIZE = 48
+"""Height and width of a frame in pixels."""
 
 COLOURS: dict[str, tuple[float, float, float]] = {
     "red": (0.93, 0.16, 0.18),

@@ -34,6 +34,15 @@ class Guide:
 
 
 @dataclass(frozen=True)
+class FinalSet:
+    """Prompts of a comparison's last test."""
+
+    prompts: Sequence[VideoPrompt]
+    first: int = 0
+    """Latent frame from which a video is scored."""
+
+
+@dataclass(frozen=True)
 class Source:
     """The builders of one ``backbone.kind``; a further kind is a file with one of these."""
 
@@ -45,6 +54,8 @@ class Source:
     """The transformer alone, with its trained parameters."""
     split: Callable[[Config], tuple[list[VideoPrompt], Sets, Sets]]
     """The training prompts that a file lists, validation and test sets."""
+    final: Callable[[Config], dict[str, FinalSet]]
+    """The prompts that compared methods are tested on, which have no place in any run."""
     frame_rate: float
     """Frames per second at which its videos are shown."""
     default_frames: Callable[[Config], int]
@@ -63,6 +74,8 @@ class Source:
     """Reads what a video shows off its pixels; None: not possible."""
     guide: Guide | None = None
     """Help for those who direct a stream; None: there is none."""
+    pretraining: Callable[[Setup, int], Tensor] | None = None
+    """(setup, step) -> loss of one batch of the base's pretraining; None: its data is elsewhere."""
 
 
 def streaming_generator(config: Config, transformer: CausalWan) -> StreamingGenerator:

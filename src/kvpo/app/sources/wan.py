@@ -8,7 +8,7 @@ from itertools import chain
 from kvpo.app.file_prompts import TextLimits, prompts_of_file, short_notice, split_prompts, updates_prompts
 from kvpo.app.judges import build_judges
 from kvpo.app.named_rewards import reach_servers
-from kvpo.app.sources.common import Source, streaming_generator
+from kvpo.app.sources.common import FinalSet, Source, streaming_generator
 from kvpo.app.sources.wan_parts import (
     ENCODER_FILES,
     FRAMES_PER_SECOND,
@@ -143,6 +143,7 @@ SOURCE = Source(
     backbone=wan_backbone,
     weights=wan_weights,
     split=split_prompts,
+    final=lambda config: {name: FinalSet(own) for name, own in split_prompts(config)[2].items()},
     frame_rate=FRAMES_PER_SECOND,
     default_frames=lambda config: config.prompts.num_frames,
     latent_rate=LATENT_RATE,

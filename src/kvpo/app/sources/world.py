@@ -5,6 +5,7 @@ import json
 import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,14 @@ from torch import Tensor
 
 from kvpo.app.file_prompts import Sets, TextLimits
 from kvpo.app.judges import build_judges
-from kvpo.app.sources.common import Guide, Source, streaming_generator
+from kvpo.app.sources.common import FinalSet, Guide, Source, streaming_generator
 from kvpo.config import Config
 from kvpo.config_checks import ConfigurationError
 from kvpo.engine.noise import keyed_generator
 from kvpo.files import local_path, named_list
 from kvpo.models.adapters import add_adapter
 from kvpo.models.causal_wan import CausalWan
+from kvpo.models.settings import Deployment
 from kvpo.models.tensor_files import read_tensor_file
 from kvpo.plan.phases import Surroundings
 from kvpo.prompts import ClipPrompt, VideoPrompt, cut_notice
@@ -32,8 +34,9 @@ from kvpo.training.setup import Setup
 from kvpo.world.codec import PixelCodec, load_codec
 from kvpo.world.detector import BROKEN_BELOW, attributes, detect
 from kvpo.world.grammar import words
-from kvpo.world.pretrain import frame_size_of, load_generator
+from kvpo.world.pretrain import PretrainSettings, load_generator, training_loss
 from kvpo.world.reward import WorldScorer
+from kvpo.world.snippets import SnippetSettings, TrainingSnippets
 from kvpo.world.stories import Split, distinct_prompts, sample_story, video_prompt
 from kvpo.world.text import TEXT_LENGTH, LearnedTextEncoder, WordTokenizer
 from kvpo.world.unseen import load_unseen
@@ -43,6 +46,8 @@ logger = logging.getLogger(__name__)
 SHIPPED_GENERATOR = "generator.safetensors"
 SHORT_FRAMES, LONG_FRAMES = 30, 60
 """Held-out videos: one prompt over 10 blocks, three prompts over 20."""
+MOST_TESTED = 256
+"""No table before the final test was made on more test prompts of a kind."""
 LIVE_FRAMES = 96
 """Frames of the stories that the live page tells."""
 SHORTEST_ACT = 12
@@ -163,7 +168,7 @@ def build_backbone(config: Config) -> Backbone:
         weights=weights,
         generator=streaming_generator(config, weights.model),
         text_encoder=text.to(config.device),
-        codec=load_codec(size=frame_size_of(base_path(config))).to(config.device),
+        codec=load_codec().to(config.device),
     )
 
 
@@ -210,9 +215,7 @@ def build_world(config: Config) -> Setup:
     frame_rate, cache = backbone.codec.frames_per_second, score_cache(config.rewards.cache)
     return Setup(
         backbone=backbone,
-        judges=build_judges(
-            config, frame_rate, cache, UnseenComponent(load_unseen(size=frame_size_of(base_path(config))))
-        ),
+        judges=build_judges(config, frame_rate, cache, UnseenComponent(load_unseen())),
         training_prompts=WorldTrainingPrompts(config.seed, config.optim.prompts_per_update),
         validation=validation,
         test=test,
@@ -227,6 +230,36 @@ def split(config: Config) -> tuple[list[VideoPrompt], Sets, Sets]:
     return [], validation, world_prompts("test", evaluation.test_prompts, 202, 20_000_000)
 
 
+@cache
+def final_prompts(count: int) -> dict[str, FinalSet]:
+    """Test stories that no run's test set holds, drawn once, and longer ones, scored where training never is.
+
+    ``count`` of each kind, and a quarter as many of the longer ones.
+    """
+    used = {story.segments for own in world_prompts("test", MOST_TESTED, 202, 0).values() for story in own}
+    drawn = world_prompts("test", count + MOST_TESTED, 3_141_592, 30_000_000)
+    fresh = {name: [p for p in own if p.segments not in used][:count] for name, own in drawn.items()}
+    beyond = distinct_prompts("test", max(2, count // 4), 5, 2 * LONG_FRAMES, 2_718_281, 40_000_000)
+    sets = {name: FinalSet(own) for name, own in fresh.items()}
+    return sets | {"beyond": FinalSet(beyond, LONG_FRAMES)}
+
+
+@cache
+def pretraining_batches(stream: Deployment, seed: int) -> TrainingSnippets:
+    """The data of the base's pretraining, drawn from another seed."""
+    return TrainingSnippets(stream, SnippetSettings(), seed)
+
+
+def pretraining(setup: Setup, step: int) -> Tensor:
+    """Loss of one batch of the base's own pretraining."""
+    config, text = setup.config, setup.backbone.text_encoder
+    assert isinstance(text, LearnedTextEncoder)
+    settings = PretrainSettings(seed=1 + config.seed)
+    draws = keyed_generator("pretraining noise", settings.seed, step)
+    batch = pretraining_batches(config.stream.deployment, settings.seed)[step]
+    return training_loss(setup.model, text, batch, config.stream, settings, draws)
+
+
 def longest_prompt(config: Config) -> VideoPrompt:
     """A long story."""
     third = LONG_FRAMES // 3 // config.stream.block * config.stream.block
@@ -238,7 +271,7 @@ def read_off() -> ReadOff:
 
     def observe(video_BTCHW: Tensor) -> tuple[list[tuple[Any, ...]], Tensor]:
         seen = detect(video_BTCHW)
-        return attributes(seen), seen.confidence / BROKEN_BELOW[seen.size]
+        return attributes(seen), seen.confidence / BROKEN_BELOW
 
     return ReadOff(observe, 1.0)
 
@@ -277,6 +310,8 @@ SOURCE = Source(
     backbone=backbone_for,
     weights=lambda config: embedded(config)[0],
     split=split,
+    final=lambda config: final_prompts(config.evaluation.test_prompts),
+    pretraining=pretraining,
     frame_rate=PixelCodec.frames_per_second,
     default_frames=lambda config: SHORT_FRAMES,
     latent_rate=PixelCodec.frames_per_second,

@@ -1,0 +1,164 @@
+"""Arms of a comparison: what each trains with, and the trials that tune a method before it is compared."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kvpo.app.configuration import assign, flat, nearest, parse_flags, read_settings, with_method
+from kvpo.config import Config
+from kvpo.config_checks import ConfigurationError, check
+from kvpo.engine.noise import keyed_generator
+from kvpo.method.methods import METHODS
+
+PRETRAINING = "pretraining"
+"""The arm that goes on with the pretraining of the base, without a reward."""
+MOST_UPDATES = 10_000
+"""A budget ends a run before it has made this many."""
+TRIAL_SEED = 1_000_000
+"""Seed of the trials, which no reported run has."""
+
+
+@dataclass(frozen=True)
+class TrainingArm:
+    """One row of the comparison."""
+
+    name: str
+    method: str
+    """The method that it trains by, with the settings that trials chose for it."""
+    changes: Mapping[str, Any] = field(default_factory=dict)
+    """Settings that it changes, by dotted path."""
+
+    @property
+    def tuned(self) -> bool:
+        """True for a method as it is, whose settings trials choose."""
+        return self.name == self.method
+
+
+CONTROLS = {
+    "null": TrainingArm("null", "kvpo", {"objective.advantages": "random"}),
+    "best-of-n": TrainingArm("best-of-n", "rvm", {"objective.keep": (1, 0)}),
+    PRETRAINING: TrainingArm(PRETRAINING, PRETRAINING),
+}
+"""Arms beside the methods: advantages dealt at random, training on the best branch, more pretraining."""
+
+RATES, RATES_ALONE = (0.5, 1.0, 2.0), (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
+"""Learning rates that are tried, relative to the comparison's own; more where nothing else is shared."""
+OWN: dict[str, dict[str, Sequence[Any]]] = {
+    "kvpo": {
+        "exploration.donor": (0, 1),
+        "exploration.distinct": (1, 2),
+        "objective.temperature": (None, 1.0),
+    },
+    "latent-distance": {
+        "latent_distance.space": ("latent", "velocity"),
+        "exploration.explorer": ("routes", "neighbour"),
+    },
+    "flow-grpo": {"exploration.noise": (0.3, 0.5, 0.7, 1.0)},
+    "cm-grpo": {"objective.clip": ((0.2, 0.2), (0.1, 0.2)), "objective.grad_steps": (2, 3)},
+    "nft": {
+        "nft.beta": (0.1, 0.3, 1.0),
+        "nft.old": ("rollout", "average"),
+        "exploration.explorer": ("fresh", "neighbour"),
+    },
+    "rvm": {"exploration.explorer": ("fresh", "neighbour"), "objective.grad_steps": (2, 4)},
+    "self-distill": {"exploration.distinct": (1, 2)},
+    PRETRAINING: {},
+}
+"""Settings of one method that it is tuned in besides."""
+
+
+def chosen_arms(names: Sequence[str], given: Sequence[str]) -> list[TrainingArm]:
+    """The arms of ``--methods`` and ``--arms``, each named once. Raises ConfigurationError."""
+    known = {name: TrainingArm(name, name) for name in METHODS} | CONTROLS
+    if unknown := [name for name in names if name not in known]:
+        raise ConfigurationError(
+            f"--methods: unknown {unknown[0]!r}{nearest(unknown[0], known)}; there are {', '.join(known)}"
+        )
+    arms = [known[name] for name in names] + [arm for text in given for arm in _given(text)]
+    every = [arm.name for arm in arms]
+    if twice := [name for name in every if every.count(name) > 1]:
+        raise ConfigurationError(f"--methods and --arms: {twice[0]!r} is named twice; rename one")
+    if not arms:
+        raise ConfigurationError("--methods: empty; name at least one method, as in --methods kvpo,nft")
+    return arms
+
+
+def _given(text: str) -> list[TrainingArm]:
+    """The arms of a YAML file, or the one of ``NAME:setting=value,setting=value``."""
+    name, colon, settings = text.partition(":")
+    if not colon:
+        return [_arm(name, own) for name, own in read_settings(Path(text)).items()]
+    pairs = [pair.partition("=") for pair in re.split(r",(?=[\w.]+=)", settings)]
+    if not all(path and equals for path, equals, _ in pairs):
+        raise ConfigurationError(f"--arms: {text!r}; write NAME:setting=value,setting=value or a YAML file")
+    return [_arm(name, parse_flags({path.strip(): value.strip() for path, _, value in pairs}))]
+
+
+def _arm(name: str, settings: Any) -> TrainingArm:
+    if not re.fullmatch(r"[\w.+-]+", name):
+        raise ConfigurationError(f"--arms: {name!r} names files: use letters, digits and . + - _ only")
+    if not isinstance(settings, Mapping):
+        raise ConfigurationError(f"--arms: {name} must have settings, as in {name}:optim.lr=1e-3")
+    changes = flat(settings)
+    method = str(changes.pop("method", "kvpo"))
+    if method not in METHODS:
+        raise ConfigurationError(f"--arms: {name}: no method {method!r}{nearest(method, METHODS)}")
+    if name == method:
+        raise ConfigurationError(f"--arms: {name!r} is the name of a method; give the arm another")
+    return TrainingArm(name, method, changes)
+
+
+def configured(start: Config, arm: TrainingArm, tuned: Mapping[str, Any], seed: int) -> Config:
+    """The configuration of an arm's run: the comparison's, its method, what trials chose, its own changes.
+
+    Raises ConfigurationError where they contradict each other.
+    """
+    config = start if arm.method in (start.method, PRETRAINING) else with_method(start, arm.method)
+    ours = {"seed": seed, "threads": 1, "optim.updates": MOST_UPDATES, "evaluation.every": 0}
+    changes = {**tuned, **arm.changes, **ours}
+    config = assign(config, changes)
+    check(config)
+    return config
+
+
+def grid(start: Config, method: str) -> dict[str, Sequence[Any]]:
+    """Settings that a method is tuned in and the values tried: those that all share, and its own."""
+    rewarded = method in METHODS and METHODS[method].rewarded
+    rates = {"optim.lr": [factor * start.optim.lr for factor in (RATES if rewarded else RATES_ALONE)]}
+    if not rewarded:
+        return rates | OWN[method]
+    blocks, weight = start.exploration.blocks, start.objective.velocity_kl
+    shared = {
+        "objective.keep": ((2, 2), (0, 0)),
+        "exploration.blocks": (blocks, blocks + 1),
+        "objective.velocity_kl": (weight / 4, weight),
+    }
+    return rates | shared | OWN[method]
+
+
+def trials(start: Config, arm: TrainingArm, count: int) -> list[dict[str, Any]]:
+    """Settings that a method is tried with: its defaults, then different ones of its grid, drawn by its name.
+
+    Combinations that the configuration refuses are passed over; a small grid gives fewer than ``count``.
+    """
+    tried = grid(start, arm.method)
+    every = [dict(zip(tried, values, strict=True)) for values in product(*tried.values())]
+    order = torch.randperm(len(every), generator=keyed_generator("tuning", arm.method)).tolist()
+    found: list[dict[str, Any]] = [{}]
+    configs = [configured(start, arm, {}, TRIAL_SEED)]
+    for settings in (every[n] for n in order):
+        if len(found) >= count:
+            break
+        try:
+            config = configured(start, arm, settings, TRIAL_SEED)
+        except ConfigurationError:
+            continue
+        if config not in configs:
+            found.append(settings)
+            configs.append(config)
+    return found

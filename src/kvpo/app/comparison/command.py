@@ -1,0 +1,252 @@
+"""`kvpo compare`: methods trained on one base under one budget, tested on prompts that nothing else uses.
+
+The work is a list of pieces: base and floor lines, trials that tune the methods, runs of every arm and seed.
+Each ends in one file, written whole, and is claimed with a lock that a killed process cannot leave behind. So
+a comparison that was stopped goes on where it was, and several processes may work at one.
+"""
+
+import json
+import logging
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from kvpo import __version__
+from kvpo.app.align import train
+from kvpo.app.build import build_setup
+from kvpo.app.comparison.arms import TRIAL_SEED, TrainingArm, configured
+from kvpo.app.comparison.measuring import (
+    base_policy,
+    floor_line,
+    on_final_prompts,
+    on_validation_prompts,
+    trained,
+    trainer_of,
+)
+from kvpo.app.comparison.plan import MethodComparison, changed_settings
+from kvpo.app.comparison.results import summarise
+from kvpo.config import Config
+from kvpo.config_checks import ConfigurationError, check
+from kvpo.files import StorageError, finite, local_path, read_json, storage_error, write_atomic
+from kvpo.models.finite import NonFiniteError
+from kvpo.report.comparison import write_comparison
+from kvpo.training.device import computing
+from kvpo.training.run_directory import RunDirectory
+
+logger = logging.getLogger(__name__)
+
+TRIAL_SHARE = 0.5
+"""A trial trains for this share of the budget."""
+FLOORS = (("best-of", 8), ("steps", 8), ("steps", 16))
+"""The ceiling, test-time selection among so many videos, and the base with more solver steps."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A part of the work, whose result is one file."""
+
+    name: str
+    make: Callable[[], dict[str, Any] | None]
+    """Makes the result; None if a signal stopped it."""
+    needs: tuple[str, ...] = ()
+    """Pieces that come first."""
+
+
+def pieces(comparison: MethodComparison) -> list[Piece]:
+    """All of the work, in the order in which it is best done: seed by seed, all arms beside each other."""
+    found: dict[str, Piece] = {}
+    finals: list[Piece] = []
+
+    def base(config: Config, purpose: str, measure: Callable[..., Any]) -> str:
+        name = f"{comparison.base_of(config)}-{purpose}"
+        found[name] = Piece(name, partial(_base, config, measure))
+        return name
+
+    for arm in comparison.arms:
+        for n, settings in enumerate(comparison.trials_of(arm.method) if arm.tuned else []):
+            config = configured(comparison.start, arm, settings, TRIAL_SEED)
+            needs = (base(config, "validation", on_validation_prompts),)
+            name = f"trial-{arm.method}-{n}"
+            found[name] = Piece(name, partial(_trial, comparison, name, arm, config, needs[0]), needs)
+    for seed in range(comparison.seeds):
+        for arm in comparison.arms:
+            untuned = configured(comparison.start, arm, {}, seed)
+            base(untuned, "final", on_final_prompts)
+            name, tried = f"run-{arm.name}-{seed}", range(len(comparison.trials_of(arm.method)))
+            needs = tuple(f"trial-{arm.method}-{n}" for n in tried)
+            finals.append(
+                Piece(name, partial(_run, comparison, name, arm, comparison.start.seed + seed), needs)
+            )
+    floors = [Piece(f"{kind}-{n}", partial(_floor, comparison.start, kind, n)) for kind, n in FLOORS]
+    base(comparison.start, "final", on_final_prompts)
+    return [*found.values(), *finals, *floors]
+
+
+def _trial(
+    comparison: MethodComparison, name: str, arm: TrainingArm, config: Config, base: str
+) -> dict[str, Any] | None:
+    """The gain of one trial on validation prompts; None as a gain where its numbers were not finite."""
+    budget = TRIAL_SHARE * comparison.budget_cpu_s
+    settings = {"settings": changed_settings(comparison.start, config)}
+    try:
+        result = _trained(comparison, name, arm, config, budget, on_validation_prompts)
+    except NonFiniteError as error:
+        logger.warning("%s: %s", name, error)
+        return {**settings, "gain": None, "updates": None, "cpu_s": None, "failed": str(error)}
+    if result is None:
+        return None
+    before = comparison.result(base)["results"]
+    gains = [_mean(after) - _mean(before[name]) for name, after in result["results"].items()]
+    return {**result, **settings, "gain": _mean(gains)}
+
+
+def _run(comparison: MethodComparison, name: str, arm: TrainingArm, seed: int) -> dict[str, Any] | None:
+    config = configured(comparison.start, arm, comparison.tuned(arm.method), seed)
+    result = _trained(comparison, name, arm, config, comparison.budget_cpu_s, on_final_prompts)
+    base = comparison.base_of(config)
+    return result and result | {"base": base, "settings": changed_settings(comparison.start, config)}
+
+
+def _trained(
+    comparison: MethodComparison,
+    name: str,
+    arm: TrainingArm,
+    config: Config,
+    budget: float,
+    measure: Callable[..., Any],
+) -> dict[str, Any] | None:
+    """Train a run of the comparison, or go on with it, and measure what it has become."""
+    path = comparison.out / "runs" / name
+    with RunDirectory(path, config, resume=True) as directory, computing(config):
+        result = train(
+            config,
+            directory,
+            resume=directory.continued,
+            build=partial(trainer_of, arm),
+            finish=partial(trained, measure=measure),
+            budget_cpu_s=budget,
+        )
+        if result is not None:  # whoever repeats the run needs no budget
+            made = replace(config, optim=replace(config.optim, updates=result["updates"]))
+            directory.save_config(made)
+        return result
+
+
+def _base(config: Config, measure: Callable[..., Any]) -> dict[str, Any]:
+    with computing(config):
+        setup = build_setup(config)
+        with base_policy(setup):
+            return {"results": measure(setup), "base_sha256": setup.backbone.weights.base_sha256}
+
+
+def _floor(config: Config, kind: str, count: int) -> dict[str, Any]:
+    with computing(config):
+        return {"results": floor_line(config, kind, count)}
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def compare_methods(
+    config: Config,
+    out: Path | str,
+    arms: Sequence[TrainingArm],
+    *,
+    seeds: int,
+    budget_cpu_s: float,
+    trials: int,
+) -> dict[str, Any]:
+    """Compare arms and return what ``summary.json`` holds; a comparison in ``out`` is gone on with.
+
+    Raises ConfigurationError for what cannot be compared and StorageError where ``out`` is of another one.
+    """
+    _check(config, seeds, budget_cpu_s, trials)
+    out = local_path(out, "--out")
+    config = replace(config, threads=1)
+    comparison = MethodComparison(config, arms, seeds, budget_cpu_s, trials, out)
+    plan = pieces(comparison)  # every setting is checked before anything is trained
+    _claim(comparison)
+    while left := [piece for piece in plan if not comparison.result_file(piece.name).exists()]:
+        if not any(_done(comparison, piece, len(plan) - len(left)) for piece in left):
+            time.sleep(1)  # another process has the rest
+    summary = summarise(comparison, [f"{kind}-{n}" for kind, n in FLOORS])
+    text = json.dumps(finite(summary), indent=1, allow_nan=False) + "\n"
+    write_atomic(out / "summary.json", text)
+    page = write_comparison(out, json.loads(text))
+    logger.warning("report: %s", page)
+    return summary
+
+
+def _check(config: Config, seeds: int, budget_cpu_s: float, trials: int) -> None:
+    check(config)
+    if seeds < 1:
+        raise ConfigurationError(f"--seeds: must be at least 1, got {seeds}")
+    if budget_cpu_s <= 0:
+        raise ConfigurationError(f"--budget: must be more than 0 CPU-seconds, got {budget_cpu_s:g}")
+    if trials < 0:
+        raise ConfigurationError(f"--trials: must be 0 or more, got {trials}")
+    if config.device != "cpu":
+        raise ConfigurationError(
+            f"device: the budget is counted in CPU-seconds, got {config.device!r}; give --device cpu"
+        )
+
+
+def _claim(comparison: MethodComparison) -> None:
+    """Make the directory this comparison's, or see that it is. Raises StorageError."""
+    out, file = comparison.out, comparison.plan_file
+    plan = {name: value for name, value in asdict(comparison).items() if name != "out"}
+    text = json.dumps({"kvpo": __version__, **plan, "commit": source_commit()}, indent=1) + "\n"
+    try:
+        (out / "pieces").mkdir(parents=True, exist_ok=True)
+        (out / "runs").mkdir(exist_ok=True)
+    except OSError as error:
+        raise storage_error(out, error) from error
+    if not file.exists():
+        write_atomic(file, text)
+    before, here = read_json(file), json.loads(text)
+    if different := [name for name in plan if before.get(name) != here[name]]:
+        raise StorageError(
+            f"{out} holds another comparison ({', '.join(different)} differ, see {file.name}); give the same "
+            "options to go on with it, or choose another --out"
+        )
+
+
+def _done(comparison: MethodComparison, piece: Piece, before: int) -> bool:
+    """Make a piece; False where it has to wait for others, or another process has it.
+
+    Raises KeyboardInterrupt if a signal stopped it.
+    """
+    target = comparison.result_file(piece.name)
+    if not all(comparison.result_file(name).exists() for name in piece.needs):
+        return False
+    try:
+        with FileLock(target.with_suffix(".lock"), timeout=0):
+            if not target.exists():
+                logger.info("%s (%d pieces are done)", piece.name, before)
+                result = piece.make()
+                if result is None:
+                    raise KeyboardInterrupt(f"the same command goes on with {comparison.out}")
+                write_atomic(target, json.dumps(result, allow_nan=False) + "\n")
+            return True
+    except Timeout:
+        return False
+
+
+def source_commit() -> str:
+    """The commit of the source that runs, "unknown" where it is no checkout; "+" marks changes since."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        commit = subprocess.run(
+            [*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True
+        ).stdout
+        changed = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return commit.strip() + ("+" if changed.stdout.strip() else "")

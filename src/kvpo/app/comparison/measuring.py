@@ -1,0 +1,179 @@
+"""Measurements of a comparison: one policy on the final test prompts, which no run has seen."""
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvpo.app.build import build_setup, source_of
+from kvpo.app.comparison.arms import PRETRAINING, TrainingArm
+from kvpo.app.report_data import branch_diversity, laboratory, story_places
+from kvpo.app.sources.common import FinalSet
+from kvpo.config import Config, ExplorationConfig
+from kvpo.config_checks import ConfigurationError
+from kvpo.engine.explorers import fresh_noise
+from kvpo.engine.noise import SeededTape
+from kvpo.report.headline import FEWEST_PROMPTS
+from kvpo.training.evaluation import Evaluation, Judges
+from kvpo.training.held_out import evaluate_prompts
+from kvpo.training.policy import policy_of
+from kvpo.training.ranks import ALONE, Ranks
+from kvpo.training.run import Run
+from kvpo.training.setup import Setup
+from kvpo.training.trainer import Trainer, learning_rate_factor
+
+FLOOR_SHARE = 4
+"""Floor lines and the ceiling are measured on the first of this many parts of every final set."""
+PromptScores = dict[str, Any]
+"""Scores by prompt: ``totals``, ``mismatched``, ``unseen``, and ``components`` by name."""
+
+
+class PretrainingTrainer(Trainer):
+    """Trains the same parameters with the loss that the base was pretrained with; there is no reward."""
+
+    def step(self) -> dict[str, Any]:
+        """One update on one batch of the pretraining's own data."""
+        pretraining = source_of(self.setup.config).pretraining
+        assert pretraining is not None
+        loss = pretraining(self.setup, self.update)
+        loss.backward()
+        norm, coverage = self._clip_gradient()
+        rate = self.setup.config.optim.lr * learning_rate_factor(self.update)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.average.update(self.policy.parameters)
+        self.update += 1
+        return {"loss": float(loss.detach()), "gradient_norm": norm, "gradient_coverage": coverage}
+
+
+def trainer_of(arm: TrainingArm, config: Config, ranks: Ranks) -> Trainer:
+    """The trainer of an arm's run, which looks at no held-out prompt."""
+    if arm.method == PRETRAINING and source_of(config).pretraining is None:
+        raise ConfigurationError(
+            f"--methods: {PRETRAINING} needs the data that the base was pretrained on, which a backbone.kind "
+            f"{config.backbone.kind} does not bring; leave it out"
+        )
+    setup = replace(build_setup(config, ranks), validation={}, test={})
+    return PretrainingTrainer(setup) if arm.method == PRETRAINING else Trainer(setup)
+
+
+def final_tape(setup: Setup, *member: int) -> SeededTape:
+    """The tape of the final test, or that of a further video of every prompt."""
+    return SeededTape(("final evaluation", *member), setup.generator.block_shape)
+
+
+def record(found: Evaluation, judges: Judges) -> PromptScores:
+    """An evaluation as JSON holds it, over distinct prompts."""
+    found = found.by_prompt()
+    names = judges.scorer.components
+    scores: PromptScores = {
+        "totals": judges.totals(found).tolist(),
+        "components": dict(zip(names, found.components_KN.tolist(), strict=True)),
+    }
+    if found.unseen_N is not None:
+        scores["unseen"] = found.unseen_N.tolist()
+    if found.mismatched_KN is not None:
+        scores["mismatched"] = (judges.weights_K @ found.mismatched_KN).tolist()
+    return scores
+
+
+def base_policy(setup: Setup) -> AbstractContextManager[None]:
+    """Inside, a setup's model is the base."""
+    return policy_of(setup.model, adapted=setup.config.optim.lora_rank > 0).reference()
+
+
+def on_validation_prompts(setup: Setup) -> dict[str, list[float]]:
+    """Totals of the model as it is, by prompt of every validation set."""
+    sets = source_of(setup.config).split(setup.config)[1]
+    return {
+        name: record(evaluate_prompts(setup, own, ALONE), setup.judges)["totals"]
+        for name, own in sets.items()
+    }
+
+
+def on_final_prompts(setup: Setup) -> dict[str, Any]:
+    """Records of the model as it is by final set, and what videos of one prompt differ in (``diversity``)."""
+    sets = source_of(setup.config).final(setup.config)
+    found: dict[str, Any] = {name: final_record(setup, one) for name, one in sets.items()}
+    return found | {"diversity": fresh_diversity(setup)}
+
+
+def final_record(setup: Setup, one: FinalSet) -> PromptScores:
+    """The record of the model as it is on one final set."""
+    scored = {"mismatched": True, "first": one.first}
+    return record(evaluate_prompts(setup, one.prompts, ALONE, final_tape(setup), **scored), setup.judges)
+
+
+def shortened(sets: Mapping[str, FinalSet]) -> dict[str, FinalSet]:
+    """The first part of every final set."""
+    return {name: replace(one, prompts=one.prompts[: max(2, len(one.prompts) // FLOOR_SHARE)])
+            for name, one in sets.items()}  # fmt: skip
+
+
+def fresh_diversity(setup: Setup) -> dict[str, float]:
+    """Diversity of branches of fresh noise: little, where the policy has collapsed to few videos."""
+    source = source_of(setup.config)
+    if source.read_off is None:
+        return {}
+    config = replace(setup.config, exploration=ExplorationConfig())  # the same for all arms
+    weights = replace(setup.backbone.weights, config=config)
+    whole = replace(
+        setup, backbone=replace(setup.backbone, weights=weights), validation=source.split(config)[1]
+    )
+    places = story_places(whole, FEWEST_PROMPTS)
+    look = laboratory(whole, [prompt for place in places for prompt in place.prompts])
+    return branch_diversity(look, places, ALONE, fresh_noise)
+
+
+def best_of(setup: Setup, count: int) -> dict[str, PromptScores]:
+    """Records of the best of ``count`` videos of every prompt, by the trained reward: test-time selection."""
+    found = {}
+    for name, one in shortened(source_of(setup.config).final(setup.config)).items():
+        tapes = [final_tape(setup, *member) for member in [(), *((n,) for n in range(1, count))]]
+        found_of = [evaluate_prompts(setup, one.prompts, ALONE, tape, first=one.first) for tape in tapes]
+        videos = [record(evaluation, setup.judges) for evaluation in found_of]
+        best_N = torch.tensor([video["totals"] for video in videos]).argmax(0)
+        found[name] = _selected(videos, best_N)
+    return found
+
+
+def _selected(videos: list[PromptScores], best_N: Tensor) -> PromptScores:
+    def pick(rows: list[list[float]]) -> list[float]:
+        return [rows[best][n] for n, best in enumerate(best_N.tolist())]
+
+    parts = {name: pick([v["components"][name] for v in videos]) for name in videos[0]["components"]}
+    plain = {key: pick([video[key] for video in videos]) for key in videos[0] if key != "components"}
+    return {**plain, "components": parts}
+
+
+def floor_line(config: Config, kind: str, count: int) -> dict[str, PromptScores]:
+    """The base's ``best-of`` so many videos, or with so many solver ``steps``, on part of the final sets."""
+    if kind == "steps":
+        schedule = tuple(1 - n / count for n in range(count))
+        config = replace(config, stream=replace(config.stream, schedule=schedule))
+    setup = build_setup(config)
+    with base_policy(setup):
+        if kind == "best-of":
+            return best_of(setup, count)
+        sets = shortened(source_of(config).final(config))
+        return {name: final_record(setup, one) for name, one in sets.items()}
+
+
+def trained(run: Run, measure: Any) -> dict[str, Any]:
+    """The result of a trained run: what ``measure`` finds of its averaged weights, and what it cost."""
+    updates = run.trainer.update
+    setup = run.setup
+    with run.trainer.sides.aligned():
+        found = measure(setup)
+    return {
+        "results": found,
+        "updates": updates,
+        "cpu_s": run.cpu_s,
+        "cpu_s_per_update": run.cpu_s / updates,
+        "base_sha256": setup.backbone.weights.base_sha256,
+    }

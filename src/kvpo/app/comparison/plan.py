@@ -1,0 +1,71 @@
+"""A comparison as it was asked for, and where the results of its pieces lie."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from kvpo.app.comparison.arms import TrainingArm, trials
+from kvpo.config import Config
+from kvpo.files import read_json
+
+
+@dataclass(frozen=True)
+class MethodComparison:
+    """The arms, seeds and budget that were asked for, and the place of the results."""
+
+    start: Config
+    arms: Sequence[TrainingArm]
+    seeds: int
+    budget_cpu_s: float
+    trials: int
+    out: Path
+
+    @property
+    def plan_file(self) -> Path:
+        """File that says what is compared."""
+        return self.out / "comparison.json"
+
+    def result_file(self, piece: str) -> Path:
+        """File of a piece's result."""
+        return self.out / "pieces" / f"{piece}.json"
+
+    def result(self, piece: str) -> dict[str, Any]:
+        """The result of a finished piece. Raises ValueError where it was damaged."""
+        found: dict[str, Any] = read_json(self.result_file(piece))
+        return found
+
+    def trials_of(self, method: str) -> list[dict[str, Any]]:
+        """Settings that a method is tried with; none where it is not among the arms by itself."""
+        own = [arm for arm in self.arms if arm.tuned and arm.method == method]
+        return trials(self.start, own[0], self.trials) if own and self.trials else []
+
+    def tuned(self, method: str) -> dict[str, Any]:
+        """The settings of the method's best trial; its defaults where there is none."""
+        gains = [
+            (self.result(f"trial-{method}-{n}")["gain"], settings)
+            for n, settings in enumerate(self.trials_of(method))
+        ]
+        found = [(gain, settings) for gain, settings in gains if gain is not None]
+        return max(found, key=lambda trial: trial[0])[1] if found else {}
+
+    def base_of(self, config: Config) -> str:
+        """Name of the base under a configuration's stream settings: an arm is compared with its own."""
+        here, asked = vars(self.start.stream), vars(config.stream)
+        changes = [f"{name}-{value}" for name, value in asked.items() if here[name] != value]
+        return "-".join(["base", *("".join(c for c in text if c.isalnum() or c in "-.") for text in changes)])
+
+
+def changed_settings(start: Config, config: Config) -> dict[str, Any]:
+    """Settings by dotted path in which a run differs from the comparison's own; seed and length left out."""
+    before, after = (_flat(asdict(one)) for one in (start, config))
+    own = {"seed", "threads", "optim.updates", "evaluation.every"}
+    return {path: value for path, value in after.items() if before[path] != value and path not in own}
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        inside = isinstance(value, dict) and not prefix
+        found |= _flat(value, f"{name}.") if inside else {prefix + name: value}
+    return found

@@ -1,0 +1,135 @@
+"""The numbers of a comparison, from the scores by prompt that its pieces hold."""
+
+from collections.abc import Mapping, Sequence
+from statistics import mean
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvpo.app.comparison.plan import MethodComparison
+from kvpo.app.comparison.statistics import least_p, permutation_p, relabelling_p, spread
+from kvpo.files import read_json
+from kvpo.training.evaluation import paired_gain
+
+COMPARED_WITH, NULL = "kvpo", "null"
+"""The arm that the others are compared with, and the one whose gains are chance."""
+Results = Mapping[str, Any]
+"""Records by prompt set, as a piece holds them."""
+
+
+def gains_SN(runs: Sequence[Results], bases: Sequence[Results], name: str, key: str = "totals") -> Tensor:
+    """Paired gains ``[seeds, prompts]`` of an arm's runs on one set."""
+    before_SN, after_SN = (
+        torch.tensor([one[name][key] for one in side], dtype=torch.float64) for side in (bases, runs)
+    )
+    return after_SN - before_SN
+
+
+def summarise(comparison: MethodComparison, floors: Sequence[str]) -> dict[str, Any]:
+    """All that ``summary.json`` holds."""
+    runs = {
+        arm.name: [comparison.result(f"run-{arm.name}-{seed}") for seed in range(comparison.seeds)]
+        for arm in comparison.arms
+    }
+    bases = {
+        name: [comparison.result(f"{run['base']}-final")["results"] for run in own]
+        for name, own in runs.items()
+    }
+    results = {name: [run["results"] for run in own] for name, own in runs.items()}
+    base = comparison.result("base-final")
+    sets = [name for name in base["results"] if name != "diversity"]
+    lines = {name: comparison.result(name)["results"] for name in floors}
+    gains = {arm: {name: gains_SN(own, bases[arm], name) for name in sets} for arm, own in results.items()}
+    ceiling = next((lines[name] for name in floors if name.startswith("best-of")), None)
+    methods = {}
+    for arm, own in runs.items():
+        compared = (gains, results[arm], bases[arm], ceiling, base["results"])
+        methods[arm] = _costs(own) | {name: _on_set(arm, name, *compared) for name in sets}
+    return {
+        "commit": read_json(comparison.plan_file)["commit"],
+        "base_sha256": base["base_sha256"],
+        "preset": comparison.start.preset,
+        "budget_cpu_s": comparison.budget_cpu_s,
+        "tuning_trials": comparison.trials,
+        "trials": {arm.name: _tried(comparison, arm.method) for arm in comparison.arms if arm.tuned},
+        "seeds": [comparison.start.seed + seed for seed in range(comparison.seeds)],
+        "least_p": least_p(comparison.seeds),
+        "prompts": {name: len(base["results"][name]["totals"]) for name in sets},
+        "base": {name: mean(base["results"][name]["totals"]) for name in sets}
+        | {"diversity": base["results"]["diversity"]},
+        "floors": {line: {name: _floor_gain(own, base["results"], name) for name in sets}
+                   for line, own in lines.items()},
+        "methods": methods,
+    }  # fmt: skip
+
+
+def _costs(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    diversity = [run["results"]["diversity"] for run in runs]
+    return {
+        "settings": runs[0]["settings"],
+        "cpu_s": [run["cpu_s"] for run in runs],
+        "updates": [run["updates"] for run in runs],
+        "cpu_s_per_update": mean(run["cpu_s_per_update"] for run in runs),
+        "diversity": {key: mean(one[key] for one in diversity) for key in diversity[0]},
+    }
+
+
+def _on_set(
+    arm: str,
+    name: str,
+    gains: Mapping[str, Mapping[str, Tensor]],
+    results: Sequence[Results],
+    bases: Sequence[Results],
+    ceiling: Results | None,
+    base: Results,
+) -> dict[str, Any]:
+    """One arm on one prompt set."""
+    own = gains[arm][name]
+    of_runs: list[float] = own.mean(1).tolist()
+    numbers: dict[str, Any] = {
+        "gains": of_runs,
+        "mean": mean(of_runs),
+        "std": spread(of_runs),
+        "standard_errors": [paired_gain(torch.zeros(own.shape[1]), row).standard_error for row in own],
+        "components": {
+            part: mean(_component_gain(*pair, name, part) for pair in zip(results, bases, strict=True))
+            for part in results[0][name]["components"]
+        },
+    }
+    for key in ("unseen", "mismatched"):
+        if key in results[0][name]:
+            numbers[key] = gains_SN(results, bases, name, key).mean(1).tolist()
+    if ceiling is not None:
+        part = len(ceiling[name]["totals"])
+        possible = mean(ceiling[name]["totals"]) - mean(base[name]["totals"][:part])
+        numbers["gap_closed"] = float(own[:, :part].mean()) / possible if possible > 0 else None
+    reference = gains.get(COMPARED_WITH, {}).get(name)
+    compared = reference is not None and arm != COMPARED_WITH
+    numbers["difference_to_kvpo"] = float(own.mean() - reference.mean()) if compared else None
+    numbers["p_against_kvpo"] = permutation_p(own, reference) if compared else None
+    if NULL in gains and arm != NULL:
+        by_chance = gains[NULL][name].mean(1).tolist()
+        numbers["p_against_null"] = relabelling_p(of_runs, by_chance)
+        numbers["above_every_null"] = sum(gain > max(by_chance) for gain in of_runs)
+    return numbers
+
+
+def _component_gain(run: Results, base: Results, name: str, part: str) -> float:
+    return mean(run[name]["components"][part]) - mean(base[name]["components"][part])
+
+
+def _floor_gain(line: Results, base: Results, name: str) -> dict[str, float]:
+    """Paired gain of a floor line on the prompts that it was measured on."""
+    found = torch.tensor(line[name]["totals"])
+    gain = paired_gain(torch.tensor(base[name]["totals"][: len(found)]), found)
+    numbers = {"gain": gain.mean, "standard_error": gain.standard_error, "prompts": len(found)}
+    if "unseen" in line[name]:
+        numbers["unseen"] = mean(line[name]["unseen"]) - mean(base[name]["unseen"][: len(found)])
+    return numbers
+
+
+def _tried(comparison: MethodComparison, method: str) -> list[dict[str, Any]]:
+    """Settings, validation gain and cost of every trial of a method."""
+    every = [comparison.result(f"trial-{method}-{n}") for n in range(len(comparison.trials_of(method)))]
+    return [{key: one[key] for key in ("settings", "gain", "updates", "cpu_s")} for one in every]

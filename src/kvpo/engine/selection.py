@@ -1,0 +1,163 @@
+"""Test-time selection: of several continuations of a stream, the one that a scorer prefers goes on.
+
+Nothing is trained: the best that a reward can make of a generator as it is, which alignment is measured by.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from kvpo.config import ExplorationConfig
+from kvpo.engine.explorers import Explorer, Member, Site, routes
+from kvpo.engine.forks import Fork, fit_exploration
+from kvpo.engine.generator import Codec, StreamingGenerator
+from kvpo.engine.noise import Tape
+from kvpo.engine.pages import stream_pages
+from kvpo.engine.scoring import ClipShares, score_clips, shared_clips
+from kvpo.engine.stream import Stream, TextTable, advance, open_stream
+from kvpo.method.routing import route_pool
+from kvpo.models.deployment import sink_frames
+from kvpo.prompts import VideoPrompt
+from kvpo.rewards.protocol import Scorer
+
+
+@dataclass(frozen=True)
+class Selected:
+    """A video whose parts were chosen, and the scores that they were chosen by."""
+
+    latents_TCHW: Tensor
+    scores: tuple[tuple[float, ...], ...]
+    """Per choice, the score of every candidate; the first is the generator's plain continuation."""
+
+    @property
+    def chosen(self) -> tuple[int, ...]:
+        """The candidate of every choice; the plain one where none is better."""
+        return tuple(own.index(max(own)) for own in self.scores)
+
+
+@dataclass(frozen=True)
+class Selection:
+    """A generator, and the rule by which continuations are made and chosen."""
+
+    generator: StreamingGenerator
+    codec: Codec
+    scorer: Scorer
+    weights_K: Tensor
+    exploration: ExplorationConfig
+    explorer: Explorer
+    count: int
+    """Candidates of a choice, the plain continuation among them."""
+    span: int
+    """Blocks between two choices; 0: one choice per video."""
+
+    def best(self, prompt: VideoPrompt, texts: TextTable, tape: Tape) -> Selected:
+        """The chosen video of a prompt.
+
+        Raises ValueError for a length that is no multiple of the block, and what the scorer raises.
+        """
+        generator, block = self.generator, self.generator.block
+        if prompt.num_frames % block:
+            raise ValueError(
+                f"num_frames = {prompt.num_frames} is not a multiple of the block of {block} frames"
+            )
+        pages = stream_pages(generator, prompt.num_frames, self._resident, switches=bool(prompt.switches))
+        root = open_stream(generator, generator.new_cache((self.count + 1) * pages), prompt, texts, tape)
+        span = (self.span or prompt.num_frames) * block
+        state: object | None = None
+        before_TCHW: Tensor | None = None
+        scores: list[tuple[float, ...]] = []
+        for start in range(0, prompt.num_frames, span):
+            stop = min(start + span, prompt.num_frames)
+            streams = self._continued(root, tape, stop)
+            decoded = []
+            with torch.no_grad():
+                for stream in streams:
+                    new = torch.cat(stream.latents[start // block :])
+                    decoded.append(self.codec.decode_next(new, state))
+            new_NTCHW = torch.stack([pixels for pixels, _ in decoded])
+            own = self._scores(prompt, start, stop, new_NTCHW, before_TCHW)
+            scores.append(own)
+            best = own.index(max(own))
+            for n, stream in enumerate((root, *streams)):
+                if n != best + 1:
+                    stream.history.release()
+            root = replace(streams[best], tape=tape, step=None)
+            pixels, state = decoded[best]
+            before_TCHW = pixels[-block * self.codec.frames_per_latent :]
+        root.history.release()
+        return Selected(torch.cat(root.latents), tuple(scores))
+
+    @property
+    def _resident(self) -> int:
+        """Frames of history that are kept: for routing, or no more than the window needs."""
+        if self.explorer is routes:
+            return self.exploration.resident_frames
+        return max(1, self.generator.deployment.window - self.generator.block)
+
+    def _continued(self, root: Stream, tape: Tape, stop: int) -> list[Stream]:
+        """Candidates from the root to ``stop``, the plain one first; one alone where none can differ."""
+        streams = [root.fork()]
+        while streams[0].start < stop:
+            members = self._members(root.prompt, streams[0].start, tape)
+            if len(members) > len(streams):  # until now nothing could differ
+                streams += [streams[0].fork() for _ in members[len(streams) :]]
+            pages: list[Sequence[int] | None] = []
+            for stream, member in zip(streams, members, strict=False):
+                stream.tape, stream.step = member.tape or tape, member.step
+                held = stream.history.pages
+                pages.append(None if not member.routes else [held[slot.frame] for slot in member.routes[0]])
+            pages += [None] * (len(streams) - len(pages))
+            advance(
+                self.generator,
+                streams,
+                routes=pages,
+                recent=self.exploration.recent,
+                resident=self._resident,
+            )
+        return streams
+
+    def _members(self, prompt: VideoPrompt, frame: int, tape: Tape) -> list[Member]:
+        """The plain continuation of a block, and branches as the explorer tells them apart."""
+        block, exploration = self.generator.block, self.exploration
+        wanted = replace(exploration, branches=self.count - 1, blocks=1, tail_blocks=0, donor=0)
+        pool = route_pool(
+            frame,
+            sink=sink_frames(self.generator.deployment, prompt, frame),
+            recent=exploration.recent,
+            resident=exploration.resident_frames,
+        )
+        if self.explorer is routes:
+            try:
+                end = frame + block
+                wanted = fit_exploration(
+                    wanted, frame, num_frames=end, window_end=end, pool=len(pool), block=block
+                )
+            except ValueError:  # too little history for routes that differ
+                return [Member(0)]
+        key = ("selection", prompt.id, frame)
+        steps = len(self.generator.sigmas)
+        site = Site(self.generator, [Fork(frame, wanted)], [pool], tape, key, steps)
+        return [Member(0), *self.explorer(site, 0)]
+
+    def _scores(
+        self, prompt: VideoPrompt, start: int, stop: int, new_NTCHW: Tensor, before_TCHW: Tensor | None
+    ) -> tuple[float, ...]:
+        """Score of every candidate's frames [start, stop), segment by segment."""
+        block = self.generator.block
+        clips = shared_clips(prompt, start, stop, block=block, shares=ClipShares())
+        offset = min(clip.start for clip, _ in clips)
+        if offset < start and before_TCHW is not None:
+            new_NTCHW = torch.cat([before_TCHW.expand(len(new_NTCHW), *before_TCHW.shape), new_NTCHW], 1)
+        rows = range(len(new_NTCHW))
+        table_KN = score_clips(
+            self.scorer,
+            new_NTCHW,
+            [(row, clip) for clip, _ in clips for row in rows],
+            offset=offset,
+            frames_per_latent=self.codec.frames_per_latent,
+        )
+        shares = torch.tensor([share for _, share in clips]).repeat_interleave(len(rows))
+        totals = (self.weights_K @ table_KN * shares).reshape(len(clips), len(rows)).sum(0)
+        return tuple(totals.tolist())

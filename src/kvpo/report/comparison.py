@@ -1,0 +1,287 @@
+"""The page and the picture of a comparison, from its ``summary.json``."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from kvpo.files import new_file, write_atomic
+from kvpo.report.charts import interval, value_range
+from kvpo.report.formatting import compact, escape, fill_page, fixed, number, percent, signed, title_of
+from kvpo.report.record import Entry
+
+SETS = {
+    "short": "one prompt",
+    "long": "several prompts with switches",
+    "beyond": "frames later than any that training scores",
+}
+GAIN_COLUMNS = (
+    "",
+    "paired gain, ± over seeds",
+    "",
+    "each run",
+    "± over prompts",
+    "wrong caption",
+    "unseen scorer",
+    "gap closed",
+    "against kvpo",
+    "above null",
+)
+FEWEST_SEEDS = 5
+"""Runs of each arm from which a difference can have p < .01."""
+SURE = 0.01
+
+
+def write_comparison(out: Path, summary: Entry) -> Path:
+    """Write ``report.html`` and ``comparison.png`` into ``out`` and return the page's path."""
+    with new_file(out / "comparison.png") as picture:
+        draw_comparison(picture, summary)
+    page = out / "report.html"
+    write_atomic(page, comparison_page(out.resolve().name, summary))
+    return page
+
+
+def comparison_page(name: str, summary: Entry) -> str:
+    """The page as HTML text."""
+    sets = [key for key in SETS if key in summary["prompts"]]
+    tables = "".join(_set_section(key, summary) for key in sets)
+    return fill_page(
+        "comparison.html",
+        "",
+        name=escape(name),
+        verdict=_verdict(summary),
+        tables=tables,
+        components="".join(_components(key, summary) for key in sets),
+        costs=_costs(summary),
+        settings=_settings(summary),
+        facts=_facts(summary),
+    )
+
+
+def verdict(summary: Entry) -> tuple[str, list[str]]:
+    """The sentence that a comparison comes to, and notes on how far it goes."""
+    seeds, methods = len(summary["seeds"]), summary["methods"]
+    notes = []
+    if seeds < FEWEST_SEEDS:
+        word = {1: "One seed decides", 2: "Two seeds decide", 3: "Three seeds decide"}.get(
+            seeds, f"{seeds} seeds decide"
+        )
+        return (
+            f"{word} nothing: this is a rehearsal.",
+            [
+                f"Between arms of {seeds} run(s) each no difference can have p below "
+                f"{fixed(summary['least_p'], 2)}, however large; {FEWEST_SEEDS} or more seeds can tell. "
+                "The numbers below say that everything works, and what it costs."
+            ],
+        )
+    said = [
+        f"{arm} {signed(own[key]['difference_to_kvpo'])} on {key} videos (p = {compact(p)})"
+        for key in ("long", "short")
+        for arm, own in methods.items()
+        if (p := own.get(key, {}).get("p_against_kvpo")) is not None and p < SURE
+    ]
+    if "kvpo" in methods:
+        head = f"Beyond chance (p < {SURE:g}) against kvpo: {'; '.join(said) or 'no arm'}"
+        notes += [_both_errors("kvpo", key, methods["kvpo"][key], methods) for key in ("short", "long")
+                  if key in methods["kvpo"]]  # fmt: skip
+    else:
+        head = "kvpo is not among the arms, so nothing is compared with it"
+    return f"{head}.", notes
+
+
+def _both_errors(arm: str, key: str, own: Entry, methods: Entry) -> str:
+    """A gain with its error over prompts and, where there are null runs, its place among theirs."""
+    errors = own["standard_errors"]
+    text = (
+        f"{arm}, {key} videos: {signed(own['mean'])} ± {fixed(own['std'])} over seeds, "
+        f"± {fixed(sum(errors) / len(errors))} over the prompts of a run"
+    )
+    if "null" not in methods or arm == "null":
+        return text + "."
+    null = methods["null"][key]
+    return (
+        f"{text}; {len(null['gains'])} runs with advantages dealt at random gain {signed(null['mean'])} ± "
+        f"{fixed(null['std'])}, and {own['above_every_null']} of {len(own['gains'])} runs lie above all of "
+        f"them (p = {compact(own['p_against_null'])})."
+    )
+
+
+def _verdict(summary: Entry) -> str:
+    sentence, notes = verdict(summary)
+    tone = "pending" if len(summary["seeds"]) < FEWEST_SEEDS else "neutral"
+    more = "".join(f"<p>{escape(note)}</p>" for note in notes)
+    return f'<div class="verdict {tone}"><div><p class="sentence">{escape(sentence)}</p>{more}</div></div>'
+
+
+def _ranked(key: str, methods: Entry) -> list[tuple[str, Entry]]:
+    return sorted(((arm, own[key]) for arm, own in methods.items()), key=lambda row: -row[1]["mean"])
+
+
+def _axis(key: str, summary: Entry) -> tuple[float, float]:
+    ends = [0.0, *(line[key]["gain"] for line in summary["floors"].values())]
+    for own in summary["methods"].values():
+        reach = 2 * (own[key]["std"] or 0)
+        ends += [own[key]["mean"] - reach, own[key]["mean"] + reach]
+    return value_range(ends)
+
+
+def _set_section(key: str, summary: Entry) -> str:
+    axis = _axis(key, summary)
+    rows = [_arm_row(arm, own, axis) for arm, own in _ranked(key, summary["methods"])]
+    rows += [_floor_row(line, own[key], axis) for line, own in summary["floors"].items()]
+    head = "".join(f"<th>{name}</th>" for name in GAIN_COLUMNS)
+    facts = f"{summary['prompts'][key]} prompts, base {fixed(summary['base'][key])}"
+    table = f"<thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody>"
+    return (
+        f'<h3 class="group">{title_of(key)} videos <span class="soft">{SETS[key]} · {facts}</span></h3>'
+        f'<div class="card scroll"><table>{table}</table></div>'
+    )
+
+
+def _arm_row(arm: str, own: Entry, axis: tuple[float, float]) -> str:
+    errors, gains = own["standard_errors"], own["gains"]
+    difference, p = own["difference_to_kvpo"], own["p_against_kvpo"]
+    against = "" if p is None else f'{signed(difference)} <span class="soft">p = {compact(p)}</span>'
+    above = own.get("above_every_null")
+    cells = (
+        f'<b>{signed(own["mean"])}</b> <span class="soft">± {fixed(own["std"])}</span>',
+        interval(own["mean"], own["std"], *axis, label=f"{arm} {signed(own['mean'])}"),
+        f'<span class="soft">{", ".join(signed(gain) for gain in gains)}</span>',
+        fixed(sum(errors) / len(errors)),
+        _average(own.get("mismatched")),
+        _average(own.get("unseen")),
+        percent(number(own.get("gap_closed"))),
+        against,
+        "" if above is None else f"{above} of {len(gains)}",
+    )
+    return f"<tr><th>{escape(arm)}</th>{_cells(cells)}</tr>"
+
+
+def _floor_row(line: str, own: Entry, axis: tuple[float, float]) -> str:
+    gain, error = own["gain"], own["standard_error"]
+    cells = (
+        signed(gain),
+        interval(gain, None, *axis, colour="base", label=f"{line} {signed(gain)}"),
+        f'<span class="soft">base, {own["prompts"]} prompts</span>',
+        fixed(error),
+        "",
+        signed(own.get("unseen")),
+        "",
+        "",
+        "",
+    )
+    return f'<tr><th class="soft">{escape(line)}</th>{_cells(cells)}</tr>'
+
+
+def _cells(cells: Sequence[str]) -> str:
+    """Cells of HTML, the second of which is drawn."""
+    return "".join(f"<td{' class=drawn' if n == 1 else ''}>{cell}</td>" for n, cell in enumerate(cells))
+
+
+def _average(values: Sequence[float] | None) -> str:
+    return signed(sum(values) / len(values)) if values else ""
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table of text; the first cell of a row names it."""
+    top = "".join(f"<th>{escape(name)}</th>" for name in head)
+    body = "".join(
+        f"<tr><th>{escape(first)}</th>{''.join(f'<td>{escape(cell)}</td>' for cell in cells)}</tr>"
+        for first, *cells in rows
+    )
+    return f'<div class="card scroll"><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def _components(key: str, summary: Entry) -> str:
+    ranked = _ranked(key, summary["methods"])
+    parts = list(ranked[0][1]["components"])
+    rows = [[arm, *(signed(own["components"][part]) for part in parts)] for arm, own in ranked]
+    return f'<h3 class="group">{title_of(key)} videos</h3>' + _table(["", *map(title_of, parts)], rows)
+
+
+def _costs(summary: Entry) -> str:
+    shown = list(summary["base"]["diversity"])
+    rows = [["base", "", "", "", *(fixed(summary["base"]["diversity"][key]) for key in shown)]]
+    for arm, own in summary["methods"].items():
+        updates = ", ".join(map(str, own["updates"]))
+        total = fixed(sum(own["cpu_s"]) / len(own["cpu_s"]), 1)
+        rows.append([arm, total, updates, fixed(own["cpu_s_per_update"], 2),
+                     *(fixed(own["diversity"].get(key)) for key in shown)])  # fmt: skip
+    head = ["", "CPU-s a run", "updates of each run", "CPU-s an update", *map(title_of, shown)]
+    return _table(head, rows)
+
+
+def _settings(summary: Entry) -> str:
+    rows = [[arm, _listed(own["settings"])] for arm, own in summary["methods"].items()]
+    blocks = [_table(["", "settings that differ from the comparison's own"], rows)]
+    for method, tried in summary["trials"].items():
+        if tried:
+            best = max((one["gain"] for one in tried if one["gain"] is not None), default=None)
+            rows = [_trial_row(f"{method} {n}", one, best) for n, one in enumerate(tried)]
+            blocks.append(
+                f'<h3 class="group">Trials of {escape(method)}</h3>'
+                + _table(["", "gain on validation prompts", "updates", "CPU-s", "settings"], rows)
+            )
+    return "".join(blocks)
+
+
+def _trial_row(name: str, one: Entry, best: float | None) -> list[str]:
+    """A trial, chosen if its gain is the best; one whose numbers were not finite has none."""
+    if one["gain"] is None:
+        return [name, "not finite", "", "", _listed(one["settings"])]
+    chosen = " (chosen)" if one["gain"] == best else ""
+    return [
+        name + chosen,
+        signed(one["gain"]),
+        str(one["updates"]),
+        fixed(one["cpu_s"], 1),
+        _listed(one["settings"]),
+    ]
+
+
+def _listed(settings: Entry) -> str:
+    return ", ".join(f"{path} {value}" for path, value in settings.items()) or "none"
+
+
+def _facts(summary: Entry) -> str:
+    count, seeds = summary["tuning_trials"], ", ".join(map(str, summary["seeds"]))
+    tuned = (
+        f"Each method had up to {count} trials on validation prompts, at half that budget and under a seed "
+        "that no run shown here has; the best one's settings were used."
+    )
+    facts = (
+        f"Every run trains for {summary['budget_cpu_s']:g} CPU-seconds of its process with one thread; "
+        f"evaluation does not count. {tuned if count else 'No method was tuned.'} Then every arm was trained "
+        f"afresh under seed(s) {seeds}, with the same prompts, forks and noise, and tested once as it stood "
+        "at the end, on prompts and a tape that nothing else uses. p is the larger of two: of relabelled "
+        "runs, and of flipped signs of the prompts' differences."
+    )
+    return (
+        f"<p>{escape(facts)}</p><p class='note'>commit {escape(summary['commit'])} · base sha256 "
+        f"{escape(summary['base_sha256'])} · preset {escape(summary['preset'])}</p>"
+    )
+
+
+def draw_comparison(path: Path, summary: Entry) -> None:
+    """Draw every arm's gains, run by run with their spread, and the base with more computation, as a PNG."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    sets = [key for key in SETS if key in summary["prompts"]]
+    arms = [arm for arm, _ in _ranked(sets[-1], summary["methods"])]
+    floors = list(summary["floors"])
+    names = [*arms, *floors]
+    figure = Figure(figsize=(4.2 * len(sets), 1.4 + 0.32 * len(names)), layout="constrained")
+    for axes, key in zip(figure.subplots(1, len(sets), squeeze=False)[0], sets, strict=True):
+        for row, arm in enumerate(arms):
+            own = summary["methods"][arm][key]
+            axes.plot(own["gains"], [row] * len(own["gains"]), "o", color="#3b6fb6", alpha=0.6, ms=5)
+            axes.errorbar(own["mean"], row, xerr=own["std"] or 0, fmt="|", color="#17365d", ms=14, capsize=3)
+        for row, line in enumerate(floors, len(arms)):
+            own = summary["floors"][line][key]
+            axes.errorbar(own["gain"], row, xerr=own["standard_error"], fmt="D", color="#999999", ms=4)
+        axes.axvline(0, color="black", lw=0.8)
+        axes.set(yticks=range(len(names)), yticklabels=names, xlabel="paired gain")
+        axes.invert_yaxis()
+        axes.locator_params(axis="x", nbins=5)
+        axes.set_title(f"{key} videos", fontsize=10)
+    FigureCanvasAgg(figure)
+    figure.savefig(path, format="png", dpi=150)

@@ -1,0 +1,46 @@
+"""Held-out results of a run's model, base and aligned."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from kvpo.engine.noise import Tape
+from kvpo.training.evaluation import ROWS, Evaluation, evaluate_policy
+from kvpo.training.ranks import Ranks
+from kvpo.training.setup import Setup
+from kvpo.training.trainer import Trainer
+
+
+def evaluate_prompts(
+    setup: Setup,
+    prompts: Any,
+    ranks: Ranks,
+    tape: Tape | None = None,
+    *,
+    mismatched: bool = False,
+    first: int = 0,
+) -> Evaluation:
+    """Held-out results of the model as it is, on ranks that share the videos (see `evaluate_policy`).
+
+    The tape is by default that of all held-out results.
+    """
+    return evaluate_policy(
+        setup.backbone,
+        prompts,
+        tape or setup.evaluation_tape(),
+        setup.judges,
+        rows=setup.config.exploration.rows or ROWS,
+        ranks=ranks,
+        mismatched=mismatched,
+        first=first,
+    )
+
+
+def evaluate_base(
+    setup: Setup, trainer: Trainer, sets: Mapping[str, Any], *, mismatched: bool = False
+) -> dict[str, Evaluation]:
+    """Held-out results of the starting policy."""
+    with trainer.sides.base():
+        return {
+            name: evaluate_prompts(setup, own, trainer.sharing, mismatched=mismatched)
+            for name, own in sets.items()
+        }

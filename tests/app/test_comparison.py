@@ -1,0 +1,176 @@
+"""Parts of a comparison: its arms and trials, its statistics, and its numbers on results made by hand."""
+
+import json
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+from kvpo.app.comparison.arms import CONTROLS, TRIAL_SEED, TrainingArm, chosen_arms, configured, trials
+from kvpo.app.comparison.measuring import PretrainingTrainer, trainer_of
+from kvpo.app.comparison.plan import MethodComparison
+from kvpo.app.comparison.results import summarise
+from kvpo.app.comparison.statistics import least_p, permutation_p, relabelling_p, sign_flip_p
+from kvpo.app.sources import world
+from kvpo.config import Config
+from kvpo.method.methods import METHODS
+from kvpo.report.comparison import verdict
+from kvpo.training.ranks import ALONE
+from kvpo.world.snippets import SnippetSettings
+from tests.tiny_world import tiny_config
+
+
+def test_arms_are_given_as_words_or_in_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "arms.yaml"
+    file.write_text(
+        "steep: {optim.lr: 2e-3, objective: {keep: [0, 0]}}\nwide: {method: nft, nft.beta: 0.1}\n"
+    )
+    arms = chosen_arms(["kvpo", "null"], ["deep:exploration.blocks=3,objective.keep=0,0", str(file)])
+    assert [(arm.name, arm.method) for arm in arms] == [
+        ("kvpo", "kvpo"), ("null", "kvpo"), ("deep", "kvpo"), ("steep", "kvpo"), ("wide", "nft"),
+    ]  # fmt: skip
+    assert arms[2].changes == {"exploration.blocks": 3, "objective.keep": [0, 0]}
+    config = configured(Config(), arms[3], {"optim.lr": 5e-4, "exploration.blocks": 3}, 7)
+    assert (config.optim.lr, config.objective.keep, config.exploration.blocks, config.seed) == (
+        2e-3,
+        (0, 0),
+        3,
+        7,
+    )
+    wide = configured(Config(), arms[4], {}, 0)
+    assert wide.method == "nft" and wide.exploration.explorer == "fresh" and wide.nft.beta == 0.1
+
+
+@pytest.mark.parametrize("method", [*METHODS, "pretraining"])
+def test_every_method_is_tried_equally_often_in_other_settings(method: str) -> None:
+    arm = CONTROLS.get(method) or TrainingArm(method, method)
+    tried = trials(Config(), arm, 5)
+    configs = [configured(Config(), arm, settings, TRIAL_SEED) for settings in tried]
+    assert tried[0] == {} and len(tried) == 5
+    assert all(one != other for n, one in enumerate(configs) for other in configs[:n])
+    assert tried == trials(Config(), arm, 5)
+
+
+def test_relabelled_runs_count_every_way_to_deal_the_labels() -> None:
+    assert relabelling_p([1.0, 2.0], [3.0, 4.0]) == pytest.approx(least_p(2)) == pytest.approx(2 / 6)
+    apart = relabelling_p([1.0, 2.0, 3.0, 4.0, 5.0], [6.0, 7.0, 8.0, 9.0, 10.0])
+    assert apart == pytest.approx(least_p(5)) == pytest.approx(2 / 252)
+    assert relabelling_p([1.0, 4.0], [2.0, 3.0]) == 1.0
+    many = relabelling_p([float(n) for n in range(12)], [n + 0.5 for n in range(12)])
+    assert 0.7 < many <= 1.0  # of 2.7 million relabellings, some
+
+
+def test_signs_of_prompts_are_flipped() -> None:
+    assert sign_flip_p(torch.ones(4)) == pytest.approx(2 / 16, abs=0.02)
+    assert sign_flip_p(torch.tensor([1.0, -1.0])) == 1.0
+    assert sign_flip_p(torch.ones(40)) < 1e-3
+
+
+def test_a_difference_has_to_hold_over_runs_and_over_prompts() -> None:
+    generator = torch.Generator().manual_seed(0)
+    noise_SN = torch.randn(5, 64, generator=generator)
+    # One lucky run of each five: prompt by prompt it seems sure, run by run it is not.
+    lucky = noise_SN + torch.tensor([0.0, 0.0, 0.0, 0.0, 20.0])[:, None]
+    assert sign_flip_p(lucky.mean(0) - noise_SN.mean(0)) < 1e-3 < 0.3 < permutation_p(lucky, noise_SN)
+    # One prompt that every run gains on: run by run it seems sure.
+    peak = torch.zeros(5, 64) + torch.linspace(0, 0.01, 5)[:, None]
+    assert permutation_p(peak + torch.eye(64)[0], peak) == 1.0
+    assert permutation_p(noise_SN + 9, noise_SN) == pytest.approx(2 / 252)
+
+
+def test_more_pretraining_trains_the_same_parameters_without_a_reward(
+    tiny_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(world, "SnippetSettings", partial(SnippetSettings, videos=1))
+    world.pretraining_batches.cache_clear()
+    trainer = trainer_of(CONTROLS["pretraining"], tiny_config(tiny_base, optim__lr=1e-2), ALONE)
+    assert isinstance(trainer, PretrainingTrainer) and not trainer.setup.validation
+    before = {name: value.detach().clone() for name, value in trainer.policy.parameters.items()}
+    found = [trainer.step() for _ in range(2)]
+    assert trainer.update == 2 and trainer.at_boundary()
+    assert all(one["loss"] > 0 and one["gradient_norm"] > 0 for one in found)
+    assert all(not torch.equal(value, before[name]) for name, value in trainer.policy.parameters.items())
+    assert any(not torch.equal(value, before[name]) for name, value in trainer.average.values.items())
+    world.pretraining_batches.cache_clear()
+
+
+def test_the_best_trial_is_taken_and_a_diverged_one_passed_over(tmp_path: Path) -> None:
+    comparison = MethodComparison(Config(), [TrainingArm("kvpo", "kvpo")], 1, 1.0, 3, tmp_path)
+    (tmp_path / "pieces").mkdir()
+    tried = comparison.trials_of("kvpo")
+    for gains, chosen in (((0.1, 0.3, 0.2), 1), ((None, 0.1, 0.2), 2), ((None, None, None), 0)):
+        for n, gain in enumerate(gains):
+            comparison.result_file(f"trial-kvpo-{n}").write_text(json.dumps({"gain": gain}))
+        assert comparison.tuned("kvpo") == tried[chosen]
+
+
+def scores(totals: list[float], unseen: float = 0.0) -> dict:
+    halves = [value / 2 for value in totals]
+    return {"totals": totals, "components": {"a": halves, "b": halves}, "unseen": [unseen] * len(totals)}
+
+
+def test_the_numbers_of_arms_are_those_of_their_pieces(tmp_path: Path) -> None:
+    arms = [
+        TrainingArm("kvpo", "kvpo"),
+        CONTROLS["null"],
+        TrainingArm("deep", "kvpo", {"stream.step_rule": "renoise"}),
+    ]
+    comparison = MethodComparison(Config(), arms, 2, 10.0, 0, tmp_path)
+    (tmp_path / "pieces").mkdir()
+    comparison.plan_file.write_text('{"commit": "abc"}')
+    base, renoised = [0.0, 0.0, 0.2, 0.2], [0.1, 0.1, 0.1, 0.1]
+    pieces: dict[str, dict] = {
+        "base-final": {"results": {"short": scores(base), "diversity": {}}, "base_sha256": "def"},
+        "base-step_rule-final": {"results": {"short": scores(renoised), "diversity": {}}},
+        "best-of-8": {"results": {"short": scores([0.5, 0.3], 0.2)}},
+    }
+    gains = {"kvpo": (0.1, 0.3), "null": (0.0, 0.1), "deep": (0.2, 0.2)}
+    for arm, own in gains.items():
+        before = renoised if arm == "deep" else base
+        for seed, gain in enumerate(own):
+            pieces[f"run-{arm}-{seed}"] = {
+                "results": {"short": scores([value + gain for value in before], 0.1), "diversity": {}},
+                "base": "base-step_rule" if arm == "deep" else "base",
+                "settings": {}, "cpu_s": 9.0, "updates": 3, "cpu_s_per_update": 3.0,
+            }  # fmt: skip
+    for name, content in pieces.items():
+        comparison.result_file(name).write_text(json.dumps(content))
+    summary = summarise(comparison, ["best-of-8"])
+    kvpo, null, deep = (summary["methods"][arm]["short"] for arm in gains)
+    assert kvpo["gains"] == pytest.approx([0.1, 0.3]) and kvpo["mean"] == pytest.approx(0.2)
+    assert kvpo["std"] == pytest.approx(0.02**0.5) and kvpo["components"]["a"] == pytest.approx(0.1)
+    assert kvpo["unseen"] == pytest.approx([0.1, 0.1]) and kvpo["p_against_kvpo"] is None
+    # The best of eight gains 0.4 on the two prompts that it was measured on.
+    assert summary["floors"]["best-of-8"]["short"]["gain"] == pytest.approx(0.4)
+    assert kvpo["gap_closed"] == pytest.approx(0.2 / 0.4)
+    assert kvpo["above_every_null"] == 1 and "above_every_null" not in null
+    assert deep["mean"] == pytest.approx(0.2) and deep["difference_to_kvpo"] == pytest.approx(0, abs=1e-9)
+    assert null["difference_to_kvpo"] == pytest.approx(-0.15)
+    assert (summary["commit"], summary["base_sha256"]) == ("abc", "def")
+
+
+def numbers(gains: list[float], p: float | None, difference: float | None) -> dict:
+    return {
+        "gains": gains, "mean": sum(gains) / len(gains), "std": 0.01, "standard_errors": [0.02] * len(gains),
+        "p_against_kvpo": p, "difference_to_kvpo": difference, "p_against_null": 0.5, "above_every_null": 1,
+    }  # fmt: skip
+
+
+def test_the_verdict_names_sure_differences_alone_and_gives_both_errors() -> None:
+    kinds = ("short", "long")
+    methods = {
+        "kvpo": {kind: numbers([0.1] * 5, None, None) for kind in kinds},
+        "nft": {"short": numbers([0.05] * 5, 0.009, -0.05), "long": numbers([0.2] * 5, 0.02, 0.1)},
+        "null": {kind: numbers([0.0] * 5, 0.009, -0.1) for kind in kinds},
+    }
+    summary = {"seeds": list(range(5)), "methods": methods, "least_p": 2 / 252}
+    sentence, notes = verdict(summary)
+    assert sentence.split(": ")[1] == (
+        "null \u22120.100 on long videos (p = 0.009); nft \u22120.050 on short videos (p = 0.009); "
+        "null \u22120.100 on short videos (p = 0.009)."
+    )
+    assert "± 0.010 over seeds, ± 0.020 over the prompts of a run; 5 runs with advantages dealt" in notes[0]
+    assert "1 of 5 runs lie above all" in notes[0]
+    few, notes = verdict(summary | {"seeds": [0, 1], "least_p": 1 / 3})
+    assert few == "Two seeds decide nothing: this is a rehearsal." and "p below 0.33" in notes[0]
