@@ -83,6 +83,21 @@ BAD = {
     "boolean": ("p.jsonl", '{"segments": ["a", "b"], "switches": [true]}\n', "got [true]"),
     "fraction": ("p.jsonl", '{"segments": ["a", "b"], "switches": [3.5]}\n', "got [3.5]"),
     "no number": ("p.jsonl", '{"segments": ["a", "b"], "switches": 3}\n', "must be a list of latent frames"),
+    "transitions": (
+        "p.jsonl",
+        '{"segments": ["a", "b"], "switches": [3], "transitions": [1, 2]}\n',
+        "1 switches need as many transitions",
+    ),
+    "negative": (
+        "p.jsonl",
+        '{"segments": ["a", "b"], "switches": [3], "transitions": [-1]}\n',
+        "blends over 0 blocks or more",
+    ),
+    "no blocks": (
+        "p.jsonl",
+        '{"segments": ["a", "b"], "switches": [3], "transitions": [1.5]}\n',
+        "must be a list of numbers of blocks, got [1.5]",
+    ),
     "frames": ("p.jsonl", '{"segments": ["a"], "num_frames": 0}\n', "num_frames must be a positive"),
     "own count": (
         "p.jsonl",
@@ -102,6 +117,16 @@ BAD = {
         "line 2: 2 segments, but the lines before have 3",
     ),
 }
+
+
+def test_prompts_are_written_as_they_are_read(tmp_path):
+    prompts = [
+        VideoPrompt(0, ("a", "ä"), (6,), 12),
+        VideoPrompt(1, ("c", "d", "e"), (6, 9), 12, (2, None)),
+    ]
+    path = write(tmp_path / "p.jsonl", written(prompts, ".jsonl"))
+    assert read_prompts(path, num_frames=21) == prompts
+    assert path.read_text().count("transitions") == 1
 
 
 @pytest.mark.parametrize("case", BAD)

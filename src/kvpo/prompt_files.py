@@ -91,7 +91,7 @@ def examine(
                 cuts, shared_count = tuple(switches), shared_count or len(own.segments)
                 _check_shared(len(own.segments), shared_count, cuts)
             frames = own.num_frames or num_frames
-            prompt = VideoPrompt(first_id + len(prompts), own.segments, cuts, frames)
+            prompt = VideoPrompt(first_id + len(prompts), own.segments, cuts, frames, own.transitions)
             check_shown(prompt, block)
             prompts.append(prompt)
             lines.append(number)
@@ -149,10 +149,7 @@ def written(prompts: Sequence[VideoPrompt], suffix: str) -> str:
         ValueError: no such form, or one that cannot hold several segments.
     """
     if suffix in (".json", ".jsonl"):
-        records = [
-            {"segments": list(p.segments), "switches": list(p.switches), "num_frames": p.num_frames}
-            for p in prompts
-        ]
+        records = [prompt_record(prompt) for prompt in prompts]
         if suffix == ".json":
             return json.dumps(records, indent=1, ensure_ascii=False) + "\n"
         return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
@@ -171,6 +168,13 @@ def written(prompts: Sequence[VideoPrompt], suffix: str) -> str:
         [["prompt"], *([text] for text in texts)]
     )
     return file.getvalue()
+
+
+def prompt_record(prompt: VideoPrompt) -> dict[str, Any]:
+    """A prompt as the object that a line of a ``.jsonl`` file holds."""
+    record = {name: getattr(prompt, name) for name in ("segments", "switches", "num_frames")}
+    said = any(blocks is not None for blocks in prompt.transitions)
+    return {**record, "transitions": prompt.transitions} if said else record
 
 
 def repeats(prompts: Sequence[VideoPrompt]) -> list[list[VideoPrompt]]:

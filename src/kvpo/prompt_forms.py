@@ -4,7 +4,8 @@
 records or texts, one record, or a timeline of Scope, which is one video; ``.csv`` and ``.tsv`` have a column
 ``prompt``. Records are ``{"prompt": text}`` (``prompt_en`` in VBench's lists), ``{"prompts": [...]}``, the
 interactive form of LongLive and MemFlow, whose switch frames the configuration has, and
-``{"segments": [...], "switches": [...]}``, which may also set ``"num_frames"``.
+``{"segments": [...], "switches": [...]}``, which may also set ``"num_frames"`` and, per
+switch, the blocks over which it blends, ``"transitions"``.
 """
 
 import csv
@@ -23,7 +24,7 @@ from kvpo.files import named_list, parse_json
 
 FORMATS = (
     'a record is {"prompt": "..."}, {"prompts": [...]} with the switch frames of the configuration, or '
-    '{"segments": [...], "switches": [...]} with its own (and, if it differs, "num_frames")'
+    '{"segments": [...], "switches": [...]} with its own ("transitions" and "num_frames" too, if they differ)'
 )
 
 
@@ -36,6 +37,7 @@ class Asked:
     """None: the configuration's."""
     num_frames: int | None = None
     """None: the configuration's."""
+    transitions: tuple[int | None, ...] = ()
 
 
 AtLine = tuple[int, Callable[[], Any]]
@@ -148,7 +150,9 @@ def asked(record: Any, unread: set[str]) -> Asked:
     if len(named) != 1:
         raise ValueError(f"not a prompt; {FORMATS}")
     field = named[0]
-    allowed = {"prompts": set(), "segments": {"switches", "num_frames"}}.get(field, {"num_frames"})
+    allowed = {"prompts": set(), "segments": {"switches", "transitions", "num_frames"}}.get(
+        field, {"num_frames"}
+    )
     unknown = record.keys() - allowed - {field}
     if field in _ONE and "switches" not in unknown:
         unread |= unknown  # those of data sets describe their prompts
@@ -163,7 +167,10 @@ def asked(record: Any, unread: set[str]) -> Asked:
     frames = record.get("num_frames")
     if frames is not None and not (_is_frame(frames) and frames > 0):
         raise ValueError(f"num_frames must be a positive number of latent frames, got {json.dumps(frames)}")
-    return Asked(segments, tuple(switches), frames)
+    transitions = record.get("transitions", [])
+    if not isinstance(transitions, list) or not all(n is None or _is_frame(n) for n in transitions):
+        raise ValueError(f"transitions must be a list of numbers of blocks, got {json.dumps(transitions)}")
+    return Asked(segments, tuple(switches), frames, tuple(transitions))
 
 
 def is_timeline(record: Any) -> bool:

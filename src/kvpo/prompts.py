@@ -10,13 +10,15 @@ class VideoPrompt:
 
     ``id`` keys the noise tape (never the text), so the same id under another policy sees the same noise.
     ``switches[i]`` is the latent frame from which ``segments[i + 1]`` holds; it acts at the first block
-    whose first frame is at or after it.
+    whose first frame is at or after it. ``transitions[i]`` is the number of blocks over which that switch
+    blends; None, or no transitions at all: ``stream.transition_blocks``.
     """
 
     id: int
     segments: tuple[str, ...]
     switches: tuple[int, ...]
     num_frames: int
+    transitions: tuple[int | None, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.segments:
@@ -26,6 +28,14 @@ class VideoPrompt:
                 f"prompt {self.id}: {len(self.segments)} segments need {len(self.segments) - 1} "
                 f"switch frames, got {len(self.switches)}: {list(self.switches)}"
             )
+        if self.transitions and len(self.transitions) != len(self.switches):
+            raise ValueError(
+                f"prompt {self.id}: {len(self.switches)} switches need as many transitions, or none, got "
+                f"{len(self.transitions)}: {list(self.transitions)}"
+            )
+        if any(blocks is not None and blocks < 0 for blocks in self.transitions):
+            given = list(self.transitions)
+            raise ValueError(f"prompt {self.id}: transitions {given}: a switch blends over 0 blocks or more")
         if half := [text for text in self.segments if any("\ud800" <= c <= "\udfff" for c in text)]:
             raise ValueError(f"prompt {self.id}: {half[0]!r} holds half of a character (a lone surrogate)")
         bounds = (0, *self.switches, self.num_frames)

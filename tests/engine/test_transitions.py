@@ -1,5 +1,7 @@
 """Soft prompt transitions: the text moves over some blocks, in streams, branches and their replay."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -44,6 +46,15 @@ def test_a_switch_in_a_transition_goes_on_from_what_was_told() -> None:
     ]
     for found, wanted in zip(told, expected, strict=True):
         assert found == pytest.approx(wanted)
+
+
+def test_a_prompt_may_say_over_how_many_blocks_each_switch_blends() -> None:
+    one = replace(prompt(0, 30, (9, 18)), transitions=(1, None))
+    at = ((1, 9), (1, 12), (2, 18), (2, 21))
+    told = [dict(shares_of(one, segment, start, Deployment(transition_blocks=3))) for segment, start in at]
+    assert told == [{A: 0.5, B: 0.5}, {B: 1.0}, {B: 0.75, C: 0.25}, {B: 0.5, C: 0.5}]
+    abrupt = replace(one, transitions=(0, 0))
+    assert shares_of(abrupt, 2, 18, Deployment(transition_blocks=3)) == ((C, 1.0),)
 
 
 def test_each_block_is_told_its_mixture_and_history_is_encoded_anew_once() -> None:

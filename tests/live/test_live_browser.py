@@ -62,10 +62,12 @@ def test_a_stream_is_directed_on_the_page(browser, tmp_path):
         assert browser.run("document.querySelectorAll('#screens .screen').length") == 2
         (show,) = served.scheduler.shows.values()
 
+        browser.run("document.getElementById('blend').value = '2'")
         say(browser, HOSTILE)  # the caption follows, as text
         browser.wait_for(f"document.getElementById('caption').textContent === {HOSTILE!r}")
         frame = show.session.script.switches[0]
         assert frame % 3 == 0 and show.session.script.segments == ("a red square", HOSTILE)
+        assert show.session.script.transitions == (2,)
         assert browser.run("document.title") == "kvpo live"
 
         browser.run("document.getElementById('speed').value = '1'")

@@ -117,7 +117,7 @@ def test_exports(tmp_path):
         assert client.refused("session.export", what="mp4") == "out_of_order"
         client.start(speed=4)
         client.until("video.block", block=3)
-        client.ask("session.prompt_update", prompt="a blue disc")
+        client.ask("session.prompt_update", prompt="a blue disc", transition_blocks=2)
         client.until("video.block", prompt="a blue disc")
         client.ask("session.pause")
         files = {what: client.ask("session.export", what=what) for what in ("mp4", "prompts", "training")}
@@ -126,7 +126,7 @@ def test_exports(tmp_path):
         assert httpx.get(served.url + "/v1/files/..%2Fchoices.jsonl").status_code == 404
     frames, rate = read_video(tmp_path / "exports" / files["mp4"]["file"])
     (prompt,) = read_prompts(tmp_path / "exports" / files["prompts"]["file"], num_frames=30, block=3)
-    assert prompt.segments == ("a red square", "a blue disc")
+    assert prompt.segments == ("a red square", "a blue disc") and prompt.transitions == (2,)
     assert len(frames) == prompt.num_frames and rate == 8
     (same,) = read_prompts(tmp_path / "exports" / "training-prompts.jsonl", num_frames=30, block=3)
     assert same == prompt

@@ -24,7 +24,7 @@ from kvpo.engine.selection import Selection
 from kvpo.engine.stream import stream_latents
 from kvpo.files import StorageError, local_path, storage_error, write_atomic
 from kvpo.progress import progress_bars
-from kvpo.prompt_files import examine, extended, read_prompts
+from kvpo.prompt_files import examine, extended, read_prompts, written
 from kvpo.prompts import VideoPrompt, check_shown
 from kvpo.report.video import enlargement, side_by_side, write_video
 from kvpo.training.backbone import Backbone
@@ -172,7 +172,7 @@ def _write_lists(
 ) -> None:
     """Everything beside the videos, in the order of their names."""
     write_atomic(out / "latents.safetensors", save(dict(sorted(made.items()))))
-    write_atomic(out / "prompts.jsonl", "".join(_line(prompt) for prompt in wanted))
+    write_atomic(out / "prompts.jsonl", written(wanted, ".jsonl"))
     write_atomic(out / MANIFEST, json.dumps(dict(sorted(shows.items())), indent=1, ensure_ascii=False) + "\n")
 
 
@@ -202,9 +202,7 @@ def _prompts(
             chosen = list(extended(examine(path, **reading), extended_texts, **reading).prompts)
     else:
         chosen = list(given)
-    numbered = [
-        VideoPrompt(n, prompt.segments, prompt.switches, prompt.num_frames) for n, prompt in enumerate(chosen)
-    ]
+    numbered = [replace(prompt, id=n) for n, prompt in enumerate(chosen)]
     block = config.stream.block
     for prompt in numbered:
         if prompt.num_frames % block:
@@ -254,12 +252,3 @@ def _write_videos(
         except OSError as error:
             raise StorageError(f"cannot save {out / clip}.mp4: {error}") from error
     return [out / f"{clip}.mp4" for clip in clips]
-
-
-def _line(prompt: VideoPrompt) -> str:
-    record = {
-        "segments": list(prompt.segments),
-        "switches": list(prompt.switches),
-        "num_frames": prompt.num_frames,
-    }
-    return json.dumps(record, ensure_ascii=False) + "\n"

@@ -143,6 +143,7 @@ def _info(
         "frames_per_latent": backbone.codec.frames_per_latent,
         "window": deployment.window,
         "sink": deployment.sink,
+        "transition_blocks": deployment.transition_blocks,
         "routed_slots": config.exploration.routed,
         "recent": config.exploration.recent,
         "story": told,

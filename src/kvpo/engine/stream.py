@@ -80,17 +80,17 @@ Shares = tuple[tuple[str, float], ...]
 def shares_of(prompt: VideoPrompt, segment: int, start: int, deployment: Deployment) -> Shares:
     """Shares of a prompt's texts in the block at frame ``start``, which shows ``segment``.
 
-    In block k after a switch, of n ``transition_blocks``, the new text has k / (n + 1), and the mixture of
-    the block before the switch has the rest.
+    In block k after a switch that blends over n blocks, the new text has k / (n + 1), and the mixture of the
+    block before the switch has the rest.
     """
-    shares: Shares = ((prompt.segments[segment], 1.0),)
-    if not deployment.transition_blocks:
-        return shares
     block = deployment.block
-    acted = [0, *(prompt.acts_at(switch, block) for switch in prompt.switches[:segment])]
-    shares = ((prompt.segments[0], 1.0),)
-    for text, first, until in zip(prompt.segments[1:], acted[1:], [*acted[2:], start + block], strict=False):
-        done = min(1.0, (until - first) // block / (deployment.transition_blocks + 1))
+    first = [prompt.acts_at(switch, block) for switch in prompt.switches[:segment]]
+    until = [*first[1:], start + block]
+    shares: Shares = ((prompt.segments[0], 1.0),)
+    for n, text in enumerate(prompt.segments[1 : segment + 1]):
+        own = prompt.transitions[n] if prompt.transitions else None
+        blocks = deployment.transition_blocks if own is None else own
+        done = min(1.0, (until[n] - first[n]) // block / (blocks + 1))
         rest = tuple((old, share * (1 - done)) for old, share in shares if done < 1)
         shares = (*rest, (text, done))
     return shares

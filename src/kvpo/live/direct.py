@@ -59,7 +59,7 @@ class Direction:
             raise Refusal("out_of_order", "this connection directs no session; send session.start first")
         return self.connection.show
 
-    def cue(self, prompt: str, frames: int) -> Cue:
+    def cue(self, prompt: str, frames: int, transition_blocks: int | None = None) -> Cue:
         """A prompt within bounds. Raises Refusal."""
         text = prompt.strip()
         if not text:
@@ -69,7 +69,8 @@ class Direction:
             raise Refusal("out_of_range", f"prompt: at most {most} characters, got {len(text)}")
         if not 0 <= frames <= self.limits.frames:
             raise Refusal("out_of_range", f"frames: must be 0..{self.limits.frames}, got {frames}")
-        return Cue(text, frames)
+        self.within("transition_blocks", transition_blocks or 0, 0, self.limits.transition_blocks)
+        return Cue(text, frames, transition_blocks)
 
     def within(self, name: str, value: float, low: float, high: float) -> None:
         """Raise Refusal for a number out of bounds."""
@@ -180,12 +181,15 @@ class Direction:
 
     async def prompt_update(self, message: p.PromptUpdate) -> None:
         show, asked = self.directed(), self.scheduler.clock()
-        cue = self.cue(message.prompt, message.frames)
+        cue = self.cue(message.prompt, message.frames, message.transition_blocks)
         notice = self.theatre.notice(cue.prompt)
+        deployed = self.scheduler.stage.generator.deployment.transition_blocks
+        blocks = deployed if cue.transition_blocks is None else cue.transition_blocks
 
         def switch() -> None:
             self.scheduler.switch(show, cue, asked)
-            self.answer(prompt=cue.prompt, frame=show.session.start, notice=notice)
+            frame = show.session.start
+            self.answer(prompt=cue.prompt, frame=frame, transition_blocks=blocks, notice=notice)
 
         await self.ask(switch)
 
@@ -194,7 +198,7 @@ class Direction:
         if len(message.prompts) > self.limits.prompts:
             most = self.limits.prompts
             raise Refusal("out_of_range", f"prompts: at most {most}, got {len(message.prompts)}")
-        cues = [self.cue(one.prompt, one.frames) for one in message.prompts]
+        cues = [self.cue(one.prompt, one.frames, one.transition_blocks) for one in message.prompts]
 
         def line_up() -> None:
             show.session.line_up(cues)

@@ -1,6 +1,5 @@
 """Files that a session leaves behind: exports, and choices at forks."""
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from kvpo.arena.intake import record_ranking
 from kvpo.engine.generator import Codec, as_bytes
 from kvpo.files import new_file, sync, write_atomic
 from kvpo.live.session import Branches
+from kvpo.prompt_files import written
 from kvpo.prompts import VideoPrompt
 from kvpo.report.video import enlargement, mp4_bytes, side_by_side, write_frames
 
@@ -35,8 +35,7 @@ def export_session(
             frames = (frame for chunk in _decoded(codec, latents) for frame in chunk)
             write_frames(temporary, frames, codec.frames_per_second, scale=enlargement(first.shape[-2:]))
         return path
-    line = {"segments": prompt.segments, "switches": prompt.switches, "num_frames": prompt.num_frames}
-    text = json.dumps(line, ensure_ascii=False) + "\n"
+    text = written([prompt], ".jsonl")
     if what == "prompts":
         path = folder / f"{name}.jsonl"
         write_atomic(path, text)

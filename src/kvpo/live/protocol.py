@@ -77,6 +77,8 @@ class PromptUpdate:
 
     prompt: str
     frames: int = 0
+    transition_blocks: int | None = None
+    """Blocks over which the switch blends; null: those of the deployment."""
 
 
 @dataclass(frozen=True)
@@ -211,6 +213,8 @@ def _converted(kind: Any, value: Any, name: str) -> Any:
             return value
         choices = ", ".join(repr(choice) for choice in arguments)
         raise Refusal("malformed", f"{name}: must be one of {choices}, got {_shown(value)}")
+    if type(None) in arguments:
+        return None if value is None else _converted(arguments[0], value, name)
     if origin is tuple and isinstance(value, list):
         return tuple(_converted(arguments[0], item, f"{name}[{n}]") for n, item in enumerate(value))
     if isinstance(value, dict) and kind in MESSAGES.values():

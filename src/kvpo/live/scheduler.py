@@ -58,6 +58,7 @@ class SessionLimits:
     """Prompts in a queue."""
     prompt_chars: int = 1000
     route_blocks: int = 64
+    transition_blocks: int = 64
     message_bytes: int = 64 * 1024
     rows: int = 0
     """Streams per forward pass. 1: a session's latents do not depend on its company, bit for bit; 0: all."""

@@ -11,10 +11,13 @@ OPEN_END = 2**40
 
 @dataclass(frozen=True)
 class Cue:
-    """A prompt and the latent frames it lasts before the queue goes on; 0: until it is replaced."""
+    """A prompt that is to be shown."""
 
     prompt: str
     frames: int = 0
+    """Latent frames it lasts before the queue goes on; 0: until it is replaced."""
+    transition_blocks: int | None = None
+    """Blocks over which a switch to it blends; None: ``stream.transition_blocks``."""
 
 
 @dataclass(frozen=True)
@@ -24,21 +27,28 @@ class Script:
     seed: int
     segments: tuple[str, ...]
     switches: tuple[int, ...] = ()
+    transitions: tuple[int | None, ...] = ()
+    """Blocks over which each switch blends; None: ``stream.transition_blocks``."""
     routes: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
     """Block -> the past frames in its routed slots; a block without an entry sees its deployment context."""
 
     def shown(self, num_frames: int = OPEN_END) -> VideoPrompt:
         """The prompts as a request."""
         acted = sum(switch < num_frames for switch in self.switches)
-        return VideoPrompt(0, self.segments[: acted + 1], self.switches[:acted], num_frames)
+        switches, transitions = self.switches[:acted], self.transitions[:acted]
+        return VideoPrompt(0, self.segments[: acted + 1], switches, num_frames, transitions)
 
-    def switched(self, frame: int, prompt: str) -> "Script":
+    def switched(self, frame: int, cue: Cue) -> "Script":
         """Another prompt from ``frame`` on, which lies at or after every switch."""
         before = sum(switch < frame for switch in self.switches) if frame else 0
         if not frame:
-            return replace(self, segments=(prompt,), switches=())
-        kept = self.segments[: before + 1]
-        return replace(self, segments=(*kept, prompt), switches=(*self.switches[:before], frame))
+            return replace(self, segments=(cue.prompt,), switches=(), transitions=())
+        return replace(
+            self,
+            segments=(*self.segments[: before + 1], cue.prompt),
+            switches=(*self.switches[:before], frame),
+            transitions=(*self.transitions[:before], cue.transition_blocks),
+        )
 
     def routed(self, routes: Mapping[int, tuple[int, ...]], first: int) -> "Script":
         """Other routes from block ``first`` on."""

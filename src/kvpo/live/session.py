@@ -168,7 +168,7 @@ class Session:
 
     def _switch(self, cue: Cue) -> None:
         self.cue, self.cue_start = cue, self.start
-        self.script = self.script.switched(self.start, cue.prompt)
+        self.script = self.script.switched(self.start, cue)
         wanted = {one.prompt for one in (*self._told(self.script, self.start), *self.queue)}
         self.texts = {prompt: text for prompt, text in self.texts.items() if prompt in wanted}
         for arm in self.arms.values():
@@ -232,7 +232,7 @@ class Session:
         return gone or any(switch > frame for switch in self.script.switches)
 
     def _script_from(self, frame: int, again: bool) -> Script:
-        script = self.script.switched(frame, self.prompt) if again else self.script
+        script = self.script.switched(frame, self.cue) if again else self.script
         return script.routed({}, frame // self.stage.generator.block)
 
     def _take_back(self, stream: Stream, spool: Spool, script: Script, frame: int, again: bool) -> None:

@@ -3,7 +3,7 @@
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, astuple
 from pathlib import Path
 from typing import Any
 
@@ -45,9 +45,10 @@ def snapshot_of(session: Session) -> tuple[dict[str, Tensor], dict[str, Any]]:
         "identity": session.stage.identity,
         "start": session.start,
         "script": {**asdict(session.script), "routes": sorted(session.script.routes.items())},
-        "cue": [session.cue.prompt, session.cue.frames, session.cue_start],
-        "coming": None if session.coming is None else [session.coming.prompt, session.coming.frames],
-        "queue": [[cue.prompt, cue.frames] for cue in session.queue],
+        "cue": astuple(session.cue),
+        "cue_start": session.cue_start,
+        "coming": None if session.coming is None else astuple(session.coming),
+        "queue": [astuple(cue) for cue in session.queue],
         "pins": sorted(session.pins),
         "arms": arms,
     }
@@ -61,9 +62,8 @@ def restored(
     if record["identity"] != stage.identity:
         raise Refusal("not_found", "snapshot: it was taken under other weights or another deployment")
     script = record["script"]
-    prompt, frames, since = record["cue"]
-    session = Session(stage, cache, list(record["arms"]), Cue(prompt, frames), script["seed"])
-    session.cue_start, session.pins = since, frozenset(record["pins"])
+    session = Session(stage, cache, list(record["arms"]), Cue(*record["cue"]), script["seed"])
+    session.cue_start, session.pins = record["cue_start"], frozenset(record["pins"])
     if record["coming"] is not None:
         session.show(Cue(*record["coming"]))
     session.line_up(Cue(*cue) for cue in record["queue"])
@@ -71,6 +71,7 @@ def restored(
         script["seed"],
         tuple(script["segments"]),
         tuple(script["switches"]),
+        tuple(script["transitions"]),
         {block: tuple(route) for block, route in script["routes"]},
     )
     for name, own in record["arms"].items():

@@ -37,6 +37,7 @@ async function begin() {
   const two = info.arms_there.length > 1;
   $("arms").parentElement.hidden = !two;
   $("story").hidden = !info.story;
+  $("blend").placeholder = info.transition_blocks || 0;
   screenFor(info.arms_there);
   connect();
   if (info.story) {
@@ -337,21 +338,26 @@ function tiles() {
 }
 
 /* controls */
+const blend = () => ($("blend").value === "" ? null : Number($("blend").value));
 function cue() {
-  return { prompt: $("prompt").value.trim(), frames: Number($("lasts").value) || 0 };
+  return { prompt: $("prompt").value.trim(), frames: Number($("lasts").value) || 0, transition_blocks: blend() };
 }
 function show(one) {
   if (!one.prompt) return $("prompt").focus();
   if (session) return send("session.prompt_update", one);
   if (waitingForStart) return;
   waitingForStart = true;
-  send("session.start", { ...one, seed: Number($("seed").value) || 0, arms: $("arms").value, speed });
+  send("session.start", opening(one));
+}
+function opening({ prompt, frames }) {
+  return { prompt, frames, seed: Number($("seed").value) || 0, arms: $("arms").value, speed };
 }
 function listQueue(push) {
   $("next").hidden = !queue.length;
   $("queue").replaceChildren(...queue.map((one, n) => {
     const row = make("li");
-    row.append(make("span", one.prompt), make("span", one.frames ? `${one.frames} frames` : "∞", "soft"));
+    const lasts = one.frames ? `${one.frames} frames` : "∞", soft = one.transition_blocks ? `, blends over ${one.transition_blocks}` : "";
+    row.append(make("span", one.prompt), make("span", lasts + soft, "soft"));
     const gone = make("button", "×", "quiet"); gone.setAttribute("aria-label", "remove"); gone.onclick = () => { queue.splice(n, 1); listQueue(true); };
     row.append(gone);
     return row;
@@ -374,7 +380,7 @@ $("story").onclick = tell;
 $("pause").onclick = () => (session ? send("session.pause", { paused: !paused }) : show(cue()));
 $("reset").onclick = () => (session ? send("session.reset", { seed: Number($("seed").value) || 0 }) : show(cue()));
 $("speed").onchange = () => { speed = Number($("speed").value); if (session) send("session.speed", { speed }); };
-$("arms").onchange = () => { if (session) { pending = { ...cue(), prompt: lastCaption || cue().prompt, seed: Number($("seed").value) || 0, arms: $("arms").value, speed }; send("session.stop"); } };
+$("arms").onchange = () => { if (session) { pending = opening({ ...cue(), prompt: lastCaption || cue().prompt }); send("session.stop"); } };
 $("shown").onchange = () => { shownArm = $("shown").value; for (const { urls, node } of frames.values()) node.firstChild.src = urls[shownArm]; };
 $("route").onclick = route; $("pin").onclick = pin; $("fork").onclick = fork;
 $("dismiss").onclick = () => decide(-1);
