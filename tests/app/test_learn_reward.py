@@ -1,5 +1,6 @@
 """`kvpo learn-reward`: votes to a reward, its worth, and the loop from raters to a fresh round."""
 
+import hashlib
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -139,6 +140,18 @@ def test_the_loop_closes_from_votes_to_a_reward_to_a_run_to_a_fresh_round(tiny_b
     vote_all(fresh, "ann", by_taste(fresh))
     _, result = report(fresh.directory, close=True)
     assert result.questions[0].pairings[0].counted is not None
+
+    # A run goes on with the reward that it was made with, or not at all.
+    learned = out.read_bytes()
+    for content, reason in (
+        (None, f"rewards.scorers: {out}: no such file"),
+        (learned + b" ", hashlib.sha256(learned + b" ").hexdigest()),
+        (learned + b" ", hashlib.sha256(learned).hexdigest()),
+    ):
+        out.unlink() if content is None else out.write_bytes(content)
+        capsys.readouterr()
+        assert command("align", "--resume", "--out", tmp_path / "run", "--optim.updates", 3) == 2
+        assert reason in capsys.readouterr().err
 
 
 def test_rankings_and_choices_at_forks_are_learned_from_too(tiny_base, tmp_path):

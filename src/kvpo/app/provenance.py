@@ -1,4 +1,4 @@
-"""Content that a run's settings only name: its prompts and their split, text encoder and VAE, threads.
+"""Content that a run's settings only name: prompts and their split, text encoder and VAE, learned rewards.
 
 ``provenance.json`` is written when a run starts, and compared whenever it is taken up again (resumed,
 evaluated, its test prompts generated): what was held out stays held out.
@@ -7,7 +7,6 @@ evaluated, its test prompts generated): what was held out stays held out.
 import hashlib
 import json
 import logging
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +15,13 @@ import torch
 from kvpo import __version__
 from kvpo.app.build import source_of
 from kvpo.app.file_prompts import prompt_file
+from kvpo.app.named_rewards import PREFERENCE, split_location
 from kvpo.config import Config
 from kvpo.config_checks import ConfigurationError
 from kvpo.files import read_bytes, read_json, write_atomic
 from kvpo.models.geometry import fields_of
+from kvpo.prompt_files import prompt_record
+from kvpo.prompts import VideoPrompt
 
 logger = logging.getLogger(__name__)
 
@@ -36,9 +38,33 @@ def prompts_of(config: Config) -> dict[str, Any]:
     return {
         "sha256": hashlib.sha256(read_bytes(prompt_file(config, file))).hexdigest() if file else None,
         "training": [prompt.id for prompt in training],
-        "validation": {kind: [asdict(prompt) for prompt in own] for kind, own in validation.items()},
-        "test": {kind: [asdict(prompt) for prompt in own] for kind, own in test.items()},
+        "validation": {kind: [_written(prompt) for prompt in own] for kind, own in validation.items()},
+        "test": {kind: [_written(prompt) for prompt in own] for kind, own in test.items()},
     }
+
+
+def _written(prompt: VideoPrompt) -> dict[str, Any]:
+    return {"id": prompt.id, **prompt_record(prompt)}
+
+
+def files_of(config: Config) -> dict[str, str]:
+    """Digests of files beside weights and prompts: text encoder, VAE, rewards learned from votes.
+
+    Raises ConfigurationError where one of them is gone.
+    """
+    digests = source_of(config).file_digests(config)
+    for setting, names in (
+        ("rewards.scorers", config.rewards.scorers),
+        ("evaluation.watchers", config.evaluation.watchers),
+    ):
+        for name in names:
+            if name.startswith(PREFERENCE) and split_location(name)[1] is None:
+                try:
+                    content = read_bytes(Path(name.removeprefix(PREFERENCE)))
+                except ValueError as error:
+                    raise ConfigurationError(f"{setting}: {error}") from error
+                digests[f"{setting} {name}"] = hashlib.sha256(content).hexdigest()
+    return digests
 
 
 def keep_provenance(path: Path, config: Config) -> None:
@@ -53,7 +79,7 @@ def keep_provenance(path: Path, config: Config) -> None:
         "geometry": fields_of(config.model),
         "threads": torch.get_num_threads(),
         "prompts": prompts_of(config),
-        "files": source_of(config).file_digests(config),
+        "files": files_of(config),
     }
     write_atomic(path, json.dumps(record, indent=1) + "\n")
 
@@ -80,14 +106,16 @@ def demand_same_prompts(run: Path, config: Config) -> None:
 
 
 def demand_same_files(run: Path, config: Config) -> None:
-    """Raise ConfigurationError where text encoder or VAE are not those that ``run`` was made with."""
-    here = source_of(config).file_digests(config)
+    """Raise ConfigurationError where text encoder, VAE or learned rewards are not those of ``run``."""
+    here = files_of(config)
     there = _recorded(run, "files") if here else None
     for setting, digest in (there or {}).items():
         if here.get(setting) != digest:
+            places = f"give --{setting} PATH, where the files of that run lie now"
+            learned = "put the file back as it was, or start another run"
             raise ConfigurationError(
                 f"{setting}: its files have the digest {here.get(setting)}, {run} was made with {digest}; "
-                f"give --{setting} PATH, where the files of that run lie now"
+                f"{learned if PREFERENCE in setting else places}"
             )
 
 
