@@ -1,7 +1,13 @@
 """A directed stream: its script decides every latent, and it can be left and taken up again."""
 
+import gc
+import os
 import random
+import resource
+from collections import deque
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,9 +19,14 @@ from kvpo.live.scheduler import SessionLimits
 from kvpo.live.script import Cue
 from kvpo.live.session import Session, Stage
 from kvpo.live.snapshots import restored, snapshot_of
-from tests.live.stage import scheduler, session, stage
+from tests.live.stage import scheduler, session, slow_stage, stage
 
 SMALL = SessionLimits(sessions=1, frames=9)
+
+
+def resident_bytes() -> int:
+    """Memory that the process holds now."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
 def play(one: Session, blocks: int = 1) -> None:
@@ -62,12 +73,13 @@ def test_a_session_is_what_its_script_says():
     assert not torch.equal(shown(one)[9:], shown(alone)[9:])
 
 
-def test_transitions_of_a_session_outlive_a_snapshot_and_forks():
+@pytest.mark.parametrize(("deployed", "asked"), [(2, None), (0, 2)])
+def test_transitions_of_a_session_outlive_a_snapshot_and_forks(deployed, asked):
     """Texts of earlier prompts are there for as long as blocks are told of them, and no longer."""
-    own = stage(transition_blocks=2)
+    own = stage(transition_blocks=deployed)
     one = session(own)
     play(one, 4)
-    one.show(Cue("a blue disc"))
+    one.show(Cue("a blue disc", transition_blocks=asked))
     play(one)
     again = restored(own, own.generator.new_cache(600), *snapshot_of(one))
     one.open_fork("base", one.start, 2, 2)
@@ -75,9 +87,14 @@ def test_transitions_of_a_session_outlive_a_snapshot_and_forks():
     for session_of in (one, again):
         play(session_of, 4)
         assert torch.equal(shown(session_of), by_script(own, session_of))
-    one.show(Cue("a green ring"))
+    assert one.script.transitions == again.script.transitions == (asked,)
+    one.show(Cue("a green ring", transition_blocks=asked))
     play(one)
     assert set(one.texts) == {"a blue disc", "a green ring"}
+    one.show(Cue("a white square", transition_blocks=0))
+    play(one)
+    assert set(one.texts) == {"a white square"}
+    assert torch.equal(shown(one), by_script(own, one))
 
 
 @pytest.mark.parametrize("frame", [24, 21, 15, 12, 9, 6, 3, 0])
@@ -265,10 +282,31 @@ def test_a_memory_bank_cannot_go_back():
     assert len(one.open_fork("base", 24, 2, 1).pixels) == 3
 
 
-def test_the_memory_of_a_long_stream_is_flat():
-    one = session(stage())
-    play(one, 30)
-    kept, pages = len(one.arms["base"].stream.latents), one.history.cache.pages_in_use
-    play(one, 30)
-    assert (len(one.arms["base"].stream.latents), one.history.cache.pages_in_use) == (kept, pages)
-    assert len(shown(one)) == 180
+@pytest.mark.parametrize("blocks", [200, pytest.param(9600, marks=pytest.mark.slow)])
+def test_a_long_stream_stays_flat(blocks):
+    """9,600 blocks of three frames play for an hour at eight a second; only the temporary file grows."""
+    own = scheduler(slow_stage(), arms=("base", "aligned"))
+    sent: deque[object] = deque(maxlen=1)
+    begin = partial(Session, own.stage, own.cache, ["base", "aligned"], Cue("a red square"), 1)
+    show = own.open("one", begin, sent.append, own.clock(), 0.0)
+    one = show.session
+    measured = []
+    for block in range(blocks):
+        if block % 50 == 49:
+            own.switch(show, Cue(["a blue disc", "a green ring"][block // 50 % 2]), own.clock())
+            one.route(sorted(one.history.pages)[:3], 2)
+            one.pin([one.start - 1], True, 1)
+            one.pin([one.start - 1], False, 1)
+        own.generate([show])
+        if (block + 1) % (blocks // 4) == 0:
+            gc.collect()
+            tensors = sum(isinstance(item, Tensor) for item in gc.get_objects())
+            latents = [len(arm.stream.latents) for arm in one.arms.values()]
+            held = tensors, latents, own.cache.pages_in_use
+            measured.append((held, resident_bytes()))
+            for arm in one.arms.values():
+                size = os.fstat(arm.spool._file.fileno()).st_size
+                assert size == 3 * (block + 1) * 4 * torch.Size(own.stage.generator.block_shape[1:]).numel()
+    (_, first), *_, (_, last) = measured
+    assert len({str(held) for held, _ in measured}) == 1, measured
+    assert last - first < 16 * 2**20, measured
