@@ -1,6 +1,7 @@
 """The rating page in a real headless Chromium: a study is voted through by keyboard and reported."""
 
 import json
+import socket
 import time
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 from kvpo.app.arena import open_study, report
 from kvpo.arena.store import Study
 from kvpo.report.video import write_video
-from tests.arena.serving import served
+from tests.arena.serving import child_server, served
 from tests.headless_chromium import chromium, find_chromium
 
 pytestmark = pytest.mark.skipif(
@@ -216,4 +217,47 @@ def test_a_vote_that_the_server_did_not_take_says_so_and_is_sent_again(browser, 
         time.sleep(0.1)
         press(browser, "Enter")
         at_ballot(browser, 1)
-    assert study.done(study.rater_of(token)) == 1
+        assert study.done(study.rater_of(token)) == 1
+        browser.run(
+            "state.ahead = null; window.fetch = (path, options) => path === '/votes' ?"
+            " window.fetched(path, options) : Promise.reject(new TypeError('gone'))"
+        )
+        press(browser, *["ArrowLeft"] * 5, "Enter")
+        browser.wait_for("document.getElementById('detail').textContent.includes('you gave are stored')")
+    assert study.done(study.rater_of(token)) == 2
+
+
+def kills(page, folders, directory, times: int) -> None:
+    """Vote on the page, kill the server once the page goes on, start another: the vote must be there."""
+    study = open_study(folders, directory, pairs=times)
+    token = study.invite("ann")
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}/#{token}"
+        server = child_server(directory, listener)
+        try:
+            page.open(url)
+            page.wait_for("!document.getElementById('welcome').hidden")
+            page.run("document.getElementById('begin').click()")
+            for done in range(times):
+                at_ballot(page, done)
+                press(page, *["ArrowLeft"] * 5, "Enter")
+                page.wait_for(f"state.session.done === {done + 1}")
+                server.kill()
+                server.wait(20)
+                assert Study(directory).done(study.rater_of(token)) == done + 1
+                server = child_server(directory, listener)
+                page.open("about:blank")
+                page.open(url)
+            at_ballot(page, times)
+        finally:
+            server.kill()
+            server.wait(20)
+
+
+def test_kills_between_votes_on_the_page_lose_none(browser, folders, tmp_path):
+    kills(browser, folders, tmp_path / "study", 2)
+
+
+@pytest.mark.slow
+def test_a_hundred_kills_between_votes_on_the_page_lose_none(browser, folders, tmp_path):
+    kills(browser, folders, tmp_path / "study", 100)

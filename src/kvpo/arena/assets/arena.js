@@ -161,11 +161,14 @@ async function submit() {
   const sent = { position: ballot.position, milliseconds: Math.min(86400000, Math.round(performance.now() - state.shown)), finished: state.watched };
   if (ballot.ranked) sent.ranking = state.order;
   else sent.answers = state.answers;
+  let stored = false;
   try {
     session.done = (await askJson("/votes", sent)).done;
+    stored = true;
     window.scrollTo({ top: 0 });
     await present();
   } catch (error) {
+    if (stored) return lost(error);
     at("next").disabled = false;
     note(error.status ? error.message : "No connection: your vote is not stored yet. Press Next again.", true);
     if (error.status === 409) await start();
