@@ -182,6 +182,9 @@ def test_videos_are_ranked_by_drag_and_drop_and_by_arrow_keys(browser, folders, 
     with served(study) as url:
         browser.open(f"{url}/?ranked#{token}")
         browser.wait_for("!document.getElementById('welcome').hidden")
+        told = browser.run("document.getElementById('welcome').innerText")
+        assert "Drag them into order" in told and told.count("?") == 2, "the title, and one question"
+        assert "move it" in told and "both bad" not in told
         browser.run("document.getElementById('begin').click()")
         at_ballot(browser, 0)
         places = "[...document.querySelectorAll('.shot')].map((s) => Number(s.dataset.place))"

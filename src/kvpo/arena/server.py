@@ -86,7 +86,8 @@ def _show(app: FastAPI, study: Study, voter: Any) -> None:
         return {
             "title": design.title,
             "instructions": design.instructions,
-            "questions": [asdict(one) for one in design.questions],
+            "ranked": design.ranked,
+            "questions": [asdict(one) for one in design.questions[: 1 if design.ranked else None]],
             "rater": who.name,
             "ballots": len(study.ballots_of(who)),
             "done": study.done(who),

@@ -31,7 +31,7 @@ QUESTIONS = (
     Question(
         "overall",
         "Which video is better, all in all?",
-        "Ask yourself which of the two you would keep.",
+        "Ask yourself which one you would keep.",
     ),
     Question(
         "visual",
@@ -55,11 +55,16 @@ QUESTIONS = (
         stories=True,
     ),
 )
-INSTRUCTIONS = (
+OF_PAIRS = (
     "You will see two videos at a time, made from the same prompt. They play in step; watch them to the end "
     "once, then again as often as you like, slowly or frame by frame. Judge what you see, not what you guess "
     "about how it was made. Say 'same' when you see no difference worth naming, 'both bad' when neither is "
     "acceptable. Some pairs come twice, and some are the same video twice: this checks the study."
+)
+OF_RANKINGS = (
+    "You will see some videos at a time, made from the same prompt. They play in step; watch them to the end "
+    "once, then again as often as you like, slowly or frame by frame. Judge what you see, not what you guess "
+    "about how it was made. Drag them into order, the best first; then go on to the next."
 )
 
 
@@ -89,13 +94,18 @@ class Design:
     title: str
     scenes: tuple[Scene, ...] = ()
     questions: tuple[Question, ...] = QUESTIONS
-    instructions: str = INSTRUCTIONS
+    instructions: str = ""
+    """What raters are told first; empty: what fits pairs, or rankings."""
     pairs: int = 20
     """Most pairs, or rankings, that one rater is asked about; repeats and attention pairs come on top."""
     ranked: bool = False
     """Scenes are ranked whole, not pair by pair."""
     sources: str = ""
     """The origin of the videos, as the study was asked for."""
+
+    def __post_init__(self) -> None:
+        if not self.instructions:
+            object.__setattr__(self, "instructions", OF_RANKINGS if self.ranked else OF_PAIRS)
 
     @property
     def arms(self) -> tuple[str, ...]:

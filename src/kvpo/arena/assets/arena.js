@@ -87,7 +87,7 @@ function draw(ballot) {
   at("prompts").replaceChildren(...ballot.prompts.map((text, n) =>
     element("li", {}, ...(ballot.prompts.length > 1 ? [element("b", { textContent: n + 1 })] : []), text)));
   at("stage").classList.toggle("ranked", ballot.ranked);
-  at("stage").style.setProperty("--columns", ballot.ranked && ballot.videos > 4 ? 3 : 2);
+  at("stage").style.setProperty("--columns", ballot.ranked && (ballot.videos === 3 || ballot.videos > 4) ? 3 : 2);
   const names = ballot.ranked ? ballot.sources.map((_, n) => `${n + 1}`) : ["Left", "Right"];
   state.videos = ballot.sources.map((src) => element("video", { src, muted: true, playsInline: true, preload: "auto" }));
   at("stage").replaceChildren(...state.videos.map((video, n) => {
@@ -334,6 +334,7 @@ async function start() {
     state.session = await askJson("/session");
     const { session } = state;
     document.title = `${session.title} · kvpo arena`;
+    document.body.classList.toggle("ranking", session.ranked);
     at("title").textContent = session.title;
     at("instructions").textContent = session.instructions;
     at("rater").textContent = `You vote as ${session.rater}.`;

@@ -68,7 +68,7 @@ function event(message) {
     case "session.pause.accepted":
       paused = message.paused; document.body.classList.toggle("paused", paused); state(paused ? "paused" : "live", !paused); return;
     case "session.route.accepted":
-      return say(message.frames.length ? `frames ${message.frames.join(", ")} are back for ${message.blocks} blocks` : "back to the deployed window");
+      return say(message.frames.length ? `back for ${message.blocks} blocks: ${message.frames.join(", ")}` : "back to the deployed window");
     case "session.pin.accepted": if (numbers) { numbers.pinned = message.pinned; mark(); } return;
     case "session.reset.accepted": forget(0); playing = []; return;
     case "session.choose.accepted": forget(message.frame); playing = []; return;
@@ -82,7 +82,7 @@ function started(message) {
   forget(0); playing = [];
   screenFor(message.arms);
   $("seed").value = message.seed;
-  $("send").textContent = "Switch at the next block";
+  $("send").textContent = "Switch at next block";
   state("live", true);
 }
 function ended(reason) {
@@ -193,7 +193,7 @@ function selection() {
   for (const [frame, { node }] of frames) node.setAttribute("aria-pressed", String(chosen.has(frame)));
   const list = [...chosen].sort((a, b) => a - b);
   $("route").disabled = $("pin").disabled = !list.length;
-  $("chosen").textContent = list.length ? `frames ${list.join(", ")}` : "Click frames to steer by them; shift-click takes a range.";
+  $("chosen").textContent = list.length ? `${list.length > 1 ? "frames" : "frame"} ${list.join(", ")}` : "Click frames to steer by them; shift-click takes a range.";
   const all = list.length && numbers && list.every((frame) => numbers.pinned.includes(frame));
   $("pin").textContent = all ? "Unpin" : "Pin";
 }
