@@ -230,37 +230,28 @@ def test_a_vote_that_the_server_did_not_take_says_so_and_is_sent_again(browser, 
     assert study.done(study.rater_of(token)) == 2
 
 
-def kills(page, folders, directory, times: int) -> None:
-    """Vote on the page, kill the server once the page goes on, start another: the vote must be there."""
-    study = open_study(folders, directory, pairs=times)
+def test_kills_between_votes_on_the_page_lose_none(browser, folders, tmp_path):
+    """Vote, kill the server once the page goes on, start another and come back: the vote must be there."""
+    study = open_study(folders, tmp_path / "study", pairs=3)
     token = study.invite("ann")
     with socket.create_server(("127.0.0.1", 0)) as listener:
         url = f"http://127.0.0.1:{listener.getsockname()[1]}/#{token}"
-        server = child_server(directory, listener)
+        server = child_server(study.directory, listener)
         try:
-            page.open(url)
-            page.wait_for("!document.getElementById('welcome').hidden")
-            page.run("document.getElementById('begin').click()")
-            for done in range(times):
-                at_ballot(page, done)
-                press(page, *["ArrowLeft"] * 5, "Enter")
-                page.wait_for(f"state.session.done === {done + 1}")
+            browser.open(url)
+            browser.wait_for("!document.getElementById('welcome').hidden")
+            browser.run("document.getElementById('begin').click()")
+            for done in range(2):
+                at_ballot(browser, done)
+                press(browser, *["ArrowLeft"] * 5, "Enter")
+                browser.wait_for(f"state.session.done === {done + 1}")
                 server.kill()
                 server.wait(20)
-                assert Study(directory).done(study.rater_of(token)) == done + 1
-                server = child_server(directory, listener)
-                page.open("about:blank")
-                page.open(url)
-            at_ballot(page, times)
+                assert Study(study.directory).done(study.rater_of(token)) == done + 1
+                server = child_server(study.directory, listener)
+                browser.open("about:blank")
+                browser.open(url)
+            at_ballot(browser, 2)
         finally:
             server.kill()
             server.wait(20)
-
-
-def test_kills_between_votes_on_the_page_lose_none(browser, folders, tmp_path):
-    kills(browser, folders, tmp_path / "study", 2)
-
-
-@pytest.mark.slow
-def test_a_hundred_kills_between_votes_on_the_page_lose_none(browser, folders, tmp_path):
-    kills(browser, folders, tmp_path / "study", 100)
