@@ -95,7 +95,7 @@ class Design:
     scenes: tuple[Scene, ...] = ()
     questions: tuple[Question, ...] = QUESTIONS
     instructions: str = ""
-    """What raters are told first; empty: what fits pairs, or rankings."""
+    """Text for raters before they begin; empty: the one for pairs, or for rankings."""
     pairs: int = 20
     """Most pairs, or rankings, that one rater is asked about; repeats and attention pairs come on top."""
     ranked: bool = False
