@@ -3,6 +3,7 @@ import resource
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -86,7 +87,7 @@ def test_advantages_is_short_for_the_field(monkeypatch: pytest.MonkeyPatch, tmp_
 
 class _Align:
     @staticmethod
-    def align(config: Config, out: Path, *, resume: bool) -> None:
+    def align(config: Config, out: Path, **given: Any) -> None:
         pass
 
 
