@@ -5,11 +5,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from kvpo.engine.generator import TextRows
+from kvpo.engine.generator import TextRows, as_bytes
 from kvpo.engine.pages import stream_pages
 from kvpo.engine.stream import (
     advance,
     denoise_block,
+    lockstep_batches,
     open_stream,
     stream_latents,
 )
@@ -242,3 +243,16 @@ def test_streaming_leaves_the_global_generator_alone():
     state = torch.get_rng_state()
     stream_latents(one, [prompt(0, 12)], texts(), tape_of())
     assert torch.equal(state, torch.get_rng_state())
+
+
+def test_batches_hold_every_stream_once_with_its_like():
+    assert list(lockstep_batches("aabaab", 0)) == [[0, 1, 3, 4], [2, 5]]
+    assert list(lockstep_batches("aabaab", 3)) == [[0, 1, 3], [4], [2, 5]]
+    assert list(lockstep_batches("aabaab", 1)) == [[0], [1], [3], [4], [2], [5]]
+
+
+def test_bytes_of_pixels_are_rounded_and_clamped():
+    pixels_TCHW = torch.tensor([-0.5, 0.0, 0.4, 0.5, 1.0, 1.5]).expand(2, 3, 1, 6)
+    found = as_bytes(pixels_TCHW)
+    assert found.shape == (2, 1, 6, 3) and found.dtype == torch.uint8
+    assert found[1, 0, :, 2].tolist() == [0, 0, 102, 128, 255, 255]
