@@ -1,5 +1,6 @@
 """The exactness checks of a run measure what they say, and can fail."""
 
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -8,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from kvpo.engine.explorers import Member
 from kvpo.engine.replay import ReplayRow
-from kvpo.engine.rollout import Rollout
+from kvpo.engine.rollout import Ran, Rollout
 from kvpo.training import checks
 from kvpo.training.checks import (
     anchor_energy_at_old,
@@ -55,6 +57,22 @@ def test_identities_of_a_run_are_exact_and_can_fail(
 
     monkeypatch.setattr(owner, step, after_a_nudge)
     assert measure(trainer) > tolerance
+
+
+def test_a_single_number_that_differs_on_the_recent_route_is_found(
+    tiny_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer, original = trainer_of(tiny_base), Rollout.run
+
+    def nudged(rollout: Rollout, members: Sequence[Member], **named: Any) -> Iterator[Ran]:
+        for one in original(rollout, members, **named):
+            if members[0].routes is not None:
+                one.velocities_PSFCHW[-1, 0, 0, 0, 0, 0] += 0.25
+            yield one
+
+    monkeypatch.setattr(Rollout, "run", nudged)
+    found = default_route_max_difference(trainer.setup, trainer.setup.training_prompts(0))
+    assert found == pytest.approx(0.25, rel=1e-4)
 
 
 STREAMS: dict[str, dict[str, Any]] = {
