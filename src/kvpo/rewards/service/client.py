@@ -73,7 +73,7 @@ class Link:
         token: str | None,
         patience: Patience,
         *,
-        at_once: int = IN_FLIGHT,
+        at_once: int | None = None,
         role: str = "reward server",
         kind: str = "application/octet-stream",
     ) -> None:
@@ -82,6 +82,7 @@ class Link:
         self.role = role
         self.kind = kind
         self.loop = asyncio.new_event_loop()
+        at_once = at_once or IN_FLIGHT
         self.in_flight = asyncio.Semaphore(at_once)
         self.preparation = asyncio.Lock()
         self.upload = asyncio.Lock()  # held by the request whose body is leaving
