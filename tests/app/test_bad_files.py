@@ -210,7 +210,7 @@ def test_sharded_directories_with_a_part_missing(
         ("p.jsonl", '{"prompts": ["a dog", "a ball"]}\n{"prompts": ["a dog"', "p.jsonl, line 2: not JSON"),
         ("p.jsonl", '{"prompts": ["a", "b"]}\n{"prompts": ["a"]}\n', "p.jsonl, line 2: 1 segments, but"),
         ("p.jsonl", '{"segments": ["a", "b"], "switches": [18]}\n', "p.jsonl, line 1: "),
-        ("p.csv", "a dog\n", "prompt files are .txt (one prompt per line) or .jsonl"),
+        ("p.csv", "a dog\n", "p.csv, line 1: no column is called prompt"),
     ],
 )
 def test_prompt_files(

@@ -45,7 +45,7 @@ def test_the_documented_command_resumes_every_preset_without_naming_it(
     with RunDirectory(tmp_path, config):
         pass
     seen: list[Config] = []
-    monkeypatch.setattr(kvpo.app.align, "align", lambda config, out, *, resume: seen.append(config))
+    monkeypatch.setattr(kvpo.app.align, "align", lambda config, out, **_: seen.append(config))
     with pytest.raises(KeyboardInterrupt):
         kvpo.app.commands._align(_parsed("align", "--resume", "--out", tmp_path))
     assert seen == [config]

@@ -12,6 +12,7 @@ from safetensors.numpy import load_file
 
 from kvpo.report.formatting import compact
 from kvpo.report.page import write_report
+from kvpo.world.vocabulary import FRAME_SIZE
 from tests.headless_chromium import chromium, find_chromium
 
 pytestmark = pytest.mark.skipif(
@@ -213,7 +214,7 @@ def test_larger_videos_play_as_h264_in_step(browser, finished_run, tmp_path):
     browser.run("document.getElementById('videos').scrollIntoView({behavior: 'instant'})")
     ready = "[...document.querySelectorAll('#gallery-cards video')].slice(0, 4)"
     browser.wait_for(f"{ready}.every((v) => v.readyState >= 2 && !v.seeking && v.currentTime > 0.3)")
-    assert browser.run(f"{ready}.map((v) => [v.videoWidth, v.videoHeight])") == [[128, 128]] * 4
+    assert browser.run(f"{ready}.map((v) => [v.videoWidth, v.videoHeight])") == [[4 * FRAME_SIZE] * 2] * 4
     times = browser.run(f"{ready}.map((v) => v.currentTime)")
     assert max(times) - min(times) < 1e-3 and times[0] == pytest.approx(0.7 * 8 / 16, abs=0.5 / 16)
     assert browser.run(f"new Set(({READ})({ready}[0])).size") > 8

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from kvpo.training import gradients
 from kvpo.training.ranks import RankError, Ranks, Teams, teams_of
@@ -45,7 +44,7 @@ def test_batches_that_ranks_share_differ_by_rounding(tiny_base: Path, tmp_path: 
     one, other = on_ranks(2, tmp_path / "ranks", trained, tiny_base, 3, settings)
     assert json.dumps(one[1]) == json.dumps(other[1])
     for name, value in alone[0].items():
-        torch.testing.assert_close(one[0][name], value, rtol=1e-3, atol=1e-6)
+        assert (one[0][name] - value).norm() <= 1e-4 * value.norm() + 1e-6, name
 
 
 def teams(ranks: Ranks, size: int) -> Teams:

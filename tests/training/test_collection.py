@@ -20,6 +20,7 @@ from kvpo.engine.pages import cache_pages
 from kvpo.engine.scoring import score_group
 from kvpo.prompts import VideoPrompt
 from kvpo.training.collection import credit_of, explore, generate_rollout, plan_rollout
+from kvpo.training.ranks import ALONE
 from tests.tiny_world import ToyScorer, tiny_config, toy_setup, with_weights
 from tests.training.test_trainer import equal, snapshot, trainer_of
 
@@ -63,7 +64,7 @@ def test_every_group_of_every_seed_and_update_draws_its_own_routes_and_noise(tin
         planned = replace(plan_rollout(seeded, update), forks=[Fork(24, setup.config.exploration)] * 2)
         with in_background() as submit:
             cache = seeded.generator.new_cache(cache_pages(seeded.generator, [planned]))
-            return generate_rollout(seeded, update, planned, submit, cache)[0].groups
+            return generate_rollout(seeded, update, planned, submit, cache, ALONE)[0].groups
 
     found = [*groups(0, 0), *groups(0, 1), *groups(1, 0)]
     assert len({group.routes for group in found}) == len(found) == 6

@@ -28,11 +28,21 @@ LEARNS: dict[str, dict[str, Any]] = {
         **FREE, "objective__velocity_kl": 5.0, "exploration__branches": 6, "optim__lr": 0.03,
     },
     "flow-grpo": {**FREE, "exploration__branches": 12, "optim__lr": 0.05},
-    "cm-grpo": {**FREE, "exploration__branches": 16, "objective__grad_steps": 1, "optim__lr": 0.05},
+    "cm-grpo": {**FREE, "exploration__branches": 32, "objective__grad_steps": 1, "optim__lr": 0.03},
     "nft": {**FREE, "exploration__branches": 6, "optim__lr": 0.03},
     "rvm": {**FREE, "exploration__branches": 6, "optim__lr": 0.03},
 }  # fmt: skip
 """Settings with which ten updates are enough for redness alone to rise."""
+
+
+class LatentColours:
+    """The first three channels of a latent frame as its colours: what is rewarded is plain to see."""
+
+    frames_per_latent = 1
+    frames_per_second = 8.0
+
+    def decode(self, latents_BTCHW: Tensor, before_TCHW: Tensor | None = None) -> Tensor:
+        return (0.5 + latents_BTCHW[:, :, :3] / 4).clamp(0, 1)
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +52,8 @@ def red(tiny_base: Path) -> Callable[..., Trainer]:
     def trainer(method: str, **settings: Any) -> Trainer:
         setup = toy_setup(tiny_config(tiny_base, method=method, evaluation__test_prompts=8, **settings))
         judges = replace(setup.judges, weights_K=torch.tensor([1.0, 0.0]))
-        return Trainer(replace(setup, judges=judges))
+        backbone = replace(setup.backbone, codec=LatentColours())
+        return Trainer(replace(setup, judges=judges, backbone=backbone))
 
     return trainer
 

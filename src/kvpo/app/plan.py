@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from kvpo.app.build import source_of
+from kvpo.app.build import check_device, source_of
 from kvpo.app.configuration import assign, flat
 from kvpo.app.sources.common import streaming_generator
 from kvpo.config import Config
@@ -189,6 +189,7 @@ def say_what_is_needed(config: Config, ranks: int, *, anyway: bool) -> None:
 
     Raises ConfigurationError where it does not fit the device, unless it shall begin ``anyway``.
     """
+    check_device(config)
     device = torch.device(config.device)
     gpus = torch.cuda.device_count() if device.type == "cuda" else ranks
     chosen = teams_within(ranks, config.distributed.branch_ranks)

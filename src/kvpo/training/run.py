@@ -293,7 +293,7 @@ class Run:
         self.saved = self.trainer.update
         self.best = None if state["best"] is None else (int(state["best"][0]), float(state["best"][1]))
         self.readings = radar.loaded(state["radar"])
-        self.unvalidated = state["unvalidated"]
+        self.unvalidated = bool(state.get("unvalidated", False))
         self.cpu_s = float(state.get("cpu_s", 0.0))
         if self.setup.validation:
             self.update_verdict()

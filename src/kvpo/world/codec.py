@@ -71,7 +71,8 @@ class PixelCodec(nn.Module):
         Frames are decoded one by one: what was ``before`` makes no difference. They are on the CPU, where the
         world's scorers are: each looks at few pixels.
         """
-        video = ((self.decoder(latents_BTCHW.flatten(0, 1)) + 1) / 2).unflatten(0, latents_BTCHW.shape[:2])
+        frames = self.decoder(latents_BTCHW.flatten(0, 1).to(self.std.dtype))
+        video = ((frames + 1) / 2).unflatten(0, latents_BTCHW.shape[:2])
         return video if self.training else video.clamp(0, 1).cpu()
 
     def decode_next(self, latents_FCHW: Tensor, state: object | None) -> tuple[Tensor, object | None]:
