@@ -21,6 +21,7 @@ from kvpo.app.presets import PRESETS
 from kvpo.config import Config
 from kvpo.config_checks import ConfigurationError, check
 from kvpo.method.methods import METHODS
+from kvpo.models.geometry import GEOMETRIES
 
 
 def message(call) -> str:
@@ -334,3 +335,7 @@ def test_what_the_user_says_wins_over_what_a_method_starts_from(tmp_path: Path) 
 def test_a_method_that_cannot_learn_as_it_is_told_is_refused(flags: dict[str, str], words: list[str]) -> None:
     said = message(lambda: resolve("demo", None, flags))
     assert all(word in said for word in words), said
+
+
+def test_one_named_geometry_has_relative_positions() -> None:
+    assert [name for name, shape in GEOMETRIES.items() if shape.relative_positions] == ["1.3b-relative"]
