@@ -253,7 +253,8 @@ def test_a_server_that_loads_is_waited_for(
     head = f"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 0\r\nContent-Length: {len(words)}\r\n\r\n"
     with odd_server(answer(head + words)) as url:
         reach(url, ["own"])
-        assert caplog.text == ""
+        # asyncio may complain here of a client of another test.
+        assert not [record for record in caplog.records if record.name.startswith("kvpo")]
         with pytest.raises(StillLoading, match="gave up: 503 Service Unavailable: loading hps"):
             connect(url, ["own"], patience=replace(QUICK, start=0.1, outage=2))
     left = re.findall("503 Service Unavailable: loading hps; waiting up to (.) s for it", caplog.text)

@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from kvpo.app.build import check_device, source_of
+from kvpo.app.build import source_of
 from kvpo.app.configuration import assign, flat
 from kvpo.app.sources.common import streaming_generator
 from kvpo.config import Config
@@ -189,12 +189,11 @@ def say_what_is_needed(config: Config, ranks: int, *, anyway: bool) -> None:
 
     Raises ConfigurationError where it does not fit the device, unless it shall begin ``anyway``.
     """
-    check_device(config)
-    device = torch.device(config.device)
-    gpus = torch.cuda.device_count() if device.type == "cuda" else ranks
+    on_cuda = config.device.startswith("cuda")
+    gpus = torch.cuda.device_count() if on_cuda else ranks
     chosen = teams_within(ranks, config.distributed.branch_ranks)
     split = Sharing(ranks, chosen, config.distributed.shard and chosen > 1, max(1, min(gpus, ranks)))
-    planner = Planner(config, DEFAULT_RATES[device.type == "cuda"])
+    planner = Planner(config, DEFAULT_RATES[on_cuda])
     try:
         plan = planner.plan(config, split)
     except ValueError:  # the run itself is about to say what is wrong
@@ -204,9 +203,12 @@ def say_what_is_needed(config: Config, ranks: int, *, anyway: bool) -> None:
         "plan: at most %s GB%s, in %r; %s GB of disk (`kvpo plan` has the details)",
         _gb(plan.total(plan.peak)), shared, plan.peak.name, _gb(plan.disk),
     )  # fmt: skip
-    if device.type != "cuda":
+    if not on_cuda:
         return
-    memory = float(torch.cuda.get_device_properties(device).total_memory)
+    try:
+        memory = float(torch.cuda.get_device_properties(torch.device(config.device)).total_memory)
+    except (RuntimeError, AssertionError):  # nor is there such a device
+        return
     if not anyway and not fits(plan, memory):
         advice = None if ranks > 1 else advise(planner, config, memory)
         add = (
