@@ -8,7 +8,6 @@ is on the disk before it is acknowledged. Prints a Markdown table; the load befo
 
 import argparse
 import hashlib
-import json
 import os
 import socket
 import tempfile
@@ -19,6 +18,7 @@ from pathlib import Path
 import httpx
 import numpy as np
 import uvicorn
+from measuring import table, write_json
 
 from kvpo.arena.intake import create_study
 from kvpo.arena.server import arena_app
@@ -107,11 +107,8 @@ def main() -> None:
         finally:
             server.should_exit = True
             thread.join()
-    print("| | |\n|---|---|")
-    for name, value in numbers.items():
-        print(f"| {name} | {value:.3g} |")
-    if arguments.json:
-        arguments.json.write_text(json.dumps(numbers, indent=1) + "\n")
+    print(table(["measured", "value"], list(numbers.items())))
+    write_json(arguments.json, numbers)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import uvicorn
+from measuring import table, write_json
 from websockets.sync.client import connect
 
 from kvpo.app.configuration import preset, resolve_saved
@@ -186,11 +187,8 @@ def main() -> None:
         numbers |= one_session(port)
         numbers |= watched(port, 50)
         numbers |= many_sessions(port, 8)
-    print("| | |\n|---|---|")
-    for name, value in numbers.items():
-        print(f"| {name} | {value:.3g} |")
-    if arguments.json:
-        arguments.json.write_text(json.dumps(numbers, indent=1) + "\n")
+    print(table(["measured", "value"], list(numbers.items())))
+    write_json(arguments.json, numbers)
 
 
 if __name__ == "__main__":

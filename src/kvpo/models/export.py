@@ -83,9 +83,7 @@ def save_diffusers_adapter(
         ValueError: the directory exists and is not empty.
     """
     tensors = _folded(adapter, lambda module: f"transformer.{to_diffusers_name(module)}")
-    with _new_directory(Path(directory)) as scratch:
-        save_file(tensors, scratch / DIFFUSERS_ADAPTER_NAME, metadata=_header(record))
-        finish(scratch)
+    _save_file(directory, DIFFUSERS_ADAPTER_NAME, tensors, record, finish)
 
 
 def save_comfy_adapter(
@@ -101,9 +99,15 @@ def save_comfy_adapter(
         ValueError: the directory exists and is not empty.
     """
     tensors = _folded(adapter, lambda module: f"diffusion_model.{module}")
-    directory = Path(directory)
-    with _new_directory(directory) as scratch:
-        save_file(tensors, scratch / f"{directory.name}.safetensors", metadata=_header(record))
+    _save_file(directory, f"{Path(directory).name}.safetensors", tensors, record, finish)
+
+
+def _save_file(
+    directory: str | Path, name: str, tensors: dict[str, Tensor], record: Record, finish: Finish
+) -> None:
+    """Write a new directory with one file of tensors and what ``finish`` adds."""
+    with _new_directory(Path(directory)) as scratch:
+        save_file(tensors, scratch / name, metadata=_header(record))
         finish(scratch)
 
 
