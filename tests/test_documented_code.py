@@ -113,11 +113,15 @@ def test_the_parser_refuses_what_is_not_documented(parsed: list[str]) -> None:
 
 
 def run_all(lines: list[str], flags: list[str], capsys: Any) -> None:
-    """Every command as it is written, a run that starts with these flags before its own."""
+    """Every command as it is written, a run that starts with these flags before its own.
+
+    The doctor's status 1 is a warning about the machine, such as a slow disk: it ran.
+    """
     for line in lines:
         name, *words = words_of(line)
         starts = name == "align" and "--resume" not in words
-        assert cli.main([name, *(flags if starts else []), *words]) == 0, (line, capsys.readouterr().err)
+        status = cli.main([name, *(flags if starts else []), *words])
+        assert status in ((0, 1) if name == "doctor" else (0,)), (line, *capsys.readouterr())
 
 
 def test_the_commands_and_code_of_the_embedded_world_run(
