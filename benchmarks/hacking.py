@@ -22,7 +22,7 @@ from torch import Tensor
 
 from kvpo.app.build import build_setup
 from kvpo.app.configuration import preset
-from kvpo.files import write_atomic
+from kvpo.files import json_lines, write_atomic
 from kvpo.prompts import ClipPrompt
 from kvpo.report.page import write_report
 from kvpo.rewards.pixel_statistics import brightness as mean_luminance
@@ -30,7 +30,7 @@ from kvpo.training import radar
 from kvpo.training.checkpoint import find_checkpoint
 from kvpo.training.evaluation import comparison
 from kvpo.training.held_out import evaluate_base
-from kvpo.training.metrics_log import MetricsLog, read_metrics
+from kvpo.training.metrics_log import MetricsLog
 from kvpo.training.run import Run, checkpoint_update, restore, resume_point
 from kvpo.training.run_directory import RunDirectory
 from kvpo.training.trainer import Trainer
@@ -94,7 +94,7 @@ def align(arm: str, seed: int, directory: Path) -> dict[str, Any]:
         restore(trainer, find_checkpoint(files.checkpoints, "best"))
         tested = evaluate_base(setup, trainer, setup.test)["short"], run.evaluate_aligned(setup.test["short"])
         assert run.best is not None
-        seen = [entry for entry in read_metrics(files.metrics) if entry["kind"] == "validation"]
+        seen = [entry for _, entry in json_lines(files.metrics) if entry and entry["kind"] == "validation"]
         return {
             "updates": run.readings[-1].update,
             "called": next((entry["update"] for entry in seen if entry["radar"]["hacked"]), None),

@@ -27,11 +27,10 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from kvpo.files import TEMPORARY_PREFIX
+from kvpo.files import TEMPORARY_PREFIX, json_lines
 from kvpo.models.geometry import fields_of
 from kvpo.models.settings import WanShape
 from kvpo.training.checkpoint import latest_checkpoint
-from kvpo.training.metrics_log import read_metrics
 from kvpo.world.pretrain import PretrainSettings, new_generator, save_generator
 from kvpo.world.snippets import SnippetSettings
 
@@ -81,7 +80,8 @@ def ended(out: Path) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
     assert latest is not None
     records = [
         {name: value for name, value in record.items() if name not in TIMES}
-        for record in read_metrics(out / "metrics.jsonl")
+        for _, record in json_lines(out / "metrics.jsonl")
+        if record
     ]
     return load_file(latest / "state.safetensors"), records
 

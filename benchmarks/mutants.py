@@ -79,7 +79,7 @@ class Recorder:
         """The sources that know of ranks, which run in processes of their own."""
         self.lines: dict[str, set[tuple[str, int]]] = {}
         self.hit = self.shared = set[tuple[str, int]]()
-        """Of imports and fixtures that outlive a test: every test of the file may rest on them."""
+        """Lines of imports and fixtures that outlive a test: every test of the file may rest on them."""
         self.seconds: dict[str, float] = {}
         self.failed: list[str] = []
 
@@ -132,7 +132,7 @@ class Chosen:
     """Pytest plugin: run these tests only, short ones first, and remember what failed first."""
 
     seconds: Mapping[str, float]
-    """Of every test to run."""
+    """Test -> the seconds that it takes."""
     failure: list[str] = field(default_factory=list)
 
     def pytest_sessionstart(self) -> None:
@@ -150,19 +150,19 @@ class Chosen:
 
 
 def run_file(file: str, plugin: Any, *options: str) -> bool:
-    """Whether the tests of one file pass; one without a chosen test does."""
+    """True if the tests of one file pass; a file without a chosen test does."""
     always = "-p no:cacheprovider -p no:xdist --tb=line --basetemp=temporary/pytest".split()
     return pytest.main([*always, *options, file], plugins=[plugin]) in (0, 5)
 
 
 @dataclass
 class Job:
-    """What a forked process does in the copy of its slot."""
+    """Work for a forked process in the copy of its slot."""
 
     function: Callable[[], Any]
     """Returns JSON."""
     seconds: float
-    """Of processor time that it may take, and ten times that on the clock."""
+    """Seconds of processor time that it may take, and ten times that on the clock."""
     mutant: Mutant | None = None
 
 
@@ -236,7 +236,7 @@ def slots_in(directory: Path, count: int) -> list[Path]:
 
 @dataclass(frozen=True)
 class Recorded:
-    """What each test executes and takes, measured on the source as it is."""
+    """Lines that each test executes and seconds that it takes, measured on the source as it is."""
 
     tests: Mapping[tuple[str, int], set[str]]
     """Source and line -> tests."""
@@ -307,7 +307,7 @@ def attempt(mutant: Mutant, recorded: Recorded) -> Job:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one mutant."""
+    """The fate of one mutant."""
 
     file: str
     function: str
@@ -315,13 +315,13 @@ class Outcome:
     outcome: str
     """assertion, error (any other exception), time (too much of it, or the process died), or survived."""
     test: str
-    """That failed first."""
+    """The one that failed first."""
     reason: str
-    """Of a reviewed survivor: why no test can tell."""
+    """Why no test can tell a reviewed survivor from the source."""
 
 
 def outcome(mutant: Mutant, result: Any, reasons: Mapping[tuple[str, str, str], str]) -> Outcome:
-    """How a mutant was caught, if it was."""
+    """The fate of a mutant: how it was caught, if it was."""
     how, test = "time", ""
     if result and result["failure"]:
         test, error = result["failure"]

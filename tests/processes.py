@@ -20,7 +20,7 @@ CHILDREN.set_forkserver_preload(["tests.ranks", "tests.tiny_world", "kvpo.app.al
 
 
 def nothing() -> None:
-    """What happens first in most children."""
+    """The default of ``before``: most children run nothing first."""
 
 
 def start(arguments: Sequence[str | Path], output: Path, before: Callable[[], None] = nothing) -> BaseProcess:

@@ -33,7 +33,7 @@ def _child(work: Work, rank: int, count: int, meeting: Path, short: float, argum
 
 
 def on_ranks(count: int, meeting: Path, work: Work, *arguments: Any, short: float = 60.0) -> list[Any]:
-    """What ``work`` returned or raised on each of ``count`` ranks; None for a rank that was killed.
+    """Results of ``work``, returned or raised, on each of ``count`` ranks; None for a rank that was killed.
 
     One rank is this process, without a process group. ``short``: seconds of the short time-out.
     """

@@ -81,7 +81,7 @@ def numbered(count: int, first: int = 0) -> tuple[Tensor, list[ClipPrompt]]:
 
 
 def number_of(video_BTCHW: Tensor, prompts: Sequence[ClipPrompt]) -> Tensor:
-    """What ``numbered`` clips are, checked against their prompts."""
+    """The numbers of ``numbered`` clips, checked against their prompts."""
     numbers = video_BTCHW[:, 0, 0, 0, 0]
     for number, prompt in zip(numbers.tolist(), prompts, strict=True):
         told = (str(prompt), prompt.before, prompt.switch)

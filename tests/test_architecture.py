@@ -81,7 +81,7 @@ def room_of(name: str) -> str:
 
 
 def defines_network(name: str) -> bool:
-    """Whether a module of the package defines a torch network class."""
+    """True for a module of the package that defines a torch network class."""
     classes = (n for n in ast.walk(ast.parse(MODULES[name].read_text())) if isinstance(n, ast.ClassDef))
     return any(ast.unparse(base).split(".")[-1] == "Module" for node in classes for base in node.bases)
 

@@ -147,7 +147,7 @@ def test_a_missing_file(tmp_path):
     ("switches", "hidden"), [([16], 2), ([17], 2), ([4, 5], 2), ([1, 2, 3], 2), ([6, 7, 9], 3), ([6, 16], 3)]
 )
 def test_a_segment_without_a_block_is_named_with_its_line(tmp_path, switches, hidden):
-    """Of 18 frames in blocks of 3 the last starts at 15; a switch acts at the first block from it on."""
+    """The last block of 18 frames in blocks of 3 starts at 15; a switch acts at the next block start."""
     record = {"segments": ["a"] * (len(switches) + 1), "switches": switches}
     path = write(tmp_path / "p.jsonl", jsonl({"segments": ["a", "b"], "switches": [15]}, record))
     with pytest.raises(ValueError, match=rf"line 2: segment {hidden} of {len(switches) + 1} is never shown"):

@@ -132,7 +132,7 @@ def write_lora(config: Config, path: Path) -> None:
 
 
 def tiny_settings(name: str, directory: Path, segments: int, changes: Mapping[str, Any]) -> dict[str, Any]:
-    """What shrinks a preset to nothing, its files written to ``directory`` first."""
+    """Settings that shrink a preset to nothing, its files written to ``directory`` first."""
     config = preset(name, SETTINGS)
     if not (directory / "vae").exists():
         write_text_and_pixels(directory)

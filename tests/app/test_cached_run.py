@@ -18,9 +18,10 @@ from kvpo.rewards.cache import Counts, score_cache
 from kvpo.rewards.reward import Reward
 from kvpo.training.collection import explore
 from kvpo.training.held_out import evaluate_base, evaluate_prompts
-from kvpo.training.metrics_log import MetricsLog, read_metrics
+from kvpo.training.metrics_log import MetricsLog
 from kvpo.training.run import Run
 from kvpo.training.trainer import Trainer
+from tests.metrics import read_metrics
 from tests.tiny_world import ToyScorer, tiny_config, toy_setup
 
 ME = "tests.app.test_cached_run"
@@ -40,7 +41,7 @@ def unknown(video_BTCHW: Tensor, prompts: Any) -> Tensor:
 
 
 def versions(tmp_path: Path, *scorers: str, **changes: Any) -> list[str]:
-    """Of the scorers of a run, in the order of their names."""
+    """Versions of the scorers of a run, in the order of their names."""
     values = {name.replace("__", "."): value for name, value in changes.items()}
     config = assign(Config(), {"rewards.scorers": list(scorers), **values})
     scorer, _ = build_scorer(config, 8.0, score_cache(str(tmp_path)))

@@ -240,7 +240,7 @@ def test_an_infinite_temperature_is_refused() -> None:
 def test_configured_switches_that_hide_a_segment_are_refused(
     switches: tuple[int, ...], hidden: int | None
 ) -> None:
-    """Of 147 frames in blocks of 3 the last starts at 144."""
+    """The last block of 147 frames in blocks of 3 starts at 144."""
     config = PRESETS["longlive-1.3b"]()
     said = message(lambda: check(assign(config, {"prompts.frames": (*switches, 147)})))
     assert "prompts.frames" in said and (hidden is None or f"segment {hidden} of" in said)

@@ -71,7 +71,7 @@ def hollow(video_BTCHW: Tensor, prompts: Any) -> Tensor:
 
 
 def sparse(video_BTCHW: Tensor, prompts: Any) -> Tensor:
-    """Of few numbers."""
+    """Scores as a sparse tensor."""
     return video_BTCHW.mean((1, 2, 3, 4)).to_sparse()
 
 

@@ -41,7 +41,7 @@ def collected(one, prompts, exploration=EXPLORATION, fork=FORK, key=("k",)):
 
 
 def by_hand(one, prompts, members, exploration=EXPLORATION, fork=FORK):
-    """What hand-made members visit in a rollout of their own."""
+    """Trajectories of hand-made members in a rollout of their own."""
     rollout = grown_roots(one, prompts, fork, exploration)
     found = visited(rollout, members)
     rollout.release()

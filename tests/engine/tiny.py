@@ -138,7 +138,7 @@ def grown_roots(
 
 
 def visited(rollout: Rollout, members: Sequence[Member], **options: int) -> Ran:
-    """What members visited, all of it with a leading axis over them."""
+    """The trajectories of members, with a leading axis over them."""
     ran = list(rollout.run(members, **options))
     return Ran(*(torch.stack([vars(own)[field.name] for own in ran]) for field in fields(Ran)))
 

@@ -19,7 +19,7 @@ SLURM = {"scontrol": "#!/bin/sh\necho node-a\necho node-b\n", "srun": '#!/bin/sh
 
 
 def kvpo_arguments(words: list[str]) -> Any:
-    """What kvpo makes of the words behind ``-m kvpo``."""
+    """Arguments that kvpo parses from the words behind ``-m kvpo``."""
     at = words.index("-m") + 1
     assert words[at] == "kvpo"
     parsed = _parsers(_preset_for_help(words))[0].parse_args(words[at + 1 :])

@@ -62,7 +62,7 @@ def is_count(value: object) -> bool:
 
 
 def are_frames(value: object) -> bool:
-    """Whether these are frames in ascending order."""
+    """True for frames in ascending order."""
     return isinstance(value, list) and all(map(is_count, value)) and value == sorted(value)
 
 
@@ -203,7 +203,7 @@ def generator_of(meta: dict, model: CausalWan, context_noise: float = 0.0) -> St
 
 
 def forgets_at_switch(meta: dict) -> bool:
-    """Whether the public code zeroes history at a switch and then re-encodes only its last frames.
+    """True where the public code zeroes history at a switch and then re-encodes only its last frames.
 
     With the sink not kept, MemFlow never rewrites the sink slots, and the sampler's cache is longer than what
     is re-encoded: zero keys and values stay behind and are attended to.

@@ -47,7 +47,7 @@ class Place:
 
 @dataclass
 class Route:
-    """What the blocks starting in ``[first, stop)`` see in place of the local window."""
+    """Frames that the blocks starting in ``[first, stop)`` see in place of the local window."""
 
     frames: Sequence[int]
     nearest: int
@@ -172,7 +172,7 @@ class ReferenceStream:
         return self.linear(f"{name}.o", out), (all_k, all_v), (k, v)
 
     def shown(self, slots: list, end: int, bank: list, routed: list | None, q: Tensor) -> list:
-        """What a call attends to, its own frames being in the slots up to ``end``."""
+        """Keys and values that a call attends to, its own frames being in the slots up to ``end``."""
         window, sink = self.window, self.sink
         if self.meta["model"] == "selfforcing" or not sink:
             if routed is not None and self.meta["model"] == "longlive":

@@ -110,7 +110,7 @@ def test_replay_agrees_with_the_reference(fork):
 
 @pytest.mark.parametrize("path", of_kind("stream"), ids=lambda path: path.stem)
 def test_golden_stream_of_the_reference(path):
-    """What the reference is worth: it reproduces the public numbers that are there."""
+    """The reference reproduces the public numbers that are there."""
     meta, data = load(path)
     model, num_frames = base_model(meta), data["latents"].shape[1]
     slots = meta["window"] if meta["window"] != -1 else num_frames

@@ -9,7 +9,7 @@ from tests.tiny_world import tiny_config
 
 
 class Lines(logging.Handler):
-    """What a user reads while a run goes on."""
+    """The lines that a user reads while a run goes on."""
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)

@@ -65,7 +65,7 @@ def written(run) -> set[str]:
 
 @pytest.mark.parametrize("method", ["kvpo", "nft"])
 def test_every_metric_that_a_run_writes_has_a_meaning_and_a_panel(request, method):
-    """Of KVPO, and of another method, whose metrics the page cannot know."""
+    """Metrics of KVPO, and of another method, which the page cannot know."""
     run = request.getfixturevalue({"kvpo": "finished_run", "nft": "nft_run"}[method])
     meanings = json.loads((run / "meanings.json").read_text())
     explained = {name: text for metrics in meanings.values() for name, text in metrics.items()}

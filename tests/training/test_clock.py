@@ -14,11 +14,12 @@ from kvpo.report.phases import phases
 from kvpo.report.record import RunRecord
 from kvpo.training.clock import PHASES, Clock, phases_of
 from kvpo.training.held_out import evaluate_base
-from kvpo.training.metrics_log import MetricsLog, read_metrics
+from kvpo.training.metrics_log import MetricsLog
 from kvpo.training.ranks import Ranks
 from kvpo.training.run import Run
 from kvpo.training.trackers import TRACKERS, Tracker
 from kvpo.training.trainer import Trainer
+from tests.metrics import read_metrics
 from tests.ranks import on_ranks
 from tests.tiny_world import tiny_config, toy_setup
 

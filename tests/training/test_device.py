@@ -10,7 +10,7 @@ import torch
 from kvpo.config import Config
 from kvpo.training import run
 from kvpo.training.device import computing
-from kvpo.training.metrics_log import read_metrics
+from tests.metrics import read_metrics
 from tests.training.test_resume import ToyRun
 
 

@@ -115,7 +115,7 @@ def test_an_adapter_of_zeros_is_told_and_has_no_coverage(
 def test_gradient_coverage_is_the_share_of_trained_tensors_with_a_gradient(
     tiny_base: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Of a fresh adapter only B has one: A's is multiplied by B, which is 0 until the first step."""
+    """Only B of a fresh adapter has one: A's is multiplied by B, which is 0 until the first step."""
     trainer = trainer_of(tiny_base)
     coverage = [trainer.step()["gradient_coverage"] for _ in range(3)]
     layers = len(trainer.policy.parameters) // 2

@@ -59,7 +59,7 @@ def red(tiny_base: Path) -> Callable[..., Trainer]:
 
 
 def redness(setup: Setup) -> Tensor:
-    """Of the held-out videos, on their fixed tape, [N]."""
+    """Redness [N] of the held-out videos on their fixed tape."""
     prompts = setup.test["short"]
     with torch.no_grad():
         return evaluate_policy(setup.backbone, prompts, setup.evaluation_tape(), setup.judges).components_KN[

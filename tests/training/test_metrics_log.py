@@ -3,7 +3,8 @@ from pathlib import Path
 
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from kvpo.training.metrics_log import MetricsLog, read_metrics, truncate_metrics
+from kvpo.training.metrics_log import MetricsLog, truncate_metrics
+from tests.metrics import read_metrics
 
 
 def logged(path: Path, updates: range, resumed_at: int | None = None) -> None:

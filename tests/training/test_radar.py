@@ -13,7 +13,6 @@ from kvpo.rewards.protocol import Declaration
 from kvpo.rewards.reward import Reward
 from kvpo.training.checkpoint import best_checkpoint
 from kvpo.training.evaluation import Evaluation, Judges, comparison, paired_gain
-from kvpo.training.metrics_log import read_metrics
 from kvpo.training.radar import (
     Reading,
     describe_verdict,
@@ -29,6 +28,7 @@ from kvpo.training.radar import (
     verdict_numbers,
 )
 from kvpo.training.run import checkpoint_update
+from tests.metrics import read_metrics
 from tests.tiny_world import ToyScorer
 from tests.training.test_resume import ToyRun
 

@@ -21,10 +21,11 @@ from kvpo.training.checkpoint import (
     save_checkpoint,
 )
 from kvpo.training.held_out import evaluate_base
-from kvpo.training.metrics_log import MetricsLog, read_metrics
+from kvpo.training.metrics_log import MetricsLog
 from kvpo.training.run import Run, restore, resume_point
 from kvpo.training.trainer import Trainer, architecture
 from tests import processes
+from tests.metrics import read_metrics
 from tests.tiny_world import SETTINGS, tiny_config, toy_setup, with_weights
 
 UPDATES = 5

@@ -13,9 +13,10 @@ from kvpo.app.named_rewards import UserReward
 from kvpo.prompts import VideoPrompt
 from kvpo.training.checks import first_ratio_max_deviation, ratio_tolerance
 from kvpo.training.collection import explore, plan_rollout
-from kvpo.training.metrics_log import MetricsLog, read_metrics
+from kvpo.training.metrics_log import MetricsLog
 from kvpo.training.run import Run
 from kvpo.training.trainer import Trainer, learning_rate_factor
+from tests.metrics import read_metrics
 from tests.tiny_world import ToyScorer, tiny_config, toy_setup
 
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from kvpo.world.codec import PixelCodec, load_codec, psnr, save_codec, train_codec
+from kvpo.world.codec import PixelCodec, load_codec, save_codec, train_codec
 from kvpo.world.grammar import all_words
 from kvpo.world.imperfect import CLEAN, Faults, observe
 from kvpo.world.stories import distinct_stories
@@ -14,6 +14,10 @@ from kvpo.world.text import (
     LearnedTextEncoder,
     WordTokenizer,
 )
+
+
+def psnr(video: torch.Tensor, reference: torch.Tensor) -> float:
+    return float(-10 * torch.log10((video - reference).square().mean()))
 
 
 def held_out(faults: Faults) -> torch.Tensor:

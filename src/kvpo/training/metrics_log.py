@@ -5,7 +5,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TypeGuard
+from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
@@ -74,19 +74,14 @@ def truncate_metrics(path: Path, update: int) -> None:
     if not path.exists():
         return
     before = path.read_text(encoding="utf-8", errors="replace")
-    kept = [line for line, record in json_lines(path) if _is_metrics(record) and record["update"] <= update]
+    kept = [
+        line
+        for line, record in json_lines(path)
+        if record and "update" in record and record["update"] <= update
+    ]
     after = "".join(line + "\n" for line in kept)
     if after != before:
         write_atomic(path, after)
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """All whole lines of a metrics file, in order; a run that is still writing may have cut the last one."""
-    return [record for _, record in json_lines(path) if _is_metrics(record)]
-
-
-def _is_metrics(record: dict[str, Any] | None) -> TypeGuard[dict[str, Any]]:
-    return record is not None and "update" in record
 
 
 def _numbers(metrics: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:

@@ -87,11 +87,6 @@ class PixelCodec(nn.Module):
         self.std.copy_(raw.std((0, 2, 3)))
 
 
-def psnr(video: Tensor, reference: Tensor) -> float:
-    """Peak signal-to-noise ratio in dB for values in [0, 1]."""
-    return float(-10 * torch.log10(F.mse_loss(video, reference)))
-
-
 def _sample(generator: torch.Generator, count: int, num_frames: int) -> Tensor:
     """``count`` faulty and ``count`` clean videos [2 * count, num_frames, 3, H, W]."""
     return torch.cat(
