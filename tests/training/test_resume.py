@@ -1,4 +1,4 @@
-"""Resuming: to the bit, whatever interrupted the run and wherever it was."""
+"""Resuming bit for bit, whatever interrupted the run and wherever it was."""
 
 import importlib
 import json
@@ -14,6 +14,7 @@ import pytest
 import yaml
 from safetensors.torch import load_file
 
+from kvpo.method.methods import METHODS
 from kvpo.training.checkpoint import (
     CheckpointError,
     best_checkpoint,
@@ -272,6 +273,24 @@ def test_killed_within_shared_rollouts_a_run_of_all_parameters_ends_the_same(
             assert code == -signal.SIGKILL, printed
         code, printed = processes.run([*command, tmp_path / name], log, before_tests)
         assert code == 130 and "saved up to update 6;" in printed
+    assert outcome(tmp_path / "killed") == outcome(tmp_path / "whole")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+def test_killed_within_two_updates_a_run_of_any_method_ends_the_same(
+    method: str, arguments: list[str | Path], tmp_path: Path
+) -> None:
+    command = [*arguments, "--method", method, "--evaluation.every", "0", "--optim.updates", "4"]
+    command += ["--optim.inner_epochs", "2", "--optim.rollouts_per_refresh", "2", "--resume", "--out"]
+    log = tmp_path / "log"
+    for nth in (6, 3):
+        kill = partial(signal_at, "kvpo.training.trainer:accumulate_gradients", nth, signal.SIGKILL)
+        code, printed = processes.run([*command, tmp_path / "killed"], log, kill)
+        assert code == -signal.SIGKILL, printed
+    for name in ("killed", "whole"):
+        code, printed = processes.run([*command, tmp_path / name], log)
+        assert code == 0, printed
     assert outcome(tmp_path / "killed") == outcome(tmp_path / "whole")
 
 
