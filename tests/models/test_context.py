@@ -121,7 +121,7 @@ def teacher_pass(model, clean_BTCHW, noisy_BTCHW, sigma, text_RLD, frames_CP):
     levels = torch.cat([torch.zeros(videos * blocks), torch.full((videos * blocks,), sigma)])
     start = (3 * torch.arange(blocks)).repeat(2 * videos)
     text_rows = torch.arange(videos).repeat_interleave(blocks).repeat(2)
-    context = TeacherContext(start, frames_CP.repeat(2, 1), block=3, clean=videos * blocks)
+    context = TeacherContext(start, frames_CP.repeat(2, 1), block=3)
     velocity = model(rows, levels, text_RLD, context, text_rows=text_rows)
     return velocity[videos * blocks :].unflatten(0, (videos, blocks)).flatten(1, 2)
 

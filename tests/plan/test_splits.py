@@ -88,6 +88,9 @@ def test_more_ranks_take_less_of_each_and_say_what_they_send() -> None:
     assert teams.seconds < one.seconds / 2
     for name in ("weights", "adapter", "optimiser", "moving average"):
         assert groups.standing[name] == teams.standing[name] == 8 * spread.standing[name]
+    every = preset("wan-14b", {"optim.lora_rank": 0, "rewards.scorers": ["flicker"]})
+    whole, spread_out = (planned(every, split).standing for split in (Sharing(), Sharing(8, 8, True, 8)))
+    assert whole["starting policy"] == 8 * spread_out["starting policy"] > 0
     assert exchange(one) == 0 < exchange(groups) < exchange(spread)
     nodes = planned(config, Sharing(16, 1, False, 8))
     assert exchange(nodes) > exchange(groups)

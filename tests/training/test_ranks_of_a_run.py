@@ -166,6 +166,27 @@ def test_gradients_are_added_in_order_whatever_their_sizes(tmp_path: Path) -> No
             assert all(map(torch.equal, found, expected))
 
 
+def added_up_by_teams(ranks: Ranks, size: int) -> list[Tensor]:
+    """Three groups of three micro-batches, which the ranks of a team of all deal among themselves."""
+    parameters = [nn.Parameter(torch.zeros(size))]
+    draws = torch.Generator().manual_seed(0)
+    every = [[torch.randn(size, generator=draws) for _ in range(3)] for _ in range(3)]
+    total = OrderedSum(ranks, parameters, team=ranks.count)
+    total.add([[[one] for one in group[ranks.rank :: ranks.count]] for group in every], slots=3, cells=2)
+    total.store()
+    return [gradient for gradient in taken(parameters) if gradient is not None]
+
+
+def test_gradients_of_a_group_that_a_team_shares_are_added_in_order(tmp_path: Path) -> None:
+    draws = torch.Generator().manual_seed(0)
+    every = torch.stack([torch.randn(7, generator=draws) for _ in range(9)]).view(3, 3, 7)
+    expected = torch.zeros(7)
+    for first, second, third in every:
+        expected += first + second + third
+    for (found,) in on_ranks(2, tmp_path / "ranks", added_up_by_teams, 7):
+        assert torch.equal(found, expected)
+
+
 def differing(ranks: Ranks, base: Path, other_base: Path, what: str) -> None:
     """A run whose second rank is not where it should be."""
     second = ranks.rank == 1

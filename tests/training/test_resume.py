@@ -100,9 +100,12 @@ def test_stopped_after_any_update_a_run_ends_the_same(tiny_base: Path, tmp_path:
     assert updates == [1, 2, 3, 4, 5]
 
 
-def test_validation_and_the_best_checkpoint(tiny_base: Path, tmp_path: Path) -> None:
+def test_validation_and_the_best_checkpoint(
+    tiny_base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     run = ToyRun(tiny_base, tmp_path)
     assert run.go()
+    assert "lost" not in caplog.text
     validations = [r for r in read_metrics(tmp_path / "metrics.jsonl") if r["kind"] == "validation"]
     assert [record["update"] for record in validations] == [2, 4, 5]
     gains = {0: 0.0, **{record["update"]: record["mean_gain"] for record in validations}}

@@ -80,6 +80,8 @@ def run_of(
         for found in every:
             assert isinstance(found, list), found
             assert found == every[0]
+        latest = latest_checkpoint(directory / "checkpoints")
+        assert latest is not None and all(path.is_file() for path in latest.iterdir())  # no parts are left
     return saved(directory / "checkpoints"), every[0]
 
 

@@ -100,8 +100,6 @@ class TeacherContext:
     frame), so a route may name another video's frames; -1 hides a slot."""
     block: int
     """Frames per block."""
-    clean: int
-    """C: how many of the rows are clean."""
 
     def read(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         rows, slots = self.frames_RP.shape
@@ -109,7 +107,7 @@ class TeacherContext:
         index = self.frames_RP.clamp_min(0).reshape(-1)
 
         def context(own: Tensor) -> Tensor:
-            picked = own[: self.clean].reshape(-1, tokens, *own.shape[2:]).index_select(0, index)
+            picked = own.reshape(-1, tokens, *own.shape[2:]).index_select(0, index)
             return torch.cat([picked.view(rows, slots * tokens, *own.shape[2:]), own], 1)
 
         visible = self.frames_RP >= 0

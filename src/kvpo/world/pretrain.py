@@ -82,7 +82,6 @@ def training_loss(
         start_R=batch.starts_R.to(device),
         frames_RP=batch.frames_RP.to(device),
         block=stream.block,
-        clean=len(clean),
     )
     with _precision(device, settings):
         velocity = model(
