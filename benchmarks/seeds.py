@@ -1,117 +1,216 @@
 """Does alignment learn, and from the reward? Several seeds of every arm, through the real command line.
 
-Arms: the paper's method (own history), donor histories, and the null control (advantages permuted within each
-group). Every run evaluates the same test prompts on the same noise, so runs are paired video by video.
+Arms: the paper's method (own history), the null control (advantages permuted within each group), donor
+histories, and controls of what may be learned instead: advantages of the wrong sign, imitation of the best
+branches alone (rvm), and the same with branches of noise in place of routed history. Every run evaluates the
+same test prompts on the same noise, so runs are paired video by video.
 
-    python benchmarks/seeds.py --out runs/seeds --seeds 0 1 2 [--arms paper donor random] [--jobs 2]
+    python benchmarks/seeds.py --out runs/seeds --seeds 0 1 2 [--arms paper random] [--json FILE]
+        [--null FILE] [any setting]
+    python benchmarks/seeds.py --tables benchmarks/results/seeds.json
+
+Killed at any moment, the same command goes on. --json keeps everything that the tables are printed from,
+--null the gains of the null control, which `kvpo align` and `kvpo report` compare a run with. Both are
+written after every run.
 """
 
 import argparse
 import json
-import statistics
+import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+import yaml
+from measuring import machine, section, table, write_json
+
+from kvpo.app.comparison.command import source_commit
 
 ARMS = {
     "paper": [],
-    "donor": ["--exploration.donor", "1"],
     "random": ["--advantages", "random"],
+    "donor": ["--exploration.donor", "1"],
+    "flipped": ["--advantages", "flipped"],
+    "positive": ["--method", "rvm", "--exploration.explorer", "routes", "--objective.keep", "4,0"],
+    "noise": ["--method", "rvm", "--exploration.explorer", "fresh", "--objective.keep", "4,0"],
 }
+SETS = ("short", "long")
+DIVERSITY = ("attribute_diversity", "pixel_distance", "broken_share", "reward_std")
+Runs = dict[str, list[dict[str, Any]]]
+"""Arm -> its runs by seed: the part of their summaries that the tables need."""
 
 
-def run(arm: str, seed: int, out: Path, extra: list[str], threads: int) -> dict:
-    """One run of one arm; a finished one is read instead of repeated."""
+def run(arm: str, seed: int, out: Path, extra: Sequence[str]) -> None:
+    """One run of one arm, on one thread; a finished one is left as it is, a killed one goes on."""
     directory = out / f"{arm}-{seed}"
-    summary = directory / "summary.json"
-    if not summary.exists():
-        command = [
-            sys.executable, "-m", "kvpo", "align", "--preset", "demo", "--seed", str(seed),
-            "--out", str(directory), "--resume", "--threads", str(threads), *ARMS[arm], *extra,
-        ]  # fmt: skip
-        log = out / f"{arm}-{seed}.log"
-        with log.open("w") as file:
-            subprocess.run(command, check=True, stdout=file, stderr=file)
-    return json.loads(summary.read_text())
+    if (directory / "report.html").exists():
+        return
+    command = [
+        sys.executable, "-m", "kvpo", "align", "--preset", "demo", "--seed", str(seed), "--threads", "1",
+        "--out", str(directory), "--resume", *ARMS[arm], *extra,
+    ]  # fmt: skip
+    with (out / f"{arm}-{seed}.log").open("a") as file:
+        subprocess.run(command, check=True, stdout=file, stderr=file)
 
 
-def mean_std(values: list[float]) -> str:
-    """Mean and standard deviation (ddof 1) over seeds."""
-    spread = statistics.stdev(values) if len(values) > 1 else float("nan")
-    return f"{statistics.mean(values):+.4f} ± {spread:.4f}"
+def read(arm: str, seed: int, out: Path) -> dict[str, Any]:
+    """What is kept of a finished run."""
+    summary = json.loads((out / f"{arm}-{seed}" / "summary.json").read_text())
+    kept = ("seed", "updates", "wall_s", "cpu_s", "peak_rss_mb", "improved", "held_out", "diversity")
+    return {name: summary[name] for name in kept}
 
 
-def table(results: dict[str, list[dict]]) -> str:
-    """One row per arm and prompt set."""
-    lines = [
-        "| arm | set | base | paired gain, mean ± std over seeds | SE within a run | "
-        "share of what was missing | improved | unseen scorer gain (SE) | align + evaluate, s |",
-        "|---|---|---|---|---|---|---|---|---|",
+def collected(arms: Sequence[str], seeds: Sequence[int], out: Path) -> Runs:
+    """The finished runs."""
+    finished = [(arm, seed) for arm in arms for seed in seeds if (out / f"{arm}-{seed}/report.html").exists()]
+    runs: Runs = {}
+    for arm, seed in finished:
+        runs.setdefault(arm, []).append(read(arm, seed, out))
+    return runs
+
+
+def null_runs(runs: Runs, settings: dict[str, Any]) -> dict[str, Any]:
+    """The null control's gains as `kvpo report --null` reads them."""
+    gains = [
+        {"seed": one["seed"], **{name: one["held_out"][name]["paired_gain"] for name in SETS}}
+        for one in runs["random"]
     ]
-    for arm, runs in results.items():
-        for name in ("short", "long"):
-            sets = [run["held_out"][name] for run in runs]
-            gains = [one["paired_gain"] for one in sets]
-            base = statistics.mean(one["base_mean"] for one in sets)
-            unseen = statistics.mean(one["unseen_scorer_gain"] for one in sets)
-            lines.append(
-                f"| {arm} | {name} | {base:.3f} | {mean_std(gains)} | "
-                f"{statistics.mean(one['paired_se'] for one in sets):.4f} | "
-                f"{statistics.mean(gains) / (1 - base):.1%} | "
-                f"{statistics.mean(one['improved_fraction'] for one in sets):.0%} | "
-                f"{unseen:+.4f} ({statistics.mean(one['unseen_scorer_se'] for one in sets):.4f}) | "
-                f"{statistics.mean(run['wall_s'] for run in runs):.0f} |"
-            )
-    return "\n".join(lines)
+    return {"commit": source_commit(), "settings": settings, "runs": gains}
 
 
-def components(results: dict[str, list[dict]]) -> str:
-    """Gain per component, mean over seeds."""
-    names = list(next(iter(results.values()))[0]["held_out"]["short"]["components"])
-    lines = ["| arm | set | " + " | ".join(names) + " |", "|---|---|" + "---|" * len(names)]
-    for arm, runs in results.items():
-        for name in ("short", "long"):
-            gains = [
-                statistics.mean(run["held_out"][name]["components"][part]["gain"] for run in runs)
-                for part in names
-            ]
-            lines.append(f"| {arm} | {name} | " + " | ".join(f"{gain:+.3f}" for gain in gains) + " |")
-    return "\n".join(lines)
+def of(runs: Sequence[dict[str, Any]], name: str, key: str) -> list[float]:
+    """A number of every run's comparison on one prompt set."""
+    return [float(one["held_out"][name][key]) for one in runs]
 
 
-def diversity(results: dict[str, list[dict]]) -> str:
-    """Branch diversity of the base, mean over the runs' seeds."""
-    runs = [run for run in results.get("paper", []) if run["diversity"]]
-    if not runs:
-        return ""
-    kinds = list(runs[0]["diversity"])
-    names = ("attribute_diversity", "pixel_distance", "broken_share", "reward_std")
-    lines = ["| branches | " + " | ".join(names) + " |", "|---|---|---|---|---|"]
-    for kind in kinds:
-        means = [statistics.mean(run["diversity"][kind][name] for run in runs) for name in names]
-        lines.append(f"| {kind} | " + " | ".join(f"{value:.3f}" for value in means) + " |")
-    return "\n".join(lines)
+def spread(values: Sequence[float]) -> str:
+    """Mean and standard deviation (ddof 1) over seeds."""
+    return f"{fmean(values):+.4f}" + (f" ± {stdev(values):.4f}" if len(values) > 1 else "")
+
+
+def gains(runs: Runs) -> str:
+    """One row per arm and prompt set."""
+    columns = (
+        "arm", "set", "runs", "base", "paired gain, mean ± std over seeds", "SE within a run",
+        "of what was missing", "with a wrong caption", "unseen scorer", "above every null run",
+    )  # fmt: skip
+    rows = []
+    for arm, own in runs.items():
+        for name in SETS:
+            error = fmean(of(own, name, "paired_se"))
+            found, base = of(own, name, "paired_gain"), fmean(of(own, name, "base_mean"))
+            null = of(runs["random"], name, "paired_gain") if "random" in runs and arm != "random" else []
+            wrong = fmean(of(own, name, "wrong_caption_gain"))
+            rows.append(
+                (
+                    arm, name, len(own), f"{base:.3f}", spread(found), f"{error:.4f}",
+                    f"{fmean(found) / (1 - base):.1%}", f"{wrong:+.4f} ({wrong / fmean(found):.2f})",
+                    spread(of(own, name, "unseen_scorer_gain")),
+                    f"{sum(gain > max(null) for gain in found)} of {len(found)}" if null else "",
+                )
+            )  # fmt: skip
+    return table(columns, rows)
+
+
+def by_seed(runs: Runs) -> str:
+    """Gain (standard error) and unseen scorer's gain (standard error) of every run."""
+
+    def cell(one: dict[str, Any], name: str, key: str, error: str) -> str:
+        found = one["held_out"][name]
+        return f"{found[key]:+.3f} ({found[error]:.3f})"
+
+    rows = [
+        (
+            f"{arm} {one['seed']}",
+            *(
+                cell(one, name, *keys)
+                for name in SETS
+                for keys in (("paired_gain", "paired_se"), ("unseen_scorer_gain", "unseen_scorer_se"))
+            ),
+            f"{one['cpu_s']:.0f}",
+        )
+        for arm, own in runs.items()
+        for one in own
+    ]
+    return table(("run", "short", "unseen", "long", "unseen", "CPU-s"), rows)
+
+
+def inside(runs: Runs, key: str, value: str) -> str:
+    """A number per component or accuracy, mean over seeds."""
+
+    def mean_of(own: Sequence[dict[str, Any]], name: str, part: str) -> str:
+        found = [one["held_out"][name][key].get(part) for one in own]
+        if any(entry is None for entry in found):
+            return ""
+        if value == "change":
+            return f"{fmean(entry['base'] for entry in found):.2f} → {fmean(e['aligned'] for e in found):.2f}"
+        return f"{fmean(entry[value] for entry in found):+.3f}"
+
+    parts = list(next(iter(runs.values()))[0]["held_out"]["long"][key])
+    rows = [
+        (arm, name, *(mean_of(own, name, p) for p in parts)) for arm, own in runs.items() for name in SETS
+    ]
+    return table(("arm", "set", *parts), rows)
+
+
+def diversity(runs: Runs) -> str:
+    """Branch diversity of the base, mean over the paper's runs."""
+    own = [one["diversity"] for one in runs.get("paper", []) if one["diversity"]]
+    kinds = list(own[0]) if own else []
+    return table(
+        ("branches", *DIVERSITY),
+        [(kind, *(fmean(one[kind][name] for one in own) for name in DIVERSITY)) for kind in kinds],
+    )
+
+
+def say(numbers: dict[str, Any]) -> None:
+    """Print the tables of benchmarks/RESULTS.md."""
+    runs: Runs = numbers["arms"]
+    section("Does alignment learn, and from the reward?", f"Commit {numbers['commit']}.", gains(runs))
+    section("Seed by seed", by_seed(runs))
+    section("Gain per component", inside(runs, "components", "gain"))
+    section("Demands met, base → aligned", inside(runs, "accuracy", "change"))
+    section("What branches explore", diversity(runs))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--out", type=Path)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
-    parser.add_argument("--jobs", type=int, default=2, help="runs side by side")
-    parser.add_argument("--threads", type=int, default=1, help="torch threads per run")
+    parser.add_argument(
+        "--jobs",
+        type=int,
+        default=len(os.sched_getaffinity(0)),
+        help="runs side by side (default: one a core)",
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="where everything measured goes")
+    parser.add_argument("--null", type=Path, metavar="FILE", help="where the null control's gains go")
+    parser.add_argument("--tables", type=Path, metavar="FILE", help="only print the tables of such a file")
     arguments, extra = parser.parse_known_args()
+    if arguments.tables:
+        say(json.loads(arguments.tables.read_text()))
+        return
+    if arguments.out is None:
+        parser.error("--out: needed, as in --out runs/seeds")
     arguments.out.mkdir(parents=True, exist_ok=True)
     jobs = [(arm, seed) for seed in arguments.seeds for arm in arguments.arms]
+    numbers: dict[str, Any] = {}
     with ThreadPoolExecutor(arguments.jobs) as pool:
-        done = list(pool.map(lambda job: run(*job, arguments.out, extra, arguments.threads), jobs))
-    results: dict[str, list[dict]] = {}
-    for (arm, _), summary in zip(jobs, done, strict=True):
-        results.setdefault(arm, []).append(summary)
-    print(table(results), "", components(results), "", diversity(results), sep="\n")
+        for _ in pool.map(lambda job: run(*job, arguments.out, extra), jobs):
+            runs = collected(arguments.arms, arguments.seeds, arguments.out)
+            numbers = {"commit": source_commit(), "machine": machine(), "settings": extra, "arms": runs}
+            write_json(arguments.json, numbers)
+            if "random" in runs:
+                saved = arguments.out / f"random-{runs['random'][0]['seed']}" / "config.yaml"
+                write_json(arguments.null, null_runs(runs, yaml.safe_load(saved.read_text())))
+    say(numbers)
 
 
 if __name__ == "__main__":

@@ -160,8 +160,8 @@ class ObjectiveConfig:
     """First solver steps that are learned from."""
     velocity_kl: float = 20.0
     """Weight of the mean squared velocity difference to the starting policy on anchor states."""
-    advantages: Literal["anchor", "group", "random"] = "group"
-    """Relative to the anchor, centred on the group, or (null control) group advantages permuted."""
+    advantages: Literal["anchor", "group", "random", "flipped"] = "group"
+    """Relative to the anchor, centred on the group, or controls: the group's permuted, or of wrong sign."""
     keep: tuple[int, int] = (2, 2)
     """Train on this many best and this many worst branches; 0,0: on all."""
     clip: tuple[float, float] = (0.1, 0.2)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from kvpo.app import arguments, commands
+from kvpo.app import arguments, commands, run_commands
 from kvpo.app.cli import main
 from kvpo.app.commands import COMMANDS
 from kvpo.config import Config
@@ -128,7 +128,7 @@ def test_library_errors_are_one_line_unless_asked(monkeypatch: pytest.MonkeyPatc
     def broken(arguments) -> None:
         raise ValueError("prompts file x.txt is empty:\n  add a line")
 
-    failing = commands.Command("report", "fails", commands._report_arguments, broken)
+    failing = commands.Command("report", "fails", run_commands.report_arguments, broken)
     monkeypatch.setattr("kvpo.app.cli.COMMANDS", (failing,))
     assert main(["report", "x"]) == 1
     monkeypatch.setenv("KVPO_TRACEBACK", "1")
@@ -141,7 +141,7 @@ def test_defects_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
         raise KeyError("defect")
 
     monkeypatch.setattr(
-        "kvpo.app.cli.COMMANDS", (commands.Command("report", "fails", commands._report_arguments, broken),)
+        "kvpo.app.cli.COMMANDS", (commands.Command("report", "fails", run_commands.report_arguments, broken),)
     )
     with pytest.raises(KeyError):
         main(["report", "x"])
@@ -153,7 +153,7 @@ def test_interrupt_and_closed_pipe(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(
         "kvpo.app.cli.COMMANDS",
-        (commands.Command("report", "stops", commands._report_arguments, interrupted),),
+        (commands.Command("report", "stops", run_commands.report_arguments, interrupted),),
     )
     assert main(["report", "x"]) == 130
     shell = f"set -o pipefail; '{sys.executable}' -m kvpo.app.cli align --help | head -1"

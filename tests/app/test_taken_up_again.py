@@ -178,6 +178,20 @@ def test_a_run_is_evaluated_with_its_own_settings(run: Path, capsys: pytest.Capt
     assert all(kvpo.app.configuration.settings()[path] for path in PLACES_OF_A_RUN)
 
 
+def test_the_final_split_is_of_stories_and_noise_that_no_run_has(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    numbers = evaluate(run, split="final")
+    saved = json.loads((run / "final.json").read_text())
+    tested = json.loads((run / "summary.json").read_text())
+    assert saved == numbers and numbers["split"] == "final"
+    assert set(numbers["held_out"]) == {"short", "long", "beyond"}
+    for name, found in tested["held_out"].items():
+        assert numbers["held_out"][name]["base_mean"] != found["base_mean"]
+    assert command("evaluate", run, "--split", "final", "--drift") == 2
+    assert "--split: --drift streams the test prompts, got final" in capsys.readouterr().err
+
+
 def test_the_page_of_a_run_needs_no_weights(tiny_base: Path, run: Path) -> None:
     config = run / "config.yaml"
     config.write_text(config.read_text().replace(str(tiny_base), "/nowhere/base.safetensors"))

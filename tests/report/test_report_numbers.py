@@ -4,6 +4,7 @@ import json
 import math
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -22,7 +23,8 @@ from kvpo.report.formatting import (
     signed,
     significant,
 )
-from kvpo.report.headline import Outcome, headline_on, read_outcome
+from kvpo.report.headline import NO_NULL, Outcome, headline_on, read_outcome
+from kvpo.report.null_runs import read_null
 
 FINITE = st.floats(-1e6, 1e6, allow_nan=False)
 
@@ -97,7 +99,7 @@ def outcome(gain: float, error: float | None = 0.01, *, name: str = "short", uns
 
 def test_a_clear_gain_is_called_one():
     verdict = headline_on([outcome(0.1), outcome(0.05, name="long")])
-    assert verdict.tone == "good" and not verdict.notes
+    assert verdict.tone == "good" and verdict.notes == (NO_NULL,)
     assert verdict.sentence == (
         "Alignment raised the held-out reward: +0.100 \u00b1 0.010 on short videos and "
         "+0.050 \u00b1 0.010 on long videos."
@@ -139,9 +141,46 @@ def test_reservations_follow_the_verdict():
     unfinished = headline_on([outcome(0.1)], validation=True)
     assert unfinished.tone == "pending" and "not finished" in unfinished.notes[0]
     hacked = headline_on([outcome(0.1, unseen=-0.05)])
-    assert "unseen scorer fell by 0.050" in hacked.notes[0]
-    assert not headline_on([outcome(0.1, unseen=-0.029)]).notes, "under three standard errors"
-    assert not headline_on([replace(outcome(0.1, unseen=-0.05), prompts=8)]).notes
+    assert "unseen scorer fell by 0.050" in hacked.notes[1]
+    assert headline_on([outcome(0.1, unseen=-0.029)]).notes == (NO_NULL,), "under three standard errors"
+    assert headline_on([replace(outcome(0.1, unseen=-0.05), prompts=8)]).notes == (NO_NULL,)
+
+
+def test_a_gain_says_its_place_among_null_runs_and_both_errors():
+    above = headline_on([replace(outcome(0.1), null=(-0.01, 0.0, 0.04))])
+    assert above.tone == "good" and not above.notes
+    assert above.sentence == (
+        "Alignment raised the held-out reward: +0.100 \u00b1 0.010 on short videos (3 null run(s): "
+        "+0.010 \u00b1 0.026 over seeds, the best +0.040)."
+    )
+    inside = headline_on([replace(outcome(0.1), null=(-0.01, 0.11))])
+    assert inside.tone == "neutral" and "inside the range of the null runs" in inside.sentence
+    below = headline_on([replace(outcome(-0.1), null=(-0.05, 0.11))])
+    assert below.tone == "bad"
+    mixed = headline_on([replace(outcome(0.1), null=(0.0,)), outcome(0.1, name="long")])
+    assert mixed.notes == (NO_NULL,), "of one set none are known"
+
+
+def null_file(path: Path, **settings: object) -> Path:
+    """Two null runs of a configuration of two settings."""
+    own = {"preset": "demo", "seed": 7, "optim": {"updates": 40, "lr": 0.001}, **settings}
+    runs = [{"seed": n, "short": n / 100, "long": -n / 100} for n in range(2)]
+    path.write_text(json.dumps({"commit": "abc", "settings": own, "runs": runs}))
+    return path
+
+
+def test_null_runs_of_other_settings_are_refused(tmp_path):
+    config = {"preset": "mine", "seed": 0, "optim": {"updates": 40, "lr": 0.001}}
+    path = null_file(tmp_path / "null.json")
+    assert read_null(path, config) == {"short": [0.0, 0.01], "long": [0.0, -0.01]}
+    with pytest.raises(ValueError, match=r"null.json have optim.updates 40, this one 20: gains of other"):
+        read_null(path, config | {"optim": {"updates": 20, "lr": 0.001}})
+    with pytest.raises(ValueError, match=r"have method nft, this one None"):
+        read_null(null_file(path, method="nft"), config)
+    for broken in ({}, {"runs": []}, {"settings": {}, "runs": [{"short": 0.1}, {"long": 0.1}]}, []):
+        path.write_text(json.dumps(broken))
+        with pytest.raises(ValueError, match="holds no gains of null runs"):
+            read_null(path, config)
 
 
 def test_outcomes_survive_nonsense():

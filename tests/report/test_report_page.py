@@ -18,7 +18,7 @@ from safetensors.numpy import load_file, save_file
 
 from kvpo.method.methods import METHODS as METHODS_OF_TRAINING
 from kvpo.report.curves import NOT_METRICS
-from kvpo.report.formatting import escape, fixed, signed, title_of
+from kvpo.report.formatting import escape, fixed, percent, signed, title_of
 from kvpo.report.page import write_report
 from kvpo.report.tables import BRANCHINGS, CHECKS, DIVERSITY
 
@@ -31,7 +31,7 @@ def finished_page(finished_run) -> str:
 def test_a_finished_run_shows_every_section_and_misses_nothing(finished_run, finished_page):
     page = parse(finished_page)
     anchors = {attributes.get("id") for tag, attributes in page.elements if tag == "section"}
-    assert anchors >= {"headline", "curves", "components", "videos", "branches", "diagnostics"}
+    assert anchors >= {"headline", "curves", "components", "accuracy", "videos", "branches", "diagnostics"}
     assert anchors >= {"checks", "diversity", "configuration", "reproduce"}
     assert "missing from this page" not in page.text and "not available" not in page.text
     assert "have been saved" not in page.text and "has not been written" not in page.text
@@ -106,6 +106,30 @@ def test_what_a_run_cannot_tell_is_no_success(run_and_console, finished_page):
     assert json.loads((finished_run / "summary.json").read_text())["verdict"].startswith(said)
     assert [line for line in console if "held-out reward" in line][-1].startswith(said)
     assert "What improved" not in finished_page
+
+
+def test_what_was_asked_and_shown_is_listed_with_its_number(finished_run, finished_page):
+    section = finished_page.split('<section id="accuracy">', 1)[1].split("</section>", 1)[0]
+    for name, entry in json.loads((finished_run / "summary.json").read_text())["held_out"].items():
+        assert {"colour", "shape", "motion", "count", "scene"} <= entry["accuracy"].keys()
+        for found in entry["accuracy"].values():
+            assert f"<td>{name}</td><td>{found['n']}</td><td>{percent(found['base'])}</td>" in section
+
+
+def test_null_runs_stand_beside_the_gain(run, tmp_path):
+    held_out(run, paired_gain=0.111, paired_se=0.012, base_mean=0.512)
+    assert "no null runs of these settings are known" in page_of(run)[1].text
+    gains = [{"seed": seed, "short": 0.01 * seed, "long": 0.2} for seed in range(3)]
+    settings = yaml.safe_load((run / "config.yaml").read_text())
+    path = tmp_path / "null.json"
+    path.write_text(json.dumps({"settings": settings, "runs": gains}))
+    page = parse(write_report(run, null=path).read_text()).text
+    assert "(3 null run(s): +0.010 \u00b1 0.010 over seeds, the best +0.020)" in page
+    assert "on long videos (3 null run(s)" in page and "(inside the range of the null runs)" not in page
+    assert "null runs of these settings are known" not in page
+    path.write_text(json.dumps({"settings": settings | {"method": "nft"}, "runs": gains}))
+    with pytest.raises(ValueError, match="have method nft, this one kvpo"):
+        write_report(run, null=path)
 
 
 def test_a_clear_gain_on_enough_prompts_is_one(run):

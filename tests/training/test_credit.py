@@ -221,6 +221,16 @@ def test_the_null_control_trains_on_random_branches_with_the_same_advantages() -
     assert bool(((counts - expected).abs() < 5 * (expected / 3) ** 0.5).all()), counts
 
 
+def test_flipped_advantages_keep_the_same_branches_with_the_other_sign() -> None:
+    members = torch.tensor([0.0, 1.0, 2.0, 4.0, 8.0, 16.0, 1.0])
+    config = Config(objective=replace(OBJECTIVE, keep=(2, 2)), rewards=NO_FLOOR)
+    blend = blend_of("a", torch.tensor([1.0]), config)
+    wrong = replace(blend, objective=replace(blend.objective, advantages="flipped"))
+    plain, flipped = (assign_credit(scores_of(members), one, torch.Generator()) for one in (blend, wrong))
+    assert plain is not None and flipped is not None and plain.branches == flipped.branches
+    torch.testing.assert_close(flipped.advantages_G, -plain.advantages_G)
+
+
 @pytest.mark.parametrize("temperature", [None, 0.004])
 def test_anchor_advantages_do_not_turn_the_gradient_of_a_policy_over_branches_alone(
     temperature: float | None, monkeypatch: pytest.MonkeyPatch

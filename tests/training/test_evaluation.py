@@ -14,6 +14,7 @@ from kvpo.prompts import ClipPrompt, VideoPrompt
 from kvpo.training.evaluation import (
     Evaluation,
     Judges,
+    accuracies,
     comparison,
     evaluate_policy,
     mean_gain,
@@ -62,6 +63,24 @@ def test_a_segment_counts_by_its_frames(tiny_base: Path, rows: int) -> None:
     torch.testing.assert_close(found.components_KN, torch.stack([expected, 2 * expected]))
     assert found.unseen_N is not None
     torch.testing.assert_close(found.unseen_N, expected)
+
+
+def test_demands_are_counted_over_all_segments_of_each_prompt(tiny_base: Path) -> None:
+    setup, exam = toy_setup(tiny_config(tiny_base)), Literal()
+    judges = Judges(Literal(), torch.ones(2), None, exam=exam)
+    found = evaluate_policy(setup.backbone, PROMPTS, setup.backbone.tape("test"), judges, rows=2)
+    sums = torch.tensor([1.0 + 2, 4, 8 + 16 + 32])
+    assert found.exam_AN is not None and torch.equal(found.exam_AN, torch.stack([sums, 2 * sums]))
+    assert exam.leads == [0] * 6
+    compared: Any = comparison(found, found, judges)
+    assert compared["accuracy"] == {"text": {"base": 0.5, "aligned": 0.5, "n": 126}}
+
+
+def test_accuracies_are_shares_of_all_demands_and_have_their_number() -> None:
+    asked = torch.tensor([[2.0, 4.0], [0.0, 0.0]])
+    base, aligned = (torch.cat([met, asked]) for met in torch.tensor([[[1.0, 2], [0, 0]], [[2, 4], [0, 0]]]))
+    found = accuracies(("colour", "leave", "asked colour", "asked leave"), base, aligned)
+    assert found == {"colour": {"base": 0.5, "aligned": 1.0, "n": 6}}, "nothing is said of what nobody asks"
 
 
 def test_only_the_reward_sees_what_was_before_a_switch(tiny_base: Path) -> None:

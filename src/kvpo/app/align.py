@@ -24,6 +24,7 @@ from kvpo.method.diagnostics import meanings
 from kvpo.method.methods import METHODS
 from kvpo.progress import progress_bars
 from kvpo.report.headline import final_headline
+from kvpo.report.null_runs import read_null
 from kvpo.training import radar
 from kvpo.training.checkpoint import find_checkpoint, latest_checkpoint
 from kvpo.training.checks import (
@@ -54,6 +55,7 @@ def align(
     resume: bool = False,
     track: Sequence[str] = (),
     anyway: bool = False,
+    null: Path | str | None = None,
 ) -> dict[str, Any] | None:
     """Align the generator that ``config`` names and leave everything about the run in ``out``.
 
@@ -66,6 +68,7 @@ def align(
     Args:
         track: packages that get the metrics too, ``wandb`` or ``trackio``.
         anyway: begin even if the plan says that the run does not fit the device.
+        null: file with the gains of null runs of the same settings, which the verdict compares the run with.
 
     Raises ValueError for settings, prompts, rewards and checkpoints that cannot be used, StorageError where
     ``out`` cannot be written or already holds a run, and LostRank where another rank has gone.
@@ -74,6 +77,7 @@ def align(
 
     out, started = local_path(out, "out"), time.perf_counter()
     check(config)
+    nulls = {} if null is None else {"null": read_null(local_path(null, "null"), asdict(config))}
     if resume and belongs_to_run(out):
         _demand_same_run(out, config)
     with (
@@ -88,7 +92,7 @@ def align(
             return summary
         if summary is None:
             ranks.once("planning", partial(say_what_is_needed, config, ranks.count, anyway=anyway))
-            finish = partial(_finish, directory=directory, started=started)
+            finish = partial(_finish, directory=directory, started=started, known=nulls)
             summary = train(config, directory, resume=resume, finish=finish, track=track)
         if summary is not None:
             ranks.once("writing the report", lambda: write_report(out))
@@ -210,8 +214,11 @@ def radar_summary(run: Run, results: Mapping[str, tuple[Evaluation, Evaluation]]
     }
 
 
-def _finish(run: Run, directory: RunDirectory, started: float) -> dict[str, Any]:
-    """Test the best checkpoint once, measure diversity, write the report's data and the summary."""
+def _finish(run: Run, directory: RunDirectory, started: float, known: Mapping[str, Any]) -> dict[str, Any]:
+    """Test the best checkpoint once, measure diversity, write the report's data and the summary.
+
+    The summary holds what is ``known`` of other runs.
+    """
     setup, ranks, solo, show = run.setup, run.setup.ranks, run.trainer.solo, run.progress
     best = ranks.once("looking for the best checkpoint", lambda: find_checkpoint(run.checkpoints, None))
     restore(run.trainer, best)
@@ -258,6 +265,7 @@ def _finish(run: Run, directory: RunDirectory, started: float) -> dict[str, Any]
             "ratio_tolerance": ratio_tolerance(setup.config),
         },
         "radar": radar_summary(run, results),
+        **known,
     }
     verdict = final_headline(summary, asdict(setup.config))
     summary["verdict"] = verdict.text

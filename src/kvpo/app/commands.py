@@ -18,6 +18,7 @@ from kvpo.app import (
     live_commands,
     prompt_commands,
     reward_commands,
+    run_commands,
     suite_commands,
 )
 from kvpo.app.arguments import (
@@ -70,6 +71,7 @@ def _align_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--anyway", action="store_true", help="begin even if the plan says that the device is too small"
     )
+    run_commands.null_argument(parser)
     for short, setting, metavar in (
         ("advantages", "objective.advantages", "KIND"),
         ("checkpoint", "backbone.checkpoint", "FILE"),
@@ -99,52 +101,12 @@ def _align(arguments: Namespace) -> None:
     try:
         from kvpo.app.align import align
 
-        given = {"track": arguments.track, "anyway": arguments.anyway}
+        given = {"track": arguments.track, "anyway": arguments.anyway, "null": arguments.null}
         stopped = align(config, arguments.out, resume=resume, **given) is None
     except KeyboardInterrupt:  # outside the updates, or a second Ctrl-C
         stopped = True
     if stopped:
         raise KeyboardInterrupt(*[resume_hint(arguments.out)] if is_main() else [])
-
-
-def _evaluate_arguments(parser: ArgumentParser) -> None:
-    run_argument(parser)
-    checkpoint_argument(parser)
-    weights_argument(parser)
-    parser.add_argument(
-        "--out",
-        type=path_argument,
-        metavar="FILE",
-        help="where the numbers go (default: RUN/evaluation.json)",
-    )
-    parser.add_argument(
-        "--drift",
-        action="store_true",
-        help="instead stream for --seconds and write RUN/drift.json and drift.png: rewards and looks every "
-        "ten seconds",
-    )
-    parser.add_argument(
-        "--seconds", type=float, default=300.0, metavar="SECONDS", help="length of the streams (default: 300)"
-    )
-
-
-def _evaluate(arguments: Namespace) -> None:
-    from kvpo.app.evaluate import evaluate, evaluate_drift
-
-    places = parse_flags(settings_given(arguments))
-    given = {"checkpoint": arguments.checkpoint, "weights": arguments.weights, "places": places}
-    if arguments.drift:
-        if arguments.out:
-            raise ConfigurationError(
-                "--out: --drift writes drift.json and drift.png into the run; leave it out"
-            )
-        evaluate_drift(arguments.run, seconds=arguments.seconds, **given)
-        print(arguments.run / "drift.json")
-        return
-    out = arguments.out or arguments.run / "evaluation.json"
-    evaluate(arguments.run, out=out, **given)
-    if is_main():
-        print(out)
 
 
 def _export_arguments(parser: ArgumentParser) -> None:
@@ -301,16 +263,6 @@ def _doctor(arguments: Namespace) -> int:
     return worst(findings)
 
 
-def _report_arguments(parser: ArgumentParser) -> None:
-    run_argument(parser)
-
-
-def _report(arguments: Namespace) -> None:
-    from kvpo.report.page import write_report
-
-    print(write_report(arguments.run))
-
-
 COMMANDS = (
     Command("align", "align a generator with a reward", _align_arguments, _align, configured=True),
     Command(
@@ -343,8 +295,8 @@ COMMANDS = (
     Command(
         "evaluate",
         "compare base and aligned model on held-out prompts",
-        _evaluate_arguments,
-        _evaluate,
+        run_commands.evaluate_arguments,
+        run_commands.evaluate_run,
         places=True,
     ),
     Command(
@@ -366,7 +318,9 @@ COMMANDS = (
         _doctor,
         configured=True,
     ),
-    Command("report", "write the HTML report of a run", _report_arguments, _report),
+    Command(
+        "report", "write the HTML report of a run", run_commands.report_arguments, run_commands.report_run
+    ),
     Command(
         "arena",
         "compare videos blind, with raters on a page of their own",

@@ -6,11 +6,12 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from kvpo.app.build import build_setup, source_of
 from kvpo.app.configuration import resolve_run
 from kvpo.app.provenance import demand_same_files, demand_same_prompts
+from kvpo.app.sources.common import FinalSet
 from kvpo.config import Config
 from kvpo.files import local_path, new_file, output_file, write_atomic
 from kvpo.progress import progress_bars
@@ -37,44 +38,58 @@ def evaluate(
     *,
     checkpoint: str | None = None,
     weights: str = "average",
+    split: Literal["test", "final"] = "test",
     out: Path | str | None = None,
     places: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Compare a run's checkpoint with its base and write the numbers as JSON; ranks share the videos.
 
-    The result holds ``checkpoint``, ``weights``, ``verdict`` in words, ``held_out`` (for the best checkpoint
-    the very numbers of ``summary.json``) and ``scored``, how many clips were scored or known already.
+    The result holds ``checkpoint``, ``weights``, ``split``, ``verdict`` in words, ``held_out`` (for the best
+    checkpoint and the test split the very numbers of ``summary.json``) and ``scored``, how many clips were
+    scored or known already.
 
     Raises ValueError where the run or its checkpoint cannot be used.
 
     Args:
         checkpoint: best, latest, an update, a directory; None: the best.
         weights: the moving ``average`` of the trained weights, or the ``raw`` ones of the last update.
-        out: file to write; None: ``evaluation.json`` in the run directory.
+        split: the run's ``test`` prompts on the tape of all held-out results, or the ``final`` ones: prompts
+            and a tape that no run draws from, for the last table of a piece of work.
+        out: file to write; None: ``evaluation.json`` or, of the final split, ``final.json`` in the run.
         places: where the run's files lie now, by setting (``{"backbone.checkpoint": "/new/base.pt"}``).
     """
     run = local_path(run, "run")
     config = resolve_run(run, places)
-    target = output_file(run / "evaluation.json" if out is None else out, "out")
+    target = output_file(numbers_file(run, split) if out is None else out, "out")
     with joined_ranks(config.device) as ranks, computing(config):
-        return _evaluate(ranks, run, config, checkpoint, weights, target)
+        return _evaluate(ranks, run, config, checkpoint, weights, split, target)
+
+
+def numbers_file(run: Path, split: str) -> Path:
+    """The file of a run that holds its evaluation on a split."""
+    return run / {"test": "evaluation.json", "final": "final.json"}[split]
 
 
 def _evaluate(
-    ranks: Ranks, run: Path, config: Config, checkpoint: str | None, weights: str, out: Path
+    ranks: Ranks, run: Path, config: Config, checkpoint: str | None, weights: str, split: str, out: Path
 ) -> dict[str, Any]:
     setup, sides, path, warning = _opened(ranks, run, config, checkpoint, weights)
+    if split == "final":
+        sets, tape = source_of(config).final(config), setup.final_tape()
+    else:
+        sets, tape = {name: FinalSet(own) for name, own in setup.test.items()}, setup.evaluation_tape()
     held_out = {}
     with progress_bars(shown=ranks.main) as show:
-        for done, (name, prompts) in enumerate(setup.test.items()):
-            show("base and aligned on test prompts", done, len(setup.test))
+        for done, (name, one) in enumerate(sets.items()):
+            show(f"base and aligned on {split} prompts", done, len(sets))
+            given = {"mismatched": True, "first": one.first}
             with sides.base():
-                base = evaluate_prompts(setup, prompts, ranks, mismatched=True)
+                base = evaluate_prompts(setup, one.prompts, ranks, tape, **given)
             with sides.aligned():
-                aligned = evaluate_prompts(setup, prompts, ranks, mismatched=True)
+                aligned = evaluate_prompts(setup, one.prompts, ranks, tape, **given)
             held_out[name] = comparison(base, aligned, setup.judges)
-        show("base and aligned on test prompts", len(setup.test), len(setup.test))
-    numbers = {"checkpoint": path.name, "weights": weights, "held_out": held_out}
+        show(f"base and aligned on {split} prompts", len(sets), len(sets))
+    numbers = {"checkpoint": path.name, "weights": weights, "split": split, "held_out": held_out}
     numbers |= {"scored": added_up(ranks.gather(asdict(setup.scored), "counting clips"))} | (
         {} if warning is None else {"improved": False}
     )

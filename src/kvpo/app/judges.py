@@ -19,11 +19,15 @@ logger = logging.getLogger(__name__)
 
 
 def build_judges(
-    config: Config, frame_rate: float, cache: ScoreCache, unseen: Scorer | None = None
+    config: Config,
+    frame_rate: float,
+    cache: ScoreCache,
+    unseen: Scorer | None = None,
+    exam: Scorer | None = None,
 ) -> Judges:
     """All that score a run's videos; see ``build_scorer`` and ``build_watchers`` for what is refused."""
     scorer, weights_K = build_scorer(config, frame_rate, cache)
-    return Judges(scorer, weights_K, unseen, build_watchers(config, frame_rate, cache))
+    return Judges(scorer, weights_K, unseen, build_watchers(config, frame_rate, cache), exam)
 
 
 def build_scorer(config: Config, frame_rate: float, cache: ScoreCache | None = None) -> tuple[Scorer, Tensor]:

@@ -1,10 +1,13 @@
 """The change on held-out prompts, in numbers and in one sentence."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import mean
 from typing import Any
 
 from kvpo.report.charts import interval
 from kvpo.report.formatting import SYMBOLS, duration, escape, fixed, number, numbers, percent, signed
+from kvpo.report.null_runs import over_seeds, said_of
 from kvpo.report.record import Entry, RunRecord, method_of
 
 LENGTHS = {"short": "one prompt", "long": "several prompts with switches"}
@@ -17,6 +20,12 @@ FEWEST_PROMPTS = 16
 NO_IMPROVEMENT = (
     "No improvement: no validation beat the base, so the best checkpoint is the base itself, which "
     "the test results compare with itself."
+)
+
+
+NO_NULL = (
+    "The \u00b1 is over prompts alone. Runs that learn nothing differ more than that from seed to seed, and "
+    "no null runs of these settings are known: --null FILE names some."
 )
 
 
@@ -37,6 +46,8 @@ class Outcome:
     """The gain where every video is judged by another prompt's captions; None: not measured."""
     wrong_error: float | None
     components: dict[str, dict[str, float]]
+    null: tuple[float, ...] = ()
+    """Gains of null runs of the same settings; empty: none are known."""
 
     @property
     def standard_errors(self) -> float | None:
@@ -55,6 +66,8 @@ class Outcome:
             return "no standard error"
         if abs(self.standard_errors) < SIGNIFICANT:
             return f"{fixed(self.standard_errors, 1)} standard errors from zero, fewer than {SIGNIFICANT:.0f}"
+        if self.null and self.gain is not None and min(self.null) <= self.gain <= max(self.null):
+            return "inside the range of the null runs"
         return ""
 
     @property
@@ -77,7 +90,7 @@ class Headline:
         return " ".join((self.sentence, *self.notes))
 
 
-def read_outcome(name: str, entry: Any) -> Outcome | None:
+def read_outcome(name: str, entry: Any, null: Sequence[float] = ()) -> Outcome | None:
     """An Outcome from a summary or validation entry; None if ``entry`` holds no gain."""
     found = numbers(entry)
     if "paired_gain" not in found:
@@ -100,27 +113,34 @@ def read_outcome(name: str, entry: Any) -> Outcome | None:
             for key, value in (components.items() if isinstance(components, dict) else ())
             if {"base", "aligned"} <= (pair := numbers(value)).keys()
         },
+        null=tuple(null),
     )
 
 
 def read_outcomes(run: RunRecord) -> tuple[list[Outcome], str]:
     """The run's outcomes and where they come from: 'test', 'validation' (unfinished run) or 'none'."""
-    held_out = run.summary.get("held_out") if run.summary else None
+    if outcomes := tested(run.summary or {}):
+        return outcomes, "test"
     latest = run.validations[-1] if run.validations else None
-    for source, entries in (("test", held_out), ("validation", latest)):
-        if outcomes := _outcomes(entries):
-            return outcomes, source
-    return [], "none"
+    return (outcomes, "validation") if (outcomes := _outcomes(latest)) else ([], "none")
 
 
-def _outcomes(entries: Any) -> list[Outcome]:
+def tested(summary: Entry) -> list[Outcome]:
+    """The outcomes of a summary, each with the gains of its null runs."""
+    return _outcomes(summary.get("held_out"), summary.get("null"))
+
+
+def _outcomes(entries: Any, null: Any = None) -> list[Outcome]:
     """The outcome of every prompt set that ``entries`` hold."""
     found = entries if isinstance(entries, dict) else {}
-    return [o for name in LENGTHS if (o := read_outcome(name, found.get(name))) is not None]
+    gains = null if isinstance(null, dict) else {}
+    every = (read_outcome(name, found.get(name), gains.get(name, ())) for name in LENGTHS)
+    return [outcome for outcome in every if outcome is not None]
 
 
 def _change(outcome: Outcome) -> str:
-    return f"{signed(outcome.gain)} \u00b1 {fixed(outcome.standard_error)} on {outcome.name} videos"
+    said = f"{signed(outcome.gain)} \u00b1 {fixed(outcome.standard_error)} on {outcome.name} videos"
+    return f"{said} ({said_of(outcome.null)})" if outcome.null else said
 
 
 def headline_on(outcomes: list[Outcome], *, null_control: bool = False, validation: bool = False) -> Headline:
@@ -147,6 +167,8 @@ def headline_on(outcomes: list[Outcome], *, null_control: bool = False, validati
             "This is the null control: advantages were shuffled within each group, so a gain here is not "
             "learning."
         )
+    elif not validation and not all(o.null for o in outcomes):
+        notes.append(NO_NULL)
     if validation:
         tone = "pending" if tone == "good" else tone
         notes.append(
@@ -194,17 +216,22 @@ def _measure(name: str, value: str, chart: str) -> str:
 def _card(outcome: Outcome, gain_axis: tuple[float, float], unseen_axis: tuple[float, float]) -> str:
     tone = {1: "up", -1: "down"}.get(outcome.direction, "flat")
     assert outcome.gain is not None
-    spread = f'<span class="soft">\u00b1 {fixed(outcome.standard_error)}</span>'
+    about = f'<span class="soft">\u00b1 {fixed(outcome.standard_error)}</span>'
     chart = interval(outcome.gain, outcome.standard_error, *gain_axis)
-    measures = _measure("Paired gain", f'<b class="{tone}">{signed(outcome.gain)}</b> {spread}', chart)
+    measures = _measure("Paired gain", f'<b class="{tone}">{signed(outcome.gain)}</b> {about}', chart)
     if outcome.unseen_gain is not None:
-        spread = f'<span class="soft">\u00b1 {fixed(outcome.unseen_error)}</span>'
+        about = f'<span class="soft">\u00b1 {fixed(outcome.unseen_error)}</span>'
         chart = interval(outcome.unseen_gain, outcome.unseen_error, *unseen_axis, colour="unseen")
-        measures += _measure("Unseen scorer", f"<b>{signed(outcome.unseen_gain)}</b> {spread}", chart)
+        measures += _measure("Unseen scorer", f"<b>{signed(outcome.unseen_gain)}</b> {about}", chart)
     if outcome.wrong_gain is not None:
-        spread = f'<span class="soft">\u00b1 {fixed(outcome.wrong_error)}</span>'
+        about = f'<span class="soft">\u00b1 {fixed(outcome.wrong_error)}</span>'
         chart = interval(outcome.wrong_gain, outcome.wrong_error, *gain_axis)
-        measures += _measure("With a wrong caption", f"<b>{signed(outcome.wrong_gain)}</b> {spread}", chart)
+        measures += _measure("With a wrong caption", f"<b>{signed(outcome.wrong_gain)}</b> {about}", chart)
+    if outcome.null:
+        middle, error = mean(outcome.null), over_seeds(outcome.null)
+        value = f'<b>{signed(middle)}</b> <span class="soft">\u00b1 {fixed(error)}</span>'
+        name = f"{len(outcome.null)} null run(s), over seeds"
+        measures += _measure(name, value, interval(middle, error, *gain_axis, colour="base"))
     if outcome.improved is not None:
         width = f"{min(100.0, max(0.0, 100 * outcome.improved)):.1f}%"
         chart = f'<div class="share"><i style="width:{width}"></i><i class="half" title="one half"></i></div>'
@@ -240,7 +267,7 @@ def final_headline(summary: Entry, config: Entry) -> Headline:
     """The verdict on the held-out results of a summary, for a run of these settings."""
     if summary.get("improved") is False:
         return Headline("neutral", NO_IMPROVEMENT, ())
-    return headline_on(_outcomes(summary.get("held_out")), null_control=is_null_control(config))
+    return headline_on(tested(summary), null_control=is_null_control(config))
 
 
 def is_null_control(config: Entry) -> bool:

@@ -1,5 +1,6 @@
 """Assembles the page of a run from its sections and videos."""
 
+from dataclasses import replace
 from pathlib import Path
 
 from kvpo.files import write_atomic
@@ -8,10 +9,11 @@ from kvpo.report.clips import ClipStore
 from kvpo.report.curves import components, diagnostics, reward_curves
 from kvpo.report.formatting import embed_json, escape, fill_page
 from kvpo.report.headline import headline
+from kvpo.report.null_runs import read_null
 from kvpo.report.phases import phases
 from kvpo.report.radar import hacking_radar
 from kvpo.report.record import RunRecord, method_of, read_run, read_videos
-from kvpo.report.tables import checks, diversity, reproduction, settings_tables
+from kvpo.report.tables import accuracy, checks, diversity, reproduction, settings_tables
 
 VIDEO_BUDGET = 13_000_000
 """Characters of base64 video in a page; with text, styles and charts it stays under 15 MB."""
@@ -41,6 +43,7 @@ def _sections(run: RunRecord, store: ClipStore) -> list[tuple[str, str, str, str
         ("curves", "Reward while training", "Held-out videos, fixed prompts and noise.", reward_curves(run)),
         ("radar", "Hacking radar", "Is the reward improving, or the videos?", hacking_radar(run)),
         ("components", "Components", "The reward's components before and after.", components(run)),
+        ("accuracy", "Right or wrong", "Of what was asked for, the share that is shown.", accuracy(run)),
         (
             "videos",
             "Before and after",
@@ -89,13 +92,18 @@ def build_page(run: RunRecord) -> str:
     )
 
 
-def write_report(run_dir: Path | str) -> Path:
+def write_report(run_dir: Path | str, *, null: Path | str | None = None) -> Path:
     """Write ``run_dir/report.html`` from what the run has left there so far, and return its path.
 
+    ``null`` names a file with the gains of null runs (``kvpo.report.null_runs``), by default those that the
+    run's summary knows.
+
     Only ``config.yaml`` and ``metrics.jsonl`` must exist; anything else missing or unreadable is named on the
-    page. Raises ValueError if ``run_dir`` is not a run directory.
+    page. Raises ValueError if ``run_dir`` is not a run directory, or the null runs have other settings.
     """
     directory = Path(run_dir)
-    target = directory / "report.html"
-    write_atomic(target, build_page(read_run(directory)))
+    target, run = directory / "report.html", read_run(directory)
+    if null is not None:
+        run = replace(run, summary=(run.summary or {}) | {"null": read_null(Path(null), run.config)})
+    write_atomic(target, build_page(run))
     return target

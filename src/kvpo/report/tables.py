@@ -5,7 +5,7 @@ from typing import Any
 
 import yaml
 
-from kvpo.report.formatting import compact, escape, fixed, number, numbers, title_of
+from kvpo.report.formatting import compact, escape, fixed, number, numbers, percent, signed, title_of
 from kvpo.report.headline import FEWEST_PROMPTS
 from kvpo.report.record import RunRecord, method_of
 
@@ -78,6 +78,33 @@ def checks(run: RunRecord) -> str:
         '<div class="card scroll"><table class="checks"><thead><tr><th>must be 0</th>'
         f"<th>measured</th><th></th></tr></thead><tbody>{''.join(rows)}</tbody></table></div>{note}"
     )
+
+
+def accuracy(run: RunRecord) -> str:
+    """Demands met before and after, by what they demand, with their number."""
+    held_out = run.summary.get("held_out") if run.summary else None
+    rows = [
+        f"<tr><th>{escape(title_of(str(name)))}</th><td>{escape(kind)}</td><td>{found['n']:.0f}</td>"
+        f"<td>{percent(found['base'])}</td><td>{percent(found['aligned'])}</td>"
+        f"<td>{signed(found['aligned'] - found['base'])}</td></tr>"
+        for kind, entry in (held_out.items() if isinstance(held_out, dict) else ())
+        for name, value in (_accuracies(entry).items())
+        if {"n", "base", "aligned"} <= (found := numbers(value)).keys()
+    ]
+    if not rows:
+        return '<p class="missing">Only tests in the embedded world say what is right or wrong.</p>'
+    head = "".join(f"<th>{name}</th>" for name in ("", "videos", "demands", "base", "aligned", "change"))
+    table = f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
+    return (
+        f'<div class="card scroll">{table}</div><p class="note">Each demand of a '
+        "caption is met or not by what its segment most likely shows. An event counts as met if all that its "
+        "caption says of it is: who returns, the scene come back to, the new colour, who stays.</p>"
+    )
+
+
+def _accuracies(entry: Any) -> dict[str, Any]:
+    found = entry.get("accuracy") if isinstance(entry, dict) else None
+    return found if isinstance(found, dict) else {}
 
 
 def _diversity_sentence(methods: dict[str, dict[str, float]], forks: float) -> str:

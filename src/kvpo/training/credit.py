@@ -108,10 +108,11 @@ def assign_credit(
     """Advantages of one group (docs/method.md, "Credit"), or None where its reward spread is noise.
 
     Components become one advantage as ``blend`` says; the local and the global signal are fused; clamping
-    comes last. With ``advantages`` "random" the same numbers are dealt to the branches at random. The
-    selected ones are centred unless they are relative to an anchor in the policy's pool: over branches alone
-    a constant that all advantages share does not cancel, but turns the gradient. A method with one scale for
-    the collection has no such policy, so the best branches alone keep their advantages: all are imitated.
+    comes last. With ``advantages`` "random" the same numbers are dealt to the branches at random, with
+    "flipped" they change their sign. The selected ones are centred unless they are relative to an anchor in
+    the policy's pool: over branches alone a constant that all advantages share does not cancel, but turns the
+    gradient. A method with one scale for the collection has no such policy, so the best branches alone keep
+    their advantages: all are imitated.
     """
     if scale is None and group_is_noise(scores, blend):
         return None
@@ -129,6 +130,8 @@ def assign_credit(
     advantages = clamp(advantages, ADVANTAGE_LIMIT)
     if blend.objective.advantages == "random":
         advantages = permuted(advantages, generator)
+    elif blend.objective.advantages == "flipped":
+        advantages = -advantages
     chosen = best_and_worst(advantages, *blend.objective.keep)
     selected = advantages[chosen]
     objective = blend.objective

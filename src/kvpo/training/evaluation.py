@@ -38,6 +38,8 @@ class Evaluation:
     """Segments of every prompt."""
     mismatched_KN: Tensor | None = None
     """Component scores against another prompt's captions; None: not asked for."""
+    exam_AN: Tensor | None = None
+    """Demands met and made over all segments, as ``Judges.exam`` counts them; None without one."""
 
     def by_prompt(self) -> "Evaluation":
         """The mean over the videos of each distinct prompt: standard errors count repeated prompts once."""
@@ -55,6 +57,7 @@ class Evaluation:
             looks_LN=self.looks_LN @ share_ND,
             texts_N=tuple(distinct),
             mismatched_KN=None if self.mismatched_KN is None else self.mismatched_KN @ share_ND,
+            exam_AN=None if self.exam_AN is None else self.exam_AN @ share_ND,
         )
 
 
@@ -68,6 +71,8 @@ class Judges:
     """The independent judge of the embedded world: never used for training, selection or stopping."""
     watchers: tuple[Reward, ...] = ()
     """Rewards that watch for hacking and may stop the run."""
+    exam: Scorer | None = None
+    """Counts the demands that a clip meets, then in as many components those that its text makes."""
 
     @property
     def watcher_names(self) -> tuple[str, ...]:
@@ -139,8 +144,10 @@ def _evaluated(
     latents = stream_latents(backbone.generator, prompts, backbone.texts(prompts), tape)
     videos, frames = pixels_of(codec, latents), codec.frames_per_latent
 
-    def scores(scorer: Scorer, lead: int = block, asked: Sequence[VideoPrompt] = prompts) -> Tensor:
-        return segment_scores(scorer, videos, asked, frames, block, lead, first=first)
+    def scores(
+        scorer: Scorer, lead: int = block, asked: Sequence[VideoPrompt] = prompts, counted: bool = False
+    ) -> Tensor:
+        return segment_scores(scorer, videos, asked, frames, block, lead, first=first, counted=counted)
 
     watchers = [_weights(reward) @ scores(reward) for reward in judges.watchers]
     return Evaluation(
@@ -150,6 +157,7 @@ def _evaluated(
         looks_LN=looks(videos),
         texts_N=tuple(prompt.segments for prompt in prompts),
         mismatched_KN=others and scores(judges.scorer, asked=others),
+        exam_AN=judges.exam and scores(judges.exam, lead=0, counted=True),
     )
 
 
@@ -157,6 +165,7 @@ def _joined(parts: Sequence[Evaluation]) -> Evaluation:
     """The results of several batches as one."""
     unseen = [part.unseen_N for part in parts if part.unseen_N is not None]
     mismatched = [part.mismatched_KN for part in parts if part.mismatched_KN is not None]
+    exam = [part.exam_AN for part in parts if part.exam_AN is not None]
     return Evaluation(
         components_KN=torch.cat([part.components_KN for part in parts], 1),
         unseen_N=torch.cat(unseen) if unseen else None,
@@ -164,6 +173,7 @@ def _joined(parts: Sequence[Evaluation]) -> Evaluation:
         looks_LN=torch.cat([part.looks_LN for part in parts], 1),
         texts_N=tuple(texts for part in parts for texts in part.texts_N),
         mismatched_KN=torch.cat(mismatched, 1) if mismatched else None,
+        exam_AN=torch.cat(exam, 1) if exam else None,
     )
 
 
@@ -184,10 +194,12 @@ def segment_scores(
     first: int = 0,
     stop: int | None = None,
     offset: int = 0,
+    counted: bool = False,
 ) -> Tensor:
     """Frame-weighted mean over the segments that videos show in latent frames ``[first, stop)``: ``[K, N]``.
 
-    The pixels start at latent frame ``offset``; ``lead`` frames before a segment come along.
+    The pixels start at latent frame ``offset``; ``lead`` frames before a segment come along. ``counted``: the
+    sum over the segments instead.
     """
     ends = [stop or prompt.num_frames for prompt in prompts]
     clips = [
@@ -198,7 +210,7 @@ def segment_scores(
     means = torch.zeros(len(table), len(prompts))
     for column, (n, clip) in enumerate(flat):
         share = (clip.stop - clip.start - clip.prompt.switch) / (ends[n] - first)
-        means[:, n] += share * table[:, column]
+        means[:, n] += (1.0 if counted else share) * table[:, column]
     return means
 
 
@@ -253,7 +265,20 @@ def comparison(base: Evaluation, aligned: Evaluation, judges: Judges) -> dict[st
         weights_K = judges.weights_K
         wrong = paired_gain(weights_K @ base.mismatched_KN, weights_K @ aligned.mismatched_KN)
         numbers |= {"wrong_caption_gain": wrong.mean, "wrong_caption_se": wrong.standard_error}
+    if base.exam_AN is not None and aligned.exam_AN is not None:
+        assert judges.exam is not None
+        numbers["accuracy"] = accuracies(judges.exam.components, base.exam_AN, aligned.exam_AN)
     return numbers | {"components": components}
+
+
+def accuracies(components: Sequence[str], base_AN: Tensor, aligned_AN: Tensor) -> dict[str, dict[str, float]]:
+    """Shares of the demands met by what they demand, base and aligned, with their number ``n``."""
+    (base_met, n), (aligned_met, _) = (counts.sum(1).chunk(2) for counts in (base_AN, aligned_AN))
+    return {
+        name: {"base": float(base_met[k] / n[k]), "aligned": float(aligned_met[k] / n[k]), "n": int(n[k])}
+        for k, name in enumerate(components[: len(n)])
+        if n[k] > 0
+    }
 
 
 def mean_gain(comparisons: Mapping[str, Mapping[str, object]]) -> float:

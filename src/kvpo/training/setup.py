@@ -59,3 +59,7 @@ class Setup:
     def evaluation_tape(self) -> SeededTape:
         """The held-out tape: the same in every run, for every seed, so that runs can be compared."""
         return SeededTape(("evaluation", 0), self.generator.block_shape)
+
+    def final_tape(self, *member: int) -> SeededTape:
+        """The tape of the final test, which no run draws from, or that of a further video of every prompt."""
+        return SeededTape(("final evaluation", *member), self.generator.block_shape)

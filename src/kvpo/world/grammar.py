@@ -40,6 +40,13 @@ BECOMES = ("turns", "becomes", "changes to")
 RECOLOURS = ("changes colour", "takes on another colour")
 LEAVES = ("leaves", "goes away", "disappears")
 REVISITS = ("we are back", "the view returns", "we come back")
+TOLD = {
+    "leave": LEAVES,
+    "revisit": (*REVISITS, *UNNAMED_PLACE),
+    "recolour": (*BECOMES, *RECOLOURS),
+    "return": RETURNS,
+}
+"""Phrases by which a caption tells of an event; "the view returns" is a revisit, so it comes first."""
 UNNAMED = ("something", "it", "one of them")
 DETERMINERS = ("a", "an", "the")
 
@@ -144,6 +151,14 @@ def _unreadable(
         f"caption {caption!r} cannot be read: {problem}; read so far: {' '.join(read)!r}, scene "
         f"{scenes[0] if scenes else None}, actors {actors}. "
         "Say for example 'a small red circle drifts left at night'"
+    )
+
+
+def event_of(caption: str) -> str:
+    """The event of TOLD that a caption tells of, "" for another."""
+    said = f" {' '.join(words(caption))} "
+    return next(
+        (name for name, phrases in TOLD.items() if any(f" {phrase} " in said for phrase in phrases)), ""
     )
 
 

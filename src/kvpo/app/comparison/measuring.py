@@ -15,7 +15,6 @@ from kvpo.app.sources.common import FinalSet
 from kvpo.config import Config, ExplorationConfig
 from kvpo.config_checks import ConfigurationError
 from kvpo.engine.explorers import fresh_noise
-from kvpo.engine.noise import SeededTape
 from kvpo.report.headline import FEWEST_PROMPTS
 from kvpo.training.evaluation import Evaluation, Judges
 from kvpo.training.held_out import evaluate_prompts
@@ -62,11 +61,6 @@ def trainer_of(arm: TrainingArm, config: Config, ranks: Ranks) -> Trainer:
     return PretrainingTrainer(setup) if arm.method == PRETRAINING else Trainer(setup)
 
 
-def final_tape(setup: Setup, *member: int) -> SeededTape:
-    """The tape of the final test, or that of a further video of every prompt."""
-    return SeededTape(("final evaluation", *member), setup.generator.block_shape)
-
-
 def record(found: Evaluation, judges: Judges) -> PromptScores:
     """An evaluation as JSON holds it, over distinct prompts."""
     found = found.by_prompt()
@@ -106,7 +100,7 @@ def on_final_prompts(setup: Setup) -> dict[str, Any]:
 def final_record(setup: Setup, one: FinalSet) -> PromptScores:
     """The record of the model as it is on one final set."""
     scored = {"mismatched": True, "first": one.first}
-    return record(evaluate_prompts(setup, one.prompts, ALONE, final_tape(setup), **scored), setup.judges)
+    return record(evaluate_prompts(setup, one.prompts, ALONE, setup.final_tape(), **scored), setup.judges)
 
 
 def shortened(sets: Mapping[str, FinalSet]) -> dict[str, FinalSet]:
@@ -134,7 +128,7 @@ def best_of(setup: Setup, count: int) -> dict[str, PromptScores]:
     """Records of the best of ``count`` videos of every prompt, by the trained reward: test-time selection."""
     found = {}
     for name, one in shortened(source_of(setup.config).final(setup.config)).items():
-        tapes = [final_tape(setup, *member) for member in [(), *((n,) for n in range(1, count))]]
+        tapes = [setup.final_tape(*member) for member in [(), *((n,) for n in range(1, count))]]
         found_of = [evaluate_prompts(setup, one.prompts, ALONE, tape, first=one.first) for tape in tapes]
         videos = [record(evaluation, setup.judges) for evaluation in found_of]
         best_N = torch.tensor([video["totals"] for video in videos]).argmax(0)

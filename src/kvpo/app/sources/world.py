@@ -33,6 +33,7 @@ from kvpo.training.diversity import ReadOff
 from kvpo.training.setup import Setup
 from kvpo.world.codec import PixelCodec, load_codec
 from kvpo.world.detector import BROKEN_BELOW, attributes, detect
+from kvpo.world.exam import WorldExam
 from kvpo.world.grammar import words
 from kvpo.world.pretrain import PretrainSettings, load_generator, training_loss
 from kvpo.world.reward import WorldScorer
@@ -215,7 +216,7 @@ def build_world(config: Config) -> Setup:
     frame_rate, cache = backbone.codec.frames_per_second, score_cache(config.rewards.cache)
     return Setup(
         backbone=backbone,
-        judges=build_judges(config, frame_rate, cache, UnseenComponent(load_unseen())),
+        judges=build_judges(config, frame_rate, cache, UnseenComponent(load_unseen()), WorldExam()),
         training_prompts=WorldTrainingPrompts(config.seed, config.optim.prompts_per_update),
         validation=validation,
         test=test,

@@ -1,0 +1,65 @@
+"""Null runs: the gains of runs that learned nothing, which a run's own gain has to lie above.
+
+A file of them is {commit, settings: those of the runs as in config.yaml, runs: [{seed, and a gain by prompt
+set}]}.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from kvpo.files import read_json
+from kvpo.report.formatting import fixed, numbers, signed
+from kvpo.report.record import Entry
+
+FREE = {"seed", "preset", "device", "threads", "objective.advantages", "checkpoint.every", "rewards.cache",
+        "rewards.ranks", "distributed.branch_ranks", "distributed.shard"}  # fmt: skip
+"""Settings in which a run and its null runs may differ."""
+
+
+def read_null(path: Path, config: Entry) -> dict[str, list[float]]:
+    """The gains of a file's null runs by prompt set.
+
+    Raises ValueError where the file cannot be read, or its runs have other settings than ``config``.
+    """
+    record = read_json(path)
+    runs = record.get("runs") if isinstance(record, dict) else None
+    gains = [numbers(run) for run in runs] if isinstance(runs, list) else []
+    names = [name for name in (gains[0] if gains else {}) if name != "seed"]
+    settings = record.get("settings") if isinstance(record, dict) else None
+    if not names or not isinstance(settings, dict) or not all(set(names) <= run.keys() for run in gains):
+        raise ValueError(
+            f"--null: {path} holds no gains of null runs; benchmarks/seeds.py --null writes such"
+        )
+    theirs, ours = comparable(settings), comparable(config)
+    if different := [name for name in theirs.keys() | ours.keys() if theirs.get(name) != ours.get(name)]:
+        name = min(different)
+        raise ValueError(
+            f"--null: the runs of {path} have {name} {theirs.get(name)}, this one {ours.get(name)}: gains of "
+            "other settings say nothing about it; leave --null out, or make null runs with these"
+        )
+    return {name: [run[name] for run in gains] for name in names}
+
+
+def comparable(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings by dotted path that a run must have in common with its null runs."""
+    flat: dict[str, Any] = {}
+    for name, value in config.items():
+        flat |= {f"{name}.{key}": v for key, v in value.items()} if isinstance(value, dict) else {name: value}
+    return {
+        path: list(value) if isinstance(value, tuple) else value
+        for path, value in flat.items()
+        if path not in FREE
+    }
+
+
+def over_seeds(gains: Sequence[float]) -> float | None:
+    """Standard deviation (ddof 1) over seeds; None for one."""
+    return stdev(gains) if len(gains) > 1 else None
+
+
+def said_of(gains: Sequence[float]) -> str:
+    """The null runs in words."""
+    about = f"{signed(mean(gains))} \u00b1 {fixed(over_seeds(gains))} over seeds"
+    return f"{len(gains)} null run(s): {about}, the best {signed(max(gains))}"

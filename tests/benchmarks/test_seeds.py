@@ -1,0 +1,99 @@
+"""Seeds of every arm: what is finished is read, what is kept gives the tables, null runs go to reports."""
+
+import importlib
+import json
+import shutil
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import yaml
+
+from kvpo.report.null_runs import read_null
+
+SCRIPTS = Path(__file__).resolve().parents[2] / "benchmarks"
+GAINS = {"paper": 0.06, "random": 0.01}
+
+
+@pytest.fixture
+def seeds(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The script, which imports what it shares with others by plain name."""
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    return importlib.import_module("seeds")
+
+
+def summary(arm: str, seed: int) -> dict[str, Any]:
+    """What a run leaves behind."""
+    gain = GAINS[arm] + seed / 1000
+    found = {
+        "base_mean": 0.6, "paired_gain": gain, "paired_se": 0.007, "improved_fraction": 0.8,
+        "unseen_scorer_gain": gain / 2, "unseen_scorer_se": 0.005, "wrong_caption_gain": gain / 5,
+        "components": {"colour": {"gain": 2 * gain}},
+        "accuracy": {"return": {"base": 0.25, "aligned": 0.25 + gain, "n": 40}},
+    }  # fmt: skip
+    return {
+        "seed": seed, "updates": 40, "wall_s": 500.0, "cpu_s": 300.0, "peak_rss_mb": 900.0, "improved": True,
+        "held_out": {"short": found, "long": found}, "diversity": {},
+    }  # fmt: skip
+
+
+@pytest.fixture
+def started(seeds: ModuleType, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """Commands of runs that the script starts; each ends at once and leaves its summary and page."""
+    commands: list[list[str]] = []
+
+    def run(command: list[str], **_: Any) -> None:
+        commands.append(command)
+        out = Path(command[command.index("--out") + 1])
+        arm, seed = out.name.split("-")
+        out.mkdir()
+        (out / "summary.json").write_text(json.dumps(summary(arm, int(seed))))
+        (out / "config.yaml").write_text(yaml.safe_dump({"seed": int(seed), "optim": {"updates": 40}}))
+        (out / "report.html").touch()
+
+    monkeypatch.setattr(seeds, "subprocess", SimpleNamespace(run=run))
+    return commands
+
+
+def test_finished_runs_are_read_and_tables_come_from_the_file(
+    seeds: ModuleType,
+    started: list[list[str]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    kept, null, out = tmp_path / "seeds.json", tmp_path / "null.json", tmp_path / "runs"
+    words = ["seeds.py", f"--out={out}", "--seeds", "0", "1", "--arms", "paper", "random", f"--json={kept}"]
+    monkeypatch.setattr("sys.argv", [*words, f"--null={null}", "--optim.lr", "0.002"])
+    seeds.main()
+    said = capsys.readouterr().out
+    assert len(started) == 4 and all(command[-2:] == ["--optim.lr", "0.002"] for command in started)
+    assert "| paper | short | 2 | 0.600 | +0.0605 ± 0.0007 | 0.0070 | 15.1% | +0.0121 (0.20) |" in said
+    assert "| 2 of 2 |" in said, "above every null run"
+    assert "| paper | long | 0.25 → 0.31 |" in said and "| random 1 | +0.011 (0.007) |" in said
+    assert read_null(null, {"optim": {"updates": 40}}) == {"short": [0.01, 0.011], "long": [0.01, 0.011]}
+
+    shutil.rmtree(out / "random-1")  # killed
+    seeds.main()
+    assert len(started) == 5 and started[-1][started[-1].index("--out") + 1] == str(out / "random-1")
+    assert capsys.readouterr().out == said
+    monkeypatch.setattr("sys.argv", ["seeds.py", f"--tables={kept}"])
+    seeds.main()
+    assert capsys.readouterr().out == said and len(started) == 5
+
+
+def test_a_number_is_left_out_where_a_run_lacks_it(seeds: ModuleType) -> None:
+    run = summary("paper", 0)
+    other = summary("paper", 1)
+    other["held_out"]["long"] = {**other["held_out"]["long"], "accuracy": {}}
+    assert seeds.inside({"paper": [run, other]}, "accuracy", "change").endswith("| paper | long |  |")
+
+
+def test_every_arm_is_a_run_that_can_be_configured(seeds: ModuleType) -> None:
+    from kvpo.app.configuration import resolve
+
+    for words in seeds.ARMS.values():
+        given = dict(zip((word.removeprefix("--") for word in words[::2]), words[1::2], strict=True))
+        given = {"objective.advantages" if path == "advantages" else path: v for path, v in given.items()}
+        assert resolve("demo", None, given)
