@@ -45,7 +45,7 @@ def test_operations_are_those_that_torch_counts(adapted):
     seen = PageContext(cache, pages, torch.full((rows,), context))
     text = TextRows(torch.randn(1, SHAPE.text_len, SHAPE.text_dim), torch.zeros(rows, dtype=torch.int64))
     call = flops.Call(SHAPE, rows, block, context)
-    extra = flops.adapter_flops(call, 2, TARGETS) if adapted else 0
+    extra = flops.summing_flops(SHAPE, 2, TARGETS) if adapted else 0
     expected = {False: flops.velocity_flops(call) + extra}
     if not adapted:  # an adapter's share of a clean pass is a bound: its last layer is computed in part only
         expected[True] = flops.encode_flops(call)

@@ -13,8 +13,10 @@ from kvpo.engine.stream import (
     lockstep_batches,
     open_stream,
     stream_latents,
+    text_of,
 )
 from kvpo.models.cache import FrameCache
+from kvpo.models.deployment import deployment_context
 from tests.engine.tiny import FRAME, generator, grown, prompt, tape_of, texts
 from tests.given_frames import give_frames
 
@@ -256,3 +258,18 @@ def test_bytes_of_pixels_are_rounded_and_clamped():
     found = as_bytes(pixels_TCHW)
     assert found.shape == (2, 1, 6, 3) and found.dtype == torch.uint8
     assert found[1, 0, :, 2].tolist() == [0, 0, 102, 128, 255, 255]
+
+
+def test_a_block_embeds_its_text_once_and_gives_the_bits_of_single_calls():
+    one = generator()
+    stream = open_stream(one, one.new_cache(3), prompt(3), texts(), tape_of())
+    embedded = []
+    hook = one.transformer.text_embedding.register_forward_hook(lambda *_: embedded.append(1))
+    text, context = text_of([stream]), deployment_context(one.deployment, [stream.history])
+    trajectory = advance(one, [stream])
+    hook.remove()
+    assert len(embedded) == 1
+    for step, sigma in enumerate(one.sigmas):
+        with torch.no_grad():
+            alone = one.velocity(trajectory.states_RSFCHW[:, step], torch.tensor([sigma]), text, context)
+        assert torch.equal(alone, trajectory.velocities_RSFCHW[:, step])

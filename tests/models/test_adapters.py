@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from peft.tuners.lora import Linear
 
 from kvpo.models.adapter_files import PEFT_PREFIX
 from kvpo.models.adapters import (
@@ -11,6 +12,7 @@ from kvpo.models.adapters import (
     add_adapter,
     averaged,
     base_state,
+    held_weights,
     leave_casts_to_autocast,
     load_adapter,
     merge_adapter,
@@ -244,3 +246,46 @@ def test_a_moving_average_takes_the_place_of_the_weights():
     state = averaged(adapter_state(model), average)
     for name, value in adapter_state(model).tensors.items():
         assert torch.equal(state.tensors[name], value + 1)
+
+
+def adapted_layer(dtype=torch.float64):
+    model = tiny_model().to(dtype)
+    load_adapter(model, random_adapter(model), dtype=torch.promote_types(dtype, torch.float32))
+    return model, model.get_submodule(ADAPTED[0])
+
+
+def test_an_adapter_in_the_weights_is_what_it_is_beside_them():
+    """Values and gradients are those of PEFT's own layer, which adds two products."""
+    _, layer = adapted_layer()
+    draws = torch.Generator().manual_seed(7)
+    x = torch.randn(2, 5, 24, generator=draws, dtype=torch.float64, requires_grad=True)
+    target = torch.randn(2, 5, 24, generator=draws, dtype=torch.float64)
+    asked = (x, layer.lora_A["default"].weight, layer.lora_B["default"].weight)
+    outs = layer(x), Linear.forward(layer, x)
+    torch.testing.assert_close(*outs, rtol=1e-12, atol=1e-12)
+    found, expected = (torch.autograd.grad((out * target).sum(), asked) for out in outs)
+    for one, other in zip(found, expected, strict=True):
+        assert other.abs().max() > 0.1
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("precision", ["bfloat16 weights", "bfloat16 autocast"])
+def test_narrow_weights_keep_the_adapter_beside_them(precision):
+    narrow = precision == "bfloat16 weights"
+    model, layer = adapted_layer(torch.bfloat16 if narrow else torch.float32)
+    x = torch.randn(2, 5, 24, generator=torch.Generator().manual_seed(7))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=not narrow), held_weights(model):
+        x = x.to(torch.bfloat16)
+        assert layer.held is None and torch.equal(layer(x), Linear.forward(layer, x))
+
+
+def test_weights_are_summed_once_while_they_are_held():
+    model, layer = adapted_layer(torch.float32)
+    before = velocity(model)
+    with torch.no_grad(), held_weights(model):
+        assert torch.equal(velocity(model), before)
+        with reference_policy(model):
+            assert torch.equal(velocity(model), before)  # a copy of the start, held in its place
+        layer.lora_B["default"].weight.mul_(2)
+        assert torch.equal(velocity(model), before)
+    assert not torch.equal(velocity(model), before)

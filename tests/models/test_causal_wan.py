@@ -90,7 +90,7 @@ def test_angles_of_late_frames_are_as_exact_as_those_of_the_first(frame):
     expected = torch.tensor(expected, dtype=torch.float64)[None]
     assert angles.dtype == torch.float64
     torch.testing.assert_close(angles, expected, rtol=1e-13, atol=0)
-    cos, sin = cos_sin(angles)
+    cos, sin = cos_sin(angles).unbind(-1)
     assert cos.dtype == sin.dtype == torch.float32
     # Half a unit in the last place of float32, and what float64 leaves of an angle of 100,000.
     assert (cos[:, :, 0] - expected.cos()).abs().max() < 6.1e-8

@@ -1,14 +1,15 @@
 """A streaming generator as the engine sees it: a velocity model, its deployment context and its solver."""
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from kvpo.method.flow import Step
+from kvpo.models.adapters import held_weights
 from kvpo.models.cache import FrameCache
 from kvpo.models.context import Context
 from kvpo.models.finite import NonFiniteError, first_non_finite_layer, magnitudes, require_finite
@@ -22,12 +23,14 @@ class Transformer(Protocol):
         self,
         x_RFCHW: Tensor,
         sigma_R: Tensor,
-        text_ULD: Tensor,
+        text_ULD: Any,
         context: Context,
         *,
         text_rows: Tensor | None = None,
         encode: bool = False,
     ) -> Any: ...
+
+    def text_of(self, text_ULD: Tensor, text_rows: Tensor | None, rows: int) -> Any: ...
 
     def text_keys(self, text_RLD: Tensor, layer: int) -> Tensor: ...
 
@@ -90,6 +93,13 @@ class TextRows:
     embeddings_ULD: Tensor
     rows_R: Tensor
     """Index of each row's embedding."""
+    known: Any = None
+    """What the transformer's ``text_of`` made of them; None: every call does that by itself."""
+
+    @property
+    def given(self) -> Any:
+        """What the transformer is called with."""
+        return self.embeddings_ULD if self.known is None else self.known
 
     def select(self, index: Tensor) -> "TextRows":
         """The rows named by ``index`` (repeats allowed)."""
@@ -174,17 +184,29 @@ class StreamingGenerator:
             dtype=self.page_dtype,
         )
 
+    @contextmanager
+    def known(self, text: TextRows) -> Iterator[TextRows]:
+        """Inside, where no weight may change, what calls without gradients share is computed once.
+
+        That is the keys and values of the yielded text, and the sums of weights and adapters.
+        """
+        model = self.transformer
+        with held_weights(model) if isinstance(model, nn.Module) else nullcontext():
+            with self._precision(), torch.no_grad():
+                own = self.transformer.text_of(text.embeddings_ULD, text.rows_R, len(text.rows_R))
+            yield replace(text, known=own)
+
     def velocity(self, x_RFCHW: Tensor, sigma_R: Tensor, text: TextRows, context: Context) -> Tensor:
         """Velocity of noisy blocks ``[R, F, C, H, W]``."""
         with self._precision():
-            return self.transformer(x_RFCHW, sigma_R, text.embeddings_ULD, context, text_rows=text.rows_R)
+            return self.transformer(x_RFCHW, sigma_R, text.given, context, text_rows=text.rows_R)
 
     def encode(self, clean_RFCHW: Tensor, text: TextRows, context: Context) -> tuple[Tensor, Tensor]:
         """Keys and values ``[L, R, F, T, N, D]`` of clean blocks: the clean pass at noise level 0."""
         with self._precision(), torch.no_grad():
             zero = torch.zeros(len(clean_RFCHW), device=clean_RFCHW.device)
             return self.transformer(
-                clean_RFCHW, zero, text.embeddings_ULD, context, text_rows=text.rows_R, encode=True
+                clean_RFCHW, zero, text.given, context, text_rows=text.rows_R, encode=True
             )
 
     def require_finite(

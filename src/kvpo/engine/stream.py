@@ -263,15 +263,14 @@ def _generate_block(
     generator: StreamingGenerator, streams: Sequence[Stream], context: PageContext
 ) -> Trajectory:
     """Denoise the streams' next blocks in one batch and append them. Raises NonFiniteError."""
-    text, step = text_of(streams), streams[0].step or generator.step
-    levels = generator.levels(streams[0].start)
+    step, levels = streams[0].step or generator.step, generator.levels(streams[0].start)
     noise = _tape_noise(generator, streams, step, len(levels))
-    with torch.no_grad():
+    with torch.no_grad(), generator.known(text_of(streams)) as text:
         trajectory = denoise_block(generator, noise, text, context, step, levels)
         videos = ", ".join(str(stream.prompt.id) for stream in streams)
         place = f"block {streams[0].start // generator.block + 1} of prompt {videos}"
         generator.require_finite(trajectory, levels, text, context, place)
-    append_block(generator, streams, trajectory.clean_RFCHW, text, context, noise.get("context"))
+        append_block(generator, streams, trajectory.clean_RFCHW, text, context, noise.get("context"))
     return trajectory
 
 

@@ -10,12 +10,14 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import cast
+from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
-from peft.tuners.lora import LoraLayer
+from peft.tuners.lora import Linear, LoraLayer
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from kvpo.files import named_list
 from kvpo.models.adapter_files import PEFT_PREFIX, AdapterState, adapter_of
@@ -31,8 +33,79 @@ TRAINED = "default"
 REFERENCE = "reference"
 
 
-def _lora_layers(model: nn.Module) -> list[LoraLayer]:
-    return [module for module in model.modules() if isinstance(module, LoraLayer)]
+class _AdaptedProduct(torch.autograd.Function):
+    """``x W^T`` with ``W = W0 + scale B A`` given, whose gradients are those of x, A and B."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight, a, b)
+        ctx.scale = scale
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, a, b = ctx.saved_tensors
+        (gradient,) = gradients
+        of_x = gradient @ weight if ctx.needs_input_grad[0] else None
+        rows, gradient = x.flatten(0, -2), gradient.flatten(0, -2)
+        of_a = torch.mm((gradient @ b).t(), rows)
+        of_b = torch.mm(gradient.t(), rows @ a.t())
+        if ctx.scale != 1:
+            of_a, of_b = ctx.scale * of_a, ctx.scale * of_b
+        return of_x, None, None, of_a, of_b, None
+
+
+class AdaptedLinear(Linear):
+    """A linear layer with adapters, whose active one is added to the weight before the product.
+
+    Only in float32 and wider, where nothing but rounding is lost; narrower weights keep the adapter beside
+    them, since its small numbers would vanish in theirs. So do weights that are spread over ranks, which are
+    whole only while their own modules run.
+    """
+
+    held: Tensor | None = None
+    """The sum, inside ``held_weights``."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        base, name = cast(nn.Linear, self.base_layer), self.active_adapters[0]
+        if self.disable_adapters or not self._adds_up():
+            return super().forward(x, *args, **kwargs)
+        weight = self.summed() if self.held is None else self.held
+        a, b = (half[name].weight.to(weight.dtype) for half in (self.lora_A, self.lora_B))
+        if torch.is_grad_enabled() and (x.requires_grad or a.requires_grad):
+            return _AdaptedProduct.apply(x, weight, base.bias, a, b, self.scaling[name])
+        return F.linear(x, weight, base.bias)
+
+    def _adds_up(self) -> bool:
+        weight, half = self.base_layer.weight, self.lora_A[self.active_adapters[0]].weight
+        narrow = weight.dtype.itemsize < 4 or torch.is_autocast_enabled(weight.device.type)
+        return not narrow and not isinstance(half, DTensor)
+
+    @torch.no_grad()
+    def summed(self) -> Tensor:
+        """The weight and the active adapter in one."""
+        name = self.active_adapters[0]
+        a, b = (half[name].weight.to(self.base_layer.weight.dtype) for half in (self.lora_A, self.lora_B))
+        return torch.addmm(self.base_layer.weight, b, a, alpha=self.scaling[name])
+
+
+@contextmanager
+def held_weights(model: nn.Module) -> Iterator[None]:
+    """Inside, where the weights may not change, every adapter is added to its layer's weight only once."""
+    layers = [layer for layer in _lora_layers(model) if not layer.disable_adapters and layer._adds_up()]
+    try:
+        for layer in layers:
+            layer.held = layer.summed()
+        yield
+    finally:
+        for layer in layers:
+            layer.held = None
+
+
+def _lora_layers(model: nn.Module) -> list[AdaptedLinear]:
+    return [module for module in model.modules() if isinstance(module, AdaptedLinear)]
 
 
 def _linear_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
@@ -77,12 +150,14 @@ def lora_config(adapter: AdapterState, base_model: str | None = None) -> LoraCon
 
 def _inject(model: nn.Module, adapter: AdapterState, name: str, dtype: torch.dtype) -> None:
     """Add an adapter under ``name`` with a copy of the given weights on the model's device."""
+    config = lora_config(adapter)
+    config._register_custom_module({nn.Linear: AdaptedLinear})
     # On the meta device, PEFT's own initialisation draws nothing from the global generator.
     with warnings.catch_warnings():
         warnings.filterwarnings(
             "ignore", message="Already found a `peft_config`"
         )  # the second adapter is meant
-        inject_adapter_in_model(lora_config(adapter), model, adapter_name=name, low_cpu_mem_usage=True)
+        inject_adapter_in_model(config, model, adapter_name=name, low_cpu_mem_usage=True)
     for module in adapter.modules:
         layer = model.get_submodule(module)
         assert isinstance(layer, LoraLayer)

@@ -8,7 +8,7 @@ Shape legend: R rows, F frames of the call, C/H/W latent, T tokens per frame, N 
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import cast
@@ -23,6 +23,7 @@ from kvpo.models.settings import WanShape
 
 TIMESTEPS = 1000.0
 """The model's clock: timestep = 1000 sigma."""
+KeysValues = tuple[Tensor, Tensor]
 GRAPHS = 64
 """Compiled forms of a layer that may be kept: with and without gradients, adapter, one row or many."""
 
@@ -60,16 +61,20 @@ def rotary_angles(frames_RF: Tensor, grid: tuple[int, int], head_dim: int) -> Te
     return torch.cat(angles, dim=-1).flatten(1, 3)
 
 
-def rotate(x: Tensor, cos_sin: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotate neighbouring pairs of ``x [R, K, N, D]`` by angles given as cos and sin ``[R, K, 1, D / 2]``."""
-    cos, sin = cos_sin
-    even, odd = x.to(torch.promote_types(x.dtype, cos.dtype)).unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).type_as(x)
+def rotate(x: Tensor, cos_sin: Tensor) -> Tensor:
+    """Rotate neighbouring pairs of ``x [R, K, N, D]`` by angles given as ``cos_sin`` returns them."""
+    pairs = x.to(torch.promote_types(x.dtype, cos_sin.dtype)).unflatten(-1, (-1, 2))
+    if torch.compiler.is_compiling():  # inductor fuses real products and has no code for complex ones
+        (even, odd), (cos, sin) = pairs.unbind(-1), cos_sin.unbind(-1)
+        rotated = torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1)
+    else:
+        rotated = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(cos_sin))
+    return rotated.flatten(-2).type_as(x)
 
 
-def cos_sin(angles: Tensor) -> tuple[Tensor, Tensor]:
-    """Cos and sin of float64 angles ``[R, K, D / 2]`` in float32, with an axis for the heads."""
-    return angles.cos().float()[:, :, None], angles.sin().float()[:, :, None]
+def cos_sin(angles: Tensor) -> Tensor:
+    """Cos and sin of float64 angles ``[R, K, D / 2]`` in float32, ``[R, K, 1, D / 2, 2]`` for all heads."""
+    return torch.stack([angles.cos(), angles.sin()], dim=-1).float()[:, :, None]
 
 
 class RMSNorm(nn.Module):
@@ -81,8 +86,10 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.dtype == self.weight.dtype:
+            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)).type_as(x) * self.weight
+        return F.rms_norm(wide, self.weight.shape, eps=self.eps).type_as(x) * self.weight
 
 
 class Attention(nn.Module):
@@ -102,7 +109,7 @@ class Attention(nn.Module):
         """Split ``[R, K, dim]`` into ``[R, K, N, D]``."""
         return x.unflatten(-1, (self.num_heads, -1))
 
-    def keys_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def keys_values(self, x: Tensor) -> KeysValues:
         """Keys and values ``[R, K, N, D]`` of ``x [R, K, dim]``, before any rotation."""
         return self.heads(self.norm_k(self.k(x))), self.heads(self.v(x))
 
@@ -131,16 +138,12 @@ class WanBlock(nn.Module):
         )
         self.modulation = nn.Parameter(torch.randn(1, 6, dim) / math.sqrt(dim))
 
-    def modulated(self, time_R6D: Tensor) -> tuple[Tensor, ...]:
-        """Shift, scale and gate of the attention and of the feed-forward, each ``[R, 1, dim]``."""
-        return (self.modulation + time_R6D).chunk(6, dim=1)
-
     def own_keys_values(
-        self, x: Tensor, time_R6D: Tensor, rotation: tuple[Tensor, Tensor] | None
+        self, x: Tensor, time_R6D: Tensor, rotation: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Attention input, keys (rotated unless ``rotation`` is None) and values of the call's own frames."""
-        shift, scale, *_ = self.modulated(time_R6D)
-        attention_in = (self.norm1(x) * (1 + scale) + shift).type_as(x)
+        shift, scale = (self.modulation[:, :2] + time_R6D[:, :2]).split(1, dim=1)
+        attention_in = torch.addcmul(shift, self.norm1(x), 1 + scale).type_as(x)
         k, v = self.self_attn.keys_values(attention_in)
         return attention_in, k if rotation is None else rotate(k, rotation), v
 
@@ -148,14 +151,15 @@ class WanBlock(nn.Module):
         self,
         x: Tensor,
         time_R6D: Tensor,
-        text: Tensor,
+        text: Tensor | KeysValues,
         text_rows: Tensor | None,
-        rotation: tuple[Tensor, Tensor] | None,
+        rotation: Tensor | None,
         context: Context,
         layer: int,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """One layer: ``x [R, F*T, dim]`` -> (x, own keys, own values).
 
+        ``text`` is what ``text_embedding`` made of it, or the keys and values that each row has of it.
         ``context`` is an argument, not state, so that recomputation under activation checkpointing reads
         exactly what the first pass read.
         """
@@ -164,49 +168,48 @@ class WanBlock(nn.Module):
         if rotation is None:
             q, keys = self._rotate_by_slot(q, keys)
         attended = self.self_attn.attend(q, keys, values, mask)
-        return self.update(x, attended, time_R6D, text, text_rows), k, v
+        if isinstance(text, Tensor):
+            text = self.text_keys_values(text, text_rows, len(x))
+        return self.update(x, attended, time_R6D, *text), k, v
 
-    def project(
-        self, x: Tensor, time_R6D: Tensor, rotation: tuple[Tensor, Tensor] | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def text_keys_values(self, text: Tensor, text_rows: Tensor | None, rows: int) -> KeysValues:
+        """What every row attends to of the embedded texts ``[U, text_len, dim]``: ``[R, text_len, N, D]``."""
+        k, v = self.cross_attn.keys_values(text)
+        if len(text) == 1:
+            return k.expand(rows, -1, -1, -1), v.expand(rows, -1, -1, -1)
+        return (k, v) if text_rows is None else (k[text_rows], v[text_rows])
+
+    def project(self, x: Tensor, time_R6D: Tensor, rotation: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """The half before attention over the context: queries, keys and values of the call's own frames."""
         attention_in, k, v = self.own_keys_values(x, time_R6D, rotation)
         q = self.self_attn.heads(self.self_attn.norm_q(self.self_attn.q(attention_in)))
         return q if rotation is None else rotate(q, rotation), k, v
 
-    def update(
-        self, x: Tensor, attended: Tensor, time_R6D: Tensor, text: Tensor, text_rows: Tensor | None
-    ) -> Tensor:
+    def update(self, x: Tensor, attended: Tensor, time_R6D: Tensor, text_k: Tensor, text_v: Tensor) -> Tensor:
         """The half after it: residual, cross-attention to the text, feed-forward."""
-        _, _, gate, shift_ffn, scale_ffn, gate_ffn = self.modulated(time_R6D)
-        x = x + gate * attended
+        gate, shift_ffn, scale_ffn, gate_ffn = (self.modulation[:, 2:] + time_R6D[:, 2:]).split(1, dim=1)
+        x = torch.addcmul(x, gate, attended)
         text_in = self.norm3(x).type_as(x)
         text_q = self.cross_attn.heads(self.cross_attn.norm_q(self.cross_attn.q(text_in)))
-        text_k, text_v = self.cross_attn.keys_values(text)
-        if text_rows is not None:
-            text_k, text_v = text_k[text_rows], text_v[text_rows]
         x = x + self.cross_attn.attend(text_q, text_k, text_v)
-        ffn_in = (self.norm2(x) * (1 + scale_ffn) + shift_ffn).type_as(x)
-        return x + gate_ffn * self.ffn(ffn_in)
+        ffn_in = torch.addcmul(shift_ffn, self.norm2(x), 1 + scale_ffn).type_as(x)
+        return torch.addcmul(x, gate_ffn, self.ffn(ffn_in))
 
-    def only_keys_values(
-        self, x: Tensor, time_R6D: Tensor, rotation: tuple[Tensor, Tensor] | None
-    ) -> tuple[Tensor, Tensor]:
+    def only_keys_values(self, x: Tensor, time_R6D: Tensor, rotation: Tensor | None) -> KeysValues:
         """Keys and values of the call's own frames, for those who need nothing else of the layer."""
         _, k, v = self.own_keys_values(x, time_R6D, rotation)
         return k, v
 
-    def text_keys(self, text: Tensor) -> Tensor:
-        """Keys of the cross-attention ``[R, K, N, D]``."""
-        return self.cross_attn.keys_values(text)[0]
+    def text_of(self, text: Tensor, text_rows: Tensor | None, rows: int) -> KeysValues:
+        """``text_keys_values`` for callers outside of ``forward``."""
+        return self.text_keys_values(text, text_rows, rows)
 
     def _rotate_by_slot(self, q: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
         """Relative positions: keys are rotated by their slot, queries by theirs, the last slots."""
         tokens = self.shape.tokens_per_frame
         slots = torch.arange(keys.shape[1] // tokens, device=q.device)[None]
         rotation = cos_sin(rotary_angles(slots, self.shape.grid, self.shape.head_dim))
-        own = (rotation[0][:, -q.shape[1] :], rotation[1][:, -q.shape[1] :])
-        return rotate(q, own), rotate(keys, rotation)
+        return rotate(q, rotation[:, -q.shape[1] :]), rotate(keys, rotation)
 
 
 class Head(nn.Module):
@@ -219,13 +222,11 @@ class Head(nn.Module):
         self.modulation = nn.Parameter(torch.randn(1, 2, shape.dim) / math.sqrt(shape.dim))
 
     def forward(self, x: Tensor, time_RD: Tensor) -> Tensor:
-        shift, scale = (self.modulation + time_RD[:, None]).chunk(2, dim=1)
-        return self.head(self.norm(x) * (1 + scale) + shift)
+        shift, scale = (self.modulation + time_RD[:, None]).split(1, dim=1)
+        return self.head(torch.addcmul(shift, self.norm(x), 1 + scale))
 
 
-def _stored(
-    stored: tuple[Tensor, Tensor] | None, layer: int, layers: int, k: Tensor, v: Tensor
-) -> tuple[Tensor, Tensor]:
+def _stored(stored: KeysValues | None, layer: int, layers: int, k: Tensor, v: Tensor) -> KeysValues:
     """Keys and values of all layers, those of one put in; stacked at the end they would be held twice."""
     if stored is None:
         stored = k.new_empty(layers, *k.shape), v.new_empty(layers, *v.shape)
@@ -252,22 +253,29 @@ class CausalWan(nn.Module):
         self.blocks = nn.ModuleList(WanBlock(shape) for _ in range(shape.num_layers))
         self.head = Head(shape)
 
+    def text_of(self, text_ULD: Tensor, text_rows: Tensor | None, rows: int) -> tuple[KeysValues, ...]:
+        """What every layer attends to of texts, for calls that share them and the weights."""
+        text = self.text_embedding(text_ULD.to(self.patch_embedding.weight.dtype))
+        layers = (cast(WanBlock, module) for module in self.blocks)
+        return tuple(layer.text_of(text, text_rows, rows) for layer in layers)
+
     def forward(
         self,
         x_RFCHW: Tensor,
         sigma_R: Tensor,
-        text_ULD: Tensor,
+        text_ULD: Tensor | Sequence[KeysValues],
         context: Context,
         *,
         text_rows: Tensor | None = None,
         encode: bool = False,
-    ) -> Tensor | tuple[Tensor, Tensor]:
+    ) -> Tensor | KeysValues:
         """Velocity of a noisy block, or the keys and values of a clean one.
 
         Args:
             x_RFCHW: latents of the block.
             sigma_R: noise level in [0, 1] of each row; 0 for a clean pass.
-            text_ULD: text embeddings ``[U, text_len, text_dim]``, padding zero (it is attended to).
+            text_ULD: text embeddings ``[U, text_len, text_dim]``, padding zero (it is attended to), or what
+                ``text_of`` made of them for these rows.
             context: earlier frames and absolute positions.
             text_rows: which of the U texts each row has, ``[R]``; None: U = R, one each.
             encode: return keys and values ``[L, R, F, T, N, D]`` instead of the velocity ``[R, F, C, H, W]``;
@@ -278,19 +286,23 @@ class CausalWan(nn.Module):
         x = self.patch_embedding(x_RFCHW.to(dtype).transpose(1, 2)).flatten(2).transpose(1, 2)
         time = self.time_embedding(timestep_sinusoid(TIMESTEPS * sigma_R, self.shape.freq_dim).to(dtype))
         time_R6D = self.time_projection(time).unflatten(1, (6, -1))
-        text = self.text_embedding(text_ULD.to(dtype))
+        texts: Sequence[Tensor | KeysValues]
+        if isinstance(text_ULD, Tensor):
+            texts = [self.text_embedding(text_ULD.to(dtype))] * len(self.blocks)
+        else:
+            texts = text_ULD
         rotation = None
         if not self.shape.relative_positions:
             positions = context.start_R[:, None] + torch.arange(frames, device=x.device)
             rotation = cos_sin(rotary_angles(positions, self.shape.grid, self.shape.head_dim))
-        stored: tuple[Tensor, Tensor] | None = None
+        stored: KeysValues | None = None
         for layer, module in enumerate(self.blocks):
             block = cast(WanBlock, module)
             if encode and layer == len(self.blocks) - 1:
                 k, v = block.only_keys_values(x, time_R6D, rotation)
                 stored = _stored(stored, layer, len(self.blocks), k, v)
                 break
-            arguments = (x, time_R6D, text, text_rows, rotation, context, layer)
+            arguments = (x, time_R6D, texts[layer], text_rows, rotation, context, layer)
             if self.checkpointing and torch.is_grad_enabled():
                 x, k, v = checkpoint(block, *arguments, use_reentrant=False)
             else:
@@ -339,4 +351,4 @@ class CausalWan(nn.Module):
     def text_keys(self, text_RLD: Tensor, layer: int) -> Tensor:
         """Keys of a layer's cross-attention, ``[R, text_len, N, D]`` (a bank scores frames by them)."""
         text = self.text_embedding(text_RLD.to(self.patch_embedding.weight.dtype))
-        return cast(WanBlock, self.blocks[layer]).text_keys(text)
+        return cast(WanBlock, self.blocks[layer]).text_of(text, None, len(text))[0]

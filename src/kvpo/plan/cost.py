@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from kvpo.config import Config
 from kvpo.models.adapters import LORA_TARGETS
 from kvpo.models.settings import WanShape
-from kvpo.plan.flops import Call, adapter_flops, encode_flops, velocity_flops
+from kvpo.plan.flops import Call, adapter_flops, encode_flops, summing_flops, velocity_flops
 
 
 @dataclass(frozen=True)
@@ -53,12 +53,19 @@ class Costs:
         """One forward pass over blocks of this many rows and ``context`` past frames; None: as deployed."""
         return Call(self.shape, rows, self.config.stream.block, self.context if context is None else context)
 
-    def adapter(self, rows: int) -> float:
-        """Operations that an adapter adds to a forward pass; 0 where all parameters are trained."""
+    def adapter(self, rows: int, passes: int = 1) -> float:
+        """Operations that an adapter adds to forward passes under the same weights; 0 without one.
+
+        In float32 it is added to the weights once, under autocast it is computed beside them in every pass.
+        """
         optim = self.config.optim
-        if not optim.lora_rank:
-            return 0.0
-        return adapter_flops(self.call(rows), optim.lora_rank, LORA_TARGETS)
+        if optim.autocast == "none":
+            return summing_flops(self.shape, optim.lora_rank, LORA_TARGETS)
+        return passes * self.beside(rows)
+
+    def beside(self, rows: int) -> float:
+        """Operations of an adapter beside the weights in a forward pass; 0 without one."""
+        return adapter_flops(self.call(rows), self.config.optim.lora_rank, LORA_TARGETS)
 
 
 def blocks_work(costs: Costs, blocks: int, rows: int, context: int | None = None) -> Work:
@@ -67,7 +74,7 @@ def blocks_work(costs: Costs, blocks: int, rows: int, context: int | None = None
     ``context`` past frames are seen, None: the deployed ones.
     """
     steps, call = len(costs.config.stream.schedule), costs.call(rows, context)
-    flops = steps * velocity_flops(call) + encode_flops(call) + (steps + 1) * costs.adapter(rows)
+    flops = steps * velocity_flops(call) + encode_flops(call) + costs.adapter(rows, steps + 1)
     traffic = (steps + 1) * (costs.weight_bytes + rows * call.context * costs.page_bytes)
     traffic += rows * costs.config.stream.block * costs.page_bytes
     return Work(blocks * flops, blocks * traffic)
@@ -98,9 +105,10 @@ def backward_work(costs: Costs, rows: int) -> Work:
     both gradients.
     """
     forward, call = forward_work(costs, rows), costs.call(rows)
-    linear = velocity_flops(call) - velocity_flops(call, part="attention")
-    trained = costs.adapter(rows) if costs.config.optim.lora_rank else linear
-    flops = forward.flops + velocity_flops(call, part="attention") + trained
+    attention = velocity_flops(call, part="attention")
+    linear = velocity_flops(call) - attention
+    trained = 2 * costs.beside(rows) if costs.config.optim.lora_rank else linear
+    flops = velocity_flops(call) + attention + trained
     once = Work(flops, forward.bytes)
     return once + forward if costs.config.optim.checkpointing else once
 

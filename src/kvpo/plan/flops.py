@@ -70,7 +70,7 @@ def encode_flops(call: Call) -> float:
 
 
 def adapter_flops(call: Call, rank: int, targets: Sequence[str]) -> float:
-    """FLOPs that an adapter adds to a forward pass: rank (inputs + outputs) per token and layer."""
+    """FLOPs of a pass for an adapter beside the weights: rank (inputs + outputs) per token and layer."""
     dim, ffn = call.shape.dim, call.shape.ffn_dim
     total = 0.0
     for target in targets:
@@ -78,3 +78,9 @@ def adapter_flops(call: Call, rank: int, targets: Sequence[str]) -> float:
         widths = dim + ffn if target.startswith("ffn") else 2 * dim
         total += 2.0 * tokens * rank * widths
     return call.shape.num_layers * total
+
+
+def summing_flops(shape: WanShape, rank: int, targets: Sequence[str]) -> float:
+    """FLOPs of adding an adapter to the weights: rank inputs outputs per layer, whatever the tokens."""
+    widths = (shape.ffn_dim if target.startswith("ffn") else shape.dim for target in targets)
+    return 2.0 * shape.num_layers * sum(rank * shape.dim * width for width in widths)

@@ -38,10 +38,11 @@ def shard(model: CausalWan, team: Ranks, device: torch.device | str) -> None:
             for name in layer.lora_A:
                 group(layer.lora_A[name], layer.lora_B[name])
         group(block)
-        for method in ("only_keys_values", "text_keys"):  # what is called beside ``forward``, never within it
+        for method in ("only_keys_values", "text_of"):  # what is called beside ``forward``, never within it
             register_fsdp_forward_method(block, method)
     group(model)
-    register_fsdp_forward_method(model, "text_keys")
+    for method in ("text_of", "text_keys"):
+        register_fsdp_forward_method(model, method)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)

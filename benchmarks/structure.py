@@ -1,0 +1,150 @@
+"""What a block and a replay are made of: operations, bytes and graphs, counted without computing anything.
+
+    python benchmarks/structure.py [--json PATH]
+
+The counted code runs on tensors without contents (torch's fake tensors), so that the 1.3B geometry needs
+neither a GPU nor its memory; two layers stand for all, as operations are given per layer. For a table before
+and after a change, run it with ``PYTHONPATH`` naming the other checkout's ``src``.
+"""
+
+import argparse
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from engine import Bench, bench
+from measuring import section, table, write_json
+from shapes import with_shape
+from torch import Tensor
+from torch._dynamo.utils import counters
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+from kvpo.app.configuration import preset
+from kvpo.config import Config
+from kvpo.engine.generator import StreamingGenerator
+from kvpo.engine.replay import ReplayRow, replay_context, replay_velocities
+from kvpo.engine.stream import Stream, advance, open_stream
+
+LAYERS, BLOCKS = 2, 40
+COPIES = ("_to_copy", "copy_", "clone", "cat", "stack", "index_select", "index", "index_put_")
+"""Operations that move numbers and compute none."""
+
+
+class Counted(TorchDispatchMode):
+    """Operations that run a kernel, those among them that only move numbers, and their bytes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations = self.copies = self.bytes = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        alias = func._schema.returns[0].alias_info if func._schema.returns else None
+        name = func._schema.name.removeprefix("aten::")
+        if (alias is None or alias.is_write) and name not in ("empty", "new_empty", "empty_like"):
+            self.operations += 1
+            self.copies += name in COPIES
+            moved = [one for one in tree_leaves((args, kwargs, out)) if isinstance(one, Tensor)]
+            self.bytes += sum(one.numel() * one.element_size() for one in moved)
+        return out
+
+
+def counted(run: Callable[[], Any], layer_calls: int) -> dict[str, float]:
+    """Operations and copies per layer and call, bytes and FLOP of the matrix products altogether."""
+    with FlopCounterMode(display=False) as flops, Counted() as found:
+        run()
+    return {
+        "operations per layer and call": found.operations / layer_calls,
+        "copies per layer and call": found.copies / layer_calls,
+        "GB read and written": found.bytes / 1e9,
+        "TFLOP of matrix products": flops.get_total_flops() / 1e12,
+    }
+
+
+@contextmanager
+def full_window(config: Config) -> Iterator[tuple[Bench, Stream]]:
+    """A stream of a random generator whose window is full, on fake tensors."""
+    with FakeTensorMode(), patch.object(StreamingGenerator, "require_finite"):
+        subject = bench(config, 1)
+        generator = subject.generator
+        cache = generator.new_cache(8 * generator.deployment.window)
+        stream = open_stream(generator, cache, subject.prompts[0], subject.texts, subject.tape)
+        while stream.start < generator.deployment.window:
+            advance(generator, [stream])
+        yield subject, stream
+
+
+def structure(config: Config) -> dict[str, dict[str, float]]:
+    """A streamed block, a replayed trajectory without gradients, and one with its backward pass."""
+    steps, layers = config.objective.grad_steps, config.model.num_layers
+    with full_window(config) as (subject, stream):
+        generator = subject.generator
+
+        def block() -> None:
+            advance(generator, [stream.fork()])
+
+        past = torch.zeros(2, *generator.block_shape)
+        states = torch.zeros(2, steps, *generator.block_shape)
+        row = ReplayRow(stream, past, states)
+
+        def replay(gradients: bool) -> None:
+            with replay_context(generator, [row]) as context, torch.set_grad_enabled(gradients):
+                velocities = replay_velocities(generator, [row], context, range(2))
+                if gradients:
+                    velocities.square().sum().backward()
+
+        return {
+            "streamed block": counted(block, layers * (len(generator.sigmas) + 1)),
+            "replay, no gradient": counted(lambda: replay(False), 2 * layers),
+            "replay and backward": counted(lambda: replay(True), 2 * layers),
+        }
+
+
+def graphs(blocks: int) -> dict[str, int]:
+    """Graphs that the compiler made while a stream of the demo's generator grew, and the sizes it saw."""
+    config = with_shape(preset("demo", {}), num_layers=1)
+    subject = bench(config, 1)
+    subject.model.compile_blocks()  # type: ignore[operator]
+    generator = subject.generator
+    prompt = replace(subject.prompts[0], num_frames=blocks * generator.block)
+    stream = open_stream(generator, generator.new_cache(60), prompt, subject.texts, subject.tape)
+    counters.clear()
+    sizes = set()
+    with torch.compiler.set_stance("default", force_backend="eager"):
+        for _ in range(blocks):
+            sizes.add(min(stream.start, generator.deployment.window))
+            advance(generator, [stream], resident=generator.deployment.window)
+    return {"blocks": blocks, "graphs": counters["stats"]["unique_graphs"], "window sizes": len(sizes)}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Count and write the tables."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--blocks", type=int, default=BLOCKS, help=f"blocks for the graphs ({BLOCKS})")
+    parser.add_argument("--json", type=Path, help="write every number to this file too")
+    options = parser.parse_args(arguments)
+    wan = with_shape(preset("longlive-1.3b", {"device": "cpu"}), num_layers=LAYERS)
+    numbers: dict[str, Any] = {}
+    for name, config in (("1.3B, bfloat16", wan), ("demo, float32", preset("demo", {}))):
+        numbers[name] = structure(config)
+        rows = [[what, *found.values()] for what, found in numbers[name].items()]
+        columns = ["one row", *next(iter(numbers[name].values()))]
+        section(f"Structure, {name}, {config.model.num_layers} layers", table(columns, rows))
+    numbers["compiled"] = graphs(options.blocks)
+    section(
+        "Graphs of a compiled layer", table(list(numbers["compiled"]), [list(numbers["compiled"].values())])
+    )
+    write_json(options.json, numbers)
+
+
+if __name__ == "__main__":
+    main()
