@@ -73,7 +73,7 @@ def counted(run: Callable[[], Any], layer_calls: int) -> dict[str, float]:
 @contextmanager
 def full_window(config: Config) -> Iterator[tuple[Bench, Stream]]:
     """A stream of a random generator whose window is full, on fake tensors."""
-    with FakeTensorMode(), patch.object(StreamingGenerator, "require_finite"):
+    with FakeTensorMode(allow_non_fake_inputs=True), patch.object(StreamingGenerator, "require_finite"):
         subject = bench(config, 1)
         generator = subject.generator
         cache = generator.new_cache(8 * generator.deployment.window)

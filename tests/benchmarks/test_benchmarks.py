@@ -122,6 +122,25 @@ def test_the_gpu_benchmark_runs_with_tiny_sizes_on_the_cpu(tmp_path, capsys):
     assert "| over the limit |" in capsys.readouterr().out
 
 
+def test_structure_counts_kernels_and_the_bytes_that_they_move():
+    import structure
+
+    x = torch.ones(4, 8)
+    found = structure.counted(lambda: (x.t() @ x).view(64).clone(), 1)
+    assert found["operations per layer and call"] == 2 and found["copies per layer and call"] == 1
+    assert found["GB read and written"] == pytest.approx(4 * (32 + 32 + 64 + 64 + 64) / 1e9)
+    assert found["TFLOP of matrix products"] == pytest.approx(2 * 4 * 64 / 1e12)
+
+
+def test_a_block_and_a_replay_are_counted_without_computing_them():
+    import structure
+
+    found = structure.structure(small())
+    assert list(found) == ["streamed block", "replay, no gradient", "replay and backward"]
+    operations = [one["operations per layer and call"] for one in found.values()]
+    assert 0 < operations[0] < operations[2] and 0 < operations[1] < operations[2]
+
+
 @pytest.mark.parametrize("name", ["gpu", "gpu_plan", "gpu_rewards"])
 def test_without_a_gpu_nothing_is_measured(name, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

@@ -11,6 +11,7 @@ from torch import nn
 from kvpo.app.configuration import preset
 from kvpo.app.plan import Planner
 from kvpo.models.cache import FrameCache
+from kvpo.models.causal_wan import CausalWan
 from kvpo.models.context import PageContext
 from kvpo.models.settings import WanShape
 from kvpo.plan import phases as planned
@@ -24,7 +25,7 @@ from kvpo.plan.cost import (
     replay_work,
 )
 from kvpo.plan.flops import Call, adapter_flops, encode_flops, velocity_flops
-from kvpo.plan.memory import Parameters, answer_bytes, evidence_bytes
+from kvpo.plan.memory import Parameters, answer_bytes, evidence_bytes, parameters_of
 from kvpo.plan.phases import Rates, _replay_work
 from kvpo.plan.replays import replays_of
 from tests.models.tiny import tiny_model
@@ -97,6 +98,18 @@ def test_an_adapter_adds_its_rank_times_inputs_and_outputs() -> None:
             tokens = 6 if target in ("cross_attn.k", "cross_attn.v") else ROWS * BLOCK * 6
             expected += 2 * tokens * 7 * (module.in_features + module.out_features)
     assert adapter_flops(Call(SHAPE, ROWS, BLOCK, CONTEXT), 7, targets) == expected
+
+
+def test_in_float32_an_adapter_is_added_to_the_weights_once_for_all_passes() -> None:
+    narrow, wide = costs_of(), costs_of(**{"optim.autocast": "none"})
+    shape, rank = wide.shape, wide.config.optim.lora_rank
+    numbers = shape.num_layers * (8 * shape.dim**2 + 2 * shape.dim * shape.ffn_dim)
+    assert wide.adapter(1) == wide.adapter(5, 7) == 2 * rank * numbers
+    assert narrow.adapter(5, 7) == 7 * narrow.beside(5) == 7 * wide.beside(5) > 0
+    with torch.device("meta"):
+        model = CausalWan(shape)
+    assert parameters_of(wide.config, model, 4).summed == 4 * numbers
+    assert parameters_of(narrow.config, model, 2).summed == 0
 
 
 def costs_of(**changes: object) -> Costs:

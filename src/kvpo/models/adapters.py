@@ -34,27 +34,30 @@ REFERENCE = "reference"
 
 
 class _AdaptedProduct(torch.autograd.Function):
-    """``x W^T`` with ``W = W0 + scale B A`` given, whose gradients are those of x, A and B."""
+    """``x (W + scale B A)^T`` with the sum given, whose gradients are those of x, A and B.
+
+    Only x is kept for them: the sum, which is as large as the weight, is not.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float
+        ctx: Any, x: Tensor, total: Tensor, base: nn.Linear, a: Tensor, b: Tensor, scale: float
     ) -> Tensor:
-        ctx.save_for_backward(x, weight, a, b)
+        ctx.save_for_backward(x, base.weight, a, b)
         ctx.scale = scale
-        return F.linear(x, weight, bias)
+        return F.linear(x, total, base.bias)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, a, b = ctx.saved_tensors
         (gradient,) = gradients
-        of_x = gradient @ weight if ctx.needs_input_grad[0] else None
         rows, gradient = x.flatten(0, -2), gradient.flatten(0, -2)
-        of_a = torch.mm((gradient @ b).t(), rows)
-        of_b = torch.mm(gradient.t(), rows @ a.t())
-        if ctx.scale != 1:
-            of_a, of_b = ctx.scale * of_a, ctx.scale * of_b
-        return of_x, None, None, of_a, of_b, None
+        inner = gradient @ b if ctx.scale == 1 else ctx.scale * (gradient @ b)
+        of_x = None
+        if ctx.needs_input_grad[0]:
+            of_x = torch.addmm(gradient @ weight, inner, a).view_as(x)
+        outer = rows @ a.t() if ctx.scale == 1 else ctx.scale * (rows @ a.t())
+        return of_x, None, None, inner.t() @ rows, gradient.t() @ outer, None
 
 
 class AdaptedLinear(Linear):
@@ -75,7 +78,7 @@ class AdaptedLinear(Linear):
         weight = self.summed() if self.held is None else self.held
         a, b = (half[name].weight.to(weight.dtype) for half in (self.lora_A, self.lora_B))
         if torch.is_grad_enabled() and (x.requires_grad or a.requires_grad):
-            return _AdaptedProduct.apply(x, weight, base.bias, a, b, self.scaling[name])
+            return _AdaptedProduct.apply(x, weight, base, a, b, self.scaling[name])
         return F.linear(x, weight, base.bias)
 
     def _adds_up(self) -> bool:

@@ -54,6 +54,8 @@ class Parameters:
     adapted: bool
     second_copy: bool
     """True if a copy of the starting policy is kept: all of it, or a continued adapter."""
+    summed: int = 0
+    """Bytes of the weights with the adapter in them, which a block holds where that is done."""
 
     @property
     def weights(self) -> int:
@@ -92,13 +94,19 @@ def parameters_of(config: Config, model: CausalWan, frozen_size: int) -> Paramet
     optim = config.optim
     count = sum(parameter.numel() for parameter in model.parameters())
     adapted = optim.lora_rank > 0
-    trained = count if not adapted else optim.lora_rank * sum(
-        module.in_features + module.out_features
+    layers = [
+        module
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear) and any(f".{name}".endswith(f".{end}") for end in LORA_TARGETS)
-    )  # fmt: skip
+    ]
+    trained = count
+    if adapted:
+        trained = optim.lora_rank * sum(layer.in_features + layer.out_features for layer in layers)
+    summed = 0
+    if adapted and optim.autocast == "none":
+        summed = 4 * sum(layer.weight.numel() for layer in layers)
     continued = bool(config.backbone.lora) and config.backbone.lora_start == "continue"
-    return Parameters(count, trained, frozen_size, adapted, continued or not adapted)
+    return Parameters(count, trained, frozen_size, adapted, continued or not adapted, summed)
 
 
 @dataclass(frozen=True)

@@ -134,6 +134,7 @@ def plan_run(
     standing: dict[str, float] = {
         "weights": parameters.weights / split.parts,
         "adapter": parameters.adapter / split.parts,
+        "adapter in the weights": 0 if split.shard else parameters.summed,
         "gathered layers": split.gathered(parameters, model.shape.num_layers),
         "starting policy": parameters.reference / split.parts,
         "optimiser": parameters.moments / split.parts,
