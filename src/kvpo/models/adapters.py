@@ -78,20 +78,21 @@ class AdaptedLinear(Linear):
         weight = self.summed() if self.held is None else self.held
         a, b = (half[name].weight.to(weight.dtype) for half in (self.lora_A, self.lora_B))
         if torch.is_grad_enabled() and (x.requires_grad or a.requires_grad):
-            return _AdaptedProduct.apply(x, weight, base, a, b, self.scaling[name])
+            product = _AdaptedProduct.apply(x, weight, base, a, b, self.scaling[name])  # type: ignore[no-untyped-call]
+            return cast(Tensor, product)
         return F.linear(x, weight, base.bias)
 
     def _adds_up(self) -> bool:
-        weight, half = self.base_layer.weight, self.lora_A[self.active_adapters[0]].weight
+        weight, half = cast(nn.Linear, self.base_layer).weight, self.lora_A[self.active_adapters[0]].weight
         narrow = weight.dtype.itemsize < 4 or torch.is_autocast_enabled(weight.device.type)
         return not narrow and not isinstance(half, DTensor)
 
     @torch.no_grad()
     def summed(self) -> Tensor:
         """The weight and the active adapter in one."""
-        name = self.active_adapters[0]
-        a, b = (half[name].weight.to(self.base_layer.weight.dtype) for half in (self.lora_A, self.lora_B))
-        return torch.addmm(self.base_layer.weight, b, a, alpha=self.scaling[name])
+        name, weight = self.active_adapters[0], cast(nn.Linear, self.base_layer).weight
+        a, b = (cast(Tensor, half[name].weight).to(weight.dtype) for half in (self.lora_A, self.lora_B))
+        return torch.addmm(weight, b, a, alpha=self.scaling[name])
 
 
 @contextmanager
