@@ -35,6 +35,7 @@ from kvpo.engine.stream import Stream, advance, open_stream
 LAYERS, BLOCKS = 2, 40
 COPIES = ("_to_copy", "copy_", "clone", "cat", "stack", "index_select", "index", "index_put_")
 """Operations that move numbers and compute none."""
+ALLOCATIONS = ("empty", "empty_strided", "new_empty", "empty_like")
 
 
 class Counted(TorchDispatchMode):
@@ -50,7 +51,8 @@ class Counted(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         alias = func._schema.returns[0].alias_info if func._schema.returns else None
         name = func._schema.name.removeprefix("aten::")
-        if (alias is None or alias.is_write) and name not in ("empty", "new_empty", "empty_like"):
+        computed = any(isinstance(one, Tensor) for one in tree_leaves(out))
+        if computed and (alias is None or alias.is_write) and name not in ALLOCATIONS:
             self.operations += 1
             self.copies += name in COPIES
             moved = [one for one in tree_leaves((args, kwargs, out)) if isinstance(one, Tensor)]
@@ -73,8 +75,8 @@ def counted(run: Callable[[], Any], layer_calls: int) -> dict[str, float]:
 @contextmanager
 def full_window(config: Config) -> Iterator[tuple[Bench, Stream]]:
     """A stream of a random generator whose window is full, on fake tensors."""
+    subject = bench(config, 1)
     with FakeTensorMode(allow_non_fake_inputs=True), patch.object(StreamingGenerator, "require_finite"):
-        subject = bench(config, 1)
         generator = subject.generator
         cache = generator.new_cache(8 * generator.deployment.window)
         stream = open_stream(generator, cache, subject.prompts[0], subject.texts, subject.tape)

@@ -133,9 +133,14 @@ def test_the_adapter_round_trips_through_peft_and_its_model_agrees(tmp_path):
         "longlive_base.pt",
     )
     plain = tiny_model()
-    PeftModel.from_pretrained(plain, str(tmp_path / "peft"))  # injects its layers into `plain`
+    theirs = PeftModel.from_pretrained(plain, str(tmp_path / "peft"))  # injects its layers into `plain`
     with torch.no_grad():
+        torch.testing.assert_close(velocity(plain), velocity(model))
+        theirs.merge_adapter()
         assert torch.equal(velocity(plain), velocity(model))
+        merged = tiny_model()
+        merged.load_state_dict(merged_state(model))
+        assert torch.equal(velocity(merged), velocity(model))
 
 
 @pytest.mark.parametrize("alpha", [3.0, 6.0, 5.0])

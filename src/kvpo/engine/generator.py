@@ -94,11 +94,11 @@ class TextRows:
     rows_R: Tensor
     """Index of each row's embedding."""
     known: Any = None
-    """What the transformer's ``text_of`` made of them; None: every call does that by itself."""
+    """The transformer's ``text_of`` them; None: every call computes that itself."""
 
     @property
     def given(self) -> Any:
-        """What the transformer is called with."""
+        """The texts as the transformer takes them."""
         return self.embeddings_ULD if self.known is None else self.known
 
     def select(self, index: Tensor) -> "TextRows":

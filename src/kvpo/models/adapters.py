@@ -89,10 +89,9 @@ class AdaptedLinear(Linear):
 
     @torch.no_grad()
     def summed(self) -> Tensor:
-        """The weight and the active adapter in one."""
-        name, weight = self.active_adapters[0], cast(nn.Linear, self.base_layer).weight
-        a, b = (cast(Tensor, half[name].weight).to(weight.dtype) for half in (self.lora_A, self.lora_B))
-        return torch.addmm(weight, b, a, alpha=self.scaling[name])
+        """The weight and the active adapter in one, as PEFT merges them."""
+        weight = cast(nn.Linear, self.base_layer).weight
+        return weight + self.get_delta_weight(self.active_adapters[0]).to(weight.dtype)
 
 
 @contextmanager

@@ -173,7 +173,7 @@ class WanBlock(nn.Module):
         return self.update(x, attended, time_R6D, *text), k, v
 
     def text_keys_values(self, text: Tensor, text_rows: Tensor | None, rows: int) -> KeysValues:
-        """What every row attends to of the embedded texts ``[U, text_len, dim]``: ``[R, text_len, N, D]``."""
+        """Keys and values ``[R, text_len, N, D]`` that rows have of embedded texts ``[U, text_len, dim]``."""
         k, v = self.cross_attn.keys_values(text)
         if len(text) == 1:
             return k.expand(rows, -1, -1, -1), v.expand(rows, -1, -1, -1)
@@ -254,7 +254,7 @@ class CausalWan(nn.Module):
         self.head = Head(shape)
 
     def text_of(self, text_ULD: Tensor, text_rows: Tensor | None, rows: int) -> tuple[KeysValues, ...]:
-        """What every layer attends to of texts, for calls that share them and the weights."""
+        """Keys and values of texts in every layer, for calls that share them and the weights."""
         text = self.text_embedding(text_ULD.to(self.patch_embedding.weight.dtype))
         layers = (cast(WanBlock, module) for module in self.blocks)
         return tuple(layer.text_of(text, text_rows, rows) for layer in layers)
