@@ -389,6 +389,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     sizes = QUICK if options.quick else FULL
     sizes = replace(sizes, repeats=options.repeats or sizes.repeats)
     config = demo()
+    config = replace(config, exploration=replace(config.exploration, rows=0))  # all groups at once
     if options.quick:
         config = replace(config, exploration=replace(config.exploration, branches=2, blocks=1, tail_blocks=1))
     numbers: dict[str, Any] = {"machine": machine(), "sizes": asdict(sizes), "config": asdict(config)}
