@@ -77,16 +77,22 @@ class Recorder:
         texts = {path: Path(path).read_text(encoding="utf-8") for path in sources}
         self.ranked = {(path, ELSEWHERE) for path in sources if re.search(r"Ranks|setup\.ranks", texts[path])}
         """The sources that know of ranks, which run in processes of their own."""
+        self.starters = {str(Path(path).resolve()) for path in ("tests/ranks.py", "tests/processes.py")}
+        """Files whose functions start other processes."""
         self.lines: dict[str, set[tuple[str, int]]] = {}
         self.hit = self.shared = set[tuple[str, int]]()
         """Lines of imports and fixtures that outlive a test: every test of the file may rest on them."""
         self.seconds: dict[str, float] = {}
+        self.hidden = 0.0
         self.failed: list[str] = []
 
     def enter(self, frame: Any, event: str, argument: Any) -> Any:
         """Trace function of calls; that of lines where the called function is in a source."""
         path = self.sources.get(frame.f_code.co_filename)
         if path is None:
+            if frame.f_code.co_filename in self.starters:
+                self.hidden = HIDDEN
+                self.hit |= self.ranked if frame.f_code.co_name == "on_ranks" else set()
             return None
 
         def line(frame: Any, event: str, argument: Any) -> Any:
@@ -98,9 +104,7 @@ class Recorder:
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_protocol(self, item: pytest.Item) -> Iterator[None]:
         self.hit, begun = self.lines.setdefault(item.nodeid, set()), sum(os.times()[:4])
-        names = set(item.function.__code__.co_names)  # type: ignore[attr-defined]
-        self.hit |= self.ranked if "on_ranks" in names else set()
-        hidden = HIDDEN * bool(names & {"on_ranks", "processes"})
+        self.hidden = 0.0
         threading.settrace(self.enter)
         sys.settrace(self.enter)
         try:
@@ -108,7 +112,7 @@ class Recorder:
         finally:
             sys.settrace(None)
             threading.settrace(None)  # type: ignore[arg-type]
-            self.seconds[item.nodeid] = sum(os.times()[:4]) - begun + hidden
+            self.seconds[item.nodeid] = sum(os.times()[:4]) - begun + self.hidden
 
     @pytest.hookimpl(wrapper=True)
     def pytest_fixture_setup(self, fixturedef: Any) -> Iterator[None]:

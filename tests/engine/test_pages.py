@@ -158,10 +158,11 @@ def test_waiting_rollouts_share_a_cache():
 
 
 def test_groups_are_explored_together_where_the_rows_hold_them():
-    def together(groups, **changes):
-        return groups_together(replace(EXPLORATION, branches=8, **changes), groups)
+    def together(groups, ranks=1, **changes):
+        return groups_together(replace(EXPLORATION, branches=8, **changes), groups, ranks)
 
     assert together(8, rows=0) == 8
+    assert together(3, ranks=2, rows=0) == 2 and together(1, ranks=2, rows=0) == 1
     assert together(8, rows=1) == together(8, rows=17) == 1
     assert together(8, rows=18) == 2
     assert together(2, rows=100) == 2

@@ -16,6 +16,8 @@ from kvpo.models.causal_wan import (
     timestep_sinusoid,
 )
 from kvpo.models.context import PageContext
+from kvpo.world.codec import PixelCodec
+from kvpo.world.vocabulary import FRAME_SIZE
 from tests.engine import tiny
 from tests.engine.tiny import SHAPE, sensitive_model
 from tests.models.tiny import NoHistory
@@ -66,6 +68,12 @@ def test_golden_1_3b_keys_and_shapes(golden_file):
 def test_impossible_geometry_is_named(change, message):
     with pytest.raises(ValueError, match=message):
         CausalWan(replace(SHAPE, **change))
+
+
+def test_the_default_shape_is_that_of_the_embedded_world():
+    latents = PixelCodec().encode(torch.zeros(1, 1, 3, FRAME_SIZE, FRAME_SIZE))
+    shape = WanShape()
+    assert latents.shape[2:] == (shape.channels, shape.latent_height, shape.latent_width)
 
 
 def test_timestep_features_are_cosines_then_sines():

@@ -92,8 +92,10 @@ def test_more_ranks_take_less_of_each_and_say_what_they_send() -> None:
     whole, spread_out = (planned(every, split).standing for split in (Sharing(), Sharing(8, 8, True, 8)))
     assert whole["starting policy"] == 8 * spread_out["starting policy"] > 0
     assert exchange(one) == 0 < exchange(groups) < exchange(spread)
-    nodes = planned(config, Sharing(16, 1, False, 8))
-    assert exchange(nodes) > exchange(groups)
+    of_a_layer = (one.standing["weights"] + one.standing["adapter"]) / config.model.num_layers
+    assert spread.standing["gathered layers"] == pytest.approx(2 * of_a_layer)  # this one, and the next
+    within, across = (planned(config, Sharing(8, 1, False, per_node)) for per_node in (8, 4))
+    assert exchange(across) / exchange(within) == pytest.approx(RATES.link / RATES.network)
 
 
 def exchange(plan: Any) -> float:

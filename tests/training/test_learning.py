@@ -17,7 +17,7 @@ from kvpo.app.export import export
 from kvpo.app.generate import generate
 from kvpo.config import WORLD_NOISE_FLOOR, Config
 from kvpo.method.evidence import no_credit
-from kvpo.training.checkpoint import best_checkpoint, load_checkpoint
+from kvpo.training.checkpoint import best_checkpoint, latest_checkpoint, load_checkpoint
 from kvpo.training.held_out import evaluate_base
 from kvpo.training.learning import why_nothing_is_learned
 from kvpo.training.metrics_log import MetricsLog
@@ -190,6 +190,18 @@ def test_a_base_that_is_never_beaten_stays_the_best(
     assert kept == ["update-000000", "update-000002", "update-000003"]
     tensors, _ = load_checkpoint(best[0])
     assert all(not value.any() for name, value in tensors.items() if "average" in name and "lora_B" in name)
+
+
+def test_only_the_base_is_the_best_without_a_validation(tiny_base: Path, tmp_path: Path) -> None:
+    """A state that names no best checkpoint, and is of a later update, is continued as it is."""
+    trainer = trainer_of(tiny_base, optim__updates=2)
+    trainer.step()
+    with MetricsLog(tmp_path / "metrics.jsonl", tmp_path / "tensorboard") as metrics:
+        base = evaluate_base(trainer.setup, trainer, trainer.setup.validation)
+        run = Run(trainer.setup, trainer, tmp_path / "checkpoints", metrics, lambda *numbers: None, base)
+        run.resume({"best": None, "radar": []})
+        assert not run.train(lambda: True)
+    assert run.best is None and latest_checkpoint(tmp_path / "checkpoints") is None
 
 
 def test_every_command_knows_the_base_and_the_weights(

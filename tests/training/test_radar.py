@@ -288,5 +288,7 @@ def test_a_repeated_prompt_counts_once() -> None:
     assert numbers["paired_se"] == pytest.approx(0.2)  # sd of (0.1, 0.5) over sqrt(2)
     trained = measured(pooled_sets([base]), pooled_sets([aligned]), judges)["trained"]
     assert (trained["gain"], trained["se"]) == (pytest.approx(0.3), pytest.approx(0.2))
+    unseen_D = replace(base, unseen_N=torch.tensor([0.1, 0.3, 0.5, 0.7])).by_prompt().unseen_N
+    assert torch.allclose(unseen_D, torch.tensor([0.1, 0.5])) and base.by_prompt().unseen_N is not None
     distinct = replace(base, texts_N=(("a",), ("b",), ("c",), ("d",)))
     assert distinct.by_prompt() is distinct

@@ -89,7 +89,9 @@ def test_a_failure_on_one_rank_is_a_failure_of_all_and_names_it(tmp_path: Path) 
 def test_a_rank_that_differs_is_named(tmp_path: Path) -> None:
     for error in on_ranks(3, tmp_path / "ranks", differing):
         assert isinstance(error, RankError)
-        assert str(error).startswith("rank 1 differs from rank 0 in its adapter after update 7: stale there")
+        assert str(error).startswith(
+            "rank 1 differs from rank 0 in its adapter after update 7: stale there, fresh on rank 0"
+        )
 
 
 def test_waiting_for_a_reward_outlasts_the_time_out_of_gradients(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ import json
 import os
 import resource
 import signal
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -104,8 +105,12 @@ def test_validation_and_the_best_checkpoint(
     tiny_base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     run = ToyRun(tiny_base, tmp_path)
+    before = time.process_time()
     assert run.go()
     assert "lost" not in caplog.text
+    records = read_metrics(tmp_path / "metrics.jsonl")
+    spent = sum(record["cpu_s"] for record in records if record["kind"] == "update")
+    assert 0 < spent < time.process_time() - before
     validations = [r for r in read_metrics(tmp_path / "metrics.jsonl") if r["kind"] == "validation"]
     assert [record["update"] for record in validations] == [2, 4, 5]
     gains = {0: 0.0, **{record["update"]: record["mean_gain"] for record in validations}}
