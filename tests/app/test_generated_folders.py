@@ -17,6 +17,7 @@ from kvpo.app.video_folder import find_videos, read_manifest
 from kvpo.config import Config
 from kvpo.files import StorageError
 from kvpo.prompts import VideoPrompt
+from kvpo.training.backbone import Backbone
 from tests.tiny_world import SETTINGS, tiny_config
 
 CAPTIONS = ["a small red circle drifts left at night", "a small blue square drifts left at night"]
@@ -44,11 +45,11 @@ def test_names_keep_their_order_beyond_a_thousand(
         (out / f"{name}.mp4").touch()
         return [out / f"{name}.mp4"]
 
-    def latents(backbone: Any, prompts: Sequence[VideoPrompt]) -> torch.Tensor:
+    def latents(backbone: Any, prompts: Sequence[VideoPrompt], tape: Any) -> torch.Tensor:
         return torch.zeros(len(prompts), 1)
 
     monkeypatch.setattr(generate_module, "_write_videos", write)
-    monkeypatch.setattr(generate_module, "latents_of", latents)
+    monkeypatch.setattr(Backbone, "latents", latents)
     prompts = [VideoPrompt(n, (f"prompt {n}",), (), 9) for n in range(1001)]
     written = generate(tiny_config(tiny_base), tmp_path, prompts=prompts)
     assert [path.name for path in sorted(tmp_path.glob("*.mp4"))] == [path.name for path in written]

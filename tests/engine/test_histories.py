@@ -8,7 +8,7 @@ import torch
 from kvpo.engine import stream as engine_stream
 from kvpo.engine.explorers import Member
 from kvpo.engine.forks import Fork, plan_forks
-from kvpo.engine.stream import advance, open_stream
+from kvpo.engine.stream import advance, give_frames, open_stream
 from kvpo.method.gibbs import branch_log_probs, policy_ratio
 from kvpo.models.deployment import routed_context
 from tests.engine.tiny import (
@@ -25,7 +25,6 @@ from tests.engine.tiny import (
     texts,
     visited,
 )
-from tests.given_frames import give_frames
 
 HISTORIES = {
     "LongLive": dict(),

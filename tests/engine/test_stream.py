@@ -10,6 +10,7 @@ from kvpo.engine.pages import stream_pages
 from kvpo.engine.stream import (
     advance,
     denoise_block,
+    give_frames,
     lockstep_batches,
     open_stream,
     stream_latents,
@@ -18,7 +19,6 @@ from kvpo.engine.stream import (
 from kvpo.models.cache import FrameCache
 from kvpo.models.deployment import deployment_context
 from tests.engine.tiny import FRAME, generator, grown, prompt, tape_of, texts
-from tests.given_frames import give_frames
 
 DEPLOYMENTS = {
     "window": dict(),
@@ -134,6 +134,18 @@ def test_given_frames_are_continued_as_if_they_had_been_generated(deployment):
     while stream.start < 27:
         advance(one, [stream])
     assert (torch.cat(stream.latents) - whole[0]).abs().max() <= 1e-12
+
+
+@pytest.mark.parametrize("deployment", DEPLOYMENTS.values(), ids=DEPLOYMENTS)
+def test_videos_that_begin_with_given_frames_keep_the_noise_of_the_others(deployment):
+    """A video's own first blocks lead to its own last ones, also past a switch, beside one that has none."""
+    one, prompts = generator(**deployment), [prompt(0, 27, (9,)), prompt(1, 27), prompt(2, 27)]
+    whole = stream_latents(one, prompts, texts(), tape_of())
+    begun = {0: whole[0, :15], 2: whole[2, :6]}
+    assert (stream_latents(one, prompts, texts(), tape_of(), given=begun) - whole).abs().max() <= 1e-10
+    other = stream_latents(one, prompts, texts(), tape_of(), given={2: 1 - whole[2, :6]})
+    assert torch.equal(other[2, :6], 1 - whole[2, :6])
+    assert (other[:2] - whole[:2]).abs().max() <= 1e-10 and not torch.allclose(other[2, 6:], whole[2, 6:])
 
 
 @pytest.mark.parametrize("renoise", [False, True])

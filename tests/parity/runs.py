@@ -17,6 +17,7 @@ from kvpo.engine.stream import (
     TextTable,
     advance,
     append_block,
+    give_frames,
     open_stream,
     switch_prompts,
     text_of,
@@ -27,7 +28,6 @@ from kvpo.models.cache import FrameCache, History
 from kvpo.models.causal_wan import CausalWan
 from kvpo.models.deployment import deployment_context
 from kvpo.prompts import VideoPrompt
-from tests.given_frames import give_frames
 from tests.parity.fixtures import (
     BLOCK,
     CHUNKS,

@@ -69,6 +69,16 @@ def weights_argument(parser: ArgumentParser) -> None:
     )
 
 
+def frames_argument(parser: ArgumentParser) -> None:
+    """Add the frames that videos begin with."""
+    parser.add_argument(
+        "--frames",
+        type=path_argument,
+        metavar="FILE",
+        help="begin every video with this image or video; a JSON object maps prompts to such files",
+    )
+
+
 def aligned_arguments(parser: ArgumentParser, use: str) -> None:
     """Add a run whose aligned model takes part as ``use`` says, its checkpoint and its weights."""
     parser.add_argument("--run", type=path_argument, metavar="DIR", help=f"a run whose aligned model {use}")

@@ -3,13 +3,14 @@
 import json
 import logging
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from kvpo.app.build import build_setup, source_of
 from kvpo.app.configuration import resolve_run
+from kvpo.app.given_frames import with_given_frames
 from kvpo.app.provenance import demand_same_files, demand_same_prompts
 from kvpo.app.sources.common import FinalSet
 from kvpo.config import Config
@@ -40,6 +41,7 @@ def evaluate(
     weights: str = "average",
     split: Literal["test", "final"] = "test",
     out: Path | str | None = None,
+    frames: Path | None = None,
     places: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Compare a run's checkpoint with its base and write the numbers as JSON; ranks share the videos.
@@ -56,13 +58,15 @@ def evaluate(
         split: the run's ``test`` prompts on the tape of all held-out results, or the ``final`` ones: prompts
             and a tape that no run draws from, for the last table of a piece of work.
         out: file to write; None: ``evaluation.json`` or, of the final split, ``final.json`` in the run.
+        frames: an image or video that all videos begin with, or a JSON object from prompts to such files;
+            what follows it is scored.
         places: where the run's files lie now, by setting (``{"backbone.checkpoint": "/new/base.pt"}``).
     """
     run = local_path(run, "run")
     config = resolve_run(run, places)
     target = output_file(numbers_file(run, split) if out is None else out, "out")
     with joined_ranks(config.device) as ranks, computing(config):
-        return _evaluate(ranks, run, config, checkpoint, weights, split, target)
+        return _evaluate(ranks, run, config, checkpoint, weights, split, target, frames)
 
 
 def numbers_file(run: Path, split: str) -> Path:
@@ -71,13 +75,23 @@ def numbers_file(run: Path, split: str) -> Path:
 
 
 def _evaluate(
-    ranks: Ranks, run: Path, config: Config, checkpoint: str | None, weights: str, split: str, out: Path
+    ranks: Ranks,
+    run: Path,
+    config: Config,
+    checkpoint: str | None,
+    weights: str,
+    split: str,
+    out: Path,
+    frames: Path | None,
 ) -> dict[str, Any]:
     setup, sides, path, warning = _opened(ranks, run, config, checkpoint, weights)
     if split == "final":
         sets, tape = source_of(config).final(config), setup.final_tape()
     else:
         sets, tape = {name: FinalSet(own) for name, own in setup.test.items()}, setup.evaluation_tape()
+    with ranks.together("encoding given frames"):
+        asked = [prompt for one in sets.values() for prompt in one.prompts]
+        setup = replace(setup, backbone=with_given_frames(setup.backbone, frames, asked))
     held_out = {}
     with progress_bars(shown=ranks.main) as show:
         for done, (name, one) in enumerate(sets.items()):
@@ -90,6 +104,7 @@ def _evaluate(
             held_out[name] = comparison(base, aligned, setup.judges)
         show(f"base and aligned on {split} prompts", len(sets), len(sets))
     numbers = {"checkpoint": path.name, "weights": weights, "split": split, "held_out": held_out}
+    numbers |= {} if frames is None else {"frames": str(frames)}
     numbers |= {"scored": added_up(ranks.gather(asdict(setup.scored), "counting clips"))} | (
         {} if warning is None else {"improved": False}
     )

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from kvpo.app.build import checkpoint_of, load_backbone, opened_arms, source_of
 from kvpo.app.file_prompts import prompt_file, reading_of
+from kvpo.app.given_frames import with_given_frames
 from kvpo.app.judges import build_scorer
 from kvpo.app.provenance import demand_same_prompts
 from kvpo.app.video_folder import MANIFEST, VIDEO_SUFFIXES
@@ -21,7 +22,6 @@ from kvpo.config_checks import ConfigurationError, check
 from kvpo.engine.explorers import EXPLORERS
 from kvpo.engine.generator import as_bytes, pixels_of
 from kvpo.engine.selection import Selection
-from kvpo.engine.stream import stream_latents
 from kvpo.files import StorageError, local_path, storage_error, write_atomic
 from kvpo.progress import progress_bars
 from kvpo.prompt_files import examine, extended, read_prompts, written
@@ -77,6 +77,7 @@ def generate(
     checkpoint: str | None = None,
     weights: str = "average",
     best: Best | None = None,
+    frames: Path | None = None,
 ) -> list[Path]:
     """Generate one video per prompt and return the paths of the mp4 files.
 
@@ -91,6 +92,7 @@ def generate(
         checkpoint: which checkpoint of the run: best, latest, an update, a directory; None: the best.
         weights: the moving ``average`` of the trained weights, or the ``raw`` ones of the last update.
         best: choose among candidates by a reward; the scores go to ``best-of.json``.
+        frames: an image or video that all videos begin with, or a JSON object from prompts to such files.
 
     Raises:
         ValueError: a prompt file, checkpoint or base that cannot be used; a length the stream cannot have;
@@ -104,9 +106,8 @@ def generate(
     if run is not None and prompts is None:
         demand_same_prompts(run, config)
     with joined_ranks(config.device) as ranks, computing(config):
-        return _generate(
-            ranks, config, out, _prompts(config, prompts, extended_texts), run, checkpoint, weights, best
-        )
+        wanted = _prompts(config, prompts, extended_texts)
+        return _generate(ranks, config, out, wanted, run, checkpoint, weights, best, frames)
 
 
 def _generate(
@@ -118,11 +119,12 @@ def _generate(
     checkpoint: str | None,
     weights: str,
     best: Best | None,
+    frames: Path | None,
 ) -> list[Path]:
     """Load the generator, and write the videos of the prompts batch by batch; ranks share the batches."""
     with ranks.together("loading the generator"):
         path = checkpoint_of(run, checkpoint)
-        backbone = load_backbone(config, wanted)
+        backbone = with_given_frames(load_backbone(config, wanted), frames, wanted)
         arms = opened_arms(config, backbone, path, weights)
         selection = None if best is None else best.selection(config, backbone)
         try:
@@ -133,7 +135,7 @@ def _generate(
     made: dict[str, Tensor] = {}
     shows: dict[str, tuple[str, ...]] = {}
     scores: dict[str, dict[str, Any]] = {}
-    share = ranks.share(_batches(wanted))
+    share, tape = ranks.share(_batches(wanted)), backbone.tape("generation")
     digits = max(3, len(str(len(wanted) - 1)))
     with ranks.together("generating"), progress_bars(shown=ranks.main) as show:
         done, total = 0, sum(map(len, share))
@@ -143,10 +145,10 @@ def _generate(
             for arm, side in arms.items():
                 with side():
                     if selection is None:
-                        latents.append(latents_of(backbone, batch))
+                        latents.append(backbone.latents(batch, tape))
                         continue
-                    texts, tape = backbone.texts(batch), backbone.tape("generation")
-                    found = [selection.best(prompt, texts, tape) for prompt in batch]
+                    texts, given = backbone.texts(batch), backbone.given
+                    found = [selection.best(one, texts, tape, given.get(one.id)) for one in batch]
                 latents.append(torch.stack([one.latents_TCHW for one in found]))
                 for prompt, one in zip(batch, found, strict=True):
                     scores.setdefault(str(prompt.id), {})[arm] = one.scores
@@ -227,12 +229,6 @@ def _batches(prompts: Sequence[VideoPrompt]) -> list[list[VideoPrompt]]:
         for some in by_length.values()
         for at in range(0, len(some), VIDEOS_TOGETHER)
     ]
-
-
-def latents_of(backbone: Backbone, prompts: Sequence[VideoPrompt]) -> Tensor:
-    with torch.no_grad():
-        texts = backbone.texts(prompts)
-        return stream_latents(backbone.generator, prompts, texts, backbone.tape("generation"))
 
 
 def _write_videos(

@@ -2,10 +2,16 @@
 
 from argparse import ArgumentParser, Namespace
 
-from kvpo.app.arguments import aligned_arguments, generating, is_main
+from kvpo.app.arguments import aligned_arguments, frames_argument, generating, is_main
 from kvpo.app.configuration import path_argument
 from kvpo.app.prompt_commands import extended_argument
 from kvpo.config_checks import ConfigurationError
+
+NOT_WITH_A_SUITE = {
+    "best_of": "whose videos are those of the model alone",
+    "frames": "whose videos begin with noise",
+    "prompts": "which brings its own",
+}
 
 
 def generate_arguments(parser: ArgumentParser) -> None:
@@ -21,6 +27,7 @@ def generate_arguments(parser: ArgumentParser) -> None:
         help="prompts of any form (docs/evaluation.md); default: some test prompts",
     )
     extended_argument(parser)
+    frames_argument(parser)
     parser.add_argument(
         "--suite",
         metavar="NAME[=PATH]",
@@ -56,10 +63,9 @@ def run_generate(arguments: Namespace) -> None:
     if arguments.best_of is None and arguments.by:
         raise ConfigurationError("--by: needs --best-of, the number of candidates")
     if arguments.suite is not None:
-        if arguments.best_of is not None:
-            raise ConfigurationError("--best-of: not with --suite, whose videos are those of the model alone")
-        if arguments.prompts is not None:
-            raise ConfigurationError("--prompts: a suite brings its own; leave out --prompts or --suite")
+        for name, why in NOT_WITH_A_SUITE.items():
+            if vars(arguments)[name] is not None:
+                raise ConfigurationError(f"--{name.replace('_', '-')}: not with --suite, {why}")
         from kvpo.app.suites import generate_suite
 
         folders = generate_suite(
@@ -89,6 +95,7 @@ def run_generate(arguments: Namespace) -> None:
         prompts=arguments.prompts,
         extended_texts=arguments.extended,
         best=best,
+        frames=arguments.frames,
         **model,
     )
     if is_main():

@@ -4,6 +4,7 @@ from argparse import ArgumentParser, Namespace
 
 from kvpo.app.arguments import (
     checkpoint_argument,
+    frames_argument,
     is_main,
     run_argument,
     settings_given,
@@ -18,6 +19,7 @@ def evaluate_arguments(parser: ArgumentParser) -> None:
     run_argument(parser)
     checkpoint_argument(parser)
     weights_argument(parser)
+    frames_argument(parser)
     parser.add_argument(
         "--out",
         type=path_argument,
@@ -55,11 +57,13 @@ def evaluate_run(arguments: Namespace) -> None:
             )
         if arguments.split != "test":
             raise ConfigurationError(f"--split: --drift streams the test prompts, got {arguments.split}")
+        if arguments.frames:
+            raise ConfigurationError("--frames: not with --drift, whose streams go from prompt to prompt")
         evaluate_drift(arguments.run, seconds=arguments.seconds, **given)
         print(arguments.run / "drift.json")
         return
     out = arguments.out or numbers_file(arguments.run, arguments.split)
-    evaluate(arguments.run, split=arguments.split, out=out, **given)
+    evaluate(arguments.run, split=arguments.split, out=out, frames=arguments.frames, **given)
     if is_main():
         print(out)
 

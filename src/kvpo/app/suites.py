@@ -13,15 +13,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from kvpo import __version__
 from kvpo.app.build import checkpoint_of, load_backbone, opened_arms, source_of
 from kvpo.app.file_prompts import reading_of
-from kvpo.app.generate import VIDEOS_TOGETHER, latents_of
+from kvpo.app.generate import VIDEOS_TOGETHER
 from kvpo.config import Config
 from kvpo.config_checks import ConfigurationError, check
-from kvpo.engine.generator import as_bytes, pixel_frame, pixels_of
+from kvpo.engine.generator import as_bytes, frame_size, pixel_frame, pixels_of
 from kvpo.files import (
     TEMPORARY_PREFIX,
     StorageError,
@@ -262,13 +260,12 @@ def generate_suite(
 
 def _shape(backbone: Backbone, latent_frames: int) -> dict[str, Any]:
     """Frames, frames per second, height and width of the files."""
-    empty = torch.zeros(1, 1, *backbone.generator.latent_shape, device=backbone.generator.device)
-    height, width = pixels_of(backbone.codec, empty).shape[-2:]
-    scale = enlargement((height, width))
+    size = frame_size(backbone.generator, backbone.codec)
+    scale = enlargement(size)
     return {
         "frames": pixel_frame(latent_frames, backbone.codec.frames_per_latent),
         "rate": backbone.codec.frames_per_second,
-        "size": [side * scale + side * scale % 2 for side in (height, width)],
+        "size": [side * scale + side * scale % 2 for side in size],
     }
 
 
@@ -311,7 +308,7 @@ def _fill(
             show(f"generating {arm}", done, len(share))
             if all((out / arm / video.name).exists() for video, _ in batch):
                 continue
-            latents = latents_of(backbone, [asked for _, asked in batch])
+            latents = backbone.latents([asked for _, asked in batch], backbone.tape("generation"))
             for (video, _), own in zip(batch, latents, strict=True):
                 frames = as_bytes(pixels_of(backbone.codec, own[None])[0])
                 _write(out, out / arm / video.name, frames, backbone.codec.frames_per_second)

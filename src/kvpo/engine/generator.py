@@ -42,7 +42,7 @@ class TextEncoder(Protocol):
 
 
 class Codec(Protocol):
-    """Latents to pixels."""
+    """Latents to pixels and back."""
 
     @property
     def frames_per_latent(self) -> int:
@@ -63,6 +63,10 @@ class Codec(Protocol):
     def decode_next(self, latents_FCHW: Tensor, state: object | None) -> tuple[Tensor, object | None]:
         """RGB ``[T', 3, H', W']`` of the next latent frames of one video, as ``decode`` gives it, and the
         state that its following frames are decoded from; None: before the first frame."""
+        ...
+
+    def encode(self, video_BTCHW: Tensor) -> Tensor:
+        """Latents ``[B, T', C, H', W']`` of whole videos of RGB in [0, 1], of as many frames as they fill."""
         ...
 
 
@@ -236,6 +240,13 @@ class StreamingGenerator:
         if self.autocast is None:
             return nullcontext()
         return torch.autocast(torch.device(self.device).type, self.autocast)
+
+
+def frame_size(generator: StreamingGenerator, codec: Codec) -> tuple[int, int]:
+    """Height and width of the pixel frames that a generator's latents become."""
+    empty = torch.zeros(1, 1, *generator.latent_shape, device=generator.device)
+    height, width = pixels_of(codec, empty).shape[-2:]
+    return height, width
 
 
 def as_bytes(video_TCHW: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from kvpo.engine.generator import Codec, StreamingGenerator
 from kvpo.engine.noise import Tape
 from kvpo.engine.pages import stream_pages
 from kvpo.engine.scoring import ClipShares, score_clips, shared_clips
-from kvpo.engine.stream import Stream, TextTable, advance, open_stream
+from kvpo.engine.stream import Stream, TextTable, advance, give_frames, open_stream
 from kvpo.method.routing import route_pool
 from kvpo.models.deployment import sink_frames
 from kvpo.prompts import VideoPrompt
@@ -52,8 +52,10 @@ class Selection:
     span: int
     """Blocks between two choices; 0: one choice per video."""
 
-    def best(self, prompt: VideoPrompt, texts: TextTable, tape: Tape) -> Selected:
-        """The chosen video of a prompt.
+    def best(
+        self, prompt: VideoPrompt, texts: TextTable, tape: Tape, given_TCHW: Tensor | None = None
+    ) -> Selected:
+        """The chosen video of a prompt, after the latents that it is given to begin with.
 
         Raises ValueError for a length that is no multiple of the block, and what the scorer raises.
         """
@@ -68,7 +70,12 @@ class Selection:
         state: object | None = None
         before_TCHW: Tensor | None = None
         scores: list[tuple[float, ...]] = []
-        for start in range(0, prompt.num_frames, span):
+        if given_TCHW is not None:
+            give_frames(generator, [root], given_TCHW[None], resident=self._resident)
+            with torch.no_grad():
+                pixels, state = self.codec.decode_next(given_TCHW, None)
+            before_TCHW = pixels[-block * self.codec.frames_per_latent :]
+        for start in range(root.start, prompt.num_frames, span):
             stop = min(start + span, prompt.num_frames)
             streams = self._continued(root, tape, stop)
             decoded = []

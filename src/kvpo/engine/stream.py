@@ -16,6 +16,7 @@ from kvpo.models.deployment import (
     adopt_reencoded,
     commit_bank,
     context_size,
+    deployment_context,
     reachable_frames,
     record_block,
     reencoding_context,
@@ -311,6 +312,34 @@ def append_block(
         record_block(generator.deployment, stream.history)
 
 
+def give_frames(
+    generator: StreamingGenerator,
+    streams: Sequence[Stream],
+    latents_RTCHW: Tensor,
+    *,
+    resident: int = 0,
+) -> None:
+    """Begin streams with given latents: encode them block by block as if generated; nothing is generated.
+
+    ``resident`` history frames are kept, counting the sink (0: all).
+
+    Raises:
+        ValueError: the number of frames is not a multiple of the block.
+    """
+    if latents_RTCHW.shape[1] % generator.block:
+        raise ValueError(
+            f"{latents_RTCHW.shape[1]} given latent frames do not fill blocks of {generator.block}"
+        )
+    for clean in latents_RTCHW.split(generator.block, dim=1):
+        switch_prompts(generator, streams)
+        text = text_of(streams)
+        commit_banks(generator, streams, text)
+        context = deployment_context(generator.deployment, [stream.history for stream in streams])
+        append_block(generator, streams, clean, text, context, None)
+        for stream in streams:
+            stream.history.keep(reachable_frames(generator.deployment, stream.history, resident))
+
+
 def stream_latents(
     generator: StreamingGenerator,
     prompts: Sequence[VideoPrompt],
@@ -318,10 +347,13 @@ def stream_latents(
     tape: Tape,
     *,
     rows: int = 0,
+    given: Mapping[int, Tensor] | None = None,
 ) -> Tensor:
     """Generate whole videos of equal length in the deployment context: latents [R, T, C, H, W].
 
     Pages that the window cannot reach are released as the streams go, so memory does not grow with length.
+    ``given`` holds latents [T', C, H, W] that videos begin with, whole blocks by the id of their prompts;
+    the noise of the other blocks is what it would be without them.
     """
     lengths = {prompt.num_frames for prompt in prompts}
     if len(lengths) != 1:
@@ -335,7 +367,10 @@ def stream_latents(
         switches = any(prompt.switches for prompt in batch)
         cache = generator.new_cache(len(batch) * stream_pages(generator, num_frames, switches=switches))
         streams = [open_stream(generator, cache, prompt, texts, tape) for prompt in batch]
-        for _ in range(num_frames // generator.block):
-            advance(generator, streams, resident=resident)
+        for stream in streams:
+            if given and stream.prompt.id in given:
+                give_frames(generator, [stream], given[stream.prompt.id][None], resident=resident)
+        while growing := [stream for stream in streams if stream.start < num_frames]:
+            advance(generator, growing, resident=resident)
         finished.append(torch.stack([torch.cat(stream.latents) for stream in streams]))
     return torch.cat(finished)

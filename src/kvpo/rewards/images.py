@@ -27,13 +27,15 @@ def resized(frames_NCHW: Tensor, height: int, width: int) -> Tensor:
     ).clamp(0, 1)
 
 
-def fit_and_crop(frames_NCHW: Tensor, size: int) -> Tensor:
-    """Shorter side to ``size``, then the middle square: the preprocessing of CLIP."""
-    height, width = frames_NCHW.shape[-2:]
-    short = min(height, width)
-    frames = resized(frames_NCHW, size * height // short, size * width // short)
-    top, left = (frames.shape[-2] - size) // 2, (frames.shape[-1] - size) // 2
-    return frames[..., top : top + size, left : left + size]
+def fit_and_crop(frames_NCHW: Tensor, height: int, width: int = 0) -> Tensor:
+    """The smallest size that covers ``height`` x ``width``, then its middle; 0: a square, as CLIP sees it."""
+    (rows, columns), width = frames_NCHW.shape[-2:], width or height
+    if height * columns >= width * rows:
+        frames = resized(frames_NCHW, height, height * columns // rows)
+    else:
+        frames = resized(frames_NCHW, width * rows // columns, width)
+    top, left = (frames.shape[-2] - height) // 2, (frames.shape[-1] - width) // 2
+    return frames[..., top : top + height, left : left + width]
 
 
 def fit_and_pad(frames_NCHW: Tensor, size: int) -> Tensor:

@@ -1,12 +1,15 @@
 """A generator and its parts, built once by the application."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
 
 from kvpo.config import Config
 from kvpo.engine.generator import Codec, StreamingGenerator, TextEncoder
-from kvpo.engine.noise import SeededTape
-from kvpo.engine.stream import TextTable
+from kvpo.engine.noise import SeededTape, Tape
+from kvpo.engine.stream import TextTable, stream_latents
 from kvpo.models.causal_wan import CausalWan
 from kvpo.prompts import VideoPrompt
 
@@ -31,11 +34,18 @@ class Backbone:
     """Around the same transformer."""
     text_encoder: TextEncoder
     codec: Codec
+    given: Mapping[int, Tensor] = field(default_factory=dict)
+    """Latents ``[T, C, H, W]`` that videos begin with, by the id of their prompts."""
 
     def texts(self, prompts: Sequence[VideoPrompt]) -> TextTable:
         """Embeddings of every segment of the prompts."""
         unique = list(dict.fromkeys(text for prompt in prompts for text in prompt.segments))
         return dict(zip(unique, self.text_encoder(unique), strict=True))
+
+    @torch.no_grad()
+    def latents(self, prompts: Sequence[VideoPrompt], tape: Tape) -> Tensor:
+        """Latents ``[R, T, C, H, W]`` of whole videos (see `stream_latents`), after those that are given."""
+        return stream_latents(self.generator, prompts, self.texts(prompts), tape, given=self.given)
 
     def tape(self, purpose: str) -> SeededTape:
         """Noise for one purpose: training and evaluation never share a tensor."""

@@ -11,7 +11,6 @@ from torch import Tensor
 from kvpo.engine.generator import pixels_of
 from kvpo.engine.noise import Tape
 from kvpo.engine.scoring import Scorer, score_clips, segment_clips
-from kvpo.engine.stream import stream_latents
 from kvpo.prompts import VideoPrompt
 from kvpo.rewards.pixel_statistics import looks
 from kvpo.rewards.reward import Reward
@@ -99,8 +98,9 @@ def evaluate_policy(
 
     At most ``rows`` videos are generated together, in batches that do not depend on the number of ranks.
     ``mismatched``: the videos are scored against the captions of others as well (see `swapped_captions`).
-    What a video shows before latent frame ``first`` is not scored.
+    What a video shows before latent frame ``first`` is not scored, nor what the longest of them is given.
     """
+    first = max([first, *(len(backbone.given.get(prompt.id, ())) for prompt in prompts)])
     others = swapped_captions(prompts) if mismatched else None
     pairs = zip(batches(prompts, rows), batches(others, rows) if others else repeat(None), strict=False)
     with ranks.together("evaluating"):
@@ -141,7 +141,7 @@ def _evaluated(
 ) -> Evaluation:
     """The results of one batch, also against the captions of ``others``."""
     codec, block = backbone.codec, backbone.generator.block
-    latents = stream_latents(backbone.generator, prompts, backbone.texts(prompts), tape)
+    latents = backbone.latents(prompts, tape)
     videos, frames = pixels_of(codec, latents), codec.frames_per_latent
 
     def scores(

@@ -76,6 +76,11 @@ class WanCodec:
             return torch.cat([self.vae.decode_stream(row[None], state)[0].cpu()
                               for row in latents_BTCHW.to(self.device)])  # fmt: skip
 
+    def encode(self, video_BTCHW: Tensor) -> Tensor:
+        """Latents ``[B, F, C, H, W]`` of whole videos of 1 + 4 (F - 1) frames; see the codec protocol."""
+        with on_device([self.vae.model], self.device):
+            return self.vae.encode(video_BTCHW.to(self.device))
+
     def decode_next(self, latents_FCHW: Tensor, state: object | None) -> tuple[Tensor, object | None]:
         """RGB ``[T', 3, H', W']`` of the next latent frames of a video; see the codec protocol."""
         assert state is None or isinstance(state, DecodeState)
