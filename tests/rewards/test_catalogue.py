@@ -16,7 +16,9 @@ from tests.rewards.tiny_rewards import build_rewards
 
 IDS = (
     "hpsv3 videoalign_vq videoalign_mq videoalign_ta hpsv2 pickscore clip_score aesthetic image_reward "
-    "transition_follow transition_keep motion_smoothness dynamic_degree subject_consistency flicker"
+    "transition_follow transition_keep motion_smoothness dynamic_degree subject_consistency flicker "
+    "vbench_dynamic_degree vbench_motion_smoothness vbench_subject_consistency vbench_temporal_flickering "
+    "vbench_imaging_quality"
 ).split()
 
 

@@ -26,6 +26,13 @@ VIDEOALIGN_SAMPLING = Sampling(rate=2.0, least=4, most=768, multiple=2)
 EIGHT_FRAMES = Sampling(rate=0.5, least=8, most=8)
 SUBJECT_SAMPLING = Sampling(rate=2.0, least=4, most=32, seconds=None)
 
+EVERY_FRAME = Sampling(rate=1000.0, least=2**31, most=2**31, seconds=None)
+EIGHT_A_SECOND = Sampling(rate=8.0, least=1, most=2**31, seconds=None, strides=True)
+
+
+def _vbench(name: str, min_frames: int, sampling: Sampling = EVERY_FRAME) -> Declaration:
+    return Declaration(f"vbench_{name}", 0.0, 1.0, False, False, min_frames, HD, sampling, eight_bit=True)
+
 
 def _videoalign(name: str) -> Declaration:
     return Declaration(name, -inf, inf, True, False, 2, HD, VIDEOALIGN_SAMPLING, eight_bit=True)
@@ -51,6 +58,11 @@ _ALL = (
     Declaration("dynamic_degree", 0.0, 1.0, False, False, 2, FLOW_PIXELS),
     Declaration("subject_consistency", -1.0, 1.0, False, True, 2, SD, SUBJECT_SAMPLING),
     Declaration("flicker", 0.0, 1.0, False, True, 3, FLOW_PIXELS),
+    _vbench("dynamic_degree", 2, EIGHT_A_SECOND),
+    _vbench("motion_smoothness", 3),
+    _vbench("subject_consistency", 2),
+    _vbench("temporal_flickering", 2),
+    replace(_vbench("imaging_quality", 1), low=-inf, high=inf),
 )
 DECLARATIONS = {declaration.name: declaration for declaration in _ALL}
 """By reward id, in the order they are listed."""
@@ -166,6 +178,23 @@ FAMILIES = (
         ("frame_rate",),
     ),
     Family(("flicker",), "consistency:FlickerScorer"),
+    Family(("vbench_dynamic_degree",), "vbench:load_vbench_dynamic_degree", {"raft": NAMED}, ("frame_rate",)),
+    Family(
+        ("vbench_motion_smoothness",),
+        "vbench:load_vbench_motion_smoothness",
+        {"weights": Part("lalala125/AMT/amt-s.pth")},
+    ),
+    Family(
+        ("vbench_subject_consistency",),
+        "vbench:load_vbench_subject_consistency",
+        {"weights": Part("facebook/dino-vitb16", ("*.json", "*.safetensors", "pytorch_model.bin"))},
+    ),
+    Family(("vbench_temporal_flickering",), "vbench:load_vbench_temporal_flickering"),
+    Family(
+        ("vbench_imaging_quality",),
+        "vbench:load_vbench_imaging_quality",
+        {"weights": Part("chaofengc/IQA-PyTorch-Weights/musiq_spaq_ckpt-358bb6af.pth")},
+    ),
 )
 FRAME_REWARDS = tuple(id for family in FAMILIES if "top_share" in family.settings for id in family.ids)
 

@@ -25,7 +25,7 @@ TEXT_PROMPT = "{text_prompt}"
 """Placeholder of the prompt in a template."""
 
 
-def strict_pretrained(kind: Any, directory: Path, dtype: torch.dtype) -> Any:
+def strict_pretrained(kind: Any, directory: Path, dtype: torch.dtype, **settings: Any) -> Any:
     """``kind.from_pretrained`` of a transformers directory; what it would only warn of is refused.
 
     Raises:
@@ -34,7 +34,7 @@ def strict_pretrained(kind: Any, directory: Path, dtype: torch.dtype) -> Any:
     refuse_pointers(directory)
     try:
         model, found = kind.from_pretrained(
-            directory, dtype=dtype, local_files_only=True, output_loading_info=True
+            directory, dtype=dtype, local_files_only=True, output_loading_info=True, **settings
         )
     except (OSError, RuntimeError) as error:
         raise ValueError(f"{directory}: cannot be loaded as {kind.__name__}: {error}") from error

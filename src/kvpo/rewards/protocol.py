@@ -71,6 +71,9 @@ class Sampling:
     """The number of frames taken is a multiple of this."""
     seconds: float | None = 16.0
     """A longer file is scored as several clips of this length; None takes it whole."""
+    strides: bool = False
+    """True: every n-th frame from the first one is taken, n the rounded ratio of the rates, and not a number
+    that is spread evenly."""
 
 
 @dataclass(frozen=True)

@@ -48,6 +48,7 @@ class RaftFlow:
 
     network: nn.Module
     device: str = "cpu"
+    updates: int = UPDATES
 
     def __call__(self, video_TCHW: Tensor) -> Tensor:
         height, width = video_TCHW.shape[-2:]
@@ -59,13 +60,13 @@ class RaftFlow:
             for start in range(0, len(frames) - 1, PAIRS):
                 stop = min(start + PAIRS, len(frames) - 1)
                 refined = self.network(
-                    frames[start:stop], frames[start + 1 : stop + 1], num_flow_updates=UPDATES
+                    frames[start:stop], frames[start + 1 : stop + 1], num_flow_updates=self.updates
                 )
                 flows.append(refined[-1].cpu())
         return torch.cat(flows)[..., :height, :width]
 
 
-def load_raft(path: Path, device: str = "cpu") -> RaftFlow:
+def load_raft(path: Path, device: str = "cpu", updates: int = UPDATES) -> RaftFlow:
     """RAFT with the weights of a file, torchvision's or the authors'.
 
     Raises:
@@ -79,7 +80,7 @@ def load_raft(path: Path, device: str = "cpu") -> RaftFlow:
     check_tensors(weights, {name: tuple(value.shape) for name, value in expected.items()}, str(path))
     require_finite_weights(weights, str(path))
     network.load_state_dict(weights, strict=True)
-    return RaftFlow(network.eval().requires_grad_(False).to(device), device)
+    return RaftFlow(network.eval().requires_grad_(False).to(device), device, updates)
 
 
 def _optical_flow() -> ModuleType:

@@ -19,12 +19,15 @@ CLIPS = 6
 def spread_indices(num_frames: int, frame_rate: float, sampling: Sampling) -> list[int]:
     """Evenly spread frames of a clip of ``num_frames`` at ``frame_rate`` frames per second.
 
-    n = rate T / frame_rate, clamped to [least, most], rounded to the multiple, never above T; the frames are
-    round(linspace(0, T - 1, n)) in float32, as in VideoAlign's ``vision_process.py``.
+    Strides take frames 0, n, 2 n, ... Otherwise n = rate T / frame_rate, clamped to [least, most], rounded to
+    the multiple, never above T; the frames are round(linspace(0, T - 1, n)) in float32, as in VideoAlign's
+    ``vision_process.py``.
 
     Raises:
         ValueError: fewer frames than one multiple.
     """
+    if sampling.strides:
+        return list(range(0, num_frames, max(1, round(frame_rate / sampling.rate))))
     ceiling = min(sampling.most, num_frames) // sampling.multiple * sampling.multiple
     if ceiling == 0:
         raise ValueError(f"the clip has {num_frames} frame(s), at least {sampling.multiple} are needed")

@@ -1,0 +1,210 @@
+"""Dimensions of VBench (Huang et al. 2023) by its own definitions, on the networks that it measures with.
+
+Frames are rounded to 8 bits, as in the files that VBench reads. Axes: T frames, t = T - 1 steps between them.
+"""
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from types import ModuleType
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kvpo.models.tensor_files import only_tensors, read_tensor_file
+from kvpo.rewards.catalogue import DECLARATIONS
+from kvpo.rewards.consistency import IMAGENET_MEAN, IMAGENET_STD
+from kvpo.rewards.images import standardised
+from kvpo.rewards.pretrained import load_strict, strict_pretrained
+from kvpo.rewards.sampling import checked_batch, spread_indices
+
+FASTEST = 0.05
+"""Share of the pixels, the fastest ones, whose mean speed is that of a step."""
+MOVING = 6.0 / 256
+"""Pixels per step, as a share of the shorter side, above which a step counts as moving."""
+MOVING_STEPS = 4 / 16
+"""Steps per frame that must move for a video to be dynamic."""
+RAFT_UPDATES = 20
+RAFT_SIDE, AMT_SIDE = 8, 16
+"""Sides of frames are filled up to multiples of these."""
+DINO_SIDE, MUSIQ_SIDE = 224, 512
+"""Shorter side of frames that DINO sees, longest side of those that MUSIQ sees."""
+TOGETHER = 16
+"""Frames in one forward pass of DINO."""
+
+
+@dataclass(frozen=True)
+class VBenchScorer:
+    """One dimension: a measure of a clip's frames ``[T, 3, H, W]``, whole 255ths of [0, 1]."""
+
+    components: tuple[str]
+    measure: Callable[[Tensor], float]
+    frame_rate: float = 16.0
+    """Frames per second of the clips."""
+
+    def __call__(self, video_BTCHW: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """Component -> [B]; ValueError for clips that are too short or of another shape."""
+        (name,) = self.components
+        declared = DECLARATIONS[name]
+        checked_batch(video_BTCHW, prompts, declared.min_frames)
+        assert declared.sampling is not None
+        chosen = spread_indices(video_BTCHW.shape[1], self.frame_rate, declared.sampling)
+        with torch.no_grad():
+            scores = [
+                self.measure((255 * video[chosen].float().clamp(0, 1)).round() / 255) for video in video_BTCHW
+            ]
+        return {name: torch.tensor(scores)}
+
+
+def filled_up(frames_TCHW: Tensor, multiple: int) -> Tensor:
+    """Frames whose sides are filled up to a multiple on both ends, by their outermost pixels."""
+    down, across = (-side % multiple for side in frames_TCHW.shape[-2:])
+    return F.pad(
+        frames_TCHW, (across // 2, across - across // 2, down // 2, down - down // 2), mode="replicate"
+    )
+
+
+def enough_motion(flow: Callable[[Tensor], Tensor], frames_TCHW: Tensor) -> float:
+    """1 if enough steps move by ``flow`` (frames ``[T, 3, H, W]`` -> pixels ``[t, 2, H, W]``), else 0."""
+    if len(frames_TCHW) == 1:
+        return 0.0
+    speed_tP = flow(filled_up(frames_TCHW, RAFT_SIDE)).norm(dim=1).flatten(1)
+    fastest_t = speed_tP.topk(max(1, int(FASTEST * speed_tP.shape[1])), 1).values.mean(1)
+    moving = int((fastest_t > MOVING * min(frames_TCHW.shape[-2:])).sum())
+    return float(moving >= round(MOVING_STEPS * len(frames_TCHW)))
+
+
+def interpolated_smoothness(between: nn.Module, frames_TCHW: Tensor) -> float:
+    """1 - mean absolute difference of every second frame and what a network makes of its neighbours."""
+    device = next(between.parameters()).device
+    even, odd = filled_up(frames_TCHW[::2], AMT_SIDE).to(device), frames_TCHW[1::2]
+    half = torch.full((1, 1, 1, 1), 0.5, device=device)
+    (height, width), (rows, columns) = frames_TCHW.shape[-2:], even.shape[-2:]
+    top, left = (rows - height) // 2, (columns - width) // 2
+    errors = []
+    for before, after, frame in zip(even[:-1, None], even[1:, None], odd, strict=False):
+        made = between(before, after, half, scale_factor=1.0, eval=True)["imgt_pred"][0].cpu()
+        made = (255 * made[..., top : top + height, left : left + width]).clamp(0, 255).floor() / 255
+        errors.append(float((made - frame.cpu()).abs().mean()))
+    return 1 - sum(errors) / len(errors)
+
+
+def mean_steadiness(frames_TCHW: Tensor) -> float:
+    """1 - mean absolute difference of neighbouring frames; meant for videos that stand still."""
+    return 1 - float(frames_TCHW.diff(dim=0).abs().mean())
+
+
+def dino_consistency(encoder: nn.Module, frames_TCHW: Tensor) -> float:
+    """Mean cosine, no less than 0, of DINO's features of every frame and of the first and the previous."""
+    device, short = next(encoder.parameters()).device, min(frames_TCHW.shape[-2:])
+    size = [DINO_SIDE * side // short for side in frames_TCHW.shape[-2:]]
+    pixels = standardised(_resized(frames_TCHW, *size), IMAGENET_MEAN, IMAGENET_STD)
+    features = [
+        encoder(pixel_values=part.to(device), interpolate_pos_encoding=True).last_hidden_state[:, 0].cpu()
+        for part in pixels.split(TOGETHER)
+    ]
+    features_TD = F.normalize(torch.cat(features), dim=-1)
+    first_t = features_TD[1:] @ features_TD[0]
+    previous_t = (features_TD[1:] * features_TD[:-1]).sum(1)
+    return float((first_t.clamp(min=0) + previous_t.clamp(min=0)).mean() / 2)
+
+
+def musiq_quality(network: nn.Module, frames_TCHW: Tensor) -> float:
+    """Mean over frames of MUSIQ's score, over 100."""
+    device, long = next(network.parameters()).device, max(frames_TCHW.shape[-2:])
+    if long > MUSIQ_SIDE:
+        scale = MUSIQ_SIDE / long
+        frames_TCHW = _resized(frames_TCHW, *(int(scale * side) for side in frames_TCHW.shape[-2:]))
+    scores = [float(network(frame.to(device))) for frame in frames_TCHW[:, None]]
+    return sum(scores) / len(scores) / 100
+
+
+def _resized(frames_TCHW: Tensor, height: int, width: int) -> Tensor:
+    return F.interpolate(frames_TCHW, (height, width), mode="bilinear", align_corners=False)
+
+
+def load_vbench_temporal_flickering() -> VBenchScorer:
+    """The scorer, which needs no weights."""
+    return VBenchScorer(("vbench_temporal_flickering",), mean_steadiness)
+
+
+def load_vbench_dynamic_degree(raft: Path, *, device: str = "cpu") -> VBenchScorer:
+    """The scorer on RAFT with the weights of a file (VBench's: raft-things.pth). Raises as `load_raft`."""
+    from kvpo.rewards.raft import load_raft
+
+    flow = load_raft(raft, device, updates=RAFT_UPDATES)
+    return VBenchScorer(("vbench_dynamic_degree",), partial(enough_motion, flow))
+
+
+def load_vbench_motion_smoothness(weights: Path, *, device: str = "cpu") -> VBenchScorer:
+    """The scorer on AMT-S, whose code is part of the package vbench.
+
+    Raises:
+        ValueError: no vbench; weights of another network.
+    """
+    with _unopened("vbench"):
+        network = _network("vbench", "third_party.amt.networks.AMT-S", "Model", {})
+    _load(network, weights, "state_dict", device)
+    return VBenchScorer(("vbench_motion_smoothness",), partial(interpolated_smoothness, network))
+
+
+def load_vbench_imaging_quality(weights: Path, *, device: str = "cpu") -> VBenchScorer:
+    """The scorer on MUSIQ of the package pyiqa (VBench's weights: those for SPAQ).
+
+    Raises:
+        ValueError: no pyiqa; weights of another network.
+    """
+    network = _network("pyiqa", "archs.musiq_arch", "MUSIQ", {"pretrained": False})
+    _load(network, weights, "params", device)
+    return VBenchScorer(("vbench_imaging_quality",), partial(musiq_quality, network))
+
+
+def load_vbench_subject_consistency(directory: Path, *, device: str = "cpu") -> VBenchScorer:
+    """The scorer on the DINO ViT in ``directory``, in transformers' layout. Raises ValueError for others."""
+    from transformers import ViTModel
+
+    encoder = strict_pretrained(ViTModel, directory, torch.float32, add_pooling_layer=False)
+    encoder = encoder.eval().requires_grad_(False).to(device)
+    return VBenchScorer(("vbench_subject_consistency",), partial(dino_consistency, encoder))
+
+
+def _network(package: str, module: str, name: str, settings: dict[str, bool]) -> nn.Module:
+    """A network of a package that is not needed otherwise. Raises ValueError where there is none."""
+    try:
+        network: nn.Module = vars(import_module(f"{package}.{module}"))[name](**settings)
+    except ImportError as error:
+        raise ValueError(
+            f"needs the network {name} of {package} ({error}): pip install --no-deps {package}, and what it "
+            "imports"
+        ) from error
+    return network.eval().requires_grad_(False)
+
+
+def _load(network: nn.Module, path: Path, entry: str, device: str) -> None:
+    """Give a network the weights of a file, at its top or in an entry. Raises ValueError."""
+    content = read_tensor_file(path)
+    held = content.get(entry, content)
+    weights = only_tensors(held if isinstance(held, dict) else content, str(path))
+    load_strict(network, weights, str(path), device=device, dtype=torch.float32)
+
+
+@contextmanager
+def _unopened(package: str) -> Iterator[None]:
+    """Inside, modules of a package can be imported without what the package itself would import."""
+    spec = find_spec(package) if package not in sys.modules else None
+    if spec is None:
+        yield
+        return
+    bare = ModuleType(package)
+    bare.__path__ = list(spec.submodule_search_locations or ())
+    sys.modules[package] = bare
+    try:
+        yield
+    finally:
+        del sys.modules[package]
