@@ -82,6 +82,15 @@ def under(setting: str, stories: int, given: Mapping[str, Any]) -> dict[str, dic
     return {kind: measured(setup, prompts, explorer) for kind, explorer in KINDS.items()}
 
 
+def compared(results: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
+    """Numbers of routed branches and of fresh noise, by exploration."""
+    rows = [
+        (setting, *(f"{found['routed'][name]:.3f} / {found['noise'][name]:.3f}" for name in NAMES))
+        for setting, found in results.items()
+    ]
+    return table(["exploration", *NAMES], rows)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -94,11 +103,7 @@ def main() -> None:
     results = {
         setting: under(setting, arguments.stories, given) for setting in track(arguments.settings, "routes")
     }
-    rows = [
-        (setting, *(f"{found['routed'][name]:.3f} / {found['noise'][name]:.3f}" for name in NAMES))
-        for setting, found in results.items()
-    ]
-    section("Routed / fresh noise", table(["exploration", *NAMES], rows))
+    section("Routed / fresh noise", compared(results))
     write_json(arguments.json, {"machine": machine(), "routes": results})
 
 

@@ -87,9 +87,10 @@ def of(runs: Sequence[dict[str, Any]], name: str, key: str) -> list[float]:
     return [float(one["held_out"][name][key]) for one in runs]
 
 
-def spread(values: Sequence[float]) -> str:
+def spread(values: Sequence[float], digits: int = 4) -> str:
     """Mean and standard deviation (ddof 1) over seeds."""
-    return f"{fmean(values):+.4f}" + (f" ± {stdev(values):.4f}" if len(values) > 1 else "")
+    about = f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{fmean(values):+.{digits}f}{about}"
 
 
 def gains(runs: Runs) -> str:

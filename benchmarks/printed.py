@@ -1,0 +1,135 @@
+"""The tables of the documents, printed from what was measured: no number is copied by hand.
+
+A table stands between ``<!-- printed: NAME -->`` and ``<!-- /printed -->``; NAME is a file below
+benchmarks/results and one of the tables that TABLES makes of it. This writes them anew:
+
+    python benchmarks/printed.py
+"""
+
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import exploration
+import kills
+import mutants
+import scaling
+import seeds
+from measuring import table
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks/results"
+MARKED = re.compile(r"(<!-- printed: (\S+) (\S+) -->\n).*?(<!-- /printed -->)", re.DOTALL)
+
+
+def learned(numbers: Any) -> str:
+    """The method beside its null control, on short and on long videos."""
+    method, null = (numbers["arms"][arm] for arm in ("paper", "random"))
+    rows = []
+    for name, words in (("short", "short, one prompt"), ("long", "long, three prompts")):
+        gain, control, unseen = (
+            seeds.spread(seeds.of(runs, name, key), 3)
+            for runs, key in (
+                (method, "paired_gain"), (null, "paired_gain"), (method, "unseen_scorer_gain")
+            )
+        )  # fmt: skip
+        base, improved = (fmean(seeds.of(method, name, key)) for key in ("base_mean", "improved_fraction"))
+        missing = fmean(seeds.of(method, name, "paired_gain")) / (1 - base)
+        rows.append((words, f"{base:.3f}", gain, f"{missing:.0%}", control, f"{improved:.0%}", unseen))
+    columns = ("", "base", "paired gain", "of what was missing", "advantages permuted (control)",
+               "videos improved", "unseen scorer")  # fmt: skip
+    return table(columns, rows)
+
+
+def who_comes_back(numbers: Mapping[str, Any]) -> str:
+    """Shares of branches on which an act's actor returns, by what was routed."""
+
+    def share(name: str) -> str:
+        return f"{numbers[name]:.2f} ({numbers[f'{name}_se']:.2f})" if name in numbers else ""
+
+    rows = [
+        (branches, *(share(f"{actor}_when_{routed}") for actor in ("act1", "act2", "donor")))
+        for branches, routed in (
+            ("anchor (the deployment window holds acts 1 and 3)", "not_routed"),
+            ("routed to act 1 only", "routed_to_act1"),
+            ("routed to act 2 only", "routed_to_act2"),
+            ("routed to another story's act 2", "routed_to_donor"),
+        )
+    ]
+    return table(("branches", "act 1's actor (SE)", "act 2's actor (SE)", "that story's actor (SE)"), rows)
+
+
+def by_routed_frames(numbers: Mapping[str, Any]) -> str:
+    """The share on which act 2's actor returns, by how many frames of act 2 were routed."""
+    shares, errors = (numbers[f"act2_by_routed_frames{end}"] for end in ("", "_se"))
+    cells = [f"{share:.2f} ({error:.2f})" for share, error in zip(shares, errors, strict=True)]
+    return table(("frames of act 2 routed", *map(str, range(len(cells)))), [("act 2's actor (SE)", *cells)])
+
+
+def threads(numbers: Mapping[str, Any]) -> str:
+    """Seconds of an update, quiet and beside busy processes."""
+    rows = [
+        (one["busy"], one["threads"], one["waiting"], f"{one['wall_s']:.2f}", f"{one['cpu_s']:.2f}")
+        for one in numbers["results"]
+    ]
+    return table(("busy neighbours", "threads", "`OMP_WAIT_POLICY`", "wall (s)", "CPU (s)"), rows)
+
+
+def rooms(numbers: Mapping[str, Any]) -> str:
+    """Mutants by room of the source, what became of them, and those that no test can tell from the source."""
+    found, reasons, rows = numbers["mutants"], mutants.reviewed(), []
+    for room in ("method", "engine", "models", "training", "plan", ""):
+        own = [one for one in found if one["file"].startswith(f"src/kvpo/{room}")]
+        same = [(one["file"], one["function"], one["change"]) in reasons for one in own]
+        how = Counter("equivalent" if s else o["outcome"] for s, o in zip(same, own, strict=True))
+        caught = sum(how[way] for way in ("assertion", "error", "time"))
+        of = len(own) - how["equivalent"]
+        share = f"{caught} ({caught / of:.0%} of {of})" if not room else caught
+        rows.append((f"`{room}/`" if room else "all", len(own), share, how["equivalent"], how["survived"]))
+    return table(("part", "mutants", "caught", "equivalent", "survive"), rows)
+
+
+TABLES: Mapping[str, Callable[[Any], str]] = {
+    "learned": learned,
+    "gains": lambda numbers: seeds.gains(numbers["arms"]),
+    "by_seed": lambda numbers: seeds.by_seed(numbers["arms"]),
+    "components": lambda numbers: seeds.inside(numbers["arms"], "components", "gain"),
+    "accuracy": lambda numbers: seeds.inside(numbers["arms"], "accuracy", "change"),
+    "diversity": lambda numbers: seeds.diversity(numbers["arms"]),
+    "explored": lambda numbers: exploration.compared(numbers["routes"]),
+    "who_comes_back": who_comes_back,
+    "by_routed_frames": by_routed_frames,
+    "threads": threads,
+    "rooms": rooms,
+    "kills": lambda numbers: kills.table(numbers, 2),
+    "model": lambda numbers: scaling.model_table(numbers["model"]),
+    "measured": lambda numbers: scaling.measured_table(numbers["measured"]),
+}
+
+
+def printed(text: str) -> str:
+    """A document with its tables printed anew."""
+
+    def again(marked: re.Match[str]) -> str:
+        numbers = json.loads((RESULTS / marked[2]).read_text(encoding="utf-8"))
+        return f"{marked[1]}{TABLES[marked[3]](numbers)}\n{marked[4]}"
+
+    return MARKED.sub(again, text)
+
+
+def documents() -> list[Path]:
+    """Documents that may hold tables."""
+    return [
+        ROOT / "README.md",
+        *sorted((ROOT / "benchmarks").glob("*.md")),
+        *sorted((ROOT / "docs").glob("*.md")),
+    ]
+
+
+if __name__ == "__main__":
+    for path in documents():
+        path.write_text(printed(path.read_text(encoding="utf-8")), encoding="utf-8")
