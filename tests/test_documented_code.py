@@ -1,5 +1,6 @@
 """The code of the documents: the parser takes every command, and those that can run at a tiny size do run."""
 
+import json
 import re
 import shlex
 import sys
@@ -166,6 +167,9 @@ def test_the_commands_and_code_of_public_generators_run(
     monkeypatch.chdir(tmp_path)
     flags = tiny_flags("longlive-1.3b", tmp_path, segments=3, **{"optim__updates": 1})
     (tmp_path / "prompts-3.jsonl").rename("prompts.jsonl")
+    (tmp_path / "VBench/vbench").mkdir(parents=True)
+    entry = {"prompt_en": "a red ball rolls left", "dimension": ["scene"]}
+    (tmp_path / "VBench/vbench/VBench_full_info.json").write_text(json.dumps([entry]))
     # The documented run names files of the hub and frames of its own: here, those of the tiny generator.
     base, adapter = "Efficient-Large-Model/LongLive-1.3B/models/longlive_base.pt", "lora.pt"
     Path(base).parent.mkdir(parents=True)

@@ -66,7 +66,8 @@ def test_every_layout_loads_again_and_generates_the_same_block(runs: Path, tmp_p
             assert recorded(load_adapter_state(out).files[0])["settings"]["stream.window"] == 12
         else:
             made[layout] = block(runs, checkpoint=out)
-        assert (out.is_dir() and (out / "README.md").is_file()) == (layout != "pt")
+        card = out / "README.md" if layout != "pt" else tmp_path / "pt.md"
+        assert "lora.pt` and takes its place" in card.read_text()
     for layout, latents in made.items():
         assert (latents - made["peft"]).abs().max() <= 1e-5, layout
     assert (made["peft"] - block(runs, lora=runs / "lora.pt")).abs().max() > 1e-4
@@ -104,6 +105,19 @@ def test_given_and_difference_add_up_to_the_continued_adapter(
     caplog.clear()
     block(runs, lora=tmp_path / "part", **({"lora_start": "merge"}))
     assert "is to be added to the adapter" in caplog.text
+    caplog.clear()
+    together = f"{runs / 'lora.pt'},{tmp_path / 'part'}"
+    latents = block(runs, lora=together, lora_start="merge")
+    expected = block(runs, lora=tmp_path / "whole", lora_start="merge")
+    assert ((latents - expected).abs().max() <= 1e-5) == (rank == 0)
+    assert "is to be added to the adapter" not in caplog.text
+    assert (
+        f"--backbone.lora {together.split(',')[0]},part --backbone.lora_start merge"
+        in (tmp_path / "part" / "README.md").read_text()
+    )
+    if rank == 0:
+        config = tiny_wan("longlive-1.3b", runs, backbone__lora=together, optim__lora_rank=6)
+        assert (first_block(config, wan_weights(config).model) - expected).abs().max() <= 1e-5
 
 
 def test_differences_to_nothing_and_pushes_of_a_file_are_refused(runs: Path, tmp_path: Path) -> None:
@@ -111,7 +125,6 @@ def test_differences_to_nothing_and_pushes_of_a_file_are_refused(runs: Path, tmp
         ("fresh", "peft", {"difference": 0}, "--difference: must be left out, since .* continued no adapter"),
         ("continued", "pt", {"difference": 0}, "since layout pt holds all weights"),
         ("continued", "peft", {"difference": -1}, "must be a rank, or 0 for an exact one, got -1"),
-        ("continued", "pt", {"push": "me/it"}, "--push me/it: needs a directory"),
         ("continued", "peft", {"push": "it"}, "--push it: must be a repository of the hub, owner/name"),
     ):
         with pytest.raises(ConfigurationError, match=match):
@@ -290,3 +303,16 @@ def test_a_push_uploads_the_directory_and_its_failure_leaves_the_export(
     assert main([*words, "--out", str(tmp_path / "again")]) == 1
     assert f"`hf upload me/mine {tmp_path / 'again'}` uploads it" in capsys.readouterr().err
     assert {path.name for path in (tmp_path / "again").iterdir()} == {"README.md", "again.safetensors"}
+
+
+def test_a_file_of_all_weights_is_pushed_with_its_card(
+    runs: Path, tmp_path: Path, hub: type[Hub], capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["export", str(runs / "fresh"), "--layout", "pt", "--push", "me/mine"]
+    assert main([*words, "--out", str(tmp_path / "all.pt")]) == 0
+    card = (tmp_path / "all.pt.md").read_text()
+    assert hub.received["files"] == {"README.md": card.encode(), "all.pt": (tmp_path / "all.pt").read_bytes()}
+    assert "a whole transformer in the public layout" in card and "--backbone.checkpoint all.pt" in card
+    (tmp_path / "other.pt.md").touch()
+    assert main([*words, "--out", str(tmp_path / "other.pt")]) == 1
+    assert not (tmp_path / "other.pt").exists() and "other.pt.md" in capsys.readouterr().err

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 
 from kvpo.app.cli import main
-from kvpo.app.file_prompts import held_out, short_notice, word_count
+from kvpo.app.file_prompts import held_out, prompts_of_file, short_notice, word_count
 from kvpo.app.video_folder import file_prompts
+from kvpo.config import Config
 from kvpo.prompt_files import read_prompts
 from kvpo.prompts import VideoPrompt
 from tests.tiny_wan import tiny_flags
@@ -88,3 +89,20 @@ def test_a_folder_of_videos_takes_prompts_of_every_form(tmp_path: Path, name: st
     (tmp_path / name).write_text(contents[name])
     files = [tmp_path / "1.mp4", tmp_path / "2.mp4"]
     assert file_prompts(tmp_path / name, tmp_path, files) == ["a dog", "a cat"]
+
+
+def test_a_run_trains_on_extended_texts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its prompts, paired, lie beside its directory; what it has already cannot be paired again."""
+    flags = tiny_flags("longlive-1.3b", tmp_path)
+    short = (tmp_path / "prompts.txt").read_text().splitlines()
+    (tmp_path / "long.txt").write_text("".join(f"{line}, and slowly so\n" for line in short))
+    seen: list[Config] = []
+    monkeypatch.setattr("kvpo.app.align.align", lambda config, out, **given: seen.append(config) or {})
+    command = ["align", *flags, "--extended", str(tmp_path / "long.txt"), "--out", str(tmp_path / "run")]
+    assert main(command) == 0
+    found = prompts_of_file(seen[0], seen[0].prompts.file)
+    assert [prompt.segments for prompt in found] == [(f"{line}, and slowly so",) for line in short]
+    assert seen[0].prompts.file == str(tmp_path / "run-prompts.jsonl")
+    (tmp_path / "long.txt").write_text("one\n")
+    assert main(command) == 1
+    assert main(["align", "--preset", "demo", "--extended", "x.txt", "--out", str(tmp_path / "no")]) == 2

@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from kvpo.app.suites import generate_suite, suite_of, suite_videos
 from kvpo.config_checks import ConfigurationError
 from kvpo.files import StorageError
 from kvpo.report.video import read_video, write_video
+from kvpo.training.ranks import Ranks
+from tests.ranks import on_ranks
 from tests.tiny_world import tiny_config
 
 LIST = [
@@ -154,6 +157,24 @@ def test_the_noise_of_a_video_is_of_its_name(info: Path, tiny_base: Path, tmp_pa
         assert path.read_bytes() == (other / path.name).read_bytes()
     contents = {path.read_bytes() for path in one.iterdir()}
     assert len(contents) == 5, "the five of a prompt differ"
+
+
+def suite_on_ranks(ranks: Ranks, base: Path, out: Path, info: Path) -> dict[str, bytes]:
+    """The videos that all ranks made together, as each of them finds them at the end."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(suites, "joined_ranks", lambda device: nullcontext(ranks))
+        (folder,) = generate_suite(config_of(base), out, f"vbench={info}", dimensions=["color"])
+    ranks.gather(None, "finishing")
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_ranks_share_the_prompts_of_a_suite(info: Path, tiny_base: Path, tmp_path: Path) -> None:
+    """Two ranks make the files that one process makes, byte for byte, each of them once."""
+    (alone,) = on_ranks(1, tmp_path / "meet one", suite_on_ranks, tiny_base, tmp_path / "one", info)
+    both = on_ranks(2, tmp_path / "meet two", suite_on_ranks, tiny_base, tmp_path / "two", info)
+    assert sorted(alone) == sorted(NAMES["color"]) and both == [alone, alone]
+    assert (tmp_path / "one/base.json").read_bytes() == (tmp_path / "two/base.json").read_bytes()
+    assert check_folder(tmp_path / "two/base")[0] == []
 
 
 def test_base_and_aligned_of_a_run_on_the_command_line(

@@ -289,6 +289,15 @@ def test_malformed_adapters_are_named(tmp_path):
         load_adapter_state(tmp_path / "empty")
 
 
+def test_prefixes_that_are_left_out_are_named(tmp_path, caplog):
+    caplog.set_level("INFO", logger="kvpo")
+    tensors = {
+        f"pipe.dit.{Q.removeprefix('base_model.model.')}{half}.weight": torch.ones(2, 2) for half in "AB"
+    }
+    load_adapter_state(saved(tmp_path / "leftover.pt", tensors))
+    assert "leftover.pt: left out before the names of its layers: pipe.dit." in caplog.text
+
+
 def test_an_adapter_that_cannot_change_anything_is_refused(tmp_path):
     zeros = {name: torch.zeros_like(value) for name, value in lora_state().items()}
     fresh = {name: value if "lora_A" in name else zeros[name] for name, value in lora_state().items()}

@@ -130,6 +130,19 @@ def test_blocks_read_weights_and_pages_at_every_step_and_write_their_own() -> No
     assert blocks_work(costs, 7, ROWS) == blocks_work(costs, 7, ROWS, costs.context)
 
 
+def test_first_blocks_take_their_own_solver_steps() -> None:
+    """Four steps in the first block and two in the others, and the plan's roots begin videos."""
+    changes = {"stream.schedule": (1.0, 0.5), "stream.schedule_first": (1.0, 0.75, 0.5, 0.25)}
+    costs, four = costs_of(**changes), costs_of(**{"stream.schedule": changes["stream.schedule_first"]})
+    expected = blocks_work(four, 1, ROWS) + blocks_work(costs, 6, ROWS)
+    assert blocks_work(costs, 7, ROWS, first=True) == expected
+    assert blocks_work(four, 7, ROWS, first=True) == blocks_work(four, 7, ROWS)
+    plans = [
+        Planner(c.config, RATES).plan(c.config) for c in (costs, costs_of(**{"stream.schedule": (1.0, 0.5)}))
+    ]
+    assert plans[0].seconds > plans[1].seconds
+
+
 def test_members_are_routed_in_the_window_and_deployed_elsewhere() -> None:
     costs, groups = costs_of(**{"exploration.tail_blocks": 3}), 4
     exploration = costs.config.exploration

@@ -192,7 +192,8 @@ def check_usable(found: Mapping[str, ComponentNoise], different: int) -> None:
     constant = [name for name, noise in found.items() if noise.spread_between_clips == 0]
     if list(found)[-1] in constant:
         raise ValueError(
-            f"{constant[-1]} is the same for all {different} clips: there is nothing to learn from it"
+            f"{constant[-1]} is the same for all {different} clips: there is nothing to learn from it "
+            "(rewards of prompt switches need clips with one, which --rewards.transition_blocks of a run makes)"
         )
     for name in constant:
         logger.warning("%s is the same for all %d clips: its noise floor says little", name, different)

@@ -68,6 +68,7 @@ def _align_arguments(parser: ArgumentParser) -> None:
         choices=("wandb", "trackio"),
         help="send the metrics there too, next to TensorBoard (extra: trackers)",
     )
+    prompt_commands.extended_argument(parser)
     parser.add_argument(
         "--anyway", action="store_true", help="begin even if the plan says that the device is too small"
     )
@@ -97,7 +98,11 @@ def _align(arguments: Namespace) -> None:
         raise ConfigurationError(
             f"--resume: {arguments.out} holds no run; name its directory, or give --preset to start one there"
         )
+    if arguments.extended is not None and continued:
+        raise ConfigurationError("--extended: the run has its prompts already; leave it out")
     config = configuration(arguments, saved=arguments.out / "config.yaml" if continued else None)
+    if arguments.extended is not None:
+        config = prompt_commands.with_extended_prompts(config, arguments.extended, arguments.out)
     try:
         from kvpo.app.align import align
 

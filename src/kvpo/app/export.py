@@ -17,7 +17,7 @@ from kvpo.app.origin import record_of
 from kvpo.app.sources.common import first_block
 from kvpo.config import Config
 from kvpo.config_checks import ConfigurationError
-from kvpo.files import local_path
+from kvpo.files import local_path, write_atomic
 from kvpo.models.adapter_files import AdapterState, load_adapter_state
 from kvpo.models.adapters import (
     REFERENCE,
@@ -39,7 +39,7 @@ from kvpo.models.export import (
     save_peft_adapter,
     save_public_checkpoint,
 )
-from kvpo.models.hub import is_repository, push_folder, repository_of, resolve_location, split_entry
+from kvpo.models.hub import is_repository, push_files, repository_of, resolve_location, split_entry
 from kvpo.models.tensor_files import digest_of
 from kvpo.training.checkpoint import find_checkpoint, no_improvement
 from kvpo.training.run import open_checkpoint
@@ -79,7 +79,7 @@ def export(
         places: where the run's weights lie now, by setting (``{"backbone.checkpoint": "/new/base.pt"}``).
         difference: write what a continued adapter adds to the given one, exactly (0: at the sum of the two
             ranks) or at this rank; None: the adapter itself.
-        push: repository of the hub, owner/name, that the directory is uploaded to; empty: none.
+        push: repository of the hub, owner/name, that it is uploaded to with its card; empty: none.
 
     Raises:
         ConfigurationError: an adapter alone of a run that trained all parameters, or whose adapter belongs to
@@ -89,6 +89,8 @@ def export(
     run, out = local_path(run, "run"), local_path(out, "out")
     config = resolve_run(run, places)
     demand_new(out)
+    if layout == "pt":
+        demand_new(card_beside(out))
     _check(config, run, layout, difference, push)
     path = find_checkpoint(run / "checkpoints", checkpoint)
     if (refusal := no_improvement(path, checkpoint)) is not None:
@@ -111,9 +113,18 @@ def export(
         record |= added
         proof = _Proof(config, host, rebuilt, before, after)
         _write(layout, out, part, config, record, partial(_finish, proof, layout, out, record, run))
+        if layout == "pt":
+            write_atomic(card_beside(out), _card(config, layout, out, record, run))
     if push:
-        logger.warning("pushed to %s", push_folder(out, push))
+        files = {path.name: path for path in out.iterdir()} if out.is_dir() else {}
+        files = files or {out.name: out, CARD: card_beside(out)}
+        logger.warning("pushed to %s", push_files(files, push, out))
     return out
+
+
+def card_beside(file: Path) -> Path:
+    """The card of an export that is a file."""
+    return file.with_name(f"{file.name}.md")
 
 
 def _part(
@@ -153,8 +164,6 @@ def _check(config: Config, run: Path, layout: Layout, difference: int | None, pu
         raise ConfigurationError(f"--difference: must be left out, since {what}; got {difference}")
     if difference is not None and difference < 0:
         raise ConfigurationError(f"--difference: must be a rank, or 0 for an exact one, got {difference}")
-    if push and layout == "pt":
-        raise ConfigurationError(f"--push {push}: needs a directory; use another layout than pt")
     if push and not is_repository(push):
         raise ConfigurationError(f"--push {push}: must be a repository of the hub, owner/name")
 
@@ -230,8 +239,11 @@ def _finish(
     off = proof(written, layout)
     logger.info("%s: loaded again, its first block is that of the run to %.1g", out, off)
     if layout != "pt":
-        licence = _licence(proof.config.backbone.checkpoint)
-        (written / CARD).write_text(model_card(layout, out, record, licence, run), encoding="utf-8")
+        (written / CARD).write_text(_card(proof.config, layout, out, record, run), encoding="utf-8")
+
+
+def _card(config: Config, layout: Layout, out: Path, record: Mapping[str, Any], run: Path) -> str:
+    return model_card(layout, out, record, _licence(config.backbone.checkpoint), run)
 
 
 def _licence(base: str) -> str:

@@ -20,7 +20,10 @@ _WORDS = {
     "diffusers-lora": "a LoRA adapter in diffusers' layout",
     "comfy": "a LoRA adapter in ComfyUI's layout",
     "diffusers": "a whole transformer in diffusers' layout",
+    "pt": "a whole transformer in the public layout of LongLive, MemFlow and Self-Forcing",
 }
+WHOLE = ("diffusers", "pt")
+"""Layouts of all weights."""
 _USES = {
     "peft": ("PEFT", "```python\nfrom peft import PeftModel\n\n"
              "model = PeftModel.from_pretrained(transformer, \"{folder}\")  # Wan's own names\n```"),
@@ -28,6 +31,7 @@ _USES = {
                        "use_safetensors=True)\n# in a pipeline: pipe.load_lora_weights(\"{folder}\")\n```"),
     "diffusers": ("diffusers", "```python\nfrom diffusers import WanTransformer3DModel\n\n"
                   "transformer = WanTransformer3DModel.from_pretrained(\"{folder}\")\n```"),
+    "pt": ("LongLive, MemFlow and Self-Forcing", "Give `{folder}` as the generator's checkpoint."),
     "comfy": ("ComfyUI", "Put `{file}` into `models/loras` and load it with *LoraLoaderModelOnly* behind the "
               "base, at strength 1. Scope and others that read `diffusion_model.` names take the same file."),
 }  # fmt: skip
@@ -50,12 +54,12 @@ def licence_of(checkpoint: Path | None) -> str:
 
 def model_card(layout: str, folder: Path, record: Mapping[str, Any], licence: str, run: Path) -> str:
     """The card of what was exported to ``folder``; ``run`` holds the numbers measured on held-out prompts."""
-    base, alone = record["base"] or "the embedded generator of kvpo", layout != "diffusers"
+    base, alone = record["base"] or "the embedded generator of kvpo", layout not in WHOLE
     repo = repository_of(record["base"])
     fields = {
         "license": licence,
         **({"base_model": repo, "base_model_relation": "adapter" if alone else "finetune"} if repo else {}),
-        "library_name": "peft" if layout == "peft" else "diffusers",
+        **({} if layout == "pt" else {"library_name": "peft" if layout == "peft" else "diffusers"}),
         "pipeline_tag": "text-to-video",
         "tags": ["kvpo", "streaming-video", *(["lora"] if alone else [])],
     }
@@ -89,16 +93,17 @@ def _loading(layout: str, folder: Path, record: Mapping[str, Any]) -> str:
     files = {"diffusers-lora": DIFFUSERS_ADAPTER_NAME, "comfy": f"{folder.name}.safetensors"}
     program, use = _USES[layout]
     use = use.replace("{folder}", folder.name).replace("{file}", files.get(layout, ""))
-    flag = "checkpoint" if layout == "diffusers" else "lora"
+    flag = "checkpoint" if layout in WHOLE else "lora"
     base = f" --backbone.checkpoint {record['base']}" if flag == "lora" else ""
+    name = folder.name
+    if "added_to" in record:
+        name = f"{record['added_to']},{name} --backbone.lora_start merge"
     own = (
         f"```\nkvpo generate --preset {record['settings']['preset']}{base} \\\n"
-        f"  --backbone.{flag} {folder.name} --prompts prompts.txt --out videos\n```"
+        f"  --backbone.{flag} {name} --prompts prompts.txt --out videos\n```"
     )
-    if "added_to" in record:
-        own = "kvpo takes the continued adapter itself: export it without `--difference`."
     others = {"PEFT": "peft", "diffusers": "diffusers-lora", "ComfyUI": "comfy"}
-    del others[program]
+    others.pop(program, None)
     rest = "; ".join(f"for {name}, `kvpo export RUN --layout {other}`" for name, other in others.items())
     return f"{program}:\n\n{use}\n\nkvpo:\n\n{own}\n\nOther programs read other layouts: {rest}."
 

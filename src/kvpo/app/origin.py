@@ -55,10 +55,12 @@ def recorded(path: Path) -> dict[str, Any]:
     return found
 
 
-def warn_of_other_values(path: Path, config: Config, backbone: str | None = None) -> None:
+def warn_of_other_values(
+    path: Path, config: Config, backbone: str | None = None, *, alone: bool = True
+) -> None:
     """Warn where exported weights are loaded under other values than they were made with, by name.
 
-    ``backbone`` is the digest of the weights that an adapter is loaded onto.
+    ``backbone`` is the digest of the weights that an adapter is loaded onto, ``alone`` or with others.
     """
     record = recorded(path)
     here = settings_of(config)
@@ -69,5 +71,5 @@ def warn_of_other_values(path: Path, config: Config, backbone: str | None = None
         other.append(f"other base weights (digest {str(record.get('backbone'))[:12]}, here {backbone[:12]})")
     if other:
         logger.warning("%s was made with %s: it may not do here what it did there", path, ", ".join(other))
-    if given := record.get("added_to"):
+    if alone and (given := record.get("added_to")):
         logger.warning("%s is to be added to the adapter %s, and is half of a model without it", path, given)

@@ -1,6 +1,9 @@
 """``kvpo prompts``: its arguments, and what it says about prompt files, converts and holds out."""
 
+import logging
 from argparse import ArgumentParser, Namespace
+from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kvpo.app.arguments import configuration
@@ -10,7 +13,10 @@ from kvpo.files import output_file, write_atomic
 
 if TYPE_CHECKING:
     from kvpo.app.file_prompts import TextLimits
+    from kvpo.config import Config
     from kvpo.prompt_files import PromptFile
+
+logger = logging.getLogger(__name__)
 
 
 def prompts_arguments(parser: ArgumentParser) -> None:
@@ -43,6 +49,31 @@ def extended_argument(parser: ArgumentParser) -> None:
         metavar="FILE",
         help="extended texts of the prompts, line by line, or JSON that maps short texts to them",
     )
+
+
+def with_extended_prompts(config: "Config", texts: Path, run: Path) -> "Config":
+    """A run's configuration with its prompts under extended texts, which are written beside its directory.
+
+    Raises:
+        ConfigurationError: no prompt file to extend.
+        ValueError: files that do not pair; see `kvpo.prompt_files.extended`.
+    """
+    if not config.prompts.file:
+        raise ConfigurationError("--extended: needs --prompts, whose texts it extends")
+    from kvpo.app.build import source_of
+    from kvpo.app.file_prompts import prompt_file, reading_of
+    from kvpo.prompt_files import examine, extended, written
+
+    source = source_of(config)
+    reading = reading_of(config, source.default_frames(config), source.latent_rate)
+    short = examine(prompt_file(config, config.prompts.file), **reading)
+    if short.problems:
+        raise ValueError(short.problems[0])
+    pairs = extended(short, texts, **reading)
+    file = output_file(run.with_name(f"{run.name}-prompts.jsonl"), "--out")
+    write_atomic(file, written(pairs.prompts, ".jsonl"))
+    logger.info("%s: %d prompts under their extended texts", file, len(pairs.prompts))
+    return replace(config, prompts=replace(config.prompts, file=str(file)))
 
 
 def prompts(arguments: Namespace) -> int:

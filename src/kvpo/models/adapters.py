@@ -306,6 +306,27 @@ def adapter_state(model: nn.Module, name: str = TRAINED) -> AdapterState:
     )
 
 
+def _stacked(parts: Sequence[tuple[AdapterState, float]], module: str) -> tuple[Tensor, Tensor]:
+    """A and B of scale 1, in float64, that do in a layer what adapters do together, each times a factor."""
+    own = [(one, factor) for one, factor in parts if module in one.modules]
+    a = torch.cat([one.pair(module)[0].double() for one, _ in own])
+    return a, torch.cat([f * one.scale(module) * one.pair(module)[1].double() for one, f in own], 1)
+
+
+def joined_adapters(adapters: Sequence[AdapterState]) -> AdapterState:
+    """One adapter of scale 1 that does what several do together, at the sum of their ranks."""
+    modules = dict.fromkeys(module for one in adapters for module in one.modules)
+    tensors: dict[str, Tensor] = {}
+    ranks: dict[str, float] = {}
+    for module in modules:
+        a, b = _stacked([(one, 1.0) for one in adapters], module)
+        tensors[f"{PEFT_PREFIX}{module}.lora_A.weight"] = a.float()
+        tensors[f"{PEFT_PREFIX}{module}.lora_B.weight"] = b.float()
+        ranks[module] = float(len(a))
+    source, files = " and ".join(one.source for one in adapters), sum((one.files for one in adapters), ())
+    return adapter_of(tensors, ranks, source, files, "those of the adapters, multiplied in")
+
+
 def adapter_difference(
     continued: AdapterState, given: AdapterState, rank: int = 0
 ) -> tuple[AdapterState, float]:
@@ -319,9 +340,7 @@ def adapter_difference(
     ranks: dict[str, float] = {}
     squares, lost = 0.0, 0.0
     for module in continued.modules:
-        (a, b), (given_a, given_b) = continued.pair(module), given.pair(module)
-        scaled = [continued.scale(module) * b.double(), -given.scale(module) * given_b.double()]
-        a, b = torch.cat([a, given_a]).double(), torch.cat(scaled, 1)
+        a, b = _stacked([(continued, 1.0), (given, -1.0)], module)
         if 0 < rank < len(a):
             (q, r), (other_q, other_r) = torch.linalg.qr(b), torch.linalg.qr(a.T)
             left, values, right = torch.linalg.svd(r @ other_r.T)

@@ -3,6 +3,7 @@
 docs/backbones.md lists the layouts.
 """
 
+import logging
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -21,6 +22,8 @@ from kvpo.models.tensor_files import (
     read_shards,
     read_tensor_file,
 )
+
+logger = logging.getLogger(__name__)
 
 TRANSFORMER_ENTRIES = ("generator", "generator_ema", "model", "model_state_dict", "state_dict")
 """Top-level entries that hold transformer weights, in the order the public loaders try them."""
@@ -145,6 +148,10 @@ def in_wan_names(tensors: Mapping[str, Tensor], source: str) -> dict[str, Tensor
         ValueError: two names that become one, or a prefix that no public layout has before every layer.
     """
     names = {name: _bare(name) for name in tensors}
+    if left := dict.fromkeys(
+        match[0] for name in tensors if (match := PREFIX.match(_WRAPPERS.sub("", name)))
+    ):
+        logger.info("%s: left out before the names of its layers: %s", source, named_list(left))
     if _is_diffusers(names.values()):
         names = {name: from_diffusers_name(bare) for name, bare in names.items()}
     twice = [bare for bare, count in Counter(names.values()).items() if count > 1]

@@ -1,11 +1,11 @@
 """Models and checkpoints from a local path or a repository of the Hugging Face hub."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import cast
 
-from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
+from huggingface_hub import CommitOperationAdd, HfApi, constants, hf_hub_download, snapshot_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
@@ -91,8 +91,10 @@ def repository_of(location: str) -> str | None:
     return match["repo"] if match else None
 
 
-def push_folder(directory: Path, repo: str) -> str:
-    """Upload a directory to a model repository of the hub, owner/name, and return its address.
+def push_files(files: Mapping[str, Path], repo: str, place: Path) -> str:
+    """Upload files by their names to a model repository of the hub, owner/name, and return its address.
+
+    ``place``, a file or directory, is what they are called in messages.
 
     A new repository is private. Hub and login are those of ``huggingface_hub`` (HF_ENDPOINT, HF_TOKEN).
 
@@ -102,14 +104,16 @@ def push_folder(directory: Path, repo: str) -> str:
     api = HfApi()
     try:
         api.create_repo(repo, private=True, exist_ok=True)
-        api.upload_folder(
-            repo_id=repo, folder_path=directory, commit_message=f"{directory.name}, by kvpo export"
+        api.create_commit(
+            repo_id=repo,
+            operations=[CommitOperationAdd(name, str(file)) for name, file in files.items()],
+            commit_message=f"{place.name}, by kvpo export",
         )
     except (OSError, ValueError, _NetworkError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(
-            f"--push {repo}: {reason}; {directory} is complete: once that is put right (a login is made with "
-            f"`hf auth login`), `hf upload {repo} {directory}` uploads it"
+            f"--push {repo}: {reason}; {place} is complete: once that is put right (a login is made with "
+            f"`hf auth login`), `hf upload {repo} {place}` uploads it"
         ) from error
     return f"{api.endpoint}/{repo}"
 

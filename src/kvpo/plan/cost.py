@@ -1,6 +1,6 @@
 """The least work of a run's passes: arithmetic, and memory that must be read or written."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from kvpo.config import Config
 from kvpo.models.adapters import LORA_TARGETS
@@ -68,12 +68,20 @@ class Costs:
         return adapter_flops(self.call(rows), self.config.optim.lora_rank, LORA_TARGETS)
 
 
-def blocks_work(costs: Costs, blocks: int, rows: int, context: int | None = None) -> Work:
+def blocks_work(
+    costs: Costs, blocks: int, rows: int, context: int | None = None, *, first: bool = False
+) -> Work:
     """Generating some blocks of ``rows`` streams together: every solver step and the clean pass.
 
-    ``context`` past frames are seen, None: the deployed ones.
+    ``context`` past frames are seen, None: the deployed ones. ``first``: they begin videos, whose first block
+    may take other solver steps.
     """
-    steps, call = len(costs.config.stream.schedule), costs.call(rows, context)
+    stream, call = costs.config.stream, costs.call(rows, context)
+    if first and stream.schedule_first:
+        own = replace(stream, schedule=stream.schedule_first, schedule_first=())
+        begun = replace(costs, config=replace(costs.config, stream=own))
+        return blocks_work(begun, 1, rows, context) + blocks_work(costs, blocks - 1, rows, context)
+    steps = len(stream.schedule)
     flops = steps * velocity_flops(call) + encode_flops(call) + costs.adapter(rows, steps + 1)
     traffic = (steps + 1) * (costs.weight_bytes + rows * call.context * costs.page_bytes)
     traffic += rows * costs.config.stream.block * costs.page_bytes

@@ -281,7 +281,7 @@ def _explored(run: _Run, costs: Costs) -> tuple[Work, Work]:
     members = groups * (exploration.branches + 1)
     rows = min(exploration.rows or members, members)
     together = min(rows, groups)
-    root = blocks_work(costs, blocks, together).times(groups / together)
+    root = blocks_work(costs, blocks, together, first=True).times(groups / together)
     return root, members_work(costs, groups, rows)
 
 

@@ -16,7 +16,7 @@ from kvpo.config_checks import ConfigurationError
 from kvpo.engine.noise import keyed_generator
 from kvpo.files import cache_directory
 from kvpo.models.adapter_files import PEFT_CONFIG, AdapterState, load_adapter_state
-from kvpo.models.adapters import add_adapter, check_adapter, load_adapter, merge_adapter
+from kvpo.models.adapters import add_adapter, check_adapter, joined_adapters, load_adapter, merge_adapter
 from kvpo.models.causal_wan import CausalWan
 from kvpo.models.checkpoints import (
     TransformerState,
@@ -135,14 +135,16 @@ class CachedTexts:
         return embeddings.to(self.device, torch.float32)
 
 
-def located(config: Config, name: str, *patterns: str, beside: Sequence[str] = ()) -> Path:
+def located(config: Config, name: str, *patterns: str, beside: Sequence[str] = (), among: str = "") -> Path:
     """Local path of a file or directory that the backbone needs, with the files ``beside`` it.
+
+    ``among`` is the one that is meant where the setting names several.
 
     Raises:
         ConfigurationError: the setting is empty.
         ValueError: it names nothing that exists.
     """
-    location, _ = split_entry(vars(config.backbone)[name])
+    location, _ = split_entry(among or vars(config.backbone)[name])
     if not location:
         raise ConfigurationError(
             f"backbone.{name}: empty, but the generator of preset {config.preset!r} needs it; "
@@ -219,14 +221,25 @@ def open_weights(config: Config) -> WeightFiles:
     warn_of_other_values(state.files[0], config)
     adapter = None
     if backbone.lora:
-        path = located(config, "lora", *ADAPTER_FILES, beside=(PEFT_CONFIG,))
-        adapter = load_adapter_state(path, entry=split_entry(backbone.lora)[1])
+        given = [_adapter(config, name) for name in adapters_of(backbone.lora)]
+        adapter = given[0] if len(given) == 1 else joined_adapters(given)
         check_adapter(model, adapter)
         logger.info("adapter bound to %s", adapter.described())
-        warn_of_other_values(adapter.files[0], config, digest_of(state.tensors))
+        for one in given:
+            warn_of_other_values(one.files[0], config, digest_of(state.tensors), alone=len(given) == 1)
         if backbone.lora_start == "continue":
             _demand_same_adapter(config, adapter)
     return WeightFiles(model, state, adapter)
+
+
+def adapters_of(lora: str) -> list[str]:
+    """The adapters that ``backbone.lora`` names, which are added up; a path that exists is one."""
+    return [lora] if Path(lora).expanduser().exists() else lora.split(",")
+
+
+def _adapter(config: Config, location: str) -> AdapterState:
+    path = located(config, "lora", *ADAPTER_FILES, beside=(PEFT_CONFIG,), among=location)
+    return load_adapter_state(path, entry=split_entry(location)[1])
 
 
 def wan_weights(config: Config, given: WeightFiles | None = None) -> Weights:
