@@ -45,6 +45,7 @@ COMMAND_LINES = list(documented())
 PARSED_ONLY = (
     "reward-server",
     "hpsv3",
+    "raft-things",
     "@http",
     "@openai",
     "...",

@@ -193,7 +193,7 @@ def check_usable(found: Mapping[str, ComponentNoise], different: int) -> None:
     if list(found)[-1] in constant:
         raise ValueError(
             f"{constant[-1]} is the same for all {different} clips: there is nothing to learn from it "
-            "(rewards of prompt switches need clips with one, which --rewards.transition_blocks of a run makes)"
+            "(rewards of prompt switches need clips with one: rewards.transition_blocks of a run makes them)"
         )
     for name in constant:
         logger.warning("%s is the same for all %d clips: its noise floor says little", name, different)

@@ -68,8 +68,8 @@ def export(
     """Write a run's model with what it trained, averaged or raw, and return the path written.
 
     Text encoder, VAE and the run's device are not needed. Adapters are written bit for bit as they were
-    trained. All weights are merged and written in float32, regardless of the run's precision. What was
-    written is loaded again before it is put in place, and must generate the first block that the run does.
+    trained, all weights merged and in float32. What was written is loaded again before it is put in place,
+    and must generate the first block that the run does.
 
     Args:
         layout: ``peft``, ``diffusers-lora`` or ``comfy``, the adapter alone; ``diffusers`` or ``pt``, all
@@ -77,8 +77,7 @@ def export(
         checkpoint: best, latest, an update, a directory; None: the best.
         weights: the moving ``average`` of the trained weights, or the ``raw`` ones of the last update.
         places: where the run's weights lie now, by setting (``{"backbone.checkpoint": "/new/base.pt"}``).
-        difference: write what a continued adapter adds to the given one, exactly (0: at the sum of the two
-            ranks) or at this rank; None: the adapter itself.
+        difference: write what a continued adapter adds to the given one, exactly (0) or at this rank.
         push: repository of the hub, owner/name, that it is uploaded to with its card; empty: none.
 
     Raises:
@@ -89,8 +88,6 @@ def export(
     run, out = local_path(run, "run"), local_path(out, "out")
     config = resolve_run(run, places)
     demand_new(out)
-    if layout == "pt":
-        demand_new(card_beside(out))
     _check(config, run, layout, difference, push)
     path = find_checkpoint(run / "checkpoints", checkpoint)
     if (refusal := no_improvement(path, checkpoint)) is not None:
@@ -111,15 +108,18 @@ def export(
         if isinstance(part, AdapterState) and difference:
             after = first_block(host, rebuilt(part))  # less what the rank loses
         record |= added
-        proof = _Proof(config, host, rebuilt, before, after)
-        _write(layout, out, part, config, record, partial(_finish, proof, layout, out, record, run))
-        if layout == "pt":
-            write_atomic(card_beside(out), _card(config, layout, out, record, run))
+        finish = partial(_finish, _Proof(config, host, rebuilt, before, after), layout, out, record, run)
+        _write(layout, out, part, config, record, finish)
     if push:
-        files = {path.name: path for path in out.iterdir()} if out.is_dir() else {}
-        files = files or {out.name: out, CARD: card_beside(out)}
-        logger.warning("pushed to %s", push_files(files, push, out))
+        _push(out, push)
     return out
+
+
+def _push(out: Path, repo: str) -> None:
+    """Upload an export with its card. Raises ValueError."""
+    card = {out.name: out, CARD: card_beside(out)}
+    files = {path.name: path for path in out.iterdir()} if out.is_dir() else card
+    logger.warning("pushed to %s", push_files(files, repo, out))
 
 
 def card_beside(file: Path) -> Path:
@@ -182,6 +182,7 @@ def _write(
         case "diffusers":
             save_diffusers_transformer(out, part, config.model, **how)
         case "pt":
+            demand_new(card_beside(out))
             save_public_checkpoint(out, part, **how)
 
 
@@ -235,15 +236,12 @@ class _Proof:
 def _finish(
     proof: _Proof, layout: Layout, out: Path, record: Mapping[str, Any], run: Path, written: Path
 ) -> None:
-    """Prove what was written, and add the card to a directory."""
+    """Prove what was written, and add its card."""
     off = proof(written, layout)
     logger.info("%s: loaded again, its first block is that of the run to %.1g", out, off)
-    if layout != "pt":
-        (written / CARD).write_text(_card(proof.config, layout, out, record, run), encoding="utf-8")
-
-
-def _card(config: Config, layout: Layout, out: Path, record: Mapping[str, Any], run: Path) -> str:
-    return model_card(layout, out, record, _licence(config.backbone.checkpoint), run)
+    licence = _licence(proof.config.backbone.checkpoint)
+    card = card_beside(out) if layout == "pt" else written / CARD
+    write_atomic(card, model_card(layout, out, record, licence, run))
 
 
 def _licence(base: str) -> str:
