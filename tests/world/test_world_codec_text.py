@@ -1,9 +1,11 @@
 """The shipped codec's quality and contract; tokenizer and text encoder."""
 
+from functools import partial
+
 import torch
 
+from kvpo.world import codec, grammar
 from kvpo.world.codec import PixelCodec, load_codec, save_codec, train_codec
-from kvpo.world.grammar import all_words
 from kvpo.world.imperfect import CLEAN, Faults, observe
 from kvpo.world.stories import distinct_stories
 from kvpo.world.text import (
@@ -68,6 +70,16 @@ def test_training_is_deterministic_and_survives_saving(tmp_path):
     assert isinstance(loaded, PixelCodec) and not any(p.requires_grad for p in loaded.parameters())
 
 
+def test_the_command_trains_a_decoder_and_keeps_the_latents(tmp_path, monkeypatch):
+    target, shipped = tmp_path / "codec.safetensors", load_codec()
+    monkeypatch.setattr(codec, "load_codec", lambda: shipped)
+    monkeypatch.setattr(codec, "asset", lambda name: target)
+    monkeypatch.setattr(codec, "train_codec", partial(train_codec, steps=2, batch=2))
+    codec.main()
+    video = held_out(CLEAN)[:1, :2]
+    assert torch.allclose(load_codec(target).encode(video), shipped.encode(video), atol=0.05)
+
+
 def test_a_decoder_may_be_trained_for_the_latents_of_another_codec():
     shipped, video = load_codec(), held_out(CLEAN)[:1, :2]
     codec = train_codec(steps=6, batch=4, encoding=shipped)
@@ -78,7 +90,8 @@ def test_a_decoder_may_be_trained_for_the_latents_of_another_codec():
 
 
 def test_the_committed_vocabulary_is_the_grammar_s():
-    assert WordTokenizer().vocabulary == ("<pad>", "<unk>", *all_words())
+    every = sorted({word for phrase in grammar._LEXICON for word in phrase})
+    assert WordTokenizer().vocabulary == ("<pad>", "<unk>", *every)
 
 
 def test_no_caption_has_unknown_words_or_is_cut():

@@ -1,6 +1,6 @@
 """The embedded world's latent codec: a small convolutional autoencoder, one latent frame per video frame."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.resources import files
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from kvpo.files import new_file
 from kvpo.models.finite import require_finite_weights
 from kvpo.models.tensor_files import storable
+from kvpo.progress import progress_bars
 from kvpo.world.imperfect import CLEAN, Faults, observe, training_stories
 from kvpo.world.vocabulary import FRAME_SIZE
 
@@ -107,7 +108,11 @@ def _frames(generator: torch.Generator, count: int) -> Iterator[Tensor]:
 
 
 def train_codec(
-    steps: int = 12000, seed: int = 0, batch: int = 16, encoding: PixelCodec | None = None
+    steps: int = 12000,
+    seed: int = 0,
+    batch: int = 16,
+    encoding: PixelCodec | None = None,
+    show: Callable[[str, int, int], None] = lambda stage, done, total: None,
 ) -> PixelCodec:
     """Train a codec on freshly drawn frames of the training split; deterministic in ``seed``.
 
@@ -143,6 +148,7 @@ def train_codec(
         nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         schedule.step()
+        show("training", step + 1, steps)
     if encoding is None:
         codec.set_statistics(_sample(torch.Generator().manual_seed(seed + 1), 256, 60)[:, ::5])
     return codec.eval().requires_grad_(False)
@@ -172,3 +178,15 @@ def load_codec(path: Path | None = None) -> PixelCodec:
     codec = PixelCodec()
     codec.load_state_dict({name: value.float() for name, value in weights.items()})
     return codec.eval().requires_grad_(False)
+
+
+def main() -> None:
+    """Train a new decoder for the latents of the shipped codec, whose generators stay as they are."""
+    torch.set_num_threads(1)
+    with progress_bars() as show:
+        codec = train_codec(encoding=load_codec(), show=show)
+    save_codec(codec, asset("codec"))
+
+
+if __name__ == "__main__":
+    main()

@@ -80,11 +80,6 @@ def words(text: str) -> list[str]:
     return _WORD.findall(unicodedata.normalize("NFKC", text).lower())
 
 
-def all_words() -> list[str]:
-    """Every word a caption can contain, sorted."""
-    return sorted({word for phrase in _LEXICON for word in phrase})
-
-
 def _phrases(tokens: list[str]) -> Iterator[tuple[int, str, str]]:
     """(end position, kind, value) of the phrases in the words, longest match first; kind "" if unknown."""
     position = 0
