@@ -158,7 +158,7 @@ class ObjectiveConfig:
 
     grad_steps: int = 2
     """First solver steps that are learned from."""
-    velocity_kl: float = 20.0
+    velocity_kl: float = 10.0
     """Weight of the mean squared velocity difference to the starting policy on anchor states."""
     advantages: Literal["anchor", "group", "random", "flipped"] = "group"
     """Relative to the anchor, centred on the group, or controls: the group's permuted, or of wrong sign."""
@@ -203,7 +203,7 @@ class OptimConfig:
 class EvaluationConfig:
     """Held-out evaluation: fixed prompts, fixed tapes, base against aligned."""
 
-    every: int = 20
+    every: int = 10
     """Updates between validations; 0 validates only at the end."""
     validation_prompts: int = 24
     """Short and long prompts each, for choosing the best checkpoint."""

@@ -381,6 +381,6 @@ def test_a_function_does_not_pass_for_the_reward_whose_name_it_has() -> None:
 def test_check_scores_one_clip_and_exits(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["reward-server", "--reward", "flicker,world", "--check"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines][0] == "flicker" and len(lines) == 9
+    assert [line.split()[0] for line in lines][0] == "flicker" and len(lines) == 10
     assert all(float(line.split()[1]) >= 0 for line in lines)
     assert main(["reward-server", "--reward", "tests.app.test_reward_server:not_there", "--check"]) == 2

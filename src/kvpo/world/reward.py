@@ -1,10 +1,13 @@
-"""Verifiable rewards of the embedded world, measured on pixels: prompt following, persistence, calm.
+"""Verifiable rewards of the embedded world, measured on pixels: prompt following, persistence, clarity, calm.
 
-All components are continuous, lie in [0, 1] and are higher-is-better. Axes as in kvpo.world.requests.
+What is shown is judged apart from how clearly it is shown: a demand scores the probability of its value among
+all that the attribute can take, and what cannot be made out may be any of them. So a sharper picture of the
+wrong thing does not pay; ``clarity`` is paid for alone. All components are continuous, lie in [0, 1] and are
+higher-is-better. Axes as in kvpo.world.requests; V values of an attribute.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -25,17 +28,23 @@ from kvpo.world.requests import (
 from kvpo.world.vocabulary import BOB_PERIOD, MAX_ACTORS, SPEED
 
 DEFAULT_WEIGHTS = {
-    "colour": 0.13,
-    "shape": 0.12,
-    "scene": 0.10,
-    "count": 0.06,
-    "motion": 0.15,
-    "persistence": 0.16,
-    "smoothness": 0.15,
-    "no_flicker": 0.13,
+    "colour": 0.24,
+    "shape": 0.22,
+    "scene": 0.05,
+    "count": 0.08,
+    "motion": 0.22,
+    "persistence": 0.08,
+    "clarity": 0.03,
+    "smoothness": 0.04,
+    "no_flicker": 0.04,
 }
-"""Weights of the total; the first five, 0.56 together, are prompt following."""
+"""Weights of the total; the first five, 0.81 together, are prompt following."""
 
+DOUBT = 0.2
+"""Summed membership at which an attribute is made out by half."""
+
+CLEAR = 0.9
+"""Confidence of the clearest pictures."""
 JERK_WIDTH = 1.5
 """Units of unexpected second difference at which smoothness falls to a half."""
 CALM_WIDTH = 0.25
@@ -87,22 +96,55 @@ def score_detection(seen: Detection, prompts: Sequence[ClipPrompt]) -> dict[str,
     # Steps from one frame to the next, counted at their second frame, both inside the segment.
     step_BT = (torch.arange(frames) > switch_B1).float()
     asked = as_tensors([read_caption(str(prompt)) for prompt in prompts])
+    clarity_B = (frame_mean(seen.confidence_BT, present_BT) / CLEAR).clamp(max=1)
+    seen = made_out(seen)
+    likely = likeliest(seen)
     slot_BHR = assign_slots(seen, asked, present_BT)
     settled_BT = _settled(step_BT, asked, prompts)
     lively_B = _liveliness(seen, asked, slot_BHR, step_BT)
     scores = {
-        "colour": _following(seen, asked, slot_BHR, present_BT, ("colour",)),
-        "shape": _following(seen, asked, slot_BHR, present_BT, ("shape", "size")),
-        "scene": _scene_following(seen, asked, present_BT),
-        "count": _count_following(seen, asked, present_BT),
-        "motion": _following(seen, asked, slot_BHR, settled_BT, ("motion",)),
+        "colour": _following(likely, asked, slot_BHR, present_BT, ("colour",)),
+        "shape": _following(likely, asked, slot_BHR, present_BT, ("shape", "size")),
+        "scene": _scene_following(likely, asked, present_BT),
+        "count": _count_following(likely, asked, present_BT),
+        "motion": _following(likely, asked, slot_BHR, settled_BT, ("motion",)),
         "persistence": persistence(seen, asked, slot_BHR, present_BT, prompts) * lively_B,
+        "clarity": clarity_B,
         "smoothness": _smoothness(seen, settled_BT) * lively_B,
         "no_flicker": _no_flicker(seen, step_BT) * lively_B,
     }
     table_BK = torch.stack([scores[name] for name in DEFAULT_WEIGHTS], 1)
     table_BK = torch.where(table_BK.isnan(), table_BK.nanmean(1, keepdim=True), table_BK)
     return dict(zip(DEFAULT_WEIGHTS, table_BK.unbind(1), strict=True))
+
+
+def made_out(seen: Detection) -> Detection:
+    """The detection with each membership as its share among an attribute's values, less where none is clear.
+
+    The shares add up to t^2 / (t^2 + DOUBT^2), t being the sum of the memberships.
+    """
+
+    def share(member: Tensor) -> Tensor:
+        total = member.sum(-1, keepdim=True)
+        return member * total / (total.square() + DOUBT**2)
+
+    return _changed(seen, share)
+
+
+def likeliest(seen: Detection) -> Detection:
+    """Shares as probabilities: what is missing to a sum of 1 falls on all V values alike."""
+    return _changed(seen, lambda share: share + (1 - share.sum(-1, keepdim=True)) / share.shape[-1])
+
+
+def _changed(seen: Detection, change: Callable[[Tensor], Tensor]) -> Detection:
+    """The detection with other memberships ``[..., V]``; shapes and sizes have probabilities already."""
+    return replace(
+        seen,
+        scene_BTS=change(seen.scene_BTS),
+        count_BT2=change(seen.count_BT2),
+        colour_BTLC=change(seen.colour_BTLC),
+        motion_BTLM=change(seen.motion_BTLM),
+    )
 
 
 def _following(
