@@ -40,6 +40,7 @@ RANK = {"lora": 2, "full": 0}
 def test_an_update_trains_and_the_average_follows(tiny_base: Path, train: str) -> None:
     trainer = trainer_of(tiny_base, optim__lora_rank=RANK[train], optim__ema_decay=0.75)
     frozen = {n: p.clone() for n, p in trainer.setup.model.named_parameters() if not p.requires_grad}
+    assert trainer.sharing is trainer.setup.ranks
     before = snapshot(trainer)
     numbers = trainer.step()
     after = snapshot(trainer)
