@@ -62,7 +62,8 @@ class Counted(TorchDispatchMode):
 
 def counted(run: Callable[[], Any], layer_calls: int) -> dict[str, float]:
     """Operations and copies per layer and call, bytes and FLOP of the matrix products altogether."""
-    with FlopCounterMode(display=False) as flops, Counted() as found:
+    own = torch.backends.mkldnn.flags(enabled=False)  # the counter does not know oneDNN's products
+    with own, FlopCounterMode(display=False) as flops, Counted() as found:
         run()
     return {
         "operations per layer and call": found.operations / layer_calls,

@@ -1,7 +1,7 @@
 """A streaming generator as the engine sees it: a velocity model, its deployment context and its solver."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -189,16 +189,19 @@ class StreamingGenerator:
         )
 
     @contextmanager
-    def known(self, text: TextRows) -> Iterator[TextRows]:
-        """Inside, where no weight may change, what calls without gradients share is computed once.
+    def held(self) -> Iterator[None]:
+        """Inside, where no weight may change, adapters are added to weights only once; may be nested."""
+        with ExitStack() as stack:
+            with self._precision():
+                if isinstance(self.transformer, nn.Module):
+                    stack.enter_context(held_weights(self.transformer))
+            yield
 
-        That is the keys and values of the yielded text, and the sums of weights and adapters.
-        """
-        model = self.transformer
-        with held_weights(model) if isinstance(model, nn.Module) else nullcontext():
-            with self._precision(), torch.no_grad():
-                own = self.transformer.text_of(text.embeddings_ULD, text.rows_R, len(text.rows_R))
-            yield replace(text, known=own)
+    def known(self, text: TextRows) -> TextRows:
+        """The text with its keys and values, for calls without gradients under the same weights."""
+        with self._precision(), torch.no_grad():
+            own = self.transformer.text_of(text.embeddings_ULD, text.rows_R, len(text.rows_R))
+        return replace(text, known=own)
 
     def velocity(self, x_RFCHW: Tensor, sigma_R: Tensor, text: TextRows, context: Context) -> Tensor:
         """Velocity of noisy blocks ``[R, F, C, H, W]``."""

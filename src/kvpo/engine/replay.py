@@ -5,7 +5,7 @@ the evaluated policy, without gradient, from the branch's stored clean latents.
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -55,10 +55,13 @@ def replay_context(generator: StreamingGenerator, rows: Sequence[ReplayRow]) -> 
     """Re-encode the rows' own blocks under the current policy; pages are released on exit.
 
     The rows are of one group. The pages must outlive the backward pass where activations are recomputed,
-    hence a context manager.
+    hence a context manager, inside which no weight may change.
     """
     streams = [row.root.fork() for row in rows]
-    try:
+    with ExitStack() as stack:
+        for stream in streams:
+            stack.callback(stream.history.release)
+        stack.enter_context(generator.held())
         contexts: list[PageContext] = []
         texts: list[TextRows] = []
         heard = None
@@ -83,9 +86,6 @@ def replay_context(generator: StreamingGenerator, rows: Sequence[ReplayRow]) -> 
                 noise = torch.stack(own).to(clean)
             append_block(generator, streams, clean, text, context, noise)
         yield ReplayContext(tuple(contexts), tuple(texts))
-    finally:
-        for stream in streams:
-            stream.history.release()
 
 
 def replay_velocities(

@@ -235,20 +235,21 @@ def roll_out(
     forks = planned.forks
     site = site_of(generator, planned, tape, key, steps or len(generator.sigmas))
     members = [[*explorer(site, n), Member(n)] for n in range(len(forks))]
-    for turn in planned.own_turns:
-        waiting = [members[group] for group in turn]
-        rollout.grow_roots(turn)
-        dealt = [own if team is None else [*team.deal(own[:-1]), own[-1]] for own in waiting]
-        every = [member for own in dealt for member in own]
-        ran = rollout.run(every, rows=forks[0].exploration.rows, steps=steps and steps + arrivals)
-        for own, mine in zip(waiting, dealt, strict=True):
-            whole = ran if team is None else iter(_joined(team, list(islice(ran, len(mine))), len(own)))
-            rollout.groups.append(rollout.group_of(own, whole))
-            finished(rollout.groups[-1])
-        # Not before: with donors, later groups route what earlier ones hold.
-        for root in [rollout.roots[group] for group in turn] if not planned.keep_pool else ():
-            kept = reachable_frames(generator.deployment, root.history, max(1, generator.deployment.sink))
-            root.history.keep(kept)
+    with generator.held():
+        for turn in planned.own_turns:
+            waiting = [members[group] for group in turn]
+            rollout.grow_roots(turn)
+            dealt = [own if team is None else [*team.deal(own[:-1]), own[-1]] for own in waiting]
+            every = [member for own in dealt for member in own]
+            ran = rollout.run(every, rows=forks[0].exploration.rows, steps=steps and steps + arrivals)
+            for own, mine in zip(waiting, dealt, strict=True):
+                whole = ran if team is None else iter(_joined(team, list(islice(ran, len(mine))), len(own)))
+                rollout.groups.append(rollout.group_of(own, whole))
+                finished(rollout.groups[-1])
+            # Not before: with donors, later groups route what earlier ones hold.
+            for root in [rollout.roots[group] for group in turn] if not planned.keep_pool else ():
+                kept = reachable_frames(generator.deployment, root.history, max(1, generator.deployment.sink))
+                root.history.keep(kept)
     return rollout
 
 

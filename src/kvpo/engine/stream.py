@@ -266,7 +266,8 @@ def _generate_block(
     """Denoise the streams' next blocks in one batch and append them. Raises NonFiniteError."""
     step, levels = streams[0].step or generator.step, generator.levels(streams[0].start)
     noise = _tape_noise(generator, streams, step, len(levels))
-    with torch.no_grad(), generator.known(text_of(streams)) as text:
+    with torch.no_grad(), generator.held():
+        text = generator.known(text_of(streams))
         trajectory = denoise_block(generator, noise, text, context, step, levels)
         videos = ", ".join(str(stream.prompt.id) for stream in streams)
         place = f"block {streams[0].start // generator.block + 1} of prompt {videos}"
@@ -367,10 +368,11 @@ def stream_latents(
         switches = any(prompt.switches for prompt in batch)
         cache = generator.new_cache(len(batch) * stream_pages(generator, num_frames, switches=switches))
         streams = [open_stream(generator, cache, prompt, texts, tape) for prompt in batch]
-        for stream in streams:
-            if given and stream.prompt.id in given:
-                give_frames(generator, [stream], given[stream.prompt.id][None], resident=resident)
-        while growing := [stream for stream in streams if stream.start < num_frames]:
-            advance(generator, growing, resident=resident)
+        with generator.held():
+            for stream in streams:
+                if given and stream.prompt.id in given:
+                    give_frames(generator, [stream], given[stream.prompt.id][None], resident=resident)
+            while growing := [stream for stream in streams if stream.start < num_frames]:
+                advance(generator, growing, resident=resident)
         finished.append(torch.stack([torch.cat(stream.latents) for stream in streams]))
     return torch.cat(finished)

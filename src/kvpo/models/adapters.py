@@ -13,7 +13,6 @@ from dataclasses import replace
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
 from peft.tuners.lora import Linear, LoraLayer
 from torch import Tensor, nn
@@ -22,6 +21,7 @@ from torch.distributed.tensor import DTensor
 from kvpo.files import named_list
 from kvpo.models.adapter_files import PEFT_PREFIX, AdapterState, adapter_of
 from kvpo.models.finite import require_finite_weights
+from kvpo.models.linear import linear
 from kvpo.models.tensor_files import check_tensors
 
 LORA_TARGETS = (
@@ -45,19 +45,20 @@ class _AdaptedProduct(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, base.weight, a, b)
         ctx.scale = scale
-        return F.linear(x, total, base.bias)
+        return linear(x, total, base.bias)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, a, b = ctx.saved_tensors
         (gradient,) = gradients
         rows, gradient = x.flatten(0, -2), gradient.flatten(0, -2)
-        inner = gradient @ b if ctx.scale == 1 else ctx.scale * (gradient @ b)
+        inner, outer = linear(gradient, b.t()), linear(rows, a)
+        if ctx.scale != 1:
+            inner, outer = ctx.scale * inner, ctx.scale * outer
         of_x = None
         if ctx.needs_input_grad[0]:
-            of_x = torch.addmm(gradient @ weight, inner, a).view_as(x)
-        outer = rows @ a.t() if ctx.scale == 1 else ctx.scale * (rows @ a.t())
-        return of_x, None, None, inner.t() @ rows, gradient.t() @ outer, None
+            of_x = torch.addmm(linear(gradient, weight.t()), inner, a).view_as(x)
+        return of_x, None, None, linear(inner.t(), rows.t()), linear(gradient.t(), outer.t()), None
 
 
 class AdaptedLinear(Linear):
@@ -72,15 +73,16 @@ class AdaptedLinear(Linear):
     """The sum, inside ``held_weights``."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        base, name = cast(nn.Linear, self.base_layer), self.active_adapters[0]
-        if self.disable_adapters or not self._adds_up():
+        if self.disable_adapters or (self.held is None and not self._adds_up()):
             return super().forward(x, *args, **kwargs)
-        weight = self.summed() if self.held is None else self.held
-        a, b = (half[name].weight.to(weight.dtype) for half in (self.lora_A, self.lora_B))
-        if torch.is_grad_enabled() and (x.requires_grad or a.requires_grad):
-            product = _AdaptedProduct.apply(x, weight, base, a, b, self.scaling[name])  # type: ignore[no-untyped-call]
-            return cast(Tensor, product)
-        return F.linear(x, weight, base.bias)
+        weight, base = self.summed() if self.held is None else self.held, cast(nn.Linear, self.base_layer)
+        if torch.is_grad_enabled():
+            name = self.active_adapters[0]
+            a, b = (half[name].weight.to(weight.dtype) for half in (self.lora_A, self.lora_B))
+            if x.requires_grad or a.requires_grad:
+                product = _AdaptedProduct.apply(x, weight, base, a, b, self.scaling[name])  # type: ignore[no-untyped-call]
+                return cast(Tensor, product)
+        return linear(x, weight, base.bias)
 
     def _adds_up(self) -> bool:
         weight, half = cast(nn.Linear, self.base_layer).weight, self.lora_A[self.active_adapters[0]].weight
@@ -96,8 +98,15 @@ class AdaptedLinear(Linear):
 
 @contextmanager
 def held_weights(model: nn.Module) -> Iterator[None]:
-    """Inside, where the weights may not change, every adapter is added to its layer's weight only once."""
-    layers = [layer for layer in _lora_layers(model) if not layer.disable_adapters and layer._adds_up()]
+    """Inside, where the weights may not change, every adapter is added to its layer's weight only once.
+
+    Contexts may be nested.
+    """
+    layers = [
+        layer
+        for layer in _lora_layers(model)
+        if layer.held is None and not layer.disable_adapters and layer._adds_up()
+    ]
     try:
         for layer in layers:
             layer.held = layer.summed()
@@ -267,11 +276,12 @@ def reference_policy(model: nn.Module) -> Iterator[None]:
     """
     layers = _lora_layers(model)
     assert layers, "a model without an adapter has no starting policy to switch to"
-    switches = [(layer, list(layer.active_adapters), layer.disable_adapters) for layer in layers]
+    switches = [(one, list(one.active_adapters), one.disable_adapters, one.held) for one in layers]
     # PEFT's switches also set requires_grad, which is a property of the training run and not of the policy.
     gradients = [(p, p.requires_grad) for layer in layers for p in cast(nn.Module, layer).parameters()]
     try:
         for layer in layers:
+            layer.held = None
             if REFERENCE in layer.lora_A:
                 layer.set_adapter(REFERENCE, inference_mode=True)
             else:
@@ -279,7 +289,8 @@ def reference_policy(model: nn.Module) -> Iterator[None]:
         with torch.no_grad():
             yield
     finally:
-        for layer, active, disabled in switches:
+        for layer, active, disabled, held in switches:
+            layer.held = held
             layer.set_adapter(active)
             layer.enable_adapters(not disabled)
         for parameter, requires_grad in gradients:

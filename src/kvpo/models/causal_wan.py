@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from kvpo.models.context import Context
+from kvpo.models.linear import Linear
 from kvpo.models.settings import WanShape
 
 TIMESTEPS = 1000.0
@@ -98,10 +99,10 @@ class Attention(nn.Module):
     def __init__(self, dim: int, num_heads: int, eps: float) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.q = nn.Linear(dim, dim)
-        self.k = nn.Linear(dim, dim)
-        self.v = nn.Linear(dim, dim)
-        self.o = nn.Linear(dim, dim)
+        self.q = Linear(dim, dim)
+        self.k = Linear(dim, dim)
+        self.v = Linear(dim, dim)
+        self.o = Linear(dim, dim)
         self.norm_q = RMSNorm(dim, eps)
         self.norm_k = RMSNorm(dim, eps)
 
@@ -134,7 +135,7 @@ class WanBlock(nn.Module):
         self.norm2 = nn.LayerNorm(dim, shape.eps, elementwise_affine=False)
         self.norm3 = nn.LayerNorm(dim, shape.eps)
         self.ffn = nn.Sequential(
-            nn.Linear(dim, shape.ffn_dim), nn.GELU(approximate="tanh"), nn.Linear(shape.ffn_dim, dim)
+            Linear(dim, shape.ffn_dim), nn.GELU(approximate="tanh"), Linear(shape.ffn_dim, dim)
         )
         self.modulation = nn.Parameter(torch.randn(1, 6, dim) / math.sqrt(dim))
 
@@ -218,7 +219,7 @@ class Head(nn.Module):
     def __init__(self, shape: WanShape) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(shape.dim, shape.eps, elementwise_affine=False)
-        self.head = nn.Linear(shape.dim, math.prod(shape.patch_size) * shape.channels)
+        self.head = Linear(shape.dim, math.prod(shape.patch_size) * shape.channels)
         self.modulation = nn.Parameter(torch.randn(1, 2, shape.dim) / math.sqrt(shape.dim))
 
     def forward(self, x: Tensor, time_RD: Tensor) -> Tensor:
@@ -246,10 +247,10 @@ class CausalWan(nn.Module):
         dim = shape.dim
         self.patch_embedding = nn.Conv3d(shape.channels, dim, shape.patch_size, stride=shape.patch_size)
         self.text_embedding = nn.Sequential(
-            nn.Linear(shape.text_dim, dim), nn.GELU(approximate="tanh"), nn.Linear(dim, dim)
+            Linear(shape.text_dim, dim), nn.GELU(approximate="tanh"), Linear(dim, dim)
         )
-        self.time_embedding = nn.Sequential(nn.Linear(shape.freq_dim, dim), nn.SiLU(), nn.Linear(dim, dim))
-        self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
+        self.time_embedding = nn.Sequential(Linear(shape.freq_dim, dim), nn.SiLU(), Linear(dim, dim))
+        self.time_projection = nn.Sequential(nn.SiLU(), Linear(dim, 6 * dim))
         self.blocks = nn.ModuleList(WanBlock(shape) for _ in range(shape.num_layers))
         self.head = Head(shape)
 

@@ -1,0 +1,49 @@
+"""Linear layers whose products on the CPU are oneDNN's.
+
+torch gives float32 products to MKL, which leaves half of the vector width unused on processors of other
+makers than its own; oneDNN has kernels for all of them.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``x W^T + b``, which records no gradients."""
+    narrow = x.dtype != torch.float32 or weight.dtype != torch.float32 or torch.is_autocast_enabled("cpu")
+    if narrow or x.device.type != "cpu" or torch.compiler.is_compiling() or not torch.backends.mkldnn.enabled:
+        return F.linear(x, weight, bias)
+    found: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return found
+
+
+class _Product(torch.autograd.Function):
+    """``linear`` with the gradients of all that it is given."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        (gradient,) = gradients
+        of_x = linear(gradient, weight.t()) if ctx.needs_input_grad[0] else None
+        rows, gradient = x.flatten(0, -2), gradient.flatten(0, -2)
+        of_weight = linear(gradient.t(), rows.t()) if ctx.needs_input_grad[1] else None
+        return of_x, of_weight, gradient.sum(0) if ctx.needs_input_grad[2] else None
+
+
+class Linear(nn.Linear):
+    """torch's linear layer, computed by ``linear`` where that is faster."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if input.dtype != self.weight.dtype or torch.is_autocast_enabled(input.device.type):
+            return super().forward(input)
+        if torch.is_grad_enabled() and (input.requires_grad or self.weight.requires_grad):
+            return _Product.apply(input, self.weight, self.bias)  # type: ignore[no-any-return, no-untyped-call]
+        return linear(input, self.weight, self.bias)
