@@ -102,11 +102,11 @@ def held_weights(model: nn.Module) -> Iterator[None]:
 
     Contexts may be nested.
     """
-    layers = [
-        layer
-        for layer in _lora_layers(model)
-        if layer.held is None and not layer.disable_adapters and layer._adds_up()
-    ]
+    first = next((module for module in model.modules() if isinstance(module, AdaptedLinear)), None)
+    if first is None or first.held is not None:
+        yield
+        return
+    layers = [layer for layer in _lora_layers(model) if not layer.disable_adapters and layer._adds_up()]
     try:
         for layer in layers:
             layer.held = layer.summed()
