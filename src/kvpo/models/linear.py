@@ -10,11 +10,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+AVAILABLE = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+"""This torch has oneDNN and the operation that its own compiler uses."""
+
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``x W^T + b``, which records no gradients."""
     narrow = x.dtype != torch.float32 or weight.dtype != torch.float32 or torch.is_autocast_enabled("cpu")
-    if narrow or x.device.type != "cpu" or torch.compiler.is_compiling() or not torch.backends.mkldnn.enabled:
+    off = not AVAILABLE or torch.compiler.is_compiling() or not torch.backends.mkldnn.enabled
+    if narrow or off or x.device.type != "cpu":
         return F.linear(x, weight, bias)
     found: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return found
