@@ -43,7 +43,7 @@ SETTINGS = [
     "--rewards.noise_floors", "total=0",
 ]  # fmt: skip
 RESTARTS = 3
-TIMES = ("time", "seconds", "phases")
+TIMES = ("time", "seconds", "phases", "cpu_s")
 """Metrics that no two runs share."""
 STARTING = 4.0
 """Seconds in which ranks only import torch."""

@@ -11,7 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, median
 from typing import Any
 
 import exploration
@@ -23,6 +23,8 @@ from measuring import table
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks/results"
+FIRST, LAST = slice(12), slice(-12, None)
+"""Two minutes of a stream that is measured every ten seconds."""
 MARKED = re.compile(r"(<!-- printed: (\S+) (\S+) -->\n).*?(<!-- /printed -->)", re.DOTALL)
 
 
@@ -39,9 +41,15 @@ def learned(numbers: Any) -> str:
         )  # fmt: skip
         base, improved = (fmean(seeds.of(method, name, key)) for key in ("base_mean", "improved_fraction"))
         missing = fmean(seeds.of(method, name, "paired_gain")) / (1 - base)
-        rows.append((words, f"{base:.3f}", gain, f"{missing:.0%}", control, f"{improved:.0%}", unseen))
-    columns = ("", "base", "paired gain", "of what was missing", "advantages permuted (control)",
-               "videos improved", "unseen scorer")  # fmt: skip
+        wrong = fmean(seeds.of(method, name, "wrong_caption_gain")) / fmean(
+            seeds.of(method, name, "paired_gain")
+        )
+        shares = (f"{missing:.0%}", f"{wrong:.2f}", control, f"{improved:.0%}", unseen)
+        rows.append((words, f"{base:.3f}", gain, *shares))
+    columns = (
+        "", "base", "paired gain", "of what was missing", "kept under wrong captions",
+        "advantages permuted (control)", "videos improved", "unseen scorer",
+    )  # fmt: skip
     return table(columns, rows)
 
 
@@ -93,6 +101,54 @@ def rooms(numbers: Mapping[str, Any]) -> str:
     return table(("part", "mutants", "caught", "equivalent", "survive"), rows)
 
 
+def structure(numbers: Mapping[str, Any]) -> str:
+    """Operations and bytes of a block and of a replay, of every configuration."""
+    rows = [
+        (f"{name}: {what}", *found.values())
+        for name, parts in numbers.items()
+        if name != "compiled"
+        for what, found in parts.items()
+    ]
+    parts = next(iter(numbers.values()))
+    return table(("one row", *next(iter(parts.values()))), rows)
+
+
+def builds(numbers: Mapping[str, Any]) -> str:
+    """CPU-seconds of two builds in turns."""
+    rows = []
+    for phase, seconds in numbers["cpu_seconds"].items():
+        before, now = (median(seconds[name]) for name in ("other", "this"))
+        rows.append((phase, f"{before:.2f}", f"{now:.2f}", f"{before / now:.2f}x"))
+    return table(("phase", "before (CPU-s)", "now (CPU-s)", "faster"), rows)
+
+
+def drift(numbers: Mapping[str, Any]) -> str:
+    """Measures of long streams in their first and their last two minutes, base and aligned."""
+
+    def part(side: str, measure: str, spans: slice) -> str:
+        return f"{fmean(map(fmean, numbers[side][measure][spans])):.3f}"
+
+    rows = [
+        (name, *(part(side, name, spans) for side in ("base", "aligned") for spans in (FIRST, LAST)))
+        for name in numbers["base"]
+    ]
+    return table(("measure", "base, first", "base, last", "aligned, first", "aligned, last"), rows)
+
+
+def methods(numbers: Mapping[str, Any]) -> str:
+    """Gains of methods under one budget, and their share of what the best of 8 videos gains."""
+    rows = []
+    for method, found in numbers["methods"].items():
+        for name in ("short", "long", "beyond"):
+            own, p = found[name], found[name]["p_against_kvpo"]
+            every = ", ".join(f"{gain:+.3f}" for gain in own["gains"])
+            closed, against = f"{own['gap_closed']:.0%}", "" if p is None else f"{p:.2f}"
+            unseen = f"{fmean(own['unseen']):+.3f}"
+            rows.append((method, name, f"{own['mean']:+.3f}", every, unseen, closed, against))
+    columns = ("method", "set", "gain", "each run", "unseen scorer", "gap closed", "p against kvpo")
+    return table(columns, rows)
+
+
 TABLES: Mapping[str, Callable[[Any], str]] = {
     "learned": learned,
     "gains": lambda numbers: seeds.gains(numbers["arms"]),
@@ -104,6 +160,11 @@ TABLES: Mapping[str, Callable[[Any], str]] = {
     "who_comes_back": who_comes_back,
     "by_routed_frames": by_routed_frames,
     "threads": threads,
+    "methods": methods,
+    "drift": drift,
+    "listed": lambda numbers: table(("measured", "value"), list(numbers.items())),
+    "structure": structure,
+    "builds": builds,
     "rooms": rooms,
     "kills": lambda numbers: kills.table(numbers, 2),
     "model": lambda numbers: scaling.model_table(numbers["model"]),

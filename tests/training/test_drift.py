@@ -41,6 +41,8 @@ def test_spans_are_measured_as_in_the_whole_video(tiny_base: Path) -> None:
         place: Any = {"first": first, "stop": first + SPAN}
         scored = segment_scores(setup.judges.scorer, pixels, prompts, frames, block, block, **place)
         assert found["reward"][n] == pytest.approx(scored.sum(0).tolist(), abs=1e-6)
+        for name, scores in zip(setup.judges.scorer.components, scored, strict=True):
+            assert found[f"reward/{name}"][n] == pytest.approx(scores.tolist(), abs=1e-6)
     assert {len(values) for values in found.values()} == {4} and MEMORY in found
 
 

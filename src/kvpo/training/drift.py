@@ -45,8 +45,9 @@ def drift_curves(
     """Stream videos of one length and measure every ``span`` latent frames: measure -> ``[spans][videos]``.
 
     ``span`` and the length are multiples of the block; what is left after the last whole span is not
-    streamed. Measures are the reward, its components, the unseen scorer, the looks, the confidence of what
-    ``read_off`` reads (1 is its bound), and ``MEMORY``. Only the pixels of one span and one block are held.
+    streamed. Measures are the reward, its components as ``reward/NAME``, the unseen scorer, the looks, the
+    confidence of what ``read_off`` reads (1 is its bound), and ``MEMORY``. Only the pixels of one span and
+    one block are held.
     """
     generator, codec, block = backbone.generator, backbone.codec, backbone.generator.block
     frames = min(prompt.num_frames for prompt in prompts) // span * span
@@ -96,7 +97,8 @@ def _measured(
     place = {"first": first, "stop": first + span, "offset": max(0, first - block)}
     components_KN = segment_scores(judges.scorer, video_NTCHW, prompts, per_latent, block, block, **place)
     found = {"reward": judges.weights_K @ components_KN}
-    found |= dict(zip(judges.scorer.components, components_KN, strict=True))
+    parts = (f"reward/{name}" for name in judges.scorer.components)  # a look may have a component's name
+    found |= dict(zip(parts, components_KN, strict=True))
     if judges.unseen:
         found["unseen"] = segment_scores(judges.unseen, video_NTCHW, prompts, per_latent, block, 0, **place)[
             0
