@@ -37,7 +37,7 @@ from kvpo.world.snippets import SnippetSettings
 SHAPE = WanShape(dim=32, num_heads=2, num_layers=1, ffn_dim=48, freq_dim=16, patch_size=(1, 4, 4))
 """A generator of random weights, so small that starting takes longer than an update."""
 SETTINGS = [
-    "--preset", "demo", "--optim.updates", "8", "--optim.prompts_per_update", "2", "--optim.lora_rank", "4",
+    "--preset", "demo", "--optim.updates", "24", "--optim.prompts_per_update", "2", "--optim.lora_rank", "4",
     "--exploration.branches", "4", "--exploration.rows", "5", "--checkpoint.every", "1",
     "--evaluation.every", "2", "--evaluation.validation_prompts", "2", "--evaluation.test_prompts", "2",
     "--rewards.noise_floors", "total=0",
@@ -47,7 +47,7 @@ TIMES = ("time", "seconds", "phases", "cpu_s")
 """Metrics that no two runs share."""
 STARTING = 4.0
 """Seconds in which ranks only import torch."""
-AFTER = 6.0
+AFTER = 3.0
 """Mean of the exponential time that follows."""
 LOST = re.compile(r"lost touch with another rank while (.+?);")
 
