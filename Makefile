@@ -34,9 +34,11 @@ install: .venv/.complete
 	@$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.$(EXTRAS)'
 	@touch $@
 
-# A run that was stopped continues; a finished one is left as it is (choose another OUT to run again).
+# A run that was stopped continues; a finished one is left as it is (choose another OUT to run again). A new
+# one is compared with runs that learned nothing; a run of an older version may have other settings than they.
 demo: $(if $(wildcard .venv/.complete),.venv/.complete,.venv/.demo)
-	$(BIN)/kvpo align --preset demo --seed $(SEED) --out $(OUT) $(if $(wildcard $(OUT)/config.yaml),--resume)
+	$(BIN)/kvpo align --preset demo --seed $(SEED) --out $(OUT) \
+		$(if $(wildcard $(OUT)/config.yaml),--resume,--null benchmarks/results/null.json)
 
 # Base and aligned of the demo's run; without one, the base.
 live: $(if $(wildcard .venv/.complete),.venv/.complete,.venv/.live)
