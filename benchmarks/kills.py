@@ -1,7 +1,8 @@
 """A campaign of kills: ranks of a run die at random moments, and it ends as if nothing had happened.
 
 Every attempt starts torchrun with ``--max-restarts`` and sends SIGKILL to a random rank at a random moment,
-one in four as soon as a checkpoint is being written, again and again until the run is done. What the ranks
+again and again until the run is done. Half of the moments count from the start of the ranks and half from
+their next record of metrics, and one in four waits for a checkpoint that is being written. What the ranks
 were doing is what the others say that they lost touch in. The end is compared with that of an uninterrupted
 run of one process: trained weights, moving average and optimiser bit for bit, metrics but for times. The
 campaign can be interrupted and goes on where it was; every kill is a line of kills.jsonl.
@@ -20,6 +21,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +50,9 @@ TIMES = ("time", "seconds", "phases", "cpu_s")
 STARTING = 4.0
 """Seconds in which ranks only import torch."""
 AFTER = 3.0
-"""Mean of the exponential time that follows."""
+"""Mean of the exponential time that follows, or that follows the first record of the ranks."""
+PATIENCE = 120.0
+"""Seconds after which ranks that record nothing are killed as they are."""
 LOST = re.compile(r"lost touch with another rank while (.+?);")
 
 
@@ -106,12 +110,24 @@ def saving(out: Path) -> bool:
     return any((out / "checkpoints").glob(f"{TEMPORARY_PREFIX}*"))
 
 
-def wait(out: Path, draws: random.Random) -> None:
-    """Until a random moment, or until a checkpoint is written after it."""
-    time.sleep(STARTING + draws.expovariate(1 / AFTER))
+def recorded(out: Path) -> int:
+    """Bytes of metrics that a run has written."""
+    metrics = out / "metrics.jsonl"
+    return metrics.stat().st_size if metrics.exists() else 0
+
+
+def wait(out: Path, draws: random.Random, ended: Callable[[], bool]) -> None:
+    """Until a random moment after the start or the next record, or until a checkpoint is written after it."""
+    size, until = recorded(out), time.monotonic() + PATIENCE
+    if draws.random() < 0.5:
+        time.sleep(STARTING)
+    else:
+        while recorded(out) == size and not ended() and time.monotonic() < until:
+            time.sleep(0.01)
+    time.sleep(draws.expovariate(1 / AFTER))
     if draws.random() < 0.25:
         until = time.monotonic() + 5 * AFTER
-        while not saving(out) and time.monotonic() < until:
+        while not saving(out) and not ended() and time.monotonic() < until:
             time.sleep(0.0005)
 
 
@@ -121,7 +137,7 @@ def attempt(out: Path, ranks: int, draws: random.Random, log: Path, left: int) -
     with log.open("a") as file:
         launcher = subprocess.Popen(command(out, ranks), stdout=file, stderr=file)
         while launcher.poll() is None and len(kills) < min(left, RESTARTS + 1):
-            wait(out, draws)
+            wait(out, draws, lambda: launcher.poll() is not None)
             ours = children(launcher.pid) if launcher.poll() is None else []
             if len(ours) < ranks:
                 continue
