@@ -1,12 +1,13 @@
 """Prompt files: every format, and one clear error with its line for everything else."""
 
 import json
+import os
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvpo.prompt_files import examine, extended, read_prompts, written
+from kvpo.prompt_files import examine, extended, read_prompts, repeats, written
 from kvpo.prompts import VideoPrompt, check_shown
 
 
@@ -124,7 +125,7 @@ def test_prompts_are_written_as_they_are_read(tmp_path):
         VideoPrompt(0, ("a", "ä"), (6,), 12),
         VideoPrompt(1, ("c", "d", "e"), (6, 9), 12, (2, None)),
     ]
-    path = write(tmp_path / "p.jsonl", written(prompts, ".jsonl"))
+    path = write(tmp_path / "p.jsonl", written(prompts, tmp_path / "p.jsonl"))
     assert read_prompts(path, num_frames=21) == prompts
     assert path.read_text().count("transitions") == 1
 
@@ -298,11 +299,52 @@ def test_extended_texts_pair_line_by_line(tmp_path):
 @pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".json", ".csv", ".tsv"])
 def test_what_is_converted_is_read_again(tmp_path, suffix):
     prompts = [VideoPrompt(n, (text,), (), 9) for n, text in enumerate(['a "dog", running', "猫", "🐈"])]
-    path = write(tmp_path / f"p{suffix}", written(prompts, suffix))
+    path = tmp_path / f"p{suffix}"
+    write(path, written(prompts, path))
     assert read_prompts(path, num_frames=9) == prompts
     several = [VideoPrompt(0, ("a", "b"), (3,), 9)]
     if "json" in suffix:
-        assert read_prompts(write(path, written(several, suffix)), num_frames=21) == several
+        assert read_prompts(write(path, written(several, path)), num_frames=21) == several
     else:
         with pytest.raises(ValueError, match="holds one text per video, prompt 0 has 2"):
-            written(several, suffix)
+            written(several, path)
+
+
+def test_a_record_may_name_the_frames_that_its_video_begins_with(tmp_path):
+    """Relative to the file that names them, wherever that is written anew."""
+    (still, clip) = tmp_path / "a dog.png", tmp_path / "in" / "clip.mp4"
+    (tmp_path / "in").mkdir()
+    still.touch(), clip.touch()
+    records = [
+        {"prompt": "a dog", "frames": "../a dog.png"},
+        {"prompts": ["a", "b"], "frames": "clip.mp4"},
+        {"segments": ["c"], "frames": "clip.mp4"},
+        {"segments": ["c"], "frames": None},
+        {"segments": ["C"], "frames": "clip.mp4"},
+    ]
+    found = read_prompts(write(tmp_path / "in" / "p.jsonl", jsonl(*records)), num_frames=9, switches=(3,))
+    assert [p.frames and p.frames.resolve() for p in found] == [still, clip, clip, None, clip]
+    assert [len(same) for same in repeats(found)] == [1, 1, 2, 1]
+    for name in ("p.jsonl", "p.json", "p.csv", "p.tsv"):
+        own = [p for p in found if len(p.segments) == 1 or "json" in name]
+        again = read_prompts(write(tmp_path / name, written(own, tmp_path / name)), num_frames=9)
+        assert [(p.segments, p.frames) for p in again] == [
+            (p.segments, p.frames and tmp_path / os.path.relpath(p.frames, tmp_path)) for p in own
+        ]
+    assert (tmp_path / "p.csv").read_text().splitlines()[:2] == ["prompt,frames", "a dog,a dog.png"]
+    with pytest.raises(ValueError, match="a .txt file holds texts alone, and prompts have frames"):
+        written([found[0]], tmp_path / "p.txt")
+    bad = write(
+        tmp_path / "bad.jsonl", jsonl({"prompt": "a", "frames": 81}, {"prompts": ["a"], "frames": "no.png"})
+    )
+    problems = [problem.removeprefix(f"{bad}, ") for problem in examine(bad, num_frames=9).problems]
+    assert problems[0] == "line 1: frames must name an image or a video, got 81"
+    assert problems[1].startswith(
+        f"line 2: frames: {tmp_path}/no.png is not a file; give an image or a video"
+    )
+    table = write(tmp_path / "bad.csv", "frames,prompt\nno.png,a\n,b\n")
+    assert (
+        examine(table, num_frames=9)
+        .problems[0]
+        .startswith(f"{table}, line 2: frames: {tmp_path}/no.png is not")
+    )

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import logging
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -34,6 +35,12 @@ class PromptFile:
         """The place of a prompt, for messages."""
         return f"{self.path}, line {self.lines[index]}"
 
+    def sound(self) -> "PromptFile":
+        """Itself. Raises ValueError with the first problem where there is one."""
+        if self.problems:
+            raise ValueError(self.problems[0])
+        return self
+
 
 def read_prompts(path: str | Path, **reading: Any) -> list[VideoPrompt]:
     """The prompts of a file, in order. Takes what `examine` takes.
@@ -41,10 +48,7 @@ def read_prompts(path: str | Path, **reading: Any) -> list[VideoPrompt]:
     Raises:
         ValueError: naming file and line of the first problem: see `examine`.
     """
-    found = examine(path, **reading)
-    if found.problems:
-        raise ValueError(found.problems[0])
-    return list(found.prompts)
+    return list(examine(path, **reading).sound().prompts)
 
 
 def examine(
@@ -68,7 +72,8 @@ def examine(
 
     Problems are blank lines or segments, no JSON, unknown fields, another number of segments than before or
     than the switches need, switch frames that do not increase inside the video or leave a segment without a
-    block. Raises ValueError for a file that is missing, empty, of no known form, or not UTF-8.
+    block, and frames to begin with that are no file. Raises ValueError for a prompt file that is missing,
+    empty, of no known form, or not UTF-8.
     """
     path = Path(path)
     records = FORMS.get(path.suffix.lower())
@@ -90,8 +95,14 @@ def examine(
             if cuts is None:
                 cuts, shared_count = tuple(switches), shared_count or len(own.segments)
                 _check_shared(len(own.segments), shared_count, cuts)
-            frames = own.num_frames or num_frames
-            prompt = VideoPrompt(first_id + len(prompts), own.segments, cuts, frames, own.transitions)
+            prompt = VideoPrompt(
+                first_id + len(prompts),
+                own.segments,
+                cuts,
+                own.num_frames or num_frames,
+                own.transitions,
+                _begins_with(path, own.frames),
+            )
             check_shown(prompt, block)
             prompts.append(prompt)
             lines.append(number)
@@ -119,9 +130,7 @@ def extended(short: PromptFile, path: str | Path, **reading: Any) -> PromptFile:
             raise ValueError(f"{long}: no extended text for {short.at(absent[0])}")
         others = [texts_of([texts[text] for text in p.segments], str(long)) for p in short.prompts]
     else:
-        found = examine(long, **reading)
-        if found.problems:
-            raise ValueError(found.problems[0])
+        found = examine(long, **reading).sound()
         others = [prompt.segments for prompt in found.prompts]
         for n, (one, other) in enumerate(zip(short.prompts, others, strict=False)):
             if len(one.segments) != len(other):
@@ -142,14 +151,19 @@ def extended(short: PromptFile, path: str | Path, **reading: Any) -> PromptFile:
     return replace(short, prompts=tuple(replace(one, segments=other) for one, other in pairs))
 
 
-def written(prompts: Sequence[VideoPrompt], suffix: str) -> str:
-    """A prompt file of the form that ``suffix`` says, as `examine` reads it.
+def written(prompts: Sequence[VideoPrompt], path: Path) -> str:
+    """The content of a prompt file at ``path``, as `examine` reads it; frames are named relative to it.
 
     Raises:
-        ValueError: no such form, or one that cannot hold several segments.
+        ValueError: no such form, or one that cannot hold several segments, or frames.
     """
+    suffix = path.suffix.lower()
+    begins = [prompt.frames and os.path.relpath(prompt.frames, path.parent) for prompt in prompts]
     if suffix in (".json", ".jsonl"):
-        records = [prompt_record(prompt) for prompt in prompts]
+        records = [
+            prompt_record(prompt) | ({"frames": file} if file else {})
+            for prompt, file in zip(prompts, begins, strict=True)
+        ]
         if suffix == ".json":
             return json.dumps(records, indent=1, ensure_ascii=False) + "\n"
         return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
@@ -161,11 +175,14 @@ def written(prompts: Sequence[VideoPrompt], suffix: str) -> str:
             f"{len(several[0].segments)}; write .jsonl"
         )
     texts = [prompt.segments[0] for prompt in prompts]
+    if suffix == ".txt" and any(begins):
+        raise ValueError("a .txt file holds texts alone, and prompts have frames to begin with; write .jsonl")
     if suffix == ".txt":
         return "".join(" ".join(text.split()) + "\n" for text in texts)
     file = io.StringIO()
+    rows = [("prompt", "frames"), *((text, file or "") for text, file in zip(texts, begins, strict=True))]
     csv.writer(file, delimiter=DELIMITERS[suffix], lineterminator="\n").writerows(
-        [["prompt"], *([text] for text in texts)]
+        row if any(begins) else row[:1] for row in rows
     )
     return file.getvalue()
 
@@ -180,12 +197,22 @@ def prompt_record(prompt: VideoPrompt) -> dict[str, Any]:
 def repeats(prompts: Sequence[VideoPrompt]) -> list[list[VideoPrompt]]:
     """Distinct prompts in order, each with its repeats: those that read alike.
 
-    They differ in case, in spaces, in characters that cannot be seen, or in how Unicode spells a letter.
+    They differ in case, in spaces, in characters that cannot be seen, or in how Unicode spells a letter, and
+    begin with the same frames.
     """
-    found: dict[tuple[str, ...], list[VideoPrompt]] = {}
+    found: dict[tuple[Path | str | None, ...], list[VideoPrompt]] = {}
     for prompt in prompts:
-        found.setdefault(tuple(map(as_read, prompt.segments)), []).append(prompt)
+        found.setdefault((prompt.frames, *map(as_read, prompt.segments)), []).append(prompt)
     return list(found.values())
+
+
+def _begins_with(path: Path, frames: str | None) -> Path | None:
+    """The file that a record of ``path`` names. Raises ValueError where it is not there."""
+    if frames is None:
+        return None
+    if not (file := path.parent / frames.strip()).is_file():
+        raise ValueError(f"frames: {file} is not a file; give an image or a video, relative to {path.name}")
+    return file
 
 
 def _text(path: Path) -> str:

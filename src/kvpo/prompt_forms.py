@@ -5,7 +5,8 @@ records or texts, one record, or a timeline of Scope, which is one video; ``.csv
 ``prompt``. Records are ``{"prompt": text}`` (``prompt_en`` in VBench's lists), ``{"prompts": [...]}``, the
 interactive form of LongLive and MemFlow, whose switch frames the configuration has, and
 ``{"segments": [...], "switches": [...]}``, which may also set ``"num_frames"`` and, per
-switch, the blocks over which it blends, ``"transitions"``.
+switch, the blocks over which it blends, ``"transitions"``. Records and tables may name the image or video
+that a video begins with, ``frames``, relative to their file.
 """
 
 import csv
@@ -24,7 +25,8 @@ from kvpo.files import named_list, parse_json
 
 FORMATS = (
     'a record is {"prompt": "..."}, {"prompts": [...]} with the switch frames of the configuration, or '
-    '{"segments": [...], "switches": [...]} with its own ("transitions" and "num_frames" too, if they differ)'
+    '{"segments": [...], "switches": [...]} with its own ("transitions" and "num_frames" too, if they '
+    'differ); each may have "frames", an image or a video to begin with'
 )
 
 
@@ -38,6 +40,8 @@ class Asked:
     num_frames: int | None = None
     """None: the configuration's."""
     transitions: tuple[int | None, ...] = ()
+    frames: str | None = None
+    """The file that the video begins with, as it is written."""
 
 
 AtLine = tuple[int, Callable[[], Any]]
@@ -98,20 +102,24 @@ DELIMITERS = {".csv": ",", ".tsv": "\t"}
 
 
 def _of_table(path: Path, text: str) -> Iterator[AtLine]:
-    """The column ``prompt`` of a table, or VBench's ``prompt_en``."""
+    """The columns ``prompt``, or VBench's ``prompt_en``, and ``frames`` of a table."""
     rows = csv.reader(io.StringIO(text), delimiter=DELIMITERS[path.suffix.lower()], strict=True)
     try:
         head = [name.strip().lower() for name in next(rows, [])]
         column = next((name for name in ("prompt", "prompt_en") if name in head), None)
         if column is None:
             raise ValueError(f"{path}, line 1: no column is called prompt; there are {named_list(head)}")
-        place, line = head.index(column), rows.line_num + 1
+        line = rows.line_num + 1
         for row in rows:
-            cell = row[place] if place < len(row) else ""
-            yield line, partial(_not_blank, cell)
+            cells = dict(zip(head, row, strict=False))
+            yield line, partial(_of_row, cells.get(column, ""), cells.get("frames", ""))
             line = rows.line_num + 1
     except csv.Error as error:
         raise ValueError(f"{path}, line {rows.line_num}: not a table ({error})") from error
+
+
+def _of_row(text: str, frames: str) -> dict[str, str]:
+    return {"prompt": _not_blank(text)} | ({"frames": frames} if frames.strip() else {})
 
 
 FORMS: dict[str, Callable[[Path, str], Iterator[AtLine]]] = {
@@ -153,14 +161,17 @@ def asked(record: Any, unread: set[str]) -> Asked:
     allowed = {"prompts": set(), "segments": {"switches", "transitions", "num_frames"}}.get(
         field, {"num_frames"}
     )
-    unknown = record.keys() - allowed - {field}
+    unknown = record.keys() - allowed - {field, "frames"}
     if field in _ONE and "switches" not in unknown:
         unread |= unknown  # those of data sets describe their prompts
     elif unknown:
         raise ValueError(f"unknown field {', '.join(sorted(unknown))} beside {field}; {FORMATS}")
     segments = texts_of([record[field]] if field in _ONE else record[field], field)
+    begins = record.get("frames")
+    if begins is not None and not (isinstance(begins, str) and begins.strip()):
+        raise ValueError(f"frames must name an image or a video, got {json.dumps(begins)[:60]}")
     if field == "prompts":
-        return Asked(segments, None)
+        return Asked(segments, None, frames=begins)
     switches = record.get("switches", [])
     if not isinstance(switches, list) or not all(_is_frame(frame) for frame in switches):
         raise ValueError(f"switches must be a list of latent frames, got {json.dumps(switches)}")
@@ -170,7 +181,7 @@ def asked(record: Any, unread: set[str]) -> Asked:
     transitions = record.get("transitions", [])
     if not isinstance(transitions, list) or not all(n is None or _is_frame(n) for n in transitions):
         raise ValueError(f"transitions must be a list of numbers of blocks, got {json.dumps(transitions)}")
-    return Asked(segments, tuple(switches), frames, tuple(transitions))
+    return Asked(segments, tuple(switches), frames, tuple(transitions), begins)
 
 
 def is_timeline(record: Any) -> bool:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 
 @dataclass(frozen=True)
@@ -11,7 +12,8 @@ class VideoPrompt:
     ``id`` keys the noise tape (never the text), so the same id under another policy sees the same noise.
     ``switches[i]`` is the latent frame from which ``segments[i + 1]`` holds; it acts at the first block
     whose first frame is at or after it. ``transitions[i]`` is the number of blocks over which that switch
-    blends; None, or no transitions at all: ``stream.transition_blocks``.
+    blends; None, or no transitions at all: ``stream.transition_blocks``. ``frames`` is the image or video
+    that it begins with; None: noise.
     """
 
     id: int
@@ -19,6 +21,7 @@ class VideoPrompt:
     switches: tuple[int, ...]
     num_frames: int
     transitions: tuple[int | None, ...] = ()
+    frames: Path | None = None
 
     def __post_init__(self) -> None:
         if not self.segments:
@@ -86,14 +89,17 @@ class ClipPrompt(str):
     """The text a clip is scored against; a plain ``str`` to scorers that need no more.
 
     ``before`` is the text of the previous segment ("" if none) and ``switch`` the index of the first frame
-    of the clip that belongs to this segment: frames before it still show ``before``.
+    of the clip that belongs to this segment: frames before it still show ``before``. ``file_rate`` are the
+    frames per second of the file whose frames the clip was taken from (0: from none).
     """
 
     before: str
     switch: int
+    file_rate: float
 
-    def __new__(cls, text: str, before: str = "", switch: int = 0) -> "ClipPrompt":
+    def __new__(cls, text: str, before: str = "", switch: int = 0, file_rate: float = 0.0) -> "ClipPrompt":
         prompt = super().__new__(cls, text)
         prompt.before = before
         prompt.switch = switch
+        prompt.file_rate = file_rate
         return prompt

@@ -17,10 +17,11 @@ from kvpo.app.given_frames import with_given_frames
 from kvpo.config import Config
 from kvpo.engine.generator import pixel_frame, pixels_of
 from kvpo.files import read_json
+from kvpo.prompt_files import examine
 from kvpo.prompts import VideoPrompt
 from kvpo.report.video import write_video
 from tests.app.finished import command
-from tests.tiny_wan import tiny_wan
+from tests.tiny_wan import tiny_flags, tiny_wan
 from tests.tiny_world import tiny_config
 
 PROMPTS = [VideoPrompt(n, (text,), (), 12) for n, text in enumerate(("a red circle", "a blue square"))]
@@ -126,6 +127,43 @@ def test_evaluation_scores_what_follows(run: Path, image: Path) -> None:
     video = pixels_of(backbone.codec, made)[:, 3:]
     scores = sum(setup.judges.scorer(video, [prompt.segments[0] for prompt in prompts]).values())
     assert float(scores.mean()) == pytest.approx(numbers["held_out"]["short"]["base_mean"], abs=1e-5)
+
+
+def test_prompts_may_bring_frames_of_their_own(
+    tiny_base: Path, tmp_path: Path, image: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Videos are those that --frames gives; prompts without begin with noise; the list can be used again."""
+    config = tiny_config(tiny_base)
+    records = [{"prompt": p.segments[0], "num_frames": 12} for p in PROMPTS]
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "p.json").write_text(json.dumps([records[0] | {"frames": "../still.png"}, records[1]]))
+    plain, begun = plain_and_begun(config, image, tmp_path)
+    generate(config, tmp_path / "own", prompts=tmp_path / "in" / "p.json")
+    own = latents(tmp_path / "own")
+    assert torch.allclose(own["000"], begun, atol=1e-5) and not torch.allclose(own["000"], plain, atol=1e-3)
+    assert torch.allclose(own["001"], latents(tmp_path / "plain")["001"], atol=1e-5)
+    generate(config, tmp_path / "again", prompts=tmp_path / "own" / "prompts.jsonl")
+    assert torch.equal(latents(tmp_path / "again")["000"], own["000"])
+    with pytest.raises(
+        ValueError, match="--frames: 1 of 2 prompts have frames of their own, such as .*still.png"
+    ):
+        generate(config, tmp_path / "both", prompts=tmp_path / "in" / "p.json", frames=image)
+    clip_of(tmp_path / "in" / "long.mp4", 12, 8.0)
+    (tmp_path / "in" / "q.csv").write_text("prompt,frames\na red circle,long.mp4\n")
+    with pytest.raises(ValueError, match="^frames: .*in/long.mp4 fills 12 latent frames and prompt 0 has 12"):
+        generate(config, tmp_path / "full", prompts=examine(tmp_path / "in" / "q.csv", num_frames=12).prompts)
+    flags = tiny_flags("longlive-1.3b", tmp_path)
+    (tmp_path / "prompts.txt").rename(tmp_path / "prompts.csv")
+    table = (tmp_path / "prompts.csv").read_text().splitlines()
+    (tmp_path / "prompts.csv").write_text("\n".join(["prompt,frames", *table[1:], "last,still.png"]))
+    for word in ("align", "plan"):
+        out = ["--out", tmp_path / "run"] if word == "align" else []
+        assert command(word, *flags, "--prompts.file", tmp_path / "prompts.csv", *out) in (1, 2)
+        said = capsys.readouterr().err
+        assert (
+            f"prompts.csv, line {len(table) + 1}: begins with {tmp_path}/still.png, and runs train on" in said
+        )
+    assert not (tmp_path / "run").exists()
 
 
 def test_what_cannot_begin_a_video_is_refused_with_a_line(

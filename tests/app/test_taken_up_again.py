@@ -390,7 +390,15 @@ def test_a_run_streams_for_long_and_says_what_drifts(
     span = numbers["seconds"][0]
     assert numbers["seconds"] == pytest.approx([span * (n + 1) for n in range(int(1.7 / span))])
     for side in ("base", "aligned"):
-        measures = {"reward", "reward/redness", "reward/calm", "brightness", "saturation", "motion", "confidence"}
+        measures = {
+            "reward",
+            "reward/redness",
+            "reward/calm",
+            "brightness",
+            "saturation",
+            "motion",
+            "confidence",
+        }
         assert measures | {"unseen"} <= set(numbers[side])
         assert all(len(spans) == len(numbers["seconds"]) for spans in numbers[side].values())
         assert all(len(values) == 4 for values in numbers[side]["reward"])

@@ -315,18 +315,24 @@ def test_a_judge_is_named_like_any_reward(tmp_path: Path) -> None:
 
 
 def test_calibration_refuses_judges_that_vary_or_never_do(tmp_path: Path) -> None:
-    (tmp_path / "r.yaml").write_text("question: Good?\nscale: [1, 5]\nframes: 2\n")
+    """One of transitions has nothing to tell apart where no clip has a switch: it is not even asked."""
     asked = iter(range(10**6))
-    cases = {
-        "is random: equal clips differ": lambda question: completion(str(1 + next(asked) % 5)),
-        "is the same for all 3 clips": lambda question: completion("3"),
-    }
-    for message, answer in cases.items():
+    cases = (
+        ("is random: equal clips differ", lambda question: completion(str(1 + next(asked) % 5)), ""),
+        ("is the same for all 2 clips", lambda question: completion("3"), ""),
+        (
+            "is the same for all 2 clips.* prompt switches need clips with one: rewards.transition_blocks",
+            lambda question: completion(str(1 + next(asked) % 5)),
+            "transition: true\n",
+        ),
+    )
+    for message, answer, transition in cases:
+        (tmp_path / "r.yaml").write_text(f"question: Good?\nscale: [1, 5]\nframes: 2\n{transition}")
         with serving(Stub(answer)) as url, pytest.raises(ValueError, match=f"judge {message}"):
             calibrate(
                 f"judge@openai:{url}#eye-7b",
                 None,
-                clips=3,
+                clips=2,
                 out=tmp_path / "noise.json",
                 sources={"judge.rubric": str(tmp_path / "r.yaml")},
             )

@@ -127,6 +127,7 @@ def test_whatever_may_change_a_score_changes_its_key() -> None:
         (video, ClipPrompt("b", "before", 1)),
         (video, ClipPrompt("a", "after", 1)),
         (video, ClipPrompt("a", "before", 2)),
+        (video, ClipPrompt("a", "before", 1, 4.0)),
         (video, "a"),
         (video.flip(-1), ClipPrompt("a", "before", 1)),
         (video.reshape(3, 3, 5, 4), ClipPrompt("a", "before", 1)),

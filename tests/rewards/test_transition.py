@@ -9,8 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kvpo.app.calibrate import Sample, check_usable, measure
+from kvpo.app.cli import main
 from kvpo.prompts import ClipPrompt
 from kvpo.rewards import transition
+from kvpo.rewards.catalogue import DECLARATIONS
+from kvpo.rewards.reward import Reward
 from kvpo.rewards.transition import TransitionScorer
 from tests.rewards import test_clip_family
 
@@ -66,3 +70,40 @@ def test_the_reward_comes_from_a_directory_of_clip(clip_directory: Path) -> None
     video = torch.rand(2, 8, 3, 40, 60, generator=torch.Generator().manual_seed(0))
     scores = scorer(video, [ClipPrompt("a fox", "a dog", 3), ClipPrompt("a fox")])
     assert scores["transition_follow"][1] == 0 and -1 <= scores["transition_keep"][0] <= 1
+
+
+@pytest.mark.parametrize("name", ["transition_follow", "transition_keep"])
+def test_calibration_says_which_clips_it_has_none_of(
+    clip_directory: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    source = f"{name}.weights={clip_directory}"
+    words = ["calibrate", name, "--clips", "2", "--source", source, "--out", str(tmp_path / "noise.json")]
+    assert main(words) == 1 and not (tmp_path / "noise.json").exists()
+    assert (
+        f"{name} is the same for all 2 clips: there is nothing to learn from it (rewards of prompt switches "
+        "need clips with one: rewards.transition_blocks of a run makes them)"
+    ) in capsys.readouterr().err
+
+
+def test_calibration_refuses_one_that_varies_on_equal_clips(
+    scorer: TransitionScorer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As an encoder with dropout would, on clips that switch in their middle; one without is accepted."""
+    plain, draws = transition.image_features, torch.Generator().manual_seed(0)
+
+    class Switching(TransitionScorer):
+        def __call__(self, video_BTCHW: Tensor, prompts: Any) -> dict[str, Tensor]:
+            return super().__call__(video_BTCHW, [ClipPrompt("green", "red", 4)] * len(prompts))
+
+    declared = tuple(DECLARATIONS[name] for name in scorer.components)
+    reward = Reward("transition_follow", Switching(None, None), declared)  # type: ignore[arg-type]
+    samples = [Sample(str(n), torch.rand(8, 3, 16, 16, generator=draws), 8.0, "") for n in range(2)]
+    check_usable(measure(reward, samples, 0), 2)
+
+    def wavering(model: Any, frames: Tensor, fit: Any) -> Tensor:
+        features = plain(model, frames, fit)
+        return features + torch.rand(features.shape, generator=draws)
+
+    monkeypatch.setattr(transition, "image_features", wavering)
+    with pytest.raises(ValueError, match="^transition_follow is random: equal clips differ by up to"):
+        check_usable(measure(reward, samples, 0), 2)

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from tiny_rewards import gliding, random_weights, texture
 from transformers import ViTConfig, ViTModel
 
+from kvpo.prompts import ClipPrompt
 from kvpo.rewards import raft
 from kvpo.rewards.catalogue import DECLARATIONS, load_rewards
 from kvpo.rewards.reward import Reward
@@ -125,6 +126,13 @@ def test_dynamic_degree_counts_steps_above_its_limit(tmp_path: Path, monkeypatch
         speeds[:] = [limit + 0.1] * moving + [limit - 0.1] * (12 - moving)
         assert score(reward, video) == expected
     assert set(asked) == {(torch.Size([136, 144]), 20)}
+    sources = {"vbench_dynamic_degree.raft": str(tmp_path / "raft-things.pth")}
+    for file_rate, frame_rate, factor in ((4.0, 2.0, 2), (12.0, 2.0, 1), (0.0, 4.0, 2), (0.0, 8.0, 1)):
+        (reward,) = load_rewards(["vbench_dynamic_degree"], sources, frame_rate=frame_rate)
+        for share, expected in ((1.01, 1), (0.99, 0)):  # of 8 / rate times the limit, where a file is slower
+            speeds[:] = [share * factor * limit] * 3 + [0.0] * 9
+            prompt = ClipPrompt("", file_rate=file_rate)
+            assert reward(video[None, :13], [prompt])["vbench_dynamic_degree"].tolist() == [expected]
 
 
 def test_motion_smoothness_compares_every_second_frame(packages: Path) -> None:

@@ -122,7 +122,7 @@ def measure(
     repetition: dict[str, float] = {}
     deltas: dict[str, dict[str, list[list[float]]]] = {}
     for number, sample in enumerate(samples):
-        prompt = ClipPrompt(sample.prompt)
+        prompt = ClipPrompt(sample.prompt, file_rate=sample.frame_rate)
         alone = _totalled(reward, reward(sample.video_TCHW[None], [prompt]))
         again = _totalled(reward, reward(sample.video_TCHW[None], [prompt]))
         twins = _totalled(reward, reward(torch.stack([sample.video_TCHW] * 2), [prompt, prompt]))
@@ -214,8 +214,11 @@ def check_pixels_count(reward: Reward, samples: Sequence[Sample]) -> None:
     Raises:
         ValueError: naming what is constant.
     """
-    prompt = ClipPrompt(samples[0].prompt)
-    scores = [_totalled(reward, reward(sample.video_TCHW[None], [prompt])) for sample in samples]
+    text = samples[0].prompt
+    scores = [
+        _totalled(reward, reward(one.video_TCHW[None], [ClipPrompt(text, file_rate=one.frame_rate)]))
+        for one in samples
+    ]
     name = list(scores[0])[-1]
     if all(bool(score[name] == scores[0][name]) for score in scores):
         raise ValueError(

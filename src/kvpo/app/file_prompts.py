@@ -15,7 +15,7 @@ from kvpo.config_checks import ConfigurationError
 from kvpo.engine.forks import plan_forks
 from kvpo.engine.noise import keyed_generator
 from kvpo.files import local_path
-from kvpo.prompt_files import LATENT_RATE, read_prompts, repeats
+from kvpo.prompt_files import LATENT_RATE, examine, repeats
 from kvpo.prompts import VideoPrompt
 
 logger = logging.getLogger(__name__)
@@ -152,8 +152,18 @@ def reading_of(config: Config, num_frames: int | None = None, rate: float = LATE
 
 
 def prompts_of_file(config: Config, location: Path | str) -> list[VideoPrompt]:
-    """The prompts of a file as a configuration of a public generator reads it. Raises ValueError."""
-    return read_prompts(prompt_file(config, location), **reading_of(config))
+    """The prompts to train on of a file, as a configuration of a public generator reads it.
+
+    Raises ValueError for what `examine` finds, and for videos that begin with frames.
+    """
+    found = examine(prompt_file(config, location), **reading_of(config)).sound()
+    for n, prompt in enumerate(found.prompts):
+        if prompt.frames is not None:
+            raise ValueError(
+                f"{found.at(n)}: begins with {prompt.frames}, and runs train on videos that begin with "
+                "noise; leave its frames out, or give the file to kvpo generate"
+            )
+    return list(found.prompts)
 
 
 def split_prompts(config: Config) -> tuple[list[VideoPrompt], Sets, Sets]:

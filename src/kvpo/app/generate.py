@@ -24,7 +24,7 @@ from kvpo.engine.generator import as_bytes, pixels_of
 from kvpo.engine.selection import Selection
 from kvpo.files import StorageError, local_path, storage_error, write_atomic
 from kvpo.progress import progress_bars
-from kvpo.prompt_files import examine, extended, read_prompts, written
+from kvpo.prompt_files import examine, extended, written
 from kvpo.prompts import VideoPrompt, check_shown
 from kvpo.report.video import enlargement, side_by_side, write_video
 from kvpo.training.backbone import Backbone
@@ -174,7 +174,8 @@ def _write_lists(
 ) -> None:
     """Everything beside the videos, in the order of their names."""
     write_atomic(out / "latents.safetensors", save(dict(sorted(made.items()))))
-    write_atomic(out / "prompts.jsonl", written(wanted, ".jsonl"))
+    listed = out / "prompts.jsonl"
+    write_atomic(listed, written(wanted, listed))
     write_atomic(out / MANIFEST, json.dumps(dict(sorted(shows.items())), indent=1, ensure_ascii=False) + "\n")
 
 
@@ -198,10 +199,10 @@ def _prompts(
     elif isinstance(given, str | Path):
         source = source_of(config)
         reading = reading_of(config, source.default_frames(config), source.latent_rate)
-        path = prompt_file(config, given)
-        chosen = read_prompts(path, **reading)
+        found = examine(prompt_file(config, given), **reading).sound()
         if extended_texts is not None:
-            chosen = list(extended(examine(path, **reading), extended_texts, **reading).prompts)
+            found = extended(found, extended_texts, **reading)
+        chosen = list(found.prompts)
     else:
         chosen = list(given)
     numbered = [replace(prompt, id=n) for n, prompt in enumerate(chosen)]

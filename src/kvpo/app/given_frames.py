@@ -19,32 +19,40 @@ logger = logging.getLogger(__name__)
 
 
 def with_given_frames(backbone: Backbone, frames: Path | None, prompts: Sequence[VideoPrompt]) -> Backbone:
-    """A backbone whose videos of these prompts begin with given frames.
+    """A backbone whose videos of these prompts begin with given frames: their own, or those of ``frames``.
 
     ``frames`` is an image, which stands still for a block, a video, which is taken in whole blocks at the
     codec's rate, or a JSON object that maps first texts of prompts to such files, beside it. Frames are
     scaled to cover the generator's and cut to their middle.
 
     Raises:
-        ValueError: a file that cannot be read or is shorter than a block, a prompt that has none, or one
-            whose video would have nothing left to generate.
+        ValueError: a file that cannot be read or is shorter than a block, prompts with frames of their own
+            beside ``frames``, one that has none there, or one whose video would have nothing left to
+            generate.
     """
-    if frames is None:
-        return backbone
-    files = _files(local_path(frames, "--frames"), prompts)
-    encoded = {path: _encoded(backbone, path) for path in dict.fromkeys(files.values())}
+    files, field = _files(frames, prompts), "frames" if frames is None else "--frames"
+    encoded = {path: _encoded(backbone, path, field) for path in dict.fromkeys(files.values())}
     for prompt in prompts:
-        path = files[prompt.id]
-        if (given := len(encoded[path])) >= prompt.num_frames:
+        path = files.get(prompt.id)
+        if path is not None and (given := len(encoded[path])) >= prompt.num_frames:
             raise ValueError(
-                f"--frames: {path} fills {given} latent frames and prompt {prompt.id} has "
+                f"{field}: {path} fills {given} latent frames and prompt {prompt.id} has "
                 f"{prompt.num_frames}: nothing is left to generate; give fewer frames or a longer video"
             )
-    return replace(backbone, given={prompt.id: encoded[files[prompt.id]] for prompt in prompts})
+    return replace(backbone, given={id: encoded[path] for id, path in files.items()})
 
 
-def _files(frames: Path, prompts: Sequence[VideoPrompt]) -> dict[int, Path]:
-    """The file of every prompt, by its id."""
+def _files(frames: Path | None, prompts: Sequence[VideoPrompt]) -> dict[int, Path]:
+    """The file of every prompt that has one, by its id."""
+    own = {prompt.id: prompt.frames for prompt in prompts if prompt.frames is not None}
+    if frames is None:
+        return own
+    if own:
+        raise ValueError(
+            f"--frames: {len(own)} of {len(prompts)} prompts have frames of their own, such as "
+            f"{next(iter(own.values()))}; leave --frames out, or those of the prompt file"
+        )
+    frames = local_path(frames, "--frames")
     if frames.suffix.lower() != ".json":
         return {prompt.id: frames for prompt in prompts}
     table = parse_json(read_text(frames))
@@ -55,14 +63,14 @@ def _files(frames: Path, prompts: Sequence[VideoPrompt]) -> dict[int, Path]:
     return {prompt.id: frames.parent / table[prompt.segments[0]] for prompt in prompts}
 
 
-def _encoded(backbone: Backbone, path: Path) -> Tensor:
-    """Latents ``[T, C, H, W]`` of a file, in whole blocks."""
+def _encoded(backbone: Backbone, path: Path, field: str) -> Tensor:
+    """Latents ``[T, C, H, W]`` of a file, in whole blocks; ``field`` begins its errors."""
     generator, codec = backbone.generator, backbone.codec
     block, per_latent, rate = generator.block, codec.frames_per_latent, codec.frames_per_second
     from kvpo.rewards.video_files import probe, read_frames  # late: it needs OpenCV
 
     if not path.is_file():
-        raise ValueError(f"--frames: {path} is not a file; give an image or a video")
+        raise ValueError(f"{field}: {path} is not a file; give an image or a video")
     try:
         video = probe(path)
         if video.num_frames == 1:
@@ -89,7 +97,7 @@ def _encoded(backbone: Backbone, path: Path) -> Tensor:
         distinct = sorted(set(shown))
         read = read_frames(video, distinct, 4 * height * width)
     except ValueError as error:
-        raise ValueError(f"--frames: {path}: {error}") from error
+        raise ValueError(f"{field}: {path}: {error}") from error
     ready = torch.cat(
         [fit_and_crop(torch.from_numpy(image).movedim(-1, 0)[None] / 255, height, width) for image in read]
     )

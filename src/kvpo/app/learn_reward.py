@@ -162,7 +162,7 @@ def features_of(path: Path, scene: Scene, features: Features, needs: Declaration
             continue
         for indices in file_clips(needs, end - first, rate):
             clip = video[first:end][indices]
-            rows.append(features(clip[None], [ClipPrompt(text)])[0] * len(clip))
+            rows.append(features(clip[None], [ClipPrompt(text, file_rate=rate)])[0] * len(clip))
             lengths.append(len(clip))
     if not rows:
         raise ValueError(f"{path}: no prompt is shown for the {needs.min_frames} frames that are needed")

@@ -66,12 +66,10 @@ def with_extended_prompts(config: "Config", texts: Path, run: Path) -> "Config":
 
     source = source_of(config)
     reading = reading_of(config, source.default_frames(config), source.latent_rate)
-    short = examine(prompt_file(config, config.prompts.file), **reading)
-    if short.problems:
-        raise ValueError(short.problems[0])
+    short = examine(prompt_file(config, config.prompts.file), **reading).sound()
     pairs = extended(short, texts, **reading)
     file = output_file(run.with_name(f"{run.name}-prompts.jsonl"), "--out")
-    write_atomic(file, written(pairs.prompts, ".jsonl"))
+    write_atomic(file, written(pairs.prompts, file))
     logger.info("%s: %d prompts under their extended texts", file, len(pairs.prompts))
     return replace(config, prompts=replace(config.prompts, file=str(file)))
 
@@ -107,7 +105,7 @@ def prompts(arguments: Namespace) -> int:
         every = [prompt for file in found for prompt in file.prompts]
         rest, held = held_out(every, arguments.hold_out)
         parts = {out: rest} | ({out.with_stem(f"{out.stem}-held-out"): held} if held else {})
-        texts = {path: written(own, path.suffix.lower()) for path, own in parts.items()}
+        texts = {path: written(own, path) for path, own in parts.items()}
         for path, text in texts.items():
             write_atomic(path, text)
             print(f"{path}: {len(parts[path])} prompts")

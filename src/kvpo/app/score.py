@@ -54,7 +54,7 @@ def _score(video: VideoFile, prompt: str, reward: Reward) -> dict[str, float]:
     rows = []
     for indices in file_clips(needs, video.num_frames, video.frame_rate):
         clip = as_video(read_frames(video, indices, needs.max_pixels))
-        rows.append(reward(clip, [ClipPrompt(prompt)]))
+        rows.append(reward(clip, [ClipPrompt(prompt, file_rate=video.frame_rate)]))
     return {name: float(torch.cat([row[name] for row in rows]).mean()) for name in rows[0]}
 
 

@@ -35,12 +35,11 @@ def export_session(
             frames = (frame for chunk in _decoded(codec, latents) for frame in chunk)
             write_frames(temporary, frames, codec.frames_per_second, scale=enlargement(first.shape[-2:]))
         return path
-    text = written([prompt], ".jsonl")
+    path = folder / f"{name if what == 'prompts' else 'training-prompts'}.jsonl"
+    text = written([prompt], path)
     if what == "prompts":
-        path = folder / f"{name}.jsonl"
         write_atomic(path, text)
         return path
-    path = folder / "training-prompts.jsonl"
     with path.open("a", encoding="utf-8") as file:
         file.write(text)
     sync(path)

@@ -124,8 +124,8 @@ def score_cache(directory: str) -> ScoreCache:
 
 def clip_digest(video_TCHW: Tensor, prompt: str) -> bytes:
     """Digest of a clip's pixels, exactly as they are, and of all that its prompt says."""
-    before, switch = (prompt.before, prompt.switch) if isinstance(prompt, ClipPrompt) else ("", 0)
-    said = [str(video_TCHW.dtype), list(video_TCHW.shape), str(prompt), before, switch]
+    asked = prompt if isinstance(prompt, ClipPrompt) else ClipPrompt(prompt)
+    said = [str(video_TCHW.dtype), list(video_TCHW.shape), str(asked), *vars(asked).values()]
     digest = hashlib.blake2b(json.dumps(said).encode(), digest_size=DIGEST_BYTES)
     digest.update(video_TCHW.detach().cpu().contiguous().view(torch.uint8).numpy())
     return digest.digest()

@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kvpo.models.tensor_files import only_tensors, read_tensor_file
-from kvpo.rewards.catalogue import DECLARATIONS
+from kvpo.prompts import ClipPrompt
+from kvpo.rewards.catalogue import DECLARATIONS, EIGHT_A_SECOND
 from kvpo.rewards.consistency import IMAGENET_MEAN, IMAGENET_STD
 from kvpo.rewards.images import standardised
 from kvpo.rewards.pretrained import load_strict, strict_pretrained
@@ -28,6 +29,8 @@ FASTEST = 0.05
 """Share of the pixels, the fastest ones, whose mean speed is that of a step."""
 MOVING = 6.0 / 256
 """Pixels per step, as a share of the shorter side, above which a step counts as moving."""
+MOTION_RATE = EIGHT_A_SECOND.rate
+"""Frames per second that motion is measured at."""
 MOVING_STEPS = 4 / 16
 """Steps per frame that must move for a video to be dynamic."""
 RAFT_UPDATES = 20
@@ -44,9 +47,11 @@ class VBenchScorer:
     """One dimension: a measure of a clip's frames ``[T, 3, H, W]``, whole 255ths of [0, 1]."""
 
     components: tuple[str]
-    measure: Callable[[Tensor], float]
+    measure: Callable[..., float]
     frame_rate: float = 16.0
-    """Frames per second of the clips."""
+    """Frames per second of clips that come from no file."""
+    timed: bool = False
+    """True: the measure is told the frames per second of the video, ``frame_rate``."""
 
     def __call__(self, video_BTCHW: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Component -> [B]; ValueError for clips that are too short or of another shape."""
@@ -55,10 +60,12 @@ class VBenchScorer:
         checked_batch(video_BTCHW, prompts, declared.min_frames)
         assert declared.sampling is not None
         chosen = spread_indices(video_BTCHW.shape[1], self.frame_rate, declared.sampling)
-        with torch.no_grad():
-            scores = [
-                self.measure((255 * video[chosen].float().clamp(0, 1)).round() / 255) for video in video_BTCHW
-            ]
+        scores = []
+        for video_TCHW, prompt in zip(video_BTCHW, prompts, strict=True):
+            rate = (isinstance(prompt, ClipPrompt) and prompt.file_rate) or self.frame_rate
+            frames_TCHW = (255 * video_TCHW[chosen].float().clamp(0, 1)).round() / 255
+            with torch.no_grad():
+                scores.append(self.measure(frames_TCHW, **({"frame_rate": rate} if self.timed else {})))
         return {name: torch.tensor(scores)}
 
 
@@ -70,13 +77,19 @@ def filled_up(frames_TCHW: Tensor, multiple: int) -> Tensor:
     )
 
 
-def enough_motion(flow: Callable[[Tensor], Tensor], frames_TCHW: Tensor) -> float:
-    """1 if enough steps move by ``flow`` (frames ``[T, 3, H, W]`` -> pixels ``[t, 2, H, W]``), else 0."""
+def enough_motion(
+    flow: Callable[[Tensor], Tensor], frames_TCHW: Tensor, frame_rate: float = MOTION_RATE
+) -> float:
+    """1 if enough steps move by ``flow`` (frames ``[T, 3, H, W]`` -> pixels ``[t, 2, H, W]``), else 0.
+
+    Steps of videos slower than ``MOTION_RATE`` take longer, and have to move as much further.
+    """
     if len(frames_TCHW) == 1:
         return 0.0
     speed_tP = flow(filled_up(frames_TCHW, RAFT_SIDE)).norm(dim=1).flatten(1)
     fastest_t = speed_tP.topk(max(1, int(FASTEST * speed_tP.shape[1])), 1).values.mean(1)
-    moving = int((fastest_t > MOVING * min(frames_TCHW.shape[-2:])).sum())
+    limit = max(1.0, MOTION_RATE / frame_rate) * MOVING * min(frames_TCHW.shape[-2:])
+    moving = int((fastest_t > limit).sum())
     return float(moving >= round(MOVING_STEPS * len(frames_TCHW)))
 
 
@@ -139,7 +152,7 @@ def load_vbench_dynamic_degree(raft: Path, *, device: str = "cpu") -> VBenchScor
     from kvpo.rewards.raft import load_raft
 
     flow = load_raft(raft, device, updates=RAFT_UPDATES)
-    return VBenchScorer(("vbench_dynamic_degree",), partial(enough_motion, flow))
+    return VBenchScorer(("vbench_dynamic_degree",), partial(enough_motion, flow), timed=True)
 
 
 def load_vbench_motion_smoothness(weights: Path, *, device: str = "cpu") -> VBenchScorer:
