@@ -95,14 +95,9 @@ def examine(
             if cuts is None:
                 cuts, shared_count = tuple(switches), shared_count or len(own.segments)
                 _check_shared(len(own.segments), shared_count, cuts)
-            prompt = VideoPrompt(
-                first_id + len(prompts),
-                own.segments,
-                cuts,
-                own.num_frames or num_frames,
-                own.transitions,
-                _begins_with(path, own.frames),
-            )
+            place, frames = first_id + len(prompts), own.num_frames or num_frames
+            begins = _begins_with(path, own.frames)
+            prompt = VideoPrompt(place, own.segments, cuts, frames, own.transitions, begins)
             check_shown(prompt, block)
             prompts.append(prompt)
             lines.append(number)

@@ -3,6 +3,7 @@
 import base64
 import json
 import logging
+import re
 import shutil
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -188,7 +189,9 @@ def test_loading_under_other_values_warns_by_name(
         assert not caplog.text
 
 
-def test_the_card_says_what_it_is_how_it_loads_and_what_was_measured(runs: Path, tmp_path: Path) -> None:
+def test_the_card_says_what_it_is_how_it_loads_and_what_was_measured(
+    runs: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     run = shutil.copytree(runs / "continued", tmp_path / "run")
     numbers = {
         "prompts": 16,
@@ -222,7 +225,14 @@ def test_the_card_says_what_it_is_how_it_loads_and_what_was_measured(runs: Path,
         continued = f"It continues the adapter `{runs / 'lora.pt'}` and takes its place."
         assert continued in text and "base_model" not in fields
     part = export(run, tmp_path / "part", layout="comfy", difference=0)
-    assert f"to be added to the adapter `{runs / 'lora.pt'}`" in (part / "README.md").read_text()
+    text = (part / "README.md").read_text()
+    assert f"to be added to the adapter `{runs / 'lora.pt'}`" in text and "| long | 16 |" in text
+    assert "`kvpo export RUN --layout peft --difference`" in text and "the best difference" not in text
+    caplog.set_level("INFO", logger="kvpo")
+    text = (export(run, tmp_path / "less", layout="comfy", difference=1) / "README.md").read_text()
+    assert re.search(r"It is the best difference of rank 1, without [0-9.]+ % of the whole\.", text)
+    assert "were not tested on held-out prompts" in text, "the run's numbers are those of the whole"
+    assert "loaded again, its first block is that of the difference at this rank to" in caplog.text
     raw = export(run, tmp_path / "raw", layout="peft", weights="raw")
     assert "were not tested on held-out prompts" in (raw / "README.md").read_text()
     (runs / "README.md").unlink()

@@ -104,11 +104,12 @@ def export(
         if fresh and torch.equal(before, after):
             raise ValueError(f"{path}: its adapter changes nothing of what is generated: nothing to export")
         part, given, added = _part(model, config, layout, difference)
-        rebuilt = partial(_rebuilt, host, model, given=given)
-        if isinstance(part, AdapterState) and difference:
-            after = first_block(host, rebuilt(part))  # less what the rank loses
+        rebuilt, whose = partial(_rebuilt, host, model, given=given), "the run"
+        if isinstance(part, AdapterState) and added.get("lost"):
+            after, whose = first_block(host, rebuilt(part)), "the difference at this rank"
         record |= added
-        finish = partial(_finish, _Proof(config, host, rebuilt, before, after), layout, out, record, run)
+        proof = _Proof(config, host, rebuilt, before, after, whose)
+        finish = partial(_finish, proof, layout, out, record, run)
         _write(layout, out, part, config, record, finish)
     if push:
         _push(out, push)
@@ -215,6 +216,8 @@ class _Proof:
     """First block of the base."""
     after: Tensor
     """First block that the export must generate."""
+    whose: str
+    """The model that generates it, in words."""
 
     def __call__(self, written: Path, layout: Layout) -> float:
         """Load what was written, and return how far its first block is from the run's.
@@ -227,8 +230,8 @@ class _Proof:
         moved, largest = float((self.after - self.before).abs().max()), float(self.after.abs().max())
         if not off <= OF_CHANGE * moved + OF_LATENTS * largest:
             raise ValueError(
-                f"--layout {layout}: loaded again, its first block is {off:.2g} off that of the run, which "
-                f"training moved by {moved:.2g}; nothing was exported. Please report this"
+                f"--layout {layout}: loaded again, its first block is {off:.2g} off that of {self.whose}, "
+                f"which training moved by {moved:.2g}; nothing was exported. Please report this"
             )
         return off
 
@@ -238,7 +241,7 @@ def _finish(
 ) -> None:
     """Prove what was written, and add its card."""
     off = proof(written, layout)
-    logger.info("%s: loaded again, its first block is that of the run to %.1g", out, off)
+    logger.info("%s: loaded again, its first block is that of %s to %.1g", out, proof.whose, off)
     licence = _licence(proof.config.backbone.checkpoint)
     card = card_beside(out) if layout == "pt" else written / CARD
     write_atomic(card, model_card(layout, out, record, licence, run))

@@ -66,6 +66,9 @@ def model_card(layout: str, folder: Path, record: Mapping[str, Any], licence: st
     added = f" It continues the adapter `{record['lora']}` and takes its place." if record["lora"] else ""
     if "added_to" in record:
         added = f" It is to be added to the adapter `{record['added_to']}`, which is loaded first."
+        if record["lost"]:
+            lost = f"{100 * record['lost']:.2g} %"
+            added += f" It is the best difference of rank {record['rank']}, without {lost} of the whole."
     rewards = ", ".join(f"`{name}`" for name in record["rewards"])
     parts = [
         "---\n" + yaml.safe_dump(fields, sort_keys=False).strip() + "\n---",
@@ -104,7 +107,8 @@ def _loading(layout: str, folder: Path, record: Mapping[str, Any]) -> str:
     )
     others = {"PEFT": "peft", "diffusers": "diffusers-lora", "ComfyUI": "comfy"}
     others.pop(program, None)
-    rest = "; ".join(f"for {name}, `kvpo export RUN --layout {other}`" for name, other in others.items())
+    part = " --difference" if "added_to" in record else ""
+    rest = "; ".join(f"for {to}, `kvpo export RUN --layout {other}{part}`" for to, other in others.items())
     return f"{program}:\n\n{use}\n\nkvpo:\n\n{own}\n\nOther programs read other layouts: {rest}."
 
 
@@ -113,7 +117,7 @@ def _numbers(record: Mapping[str, Any], run: Path) -> str:
     summary = read_json(run / "summary.json") if (run / "summary.json").is_file() else {}
     checked = summary.get("checked", {})
     same = record["checkpoint"] == f"update-{checked.get('update', -1):06d}"
-    if not same or record["weights"] != checked.get("weights"):
+    if not same or record["weights"] != checked.get("weights") or record.get("lost"):
         return "These weights were not tested on held-out prompts (`kvpo evaluate` does)."
     lines = ["| prompts | n | base | aligned | gain, paired | standard error |", "|---|---|---|---|---|---|"]
     for name, own in summary["held_out"].items():
