@@ -11,10 +11,11 @@ from torch import Tensor
 
 from kvpo.app.build import build_setup
 from kvpo.config import Config
+from kvpo.training.background_saving import BackgroundSaving
 from kvpo.training.checkpoint import TENSORS, latest_checkpoint, save_checkpoint
 from kvpo.training.held_out import evaluate_base
 from kvpo.training.ranks import Ranks
-from kvpo.training.run import restore, save_parts
+from kvpo.training.run import restore
 from kvpo.training.sharding import local, sharded
 from kvpo.training.trainer import Trainer, architecture
 from tests.ranks import on_ranks
@@ -54,7 +55,9 @@ def continued(ranks: Ranks, build: Any, config: Config, directory: Path, updates
     trainer.demand_equal_ranks()
     found = evaluate_base(trainer.setup, trainer, trainer.setup.validation)
     if trainer.sharded:
-        save_parts(trainer, directory, {})
+        saving = BackgroundSaving(trainer)
+        saving.begin(directory, {}, lambda: None)
+        assert saving.settle(wait=True) == trainer.update and saving.settle(wait=True) is None
     else:
         tensors, state = trainer.tensors_and_state()
         kind = architecture(trainer.setup.backbone.weights)

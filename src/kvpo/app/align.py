@@ -143,6 +143,7 @@ def train(
         run = Run(setup, trainer, directory.checkpoints, metrics, show, budget_cpu_s=budget_cpu_s)
         if state is None:
             run.save()
+            run.settle(wait=True)  # until it is there, no run has begun
         show("base on validation prompts", 0, 1)
         run.base = evaluate_base(setup, trainer, setup.validation)
         show("base on validation prompts", 1, 1)

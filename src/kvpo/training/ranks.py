@@ -137,9 +137,12 @@ class Ranks:
         return value
 
     def _tell(self, error: Exception, doing: str) -> None:
-        """Let the other ranks know of a failure, unless they do already."""
-        if vars(error).get("told") != id(self):
-            vars(error)["told"] = id(self)
+        """Let the other ranks know of a failure, unless they do already, if by what it was raised from."""
+        known, one = False, error
+        while one is not None:
+            known, one = known or vars(one).get("told") == id(self), one.__cause__
+        vars(error)["told"] = id(self)
+        if not known:
             self._exchange(_line(error), None, doing)
 
     def demand_equal(self, found: Callable[[], Mapping[str, object]], doing: str) -> None:

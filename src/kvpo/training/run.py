@@ -13,6 +13,7 @@ from torch import Tensor
 from kvpo.rewards.cache import Counts
 from kvpo.training import radar
 from kvpo.training.backbone import Weights
+from kvpo.training.background_saving import BackgroundSaving
 from kvpo.training.checkpoint import (
     CheckpointError,
     checked_file,
@@ -31,9 +32,9 @@ from kvpo.training.held_out import evaluate_prompts
 from kvpo.training.interrupt import StopAtOnce
 from kvpo.training.metrics_log import MetricsLog
 from kvpo.training.policy import Policy, Sides, policy_of
-from kvpo.training.ranks import RanksDiffer, added_up
+from kvpo.training.ranks import LostRank, RanksDiffer, added_up
 from kvpo.training.setup import Setup
-from kvpo.training.sharding import local, read_parts, write_parts
+from kvpo.training.sharding import READING, SAVING, local, read_parts
 from kvpo.training.state import expected_moments
 from kvpo.training.trainer import Trainer, architecture
 
@@ -73,6 +74,11 @@ class Run:
     """CPU-seconds of this process that its updates may take; None: the run makes all of them."""
     cpu_s: float = 0.0
     """CPU-seconds that the updates so far took, without validations and whatever else is no update."""
+    saving_parts: BackgroundSaving | None = field(init=False)
+    """Saves weights that are spread."""
+
+    def __post_init__(self) -> None:
+        self.saving_parts = BackgroundSaving(self.trainer) if self.trainer.sharded else None
 
     @property
     def updates(self) -> int:
@@ -89,6 +95,8 @@ class Run:
         try:
             return self._train(interrupted)
         except BaseException as error:
+            if self.saving_parts and not isinstance(error, StopAtOnce | LostRank):
+                self.saved = self.saving_parts.settle_alone() or self.saved
             # Alone: what was raised may have come between two ranks.
             lost = isinstance(error, StopAtOnce | RanksDiffer)
             lost |= self.trainer.sharded  # rank 0 has only its part
@@ -112,11 +120,13 @@ class Run:
                 self._save_if_new()
                 return False
             self._update()
+            self.settle(wait=False)
             if trainer.at_boundary():
                 if self._due(config.evaluation.every):
                     self._validate_and_save()
                 elif self._due(config.checkpoint.every):
                     self.save()
+        self.settle(wait=True)
         if self.stopped:
             best = 0 if self.best is None else self.best[0]
             logger.warning(
@@ -188,26 +198,30 @@ class Run:
         since_boundary = self.setup.config.optim.rollouts_per_refresh
         return update == self.updates or self.spent or bool(every) and update % every < since_boundary
 
-    def save(self, gain: float | None = None) -> Path:
+    def save(self, gain: float | None = None) -> None:
         """Write a checkpoint, mark the best one, and drop the ones that are no longer kept.
 
-        ``gain`` is the checkpoint's own validation; None leaves the best one as it was.
+        ``gain`` is the checkpoint's own validation; None leaves the best one as it was. Of weights that are
+        spread this only begins it, see ``settle``.
         """
-        update = self.trainer.update
-        if gain is not None and (self.best is None or gain > self.best[1]):
-            self.best = (update, gain)
-        with self.setup.ranks.clock("save"):
-            path = self._save_on_ranks(update)
-        self.saved = update
-        return path
+        update, ranks = self.trainer.update, self.setup.ranks
+        with ranks.clock("save"):
+            self.settle(wait=True)
+            if gain is not None and (self.best is None or gain > self.best[1]):
+                self.best = (update, gain)
+            if self.saving_parts:
+                self.saving_parts.begin(self.checkpoints, self._state(), partial(self._tidy, update))
+            else:
+                ranks.once(SAVING, partial(self._save, update))
+                self.saved = update
 
-    def _save_on_ranks(self, update: int) -> Path:
-        doing = "saving a checkpoint"
-        if self.trainer.sharded:
-            path = save_parts(self.trainer, self.checkpoints, self._state())
-            self.setup.ranks.once(doing, partial(self._tidy, update))
-            return path
-        return self.setup.ranks.once(doing, partial(self._save, update))
+    def settle(self, *, wait: bool) -> None:
+        """Take note of the checkpoint under way once it is written; ``wait`` until it is.
+
+        Where a rank has failed to write it, all ranks raise ValueError or OSError.
+        """
+        if self.saving_parts and (update := self.saving_parts.settle(wait=wait)) is not None:
+            self.saved = update
 
     def _state(self) -> dict[str, Any]:
         """The run's own part of a checkpoint's state."""
@@ -215,12 +229,12 @@ class Run:
         # Only with a budget: elsewhere equal runs have equal checkpoints.
         return own if self.budget_cpu_s is None else own | {"cpu_s": self.cpu_s}
 
-    def _save(self, update: int) -> Path:
+    def _save(self, update: int) -> None:
         tensors, state = self.trainer.tensors_and_state()
         kind = architecture(self.setup.backbone.weights)
-        path = save_checkpoint(self.checkpoints, update, tensors, state | self._state(), architecture=kind)
+        save_checkpoint(self.checkpoints, update, tensors, state | self._state(), architecture=kind)
         self._tidy(update)
-        return path
+        self.saved = update
 
     def _tidy(self, update: int) -> None:
         """Mark the best checkpoint and drop old ones, once a new one is written."""
@@ -228,12 +242,13 @@ class Run:
         self.setup.ranks.clock.bytes["save"] += sum(file.stat().st_size for file in written.iterdir())
         self._mark_best()
         prune(self.checkpoints, up_to=update)
-        self.saved = update
 
     def _save_if_new(self) -> None:
+        self.settle(wait=True)
         if self.trainer.update > self.saved:
             logger.warning("saving updates %d to %d", self.saved + 1, self.trainer.update)
             self.save()
+            self.settle(wait=True)
 
     def _validate_and_save(self) -> None:
         """Validation, if there are prompts, comes before the checkpoint: a kill in between repeats both.
@@ -310,15 +325,11 @@ def restore(trainer: Trainer, path: Path) -> dict[str, Any]:
 
     Raises CheckpointError, and RankError where the ranks have read different ones.
     """
-    ranks, kind, doing = (
-        trainer.setup.ranks,
-        architecture(trainer.setup.backbone.weights),
-        "reading the checkpoint",
-    )
-    with ranks.together(doing):
+    ranks, kind = trainer.setup.ranks, architecture(trainer.setup.backbone.weights)
+    with ranks.together(READING):
         expected, _ = trainer.tensors_and_state()
         if trainer.sharded:
-            file, state = ranks.once(doing, partial(checked_file, path, architecture=kind))
+            file, state = ranks.once(READING, partial(checked_file, path, architecture=kind))
             tensors = read_parts(file, trainer.spread_tensors(file), trainer.teams.team)
             require_finite_tensors(path, {name: local(value) for name, value in tensors.items()})
         else:
@@ -329,29 +340,6 @@ def restore(trainer: Trainer, path: Path) -> dict[str, Any]:
         trainer.restore(tensors, state)
     trainer.demand_equal_ranks()
     return state
-
-
-def save_parts(trainer: Trainer, directory: Path, state: Mapping[str, Any]) -> Path:
-    """The checkpoint of a trainer whose weights are spread, written by all ranks of the first team together.
-
-    ``state`` is added to the trainer's own.
-    """
-    ranks, teams, doing = trainer.setup.ranks, trainer.teams, "saving a checkpoint"
-    tensors, own = trainer.tensors_and_state()
-
-    def write(given: Mapping[str, Tensor], file: Path) -> None:
-        target: Path = ranks.gather(file, doing)[0]
-        if teams.index == 0:
-            write_parts(given, target, teams.team)
-
-    with ranks.together(doing):
-        if not ranks.main:
-            write(tensors, directory)  # where, rank 0 says
-            return directory / f"update-{trainer.update:06d}"
-        kind = architecture(trainer.setup.backbone.weights)
-        return save_checkpoint(
-            directory, trainer.update, tensors, {**own, **state}, architecture=kind, write=write
-        )
 
 
 def load_aligned(weights: Weights, policy: Policy, path: Path, kind: str = "average") -> dict[str, Tensor]:

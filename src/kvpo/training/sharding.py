@@ -9,7 +9,8 @@ saved is whole (`kvpo.training.checkpoint`).
 import json
 import shutil
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,11 +19,15 @@ from peft.tuners.lora import LoraLayer
 from safetensors import safe_open
 from torch import Tensor, nn
 from torch.distributed import DeviceMesh
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
 from kvpo.models.causal_wan import CausalWan
 from kvpo.training.ranks import Ranks
+
+SAVING, READING = "saving a checkpoint", "reading the checkpoint"
+"""What ranks are doing, for messages."""
 
 
 def shard(model: CausalWan, team: Ranks, device: torch.device | str) -> None:
@@ -76,11 +81,13 @@ def spread_like(tensor: Tensor, part: Tensor) -> Tensor:
 def write_parts(tensors: Mapping[str, Tensor], file: Path, team: Ranks) -> None:
     """Write the whole of spread tensors to a safetensors file, each rank its parts.
 
-    The ranks of the team call this together; rank 0 joins what they have written.
+    The ranks of the team call this together; rank 0 joins what they have written. Raises OSError on a rank
+    that cannot write, and RankError on the others.
     """
     parts = file.parent / "parts"
     writer = dcp.HuggingFaceStorageWriter(str(parts), save_distributed=True, enable_consolidation=True)
-    dcp.save(dict(tensors), storage_writer=writer, process_group=team.patient)
+    save = partial(dcp.save, dict(tensors), storage_writer=writer, process_group=team.patient)
+    _together(team, SAVING, save)
     if team.main:
         (joined,) = parts.glob("*.safetensors")
         _write_counts(joined, tensors)
@@ -109,5 +116,19 @@ def read_parts(file: Path, spread: Mapping[str, Tensor], team: Ranks) -> dict[st
         found = {name: header.get_tensor(name) for name in names if name not in spread}
     parts = {name: torch.zeros_like(value.detach()) for name, value in spread.items() if name in names}
     reader = dcp.HuggingFaceStorageReader(str(file.parent))
-    dcp.load(parts, storage_reader=reader, process_group=team.patient)
+    _together(team, READING, partial(dcp.load, parts, storage_reader=reader, process_group=team.patient))
     return found | parts
+
+
+def _together(team: Ranks, doing: str, action: Callable[[], object]) -> None:
+    """Carry out an action of torch's on all ranks of a team.
+
+    Where it fails on some, torch raises on all what no ``except Exception`` catches. Here a rank that failed
+    raises its own error, and the others raise RankError.
+    """
+    with team.together(doing):
+        try:
+            action()
+        except CheckpointException as error:
+            if team.rank in error.failures:
+                raise error.failures[team.rank][0] from error

@@ -1,0 +1,156 @@
+"""Checkpoints of spread weights are written while the training goes on, and are whole or not there."""
+
+import errno
+import os
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint import HuggingFaceStorageWriter
+
+from kvpo.files import StorageError
+from kvpo.training import background_saving
+from kvpo.training.checkpoint import checkpoints, load_checkpoint
+from kvpo.training.ranks import LostRank, RankError, Ranks
+from kvpo.training.run import Run, restore, resume_point
+from kvpo.training.trainer import Trainer
+from tests.ranks import on_ranks
+from tests.tiny_world import tiny_config, toy_setup
+
+UPDATES = 3
+Disturbance = Callable[[Run], None]
+
+
+def undisturbed(run: Run) -> None:
+    """Everything is well."""
+
+
+def trained(ranks: Ranks, base: Path, directory: Path, disturbance: Disturbance) -> int:
+    """The run of spread weights in a directory, begun or resumed; its last checkpoint's update."""
+    config = tiny_config(
+        base, optim__prompts_per_update=1, distributed__branch_ranks=2, distributed__shard=True,
+        optim__updates=UPDATES,
+    )  # fmt: skip
+    trainer = Trainer(replace(toy_setup(config), ranks=ranks, validation={}))
+    run = Run(trainer.setup, trainer, directory, None, lambda *given: None)
+    point = ranks.once("looking", lambda: resume_point(directory))
+    if point is not None:
+        run.resume(restore(trainer, point))
+    disturbance(run)
+    assert run.train(lambda: False) and run.saved == UPDATES
+    return run.saved
+
+
+def ended(directory: Path) -> dict[str, Tensor]:
+    *_, latest = checkpoints(directory)
+    assert latest.name == f"update-{UPDATES:06d}"
+    assert not list(directory.glob(".*"))
+    return load_checkpoint(latest)[0]
+
+
+@pytest.fixture(scope="module")
+def expected(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
+    directory = tmp_path_factory.mktemp("expected")
+    assert on_ranks(2, directory / "ranks", trained, tiny_base, directory / "run", undisturbed) == [3, 3]
+    return ended(directory / "run")
+
+
+def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert torch.equal(found[name], value), name
+
+
+def slowly(run: Run) -> None:
+    """The first update's parts are written only when the second update has been made."""
+    write_parts, directory = background_saving.write_parts, run.checkpoints
+
+    def slow(tensors: Any, file: Path, team: Ranks) -> None:
+        begun = any(name.startswith("optimizer.") for name in tensors)
+        deadline = time.monotonic() + 60
+        while begun and run.trainer.update == 1:
+            assert time.monotonic() < deadline, "the training waits for the disk"
+            assert run.saved == 0 and not (directory / "update-000001").exists()
+            time.sleep(0.01)
+        write_parts(tensors, file, team)
+
+    background_saving.write_parts = slow
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(
+    expected: dict[str, Tensor], tiny_base: Path, tmp_path: Path
+) -> None:
+    found = on_ranks(2, tmp_path / "ranks", trained, tiny_base, tmp_path / "run", slowly)
+    assert found == [UPDATES, UPDATES]
+    assert_same(ended(tmp_path / "run"), expected)
+
+
+def at_the_second(run: Run, rank: int, action: Callable[[], None]) -> None:
+    """``action`` in the thread in which a rank writes its part of the second update's state."""
+    write_data = HuggingFaceStorageWriter.write_data
+
+    def disturbed(writer: Any, plan: Any, planner: Any) -> Any:
+        if run.setup.ranks.rank == rank and run.saved == 1:
+            action()
+        return write_data(writer, plan, planner)
+
+    HuggingFaceStorageWriter.write_data = disturbed  # type: ignore[method-assign]
+
+
+def full(run: Run) -> None:
+    def action() -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    at_the_second(run, 1, action)
+
+
+def test_a_full_disk_on_one_rank_stops_all_and_is_said(tiny_base: Path, tmp_path: Path) -> None:
+    directory = tmp_path / "run"
+    other, own = on_ranks(2, tmp_path / "ranks", trained, tiny_base, directory, full)
+    assert isinstance(own, StorageError) and "the disk is full" in str(own)
+    assert isinstance(other, RankError)
+    assert str(other).startswith("stopped with rank 1, which failed while saving a checkpoint: ")
+    assert "No space left on device" in str(other) and "\n" not in str(other)
+    assert [path.name for path in checkpoints(directory)] == ["update-000000", "update-000001"]
+    assert sorted(path.name for path in directory.iterdir()) == [
+        "best.json",
+        "update-000000",
+        "update-000001",
+    ]
+
+
+def killed(run: Run) -> None:
+    at_the_second(run, 1, lambda: os.kill(os.getpid(), signal.SIGKILL))
+
+
+def first_killed(run: Run) -> None:
+    """Rank 0 dies after it has joined the parts, before the checkpoint is marked whole."""
+    save = background_saving.write_parts
+
+    def write(tensors: Any, file: Path, team: Ranks) -> None:
+        save(tensors, file, team)
+        if run.setup.ranks.main and run.saved == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    background_saving.write_parts = write
+
+
+@pytest.mark.parametrize(("disturbance", "victim"), [(killed, 1), (first_killed, 0)])
+def test_a_kill_while_parts_are_written_leaves_the_checkpoint_before(
+    disturbance: Disturbance, victim: int, expected: dict[str, Tensor], tiny_base: Path, tmp_path: Path
+) -> None:
+    directory = tmp_path / "run"
+    found = on_ranks(2, tmp_path / "ranks", trained, tiny_base, directory, disturbance)
+    assert found[victim] is None and isinstance(found[1 - victim], LostRank)
+    assert [path.name for path in checkpoints(directory)] == ["update-000000", "update-000001"]
+    for path in checkpoints(directory):
+        load_checkpoint(path)
+    assert on_ranks(2, tmp_path / "again", trained, tiny_base, directory, undisturbed) == [3, 3]
+    *_, latest = checkpoints(directory)
+    assert_same(load_checkpoint(latest)[0], expected)
