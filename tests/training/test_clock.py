@@ -1,6 +1,5 @@
 """Phases of updates as ranks count them, and trackers that get the same numbers."""
 
-import json
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -117,11 +116,16 @@ def test_a_tracker_that_is_not_installed_is_one_line(monkeypatch: Any) -> None:
         Tracker("wandb", "run", {})
 
 
-def test_weights_and_biases_offline(tmp_path: Path, monkeypatch: Any) -> None:
-    pytest.importorskip("wandb")
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
-    tracker = Tracker("wandb", "run", json.loads("{}"))
-    tracker.write(1, {"loss": 0.5})
+@pytest.mark.parametrize("name", TRACKERS)
+def test_the_packages_themselves_keep_the_numbers_offline(
+    name: str, tmp_path: Path, monkeypatch: Any
+) -> None:
+    for variable, value in {"WANDB_MODE": "offline", "WANDB_DIR": tmp_path, "TRACKIO_DIR": tmp_path}.items():
+        monkeypatch.setenv(variable, str(value))  # trackio reads its own when it is imported
+    pytest.importorskip(name)
+    tracker = Tracker(name, "run", {"optim.lr": 1.0, "objective.keep": (1, 1)})
+    for update in (1, 2):
+        tracker.write(update, {"loss": 0.5, "phases/idle": 0.25})
     tracker.close()
-    assert list(tmp_path.rglob("*.wandb"))
+    kept = [*tmp_path.rglob("*.wandb"), *tmp_path.rglob("*.db")]
+    assert any(b"phases/idle" in file.read_bytes() for file in kept)

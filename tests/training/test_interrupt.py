@@ -28,6 +28,27 @@ def test_the_first_signal_asks_the_second_saves_the_third_stops(
     assert signal.getsignal(number) is former
 
 
+def test_where_torchrun_would_kill_soon_a_step_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "0.1")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    with stop_on_signal() as interrupted:
+        signal.raise_signal(signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt) as given_up:
+            time.sleep(30)
+        assert not isinstance(given_up.value, StopAtOnce) and interrupted()
+    for asked in (True, False):  # a safe point, and the end of the block, are in time
+        with stop_on_signal() as interrupted:
+            signal.raise_signal(signal.SIGINT)
+            if asked:
+                assert interrupted()
+                time.sleep(0.1)
+        time.sleep(0.1)
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID")
+    with stop_on_signal():
+        signal.raise_signal(signal.SIGINT)
+        time.sleep(0.1)
+
+
 def test_outside_the_main_thread_nothing_is_installed() -> None:
     former, seen = signal.getsignal(signal.SIGINT), []
 

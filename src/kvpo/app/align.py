@@ -133,13 +133,14 @@ def train(
         ranks.once("writing the configuration", partial(_write_settings, directory, config))
         resumed_at = None if point is None else checkpoint_update(point)
         metrics = None
-        if ranks.main:
-            settings = flat(asdict(config))
-            trackers = [Tracker(package, directory.path.name, settings) for package in track]
-            log = MetricsLog(
-                directory.metrics, directory.tensorboard, resumed_at=resumed_at, trackers=trackers
-            )
-            metrics = stack.enter_context(log)
+        with ranks.together("opening the metrics"):
+            if ranks.main:
+                settings = flat(asdict(config))
+                trackers = [Tracker(package, directory.path.name, settings) for package in track]
+                log = MetricsLog(
+                    directory.metrics, directory.tensorboard, resumed_at=resumed_at, trackers=trackers
+                )
+                metrics = stack.enter_context(log)
         run = Run(setup, trainer, directory.checkpoints, metrics, show, budget_cpu_s=budget_cpu_s)
         if state is None:
             run.save()

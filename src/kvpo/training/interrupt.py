@@ -1,6 +1,7 @@
 """Ctrl-C and SIGTERM as a request to stop at the next safe point."""
 
 import logging
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -8,6 +9,13 @@ from contextlib import AbstractContextManager, contextmanager
 from types import FrameType
 
 logger = logging.getLogger(__name__)
+
+
+def patience() -> float:
+    """Half of the seconds after which torchrun kills what has not stopped at its signal; 0 without it."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return 0.0
+    return float(os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "30")) / 2
 
 
 class StopAtOnce(KeyboardInterrupt):
@@ -19,13 +27,15 @@ def stop_on_signal() -> Iterator[Callable[[], bool]]:
     """Yield ``interrupted()``, which turns true at the first SIGINT or SIGTERM.
 
     A second signal raises KeyboardInterrupt, for the block to save what it has; every further one StopAtOnce,
-    as that may take too long. The former handlers come back when the block ends.
+    as that may take too long. Where there is a limit to ``patience()``, ``interrupted()`` has to be asked
+    within it, or KeyboardInterrupt is raised then. The former handlers come back when the block ends.
     Outside the main thread, where Python allows no handlers, ``interrupted()`` stays false.
     """
     received: list[int] = []
 
     def handle(number: int, frame: FrameType | None) -> None:
         received.append(number)
+        signal.setitimer(signal.ITIMER_REAL, patience() if len(received) == 1 else 0.0)
         if len(received) == 1:
             logger.warning("stopping at the next safe point; press Ctrl-C again to stop at once")
         elif len(received) == 2:
@@ -33,8 +43,16 @@ def stop_on_signal() -> Iterator[Callable[[], bool]]:
         else:
             raise StopAtOnce
 
-    with _handled(handle, signal.SIGINT, signal.SIGTERM):
-        yield lambda: bool(received)
+    def interrupted() -> bool:
+        if received:
+            signal.setitimer(signal.ITIMER_REAL, 0.0)
+        return bool(received)
+
+    with _handled(handle, signal.SIGINT, signal.SIGTERM, signal.SIGALRM):
+        try:
+            yield interrupted
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0.0)
 
 
 def sigterm_as_interrupt() -> AbstractContextManager[None]:
