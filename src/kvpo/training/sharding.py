@@ -27,7 +27,7 @@ from kvpo.models.causal_wan import CausalWan
 from kvpo.training.ranks import Ranks
 
 SAVING, READING = "saving a checkpoint", "reading the checkpoint"
-"""What ranks are doing, for messages."""
+"""Work that ranks do together, as messages name it."""
 
 
 def shard(model: CausalWan, team: Ranks, device: torch.device | str) -> None:
