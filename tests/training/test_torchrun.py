@@ -15,9 +15,10 @@ import torch
 
 from kvpo.app.build import build_setup
 from kvpo.prompts import ClipPrompt
-from kvpo.training.checkpoint import latest_checkpoint
 from kvpo.training.ranks import Ranks
+from kvpo.training.run import checkpoint_update, resume_point
 from tests import processes
+from tests.metrics import read_metrics
 from tests.ranks import on_ranks as children
 from tests.tiny_world import tiny_config, toy
 from tests.training.test_resume import arguments, outcome, signal_at, uninterrupted
@@ -58,7 +59,7 @@ def on_ranks(
 def test_a_run_killed_and_stopped_on_several_ranks_is_that_of_one_process(
     arguments: list[str | Path], uninterrupted: Path, tmp_path: Path
 ) -> None:
-    """Rank 1 is killed in the fourth update, later gets SIGTERM, and then three ranks finish."""
+    """Rank 1 is killed in the fourth update, later gets SIGTERM, then all get Ctrl-C, and three finish."""
     directory = tmp_path / "run"
     command = [*arguments, "--out", directory, "--resume"]
     killed = {1: partial(signal_at, GRADIENTS, 4, signal.SIGKILL)}
@@ -71,6 +72,12 @@ def test_a_run_killed_and_stopped_on_several_ranks_is_that_of_one_process(
     (code, printed), (other_code, other) = on_ranks(2, command, tmp_path, stopped)
     assert (code, other_code) == (130, 130)
     assert "saved up to update" in printed and "kvpo: interrupted" in other
+
+    all_at_once = dict.fromkeys(range(2), partial(signal_at, GRADIENTS, 1, signal.SIGINT))
+    every = on_ranks(2, command, tmp_path, all_at_once)
+    assert [code for code, _ in every] == [130, 130]
+    assert not any("Traceback" in printed for _, printed in every)
+    assert_last_update_is_saved(directory)
 
     assert [code for code, _ in on_ranks(3, command, tmp_path)] == [0, 0, 0]
     assert outcome(directory) == outcome(uninterrupted)
@@ -119,25 +126,38 @@ def test_two_ranks_evaluate_and_generate_what_one_does(uninterrupted: Path, tmp_
     assert len(videos) > 6 and videos == others
 
 
+def assert_last_update_is_saved(directory: Path) -> None:
+    """The newest checkpoint can be read whole and is that of the last update in the metrics."""
+    point, records = resume_point(directory / "checkpoints"), read_metrics(directory / "metrics.jsonl")
+    assert point is not None and checkpoint_update(point) == records[-1]["update"]
+
+
 def torchrun(command: Sequence[str | Path], log: Path) -> subprocess.Popen[bytes]:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     with log.open("wb") as file:
-        return subprocess.Popen([*launcher, "-m", "kvpo", *map(str, command)], stdout=file, stderr=file)
+        return subprocess.Popen(
+            [*launcher, "-m", "kvpo", *map(str, command)], stdout=file, stderr=file, start_new_session=True
+        )
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("send", [os.kill, os.killpg])
 def test_ctrl_c_on_torchrun_saves_and_the_same_command_goes_on(
-    arguments: list[str | Path], uninterrupted: Path, tmp_path: Path
+    send: Callable[[int, int], None], arguments: list[str | Path], uninterrupted: Path, tmp_path: Path
 ) -> None:
-    """The signal reaches torchrun, which passes it on to its ranks."""
+    """The signal reaches torchrun, or its process group as from a terminal, and torchrun passes it on."""
     directory, log = tmp_path / "run", tmp_path / "log"
     command = [*arguments, "--out", directory, "--resume"]
     process = torchrun(command, log)
     processes.wait_for(lambda: processes.lines_in(directory / "metrics.jsonl") >= 2, Alive(process))
-    process.send_signal(signal.SIGINT)
-    assert process.wait(processes.TIME_LIMIT) != 0
-    assert "saved up to update" in log.read_text()
-    assert latest_checkpoint(directory / "checkpoints") is not None
+    send(process.pid, signal.SIGINT)
+    assert process.wait(timeout=60) != 0
+    assert_last_update_is_saved(directory)
+    printed = log.read_text()
+    assert "saved up to update" in printed and printed.count("kvpo: interrupted") == 2
+    ours, _, torchruns = printed.partition("Traceback")  # torchrun says like this that it got a signal
+    assert torchruns.strip().splitlines()[-1].startswith("torch.distributed.elastic") and ours
+    assert "Traceback" not in torchruns and "/kvpo/" not in torchruns
     assert torchrun(command, log).wait(processes.TIME_LIMIT) == 0, log.read_text()
     assert outcome(directory) == outcome(uninterrupted)
 
