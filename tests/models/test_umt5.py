@@ -1,6 +1,8 @@
 """Text encoder: cleaning, padding, Wan's own file layout, and the prompt cache, on a tiny random UMT5."""
 
 import re
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
 
 import pytest
 import torch
@@ -263,3 +265,27 @@ def test_the_cache_says_what_is_cut_also_of_prompts_it_knows(wan_directory, tmp_
     assert cache.fill(texts, lambda: encoder) == {long: 9, longer: 41}  # with the end token
     assert cache.fill(texts, never) == {long: 9, longer: 41}
     assert cache.fill([fits], never) == {}
+
+
+def test_processes_share_the_texts_that_are_missing(wan_directory, tmp_path):
+    """Two at a time, each at a text of its own; one that has stopped leaves its text to the other."""
+    cache, encoder = PromptCache(tmp_path / "cache", "encoder a", TEXT_LEN), load(wan_directory)
+    texts, encoded, both = ["a red ball", "the dog", "a dog", "ball " * 20], [], Barrier(2)
+
+    class Watched:
+        def length(self, text):
+            return encoder.length(text)
+
+        def encode(self, text):
+            encoded.append(text)
+            if len(encoded) <= 2:
+                both.wait(timeout=30)
+            return encoder.encode(text)
+
+    with ThreadPoolExecutor() as threads:
+        found = list(threads.map(lambda turn: cache.fill(texts, Watched), range(2)))
+    assert found == [{texts[3]: 21}] * 2 and sorted(encoded) == sorted(texts)
+    cache.path("the dog").unlink()
+    cache.path("the dog").with_suffix(".lock").touch()  # of a process that was killed
+    assert cache.fill(texts, Watched) == {texts[3]: 21} and encoded[-1] == "the dog"
+    assert sorted(cache.directory.iterdir()) == sorted(cache.path(text) for text in texts)

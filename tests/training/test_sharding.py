@@ -40,18 +40,24 @@ def wan_trainer(ranks: Ranks, config: Config) -> Trainer:
 
 
 def continued(ranks: Ranks, build: Any, config: Config, directory: Path, updates: int) -> list[float]:
-    """Some more updates of the run in a directory, which are saved there; held-out scores of the base."""
+    """Some more updates of the run in a directory, which are saved there.
+
+    Held-out scores of the base, and the share of tensors that the last update's gradients reached.
+    """
     trainer = build(ranks, config)
-    values = trainer.policy.parameters.values()
-    assert sharded(values) == trainer.sharded == (ranks.count > 1)
-    if trainer.sharded:
-        held = sum(local(value).numel() for value in values)
-        assert held < 0.75 * sum(value.numel() for value in values)  # two rows do not part in three
+    assert sharded(trainer.policy.parameters.values()) == trainer.sharded == (ranks.count > 1)
     point = ranks.once("looking", lambda: latest_checkpoint(directory))
     if point is not None:
         restore(trainer, point)
-    for _ in range(updates):
-        trainer.step()
+    coverage = [trainer.step()["gradient_coverage"] for _ in range(updates)]
+    if trainer.sharded:
+        tensors, _ = trainer.tensors_and_state()
+        kinds = {name.partition(".")[0] for name in tensors}
+        assert kinds >= {"parameters", "average", "optimizer"}
+        for kind in kinds:
+            own = [value for name, value in tensors.items() if name.startswith(kind) and value.dim()]
+            held = sum(local(value).numel() for value in own)
+            assert held < 0.75 * sum(value.numel() for value in own), kind  # two rows do not part in three
     trainer.demand_equal_ranks()
     found = evaluate_base(trainer.setup, trainer, trainer.setup.validation)
     if trainer.sharded:
@@ -62,7 +68,7 @@ def continued(ranks: Ranks, build: Any, config: Config, directory: Path, updates
         tensors, state = trainer.tensors_and_state()
         kind = architecture(trainer.setup.backbone.weights)
         save_checkpoint(directory, trainer.update, tensors, state, architecture=kind)
-    return [float(one.components_KN.sum()) for one in found.values()]
+    return [*(float(one.components_KN.sum()) for one in found.values()), coverage[-1]]
 
 
 def saved(directory: Path) -> dict[str, Tensor]:
@@ -74,7 +80,7 @@ def saved(directory: Path) -> dict[str, Tensor]:
 def run_of(
     counts: list[int], updates: list[int], build: Any, config: Config, directory: Path
 ) -> tuple[dict[str, Tensor], list[float]]:
-    """A run on some ranks after another, and held-out scores of its base."""
+    """A run on some ranks after another, and its numbers, see ``continued``."""
     (directory / "checkpoints").mkdir(parents=True)
     for turn, (count, more) in enumerate(zip(counts, updates, strict=True)):
         every = on_ranks(
@@ -100,16 +106,16 @@ def assert_near(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], sha
 def test_a_run_of_spread_weights_is_that_of_whole_ones(rank: int, tiny_base: Path, tmp_path: Path) -> None:
     """An adapter, and all parameters; two ranks, then one, then three, among which nothing divides evenly."""
     config = tiny_config(tiny_base, **SETTINGS, optim__lora_rank=rank)
-    expected, scores = run_of([1], [3], toy_trainer, config, tmp_path / "whole")
+    expected, numbers = run_of([1], [3], toy_trainer, config, tmp_path / "whole")
     found, again = run_of([2, 1, 3], [1, 1, 1], toy_trainer, config, tmp_path / "spread")
     assert_near(found, expected)
-    assert again == pytest.approx(scores, rel=1e-9)
+    assert again == pytest.approx(numbers, rel=1e-9) and again[-1] == 1
 
 
 def test_a_public_generator_in_bfloat16_with_an_adapter_in_float32(tmp_path: Path) -> None:
     changes = {"optim__autocast": "bfloat16", "optim__checkpointing": True, "optim__updates": 3}
     config = tiny_wan("memflow-1.3b", tmp_path, **SETTINGS, **changes, optim__lr=1e-3)
-    expected, scores = run_of([1], [3], wan_trainer, config, tmp_path / "whole")
+    expected, numbers = run_of([1], [3], wan_trainer, config, tmp_path / "whole")
     found, again = run_of([2], [3], wan_trainer, config, tmp_path / "spread")
     assert_near(found, expected, 1e-4)
-    assert again == pytest.approx(scores, rel=1e-3)
+    assert again == pytest.approx(numbers, rel=1e-3) and again[-1] == 1

@@ -10,11 +10,13 @@ import json
 import logging
 import re
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
@@ -284,23 +286,36 @@ class PromptCache:
         """Compute and store the embeddings that are absent; the encoder is loaded only if there are any, and
         is let go afterwards.
 
-        Texts are encoded one by one, so that an embedding does not depend on the company it was computed in.
+        Texts are encoded one by one, so that an embedding does not depend on the company it was computed in,
+        nor on how many processes, ranks of a run for example, share what is missing.
         Returns the number of tokens of every text that is cut to ``text_len``.
         """
-        lengths: dict[str, int] = {}
-        missing = []
-        for text in dict.fromkeys(texts):
-            if (stored := self._stored(text)) is None:
-                missing.append(text)
-            else:
-                lengths[text] = stored[1]
+        lengths = {text: stored[1] for text in dict.fromkeys(texts) if (stored := self._stored(text))}
+        missing = [text for text in dict.fromkeys(texts) if text not in lengths]
         if missing:
             logger.info("encoding %d prompts; they are kept in %s", len(missing), self.directory)
+            self.directory.mkdir(parents=True, exist_ok=True)
             encoder = load()
-            for text in missing:
-                lengths[text] = encoder.length(text)
-                self.write(text, encoder.encode(text), lengths[text])
+            for patience in (0, -1):  # texts that no other process is at; then for as long as theirs take
+                for text in (text for text in missing if text not in lengths):
+                    with suppress(Timeout):
+                        lengths[text] = self._shared(text, encoder, patience)
         return {text: length for text, length in lengths.items() if length > self.text_len}
+
+    def _shared(self, text: str, encoder: UMT5Encoder, patience: float) -> int:
+        """The number of tokens of a text, which this process encodes unless another one has done so.
+
+        Raises Timeout where another one is at it for longer than ``patience`` seconds; -1 waits for it.
+        """
+        claim = self.path(text).with_suffix(".lock")
+        with FileLock(claim, timeout=patience):
+            if (stored := self._stored(text)) is not None:
+                tokens = stored[1]
+            else:
+                tokens = encoder.length(text)
+                self.write(text, encoder.encode(text), tokens)
+            claim.unlink(missing_ok=True)  # who claims it anew finds it stored
+            return tokens
 
     def embed(self, texts: Sequence[str], load: Callable[[], UMT5Encoder]) -> dict[str, Tensor]:
         """Embedding ``[text_len, D]`` (CPU) per text, computed and stored first where it is absent."""
