@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from kvpo.app.presets import demo
 from kvpo.app.sources.common import streaming_generator
 from kvpo.config import Config
-from kvpo.engine.explorers import Member, routes, site_of
+from kvpo.engine.explorers import Member, Site, routes
 from kvpo.engine.forks import Fork
 from kvpo.engine.generator import StreamingGenerator
 from kvpo.engine.noise import SeededTape, keyed_generator
@@ -96,7 +96,7 @@ def bench(config: Config, groups: int) -> Bench:
 
 def members_of(subject: Bench) -> list[Member]:
     """Every group's branches, routed within their own history, and its anchor."""
-    site = site_of(subject.generator, planned_rollout(subject), subject.tape, ("benchmark",))
+    site = Site(subject.generator, planned_rollout(subject), subject.tape, ("benchmark",))
     groups = range(len(subject.prompts))
     return [member for index in groups for member in (*routes(site, index), Member(index))]
 

@@ -146,7 +146,8 @@ class Phases:
         group = rollout.groups[0]
         self.take(PHASES[2], lambda: decode_members(group, setup.backbone.codec, lead=0))
         codec, scorer = setup.backbone.codec, setup.judges.scorer
-        scores = score_group(group, codec, scorer, block=block, shares=setup.clip_shares())
+        shown = setup.config.rewards.transition_blocks
+        scores = score_group(group, codec, scorer, block=block, transition_blocks=shown)
         scale = collection_scale([scores], setup.blend())
         credits = collection.credits_of(setup, update, {group.index: scores}, scale)
         lessons = collection.lessons_of(setup, trainer.learner, update, rollout, credits)

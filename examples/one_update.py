@@ -13,7 +13,7 @@ import torch
 
 import kvpo
 from kvpo.app.build import build_setup
-from kvpo.engine.explorers import Member, routes, site_of
+from kvpo.engine.explorers import Member, Site, routes
 from kvpo.engine.forks import draw_forks
 from kvpo.engine.noise import keyed_generator
 from kvpo.engine.pages import PlannedRollout, cache_pages
@@ -56,22 +56,22 @@ def one_update(setup: Setup) -> dict[str, torch.Tensor]:
 
     # Fork and route. Branches share all noise; each sees other old frames in its local slots. No tensor is
     # copied: a fork is a list of page numbers, a route a few of them. The last member is the unrouted anchor.
-    members = [*routes(site_of(generator, planned, tape, key), 0), Member(0)]
+    members = [*routes(Site(generator, planned, tape, key), 0), Member(0)]
     rollout = Rollout(generator, planned, texts, tape, cache, [root])
     group = rollout.group_of(members, rollout.run(members))
 
     # Score. Rewards of the clips that can differ become advantages of the best and the worst branches.
     codec, scorer = setup.backbone.codec, setup.judges.scorer
-    scores = score_group(group, codec, scorer, block=generator.block, shares=setup.clip_shares())
+    shown = config.rewards.transition_blocks
+    scores = score_group(group, codec, scorer, block=generator.block, transition_blocks=shown)
     draws = keyed_generator("advantages", *key, 0)
     credit = assign_credit(scores, setup.blend(), draws)
     assert credit is not None, "these branches differ by noise alone"
 
     # Evidence. KVPO asks: at the states that a branch visited, how far is your velocity from the branch's?
     # One more row, at the anchor's states, asks how far it is from the starting policy's: the velocity KL.
-    steps = config.objective.grad_steps
     method, settings, trajectories = METHODS["kvpo"], config.method_settings, group.trajectories
-    evidence = method.evidence(trajectories, credit, steps, settings, keyed_generator("evidence", *key, 0))
+    evidence = method.evidence(trajectories, credit, settings, keyed_generator("evidence", *key, 0))
     rows_of_method = len(evidence.query_N)
     evidence = joined_evidence(evidence, anchor_drift(trajectories, credit, evidence, settings))
 

@@ -177,7 +177,6 @@ DEFINED_IN_SEVERAL = {
     "METRICS": "the metrics of a method",
     "evidence": "a method's function of this name",
     "loss": "a method's function of this name",
-    "gibbs_of": "a method's Gibbs policy",
     "SOURCE": "what SOURCES leads to",
     "longest_prompt": "a source's function of this name",
     "text_limits": "a source's function of this name",

@@ -308,4 +308,5 @@ class Config:
     @property
     def method_settings(self) -> MethodSettings[Any]:
         """All that the chosen method reads."""
-        return MethodSettings(self.own_settings, self.objective.clip, self.objective.temperature)
+        objective = self.objective
+        return MethodSettings(self.own_settings, objective.clip, objective.temperature, objective.grad_steps)

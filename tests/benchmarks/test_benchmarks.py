@@ -14,7 +14,7 @@ from benchmarks.shapes import with_shape
 from kvpo.app.presets import demo
 from kvpo.engine.generator import TextRows
 from kvpo.models.adapters import add_adapter
-from kvpo.models.cache import FrameCache
+from kvpo.models.cache import FrameCache, PageShape
 from kvpo.models.causal_wan import CausalWan, WanShape
 from kvpo.models.context import PageContext
 from kvpo.plan import flops
@@ -40,7 +40,7 @@ def test_operations_are_those_that_torch_counts(adapted):
     model = CausalWan(SHAPE).requires_grad_(False)
     if adapted:
         add_adapter(model, 2, 2, TARGETS, generator=torch.Generator().manual_seed(0))
-    cache = FrameCache(num_layers=3, tokens=6, num_heads=2, head_dim=12, num_pages=context)
+    cache = FrameCache(PageShape(3, 6, 2, 12), context)
     pages = torch.arange(context).expand(rows, -1)
     seen = PageContext(cache, pages, torch.full((rows,), context))
     text = TextRows(torch.randn(1, SHAPE.text_len, SHAPE.text_dim), torch.zeros(rows, dtype=torch.int64))

@@ -8,13 +8,13 @@ import torch
 from kvpo.engine.explorers import (
     EXPLORERS,
     Member,
+    Site,
     chosen_routes,
     fresh_noise,
     neighbour_noise,
     renoise,
     routes,
     sde,
-    site_of,
 )
 from kvpo.engine.forks import Fork
 from kvpo.engine.pages import PlannedRollout
@@ -51,7 +51,7 @@ every_case = pytest.mark.parametrize(("name", "renoising"), CASES.values(), ids=
 
 
 def a_site(one, key=("k",), forks=FORKS, steps=3):
-    return site_of(one, PlannedRollout(PROMPTS, forks), tape_of(), key, steps)
+    return Site(one, PlannedRollout(PROMPTS, forks), tape_of(), key, steps)
 
 
 def changed(**changes):
@@ -196,7 +196,7 @@ def test_branches_visit_what_their_noise_and_their_step_lead_to(name, renoising,
     """Also beyond the steps that are learned from, where stochastic ones have ended."""
     one = generator(renoise=renoising)
     fork, own = FORKS[0], PROMPTS[:1]
-    members = NAMED[name](site_of(one, PlannedRollout(own, [fork]), tape_of(), ("k",), steps), 0)
+    members = NAMED[name](Site(one, PlannedRollout(own, [fork]), tape_of(), ("k",), steps), 0)
     rollout = grown_roots(one, own, fork.frame, fork.exploration)
     found = visited(rollout, [*members, Member(0)])
     rollout.release()
@@ -246,7 +246,7 @@ def test_branches_of_other_steps_share_the_initial_noise():
 @pytest.mark.parametrize("strength", [0.3, 0.6, 1.0])
 def test_neighbours_are_correlated_with_the_shared_noise_as_their_strength_says(strength):
     forks = [Fork(12, replace(OURS, branches=24, blocks=8, noise=strength))]
-    members = neighbour_noise(site_of(generator(), PlannedRollout(PROMPTS[:1], forks), tape_of(), ("k",)), 0)
+    members = neighbour_noise(Site(generator(), PlannedRollout(PROMPTS[:1], forks), tape_of(), ("k",)), 0)
     places = [(0, block, kind) for block in range(4, 12) for kind in ("initial", "renoise 1", "renoise 2")]
     shared = torch.stack([tape_of()(*place) for place in places]).flatten()
     found = torch.stack([torch.stack([one.tape(*place) for place in places]).flatten() for one in members])
@@ -259,7 +259,7 @@ def test_neighbours_are_correlated_with_the_shared_noise_as_their_strength_says(
     correlation = torch.stack([found.flatten(), shared.repeat(24)]).corrcoef()[0, 1]
     assert abs(correlation - (1 - strength**2) ** 0.5) < 0.02
     if strength == 1:
-        fresh = fresh_noise(site_of(generator(), PlannedRollout(PROMPTS[:1], forks), tape_of(), ("k",)), 0)
+        fresh = fresh_noise(Site(generator(), PlannedRollout(PROMPTS[:1], forks), tape_of(), ("k",)), 0)
         assert all(
             torch.equal(a.tape(*places[0]), b.tape(*places[0])) for a, b in zip(members, fresh, strict=True)
         )
@@ -295,7 +295,7 @@ def test_the_key_alone_decides(name):
 def test_branches_of_noise_differ_between_groups(name):
     """Even of one video at one fork."""
     forks = [Fork(15, OURS)] * 2
-    site = site_of(generator(), PlannedRollout([PROMPTS[1]] * 2, forks), tape_of(), ("k",))
+    site = Site(generator(), PlannedRollout([PROMPTS[1]] * 2, forks), tape_of(), ("k",))
     a, b = (EXPLORERS[name](site, group) for group in range(2))
     for one, other in zip(a, b, strict=True):
         assert largest(one.tape(1, 5, "renoise 1") - other.tape(1, 5, "renoise 1")) > 0.1

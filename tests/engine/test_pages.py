@@ -242,7 +242,10 @@ def test_pages_of_a_rollout():
     assert pages == Pages(
         waiting=9, root=33, growing=2 * 3, branches=6 * 9, replay=4 * 12, groups=8, together=2
     )
-    assert (pages.exploring, pages.replaying) == (6 * 9 + 2 * 33 + 54, 8 * 9 + 48) and pages.most == 174
+    assert pages.exploring == 6 * 9 + 2 * 33 + 54
+    assert pages.groups * pages.waiting + pages.replay == 8 * 9 + 48
     few = rollout_pages(one, replace(REPORTED, rows=1), groups=8, fork=FORK, switches=True, keep_pool=True)
     assert few == Pages(waiting=33, root=33, growing=12, branches=18, replay=3 * 12, groups=8, together=8)
-    assert few.most == few.replaying == 8 * 33 + 36
+    asked = [Fork(FORK, replace(REPORTED, rows=1))] * 8
+    planned = PlannedRollout([prompt(n, 90, (FORK,)) for n in range(8)], asked, keep_pool=True)
+    assert cache_pages(one, [planned]) == 8 * 33 + 36

@@ -127,7 +127,7 @@ def test_a_members_own_step_is_taken_in_its_window_alone():
 
     def counted(*arguments):
         calls.append(arguments)
-        return one.step(*arguments)
+        return one.step.rule(*arguments)
 
     exploration = replace(EXPLORATION, blocks=2, tail_blocks=2)
     own, plain = Member(0, step=Step(counted, draws=False)), Member(0)

@@ -11,7 +11,6 @@ from torch import Tensor
 from kvpo.engine.generator import pixel_frame
 from kvpo.engine.rollout import Group
 from kvpo.engine.scoring import (
-    ClipShares,
     decode_members,
     score_group,
     segment_clips,
@@ -51,26 +50,25 @@ def test_a_segment_begins_with_the_first_block_at_or_after_its_switch() -> None:
 
 
 def test_a_transition_is_half_before_and_half_after_its_switch() -> None:
-    assert [clip and shown(clip) for clip in transition_clips(STORY, 9, 24, block=BLOCK, half=6)] == [
-        None,
+    assert [shown(clip) for clip in transition_clips(STORY, 9, 24, block=BLOCK, half=6)] == [
         (6, 18, "two", "one", 6),
         (12, 24, "three", "two", 6),
     ]
     # cut by the end of what was generated, and by the start of the segment before
-    _, second = transition_clips(STORY, 12, 20, block=BLOCK, half=9)
-    assert second is not None and shown(second) == (12, 20, "three", "two", 6)
-    assert transition_clips(STORY, 21, 30, block=BLOCK, half=3) == [None]
+    second = transition_clips(STORY, 12, 20, block=BLOCK, half=9)[-1]
+    assert shown(second) == (12, 20, "three", "two", 6)
+    assert transition_clips(STORY, 21, 30, block=BLOCK, half=3) == []
 
 
-def shares_of(asked: ClipShares) -> dict[tuple[int, int], float]:
-    found = shared_clips(STORY, 9, 24, block=BLOCK, shares=asked)
+def shares_of(transition_blocks: int) -> dict[tuple[int, int], float]:
+    found = shared_clips(STORY, 9, 24, block=BLOCK, transition_blocks=transition_blocks)
     assert sum(share for _, share in found) == pytest.approx(1)
     return {(clip.start, clip.stop): share for clip, share in found}
 
 
 def test_shares_go_with_frames() -> None:
-    assert shares_of(ClipShares()) == {(9, 12): 3 / 15, (9, 18): 6 / 15, (15, 24): 6 / 15}
-    assert shares_of(ClipShares(1)) == pytest.approx(
+    assert shares_of(0) == {(9, 12): 3 / 15, (9, 18): 6 / 15, (15, 24): 6 / 15}
+    assert shares_of(1) == pytest.approx(
         {(9, 12): 3 / 21, (9, 18): 6 / 21, (15, 24): 6 / 21, (9, 15): 3 / 21, (15, 21): 3 / 21}
     )
 
@@ -115,11 +113,11 @@ def forked(fork: int, window: int, tail: int, members: int = 2) -> Group:
 
 def test_scores_are_the_shares_of_what_each_clip_shows() -> None:
     recorder = Recorder()
-    asked = ClipShares(2)
-    scores = score_group(forked(9, 3, 12), Frames(), recorder, block=BLOCK, shares=asked)
+    scores = score_group(forked(9, 3, 12), Frames(), recorder, block=BLOCK, transition_blocks=2)
     assert scores.local_KM[0].tolist() == [10, 110]
     means = {(9, 12): 10, (9, 18): 14.5, (15, 24): 20.5, (6, 18): 14.5, (12, 24): 20.5}
-    shares = {(clip.start, clip.stop): s for clip, s in shared_clips(STORY, 9, 24, block=BLOCK, shares=asked)}
+    found = shared_clips(STORY, 9, 24, block=BLOCK, transition_blocks=2)
+    shares = {(clip.start, clip.stop): share for clip, share in found}
     assert shares.keys() == means.keys()
     expected = sum(shares[key] * means[key] for key in means)
     torch.testing.assert_close(scores.global_KM[0], torch.tensor([expected, expected + 100]))

@@ -11,7 +11,7 @@ from torch import Tensor
 from kvpo.app.sources.world import build_backbone
 from kvpo.engine.explorers import EXPLORERS
 from kvpo.engine.generator import pixels_of
-from kvpo.engine.scoring import ClipShares, score_clips, shared_clips
+from kvpo.engine.scoring import score_clips, shared_clips
 from kvpo.engine.selection import Selection
 from kvpo.engine.stream import stream_latents
 from kvpo.prompts import VideoPrompt
@@ -50,7 +50,7 @@ def plain(base: Path) -> tuple[Tensor, dict[str, Tensor], object]:
 def whole(selection: Selection, latents: Tensor) -> float:
     """The score of a whole video, segment by segment."""
     block, frames = selection.generator.block, selection.codec.frames_per_latent
-    clips = shared_clips(PROMPT, 0, PROMPT.num_frames, block=block, shares=ClipShares())
+    clips = shared_clips(PROMPT, 0, PROMPT.num_frames, block=block)
     video = pixels_of(selection.codec, latents[None])
     table = score_clips(selection.scorer, video, [(0, clip) for clip, _ in clips], frames_per_latent=frames)
     return float((table[0] * torch.tensor([share for _, share in clips])).sum())

@@ -10,7 +10,7 @@ from torch import Tensor
 from kvpo.config import ExplorationConfig
 from kvpo.engine.explorers import Member, RoutedFrame
 from kvpo.engine.forks import Fork
-from kvpo.engine.generator import PageShape, StreamingGenerator
+from kvpo.engine.generator import StreamingGenerator
 from kvpo.engine.noise import keyed_generator
 from kvpo.engine.pages import PlannedRollout, cache_pages
 from kvpo.engine.replay import ReplayRow, member_row, replay_context, replay_velocities
@@ -18,6 +18,7 @@ from kvpo.engine.rollout import Group, Ran, Rollout, roll_out
 from kvpo.engine.stream import Stream, advance, open_stream
 from kvpo.method.evidence import residual_table
 from kvpo.method.flow import STEPS
+from kvpo.models.cache import PageShape
 from kvpo.models.causal_wan import CausalWan, WanShape
 from kvpo.prompts import VideoPrompt
 from tests.models.tiny import tiny_model

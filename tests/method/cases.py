@@ -1,5 +1,7 @@
 """A fork and settings for every method, and the comparison with a formula written from its paper."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -54,7 +56,7 @@ CASES = {
 
 
 def evidence_for(name, settings, fork, earned, steps=2, known=KNOWN):
-    evidence = METHODS[name].evidence(fork, earned, steps, settings, seeded(3))
+    evidence = METHODS[name].evidence(fork, earned, replace(settings, steps=steps), seeded(3))
     return taught(evidence, fork, known)
 
 

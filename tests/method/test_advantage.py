@@ -4,13 +4,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvpo.method.advantage import (
-    anchor_relative,
     best_and_worst,
     centred,
     clamp,
     fuse_components,
     fuse_signals,
-    group_centred,
+    group_relative,
     is_noise,
     permuted,
     pooled_spread,
@@ -32,12 +31,12 @@ def test_the_anchor_relative_advantage_in_closed_form():
     spread = (2 / 3) ** 0.5
     assert float(reward_spread(REWARDS, ANCHOR)) == pytest.approx(spread)
     expected = torch.tensor([-1.0, 0.0, 1.0], dtype=torch.float64) / spread
-    torch.testing.assert_close(anchor_relative(REWARDS, ANCHOR, 0.0), expected)
+    torch.testing.assert_close(group_relative(REWARDS, ANCHOR, 0.0), expected)
 
 
 def test_the_group_advantage_in_closed_form():
-    torch.testing.assert_close(group_centred(REWARDS, 0.0), REWARDS - 2)
-    torch.testing.assert_close(group_centred(REWARDS, 4.0), (REWARDS - 2) / 4)
+    torch.testing.assert_close(group_relative(REWARDS, None, 0.0), REWARDS - 2)
+    torch.testing.assert_close(group_relative(REWARDS, None, 4.0), (REWARDS - 2) / 4)
 
 
 def test_the_spread_of_a_collection_is_about_each_groups_own_mean():
@@ -47,14 +46,14 @@ def test_the_spread_of_a_collection_is_about_each_groups_own_mean():
 
 
 def test_a_given_spread_replaces_the_groups_own():
-    torch.testing.assert_close(group_centred(REWARDS, 0.5, torch.tensor(4.0)), (REWARDS - 2) / 4)
+    torch.testing.assert_close(group_relative(REWARDS, None, 0.5, torch.tensor(4.0)), (REWARDS - 2) / 4)
     anchor = torch.tensor(1.0, dtype=torch.float64)
-    torch.testing.assert_close(anchor_relative(REWARDS, anchor, 0.5, torch.tensor(4.0)), (REWARDS - 1) / 4)
-    torch.testing.assert_close(anchor_relative(REWARDS, anchor, 8.0, torch.tensor(4.0)), (REWARDS - 1) / 8)
+    torch.testing.assert_close(group_relative(REWARDS, anchor, 0.5, torch.tensor(4.0)), (REWARDS - 1) / 4)
+    torch.testing.assert_close(group_relative(REWARDS, anchor, 8.0, torch.tensor(4.0)), (REWARDS - 1) / 8)
 
 
 def test_every_branch_can_be_worse_than_the_anchor():
-    advantages = anchor_relative(REWARDS, torch.tensor(4.0, dtype=torch.float64), 0.0)
+    advantages = group_relative(REWARDS, torch.tensor(4.0, dtype=torch.float64), 0.0)
     assert bool((advantages < 0).all())
 
 
@@ -62,35 +61,35 @@ def test_every_branch_can_be_worse_than_the_anchor():
 def test_a_constant_added_to_all_rewards_changes_nothing(rewards, shift):
     anchor = rewards.mean() + 0.1
     torch.testing.assert_close(
-        anchor_relative(rewards + shift, anchor + shift, 0.01),
-        anchor_relative(rewards, anchor, 0.01),
+        group_relative(rewards + shift, anchor + shift, 0.01),
+        group_relative(rewards, anchor, 0.01),
         rtol=1e-6,
         atol=1e-9,
     )
     torch.testing.assert_close(
-        group_centred(rewards + shift, 0.01), group_centred(rewards, 0.01), rtol=1e-6, atol=1e-9
+        group_relative(rewards + shift, None, 0.01), group_relative(rewards, None, 0.01), rtol=1e-6, atol=1e-9
     )
 
 
 @given(rewards=rewards_lists)
 def test_group_advantages_sum_to_zero(rewards):
-    assert float(group_centred(rewards, 0.01).sum()) == pytest.approx(0.0, abs=1e-9)
+    assert float(group_relative(rewards, None, 0.01).sum()) == pytest.approx(0.0, abs=1e-9)
 
 
 def test_a_spread_of_seven_millionths_does_not_become_an_advantage_of_three():
     rewards = 0.5 + 7e-6 * torch.tensor([-1.0, 1, -1, 1, -1, 1, -1, 3], dtype=torch.float64)
     anchor = torch.tensor(0.5 - 1.5e-5, dtype=torch.float64)
-    assert float(anchor_relative(rewards, anchor, 0.0).max()) > 3
-    assert float(anchor_relative(rewards, anchor, 0.002).abs().max()) < 0.02
-    assert float(group_centred(rewards, 0.002).abs().max()) < 0.02
+    assert float(group_relative(rewards, anchor, 0.0).max()) > 3
+    assert float(group_relative(rewards, anchor, 0.002).abs().max()) < 0.02
+    assert float(group_relative(rewards, None, 0.002).abs().max()) < 0.02
     assert is_noise(rewards, anchor, 0.002) and is_noise(rewards, None, 0.002)
     assert not is_noise(rewards, anchor, 1e-6)
 
 
 def test_equal_rewards_give_zero_and_not_nan():
     rewards, anchor = torch.full((4,), 0.3), torch.tensor(0.3)
-    assert torch.equal(anchor_relative(rewards, anchor, 0.0), torch.zeros(4))
-    assert torch.equal(group_centred(rewards, 0.0), torch.zeros(4))
+    assert torch.equal(group_relative(rewards, anchor, 0.0), torch.zeros(4))
+    assert torch.equal(group_relative(rewards, None, 0.0), torch.zeros(4))
     assert is_noise(rewards, anchor, 0.0)
 
 
@@ -102,8 +101,8 @@ def test_the_anchor_alone_can_lift_a_group_above_the_noise():
 def test_components_are_normalised_one_by_one_then_weighted():
     rewards_KG = torch.stack([REWARDS, 100 * REWARDS])
     anchor_K, floor_K = torch.stack([ANCHOR, 100 * ANCHOR]), torch.tensor([0.0, 1e4])
-    advantages_KG = anchor_relative(rewards_KG, anchor_K, floor_K)
-    torch.testing.assert_close(advantages_KG[0], anchor_relative(REWARDS, ANCHOR, 0.0))
+    advantages_KG = group_relative(rewards_KG, anchor_K, floor_K)
+    torch.testing.assert_close(advantages_KG[0], group_relative(REWARDS, ANCHOR, 0.0))
     torch.testing.assert_close(advantages_KG[1], 100 * (REWARDS - 2) / 1e4)
     fused = fuse_components(advantages_KG, torch.tensor([1.0, 0.5]))
     torch.testing.assert_close(fused, advantages_KG[0] + 0.5 * advantages_KG[1])

@@ -105,8 +105,8 @@ def test_evidence_in_half_precision_is_weighed_and_compared_in_single_or_wider(n
         velocities_MPSFCHW=exact.velocities_MPSFCHW.bfloat16(),
         clean_MPFCHW=exact.clean_MPFCHW.bfloat16(),
     )
-    evidence = METHODS[name].evidence(half, credit(0, 1), 2, settings, seeded(3))
-    wide = METHODS[name].evidence(exact, credit(0, 1), 2, settings, seeded(3))
+    evidence = METHODS[name].evidence(half, credit(0, 1), settings, seeded(3))
+    wide = METHODS[name].evidence(exact, credit(0, 1), settings, seeded(3))
     # The cells of a Gaussian policy are sums over a block's elements, whose differences float32 cannot tell.
     expected = torch.float64 if name in ("flow-grpo", "cm-grpo") else torch.float32
     assert evidence.weights_NPS.dtype == expected

@@ -143,7 +143,7 @@ def test_the_table_is_proportional_to_its_weights(scale, seed):
 @given(order=st.permutations(range(4)))
 def test_rows_in_another_order_are_the_same_table_in_that_order(order):
     evidences = [
-        kvpo_evidence(FORK, credit(*some), 2, MethodSettings(KvpoSettings()), seeded(0))
+        kvpo_evidence(FORK, credit(*some), MethodSettings(KvpoSettings()), seeded(0))
         for some in ((0, 1, 2, 3), order)
     ]
     straight, mixed = (table_of(KNOWN.now, FORK, evidence).detach() for evidence in evidences)
@@ -196,7 +196,7 @@ def test_trajectories_with_one_past_but_other_states_are_not_merged():
         "the first of two trajectories behind one past is found"
     )
     assert joined_evidence(
-        second, nft_evidence(fork, credit(0), 2, MethodSettings(NftSettings()), seeded(0))
+        second, nft_evidence(fork, credit(0), MethodSettings(NftSettings()), seeded(0))
     ).past_Q == (0, 0)
 
 
@@ -208,7 +208,7 @@ def test_the_same_states_behind_another_past_are_not_merged():
 
 
 def test_the_velocity_kl_of_anchor_states_needs_no_second_replay():
-    evidence = kvpo_evidence(FORK, EVERY, 2, MethodSettings(KvpoSettings(anchor_state_weight=0.5)), seeded(0))
+    evidence = kvpo_evidence(FORK, EVERY, MethodSettings(KvpoSettings(anchor_state_weight=0.5)), seeded(0))
     assert evidence.past_Q == (0, 1, 2, 3, 4) and evidence.query_N == (0, 1, 2, 3, 4, 4, 4, 4)
     both = joined_evidence(evidence, anchor_drift(FORK, EVERY, evidence, MethodSettings(KvpoSettings())))
     assert both.past_Q == evidence.past_Q and both.query_N[-1] == 4

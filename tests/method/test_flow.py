@@ -129,7 +129,7 @@ def moments_after(step, sigma, sigma_next, mean, std):
     def after(x, eps):
         x, eps = torch.tensor(x, dtype=torch.float64), torch.tensor(eps, dtype=torch.float64)
         velocity = -mean + (sigma - (1 - sigma) * std**2) / variance * (x - centre)
-        return float(step(x, velocity, sigma, sigma_next, eps))
+        return float(step.rule(x, velocity, sigma, sigma_next, eps))
 
     reached = after(centre, 0.0)
     slope, noise = after(centre + 1.0, 0.0) - reached, after(centre, 1.0) - reached
@@ -154,7 +154,7 @@ def test_a_stochastic_step_keeps_the_flows_marginals_to_second_order(kappa, sigm
 def test_a_stochastic_step_without_strength_is_the_euler_step(sigma, share):
     x, velocity, noise = latents(0), latents(1), latents(2)
     step = sde_step(0.0, lowest=0.0)
-    found = step(x, velocity, sigma, share * sigma, noise)
+    found = step.rule(x, velocity, sigma, share * sigma, noise)
     assert torch.equal(found, euler_step(x, velocity, sigma, share * sigma))
     assert sde_coefficients(sigma, share * sigma, 0.0) == (1.0, share * sigma - sigma, 0.0)
 
@@ -168,7 +168,7 @@ def test_levels_below_the_lowest_and_the_last_step_draw_no_noise():
         pairs = list(zip(levels, levels[1:], strict=False))
         drawn.append(
             [
-                not torch.equal(step(x, velocity, *pair, noise), euler_step(x, velocity, *pair))
+                not torch.equal(step.rule(x, velocity, *pair, noise), euler_step(x, velocity, *pair))
                 for pair in pairs
             ]
         )
@@ -194,17 +194,17 @@ def test_steps_in_the_form_of_a_gaussian(sigma, sigma_next):
         (STEPS["renoise"], renoise_coefficients(sigma, sigma_next)),
         (sde_step(0.7, 0.0), sde_coefficients(sigma, sigma_next, 0.7)),
     ):
-        found = step(x, velocity, sigma, sigma_next, noise)
+        found = step.rule(x, velocity, sigma, sigma_next, noise)
         torch.testing.assert_close(found, a * x + c * velocity + s * noise, rtol=1e-12, atol=1e-12)
 
 
 def test_steps_know_if_they_read_noise():
     assert [STEPS["ode"].draws, STEPS["renoise"].draws, sde_step(0.7, 0.0).draws] == [False, True, True]
     x = latents(0)
-    assert torch.equal(STEPS["ode"](x, x, 0.5, 0.25), euler_step(x, x, 0.5, 0.25, latents(1)))
+    assert torch.equal(STEPS["ode"].rule(x, x, 0.5, 0.25, None), euler_step(x, x, 0.5, 0.25, latents(1)))
 
 
-@pytest.mark.parametrize("rule", [STEPS["renoise"], sde_step(0.7, 0.0)])
-def test_bfloat16_steps_keep_the_latents_type(rule):
+@pytest.mark.parametrize("step", [STEPS["renoise"], sde_step(0.7, 0.0)])
+def test_bfloat16_steps_keep_the_latents_type(step):
     x = latents(0).bfloat16()
-    assert rule(x, x, 0.5, 0.25, x).dtype == torch.bfloat16
+    assert step.rule(x, x, 0.5, 0.25, x).dtype == torch.bfloat16

@@ -134,9 +134,9 @@ def test_solver_steps_without_noise_are_refused(name):
     _, _, settings = GAUSSIAN[name]
     with pytest.raises(ValueError, match="noise = 0.0 .*no policy; explore with noise above 0"):
         one_step = replace(FORKS["routes"], sigmas=(1.0,))
-        METHODS[name].evidence(one_step, credit(0, 1), 1, settings, seeded(0))
+        METHODS[name].evidence(one_step, credit(0, 1), replace(settings, steps=1), seeded(0))
 
 
 def test_flow_grpo_refuses_a_fork_that_was_explored_without_noise():
     with pytest.raises(ValueError, match="noise = 0.0 over noise levels .*: a solver step without noise"):
-        METHODS["flow-grpo"].evidence(FORKS["routes"], credit(0, 1), 2, CASES["flow-grpo"][0], seeded(0))
+        METHODS["flow-grpo"].evidence(FORKS["routes"], credit(0, 1), CASES["flow-grpo"][0], seeded(0))

@@ -4,7 +4,7 @@ import json
 
 import torch
 
-from kvpo.method.advantage import SMALLEST_SPREAD, anchor_relative, centred, fuse_signals
+from kvpo.method.advantage import SMALLEST_SPREAD, centred, fuse_signals, group_relative
 from kvpo.method.gibbs import clipped_surrogate, policy_ratio, simplex_kl
 
 AGREEMENT = {"rtol": 1e-5, "atol": 1e-5}
@@ -65,7 +65,7 @@ def check_objective(case: dict) -> None:
 def check_advantage(case: dict) -> None:
     signals = {}
     for name, rewards in (("adv_local", case["local"]), ("adv_global", case["glob"])):
-        signals[name] = anchor_relative(tensor(rewards[0]), tensor(rewards[1]), 0.0)
+        signals[name] = group_relative(tensor(rewards[0]), tensor(rewards[1]), 0.0)
         torch.testing.assert_close(signals[name], tensor(case[name]), **AGREEMENT)
     assert case["mode"] in SCALING, f"mode = {case['mode']!r} is not known"
     scale = SCALING[case["mode"]]

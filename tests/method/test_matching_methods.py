@@ -70,14 +70,12 @@ def test_rvm_weighs_matching_errors_by_advantages(steps):
 
 def test_every_branch_is_noised_by_the_same_noise():
     fork = FORKS["renoise"]
-    evidence = METHODS["rvm"].evidence(fork, credit(0, 3), 2, MethodSettings(RvmSettings()), seeded(3))
+    evidence = METHODS["rvm"].evidence(fork, credit(0, 3), MethodSettings(RvmSettings()), seeded(3))
     noise = evidence.targets_NPSFCHW + fork.clean_MPFCHW[[0, 3]][:, :, None]
     torch.testing.assert_close(noise[0], noise[1])
     assert torch.equal(
         evidence.states_QPSFCHW,
-        METHODS["rvm"]
-        .evidence(fork, credit(0, 3), 2, MethodSettings(RvmSettings()), seeded(3))
-        .states_QPSFCHW,
+        METHODS["rvm"].evidence(fork, credit(0, 3), MethodSettings(RvmSettings()), seeded(3)).states_QPSFCHW,
     )
 
 
@@ -87,7 +85,7 @@ def test_the_noise_does_not_depend_on_the_default_type():
     for dtype in (torch.float32, torch.float64):
         torch.set_default_dtype(dtype)
         try:
-            evidence = METHODS["rvm"].evidence(fork, credit(0), 2, MethodSettings(RvmSettings()), seeded(3))
+            evidence = METHODS["rvm"].evidence(fork, credit(0), MethodSettings(RvmSettings()), seeded(3))
         finally:
             torch.set_default_dtype(torch.float32)
         found.append(evidence.states_QPSFCHW)

@@ -63,7 +63,7 @@ def sampled(policy: Parameters, step: Step, *, routed: bool = False, noise: floa
                 v = velocity(policy, x, history[block])
                 states.append(x)
                 velocities.append(v)
-                x = step(x, v, sigma, sigma_next, torch.randn(SHAPE, generator=generator).double())
+                x = step.rule(x, v, sigma, sigma_next, torch.randn(SHAPE, generator=generator).double())
             done.append(x)
         clean.append(torch.stack(done))
     shape = (BRANCHES + 1, BLOCKS, len(SIGMAS), *SHAPE)

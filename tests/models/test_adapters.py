@@ -10,7 +10,6 @@ from kvpo.models.adapter_files import PEFT_PREFIX
 from kvpo.models.adapters import (
     adapter_state,
     add_adapter,
-    averaged,
     base_state,
     held_weights,
     leave_casts_to_autocast,
@@ -20,6 +19,7 @@ from kvpo.models.adapters import (
     reference_policy,
     trained_parameters,
 )
+from kvpo.training.policy import swapped_parameters
 from tests.models.tiny import ADAPTED, random_adapter, tiny_model, velocity
 
 TARGETS = ("self_attn.q", "cross_attn.k", "ffn.0")
@@ -243,8 +243,10 @@ def test_a_moving_average_takes_the_place_of_the_weights():
     model = tiny_model()
     continued(model)
     average = {name: value.detach() + 1 for name, value in trained_parameters(model).items()}
-    state = averaged(adapter_state(model), average)
-    for name, value in adapter_state(model).tensors.items():
+    before = {name: value.clone() for name, value in adapter_state(model).tensors.items()}
+    with swapped_parameters(trained_parameters(model), average):
+        state = adapter_state(model)
+    for name, value in before.items():
         assert torch.equal(state.tensors[name], value + 1)
 
 

@@ -6,13 +6,13 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from kvpo.models.cache import FrameCache, History
+from kvpo.models.cache import FrameCache, History, PageShape
 
 LAYERS, TOKENS, HEADS, WIDTH = 2, 3, 1, 2
 
 
 def new_cache(num_pages):
-    return FrameCache(num_layers=LAYERS, tokens=TOKENS, num_heads=HEADS, head_dim=WIDTH, num_pages=num_pages)
+    return FrameCache(PageShape(LAYERS, TOKENS, HEADS, WIDTH), num_pages)
 
 
 def marked(*marks_RF):

@@ -6,7 +6,7 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 
 from kvpo.models.adapters import load_adapter, reference_policy, trained_parameters
-from kvpo.models.cache import FrameCache
+from kvpo.models.cache import FrameCache, PageShape
 from kvpo.models.causal_wan import CausalWan
 from kvpo.models.context import PageContext
 from tests.models.tiny import SHAPE, random_adapter, tiny_model
@@ -35,15 +35,8 @@ def call(made: CausalWan, rows: int, frames: int, context: int, *, encode: bool 
     def draw(*shape: int) -> Tensor:
         return torch.randn(shape, generator=draws)
 
-    cache = FrameCache(
-        num_layers=SHAPE.num_layers,
-        tokens=SHAPE.tokens_per_frame,
-        num_heads=SHAPE.num_heads,
-        head_dim=SHAPE.head_dim,
-        num_pages=rows * context,
-        device="cpu",
-        dtype=torch.float32,
-    )
+    shape = PageShape(SHAPE.num_layers, SHAPE.tokens_per_frame, SHAPE.num_heads, SHAPE.head_dim)
+    cache = FrameCache(shape, rows * context)
     size = (SHAPE.num_layers, rows, context, SHAPE.tokens_per_frame, SHAPE.num_heads, SHAPE.head_dim)
     ids = cache.write(draw(*size), draw(*size)) if context else []
     pages = torch.tensor(ids, dtype=torch.long).view(rows, context)

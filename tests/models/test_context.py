@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from kvpo.engine.generator import TextRows
-from kvpo.models.cache import FrameCache
+from kvpo.models.cache import FrameCache, PageShape
 from kvpo.models.context import PageContext, TeacherContext
 from tests.engine import tiny
 
@@ -13,14 +13,7 @@ TOKENS, HEADS, WIDTH = 2, 3, 4
 
 def filled_cache(pages=8, layers=2):
     """A cache whose pages hold random numbers."""
-    cache = FrameCache(
-        num_layers=layers,
-        tokens=TOKENS,
-        num_heads=HEADS,
-        head_dim=WIDTH,
-        num_pages=pages,
-        dtype=torch.float64,
-    )
+    cache = FrameCache(PageShape(layers, TOKENS, HEADS, WIDTH), pages, dtype=torch.float64)
     generator = torch.Generator().manual_seed(0)
     shape = (layers, 1, pages, TOKENS, HEADS, WIDTH)
     keys, values = (torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(2))

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvpo.method.routing import route_pool
-from kvpo.models.cache import FrameCache, History
+from kvpo.models.cache import FrameCache, History, PageShape
 from kvpo.models.deployment import (
     adopt_reencoded,
     commit_bank,
@@ -27,7 +27,7 @@ LAYERS = 2
 
 
 def empty_history(sink, num_pages=200):
-    cache = FrameCache(num_layers=LAYERS, tokens=1, num_heads=1, head_dim=2, num_pages=num_pages)
+    cache = FrameCache(PageShape(LAYERS, 1, 1, 2), num_pages)
     return History(cache, sink)
 
 
@@ -231,9 +231,7 @@ def test_the_bank_keeps_the_frames_whose_keys_agree_most_with_the_text(layers, a
     deployment = (PublishedBank if as_published else Deployment)(**settings)
     orders = set()
     for _ in range(20):
-        cache = FrameCache(
-            num_layers=layers, tokens=2, num_heads=3, head_dim=4, num_pages=50, dtype=torch.float64
-        )
+        cache = FrameCache(PageShape(layers, 2, 3, 4), 50, dtype=torch.float64)
         history, words = History(cache, 3), drawn(layers, 5, 3, 4)
         keys = drawn(layers, 1, 12, 2, 3, 4)
         history.append(cache.write(keys, keys)[0])

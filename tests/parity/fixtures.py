@@ -9,10 +9,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from kvpo.engine.generator import PageShape, StreamingGenerator
+from kvpo.engine.generator import StreamingGenerator
 from kvpo.method.flow import STEPS
 from kvpo.models.adapter_files import PEFT_PREFIX, AdapterState
 from kvpo.models.adapters import merge_adapter
+from kvpo.models.cache import PageShape
 from kvpo.models.causal_wan import CausalWan, WanShape
 from tests.published_bank import PublishedBank
 

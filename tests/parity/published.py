@@ -48,8 +48,8 @@ def published(meta: dict) -> Iterator[None]:
             return FirstStepSink(context, min(BLOCK, meta["sink"] - start))
         return context
 
-    def append(generator, streams, clean, text, context, noise):
-        append_block(generator, streams, clean, text, context, noise)
+    def append(generator, streams, clean, text, context):
+        append_block(generator, streams, clean, text, context)
         if isinstance(context, FirstStepSink):
             context.store(streams)
 

@@ -70,9 +70,14 @@ def routing_tape(meta: dict, data: dict[str, Tensor]) -> BlockTape:
     return tape
 
 
-def no_noise(block: int, kind: str) -> Tensor:
-    """The tape of a replay, whose states and noise are stored."""
-    raise AssertionError(f"{kind} noise of block {block} was asked for")
+def clean_pass_tape(noises: Tensor | None, first: int) -> BlockTape:
+    """The tape of a replay, whose states are stored; ``noises`` are those of clean passes from a block on."""
+
+    def tape(block: int, kind: str) -> Tensor:
+        assert kind == "context" and noises is not None, f"{kind} noise of block {block} was asked for"
+        return noises[block - first]
+
+    return tape
 
 
 def of_video(tape: BlockTape) -> Callable[[int, int, str], Tensor]:
@@ -232,11 +237,13 @@ def public_scores(
     cache = generator.new_cache(stored + branches * generator.block * blocks)
     text_LD = data["prompt_embeds"][cached_segment(meta)][0]
     prompt = VideoPrompt(0, ("",), (), meta["history_end_frame"][0] + generator.block * blocks)
-    noises = data["context_noise"].unflatten(0, (branches, blocks - 1)) if blocks > 1 else None
-    root = Stream(prompt, {"": text_LD}, of_video(no_noise), history_of(meta, data, cache))
+    noises = data["context_noise"].unflatten(0, (branches, blocks - 1)) if blocks > 1 else [None] * branches
+    history = history_of(meta, data, cache)
+    first = history.end // generator.block
+    root = Stream(prompt, {"": text_LD}, of_video(clean_pass_tape(None, first)), history)
     scores = []
     for batch in torch.arange(branches).split(rows or branches):
-        streams = [root.fork() for _ in batch]
+        streams = [root.fork(of_video(clean_pass_tape(noises[branch], first))) for branch in batch]
         text = text_of(streams)
         score = torch.zeros(len(batch))
         for n in range(blocks):
@@ -248,7 +255,7 @@ def public_scores(
                 target = data["clean_predictions"][batch, n, step]
                 score = score - (target - clean).float().square().mean((1, 2, 3, 4)) / 2
             if n < blocks - 1:
-                append_block(generator, streams, clean.detach(), text, context, noises[batch, n])
+                append_block(generator, streams, clean.detach(), text, context)
         scored(batch, score)
         for stream in streams:
             stream.history.release()

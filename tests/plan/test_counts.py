@@ -10,7 +10,7 @@ from torch import nn
 
 from kvpo.app.configuration import preset
 from kvpo.app.plan import Planner
-from kvpo.models.cache import FrameCache
+from kvpo.models.cache import FrameCache, PageShape
 from kvpo.models.causal_wan import CausalWan
 from kvpo.models.context import PageContext
 from kvpo.models.settings import WanShape
@@ -60,9 +60,7 @@ def counted(monkeypatch: pytest.MonkeyPatch, *, encode: bool) -> tuple[float, fl
         return plain(q, k, v, **options)  # type: ignore[arg-type]
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", watched)
-    cache = FrameCache(
-        num_layers=3, tokens=SHAPE.tokens_per_frame, num_heads=2, head_dim=12, num_pages=CONTEXT
-    )
+    cache = FrameCache(PageShape(3, SHAPE.tokens_per_frame, 2, 12), CONTEXT)
     empty = torch.zeros(3, 1, CONTEXT, SHAPE.tokens_per_frame, 2, 12)
     pages = torch.tensor(cache.write(empty, empty)).expand(ROWS, CONTEXT)
     with torch.no_grad():

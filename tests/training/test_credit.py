@@ -10,7 +10,7 @@ from torch import Tensor
 from kvpo.config import Config, ObjectiveConfig, RewardConfig
 from kvpo.config_checks import ConfigurationError
 from kvpo.engine.scoring import Scores
-from kvpo.method.advantage import group_centred
+from kvpo.method.advantage import group_relative
 from kvpo.method.gibbs import calibrated_temperature
 from kvpo.method.settings import KvpoSettings
 from kvpo.training.credit import assign_credit, blend_of, collection_scale
@@ -44,7 +44,7 @@ def credit(
 
 
 def normalised(members: Tensor) -> Tensor:
-    return group_centred(members[:-1], 0.0)
+    return group_relative(members[:-1], None, 0.0)
 
 
 def test_components_of_any_scale_count_by_their_weight_alone() -> None:
@@ -128,7 +128,7 @@ def test_a_component_within_its_noise_has_no_vote() -> None:
 @pytest.mark.parametrize("floor", [5.0, 20.0])  # below and above the spread of the other component
 def test_a_measured_floor_tames_its_component_alone(floor: float) -> None:
     found = credit(scores_of(LARGE, SMALL), [1.0, 1.0], noise_floors={"b": floor})
-    expected = 1.5 * 0.5 * (normalised(LARGE) + group_centred(SMALL[:-1], floor))
+    expected = 1.5 * 0.5 * (normalised(LARGE) + group_relative(SMALL[:-1], None, floor))
     torch.testing.assert_close(found.all_advantages_G, expected)
 
 

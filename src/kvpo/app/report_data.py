@@ -204,9 +204,12 @@ def causality_groups(setup: Setup, videos: dict[str, Tensor]) -> list[dict[str, 
         sink = setup.generator.deployment.sink
         acts = act_routes(prompt, fork.frame, exploration.routed, sink, exploration.recent)
         (group,) = laboratory(setup, [prompt]).branches(Place((prompt,), fork), chosen_routes([acts]))
-        judges, block = setup.judges, setup.generator.block
         score = score_group(
-            group, setup.backbone.codec, judges.scorer, block=block, shares=setup.clip_shares()
+            group,
+            setup.backbone.codec,
+            setup.judges.scorer,
+            block=setup.generator.block,
+            transition_blocks=setup.config.rewards.transition_blocks,
         )
         title = f"routed only to act 1, only to act 2, and the anchor (video {prompt.id})"
         entry = _group_entry(setup, group, score, title, f"causality-{prompt.id}", [{}] * 3, videos, {})

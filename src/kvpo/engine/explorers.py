@@ -7,17 +7,17 @@ is a function and a line in ``EXPLORERS``.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
 from kvpo.config import ExplorationConfig
-from kvpo.engine.forks import Fork
+from kvpo.engine.forks import pool_of
 from kvpo.engine.generator import StreamingGenerator
 from kvpo.engine.noise import BranchTape, Tape, keyed_generator
 from kvpo.engine.pages import PlannedRollout
 from kvpo.method.flow import Step, sde_step
-from kvpo.method.routing import dispersed_routes, route_pool
-from kvpo.models.deployment import sink_frames
+from kvpo.method.routing import dispersed_routes
 
 
 @dataclass(frozen=True)
@@ -47,51 +47,38 @@ class Member:
 
 @dataclass(frozen=True)
 class Site:
-    """The forks of a rollout, and what an explorer needs to tell their branches apart."""
+    """A planned rollout, and what an explorer needs to tell its branches apart."""
 
     generator: StreamingGenerator
-    forks: Sequence[Fork]
-    pools: Sequence[Sequence[int]]
-    """Frames of every group's own history that may be routed."""
+    planned: PlannedRollout
     tape: Tape
     key: tuple[int | str, ...]
     """Seeds what is drawn."""
-    steps: int
+    steps: int = 1
     """First solver steps that will be learned from."""
+
+    def exploration(self, group: int) -> ExplorationConfig:
+        """What fits at a group's fork."""
+        return self.planned.forks[group].exploration
 
     def blocks(self, group: int) -> range:
         """Blocks of a group's window."""
-        fork = self.forks[group]
-        first = fork.frame // self.generator.block
-        return range(first, first + fork.exploration.blocks)
+        first = self.planned.forks[group].frame // self.generator.block
+        return range(first, first + self.exploration(group).blocks)
+
+    @cached_property
+    def pools(self) -> list[tuple[int, ...]]:
+        """Frames of every group's own history that may be routed."""
+        pairs = zip(self.planned.prompts, self.planned.forks, strict=True)
+        return [pool_of(self.generator.deployment, p, fork.frame, fork.exploration) for p, fork in pairs]
 
 
 Explorer = Callable[[Site, int], list[Member]]
 
 
-def site_of(
-    generator: StreamingGenerator,
-    planned: PlannedRollout,
-    tape: Tape,
-    key: tuple[int | str, ...],
-    steps: int = 1,
-) -> Site:
-    """The site of a planned rollout."""
-    pools = [
-        route_pool(
-            fork.frame,
-            sink=sink_frames(generator.deployment, prompt, fork.frame),
-            recent=fork.exploration.recent,
-            resident=fork.exploration.resident_frames,
-        )
-        for prompt, fork in zip(planned.prompts, planned.forks, strict=True)
-    ]
-    return Site(generator, planned.forks, pools, tape, key, steps)
-
-
 def routes(site: Site, group: int) -> list[Member]:
     """Causal History Routing: branches share all noise and differ in which history fills the local slots."""
-    exploration = site.forks[group].exploration
+    exploration = site.exploration(group)
     draws = keyed_generator("routes", *site.key, group)
     drawn = [draw_routes(site.pools, group, exploration, draws)] * exploration.blocks
     return [Member(group, routes=own) for own in zip(*drawn, strict=True)]
@@ -101,7 +88,7 @@ def chosen_routes(groups: Sequence[Sequence[tuple[RoutedFrame, ...]]]) -> Explor
     """An explorer whose branches have given routes, ``[groups][G][routed]``, in every block."""
 
     def explorer(site: Site, group: int) -> list[Member]:
-        blocks = site.forks[group].exploration.blocks
+        blocks = site.exploration(group).blocks
         return [Member(group, routes=(route,) * blocks) for route in groups[group]]
 
     return explorer
@@ -114,7 +101,7 @@ def fresh_noise(site: Site, group: int) -> list[Member]:
 
 def neighbour_noise(site: Site, group: int) -> list[Member]:
     """Branches whose noise in the window is sqrt(1 - k^2) eps + k delta, k = ``exploration.noise``."""
-    return noise_branches(site, group, site.forks[group].exploration.noise)
+    return noise_branches(site, group, site.exploration(group).noise)
 
 
 def noise_branches(
@@ -125,7 +112,7 @@ def noise_branches(
         Member(
             group, tape=BranchTape(site.tape, (*site.key, group, branch), site.blocks(group), strength, kinds)
         )
-        for branch in range(site.forks[group].exploration.branches)
+        for branch in range(site.exploration(group).branches)
     ]
 
 
@@ -136,7 +123,7 @@ def renoise(site: Site, group: int) -> list[Member]:
 
 def sde(site: Site, group: int) -> list[Member]:
     """Branches that take stochastic solver steps of strength ``exploration.noise`` (Flow-GRPO)."""
-    step = sde_step(site.forks[group].exploration.noise, site.generator.sigmas[site.steps - 1])
+    step = sde_step(site.exploration(group).noise, site.generator.sigmas[site.steps - 1])
     return [Member(group, tape=one.tape, step=step) for one in renoise(site, group)]
 
 

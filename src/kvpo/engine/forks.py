@@ -59,6 +59,14 @@ class ForkPlan:
         return among[int(torch.randint(len(among), (), generator=generator))]
 
 
+def pool_of(
+    deployment: Deployment, prompt: VideoPrompt, frame: int, exploration: ExplorationConfig
+) -> tuple[int, ...]:
+    """Frames of a video that may be routed at a fork; its switches up to there may have moved the sink."""
+    sink = sink_frames(deployment, prompt, frame)
+    return route_pool(frame, sink=sink, recent=exploration.recent, resident=exploration.resident_frames)
+
+
 def plan_forks(
     prompts: Sequence[VideoPrompt], exploration: ExplorationConfig, deployment: Deployment
 ) -> ForkPlan:
@@ -77,22 +85,13 @@ def plan_forks(
     forks: list[Fork] = []
     refused = "the video is empty"
     for frame in range(0, num_frames, block):
-        pools = [
-            route_pool(
-                frame,
-                sink=sink_frames(deployment, prompt, frame),
-                recent=exploration.recent,
-                resident=exploration.resident_frames,
-            )
-            for prompt in prompts
-        ]
         try:
             fitted = fit_exploration(
                 exploration,
                 frame,
                 num_frames=num_frames,
                 window_end=min(_window_end(prompt, frame, block) for prompt in prompts),
-                pool=min(map(len, pools)),
+                pool=min(len(pool_of(deployment, prompt, frame, exploration)) for prompt in prompts),
                 block=block,
             )
         except ValueError as error:

@@ -1,8 +1,9 @@
 """A streaming generator as the engine sees it: a velocity model, its deployment context and its solver."""
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from kvpo.method.flow import Step
 from kvpo.models.adapters import held_weights
-from kvpo.models.cache import FrameCache
+from kvpo.models.cache import FrameCache, PageShape
 from kvpo.models.context import Context
 from kvpo.models.finite import NonFiniteError, first_non_finite_layer, magnitudes, require_finite
 from kvpo.models.settings import Deployment
@@ -123,16 +124,6 @@ class Trajectory:
 
 
 @dataclass(frozen=True)
-class PageShape:
-    """Geometry of cache pages."""
-
-    num_layers: int
-    tokens: int
-    num_heads: int
-    head_dim: int
-
-
-@dataclass(frozen=True)
 class StreamingGenerator:
     """Everything needed to stream latents block by block."""
 
@@ -173,20 +164,11 @@ class StreamingGenerator:
     @property
     def page_bytes(self) -> int:
         """Keys and values of one frame in all layers."""
-        pages, size = self.pages, torch.empty((), dtype=self.page_dtype).element_size()
-        return 2 * pages.num_layers * pages.tokens * pages.num_heads * pages.head_dim * size
+        return 2 * math.prod(astuple(self.pages)) * self.page_dtype.itemsize
 
     def new_cache(self, num_pages: int) -> FrameCache:
         """An empty page pool for this generator."""
-        return FrameCache(
-            num_layers=self.pages.num_layers,
-            tokens=self.pages.tokens,
-            num_heads=self.pages.num_heads,
-            head_dim=self.pages.head_dim,
-            num_pages=num_pages,
-            device=self.device,
-            dtype=self.page_dtype,
-        )
+        return FrameCache(self.pages, num_pages, self.device, self.page_dtype)
 
     @contextmanager
     def held(self) -> Iterator[None]:

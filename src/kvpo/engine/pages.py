@@ -84,16 +84,6 @@ class Pages:
         explored = self.together * self.root + max(self.growing, self.branches)
         return (self.groups - self.together) * self.waiting + explored
 
-    @property
-    def replaying(self) -> int:
-        """While members are replayed."""
-        return self.groups * self.waiting + self.replay
-
-    @property
-    def most(self) -> int:
-        """Pages that a cache must hold."""
-        return max(self.exploring, self.replaying)
-
 
 def groups_together(exploration: ExplorationConfig, groups: int, ranks: int = 1) -> int:
     """Groups that are explored together: as many as ``exploration.rows`` holds all members of, at least one.

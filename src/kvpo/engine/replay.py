@@ -6,7 +6,7 @@ the evaluated policy, without gradient, from the branch's stored clean latents.
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -79,12 +79,7 @@ def replay_context(generator: StreamingGenerator, rows: Sequence[ReplayRow]) -> 
             if block == blocks - 1:
                 break
             clean = torch.stack([row.past_PFCHW[block] for row in rows])
-            noise = None
-            if generator.context_noise:
-                at = [(one.prompt.id, one.start // generator.block) for one in streams]
-                own = [stream.tape(*where, "context") for stream, where in zip(streams, at, strict=True)]
-                noise = torch.stack(own).to(clean)
-            append_block(generator, streams, clean, text, context, noise)
+            append_block(generator, streams, clean, text, context)
         yield ReplayContext(tuple(contexts), tuple(texts))
 
 
@@ -127,11 +122,8 @@ def _repeated(contexts: Sequence[PageContext], steps: int) -> PageContext:
     """One context over the rows of several blocks, each row repeated for its solver steps."""
     first = contexts[0]
     rows = first.pages.dim() - 2
-    return PageContext(
-        cache=first.cache,
+    return replace(
+        first,
         pages=torch.cat([context.pages for context in contexts], rows).repeat_interleave(steps, rows),
         start_R=torch.cat([context.start_R for context in contexts]).repeat_interleave(steps),
-        own_frames=first.own_frames,
-        sparse_pages=first.sparse_pages,
-        sparse_own=first.sparse_own,
     )

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from kvpo.engine.explorers import Explorer, Member, Routes, routes, site_of
+from kvpo.engine.explorers import Explorer, Member, Routes, Site, routes
 from kvpo.engine.forks import check_forks
 from kvpo.engine.generator import StreamingGenerator
 from kvpo.engine.noise import Tape
@@ -233,7 +233,7 @@ def roll_out(
     cache = cache or generator.new_cache(cache_pages(generator, [planned]))
     rollout = Rollout(generator, planned, texts, tape, cache)
     forks = planned.forks
-    site = site_of(generator, planned, tape, key, steps or len(generator.sigmas))
+    site = Site(generator, planned, tape, key, steps or len(generator.sigmas))
     members = [[*explorer(site, n), Member(n)] for n in range(len(forks))]
     with generator.held():
         for turn in planned.own_turns:

@@ -28,14 +28,6 @@ class Clip:
 
 
 @dataclass(frozen=True)
-class ClipShares:
-    """The clips that make up the global signal; a clip's share of the signal goes with its frames."""
-
-    transition_blocks: int = 0
-    """Blocks on either side of a prompt switch in a further clip of the transition; 0: no such clips."""
-
-
-@dataclass(frozen=True)
 class Scores:
     """Component scores of one group's members, the anchor last."""
 
@@ -43,7 +35,7 @@ class Scores:
     local_KM: Tensor
     """Scores of the routed window."""
     global_KM: Tensor
-    """Scores of the video after the fork: the mean over its clips, each with its share (``ClipShares``)."""
+    """Scores of the video after the fork: the mean over its clips, each with its share (``shared_clips``)."""
 
     def combined(self, global_weight: float) -> Tensor:
         """Every component of every member, ``[K, M]``: (local + w global) / (1 + w)."""
@@ -73,32 +65,30 @@ def segment_clips(prompt: VideoPrompt, first: int, stop: int, *, block: int, lea
     return clips
 
 
-def transition_clips(
-    prompt: VideoPrompt, first: int, stop: int, *, block: int, half: int
-) -> list[Clip | None]:
-    """Per segment that shows in ``[first, stop)``, the clip around the switch it begins with, or None.
+def transition_clips(prompt: VideoPrompt, first: int, stop: int, *, block: int, half: int) -> list[Clip]:
+    """The clips around the switches that segments which show in ``[first, stop)`` begin with.
 
-    The clip has up to ``half`` latent frames of the segment before and as many of its own; it is scored
-    against the new segment's text and knows the text before (``ClipPrompt``).
+    Each has up to ``half`` latent frames of the segment before and as many of its own; it is scored against
+    the new segment's text and knows the text before (``ClipPrompt``).
     """
-    clips = segment_clips(prompt, first, stop, block=block, lead=half)
     return [
         replace(clip, stop=min(clip.stop, clip.start + clip.prompt.switch + half))
+        for clip in segment_clips(prompt, first, stop, block=block, lead=half)
         if clip.prompt.switch
-        else None
-        for clip in clips
     ]
 
 
 def shared_clips(
-    prompt: VideoPrompt, first: int, stop: int, *, block: int, shares: ClipShares
+    prompt: VideoPrompt, first: int, stop: int, *, block: int, transition_blocks: int = 0
 ) -> list[tuple[Clip, float]]:
-    """The clips of latent frames ``[first, stop)``, each with its share of the signal; shares add up to 1."""
+    """The clips of latent frames ``[first, stop)``, each with its share of the signal; shares add up to 1.
+
+    A clip's share goes with its frames. ``transition_blocks`` on either side of a switch make a further
+    clip of the transition; 0: no such clips.
+    """
     found = segment_clips(prompt, first, stop, block=block, lead=block)
-    if shares.transition_blocks:
-        half = shares.transition_blocks * block
-        around = transition_clips(prompt, first, stop, block=block, half=half)
-        found += [clip for clip in around if clip is not None]
+    if transition_blocks:
+        found += transition_clips(prompt, first, stop, block=block, half=transition_blocks * block)
     counts = [clip.stop - clip.start - clip.prompt.switch for clip in found]
     return [(clip, count / sum(counts)) for clip, count in zip(found, counts, strict=True)]
 
@@ -164,7 +154,7 @@ def score_group(
     scorer: Scorer,
     *,
     block: int,
-    shares: ClipShares = ClipShares(),
+    transition_blocks: int = 0,
     timed: Callable[[str], AbstractContextManager[None]] = lambda phase: nullcontext(),
 ) -> Scores:
     """Local and global scores of one group's members, which may be none.
@@ -175,8 +165,8 @@ def score_group(
         return Scores(tuple(scorer.components), *torch.zeros(2, len(scorer.components), 0))
     prompt, fork = group.root.prompt, group.fork
     stop = fork + group.clean_MTCHW.shape[1]
-    local = shared_clips(prompt, fork, fork + group.window_frames, block=block, shares=ClipShares())
-    whole = shared_clips(prompt, fork, stop, block=block, shares=shares)
+    local = shared_clips(prompt, fork, fork + group.window_frames, block=block)
+    whole = shared_clips(prompt, fork, stop, block=block, transition_blocks=transition_blocks)
     offset = min(clip.start for clip, _ in local + whole)
     with timed("decode"):
         pixels_MTCHW = decode_members(group, codec, lead=fork - offset)

@@ -11,14 +11,12 @@ from torch import Tensor
 
 from kvpo.config import ExplorationConfig
 from kvpo.engine.explorers import Explorer, Member, Site, routes
-from kvpo.engine.forks import Fork, fit_exploration
+from kvpo.engine.forks import Fork, fit_exploration, pool_of
 from kvpo.engine.generator import Codec, StreamingGenerator
 from kvpo.engine.noise import Tape
-from kvpo.engine.pages import stream_pages
-from kvpo.engine.scoring import ClipShares, score_clips, shared_clips
+from kvpo.engine.pages import PlannedRollout, stream_pages
+from kvpo.engine.scoring import score_clips, shared_clips
 from kvpo.engine.stream import Stream, TextTable, advance, give_frames, open_stream
-from kvpo.method.routing import route_pool
-from kvpo.models.deployment import sink_frames
 from kvpo.prompts import VideoPrompt
 from kvpo.rewards.protocol import Scorer
 
@@ -129,13 +127,8 @@ class Selection:
         """The plain continuation of a block, and branches as the explorer tells them apart."""
         block, exploration = self.generator.block, self.exploration
         wanted = replace(exploration, branches=self.count - 1, blocks=1, tail_blocks=0, donor=0)
-        pool = route_pool(
-            frame,
-            sink=sink_frames(self.generator.deployment, prompt, frame),
-            recent=exploration.recent,
-            resident=exploration.resident_frames,
-        )
         if self.explorer is routes:
+            pool = pool_of(self.generator.deployment, prompt, frame, exploration)
             try:
                 end = frame + block
                 wanted = fit_exploration(
@@ -145,7 +138,7 @@ class Selection:
                 return [Member(0)]
         key = ("selection", prompt.id, frame)
         steps = len(self.generator.sigmas)
-        site = Site(self.generator, [Fork(frame, wanted)], [pool], tape, key, steps)
+        site = Site(self.generator, PlannedRollout([prompt], [Fork(frame, wanted)]), tape, key, steps)
         return [Member(0), *self.explorer(site, 0)]
 
     def _scores(
@@ -153,7 +146,7 @@ class Selection:
     ) -> tuple[float, ...]:
         """Score of every candidate's frames [start, stop), segment by segment."""
         block = self.generator.block
-        clips = shared_clips(prompt, start, stop, block=block, shares=ClipShares())
+        clips = shared_clips(prompt, start, stop, block=block)
         offset = min(clip.start for clip, _ in clips)
         if offset < start and before_TCHW is not None:
             new_NTCHW = torch.cat([before_TCHW.expand(len(new_NTCHW), *before_TCHW.shape), new_NTCHW], 1)

@@ -127,7 +127,7 @@ def denoise_block(
 
     ``noise`` holds ``initial`` and, for rules that draw, ``renoise 1`` ..., each [R, F, C, H, W].
     """
-    rule = step or generator.step
+    rule = (step or generator.step).rule
     x = noise["initial"]
     states, velocities = [], []
     levels = (*(sigmas or generator.sigmas), 0.0)
@@ -272,7 +272,7 @@ def _generate_block(
         videos = ", ".join(str(stream.prompt.id) for stream in streams)
         place = f"block {streams[0].start // generator.block + 1} of prompt {videos}"
         generator.require_finite(trajectory, levels, text, context, place)
-        append_block(generator, streams, trajectory.clean_RFCHW, text, context, noise.get("context"))
+        append_block(generator, streams, trajectory.clean_RFCHW, text, context)
     return trajectory
 
 
@@ -283,14 +283,13 @@ def _tape_noise(
     kinds = ["initial"]
     if step.draws:
         kinds += [f"renoise {number}" for number in range(1, steps)]
-    if generator.context_noise:
-        kinds.append("context")
-    return {
-        kind: torch.stack([s.tape(s.prompt.id, s.start // generator.block, kind) for s in streams]).to(
-            generator.device
-        )
-        for kind in kinds
-    }
+    return {kind: _drawn(generator, streams, kind) for kind in kinds}
+
+
+def _drawn(generator: StreamingGenerator, streams: Sequence[Stream], kind: str) -> Tensor:
+    """One of the tapes' tensors of the streams' next blocks, [R, F, C, H, W]."""
+    own = [stream.tape(stream.prompt.id, stream.start // generator.block, kind) for stream in streams]
+    return torch.stack(own).to(generator.device)
 
 
 def append_block(
@@ -299,12 +298,12 @@ def append_block(
     clean_RFCHW: Tensor,
     text: TextRows,
     context: PageContext,
-    context_noise: Tensor | None,
 ) -> None:
     """The clean pass: encode the block in the context it was generated in and append its pages."""
     seen = clean_RFCHW
-    if context_noise is not None:
-        seen = add_noise(clean_RFCHW, context_noise, generator.context_noise)
+    if generator.context_noise:
+        noise = _drawn(generator, streams, "context").to(clean_RFCHW)
+        seen = add_noise(clean_RFCHW, noise, generator.context_noise)
     pages = streams[0].history.cache.write(*generator.encode(seen, text, context))
     for stream, ids, clean in zip(streams, pages, clean_RFCHW, strict=True):
         stream.history.append(ids)
@@ -336,7 +335,7 @@ def give_frames(
         text = text_of(streams)
         commit_banks(generator, streams, text)
         context = deployment_context(generator.deployment, [stream.history for stream in streams])
-        append_block(generator, streams, clean, text, context, None)
+        append_block(generator, streams, clean, text, context)
         for stream in streams:
             stream.history.keep(reachable_frames(generator.deployment, stream.history, resident))
 

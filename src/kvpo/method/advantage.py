@@ -41,24 +41,18 @@ def pooled_spread(groups: Sequence[Tensor]) -> Tensor:
     return (squares / sum(rewards.shape[-1] - 1 for rewards in groups)).sqrt()
 
 
-def anchor_relative(
-    rewards: Tensor, anchor: Tensor, noise_floor: float | Tensor, spread: Tensor | None = None
+def group_relative(
+    rewards: Tensor, anchor: Tensor | None, noise_floor: float | Tensor, spread: Tensor | None = None
 ) -> Tensor:
-    """A_g = (r_g - r_anchor) / max(spread, noise floor): [..., G].
+    """A_g = (r_g - baseline) / max(spread, noise floor): [..., G].
 
-    ``spread`` [...] is by default the standard deviation over the branches and the anchor.
+    The baseline is the anchor's reward [...], or without one the group's mean, so that they add up to 0.
+    ``spread`` [...] is by default the standard deviation over the branches and the anchor, if given.
     """
-    scale = _at_least(reward_spread(rewards, anchor) if spread is None else spread, noise_floor)
-    return (rewards - anchor.unsqueeze(-1)) / scale.unsqueeze(-1)
-
-
-def group_centred(rewards: Tensor, noise_floor: float | Tensor, spread: Tensor | None = None) -> Tensor:
-    """A_g = (r_g - mean r) / max(spread, noise floor): [..., G], summing to 0.
-
-    ``spread`` [...] is by default the standard deviation over the branches.
-    """
-    scale = _at_least(reward_spread(rewards) if spread is None else spread, noise_floor)
-    return centred(rewards) / scale.unsqueeze(-1)
+    scale = reward_spread(rewards, anchor) if spread is None else spread
+    floor = torch.as_tensor(noise_floor, dtype=scale.dtype, device=scale.device).clamp_min(SMALLEST_SPREAD)
+    differences = centred(rewards) if anchor is None else rewards - anchor.unsqueeze(-1)
+    return differences / torch.maximum(scale, floor).unsqueeze(-1)
 
 
 def is_noise(rewards: Tensor, anchor: Tensor | None, noise_floor: float | Tensor) -> bool:
@@ -137,9 +131,3 @@ def best_and_worst(advantages_G: Tensor, best: int, worst: int) -> Tensor:
         return torch.arange(branches, device=advantages_G.device)
     order = advantages_G.argsort(descending=True, stable=True)
     return torch.cat([order[:best], order[branches - worst :]]).sort().values
-
-
-def _at_least(spread: Tensor, noise_floor: float | Tensor) -> Tensor:
-    """The spread, but no less than the noise floor."""
-    floor = torch.as_tensor(noise_floor, dtype=spread.dtype, device=spread.device).clamp_min(SMALLEST_SPREAD)
-    return torch.maximum(spread, floor)

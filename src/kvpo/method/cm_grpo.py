@@ -6,24 +6,9 @@ is a Gaussian with mean alpha x0_theta and deviation sigma'. Branches differ in 
 SDE nor a second context is needed. The last step, which lands on the clean latents, has no policy.
 """
 
-import torch
-
-from kvpo.method.evidence import Credit, Evidence, Method, Trajectories
+from kvpo.method.evidence import Method
 from kvpo.method.flow import renoise_coefficients
-from kvpo.method.gaussian import gaussian_evidence, gaussian_loss
-from kvpo.method.gibbs import RATIO_METRICS
-from kvpo.method.settings import CmGrpoSettings, MethodSettings
+from kvpo.method.gaussian import gaussian_method
+from kvpo.method.settings import CmGrpoSettings
 
-
-def evidence(
-    trajectories: Trajectories,
-    credit: Credit,
-    steps: int,
-    settings: MethodSettings[CmGrpoSettings],
-    _: torch.Generator,
-) -> Evidence:
-    """The branches' visited states; targets (x - x' / alpha) / sigma explain each step."""
-    return gaussian_evidence(trajectories, credit, steps, renoise_coefficients)
-
-
-METHOD = Method(evidence, gaussian_loss, RATIO_METRICS, arrivals=True)
+METHOD: Method[CmGrpoSettings] = gaussian_method(renoise_coefficients)

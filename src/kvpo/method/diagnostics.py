@@ -32,7 +32,7 @@ UPDATE_METRICS = {
         "Share of the trained tensors with a gradient: 0.5 in the first update of a fresh adapter, then 1."
     ),
     "advantage_mean": Metric("Mean advantage of the trained branches; 0 where they are centred."),
-    "advantage_std": Metric("Spread of the advantages of the trained branches."),
+    "advantage_std": Metric("Spread of the advantages of the trained branches within a group (ddof 0)."),
     "withheld_fraction": Metric("Share of branches whose positive advantage selective fusion took away."),
     "learning_rate": Metric("Learning rate of the update, constant after its warm-up."),
     "idle_updates": Metric("Updates in a row in which nothing was learned."),
@@ -101,8 +101,7 @@ def meanings(of_method: Mapping[str, Metric]) -> dict[str, dict[str, str]]:
 
     The headings are what the groups show, what the method measures, and what the update did.
     """
-    of_update = {name: metric for name, metric in UPDATE_METRICS.items() if name not in of_method}
-    headings = {"Groups": GROUP_METRICS, "Method": of_method, "Update": of_update}
+    headings = {"Groups": GROUP_METRICS, "Method": of_method, "Update": UPDATE_METRICS}
     return {
         heading: {name: metric.meaning for name, metric in metrics.items()}
         for heading, metrics in headings.items()

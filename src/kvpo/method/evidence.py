@@ -228,8 +228,8 @@ class Metric:
 class Method(Generic[Own]):
     """One way to learn from the branches of a fork; ``Own`` is its section of settings."""
 
-    evidence: Callable[[Trajectories, Credit, int, MethodSettings[Own], torch.Generator], Evidence]
-    """(trajectories, credit, solver steps, settings, random numbers) -> what the policy is asked."""
+    evidence: Callable[[Trajectories, Credit, MethodSettings[Own], torch.Generator], Evidence]
+    """(trajectories, credit, settings, random numbers) -> what the policy is asked."""
     loss: Callable[[Tables, Credit, MethodSettings[Own]], tuple[Tensor, Metrics]]
     """(tables, credit, settings) -> a scalar to minimise, and metrics."""
     metrics: Mapping[str, Metric] = field(default_factory=dict)
@@ -253,22 +253,17 @@ class Method(Generic[Own]):
     residual: str = "residual"
     """Name of a branch's summed residuals, for the branch explorer of the report."""
 
-
-def asked_of(
-    method: Method[Own],
-    trajectories: Trajectories,
-    credit: Credit,
-    steps: int,
-    settings: MethodSettings[Own],
-    generator: torch.Generator,
-) -> tuple[Evidence, int]:
-    """All that is asked of one fork: the method's evidence, followed by rows of the velocity KL.
-
-    ``generator`` draws what the evidence needs at random.
-    """
-    evidence = method.evidence(trajectories, credit, steps, settings, generator)
-    drift = method.drift(trajectories, credit, evidence, settings)
-    return (evidence, 0) if drift is None else (joined_evidence(evidence, drift), len(drift.query_N))
+    def asks(
+        self,
+        trajectories: Trajectories,
+        credit: Credit,
+        settings: MethodSettings[Own],
+        generator: torch.Generator,
+    ) -> tuple[Evidence, int]:
+        """All that is asked of one fork: the method's evidence, and how many rows of velocity KL end it."""
+        evidence = self.evidence(trajectories, credit, settings, generator)
+        drift = self.drift(trajectories, credit, evidence, settings)
+        return (evidence, 0) if drift is None else (joined_evidence(evidence, drift), len(drift.query_N))
 
 
 def _column(like: Tensor, values: Sequence[float]) -> Tensor:

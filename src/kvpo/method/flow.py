@@ -2,7 +2,6 @@
 
     x = (1 - sigma) x0 + sigma eps,    v = eps - x0,    x0 = x - sigma v
 
-A noise level `sigma` is a float, or a tensor over the leading axes of the latents: [R] for [R, F, C, H, W].
 Nothing is computed in less than float32; results have the latents' type.
 """
 
@@ -13,6 +12,9 @@ from functools import cache
 
 import torch
 from torch import Tensor
+
+Sigma = float | Tensor
+"""A noise level: of everything, or of every element of the leading axes, [R] for [R, F, C, H, W]."""
 
 
 def few_step_sigmas(schedule: Sequence[float], shift: float) -> Tensor:
@@ -32,58 +34,44 @@ def few_step_sigmas(schedule: Sequence[float], shift: float) -> Tensor:
     return shift * u_S / (1 + (shift - 1) * u_S)
 
 
-def clean_of(velocity: Tensor, x: Tensor, sigma: float | Tensor) -> Tensor:
+def clean_of(velocity: Tensor, x: Tensor, sigma: Sigma) -> Tensor:
     """Clean latents that a velocity points to: x0 = x - sigma v; all [..., F, C, H, W]."""
     return (_wide(x) - _expand(sigma, x) * _wide(velocity)).to(x.dtype)
 
 
-def velocity_of(clean: Tensor, x: Tensor, sigma: float | Tensor) -> Tensor:
+def velocity_of(clean: Tensor, x: Tensor, sigma: Sigma) -> Tensor:
     """Velocity that leads from x to the clean latents: v = (x - x0) / sigma, sigma > 0."""
     return ((_wide(x) - _wide(clean)) / _expand(sigma, x)).to(x.dtype)
 
 
-def add_noise(clean: Tensor, noise: Tensor, sigma: float | Tensor) -> Tensor:
+def add_noise(clean: Tensor, noise: Tensor, sigma: Sigma) -> Tensor:
     """Latents at a noise level: x = (1 - sigma) x0 + sigma eps."""
     sigma = _expand(sigma, clean)
     return ((1 - sigma) * _wide(clean) + sigma * _wide(noise)).to(clean.dtype)
 
 
-Rule = Callable[[Tensor, Tensor, "float | Tensor", "float | Tensor", Tensor | None], Tensor]
-"""(x, v, sigma, sigma', noise) -> x': one solver step."""
+Rule = Callable[[Tensor, Tensor, Sigma, Sigma, Tensor | None], Tensor]
+"""(x, v, sigma, sigma', noise) -> x': from a state and its velocity to the state at the next noise level."""
 
 
 @dataclass(frozen=True)
 class Step:
-    """A solver step: from the state x at noise level sigma and its velocity v to x' at the level sigma'."""
+    """A solver step."""
 
     rule: Rule
     draws: bool
     """The rule reads noise from the tape."""
 
-    def __call__(
-        self,
-        x: Tensor,
-        velocity: Tensor,
-        sigma: float | Tensor,
-        sigma_next: float | Tensor,
-        noise: Tensor | None = None,
-    ) -> Tensor:
-        return self.rule(x, velocity, sigma, sigma_next, noise)
-
 
 def euler_step(
-    x: Tensor,
-    velocity: Tensor,
-    sigma: float | Tensor,
-    sigma_next: float | Tensor,
-    noise: Tensor | None = None,
+    x: Tensor, velocity: Tensor, sigma: Sigma, sigma_next: Sigma, noise: Tensor | None = None
 ) -> Tensor:
     """Rule ``ode``: x' = x + (sigma' - sigma) v, all [..., F, C, H, W]; no noise."""
     return (_wide(x) + (_expand(sigma_next, x) - _expand(sigma, x)) * _wide(velocity)).to(x.dtype)
 
 
 def renoise_step(
-    x: Tensor, velocity: Tensor, sigma: float | Tensor, sigma_next: float | Tensor, noise: Tensor | None
+    x: Tensor, velocity: Tensor, sigma: Sigma, sigma_next: Sigma, noise: Tensor | None
 ) -> Tensor:
     """Rule ``renoise``: x' = (1 - sigma') x0 + sigma' eps with x0 = x - sigma v, all [..., F, C, H, W].
 
@@ -93,8 +81,8 @@ def renoise_step(
     return add_noise(clean_of(velocity, x, sigma), noise, sigma_next)
 
 
-def renoise_coefficients(sigma: float, sigma_next: float) -> tuple[float, float, float]:
-    """(a, c, s) of the re-noising step in the form x' = a x + c v + s eps."""
+def renoise_coefficients(sigma: float, sigma_next: float, _: float = 1.0) -> tuple[float, float, float]:
+    """(a, c, s) of the re-noising step in the form x' = a x + c v + s eps; its noise has one strength."""
     return 1 - sigma_next, -(1 - sigma_next) * sigma, sigma_next
 
 
@@ -118,9 +106,7 @@ def sde_step(kappa: float, lowest: float) -> Step:
     kappa = 0 is Euler throughout. Noise levels are floats.
     """
 
-    def rule(
-        x: Tensor, velocity: Tensor, sigma: float | Tensor, sigma_next: float | Tensor, noise: Tensor | None
-    ) -> Tensor:
+    def rule(x: Tensor, velocity: Tensor, sigma: Sigma, sigma_next: Sigma, noise: Tensor | None) -> Tensor:
         assert noise is not None and isinstance(sigma, float) and isinstance(sigma_next, float)
         if sigma < lowest or sigma_next == 0:
             return euler_step(x, velocity, sigma, sigma_next)
@@ -139,7 +125,7 @@ def _wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def _expand(sigma: float | Tensor, x: Tensor) -> float | Tensor:
+def _expand(sigma: Sigma, x: Tensor) -> Sigma:
     """Noise levels over the leading axes of x, shaped to broadcast against all of its axes."""
     if not isinstance(sigma, Tensor):
         return sigma

@@ -8,28 +8,9 @@ eps. As published, except that no noise is added after the solver steps that are
 last one: with few steps, noise that no later step can remove would show in the video.
 """
 
-import torch
-
-from kvpo.method.evidence import Credit, Evidence, Method, Trajectories
+from kvpo.method.evidence import Method
 from kvpo.method.flow import sde_coefficients
-from kvpo.method.gaussian import gaussian_evidence, gaussian_loss
-from kvpo.method.gibbs import RATIO_METRICS
-from kvpo.method.settings import FlowGrpoSettings, MethodSettings
+from kvpo.method.gaussian import gaussian_method
+from kvpo.method.settings import FlowGrpoSettings
 
-
-def evidence(
-    trajectories: Trajectories,
-    credit: Credit,
-    steps: int,
-    settings: MethodSettings[FlowGrpoSettings],
-    _: torch.Generator,
-) -> Evidence:
-    """The branches' visited states; targets are the velocities that explain each step."""
-
-    def coefficients(sigma: float, sigma_next: float) -> tuple[float, float, float]:
-        return sde_coefficients(sigma, sigma_next, trajectories.noise)
-
-    return gaussian_evidence(trajectories, credit, steps, coefficients)
-
-
-METHOD = Method(evidence, gaussian_loss, RATIO_METRICS, arrivals=True)
+METHOD: Method[FlowGrpoSettings] = gaussian_method(sde_coefficients)

@@ -11,35 +11,12 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from kvpo.method.evidence import Credit, Evidence, Metrics, Tables, Trajectories, evidence_of
-from kvpo.method.gibbs import clipped_surrogate, ratio_metrics
+from kvpo.method.evidence import Credit, Evidence, Method, Metrics, Tables, Trajectories, evidence_of
+from kvpo.method.gibbs import RATIO_METRICS, clipped_surrogate, ratio_metrics
 from kvpo.method.settings import MethodSettings, Own
 
-
-def gaussian_evidence(
-    trajectories: Trajectories,
-    credit: Credit,
-    steps: int,
-    coefficients: Callable[[float, float], tuple[float, float, float]],
-) -> Evidence:
-    """The branches' visited states; targets (x' - a x) / c are the velocities that explain each step.
-
-    ``coefficients`` maps (sigma, sigma') to (a, c, s). The last solver step, which lands on the clean
-    latents, draws no noise and is left out. Raises ValueError where no step draws any.
-    """
-    sigmas, branches = trajectories.sigmas, list(credit.branches)
-    found = [coefficients(*levels) for levels in pairwise(sigmas[: steps + 1])]
-    if not found or not all(s for _, _, s in found):
-        raise ValueError(
-            f"noise = {trajectories.noise} over noise levels {sigmas}: a solver step without noise is no "
-            "policy; explore with noise above 0 and at least two solver steps"
-        )
-    x, arrived = (trajectories.states_MPSFCHW[branches, :, at : at + len(found)] for at in (0, 1))
-    wide = torch.promote_types(x.dtype, torch.float32)
-    a, c, s = torch.tensor(found, dtype=torch.float64, device=x.device).T[:, :, None, None, None, None]
-    targets = (arrived.to(wide) - a.to(wide) * x.to(wide)) / c.to(wide)
-    weights = x[0, 0, 0].numel() * (c / s).square() / 2
-    return evidence_of(x, branches, targets, branches, weights=weights.flatten())
+Coefficients = Callable[[float, float, float], tuple[float, float, float]]
+"""(sigma, sigma', strength of the noise) -> (a, c, s) of the step between two levels."""
 
 
 def gaussian_loss(tables: Tables, credit: Credit, settings: MethodSettings[Own]) -> tuple[Tensor, Metrics]:
@@ -48,3 +25,32 @@ def gaussian_loss(tables: Tables, credit: Credit, settings: MethodSettings[Own])
     advantages_N11 = credit.advantages_N(tables.branch_N, now)[:, None, None]
     loss = clipped_surrogate(now, old, advantages_N11, settings.clip)
     return loss, {"loss": float(loss.detach())} | ratio_metrics(now, old, settings.clip)
+
+
+def gaussian_method(coefficients: Coefficients) -> Method[Own]:
+    """A method whose policy is a Gaussian over the next state of every solver step.
+
+    Its evidence are the branches' visited states; targets (x' - a x) / c are the velocities that explain each
+    step. The last solver step, which lands on the clean latents, draws no noise and is left out. The evidence
+    raises ValueError where no step draws any.
+    """
+
+    def evidence(
+        trajectories: Trajectories, credit: Credit, settings: MethodSettings[Own], _: torch.Generator
+    ) -> Evidence:
+        sigmas, branches = trajectories.sigmas, list(credit.branches)
+        levels = pairwise(sigmas[: settings.steps + 1])
+        found = [coefficients(*pair, trajectories.noise) for pair in levels]
+        if not found or not all(s for _, _, s in found):
+            raise ValueError(
+                f"noise = {trajectories.noise} over noise levels {sigmas}: a solver step without noise is no "
+                "policy; explore with noise above 0 and at least two solver steps"
+            )
+        x, arrived = (trajectories.states_MPSFCHW[branches, :, at : at + len(found)] for at in (0, 1))
+        wide = torch.promote_types(x.dtype, torch.float32)
+        a, c, s = torch.tensor(found, dtype=torch.float64, device=x.device).T[:, :, None, None, None, None]
+        targets = (arrived.to(wide) - a.to(wide) * x.to(wide)) / c.to(wide)
+        weights = x[0, 0, 0].numel() * (c / s).square() / 2
+        return evidence_of(x, branches, targets, branches, weights=weights.flatten())
+
+    return Method(evidence, gaussian_loss, RATIO_METRICS, arrivals=True)

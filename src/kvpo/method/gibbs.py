@@ -40,8 +40,6 @@ METRICS = RATIO_METRICS | {
     "temperature": Metric("Temperature of the Gibbs policy."),
     "entropy": Metric("Entropy of the branch probabilities over its maximum; 1 is uniform."),
     "anchor_probability": Metric("Probability of the anchor; 0 when it is not in the pool."),
-    "advantage_mean": Metric("Mean advantage of the branches that were trained on."),
-    "advantage_std": Metric("Spread of those advantages within a group (ddof 0)."),
 }
 
 
@@ -188,14 +186,12 @@ class Gibbs:
             "temperature": temperature,
             "entropy": float(normalised_entropy(log_pi)),
             "anchor_probability": float(log_pi[-1].exp()) if self.anchor_share > 0 else 0.0,
-            "advantage_mean": float(advantages_G.mean()),
-            "advantage_std": float(advantages_G.std(correction=0)),
         }
         return loss, metrics | ratio_metrics(*ratio, self.clip)
 
 
 def gibbs_method(
-    evidence: Callable[[Trajectories, Credit, int, MethodSettings[Own], torch.Generator], Evidence],
+    evidence: Callable[[Trajectories, Credit, MethodSettings[Own], torch.Generator], Evidence],
     gibbs_of: Callable[[MethodSettings[Own]], Gibbs],
     residual: str,
 ) -> Method[Own]:

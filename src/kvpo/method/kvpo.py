@@ -16,11 +16,7 @@ from kvpo.method.settings import KvpoSettings, MethodSettings
 
 
 def evidence(
-    trajectories: Trajectories,
-    credit: Credit,
-    steps: int,
-    settings: MethodSettings[KvpoSettings],
-    _: torch.Generator,
+    trajectories: Trajectories, credit: Credit, settings: MethodSettings[KvpoSettings], _: torch.Generator
 ) -> Evidence:
     """The branches' visited states with their own velocities as targets.
 
@@ -29,15 +25,15 @@ def evidence(
     """
     branches, share = list(credit.branches), settings.own.anchor_state_weight
     visited = evidence_of(
-        trajectories.states_MPSFCHW[branches, :, :steps],
+        trajectories.states_MPSFCHW[branches, :, : settings.steps],
         branches,
-        trajectories.velocities_MPSFCHW[branches, :, :steps],
+        trajectories.velocities_MPSFCHW[branches, :, : settings.steps],
         branches,
         weights=1 - share,
     )
     if not share:
         return visited
-    at_anchor = anchor_state_evidence(trajectories, branches, steps, weights=share)
+    at_anchor = anchor_state_evidence(trajectories, branches, settings.steps, weights=share)
     return at_anchor if share == 1 else joined_evidence(visited, at_anchor)
 
 

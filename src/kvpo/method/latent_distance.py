@@ -32,20 +32,14 @@ def anchor_state_evidence(
 def evidence(
     trajectories: Trajectories,
     credit: Credit,
-    steps: int,
     settings: MethodSettings[LatentDistanceSettings],
     _: torch.Generator,
 ) -> Evidence:
     """The anchor's states, with the velocities that lead to each branch as targets."""
-    squared = trajectories.levels(steps).square()
+    squared = trajectories.levels(settings.steps).square()
     wide = torch.promote_types(trajectories.states_MPSFCHW.dtype, torch.float32)
     weights = squared.to(wide) if settings.own.space == "latent" else 1.0
-    return anchor_state_evidence(trajectories, credit.branches, steps, weights)
+    return anchor_state_evidence(trajectories, credit.branches, settings.steps, weights)
 
 
-def gibbs_of(settings: MethodSettings[LatentDistanceSettings]) -> Gibbs:
-    """The Gibbs policy of these settings."""
-    return Gibbs(settings.temperature, settings.clip)
-
-
-METHOD = gibbs_method(evidence, gibbs_of, "distance")
+METHOD = gibbs_method(evidence, lambda settings: Gibbs(settings.temperature, settings.clip), "distance")

@@ -42,13 +42,12 @@ def goodness(advantages_G: Tensor, limit: float) -> Tensor:
 def evidence(
     trajectories: Trajectories,
     credit: Credit,
-    steps: int,
     settings: MethodSettings[NftSettings],
     generator: torch.Generator,
 ) -> Evidence:
     """Clean latents of the branches noised again; targets lead from v_old toward v*, or away from it."""
     branches = list(credit.branches)
-    states, toward_clean = noised_again(trajectories, branches, steps, generator)
+    states, toward_clean = noised_again(trajectories, branches, settings.steps, generator)
     step_G = ((2 * goodness(credit.advantages_G, ADVANTAGE_LIMIT) - 1) / settings.own.beta).tolist()
     scale = states.new_tensor(step_G).view(-1, 1, 1, 1, 1, 1, 1)
     return evidence_of(

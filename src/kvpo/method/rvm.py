@@ -23,13 +23,12 @@ METRICS = {
 def evidence(
     trajectories: Trajectories,
     credit: Credit,
-    steps: int,
     settings: MethodSettings[RvmSettings],
     generator: torch.Generator,
 ) -> Evidence:
     """Clean latents of the branches noised again, with the velocities that lead back as targets."""
     branches = list(credit.branches)
-    states, toward_clean = noised_again(trajectories, branches, steps, generator)
+    states, toward_clean = noised_again(trajectories, branches, settings.steps, generator)
     return evidence_of(states, branches, toward_clean, branches)
 
 

@@ -20,13 +20,12 @@ METRICS = {
 def evidence(
     trajectories: Trajectories,
     credit: Credit,
-    steps: int,
     settings: MethodSettings[SelfDistillSettings],
     _: torch.Generator,
 ) -> Evidence:
     """The anchor's states; each branch's routed history gives one target."""
     anchor, branches = trajectories.anchor, credit.branches
-    states = trajectories.states_MPSFCHW[anchor, :, :steps]
+    states = trajectories.states_MPSFCHW[anchor, :, : settings.steps]
     targets = torch.zeros_like(states).expand(len(branches), *states.shape)
     query_N = [0] * len(branches)
     return evidence_of(states[None], [anchor], targets, branches, query_N=query_N, teacher="routed")

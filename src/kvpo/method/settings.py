@@ -1,34 +1,43 @@
 """Each method's own settings, as frozen dataclasses. Importing this module imports nothing heavy.
 
 Settings that several methods share (clip, temperature, which branches train, the velocity KL) are in
-``kvpo.config``. ``EXPLORERS`` lists the explorers whose branches a method can learn from, its own first;
-``STARTS_FROM`` holds settings that a run of the method starts from instead of the preset's values.
+``kvpo.config``.
 """
 
 from dataclasses import dataclass
 from typing import ClassVar, Generic, Literal, TypeVar
 
-Own = TypeVar("Own")
-"""Settings of one method."""
+
+class OwnSettings:
+    """Settings of one method."""
+
+    EXPLORERS: ClassVar[tuple[str, ...]]
+    """The explorers whose branches the method can learn from, its own first."""
+    STARTS_FROM: ClassVar[dict[str, object]] = {}
+    """Settings that a run of the method starts from instead of the preset's values."""
+
+
+Own = TypeVar("Own", bound=OwnSettings)
 
 
 @dataclass(frozen=True)
 class MethodSettings(Generic[Own]):
-    """All that a method reads: its own section, and the clip and temperature that it shares with others."""
+    """All that a method reads: its own section, and what it shares with others."""
 
     own: Own
     clip: tuple[float, float] = (0.1, 0.2)
     """The ratio is clipped to 1 - the first .. 1 + the second."""
     temperature: float | None = None
     """Gibbs temperature; None calibrates it to the spread of each group's energies."""
+    steps: int = 2
+    """First solver steps that are learned from."""
 
 
 @dataclass(frozen=True)
-class KvpoSettings:
+class KvpoSettings(OwnSettings):
     """KVPO: a Gibbs policy over Trajectory Velocity Energies."""
 
-    EXPLORERS: ClassVar[tuple[str, ...]] = ("routes",)
-    STARTS_FROM: ClassVar[dict[str, object]] = {}
+    EXPLORERS = ("routes",)
 
     anchor_share: float = 0.0
     """Probability of the anchor in the policy's pool that sets the temperature; 0 leaves it out."""
@@ -39,38 +48,37 @@ class KvpoSettings:
 
 
 @dataclass(frozen=True)
-class LatentDistanceSettings:
+class LatentDistanceSettings(OwnSettings):
     """A Gibbs policy over distances between clean latents: the paper's geometric ablation, and AR-CoPO."""
 
-    EXPLORERS: ClassVar[tuple[str, ...]] = ("routes", "neighbour", "fresh")
-    STARTS_FROM: ClassVar[dict[str, object]] = {"objective.temperature": None}
+    EXPLORERS = ("routes", "neighbour", "fresh")
+    STARTS_FROM = {"objective.temperature": None}
 
     space: Literal["velocity", "latent"] = "latent"
     """Distance between velocities at the anchor's states, or between the clean latents they lead to."""
 
 
 @dataclass(frozen=True)
-class FlowGrpoSettings:
+class FlowGrpoSettings(OwnSettings):
     """Flow-GRPO: stochastic solver steps as Gaussian policies."""
 
-    EXPLORERS: ClassVar[tuple[str, ...]] = ("sde",)
-    STARTS_FROM: ClassVar[dict[str, object]] = {"exploration.noise": 0.7, "objective.clip": (0.2, 0.2)}
+    EXPLORERS = ("sde",)
+    STARTS_FROM = {"exploration.noise": 0.7, "objective.clip": (0.2, 0.2)}
 
 
 @dataclass(frozen=True)
-class CmGrpoSettings:
+class CmGrpoSettings(OwnSettings):
     """CM-GRPO: the re-noising step of a few-step sampler as a Gaussian policy."""
 
-    EXPLORERS: ClassVar[tuple[str, ...]] = ("renoise",)
-    STARTS_FROM: ClassVar[dict[str, object]] = {"stream.step_rule": "renoise", "objective.clip": (0.2, 0.2)}
+    EXPLORERS = ("renoise",)
+    STARTS_FROM = {"stream.step_rule": "renoise", "objective.clip": (0.2, 0.2)}
 
 
 @dataclass(frozen=True)
-class NftSettings:
+class NftSettings(OwnSettings):
     """DiffusionNFT: forward-process matching toward rewarded and away from unrewarded clips."""
 
-    EXPLORERS: ClassVar[tuple[str, ...]] = ("fresh", "neighbour", "routes")
-    STARTS_FROM: ClassVar[dict[str, object]] = {}
+    EXPLORERS = ("fresh", "neighbour", "routes")
 
     beta: float = 1.0
     """Mixing weight of the policy in its implicit positive and negative velocities; small is a wide step."""
@@ -82,27 +90,15 @@ class NftSettings:
 
 
 @dataclass(frozen=True)
-class RvmSettings:
+class RvmSettings(OwnSettings):
     """Advantage-weighted matching with one advantage scale for the whole collection (RVM)."""
 
-    EXPLORERS: ClassVar[tuple[str, ...]] = ("fresh", "neighbour", "routes")
-    STARTS_FROM: ClassVar[dict[str, object]] = {}
+    EXPLORERS = ("fresh", "neighbour", "routes")
 
 
 @dataclass(frozen=True)
-class SelfDistillSettings:
+class SelfDistillSettings(OwnSettings):
     """Self-distillation: the anchor's velocities toward those under the branches' routes, no reward."""
 
-    EXPLORERS: ClassVar[tuple[str, ...]] = ("routes",)
-    STARTS_FROM: ClassVar[dict[str, object]] = {"exploration.donor": 0}
-
-
-OwnSettings = (
-    KvpoSettings
-    | LatentDistanceSettings
-    | FlowGrpoSettings
-    | CmGrpoSettings
-    | NftSettings
-    | RvmSettings
-    | SelfDistillSettings
-)
+    EXPLORERS = ("routes",)
+    STARTS_FROM = {"exploration.donor": 0}

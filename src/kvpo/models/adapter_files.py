@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 from torch import Tensor
 
@@ -26,6 +27,7 @@ from kvpo.models.checkpoints import (
 )
 from kvpo.models.tensor_files import read_tensor_file, require_numbers, safetensors_header
 
+T = TypeVar("T")
 PEFT_PREFIX = "base_model.model."
 PEFT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 PEFT_CONFIG = "adapter_config.json"
@@ -100,6 +102,15 @@ class AdapterState:
 
 def _span(values: list[int] | list[float]) -> str:
     return f"{values[0]:g}" + f" to {values[-1]:g}" * (len(values) > 1)
+
+
+def in_peft_layout(pairs: Mapping[str, tuple[T, T]]) -> dict[str, T]:
+    """What is given for A and B of every adapted layer, under the names that PEFT gives them."""
+    return {
+        f"{PEFT_PREFIX}{module}.lora_{half}.weight": value
+        for module, pair in pairs.items()
+        for half, value in zip("AB", pair, strict=True)
+    }
 
 
 def adapter_of(
@@ -232,11 +243,7 @@ def load_adapter_state(path: str | Path, *, entry: str | None = None) -> Adapter
     tensors, source = choose_entry(content, entry, ADAPTER_ENTRIES, str(path))
     require_numbers(tensors, source)
     pairs, own = _adapter_layers(tensors, source)
-    public = {
-        f"{PEFT_PREFIX}{module}.lora_{half}.weight": halves[half]
-        for module, halves in pairs.items()
-        for half in "AB"
-    }
+    public = in_peft_layout({module: (halves["A"], halves["B"]) for module, halves in pairs.items()})
     if not any(pairs[module]["A"].float().any() and pairs[module]["B"].float().any() for module in pairs):
         raise ValueError(
             f"{source}: A or B of every layer is zero, so that the adapter changes nothing; without it "

@@ -9,7 +9,7 @@ import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from kvpo.files import named_list
-from kvpo.models.adapter_files import PEFT_PREFIX, AdapterState, adapter_of
+from kvpo.models.adapter_files import PEFT_PREFIX, AdapterState, adapter_of, in_peft_layout
 from kvpo.models.finite import require_finite_weights
 from kvpo.models.linear import linear
 from kvpo.models.tensor_files import check_tensors
@@ -135,13 +135,12 @@ def check_adapter(model: nn.Module, adapter: AdapterState) -> None:
     Raises:
         ValueError: naming layers that the model does not have, halves of another shape, and NaN or infinity.
     """
-    shapes, expected = _linear_shapes(model), {}
+    shapes, halves = _linear_shapes(model), {}
     for module in adapter.modules:
         if module in shapes:
             (out_width, in_width), rank = shapes[module], adapter.pair(module)[0].shape[0]
-            expected[f"{PEFT_PREFIX}{module}.lora_A.weight"] = (rank, in_width)
-            expected[f"{PEFT_PREFIX}{module}.lora_B.weight"] = (out_width, rank)
-    check_tensors(adapter.tensors, expected, adapter.source)
+            halves[module] = (rank, in_width), (out_width, rank)
+    check_tensors(adapter.tensors, in_peft_layout(halves), adapter.source)
     require_finite_weights(adapter.tensors, adapter.source)
 
 
@@ -211,14 +210,14 @@ def add_adapter(
             f"targets: no linear layer ends in {named_list(unknown)}; a block has "
             f"{named_list(name.removeprefix('blocks.0.') for name in shapes if name.startswith('blocks.0.'))}"
         )
-    tensors: dict[str, Tensor] = {}
+    pairs = {}
     for name in (name for name, ends in endings.items() if ends):
         out_width, in_width = shapes[name]
         bound = 1.0 / math.sqrt(in_width)
         a = torch.empty(rank, in_width).uniform_(-bound, bound, generator=generator)
-        tensors[f"{PEFT_PREFIX}{name}.lora_A.weight"] = a
-        tensors[f"{PEFT_PREFIX}{name}.lora_B.weight"] = torch.zeros(out_width, rank)
-    _inject(model, AdapterState(tensors, rank, alpha or float(rank), "fresh adapter"), TRAINED, dtype)
+        pairs[name] = a, torch.zeros(out_width, rank)
+    fresh = AdapterState(in_peft_layout(pairs), rank, alpha or float(rank), "fresh adapter")
+    _inject(model, fresh, TRAINED, dtype)
 
 
 def load_adapter(model: nn.Module, adapter: AdapterState, *, dtype: torch.dtype = torch.float32) -> None:
@@ -324,18 +323,19 @@ def _stacked(parts: Sequence[tuple[AdapterState, float]], module: str) -> tuple[
     return a, torch.cat([f * one.scale(module) * one.pair(module)[1].double() for one, f in own], 1)
 
 
+def _of_scale_1(
+    pairs: Mapping[str, tuple[Tensor, Tensor]], source: str, files: tuple[Path, ...] = (), stated: str = ""
+) -> AdapterState:
+    tensors = in_peft_layout({module: (a.float(), b.float()) for module, (a, b) in pairs.items()})
+    return adapter_of(tensors, {m: float(len(a)) for m, (a, _) in pairs.items()}, source, files, stated)
+
+
 def joined_adapters(adapters: Sequence[AdapterState]) -> AdapterState:
     """One adapter of scale 1 that does what several do together, at the sum of their ranks."""
-    modules = dict.fromkeys(module for one in adapters for module in one.modules)
-    tensors: dict[str, Tensor] = {}
-    ranks: dict[str, float] = {}
-    for module in modules:
-        a, b = _stacked([(one, 1.0) for one in adapters], module)
-        tensors[f"{PEFT_PREFIX}{module}.lora_A.weight"] = a.float()
-        tensors[f"{PEFT_PREFIX}{module}.lora_B.weight"] = b.float()
-        ranks[module] = float(len(a))
+    parts = [(one, 1.0) for one in adapters]
+    pairs = {module: _stacked(parts, module) for one in adapters for module in one.modules}
     source, files = " and ".join(one.source for one in adapters), sum((one.files for one in adapters), ())
-    return adapter_of(tensors, ranks, source, files, "those of the adapters, multiplied in")
+    return _of_scale_1(pairs, source, files, "those of the adapters, multiplied in")
 
 
 def adapter_difference(
@@ -347,8 +347,7 @@ def adapter_difference(
     layers are their best approximations (truncated singular values), which lose a share of the Frobenius norm
     of all.
     """
-    tensors: dict[str, Tensor] = {}
-    ranks: dict[str, float] = {}
+    pairs = {}
     squares, lost = 0.0, 0.0
     for module in continued.modules:
         a, b = _stacked([(continued, 1.0), (given, -1.0)], module)
@@ -360,10 +359,8 @@ def adapter_difference(
             root = values[:rank].sqrt()
             b = q @ left[:, :rank] * root
             a = root[:, None] * (right[:rank] @ other_q.T)
-        tensors[f"{PEFT_PREFIX}{module}.lora_A.weight"] = a.float()
-        tensors[f"{PEFT_PREFIX}{module}.lora_B.weight"] = b.float()
-        ranks[module] = float(len(a))
-    return adapter_of(tensors, ranks, "difference"), math.sqrt(lost / squares) if squares else 0.0
+        pairs[module] = a, b
+    return _of_scale_1(pairs, "difference"), math.sqrt(lost / squares) if squares else 0.0
 
 
 def base_state(model: nn.Module) -> dict[str, Tensor]:
@@ -389,12 +386,3 @@ def merged_state(model: nn.Module, dtype: torch.dtype | None = None) -> dict[str
             merged = _merged(wide, adapter, module)
             tensors[f"{module}.weight"] = merged.to(dtype or tensors[f"{module}.weight"].dtype)
     return tensors if dtype is None else {name: value.to(dtype) for name, value in tensors.items()}
-
-
-def averaged(adapter: AdapterState, average: dict[str, Tensor]) -> AdapterState:
-    """The adapter with a moving average of `trained_parameters` in place of its current weights."""
-    tensors = {
-        PEFT_PREFIX + name.replace(f".{TRAINED}.", "."): value.detach() for name, value in average.items()
-    }
-    assert tensors.keys() == adapter.tensors.keys(), "the average belongs to other parameters"
-    return replace(adapter, tensors=tensors)

@@ -10,9 +10,20 @@ T tokens per frame, N heads, D head width.
 
 from collections.abc import Iterable, Sequence
 from copy import copy
+from dataclasses import astuple, dataclass
 
 import torch
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class PageShape:
+    """Geometry of cache pages."""
+
+    num_layers: int
+    tokens: int
+    num_heads: int
+    head_dim: int
 
 
 class FrameCache:
@@ -20,16 +31,13 @@ class FrameCache:
 
     def __init__(
         self,
-        *,
-        num_layers: int,
-        tokens: int,
-        num_heads: int,
-        head_dim: int,
+        pages: PageShape,
         num_pages: int,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        shape = (num_layers, num_pages, tokens, num_heads, head_dim)
+        num_layers, *page = astuple(pages)
+        shape = (num_layers, num_pages, *page)
         self.keys_LQTND = torch.empty(shape, device=device, dtype=dtype)
         self.values_LQTND = torch.empty(shape, device=device, dtype=dtype)
         self._references = [0] * num_pages

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from kvpo.config import Config
-from kvpo.method.evidence import Trajectories, asked_of, no_credit
+from kvpo.method.evidence import Trajectories, no_credit
 from kvpo.method.flow import few_step_sigmas
 from kvpo.method.methods import METHODS
 from kvpo.training.gradients import blocks_together, trajectories_together
@@ -46,7 +46,7 @@ def replays_of(config: Config) -> Replays:
     members = torch.rand(exploration.branches + 1, exploration.blocks, kept, 1, 1, 1, 1, generator=draws)
     trajectories = Trajectories(members, members, members[:, :, 0], sigmas, exploration.noise)
     credit = no_credit(chosen or exploration.branches)
-    evidence, _ = asked_of(method, trajectories, credit, objective.grad_steps, config.method_settings, draws)
+    evidence, _ = method.asks(trajectories, credit, config.method_settings, draws)
     each, steps = len(evidence.past_Q), evidence.states_QPSFCHW.shape[2]
     rows, blocks = config.optim.replay_rows, exploration.blocks
     together = min(trajectories_together(rows, blocks, objective.grad_steps) or each, each)

@@ -47,11 +47,7 @@ def streamed_table(trainer: Trainer, lesson: Lesson) -> Tensor:
                 level = torch.tensor([generator.sigmas[step]], device=state_FCHW.device)
                 velocities.append(generator.velocity(state_FCHW[None], level, text, context)[0])
             if block + 1 < lesson.blocks:
-                noise = None
-                if generator.context_noise:
-                    at = stream.start // generator.block
-                    noise = stream.tape(stream.prompt.id, at, "context")[None].to(clean_FCHW)
-                append_block(generator, [stream], clean_FCHW[None], text, context, noise)
+                append_block(generator, [stream], clean_FCHW[None], text, context)
         stream.history.release()
         every.append(torch.stack(velocities).unflatten(0, (lesson.blocks, lesson.steps)))
     return lesson.table(torch.stack(every))
@@ -65,7 +61,8 @@ def first_ratio_max_deviation(trainer: Trainer) -> float | None:
     regardless of their rewards. None for methods without a ratio.
     """
     setup, config = trainer.setup, trainer.setup.config
-    learner = replace(trainer.learner, steps=len(setup.generator.sigmas), teams=ONE_TEAM)
+    settings = replace(trainer.learner.settings, steps=len(setup.generator.sigmas))
+    learner = replace(trainer.learner, settings=settings, teams=ONE_TEAM)
     if "ratio_deviation" not in learner.method.metrics:
         return None
     planned = plan_rollout(setup, 0)
@@ -81,7 +78,7 @@ def first_ratio_max_deviation(trainer: Trainer) -> float | None:
         lesson = with_old_policy(learner, lesson)
         with torch.no_grad():
             old, again = table_of(learner, lesson), streamed_table(trainer, lesson)
-        deviation = max(deviation, differentiate(learner, lesson, again, old, old).metrics["ratio_deviation"])
+        deviation = max(deviation, differentiate(learner, lesson, again, old, old)[1]["ratio_deviation"])
     rollout.release()
     return deviation
 

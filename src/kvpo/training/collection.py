@@ -69,7 +69,11 @@ def generate_rollout(
     Of every group this rank scores its share of the members.
     """
     config, codec, scorer = setup.config, setup.backbone.codec, setup.judges.scorer
-    options = {"block": setup.generator.block, "shares": setup.clip_shares(), "timed": setup.ranks.clock}
+    options = {
+        "block": setup.generator.block,
+        "transition_blocks": config.rewards.transition_blocks,
+        "timed": setup.ranks.clock,
+    }
     pending: list[Future[Scores]] = []
 
     def finished(group: Group) -> None:

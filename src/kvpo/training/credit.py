@@ -13,13 +13,12 @@ from kvpo.method.advantage import (
     ADVANTAGE_LIMIT,
     GLOBAL_WEIGHT,
     SUSPICION,
-    anchor_relative,
     best_and_worst,
     centred,
     clamp,
     fuse_components,
     fuse_signals,
-    group_centred,
+    group_relative,
     is_noise,
     permuted,
     pooled_spread,
@@ -160,10 +159,8 @@ def signal(members_KM: Tensor, blend: Blend, scale: Tensor | None = None) -> Ten
     members = _fused(members_KM, blend)
     raw = blend.rewards.fusion == "rewards"
     floors = blend.floor if raw or blend.floors_K is None else blend.floors_K
-    if blend.objective.advantages == "anchor":
-        normalised = anchor_relative(members[..., :-1], members[..., -1], floors, scale)
-    else:
-        normalised = group_centred(members[..., :-1], floors, scale)
+    anchor = members[..., -1] if blend.objective.advantages == "anchor" else None
+    normalised = group_relative(members[..., :-1], anchor, floors, scale)
     return normalised if raw else fuse_components(normalised, blend.weights_K / blend.weights_K.sum())
 
 

@@ -5,8 +5,8 @@ coefficients d loss / d table: exact, with the activations of one micro-batch in
 gradient").
 """
 
-from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import AbstractContextManager, closing, nullcontext
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,11 +17,12 @@ from kvpo.engine.generator import StreamingGenerator
 from kvpo.engine.replay import ReplayRow, replay_context, replay_velocities
 from kvpo.engine.rollout import Group
 from kvpo.engine.stream import Stream
-from kvpo.method.evidence import Credit, Evidence, Method, Metrics, Tables, asked_of, residual_table
+from kvpo.method.evidence import Credit, Evidence, Method, Metrics, Tables, residual_table
 from kvpo.method.settings import MethodSettings
 from kvpo.models.finite import require_finite
 from kvpo.training.policy import Policy, swapped_parameters
 from kvpo.training.ranks import ONE_TEAM, Teams
+from kvpo.training.reduction import Gradients, taken
 
 
 @dataclass(frozen=True)
@@ -34,20 +35,12 @@ class Learner:
     """Moving average of the trained parameters."""
     method: Method[Any]
     settings: MethodSettings[Any]
-    steps: int
-    """First solver steps that count."""
     velocity_kl: float
     """Weight of the velocity KL to the starting policy."""
     rows: int
     """Forward rows (trajectories x blocks x steps) per forward pass; 0 means no limit."""
     teams: Teams = ONE_TEAM
     """The ranks that have this one's groups in common, and replay their trajectories in turn."""
-
-    def old_policy(self) -> AbstractContextManager[None]:
-        """Inside, the model is what the method calls the old policy: as it is, or its moving average."""
-        if self.method.averaged_old(self.settings):
-            return swapped_parameters(self.policy.parameters, self.average)
-        return nullcontext()
 
 
 @dataclass(frozen=True)
@@ -81,18 +74,11 @@ class Lesson:
         evidence = self.evidence
         return ReplayRow(self.root, self.past_MPFCHW[evidence.past_Q[query]], evidence.states_QPSFCHW[query])
 
-    def routed_row(self, number: int) -> ReplayRow:
-        """The trajectory that a row of the table asks at, under the history that its branch was routed."""
-        pages = self.routed_pages[self.evidence.branch_N[number]]
-        return replace(self.row(self.evidence.query_N[number]), routes=pages, recent=self.recent)
-
-    def table(self, velocities_QPSFCHW: Tensor, policy: str = "") -> Tensor:
-        """The table [N, P, S] for a policy's velocities at every trajectory. Raises NonFiniteError."""
+    def table(self, velocities_QPSFCHW: Tensor) -> Tensor:
+        """The table [N, P, S] for a policy's velocities at every trajectory."""
         evidence = self.evidence
         asked = velocities_QPSFCHW[list(evidence.query_N)]
-        table = residual_table(evidence.weights_NPS, evidence.targets_NPSFCHW, asked)
-        self.require_finite(table, policy)
-        return table
+        return residual_table(evidence.weights_NPS, evidence.targets_NPSFCHW, asked)
 
     def require_finite(self, table_NPS: Tensor, policy: str = "") -> None:
         """Raise NonFiniteError, naming the prompt, where a number of a table is not finite."""
@@ -114,9 +100,7 @@ class Lesson:
 def lesson_of(learner: Learner, group: Group, credit: Credit, generator: torch.Generator) -> Lesson:
     """The lesson of a group; ``generator`` draws the random numbers of the evidence."""
     trajectories = group.trajectories
-    evidence, drift_rows = asked_of(
-        learner.method, trajectories, credit, learner.steps, learner.settings, generator
-    )
+    evidence, drift_rows = learner.method.asks(trajectories, credit, learner.settings, generator)
     routed = credit.branches if "routed" in evidence.teachers else ()
     return Lesson(
         group.index,
@@ -136,7 +120,7 @@ def micro_batches(learner: Learner, lesson: Lesson) -> list[range]:
     No rank of a team goes without one, if there are enough.
     """
     every = len(lesson.evidence.past_Q)
-    size = trajectories_together(learner.rows, lesson.blocks, learner.steps) or every
+    size = trajectories_together(learner.rows, lesson.blocks, learner.settings.steps) or every
     size = min(size, -(-every // learner.teams.team.count))
     return [range(at, min(at + size, every)) for at in range(0, every, size)]
 
@@ -200,9 +184,9 @@ def whole_table(learner: Learner, lesson: Lesson, table_NPS: Tensor, policy: str
     return table_NPS
 
 
-def table_of(learner: Learner, lesson: Lesson, policy: str = "") -> Tensor:
-    """The table [N, P, S] of a lesson under the current policy, without gradients."""
-    return whole_table(learner, lesson, lesson.table(velocities_of(learner, lesson)), policy)
+def table_of(learner: Learner, lesson: Lesson) -> Tensor:
+    """The table [N, P, S] of a lesson under the current policy, without gradients. Raises NonFiniteError."""
+    return whole_table(learner, lesson, lesson.table(velocities_of(learner, lesson)))
 
 
 def with_old_policy(learner: Learner, lesson: Lesson) -> Lesson:
@@ -212,25 +196,28 @@ def with_old_policy(learner: Learner, lesson: Lesson) -> Lesson:
     """
     if "old" not in lesson.evidence.teachers:
         return lesson
-    with learner.old_policy():
+    averaged = learner.method.averaged_old(learner.settings)
+    with swapped_parameters(learner.policy.parameters, learner.average) if averaged else nullcontext():
         return lesson.taught("old", velocities_of(learner, lesson))
 
 
 def with_routed_teacher(learner: Learner, lesson: Lesson) -> Lesson:
     """The lesson with the policy's own velocities under the branches' routed history in its targets."""
-    rows = [n for n, name in enumerate(lesson.evidence.teacher_N) if name == "routed"]
+    evidence = lesson.evidence
+    rows = [n for n, name in enumerate(evidence.teacher_N) if name == "routed"]
     if not rows:
         return lesson
-    velocities = torch.zeros_like(lesson.evidence.targets_NPSFCHW)
+    velocities = torch.zeros_like(evidence.targets_NPSFCHW)
     team, found = learner.teams.team, []
     mine = team.deal(rows)
-    size = trajectories_together(learner.rows, lesson.blocks, learner.steps) or len(mine)
+    size = trajectories_together(learner.rows, lesson.blocks, learner.settings.steps) or len(mine)
     for at in range(0, len(mine), size):
-        some = [lesson.routed_row(n) for n in mine[at : at + size]]
+        plain = [(lesson.row(evidence.query_N[n]), evidence.branch_N[n]) for n in mine[at : at + size]]
+        some = [replace(row, routes=lesson.routed_pages[g], recent=lesson.recent) for row, g in plain]
         found += list(whole_velocities(learner, some).cpu())
     answers = team.in_order(found, "replaying")[: len(rows)]
     velocities[rows] = torch.stack(answers).to(velocities)
-    return replace(lesson, evidence=lesson.evidence.with_teacher("routed", velocities))
+    return replace(lesson, evidence=evidence.with_teacher("routed", velocities))
 
 
 def accumulate_gradients(
@@ -238,7 +225,7 @@ def accumulate_gradients(
     lesson: Lesson,
     old_table: Tensor | None,
     lessons: int,
-    added: Callable[[], None] = lambda: None,
+    parts: list[Gradients] | None = None,
 ) -> tuple[Metrics, float]:
     """Add the gradient of a lesson's share of the mean loss over ``lessons`` to the parameters' ``.grad``.
 
@@ -247,7 +234,7 @@ def accumulate_gradients(
     Args:
         old_table: the table under the rollout policy; None while the current policy still is that policy (it
             is then the current table, and every ratio is exactly 1).
-        added: called after every micro-batch.
+        parts: where the gradient of every micro-batch goes instead; None: they are added up.
 
     Returns:
         metrics of the lesson and its velocity KL to the starting policy.
@@ -255,38 +242,36 @@ def accumulate_gradients(
     with learner.policy.reference():
         of_reference = velocities_of(learner, lesson)
     lesson = with_routed_teacher(learner, lesson.taught("reference", of_reference))
-    of_start = " of the starting policy"
-    reference = whole_table(learner, lesson, lesson.table(of_reference, of_start), of_start)
+    reference = whole_table(learner, lesson, lesson.table(of_reference), " of the starting policy")
 
-    def differentiated(table_NPS: Tensor) -> Differentiated:
-        """The table under the current policy, differentiated."""
-        return differentiate(
-            learner, lesson, table_NPS, table_NPS if old_table is None else old_table, reference
-        )
+    def differentiated(table_NPS: Tensor) -> tuple[Tensor, Metrics, float]:
+        """The loss, differentiated on the table under the current policy."""
+        old = table_NPS if old_table is None else old_table
+        return differentiate(learner, lesson, table_NPS, old, reference)
 
     batches, rank = micro_batches(learner, lesson), learner.teams.team.rank
     coefficients: Tensor | None = None
     if learner.method.linear:  # the loss has the same gradient at any table
-        coefficients = differentiated(reference).gradient
+        coefficients = differentiated(reference)[0]
     elif len(batches) > 1 or blocks_together(learner.rows, lesson.blocks, lesson.steps) < lesson.blocks:
         # The loss couples cells, so the whole table must be known before any backward.
-        coefficients = differentiated(table_of(learner, lesson)).gradient
+        coefficients = differentiated(table_of(learner, lesson))[0]
     table = torch.zeros_like(reference)
     for number, queries in enumerate(own_batches(learner, lesson)):
         again = rank + number * learner.teams.team.count >= len(batches)  # it is another rank's
         rows = [lesson.row(query) for query in queries]
-        with closing(replayed(learner, rows, gradients=True)) as parts:
-            for blocks, velocities in parts:
+        with closing(replayed(learner, rows, gradients=True)) as replay:
+            for blocks, velocities in replay:
                 place, cells = _cells(lesson, queries, blocks, velocities)
                 table[place] = cells.detach()
                 if coefficients is None:
-                    coefficients = differentiated(table).gradient
+                    coefficients = differentiated(table)[0]
                 loss = (0.0 if again else 1.0) * (coefficients[place] * cells).sum()
                 if loss.requires_grad:
                     (loss / lessons).backward()
-        added()
-    found = differentiated(whole_table(learner, lesson, table))
-    return found.metrics, found.drift
+        if parts is not None:
+            parts.append(taken(list(learner.policy.parameters.values())))
+    return differentiated(whole_table(learner, lesson, table))[1:]
 
 
 def _cells(
@@ -300,21 +285,13 @@ def _cells(
     return place, residual_table(evidence.weights_NPS[place], evidence.targets_NPSFCHW[place], asked)
 
 
-@dataclass(frozen=True)
-class Differentiated:
-    """The loss of a lesson, differentiated on its table."""
-
-    gradient: Tensor
-    """d loss / d table, the velocity KL included: [N, P, S]."""
-    metrics: Metrics
-    drift: float
-    """Velocity KL to the starting policy."""
-
-
 def differentiate(
     learner: Learner, lesson: Lesson, now_NPS: Tensor, old_NPS: Tensor, reference_NPS: Tensor
-) -> Differentiated:
-    """Differentiate the loss on a lesson's table, given under three policies. Raises NonFiniteError."""
+) -> tuple[Tensor, Metrics, float]:
+    """Differentiate the loss on a lesson's table, given under three policies. Raises NonFiniteError.
+
+    Returns d loss / d table [N, P, S], the velocity KL included; the metrics; the velocity KL alone.
+    """
     lesson.require_finite(now_NPS)
     table = now_NPS.detach().requires_grad_()
     tables = lesson.tables(table, old_NPS.detach(), reference_NPS)
@@ -322,4 +299,4 @@ def differentiate(
         loss, metrics = learner.method.loss(tables, lesson.credit, learner.settings)
         drift = table[len(tables.branch_N) :].sum()
         (gradient,) = torch.autograd.grad(loss + learner.velocity_kl * drift, table)
-    return Differentiated(gradient, metrics, float(drift.detach()))
+    return gradient, metrics, float(drift.detach())

@@ -48,26 +48,25 @@ def swapped_parameters(
 
     Values are copied where parameters are spread over ranks: what is gathered there is not their ``.data``.
     """
-    if sharded(parameters.values()):
-        own = {name: local(parameter.detach()).clone() for name, parameter in parameters.items()}
-        try:
-            for name, parameter in parameters.items():
-                local(parameter.detach()).copy_(local(values[name]))
-            with torch.no_grad():
-                yield
-        finally:
-            for name, parameter in parameters.items():
-                local(parameter.detach()).copy_(own[name])
-        return
-    own = {name: parameter.data for name, parameter in parameters.items()}
-    try:
+    spread = sharded(parameters.values())
+
+    def exchange(given: Mapping[str, Tensor]) -> None:
         for name, parameter in parameters.items():
-            parameter.data = values[name]
+            if spread:
+                local(parameter.detach()).copy_(local(given[name]))
+            else:
+                parameter.data = given[name]
+
+    own = {
+        name: local(parameter.detach()).clone() if spread else parameter.data
+        for name, parameter in parameters.items()
+    }
+    try:
+        exchange(values)
         with torch.no_grad():
             yield
     finally:
-        for name, parameter in parameters.items():
-            parameter.data = own[name]
+        exchange(own)
 
 
 @dataclass(frozen=True)

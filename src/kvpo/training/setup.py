@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from kvpo.config import Config
 from kvpo.engine.generator import StreamingGenerator
 from kvpo.engine.noise import SeededTape
-from kvpo.engine.scoring import ClipShares
 from kvpo.models.causal_wan import CausalWan
 from kvpo.prompts import VideoPrompt
 from kvpo.rewards.cache import Counts
@@ -47,10 +46,6 @@ class Setup:
     def generator(self) -> StreamingGenerator:
         """The generator around it."""
         return self.backbone.generator
-
-    def clip_shares(self) -> ClipShares:
-        """The clips of a member that are scored in training."""
-        return ClipShares(self.config.rewards.transition_blocks)
 
     def blend(self) -> Blend:
         """The rule by which scores become one advantage of each branch. Raises ConfigurationError."""

@@ -24,16 +24,12 @@ def moment_of(name: str) -> str:
 
 def expected_moments(parameters: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Tensors of the names and shapes that ``saved`` must have for the parameters of which it has any."""
-    shapes = {
-        name: {key: torch.empty(()) if key == "step" else parameter for key in MOMENTS}
-        for name, parameter in parameters.items()
-    }
-    with_state = {name.rpartition(".")[0] for name in saved}
+    with_state = {moment_of(name) for name in saved}
     return {
-        f"{name}.{key}": like
-        for name, own in shapes.items()
+        f"{name}.{key}": torch.empty(()) if key == "step" else parameter
+        for name, parameter in parameters.items()
         if name in with_state
-        for key, like in own.items()
+        for key in MOMENTS
     }
 
 
@@ -42,9 +38,6 @@ def load_moments(
 ) -> None:
     """Undo ``moments_of``; ``saved`` has the names of ``expected_moments``. Steps are counted on the CPU."""
     optimizer.state.clear()
-    for name, parameter in parameters.items():
-        own = {key: saved[f"{name}.{key}"] for key in MOMENTS if f"{name}.{key}" in saved}
-        if own:
-            optimizer.state[parameter] = {
-                key: value if key == "step" else value.to(parameter) for key, value in own.items()
-            }
+    for name, value in saved.items():
+        parameter, key = parameters[moment_of(name)], name.rpartition(".")[2]
+        optimizer.state[parameter][key] = value if key == "step" else value.to(parameter)

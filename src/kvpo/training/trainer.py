@@ -5,7 +5,6 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -68,7 +67,6 @@ class Trainer:
             average=self.average.values,
             method=METHODS[setup.config.method],
             settings=setup.config.method_settings,
-            steps=setup.config.objective.grad_steps,
             velocity_kl=setup.config.objective.velocity_kl,
             rows=config.replay_rows,
             teams=self.teams,
@@ -163,8 +161,8 @@ class Trainer:
                     parts: list[Gradients] = []
                     if group in item.lessons:
                         old, lesson = None if on_policy else item.old_tables[group], item.lessons[group]
-                        keep = partial(self._keep, parts) if team > 1 else nothing
-                        found[group] = accumulate_gradients(self.learner, lesson, old, lessons, keep)
+                        apart = parts if team > 1 else None
+                        found[group] = accumulate_gradients(self.learner, lesson, old, lessons, apart)
                     gradients.append(parts if team > 1 else [taken(parameters)])
             cells = max(ranks.gather(max(map(len, gradients), default=0), doing)) if team > 1 else 1
             with ranks.clock("reduce"):
@@ -174,10 +172,6 @@ class Trainer:
         every = {group: one for own in ranks.gather(found, doing) for group, one in own.items()}
         in_order = [every[group] for group in item.credits]
         return [metrics for metrics, _ in in_order], sum(drift for _, drift in in_order) / lessons
-
-    def _keep(self, parts: list[Gradients]) -> None:
-        """Set the gradients of a micro-batch aside."""
-        parts.append(taken(list(self.policy.parameters.values())))
 
     def _clip_gradient(self) -> tuple[float, float]:
         """Clip the gradient; its norm before, and the share of trained tensors of which it is not zero."""
@@ -263,14 +257,19 @@ class Trainer:
 
     def tensors_and_state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Everything a resumed run needs: parameters, moving average, optimiser, update."""
-        parameters = {f"parameters.{name}": p.detach() for name, p in self.policy.parameters.items()}
-        average = {f"average.{name}": value for name, value in self.average.values.items()}
         moments = moments_of(self.optimizer, self.policy.parameters)
-        tensors = parameters | average | {f"optimizer.{name}": value for name, value in moments.items()}
-        starting = self.policy.starting_values or {}
-        tensors |= {f"starting.{name}": value for name, value in starting.items()}
+        tensors = self._values() | {f"optimizer.{name}": value for name, value in moments.items()}
         counts = {"averaged": self.average.updates, "idle": self.idle_updates}
         return tensors, {"update": self.update, **counts}
+
+    def _values(self) -> dict[str, Tensor]:
+        """Parameters, their moving average and their starting values, sharing memory."""
+        kinds = {
+            "parameters": self.policy.parameters,
+            "average": self.average.values,
+            "starting": self.policy.starting_values or {},
+        }
+        return {f"{kind}.{name}": one.detach() for kind, own in kinds.items() for name, one in own.items()}
 
     @property
     def aligned(self) -> Mapping[str, Tensor]:
@@ -284,15 +283,8 @@ class Trainer:
 
     def restore(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
         """Continue from ``tensors_and_state``, bit for bit; of spread tensors, this rank's parts will do."""
-        own = {
-            "parameters": self.policy.parameters,
-            "average": self.average.values,
-            "starting": self.policy.starting_values or {},
-        }
-        with torch.no_grad():
-            for kind, values in own.items():
-                for name, value in values.items():
-                    local(value).copy_(local(tensors[f"{kind}.{name}"]))
+        for name, value in self._values().items():
+            local(value).copy_(local(tensors[name]))
         moments = {
             name.removeprefix("optimizer."): spread_like(self._like(name), value) if value.dim() else value
             for name, value in tensors.items()
@@ -317,23 +309,14 @@ class Trainer:
 
     def spread_tensors(self, file: Path) -> dict[str, Tensor]:
         """Those of a checkpoint's tensors that are spread, by name, each with one that is spread alike."""
-        found = {
-            name: value
-            for name, value in self.tensors_and_state()[0].items()
-            if not name.startswith("optimizer.")
-        }
         with safe_open(file, "pt") as header:
             moments = [name for name in header.keys() if name.startswith("optimizer.")]
             spread = [name for name in moments if header.get_slice(name).get_shape()]
-        return found | {name: self._like(name) for name in spread}
+        return self._values() | {name: self._like(name) for name in spread}
 
     def _like(self, name: str) -> Tensor:
         """The parameter that a moment of the optimiser belongs to."""
         return self.policy.parameters[moment_of(name.removeprefix("optimizer."))]
-
-
-def nothing() -> None:
-    """Do nothing after a micro-batch."""
 
 
 def architecture(weights: Weights) -> dict[str, Any]:

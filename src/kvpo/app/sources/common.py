@@ -8,11 +8,12 @@ from torch import Tensor
 
 from kvpo.app.file_prompts import Sets, TextLimits
 from kvpo.config import Config
-from kvpo.engine.generator import PageShape, StreamingGenerator
+from kvpo.engine.generator import StreamingGenerator
 from kvpo.engine.noise import SeededTape, keyed_generator
 from kvpo.engine.stream import stream_latents
 from kvpo.method.flow import STEPS, few_step_sigmas
 from kvpo.models.adapters import leave_casts_to_autocast
+from kvpo.models.cache import PageShape
 from kvpo.models.causal_wan import CausalWan
 from kvpo.plan.phases import Surroundings
 from kvpo.prompts import VideoPrompt
