@@ -137,9 +137,9 @@ class OneByOne:
                     routed = [slot.frame for slot in routes[block]]
                     sink, local = visible_frames(cache.end, range(self.generator.deployment.sink), recent)
                     context = cache.context([*sink, *sorted(routed), *local])
-                noise = self._noise(group, cache.end)
+                one, noise = self.generator, self._noise(group, cache.end)
                 with torch.no_grad():
-                    trajectory = denoise_block(self.generator, noise, text, context)
+                    trajectory = denoise_block(one, noise.__getitem__, text, context, one.step, one.sigmas)
                 cache.append(*self.generator.encode(trajectory.clean_RFCHW, text, context))
                 trajectories.append(trajectory)
             window = trajectories[:blocks]

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.shapes import with_shape
 from kvpo.app.presets import demo
 from kvpo.engine.generator import TextRows
-from kvpo.models.adapters import add_adapter
+from kvpo.models.adapters import LORA_TARGETS, add_adapter
 from kvpo.models.cache import FrameCache, PageShape
 from kvpo.models.causal_wan import CausalWan, WanShape
 from kvpo.models.context import PageContext
@@ -25,7 +25,6 @@ SHAPE = WanShape(
     dim=24, num_heads=2, num_layers=3, ffn_dim=40, freq_dim=16, text_len=6, text_dim=10, channels=4,
     patch_size=(1, 2, 2), latent_height=4, latent_width=6,
 )  # fmt: skip
-TARGETS = ("self_attn.q", "cross_attn.k", "cross_attn.o", "ffn.0", "ffn.2")
 
 
 @pytest.fixture(autouse=True)
@@ -39,13 +38,13 @@ def test_operations_are_those_that_torch_counts(adapted):
     rows, block, context = 2, 3, 5
     model = CausalWan(SHAPE).requires_grad_(False)
     if adapted:
-        add_adapter(model, 2, 2, TARGETS, generator=torch.Generator().manual_seed(0))
+        add_adapter(model, 2, 2, generator=torch.Generator().manual_seed(0))
     cache = FrameCache(PageShape(3, 6, 2, 12), context)
     pages = torch.arange(context).expand(rows, -1)
     seen = PageContext(cache, pages, torch.full((rows,), context))
     text = TextRows(torch.randn(1, SHAPE.text_len, SHAPE.text_dim), torch.zeros(rows, dtype=torch.int64))
     call = flops.Call(SHAPE, rows, block, context)
-    extra = flops.summing_flops(SHAPE, 2, TARGETS) if adapted else 0
+    extra = flops.summing_flops(SHAPE, 2, LORA_TARGETS) if adapted else 0
     expected = {False: flops.velocity_flops(call) + extra}
     if not adapted:  # an adapter's share of a clean pass is a bound: its last layer is computed in part only
         expected[True] = flops.encode_flops(call)

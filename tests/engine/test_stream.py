@@ -49,7 +49,7 @@ def noise_of(*kinds):
 def solved(renoise, noise, velocity=0.25):
     one = replace(generator(renoise=renoise), transformer=ConstantVelocity(velocity))
     text = TextRows(torch.zeros(1, 1, 1), torch.zeros(2, dtype=torch.long))
-    return one, denoise_block(one, noise, text, None)
+    return one, denoise_block(one, noise.__getitem__, text, None, one.step, one.sigmas)
 
 
 def test_euler_is_exact_on_a_constant_velocity_field():

@@ -18,9 +18,9 @@ from kvpo.method.methods import METHODS
 
 
 def one_group(reward: float):
-    latents = torch.zeros(2, 3, 4)
-    latents[1] = 2.0
-    return group_metrics(torch.tensor([reward, 3.0]), torch.tensor(1.0), latents, torch.full((3, 4), 1.0))
+    latents = torch.zeros(3, 3, 4)
+    latents[1], latents[2] = 2.0, 1.0
+    return group_metrics(torch.tensor([reward, 3.0, 1.0]), latents)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
@@ -53,16 +53,14 @@ def test_a_group_in_closed_form():
 
 
 def test_a_branch_that_ties_with_the_anchor_is_not_above_it():
-    latents = torch.zeros(4, 3)
-    group = group_metrics(torch.tensor([1.0, 3.0, 1.0, 0.0]), torch.tensor(1.0), latents, latents[0])
+    group = group_metrics(torch.tensor([1.0, 3.0, 1.0, 0.0, 1.0]), torch.zeros(5, 3))
     assert group["above_anchor"] == 0.25
     assert group["reward_spread"] == pytest.approx(1.2**0.5)  # ddof 1 over branches and anchor
 
 
 def test_the_spread_of_a_group_leaves_the_anchor_out_where_it_is_no_baseline():
-    latents = torch.zeros(2, 4)
-    rewards, anchor = torch.tensor([0.0, 3.0]), torch.tensor(9.0)
-    group = group_metrics(rewards, anchor, latents, latents[0], relative_to_anchor=False)
+    rewards = torch.tensor([0.0, 3.0, 9.0])
+    group = group_metrics(rewards, torch.zeros(3, 4), relative_to_anchor=False)
     assert group["reward_spread"] == pytest.approx(math.sqrt(4.5))
 
 

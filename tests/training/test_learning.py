@@ -168,7 +168,7 @@ def test_validation_judges_the_moving_average(tiny_base: Path, decay: float, ali
     """Without decay these are the weights of the last update."""
     trainer = trainer_of(tiny_base, optim__ema_decay=decay)
     trainer.step()
-    found = trainer.aligned
+    found = trainer.average.values
     assert all(torch.equal(found[name], value) for name, value in trainer.average.values.items())
     assert all(torch.equal(found[n], p) for n, p in trainer.policy.parameters.items()) == alike
 

@@ -76,10 +76,8 @@ def plan_forks(
     are never routed. No prompt switch may fall strictly inside the window (at the fork itself one may:
     history is re-encoded before the branches start). The tail shrinks towards the end of the video. A block
     is trained by the windows with most blocks, then most distinct frames, of those that can hold it; only
-    where a segment or the pool is too short for all of both do they shrink.
-
-    Raises:
-        ValueError: not even one block with one distinct frame per branch fits.
+    where a segment or the pool is too short for all of both do they shrink. Raises ValueError where not even
+    one block with one distinct frame per branch fits.
     """
     block, num_frames = deployment.block, min(prompt.num_frames for prompt in prompts)
     forks: list[Fork] = []

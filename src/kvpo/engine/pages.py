@@ -110,11 +110,8 @@ def rollout_pages(
 ) -> Pages:
     """Pages that a rollout forked at ``fork``, and its replay, need at most.
 
-    Args:
-        groups: prompts of the rollout.
-        together: groups explored together; 0: all.
-        replayed: members replayed together; 0: all of a group.
-        keep_pool: what may be routed is kept for the replay, too.
+    ``together`` of its ``groups`` are explored together (0: all), ``replayed`` members of one are replayed
+    together (0: all); with ``keep_pool`` the replay finds what may be routed, too.
     """
     together = together or groups
     members = together * (exploration.branches + 1)

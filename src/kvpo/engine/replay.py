@@ -7,6 +7,7 @@ the evaluated policy, without gradient, from the branch's stored clean latents.
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -107,15 +108,11 @@ def replay_velocities(
 
 def _alike(replay: ReplayContext, blocks: range) -> list[list[int]]:
     """Runs of consecutive blocks whose contexts hold equally many frames, and that are told the same."""
-    runs: list[list[int]] = []
-    sizes = [context.pages.shape for context in replay.contexts]
-    for block in blocks:
-        last = runs[-1][-1] if runs else block
-        if runs and sizes[last] == sizes[block] and replay.texts[last] is replay.texts[block]:
-            runs[-1].append(block)
-        else:
-            runs.append([block])
-    return runs
+
+    def seen(block: int) -> tuple[torch.Size, int]:
+        return replay.contexts[block].pages.shape, id(replay.texts[block])
+
+    return [list(run) for _, run in groupby(blocks, seen)]
 
 
 def _repeated(contexts: Sequence[PageContext], steps: int) -> PageContext:

@@ -227,8 +227,6 @@ def roll_out(
         finished: called with every group as soon as its members are generated, in order.
         team: the processes that have the branches dealt among them; each grows the roots and runs the
             anchors, so that all take equally many passes. None: this one alone.
-
-    Raises ValueError where window and tail do not fit after the fork.
     """
     cache = cache or generator.new_cache(cache_pages(generator, [planned]))
     rollout = Rollout(generator, planned, texts, tape, cache)

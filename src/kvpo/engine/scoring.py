@@ -112,10 +112,8 @@ def score_clips(
     """Score clips, each given with the number of its video, equal lengths together: ``[K, clips]``.
 
     ``videos_NTCHW`` are in [0, 1], their first pixel frame being that of latent frame ``offset``. All clips
-    are handed out before any score is waited for.
-
-    Raises:
-        ValueError: the scorer returned a missing, misshapen or non-finite number.
+    are handed out before any score is waited for. Raises ValueError where the scorer returned a missing,
+    misshapen or non-finite number.
     """
     first = pixel_frame(offset, frames_per_latent)
     pieces = [(video, in_pixels(clip, frames_per_latent)) for video, clip in clips]

@@ -76,11 +76,9 @@ class Selection:
         for start in range(root.start, prompt.num_frames, span):
             stop = min(start + span, prompt.num_frames)
             streams = self._continued(root, tape, stop)
-            decoded = []
+            new = [torch.cat(stream.latents[start // block :]) for stream in streams]
             with torch.no_grad():
-                for stream in streams:
-                    new = torch.cat(stream.latents[start // block :])
-                    decoded.append(self.codec.decode_next(new, state))
+                decoded = [self.codec.decode_next(latents, state) for latents in new]
             new_NTCHW = torch.stack([pixels for pixels, _ in decoded])
             own = self._scores(prompt, start, stop, new_NTCHW, before_TCHW)
             scores.append(own)

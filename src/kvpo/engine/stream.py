@@ -1,7 +1,9 @@
 """Streaming generation: blocks in lock step for many streams, prompt switches, routed contexts."""
 
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -107,9 +109,7 @@ def text_of(streams: Sequence[Stream]) -> TextRows:
     mixtures = [told(stream) for stream in streams]
     unique = {}
     for stream, mixture in zip(streams, mixtures, strict=True):
-        alone = stream.texts[mixture[-1][0]]
-        parts = [share * stream.texts[text] for text, share in mixture]
-        unique[mixture] = alone if len(mixture) == 1 else torch.stack(parts).sum(0)
+        unique[mixture] = torch.stack([share * stream.texts[text] for text, share in mixture]).sum(0)
     embeddings = torch.stack(list(unique.values()))
     rows = torch.tensor([list(unique).index(mixture) for mixture in mixtures], device=embeddings.device)
     return TextRows(embeddings, rows)
@@ -117,21 +117,19 @@ def text_of(streams: Sequence[Stream]) -> TextRows:
 
 def denoise_block(
     generator: StreamingGenerator,
-    noise: Mapping[str, Tensor],
+    draw: Callable[[str], Tensor],
     text: TextRows,
     context: PageContext,
-    step: Step | None = None,
-    sigmas: Sequence[float] = (),
+    step: Step,
+    sigmas: Sequence[float],
 ) -> Trajectory:
-    """Take every solver step of a block with the generator's rule and levels, or these; writes nothing.
+    """Take every solver step of a block, from these noise levels in turn; writes nothing.
 
-    ``noise`` holds ``initial`` and, for rules that draw, ``renoise 1`` ..., each [R, F, C, H, W].
+    ``draw`` gives the noise ``initial`` and, for rules that draw, ``renoise 1`` ..., each [R, F, C, H, W].
     """
-    rule = (step or generator.step).rule
-    x = noise["initial"]
+    x = draw("initial")
     states, velocities = [], []
-    levels = (*(sigmas or generator.sigmas), 0.0)
-    for number, (sigma, sigma_next) in enumerate(zip(levels, levels[1:], strict=False), 1):
+    for number, (sigma, sigma_next) in enumerate(pairwise((*sigmas, 0.0)), 1):
         level = torch.full((len(x),), sigma, dtype=torch.float32, device=x.device)
         velocity = generator.velocity(x, level, text, context)
         states.append(x)
@@ -139,7 +137,8 @@ def denoise_block(
         if sigma_next == 0.0:
             x = clean_of(velocity, x, sigma)
         else:
-            x = rule(x, velocity, sigma, sigma_next, noise.get(f"renoise {number}"))
+            noise = draw(f"renoise {number}") if step.draws else None
+            x = step.rule(x, velocity, sigma, sigma_next, noise)
     return Trajectory(torch.stack(states, 1), torch.stack(velocities, 1), x)
 
 
@@ -265,25 +264,15 @@ def _generate_block(
 ) -> Trajectory:
     """Denoise the streams' next blocks in one batch and append them. Raises NonFiniteError."""
     step, levels = streams[0].step or generator.step, generator.levels(streams[0].start)
-    noise = _tape_noise(generator, streams, step, len(levels))
+    draw = partial(_drawn, generator, streams)
     with torch.no_grad(), generator.held():
         text = generator.known(text_of(streams))
-        trajectory = denoise_block(generator, noise, text, context, step, levels)
+        trajectory = denoise_block(generator, draw, text, context, step, levels)
         videos = ", ".join(str(stream.prompt.id) for stream in streams)
         place = f"block {streams[0].start // generator.block + 1} of prompt {videos}"
         generator.require_finite(trajectory, levels, text, context, place)
         append_block(generator, streams, trajectory.clean_RFCHW, text, context)
     return trajectory
-
-
-def _tape_noise(
-    generator: StreamingGenerator, streams: Sequence[Stream], step: Step, steps: int
-) -> dict[str, Tensor]:
-    """The tapes' tensors of the streams' next blocks, each [R, F, C, H, W]."""
-    kinds = ["initial"]
-    if step.draws:
-        kinds += [f"renoise {number}" for number in range(1, steps)]
-    return {kind: _drawn(generator, streams, kind) for kind in kinds}
 
 
 def _drawn(generator: StreamingGenerator, streams: Sequence[Stream], kind: str) -> Tensor:
@@ -321,10 +310,8 @@ def give_frames(
 ) -> None:
     """Begin streams with given latents: encode them block by block as if generated; nothing is generated.
 
-    ``resident`` history frames are kept, counting the sink (0: all).
-
-    Raises:
-        ValueError: the number of frames is not a multiple of the block.
+    ``resident`` history frames are kept, counting the sink (0: all). Raises ValueError where the number of
+    frames is not a multiple of the block.
     """
     if latents_RTCHW.shape[1] % generator.block:
         raise ValueError(
@@ -351,9 +338,9 @@ def stream_latents(
 ) -> Tensor:
     """Generate whole videos of equal length in the deployment context: latents [R, T, C, H, W].
 
-    Pages that the window cannot reach are released as the streams go, so memory does not grow with length.
-    ``given`` holds latents [T', C, H, W] that videos begin with, whole blocks by the id of their prompts;
-    the noise of the other blocks is what it would be without them.
+    Pages out of the window's reach are released, so memory does not grow with length. ``given`` holds latents
+    [T', C, H, W] that videos begin with, whole blocks by the id of their prompts; the noise of the other
+    blocks is what it would be without them.
     """
     lengths = {prompt.num_frames for prompt in prompts}
     if len(lengths) != 1:

@@ -3,7 +3,7 @@
     A_g = (r_g - r_anchor) / max( std{r_1 .. r_G, r_anchor}, noise floor )
 
 Rewards are [G], or [K, G] for K components at once (anchor and noise floor then [K]); the noise floor is the
-measured jitter of the reward, so that a group whose spread is noise is not amplified into an advantage.
+measured jitter of the reward, so that noise is not amplified into an advantage.
 """
 
 from collections.abc import Sequence

@@ -56,22 +56,16 @@ UPDATE_METRICS = {
 """Reported of an update as a whole."""
 
 
-def group_metrics(
-    rewards_G: Tensor,
-    anchor_reward: Tensor,
-    branch_latents: Tensor,
-    anchor_latents: Tensor,
-    *,
-    relative_to_anchor: bool = True,
-) -> Metrics:
-    """``GROUP_METRICS`` of one group from rewards [G], [] and the latents of the window [G, ...], [...]."""
+def group_metrics(rewards_M: Tensor, latents_M: Tensor, *, relative_to_anchor: bool = True) -> Metrics:
+    """``GROUP_METRICS`` of one group from rewards [M] and latents of the window [M, ...], anchor last."""
+    rewards_G, anchor = rewards_M[:-1], rewards_M[-1]
     return {
         "reward_mean": float(rewards_G.mean()),
-        "anchor_reward": float(anchor_reward),
-        "reward_spread": float(reward_spread(rewards_G, anchor_reward if relative_to_anchor else None)),
-        "above_anchor": float((rewards_G > anchor_reward).double().mean()),
-        "branch_distance": mean_pairwise_distance(branch_latents),
-        "anchor_distance": mean_distance(branch_latents, anchor_latents),
+        "anchor_reward": float(anchor),
+        "reward_spread": float(reward_spread(rewards_G, anchor if relative_to_anchor else None)),
+        "above_anchor": float((rewards_G > anchor).double().mean()),
+        "branch_distance": mean_pairwise_distance(latents_M[:-1]),
+        "anchor_distance": mean_distance(latents_M[:-1], latents_M[-1]),
     }
 
 

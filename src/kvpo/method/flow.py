@@ -87,10 +87,9 @@ def renoise_coefficients(sigma: float, sigma_next: float, _: float = 1.0) -> tup
 
 
 def sde_coefficients(sigma: float, sigma_next: float, kappa: float) -> tuple[float, float, float]:
-    """(a, c, s) of the stochastic step x' = a x + c v + s eps that keeps the flow's marginals (Flow-GRPO).
+    """(a, c, s) of the stochastic step x' = a x + c v + s eps that keeps the flow's marginals.
 
-    With t = sigma, dt = sigma' - sigma and r = kappa sqrt(t / (1 - t)): a = 1 + r^2 / (2 t) dt,
-    c = (1 + r^2 (1 - t) / (2 t)) dt, s^2 = -r^2 dt. At t = 1, where r diverges, it is the next level's.
+    ``kvpo.method.flow_grpo`` has the formulas.
     """
     level = sigma if sigma < 1 else sigma_next
     r_squared, dt = kappa**2 * level / (1 - level), sigma_next - sigma

@@ -54,7 +54,8 @@ def dispersed_routes(
     _balance(sets, len(pool))
     # Shuffling what the labels mean, after balancing, is what makes every frame equally likely.
     frames = torch.tensor(pool)[torch.randperm(len(pool), generator=generator)]
-    return _fill_slots(frames[torch.tensor([sorted(members) for members in sets])], routed)
+    distinct_GD = frames[torch.tensor([sorted(members) for members in sets])]
+    return distinct_GD[:, torch.arange(routed) % distinct].sort(dim=1).values
 
 
 def check_routes(pool_size: int, branches: int, routed: int, distinct: int) -> None:
@@ -84,8 +85,3 @@ def _balance(sets: list[frozenset[int]], pool_size: int) -> None:
         sets[branch] = members
         usage[most] -= 1
         usage[least] += 1
-
-
-def _fill_slots(frames: Tensor, routed: int) -> Tensor:
-    """Repeat the distinct frames [G, distinct] in turn over `routed` slots, then sort each route."""
-    return frames[:, torch.arange(routed) % frames.shape[1]].sort(dim=1).values

@@ -1,8 +1,8 @@
 """LoRA adapters on the transformer: train a fresh one, continue a given one, or merge it; and the policy they
 started from.
 
-The starting policy needs no second network: it is the same weights with the adapter
-switched off, or with a frozen copy of its starting value in its place.
+The starting policy needs no second network: it is the same weights with the adapter switched off, or with a
+frozen copy of its starting value in its place.
 """
 
 import math
@@ -18,7 +18,6 @@ from peft.tuners.lora import Linear, LoraLayer
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from kvpo.files import named_list
 from kvpo.models.adapter_files import PEFT_PREFIX, AdapterState, adapter_of, in_peft_layout
 from kvpo.models.finite import require_finite_weights
 from kvpo.models.linear import linear
@@ -132,8 +131,7 @@ def _linear_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
 def check_adapter(model: nn.Module, adapter: AdapterState) -> None:
     """Demand that every adapted layer exists in a model with the right widths.
 
-    Raises:
-        ValueError: naming layers that the model does not have, halves of another shape, and NaN or infinity.
+    Raises ValueError that names layers the model does not have, halves of another shape, NaN and infinity.
     """
     shapes, halves = _linear_shapes(model), {}
     for module in adapter.modules:
@@ -182,40 +180,22 @@ def add_adapter(
     model: nn.Module,
     rank: int,
     alpha: float | None = None,
-    targets: Sequence[str] = LORA_TARGETS,
     *,
     generator: torch.Generator,
     dtype: torch.dtype = torch.float32,
 ) -> None:
     """Freeze the model and train a fresh adapter on it; the starting policy is the adapter switched off.
 
-    ``A`` is uniform in ±1/sqrt(in), as PEFT initialises it, and ``B`` is zero, so that the policy starts out
-    exactly equal to the model.
-
-    Args:
-        alpha: the scale is alpha / rank; None: the rank, a scale of 1, so that the rank does not move the
-            learning rate.
-        targets: name endings of the linear layers that get an adapter, such as ``self_attn.q``.
-        generator: CPU generator that ``A`` is drawn from.
-        dtype: precision of the adapter's master weights, independent of the model's.
-
-    Raises:
-        ValueError: an ending that no linear layer has.
+    ``A`` is drawn by a CPU generator, uniform in ±1/sqrt(in) as PEFT initialises it, and ``B`` is zero, so
+    that the policy starts out exactly equal to the model. The scale is ``alpha`` / rank, by default 1: the
+    rank does not move the learning rate. ``dtype`` is the adapter's own precision, whatever the model's.
     """
-    shapes = _linear_shapes(model)
-    endings = {name: [end for end in targets if f".{name}".endswith(f".{end}")] for name in shapes}
-    found = {end for ends in endings.values() for end in ends}
-    if unknown := [end for end in targets if end not in found]:
-        raise ValueError(
-            f"targets: no linear layer ends in {named_list(unknown)}; a block has "
-            f"{named_list(name.removeprefix('blocks.0.') for name in shapes if name.startswith('blocks.0.'))}"
-        )
     pairs = {}
-    for name in (name for name, ends in endings.items() if ends):
-        out_width, in_width = shapes[name]
-        bound = 1.0 / math.sqrt(in_width)
-        a = torch.empty(rank, in_width).uniform_(-bound, bound, generator=generator)
-        pairs[name] = a, torch.zeros(out_width, rank)
+    for name, (out_width, in_width) in _linear_shapes(model).items():
+        if f".{name}".endswith(tuple(f".{end}" for end in LORA_TARGETS)):
+            bound = 1.0 / math.sqrt(in_width)
+            a = torch.empty(rank, in_width).uniform_(-bound, bound, generator=generator)
+            pairs[name] = a, torch.zeros(out_width, rank)
     fresh = AdapterState(in_peft_layout(pairs), rank, alpha or float(rank), "fresh adapter")
     _inject(model, fresh, TRAINED, dtype)
 
@@ -223,8 +203,7 @@ def add_adapter(
 def load_adapter(model: nn.Module, adapter: AdapterState, *, dtype: torch.dtype = torch.float32) -> None:
     """Freeze the model and continue a given adapter; the starting policy is a frozen copy of it.
 
-    Raises:
-        ValueError: see `check_adapter`.
+    Raises ValueError as `check_adapter` does.
     """
     check_adapter(model, adapter)
     for name in (TRAINED, REFERENCE):
@@ -246,12 +225,8 @@ def leave_casts_to_autocast(model: nn.Module) -> None:
 def merge_adapter(model: nn.Module, adapter: AdapterState, wide: Mapping[str, Tensor] | None = None) -> None:
     """Add an adapter into the model's weights, ``W + scale B A``, computed in float32.
 
-    Args:
-        wide: the weights before they were rounded to the model's precision, by name, so that the sum is
-            rounded once; None: the model's own.
-
-    Raises:
-        ValueError: see `check_adapter`.
+    ``wide`` holds the weights by name as they were before rounding to the model's precision, so that the sum
+    is rounded once; None: the model's own. Raises ValueError as `check_adapter` does.
     """
     check_adapter(model, adapter)
     for module in adapter.modules:
@@ -270,7 +245,6 @@ def _merged(weight: Tensor, adapter: AdapterState, module: str) -> Tensor:
 def reference_policy(model: nn.Module) -> Iterator[None]:
     """Inside, the model is the starting policy and records no gradients; afterwards it is exactly as before.
 
-    The starting policy is the frozen copy where an adapter was continued, else the model without its adapter.
     Contexts may be nested.
     """
     layers = _lora_layers(model)
@@ -304,8 +278,7 @@ def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 def adapter_state(model: nn.Module, name: str = TRAINED) -> AdapterState:
     """An adapter's current weights (sharing memory) in PEFT's public layout.
 
-    Args:
-        name: TRAINED, or REFERENCE for what a continued adapter started from.
+    ``name`` is TRAINED, or REFERENCE for what a continued adapter started from.
     """
     tensors = get_peft_model_state_dict(model, adapter_name=name)
     layers = {path: module for path, module in model.named_modules() if isinstance(module, LoraLayer)}
@@ -375,8 +348,7 @@ def base_state(model: nn.Module) -> dict[str, Tensor]:
 def merged_state(model: nn.Module, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
     """The weights that the trained policy amounts to, under bare names; the model is left as it is.
 
-    Args:
-        dtype: precision of the result, by default each weight's own.
+    ``dtype`` is the precision of the result, by default each weight's own.
     """
     tensors = base_state(model)
     if _lora_layers(model):

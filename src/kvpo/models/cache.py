@@ -59,10 +59,9 @@ class FrameCache:
         return 2 * self.keys_LQTND[:, 0].numel() * self.keys_LQTND.element_size()
 
     def write(self, keys_LRFTND: Tensor, values_LRFTND: Tensor) -> list[list[int]]:
-        """Store keys and values in fresh pages and return their ids ``[R][F]``, each with one reference.
+        """Store keys and values in fresh pages; their ids ``[R][F]``, each with one reference.
 
-        Raises:
-            MemoryError: the pool has too few free pages.
+        Raises MemoryError where the pool has too few free pages.
         """
         _, rows, frames = keys_LRFTND.shape[:3]
         needed = rows * frames
@@ -141,11 +140,7 @@ class History:
         self.end = frame
 
     def page_ids(self, frames: Iterable[int]) -> list[int]:
-        """Page ids of absolute frames.
-
-        Raises:
-            KeyError: a frame is not (or no longer) resident.
-        """
+        """Page ids of absolute frames. Raises KeyError where one is not, or no longer, resident."""
         return [self.pages[frame] for frame in frames]
 
     def keep(self, frames: Iterable[int]) -> None:

@@ -198,8 +198,7 @@ class WanBlock(nn.Module):
 
     def only_keys_values(self, x: Tensor, time_R6D: Tensor, rotation: Tensor | None) -> KeysValues:
         """Keys and values of the call's own frames, for those who need nothing else of the layer."""
-        _, k, v = self.own_keys_values(x, time_R6D, rotation)
-        return k, v
+        return self.own_keys_values(x, time_R6D, rotation)[1:]
 
     def text_of(self, text: Tensor, text_rows: Tensor | None, rows: int) -> KeysValues:
         """``text_keys_values`` for callers outside of ``forward``."""
@@ -270,17 +269,14 @@ class CausalWan(nn.Module):
         text_rows: Tensor | None = None,
         encode: bool = False,
     ) -> Tensor | KeysValues:
-        """Velocity of a noisy block, or the keys and values of a clean one.
+        """Velocity ``[R, F, C, H, W]`` of noisy blocks; keys and values ``[L, R, F, T, N, D]`` of clean ones.
 
         Args:
-            x_RFCHW: latents of the block.
             sigma_R: noise level in [0, 1] of each row; 0 for a clean pass.
             text_ULD: text embeddings ``[U, text_len, text_dim]``, padding zero (it is attended to), or what
                 ``text_of`` made of them for these rows.
-            context: earlier frames and absolute positions.
             text_rows: which of the U texts each row has, ``[R]``; None: U = R, one each.
-            encode: return keys and values ``[L, R, F, T, N, D]`` instead of the velocity ``[R, F, C, H, W]``;
-                the work that only the velocity needs is left out.
+            encode: return keys and values; the work that only the velocity needs is left out.
         """
         rows, frames = x_RFCHW.shape[:2]
         dtype = self.patch_embedding.weight.dtype

@@ -20,14 +20,9 @@ class Context(Protocol):
         """First absolute frame of each row's call, ``[R]``."""
 
     def read(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Context and own keys and values of a layer.
+        """Keys and values ``[R, K, N, D]`` to attend to; a mask ``[R, 1, 1, K]`` of the visible, or None.
 
-        Args:
-            layer: index of the layer.
-            q: the call's queries ``[R, F*T, N, D]``; k, v: its own keys and values, same shape.
-
-        Returns:
-            keys and values ``[R, K, N, D]`` and a boolean mask ``[R, 1, 1, K]`` of visible keys, or None.
+        ``q``, ``k``, ``v`` are the call's own queries, keys and values in a layer, ``[R, F*T, N, D]`` each.
         """
         ...
 

@@ -151,9 +151,8 @@ def found_in(setup: Setup, group: Group, score: Scores) -> Metrics:
     """Metrics of the exploration of one group."""
     objective = setup.config.objective
     totals = score.totals(setup.judges.weights_K, GLOBAL_WEIGHT)
-    window = group.trajectories.clean_MPFCHW
     of_anchor = objective.advantages == "anchor"
-    return group_metrics(totals[:-1], totals[-1], window[:-1], window[-1], relative_to_anchor=of_anchor)
+    return group_metrics(totals, group.trajectories.clean_MPFCHW, relative_to_anchor=of_anchor)
 
 
 def lessons_of(

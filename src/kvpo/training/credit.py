@@ -113,9 +113,7 @@ def assign_credit(
     gradient. A method with one scale for the collection has no such policy, so the best branches alone keep
     their advantages: all are imitated.
     """
-    if scale is None and group_is_noise(scores, blend):
-        return None
-    if scale is not None and not any(bool(one.any()) for one in scale):
+    if group_is_noise(scores, blend) if scale is None else not any(bool(one.any()) for one in scale):
         return None
     before = fuse_signals(
         signal(scores.local_KM, blend, scale and scale[0]),

@@ -230,14 +230,10 @@ def accumulate_gradients(
     """Add the gradient of a lesson's share of the mean loss over ``lessons`` to the parameters' ``.grad``.
 
     Of a lesson that a team has in common, the gradient of the micro-batches that this rank replays.
+    ``old_table`` is the table under the rollout policy; None: the current policy still is that one, and every
+    ratio is exactly 1. ``parts`` takes the gradient of every micro-batch apart; None: they are added up.
 
-    Args:
-        old_table: the table under the rollout policy; None while the current policy still is that policy (it
-            is then the current table, and every ratio is exactly 1).
-        parts: where the gradient of every micro-batch goes instead; None: they are added up.
-
-    Returns:
-        metrics of the lesson and its velocity KL to the starting policy.
+    Returns the lesson's metrics and its velocity KL to the starting policy.
     """
     with learner.policy.reference():
         of_reference = velocities_of(learner, lesson)

@@ -272,14 +272,9 @@ class Trainer:
         return {f"{kind}.{name}": one.detach() for kind, own in kinds.items() for name, one in own.items()}
 
     @property
-    def aligned(self) -> Mapping[str, Tensor]:
-        """The trained values that are judged and exported: the moving average."""
-        return self.average.values
-
-    @property
     def sides(self) -> Sides:
-        """Base and aligned policy as they are now."""
-        return Sides(self.policy, self.aligned)
+        """Base and aligned policy as they are now; the moving average is what is judged and exported."""
+        return Sides(self.policy, self.average.values)
 
     def restore(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
         """Continue from ``tensors_and_state``, bit for bit; of spread tensors, this rank's parts will do."""
