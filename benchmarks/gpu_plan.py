@@ -41,6 +41,7 @@ from kvpo.prompts import ClipPrompt
 from kvpo.training import collection
 from kvpo.training.credit import collection_scale
 from kvpo.training.gradients import accumulate_gradients
+from kvpo.training.ranks import ALONE
 from kvpo.training.trainer import Trainer
 
 GB = 1e9
@@ -141,7 +142,7 @@ class Phases:
         update, planned = next(one for one in updates if one[1].forks[0].frame == self.plan.fork)
         cache = setup.generator.new_cache(cache_pages(setup.generator, [planned]))
         rollout, _ = self.take(
-            PHASES[1], lambda: collection.generate_rollout(setup, update, planned, unscored, cache)
+            PHASES[1], lambda: collection.generate_rollout(setup, update, planned, unscored, cache, ALONE)
         )
         group = rollout.groups[0]
         self.take(PHASES[2], lambda: decode_members(group, setup.backbone.codec, lead=0))

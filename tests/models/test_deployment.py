@@ -173,7 +173,7 @@ def grown_bank(deployment, blocks, keys, text):
     """The bank's frames per layer before every block, from first-frame keys ``[L, D]`` of each block."""
     history, seen = empty_history(deployment.sink), []
     for block in range(blocks):
-        commit_bank(deployment, history, LAYERS, text)
+        commit_bank(deployment, history, text)
         owners = {page: frame for frame, page in history.pages.items()}
         seen.append([[owners[page] for page in layer] for layer in history.bank])
         first = keys[block].view(LAYERS, 1, 1, 1, 1, 2)
@@ -239,7 +239,7 @@ def test_the_bank_keeps_the_frames_whose_keys_agree_most_with_the_text(layers, a
         history.set_bank([candidates] * layers)
         history.record(history.pages[9])
         history.end = 30  # late enough for the bank to be full
-        commit_bank(deployment, history, layers, words.unsqueeze(1).__getitem__)
+        commit_bank(deployment, history, words.unsqueeze(1).__getitem__)
         for layer in range(layers):
             scores = [torch.einsum("lnd,tnd->", words[layer], keys[layer, 0, frame]) for frame in (0, 3, 6)]
             best = sorted(range(3), key=lambda n: -scores[n])[:2]
@@ -253,11 +253,11 @@ def test_the_bank_keeps_the_frames_whose_keys_agree_most_with_the_text(layers, a
 def test_bank_pages_outlive_the_window():
     deployment, history = Deployment(block=3, window=12, sink=3, bank_size=3), empty_history(3)
     for _ in range(6):
-        commit_bank(deployment, history, LAYERS, text)
+        commit_bank(deployment, history, text)
         extend(history, 3)
         record_block(deployment, history)
         history.keep(reachable_frames(deployment, history, 12))
-    commit_bank(deployment, history, LAYERS, text)
+    commit_bank(deployment, history, text)
     context = deployment_context(deployment, [history])
     assert context.pages.shape == (LAYERS, 1, 3 + 2 + 6)
     assert context_size(deployment, history) == 3 + 2 + 6

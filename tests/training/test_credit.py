@@ -163,7 +163,7 @@ def test_a_collection_is_divided_by_the_spread_about_every_groups_own_mean(
     blend = blend_of("a", torch.tensor([1.0]), config)
     scale = collection_scale(groups, blend)
     assert scale is not None
-    assert collection_scale(groups, replace(blend, pooled_scale=False)) is None
+    assert collection_scale(groups, replace(blend, config=replace(config, method="nft"))) is None
     draws = torch.Generator()
     for scores, size in zip(groups, (1.0, 3.0), strict=True):
         found = assign_credit(scores, blend, draws, scale)
@@ -182,7 +182,7 @@ def test_the_best_branch_alone_is_imitated_where_no_policy_over_branches_would_t
     config = Config(method="rvm", objective=replace(OBJECTIVE, keep=(1, 0)), rewards=NO_FLOOR)
     blend = blend_of("a", torch.tensor([1.0]), config)
     for pooled in (True, False):
-        own = replace(blend, pooled_scale=pooled)
+        own = replace(blend, config=config if pooled else replace(config, method="nft"))
         found = assign_credit(group, own, torch.Generator(), collection_scale([group], own))
         assert found is not None and found.branches == (1,)
         assert float(found.advantages_G) == pytest.approx(1.5 * 3 / 3 if pooled else 0.0)
@@ -204,7 +204,7 @@ def test_the_null_control_trains_on_random_branches_with_the_same_advantages() -
     members = torch.tensor([0.0, 1.0, 2.0, 4.0, 8.0, 16.0, 1.0])
     config = Config(objective=replace(OBJECTIVE, keep=(2, 2)), rewards=NO_FLOOR)
     blend = blend_of("a", torch.tensor([1.0]), config)
-    chance = replace(blend, objective=replace(blend.objective, advantages="random"))
+    chance = replace(blend, config=replace(config, objective=replace(config.objective, advantages="random")))
     draws = torch.Generator().manual_seed(0)
     plain = assign_credit(scores_of(members), blend, draws)
     assert plain is not None and plain.branches == (0, 1, 4, 5)
@@ -225,7 +225,7 @@ def test_flipped_advantages_keep_the_same_branches_with_the_other_sign() -> None
     members = torch.tensor([0.0, 1.0, 2.0, 4.0, 8.0, 16.0, 1.0])
     config = Config(objective=replace(OBJECTIVE, keep=(2, 2)), rewards=NO_FLOOR)
     blend = blend_of("a", torch.tensor([1.0]), config)
-    wrong = replace(blend, objective=replace(blend.objective, advantages="flipped"))
+    wrong = replace(blend, config=replace(config, objective=replace(config.objective, advantages="flipped")))
     plain, flipped = (assign_credit(scores_of(members), one, torch.Generator()) for one in (blend, wrong))
     assert plain is not None and flipped is not None and plain.branches == flipped.branches
     torch.testing.assert_close(flipped.advantages_G, -plain.advantages_G)

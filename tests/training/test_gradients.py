@@ -24,7 +24,6 @@ from kvpo.training.gradients import (
     lesson_of,
     micro_batches,
     table_of,
-    with_old_policy,
 )
 from kvpo.training.setup import Setup
 from kvpo.training.trainer import Trainer
@@ -309,7 +308,7 @@ def test_only_selected_branches_are_trained_on(explored: Callable[..., Explored]
 
     def lessons(of: Group, credit: Credit) -> list[Lesson]:
         draws = keyed_generator("evidence", one.trainer.setup.config.seed, 0, group.index)
-        return [with_old_policy(one.learner, lesson_of(one.learner, of, credit, draws))]
+        return [lesson_of(one.learner, of, credit, draws)]
 
     found, alone = lessons(group, chosen), lessons(smaller, replace(chosen, branches=(0, 1)))
     assert_equal(gradients(one, one.learner, found, None), gradients(one, one.learner, alone, None))

@@ -35,7 +35,7 @@ from kvpo.training.collection import credit_of, explore
 from kvpo.training.credit import collection_scale
 from kvpo.training.diversity import Laboratory, Place, mean_diversity
 from kvpo.training.evaluation import Evaluation
-from kvpo.training.gradients import lesson_of, table_of, with_old_policy, with_routed_teacher
+from kvpo.training.gradients import lesson_of, table_of, with_routed_teacher
 from kvpo.training.ranks import ONE_TEAM, Ranks
 from kvpo.training.run import Run
 from kvpo.training.setup import Setup
@@ -167,7 +167,6 @@ def _training_groups(run: Run, videos: dict[str, Tensor]) -> list[dict[str, Any]
         credit = credit_of(setup, 0, index, score, scale)
         shown = credit or no_credit(group.branches)
         lesson = lesson_of(learner, group, shown, keyed_generator("evidence", config.seed, 0, index))
-        lesson = with_old_policy(learner, lesson)
         table = table_of(learner, with_routed_teacher(learner, lesson))
         tables = lesson.tables(table, table, table)
         residuals, _, _ = tables.per_branch(shown.branches)

@@ -58,7 +58,7 @@ class Site:
     """First solver steps that will be learned from."""
 
     def exploration(self, group: int) -> ExplorationConfig:
-        """What fits at a group's fork."""
+        """The exploration that fits at a group's fork."""
         return self.planned.forks[group].exploration
 
     def blocks(self, group: int) -> range:

@@ -199,9 +199,7 @@ def commit_banks(generator: StreamingGenerator, streams: Sequence[Stream], text:
                 return generator.transformer.text_keys(own, layer)
 
         unscored = stream.fresh_prompt and generator.deployment.bank_as_published
-        commit_bank(
-            generator.deployment, stream.history, generator.pages.num_layers, None if unscored else keys
-        )
+        commit_bank(generator.deployment, stream.history, None if unscored else keys)
 
 
 def advance(

@@ -106,7 +106,9 @@ class Evidence:
         """The same rows once the velocities of one teacher are known."""
         of_teacher = [name == teacher for name in self.teacher_N]
         share = [s if asked else 0.0 for s, asked in zip(self.share_N, of_teacher, strict=True)]
-        added = _column(velocities_NPSFCHW, share) * velocities_NPSFCHW
+        wide = torch.promote_types(velocities_NPSFCHW.dtype, torch.float32)
+        share_N = torch.tensor(share, dtype=wide, device=velocities_NPSFCHW.device)
+        added = share_N.view(-1, *(1,) * (velocities_NPSFCHW.dim() - 1)) * velocities_NPSFCHW
         rest = tuple("" if asked else name for name, asked in zip(self.teacher_N, of_teacher, strict=True))
         return replace(self, targets_NPSFCHW=self.targets_NPSFCHW + added, teacher_N=rest)
 
@@ -264,8 +266,3 @@ class Method(Generic[Own]):
         evidence = self.evidence(trajectories, credit, settings, generator)
         drift = self.drift(trajectories, credit, evidence, settings)
         return (evidence, 0) if drift is None else (joined_evidence(evidence, drift), len(drift.query_N))
-
-
-def _column(like: Tensor, values: Sequence[float]) -> Tensor:
-    wide = torch.promote_types(like.dtype, torch.float32)
-    return torch.tensor(values, dtype=wide, device=like.device).view(-1, *(1,) * (like.dim() - 1))

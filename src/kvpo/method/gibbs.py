@@ -56,8 +56,8 @@ def pool_log_probs(energy_G: Tensor, temperature: float) -> Tensor:
 def calibrated_temperature(old_energy_G: Tensor) -> float:
     """tau = max(std(E_old), mean(E_old) / 1000, 1e-12), the standard deviation with ddof 1.
 
-    Energies are means over elements, so with tau of order one the policy is uniform to three digits, and
-    neither the clip nor the KL binds. In units of the energies' own spread they do.
+    With tau of order one the policy is uniform to three digits, and neither the clip nor the KL binds; in
+    units of the energies' own spread they do.
     """
     spread = float(old_energy_G.std(correction=1)) if len(old_energy_G) > 1 else 0.0
     return max(spread, 1e-3 * float(old_energy_G.mean()), 1e-12)
@@ -66,9 +66,8 @@ def calibrated_temperature(old_energy_G: Tensor) -> float:
 def temperature_for_anchor_share(old_energy_G: Tensor, share: float) -> float:
     """Temperature at which the anchor, in the pool with energy 0, has probability ``share``.
 
-    pi_anchor = 1 / (1 + sum_g exp(-E_g / tau)) falls from 1 towards 1 / (G + 1) as tau rises. Were every
-    energy E, tau would be E / log(G share / (1 - share)): the smallest and the largest energy bracket the
-    answer, and bisection in log tau finds it. Where energies of exactly 0 put the share out of reach, tau
+    Were every energy E, tau would be E / log(G share / (1 - share)): the smallest and the largest energy
+    bracket it, and bisection in log tau finds it. Where energies of exactly 0 put the share out of reach, tau
     ends at its floor. Raises ValueError unless 1 / (G + 1) < share < 1.
     """
     energies = old_energy_G.to("cpu", torch.float64)
@@ -102,8 +101,7 @@ def clipped_surrogate(
 ) -> Tensor:
     """-(1/G) sum_g min(rho_g A_g, clip(rho_g, 1 - low, 1 + high) A_g), a scalar to minimise.
 
-    ``clip`` is (low, high). Advantages broadcast: log-probabilities may have more axes than one, and the mean
-    goes over all.
+    ``clip`` is (low, high). Advantages broadcast over further axes, and the mean goes over all.
     """
     ratio = policy_ratio(log_probs_G, old_log_probs_G)
     low, high = clip

@@ -28,8 +28,8 @@ def visible_frames(start: int, sink: Sequence[int], recent: int | None) -> tuple
 def route_pool(fork: int, *, sink: Sequence[int], recent: int, resident: int) -> tuple[int, ...]:
     """Frames that may be routed at a fork: [fork - (resident - |sink|), fork - recent) without the sink's.
 
-    `sink` holds the frames that fill the sink slots, which a prompt switch may have moved. `resident` is how
-    many history frames are kept, counting the sink; 0 keeps all. May be empty.
+    `sink` holds the frames in the sink slots, which a prompt switch may have moved; `resident` history frames
+    are kept, counting the sink (0: all). May be empty.
     """
     oldest = max(0, fork - (resident - len(sink))) if resident else 0
     return tuple(frame for frame in range(oldest, fork - recent) if frame not in sink)
@@ -73,9 +73,8 @@ def check_routes(pool_size: int, branches: int, routed: int, distinct: int) -> N
 def _balance(sets: list[frozenset[int]], pool_size: int) -> None:
     """Exchange members, in place, until no two frames' usage differs by more than one; sets stay different.
 
-    More sets contain the most used frame u than the least used v. So among the sets with u and without v
-    there is one that becomes a new set when v takes the place of u, and each exchange brings the usage
-    closer to even.
+    More sets contain the most used frame u than the least used v, so among those with u and without v there
+    is one that becomes a new set when v takes the place of u.
     """
     usage = [sum(frame in members for members in sets) for frame in range(pool_size)]
     while max(usage) - min(usage) > 1:

@@ -105,7 +105,7 @@ def _span(values: list[int] | list[float]) -> str:
 
 
 def in_peft_layout(pairs: Mapping[str, tuple[T, T]]) -> dict[str, T]:
-    """What is given for A and B of every adapted layer, under the names that PEFT gives them."""
+    """Values for A and B of every adapted layer, under the names that PEFT gives these."""
     return {
         f"{PEFT_PREFIX}{module}.lora_{half}.weight": value
         for module, pair in pairs.items()

@@ -101,11 +101,8 @@ def held_weights(model: nn.Module) -> Iterator[None]:
 
     Contexts may be nested.
     """
-    first = next((module for module in model.modules() if isinstance(module, AdaptedLinear)), None)
-    if first is None or first.held is not None:
-        yield
-        return
-    layers = [layer for layer in _lora_layers(model) if not layer.disable_adapters and layer._adds_up()]
+    free = [layer for layer in _lora_layers(model) if layer.held is None and not layer.disable_adapters]
+    layers = [layer for layer in free if layer._adds_up()]
     try:
         for layer in layers:
             layer.held = layer.summed()
@@ -281,10 +278,10 @@ def adapter_state(model: nn.Module, name: str = TRAINED) -> AdapterState:
     ``name`` is TRAINED, or REFERENCE for what a continued adapter started from.
     """
     tensors = get_peft_model_state_dict(model, adapter_name=name)
-    layers = {path: module for path, module in model.named_modules() if isinstance(module, LoraLayer)}
+    modules = model.named_modules()
     return adapter_of(
         {PEFT_PREFIX + path: tensor.detach() for path, tensor in tensors.items()},
-        {path: layer.lora_alpha[name] for path, layer in layers.items()},
+        {path: layer.lora_alpha[name] for path, layer in modules if isinstance(layer, LoraLayer)},
         f"{name} adapter",
     )
 

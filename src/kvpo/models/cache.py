@@ -1,8 +1,8 @@
 """Write-once frame pages and the per-stream tables that refer to them.
 
-A *page* holds the keys and values of all layers for one clean latent frame. Pages are written once and never
-change; what changes is which pages a stream's table names. A fork therefore copies a list of integers, and a
-routed history, the anchor and a replay are the same call with other integers.
+A *page* holds the keys and values of all layers for one clean latent frame and never changes; what changes is
+which pages a stream's table names. A fork therefore copies a list of integers, and a routed history, the
+anchor and a replay are the same call with other integers.
 
 Shape legend: L layers, R rows (streams batched together), F frames of the call, P frames of the context,
 T tokens per frame, N heads, D head width.
@@ -81,14 +81,12 @@ class FrameCache:
 
     def gather(self, layer: int, pages_RP: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of a layer, each ``[R, P*T, N, D]``."""
-        rows, frames = pages_RP.shape
-        tokens, heads, width = self.keys_LQTND.shape[2:]
-        shape = (rows, frames * tokens, heads, width)
         flat = pages_RP.reshape(-1)
-        return (
-            self.keys_LQTND[layer].index_select(0, flat).view(shape),
-            self.values_LQTND[layer].index_select(0, flat).view(shape),
+        keys, values = (
+            pool[layer].index_select(0, flat).view(*pages_RP.shape, *pool.shape[2:]).flatten(1, 2)
+            for pool in (self.keys_LQTND, self.values_LQTND)
         )
+        return keys, values
 
     def share(self, pages: Iterable[int]) -> None:
         """Add one reference to each page."""

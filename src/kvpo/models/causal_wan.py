@@ -295,12 +295,10 @@ class CausalWan(nn.Module):
         stored: KeysValues | None = None
         for layer, module in enumerate(self.blocks):
             block = cast(WanBlock, module)
+            arguments = (x, time_R6D, texts[layer], text_rows, rotation, context, layer)
             if encode and layer == len(self.blocks) - 1:
                 k, v = block.only_keys_values(x, time_R6D, rotation)
-                stored = _stored(stored, layer, len(self.blocks), k, v)
-                break
-            arguments = (x, time_R6D, texts[layer], text_rows, rotation, context, layer)
-            if self.checkpointing and torch.is_grad_enabled():
+            elif self.checkpointing and torch.is_grad_enabled():
                 x, k, v = checkpoint(block, *arguments, use_reentrant=False)
             else:
                 x, k, v = block(*arguments)

@@ -1,6 +1,5 @@
 """The pages that a block attends to: the sink and window of LongLive, the full or rolling window of
-Self-Forcing, the memory bank of MemFlow, and the routed histories of exploration. Policies over page tables,
-not over models.
+Self-Forcing, the memory bank of MemFlow, and the routed histories of exploration.
 """
 
 from collections.abc import Callable, Sequence
@@ -144,9 +143,7 @@ def record_block(deployment: Deployment, history: History) -> None:
         history.record(history.pages[history.end - deployment.block])
 
 
-def commit_bank(
-    deployment: Deployment, history: History, num_layers: int, text_keys: TextKeys | None
-) -> None:
+def commit_bank(deployment: Deployment, history: History, text_keys: TextKeys | None) -> None:
     """Before a block: let the bank take in the recorded frame.
 
     While the bank is short the frame gets the next slot; a full bank keeps the frames that the current
@@ -156,7 +153,7 @@ def commit_bank(
         return
     end = max(0, history.end // deployment.block - 1) // RECORD_INTERVAL + 1
     latest = history.latest
-    bank = history.bank or [[] for _ in range(num_layers)]
+    bank = history.bank or [[] for _ in history.cache.keys_LQTND]
     if end <= deployment.bank_size:
         history.set_bank([[*layer[: end - 1], latest] for layer in bank])
         return
@@ -178,9 +175,8 @@ def commit_bank(
 def _agreement(text_LND: Tensor, keys_FTND: Tensor, *, in_steps: bool) -> Tensor:
     """Agreement of frames and text, in some unit: mean of text keys . frame keys over tokens and heads, [F].
 
-    The mean over all token pairs of a head factorises into two means. ``in_steps`` forms every pair in the
-    keys' own type and divides by sqrt(D), as published: in bfloat16 its rounding decides between frames that
-    match equally well.
+    The mean over all token pairs factorises. ``in_steps`` forms every pair in the keys' type, as published:
+    in bfloat16 its rounding decides between frames that match equally well.
     """
     if in_steps:
         text = text_LND.to(keys_FTND.dtype).transpose(0, 1)

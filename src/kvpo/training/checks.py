@@ -18,7 +18,7 @@ from kvpo.method.evidence import no_credit, residual_table
 from kvpo.models.deployment import deployment_context
 from kvpo.prompts import VideoPrompt
 from kvpo.training.collection import plan_rollout
-from kvpo.training.gradients import Lesson, differentiate, lesson_of, table_of, with_old_policy
+from kvpo.training.gradients import Lesson, differentiate, lesson_of, table_of
 from kvpo.training.ranks import ONE_TEAM
 from kvpo.training.setup import Setup
 from kvpo.training.trainer import Trainer
@@ -75,7 +75,6 @@ def first_ratio_max_deviation(trainer: Trainer) -> float | None:
     for group in rollout.groups:
         draws = torch.Generator().manual_seed(0)
         lesson = lesson_of(learner, group, no_credit(group.branches), draws)
-        lesson = with_old_policy(learner, lesson)
         with torch.no_grad():
             old, again = table_of(learner, lesson), streamed_table(trainer, lesson)
         deviation = max(deviation, differentiate(learner, lesson, again, old, old)[1]["ratio_deviation"])

@@ -28,7 +28,6 @@ from kvpo.training.gradients import (
     lesson_of,
     table_of,
     trajectories_together,
-    with_old_policy,
 )
 from kvpo.training.ranks import ONE_TEAM, Ranks, Teams
 from kvpo.training.setup import Setup
@@ -163,8 +162,7 @@ def lessons_of(
     for group in rollout.groups:
         if group.index in credits:
             draws = keyed_generator("evidence", setup.config.seed, update, group.index)
-            lesson = lesson_of(learner, group, credits[group.index], draws)
-            lessons[group.index] = with_old_policy(learner, lesson)
+            lessons[group.index] = lesson_of(learner, group, credits[group.index], draws)
     return lessons
 
 

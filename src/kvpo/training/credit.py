@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kvpo.config import TOTAL, WORLD_NOISE_FLOOR, Config, ObjectiveConfig, RewardConfig
+from kvpo.config import TOTAL, WORLD_NOISE_FLOOR, Config
 from kvpo.config_checks import ConfigurationError
 from kvpo.engine.scoring import Scores
 from kvpo.method.advantage import (
@@ -38,14 +38,9 @@ class Blend:
     weights_K: Tensor
     floors_K: Tensor | None
     """Noise floor of every component; None: none was measured, the total's holds for each."""
-    rewards: RewardConfig
-    objective: ObjectiveConfig
-    default_floor: float = WORLD_NOISE_FLOOR
+    default_floor: float
     """Noise floor of the weighted sum, and of every component without one of its own."""
-    anchor_in_pool: bool = False
-    """The method's policy counts the anchor among its members."""
-    pooled_scale: bool = False
-    """The method divides advantages by the spread of the whole collection, not of their own group."""
+    config: Config
 
     @property
     def floor(self) -> float | Tensor:
@@ -56,8 +51,7 @@ class Blend:
 def blend_of(components: Sequence[str], weights_K: Tensor, config: Config) -> Blend:
     """The blend that a run's settings ask for; components without a measured floor have that of the sum.
 
-    Raises ConfigurationError for names that are not components, and for selective fusion with nothing to
-    compare.
+    Raises ConfigurationError for names that are no components, and for a fusion with nothing to compare.
     """
     rewards = config.rewards
     floors = dict(rewards.noise_floors)
@@ -73,15 +67,7 @@ def blend_of(components: Sequence[str], weights_K: Tensor, config: Config) -> Bl
             "it and at least one other need a weight above 0"
         )
     measured = torch.tensor([floors.get(name, default) for name in components]) if floors else None
-    return Blend(
-        weights_K,
-        measured,
-        rewards,
-        config.objective,
-        default,
-        anchor_in_pool=config.method == "kvpo" and config.kvpo.anchor_share > 0,
-        pooled_scale=METHODS[config.method].pooled_scale,
-    )
+    return Blend(weights_K, measured, default, config)
 
 
 Scale = tuple[Tensor, Tensor]
@@ -93,9 +79,9 @@ def collection_scale(scores: Sequence[Scores], blend: Blend) -> Scale | None:
 
     One scale for every group needs no noise floor: a group of nearly equal clips has small advantages.
     """
-    if not blend.pooled_scale:
+    if not METHODS[blend.config.method].pooled_scale:
         return None
-    last = None if blend.objective.advantages == "anchor" else -1
+    last = None if blend.config.objective.advantages == "anchor" else -1
     signals = ([item.local_KM for item in scores], [item.global_KM for item in scores])
     local, whole = (pooled_spread([_fused(one, blend)[..., :last] for one in own]) for own in signals)
     return local, whole
@@ -113,6 +99,7 @@ def assign_credit(
     gradient. A method with one scale for the collection has no such policy, so the best branches alone keep
     their advantages: all are imitated.
     """
+    config, objective, fusion = blend.config, blend.config.objective, blend.config.rewards.fusion
     if group_is_noise(scores, blend) if scale is None else not any(bool(one.any()) for one in scale):
         return None
     before = fuse_signals(
@@ -121,19 +108,20 @@ def assign_credit(
         GLOBAL_WEIGHT,
     )
     advantages, gap_G = before, _gap(scores, blend)
-    if blend.rewards.fusion in SUSPICION:
-        advantages = selective(before, gap_G, *SUSPICION[blend.rewards.fusion])
+    if fusion in SUSPICION:
+        advantages = selective(before, gap_G, *SUSPICION[fusion])
     withheld = int((advantages != before).sum())
     advantages = clamp(advantages, ADVANTAGE_LIMIT)
-    if blend.objective.advantages == "random":
+    if objective.advantages == "random":
         advantages = permuted(advantages, generator)
-    elif blend.objective.advantages == "flipped":
+    elif objective.advantages == "flipped":
         advantages = -advantages
-    chosen = best_and_worst(advantages, *blend.objective.keep)
+    chosen = best_and_worst(advantages, *objective.keep)
     selected = advantages[chosen]
-    objective = blend.objective
-    only_best = blend.pooled_scale and objective.keep[0] > 0 and objective.keep[1] == 0
-    if not (only_best or (objective.advantages == "anchor" and blend.anchor_in_pool)):
+    anchor_in_pool = config.method == "kvpo" and config.kvpo.anchor_share > 0
+    pooled = METHODS[config.method].pooled_scale
+    only_best = pooled and objective.keep[0] > 0 and objective.keep[1] == 0
+    if not (only_best or (objective.advantages == "anchor" and anchor_in_pool)):
         selected = centred(selected)
     return Credit(tuple(chosen.tolist()), selected, advantages, gap_G[chosen], withheld)
 
@@ -145,26 +133,26 @@ def group_is_noise(scores: Scores, blend: Blend) -> bool:
     count, and neither does the anchor unless advantages are relative to it.
     """
     members, floors = scores.totals(blend.weights_K, GLOBAL_WEIGHT), blend.floor
-    if blend.floors_K is not None and blend.rewards.fusion != "rewards":
+    if blend.floors_K is not None and blend.config.rewards.fusion != "rewards":
         counted = blend.weights_K > 0
         members, floors = scores.combined(GLOBAL_WEIGHT)[counted], blend.floors_K[counted]
-    anchor = members[..., -1] if blend.objective.advantages == "anchor" else None
+    anchor = members[..., -1] if blend.config.objective.advantages == "anchor" else None
     return is_noise(members[..., :-1], anchor, floors)
 
 
 def signal(members_KM: Tensor, blend: Blend, scale: Tensor | None = None) -> Tensor:
     """One signal's advantages ``[G]`` from the scores of branches and anchor, ``[K, M]``."""
     members = _fused(members_KM, blend)
-    raw = blend.rewards.fusion == "rewards"
+    raw = blend.config.rewards.fusion == "rewards"
     floors = blend.floor if raw or blend.floors_K is None else blend.floors_K
-    anchor = members[..., -1] if blend.objective.advantages == "anchor" else None
+    anchor = members[..., -1] if blend.config.objective.advantages == "anchor" else None
     normalised = group_relative(members[..., :-1], anchor, floors, scale)
     return normalised if raw else fuse_components(normalised, blend.weights_K / blend.weights_K.sum())
 
 
 def _fused(members_KM: Tensor, blend: Blend) -> Tensor:
     """The scores to normalise: every component ``[K, M]``, or with raw fusion their weighted sum ``[M]``."""
-    if blend.rewards.fusion == "rewards":
+    if blend.config.rewards.fusion == "rewards":
         return fuse_components(members_KM, blend.weights_K)
     return members_KM
 

@@ -97,23 +97,6 @@ class Lesson:
         return replace(self, evidence=known)
 
 
-def lesson_of(learner: Learner, group: Group, credit: Credit, generator: torch.Generator) -> Lesson:
-    """The lesson of a group; ``generator`` draws the random numbers of the evidence."""
-    trajectories = group.trajectories
-    evidence, drift_rows = learner.method.asks(trajectories, credit, learner.settings, generator)
-    routed = credit.branches if "routed" in evidence.teachers else ()
-    return Lesson(
-        group.index,
-        group.root,
-        trajectories.clean_MPFCHW,
-        {branch: group.routed_pages(branch) for branch in routed},
-        group.recent,
-        credit,
-        evidence,
-        drift_rows,
-    )
-
-
 def micro_batches(learner: Learner, lesson: Lesson) -> list[range]:
     """The trajectories of a lesson in micro-batches of at most ``learner.rows`` forward rows.
 
@@ -189,12 +172,26 @@ def table_of(learner: Learner, lesson: Lesson) -> Tensor:
     return whole_table(learner, lesson, lesson.table(velocities_of(learner, lesson)))
 
 
-def with_old_policy(learner: Learner, lesson: Lesson) -> Lesson:
-    """The lesson with the velocities of the method's old policy in its targets, where it asks for them.
+def lesson_of(learner: Learner, group: Group, credit: Credit, generator: torch.Generator) -> Lesson:
+    """The lesson of a group; ``generator`` draws the random numbers of the evidence.
 
-    That is the current policy, which has to be the one that generated the rollout, or the average.
+    Where the method asks for its old policy's velocities, they are in the targets: those of the current
+    policy, which has to be the one that generated the rollout, or of the average.
     """
-    if "old" not in lesson.evidence.teachers:
+    trajectories = group.trajectories
+    evidence, drift_rows = learner.method.asks(trajectories, credit, learner.settings, generator)
+    routed = credit.branches if "routed" in evidence.teachers else ()
+    lesson = Lesson(
+        group.index,
+        group.root,
+        trajectories.clean_MPFCHW,
+        {branch: group.routed_pages(branch) for branch in routed},
+        group.recent,
+        credit,
+        evidence,
+        drift_rows,
+    )
+    if "old" not in evidence.teachers:
         return lesson
     averaged = learner.method.averaged_old(learner.settings)
     with swapped_parameters(learner.policy.parameters, learner.average) if averaged else nullcontext():

@@ -89,9 +89,8 @@ class Sides:
 class MovingAverage:
     """Exponential moving average of the trained parameters, whose decay warms up.
 
-    After n updates the decay is min(decay, (1 + n) / (10 + n)), as is customary for moving averages of
-    weights: an average that started at its full decay would stay with the starting values for about
-    1 / (1 - decay) updates.
+    After n updates the decay is min(decay, (1 + n) / (10 + n)): at its full decay the average would stay with
+    the starting values for about 1 / (1 - decay) updates.
     """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], decay: float) -> None:

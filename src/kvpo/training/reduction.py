@@ -20,10 +20,8 @@ class OrderedSum:
     """A sum of gradients of groups, taken in the order of the groups, so that it is the same on any ranks.
 
     Where a team of ranks has a group in common, its gradient is the sum of its micro-batches, in their order.
-
-    A rank adds up one part of every gradient: it receives that part from all others, adds them in order, and
-    gets the other parts' sums at the end. Where every rank has one gradient, that moves as many bytes as a
-    ring all-reduce, which adds in an order of its own.
+    A rank adds up one part of every gradient, which it receives from all others, and gets the other parts'
+    sums at the end: as many bytes as a ring all-reduce moves, which adds in an order of its own.
     """
 
     def __init__(self, ranks: Ranks, parameters: Sequence[nn.Parameter], team: int = 1) -> None:

@@ -109,8 +109,7 @@ class Trainer:
     def collect(self) -> None:
         """Unless a rollout is waiting, collect those of the next ``rollouts_per_refresh`` updates.
 
-        Raises ValueError when a reward fails and NonFiniteError when latents, pixels or energies are not
-        finite; the trainer is then as it was before.
+        Raises what ``step`` does; the trainer is then as it was before.
         """
         optim = self.setup.config.optim
         if self.collected:
