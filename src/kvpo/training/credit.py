@@ -43,6 +43,11 @@ class Blend:
     config: Config
 
     @property
+    def anchor_in_pool(self) -> bool:
+        """The method's policy counts the anchor among its members."""
+        return self.config.method == "kvpo" and self.config.kvpo.anchor_share > 0
+
+    @property
     def floor(self) -> float | Tensor:
         """Noise floor of the weighted sum of all components."""
         return self.default_floor if self.floors_K is None else total_floor(self.floors_K, self.weights_K)
@@ -118,10 +123,9 @@ def assign_credit(
         advantages = -advantages
     chosen = best_and_worst(advantages, *objective.keep)
     selected = advantages[chosen]
-    anchor_in_pool = config.method == "kvpo" and config.kvpo.anchor_share > 0
     pooled = METHODS[config.method].pooled_scale
     only_best = pooled and objective.keep[0] > 0 and objective.keep[1] == 0
-    if not (only_best or (objective.advantages == "anchor" and anchor_in_pool)):
+    if not (only_best or (objective.advantages == "anchor" and blend.anchor_in_pool)):
         selected = centred(selected)
     return Credit(tuple(chosen.tolist()), selected, advantages, gap_G[chosen], withheld)
 
