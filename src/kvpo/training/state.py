@@ -38,6 +38,7 @@ def load_moments(
 ) -> None:
     """Undo ``moments_of``; ``saved`` has the names of ``expected_moments``. Steps are counted on the CPU."""
     optimizer.state.clear()
-    for name, value in saved.items():
-        parameter, key = parameters[moment_of(name)], name.rpartition(".")[2]
-        optimizer.state[parameter][key] = value if key == "step" else value.to(parameter)
+    for name, parameter in parameters.items():
+        for key in MOMENTS:
+            if (value := saved.get(f"{name}.{key}")) is not None:
+                optimizer.state[parameter][key] = value if key == "step" else value.to(parameter)
