@@ -16,10 +16,11 @@ from torch.distributed.checkpoint import HuggingFaceStorageWriter
 
 from kvpo.files import StorageError
 from kvpo.training import background_saving
-from kvpo.training.checkpoint import checkpoints, load_checkpoint
+from kvpo.training.checkpoint import checkpoints, load_checkpoint, save_checkpoint
 from kvpo.training.ranks import LostRank, RankError, Ranks
 from kvpo.training.run import Run, restore, resume_point
-from kvpo.training.trainer import Trainer
+from kvpo.training.setup import Setup
+from kvpo.training.trainer import Trainer, architecture
 from tests.ranks import on_ranks
 from tests.tiny_world import tiny_config, toy_setup
 
@@ -31,13 +32,17 @@ def undisturbed(run: Run) -> None:
     """Everything is well."""
 
 
-def trained(ranks: Ranks, base: Path, directory: Path, disturbance: Disturbance) -> int:
-    """The run of spread weights in a directory, begun or resumed; its last checkpoint's update."""
+def setup_of(ranks: Ranks, base: Path) -> Setup:
     config = tiny_config(
         base, optim__prompts_per_update=1, distributed__branch_ranks=2, distributed__shard=True,
         optim__updates=UPDATES,
     )  # fmt: skip
-    trainer = Trainer(replace(toy_setup(config), ranks=ranks, validation={}))
+    return replace(toy_setup(config), ranks=ranks, validation={})
+
+
+def trained(ranks: Ranks, base: Path, directory: Path, disturbance: Disturbance) -> int:
+    """The run of spread weights in a directory, begun or resumed; its last checkpoint's update."""
+    trainer = Trainer(setup_of(ranks, base))
     run = Run(trainer.setup, trainer, directory, None, lambda *given: None)
     point = ranks.once("looking", lambda: resume_point(directory))
     if point is not None:
@@ -154,3 +159,22 @@ def test_a_kill_while_parts_are_written_leaves_the_checkpoint_before(
     assert on_ranks(2, tmp_path / "again", trained, tiny_base, directory, undisturbed) == [3, 3]
     *_, latest = checkpoints(directory)
     assert_same(load_checkpoint(latest)[0], expected)
+
+
+def differing(ranks: Ranks, base: Path, directory: Path, what: str) -> None:
+    """Parts of two adapters, or of two checkpoints, which differ on every rank as parts always do."""
+    setup = setup_of(ranks, base)
+    if what == "weights" and ranks.rank == 1:
+        with torch.no_grad():
+            next(value for name, value in setup.model.named_parameters() if "lora_A" in name).mul_(-1)
+    restore(Trainer(setup), directory / f"update-{UPDATES - ranks.rank:06d}")
+
+
+@pytest.mark.parametrize("what", ["weights", "checkpoint"])
+def test_parts_that_do_not_belong_together_are_refused(what: str, tiny_base: Path, tmp_path: Path) -> None:
+    kind = architecture(setup_of(Ranks(), tiny_base).backbone.weights)
+    for update in (UPDATES, UPDATES - 1):
+        tensors = {"a": torch.tensor([float(update)])}
+        save_checkpoint(tmp_path, update, tensors, {}, architecture=kind)
+    for error in on_ranks(2, tmp_path / "ranks", differing, tiny_base, tmp_path, what):
+        assert isinstance(error, RankError) and f"rank 1 differs from rank 0 in its {what} " in str(error)

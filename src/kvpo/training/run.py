@@ -10,11 +10,13 @@ from typing import Any
 
 from torch import Tensor
 
+from kvpo.files import read_json
 from kvpo.rewards.cache import Counts
 from kvpo.training import radar
 from kvpo.training.backbone import Weights
 from kvpo.training.background_saving import BackgroundSaving
 from kvpo.training.checkpoint import (
+    STATE,
     CheckpointError,
     checked_file,
     checkpoints,
@@ -330,6 +332,7 @@ def restore(trainer: Trainer, path: Path) -> dict[str, Any]:
         expected, _ = trainer.tensors_and_state()
         if trainer.sharded:
             file, state = ranks.once(READING, partial(checked_file, path, architecture=kind))
+            ranks.demand_equal(lambda: {"checkpoint": read_json(path / STATE).get("sha256")}, READING)
             tensors = read_parts(file, trainer.spread_tensors(file), trainer.teams.team)
             require_finite_tensors(path, {name: local(value) for name, value in tensors.items()})
         else:

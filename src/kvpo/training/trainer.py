@@ -54,7 +54,9 @@ class Trainer:
         self.setup = setup
         self.teams = teams_of(setup.ranks, spread.branch_ranks)
         self.sharded = spread.shard and self.teams.team.count > 1
-        if self.sharded:
+        if self.sharded:  # afterwards, parts that do not belong together would not be seen to differ
+            weights = list(setup.model.parameters())
+            setup.ranks.demand_equal(lambda: {"weights": digest(weights)}, "loading the generator")
             shard(setup.model, self.teams.team, setup.generator.device)
         self.policy = policy_of(setup.model, adapted=config.lora_rank > 0)
         self.average = MovingAverage(self.policy.parameters, config.ema_decay)
