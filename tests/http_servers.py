@@ -1,12 +1,19 @@
 """A web application on a loopback port, in a thread of this process."""
 
+import os
+import re
+import signal
 import socket
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import pytest
 import uvicorn
+
+from kvpo.app.cli import main
 
 
 @contextmanager
@@ -28,3 +35,30 @@ def served_app(app: Any, *, port: int = 0, send_buffer: int | None = None, **opt
             server.should_exit = True
             thread.join(20)
             assert not thread.is_alive()
+
+
+def visited(words: Sequence[str], visit: Callable[[str], Any], caplog: pytest.LogCaptureFixture) -> int:
+    """The status of a `kvpo` command that serves, in this thread, until the address it logs was visited."""
+    wrong: list[BaseException] = []
+
+    def call() -> None:
+        try:
+            deadline = time.monotonic() + 60
+            while not (found := re.findall(r"http://127\.0\.0\.1:\d+/\S*", caplog.text)):
+                assert time.monotonic() < deadline, "it logged no address"
+                time.sleep(0.02)
+            with socket.create_connection(("127.0.0.1", int(found[0].split(":")[2].split("/")[0])), 20):
+                visit(found[0])
+        except BaseException as error:  # raised again in the thread of the test
+            wrong.append(error)
+        finally:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    caller = threading.Thread(target=call)
+    caller.start()
+    with caplog.at_level("INFO", "kvpo"):
+        status = main([*words])
+    caller.join()
+    if wrong:
+        raise wrong[0]
+    return status

@@ -12,6 +12,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
 from typing import Any
+from urllib.parse import urlsplit
 
 from kvpo.config_checks import ConfigurationError
 from kvpo.extras import extra
@@ -31,6 +32,19 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
+
+
+def host_of(address: str) -> str:
+    """The name in an address without a scheme; empty where there is none that can be read."""
+    try:
+        return urlsplit(f"//{address}").hostname or ""
+    except ValueError:
+        return ""
+
+
+def is_own_page(origin: str | None, host: str) -> bool:
+    """True if a request with this ``Origin`` comes from a page that ``host`` served, or from no page."""
+    return origin is None or bool(host) and origin in (f"http://{host}", f"https://{host}")
 
 
 def check_address(host: str, port: int, token: str | None, variable: str) -> None:

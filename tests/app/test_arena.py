@@ -4,6 +4,7 @@ import json
 import shutil
 from pathlib import Path
 
+import httpx
 import numpy as np
 import pytest
 import yaml
@@ -16,6 +17,7 @@ from kvpo.arena.study import QUESTIONS, read_questions
 from kvpo.report.video import read_video, write_video
 from tests.app.finished import command
 from tests.arena.raters import vote_all
+from tests.http_servers import visited
 
 
 def folder(path: Path, prompts: dict[str, str | list[str]], light: int, kind: str = "mp4") -> Path:
@@ -182,6 +184,20 @@ def test_invitations_are_printed_as_links(voted, capsys):
     cleo, dan = capsys.readouterr().out.splitlines()
     assert cleo.startswith("cleo: http://127.0.0.1:9000/#") and dan.startswith("dan: ")
     assert voted.rater_of(cleo.partition("#")[2]).name == "cleo"
+
+
+def test_the_command_serves_the_printed_link_and_stops_at_a_signal(tmp_path, caplog):
+    arms = [folder(tmp_path / name, {"1.mp4": "a"}, light) for name, light in (("a", 20), ("b", 99))]
+
+    def visit(link: str) -> None:
+        url, _, token = link.partition("/#")
+        assert httpx.get(url).text.startswith("<!doctype html>")
+        shown = httpx.get(f"{url}/session", headers={"Authorization": f"Bearer {token}"}).json()
+        assert shown["rater"] == "ann" and shown["ballots"] == 1
+        assert httpx.get(f"{url}/session").status_code == 401
+
+    words = ["arena", *map(str, arms), "--out", str(tmp_path / "study"), "--raters", "ann", "--port", "0"]
+    assert visited(words, visit, caplog) == 0
 
 
 def test_a_hostile_rater_and_prompt_are_text_in_the_report(tmp_path):

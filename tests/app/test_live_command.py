@@ -2,6 +2,7 @@
 
 from functools import partial
 
+import httpx
 import pytest
 
 from kvpo.app.build import load_backbone
@@ -15,6 +16,8 @@ from kvpo.live.scheduler import SessionLimits
 from kvpo.live.script import Cue
 from kvpo.live.session import Session
 from kvpo.prompts import VideoPrompt
+from tests.http_servers import visited
+from tests.live.live_server import Client
 from tests.live.stage import unpacked
 
 REFUSED = {
@@ -31,6 +34,16 @@ def test_what_is_refused(arguments, tmp_path, capsys, monkeypatch):
     monkeypatch.delenv("KVPO_LIVE_TOKEN", raising=False)
     assert main(["live", "--out", str(tmp_path / "live"), *arguments.split()]) == 2
     assert REFUSED[arguments] in capsys.readouterr().err
+
+
+def test_the_command_prints_its_address_streams_and_stops_at_a_signal(tmp_path, caplog):
+    def visit(url: str) -> None:
+        assert httpx.get(url).text.startswith("<!doctype html>")
+        with Client(f"ws{url.removeprefix('http')}v1/realtime/video", max_size=None) as client:
+            assert client.start("A red circle drifts right by the sea.")["arms"] == ["base"]
+            client.until("video.block")
+
+    assert visited(["live", "--port", "0", "--out", str(tmp_path / "live")], visit, caplog) == 0
 
 
 def test_the_embedded_generator_streams(tmp_path):

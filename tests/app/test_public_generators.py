@@ -13,12 +13,18 @@ from torch import Tensor
 
 from kvpo.app.build import build_setup
 from kvpo.app.cli import main
+from kvpo.app.configuration import resolve_saved
+from kvpo.app.live import theatre_of
 from kvpo.config import Config
+from kvpo.engine.stream import stream_latents
+from kvpo.live.scheduler import SessionLimits
 from kvpo.prompts import ClipPrompt
+from kvpo.report.video import read_video
 from kvpo.training.checkpoint import latest_checkpoint
 from kvpo.training.collection import explore
 from kvpo.training.trainer import Trainer
 from tests import tiny_wan as tiny_wan_module
+from tests.live.live_server import serving
 from tests.tiny_wan import brightness, tiny_flags, tiny_wan
 
 PRESETS = ("longlive-1.3b", "memflow-1.3b", "self-forcing-1.3b", "wan-14b")
@@ -122,8 +128,45 @@ def end_to_end(name: str, segments: int, out: Path, monkeypatch: pytest.MonkeyPa
     assert main(["export", str(out / "run"), "--layout=pt", "--out", str(out / "merged.pt")]) == 1
 
 
-def test_a_run_resumes_exports_and_loads_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def directed_live(run: Path, out: Path) -> None:
+    """The run's arms through the live server: as the engine streams them, forked, exported, taken up again."""
+    config, limits = resolve_saved(run / "config.yaml"), SessionLimits(sessions=1, frames=60)
+    theatre = theatre_of(config, out, run=run, checkpoint="latest", weights="raw", limits=limits)
+    with serving(out, theatre=theatre) as served, served.connect() as client:
+        assert client.start("a red ball", seed=3, speed=0)["arms"] == ["base", "aligned"]
+        first = client.until("video.block")
+        assert {name: len(sizes) for name, sizes in first["frames"].items()} == {"base": 9, "aligned": 9}
+        client.ask("session.prompt_update", prompt="the dog jumps")
+        client.until("video.block", prompt="the dog jumps")
+        client.ask("session.pause")
+        (show,) = served.scheduler.shows.values()
+        session, stage = show.session, served.scheduler.stage
+        prompt = session.script.shown(session.start)
+        shown = {name: arm.spool.read(0, session.start) for name, arm in session.arms.items()}
+        with torch.no_grad(), served.scheduler.sides["base"]():
+            again = stream_latents(stage.generator, [prompt], stage.embed(prompt.segments), session.tape)
+        assert torch.equal(shown["base"], again[0]) and not torch.equal(shown["base"], shown["aligned"])
+
+        client.send("session.fork", branches=2, blocks=1)
+        fork = client.until("session.fork.accepted")
+        assert [len(sizes) for sizes in fork["frames"]] == [12, 12, 12]
+        client.ask("session.choose", branch=1)
+        client.ask("session.pause", paused=False)
+        assert client.until("video.block", start=fork["frame"])["sees"]["routed"] == fork["routes"][1]
+        client.ask("session.pause")
+        frames, rate = read_video(out / "exports" / client.ask("session.export", what="mp4")["file"])
+        assert len(frames) == 4 * session.start - 3 and rate == 16
+        name, continued = client.ask("session.snapshot")["snapshot"], session.start
+        client.send("session.stop")
+        client.until("session.done")
+        assert client.start("", snapshot=name)["frame"] == continued
+
+
+def test_a_run_resumes_exports_loads_again_and_is_directed_live(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     end_to_end("longlive-1.3b", 2, tmp_path, monkeypatch)
+    directed_live(tmp_path / "run", tmp_path / "live")
 
 
 @pytest.mark.slow

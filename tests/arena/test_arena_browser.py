@@ -108,6 +108,10 @@ def test_a_study_of_twenty_pairs_is_voted_by_keyboard_and_reported(browser, fold
     said = browser.run("document.querySelector('.sentence').textContent")
     assert "bright is preferred to dim (20 votes for it, 0 against" in said
     assert browser.run("document.querySelectorAll('.decided video').length") == 16
+    browser.resize(390, 844, phone=True)
+    tables = "[...document.querySelectorAll('.scroll')].map((box) => box.scrollWidth - box.clientWidth)"
+    assert browser.run("document.documentElement.scrollWidth") <= 390 and set(browser.run(tables)) == {0}
+    browser.resize(1280, 900)
     assert browser.run("document.title") != "owned" and browser.errors == []
 
 

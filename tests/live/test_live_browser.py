@@ -1,8 +1,10 @@
 """The live page in a real headless Chromium, with the real server behind it."""
 
+import numpy as np
 import pytest
 
 from kvpo.arena.store import Study
+from kvpo.engine.generator import as_bytes
 from kvpo.live.script import Cue
 from tests.headless_chromium import chromium, find_chromium
 from tests.live.live_server import serving, theatre_of
@@ -31,7 +33,7 @@ def theatre(out):
 
 
 def colour(page, arm: str) -> str:
-    """The pixels that a screen shows."""
+    """The pixels that a screen shows, RGBA in rows."""
     return page.run(
         f"""(() => {{ const canvas = document.getElementById('screen-{arm}');
         return canvas.getContext('2d').getImageData(0, 0, canvas.width, canvas.height).data.join(); }})()"""
@@ -49,6 +51,31 @@ def say(page, prompt: str) -> None:
 
 def press(page, key: str) -> None:
     page.run(f"document.body.dispatchEvent(new KeyboardEvent('keydown', {{key: {key!r}, bubbles: true}}))")
+
+
+def ordered_by_hand(page) -> None:
+    """Drag the fifth branch of a fork to the first place, then move the next one on by a key."""
+    order = "[...document.querySelectorAll('.branch')].map((b) => Number(b.dataset.branch))"
+    branch = "document.querySelectorAll('.branch')"
+    page.run(f"{branch}[4].dispatchEvent(new DragEvent('dragstart'))")
+    page.run(f"{branch}[0].dispatchEvent(new DragEvent('dragover'))")
+    assert page.run(order) == [4, 0, 1, 2, 3, 5]
+    page.run(f"{branch}[1].dispatchEvent(new KeyboardEvent('keydown', {{key: 'ArrowRight', bubbles: true}}))")
+    assert page.run(order) == [4, 1, 0, 2, 3, 5]
+
+
+def compare_with(page, session) -> None:
+    """Compare the page's pixels and the states in its strip with those of the session, which is paused."""
+    frame = int(page.run("document.getElementById('clock').textContent").removeprefix("frame "))
+    latent = session.arms["aligned"].spool.read(frame, frame + 1)
+    (pixels,) = as_bytes(session.stage.codec.decode(latent[None])[0]).numpy()
+    found = np.array(colour(page, "aligned").split(","), int)
+    assert np.array_equal(found.reshape(*pixels.shape[:2], 4)[..., :3], pixels)
+    frames = "[...frames].filter(([, one]) => one.node.classList.contains({!r})).map(([frame]) => frame)"
+    marked = {kind: set(page.run(frames.format(kind))) for kind in ("sink", "local", "routed", "freed")}
+    seen, resident = page.run("[sees, numbers.resident]")
+    assert {kind: set(seen[kind]) for kind in seen} == {kind: marked[kind] for kind in seen}
+    assert not marked["freed"] & {*resident, *seen["sink"], *seen["local"], *seen["routed"]}
 
 
 def test_a_stream_is_directed_on_the_page(browser, tmp_path):
@@ -77,17 +104,26 @@ def test_a_stream_is_directed_on_the_page(browser, tmp_path):
         browser.wait_for("document.querySelectorAll('.frame.routed').length === 1")
         assert show.session.script.routes
 
+        browser.run("[...document.querySelectorAll('.frame.resident')].at(-1).click()")
+        press(browser, "p")
+        browser.wait_for("document.querySelectorAll('.frame.pinned').length === 1")
+        assert len(show.session.pins) == 1
+
         press(browser, "f")
         browser.wait_for("document.querySelectorAll('.branch').length === 6")
         assert show.session.fork is not None
-        press(browser, "3")
+        ordered_by_hand(browser)
+        press(browser, "3")  # the third is the best after all
         browser.wait_for("!document.getElementById('branches').open")
-        browser.wait_for("document.getElementById('state').textContent === 'live'")
+        browser.wait_for(f"[...frames.keys()].at(-1) > {show.session.start}")
         press(browser, " ")
         browser.wait_for("document.body.classList.contains('paused')")
         shown = colour(browser, "aligned")
-        assert set(shown.split(",")) != {"0"} and colour(browser, "base") == shown  # one script, one model
-        assert len(Study(tmp_path / "choices").rankings()) == 1
+        assert colour(browser, "base") == shown, "one script, one model"
+        compare_with(browser, show.session)
+        assert browser.run("document.querySelectorAll('#tiles dt').length") == 12
+        (ranking,) = Study(tmp_path / "choices").rankings()
+        assert ranking.ranks == (0, 1, 2, 3, 4, 5)
         assert not browser.errors
         assert all(url.startswith((served.url, "blob:", "data:")) for url in browser.requests)
 
@@ -101,4 +137,14 @@ def test_a_story_on_a_phone(browser, tmp_path):
         browser.run("document.getElementById('story').click()")
         browser.wait_for("document.getElementById('caption').textContent === 'the end'")
         assert browser.run("document.documentElement.scrollWidth") <= 390
+        browser.run("document.getElementById('strip').scrollLeft = 0")
+        seen = browser.run("frames.size")
+        browser.wait_for(f"frames.size > {seen + 6}")
+        assert browser.run("document.getElementById('strip').scrollLeft") == 0, "it stays where one looks"
+        browser.run("choose(3, false); fork()")  # too early: nothing to branch on
+        browser.wait_for("document.getElementById('toast').textContent.startsWith('branches:')")
+        assert browser.run("document.getElementById('state').textContent") == "live"
+        browser.run("chosen.clear(); fork()")
+        browser.wait_for("document.querySelectorAll('.branch').length === 6")
+        assert browser.run("document.getElementById('branches').scrollWidth") <= 390
         assert not browser.errors

@@ -83,12 +83,21 @@ def test_routes_pins_and_forks(tmp_path):
         fork = client.until("session.fork.accepted")
         assert fork["frame"] == 12 and [len(sizes) for sizes in fork["frames"]] == [6] * 4
         assert fork["routes"][0] == [] and len(fork["pictures"]) == sum(map(sum, fork["frames"]))
-        client.ask("session.choose", branch=2)
+        client.ask("session.prompt_update", prompt="a blue disc")
+        assert client.refused("session.choose", branch=-2) == "out_of_range"
+        for wrong in ([0, 1, 2, 3], [2], [2, 2, 0, 1], [2, 0, 1, 4]):
+            assert client.refused("session.choose", branch=2, ranking=wrong) == "out_of_range"
+        client.ask("session.choose", branch=2, ranking=[2, 0, 3, 1])
         block = client.until("video.block", start=12)
         assert block["sees"]["routed"] == fork["routes"][2]
+        client.send("session.fork", branches=1, blocks=1)
+        client.until("session.fork.accepted")
+        client.ask("session.choose", branch=1)
         client.ask("session.pause")  # messages are carried out one after another
-    (ranking,) = Study(tmp_path / "choices").rankings()
-    assert ranking.prompt == "a red square" and ranking.ranks == (0, 1, 1, 1)
+    ranking, choice = Study(tmp_path / "choices").rankings()
+    assert choice.ranks == (0, 1)
+    assert ranking.prompt == "a red square", "not the one that waited for the choice"
+    assert ranking.ranks == (0, 1, 2, 3)
     frames, _ = read_video(Study(tmp_path / "choices").video_path(ranking.videos[0]))
     assert len(frames) == 6
 
@@ -124,6 +133,7 @@ def test_exports(tmp_path):
         video = httpx.get(served.url + files["mp4"]["url"])
         assert video.status_code == 200 and video.headers["content-type"] == "video/mp4"
         assert httpx.get(served.url + "/v1/files/..%2Fchoices.jsonl").status_code == 404
+    assert b"moof" in (tmp_path / "exports" / files["mp4"]["file"]).read_bytes(), "it is fragmented"
     frames, rate = read_video(tmp_path / "exports" / files["mp4"]["file"])
     (prompt,) = read_prompts(tmp_path / "exports" / files["prompts"]["file"], num_frames=30, block=3)
     assert prompt.segments == ("a red square", "a blue disc") and prompt.transitions == (2,)
@@ -142,6 +152,7 @@ BAD = {
     "a field that is missing": ('{"type": "session.prompt_update"}', "malformed"),
     "a number that is none": ('{"type": "session.speed", "speed": NaN}', "malformed"),
     "a frame that is text": ('{"type": "session.route", "frames": ["1"]}', "malformed"),
+    "a prompt that is no object": ('{"type": "session.queue", "prompts": ["x"]}', "malformed"),
     "half a character": ('{"type": "session.start", "prompt": "\\ud800"}', "malformed"),
     "a deep one": ("[" * 5000, "malformed"),
     "too large": (json.dumps({"type": "session.start", "prompt": "x" * 70_000}), "too_large"),
@@ -170,12 +181,50 @@ def test_what_is_refused(tmp_path):
         assert client.refused("session.fork", branches=99) == "out_of_range"
         assert client.refused("session.fork", frame=4) == "out_of_range"
         assert client.refused("session.choose", branch=0) == "no_fork"
+        for type, wrong in (("reset", {"seed": -2}), ("fork", {"frame": -2})):
+            assert client.refused(f"session.{type}", **wrong) == "out_of_range"
+        assert client.refused("session.reset", prompt="unspeakable") == "out_of_range"
         client.until("video.block")  # and the stream goes on
         with pytest.raises(ConnectionClosed):
             client.socket.send("x" * (1 << 21))
             while True:
                 client.receive()
     eventually(lambda: served.pages == 0)
+
+
+def test_what_cannot_be_stored_is_said_and_the_stream_goes_on(tmp_path):
+    with serving(tmp_path, scheduler(stage())) as served, served.connect() as client:
+        client.start(speed=0)
+        client.until("video.block", block=4)
+        for name in ("snapshots", "exports"):
+            (tmp_path / name).write_text("a file where a directory should be")
+        (tmp_path / "choices").mkdir()
+        (tmp_path / "choices" / "diary").write_text("of somebody else")
+        assert client.refused("session.snapshot") == "failed"
+        assert client.refused("session.export", what="prompts") == "failed"
+        client.send("session.fork", branches=1)
+        client.until("session.fork.accepted")
+        assert client.refused("session.choose", branch=1) == "out_of_range"
+        assert (tmp_path / "choices" / "diary").read_text() == "of somebody else"
+        assert client.until("video.block")
+
+
+def test_a_message_to_a_session_that_ends_meanwhile_is_refused(tmp_path):
+    with serving(tmp_path, scheduler(stage())) as served, served.connect() as client:
+        client.start(speed=0)
+        client.until("video.block", block=2)
+        (show,) = served.scheduler.shows.values()
+        gate = threading.Event()
+        served.scheduler.ask(gate.wait)
+        served.scheduler.ask(lambda: served.scheduler.close(show, "length"))
+        client.send("session.export", what="prompts")
+        eventually(lambda: served.scheduler._asked.qsize() == 2)
+        gate.set()
+        refusals = []
+        while not refusals or served.theatre.rooms:
+            event = client.receive()
+            refusals += [event["code"]] if event["type"] == "error" else []
+        assert refusals == ["out_of_order"]
 
 
 def test_a_server_has_room_for_so_many(tmp_path):
@@ -323,9 +372,10 @@ def test_who_may_connect(tmp_path):
         for query in ("?token=secret%2F%2Bword",):
             served.connect(query).close()
         served.connect(additional_headers=bearer, origin=served.url).close()
-        for origin in ("https://evil.example", "null", "http://127.0.0.1:1"):
+        for origin in ("https://evil.example", "null", "http://127.0.0.1:1", "http://["):
             with pytest.raises(InvalidStatus):
                 served.connect(additional_headers=bearer, origin=origin)
-        rebound = {**bearer, "Host": f"evil.example:{served.port}"}
-        assert httpx.get(served.url, headers=rebound).status_code == 403
-        assert httpx.get(served.url, headers={"Origin": "https://evil.example"}).status_code == 403
+        for host in (f"evil.example:{served.port}", "[::1", "a]b", ""):
+            assert httpx.get(served.url, headers={**bearer, "Host": host}).status_code == 403, host
+        for origin in ("https://evil.example", "http://[", "http://"):
+            assert httpx.get(served.url, headers={"Origin": origin}).status_code == 403, origin

@@ -1,6 +1,7 @@
 """A directed stream: its script decides every latent, and it can be left and taken up again."""
 
 import gc
+import json
 import os
 import random
 import resource
@@ -212,6 +213,50 @@ def test_a_snapshot_continues_bit_for_bit(bank):
         restored(replace(own, identity="else"), cache, tensors, record)
 
 
+def damaged():
+    """What may be wrong with the record or the tensors of a snapshot, by name."""
+    for key in ("identity", "script", "start", "arms", "cue", "cue_start", "coming", "queue", "pins"):
+        yield f"no {key}", lambda record, _, key=key: record.pop(key)
+    for key in ("segments", "switches", "transitions", "routes", "seed"):
+        yield f"a script without {key}", lambda record, _, key=key: record["script"].pop(key)
+    for key in ("pages", "sink", "bank", "latest", "segment", "fresh_prompt"):
+        yield f"an arm without {key}", lambda record, _, key=key: record["arms"]["base"].pop(key)
+    yield "arms of another kind", lambda record, _: record.update(arms=["base"])
+    yield "pages that are not there", lambda record, _: record["arms"]["base"].update(pages=[[0, 4000]])
+    for key in ("base.keys", "base.latents"):
+        yield f"no {key}", lambda _, tensors, key=key: tensors.pop(key)
+    yield "keys of another shape", lambda _, tensors: tensors.update({"base.keys": torch.zeros(1, 2, 3)})
+    yield "an earlier format", lambda record, _: record.update(format=0)
+    yield "no format", lambda record, _: record.pop("format")
+
+
+def test_damaged_and_earlier_snapshots_are_refused_in_one_line_and_hold_no_page():
+    own = stage()
+    one = session(own)
+    play(one, 4)
+    one.show(Cue("a blue disc"))
+    cache = own.generator.new_cache(one.history.cache.num_pages)
+    for name, change in damaged():
+        tensors, record = snapshot_of(one)
+        record = json.loads(json.dumps(record))
+        change(record, tensors)
+        with pytest.raises(Refusal, match="^snapshot: ") as refusal:
+            restored(own, cache, tensors, record)
+        assert "\n" not in str(refusal.value) and refusal.value.code == "not_found", name
+        assert cache.pages_in_use == 0, name
+
+
+def test_prompts_that_are_never_shown_leave_nothing():
+    one = session(stage())
+    play(one, 2)
+    for n in range(50):
+        one.show(Cue(f"a prompt {n}"))
+        one.line_up([Cue(f"a queued prompt {n}")])
+    assert len(one.texts) <= 4
+    play(one)
+    assert one.prompt == "a prompt 49" and one.texts.keys() == {"a prompt 49", "a queued prompt 49"}
+
+
 def test_queued_prompts_follow_one_another_by_their_lengths():
     own = stage()
     one = session(own)
@@ -224,6 +269,31 @@ def test_queued_prompts_follow_one_another_by_their_lengths():
     play(one, 1)
     assert one.script.segments[3:] == ("rather this",) and one.script.switches == (6, 12, 24)
     assert one.texts.keys() == {"rather this", "never"}
+
+
+@pytest.mark.parametrize(("rows", "together"), [(0, 2), (1, 1)])
+def test_sessions_share_forward_passes_and_see_what_they_see_alone(rows, together, monkeypatch):
+    limits = SessionLimits(sessions=2, frames=30, rows=rows)
+    own = scheduler(stage(), limits)
+    passes: list[int] = []
+    model = type(own.stage.generator.transformer)
+    forward = model.forward
+    monkeypatch.setattr(
+        model,
+        "forward",
+        lambda self, x, *rest, **more: passes.append(len(x)) or forward(self, x, *rest, **more),
+    )
+    shows = [
+        own.open(name, partial(Session, own.stage, own.cache, ["base"], Cue(text), seed), list, 0.0, 0.0)
+        for name, text, seed in (("one", "a red square", 1), ("two", "a blue disc", 2))
+    ]
+    for _ in range(3):
+        own.generate(shows)
+    assert set(passes) == {together}
+    for show in shows:
+        alone = session(own.stage, show.session.prompt, show.session.script.seed)
+        play(alone, 3)
+        assert torch.allclose(shown(show.session), shown(alone), atol=1e-4)
 
 
 def test_what_stays_resident():

@@ -8,7 +8,7 @@ from pathlib import Path
 from kvpo.app.arena_sources import arms_of, described, parse_source, scenes_of
 from kvpo.arena.database import DATABASE
 from kvpo.arena.exchange import VOTE_SUFFIXES, read_votes, write_votes
-from kvpo.arena.intake import add_judgements, create_study
+from kvpo.arena.intake import add_judgements, create_study, refuse_taken
 from kvpo.arena.pairs import draw
 from kvpo.arena.report import write_study_page
 from kvpo.arena.result import Result, analyse
@@ -63,8 +63,7 @@ def open_study(
             )
         study.check_videos()
         return study
-    if directory.exists() and any(directory.iterdir()):
-        raise ValueError(f"{directory} is not empty and holds no study; choose another --out")
+    refuse_taken(directory)
     own = {} if questions is None else read_questions(questions)
     with tempfile.TemporaryDirectory() as folder:
         scenes, videos = scenes_of(arms_of(given, prompts, pairs, Path(folder)), Path(folder))

@@ -25,12 +25,20 @@ from kvpo.files import new_directory, write_atomic
 _ANSWERS = {winner: answer for answer, winner in WINNERS.items()}
 
 
+def refuse_taken(out: Path) -> None:
+    """Raise ValueError where something is that a new study would replace."""
+    if out.is_dir() and any(out.iterdir()) or out.exists() and not out.is_dir():
+        raise ValueError(f"{out} is not empty and holds no study; choose another --out")
+
+
 def create_study(out: Path, design: Design, videos: Mapping[str, Path]) -> Study:
     """Write a new study, whole or not at all; ``videos`` are mp4 files by digest, of which it keeps copies.
 
     Raises:
+        ValueError: ``out`` holds something else.
         StorageError: the directory cannot be written.
     """
+    refuse_taken(out)
     with new_directory(out) as directory:
         for digest, video in videos.items():
             shutil.copyfile(video, directory / f"{digest}.mp4")
@@ -116,7 +124,7 @@ def record_ranking(
     that are left out rank below the others, which is all a choice says.
 
     Raises:
-        ValueError: positions that are not those of videos, named twice or none.
+        ValueError: positions that are not those of videos, named twice or none; a directory of other files.
         StorageError: the directory cannot be written.
     """
     if (

@@ -1,7 +1,7 @@
 """The page of a study: who wins and how sure that is, whom to trust, and the clips that decided."""
 
 import base64
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from math import isfinite
 from pathlib import Path
 
@@ -61,31 +61,45 @@ def in_words(arm: str, other: str, found: Comparison) -> str:
 
 
 def _question(one: Answered, result: Result) -> str:
-    rows = "".join(
-        f"<tr><th>{escape(pairing.arm)} <span class='soft'>against {escape(pairing.other)}</span></th>"
-        f"<td>{found.good} · {found.same} · {found.bad}</td><td>{_share(found.win_rate)}</td>"
-        f"<td>{_gsb(found.gsb)}</td><td class='drawn'>{_bar(found.gsb)}</td>"
-        f"<td>{_needed(found)}</td></tr>"
+    rows = [
+        (
+            f"{escape(pairing.arm)} <span class='soft'>against {escape(pairing.other)}</span>",
+            f"{found.good} · {found.same} · {found.bad}",
+            _share(found.win_rate),
+            _gsb(found.gsb),
+            _bar(found.gsb),
+            _needed(found),
+        )
         for pairing in one.pairings
         if (found := pairing.counted) is not None
-    )
+    ]
     if not rows:
         return f"<h3 class='group'>{escape(one.question.text)}</h3><p class='missing'>No votes yet.</p>"
     agreed = "" if one.agreement is None else f" Raters agree with α = {fixed(one.agreement, 2)}."
-    strengths = "".join(
-        f"<tr><th>{escape(arm)}</th><td>{signed(found.value, 2)}</td><td>{_ends(found, signed)}</td>"
-        f"<td class='drawn'>{_bar(found, 2.0)}</td></tr>"
+    strengths = [
+        (escape(arm), signed(found.value, 2), _ends(found, signed), _bar(found, 2.0))
         for arm, found in sorted(one.strengths.items(), key=lambda item: -item[1].value)
-    )
-    table = (
-        "<div class='scroll'><table class='card'><thead><tr><th>Strength (Bradley-Terry, log odds)</th>"
-        f"<th></th><th>95 %</th><th></th></tr></thead><tbody>{strengths}</tbody></table></div>"
+    ]
+    needed = f"to see {signed(result.effect, 2)}"
+    heads = ("", "good · same · bad", "win rate", "(G − B) / (G + S + B)", "", needed)
+    tables = _table(heads, rows)
+    if strengths:
+        tables += _table(("Bradley-Terry", "strength (log odds)", "95 %", ""), strengths)
+    return f"<h3 class='group'>{escape(one.question.text)}</h3>{tables}<p class='note'>{agreed}</p>"
+
+
+def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table of HTML cells; on a phone every row is a list, its cells named by their heads."""
+    named = "".join(f"<th>{head}</th>" for head in heads)
+    body = "".join(
+        f"<tr><th>{first}</th>"
+        + "".join(f"<td data-head='{head}'>{cell}</td>" for head, cell in zip(heads[1:], rest, strict=True))
+        + "</tr>"
+        for first, *rest in rows
     )
     return (
-        f"<h3 class='group'>{escape(one.question.text)}</h3><div class='scroll'><table class='card'>"
-        "<thead><tr><th></th><th>good · same · bad</th><th>win rate</th><th>(G − B) / (G + S + B)</th>"
-        f"<th></th><th>to see {signed(result.effect, 2)}</th></tr></thead><tbody>{rows}</tbody></table></div>"
-        f"{table if strengths else ''}<p class='note'>{agreed}</p>"
+        f"<div class='scroll'><table class='card stacked'><thead><tr>{named}</tr></thead>"
+        f"<tbody>{body}</tbody></table></div>"
     )
 
 
@@ -126,25 +140,21 @@ def _bar(found: Interval, reach: float = 1.0) -> str:
 
 
 def _raters(result: Result) -> str:
-    rows = "".join(_rater(one) for one in result.raters)
-    if not rows:
+    if not result.raters:
         return "<p class='missing'>Nobody has voted yet.</p>"
+    heads = ("rater", "pairs", "left side", "same answer on repeats", "same on equal videos", "median time")
     return (
-        "<div class='scroll'><table class='card'><thead><tr><th>rater</th><th>pairs</th><th>left side</th>"
-        "<th>same answer on repeats</th><th>same on equal videos</th><th>median time</th></tr></thead>"
-        f"<tbody>{rows}</tbody></table></div><p class='note'>Of the first question. Whoever is flagged does "
-        "not count above; side bias is a left share that a fair coin has with a probability below 0.1 %. "
-        f"Intervals are at {percent(LEVEL)}, by resampling whole prompts; numbers of prompts needed are "
-        f"for a power of {percent(POWER)}.</p>"
+        f"{_table(heads, [_rater(one) for one in result.raters])}<p class='note'>Of the first question. "
+        "Whoever is flagged does not count above; side bias is a left share that a fair coin has with a "
+        f"probability below 0.1 %. Intervals are at {percent(LEVEL)}, by resampling whole prompts; numbers "
+        f"of prompts needed are for a power of {percent(POWER)}.</p>"
     )
 
 
-def _rater(one: Reliability) -> str:
+def _rater(one: Reliability) -> tuple[str, ...]:
     flags = "".join(f"<br><span class='badge bad'>{escape(flag)}</span>" for flag in one.flags)
-    return (
-        f"<tr><th>{escape(one.rater)}{flags}</th><td>{one.votes}</td><td>{percent(one.left_share)}</td>"
-        f"<td>{percent(one.consistent)}</td><td>{percent(one.attentive)}</td><td>{duration(one.seconds)}</td></tr>"
-    )
+    shares = (percent(share) for share in (one.left_share, one.consistent, one.attentive))
+    return f"{escape(one.rater)}{flags}", str(one.votes), *shares, duration(one.seconds)
 
 
 def _clips(result: Result, videos: Mapping[str, Path]) -> str:

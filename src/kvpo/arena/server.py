@@ -8,16 +8,17 @@ from collections.abc import Awaitable, Callable
 from dataclasses import asdict
 from importlib.resources import files
 from typing import Annotated, Any
-from urllib.parse import urlsplit
 
 from kvpo.arena.database import VoteRefused
 from kvpo.arena.pairs import Ballot
 from kvpo.arena.store import Rater, Study, Vote
 from kvpo.arena.study import asked_about
 from kvpo.extras import extra
+from kvpo.serving import is_own_page
 
 with extra("server"):
     from fastapi import Depends, FastAPI, HTTPException, Request, Response
+    from fastapi.exceptions import RequestValidationError
     from fastapi.responses import FileResponse, JSONResponse
     from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
     from pydantic import BaseModel, ConfigDict, Field
@@ -60,6 +61,7 @@ def arena_app(study: Study) -> FastAPI:
     """The application that serves a study to its raters."""
     app = FastAPI(title="kvpo arena", openapi_url=None)
     app.middleware("http")(_guarded)
+    app.add_exception_handler(RequestValidationError, _unreadable)
 
     def rater(
         shown: Annotated[HTTPAuthorizationCredentials | None, Depends(HTTPBearer(auto_error=False))],
@@ -151,6 +153,14 @@ def _asset(name: str, kind: str) -> Callable[[], Response]:
     return lambda: Response(content, media_type=kind)
 
 
+async def _unreadable(request: Request, error: Exception) -> Response:
+    """The first thing wrong with a request in one line, without what was sent: that may not fit into JSON."""
+    assert isinstance(error, RequestValidationError)
+    first = error.errors()[0]
+    where = ".".join(map(str, first["loc"])).encode("ascii", "backslashreplace").decode()[:90]
+    return JSONResponse({"detail": f"{where}: {first['msg']}"}, 422)
+
+
 async def _guarded(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
     """Refuse what other pages send and what is too large; give every answer the security headers."""
     refused = _refusal(request)
@@ -160,8 +170,7 @@ async def _guarded(request: Request, call_next: Callable[[Request], Awaitable[Re
 
 
 def _refusal(request: Request) -> tuple[int, str] | None:
-    origin = request.headers.get("origin")
-    if origin is not None and urlsplit(origin).netloc != request.headers.get("host"):
+    if not is_own_page(request.headers.get("origin"), request.headers.get("host", "")):
         return 403, "requests of other pages are not answered"
     if request.method == "POST":
         length = request.headers.get(

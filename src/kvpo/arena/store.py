@@ -206,10 +206,10 @@ class Study:
         wanted = asked_about(self.design.questions, self.design.scenes[ballot.scene])
         if vote.ranking or set(vote.answers) != set(wanted):
             raise VoteRefused(
-                f"expected answers to {', '.join(wanted)}; got {', '.join(vote.answers) or 'none'}"
+                f"expected answers to {', '.join(wanted)}; got {', '.join(vote.answers)[:90]!a}"
             )
         if wrong := [answer for answer in vote.answers.values() if answer not in ANSWERS]:
-            raise VoteRefused(f"an answer is one of {', '.join(ANSWERS)}, got {wrong[0][:40]!r}")
+            raise VoteRefused(f"an answer is one of {', '.join(ANSWERS)}, got {wrong[0][:40]!a}")
 
     def _insert(self, db: sqlite3.Connection, rater: Rater, ballot: Ballot, vote: Vote) -> None:
         ranks = {place: rank for rank, place in enumerate(vote.ranking)}

@@ -1,7 +1,9 @@
 """Clients' messages carried out: each is checked, handed to the scheduler's thread, and answered."""
 
 import asyncio
+import logging
 import secrets
+import sqlite3
 from collections.abc import Callable
 from functools import partial
 from typing import Any, TypeVar
@@ -16,6 +18,7 @@ from kvpo.live.session import Branches, Session
 from kvpo.live.snapshots import load_snapshot, restored, save_snapshot, snapshot_of
 from kvpo.live.theatre import Connection, Theatre
 
+logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
@@ -45,9 +48,15 @@ class Direction:
         }
 
     async def carry_out(self, name: str, message: Any) -> None:
-        """Do what a message says and answer it. Raises Refusal."""
+        """Do what a message says and answer it; what fails on the way is refused. Raises Refusal."""
         self._name = name
-        await self._carried_out[type(message)](message)
+        try:
+            await self._carried_out[type(message)](message)
+        except ValueError as error:
+            raise Refusal("out_of_range", str(error)) from error
+        except (MemoryError, OSError, RuntimeError, sqlite3.Error) as error:
+            logger.exception("%s failed", name)
+            raise Refusal("failed", str(error)) from error
 
     def answer(self, **values: Any) -> None:
         """Say that the message is accepted; from any thread, in order with the blocks."""
@@ -83,13 +92,15 @@ class Direction:
             self.within("speed", speed, 0.05, FASTEST_SPEED)
 
     async def ask(self, what: Callable[[], T]) -> T:
-        """Have something done between two blocks; a text that cannot be embedded is refused."""
-        try:
-            return await self.theatre.ask(what)
-        except ValueError as error:
-            raise Refusal("out_of_range", str(error)) from error
-        except (MemoryError, OSError, RuntimeError) as error:
-            raise Refusal("failed", str(error)) from error
+        """Have something done between two blocks. Raises Refusal where the session is over by then."""
+        show = self.connection.show
+
+        def done() -> T:
+            if show is not None and show.id not in self.scheduler.shows:
+                raise Refusal("out_of_order", "this session has ended")
+            return what()
+
+        return await self.theatre.ask(done)
 
     # Sessions --------------------------------------------------------------------------------------------
 
@@ -130,7 +141,7 @@ class Direction:
 
     async def _restored(self, name: str) -> Callable[[], Session]:
         tensors, record = await asyncio.to_thread(load_snapshot, self.theatre.out, name)
-        if unknown := sorted(record["arms"].keys() - self.scheduler.sides.keys()):
+        if unknown := sorted(set(record.get("arms", ())) - self.scheduler.sides.keys()):
             raise Refusal("unavailable", f"snapshot: this server has no {unknown[0]} model")
         return partial(restored, self.scheduler.stage, self.scheduler.cache, tensors, record)
 
@@ -166,8 +177,8 @@ class Direction:
     async def reset(self, message: p.Reset) -> None:
         show = self.directed()
         old = show.session
-        seed = old.script.seed if message.seed < 0 else message.seed
-        self.within("seed", seed, 0, 2**53)
+        self.within("seed", message.seed, -1, 2**53)
+        seed = old.script.seed if message.seed == -1 else message.seed
         cue = self.cue(message.prompt or old.prompt, 0)
         make = partial(Session, old.stage, self.scheduler.cache, list(old.arms), cue, seed)
 
@@ -253,13 +264,14 @@ class Direction:
         show = self.directed()
         self.within("branches", message.branches, 1, self.limits.branches)
         self.within("blocks", message.blocks, 1, self.limits.fork_blocks)
+        self.within("frame", message.frame, -1, self.limits.frames)
         names = list(show.session.arms)
         arm = message.arm or names[-1]
         if arm not in names:
             raise Refusal("unavailable", f"arm: this session has no {arm} arm")
 
         def fork() -> None:
-            frame = show.session.start if message.frame < 0 else message.frame
+            frame = show.session.start if message.frame == -1 else message.frame
             fork = self.scheduler.fork(show, arm, frame, message.branches, message.blocks)
             images = [pictures(pixels) for pixels in fork.pixels]
             header = {
@@ -267,7 +279,7 @@ class Direction:
                 "arm": arm,
                 "frame": fork.frame,
                 "blocks": fork.blocks,
-                "prompt": show.session.prompt,
+                "prompt": fork.prompt,
                 "routes": [sorted(set(route or ())) for route in fork.routes],
                 "frames": [[len(one) for one in branch] for branch in images],
             }
@@ -278,10 +290,10 @@ class Direction:
 
     async def choose(self, message: p.Choose) -> None:
         show = self.directed()
-        branch = None if message.branch < 0 else message.branch
+        branch = None if message.branch == -1 else message.branch
 
         def choose() -> Branches:
-            fork = show.session.choose(branch)
+            fork = show.session.choose(branch, message.ranking)
             show.pace.restart()
             self.answer(branch=message.branch, frame=show.session.start)
             return fork
@@ -289,8 +301,8 @@ class Direction:
         fork = await self.ask(choose)
         if branch is not None:
             rate = self.scheduler.stage.codec.frames_per_second
-            prompt = show.session.prompt
-            await asyncio.to_thread(record_choice, self.theatre.out, fork, branch, prompt=prompt, rate=rate)
+            best_first = message.ranking or (branch,)
+            await asyncio.to_thread(record_choice, self.theatre.out, fork, best_first, rate=rate)
 
     # Keeping ---------------------------------------------------------------------------------------------
 

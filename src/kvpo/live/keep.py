@@ -1,6 +1,6 @@
 """Files that a session leaves behind: exports, and choices at forks."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -59,13 +59,13 @@ def _decoded(codec: Codec, latents: Mapping[str, Tensor]) -> Iterator[np.ndarray
         yield side_by_side(videos)
 
 
-def record_choice(out: Path, fork: Branches, chosen: int, *, prompt: str, rate: float) -> None:
-    """Store the preferred branch of a fork in the study at ``out/choices``.
+def record_choice(out: Path, fork: Branches, best_first: Sequence[int], *, rate: float) -> None:
+    """Store which branches of a fork are preferred in the study at ``out/choices``; see `record_ranking`.
 
-    Raises StorageError.
+    Raises ValueError and StorageError.
     """
     videos = [
         mp4_bytes(as_bytes(pixels).numpy(), rate, scale=enlargement(pixels.shape[-2:]))
         for pixels in fork.pixels
     ]
-    record_ranking(out / "choices", (prompt,), videos, (chosen,), rater="live page")
+    record_ranking(out / "choices", (fork.prompt,), videos, best_first, rater="live page")

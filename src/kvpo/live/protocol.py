@@ -120,6 +120,8 @@ class Choose:
     """Close the fork and go on along a branch; -1: where the stream was."""
 
     branch: int
+    ranking: tuple[int, ...] = ()
+    """All branches, the best first, which is the chosen one; empty: that it is better than each."""
 
 
 @dataclass(frozen=True)
@@ -224,7 +226,8 @@ def _converted(kind: Any, value: Any, name: str) -> Any:
     if kind in (bool, int, str) and type(value) is kind and (kind is not int or abs(value) < 2**53):
         return value
     words = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
-    raise Refusal("malformed", f"{name}: must be {words.get(kind, 'a list')}, got {_shown(value)}")
+    word = words.get(kind, "a list" if origin is tuple else "an object")
+    raise Refusal("malformed", f"{name}: must be {word}, got {_shown(value)}")
 
 
 def _shown(value: Any) -> str:

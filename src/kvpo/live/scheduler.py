@@ -202,8 +202,8 @@ class Scheduler:
 
     def replace(self, show: Show, session: Callable[[], Session]) -> None:
         """Begin a show again with another session."""
-        show.session.release()
-        show.session = session()
+        old, show.session = show.session, session()  # which may be refused: the old one then goes on
+        old.release()
         show.pace = Pace(self.clock())
         self._counted()
 

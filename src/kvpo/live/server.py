@@ -7,13 +7,13 @@ from contextlib import asynccontextmanager, suppress
 from dataclasses import asdict, dataclass
 from importlib.resources import files
 from typing import Any
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import parse_qs
 
 from kvpo.extras import extra
 from kvpo.live.direct import Direction
 from kvpo.live.protocol import Refusal, parse_message
 from kvpo.live.theatre import Connection, Theatre
-from kvpo.serving import admitted, is_loopback
+from kvpo.serving import admitted, host_of, is_loopback, is_own_page
 
 with extra("server"):
     from fastapi import FastAPI, HTTPException, Request, Response, WebSocket, WebSocketDisconnect
@@ -72,10 +72,9 @@ class Guard:
     def _refused(self, scope: Scope) -> tuple[int, str] | None:
         headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
         name = headers.get("host", "")
-        if is_loopback(self.host) and not is_loopback(urlsplit(f"//{name}").hostname or ""):
+        if is_loopback(self.host) and not is_loopback(host_of(name)):
             return 403, "this server answers to the names of this machine only"
-        origin = headers.get("origin")
-        if origin is not None and urlsplit(origin).netloc != name:
+        if not is_own_page(headers.get("origin"), name):
             return 403, "pages of other sites may not connect"
         if scope["path"] in PAGE:
             return None

@@ -63,6 +63,8 @@ class Branches:
     pixels: tuple[Tensor, ...]
     """RGB ``[T', 3, H', W']`` of every branch."""
     blocks: int
+    prompt: str
+    """The text that all were told."""
 
 
 class Session:
@@ -119,8 +121,13 @@ class Session:
         self.queue = deque(cues)
 
     def _embed(self, cues: Sequence[Cue]) -> None:
+        """Have the embeddings of cues, and keep those that are told now or lie ahead; others go."""
         new = [prompt for prompt in {cue.prompt: None for cue in cues} if prompt not in self.texts]
         self.texts |= self.stage.embed(new) if new else {}
+        told = self._told(self.script, self.start)
+        kept = {cue.prompt for cue in (*cues, *told, *self.queue, self.coming) if cue is not None}
+        for prompt in self.texts.keys() - kept:
+            del self.texts[prompt]  # in place: all arms read this table
 
     def route(self, frames: Sequence[int], blocks: int) -> None:
         """Fill the routed slots of the next blocks with past frames, repeated evenly; none: deployment.
@@ -169,10 +176,8 @@ class Session:
     def _switch(self, cue: Cue) -> None:
         self.cue, self.cue_start = cue, self.start
         self.script = self.script.switched(self.start, cue)
-        wanted = {one.prompt for one in (*self._told(self.script, self.start), *self.queue)}
-        self.texts = {prompt: text for prompt, text in self.texts.items() if prompt in wanted}
         for arm in self.arms.values():
-            arm.stream.prompt, arm.stream.texts = self.script.shown(), self.texts
+            arm.stream.prompt = self.script.shown()
             # After going back to a switch the window may be encoded for the prompt that is now replaced.
             arm.stream.segment = min(arm.stream.segment, max(0, len(self.script.segments) - 2))
 
@@ -282,7 +287,7 @@ class Session:
             pixels = stage.codec.decode(clean_RTCHW, lead)
         finally:
             root.history.release()
-        self.fork = Branches(name, frame, (None, *routes), tuple(pixels), blocks)
+        self.fork = Branches(name, frame, (None, *routes), tuple(pixels), blocks, self.prompt)
         return self.fork
 
     def _drawn(self, history: History, frame: int, count: int) -> list[tuple[int, ...]]:
@@ -319,13 +324,21 @@ class Session:
             for stream in streams:
                 stream.history.release()
 
-    def choose(self, branch: int | None) -> Branches:
-        """Close the fork: go on from it along a branch, or (None) where the stream was. Raises Refusal."""
+    def choose(self, branch: int | None, ranking: Sequence[int] = ()) -> Branches:
+        """Close the fork: go on from it along a branch, or (None) where the stream was.
+
+        Raises Refusal, also for a ``ranking`` that is not all branches, the chosen one first.
+        """
         fork = self.fork
         if fork is None:
             raise Refusal("no_fork", "there is no open fork to choose from")
         if branch is not None and not 0 <= branch < len(fork.routes):
             raise Refusal("out_of_range", f"branch: must be 0..{len(fork.routes) - 1}, got {branch}")
+        if ranking and (sorted(ranking) != list(range(len(fork.routes))) or ranking[0] != branch):
+            raise Refusal(
+                "out_of_range",
+                f"ranking: must be 0..{len(fork.routes) - 1} in any order, the chosen one first",
+            )
         self.fork = None
         if branch is not None:
             self.back_to(fork.frame)

@@ -20,6 +20,8 @@ from kvpo.models.tensor_files import storable
 
 SNAPSHOT_NAME = re.compile(r"[0-9a-f]{1,32}-[0-9]{1,12}")
 """Names of snapshots: a session's id and the latent frame that it was at."""
+FORMAT = 1
+"""Of the record of a session; it counts up with what a snapshot holds."""
 
 
 def snapshot_of(session: Session) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -42,6 +44,7 @@ def snapshot_of(session: Session) -> tuple[dict[str, Tensor], dict[str, Any]]:
             "fresh_prompt": arm.stream.fresh_prompt,
         }
     record = {
+        "format": FORMAT,
         "identity": session.stage.identity,
         "start": session.start,
         "script": {**asdict(session.script), "routes": sorted(session.script.routes.items())},
@@ -58,11 +61,26 @@ def snapshot_of(session: Session) -> tuple[dict[str, Tensor], dict[str, Any]]:
 def restored(
     stage: Stage, cache: FrameCache, tensors: Mapping[str, Tensor], record: Mapping[str, Any]
 ) -> Session:
-    """The session of a snapshot. Raises Refusal for one of another generator."""
-    if record["identity"] != stage.identity:
+    """The session of a snapshot. Raises Refusal for one of another generator, and for a damaged one."""
+    if record.get("format") != FORMAT:
+        raise Refusal("not_found", "snapshot: it is of another version of kvpo, which can continue it")
+    if record.get("identity") != stage.identity:
         raise Refusal("not_found", "snapshot: it was taken under other weights or another deployment")
+    try:
+        session = Session(stage, cache, [*record["arms"]], Cue(*record["cue"]), record["script"]["seed"])
+        try:
+            _take_up(session, tensors, record)
+        except BaseException:
+            session.release()
+            raise
+    except (AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
+        raise Refusal("not_found", f"snapshot: it is damaged ({error!r})") from error
+    return session
+
+
+def _take_up(session: Session, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
+    """Bring a new session to where that of a record was."""
     script = record["script"]
-    session = Session(stage, cache, list(record["arms"]), Cue(*record["cue"]), script["seed"])
     session.cue_start, session.pins = record["cue_start"], frozenset(record["pins"])
     if record["coming"] is not None:
         session.show(Cue(*record["coming"]))
@@ -84,20 +102,24 @@ def restored(
         arm.stream.segment, arm.stream.fresh_prompt = own["segment"], own["fresh_prompt"]
         arm.decoding = session.decoding_at(arm, record["start"])
     session.hold()
-    return session
 
 
 def _fill(history: History, keys: Tensor, values: Tensor, record: Mapping[str, Any]) -> None:
     """Write a snapshot's pages and refer to them as its history did."""
     if not keys.shape[1]:
         return
+    if keys.shape != values.shape or keys[:, 0].shape != history.cache.keys_LQTND[:, 0].shape:
+        raise ValueError(f"pages of {list(keys.shape)}")
     (ids,) = history.cache.write(keys[:, None], values[:, None])
-    history.pages = {frame: ids[n] for frame, n in record["pages"]}
-    history.sink = tuple(record["sink"])
-    history.bank = [[ids[n] for n in layer] for layer in record["bank"]]
-    history.latest = None if record["latest"] is None else ids[record["latest"]]
-    history.cache.share(history.all_references())
-    history.cache.release(ids)
+    try:
+        pages = {frame: ids[n] for frame, n in record["pages"]}
+        bank = [[ids[n] for n in layer] for layer in record["bank"]]
+        latest = None if record["latest"] is None else ids[record["latest"]]
+        sink = tuple(record["sink"])  # all is known before the history refers to any page
+        history.pages, history.bank, history.latest, history.sink = pages, bank, latest, sink
+        history.cache.share(history.all_references())
+    finally:
+        history.cache.release(ids)
 
 
 def save_snapshot(out: Path, name: str, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> Path:
@@ -116,7 +138,7 @@ def load_snapshot(out: Path, name: str) -> tuple[dict[str, Tensor], dict[str, An
         raise Refusal("not_found", f"snapshot: there is none called {name[:60]!r}")
     try:
         with safe_open(path, framework="pt") as file:
-            record = parse_json((file.metadata() or {})["session"])
+            record = dict(parse_json((file.metadata() or {})["session"]))
         return load_file(path), record
-    except (SafetensorError, KeyError, ValueError) as error:
-        raise Refusal("not_found", f"snapshot: {name} is damaged: {error}") from error
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise Refusal("not_found", f"snapshot: {name} is damaged ({error!r})") from error

@@ -27,6 +27,7 @@ function state(text, on) {
   $("state").textContent = text;
   document.body.classList.toggle("on", Boolean(on));
 }
+const onAir = () => state(paused ? "paused" : "live", !paused);
 
 /* connection */
 async function begin() {
@@ -62,11 +63,11 @@ function event(message) {
   switch (message.type) {
     case "video.start": return started(message);
     case "session.done": return ended(message.reason);
-    case "error": waitingForStart = false; return say(message.message);
+    case "error": waitingForStart = false; if (session && !branches) onAir(); return say(message.message);
     case "session.prompt_update.accepted":
       $("notice").textContent = message.notice; $("notice").hidden = !message.notice; return;
     case "session.pause.accepted":
-      paused = message.paused; document.body.classList.toggle("paused", paused); state(paused ? "paused" : "live", !paused); return;
+      paused = message.paused; document.body.classList.toggle("paused", paused); return onAir();
     case "session.route.accepted":
       return say(message.frames.length ? `back for ${message.blocks} blocks: ${message.frames.join(", ")}` : "back to the deployed window");
     case "session.pin.accepted": if (numbers) { numbers.pinned = message.pinned; mark(); } return;
@@ -130,7 +131,8 @@ async function block(header, pictures) {
   entry.ready = true;
 }
 function keep(header, pictures) {
-  const arms = Object.keys(pictures), each = info.frames_per_latent;
+  const arms = Object.keys(pictures), each = info.frames_per_latent, strip = $("strip");
+  const newest = strip.scrollLeft + strip.clientWidth > strip.scrollWidth - 60; // else somebody looks back
   forget(header.start);
   for (let n = 0; n < info.block; n++) {
     const frame = header.start + n;
@@ -150,12 +152,12 @@ function keep(header, pictures) {
     }
     node.onclick = (e) => choose(frame, e.shiftKey);
     frames.set(frame, { urls, node, segment: header.segment });
-    $("strip").append(node);
+    strip.append(node);
   }
   numbers = header.numbers; sees = header.sees;
   while (frames.size > KEPT) drop(frames.keys().next().value);
   mark();
-  $("strip").scrollLeft = chosen.size ? $("strip").scrollLeft : $("strip").scrollWidth;
+  if (newest && !chosen.size) strip.scrollLeft = strip.scrollWidth;
 }
 function drop(frame) {
   const gone = frames.get(frame);
@@ -239,18 +241,29 @@ async function openFork(header, pictures) {
       }
     }
     button.append(canvas, label); button.onclick = () => decide(n);
+    button.dataset.branch = n; button.draggable = true;
+    button.ondragstart = () => { branches.held = button; };
+    button.ondragover = (e) => { e.preventDefault(); if (branches.held) rank(branches.held, [...grid.children].indexOf(button)); };
     grid.append(button);
     branches.canvases.push(canvas); branches.bitmaps.push(bitmaps);
   }
   if (!$("branches").open) $("branches").showModal();
 }
+function rank(button, to) { // the order of the grid, the best first
+  const all = [...$("grid").children], from = all.indexOf(button);
+  if (from === to || !all[to]) return;
+  if (from < to) all[to].after(button); else all[to].before(button);
+  branches.ranked = true;
+}
 function decide(branch) {
   if (!branches) return;
+  const others = [...$("grid").children].map((button) => Number(button.dataset.branch)).filter((n) => n !== branch);
+  const ranking = branches.ranked && branch >= 0 ? [branch, ...others] : [];
   branches = null;
   if ($("branches").open) $("branches").close();
-  send("session.choose", { branch });
+  send("session.choose", { branch, ranking });
   chosen.clear(); selection();
-  state(paused ? "paused" : "live", !paused);
+  onAir();
 }
 
 /* screens */
@@ -389,6 +402,10 @@ $("snapshot").onclick = () => send("session.snapshot");
 for (const button of document.querySelectorAll("[data-export]")) button.onclick = () => send("session.export", { what: button.dataset.export });
 document.onkeydown = (e) => {
   if (branches && /^[1-9]$/.test(e.key) && Number(e.key) <= branches.canvases.length) return decide(Number(e.key) - 1);
+  const step = { ArrowLeft: -1, ArrowUp: -1, ArrowRight: 1, ArrowDown: 1 }[e.key];
+  if (branches && step && e.target.matches(".branch")) {
+    e.preventDefault(); rank(e.target, [...$("grid").children].indexOf(e.target) + step); return e.target.focus();
+  }
   if (e.target.matches("input, textarea, select") || e.metaKey || e.ctrlKey || e.altKey || branches) return;
   const act = { " ": () => $("pause").click(), s: tell, r: () => $("reset").click(), f: fork, b: route, p: pin, Escape: () => { chosen.clear(); selection(); } }[e.key];
   if (act && !(e.key === " " && e.target.matches("button"))) { e.preventDefault(); act(); }
