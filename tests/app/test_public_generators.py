@@ -129,7 +129,7 @@ def end_to_end(name: str, segments: int, out: Path, monkeypatch: pytest.MonkeyPa
 
 
 def directed_live(run: Path, out: Path) -> None:
-    """The run's arms through the live server: as the engine streams them, forked, exported, taken up again."""
+    """The run's arms through the live server: as the engine streams them, forked, exported, continued."""
     config, limits = resolve_saved(run / "config.yaml"), SessionLimits(sessions=1, frames=60)
     theatre = theatre_of(config, out, run=run, checkpoint="latest", weights="raw", limits=limits)
     with serving(out, theatre=theatre) as served, served.connect() as client:
