@@ -64,13 +64,13 @@ def ordered_by_hand(page) -> None:
     assert page.run(order) == [4, 1, 0, 2, 3, 5]
 
 
-def compare_with(page, session) -> None:
+def compare_with(page, session, pixels: str) -> None:
     """Compare the page's pixels and the states in its strip with those of the session, which is paused."""
     frame = int(page.run("document.getElementById('clock').textContent").removeprefix("frame "))
     latent = session.arms["aligned"].spool.read(frame, frame + 1)
-    (pixels,) = as_bytes(session.stage.codec.decode(latent[None])[0]).numpy()
-    found = np.array(colour(page, "aligned").split(","), int)
-    assert np.array_equal(found.reshape(*pixels.shape[:2], 4)[..., :3], pixels)
+    (expected,) = as_bytes(session.stage.codec.decode(latent[None])[0]).numpy()
+    found = np.array(pixels.split(","), int).reshape(*expected.shape[:2], 4)
+    assert np.array_equal(found[..., :3], expected)
     frames = "[...frames].filter(([, one]) => one.node.classList.contains({!r})).map(([frame]) => frame)"
     marked = {kind: set(page.run(frames.format(kind))) for kind in ("sink", "local", "routed", "freed")}
     seen, resident = page.run("[sees, numbers.resident]")
@@ -120,7 +120,7 @@ def test_a_stream_is_directed_on_the_page(browser, tmp_path):
         browser.wait_for("document.body.classList.contains('paused')")
         shown = colour(browser, "aligned")
         assert colour(browser, "base") == shown, "one script, one model"
-        compare_with(browser, show.session)
+        compare_with(browser, show.session, shown)
         assert browser.run("document.querySelectorAll('#tiles dt').length") == 12
         (ranking,) = Study(tmp_path / "choices").rankings()
         assert ranking.ranks == (0, 1, 2, 3, 4, 5)
