@@ -21,7 +21,7 @@ from kvpo.models.tensor_files import storable
 SNAPSHOT_NAME = re.compile(r"[0-9a-f]{1,32}-[0-9]{1,12}")
 """Names of snapshots: a session's id and the latent frame that it was at."""
 FORMAT = 1
-"""Of the record of a session; it counts up with what a snapshot holds."""
+"""Version of the record of a session; it counts up when a snapshot holds something else."""
 
 
 def snapshot_of(session: Session) -> tuple[dict[str, Tensor], dict[str, Any]]:
