@@ -20,6 +20,7 @@ from kvpo.training.checkpoint import (
     CheckpointError,
     best_checkpoint,
     latest_checkpoint,
+    load_checkpoint,
     save_checkpoint,
 )
 from kvpo.training.held_out import evaluate_base
@@ -161,6 +162,23 @@ def test_an_adapter_of_another_strength_or_with_a_tensor_missing_is_refused(
     cut = save_checkpoint(tmp_path / "cut", 1, tensors, state, architecture=architecture(weights))
     with pytest.raises(CheckpointError, match=f"does not fit: {gone} missing"):
         restore(trainer, cut)
+
+
+def test_a_checkpoint_of_an_earlier_version_is_resumed(tiny_base: Path, tmp_path: Path) -> None:
+    """It lacks what has been added to the state since."""
+    whole, run = (ToyRun(tiny_base, tmp_path / name, optim__updates=2) for name in ("whole", "run"))
+    for one in (whole, run):
+        one.directory.mkdir()
+    assert whole.go() and not run.go(stop_after=1)
+    saved = run.directory / "checkpoints"
+    point = resume_point(saved)
+    assert point is not None
+    tensors, state = load_checkpoint(point)
+    for later in ("idle", "unvalidated"):
+        del state[later]
+    kind = json.loads((point / "state.json").read_text())["architecture"]
+    save_checkpoint(saved, 1, tensors, state, architecture=kind)
+    assert run.go() and run.result() == whole.result()
 
 
 def test_a_resumed_adapter_needs_its_own_base(tiny_base: Path, tmp_path: Path) -> None:

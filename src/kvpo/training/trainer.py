@@ -289,7 +289,7 @@ class Trainer:
         load_moments(self.optimizer, self.policy.parameters, moments)
         self.update = int(state["update"])
         self.average.updates = int(state["averaged"])
-        self.idle_updates = int(state["idle"])
+        self.idle_updates = int(state.get("idle", 0))  # earlier versions did not count them
 
     @property
     def sharing(self) -> Ranks:
