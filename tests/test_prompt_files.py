@@ -308,6 +308,8 @@ def test_what_is_converted_is_read_again(tmp_path, suffix):
     else:
         with pytest.raises(ValueError, match="holds one text per video, prompt 0 has 2"):
             written(several, path)
+        with pytest.raises(ValueError, match="holds no lengths, prompt 0 has 9 latent frames and 21 are"):
+            written(prompts, path, 21)
 
 
 def test_a_record_may_name_the_frames_that_its_video_begins_with(tmp_path):

@@ -146,11 +146,13 @@ def extended(short: PromptFile, path: str | Path, **reading: Any) -> PromptFile:
     return replace(short, prompts=tuple(replace(one, segments=other) for one, other in pairs))
 
 
-def written(prompts: Sequence[VideoPrompt], path: Path) -> str:
+def written(prompts: Sequence[VideoPrompt], path: Path, num_frames: int | None = None) -> str:
     """The content of a prompt file at ``path``, as `examine` reads it; frames are named relative to it.
 
+    ``num_frames`` are the latent frames of videos where a file says nothing (None: it does not matter).
+
     Raises:
-        ValueError: no such form, or one that cannot hold several segments, or frames.
+        ValueError: no such form, or one that cannot hold several segments, lengths, or frames.
     """
     suffix = path.suffix.lower()
     begins = [prompt.frames and os.path.relpath(prompt.frames, path.parent) for prompt in prompts]
@@ -168,6 +170,11 @@ def written(prompts: Sequence[VideoPrompt], path: Path) -> str:
         raise ValueError(
             f"a {suffix} file holds one text per video, prompt {several[0].id} has "
             f"{len(several[0].segments)}; write .jsonl"
+        )
+    if others := [prompt for prompt in prompts if num_frames not in (None, prompt.num_frames)]:
+        raise ValueError(
+            f"a {suffix} file holds no lengths, prompt {others[0].id} has {others[0].num_frames} latent "
+            f"frames and {num_frames} are the default; write .jsonl"
         )
     texts = [prompt.segments[0] for prompt in prompts]
     if suffix == ".txt" and any(begins):

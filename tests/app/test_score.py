@@ -323,4 +323,13 @@ def test_explain_says_what_each_reward_would_see(tmp_path, capsys):
         "prompt: 'a fox'" in said and "scale: 0 to 1, higher is better" in said and "prompt: not read" in said
     )
     assert main(command) == 0 and "needed: give --prompts FILE" in capsys.readouterr().out
+    names = "videoalign_mq,flicker,vbench_dynamic_degree,vbench_temporal_flickering"
+    assert main(["score", str(tmp_path), "--reward", names, "--explain"]) == 0
+    rates = [line.rpartition(" (")[2] for line in capsys.readouterr().out.splitlines() if "frames: " in line]
+    assert rates == [
+        "clips of 2 frames per second assumed)",
+        "neighbouring frames)",
+        "8 per second of the 16 that the file states)",
+        "all of them)",
+    ]
     assert not (tmp_path / "s.html").exists()

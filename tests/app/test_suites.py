@@ -56,6 +56,36 @@ def test_names_and_counts(info: Path, tmp_path: Path) -> None:
         suite_videos("vbench", info, ["colour"])
 
 
+def test_the_whole_suite_has_as_many_videos_as_it_asks_for(tmp_path: Path) -> None:
+    """946 entries of 944 prompts, 75 of them for flickering: the make-up of VBench's list."""
+    texts = [f"prompt {n}." for n in range(944)]
+    entries = [(text, "temporal_flickering" if n < 75 else "color") for n, text in enumerate(texts)]
+    entries += [(texts[80], "scene"), (texts[81], "scene")]
+    path = tmp_path / "VBench_full_info.json"
+    path.write_text(json.dumps([{"prompt_en": text, "dimension": [name]} for text, name in entries]))
+    names = [video.name for video in suite_videos("vbench", path)]
+    assert len(entries) == 946 and len(names) == len(set(names)) == 6220
+    assert {"prompt 80.-0.mp4", "prompt 0.-24.mp4"} <= set(names) and "prompt 80.-5.mp4" not in names
+
+
+def test_cautions_are_those_of_what_is_asked_for(
+    info: Path, tiny_base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for suite, dimension, expected in (
+        ("vbench", "color", []),
+        ("vbench", "temporal_flickering", ["static_filter --videos_path"]),
+        ("vbench-long", "color", ["loses prompts with an underscore"]),
+        ("vbench-long", "temporal_flickering", ["with an underscore", "needs --static_filter_flag"]),
+    ):
+        caplog.clear()
+        (tmp_path / "taken").touch()
+        with pytest.raises(StorageError):
+            given = f"{suite}={info}"
+            generate_suite(config_of(tiny_base), tmp_path / "taken", given, dimensions=[dimension])
+        said = [record.message for record in caplog.records if record.message.startswith(suite)]
+        assert len(said) == len(expected) and all(a in b for a, b in zip(expected, said, strict=True))
+
+
 def test_names_of_the_second_suite(tmp_path: Path) -> None:
     """A folder per dimension, 180 letters of the prompt, three of each and twenty for diversity."""
     long = "a dog " * 40

@@ -53,9 +53,13 @@ def _explained(
 ) -> list[str]:
     clips = file_clips(one, video.num_frames, video.frame_rate)
     shown = named_list(map(str, clips[0]), INDICES_SHOWN)
-    rate = (
-        "neighbouring frames" if one.sampling is None else f"clips of {FILE_RATE:g} frames per second assumed"
-    )
+    if one.sampling is None:
+        rate = "neighbouring frames"
+    elif one.sampling.strides:
+        rate = f"{one.sampling.rate:g} per second of the {video.frame_rate:g} that the file states"
+    else:
+        whole = one.sampling.least >= video.num_frames
+        rate = "all of them" if whole else f"clips of {FILE_RATE:g} frames per second assumed"
     shrink = min(1.0, sqrt(one.max_pixels / (height * width)))
     size = "as they are" if shrink == 1 else f"shrunk to {round(height * shrink)} x {round(width * shrink)}"
     text = "not read"

@@ -105,7 +105,7 @@ def prompts(arguments: Namespace) -> int:
         every = [prompt for file in found for prompt in file.prompts]
         rest, held = held_out(every, arguments.hold_out)
         parts = {out: rest} | ({out.with_stem(f"{out.stem}-held-out"): held} if held else {})
-        texts = {path: written(own, path) for path, own in parts.items()}
+        texts = {path: written(own, path, reading["num_frames"]) for path, own in parts.items()}
         for path, text in texts.items():
             write_atomic(path, text)
             print(f"{path}: {len(parts[path])} prompts")

@@ -62,6 +62,8 @@ class Suite:
     command: str = ""
     """Scores the dimension D of a folder DIR."""
     caution: str = ""
+    flickering: str = ""
+    """What is to be known where the dimension temporal_flickering is asked for."""
 
 
 _VBENCH = Suite(
@@ -70,7 +72,8 @@ _VBENCH = Suite(
     5,
     {"temporal_flickering": 25},
     command="vbench evaluate --videos_path DIR --dimension D",
-    caution="temporal_flickering looks at what `vbench static_filter --videos_path DIR` leaves of its videos",
+    flickering="temporal_flickering looks at what `vbench static_filter --videos_path DIR` leaves of its "
+    "videos",
 )
 SUITES = {
     "vbench": _VBENCH,
@@ -79,7 +82,8 @@ SUITES = {
         command="python vbench2_beta_long/eval_long.py --videos_path DIR --dimension D "
         "--mode long_vbench_standard",
         caution="VBench-Long writes split_clip/ into the folder, and scores what it finds there again: give "
-        "it a copy; it loses prompts with an underscore, and temporal_flickering needs --static_filter_flag",
+        "it a copy; it loses prompts with an underscore",
+        flickering="temporal_flickering needs --static_filter_flag",
     ),
     "vbench2": Suite(
         "vbench2",
@@ -233,9 +237,7 @@ def generate_suite(
     videos = suite_videos(name, info, dimensions, extended_texts)
     frames = int(reading_of(config, source_of(config).default_frames(config))["num_frames"])
     out = local_path(out, "out")
-    if SUITES[name].caution:
-        logger.warning("%s: %s", name, SUITES[name].caution)
-    record = {
+    record: dict[str, Any] = {
         "suite": name,
         "list": hashlib.sha256(info.read_bytes()).hexdigest(),
         "dimensions": list(dimensions) or dimensions_of(info),
@@ -243,6 +245,9 @@ def generate_suite(
         "kvpo": __version__,
         "videos": {v.name: {"prompt": v.prompt, "text": v.text, "noise": v.noise} for v in videos},
     }
+    flickering = SUITES[name].flickering if "temporal_flickering" in record["dimensions"] else ""
+    for caution in filter(None, (SUITES[name].caution, flickering)):
+        logger.warning("%s: %s", name, caution)
     with joined_ranks(config.device) as ranks, computing(config):
         with ranks.together("loading the generator"):
             path = checkpoint_of(run, checkpoint)
