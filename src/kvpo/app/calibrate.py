@@ -185,7 +185,8 @@ def check_usable(found: Mapping[str, ComponentNoise], different: int) -> None:
         if noise.repetition > RANDOM_SHARE * noise.noise_floor:
             raise ValueError(
                 f"{name} is random: equal clips differ by up to {noise.repetition:.2e}, where harmless "
-                f"changes move it by {noise.noise_floor:.2e}; switch dropout off, or seed its draws"
+                f"changes move it by {noise.noise_floor:.2e}; switch dropout off, seed its draws, or have "
+                "its server answer equal questions alike"
             )
     if different < 2:
         return
