@@ -63,7 +63,7 @@ class Suite:
     """Scores the dimension D of a folder DIR."""
     caution: str = ""
     flickering: str = ""
-    """What is to be known where the dimension temporal_flickering is asked for."""
+    """Caution where the dimension temporal_flickering is asked for."""
 
 
 _VBENCH = Suite(
