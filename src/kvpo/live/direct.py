@@ -84,7 +84,7 @@ class Direction:
     def within(self, name: str, value: float, low: float, high: float) -> None:
         """Raise Refusal for a number out of bounds."""
         if not low <= value <= high:
-            raise Refusal("out_of_range", f"{name}: must be {low:g}..{high:g}, got {value:g}")
+            raise Refusal("out_of_range", f"{name}: must be {low}..{high}, got {value}")
 
     def pace(self, speed: float) -> None:
         """Raise Refusal for a speed that is none."""
