@@ -155,7 +155,7 @@ def _objective(objective: ObjectiveConfig, exploration: ExplorationConfig, strea
     kept, branches, low = list(objective.keep), exploration.branches, objective.clip[0]
     _require(objective.velocity_kl >= 0, "objective.velocity_kl", objective.velocity_kl, "0 or more")
     _require(
-        min(kept) >= 0 and sum(kept) <= branches and sum(kept) != 1,
+        min(kept) >= 0 and sum(kept) <= branches,
         "objective.keep", kept,
         f"two counts that add up to 0 (all) or 2 to exploration.branches = {branches}",
     )  # fmt: skip
@@ -199,6 +199,12 @@ def _method(config: Config) -> None:
     _require(
         config.method != "self-distill" or config.exploration.donor == 0,
         "exploration.donor", config.exploration.donor, "0 for self-distill, whose teacher sees its own past",
+    )  # fmt: skip
+    kept = config.objective.keep
+    _require(
+        sum(kept) != 1 or config.method == "rvm" and kept[0] == 1,
+        "objective.keep", list(kept),
+        "two branches or more, or 0,0 for all: only rvm can imitate the best one alone (1,0)",
     )  # fmt: skip
     _kvpo(config)
     nft = config.nft

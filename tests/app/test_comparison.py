@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from kvpo.app.compare_commands import METHODS_COMPARED
 from kvpo.app.comparison.arms import CONTROLS, TRIAL_SEED, TrainingArm, chosen_arms, configured, trials
 from kvpo.app.comparison.measuring import PretrainingTrainer, trainer_of
 from kvpo.app.comparison.plan import MethodComparison
@@ -40,6 +41,13 @@ def test_arms_are_given_as_words_or_in_a_file(tmp_path: Path) -> None:
     )
     wide = configured(Config(), arms[4], {}, 0)
     assert wide.method == "nft" and wide.exploration.explorer == "fresh" and wide.nft.beta == 0.1
+
+
+def test_every_arm_that_is_compared_unless_said_otherwise_can_run() -> None:
+    arms = chosen_arms(METHODS_COMPARED.split(","), [])
+    configs = {arm.name: configured(Config(), arm, {}, 3) for arm in arms}
+    assert configs["best-of-n"].objective.keep == (1, 0) and configs["best-of-n"].method == "rvm"
+    assert configs["null"].objective.advantages == "random"
 
 
 @pytest.mark.parametrize("method", [*METHODS, "pretraining"])

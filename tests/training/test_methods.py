@@ -94,6 +94,15 @@ def test_what_is_rewarded_rises_and_chance_does_not(red: Callable[..., Trainer],
     assert learned.mean > 3 * learned.standard_error and more.mean > 3 * more.standard_error
 
 
+def test_the_best_branch_alone_is_imitated(red: Callable[..., Trainer]) -> None:
+    trainer = red("rvm", objective__keep=(1, 0), **{**LEARNS["rvm"], "exploration__branches": 4})
+    parameters = trainer.learner.policy.parameters
+    before = {name: value.detach().clone() for name, value in parameters.items()}
+    metrics = trainer.step()
+    assert metrics["skipped_fraction"] < 1 and metrics["gradient_norm"] > 0
+    assert any(not torch.equal(value, parameters[name]) for name, value in before.items())
+
+
 def test_self_distillation_comes_closer_to_its_teacher(red: Callable[..., Trainer]) -> None:
     """On forks that it never trained on."""
     pages = {"exploration__recent": 0, "exploration__routed": 3, "exploration__branches": 6}
