@@ -140,10 +140,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--updates", type=int, default=Sizes.updates)
+    parser.add_argument("--fresh-pairs", type=int, default=Sizes.fresh_pairs)
     arguments = parser.parse_args()
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     arguments.out.mkdir(parents=True, exist_ok=True)
-    numbers = loop(arguments.out, arguments.seed, Sizes(updates=arguments.updates), {})
+    sizes = Sizes(updates=arguments.updates, fresh_pairs=arguments.fresh_pairs)
+    numbers = loop(arguments.out, arguments.seed, sizes, {})
     write_atomic(arguments.out / "loop.json", json.dumps(finite(numbers), indent=1) + "\n")
     accuracy, fresh = numbers["worth"]["accuracy"], numbers["fresh"]
     rate = fresh["win_rate"]
