@@ -31,9 +31,9 @@ from kvpo.arena.study import asked_about
 from kvpo.files import finite, write_atomic
 from kvpo.prompts import ClipPrompt
 from kvpo.report.video import read_video
-from kvpo.rewards.preference import SIDE
 from kvpo.world.reward import WorldScorer
 from kvpo.world.stories import distinct_prompts
+from kvpo.world.vocabulary import FRAME_SIZE
 
 FRAMES = 30
 TASTE = {"smoothness": 8.0, "no_flicker": 8.0}
@@ -55,7 +55,7 @@ class Sizes:
 def calm(path: Path, prompt: str) -> float:
     """The hidden taste for a video file of one prompt."""
     frames, _ = read_video(path)
-    scale = frames.shape[1] // SIDE
+    scale = frames.shape[1] // FRAME_SIZE
     video = as_video(frames[:, scale // 2 :: scale, scale // 2 :: scale])
     scores = WorldScorer()(video, [ClipPrompt(prompt)])
     return sum(weight * float(scores[name]) for name, weight in TASTE.items())

@@ -6,6 +6,11 @@ import numpy as np
 import pytest
 
 from kvpo.arena.pairs import Ballot
+from kvpo.prompts import ClipPrompt
+from kvpo.report.video import write_video
+from kvpo.world.render import render
+from kvpo.world.reward import WorldScorer
+from kvpo.world.stories import distinct_stories, video_prompt
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "benchmarks"
 
@@ -24,6 +29,18 @@ def test_raters_choose_by_their_taste_and_call_equal_videos_the_same(script):
     said = [script.answer(Ballot("pair", 0, ("bad", "good")), utility, generator) for _ in range(400)]
     assert said.count("right") / (400 - said.count("same")) == pytest.approx(0.953, abs=0.03)
     assert script.answer(Ballot("attention", 0, ("bad", "bad")), utility, generator) == "same"
+
+
+def test_the_taste_of_a_file_is_that_of_its_frames(script, tmp_path):
+    (story,) = distinct_stories("validation", 1, 1, script.FRAMES, 3)
+    prompt = video_prompt(story, 0)
+    video_BTCHW = render(story)[None]
+    frames = (video_BTCHW[0].movedim(1, -1) * 255).round().byte().numpy()
+    write_video(tmp_path / "one.mp4", frames, 8, scale=4)
+    scores = WorldScorer()(video_BTCHW, [ClipPrompt(prompt.segments[0])])
+    expected = sum(weight * float(scores[name]) for name, weight in script.TASTE.items())
+    assert script.calm(tmp_path / "one.mp4", prompt.segments[0]) == pytest.approx(expected, abs=0.5)
+    assert expected > 5
 
 
 @pytest.mark.slow
