@@ -6,21 +6,23 @@ is learned from the votes on pixel features that know neither prompts nor actors
 alone while the radar watches the world's reward, and the same raters compare base and aligned on prompts that
 neither the votes nor the training have seen.
 
-    python benchmarks/preference_loop.py --out runs/preference --seed 0
+    python benchmarks/preference_loop.py --out runs/preference --seeds 0 1 2 [--fresh-pairs 128] [--json FILE]
 """
 
 import argparse
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from measuring import table, write_json
 
 from kvpo.app.align import align
 from kvpo.app.arena import open_study, report
+from kvpo.app.comparison.command import source_commit
 from kvpo.app.configuration import preset
 from kvpo.app.generate import generate
 from kvpo.app.learn_reward import learn_reward
@@ -132,28 +134,50 @@ def loop(out: Path, seed: int, sizes: Sizes, changes: dict[str, Any]) -> dict[st
     }
 
 
+def loops(numbers: Mapping[str, Any]) -> str:
+    """A row per seed: the learned reward, what training made of it, and the fresh round."""
+
+    def within(found: Mapping[str, float]) -> str:
+        return f"{found['value']:.3f} ({found['low']:.3f} to {found['high']:.3f})"
+
+    rows = []
+    for seed, one in numbers["loops"].items():
+        fresh, held_out = one["fresh"], one["held_out"]
+        gains = (f"{held_out[name]['paired_gain']:+.2f}" for name in ("short", "long"))
+        counted = f"{fresh['good']}, {fresh['same']}, {fresh['bad']}"
+        rows.append(
+            (seed, one["votes"], within(one["worth"]["accuracy"]), *gains, counted, within(fresh["win_rate"]))
+        )
+    columns = (
+        "seed", "votes", "held-out accuracy of the learned reward", "its gain on short videos", "long",
+        "fresh round: for aligned, same, for base", "win rate of aligned",
+    )  # fmt: skip
+    return table(columns, rows)
+
+
 def main() -> None:
-    """Run the loop and print what came of it."""
+    """Run the loops that are not done, and print what came of all."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--updates", type=int, default=Sizes.updates)
     parser.add_argument("--fresh-pairs", type=int, default=Sizes.fresh_pairs)
+    parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    arguments.out.mkdir(parents=True, exist_ok=True)
     sizes = Sizes(updates=arguments.updates, fresh_pairs=arguments.fresh_pairs)
-    numbers = loop(arguments.out, arguments.seed, sizes, {})
-    write_atomic(arguments.out / "loop.json", json.dumps(finite(numbers), indent=1) + "\n")
-    accuracy, fresh = numbers["worth"]["accuracy"], numbers["fresh"]
-    rate = fresh["win_rate"]
-    print(
-        f"{numbers['votes']} votes; held-out accuracy {accuracy['value']:.3f} ({accuracy['low']:.3f} to "
-        f"{accuracy['high']:.3f}); fresh round: {fresh['good']} for aligned, {fresh['same']} same, "
-        f"{fresh['bad']} for base, win rate {rate['value']:.3f} ({rate['low']:.3f} to {rate['high']:.3f})"
-    )
+    numbers: dict[str, Any] = {"commit": source_commit(), "sizes": asdict(sizes), "loops": {}}
+    for seed in arguments.seeds:
+        out = arguments.out / str(seed)
+        out.mkdir(parents=True, exist_ok=True)
+        if not (out / "loop.json").exists():
+            found = loop(out, seed, sizes, {})
+            write_atomic(out / "loop.json", json.dumps(finite(found), indent=1) + "\n")
+        numbers["loops"][str(seed)] = json.loads((out / "loop.json").read_text())
+        write_json(arguments.json, numbers)
+    print(loops(numbers))
 
 
 if __name__ == "__main__":

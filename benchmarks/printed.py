@@ -17,6 +17,7 @@ from typing import Any
 import exploration
 import kills
 import mutants
+import preference_loop
 import scaling
 import seeds
 from measuring import table
@@ -166,6 +167,7 @@ TABLES: Mapping[str, Callable[[Any], str]] = {
     "structure": structure,
     "builds": builds,
     "rooms": rooms,
+    "loops": preference_loop.loops,
     "kills": lambda numbers: kills.table(numbers, 2),
     "model": lambda numbers: scaling.model_table(numbers["model"]),
     "measured": lambda numbers: scaling.measured_table(numbers["measured"]),

@@ -17,10 +17,10 @@ SCRIPTS = Path(__file__).resolve().parents[2] / "benchmarks"
 
 @pytest.fixture
 def script(monkeypatch):
-    monkeypatch.syspath_prepend(str(SCRIPTS.parent))
-    import benchmarks.preference_loop
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    import preference_loop
 
-    return benchmarks.preference_loop
+    return preference_loop
 
 
 def test_raters_choose_by_their_taste_and_call_equal_videos_the_same(script):
@@ -55,3 +55,4 @@ def test_the_loop_closes_at_a_tiny_size(script, tiny_base, tmp_path):
     numbers = script.loop(tmp_path, 0, script.Sizes(6, 2, 2, 2), small)
     assert numbers["votes"] == 12 and numbers["worth"]["prompts"] == 6
     assert numbers["fresh"]["prompts"] == 2 and "radar" in numbers
+    assert "| 0 | 12 |" in script.loops({"loops": {"0": numbers}})
