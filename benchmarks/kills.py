@@ -116,13 +116,13 @@ def recorded(out: Path) -> int:
     return metrics.stat().st_size if metrics.exists() else 0
 
 
-def wait(out: Path, draws: random.Random, ended: Callable[[], bool]) -> None:
+def wait(out: Path, size: int, draws: random.Random, ended: Callable[[], bool]) -> None:
     """Until a random moment after the start or the next record, or until a checkpoint is written after it."""
-    size, until = recorded(out), time.monotonic() + PATIENCE
+    until = time.monotonic() + PATIENCE
     if draws.random() < 0.5:
         time.sleep(STARTING)
-    else:
-        while recorded(out) == size and not ended() and time.monotonic() < until:
+    else:  # a run that is resumed first drops what came after its checkpoint
+        while recorded(out) <= size and not ended() and time.monotonic() < until:
             time.sleep(0.01)
     time.sleep(draws.expovariate(1 / AFTER))
     if draws.random() < 0.25:
@@ -137,7 +137,8 @@ def attempt(out: Path, ranks: int, draws: random.Random, log: Path, left: int) -
     with log.open("a") as file:
         launcher = subprocess.Popen(command(out, ranks), stdout=file, stderr=file)
         while launcher.poll() is None and len(kills) < min(left, RESTARTS + 1):
-            wait(out, draws, lambda: launcher.poll() is not None)
+            size = recorded(out)
+            wait(out, size, draws, lambda: launcher.poll() is not None)
             ours = children(launcher.pid) if launcher.poll() is None else []
             if len(ours) < ranks:
                 continue
@@ -147,7 +148,8 @@ def attempt(out: Path, ranks: int, draws: random.Random, log: Path, left: int) -
             while launcher.poll() is None and set(ours) & set(children(launcher.pid)):
                 time.sleep(0.05)
             lost = LOST.search(log.read_bytes()[said:].decode(errors="replace"))
-            doing = lost.group(1) if lost else "starting, or ending"
+            unsaid = "working; torchrun ended the others" if recorded(out) > size else "starting, or resuming"
+            doing = lost.group(1) if lost else unsaid
             kills.append(
                 {
                     "rank": victim,
