@@ -16,11 +16,12 @@ import torch
 from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
 from peft.tuners.lora import Linear, LoraLayer
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor
 
 from kvpo.models.adapter_files import PEFT_PREFIX, AdapterState, adapter_of, in_peft_layout
 from kvpo.models.finite import require_finite_weights
-from kvpo.models.linear import linear
+from kvpo.models.linear import fastest, linear
 from kvpo.models.tensor_files import check_tensors
 
 LORA_TARGETS = (
@@ -35,29 +36,30 @@ REFERENCE = "reference"
 class _AdaptedProduct(torch.autograd.Function):
     """``x (W + scale B A)^T`` with the sum given, whose gradients are those of x, A and B.
 
-    Only x is kept for them: the sum, which is as large as the weight, is not.
+    Of the layer's output nothing is kept for them.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, total: Tensor, base: nn.Linear, a: Tensor, b: Tensor, scale: float
+        ctx: Any, x: Tensor, total: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float
     ) -> Tensor:
-        ctx.save_for_backward(x, base.weight, a, b)
+        ctx.save_for_backward(x, total, a, b)
         ctx.scale = scale
-        return linear(x, total, base.bias)
+        return linear(x, total, bias)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, a, b = ctx.saved_tensors
+        x, total, a, b = ctx.saved_tensors
         (gradient,) = gradients
+        times = fastest(gradient, total)
+        of_x = times(gradient, total.t()) if ctx.needs_input_grad[0] else None
         rows, gradient = x.flatten(0, -2), gradient.flatten(0, -2)
-        inner, outer = linear(gradient, b.t()), linear(rows, a)
+        inner, outer = times(gradient, b.t()), times(rows, a)
         if ctx.scale != 1:
             inner, outer = ctx.scale * inner, ctx.scale * outer
-        of_x = None
-        if ctx.needs_input_grad[0]:
-            of_x = torch.addmm(linear(gradient, weight.t()), inner, a).view_as(x)
-        return of_x, None, None, linear(inner.t(), rows.t()), linear(gradient.t(), outer.t()), None
+        # The narrow operand comes first, as the first one is copied where it is transposed.
+        return of_x, None, None, times(inner.t(), rows.t()), times(outer.t(), gradient.t()).t(), None
 
 
 class AdaptedLinear(Linear):
@@ -79,7 +81,7 @@ class AdaptedLinear(Linear):
             name = self.active_adapters[0]
             a, b = (half[name].weight.to(weight.dtype) for half in (self.lora_A, self.lora_B))
             if x.requires_grad or a.requires_grad:
-                product = _AdaptedProduct.apply(x, weight, base, a, b, self.scaling[name])  # type: ignore[no-untyped-call]
+                product = _AdaptedProduct.apply(x, weight, base.bias, a, b, self.scaling[name])  # type: ignore[no-untyped-call]
                 return cast(Tensor, product)
         return linear(x, weight, base.bias)
 
@@ -90,9 +92,10 @@ class AdaptedLinear(Linear):
 
     @torch.no_grad()
     def summed(self) -> Tensor:
-        """The weight and the active adapter in one, as PEFT merges them."""
-        weight = cast(nn.Linear, self.base_layer).weight
-        return weight + self.get_delta_weight(self.active_adapters[0]).to(weight.dtype)
+        """The weight and the active adapter in one."""
+        weight, name = cast(nn.Linear, self.base_layer).weight, self.active_adapters[0]
+        a, b = (cast(nn.Linear, half[name]).weight.to(weight.dtype) for half in (self.lora_A, self.lora_B))
+        return torch.addmm(weight, b, a, alpha=self.scaling[name])
 
 
 @contextmanager

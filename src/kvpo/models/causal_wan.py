@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from kvpo.models.context import Context
-from kvpo.models.linear import Linear
+from kvpo.models.cpu import GELU, rms_norm
+from kvpo.models.linear import Linear, product
 from kvpo.models.settings import WanShape
 
 TIMESTEPS = 1000.0
@@ -27,6 +28,17 @@ TIMESTEPS = 1000.0
 KeysValues = tuple[Tensor, Tensor]
 GRAPHS = 64
 """Compiled forms of a layer that may be kept: with and without gradients, adapter, one row or many."""
+
+
+class Patches(nn.Conv3d):
+    """A convolution whose steps are as wide as its kernel, which is one product of every patch."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Latents ``[R, F, C, H, W]`` to tokens ``[R, F*T, dim]``."""
+        frames, height, width = self.kernel_size
+        x = input.unflatten(4, (-1, width)).unflatten(3, (-1, height)).unflatten(1, (-1, frames))
+        x = x.permute(0, 1, 4, 6, 3, 2, 5, 7).flatten(4).flatten(1, 3)
+        return product(x, self.weight.flatten(1), self.bias)
 
 
 def timestep_sinusoid(timestep: Tensor, dim: int) -> Tensor:
@@ -88,7 +100,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if x.dtype == self.weight.dtype and x.dtype.itemsize >= 4:
-            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+            return rms_norm(x, self.weight, self.eps)
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         return F.rms_norm(wide, self.weight.shape, eps=self.eps).type_as(x) * self.weight
 
@@ -115,11 +127,14 @@ class Attention(nn.Module):
         return self.heads(self.norm_k(self.k(x))), self.heads(self.v(x))
 
     def attend(self, q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Softmax attention ``[R, K, N, D] -> [R, K, dim]``."""
+        """Softmax attention ``[R, K, N, D] -> [R, K, dim]``; to keys of one row, all rows attend."""
+        rows = len(q)
+        if len(keys) < rows:
+            q = q.flatten(0, 1)[None]
         out = F.scaled_dot_product_attention(
             q.transpose(1, 2), keys.transpose(1, 2), values.transpose(1, 2), attn_mask=mask
         )
-        return self.o(out.transpose(1, 2).flatten(2))
+        return self.o(out.transpose(1, 2).reshape(rows, -1, self.o.in_features))
 
 
 class WanBlock(nn.Module):
@@ -134,9 +149,7 @@ class WanBlock(nn.Module):
         self.norm1 = nn.LayerNorm(dim, shape.eps, elementwise_affine=False)
         self.norm2 = nn.LayerNorm(dim, shape.eps, elementwise_affine=False)
         self.norm3 = nn.LayerNorm(dim, shape.eps)
-        self.ffn = nn.Sequential(
-            Linear(dim, shape.ffn_dim), nn.GELU(approximate="tanh"), Linear(shape.ffn_dim, dim)
-        )
+        self.ffn = nn.Sequential(Linear(dim, shape.ffn_dim), GELU(), Linear(shape.ffn_dim, dim))
         self.modulation = nn.Parameter(torch.randn(1, 6, dim) / math.sqrt(dim))
 
     def own_keys_values(
@@ -174,11 +187,12 @@ class WanBlock(nn.Module):
         return self.update(x, attended, time_R6D, *text), k, v
 
     def text_keys_values(self, text: Tensor, text_rows: Tensor | None, rows: int) -> KeysValues:
-        """Keys and values ``[R, text_len, N, D]`` that rows have of embedded texts ``[U, text_len, dim]``."""
+        """Keys and values ``[R, text_len, N, D]`` that rows have of embedded texts ``[U, text_len, dim]``.
+
+        Of a single text they are ``[1, text_len, N, D]``.
+        """
         k, v = self.cross_attn.keys_values(text)
-        if len(text) == 1:
-            return k.expand(rows, -1, -1, -1), v.expand(rows, -1, -1, -1)
-        return (k, v) if text_rows is None else (k[text_rows], v[text_rows])
+        return (k, v) if text_rows is None or len(text) == 1 else (k[text_rows], v[text_rows])
 
     def project(self, x: Tensor, time_R6D: Tensor, rotation: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """The half before attention over the context: queries, keys and values of the call's own frames."""
@@ -244,10 +258,8 @@ class CausalWan(nn.Module):
         self.shape = shape
         self.checkpointing = False
         dim = shape.dim
-        self.patch_embedding = nn.Conv3d(shape.channels, dim, shape.patch_size, stride=shape.patch_size)
-        self.text_embedding = nn.Sequential(
-            Linear(shape.text_dim, dim), nn.GELU(approximate="tanh"), Linear(dim, dim)
-        )
+        self.patch_embedding = Patches(shape.channels, dim, shape.patch_size, stride=shape.patch_size)
+        self.text_embedding = nn.Sequential(Linear(shape.text_dim, dim), GELU(), Linear(dim, dim))
         self.time_embedding = nn.Sequential(Linear(shape.freq_dim, dim), nn.SiLU(), Linear(dim, dim))
         self.time_projection = nn.Sequential(nn.SiLU(), Linear(dim, 6 * dim))
         self.blocks = nn.ModuleList(WanBlock(shape) for _ in range(shape.num_layers))
@@ -280,7 +292,7 @@ class CausalWan(nn.Module):
         """
         rows, frames = x_RFCHW.shape[:2]
         dtype = self.patch_embedding.weight.dtype
-        x = self.patch_embedding(x_RFCHW.to(dtype).transpose(1, 2)).flatten(2).transpose(1, 2)
+        x = self.patch_embedding(x_RFCHW.to(dtype))
         time = self.time_embedding(timestep_sinusoid(TIMESTEPS * sigma_R, self.shape.freq_dim).to(dtype))
         time_R6D = self.time_projection(time).unflatten(1, (6, -1))
         texts: Sequence[Tensor | KeysValues]

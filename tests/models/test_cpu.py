@@ -1,0 +1,63 @@
+"""GELU and normalisation on the CPU are torch's own, and so are their gradients."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kvpo.models.causal_wan import Patches
+from kvpo.models.cpu import GELU, rms_norm
+
+
+def with_gradients(function, *inputs: Tensor) -> list[Tensor]:
+    leaves = [one.detach().clone().requires_grad_() for one in inputs]
+    out = function(*leaves)
+    return [out, *torch.autograd.grad(out.square().sum(), leaves)]
+
+
+def drawn(*sizes: int, dtype: torch.dtype) -> Tensor:
+    return torch.randn(*sizes, generator=torch.Generator().manual_seed(sum(sizes)), dtype=torch.float64).to(
+        dtype
+    )
+
+
+@pytest.mark.parametrize(("dtype", "close"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+def test_values_and_gradients_are_those_of_torch(dtype: torch.dtype, close: float) -> None:
+    x, weight = 3 * drawn(4, 5, 48, dtype=dtype), 1 + drawn(48, dtype=dtype)
+    pairs = [
+        (with_gradients(GELU(), x), with_gradients(lambda x: F.gelu(x, approximate="tanh"), x)),
+        (
+            with_gradients(lambda x, w: rms_norm(x, w, 1e-6), x, weight),
+            with_gradients(lambda x, w: F.rms_norm(x, (48,), w, 1e-6), x, weight),
+        ),
+    ]
+    for ours, theirs in pairs:
+        for one, other in zip(ours, theirs, strict=True):
+            assert one.dtype == dtype
+            torch.testing.assert_close(one, other, rtol=close, atol=close)
+
+
+def test_second_derivatives_are_refused() -> None:
+    x, weight = drawn(3, 8, dtype=torch.float64).requires_grad_(), torch.ones(8, dtype=torch.float64)
+    for out in (GELU()(x), rms_norm(x, weight, 1e-6)):
+        (first,) = torch.autograd.grad(out.square().sum(), x, create_graph=True)
+        with pytest.raises(RuntimeError, match="once_differentiable"):
+            first.sum().backward()
+
+
+def test_extreme_values_stay_finite() -> None:
+    x = torch.tensor([-1e4, -30.0, 0.0, 30.0, 1e4])
+    out, gradient = with_gradients(GELU(), x)
+    assert torch.equal(out, F.gelu(x, approximate="tanh")) and bool(gradient.isfinite().all())
+    zeros = torch.zeros(2, 8)
+    assert torch.equal(rms_norm(zeros, torch.ones(8), 1e-6), zeros)
+    assert bool(with_gradients(lambda x: rms_norm(x, torch.ones(8), 1e-6), zeros)[1].isfinite().all())
+
+
+@pytest.mark.parametrize("patch", [(1, 2, 2), (1, 4, 4), (1, 1, 1)])
+def test_patches_are_the_convolution(patch: tuple[int, int, int]) -> None:
+    patches = Patches(3, 10, patch, stride=patch).double()
+    latents = drawn(2, 4, 3, 8, 8, dtype=torch.float64)
+    own = patches(latents)
+    other = F.conv3d(latents.transpose(1, 2), patches.weight, patches.bias, stride=patch)
+    torch.testing.assert_close(own, other.flatten(2).transpose(1, 2))
