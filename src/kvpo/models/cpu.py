@@ -24,7 +24,7 @@ def on_cpu(x: Tensor) -> bool:
 class _Gelu(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        share = x.square().mul_(SLOPE * CUBIC).add_(SLOPE).mul_(x).sigmoid_()
+        share = x.mul(x).mul_(SLOPE * CUBIC).add_(SLOPE).mul_(x).sigmoid_()
         ctx.save_for_backward(x, share)
         return x * share
 
@@ -33,7 +33,7 @@ class _Gelu(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:
         x, share = ctx.saved_tensors
         # d/dx x s(u) = s + x u' s (1 - s), with x u' = SLOPE (x + 3 CUBIC x^3)
-        inner = x.square().mul_(3 * SLOPE * CUBIC).add_(SLOPE).mul_(x)
+        inner = x.mul(x).mul_(3 * SLOPE * CUBIC).add_(SLOPE).mul_(x)
         return torch.addcmul(share, share, inner.addcmul_(inner, share, value=-1)).mul_(gradients[0])
 
 
