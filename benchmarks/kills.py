@@ -180,7 +180,10 @@ def campaign(out: Path, kills: int, ranks: int, seed: int) -> list[dict[str, Any
             done.append(kill)
         if finished:
             done.append({"run": "ended", "same": verdict})
-            shutil.rmtree(run)
+            if verdict:
+                shutil.rmtree(run)
+            else:  # for whoever looks for the reason
+                run.rename(out / f"differs-{len(done)}")
         record.write_text("".join(json.dumps(line) + "\n" for line in done))
     return done
 
