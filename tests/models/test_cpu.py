@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kvpo.models.causal_wan import Patches
+from kvpo.models.causal_wan import PatchEmbedding
 from kvpo.models.cpu import GELU, rms_norm
 
 
@@ -56,7 +56,7 @@ def test_extreme_values_stay_finite() -> None:
 
 @pytest.mark.parametrize("patch", [(1, 2, 2), (1, 4, 4), (1, 1, 1)])
 def test_patches_are_the_convolution(patch: tuple[int, int, int]) -> None:
-    patches = Patches(3, 10, patch, stride=patch).double()
+    patches = PatchEmbedding(3, 10, patch, stride=patch).double()
     latents = drawn(2, 4, 3, 8, 8, dtype=torch.float64)
     own = patches(latents)
     other = F.conv3d(latents.transpose(1, 2), patches.weight, patches.bias, stride=patch)

@@ -30,7 +30,7 @@ GRAPHS = 64
 """Compiled forms of a layer that may be kept: with and without gradients, adapter, one row or many."""
 
 
-class Patches(nn.Conv3d):
+class PatchEmbedding(nn.Conv3d):
     """A convolution whose steps are as wide as its kernel, which is one product of every patch."""
 
     def forward(self, input: Tensor) -> Tensor:
@@ -258,7 +258,7 @@ class CausalWan(nn.Module):
         self.shape = shape
         self.checkpointing = False
         dim = shape.dim
-        self.patch_embedding = Patches(shape.channels, dim, shape.patch_size, stride=shape.patch_size)
+        self.patch_embedding = PatchEmbedding(shape.channels, dim, shape.patch_size, stride=shape.patch_size)
         self.text_embedding = nn.Sequential(Linear(shape.text_dim, dim), GELU(), Linear(dim, dim))
         self.time_embedding = nn.Sequential(Linear(shape.freq_dim, dim), nn.SiLU(), Linear(dim, dim))
         self.time_projection = nn.Sequential(nn.SiLU(), Linear(dim, 6 * dim))
