@@ -33,31 +33,39 @@ TRAINED = "default"
 REFERENCE = "reference"
 
 
+def _merged(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """``W + scale B A`` in PEFT's order of rounding: a fused sum has other bits on some processors."""
+    delta = b @ a
+    return (delta if scale == 1 else delta.mul_(scale)).add_(weight)
+
+
 class _AdaptedProduct(torch.autograd.Function):
     """``x (W + scale B A)^T`` with the sum given, whose gradients are those of x, A and B.
 
-    Of the layer's output nothing is kept for them.
+    Only x is kept for them: the sum, which is as large as the weight, is not.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, total: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float
+        ctx: Any, x: Tensor, total: Tensor, base: nn.Linear, a: Tensor, b: Tensor, scale: float
     ) -> Tensor:
-        ctx.save_for_backward(x, total, a, b)
+        ctx.save_for_backward(x, base.weight, a, b)
         ctx.scale = scale
-        return linear(x, total, bias)
+        return linear(x, total, base.bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        x, total, a, b = ctx.saved_tensors
+        x, weight, a, b = ctx.saved_tensors
         (gradient,) = gradients
-        times = fastest(gradient, total)
-        of_x = times(gradient, total.t()) if ctx.needs_input_grad[0] else None
+        times = fastest(gradient, weight)
         rows, gradient = x.flatten(0, -2), gradient.flatten(0, -2)
         inner, outer = times(gradient, b.t()), times(rows, a)
         if ctx.scale != 1:
             inner, outer = ctx.scale * inner, ctx.scale * outer
+        of_x = None
+        if ctx.needs_input_grad[0]:
+            of_x = torch.addmm(times(gradient, weight.t()), inner, a).view_as(x)
         # The narrow operand comes first, as the first one is copied where it is transposed.
         return of_x, None, None, times(inner.t(), rows.t()), times(outer.t(), gradient.t()).t(), None
 
@@ -81,7 +89,7 @@ class AdaptedLinear(Linear):
             name = self.active_adapters[0]
             a, b = (half[name].weight.to(weight.dtype) for half in (self.lora_A, self.lora_B))
             if x.requires_grad or a.requires_grad:
-                product = _AdaptedProduct.apply(x, weight, base.bias, a, b, self.scaling[name])  # type: ignore[no-untyped-call]
+                product = _AdaptedProduct.apply(x, weight, base, a, b, self.scaling[name])  # type: ignore[no-untyped-call]
                 return cast(Tensor, product)
         return linear(x, weight, base.bias)
 
@@ -95,7 +103,7 @@ class AdaptedLinear(Linear):
         """The weight and the active adapter in one."""
         weight, name = cast(nn.Linear, self.base_layer).weight, self.active_adapters[0]
         a, b = (cast(nn.Linear, half[name]).weight.to(weight.dtype) for half in (self.lora_A, self.lora_B))
-        return torch.addmm(weight, b, a, alpha=self.scaling[name])
+        return _merged(weight, a, b, self.scaling[name])
 
 
 @contextmanager
@@ -233,12 +241,8 @@ def merge_adapter(model: nn.Module, adapter: AdapterState, wide: Mapping[str, Te
         weight = model.get_submodule(module).weight
         assert isinstance(weight, Tensor)
         whole = weight if wide is None else wide[f"{module}.weight"].to(weight.device, torch.float32)
-        weight.copy_(_merged(whole, adapter, module))
-
-
-def _merged(weight: Tensor, adapter: AdapterState, module: str) -> Tensor:
-    a, b = (half.to(device=weight.device, dtype=torch.float32) for half in adapter.pair(module))
-    return (weight.float() + adapter.scale(module) * (b @ a)).to(weight.dtype)
+        a, b = (half.to(weight.device, torch.float32) for half in adapter.pair(module))
+        weight.copy_(_merged(whole.float(), a, b, adapter.scale(module)))
 
 
 @contextmanager
@@ -354,7 +358,8 @@ def merged_state(model: nn.Module, dtype: torch.dtype | None = None) -> dict[str
     if _lora_layers(model):
         adapter = adapter_state(model)
         for module in adapter.modules:
-            wide = tensors[f"{module}.weight"].float()
-            merged = _merged(wide, adapter, module)
-            tensors[f"{module}.weight"] = merged.to(dtype or tensors[f"{module}.weight"].dtype)
+            weight = tensors[f"{module}.weight"]
+            a, b = (half.to(weight.device, torch.float32) for half in adapter.pair(module))
+            merged = _merged(weight.float(), a, b, adapter.scale(module))
+            tensors[f"{module}.weight"] = merged.to(dtype or weight.dtype)
     return tensors if dtype is None else {name: value.to(dtype) for name, value in tensors.items()}

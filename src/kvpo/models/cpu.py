@@ -21,17 +21,21 @@ def on_cpu(x: Tensor) -> bool:
     return x.device.type == "cpu" and x.dtype.itemsize >= 4 and not torch.compiler.is_compiling()
 
 
+def _share(x: Tensor) -> Tensor:
+    return x.mul(x).mul_(SLOPE * CUBIC).add_(SLOPE).mul_(x).sigmoid_()
+
+
 class _Gelu(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        share = x.mul(x).mul_(SLOPE * CUBIC).add_(SLOPE).mul_(x).sigmoid_()
-        ctx.save_for_backward(x, share)
-        return x * share
+        ctx.save_for_backward(x)
+        return _share(x).mul_(x)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        x, share = ctx.saved_tensors
+        (x,) = ctx.saved_tensors
+        share = _share(x)  # made again, as memory is what a replay lacks
         # d/dx x s(u) = s + x u' s (1 - s), with x u' = SLOPE (x + 3 CUBIC x^3)
         inner = x.mul(x).mul_(3 * SLOPE * CUBIC).add_(SLOPE).mul_(x)
         return torch.addcmul(share, share, inner.addcmul_(inner, share, value=-1)).mul_(gradients[0])
@@ -49,15 +53,14 @@ class _RMSNorm(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
         scale = torch.addcmul(norm.new_tensor(eps), norm, norm, value=1 / x.shape[-1]).rsqrt_()
-        unit = x * scale
-        ctx.save_for_backward(unit, scale, weight)
-        return unit * weight
+        ctx.save_for_backward(x, scale, weight)
+        return (x * scale).mul_(weight)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        unit, scale, weight = ctx.saved_tensors
-        (gradient,) = gradients
+        x, scale, weight = ctx.saved_tensors
+        (gradient,), unit = gradients, x * scale
         of_weight = None
         if ctx.needs_input_grad[1]:
             of_weight = (gradient * unit).flatten(0, -2).sum(0)
