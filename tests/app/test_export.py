@@ -49,7 +49,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
             directory.begun = True
             trainer = Trainer(build_setup(config))
             trainer.step()
-            Run(trainer.setup, trainer, directory.checkpoints, None, lambda *_: None).save(1.0)
+            run = Run(trainer.setup, trainer, directory.checkpoints, None, lambda *_: None, best=(1, 1.0))
+            run.save()
     return folder
 
 
@@ -135,7 +136,7 @@ def test_differences_to_nothing_and_pushes_of_a_file_are_refused(runs: Path, tmp
         with RunDirectory(tmp_path / "begin", begin) as directory:
             directory.begun = True
             trainer = Trainer(build_setup(begin))
-            Run(trainer.setup, trainer, directory.checkpoints, None, lambda *_: None).save(1.0)
+            Run(trainer.setup, trainer, directory.checkpoints, None, lambda *_: None, best=(0, 1.0)).save()
         export(tmp_path / "begin", tmp_path / "out", layout="peft", checkpoint="latest")
     assert not (tmp_path / "out").exists()
 

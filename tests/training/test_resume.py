@@ -1,12 +1,14 @@
 """Resuming bit for bit, whatever interrupted the run and wherever it was."""
 
 import importlib
+import itertools
 import json
 import os
 import resource
+import shutil
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,9 @@ from typing import Any
 import pytest
 import yaml
 from safetensors.torch import load_file
+from torch.utils.tensorboard import SummaryWriter
 
+import kvpo.training.run as run_module
 from kvpo.method.methods import METHODS
 from kvpo.training.checkpoint import (
     CheckpointError,
@@ -25,6 +29,7 @@ from kvpo.training.checkpoint import (
 )
 from kvpo.training.held_out import evaluate_base
 from kvpo.training.metrics_log import MetricsLog
+from kvpo.training.ranks import LostRank, Ranks
 from kvpo.training.run import Run, restore, resume_point
 from kvpo.training.trainer import Trainer, architecture
 from tests import processes
@@ -143,6 +148,46 @@ def test_a_reward_that_fails_in_validation_costs_no_update(
         assert latest is not None and latest.name == f"update-{update:06d}"
         failed.go(stop_after=0)
     assert failed.result() == whole.result()
+
+
+FAILURES: dict[str, tuple[Any, str, bool, Sequence[int]]] = {
+    "made and not compared over ranks": (Trainer, "demand_equal_ranks", False, (1, 2)),
+    "in the metrics and not on TensorBoard": (SummaryWriter, "add_scalar", True, (200,)),
+    "not learned": (Trainer, "_learn", False, (2, 3)),
+    "learned and not counted": (Trainer, "_learn", True, (1, 2)),
+    "saved and not marked": (run_module, "save_checkpoint", True, (2, 3)),
+    "done by rank 0 and not known to the others": (Ranks, "once", True, range(1, 6)),
+}
+"""What was lost: the owner and the name of a function, whether it had returned, and in which of its calls."""
+
+
+@pytest.mark.parametrize("moment", FAILURES)
+def test_a_failure_at_any_moment_is_resumed_to_the_same_end(
+    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    settings = {"optim__updates": 4, "optim__rollouts_per_refresh": 2}
+    whole, failed = (ToyRun(tiny_base, tmp_path / name, **settings) for name in ("whole", "failed"))
+    whole.directory.mkdir()
+    assert whole.go()
+    owner, name, returned, calls = FAILURES[moment]
+    original = vars(owner)[name]
+    for nth in calls:
+        failed.directory.mkdir()
+        count = itertools.count(1)
+
+        def fails(*arguments: Any, **named: Any) -> Any:
+            here = next(count) == nth  # noqa: B023
+            value = original(*arguments, **named) if returned or not here else None
+            if here:
+                raise LostRank("rank 1 is gone")
+            return value
+
+        with monkeypatch.context() as patch, pytest.raises(OSError, match="rank 1 is gone"):
+            patch.setattr(owner, name, fails)
+            failed.go()
+        assert failed.go()
+        assert failed.result() == whole.result(), nth
+        shutil.rmtree(failed.directory)
 
 
 def test_an_adapter_of_another_strength_or_with_a_tensor_missing_is_refused(

@@ -1,6 +1,7 @@
 """Metrics of a run: one JSON object per line, and the same numbers for TensorBoard and other trackers."""
 
 import json
+import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -31,7 +32,7 @@ class MetricsLog:
         self._path, self._trackers = path, trackers
         last_kept = -1 if resumed_at is None else resumed_at
         truncate_metrics(path, last_kept)
-        self._file = path.open("a", encoding="utf-8")
+        path.touch()
         self._writer = SummaryWriter(str(tensorboard), purge_step=last_kept + 1)
 
     def write(self, update: int, metrics: Mapping[str, Any]) -> None:
@@ -42,20 +43,22 @@ class MetricsLog:
         is full.
         """
         record = {"update": update, "time": round(time.time(), 3), **finite(metrics)}
+        found, size = dict(_numbers(metrics)), self._path.stat().st_size
         try:
-            self._file.write(json.dumps(record, allow_nan=False) + "\n")
-            self._file.flush()
-            found = dict(_numbers(metrics))
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(record, allow_nan=False) + "\n")
             for name, value in found.items():
                 self._writer.add_scalar(name, value, update)
-        except OSError as error:
-            raise storage_error(self._path, error) from error
+        except BaseException as error:  # a line is there only if all of this has succeeded
+            os.truncate(self._path, size)
+            if isinstance(error, OSError):
+                raise storage_error(self._path, error) from error
+            raise
         for tracker in self._trackers:
             tracker.write(update, found)
 
     def close(self) -> None:
-        """Flush and close both logs."""
-        self._file.close()
+        """Flush and close the trackers."""
         self._writer.close()
         for tracker in self._trackers:
             tracker.close()

@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -64,8 +64,10 @@ class Run:
     """Update and validation of the best checkpoint so far."""
     saved: int = 0
     """Update of the last checkpoint."""
+    written: int = 0
+    """The last update whose metrics are written."""
     unvalidated: bool = False
-    """True while the last update's validation is still to come, because a reward failed in it."""
+    """True from the moment an update is written until its validation is, where one is due."""
     readings: list[radar.Reading] = field(default_factory=list)
     """Readings of the hacking radar, one per validation so far."""
     saving: tuple[float, int] = (0, 0)
@@ -92,7 +94,8 @@ class Run:
 
         The state is saved either way. Raises ValueError when a reward fails or a number is not finite; the
         updates before it are saved, as they are for anything else that is raised but StopAtOnce and
-        RanksDiffer. Where updates are lost, that is said.
+        RanksDiffer. What could not be resumed exactly is not saved: within a refresh, or an update that was
+        made and not yet written. Where updates are lost, that is said.
         """
         try:
             return self._train(interrupted)
@@ -102,6 +105,7 @@ class Run:
             # Alone: what was raised may have come between two ranks.
             lost = isinstance(error, StopAtOnce | RanksDiffer)
             lost |= self.trainer.sharded  # rank 0 has only its part
+            lost |= self.written < self.trainer.update or not self.trainer.at_boundary()
             if self.setup.ranks.main and not lost and self.trainer.update > self.saved:
                 self._save(self.trainer.update)
             raise
@@ -116,7 +120,8 @@ class Run:
     def _train(self, interrupted: Callable[[], bool]) -> bool:
         config, trainer, ranks = self.setup.config, self.trainer, self.setup.ranks
         if trainer.update == 0 and self.best is None:
-            self.save(0.0)  # the base is the best one until a validation beats it
+            self.best = (0, 0.0)  # the base, until a validation beats it
+            self.save()
         while trainer.update < self.updates and not (self.stopped or self.spent):
             if trainer.at_boundary() and ranks.any(interrupted(), "asking for signals"):
                 self._save_if_new()
@@ -124,9 +129,9 @@ class Run:
             self._update()
             self.settle(wait=False)
             if trainer.at_boundary():
-                if self._due(config.evaluation.every):
+                if self.unvalidated:
                     self._validate_and_save()
-                elif self._due(config.checkpoint.every):
+                elif self._due(config.checkpoint.every) or self._due(config.evaluation.every):
                     self.save()
         self.settle(wait=True)
         if self.stopped:
@@ -159,13 +164,26 @@ class Run:
         samples = config.optim.prompts_per_update * (config.exploration.branches + 1)
         numbers["phases"] = phases_of(spent, numbers["seconds"], samples)
         numbers |= peak(device)
-        self._write({"kind": "update", **numbers})
+        self._write({"kind": "update", **numbers}, self._note_update)
         self.progress("aligning", trainer.update, self.updates, numbers)
 
-    def _write(self, numbers: Mapping[str, Any]) -> None:
-        """Append a line to the metrics."""
-        metrics, update = self.metrics, self.trainer.update
-        self.setup.ranks.once("writing metrics", lambda: metrics and metrics.write(update, numbers))
+    def _write(self, numbers: Mapping[str, Any], note: Callable[[], None]) -> None:
+        """Append a line to the metrics and at once ``note`` that it is there: checkpoints agree with it."""
+        ranks = self.setup.ranks
+
+        def write() -> None:
+            if self.metrics:
+                self.metrics.write(self.trainer.update, numbers)
+            note()
+
+        ranks.once("writing metrics", write)
+        if not ranks.main:
+            note()
+
+    def _note_update(self) -> None:
+        self.written = self.trainer.update
+        due = self.trainer.at_boundary() and self._due(self.setup.config.evaluation.every)
+        self.unvalidated = due and bool(self.setup.validation)
 
     def _scored_since(self, before: Counts) -> dict[str, float]:
         """Clips that all ranks have scored since ``before``."""
@@ -200,17 +218,14 @@ class Run:
         since_boundary = self.setup.config.optim.rollouts_per_refresh
         return update == self.updates or self.spent or bool(every) and update % every < since_boundary
 
-    def save(self, gain: float | None = None) -> None:
+    def save(self) -> None:
         """Write a checkpoint, mark the best one, and drop the ones that are no longer kept.
 
-        ``gain`` is the checkpoint's own validation; None leaves the best one as it was. Of weights that are
-        spread this only begins it, see ``settle``.
+        Of weights that are spread this only begins it, see ``settle``.
         """
         update, ranks = self.trainer.update, self.setup.ranks
         with ranks.clock("save"):
             self.settle(wait=True)
-            if gain is not None and (self.best is None or gain > self.best[1]):
-                self.best = (update, gain)
             if self.saving_parts:
                 self.saving_parts.begin(self.checkpoints, self._state(), partial(self._tidy, update))
             else:
@@ -257,23 +272,18 @@ class Run:
 
         Where it fails, ``train`` saves what was trained, and a resumed run begins with the validation.
         """
-        if not self.setup.validation:
-            self.save()
-            return
-        self.unvalidated = True  # until it has succeeded
-        gain = self.validate()
-        self.unvalidated = False
-        self.save(gain)
+        self.validate()
+        self.save()
 
     def _mark_best(self) -> None:
         if self.best is not None:
             update, gain = self.best
             mark_best(self.checkpoints, self.checkpoints / f"update-{update:06d}", gain)
 
-    def validate(self) -> float | None:
+    def validate(self) -> None:
         """Compare the aligned weights with the starting policy on the validation prompts.
 
-        The mean gain, by which the best checkpoint is chosen; None where a watcher has fallen.
+        The best checkpoint is the one of the largest mean gain at which no watcher has fallen.
         """
         judges, update = self.setup.judges, self.trainer.update
         scored = replace(self.setup.scored)
@@ -281,22 +291,31 @@ class Run:
         results = {name: comparison(self.base[name], found, judges) for name, found in aligned.items()}
         gain = mean_gain(results)
         base, now = radar.pooled_sets(list(self.base.values())), radar.pooled_sets(list(aligned.values()))
-        self.readings.append(radar.reading(update, now, judges))
-        numbers = self.update_verdict() | radar.measured(base, now, judges)
+        readings = [*self.readings, radar.reading(update, now, judges)]
+        numbers = self.update_verdict(readings) | radar.measured(base, now, judges)
         drifted = radar.drifted(numbers, radar.STANDARD_ERRORS)
+
+        def note() -> None:
+            self.readings, self.unvalidated = readings, False
+            if not (self.guarded and self.verdict.fallen) and (self.best is None or gain > self.best[1]):
+                self.best = (update, gain)
+
         self._write(
             {"kind": "validation", "mean_gain": gain, **results, "radar": numbers | {"drifted": drifted}}
-            | self._scored_since(scored)
+            | self._scored_since(scored),
+            note,
         )
         logger.info("hacking radar, update %d: %s", update, numbers["verdict"])
         if drifted:
             logger.warning("update %d: the look of the videos drifts: %s", update, ", ".join(drifted))
-        return None if self.guarded and self.verdict.fallen else gain
 
-    def update_verdict(self) -> dict[str, Any]:
-        """Let the radar judge the validations so far, and return its verdict as numbers and words."""
+    def update_verdict(self, readings: Sequence[radar.Reading] | None = None) -> dict[str, Any]:
+        """Let the radar judge ``readings``, by default those of the validations so far.
+
+        Its verdict as numbers and words.
+        """
         base = radar.reading(0, radar.pooled_sets(list(self.base.values())), self.setup.judges)
-        history = [base, *self.readings]
+        history = [base, *(self.readings if readings is None else readings)]
         self.verdict = radar.judge(history, radar.STANDARD_ERRORS, radar.FALLS_IN_A_ROW)
         return radar.verdict_numbers(history, self.verdict)
 
@@ -307,7 +326,7 @@ class Run:
 
     def resume(self, state: Mapping[str, Any]) -> None:
         """Continue from the state of a checkpoint that its trainer was restored from."""
-        self.saved = self.trainer.update
+        self.saved = self.written = self.trainer.update
         self.best = None if state["best"] is None else (int(state["best"][0]), float(state["best"][1]))
         self.readings = radar.loaded(state["radar"])
         self.unvalidated = bool(state.get("unvalidated", False))
@@ -318,7 +337,9 @@ class Run:
         self.setup.ranks.once("marking the best checkpoint", self._mark_best)
         update = self.trainer.update
         validated = not update or any(reading.update == update for reading in self.readings)
-        if self.unvalidated or (update == self.updates and not validated):  # shortened to where it stands
+        if update == self.updates and not validated:  # shortened to where it stands
+            self.unvalidated = bool(self.setup.validation)
+        if self.unvalidated:
             self._validate_and_save()
 
 

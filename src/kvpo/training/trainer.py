@@ -253,8 +253,8 @@ class Trainer:
         )
 
     def at_boundary(self) -> bool:
-        """True when no collected rollout waits: only then can the run be saved and resumed exactly."""
-        return not self.collected
+        """True unless some of a refresh's rollouts are used up: only then can a run be resumed exactly."""
+        return not self.collected or self.collected[0].fresh
 
     def tensors_and_state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Everything a resumed run needs: parameters, moving average, optimiser, update."""
