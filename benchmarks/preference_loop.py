@@ -168,12 +168,12 @@ def main() -> None:
     arguments = parser.parse_args()
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     sizes = Sizes(updates=arguments.updates, fresh_pairs=arguments.fresh_pairs)
-    numbers: dict[str, Any] = {"commit": source_commit(), "sizes": asdict(sizes), "loops": {}}
+    numbers: dict[str, Any] = {"sizes": asdict(sizes), "loops": {}}
     for seed in arguments.seeds:
         out = arguments.out / str(seed)
         out.mkdir(parents=True, exist_ok=True)
         if not (out / "loop.json").exists():
-            found = loop(out, seed, sizes, {})
+            found = {"commit": source_commit(), **loop(out, seed, sizes, {})}
             write_atomic(out / "loop.json", json.dumps(finite(found), indent=1) + "\n")
         numbers["loops"][str(seed)] = json.loads((out / "loop.json").read_text())
         write_json(arguments.json, numbers)
