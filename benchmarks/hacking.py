@@ -27,11 +27,11 @@ from kvpo.prompts import ClipPrompt
 from kvpo.report.page import write_report
 from kvpo.rewards.pixel_statistics import brightness as mean_luminance
 from kvpo.training import radar
-from kvpo.training.checkpoint import find_checkpoint
+from kvpo.training.checkpoint import checkpoint_update, find_checkpoint, resume_point
 from kvpo.training.evaluation import comparison
 from kvpo.training.held_out import evaluate_base
 from kvpo.training.metrics_log import MetricsLog
-from kvpo.training.run import Run, checkpoint_update, restore, resume_point
+from kvpo.training.run import Run, restore
 from kvpo.training.run_directory import RunDirectory
 from kvpo.training.trainer import Trainer
 from kvpo.world.detector import detect

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from kvpo.app.compare_commands import METHODS_COMPARED
-from kvpo.app.comparison.arms import CONTROLS, TRIAL_SEED, TrainingArm, chosen_arms, configured, trials
+from kvpo.app.comparison.arms import CONTROLS, TRIAL_SEED, TrainingArm, chosen_arms, configured, grid, trials
 from kvpo.app.comparison.measuring import PretrainingTrainer, trainer_of
 from kvpo.app.comparison.plan import MethodComparison
 from kvpo.app.comparison.results import summarise
@@ -58,6 +58,13 @@ def test_every_method_is_tried_equally_often_in_other_settings(method: str) -> N
     assert tried[0] == {} and len(tried) == 5
     assert all(one != other for n, one in enumerate(configs) for other in configs[:n])
     assert tried == trials(Config(), arm, 5)
+
+
+def test_the_velocity_kl_is_tried_at_none_and_around_what_a_method_starts_from() -> None:
+    names = ("kvpo", "flow-grpo", "nft", "rvm")
+    weights = {name: grid(Config(), name)["objective.velocity_kl"] for name in names}
+    assert weights["kvpo"] == weights["flow-grpo"] == (0.0, 2.5, 10.0)
+    assert weights["nft"] == weights["rvm"] == (0.0, 0.025, 0.1)
 
 
 def test_relabelled_runs_count_every_way_to_deal_the_labels() -> None:

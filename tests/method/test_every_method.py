@@ -142,7 +142,9 @@ def test_runs_start_from_what_their_method_needs():
         "latent-distance": {"objective.temperature": None},
         "flow-grpo": {"exploration.noise": 0.7, "objective.clip": (0.2, 0.2)},
         "cm-grpo": {"stream.step_rule": "renoise", "objective.clip": (0.2, 0.2)},
-        "self-distill": {"exploration.donor": 0},
+        "nft": {"objective.velocity_kl": 0.1},
+        "rvm": {"objective.velocity_kl": 0.1},
+        "self-distill": {"exploration.donor": 0, "objective.velocity_kl": 0.1},
     }
 
 

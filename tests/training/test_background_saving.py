@@ -16,9 +16,9 @@ from torch.distributed.checkpoint import HuggingFaceStorageWriter
 
 from kvpo.files import StorageError
 from kvpo.training import background_saving
-from kvpo.training.checkpoint import checkpoints, load_checkpoint, save_checkpoint
+from kvpo.training.checkpoint import checkpoints, load_checkpoint, resume_point, save_checkpoint
 from kvpo.training.ranks import LostRank, RankError, Ranks
-from kvpo.training.run import Run, restore, resume_point
+from kvpo.training.run import Run, restore
 from kvpo.training.setup import Setup
 from kvpo.training.trainer import Trainer, architecture
 from tests.ranks import on_ranks

@@ -26,9 +26,9 @@ from kvpo.training.checkpoint import (
     mark_best,
     prune,
     require_tensors,
+    resume_point,
     save_checkpoint,
 )
-from kvpo.training.run import resume_point
 from kvpo.training.state import expected_moments, load_moments, moments_of
 
 FORK = multiprocessing.get_context("fork")  # a fork has torch loaded already

@@ -11,7 +11,7 @@ import torch
 
 from kvpo.rewards.protocol import Declaration
 from kvpo.rewards.reward import Reward
-from kvpo.training.checkpoint import best_checkpoint
+from kvpo.training.checkpoint import best_checkpoint, checkpoint_update
 from kvpo.training.evaluation import Evaluation, Judges, comparison, paired_gain
 from kvpo.training.radar import (
     Reading,
@@ -27,7 +27,6 @@ from kvpo.training.radar import (
     saved,
     verdict_numbers,
 )
-from kvpo.training.run import checkpoint_update
 from tests.metrics import read_metrics
 from tests.tiny_world import ToyScorer
 from tests.training.test_resume import ToyRun

@@ -25,12 +25,13 @@ from kvpo.training.checkpoint import (
     best_checkpoint,
     latest_checkpoint,
     load_checkpoint,
+    resume_point,
     save_checkpoint,
 )
 from kvpo.training.held_out import evaluate_base
 from kvpo.training.metrics_log import MetricsLog
 from kvpo.training.ranks import LostRank, Ranks
-from kvpo.training.run import Run, restore, resume_point
+from kvpo.training.run import Run, restore
 from kvpo.training.trainer import Trainer, architecture
 from tests import processes
 from tests.metrics import read_metrics

@@ -15,8 +15,8 @@ import torch
 
 from kvpo.app.build import build_setup
 from kvpo.prompts import ClipPrompt
+from kvpo.training.checkpoint import checkpoint_update, resume_point
 from kvpo.training.ranks import Ranks
-from kvpo.training.run import checkpoint_update, resume_point
 from tests import processes
 from tests.metrics import read_metrics
 from tests.ranks import on_ranks as children

@@ -26,7 +26,7 @@ from kvpo.progress import progress_bars
 from kvpo.report.headline import final_headline
 from kvpo.report.null_runs import read_null
 from kvpo.training import radar
-from kvpo.training.checkpoint import find_checkpoint, latest_checkpoint
+from kvpo.training.checkpoint import checkpoint_update, find_checkpoint, latest_checkpoint, resume_point
 from kvpo.training.checks import (
     anchor_energy_at_old,
     default_route_max_difference,
@@ -39,7 +39,7 @@ from kvpo.training.held_out import evaluate_base
 from kvpo.training.interrupt import stop_on_signal
 from kvpo.training.metrics_log import MetricsLog
 from kvpo.training.ranks import Ranks, added_up, joined_ranks
-from kvpo.training.run import Run, checkpoint_update, restore, resume_point
+from kvpo.training.run import Run, restore
 from kvpo.training.run_directory import RunDirectory, belongs_to_run
 from kvpo.training.setup import Setup
 from kvpo.training.trackers import Tracker

@@ -74,11 +74,17 @@ class CmGrpoSettings(OwnSettings):
     STARTS_FROM = {"stream.step_rule": "renoise", "objective.clip": (0.2, 0.2)}
 
 
+MATCHING_KL = 0.1
+"""Velocity KL of methods whose loss is itself a squared distance of velocities. A policy over branches
+divides energies by a temperature of about a hundredth of them: its weight would hold these in place."""
+
+
 @dataclass(frozen=True)
 class NftSettings(OwnSettings):
     """DiffusionNFT: forward-process matching toward rewarded and away from unrewarded clips."""
 
     EXPLORERS = ("fresh", "neighbour", "routes")
+    STARTS_FROM = {"objective.velocity_kl": MATCHING_KL}
 
     beta: float = 1.0
     """Mixing weight of the policy in its implicit positive and negative velocities; small is a wide step."""
@@ -94,6 +100,7 @@ class RvmSettings(OwnSettings):
     """Advantage-weighted matching with one advantage scale for the whole collection (RVM)."""
 
     EXPLORERS = ("fresh", "neighbour", "routes")
+    STARTS_FROM = {"objective.velocity_kl": MATCHING_KL}
 
 
 @dataclass(frozen=True)
@@ -101,4 +108,4 @@ class SelfDistillSettings(OwnSettings):
     """Self-distillation: the anchor's velocities toward those under the branches' routes, no reward."""
 
     EXPLORERS = ("routes",)
-    STARTS_FROM = {"exploration.donor": 0}
+    STARTS_FROM = {"exploration.donor": 0, "objective.velocity_kl": MATCHING_KL}

@@ -199,6 +199,31 @@ def find_checkpoint(directory: Path, name: str | None) -> Path:
     raise CheckpointError(f"no checkpoint {name or ''!r} in {directory}, which holds {present}")
 
 
+def resume_point(directory: Path) -> Path | None:
+    """The newest checkpoint that can be read whole, which a resumed run continues from; None starts at 0.
+
+    Those passed over are warnings. Raises CheckpointError where there are checkpoints and none can be read.
+    """
+    for path in reversed(checkpoints(directory)):
+        try:
+            load_checkpoint(path)
+        except CheckpointError as error:
+            logger.warning("skipped: %s", error)
+        else:
+            return path
+    if any(directory.glob("update-*")):
+        raise CheckpointError(
+            f"every checkpoint in {directory} is damaged or incomplete; remove that directory to start the "
+            "run again from its saved configuration"
+        )
+    return None
+
+
+def checkpoint_update(path: Path) -> int:
+    """The update a checkpoint directory was saved at."""
+    return int(path.name.removeprefix("update-"))
+
+
 def no_improvement(path: Path, name: str | None) -> str | None:
     """One line where ``path``, found under ``name``, is the best checkpoint and is nothing but the base."""
     if name not in (None, "best") or path.name != "update-000000":

@@ -17,9 +17,7 @@ from kvpo.training.backbone import Weights
 from kvpo.training.background_saving import BackgroundSaving
 from kvpo.training.checkpoint import (
     STATE,
-    CheckpointError,
     checked_file,
-    checkpoints,
     load_checkpoint,
     mark_best,
     prune,
@@ -384,28 +382,3 @@ def open_checkpoint(weights: Weights, path: Path, kind: str = "average") -> Side
     """Base and aligned policy of a run's checkpoint (see `load_aligned`)."""
     policy = policy_of(weights.model, adapted=weights.config.optim.lora_rank > 0)
     return Sides(policy, load_aligned(weights, policy, path, kind))
-
-
-def resume_point(directory: Path) -> Path | None:
-    """The newest checkpoint that can be read whole, which a resumed run continues from; None starts at 0.
-
-    Those passed over are warnings. Raises CheckpointError where there are checkpoints and none can be read.
-    """
-    for path in reversed(checkpoints(directory)):
-        try:
-            load_checkpoint(path)
-        except CheckpointError as error:
-            logger.warning("skipped: %s", error)
-        else:
-            return path
-    if any(directory.glob("update-*")):
-        raise CheckpointError(
-            f"every checkpoint in {directory} is damaged or incomplete; remove that directory to start the "
-            "run again from its saved configuration"
-        )
-    return None
-
-
-def checkpoint_update(path: Path) -> int:
-    """The update a checkpoint directory was saved at."""
-    return int(path.name.removeprefix("update-"))

@@ -118,12 +118,17 @@ def configured(start: Config, arm: TrainingArm, tuned: Mapping[str, Any], seed: 
 
     Raises ConfigurationError where they contradict each other.
     """
-    config = start if arm.method in (start.method, PRETRAINING) else with_method(start, arm.method)
+    config = _start_of(start, arm.method)
     ours = {"seed": seed, "threads": 1, "optim.updates": MOST_UPDATES, "evaluation.every": 0}
     changes = {**tuned, **arm.changes, **ours}
     config = assign(config, changes)
     check(config)
     return config
+
+
+def _start_of(start: Config, method: str) -> Config:
+    """The comparison's configuration with another method and what that starts from."""
+    return start if method in (start.method, PRETRAINING) else with_method(start, method)
 
 
 def grid(start: Config, method: str) -> dict[str, Sequence[Any]]:
@@ -132,11 +137,11 @@ def grid(start: Config, method: str) -> dict[str, Sequence[Any]]:
     rates = {"optim.lr": [factor * start.optim.lr for factor in (RATES if rewarded else RATES_ALONE)]}
     if not rewarded:
         return rates | OWN[method]
-    blocks, weight = start.exploration.blocks, start.objective.velocity_kl
+    blocks, weight = start.exploration.blocks, _start_of(start, method).objective.velocity_kl
     shared = {
         "objective.keep": ((2, 2), (0, 0)),
         "exploration.blocks": (blocks, blocks + 1),
-        "objective.velocity_kl": (weight / 4, weight),
+        "objective.velocity_kl": (0.0, weight / 4, weight),
     }
     return rates | shared | OWN[method]
 
