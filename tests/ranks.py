@@ -22,7 +22,7 @@ def _child(work: Work, rank: int, count: int, meeting: Path, short: float, argum
     store = FileStore(str(meeting / "store"), count)
     try:
         with joined_ranks(
-            "cpu", traces=meeting, short=timedelta(seconds=short), store=store, rank=rank, world_size=count
+            "cpu", traces=meeting, short=timedelta(seconds=short), rendezvous=(store, rank, count)
         ) as ranks:
             found = work(ranks, *arguments)
         assert not is_initialized(), "the process group outlives its run"

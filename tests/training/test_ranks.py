@@ -3,13 +3,17 @@
 import os
 import signal
 import time
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch.distributed import HashStore, PrefixStore
 
-from kvpo.training.ranks import LostRank, RankError, Ranks
+from kvpo.training.ranks import LostRank, RankError, Ranks, fresh_part
 from tests.ranks import on_ranks
 
 
@@ -117,3 +121,26 @@ def test_a_lost_rank_is_named_where_its_trace_cannot_be_written(
     with pytest.raises(LostRank, match="while counting"), ranks._in_touch("counting"):
         raise RuntimeError("connection reset")
     assert "the flight recorder could not be written" in caplog.text
+
+
+def test_ranks_meet_where_ranks_of_before_have_left_their_addresses() -> None:
+    store = HashStore()
+    for rank in (1, 2):
+        store.set(f"here/{rank}", f"killed-{rank}")
+    store.set("part/killed-1", "dead")
+    with ThreadPoolExecutor(3) as threads:
+        meet = partial(fresh_part, store, count=3, patience=timedelta(seconds=20))
+        first = threads.submit(meet, 0)
+        while not store.check(["part/killed-2"]):  # rank 0 has answered one that is dead
+            time.sleep(0.001)
+        others = [threads.submit(meet, rank) for rank in (2, 1)]
+        parts = [meeting.result() for meeting in (first, *others)]
+    parts[0].set("address", "here")
+    assert [part.get("address") for part in parts] == [b"here"] * 3
+    assert not PrefixStore("dead", store).check(["address"]) and not store.check(["address"])
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_who_does_not_come_is_not_waited_for_for_ever(rank: int) -> None:
+    with pytest.raises(LostRank, match=f"rank {1 - rank} did not come within 0:00:00.1"):
+        fresh_part(HashStore(), rank, 2, timedelta(seconds=0.1))

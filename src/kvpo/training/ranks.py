@@ -8,12 +8,14 @@ one.
 
 import logging
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
+from uuid import uuid4
 
 import torch
 import torch.distributed as dist
@@ -26,6 +28,8 @@ logger = logging.getLogger(__name__)
 
 LONG, SHORT = timedelta(hours=1), timedelta(minutes=5)
 """Time-outs of exchanges that wait for rewards or validations, and of sums of gradients."""
+POLL = 0.02
+"""Seconds between two looks at who has come."""
 STOPPED = "stopped with rank"
 """First words of the message of a rank that stops because another one has failed."""
 T = TypeVar("T")
@@ -276,6 +280,32 @@ def launched() -> bool:
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
+def fresh_part(store: dist.Store, rank: int, count: int, patience: timedelta) -> dist.Store:
+    """The part of a store that these ranks alone have written to, once all of them are there.
+
+    torchrun has one store for a run and all its restarts, in which ranks that were killed have left the
+    addresses at which they listened. Every rank therefore says a name of its own, and rank 0 answers each by
+    the name of the part, again where a rank of before is replaced by one of now, until all have confirmed it.
+    Raises LostRank.
+    """
+    name, until, missing = uuid4().hex, time.monotonic() + patience.total_seconds(), list(range(1, count))
+    if rank:
+        store.set(f"here/{rank}", name)
+        missing = [0]
+    while missing:
+        if time.monotonic() > until:
+            raise LostRank(f"rank {missing[0]} did not come within {patience}; look at its own first error")
+        if rank and store.check([f"part/{name}"]):
+            name, missing = store.get(f"part/{name}").decode(), []
+            store.set(f"{name}/{rank}", "")
+        elif not rank:
+            for other in filter(lambda other: store.check([f"here/{other}"]), missing):
+                store.set(f"part/{store.get(f'here/{other}').decode()}", name)
+            missing = [other for other in missing if not store.check([f"{name}/{other}"])]
+        time.sleep(POLL if missing else 0)  # in Python, where a signal is heard
+    return dist.PrefixStore(name, store)
+
+
 @contextmanager
 def joined_ranks(
     device: str,
@@ -283,12 +313,12 @@ def joined_ranks(
     traces: Path | None = None,
     long: timedelta = LONG,
     short: timedelta = SHORT,
-    **rendezvous: Any,
+    rendezvous: tuple[dist.Store, int, int] | None = None,
 ) -> Iterator[Ranks]:
     """The ranks that torchrun started this process with; one rank where it was started alone.
 
-    ``rendezvous``: store, rank and world_size instead of torchrun's environment. Raises LostRank where the
-    others do not come.
+    ``rendezvous``: store, rank and number of ranks instead of torchrun's environment. Raises LostRank where
+    the others do not come.
     """
     if not (launched() or rendezvous):
         yield ALONE
@@ -298,7 +328,9 @@ def joined_ranks(
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
     try:
-        dist.init_process_group("gloo", timeout=long, **rendezvous)
+        store, rank, count = next(dist.rendezvous("env://", timeout=long)) if not rendezvous else rendezvous
+        own = fresh_part(store, rank, count, long)
+        dist.init_process_group("gloo", store=own, rank=rank, world_size=count, timeout=long)
         prompt = dist.new_group(timeout=short, backend="nccl" if on_cuda else "gloo")
     except RuntimeError as error:
         raise LostRank(f"the ranks of this run did not meet: {_line(error)}") from error
