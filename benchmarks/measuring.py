@@ -1,5 +1,7 @@
 """Parts that benchmarks share: alternating arms, the machine they ran on, tables."""
 
+import ctypes
+import gc
 import json
 import os
 import platform
@@ -54,6 +56,21 @@ def peak_pages(cache: FrameCache) -> Iterator[list[int]]:
         yield peak
     finally:
         cache.write = write  # type: ignore[method-assign]
+
+
+def peak_memory(run: Callable[[], object]) -> int:
+    """Bytes by which the resident memory of this process grew at most while something ran (Linux)."""
+
+    def resident(field: str) -> int:
+        status = Path("/proc/self/status").read_text().splitlines()
+        return next(1024 * int(line.split()[1]) for line in status if line.startswith(f"{field}:"))
+
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # the highest mark so far is what is resident now
+    before = resident("VmRSS")
+    run()
+    return resident("VmHWM") - before
 
 
 def machine(device: str = "cpu") -> dict[str, Any]:

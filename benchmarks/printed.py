@@ -18,6 +18,7 @@ import exploration
 import kills
 import mutants
 import preference_loop
+import public
 import scaling
 import seeds
 from measuring import table
@@ -166,6 +167,8 @@ TABLES: Mapping[str, Callable[[Any], str]] = {
     "listed": lambda numbers: table(("measured", "value"), list(numbers.items())),
     "structure": structure,
     "builds": builds,
+    "ratios": public.ratios,
+    "memory": public.memory,
     "rooms": rooms,
     "loops": preference_loop.loops,
     "kills": lambda numbers: kills.table(numbers, 2),
