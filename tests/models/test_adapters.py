@@ -254,8 +254,8 @@ def adapted_layer(dtype=torch.float64):
 
 
 def test_an_adapter_in_the_weights_is_what_it_is_beside_them():
-    """Values and gradients are those of PEFT's own layer, which adds two products."""
-    _, layer = adapted_layer()
+    """Values and gradients are those of PEFT's own layer, which adds two products; also while it is held."""
+    model, layer = adapted_layer()
     draws = torch.Generator().manual_seed(7)
     x = torch.randn(2, 5, 24, generator=draws, dtype=torch.float64, requires_grad=True)
     target = torch.randn(2, 5, 24, generator=draws, dtype=torch.float64)
@@ -266,6 +266,9 @@ def test_an_adapter_in_the_weights_is_what_it_is_beside_them():
     for one, other in zip(found, expected, strict=True):
         assert other.abs().max() > 0.1
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+    with held_weights(model):
+        held = torch.autograd.grad((layer(x) * target).sum(), asked)
+    assert all(map(torch.equal, held, found))
 
 
 @pytest.mark.parametrize("precision", ["bfloat16 weights", "bfloat16 autocast"])

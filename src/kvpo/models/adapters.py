@@ -40,23 +40,23 @@ def _merged(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
 
 
 class _AdaptedProduct(torch.autograd.Function):
-    """``x (W + scale B A)^T`` with the sum given, whose gradients are those of x, A and B.
+    """``x (W + scale B A)^T``, whose gradients are those of x, A and B.
 
-    Only x is kept for them: the sum, which is as large as the weight, is not.
+    Only x is kept for them: a sum that nobody holds, which is as large as the weight, is made again.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, total: Tensor, base: nn.Linear, a: Tensor, b: Tensor, scale: float
+        ctx: Any, x: Tensor, held: Tensor | None, base: nn.Linear, a: Tensor, b: Tensor, scale: float
     ) -> Tensor:
-        ctx.save_for_backward(x, base.weight, a, b)
+        ctx.save_for_backward(x, held, base.weight, a, b)
         ctx.scale = scale
-        return linear(x, total, base.bias)
+        return linear(x, _merged(base.weight, a, b, scale) if held is None else held, base.bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, a, b = ctx.saved_tensors
+        x, held, weight, a, b = ctx.saved_tensors
         (gradient,) = gradients
         times = fastest(gradient, weight)
         rows, gradient = x.flatten(0, -2), gradient.flatten(0, -2)
@@ -65,9 +65,11 @@ class _AdaptedProduct(torch.autograd.Function):
             inner, outer = ctx.scale * inner, ctx.scale * outer
         of_x = None
         if ctx.needs_input_grad[0]:
-            of_x = torch.addmm(times(gradient, weight.t()), inner, a).view_as(x)
+            total = _merged(weight, a, b, ctx.scale) if held is None else held
+            of_x = times(gradient, total.t()).view_as(x)
         # The narrow operand comes first, as the first one is copied where it is transposed.
-        return of_x, None, None, times(inner.t(), rows.t()), times(outer.t(), gradient.t()).t(), None
+        of_b = times(outer.t(), gradient.t()).t().contiguous()
+        return of_x, None, None, times(inner.t(), rows.t()), of_b, None
 
 
 class AdaptedLinear(Linear):
@@ -84,14 +86,13 @@ class AdaptedLinear(Linear):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self.disable_adapters or (self.held is None and not self._adds_up()):
             return super().forward(x, *args, **kwargs)
-        weight, base = self.summed() if self.held is None else self.held, cast(nn.Linear, self.base_layer)
+        base, name = cast(nn.Linear, self.base_layer), self.active_adapters[0]
         if torch.is_grad_enabled():
-            name = self.active_adapters[0]
-            a, b = (half[name].weight.to(weight.dtype) for half in (self.lora_A, self.lora_B))
+            a, b = self._halves()
             if x.requires_grad or a.requires_grad:
-                product = _AdaptedProduct.apply(x, weight, base, a, b, self.scaling[name])  # type: ignore[no-untyped-call]
+                product = _AdaptedProduct.apply(x, self.held, base, a, b, self.scaling[name])  # type: ignore[no-untyped-call]
                 return cast(Tensor, product)
-        return linear(x, weight, base.bias)
+        return linear(x, self.summed() if self.held is None else self.held, base.bias)
 
     def _adds_up(self) -> bool:
         weight, half = cast(nn.Linear, self.base_layer).weight, self.lora_A[self.active_adapters[0]].weight
@@ -101,9 +102,14 @@ class AdaptedLinear(Linear):
     @torch.no_grad()
     def summed(self) -> Tensor:
         """The weight and the active adapter in one."""
-        weight, name = cast(nn.Linear, self.base_layer).weight, self.active_adapters[0]
-        a, b = (cast(nn.Linear, half[name]).weight.to(weight.dtype) for half in (self.lora_A, self.lora_B))
-        return _merged(weight, a, b, self.scaling[name])
+        weight, (a, b) = cast(nn.Linear, self.base_layer).weight, self._halves()
+        return _merged(weight, a, b, self.scaling[self.active_adapters[0]])
+
+    def _halves(self) -> tuple[Tensor, Tensor]:
+        """A and B of the active adapter in the precision of the weight."""
+        name, dtype = self.active_adapters[0], cast(nn.Linear, self.base_layer).weight.dtype
+        a, b = (cast(nn.Linear, half[name]).weight.to(dtype) for half in (self.lora_A, self.lora_B))
+        return a, b
 
 
 @contextmanager
