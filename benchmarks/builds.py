@@ -1,9 +1,10 @@
 """An update's rollout and its replay with backward in two builds that take turns, in CPU-seconds.
 
-    python benchmarks/builds.py OTHER [--rounds 5] [--json PATH]
+    python benchmarks/builds.py OTHER [--rounds 5] [--quick] [--json PATH]
 
 OTHER is a checkout of another commit. Each build runs in its own process, on one thread, at the demo's
 settings with random weights; what is measured is this script's in both, so a commit before it can be given.
+The largest difference between what both compute is printed too.
 """
 
 import argparse
@@ -12,15 +13,20 @@ import resource
 import statistics
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 
 import torch
 from engine import FORK, Bench, bench, planned_rollout, replay
 from measuring import machine, section, table, write_json
+from shapes import with_shape
+from torch import Tensor
 
 from kvpo.app.presets import demo
+from kvpo.config import Config
 from kvpo.engine.noise import keyed_generator
 from kvpo.engine.rollout import Group, Rollout, roll_out
 
@@ -33,21 +39,37 @@ def explored(subject: Bench) -> Rollout:
     return roll_out(subject.generator, planned_rollout(subject), subject.texts, subject.tape, ("benchmark",))
 
 
-def taught(subject: Bench, groups: Sequence[Group]) -> None:
-    """Replay and backward of the branches of every group that are learned from, a group at a time."""
+def settings(quick: bool) -> Config:
+    """The demo's, or a transformer of a few thousand parameters and one prompt."""
+    config = demo()
+    if not quick:
+        return config
+    config = with_shape(config, dim=32, num_heads=2, num_layers=2, ffn_dim=48)
+    return replace(config, optim=replace(config.optim, prompts_per_update=1))
+
+
+def taught(subject: Bench, groups: Sequence[Group]) -> Tensor:
+    """Energies of the branches of every group that are learned from, a group at a time, with backward."""
     subject.model.zero_grad(set_to_none=True)
     kept = sum(subject.config.objective.keep)
-    for group in groups:
-        coefficients = torch.randn(kept, generator=keyed_generator("benchmark coefficients"))
-        replay(subject, [(group, branch) for branch in range(kept)], coefficients, rows=kept)
+    coefficients = torch.randn(kept, generator=keyed_generator("benchmark coefficients"))
+    branches = range(kept)
+    energies = [replay(subject, [(one, n) for n in branches], coefficients, rows=kept) for one in groups]
+    return torch.cat(energies)
 
 
-def serve() -> None:
-    """Run what is asked for on standard input, and answer with its CPU-seconds."""
+def serve(config: Config, computed: Path) -> None:
+    """Run what is asked for on standard input, and answer with its CPU-seconds.
+
+    What is computed is written to a file before the first answer.
+    """
     torch.set_num_threads(1)
-    config = demo()
     subject = bench(config, config.optim.prompts_per_update)
     rollout = explored(subject)
+    energies = taught(subject, rollout.groups)
+    gradients = [p.grad.flatten() for p in subject.trained.values() if p.grad is not None]
+    latents = torch.stack([group.trajectories.clean_MPFCHW for group in rollout.groups])
+    torch.save({"latents": latents, "energies": energies, "gradients": torch.cat(gradients)}, computed)
     runs: dict[str, Callable[[], object]] = {
         "rollout": lambda: explored(subject).release(),
         "replay and backward": lambda: taught(subject, rollout.groups),
@@ -61,10 +83,10 @@ def serve() -> None:
         sys.stdout.flush()
 
 
-def started(checkout: Path) -> subprocess.Popen[str]:
+def started(checkout: Path, computed: Path, quick: bool) -> subprocess.Popen[str]:
     """This script's other half, importing the build of a checkout."""
     return subprocess.Popen(
-        [sys.executable, __file__, "--serve"],
+        [sys.executable, __file__, "--serve", str(computed), *(["--quick"] if quick else [])],
         env={**os.environ, "PYTHONPATH": str(checkout / "src"), "OMP_NUM_THREADS": "1"},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
@@ -82,20 +104,37 @@ def asked(build: subprocess.Popen[str], run: str = "") -> tuple[str, float]:
     return name, float(seconds)
 
 
-def alternated(checkouts: dict[str, Path], rounds: int) -> dict[str, dict[str, list[float]]]:
-    """CPU-seconds of every round by phase and build; the builds take turns, the first one changing."""
-    builds = {name: started(checkout) for name, checkout in checkouts.items()}
-    try:
-        phases = [{asked(build)[0]: None for _ in range(2)} for build in builds.values()][0]
-        taken: dict[str, dict[str, list[float]]] = {phase: {name: [] for name in builds} for phase in phases}
-        for round_ in range(rounds):
-            for phase in phases:
-                for name in reversed(builds) if round_ % 2 else builds:
-                    taken[phase][name].append(asked(builds[name], phase)[1])
-        return taken
-    finally:
-        for build in builds.values():
-            build.communicate()
+def largest_differences(one: Path, other: Path) -> dict[str, float]:
+    """Largest difference of everything that two builds have computed, relative to its largest value."""
+    ours, theirs = torch.load(one), torch.load(other)
+    return {
+        what: float((value - theirs[what]).abs().max() / value.abs().max()) for what, value in ours.items()
+    }
+
+
+Taken = dict[str, dict[str, list[float]]]
+
+
+def alternated(checkouts: dict[str, Path], rounds: int, quick: bool) -> tuple[Taken, dict[str, float]]:
+    """CPU-seconds of every round by phase and build, and how far what they compute differs.
+
+    The builds take turns, the first one changing.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        files = {name: Path(folder) / f"{name}.pt" for name in checkouts}
+        builds = {name: started(checkout, files[name], quick) for name, checkout in checkouts.items()}
+        try:
+            phases = [[asked(build)[0] for _ in range(2)] for build in builds.values()][0]
+            differences = largest_differences(*files.values())
+            taken: Taken = {phase: {name: [] for name in builds} for phase in phases}
+            for round_ in range(rounds):
+                for phase in phases:
+                    for name in reversed(builds) if round_ % 2 else builds:
+                        taken[phase][name].append(asked(builds[name], phase)[1])
+            return taken, differences
+        finally:
+            for build in builds.values():
+                build.communicate()
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -104,14 +143,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("other", type=Path, nargs="?", help="a checkout of the other commit")
     parser.add_argument("--rounds", type=int, default=ROUNDS, help=f"rounds ({ROUNDS})")
     parser.add_argument("--json", type=Path, help="write every number to this file too")
-    parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--quick", action="store_true", help="tiny sizes: checks the benchmark itself")
+    parser.add_argument("--serve", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.serve:
-        serve()
+        serve(settings(options.quick), options.serve)
         return
     if options.other is None or not (options.other / "src" / "kvpo").is_dir():
         parser.error(f"a checkout with src/kvpo is needed, got {options.other}")
-    taken = alternated({"other": options.other.resolve(), "this": HERE}, options.rounds)
+    checkouts = {"other": options.other.resolve(), "this": HERE}
+    taken, differences = alternated(checkouts, options.rounds, options.quick)
     rows = []
     for phase, seconds in taken.items():
         other, this = (statistics.median(seconds[name]) for name in ("other", "this"))
@@ -121,10 +162,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "Two builds",
         f"{about['cpu']}, torch {about['torch']}, load average {about['load_average']:.1f} at the start; one "
         f"thread, CPU-seconds, medians of {options.rounds} alternating rounds; the demo's update, forked at "
-        f"frame {FORK}.",
+        f"frame {FORK}. Largest difference relative to the largest value: "
+        + ", ".join(f"{what} {value:.1e}" for what, value in differences.items())
+        + ".",
         table(["phase", "other", "this", "faster"], rows),
     )
-    write_json(options.json, {"machine": about, "cpu_seconds": taken})
+    write_json(options.json, {"machine": about, "cpu_seconds": taken, "differences": differences})
 
 
 if __name__ == "__main__":

@@ -142,6 +142,36 @@ def test_a_block_and_a_replay_are_counted_without_computing_them():
     assert 0 < operations[0] < operations[2] and 0 < operations[1] < operations[2]
 
 
+@pytest.mark.slow
+def test_a_compiled_layer_has_no_more_graphs_than_windows_have_sizes():
+    import structure
+
+    found = structure.graphs(structure.BLOCKS)
+    assert found["blocks"] == 40 and 0 < found["graphs"] <= found["window sizes"]
+
+
+@pytest.mark.slow
+def test_a_build_computes_what_itself_computes(tmp_path, capsys):
+    import builds
+
+    path = tmp_path / "builds.json"
+    builds.main([str(SCRIPTS.parent), "--quick", "--rounds", "1", "--json", str(path)])
+    numbers = json.loads(path.read_text())
+    assert numbers["differences"] == {"latents": 0, "energies": 0, "gradients": 0}
+    assert set(numbers["cpu_seconds"]) == {"rollout", "replay and backward"}
+    assert all(len(times) == 1 for phase in numbers["cpu_seconds"].values() for times in phase.values())
+    assert "latents 0.0e+00" in capsys.readouterr().out
+
+
+def test_differences_of_builds_are_relative_to_what_is_computed(tmp_path):
+    import builds
+
+    one, other = tmp_path / "one.pt", tmp_path / "other.pt"
+    torch.save({"latents": torch.tensor([1.0, -4.0])}, one)
+    torch.save({"latents": torch.tensor([2.0, -4.0])}, other)
+    assert builds.largest_differences(one, other) == {"latents": 0.25}
+
+
 @pytest.mark.parametrize("name", ["gpu", "gpu_plan", "gpu_rewards"])
 def test_without_a_gpu_nothing_is_measured(name, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
