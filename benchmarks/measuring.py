@@ -25,8 +25,13 @@ from kvpo.rewards.service.client import RemoteScorer, connect
 Arms = Mapping[str, Callable[[], Any]]
 
 
-def alternated(arms: Arms, repeats: int, synchronise: Callable[[], None] = lambda: None) -> dict[str, float]:
-    """Median seconds of each arm, the arms taken in turn and in reversed order every other round.
+def alternated(
+    arms: Arms,
+    repeats: int,
+    synchronise: Callable[[], None] = lambda: None,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, float]:
+    """Median seconds of each arm on a clock, the arms taken in turn and in reversed order every other round.
 
     Whatever else the machine does then falls on all arms alike. Run each arm once before, unmeasured.
     """
@@ -34,10 +39,10 @@ def alternated(arms: Arms, repeats: int, synchronise: Callable[[], None] = lambd
     for round_ in range(repeats):
         for name in reversed(arms) if round_ % 2 else arms:
             synchronise()
-            started = time.perf_counter()
+            started = clock()
             arms[name]()
             synchronise()
-            seconds[name].append(time.perf_counter() - started)
+            seconds[name].append(clock() - started)
     return {name: statistics.median(taken) for name, taken in seconds.items()}
 
 

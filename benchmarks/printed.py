@@ -19,6 +19,7 @@ import kills
 import mutants
 import preference_loop
 import public
+import quantised
 import scaling
 import seeds
 from measuring import table
@@ -171,6 +172,8 @@ TABLES: Mapping[str, Callable[[Any], str]] = {
     "memory": public.memory,
     "rooms": rooms,
     "loops": preference_loop.loops,
+    "rolled": quantised.rolled,
+    "runs": quantised.runs,
     "kills": lambda numbers: kills.table(numbers, 2),
     "model": lambda numbers: scaling.model_table(numbers["model"]),
     "measured": lambda numbers: scaling.measured_table(numbers["measured"]),

@@ -197,6 +197,9 @@ class OptimConfig:
     """Compile the transformer's layers (torch.compile); results change by rounding alone."""
     autocast: Literal["none", "bfloat16"] = "none"
     """Autocast of the forward passes; master weights stay float32."""
+    rollout_precision: Literal["same", "int8", "fp8"] = "same"
+    """Products of the blocks' layers in training rollouts: the same as everywhere, or of 8 bits (fp8: GPUs
+    from Ada and Hopper on, and slow on CPUs). Nothing else of a run is quantised."""
 
 
 @dataclass(frozen=True)

@@ -251,6 +251,10 @@ def _distributed(config: Config) -> None:
         not (config.distributed.shard and optim.compile),
         "optim.compile", optim.compile, "false while distributed.shard is true",
     )  # fmt: skip
+    _require(
+        not config.distributed.shard or optim.rollout_precision == "same",
+        "optim.rollout_precision", optim.rollout_precision, "same while distributed.shard is true",
+    )  # fmt: skip
 
 
 def _rewards(rewards: RewardConfig) -> None:

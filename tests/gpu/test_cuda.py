@@ -11,9 +11,11 @@ from torch import Tensor
 
 from kvpo.app.build import build_setup
 from kvpo.app.cli import main
+from kvpo.app.configuration import preset
 from kvpo.config import Config
+from kvpo.models.quantised import QuantisedLinear
 from kvpo.rewards.service.messages import eight_bit
-from kvpo.training.collection import credits_of, explore, lessons_of
+from kvpo.training.collection import LARGEST_GAP, credits_of, explore, lessons_of, policy_gap
 from kvpo.training.gradients import accumulate_gradients
 from kvpo.training.trainer import Trainer
 from tests.tiny_wan import tiny_flags, tiny_wan
@@ -98,6 +100,21 @@ def test_a_run_from_files_to_files(autocast: str, tmp_path: Path) -> None:
     run("generate", "--run", tmp_path / "run", "--out", tmp_path / "videos")
     assert list((tmp_path / "videos").glob("**/*.mp4"))
     run("export", tmp_path / "run", "--out", tmp_path / "exported")
+
+
+@pytest.mark.parametrize("precision", ["int8", "fp8"])
+@pytest.mark.parametrize("autocast", ["none", "bfloat16"])
+def test_rollouts_of_eight_bits_stay_near_the_policy(precision: str, autocast: str) -> None:
+    few = {"optim.prompts_per_update": 1, "exploration.branches": 4, "device": "cuda"}
+    config = preset("demo", {"optim.rollout_precision": precision, "optim.autocast": autocast, **few})
+    layer = torch.nn.Linear(256, 512, device="cuda")
+    made, x = QuantisedLinear(layer, precision), torch.randn(3, 50, 256, device="cuda")
+    with torch.no_grad(), torch.autocast("cuda", torch.bfloat16, enabled=autocast == "bfloat16"):
+        assert made(x).dtype == layer(x).dtype
+        assert difference(made(x).float(), layer(x).float()) < 0.1
+    setup = build_setup(config)
+    ((rollout, _),) = explore(setup, [0])
+    assert 0 < policy_gap(setup.generator, rollout.groups[0]) < LARGEST_GAP
 
 
 def test_the_demo_aligns_and_resumes(tmp_path: Path) -> None:

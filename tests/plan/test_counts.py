@@ -110,6 +110,28 @@ def test_in_float32_an_adapter_is_added_to_the_weights_once_for_all_passes() -> 
     assert parameters_of(narrow.config, model, 2).summed == 0
 
 
+def test_quantised_weights_count_where_they_stand_in_no_other_copys_place() -> None:
+    """Numbers of 8 bits, and a scale per output, in the phases that explore or overlap with it."""
+    changes = {"optim.rollout_precision": "fp8"}
+    narrow, wide = costs_of(**changes), costs_of(**changes, **{"optim.autocast": "none"})
+    with torch.device("meta"):
+        model = CausalWan(narrow.shape)
+    numbers = sum(
+        one.weight.numel() + 4 * one.out_features
+        for name, one in model.named_modules()
+        if isinstance(one, nn.Linear) and name.startswith("blocks.")
+    )
+    found = parameters_of(narrow.config, model, 2)
+    assert found.quantised == numbers and parameters_of(costs_of().config, model, 2).quantised == 0
+    assert parameters_of(wide.config, model, 4).quantised == 0, "the sums with the adapter are larger"
+    phases = {
+        one.name: one.parts.get("quantised weights", 0)
+        for one in Planner(narrow.config, RATES).plan(narrow.config).phases
+    }
+    assert {name for name, size in phases.items() if size == numbers} == {"explore", "decode", "score"}
+    assert sum(phases.values()) == 3 * numbers
+
+
 def costs_of(**changes: object) -> Costs:
     config = preset("longlive-1.3b", changes)
     return Costs(config, config.model, weight_bytes=1000.0, page_bytes=10.0, frames=30)

@@ -343,6 +343,21 @@ def test_a_check_that_is_not_exact_is_called_that(run):
     assert "not exact" in page.text and "not finite" in page.text and "not measured" in page.text
 
 
+def test_an_anchor_energy_of_quantised_rollouts_is_called_their_rounding(run):
+    checks = {
+        "first_ratio_max_deviation": 0.0,
+        "anchor_energy_at_old": 1e-4,
+        "default_route_max_difference": 0,
+    }
+    edit_json(run / "summary.json", lambda numbers: numbers.update(checks=checks))
+    assert "not exact" in page_of(run)[1].text
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["optim"]["rollout_precision"] = "int8"
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    text = page_of(run)[1].text
+    assert "rounding of int8" in text and "not exact" not in text
+
+
 def test_videos_beyond_the_limit_are_counted(run, monkeypatch):
     monkeypatch.setattr("kvpo.report.page.VIDEO_BUDGET", 20_000)
     text, page = page_of(run)

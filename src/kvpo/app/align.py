@@ -22,6 +22,7 @@ from kvpo.config_checks import ConfigurationError, check
 from kvpo.files import local_path, read_json
 from kvpo.method.diagnostics import meanings
 from kvpo.method.methods import METHODS
+from kvpo.models.quantised import check_rollouts
 from kvpo.progress import progress_bars
 from kvpo.report.headline import final_headline
 from kvpo.report.null_runs import read_null
@@ -126,6 +127,7 @@ def train(
     with ExitStack() as stack:
         show = stack.enter_context(progress_bars(shown=ranks.main))
         with ranks.together("loading the generator and the rewards"):
+            check_rollouts(config.optim.rollout_precision, config.device, config.model)
             trainer = build(config, ranks)
         setup = trainer.setup
         # First of all, since the checkpoint may be refused.

@@ -27,6 +27,7 @@ from kvpo.app.configuration import PLACES_OF_A_RUN, flat, preset, settings
 from kvpo.app.named_rewards import reach_servers
 from kvpo.config import Config
 from kvpo.models.hub import resolve_location, split_entry
+from kvpo.models.quantised import check_rollouts
 from kvpo.training.device import GB, computing
 from kvpo.training.ranks import Ranks, joined_ranks
 from kvpo.training.trainer import Trainer
@@ -158,7 +159,8 @@ def _driver() -> str:
 
 
 def precision(config: Config) -> list[Finding]:
-    """Matrix products in bfloat16, and the attention kernels that take it."""
+    """Matrix products in bfloat16, the attention kernels that take it, and the products of rollouts."""
+    check_rollouts(config.optim.rollout_precision, config.device, config.model)
     if torch.device(config.device).type != "cuda":
         # In a process of its own: processors that advertise what they trap on would end this one.
         done = subprocess.run([sys.executable, "-c", BFLOAT16], capture_output=True, timeout=120)

@@ -1,7 +1,7 @@
 """A streaming generator as the engine sees it: a velocity model, its deployment context and its solver."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import astuple, dataclass, replace
 from typing import Any, Protocol
@@ -143,6 +143,8 @@ class StreamingGenerator:
     sigmas_first: tuple[float, ...] = ()
     """Noise levels of the solver in a video's first block; empty: ``sigmas``."""
     page_dtype: torch.dtype = torch.float32
+    exploring: Callable[[], AbstractContextManager[None]] = nullcontext
+    """Inside it, where no weight may change, the transformer has the precision of training's rollouts."""
 
     def __post_init__(self) -> None:
         self.deployment.check()

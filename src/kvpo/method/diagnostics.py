@@ -34,6 +34,10 @@ UPDATE_METRICS = {
     "advantage_mean": Metric("Mean advantage of the trained branches; 0 where they are centred."),
     "advantage_std": Metric("Spread of the advantages of the trained branches within a group (ddof 0)."),
     "withheld_fraction": Metric("Share of branches whose positive advantage selective fusion took away."),
+    "rollout_gap": Metric(
+        "Squared difference of the anchors' velocities between quantised rollout and replay, as a share of "
+        "that between branches and anchor; only where rollouts are quantised."
+    ),
     "learning_rate": Metric("Learning rate of the update, constant after its warm-up."),
     "idle_updates": Metric("Updates in a row in which nothing was learned."),
     "forks": Metric("How many groups forked at which frame."),
@@ -83,7 +87,7 @@ def update_metrics(
     of_method: Mapping[str, Metric], trained: Sequence[Metrics], groups: Sequence[Metrics]
 ) -> Metrics:
     """Summarise an update: ``groups`` are all of its groups, ``trained`` those trained on (nan if none)."""
-    numbers = {name: _mean([group[name] for group in groups]) for name in GROUP_METRICS}
+    numbers = {name: _mean([group[name] for group in groups]) for name in groups[0]}
     for name, metric in of_method.items():
         values = [found[name] for found in trained]
         numbers[name] = max(values, default=float("nan")) if metric.largest else _mean(values)

@@ -88,7 +88,7 @@ class AdaptedLinear(Linear):
             return super().forward(x, *args, **kwargs)
         base, name = cast(nn.Linear, self.base_layer), self.active_adapters[0]
         if torch.is_grad_enabled():
-            a, b = self._halves()
+            a, b = self._halves(base.weight.dtype)
             if x.requires_grad or a.requires_grad:
                 product = _AdaptedProduct.apply(x, self.held, base, a, b, self.scaling[name])  # type: ignore[no-untyped-call]
                 return cast(Tensor, product)
@@ -100,14 +100,14 @@ class AdaptedLinear(Linear):
         return not narrow and not isinstance(half, DTensor)
 
     @torch.no_grad()
-    def summed(self) -> Tensor:
-        """The weight and the active adapter in one."""
-        weight, (a, b) = cast(nn.Linear, self.base_layer).weight, self._halves()
-        return _merged(weight, a, b, self.scaling[self.active_adapters[0]])
+    def summed(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The weight and the active adapter in one; ``dtype`` is by default the weight's own."""
+        weight = cast(nn.Linear, self.base_layer).weight.to(dtype)
+        return _merged(weight, *self._halves(weight.dtype), self.scaling[self.active_adapters[0]])
 
-    def _halves(self) -> tuple[Tensor, Tensor]:
-        """A and B of the active adapter in the precision of the weight."""
-        name, dtype = self.active_adapters[0], cast(nn.Linear, self.base_layer).weight.dtype
+    def _halves(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """A and B of the active adapter."""
+        name = self.active_adapters[0]
         a, b = (cast(nn.Linear, half[name]).weight.to(dtype) for half in (self.lora_A, self.lora_B))
         return a, b
 

@@ -56,6 +56,8 @@ class Parameters:
     """True if a copy of the starting policy is kept: all of it, or a continued adapter."""
     summed: int = 0
     """Bytes of the weights with the adapter in them, which a block holds where that is done."""
+    quantised: int = 0
+    """Bytes of a rollout's own weights, unless it holds them in the place of those sums, which are larger."""
 
     @property
     def weights(self) -> int:
@@ -105,8 +107,11 @@ def parameters_of(config: Config, model: CausalWan, frozen_size: int) -> Paramet
     summed = 0
     if adapted and optim.autocast == "none":
         summed = 4 * sum(layer.weight.numel() for layer in layers)
+    quantised = 0
+    if optim.rollout_precision != "same" and not summed:
+        quantised = sum(layer.weight.numel() + 4 * layer.out_features for layer in layers)
     continued = bool(config.backbone.lora) and config.backbone.lora_start == "continue"
-    return Parameters(count, trained, frozen_size, adapted, continued or not adapted, summed)
+    return Parameters(count, trained, frozen_size, adapted, continued or not adapted, summed, quantised)
 
 
 @dataclass(frozen=True)

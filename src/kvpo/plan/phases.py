@@ -258,6 +258,7 @@ def _collecting(run: _Run) -> list[Phase]:
     meanwhile = exploring if groups * optim.rollouts_per_refresh > 1 else 0.0
     visited = trajectory_bytes(run.groups, run.replays)
     stored = run.kept | {"trajectories": optim.rollouts_per_refresh * visited}
+    stored |= {"quantised weights": run.parameters.quantised}
     tail = exploration.blocks + exploration.tail_blocks
     decoded = groups * (members * tail * block + run.fork)
     seconds = sum(rates.seconds(work) for work in _explored(run, costs))

@@ -50,6 +50,8 @@ def checks(run: RunRecord) -> str:
         return '<p class="missing">Exactness checks are in summary.json, which has not been written yet.</p>'
     checked = run.summary.get("checked") if run.summary else None
     tolerance = number(numbers(checked).get("ratio_tolerance")) or 0.0
+    optim = run.config.get("optim")
+    precision = optim.get("rollout_precision", "same") if isinstance(optim, dict) else "same"
     rows = []
     for key in [*CHECKS, *(key for key in found if key not in CHECKS)]:
         name, meaning = CHECKS.get(key, (title_of(key), ""))
@@ -61,6 +63,8 @@ def checks(run: RunRecord) -> str:
             tone, word = ("good", "exact") if value == 0 else ("bad", "not exact")
             if value and within:
                 tone, word = "good", f"exact to {compact(tolerance)}"
+            elif value and key == "anchor_energy_at_old" and precision != "same":
+                tone, word = "neutral", f"rounding of {escape(precision)}"
         rows.append(
             f'<tr><th>{escape(name)}<span class="soft">{escape(meaning)}</span></th>'
             f'<td>{compact(value)}</td><td><span class="badge {tone}">{word}</span></td></tr>'

@@ -70,7 +70,8 @@ def first_ratio_max_deviation(trainer: Trainer) -> float | None:
     planned = replace(planned, prompts=planned.prompts[:2], forks=forks)
     texts, tape = setup.backbone.texts(planned.prompts), setup.backbone.tape("training")
     explorer = EXPLORERS[config.exploration.explorer]
-    rollout = roll_out(setup.generator, planned, texts, tape, (config.seed, 0), explorer=explorer)
+    with setup.generator.exploring():
+        rollout = roll_out(setup.generator, planned, texts, tape, (config.seed, 0), explorer=explorer)
     deviation = 0.0
     for group in rollout.groups:
         draws = torch.Generator().manual_seed(0)
@@ -106,14 +107,16 @@ def _grown(setup: Setup, prompts: Sequence[VideoPrompt], fork: Fork) -> Rollout:
 def anchor_energy_at_old(setup: Setup, prompts: Sequence[VideoPrompt]) -> float:
     """Largest residual of anchors against the policy that made them, at any solver step: exactly 0.
 
+    Where rollouts are quantised it is what that rounds, since the replay is not.
     The replay's velocities are compared with those that the rollout stored, step by step in a batch with the
     rows of the rollout's batch, so that both sum in the same order.
     """
     generator, fork = setup.generator, shared_fork(setup, prompts)
-    rollout = _grown(setup, prompts, fork)
     members = [Member(index) for index in range(len(prompts))]
-    ran = rollout.run(members)
-    groups = [rollout.group_of([member], ran) for member in members]
+    with generator.exploring():
+        rollout = _grown(setup, prompts, fork)
+        ran = rollout.run(members)
+        groups = [rollout.group_of([member], ran) for member in members]
     rows = [member_row(group, 0) for group in groups]
     energy = 0.0
     with torch.no_grad(), replay_context(generator, rows) as replay:
@@ -132,16 +135,17 @@ def default_route_max_difference(setup: Setup, prompts: Sequence[VideoPrompt]) -
     """Largest difference between unrouted generation and a route that names the most recent frames: 0."""
     fork = shared_fork(setup, prompts)
     fork = replace(fork, exploration=replace(fork.exploration, blocks=1))
-    rollout = _grown(setup, prompts, fork)
     past, first = setup.generator.deployment.local_past, setup.generator.deployment.sink
     if past is not None:
         first = max(first, fork.frame - past)
     frames = range(first, fork.frame - fork.exploration.recent)
     every = range(len(prompts))
     routed = [Member(n, routes=(tuple(RoutedFrame(n, frame) for frame in frames),)) for n in every]
-    expected = list(rollout.run([Member(n) for n in every]))
+    with setup.generator.exploring():
+        rollout = _grown(setup, prompts, fork)
+        expected, found = (list(rollout.run(own)) for own in ([Member(n) for n in every], routed))
     difference = 0.0
-    for one, other in zip(expected, rollout.run(routed), strict=True):
+    for one, other in zip(expected, found, strict=True):
         pairs = zip(vars(one).values(), vars(other).values(), strict=True)
         difference = max(difference, *(float((a - b).abs().max()) for a, b in pairs))
     rollout.release()

@@ -12,8 +12,10 @@ from torch import Tensor
 from kvpo.engine.background import Submit, in_background
 from kvpo.engine.explorers import EXPLORERS
 from kvpo.engine.forks import draw_forks
+from kvpo.engine.generator import StreamingGenerator
 from kvpo.engine.noise import keyed_generator
 from kvpo.engine.pages import PlannedRollout, cache_pages
+from kvpo.engine.replay import member_row, replay_context, replay_velocities
 from kvpo.engine.rollout import Group, Rollout, roll_out
 from kvpo.engine.scoring import Scores, score_group
 from kvpo.method.advantage import GLOBAL_WEIGHT
@@ -31,6 +33,9 @@ from kvpo.training.gradients import (
 )
 from kvpo.training.ranks import ONE_TEAM, Ranks, Teams
 from kvpo.training.setup import Setup
+
+LARGEST_GAP = 0.1
+"""Policy gap from which a run stops: a tenth of what tells a branch from its anchor would be rounding."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +112,7 @@ def explore(
     planned = [replace(one, share=teams.peers.share(one.turns(teams.count))) for one in whole]
     cache = setup.generator.new_cache(cache_pages(setup.generator, planned))
     with team.together(doing), in_background() as submit:
-        with setup.ranks.clock("rollout"):
+        with setup.ranks.clock("rollout"), setup.generator.exploring():
             generated = [
                 generate_rollout(setup, update, rollout, submit, cache, team)
                 for update, rollout in zip(updates, planned, strict=True)
@@ -151,7 +156,38 @@ def found_in(setup: Setup, group: Group, score: Scores) -> Metrics:
     objective = setup.config.objective
     totals = score.totals(setup.judges.weights_K, GLOBAL_WEIGHT)
     of_anchor = objective.advantages == "anchor"
-    return group_metrics(totals, group.trajectories.clean_MPFCHW, relative_to_anchor=of_anchor)
+    found = group_metrics(totals, group.trajectories.clean_MPFCHW, relative_to_anchor=of_anchor)
+    if setup.config.optim.rollout_precision == "same":
+        return found
+    with setup.ranks.clock("replay"):
+        return found | {"rollout_gap": policy_gap(setup.generator, group)}
+
+
+@torch.no_grad()
+def policy_gap(generator: StreamingGenerator, group: Group) -> float:
+    """Squared difference between an anchor's velocities as generated and as replayed, without gradients.
+
+    As a share of that between the branches' velocities and the anchor's; 0 but for rounding where a rollout
+    has the replay's precision and policy.
+    """
+    velocities_MPSFCHW, anchor = group.trajectories.velocities_MPSFCHW, group.trajectories.anchor
+    row = member_row(group, anchor)
+    with replay_context(generator, [row]) as replay:
+        blocks = [replay_velocities(generator, [row], replay, range(n, n + 1)) for n in range(group.blocks)]
+    own_PSFCHW = velocities_MPSFCHW[anchor]
+    energy = (torch.cat(blocks, 1)[0] - own_PSFCHW).square().mean()
+    return float(energy / (velocities_MPSFCHW[:anchor] - own_PSFCHW).square().mean())
+
+
+def demand_small_gap(setup: Setup, found: Sequence[Metrics]) -> None:
+    """Raise ValueError where quantised rollouts are too far from the policy that is trained."""
+    gaps = [metrics["rollout_gap"] for metrics in found if "rollout_gap" in metrics]
+    gap = sum(gaps) / max(1, len(gaps))
+    if not gap <= LARGEST_GAP:
+        raise ValueError(
+            f"optim.rollout_precision: {setup.config.optim.rollout_precision} has a policy gap of {gap:.2g}, "
+            f"more than {LARGEST_GAP:g}: start again with same, or with int8, which rounds less than fp8"
+        )
 
 
 def lessons_of(
@@ -184,6 +220,7 @@ def collect(setup: Setup, learner: Learner, updates: range) -> list[Collected]:
         ]
     first = ranks.gather(own if teams.team.main else [[] for _ in own], doing)
     by_update = [sorted(sum(shares, []), key=itemgetter(0)) for shares in zip(*first, strict=True)]
+    demand_small_gap(setup, [metrics for seen in by_update for _, _, metrics in seen])
     every = [score for seen in by_update for _, score, _ in seen]
     scale = collection_scale(every, setup.blend())
     collected = []

@@ -1,7 +1,9 @@
 """A source of generators, and the parts that every source needs."""
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -15,6 +17,7 @@ from kvpo.method.flow import STEPS, few_step_sigmas
 from kvpo.models.adapters import leave_casts_to_autocast
 from kvpo.models.cache import PageShape
 from kvpo.models.causal_wan import CausalWan
+from kvpo.models.quantised import quantised_layers
 from kvpo.plan.phases import Surroundings
 from kvpo.prompts import VideoPrompt
 from kvpo.training.backbone import Backbone, Weights
@@ -84,6 +87,7 @@ def streaming_generator(config: Config, transformer: CausalWan) -> StreamingGene
     stream, shape = config.stream, transformer.shape
     first = few_step_sigmas(stream.schedule_first, stream.shift).tolist() if stream.schedule_first else ()
     autocast = None if config.optim.autocast == "none" else torch.bfloat16
+    precision = config.optim.rollout_precision
     if autocast is not None:
         leave_casts_to_autocast(transformer)
     return StreamingGenerator(
@@ -97,6 +101,7 @@ def streaming_generator(config: Config, transformer: CausalWan) -> StreamingGene
         device=config.device,
         autocast=autocast,
         page_dtype=autocast or torch.float32,
+        exploring=nullcontext if precision == "same" else partial(quantised_layers, transformer, precision),
     )
 
 

@@ -1,0 +1,97 @@
+"""Layers whose products have 8 bits, for rollouts; they hold copies of weights, and those that train stay."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from kvpo.models.adapters import LORA_TARGETS, AdaptedLinear
+from kvpo.models.settings import WanShape, require
+
+EIGHT_BITS = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
+
+
+@cache
+def largest(dtype: torch.dtype, device: torch.device) -> float:
+    """Number that the largest element of a row is rounded to.
+
+    Processors without VNNI add two products of 8 bits in 16, where only half the range cannot overflow.
+    """
+    if dtype != torch.int8:
+        return torch.finfo(dtype).max
+    full = torch.full((32, 32), 127, dtype=dtype, device=device)
+    return 127.0 if int(torch._int_mm(full, full.t())[0, 0]) == 32 * 127**2 else 63.0
+
+
+def rounded(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Rows ``[R, K]`` in 8 bits, and the float32 factors ``[R, 1]`` that undo their scaling."""
+    most = largest(dtype, x.device)
+    scale = x.abs().amax(-1, keepdim=True).float().div_(most).clamp_min_(torch.finfo(torch.float32).tiny)
+    scaled = (x / scale).clamp_(-most, most)
+    return (scaled if dtype.is_floating_point else scaled.round_()).to(dtype), scale
+
+
+class QuantisedLinear(nn.Module):
+    """A linear layer with a copy of the weight of another one, its active adapter added, in 8 bits.
+
+    Every output has a scale of its own and so, as it comes, has every token.
+    """
+
+    def __init__(self, layer: nn.Linear | AdaptedLinear, precision: str) -> None:
+        super().__init__()
+        base, weight = layer, None
+        if isinstance(layer, AdaptedLinear):
+            base = cast(nn.Linear, layer.base_layer)
+            weight = None if layer.disable_adapters else layer.summed(torch.float32)
+        self.in_features, self.out_features = layer.in_features, layer.out_features
+        given = base.weight.detach() if weight is None else weight
+        self.weight_OI, self.scale_O1 = rounded(given, EIGHT_BITS[precision])
+        self.bias = cast(nn.Linear, base).bias
+
+    @torch.no_grad()
+    def forward(self, x: Tensor) -> Tensor:
+        kind = x.device.type
+        wide = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        rows_RI, scale_R1 = rounded(x.flatten(0, -2), self.weight_OI.dtype)
+        scale_1O, weight_IO = self.scale_O1.t(), self.weight_OI.t()
+        if self.weight_OI.dtype == torch.int8:
+            y_RO = torch._int_mm(rows_RI, weight_IO) * scale_R1
+            y_RO = y_RO.mul_(scale_1O) if self.bias is None else torch.addcmul(self.bias, y_RO, scale_1O)
+        else:  # GPUs multiply with a scale per row into bfloat16 only
+            bias, out = self.bias if self.bias is None else self.bias.to(torch.bfloat16), torch.bfloat16
+            y_RO = torch._scaled_mm(
+                rows_RI, weight_IO, scale_R1, scale_1O, bias, out_dtype=out, use_fast_accum=True
+            )
+        return y_RO.to(wide).unflatten(0, x.shape[:-1])
+
+
+def check_rollouts(precision: str, device: torch.device | str, shape: WanShape) -> None:
+    """Raise ValueError where a device cannot multiply a model's numbers in a precision of rollouts."""
+    if precision == "same":
+        return
+    try:
+        layer = nn.utils.skip_init(nn.Linear, shape.dim, shape.ffn_dim, device=device)
+        QuantisedLinear(layer, precision)(torch.ones(shape.text_len, shape.dim, device=device))
+    except RuntimeError as error:
+        found = f"{precision} on {device} ({str(error).splitlines()[0].removesuffix('.')})"
+        require(False, "optim.rollout_precision", found, "same, or other 8 bits")
+
+
+@contextmanager
+def quantised_layers(model: nn.Module, precision: str) -> Iterator[None]:
+    """Inside, where no weight may change, the layers of a model's blocks are ``QuantisedLinear``.
+
+    They are those that adapters are for; what surrounds the blocks keeps its precision.
+    """
+    ends = tuple(f".{end}" for end in LORA_TARGETS)
+    layers = {name: layer for name, layer in model.named_modules() if f".{name}".endswith(ends)}
+    try:
+        for name, layer in layers.items():
+            model.set_submodule(name, QuantisedLinear(cast(nn.Linear, layer), precision))
+        yield
+    finally:
+        for name, layer in layers.items():
+            model.set_submodule(name, layer)
