@@ -173,9 +173,14 @@ def test_null_runs_of_other_settings_are_refused(tmp_path):
     config = {"preset": "mine", "seed": 0, "optim": {"updates": 40, "lr": 0.001}}
     path = null_file(tmp_path / "null.json")
     assert read_null(path, config) == {"short": [0.0, 0.01], "long": [0.0, -0.01]}
+    newer = config | {"optim": {**config["optim"], "autocast": "none"}}  # a setting that those runs had not
+    assert read_null(path, newer) == read_null(path, config)
+    newer["optim"]["autocast"] = "bfloat16"
+    with pytest.raises(ValueError, match="have optim.autocast none, this one bfloat16"):
+        read_null(path, newer)
     with pytest.raises(ValueError, match=r"null.json have optim.updates 40, this one 20: gains of other"):
         read_null(path, config | {"optim": {"updates": 20, "lr": 0.001}})
-    with pytest.raises(ValueError, match=r"have method nft, this one None"):
+    with pytest.raises(ValueError, match=r"have method nft, this one kvpo"):
         read_null(null_file(path, method="nft"), config)
     for broken in ({}, {"runs": []}, {"settings": {}, "runs": [{"short": 0.1}, {"long": 0.1}]}, []):
         path.write_text(json.dumps(broken))

@@ -5,10 +5,12 @@ set}]}.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+from kvpo.config import Config
 from kvpo.files import read_json
 from kvpo.report.formatting import fixed, numbers, signed
 from kvpo.report.record import Entry
@@ -32,7 +34,8 @@ def read_null(path: Path, config: Entry) -> dict[str, list[float]]:
         raise ValueError(
             f"--null: {path} holds no gains of null runs; benchmarks/seeds.py --null writes such"
         )
-    theirs, ours = comparable(settings), comparable(config)
+    # A setting that was not there yet did what it does by default now.
+    theirs, ours = (comparable(asdict(Config())) | comparable(own) for own in (settings, config))
     if different := [name for name in theirs.keys() | ours.keys() if theirs.get(name) != ours.get(name)]:
         name = min(different)
         raise ValueError(
