@@ -144,7 +144,7 @@ def test_runs_start_from_what_their_method_needs():
         "cm-grpo": {"stream.step_rule": "renoise", "objective.clip": (0.2, 0.2)},
         "nft": {"objective.velocity_kl": 0.1},
         "rvm": {"objective.velocity_kl": 0.1},
-        "self-distill": {"exploration.donor": 0, "objective.velocity_kl": 0.1},
+        "self-distill": {"exploration.donor": 0},
     }
 
 

@@ -75,8 +75,8 @@ class CmGrpoSettings(OwnSettings):
 
 
 MATCHING_KL = 0.1
-"""Velocity KL of methods whose loss is itself a squared distance of velocities. A policy over branches
-divides energies by a temperature of about a hundredth of them: its weight would hold these in place."""
+"""Velocity KL of rewarded methods whose loss is itself a squared distance of velocities. Policies over
+branches divide energies by a temperature of about a hundredth of them: theirs would hold these in place."""
 
 
 @dataclass(frozen=True)
@@ -108,4 +108,4 @@ class SelfDistillSettings(OwnSettings):
     """Self-distillation: the anchor's velocities toward those under the branches' routes, no reward."""
 
     EXPLORERS = ("routes",)
-    STARTS_FROM = {"exploration.donor": 0, "objective.velocity_kl": MATCHING_KL}
+    STARTS_FROM = {"exploration.donor": 0}
