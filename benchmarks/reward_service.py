@@ -32,6 +32,7 @@ from kvpo.rewards.protocol import Scorer
 from kvpo.rewards.service.client import RemoteScorer
 from kvpo.rewards.service.messages import eight_bit
 from kvpo.training.collection import generate_rollout, plan_rollout
+from kvpo.training.ranks import ALONE
 
 SECONDS = "KVPO_BENCHMARK_CLIP_SECONDS"
 """Environment variable: what a clip costs in `paced`."""
@@ -176,7 +177,7 @@ class Rollouts:
     def generated(self, submit: Callable[[Callable[[], Any]], Future[Any]]) -> Any:
         """Generate, hand every group to ``submit``, wait for the scores, let go of the pages."""
         cache = self.setup.generator.new_cache(cache_pages(self.setup.generator, [self.planned]))
-        rollout, pending = generate_rollout(self.setup, 0, self.planned, submit, cache)
+        rollout, pending = generate_rollout(self.setup, 0, self.planned, submit, cache, ALONE)
         scores = [future.result() for future in pending]
         rollout.release()
         return scores

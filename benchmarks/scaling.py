@@ -82,7 +82,7 @@ def rank(index: int, count: int, port: int, changes: dict[str, Any], steps: int,
     """One process of a measurement."""
     torch.set_num_threads(1)
     store = dist.TCPStore("127.0.0.1", port, count, is_master=index == 0)
-    with joined_ranks("cpu", store=store, rank=index, world_size=count) as ranks:
+    with joined_ranks("cpu", rendezvous=(store, index, count)) as ranks:
         every = ranks.gather(updates(ranks, changes, steps), "collecting")
     if index == 0:
         found.put(every)

@@ -84,7 +84,8 @@ def end_to_end(name: str, segments: int, out: Path, monkeypatch: pytest.MonkeyPa
     interrupted_and_resumed(flags, out / "run", monkeypatch)
     assert_same(saved(out / "run"), uninterrupted(tiny_wan(name, out, segments=segments, **changes)))
 
-    run("generate", "--run", out / "run", "--out", out / "videos")
+    latest = ("--checkpoint", "latest")  # the best one may be the base, where no validation beats it
+    run("generate", "--run", out / "run", *latest, "--out", out / "videos")
     made = videos(out / "videos")
     base = {key.removesuffix("-base"): value for key, value in made.items() if key.endswith("-base")}
     aligned = {key.removesuffix("-aligned"): made[f"{key.removesuffix('-aligned')}-aligned"] for key in base}
@@ -110,7 +111,7 @@ def end_to_end(name: str, segments: int, out: Path, monkeypatch: pytest.MonkeyPa
         assert main(["export", str(out / "run"), "--out", str(out / "refused")]) == 2
     (out / "vae").rename(out / "not needed")
     for layout in (*adapters, *targets):
-        run("export", out / "run", "--layout", layout, "--out", out / targets.get(layout, layout))
+        run("export", out / "run", *latest, "--layout", layout, "--out", out / targets.get(layout, layout))
     (out / "not needed").rename(out / "vae")
     for layout in adapters:
         run(
@@ -235,5 +236,7 @@ def test_compiled_layers_train_alike(tmp_path: Path) -> None:
     (latents, plain), (compiled_latents, found) = results
     assert (compiled_latents - latents).abs().max() <= 1e-5
     assert found["ratio_deviation"] == 0 and found["velocity_kl"] < 1e-10
-    for name in ("reward_mean", "branch_distance", "energy_mean", "energy_std", "temperature", "entropy"):
+    for name in ("reward_mean", "branch_distance", "energy_mean", "entropy"):
         assert found[name] == pytest.approx(plain[name], rel=1e-4), name
+    for name in ("energy_std", "temperature"):  # a difference of energies has their rounding
+        assert found[name] == pytest.approx(plain[name], abs=1e-5 * plain["energy_mean"]), name

@@ -232,7 +232,7 @@ def test_threads_beside_a_busy_process(tiny_base, tmp_path, capsys):
     words = [
         word
         for path, value in settings.items()
-        for word in (f"--{path}", json.dumps(value) if isinstance(value, int | float | tuple) else value)
+        for word in (f"--{path}", value if isinstance(value, str) else json.dumps(value))
     ]
     out = tmp_path / "threads.json"
     arms = ["--busy", "0", "1", "--threads", "1", "2", "--waiting", "PASSIVE"]
