@@ -49,13 +49,13 @@ class MetricsLog:
                 file.write(json.dumps(record, allow_nan=False) + "\n")
             for name, value in found.items():
                 self._writer.add_scalar(name, value, update)
+            for tracker in self._trackers:
+                tracker.write(update, found)
         except BaseException as error:  # a line is there only if all of this has succeeded
             os.truncate(self._path, size)
             if isinstance(error, OSError):
                 raise storage_error(self._path, error) from error
             raise
-        for tracker in self._trackers:
-            tracker.write(update, found)
 
     def close(self) -> None:
         """Flush and close the trackers."""
