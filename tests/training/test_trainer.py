@@ -296,6 +296,16 @@ def test_a_reward_that_fails_costs_no_update(tiny_base: Path, tmp_path: Path) ->
     assert [record["update"] for record in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2]
 
 
+def test_a_run_under_a_budget_shows_how_much_of_it_is_spent(tiny_base: Path, tmp_path: Path) -> None:
+    setup = toy_setup(tiny_config(tiny_base, optim__updates=10_000))
+    trainer = Trainer(replace(setup, validation={}))
+    shown: list[tuple[Any, ...]] = []
+    show = lambda *numbers: shown.append(numbers[:3])  # noqa: E731
+    run = Run(trainer.setup, trainer, tmp_path, None, show, {}, budget_cpu_s=1e-3)
+    assert run.train(lambda: False) and trainer.update == 1
+    assert shown[-1] == ("aligning (CPU-seconds)", min(int(run.cpu_s), 1), 1)
+
+
 @dataclass(frozen=True)
 class ShortClips:
     """Two-act videos with fewer frames in some updates."""

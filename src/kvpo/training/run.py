@@ -1,6 +1,7 @@
 """A run from its first update to its last: metrics, validation, checkpoints, clean stops, exact resumes."""
 
 import logging
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -163,7 +164,11 @@ class Run:
         numbers["phases"] = phases_of(spent, numbers["seconds"], samples)
         numbers |= peak(device)
         self._write({"kind": "update", **numbers}, self._note_update)
-        self.progress("aligning", trainer.update, self.updates, numbers)
+        if self.budget_cpu_s is None:
+            self.progress("aligning", trainer.update, self.updates, numbers)
+        else:  # which of them is the last is not known
+            total = math.ceil(self.budget_cpu_s)
+            self.progress("aligning (CPU-seconds)", min(int(self.cpu_s), total), total, numbers)
 
     def _write(self, numbers: Mapping[str, Any], note: Callable[[], None]) -> None:
         """Append a line to the metrics and at once ``note`` that it is there: checkpoints agree with it."""

@@ -174,7 +174,7 @@ def compare_methods(
     plan = pieces(comparison)  # every setting is checked before anything is trained
     _claim(comparison)
     while left := [piece for piece in plan if not comparison.result_file(piece.name).exists()]:
-        if not any(_done(comparison, piece, len(plan) - len(left)) for piece in left):
+        if not any(_done(comparison, piece, f"{len(plan) - len(left)} of {len(plan)}") for piece in left):
             time.sleep(1)  # another process has the rest
     summary = summarise(comparison, [f"{kind}-{n}" for kind, n in FLOORS])
     text = json.dumps(finite(summary), indent=1, allow_nan=False) + "\n"
@@ -218,7 +218,7 @@ def _claim(comparison: MethodComparison) -> None:
         )
 
 
-def _done(comparison: MethodComparison, piece: Piece, before: int) -> bool:
+def _done(comparison: MethodComparison, piece: Piece, before: str) -> bool:
     """Make a piece; False where it has to wait for others, or another process has it.
 
     Raises KeyboardInterrupt if a signal stopped it.
@@ -229,7 +229,7 @@ def _done(comparison: MethodComparison, piece: Piece, before: int) -> bool:
     try:
         with FileLock(target.with_suffix(".lock"), timeout=0):
             if not target.exists():
-                logger.info("%s (%d pieces are done)", piece.name, before)
+                logger.info("%s (%s pieces are done)", piece.name, before)
                 result = piece.make()
                 if result is None:
                     raise KeyboardInterrupt(f"the same command goes on with {comparison.out}")
