@@ -139,16 +139,20 @@ def drift(numbers: Mapping[str, Any]) -> str:
 
 
 def methods(numbers: Mapping[str, Any]) -> str:
-    """Gains of methods under one budget, and their share of what the best of 8 videos gains."""
+    """Gains of arms under one budget, and their share of what the best of 8 videos gains."""
     rows = []
-    for method, found in numbers["methods"].items():
-        for name in ("short", "long", "beyond"):
-            own, p = found[name], found[name]["p_against_kvpo"]
-            every = ", ".join(f"{gain:+.3f}" for gain in own["gains"])
-            closed, against = f"{own['gap_closed']:.0%}", "" if p is None else f"{p:.2f}"
-            unseen = f"{fmean(own['unseen']):+.3f}"
-            rows.append((method, name, f"{own['mean']:+.3f}", every, unseen, closed, against))
-    columns = ("method", "set", "gain", "each run", "unseen scorer", "gap closed", "p against kvpo")
+    for arm, found in numbers["methods"].items():
+        sets = [found[name] for name in ("short", "long", "beyond")]
+        gains = [seeds.spread(own["gains"], 3) for own in sets]
+        against = ["" if own["p_against_kvpo"] is None else f"{own['p_against_kvpo']:.3f}" for own in sets]
+        unseen = " / ".join(f"{fmean(own['unseen']):+.3f}" for own in sets)
+        closed = " / ".join(f"{own['gap_closed']:.0%}" for own in sets[:2])
+        apart = [cell for pair in zip(gains[:2], against[:2], strict=True) for cell in pair]
+        rows.append((arm, round(fmean(found["updates"])), *apart, gains[2], unseen, closed))
+    columns = (
+        "arm", "updates", "short", "p", "long", "p", "beyond", "unseen scorer, all three",
+        "gap closed, short / long",
+    )  # fmt: skip
     return table(columns, rows)
 
 

@@ -49,6 +49,13 @@ def compare_arguments(parser: ArgumentParser) -> None:
         metavar="INT",
         help="trials that tune each method before, at half the budget; 0: none (default: 6)",
     )
+    parser.add_argument(
+        "--split",
+        choices=("final", "validation"),
+        default="final",
+        help="prompts that runs are measured on: final, which nothing else uses, or validation, to choose "
+        "among arms without spending those (default: final)",
+    )
 
 
 def compare_command(arguments: Namespace) -> None:
@@ -65,5 +72,6 @@ def compare_command(arguments: Namespace) -> None:
         seeds=arguments.seeds,
         budget_cpu_s=arguments.budget,
         trials=arguments.trials,
+        split=arguments.split,
     )
     print(arguments.out / "summary.json")

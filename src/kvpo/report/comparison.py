@@ -247,11 +247,15 @@ def _facts(summary: Entry) -> str:
         f"Each method had up to {count} trials on validation prompts, at half that budget and under a seed "
         "that no run shown here has; the best one's settings were used."
     )
+    tested = {
+        "final": "prompts and a tape that nothing else uses",
+        "validation": "validation prompts, to choose among arms",
+    }[summary["split"]]
     facts = (
         f"Every run trains for {summary['budget_cpu_s']:g} CPU-seconds of its process with one thread; "
         f"evaluation does not count. {tuned if count else 'No method was tuned.'} Then every arm was trained "
         f"afresh under seed(s) {seeds}, with the same prompts, forks and noise, and tested once as it stood "
-        "at the end, on prompts and a tape that nothing else uses. p is the larger of two: of relabelled "
+        f"at the end, on {tested}. p is the larger of two: of relabelled "
         "runs, and of flipped signs of the prompts' differences."
     )
     return (

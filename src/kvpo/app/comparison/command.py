@@ -22,9 +22,9 @@ from kvpo.app.align import train
 from kvpo.app.build import build_setup
 from kvpo.app.comparison.arms import TRIAL_SEED, TrainingArm, configured
 from kvpo.app.comparison.measuring import (
+    MEASURED,
     base_policy,
     floor_line,
-    on_final_prompts,
     on_validation_prompts,
     trained,
     trainer_of,
@@ -61,6 +61,7 @@ class Piece:
 def pieces(comparison: MethodComparison) -> list[Piece]:
     """All of the work, in the order in which it is best done: seed by seed, all arms beside each other."""
     found: dict[str, Piece] = {}
+    measure = MEASURED[comparison.split]
     finals: list[Piece] = []
 
     def base(config: Config, purpose: str, measure: Callable[..., Any]) -> str:
@@ -77,14 +78,16 @@ def pieces(comparison: MethodComparison) -> list[Piece]:
     for seed in range(comparison.seeds):
         for arm in comparison.arms:
             untuned = configured(comparison.start, arm, {}, seed)
-            base(untuned, "final", on_final_prompts)
+            base(untuned, comparison.split, measure)
             name, tried = f"run-{arm.name}-{seed}", range(len(comparison.trials_of(arm.method)))
             needs = tuple(f"trial-{arm.method}-{n}" for n in tried)
             finals.append(
                 Piece(name, partial(_run, comparison, name, arm, comparison.start.seed + seed), needs)
             )
-    floors = [Piece(f"{kind}-{n}", partial(_floor, comparison.start, kind, n)) for kind, n in FLOORS]
-    base(comparison.start, "final", on_final_prompts)
+    floors = [
+        Piece(f"{kind}-{n}", partial(_floor, comparison.start, kind, n)) for kind, n in _floors(comparison)
+    ]
+    base(comparison.start, comparison.split, measure)
     return [*found.values(), *finals, *floors]
 
 
@@ -102,13 +105,15 @@ def _trial(
     if result is None:
         return None
     before = comparison.result(base)["results"]
-    gains = [_mean(after) - _mean(before[name]) for name, after in result["results"].items()]
+    gains = [
+        _mean(after["totals"]) - _mean(before[name]["totals"]) for name, after in result["results"].items()
+    ]
     return {**result, **settings, "gain": _mean(gains)}
 
 
 def _run(comparison: MethodComparison, name: str, arm: TrainingArm, seed: int) -> dict[str, Any] | None:
     config = configured(comparison.start, arm, comparison.tuned(arm.method), seed)
-    result = _trained(comparison, name, arm, config, comparison.budget_cpu_s, on_final_prompts)
+    result = _trained(comparison, name, arm, config, comparison.budget_cpu_s, MEASURED[comparison.split])
     base = comparison.base_of(config)
     return result and result | {"base": base, "settings": changed_settings(comparison.start, config)}
 
@@ -150,6 +155,11 @@ def _floor(config: Config, kind: str, count: int) -> dict[str, Any]:
         return {"results": floor_line(config, kind, count)}
 
 
+def _floors(comparison: MethodComparison) -> Sequence[tuple[str, int]]:
+    """Floor lines belong to the last test; choosing among arms needs none."""
+    return FLOORS if comparison.split == "final" else ()
+
+
 def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
@@ -162,6 +172,7 @@ def compare_methods(
     seeds: int,
     budget_cpu_s: float,
     trials: int,
+    split: str = "final",
 ) -> dict[str, Any]:
     """Compare arms and return what ``summary.json`` holds; a comparison in ``out`` is gone on with.
 
@@ -170,13 +181,13 @@ def compare_methods(
     _check(config, seeds, budget_cpu_s, trials)
     out = local_path(out, "--out")
     config = replace(config, threads=1)
-    comparison = MethodComparison(config, arms, seeds, budget_cpu_s, trials, out)
+    comparison = MethodComparison(config, arms, seeds, budget_cpu_s, trials, out, split)
     plan = pieces(comparison)  # every setting is checked before anything is trained
     _claim(comparison)
     while left := [piece for piece in plan if not comparison.result_file(piece.name).exists()]:
         if not any(_done(comparison, piece, f"{len(plan) - len(left)} of {len(plan)}") for piece in left):
             time.sleep(1)  # another process has the rest
-    summary = summarise(comparison, [f"{kind}-{n}" for kind, n in FLOORS])
+    summary = summarise(comparison, [f"{kind}-{n}" for kind, n in _floors(comparison)])
     text = json.dumps(finite(summary), indent=1, allow_nan=False) + "\n"
     write_atomic(out / "summary.json", text)
     page = write_comparison(out, json.loads(text))

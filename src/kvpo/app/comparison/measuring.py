@@ -81,11 +81,11 @@ def base_policy(setup: Setup) -> AbstractContextManager[None]:
     return policy_of(setup.model, adapted=setup.config.optim.lora_rank > 0).reference()
 
 
-def on_validation_prompts(setup: Setup) -> dict[str, list[float]]:
-    """Totals of the model as it is, by prompt of every validation set."""
+def on_validation_prompts(setup: Setup) -> dict[str, Any]:
+    """Records of the model as it is by validation set."""
     sets = source_of(setup.config).split(setup.config)[1]
     return {
-        name: record(evaluate_prompts(setup, own, ALONE), setup.judges)["totals"]
+        name: record(evaluate_prompts(setup, own, ALONE, mismatched=True), setup.judges)
         for name, own in sets.items()
     }
 
@@ -95,6 +95,10 @@ def on_final_prompts(setup: Setup) -> dict[str, Any]:
     sets = source_of(setup.config).final(setup.config)
     found: dict[str, Any] = {name: final_record(setup, one) for name, one in sets.items()}
     return found | {"diversity": fresh_diversity(setup)}
+
+
+MEASURED = {"final": on_final_prompts, "validation": on_validation_prompts}
+"""Measurements of runs by the split of ``--split``."""
 
 
 def final_record(setup: Setup, one: FinalSet) -> PromptScores:

@@ -20,6 +20,8 @@ class MethodComparison:
     budget_cpu_s: float
     trials: int
     out: Path
+    split: str = "final"
+    """Prompts that runs are measured on: ``final``, or ``validation`` to choose among arms."""
 
     @property
     def plan_file(self) -> Path:

@@ -33,11 +33,11 @@ def summarise(comparison: MethodComparison, floors: Sequence[str]) -> dict[str, 
         for arm in comparison.arms
     }
     bases = {
-        name: [comparison.result(f"{run['base']}-final")["results"] for run in own]
+        name: [comparison.result(f"{run['base']}-{comparison.split}")["results"] for run in own]
         for name, own in runs.items()
     }
     results = {name: [run["results"] for run in own] for name, own in runs.items()}
-    base = comparison.result("base-final")
+    base = comparison.result(f"base-{comparison.split}")
     sets = [name for name in base["results"] if name != "diversity"]
     lines = {name: comparison.result(name)["results"] for name in floors}
     gains = {arm: {name: gains_SN(own, bases[arm], name) for name in sets} for arm, own in results.items()}
@@ -52,12 +52,13 @@ def summarise(comparison: MethodComparison, floors: Sequence[str]) -> dict[str, 
         "preset": comparison.start.preset,
         "budget_cpu_s": comparison.budget_cpu_s,
         "tuning_trials": comparison.trials,
+        "split": comparison.split,
         "trials": {arm.name: _tried(comparison, arm.method) for arm in comparison.arms if arm.tuned},
         "seeds": [comparison.start.seed + seed for seed in range(comparison.seeds)],
         "least_p": least_p(comparison.seeds),
         "prompts": {name: len(base["results"][name]["totals"]) for name in sets},
         "base": {name: mean(base["results"][name]["totals"]) for name in sets}
-        | {"diversity": base["results"]["diversity"]},
+        | {"diversity": base["results"].get("diversity", {})},
         "floors": {line: {name: _floor_gain(own, base["results"], name) for name in sets}
                    for line, own in lines.items()},
         "methods": methods,
@@ -65,7 +66,7 @@ def summarise(comparison: MethodComparison, floors: Sequence[str]) -> dict[str, 
 
 
 def _costs(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    diversity = [run["results"]["diversity"] for run in runs]
+    diversity = [run["results"].get("diversity", {}) for run in runs]
     return {
         "settings": runs[0]["settings"],
         "cpu_s": [run["cpu_s"] for run in runs],
