@@ -1,12 +1,63 @@
 """Tables of the documents are those that the committed results print."""
 
 import importlib
+import json
+import re
+from collections.abc import Callable
 from pathlib import Path
+from statistics import fmean, stdev
 from types import ModuleType
+from typing import Any
 
 import pytest
 
-SCRIPTS = Path(__file__).resolve().parents[2] / "benchmarks"
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPTS = ROOT / "benchmarks"
+RESULTS = "benchmarks/RESULTS.md"
+
+
+def gains(numbers: Any, arm: str, name: str) -> list[float]:
+    return [run["held_out"][name]["paired_gain"] for run in numbers["arms"][arm]]
+
+
+def missing(numbers: Any, name: str) -> list[float]:
+    """Gains of the method's runs in per cent of what was missing, least first."""
+    bases = [run["held_out"][name]["base_mean"] for run in numbers["arms"]["paper"]]
+    return sorted(100 * g / (1 - b) for g, b in zip(gains(numbers, "paper", name), bases, strict=True))
+
+
+def chance(numbers: Any) -> list[str]:
+    """The null runs' spread as a part of the method's gain, in words; one where both sets agree."""
+    spreads = {name: stdev(gains(numbers, "random", name)) for name in ("short", "long")}
+    parts = {round(fmean(gains(numbers, "paper", name)) / spread) for name, spread in spreads.items()}
+    return [{6: "sixth", 7: "seventh", 8: "eighth"}[part] for part in parts]
+
+
+def accuracies(numbers: Any) -> list[float]:
+    return sorted(100 * loop["worth"]["accuracy"]["value"] for loop in numbers["loops"].values())
+
+
+QUOTES: dict[tuple[str, str, str], Callable[[Any], list[Any]]] = {
+    ("docs/world.md", "causality.json", "in {:.2f} of the branches routed to act 1, against"):
+        lambda n: [n["act1_when_routed_to_act1"]],
+    (RESULTS, "causality.json", "whose acts look different ({} of {})"):
+        lambda n: [n["stories"], n["stories_shown"]],
+    (RESULTS, "causality.json", "act 2's comes back in {:.2f} of the branches routed to it where"):
+        lambda n: [n["act2_when_routed_to_act2"]],
+    (RESULTS, "causality.json", "and act 1's in {:.2f} of those"): lambda n: [n["act1_when_routed_to_act2"]],
+    (RESULTS, "seeds.json", "each gains {0:.0f} to {4:.0f} % on short videos"): lambda n: missing(n, "short"),
+    (RESULTS, "seeds.json", "four gain {1:.0f} to {4:.0f} % and seed 0 gains {0:.0f} %"):
+        lambda n: missing(n, "long"),
+    (RESULTS, "seeds.json", "spread by a {} of the method's gain on both sets"): chance,
+    (RESULTS, "drift.json", "{:,} latent frames, measured every ten seconds"): lambda n: [n["latent_frames"]],
+    (RESULTS, "methods-rehearsal.json", "--out DIR` at commit {:.7}"): lambda n: [n["commit"]],
+    (RESULTS, "methods-rehearsal.json", "on {} short, {} long and {} longer stories"):
+        lambda n: list(n["prompts"].values()),
+    (RESULTS, "methods-rehearsal.json", "(no p below {:.2f})"): lambda n: [n["least_p"]],
+    (RESULTS, "preference.json", "right on {0:.0f} to {2:.0f} % of held-out pairs"): accuracies,
+    (RESULTS, "live.json", "give {:.0f} frames a second"): lambda n: [n["frames a second, all arms"]],
+}  # fmt: skip
+"""(document, file of results, sentence) -> its numbers: prose that quotes what was measured."""
 
 
 @pytest.fixture
@@ -30,3 +81,17 @@ def test_a_number_that_was_changed_by_hand_is_printed_over(printed: ModuleType) 
     text = "<!-- printed: causality.json by_routed_frames -->\nby hand\n<!-- /printed -->\n"
     again = printed.printed(text)
     assert "by hand" not in again and again.count("|") > 10 and printed.printed(again) == again
+
+
+@pytest.mark.parametrize(("document", "name", "sentence"), QUOTES)
+def test_sentences_quote_the_results(document: str, name: str, sentence: str) -> None:
+    numbers = json.loads((SCRIPTS / "results" / name).read_text(encoding="utf-8"))
+    said = sentence.format(*QUOTES[document, name, sentence](numbers))
+    assert said in " ".join((ROOT / document).read_text(encoding="utf-8").split())
+
+
+def test_every_file_of_results_stands_in_a_section_with_its_command() -> None:
+    sections = re.split(r"\n(?=##+ )", (ROOT / RESULTS).read_text(encoding="utf-8"))
+    told = [part for part in sections if re.search(r"`(python benchmarks/|kvpo |make )", part)]
+    for path in (SCRIPTS / "results").glob("*.json"):
+        assert any(path.name in part for part in told), f"{RESULTS} does not say what wrote {path.name}"
