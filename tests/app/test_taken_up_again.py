@@ -404,6 +404,7 @@ def test_a_run_streams_for_long_and_says_what_drifts(
         assert all(len(values) == 4 for values in numbers[side]["reward"])
     assert numbers["base"]["brightness"] != numbers["aligned"]["brightness"]
     assert (run / "drift.png").read_bytes().startswith(b"\x89PNG")
-    assert command("evaluate", "--drift", run, "--seconds", "0.1") == 1
-    assert "--seconds: must be at least" in capsys.readouterr().err
+    for seconds in ("0.1", "nan", "inf"):
+        assert command("evaluate", "--drift", run, "--seconds", seconds) == 1
+        assert "--seconds: must be at least" in capsys.readouterr().err
     assert command("evaluate", "--drift", run, "--out", tmp_path / "x.json") == 2

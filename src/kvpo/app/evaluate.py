@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from functools import partial
@@ -154,7 +155,7 @@ def evaluate_drift(
         codec, block = setup.backbone.codec, setup.generator.block
         rate = codec.frames_per_second / codec.frames_per_latent
         span = max(1, round(SPAN_SECONDS * rate / block)) * block
-        spans = int(seconds * rate / span + 1e-6)
+        spans = int(seconds * rate / span + 1e-6) if math.isfinite(seconds) else 0
         if spans < 1:
             raise ValueError(f"--seconds: must be at least {span / rate:g}, one span, got {seconds:g}")
         pool = list(setup.test.get("long") or next(iter(setup.test.values())))
