@@ -146,7 +146,8 @@ def methods(numbers: Mapping[str, Any]) -> str:
         gains = [seeds.spread(own["gains"], 3) for own in sets]
         against = ["" if own["p_against_kvpo"] is None else f"{own['p_against_kvpo']:.3f}" for own in sets]
         unseen = " / ".join(f"{fmean(own['unseen']):+.3f}" for own in sets)
-        closed = " / ".join(f"{own['gap_closed']:.0%}" for own in sets[:2])
+        shares = [own["gap_closed"] for own in sets[:2]]
+        closed = "" if None in shares else " / ".join(f"{share:.0%}" for share in shares)
         apart = [cell for pair in zip(gains[:2], against[:2], strict=True) for cell in pair]
         rows.append((arm, round(fmean(found["updates"])), *apart, gains[2], unseen, closed))
     columns = (

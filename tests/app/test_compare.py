@@ -113,14 +113,22 @@ def test_the_page_says_that_two_seeds_decide_nothing(compared: Path) -> None:
     assert (compared / "comparison.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_comparison_goes_on_where_it_was(tiny_base: Path, compared: Path, tmp_path: Path) -> None:
+def test_a_comparison_goes_on_where_it_was(
+    tiny_base: Path,
+    compared: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     out = shutil.copytree(compared, tmp_path / "stopped")
     before = summary_of(out)
     for name in ("summary.json", "report.html", "pieces/run-null-1.json", "pieces/steps-8.json"):
         (out / name).unlink()
     kept = {path: path.stat().st_mtime_ns for path in (out / "pieces").glob("*.json")}
+    monkeypatch.setattr("kvpo.app.comparison.command.source_commit", lambda: "another")
     assert main(command(tiny_base, out)) == 0
-    assert summary_of(out) == before
+    assert "what is still to do is done at another" in caplog.text
+    assert summary_of(out) == before | {"commit": f"{before['commit']}, another"}
     assert all(path.stat().st_mtime_ns == then for path, then in kept.items())
 
 
@@ -142,11 +150,20 @@ def test_another_comparison_is_refused_in_the_same_directory(
         (["--arms", "deep:"], "write NAME:setting=value"),
         (["--arms", "../up:optim.lr=1"], "names files"),
         (["--device=meta"], "the budget is counted in CPU-seconds"),
+        (["--budget=nan"], "--budget: must be more than 0"),
+        (["--budget=inf"], "--budget: must be more than 0"),
+        (["--arms", "deep:seed=5"], "--arms: deep: seed is the same for all arms"),
+        (["--arms", "deep:rewards.weights=calm=2"], "deep: rewards.weights is the same for all arms"),
+        (["--arms", "deep:backbone.checkpoint=x"], "deep: backbone.checkpoint is the same for all arms"),
+        (["--methods=pretraining", "--backbone.kind=wan"], "pretraining needs the data"),
+        (["--arms", "no-arms.yaml"], "no-arms.yaml holds no arm"),
     ],
 )
 def test_what_cannot_be_compared_is_refused_before_anything_is_written(
     tiny_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture, more: list[str], said: str
 ) -> None:
+    (tmp_path / "no-arms.yaml").write_text("# all of them are commented out\n")
+    more = [str(tmp_path / word) if word == "no-arms.yaml" else word for word in more]
     assert main(command(tiny_base, tmp_path / "out", *more)) == 2
     assert said in capsys.readouterr().err and not (tmp_path / "out").exists()
 

@@ -159,10 +159,20 @@ def test_the_numbers_of_arms_are_those_of_their_pieces(tmp_path: Path) -> None:
     # The best of eight gains 0.4 on the two prompts that it was measured on.
     assert summary["floors"]["best-of-8"]["short"]["gain"] == pytest.approx(0.4)
     assert kvpo["gap_closed"] == pytest.approx(0.2 / 0.4)
+    # The ceiling is of the base as it is deployed, so of another one's gap nothing is known.
+    assert deep["gap_closed"] is None and deep["mean"] == pytest.approx(0.2)
+    assert summary["methods"]["deep"]["base"] == "base-step_rule"
+    assert [own["short"] for own in summary["bases"].values()] == pytest.approx([0.1, 0.1])
     assert kvpo["above_every_null"] == 1 and "above_every_null" not in null
-    assert deep["mean"] == pytest.approx(0.2) and deep["difference_to_kvpo"] == pytest.approx(0, abs=1e-9)
+    assert deep["difference_to_kvpo"] == pytest.approx(0, abs=1e-9)
     assert null["difference_to_kvpo"] == pytest.approx(-0.15)
     assert (summary["commit"], summary["base_sha256"]) == ("abc", "def")
+    comparison.result_file("run-null-1").write_text(json.dumps(pieces["run-null-1"] | {"commit": "abd"}))
+    assert summarise(comparison, ["best-of-8"])["commit"] == "abc, abd"
+    for damage in ("{", "[]", "{}"):
+        comparison.result_file("run-null-1").write_text(damage)
+        with pytest.raises(ValueError, match=r"run-null-1\.json.*; remove it, and the same command makes it"):
+            summarise(comparison, ["best-of-8"])
 
 
 def numbers(gains: list[float], p: float | None, difference: float | None) -> dict:
@@ -187,5 +197,6 @@ def test_the_verdict_names_sure_differences_alone_and_gives_both_errors() -> Non
     )
     assert "± 0.010 over seeds, ± 0.020 over the prompts of a run; 5 runs with advantages dealt" in notes[0]
     assert "1 of 5 runs lie above all" in notes[0]
+    assert notes[-1].startswith("4 differences were tested") and "about 0.04 would" in notes[-1]
     few, notes = verdict(summary | {"seeds": [0, 1], "least_p": 1 / 3})
     assert few == "Two seeds decide nothing: this is a rehearsal." and "p below 0.33" in notes[0]

@@ -48,7 +48,7 @@ def test_numbers_are_words_a_reader_expects():
         "\u22122.5e9",
     )
     assert (significant(0.02), significant(123.4), significant(0.0)) == ("0.0200", "123", "0")
-    assert (percent(0.75), percent(0.031), percent(None)) == ("75 %", "3.1 %", "n/a")
+    assert [percent(v) for v in (0.75, 0.031, -0.2, None)] == ["75 %", "3.1 %", "\u221220 %", "n/a"]
     assert (duration(4.25), duration(312.4), duration(11045)) == ("4.2 s", "5 min 12 s", "3 h 04 min")
     assert embed_json({"a": [math.nan, 1.5, -math.inf]}) == '{"a":[null,1.5,null]}'
     assert [number(v) for v in (True, "1", None, math.nan, 3)] == [None, None, None, None, 3.0]

@@ -5,7 +5,7 @@ from argparse import ArgumentParser, Namespace
 from kvpo.app.arguments import configuration
 from kvpo.app.configuration import path_argument
 
-METHODS_COMPARED = "kvpo,latent-distance,flow-grpo,cm-grpo,nft,rvm,best-of-n,pretraining,null"
+METHODS_COMPARED = "kvpo,latent-distance,flow-grpo,cm-grpo,nft,rvm,self-distill,best-of-n,pretraining,null"
 
 
 def compare_arguments(parser: ArgumentParser) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from kvpo.files import new_file, write_atomic
 from kvpo.report.charts import interval, value_range
-from kvpo.report.formatting import compact, escape, fill_page, fixed, number, percent, signed, title_of
+from kvpo.report.formatting import compact, escape, fill_page, fixed, percent, signed, title_of
 from kvpo.report.record import Entry
 
 SETS = {
@@ -67,13 +67,13 @@ def verdict(summary: Entry) -> tuple[str, list[str]]:
         return (
             f"{word} nothing: this is a rehearsal.",
             [
-                f"Between arms of {seeds} run(s) each no difference can have p below "
+                f"Between arms of {seeds} run{'s' * (seeds > 1)} each no difference can have p below "
                 f"{fixed(summary['least_p'], 2)}, however large; {FEWEST_SEEDS} or more seeds can tell. "
                 "The numbers below say that everything works, and what it costs."
             ],
         )
     said = [
-        f"{arm} {signed(own[key]['difference_to_kvpo'])} on {key} videos (p = {compact(p)})"
+        f"{arm} {signed(own[key]['difference_to_kvpo'])} on {key} videos ({_p(p)})"
         for key in ("long", "short")
         for arm, own in methods.items()
         if (p := own.get(key, {}).get("p_against_kvpo")) is not None and p < SURE
@@ -82,6 +82,12 @@ def verdict(summary: Entry) -> tuple[str, list[str]]:
         head = f"Beyond chance (p < {SURE:g}) against kvpo: {'; '.join(said) or 'no arm'}"
         notes += [_both_errors("kvpo", key, methods["kvpo"][key], methods) for key in ("short", "long")
                   if key in methods["kvpo"]]  # fmt: skip
+        tests = sum(own[key]["p_against_kvpo"] is not None for own in methods.values()
+                    for key in ("long", "short") if key in own)  # fmt: skip
+        notes.append(
+            f"{tests} differences were tested, and no p is corrected for their number: if all of them were "
+            f"chance, about {tests * SURE:.2g} would have p < {SURE:g}."
+        )
     else:
         head = "kvpo is not among the arms, so nothing is compared with it"
     return f"{head}.", notes
@@ -100,8 +106,13 @@ def _both_errors(arm: str, key: str, own: Entry, methods: Entry) -> str:
     return (
         f"{text}; {len(null['gains'])} runs with advantages dealt at random gain {signed(null['mean'])} ± "
         f"{fixed(null['std'])}, and {own['above_every_null']} of {len(own['gains'])} runs lie above all of "
-        f"them (p = {compact(own['p_against_null'])})."
+        f"them ({_p(own['p_against_null'])})."
     )
+
+
+def _p(value: float) -> str:
+    """A p in two significant digits."""
+    return f"p = {compact(float(f'{value:.2g}'))}"
 
 
 def _verdict(summary: Entry) -> str:
@@ -125,21 +136,25 @@ def _axis(key: str, summary: Entry) -> tuple[float, float]:
 
 def _set_section(key: str, summary: Entry) -> str:
     axis = _axis(key, summary)
-    rows = [_arm_row(arm, own, axis) for arm, own in _ranked(key, summary["methods"])]
+    rows = [
+        _arm_row(arm, summary["methods"][arm]["base"], own, axis)
+        for arm, own in _ranked(key, summary["methods"])
+    ]
     rows += [_floor_row(line, own[key], axis) for line, own in summary["floors"].items()]
     head = "".join(f"<th>{name}</th>" for name in GAIN_COLUMNS)
-    facts = f"{summary['prompts'][key]} prompts, base {fixed(summary['base'][key])}"
+    bases = ", ".join(f"{name} {fixed(base[key])}" for name, base in summary["bases"].items())
+    facts = f"{summary['prompts'][key]} prompts, {bases}"
     table = f"<thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody>"
     return (
         f'<h3 class="group">{title_of(key)} videos <span class="soft">{SETS[key]} · {facts}</span></h3>'
-        f'<div class="card scroll"><table>{table}</table></div>'
+        f'<div class="card scroll"><table class="gains">{table}</table></div>'
     )
 
 
-def _arm_row(arm: str, own: Entry, axis: tuple[float, float]) -> str:
+def _arm_row(arm: str, base: str, own: Entry, axis: tuple[float, float]) -> str:
     errors, gains = own["standard_errors"], own["gains"]
     difference, p = own["difference_to_kvpo"], own["p_against_kvpo"]
-    against = "" if p is None else f'{signed(difference)} <span class="soft">p = {compact(p)}</span>'
+    against = "" if p is None else f'{signed(difference)} <span class="soft">{_p(p)}</span>'
     above = own.get("above_every_null")
     cells = (
         f'<b>{signed(own["mean"])}</b> <span class="soft">± {fixed(own["std"])}</span>',
@@ -148,11 +163,12 @@ def _arm_row(arm: str, own: Entry, axis: tuple[float, float]) -> str:
         fixed(sum(errors) / len(errors)),
         _average(own.get("mismatched")),
         _average(own.get("unseen")),
-        percent(number(own.get("gap_closed"))),
+        percent(own["gap_closed"]),
         against,
         "" if above is None else f"{above} of {len(gains)}",
     )
-    return f"<tr><th>{escape(arm)}</th>{_cells(cells)}</tr>"
+    about = "" if base == "base" else f' <span class="soft">on {escape(base)}</span>'
+    return f"<tr><th>{escape(arm)}{about}</th>{_cells(cells)}</tr>"
 
 
 def _floor_row(line: str, own: Entry, axis: tuple[float, float]) -> str:
@@ -180,14 +196,15 @@ def _average(values: Sequence[float] | None) -> str:
     return signed(sum(values) / len(values)) if values else ""
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table of text; the first cell of a row names it."""
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]], kind: str = "") -> str:
+    """A table of text, of a kind in the style sheet; the first cell of a row names it."""
     top = "".join(f"<th>{escape(name)}</th>" for name in head)
     body = "".join(
         f"<tr><th>{escape(first)}</th>{''.join(f'<td>{escape(cell)}</td>' for cell in cells)}</tr>"
         for first, *cells in rows
     )
-    return f'<div class="card scroll"><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
+    table = f'<table class="{kind}"><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table>'
+    return f'<div class="card scroll">{table}</div>'
 
 
 def _components(key: str, summary: Entry) -> str:
@@ -198,8 +215,11 @@ def _components(key: str, summary: Entry) -> str:
 
 
 def _costs(summary: Entry) -> str:
-    shown = list(summary["base"]["diversity"])
-    rows = [["base", "", "", "", *(fixed(summary["base"]["diversity"][key]) for key in shown)]]
+    shown = list(summary["bases"]["base"]["diversity"])
+    rows = [
+        [name, "", "", "", *(fixed(base["diversity"][key]) for key in shown)]
+        for name, base in summary["bases"].items()
+    ]
     for arm, own in summary["methods"].items():
         updates = ", ".join(map(str, own["updates"]))
         total = fixed(sum(own["cpu_s"]) / len(own["cpu_s"]), 1)
@@ -211,14 +231,14 @@ def _costs(summary: Entry) -> str:
 
 def _settings(summary: Entry) -> str:
     rows = [[arm, _listed(own["settings"])] for arm, own in summary["methods"].items()]
-    blocks = [_table(["", "settings that differ from the comparison's own"], rows)]
+    blocks = [_table(["", "settings that differ from the comparison's own"], rows, "words")]
     for method, tried in summary["trials"].items():
         if tried:
             best = max((one["gain"] for one in tried if one["gain"] is not None), default=None)
             rows = [_trial_row(f"{method} {n}", one, best) for n, one in enumerate(tried)]
             blocks.append(
                 f'<h3 class="group">Trials of {escape(method)}</h3>'
-                + _table(["", "gain on validation prompts", "updates", "CPU-s", "settings"], rows)
+                + _table(["", "gain on validation prompts", "updates", "CPU-s", "settings"], rows, "words")
             )
     return "".join(blocks)
 
@@ -245,7 +265,8 @@ def _facts(summary: Entry) -> str:
     count, seeds = summary["tuning_trials"], ", ".join(map(str, summary["seeds"]))
     tuned = (
         f"Each method had up to {count} trials on validation prompts, at half that budget and under a seed "
-        "that no run shown here has; the best one's settings were used."
+        "that no run shown here has; the best one's settings were used, also by the other arms that train by "
+        "that method."
     )
     tested = {
         "final": "prompts and a tape that nothing else uses",

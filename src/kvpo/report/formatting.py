@@ -88,7 +88,7 @@ def percent(value: float | None) -> str:
     if value is None:
         return MISSING
     share = 100 * value
-    return f"{share:.1f} %" if 0 < abs(share) < 10 else f"{share:.0f} %"
+    return f"{fixed(share, 1 if 0 < abs(share) < 10 else 0)} %"
 
 
 def duration(seconds: float | None) -> str:

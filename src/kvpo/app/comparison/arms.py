@@ -70,6 +70,10 @@ OWN: dict[str, dict[str, Sequence[Any]]] = {
     PRETRAINING: {},
 }
 """Settings of one method that it is tuned in besides."""
+SHARED = {"preset", "seed", "device", "threads", "backbone", "prompts", "evaluation", "distributed",
+          "checkpoint", "rewards.scorers", "rewards.weights", "rewards.sources", "rewards.top_share",
+          "optim.updates", "optim.autocast"}  # fmt: skip
+"""Settings and sections that no arm has for itself: they say what is tested, or what the budget decides."""
 
 
 def chosen_arms(names: Sequence[str], given: Sequence[str]) -> list[TrainingArm]:
@@ -92,7 +96,10 @@ def _given(text: str) -> list[TrainingArm]:
     """The arms of a YAML file, or the one of ``NAME:setting=value,setting=value``."""
     name, colon, settings = text.partition(":")
     if not colon:
-        return [_arm(name, own) for name, own in read_settings(Path(text)).items()]
+        arms = [_arm(name, own) for name, own in read_settings(Path(text)).items()]
+        if not arms:
+            raise ConfigurationError(f"--arms: {text} holds no arm, such as P3: {{optim.lr: 1e-3}}")
+        return arms
     pairs = [pair.partition("=") for pair in re.split(r",(?=[\w.]+=)", settings)]
     if not all(path and equals for path, equals, _ in pairs):
         raise ConfigurationError(f"--arms: {text!r}; write NAME:setting=value,setting=value or a YAML file")
@@ -105,6 +112,11 @@ def _arm(name: str, settings: Any) -> TrainingArm:
     if not isinstance(settings, Mapping):
         raise ConfigurationError(f"--arms: {name} must have settings, as in {name}:optim.lr=1e-3")
     changes = flat(settings)
+    if shared := [path for path in changes if {path, path.partition(".")[0]} & SHARED]:
+        raise ConfigurationError(
+            f"--arms: {name}: {shared[0]} is the same for all arms, or their tests could not be "
+            "compared; leave it out here"
+        )
     method = str(changes.pop("method", "kvpo"))
     if method not in METHODS:
         raise ConfigurationError(f"--arms: {name}: no method {method!r}{nearest(method, METHODS)}")

@@ -7,6 +7,7 @@ a comparison that was stopped goes on where it was, and several processes may wo
 
 import json
 import logging
+import math
 import subprocess
 import time
 from collections.abc import Callable, Sequence
@@ -19,8 +20,8 @@ from filelock import FileLock, Timeout
 
 from kvpo import __version__
 from kvpo.app.align import train
-from kvpo.app.build import build_setup
-from kvpo.app.comparison.arms import TRIAL_SEED, TrainingArm, configured
+from kvpo.app.build import build_setup, source_of
+from kvpo.app.comparison.arms import PRETRAINING, TRIAL_SEED, TrainingArm, configured
 from kvpo.app.comparison.measuring import (
     MEASURED,
     base_policy,
@@ -178,14 +179,16 @@ def compare_methods(
 
     Raises ConfigurationError for what cannot be compared and StorageError where ``out`` is of another one.
     """
-    _check(config, seeds, budget_cpu_s, trials)
+    _check(config, arms, seeds, budget_cpu_s, trials)
     out = local_path(out, "--out")
     config = replace(config, threads=1)
     comparison = MethodComparison(config, arms, seeds, budget_cpu_s, trials, out, split)
     plan = pieces(comparison)  # every setting is checked before anything is trained
-    _claim(comparison)
+    commit = source_commit()
+    _claim(comparison, commit)
     while left := [piece for piece in plan if not comparison.result_file(piece.name).exists()]:
-        if not any(_done(comparison, piece, f"{len(plan) - len(left)} of {len(plan)}") for piece in left):
+        done = f"{len(plan) - len(left)} of {len(plan)}"
+        if not any(_done(comparison, piece, commit, done) for piece in left):
             time.sleep(1)  # another process has the rest
     summary = summarise(comparison, [f"{kind}-{n}" for kind, n in _floors(comparison)])
     text = json.dumps(finite(summary), indent=1, allow_nan=False) + "\n"
@@ -195,11 +198,11 @@ def compare_methods(
     return summary
 
 
-def _check(config: Config, seeds: int, budget_cpu_s: float, trials: int) -> None:
+def _check(config: Config, arms: Sequence[TrainingArm], seeds: int, budget_cpu_s: float, trials: int) -> None:
     check(config)
     if seeds < 1:
         raise ConfigurationError(f"--seeds: must be at least 1, got {seeds}")
-    if budget_cpu_s <= 0:
+    if not 0 < budget_cpu_s < math.inf:
         raise ConfigurationError(f"--budget: must be more than 0 CPU-seconds, got {budget_cpu_s:g}")
     if trials < 0:
         raise ConfigurationError(f"--trials: must be 0 or more, got {trials}")
@@ -207,13 +210,18 @@ def _check(config: Config, seeds: int, budget_cpu_s: float, trials: int) -> None
         raise ConfigurationError(
             f"device: the budget is counted in CPU-seconds, got {config.device!r}; give --device cpu"
         )
+    if any(arm.method == PRETRAINING for arm in arms) and source_of(config).pretraining is None:
+        raise ConfigurationError(
+            f"--methods: {PRETRAINING} needs the data that the base was pretrained on, which a backbone.kind "
+            f"{config.backbone.kind} does not bring; leave it out"
+        )
 
 
-def _claim(comparison: MethodComparison) -> None:
+def _claim(comparison: MethodComparison, commit: str) -> None:
     """Make the directory this comparison's, or see that it is. Raises StorageError."""
     out, file = comparison.out, comparison.plan_file
     plan = {name: value for name, value in asdict(comparison).items() if name != "out"}
-    text = json.dumps({"kvpo": __version__, **plan, "commit": source_commit()}, indent=1) + "\n"
+    text = json.dumps({"kvpo": __version__, **plan, "commit": commit}, indent=1) + "\n"
     try:
         (out / "pieces").mkdir(parents=True, exist_ok=True)
         (out / "runs").mkdir(exist_ok=True)
@@ -227,9 +235,14 @@ def _claim(comparison: MethodComparison) -> None:
             f"{out} holds another comparison ({', '.join(different)} differ, see {file.name}); give the same "
             "options to go on with it, or choose another --out"
         )
+    if before["commit"] != commit:
+        logger.warning(
+            "%s was begun at commit %s; what is still to do is done at %s, and the page names both",
+            out, before["commit"], commit,
+        )  # fmt: skip
 
 
-def _done(comparison: MethodComparison, piece: Piece, before: str) -> bool:
+def _done(comparison: MethodComparison, piece: Piece, commit: str, before: str) -> bool:
     """Make a piece; False where it has to wait for others, or another process has it.
 
     Raises KeyboardInterrupt if a signal stopped it.
@@ -244,7 +257,7 @@ def _done(comparison: MethodComparison, piece: Piece, before: str) -> bool:
                 result = piece.make()
                 if result is None:
                     raise KeyboardInterrupt(f"the same command goes on with {comparison.out}")
-                write_atomic(target, json.dumps(result, allow_nan=False) + "\n")
+                write_atomic(target, json.dumps(result | {"commit": commit}, allow_nan=False) + "\n")
             return True
     except Timeout:
         return False

@@ -13,7 +13,6 @@ from kvpo.app.comparison.arms import PRETRAINING, TrainingArm
 from kvpo.app.report_data import branch_diversity, laboratory, story_places
 from kvpo.app.sources.common import FinalSet
 from kvpo.config import Config, ExplorationConfig
-from kvpo.config_checks import ConfigurationError
 from kvpo.engine.explorers import fresh_noise
 from kvpo.report.headline import FEWEST_PROMPTS
 from kvpo.training.evaluation import Evaluation, Judges
@@ -52,11 +51,6 @@ class PretrainingTrainer(Trainer):
 
 def trainer_of(arm: TrainingArm, config: Config, ranks: Ranks) -> Trainer:
     """The trainer of an arm's run, which looks at no held-out prompt."""
-    if arm.method == PRETRAINING and source_of(config).pretraining is None:
-        raise ConfigurationError(
-            f"--methods: {PRETRAINING} needs the data that the base was pretrained on, which a backbone.kind "
-            f"{config.backbone.kind} does not bring; leave it out"
-        )
     setup = replace(build_setup(config, ranks), validation={}, test={})
     return PretrainingTrainer(setup) if arm.method == PRETRAINING else Trainer(setup)
 

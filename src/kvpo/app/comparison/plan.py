@@ -34,8 +34,19 @@ class MethodComparison:
 
     def result(self, piece: str) -> dict[str, Any]:
         """The result of a finished piece. Raises ValueError where it was damaged."""
-        found: dict[str, Any] = read_json(self.result_file(piece))
+        path, way_out = self.result_file(piece), "remove it, and the same command makes it again"
+        try:
+            found = read_json(path)
+        except ValueError as error:
+            raise ValueError(f"{error}; {way_out}") from error
+        if not isinstance(found, dict) or not {"results", "gain"} & found.keys():
+            raise ValueError(f"{path} is not the result of a piece of a comparison; {way_out}")
         return found
+
+    def commits(self) -> list[str]:
+        """The commits that the results were made at, the first of them first."""
+        begun, files = read_json(self.plan_file)["commit"], sorted((self.out / "pieces").glob("*.json"))
+        return list(dict.fromkeys([begun, *(self.result(path.stem).get("commit", begun) for path in files)]))
 
     def trials_of(self, method: str) -> list[dict[str, Any]]:
         """Settings that a method is tried with; none where it is not among the arms by itself."""

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from kvpo.app.comparison.plan import MethodComparison
 from kvpo.app.comparison.statistics import least_p, permutation_p, relabelling_p, spread
-from kvpo.files import read_json
 from kvpo.training.evaluation import paired_gain
 
 COMPARED_WITH, NULL = "kvpo", "null"
@@ -32,22 +31,26 @@ def summarise(comparison: MethodComparison, floors: Sequence[str]) -> dict[str, 
         arm.name: [comparison.result(f"run-{arm.name}-{seed}") for seed in range(comparison.seeds)]
         for arm in comparison.arms
     }
-    bases = {
-        name: [comparison.result(f"{run['base']}-{comparison.split}")["results"] for run in own]
-        for name, own in runs.items()
-    }
-    results = {name: [run["results"] for run in own] for name, own in runs.items()}
-    base = comparison.result(f"base-{comparison.split}")
+    names = dict.fromkeys(["base", *(run["base"] for own in runs.values() for run in own)])
+    found = {name: comparison.result(f"{name}-{comparison.split}") for name in names}
+    bases = {arm: [found[run["base"]]["results"] for run in own] for arm, own in runs.items()}
+    results = {arm: [run["results"] for run in own] for arm, own in runs.items()}
+    base = found["base"]
     sets = [name for name in base["results"] if name != "diversity"]
-    lines = {name: comparison.result(name)["results"] for name in floors}
+    lines = {
+        line: {name: _floor_gain(own, base["results"], name) for name in sets}
+        for line, own in ((line, comparison.result(line)["results"]) for line in floors)
+    }
     gains = {arm: {name: gains_SN(own, bases[arm], name) for name in sets} for arm, own in results.items()}
-    ceiling = next((lines[name] for name in floors if name.startswith("best-of")), None)
+    ceiling = next((own for line, own in lines.items() if line.startswith("best-of")), None)
     methods = {}
     for arm, own in runs.items():
-        compared = (gains, results[arm], bases[arm], ceiling, base["results"])
+        # The ceiling is the base's own: of a base that is deployed otherwise it is not known.
+        reached = ceiling if own[0]["base"] == "base" else None
+        compared = (gains, results[arm], bases[arm], reached)
         methods[arm] = _costs(own) | {name: _on_set(arm, name, *compared) for name in sets}
     return {
-        "commit": read_json(comparison.plan_file)["commit"],
+        "commit": ", ".join(comparison.commits()),
         "base_sha256": base["base_sha256"],
         "preset": comparison.start.preset,
         "budget_cpu_s": comparison.budget_cpu_s,
@@ -57,18 +60,21 @@ def summarise(comparison: MethodComparison, floors: Sequence[str]) -> dict[str, 
         "seeds": [comparison.start.seed + seed for seed in range(comparison.seeds)],
         "least_p": least_p(comparison.seeds),
         "prompts": {name: len(base["results"][name]["totals"]) for name in sets},
-        "base": {name: mean(base["results"][name]["totals"]) for name in sets}
-        | {"diversity": base["results"].get("diversity", {})},
-        "floors": {line: {name: _floor_gain(own, base["results"], name) for name in sets}
-                   for line, own in lines.items()},
+        "bases": {
+            name: {key: mean(one["results"][key]["totals"]) for key in sets}
+            | {"diversity": one["results"].get("diversity", {})}
+            for name, one in found.items()
+        },
+        "floors": lines,
         "methods": methods,
-    }  # fmt: skip
+    }
 
 
 def _costs(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     diversity = [run["results"].get("diversity", {}) for run in runs]
     return {
         "settings": runs[0]["settings"],
+        "base": runs[0]["base"],
         "cpu_s": [run["cpu_s"] for run in runs],
         "updates": [run["updates"] for run in runs],
         "cpu_s_per_update": mean(run["cpu_s_per_update"] for run in runs),
@@ -82,8 +88,7 @@ def _on_set(
     gains: Mapping[str, Mapping[str, Tensor]],
     results: Sequence[Results],
     bases: Sequence[Results],
-    ceiling: Results | None,
-    base: Results,
+    ceiling: Mapping[str, Mapping[str, float]] | None,
 ) -> dict[str, Any]:
     """One arm on one prompt set."""
     own = gains[arm][name]
@@ -101,10 +106,8 @@ def _on_set(
     for key in ("unseen", "mismatched"):
         if key in results[0][name]:
             numbers[key] = gains_SN(results, bases, name, key).mean(1).tolist()
-    if ceiling is not None:
-        part = len(ceiling[name]["totals"])
-        possible = mean(ceiling[name]["totals"]) - mean(base[name]["totals"][:part])
-        numbers["gap_closed"] = float(own[:, :part].mean()) / possible if possible > 0 else None
+    possible = 0.0 if ceiling is None else ceiling[name]["gain"]
+    numbers["gap_closed"] = numbers["mean"] / possible if possible > 0 else None
     reference = gains.get(COMPARED_WITH, {}).get(name)
     compared = reference is not None and arm != COMPARED_WITH
     numbers["difference_to_kvpo"] = float(own.mean() - reference.mean()) if compared else None
