@@ -82,6 +82,7 @@ def bench(config: Config, groups: int) -> Bench:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # module initialisers know only the global generator
         model = CausalWan(config.model)
+    model.to(torch.bfloat16 if config.optim.autocast == "bfloat16" else torch.float32)
     draws = keyed_generator("benchmark")
     optim = config.optim
     add_adapter(model, optim.lora_rank, generator=draws)

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from kvpo.app.build import build_setup
 from kvpo.app.configuration import preset
 from kvpo.models import quantised
-from kvpo.models.adapters import AdaptedLinear
+from kvpo.models.adapted_linear import AdaptedLinear
 from kvpo.models.quantised import QuantisedLinear
 from kvpo.training.collection import explore, policy_gap
 from kvpo.training.device import computing

@@ -6,14 +6,13 @@ import pytest
 import torch
 from peft.tuners.lora import Linear
 
+from kvpo.models.adapted_linear import held_weights
 from kvpo.models.adapter_files import PEFT_PREFIX
 from kvpo.models.adapters import (
     LORA_TARGETS,
     adapter_state,
     add_adapter,
     base_state,
-    held_weights,
-    leave_casts_to_autocast,
     load_adapter,
     merge_adapter,
     merged_state,
@@ -70,22 +69,22 @@ def test_the_reference_equals_the_policy_bitwise_at_update_zero_and_stays(start,
         assert torch.equal(predict(), policy)
 
 
-def test_inputs_are_not_widened_and_narrowed_again():
+def test_adapters_are_narrowed_once_while_they_are_held():
     model = tiny_model().to(torch.bfloat16)
     continued(model)
     nudge(model)
 
     @torch.no_grad()
     def predict():
-        with torch.autocast("cpu", torch.bfloat16), torch.profiler.profile() as profile:
+        with torch.profiler.profile() as profile:
             found = velocity(model)
         return found, sum(event.count for event in profile.key_averages() if event.key == "aten::_to_copy")
 
-    widened, more = predict()
-    leave_casts_to_autocast(model)
-    found, casts = predict()
-    assert torch.equal(found, widened)
-    assert casts < more
+    expected, more = predict()
+    with held_weights(model):
+        found, casts = predict()
+    assert torch.equal(found, expected)
+    assert casts <= more - 2 * len(ADAPTED)
 
 
 @pytest.mark.parametrize("start", ["continued", "merged"])
@@ -271,14 +270,40 @@ def test_an_adapter_in_the_weights_is_what_it_is_beside_them():
     assert all(map(torch.equal, held, found))
 
 
-@pytest.mark.parametrize("precision", ["bfloat16 weights", "bfloat16 autocast"])
-def test_narrow_weights_keep_the_adapter_beside_them(precision):
-    narrow = precision == "bfloat16 weights"
-    model, layer = adapted_layer(torch.bfloat16 if narrow else torch.float32)
-    x = torch.randn(2, 5, 24, generator=torch.Generator().manual_seed(7))
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=not narrow), held_weights(model):
-        x = x.to(torch.bfloat16)
-        assert layer.held is None and torch.equal(layer(x), Linear.forward(layer, x))
+@pytest.mark.parametrize("scale", [1.0, 0.7])
+def test_an_adapter_beside_narrow_weights_is_rounded_as_they_are(scale):
+    """Values and gradients are PEFT's own in float64 within the rounding of bfloat16, also while held."""
+    draws = torch.Generator().manual_seed(7)
+    given, target = (torch.randn(2, 5, 24, generator=draws, dtype=torch.float64) for _ in range(2))
+    numbers = {}
+    for dtype in (torch.bfloat16, torch.float64):
+        model, layer = adapted_layer(torch.bfloat16)
+        layer.scaling["default"] = scale
+        halves = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+        assert {half.dtype for half in halves} == {torch.float32}
+        x = given.to(torch.bfloat16).to(dtype).requires_grad_()
+        if dtype == torch.bfloat16:
+            out = layer(x)
+            with held_weights(model):
+                held = layer(x)
+                again = torch.autograd.grad((held * target.to(dtype)).sum(), (x, *halves))
+                with torch.no_grad():
+                    assert torch.equal(layer(x), out) and torch.equal(held, out)
+        else:
+            out = Linear.forward(model.double() and layer, x)
+        numbers[dtype] = out, *torch.autograd.grad((out * target.to(dtype)).sum(), (x, *halves))
+    narrow, wide = numbers.values()
+    assert narrow[2].dtype == narrow[3].dtype == torch.float32
+    assert all(map(torch.equal, again, narrow[1:]))
+    for one, other in zip(narrow, wide, strict=True):
+        assert (one - other).norm() < 0.02 * other.norm()
+
+
+def test_under_autocast_an_adapter_is_computed_as_peft_does():
+    model, layer = adapted_layer(torch.float32)
+    x = torch.randn(2, 5, 24, generator=torch.Generator().manual_seed(7)).bfloat16()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16), held_weights(model):
+        assert torch.equal(layer(x), Linear.forward(layer, x))
 
 
 def test_weights_are_summed_once_while_they_are_held():

@@ -107,7 +107,9 @@ def test_in_float32_an_adapter_is_added_to_the_weights_once_for_all_passes() -> 
     with torch.device("meta"):
         model = CausalWan(shape)
     assert parameters_of(wide.config, model, 4).summed == 4 * numbers
-    assert parameters_of(narrow.config, model, 2).summed == 0
+    held = parameters_of(narrow.config, model, 2)
+    assert held.summed == 0 and held.narrowed == 2 * held.trained == held.adapter / 2
+    assert parameters_of(wide.config, model, 4).narrowed == 0
 
 
 def test_quantised_weights_count_where_they_stand_in_no_other_copys_place() -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from kvpo.method.flow import Step
-from kvpo.models.adapters import held_weights
+from kvpo.models.adapted_linear import held_weights
 from kvpo.models.cache import FrameCache, PageShape
 from kvpo.models.context import Context
 from kvpo.models.finite import NonFiniteError, first_non_finite_layer, magnitudes, require_finite

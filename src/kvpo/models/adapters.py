@@ -10,18 +10,16 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
 from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
-from peft.tuners.lora import Linear, LoraLayer
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
-from torch.distributed.tensor import DTensor
 
+from kvpo.models.adapted_linear import AdaptedLinear, adapted_weight, lora_layers
 from kvpo.models.adapter_files import PEFT_PREFIX, AdapterState, adapter_of, in_peft_layout
 from kvpo.models.finite import require_finite_weights
-from kvpo.models.linear import fastest, linear
 from kvpo.models.tensor_files import check_tensors
 
 LORA_TARGETS = (
@@ -31,106 +29,6 @@ LORA_TARGETS = (
 """Endings of the layers that get an adapter: every linear layer of a block, as in the public adapters."""
 TRAINED = "default"
 REFERENCE = "reference"
-
-
-def _merged(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
-    """``W + scale B A`` in PEFT's order of rounding: a fused sum has other bits on some processors."""
-    delta = b @ a
-    return (delta if scale == 1 else delta.mul_(scale)).add_(weight)
-
-
-class _AdaptedProduct(torch.autograd.Function):
-    """``x (W + scale B A)^T``, whose gradients are those of x, A and B.
-
-    Only x is kept for them: a sum that nobody holds, which is as large as the weight, is made again.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, held: Tensor | None, base: nn.Linear, a: Tensor, b: Tensor, scale: float
-    ) -> Tensor:
-        ctx.save_for_backward(x, held, base.weight, a, b)
-        ctx.scale = scale
-        return linear(x, _merged(base.weight, a, b, scale) if held is None else held, base.bias)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        x, held, weight, a, b = ctx.saved_tensors
-        (gradient,) = gradients
-        times = fastest(gradient, weight)
-        rows, gradient = x.flatten(0, -2), gradient.flatten(0, -2)
-        inner, outer = times(gradient, b.t()), times(rows, a)
-        if ctx.scale != 1:
-            inner, outer = ctx.scale * inner, ctx.scale * outer
-        of_x = None
-        if ctx.needs_input_grad[0]:
-            total = _merged(weight, a, b, ctx.scale) if held is None else held
-            of_x = times(gradient, total.t()).view_as(x)
-        # The narrow operand comes first, as the first one is copied where it is transposed.
-        of_b = times(outer.t(), gradient.t()).t().contiguous()
-        return of_x, None, None, times(inner.t(), rows.t()), of_b, None
-
-
-class AdaptedLinear(Linear):
-    """A linear layer with adapters, whose active one is added to the weight before the product.
-
-    Only in float32 and wider, where nothing but rounding is lost; narrower weights keep the adapter beside
-    them, since its small numbers would vanish in theirs. So do weights that are spread over ranks, which are
-    whole only while their own modules run.
-    """
-
-    held: Tensor | None = None
-    """The sum, inside ``held_weights``."""
-
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if self.disable_adapters or (self.held is None and not self._adds_up()):
-            return super().forward(x, *args, **kwargs)
-        base, name = cast(nn.Linear, self.base_layer), self.active_adapters[0]
-        if torch.is_grad_enabled():
-            a, b = self._halves(base.weight.dtype)
-            if x.requires_grad or a.requires_grad:
-                product = _AdaptedProduct.apply(x, self.held, base, a, b, self.scaling[name])  # type: ignore[no-untyped-call]
-                return cast(Tensor, product)
-        return linear(x, self.summed() if self.held is None else self.held, base.bias)
-
-    def _adds_up(self) -> bool:
-        weight, half = cast(nn.Linear, self.base_layer).weight, self.lora_A[self.active_adapters[0]].weight
-        narrow = weight.dtype.itemsize < 4 or torch.is_autocast_enabled(weight.device.type)
-        return not narrow and not isinstance(half, DTensor)
-
-    @torch.no_grad()
-    def summed(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The weight and the active adapter in one; ``dtype`` is by default the weight's own."""
-        weight = cast(nn.Linear, self.base_layer).weight.to(dtype)
-        return _merged(weight, *self._halves(weight.dtype), self.scaling[self.active_adapters[0]])
-
-    def _halves(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """A and B of the active adapter."""
-        name = self.active_adapters[0]
-        a, b = (cast(nn.Linear, half[name]).weight.to(dtype) for half in (self.lora_A, self.lora_B))
-        return a, b
-
-
-@contextmanager
-def held_weights(model: nn.Module) -> Iterator[None]:
-    """Inside, where the weights may not change, every adapter is added to its layer's weight only once.
-
-    Contexts may be nested.
-    """
-    free = [layer for layer in _lora_layers(model) if layer.held is None and not layer.disable_adapters]
-    layers = [layer for layer in free if layer._adds_up()]
-    try:
-        for layer in layers:
-            layer.held = layer.summed()
-        yield
-    finally:
-        for layer in layers:
-            layer.held = None
-
-
-def _lora_layers(model: nn.Module) -> list[AdaptedLinear]:
-    return [module for module in model.modules() if isinstance(module, AdaptedLinear)]
 
 
 def _linear_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
@@ -222,17 +120,8 @@ def load_adapter(model: nn.Module, adapter: AdapterState, *, dtype: torch.dtype 
     check_adapter(model, adapter)
     for name in (TRAINED, REFERENCE):
         _inject(model, adapter, name, dtype)
-    for layer in _lora_layers(model):
+    for layer in lora_layers(model):
         layer.set_adapter(TRAINED)
-
-
-def leave_casts_to_autocast(model: nn.Module) -> None:
-    """For a model that is only called under autocast: no longer widen inputs to the adapter's precision.
-
-    Autocast would narrow them again, to the same bits; without autocast the precisions would not match.
-    """
-    for layer in _lora_layers(model):
-        layer.cast_input_dtype_enabled = False
 
 
 @torch.no_grad()
@@ -248,7 +137,7 @@ def merge_adapter(model: nn.Module, adapter: AdapterState, wide: Mapping[str, Te
         assert isinstance(weight, Tensor)
         whole = weight if wide is None else wide[f"{module}.weight"].to(weight.device, torch.float32)
         a, b = (half.to(weight.device, torch.float32) for half in adapter.pair(module))
-        weight.copy_(_merged(whole.float(), a, b, adapter.scale(module)))
+        weight.copy_(adapted_weight(whole.float(), a, b, adapter.scale(module)))
 
 
 @contextmanager
@@ -257,7 +146,7 @@ def reference_policy(model: nn.Module) -> Iterator[None]:
 
     Contexts may be nested.
     """
-    layers = _lora_layers(model)
+    layers = lora_layers(model)
     assert layers, "a model without an adapter has no starting policy to switch to"
     switches = [(one, list(one.active_adapters), one.disable_adapters, one.held) for one in layers]
     # PEFT's switches also set requires_grad, which is a property of the training run and not of the policy.
@@ -361,11 +250,11 @@ def merged_state(model: nn.Module, dtype: torch.dtype | None = None) -> dict[str
     ``dtype`` is the precision of the result, by default each weight's own.
     """
     tensors = base_state(model)
-    if _lora_layers(model):
+    if lora_layers(model):
         adapter = adapter_state(model)
         for module in adapter.modules:
             weight = tensors[f"{module}.weight"]
             a, b = (half.to(weight.device, torch.float32) for half in adapter.pair(module))
-            merged = _merged(weight.float(), a, b, adapter.scale(module))
-            tensors[f"{module}.weight"] = merged.to(dtype or weight.dtype)
+            whole = adapted_weight(weight.float(), a, b, adapter.scale(module))
+            tensors[f"{module}.weight"] = whole.to(dtype or weight.dtype)
     return tensors if dtype is None else {name: value.to(dtype) for name, value in tensors.items()}

@@ -43,9 +43,9 @@ class PatchEmbedding(nn.Conv3d):
 
 def timestep_sinusoid(timestep: Tensor, dim: int) -> Tensor:
     """``[cos | sin]`` features of timesteps, ``[...] -> [..., dim]`` in float64."""
-    half = dim // 2
-    exponent = torch.arange(half, dtype=torch.float64, device=timestep.device) / half
-    angle = timestep.to(torch.float64)[..., None] * torch.pow(10000.0, -exponent)
+    half, f64, device = dim // 2, torch.float64, timestep.device
+    frequencies = torch.logspace(0, 4 / half - 4, half, dtype=f64, device=device)  # 10000^(-i / half)
+    angle = timestep.to(f64)[..., None] * frequencies
     return torch.cat([angle.cos(), angle.sin()], dim=-1)
 
 
@@ -90,6 +90,31 @@ def cos_sin(angles: Tensor) -> Tensor:
     return torch.stack([angles.cos(), angles.sin()], dim=-1).float()[:, :, None]
 
 
+class Rotary:
+    """Rotations of tokens by frame, row and column; what does not depend on the frame is computed once."""
+
+    def __init__(self, head_dim: int) -> None:
+        self.head_dim = head_dim
+        self._fixed: dict[tuple[tuple[int, int], torch.device], tuple[Tensor, Tensor]] = {}
+
+    def __call__(self, frames_RF: Tensor, grid: tuple[int, int]) -> Tensor:
+        """``cos_sin(rotary_angles(...))`` of these frames, ``[R, F*T, 1, D / 2, 2]``."""
+        frequencies, places = self._of(grid, frames_RF.device)
+        over_time = cos_sin(frames_RF.to(torch.float64)[..., None] * frequencies)[:, :, None]
+        shape = (*frames_RF.shape, len(places), 1, -1, 2)
+        return torch.cat([over_time.expand(shape), places.expand(shape)], dim=-2).flatten(1, 2)
+
+    def _of(self, grid: tuple[int, int], device: torch.device) -> tuple[Tensor, Tensor]:
+        """Angles per frame of the temporal part, and rotations ``[T, 1, S, 2]`` of the spatial one."""
+        if (grid, device) not in self._fixed:
+            temporal = self.head_dim // 2 - 2 * (self.head_dim // 6)
+            frame = torch.ones(1, 1, device=device)
+            frequencies = rotary_angles(frame, (1, 1), self.head_dim)[0, 0, :temporal]
+            places = cos_sin(rotary_angles(frame, grid, self.head_dim)[..., temporal:])
+            self._fixed[grid, device] = frequencies, places[0]
+        return self._fixed[grid, device]
+
+
 class RMSNorm(nn.Module):
     """Root-mean-square normalisation over the last axis, computed in float32 or wider."""
 
@@ -99,7 +124,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.dtype == self.weight.dtype and x.dtype.itemsize >= 4:
+        if x.dtype == self.weight.dtype:
             return rms_norm(x, self.weight, self.eps)
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         return F.rms_norm(wide, self.weight.shape, eps=self.eps).type_as(x) * self.weight
@@ -140,9 +165,10 @@ class Attention(nn.Module):
 class WanBlock(nn.Module):
     """Self-attention over the context, cross-attention to the text, feed-forward; modulated by time."""
 
-    def __init__(self, shape: WanShape) -> None:
+    def __init__(self, shape: WanShape, rotary: Rotary) -> None:
         super().__init__()
         self.shape = shape
+        self.rotary = rotary
         dim = shape.dim
         self.self_attn = Attention(dim, shape.num_heads, shape.eps)
         self.cross_attn = Attention(dim, shape.num_heads, shape.eps)
@@ -222,7 +248,7 @@ class WanBlock(nn.Module):
         """Relative positions: keys are rotated by their slot, queries by theirs, the last slots."""
         tokens = self.shape.tokens_per_frame
         slots = torch.arange(keys.shape[1] // tokens, device=q.device)[None]
-        rotation = cos_sin(rotary_angles(slots, self.shape.grid, self.shape.head_dim))
+        rotation = self.rotary(slots, self.shape.grid)
         return rotate(q, rotation[:, -q.shape[1] :]), rotate(keys, rotation)
 
 
@@ -262,7 +288,8 @@ class CausalWan(nn.Module):
         self.text_embedding = nn.Sequential(Linear(shape.text_dim, dim), GELU(), Linear(dim, dim))
         self.time_embedding = nn.Sequential(Linear(shape.freq_dim, dim), nn.SiLU(), Linear(dim, dim))
         self.time_projection = nn.Sequential(nn.SiLU(), Linear(dim, 6 * dim))
-        self.blocks = nn.ModuleList(WanBlock(shape) for _ in range(shape.num_layers))
+        self.rotary = Rotary(shape.head_dim)
+        self.blocks = nn.ModuleList(WanBlock(shape, self.rotary) for _ in range(shape.num_layers))
         self.head = Head(shape)
 
     def text_of(self, text_ULD: Tensor, text_rows: Tensor | None, rows: int) -> tuple[KeysValues, ...]:
@@ -303,7 +330,7 @@ class CausalWan(nn.Module):
         rotation = None
         if not self.shape.relative_positions:
             positions = context.start_R[:, None] + torch.arange(frames, device=x.device)
-            rotation = cos_sin(rotary_angles(positions, self.shape.grid, self.shape.head_dim))
+            rotation = self.rotary(positions, self.shape.grid)
         stored: KeysValues | None = None
         for layer, module in enumerate(self.blocks):
             block = cast(WanBlock, module)

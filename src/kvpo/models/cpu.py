@@ -17,8 +17,8 @@ SLOPE, CUBIC = 2 * math.sqrt(2 / math.pi), 0.044715
 
 
 def on_cpu(x: Tensor) -> bool:
-    """True where the functions below are faster than torch's own for ``x``."""
-    return x.device.type == "cpu" and x.dtype.itemsize >= 4 and not torch.compiler.is_compiling()
+    """True where the functions below can be faster than torch's own."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def _slope(x: Tensor) -> Tensor:
@@ -46,16 +46,19 @@ class GELU(nn.Module):
     """GELU as the ``tanh`` approximates it."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return _Gelu.apply(x) if on_cpu(x) else F.gelu(x, approximate="tanh")  # type: ignore[no-untyped-call]
+        if x.dtype.itemsize >= 4 and on_cpu(x):
+            return _Gelu.apply(x)  # type: ignore[no-untyped-call]
+        return F.gelu(x, approximate="tanh")
 
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        wide = torch.promote_types(x.dtype, torch.float32)
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)
         scale = torch.addcmul(norm.new_tensor(eps), norm, norm, value=1 / x.shape[-1]).rsqrt_()
         ctx.save_for_backward(x, scale, weight)
-        return (x * scale).mul_(weight)
+        return (x * scale).mul_(weight).to(x.dtype)
 
     @staticmethod
     @once_differentiable
@@ -64,15 +67,18 @@ class _RMSNorm(torch.autograd.Function):
         (gradient,), unit = gradients, x * scale
         of_weight = None
         if ctx.needs_input_grad[1]:
-            of_weight = (gradient * unit).flatten(0, -2).sum(0)
-        gradient = gradient * weight
+            of_weight = (gradient * unit).flatten(0, -2).sum(0).to(weight.dtype)
+        gradient = gradient * weight.to(scale.dtype)
         along = torch.linalg.vecdot(gradient, unit)[..., None]
         of_x = torch.addcmul(gradient, unit, along, value=-1 / unit.shape[-1]).mul_(scale)
-        return of_x, of_weight, None
+        return of_x.to(x.dtype), of_weight, None
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """``x / sqrt(mean x^2 + eps) * weight`` over the last axis, for one precision of both."""
+    """``x / sqrt(mean x^2 + eps) * weight`` over the last axis, for one precision of both.
+
+    In float32 or wider, rounded once.
+    """
     if on_cpu(x):
         return _RMSNorm.apply(x, weight, eps)  # type: ignore[no-untyped-call]
     return F.rms_norm(x, weight.shape, weight, eps)

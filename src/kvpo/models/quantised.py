@@ -8,7 +8,8 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from kvpo.models.adapters import LORA_TARGETS, AdaptedLinear
+from kvpo.models.adapted_linear import AdaptedLinear
+from kvpo.models.adapters import LORA_TARGETS
 from kvpo.models.settings import WanShape, require
 
 EIGHT_BITS = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}

@@ -36,7 +36,7 @@ class Kept:
 
 KEPT = {
     ("lora", "none"): Kept(52.3, 8.0, 0.0, 8.0),
-    ("lora", "bfloat16"): Kept(38.2, 4.0, 16.3, 4.0),
+    ("lora", "bfloat16"): Kept(26.7, 4.0, 16.0, 4.0),
     ("full", "none"): Kept(68.4, 8.0, 0.0, 8.0),
     ("full", "bfloat16"): Kept(80.0, 5.5, 0.0, 8.0),
 }
@@ -56,6 +56,8 @@ class Parameters:
     """True if a copy of the starting policy is kept: all of it, or a continued adapter."""
     summed: int = 0
     """Bytes of the weights with the adapter in them, which a block holds where that is done."""
+    narrowed: int = 0
+    """Bytes of the adapter in the precision of the weights that it stands beside, which a block holds."""
     quantised: int = 0
     """Bytes of a rollout's own weights, unless it holds them in the place of those sums, which are larger."""
 
@@ -104,14 +106,17 @@ def parameters_of(config: Config, model: CausalWan, frozen_size: int) -> Paramet
     trained = count
     if adapted:
         trained = optim.lora_rank * sum(layer.in_features + layer.out_features for layer in layers)
-    summed = 0
+    summed = narrowed = 0
     if adapted and optim.autocast == "none":
         summed = 4 * sum(layer.weight.numel() for layer in layers)
+    elif adapted:
+        narrowed = frozen_size * trained
     quantised = 0
     if optim.rollout_precision != "same" and not summed:
         quantised = sum(layer.weight.numel() + 4 * layer.out_features for layer in layers)
     continued = bool(config.backbone.lora) and config.backbone.lora_start == "continue"
-    return Parameters(count, trained, frozen_size, adapted, continued or not adapted, summed, quantised)
+    copied = continued or not adapted
+    return Parameters(count, trained, frozen_size, adapted, copied, summed, narrowed, quantised)
 
 
 @dataclass(frozen=True)

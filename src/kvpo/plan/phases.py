@@ -135,6 +135,7 @@ def plan_run(
         "weights": parameters.weights / split.parts,
         "adapter": parameters.adapter / split.parts,
         "adapter in the weights": 0 if split.shard else parameters.summed,
+        "adapter beside the weights": 0 if split.shard else parameters.narrowed,
         "gathered layers": split.gathered(parameters, model.shape.num_layers),
         "starting policy": parameters.reference / split.parts,
         "optimiser": parameters.moments / split.parts,

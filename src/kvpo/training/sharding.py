@@ -1,9 +1,8 @@
 """Weights spread over the ranks of a team, with torch's FSDP2 (`fully_shard`).
 
-Every layer is a group of its own that is gathered just before it runs, and so is the adapter of every linear
-layer: base and adapter differ in precision. All ranks of a team have to make equally many passes in one
-order. Trained parameters, their moments and averages are DTensors of which a rank holds its part; what is
-saved is whole (`kvpo.training.checkpoint`).
+Every layer with its adapters is a group of its own that is gathered just before it runs. All ranks of a team
+have to make equally many passes in one order. Trained parameters, their moments and averages are DTensors of
+which a rank holds its part; what is saved is whole (`kvpo.training.checkpoint`).
 """
 
 import json
@@ -15,9 +14,8 @@ from pathlib import Path
 
 import torch
 import torch.distributed.checkpoint as dcp
-from peft.tuners.lora import LoraLayer
 from safetensors import safe_open
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed import DeviceMesh
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
@@ -34,18 +32,12 @@ def shard(model: CausalWan, team: Ranks, device: torch.device | str) -> None:
     """Spread the parameters of a transformer over a team, in place; gradients are added up, not averaged."""
     mesh = DeviceMesh.from_group(team.prompt, torch.device(device).type)
 
-    def group(*modules: nn.Module) -> None:
+    for module in (*model.blocks, model):
         # Explicitly, or the outermost group would stay gathered, and stale once its values are exchanged.
-        fully_shard(list(modules) if len(modules) > 1 else modules[0], mesh=mesh, reshard_after_forward=True)
-
+        fully_shard(module, mesh=mesh, reshard_after_forward=True)
     for block in model.blocks:
-        for layer in [module for module in block.modules() if isinstance(module, LoraLayer)]:
-            for name in layer.lora_A:
-                group(layer.lora_A[name], layer.lora_B[name])
-        group(block)
         for method in ("only_keys_values", "text_of"):  # what is called beside ``forward``, never within it
             register_fsdp_forward_method(block, method)
-    group(model)
     for method in ("text_of", "text_keys"):
         register_fsdp_forward_method(model, method)
     for module in model.modules():

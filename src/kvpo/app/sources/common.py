@@ -14,7 +14,6 @@ from kvpo.engine.generator import StreamingGenerator
 from kvpo.engine.noise import SeededTape, keyed_generator
 from kvpo.engine.stream import stream_latents
 from kvpo.method.flow import STEPS, few_step_sigmas
-from kvpo.models.adapters import leave_casts_to_autocast
 from kvpo.models.cache import PageShape
 from kvpo.models.causal_wan import CausalWan
 from kvpo.models.quantised import quantised_layers
@@ -82,14 +81,20 @@ class Source:
     """(setup, step) -> loss of one batch of the base's pretraining; None: its data is elsewhere."""
 
 
+def frozen_dtype(config: Config) -> torch.dtype:
+    """Precision that weights are held in: where an adapter is trained that of the forward pass.
+
+    Those that are trained themselves stay in float32, and autocast narrows them in every pass.
+    """
+    low = config.optim.lora_rank > 0 and config.optim.autocast == "bfloat16"
+    return torch.bfloat16 if low else torch.float32
+
+
 def streaming_generator(config: Config, transformer: CausalWan) -> StreamingGenerator:
     """The streaming generator of a configuration around a transformer."""
     stream, shape = config.stream, transformer.shape
     first = few_step_sigmas(stream.schedule_first, stream.shift).tolist() if stream.schedule_first else ()
-    autocast = None if config.optim.autocast == "none" else torch.bfloat16
-    precision = config.optim.rollout_precision
-    if autocast is not None:
-        leave_casts_to_autocast(transformer)
+    low, precision = config.optim.autocast == "bfloat16", config.optim.rollout_precision
     return StreamingGenerator(
         transformer=transformer,
         deployment=stream.deployment,
@@ -99,8 +104,8 @@ def streaming_generator(config: Config, transformer: CausalWan) -> StreamingGene
         latent_shape=(shape.channels, shape.latent_height, shape.latent_width),
         pages=PageShape(shape.num_layers, shape.tokens_per_frame, shape.num_heads, shape.head_dim),
         device=config.device,
-        autocast=autocast,
-        page_dtype=autocast or torch.float32,
+        autocast=torch.bfloat16 if low and not config.optim.lora_rank else None,
+        page_dtype=torch.bfloat16 if low else torch.float32,
         exploring=nullcontext if precision == "same" else partial(quantised_layers, transformer, precision),
     )
 

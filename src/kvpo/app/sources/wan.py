@@ -8,12 +8,11 @@ from itertools import chain
 from kvpo.app.file_prompts import TextLimits, prompts_of_file, short_notice, split_prompts, updates_prompts
 from kvpo.app.judges import build_judges
 from kvpo.app.named_rewards import reach_servers
-from kvpo.app.sources.common import FinalSet, Source, streaming_generator
+from kvpo.app.sources.common import FinalSet, Source, frozen_dtype, streaming_generator
 from kvpo.app.sources.wan_parts import (
     ENCODER_FILES,
     FRAMES_PER_SECOND,
     codec,
-    frozen_dtype,
     located,
     open_weights,
     text_encoder,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kvpo.app.origin import warn_of_other_values
-from kvpo.app.sources.common import first_block
+from kvpo.app.sources.common import first_block, frozen_dtype
 from kvpo.config import Config
 from kvpo.config_checks import ConfigurationError
 from kvpo.engine.noise import keyed_generator
@@ -183,12 +183,6 @@ def codec(config: Config) -> WanCodec:
             f"backbone.geometry has {config.model.channels}"
         )
     return WanCodec(vae, config.device, vae.model.config.scale_factor_temporal)
-
-
-def frozen_dtype(config: Config) -> torch.dtype:
-    """Precision that weights are loaded in: that of the forward pass, or float32 where they are trained."""
-    low = config.optim.lora_rank > 0 and config.optim.autocast == "bfloat16"
-    return torch.bfloat16 if low else torch.float32
 
 
 @dataclass(frozen=True)

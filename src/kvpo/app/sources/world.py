@@ -16,7 +16,7 @@ from torch import Tensor
 
 from kvpo.app.file_prompts import Sets, TextLimits
 from kvpo.app.judges import build_judges
-from kvpo.app.sources.common import FinalSet, Guide, Source, streaming_generator
+from kvpo.app.sources.common import FinalSet, Guide, Source, frozen_dtype, streaming_generator
 from kvpo.config import Config
 from kvpo.config_checks import ConfigurationError
 from kvpo.engine.noise import keyed_generator
@@ -146,6 +146,7 @@ def load_base(config: Config) -> tuple[CausalWan, LearnedTextEncoder]:
 def embedded(config: Config) -> tuple[Weights, LearnedTextEncoder]:
     """The embedded generator with what a configuration trains: a fresh adapter, or all its parameters."""
     transformer, text = load_base(config)
+    transformer.to(frozen_dtype(config))
     transformer.checkpointing = config.optim.checkpointing
     if config.optim.lora_rank:
         add_adapter(
@@ -319,6 +320,6 @@ SOURCE = Source(
     text_limits=text_limits,
     file_digests=lambda config: {},
     longest_prompt=longest_prompt,
-    surroundings=lambda config: Surroundings(),
+    surroundings=lambda config: Surroundings(frozen_size=frozen_dtype(config).itemsize),
     read_off=read_off,
 )
