@@ -33,7 +33,17 @@ from kvpo.engine.replay import ReplayRow, replay_context, replay_velocities
 from kvpo.engine.stream import Stream, advance, open_stream
 
 LAYERS, BLOCKS = 2, 40
-COPIES = ("_to_copy", "copy_", "clone", "cat", "stack", "index_select", "index", "index_put_")
+COPIES = (
+    "_to_copy",
+    "copy_",
+    "_foreach_copy_",
+    "clone",
+    "cat",
+    "stack",
+    "index_select",
+    "index",
+    "index_put_",
+)
 """Operations that move numbers and compute none."""
 ALLOCATIONS = ("empty", "empty_strided", "new_empty", "empty_like")
 
@@ -51,7 +61,8 @@ class Counted(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         alias = func._schema.returns[0].alias_info if func._schema.returns else None
         name = func._schema.name.removeprefix("aten::")
-        computed = any(isinstance(one, Tensor) for one in tree_leaves(out))
+        in_lists = func._schema.is_mutable and not func._schema.returns  # one call for many tensors
+        computed = in_lists or any(isinstance(one, Tensor) for one in tree_leaves(out))
         if computed and (alias is None or alias.is_write) and name not in ALLOCATIONS:
             self.operations += 1
             self.copies += name in COPIES

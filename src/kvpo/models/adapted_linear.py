@@ -1,6 +1,6 @@
 """Linear layers with an adapter: in the weight, or beside a weight of fewer digits, with their gradients."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -58,15 +58,14 @@ class _AdaptedProduct(torch.autograd.Function):
 class _ProductBeside(torch.autograd.Function):
     """``x W^T + scale (x A^T) B^T`` in the precision of W, whose gradients are those of x, A and B.
 
-    A and B are given in their own precision, and ``held`` as ``_narrowed`` makes them, or they are made anew.
+    A and B are given in their own precision, and ``held`` in that of W.
     """
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, held: Pair | None, base: nn.Linear, a: Tensor, b: Tensor, scale: float
     ) -> Tensor:
-        narrow = _narrowed(base.weight, a, b, scale) if held is None else held
-        y, outer = _beside(x, base, *narrow)
+        y, outer = _beside(x, base, held or (a.to(base.weight.dtype), b.to(base.weight.dtype)), scale)
         ctx.save_for_backward(x, outer, base.weight, a, b, *(held or ()))
         ctx.scale = scale
         return y
@@ -75,28 +74,23 @@ class _ProductBeside(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         x, outer, weight, a, b, *held = ctx.saved_tensors
-        narrow_a, narrow_b = held or _narrowed(weight, a, b, ctx.scale)
+        narrow_a, narrow_b = held or (a.to(weight.dtype), b.to(weight.dtype))
         rows, gradient = x.flatten(0, -2), gradients[0].flatten(0, -2)
         inner = gradient.mm(narrow_b)
         of_x = None
         if ctx.needs_input_grad[0]:
-            of_x = gradient.mm(weight).addmm_(inner, narrow_a).view_as(x)
-        of_b = gradient.t().mm(outer).to(b.dtype)
+            of_x = gradient.mm(weight).addmm_(inner, narrow_a, alpha=ctx.scale).view_as(x)
+        of_a, of_b = inner.t().mm(rows).to(a.dtype), gradient.t().mm(outer).to(b.dtype)
         if ctx.scale != 1:
-            of_b *= ctx.scale
-        return of_x, None, None, inner.t().mm(rows).to(a.dtype), of_b, None
+            of_a, of_b = ctx.scale * of_a, ctx.scale * of_b
+        return of_x, None, None, of_a, of_b, None
 
 
-def _narrowed(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Pair:
-    """A and scale B in the precision of a weight that they stand beside."""
-    return a.to(weight.dtype), (b if scale == 1 else scale * b).to(weight.dtype)
-
-
-def _beside(x: Tensor, base: nn.Linear, a: Tensor, b: Tensor) -> Pair:
-    """``x W^T + (x A^T) B^T`` and, by rows, ``x A^T``."""
-    rows = x.flatten(0, -2)
+def _beside(x: Tensor, base: nn.Linear, narrow: Pair, scale: float) -> Pair:
+    """``x W^T + scale (x A^T) B^T`` and, by rows, ``x A^T``."""
+    rows, (a, b) = x.flatten(0, -2), narrow
     outer = rows.mm(a.t())
-    y = F.linear(rows, base.weight, base.bias).addmm_(outer, b.t())
+    y = F.linear(rows, base.weight, base.bias).addmm_(outer, b.t(), alpha=scale)
     return y.unflatten(0, x.shape[:-1]), outer
 
 
@@ -114,29 +108,21 @@ class AdaptedLinear(Linear):
         if self.disable_adapters or torch.is_autocast_enabled(x.device.type):
             return super().forward(x, *args, **kwargs)
         base, scale = cast(nn.Linear, self.base_layer), self.scaling[self.active_adapters[0]]
-        a, b = self._halves()
+        a, b = self.halves()
         product = _ProductBeside if _narrow(base.weight) else _AdaptedProduct
         if torch.is_grad_enabled() and (x.requires_grad or a.requires_grad):
             return cast(Tensor, product.apply(x, self.held, base, a, b, scale))  # type: ignore[no-untyped-call]
-        held = self.holdable() if self.held is None else self.held
-        return linear(x, held, base.bias) if isinstance(held, Tensor) else _beside(x, base, *held)[0]
-
-    @torch.no_grad()
-    def holdable(self) -> Tensor | Pair:
-        """Tensors that calls under the same weights can share (see ``held``)."""
-        weight = cast(nn.Linear, self.base_layer).weight
-        if _narrow(weight):
-            return _narrowed(weight, *self._halves(), self.scaling[self.active_adapters[0]])
-        return self.summed(weight.dtype)
+        held = _holdable([self])[0] if self.held is None else self.held
+        return linear(x, held, base.bias) if isinstance(held, Tensor) else _beside(x, base, held, scale)[0]
 
     @torch.no_grad()
     def summed(self, dtype: torch.dtype) -> Tensor:
         """The weight and the active adapter in one."""
-        a, b = (half.to(dtype) for half in self._halves())
+        a, b = (half.to(dtype) for half in self.halves())
         weight = cast(nn.Linear, self.base_layer).weight.to(dtype)
         return adapted_weight(weight, a, b, self.scaling[self.active_adapters[0]])
 
-    def _halves(self) -> Pair:
+    def halves(self) -> Pair:
         """A and B of the active adapter, at least as wide as the weight."""
         name, weight = self.active_adapters[0], cast(nn.Linear, self.base_layer).weight
         a, b = (cast(nn.Linear, half[name]).weight for half in (self.lora_A, self.lora_B))
@@ -148,6 +134,26 @@ def _narrow(weight: Tensor) -> bool:
     return weight.dtype.itemsize < 4
 
 
+@torch.no_grad()
+def _holdable(layers: Sequence[AdaptedLinear]) -> list[Tensor | Pair]:
+    """The tensors that calls of layers under the same weights can share, made in few operations."""
+    if not layers:
+        return []
+    weights = [cast(nn.Linear, layer.base_layer).weight for layer in layers]
+    halves = [layer.halves() for layer in layers]
+    if _narrow(weights[0]):
+        wide = [half for pair in halves for half in pair]
+        narrow = [torch.empty_like(half, dtype=weights[0].dtype) for half in wide]
+        torch._foreach_copy_(narrow, wide)
+        return list(zip(narrow[::2], narrow[1::2], strict=True))
+    sums: list[Tensor | Pair] = [b @ a for a, b in halves]  # in the order of ``adapted_weight``
+    scales = [layer.scaling[layer.active_adapters[0]] for layer in layers]
+    if any(scale != 1 for scale in scales):
+        torch._foreach_mul_(sums, scales)
+    torch._foreach_add_(sums, weights)
+    return sums
+
+
 @contextmanager
 def held_weights(model: nn.Module) -> Iterator[None]:
     """Inside, where the weights may not change, every adapter is brought into its layer's product only once.
@@ -156,10 +162,10 @@ def held_weights(model: nn.Module) -> Iterator[None]:
     nested.
     """
     free = [layer for layer in lora_layers(model) if layer.held is None and not layer.disable_adapters]
-    layers = [layer for layer in free if not isinstance(layer._halves()[0], DTensor)]
+    layers = [layer for layer in free if not isinstance(layer.halves()[0], DTensor)]
     try:
-        for layer in layers:
-            layer.held = layer.holdable()
+        for layer, held in zip(layers, _holdable(layers), strict=True):
+            layer.held = held
         yield
     finally:
         for layer in layers:

@@ -68,9 +68,9 @@ class _RMSNorm(torch.autograd.Function):
         of_weight = None
         if ctx.needs_input_grad[1]:
             of_weight = (gradient * unit).flatten(0, -2).sum(0).to(weight.dtype)
-        gradient = gradient * weight.to(scale.dtype)
+        gradient = (gradient * scale).mul_(weight)
         along = torch.linalg.vecdot(gradient, unit)[..., None]
-        of_x = torch.addcmul(gradient, unit, along, value=-1 / unit.shape[-1]).mul_(scale)
+        of_x = gradient.addcmul_(unit, along, value=-1 / unit.shape[-1])
         return of_x.to(x.dtype), of_weight, None
 
 
