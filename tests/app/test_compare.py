@@ -15,6 +15,7 @@ import pytest
 from kvpo.app.cli import main
 from kvpo.app.configuration import resolve_saved
 from kvpo.app.sources import world
+from kvpo.training.checkpoint import find_checkpoint
 from tests.tiny_world import SETTINGS
 
 QUICK = {
@@ -69,6 +70,8 @@ def test_every_run_takes_the_budget_and_ends_where_it_is_nearest(compared: Path)
             config = resolve_saved(run / "config.yaml")
             assert config.optim.updates == updates and config.threads == 1
             assert (config.objective.advantages == "random") == (name == "null")
+            # Nothing was validated, so whoever takes the run gets what was trained, and not its base as best.
+            assert find_checkpoint(run / "checkpoints", None).name == f"update-{updates:06d}"
 
 
 def test_to_choose_among_arms_validation_prompts_are_enough(tiny_base: Path, tmp_path: Path) -> None:
