@@ -17,6 +17,7 @@ from kvpo.app.configuration import preset
 from kvpo.config import StreamConfig
 from kvpo.engine.noise import keyed_generator
 from kvpo.models.causal_wan import CausalWan
+from kvpo.models.finite import NonFiniteError
 from kvpo.models.settings import WanShape
 from kvpo.world.imperfect import imperfect_story, training_stories
 from kvpo.world.pretrain import (
@@ -121,6 +122,35 @@ def test_a_training_goes_on_where_it_was_stopped_and_ends_in_the_same_file(tmp_p
     assert part(7, 99, resume=True)
     assert losses == expected and not unfinished(parts).exists()
     assert parts.read_bytes() == whole.read_bytes()
+
+
+def test_a_finished_training_is_neither_repeated_nor_overwritten(tmp_path: Path) -> None:
+    out = tmp_path / "base"
+    trained(out, steps=4)
+    content, steps = out.read_bytes(), []
+    given = {"report": lambda done, loss: steps.append(done), "resume": True}
+    assert pretrain(*tiny(), replace(TINY, steps=4), out, **given) and not steps
+    with pytest.raises(ValueError, match="base is there already; delete it"):
+        pretrain(*tiny(), replace(TINY, steps=5), out, **given)
+    with pytest.raises(ValueError, match="base is there already; delete it"):
+        trained(out, steps=4)
+    assert out.read_bytes() == content and not steps
+
+
+def test_a_loss_that_is_not_finite_ends_a_training_and_spoils_no_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The third step's, after the checkpoint of the second."""
+    losses: list[torch.Tensor] = []
+
+    def spoilt(*given: Any) -> torch.Tensor:
+        losses.append(training_loss(*given))
+        return losses[-1] * (float("nan") if len(losses) == 3 else 1)
+
+    monkeypatch.setattr("kvpo.world.pretrain.training_loss", spoilt)
+    with pytest.raises(NonFiniteError, match="step 3 of the pretraining: the loss is nan"):
+        trained(tmp_path / "base", steps=4)
+    assert load_generator(tiny()[0], tmp_path / "base") and unfinished(tmp_path / "base").exists()
 
 
 def test_a_training_that_was_killed_goes_on(tmp_path: Path) -> None:

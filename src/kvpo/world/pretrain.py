@@ -31,7 +31,7 @@ from kvpo.files import new_file
 from kvpo.method.flow import add_noise, few_step_sigmas
 from kvpo.models.causal_wan import CausalWan
 from kvpo.models.context import TeacherContext
-from kvpo.models.finite import require_finite_weights
+from kvpo.models.finite import NonFiniteError, require_finite_weights
 from kvpo.models.settings import WanShape
 from kvpo.models.tensor_files import read_tensor_file, storable
 from kvpo.world.muon import Muon
@@ -210,6 +210,11 @@ class Training:
         generator = keyed_generator("pretraining noise", settings.seed, self.step)
         transformer, text = self.trained.values()
         loss = training_loss(transformer, text, batch, stream, settings, generator)
+        if not loss.isfinite():
+            raise NonFiniteError(
+                f"step {self.step + 1} of the pretraining: the loss is {loss.item()}; what was saved before "
+                "is still there"
+            )
         self.trained.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(self.trained.parameters(), 1.0)
@@ -251,9 +256,15 @@ def pretrain(
 
     Raises:
         ValueError: the checkpoint is damaged, of other settings or another ``start``, or there without
-            ``resume``.
+            ``resume``; or ``out`` is, and is not what ``resume`` would end in.
+        NonFiniteError: a loss is not finite.
     """
-    training, checkpoint = Training.begin(model, settings, device, start), unfinished(out)
+    checkpoint = unfinished(out)
+    if out.exists() and not checkpoint.exists():
+        if resume and _made_with(out, model, settings):
+            return True
+        raise ValueError(f"{out} is there already; delete it to train it anew, or choose another --out")
+    training = Training.begin(model, settings, device, start)
     header = _header(model, stream, settings, start)
     if checkpoint.exists():
         if not resume:
@@ -316,10 +327,21 @@ def _batches(stream: StreamConfig, settings: PretrainSettings, first: int) -> It
     return iter(DataLoader(snippets, sampler=steps, batch_size=None, num_workers=workers))
 
 
+def _generator_header(model: WanShape, settings: PretrainSettings) -> str:
+    return json.dumps({"model": asdict(model), "settings": asdict(settings)})
+
+
+def _made_with(path: Path, model: WanShape, settings: PretrainSettings) -> bool:
+    """True for the file of a training of this geometry and these settings."""
+    read_tensor_file(path)
+    with safe_open(path, framework="pt") as file:
+        return (file.metadata() or {}).get("generator") == _generator_header(model, settings)
+
+
 def save_generator(state: dict[str, Tensor], model: WanShape, settings: PretrainSettings, out: Path) -> None:
     """Write weights in half precision with the geometry and the settings in the header."""
     # One entry, because safetensors writes several in any order and a rebuilt file would have another hash.
-    header = {"generator": json.dumps({"model": asdict(model), "settings": asdict(settings)})}
+    header = {"generator": _generator_header(model, settings)}
     with new_file(out, failures=(SafetensorError,)) as partial:
         save_file(storable({name: value.half() for name, value in state.items()}), partial, metadata=header)
 
