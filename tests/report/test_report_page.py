@@ -158,6 +158,13 @@ def test_routing_is_compared_with_noise_of_the_same_pixel_distance_on_enough_for
     assert "Noise at the same pixel distance" in page_of(run)[1].text
 
 
+def test_the_explorer_says_where_advantages_need_not_follow_the_reward(run):
+    assert "need not follow the reward" in page_of(run)[0]
+    config = run / "config.yaml"
+    config.write_text(config.read_text().replace("fusion: advantages", "fusion: rewards"))
+    assert "need not follow the reward" not in page_of(run)[0]
+
+
 def test_the_explorer_shows_the_policy_that_trained(finished_run):
     """Temperature 0.01 over the best and the worst branch alone: softmax(-E / 0.01)."""
     record = json.loads((finished_run / "branches" / "branches.json").read_text())

@@ -290,11 +290,19 @@ LEGEND = (
 )
 
 
+APART = (
+    '<p class="note">Advantages are of components one by one, each in units of its own spread in the group '
+    "(rewards.fusion), so they need not follow the reward.</p>"
+)
+
+
 def explorer(run: RunRecord, store: ClipStore) -> str:
     """Groups of branches in tabs, then the causality groups, whose branches were routed to one act only."""
     if not run.groups and not run.causality:
         return '<p class="missing">No branch groups have been saved (branches/branches.json).</p>'
-    parts = [LEGEND]
+    rewards = run.config.get("rewards")
+    fusion = rewards.get("fusion", "rewards") if isinstance(rewards, dict) else "rewards"
+    parts = [LEGEND] if fusion == "rewards" else [LEGEND, APART]
     if len(run.groups) > 1:
         tabs = "".join(
             f'<button type="button" role="tab" aria-selected="{"true" if i == 0 else "false"}" '
