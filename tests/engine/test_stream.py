@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from kvpo.engine.generator import TextRows, as_bytes
+from kvpo.engine.generator import StreamingGenerator, TextRows, as_bytes
 from kvpo.engine.pages import stream_pages
 from kvpo.engine.stream import (
     advance,
@@ -285,3 +285,20 @@ def test_a_block_embeds_its_text_once_and_gives_the_bits_of_single_calls():
         with torch.no_grad():
             alone = one.velocity(trajectory.states_RSFCHW[:, step], torch.tensor([sigma]), text, context)
         assert torch.equal(alone, trajectory.velocities_RSFCHW[:, step])
+
+
+def test_a_block_gathers_its_pages_once_where_memory_allows_and_gives_the_same_bits(monkeypatch):
+    asked, gather = [], FrameCache.gather
+    monkeypatch.setattr(FrameCache, "gather", lambda *args: asked.append(args[1]) or gather(*args))
+    latents, calls = [], []
+    for keeps in (True, False):
+        monkeypatch.setattr(StreamingGenerator, "keeps_contexts", keeps)
+        asked.clear()
+        one = generator()
+        latents.append(stream_latents(one, [prompt(num_frames=12)], texts(), tape_of()))
+        calls.append(len(asked))
+    assert torch.equal(*latents)
+    layers, steps = one.pages.num_layers, len(one.sigmas)
+    blocks = 12 // one.block - 1  # the first one has no past
+    # A clean pass needs no attention in its last layer.
+    assert calls == [blocks * layers, blocks * (layers * (steps + 1) - 1)]

@@ -1,7 +1,10 @@
 """What attention sees: pages, own frames, sparse activation, and whole videos at once."""
 
+from dataclasses import replace
+
 import pytest
 import torch
+import torch.nn.functional as F
 
 from kvpo.engine.generator import TextRows
 from kvpo.models.cache import FrameCache, PageShape
@@ -49,6 +52,26 @@ def test_layers_may_see_different_pages():
     context = PageContext(cache, torch.tensor([[[ids[3]]], [[ids[5]]]]), torch.zeros(1))
     for layer, page in ((0, ids[3]), (1, ids[5])):
         assert torch.equal(context.read(layer, q, k, v)[0][0, :TOKENS], frame(cache, layer, page)[0])
+
+
+def test_pages_that_are_gathered_once_give_the_same_bits_and_gradients(monkeypatch):
+    cache, ids = filled_cache()
+    pages = torch.tensor([[ids[4], ids[1]], [ids[0], ids[7]]])
+    plain = PageContext(cache, pages, torch.zeros(2))
+    kept = replace(plain, gathered={})
+    asked, gather = [], cache.gather
+    monkeypatch.setattr(cache, "gather", lambda layer, pages: asked.append(layer) or gather(layer, pages))
+    found = {}
+    for context in (plain, kept):
+        found[context is kept] = results = []
+        for layer in (0, 1, 0, 1):
+            q, k, v = (one.requires_grad_() for one in own(2, rows=2))
+            keys, values, _ = context.read(layer, q, k, v)
+            out = F.scaled_dot_product_attention(*(one.transpose(1, 2) for one in (q, keys, values)))
+            results += [keys, values, *torch.autograd.grad(out.square().sum(), (q, k, v))]
+            assert all(gradient.abs().max() > 0 for gradient in results[-3:])
+    assert all(map(torch.equal, found[True], found[False]))
+    assert asked == [0, 1, 0, 1, 0, 1] and plain.gathered is None
 
 
 def test_without_pages_only_the_call_is_seen():

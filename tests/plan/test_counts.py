@@ -10,6 +10,7 @@ from torch import nn
 
 from kvpo.app.configuration import preset
 from kvpo.app.plan import Planner
+from kvpo.engine.generator import StreamingGenerator
 from kvpo.models.cache import FrameCache, PageShape
 from kvpo.models.causal_wan import CausalWan
 from kvpo.models.context import PageContext
@@ -306,3 +307,19 @@ def test_bytes_of_parameters() -> None:
     every = Parameters(all=100, trained=100, frozen_size=2, adapted=False, second_copy=True)
     assert (every.weights, every.adapter, every.reference) == (400, 0, 400)
     assert every.checkpoint == 400 + 400 + 800 + 400
+
+
+def test_pages_that_a_block_keeps_gathered_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the CPU, for every row that explores together; on a GPU each call gathers them anew."""
+    config = preset("longlive-1.3b", {"device": "cpu", "prompts.frames": [60]})  # re-encoding takes more
+    planner, explored = Planner(config, RATES), []
+    for keeps in (True, False):
+        monkeypatch.setattr(StreamingGenerator, "keeps_contexts", keeps)
+        plan = planner.plan(config)
+        explored.append(next(one.parts["activations"] for one in plan.phases if one.name == "explore"))
+    members = config.optim.prompts_per_update * (config.exploration.branches + 1)
+    rows = min(config.exploration.rows or members, members)
+    stream, exploration = config.stream.deployment, config.exploration
+    assert stream.local_past is not None
+    seen = stream.sink + max(stream.local_past, exploration.routed + exploration.recent)
+    assert explored[0] - explored[1] == pytest.approx(rows * seen * plan.page, rel=1e-6)

@@ -164,6 +164,14 @@ class StreamingGenerator:
         return self.sigmas if start or not self.sigmas_first else self.sigmas_first
 
     @property
+    def keeps_contexts(self) -> bool:
+        """True where the pages that a block sees are gathered once and not in every call.
+
+        On the CPU; a GPU's memory is what limits the rows of a batch.
+        """
+        return torch.device(self.device).type == "cpu"
+
+    @property
     def page_bytes(self) -> int:
         """Keys and values of one frame in all layers."""
         return 2 * math.prod(astuple(self.pages)) * self.page_dtype.itemsize

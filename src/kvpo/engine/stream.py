@@ -263,6 +263,8 @@ def _generate_block(
     """Denoise the streams' next blocks in one batch and append them. Raises NonFiniteError."""
     step, levels = streams[0].step or generator.step, generator.levels(streams[0].start)
     draw = partial(_drawn, generator, streams)
+    if generator.keeps_contexts:
+        context = replace(context, gathered={})
     with torch.no_grad(), generator.held():
         text = generator.known(text_of(streams))
         trajectory = denoise_block(generator, draw, text, context, step, levels)

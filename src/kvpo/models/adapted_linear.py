@@ -146,12 +146,12 @@ def _holdable(layers: Sequence[AdaptedLinear]) -> list[Tensor | Pair]:
         narrow = [torch.empty_like(half, dtype=weights[0].dtype) for half in wide]
         torch._foreach_copy_(narrow, wide)
         return list(zip(narrow[::2], narrow[1::2], strict=True))
-    sums: list[Tensor | Pair] = [b @ a for a, b in halves]  # in the order of ``adapted_weight``
+    sums = [b @ a for a, b in halves]  # in the order of ``adapted_weight``
     scales = [layer.scaling[layer.active_adapters[0]] for layer in layers]
     if any(scale != 1 for scale in scales):
         torch._foreach_mul_(sums, scales)
     torch._foreach_add_(sums, weights)
-    return sums
+    return [*sums]
 
 
 @contextmanager

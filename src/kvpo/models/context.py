@@ -43,6 +43,8 @@ class PageContext:
     """Leading context frames (sink and bank) among which sparse memory activation chooses; 0: off."""
     sparse_own: int = 0
     """Leading own frames that count among them too (re-encoding the sink itself)."""
+    gathered: dict[int, tuple[Tensor, Tensor]] | None = None
+    """The pages' keys and values by layer, kept for further calls; None: every call gathers them anew."""
 
     def read(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         tokens = self.cache.keys_LQTND.shape[2]
@@ -51,7 +53,10 @@ class PageContext:
         pages_RP = self.pages if self.pages.dim() == 2 else self.pages[layer]
         if pages_RP.shape[1] == 0:
             return k, v, None
-        context_k, context_v = self.cache.gather(layer, pages_RP)
+        kept: dict[int, tuple[Tensor, Tensor]] = {} if self.gathered is None else self.gathered
+        if layer not in kept:
+            kept[layer] = self.cache.gather(layer, pages_RP)
+        context_k, context_v = kept[layer]
         if self.sparse_pages:
             return self._read_sparse(tokens, q, (context_k.to(k.dtype), context_v.to(v.dtype)), (k, v))
         return torch.cat([context_k.to(k.dtype), k], 1), torch.cat([context_v.to(v.dtype), v], 1), None

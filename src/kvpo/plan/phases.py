@@ -221,7 +221,7 @@ class _Run:
         activations, generator = Activations(self.config, self.costs.context), self.generator
         again = generator.deployment.reencoded(self.fork) if self.switches else 0
         one = activations.inference(rows, generator.block, context)
-        one += rows * generator.block * generator.page_bytes
+        one += rows * (generator.block + context * generator.keeps_contexts) * generator.page_bytes
         switched = activations.inference(streams, again, generator.deployment.sink)
         return max(one, switched + streams * again * generator.page_bytes)
 
