@@ -118,7 +118,7 @@ class Run:
 
     def _train(self, interrupted: Callable[[], bool]) -> bool:
         config, trainer, ranks = self.setup.config, self.trainer, self.setup.ranks
-        if trainer.update == 0 and self.best is None and self.setup.validation:
+        if trainer.update == 0 and self.best is None:
             self.best = (0, 0.0)  # the base, until a validation beats it
             self.save()
         while trainer.update < self.updates and not (self.stopped or self.spent):

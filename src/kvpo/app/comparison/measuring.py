@@ -15,6 +15,7 @@ from kvpo.app.sources.common import FinalSet
 from kvpo.config import Config, ExplorationConfig
 from kvpo.engine.explorers import fresh_noise
 from kvpo.report.headline import FEWEST_PROMPTS
+from kvpo.training.checkpoint import BEST
 from kvpo.training.evaluation import Evaluation, Judges
 from kvpo.training.held_out import evaluate_prompts
 from kvpo.training.policy import policy_of
@@ -162,6 +163,7 @@ def trained(run: Run, measure: Any) -> dict[str, Any]:
     setup = run.setup
     with run.trainer.sides.aligned():
         found = measure(setup)
+    (run.checkpoints / BEST).unlink(missing_ok=True)  # nothing was validated: whoever takes the run, its last
     return {
         "results": found,
         "updates": updates,
