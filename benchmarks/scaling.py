@@ -17,6 +17,7 @@ import math
 import socket
 import statistics
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -207,7 +208,7 @@ def layout(ranks: int = 512, size: int = 8, lora_rank: int = 16) -> dict[str, An
     }
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, work out and lay out."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -217,7 +218,7 @@ def main() -> None:
     parts = ("measured", "model", "layout")
     parser.add_argument("--only", nargs="+", choices=parts, default=list(parts))
     parser.add_argument("--json", type=Path)
-    given = parser.parse_args()
+    given = parser.parse_args(arguments)
     found: dict[str, Any] = {}
     if "measured" in given.only:
         found["measured"] = measurements(given.ranks, given.updates)

@@ -2,8 +2,11 @@
 
 import importlib
 import json
+import queue
+import threading
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -25,12 +28,6 @@ SHAPE = WanShape(
     dim=24, num_heads=2, num_layers=3, ffn_dim=40, freq_dim=16, text_len=6, text_dim=10, channels=4,
     patch_size=(1, 2, 2), latent_height=4, latent_width=6,
 )  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def benchmark_scripts(monkeypatch):
-    """The scripts import each other by plain name, as they do when run."""
-    monkeypatch.syspath_prepend(str(SCRIPTS))
 
 
 @pytest.mark.parametrize("adapted", [False, True])
@@ -242,6 +239,25 @@ def test_threads_beside_a_busy_process(tiny_base, tmp_path, capsys):
     assert all(0 < r["cpu_s"] and 0 < r["wall_s"] for r in found["results"])
     assert found["latents_apart"]["1"] == 0 and found["latents_apart"]["2"] < 1e-4
     assert "| 1 | 2 | PASSIVE |" in capsys.readouterr().out
+
+
+def test_scaling_measures_updates_of_a_rank(tiny_base, monkeypatch, capsys):
+    """The command on a tiny generator, its only process a thread of this one; then nothing is sent."""
+    import scaling
+
+    small = scaling.SMALL | SETTINGS | {"backbone.checkpoint": str(tiny_base)}
+    monkeypatch.setattr(scaling, "SMALL", small)
+    monkeypatch.setattr(scaling, "GROUPS", 1)
+    here = SimpleNamespace(Process=threading.Thread, SimpleQueue=queue.SimpleQueue)
+    monkeypatch.setattr(scaling.processes, "get_context", lambda kind: here)
+    scaling.main(["--ranks", "1", "--updates", "1", "--only", "measured"])
+    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines()[2:]]
+    assert [row[:3] for row in rows] == [
+        ["| strong", "1", "1"],
+        ["| weak", "1", "2"],
+        ["| branches", "1", "1"],
+    ]
+    assert all(float(row[3]) > 0 and row[4:6] == ["1.00", "1.00"] and row[6] == "0.00" for row in rows)
 
 
 def test_a_layout_of_512_ranks_holds_what_the_plan_says() -> None:

@@ -1,20 +1,11 @@
 """What causality.py and exploration.py count: who comes back, and which differences are valid."""
 
-from pathlib import Path
-
 import pytest
 
 from kvpo.app.configuration import preset
 from kvpo.world.grammar import parse
 
-SCRIPTS = Path(__file__).resolve().parents[2] / "benchmarks"
 RED, BLUE, PINK, GREEN = ("red", "ring"), ("blue", "cross"), ("pink", "circle"), ("green", "square")
-
-
-@pytest.fixture(autouse=True)
-def benchmark_scripts(monkeypatch):
-    """The scripts import each other by plain name, as they do when run."""
-    monkeypatch.syspath_prepend(str(SCRIPTS))
 
 
 def members(**looks):

@@ -3,9 +3,6 @@
 import ast
 import importlib
 import time
-from pathlib import Path
-
-import pytest
 
 SOURCE = '''
 """A module."""
@@ -44,11 +41,6 @@ CHANGES = {
         "raise ValueError(f'value = {1 + 1}')": "pass",
     },
 }
-
-
-@pytest.fixture(autouse=True)
-def benchmark_scripts(monkeypatch):
-    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
 
 def mutants(source):

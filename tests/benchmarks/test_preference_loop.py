@@ -16,8 +16,7 @@ SCRIPTS = Path(__file__).resolve().parents[2] / "benchmarks"
 
 
 @pytest.fixture
-def script(monkeypatch):
-    monkeypatch.syspath_prepend(str(SCRIPTS))
+def script():
     import preference_loop
 
     return preference_loop

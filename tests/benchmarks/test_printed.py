@@ -61,9 +61,8 @@ QUOTES: dict[tuple[str, str, str], Callable[[Any], list[Any]]] = {
 
 
 @pytest.fixture
-def printed(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+def printed() -> ModuleType:
     """The script, which imports what it shares with others by plain name."""
-    monkeypatch.syspath_prepend(str(SCRIPTS))
     return importlib.import_module("printed")
 
 

@@ -19,9 +19,8 @@ SHAPE = WanShape(
 
 
 @pytest.fixture(autouse=True)
-def benchmark_scripts(monkeypatch):
-    """The scripts import each other by plain name, and a checkout's modules stay loaded."""
-    monkeypatch.syspath_prepend(str(SCRIPTS))
+def modules_of_a_checkout(benchmark_scripts):
+    """A checkout's modules would stay loaded."""
     before = set(sys.modules)
     yield
     for name in set(sys.modules) - before:

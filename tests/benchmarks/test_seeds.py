@@ -26,9 +26,8 @@ def test_the_committed_null_runs_have_the_settings_of_the_demo() -> None:
 
 
 @pytest.fixture
-def seeds(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+def seeds() -> ModuleType:
     """The script, which imports what it shares with others by plain name."""
-    monkeypatch.syspath_prepend(str(SCRIPTS))
     return importlib.import_module("seeds")
 
 
