@@ -108,10 +108,11 @@ class AdaptedLinear(Linear):
         if self.disable_adapters or torch.is_autocast_enabled(x.device.type):
             return super().forward(x, *args, **kwargs)
         base, scale = cast(nn.Linear, self.base_layer), self.scaling[self.active_adapters[0]]
-        a, b = self.halves()
-        product = _ProductBeside if _narrow(base.weight) else _AdaptedProduct
-        if torch.is_grad_enabled() and (x.requires_grad or a.requires_grad):
-            return cast(Tensor, product.apply(x, self.held, base, a, b, scale))  # type: ignore[no-untyped-call]
+        if torch.is_grad_enabled():
+            a, b = self.halves()
+            if x.requires_grad or a.requires_grad:
+                product = _ProductBeside if _narrow(base.weight) else _AdaptedProduct
+                return cast(Tensor, product.apply(x, self.held, base, a, b, scale))  # type: ignore[no-untyped-call]
         held = _holdable([self])[0] if self.held is None else self.held
         return linear(x, held, base.bias) if isinstance(held, Tensor) else _beside(x, base, held, scale)[0]
 
