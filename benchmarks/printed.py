@@ -139,22 +139,23 @@ def drift(numbers: Mapping[str, Any]) -> str:
 
 
 def methods(numbers: Mapping[str, Any]) -> str:
-    """Gains of arms under one budget, and their share of what the best of 8 videos gains."""
-    rows = []
+    """Gains of arms under one budget, their share of what the best of 8 videos gains, and floor lines."""
+    names, rows = list(numbers["prompts"]), []
     for arm, found in numbers["methods"].items():
-        sets = [found[name] for name in ("short", "long", "beyond")]
+        sets = [found[name] for name in names]
         gains = [seeds.spread(own["gains"], 3) for own in sets]
         against = ["" if own["p_against_kvpo"] is None else f"{own['p_against_kvpo']:.3f}" for own in sets]
         unseen = " / ".join(f"{fmean(own['unseen']):+.3f}" for own in sets)
-        shares = [own["gap_closed"] for own in sets[:2]]
+        shares = [own.get("gap_closed") for own in sets[:2]]
         closed = "" if None in shares else " / ".join(f"{share:.0%}" for share in shares)
-        apart = [cell for pair in zip(gains[:2], against[:2], strict=True) for cell in pair]
-        rows.append((arm, round(fmean(found["updates"])), *apart, gains[2], unseen, closed))
-    columns = (
-        "arm", "updates", "short", "p", "long", "p", "beyond", "unseen scorer, all three",
-        "gap closed, short / long",
-    )  # fmt: skip
-    return table(columns, rows)
+        apart = [cell for pair in zip(gains, against, strict=True) for cell in pair]
+        rows.append((arm, round(fmean(found["updates"])), *apart, unseen, closed))
+    for line, floor in numbers["floors"].items():
+        apart = [cell for name in names for cell in (f"{floor[name]['gain']:+.3f}", "")]
+        unseen = " / ".join(f"{floor[name]['unseen']:+.3f}" for name in names)
+        rows.append((f"base, {line}", "", *apart, unseen, ""))
+    columns = [cell for name in names for cell in (name, "p")]
+    return table(("arm", "updates", *columns, "unseen scorer on each", "gap closed, short / long"), rows)
 
 
 TABLES: Mapping[str, Callable[[Any], str]] = {
