@@ -189,11 +189,15 @@ def test_the_verdict_names_sure_differences_alone_and_gives_both_errors() -> Non
         "nft": {"short": numbers([0.05] * 5, 0.009, -0.05), "long": numbers([0.2] * 5, 0.02, 0.1)},
         "null": {kind: numbers([0.0] * 5, 0.009, -0.1) for kind in kinds},
     }
-    summary = {"seeds": list(range(5)), "methods": methods, "least_p": 2 / 252}
+    summary = {
+        "seeds": list(range(5)),
+        "methods": methods,
+        "least_p": 2 / 252,
+        "prompts": dict.fromkeys(kinds, 9),
+    }
     sentence, notes = verdict(summary)
     assert sentence.split(": ")[1] == (
-        "null \u22120.100 on long videos (p = 0.009); nft \u22120.050 on short videos (p = 0.009); "
-        "null \u22120.100 on short videos (p = 0.009)."
+        "on short videos kvpo is above nft, null, below none; on long videos kvpo is above null, below none."
     )
     assert "± 0.010 over seeds, ± 0.020 over the prompts of a run; 5 runs with advantages dealt" in notes[0]
     assert "1 of 5 runs lie above all" in notes[0]

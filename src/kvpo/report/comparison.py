@@ -1,10 +1,10 @@
 """The page and the picture of a comparison, from its ``summary.json``."""
 
+import base64
 from collections.abc import Sequence
 from pathlib import Path
 
 from kvpo.files import new_file, write_atomic
-from kvpo.report.charts import interval, value_range
 from kvpo.report.formatting import compact, escape, fill_page, fixed, percent, signed, title_of
 from kvpo.report.record import Entry
 
@@ -16,7 +16,6 @@ SETS = {
 GAIN_COLUMNS = (
     "",
     "paired gain, ± over seeds",
-    "",
     "each run",
     "± over prompts",
     "wrong caption",
@@ -32,15 +31,15 @@ SURE = 0.01
 
 def write_comparison(out: Path, summary: Entry) -> Path:
     """Write ``report.html`` and ``comparison.png`` into ``out`` and return the page's path."""
-    with new_file(out / "comparison.png") as picture:
-        draw_comparison(picture, summary)
-    page = out / "report.html"
-    write_atomic(page, comparison_page(out.resolve().name, summary))
+    picture, page = out / "comparison.png", out / "report.html"
+    with new_file(picture) as file:
+        draw_comparison(file, summary)
+    write_atomic(page, comparison_page(out.resolve().name, summary, picture.read_bytes()))
     return page
 
 
-def comparison_page(name: str, summary: Entry) -> str:
-    """The page as HTML text."""
+def comparison_page(name: str, summary: Entry, picture: bytes) -> str:
+    """The page as HTML text, with the PNG of ``draw_comparison`` in it."""
     sets = [key for key in SETS if key in summary["prompts"]]
     tables = "".join(_set_section(key, summary) for key in sets)
     return fill_page(
@@ -48,6 +47,7 @@ def comparison_page(name: str, summary: Entry) -> str:
         "",
         name=escape(name),
         verdict=_verdict(summary),
+        picture=base64.b64encode(picture).decode(),
         tables=tables,
         components="".join(_components(key, summary) for key in sets),
         costs=_costs(summary),
@@ -72,18 +72,13 @@ def verdict(summary: Entry) -> tuple[str, list[str]]:
                 "The numbers below say that everything works, and what it costs."
             ],
         )
-    said = [
-        f"{arm} {signed(own[key]['difference_to_kvpo'])} on {key} videos ({_p(p)})"
-        for key in ("long", "short")
-        for arm, own in methods.items()
-        if (p := own.get(key, {}).get("p_against_kvpo")) is not None and p < SURE
-    ]
     if "kvpo" in methods:
-        head = f"Beyond chance (p < {SURE:g}) against kvpo: {'; '.join(said) or 'no arm'}"
+        places = "; ".join(_place(key, methods) for key in SETS if key in summary["prompts"])
+        head = f"Beyond chance (p < {SURE:g}): {places}"
         notes += [_both_errors("kvpo", key, methods["kvpo"][key], methods) for key in ("short", "long")
                   if key in methods["kvpo"]]  # fmt: skip
         tests = sum(own[key]["p_against_kvpo"] is not None for own in methods.values()
-                    for key in ("long", "short") if key in own)  # fmt: skip
+                    for key in summary["prompts"])  # fmt: skip
         notes.append(
             f"{tests} differences were tested, and no p is corrected for their number: if all of them were "
             f"chance, about {tests * SURE:.2g} would have p < {SURE:g}."
@@ -91,6 +86,20 @@ def verdict(summary: Entry) -> tuple[str, list[str]]:
     else:
         head = "kvpo is not among the arms, so nothing is compared with it"
     return f"{head}.", notes
+
+
+def _place(key: str, methods: Entry) -> str:
+    """The arms that kvpo is surely above and below on one prompt set."""
+    sure = {
+        arm: own[key]["difference_to_kvpo"]
+        for arm, own in methods.items()
+        if (p := own[key]["p_against_kvpo"]) is not None and p < SURE
+    }
+    above, below = (
+        ", ".join(arm for arm, difference in sure.items() if (difference < 0) is lower) or "none"
+        for lower in (True, False)
+    )
+    return f"on {key} videos kvpo is above {above}, below {below}"
 
 
 def _both_errors(arm: str, key: str, own: Entry, methods: Entry) -> str:
@@ -126,21 +135,11 @@ def _ranked(key: str, methods: Entry) -> list[tuple[str, Entry]]:
     return sorted(((arm, own[key]) for arm, own in methods.items()), key=lambda row: -row[1]["mean"])
 
 
-def _axis(key: str, summary: Entry) -> tuple[float, float]:
-    ends = [0.0, *(line[key]["gain"] for line in summary["floors"].values())]
-    for own in summary["methods"].values():
-        reach = 2 * (own[key]["std"] or 0)
-        ends += [own[key]["mean"] - reach, own[key]["mean"] + reach]
-    return value_range(ends)
-
-
 def _set_section(key: str, summary: Entry) -> str:
-    axis = _axis(key, summary)
     rows = [
-        _arm_row(arm, summary["methods"][arm]["base"], own, axis)
-        for arm, own in _ranked(key, summary["methods"])
+        _arm_row(arm, summary["methods"][arm]["base"], own) for arm, own in _ranked(key, summary["methods"])
     ]
-    rows += [_floor_row(line, own[key], axis) for line, own in summary["floors"].items()]
+    rows += [_floor_row(line, own[key]) for line, own in summary["floors"].items()]
     head = "".join(f"<th>{name}</th>" for name in GAIN_COLUMNS)
     bases = ", ".join(f"{name} {fixed(base[key])}" for name, base in summary["bases"].items())
     facts = f"{summary['prompts'][key]} prompts, {bases}"
@@ -151,14 +150,13 @@ def _set_section(key: str, summary: Entry) -> str:
     )
 
 
-def _arm_row(arm: str, base: str, own: Entry, axis: tuple[float, float]) -> str:
+def _arm_row(arm: str, base: str, own: Entry) -> str:
     errors, gains = own["standard_errors"], own["gains"]
     difference, p = own["difference_to_kvpo"], own["p_against_kvpo"]
     against = "" if p is None else f'{signed(difference)} <span class="soft">{_p(p)}</span>'
     above = own.get("above_every_null")
     cells = (
         f'<b>{signed(own["mean"])}</b> <span class="soft">± {fixed(own["std"])}</span>',
-        interval(own["mean"], own["std"], *axis, label=f"{arm} {signed(own['mean'])}"),
         f'<span class="soft">{", ".join(signed(gain) for gain in gains)}</span>',
         fixed(sum(errors) / len(errors)),
         _average(own.get("mismatched")),
@@ -171,13 +169,11 @@ def _arm_row(arm: str, base: str, own: Entry, axis: tuple[float, float]) -> str:
     return f"<tr><th>{escape(arm)}{about}</th>{_cells(cells)}</tr>"
 
 
-def _floor_row(line: str, own: Entry, axis: tuple[float, float]) -> str:
-    gain, error = own["gain"], own["standard_error"]
+def _floor_row(line: str, own: Entry) -> str:
     cells = (
-        signed(gain),
-        interval(gain, None, *axis, colour="base", label=f"{line} {signed(gain)}"),
+        signed(own["gain"]),
         f'<span class="soft">base, {own["prompts"]} prompts</span>',
-        fixed(error),
+        fixed(own["standard_error"]),
         "",
         signed(own.get("unseen")),
         "",
@@ -285,6 +281,16 @@ def _facts(summary: Entry) -> str:
     )
 
 
+def _lowest_drawn(key: str, summary: Entry) -> tuple[float, float]:
+    """The gain at which arrows stand for all below, and the lowest.
+
+    One run that collapsed would hide how the rest differ.
+    """
+    gains = [gain for own in summary["methods"].values() for gain in own[key]["gains"]]
+    best = max(*gains, *(line[key]["gain"] for line in summary["floors"].values()), 0.01)
+    return -1.2 * best, min(gains)
+
+
 def draw_comparison(path: Path, summary: Entry) -> None:
     """Draw every arm's gains, run by run with their spread, and the base with more computation, as a PNG."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -295,18 +301,25 @@ def draw_comparison(path: Path, summary: Entry) -> None:
     floors = list(summary["floors"])
     names = [*arms, *floors]
     figure = Figure(figsize=(4.2 * len(sets), 1.4 + 0.32 * len(names)), layout="constrained")
-    for axes, key in zip(figure.subplots(1, len(sets), squeeze=False)[0], sets, strict=True):
+    for axes, key in zip(figure.subplots(1, len(sets), squeeze=False, sharey=True)[0], sets, strict=True):
+        low, lowest = _lowest_drawn(key, summary)
         for row, arm in enumerate(arms):
             own = summary["methods"][arm][key]
-            axes.plot(own["gains"], [row] * len(own["gains"]), "o", color="#3b6fb6", alpha=0.6, ms=5)
             axes.errorbar(own["mean"], row, xerr=own["std"] or 0, fmt="|", color="#17365d", ms=14, capsize=3)
+            near, far = (
+                [gain for gain in own["gains"] if (gain < low) is beyond] for beyond in (False, True)
+            )
+            axes.plot(near, [row] * len(near), "o", color="#3b6fb6", alpha=0.6, ms=5)
+            axes.plot([low] * len(far), [row] * len(far), "<", color="#b63b3b", ms=6)
         for row, line in enumerate(floors, len(arms)):
             own = summary["floors"][line][key]
             axes.errorbar(own["gain"], row, xerr=own["standard_error"], fmt="D", color="#999999", ms=4)
         axes.axvline(0, color="black", lw=0.8)
         axes.set(yticks=range(len(names)), yticklabels=names, xlabel="paired gain")
-        axes.invert_yaxis()
+        if lowest < low:
+            axes.set_xlim(left=1.1 * low)
         axes.locator_params(axis="x", nbins=5)
         axes.set_title(f"{key} videos", fontsize=10)
+    axes.invert_yaxis()
     FigureCanvasAgg(figure)
     figure.savefig(path, format="png", dpi=150)
