@@ -164,7 +164,7 @@ def test_the_numbers_of_arms_are_those_of_their_pieces(tmp_path: Path) -> None:
     assert summary["methods"]["deep"]["base"] == "base-step_rule"
     assert [own["short"] for own in summary["bases"].values()] == pytest.approx([0.1, 0.1])
     assert kvpo["above_every_null"] == 1 and "above_every_null" not in null
-    assert deep["difference_to_kvpo"] == pytest.approx(0, abs=1e-9)
+    assert deep["mean"] == pytest.approx(0.2) and deep["difference_to_kvpo"] == pytest.approx(0, abs=1e-9)
     assert null["difference_to_kvpo"] == pytest.approx(-0.15)
     assert (summary["commit"], summary["base_sha256"]) == ("abc", "def")
     comparison.result_file("run-null-1").write_text(json.dumps(pieces["run-null-1"] | {"commit": "abd"}))
