@@ -75,13 +75,17 @@ def test_every_run_takes_the_budget_and_ends_where_it_is_nearest(compared: Path)
 
 
 def test_to_choose_among_arms_validation_prompts_are_enough(tiny_base: Path, tmp_path: Path) -> None:
+    """An arm whose numbers are not finite ends neither the others nor the page."""
     given = ["--split=validation", "--trials=0", "--seeds=1", "--evaluation.validation_prompts=2"]
+    given += ["--arms", "wild:optim.lr=9e29"]
     assert main(command(tiny_base, tmp_path / "chosen", *given)) == 0
     summary = summary_of(tmp_path / "chosen")
+    assert set(summary["methods"]) == {"kvpo", "null"} and set(summary["failed"]["wild"]) == {"0"}
     assert summary["prompts"] == {"short": 2, "long": 2} and summary["split"] == "validation"
     assert summary["floors"] == {} and len(summary["methods"]["kvpo"]["short"]["unseen"]) == 1
     page = (tmp_path / "chosen/report.html").read_text(encoding="utf-8")
     assert "on validation prompts, to choose among arms" in page
+    assert "wild: 1 of 1 runs ended with numbers that are not finite" in page
 
 
 def test_arms_start_from_the_best_trial_under_a_seed_that_is_not_reported(compared: Path) -> None:

@@ -169,6 +169,25 @@ def test_the_numbers_of_arms_are_those_of_their_pieces(tmp_path: Path) -> None:
     assert (summary["commit"], summary["base_sha256"]) == ("abc", "def")
     comparison.result_file("run-null-1").write_text(json.dumps(pieces["run-null-1"] | {"commit": "abd"}))
     assert summarise(comparison, ["best-of-8"])["commit"] == "abc, abd"
+    # What is left of an arm that failed under one seed is no sample of its runs.
+    diverged = {"base": "base", "settings": {}, "failed": "update 2: the gradient is not finite"}
+    comparison.result_file("run-deep-1").write_text(json.dumps(diverged))
+    for seed in range(2):
+        comparison.result_file(f"run-null-{seed}").write_text(json.dumps(diverged))
+    summary = summarise(comparison, ["best-of-8"])
+    assert {arm: list(of_seeds) for arm, of_seeds in summary["failed"].items()} == {
+        "null": ["0", "1"],
+        "deep": ["1"],
+    }
+    deep = summary["methods"]["deep"]["short"]
+    assert "null" not in summary["methods"] and deep["p_against_kvpo"] is None
+    assert deep["gains"] == pytest.approx([0.2]) and deep["difference_to_kvpo"] == pytest.approx(0, abs=1e-9)
+    assert any("deep: 1 of 2 runs ended with numbers that are not finite" in n for n in verdict(summary)[1])
+    for arm in gains:
+        for seed in range(2):
+            comparison.result_file(f"run-{arm}-{seed}").write_text(json.dumps(diverged))
+    with pytest.raises(ValueError, match="no run of .* ended with finite numbers.*update 2: the gradient"):
+        summarise(comparison, ["best-of-8"])
     for damage in ("{", "[]", "{}"):
         comparison.result_file("run-null-1").write_text(damage)
         with pytest.raises(ValueError, match=r"run-null-1\.json.*; remove it, and the same command makes it"):
@@ -193,6 +212,7 @@ def test_the_verdict_names_sure_differences_alone_and_gives_both_errors() -> Non
         "seeds": list(range(5)),
         "methods": methods,
         "least_p": 2 / 252,
+        "failed": {},
         "prompts": dict.fromkeys(kinds, 9),
     }
     sentence, notes = verdict(summary)

@@ -59,7 +59,11 @@ def comparison_page(name: str, summary: Entry, picture: bytes) -> str:
 def verdict(summary: Entry) -> tuple[str, list[str]]:
     """The sentence that a comparison comes to, and notes on how far it goes."""
     seeds, methods = len(summary["seeds"]), summary["methods"]
-    notes = []
+    notes = [
+        f"{arm}: {len(errors)} of {seeds} runs ended with numbers that are not finite, so no p is given. "
+        f"Seed {next(iter(errors))}: {next(iter(errors.values()))}"
+        for arm, errors in summary["failed"].items()
+    ]
     if seeds < FEWEST_SEEDS:
         word = {1: "One seed decides", 2: "Two seeds decide", 3: "Three seeds decide"}.get(
             seeds, f"{seeds} seeds decide"
@@ -67,9 +71,10 @@ def verdict(summary: Entry) -> tuple[str, list[str]]:
         return (
             f"{word} nothing: this is a rehearsal.",
             [
+                *notes,
                 f"Between arms of {seeds} run{'s' * (seeds > 1)} each no difference can have p below "
                 f"{fixed(summary['least_p'], 2)}, however large; {FEWEST_SEEDS} or more seeds can tell. "
-                "The numbers below say that everything works, and what it costs."
+                "The numbers below say that everything works, and what it costs.",
             ],
         )
     if "kvpo" in methods:

@@ -113,10 +113,18 @@ def _trial(
 
 
 def _run(comparison: MethodComparison, name: str, arm: TrainingArm, seed: int) -> dict[str, Any] | None:
+    """What a run of an arm has become; without results where its numbers were not finite."""
     config = configured(comparison.start, arm, comparison.tuned(arm.method), seed)
-    result = _trained(comparison, name, arm, config, comparison.budget_cpu_s, MEASURED[comparison.split])
-    base = comparison.base_of(config)
-    return result and result | {"base": base, "settings": changed_settings(comparison.start, config)}
+    of_run = {
+        "base": comparison.base_of(config),
+        "settings": changed_settings(comparison.start, config),
+    }
+    try:
+        result = _trained(comparison, name, arm, config, comparison.budget_cpu_s, MEASURED[comparison.split])
+    except NonFiniteError as error:
+        logger.warning("%s: %s", name, error)
+        return {**of_run, "failed": str(error)}
+    return result and result | of_run
 
 
 def _trained(

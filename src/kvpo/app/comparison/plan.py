@@ -39,7 +39,7 @@ class MethodComparison:
             found = read_json(path)
         except ValueError as error:
             raise ValueError(f"{error}; {way_out}") from error
-        if not isinstance(found, dict) or not {"results", "gain"} & found.keys():
+        if not isinstance(found, dict) or not {"results", "gain", "failed"} & found.keys():
             raise ValueError(f"{path} is not the result of a piece of a comparison; {way_out}")
         return found
 

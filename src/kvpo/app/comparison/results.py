@@ -26,11 +26,23 @@ def gains_SN(runs: Sequence[Results], bases: Sequence[Results], name: str, key: 
 
 
 def summarise(comparison: MethodComparison, floors: Sequence[str]) -> dict[str, Any]:
-    """All that ``summary.json`` holds."""
-    runs = {
+    """All that ``summary.json`` holds. Raises ValueError where every run has failed."""
+    seeds = [comparison.start.seed + seed for seed in range(comparison.seeds)]
+    every = {
         arm.name: [comparison.result(f"run-{arm.name}-{seed}") for seed in range(comparison.seeds)]
         for arm in comparison.arms
     }
+    failed = {
+        arm: {str(seed): run["failed"] for seed, run in zip(seeds, own, strict=True) if "failed" in run}
+        for arm, own in every.items()
+    }
+    ended = {arm: [run for run in own if "results" in run] for arm, own in every.items()}
+    runs = {arm: own for arm, own in ended.items() if own}
+    if not runs:
+        one = next(error for own in failed.values() for error in own.values())
+        raise ValueError(
+            f"no run of {comparison.out} ended with finite numbers, so nothing is compared: {one}"
+        )
     names = dict.fromkeys(["base", *(run["base"] for own in runs.values() for run in own)])
     found = {name: comparison.result(f"{name}-{comparison.split}") for name in names}
     bases = {arm: [found[run["base"]]["results"] for run in own] for arm, own in runs.items()}
@@ -47,7 +59,9 @@ def summarise(comparison: MethodComparison, floors: Sequence[str]) -> dict[str, 
     for arm, own in runs.items():
         # The ceiling is the base's own: of a base that is deployed otherwise it is not known.
         reached = ceiling if own[0]["base"] == "base" else None
-        compared = (gains, results[arm], bases[arm], reached)
+        # The runs that have not failed are no sample of all.
+        tested = not (failed[arm] or failed.get(COMPARED_WITH))
+        compared = (gains, results[arm], bases[arm], reached, tested)
         methods[arm] = _costs(own) | {name: _on_set(arm, name, *compared) for name in sets}
     return {
         "commit": ", ".join(comparison.commits()),
@@ -57,7 +71,7 @@ def summarise(comparison: MethodComparison, floors: Sequence[str]) -> dict[str, 
         "tuning_trials": comparison.trials,
         "split": comparison.split,
         "trials": {arm.name: _tried(comparison, arm.method) for arm in comparison.arms if arm.tuned},
-        "seeds": [comparison.start.seed + seed for seed in range(comparison.seeds)],
+        "seeds": seeds,
         "least_p": least_p(comparison.seeds),
         "prompts": {name: len(base["results"][name]["totals"]) for name in sets},
         "bases": {
@@ -66,6 +80,7 @@ def summarise(comparison: MethodComparison, floors: Sequence[str]) -> dict[str, 
             for name, one in found.items()
         },
         "floors": lines,
+        "failed": {arm: of_seeds for arm, of_seeds in failed.items() if of_seeds},
         "methods": methods,
     }
 
@@ -89,8 +104,9 @@ def _on_set(
     results: Sequence[Results],
     bases: Sequence[Results],
     ceiling: Mapping[str, Mapping[str, float]] | None,
+    tested: bool,
 ) -> dict[str, Any]:
-    """One arm on one prompt set."""
+    """One arm on one prompt set, against the others where it is ``tested``."""
     own = gains[arm][name]
     of_runs: list[float] = own.mean(1).tolist()
     numbers: dict[str, Any] = {
@@ -111,7 +127,7 @@ def _on_set(
     reference = gains.get(COMPARED_WITH, {}).get(name)
     compared = reference is not None and arm != COMPARED_WITH
     numbers["difference_to_kvpo"] = float(own.mean() - reference.mean()) if compared else None
-    numbers["p_against_kvpo"] = permutation_p(own, reference) if compared else None
+    numbers["p_against_kvpo"] = permutation_p(own, reference) if compared and tested else None
     if NULL in gains and arm != NULL:
         by_chance = gains[NULL][name].mean(1).tolist()
         numbers["p_against_null"] = relabelling_p(of_runs, by_chance)
