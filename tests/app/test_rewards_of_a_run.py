@@ -16,6 +16,7 @@ from tiny_rewards import gliding
 from kvpo.app.build import build_setup
 from kvpo.app.configuration import preset
 from kvpo.app.judges import build_scorer
+from kvpo.app.rank_rewards import with_served_rewards
 from kvpo.config import Config
 from kvpo.config_checks import ConfigurationError
 from kvpo.engine.scoring import Clip, score_clips
@@ -23,6 +24,7 @@ from kvpo.prompts import ClipPrompt
 from kvpo.rewards.catalogue import load_rewards
 from kvpo.rewards.consistency import FlickerScorer
 from kvpo.rewards.reward import CombinedScorer, Reward
+from kvpo.training.ranks import Ranks
 from kvpo.training.trainer import Trainer
 from kvpo.world.reward import DEFAULT_WEIGHTS, WorldScorer
 from tests.tiny_wan import tiny_wan
@@ -216,6 +218,34 @@ def test_two_components_of_one_name_and_a_source_of_nothing_are_refused() -> Non
         build_scorer(run_with("flicker", sources={"hpsv3.base": "x"}), 8.0)
     with pytest.raises(ValueError, match="components are flicker, flicker"):
         CombinedScorer((FlickerScorer(), FlickerScorer()))
+
+
+class FirstOfTwo(Ranks):
+    """Rank 0 of two that hold the same values."""
+
+    def gather(self, value: Any, doing: str) -> list[Any]:
+        return [value, value]
+
+    def _exchange(self, failure: str, value: Any, doing: str) -> list[Any]:
+        return [value, value]
+
+
+def test_parts_of_served_rewards_go_to_their_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The server gets those of what it loads, and the run keeps those of rewards that lie elsewhere."""
+    seen: list[Any] = []
+
+    def named(names: Any, sources: Any, **options: Any) -> Any:
+        seen.append((list(names), sources))
+        return load_rewards(["flicker"])
+
+    monkeypatch.setattr("kvpo.app.rank_rewards.named_rewards", named)
+    parts = {"aesthetic.weights": "head.pth", "plot.rubric": "plot.yaml"}
+    config = run_with("aesthetic plot@openai:http://127.0.0.1:1/v1#eye", sources=parts, ranks=1)
+    ranks = FirstOfTwo(0, 2)
+    with ranks.leaving:
+        served = with_served_rewards(config, 8.0, ranks)
+    assert seen == [(["aesthetic"], {"aesthetic.weights": "head.pth"})]
+    assert served.rewards.sources == {"plot.rubric": "plot.yaml"}
 
 
 def test_the_rate_and_the_device_of_a_run_reach_its_rewards(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from math import sqrt
 from pathlib import Path
 
-from kvpo.app.named_rewards import FILE_RATE, named_rewards, split_location
+from kvpo.app.named_rewards import FILE_RATE, named_rewards, sources_of, split_location
 from kvpo.app.video_folder import file_prompts, find_videos, shown_names
 from kvpo.files import named_list
 from kvpo.rewards.catalogue import DECLARATIONS
@@ -30,11 +30,7 @@ def explain(
         if split_location(name)[1] is None and name in DECLARATIONS:
             found.append(DECLARATIONS[name])
         else:
-            own = {
-                part: at
-                for part, at in (sources or {}).items()
-                if part.startswith(f"{split_location(name)[0]}.")
-            }
+            own = sources_of([name], sources or {})
             (reward,) = named_rewards([name], own, prompts=texts is not None)
             found += reward.declarations
     video = probe(files[0])

@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from kvpo.app.named_rewards import WORLD, named_rewards, split_location
+from kvpo.app.named_rewards import WORLD, named_rewards, sources_of
 from kvpo.config import TOTAL, WORLD_NOISE_FLOOR, Config
 from kvpo.config_checks import ConfigurationError
 from kvpo.rewards.cache import ScoreCache
@@ -38,8 +38,8 @@ def build_scorer(config: Config, frame_rate: float, cache: ScoreCache | None = N
         ValueError: a part of a reward cannot be found or does not fit; two components of one name.
     """
     settings = config.rewards
-    elsewhere = [split_location(name)[0] for name in config.evaluation.watchers]
-    sources = {part: at for part, at in settings.sources.items() if part.rpartition(".")[0] not in elsewhere}
+    elsewhere = sources_of(config.evaluation.watchers, settings.sources)
+    sources = {part: at for part, at in settings.sources.items() if part not in elsewhere}
     rewards = _rewards(config, settings.scorers, "rewards.scorers", sources, frame_rate, cache)
     scorer = CombinedScorer(rewards) if len(rewards) > 1 else rewards[0]
     if unknown := sorted(set(settings.weights) - set(scorer.components)):
@@ -65,8 +65,7 @@ def build_watchers(config: Config, frame_rate: float, cache: ScoreCache | None =
     names = config.evaluation.watchers
     if not names:
         return ()
-    own = [split_location(name)[0] for name in names]
-    sources = {part: at for part, at in config.rewards.sources.items() if part.rpartition(".")[0] in own}
+    sources = sources_of(names, config.rewards.sources)
     rewards = _rewards(config, names, "evaluation.watchers", sources, frame_rate, cache)
     numbers = [name for reward in rewards for name in reward.numbers()]
     if twice := [name for name in numbers if numbers.count(name) > 1]:

@@ -217,6 +217,12 @@ def split_location(name: str) -> tuple[str, str | None]:
     return (plain, url) if at else (name, None)
 
 
+def sources_of(names: Sequence[str], sources: Mapping[str, str]) -> dict[str, str]:
+    """The entries of ``sources``, by ``id.part``, that belong to these rewards."""
+    own = [split_location(name)[0] for name in names]
+    return {part: at for part, at in sources.items() if part.rpartition(".")[0] in own}
+
+
 def _share_a_model(one: str, other: str) -> bool:
     return one == other or any(one in family.ids and other in family.ids for family in FAMILIES)
 

@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from threading import Thread
 
-from kvpo.app.named_rewards import named_rewards
+from kvpo.app.named_rewards import named_rewards, sources_of
 from kvpo.config import Config
 from kvpo.extras import extra
 from kvpo.rewards.service.messages import TOKEN_VARIABLE
@@ -44,7 +44,9 @@ def with_served_rewards(config: Config, frame_rate: float, ranks: Ranks) -> Conf
     def there(names: Sequence[str]) -> tuple[str, ...]:
         return tuple(f"{name}@{urls}" if name in here else name for name in names)
 
-    rewards = replace(config.rewards, scorers=there(config.rewards.scorers))
+    served = sources_of(here, config.rewards.sources)
+    sources = {part: at for part, at in config.rewards.sources.items() if part not in served}
+    rewards = replace(config.rewards, scorers=there(config.rewards.scorers), sources=sources)
     evaluation = replace(config.evaluation, watchers=there(config.evaluation.watchers))
     return replace(config, rewards=rewards, evaluation=evaluation)
 
@@ -60,7 +62,7 @@ def _serve(
         import uvicorn
     rewards = named_rewards(
         names,
-        config.rewards.sources,
+        sources_of(names, config.rewards.sources),
         field="rewards.scorers",
         prompts=True,
         frame_rate=frame_rate,
