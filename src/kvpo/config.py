@@ -296,6 +296,11 @@ class Config:
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
 
+    @property
+    def on_cpu(self) -> bool:
+        """The device is the CPU, as "cpu" or "cpu:0"."""
+        return self.device.partition(":")[0] == "cpu"
+
     @cached_property
     def model(self) -> WanShape:
         """Geometry of the transformer on latents of this size. Raises ValueError where there is none."""

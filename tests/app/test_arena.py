@@ -117,6 +117,7 @@ def test_what_cannot_be_compared_is_refused_in_one_line(tmp_path, capsys):
         (["report", one, "--effect", 0], "--effect"),
         (["export", one], "takes STUDY FILE"),
         (["invite"], "takes STUDY"),
+        (["invite", one], "takes STUDY NAME, got"),
     ):
         opens = words[0] not in ("report", "export", "invite")
         out = ["--out", tmp_path / "study"] if opens and "--out" not in words else []

@@ -54,6 +54,12 @@ def test_what_is_wrong_is_named_with_a_way_out(tmp_path: Path, monkeypatch: pyte
     assert worst([[poor["disk"]], []]) == 1 and worst([[poor["disk"]], [absent["it"]]]) == 2
 
 
+def test_memory_that_only_caches_files_is_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "meminfo").write_text("MemTotal: 64000000 kB\nMemFree: 1000 kB\nMemAvailable: 50000000 kB\n")
+    monkeypatch.setattr(doctor, "MEMINFO", tmp_path / "meminfo")
+    assert subjects(doctor.memory, preset("demo"))["host memory"].line() == "ok    host memory: 51.2 GB free"
+
+
 def examined_by_ranks(ranks: Ranks, shared: Path) -> list[Finding]:
     unshared = shared / "of rank 1"
     return exchanges(ranks, preset("demo"), unshared if unshared.exists() and ranks.rank else shared)

@@ -17,6 +17,7 @@ from kvpo.app.video_folder import find_videos, read_manifest
 from kvpo.config import Config
 from kvpo.files import StorageError
 from kvpo.prompts import VideoPrompt
+from kvpo.report.video import write_video
 from kvpo.training.backbone import Backbone
 from tests.tiny_world import SETTINGS, tiny_config
 
@@ -103,6 +104,26 @@ def test_weights_and_runs_where_a_name_is_not_utf8_are_refused_at_once(
         line = capsys.readouterr().err
         assert "udce9" in line and "weights cannot be read or written where a name is not UTF-8" in line
         assert not out.exists()
+
+
+def test_a_video_that_is_not_whole_is_not_there(
+    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped while it writes, `kvpo generate` leaves whole videos alone."""
+    config = tiny_config(tiny_base)
+    prompts = [VideoPrompt(n, (text,), (), 9) for n, text in enumerate(CAPTIONS[:2])]
+    wrote = []
+
+    def stopping(path: Path, *content: Any, **settings: Any) -> None:
+        write_video(path, *content, **settings)
+        wrote.append(path)
+        if len(wrote) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("kvpo.app.generate.write_video", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        generate(config, tmp_path / "out", prompts=prompts)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["000.mp4"]
 
 
 def test_the_best_of_several_on_the_command_line(tiny_base: Path, tmp_path: Path) -> None:

@@ -55,6 +55,11 @@ def test_the_numbers_of_longlive():
     assert plan.standing["weights"] == 2 * plan.parameters.all
 
 
+def test_the_cpu_by_another_name_is_the_cpu():
+    plain, numbered = (plan_of(preset("demo", {"device": device})) for device in ("cpu", "cpu:0"))
+    assert (plain.standing, plain.phases, plain.host) == (numbered.standing, numbered.phases, numbered.host)
+
+
 @pytest.mark.parametrize("name", ["longlive-1.3b", "memflow-1.3b", "self-forcing-1.3b", "demo"])
 def test_pages_parameters_and_checkpoints_are_what_a_run_allocates(tmp_path, name):
     if name == "demo":

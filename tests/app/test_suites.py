@@ -173,6 +173,10 @@ def test_a_folder_is_filled_checked_and_filled_again(
     write_video(out / "base" / NAMES["color"][1], frames[:, ::2, ::2], rate + 1)
     (out / "base" / NAMES["color"][2]).write_bytes(b"no video")
     (out / "base" / NAMES["color"][3]).unlink()
+    (out / "other").mkdir()
+    (out / "other.json").write_text('{"videos": {}}')
+    with pytest.raises(ValueError, match=r"other\.json: not a manifest of kvpo generate --suite"):
+        check_folder(out / "other")
     (out / "base" / ".DS_Store").touch()
     kinds = Counter(problem.partition(":")[0] for problem in check_folder(out / "base")[0])
     assert kinds == {"missing": 1, "extra": 1, "unreadable": 1, "length": 1, "rate": 1, "size": 1}

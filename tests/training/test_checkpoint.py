@@ -29,6 +29,7 @@ from kvpo.training.checkpoint import (
     resume_point,
     save_checkpoint,
 )
+from kvpo.training.run_directory import resume_hint
 from kvpo.training.state import expected_moments, load_moments, moments_of
 
 FORK = multiprocessing.get_context("fork")  # a fork has torch loaded already
@@ -202,6 +203,19 @@ def test_a_resumed_run_passes_over_what_it_cannot_read(
     shutil.rmtree(good)
     with pytest.raises(CheckpointError, match="every checkpoint in .* is damaged"):
         resume_point(tmp_path)
+
+
+def test_a_copy_under_another_name_is_no_checkpoint_of_the_run(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    for update in (20, 999_999, 1_000_000):
+        saved(run / "checkpoints", update)
+    copy = shutil.copytree(run / "checkpoints" / "update-1000000", run / "checkpoints" / "update-000020-mine")
+    assert [path.name for path in checkpoints(run / "checkpoints")][-1] == "update-1000000"
+    assert "saved up to update 1000000;" in resume_hint(run)
+    assert resume_point(run / "checkpoints") == run / "checkpoints" / "update-1000000"
+    prune(run / "checkpoints", up_to=1_000_000)
+    kept = {path.name for path in (run / "checkpoints").iterdir()}
+    assert kept == {copy.name, "update-999999", "update-1000000"}
 
 
 def test_retention_keeps_the_newest_and_the_best(tmp_path: Path) -> None:

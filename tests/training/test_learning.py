@@ -84,6 +84,7 @@ def test_updates_without_a_trained_group_are_told_once(
         ((0.0, 0.0), {}, None, 1.0, "every member of a group the same score"),
         ((0.0, 2e-4), {}, None, 1.0, "spread 0.0002 .* total = " + f"{WORLD_NOISE_FLOOR:g}"),
         ((0.5, 0.25), {"total": 9.0, "coarse": 7.0}, None, 1.0, r"spread 0\.5 .* total = 9\)"),
+        ((0.5, 0.25), {"coarse": 7.0}, None, 1.0, r"coarse = 7, total = " + f"{WORLD_NOISE_FLOOR:g}"),
         ((0.5, 0.25), {}, 0.0, 0.0, "all trained tensors are zero"),
         ((0.5, 0.25), {}, 0.0, 1.0, "all advantages are zero"),
         ((0.5, 0.25), {}, 1.0, 1.0, "the gradient of every trained tensor is exactly zero"),

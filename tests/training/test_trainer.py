@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kvpo.app.named_rewards import UserReward
+from kvpo.engine.rollout import Rollout
 from kvpo.prompts import VideoPrompt
 from kvpo.training.checks import first_ratio_max_deviation, ratio_tolerance
 from kvpo.training.collection import explore, plan_rollout
@@ -223,6 +224,30 @@ def test_a_gradient_that_is_not_finite_stops_before_the_parameters_change(
     with pytest.raises(ValueError, match=r"update 1: the gradient is not finite; lower optim\.lr"):
         trainer.step()
     assert equal(before, snapshot(trainer))
+
+
+@pytest.mark.parametrize("when", ["average", "release"])
+def test_an_interrupt_leaves_numbers_and_their_count_together(
+    tiny_base: Path, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    """Within the update all is undone, the average too; after it the update counts."""
+    trainer = trainer_of(tiny_base, optim__ema_decay=0.5)
+    trainer.step()
+    before = trainer.update, trainer.average.updates, snapshot(trainer)
+
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    moved = trainer.average.update
+    if when == "average":
+        monkeypatch.setattr(trainer.average, "update", lambda values: interrupted(moved(values)))
+    else:
+        monkeypatch.setattr(Rollout, "release", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.step()
+    undone = equal(before[2], snapshot(trainer))
+    assert (undone, trainer.update) == ((True, 1) if when == "average" else (False, 2))
+    assert trainer.average.updates == before[1] + (not undone)
 
 
 @pytest.mark.parametrize(

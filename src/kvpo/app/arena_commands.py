@@ -102,7 +102,7 @@ def _report(rest: list[str], arguments: Namespace) -> None:
 
 
 def _invite(rest: list[str], arguments: Namespace) -> None:
-    (place,) = _places("invite", rest[:1], "STUDY")
+    place, *_ = _places("invite", rest[:2], "STUDY", "NAME")
     from kvpo.app.arena import links
     from kvpo.arena.store import Study
 

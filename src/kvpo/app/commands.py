@@ -223,7 +223,7 @@ def _plan(arguments: Namespace) -> None:
     from kvpo.app.plan import DEFAULT_RATES, plan_command
     from kvpo.training.device import GB
 
-    rates = DEFAULT_RATES[config.device != "cpu"]
+    rates = DEFAULT_RATES[not config.on_cpu]
     if arguments.tflops:
         rates = replace(rates, flops=arguments.tflops * 1e12)
     if arguments.bandwidth:

@@ -38,6 +38,7 @@ ENOUGH_MEMORY, ENOUGH_DISK = 4 * GB, 10 * GB
 """Host memory and disk below which it is worth a warning: a checkpoint of a 1.3B adapter takes 5.6 GB."""
 SLOW_DISK = 50e6
 """Bytes per second below which saving that checkpoint takes two minutes."""
+MEMINFO = Path("/proc/meminfo")
 WRITTEN = 64 * 2**20
 """Bytes that the write test writes."""
 SKEW = 1.0
@@ -185,7 +186,8 @@ def precision(config: Config) -> list[Finding]:
 
 def memory(config: Config) -> list[Finding]:
     """Free memory of host and device."""
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    # Free pages alone would leave out what only caches files.
+    (free,) = (1024 * int(n) for n in re.findall(r"MemAvailable: *(\d+) kB", MEMINFO.read_text()))
     way_out = "" if free >= ENOUGH_MEMORY else "end other processes; `kvpo plan` says what a run needs"
     findings = [Finding("host memory", "warn" if way_out else "ok", f"{free / GB:.1f} GB free", way_out)]
     if torch.device(config.device).type == "cuda":

@@ -22,7 +22,7 @@ from kvpo.config_checks import ConfigurationError, check
 from kvpo.engine.explorers import EXPLORERS
 from kvpo.engine.generator import as_bytes, pixels_of
 from kvpo.engine.selection import Selection
-from kvpo.files import StorageError, local_path, storage_error, write_atomic
+from kvpo.files import StorageError, local_path, new_file, storage_error, write_atomic
 from kvpo.progress import progress_bars
 from kvpo.prompt_files import examine, extended, written
 from kvpo.prompts import VideoPrompt, check_shown
@@ -221,7 +221,7 @@ def _prompts(
 
 
 def _batches(prompts: Sequence[VideoPrompt]) -> list[list[VideoPrompt]]:
-    """Prompts of one length together, at most TOGETHER."""
+    """Prompts of one length together, at most ``VIDEOS_TOGETHER``."""
     by_length: dict[int, list[VideoPrompt]] = {}
     for prompt in prompts:
         by_length.setdefault(prompt.num_frames, []).append(prompt)
@@ -244,8 +244,6 @@ def _write_videos(
         clips[f"{name}-side-by-side"] = torch.from_numpy(side_by_side(frames))
     scale = enlargement(frames[0].shape[1:3])
     for clip, content in clips.items():
-        try:
-            write_video(out / f"{clip}.mp4", content, backbone.codec.frames_per_second, scale=scale)
-        except OSError as error:
-            raise StorageError(f"cannot save {out / clip}.mp4: {error}") from error
+        with new_file(out / f"{clip}.mp4") as file:
+            write_video(file, content, backbone.codec.frames_per_second, scale=scale)
     return [out / f"{clip}.mp4" for clip in clips]

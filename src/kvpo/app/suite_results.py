@@ -17,6 +17,7 @@ RESULTS = "*_eval_results.json"
 DRAWS = 2000
 """Bootstrap draws of the prompts."""
 SAME_RATE = 0.01
+MANIFEST_FIELDS = {"suite", "dimensions", "videos", "frames", "rate", "size"}
 
 
 def check_folder(folder: Path) -> tuple[list[str], str]:
@@ -30,6 +31,8 @@ def check_folder(folder: Path) -> tuple[list[str], str]:
             f"{folder}: no folder with a {manifest.name} beside it, as kvpo generate --suite makes"
         )
     record = read_json(manifest)
+    if not isinstance(record, dict) or not MANIFEST_FIELDS <= record.keys():
+        raise ValueError(f"{manifest}: not a manifest of kvpo generate --suite")
     there = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
     problems = [f"missing: {name}" for name in record["videos"] if name not in there]
     problems += [f"extra: {name}" for name in sorted(there - record["videos"].keys())]

@@ -169,7 +169,7 @@ class StreamingGenerator:
 
         On the CPU; a GPU's memory is what limits the rows of a batch.
         """
-        return str(self.device) == "cpu"  # a plan may have one that torch does not know
+        return str(self.device).partition(":")[0] == "cpu"  # a plan may have one that torch does not know
 
     @property
     def page_bytes(self) -> int:

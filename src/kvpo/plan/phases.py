@@ -100,7 +100,7 @@ class Plan:
     def total(self, phase: Phase) -> float:
         """All that is on the device during a phase; prompts are embedded before anything else is loaded."""
         if phase.name == "embed prompts":
-            return CONTEXT * (self.config.device != "cpu") + phase.bytes
+            return CONTEXT * (not self.config.on_cpu) + phase.bytes
         return sum(self.standing.values()) + phase.bytes
 
     @property
@@ -143,7 +143,7 @@ def plan_run(
     }
     if not config.backbone.offload:
         standing |= {"codec": surroundings.codec, "rewards": sum(surroundings.rewards.values())}
-    if config.device != "cpu":
+    if not config.on_cpu:
         standing["context"] = CONTEXT
     fork = rollout.forks[0]
     fitted = replace(config, exploration=replace(fork.exploration, branches=config.exploration.branches))
@@ -351,10 +351,8 @@ def _host(run: _Run) -> dict[str, float]:
     parts = {
         "process": PROCESS,
         "pixels and clips": 2 * frames * around.frame,
-        "checkpoint being written": parameters.checkpoint if config.device != "cpu" else 0.0,
-        "state before the update": 0.0
-        if config.device != "cpu"
-        else 4 * parameters.trained + parameters.moments,
+        "checkpoint being written": 0.0 if config.on_cpu else parameters.checkpoint,
+        "state before the update": 4 * parameters.trained + parameters.moments if config.on_cpu else 0.0,
     }
     if config.backbone.offload:
         parts |= {"codec": around.codec, "rewards": sum(around.rewards.values())}

@@ -142,10 +142,16 @@ def require_tensors(path: Path, tensors: Mapping[str, Tensor], expected: Mapping
         raise CheckpointError(f"checkpoint {path} does not fit: {'; '.join(found)}")
 
 
+def saved_updates(directory: Path) -> list[Path]:
+    """The checkpoint directories in ``directory``, oldest first; a copy under another name is not one."""
+    found = (path for path in directory.glob("update-*") if path.name.removeprefix("update-").isdecimal())
+    return sorted(found, key=checkpoint_update)
+
+
 def checkpoints(directory: Path) -> list[Path]:
     """The complete checkpoints in ``directory``, oldest first; incomplete ones are skipped with a warning."""
     found = []
-    for path in sorted(directory.glob("update-*")):
+    for path in saved_updates(directory):
         try:
             record = _read_record(path)
             if (path / TENSORS).stat().st_size != record["bytes"]:
@@ -211,7 +217,7 @@ def resume_point(directory: Path) -> Path | None:
             logger.warning("skipped: %s", error)
         else:
             return path
-    if any(directory.glob("update-*")):
+    if saved_updates(directory):
         raise CheckpointError(
             f"every checkpoint in {directory} is damaged or incomplete; remove that directory to start the "
             "run again from its saved configuration"
@@ -241,9 +247,9 @@ def prune(directory: Path, *, up_to: int | None = None) -> None:
     and stay until their update is saved again.
     """
     best = best_checkpoint(directory)
-    found = sorted(directory.glob("update-*"))
+    found = saved_updates(directory)
     if up_to is not None:
-        found = [path for path in found if path.name <= f"update-{up_to:06d}"]
+        found = [path for path in found if checkpoint_update(path) <= up_to]
     for path in found[:-KEPT_CHECKPOINTS]:
         if best is None or path != best[0]:
             remove_directory(path)

@@ -31,7 +31,7 @@ def computing(config: Config) -> Iterator[None]:
     of the cores, all wait for the one that shares it.
     """
     before = torch.get_num_threads()
-    by_default = 1 if config.device.partition(":")[0] == "cpu" else before
+    by_default = 1 if config.on_cpu else before
     deterministic = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     dtype = torch.get_default_dtype()

@@ -29,11 +29,13 @@ def why_nothing_is_learned(
                 f"the reward ({', '.join(config.rewards.scorers)}) gives every member of a group the same "
                 "score; check that it sees these videos and prompts"
             )
-        floor = config.rewards.noise_floors.get(TOTAL, WORLD_NOISE_FLOOR)
+        floors = {TOTAL: WORLD_NOISE_FLOOR} | config.rewards.noise_floors
+        floors[TOTAL] = floors.pop(TOTAL)  # last: it holds for what has none of its own
+        named = ", ".join(f"{name} = {floor:g}" for name, floor in floors.items())
         return (
             f"every group was skipped, its largest reward spread {spread:.2g} being within the noise floor "
-            f"(rewards.noise_floors, {TOTAL} = {floor:g}); measure the floor with kvpo calibrate, or use a "
-            "reward that tells these branches apart"
+            f"(rewards.noise_floors, {named}); measure the floor with kvpo calibrate, or use a reward that "
+            "tells these branches apart"
         )
     if not magnitudes(parameters.values()).any():
         return (

@@ -99,9 +99,11 @@ class MovingAverage:
         self.values = {name: p.detach().clone() for name, p in parameters.items()}
 
     def update(self, parameters: Mapping[str, nn.Parameter]) -> None:
-        """Move towards the current values: average <- d average + (1 - d) value, d being the decay."""
-        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        self.updates += 1
+        """Move towards the current values: average <- d average + (1 - d) value, d being the decay.
+
+        All at once, in tensors of its own, so that an interrupted update can be undone.
+        """
+        weight = 1 - min(self.decay, (1 + self.updates) / (10 + self.updates))
         with torch.no_grad():
-            for name, parameter in parameters.items():
-                self.values[name].lerp_(parameter.detach(), 1 - decay)
+            self.values |= {n: old.lerp(parameters[n].detach(), weight) for n, old in self.values.items()}
+        self.updates += 1

@@ -49,17 +49,17 @@ class Verdict:
     """The verdict on a run's readings at its last validation."""
 
     alarms: tuple[Alarm, ...] = ()
-    """Update of the last reading."""
+    """Watchers in alarm at the last reading."""
     in_a_row: int = 0
     """For how many validations, up to the last one, the same scorer has been in alarm."""
     hacked: bool = False
     """True if that is often enough to call it hacking."""
     fallen: tuple[str, ...] = ()
-    """watchers beyond noise below their own best earlier reading, for any trained reward."""
+    """Watchers beyond noise below their own best earlier reading, for any trained reward."""
 
 
 def alarms(history: Sequence[Reading], standard_errors: float) -> tuple[Alarm, ...]:
-    """watchers whose last reading is in alarm.
+    """Watchers whose last reading is in alarm.
 
     Each is compared with its own best earlier reading, so that a scorer which first rose and then fell is
     noticed before it is worse than the base. ``history`` starts with the base. More ``standard_errors`` are
@@ -77,7 +77,7 @@ def alarms(history: Sequence[Reading], standard_errors: float) -> tuple[Alarm, .
 
 
 def fallen(history: Sequence[Reading], standard_errors: float) -> tuple[str, ...]:
-    """watchers whose last reading is beyond noise below their own best earlier one.
+    """Watchers whose last reading is beyond noise below their own best earlier one.
 
     Such a checkpoint is not to be kept as the best, also while the trained reward does not rise yet: a run
     that has begun to trade one for the other passes through there.

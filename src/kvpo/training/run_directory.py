@@ -15,6 +15,7 @@ from filelock import FileLock, Timeout
 
 from kvpo.config import Config
 from kvpo.files import StorageError, demand_utf8, remove_leftovers, storage_error, write_atomic
+from kvpo.training.checkpoint import checkpoint_update, saved_updates
 from kvpo.training.ranks import ALONE, Ranks
 
 CONFIG, LOCK = "config.yaml", ".lock"
@@ -126,7 +127,7 @@ class RunDirectory:
 
     def _take_back(self) -> None:
         """Leave the directory as it was before a run that never began."""
-        for path in self.checkpoints.glob("update-*"):
+        for path in saved_updates(self.checkpoints):
             shutil.rmtree(path)
         files = (self.metrics, self.meanings, self.provenance, self.config_file)
         written = (self.checkpoints, self.tensorboard, *files)
@@ -148,7 +149,7 @@ class RunDirectory:
 
 def holds_run(path: Path) -> bool:
     """True if ``path`` holds work worth keeping: a checkpoint or a summary."""
-    return (path / "summary.json").exists() or any((path / "checkpoints").glob("update-*"))
+    return (path / "summary.json").exists() or bool(saved_updates(path / "checkpoints"))
 
 
 def belongs_to_run(path: Path) -> bool:
@@ -160,8 +161,8 @@ def resume_hint(path: Path) -> str:
     """One line that says how to continue the stopped run in ``path``."""
     if not belongs_to_run(path):
         return "no update had been saved; the same command starts again"
-    saved = sorted((path / "checkpoints").glob("update-*"))
-    so_far = f"saved up to update {int(saved[-1].name.removeprefix('update-'))}" if saved else "nothing saved"
+    saved = saved_updates(path / "checkpoints")
+    so_far = f"saved up to update {checkpoint_update(saved[-1])}" if saved else "nothing saved"
     return f"{so_far}; continue with: kvpo align --resume --out {quote(str(path))}"
 
 

@@ -96,11 +96,13 @@ class Trainer:
             if item.credits:
                 with self._all_or_nothing():
                     found, numbers = self._learn(item, rate)
+                    self.update += 1  # at once: parameters and count must not be saved apart
+            else:
+                self.update += 1
         except NonFiniteError as error:
             raise NonFiniteError(f"update {self.update + 1}: {error}") from error
         self.collected.pop(0)
         item.rollout.release()
-        self.update += 1
         self._say_what_is_not_learned(item, numbers["gradient_coverage"])
         summary = update_metrics(self.learner.method.metrics, found, item.found) | numbers
         summary |= advantage_metrics(list(item.credits.values()))
@@ -190,9 +192,10 @@ class Trainer:
 
     @contextmanager
     def _all_or_nothing(self) -> Iterator[None]:
-        """Undo what a block that raises has done to parameters and optimiser.
+        """Undo what a block that raises has done to parameters, average, optimiser and count of updates.
 
-        The copy that this needs lies in host memory, as a checkpoint's does while it is written.
+        The copy that this needs lies in host memory, as a checkpoint's does while it is written; the average
+        is replaced and not written to.
         """
         tensors, state = self.tensors_and_state()
         before = {
