@@ -95,8 +95,8 @@ class StreamConfig:
     """MemFlow's memory bank of three frames: memflow records every third block, with every-block all of them
     (its single-prompt pipeline); sparse attends to the top three frames of sink and bank per head."""
     transition_blocks: int = 0
-    """Blocks after a prompt switch whose text embedding moves linearly to the new prompt's: block k of n is
-    told k / (n + 1) of it; 0 switches at once."""
+    """Blocks after a prompt switch whose text embedding moves linearly to the new prompt's: block k of n has
+    k / (n + 1) of it; 0 switches at once."""
     size: tuple[int, int] = (8, 8)
     """Rows and columns of the latents; a Wan VAE makes eight pixels of each."""
     schedule: tuple[float, ...] = (1.0, 0.75, 0.5, 0.25)
@@ -128,7 +128,7 @@ class ExplorationConfig:
     """Branches of a fork; counts of history are counts of past frames."""
 
     explorer: Literal["routes", "fresh", "neighbour", "sde", "renoise"] = "routes"
-    """Kind of branches: routed history, fresh or neighbouring noise, stochastic steps, re-noise."""
+    """Kind of branches: routed history, fresh or neighbouring noise, stochastic steps, re-noising."""
     noise: float = 0.5
     """Share of a neighbour's own noise in (0, 1], or strength of the stochastic solver steps."""
     branches: int = 8
@@ -161,7 +161,7 @@ class ObjectiveConfig:
     velocity_kl: float = 10.0
     """Weight of the mean squared velocity difference to the starting policy on anchor states."""
     advantages: Literal["anchor", "group", "random", "flipped"] = "group"
-    """Relative to the anchor, centred on the group, or controls: the group's permuted, or of wrong sign."""
+    """Relative to the anchor, centred on the group, or controls: the group's, permuted or negated."""
     keep: tuple[int, int] = (2, 2)
     """Train on this many best and this many worst branches; 0,0: on all."""
     clip: tuple[float, float] = (0.1, 0.2)
@@ -179,8 +179,8 @@ class OptimConfig:
     lr: float = 1e-3
     """Peak learning rate of AdamW, reached in the fifth update."""
     ema_decay: float = 0.9
-    """Decay of the moving average of the trained parameters, which is what a run is judged by and exports;
-    after n updates at most (1 + n) / (10 + n), and 0 keeps no average."""
+    """Decay of the moving average of the trained parameters, which is what is evaluated and exported; after
+    n updates at most (1 + n) / (10 + n), and 0 keeps no average."""
     updates: int = 40
     """Optimiser updates."""
     prompts_per_update: int = 8
@@ -190,7 +190,7 @@ class OptimConfig:
     rollouts_per_refresh: int = 1
     """Rollouts collected with one rollout policy before it is refreshed."""
     replay_rows: int = 0
-    """Rows batched in one replay forward pass, at least one block's; 0 means all of a group batch."""
+    """Rows batched in one replay forward pass, at least one block's; 0 means all of a group's."""
     checkpointing: bool = False
     """Activation checkpointing in the replay."""
     compile: bool = False
@@ -198,8 +198,8 @@ class OptimConfig:
     autocast: Literal["none", "bfloat16"] = "none"
     """Autocast of the forward passes; master weights stay float32."""
     rollout_precision: Literal["same", "int8", "fp8"] = "same"
-    """Products of the blocks' layers in training rollouts: the same as everywhere, or of 8 bits (fp8: GPUs
-    from Ada and Hopper on, and slow on CPUs). Nothing else of a run is quantised."""
+    """Precision of the blocks' matrix products in training rollouts: the same as everywhere, or 8 bits (fp8:
+    GPUs from Ada and Hopper on, and slow on CPUs). Nothing else in a run is quantised."""
 
 
 @dataclass(frozen=True)
@@ -213,9 +213,9 @@ class EvaluationConfig:
     test_prompts: int = 128
     """Short and long prompts each, used once, for summary.json."""
     watchers: tuple[str, ...] = ()
-    """Rewards that never train and watch for hacking; named as training rewards are."""
+    """Rewards that watch for hacking and are never trained on; named like training rewards."""
     stop_on_hacking: bool = True
-    """Stop once a watcher keeps falling while the trained one rises, and keep the best before."""
+    """Stop once a watcher keeps falling while the trained reward rises, and keep the best checkpoint so far."""
 
 
 @dataclass(frozen=True)
@@ -228,11 +228,11 @@ class CheckpointConfig:
 
 @dataclass(frozen=True)
 class DistributedConfig:
-    """Sharing of a run among the ranks of torchrun; it ends alike on any of them, but for rounding."""
+    """Sharing of a run among torchrun's ranks; results agree up to rounding, whatever their number."""
 
     branch_ranks: int = 1
-    """Ranks that have each group in common and deal its branches, rounded down to a divisor of all ranks;
-    equal bit for bit where exploration.rows and optim.replay_rows leave one trajectory per pass."""
+    """Ranks that share each group and divide its branches among them, rounded down to a divisor of all
+    ranks; equal bit for bit where exploration.rows and optim.replay_rows leave one trajectory per pass."""
     shard: bool = False
     """Spread weights, gradients and optimiser over the branch_ranks of a group (FSDP2)."""
 
@@ -243,15 +243,15 @@ class RewardConfig:
 
     scorers: tuple[str, ...] = ("world",)
     """Rewards used together: ids of the catalogue, "world", `package.module:function` of your own, or any of
-    these of a server as `NAME@http://HOST:PORT`, or of several as `NAME@http://A:PORT,http://B:PORT`."""
+    these on a server as `NAME@http://HOST:PORT`, or on several as `NAME@http://A:PORT,http://B:PORT`."""
     weights: dict[str, float] = field(default_factory=dict)
-    """Weight of components, instead of 1 each, or of the embedded world's own."""
+    """Weights of components; by default 1 each, and the embedded world's own."""
     sources: dict[str, str] = field(default_factory=dict)
     """Path or hub id of parts of catalogue rewards, watchers too: hpsv3.base=/models/Qwen2-VL-7B."""
     top_share: float = 1.0
     """Share of a clip's frames, the best ones, that rewards of single frames average (Astrolabe: 0.3)."""
     transition_blocks: int = 0
-    """Blocks on either side of a prompt switch in a further clip of the global signal; 0: no such clips."""
+    """Blocks on either side of a prompt switch in an additional clip of the global signal; 0: no such clips."""
     fusion: Literal["advantages", "rewards", "selective", "reversing"] = "advantages"
     """Normalise components one by one and add; add and normalise; or the first, but withhold what only the
     first component praises, or count it against the branch."""
@@ -259,9 +259,9 @@ class RewardConfig:
     """Noise floor of components: a number, or a file of `kvpo calibrate` that is read once; total: floor of
     the weighted sum, which holds for components without one of their own (0.002)."""
     ranks: int = 0
-    """Ranks of torchrun that hold the rewards, the first ones; the others send their clips there. 0: all."""
+    """The first so many of torchrun's ranks load the rewards, and the others send them their clips; 0: all load."""
     cache: str = ""
-    """Directory in which scores are kept by the content of their clips; several runs may share it."""
+    """Directory that keeps scores by the content of their clips; several runs may share it."""
 
 
 @dataclass(frozen=True)

@@ -66,7 +66,7 @@ def _align_arguments(parser: ArgumentParser) -> None:
         action="append",
         default=[],
         choices=("wandb", "trackio"),
-        help="send the metrics there too, next to TensorBoard (extra: trackers)",
+        help="also send the metrics there, in addition to TensorBoard (extra: trackers)",
     )
     prompt_commands.extended_argument(parser)
     parser.add_argument(
@@ -156,7 +156,7 @@ def _pretrain_arguments(parser: ArgumentParser) -> None:
         "--out", type=path_argument, required=True, metavar="FILE", help="safetensors file to write"
     )
     parser.add_argument("--steps", type=int, metavar="INT", help="optimiser steps (default: as shipped)")
-    parser.add_argument("--resume", action="store_true", help="go on with an unfinished training of FILE")
+    parser.add_argument("--resume", action="store_true", help="continue an unfinished training of FILE")
 
 
 def _pretrain(arguments: Namespace) -> None:
@@ -185,7 +185,7 @@ def _pretrain(arguments: Namespace) -> None:
             start=checked_base(config) if config.backbone.checkpoint else None,
             interrupted=interrupted,
         )
-    print(out if finished else f"{out}: stopped; --resume goes on")
+    print(out if finished else f"{out}: stopped; --resume continues")
 
 
 def _plan_arguments(parser: ArgumentParser) -> None:
@@ -210,7 +210,7 @@ def _plan_arguments(parser: ArgumentParser) -> None:
         help="memory traffic of the device, in 1e9 bytes per second (default: 1000; 10 on a CPU)",
     )
     parser.add_argument(
-        "--json", type=path_argument, metavar="FILE", help="write every number to this file too"
+        "--json", type=path_argument, metavar="FILE", help="also write every number to this file"
     )
 
 
@@ -247,7 +247,7 @@ def _doctor_arguments(parser: ArgumentParser) -> None:
         help="where runs will write (default: here)",
     )
     parser.add_argument(
-        "--json", type=path_argument, metavar="FILE", help="write the findings of every rank to this file too"
+        "--json", type=path_argument, metavar="FILE", help="also write every rank's findings to this file"
     )
 
 
@@ -311,7 +311,9 @@ COMMANDS = (
         compare_commands.compare_command,
         configured=True,
     ),
-    Command("export", "write what a run trained for other programs", _export_arguments, _export, places=True),
+    Command(
+        "export", "export what a run trained for other programs", _export_arguments, _export, places=True
+    ),
     Command("pretrain", "rebuild the embedded base model", _pretrain_arguments, _pretrain, configured=True),
     Command(
         "plan", "what a run needs, and which settings fit a device", _plan_arguments, _plan, configured=True
@@ -328,7 +330,7 @@ COMMANDS = (
     ),
     Command(
         "arena",
-        "compare videos blind, with raters on a page of their own",
+        "compare videos blind, on a page for raters",
         arena_commands.arena_arguments,
         arena_commands.arena,
     ),

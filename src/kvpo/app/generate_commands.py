@@ -49,7 +49,7 @@ def generate_arguments(parser: ArgumentParser) -> None:
         help="tells candidates apart: routes, or noise: fresh, neighbour, sde, renoise (default: routes)",
     )
     parser.add_argument(
-        "--per", choices=("block", "video"), default="block", help="how often is chosen (default: block)"
+        "--per", choices=("block", "video"), default="block", help="how often to choose (default: block)"
     )
     parser.add_argument(
         "--dimensions", default="", metavar="NAME[,NAME]", help="dimensions of the suite (default: all)"

@@ -42,7 +42,7 @@ def score_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--explain",
         action="store_true",
-        help="say which frames, size, prompt and scale each reward would have of the first file, and stop",
+        help="print the frames, size, prompt and scale that each reward would use for the first file, and exit",
     )
     _prompts_argument(parser)
     _model_arguments(parser)
@@ -152,7 +152,7 @@ def reward_server_arguments(parser: ArgumentParser) -> None:
         type=int,
         default=4096,
         metavar="INT",
-        help="of all requests in flight; beyond it clients are told to come back (default: 4096)",
+        help="limit of all requests in flight; beyond it clients are told to try again (default: 4096)",
     )
     _model_arguments(parser)
 
@@ -206,7 +206,10 @@ def learn_reward_arguments(parser: ArgumentParser) -> None:
         help="rewards whose embeddings or components it looks at (default: pixel features)",
     )
     parser.add_argument(
-        "--question", default="overall", metavar="TEXT", help="whose answers are learned (default: overall)"
+        "--question",
+        default="overall",
+        metavar="TEXT",
+        help="the question whose answers are learned (default: overall)",
     )
     _model_arguments(parser)
 

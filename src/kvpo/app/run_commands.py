@@ -1,4 +1,4 @@
-"""Commands on a run that is there: `kvpo evaluate` and `kvpo report`."""
+"""Commands on an existing run: `kvpo evaluate` and `kvpo report`."""
 
 from argparse import ArgumentParser, Namespace
 
@@ -36,8 +36,8 @@ def evaluate_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--drift",
         action="store_true",
-        help="instead stream for --seconds and write RUN/drift.json and drift.png: rewards and looks every "
-        "ten seconds",
+        help="instead, stream for --seconds and write RUN/drift.json and drift.png: rewards and pixel "
+        "statistics every ten seconds",
     )
     parser.add_argument(
         "--seconds", type=float, default=300.0, metavar="SECONDS", help="length of the streams (default: 300)"

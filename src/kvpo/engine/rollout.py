@@ -217,7 +217,7 @@ def roll_out(
 
     The plan's own groups are explored in turns; once their members have run, they keep the pages that the
     replay sees. Results do not depend on it beyond rounding. The forks may differ in what fits at them, in
-    nothing else; donor histories want one fork for all.
+    nothing else; donor histories need one fork for all.
 
     Args:
         explorer: tells the branches apart; every group's anchor follows them.

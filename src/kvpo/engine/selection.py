@@ -55,7 +55,7 @@ class Selection:
     ) -> Selected:
         """The chosen video of a prompt, after the latents that it is given to begin with.
 
-        Raises ValueError for a length that is no multiple of the block, and what the scorer raises.
+        Raises ValueError for a length that is not a multiple of the block, and what the scorer raises.
         """
         generator, block = self.generator, self.generator.block
         if prompt.num_frames % block:

@@ -87,11 +87,11 @@ class NftSettings(OwnSettings):
     STARTS_FROM = {"objective.velocity_kl": MATCHING_KL}
 
     beta: float = 1.0
-    """Mixing weight of the policy in its implicit positive and negative velocities; small is a wide step."""
+    """Mixing weight of the policy in its implicit positive and negative velocities; a small value makes a large step."""
     old: Literal["rollout", "average"] = "rollout"
     """Old policy: the one that generated the rollout, or the moving average of the trained parameters."""
     selective_kl: float = 0.0
-    """Share of the branches that the first reward overrates to which alone the velocity KL applies
+    """Share of the branches overrated by the first reward, to which alone the velocity KL then applies
     (Astrolabe); 0 applies it to the anchor, as in every method."""
 
 

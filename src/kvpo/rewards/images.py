@@ -1,4 +1,4 @@
-"""Frames as image encoders want them, and their luminance. N frames, C = 3 colours, H rows, W columns."""
+"""Frames as image encoders take them, and their luminance. N frames, C = 3 colours, H rows, W columns."""
 
 from collections.abc import Sequence
 

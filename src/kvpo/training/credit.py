@@ -56,7 +56,7 @@ class Blend:
 def blend_of(components: Sequence[str], weights_K: Tensor, config: Config) -> Blend:
     """The blend that a run's settings ask for; components without a measured floor have that of the sum.
 
-    Raises ConfigurationError for names that are no components, and for a fusion with nothing to compare.
+    Raises ConfigurationError for names that are not components, and for a fusion with nothing to compare.
     """
     rewards = config.rewards
     floors = dict(rewards.noise_floors)

@@ -76,7 +76,7 @@ class Run:
     budget_cpu_s: float | None = None
     """CPU-seconds of this process that its updates may take; None: the run makes all of them."""
     cpu_s: float = 0.0
-    """CPU-seconds that the updates so far took, without validations and whatever else is no update."""
+    """CPU-seconds that the updates so far took, without validations and whatever else is not an update."""
     saving_parts: BackgroundSaving | None = field(init=False)
     """Saves weights that are spread."""
 
