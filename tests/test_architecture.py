@@ -189,7 +189,6 @@ DEFINED_IN_SEVERAL = {
     "TEXT_TOKENS": "tokens that a reward's text encoder reads",
     "prepared": "pixels as a reward's model takes them",
     "empty_model": "a reward's network without weights",
-    "checkpoint_weights": "the weights of a reward's released file",
 }
 
 

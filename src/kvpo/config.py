@@ -215,7 +215,7 @@ class EvaluationConfig:
     watchers: tuple[str, ...] = ()
     """Rewards that watch for hacking and are never trained on; named like training rewards."""
     stop_on_hacking: bool = True
-    """Stop once a watcher keeps falling while the trained reward rises, and keep the best checkpoint so far."""
+    """Stop once a watcher keeps falling while the trained reward rises, and keep the best from before."""
 
 
 @dataclass(frozen=True)
@@ -251,7 +251,7 @@ class RewardConfig:
     top_share: float = 1.0
     """Share of a clip's frames, the best ones, that rewards of single frames average (Astrolabe: 0.3)."""
     transition_blocks: int = 0
-    """Blocks on either side of a prompt switch in an additional clip of the global signal; 0: no such clips."""
+    """Blocks on either side of a prompt switch in an extra clip of the global signal; 0: no such clips."""
     fusion: Literal["advantages", "rewards", "selective", "reversing"] = "advantages"
     """Normalise components one by one and add; add and normalise; or the first, but withhold what only the
     first component praises, or count it against the branch."""
@@ -259,7 +259,7 @@ class RewardConfig:
     """Noise floor of components: a number, or a file of `kvpo calibrate` that is read once; total: floor of
     the weighted sum, which holds for components without one of their own (0.002)."""
     ranks: int = 0
-    """The first so many of torchrun's ranks load the rewards, and the others send them their clips; 0: all load."""
+    """Number of ranks that load the rewards, the first ones; the others send them their clips. 0: all."""
     cache: str = ""
     """Directory that keeps scores by the content of their clips; several runs may share it."""
 

@@ -87,7 +87,7 @@ POINTERS: dict[str, tuple[str, Callable[[Path], Any]]] = {
     "text encoder": ("text_encoder/model.safetensors", encoder),
     "vocabulary": ("tokenizer/tokenizer.json", encoder),
     "reward's vocabulary": ("tokenizer/tokenizer.json", lambda d: read_tokenizer(d / "tokenizer")),
-    "reward": ("vae/config.json", lambda d: strict_pretrained(None, d / "vae", torch.float32)),
+    "reward": ("vae/config.json", lambda d: strict_pretrained(None, d / "vae")),
     "template": ("t.py", lambda d: read_template(d / "t.py", "0")),
     "checkpoint": ("update-000001/state.safetensors", lambda d: load_checkpoint(d / "update-000001")),
     "checkpoint's state": ("update-000001/state.json", lambda d: load_checkpoint(d / "update-000001")),

@@ -33,6 +33,7 @@ from kvpo.app.arguments import (
 from kvpo.app.configuration import parse_flags, path_argument
 from kvpo.config_checks import ConfigurationError
 from kvpo.files import output_file, write_atomic
+from kvpo.training.trackers import TRACKERS
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ def _align_arguments(parser: ArgumentParser) -> None:
         "--track",
         action="append",
         default=[],
-        choices=("wandb", "trackio"),
+        choices=TRACKERS,
         help="also send the metrics there, in addition to TensorBoard (extra: trackers)",
     )
     prompt_commands.extended_argument(parser)

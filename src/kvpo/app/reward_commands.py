@@ -42,7 +42,7 @@ def score_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--explain",
         action="store_true",
-        help="print the frames, size, prompt and scale that each reward would use for the first file, and exit",
+        help="print the frames, size, prompt and scale each reward would use for the first file, and exit",
     )
     _prompts_argument(parser)
     _model_arguments(parser)

@@ -87,7 +87,7 @@ class NftSettings(OwnSettings):
     STARTS_FROM = {"objective.velocity_kl": MATCHING_KL}
 
     beta: float = 1.0
-    """Mixing weight of the policy in its implicit positive and negative velocities; a small value makes a large step."""
+    """Mixing weight of the policy in its implicit positive and negative velocities; small: large steps."""
     old: Literal["rollout", "average"] = "rollout"
     """Old policy: the one that generated the rollout, or the moving average of the trained parameters."""
     selective_kl: float = 0.0

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from kvpo.models.settings import Deployment
 from kvpo.report.clips import ClipStore, captions, film_data, screen, segments_of, whole
-from kvpo.report.formatting import escape, fixed, number, numbers, signed, significant
+from kvpo.report.formatting import escape, fixed, mapping, number, numbers, signed, significant, tone_of
 from kvpo.report.record import Entry, RunRecord
 
 RESIDUALS = ("energy", "distance", "residual")
@@ -79,8 +79,7 @@ DIFFERENCES = {
 
 def difference_of(run: RunRecord) -> str:
     """One sentence on what sets the branches of a run apart, by its ``exploration.explorer``."""
-    exploration = run.config.get("exploration")
-    explorer = exploration.get("explorer") if isinstance(exploration, dict) else None
+    explorer = mapping(run.config, "exploration").get("explorer")
     return DIFFERENCES.get(str(explorer), "Branches are alternatives from a fork of one video.")
 
 
@@ -225,8 +224,7 @@ def _rows(group: GroupFacts, member: Entry) -> list[tuple[str, str]]:
     difference = ""
     if not is_anchor(member) and "reward" in values and group.anchor_reward is not None:
         change = values["reward"] - group.anchor_reward
-        tone = "up" if change > 0 else "down" if change < 0 else ""
-        difference = f' <span class="{tone}">{signed(change)}</span>'
+        difference = f' <span class="{tone_of(change)}">{signed(change)}</span>'
     rows = [("reward", f"<b>{fixed(values.get('reward'))}</b>{difference}")]
     rows += [(key, fixed(values[key])) for key in ("local", "global") if key in values]
     rows += [(key, significant(values[key])) for key in RESIDUALS if key in values]
@@ -300,8 +298,7 @@ def explorer(run: RunRecord, store: ClipStore) -> str:
     """Groups of branches in tabs, then the causality groups, whose branches were routed to one act only."""
     if not run.groups and not run.causality:
         return '<p class="missing">No branch groups have been saved (branches/branches.json).</p>'
-    rewards = run.config.get("rewards")
-    fusion = rewards.get("fusion", "rewards") if isinstance(rewards, dict) else "rewards"
+    fusion = mapping(run.config, "rewards").get("fusion", "rewards")
     parts = [LEGEND] if fusion == "rewards" else [LEGEND, APART]
     if len(run.groups) > 1:
         tabs = "".join(

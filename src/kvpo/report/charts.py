@@ -8,7 +8,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from kvpo.report.formatting import attribute_json, compact, escape, fixed, signed
+from kvpo.report.formatting import attribute_json, compact, escape, fixed, signed, tone_of
 
 Values = Sequence[float | None]
 
@@ -146,6 +146,14 @@ def line_chart(
     )
 
 
+def small_figure(title: str, values: str, chart: str, meaning: str) -> str:
+    """A small chart as HTML with its title, values beside it (HTML), and the sentence that explains it."""
+    return (
+        f'<figure class="card small"><figcaption><h4>{escape(title)}</h4>{values}</figcaption>{chart}'
+        f'<p class="meaning">{escape(meaning)}</p></figure>'
+    )
+
+
 def interval(
     value: float, error: float | None, low: float, high: float, *, colour: str = "aligned", label: str = ""
 ) -> str:
@@ -181,14 +189,13 @@ def paired_bars(rows: Sequence[tuple[str, float, float, float | None]]) -> str:
     items = []
     for name, base, aligned, error in sorted(rows, key=lambda row: row[1] - row[2]):
         gain = aligned - base
-        tone = "up" if gain > 0 else "down" if gain < 0 else ""
         spread = f' <span class="soft">\u00b1 {fixed(error)}</span>' if error is not None else ""
         items.append(
             f'<li><span class="name">{escape(name)}</span>'
             f'<span class="bars" role="img" aria-label="base {fixed(base)}, aligned {fixed(aligned)}">'
             f"{bar(base, 'base')}{bar(aligned, 'aligned')}</span>"
             f'<span class="values"><span class="soft">{fixed(base)} \u2192</span> {fixed(aligned)}</span>'
-            f'<span class="gain {tone}">{signed(gain)}{spread}</span></li>'
+            f'<span class="gain {tone_of(gain)}">{signed(gain)}{spread}</span></li>'
         )
     errors = " with-errors" if any(error is not None for *_, error in rows) else ""
     return f'<ul class="paired{errors}">{"".join(items)}</ul>'

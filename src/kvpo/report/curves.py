@@ -2,8 +2,8 @@
 
 from collections import Counter
 
-from kvpo.report.charts import Series, line_chart, paired_bars
-from kvpo.report.formatting import compact, escape, number, numbers, title_of
+from kvpo.report.charts import Series, line_chart, paired_bars, small_figure
+from kvpo.report.formatting import compact, escape, mapping, number, numbers, title_of
 from kvpo.report.headline import LENGTHS, read_outcome, read_outcomes
 from kvpo.report.record import Entry, RunRecord
 
@@ -74,7 +74,7 @@ def _panel(key: str, meaning: str, updates: list[Entry], references: list[tuple[
     latest = f'<span class="latest">{compact(present[-1])}</span>' if present else ""
     x, line = [float(entry["update"]) for entry in updates], Series(title, values, "plain")
     chart = line_chart(x, [line], label=title, references=references, y_ticks=3)
-    return _figure(title, alarm + latest, chart, meaning)
+    return small_figure(title, alarm + latest, chart, meaning)
 
 
 def _counts(key: str, meaning: str, updates: list[Entry]) -> str:
@@ -88,21 +88,12 @@ def _counts(key: str, meaning: str, updates: list[Entry]) -> str:
         f"</i></i></dd><dd>{compact(count)}</dd></div>"
         for name, count in sorted(total.items(), key=lambda item: (len(item[0]), item[0]))
     )
-    return _figure(title_of(key), "", f'<dl class="counts">{rows}</dl>', meaning)
-
-
-def _figure(title: str, values: str, chart: str, meaning: str) -> str:
-    return (
-        f'<figure class="card small"><figcaption><h4>{escape(title)}</h4>{values}</figcaption>{chart}'
-        f'<p class="meaning">{escape(meaning)}</p></figure>'
-    )
+    return small_figure(title_of(key), "", f'<dl class="counts">{rows}</dl>', meaning)
 
 
 def _clip_range(run: RunRecord) -> list[tuple[str, float]]:
     """Bounds at which ratios are clipped; empty if the run's settings do not say."""
-    objective = run.config.get("objective")
-    clip = objective.get("clip") if isinstance(objective, dict) else None
-    match clip:
+    match mapping(run.config, "objective").get("clip"):
         case [int() | float() as low, int() | float() as high]:
             return [("clip", 1 - low), ("clip", 1 + high)]
         case _:

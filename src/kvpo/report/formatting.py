@@ -41,11 +41,22 @@ def number(value: Any) -> float | None:
     return float(value) if math.isfinite(value) else None
 
 
-def numbers(mapping: Any) -> dict[str, float]:
-    """The entries of ``mapping`` that are finite numbers; empty if it is not a mapping."""
-    if not isinstance(mapping, dict):
+def numbers(values: Any) -> dict[str, float]:
+    """The entries of a mapping that are finite numbers; empty if ``values`` is not a mapping."""
+    if not isinstance(values, dict):
         return {}
-    return {str(key): found for key, value in mapping.items() if (found := number(value)) is not None}
+    return {str(key): found for key, value in values.items() if (found := number(value)) is not None}
+
+
+def mapping(value: Any, key: str) -> dict[str, Any]:
+    """The mapping under ``key`` of ``value``; empty if there is none, or ``value`` is not a mapping."""
+    found = value.get(key) if isinstance(value, dict) else None
+    return found if isinstance(found, dict) else {}
+
+
+def tone_of(change: float | None) -> str:
+    """The style of a change: "up", "down", or "" where there is none."""
+    return "up" if change and change > 0 else "down" if change and change < 0 else ""
 
 
 def fixed(value: float | None, digits: int = 3) -> str:

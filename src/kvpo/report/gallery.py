@@ -1,7 +1,7 @@
 """Before/after videos side by side."""
 
 from kvpo.report.clips import ClipStore, captions, film_data, screen, whole
-from kvpo.report.formatting import escape, fixed, number, numbers, signed
+from kvpo.report.formatting import escape, fixed, mapping, number, numbers, signed, tone_of
 from kvpo.report.record import Entry, RunRecord
 
 
@@ -11,16 +11,14 @@ def gallery_clips(entries: list[Entry]) -> list[str]:
 
 
 def _components(entry: Entry) -> str:
-    given = entry.get("components")
     rows = []
-    for name, value in given.items() if isinstance(given, dict) else ():
+    for name, value in mapping(entry, "components").items():
         pair = numbers(value)
         if {"base", "aligned"} <= pair.keys():
             gain = pair["aligned"] - pair["base"]
-            tone = "up" if gain > 0 else "down" if gain < 0 else ""
             rows.append(
                 f"<tr><th>{escape(name)}</th><td>{fixed(pair['base'])}</td><td>{fixed(pair['aligned'])}</td>"
-                f'<td class="{tone}">{signed(gain)}</td></tr>'
+                f'<td class="{tone_of(gain)}">{signed(gain)}</td></tr>'
             )
     if not rows:
         return ""
@@ -33,7 +31,6 @@ def _components(entry: Entry) -> str:
 def _card(entry: Entry, store: ClipStore, position: int) -> str:
     base, aligned = number(entry.get("base_reward")), number(entry.get("aligned_reward"))
     gain = aligned - base if base is not None and aligned is not None else None
-    tone = "up" if gain and gain > 0 else "down" if gain and gain < 0 else ""
     title = str(entry.get("title", f"Video {position + 1}"))
     frames = whole(entry.get("num_frames"))
     sides = "".join(
@@ -44,7 +41,7 @@ def _card(entry: Entry, store: ClipStore, position: int) -> str:
     return (
         f'<article class="card film" {film_data(entry, frames)} data-order="{position}" '
         f'data-gain="{gain if gain is not None else ""}"><header><h3>{escape(title)}</h3>'
-        f'<span class="gain {tone}">{signed(gain)}</span></header><div class="duo">{sides}</div>'
+        f'<span class="gain {tone_of(gain)}">{signed(gain)}</span></header><div class="duo">{sides}</div>'
         f"{captions(entry, frames)}{_components(entry)}</article>"
     )
 

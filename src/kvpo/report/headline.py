@@ -6,7 +6,7 @@ from statistics import mean
 from typing import Any
 
 from kvpo.report.charts import interval
-from kvpo.report.formatting import SYMBOLS, duration, escape, fixed, number, numbers, percent, signed
+from kvpo.report.formatting import SYMBOLS, duration, escape, fixed, mapping, number, numbers, percent, signed
 from kvpo.report.null_runs import over_seeds, said_of
 from kvpo.report.record import Entry, RunRecord, method_of
 
@@ -95,7 +95,6 @@ def read_outcome(name: str, entry: Any, null: Sequence[float] = ()) -> Outcome |
     found = numbers(entry)
     if "paired_gain" not in found:
         return None
-    components = entry.get("components")
     return Outcome(
         name=name,
         prompts=found.get("prompts"),
@@ -110,7 +109,7 @@ def read_outcome(name: str, entry: Any, null: Sequence[float] = ()) -> Outcome |
         wrong_error=found.get("wrong_caption_se"),
         components={
             str(key): pair
-            for key, value in (components.items() if isinstance(components, dict) else ())
+            for key, value in mapping(entry, "components").items()
             if {"base", "aligned"} <= (pair := numbers(value)).keys()
         },
         null=tuple(null),
@@ -121,20 +120,18 @@ def read_outcomes(run: RunRecord) -> tuple[list[Outcome], str]:
     """The run's outcomes and where they come from: 'test', 'validation' (unfinished run) or 'none'."""
     if outcomes := tested(run.summary or {}):
         return outcomes, "test"
-    latest = run.validations[-1] if run.validations else None
-    return (outcomes, "validation") if (outcomes := _outcomes(latest)) else ([], "none")
+    latest = run.validations[-1] if run.validations else {}
+    return (outcomes, "validation") if (outcomes := _outcomes(latest, {})) else ([], "none")
 
 
 def tested(summary: Entry) -> list[Outcome]:
     """The outcomes of a summary, each with the gains of its null runs."""
-    return _outcomes(summary.get("held_out"), summary.get("null"))
+    return _outcomes(mapping(summary, "held_out"), mapping(summary, "null"))
 
 
-def _outcomes(entries: Any, null: Any = None) -> list[Outcome]:
-    """The outcome of every prompt set that ``entries`` hold."""
-    found = entries if isinstance(entries, dict) else {}
-    gains = null if isinstance(null, dict) else {}
-    every = (read_outcome(name, found.get(name), gains.get(name, ())) for name in LENGTHS)
+def _outcomes(entries: Entry, null: Entry) -> list[Outcome]:
+    """The outcome of every prompt set that ``entries`` hold, with the gains of its null runs."""
+    every = (read_outcome(name, entries.get(name), null.get(name, ())) for name in LENGTHS)
     return [outcome for outcome in every if outcome is not None]
 
 
@@ -272,8 +269,7 @@ def final_headline(summary: Entry, config: Entry) -> Headline:
 
 def is_null_control(config: Entry) -> bool:
     """True where the settings deal advantages to the branches at random."""
-    objective = config.get("objective")
-    return isinstance(objective, dict) and objective.get("advantages") == "random"
+    return mapping(config, "objective").get("advantages") == "random"
 
 
 def idle_note(run: RunRecord) -> list[str]:
@@ -291,7 +287,7 @@ def headline(run: RunRecord) -> str:
     verdict = headline_on(
         outcomes, null_control=is_null_control(run.config), validation=source == "validation"
     )
-    stopped = numbers(run.summary.get("radar")).get("stopped_at") if run.summary else None
+    stopped = numbers(mapping(run.summary, "radar")).get("stopped_at")
     radar = [] if stopped is None else [f"The hacking radar stopped this run after update {stopped:.0f}."]
     radar += idle_note(run)
     if run.summary and run.summary.get("improved") is False:

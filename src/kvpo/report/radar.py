@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from kvpo.report.charts import Series, line_chart
-from kvpo.report.formatting import MINUS, SYMBOLS, escape, fixed, number, numbers, signed
+from kvpo.report.charts import Series, line_chart, small_figure
+from kvpo.report.formatting import MINUS, SYMBOLS, escape, fixed, mapping, number, numbers, signed
 from kvpo.report.headline import FEWEST_PROMPTS, LENGTHS
 from kvpo.report.record import Entry, RunRecord
 
@@ -21,9 +21,9 @@ def hacking_radar(run: RunRecord) -> str:
     points = [(float(entry["update"]), _radar(entry)) for entry in entries]
     if not points:
         return '<p class="missing">No validation with a radar reading is in metrics.jsonl yet.</p>'
-    summary, evaluation = _mapping(run.summary, "radar"), _mapping(run.config, "evaluation")
-    last = _mapping(summary, "test") or points[-1][1]
-    prompts = "test prompts, best checkpoint" if _mapping(summary, "test") else "last validation"
+    summary, evaluation = mapping(run.summary, "radar"), mapping(run.config, "evaluation")
+    last = mapping(summary, "test") or points[-1][1]
+    prompts = "test prompts, best checkpoint" if mapping(summary, "test") else "last validation"
     return (
         _verdict(
             points[-1][1],
@@ -34,18 +34,13 @@ def hacking_radar(run: RunRecord) -> str:
         + _gains(points)
         + f'<h3 class="group">Drift of the look <span class="soft">never stops a run, only warns</span></h3>'
         f'{_drift(points)}<h3 class="group">Agreement <span class="soft">{prompts}</span></h3>'
-        + _agreement(_mapping(last, "agreement"))
+        + _agreement(mapping(last, "agreement"))
     )
-
-
-def _mapping(value: Any, key: str) -> Entry:
-    found = value.get(key) if isinstance(value, dict) else None
-    return found if isinstance(found, dict) else {}
 
 
 def _radar(entry: Entry) -> Entry:
     """The radar's part of a validation; empty where it holds no paired change of the trained reward."""
-    radar = _mapping(entry, "radar")
+    radar = mapping(entry, "radar")
     return radar if "gain" in numbers(radar.get("trained")) else {}
 
 
@@ -60,15 +55,15 @@ def _verdict(last: Entry, summary: Entry, *, may_stop: bool, prompts: float) -> 
         tone, outcome = "bad", "The run stops here; its best checkpoint is still to be tested."
     elif last.get("hacked"):
         tone, outcome = "bad", f"This run was not allowed to stop for it.{kept}"
-    elif _mapping(last, "alarms"):
+    elif mapping(last, "alarms"):
         tone, outcome = "neutral", f"Not often enough in a row to stop.{kept}"
     elif last.get("fallen"):
         ruled_out = "A checkpoint at which a watcher has fallen is not kept as the best." if may_stop else ""
         tone, outcome = "neutral", f"{ruled_out}{kept}".strip()
-    elif _mapping(last, "watchers") and prompts < FEWEST_PROMPTS:
+    elif mapping(last, "watchers") and prompts < FEWEST_PROMPTS:
         few = f"On {prompts:.0f} prompts, fewer than {FEWEST_PROMPTS}, no alarm says little."
         tone, outcome = "neutral", few + kept
-    elif _mapping(last, "watchers"):
+    elif mapping(last, "watchers"):
         tone, outcome = "good", kept.strip()
     else:
         tone, outcome = "pending", "Name some with evaluation.watchers and the run stops when they fall."
@@ -84,7 +79,7 @@ def _verdict(last: Entry, summary: Entry, *, may_stop: bool, prompts: float) -> 
 
 def _gains(points: list[tuple[float, Entry]]) -> str:
     """Paired gain over updates, from zero at the base: the trained reward, the watchers, the unseen one."""
-    watchers = dict.fromkeys(name for _, radar in points for name in _mapping(radar, "watchers"))
+    watchers = dict.fromkeys(name for _, radar in points for name in mapping(radar, "watchers"))
     panels = [_panel("Trained reward", "what alignment maximises", "aligned", points, "trained")]
     panels += [
         _panel(name, "a watcher: it never trains", "unseen", points, "watchers", name) for name in watchers
@@ -106,7 +101,7 @@ def _panel(
     for _, radar in points:
         found: Any = radar
         for key in path:
-            found = _mapping(found, key)
+            found = mapping(found, key)
         changes.append(numbers(found))
     start = changes[0].get("base") if level else 0.0
     values = [start, *(change.get("aligned" if level else "gain") for change in changes)]
@@ -120,14 +115,11 @@ def _panel(
     )
     latest = changes[-1]
     value = f"{signed(latest.get('gain'))} \u00b1 {fixed(latest.get('se'))}"
-    return (
-        f'<figure class="card small"><figcaption><h4>{escape(title)}</h4><span class="latest">{value}</span>'
-        f'</figcaption>{chart}<p class="meaning">{escape(note)}</p></figure>'
-    )
+    return small_figure(title, f'<span class="latest">{value}</span>', chart, note)
 
 
 def _drift(points: list[tuple[float, Entry]]) -> str:
-    looks = dict.fromkeys(name for _, radar in points for name in _mapping(radar, "drift"))
+    looks = dict.fromkeys(name for _, radar in points for name in mapping(radar, "drift"))
     drifted = points[-1][1].get("drifted")
     panels = []
     for name in looks:

@@ -5,7 +5,7 @@ from typing import Any
 
 import yaml
 
-from kvpo.report.formatting import compact, escape, fixed, number, numbers, percent, signed, title_of
+from kvpo.report.formatting import compact, escape, fixed, mapping, number, numbers, percent, signed, title_of
 from kvpo.report.headline import FEWEST_PROMPTS
 from kvpo.report.record import RunRecord, method_of
 
@@ -45,13 +45,11 @@ BRANCHINGS = {
 
 def checks(run: RunRecord) -> str:
     """Numbers that must be zero: exactly, or for the first ratio within what rounding may add."""
-    found = run.summary.get("checks") if run.summary else None
-    if not isinstance(found, dict) or not found:
+    found, checked = mapping(run.summary, "checks"), mapping(run.summary, "checked")
+    if not found:
         return '<p class="missing">Exactness checks are in summary.json, which has not been written yet.</p>'
-    checked = run.summary.get("checked") if run.summary else None
     tolerance = number(numbers(checked).get("ratio_tolerance")) or 0.0
-    optim = run.config.get("optim")
-    precision = optim.get("rollout_precision", "same") if isinstance(optim, dict) else "same"
+    precision = mapping(run.config, "optim").get("rollout_precision", "same")
     rows = []
     for key in [*CHECKS, *(key for key in found if key not in CHECKS)]:
         name, meaning = CHECKS.get(key, (title_of(key), ""))
@@ -75,7 +73,7 @@ def checks(run: RunRecord) -> str:
         if weight
         else ""
     )
-    if isinstance(checked, dict):
+    if checked:
         place = f"the {checked.get('weights')} weights of update {compact(number(checked.get('update')))}"
         note += f'<p class="note">Measured with {escape(place)}, those of the test results.</p>'
     return (
@@ -86,13 +84,12 @@ def checks(run: RunRecord) -> str:
 
 def accuracy(run: RunRecord) -> str:
     """Demands met before and after, by what they demand, with their number."""
-    held_out = run.summary.get("held_out") if run.summary else None
     rows = [
         f"<tr><th>{escape(title_of(str(name)))}</th><td>{escape(kind)}</td><td>{found['n']:.0f}</td>"
         f"<td>{percent(found['base'])}</td><td>{percent(found['aligned'])}</td>"
         f"<td>{signed(found['aligned'] - found['base'])}</td></tr>"
-        for kind, entry in (held_out.items() if isinstance(held_out, dict) else ())
-        for name, value in (_accuracies(entry).items())
+        for kind, entry in mapping(run.summary, "held_out").items()
+        for name, value in mapping(entry, "accuracy").items()
         if {"n", "base", "aligned"} <= (found := numbers(value)).keys()
     ]
     if not rows:
@@ -104,11 +101,6 @@ def accuracy(run: RunRecord) -> str:
         "caption is met or not by what its segment most likely shows. An event counts as met if all that its "
         "caption says of it is: who returns, the scene come back to, the new colour, who stays.</p>"
     )
-
-
-def _accuracies(entry: Any) -> dict[str, Any]:
-    found = entry.get("accuracy") if isinstance(entry, dict) else None
-    return found if isinstance(found, dict) else {}
 
 
 def _diversity_sentence(methods: dict[str, dict[str, float]], forks: float) -> str:
@@ -132,9 +124,8 @@ def _diversity_sentence(methods: dict[str, dict[str, float]], forks: float) -> s
 
 def diversity(run: RunRecord) -> str:
     """Branches by routed history compared with branches by noise."""
-    found = run.summary.get("diversity") if run.summary else None
-    methods = {str(key): numbers(value) for key, value in found.items()} if isinstance(found, dict) else {}
-    methods = {key: value for key, value in methods.items() if value}
+    found = mapping(run.summary, "diversity")
+    methods = {str(key): own for key, value in found.items() if (own := numbers(value))}
     if not methods:
         return '<p class="missing">Branch diversity is in summary.json, which has not been written yet.</p>'
     # A run measures it on as many long validation prompts as a sentence needs.

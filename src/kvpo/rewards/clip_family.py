@@ -13,10 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPModel, PreTrainedTokenizerBase
 
-from kvpo.models.tensor_files import only_tensors, read_tensor_file, read_tensors
+from kvpo.models.tensor_files import read_tensors
 from kvpo.rewards.catalogue import EIGHT_FRAMES
 from kvpo.rewards.images import CLIP_MEAN, CLIP_STD, fit_and_crop, fit_and_pad, standardised
 from kvpo.rewards.pretrained import (
+    entry_tensors,
     load_strict,
     read_tokenizer,
     strict_pretrained,
@@ -35,11 +36,10 @@ def spread_frames(video_TCHW: Tensor) -> Tensor:
 
 def image_features(model: CLIPModel, frames_NCHW: Tensor, fit: Callable[[Tensor, int], Tensor]) -> Tensor:
     """Unit image features [N, D] in float32."""
-    weight = model.visual_projection.weight
-    fitted = fit(frames_NCHW.to(weight.device), model.config.vision_config.image_size)
-    pixels = standardised(fitted, CLIP_MEAN, CLIP_STD).to(weight.dtype)
-    pooled = model.vision_model(pixel_values=pixels).pooler_output
-    return F.normalize(model.visual_projection(pooled).float(), dim=-1)
+    device = model.visual_projection.weight.device
+    fitted = fit(frames_NCHW.to(device), model.config.vision_config.image_size)
+    pooled = model.vision_model(pixel_values=standardised(fitted, CLIP_MEAN, CLIP_STD)).pooler_output
+    return F.normalize(model.visual_projection(pooled), dim=-1)
 
 
 def text_features(model: CLIPModel, tokenizer: PreTrainedTokenizerBase, text: str, reward: str) -> Tensor:
@@ -47,7 +47,7 @@ def text_features(model: CLIPModel, tokenizer: PreTrainedTokenizerBase, text: st
     warn_if_cut(tokenizer, text, TEXT_TOKENS, reward)
     ids = tokenizer(text, truncation=True, max_length=TEXT_TOKENS, return_tensors="pt")["input_ids"]
     pooled = model.text_model(input_ids=ids.to(model.text_projection.weight.device)).pooler_output
-    return F.normalize(model.text_projection(pooled).float(), dim=-1)[0]
+    return F.normalize(model.text_projection(pooled), dim=-1)[0]
 
 
 @dataclass(frozen=True)
@@ -128,53 +128,43 @@ class AestheticScorer:
         return torch.stack(means)
 
 
-def _ready(model: CLIPModel, device: str) -> CLIPModel:
-    return model.eval().requires_grad_(False).to(device)
+def _clip(directory: Path, device: str) -> CLIPModel:
+    return strict_pretrained(CLIPModel, directory).eval().requires_grad_(False).to(device)
 
 
-def load_clip_score(
-    directory: Path, *, device: str = "cpu", dtype: torch.dtype = torch.float32
-) -> SimilarityScorer:
+def load_clip_score(directory: Path, *, device: str = "cpu") -> SimilarityScorer:
     """Cosine similarity under the CLIP model in ``directory``; ValueError for weights that do not fit."""
-    model = _ready(strict_pretrained(CLIPModel, directory, dtype), device)
+    model = _clip(directory, device)
     return SimilarityScorer(model, read_tokenizer(directory), ("clip_score",))
 
 
-def load_pickscore(
-    directory: Path, base: Path, *, device: str = "cpu", dtype: torch.dtype = torch.float32
-) -> SimilarityScorer:
+def load_pickscore(directory: Path, base: Path, *, device: str = "cpu") -> SimilarityScorer:
     """PickScore (Kirstain et al. 2023): exp(logit_scale) times the cosine, as its authors report it.
 
     ``base`` holds the tokenizer (laion/CLIP-ViT-H-14-laion2B-s32B-b79K).
     """
-    model = _ready(strict_pretrained(CLIPModel, directory, dtype), device)
-    scale = float(model.logit_scale.float().exp())
+    model = _clip(directory, device)
+    scale = float(model.logit_scale.exp())
     return SimilarityScorer(model, read_tokenizer(base), ("pickscore",), scale=scale)
 
 
-def load_hpsv2(
-    checkpoint: Path, base: Path, *, device: str = "cpu", dtype: torch.dtype = torch.float32
-) -> SimilarityScorer:
+def load_hpsv2(checkpoint: Path, base: Path, *, device: str = "cpu") -> SimilarityScorer:
     """HPSv2 (Wu et al. 2023): an OpenCLIP ViT-H/14 checkpoint with its weights under "state_dict".
 
     ``base`` holds configuration and tokenizer (laion/CLIP-ViT-H-14-laion2B-s32B-b79K).
     """
-    content = read_tensor_file(checkpoint)
-    nested = content.get("state_dict")
-    weights = only_tensors(nested if isinstance(nested, dict) else content, str(checkpoint))
+    weights = entry_tensors(checkpoint, "state_dict")
     model = without_weights(lambda: CLIPModel(CLIPConfig.from_pretrained(base, local_files_only=True)))
-    load_strict(model, open_clip_to_transformers(weights), str(checkpoint), device=device, dtype=dtype)
+    load_strict(model, open_clip_to_transformers(weights), str(checkpoint), device)
     return SimilarityScorer(model, read_tokenizer(base), ("hpsv2",), fit=fit_and_pad)
 
 
-def load_aesthetic(
-    checkpoint: Path, base: Path, *, device: str = "cpu", dtype: torch.dtype = torch.float32
-) -> AestheticScorer:
+def load_aesthetic(checkpoint: Path, base: Path, *, device: str = "cpu") -> AestheticScorer:
     """The LAION head (``sac+logos+ava1-l14-linearMSE.pth``, keys ``layers.*``) on CLIP-L/14 in ``base``."""
-    model = _ready(strict_pretrained(CLIPModel, base, dtype), device)
+    model = _clip(base, device)
     head = rating_head(model.config.projection_dim)
     weights = {name.removeprefix("layers."): value for name, value in read_tensors(checkpoint).items()}
-    load_strict(head, weights, str(checkpoint), device=device, dtype=torch.float32)
+    load_strict(head, weights, str(checkpoint), device)
     return AestheticScorer(model, head)
 
 

@@ -65,21 +65,15 @@ class SubjectConsistencyScorer:
         return {"subject_consistency": torch.stack([self._score(video[chosen]) for video in video_BTCHW])}
 
     def _score(self, video_TCHW: Tensor) -> Tensor:
-        weight = next(self.encoder.parameters())
-        pixels = standardised(
-            fit_and_crop(video_TCHW.to(weight.device), self.image_size), self.mean, self.std
-        )
-        features_TD = F.normalize(
-            self.encoder(pixel_values=pixels.to(weight.dtype)).pooler_output.float(), dim=-1
-        )
+        frames_TCHW = video_TCHW.to(next(self.encoder.parameters()).device)
+        pixels = standardised(fit_and_crop(frames_TCHW, self.image_size), self.mean, self.std)
+        features_TD = F.normalize(self.encoder(pixel_values=pixels).pooler_output, dim=-1)
         first_T = features_TD[1:] @ features_TD[0]
         previous_T = (features_TD[1:] * features_TD[:-1]).sum(1)
         return ((first_T + previous_T) / 2).mean()
 
 
-def load_subject_consistency(
-    directory: Path, *, device: str = "cpu", dtype: torch.dtype = torch.float32
-) -> SubjectConsistencyScorer:
+def load_subject_consistency(directory: Path, *, device: str = "cpu") -> SubjectConsistencyScorer:
     """The scorer around the image encoder in ``directory``: DINOv2 or CLIP, in transformers' layout.
 
     Raises:
@@ -90,11 +84,11 @@ def load_subject_consistency(
     settings = read_json(directory / "config.json")
     kind = settings.get("model_type") if isinstance(settings, dict) else None
     if kind == "dinov2":
-        encoder = strict_pretrained(Dinov2Model, directory, dtype)
+        encoder = strict_pretrained(Dinov2Model, directory)
         patch = encoder.config.patch_size
         size, mean, std = 224 // patch * patch, IMAGENET_MEAN, IMAGENET_STD
     elif kind == "clip":
-        encoder = strict_pretrained(CLIPModel, directory, dtype).vision_model
+        encoder = strict_pretrained(CLIPModel, directory).vision_model
         size, mean, std = encoder.config.image_size, CLIP_MEAN, CLIP_STD
     else:
         raise ValueError(

@@ -10,8 +10,7 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, Qwen2VLConfig
 
-from kvpo.models.tensor_files import only_tensors, read_tensor_file
-from kvpo.rewards.pretrained import filled, read_template
+from kvpo.rewards.pretrained import entry_tensors, filled, read_template
 from kvpo.rewards.qwen_reward import (
     IMAGE_PAD,
     Patches,
@@ -110,17 +109,10 @@ def load_hpsv3(
     model = empty_model(Qwen2VLConfig.from_pretrained(base), len(tokenizer))
     load_weights(
         model,
-        checkpoint_weights(checkpoint),
+        entry_tensors(checkpoint, "model"),
         str(checkpoint),
         device=device,
         dtype=dtype,
         head_dtype=torch.float32,
     )
     return HPSv3Scorer(model, tokenizer, text)
-
-
-def checkpoint_weights(path: Path) -> dict[str, Tensor]:
-    """The full state dict of a released file, which may lie under "model"."""
-    content = read_tensor_file(path)
-    nested = content.get("model")
-    return only_tensors(nested if isinstance(nested, dict) else content, str(path))

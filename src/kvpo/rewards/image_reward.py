@@ -61,7 +61,7 @@ class BlipRating(nn.Module):
             encoder_hidden_states=image_NPD,
             encoder_attention_mask=torch.ones(image_NPD.shape[:2], dtype=torch.long, device=ids_NL.device),
         ).last_hidden_state
-        return self.head(hidden_NLD[:, 0].to(self.head[0].weight.dtype)).float()[:, 0]
+        return self.head(hidden_NLD[:, 0])[:, 0]
 
 
 @dataclass(frozen=True)
@@ -81,15 +81,15 @@ class ImageRewardScorer:
         return {"image_reward": torch.stack(scores)}
 
     def _score(self, video_TCHW: Tensor, prompt: str) -> Tensor:
-        weight = self.model.vision.embeddings.patch_embedding.weight
-        frames = spread_frames(present_frames(video_TCHW, prompt)).to(weight.device)
+        device = self.model.vision.embeddings.patch_embedding.weight.device
+        frames = spread_frames(present_frames(video_TCHW, prompt)).to(device)
         fitted = fit_and_crop(frames, self.model.vision.config.image_size)
         warn_if_cut(self.tokenizer, str(prompt), TEXT_TOKENS, self.components[0])
         text = self.tokenizer(
             str(prompt), padding="max_length", truncation=True, max_length=TEXT_TOKENS, return_tensors="pt"
-        ).to(weight.device)
+        ).to(device)
         ids_NL, mask_NL = (text[key].expand(len(frames), -1) for key in ("input_ids", "attention_mask"))
-        rating_N = self.model(standardised(fitted, CLIP_MEAN, CLIP_STD).to(weight.dtype), ids_NL, mask_NL)
+        rating_N = self.model(standardised(fitted, CLIP_MEAN, CLIP_STD), ids_NL, mask_NL)
         return (pooled_frames(rating_N, self.top_share) - MEAN) / STD
 
 
@@ -121,7 +121,6 @@ def load_image_reward(
     base: Path,
     *,
     device: str = "cpu",
-    dtype: torch.dtype = torch.float32,
     vision: BlipVisionConfig = VISION,
     text: BlipTextConfig = TEXT,
 ) -> ImageRewardScorer:
@@ -132,5 +131,5 @@ def load_image_reward(
     """
     model = without_weights(lambda: BlipRating(vision, text))
     weights = released_to_ours(read_tensors(checkpoint))
-    load_strict(model, weights, str(checkpoint), device=device, dtype=dtype)
+    load_strict(model, weights, str(checkpoint), device)
     return ImageRewardScorer(model, read_tokenizer(base))

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from kvpo.files import named_list, read_bytes, refuse_pointers
 from kvpo.models.finite import require_finite_weights
-from kvpo.models.tensor_files import assign_tensors, check_tensors
+from kvpo.models.tensor_files import assign_tensors, check_tensors, only_tensors, read_tensor_file
 
 logger = logging.getLogger(__name__)
 
@@ -25,8 +25,8 @@ TEXT_PROMPT = "{text_prompt}"
 """Placeholder of the prompt in a template."""
 
 
-def strict_pretrained(kind: Any, directory: Path, dtype: torch.dtype, **settings: Any) -> Any:
-    """``kind.from_pretrained`` of a transformers directory; what it would only warn of is refused.
+def strict_pretrained(kind: Any, directory: Path, **settings: Any) -> Any:
+    """``kind.from_pretrained`` of a transformers directory in float32; what it would only warn of is refused.
 
     Raises:
         ValueError: naming missing, unexpected and misshapen weights.
@@ -34,7 +34,7 @@ def strict_pretrained(kind: Any, directory: Path, dtype: torch.dtype, **settings
     refuse_pointers(directory)
     try:
         model, found = kind.from_pretrained(
-            directory, dtype=dtype, local_files_only=True, output_loading_info=True, **settings
+            directory, dtype=torch.float32, local_files_only=True, output_loading_info=True, **settings
         )
     except (OSError, RuntimeError) as error:
         raise ValueError(f"{directory}: cannot be loaded as {kind.__name__}: {error}") from error
@@ -91,18 +91,23 @@ def without_weights(build: Callable[[], nn.Module]) -> nn.Module:
         return build().eval().requires_grad_(False)
 
 
-def load_strict(
-    module: nn.Module, weights: Mapping[str, Tensor], source: str, *, device: str, dtype: torch.dtype
-) -> None:
-    """Give ``module`` exactly its weights, on ``device`` in ``dtype``; its buffers keep their own type.
+def load_strict(module: nn.Module, weights: Mapping[str, Tensor], source: str, device: str) -> None:
+    """Give ``module`` exactly its weights, on ``device`` in float32; its buffers keep their own type.
 
     Raises:
         ValueError: naming missing, unexpected and misshapen keys.
     """
     expected = {name: tuple(value.shape) for name, value in module.state_dict().items()}
     check_tensors(weights, expected, source)
-    assign_tensors(module, weights, source, device=device, dtype=dtype)
+    assign_tensors(module, weights, source, device=device, dtype=torch.float32)
     module.to(device).requires_grad_(False)
+
+
+def entry_tensors(path: Path, entry: str) -> dict[str, Tensor]:
+    """The tensors of a file, which may lie under ``entry``. Raises ValueError."""
+    content = read_tensor_file(path)
+    held = content.get(entry)
+    return only_tensors(held if isinstance(held, dict) else content, str(path))
 
 
 def rename_keys(

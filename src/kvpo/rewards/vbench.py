@@ -17,12 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kvpo.models.tensor_files import only_tensors, read_tensor_file
 from kvpo.prompts import ClipPrompt
 from kvpo.rewards.catalogue import DECLARATIONS, EIGHT_A_SECOND
 from kvpo.rewards.consistency import IMAGENET_MEAN, IMAGENET_STD
 from kvpo.rewards.images import standardised
-from kvpo.rewards.pretrained import load_strict, strict_pretrained
+from kvpo.rewards.pretrained import entry_tensors, load_strict, strict_pretrained
 from kvpo.rewards.sampling import checked_batch, spread_indices
 
 FASTEST = 0.05
@@ -163,7 +162,7 @@ def load_vbench_motion_smoothness(weights: Path, *, device: str = "cpu") -> VBen
     """
     with _unopened("vbench"):
         network = _network("vbench", "third_party.amt.networks.AMT-S", "Model", {})
-    _load(network, weights, "state_dict", device)
+    load_strict(network, entry_tensors(weights, "state_dict"), str(weights), device)
     return VBenchScorer(("vbench_motion_smoothness",), partial(interpolated_smoothness, network))
 
 
@@ -174,7 +173,7 @@ def load_vbench_imaging_quality(weights: Path, *, device: str = "cpu") -> VBench
         ValueError: no pyiqa; weights of another network.
     """
     network = _network("pyiqa", "archs.musiq_arch", "MUSIQ", {"pretrained": False})
-    _load(network, weights, "params", device)
+    load_strict(network, entry_tensors(weights, "params"), str(weights), device)
     return VBenchScorer(("vbench_imaging_quality",), partial(musiq_quality, network))
 
 
@@ -182,7 +181,7 @@ def load_vbench_subject_consistency(directory: Path, *, device: str = "cpu") -> 
     """The scorer on the DINO ViT in ``directory``, in transformers' layout. Raises ValueError for others."""
     from transformers import ViTModel
 
-    encoder = strict_pretrained(ViTModel, directory, torch.float32, add_pooling_layer=False)
+    encoder = strict_pretrained(ViTModel, directory, add_pooling_layer=False)
     encoder = encoder.eval().requires_grad_(False).to(device)
     return VBenchScorer(("vbench_subject_consistency",), partial(dino_consistency, encoder))
 
@@ -197,14 +196,6 @@ def _network(package: str, module: str, name: str, settings: dict[str, bool]) ->
             "imports"
         ) from error
     return network.eval().requires_grad_(False)
-
-
-def _load(network: nn.Module, path: Path, entry: str, device: str) -> None:
-    """Give a network the weights of a file, at its top or in an entry. Raises ValueError."""
-    content = read_tensor_file(path)
-    held = content.get(entry, content)
-    weights = only_tensors(held if isinstance(held, dict) else content, str(path))
-    load_strict(network, weights, str(path), device=device, dtype=torch.float32)
 
 
 @contextmanager

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from kvpo.engine.generator import pixels_of
 from kvpo.engine.noise import Tape
-from kvpo.engine.scoring import Scorer, score_clips, segment_clips
+from kvpo.engine.scoring import score_clips, segment_clips
 from kvpo.prompts import VideoPrompt
 from kvpo.rewards.pixel_statistics import looks
+from kvpo.rewards.protocol import Scorer
 from kvpo.rewards.reward import Reward
 from kvpo.training.backbone import Backbone
 from kvpo.training.ranks import ALONE, Ranks
@@ -49,15 +50,8 @@ class Evaluation:
         share_ND = torch.zeros(len(self.texts_N), len(distinct))
         share_ND[range(len(self.texts_N)), [place[texts] for texts in self.texts_N]] = 1.0
         share_ND /= share_ND.sum(0)
-        return Evaluation(
-            components_KN=self.components_KN @ share_ND,
-            unseen_N=None if self.unseen_N is None else self.unseen_N @ share_ND,
-            watchers_HN=self.watchers_HN @ share_ND,
-            looks_LN=self.looks_LN @ share_ND,
-            texts_N=tuple(distinct),
-            mismatched_KN=None if self.mismatched_KN is None else self.mismatched_KN @ share_ND,
-            exam_AN=None if self.exam_AN is None else self.exam_AN @ share_ND,
-        )
+        means = {name: one @ share_ND for name, one in vars(self).items() if isinstance(one, Tensor)}
+        return replace(self, texts_N=tuple(distinct), **means)
 
 
 @dataclass(frozen=True)
@@ -105,7 +99,7 @@ def evaluate_policy(
     pairs = zip(batches(prompts, rows), batches(others, rows) if others else repeat(None), strict=False)
     with ranks.together("evaluating"):
         own = [_evaluated(backbone, *pair, tape, judges, first) for pair in ranks.share(list(pairs))]
-    return _joined(ranks.in_order(own, "evaluating"))
+    return joined(ranks.in_order(own, "evaluating"))
 
 
 def swapped_captions(prompts: Sequence[VideoPrompt]) -> list[VideoPrompt] | None:
@@ -161,20 +155,13 @@ def _evaluated(
     )
 
 
-def _joined(parts: Sequence[Evaluation]) -> Evaluation:
-    """The results of several batches as one."""
-    unseen = [part.unseen_N for part in parts if part.unseen_N is not None]
-    mismatched = [part.mismatched_KN for part in parts if part.mismatched_KN is not None]
-    exam = [part.exam_AN for part in parts if part.exam_AN is not None]
-    return Evaluation(
-        components_KN=torch.cat([part.components_KN for part in parts], 1),
-        unseen_N=torch.cat(unseen) if unseen else None,
-        watchers_HN=torch.cat([part.watchers_HN for part in parts], 1),
-        looks_LN=torch.cat([part.looks_LN for part in parts], 1),
-        texts_N=tuple(texts for part in parts for texts in part.texts_N),
-        mismatched_KN=torch.cat(mismatched, 1) if mismatched else None,
-        exam_AN=torch.cat(exam, 1) if exam else None,
-    )
+def joined(parts: Sequence[Evaluation]) -> Evaluation:
+    """The results of several sets of prompts as one; what a part has not measured is left out."""
+    first, *rest = (vars(part) for part in parts)
+    every = {name: [value, *(own[name] for own in rest)] for name, value in first.items()}
+    texts_N = tuple(texts for own in every.pop("texts_N") for texts in own)
+    whole = {name: None if any(v is None for v in own) else torch.cat(own, -1) for name, own in every.items()}
+    return Evaluation(texts_N=texts_N, **whole)
 
 
 def _weights(reward: Reward) -> Tensor:
@@ -232,20 +219,19 @@ def paired_gain(base_N: Tensor, aligned_N: Tensor) -> PairedGain:
     return PairedGain(float(gain.mean()), error, float((gain > 0).double().mean()))
 
 
+def paired_change(base_N: Tensor, aligned_N: Tensor) -> dict[str, float]:
+    """Means of two policies, and their paired gain with its standard error."""
+    gain, means = paired_gain(base_N, aligned_N), (float(base_N.mean()), float(aligned_N.mean()))
+    return {"base": means[0], "aligned": means[1], "gain": gain.mean, "se": gain.standard_error}
+
+
 def comparison(base: Evaluation, aligned: Evaluation, judges: Judges) -> dict[str, object]:
     """The numbers of one prompt set as summary.json and the metrics log hold them, over distinct prompts."""
     base, aligned = base.by_prompt(), aligned.by_prompt()
     base_N, aligned_N = judges.totals(base), judges.totals(aligned)
     gain = paired_gain(base_N, aligned_N)
-    components = {
-        name: {
-            "base": float(base.components_KN[k].mean()),
-            "aligned": float(aligned.components_KN[k].mean()),
-            "gain": paired_gain(base.components_KN[k], aligned.components_KN[k]).mean,
-            "se": paired_gain(base.components_KN[k], aligned.components_KN[k]).standard_error,
-        }
-        for k, name in enumerate(judges.scorer.components)
-    }
+    pairs_K = zip(judges.scorer.components, base.components_KN, aligned.components_KN, strict=True)
+    components = {name: paired_change(*pair) for name, *pair in pairs_K}
     numbers: dict[str, object] = {
         "prompts": len(base_N),
         "base_mean": float(base_N.mean()),

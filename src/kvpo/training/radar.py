@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kvpo.rewards.pixel_statistics import LOOKS
-from kvpo.training.evaluation import Evaluation, Judges, PairedGain, paired_gain
+from kvpo.training.evaluation import Evaluation, Judges, PairedGain, joined, paired_change, paired_gain
 
 STANDARD_ERRORS = 3.0
 """Paired standard errors by which the trained reward must have risen and a watcher fallen."""
@@ -136,15 +136,7 @@ def rank_agreement(
 
 def pooled_sets(results: Sequence[Evaluation]) -> Evaluation:
     """Several prompt sets as one, each distinct prompt once."""
-    results = [found.by_prompt() for found in results]
-    unseen = [found.unseen_N for found in results if found.unseen_N is not None]
-    return Evaluation(
-        components_KN=torch.cat([found.components_KN for found in results], 1),
-        unseen_N=torch.cat(unseen) if unseen else None,
-        watchers_HN=torch.cat([found.watchers_HN for found in results], 1),
-        looks_LN=torch.cat([found.looks_LN for found in results], 1),
-        texts_N=tuple(texts for found in results for texts in found.texts_N),
-    )
+    return joined([found.by_prompt() for found in results])
 
 
 def reading(update: int, found: Evaluation, judges: Judges) -> Reading:
@@ -173,14 +165,7 @@ def measured(base: Evaluation, aligned: Evaluation, judges: Judges) -> dict[str,
 
 
 def _change(base_N: Tensor, aligned_N: Tensor) -> dict[str, float]:
-    gain = paired_gain(base_N, aligned_N)
-    return {
-        "base": float(base_N.mean()),
-        "spread": float(base_N.std()),
-        "aligned": float(aligned_N.mean()),
-        "gain": gain.mean,
-        "se": gain.standard_error,
-    }
+    return paired_change(base_N, aligned_N) | {"spread": float(base_N.std())}
 
 
 def drifted(numbers: Mapping[str, Any], standard_errors: float) -> list[str]:
