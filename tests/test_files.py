@@ -77,6 +77,27 @@ def test_a_new_directory_replaces_the_old_one_whole(tmp_path: Path) -> None:
     assert list(path.parent.iterdir()) == [path]
 
 
+def test_a_directory_that_cannot_be_replaced_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between the two renames the old one has another name; it comes back, after a kill as well."""
+    path, rename = tmp_path / "d", os.replace
+    with new_directory(path) as directory:
+        (directory / "a").write_text("old")
+
+    def failing(source: Path, target: Path) -> None:
+        if target == path and ".incomplete-old" not in source.name:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        rename(source, target)
+
+    monkeypatch.setattr(os, "replace", failing)
+    with pytest.raises(StorageError), new_directory(path) as directory:
+        (directory / "a").write_text("new")
+    monkeypatch.undo()
+    assert (path / "a").read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["d"]
+    path.rename(tmp_path / ".incomplete-old-d")
+    remove_leftovers(tmp_path)
+    assert (path / "a").read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["d"]
+
+
 def test_an_error_inside_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError), new_directory(tmp_path / "x") as directory:
         (directory / "a").write_text("half")

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 TEMPORARY_PREFIX = ".incomplete-"
+REPLACED_PREFIX = f"{TEMPORARY_PREFIX}old-"
 NAMES_SHOWN = 12
 POINTER = re.compile(rb"(?:\xef\xbb\xbf)?(?:version https?://(?:git-lfs|hawser|git-media)|(/annex/objects/))")
 """First bytes of the pointers of Git LFS, also under its former names, and of git-annex."""
@@ -76,7 +77,7 @@ def new_directory(path: Path, *, failures: tuple[type[Exception], ...] = ()) -> 
     What the block writes there is flushed and given the permissions of new files before the rename; an
     existing ``path`` is replaced. ``failures`` and errors are those of `new_file`.
     """
-    temporary, replaced = _temporary_next_to(path), path.with_name(f"{TEMPORARY_PREFIX}old-{path.name}")
+    temporary, replaced = _temporary_next_to(path), path.with_name(f"{REPLACED_PREFIX}{path.name}")
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
@@ -95,6 +96,8 @@ def new_directory(path: Path, *, failures: tuple[type[Exception], ...] = ()) -> 
         raise storage_error(path, error) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        if replaced.exists() and not path.exists():
+            os.replace(replaced, path)
         shutil.rmtree(replaced, ignore_errors=True)
 
 
@@ -106,7 +109,13 @@ def remove_directory(path: Path) -> None:
 
 
 def remove_leftovers(directory: Path) -> None:
-    """Remove what killed processes left half-written in ``directory``; its lock must be held."""
+    """Remove what killed processes left half-written in ``directory``, whose lock must be held.
+
+    What was about to be replaced comes back if nothing has taken its place.
+    """
+    for path in directory.glob(f"{REPLACED_PREFIX}*"):
+        if not (replaced := directory / path.name.removeprefix(REPLACED_PREFIX)).exists():
+            os.replace(path, replaced)
     for path in directory.glob(f"{TEMPORARY_PREFIX}*"):
         if path.is_dir():
             shutil.rmtree(path)

@@ -29,11 +29,6 @@ class Selected:
     scores: tuple[tuple[float, ...], ...]
     """Per choice, the score of every candidate; the first is the generator's plain continuation."""
 
-    @property
-    def chosen(self) -> tuple[int, ...]:
-        """The candidate of every choice; the plain one where none is better."""
-        return tuple(own.index(max(own)) for own in self.scores)
-
 
 @dataclass(frozen=True)
 class Selection:

@@ -6,13 +6,10 @@ from pathlib import Path
 
 from kvpo.files import new_file, write_atomic
 from kvpo.report.formatting import compact, escape, fill_page, fixed, percent, signed, title_of
+from kvpo.report.headline import LENGTHS
 from kvpo.report.record import Entry
 
-SETS = {
-    "short": "one prompt",
-    "long": "several prompts with switches",
-    "beyond": "frames later than any that training scores",
-}
+SETS = LENGTHS | {"beyond": "frames later than any that training scores"}
 GAIN_COLUMNS = (
     "",
     "paired gain, ± over seeds",
