@@ -213,7 +213,7 @@ def test_several_components_have_a_total(tmp_path, monkeypatch):
     [
         (["hpsv4"], "unknown reward 'hpsv4'"),
         (["flicker", "nowhere"], "no such folder"),
-        (["flicker", "--clips", "0"], "clips must be at least 1"),
+        (["flicker", "--clips", "0"], "--clips: must be at least 1, got 0"),
         (["flicker", "--out", "x.txt"], "must be a .json file"),
         (["hpsv3", "."], "give --prompts"),
         (["motion_smoothness", "one.mp4"], "one.mp4: motion_smoothness needs at least 3 frames"),

@@ -179,7 +179,7 @@ def test_what_cannot_begin_a_video_is_refused_with_a_line(
         ("short.mp4", "2 frames at 8 per second, and a block takes 3; give a longer video, or an image"),
         ("long.mp4", "fills 12 latent frames and prompt 0 has 12: nothing is left to generate"),
         ("few.json", "has no frames for 1 prompts, such as 'a blue square'"),
-        ("list.json", "is no JSON object"),
+        ("list.json", "is not a JSON object"),
         ("text.png", "damaged video: Invalid data"),
         ("none.png", "is not a file; give an image or a video"),
     ):

@@ -16,6 +16,7 @@ from kvpo import __version__
 from kvpo.app.named_rewards import named_rewards
 from kvpo.app.score import as_video
 from kvpo.app.video_folder import file_prompts, find_videos, shown_names
+from kvpo.config_checks import ConfigurationError
 from kvpo.files import write_atomic
 from kvpo.prompts import ClipPrompt
 from kvpo.report.video import read_video, write_video
@@ -293,7 +294,7 @@ def calibrate(
         ValueError: unknown reward, nothing to measure on, a reward that fails, is random or is constant.
     """
     if clips < 1:
-        raise ValueError(f"clips must be at least 1, got {clips}")
+        raise ConfigurationError(f"--clips: must be at least 1, got {clips}")
     (reward,) = named_rewards([name], sources, device=device, prompts=folder is None or prompts is not None)
     samples = (
         demo_samples(reward, seed)[:clips]

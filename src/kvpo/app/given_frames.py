@@ -57,7 +57,7 @@ def _files(frames: Path | None, prompts: Sequence[VideoPrompt]) -> dict[int, Pat
         return {prompt.id: frames for prompt in prompts}
     table = parse_json(read_text(frames))
     if not isinstance(table, dict) or not all(isinstance(name, str) for name in table.values()):
-        raise ValueError(f"--frames: {frames} is no JSON object that maps prompts to images or videos")
+        raise ValueError(f"--frames: {frames} is not a JSON object that maps prompts to images or videos")
     if absent := [prompt.segments[0] for prompt in prompts if prompt.segments[0] not in table]:
         raise ValueError(f"--frames: {frames} has no frames for {len(absent)} prompts, such as {absent[0]!r}")
     return {prompt.id: frames.parent / table[prompt.segments[0]] for prompt in prompts}

@@ -101,7 +101,7 @@ def learn_reward(
     save_preference(out, preference, record | {"worth": finite(asdict(worth))})
     if worth.accuracy.low <= 0.5:
         logger.warning(
-            "held-out accuracy is not told from chance (%.3f, %.3f to %.3f): more votes, or other features",
+            "held-out accuracy cannot be told from chance (%.3f, %.3f to %.3f): get more votes or features",
             worth.accuracy.value, worth.accuracy.low, worth.accuracy.high,
         )  # fmt: skip
     floor = _noise_floor(out, shown, seed, device)

@@ -43,8 +43,8 @@ def gaussian_method(coefficients: Coefficients) -> Method[Own]:
         found = [coefficients(*pair, trajectories.noise) for pair in levels]
         if not found or not all(s for _, _, s in found):
             raise ValueError(
-                f"noise = {trajectories.noise} over noise levels {sigmas}: a solver step without noise is no "
-                "policy; explore with noise above 0 and at least two solver steps"
+                f"noise = {trajectories.noise} over noise levels {sigmas}: a solver step without noise "
+                "defines no policy; explore with noise above 0 and at least two solver steps"
             )
         x, arrived = (trajectories.states_MPSFCHW[branches, :, at : at + len(found)] for at in (0, 1))
         wide = torch.promote_types(x.dtype, torch.float32)

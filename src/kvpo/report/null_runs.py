@@ -32,7 +32,7 @@ def read_null(path: Path, config: Entry) -> dict[str, list[float]]:
     settings = record.get("settings") if isinstance(record, dict) else None
     if not names or not isinstance(settings, dict) or not all(set(names) <= run.keys() for run in gains):
         raise ValueError(
-            f"--null: {path} holds no gains of null runs; benchmarks/seeds.py --null writes such"
+            f"--null: {path} holds no gains of null runs; benchmarks/seeds.py --null writes such a file"
         )
     # A setting that was not there yet did what it does by default now.
     theirs, ours = (comparable(asdict(Config())) | comparable(own) for own in (settings, config))

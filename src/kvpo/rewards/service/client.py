@@ -359,5 +359,5 @@ def checked_url(url: str) -> str:
             f"reward server {url.rpartition('@')[2]!r}: expected http://HOST:PORT or https://HOST"
         )
     if parts.username or parts.password:
-        raise ValueError(f"reward server at {parts.hostname}: a token does not belong into its address")
+        raise ValueError(f"reward server at {parts.hostname}: a token must not be part of its address")
     return url.rstrip("/")
