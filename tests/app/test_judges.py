@@ -86,4 +86,5 @@ def test_a_stopped_run_says_so_in_its_summary_and_its_report(
     assert set(radar["test"]) == {"trained", "watchers", "unseen", "drift", "agreement"}
     page = (tmp_path / "run" / "report.html").read_text()
     assert f"Stopped after update {radar['stopped_at']}." in page
+    assert f"<dt>updates</dt><dd>{radar['stopped_at']}</dd>" in page, "those that it made"
     assert align(config, tmp_path / "run", resume=True) == summary

@@ -251,7 +251,7 @@ def _run_facts(run: RunRecord) -> str:
         ("method", method_of(run) or "n/a"),
         ("preset", str(run.config.get("preset", "n/a"))),
         ("seed", str(run.config.get("seed", "n/a"))),
-        ("updates", f"{summary['updates']:.0f}" if "updates" in summary else f"{last:.0f}" if last else "0"),
+        ("updates", f"{last:.0f}" if last else "0"),
         ("wall time", duration(summary.get("wall_s"))),
         ("CPU time", duration(summary.get("cpu_s"))),
         ("peak memory", f"{memory / 1024:.2f} GB" if memory is not None else "n/a"),
