@@ -342,6 +342,8 @@ def test_held_out_prompts_do_not_move(tmp_path: Path, capsys: pytest.CaptureFixt
     assert contents(out) == saved
     for words in reversed(commands):
         assert command(*words(), "--prompts.file", moved) == 0
+    assert json.loads((out / "summary.json").read_text())["resumed_at"] == 1
+    assert "<dt>wall time since update 1</dt>" in (out / "report.html").read_text()
 
 
 def test_the_split_itself_is_compared(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -279,10 +279,11 @@ def _finish(run: Run, directory: RunDirectory, started: float, known: Mapping[st
 
 
 def _cost(run: Run, started: float) -> dict[str, Any]:
-    """Seconds, memory and scored clips of all ranks together."""
+    """Seconds, memory and scored clips of all ranks together, since the run was last resumed."""
     ranks, usage = run.setup.ranks, resource.getrusage(resource.RUSAGE_SELF)
     return {
         "ranks": ranks.count,
+        "resumed_at": run.resumed_at,
         "wall_s": time.perf_counter() - started,
         "cpu_s": sum(ranks.gather(usage.ru_utime + usage.ru_stime, "adding up time")),
         "peak_rss_mb": max(ranks.gather(usage.ru_maxrss / 1024, "comparing memory")),

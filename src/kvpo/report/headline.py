@@ -246,14 +246,15 @@ def _card(outcome: Outcome, gain_axis: tuple[float, float], unseen_axis: tuple[f
 def _run_facts(run: RunRecord) -> str:
     summary = numbers(run.summary)
     last = number(run.updates[-1].get("update")) if run.updates else None
-    memory = summary.get("peak_rss_mb")
+    memory, resumed = summary.get("peak_rss_mb"), summary.get("resumed_at")
+    since = f" since update {resumed:.0f}" if resumed else ""
     facts = [
         ("method", method_of(run) or "n/a"),
         ("preset", str(run.config.get("preset", "n/a"))),
         ("seed", str(run.config.get("seed", "n/a"))),
         ("updates", f"{last:.0f}" if last else "0"),
-        ("wall time", duration(summary.get("wall_s"))),
-        ("CPU time", duration(summary.get("cpu_s"))),
+        (f"wall time{since}", duration(summary.get("wall_s"))),
+        (f"CPU time{since}", duration(summary.get("cpu_s"))),
         ("peak memory", f"{memory / 1024:.2f} GB" if memory is not None else "n/a"),
     ]
     items = "".join(f"<div><dt>{name}</dt><dd>{escape(value)}</dd></div>" for name, value in facts)

@@ -63,16 +63,18 @@ class Run:
     """Update and validation of the best checkpoint so far."""
     saved: int = 0
     """Update of the last checkpoint."""
+    resumed_at: int = 0
+    """Update from which this process goes on; 0: it made all of them."""
     written: int = 0
     """The last update whose metrics are written."""
     unvalidated: bool = False
     """True from the moment an update is written until its validation is, where one is due."""
     readings: list[radar.Reading] = field(default_factory=list)
     """Readings of the hacking radar, one per validation so far."""
-    saving: tuple[float, int] = (0, 0)
-    """Seconds and bytes of this rank's saving that an update has reported."""
     verdict: radar.Verdict = field(default_factory=radar.Verdict)
     """Its verdict on them."""
+    saving: tuple[float, int] = (0, 0)
+    """Seconds and bytes of this rank's saving that an update has reported."""
     budget_cpu_s: float | None = None
     """CPU-seconds of this process that its updates may take; None: the run makes all of them."""
     cpu_s: float = 0.0
@@ -329,7 +331,7 @@ class Run:
 
     def resume(self, state: Mapping[str, Any]) -> None:
         """Continue from the state of a checkpoint that its trainer was restored from."""
-        self.saved = self.written = self.trainer.update
+        self.saved = self.written = self.resumed_at = self.trainer.update
         self.best = None if state["best"] is None else (int(state["best"][0]), float(state["best"][1]))
         self.readings = radar.loaded(state["radar"])
         self.unvalidated = bool(state.get("unvalidated", False))
