@@ -6,9 +6,11 @@ from contextlib import AbstractContextManager
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from kvpo.app.file_prompts import reading_of
 from kvpo.app.rank_rewards import with_served_rewards
 from kvpo.app.sources.common import Source
 from kvpo.config import Config
@@ -45,6 +47,12 @@ def build_setup(config: Config, ranks: Ranks = ALONE) -> Setup:
     return replace(setup, backbone=replace(setup.backbone, weights=weights), ranks=ranks)
 
 
+def reading_settings(config: Config) -> dict[str, Any]:
+    """The settings by which `kvpo.prompt_files` reads the prompts of a configuration's generator."""
+    source = source_of(config)
+    return reading_of(config, source.default_frames(config), source.latent_rate)
+
+
 def load_backbone(config: Config, prompts: Sequence[VideoPrompt] = ()) -> Backbone:
     """A configuration's generator, ready for the given prompts. Raises as ``build_setup`` does."""
     check_device(config)
@@ -63,7 +71,7 @@ def check_device(config: Config) -> None:
 
 
 def checkpoint_of(run: Path | None, name: str | None) -> Path | None:
-    """The checkpoint of a run that generates; warns where it is only its base. Raises CheckpointError."""
+    """The checkpoint of a run, if there is one; warns where it is only its base. Raises CheckpointError."""
     if run is None:
         return None
     path = find_checkpoint(run / "checkpoints", name)

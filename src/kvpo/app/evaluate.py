@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from kvpo.app.build import build_setup, source_of
+from kvpo.app.build import build_setup, checkpoint_of, source_of
 from kvpo.app.configuration import resolve_run
 from kvpo.app.given_frames import with_given_frames
 from kvpo.app.provenance import demand_same_files, demand_same_prompts
@@ -19,7 +19,7 @@ from kvpo.files import local_path, new_file, output_file, write_atomic
 from kvpo.progress import progress_bars
 from kvpo.report.drift import draw_drift
 from kvpo.report.headline import final_headline
-from kvpo.training.checkpoint import find_checkpoint, no_improvement
+from kvpo.training.checkpoint import no_improvement
 from kvpo.training.device import computing
 from kvpo.training.drift import chained, drift_curves
 from kvpo.training.evaluation import comparison
@@ -85,7 +85,7 @@ def _evaluate(
     out: Path,
     frames: Path | None,
 ) -> dict[str, Any]:
-    setup, sides, path, warning = _opened(ranks, run, config, checkpoint, weights)
+    setup, sides, path = _opened(ranks, run, config, checkpoint, weights)
     if split == "final":
         sets, tape = source_of(config).final(config), setup.final_tape()
     else:
@@ -106,9 +106,8 @@ def _evaluate(
         show(f"base and aligned on {split} prompts", len(sets), len(sets))
     numbers = {"checkpoint": path.name, "weights": weights, "split": split, "held_out": held_out}
     numbers |= {} if frames is None else {"frames": str(frames)}
-    numbers |= {"scored": added_up(ranks.gather(asdict(setup.scored), "counting clips"))} | (
-        {} if warning is None else {"improved": False}
-    )
+    numbers |= {"scored": added_up(ranks.gather(asdict(setup.scored), "counting clips"))}
+    numbers |= {} if no_improvement(path, checkpoint) is None else {"improved": False}
     verdict = final_headline(numbers, asdict(config))
     numbers["verdict"] = verdict.text
     logger.warning("%s", verdict.text)
@@ -119,17 +118,16 @@ def _evaluate(
 
 def _opened(
     ranks: Ranks, run: Path, config: Config, checkpoint: str | None, weights: str
-) -> tuple[Setup, Sides, Path, str | None]:
-    """A run's setup, its base and aligned policy, the checkpoint's path, and what is to be known of it."""
+) -> tuple[Setup, Sides, Path]:
+    """A run's setup, its base and aligned policy, and the checkpoint's path."""
     demand_same_prompts(run, config)
     demand_same_files(run, config)
-    path = find_checkpoint(run / "checkpoints", checkpoint)
-    if (warning := no_improvement(path, checkpoint)) is not None:
-        logger.warning(warning)
+    path = checkpoint_of(run, checkpoint)
+    assert path is not None
     with ranks.together("loading the generator and the rewards"):
         setup = build_setup(config, ranks)
         sides = open_checkpoint(setup.backbone.weights, path, weights)
-    return setup, sides, path, warning
+    return setup, sides, path
 
 
 def evaluate_drift(
@@ -151,7 +149,7 @@ def evaluate_drift(
     run = local_path(run, "run")
     config = resolve_run(run, places)
     with computing(config), progress_bars() as show:
-        setup, sides, path, _ = _opened(ALONE, run, config, checkpoint, weights)
+        setup, sides, path = _opened(ALONE, run, config, checkpoint, weights)
         codec, block = setup.backbone.codec, setup.generator.block
         rate = codec.frames_per_second / codec.frames_per_latent
         span = max(1, round(SPAN_SECONDS * rate / block)) * block

@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from kvpo.app.build import checkpoint_of, load_backbone, opened_arms, source_of
-from kvpo.app.file_prompts import prompt_file, reading_of
+from kvpo.app.build import checkpoint_of, load_backbone, opened_arms, reading_settings, source_of
+from kvpo.app.file_prompts import prompt_file
 from kvpo.app.given_frames import with_given_frames
 from kvpo.app.judges import build_scorer
 from kvpo.app.provenance import demand_same_prompts
@@ -197,11 +197,10 @@ def _prompts(
     if given is None:
         chosen = [prompt for some in source_of(config).split(config)[2].values() for prompt in some[:UNASKED]]
     elif isinstance(given, str | Path):
-        source = source_of(config)
-        reading = reading_of(config, source.default_frames(config), source.latent_rate)
-        found = examine(prompt_file(config, given), **reading).sound()
+        how = reading_settings(config)
+        found = examine(prompt_file(config, given), **how).sound()
         if extended_texts is not None:
-            found = extended(found, extended_texts, **reading)
+            found = extended(found, extended_texts, **how)
         chosen = list(found.prompts)
     else:
         chosen = list(given)

@@ -3,7 +3,7 @@
 import json
 import logging
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from math import log, nan
@@ -174,14 +174,9 @@ def worth_of(table_VD: Tensor, votes: Sequence[Task], seed: int) -> Worth:
 
     How much it is held back is chosen within the votes that it learns from.
     """
-    folds = _folds(votes, seed)
     scored: list[tuple[Task, Tensor]] = []
     losses = []
-    for fold in range(FOLDS):
-        learned = [vote for vote in votes if folds[vote.prompt] != fold]
-        held_out = [vote for vote in votes if folds[vote.prompt] == fold]
-        if not learned or not held_out:
-            continue
+    for learned, held_out in _folds(votes, seed):
         scores_V = fit(table_VD, learned, _ridge(table_VD, learned, seed + 1))(table_VD)
         losses.append(float(plackett_luce(scores_V, stacked(held_out))) * len(held_out))
         scored += [(vote, scores_V) for vote in held_out]
@@ -199,29 +194,30 @@ def worth_of(table_VD: Tensor, votes: Sequence[Task], seed: int) -> Worth:
         sum(losses) / max(1, len(votes)),
         _calibration([margin for _, margin in decided]),
         len(votes),
-        len(folds),
+        len({vote.prompt for vote in votes}),
         _ridge(table_VD, votes, seed + 1),
     )
 
 
-def _folds(votes: Sequence[Task], seed: int) -> dict[str, int]:
-    """Prompt -> fold, in an order that depends on the seed alone."""
+def _folds(votes: Sequence[Task], seed: int) -> Iterator[tuple[list[Task], list[Task]]]:
+    """Votes to learn from and those on the prompts left out, fold by fold, as the seed alone draws them."""
     prompts = {vote.prompt for vote in votes}
     drawn = sorted(prompts, key=lambda text: sha256(f"{seed} {text}".encode()).digest())
-    return {prompt: n % FOLDS for n, prompt in enumerate(drawn)}
+    for fold in range(FOLDS):
+        left_out = set(drawn[fold::FOLDS])
+        learned = [vote for vote in votes if vote.prompt not in left_out]
+        held_out = [vote for vote in votes if vote.prompt in left_out]
+        if learned and held_out:
+            yield learned, held_out
 
 
 def _ridge(table_VD: Tensor, votes: Sequence[Task], seed: int) -> float:
     """The ridge of least loss on prompts left out of ``votes``."""
-    folds = _folds(votes, seed)
     losses = dict.fromkeys(RIDGES, 0.0)
-    for fold in range(FOLDS):
-        learned = [vote for vote in votes if folds[vote.prompt] != fold]
-        held_out = [vote for vote in votes if folds[vote.prompt] == fold]
-        if learned and held_out:
-            for ridge in RIDGES:
-                scores_V = fit(table_VD, learned, ridge)(table_VD)
-                losses[ridge] += float(plackett_luce(scores_V, stacked(held_out))) * len(held_out)
+    for learned, held_out in _folds(votes, seed):
+        for ridge in RIDGES:
+            scores_V = fit(table_VD, learned, ridge)(table_VD)
+            losses[ridge] += float(plackett_luce(scores_V, stacked(held_out))) * len(held_out)
     return min(losses, key=lambda ridge: losses[ridge])
 
 

@@ -60,14 +60,13 @@ def with_extended_prompts(config: "Config", texts: Path, run: Path) -> "Config":
     """
     if not config.prompts.file:
         raise ConfigurationError("--extended: needs --prompts, whose texts it extends")
-    from kvpo.app.build import source_of
-    from kvpo.app.file_prompts import prompt_file, reading_of
+    from kvpo.app.build import reading_settings
+    from kvpo.app.file_prompts import prompt_file
     from kvpo.prompt_files import examine, extended, written
 
-    source = source_of(config)
-    reading = reading_of(config, source.default_frames(config), source.latent_rate)
-    short = examine(prompt_file(config, config.prompts.file), **reading).sound()
-    pairs = extended(short, texts, **reading)
+    how = reading_settings(config)
+    short = examine(prompt_file(config, config.prompts.file), **how).sound()
+    pairs = extended(short, texts, **how)
     file = output_file(run.with_name(f"{run.name}-prompts.jsonl"), "--out")
     write_atomic(file, written(pairs.prompts, file))
     logger.info("%s: %d prompts under their extended texts", file, len(pairs.prompts))
@@ -80,16 +79,15 @@ def prompts(arguments: Namespace) -> int:
     out = None if arguments.out is None else output_file(arguments.out, "--out")
     if arguments.hold_out < 0 or arguments.hold_out and out is None:
         raise ConfigurationError("--hold-out: needs a positive number, and --out for what is left")
-    from kvpo.app.build import source_of
-    from kvpo.app.file_prompts import held_out, prompt_file, reading_of
+    from kvpo.app.build import reading_settings, source_of
+    from kvpo.app.file_prompts import held_out, prompt_file
     from kvpo.prompt_files import examine, extended, written
 
-    source = source_of(config)
-    reading = reading_of(config, source.default_frames(config), source.latent_rate)
+    how = reading_settings(config)
     found, problems = [], []
     for path in arguments.files:
         try:
-            found.append(examine(prompt_file(config, path), **reading))
+            found.append(examine(prompt_file(config, path), **how))
             problems += found[-1].problems
         except ValueError as error:
             problems.append(str(error))
@@ -97,15 +95,15 @@ def prompts(arguments: Namespace) -> int:
         if len(arguments.files) > 1:
             raise ConfigurationError("--extended: pairs with one file of prompts")
         if not problems:
-            found = [extended(found[0], arguments.extended, **reading)]
-    print("\n".join([*problems, *notes(found, source.text_limits(config))]))
+            found = [extended(found[0], arguments.extended, **how)]
+    print("\n".join([*problems, *notes(found, source_of(config).text_limits(config))]))
     if problems:
         return 1
     if out is not None:
         every = [prompt for file in found for prompt in file.prompts]
         rest, held = held_out(every, arguments.hold_out)
         parts = {out: rest} | ({out.with_stem(f"{out.stem}-held-out"): held} if held else {})
-        texts = {path: written(own, path, reading["num_frames"]) for path, own in parts.items()}
+        texts = {path: written(own, path, how["num_frames"]) for path, own in parts.items()}
         for path, text in texts.items():
             write_atomic(path, text)
             print(f"{path}: {len(parts[path])} prompts")

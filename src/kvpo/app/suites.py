@@ -15,7 +15,6 @@ from typing import Any
 
 from kvpo import __version__
 from kvpo.app.build import checkpoint_of, load_backbone, opened_arms, source_of
-from kvpo.app.file_prompts import reading_of
 from kvpo.app.generate import VIDEOS_TOGETHER
 from kvpo.config import Config
 from kvpo.config_checks import ConfigurationError, check
@@ -235,7 +234,7 @@ def generate_suite(
     check(config)
     name, info = suite_of(given)
     videos = suite_videos(name, info, dimensions, extended_texts)
-    frames = int(reading_of(config, source_of(config).default_frames(config))["num_frames"])
+    frames = source_of(config).default_frames(config)
     out = local_path(out, "out")
     record: dict[str, Any] = {
         "suite": name,
