@@ -187,7 +187,8 @@ def precision(config: Config) -> list[Finding]:
 def memory(config: Config) -> list[Finding]:
     """Free memory of host and device."""
     # Free pages alone would leave out what only caches files.
-    (free,) = (1024 * int(n) for n in re.findall(r"MemAvailable: *(\d+) kB", MEMINFO.read_text()))
+    (available,) = re.findall(r"MemAvailable: *(\d+) kB", MEMINFO.read_text(encoding="utf-8"))
+    free = 1024 * int(available)
     way_out = "" if free >= ENOUGH_MEMORY else "end other processes; `kvpo plan` says what a run needs"
     findings = [Finding("host memory", "warn" if way_out else "ok", f"{free / GB:.1f} GB free", way_out)]
     if torch.device(config.device).type == "cuda":
