@@ -71,9 +71,8 @@ def story_places(setup: Setup, count: int) -> list[Place]:
 def measure_diversity(setup: Setup, ranks: Ranks) -> dict[str, dict[str, float]]:
     """Routed branches compared with noise branches: at matched pixel distance, and with fresh noise.
 
-    ``ranks`` share the places.
-
-    What a video shows is read off its pixels; empty where the generator's source does not allow that.
+    ``ranks`` share the places. What a video shows is read off its pixels; empty where the generator's source
+    does not allow that.
     """
     if source_of(setup.config).read_off is None:
         return {}
@@ -202,6 +201,8 @@ def causality_groups(setup: Setup, videos: dict[str, Tensor]) -> list[dict[str, 
         fork = Fork(at_switch[0].frame, replace(at_switch[0].exploration, resident_frames=0))
         sink = setup.generator.deployment.sink
         acts = act_routes(prompt, fork.frame, exploration.routed, sink, exploration.recent)
+        if not acts:
+            continue
         (group,) = laboratory(setup, [prompt]).branches(Place((prompt,), fork), chosen_routes([acts]))
         score = score_group(
             group,
@@ -221,8 +222,10 @@ def causality_groups(setup: Setup, videos: dict[str, Tensor]) -> list[dict[str, 
 def act_routes(
     prompt: VideoPrompt, fork: int, routed: int, sink: int, recent: int
 ) -> list[tuple[RoutedFrame, ...]]:
-    """Routes that show only the middle of act 1, or only the middle of act 2."""
+    """Routes that show only the middle of act 1, or of act 2; none where an act has no frames to route."""
     spans = [(sink, prompt.switches[0]), (prompt.switches[0], min(prompt.switches[1], fork - recent))]
+    if any(first >= stop for first, stop in spans):
+        return []
     routes = []
     for first, stop in spans:
         middle = (first + stop) // 2
