@@ -4,7 +4,14 @@ import pytest
 import torch
 from torch import nn
 
+import kvpo.models.linear
 from kvpo.models.linear import Linear, linear
+
+
+@pytest.fixture(autouse=True, params=["few", "many"])
+def multiplications(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every test of this file runs with torch's product, which small ones take, and with oneDNN's."""
+    monkeypatch.setattr(kvpo.models.linear, "FEW", 0 if request.param == "many" else 2**20)
 
 
 def layers(bias: bool = True) -> tuple[Linear, nn.Linear, torch.Tensor]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor
 
-from kvpo.models.linear import fastest, linear
+from kvpo.models.linear import linear
 
 Pair = tuple[Tensor, Tensor]
 
@@ -41,18 +41,17 @@ class _AdaptedProduct(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         x, held, weight, a, b = ctx.saved_tensors
         (gradient,) = gradients
-        times = fastest(gradient, weight)
         rows, gradient = x.flatten(0, -2), gradient.flatten(0, -2)
-        inner, outer = times(gradient, b.t()), times(rows, a)
+        inner, outer = linear(gradient, b.t()), linear(rows, a)
         if ctx.scale != 1:
             inner, outer = ctx.scale * inner, ctx.scale * outer
         of_x = None
         if ctx.needs_input_grad[0]:
             total = adapted_weight(weight, a, b, ctx.scale) if held is None else held
-            of_x = times(gradient, total.t()).view_as(x)
+            of_x = linear(gradient, total.t()).view_as(x)
         # The narrow operand comes first, as the first one is copied where it is transposed.
-        of_b = times(outer.t(), gradient.t()).t().contiguous()
-        return of_x, None, None, times(inner.t(), rows.t()), of_b, None
+        of_b = linear(outer.t(), gradient.t()).t().contiguous()
+        return of_x, None, None, linear(inner.t(), rows.t()), of_b, None
 
 
 class _ProductBeside(torch.autograd.Function):

@@ -26,6 +26,8 @@ from kvpo.models.settings import WanShape
 TIMESTEPS = 1000.0
 """The model's clock: timestep = 1000 sigma."""
 KeysValues = tuple[Tensor, Tensor]
+Modulation = tuple[Tensor, ...]
+"""Shift, scale and gate of attention, then those of the feed-forward, each ``[R, 1, dim]``."""
 GRAPHS = 64
 """Compiled forms of a layer that may be kept: with and without gradients, adapter, one row or many."""
 
@@ -178,11 +180,15 @@ class WanBlock(nn.Module):
         self.ffn = nn.Sequential(Linear(dim, shape.ffn_dim), GELU(), Linear(shape.ffn_dim, dim))
         self.modulation = nn.Parameter(torch.randn(1, 6, dim) / math.sqrt(dim))
 
+    def modulated(self, time_R6D: Tensor) -> Modulation:
+        """This layer's modulation by the call's time embedding."""
+        return (self.modulation + time_R6D).split(1, dim=1)
+
     def own_keys_values(
-        self, x: Tensor, time_R6D: Tensor, rotation: Tensor | None
+        self, x: Tensor, modulation: Modulation, rotation: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Attention input, keys (rotated unless ``rotation`` is None) and values of the call's own frames."""
-        shift, scale = (self.modulation[:, :2] + time_R6D[:, :2]).split(1, dim=1)
+        shift, scale, *_ = modulation
         attention_in = torch.addcmul(shift, self.norm1(x), 1 + scale).type_as(x)
         k, v = self.self_attn.keys_values(attention_in)
         return attention_in, k if rotation is None else rotate(k, rotation), v
@@ -203,14 +209,15 @@ class WanBlock(nn.Module):
         ``context`` is an argument, not state, so that recomputation under activation checkpointing reads
         exactly what the first pass read.
         """
-        q, k, v = self.project(x, time_R6D, rotation)
+        modulation = self.modulated(time_R6D)
+        q, k, v = self.project(x, modulation, rotation)
         keys, values, mask = context.read(layer, q, k, v)
         if rotation is None:
             q, keys = self._rotate_by_slot(q, keys)
         attended = self.self_attn.attend(q, keys, values, mask)
         if isinstance(text, Tensor):
             text = self.text_keys_values(text, text_rows, len(x))
-        return self.update(x, attended, time_R6D, *text), k, v
+        return self.update(x, attended, modulation, *text), k, v
 
     def text_keys_values(self, text: Tensor, text_rows: Tensor | None, rows: int) -> KeysValues:
         """Keys and values ``[R, text_len, N, D]`` that rows have of embedded texts ``[U, text_len, dim]``.
@@ -220,15 +227,19 @@ class WanBlock(nn.Module):
         k, v = self.cross_attn.keys_values(text)
         return (k, v) if text_rows is None or len(text) == 1 else (k[text_rows], v[text_rows])
 
-    def project(self, x: Tensor, time_R6D: Tensor, rotation: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    def project(
+        self, x: Tensor, modulation: Modulation, rotation: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """The half before attention over the context: queries, keys and values of the call's own frames."""
-        attention_in, k, v = self.own_keys_values(x, time_R6D, rotation)
+        attention_in, k, v = self.own_keys_values(x, modulation, rotation)
         q = self.self_attn.heads(self.self_attn.norm_q(self.self_attn.q(attention_in)))
         return q if rotation is None else rotate(q, rotation), k, v
 
-    def update(self, x: Tensor, attended: Tensor, time_R6D: Tensor, text_k: Tensor, text_v: Tensor) -> Tensor:
+    def update(
+        self, x: Tensor, attended: Tensor, modulation: Modulation, text_k: Tensor, text_v: Tensor
+    ) -> Tensor:
         """The half after it: residual, cross-attention to the text, feed-forward."""
-        gate, shift_ffn, scale_ffn, gate_ffn = (self.modulation[:, 2:] + time_R6D[:, 2:]).split(1, dim=1)
+        _, _, gate, shift_ffn, scale_ffn, gate_ffn = modulation
         x = torch.addcmul(x, gate, attended)
         text_in = self.norm3(x).type_as(x)
         text_q = self.cross_attn.heads(self.cross_attn.norm_q(self.cross_attn.q(text_in)))
@@ -238,7 +249,7 @@ class WanBlock(nn.Module):
 
     def only_keys_values(self, x: Tensor, time_R6D: Tensor, rotation: Tensor | None) -> KeysValues:
         """Keys and values of the call's own frames, for those who need nothing else of the layer."""
-        return self.own_keys_values(x, time_R6D, rotation)[1:]
+        return self.own_keys_values(x, self.modulated(time_R6D), rotation)[1:]
 
     def text_of(self, text: Tensor, text_rows: Tensor | None, rows: int) -> KeysValues:
         """``text_keys_values`` for callers outside of ``forward``."""

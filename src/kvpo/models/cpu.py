@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from kvpo.models.linear import needs_gradients
+
 SLOPE, CUBIC = 2 * math.sqrt(2 / math.pi), 0.044715
 """GELU's approximation by ``tanh``, written as x sigmoid(SLOPE (x + CUBIC x^3)): arXiv 1606.08415."""
 
@@ -25,11 +27,15 @@ def _slope(x: Tensor) -> Tensor:
     return torch.addcmul(x.new_tensor(SLOPE), x, x, value=SLOPE * CUBIC).mul_(x)
 
 
+def _gelu(x: Tensor) -> Tensor:
+    return _slope(x).sigmoid_().mul_(x)
+
+
 class _Gelu(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         ctx.save_for_backward(x)
-        return _slope(x).sigmoid_().mul_(x)
+        return _gelu(x)
 
     @staticmethod
     @once_differentiable
@@ -47,18 +53,24 @@ class GELU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if x.dtype.itemsize >= 4 and on_cpu(x):
-            return _Gelu.apply(x)  # type: ignore[no-untyped-call]
+            return _Gelu.apply(x) if needs_gradients(x) else _gelu(x)  # type: ignore[no-untyped-call]
         return F.gelu(x, approximate="tanh")
+
+
+def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """The normalised tensor, and what each of its rows was multiplied by."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)
+    scale = torch.addcmul(norm.new_tensor(eps), norm, norm, value=1 / x.shape[-1]).rsqrt_()
+    return (x * scale).mul_(weight).to(x.dtype), scale
 
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        wide = torch.promote_types(x.dtype, torch.float32)
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)
-        scale = torch.addcmul(norm.new_tensor(eps), norm, norm, value=1 / x.shape[-1]).rsqrt_()
+        y, scale = _rms_norm(x, weight, eps)
         ctx.save_for_backward(x, scale, weight)
-        return (x * scale).mul_(weight).to(x.dtype)
+        return y
 
     @staticmethod
     @once_differentiable
@@ -79,6 +91,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
     In float32 or wider, rounded once.
     """
-    if on_cpu(x):
+    if not on_cpu(x):
+        return F.rms_norm(x, weight.shape, weight, eps)
+    if needs_gradients(x, weight):
         return _RMSNorm.apply(x, weight, eps)  # type: ignore[no-untyped-call]
-    return F.rms_norm(x, weight.shape, weight, eps)
+    return _rms_norm(x, weight, eps)[0]
