@@ -113,7 +113,7 @@ def _trial(
 
 
 def _run(comparison: MethodComparison, name: str, arm: TrainingArm, seed: int) -> dict[str, Any] | None:
-    """Record of the run of an arm, without results where its numbers were not finite."""
+    """A run of an arm, measured; without results where its numbers were not finite."""
     config = configured(comparison.start, arm, comparison.tuned(arm.method), seed)
     of_run = {
         "base": comparison.base_of(config),
