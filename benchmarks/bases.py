@@ -1,7 +1,8 @@
-"""Compare bases of the embedded world before any alignment: what they get right, and how much of it is broken.
+"""Compare bases of the embedded world before any alignment: what they get right, how much is broken.
 
 Validation stories of one act, and of four acts over as many frames as pretraining shows; every base draws
-from the same noise. A clip is broken where the detector's confidence is below the 1st percentile of clean renders.
+from the same noise. A clip is broken where the detector's confidence is below the 1st percentile of clean
+renders; of stories of four acts the last act is looked at.
 
     python benchmarks/bases.py NAME=FILE ... [--stories 32] [--json FILE] [any setting]
 """
@@ -30,7 +31,7 @@ TOGETHER = 8
 
 
 def measured(setup: Setup, prompts: Sequence[VideoPrompt]) -> dict[str, Any]:
-    """Means over stories that switch at frames of their own: reward, unseen scorer, broken last acts, accuracy."""
+    """Means over stories: reward, unseen scorer, broken last acts; and shares of the demands that are met."""
     codec, judges, block = setup.backbone.codec, setup.judges, setup.generator.block
     assert judges.exam is not None and judges.unseen is not None
     rewards, unseen, exam, broken = [], [], [], []

@@ -14,6 +14,7 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
+import bases
 import exploration
 import kills
 import mutants
@@ -168,6 +169,7 @@ TABLES: Mapping[str, Callable[[Any], str]] = {
     "explored": lambda numbers: exploration.compared(numbers["routes"]),
     "who_comes_back": who_comes_back,
     "by_routed_frames": by_routed_frames,
+    "bases": lambda numbers: bases.compared(numbers["bases"]),
     "threads": threads,
     "methods": methods,
     "drift": drift,

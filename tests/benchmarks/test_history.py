@@ -1,9 +1,10 @@
-"""What causality.py and exploration.py count: who comes back, and which differences are valid."""
+"""What causality.py, exploration.py and bases.py count: who comes back, valid differences, what is right."""
 
 import pytest
 
 from kvpo.app.configuration import preset
 from kvpo.world.grammar import parse
+from tests.tiny_world import SETTINGS
 
 RED, BLUE, PINK, GREEN = ("red", "ring"), ("blue", "cross"), ("pink", "circle"), ("green", "square")
 
@@ -33,6 +34,16 @@ def test_shares_count_stories_that_tell_their_acts_apart():
     # Of 1 and 0.5: the deviation 0.354 over the square root of two stories.
     assert numbers["act2_when_routed_to_act2_se"] == pytest.approx(0.25)
     assert numbers["act2_by_routed_frames_se"][1] == 0
+
+
+def test_bases_are_measured_on_the_same_stories(tiny_base):
+    from bases import compared, of_base
+
+    given = {"backbone.geometry": SETTINGS["backbone.geometry"]}
+    one, two = (of_base(str(tiny_base), 2, given) for _ in range(2))
+    assert one == two and {"reward", "unseen", "broken", "right"} == one["long"].keys() == one["short"].keys()
+    assert all(0 <= one["long"][key] <= 1 for key in ("reward", "broken"))
+    assert "motion" in one["long"]["right"] and "| 4 acts: broken |" in compared({"one": one, "two": two})
 
 
 def test_open_stories_leave_only_the_last_act_open_and_tell_the_others_apart():
