@@ -20,7 +20,7 @@ from kvpo.models.settings import Deployment
 from kvpo.world.codec import load_codec
 from kvpo.world.grammar import parse
 from kvpo.world.imperfect import Faults, Showing, film, imperfect_story, training_stories
-from kvpo.world.stories import RECALLS, Telling
+from kvpo.world.stories import RECALLS, Telling, sample_story
 from kvpo.world.vocabulary import Act, Story
 
 RECENT = 3
@@ -29,8 +29,8 @@ ROUTED = (3, 6)
 """Slots that a routed row fills from its memory: as many as deployment has, or twice as many."""
 DISTINCT = (1, 2, 3, 6)
 """Different frames among them."""
-CANDIDATES = 4
-"""Stories drawn for each that is shown."""
+CANDIDATES = 6
+"""Stories of four acts drawn for each in which history shall tell who returns."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,8 @@ class SnippetSettings:
     num_frames: int = 84
     telling: Telling = Telling(return_=0.6, two_actors=0.3, dropped=(0, 1, 2, 5, 5, 5))
     """More comes back, and less is said about it, than in the stories that the generator is judged on."""
+    open_telling: Telling = Telling(return_=2.0, revisit=0.3, two_actors=0.3, dropped=(1, 2, 5, 5, 5, 5))
+    """Of the stories that are looked through for an act that only history tells."""
     faults: Faults = Faults(
         late_switch=0.2, flicker=0.25, flicker_range=(0.06, 0.18), jitter=0.15, jitter_range=(0.7, 1.8)
     )
@@ -51,14 +53,14 @@ class SnippetSettings:
     recall_weight: float = 1.5
     """Weight of an act that brings something back, against 1 of the other acts of its story."""
     untold_weight: float = 50.0
-    """Weight of an act that brings back what only the memory can tell."""
-    untold_share: float = 0.3
-    """Share of the videos that have such an act, where as many of ``CANDIDATES`` times the videos do."""
+    """Weight of an act that brings back what only history can tell."""
+    untold_share: float = 0.5
+    """Share of the videos that have such an act, where as many of their candidates do."""
     opening_share: float = 0.7
     """Share of the runs that begin where their act begins; all do where it brings something back."""
-    routed_share: float = 0.3
+    routed_share: float = 0.4
     """Share of the copies whose history is routed."""
-    telling_share: float = 0.75
+    telling_share: float = 0.9
     """Share of the memory blocks that show what the act brings back, where an act has shown it."""
 
 
@@ -73,7 +75,7 @@ class Snippet:
     memory: tuple[int, ...]
     """Older blocks to route to; empty where there are none."""
     untold: bool
-    """Only the memory can tell what the act's opening brings back: neither caption, sink nor lead do."""
+    """Only the memory tells what the act's opening brings back: neither caption, sink nor lead do."""
 
     @property
     def blocks(self) -> list[int]:
@@ -110,26 +112,33 @@ def telling_acts(story: Story, number: int) -> list[int]:
 
 
 def only_history_tells(story: Story, shown: Story, number: int) -> bool:
-    """True of an act that brings back what neither its caption nor act 1 nor the act before shows."""
+    """True of an act that brings back what neither its caption nor the act before shows."""
     act, telling = story.acts[number], telling_acts(shown, number)
-    hidden = bool(telling) and 0 not in telling and number - 1 not in telling
     left_open = any(actor.colour is None or actor.shape is None for actor in parse(act.caption).actors)
-    return act.event in RECALLS and hidden and left_open
+    return act.event in RECALLS and bool(telling) and number - 1 not in telling and left_open
 
 
 def shown_stories(settings: SnippetSettings, generator: torch.Generator) -> tuple[list[Story], list[Showing]]:
-    """Stories of one batch and how they are shown; in a good share of them only history tells who returns."""
-    count = settings.videos * CANDIDATES
-    pairs = [
-        (story, imperfect_story(story, settings.faults, generator))
-        for story in training_stories(generator, count, settings.num_frames, settings.telling)
-    ]
-    hidden, plain = [], []
-    for story, showing in pairs:
-        untold = any(only_history_tells(story, showing.story, n) for n in range(len(story.acts)))
-        (hidden if untold else plain).append((story, showing))
-    hidden = hidden[: round(settings.untold_share * settings.videos)]
-    stories, showings = zip(*hidden, *plain[: settings.videos - len(hidden)], strict=True)
+    """Stories of one batch and how they are shown; in a good share of them only history tells who returns.
+
+    In half of those it is the memory alone, in the others act 1, which the sink shows, has shown it as well:
+    were they fewer or more, who returns could be guessed without the memory.
+    """
+    half = round(settings.untold_share * settings.videos / 2)
+    kinds: dict[bool, list[tuple[Story, Showing]]] = {False: [], True: []}
+    for _ in range(CANDIDATES * 2 * half):
+        story = sample_story(generator, 4, settings.num_frames, telling=settings.open_telling)
+        showing = imperfect_story(story, settings.faults, generator)
+        acts = [n for n in range(4) if only_history_tells(story, showing.story, n)]
+        if acts:
+            kinds[all(0 not in telling_acts(showing.story, n) for n in acts)].append((story, showing))
+        if all(len(kind) >= half for kind in kinds.values()):
+            break
+    found = [pair for kind in kinds.values() for pair in kind[:half]]
+    others = settings.videos - len(found)
+    for story in training_stories(generator, others, settings.num_frames, settings.telling):
+        found.append((story, imperfect_story(story, settings.faults, generator)))
+    stories, showings = zip(*found, strict=True)
     return list(stories), list(showings)
 
 
@@ -166,7 +175,7 @@ def draw_snippet(
         range(start, start + settings.run),
         range(max(0, start - lead), start),
         memory,
-        untold[number],
+        untold[number] and 0 not in telling,
     )
 
 
