@@ -42,9 +42,14 @@ class SnippetSettings:
     telling: Telling = Telling(return_=0.6, two_actors=0.3, dropped=(0, 1, 2, 5, 5, 5))
     """More comes back, and less is said about it, than in the stories that the generator is judged on."""
     open_telling: Telling = Telling(return_=2.0, revisit=0.3, two_actors=0.3, dropped=(1, 2, 5, 5, 5, 5))
-    """Of the stories that are looked through for an act that only history tells."""
+    """As the stories are told that are looked through for an act that only history tells."""
     faults: Faults = Faults(
-        late_switch=0.2, flicker=0.25, flicker_range=(0.06, 0.18), jitter=0.15, jitter_range=(0.7, 1.8)
+        late_switch=0.05,
+        ignored_switch=0.02,
+        flicker=0.25,
+        flicker_range=(0.06, 0.18),
+        jitter=0.15,
+        jitter_range=(0.7, 1.8),
     )
     run: int = 2
     """Consecutive blocks that are trained."""
@@ -135,9 +140,9 @@ def shown_stories(settings: SnippetSettings, generator: torch.Generator) -> tupl
         if all(len(kind) >= half for kind in kinds.values()):
             break
     found = [pair for kind in kinds.values() for pair in kind[:half]]
-    others = settings.videos - len(found)
-    for story in training_stories(generator, others, settings.num_frames, settings.telling):
-        found.append((story, imperfect_story(story, settings.faults, generator)))
+    if others := settings.videos - len(found):
+        for story in training_stories(generator, others, settings.num_frames, settings.telling):
+            found.append((story, imperfect_story(story, settings.faults, generator)))
     stories, showings = zip(*found, strict=True)
     return list(stories), list(showings)
 
@@ -241,8 +246,10 @@ def lay_out(
             clean.append((b * block, first_caption + told_act(story, b, snippet, stream), places(frames)))
         for _ in range(settings.copies):
             by_chance = bool(torch.rand((), generator=generator) < settings.routed_share)
-            routed = bool(snippet.memory) and (by_chance or snippet.untold)
             for b in snippet.run:
+                # Once it has begun, the act goes on as deployed: recent frames show who has returned.
+                needed = snippet.untold and b == snippet.run[0]
+                routed = bool(snippet.memory) and (by_chance or needed)
                 frames = context_frames(snippet, b, routed, stream, generator)
                 noisy.append((b * block, first_caption + snippet.act, places(frames)))
                 source.append(row[b])
