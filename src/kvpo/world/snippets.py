@@ -62,7 +62,7 @@ class SnippetSettings:
     untold_share: float = 0.5
     """Share of the videos that have such an act, where as many of their candidates do."""
     opening_share: float = 0.7
-    """Share of the runs that begin where their act begins; all do where it brings something back."""
+    """Share of the runs that begin where their act begins."""
     routed_share: float = 0.4
     """Share of the copies whose history is routed."""
     telling_share: float = 0.9
@@ -163,11 +163,9 @@ def draw_snippet(
     untold = [only_history_tells(story, shown, n) for n in range(len(story.acts))]
     weights = [settings.untold_weight if hidden else w for hidden, w in zip(untold, weights, strict=True)]
     number = int(torch.multinomial(torch.tensor(weights), 1, generator=generator))
-    act = story.acts[number]
     starts = [act.start // block for act in story.acts]
     first, end = starts[number], [*starts[1:], story.num_frames // block][number]
-    opening = act.event in RECALLS or chance(settings.opening_share)
-    start = first if opening else draw(range(first, end - settings.run + 1))
+    start = first if chance(settings.opening_share) else draw(range(first, end - settings.run + 1))
     pool = range(1, start - lead)
     telling = telling_acts(shown, number)
     sources = {frame // block for n in telling for frame in act_frames(shown, n)} & set(pool)
@@ -180,7 +178,7 @@ def draw_snippet(
         range(start, start + settings.run),
         range(max(0, start - lead), start),
         memory,
-        untold[number] and 0 not in telling,
+        start == first and untold[number] and 0 not in telling,
     )
 
 
