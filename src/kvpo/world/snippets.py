@@ -81,11 +81,13 @@ class Snippet:
     """Older blocks to route to; empty where there are none."""
     untold: bool
     """Only the memory tells what the act's opening brings back: neither caption, sink nor lead do."""
+    reencoded: range = range(0)
+    """Blocks before the act that a stream encodes anew in one call when it begins, if the run sees any."""
 
     @property
     def blocks(self) -> list[int]:
         """All blocks in order, each once."""
-        return sorted({0, *self.memory, *self.lead, *self.run})
+        return sorted({0, *self.memory, *self.lead, *self.reencoded, *self.run})
 
 
 @dataclass(frozen=True)
@@ -179,7 +181,15 @@ def draw_snippet(
         range(max(0, start - lead), start),
         memory,
         start == first and untold[number] and 0 not in telling,
+        reencoded_blocks(first, stream) if number and start - lead < first else range(0),
     )
+
+
+def reencoded_blocks(first: int, stream: Deployment) -> range:
+    """Blocks that see each other when a stream encodes its recent frames anew for the act from ``first``."""
+    frames = stream.reencoded(first * stream.block)
+    seen = frames if frames == first * stream.block else frames - stream.sink
+    return range(first - seen // stream.block, first)
 
 
 def act_frames(story: Story, number: int) -> range:
@@ -191,10 +201,11 @@ def act_frames(story: Story, number: int) -> range:
 def told_act(story: Story, block: int, snippet: Snippet, stream: Deployment) -> int:
     """Act under whose caption a block's keys are held while the snippet's act is generated.
 
-    At a prompt switch a stream encodes its recent frames anew; the sink keeps what it was encoded under.
+    At a prompt switch a stream encodes its recent frames anew; the sink, unless they reach back to it, keeps
+    what it was encoded under.
     """
     frame, switch = block * stream.block, story.acts[snippet.act].start
-    if block > 0 and frame >= switch - stream.reencoded(switch):
+    if (block > 0 or stream.reencoded(switch) == switch) and frame >= switch - stream.reencoded(switch):
         return snippet.act
     return sum(frame >= act.start for act in story.acts[1:])
 
@@ -240,7 +251,12 @@ def lay_out(
             return [row[f // block] * block + f % block for f in frames if f // block in row]
 
         for b in snippet.blocks:
-            frames = context_frames(snippet, b, False, stream, generator)
+            if b in snippet.reencoded:
+                sink = [] if 0 in snippet.reencoded else range(stream.sink)
+                together = (range(o * block, (o + 1) * block) for o in snippet.reencoded if o != b)
+                frames = [*sink, *chain(*together)]
+            else:
+                frames = context_frames(snippet, b, False, stream, generator)
             clean.append((b * block, first_caption + told_act(story, b, snippet, stream), places(frames)))
         for _ in range(settings.copies):
             by_chance = bool(torch.rand((), generator=generator) < settings.routed_share)
