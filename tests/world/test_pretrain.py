@@ -14,9 +14,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from kvpo.app.configuration import preset
+from kvpo.app.sources.common import streaming_generator
 from kvpo.config import StreamConfig
 from kvpo.engine.noise import keyed_generator
+from kvpo.engine.stream import give_frames, open_stream, switch_prompts, text_of
 from kvpo.models.causal_wan import CausalWan
+from kvpo.models.context import TeacherContext
+from kvpo.models.deployment import deployment_context
 from kvpo.models.finite import NonFiniteError
 from kvpo.models.settings import WanShape
 from kvpo.world.imperfect import imperfect_story, training_stories
@@ -39,11 +43,12 @@ from kvpo.world.snippets import (
     draw_snippet,
     lay_out,
     only_history_tells,
+    reencoded_blocks,
     shown_stories,
     telling_acts,
     told_act,
 )
-from kvpo.world.stories import RECALLS
+from kvpo.world.stories import RECALLS, video_prompt
 from kvpo.world.text import LearnedTextEncoder
 from kvpo.world.vocabulary import Act, Actor, Story
 from tests.method.test_routing import deployment_frames
@@ -352,6 +357,8 @@ def test_rows_see_the_frames_and_texts_of_deployment() -> None:
                 block * stream.block, sink=stream.sink, window=stream.window, block=stream.block
             )
             found = [places[i] for i in batch.frames_RP[row].tolist() if i >= 0]
+            if row < len(snippet.blocks) and block in snippet.reencoded:
+                continue  # these see each other
             assert found == [frame for frame in frames if frame in places]
             # Trained rows lack nothing.
             assert row < len(snippet.blocks) or found == list(frames)
@@ -360,6 +367,51 @@ def test_rows_see_the_frames_and_texts_of_deployment() -> None:
         assert batch.text_R[: len(snippet.blocks)].tolist() == [
             told_act(story, b, snippet, stream) for b in snippet.blocks
         ]
+
+
+@pytest.mark.parametrize(("act", "starts"), [(1, (0, 12, 33, 60)), (3, (0, 15, 33, 60))])
+def test_the_opening_of_an_act_sees_what_a_stream_sees_after_a_switch(
+    act: int, starts: tuple[int, ...]
+) -> None:
+    """Frames before it are encoded anew in one call; where they reach back to the start, with the sink."""
+    model, stream = tiny()
+    transformer, text = new_generator(replace(model, num_layers=3), seed=1)
+    draws = keyed_generator("opening", act)
+    with torch.no_grad():
+        head = transformer.head.head.weight
+        head.copy_(0.3 * torch.randn(head.shape, generator=draws))
+    generator = streaming_generator(preset("demo"), transformer)
+    acts = tuple(replace(one, start=start) for one, start in zip(RETURNING.acts, starts, strict=True))
+    story, first = replace(RETURNING, acts=acts), starts[act] // stream.block
+    clean = torch.randn(28, 3, 8, 8, 8, generator=draws)
+    noisy, sigma = torch.randn(1, 3, 8, 8, 8, generator=draws), torch.tensor([0.9])
+
+    texts = {one.caption: text([one.caption])[0].detach() for one in acts}
+    past = open_stream(generator, generator.new_cache(100), video_prompt(story, 0), texts, lambda *key: noisy)
+    give_frames(generator, [past], clean[:first].flatten(0, 1)[None])
+    switch_prompts(generator, [past])
+    context = deployment_context(generator.deployment, [past.history])
+    expected = generator.velocity(noisy, sigma, text_of([past]), context)
+
+    snippet = Snippet(
+        act,
+        range(first, first + 1),
+        range(first - 2, first),
+        (1,) if first > 4 else (),
+        untold=False,
+        reencoded=reencoded_blocks(first, generator.deployment),
+    )
+    settings = SnippetSettings(copies=1, routed_share=0.0)
+    own = clean[snippet.blocks]
+    batch = lay_out([story], [snippet], own, generator.deployment, settings, draws)
+    found = transformer(
+        torch.cat([own, noisy]),
+        torch.cat([torch.zeros(len(own)), sigma]),
+        text(batch.captions),
+        TeacherContext(batch.starts_R, batch.frames_RP, stream.block),
+        text_rows=batch.text_R,
+    )
+    assert (found[-1:] - expected).abs().max() < 1e-5 * expected.abs().max()
 
 
 def test_keys_are_held_under_the_captions_of_deployment() -> None:
