@@ -119,7 +119,14 @@ def observed(setup: Setup, prompts: Sequence[VideoPrompt], draws: int) -> list[O
     deployment = setup.generator.deployment
     routes = [drawn_routes(prompts, n, draws, deployment.sink) for n in range(len(prompts))]
     # Act 1 may lie further back than training keeps pages for, and a donor in another group: all stay.
-    exploration = replace(setup.config.exploration, routed=ROUTED, distinct=ROUTED, resident_frames=0, rows=0)
+    exploration = replace(
+        setup.config.exploration,
+        branches=len(routes[0]),
+        routed=ROUTED,
+        distinct=ROUTED,
+        resident_frames=0,
+        rows=0,
+    )
     place = Place(tuple(prompts), Fork(prompts[0].switches[2], exploration))
     explorer = chosen_routes([[route for _, route in own] for own in routes])
     groups = laboratory(setup, prompts).branches(place, explorer)

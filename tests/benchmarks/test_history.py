@@ -1,8 +1,11 @@
 """What causality.py, exploration.py and bases.py count: who comes back, valid differences, what is right."""
 
+from dataclasses import replace
+
 import pytest
 
-from kvpo.app.configuration import preset
+from kvpo.app.build import build_setup
+from kvpo.app.configuration import preset, resolve
 from kvpo.world.grammar import parse
 from tests.tiny_world import SETTINGS
 
@@ -44,6 +47,19 @@ def test_bases_are_measured_on_the_same_stories(tiny_base):
     assert one == two and {"reward", "unseen", "broken", "right"} == one["long"].keys() == one["short"].keys()
     assert all(0 <= one["long"][key] <= 1 for key in ("reward", "broken"))
     assert "motion" in one["long"]["right"] and "| 4 acts: broken |" in compared({"one": one, "two": two})
+
+
+def test_routes_of_every_kind_are_run_for_as_many_draws_as_asked(tiny_base):
+    """Three are the default, and more branches than training explores."""
+    from causality import observed, open_stories
+
+    given = {"backbone.geometry": SETTINGS["backbone.geometry"], "backbone.checkpoint": str(tiny_base)}
+    config = resolve("demo", None, given)
+    evaluation = replace(config.evaluation, validation_prompts=2, test_prompts=2)
+    setup = build_setup(replace(config, evaluation=evaluation))
+    for one in observed(setup, open_stories(2, 84, setup.generator.block), 3):
+        histories = [member.history for member in one.members]
+        assert [histories.count(kind) for kind in ("0", "6", "donor", "anchor")] == [3, 3, 3, 1]
 
 
 def test_open_stories_leave_only_the_last_act_open_and_tell_the_others_apart():

@@ -38,13 +38,17 @@ def accuracies(numbers: Any) -> list[float]:
 
 
 QUOTES: dict[tuple[str, str, str], Callable[[Any], list[Any]]] = {
-    ("docs/world.md", "causality.json", "in {:.2f} of the branches routed to act 1, against"):
-        lambda n: [n["act1_when_routed_to_act1"]],
+    ("docs/world.md", "causality.json", "in {:.2f} of the branches routed to act 1, act 2's in {:.2f} of"):
+        lambda n: [n["act1_when_routed_to_act1"], n["act2_when_routed_to_act2"]],
     (RESULTS, "causality.json", "whose acts look different ({} of {})"):
         lambda n: [n["stories"], n["stories_shown"]],
-    (RESULTS, "causality.json", "act 2's comes back in {:.2f} of the branches routed to it where"):
-        lambda n: [n["act2_when_routed_to_act2"]],
-    (RESULTS, "causality.json", "and act 1's in {:.2f} of those"): lambda n: [n["act1_when_routed_to_act2"]],
+    (RESULTS, "causality.json", "{:.2f} of the branches routed to act 1 (0.50 was wanted), act 2's in {:.2f}"
+    ):
+        lambda n: [n["act1_when_routed_to_act1"], n["act2_when_routed_to_act2"]],
+    (RESULTS, "causality.json", "and {:.2f} of the branches routed to another story show"):
+        lambda n: [n["donor_when_routed_to_donor"]],
+    (RESULTS, "causality.json", "Without a route act 2's comes back in {:.2f}"):
+        lambda n: [n["act2_when_not_routed"]],
     (RESULTS, "seeds.json", "each gains {0:.0f} to {4:.0f} % on short videos"): lambda n: missing(n, "short"),
     (RESULTS, "seeds.json", "four gain {1:.0f} to {4:.0f} % and seed 0 gains {0:.0f} %"):
         lambda n: missing(n, "long"),
