@@ -181,6 +181,10 @@ def test_the_numbers_of_arms_are_those_of_their_pieces(tmp_path: Path) -> None:
     }
     deep = summary["methods"]["deep"]["short"]
     assert "null" not in summary["methods"] and deep["p_against_kvpo"] is None
+    comparison.result_file("run-null-0").write_text(json.dumps(pieces["run-null-0"]))
+    kept = summarise(comparison, ["best-of-8"])["methods"]
+    assert kept["kvpo"]["short"]["p_against_null"] is None is kept["deep"]["short"]["p_against_null"]
+    assert kept["null"]["short"]["p_against_kvpo"] is None
     assert deep["gains"] == pytest.approx([0.2]) and deep["difference_to_kvpo"] == pytest.approx(0, abs=1e-9)
     assert any("deep: 1 of 2 runs ended with numbers that are not finite" in n for n in verdict(summary)[1])
     for arm in gains:
@@ -222,5 +226,14 @@ def test_the_verdict_names_sure_differences_alone_and_gives_both_errors() -> Non
     assert "± 0.010 over seeds, ± 0.020 over the prompts of a run; 5 runs with advantages dealt" in notes[0]
     assert "1 of 5 runs lie above all" in notes[0]
     assert notes[-1].startswith("4 differences were tested") and "about 0.04 would" in notes[-1]
+    failed = {"null": {"3": "not finite"}, "kvpo": dict.fromkeys("01234", "not finite")}
+    some = {"kvpo": {kind: methods["kvpo"][kind] | {"p_against_null": None} for kind in kinds}}
+    _, notes = verdict(summary | {"failed": {"null": failed["null"]}, "methods": methods | some})
+    assert notes[0].startswith("null: 1 of 5 runs") and notes[1].endswith(
+        "1 of 5 runs lie above all of them."
+    )
+    without = {arm: own for arm, own in methods.items() if arm != "kvpo"}
+    sentence, _ = verdict(summary | {"failed": failed, "methods": without})
+    assert sentence == "kvpo has no run that ended, so nothing is compared with it."
     few, notes = verdict(summary | {"seeds": [0, 1], "least_p": 1 / 3})
     assert few == "Two seeds decide nothing: this is a rehearsal." and "p below 0.33" in notes[0]

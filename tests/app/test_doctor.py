@@ -58,6 +58,8 @@ def test_memory_that_only_caches_files_is_free(tmp_path: Path, monkeypatch: pyte
     (tmp_path / "meminfo").write_text("MemTotal: 64000000 kB\nMemFree: 1000 kB\nMemAvailable: 50000000 kB\n")
     monkeypatch.setattr(doctor, "MEMINFO", tmp_path / "meminfo")
     assert subjects(doctor.memory, preset("demo"))["host memory"].line() == "ok    host memory: 51.2 GB free"
+    (tmp_path / "meminfo").unlink()
+    assert "what is free is not known" in subjects(doctor.memory, preset("demo"))["host memory"].line()
 
 
 def examined_by_ranks(ranks: Ranks, shared: Path) -> list[Finding]:

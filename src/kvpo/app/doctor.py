@@ -186,11 +186,15 @@ def precision(config: Config) -> list[Finding]:
 
 def memory(config: Config) -> list[Finding]:
     """Free memory of host and device."""
-    # Free pages alone would leave out what only caches files.
-    (available,) = re.findall(r"MemAvailable: *(\d+) kB", MEMINFO.read_text(encoding="utf-8"))
-    free = 1024 * int(available)
-    way_out = "" if free >= ENOUGH_MEMORY else "end other processes; `kvpo plan` says what a run needs"
-    findings = [Finding("host memory", "warn" if way_out else "ok", f"{free / GB:.1f} GB free", way_out)]
+    if MEMINFO.exists():
+        # Free pages alone would leave out what only caches files.
+        (available,) = re.findall(r"MemAvailable: *(\d+) kB", MEMINFO.read_text(encoding="utf-8"))
+        free = 1024 * int(available)
+        way_out = "" if free >= ENOUGH_MEMORY else "end other processes; `kvpo plan` says what a run needs"
+        findings = [Finding("host memory", "warn" if way_out else "ok", f"{free / GB:.1f} GB free", way_out)]
+    else:
+        unknown = f"this system has no {MEMINFO}, so what is free is not known"
+        findings = [Finding("host memory", "warn", unknown, "`kvpo plan` says what a run needs")]
     if torch.device(config.device).type == "cuda":
         left, total = torch.cuda.mem_get_info(config.device)
         crowded = left < 0.9 * total

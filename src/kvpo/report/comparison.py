@@ -86,7 +86,8 @@ def verdict(summary: Entry) -> tuple[str, list[str]]:
             f"chance, about {tests * SURE:.2g} would have p < {SURE:g}."
         )
     else:
-        head = "kvpo is not among the arms, so nothing is compared with it"
+        why = "has no run that ended" if "kvpo" in summary["failed"] else "is not among the arms"
+        head = f"kvpo {why}, so nothing is compared with it"
     return f"{head}.", notes
 
 
@@ -114,10 +115,11 @@ def _both_errors(arm: str, key: str, own: Entry, methods: Entry) -> str:
     if "null" not in methods or arm == "null":
         return text + "."
     null = methods["null"][key]
+    p = own["p_against_null"]
     return (
         f"{text}; {len(null['gains'])} runs with advantages dealt at random gain {signed(null['mean'])} ± "
         f"{fixed(null['std'])}, and {own['above_every_null']} of {len(own['gains'])} runs lie above all of "
-        f"them ({_p(own['p_against_null'])})."
+        f"them{'' if p is None else f' ({_p(p)})'}."
     )
 
 

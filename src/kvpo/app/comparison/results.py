@@ -1,6 +1,6 @@
 """The numbers of a comparison, from the scores by prompt that its pieces hold."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from statistics import mean
 from typing import Any
 
@@ -60,7 +60,7 @@ def summarise(comparison: MethodComparison, floors: Sequence[str]) -> dict[str, 
         # The ceiling is the base's own: of a base that is deployed otherwise it is not known.
         reached = ceiling if own[0]["base"] == "base" else None
         # The runs that have not failed are no sample of all.
-        tested = not (failed[arm] or failed.get(COMPARED_WITH))
+        tested = {other for other in (COMPARED_WITH, NULL) if not (failed[arm] or failed.get(other))}
         compared = (gains, results[arm], bases[arm], reached, tested)
         methods[arm] = _costs(own) | {name: _on_set(arm, name, *compared) for name in sets}
     return {
@@ -104,9 +104,9 @@ def _on_set(
     results: Sequence[Results],
     bases: Sequence[Results],
     ceiling: Mapping[str, Mapping[str, float]] | None,
-    tested: bool,
+    tested: Collection[str],
 ) -> dict[str, Any]:
-    """One arm on one prompt set, against the others where it is ``tested``."""
+    """One arm on one prompt set; p is given against the arms in ``tested``."""
     own = gains[arm][name]
     of_runs: list[float] = own.mean(1).tolist()
     numbers: dict[str, Any] = {
@@ -127,10 +127,12 @@ def _on_set(
     reference = gains.get(COMPARED_WITH, {}).get(name)
     compared = reference is not None and arm != COMPARED_WITH
     numbers["difference_to_kvpo"] = float(own.mean() - reference.mean()) if compared else None
-    numbers["p_against_kvpo"] = permutation_p(own, reference) if compared and tested else None
+    numbers["p_against_kvpo"] = (
+        permutation_p(own, reference) if compared and COMPARED_WITH in tested else None
+    )
     if NULL in gains and arm != NULL:
         by_chance = gains[NULL][name].mean(1).tolist()
-        numbers["p_against_null"] = relabelling_p(of_runs, by_chance)
+        numbers["p_against_null"] = relabelling_p(of_runs, by_chance) if NULL in tested else None
         numbers["above_every_null"] = sum(gain > max(by_chance) for gain in of_runs)
     return numbers
 
