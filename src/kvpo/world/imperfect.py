@@ -32,6 +32,10 @@ class Faults:
     """Chance that an act's actors shake."""
     jitter_range: tuple[float, float] = (0.7, 1.8)
     """Standard deviation of the position noise in units, per frame."""
+    tiring: float = 0.0
+    """Chance that an act's movement dies away."""
+    tiring_range: tuple[float, float] = (6.0, 15.0)
+    """Frames in which it falls to 1/e."""
 
 
 CLEAN = Faults(wrong_attribute=0.0, late_switch=0.0, ignored_switch=0.0, flicker=0.0, jitter=0.0)
@@ -45,6 +49,7 @@ class Showing:
     casts: tuple[Cast, ...]
     flicker: tuple[float, ...]
     jitter: tuple[float, ...]
+    tiring: tuple[float, ...]
 
 
 def imperfect_story(story: Story, faults: Faults, generator: torch.Generator) -> Showing:
@@ -78,6 +83,7 @@ def imperfect_story(story: Story, faults: Faults, generator: torch.Generator) ->
         casts=tuple(shown_casts),
         flicker=tuple(_amplitude(faults.flicker, faults.flicker_range, rng) for _ in shown),
         jitter=tuple(_amplitude(faults.jitter, faults.jitter_range, rng) for _ in shown),
+        tiring=tuple(_amplitude(faults.tiring, faults.tiring_range, rng) for _ in shown),
     )
 
 
@@ -94,7 +100,7 @@ def _amplitude(chance: float, bounds: tuple[float, float], rng: random.Random) -
 def _stage(showing: Showing, generator: torch.Generator) -> tuple[FrameStates, Tensor]:
     """Shaken states and the brightness factor of every frame [T]."""
     story = showing.story
-    states = stage(story, showing.casts)
+    states = stage(story, showing.casts, showing.tiring)
     starts = [act.start for act in story.acts]
     ends = [*starts[1:], story.num_frames]
     lengths = torch.tensor([end - start for start, end in zip(starts, ends, strict=True)])

@@ -91,8 +91,11 @@ class _Place:
     phase: float
 
 
-def stage(story: Story, acts_cast: Sequence[Cast]) -> FrameStates:
-    """Per-frame states: positions are continuous while an actor stays; actors enter in the middle."""
+def stage(story: Story, acts_cast: Sequence[Cast], tiring: Sequence[float] = ()) -> FrameStates:
+    """Per-frame states: positions are continuous while an actor stays; actors enter in the middle.
+
+    In acts whose ``tiring`` is not 0 movement dies away, to 1/e in as many frames.
+    """
     frames = story.num_frames
     states = FrameStates(
         scene_N=torch.zeros(frames, dtype=torch.long),
@@ -103,13 +106,13 @@ def stage(story: Story, acts_cast: Sequence[Cast]) -> FrameStates:
     )
     ends = [act.start for act in story.acts[1:]] + [frames]
     where: dict[int, _Place] = {}
-    for act, cast, end in zip(story.acts, acts_cast, ends, strict=True):
+    for act, cast, end, tires in zip(story.acts, acts_cast, ends, tiring or [0.0] * len(ends), strict=True):
         states.scene_N[act.start : end] = _SCENE_INDEX[act.scene]
         following = {}
         for slot, (actor, identity) in enumerate(zip(act.actors, cast, strict=True)):
             lane = LANES[len(act.actors)][slot]
             place = where.get(identity, _Place(WIDTH / 2, lane, 0.0))
-            centre_T2, following[identity] = _move(actor, lane, place, end - act.start)
+            centre_T2, following[identity] = _move(actor, lane, place, end - act.start, tires)
             states.centre_NA2[act.start : end, slot] = centre_T2
             states.colour_NA[act.start : end, slot] = _COLOUR_INDEX[actor.colour]
             states.shape_NA[act.start : end, slot] = _SHAPE_INDEX[actor.shape]
@@ -118,17 +121,20 @@ def stage(story: Story, acts_cast: Sequence[Cast]) -> FrameStates:
     return states
 
 
-def _move(actor: Actor, lane: float, place: _Place, length: int) -> tuple[Tensor, _Place]:
+def _move(
+    actor: Actor, lane: float, place: _Place, length: int, tires: float
+) -> tuple[Tensor, _Place]:
     """Centres [length, 2] of an actor over one act, and its place in the frame after."""
-    time_T = torch.arange(length + 1)
+    frame_T = torch.arange(length + 1)
+    time_T = tires * (1 - (-frame_T / tires).exp()) if tires else frame_T
     bob = BOB_AMPLITUDE if actor.motion == "bob" else 0.0
     phase = place.phase if bob else 0.0
     swing_T = bob * torch.sin(2 * math.pi / BOB_PERIOD * (time_T + phase))
     # Ease out whatever separates the height it came with from the height it should have.
-    ease_T = (place.y - lane - float(swing_T[0])) * (1 - time_T / GLIDE).clamp(min=0)
+    ease_T = (place.y - lane - float(swing_T[0])) * (1 - frame_T / GLIDE).clamp(min=0)
     centre_T2 = torch.stack((place.x + _VELOCITY[actor.motion] * time_T, lane + swing_T + ease_T), dim=1)
     x, y = centre_T2[-1].tolist()
-    return centre_T2[:-1], _Place(x, y, phase + length if bob else 0.0)
+    return centre_T2[:-1], _Place(x, y, phase + float(time_T[-1]) if bob else 0.0)
 
 
 def concatenate(states: Sequence[FrameStates]) -> FrameStates:

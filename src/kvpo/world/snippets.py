@@ -44,13 +44,15 @@ class SnippetSettings:
     open_telling: Telling = Telling(return_=2.0, revisit=0.3, two_actors=0.3, dropped=(1, 2, 5, 5, 5, 5))
     """As the stories are told that are looked through for an act that only history tells."""
     faults: Faults = Faults(
+        wrong_attribute=0.4,
         late_switch=0.05,
         ignored_switch=0.02,
         flicker=0.25,
-        flicker_range=(0.06, 0.18),
-        jitter=0.15,
-        jitter_range=(0.7, 1.8),
+        flicker_range=(0.05, 0.12),
+        jitter=0.3,
+        tiring=0.6,
     )
+    """What alignment can mend: above all wrong attributes and movement that dies away, none of them blurred."""
     run: int = 2
     """Consecutive blocks that are trained."""
     copies: int = 4
