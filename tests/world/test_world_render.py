@@ -1,6 +1,8 @@
 """Rendering: what is drawn is what the story says, positions move as they should, faults are per act."""
 
+import math
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -153,6 +155,22 @@ def test_flicker_and_jitter_are_traits_of_an_act():
     assert (quiet[1:] - quiet[:-1]).abs().max() == 0
     assert float((flickering[corner][:, 1] / quiet[corner][:, 1]).std()) == pytest.approx(0.2, abs=0.08)
     assert torch.equal(shaking[corner], quiet[corner]) and not torch.equal(shaking, quiet)
+
+
+def test_movement_dies_away_where_an_act_tires():
+    walk = Actor("red", "square", "large", "right")
+    story = story_of(("sea", (walk,), "open"), ("sea", (walk,), "turn"))
+    frames, tires = story.acts[1].start, 6.0
+    tired, lively = (stage(story, casts(story), pace).centre_NA2[:, 0, 0] for pace in ([tires, 0.0], ()))
+    step, fresh = tired.diff(), lively.diff()
+    assert float(step[0]) == pytest.approx(SPEED * tires * (1 - math.exp(-1 / tires)), rel=1e-4)
+    assert float(step[6] / step[0]) == pytest.approx(math.exp(-1), rel=1e-3)
+    # The next act goes on from where the actor stopped, at full speed.
+    assert torch.allclose(step[frames:], fresh[frames:], atol=1e-4)
+    assert float(step[frames - 1]) < 0.2 * SPEED
+
+    film_of = [observe([story], generator(), replace(CLEAN, tiring=share)) for share in (1.0, 0.0)]
+    assert torch.equal(film_of[0][:, 0], film_of[1][:, 0]) and not torch.equal(*film_of)
 
 
 def test_who_comes_back_looks_as_it_was_shown():

@@ -12,7 +12,6 @@ random draws are functions of (seed, step).
 import hashlib
 import json
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from os import cpu_count
 from pathlib import Path
@@ -22,7 +21,6 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader
 
 from kvpo.config import StreamConfig
@@ -37,8 +35,6 @@ from kvpo.models.tensor_files import read_tensor_file, storable
 from kvpo.world.muon import Muon
 from kvpo.world.snippets import Batch, SnippetSettings, TrainingSnippets
 from kvpo.world.text import LearnedTextEncoder
-
-KERNELS = (SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH)
 
 
 @dataclass(frozen=True)
@@ -83,7 +79,7 @@ def training_loss(
         frames_RP=batch.frames_RP.to(device),
         block=stream.block,
     )
-    with _precision(device, settings):
+    with torch.autocast(device.type, torch.bfloat16, enabled=settings.autocast == "bfloat16"):
         velocity = model(
             torch.cat([seen, add_noise(target, noise, sigma)]).to(device),
             torch.cat([torch.zeros(len(clean)), sigma]).to(device),
@@ -92,17 +88,6 @@ def training_loss(
             text_rows=batch.text_R.to(device),
         )[len(clean) :]
     return (velocity.float() - (noise - target).to(device)).pow(2).mean()
-
-
-@contextmanager
-def _precision(device: torch.device, settings: PretrainSettings) -> Iterator[None]:
-    """Autocast, if asked for; then attention on the CPU is matrix products: its fused backward is slow."""
-    kernels = [SDPBackend.MATH] if device.type == "cpu" and settings.autocast != "none" else list(KERNELS)
-    with (
-        torch.autocast(device.type, torch.bfloat16, enabled=settings.autocast == "bfloat16"),
-        sdpa_kernel(kernels),
-    ):
-        yield
 
 
 def noise_levels(

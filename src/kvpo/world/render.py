@@ -121,9 +121,7 @@ def stage(story: Story, acts_cast: Sequence[Cast], tiring: Sequence[float] = ())
     return states
 
 
-def _move(
-    actor: Actor, lane: float, place: _Place, length: int, tires: float
-) -> tuple[Tensor, _Place]:
+def _move(actor: Actor, lane: float, place: _Place, length: int, tires: float) -> tuple[Tensor, _Place]:
     """Centres [length, 2] of an actor over one act, and its place in the frame after."""
     frame_T = torch.arange(length + 1)
     time_T = tires * (1 - (-frame_T / tires).exp()) if tires else frame_T

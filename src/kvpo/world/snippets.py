@@ -52,7 +52,7 @@ class SnippetSettings:
         jitter=0.3,
         tiring=0.6,
     )
-    """What alignment can mend: above all wrong attributes and movement that dies away, none of them blurred."""
+    """Above all wrong attributes and movement that dies away: alignment can mend both, and neither blurs."""
     run: int = 2
     """Consecutive blocks that are trained."""
     copies: int = 4
