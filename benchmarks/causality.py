@@ -7,8 +7,6 @@ to six frames of another story's act 2. What the acts showed, and colour and sha
 the blocks after its window, are read off pixels.
 
     python benchmarks/causality.py [--stories 48] [--draws 3] [--json FILE] [any setting]
-
-The base is history's (docs/world.md) unless ``--backbone.checkpoint`` names another.
 """
 
 import argparse
@@ -34,11 +32,9 @@ from kvpo.engine.rollout import Group
 from kvpo.prompts import VideoPrompt
 from kvpo.training.diversity import Place
 from kvpo.training.setup import Setup
-from kvpo.world.codec import asset
 from kvpo.world.detector import attributes, detect
 from kvpo.world.stories import sample_story, video_prompt
 
-HISTORY = {"backbone.checkpoint": str(asset("history"))}
 OPEN = "Then one of them is back again."
 ROUTED = 6
 ANCHOR, DONOR = "anchor", "donor"
@@ -208,7 +204,7 @@ def main() -> None:
     parser.add_argument("--frames", type=int, default=84, help="latent frames of a story")
     parser.add_argument("--json", type=Path, metavar="FILE", help="where everything measured goes")
     arguments, extra = parser.parse_known_args()
-    config = resolve("demo", None, HISTORY | given_settings(extra))
+    config = resolve("demo", None, given_settings(extra))
     evaluation = replace(config.evaluation, validation_prompts=2, test_prompts=2)
     setup = build_setup(replace(config, evaluation=evaluation))
     prompts = open_stories(arguments.stories, arguments.frames, setup.generator.block)

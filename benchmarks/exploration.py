@@ -3,8 +3,7 @@
 Test stories whose last caption says only that one of them is back fork where that is said. Two branches of a
 story differ validly if both show a possible continuation, somebody of act 1 or act 2, not broken, and not
 the same actor. Each row sets some of ``exploration.*``; the base generator forks the same stories under all.
-Noise branches keep the deployment history and draw fresh noise for the same blocks. The base is history's
-(docs/world.md) unless ``--backbone.checkpoint`` names another.
+Noise branches keep the deployment history and draw fresh noise for the same blocks.
 
     python benchmarks/exploration.py [--stories 32] [--json FILE] [--settings routed=3 ...] [any setting]
 """
@@ -17,7 +16,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from causality import HISTORY, TOGETHER, Look, acts_shown, after_window, mean_and_error, open_stories
+from causality import TOGETHER, Look, acts_shown, after_window, mean_and_error, open_stories
 from measuring import given_settings, machine, section, table, write_json
 from rich.progress import track
 
@@ -100,7 +99,7 @@ def main() -> None:
     parser.add_argument("--settings", nargs="+", default=list(SETTINGS))
     parser.add_argument("--json", type=Path, metavar="FILE", help="where everything measured goes")
     arguments, extra = parser.parse_known_args()
-    given = HISTORY | given_settings(extra)
+    given = given_settings(extra)
     results = {
         setting: under(setting, arguments.stories, given) for setting in track(arguments.settings, "routes")
     }
