@@ -1,18 +1,15 @@
 """The causal Wan transformer: geometry, positions, rows, and what must not change its numbers."""
 
 import json
-from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from kvpo.models.causal_wan import (
     CausalWan,
     WanShape,
-    attention_by_products,
     cos_sin,
     rotary_angles,
     rotate,
@@ -275,31 +272,6 @@ def test_double_precision_is_kept_throughout():
     slope = (weight.grad * direction).sum()
     numeric = (loss(1e-5) - loss(-1e-5)) / 2e-5
     assert abs(numeric - slope) <= 1e-8 * max(1.0, abs(float(slope)))
-
-
-@pytest.mark.parametrize("masked", [False, True])
-def test_attention_by_products_is_torch_s_with_its_gradients(
-    masked: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The same to rounding in float64; in bfloat16, which it is for, as close as that is."""
-    drawn = [draw(3, 2, length, 5, seed=n) for n, length in enumerate((6, 9, 9))]
-    mask = torch.rand(3, 1, 1, 9, generator=torch.Generator().manual_seed(1)) > 0.3 if masked else None
-
-    def of(attention: Callable[..., torch.Tensor], dtype: torch.dtype) -> list[torch.Tensor]:
-        inputs = [x.to(dtype).requires_grad_() for x in drawn]
-        out = attention(*inputs, attn_mask=mask)
-        return [out, *torch.autograd.grad(out.float().square().sum(), inputs)]
-
-    exact = of(F.scaled_dot_product_attention, torch.float64)
-    with monkeypatch.context() as patch:
-        patch.setattr(torch, "get_autocast_dtype", lambda device: torch.float64)
-        found = of(attention_by_products, torch.float64)
-    for ours, theirs in zip(found, exact, strict=True):
-        assert (ours - theirs).abs().max() <= 1e-12
-    with torch.autocast("cpu", torch.bfloat16):
-        rounded = of(attention_by_products, torch.float32)
-    for ours, theirs in zip(rounded, exact, strict=True):
-        assert (ours - theirs).norm() <= 0.02 * theirs.norm()
 
 
 def test_bfloat16_autocast_stays_close_and_returns_the_latents_type():

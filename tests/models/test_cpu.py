@@ -1,4 +1,4 @@
-"""GELU and normalisation on the CPU are torch's own, and so are their gradients."""
+"""GELU, normalisation and attention on the CPU are torch's own, and so are their gradients."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kvpo.models.causal_wan import PatchEmbedding
-from kvpo.models.cpu import GELU, rms_norm
+from kvpo.models.cpu import GELU, attention, rms_norm
 
 
 def with_gradients(function, *inputs: Tensor) -> list[Tensor]:
@@ -61,3 +61,25 @@ def test_patches_are_the_convolution(patch: tuple[int, int, int]) -> None:
     own = patches(latents)
     other = F.conv3d(latents.transpose(1, 2), patches.weight, patches.bias, stride=patch)
     torch.testing.assert_close(own, other.flatten(2).transpose(1, 2))
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_under_autocast_is_torch_s(masked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same to rounding in float64, were that autocast's precision; as close as bfloat16 is in that."""
+    rng = torch.Generator().manual_seed(1)
+    drawn = [torch.randn(3, 2, n, 5, generator=rng, dtype=torch.float64) for n in (6, 9, 9)]
+    mask = torch.rand(3, 1, 1, 9, generator=rng) > 0.3 if masked else None
+
+    def found(dtype: torch.dtype) -> list[Tensor]:
+        inputs = [x.to(dtype).requires_grad_() for x in drawn]
+        out = attention(*inputs, mask)
+        return [out, *torch.autograd.grad(out.double().square().sum(), inputs)]
+
+    exact = found(torch.float64)
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = found(torch.float32)
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: True)
+    monkeypatch.setattr(torch, "get_autocast_dtype", lambda device: torch.float64)
+    for ours, close, theirs in zip(found(torch.float64), rounded, exact, strict=True):
+        assert (ours - theirs).abs().max() <= 1e-12 and not torch.equal(ours, theirs)
+        assert (close - theirs).norm() <= 0.02 * theirs.norm()

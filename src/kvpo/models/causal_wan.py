@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from kvpo.models.context import Context
-from kvpo.models.cpu import GELU, rms_norm
+from kvpo.models.cpu import GELU, attention, rms_norm
 from kvpo.models.linear import Linear, product
 from kvpo.models.settings import WanShape
 
@@ -132,19 +132,6 @@ class RMSNorm(nn.Module):
         return F.rms_norm(wide, self.weight.shape, eps=self.eps).type_as(x) * self.weight
 
 
-def attention_by_products(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None) -> Tensor:
-    """``F.scaled_dot_product_attention`` in autocast's precision, as batched products whose gradients of keys
-    and values lie in memory as these do: with the gradient twice as fast on a CPU as what torch has."""
-    rows, heads, _, width = q.shape
-    q, k, v = (x.to(torch.get_autocast_dtype("cpu")).flatten(0, 1) for x in (q, k, v))
-    hidden = q.new_zeros(1, 1, 1, 1) if attn_mask is None else q.new_zeros(attn_mask.shape)
-    if attn_mask is not None:
-        hidden = hidden.masked_fill(~attn_mask, -math.inf)
-    bias = hidden.expand(rows, heads, -1, -1).flatten(0, 1)
-    scores = torch.baddbmm(bias.mT, k, q.mT, alpha=width**-0.5).mT
-    return torch.bmm(scores.softmax(-1), v).unflatten(0, (rows, heads))
-
-
 class Attention(nn.Module):
     """Projections of multi-head attention with normalised queries and keys."""
 
@@ -171,10 +158,7 @@ class Attention(nn.Module):
         rows = len(q)
         if len(keys) < rows:
             q = q.flatten(0, 1)[None]
-        by_head = (x.transpose(1, 2) for x in (q, keys, values))
-        narrowed = q.device.type == "cpu" and torch.is_autocast_enabled("cpu")
-        attention = attention_by_products if narrowed else F.scaled_dot_product_attention
-        out = attention(*by_head, attn_mask=mask)
+        out = attention(q.transpose(1, 2), keys.transpose(1, 2), values.transpose(1, 2), mask)
         return self.o(out.transpose(1, 2).reshape(rows, -1, self.o.in_features))
 
 

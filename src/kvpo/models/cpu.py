@@ -1,7 +1,8 @@
-"""GELU and root-mean-square normalisation on the CPU, in few passes over memory, forward and backward.
+"""GELU, root-mean-square normalisation and attention on the CPU, in few passes over memory, with gradients.
 
 A GPU has a kernel for each. On the CPU torch's GELU computes ``tanh``, which takes ten times as long as
-``sigmoid``, and its normalisation is a chain of operations that autograd records one by one.
+``sigmoid``, its normalisation is a chain of operations that autograd records one by one, and its attention
+in half precision has a slow backward pass.
 """
 
 import math
@@ -96,3 +97,21 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     if needs_gradients(x, weight):
         return _RMSNorm.apply(x, weight, eps)  # type: ignore[no-untyped-call]
     return _rms_norm(x, weight, eps)[0]
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """Softmax attention ``[R, N, Q, D]`` to ``[R, N, K, D]``; a mask ``[R, 1, 1, K]`` of the visible.
+
+    torch's own, but under autocast on the CPU two batched products in autocast's precision, whose gradients
+    of keys and values lie in memory as these do.
+    """
+    if not (on_cpu(q) and torch.is_autocast_enabled("cpu")):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    rows, heads, _, width = q.shape
+    q, k, v = (x.to(torch.get_autocast_dtype("cpu")).flatten(0, 1) for x in (q, k, v))
+    hidden = q.new_zeros(1, 1, 1, 1)
+    if mask is not None:
+        hidden = q.new_zeros(mask.shape).masked_fill(~mask, -math.inf)
+    bias = hidden.expand(rows, heads, -1, -1).flatten(0, 1)
+    scores = torch.baddbmm(bias.mT, k, q.mT, alpha=width**-0.5).mT
+    return torch.bmm(scores.softmax(-1), v).unflatten(0, (rows, heads))
