@@ -53,8 +53,6 @@ QUOTES: dict[tuple[str, str, str], Callable[[Any], list[Any]]] = {
     (RESULTS, "seeds.json", "each gains {0:.0f} to {4:.0f} % on short videos"): lambda n: missing(n, "short"),
     (RESULTS, "seeds.json", "and {0:.0f} to {4:.0f} % on long ones"): lambda n: missing(n, "long"),
     (RESULTS, "seeds.json", "spread by {:.2f} of the method's gain on short videos, {:.2f} on long"): chance,
-    ("docs/world.md", "bases.json", "and the last 700 to {:.2f}"):
-        lambda n: [n["bases"]["the demo's base"]["long"]["broken"]],
     (RESULTS, "drift.json", "{:,} latent frames, measured every ten seconds"): lambda n: [n["latent_frames"]],
     (RESULTS, "methods-rehearsal.json", "--out DIR` at commit {:.7}"): lambda n: [n["commit"]],
     (RESULTS, "methods-rehearsal.json", "on {} short, {} long and {} longer stories"):

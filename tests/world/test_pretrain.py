@@ -222,19 +222,18 @@ def test_a_batch_is_a_function_of_its_number() -> None:
 
 
 def test_in_a_good_share_of_the_videos_only_history_tells_who_returns() -> None:
-    """Half of them, and half of those by what the sink has shown as well, where the candidates suffice."""
+    """Half of them, and half of those by what the sink has shown as well."""
     settings, lengths = SnippetSettings(videos=20), set()
-    kinds = []
     for batch in range(6):
         stories, showings = shown_stories(settings, keyed_generator("stories", batch))
         assert len(stories) == len(showings) == 20
-        told = []
-        for story, showing in zip(stories, showings, strict=True):
-            acts = [n for n in range(len(story.acts)) if only_history_tells(story, showing.story, n)]
-            told.append([0 in telling_acts(showing.story, n) for n in acts])
-        kinds += [any(one) for one in told[:10] if one]
+        sink = []
+        for story, showing in zip(stories[:10], showings[:10], strict=True):
+            acts = [n for n in range(4) if only_history_tells(story, showing.story, n)]
+            sink.append(any(0 in telling_acts(showing.story, n) for n in acts))
+            assert acts
+        assert sum(sink) == 5
         lengths |= {len(story.acts) for story in stories[10:]}
-    assert len(kinds) >= 57 and 27 <= sum(kinds) <= 30
     assert lengths == {1, 2, 3, 4}
     stories, _ = shown_stories(replace(settings, untold_share=1.0), keyed_generator("stories", 0))
     assert len(stories) == 20

@@ -29,7 +29,7 @@ ROUTED = (3, 6)
 """Slots that a routed row fills from its memory: as many as deployment has, or twice as many."""
 DISTINCT = (1, 2, 3, 6)
 """Different frames among them."""
-CANDIDATES = 6
+CANDIDATES = 8
 """Stories of four acts drawn for each in which history shall tell who returns."""
 
 
