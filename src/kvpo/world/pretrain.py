@@ -42,11 +42,17 @@ class PretrainSettings:
     """Settings of a pretraining run; `kvpo pretrain --optim.autocast bfloat16` takes the defaults."""
 
     snippets: SnippetSettings = field(default_factory=SnippetSettings)
-    steps: int = 4400
+    steps: int = 7000
     lr: float = 2.5e-3
     warmup: int = 100
     decay_from: float = 0.6
     """Share of the steps after which the learning rate falls linearly to zero."""
+    faults_from: float = 0.75
+    """Share of the steps after which videos have faults; a training that begins with a base has them at once.
+
+    Faults are learned in a few hundred steps. To follow captions takes thousands, and more where every third
+    video contradicts its caption.
+    """
     ema_decay: float = 0.998
     context_noise: float = 0.15
     """Upper end of the noise mixed into the clean rows, so that the model forgives its own errors."""
@@ -234,7 +240,7 @@ def pretrain(
 
     ``out`` and a checkpoint beside it are written every ``checkpoint_every`` steps; ``resume`` goes on from
     that checkpoint, and what comes out is the same, byte for byte; the number of steps may differ as long as
-    the learning rate has not begun to fall under either. ``report`` is called with (steps done, loss)
+    neither the fall of the learning rate nor the faults have begun under either. ``report`` is called with (steps done, loss)
     after every step. ``start`` is a base whose weights come first; without it they are drawn. Deterministic
     in the settings on one machine. Returns whether it was finished, which it is not where ``interrupted``
     turned true.
@@ -257,7 +263,8 @@ def pretrain(
                 f"{checkpoint} is an unfinished training: --resume goes on with it; delete it to start anew"
             )
         _restore(training, checkpoint, header)
-    for batch in _batches(stream, settings, training.step):
+    faulty_from = 0 if start else round(settings.faults_from * settings.steps)
+    for batch in _batches(stream, settings, training.step, faulty_from):
         loss = training.advance(batch, stream, settings)
         stop = interrupted()
         if stop or training.step % settings.checkpoint_every == 0:
@@ -290,8 +297,13 @@ def _restore(training: Training, path: Path, expected: dict[str, Any]) -> None:
     except (SafetensorError, KeyError, ValueError) as error:
         raise ValueError(f"{path} is no unfinished training; delete it to start anew") from error
     step, settings = int(found.pop("step")), expected["settings"]
-    if step <= settings["decay_from"] * min(settings["steps"], found["settings"]["steps"]):
-        # Until the rate falls, trainings of all lengths are the same.
+    same = (
+        settings["decay_from"]
+        if expected["start"]["sha256"]
+        else min(settings["decay_from"], settings["faults_from"])
+    )
+    if step <= same * min(settings["steps"], found["settings"]["steps"]):
+        # Until the rate falls and the faults begin, trainings of all lengths are the same.
         found["settings"]["steps"] = settings["steps"]
     different = [
         f"{part}.{name} was {found[part].get(name)}, is {value}"
@@ -304,10 +316,12 @@ def _restore(training: Training, path: Path, expected: dict[str, Any]) -> None:
     training.restore(load_file(path), step)
 
 
-def _batches(stream: StreamConfig, settings: PretrainSettings, first: int) -> Iterator[Batch]:
+def _batches(
+    stream: StreamConfig, settings: PretrainSettings, first: int, faulty_from: int
+) -> Iterator[Batch]:
     """The batches of all steps from ``first`` on, made by other processes."""
     steps = range(first, settings.steps)
-    snippets = TrainingSnippets(stream.deployment, settings.snippets, settings.seed)
+    snippets = TrainingSnippets(stream.deployment, settings.snippets, settings.seed, faulty_from)
     workers = max(1, (cpu_count() or 2) - 1)
     return iter(DataLoader(snippets, sampler=steps, batch_size=None, num_workers=workers))
 

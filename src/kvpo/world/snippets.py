@@ -7,7 +7,7 @@ routed history says who returns, the more surely the more of its frames agree, a
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 
 import torch
@@ -19,7 +19,7 @@ from kvpo.method.routing import visible_frames
 from kvpo.models.settings import Deployment
 from kvpo.world.codec import load_codec
 from kvpo.world.grammar import parse
-from kvpo.world.imperfect import Faults, Showing, film, imperfect_story, training_stories
+from kvpo.world.imperfect import CLEAN, Faults, Showing, film, imperfect_story, training_stories
 from kvpo.world.stories import RECALLS, Telling, sample_story
 from kvpo.world.vocabulary import Act, Story
 
@@ -283,15 +283,22 @@ def lay_out(
 
 
 class TrainingSnippets(Dataset):
-    """Batches of encoded snippets of faulty videos; item n is a pure function of (settings, seed, n)."""
+    """Batches of encoded snippets; item n is a pure function of (settings, seed, n, n < faulty_from).
 
-    def __init__(self, stream: Deployment, settings: SnippetSettings, seed: int) -> None:
-        self.stream, self.settings, self.seed = stream, settings, seed
+    Videos have the settings' faults from item ``faulty_from`` on, and none before.
+    """
+
+    def __init__(
+        self, stream: Deployment, settings: SnippetSettings, seed: int, faulty_from: int = 0
+    ) -> None:
+        self.stream, self.settings, self.seed, self.faulty_from = stream, settings, seed, faulty_from
         self.codec = load_codec()
 
     def __getitem__(self, step: int) -> Batch:
         torch.set_num_threads(1)
         settings, block = self.settings, self.stream.block
+        if step < self.faulty_from:
+            settings = replace(settings, faults=CLEAN)
         generator = keyed_generator("pretraining videos", self.seed, step)
         stories, showings = shown_stories(settings, generator)
         snippets = [
