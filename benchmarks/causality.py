@@ -33,9 +33,8 @@ from kvpo.prompts import VideoPrompt
 from kvpo.training.diversity import Place
 from kvpo.training.setup import Setup
 from kvpo.world.detector import attributes, detect
-from kvpo.world.stories import sample_story, video_prompt
+from kvpo.world.stories import open_prompts
 
-OPEN = "Then one of them is back again."
 ROUTED = 6
 ANCHOR, DONOR = "anchor", "donor"
 TOGETHER = 8
@@ -71,22 +70,6 @@ class Observed:
     def share(self, history: str, looks: set[Look]) -> float:
         """Share of the members with one history that show one of the looks."""
         return fmean(float(m.look in looks) for m in self.members if m.history == history)
-
-
-def open_stories(count: int, frames: int, block: int) -> list[VideoPrompt]:
-    """Test stories of four equal acts, the first three with different actors, the fourth left open."""
-    starts = [frames // (4 * block) * block * n for n in range(4)]
-    generator = keyed_generator("open stories")
-    prompts: list[VideoPrompt] = []
-    while len(prompts) < count:
-        story = sample_story(generator, 4, frames, split="test")
-        looks = [{(a.colour, a.shape) for a in act.actors} for act in story.acts[:3]]
-        if any(a & b for a, b in combinations(looks, 2)):
-            continue
-        acts = tuple(replace(act, start=start) for act, start in zip(story.acts, starts, strict=True))
-        prompt = video_prompt(replace(story, acts=acts), 30_000_000 + len(prompts))
-        prompts.append(replace(prompt, segments=(*prompt.segments[:3], OPEN)))
-    return prompts
 
 
 def drawn_routes(
@@ -207,7 +190,7 @@ def main() -> None:
     config = resolve("demo", None, given_settings(extra))
     evaluation = replace(config.evaluation, validation_prompts=2, test_prompts=2)
     setup = build_setup(replace(config, evaluation=evaluation))
-    prompts = open_stories(arguments.stories, arguments.frames, setup.generator.block)
+    prompts = open_prompts(arguments.stories, arguments.frames, setup.generator.block)
     batches = [prompts[n : n + TOGETHER] for n in range(0, len(prompts), TOGETHER)]
     results = [o for batch in track(batches, "stories") for o in observed(setup, batch, arguments.draws)]
     numbers = summary(results)

@@ -16,7 +16,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from causality import TOGETHER, Look, acts_shown, after_window, mean_and_error, open_stories
+from causality import TOGETHER, Look, acts_shown, after_window, mean_and_error
 from measuring import given_settings, machine, section, table, write_json
 from rich.progress import track
 
@@ -29,6 +29,7 @@ from kvpo.engine.rollout import Group
 from kvpo.prompts import VideoPrompt
 from kvpo.training.diversity import Place, mean_diversity
 from kvpo.training.setup import Setup
+from kvpo.world.stories import open_prompts
 
 SETTINGS = (
     "routed=3,distinct=2",
@@ -78,7 +79,7 @@ def under(setting: str, stories: int, given: Mapping[str, Any]) -> dict[str, dic
     config = resolve("demo", None, {**given, **{f"exploration.{name}": v for name, v in flags.items()}})
     evaluation = replace(config.evaluation, validation_prompts=2, test_prompts=2)
     setup = build_setup(replace(config, evaluation=evaluation))
-    prompts = open_stories(stories, 84, setup.generator.block)
+    prompts = open_prompts(stories, 84, setup.generator.block)
     return {kind: measured(setup, prompts, explorer) for kind, explorer in KINDS.items()}
 
 

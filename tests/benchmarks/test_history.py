@@ -7,6 +7,7 @@ import pytest
 from kvpo.app.build import build_setup
 from kvpo.app.configuration import preset, resolve
 from kvpo.world.grammar import parse
+from kvpo.world.stories import OPEN, open_prompts
 from tests.tiny_world import SETTINGS
 
 RED, BLUE, PINK, GREEN = ("red", "ring"), ("blue", "cross"), ("pink", "circle"), ("green", "square")
@@ -51,21 +52,19 @@ def test_bases_are_measured_on_the_same_stories(tiny_base):
 
 def test_routes_of_every_kind_are_run_for_as_many_draws_as_asked(tiny_base):
     """Three are the default, and more branches than training explores."""
-    from causality import observed, open_stories
+    from causality import observed
 
     given = {"backbone.geometry": SETTINGS["backbone.geometry"], "backbone.checkpoint": str(tiny_base)}
     config = resolve("demo", None, given)
     evaluation = replace(config.evaluation, validation_prompts=2, test_prompts=2)
     setup = build_setup(replace(config, evaluation=evaluation))
-    for one in observed(setup, open_stories(2, 84, setup.generator.block), 3):
+    for one in observed(setup, open_prompts(2, 84, setup.generator.block), 3):
         histories = [member.history for member in one.members]
         assert [histories.count(kind) for kind in ("0", "6", "donor", "anchor")] == [3, 3, 3, 1]
 
 
 def test_open_stories_leave_only_the_last_act_open_and_tell_the_others_apart():
-    from causality import OPEN, open_stories
-
-    stories = open_stories(3, 84, preset("demo").stream.block)
+    stories = open_prompts(3, 84, preset("demo").stream.block)
     assert len({story.segments for story in stories}) == 3
     for story in stories:
         assert story.switches == (21, 42, 63) and story.segments[3] == OPEN
@@ -74,9 +73,9 @@ def test_open_stories_leave_only_the_last_act_open_and_tell_the_others_apart():
 
 
 def test_routes_mix_the_two_acts_in_every_proportion():
-    from causality import DONOR, drawn_routes, open_stories
+    from causality import DONOR, drawn_routes
 
-    stories = open_stories(2, 84, preset("demo").stream.block)
+    stories = open_prompts(2, 84, preset("demo").stream.block)
     routes = drawn_routes(stories, 0, 2, sink=3)
     assert len(routes) == 2 * 8
     for history, route in routes:

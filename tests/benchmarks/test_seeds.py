@@ -21,9 +21,7 @@ GAINS = {"paper": 0.06, "random": 0.01}
 def test_the_committed_null_runs_have_the_settings_of_the_demo() -> None:
     """`make demo` names them; after a change of the preset they are other runs, to be made again."""
     found = read_null(SCRIPTS / "results/null.json", asdict(preset("demo", {"seed": 5})))
-    measured = json.loads((SCRIPTS / "results/seeds.json").read_text())["arms"]["random"]
-    assert {name: len(gains) for name, gains in found.items()} == dict.fromkeys(found, len(measured))
-    assert set(found) == {"short", "long"} and len(measured) >= 3
+    assert {name: len(gains) for name, gains in found.items()} == {"short": 8, "long": 8}
     assert "--null benchmarks/results/null.json" in (SCRIPTS.parent / "Makefile").read_text()
 
 

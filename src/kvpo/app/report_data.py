@@ -12,6 +12,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from kvpo.app.build import source_of
+from kvpo.config import ExplorationConfig
 from kvpo.engine.explorers import (
     Explorer,
     RoutedFrame,
@@ -21,7 +22,7 @@ from kvpo.engine.explorers import (
     routes,
 )
 from kvpo.engine.forks import Fork, plan_forks
-from kvpo.engine.generator import as_bytes, pixels_of
+from kvpo.engine.generator import as_bytes, pixel_frame, pixels_of
 from kvpo.engine.noise import Tape, keyed_generator
 from kvpo.engine.rollout import Group
 from kvpo.engine.scoring import Scores, decode_members, score_group
@@ -189,21 +190,37 @@ def _training_groups(run: Run, videos: dict[str, Tensor]) -> list[dict[str, Any]
 
 
 def causality_groups(setup: Setup, videos: dict[str, Tensor]) -> list[dict[str, Any]]:
-    """Same noise, same prompt: one branch routed only to act 1, one only to act 2, and the anchor."""
-    exploration, entries = setup.config.exploration, []
-    prompts = [prompt for prompt in setup.validation.get("long", ()) if len(prompt.switches) == 2]
-    for prompt in prompts[:3]:
-        plan = plan_forks([prompt], exploration, setup.generator.deployment)
-        at_switch = [fork for fork in plan.roomiest if fork.frame == prompt.switches[1]]
-        if not at_switch:
+    """Same noise, same prompts: branches routed to acts 1 and 2 in several proportions, and the anchor.
+
+    Where the generator's source has stories that leave open who comes back, the first whose acts can be told
+    apart, each member with what is read off it.
+    """
+    recall, entries = source_of(setup.config).recall, []
+    exploration, deployment = setup.config.exploration, setup.generator.deployment
+    if recall:
+        prompts = recall.stories(8, deployment.block)
+    else:
+        prompts = [prompt for prompt in setup.validation.get("long", ()) if len(prompt.switches) == 2]
+    for prompt in prompts:
+        plan = plan_forks([prompt], exploration, deployment)
+        at_switch = [fork for fork in plan.roomiest if fork.frame == prompt.switches[-1]]
+        if len(entries) == (1 if recall else 3) or not at_switch:
             continue
         # Act 1 may lie further back than training keeps pages for: here every frame stays.
-        fork = Fork(at_switch[0].frame, replace(at_switch[0].exploration, resident_frames=0))
-        sink = setup.generator.deployment.sink
-        acts = act_routes(prompt, fork.frame, exploration.routed, sink, exploration.recent)
-        if not acts:
+        own = replace(at_switch[0].exploration, resident_frames=0)
+        counts = sorted({0, own.routed // 3, own.routed - own.routed // 3, own.routed})
+        routes = act_routes(
+            prompt, at_switch[0].frame, own, deployment.sink, counts if recall else [0, own.routed]
+        )
+        if not routes:
             continue
-        (group,) = laboratory(setup, [prompt]).branches(Place((prompt,), fork), chosen_routes([acts]))
+        fork = Fork(at_switch[0].frame, replace(own, branches=len(routes)))
+        (group,) = laboratory(setup, [prompt]).branches(
+            Place((prompt,), fork), chosen_routes([list(routes.values())])
+        )
+        acts, looks = looks_of(setup, group) if recall else ([], [])
+        if recall and len(set(acts)) < len(acts):
+            continue
         score = score_group(
             group,
             setup.backbone.codec,
@@ -211,26 +228,59 @@ def causality_groups(setup: Setup, videos: dict[str, Tensor]) -> list[dict[str, 
             block=setup.generator.block,
             transition_blocks=setup.config.rewards.transition_blocks,
         )
-        title = f"routed only to act 1, only to act 2, and the anchor (video {prompt.id})"
-        entry = _group_entry(setup, group, score, title, f"causality-{prompt.id}", [{}] * 3, videos, {})
-        for member, name in zip(entry["members"][1:], ("routed to act 1", "routed to act 2"), strict=True):
+        title = (
+            f"who comes back? (video {prompt.id})"
+            if recall
+            else f"routed to acts 1 and 2 (video {prompt.id})"
+        )
+        extras: list[dict[str, float]] = [{}] * (len(routes) + 1)
+        entry = _group_entry(setup, group, score, title, f"causality-{prompt.id}", extras, videos, {})
+        for member, name in zip(entry["members"][1:], routes, strict=True):
             member["name"] = name
+        if acts:
+            entry["acts"] = acts
+            for member, look in zip(entry["members"], [looks[-1], *looks[:-1]], strict=True):
+                member["shows"] = look
         entries.append(entry)
     return entries
 
 
+def looks_of(setup: Setup, group: Group) -> tuple[list[str], list[str]]:
+    """The actor at the end of every act before the fork, and after the window of every member."""
+    recall, codec = source_of(setup.config).recall, setup.backbone.codec
+    assert recall is not None
+    video = decode_members(group, codec, lead=group.fork)
+
+    def frames(start: int, stop: int) -> slice:
+        return slice(*(pixel_frame(frame, codec.frames_per_latent) for frame in (start, stop)))
+
+    span, end = 2 * setup.generator.block, group.fork + group.clean_MTCHW.shape[1]
+    acts = [video[-1:, frames(switch - span, switch)] for switch in group.root.prompt.switches]
+    after = video[:, frames(group.fork + group.window_frames, end)]
+    return recall.actor(torch.cat(acts)), recall.actor(after)
+
+
 def act_routes(
-    prompt: VideoPrompt, fork: int, routed: int, sink: int, recent: int
-) -> list[tuple[RoutedFrame, ...]]:
-    """Routes that show only the middle of act 1, or of act 2; none where an act has no frames to route."""
-    spans = [(sink, prompt.switches[0]), (prompt.switches[0], min(prompt.switches[1], fork - recent))]
-    if any(first >= stop for first, stop in spans):
-        return []
-    routes = []
-    for first, stop in spans:
-        middle = (first + stop) // 2
-        frames = [min(max(first, middle - routed // 2 + n), stop - 1) for n in range(routed)]
-        routes.append(tuple(RoutedFrame(0, frame) for frame in frames))
+    prompt: VideoPrompt, fork: int, exploration: ExplorationConfig, sink: int, counts: Sequence[int]
+) -> dict[str, tuple[RoutedFrame, ...]]:
+    """Routes by name, one for each count of frames from the middle of act 2; the others show that of act 1.
+
+    There are none where an act has no frames to route.
+    """
+    routed = exploration.routed
+    first, second = prompt.switches[:2]
+    spans = [(sink, first), (first, min(second, fork - exploration.recent))]
+    if any(start >= stop for start, stop in spans):
+        return {}
+    routes = {}
+    for count in counts:
+        frames = [
+            min(max(start, (start + stop) // 2 - share // 2 + n), stop - 1)
+            for (start, stop), share in zip(spans, (routed - count, count), strict=True)
+            for n in range(share)
+        ]
+        shares = [f"{share} of act {act}" for act, share in ((1, routed - count), (2, count)) if share]
+        routes[f"routed: {', '.join(shares)}"] = tuple(RoutedFrame(0, frame) for frame in frames)
     return routes
 
 

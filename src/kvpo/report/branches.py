@@ -34,6 +34,8 @@ class GroupFacts:
     fork: int | None
     window: int
     switches: list[int]
+    acts: list[str]
+    """The actor of every act before the fork, where it was read."""
     anchor_reward: float | None
     largest_advantage: float
 
@@ -99,6 +101,7 @@ def read_group(entry: Entry) -> GroupFacts:
         fork=whole(entry.get("fork_frame")),
         window=whole(entry.get("window_frames")) or 0,
         switches=segments_of(entry)[1],
+        acts=[str(act) for act in entry.get("acts", ())],
         anchor_reward=next((number(m.get("reward")) for m in members if is_anchor(m)), None),
         largest_advantage=max(advantages, default=0.0),
     )
@@ -226,6 +229,11 @@ def _rows(group: GroupFacts, member: Entry) -> list[tuple[str, str]]:
         change = values["reward"] - group.anchor_reward
         difference = f' <span class="{tone_of(change)}">{signed(change)}</span>'
     rows = [("reward", f"<b>{fixed(values.get('reward'))}</b>{difference}")]
+    if "shows" in member:
+        act = (
+            f"act {group.acts.index(member['shows']) + 1}'s" if member["shows"] in group.acts else "nobody's"
+        )
+        rows = [("who is back", f"<b>{act}</b> {escape(member['shows'])}"), *rows]
     rows += [(key, fixed(values[key])) for key in ("local", "global") if key in values]
     rows += [(key, significant(values[key])) for key in RESIDUALS if key in values]
     if "advantage" in values:
@@ -264,6 +272,9 @@ def _group(run: RunRecord, store: ClipStore, entry: Entry, identity: str, *, hid
         if (key := sort.lstrip("-")) in shown
     )
     sizes, slots, jump = "", "", ""
+    acts = "".join(
+        f'<span class="slot">act {n}: {escape(act)}</span>' for n, act in enumerate(group.acts, start=1)
+    )
     if group.fork is not None and group.frames:
         sizes = f"fork at frame {group.fork}, window of {group.window} frames"
         slots = strip(slot_spans(group, size), group.switches, group.frames, labelled=True)
@@ -272,6 +283,7 @@ def _group(run: RunRecord, store: ClipStore, entry: Entry, identity: str, *, hid
         f'<div class="group-panel film" id="{identity}" {film_data(entry, group.frames)}'
         f'{" hidden" if hidden else ""}><div class="card lead"><header><h3>{escape(group.title)}</h3>'
         f'<span class="soft">{sizes}</span></header>{captions(entry, group.frames)}{slots}'
+        f"{f'<p class=route>{acts}</p>' if acts else ''}"
         f'<div class="toolbar"><label>Sort <select data-sort="{identity}-members">{options}</select></label>'
         f'{jump}<label class="check"><input type="checkbox" data-difference> difference to the anchor</label>'
         f'</div></div><div class="members" id="{identity}-members">{cards}</div></div>'
@@ -294,8 +306,14 @@ APART = (
 )
 
 
+LEFT_OPEN = (
+    " The last caption leaves open who returns, and the anchor sees only act 1 (the sink) and the act before the "
+    "fork. Who is back is read off the pixels after the window, and so is who played in the acts before."
+)
+
+
 def explorer(run: RunRecord, store: ClipStore) -> str:
-    """Groups of branches in tabs, then the causality groups, whose branches were routed to one act only."""
+    """Groups of branches in tabs, then the causality groups, whose branches were routed to acts 1 and 2."""
     if not run.groups and not run.causality:
         return '<p class="missing">No branch groups have been saved (branches/branches.json).</p>'
     fusion = mapping(run.config, "rewards").get("fusion", "rewards")
@@ -309,10 +327,11 @@ def explorer(run: RunRecord, store: ClipStore) -> str:
         parts.append(f'<div class="tabs" role="tablist">{tabs}</div>')
     parts += [_group(run, store, group, f"group-{i}", hidden=i > 0) for i, group in enumerate(run.groups)]
     if run.causality:
+        open_ended = any("acts" in group for group in run.causality)
+        heading = "Who comes back?" if open_ended else "Does the routed history cause the difference?"
         parts.append(
-            '<h3 class="group" id="causality">Does the routed history cause the difference?</h3>'
-            '<p class="note">Same prompt and same noise; only the act that the routed frames come from '
-            "differs.</p>"
+            f'<h3 class="group" id="causality">{heading}</h3><p class="note">Same prompt and same noise; only '
+            f"the acts that the routed frames come from differ.{LEFT_OPEN if open_ended else ''}</p>"
         )
         parts += [
             _group(run, store, group, f"causality-{i}", hidden=False) for i, group in enumerate(run.causality)

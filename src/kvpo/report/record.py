@@ -51,7 +51,7 @@ class RunRecord:
     groups: list[Entry]
     """Groups of branches for the explorer."""
     causality: list[Entry]
-    """Groups whose branches were routed to one act only."""
+    """Groups whose branches were routed to acts 1 and 2."""
     problems: list[str] = field(default_factory=list)
     """Descriptions of what was missing or unreadable; grows while videos are read."""
 

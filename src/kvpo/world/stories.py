@@ -4,10 +4,12 @@ import hashlib
 import random
 from dataclasses import dataclass, replace
 from functools import cache
+from itertools import combinations
 from typing import Literal
 
 import torch
 
+from kvpo.engine.noise import keyed_generator
 from kvpo.prompts import VideoPrompt
 from kvpo.world.grammar import DROPPED, describe, parse
 from kvpo.world.vocabulary import COLOURS, MOTIONS, SCENES, SHAPES, SIZES, Act, Actor, Story
@@ -20,6 +22,8 @@ EVENTS = ("show", "return", "revisit", "recolour", "turn", "join", "leave")
 RECALLS = ("return", "revisit")
 """Events that bring back what an earlier act has shown."""
 TRIES = 60
+OPEN = "Then one of them is back again."
+"""A caption that leaves open who returns."""
 
 
 @dataclass(frozen=True)
@@ -234,3 +238,19 @@ def distinct_prompts(
     """Prompts of distinct_stories with ids from ``first_id`` on."""
     stories = distinct_stories(split, count, num_acts, num_frames, seed)
     return [video_prompt(story, first_id + index) for index, story in enumerate(stories)]
+
+
+def open_prompts(count: int, num_frames: int, block: int) -> list[VideoPrompt]:
+    """Test stories of four equal acts, the first three with different actors, the fourth left ``OPEN``."""
+    starts = [num_frames // (4 * block) * block * n for n in range(4)]
+    generator = keyed_generator("open stories")
+    prompts: list[VideoPrompt] = []
+    while len(prompts) < count:
+        story = sample_story(generator, 4, num_frames, split="test")
+        looks = [{(a.colour, a.shape) for a in act.actors} for act in story.acts[:3]]
+        if any(a & b for a, b in combinations(looks, 2)):
+            continue
+        acts = tuple(replace(act, start=start) for act, start in zip(story.acts, starts, strict=True))
+        prompt = video_prompt(replace(story, acts=acts), 30_000_000 + len(prompts))
+        prompts.append(replace(prompt, segments=(*prompt.segments[:3], OPEN)))
+    return prompts

@@ -37,6 +37,16 @@ class Guide:
 
 
 @dataclass(frozen=True)
+class Recall:
+    """Stories whose last prompt leaves open who comes back, and a reading of who does."""
+
+    stories: Callable[[int, int], list[VideoPrompt]]
+    """(count, frames of a block) -> stories of four prompts, the first three about different actors."""
+    actor: Callable[[Tensor], list[str]]
+    """Videos ``[B, T, 3, H, W]`` -> the looks of the first actor of each, read off the pixels."""
+
+
+@dataclass(frozen=True)
 class FinalSet:
     """Prompts of a comparison's last test."""
 
@@ -75,6 +85,8 @@ class Source:
     """Memory used by everything but the transformer."""
     read_off: Callable[[], ReadOff] | None = None
     """Reads what a video shows off its pixels; None: not possible."""
+    recall: Recall | None = None
+    """Stories that show who a routed history brings back; None: there are none."""
     guide: Guide | None = None
     """Help for those who direct a stream; None: there is none."""
     pretraining: Callable[[Setup, int], Tensor] | None = None

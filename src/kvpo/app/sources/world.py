@@ -16,7 +16,7 @@ from torch import Tensor
 
 from kvpo.app.file_prompts import Sets, TextLimits
 from kvpo.app.judges import build_judges
-from kvpo.app.sources.common import FinalSet, Guide, Source, frozen_dtype, streaming_generator
+from kvpo.app.sources.common import FinalSet, Guide, Recall, Source, frozen_dtype, streaming_generator
 from kvpo.config import Config
 from kvpo.config_checks import ConfigurationError
 from kvpo.engine.noise import keyed_generator
@@ -38,7 +38,7 @@ from kvpo.world.grammar import words
 from kvpo.world.pretrain import PretrainSettings, load_generator, training_loss
 from kvpo.world.reward import WorldScorer
 from kvpo.world.snippets import SnippetSettings, TrainingSnippets
-from kvpo.world.stories import Split, distinct_prompts, sample_story, video_prompt
+from kvpo.world.stories import Split, distinct_prompts, open_prompts, sample_story, video_prompt
 from kvpo.world.text import TEXT_LENGTH, LearnedTextEncoder, WordTokenizer
 from kvpo.world.unseen import load_unseen
 
@@ -49,6 +49,8 @@ SHORT_FRAMES, LONG_FRAMES = 30, 60
 """Held-out videos: one prompt over 10 blocks, three prompts over 20."""
 MOST_TESTED = 256
 """No table before the final test was made on more test prompts of a kind."""
+OPEN_FRAMES = 84
+"""Frames of the stories that leave open who comes back."""
 LIVE_FRAMES = 96
 """Frames of the stories that the live page tells."""
 SHORTEST_ACT = 12
@@ -278,6 +280,11 @@ def read_off() -> ReadOff:
     return ReadOff(observe, 1.0)
 
 
+def first_actor(video_BTCHW: Tensor) -> list[str]:
+    """Colour and shape of each video's first actor, as the detector reads them."""
+    return [" ".join(first[:2]) for _, first, *_ in attributes(detect(video_BTCHW))]
+
+
 def live_story(seed: int) -> list[tuple[str, int]]:
     """A story of four acts with their lengths in frames."""
     story = sample_story(keyed_generator("live story", seed), 4, LIVE_FRAMES)
@@ -322,4 +329,5 @@ SOURCE = Source(
     longest_prompt=longest_prompt,
     surroundings=lambda config: Surroundings(frozen_size=frozen_dtype(config).itemsize),
     read_off=read_off,
+    recall=Recall(lambda count, block: open_prompts(count, OPEN_FRAMES, block), first_actor),
 )
