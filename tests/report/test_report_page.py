@@ -343,6 +343,30 @@ def test_a_group_says_how_long_its_videos_are_and_no_more_than_they_show(finishe
         assert len(group["prompt_segments"]) == len(group["switches"]) + 1
 
 
+def test_the_page_says_who_is_back(run):
+    """Beside who played in the acts before; without either it asks whether routing causes a difference."""
+
+    def told(record):
+        group = record["groups"].pop()
+        group |= {"acts": ["red ring", "blue <cross>", "pink square"], "resident_frames": 0}
+        for member, look in zip(group["members"], ["red ring", "blue <cross>", "red cross"], strict=False):
+            member["shows"] = look
+        record["causality"] = [group]
+
+    edit_json(run / "branches" / "branches.json", told)
+    text, page = page_of(run)
+    assert "Who comes back?" in page.text and "blue <cross>" not in text
+    assert "act 1 red ring, act 2 blue <cross>, act 3 pink square" in page.text
+    for line in ("act 1's red ring", "act 2's blue <cross>", "of no act before: red cross"):
+        assert line in page.text
+
+    def not_told(record):
+        del record["causality"][0]["acts"]
+
+    edit_json(run / "branches" / "branches.json", not_told)
+    assert "Does the routed history cause the difference?" in page_of(run)[1].text
+
+
 def test_a_check_that_is_not_exact_is_called_that(run):
     checks = {"first_ratio_max_deviation": 1e-2, "anchor_energy_at_old": None}
     edit_json(run / "summary.json", lambda numbers: numbers.update(checks=checks))

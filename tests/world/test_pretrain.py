@@ -23,7 +23,7 @@ from kvpo.models.context import TeacherContext
 from kvpo.models.deployment import deployment_context
 from kvpo.models.finite import NonFiniteError
 from kvpo.models.settings import WanShape
-from kvpo.world.imperfect import imperfect_story, training_stories
+from kvpo.world.imperfect import CLEAN, imperfect_story, training_stories
 from kvpo.world.pretrain import (
     PretrainSettings,
     learning_rate,
@@ -198,6 +198,8 @@ def test_a_training_begins_with_the_weights_of_a_base(tmp_path: Path) -> None:
     losses: list[float] = []
     again = {"report": lambda done, loss: losses.append(loss), "interrupted": lambda: True}
     assert not pretrain(*tiny(), TINY, out, start=base, **again)
+    with safe_open(unfinished(out), framework="pt") as file:
+        assert json.loads(file.metadata()["training"])["settings"]["faults_from"] == 0, "faults at once"
     assert losses[0] < trained(tmp_path / "anew", steps=1)[0]
     with pytest.raises(ValueError, match="start.sha256 was .{64}, is"):
         pretrain(*tiny(), TINY, out, start=other, resume=True, **again)
@@ -219,6 +221,34 @@ def test_a_batch_is_a_function_of_its_number() -> None:
     )
     assert one.captions != other.captions
     assert len(one.source_N) == SNIPPETS.videos * SNIPPETS.copies * SNIPPETS.run
+
+
+def test_videos_have_faults_from_a_share_of_the_steps_on() -> None:
+    """Before it they are those of settings without faults, after it those of settings with them."""
+    stream = preset("demo").stream.deployment
+    late = TrainingSnippets(stream, SNIPPETS, 0, faulty_from=8)
+    clean = TrainingSnippets(stream, replace(SNIPPETS, faults=CLEAN), 0)
+    faulty = TrainingSnippets(stream, SNIPPETS, 0)
+    assert torch.equal(late[7].clean_CFCHW, clean[7].clean_CFCHW)
+    assert torch.equal(late[8].clean_CFCHW, faulty[8].clean_CFCHW)
+    assert not torch.equal(late[7].clean_CFCHW, faulty[7].clean_CFCHW)
+
+
+def test_when_faults_begin_the_length_is_fixed(tmp_path: Path) -> None:
+    """Where they come before the learning rate falls."""
+    settings = replace(TINY, steps=8, faults_from=0.25)
+    done: list[int] = []
+
+    def part(steps: int, until: int) -> bool:
+        given = {"resume": True, "interrupted": lambda: done[-1:] == [until - 1]}
+        return pretrain(
+            *tiny(), replace(settings, steps=steps), tmp_path / "base", lambda n, _: done.append(n), **given
+        )
+
+    assert not part(8, 2) and not part(12, 3)
+    with pytest.raises(ValueError, match="settings.steps was 12, is 8"):
+        # Under 8 steps the third would have had faults.
+        part(8, 99)
 
 
 def test_in_a_good_share_of_the_videos_only_history_tells_who_returns() -> None:

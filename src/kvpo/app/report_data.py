@@ -190,59 +190,70 @@ def _training_groups(run: Run, videos: dict[str, Tensor]) -> list[dict[str, Any]
 
 
 def causality_groups(setup: Setup, videos: dict[str, Tensor]) -> list[dict[str, Any]]:
-    """Same noise, same prompts: branches routed to acts 1 and 2 in several proportions, and the anchor.
+    """Same noise, same prompt: branches routed to acts 1 and 2 of a story, and the anchor.
 
-    Where the generator's source has stories that leave open who comes back, the first whose acts can be told
-    apart, each member with what is read off it.
+    Where the generator's source has stories that leave open who comes back, of the first whose acts can be
+    told apart, in several proportions; elsewhere of three long validation prompts, to one act each.
     """
     recall, entries = source_of(setup.config).recall, []
-    exploration, deployment = setup.config.exploration, setup.generator.deployment
-    if recall:
-        prompts = recall.stories(8, deployment.block)
-    else:
-        prompts = [prompt for prompt in setup.validation.get("long", ()) if len(prompt.switches) == 2]
-    for prompt in prompts:
-        plan = plan_forks([prompt], exploration, deployment)
-        at_switch = [fork for fork in plan.roomiest if fork.frame == prompt.switches[-1]]
-        if len(entries) == (1 if recall else 3) or not at_switch:
+    stories = recall.stories(4, setup.generator.block) if recall else setup.validation.get("long", ())
+    for prompt in stories:
+        if len(entries) == (1 if recall else 3):
+            break
+        if not (found := routed_to_acts(setup, prompt, thirds=recall is not None)):
             continue
-        # Act 1 may lie further back than training keeps pages for: here every frame stays.
-        own = replace(at_switch[0].exploration, resident_frames=0)
-        counts = sorted({0, own.routed // 3, own.routed - own.routed // 3, own.routed})
-        routes = act_routes(
-            prompt, at_switch[0].frame, own, deployment.sink, counts if recall else [0, own.routed]
-        )
-        if not routes:
-            continue
-        fork = Fork(at_switch[0].frame, replace(own, branches=len(routes)))
-        (group,) = laboratory(setup, [prompt]).branches(
-            Place((prompt,), fork), chosen_routes([list(routes.values())])
-        )
+        group, routes = found
         acts, looks = looks_of(setup, group) if recall else ([], [])
-        if recall and len(set(acts)) < len(acts):
+        words = [word for act in acts for word in act.split()]
+        if len(set(words)) < len(words):
             continue
-        score = score_group(
-            group,
-            setup.backbone.codec,
-            setup.judges.scorer,
-            block=setup.generator.block,
-            transition_blocks=setup.config.rewards.transition_blocks,
-        )
-        title = (
-            f"who comes back? (video {prompt.id})"
-            if recall
-            else f"routed to acts 1 and 2 (video {prompt.id})"
-        )
-        extras: list[dict[str, float]] = [{}] * (len(routes) + 1)
-        entry = _group_entry(setup, group, score, title, f"causality-{prompt.id}", extras, videos, {})
-        for member, name in zip(entry["members"][1:], routes, strict=True):
-            member["name"] = name
-        if acts:
-            entry["acts"] = acts
-            for member, look in zip(entry["members"], [looks[-1], *looks[:-1]], strict=True):
-                member["shows"] = look
+        entry = _causality_entry(setup, group, routes, videos) | ({"acts": acts} if recall else {})
+        for member, look in zip(entry["members"], [*looks[-1:], *looks[:-1]], strict=False):
+            member["shows"] = look
         entries.append(entry)
     return entries
+
+
+def routed_to_acts(setup: Setup, prompt: VideoPrompt, *, thirds: bool) -> tuple[Group, list[str]] | None:
+    """A group that forks at its last switch, the third act or later, with the names of its routes.
+
+    None where no fork lies there, or an act has no frames to route.
+    """
+    if len(prompt.switches) < 2:
+        return None
+    deployment = setup.generator.deployment
+    plan = plan_forks([prompt], setup.config.exploration, deployment)
+    at_switch = [fork for fork in plan.roomiest if fork.frame == prompt.switches[-1]]
+    if not at_switch:
+        return None
+    # Act 1 may lie further back than training keeps pages for: here every frame stays.
+    own, frame = replace(at_switch[0].exploration, resident_frames=0), at_switch[0].frame
+    counts = {0, own.routed // 3, own.routed - own.routed // 3, own.routed} if thirds else {0, own.routed}
+    routes = act_routes(prompt, frame, own, deployment.sink, sorted(counts))
+    if not routes:
+        return None
+    place = Place((prompt,), Fork(frame, replace(own, branches=len(routes))))
+    (group,) = laboratory(setup, [prompt]).branches(place, chosen_routes([list(routes.values())]))
+    return group, list(routes)
+
+
+def _causality_entry(
+    setup: Setup, group: Group, routes: Sequence[str], videos: dict[str, Tensor]
+) -> dict[str, Any]:
+    judges, rewards = setup.judges, setup.config.rewards
+    score = score_group(
+        group,
+        setup.backbone.codec,
+        judges.scorer,
+        block=setup.generator.block,
+        transition_blocks=rewards.transition_blocks,
+    )
+    number, extras = group.root.prompt.id, [dict[str, float]()] * (len(routes) + 1)
+    title, key = f"routed to acts 1 and 2 of video {number}", f"causality-{number}"
+    entry = _group_entry(setup, group, score, title, key, extras, videos, {}) | {"resident_frames": 0}
+    for member, name in zip(entry["members"][1:], routes, strict=True):
+        member["name"] = name
+    return entry
 
 
 def looks_of(setup: Setup, group: Group) -> tuple[list[str], list[str]]:
@@ -256,7 +267,9 @@ def looks_of(setup: Setup, group: Group) -> tuple[list[str], list[str]]:
 
     span, end = 2 * setup.generator.block, group.fork + group.clean_MTCHW.shape[1]
     acts = [video[-1:, frames(switch - span, switch)] for switch in group.root.prompt.switches]
-    after = video[:, frames(group.fork + group.window_frames, end)]
+    first = group.fork + group.window_frames
+    # Without a tail the window is all there is to read.
+    after = video[:, frames(first if first < end else group.fork, end)]
     return recall.actor(torch.cat(acts)), recall.actor(after)
 
 
@@ -279,8 +292,8 @@ def act_routes(
             for (start, stop), share in zip(spans, (routed - count, count), strict=True)
             for n in range(share)
         ]
-        shares = [f"{share} of act {act}" for act, share in ((1, routed - count), (2, count)) if share]
-        routes[f"routed: {', '.join(shares)}"] = tuple(RoutedFrame(0, frame) for frame in frames)
+        shares = [f"act {act} \u00d7{share}" for act, share in ((1, routed - count), (2, count)) if share]
+        routes[" + ".join(shares)] = tuple(RoutedFrame(0, frame) for frame in frames)
     return routes
 
 

@@ -164,7 +164,9 @@ def slot_spans(group: GroupFacts, size: ContextSize) -> list[Span]:
     fork, end = group.fork, min(group.frames, group.fork + group.window)
     sink = min(size.sink, fork)
     recent = max(sink, fork - size.recent)
-    pool = max(sink, fork - (size.resident - size.sink)) if size.resident else sink
+    kept = number(group.entry.get("resident_frames"))
+    resident = size.resident if kept is None else int(kept)
+    pool = max(sink, fork - (resident - size.sink)) if resident else sink
     return (
         _range("sink", 0, sink)
         + _range("pool", pool, recent, "routes are drawn from here")
@@ -229,11 +231,6 @@ def _rows(group: GroupFacts, member: Entry) -> list[tuple[str, str]]:
         change = values["reward"] - group.anchor_reward
         difference = f' <span class="{tone_of(change)}">{signed(change)}</span>'
     rows = [("reward", f"<b>{fixed(values.get('reward'))}</b>{difference}")]
-    if "shows" in member:
-        act = (
-            f"act {group.acts.index(member['shows']) + 1}'s" if member["shows"] in group.acts else "nobody's"
-        )
-        rows = [("who is back", f"<b>{act}</b> {escape(member['shows'])}"), *rows]
     rows += [(key, fixed(values[key])) for key in ("local", "global") if key in values]
     rows += [(key, significant(values[key])) for key in RESIDUALS if key in values]
     if "advantage" in values:
@@ -250,6 +247,13 @@ def _rows(group: GroupFacts, member: Entry) -> list[tuple[str, str]]:
     return rows
 
 
+def _who_is_back(group: GroupFacts, member: Entry) -> str:
+    if (look := member.get("shows")) is None:
+        return ""
+    whose = f"act {group.acts.index(look) + 1}'s" if look in group.acts else "of no act before:"
+    return f'<p class="back">{whose} <b>{escape(look)}</b></p>'
+
+
 def _member(group: GroupFacts, member: Entry, position: int, store: ClipStore, size: ContextSize) -> str:
     name, values = str(member.get("name", "branch")), numbers(member) | {"order": position}
     table = "".join(f"<div><dt>{key}</dt><dd>{value}</dd></div>" for key, value in _rows(group, member))
@@ -258,7 +262,8 @@ def _member(group: GroupFacts, member: Entry, position: int, store: ClipStore, s
     picture = screen(store, "branches", member.get("video"), f"{name} of {group.title}")
     return (
         f'<article class="member{" anchor" if is_anchor(member) else ""}"{data}><h4>{escape(name)}</h4>'
-        f"{picture}{timeline}{_route_line(member, store, group.frames)}<dl>{table}</dl></article>"
+        f"{_who_is_back(group, member)}{picture}{timeline}{_route_line(member, store, group.frames)}"
+        f"<dl>{table}</dl></article>"
     )
 
 
@@ -272,9 +277,7 @@ def _group(run: RunRecord, store: ClipStore, entry: Entry, identity: str, *, hid
         if (key := sort.lstrip("-")) in shown
     )
     sizes, slots, jump = "", "", ""
-    acts = "".join(
-        f'<span class="slot">act {n}: {escape(act)}</span>' for n, act in enumerate(group.acts, start=1)
-    )
+    acts = ", ".join(f"act {n} <b>{escape(act)}</b>" for n, act in enumerate(group.acts, start=1))
     if group.fork is not None and group.frames:
         sizes = f"fork at frame {group.fork}, window of {group.window} frames"
         slots = strip(slot_spans(group, size), group.switches, group.frames, labelled=True)
@@ -307,8 +310,8 @@ APART = (
 
 
 LEFT_OPEN = (
-    " The last caption leaves open who returns, and the anchor sees only act 1 (the sink) and the act before the "
-    "fork. Who is back is read off the pixels after the window, and so is who played in the acts before."
+    " The last caption leaves open who returns, and the anchor sees only act 1 (the sink) and the act before "
+    "the fork. Who is back is read off the pixels after the window, and so is who played in the acts before."
 )
 
 
@@ -330,8 +333,8 @@ def explorer(run: RunRecord, store: ClipStore) -> str:
         open_ended = any("acts" in group for group in run.causality)
         heading = "Who comes back?" if open_ended else "Does the routed history cause the difference?"
         parts.append(
-            f'<h3 class="group" id="causality">{heading}</h3><p class="note">Same prompt and same noise; only '
-            f"the acts that the routed frames come from differ.{LEFT_OPEN if open_ended else ''}</p>"
+            f'<h3 class="group" id="causality">{heading}</h3><p class="note">Same prompt and same noise; '
+            f"only the acts that the routed frames come from differ.{LEFT_OPEN if open_ended else ''}</p>"
         )
         parts += [
             _group(run, store, group, f"causality-{i}", hidden=False) for i, group in enumerate(run.causality)

@@ -10,7 +10,9 @@
   advantage, probability, and the residuals as the method calls them: energy, distance or residual}]}; the
   member named "anchor" is not routed, a routed frame of another prompt is {frame, prompt}, and ``video``
   names a tensor in ``branches/branches.safetensors``. Advantages are those before the best and worst branches
-  are chosen and centred; branches that are not chosen have no probability.
+  are chosen and centred; branches that are not chosen have no probability. A group of ``causality`` also has
+  ``resident_frames``, 0, and where it can be read ``acts``, the looks of the actor of every act before the
+  fork, and ``shows`` of every member, the looks of whoever it shows after the window.
 
 Frame indices count latent frames from the start of the video, which has ``num_frames`` of them.
 """

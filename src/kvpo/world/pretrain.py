@@ -12,7 +12,7 @@ random draws are functions of (seed, step).
 import hashlib
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from os import cpu_count
 from pathlib import Path
 from typing import Any, Literal
@@ -48,7 +48,7 @@ class PretrainSettings:
     decay_from: float = 0.6
     """Share of the steps after which the learning rate falls linearly to zero."""
     faults_from: float = 0.75
-    """Share of the steps after which videos have faults; a training that begins with a base has them at once.
+    """Share of the steps after which videos have faults; 0 in a training that begins with a base.
 
     Faults are learned in a few hundred steps. To follow captions takes thousands, and more where every third
     video contradicts its caption.
@@ -240,16 +240,18 @@ def pretrain(
 
     ``out`` and a checkpoint beside it are written every ``checkpoint_every`` steps; ``resume`` goes on from
     that checkpoint, and what comes out is the same, byte for byte; the number of steps may differ as long as
-    neither the fall of the learning rate nor the faults have begun under either. ``report`` is called with (steps done, loss)
-    after every step. ``start`` is a base whose weights come first; without it they are drawn. Deterministic
-    in the settings on one machine. Returns whether it was finished, which it is not where ``interrupted``
-    turned true.
+    neither the faults nor the fall of the learning rate have begun under either. ``report`` is called with
+    (steps done, loss) after every step. ``start`` is a base whose weights come first, and whose training sees
+    faults at once; without it they are drawn. Deterministic in the settings on one machine. Returns whether
+    it was finished, which it is not where ``interrupted`` turned true.
 
     Raises:
         ValueError: the checkpoint is damaged, of other settings or another ``start``, or there without
             ``resume``; or ``out`` is, and is not what ``resume`` would end in.
         NonFiniteError: a loss is not finite.
     """
+    if start:
+        settings = replace(settings, faults_from=0.0)
     checkpoint = unfinished(out)
     if out.exists() and not checkpoint.exists():
         if resume and _made_with(out, model, settings):
@@ -263,8 +265,7 @@ def pretrain(
                 f"{checkpoint} is an unfinished training: --resume goes on with it; delete it to start anew"
             )
         _restore(training, checkpoint, header)
-    faulty_from = 0 if start else round(settings.faults_from * settings.steps)
-    for batch in _batches(stream, settings, training.step, faulty_from):
+    for batch in _batches(stream, settings, training.step):
         loss = training.advance(batch, stream, settings)
         stop = interrupted()
         if stop or training.step % settings.checkpoint_every == 0:
@@ -297,12 +298,8 @@ def _restore(training: Training, path: Path, expected: dict[str, Any]) -> None:
     except (SafetensorError, KeyError, ValueError) as error:
         raise ValueError(f"{path} is no unfinished training; delete it to start anew") from error
     step, settings = int(found.pop("step")), expected["settings"]
-    same = (
-        settings["decay_from"]
-        if expected["start"]["sha256"]
-        else min(settings["decay_from"], settings["faults_from"])
-    )
-    if step <= same * min(settings["steps"], found["settings"]["steps"]):
+    alike = min(settings["decay_from"], settings["faults_from"] or 1.0)
+    if step <= alike * min(settings["steps"], found["settings"]["steps"]):
         # Until the rate falls and the faults begin, trainings of all lengths are the same.
         found["settings"]["steps"] = settings["steps"]
     different = [
@@ -316,11 +313,10 @@ def _restore(training: Training, path: Path, expected: dict[str, Any]) -> None:
     training.restore(load_file(path), step)
 
 
-def _batches(
-    stream: StreamConfig, settings: PretrainSettings, first: int, faulty_from: int
-) -> Iterator[Batch]:
+def _batches(stream: StreamConfig, settings: PretrainSettings, first: int) -> Iterator[Batch]:
     """The batches of all steps from ``first`` on, made by other processes."""
     steps = range(first, settings.steps)
+    faulty_from = round(settings.faults_from * settings.steps)
     snippets = TrainingSnippets(stream.deployment, settings.snippets, settings.seed, faulty_from)
     workers = max(1, (cpu_count() or 2) - 1)
     return iter(DataLoader(snippets, sampler=steps, batch_size=None, num_workers=workers))

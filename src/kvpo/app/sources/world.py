@@ -34,7 +34,7 @@ from kvpo.training.setup import Setup
 from kvpo.world.codec import PixelCodec, load_codec
 from kvpo.world.detector import BROKEN_BELOW, attributes, detect
 from kvpo.world.exam import WorldExam
-from kvpo.world.grammar import words
+from kvpo.world.grammar import parse, words
 from kvpo.world.pretrain import PretrainSettings, load_generator, training_loss
 from kvpo.world.reward import WorldScorer
 from kvpo.world.snippets import SnippetSettings, TrainingSnippets
@@ -280,6 +280,17 @@ def read_off() -> ReadOff:
     return ReadOff(observe, 1.0)
 
 
+def open_ended(count: int, block: int) -> list[VideoPrompt]:
+    """Stories that leave open who comes back, of three actors unlike in colour and in shape."""
+
+    def unlike(prompt: VideoPrompt) -> bool:
+        told = [actor for text in prompt.segments[:3] for actor in parse(text).actors]
+        looks = {look for actor in told for look in (actor.colour, actor.shape)}
+        return len(told) == 3 and len(looks - {None}) == 6
+
+    return [p for p in open_prompts(16 * count, OPEN_FRAMES, block) if unlike(p)][:count]
+
+
 def first_actor(video_BTCHW: Tensor) -> list[str]:
     """Colour and shape of each video's first actor, as the detector reads them."""
     return [" ".join(first[:2]) for _, first, *_ in attributes(detect(video_BTCHW))]
@@ -329,5 +340,5 @@ SOURCE = Source(
     longest_prompt=longest_prompt,
     surroundings=lambda config: Surroundings(frozen_size=frozen_dtype(config).itemsize),
     read_off=read_off,
-    recall=Recall(lambda count, block: open_prompts(count, OPEN_FRAMES, block), first_actor),
+    recall=Recall(open_ended, first_actor),
 )
