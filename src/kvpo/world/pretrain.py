@@ -47,7 +47,7 @@ class PretrainSettings:
     warmup: int = 100
     decay_from: float = 0.6
     """Share of the steps after which the learning rate falls linearly to zero."""
-    faults_from: float = 0.75
+    faults_from: float = 0.65
     """Share of the steps after which videos have faults; 0 in a training that begins with a base.
 
     Faults are learned in a few hundred steps. To follow captions takes thousands, and more where every third

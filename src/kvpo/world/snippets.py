@@ -47,9 +47,9 @@ class SnippetSettings:
         wrong_attribute=0.4,
         late_switch=0.05,
         ignored_switch=0.02,
-        flicker=0.15,
+        flicker=0.08,
         flicker_range=(0.05, 0.12),
-        jitter=0.1,
+        jitter=0.05,
         tiring=0.6,
     )
     """Above all wrong attributes and movement that dies away: alignment can mend both, and neither blurs."""
