@@ -286,7 +286,7 @@ def _group(run: RunRecord, store: ClipStore, entry: Entry, identity: str, *, hid
         f'<div class="group-panel film" id="{identity}" {film_data(entry, group.frames)}'
         f'{" hidden" if hidden else ""}><div class="card lead"><header><h3>{escape(group.title)}</h3>'
         f'<span class="soft">{sizes}</span></header>{captions(entry, group.frames)}{slots}'
-        f"{f'<p class=route>{acts}</p>' if acts else ''}"
+        f"{f'<p>Shown so far: {acts}</p>' if acts else ''}"
         f'<div class="toolbar"><label>Sort <select data-sort="{identity}-members">{options}</select></label>'
         f'{jump}<label class="check"><input type="checkbox" data-difference> difference to the anchor</label>'
         f'</div></div><div class="members" id="{identity}-members">{cards}</div></div>'

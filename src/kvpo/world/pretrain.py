@@ -50,8 +50,8 @@ class PretrainSettings:
     faults_from: float = 0.65
     """Share of the steps after which videos have faults; 0 in a training that begins with a base.
 
-    Faults are learned in a few hundred steps. To follow captions takes thousands, and more where every third
-    video contradicts its caption.
+    Faults are learned in a few hundred steps. To follow captions takes thousands, and more where
+    many a video contradicts its caption.
     """
     ema_decay: float = 0.998
     context_noise: float = 0.15
