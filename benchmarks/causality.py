@@ -24,7 +24,7 @@ from rich.progress import track
 
 from kvpo.app.build import build_setup
 from kvpo.app.configuration import resolve
-from kvpo.app.report_data import laboratory
+from kvpo.app.report_data import act_ends, after_window, laboratory
 from kvpo.engine.explorers import RoutedFrame, chosen_routes
 from kvpo.engine.forks import Fork
 from kvpo.engine.noise import keyed_generator
@@ -115,27 +115,25 @@ def observed(setup: Setup, prompts: Sequence[VideoPrompt], draws: int) -> list[O
         histories = [*(history for history, _ in own), ANCHOR]
         members = [
             Shown(history, look, broken)
-            for history, (look, broken) in zip(histories, after_window(setup, group), strict=True)
+            for history, (look, broken) in zip(histories, shown_after(setup, group), strict=True)
         ]
         found.append(Observed(acts[n], acts[(n + 1) % len(acts)][1], members))
     return found
 
 
-def after_window(setup: Setup, group: Group) -> list[tuple[Look, bool]]:
+def shown_after(setup: Setup, group: Group) -> list[tuple[Look, bool]]:
     """Colour and shape of each member's first actor after the window, and whether the member is broken."""
     with torch.no_grad():
-        seen = detect(setup.backbone.codec.decode(group.clean_MTCHW)[:, group.window_frames :])
+        seen = detect(after_window(group, setup.backbone.codec))
     looks = [(clip[1][0], clip[1][1]) for clip in attributes(seen)]
     return list(zip(looks, seen.broken.tolist(), strict=True))
 
 
 def acts_shown(setup: Setup, group: Group) -> list[set[Look]]:
     """Colours and shapes in the last two blocks of acts 1 to 3."""
-    block = setup.generator.block
     with torch.no_grad():
-        pixels = setup.backbone.codec.decode(torch.cat(group.root.latents)[None])
-    clips = torch.cat([pixels[:, end - 2 * block : end] for end in group.root.prompt.switches])
-    return [{(look[0], look[1]) for look in clip[1:]} for clip in attributes(detect(clips))]
+        seen = detect(act_ends(group, setup.backbone.codec, setup.generator.block))
+    return [{(look[0], look[1]) for look in clip[1:]} for clip in attributes(seen)]
 
 
 def mean_and_error(values: Sequence[float]) -> tuple[float, float]:

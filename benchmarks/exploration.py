@@ -16,7 +16,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from causality import TOGETHER, Look, acts_shown, after_window, mean_and_error
+from causality import TOGETHER, Look, acts_shown, mean_and_error, shown_after
 from measuring import given_settings, machine, section, table, write_json
 from rich.progress import track
 
@@ -65,7 +65,7 @@ def measured(setup: Setup, prompts: Sequence[VideoPrompt], explorer: Explorer) -
         groups: list[Group] = look.branches(Place(tuple(batch), fork), explorer)
         for group in groups:
             acts = acts_shown(setup, group)
-            per_story.append(counted(after_window(setup, group)[:-1], acts[0] | acts[1]))
+            per_story.append(counted(shown_after(setup, group)[:-1], acts[0] | acts[1]))
             others.append(look.measure([group]))
     found = mean_diversity(others)
     for name in COUNTED:

@@ -22,7 +22,7 @@ from kvpo.engine.explorers import (
     routes,
 )
 from kvpo.engine.forks import Fork, plan_forks
-from kvpo.engine.generator import as_bytes, pixel_frame, pixels_of
+from kvpo.engine.generator import Codec, as_bytes, pixel_frame, pixels_of
 from kvpo.engine.noise import Tape, keyed_generator
 from kvpo.engine.rollout import Group
 from kvpo.engine.scoring import Scores, decode_members, score_group
@@ -203,7 +203,10 @@ def causality_groups(setup: Setup, videos: dict[str, Tensor]) -> list[dict[str, 
         if not (found := routed_to_acts(setup, prompt, thirds=recall is not None)):
             continue
         group, routes = found
-        acts, looks = looks_of(setup, group) if recall else ([], [])
+        acts, looks = [], []
+        if recall:
+            acts = recall.actor(act_ends(group, setup.backbone.codec, setup.generator.block))
+            looks = recall.actor(after_window(group, setup.backbone.codec))
         words = [word for act in acts for word in act.split()]
         if len(set(words)) < len(words):
             continue
@@ -256,21 +259,18 @@ def _causality_entry(
     return entry
 
 
-def looks_of(setup: Setup, group: Group) -> tuple[list[str], list[str]]:
-    """The actor at the end of every act before the fork, and after the window of every member."""
-    recall, codec = source_of(setup.config).recall, setup.backbone.codec
-    assert recall is not None
-    video = decode_members(group, codec, lead=group.fork)
+def act_ends(group: Group, codec: Codec, block: int) -> Tensor:
+    """The last two blocks of every act before the fork: ``[A, T, 3, H, W]``."""
+    (video,) = pixels_of(codec, torch.cat(group.root.latents)[None])
+    ends = [pixel_frame(switch, codec.frames_per_latent) for switch in group.root.prompt.switches]
+    return torch.stack([video[end - 2 * block * codec.frames_per_latent : end] for end in ends])
 
-    def frames(start: int, stop: int) -> slice:
-        return slice(*(pixel_frame(frame, codec.frames_per_latent) for frame in (start, stop)))
 
-    span, end = 2 * setup.generator.block, group.fork + group.clean_MTCHW.shape[1]
-    acts = [video[-1:, frames(switch - span, switch)] for switch in group.root.prompt.switches]
-    first = group.fork + group.window_frames
-    # Without a tail the window is all there is to read.
-    after = video[:, frames(first if first < end else group.fork, end)]
-    return recall.actor(torch.cat(acts)), recall.actor(after)
+def after_window(group: Group, codec: Codec) -> Tensor:
+    """Every member after its window, or in it where no tail follows: ``[M, T, 3, H, W]``."""
+    video = decode_members(group, codec, lead=0)
+    after = video[:, group.window_frames * codec.frames_per_latent :]
+    return after if after.shape[1] else video
 
 
 def act_routes(
