@@ -46,7 +46,7 @@ live: $(if $(wildcard .venv/.complete),.venv/.complete,.venv/.live)
 
 # Files of tests on up to four cores at a time.
 test: .venv/.complete
-	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile
+	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 test-slow: .venv/.complete
 	$(BIN)/python -m pytest -m slow

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from kvpo.app.cli import main
-from kvpo.training.checkpoint import save_checkpoint
+from kvpo.training.checkpoint import resume_point, save_checkpoint
 from kvpo.training.run_directory import RunDirectory
 from kvpo.training.trainer import Trainer, architecture
 from tests.tiny_world import SETTINGS, tiny_config, toy_setup
@@ -175,31 +175,29 @@ def plant(path: Path) -> None:
     (path.parent / "state.json").write_text(json.dumps(record | {"record_sha256": digest}))
 
 
-@pytest.mark.parametrize(
-    ("damage", "words"),
-    [
-        (truncate, "is truncated: "),
-        (tamper, "was changed after it was saved: state.safetensors fails its SHA-256"),
-        (plant, "state.safetensors is not a safetensors file"),
-    ],
-)
+DAMAGES: list[tuple[Callable[[Path], None], str]] = [
+    (truncate, "is truncated: "),
+    (tamper, "was changed after it was saved: state.safetensors fails its SHA-256"),
+    (plant, "state.safetensors is not a safetensors file"),
+]
+
+
 def test_damaged_checkpoints(
-    refused: Any,
-    run: Path,
-    tmp_path: Path,
-    caplog: pytest.LogCaptureFixture,
-    damage: Callable[[Path], None],
-    words: str,
+    refused: Any, run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = run / "checkpoints" / "update-000002"
-    damage(path / "state.safetensors")
-    said = refused("generate", "--run", run, "--checkpoint", path, "--out", "videos")
-    assert str(path) in said and words in said
-    assert not (tmp_path / "videos").exists() and not (tmp_path / "executed").exists()
-    assert (run / "checkpoints" / "update-000001" / "state.safetensors").exists()
-    caplog.clear()
+    whole = {file: file.read_bytes() for file in path.iterdir()}
+    for damage, words in DAMAGES:
+        for file, content in whole.items():
+            file.write_bytes(content)
+        damage(path / "state.safetensors")
+        said = refused("generate", "--run", run, "--checkpoint", path, "--out", "videos")
+        assert str(path) in said and words in said
+        assert not (tmp_path / "videos").exists() and not (tmp_path / "executed").exists()
+        caplog.clear()
+        assert resume_point(path.parent) == path.with_name("update-000001")
+        assert any("skipped: checkpoint" in line for line in caplog.messages)
     assert main(["align", "--resume", "--out", str(run)]) == 0  # it is passed over for the one before
-    assert any("skipped: checkpoint" in line for line in caplog.messages)
     assert not (tmp_path / "executed").exists()
 
 

@@ -1,5 +1,6 @@
 """Branch diversity is read off what a fork shows, with and without a tail after its window."""
 
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -95,7 +96,9 @@ def test_branch_noise_is_mixed_inside_the_window_alone() -> None:
 def test_the_strength_is_found_by_bisection(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pixel distances that are the square of the strength, three times as large at the second fork."""
     monkeypatch.setattr(
-        Laboratory, "branches", lambda self, place, noise: place.fork.frame * noise.keywords["strength"] ** 2
+        Laboratory,
+        "roots",
+        lambda self, place: nullcontext(lambda noise: place.fork.frame * noise.keywords["strength"] ** 2),
     )
     monkeypatch.setattr(Laboratory, "measure", lambda self, groups: SimpleNamespace(pixel_distance=groups))
     look = Laboratory(*[None] * 6)  # type: ignore[arg-type]
@@ -111,7 +114,13 @@ def test_branches_without_noise_of_their_own_are_the_anchor(tiny_base: Path) -> 
     look = Laboratory(setup.generator, setup.backbone.codec, texts, tape, setup.judges, read_off)
     place = Place(prompts, Fork(12, replace(setup.config.exploration, branches=2)))
     explorers = [routes, *(partial(noise_branches, strength=strength) for strength in (0.0, 0.5))]
-    routed, silent, noisy = (look.branches(place, explorer) for explorer in explorers)
+    with look.roots(place) as explore:
+        routed, silent, noisy = (explore(explorer) for explorer in explorers)
+    for explorer, groups in zip(explorers, (routed, silent, noisy), strict=True):
+        for alone, group in zip(look.branches(place, explorer), groups, strict=True):
+            assert torch.equal(alone.clean_MTCHW, group.clean_MTCHW), (
+                "earlier branches left the roots as they were"
+            )
     for one, other, loud in zip(routed, silent, noisy, strict=True):
         anchor = one.clean_MTCHW[-1]
         assert len(one.routes) == 2 and other.routes == loud.routes == (None, None)

@@ -34,7 +34,7 @@ from kvpo.prompts import VideoPrompt
 from kvpo.report.headline import FEWEST_PROMPTS
 from kvpo.training.collection import credit_of, explore
 from kvpo.training.credit import collection_scale
-from kvpo.training.diversity import Laboratory, Place, mean_diversity
+from kvpo.training.diversity import Diversity, Laboratory, Place, mean_diversity
 from kvpo.training.evaluation import Evaluation
 from kvpo.training.gradients import lesson_of, table_of, with_routed_teacher
 from kvpo.training.ranks import ONE_TEAM, Ranks
@@ -79,21 +79,26 @@ def measure_diversity(setup: Setup, ranks: Ranks) -> dict[str, dict[str, float]]
         return {}
     places = story_places(setup, FEWEST_PROMPTS)
     look = laboratory(setup, [prompt for place in places for prompt in place.prompts])
-    over_places = partial(branch_diversity, look, places, ranks)
-    routed, fresh = over_places(routes), over_places(fresh_noise)
+    routed, fresh = branch_diversity(look, places, ranks, routes, fresh_noise)
     strength = look.matched_strength(places[:2], routed["pixel_distance"])
-    matched = over_places(partial(noise_branches, strength=strength))
+    (matched,) = branch_diversity(look, places, ranks, partial(noise_branches, strength=strength))
     return {"chr": routed, "noise": fresh, "noise_matched": {**matched, "strength": strength}}
 
 
 def branch_diversity(
-    look: Laboratory, places: Sequence[Place], ranks: Ranks, explorer: Explorer
-) -> dict[str, float]:
-    """Diversity of an explorer's branches, the mean over the prompts of all places, which ranks share."""
+    look: Laboratory, places: Sequence[Place], ranks: Ranks, *explorers: Explorer
+) -> list[dict[str, float]]:
+    """Diversity of every explorer's branches, the mean over the prompts of all places, which ranks share."""
+
+    def at(place: Place) -> list[Diversity]:
+        with look.roots(place) as explore:
+            return [look.measure(explore(explorer)) for explorer in explorers]
+
     with ranks.together("measuring diversity"):
-        own = [look.measure(look.branches(place, explorer)) for place in ranks.share(places)]
+        own = [at(place) for place in ranks.share(places)]
     measured = ranks.in_order(own, "measuring diversity")
-    return mean_diversity([m for m, place in zip(measured, places, strict=True) for _ in place.prompts])
+    every = [found for found, place in zip(measured, places, strict=True) for _ in place.prompts]
+    return [mean_diversity(found) for found in zip(*every, strict=True)]
 
 
 def write_gallery(run: Run, results: dict[str, tuple[Evaluation, Evaluation]], directory: Path) -> None:

@@ -5,20 +5,21 @@ of the window, either freshly drawn or mixed in as sqrt(1 - s^2) eps + s delta w
 as far apart in pixels as CHR's do.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
-from itertools import combinations
+from itertools import chain, combinations
 
 import torch
 from torch import Tensor
 
-from kvpo.engine.explorers import Explorer, noise_branches
+from kvpo.engine.explorers import Explorer, Member, Site, noise_branches
 from kvpo.engine.forks import Fork
 from kvpo.engine.generator import Codec, StreamingGenerator, pixels_of
 from kvpo.engine.noise import Tape
-from kvpo.engine.pages import PlannedRollout
-from kvpo.engine.rollout import Group, roll_out
+from kvpo.engine.pages import PlannedRollout, cache_pages
+from kvpo.engine.rollout import Group, Rollout
 from kvpo.engine.scoring import score_group
 from kvpo.engine.stream import TextTable
 from kvpo.prompts import VideoPrompt
@@ -73,12 +74,28 @@ class Laboratory:
 
     def branches(self, place: Place, explorer: Explorer) -> list[Group]:
         """Branches as an explorer tells them apart, the anchor last."""
-        forks = [place.fork] * len(place.prompts)
-        key = ("diversity", place.fork.frame)
-        planned = PlannedRollout(place.prompts, forks)
-        rollout = roll_out(self.generator, planned, self.texts, self.tape, key, explorer=explorer)
-        rollout.release()
-        return rollout.groups
+        with self.roots(place) as explore:
+            return explore(explorer)
+
+    @contextmanager
+    def roots(self, place: Place) -> Iterator[Callable[[Explorer], list[Group]]]:
+        """A function that returns an explorer's ``branches`` from roots that are grown only once."""
+        groups = range(len(place.prompts))
+        planned = PlannedRollout(place.prompts, [place.fork] * len(groups), keep_pool=True)
+        cache = self.generator.new_cache(cache_pages(self.generator, [planned]))
+        rollout = Rollout(self.generator, planned, self.texts, self.tape, cache)
+        key, steps = ("diversity", place.fork.frame), len(self.generator.sigmas)
+        site = Site(self.generator, planned, self.tape, key, steps)
+
+        def explore(explorer: Explorer) -> list[Group]:
+            members = [[*explorer(site, group), Member(group)] for group in groups]
+            with self.generator.held():
+                ran = rollout.run([*chain(*members)], rows=place.fork.exploration.rows)
+                return [rollout.group_of(own, ran) for own in members]
+
+        with self.generator.held():
+            rollout.grow_roots(groups)
+        yield explore
 
     def measure(self, groups: Sequence[Group]) -> Diversity:
         """Diversity of the branches (without the last member), averaged over groups."""
@@ -106,15 +123,14 @@ class Laboratory:
     def matched_strength(self, places: Sequence[Place], distance: float) -> float:
         """Noise strength at which noise branches lie ``distance`` apart in pixels, by bisection."""
 
-        def apart(place: Place, strength: float) -> float:
-            noise = partial(noise_branches, strength=strength)
-            return self.measure(self.branches(place, noise)).pixel_distance
-
         low, high = 0.0, 1.0
-        for _ in range(6):
-            middle = (low + high) / 2
-            found = sum(apart(place, middle) for place in places) / len(places)
-            low, high = (middle, high) if found < distance else (low, middle)
+        with ExitStack() as stack:
+            explored = [stack.enter_context(self.roots(place)) for place in places]
+            for _ in range(6):
+                middle = (low + high) / 2
+                noise = partial(noise_branches, strength=middle)
+                found = sum(self.measure(explore(noise)).pixel_distance for explore in explored) / len(places)
+                low, high = (middle, high) if found < distance else (low, middle)
         return (low + high) / 2
 
 

@@ -120,7 +120,8 @@ def fresh_diversity(setup: Setup) -> dict[str, float]:
     )
     places = story_places(whole, FEWEST_PROMPTS)
     look = laboratory(whole, [prompt for place in places for prompt in place.prompts])
-    return branch_diversity(look, places, ALONE, fresh_noise)
+    (found,) = branch_diversity(look, places, ALONE, fresh_noise)
+    return found
 
 
 def best_of(setup: Setup, count: int) -> dict[str, PromptScores]:
