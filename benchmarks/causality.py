@@ -12,7 +12,7 @@ the blocks after its window, are read off pixels.
 import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import combinations
+from itertools import combinations, islice
 from math import sqrt
 from pathlib import Path
 from statistics import fmean, stdev
@@ -188,7 +188,7 @@ def main() -> None:
     config = resolve("demo", None, given_settings(extra))
     evaluation = replace(config.evaluation, validation_prompts=2, test_prompts=2)
     setup = build_setup(replace(config, evaluation=evaluation))
-    prompts = open_prompts(arguments.stories, arguments.frames, setup.generator.block)
+    prompts = list(islice(open_prompts(arguments.frames, setup.generator.block), arguments.stories))
     batches = [prompts[n : n + TOGETHER] for n in range(0, len(prompts), TOGETHER)]
     results = [o for batch in track(batches, "stories") for o in observed(setup, batch, arguments.draws)]
     numbers = summary(results)

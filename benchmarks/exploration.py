@@ -11,7 +11,7 @@ Noise branches keep the deployment history and draw fresh noise for the same blo
 import argparse
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from itertools import combinations
+from itertools import combinations, islice
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -79,7 +79,7 @@ def under(setting: str, stories: int, given: Mapping[str, Any]) -> dict[str, dic
     config = resolve("demo", None, {**given, **{f"exploration.{name}": v for name, v in flags.items()}})
     evaluation = replace(config.evaluation, validation_prompts=2, test_prompts=2)
     setup = build_setup(replace(config, evaluation=evaluation))
-    prompts = open_prompts(stories, 84, setup.generator.block)
+    prompts = list(islice(open_prompts(84, setup.generator.block), stories))
     return {kind: measured(setup, prompts, explorer) for kind, explorer in KINDS.items()}
 
 

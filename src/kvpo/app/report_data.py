@@ -1,9 +1,10 @@
 """Data of a run's report beyond its metrics: before/after videos, branch groups, causality, diversity."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -201,7 +202,8 @@ def causality_groups(setup: Setup, videos: dict[str, Tensor]) -> list[dict[str, 
     told apart, in several proportions; elsewhere of three long validation prompts, to one act each.
     """
     recall, entries = source_of(setup.config).recall, []
-    stories = recall.stories(4, setup.generator.block) if recall else setup.validation.get("long", ())
+    own: Iterable[VideoPrompt] = setup.validation.get("long", ())
+    stories = islice(recall.stories(setup.generator.block), 4) if recall else own
     for prompt in stories:
         if len(entries) == (1 if recall else 3):
             break

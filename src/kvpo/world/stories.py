@@ -2,6 +2,7 @@
 
 import hashlib
 import random
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import combinations
@@ -240,17 +241,17 @@ def distinct_prompts(
     return [video_prompt(story, first_id + index) for index, story in enumerate(stories)]
 
 
-def open_prompts(count: int, num_frames: int, block: int) -> list[VideoPrompt]:
+def open_prompts(num_frames: int, block: int) -> Iterator[VideoPrompt]:
     """Test stories of four equal acts, the first three with different actors, the fourth left ``OPEN``."""
     starts = [num_frames // (4 * block) * block * n for n in range(4)]
     generator = keyed_generator("open stories")
-    prompts: list[VideoPrompt] = []
-    while len(prompts) < count:
+    number = 30_000_000
+    while True:
         story = sample_story(generator, 4, num_frames, split="test")
         looks = [{(a.colour, a.shape) for a in act.actors} for act in story.acts[:3]]
         if any(a & b for a, b in combinations(looks, 2)):
             continue
         acts = tuple(replace(act, start=start) for act, start in zip(story.acts, starts, strict=True))
-        prompt = video_prompt(replace(story, acts=acts), 30_000_000 + len(prompts))
-        prompts.append(replace(prompt, segments=(*prompt.segments[:3], OPEN)))
-    return prompts
+        prompt = video_prompt(replace(story, acts=acts), number)
+        yield replace(prompt, segments=(*prompt.segments[:3], OPEN))
+        number += 1

@@ -1,6 +1,6 @@
 """A source of generators, and the parts that every source needs."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -40,8 +40,8 @@ class Guide:
 class Recall:
     """Stories whose last prompt leaves open who comes back, and a reading of who does."""
 
-    stories: Callable[[int, int], list[VideoPrompt]]
-    """(count, frames of a block) -> stories of four prompts, the first three about different actors."""
+    stories: Callable[[int], Iterator[VideoPrompt]]
+    """Frames of a block -> stories of four prompts without end, the first three about different actors."""
     actor: Callable[[Tensor], list[str]]
     """Videos ``[B, T, 3, H, W]`` -> the looks of the first actor of each, read off the pixels."""
 

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from importlib.resources import files
@@ -280,7 +280,7 @@ def read_off() -> ReadOff:
     return ReadOff(observe, 1.0)
 
 
-def open_ended(count: int, block: int) -> list[VideoPrompt]:
+def open_ended(block: int) -> Iterator[VideoPrompt]:
     """Stories that leave open who comes back, of three actors unlike in colour and in shape."""
 
     def unlike(prompt: VideoPrompt) -> bool:
@@ -288,7 +288,7 @@ def open_ended(count: int, block: int) -> list[VideoPrompt]:
         looks = {look for actor in told for look in (actor.colour, actor.shape)}
         return len(told) == 3 and len(looks - {None}) == 6
 
-    return [p for p in open_prompts(16 * count, OPEN_FRAMES, block) if unlike(p)][:count]
+    return filter(unlike, open_prompts(OPEN_FRAMES, block))
 
 
 def first_actor(video_BTCHW: Tensor) -> list[str]:
