@@ -60,7 +60,7 @@ class BackboneConfig:
 
 @dataclass(frozen=True)
 class PromptsConfig:
-    """Prompts of public generators; the embedded world writes its own."""
+    """Prompts of a file; without one the embedded world writes its own."""
 
     file: str = ""
     """One prompt per line (.txt), or segments and switch frames (.jsonl); a path or a hub id."""

@@ -31,11 +31,8 @@ def check(config: Config) -> None:
     except ValueError as error:
         raise ConfigurationError(str(error)) from error
     _stream(config.stream)
-    if config.backbone.from_files:
+    if config.backbone.from_files or config.prompts.file:
         _prompts(config.prompts, config.stream)
-    else:
-        file = config.prompts.file
-        _require(not file, "prompts.file", repr(file), "empty: the embedded world writes its own prompts")
     _exploration(config.exploration, config.stream, config.optim)
     _objective(config.objective, config.exploration, config.stream)
     _method(config)

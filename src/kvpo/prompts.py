@@ -1,6 +1,6 @@
 """Prompts of a video: one text per segment, and the latent frames at which segments change."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -90,16 +90,26 @@ class ClipPrompt(str):
 
     ``before`` is the text of the previous segment ("" if none) and ``switch`` the index of the first frame
     of the clip that belongs to this segment: frames before it still show ``before``. ``file_rate`` are the
-    frames per second of the file whose frames the clip was taken from (0: from none).
+    frames per second of the file whose frames the clip was taken from (0: from none), ``earlier`` the texts
+    of all segments before this one, in order: what a reward needs to judge who comes back.
     """
 
     before: str
     switch: int
     file_rate: float
+    earlier: tuple[str, ...]
 
-    def __new__(cls, text: str, before: str = "", switch: int = 0, file_rate: float = 0.0) -> "ClipPrompt":
+    def __new__(
+        cls,
+        text: str,
+        before: str = "",
+        switch: int = 0,
+        file_rate: float = 0.0,
+        earlier: Sequence[str] = (),
+    ) -> "ClipPrompt":
         prompt = super().__new__(cls, text)
         prompt.before = before
         prompt.switch = switch
         prompt.file_rate = file_rate
+        prompt.earlier = tuple(earlier)
         return prompt

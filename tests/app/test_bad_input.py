@@ -67,7 +67,7 @@ def settings(tiny_base: Path, tmp_path: Path) -> Path:
         ("--optim.lr fast", ["optim.lr", "'fast'", "a number"]),
         ("--exploration.resident_frames 8", ["exploration.resident_frames", "pool of 2 frames", "got 8"]),
         ("--stream.block 4", ["stream.block", "divide the 30 and 60 frames", "got 4"]),
-        ("--prompts mine.txt", ["prompts.file", "'mine.txt'", "writes its own prompts"]),
+        ("--prompts mine.txt", ["prompts.file: mine.txt: no such prompt file"]),
         (
             "--backbone.checkpoint nowhere.safetensors",
             ["backbone.checkpoint: nowhere.safetensors is not a file", "kvpo pretrain"],

@@ -9,13 +9,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvpo.app.build import load_backbone
+from kvpo.app.build import build_setup, load_backbone, source_of
 from kvpo.app.configuration import assign
 from kvpo.app.file_prompts import FilePrompts, updates_prompts
 from kvpo.app.presets import PRESETS
+from kvpo.app.report_data import measure_diversity
 from kvpo.app.sources.wan_parts import text_encoder
 from kvpo.config_checks import ConfigurationError
+from kvpo.prompt_files import written
 from kvpo.prompts import VideoPrompt
+from kvpo.training.ranks import ALONE
 from tests.tiny_wan import tiny_wan
 from tests.tiny_world import tiny_config
 
@@ -122,3 +125,26 @@ def test_words_that_the_embedded_generator_does_not_know_are_named(
     load_backbone(config, [VideoPrompt(0, ("red " * 40,), (), 30)])
     (said,) = caplog.messages
     assert "1 of 1 prompts are longer than the 32 words that are read of each; the other 8 words" in said
+
+
+def test_the_embedded_world_takes_its_prompts_from_a_file_too(
+    tiny_base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    texts = [f"A {colour} {shape} drifts right." for colour in ("red", "blue") for shape in ("ring", "cross")]
+    story = (*texts[:2], "Then one of them is back again.")
+    short = [VideoPrompt(n, (f"{text} {n}",), (), 21) for n, text in enumerate(texts * 2)]
+    long = [VideoPrompt(n, (f"{text} {n}", *story[1:]), (12, 18), 30) for n, text in enumerate(texts * 2)]
+    for own, kinds in ((short + long, {"short", "long"}), (short, {"short"})):
+        file = tmp_path / f"{len(own)}.jsonl"
+        file.write_text(written(own, file))
+        config = tiny_config(tiny_base, prompts__file=str(file))
+        with caplog.at_level(logging.WARNING):
+            setup, source = build_setup(config), source_of(config)
+        assert "words that the embedded generator does not know" in caplog.text
+        held = {p.segments for sets in (setup.validation, setup.test) for one in sets.values() for p in one}
+        trained = {p.segments for update in range(9) for p in setup.training_prompts(update)}
+        assert trained | held == {prompt.segments for prompt in own} and not trained & held
+        assert setup.validation.keys() == setup.test.keys() == kinds
+        assert {name: one.prompts for name, one in source.final(config).items()} == setup.test
+        assert source.longest_prompt(config).num_frames == (30 if "long" in kinds else 21)
+        assert bool(measure_diversity(setup, ALONE)) == ("long" in kinds)

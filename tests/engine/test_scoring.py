@@ -12,6 +12,7 @@ from kvpo.engine.generator import pixel_frame
 from kvpo.engine.rollout import Group
 from kvpo.engine.scoring import (
     decode_members,
+    in_pixels,
     score_group,
     segment_clips,
     shared_clips,
@@ -36,6 +37,8 @@ def test_one_clip_per_segment_after_the_fork() -> None:
         (15, 24, "three", "two", 3),
     ]
     assert shown(segment_clips(STORY, 12, 18, block=BLOCK, lead=BLOCK)[0]) == (9, 18, "two", "one", 3)
+    assert [clip.prompt.earlier for clip in clips] == [(), ("one",), ("one", "two")]
+    assert in_pixels(clips[2], 4).prompt.earlier == ("one", "two")
 
 
 def test_the_first_latent_frame_is_one_pixel_frame_and_every_other_one_is_as_many_as_the_codec_says() -> None:

@@ -28,12 +28,12 @@ def decoded(body: bytes) -> ScoreRequest:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.uint8])
 def test_a_question_survives_its_journey_to_the_bit(dtype: torch.dtype) -> None:
     video = (torch.rand(2, 3, 3, 4, 6) * 255).to(dtype)
-    prompts = (ClipPrompt("Ein Bär, “groß”", "vorher\n", 2, 12.5), ClipPrompt(""))
+    prompts = (ClipPrompt("Ein Bär, “groß”", "vorher\n", 2, 12.5, ["zuerst", "vorher\n"]), ClipPrompt(""))
     found = decoded(encoded(ScoreRequest(video, prompts, ("a", "b"))))
     assert torch.equal(found.video_BTCHW, video) and found.components == ("a", "b")
-    assert [(str(p), p.before, p.switch, p.file_rate) for p in found.prompts] == [
-        ("Ein Bär, “groß”", "vorher\n", 2, 12.5),
-        ("", "", 0, 0),
+    assert [(str(p), p.before, p.switch, p.file_rate, p.earlier) for p in found.prompts] == [
+        ("Ein Bär, “groß”", "vorher\n", 2, 12.5, ("zuerst", "vorher\n")),
+        ("", "", 0, 0, ()),
     ]
 
 
@@ -87,7 +87,7 @@ def test_eight_bits_of_what_is_no_colour() -> None:
 @pytest.mark.parametrize("text", ["[" * 50_000, '["\\ud800"]'])
 def test_bodies_that_no_scorer_should_see(field: str, text: str) -> None:
     header = {
-        "__metadata__": {"prompts": '[["", "", 0, 0]]', "components": '["own"]', field: text},
+        "__metadata__": {"prompts": '[["", "", 0, 0, []]]', "components": '["own"]', field: text},
         "video": {},
     }
     encoded_header = json.dumps(header).encode()

@@ -166,6 +166,12 @@ def prompts_of_file(config: Config, location: Path | str) -> list[VideoPrompt]:
     return list(found.prompts)
 
 
+def longest_of_file(config: Config) -> VideoPrompt:
+    """The most demanding video of the prompt file: that with most switches, then most frames."""
+    every = prompts_of_file(config, config.prompts.file)
+    return max(every, key=lambda prompt: (len(prompt.switches), prompt.num_frames))
+
+
 def split_prompts(config: Config) -> tuple[list[VideoPrompt], Sets, Sets]:
     """The prompt file as training prompts, and validation and test sets by kind; the same for every seed.
 

@@ -74,9 +74,9 @@ def measure_diversity(setup: Setup, ranks: Ranks) -> dict[str, dict[str, float]]
     """Routed branches compared with noise branches: at matched pixel distance, and with fresh noise.
 
     ``ranks`` share the places. What a video shows is read off its pixels; empty where the generator's source
-    does not allow that.
+    does not allow that, or there are no stories.
     """
-    if source_of(setup.config).read_off is None:
+    if source_of(setup.config).read_off is None or "long" not in setup.validation:
         return {}
     places = story_places(setup, FEWEST_PROMPTS)
     look = laboratory(setup, [prompt for place in places for prompt in place.prompts])

@@ -61,7 +61,8 @@ def segment_clips(prompt: VideoPrompt, first: int, stop: int, *, block: int, lea
             continue
         before = prompt.segments[index - 1] if index and begin == start else ""
         switch = min(lead, begin - starts[index - 1]) if before else 0
-        clips.append(Clip(begin - switch, end, ClipPrompt(prompt.segments[index], before, switch)))
+        text, earlier = prompt.segments[index], prompt.segments[:index]
+        clips.append(Clip(begin - switch, end, ClipPrompt(text, before, switch, earlier=earlier)))
     return clips
 
 
@@ -97,7 +98,7 @@ def in_pixels(clip: Clip, frames_per_latent: int) -> Clip:
     """The same clip counted in pixel frames, its switch as well."""
     start = pixel_frame(clip.start, frames_per_latent)
     switch = pixel_frame(clip.start + clip.prompt.switch, frames_per_latent) - start
-    prompt = ClipPrompt(clip.prompt, clip.prompt.before, switch)
+    prompt = ClipPrompt(clip.prompt, clip.prompt.before, switch, earlier=clip.prompt.earlier)
     return Clip(start, pixel_frame(clip.stop, frames_per_latent), prompt)
 
 

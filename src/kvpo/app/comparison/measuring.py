@@ -111,7 +111,7 @@ def shortened(sets: Mapping[str, FinalSet]) -> dict[str, FinalSet]:
 def fresh_diversity(setup: Setup) -> dict[str, float]:
     """Diversity of branches of fresh noise: little, where the policy has collapsed to few videos."""
     source = source_of(setup.config)
-    if source.read_off is None:
+    if source.read_off is None or "long" not in setup.validation:
         return {}
     config = replace(setup.config, exploration=ExplorationConfig())  # the same for all arms
     weights = replace(setup.backbone.weights, config=config)

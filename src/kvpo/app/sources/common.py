@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from kvpo.app.file_prompts import Sets, TextLimits
+from kvpo.app.file_prompts import Sets, TextLimits, split_prompts
 from kvpo.config import Config
 from kvpo.engine.generator import StreamingGenerator
 from kvpo.engine.noise import SeededTape, keyed_generator
@@ -91,6 +91,11 @@ class Source:
     """Help for those who direct a stream; None: there is none."""
     pretraining: Callable[[Setup, int], Tensor] | None = None
     """(setup, step) -> loss of one batch of the base's pretraining; None: its data is elsewhere."""
+
+
+def final_of_file(config: Config) -> dict[str, FinalSet]:
+    """The test part of the prompt file."""
+    return {name: FinalSet(own) for name, own in split_prompts(config)[2].items()}
 
 
 def frozen_dtype(config: Config) -> torch.dtype:

@@ -5,10 +5,10 @@ from collections.abc import Iterable
 from functools import partial
 from itertools import chain
 
-from kvpo.app.file_prompts import TextLimits, prompts_of_file, short_notice, split_prompts, updates_prompts
+from kvpo.app.file_prompts import TextLimits, longest_of_file, short_notice, split_prompts, updates_prompts
 from kvpo.app.judges import build_judges
 from kvpo.app.named_rewards import reach_servers
-from kvpo.app.sources.common import FinalSet, Source, frozen_dtype, streaming_generator
+from kvpo.app.sources.common import Source, final_of_file, frozen_dtype, streaming_generator
 from kvpo.app.sources.wan_parts import (
     ENCODER_FILES,
     FRAMES_PER_SECOND,
@@ -113,8 +113,7 @@ def longest_prompt(config: Config) -> VideoPrompt:
     """The longest video of the prompt file, or one of the configured length and switches."""
     settings = config.prompts
     if settings.file:
-        every = prompts_of_file(config, settings.file)
-        return max(every, key=lambda prompt: (len(prompt.switches), prompt.num_frames))
+        return longest_of_file(config)
     return VideoPrompt(0, ("",) * (len(settings.switches) + 1), settings.switches, settings.num_frames)
 
 
@@ -142,7 +141,7 @@ SOURCE = Source(
     backbone=wan_backbone,
     weights=wan_weights,
     split=split_prompts,
-    final=lambda config: {name: FinalSet(own) for name, own in split_prompts(config)[2].items()},
+    final=final_of_file,
     frame_rate=FRAMES_PER_SECOND,
     default_frames=lambda config: config.prompts.num_frames,
     latent_rate=LATENT_RATE,

@@ -14,9 +14,17 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from kvpo.app.file_prompts import Sets, TextLimits
+from kvpo.app.file_prompts import Sets, TextLimits, longest_of_file, split_prompts, updates_prompts
 from kvpo.app.judges import build_judges
-from kvpo.app.sources.common import FinalSet, Guide, Recall, Source, frozen_dtype, streaming_generator
+from kvpo.app.sources.common import (
+    FinalSet,
+    Guide,
+    Recall,
+    Source,
+    final_of_file,
+    frozen_dtype,
+    streaming_generator,
+)
 from kvpo.config import Config
 from kvpo.config_checks import ConfigurationError
 from kvpo.engine.noise import keyed_generator
@@ -214,13 +222,15 @@ def build_world(config: Config) -> Setup:
             f"stream.block: must divide the {SHORT_FRAMES} and {LONG_FRAMES} frames of the embedded world's "
             f"videos and be no longer than their shortest act of {SHORTEST_ACT}, got {block}"
         )
-    backbone = build_backbone(config)
-    _, validation, test = split(config)
+    training, validation, test = split(config)
+    backbone = backbone_for(config, training)
     frame_rate, cache = backbone.codec.frames_per_second, score_cache(config.rewards.cache)
     return Setup(
         backbone=backbone,
         judges=build_judges(config, frame_rate, cache, UnseenComponent(load_unseen()), WorldExam()),
-        training_prompts=WorldTrainingPrompts(config.seed, config.optim.prompts_per_update),
+        training_prompts=updates_prompts(config, training)
+        if config.prompts.file
+        else WorldTrainingPrompts(config.seed, config.optim.prompts_per_update),
         validation=validation,
         test=test,
         scored=cache.counts,
@@ -228,7 +238,9 @@ def build_world(config: Config) -> Setup:
 
 
 def split(config: Config) -> tuple[list[VideoPrompt], Sets, Sets]:
-    """Validation and test prompts; training prompts are drawn (``WorldTrainingPrompts``)."""
+    """The prompts of the file; without one, training prompts are drawn (``WorldTrainingPrompts``)."""
+    if config.prompts.file:
+        return split_prompts(config)
     evaluation = config.evaluation
     validation = world_prompts("validation", evaluation.validation_prompts, 101, 10_000_000)
     return [], validation, world_prompts("test", evaluation.test_prompts, 202, 20_000_000)
@@ -265,7 +277,9 @@ def pretraining(setup: Setup, step: int) -> Tensor:
 
 
 def longest_prompt(config: Config) -> VideoPrompt:
-    """A long story."""
+    """The longest video of the prompt file; without one, a long story."""
+    if config.prompts.file:
+        return longest_of_file(config)
     third = LONG_FRAMES // 3 // config.stream.block * config.stream.block
     return VideoPrompt(0, ("", "", ""), (third, 2 * third), LONG_FRAMES)
 
@@ -330,7 +344,9 @@ SOURCE = Source(
     backbone=backbone_for,
     weights=lambda config: embedded(config)[0],
     split=split,
-    final=lambda config: final_prompts(config.evaluation.test_prompts),
+    final=lambda config: (
+        final_of_file(config) if config.prompts.file else final_prompts(config.evaluation.test_prompts)
+    ),
     pretraining=pretraining,
     frame_rate=PixelCodec.frames_per_second,
     default_frames=lambda config: SHORT_FRAMES,

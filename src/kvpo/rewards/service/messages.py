@@ -61,7 +61,7 @@ class Body:
 def encode_question(question: ScoreRequest) -> Body:
     """A question as a safetensors file: the tensor ``video`` as it is, all else in the metadata."""
     video = question.video_BTCHW.contiguous()
-    prompts = [[str(p), p.before, p.switch, p.file_rate] for p in question.prompts]
+    prompts = [[str(p), p.before, p.switch, p.file_rate, p.earlier] for p in question.prompts]
     pixels = memoryview(video.view(torch.uint8).flatten().numpy())
     header = json.dumps(
         {
@@ -145,7 +145,7 @@ def decode_question(body: memoryview) -> ScoreRequest:
     except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
         raise ValueError(
             "the body must be a safetensors file with a tensor 'video' and the metadata 'prompts' (a JSON "
-            f"list of [text, before, switch, file_rate]) and 'components' (a JSON list): {error!r}"
+            f"list of [text, before, switch, file_rate, earlier]) and 'components' (a JSON list): {error!r}"
         ) from error
     precision = next((known for known, name in PIXEL_TYPES.items() if name == dtype), None)
     if precision is None or not _is_clips(shape):
@@ -167,12 +167,12 @@ def _is_clips(shape: Any) -> bool:
     return whole and len(shape) == 5 and shape[2] == 3
 
 
-def _prompt(item: Any) -> tuple[str, str, int, float]:
-    text, before, switch, file_rate = item
-    texts = isinstance(text, str) and isinstance(before, str)
+def _prompt(item: Any) -> tuple[str, str, int, float, list[str]]:
+    text, before, switch, file_rate, earlier = item
+    texts = isinstance(earlier, list) and all(isinstance(one, str) for one in (text, before, *earlier))
     if not (texts and type(switch) is int and type(file_rate) in (int, float)):
-        raise ValueError(f"a prompt is [text, before, switch, file_rate], got {item!r}")
-    return text, before, switch, file_rate
+        raise ValueError(f"a prompt is [text, before, switch, file_rate, [earlier texts]], got {item!r}")
+    return text, before, switch, file_rate, earlier
 
 
 def encode_offers(offers: Offers) -> dict[str, list[dict[str, Any]]]:
