@@ -2,12 +2,12 @@
 
 Stories of the embedded world show three different actors in turn and end in a caption that leaves open who of
 them is back. The sink shows the first one, who returns unless history says otherwise; the second one is seen
-in the last frames of the window. The reward asks for the second: colour and shape as his caption told them,
-and in every other act those of its own caption.
+in the last frames of the window. The reward asks for the second: colour and shape as his caption told them.
+In every other act it asks for those of its own caption.
 
     python benchmarks/returns.py runs/returns.jsonl
     PYTHONPATH=benchmarks kvpo compare --preset demo --prompts runs/returns.jsonl \\
-        --rewards.scorers returns:second_returns --methods kvpo,latent-distance,null --out DIR
+        --rewards.scorers returns:wish --methods kvpo,latent-distance,null --out DIR
 """
 
 import argparse
@@ -31,14 +31,18 @@ SWITCHES, FRAMES = (21, 36, 39), 60
 """The third act is so short that the window of the last one still shows the second."""
 
 
-def second_returns(video_BTCHW: Tensor, prompts: Sequence[ClipPrompt]) -> Tensor:
-    """Mean of colour and shape ``[B]``, in [0, 1]; where it is open who is back, of the second actor."""
+def wish(video_BTCHW: Tensor, prompts: Sequence[ClipPrompt]) -> dict[str, Tensor]:
+    """``told``: mean of colour and shape as the clip's own caption has them; ``second_returns``: of the second
+    actor, where the caption leaves open who is back. Each ``[B]`` in [0, 1], and 0.5 where the other judges.
+    """
+    open_B = torch.tensor([prompt == OPEN for prompt in prompts])
     asked = [
         ClipPrompt(prompt.earlier[-2], prompt.before, prompt.switch) if prompt == OPEN else prompt
         for prompt in prompts
     ]
     scores = WorldScorer(("colour", "shape"))(video_BTCHW, asked)
-    return torch.stack([*scores.values()]).mean(0)
+    shown_B = torch.stack([*scores.values()]).mean(0)
+    return {"told": shown_B.where(~open_B, 0.5), "second_returns": shown_B.where(open_B, 0.5)}
 
 
 def stories(count: int, block: int) -> list[VideoPrompt]:
