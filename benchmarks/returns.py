@@ -32,8 +32,8 @@ SWITCHES, FRAMES = (21, 36, 39), 60
 
 
 def wish(video_BTCHW: Tensor, prompts: Sequence[ClipPrompt]) -> dict[str, Tensor]:
-    """``told``: mean of colour and shape as the clip's own caption has them; ``second_returns``: of the second
-    actor, where the caption leaves open who is back. Each ``[B]`` in [0, 1], and 0.5 where the other judges.
+    """Mean of colour and shape, ``[B]`` in [0, 1]: those that were told, and where it is left open who is
+    back, those of the second actor. Each is 0.5 where the other one judges.
     """
     open_B = torch.tensor([prompt == OPEN for prompt in prompts])
     asked = [
@@ -43,6 +43,9 @@ def wish(video_BTCHW: Tensor, prompts: Sequence[ClipPrompt]) -> dict[str, Tensor
     scores = WorldScorer(("colour", "shape"))(video_BTCHW, asked)
     shown_B = torch.stack([*scores.values()]).mean(0)
     return {"told": shown_B.where(~open_B, 0.5), "second_returns": shown_B.where(open_B, 0.5)}
+
+
+wish.components = ("told", "second_returns")  # type: ignore[attr-defined]
 
 
 def stories(count: int, block: int) -> list[VideoPrompt]:

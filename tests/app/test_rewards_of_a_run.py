@@ -95,6 +95,11 @@ def of_one_word(video_BTCHW: Tensor, prompts: Any) -> Tensor:
 of_one_word.components = "word"  # type: ignore[attr-defined]
 
 
+def undeclared(video_BTCHW: Tensor, prompts: Any) -> dict[str, Tensor]:
+    """Two numbers of which nobody knows."""
+    return {"one": torch.zeros(len(video_BTCHW)), "two": torch.zeros(len(video_BTCHW))}
+
+
 def flicker(video_BTCHW: Tensor, prompts: Any) -> Tensor:
     """Its name is taken already."""
     return torch.zeros(len(video_BTCHW))
@@ -209,6 +214,12 @@ def preset_prompt() -> Any:
 def test_mistakes_name_the_setting(scorers: str, settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigurationError, match=message):
         build_scorer(run_with(scorers, **settings), 8.0)
+
+
+def test_numbers_that_were_not_declared_are_said_to_be_missing() -> None:
+    scorer, _ = build_scorer(run_with(f"{ME}:undeclared"), 8.0)
+    with pytest.raises(ValueError, match="returned one, two where undeclared was declared.*`components`"):
+        scorer(gliding(48, 48, 6, 1, 0)[None], [preset_prompt()])
 
 
 def test_two_components_of_one_name_and_a_source_of_nothing_are_refused() -> None:

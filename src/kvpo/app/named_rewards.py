@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from kvpo.config_checks import ConfigurationError
+from kvpo.files import named_list
 from kvpo.models.tensor_files import fingerprint
 from kvpo.prompts import ClipPrompt
 from kvpo.rewards.catalogue import (
@@ -69,6 +70,11 @@ class UserReward:
         if _changes(video_BTCHW) != before:
             raise ValueError(
                 f"reward {self.name!r} changed the clips it was given; let it change a copy: video.clone()"
+            )
+        if not found.keys() >= set(self.components):
+            raise ValueError(
+                f"reward {self.name!r} returned {named_list(found)} where {named_list(self.components)} was "
+                "declared; give it an attribute `components` with the names of what it returns"
             )
         return found
 
