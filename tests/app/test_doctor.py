@@ -37,7 +37,9 @@ def test_what_is_wrong_is_named_with_a_way_out(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(doctor, "reach_servers", lambda names: (_ for _ in ()).throw(ValueError(names[0])))
     assert subjects(doctor.rewards, away)["it"].line() == "fail  it: ValueError: world@http://127.0.0.1:9"
     lost = assign(preset("demo"), {"prompts.file": str(tmp_path / "none.txt")})
-    assert subjects(doctor.files, lost)["prompts.file"].level == "warn"
+    found = subjects(doctor.files, lost)
+    assert found["prompts.file"].level == "warn" and found["prompts"].level == "fail"
+    assert "no such prompt file" in found["prompts"].found
     monkeypatch.setattr(doctor, "ENOUGH_DISK", 1e18)
     monkeypatch.setattr(doctor, "ENOUGH_MEMORY", 1e18)
     monkeypatch.setattr(doctor, "SLOW_DISK", 1e18)

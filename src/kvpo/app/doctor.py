@@ -26,6 +26,7 @@ from kvpo.app.build import build_setup, check_device, source_of
 from kvpo.app.configuration import PLACES_OF_A_RUN, flat, preset, settings
 from kvpo.app.named_rewards import reach_servers
 from kvpo.config import Config
+from kvpo.config_checks import ConfigurationError
 from kvpo.models.hub import resolve_location, split_entry
 from kvpo.models.quantised import check_rollouts
 from kvpo.training.device import GB, computing
@@ -234,7 +235,10 @@ def files(config: Config) -> list[Finding]:
             findings.append(Finding(path, "ok", str(resolve_location(split_entry(value)[0], download=False))))
         except ValueError as error:
             findings.append(Finding(path, "warn", str(error)))
-    training, validation, test = source_of(config).split(config)
+    try:
+        training, validation, test = source_of(config).split(config)
+    except ConfigurationError as error:
+        return [*findings, Finding("prompts", "fail", str(error))]
     counts = {"validation": validation, "test": test}
     evaluated = ", ".join(f"{sum(map(len, sets.values()))} for {name}" for name, sets in counts.items())
     return [*findings, Finding("prompts", "ok", f"{len(training) or 'drawn'} for training, {evaluated}")]
