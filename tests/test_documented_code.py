@@ -126,6 +126,7 @@ def run_all(lines: list[str], flags: list[str], capsys: Any) -> None:
         assert status in ((0, 1) if name == "doctor" else (0,)), (line, *capsys.readouterr())
 
 
+@pytest.mark.slow
 def test_the_commands_and_code_of_the_embedded_world_run(
     tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:

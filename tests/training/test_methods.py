@@ -74,7 +74,10 @@ def gain_of(trainer: Trainer) -> PairedGain:
     return paired_gain(before, redness(trainer.setup))
 
 
-@pytest.mark.parametrize("method", LEARNS)
+@pytest.mark.parametrize(
+    "method",
+    [name if name in ("kvpo", "nft") else pytest.param(name, marks=pytest.mark.slow) for name in LEARNS],
+)
 def test_what_is_rewarded_rises_and_chance_does_not(red: Callable[..., Trainer], method: str) -> None:
     """Held-out videos share one policy, so chance shows between seeds, not between videos."""
     gains = {

@@ -325,6 +325,7 @@ def test_killed_again_and_again_a_run_ends_the_same(
     assert ours["held_out"] == theirs["held_out"] and ours["checks"] == theirs["checks"]
 
 
+@pytest.mark.slow
 def test_killed_within_shared_rollouts_a_run_of_all_parameters_ends_the_same(
     arguments: list[str | Path], tmp_path: Path
 ) -> None:

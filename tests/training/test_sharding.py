@@ -102,7 +102,7 @@ def assert_near(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], sha
         assert apart <= share * value.double().norm() + 1e-12, (name, float(apart))
 
 
-@pytest.mark.parametrize("rank", [2, 0])
+@pytest.mark.parametrize("rank", [pytest.param(2, marks=pytest.mark.slow), 0])
 def test_a_run_of_spread_weights_is_that_of_whole_ones(rank: int, tiny_base: Path, tmp_path: Path) -> None:
     """An adapter, and all parameters; two ranks, then one, then three, among which nothing divides evenly."""
     config = tiny_config(tiny_base, **SETTINGS, optim__lora_rank=rank)
