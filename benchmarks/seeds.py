@@ -106,10 +106,12 @@ def gains(runs: Runs) -> str:
             found, base = of(own, name, "paired_gain"), fmean(of(own, name, "base_mean"))
             null = of(runs["random"], name, "paired_gain") if "random" in runs and arm != "random" else []
             wrong = fmean(of(own, name, "wrong_caption_gain"))
+            # Of a gain by chance alone a share says nothing.
+            share = f" ({wrong / fmean(found):.2f})" if arm != "random" else ""
             rows.append(
                 (
                     arm, name, len(own), f"{base:.3f}", spread(found), f"{error:.4f}",
-                    f"{fmean(found) / (1 - base):.1%}", f"{wrong:+.4f} ({wrong / fmean(found):.2f})",
+                    f"{fmean(found) / (1 - base):.1%}", f"{wrong:+.4f}{share}",
                     spread(of(own, name, "unseen_scorer_gain")),
                     f"{sum(gain > max(null) for gain in found)} of {len(found)}" if null else "",
                 )

@@ -1,6 +1,6 @@
 """A content-addressed score cache: equal clips are scored once, within a call and, on disk, across runs.
 
-A score is kept under a digest of the clip's pixels, of its prompt (the text before it and the switch too) and
+A score is kept under a digest of the clip's pixels, of its prompt (earlier texts and the switch too) and
 of the reward's version: its code, files and settings. An entry can be missing, but never be another clip's.
 """
 

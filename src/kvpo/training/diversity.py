@@ -89,13 +89,12 @@ class Laboratory:
 
         def explore(explorer: Explorer) -> list[Group]:
             members = [[*explorer(site, group), Member(group)] for group in groups]
-            with self.generator.held():
-                ran = rollout.run([*chain(*members)], rows=place.fork.exploration.rows)
-                return [rollout.group_of(own, ran) for own in members]
+            ran = rollout.run([*chain(*members)], rows=place.fork.exploration.rows)
+            return [rollout.group_of(own, ran) for own in members]
 
         with self.generator.held():
             rollout.grow_roots(groups)
-        yield explore
+            yield explore
 
     def measure(self, groups: Sequence[Group]) -> Diversity:
         """Diversity of the branches (without the last member), averaged over groups."""
