@@ -104,7 +104,8 @@ def members_of(subject: Bench) -> list[Member]:
 
 def planned_rollout(subject: Bench) -> PlannedRollout:
     """Every prompt forks at one frame."""
-    return PlannedRollout(subject.prompts, [Fork(FORK, subject.config.exploration)] * len(subject.prompts))
+    forks = [Fork(FORK, subject.config.exploration)] * len(subject.prompts)
+    return PlannedRollout(subject.prompts, forks, keep_pool=True)
 
 
 @contextmanager

@@ -198,8 +198,9 @@ def measure_rollout(
         made.append(roll_out(generator, planned, *of_subject, ("gpu",)))
 
     def root() -> None:
-        cache = generator.new_cache(cache_pages(generator, [planned]))
-        rollout = Rollout(generator, planned, *of_subject, cache)
+        whole = replace(planned, keep_pool=True)
+        cache = generator.new_cache(cache_pages(generator, [whole]))
+        rollout = Rollout(generator, whole, *of_subject, cache)
         rollout.grow_roots(range(1))
         rollout.release()
 
@@ -207,7 +208,7 @@ def measure_rollout(
     seconds = clock.median(run, repeats) - growing
     members, blocks = exploration.branches + 1, exploration.blocks + exploration.tail_blocks
     sizes = [min(rows, members - at) for at in range(0, members, rows)]
-    works = [blocks_work(subject.costs, blocks, size) for size in sizes]
+    works = [blocks_work(subject.costs, blocks, size, last=True) for size in sizes]
     total = Work(sum(work.flops for work in works), sum(work.bytes for work in works))
     return growing, seconds, made.pop(), total
 

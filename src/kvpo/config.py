@@ -144,7 +144,7 @@ class ExplorationConfig:
     donor: int = 0
     """Number of distinct routed frames that come from another prompt's history (0 is the paper's method)."""
     resident_frames: int = 33
-    """History frames kept for routing, counting the sink; 0 keeps all."""
+    """History frames that may be routed, counting the sink; 0: all."""
     tail_blocks: int = 2
     """Deployment blocks after the window for the global signal; late forks get less."""
     rows: int = 18

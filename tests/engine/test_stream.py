@@ -209,6 +209,26 @@ def test_videos_generated_together_have_one_length():
         stream_latents(generator(), [prompt(0, 27), prompt(1, 30)], texts(), tape_of())
 
 
+def test_the_last_block_of_a_stream_is_not_encoded_and_its_pages_are_given_back(monkeypatch):
+    one, encoded, encode = generator(), [], StreamingGenerator.encode
+    monkeypatch.setattr(StreamingGenerator, "encode", lambda *a: encoded.append(len(a[1])) or encode(*a))
+    cache = one.new_cache(60)
+    streams = [
+        replace(open_stream(one, cache, prompt(n, 27), texts(), tape_of()), end=end)
+        for n, end in enumerate((9, 12, None))
+    ]
+    for _ in range(4):
+        advance(one, [stream for stream in streams if stream.start != stream.end])
+    short, long, open_ended = streams
+    # The third block ends one of three streams, the fourth one of the two that are left.
+    assert encoded == [3, 3, 2, 1] and (short.start, long.start) == (9, 12)
+    assert not short.history.pages and not long.history.pages
+    assert sorted(open_ended.history.pages) == [*range(12)] and cache.pages_in_use == 12
+    for stream in streams:
+        alone = stream_latents(one, [replace(stream.prompt, num_frames=stream.start)], texts(), tape_of())
+        torch.testing.assert_close(torch.cat(stream.latents), alone[0], rtol=0, atol=1e-12)
+
+
 def peak_pages(monkeypatch, one, num_frames, switches):
     """Most pages in use, and the capacity, while a video streams."""
     seen = []
@@ -299,6 +319,6 @@ def test_a_block_gathers_its_pages_once_where_memory_allows_and_gives_the_same_b
         calls.append(len(asked))
     assert torch.equal(*latents)
     layers, steps = one.pages.num_layers, len(one.sigmas)
-    blocks = 12 // one.block - 1  # the first one has no past
+    blocks = 12 // one.block - 1  # the first one has no past, the last one no clean pass
     # A clean pass needs no attention in its last layer.
-    assert calls == [blocks * layers, blocks * (layers * (steps + 1) - 1)]
+    assert calls == [blocks * layers, blocks * layers * steps + (blocks - 1) * (layers - 1)]

@@ -131,9 +131,11 @@ def grown_roots(
     """All roots of a rollout, in a cache that holds every member at once."""
     forks = [Fork(fork, exploration)] * len(prompts)
     every = [Fork(fork, replace(exploration, rows=0))] * len(prompts)
-    cache = one.new_cache(cache_pages(one, [PlannedRollout(prompts, every)]))
+    cache = one.new_cache(cache_pages(one, [PlannedRollout(prompts, every, keep_pool=True)]))
     dtype = one.page_dtype
-    rollout = Rollout(one, PlannedRollout(prompts, forks), texts(dtype), tape_of(dtype), cache)
+    rollout = Rollout(
+        one, PlannedRollout(prompts, forks, keep_pool=True), texts(dtype), tape_of(dtype), cache
+    )
     rollout.grow_roots(range(len(prompts)))
     return rollout
 

@@ -151,7 +151,8 @@ class Streams(RuleBasedStateMachine):
             marks, pages = self.write(count)
             start = history.end - len(marks)
             frames.update(zip(range(start, history.end), marks, strict=True))
-            history.replace(start, pages)
+            history.rewind(start)
+            history.append(pages)
 
     @rule(data=st.data(), recent=st.integers(0, 4))
     def keep(self, data, recent):

@@ -61,7 +61,7 @@ def test_the_deployment_context_is_sink_and_window_however_little_is_kept(window
         assert context_size(deployment, history) == len(expected)
         assert context.start_R.tolist() == [history.end] and context.pages.dtype == torch.int64
         extend(history, 3)
-        history.keep(reachable_frames(deployment, history, resident))
+        history.keep(reachable_frames(deployment, history.end, resident))
     if window == -1 or not resident:
         assert len(history.pages) == history.end
     else:
@@ -136,16 +136,16 @@ def test_reencoded_pages_take_the_place_of_the_old_ones():
         deployment = Deployment(block=3, window=12, sink=3, keep_sink_at_switch=keep)
         history = empty_history(3)
         extend(history, 18)
-        history.keep(reachable_frames(deployment, history, 12))
+        history.keep(reachable_frames(deployment, history.end, 12))
         assert sorted(history.pages) == [0, 1, 2, *range(9, 18)]
-        shape = (LAYERS, 1, 12, 1, 1, 2)
-        (pages,) = history.cache.write(torch.zeros(shape), torch.zeros(shape))
-        adopt_reencoded(deployment, history, pages)
-        assert history.page_ids(range(6, 18)) == pages and history.end == 18
+        keys_LFTND = torch.arange(12.0).view(1, 12, 1, 1, 1).expand(LAYERS, 12, 1, 1, 2)
+        adopt_reencoded(deployment, history, keys_LFTND, -keys_LFTND)
+        keys, values = history.cache.gather(1, torch.tensor([history.page_ids(range(6, 18))]))
+        assert keys[0, :, 0, 0].tolist() == [*range(12)] and torch.equal(values, -keys) and history.end == 18
         assert history.sink == ((0, 1, 2) if keep else (6, 7, 8))
         sink, context = [0, 1, 2] if keep else [6, 7, 8], deployment_context(deployment, [history])
         assert frames_of(history, context.pages[0]) == [*sink, *range(12, 18)]
-        history.keep(reachable_frames(deployment, history, 12))
+        history.keep(reachable_frames(deployment, history.end, 12))
         assert history.cache.pages_in_use == len(history.pages) == 12
         history.release()
         assert history.cache.pages_in_use == 0
@@ -158,12 +158,12 @@ def test_a_kept_sink_keeps_its_pages_wherever_reencoding_begins(sink, window, en
     extend(history, end)
     before = history.page_ids(range(sink))
     _, frames = reencoding_context(deployment, [history])
-    shape = (LAYERS, 1, frames, 1, 1, 2)
-    (pages,) = history.cache.write(torch.zeros(shape), torch.zeros(shape))
-    adopt_reencoded(deployment, history, pages)
+    keys_LFTND = torch.arange(end - frames, end).view(1, frames, 1, 1, 1).expand(LAYERS, frames, 1, 1, 2)
+    adopt_reencoded(deployment, history, keys_LFTND, -keys_LFTND)
     assert history.page_ids(range(sink)) == before
     rewritten = range(max(sink, end - frames), end)
-    assert history.page_ids(rewritten) == pages[-len(rewritten) :]
+    keys, _ = history.cache.gather(0, torch.tensor([history.page_ids(rewritten)]))
+    assert keys[0, :, 0, 0].tolist() == [*rewritten]
     assert history.cache.pages_in_use == end
     history.release()
     assert history.cache.pages_in_use == 0
@@ -256,7 +256,7 @@ def test_bank_pages_outlive_the_window():
         commit_bank(deployment, history, text)
         extend(history, 3)
         record_block(deployment, history)
-        history.keep(reachable_frames(deployment, history, 12))
+        history.keep(reachable_frames(deployment, history.end, 12))
     commit_bank(deployment, history, text)
     context = deployment_context(deployment, [history])
     assert context.pages.shape == (LAYERS, 1, 3 + 2 + 6)
@@ -286,10 +286,9 @@ def test_what_a_sink_will_hold_is_known_beforehand(blocks, switches, window, kee
     for start in range(0, 3 * blocks, 3):
         if start and video.segment_at(start) != segment:
             segment, frames = video.segment_at(start), deployment.reencoded(start)
-            (pages,) = history.cache.write(*torch.zeros(2, LAYERS, 1, frames, 1, 1, 2))
-            adopt_reencoded(deployment, history, pages)
+            adopt_reencoded(deployment, history, *torch.zeros(2, LAYERS, frames, 1, 1, 2))
         assert history.sink == tuple(sink_frames(deployment, video, start))
         pool = route_pool(start, sink=history.sink, recent=3, resident=21)
         assert set(pool) <= set(history.pages) - set(history.sink)
         extend(history, 3)
-        history.keep(reachable_frames(deployment, history, 21))
+        history.keep(reachable_frames(deployment, history.end, 21))

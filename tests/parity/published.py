@@ -48,8 +48,8 @@ def published(meta: dict) -> Iterator[None]:
             return FirstStepSink(context, min(BLOCK, meta["sink"] - start))
         return context
 
-    def append(generator, streams, clean, text, context):
-        append_block(generator, streams, clean, text, context)
+    def append(generator, streams, clean, text, context, **kept):
+        append_block(generator, streams, clean, text, context, **kept)
         if isinstance(context, FirstStepSink):
             context.store(streams)
 
@@ -124,5 +124,6 @@ def forget(history: History, before: int) -> None:
         ((page,),) = cache.write(zeros, zeros)
         for frame in frames:
             cache.share([page])
-            history.replace(frame, [page])
+            cache.release([history.pages[frame]])
+            history.pages[frame] = page
         cache.release([page])

@@ -140,8 +140,9 @@ def run_routing(meta: dict, data: dict[str, Tensor], model: CausalWan) -> list[T
             resident_frames=meta["resident_frames"],
             tail_blocks=(num_frames - fork) // generator.block - blocks,
         )
-        planned = PlannedRollout([prompt], [Fork(fork, exploration)])
-        cache = generator.new_cache(cache_pages(generator, [planned]))
+        planned = PlannedRollout([prompt], [Fork(fork, exploration)], keep_pool=True)
+        # A page of zeros for every member, and for the root.
+        cache = generator.new_cache(cache_pages(generator, [planned]) + exploration.branches + 2)
         rollout = Rollout(generator, planned, texts, tape, cache)
         rollout.grow_roots(range(1))
         routes = [tuple(RoutedFrame(0, frame) for frame in used) for used in meta["used_frames"]]

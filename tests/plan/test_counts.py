@@ -151,6 +151,9 @@ def test_blocks_read_weights_and_pages_at_every_step_and_write_their_own() -> No
     )
     assert work.bytes == 7 * ((steps + 1) * (1000 + ROWS * 5 * 10) + ROWS * block * 10)
     assert blocks_work(costs, 7, ROWS) == blocks_work(costs, 7, ROWS, costs.context)
+    last = blocks_work(costs, 7, ROWS, 5, last=True)
+    assert work.flops - last.flops == pytest.approx(encode_flops(call) + costs.adapter(ROWS), rel=1e-9)
+    assert work.bytes - last.bytes == 1000 + ROWS * (5 + block) * 10
 
 
 def test_first_blocks_take_their_own_solver_steps() -> None:
@@ -167,16 +170,22 @@ def test_first_blocks_take_their_own_solver_steps() -> None:
 
 
 def test_members_are_routed_in_the_window_and_deployed_elsewhere() -> None:
-    costs, groups = costs_of(**{"exploration.tail_blocks": 3}), 4
-    exploration = costs.config.exploration
-    routed = blocks_work(costs, 1, ROWS, costs.routed)
-    deployed = blocks_work(costs, 1, ROWS)
-    branches, blocks = groups * exploration.branches, exploration.blocks
-    work = members_work(costs, groups, ROWS)
-    for part in ("flops", "bytes"):
-        own, other = vars(routed)[part], vars(deployed)[part]
-        expected = branches * blocks * own + (groups * blocks + (branches + groups) * 3) * other
-        assert vars(work)[part] == pytest.approx(expected / ROWS, rel=1e-12)
+    """The last block of each has no clean pass: of the tail or, without one, of the window."""
+    for tail in (3, 0):
+        costs, groups = costs_of(**{"exploration.tail_blocks": tail}), 4
+        exploration = costs.config.exploration
+        routed, deployed = blocks_work(costs, 1, ROWS, costs.routed), blocks_work(costs, 1, ROWS)
+        last_routed = blocks_work(costs, 1, ROWS, costs.routed, last=True)
+        last_deployed = blocks_work(costs, 1, ROWS, last=True)
+        branches, blocks = groups * exploration.branches, exploration.blocks
+        work = members_work(costs, groups, ROWS)
+        for part in ("flops", "bytes"):
+            own, other = vars(routed)[part], vars(deployed)[part]
+            expected = branches * blocks * own + (groups * blocks + (branches + groups) * tail) * other
+            expected += branches * vars(last_deployed if tail else last_routed)[part]
+            expected += groups * vars(last_deployed)[part]
+            expected -= (branches * (other if tail else own)) + groups * other
+            assert vars(work)[part] == pytest.approx(expected / ROWS, rel=1e-12)
 
 
 def test_context_counts_sink_window_routes_and_bank() -> None:

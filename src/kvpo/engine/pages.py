@@ -1,11 +1,12 @@
 """Upper bounds on page usage of streams, rollouts and replays: caches and ``kvpo plan`` take them.
 
-Where a prompt may switch (``switches``), frames may be re-encoded: for a moment both encodings are held.
+Pages that no later block will see are given back before new ones are written. Where a prompt may switch
+(``switches``), frames may be re-encoded, more of them than the window keeps.
 """
 
 import math
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 
 from kvpo.config import ExplorationConfig
 from kvpo.engine.forks import Fork
@@ -20,8 +21,7 @@ def stream_pages(generator: StreamingGenerator, num_frames: int, resident: int =
     ``resident`` frames are kept for routing, counting the sink; 0 keeps no more than the window needs.
     """
     kept = kept_pages(generator, num_frames, resident, switches=switches)
-    twice = (1 + switches) * num_frames + _encoded_anew(generator, num_frames, switches)
-    return min(twice, kept + pages_under_way(generator, num_frames, switches=switches))
+    return kept + pages_at_switch(generator, num_frames, resident, switches=switches)
 
 
 def kept_pages(generator: StreamingGenerator, num_frames: int, resident: int = 0, *, switches: bool) -> int:
@@ -29,7 +29,7 @@ def kept_pages(generator: StreamingGenerator, num_frames: int, resident: int = 0
     deployment = generator.deployment
     if deployment.local_past is None:
         return num_frames + _encoded_anew(generator, num_frames, switches)
-    kept = max(deployment.sink + deployment.local_past, resident, 1)
+    kept = max(deployment.sink + max(deployment.local_past, deployment.block), resident)
     first = deployment.sink if deployment.keep_sink_at_switch else 0
     gone = range(first, num_frames - (kept - deployment.sink))
     bank = max(bank_pages(generator, gone), _encoded_anew(generator, num_frames, switches))
@@ -41,9 +41,16 @@ def _encoded_anew(generator: StreamingGenerator, num_frames: int, switches: bool
     return bank_pages(generator, range(num_frames)) if switches else 0
 
 
-def pages_under_way(generator: StreamingGenerator, num_frames: int, *, switches: bool) -> int:
-    """Pages a stream writes before it lets go of others: a block, or what a prompt switch re-encodes."""
-    return max(generator.block, generator.deployment.reencoded(num_frames) if switches else 0)
+def pages_at_switch(
+    generator: StreamingGenerator, num_frames: int, resident: int = 0, *, switches: bool
+) -> int:
+    """Pages that a stream holds in addition once a prompt switch has re-encoded more than it keeps."""
+    deployment = generator.deployment
+    if not switches or deployment.local_past is None:
+        return 0
+    kept = max(deployment.sink + max(deployment.local_past, deployment.block), resident)
+    reencoded = min(num_frames, deployment.sink + deployment.reencoded(num_frames))
+    return max(0, reencoded - min(num_frames, kept))
 
 
 def bank_pages(generator: StreamingGenerator, gone: range) -> int:
@@ -66,9 +73,9 @@ class Pages:
     waiting: int
     """Per group whose members have run: the pages that the replay will see."""
     root: int
-    """Per group that is being explored: the pages that may be routed."""
+    """Per group that is being explored: the pages of its window, and those that are routed."""
     growing: int
-    """Blocks, or re-encodings, that the root histories are writing."""
+    """Pages that switches at the forks re-encode in addition."""
     branches: int
     """Own blocks of the members that run together."""
     replay: int
@@ -111,17 +118,24 @@ def rollout_pages(
     """Pages that a rollout forked at ``fork``, and its replay, need at most.
 
     ``together`` of its ``groups`` are explored together (0: all), ``replayed`` members of one are replayed
-    together (0: all); with ``keep_pool`` the replay finds what may be routed, too.
+    together (0: all); with ``keep_pool`` roots keep all that may be routed, also until the replay.
     """
     together = together or groups
     members = together * (exploration.branches + 1)
     rows = min(exploration.rows or members, members)
     own = (exploration.blocks + exploration.tail_blocks) * generator.block
-    root = kept_pages(generator, fork, exploration.resident_frames or fork, switches=switches)
+    resident = exploration.resident_frames or fork
+    root = kept_pages(generator, fork, resident, switches=switches)
+    if not (keep_pool or exploration.donor):  # of a donor's frames any may be drawn
+        window = branch_resident(generator, exploration)
+        routed = exploration.branches * exploration.distinct
+        few = kept_pages(generator, fork, window, switches=switches) + routed
+        if few < root:
+            root, resident = few, window
     return Pages(
         waiting=root if keep_pool else kept_pages(generator, fork, switches=switches),
         root=root,
-        growing=min(rows, together) * pages_under_way(generator, fork, switches=switches),
+        growing=together * pages_at_switch(generator, fork, resident, switches=switches),
         branches=rows * _branch_pages(generator, exploration, fork, own, switches=switches),
         replay=(replayed or exploration.branches + 1) * (exploration.blocks - 1) * generator.block,
         groups=groups,
@@ -134,26 +148,32 @@ def _branch_pages(
 ) -> int:
     """Pages a branch adds to its root's.
 
-    It lets go of its blocks as its window moves on, so a long tail costs none. Only in the tail may the
-    prompt switch; frames that were the root's are then re-encoded.
+    It lets go of its blocks as its window moves on, so a long tail costs none, and has none of its last
+    block. Only in the tail may the prompt switch; frames that were the root's are then re-encoded.
     """
     deployment, block = generator.deployment, generator.block
     recent = branch_frames(generator, exploration)
     switches = switches and exploration.tail_blocks > 0
     if not recent:
-        return 2 * (fork + own) + bank_pages(generator, range(fork, fork + own)) if switches else own
+        bank = bank_pages(generator, range(fork, fork + own)) if switches else 0
+        return (fork if switches else 0) + own - block + bank
     bank = bank_pages(generator, range(fork, fork + own - (0 if switches else recent)))
     moved_sink = 0 if deployment.keep_sink_at_switch or not switches else deployment.sink
-    # A second switch finds the frames that the first one has re-encoded, however short the branch.
-    kept = max(recent, block) if switches else min(own - block, recent)
-    under_way = max(block, deployment.reencoded(fork + own - block) if switches else 0)
-    return moved_sink + kept + under_way + bank
+    kept = min(own - block, max(recent, block))
+    reencoded = deployment.reencoded(fork + own - block) if switches else 0
+    return max(kept, moved_sink + reencoded) + bank
 
 
 def branch_frames(generator: StreamingGenerator, exploration: ExplorationConfig) -> int:
     """Most recent frames, the sink not counted, that a branch must keep pages of; 0: all."""
     local_past = generator.deployment.local_past
     return 0 if local_past is None else max(local_past, exploration.recent)
+
+
+def branch_resident(generator: StreamingGenerator, exploration: ExplorationConfig) -> int:
+    """History frames that the window of a branch keeps, counting the sink; 0: all."""
+    recent = branch_frames(generator, exploration)
+    return recent and generator.deployment.sink + recent
 
 
 @dataclass(frozen=True)
@@ -166,9 +186,16 @@ class PlannedRollout:
     replayed: int = 0
     """Members that will be replayed together; 0: all of a group."""
     keep_pool: bool = False
-    """Roots keep what may be routed until the replay."""
+    """Roots keep all that may be routed, until the replay; else what is routed, until branches have run."""
     share: Sequence[range] | None = None
     """Turns that this process takes, of the groups that are explored together; None: all."""
+    branch_ranks: int = 1
+    """Processes that the branches of each group are dealt among."""
+
+    def dealt(self, fork: Fork) -> ExplorationConfig:
+        """The exploration at a fork with as many branches as this process runs of it."""
+        branches = math.ceil(fork.exploration.branches / self.branch_ranks)
+        return replace(fork.exploration, branches=branches)
 
     def turns(self, ranks: int = 1) -> list[range]:
         """All groups, in turns of those that are explored together."""
@@ -195,7 +222,7 @@ def cache_pages(generator: StreamingGenerator, rollouts: Sequence[PlannedRollout
         each = [
             rollout_pages(
                 generator,
-                fork.exploration,
+                rollout.dealt(fork),
                 groups=len(own),
                 fork=fork.frame,
                 together=max(map(len, rollout.own_turns)),

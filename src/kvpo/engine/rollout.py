@@ -4,8 +4,8 @@ They share weights, prompt and past; for ``blocks`` blocks from the fork each se
 noise and takes the solver step of its member. After the window, generation goes on in the deployment context.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any, Protocol
 
@@ -16,7 +16,7 @@ from kvpo.engine.explorers import Explorer, Member, Routes, Site, routes
 from kvpo.engine.forks import check_forks
 from kvpo.engine.generator import StreamingGenerator
 from kvpo.engine.noise import Tape
-from kvpo.engine.pages import PlannedRollout, branch_frames, cache_pages
+from kvpo.engine.pages import PlannedRollout, branch_resident, cache_pages
 from kvpo.engine.stream import Stream, TextTable, advance, open_stream, switch_prompts
 from kvpo.method.evidence import Trajectories
 from kvpo.models.cache import FrameCache
@@ -105,20 +105,28 @@ class Rollout:
     def __post_init__(self) -> None:
         check_forks(self.planned.prompts, self.planned.forks, block=self.generator.block)
 
-    def grow_roots(self, groups: range) -> None:
+    def grow_roots(self, groups: range, routed: Mapping[int, frozenset[int]] | None = None) -> None:
         """Stream the prompts of some groups in their deployment context, each to its fork.
 
-        A switch at a fork is already acted on.
+        A switch at a fork is already acted on. ``routed`` holds the frames of every group that branches will
+        be routed, which are kept; None keeps all that may be, for which the cache needs ``keep_pool``.
         """
         forks = [self.planned.forks[group] for group in groups]
         prompts = [self.planned.prompts[group] for group in groups]
         exploration, farthest = forks[0].exploration, max(fork.frame for fork in forks)
         rows, resident = exploration.rows, exploration.resident_frames
         roots = [open_stream(self.generator, self.cache, one, self.texts, self.tape) for one in prompts]
+        if routed is not None:
+            resident = branch_resident(self.generator, exploration)
+            for group, root in zip(groups, roots, strict=True):
+                root.pinned = routed[group]
         for at in range(0, farthest, self.generator.block):
             growing = [root for root, fork in zip(roots, forks, strict=True) if at < fork.frame]
             advance(self.generator, growing, rows=rows, resident=resident)
         switch_prompts(self.generator, roots, rows=rows)
+        for root in roots:
+            reachable = reachable_frames(self.generator.deployment, root.start, resident)
+            root.history.keep(root.pinned.union(reachable))
         self.roots |= zip(groups, roots, strict=True)
 
     def run(self, members: Sequence[Member], *, rows: int = 0, steps: int | None = None) -> Iterator[Ran]:
@@ -128,7 +136,7 @@ class Rollout:
         """
         for at in range(0, len(members), rows or len(members)):
             batch = members[at : at + (rows or len(members))]
-            streams = [self.roots[one.group].fork(one.tape, one.step) for one in batch]
+            streams = [self._branch(one) for one in batch]
             try:
                 ran = self._run_streams(batch, streams, steps)
             finally:
@@ -136,15 +144,21 @@ class Rollout:
                     stream.history.release()
             yield from ran
 
+    def _branch(self, member: Member) -> Stream:
+        """A fork of a member's root, which ends with its tail."""
+        fork = self.planned.forks[member.group]
+        blocks = fork.exploration.blocks + fork.exploration.tail_blocks
+        branch = self.roots[member.group].fork(member.tape, member.step)
+        return replace(branch, pinned=frozenset(), end=fork.frame + blocks * self.generator.block)
+
     def _run_streams(
         self, batch: Sequence[Member], streams: Sequence[Stream], steps: int | None
     ) -> list[Ran]:
         """Run each member's stream through its own window and tail, all that have blocks left together."""
         windows = [self.planned.forks[member.group].exploration for member in batch]
         lengths = [window.blocks + window.tail_blocks for window in windows]
-        # The roots hold what may be routed; a branch holds only what its own blocks see.
-        recent = branch_frames(self.generator, windows[0])
-        resident = recent and self.generator.deployment.sink + recent
+        # The roots hold what is routed; a branch holds only what its own blocks see.
+        resident = branch_resident(self.generator, windows[0])
 
         def pages(n: int, block: int) -> list[int] | None:
             own = batch[n].routes
@@ -233,22 +247,29 @@ def roll_out(
     forks = planned.forks
     site = Site(generator, planned, tape, key, steps or len(generator.sigmas))
     members = [[*explorer(site, n), Member(n)] for n in range(len(forks))]
+    dealt = [own if team is None else [*team.deal(own[:-1]), own[-1]] for own in members]
+    routed = None if planned.keep_pool else _routed(dealt)
     with generator.held():
         for turn in planned.own_turns:
-            waiting = [members[group] for group in turn]
-            rollout.grow_roots(turn)
-            dealt = [own if team is None else [*team.deal(own[:-1]), own[-1]] for own in waiting]
-            every = [member for own in dealt for member in own]
+            rollout.grow_roots(turn, routed)
+            every = [member for group in turn for member in dealt[group]]
             ran = rollout.run(every, rows=forks[0].exploration.rows, steps=steps and steps + arrivals)
-            for own, mine in zip(waiting, dealt, strict=True):
+            for group in turn:
+                own, mine = members[group], dealt[group]
                 whole = ran if team is None else iter(_joined(team, list(islice(ran, len(mine))), len(own)))
                 rollout.groups.append(rollout.group_of(own, whole))
                 finished(rollout.groups[-1])
             # Not before: with donors, later groups route what earlier ones hold.
             for root in [rollout.roots[group] for group in turn] if not planned.keep_pool else ():
-                kept = reachable_frames(generator.deployment, root.history, max(1, generator.deployment.sink))
+                kept = reachable_frames(generator.deployment, root.start, max(1, generator.deployment.sink))
                 root.history.keep(kept)
     return rollout
+
+
+def _routed(members: Sequence[Sequence[Member]]) -> dict[int, frozenset[int]]:
+    """Frames of every group's history that any member is routed."""
+    slots = {slot for own in members for one in own for block in one.routes or () for slot in block}
+    return {n: frozenset(slot.frame for slot in slots if slot.group == n) for n in range(len(members))}
 
 
 def _joined(team: Team, own: Sequence[Ran], members: int) -> list[Ran]:

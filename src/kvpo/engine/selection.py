@@ -59,6 +59,7 @@ class Selection:
             )
         pages = stream_pages(generator, prompt.num_frames, self._resident, switches=bool(prompt.switches))
         root = open_stream(generator, generator.new_cache((self.count + 1) * pages), prompt, texts, tape)
+        root.end = prompt.num_frames
         span = (self.span or prompt.num_frames) * block
         state: object | None = None
         before_TCHW: Tensor | None = None

@@ -52,6 +52,8 @@ class Stream:
     """Frames that stay resident in addition to what ``advance`` keeps."""
     deployment: Deployment = field(default_factory=Deployment)
     """Deployment of its generator, which says how its prompts follow one another."""
+    end: int | None = None
+    """Frames after which nothing follows; None: it may always go on."""
 
     @property
     def start(self) -> int:
@@ -163,9 +165,9 @@ def switch_prompts(generator: StreamingGenerator, streams: Sequence[Stream], *, 
         text = text_of(batch)
         context, frames = reencoding_context(deployment, [s.history for s in batch])
         clean = torch.stack([torch.cat(s.latents)[-frames:] for s in batch])
-        pages = batch[0].history.cache.write(*generator.encode(clean, text, context))
-        for stream, ids in zip(batch, pages, strict=True):
-            adopt_reencoded(deployment, stream.history, ids)
+        keys_LRFTND, values_LRFTND = generator.encode(clean, text, context)
+        for row, stream in enumerate(batch):
+            adopt_reencoded(deployment, stream.history, keys_LRFTND[:, row], values_LRFTND[:, row])
 
 
 def seen_alike(
@@ -213,7 +215,8 @@ def advance(
 ) -> Trajectory:
     """Generate the next block of every stream: switch prompts, denoise, then the clean pass writes pages.
 
-    Streams may be at different blocks; those whose blocks see equally many frames share a forward pass. The
+    Streams may be at different blocks; those whose blocks see equally many frames share a forward pass. A
+    stream's last block, which nothing will see, has no clean pass, and the stream gives its pages back. The
     trajectory has a row per stream, in their order; where first blocks take more or fewer solver steps, it
     has the first ones, as many as all rows took.
 
@@ -230,6 +233,7 @@ def advance(
             *seen_alike(generator, stream, None if routes is None else routes[n], recent),
             stream.step,
             generator.levels(stream.start),
+            stream.start + generator.block == stream.end,
         )
         for n, stream in enumerate(streams)
     ]
@@ -243,10 +247,7 @@ def advance(
             [None if routes is None else routes[n] for n in index],
             recent,
         )
-        pieces.append(_generate_block(generator, batch, context))
-        for stream in batch:
-            reachable = reachable_frames(generator.deployment, stream.history, resident)
-            stream.history.keep(stream.pinned.union(reachable))
+        pieces.append(_generate_block(generator, batch, context, resident))
         places += index
     inverse = torch.tensor(places).argsort()
     steps = min(piece.states_RSFCHW.shape[1] for piece in pieces)
@@ -258,7 +259,7 @@ def advance(
 
 
 def _generate_block(
-    generator: StreamingGenerator, streams: Sequence[Stream], context: PageContext
+    generator: StreamingGenerator, streams: Sequence[Stream], context: PageContext, resident: int
 ) -> Trajectory:
     """Denoise the streams' next blocks in one batch and append them. Raises NonFiniteError."""
     step, levels = streams[0].step or generator.step, generator.levels(streams[0].start)
@@ -271,7 +272,13 @@ def _generate_block(
         videos = ", ".join(str(stream.prompt.id) for stream in streams)
         place = f"block {streams[0].start // generator.block + 1} of prompt {videos}"
         generator.require_finite(trajectory, levels, text, context, place)
-        append_block(generator, streams, trajectory.clean_RFCHW, text, context)
+        if streams[0].start + generator.block == streams[0].end:
+            for stream, clean in zip(streams, trajectory.clean_RFCHW, strict=True):
+                stream.latents.append(clean)
+                stream.history.release()
+                stream.history.end += generator.block
+        else:
+            append_block(generator, streams, trajectory.clean_RFCHW, text, context, resident=resident)
     return trajectory
 
 
@@ -287,13 +294,22 @@ def append_block(
     clean_RFCHW: Tensor,
     text: TextRows,
     context: PageContext,
+    *,
+    resident: int = 0,
 ) -> None:
-    """The clean pass: encode the block in the context it was generated in and append its pages."""
+    """The clean pass: encode the block in the context it was generated in and append its pages.
+
+    Those that no later block will see are given back before: ``advance`` says what ``resident`` keeps.
+    """
     seen = clean_RFCHW
     if generator.context_noise:
         noise = _drawn(generator, streams, "context").to(clean_RFCHW)
         seen = add_noise(clean_RFCHW, noise, generator.context_noise)
-    pages = streams[0].history.cache.write(*generator.encode(seen, text, context))
+    keys_values = generator.encode(seen, text, context)
+    for stream in streams:
+        reachable = reachable_frames(generator.deployment, stream.start + generator.block, resident)
+        stream.history.keep(stream.pinned.union(reachable))
+    pages = streams[0].history.cache.write(*keys_values)
     for stream, ids, clean in zip(streams, pages, clean_RFCHW, strict=True):
         stream.history.append(ids)
         stream.latents.append(clean)
@@ -322,9 +338,7 @@ def give_frames(
         text = text_of(streams)
         commit_banks(generator, streams, text)
         context = deployment_context(generator.deployment, [stream.history for stream in streams])
-        append_block(generator, streams, clean, text, context)
-        for stream in streams:
-            stream.history.keep(reachable_frames(generator.deployment, stream.history, resident))
+        append_block(generator, streams, clean, text, context, resident=resident)
 
 
 def stream_latents(
@@ -353,7 +367,9 @@ def stream_latents(
         batch = prompts[at : at + size]
         switches = any(prompt.switches for prompt in batch)
         cache = generator.new_cache(len(batch) * stream_pages(generator, num_frames, switches=switches))
-        streams = [open_stream(generator, cache, prompt, texts, tape) for prompt in batch]
+        streams = [
+            replace(open_stream(generator, cache, prompt, texts, tape), end=num_frames) for prompt in batch
+        ]
         with generator.held():
             for stream in streams:
                 if given and stream.prompt.id in given:

@@ -90,12 +90,9 @@ def pages_needed(stage: Stage, limits: SessionLimits, arms: int) -> int:
     held = limits.pins + exploration.routed
     stream = stream_pages(generator, limits.frames, exploration.resident_frames, switches=True) + held
     own = limits.fork_blocks * generator.block
-    branch = own + bank_pages(generator, range(own))
-    return (
-        limits.sessions * arms * stream
-        + generator.deployment.reencoded(limits.frames)
-        + (limits.branches + 1) * branch
-    )
+    reencoded = generator.deployment.reencoded(limits.frames)
+    branch = max(own, reencoded) + bank_pages(generator, range(own))
+    return limits.sessions * arms * stream + reencoded + (limits.branches + 1) * branch
 
 
 class Scheduler:

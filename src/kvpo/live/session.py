@@ -7,7 +7,7 @@ each acts at the next block. Base and aligned are *arms*: streams of one script 
 import math
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -309,7 +309,8 @@ class Session:
 
     def _continued(self, root: Stream, pages: Sequence[list[int] | None], blocks: int) -> Tensor:
         """Clean latents ``[R, T, C, H, W]`` of a root continued under each row of pages."""
-        streams = [root.fork() for _ in pages]
+        end = root.start + blocks * self.stage.generator.block
+        streams = [replace(root.fork(), end=end) for _ in pages]
         try:
             for _ in range(blocks):
                 advance(

@@ -124,14 +124,6 @@ class History:
             self.pages[self.end] = page
             self.end += 1
 
-    def replace(self, start: int, pages: Sequence[int]) -> None:
-        """Put freshly encoded pages in place of frames ``start`` and following; old ones are released."""
-        for frame, page in enumerate(pages, start):
-            old = self.pages.get(frame)
-            self.pages[frame] = page
-            if old is not None:
-                self.cache.release([old])
-
     def rewind(self, frame: int) -> None:
         """Go back to before ``frame``: its page and all later ones are released; a memory bank stays."""
         self.cache.release([self.pages.pop(later) for later in sorted(self.pages) if later >= frame])

@@ -109,31 +109,34 @@ def reencoding_context(deployment: Deployment, histories: Sequence[History]) -> 
     return context, frames
 
 
-def adopt_reencoded(deployment: Deployment, history: History, pages: Sequence[int]) -> None:
-    """Put re-encoded pages in place; a replaced sink is filled with the first of them, a kept one stays.
+def adopt_reencoded(
+    deployment: Deployment, history: History, keys_LFTND: Tensor, values_LFTND: Tensor
+) -> None:
+    """Store re-encoded frames, the most recent ones, in place of their pages, which are given back before.
 
-    Where the frames reach back to the start, a kept sink is re-encoded with them.
+    A replaced sink is filled with the first of them, a kept one stays. Where the frames reach back to the
+    start, a kept sink is re-encoded with them.
     """
-    start = history.end - len(pages)
+    start = history.end - keys_LFTND.shape[1]
     kept = 0
     if not deployment.keep_sink_at_switch:
         history.sink = tuple(range(start, start + deployment.sink))
     elif start > 0:
         kept = sum(frame >= start for frame in history.sink)
-    history.cache.release(pages[:kept])
-    history.replace(start + kept, pages[kept:])
+    history.rewind(start + kept)
+    history.append(history.cache.write(keys_LFTND[:, None, kept:], values_LFTND[:, None, kept:])[0])
 
 
-def reachable_frames(deployment: Deployment, history: History, resident: int) -> range:
-    """Frames outside the sink that the window or the routing pool may still ask for.
+def reachable_frames(deployment: Deployment, start: int, resident: int) -> range:
+    """Frames outside the sink that the window of the block at ``start``, or later routes, may ask for.
 
     ``resident`` counts the frames kept for routing including the sink; 0 keeps everything. Re-encoding asks
     for latents, not for pages.
     """
     if deployment.local_past is None or resident == 0:
-        return range(history.end)
+        return range(start)
     span = max(deployment.local_past, resident - deployment.sink)
-    return range(max(0, history.end - span), history.end)
+    return range(max(0, start - span), start)
 
 
 def record_block(deployment: Deployment, history: History) -> None:

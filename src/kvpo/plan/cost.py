@@ -69,23 +69,32 @@ class Costs:
 
 
 def blocks_work(
-    costs: Costs, blocks: int, rows: int, context: int | None = None, *, first: bool = False
+    costs: Costs,
+    blocks: int,
+    rows: int,
+    context: int | None = None,
+    *,
+    first: bool = False,
+    last: bool = False,
 ) -> Work:
     """Generating some blocks of ``rows`` streams together: every solver step and the clean pass.
 
     ``context`` past frames are seen, None: the deployed ones. ``first``: they begin videos, whose first block
-    may take other solver steps.
+    may take other solver steps. ``last``: nothing follows, so the last of them has no clean pass.
     """
     stream, call = costs.config.stream, costs.call(rows, context)
     if first and stream.schedule_first:
         own = replace(stream, schedule=stream.schedule_first, schedule_first=())
         begun = replace(costs, config=replace(costs.config, stream=own))
-        return blocks_work(begun, 1, rows, context) + blocks_work(costs, blocks - 1, rows, context)
+        rest = blocks_work(costs, blocks - 1, rows, context, last=last)
+        return blocks_work(begun, 1, rows, context) + rest
     steps = len(stream.schedule)
+    read = costs.weight_bytes + rows * call.context * costs.page_bytes
+    denoised = Work(steps * velocity_flops(call) + costs.adapter(rows, steps), steps * read)
     flops = steps * velocity_flops(call) + encode_flops(call) + costs.adapter(rows, steps + 1)
-    traffic = (steps + 1) * (costs.weight_bytes + rows * call.context * costs.page_bytes)
-    traffic += rows * costs.config.stream.block * costs.page_bytes
-    return Work(blocks * flops, blocks * traffic)
+    written = rows * costs.config.stream.block * costs.page_bytes
+    whole = Work(flops, (steps + 1) * read + written)
+    return whole.times(blocks - last) + denoised.times(last)
 
 
 def members_work(costs: Costs, groups: int, rows: int) -> Work:
@@ -95,9 +104,11 @@ def members_work(costs: Costs, groups: int, rows: int) -> Work:
     """
     exploration = costs.config.exploration
     branches, members = groups * exploration.branches, groups * (exploration.branches + 1)
-    routed = blocks_work(costs, exploration.blocks, rows, costs.routed).times(branches / rows)
-    anchors = blocks_work(costs, exploration.blocks, rows).times(groups / rows)
-    return routed + anchors + blocks_work(costs, exploration.tail_blocks, rows).times(members / rows)
+    tail = exploration.tail_blocks
+    routed = blocks_work(costs, exploration.blocks, rows, costs.routed, last=not tail)
+    anchors = blocks_work(costs, exploration.blocks, rows, last=not tail)
+    after = blocks_work(costs, tail, rows, last=tail > 0)
+    return routed.times(branches / rows) + anchors.times(groups / rows) + after.times(members / rows)
 
 
 def forward_work(costs: Costs, rows: int) -> Work:

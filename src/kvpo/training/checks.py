@@ -96,7 +96,7 @@ def shared_fork(setup: Setup, prompts: Sequence[VideoPrompt]) -> Fork:
 
 
 def _grown(setup: Setup, prompts: Sequence[VideoPrompt], fork: Fork) -> Rollout:
-    planned = PlannedRollout(prompts, [fork] * len(prompts))
+    planned = PlannedRollout(prompts, [fork] * len(prompts), keep_pool=True)
     cache = setup.generator.new_cache(cache_pages(setup.generator, [planned]))
     texts, tape = setup.backbone.texts(prompts), setup.backbone.tape("checks")
     rollout = Rollout(setup.generator, planned, texts, tape, cache)

@@ -109,7 +109,10 @@ def explore(
     """
     team, doing = teams.team, "exploring and scoring"
     whole = [plan_rollout(setup, update) for update in updates]
-    planned = [replace(one, share=teams.peers.share(one.turns(teams.count))) for one in whole]
+    planned = [
+        replace(one, share=teams.peers.share(one.turns(teams.count)), branch_ranks=team.count)
+        for one in whole
+    ]
     cache = setup.generator.new_cache(cache_pages(setup.generator, planned))
     with team.together(doing), in_background() as submit:
         with setup.ranks.clock("rollout"), setup.generator.exploring():
