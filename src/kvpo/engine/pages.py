@@ -12,6 +12,7 @@ from kvpo.config import ExplorationConfig
 from kvpo.engine.forks import Fork
 from kvpo.engine.generator import StreamingGenerator
 from kvpo.models.deployment import RECORD_INTERVAL
+from kvpo.models.settings import Deployment
 from kvpo.prompts import VideoPrompt
 
 
@@ -29,7 +30,7 @@ def kept_pages(generator: StreamingGenerator, num_frames: int, resident: int = 0
     deployment = generator.deployment
     if deployment.local_past is None:
         return num_frames + _encoded_anew(generator, num_frames, switches)
-    kept = max(deployment.sink + max(deployment.local_past, deployment.block), resident)
+    kept = _resident(deployment, deployment.local_past, resident)
     first = deployment.sink if deployment.keep_sink_at_switch else 0
     gone = range(first, num_frames - (kept - deployment.sink))
     bank = max(bank_pages(generator, gone), _encoded_anew(generator, num_frames, switches))
@@ -48,9 +49,13 @@ def pages_at_switch(
     deployment = generator.deployment
     if not switches or deployment.local_past is None:
         return 0
-    kept = max(deployment.sink + max(deployment.local_past, deployment.block), resident)
-    reencoded = min(num_frames, deployment.sink + deployment.reencoded(num_frames))
-    return max(0, reencoded - min(num_frames, kept))
+    kept = min(num_frames, _resident(deployment, deployment.local_past, resident))
+    return max(0, min(num_frames, deployment.sink + deployment.reencoded(num_frames)) - kept)
+
+
+def _resident(deployment: Deployment, local_past: int, resident: int) -> int:
+    """History frames that a stream keeps: of its window, which its newest block may exceed, or more."""
+    return max(deployment.sink + max(local_past, deployment.block), resident)
 
 
 def bank_pages(generator: StreamingGenerator, gone: range) -> int:

@@ -53,12 +53,17 @@ class Stream:
     deployment: Deployment = field(default_factory=Deployment)
     """Deployment of its generator, which says how its prompts follow one another."""
     end: int | None = None
-    """Frames after which nothing follows; None: it may always go on."""
+    """Number of frames after which nothing follows; None: it may always go on."""
 
     @property
     def start(self) -> int:
         """First frame of the next block."""
         return self.history.end
+
+    @property
+    def ending(self) -> bool:
+        """The next block is the last one."""
+        return self.start + self.deployment.block == self.end
 
     def fork(self, tape: Tape | None = None, step: Step | None = None) -> "Stream":
         """A second stream with the same past, with other noise or another solver step from here on.
@@ -233,7 +238,7 @@ def advance(
             *seen_alike(generator, stream, None if routes is None else routes[n], recent),
             stream.step,
             generator.levels(stream.start),
-            stream.start + generator.block == stream.end,
+            stream.ending,
         )
         for n, stream in enumerate(streams)
     ]
@@ -272,7 +277,7 @@ def _generate_block(
         videos = ", ".join(str(stream.prompt.id) for stream in streams)
         place = f"block {streams[0].start // generator.block + 1} of prompt {videos}"
         generator.require_finite(trajectory, levels, text, context, place)
-        if streams[0].start + generator.block == streams[0].end:
+        if streams[0].ending:
             for stream, clean in zip(streams, trajectory.clean_RFCHW, strict=True):
                 stream.latents.append(clean)
                 stream.history.release()
