@@ -105,6 +105,7 @@ def test_the_summary_keeps_its_contract(compared: Path) -> None:
     assert set(summary["floors"]) == {"best-of-8", "steps-8", "steps-16"}
     for own in summary["methods"].values():
         assert own["cpu_s_per_update"] > 0
+        assert 0 <= own["diversity"]["attribute_diversity"] <= 1
         for kind in ("short", "long", "beyond"):
             assert len(own[kind]["gains"]) == len(own[kind]["unseen"]) == len(own[kind]["mismatched"]) == 2
             assert set(own[kind]["components"]) == {"redness", "calm"}

@@ -111,13 +111,12 @@ def shortened(sets: Mapping[str, FinalSet]) -> dict[str, FinalSet]:
 def fresh_diversity(setup: Setup) -> dict[str, float]:
     """Diversity of branches of fresh noise: little, where the policy has collapsed to few videos."""
     source = source_of(setup.config)
-    if source.read_off is None or "long" not in setup.validation:
-        return {}
     config = replace(setup.config, exploration=ExplorationConfig())  # the same for all arms
+    validation = source.split(config)[1]  # a run's own setup holds none
+    if source.read_off is None or "long" not in validation:
+        return {}
     weights = replace(setup.backbone.weights, config=config)
-    whole = replace(
-        setup, backbone=replace(setup.backbone, weights=weights), validation=source.split(config)[1]
-    )
+    whole = replace(setup, backbone=replace(setup.backbone, weights=weights), validation=validation)
     places = story_places(whole, FEWEST_PROMPTS)
     look = laboratory(whole, [prompt for place in places for prompt in place.prompts])
     (found,) = branch_diversity(look, places, ALONE, fresh_noise)
