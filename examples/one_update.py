@@ -47,7 +47,7 @@ def one_update(setup: Setup) -> dict[str, torch.Tensor]:
     (prompt,) = setup.training_prompts(UPDATE)
     texts, tape, key = setup.backbone.texts([prompt]), setup.backbone.tape("training"), (config.seed, UPDATE)
     (fork,) = draw_forks([prompt], config.exploration, generator.deployment, key)
-    planned = PlannedRollout([prompt], [fork])
+    planned = PlannedRollout([prompt], [fork], keep_pool=True)
     cache = generator.new_cache(cache_pages(generator, [planned]))
     root = open_stream(generator, cache, prompt, texts, tape)
     while root.start < fork.frame:
