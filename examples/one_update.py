@@ -48,7 +48,7 @@ def one_update(setup: Setup) -> dict[str, torch.Tensor]:
     texts, tape, key = setup.backbone.texts([prompt]), setup.backbone.tape("training"), (config.seed, UPDATE)
     (fork,) = draw_forks([prompt], config.exploration, generator.deployment, key)
     planned = PlannedRollout([prompt], [fork], keep_pool=True)
-    cache = generator.new_cache(cache_pages(generator, [planned]))
+    cache = generator.new_cache(cache_pages(generator, [planned]))  # with room for all that may be routed
     root = open_stream(generator, cache, prompt, texts, tape)
     while root.start < fork.frame:
         advance(generator, [root], resident=config.exploration.resident_frames)
