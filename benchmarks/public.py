@@ -9,7 +9,6 @@ of this process; their latents and scores must agree before anything is timed.
 
 import argparse
 import statistics
-import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -17,8 +16,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import measuring
 import torch
-from measuring import machine, peak_memory, peak_pages, section, table, write_json
 from public_checkout import CHUNKS, PROMPT, Public, modules_of, shipped
 from shapes import with_shape
 from torch import Tensor, nn
@@ -155,7 +154,7 @@ class Ours:
         planned = PlannedRollout([prompt], [Fork(FORK, exploration)])
         cache = self.generator.new_cache(cache_pages(self.generator, [planned]))
         explorer = chosen_routes([self.routes])
-        with peak_pages(cache) as peak:
+        with measuring.peak_pages(cache) as peak:
             found = roll_out(
                 self.generator, planned, self.texts, self.tape, ("public",), explorer=explorer, cache=cache,
                 steps=steps,
@@ -305,11 +304,16 @@ def measured(path: Path, shape: WanShape, rank: int, rounds: int) -> dict[str, A
         held = {"public": public.cache_bytes(found), "ours": together, ONE_ROW: one_row}
         runs = phases(ours, public, found, group)
         # Before any time is taken, so that kernels are chosen by then.
-        peaks = {
-            name: {side: peak_memory(run) for side, run in sides.items()} for name, sides in runs.items()
-        }
-        seconds = alternated(runs, rounds)
-        return {"apart": differences, "cache_bytes": held, "peak_bytes": peaks, "cpu_seconds": seconds}
+        peaks, flops = (
+            {name: {side: measure(run) for side, run in sides.items()} for name, sides in runs.items()}
+            for measure in (measuring.peak_memory, measuring.counted_flops)
+        )
+        rows = (BRANCHES + 1) * 3 * shape.tokens_per_frame
+        return {
+            "apart": differences, "cache_bytes": held, "peak_bytes": peaks, "flops": flops,
+            "flops_per_second": measuring.product_rate(rows, shape.dim),
+            "cpu_seconds": alternated(runs, rounds),
+        }  # fmt: skip
 
 
 def columns_of(sizes: Mapping[str, Any]) -> dict[str, Any]:
@@ -318,18 +322,25 @@ def columns_of(sizes: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def ratios(numbers: Mapping[str, Any]) -> str:
-    """Public over ours, medians of CPU-seconds, beside the aims; the largest difference of latents."""
+    """Public over ours, medians of CPU-seconds, beside the aims; the largest difference of latents.
+
+    In brackets the public side over our FLOPs at the rate of matrix products: more needs fewer FLOPs.
+    """
     columns = columns_of(numbers["sizes"])
 
     def faster(phase: str, side: str = "ours") -> list[str]:
-        every = [found["cpu_seconds"][phase] for found in columns.values()]
-        return [f"{statistics.median(one['public']) / statistics.median(one[side]):.2f}" for one in every]
+        cells = []
+        for found in columns.values():
+            taken = {one: statistics.median(rounds) for one, rounds in found["cpu_seconds"][phase].items()}
+            least = found["flops"][phase][side] / found["flops_per_second"]
+            cells.append(f"{taken['public'] / taken[side]:.2f} ({taken['public'] / least:.2f})")
+        return cells
 
     rows = [(phase, *faster(phase), f"≥ {aim:g}") for phase, aim in AIMS.items()]
     rows.append(("rollout, one row at a time", *faster("rollout", ONE_ROW), ""))
     differences = [f"{max(found['apart'].values()):.0e}" for found in columns.values()]
     rows.append(("largest relative difference", *differences, f"≤ {TOLERANCE:.0e}"))
-    return table(("public ÷ ours, CPU-seconds", *columns, "aim"), rows)
+    return measuring.table(("public ÷ ours, CPU-seconds", *columns, "aim"), rows)
 
 
 def memory(numbers: Mapping[str, Any]) -> str:
@@ -350,15 +361,7 @@ def memory(numbers: Mapping[str, Any]) -> str:
         rows.append((f"peak, {phase}", *(pair(one["peak_bytes"][phase]) for one in columns.values())))
     single = [pair(one["peak_bytes"]["rollout"], ONE_ROW) for one in columns.values()]
     rows.append(("peak, rollout, one row at a time", *single))
-    return table(("MiB, public / ours", *columns), rows)
-
-
-def commit_of(path: Path, *under: str) -> str:
-    """The last commit at a path, or the last that changed what is under some of its folders."""
-    if not (path / ".git").exists():
-        return "unknown"
-    command = ["git", "-C", str(path), "log", "-1", "--format=%H", "--", *under]
-    return subprocess.check_output(command, text=True).strip()
+    return measuring.table(("MiB, public / ours", *columns), rows)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -376,9 +379,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     path = options.public.resolve()
     sizes: dict[str, dict[str, Any]] = {size: {} for size in options.sizes}
     numbers = {
-        "machine": machine(),
-        "public_commit": options.commit or commit_of(path),
-        "commit": commit_of(Path(__file__).resolve().parents[1], "src"),
+        "machine": measuring.machine(),
+        "public_commit": options.commit or measuring.commit_of(path),
+        "commit": measuring.commit_of(Path(__file__).resolve().parents[1], "src"),
         "rounds": options.rounds,
         "sizes": sizes,
     }
@@ -386,10 +389,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for size in options.sizes:
             for kind, rank in RANKS.items():
                 sizes[size][kind] = measured(path, SHAPES[size], rank, options.rounds)
-                write_json(options.json, numbers)
+                measuring.write_json(options.json, numbers)
     except ValueError as error:
         parser.error(str(error))
-    section("Beside the public trainer", ratios(numbers), memory(numbers))
+    measuring.section("Beside the public trainer", ratios(numbers), memory(numbers))
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import torch
 from kvpo.engine.explorers import RoutedFrame
 from kvpo.models.adapters import base_state
 from kvpo.models.causal_wan import WanShape
+from kvpo.models.linear import AVAILABLE
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "benchmarks"
 SHAPE = WanShape(
@@ -111,6 +112,22 @@ def test_memory_that_tensors_share_counts_once():
         assert 0.9 * size < measuring.peak_memory(lambda: torch.ones(size // 4)) < 1.5 * size
 
 
+def test_products_and_attention_are_counted_however_they_are_computed():
+    measuring = importlib.import_module("measuring")
+    x, weight = torch.zeros(1024, 64), torch.zeros(32, 64)
+    products = [lambda: torch.nn.functional.linear(x, weight)]
+    if AVAILABLE:
+        products.append(lambda: torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], ""))
+    assert [measuring.counted_flops(product) for product in products] == [2 * 1024 * 64 * 32] * len(products)
+    query, key, value = (torch.zeros(2, 3, tokens, 8).requires_grad_() for tokens in (16, 48, 48))
+    forward = 2 * 2 * (2 * 3 * 16 * 48 * 8)
+    attention = torch.nn.functional.scaled_dot_product_attention
+    assert measuring.counted_flops(lambda: attention(query, key, value)) == forward
+    learned = measuring.counted_flops(lambda: attention(query, key, value).sum().backward())
+    assert learned == forward + forward * 5 / 2
+    assert measuring.product_rate(64, 64) > 0
+
+
 @pytest.mark.parametrize("rank", [0, 4])
 def test_our_side_is_one_computation_whatever_its_rows(rank):
     public = importlib.import_module("public")
@@ -148,8 +165,11 @@ def test_sides_take_turns_and_ratios_are_of_medians():
         "cache_bytes": held,
         "cpu_seconds": {phase: sides for phase in public.AIMS},
         "peak_bytes": {phase: held for phase in public.AIMS},
+        "flops": {phase: {"ours": 150, "one row": 160} for phase in public.AIMS},
+        "flops_per_second": 100.0,
     }
     numbers = {"sizes": {"small": {"LoRA": found}}}
     printed = public.ratios(numbers)
-    assert "| rollout | 2.00 | ≥ 2 |" in printed and "| rollout, one row at a time | 1.00 |" in printed
+    assert "| rollout | 2.00 (2.67) | ≥ 2 |" in printed
+    assert "| rollout, one row at a time | 1.00 (2.50) |" in printed
     assert "2e-06" in printed and "one row at a time | 4.0 / 1.0 |" in public.memory(numbers)
