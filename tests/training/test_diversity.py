@@ -68,6 +68,7 @@ def test_a_measurement_in_closed_form(monkeypatch: pytest.MonkeyPatch) -> None:
     found = look.measure(groups)
     assert found.attribute_diversity == pytest.approx((2 / 3 + 0) / 2)
     assert found.pixel_distance == pytest.approx(((0.1 + 0.3 + 0.4) / 3 + 0) / 2)
+    assert look.pixel_distance(groups) == found.pixel_distance
     assert found.broken_share == pytest.approx(1 / 3)
     assert found.reward_std == pytest.approx((7 / 3) ** 0.5 / 2)
     assert diversity.mean_diversity([found, Diversity(0.0, 0.0, 0.0, 0.0)])["broken_share"] == pytest.approx(
@@ -100,7 +101,7 @@ def test_the_strength_is_found_by_bisection(monkeypatch: pytest.MonkeyPatch) -> 
         "roots",
         lambda self, place: nullcontext(lambda noise: place.fork.frame * noise.keywords["strength"] ** 2),
     )
-    monkeypatch.setattr(Laboratory, "measure", lambda self, groups: SimpleNamespace(pixel_distance=groups))
+    monkeypatch.setattr(Laboratory, "pixel_distance", lambda self, groups: groups)
     look = Laboratory(*[None] * 6)  # type: ignore[arg-type]
     places = [Place((), Fork(frame, ExplorationConfig())) for frame in (1, 3)]
     assert look.matched_strength(places, 2 * 0.3**2) == pytest.approx(0.3, abs=1 / 128)

@@ -107,17 +107,21 @@ class Laboratory:
             # Without a tail the window is all there is to read.
             shown, confidence = self.read_off.observe(after if after.shape[1] else window)
             pairs = list(combinations(range(len(shown)), 2))
-            distance = torch.pdist(window.flatten(1)).mean() / window[0].numel() ** 0.5
             results.append(
                 (
                     sum(shown[a] != shown[b] for a, b in pairs) / len(pairs),
-                    float(distance),
+                    _distance(window),
                     float((confidence < self.read_off.broken_below).float().mean()),
                     float(score.totals(self.judges.weights_K, 0.0)[:-1].std()),
                 )
             )
         means = [sum(column) / len(results) for column in zip(*results, strict=True)]
         return Diversity(*means)
+
+    def pixel_distance(self, groups: Sequence[Group]) -> float:
+        """``Diversity.pixel_distance`` of the branches (without the last member), averaged over groups."""
+        windows = (group.clean_MTCHW[:-1, : group.window_frames] for group in groups)
+        return sum(_distance(pixels_of(self.codec, window)) for window in windows) / len(groups)
 
     def matched_strength(self, places: Sequence[Place], distance: float) -> float:
         """Noise strength at which noise branches lie ``distance`` apart in pixels, by bisection."""
@@ -128,9 +132,14 @@ class Laboratory:
             for _ in range(6):
                 middle = (low + high) / 2
                 noise = partial(noise_branches, strength=middle)
-                found = sum(self.measure(explore(noise)).pixel_distance for explore in explored) / len(places)
+                found = sum(self.pixel_distance(explore(noise)) for explore in explored) / len(places)
                 low, high = (middle, high) if found < distance else (low, middle)
         return (low + high) / 2
+
+
+def _distance(videos: Tensor) -> float:
+    """Root of the mean squared difference of pixels, the mean over all pairs of videos ``[B, ...]``."""
+    return float(torch.pdist(videos.flatten(1)).mean()) / videos[0].numel() ** 0.5
 
 
 def mean_diversity(measured: Sequence[Diversity]) -> dict[str, float]:
