@@ -18,6 +18,7 @@ from typing import Any
 
 import measuring
 import torch
+from arithmetic import counted_flops, product_rate
 from public_checkout import CHUNKS, PROMPT, Public, modules_of, shipped
 from shapes import with_shape
 from torch import Tensor, nn
@@ -306,12 +307,12 @@ def measured(path: Path, shape: WanShape, rank: int, rounds: int) -> dict[str, A
         # Before any time is taken, so that kernels are chosen by then.
         peaks, flops = (
             {name: {side: measure(run) for side, run in sides.items()} for name, sides in runs.items()}
-            for measure in (measuring.peak_memory, measuring.counted_flops)
+            for measure in (measuring.peak_memory, counted_flops)
         )
         rows = (BRANCHES + 1) * 3 * shape.tokens_per_frame
         return {
             "apart": differences, "cache_bytes": held, "peak_bytes": peaks, "flops": flops,
-            "flops_per_second": measuring.product_rate(rows, shape.dim),
+            "flops_per_second": product_rate(rows, shape.dim),
             "cpu_seconds": alternated(runs, rounds),
         }  # fmt: skip
 

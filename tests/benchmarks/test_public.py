@@ -113,19 +113,19 @@ def test_memory_that_tensors_share_counts_once():
 
 
 def test_products_and_attention_are_counted_however_they_are_computed():
-    measuring = importlib.import_module("measuring")
+    arithmetic = importlib.import_module("arithmetic")
     x, weight = torch.zeros(1024, 64), torch.zeros(32, 64)
     products = [lambda: torch.nn.functional.linear(x, weight)]
     if AVAILABLE:
         products.append(lambda: torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], ""))
-    assert [measuring.counted_flops(product) for product in products] == [2 * 1024 * 64 * 32] * len(products)
+    assert [arithmetic.counted_flops(product) for product in products] == [2 * 1024 * 64 * 32] * len(products)
     query, key, value = (torch.zeros(2, 3, tokens, 8).requires_grad_() for tokens in (16, 48, 48))
     forward = 2 * 2 * (2 * 3 * 16 * 48 * 8)
     attention = torch.nn.functional.scaled_dot_product_attention
-    assert measuring.counted_flops(lambda: attention(query, key, value)) == forward
-    learned = measuring.counted_flops(lambda: attention(query, key, value).sum().backward())
+    assert arithmetic.counted_flops(lambda: attention(query, key, value)) == forward
+    learned = arithmetic.counted_flops(lambda: attention(query, key, value).sum().backward())
     assert learned == forward + forward * 5 / 2
-    assert measuring.product_rate(64, 64) > 0
+    assert arithmetic.product_rate(64, 64) > 0
 
 
 @pytest.mark.parametrize("rank", [0, 4])
