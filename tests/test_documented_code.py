@@ -163,6 +163,7 @@ def test_the_excerpt_of_the_update_is_the_examples_code() -> None:
     assert not [line for line in lines if not line.startswith("#") and line not in code] and len(lines) > 9
 
 
+@pytest.mark.slow
 def test_the_commands_and_code_of_public_generators_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:

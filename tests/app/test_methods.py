@@ -20,7 +20,14 @@ FEW = {
 }
 
 
-@pytest.mark.parametrize("method", METHODS)
+EACH_KIND = ("kvpo", "cm-grpo", "nft")
+"""A surrogate of velocities, a policy over noise at single steps, and a policy that lags."""
+
+
+@pytest.mark.parametrize(
+    "method",
+    [name if name in EACH_KIND else pytest.param(name, marks=pytest.mark.slow) for name in METHODS],
+)
 def test_a_run_of_every_method_ends_with_its_summary(tiny_base: Path, tmp_path: Path, method: str) -> None:
     out = tmp_path / "run"
     command = [

@@ -214,6 +214,7 @@ def test_every_command_knows_the_base_and_the_weights(
         tiny_base,
         rewards__scorers=("tests.tiny_world:toy",),
         optim__updates=2,
+        stream__schedule=(1.0, 0.5),
     )
     run = tmp_path / "run"
     summary = align(config, run)
@@ -246,7 +247,13 @@ def test_every_command_knows_the_base_and_the_weights(
     latents = []
     for weights in ("average", "raw"):
         out = tmp_path / f"{weights}-videos"
-        generate(tiny_config(tiny_base), out, run=run, checkpoint="latest", weights=weights)
+        generate(
+            tiny_config(tiny_base, stream__schedule=(1.0, 0.5)),
+            out,
+            run=run,
+            checkpoint="latest",
+            weights=weights,
+        )
         latents.append((tmp_path / f"{weights}-videos/latents.safetensors").read_bytes())
     assert latents[0] != latents[1] and "no improvement" not in caplog.text
     trainer = Trainer(toy_setup(config))

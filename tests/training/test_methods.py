@@ -76,7 +76,7 @@ def gain_of(trainer: Trainer) -> PairedGain:
 
 @pytest.mark.parametrize(
     "method",
-    [name if name in ("kvpo", "nft") else pytest.param(name, marks=pytest.mark.slow) for name in LEARNS],
+    [name if name == "kvpo" else pytest.param(name, marks=pytest.mark.slow) for name in LEARNS],
 )
 def test_what_is_rewarded_rises_and_chance_does_not(red: Callable[..., Trainer], method: str) -> None:
     """Held-out videos share one policy, so chance shows between seeds, not between videos."""

@@ -2,6 +2,7 @@
 
 from functools import partial
 
+import pytest
 import torch
 
 from kvpo.world import codec, grammar
@@ -57,6 +58,7 @@ def test_frames_are_coded_one_by_one():
     assert torch.allclose(whole[1, 7], single[0, 0], atol=1e-5)
 
 
+@pytest.mark.slow
 def test_training_is_deterministic_and_survives_saving(tmp_path):
     first, second = (train_codec(steps=6, seed=3, batch=4) for _ in range(2))
     assert all(
