@@ -159,6 +159,15 @@ def methods(numbers: Mapping[str, Any]) -> str:
     return table(("arm", "updates", *columns, "unseen scorer on each", "gap closed, short / long"), rows)
 
 
+def varied(numbers: Mapping[str, Any]) -> str:
+    """In what videos of one prompt differ, of the bases and after training with each arm."""
+    bases = {name: found["diversity"] for name, found in numbers["bases"].items()}
+    columns = list(bases["base"])
+    after = {arm: found["diversity"] for arm, found in numbers["methods"].items()}
+    rows = [(name, *(f"{own[key]:.3f}" for key in columns)) for name, own in (bases | after).items() if own]
+    return table(("videos of", *(name.replace("_", " ") for name in columns)), rows)
+
+
 TABLES: Mapping[str, Callable[[Any], str]] = {
     "learned": learned,
     "gains": lambda numbers: seeds.gains(numbers["arms"]),
@@ -172,6 +181,7 @@ TABLES: Mapping[str, Callable[[Any], str]] = {
     "bases": lambda numbers: bases.compared(numbers["bases"]),
     "threads": threads,
     "methods": methods,
+    "varied": varied,
     "drift": drift,
     "listed": lambda numbers: table(("measured", "value"), list(numbers.items())),
     "structure": structure,
