@@ -147,7 +147,7 @@ class ExplorationConfig:
     """History frames that may be routed, counting the sink; 0: all."""
     tail_blocks: int = 2
     """Deployment blocks after the window for the global signal; late forks get less."""
-    rows: int = 18
+    rows: int = 36
     """Streams batched in one forward pass, whole groups if it holds any, which then go to one rank together;
     0 means all branches of all prompts of a rank, so that the number of ranks changes the rounding."""
 
