@@ -25,7 +25,6 @@ SETTINGS: dict[str, Any] = {
     "backbone.geometry": geometry_file(
         replace(WanShape(), dim=32, num_heads=2, num_layers=1, ffn_dim=48, freq_dim=16, patch_size=(1, 4, 4))
     ),
-    "stream.schedule": (1.0, 0.5),
     "exploration.branches": 3,
     "exploration.blocks": 2,
     "exploration.distinct": 2,
