@@ -175,6 +175,11 @@ def test_null_runs_of_other_settings_are_refused(tmp_path):
     assert read_null(path, config) == {"short": [0.0, 0.01], "long": [0.0, -0.01]}
     newer = config | {"optim": {**config["optim"], "autocast": "none"}}  # a setting that those runs had not
     assert read_null(path, newer) == read_null(path, config)
+    batched = {
+        "exploration": {"rows": 1},
+        "optim": {**config["optim"], "replay_rows": 4},
+    }  # of rounding alone
+    assert read_null(path, config | batched) == read_null(path, config)
     newer["optim"]["autocast"] = "bfloat16"
     with pytest.raises(ValueError, match="have optim.autocast none, this one bfloat16"):
         read_null(path, newer)

@@ -16,8 +16,9 @@ from kvpo.report.formatting import fixed, numbers, signed
 from kvpo.report.record import Entry
 
 FREE = {"seed", "preset", "device", "threads", "objective.advantages", "checkpoint.every", "rewards.cache",
-        "rewards.ranks", "distributed.branch_ranks", "distributed.shard"}  # fmt: skip
-"""Settings in which a run and its null runs may differ."""
+        "rewards.ranks", "distributed.branch_ranks", "distributed.shard", "exploration.rows",
+        "optim.replay_rows", "optim.checkpointing"}  # fmt: skip
+"""Settings in which a run and its null runs may differ: of no effect on the gain, or of rounding alone."""
 
 
 def read_null(path: Path, config: Entry) -> dict[str, list[float]]:
