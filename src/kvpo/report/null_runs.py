@@ -18,7 +18,7 @@ from kvpo.report.record import Entry
 FREE = {"seed", "preset", "device", "threads", "objective.advantages", "checkpoint.every", "rewards.cache",
         "rewards.ranks", "distributed.branch_ranks", "distributed.shard", "exploration.rows",
         "optim.replay_rows", "optim.checkpointing"}  # fmt: skip
-"""Settings in which a run and its null runs may differ: of no effect on the gain, or of rounding alone."""
+"""Settings in which a run and its null runs may differ; rows and checkpointing change rounding alone."""
 
 
 def read_null(path: Path, config: Entry) -> dict[str, list[float]]:
