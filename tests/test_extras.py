@@ -79,7 +79,7 @@ from kvpo.app.export import export
 from kvpo.app.generate import generate
 from tests.tiny_world import tiny_config
 base, out = map(Path, sys.argv[1:])
-config = tiny_config(base, optim__updates=1)
+config = tiny_config(base, optim__updates=1, stream__schedule=(1.0, 0.5))
 assert align(config, out / "run")["updates"] == 1
 evaluate(out / "run")
 generate(config, out / "videos", run=out / "run", checkpoint="latest")

@@ -50,7 +50,8 @@ def run_and_console(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -
 def nft_run(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The shortest finished run of another method than KVPO, never changed."""
     directory = tmp_path_factory.mktemp("report") / "nft"
-    assert align(tiny_config(tiny_base, method="nft", optim__updates=1), directory) is not None
+    config = tiny_config(tiny_base, method="nft", optim__updates=1, stream__schedule=(1.0, 0.5))
+    assert align(config, directory) is not None
     return directory
 
 
