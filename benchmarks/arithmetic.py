@@ -22,9 +22,8 @@ def _attention_flops(query: Any, key: Any, value: Any, *rest: Any, **named: Any)
 
 
 def _attention_gradient_flops(gradient: Any, *tensors: Any, **named: Any) -> int:
-    return (
-        5 * _attention_flops(*tensors[:3]) // 2
-    )  # the scores once more, and two products of each of the two
+    # The scores once more, and two products for each of the two.
+    return 5 * _attention_flops(*tensors[:3]) // 2
 
 
 CPU_FLOPS = {
