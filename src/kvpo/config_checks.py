@@ -167,9 +167,26 @@ def _objective(objective: ObjectiveConfig, exploration: ExplorationConfig, strea
     )  # fmt: skip
 
 
-def _method(config: Config) -> None:
+def check_explorer(config: Config, user: str) -> None:
+    """Raise ConfigurationError where the explorer cannot tell branches apart as its ``user`` needs it."""
     explorer, noise = config.exploration.explorer, config.exploration.noise
-    allowed = config.own_settings.EXPLORERS
+    _require(
+        noise > 0 and (explorer != "neighbour" or noise <= 1),
+        "exploration.noise", noise, "positive, and at most 1 for neighbouring noise",
+    )  # fmt: skip
+    rule = {"sde": "ode", "renoise": "renoise"}.get(explorer, config.stream.step_rule)
+    _require(
+        config.stream.step_rule == rule, "stream.step_rule", config.stream.step_rule, f"{rule} for {user}"
+    )
+    _require(
+        explorer not in ("sde", "renoise") or len(config.stream.schedule) > 1,
+        "stream.schedule", list(config.stream.schedule),
+        f"two steps or more for {user}: the last one is deterministic and has no policy",
+    )  # fmt: skip
+
+
+def _method(config: Config) -> None:
+    explorer, allowed = config.exploration.explorer, config.own_settings.EXPLORERS
     why = (
         ""
         if "routes" != allowed[0] or len(allowed) > 1
@@ -179,20 +196,7 @@ def _method(config: Config) -> None:
         explorer in allowed,
         "exploration.explorer", explorer, f"{' or '.join(allowed)} for method {config.method}{why}",
     )  # fmt: skip
-    _require(
-        noise > 0 and (explorer != "neighbour" or noise <= 1),
-        "exploration.noise", noise, "positive, and at most 1 for neighbouring noise",
-    )  # fmt: skip
-    rule = {"sde": "ode", "renoise": "renoise"}.get(explorer, config.stream.step_rule)
-    _require(
-        config.stream.step_rule == rule,
-        "stream.step_rule", config.stream.step_rule, f"{rule} for method {config.method}",
-    )  # fmt: skip
-    _require(
-        explorer not in ("sde", "renoise") or len(config.stream.schedule) > 1,
-        "stream.schedule", list(config.stream.schedule),
-        f"two steps or more for method {config.method}: the last one is deterministic and has no policy",
-    )  # fmt: skip
+    check_explorer(config, f"method {config.method}")
     _require(
         config.method != "self-distill" or config.exploration.donor == 0,
         "exploration.donor", config.exploration.donor, "0 for self-distill, whose teacher sees its own past",

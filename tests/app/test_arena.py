@@ -54,6 +54,8 @@ def test_runs_and_checkpoints_meet_on_the_first_ones_prompts_and_seed(run, tmp_p
     study = open_study([f"{run}:base", f"end={last}"], tmp_path / "study", pairs=1)
     assert study.design.arms == (f"{run.name} base", "end") and len(study.design.scenes) == 1
     assert parse_source(str(first)).run == run
+    (run / "suite" / "base").mkdir(parents=True)
+    assert parse_source(str(run / "suite" / "base")).run is None, "a folder of videos in a run is none"
 
 
 def test_branches_of_a_run_are_ranked(run, tmp_path):

@@ -199,13 +199,15 @@ def test_files_that_cannot_be_measured_on_are_left_out(tmp_path, capsys, caplog)
     assert "a.mp4: the file is empty, and 2 more that cannot be measured on" in error
 
 
-def test_several_components_have_a_total(tmp_path, monkeypatch):
+def test_several_components_have_a_total(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main(["calibrate", "world", "--clips", "2"]) == 0
     record = json.loads((tmp_path / "world.noise.json").read_text())
     assert list(record["components"])[-1] == "total" and "colour" in record["components"]
     assert record["noise_floor"] == record["components"]["total"]["noise_floor"]
     assert 0 < record["noise_floor"] < 0.1
+    assert main(["calibrate", "preference:runs/none.safetensors"]) in (1, 2)
+    assert "--out" not in capsys.readouterr().err, "nobody gave it"
 
 
 @pytest.mark.parametrize(

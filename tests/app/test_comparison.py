@@ -1,6 +1,7 @@
 """Parts of a comparison: its arms and trials, its statistics, and its numbers on results made by hand."""
 
 import json
+import subprocess
 from functools import partial
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 
 from kvpo.app.compare_commands import METHODS_COMPARED
+from kvpo.app.comparison import command as comparison_command
 from kvpo.app.comparison.arms import CONTROLS, TRIAL_SEED, TrainingArm, chosen_arms, configured, grid, trials
 from kvpo.app.comparison.measuring import PretrainingTrainer, trainer_of
 from kvpo.app.comparison.plan import MethodComparison
@@ -120,6 +122,22 @@ def test_the_best_trial_is_taken_and_a_diverged_one_passed_over(tmp_path: Path) 
         assert comparison.tuned("kvpo") == tried[chosen]
 
 
+def test_the_commit_is_that_of_a_checkout_of_this_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An installed package inside somebody else's repository has none."""
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
+    subprocess.run([*git, "init", "-q"], check=True)
+    subprocess.run([*git, "commit", "-q", "--allow-empty", "-m", "theirs"], check=True)
+    installed = tmp_path / "venv" / "command.py"
+    installed.parent.mkdir()
+    installed.touch()
+    monkeypatch.setattr(comparison_command, "__file__", str(installed))
+    assert comparison_command.source_commit() == "unknown"
+    subprocess.run([*git, "add", "-f", str(installed)], check=True)
+    assert len(comparison_command.source_commit().rstrip("+")) == 40
+
+
 def scores(totals: list[float], unseen: float = 0.0) -> dict:
     halves = [value / 2 for value in totals]
     return {"totals": totals, "components": {"a": halves, "b": halves}, "unseen": [unseen] * len(totals)}
@@ -153,6 +171,8 @@ def test_the_numbers_of_arms_are_those_of_their_pieces(tmp_path: Path) -> None:
         comparison.result_file(name).write_text(json.dumps(content))
     summary = summarise(comparison, ["best-of-8"])
     kvpo, null, deep = (summary["methods"][arm]["short"] for arm in gains)
+    own, chance = (torch.tensor(gains[arm])[:, None].expand(2, 4) for arm in ("kvpo", "null"))
+    assert kvpo["p_against_null"] == pytest.approx(permutation_p(own, chance))
     assert kvpo["gains"] == pytest.approx([0.1, 0.3]) and kvpo["mean"] == pytest.approx(0.2)
     assert kvpo["std"] == pytest.approx(0.02**0.5) and kvpo["components"]["a"] == pytest.approx(0.1)
     assert kvpo["unseen"] == pytest.approx([0.1, 0.1]) and kvpo["p_against_kvpo"] is None

@@ -34,8 +34,22 @@ def subjects(check: Any, *arguments: Any) -> dict[str, Finding]:
 
 def test_what_is_wrong_is_named_with_a_way_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     away = preset("demo", {"rewards.scorers": ["world@http://127.0.0.1:9"]})
-    monkeypatch.setattr(doctor, "reach_servers", lambda names: (_ for _ in ()).throw(ValueError(names[0])))
-    assert subjects(doctor.rewards, away)["it"].line() == "fail  it: ValueError: world@http://127.0.0.1:9"
+
+    def unreachable(config: Any) -> None:
+        raise ValueError(config.rewards.scorers[0])
+
+    with monkeypatch.context() as patched:
+        patched.setattr(doctor, "reach_servers", unreachable)
+        assert subjects(doctor.rewards, away)["it"].line() == "fail  it: ValueError: world@http://127.0.0.1:9"
+    for field in ("rewards.scorers", "evaluation.watchers"):
+        unknown = subjects(doctor.rewards, preset("demo", {field: ["hpsv33"]}))["it"]
+        assert unknown.level == "fail" and f"{field}: unknown reward 'hpsv33'" in unknown.found
+    assert subjects(doctor.rewards, preset("demo"))["rewards"].level == "ok"
+    files = [tmp_path / "a.safetensors", tmp_path / "b.safetensors"]
+    for file in files:
+        file.touch()
+    adapters = assign(preset("longlive-1.3b"), {"backbone.lora": ",".join(map(str, files))})
+    assert subjects(doctor.files, adapters)["backbone.lora"].level == "ok"
     lost = assign(preset("demo"), {"prompts.file": str(tmp_path / "none.txt")})
     found = subjects(doctor.files, lost)
     assert found["prompts.file"].level == "warn" and found["prompts"].level == "fail"

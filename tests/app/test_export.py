@@ -22,7 +22,7 @@ from kvpo.app import export as export_module
 from kvpo.app.build import build_setup
 from kvpo.app.cli import main
 from kvpo.app.export import export
-from kvpo.app.model_card import licence_of
+from kvpo.app.model_card import licence_of, model_card
 from kvpo.app.origin import recorded
 from kvpo.app.sources.common import first_block
 from kvpo.app.sources.wan_parts import wan_weights
@@ -239,6 +239,15 @@ def test_the_card_says_what_it_is_how_it_loads_and_what_was_measured(
     (runs / "README.md").unlink()
     assert licence_of(runs / "base.pt") == "other"
     assert "license: other" in (export(run, tmp_path / "o", layout="comfy") / "README.md").read_text()
+
+
+def test_the_card_of_the_embedded_generator_names_no_command_that_is_refused(tmp_path: Path) -> None:
+    record = {
+        "base": "", "lora": "", "rewards": ["world"], "method": "kvpo", "kvpo": "0.1.0", "weights": "average",
+        "checkpoint": "update-000040", "settings": {"preset": "demo"},
+    }  # fmt: skip
+    text = model_card("peft", tmp_path / "mine", record, "apache-2.0", tmp_path)
+    assert "PeftModel.from_pretrained" in text and "kvpo generate" not in text
 
 
 class Hub(BaseHTTPRequestHandler):

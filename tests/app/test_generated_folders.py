@@ -138,5 +138,9 @@ def test_the_best_of_several_on_the_command_line(tiny_base: Path, tmp_path: Path
     assert main([*choosing, "--per", "video", "--out", str(tmp_path / "whole")]) == 0
     scores = json.loads((tmp_path / "whole" / "best-of.json").read_text())["0"]["base"]
     assert [len(own) for own in scores] == [3]
-    for wrong in (["--best-of", "1"], ["--by", "flicker"], ["--best-of", "2", "--branches", "no"]):
+    two = ["--best-of", "2", "--branches"]
+    for wrong in (
+        ["--best-of", "1"], ["--by", "flicker"], [*two, "no"], [*two, "renoise"],
+        [*two, "neighbour", "--exploration.noise", "1.5"],
+    ):  # fmt: skip
         assert main([*command, *wrong, "--out", str(tmp_path / "no")]) == 2

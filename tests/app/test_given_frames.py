@@ -174,12 +174,14 @@ def test_what_cannot_begin_a_video_is_refused_with_a_line(
     clip_of(tmp_path / "long.mp4", 12, 8.0)
     (tmp_path / "few.json").write_text(json.dumps({"a red circle": image.name}))
     (tmp_path / "list.json").write_text("[]")
+    (tmp_path / "broken.json").write_text("{'a': 1}")
     (tmp_path / "text.png").write_text("no picture")
     for name, says in (
         ("short.mp4", "2 frames at 8 per second, and a block takes 3; give a longer video, or an image"),
         ("long.mp4", "fills 12 latent frames and prompt 0 has 12: nothing is left to generate"),
         ("few.json", "has no frames for 1 prompts, such as 'a blue square'"),
         ("list.json", "is not a JSON object"),
+        ("broken.json", r"broken.json: not JSON"),
         ("text.png", "damaged video: Invalid data"),
         ("none.png", "is not a file; give an image or a video"),
     ):

@@ -2,8 +2,9 @@
 
 import hashlib
 import json
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,10 +14,12 @@ from kvpo.app.align import align
 from kvpo.app.arena import open_study, report
 from kvpo.app.configuration import assign
 from kvpo.app.generate import generate
-from kvpo.app.learn_reward import features_of, learn_reward, worth_of
+from kvpo.app.learn_reward import features_of, learn_reward, votes_of, worth_of
 from kvpo.app.named_rewards import named_rewards
 from kvpo.arena.intake import record_ranking
+from kvpo.arena.judgements import Judgement, Ranking
 from kvpo.arena.store import Study
+from kvpo.arena.study import Question
 from kvpo.prompts import ClipPrompt, VideoPrompt
 from kvpo.report.video import read_video
 from kvpo.rewards.preference import PIXELS, Task, load_preference, pixel_features
@@ -165,11 +168,43 @@ def test_rankings_and_choices_at_forks_are_learned_from_too(tiny_base, tmp_path)
     out = tmp_path / "live.safetensors"
     worth = learn_reward([tmp_path / "live"], out)
     assert (worth.votes, worth.prompts) == (6, 6)
+    study = Study(tmp_path / "live")
+    assert len(votes_of([study], study.design.questions[0].name)[0]) == 6
+    assert votes_of([study], "another question") == ([], []), "a ranking answers the first question"
     table = torch.cat([pixel_features(torch.from_numpy(read_video(path)[0]).movedim(-1, 1)[None] / 255, [])
                        for path in videos])  # fmt: skip
     preference, _ = load_preference(out)
     reds = table[:, RED] - table[:, RED + 1]
     assert torch.corrcoef(torch.stack([preference(table), reds.double()]))[0, 1] > 0.5
+
+
+@dataclass
+class Votes:
+    """A study's votes, without its videos."""
+
+    answers: list[Judgement]
+    ranked: list[Ranking]
+
+    def __post_init__(self) -> None:
+        questions = [Question(name, name) for name in ("overall", "motion")]
+        scene = SimpleNamespace(prompt="p")
+        self.design = SimpleNamespace(questions=questions, scenes=[scene])
+        self.judgements, self.rankings = lambda: self.answers, lambda: self.ranked
+        self.check_videos, self.video_path = lambda: None, Path
+
+
+def test_raters_whom_the_report_flags_do_not_count_whatever_is_learned() -> None:
+    """A rater always votes left on the first question; the second is learned, or the first with rankings."""
+
+    def answer(rater: str, question: str, winner: str, n: int) -> Judgement:
+        return Judgement(rater, "p", question, "a", "b", winner, video_a=f"{n}", video_b=f"{n + 1}")
+
+    careless = [answer("left", "overall", "model_a", n) for n in range(20)]
+    fair = [answer("fair", "overall", ("model_a", "model_b")[n % 2], n) for n in range(20)]
+    on_motion = [answer(rater, "motion", "model_b", 0) for rater in ("left", "fair")]
+    rankings = [Ranking(rater, "p", ("0", "1"), (None, None), (0, 1)) for rater in ("left", "fair", "new")]
+    study = Votes([*careless, *fair, *on_motion], rankings)
+    assert [len(votes_of([study], question)[0]) for question in ("overall", "motion", "other")] == [22, 1, 0]
 
 
 def test_what_cannot_be_learned_from_is_refused_in_one_line(tmp_path, capsys):

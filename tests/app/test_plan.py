@@ -195,6 +195,7 @@ def test_slower_devices_take_longer():
 def test_quantities_must_be_positive(capsys, flag):
     assert main(["plan", flag, "0"]) == 2
     assert f"{flag}: must be positive" in capsys.readouterr().err
+    assert main(["plan", "--gpu-memory", "nan"]) == 2
 
 
 def test_streaming_needs_what_the_plan_says(monkeypatch, tmp_path):

@@ -1,9 +1,12 @@
 """`kvpo prompts`: problems and notes with their places, conversion, what is held out."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
 from kvpo.app.cli import main
 from kvpo.app.file_prompts import held_out, prompts_of_file, short_notice, word_count
@@ -91,7 +94,14 @@ def test_a_folder_of_videos_takes_prompts_of_every_form(tmp_path: Path, name: st
     assert file_prompts(tmp_path / name, tmp_path, files) == ["a dog", "a cat"]
 
 
-def test_a_run_trains_on_extended_texts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def lists(value: Any) -> Any:
+    """Tuples as lists, as a saved configuration has them."""
+    return json.loads(json.dumps(value))
+
+
+def test_a_run_trains_on_extended_texts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Its prompts, paired, lie beside its directory; what it has already cannot be paired again."""
     flags = tiny_flags("longlive-1.3b", tmp_path)
     short = (tmp_path / "prompts.txt").read_text().splitlines()
@@ -103,6 +113,19 @@ def test_a_run_trains_on_extended_texts(tmp_path: Path, monkeypatch: pytest.Monk
     found = prompts_of_file(seen[0], seen[0].prompts.file)
     assert [prompt.segments for prompt in found] == [(f"{line}, and slowly so",) for line in short]
     assert seen[0].prompts.file == str(tmp_path / "run-prompts.jsonl")
+    run, kept = tmp_path / "run", (tmp_path / "run-prompts.jsonl").read_bytes()
+    run.mkdir()
+    (run / "config.yaml").write_text(yaml.safe_dump(lists(asdict(seen[0]))))
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert main(command) == 0, "the same command, by a restart"
+    assert seen[1].prompts == seen[0].prompts
+    assert main(["align", "--resume", "--out", str(run), "--extended", str(tmp_path / "long.txt")]) == 2
+    monkeypatch.delenv("TORCHELASTIC_RESTART_COUNT")
+    (tmp_path / "long.txt").write_text("".join(f"{line}, and fast\n" for line in short))
+    capsys.readouterr()
+    assert main(command) == 2
+    assert "run-prompts.jsonl holds the prompts of the run" in capsys.readouterr().err
+    assert (tmp_path / "run-prompts.jsonl").read_bytes() == kept
     (tmp_path / "long.txt").write_text("one\n")
     assert main(command) == 1
     assert main(["align", "--preset", "demo", "--extended", "x.txt", "--out", str(tmp_path / "no")]) == 2

@@ -173,6 +173,25 @@ def test_a_function_of_ones_own_and_prompts(folder, tmp_path, capsys, monkeypatc
     assert "none of 13 file(s) could be scored" in error and error.count("\n") == 1
 
 
+class Twice:
+    """A reward of two components, one of which another reward here has, too."""
+
+    components = ("brightness", "other")
+
+    def __call__(self, video_BTCHW: torch.Tensor, prompts: list[str]) -> dict[str, torch.Tensor]:
+        return dict.fromkeys(self.components, video_BTCHW.mean((1, 2, 3, 4)))
+
+
+twice = Twice()
+
+
+def test_two_rewards_with_a_component_of_one_name_are_refused(folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    arguments = ["--reward", "test_score:brightness,test_score:twice", "--out", str(tmp_path / "s.html")]
+    assert main(["score", str(folder), *arguments]) == 1
+    assert "two rewards have a component called 'brightness'" in capsys.readouterr().err
+
+
 def test_one_failing_file_does_not_end_the_batch(folder, tmp_path, capsys, monkeypatch):
     monkeypatch.syspath_prepend(str(Path(__file__).parent))
     out = tmp_path / "s.html"

@@ -1,6 +1,7 @@
 """Benchmark suites: exact names and counts, folders that can be stopped at any file, results in pairs."""
 
 import json
+import shutil
 from collections import Counter
 from contextlib import nullcontext
 from pathlib import Path
@@ -164,8 +165,13 @@ def test_a_folder_is_filled_checked_and_filled_again(
     problems, command = check_folder(out / "base")
     assert not problems
     assert command == f"for D in color; do vbench evaluate --videos_path {out}/base --dimension $D; done"
+    shutil.copytree(out, tmp_path / "D of mine")
+    _, quoted = check_folder(tmp_path / "D of mine/base")
+    assert f"--videos_path '{tmp_path}/D of mine/base' --dimension $D;" in quoted
     with pytest.raises(StorageError, match="was begun with other seed"):
         generate_suite(config_of(tiny_base, seed=5), out, **given)
+    with pytest.raises(StorageError, match="was begun with other settings"):
+        generate_suite(config_of(tiny_base, stream__window=9), out, **given)
     with pytest.raises(StorageError, match="begun with other dimensions and videos|other dimensions, videos"):
         generate_suite(config, out, given["given"], dimensions=["scene"])
     frames, rate = read_video(out / "base" / NAMES["color"][0])
@@ -222,6 +228,13 @@ def test_base_and_aligned_of_a_run_on_the_command_line(
     records = [json.loads((out / f"{arm}.json").read_text()) for arm in ("base", "aligned")]
     assert records[0]["videos"] == records[1]["videos"] and records[1]["checkpoint"].endswith(", average")
     assert main(["suite", "check", str(out / "base"), str(out / "aligned")]) == 0
+    moved = shutil.copytree(run, tmp_path / "moved")
+    there = ["generate", "--run", str(moved), "--checkpoint", "latest", "--out", str(out)]
+    assert main([*there, "--suite", f"vbench={info}", "--dimensions", "scene"]) == 0, "by its content"
+    (path,) = moved.glob("checkpoints/update-000002/state.json")
+    path.write_text(path.read_text() + "\n")
+    assert main([*there, "--suite", f"vbench={info}", "--dimensions", "scene"]) == 1
+    assert "aligned was begun with other checkpoint" in capsys.readouterr().err
     (out / "base" / "scores.json").touch()
     assert main(["suite", "check", str(out / "base")]) == 1
     assert "extra: scores.json" in capsys.readouterr().out
@@ -263,6 +276,12 @@ def test_results_of_two_folders_are_paired_by_prompt(
     assert compared_results(tmp_path / "base", tmp_path / "aligned") == table, (
         "the interval is the same every time"
     )
+    still = {"subject_consistency": [1.0000001, *base[1:]]}  # of a video that stands still, by rounding
+    for name in ("base", "aligned"):
+        results(tmp_path / f"rounded-{name}/a_eval_results.json", still)
+    rounded = compared_results(tmp_path / "rounded-base", tmp_path / "rounded-aligned")
+    assert rounded["subject_consistency"].base == pytest.approx(sum(still["subject_consistency"]) / 40)
+    assert read_results(tmp_path / "rounded-base")["subject_consistency"][1]["prompt 5."] > 0.5
     out = tmp_path / "table.json"
     command = ["suite", "import", str(tmp_path / "base"), str(tmp_path / "aligned"), "--out", str(out)]
     assert main(command) == 0

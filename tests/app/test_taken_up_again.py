@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ import kvpo.app.align
 import kvpo.app.evaluate
 from kvpo.app.align import align
 from kvpo.app.cli import main
-from kvpo.app.configuration import PLACES_OF_A_RUN, resolve
+from kvpo.app.configuration import PLACES_OF_A_RUN, resolve, resolve_run
 from kvpo.app.evaluate import evaluate
 from kvpo.app.file_prompts import split_prompts
 from kvpo.app.presets import PRESETS
@@ -176,6 +176,25 @@ def test_a_run_is_evaluated_with_its_own_settings(run: Path, capsys: pytest.Capt
     with pytest.raises(ConfigurationError, match="evaluation.test_prompts is 2 there, 4 here"):
         evaluate(run, places={"evaluation.test_prompts": 4})
     assert all(kvpo.app.configuration.settings()[path] for path in PLACES_OF_A_RUN)
+
+
+def test_null_runs_stay_with_a_run(run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A run that is resumed, and its evaluation, are compared with those that it was given."""
+    config = resolve_run(run)
+    chance = replace(config, objective=replace(config.objective, advantages="random"))
+    runs = [{"seed": n, "short": n / 100, "long": 0.0} for n in range(2)]
+    given = tmp_path / "given.json"
+    given.write_text(json.dumps({"settings": asdict(chance), "runs": runs}))
+    tested = json.loads((run / "summary.json").read_text())
+    assert align(config, run, resume=True, null=given) == tested
+    assert f"kvpo report {run} --null {given} compares a finished run" in caplog.text
+    (run / "summary.json").unlink()  # as if it had been stopped after its last update
+    again = align(config, run, resume=True, null=given)
+    given.unlink()
+    assert again is not None and again["held_out"] == tested["held_out"]
+    assert again["null"] == {"short": [0.0, 0.01], "long": [0.0, 0.0]}
+    assert evaluate(run)["null"] == again["null"]
+    assert "null" not in evaluate(run, split="final")
 
 
 def test_the_final_split_is_of_stories_and_noise_that_no_run_has(

@@ -78,6 +78,25 @@ def test_the_best_of_several_is_chosen_by_the_scores_that_are_told(
     assert torch.equal(again.latents_TCHW, found.latents_TCHW) and again.scores == found.scores
 
 
+def test_the_seed_keys_the_candidates(tiny_base: Path) -> None:
+    _, texts, tape = plain(tiny_base)
+    selection = selection_of(tiny_base, "fresh", 0)
+    one, other = (
+        replace(selection, key=(seed,)).best(PROMPT, texts, tape)  # type: ignore[arg-type]
+        for seed in (0, 1)
+    )
+    assert one.scores[0][0] == other.scores[0][0] and not set(one.scores[0][1:]) & set(other.scores[0][1:])
+
+
+def test_all_of_a_long_history_may_be_kept_for_routes(tiny_base: Path) -> None:
+    _, texts, tape = plain(tiny_base)
+    selection = selection_of(tiny_base, "routes", 1, count=2)
+    everything = replace(selection.exploration, resident_frames=0)
+    long = replace(PROMPT, num_frames=60)
+    found = replace(selection, exploration=everything).best(long, texts, tape)  # type: ignore[arg-type]
+    assert len(found.latents_TCHW) == 60
+
+
 def test_where_no_candidate_is_better_the_plain_video_stays(tiny_base: Path) -> None:
     video, texts, tape = plain(tiny_base)
     selection = selection_of(tiny_base, "fresh", 1, sign=0.0)

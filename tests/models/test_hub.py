@@ -53,6 +53,8 @@ def test_an_entry_of_a_file_stands_behind_a_hash(tmp_path, monkeypatch):
     assert hub.split_entry("a/base.pt#") == ("a/base.pt", None)
     (tmp_path / "take #3.pt").touch()
     assert hub.split_entry("take #3.pt") == ("take #3.pt", None), "a file of that name exists"
+    with pytest.raises(ValueError, match="~nobody-of-that-name/x.pt#ema"):
+        hub.split_entry("~nobody-of-that-name/x.pt#ema")
 
 
 @pytest.mark.parametrize(

@@ -157,6 +157,10 @@ def test_a_gain_says_its_place_among_null_runs_and_both_errors():
     assert inside.tone == "neutral" and "inside the range of the null runs" in inside.sentence
     below = headline_on([replace(outcome(-0.1), null=(-0.05, 0.11))])
     assert below.tone == "bad"
+    less = headline_on([replace(outcome(0.1), null=(0.2, 0.3))])
+    assert less.tone == "neutral" and "below every null run" in less.sentence
+    more = headline_on([replace(outcome(-0.1), null=(-0.3, -0.2))])
+    assert more.tone == "neutral" and "above every null run" in more.sentence
     mixed = headline_on([replace(outcome(0.1), null=(0.0,)), outcome(0.1, name="long")])
     assert mixed.notes == (NO_NULL,), "of one set none are known"
 
@@ -164,6 +168,7 @@ def test_a_gain_says_its_place_among_null_runs_and_both_errors():
 def null_file(path: Path, **settings: object) -> Path:
     """Two null runs of a configuration of two settings."""
     own = {"preset": "demo", "seed": 7, "optim": {"updates": 40, "lr": 0.001}, **settings}
+    own = {"objective": {"advantages": "random"}, **own}
     runs = [{"seed": n, "short": n / 100, "long": -n / 100} for n in range(2)]
     path.write_text(json.dumps({"commit": "abc", "settings": own, "runs": runs}))
     return path
@@ -187,6 +192,8 @@ def test_null_runs_of_other_settings_are_refused(tmp_path):
         read_null(path, config | {"optim": {"updates": 20, "lr": 0.001}})
     with pytest.raises(ValueError, match=r"have method nft, this one kvpo"):
         read_null(null_file(path, method="nft"), config)
+    with pytest.raises(ValueError, match="were not dealt at random: they may have learned"):
+        read_null(null_file(path, objective={"advantages": "group"}), config)
     for broken in ({}, {"runs": []}, {"settings": {}, "runs": [{"short": 0.1}, {"long": 0.1}]}, []):
         path.write_text(json.dumps(broken))
         with pytest.raises(ValueError, match="holds no gains of null runs"):

@@ -121,6 +121,7 @@ def test_null_runs_stand_beside_the_gain(run, tmp_path):
     assert "no null runs of these settings are known" in page_of(run)[1].text
     gains = [{"seed": seed, "short": 0.01 * seed, "long": 0.2} for seed in range(3)]
     settings = yaml.safe_load((run / "config.yaml").read_text())
+    settings["objective"]["advantages"] = "random"
     path = tmp_path / "null.json"
     path.write_text(json.dumps({"settings": settings, "runs": gains}))
     page = parse(write_report(run, null=path).read_text()).text
@@ -138,6 +139,10 @@ def test_a_clear_gain_on_enough_prompts_is_one(run):
     assert "Alignment raised the held-out reward: +0.111 \u00b1 0.012 on short videos" in page.text
     assert "9.2 standard errors from zero" in page.text and 'class="verdict good"' in text
     assert "23 % of what was missing to 1" in page.text  # 0.111 / (1 - 0.512)
+    config = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(config.replace("  - world\n", "  - hpsv3\n"))
+    assert "of what was missing" not in page_of(run)[1].text, "nothing ends that reward at 1"
+    (run / "config.yaml").write_text(config)
     held_out(run, paired_gain=0.001, paired_se=0.001)
     text, page = page_of(run)
     assert "raised the held-out reward" not in page.text and "of what was missing" not in page.text

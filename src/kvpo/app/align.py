@@ -19,13 +19,13 @@ from kvpo.app.provenance import keep_provenance
 from kvpo.app.report_data import measure_diversity, write_branches, write_gallery
 from kvpo.config import Config
 from kvpo.config_checks import ConfigurationError, check
-from kvpo.files import local_path, read_json
+from kvpo.files import local_path, read_json, write_atomic
 from kvpo.method.diagnostics import meanings
 from kvpo.method.methods import METHODS
 from kvpo.models.quantised import check_rollouts
 from kvpo.progress import progress_bars
 from kvpo.report.headline import final_headline
-from kvpo.report.null_runs import read_null
+from kvpo.report.null_runs import kept_null, read_null
 from kvpo.training import radar
 from kvpo.training.checkpoint import checkpoint_update, find_checkpoint, latest_checkpoint, resume_point
 from kvpo.training.checks import (
@@ -69,7 +69,8 @@ def align(
     Args:
         track: packages that get the metrics too, ``wandb`` or ``trackio``.
         anyway: begin even if the plan says that the run does not fit the device.
-        null: file with the gains of null runs of the same settings, which the verdict compares the run with.
+        null: file with the gains of null runs of the same settings, which the verdict compares the run with;
+            the run keeps a copy.
 
     Raises ValueError for settings, prompts, rewards and checkpoints that cannot be used, StorageError where
     ``out`` cannot be written or already holds a run, and LostRank where another rank has gone.
@@ -78,7 +79,9 @@ def align(
 
     out, started = local_path(out, "out"), time.perf_counter()
     check(config)
-    nulls = {} if null is None else {"null": read_null(local_path(null, "null"), asdict(config))}
+    null = None if null is None else local_path(null, "null")
+    if null is not None:
+        read_null(null, asdict(config))
     if resume and belongs_to_run(out):
         _demand_same_run(out, config)
     with (
@@ -90,10 +93,14 @@ def align(
         reported = ranks.once("looking for a report", directory.report.exists)
         if summary is not None and reported:
             logger.warning("%s is a finished run; its report: %s", out, directory.report)
+            if null is not None:
+                logger.warning("--null: kvpo report %s --null %s compares a finished run", out, null)
             return summary
         if summary is None:
             ranks.once("planning", partial(say_what_is_needed, config, ranks.count, anyway=anyway))
-            finish = partial(_finish, directory=directory, started=started, known=nulls)
+            if null is not None:
+                ranks.once("keeping null runs", partial(write_atomic, directory.null, null.read_bytes()))
+            finish = partial(_finish, directory=directory, started=started)
             summary = train(config, directory, resume=resume, finish=finish, track=track)
         if summary is not None:
             ranks.once("writing the report", lambda: write_report(out))
@@ -218,11 +225,8 @@ def radar_summary(run: Run, results: Mapping[str, tuple[Evaluation, Evaluation]]
     }
 
 
-def _finish(run: Run, directory: RunDirectory, started: float, known: Mapping[str, Any]) -> dict[str, Any]:
-    """Test the best checkpoint once, measure diversity, write the report's data and the summary.
-
-    The summary holds what is ``known`` of other runs.
-    """
+def _finish(run: Run, directory: RunDirectory, started: float) -> dict[str, Any]:
+    """Test the best checkpoint once, measure diversity, write the report's data and the summary."""
     setup, ranks, solo, show = run.setup, run.setup.ranks, run.trainer.solo, run.progress
     best = ranks.once("looking for the best checkpoint", lambda: find_checkpoint(run.checkpoints, None))
     restore(run.trainer, best)
@@ -269,7 +273,7 @@ def _finish(run: Run, directory: RunDirectory, started: float, known: Mapping[st
             "ratio_tolerance": ratio_tolerance(setup.config),
         },
         "radar": radar_summary(run, results),
-        **known,
+        **ranks.once("reading null runs", partial(kept_null, directory.null, asdict(setup.config))),
     }
     verdict = final_headline(summary, asdict(setup.config))
     summary["verdict"] = verdict.text

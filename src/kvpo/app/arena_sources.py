@@ -39,7 +39,8 @@ class Given:
     @property
     def run(self) -> Path | None:
         """The run that this is, or whose checkpoint this is."""
-        whole = self.path if (self.path / "config.yaml").is_file() else self.path.parent.parent
+        path = self.path.absolute()
+        whole = path.parent.parent if path.parent.name == "checkpoints" else self.path
         return whole if (whole / "config.yaml").is_file() and self.path.is_dir() else None
 
 

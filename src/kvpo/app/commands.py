@@ -99,8 +99,6 @@ def _align(arguments: Namespace) -> None:
         raise ConfigurationError(
             f"--resume: {arguments.out} holds no run; name its directory, or give --preset to start one there"
         )
-    if arguments.extended is not None and continued:
-        raise ConfigurationError("--extended: the run has its prompts already; leave it out")
     config = configuration(arguments, saved=arguments.out / "config.yaml" if continued else None)
     if arguments.extended is not None:
         config = prompt_commands.with_extended_prompts(config, arguments.extended, arguments.out)

@@ -25,6 +25,7 @@ from kvpo import __version__
 from kvpo.app.build import build_setup, check_device, source_of
 from kvpo.app.configuration import PLACES_OF_A_RUN, flat, preset, settings
 from kvpo.app.named_rewards import reach_servers
+from kvpo.app.sources.wan_parts import adapters_of
 from kvpo.config import Config
 from kvpo.config_checks import ConfigurationError
 from kvpo.models.hub import resolve_location, split_entry
@@ -232,7 +233,9 @@ def files(config: Config) -> list[Finding]:
         if path in NO_FILES or settings()[path].type is not str or not value:
             continue
         try:
-            findings.append(Finding(path, "ok", str(resolve_location(split_entry(value)[0], download=False))))
+            every = adapters_of(value) if path == "backbone.lora" else [value]
+            found = [str(resolve_location(split_entry(one)[0], download=False)) for one in every]
+            findings.append(Finding(path, "ok", ", ".join(found)))
         except ValueError as error:
             findings.append(Finding(path, "warn", str(error)))
     try:
@@ -245,10 +248,10 @@ def files(config: Config) -> list[Finding]:
 
 
 def rewards(config: Config) -> list[Finding]:
-    """Servers of the rewards that the configuration names."""
+    """Rewards that the configuration names, and their servers; those of this process are not loaded."""
+    reach_servers(config)
     names = [*config.rewards.scorers, *config.evaluation.watchers]
-    reach_servers(names)
-    return [Finding("rewards", "ok", ", ".join(names))]
+    return [Finding("rewards", "ok", f"{', '.join(names)} (known; no model was loaded)")]
 
 
 def exchanges(ranks: Ranks, config: Config, out: Path) -> list[Finding]:

@@ -19,6 +19,7 @@ from kvpo.files import local_path, new_file, output_file, write_atomic
 from kvpo.progress import progress_bars
 from kvpo.report.drift import draw_drift
 from kvpo.report.headline import final_headline
+from kvpo.report.null_runs import kept_null
 from kvpo.training.checkpoint import no_improvement
 from kvpo.training.device import computing
 from kvpo.training.drift import chained, drift_curves
@@ -108,6 +109,8 @@ def _evaluate(
     numbers |= {} if frames is None else {"frames": str(frames)}
     numbers |= {"scored": added_up(ranks.gather(asdict(setup.scored), "counting clips"))}
     numbers |= {} if no_improvement(path, checkpoint) is None else {"improved": False}
+    if split == "test" and frames is None:
+        numbers |= ranks.once("reading null runs", partial(kept_null, run / "null.json", asdict(config)))
     verdict = final_headline(numbers, asdict(config))
     numbers["verdict"] = verdict.text
     logger.warning("%s", verdict.text)

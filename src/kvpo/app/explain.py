@@ -1,7 +1,6 @@
 """The view that scorers have of a file: frames, rate, size, text and scale; nothing large is loaded."""
 
 from collections.abc import Mapping, Sequence
-from math import sqrt
 from pathlib import Path
 
 from kvpo.app.named_rewards import FILE_RATE, named_rewards, sources_of, split_location
@@ -10,7 +9,7 @@ from kvpo.files import named_list
 from kvpo.rewards.catalogue import DECLARATIONS
 from kvpo.rewards.protocol import Declaration
 from kvpo.rewards.sampling import file_clips
-from kvpo.rewards.video_files import VideoFile, probe, read_frames
+from kvpo.rewards.video_files import VideoFile, fitting, probe, read_frames
 
 INDICES_SHOWN = 16
 
@@ -56,8 +55,8 @@ def _explained(
     else:
         whole = one.sampling.least >= video.num_frames
         rate = "all of them" if whole else f"clips of {FILE_RATE:g} frames per second assumed"
-    shrink = min(1.0, sqrt(one.max_pixels / (height * width)))
-    size = "as they are" if shrink == 1 else f"shrunk to {round(height * shrink)} x {round(width * shrink)}"
+    read = fitting(height, width, one.max_pixels)
+    size = "as they are" if read == (height, width) else f"shrunk to {read[0]} x {read[1]}"
     text = "not read"
     if one.reads_prompt:
         text = repr(texts[0]) if texts else "needed: give --prompts FILE"

@@ -18,7 +18,7 @@ from kvpo.app.judges import build_scorer
 from kvpo.app.provenance import demand_same_prompts
 from kvpo.app.video_folder import MANIFEST, VIDEO_SUFFIXES
 from kvpo.config import Config
-from kvpo.config_checks import ConfigurationError, check
+from kvpo.config_checks import ConfigurationError, check, check_explorer
 from kvpo.engine.explorers import EXPLORERS
 from kvpo.engine.generator import as_bytes, pixels_of
 from kvpo.engine.selection import Selection
@@ -58,13 +58,15 @@ class Best:
             raise ConfigurationError(
                 f"--branches: unknown explorer {self.explorer!r}; there are {', '.join(EXPLORERS)}"
             )
+        exploration = replace(config.exploration, explorer=self.explorer)
+        check_explorer(replace(config, exploration=exploration), f"--branches {self.explorer}")
         if self.count < 2:
             raise ConfigurationError(f"--best-of: needs two candidates at least, got {self.count}")
         if self.rewards:
             config = replace(config, rewards=replace(config.rewards, scorers=self.rewards, weights={}))
         scorer, weights_K = build_scorer(config, backbone.codec.frames_per_second)
         parts = (backbone.generator, backbone.codec, scorer, weights_K, config.exploration)
-        return Selection(*parts, EXPLORERS[self.explorer], self.count, self.span)
+        return Selection(*parts, EXPLORERS[self.explorer], self.count, self.span, (config.seed,))
 
 
 def generate(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kvpo.engine.generator import frame_size, pixel_frame
-from kvpo.files import local_path, parse_json, read_text
+from kvpo.files import local_path, read_json
 from kvpo.models.finite import require_finite
 from kvpo.prompts import VideoPrompt
 from kvpo.rewards.images import fit_and_crop
@@ -55,7 +55,10 @@ def _files(frames: Path | None, prompts: Sequence[VideoPrompt]) -> dict[int, Pat
     frames = local_path(frames, "--frames")
     if frames.suffix.lower() != ".json":
         return {prompt.id: frames for prompt in prompts}
-    table = parse_json(read_text(frames))
+    try:
+        table = read_json(frames)
+    except ValueError as error:
+        raise ValueError(f"--frames: {error}") from error
     if not isinstance(table, dict) or not all(isinstance(name, str) for name in table.values()):
         raise ValueError(f"--frames: {frames} is not a JSON object that maps prompts to images or videos")
     if absent := [prompt.segments[0] for prompt in prompts if prompt.segments[0] not in table]:

@@ -113,7 +113,8 @@ def learn_reward(
 def votes_of(studies: Sequence[Study], question: str) -> tuple[list[Task], list[tuple[Path, Scene]]]:
     """Answers and rankings as tasks on rows of a table, and the video and scene of each row.
 
-    "Same" and "both bad" are half a vote for each side.
+    "Same" and "both bad" are half a vote for each side. A ranking answers the study's first question, whose
+    answers flag raters, as in its report.
 
     Raises:
         ValueError: a study's files have changed.
@@ -124,9 +125,12 @@ def votes_of(studies: Sequence[Study], question: str) -> tuple[list[Task], list[
     for study in studies:
         study.check_videos()
         scenes = {scene.prompt: scene for scene in study.design.scenes}
-        answers = [one for one in study.judgements() if one.question == question]
-        raters = [reliability(answers, name, question) for name in {one.rater for one in answers}]
-        counted, rankings = trusted(answers, raters), study.rankings()
+        first, every = study.design.questions[0].name, study.judgements()
+        raters = [reliability(every, name, first) for name in {one.rater for one in every}]
+        flagged = {one.rater for one in raters if one.flags}
+        counted = [one for one in trusted(every, raters) if one.question == question]
+        ranked = study.rankings() if question == first else []
+        rankings = [one for one in ranked if one.rater not in flagged]
         pairs = [(one.prompt, video) for one in counted for video in (one.video_a, one.video_b)]
         for prompt, video in [*pairs, *((one.prompt, video) for one in rankings for video in one.videos)]:
             if (prompt, video) not in rows:

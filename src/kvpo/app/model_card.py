@@ -102,14 +102,16 @@ def _loading(layout: str, folder: Path, record: Mapping[str, Any]) -> str:
     if "added_to" in record:
         name = f"{record['added_to']},{name} --backbone.lora_start merge"
     own = (
-        f"```\nkvpo generate --preset {record['settings']['preset']}{base} \\\n"
-        f"  --backbone.{flag} {name} --prompts prompts.txt --out videos\n```"
+        f"kvpo:\n\n```\nkvpo generate --preset {record['settings']['preset']}{base} \\\n"
+        f"  --backbone.{flag} {name} --prompts prompts.txt --out videos\n```\n\n"
     )
+    if not record["base"]:
+        own = ""  # the embedded world's own base, which takes no adapter and whose run generates its videos
     others = {"PEFT": "peft", "diffusers": "diffusers-lora", "ComfyUI": "comfy"}
     others.pop(program, None)
     part = " --difference" if "added_to" in record else ""
     rest = "; ".join(f"for {to}, `kvpo export RUN --layout {other}{part}`" for to, other in others.items())
-    return f"{program}:\n\n{use}\n\nkvpo:\n\n{own}\n\nOther programs read other layouts: {rest}."
+    return f"{program}:\n\n{use}\n\n{own}Other programs read other layouts: {rest}."
 
 
 def _numbers(record: Mapping[str, Any], run: Path) -> str:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kvpo.config import Config
 from kvpo.config_checks import ConfigurationError
 from kvpo.files import named_list
 from kvpo.models.tensor_files import fingerprint
@@ -137,12 +138,20 @@ def _users_code(whose: str) -> Iterator[None]:
         )
 
 
-def reach_servers(names: Sequence[str]) -> None:
-    """Make sure of the servers that rewards are at; ValueError where one is of no use.
+def reach_servers(config: Config) -> None:
+    """Make sure of the names of a run's rewards, and of the servers that they are at.
 
-    For commands that load much before their rewards: the servers may be loading theirs meanwhile.
+    For commands that load much before their rewards: the servers may be loading theirs meanwhile. Raises
+    ValueError for an unknown name, or a server that is of no use.
     """
-    located = [split_location(name) for name in names]
+    located = []
+    for field, names in (
+        ("rewards.scorers", config.rewards.scorers), ("evaluation.watchers", config.evaluation.watchers)
+    ):  # fmt: skip
+        own = [split_location(name) for name in names]
+        if own:
+            _check_names(own, True, field)
+        located += own
     for url in dict.fromkeys(url for _, url in located if url is not None and not url.startswith(JUDGES)):
         from kvpo.rewards.service.client import reach
 

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import product
@@ -164,8 +165,8 @@ def plan_command(
 
     On several GPUs, or nodes of as many, the plan is that of the best way to share the run.
     """
-    if memory is not None and memory <= 0:
-        raise ConfigurationError(f"--gpu-memory: must be positive, got {memory / GB:g}")
+    if memory is not None and not 0 < memory < math.inf:
+        raise ConfigurationError(f"--gpu-memory: must be positive and finite, got {memory / GB:g}")
     for name, count in (("gpus", gpus), ("nodes", nodes)):
         if count < 1:
             raise ConfigurationError(f"--{name}: must be at least 1, got {count}")

@@ -54,8 +54,10 @@ def extended_argument(parser: ArgumentParser) -> None:
 def with_extended_prompts(config: "Config", texts: Path, run: Path) -> "Config":
     """A run's configuration with its prompts under extended texts, which are written beside its directory.
 
+    The same command given again, by a restart of its ranks as well, finds them there.
+
     Raises:
-        ConfigurationError: no prompt file to extend.
+        ConfigurationError: no prompt file to extend, or the directory's run has other prompts.
         ValueError: files that do not pair; see `kvpo.prompt_files.extended`.
     """
     if not config.prompts.file:
@@ -63,12 +65,22 @@ def with_extended_prompts(config: "Config", texts: Path, run: Path) -> "Config":
     from kvpo.app.build import reading_settings
     from kvpo.app.file_prompts import prompt_file
     from kvpo.prompt_files import examine, extended, written
+    from kvpo.training.run_directory import belongs_to_run
 
+    file = output_file(run.with_name(f"{run.name}-prompts.jsonl"), "--out")
+    if str(file) == config.prompts.file:
+        raise ConfigurationError("--extended: the run has its prompts already; leave it out")
     how = reading_settings(config)
     short = examine(prompt_file(config, config.prompts.file), **how).sound()
     pairs = extended(short, texts, **how)
-    file = output_file(run.with_name(f"{run.name}-prompts.jsonl"), "--out")
-    write_atomic(file, written(pairs.prompts, file))
+    text = written(pairs.prompts, file)
+    there = file.is_file() and file.read_bytes() == text.encode()
+    if not there and file.exists() and belongs_to_run(run):
+        raise ConfigurationError(
+            f"--extended: {file} holds the prompts of the run {run}, which are others; choose another --out"
+        )
+    if not there:
+        write_atomic(file, text)
     logger.info("%s: %d prompts under their extended texts", file, len(pairs.prompts))
     return replace(config, prompts=replace(config.prompts, file=str(file)))
 

@@ -102,7 +102,7 @@ def run_calibrate(arguments: Namespace) -> None:
     from kvpo.app.named_rewards import split_location
 
     plain, _ = split_location(arguments.reward)
-    out = arguments.out or Path(f"{plain.replace(':', '.')}.noise.json")
+    out = arguments.out or Path(f"{plain.replace(':', '.').replace('/', '.')}.noise.json")
     _check_out(out, ".json")
     from kvpo.app.calibrate import calibrate as measure
     from kvpo.app.calibrate import noise_table

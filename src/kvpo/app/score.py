@@ -15,7 +15,7 @@ from kvpo.files import printable, write_atomic
 from kvpo.prompts import ClipPrompt
 from kvpo.report.scores import ScoredVideo, write_scores_page
 from kvpo.report.video import enlarge, video_bytes
-from kvpo.rewards.reward import Reward
+from kvpo.rewards.reward import CombinedScorer, Reward
 from kvpo.rewards.sampling import file_clips
 from kvpo.rewards.video_files import VideoFile, probe, read_frames
 
@@ -94,12 +94,12 @@ def score_folder(
     shown, known = shown_names(root, files), file_prompts(prompts, root, files)
     texts = known or [""] * len(files)
     rewards = named_rewards(names, sources, device=device, prompts=known is not None)
+    columns = list(CombinedScorer(tuple(rewards)).components)
     results = []
     for number, (path, name, text) in enumerate(zip(files, shown, texts, strict=True)):
         progress(number, len(files))
         results.append(score_file(path, text, rewards, ScoredVideo(path, name, text)))
     progress(len(files), len(files))
-    columns = [component for reward in rewards for component in reward.scorer.components]
     plain = [split_location(name)[0] for name in names]
     columns.sort(key=lambda c: plain.index(c) if c in plain else len(plain))
     if not any(result.scores for result in results):

@@ -1,6 +1,7 @@
 """Suites after generation: what a folder lacks, and two folders' results side by side."""
 
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,7 +54,7 @@ def check_folder(folder: Path) -> tuple[list[str], str]:
             problems.append(f"size: {name} is {height} x {width}, not {' x '.join(map(str, record['size']))}")
     suite = SUITES[record["suite"]]
     dimensions = " ".join(record["dimensions"])
-    command = re.sub(r"\bD\b", "$D", suite.command.replace("DIR", str(folder)))
+    command = re.sub(r"\bD\b", "$D", suite.command).replace("DIR", shlex.quote(str(folder)))
     return problems, f"for D in {dimensions}; do {command}; done"
 
 
@@ -136,13 +137,13 @@ def read_results(place: Path) -> dict[str, tuple[float, dict[str, float]]]:
             if dimension in whose:
                 raise ValueError(f"{dimension} is in {whose[dimension]} and in {file}; keep one of them")
             whose[dimension] = file
-            found[dimension] = (float(value[0]), _by_prompt(value[1] if len(value) > 1 else []))
+            found[dimension] = (float(value[0]), _by_prompt(dimension, value[1] if len(value) > 1 else []))
     if not found:
         raise ValueError(f"{place}: no {RESULTS} there")
     return found
 
 
-def _by_prompt(rows: Any) -> dict[str, float]:
+def _by_prompt(dimension: str, rows: Any) -> dict[str, float]:
     """Mean result of every prompt, which the names of its videos begin with."""
     by_prompt: dict[str, list[float]] = {}
     for row in rows if isinstance(rows, list) else []:
@@ -150,9 +151,9 @@ def _by_prompt(rows: Any) -> dict[str, float]:
         if isinstance(value, bool | int | float) and isinstance(row.get("video_path"), str):
             prompt = re.sub(r"-\d+(_\d+)?(\.\w+)?$", "", Path(row["video_path"]).name)
             by_prompt.setdefault(prompt, []).append(float(value))
-    scale = (
-        100 if max((v for own in by_prompt.values() for v in own), default=0) > 1 else 1
-    )  # imaging_quality
+    # VBench divides the number of this dimension by 100, and not the results of its videos.
+    percent = dimension == "imaging_quality" and any(v > 1 for own in by_prompt.values() for v in own)
+    scale = 100 if percent else 1
     return {prompt: sum(own) / len(own) / scale for prompt, own in by_prompt.items()}
 
 

@@ -16,6 +16,7 @@ from typing import Any
 from kvpo import __version__
 from kvpo.app.build import checkpoint_of, load_backbone, opened_arms, source_of
 from kvpo.app.generate import VIDEOS_TOGETHER
+from kvpo.app.origin import settings_of
 from kvpo.config import Config
 from kvpo.config_checks import ConfigurationError, check
 from kvpo.engine.generator import as_bytes, frame_size, pixel_frame, pixels_of
@@ -29,6 +30,7 @@ from kvpo.files import (
     storage_error,
     write_atomic,
 )
+from kvpo.models.tensor_files import fingerprint
 from kvpo.progress import progress_bars
 from kvpo.prompt_files import examine, extended
 from kvpo.prompts import VideoPrompt
@@ -253,13 +255,19 @@ def generate_suite(
             asked = [VideoPrompt(v.noise, (v.text,), (), frames) for v in videos]
             backbone = load_backbone(config, asked)
             record |= {"base": backbone.weights.base_sha256, **_shape(backbone, frames)}
+            record["settings"] = settings_of(config)
             arms = opened_arms(config, backbone, path, weights)
         for arm, side in arms.items():
-            own = record | ({"checkpoint": f"{path}, {weights}"} if arm == "aligned" else {})
+            own = record | ({"checkpoint": _identity(path, weights)} if path and arm == "aligned" else {})
             ranks.once("preparing the folder", lambda own=own, arm=arm: _prepare(out, arm, own, videos))
             with ranks.together(f"generating {arm}"), side():
-                _fill(ranks, backbone, out, arm, own, list(zip(videos, asked, strict=True)))
+                _fill(ranks, backbone, out, arm, list(zip(videos, asked, strict=True)))
     return [out / arm for arm in arms]
+
+
+def _identity(checkpoint: Path, weights: str) -> str:
+    """A checkpoint by its content, wherever it lies, and which of its weights are meant."""
+    return f"{fingerprint([checkpoint])}, {weights}"
 
 
 def _shape(backbone: Backbone, latent_frames: int) -> dict[str, Any]:
@@ -302,7 +310,6 @@ def _fill(
     backbone: Backbone,
     out: Path,
     arm: str,
-    record: Mapping[str, Any],
     videos: Sequence[tuple[SuiteVideo, VideoPrompt]],
 ) -> None:
     """Make the videos that an arm lacks; ranks share the prompts."""

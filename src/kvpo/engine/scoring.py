@@ -43,7 +43,7 @@ class Scores:
 
     def totals(self, weights_K: Tensor, global_weight: float) -> Tensor:
         """Weighted reward of every member, ``[M]``: (local + w global) / (1 + w)."""
-        return weights_K @ (self.local_KM + global_weight * self.global_KM) / (1 + global_weight)
+        return weights_K @ self.combined(global_weight)
 
 
 def segment_clips(prompt: VideoPrompt, first: int, stop: int, *, block: int, lead: int) -> list[Clip]:

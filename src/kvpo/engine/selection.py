@@ -44,6 +44,8 @@ class Selection:
     """Candidates of a choice, the plain continuation among them."""
     span: int
     """Blocks between two choices; 0: one choice per video."""
+    key: tuple[str | int, ...] = ()
+    """Names the draws of the candidates, beside prompt and frame: usually a seed."""
 
     def best(
         self, prompt: VideoPrompt, texts: TextTable, tape: Tape, given_TCHW: Tensor | None = None
@@ -57,7 +59,8 @@ class Selection:
             raise ValueError(
                 f"num_frames = {prompt.num_frames} is not a multiple of the block of {block} frames"
             )
-        pages = stream_pages(generator, prompt.num_frames, self._resident, switches=bool(prompt.switches))
+        resident = self._resident or prompt.num_frames  # 0 keeps all here, and no more than the window there
+        pages = stream_pages(generator, prompt.num_frames, resident, switches=bool(prompt.switches))
         root = open_stream(generator, generator.new_cache((self.count + 1) * pages), prompt, texts, tape)
         root.end = prompt.num_frames
         span = (self.span or prompt.num_frames) * block
@@ -130,7 +133,7 @@ class Selection:
                 )
             except ValueError:  # too little history for routes that differ
                 return [Member(0)]
-        key = ("selection", prompt.id, frame)
+        key = ("selection", *self.key, prompt.id, frame)
         steps = len(self.generator.sigmas)
         site = Site(self.generator, PlannedRollout([prompt], [Fork(frame, wanted)]), tape, key, steps)
         return [Member(0), *self.explorer(site, 0)]

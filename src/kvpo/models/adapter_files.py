@@ -241,7 +241,7 @@ def load_adapter_state(path: str | Path, *, entry: str | None = None) -> Adapter
         if beside.is_file() and not nested and path.name != DIFFUSERS_ADAPTER_NAME:
             statements.append(_config_statement(beside))
     tensors, source = choose_entry(content, entry, ADAPTER_ENTRIES, str(path))
-    require_numbers(tensors, source)
+    require_numbers({name: t for name, t in tensors.items() if not name.endswith(".alpha")}, source)
     pairs, own = _adapter_layers(tensors, source)
     public = in_peft_layout({module: (halves["A"], halves["B"]) for module, halves in pairs.items()})
     if not any(pairs[module]["A"].float().any() and pairs[module]["B"].float().any() for module in pairs):
@@ -324,12 +324,12 @@ def _agreed(
     for module, rank in ranks.items():
         said: dict[str, float] = {}
         for statement in statements:
-            stated_rank = _of(module, statement.ranks, statement.rank)
+            stated_rank = _of(module, statement.ranks, statement.rank, statement.where)
             if stated_rank not in (None, rank):
                 raise ValueError(
                     f"{source}: {module} has rank {rank}, but {statement.where} states {stated_rank:g}"
                 )
-            if (value := _of(module, statement.alphas, statement.alpha)) is not None:
+            if (value := _of(module, statement.alphas, statement.alpha, statement.where)) is not None:
                 said[statement.where] = value
         if len(set(said.values())) > 1:
             raise ValueError(
@@ -341,24 +341,27 @@ def _agreed(
         stated = next(iter(said.values()), None)
         alphas[module] = float(rank) if stated is None else stated * (math.sqrt(rank) if root else 1.0)
     for statement in statements:
+        where = statement.where
         unmatched = [key for key in (*statement.ranks, *statement.alphas)
-                     if not any(_of(module, {key: 1.0}, None) for module in ranks)]  # fmt: skip
+                     if not any(_of(module, {key: 1.0}, None, where) for module in ranks)]  # fmt: skip
         if unmatched:
             raise ValueError(
-                f"{source}: {statement.where} names layers that the adapter does not have: "
-                f"{named_list(unmatched)}"
+                f"{source}: {where} names layers that the adapter does not have: {named_list(unmatched)}"
             )
     where = " and ".join(dict.fromkeys(used)) + ", over the root of the rank" * root
     return alphas, where + ", the rank where nothing is stated" * (bool(where) and silent)
 
 
-def _of(module: str, patterns: Mapping[str, float], default: float | None) -> float | None:
-    """The value of the first pattern that a layer's name ends in, in Wan's or in diffusers' names."""
+def _of(module: str, patterns: Mapping[str, float], default: float | None, where: str) -> float | None:
+    """The value of the first pattern that a layer's name ends in, in Wan's or in diffusers' names.
+
+    Raises ValueError for a pattern that is none, naming ``where`` it stands.
+    """
     for pattern, value in patterns.items():
         bare = PREFIX.sub("", pattern)
         try:
             if any(re.fullmatch(rf"(.*\.)?({bare})", name) for name in (module, to_diffusers_name(module))):
                 return value
         except re.error as error:
-            raise ValueError(f"{pattern!r} is not a pattern of layer names: {error}") from error
+            raise ValueError(f"{where}: {pattern!r} is not a pattern of layer names: {error}") from error
     return default

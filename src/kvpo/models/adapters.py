@@ -223,10 +223,10 @@ def adapter_difference(
     squares, lost = 0.0, 0.0
     for module in continued.modules:
         a, b = _stacked([(continued, 1.0), (given, -1.0)], module)
+        squares += float(((b.T @ b) * (a @ a.T)).sum())  # of b @ a, which may be large
         if 0 < rank < len(a):
             (q, r), (other_q, other_r) = torch.linalg.qr(b), torch.linalg.qr(a.T)
             left, values, right = torch.linalg.svd(r @ other_r.T)
-            squares += float(values.square().sum())
             lost += float(values[rank:].square().sum())
             root = values[:rank].sqrt()
             b = q @ left[:, :rank] * root

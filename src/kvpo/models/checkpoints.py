@@ -78,7 +78,7 @@ _DOTTED = {
 """Names of layers as kohya's trainers write them, without dots -> as the transformer has them."""
 _WEIGHTS = re.compile(
     r"(?P<stem>diffusion_pytorch_model|model|pytorch_model)(?P<variant>\.(?:fp16|bf16|fp32))?"
-    r"\.(?P<kind>safetensors|bin|pt|pth)(?P<index>\.index(?:\.\w+)?\.json)?"
+    r"\.(?P<kind>safetensors|bin|pt|pth)(?P<index>\.index(?:\.(?P<of>\w+))?\.json)?"
 )
 """Names of whole weights, or of their index, in a folder."""
 
@@ -208,7 +208,7 @@ def _weights_file(directory: Path) -> Path:
         if found:
             return min(found, key=lambda file: (
                 stems.index(found[file]["stem"]), kinds.index(found[file]["kind"]),
-                bool(found[file]["variant"]), not found[file]["index"],
+                bool(found[file]["variant"] or found[file]["of"]), not found[file]["index"],
             ))  # fmt: skip
     raise ValueError(
         f"{directory}: no weights (such as {WEIGHTS_NAME}, its index.json, or model.pt), here or in "

@@ -28,7 +28,7 @@ _FILE_SUFFIXES = {".pt", ".pth", ".bin", ".ckpt", ".safetensors", ".json", ".jso
 def split_entry(location: str) -> tuple[str, str | None]:
     """FILE#ENTRY as the file and the entry within it; what exists under the whole name has no entry."""
     file, mark, entry = location.rpartition("#")
-    if not mark or not file or Path(location).expanduser().exists():
+    if not mark or not file or local_path(location, "path").exists():
         return location, None
     return file, entry or None
 

@@ -232,7 +232,7 @@ def check_tensors(
                 + ", ".join(f"{field} {in_file[field]}" for field in differing)
                 + "; the model has "
                 + ", ".join(f"{field} {in_model[field]}" for field in differing)
-                + ". Choose the preset that the file was made for, or override model.*"
+                + ". Choose the preset that the file was made for, or give its sizes with backbone.geometry"
             )
 
     def with_hint(name: str) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 
 from kvpo.report.charts import interval
 from kvpo.report.formatting import SYMBOLS, duration, escape, fixed, mapping, number, numbers, percent, signed
-from kvpo.report.null_runs import over_seeds, said_of
+from kvpo.report.null_runs import is_null_control, over_seeds, said_of
 from kvpo.report.record import Entry, RunRecord, method_of
 
 LENGTHS = {"short": "one prompt", "long": "several prompts with switches"}
@@ -25,7 +25,7 @@ NO_IMPROVEMENT = (
 
 NO_NULL = (
     "The \u00b1 is over prompts alone. Runs that learn nothing differ more than that from seed to seed, and "
-    "no null runs of these settings are known: --null FILE names some."
+    "no null runs of these settings are known: kvpo report --null FILE compares with some."
 )
 
 
@@ -66,8 +66,14 @@ class Outcome:
             return "no standard error"
         if abs(self.standard_errors) < SIGNIFICANT:
             return f"{fixed(self.standard_errors, 1)} standard errors from zero, fewer than {SIGNIFICANT:.0f}"
-        if self.null and self.gain is not None and min(self.null) <= self.gain <= max(self.null):
-            return "inside the range of the null runs"
+        if self.null and self.gain is not None:
+            least, most = min(self.null), max(self.null)
+            if least <= self.gain <= most:
+                return "inside the range of the null runs"
+            if self.gain > 0 and self.gain < least:
+                return "below every null run"
+            if self.gain < 0 and self.gain > most:
+                return "above every null run"
         return ""
 
     @property
@@ -194,11 +200,11 @@ def _axis(changes: list[tuple[float | None, float | None]]) -> tuple[float, floa
     return min(ends) - margin, max(ends) + margin
 
 
-def _facts(outcome: Outcome) -> str:
+def _facts(outcome: Outcome, to_one: bool) -> str:
     facts = []
     if outcome.standard_errors is not None:
         facts.append(f"{fixed(outcome.standard_errors, 1)} standard errors from zero")
-    if outcome.direction > 0 and outcome.base_mean is not None and outcome.base_mean < 1:
+    if to_one and outcome.direction > 0 and outcome.base_mean is not None and outcome.base_mean < 1:
         assert outcome.gain is not None
         facts.append(f"{percent(outcome.gain / (1 - outcome.base_mean))} of what was missing to 1")
     if outcome.prompts is not None:
@@ -210,7 +216,10 @@ def _measure(name: str, value: str, chart: str) -> str:
     return f'<div class="measure"><span>{name}</span><span>{value}</span>{chart}</div>'
 
 
-def _card(outcome: Outcome, gain_axis: tuple[float, float], unseen_axis: tuple[float, float]) -> str:
+def _card(
+    outcome: Outcome, gain_axis: tuple[float, float], unseen_axis: tuple[float, float], *, to_one: bool
+) -> str:
+    """One prompt set's numbers; ``to_one``: no video can have a reward above 1."""
     tone = {1: "up", -1: "down"}.get(outcome.direction, "flat")
     assert outcome.gain is not None
     about = f'<span class="soft">\u00b1 {fixed(outcome.standard_error)}</span>'
@@ -239,7 +248,7 @@ def _card(outcome: Outcome, gain_axis: tuple[float, float], unseen_axis: tuple[f
         f'<span class="base-number">{fixed(outcome.base_mean)}</span><span class="arrow">\u2192</span>'
         f'<span class="aligned-number">{fixed(outcome.aligned_mean)}</span>'
         '<span class="soft">mean held-out reward, base \u2192 aligned</span></p>'
-        f'{measures}<p class="facts">{_facts(outcome)}</p></article>'
+        f'{measures}<p class="facts">{_facts(outcome, to_one)}</p></article>'
     )
 
 
@@ -268,9 +277,10 @@ def final_headline(summary: Entry, config: Entry) -> Headline:
     return headline_on(tested(summary), null_control=is_null_control(config))
 
 
-def is_null_control(config: Entry) -> bool:
-    """True where the settings deal advantages to the branches at random."""
-    return mapping(config, "objective").get("advantages") == "random"
+def ends_at_one(config: Entry) -> bool:
+    """True where no video can have a reward above 1: that of the embedded world with its own weights."""
+    rewards = mapping(config, "rewards")
+    return list(rewards.get("scorers", ())) == ["world"] and not rewards.get("weights")
 
 
 def idle_note(run: RunRecord) -> list[str]:
@@ -296,7 +306,8 @@ def headline(run: RunRecord) -> str:
     notes = "".join(f"<p>{escape(note)}</p>" for note in (*radar, *verdict.notes))
     gain_axis = _axis([(o.gain, o.standard_error) for o in outcomes])
     unseen_axis = _axis([(o.unseen_gain, o.unseen_error) for o in outcomes])
-    cards = "".join(_card(outcome, gain_axis, unseen_axis) for outcome in outcomes)
+    to_one = ends_at_one(run.config)
+    cards = "".join(_card(outcome, gain_axis, unseen_axis, to_one=to_one) for outcome in outcomes)
     legend = (
         "Bars: one and two standard errors over distinct prompts; the upright line is zero. The gain is "
         "paired: same prompt, same noise. The unseen scorer looks at pixels only and is never used for "

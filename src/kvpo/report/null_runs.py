@@ -4,6 +4,7 @@ A file of them is {commit, settings: those of the runs as in config.yaml, runs: 
 set}]}.
 """
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -12,8 +13,10 @@ from typing import Any
 
 from kvpo.config import Config
 from kvpo.files import read_json
-from kvpo.report.formatting import fixed, numbers, signed
+from kvpo.report.formatting import fixed, mapping, numbers, signed
 from kvpo.report.record import Entry
+
+logger = logging.getLogger(__name__)
 
 FREE = {"seed", "preset", "device", "threads", "objective.advantages", "checkpoint.every", "rewards.cache",
         "rewards.ranks", "distributed.branch_ranks", "distributed.shard", "exploration.rows",
@@ -35,6 +38,10 @@ def read_null(path: Path, config: Entry) -> dict[str, list[float]]:
         raise ValueError(
             f"--null: {path} holds no gains of null runs; benchmarks/seeds.py --null writes such a file"
         )
+    if not is_null_control(settings):
+        raise ValueError(
+            f"--null: the advantages of the runs of {path} were not dealt at random: they may have learned"
+        )
     # A setting that was not there yet did what it does by default now.
     theirs, ours = (comparable(asdict(Config())) | comparable(own) for own in (settings, config))
     if different := [name for name in theirs.keys() | ours.keys() if theirs.get(name) != ours.get(name)]:
@@ -44,6 +51,20 @@ def read_null(path: Path, config: Entry) -> dict[str, list[float]]:
             "other settings say nothing about it; leave --null out, or make null runs with these"
         )
     return {name: [run[name] for run in gains] for name in names}
+
+
+def kept_null(path: Path, config: Entry) -> dict[str, dict[str, list[float]]]:
+    """``{"null": gains}`` of the null runs that a run was given, from its own copy of their file; else empty.
+
+    Empty with a warning, too, where the run's settings are no longer theirs.
+    """
+    if not path.exists():
+        return {}
+    try:
+        return {"null": read_null(path, config)}
+    except ValueError as error:
+        logger.warning("%s", error)
+        return {}
 
 
 def comparable(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -56,6 +77,11 @@ def comparable(config: Mapping[str, Any]) -> dict[str, Any]:
         for path, value in flat.items()
         if path not in FREE
     }
+
+
+def is_null_control(config: Entry) -> bool:
+    """True where the settings deal advantages to the branches at random."""
+    return mapping(config, "objective").get("advantages") == "random"
 
 
 def over_seeds(gains: Sequence[float]) -> float | None:

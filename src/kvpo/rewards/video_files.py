@@ -120,7 +120,7 @@ def _images(video: VideoFile, indices: Sequence[int], max_pixels: int, *, jump: 
         aspect = container.streams.video[0].sample_aspect_ratio
         for frame in _decode(container, video, indices, jump):
             image = render_frame(frame, aspect)
-            size = images[0].shape[:2] if images else _fitting(*image.shape[:2], max_pixels)
+            size = images[0].shape[:2] if images else fitting(*image.shape[:2], max_pixels)
             if image.shape[:2] != size:
                 image = cv2.resize(image, size[::-1], interpolation=cv2.INTER_AREA)
             images.append(image)
@@ -173,7 +173,7 @@ def _decoded(container: av.container.InputContainer, stream: av.VideoStream) -> 
         yield from decoder.decode(packet)
 
 
-def _fitting(height: int, width: int, max_pixels: int) -> tuple[int, int]:
+def fitting(height: int, width: int, max_pixels: int) -> tuple[int, int]:
     """The size of at most ``max_pixels`` with the same proportions."""
     if height * width <= max_pixels:
         return height, width

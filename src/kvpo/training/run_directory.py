@@ -45,6 +45,7 @@ class RunDirectory:
         self.meanings = path / "meanings.json"
         self.summary = path / "summary.json"
         self.report = path / "report.html"
+        self.null = path / "null.json"
         self.checkpoints = path / "checkpoints"
         self.tensorboard = path / "tensorboard"
         self._config = config
@@ -129,7 +130,7 @@ class RunDirectory:
         """Leave the directory as it was before a run that never began."""
         for path in saved_updates(self.checkpoints):
             shutil.rmtree(path)
-        files = (self.metrics, self.meanings, self.provenance, self.config_file)
+        files = (self.metrics, self.meanings, self.provenance, self.null, self.config_file)
         written = (self.checkpoints, self.tensorboard, *files)
         for path in (path for path in written if path.exists() and path not in self._found):
             if path.is_dir():

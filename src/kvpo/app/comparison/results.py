@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kvpo.app.comparison.plan import MethodComparison
-from kvpo.app.comparison.statistics import least_p, permutation_p, relabelling_p, spread
+from kvpo.app.comparison.statistics import least_p, permutation_p, spread
 from kvpo.training.evaluation import paired_gain
 
 COMPARED_WITH, NULL = "kvpo", "null"
@@ -132,7 +132,7 @@ def _on_set(
     )
     if NULL in gains and arm != NULL:
         by_chance = gains[NULL][name].mean(1).tolist()
-        numbers["p_against_null"] = relabelling_p(of_runs, by_chance) if NULL in tested else None
+        numbers["p_against_null"] = permutation_p(own, gains[NULL][name]) if NULL in tested else None
         numbers["above_every_null"] = sum(gain > max(by_chance) for gain in of_runs)
     return numbers
 

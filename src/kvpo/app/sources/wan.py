@@ -69,7 +69,7 @@ def wan_backbone(config: Config, prompts: Iterable[VideoPrompt] = ()) -> Backbon
 
 def build_wan(config: Config) -> Setup:
     """A public generator to align, on the prompts of a file, with the reward that is named."""
-    reach_servers([*config.rewards.scorers, *config.evaluation.watchers])
+    reach_servers(config)
     training, validation, test = split_prompts(config)
     if (notice := short_notice(training, EXTENDED_WORDS)) is not None:
         logger.warning("%s: %s", config.prompts.file, notice)

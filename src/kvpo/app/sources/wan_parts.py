@@ -14,7 +14,7 @@ from kvpo.app.sources.common import first_block, frozen_dtype
 from kvpo.config import Config
 from kvpo.config_checks import ConfigurationError
 from kvpo.engine.noise import keyed_generator
-from kvpo.files import cache_directory
+from kvpo.files import cache_directory, local_path
 from kvpo.models.adapter_files import PEFT_CONFIG, AdapterState, load_adapter_state
 from kvpo.models.adapters import add_adapter, check_adapter, joined_adapters, load_adapter, merge_adapter
 from kvpo.models.causal_wan import CausalWan
@@ -144,13 +144,14 @@ def located(config: Config, name: str, *patterns: str, beside: Sequence[str] = (
         ConfigurationError: the setting is empty.
         ValueError: it names nothing that exists.
     """
-    location, _ = split_entry(among or vars(config.backbone)[name])
-    if not location:
+    given = among or vars(config.backbone)[name]
+    if not given:
         raise ConfigurationError(
             f"backbone.{name}: empty, but the generator of preset {config.preset!r} needs it; "
             f"give {WAYS_OUT[name]}"
         )
     try:
+        location, _ = split_entry(given)
         return resolve_location(location, patterns=patterns, beside=beside)
     except ValueError as error:
         raise ValueError(f"backbone.{name}: {error}; if it has moved, --backbone.{name} PATH") from error
@@ -228,7 +229,7 @@ def open_weights(config: Config) -> WeightFiles:
 
 def adapters_of(lora: str) -> list[str]:
     """The adapters that ``backbone.lora`` names, which are added up; a path that exists is one."""
-    return [lora] if Path(lora).expanduser().exists() else lora.split(",")
+    return [lora] if not lora or local_path(lora, "backbone.lora").exists() else lora.split(",")
 
 
 def _adapter(config: Config, location: str) -> AdapterState:
