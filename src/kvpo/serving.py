@@ -132,9 +132,10 @@ def answering_later(listening: socket.socket, words: str) -> Iterator[None]:
         thread.join()
 
 
-def url_of(host: str, listening: socket.socket) -> str:
-    """The address of a listening socket as one types it."""
-    return f"http://{f'[{host}]' if ':' in host else host}:{listening.getsockname()[1]}"
+def url_of(host: str, port: int) -> str:
+    """The address of a server as one types it; with this machine's name where it listens at any address."""
+    name = socket.gethostname() if host in ("", "0.0.0.0", "::") else host
+    return f"http://{f'[{name}]' if ':' in name else name}:{port}"
 
 
 def run_app(app: Any, listening: socket.socket, **options: Any) -> None:

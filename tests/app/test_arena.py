@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import socket
 from pathlib import Path
 
 import httpx
@@ -166,6 +167,11 @@ def test_names_stay_hidden_until_the_study_is_closed(voted, capsys, tmp_path):
 
 
 def test_votes_are_exported_imported_and_reported_from_a_file(voted, tmp_path, capsys):
+    video = voted.video_path(voted.design.scenes[0].videos["new"])
+    video.rename(tmp_path / "aside.mp4")
+    assert command("arena", "report", voted.directory, "--close") == 1 and not voted.closed
+    (tmp_path / "aside.mp4").rename(video)
+    capsys.readouterr()
     voted.close()
     file = tmp_path / "votes.csv"
     assert command("arena", "export", voted.directory, file) == 0
@@ -187,6 +193,8 @@ def test_invitations_are_printed_as_links(voted, capsys):
     cleo, dan = capsys.readouterr().out.splitlines()
     assert cleo.startswith("cleo: http://127.0.0.1:9000/#") and dan.startswith("dan: ")
     assert voted.rater_of(cleo.partition("#")[2]).name == "cleo"
+    assert command("arena", "invite", voted.directory, "cleo", "--host", "0.0.0.0") == 0
+    assert capsys.readouterr().out.startswith(f"cleo: http://{socket.gethostname()}:8789/#")
 
 
 def test_the_command_serves_the_printed_link_and_stops_at_a_signal(tmp_path, caplog):

@@ -15,6 +15,7 @@ from kvpo.app.configuration import assign, preset
 from kvpo.app.judges import build_scorer, build_watchers
 from kvpo.config import Config
 from kvpo.rewards.cache import Counts, score_cache
+from kvpo.rewards.preference import Preference, save_preference
 from kvpo.rewards.reward import Reward
 from kvpo.training.collection import explore
 from kvpo.training.held_out import evaluate_base, evaluate_prompts
@@ -60,6 +61,22 @@ def test_a_version_is_known_of_all_but_functions_that_do_not_say(tmp_path: Path)
         assert versions(tmp_path, f"{ME}:calm")[0] not in found
     finally:
         calm.version = "1"  # type: ignore[attr-defined]
+
+
+def test_the_version_of_a_learned_reward_is_that_of_what_it_looks_at_too(tmp_path: Path) -> None:
+    def version(*features: str) -> str:
+        numbers = Preference(*(torch.ones(1, dtype=torch.float64) for _ in range(3)))
+        save_preference(tmp_path / "liked.safetensors", numbers, {"features": features, "sources": {}})
+        return versions(tmp_path, f"preference:{tmp_path / 'liked.safetensors'}")[0]
+
+    found = [version(), version("flicker"), version(f"{ME}:calm")]
+    assert all(found) and len(set(found)) == 3 and version(f"{ME}:unknown") == ""
+    calm.version = "2"  # type: ignore[attr-defined]
+    try:
+        assert version(f"{ME}:calm") not in found
+    finally:
+        calm.version = "1"  # type: ignore[attr-defined]
+    assert version(f"{ME}:calm") == found[2]
 
 
 def test_a_second_run_scores_nothing_and_finds_the_same(tiny_base: Path, tmp_path: Path) -> None:

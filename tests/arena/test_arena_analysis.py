@@ -193,6 +193,13 @@ def test_rankings_count_every_pair_in_them_and_order_the_models():
     assert not reliability(votes, "a", "overall").flags and len(trusted(votes, [])) == len(votes)
 
 
+def test_strengths_wait_until_votes_link_all_models():
+    votes = [Judgement("a", f"p{n}", "overall", *pair, "model_a") for n, pair in enumerate(("xy", "zw"))]
+    assert strengths(votes[:1], "xyz") == strengths(votes, "xyzw") == {}
+    linked = [*votes, Judgement("a", "p2", "overall", "y", "z", "tie")]
+    assert strengths(linked, "xyzw").keys() == set("xyzw")
+
+
 def test_quantiles_of_student_and_of_a_fair_coin():
     for freedom, exact in ((4, 2.77645), (9, 2.26216), (29, 2.04523)):
         assert student(0.975, freedom) == pytest.approx(exact, rel=2e-3)

@@ -4,6 +4,7 @@ import hashlib
 import json
 import sqlite3
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
 
@@ -11,6 +12,7 @@ from kvpo.arena import database
 from kvpo.arena.database import DATABASE, MIGRATIONS, VoteRefused, transaction
 from kvpo.arena.exchange import read_votes, write_votes
 from kvpo.arena.intake import add_judgements, record_ranking
+from kvpo.arena.judgements import NO_RATER, Judgement
 from kvpo.arena.store import Study, Vote
 from tests.arena.raters import answered, small_study, vote_all
 
@@ -133,6 +135,25 @@ def test_votes_go_out_and_come_back_to_the_same_videos_only(tmp_path, study, suf
     assert other.judgements() == []
 
 
+def test_every_vote_that_is_new_is_stored_whatever_its_file_says_of_prompt_and_arms(study):
+    shown = tuple(study.design.scenes[0].videos.values())
+    votes = [
+        Judgement("ann", f"row {n}", "overall", "x", "y", winner, video_a=shown[0], video_b=shown[1])
+        for n, winner in enumerate(("model_a", "model_a", "model_b", "tie"))
+    ]
+    assert add_judgements(study, votes) == len(study.judgements()) == 3
+    assert add_judgements(study, votes) == 0 and len(study.judgements()) == 3
+    with pytest.raises(ValueError, match=r"without a rater .*\(column rater"):
+        add_judgements(study, [replace(votes[0], rater=NO_RATER)])
+
+
+def test_choices_of_two_sessions_at_once_are_both_kept(tmp_path):
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda n: record_ranking(tmp_path / "live", ["p"], [b"1", b"2"], [n % 2], rater="r"),
+                      range(8)))  # fmt: skip
+    assert len(Study(tmp_path / "live").rankings()) == 8
+
+
 def test_files_of_other_programs_are_read_and_bad_ones_refused(tmp_path):
     bare = tmp_path / "bare.csv"
     bare.write_text("model_a,model_b,winner\nx,y,model_a\ny,x,tie\n")
@@ -150,11 +171,18 @@ def test_files_of_other_programs_are_read_and_bad_ones_refused(tmp_path):
         ("model_a,winner\nx,tie\n", "no column 'model_b'"),
         ("model_a,model_b,winner\nx,y,z\n", "row 1: winner is 'z'"),
         ("model_a,model_b,winner,milliseconds\nx,y,tie,soon\n", "milliseconds is 'soon'"),
+        (f"model_a,model_b,winner,milliseconds\nx,y,tie,{10**20}\n", "row 1: milliseconds is .*2.63 - 1"),
         ("model_a,model_b,winner,kind\nx,y,tie,odd\n", "kind is 'odd'"),
+        ('model_a,model_b,winner,rater\nx,y,tie,"ann\nx,y,tie,ben\n', "bare.csv, line 3: not CSV"),
+        (f'model_a,model_b,winner\nx,y,"{"tie" * 50_000}\n', "bare.csv, line 2: not CSV"),
     ):
         bare.write_text(text)
         with pytest.raises(ValueError, match=reason):
             read_votes(bare)
+    task["annotations"][0]["lead_time"] = float("inf")
+    studio.write_text(json.dumps([task]))
+    with pytest.raises(ValueError, match="studio.json, task 1: lead_time is inf"):
+        read_votes(studio)
     for text in ("{}", '[{"data": 3}]', '[{"data": {"video1": "a"}}]'):
         studio.write_text(text)
         with pytest.raises(ValueError, match="studio.json"):

@@ -133,6 +133,9 @@ def test_exports(tmp_path):
         client.until("video.block", prompt="a blue disc")
         client.ask("session.pause")
         files = {what: client.ask("session.export", what=what) for what in ("mp4", "prompts", "training")}
+        for type, name, values in (("export", "file", {"what": "mp4"}), ("snapshot", "snapshot", {})):
+            twice = {client.ask(f"session.{type}", **values)[name] for _ in range(2)}
+            assert len(twice) == 2, "neither replaces the other"
         video = httpx.get(served.url + files["mp4"]["url"])
         assert video.status_code == 200 and video.headers["content-type"] == "video/mp4"
         assert httpx.get(served.url + "/v1/files/..%2Fchoices.jsonl").status_code == 404
@@ -154,6 +157,7 @@ BAD = {
     "a field of another type": ('{"type": "session.start", "prompt": 3}', "malformed"),
     "a field that is missing": ('{"type": "session.prompt_update"}', "malformed"),
     "a number that is none": ('{"type": "session.speed", "speed": NaN}', "malformed"),
+    "a number that no float holds": (f'{{"type": "session.speed", "speed": {"9" * 400}}}', "malformed"),
     "a frame that is text": ('{"type": "session.route", "frames": ["1"]}', "malformed"),
     "a prompt that is no object": ('{"type": "session.queue", "prompts": ["x"]}', "malformed"),
     "half a character": ('{"type": "session.start", "prompt": "\\ud800"}', "malformed"),

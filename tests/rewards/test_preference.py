@@ -101,6 +101,8 @@ def test_a_preference_is_read_as_it_was_written_and_other_files_are_refused(tmp_
     other = tmp_path / "other.safetensors"
     save_file({"weight": ones}, other)
     (tmp_path / "text.safetensors").write_text("no tensors")
-    for wrong in (other, tmp_path / "text.safetensors", tmp_path / "none.safetensors"):
+    bare = tmp_path / "bare.safetensors"
+    save_preference(bare, preference, {"sources": {}})
+    for wrong in (bare, other, tmp_path / "text.safetensors", tmp_path / "none.safetensors"):
         with pytest.raises(ValueError, match="not a learned preference|no such file"):
             load_preference(wrong)

@@ -24,7 +24,7 @@ from kvpo.rewards.service.messages import (
     PROTOCOL,
     ScoreRequest,
 )
-from kvpo.rewards.service.patience import Away, Patience, StillLoading, Trial
+from kvpo.rewards.service.patience import Away, Failed, Patience, StillLoading, Trial
 from kvpo.rewards.service.server import RequestLimits
 from tests.reward_servers import (
     QUICK,
@@ -270,6 +270,17 @@ def test_a_server_that_dies_while_it_loads_is_given_up() -> None:
     trial.alive -= 15
     trial.failed(httpx.ConnectError("refused"))
     assert trial.over
+
+
+def test_an_outage_begins_when_the_server_goes_away() -> None:
+    trial = Trial(Patience(), first=False, began=time.monotonic() - 300)
+    for error in (TimeoutError(), Away("refused"), Failed("500"), Away("refused")):
+        trial.failed(error)
+        assert not trial.over
+        assert trial.until - time.monotonic() > 299
+    trial.away_since -= 300
+    trial.failed(Away("refused"))
+    assert trial.over and not isinstance(trial.end(), Failed)
 
 
 def test_silence_and_outages_are_said(

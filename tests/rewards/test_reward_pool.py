@@ -51,6 +51,21 @@ def test_servers_share_clips_and_one_that_dies_costs_a_retry() -> None:
     pool.close()
 
 
+def test_a_scorer_that_fails_everywhere_is_asked_so_many_times_with_pauses() -> None:
+    asked = []
+
+    def failing(video_BTCHW: Any, prompts: Any) -> Any:
+        asked.append(time.monotonic())
+        raise RuntimeError("out of memory")
+
+    with serving(Named(failing)) as one, serving(Named(failing)) as other:
+        pool = connect_all([one, other], ["own"], patience=QUICK)
+        with pytest.raises(GaveUp, match="out of memory"):
+            pool(CLIPS[:1], PROMPTS[:1])
+        pool.close()
+    assert len(asked) == QUICK.attempts and asked[1] - asked[0] >= QUICK.first_pause
+
+
 def test_what_a_server_refuses_is_not_asked_of_another() -> None:
     def broken(video_BTCHW: Any, prompts: Any) -> Any:
         return video_BTCHW.mean((1, 2, 3, 4))

@@ -3,6 +3,7 @@
 import asyncio
 import threading
 import time
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
@@ -230,8 +231,11 @@ def test_requests_of_many_clients_are_batched_by_shape() -> None:
     order = [(1, 2), (2, 1), (3, 2), (4, 2), (5, 1), (6, 2), (7, 2)]
     answers = [ask(*item) for item in order]
     assert queue.waiting_clips == 7 and queue.began is not None
-    withdrawn = ask(8, 2)
-    withdrawn.cancel()
+    withdrawn = ScoreRequest(video[8:9], tuple(prompts[8:9]), ("own",))
+    clips, answer = weakref.ref(withdrawn), queue.put(withdrawn)
+    del withdrawn
+    answer.cancel()
+    assert clips() is None and queue.waiting_clips == 7, "it is let go at once"
     hold.set()
     assert first.result(10)["own"].tolist() == [0]
     assert [answer.result(10)["own"].tolist() for answer in answers] == [[n] for n, _ in order]

@@ -91,7 +91,7 @@ def serve_study(opened: Callable[[], Study], raters: Sequence[str], *, host: str
         raise ConfigurationError(f"--port: must be 0 to {2**16 - 1}, got {port}")
     with listener(host, port) as listening:
         study = opened()
-        for line in links(study, raters, url_of(host, listening)):
+        for line in links(study, raters, url_of(host, listening.getsockname()[1])):
             logger.info("%s", line)
         logger.info("results: kvpo arena report %s --close", study.directory)
         run_app(arena_app(study), listening)
@@ -116,9 +116,9 @@ def report(place: Path, *, effect: float = 0.1, close: bool = False) -> tuple[Pa
         result = analyse(place.stem, read_votes(place), [], effect=effect)
         return _written(result, place.with_suffix(".html"), {}), result
     study = Study(place)
-    if close:
-        study.close()
     study.check_videos()
+    if close:  # before the votes are read: none may come in that the last report does not count
+        study.close()
     judgements, rankings, design = study.judgements(), study.rankings(), study.design
     names = {arm: arm for arm in design.arms} if study.closed else masks(study)
     result = analyse(

@@ -105,8 +105,9 @@ def _invite(rest: list[str], arguments: Namespace) -> None:
     place, *_ = _places("invite", rest[:2], "STUDY", "NAME")
     from kvpo.app.arena import links
     from kvpo.arena.store import Study
+    from kvpo.serving import url_of
 
-    print("\n".join(links(Study(place), rest[1:], f"http://{arguments.host}:{arguments.port}")))
+    print("\n".join(links(Study(place), rest[1:], url_of(arguments.host, arguments.port))))
 
 
 def _export(rest: list[str], arguments: Namespace) -> None:

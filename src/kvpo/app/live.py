@@ -77,7 +77,7 @@ def serve_live(
             key = f"/#token={address.token}" if address.token else "/"
             size = scheduler.cache.num_pages * scheduler.cache.page_bytes / GB
             logger.info("%d pages of history take %.2f GB", scheduler.cache.num_pages, size)
-            logger.info("live at %s%s (Ctrl-C stops)", url_of(address.host, listening), key)
+            logger.info("live at %s%s (Ctrl-C stops)", url_of(address.host, listening.getsockname()[1]), key)
             try:
                 app = live_app(theatre, host=address.host, token=address.token)
                 run_app(app, listening, ws_max_size=1 << 20)

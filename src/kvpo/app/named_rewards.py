@@ -295,7 +295,9 @@ def _preference(name: str, field: str, prompts: bool, frame_rate: float, device:
     )
     scorer = PreferenceScorer((path.stem,), features, preference)
     declaration = replace(needs, name=path.stem, low=-inf, high=inf, weight=1.0)
-    return Reward(path.stem, scorer, (declaration,), fingerprint([path], PREFERENCE))
+    looked_at = features.version if isinstance(features, ScorerFeatures) else "pixels"
+    version = fingerprint([path], PREFERENCE + looked_at) if looked_at else ""
+    return Reward(path.stem, scorer, (declaration,), version)
 
 
 def frozen_features(
@@ -319,7 +321,9 @@ def frozen_features(
         reads_prompt=any(one.reads_prompt for one in needs),
         max_pixels=max(one.max_pixels for one in needs),
     )
-    return ScorerFeatures(tuple(reward.scorer for reward in rewards)), common
+    versions = [reward.version for reward in rewards]
+    version = " ".join(versions) if all(versions) else ""
+    return ScorerFeatures(tuple(reward.scorer for reward in rewards), version), common
 
 
 def _users_own(name: str, field: str) -> Reward:

@@ -81,4 +81,4 @@ def _serve(
         thread.join()
 
     leaving.callback(stop)
-    return url_of(host, listening)
+    return url_of(host, listening.getsockname()[1])

@@ -86,5 +86,5 @@ def serve_rewards(
             token=token,
             limits=limits,
         )
-        logger.info("serving %s at %s", ", ".join(names), url_of(host, listening))
+        logger.info("serving %s at %s", ", ".join(names), url_of(host, listening.getsockname()[1]))
         run_app(app, listening)

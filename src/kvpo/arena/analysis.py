@@ -159,8 +159,8 @@ def bradley_terry(wins_PMM: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Log-strengths of models, mean 0, and their standard errors: [..., M] each, of [..., P, M, M].
 
     P(i beats j) = 1 / (1 + exp(s_j - s_i)) (Bradley and Terry 1952), fitted by Newton's method with one tie
-    added to every pair that met, so that a model that always won stays finite. The errors are the sandwich
-    estimator's over prompts: votes on one prompt may depend on each other.
+    added to every pair that met, so that a model that always won stays finite; votes have to link all models.
+    The errors are the sandwich estimator's over prompts: votes on one prompt may depend on each other.
     """
     wins = wins_PMM.sum(-3)
     met = wins + np.swapaxes(wins, -1, -2)
@@ -190,9 +190,14 @@ def _information(met: np.ndarray, expected: np.ndarray) -> np.ndarray:
 
 
 def strengths(judgements: Sequence[Judgement], models: Sequence[str]) -> dict[str, Interval]:
-    """Bradley-Terry log-strengths of the models with intervals; empty for fewer than three or no vote."""
+    """Bradley-Terry log-strengths of the models with intervals.
+
+    Empty for fewer than three, and until votes link all of them: models that never met, not even through
+    others, cannot be compared.
+    """
     wins = wins_by_prompt(judgements, models)
-    if len(models) < 3 or not len(wins):
+    met = (wins.sum(0) + wins.sum(0).T > 0) | np.eye(len(models), dtype=bool)
+    if len(models) < 3 or not np.linalg.matrix_power(met, len(models)).all():
         return {}
     values, errors = bradley_terry(wins)
     reach = student((1 + LEVEL) / 2, len(wins) - 1) if len(wins) >= INTERVAL_PROMPTS else inf

@@ -12,7 +12,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-from kvpo.arena.judgements import WINNERS, Judgement
+from kvpo.arena.judgements import NO_RATER, WINNERS, Judgement
 from kvpo.extras import extra
 from kvpo.files import read_bytes, read_json, read_text, write_atomic
 
@@ -55,14 +55,19 @@ def read_votes(path: Path) -> list[Judgement]:
     """Read votes as `write_votes` writes them, or as a bare table of ``model_a, model_b, winner``.
 
     Raises:
-        ValueError: another ending, a missing column, a winner that is none; with its row.
+        ValueError: another ending, not a file of that kind, a missing column, a winner that is none; with
+            its line or row.
     """
     _check_suffix(path)
     if path.suffix == ".json":
         return _from_tasks(path)
     if path.suffix == ".csv":
-        reader = csv.DictReader(io.StringIO(read_text(path), newline=""))
-        rows: list[dict[str, Any]] = list(reader)
+        reader = csv.DictReader(io.StringIO(read_text(path), newline=""), strict=True)
+        try:
+            rows: list[dict[str, Any]] = list(reader)
+        except csv.Error as error:
+            line = reader.reader.line_num
+            raise ValueError(f"{path}, line {line}: not CSV ({error}); is every quote closed?") from error
         columns = list(reader.fieldnames or ())
     else:
         with extra("parquet"):
@@ -85,7 +90,7 @@ def _check_suffix(path: Path) -> None:
 
 def _judgement(where: str, row: dict[str, Any]) -> Judgement:
     given = {name: value for name, value in row.items() if name in COLUMNS and value not in (None, "")}
-    values: dict[str, Any] = {"rater": "unknown", "prompt": where, "question": "overall"} | given
+    values: dict[str, Any] = {"rater": NO_RATER, "prompt": where, "question": "overall"} | given
     if absent := [name for name in COLUMNS[:3] if name not in values]:
         raise ValueError(f"{where}: no {absent[0]}")
     if values["winner"] not in WINNERS.values():
@@ -93,14 +98,16 @@ def _judgement(where: str, row: dict[str, Any]) -> Judgement:
     if values.get("kind", "pair") not in PAIR_KINDS:
         raise ValueError(f"{where}: kind is {values['kind']!r}, not one of {', '.join(PAIR_KINDS)}")
     try:
-        values["milliseconds"] = int(values.get("milliseconds", 0))
-    except (TypeError, ValueError) as error:
+        milliseconds = int(values.get("milliseconds", 0))
+        if not 0 <= milliseconds < 2**63:
+            raise ValueError
+    except (OverflowError, TypeError, ValueError) as error:
         raise ValueError(
-            f"{where}: milliseconds is {values['milliseconds']!r}, not a whole number"
+            f"{where}: milliseconds is {values['milliseconds']!r}, not a whole number from 0 to 2^63 - 1"
         ) from error
     texts = {field.name: str(values[field.name]) for field in fields(Judgement)
              if field.name in values and field.name != "milliseconds"}  # fmt: skip
-    return Judgement(**texts, milliseconds=values["milliseconds"])
+    return Judgement(**texts, milliseconds=milliseconds)
 
 
 def _tasks(judgements: Sequence[Judgement]) -> list[dict[str, Any]]:
@@ -151,7 +158,7 @@ def _from_tasks(path: Path) -> list[Judgement]:
             files = [Path(str(data[side])).stem for side in VIDEO_NAMES]
             for annotation in annotations:
                 meta = annotation.get("meta") or {}
-                rater = meta.get("rater", annotation.get("completed_by", "unknown"))
+                rater = meta.get("rater", annotation.get("completed_by", NO_RATER))
                 for result in annotation["result"]:
                     found.append(
                         _judgement(
@@ -164,7 +171,7 @@ def _from_tasks(path: Path) -> list[Judgement]:
                                 "prompt": data.get("prompt", ""),
                                 "rater": rater,
                                 "kind": meta.get("kind", "pair"),
-                                "milliseconds": round(1000 * float(annotation.get("lead_time") or 0)),
+                                "milliseconds": _milliseconds(where, annotation.get("lead_time")),
                                 "video_a": files[0],
                                 "video_b": files[1],
                             },
@@ -173,6 +180,13 @@ def _from_tasks(path: Path) -> list[Judgement]:
         except (KeyError, TypeError, AttributeError, IndexError) as error:
             raise ValueError(f"{where}: not a pairwise task of Label Studio ({error!r})") from error
     return found
+
+
+def _milliseconds(where: str, lead_time: Any) -> int:
+    try:
+        return round(1000 * float(lead_time or 0))
+    except (OverflowError, TypeError, ValueError) as error:
+        raise ValueError(f"{where}: lead_time is {lead_time!r}, not a number of seconds") from error
 
 
 def _winner(result: dict[str, Any]) -> str:

@@ -5,8 +5,12 @@ import json
 import secrets
 import shutil
 import sqlite3
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+
+from filelock import FileLock
 
 from kvpo.arena.database import (
     DATABASE,
@@ -17,7 +21,7 @@ from kvpo.arena.database import (
     rater_number,
     transaction,
 )
-from kvpo.arena.judgements import WINNERS, Judgement
+from kvpo.arena.judgements import NO_RATER, WINNERS, Judgement
 from kvpo.arena.store import Study
 from kvpo.arena.study import Design, Scene
 from kvpo.files import new_directory, write_atomic
@@ -77,18 +81,27 @@ def add_judgements(study: Study, judgements: Sequence[Judgement]) -> int:
     """Take in answers that were given elsewhere, and return how many were not known yet.
 
     Raises:
-        ValueError: a video that is not one of the study's, two that are of different scenes, an unknown
-            question; nothing is then taken in.
+        ValueError: a vote without a rater, a video that is not one of the study's, two that are of different
+            scenes, an unknown question; nothing is then taken in.
     """
-    known = set(study.judgements())
-    fresh = [one for one in dict.fromkeys(judgements) if one not in known]
-    ballots: dict[tuple[str, str, str, str, int], list[Judgement]] = {}
+    if any(one.rater == NO_RATER for one in judgements):
+        raise ValueError(
+            "votes without a rater cannot be told from each other; say who gave them (column rater, Label "
+            "Studio's completed_by)"
+        )
+    known = {_by_videos(one) for one in study.judgements()}
+    fresh = [one for one in dict.fromkeys(map(_by_videos, judgements)) if one not in known]
+    ballots: dict[tuple[str, str, str, str, int, int], dict[str, str]] = {}
+    times: Counter[tuple[object, ...]] = Counter()
     for one in fresh:
-        ballots.setdefault((one.rater, one.video_a, one.video_b, one.kind, one.milliseconds), []).append(one)
+        ballot = (one.rater, one.video_a, one.video_b, one.kind, one.milliseconds)
+        times[*ballot, one.question] += 1  # another answer to the same question is of another ballot
+        said = ballots.setdefault((*ballot, times[*ballot, one.question]), {})
+        said[one.question] = _ANSWERS[one.winner]
     names = [one.name for one in study.design.questions]
     with transaction(study.path) as db:
         demand_open(db)
-        for (rater, left, right, kind, milliseconds), answers in ballots.items():
+        for (rater, left, right, kind, milliseconds, _), said in ballots.items():
             scene = db.execute(
                 "SELECT a.scene FROM made a JOIN made b ON a.scene = b.scene "
                 "WHERE a.video = ? AND b.video = ?",
@@ -99,15 +112,19 @@ def add_judgements(study: Study, judgements: Sequence[Judgement]) -> int:
                     f"{rater}'s vote on {left[:12]} against {right[:12]}: no two videos of one scene of this "
                     "study; votes are taken in for the very files that were voted on"
                 )
-            if unknown := [one.question for one in answers if one.question not in names]:
+            if unknown := [name for name in said if name not in names]:
                 raise ValueError(
                     f"{unknown[0]!r} is not a question of this study; there are {', '.join(names)}"
                 )
-            said = {one.question: _ANSWERS[one.winner] for one in answers}
             seen = [(left, None), (right, None)]
             who = rater_number(db, rater)
             insert_vote(db, who, scene[0], kind, seen, said, milliseconds=milliseconds)
     return len(fresh)
+
+
+def _by_videos(one: Judgement) -> Judgement:
+    """A vote without what the study itself knows of its videos: prompt and arms."""
+    return replace(one, prompt="", model_a="", model_b="")
 
 
 def record_ranking(
@@ -135,15 +152,16 @@ def record_ranking(
         raise ValueError(
             f"best_first: expected positions of {len(videos)} videos, each once, got {list(best_first)}"
         )
-    if (directory / DATABASE).is_file():
-        study = Study(directory)
-    else:
-        study = create_study(directory, Design("Choices at forks", ranked=True, sources="kvpo live"), {})
-    digests = []
-    for content in videos:
-        digests.append(hashlib.sha256(content).hexdigest())
-        if not study.video_path(digests[-1]).is_file():
-            write_atomic(study.video_path(digests[-1]), content)
+    digests = [hashlib.sha256(content).hexdigest() for content in videos]
+    # Choices come from several threads and processes, and each may find that there is no study yet.
+    with FileLock(directory.with_name(f".{directory.name}.lock")):
+        if (directory / DATABASE).is_file():
+            study = Study(directory)
+        else:
+            study = create_study(directory, Design("Choices at forks", ranked=True, sources="kvpo live"), {})
+        for digest, content in zip(digests, videos, strict=True):
+            if not study.video_path(digest).is_file():
+                write_atomic(study.video_path(digest), content)
     ranks = {place: rank for rank, place in enumerate(best_first)}
     with transaction(study.path) as db:
         db.executemany("INSERT OR IGNORE INTO video VALUES (?)", [(digest,) for digest in digests])

@@ -6,6 +6,8 @@ from itertools import combinations
 
 WINNERS = {"left": "model_a", "right": "model_b", "same": "tie", "both_bad": "both_bad"}
 """Answers and what they are called in tables of pairwise comparisons, whose model_a was on the left."""
+NO_RATER = "unknown"
+"""The rater of votes in a file that does not say who gave them."""
 
 
 @dataclass(frozen=True)

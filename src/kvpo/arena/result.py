@@ -57,7 +57,7 @@ class Answered:
     question: Question
     pairings: tuple[Pairing, ...]
     strengths: Mapping[str, Interval]
-    """Bradley-Terry log-strength of each arm, from three arms on."""
+    """Bradley-Terry log-strength of each arm, from three arms on, once votes link them all."""
     agreement: float | None
     decided: tuple[Decided, ...]
 

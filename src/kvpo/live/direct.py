@@ -126,11 +126,12 @@ class Direction:
             return show
 
         try:
-            self.connection.show = await self.ask(open_session)
+            show = await self.ask(open_session)
         except BaseException:
-            del self.theatre.rooms[id]
+            self.theatre.rooms.pop(id, None)
             raise
-        self.connection.directs = True
+        if id in self.theatre.rooms:  # otherwise it has ended by now
+            self.connection.show, self.connection.directs = show, True
 
     def _arms(self, wanted: str) -> list[str]:
         there = list(self.scheduler.sides)
@@ -309,7 +310,7 @@ class Direction:
     async def snapshot(self, message: p.Snapshot) -> None:
         show = self.directed()
         tensors, record = await self.ask(lambda: snapshot_of(show.session))
-        name = f"{show.id}-{record['start']}"
+        name = f"{secrets.token_hex(6)}-{record['start']}"  # a session may come to a frame twice
         await asyncio.to_thread(save_snapshot, self.theatre.out, name, tensors, record)
         self.answer(snapshot=name, frame=record["start"])
 
@@ -328,7 +329,7 @@ class Direction:
         path = await asyncio.to_thread(
             export_session,
             self.theatre.out,
-            f"{show.id}-{prompt.num_frames}",
+            f"{secrets.token_hex(6)}-{prompt.num_frames}",
             message.what,
             prompt,
             latents,

@@ -5,8 +5,8 @@ A message is one JSON object with a ``type``; its other fields are those of the 
 """
 
 import json
-import math
 import struct
+import sys
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
@@ -221,7 +221,7 @@ def _converted(kind: Any, value: Any, name: str) -> Any:
         return tuple(_converted(arguments[0], item, f"{name}[{n}]") for n, item in enumerate(value))
     if isinstance(value, dict) and kind in MESSAGES.values():
         return _built(kind, value)
-    if kind is float and type(value) in (int, float) and math.isfinite(value):
+    if kind is float and type(value) in (int, float) and abs(value) <= sys.float_info.max:
         return float(value)
     if kind in (bool, int, str) and type(value) is kind and (kind is not int or abs(value) < 2**53):
         return value

@@ -19,7 +19,7 @@ from kvpo.models.cache import FrameCache, History
 from kvpo.models.tensor_files import storable
 
 SNAPSHOT_NAME = re.compile(r"[0-9a-f]{1,32}-[0-9]{1,12}")
-"""Names of snapshots: a session's id and the latent frame that it was at."""
+"""Names of snapshots: an id and the latent frame that the session was at."""
 FORMAT = 1
 """Version of the record of a session; it counts up when a snapshot holds something else."""
 

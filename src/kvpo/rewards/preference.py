@@ -50,6 +50,8 @@ class ScorerFeatures:
     """Features of other rewards: their embeddings where they have some, else their components."""
 
     scorers: tuple[Scorer, ...]
+    version: str = ""
+    """Digest of what decides their features; "": unknown."""
 
     def __call__(self, video_BTCHW: Tensor, prompts: Sequence[ClipPrompt]) -> Tensor:
         """Features [B, D] of all scorers side by side."""
@@ -179,9 +181,11 @@ def load_preference(path: Path) -> tuple[Preference, dict[str, object]]:
     read_bytes(path)
     try:
         with safe_open(path, framework="pt") as file:
-            record = json.loads((file.metadata() or {})["preference"])
+            record = dict(json.loads((file.metadata() or {})["preference"]))
+            if not {"features", "sources"} <= record.keys():
+                raise ValueError("no features")
             tensors = {name: file.get_tensor(name) for name in Preference.__dataclass_fields__}
-    except (SafetensorError, KeyError, ValueError) as error:
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"{path}: not a learned preference; `kvpo learn-reward VOTES --out FILE` writes one"
         ) from error

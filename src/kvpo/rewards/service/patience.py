@@ -2,6 +2,7 @@
 
 import time
 from dataclasses import dataclass, field
+from math import inf
 
 KNOCK_SECONDS = 2.0
 """Longest pause between two tries to reach a server that has not answered yet."""
@@ -50,6 +51,10 @@ class GaveUp(ValueError):
     """No usable answer within the limits of the policy."""
 
 
+class NeverUsable(GaveUp, Failed):
+    """As many answers failed as may."""
+
+
 class StillLoading(GaveUp):
     """The server answers, but is not ready."""
 
@@ -74,13 +79,14 @@ class Trial:
 
     def __post_init__(self) -> None:
         self.pause, self.alive = self.patience.first_pause, self.began
+        self.away_since = self.began if self.first else inf
 
     @property
     def until(self) -> float:
         """Time at which to give up on a server that does not answer at all."""
         if self.first and not self.promised:
             return self.alive + self.patience.start
-        return self.began + self.patience.outage
+        return self.away_since + self.patience.outage
 
     @property
     def seconds(self) -> float:
@@ -114,7 +120,9 @@ class Trial:
         if isinstance(error, Failed) or (late and not self.first):
             self.failures += 1
             self.over = self.failures >= self.patience.attempts
+            self.away_since = inf
         else:
+            self.away_since = min(self.away_since, now)
             self.over = now + self.pause > self.until
         longest = KNOCK_SECONDS if self.first else self.patience.longest_pause
         self.wait = max(self.pause, min(after or 0.0, longest))
@@ -126,5 +134,7 @@ class Trial:
         seconds = time.monotonic() - self.began
         server = "`kvpo reward-server`" if self.role == "reward server" else f"server of the {self.role}"
         way_out = f"; is a {server} there, and ready to answer?" if self.first else ""
-        kind = StillLoading if self.first and self.promised else GaveUp
+        kind = NeverUsable if self.failures >= self.patience.attempts else GaveUp
+        if self.first and self.promised:
+            kind = StillLoading
         return kind(f"asked {times} in {seconds:.1f} s, then gave up: {self.problem}{way_out}")

@@ -11,7 +11,7 @@ from torch import Tensor
 from kvpo.prompts import ClipPrompt
 from kvpo.rewards.protocol import Declaration
 from kvpo.rewards.service.client import RemoteScorer, connect
-from kvpo.rewards.service.patience import PATIENCE, GaveUp, Patience
+from kvpo.rewards.service.patience import PATIENCE, GaveUp, Patience, Trial
 from kvpo.rewards.service.scoring_queue import Answer
 
 logger = logging.getLogger(__name__)
@@ -27,8 +27,8 @@ class PooledScorer:
     """Servers of the same rewards."""
 
     servers: tuple[RemoteScorer, ...]
-    outage: float
-    """Seconds without scores from any of them before it gives up."""
+    patience: Patience
+    """Retry and timeout policy for all of them together."""
     rested: dict[int, float] = field(default_factory=dict)
     """Server that was given up -> time from which it is asked again as any other."""
 
@@ -83,16 +83,18 @@ class PooledScorer:
         self, server: int, answer: Callable[[], Answer], clips: Tensor, prompts: Sequence[ClipPrompt]
     ) -> Answer:
         """Scores from the server that was asked, or else from another one."""
-        until = time.monotonic() + self.outage
+        trial = Trial(self.patience, first=False)
         while True:
             try:
                 found = answer()
             except GaveUp as error:
                 self.rested[server] = time.monotonic() + REST
-                other = self._in_turn()[0]
-                if time.monotonic() > until:
+                trial.failed(error)
+                if trial.over:
                     raise
+                other = self._in_turn()[0]
                 logger.warning("%s; %s takes its clips", error, self.servers[other].link.url)
+                time.sleep(trial.wait)
                 server, answer = other, self.servers[other].begin(clips, prompts)
             else:
                 self.rested.pop(server, None)
@@ -130,4 +132,4 @@ def connect_all(
         raise
     for server in servers:
         server.link.patience = replace(patience, outage=min(OUTAGE, patience.outage), attempts=1)
-    return PooledScorer(tuple(servers), patience.outage)
+    return PooledScorer(tuple(servers), patience)

@@ -57,22 +57,29 @@ class ScoringQueue:
         with self._changed:
             self._waiting.append(job)
             self._changed.notify()
+        job.answer.add_done_callback(self._withdraw)
         return job.answer
+
+    def _withdraw(self, answer: Future[Answer]) -> None:
+        """Let go of the clips of a cancelled answer: they count towards no limit any more."""
+        if answer.cancelled():
+            with self._changed:
+                self._waiting = deque(job for job in self._waiting if job.answer is not answer)
 
     @property
     def waiting_clips(self) -> int:
         """Clips that no call has taken up yet."""
         with self._changed:
-            return sum(len(job.question.prompts) for job in self._waiting if not job.answer.cancelled())
+            return sum(len(job.question.prompts) for job in self._waiting)
 
     def close(self) -> None:
         """Accept nothing further; the current call is not waited for."""
         with self._changed:
             self._closed = True
-            for job in self._waiting:
-                job.answer.cancel()
-            self._waiting.clear()
+            withdrawn, self._waiting = self._waiting, deque()
             self._changed.notify()
+        for job in withdrawn:
+            job.answer.cancel()
 
     def _work(self) -> None:
         while (jobs := self._next()) is not None:

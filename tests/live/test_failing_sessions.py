@@ -1,0 +1,50 @@
+"""Sessions that end when nobody expects it cost nobody else anything."""
+
+import asyncio
+
+from kvpo.live.direct import Direction
+from kvpo.live.protocol import Start
+from kvpo.live.scheduler import Show
+from kvpo.live.script import Cue
+from kvpo.live.session import Session
+from tests.live.live_server import theatre_of
+from tests.live.stage import scheduler, slow_stage
+
+
+def test_a_full_disk_ends_its_sessions_and_not_the_server():
+    own, told = scheduler(slow_stage()), []
+
+    def opened(name: str) -> Show:
+        return own.open(
+            name, lambda: Session(own.stage, own.cache, ["base"], Cue("a"), 1), told.append, 0.0, 0.0
+        )
+
+    shows = [opened("one"), opened("two")]
+    for show in shows:
+        show.session.arms["base"].spool._file = open("/dev/full", "w+b")
+    for _ in range(200):  # what is small waits in the file's buffer first
+        if own.shows:
+            own.generate(shows)
+    assert own.cache.pages_in_use == 0
+    events = [one["type"] for one in told if isinstance(one, dict)]
+    assert events == ["error", "session.done"] * 2
+
+
+def test_a_session_that_ends_before_its_connection_hears_of_it_leaves_the_connection_free(tmp_path):
+    own = scheduler(slow_stage())
+
+    async def begun_and_ended_at_once() -> None:
+        theatre = theatre_of(tmp_path, own)
+        theatre.loop = asyncio.get_running_loop()
+        with theatre.connected() as connection:
+            direction = Direction(theatre, connection)
+            for _ in range(2):  # the second one is not refused
+                starting = asyncio.create_task(direction.carry_out("session.start", Start("a red square")))
+                await asyncio.sleep(0)
+                own._carry_out()
+                (show,) = own.shows.values()
+                own.close(show, "failed")
+                await starting
+                assert connection.show is None and not connection.directs and not theatre.rooms
+
+    asyncio.run(begun_and_ended_at_once())
