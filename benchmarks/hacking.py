@@ -21,7 +21,8 @@ from typing import Any
 from torch import Tensor
 
 from kvpo.app.build import build_setup
-from kvpo.app.configuration import preset
+from kvpo.app.configuration import CHANGEABLE_ON_RESUME, demand_same_run, preset, resolve_saved
+from kvpo.config import Config
 from kvpo.files import json_lines, write_atomic
 from kvpo.prompts import ClipPrompt
 from kvpo.report.page import write_report
@@ -32,7 +33,7 @@ from kvpo.training.evaluation import comparison
 from kvpo.training.held_out import evaluate_base
 from kvpo.training.metrics_log import MetricsLog
 from kvpo.training.run import Run, restore
-from kvpo.training.run_directory import RunDirectory
+from kvpo.training.run_directory import CONFIG, RunDirectory
 from kvpo.training.trainer import Trainer
 from kvpo.world.detector import detect
 from kvpo.world.reward import DEFAULT_WEIGHTS
@@ -74,8 +75,23 @@ def legibility(video_BTCHW: Tensor, prompts: Sequence[ClipPrompt]) -> Tensor:
 
 
 def align(arm: str, seed: int, directory: Path) -> dict[str, Any]:
-    """One run of one arm and its chosen checkpoint on the test prompts; a killed one continues."""
+    """One run of one arm and its chosen checkpoint on the test prompts; a finished one is read.
+
+    Raises ConfigurationError where ``directory`` holds a run of other settings.
+    """
     config = preset("demo", {**COMMON, **ARMS[arm], "seed": seed})
+    saved, finished = directory / CONFIG, directory / "result.json"
+    if saved.exists():
+        demand_same_run(saved, resolve_saved(saved), config, CHANGEABLE_ON_RESUME)
+    if not finished.exists():
+        result = aligned(config, directory)
+        write_report(directory)
+        write_atomic(finished, json.dumps(result, indent=1) + "\n")
+    return json.loads(finished.read_text())
+
+
+def aligned(config: Config, directory: Path) -> dict[str, Any]:
+    """What a run and its chosen checkpoint gave; a killed one continues."""
     setup = build_setup(config)
     # Short videos only: a third of the time, and every prompt counts once.
     setup = replace(
@@ -152,13 +168,7 @@ def main() -> None:
     results: dict[str, list[dict[str, Any]]] = {arm: [] for arm in arguments.arms}
     for seed in arguments.seeds:
         for arm in arguments.arms:
-            directory = arguments.out / f"{arm}-{seed}"
-            finished = directory / "result.json"
-            if not finished.exists():
-                result = align(arm, seed, directory)
-                write_report(directory)
-                write_atomic(finished, json.dumps(result, indent=1) + "\n")
-            results[arm].append(json.loads(finished.read_text()))
+            results[arm].append(align(arm, seed, arguments.out / f"{arm}-{seed}"))
         print(table({arm: runs for arm, runs in results.items() if runs}), flush=True)
 
 

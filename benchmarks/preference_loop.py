@@ -155,6 +155,21 @@ def loops(numbers: Mapping[str, Any]) -> str:
     return table(columns, rows)
 
 
+def kept_loop(out: Path, seed: int, sizes: Sizes) -> dict[str, Any]:
+    """The numbers of a loop, which is run where it is not done. Raises ValueError for one of other sizes."""
+    file = out / "loop.json"
+    if not file.exists():
+        out.mkdir(parents=True, exist_ok=True)
+        found = {"commit": source_commit(), "sizes": asdict(sizes), **loop(out, seed, sizes, {})}
+        write_atomic(file, json.dumps(finite(found), indent=1) + "\n")
+    kept: dict[str, Any] = json.loads(file.read_text())
+    if kept.get("sizes") != asdict(sizes):
+        raise ValueError(
+            f"{file} has the sizes {kept.get('sizes')}, not {asdict(sizes)}; choose another --out"
+        )
+    return kept
+
+
 def main() -> None:
     """Run the loops that are not done, and print what came of all."""
     parser = argparse.ArgumentParser(
@@ -170,12 +185,7 @@ def main() -> None:
     sizes = Sizes(updates=arguments.updates, fresh_pairs=arguments.fresh_pairs)
     numbers: dict[str, Any] = {"sizes": asdict(sizes), "loops": {}}
     for seed in arguments.seeds:
-        out = arguments.out / str(seed)
-        out.mkdir(parents=True, exist_ok=True)
-        if not (out / "loop.json").exists():
-            found = {"commit": source_commit(), **loop(out, seed, sizes, {})}
-            write_atomic(out / "loop.json", json.dumps(finite(found), indent=1) + "\n")
-        numbers["loops"][str(seed)] = json.loads((out / "loop.json").read_text())
+        numbers["loops"][str(seed)] = kept_loop(arguments.out / str(seed), seed, sizes)
         write_json(arguments.json, numbers)
     print(loops(numbers))
 

@@ -1,10 +1,10 @@
-"""Gains of more ranks: measured on gloo ranks of one machine, and worked out for many H200s.
+"""Gains of more ranks: measured on gloo ranks of one machine, and worked out for many GPUs.
 
 * Strong scaling keeps the demo's eight groups, weak scaling two groups per rank, `branches` deals one group's
   branches. Every rank has one thread; the first update warms up and is not counted. Bytes that a rank sends
   are compared with the formula of `kvpo.plan.splits`.
-* The model takes `kvpo plan` at the rates that `benchmarks/gpu.py` measured on an H200 and at stated
-  bandwidths, and names the best way to share a run on 1 to 512 of them.
+* The model takes `kvpo plan` at the rates that `benchmarks/gpu.py` measured on an H100, with the memory of an
+  H200 and at stated bandwidths, and names the best way to share a run on 1 to 512 such GPUs.
 * The layout of 512 ranks is laid out for real in one process, with torch's fake process group on the meta
   device: parameters per rank against the plan.
 
@@ -43,17 +43,18 @@ from kvpo.training.trainer import Trainer
 GROUPS, PER_RANK = 8, 2
 SMALL = {"exploration.rows": 9, "optim.replay_rows": 4}
 """One group at a time, and one trajectory of it in a replay, so that both can be dealt to ranks."""
-H200 = Rates(flops=250e12, bandwidth=3.0e12, link=400e9, network=45e9)
-"""A third of the measured 752 TFLOP/s, since every phase took three times its arithmetic; the measured
-bandwidth of memory; and nine tenths of what NVLink (450 GB/s) and a 400 Gbit/s adapter send one way."""
+RATES = Rates(flops=250e12, bandwidth=3.0e12, link=400e9, network=45e9)
+"""Of an H100: a third of the measured 752 TFLOP/s, since every phase took three times its arithmetic; the
+measured bandwidth of memory. Nine tenths of what NVLink (450 GB/s) and a 400 Gbit/s adapter send one way."""
 MEMORY = 141 * GB
+"""That of an H200."""
 NODES = (1, 2, 8, 64)
 PER_NODE = 8
 
 
 def formula(config: Config, split: Sharing) -> float:
     """Bytes of gradients that a rank sends per update."""
-    plan = Planner(config, H200).plan(config, split)
+    plan = Planner(config, RATES).plan(config, split)
     return split.exchanged(split.share(config), plan.parameters, split.replayed(replays_of(config)))
 
 
@@ -140,7 +141,7 @@ def measured_table(rows: list[dict[str, Any]]) -> str:
 
 
 def model(groups: int) -> list[dict[str, Any]]:
-    """The best way to share an update of the 1.3B and the 14B preset on more and more H200s."""
+    """The best way to share an update of the 1.3B and the 14B preset on more and more GPUs."""
     rows = []
     for name in ("longlive-1.3b", "wan-14b"):
         changes = {
@@ -149,7 +150,7 @@ def model(groups: int) -> list[dict[str, Any]]:
             "rewards.scorers": ["flicker"],
         }
         config = preset(name, {**changes, "backbone.offload": True})
-        planner = Planner(config, H200)
+        planner = Planner(config, RATES)
         alone = planner.plan(config).seconds
         for gpus, nodes in ((1, 1), *((PER_NODE, nodes) for nodes in NODES)):
             best = planner.best_split(config, gpus, nodes, MEMORY)[0]
@@ -162,7 +163,7 @@ def model(groups: int) -> list[dict[str, Any]]:
 def model_table(rows: list[dict[str, Any]]) -> str:
     """Markdown; efficiency is what one card would take over what all of them take together."""
     lines = [
-        "| preset | groups | H200s | branch_ranks | weights spread | GB | fits | s per update | "
+        "| preset | groups | GPUs | branch_ranks | weights spread | GB | fits | s per update | "
         "exchange, s | efficiency | ranks with work |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
@@ -195,7 +196,7 @@ def layout(ranks: int = 512, size: int = 8, lora_rank: int = 16) -> dict[str, An
         every = sum(local(value).nbytes for value in transformer.parameters())
     finally:
         dist.destroy_process_group()
-    plan = Planner(config, H200).plan(config, Sharing(ranks, size, True, PER_NODE))
+    plan = Planner(config, RATES).plan(config, Sharing(ranks, size, True, PER_NODE))
     return {
         "ranks": ranks,
         "team": size,

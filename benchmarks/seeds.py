@@ -45,10 +45,14 @@ Runs = dict[str, list[dict[str, Any]]]
 
 
 def run(arm: str, seed: int, out: Path, extra: Sequence[str]) -> None:
-    """One run of one arm, on one thread; a finished one is left as it is, a killed one goes on."""
+    """One run of one arm, on one thread; a finished one is left as it is, a killed one goes on.
+
+    Raises CalledProcessError where a run fails or has other settings; its log says why.
+    """
     directory = out / f"{arm}-{seed}"
-    if (directory / "report.html").exists():
-        return
+    if not (directory / "report.html").exists():
+        with commits_file(directory).open("a") as file:
+            file.write(f"{source_commit()}\n")
     command = [
         sys.executable, "-m", "kvpo", "align", "--preset", "demo", "--seed", str(seed), "--threads", "1",
         "--out", str(directory), "--resume", *ARMS[arm], *extra,
@@ -57,20 +61,31 @@ def run(arm: str, seed: int, out: Path, extra: Sequence[str]) -> None:
         subprocess.run(command, check=True, stdout=file, stderr=file)
 
 
+def commits_file(directory: Path) -> Path:
+    """The file beside a run that lists the commits it was made at, one a line."""
+    return directory.with_name(f"{directory.name}.commits")
+
+
 def read(arm: str, seed: int, out: Path) -> dict[str, Any]:
     """What is kept of a finished run."""
-    summary = json.loads((out / f"{arm}-{seed}" / "summary.json").read_text())
+    directory = out / f"{arm}-{seed}"
+    summary, made = json.loads((directory / "summary.json").read_text()), commits_file(directory)
+    commits = sorted(set(made.read_text().split())) if made.exists() else ["unknown"]
     kept = ("seed", "updates", "wall_s", "cpu_s", "peak_rss_mb", "improved", "held_out", "diversity")
-    return {name: summary[name] for name in kept}
+    return {"commits": commits, **{name: summary[name] for name in kept}}
 
 
-def collected(arms: Sequence[str], seeds: Sequence[int], out: Path) -> Runs:
+def collected(finished: Sequence[tuple[str, int]], out: Path) -> Runs:
     """The finished runs."""
-    finished = [(arm, seed) for arm in arms for seed in seeds if (out / f"{arm}-{seed}/report.html").exists()]
     runs: Runs = {}
     for arm, seed in finished:
         runs.setdefault(arm, []).append(read(arm, seed, out))
     return runs
+
+
+def made_at(runs: Runs) -> str:
+    """The commits at which runs were made."""
+    return ", ".join(sorted({commit for own in runs.values() for one in own for commit in one["commits"]}))
 
 
 def null_runs(runs: Runs, settings: dict[str, Any]) -> dict[str, Any]:
@@ -79,7 +94,7 @@ def null_runs(runs: Runs, settings: dict[str, Any]) -> dict[str, Any]:
         {"seed": one["seed"], **{name: one["held_out"][name]["paired_gain"] for name in SETS}}
         for one in runs["random"]
     ]
-    return {"commit": source_commit(), "settings": settings, "runs": gains}
+    return {"commit": made_at({"random": runs["random"]}), "settings": settings, "runs": gains}
 
 
 def of(runs: Sequence[dict[str, Any]], name: str, key: str) -> list[float]:
@@ -206,9 +221,9 @@ def main() -> None:
     jobs = [(arm, seed) for seed in arguments.seeds for arm in arguments.arms]
     numbers: dict[str, Any] = {}
     with ThreadPoolExecutor(arguments.jobs) as pool:
-        for _ in pool.map(lambda job: run(*job, arguments.out, extra), jobs):
-            runs = collected(arguments.arms, arguments.seeds, arguments.out)
-            numbers = {"commit": source_commit(), "machine": machine(), "settings": extra, "arms": runs}
+        for n, _ in enumerate(pool.map(lambda job: run(*job, arguments.out, extra), jobs), 1):
+            runs = collected(jobs[:n], arguments.out)
+            numbers = {"commit": made_at(runs), "machine": machine(), "settings": extra, "arms": runs}
             write_json(arguments.json, numbers)
             if "random" in runs:
                 saved = arguments.out / f"random-{runs['random'][0]['seed']}" / "config.yaml"

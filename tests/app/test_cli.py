@@ -53,6 +53,22 @@ def test_help_shows_docstrings_and_the_presets_values(capsys: pytest.CaptureFixt
         assert f"Peak learning rate of AdamW, reached in the fifth update. [{rate}]" in text
 
 
+@pytest.mark.parametrize(
+    ("command", "usage"),
+    [
+        ("align", "align --out DIR [--preset NAME] [options]"),
+        ("pretrain", "pretrain --out FILE [--preset NAME] [options]"),
+        ("doctor", "doctor [--out DIR] [--preset NAME] [options]"),
+        ("plan", "plan [--preset NAME] [options]"),
+        ("prompts", "prompts FILE [FILE ...] [--extended FILE] [--out FILE] [--hold-out INT] [options]"),
+    ],
+)
+def test_usage_says_what_is_required(command: str, usage: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    assert capsys.readouterr().out.startswith(f"usage: kvpo {usage}\n")
+
+
 def test_flags_with_dashes_switches_and_negative_numbers(resolved: list[Config]) -> None:
     arguments = "pretrain --out x --optim.lora-rank 4 --optim.checkpointing --stream.window -1 --seed=3"
     assert main(arguments.split()) == 0

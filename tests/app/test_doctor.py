@@ -1,6 +1,8 @@
 """`kvpo doctor`: a line for everything that can stand in the way, and an exit status by the worst."""
 
+import importlib.metadata
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,26 @@ def test_a_healthy_machine_is_ok_line_by_line(tmp_path: Path, capsys: pytest.Cap
     lines = capsys.readouterr().out.splitlines()
     assert lines == [Finding(**item).line() for item in found]
     assert not list(tmp_path.glob(".kvpo-doctor*"))
+
+
+def test_extras_that_make_leaves_out_may_be_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    makefile = (Path(__file__).resolve().parents[2] / "Makefile").read_text()
+    (installed,) = re.findall(r"^\.venv/\.complete: EXTRAS = \[(.+)\]$", makefile, re.MULTILINE)
+    left_out = {
+        re.split("[<>=;]", line)[0]: extra[1]
+        for line in importlib.metadata.requires("kvpo") or ()
+        if (extra := re.search(r"extra == .(\w+)", line)) and extra[1] not in installed.split(",")
+    }
+
+    def version(name: str) -> str:
+        if name in left_out:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return "1"
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    levels = {item.subject: item.level for item in doctor.versions()}
+    extras = {f"extra {name}" for name in left_out.values()}
+    assert "extra trackers" in extras and levels == dict.fromkeys({"versions", *extras}, "ok")
 
 
 def subjects(check: Any, *arguments: Any) -> dict[str, Finding]:

@@ -4,6 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from kvpo.config_checks import ConfigurationError
+
 SCRIPTS = Path(__file__).resolve().parents[2] / "benchmarks"
 
 
@@ -27,7 +29,13 @@ def test_an_arm_runs_and_its_result_is_a_row(hacking, monkeypatch, tiny_base, tm
     gains = hacking.numbers(result)
     assert list(gains) == ["trained reward", "brightness", "world", "legibility", "flicker", "unseen scorer"]
     assert gains["trained reward"] == pytest.approx(3 * gains["brightness"] + gains["world"], abs=1e-5)
+    (tmp_path / "run" / "result.json").unlink()
+    assert hacking.align("stopped", 0, tmp_path / "run") == result  # killed runs go on
+    monkeypatch.setattr(hacking, "aligned", None)
     assert hacking.align("stopped", 0, tmp_path / "run") == result  # finished runs are read
+    monkeypatch.setattr(hacking, "COMMON", hacking.COMMON | {"optim.lr": 0.5})
+    with pytest.raises(ConfigurationError, match="optim.lr is 0.05 there, 0.5 here"):
+        hacking.align("stopped", 0, tmp_path / "run")
 
 
 def test_the_table_has_means_and_deviations_over_seeds(hacking):

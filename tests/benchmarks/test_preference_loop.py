@@ -42,6 +42,16 @@ def test_the_taste_of_a_file_is_that_of_its_frames(script, tmp_path):
     assert expected > 5
 
 
+def test_a_finished_loop_is_read_and_one_of_other_sizes_refused(script, tmp_path, monkeypatch):
+    ran = []
+    monkeypatch.setattr(script, "loop", lambda out, seed, sizes, changes: ran.append(seed) or {"votes": 300})
+    kept = script.kept_loop(tmp_path / "7", 7, script.Sizes())
+    assert kept == script.kept_loop(tmp_path / "7", 7, script.Sizes()) and ran == [7]
+    assert kept["votes"] == 300 and kept["commit"]
+    with pytest.raises(ValueError, match="'updates': 24}, not .*'updates': 2}; choose another --out"):
+        script.kept_loop(tmp_path / "7", 7, script.Sizes(updates=2))
+
+
 @pytest.mark.slow
 def test_the_loop_closes_at_a_tiny_size(script, tiny_base, tmp_path):
     from tests.tiny_world import SETTINGS

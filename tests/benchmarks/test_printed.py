@@ -3,13 +3,16 @@
 import importlib
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from hashlib import sha256
+from operator import sub
 from pathlib import Path
 from statistics import fmean, stdev
 from types import ModuleType
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = ROOT / "benchmarks"
@@ -38,6 +41,31 @@ def accuracies(numbers: Any) -> list[float]:
     return sorted(100 * loop["worth"]["accuracy"]["value"] for loop in numbers["loops"].values())
 
 
+def over_streams(values: Iterable[float]) -> list[float]:
+    """Mean and standard error."""
+    found = list(values)
+    return [fmean(found), stdev(found) / len(found) ** 0.5]
+
+
+def two_minutes(numbers: Any, side: str) -> tuple[list[float], list[float]]:
+    """The reward of every long stream in its first and in its last two minutes."""
+    spans = numbers[side]["reward"]
+    first, last = ([fmean(stream) for stream in zip(*own, strict=True)] for own in (spans[:12], spans[-12:]))
+    return first, last
+
+
+def changes(numbers: Any) -> list[float]:
+    """What the reward changes by within long streams, base and aligned."""
+    ends = (two_minutes(numbers, side) for side in ("base", "aligned"))
+    return [value for first, last in ends for value in over_streams(map(sub, last, first))]
+
+
+def long_gains(numbers: Any) -> list[float]:
+    """The reward's gain at the beginning of long streams and at their end."""
+    both = zip(two_minutes(numbers, "aligned"), two_minutes(numbers, "base"), strict=True)
+    return [value for aligned, base in both for value in over_streams(map(sub, aligned, base))]
+
+
 QUOTES: dict[tuple[str, str, str], Callable[[Any], list[Any]]] = {
     ("docs/world.md", "causality.json", "in {:.2f} of the branches routed to act 1, act 2's in {:.2f} of"):
         lambda n: [n["act1_when_routed_to_act1"], n["act2_when_routed_to_act2"]],
@@ -54,6 +82,8 @@ QUOTES: dict[tuple[str, str, str], Callable[[Any], list[Any]]] = {
     (RESULTS, "seeds.json", "and {0:.0f} to {4:.0f} % on long ones"): lambda n: missing(n, "long"),
     (RESULTS, "seeds.json", "spread by {:.2f} of the method's gain on short videos, {:.2f} on long"): chance,
     (RESULTS, "drift.json", "{:,} latent frames, measured every ten seconds"): lambda n: [n["latent_frames"]],
+    (RESULTS, "drift.json", "changes by {:.4f} ± {:.4f} (base) and {:.4f} ± {:.4f} (aligned)"): changes,
+    (RESULTS, "drift.json", "is {:.3f} ± {:.3f} at first and {:.3f} ± {:.3f} at last"): long_gains,
     (RESULTS, "methods-rehearsal.json", "--out DIR` at commit {:.7}"): lambda n: [n["commit"]],
     (RESULTS, "methods-rehearsal.json", "on {} short, {} long and {} longer stories"):
         lambda n: list(n["prompts"].values()),
@@ -91,6 +121,14 @@ def test_sentences_quote_the_results(document: str, name: str, sentence: str) ->
     numbers = json.loads((SCRIPTS / "results" / name).read_text(encoding="utf-8"))
     said = sentence.format(*QUOTES[document, name, sentence](numbers))
     assert said in " ".join((ROOT / document).read_text(encoding="utf-8").split())
+
+
+def test_the_networks_of_the_package_are_those_that_results_name() -> None:
+    text = (ROOT / RESULTS).read_text(encoding="utf-8").split("## The embedded base generator")[1]
+    for path in (ROOT / "src/kvpo/world/assets").glob("*.safetensors"):
+        assert sha256(path.read_bytes()).hexdigest() in text, f"{RESULTS} names another {path.name}"
+    base = load_file(ROOT / "src/kvpo/world/assets/generator.safetensors")
+    assert f"({sum(value.numel() for value in base.values()):,} parameters" in text
 
 
 def test_every_file_of_results_stands_in_a_section_with_its_command() -> None:

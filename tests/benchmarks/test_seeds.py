@@ -48,14 +48,20 @@ def summary(arm: str, seed: int) -> dict[str, Any]:
 
 @pytest.fixture
 def started(seeds: ModuleType, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
-    """Commands of runs that the script starts; each ends at once and leaves its summary and page."""
+    """Commands of runs that are not finished; each ends at once and leaves its summary and page."""
     commands: list[list[str]] = []
 
     def run(command: list[str], **_: Any) -> None:
-        commands.append(command)
         out = Path(command[command.index("--out") + 1])
         arm, seed = out.name.split("-")
+        if out.exists():
+            saved = yaml.safe_load((out / "command.yaml").read_text())
+            if saved != command:
+                raise ChildProcessError("other settings")
+            return
+        commands.append(command)
         out.mkdir()
+        (out / "command.yaml").write_text(yaml.safe_dump(command))
         (out / "summary.json").write_text(json.dumps(summary(arm, int(seed))))
         (out / "config.yaml").write_text(yaml.safe_dump({"seed": int(seed), "optim": {"updates": 40}}))
         (out / "report.html").touch()
@@ -74,6 +80,7 @@ def test_finished_runs_are_read_and_tables_come_from_the_file(
     kept, null, out = tmp_path / "seeds.json", tmp_path / "null.json", tmp_path / "runs"
     words = ["seeds.py", f"--out={out}", "--seeds", "0", "1", "--arms", "paper", "random", f"--json={kept}"]
     monkeypatch.setattr("sys.argv", [*words, f"--null={null}", "--optim.lr", "0.002"])
+    monkeypatch.setattr(seeds, "source_commit", lambda: "c0ffee")
     seeds.main()
     said = capsys.readouterr().out
     assert len(started) == 4 and all(command[-2:] == ["--optim.lr", "0.002"] for command in started)
@@ -82,8 +89,18 @@ def test_finished_runs_are_read_and_tables_come_from_the_file(
     assert "| paper | long | 0.25 → 0.31 |" in said and "| random 1 | +0.011 (0.007) |" in said
     assert read_null(null, {"optim": {"updates": 40}}) == {"short": [0.01, 0.011], "long": [0.01, 0.011]}
 
-    shutil.rmtree(out / "random-1")  # killed
+    monkeypatch.setattr(seeds, "source_commit", lambda: "decade")
     seeds.main()
+    assert capsys.readouterr().out == said and len(started) == 4
+    monkeypatch.setattr("sys.argv", [*words, f"--null={null}", "--optim.lr", "0.1"])
+    with pytest.raises(ChildProcessError):
+        seeds.main()
+    assert json.loads(kept.read_text())["settings"] == ["--optim.lr", "0.002"]
+
+    shutil.rmtree(out / "random-1")  # killed
+    monkeypatch.setattr("sys.argv", [*words, f"--null={null}", "--optim.lr", "0.002"])
+    seeds.main()
+    said = said.replace("Commit c0ffee.", "Commit c0ffee, decade.")
     assert len(started) == 5 and started[-1][started[-1].index("--out") + 1] == str(out / "random-1")
     assert capsys.readouterr().out == said
     monkeypatch.setattr("sys.argv", ["seeds.py", f"--tables={kept}"])

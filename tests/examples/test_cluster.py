@@ -1,6 +1,7 @@
 """The files under examples/cluster start the command that there is."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
+from kvpo.app.arguments import settings_given
 from kvpo.app.cli import _parsers, _preset_for_help
 from kvpo.app.presets import PRESETS
 
@@ -25,6 +27,13 @@ def kvpo_arguments(words: list[str]) -> Any:
     parsed = _parsers(_preset_for_help(words))[0].parse_args(words[at + 1 :])
     assert parsed.command == "align" and parsed.preset in PRESETS and parsed.resume
     return parsed
+
+
+def every_rank_has_a_group(words: list[str], ranks: int) -> bool:
+    """True if teams of equal size, none of them across nodes, have a group each."""
+    given = kvpo_arguments(words)
+    size = int(settings_given(given)["distributed.branch_ranks"])
+    return 8 % size == 0 and ranks // size <= PRESETS[given.preset]().optim.prompts_per_update
 
 
 def demand_torchrun(words: list[str]) -> dict[str, str]:
@@ -60,6 +69,9 @@ def test_torchrun_on_every_node(started: Any) -> None:
     assert options["max_restarts"] == 3 and options["nproc_per_node"] == "8"
     assert kvpo_arguments(words).out == Path("/runs/a b")
     demand_torchrun(started("torchrun.sh"))
+    assert every_rank_has_a_group(started("torchrun.sh", NODES="2"), 16)
+    words = started("torchrun.sh", BRANCH_RANKS="2")
+    assert settings_given(kvpo_arguments(words))["distributed.branch_ranks"] == "2"
 
 
 def test_slurm_starts_one_torchrun_per_node(started: Any) -> None:
@@ -74,6 +86,17 @@ def test_slurm_starts_one_torchrun_per_node(started: Any) -> None:
     assert "--nodes=2" in text and "--ntasks-per-node=1" in text and "--gpus-per-node=8" in text
 
 
+def test_an_update_has_the_time_that_the_files_promise() -> None:
+    """torchrun kills its ranks before the scheduler kills torchrun; half of its patience is the update's."""
+    scripts = {path.name: path.read_text() for path in CLUSTER.iterdir()}
+    (shell,) = re.findall(r"{TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-(\d+)}", scripts["torchrun.sh"])
+    (pod,) = re.findall(r'name: TORCH_ELASTIC_SHUTDOWN_TIMEOUT, value: "(\d+)"', scripts["pytorchjob.yaml"])
+    (slurm,) = re.findall(r"--signal=TERM@(\d+)", scripts["slurm.sbatch"])
+    (grace,) = re.findall(r"terminationGracePeriodSeconds: (\d+)", scripts["pytorchjob.yaml"])
+    assert int(shell) < int(slurm) and int(pod) < int(grace)
+    assert f"within {int(shell) // 2} s" in scripts["slurm.sbatch"]
+
+
 def test_the_pytorchjob_is_whole() -> None:
     job = yaml.safe_load((CLUSTER / "pytorchjob.yaml").read_text())
     assert (job["apiVersion"], job["kind"]) == ("kubeflow.org/v1", "PyTorchJob")
@@ -81,9 +104,9 @@ def test_the_pytorchjob_is_whole() -> None:
     (container,) = worker["template"]["spec"]["containers"]
     words = [*container["command"], *container["args"]]
     assert words[0] == "torchrun" and container["name"] == "pytorch"
-    kvpo_arguments(words)
     gpus = container["resources"]["limits"]["nvidia.com/gpu"]
     assert job["spec"]["nprocPerNode"] == str(gpus)
+    assert every_rank_has_a_group(words, gpus * worker["replicas"])
     assert job["spec"]["elasticPolicy"]["maxReplicas"] == worker["replicas"]
     mounts = {one["name"]: one["mountPath"] for one in container["volumeMounts"]}
     assert {volume["name"] for volume in worker["template"]["spec"]["volumes"]} == set(mounts)

@@ -108,13 +108,19 @@ def _parsers(shown: Config) -> tuple[_Parser, dict[str, _Parser]]:
         )
         command.add_arguments(subparser)
         if command.configured:
-            writes = " --out DIR" if "--out" in subparser._option_string_actions else ""
-            subparser.usage = f"kvpo {command.name}{writes} [--preset NAME] [options]"
+            subparser.usage = subparser.usage or _usage(command.name, subparser)
             _add_bases(subparser)
             _add_settings(subparser, settings(), shown)
         elif command.places:
             _add_settings(subparser, PLACES_OF_A_RUN)
     return parser, subparsers
+
+
+def _usage(name: str, parser: argparse.ArgumentParser) -> str:
+    """The usage of a configured command, whose settings are too many to be listed."""
+    out = parser._option_string_actions.get("--out")
+    words = [f"--out {out.metavar}" if out.required else f"[--out {out.metavar}]"] if out else []
+    return " ".join(["kvpo", name, *words, "[--preset NAME] [options]"])
 
 
 def _add_bases(parser: argparse.ArgumentParser) -> None:

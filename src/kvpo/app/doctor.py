@@ -133,7 +133,7 @@ def versions() -> list[Finding]:
         findings.append(Finding("packages", "fail", f"{', '.join(required)} missing", way_out))
     for extra_name, packages in sorted(missing.items()):
         way_out = f"needed for some uses only: pip install 'kvpo[{extra_name}]'"
-        level: Level = "ok" if extra_name in ("dev", "raft", "wandb", "trackio") else "warn"
+        level: Level = "ok" if extra_name in ("dev", "raft", "trackers") else "warn"
         findings.append(Finding(f"extra {extra_name}", level, f"{', '.join(packages)} missing", way_out))
     return findings
 
