@@ -284,8 +284,8 @@ def differentiate(
 ) -> tuple[Tensor, Metrics, float]:
     """Differentiate the loss on a lesson's table, given under three policies. Raises NonFiniteError.
 
-    Returns d loss / d table [N, P, S], the velocity KL included; the metrics; the velocity KL alone, nan where
-    the lesson does not ask for it.
+    Returns d loss / d table [N, P, S], the velocity KL included; the metrics; the velocity KL alone, nan
+    where the lesson does not ask for it.
     """
     lesson.require_finite(now_NPS)
     table = now_NPS.detach().requires_grad_()

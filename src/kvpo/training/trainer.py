@@ -146,7 +146,7 @@ class Trainer:
     def _differentiate(self, item: Collected, *, on_policy: bool) -> tuple[list[Metrics], float]:
         """Leave the gradient of the mean loss over all ranks' lessons in the parameters.
 
-        Returns the lessons' metrics, in order, and the mean velocity KL of those that ask for it, nan if none.
+        Returns the lessons' metrics, in order, and the mean velocity KL of those that ask for it, or nan.
         """
         ranks, teams, parameters = self.setup.ranks, self.teams, list(self.policy.parameters.values())
         # Of spread weights the team's gradients are added up as they are computed.
