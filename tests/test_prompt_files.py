@@ -245,6 +245,26 @@ def test_every_problem_of_a_file_has_its_line(tmp_path):
             '{"prompts": [{"startTime": 0, "endTime": Infinity, "text": "a"}]}',
             "lasts from 0.0 to inf",
         ),
+        (
+            "t.json",
+            '{"prompts": [{"startTime": 0, "endTime": 1e308, "text": "a"}]}',
+            "line 1: entry 1 of the timeline lasts from 0.0 to 1e+308; give seconds, fewer than 1e+09",
+        ),
+        (
+            "t.json",
+            '{"prompts": [{"startTime": 1%s, "endTime": 2, "text": "a"}]}' % ("0" * 400),
+            "line 1: entry 1 of the timeline needs startTime and endTime, numbers of seconds",
+        ),
+        (
+            "p.json",
+            '["a",\n{"prompt": "b", "seed": 1%s}]' % ("0" * 5000),
+            "line 2: not JSON that can be read",
+        ),
+        (
+            "p.json",
+            '["a",\n{"prompt": "b", "frames": "%s"}]' % ("iVBORw0KGgo" * 1000),
+            "is not a file; give an image or a video, relative to p.json",
+        ),
         ("t.json", '{"prompts": [{"startTime": 1, "endTime": 1, "text": "a"}]}', "shows nothing"),
     ],
 )
@@ -282,6 +302,7 @@ def test_extended_texts_pair_line_by_line(tmp_path):
     mapped = {"a cat": "A grey cat sleeps.", "a dog": "A brown dog runs."}
     assert extended(short, write(tmp_path / "m.json", json.dumps(mapped)), num_frames=9) == both
     for name, content, message in (
+        ("broken.json", '{"a dog": ', r".*broken\.json: not JSON"),
         ("one.txt", "A brown dog runs.\n", "1 prompts, .*short.txt has 2: .*short.txt, line 2 has no"),
         ("three.txt", "aaaaaaa\nbbbbbbbb\nccc\n", "3 prompts, .*: .*three.txt, line 3 has no counterpart"),
         ("swapped.txt", "dog\ncat\n", "most texts are shorter .* swapped"),

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from kvpo.files import named_list, parse_json, read_text
+from kvpo.files import named_list, read_json, read_text
 from kvpo.prompt_forms import DELIMITERS, FORMATS, FORMS, as_read, asked, is_timeline, texts_of, timeline
 from kvpo.prompts import VideoPrompt, check_shown
 
@@ -119,7 +119,7 @@ def extended(short: PromptFile, path: str | Path, **reading: Any) -> PromptFile:
         ValueError: files that do not pair, with the line; texts that are the shorter ones of their pairs.
     """
     long = Path(path)
-    if long.suffix.lower() == ".json" and isinstance(texts := parse_json(read_text(long)), dict):
+    if long.suffix.lower() == ".json" and isinstance(texts := read_json(long), dict):
         absent = [n for n, p in enumerate(short.prompts) if not all(text in texts for text in p.segments)]
         if absent:
             raise ValueError(f"{long}: no extended text for {short.at(absent[0])}")
@@ -212,8 +212,11 @@ def _begins_with(path: Path, frames: str | None) -> Path | None:
     """The file that a record of ``path`` names. Raises ValueError where it is not there."""
     if frames is None:
         return None
-    if not (file := path.parent / frames.strip()).is_file():
-        raise ValueError(f"frames: {file} is not a file; give an image or a video, relative to {path.name}")
+    file = path.parent / frames.strip()
+    if not os.path.isfile(file):  # False, too, for what no path can be: the image itself in base64
+        raise ValueError(
+            f"frames: {str(file)[:300]} is not a file; give an image or a video, relative to {path.name}"
+        )
     return file
 
 

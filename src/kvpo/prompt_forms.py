@@ -12,7 +12,6 @@ that a video begins with, ``frames``, relative to their file.
 import csv
 import io
 import json
-import math
 import re
 import unicodedata
 from collections.abc import Callable, Iterator
@@ -85,9 +84,10 @@ def _of_json(path: Path, text: str) -> Iterator[AtLine]:
             raise json.JSONDecodeError("Extra data", text, at)
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}, line {error.lineno}: not JSON ({error.msg})") from error
-    except RecursionError as error:
-        line = text.count("\n", 0, at) + 1
-        raise ValueError(f"{path}, line {line}: not JSON that can be read (nested too deeply)") from error
+    except (RecursionError, ValueError) as error:
+        line, deep = text.count("\n", 0, at) + 1, isinstance(error, RecursionError)
+        reason = "nested too deeply" if deep else "a number of too many digits"
+        raise ValueError(f"{path}, line {line}: not JSON that can be read ({reason})") from error
 
 
 def _beyond_spaces(text: str, at: int) -> int:
@@ -184,6 +184,10 @@ def asked(record: Any, unread: set[str]) -> Asked:
     return Asked(segments, tuple(switches), frames, tuple(transitions), begins)
 
 
+TIMELINE_SECONDS = 1e9
+"""Times of a timeline are smaller than thirty years: frames can be counted."""
+
+
 def is_timeline(record: Any) -> bool:
     """True for a timeline that Scope exports: prompts with the seconds at which they start."""
     entries = record.get("prompts") if isinstance(record, dict) else None
@@ -201,12 +205,16 @@ def timeline(record: dict[str, Any], block: int, latent_rate: float) -> Asked:
         try:
             start, end = float(entry["startTime"]), float(entry["endTime"])
             texts = [part["text"] for part in entry["prompts"]] if "prompts" in entry else [entry["text"]]
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise ValueError(
-                f"entry {number} of the timeline needs startTime, endTime and prompts, each with a text"
+                f"entry {number} of the timeline needs startTime and endTime, numbers of seconds, and "
+                f"prompts, each with a text; got {json.dumps(entry)[:60]}"
             ) from error
-        if not math.isfinite(start + end):
-            raise ValueError(f"entry {number} of the timeline lasts from {start} to {end}")
+        if not all(abs(time) < TIMELINE_SECONDS for time in (start, end)):  # nan is not, either
+            raise ValueError(
+                f"entry {number} of the timeline lasts from {start} to {end}; give seconds, fewer than "
+                f"{TIMELINE_SECONDS:g}"
+            )
         if start != end:
             (text,) = texts_of([", ".join(map(str, texts))], f"entry {number} of the timeline")
             cues.append((start, end, text))

@@ -64,7 +64,7 @@ def check_shown(prompt: VideoPrompt, block: int) -> None:
     A switch acts at the first block that starts at or after it: two in one block leave the segment between
     them out, one in the last block its own.
     """
-    acts_at = [-(-switch // block) * block for switch in prompt.switches]
+    acts_at = [prompt.acts_at(switch, block) for switch in prompt.switches]
     edges = [0, *acts_at, prompt.num_frames]
     for number, (start, stop) in enumerate(zip(edges, edges[1:], strict=False), 1):
         if start >= stop:

@@ -234,6 +234,16 @@ def test_prompts_are_embedded_before_anything_else_is_loaded(device: str) -> Non
     assert plan.total(phase) == phase.bytes + (planned.CONTEXT if device == "cuda" else 0)
 
 
+def test_held_out_videos_are_planned_for_whichever_prompts_are_more() -> None:
+    pages = []
+    for validation, test in ((2, 8), (8, 2), (8, 8)):
+        own = {"evaluation.validation_prompts": validation, "evaluation.test_prompts": test}
+        config = preset("longlive-1.3b", {"exploration.rows": 0, **own})
+        phases = {one.name: one.parts for one in Planner(config, RATES).plan(config).phases}
+        pages.append(phases["stream held-out videos"]["pages"])
+    assert pages[0] == pages[1] == pages[2]
+
+
 def test_the_evidence_of_every_rollout_of_a_refresh_is_held_at_once() -> None:
     config = preset("longlive-1.3b", {"optim.rollouts_per_refresh": 3})
     phases = {one.name: one.parts for one in Planner(config, RATES).plan(config).phases}

@@ -16,7 +16,13 @@ from torch.distributed.checkpoint import HuggingFaceStorageWriter
 
 from kvpo.files import StorageError
 from kvpo.training import background_saving
-from kvpo.training.checkpoint import checkpoints, load_checkpoint, resume_point, save_checkpoint
+from kvpo.training.checkpoint import (
+    best_checkpoint,
+    checkpoints,
+    load_checkpoint,
+    resume_point,
+    save_checkpoint,
+)
 from kvpo.training.ranks import LostRank, RankError, Ranks
 from kvpo.training.run import Run, restore
 from kvpo.training.setup import Setup
@@ -94,6 +100,35 @@ def test_training_goes_on_while_a_checkpoint_is_written(
     found = on_ranks(2, tmp_path / "ranks", trained, tiny_base, tmp_path / "run", slowly)
     assert found == [UPDATES, UPDATES]
     assert_same(ended(tmp_path / "run"), expected)
+
+
+class Begun:
+    """Saves nothing, and keeps what is to be done once it had."""
+
+    def begin(self, directory: Path, state: Any, then: Callable[[], None]) -> None:
+        self.then = then
+
+    def settle(self, *, wait: bool) -> None:
+        """Nothing is written."""
+
+
+def test_the_best_checkpoint_is_that_of_the_time_when_its_save_began(tiny_base: Path, tmp_path: Path) -> None:
+    """Noted while a save is under way, a better one is marked by its own: it is not there yet."""
+    trainer, saving = Trainer(setup_of(Ranks(), tiny_base)), Begun()
+    run = Run(trainer.setup, trainer, tmp_path, None, lambda *given: None, best=(0, 0.0))
+    run.saving_parts = saving  # type: ignore[assignment]
+    for update in range(4):
+        save_checkpoint(tmp_path, update, {"a": torch.zeros(1)}, {}, architecture={})
+    trainer.update = 3
+    run.save()
+    run.best = (4, 1.0)
+    saving.then()
+    assert best_checkpoint(tmp_path) == (tmp_path / "update-000000", 0.0)
+    assert [path.name for path in checkpoints(tmp_path)] == [
+        "update-000000",
+        "update-000002",
+        "update-000003",
+    ]
 
 
 def at_the_second(run: Run, rank: int, action: Callable[[], None]) -> None:

@@ -42,8 +42,8 @@ TENSORS = {
 }
 
 
-def saved(directory: Path, update: int = 20) -> Path:
-    return save_checkpoint(directory, update, TENSORS, {"best": 0.1, "seed": 3}, architecture=ARCHITECTURE)
+def saved(directory: Path, update: int = 20, best: tuple[int, float] | None = None) -> Path:
+    return save_checkpoint(directory, update, TENSORS, {"best": best, "seed": 3}, architecture=ARCHITECTURE)
 
 
 def refusal(path: Path, **arguments: object) -> str:
@@ -54,10 +54,10 @@ def refusal(path: Path, **arguments: object) -> str:
 
 
 def test_what_is_saved_loads_to_the_bit(tmp_path: Path) -> None:
-    path = saved(tmp_path)
+    path = saved(tmp_path, best=(10, 0.1))
     assert path.name == "update-000020"
     tensors, state = load_checkpoint(path, architecture=ARCHITECTURE)
-    assert state == {"best": 0.1, "seed": 3}
+    assert state == {"best": [10, 0.1], "seed": 3}
     assert tensors.keys() == TENSORS.keys()
     for name, tensor in TENSORS.items():
         assert tensors[name].dtype == tensor.dtype and torch.equal(tensors[name], tensor)
@@ -107,10 +107,10 @@ def test_a_tampered_state_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_record_is_the_same_in_another_order_of_its_keys(tmp_path: Path) -> None:
-    path = saved(tmp_path)
+    path = saved(tmp_path, best=(10, 0.1))
     record = json.loads((path / "state.json").read_text())
     (path / "state.json").write_text(json.dumps(dict(reversed(record.items()))))
-    assert load_checkpoint(path)[1] == {"best": 0.1, "seed": 3}
+    assert load_checkpoint(path)[1] == {"best": [10, 0.1], "seed": 3}
 
 
 @pytest.mark.parametrize("part", ["architecture", "state"])
@@ -237,6 +237,29 @@ def test_retention_keeps_the_newest_and_the_best(tmp_path: Path) -> None:
     (tmp_path / "best.json").write_text("{")
     with pytest.raises(CheckpointError, match="best.json is damaged"):
         best_checkpoint(tmp_path)
+
+
+def test_the_best_checkpoint_of_one_that_is_kept_is_kept_too(tmp_path: Path) -> None:
+    """Should the newest be damaged, the run goes on from the one before, and with its best."""
+    kept = []
+    for update, best in ((10, 10), (20, 10), (30, 10), (40, 40), (50, 40)):
+        mark_best(tmp_path, saved(tmp_path, update, best=(best, 0.1)).with_name(f"update-{best:06d}"), 0.1)
+        prune(tmp_path)
+        kept.append([int(path.name.removeprefix("update-")) for path in checkpoints(tmp_path)])
+    assert kept == [[10], [10, 20], [10, 20, 30], [10, 30, 40], [40, 50]]
+    (tmp_path / "update-000050" / "state.json").write_text("{")
+    prune(tmp_path)
+    assert (tmp_path / "update-000040").is_dir()
+
+
+def test_a_best_checkpoint_that_is_gone_is_not_replaced_by_another(tmp_path: Path) -> None:
+    first, second = saved(tmp_path, 10), saved(tmp_path, 20)
+    mark_best(tmp_path, first, 1.0)
+    shutil.rmtree(first)
+    for name in (None, "best"):
+        with pytest.raises(CheckpointError, match="update-000010, is gone; .* there is update-000020"):
+            find_checkpoint(tmp_path, name)
+    assert find_checkpoint(tmp_path, "latest") == find_checkpoint(tmp_path, "20") == second
 
 
 def test_a_checkpoint_is_found_by_what_one_would_type(tmp_path: Path) -> None:

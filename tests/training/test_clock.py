@@ -24,8 +24,13 @@ from tests.tiny_world import tiny_config, toy_setup
 
 
 def logged(ranks: Ranks, base: Path, directory: Path) -> None:
+    """Three updates, of which the second has one group only, after a run that saved a lot."""
     config = tiny_config(base, exploration__rows=4, evaluation__every=0)
     setup = replace(toy_setup(config), ranks=ranks)
+    prompts = setup.training_prompts
+    setup = replace(setup, training_prompts=lambda update: prompts(update)[: 1 if update == 1 else 2])
+    ranks.clock.seconds["save"] += 1000
+    ranks.clock.bytes["save"] += 10**12
     trainer = Trainer(setup)
     metrics = MetricsLog(directory / "metrics.jsonl", directory / "events") if ranks.main else None
     held_out = evaluate_base(setup, trainer, setup.validation)
@@ -38,8 +43,11 @@ def test_every_rank_says_where_its_time_went(count: int, tiny_base: Path, tmp_pa
     directory = tmp_path / "run"
     directory.mkdir()
     assert on_ranks(count, tmp_path / "ranks", logged, tiny_base, directory) == [None] * count
-    found = [one["phases"] for one in read_metrics(directory / "metrics.jsonl") if one["kind"] == "update"]
-    assert len(found) == 3
+    updates = [one for one in read_metrics(directory / "metrics.jsonl") if one["kind"] == "update"]
+    found = [one["phases"] for one in updates]
+    samples = [one["phases"]["samples_per_second_and_rank"] * count * one["seconds"] for one in updates]
+    members = tiny_config(tiny_base).exploration.branches + 1
+    assert samples == pytest.approx([2 * members, members, 2 * members])
     for one in found:
         assert set(one["seconds"]) == set(PHASES) and all(
             len(own) == count for own in one["seconds"].values()
@@ -47,7 +55,7 @@ def test_every_rank_says_where_its_time_went(count: int, tiny_base: Path, tmp_pa
         for name in ("rollout", "decode", "score", "replay", "save"):
             assert one["seconds"][name][0] > 0, name
         assert 0 <= one["idle"] < 1 and one["samples_per_second_and_rank"] > 0
-        assert one["bytes"]["save"][0] > 1000
+        assert 1000 < one["bytes"]["save"][0] < 10**12 and one["seconds"]["save"][0] < 1000
     assert ("reduce" in found[-1]["bytes"]) == (count > 1)
     assert (found[-1]["seconds"]["wait"][0] > 0) == (count > 1)
 

@@ -170,6 +170,10 @@ def test_a_collection_is_divided_by_the_spread_about_every_groups_own_mean(
         assert found is not None
         expected = 1.5 * torch.tensor([-size, size]) / spread
         torch.testing.assert_close(found.advantages_G, expected)
+    noisy = replace(blend, default_floor=2 * spread)
+    found = assign_credit(groups[1], noisy, draws, scale)
+    assert found is not None, "no group is skipped, and a collection of noise is not brought to full size"
+    torch.testing.assert_close(found.advantages_G, 1.5 * torch.tensor([-3.0, 3.0]) / (2 * spread))
     alike = scores_of(torch.full((3,), 4.0))
     found = assign_credit(alike, blend, draws, scale)
     assert found is not None and not found.advantages_G.any(), "small in a collection is small, and not noise"

@@ -1,5 +1,6 @@
 """The gradient of every method, against autograd on its whole loss at once; float64 throughout."""
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -206,7 +207,14 @@ def test_every_method_has_a_case() -> None:
 
 
 def test_the_selective_kl_has_a_branch_to_hold_back(explored: Callable[..., Explored]) -> None:
-    assert any(lesson.drift_rows for lesson in explored("nft with selective KL").lessons)
+    """Without one its velocity KL is not 0 but unknown."""
+    one = explored("nft with selective KL")
+    assert any(lesson.drift_rows for lesson in one.lessons)
+    agreed = replace(one.lessons[0].credit, gap_G=torch.zeros(len(one.lessons[0].credit.branches)))
+    none = lesson_of(one.learner, one.groups[0], agreed, keyed_generator("evidence", 0, 0, 0))
+    for lesson in (*one.lessons, none):
+        assert math.isnan(accumulate_gradients(one.learner, lesson, None, 1)[1]) == (not lesson.drift_rows)
+    assert not none.drift_rows
 
 
 @pytest.mark.parametrize("name", METHOD_CASES)

@@ -64,3 +64,13 @@ def test_truncating_what_is_missing_or_already_short(tmp_path: Path) -> None:
     path.write_text('{"update": 1}\n{"update": 2}')  # killed just before the line end
     truncate_metrics(path, 3)
     assert path.read_text() == '{"update": 1}\n{"update": 2}\n'
+
+
+def test_a_validation_that_no_checkpoint_knows_is_dropped(tmp_path: Path) -> None:
+    with MetricsLog(tmp_path / "metrics.jsonl", tmp_path / "tensorboard") as log:
+        for update in (1, 2):
+            log.write(update, {"kind": "update"})
+            log.write(update, {"kind": "validation"})
+        log.drop_validation(2)
+    kept = [(record["update"], record["kind"]) for record in read_metrics(tmp_path / "metrics.jsonl")]
+    assert kept == [(1, "update"), (1, "validation"), (2, "update")]

@@ -102,7 +102,7 @@ def test_stopped_after_any_update_a_run_ends_the_same(tiny_base: Path, tmp_path:
     while not parts.go(stop_after=1):
         stops += 1
     refresh = whole.settings.get("optim__rollouts_per_refresh", 1)
-    assert stops == len(range(refresh, UPDATES, refresh))
+    assert stops == len(range(0, UPDATES, refresh)), "a stop in the last update is heard, too"
     assert parts.result() == whole.result()
     updates = [r["update"] for r in read_metrics(parts.directory / "metrics.jsonl") if r["kind"] == "update"]
     assert updates == [1, 2, 3, 4, 5]
@@ -144,6 +144,9 @@ def test_a_reward_that_fails_in_validation_costs_no_update(
     for update in (2, 3):
         with monkeypatch.context() as patch, pytest.raises(ValueError, match="gave up"):
             patch.setattr(Run, "evaluate_aligned", fails)
+            failed.go()
+        with monkeypatch.context() as patch, pytest.raises(ValueError, match="gave up"):
+            patch.setattr(Run, "save", fails)  # validated, and not yet saved
             failed.go()
         latest = latest_checkpoint(failed.directory / "checkpoints")
         assert latest is not None and latest.name == f"update-{update:06d}"

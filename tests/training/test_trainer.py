@@ -193,6 +193,7 @@ def test_an_update_of_noise_changes_nothing_and_writes_valid_metrics(tiny_base: 
     records = [json.loads(line, parse_constant=pytest.fail) for line in lines]
     assert [record["skipped_fraction"] for record in records] == [1.0, 1.0]
     assert all(record["loss"] is None and record["gradient_norm"] == 0 for record in records)
+    assert all(record["velocity_kl"] is None for record in records), "nothing was measured"
     assert all(math.isfinite(record["reward_mean"]) for record in records)
 
 
@@ -224,6 +225,20 @@ def test_a_gradient_that_is_not_finite_stops_before_the_parameters_change(
     with pytest.raises(ValueError, match=r"update 1: the gradient is not finite; lower optim\.lr"):
         trainer.step()
     assert equal(before, snapshot(trainer))
+
+
+def test_the_velocity_kl_is_that_of_the_groups_that_measure_it(
+    tiny_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer, drifts = trainer_of(tiny_base), iter([math.nan, 0.5])
+
+    def known(*arguments: Any) -> Any:
+        for value in trainer.policy.parameters.values():
+            value.grad = torch.zeros_like(value)
+        return dict.fromkeys(trainer.learner.method.metrics, 0.0), next(drifts)
+
+    monkeypatch.setattr("kvpo.training.trainer.accumulate_gradients", known)
+    assert trainer.step()["velocity_kl"] == 0.5
 
 
 @pytest.mark.parametrize("when", ["average", "release"])

@@ -26,7 +26,9 @@ GROUP_METRICS = {
 
 UPDATE_METRICS = {
     "skipped_fraction": Metric("Share of groups whose reward spread is noise; they are not trained on."),
-    "velocity_kl": Metric("Squared distance of the velocities from the starting policy's."),
+    "velocity_kl": Metric(
+        "Squared distance of the velocities from the starting policy's, over the groups that measure it."
+    ),
     "gradient_norm": Metric("Gradient norm before clipping."),
     "gradient_coverage": Metric(
         "Share of the trained tensors with a gradient: 0.5 in the first update of a fresh adapter, then 1."

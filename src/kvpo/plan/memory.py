@@ -199,5 +199,6 @@ def pool_pages(config: Config, generator: StreamingGenerator, rollout: PlannedRo
 
 def evaluation_pages(config: Config, generator: StreamingGenerator, frames: int, *, switches: bool) -> int:
     """Pages of held-out videos that are streamed together."""
-    rows = config.exploration.rows or min(ROWS, config.evaluation.test_prompts)
+    held_out = config.evaluation
+    rows = config.exploration.rows or min(ROWS, max(held_out.validation_prompts, held_out.test_prompts))
     return rows * stream_pages(generator, frames, switches=switches)

@@ -173,7 +173,7 @@ def mark_best(directory: Path, path: Path, value: float) -> None:
 
 
 def best_checkpoint(directory: Path) -> tuple[Path, float] | None:
-    """The checkpoint marked best and its value; None when none is marked or the marked one is gone."""
+    """The checkpoint marked best, which may be gone, and its value; None when none is marked."""
     try:
         if not (directory / BEST).exists():
             return None
@@ -181,16 +181,22 @@ def best_checkpoint(directory: Path) -> tuple[Path, float] | None:
         path, value = directory / marker["checkpoint"], float(marker["value"])
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{directory / BEST} is damaged ({error}); delete it to go on") from error
-    return (path, value) if path.is_dir() else None
+    return path, value
 
 
 def find_checkpoint(directory: Path, name: str | None) -> Path:
     """The checkpoint a user asked for: "best", "latest", an update number, a directory name, or a path.
 
-    None means the best one, or the latest where none is marked. Raises CheckpointError naming what there is.
+    None means the best one, or the latest where none is marked. Raises CheckpointError naming what there is,
+    also where the one marked best is gone.
     """
     best = best_checkpoint(directory)
     if name in (None, "best") and best is not None:
+        if not best[0].is_dir():
+            raise CheckpointError(
+                f"the best checkpoint of {directory}, {best[0].name}, is gone; put it back, or name another "
+                f"one: there is {_present(directory)}"
+            )
         return best[0]
     if name in (None, "latest"):
         latest = latest_checkpoint(directory)
@@ -201,8 +207,11 @@ def find_checkpoint(directory: Path, name: str | None) -> Path:
         for path in (*numbered, directory / name, Path(name)):
             if path.exists():
                 return path
-    present = named_list(path.name for path in checkpoints(directory)) or "no checkpoint"
-    raise CheckpointError(f"no checkpoint {name or ''!r} in {directory}, which holds {present}")
+    raise CheckpointError(f"no checkpoint {name or ''!r} in {directory}, which holds {_present(directory)}")
+
+
+def _present(directory: Path) -> str:
+    return named_list(path.name for path in checkpoints(directory)) or "no checkpoint"
 
 
 def resume_point(directory: Path) -> Path | None:
@@ -241,18 +250,28 @@ def no_improvement(path: Path, name: str | None) -> str | None:
 
 
 def prune(directory: Path, *, up_to: int | None = None) -> None:
-    """Remove all but the newest KEPT_CHECKPOINTS checkpoints and the best one.
+    """Remove all but the newest KEPT_CHECKPOINTS checkpoints, the best one, and the best one as each knew it.
 
-    Those of updates after ``up_to``, damaged ones that a resumed run has passed over, do not count as newest
-    and stay until their update is saved again.
+    A run resumed from the older one goes on with that. Those of updates after ``up_to``, damaged ones that a
+    resumed run has passed over, do not count as newest and stay until their update is saved again.
     """
     best = best_checkpoint(directory)
     found = saved_updates(directory)
     if up_to is not None:
         found = [path for path in found if checkpoint_update(path) <= up_to]
+    kept = {_best_known_to(path) for path in found[-KEPT_CHECKPOINTS:]} | {best and best[0]}
     for path in found[:-KEPT_CHECKPOINTS]:
-        if best is None or path != best[0]:
+        if path not in kept:
             remove_directory(path)
+
+
+def _best_known_to(path: Path) -> Path | None:
+    """The best checkpoint of a run when it saved ``path``; None where it knew none or that is damaged."""
+    try:
+        best = _read_record(path)["state"].get("best")
+    except CheckpointError:
+        return None
+    return best and path.with_name(f"update-{best[0]:06d}")
 
 
 def _read_record(path: Path) -> dict[str, Any]:

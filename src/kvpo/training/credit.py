@@ -82,7 +82,8 @@ Scale = tuple[Tensor, Tensor]
 def collection_scale(scores: Sequence[Scores], blend: Blend) -> Scale | None:
     """Spread that all advantages of a collection are divided by; None: each group's own is.
 
-    One scale for every group needs no noise floor: a group of nearly equal clips has small advantages.
+    With one scale no group has to be skipped: one of nearly equal clips has small advantages. The noise floor
+    is still the least that is divided by, for a collection that differs by noise alone.
     """
     if not METHODS[blend.config.method].pooled_scale:
         return None

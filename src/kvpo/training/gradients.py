@@ -5,6 +5,7 @@ coefficients d loss / d table: exact, with the activations of one micro-batch in
 gradient").
 """
 
+import math
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import dataclass, replace
@@ -230,7 +231,7 @@ def accumulate_gradients(
     ``old_table`` is the table under the rollout policy; None: the current policy still is that one, and every
     ratio is exactly 1. ``parts`` takes the gradient of every micro-batch apart; None: they are added up.
 
-    Returns the lesson's metrics and its velocity KL to the starting policy.
+    Returns the lesson's metrics and its velocity KL to the starting policy, nan where it does not ask for it.
     """
     with learner.policy.reference():
         of_reference = velocities_of(learner, lesson)
@@ -283,7 +284,8 @@ def differentiate(
 ) -> tuple[Tensor, Metrics, float]:
     """Differentiate the loss on a lesson's table, given under three policies. Raises NonFiniteError.
 
-    Returns d loss / d table [N, P, S], the velocity KL included; the metrics; the velocity KL alone.
+    Returns d loss / d table [N, P, S], the velocity KL included; the metrics; the velocity KL alone, nan
+    where the lesson does not ask for it.
     """
     lesson.require_finite(now_NPS)
     table = now_NPS.detach().requires_grad_()
@@ -292,4 +294,4 @@ def differentiate(
         loss, metrics = learner.method.loss(tables, lesson.credit, learner.settings)
         drift = table[len(tables.branch_N) :].sum()
         (gradient,) = torch.autograd.grad(loss + learner.velocity_kl * drift, table)
-    return gradient, metrics, float(drift.detach())
+    return gradient, metrics, float(drift.detach()) if lesson.drift_rows else math.nan

@@ -57,6 +57,10 @@ class MetricsLog:
                 raise storage_error(self._path, error) from error
             raise
 
+    def drop_validation(self, update: int) -> None:
+        """Drop the validation of ``update``, the last one written: no checkpoint knows of it."""
+        truncate_metrics(self._path, update, validated=False)
+
     def close(self) -> None:
         """Flush and close the trackers."""
         self._writer.close()
@@ -72,8 +76,11 @@ class MetricsLog:
         self.close()
 
 
-def truncate_metrics(path: Path, update: int) -> None:
-    """Drop the lines of updates after ``update``, and a half-written last line, from a metrics file."""
+def truncate_metrics(path: Path, update: int, *, validated: bool = True) -> None:
+    """Drop the lines of updates after ``update``, and a half-written last line, from a metrics file.
+
+    Unless ``update`` was ``validated`` by what is kept, a line of its validation goes too.
+    """
     if not path.exists():
         return
     before = path.read_text(encoding="utf-8", errors="replace")
@@ -81,6 +88,7 @@ def truncate_metrics(path: Path, update: int) -> None:
         line
         for line, record in json_lines(path)
         if record and "update" in record and record["update"] <= update
+        if validated or record["update"] < update or record.get("kind") != "validation"
     ]
     after = "".join(line + "\n" for line in kept)
     if after != before:

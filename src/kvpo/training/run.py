@@ -26,7 +26,7 @@ from kvpo.training.checkpoint import (
     require_tensors,
     save_checkpoint,
 )
-from kvpo.training.clock import phases_of
+from kvpo.training.clock import Clock, phases_of
 from kvpo.training.device import forget_peak, peak
 from kvpo.training.evaluation import Evaluation, comparison, mean_gain
 from kvpo.training.held_out import evaluate_prompts
@@ -73,16 +73,17 @@ class Run:
     """Readings of the hacking radar, one per validation so far."""
     verdict: radar.Verdict = field(default_factory=radar.Verdict)
     """Its verdict on them."""
-    saving: tuple[float, int] = (0, 0)
-    """Seconds and bytes of this rank's saving that an update has reported."""
     budget_cpu_s: float | None = None
     """CPU-seconds of this process that its updates may take; None: the run makes all of them."""
     cpu_s: float = 0.0
     """CPU-seconds that the updates so far took, without validations and whatever else is not an update."""
+    reported: Clock = field(init=False)
+    """This rank's clock when an update last reported it, or when the run began: it may have had others."""
     saving_parts: BackgroundSaving | None = field(init=False)
     """Saves weights that are spread."""
 
     def __post_init__(self) -> None:
+        self.reported = self.setup.ranks.clock.read()
         self.saving_parts = BackgroundSaving(self.trainer) if self.trainer.sharded else None
 
     @property
@@ -135,6 +136,8 @@ class Run:
                 elif self._due(config.checkpoint.every) or self._due(config.evaluation.every):
                     self.save()
         self.settle(wait=True)
+        if ranks.any(interrupted(), "asking for signals"):
+            return False  # all is saved; a resumed run goes on from here
         if self.stopped:
             best = 0 if self.best is None else self.best[0]
             logger.warning(
@@ -151,7 +154,8 @@ class Run:
         trainer, device = self.trainer, self.setup.generator.device
         ranks, config = self.setup.ranks, self.setup.config
         started, scored, shown = time.perf_counter(), replace(self.setup.scored), ranks.clock.read()
-        shown.seconds["save"], shown.bytes["save"] = self.saving  # it came between the updates
+        shown.seconds["save"] = self.reported.seconds["save"]  # it came between the updates
+        shown.bytes["save"] = self.reported.bytes["save"]
         forget_peak(device)
         cpu_before = time.process_time()
         numbers = trainer.step()
@@ -161,8 +165,8 @@ class Run:
         numbers |= self._scored_since(scored)
         numbers["seconds"] = time.perf_counter() - started
         spent = ranks.gather(ranks.clock.since(shown), "adding up time")
-        self.saving = ranks.clock.seconds["save"], ranks.clock.bytes["save"]
-        samples = config.optim.prompts_per_update * (config.exploration.branches + 1)
+        self.reported = ranks.clock.read()
+        samples = sum(numbers["forks"].values()) * (config.exploration.branches + 1)
         numbers["phases"] = phases_of(spent, numbers["seconds"], samples)
         numbers |= peak(device)
         self._write({"kind": "update", **numbers}, self._note_update)
@@ -232,7 +236,8 @@ class Run:
         with ranks.clock("save"):
             self.settle(wait=True)
             if self.saving_parts:
-                self.saving_parts.begin(self.checkpoints, self._state(), partial(self._tidy, update))
+                tidy = partial(self._tidy, update, self.best)  # the best may change before it is written
+                self.saving_parts.begin(self.checkpoints, self._state(), tidy)
             else:
                 ranks.once(SAVING, partial(self._save, update))
                 self.saved = update
@@ -255,14 +260,14 @@ class Run:
         tensors, state = self.trainer.tensors_and_state()
         kind = architecture(self.setup.backbone.weights)
         save_checkpoint(self.checkpoints, update, tensors, state | self._state(), architecture=kind)
-        self._tidy(update)
+        self._tidy(update, self.best)
         self.saved = update
 
-    def _tidy(self, update: int) -> None:
-        """Mark the best checkpoint and drop old ones, once a new one is written."""
+    def _tidy(self, update: int, best: tuple[int, float] | None) -> None:
+        """Mark ``best``, which was so when the save began, and drop old ones, once a new one is written."""
         written = self.checkpoints / f"update-{update:06d}"
         self.setup.ranks.clock.bytes["save"] += sum(file.stat().st_size for file in written.iterdir())
-        self._mark_best()
+        self._mark_best(best)
         prune(self.checkpoints, up_to=update)
 
     def _save_if_new(self) -> None:
@@ -280,10 +285,9 @@ class Run:
         self.validate()
         self.save()
 
-    def _mark_best(self) -> None:
-        if self.best is not None:
-            update, gain = self.best
-            mark_best(self.checkpoints, self.checkpoints / f"update-{update:06d}", gain)
+    def _mark_best(self, best: tuple[int, float] | None) -> None:
+        if best is not None:
+            mark_best(self.checkpoints, self.checkpoints / f"update-{best[0]:06d}", best[1])
 
     def validate(self) -> None:
         """Compare the aligned weights with the starting policy on the validation prompts.
@@ -338,10 +342,15 @@ class Run:
         self.cpu_s = float(state.get("cpu_s", 0.0))
         if self.setup.validation:
             self.update_verdict()
-        # A kill may have come between a checkpoint and its mark.
-        self.setup.ranks.once("marking the best checkpoint", self._mark_best)
         update = self.trainer.update
         validated = not update or any(reading.update == update for reading in self.readings)
+
+        def tidy() -> None:  # a kill may have come before a best one's mark, or a validation's checkpoint
+            self._mark_best(self.best)
+            if self.metrics and not validated:
+                self.metrics.drop_validation(update)
+
+        self.setup.ranks.once("tidying up after the last stop", tidy)
         if update == self.updates and not validated:  # shortened to where it stands
             self.unvalidated = bool(self.setup.validation)
         if self.unvalidated:

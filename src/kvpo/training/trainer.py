@@ -89,7 +89,7 @@ class Trainer:
         optim = self.setup.config.optim
         rate = optim.lr * learning_rate_factor(self.update)
         found: list[Metrics] = []
-        numbers = {"velocity_kl": 0.0, "gradient_norm": 0.0, "gradient_coverage": 0.0}
+        numbers = {"velocity_kl": math.nan, "gradient_norm": 0.0, "gradient_coverage": 0.0}
         try:
             self.collect()
             item = self.collected[0]
@@ -146,7 +146,7 @@ class Trainer:
     def _differentiate(self, item: Collected, *, on_policy: bool) -> tuple[list[Metrics], float]:
         """Leave the gradient of the mean loss over all ranks' lessons in the parameters.
 
-        Returns the lessons' metrics, in order, and the mean of their velocity KL.
+        Returns the lessons' metrics, in order, and the mean velocity KL of those that ask for it, or nan.
         """
         ranks, teams, parameters = self.setup.ranks, self.teams, list(self.policy.parameters.values())
         # Of spread weights the team's gradients are added up as they are computed.
@@ -174,7 +174,8 @@ class Trainer:
             total.store()
         every = {group: one for own in ranks.gather(found, doing) for group, one in own.items()}
         in_order = [every[group] for group in item.credits]
-        return [metrics for metrics, _ in in_order], sum(drift for _, drift in in_order) / lessons
+        drifts = [drift for _, drift in in_order if not math.isnan(drift)]
+        return [metrics for metrics, _ in in_order], sum(drifts) / len(drifts) if drifts else math.nan
 
     def _clip_gradient(self) -> tuple[float, float]:
         """Clip the gradient; its norm before, and the share of trained tensors of which it is not zero."""
