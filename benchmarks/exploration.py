@@ -10,7 +10,7 @@ Noise branches keep the deployment history and draw fresh noise for the same blo
 
 import argparse
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import combinations, islice
 from pathlib import Path
 from statistics import fmean
@@ -66,7 +66,7 @@ def measured(setup: Setup, prompts: Sequence[VideoPrompt], explorer: Explorer) -
         for group in groups:
             acts = acts_shown(setup, group)
             per_story.append(counted(shown_after(setup, group)[:-1], acts[0] | acts[1]))
-            others.append(look.measure([group]))
+            others.append(asdict(look.measure([group])))
     found = mean_diversity(others)
     for name in COUNTED:
         found[name], found[f"{name}_se"] = mean_and_error([story[name] for story in per_story])

@@ -57,6 +57,10 @@ def test_runs_and_checkpoints_meet_on_the_first_ones_prompts_and_seed(run, tmp_p
     assert parse_source(str(first)).run == run
     (run / "suite" / "base").mkdir(parents=True)
     assert parse_source(str(run / "suite" / "base")).run is None, "a folder of videos in a run is none"
+    elsewhere = tmp_path / "checkpoints" / "mine"
+    elsewhere.mkdir(parents=True)
+    (elsewhere / "config.yaml").touch()
+    assert parse_source(str(elsewhere)).run == elsewhere
 
 
 def test_branches_of_a_run_are_ranked(run, tmp_path):

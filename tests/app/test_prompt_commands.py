@@ -124,7 +124,7 @@ def test_a_run_trains_on_extended_texts(
     (tmp_path / "long.txt").write_text("".join(f"{line}, and fast\n" for line in short))
     capsys.readouterr()
     assert main(command) == 2
-    assert "run-prompts.jsonl holds the prompts of the run" in capsys.readouterr().err
+    assert "--extended: the run" in capsys.readouterr().err
     assert (tmp_path / "run-prompts.jsonl").read_bytes() == kept
     (tmp_path / "long.txt").write_text("one\n")
     assert main(command) == 1

@@ -193,8 +193,9 @@ def test_null_runs_stay_with_a_run(run: Path, tmp_path: Path, caplog: pytest.Log
     given.unlink()
     assert again is not None and again["held_out"] == tested["held_out"]
     assert again["null"] == {"short": [0.0, 0.01], "long": [0.0, 0.0]}
-    assert evaluate(run)["null"] == again["null"]
-    assert "null" not in evaluate(run, split="final")
+    elsewhere = str(shutil.copy(config.backbone.checkpoint, tmp_path / "elsewhere.safetensors"))
+    assert evaluate(run, places={"backbone.checkpoint": elsewhere})["null"] == again["null"]
+    assert "null" not in evaluate(run, weights="raw"), "null runs have other weights"
 
 
 def test_the_final_split_is_of_stories_and_noise_that_no_run_has(

@@ -234,6 +234,8 @@ def test_retention_keeps_the_newest_and_the_best(tmp_path: Path) -> None:
     mark_best(tmp_path, tmp_path / "update-000040", 0.8)
     prune(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["best.json", "update-000030", "update-000040"]
+    with pytest.raises(CheckpointError, match="update-000010, is gone; put it back, or start another run"):
+        mark_best(tmp_path, tmp_path / "update-000010", 0.9)
     (tmp_path / "best.json").write_text("{")
     with pytest.raises(CheckpointError, match="best.json is damaged"):
         best_checkpoint(tmp_path)

@@ -1,7 +1,7 @@
 """Branch diversity is read off what a fork shows, with and without a tail after its window."""
 
-from contextlib import nullcontext
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 
-from kvpo.config import ExplorationConfig
 from kvpo.engine.explorers import noise_branches, routes
 from kvpo.engine.forks import Fork
 from kvpo.engine.noise import BranchTape, SeededTape
@@ -71,9 +70,8 @@ def test_a_measurement_in_closed_form(monkeypatch: pytest.MonkeyPatch) -> None:
     assert look.pixel_distance(groups) == found.pixel_distance
     assert found.broken_share == pytest.approx(1 / 3)
     assert found.reward_std == pytest.approx((7 / 3) ** 0.5 / 2)
-    assert diversity.mean_diversity([found, Diversity(0.0, 0.0, 0.0, 0.0)])["broken_share"] == pytest.approx(
-        1 / 6
-    )
+    rows = [asdict(found), asdict(Diversity(0.0, 0.0, 0.0, 0.0))]
+    assert diversity.mean_diversity(rows)["broken_share"] == pytest.approx(1 / 6)
 
 
 def test_branch_noise_is_mixed_inside_the_window_alone() -> None:
@@ -94,17 +92,25 @@ def test_branch_noise_is_mixed_inside_the_window_alone() -> None:
     assert bool(((correlations - torch.eye(len(own))).abs() < 0.12).all()), "standard normal, each its own"
 
 
-def test_the_strength_is_found_by_bisection(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pixel distances that are the square of the strength, three times as large at the second fork."""
-    monkeypatch.setattr(
-        Laboratory,
-        "roots",
-        lambda self, place: nullcontext(lambda noise: place.fork.frame * noise.keywords["strength"] ** 2),
-    )
+@pytest.mark.parametrize(
+    ("apart", "within"),
+    [
+        (lambda s: s, 1e-9), (lambda s: 3 * s**2, 1e-9), (lambda s: s**0.6, 1e-9),
+        (lambda s: s * (1.4 - 0.4 * s), 0.01),
+    ],
+)  # fmt: skip
+def test_noise_lies_as_far_apart_as_it_is_asked_to(
+    monkeypatch: pytest.MonkeyPatch, apart: Callable[[float], float], within: float
+) -> None:
+    """Pixel distances that grow like powers of the strength, and nearly so."""
     monkeypatch.setattr(Laboratory, "pixel_distance", lambda self, groups: groups)
     look = Laboratory(*[None] * 6)  # type: ignore[arg-type]
-    places = [Place((), Fork(frame, ExplorationConfig())) for frame in (1, 3)]
-    assert look.matched_strength(places, 2 * 0.3**2) == pytest.approx(0.3, abs=1 / 128)
+    explore: Any = lambda noise: apart(noise.keywords["strength"])  # noqa: E731
+    for strength in (0.1, 0.3, 0.7):
+        found = look.matched_strength(explore, apart(strength), apart(1.0))
+        assert apart(found) == pytest.approx(apart(strength), rel=within)
+    assert look.matched_strength(explore, 2 * apart(1.0), apart(1.0)) == 1.0
+    assert look.matched_strength(explore, 0.0, apart(1.0)) == 0.0
 
 
 def test_branches_without_noise_of_their_own_are_the_anchor(tiny_base: Path) -> None:

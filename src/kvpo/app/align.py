@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from kvpo.app.build import build_setup
-from kvpo.app.configuration import CHANGEABLE_ON_RESUME, demand_same_run, flat, resolve_saved
+from kvpo.app.configuration import CHANGEABLE_ON_RESUME, PLACES_OF_A_RUN, demand_same_run, flat, resolve_saved
 from kvpo.app.plan import say_what_is_needed
 from kvpo.app.provenance import keep_provenance
 from kvpo.app.report_data import measure_diversity, write_branches, write_gallery
@@ -91,10 +91,10 @@ def align(
     ):
         summary = ranks.once("looking for a summary", partial(finished_summary, directory, config))
         reported = ranks.once("looking for a report", directory.report.exists)
+        if summary is not None and null is not None:
+            logger.warning("--null: kvpo report %s --null %s compares a finished run", out, null)
         if summary is not None and reported:
             logger.warning("%s is a finished run; its report: %s", out, directory.report)
-            if null is not None:
-                logger.warning("--null: kvpo report %s --null %s compares a finished run", out, null)
             return summary
         if summary is None:
             ranks.once("planning", partial(say_what_is_needed, config, ranks.count, anyway=anyway))
@@ -273,7 +273,9 @@ def _finish(run: Run, directory: RunDirectory, started: float) -> dict[str, Any]
             "ratio_tolerance": ratio_tolerance(setup.config),
         },
         "radar": radar_summary(run, results),
-        **ranks.once("reading null runs", partial(kept_null, directory.null, asdict(setup.config))),
+        **ranks.once(
+            "reading null runs", partial(kept_null, directory.null, asdict(setup.config), PLACES_OF_A_RUN)
+        ),
     }
     verdict = final_headline(summary, asdict(setup.config))
     summary["verdict"] = verdict.text

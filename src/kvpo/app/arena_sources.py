@@ -39,8 +39,9 @@ class Given:
     @property
     def run(self) -> Path | None:
         """The run that this is, or whose checkpoint this is."""
-        path = self.path.absolute()
-        whole = path.parent.parent if path.parent.name == "checkpoints" else self.path
+        folder = self.path.absolute().parent
+        of_run = folder.name == "checkpoints" and (folder.parent / "config.yaml").is_file()
+        whole = folder.parent if of_run else self.path
         return whole if (whole / "config.yaml").is_file() and self.path.is_dir() else None
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from kvpo.app.build import build_setup, checkpoint_of, source_of
-from kvpo.app.configuration import resolve_run
+from kvpo.app.configuration import PLACES_OF_A_RUN, resolve_run
 from kvpo.app.given_frames import with_given_frames
 from kvpo.app.provenance import demand_same_files, demand_same_prompts
 from kvpo.app.sources.common import FinalSet
@@ -28,6 +28,7 @@ from kvpo.training.held_out import evaluate_prompts
 from kvpo.training.policy import Sides
 from kvpo.training.ranks import ALONE, Ranks, added_up, joined_ranks
 from kvpo.training.run import open_checkpoint
+from kvpo.training.run_directory import NULL_RUNS
 from kvpo.training.setup import Setup
 
 logger = logging.getLogger(__name__)
@@ -109,8 +110,11 @@ def _evaluate(
     numbers |= {} if frames is None else {"frames": str(frames)}
     numbers |= {"scored": added_up(ranks.gather(asdict(setup.scored), "counting clips"))}
     numbers |= {} if no_improvement(path, checkpoint) is None else {"improved": False}
-    if split == "test" and frames is None:
-        numbers |= ranks.once("reading null runs", partial(kept_null, run / "null.json", asdict(config)))
+    # Null runs are known by their best checkpoints, averaged, on the test prompts.
+    if split == "test" and frames is None and checkpoint in (None, "best") and weights == "average":
+        numbers |= ranks.once(
+            "reading null runs", partial(kept_null, run / NULL_RUNS, asdict(config), PLACES_OF_A_RUN)
+        )
     verdict = final_headline(numbers, asdict(config))
     numbers["verdict"] = verdict.text
     logger.warning("%s", verdict.text)

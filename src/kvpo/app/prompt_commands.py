@@ -75,9 +75,9 @@ def with_extended_prompts(config: "Config", texts: Path, run: Path) -> "Config":
     pairs = extended(short, texts, **how)
     text = written(pairs.prompts, file)
     there = file.is_file() and file.read_bytes() == text.encode()
-    if not there and file.exists() and belongs_to_run(run):
+    if not there and belongs_to_run(run):
         raise ConfigurationError(
-            f"--extended: {file} holds the prompts of the run {run}, which are others; choose another --out"
+            f"--extended: the run {run} has other prompts; leave it out to go on, or choose another --out"
         )
     if not there:
         write_atomic(file, text)

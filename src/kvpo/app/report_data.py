@@ -1,8 +1,8 @@
 """Data of a run's report beyond its metrics: before/after videos, branch groups, causality, diversity."""
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -35,7 +35,7 @@ from kvpo.prompts import VideoPrompt
 from kvpo.report.headline import FEWEST_PROMPTS
 from kvpo.training.collection import credit_of, explore
 from kvpo.training.credit import collection_scale
-from kvpo.training.diversity import Diversity, Laboratory, Place, mean_diversity
+from kvpo.training.diversity import Laboratory, Place, mean_diversity
 from kvpo.training.evaluation import Evaluation
 from kvpo.training.gradients import lesson_of, table_of, with_routed_teacher
 from kvpo.training.ranks import ONE_TEAM, Ranks
@@ -43,14 +43,14 @@ from kvpo.training.run import Run
 from kvpo.training.setup import Setup
 
 
-def laboratory(setup: Setup, prompts: Sequence[VideoPrompt]) -> Laboratory:
-    """Branch exploration outside training, on a tape of its own."""
+def laboratory(setup: Setup, prompts: Sequence[VideoPrompt], tape: Tape | None = None) -> Laboratory:
+    """Branch exploration outside training, on a tape of its own: another one of every seed, unless given."""
     read_off = source_of(setup.config).read_off
     return Laboratory(
         generator=setup.generator,
         codec=setup.backbone.codec,
         texts=setup.backbone.texts(prompts),
-        tape=setup.backbone.tape("exploration"),
+        tape=tape or setup.backbone.tape("exploration"),
         judges=setup.judges,
         read_off=read_off and read_off(),
     )
@@ -80,26 +80,39 @@ def measure_diversity(setup: Setup, ranks: Ranks) -> dict[str, dict[str, float]]
         return {}
     places = story_places(setup, FEWEST_PROMPTS)
     look = laboratory(setup, [prompt for place in places for prompt in place.prompts])
-    routed, fresh = branch_diversity(look, places, ranks, routes, fresh_noise)
-    strength = look.matched_strength(places[:2], routed["pixel_distance"])
-    (matched,) = branch_diversity(look, places, ranks, partial(noise_branches, strength=strength))
-    return {"chr": routed, "noise": fresh, "noise_matched": {**matched, "strength": strength}}
+
+    def at(place: Place) -> list[dict[str, float]]:
+        with look.roots(place) as explore:
+            routed, fresh = (look.measure(explore(explorer)) for explorer in (routes, fresh_noise))
+            strength = look.matched_strength(explore, routed.pixel_distance, fresh.pixel_distance)
+            matched = look.measure(explore(partial(noise_branches, strength=strength)))
+        return [asdict(routed), asdict(fresh), {**asdict(matched), "strength": strength}]
+
+    routed, fresh, matched = over_places(places, ranks, at)
+    return {"chr": routed, "noise": fresh, "noise_matched": matched}
 
 
 def branch_diversity(
     look: Laboratory, places: Sequence[Place], ranks: Ranks, *explorers: Explorer
 ) -> list[dict[str, float]]:
-    """Diversity of every explorer's branches, the mean over the prompts of all places, which ranks share."""
+    """Diversity of every explorer's branches; see ``over_places``."""
 
-    def at(place: Place) -> list[Diversity]:
+    def at(place: Place) -> list[dict[str, float]]:
         with look.roots(place) as explore:
-            return [look.measure(explore(explorer)) for explorer in explorers]
+            return [asdict(look.measure(explore(explorer))) for explorer in explorers]
 
+    return over_places(places, ranks, at)
+
+
+def over_places(
+    places: Sequence[Place], ranks: Ranks, at: Callable[[Place], list[dict[str, float]]]
+) -> list[dict[str, float]]:
+    """Mean over the prompts of all places, which ranks share, of every number that is measured ``at`` one."""
     with ranks.together("measuring diversity"):
         own = [at(place) for place in ranks.share(places)]
     measured = ranks.in_order(own, "measuring diversity")
     every = [found for found, place in zip(measured, places, strict=True) for _ in place.prompts]
-    return [mean_diversity(found) for found in zip(*every, strict=True)]
+    return [mean_diversity(rows) for rows in zip(*every, strict=True)]
 
 
 def write_gallery(run: Run, results: dict[str, tuple[Evaluation, Evaluation]], directory: Path) -> None:

@@ -24,8 +24,8 @@ NO_IMPROVEMENT = (
 
 
 NO_NULL = (
-    "The \u00b1 is over prompts alone. Runs that learn nothing differ more than that from seed to seed, and "
-    "no null runs of these settings are known: kvpo report --null FILE compares with some."
+    "The \u00b1 is over prompts alone, and says nothing of how much runs that learn nothing differ from seed "
+    "to seed; no null runs of these settings are known: kvpo report --null FILE compares with some."
 )
 
 

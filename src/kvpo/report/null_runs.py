@@ -5,7 +5,7 @@ set}]}.
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from statistics import mean, stdev
@@ -24,10 +24,13 @@ FREE = {"seed", "preset", "device", "threads", "objective.advantages", "checkpoi
 """Settings in which a run and its null runs may differ; rows and checkpointing change rounding alone."""
 
 
-def read_null(path: Path, config: Entry) -> dict[str, list[float]]:
+def read_null(
+    path: Path, config: Entry, *, field: str = "--null", free: Collection[str] = ()
+) -> dict[str, list[float]]:
     """The gains of a file's null runs by prompt set.
 
-    Raises ValueError where the file cannot be read, or its runs have other settings than ``config``.
+    Raises ValueError, beginning with ``field``, where the file cannot be read, or its runs have other
+    settings than ``config``, those aside in which they are ``free`` to differ.
     """
     record = read_json(path)
     runs = record.get("runs") if isinstance(record, dict) else None
@@ -36,46 +39,47 @@ def read_null(path: Path, config: Entry) -> dict[str, list[float]]:
     settings = record.get("settings") if isinstance(record, dict) else None
     if not names or not isinstance(settings, dict) or not all(set(names) <= run.keys() for run in gains):
         raise ValueError(
-            f"--null: {path} holds no gains of null runs; benchmarks/seeds.py --null writes such a file"
+            f"{field}: {path} holds no gains of null runs; benchmarks/seeds.py --null writes such a file"
         )
     if not is_null_control(settings):
         raise ValueError(
-            f"--null: the advantages of the runs of {path} were not dealt at random: they may have learned"
+            f"{field}: the advantages of the runs of {path} were not dealt at random: they may have learned"
         )
     # A setting that was not there yet did what it does by default now.
-    theirs, ours = (comparable(asdict(Config())) | comparable(own) for own in (settings, config))
+    theirs, ours = (comparable(asdict(Config()), free) | comparable(own, free) for own in (settings, config))
     if different := [name for name in theirs.keys() | ours.keys() if theirs.get(name) != ours.get(name)]:
         name = min(different)
         raise ValueError(
-            f"--null: the runs of {path} have {name} {theirs.get(name)}, this one {ours.get(name)}: gains of "
-            "other settings say nothing about it; leave --null out, or make null runs with these"
+            f"{field}: the runs of {path} have {name} {theirs.get(name)}, this one {ours.get(name)}: gains "
+            "of other settings say nothing about it; leave it out, or make null runs with these"
         )
     return {name: [run[name] for run in gains] for name in names}
 
 
-def kept_null(path: Path, config: Entry) -> dict[str, dict[str, list[float]]]:
+def kept_null(path: Path, config: Entry, places: Collection[str]) -> dict[str, dict[str, list[float]]]:
     """``{"null": gains}`` of the null runs that a run was given, from its own copy of their file; else empty.
 
-    Empty with a warning, too, where the run's settings are no longer theirs.
+    ``places`` are the settings that say where the run's files lie now. Empty with a warning, too, where the
+    run's other settings are no longer those of the null runs.
     """
     if not path.exists():
         return {}
     try:
-        return {"null": read_null(path, config)}
+        return {"null": read_null(path, config, field=path.name, free=places)}
     except ValueError as error:
         logger.warning("%s", error)
         return {}
 
 
-def comparable(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings by dotted path that a run must have in common with its null runs."""
+def comparable(config: Mapping[str, Any], free: Collection[str] = ()) -> dict[str, Any]:
+    """The settings by dotted path that a run must have in common with its null runs, ``free`` ones aside."""
     flat: dict[str, Any] = {}
     for name, value in config.items():
         flat |= {f"{name}.{key}": v for key, v in value.items()} if isinstance(value, dict) else {name: value}
     return {
         path: list(value) if isinstance(value, tuple) else value
         for path, value in flat.items()
-        if path not in FREE
+        if path not in FREE and path not in free
     }
 
 

@@ -168,7 +168,15 @@ def latest_checkpoint(directory: Path) -> Path | None:
 
 
 def mark_best(directory: Path, path: Path, value: float) -> None:
-    """Record that ``path``, a checkpoint in ``directory``, scores ``value``, the best so far."""
+    """Record that ``path``, a checkpoint in ``directory``, scores ``value``, the best so far.
+
+    Raises CheckpointError where it is gone: nothing could be tested at the end.
+    """
+    if not path.is_dir():
+        raise CheckpointError(
+            f"the best checkpoint so far, {path}, is gone; put it back, or start another run (kvpo evaluate "
+            "--checkpoint takes the others)"
+        )
     write_atomic(directory / BEST, json.dumps({"checkpoint": path.name, "value": value}) + "\n")
 
 

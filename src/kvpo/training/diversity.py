@@ -2,14 +2,15 @@
 
 CHR branches share all noise and differ in history; noise branches share the history and differ in the noise
 of the window, either freshly drawn or mixed in as sqrt(1 - s^2) eps + s delta with s set so that branches lie
-as far apart in pixels as CHR's do.
+as far apart in pixels as CHR's do at the same place.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from itertools import chain, combinations
+from math import log
 
 import torch
 from torch import Tensor
@@ -123,18 +124,24 @@ class Laboratory:
         windows = (group.clean_MTCHW[:-1, : group.window_frames] for group in groups)
         return sum(_distance(pixels_of(self.codec, window)) for window in windows) / len(groups)
 
-    def matched_strength(self, places: Sequence[Place], distance: float) -> float:
-        """Noise strength at which noise branches lie ``distance`` apart in pixels, by bisection."""
+    def matched_strength(
+        self, explore: Callable[[Explorer], list[Group]], distance: float, fresh: float
+    ) -> float:
+        """Strength at which noise branches from the roots of ``explore`` lie ``distance`` apart in pixels.
 
-        low, high = 0.0, 1.0
-        with ExitStack() as stack:
-            explored = [stack.enter_context(self.roots(place)) for place in places]
-            for _ in range(6):
-                middle = (low + high) / 2
-                noise = partial(noise_branches, strength=middle)
-                found = sum(self.pixel_distance(explore(noise)) for explore in explored) / len(places)
-                low, high = (middle, high) if found < distance else (low, middle)
-        return (low + high) / 2
+        The distance grows like a power of the strength, up to that of ``fresh`` noise at 1; the power is read
+        off at each of two trials.
+        """
+        strength = distance / fresh if fresh else 1.0
+        for _ in range(2):
+            if not 0 < strength < 1:
+                break
+            found = self.pixel_distance(explore(partial(noise_branches, strength=strength)))
+            if not found:
+                break
+            power = max(0.5, log(found / fresh) / log(strength))
+            strength *= (distance / found) ** (1 / power)
+        return min(1.0, strength)
 
 
 def _distance(videos: Tensor) -> float:
@@ -142,7 +149,6 @@ def _distance(videos: Tensor) -> float:
     return float(torch.pdist(videos.flatten(1)).mean()) / videos[0].numel() ** 0.5
 
 
-def mean_diversity(measured: Sequence[Diversity]) -> dict[str, float]:
+def mean_diversity(measured: Sequence[Mapping[str, float]]) -> dict[str, float]:
     """Mean of each number over several measurements."""
-    rows = [asdict(item) for item in measured]
-    return {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
+    return {name: sum(row[name] for row in measured) / len(measured) for name in measured[0]}

@@ -18,7 +18,7 @@ from kvpo.files import StorageError, demand_utf8, remove_leftovers, storage_erro
 from kvpo.training.checkpoint import checkpoint_update, saved_updates
 from kvpo.training.ranks import ALONE, Ranks
 
-CONFIG, LOCK = "config.yaml", ".lock"
+CONFIG, NULL_RUNS, LOCK = "config.yaml", "null.json", ".lock"
 
 
 class RunDirectory:
@@ -45,7 +45,7 @@ class RunDirectory:
         self.meanings = path / "meanings.json"
         self.summary = path / "summary.json"
         self.report = path / "report.html"
-        self.null = path / "null.json"
+        self.null = path / NULL_RUNS
         self.checkpoints = path / "checkpoints"
         self.tensorboard = path / "tensorboard"
         self._config = config

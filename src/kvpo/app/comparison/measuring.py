@@ -109,7 +109,7 @@ def shortened(sets: Mapping[str, FinalSet]) -> dict[str, FinalSet]:
 
 
 def fresh_diversity(setup: Setup) -> dict[str, float]:
-    """Diversity of branches of fresh noise: little, where the policy has collapsed to few videos."""
+    """Diversity of branches of fresh noise, on one tape for all: little, where a policy shows few videos."""
     source = source_of(setup.config)
     config = replace(setup.config, exploration=ExplorationConfig())  # the same for all arms
     validation = source.split(config)[1]  # a run's own setup holds none
@@ -118,7 +118,7 @@ def fresh_diversity(setup: Setup) -> dict[str, float]:
     weights = replace(setup.backbone.weights, config=config)
     whole = replace(setup, backbone=replace(setup.backbone, weights=weights), validation=validation)
     places = story_places(whole, FEWEST_PROMPTS)
-    look = laboratory(whole, [prompt for place in places for prompt in place.prompts])
+    look = laboratory(whole, [prompt for place in places for prompt in place.prompts], whole.final_tape())
     (found,) = branch_diversity(look, places, ALONE, fresh_noise)
     return found
 

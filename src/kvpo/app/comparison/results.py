@@ -17,12 +17,14 @@ Results = Mapping[str, Any]
 """Records by prompt set, as a piece holds them."""
 
 
+def of_prompts_SN(runs: Sequence[Results], name: str, key: str = "totals") -> Tensor:
+    """A number of every prompt of one set, ``[seeds, prompts]``."""
+    return torch.tensor([run[name][key] for run in runs], dtype=torch.float64)
+
+
 def gains_SN(runs: Sequence[Results], bases: Sequence[Results], name: str, key: str = "totals") -> Tensor:
     """Paired gains ``[seeds, prompts]`` of an arm's runs on one set."""
-    before_SN, after_SN = (
-        torch.tensor([one[name][key] for one in side], dtype=torch.float64) for side in (bases, runs)
-    )
-    return after_SN - before_SN
+    return of_prompts_SN(runs, name, key) - of_prompts_SN(bases, name, key)
 
 
 def summarise(comparison: MethodComparison, floors: Sequence[str]) -> dict[str, Any]:
@@ -54,6 +56,7 @@ def summarise(comparison: MethodComparison, floors: Sequence[str]) -> dict[str, 
         for line, own in ((line, comparison.result(line)["results"]) for line in floors)
     }
     gains = {arm: {name: gains_SN(own, bases[arm], name) for name in sets} for arm, own in results.items()}
+    rewards = {arm: {name: of_prompts_SN(own, name) for name in sets} for arm, own in results.items()}
     ceiling = next((own for line, own in lines.items() if line.startswith("best-of")), None)
     methods = {}
     for arm, own in runs.items():
@@ -61,7 +64,7 @@ def summarise(comparison: MethodComparison, floors: Sequence[str]) -> dict[str, 
         reached = ceiling if own[0]["base"] == "base" else None
         # The runs that have not failed are no sample of all.
         tested = {other for other in (COMPARED_WITH, NULL) if not (failed[arm] or failed.get(other))}
-        compared = (gains, results[arm], bases[arm], reached, tested)
+        compared = (gains, rewards, results[arm], bases[arm], reached, tested)
         methods[arm] = _costs(own) | {name: _on_set(arm, name, *compared) for name in sets}
     return {
         "commit": ", ".join(comparison.commits()),
@@ -101,6 +104,7 @@ def _on_set(
     arm: str,
     name: str,
     gains: Mapping[str, Mapping[str, Tensor]],
+    rewards: Mapping[str, Mapping[str, Tensor]],
     results: Sequence[Results],
     bases: Sequence[Results],
     ceiling: Mapping[str, Mapping[str, float]] | None,
@@ -123,12 +127,16 @@ def _on_set(
         if key in results[0][name]:
             numbers[key] = gains_SN(results, bases, name, key).mean(1).tolist()
     possible = 0.0 if ceiling is None else ceiling[name]["gain"]
-    numbers["gap_closed"] = numbers["mean"] / possible if possible > 0 else None
-    reference = gains.get(COMPARED_WITH, {}).get(name)
+    # Of the prompts that the ceiling was measured on.
+    closed = None if ceiling is None else float(own[:, : int(ceiling[name]["prompts"])].mean())
+    numbers["gap_closed"] = None if closed is None or possible <= 0 else closed / possible
+    # Of the rewards reached: an arm on a base of its own starts from another one.
+    reference = rewards.get(COMPARED_WITH, {}).get(name)
     compared = reference is not None and arm != COMPARED_WITH
-    numbers["difference_to_kvpo"] = float(own.mean() - reference.mean()) if compared else None
+    reached = rewards[arm][name]
+    numbers["difference_to_kvpo"] = float(reached.mean() - reference.mean()) if compared else None
     numbers["p_against_kvpo"] = (
-        permutation_p(own, reference) if compared and COMPARED_WITH in tested else None
+        permutation_p(reached, reference) if compared and COMPARED_WITH in tested else None
     )
     if NULL in gains and arm != NULL:
         by_chance = gains[NULL][name].mean(1).tolist()

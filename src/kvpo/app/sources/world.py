@@ -252,8 +252,9 @@ def final_prompts(count: int) -> dict[str, FinalSet]:
 
     ``count`` of each kind, and a quarter as many of the longer ones.
     """
-    used = {story.segments for own in world_prompts("test", MOST_TESTED, 202, 0).values() for story in own}
-    drawn = world_prompts("test", count + MOST_TESTED, 3_141_592, 30_000_000)
+    tested = max(count, MOST_TESTED)
+    used = {story.segments for own in world_prompts("test", tested, 202, 0).values() for story in own}
+    drawn = world_prompts("test", count + tested, 3_141_592, 30_000_000)
     fresh = {name: [p for p in own if p.segments not in used][:count] for name, own in drawn.items()}
     beyond = distinct_prompts("test", max(2, count // 4), 5, 2 * LONG_FRAMES, 2_718_281, 40_000_000)
     sets = {name: FinalSet(own) for name, own in fresh.items()}
