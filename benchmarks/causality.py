@@ -158,12 +158,16 @@ def summary(results: Sequence[Observed]) -> dict[str, Any]:
     add("act1_when_not_routed", ANCHOR, 0)
     add("act1_when_routed_to_act2", str(ROUTED), 0)
     add("act2_when_routed_to_act1", "0", 1)
-    add("act2_when_routed_to_donor", DONOR, 1)
+    # A donor that looks like one of the story's own acts tells nothing apart.
     donors = [story for story in stories if not any(story.donor & act for act in story.acts)]
+    numbers["stories_with_donor"] = len(donors)
     if len(donors) > 1:
-        name = "donor_when_routed_to_donor"
-        values = [story.share(DONOR, story.donor) for story in donors]
-        numbers[name], numbers[f"{name}_se"] = mean_and_error(values)
+        for name, looks in (
+            ("donor_when_routed_to_donor", [story.donor for story in donors]),
+            ("act2_when_routed_to_donor", [story.acts[1] for story in donors]),
+        ):
+            values = [story.share(DONOR, own) for story, own in zip(donors, looks, strict=True)]
+            numbers[name], numbers[f"{name}_se"] = mean_and_error(values)
     by_frames = [
         mean_and_error([story.share(str(n), story.acts[1]) for story in stories]) for n in range(ROUTED + 1)
     ]

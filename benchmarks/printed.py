@@ -150,7 +150,8 @@ def methods(numbers: Mapping[str, Any]) -> str:
         shares = [own.get("gap_closed") for own in sets[:2]]
         closed = "" if None in shares else " / ".join(f"{share:.0%}" for share in shares)
         apart = [cell for pair in zip(gains, against, strict=True) for cell in pair]
-        rows.append((arm, round(fmean(found["updates"])), *apart, unseen, closed))
+        name = arm if found.get("base", "base") == "base" else f"{arm} (a base of its own)"
+        rows.append((name, round(fmean(found["updates"])), *apart, unseen, closed))
     for line, floor in numbers["floors"].items():
         apart = [cell for name in names for cell in (f"{floor[name]['gain']:+.3f}", "")]
         unseen = " / ".join(f"{floor[name]['unseen']:+.3f}" for name in names)
@@ -160,12 +161,12 @@ def methods(numbers: Mapping[str, Any]) -> str:
 
 
 def varied(numbers: Mapping[str, Any]) -> str:
-    """In what videos of one prompt differ, of the bases and after training with each arm."""
+    """In what branches of fresh noise differ, of the bases and after training with each arm."""
     bases = {name: found["diversity"] for name, found in numbers["bases"].items()}
     columns = list(bases["base"])
     after = {arm: found["diversity"] for arm, found in numbers["methods"].items()}
     rows = [(name, *(f"{own[key]:.3f}" for key in columns)) for name, own in (bases | after).items() if own]
-    return table(("videos of", *(name.replace("_", " ") for name in columns)), rows)
+    return table(("branches of", *(name.replace("_", " ") for name in columns)), rows)
 
 
 TABLES: Mapping[str, Callable[[Any], str]] = {

@@ -63,7 +63,9 @@ def started(seeds: ModuleType, monkeypatch: pytest.MonkeyPatch) -> list[list[str
         out.mkdir()
         (out / "command.yaml").write_text(yaml.safe_dump(command))
         (out / "summary.json").write_text(json.dumps(summary(arm, int(seed))))
-        (out / "config.yaml").write_text(yaml.safe_dump({"seed": int(seed), "optim": {"updates": 40}}))
+        kind = {"advantages": "random" if arm == "random" else "group"}
+        saved = {"seed": int(seed), "optim": {"updates": 40}, "objective": kind}
+        (out / "config.yaml").write_text(yaml.safe_dump(saved))
         (out / "report.html").touch()
 
     monkeypatch.setattr(seeds, "subprocess", SimpleNamespace(run=run))
