@@ -138,6 +138,14 @@ def test_the_commit_is_that_of_a_checkout_of_this_package(
     assert len(comparison_command.source_commit().rstrip("+")) == 40
 
 
+@pytest.mark.parametrize("kind", ["short", "long"])
+def test_the_final_stories_are_in_no_test_set_however_large(kind: str) -> None:
+    """Of 400 short ones two would be where only the first 256 test stories are left out."""
+    final = {prompt.segments for prompt in world.final_prompts(400)[kind].prompts}
+    tested = {prompt.segments for prompt in world.world_prompts("test", 400, 202, 0)[kind]}
+    assert len(final) == 400 and not final & tested
+
+
 def scores(totals: list[float], unseen: float = 0.0) -> dict:
     halves = [value / 2 for value in totals]
     return {"totals": totals, "components": {"a": halves, "b": halves}, "unseen": [unseen] * len(totals)}

@@ -277,7 +277,7 @@ def _facts(summary: Entry) -> str:
         f"evaluation does not count. {tuned if count else 'No method was tuned.'} Then every arm was trained "
         f"afresh under seed(s) {seeds}, with the same prompts, forks and noise, and tested once as it stood "
         f"at the end, on {tested}. p compares the rewards that two arms reached, whatever base they started "
-        "from, and is the larger of two: of relabelled runs, and of flipped signs of the prompts' differences."
+        "from, and is the larger of two: of relabelled runs, and of flipped signs of prompts' differences."
     )
     return (
         f"<p>{escape(facts)}</p><p class='note'>commit {escape(summary['commit'])} · base sha256 "
