@@ -6,11 +6,9 @@ from contextlib import AbstractContextManager
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from kvpo.app.file_prompts import reading_of
 from kvpo.app.rank_rewards import with_served_rewards
 from kvpo.app.sources.common import Source
 from kvpo.config import Config
@@ -45,12 +43,6 @@ def build_setup(config: Config, ranks: Ranks = ALONE) -> Setup:
     setup = source.setup(with_served_rewards(config, source.frame_rate, ranks))
     weights = replace(setup.backbone.weights, config=config)
     return replace(setup, backbone=replace(setup.backbone, weights=weights), ranks=ranks)
-
-
-def reading_settings(config: Config) -> dict[str, Any]:
-    """The settings by which `kvpo.prompt_files` reads the prompts of a configuration's generator."""
-    source = source_of(config)
-    return reading_of(config, source.default_frames(config), source.latent_rate)
 
 
 def load_backbone(config: Config, prompts: Sequence[VideoPrompt] = ()) -> Backbone:

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from kvpo.app.build import checkpoint_of, load_backbone, opened_arms, reading_settings, source_of
+from kvpo.app.build import checkpoint_of, load_backbone, opened_arms, source_of
 from kvpo.app.file_prompts import prompt_file
 from kvpo.app.given_frames import with_given_frames
 from kvpo.app.judges import build_scorer
@@ -199,7 +199,7 @@ def _prompts(
     if given is None:
         chosen = [prompt for some in source_of(config).split(config)[2].values() for prompt in some[:UNASKED]]
     elif isinstance(given, str | Path):
-        how = reading_settings(config)
+        how = source_of(config).reading(config)
         found = examine(prompt_file(config, given), **how).sound()
         if extended_texts is not None:
             found = extended(found, extended_texts, **how)
