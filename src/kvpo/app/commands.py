@@ -92,7 +92,7 @@ def _align_arguments(parser: ArgumentParser) -> None:
 def _align(arguments: Namespace) -> None:
     from kvpo.training.run_directory import belongs_to_run, resume_hint
 
-    resume = arguments.resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    resume = arguments.resume or os.environ.get("TORCHELASTIC_RESTART_COUNT", "") not in ("", "0")
     continued = resume and belongs_to_run(arguments.out)
     given = arguments.preset is not None or arguments.config or settings_given(arguments)
     if resume and not (continued or given):
