@@ -234,6 +234,7 @@ def test_an_output_directory_in_use_or_holding_a_run(refused: Any, settings: Pat
         (("--threads", "1000000"), "threads: must be 0 to 1024, got 1000000"),  # torch crashes
         (("--device", ""), "device: '' cannot be used here"),
         (("--device", "gpu"), "device: 'gpu' cannot be used here"),
+        (("--device", "meta"), "device: 'meta' cannot be used here (it holds no data)"),
         (("--preset", ""), "unknown preset ''"),
         (("--optim.lr", "1" + "0" * 400), "optim.lr: expected a number, got 1000"),
     ],

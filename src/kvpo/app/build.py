@@ -54,7 +54,8 @@ def load_backbone(config: Config, prompts: Sequence[VideoPrompt] = ()) -> Backbo
 def check_device(config: Config) -> None:
     """Raise ConfigurationError where the configuration's device cannot be used."""
     try:
-        torch.empty(0, device=config.device)
+        if torch.empty(0, device=config.device).is_meta:
+            raise RuntimeError("it holds no data")
     except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
         reason = str(error).splitlines()[0].removesuffix(".")
         raise ConfigurationError(

@@ -9,6 +9,7 @@ import os
 from argparse import SUPPRESS, ArgumentParser, Namespace
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from math import inf
 from pathlib import Path
 
 from kvpo.app import (
@@ -217,8 +218,8 @@ def _plan(arguments: Namespace) -> None:
     config = configuration(arguments)
     out = None if arguments.json is None else output_file(arguments.json, "--json")
     for name in ("tflops", "bandwidth"):
-        if (rate := vars(arguments)[name]) is not None and rate <= 0:
-            raise ConfigurationError(f"--{name}: must be positive, got {rate:g}")
+        if (rate := vars(arguments)[name]) is not None and not 0 < rate < inf:
+            raise ConfigurationError(f"--{name}: must be positive and finite, got {rate:g}")
     from kvpo.app.plan import DEFAULT_RATES, plan_command
     from kvpo.training.device import GB
 
