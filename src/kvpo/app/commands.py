@@ -36,6 +36,10 @@ from kvpo.config_checks import ConfigurationError
 from kvpo.files import output_file, write_atomic
 from kvpo.training.trackers import TRACKERS
 
+READ_BY_PRETRAINING = ("seed", "device", "threads", "backbone.kind", "backbone.geometry",
+                       "backbone.checkpoint", "optim.autocast")  # fmt: skip
+"""Settings that `kvpo pretrain` reads besides those of the stream."""
+
 
 @dataclass(frozen=True)
 class Command:
@@ -163,13 +167,20 @@ def _pretrain(arguments: Namespace) -> None:
     config = configuration(arguments)
     if arguments.steps is not None and arguments.steps < 0:
         raise ConfigurationError(f"--steps: must be 0 or more, got {arguments.steps}")
-    out = output_file(arguments.out, "--out")
-    from kvpo.app.sources.world import checked_base
+    for path in settings_given(arguments):
+        if path not in READ_BY_PRETRAINING and not path.startswith("stream."):
+            raise ConfigurationError(
+                f"{path}: kvpo pretrain does not read it; leave it out (it reads stream.* and "
+                f"{', '.join(READ_BY_PRETRAINING)})"
+            )
+    from kvpo.app.sources.world import check_pretraining, checked_base
     from kvpo.progress import progress_bars
     from kvpo.training.device import computing
     from kvpo.training.interrupt import stop_on_signal
     from kvpo.world.pretrain import PretrainSettings, pretrain
 
+    check_pretraining(config)
+    out = output_file(arguments.out, "--out")
     settings = PretrainSettings(seed=config.seed, autocast=config.optim.autocast)
     if arguments.steps is not None:
         settings = replace(settings, steps=arguments.steps)

@@ -148,6 +148,21 @@ def checked_base(config: Config) -> Path:
     return path
 
 
+def check_pretraining(config: Config) -> None:
+    """Raise ConfigurationError where no generator of the embedded world has such settings."""
+    own, usual = config.model, Config().model
+    for name, here, needed in (
+        ("backbone.kind", config.backbone.kind, "world"),
+        ("stream.size", config.stream.size, (usual.latent_height, usual.latent_width)),
+        ("backbone.geometry: channels", own.channels, usual.channels),
+        ("backbone.geometry: text_dim", own.text_dim, usual.text_dim),
+    ):
+        if here != needed:
+            raise ConfigurationError(
+                f"{name}: kvpo pretrain, for the embedded world, needs {needed}, got {here}"
+            )
+
+
 def load_base(config: Config) -> tuple[CausalWan, LearnedTextEncoder]:
     """The embedded generator of a configuration, frozen; raises what ``checked_base`` does."""
     path = checked_base(config)
