@@ -97,8 +97,8 @@ def generate(
         frames: an image or video that all videos begin with, or a JSON object from prompts to such files.
 
     Raises:
-        ValueError: a prompt file, checkpoint or base that cannot be used; a length the stream cannot have;
-            test prompts that are not those of the run; weights, latents or pixels that are not finite.
+        ValueError: prompts, a checkpoint or base that cannot be used; a length the stream cannot have; test
+            prompts that are not those of the run; weights, latents or pixels that are not finite.
         StorageError: ``out`` cannot be written, or holds videos already.
     """
     check(config)
@@ -206,6 +206,14 @@ def _prompts(
         chosen = list(found.prompts)
     else:
         chosen = list(given)
+        for item in chosen:
+            if not isinstance(item, VideoPrompt):
+                raise ValueError(
+                    f"prompts: {str(item)[:60]!r} is a {type(item).__name__}; give a file of texts, or "
+                    "kvpo.prompts.VideoPrompt(0, (text,), (), frames)"
+                )
+        if not chosen:
+            raise ValueError("prompts: empty; give one at least, or None for some of the test prompts")
     numbered = [replace(prompt, id=n) for n, prompt in enumerate(chosen)]
     block = config.stream.block
     for prompt in numbered:
