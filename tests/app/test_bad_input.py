@@ -254,18 +254,18 @@ def test_settings_that_end_in_a_crash_or_in_another_preset(
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        ("--backbone.kind wan", "backbone.kind: kvpo pretrain, for the embedded world, needs world, got wan"),
+        ("--backbone.kind wan", "backbone.kind: kvpo pretrain needs world, got wan"),
         (
             "--stream.size 16,16",
-            "stream.size: kvpo pretrain, for the embedded world, needs (8, 8), got (16, 16)",
+            "stream.size: kvpo pretrain needs (8, 8), got (16, 16)",
         ),
         (
             "--backbone.geometry GEOMETRY",
-            "backbone.geometry: text_dim: kvpo pretrain, for the embedded world, needs 64, got 32",
+            "backbone.geometry: text_dim: kvpo pretrain needs 64, got 32",
         ),
         (
             "--backbone.geometry 1.3b",
-            "backbone.geometry: channels: kvpo pretrain, for the embedded world, needs 8, got 16",
+            "backbone.geometry: channels: kvpo pretrain needs 8, got 16",
         ),
         ("--optim.lr 0.1", "optim.lr: kvpo pretrain does not read it; leave it out"),
     ],

@@ -124,6 +124,12 @@ class _Align:
         ("align --out x --seed", ["--seed"]),
         ("report", ["RUN"]),
         ("report a b", ["unknown argument b"]),
+        ("generate --out x --weights raw", ["--weights: raw needs --run"]),
+        ("generate --out x --by flicker", ["--by: needs --best-of"]),
+        ("generate --out x --branches fresh", ["--branches: needs --best-of"]),
+        ("generate --out x --per video", ["--per: needs --best-of"]),
+        ("evaluate x --seconds 60", ["--seconds: needs --drift"]),
+        ("suite check x --out y.json", ["--out: kvpo suite check writes no file"]),
     ],
 )
 def test_wrong_usage_is_one_line_and_status_2(

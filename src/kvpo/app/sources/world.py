@@ -158,9 +158,7 @@ def check_pretraining(config: Config) -> None:
         ("backbone.geometry: text_dim", own.text_dim, usual.text_dim),
     ):
         if here != needed:
-            raise ConfigurationError(
-                f"{name}: kvpo pretrain, for the embedded world, needs {needed}, got {here}"
-            )
+            raise ConfigurationError(f"{name}: kvpo pretrain needs {needed}, got {here}")
 
 
 def load_base(config: Config) -> tuple[CausalWan, LearnedTextEncoder]:
