@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 
 from kvpo.files import (
     StorageError,
+    cache_directory,
     named_list,
     new_directory,
     new_file,
@@ -224,6 +225,16 @@ def test_texts_that_cannot_be_read_are_named(tmp_path: Path) -> None:
     (tmp_path / "x").write_bytes(b"a\nb\xe4r")
     with pytest.raises(ValueError, match="x, line 2: not UTF-8 text .byte 0xe4 at position 2"):
         read_text(tmp_path / "x")
+
+
+def test_the_variable_that_names_no_cache_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("KVPO_CACHE", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert cache_directory("x") == tmp_path / "kvpo" / "x"
+    for variable in ("XDG_CACHE_HOME", "KVPO_CACHE"):
+        monkeypatch.setenv(variable, "~nobody-of-this-name/x")
+        with pytest.raises(ValueError, match=f"{variable}: ~nobody-of-this-name/x: "):
+            cache_directory("x")
 
 
 def test_long_lists_of_names_are_cut() -> None:

@@ -66,7 +66,7 @@ class PromptsConfig:
     """One prompt per line (.txt), or segments and switch frames (.jsonl); a path or a hub id."""
     frames: tuple[int, ...] = (147,)
     """Latent frames at which each prompt of a line ends, the last one being the video's length, where a line
-    does not say: 39,75,147 for three."""
+    does not say: 39,75,147 for three. The embedded world makes 30 where nothing else than 147 is given."""
 
     @property
     def switches(self) -> tuple[int, ...]:

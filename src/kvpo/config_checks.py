@@ -31,7 +31,7 @@ def check(config: Config) -> None:
     except ValueError as error:
         raise ConfigurationError(str(error)) from error
     _stream(config.stream)
-    if config.backbone.from_files or config.prompts.file:
+    if config.backbone.from_files or config.prompts != PromptsConfig():
         _prompts(config.prompts, config.stream)
     _exploration(config.exploration, config.stream, config.optim)
     _objective(config.objective, config.exploration, config.stream)

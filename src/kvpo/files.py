@@ -154,10 +154,13 @@ def local_path(given: str | Path, what: str) -> Path:
 
 
 def cache_directory(name: str) -> Path:
-    """Directory for what may be computed again: $KVPO_CACHE, else kvpo in $XDG_CACHE_HOME or ~/.cache."""
-    own = os.environ.get("KVPO_CACHE")
-    shared = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return (Path(own) if own else Path(shared) / "kvpo").expanduser() / name
+    """Directory for what may be computed again: $KVPO_CACHE, else kvpo in $XDG_CACHE_HOME or ~/.cache.
+
+    Raises ValueError, naming the variable, for the home of a user that the system does not know.
+    """
+    if own := os.environ.get("KVPO_CACHE"):
+        return local_path(own, "KVPO_CACHE") / name
+    return local_path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "XDG_CACHE_HOME") / "kvpo" / name
 
 
 def output_file(given: str | Path, what: str) -> Path:

@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from kvpo.app.build import build_setup
-from kvpo.app.file_prompts import FilePrompts, split_prompts
+from kvpo.app.build import build_setup, source_of
+from kvpo.app.file_prompts import FilePrompts
 from kvpo.app.sources import wan_parts
 from kvpo.app.sources.wan_parts import WanCodec, open_weights, wan_weights
 from kvpo.config_checks import ConfigurationError
@@ -100,7 +100,7 @@ def test_clips_are_counted_in_pixel_frames() -> None:
 
 def test_a_prompt_file_is_split_once_and_used_up_in_passes(files: Path) -> None:
     config = tiny_wan("longlive-1.3b", files, segments=2)
-    training, validation, test = split_prompts(config)
+    training, validation, test = source_of(config).split(config)
     sets = [training, validation["long"], test["long"]]
     texts = [prompt.segments for own in sets for prompt in own]
     assert [len(own) for own in sets] == [2, 2, 2] and len(set(texts)) == 6

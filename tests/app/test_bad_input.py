@@ -4,13 +4,18 @@ import hashlib
 import json
 import pickle
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+import kvpo
 from kvpo.app.cli import main
+from kvpo.config import Config
+from kvpo.config_checks import ConfigurationError
+from kvpo.models.geometry import fields_of
 from kvpo.training.checkpoint import resume_point, save_checkpoint
 from kvpo.training.run_directory import RunDirectory
 from kvpo.training.trainer import Trainer, architecture
@@ -234,6 +239,7 @@ def test_an_output_directory_in_use_or_holding_a_run(refused: Any, settings: Pat
         (("--threads", "1000000"), "threads: must be 0 to 1024, got 1000000"),  # torch crashes
         (("--device", ""), "device: '' cannot be used here"),
         (("--device", "gpu"), "device: 'gpu' cannot be used here"),
+        (("--device", "meta"), "device: 'meta' cannot be used here (it holds no data)"),
         (("--preset", ""), "unknown preset ''"),
         (("--optim.lr", "1" + "0" * 400), "optim.lr: expected a number, got 1000"),
     ],
@@ -245,7 +251,51 @@ def test_settings_that_end_in_a_crash_or_in_another_preset(
     assert not Path("out").exists()
 
 
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ("--backbone.kind wan", "backbone.kind: kvpo pretrain needs world, got wan"),
+        (
+            "--stream.size 16,16",
+            "stream.size: kvpo pretrain needs (8, 8), got (16, 16)",
+        ),
+        (
+            "--backbone.geometry GEOMETRY",
+            "backbone.geometry: text_dim: kvpo pretrain needs 64, got 32",
+        ),
+        (
+            "--backbone.geometry 1.3b",
+            "backbone.geometry: channels: kvpo pretrain needs 8, got 16",
+        ),
+        ("--optim.lr 0.1", "optim.lr: kvpo pretrain does not read it; leave it out"),
+    ],
+)
+def test_no_base_is_made_that_the_embedded_world_cannot_use(
+    refused: Callable[..., str], tmp_path: Path, flags: str, said: str
+) -> None:
+    fields = fields_of(replace(Config().model, text_dim=32))
+    (tmp_path / "geometry.json").write_text(json.dumps(fields))
+    words = flags.replace("GEOMETRY", str(tmp_path / "geometry.json")).split()
+    assert said in refused("pretrain", "--steps", "0", "--out", "new/base.safetensors", *words)
+    assert not Path("new").exists()
+
+
 def test_fewer_than_no_steps_are_refused(refused: Callable[..., str]) -> None:
     assert "--steps: must be 0 or more, got -5" in refused(
         "pretrain", "--steps=-5", "--out", "base.safetensors"
     )
+
+
+def test_choices_of_the_python_functions_are_checked_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ConfigurationError, match="split: must be test or final, got 'foo'"):
+        kvpo.evaluate(tmp_path / "no-run", split="foo", out=tmp_path / "x.json")  # type: ignore[arg-type]
+    with pytest.raises(ConfigurationError, match="track: unknown 'wandbb'; there are wandb, trackio"):
+        kvpo.align(kvpo.preset("demo"), tmp_path / "run", track="wandbb")
+    assert list(tmp_path.iterdir()) == []
+    seen: list[Any] = []
+    monkeypatch.setattr("kvpo.app.align.train", lambda *rest, track, **named: seen.append(track))
+    monkeypatch.setattr("kvpo.app.align.say_what_is_needed", lambda *rest, **named: None)
+    kvpo.align(kvpo.preset("demo"), tmp_path / "run", track="wandb")
+    assert seen == [("wandb",)]

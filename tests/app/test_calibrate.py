@@ -216,6 +216,8 @@ def test_several_components_have_a_total(tmp_path, monkeypatch, capsys):
         (["hpsv4"], "unknown reward 'hpsv4'"),
         (["flicker", "nowhere"], "no such folder"),
         (["flicker", "--clips", "0"], "--clips: must be at least 1, got 0"),
+        (["flicker", "--clips", "9"], "--clips: 8 clips are generated, got 9; give a FOLDER"),
+        (["flicker", "--prompts", "p.txt"], "--prompts: needs a FOLDER"),
         (["flicker", "--out", "x.txt"], "must be a .json file"),
         (["hpsv3", "."], "give --prompts"),
         (["motion_smoothness", "one.mp4"], "one.mp4: motion_smoothness needs at least 3 frames"),

@@ -11,6 +11,7 @@ from kvpo.app import arguments, commands, run_commands
 from kvpo.app.cli import main
 from kvpo.app.commands import COMMANDS
 from kvpo.config import Config
+from kvpo.training.ranks import launched
 
 
 @pytest.fixture
@@ -123,6 +124,12 @@ class _Align:
         ("align --out x --seed", ["--seed"]),
         ("report", ["RUN"]),
         ("report a b", ["unknown argument b"]),
+        ("generate --out x --weights raw", ["--weights: raw needs --run"]),
+        ("generate --out x --by flicker", ["--by: needs --best-of"]),
+        ("generate --out x --branches fresh", ["--branches: needs --best-of"]),
+        ("generate --out x --per video", ["--per: needs --best-of"]),
+        ("evaluate x --seconds 60", ["--seconds: needs --drift"]),
+        ("suite check x --out y.json", ["--out: kvpo suite check writes no file"]),
     ],
 )
 def test_wrong_usage_is_one_line_and_status_2(
@@ -150,6 +157,25 @@ def test_library_errors_are_one_line_unless_asked(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("KVPO_TRACEBACK", "1")
     with pytest.raises(ValueError, match="add a line"):
         main(["report", "x"])
+
+
+@pytest.mark.parametrize(("count", "rank"), [("2", None), ("", None), ("many", None), ("2", "1")])
+def test_errors_are_one_line_whatever_a_launcher_left_in_the_environment(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], count: str, rank: str | None
+) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setenv("WORLD_SIZE", count)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "")
+    if rank is not None:
+        monkeypatch.setenv("RANK", rank)
+    assert main(["align", "--out", "x", "--preset", "dmo"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("kvpo: rank 1: error: " if rank else "kvpo: error: ") and "'dmo'" in said
+    if count and rank is None:
+        with pytest.raises(ValueError, match=rf"WORLD_SIZE = {count} and RANK = unset.*torchrun, or unset"):
+            launched()
+    else:
+        assert launched() == (count == "2")
 
 
 def test_defects_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:

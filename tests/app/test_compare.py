@@ -13,7 +13,9 @@ from typing import Any
 import pytest
 
 from kvpo.app.cli import main
-from kvpo.app.configuration import resolve_saved
+from kvpo.app.comparison.arms import chosen_arms
+from kvpo.app.comparison.command import _check
+from kvpo.app.configuration import preset, resolve_saved
 from kvpo.app.sources import world
 from kvpo.training.checkpoint import find_checkpoint
 from tests.tiny_world import SETTINGS
@@ -145,6 +147,10 @@ def test_another_comparison_is_refused_in_the_same_directory(
 ) -> None:
     assert main(command(tiny_base, compared, "--budget=9")) == 1
     assert "another comparison (budget_cpu_s differ" in capsys.readouterr().err
+
+
+def test_the_first_cpu_is_the_cpu() -> None:
+    _check(preset("demo", {"device": "cpu:0"}), chosen_arms(["kvpo"], []), 1, 1.0, 0)
 
 
 @pytest.mark.parametrize(

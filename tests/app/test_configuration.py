@@ -10,6 +10,7 @@ from kvpo.app.configuration import (
     flat,
     parse_flags,
     preset,
+    read_settings,
     resolve,
     resolve_resumed,
     resolve_run,
@@ -109,6 +110,8 @@ def test_flags_of_every_type() -> None:
         ("rewards.sources", "hpsv3.base", ["rewards.sources", "hpsv3.base", "each value text"]),
         ("rewards.scorer", "flicker", ["rewards.scorer", "'rewards.scorers'"]),
         ("optim.lrr", "3", ["optim.lrr", "'3'", "'optim.lr'"]),
+        ("seed", "1:30", ["seed", "'1:30'", "whole number"]),
+        ("optim.lr", "1:30", ["optim.lr", "'1:30'", "number"]),
         ("lr", "3", ["'lr'", "'optim.lr'"]),
         ("mode.branches", "3", ["mode.branches", "'exploration.branches'"]),
     ],
@@ -132,6 +135,10 @@ def test_a_wrong_flag_names_field_value_and_what_fits(path: str, text: str, word
         (b"preset: dmo", ["'dmo'", "'demo'"]),
         (b"seed: '3'", ["seed", "'3'", "whole number"]),
         (b"stream.size: [1, 2, 3]", ["stream.size", "2"]),
+        (b"seed: 1:30", ["seed", "'1:30'", "whole number"]),
+        (b"optim: {lr: 1:30.5}", ["optim.lr", "'1:30.5'", "number"]),
+        (b"optim: {lr: 0.5}\noptim.lr: 0.25", ["optim.lr", "twice", "0.5", "0.25"]),
+        (b"optim.lr: 0.25\noptim: {lr: 0.5}", ["optim.lr", "twice", "0.5", "0.25"]),
     ],
 )
 def test_a_wrong_file_is_one_clear_line(tmp_path: Path, content: bytes, words: list[str]) -> None:
@@ -139,6 +146,16 @@ def test_a_wrong_file_is_one_clear_line(tmp_path: Path, content: bytes, words: l
     file.write_bytes(content)
     said = message(lambda: resolve(None, file, {}))
     assert all(word in said for word in words), said
+
+
+def test_numbers_that_begin_with_a_zero_are_decimal(tmp_path: Path) -> None:
+    texts = {"seed": "010", "optim.lr": "0100", "stream.size": "08,010", "stream.window": "-012"}
+    file = tmp_path / "run.yaml"
+    file.write_text("seed: 010\noptim.lr: 0100\nstream: {size: [08, 010], window: -012}\n")
+    for config in (assign(Config(), parse_flags(texts)), assign(Config(), read_settings(file))):
+        assert (config.seed, config.optim.lr, config.stream.size) == (10, 100.0, (8, 10))
+        assert config.stream.window == -12
+    assert parse_flags({"seed": "0x10"}) == {"seed": 16}
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Training prompts of a file: passes over all kinds of them, and what a user is told about too few."""
 
+import json
 import logging
 from collections import Counter
 from pathlib import Path
@@ -11,7 +12,8 @@ from hypothesis import strategies as st
 
 from kvpo.app.build import build_setup, load_backbone, source_of
 from kvpo.app.configuration import assign
-from kvpo.app.file_prompts import FilePrompts, updates_prompts
+from kvpo.app.file_prompts import FilePrompts, prompts_of_file, updates_prompts
+from kvpo.app.generate import _prompts as generated_prompts
 from kvpo.app.presets import PRESETS
 from kvpo.app.report_data import measure_diversity
 from kvpo.app.sources.wan_parts import text_encoder
@@ -61,6 +63,33 @@ def test_passes_differ_and_depend_on_seed_and_update_alone() -> None:
 def configured(**settings: Any) -> Any:
     changes = {name.replace("__", "."): value for name, value in settings.items()}
     return assign(PRESETS["longlive-1.3b"](), {"prompts.file": "p.jsonl", **changes})
+
+
+READINGS = [("demo", (), 30, 60), ("demo", (45,), 45, 60), ("longlive-1.3b", (), 147, 30)]
+
+
+@pytest.mark.parametrize(("preset_name", "frames", "length", "timed"), READINGS)
+def test_runs_read_a_file_as_generation_does(
+    tmp_path: Path, preset_name: str, frames: tuple[int, ...], length: int, timed: int
+) -> None:
+    """Lengths that a file leaves out, and the seconds of a timeline, are those of the generator."""
+    start = assign(PRESETS[preset_name](), {"prompts.frames": frames} if frames else {})
+    cues = [{"startTime": 3.75 * n, "endTime": 3.75 * (n + 1), "prompts": [{"text": "x"}]} for n in (0, 1)]
+    files = {
+        "p.txt": ("a\nb\n", length),
+        "p.csv": ("prompt\na\n", length),
+        "p.tsv": ("prompt\na\n", length),
+        "p.json": ('["a", "b"]', length),
+        "p.jsonl": ('{"prompt": "a"}\n{"prompts": ["b"]}\n', length),
+        "own.jsonl": ('{"segments": ["a", "b"], "switches": [6], "num_frames": 12}\n', 12),
+        "timeline.json": (json.dumps({"prompts": cues}), timed),
+    }
+    for name, (text, expected) in files.items():
+        (tmp_path / name).write_text(text)
+        config = assign(start, {"prompts.file": str(tmp_path / name)})
+        trained = prompts_of_file(config, source_of(config).reading(config))
+        assert trained == generated_prompts(config, tmp_path / name, None), name
+        assert {prompt.num_frames for prompt in trained} == {expected}, name
 
 
 def test_too_few_prompts_for_an_update_are_said(caplog: pytest.LogCaptureFixture) -> None:

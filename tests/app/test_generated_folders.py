@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,25 @@ def test_videos_of_whatever_kind_stay_alone(tmp_path: Path, name: str) -> None:
     (tmp_path / name).touch()
     with pytest.raises(StorageError, match=f"already holds 1 video\\(s\\), such as {name}"):
         generate(Config(), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "said"),
+    [
+        (
+            ["A red circle drifts left."],
+            "prompts: 'A red circle drifts left.' is a str; give a file",
+        ),
+        ([], "prompts: empty"),
+    ],
+)
+def test_what_is_no_prompt_is_refused_before_the_generator_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, prompts: Any, said: str
+) -> None:
+    monkeypatch.delattr(generate_module, "load_backbone")
+    with pytest.raises(ValueError, match=re.escape(said)):
+        generate(Config(), tmp_path / "out", prompts=prompts)
+    assert not (tmp_path / "out").exists()
 
 
 def test_two_prompts_for_one_name_are_refused(tmp_path: Path) -> None:

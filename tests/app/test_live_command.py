@@ -26,6 +26,7 @@ REFUSED = {
     "--sessions 0": "--sessions: must be 1 or more, got 0",
     "--rows -1": "--rows: must be 0 or more, got -1",
     "--checkpoint best": "--checkpoint: needs --run",
+    "--weights raw": "--weights: raw needs --run",
 }
 
 

@@ -195,7 +195,15 @@ def test_slower_devices_take_longer():
 def test_quantities_must_be_positive(capsys, flag):
     assert main(["plan", flag, "0"]) == 2
     assert f"{flag}: must be positive" in capsys.readouterr().err
-    assert main(["plan", "--gpu-memory", "nan"]) == 2
+    for value in ("nan", "inf"):
+        assert main(["plan", flag, value]) == 2
+        assert f"{flag}: must be positive and finite" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("device", ["", "meta", "meta:0"])
+def test_a_plan_is_for_a_device_that_holds_data(capsys, device):
+    assert main(["plan", "--device", device]) == 2
+    assert f"device: {device!r} holds no data; give cpu" in capsys.readouterr().err
 
 
 def test_streaming_needs_what_the_plan_says(monkeypatch, tmp_path):

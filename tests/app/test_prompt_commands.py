@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
+from kvpo.app.build import source_of
 from kvpo.app.cli import main
 from kvpo.app.file_prompts import held_out, prompts_of_file, short_notice, word_count
 from kvpo.app.video_folder import file_prompts
@@ -110,7 +111,7 @@ def test_a_run_trains_on_extended_texts(
     monkeypatch.setattr("kvpo.app.align.align", lambda config, out, **given: seen.append(config) or {})
     command = ["align", *flags, "--extended", str(tmp_path / "long.txt"), "--out", str(tmp_path / "run")]
     assert main(command) == 0
-    found = prompts_of_file(seen[0], seen[0].prompts.file)
+    found = prompts_of_file(seen[0], source_of(seen[0]).reading(seen[0]))
     assert [prompt.segments for prompt in found] == [(f"{line}, and slowly so",) for line in short]
     assert seen[0].prompts.file == str(tmp_path / "run-prompts.jsonl")
     run, kept = tmp_path / "run", (tmp_path / "run-prompts.jsonl").read_bytes()

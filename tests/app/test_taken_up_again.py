@@ -19,10 +19,10 @@ import torch
 import kvpo.app.align
 import kvpo.app.evaluate
 from kvpo.app.align import align
+from kvpo.app.build import source_of
 from kvpo.app.cli import main
 from kvpo.app.configuration import PLACES_OF_A_RUN, resolve, resolve_run
 from kvpo.app.evaluate import evaluate
-from kvpo.app.file_prompts import split_prompts
 from kvpo.app.presets import PRESETS
 from kvpo.config import Config
 from kvpo.config_checks import ConfigurationError
@@ -300,7 +300,7 @@ def test_the_command_waits_passively_and_a_caller_s_environment_is_left_alone() 
 
 
 def kinds(config: Config) -> dict[str, list[tuple[str, ...]]]:
-    training, validation, test = split_prompts(config)
+    training, validation, test = source_of(config).split(config)
     sets = {"training": training, "validation": validation["short"], "test": test["short"]}
     return {name: [prompt.segments for prompt in own] for name, own in sets.items()}
 
@@ -331,7 +331,7 @@ def test_a_repeated_prompt_is_never_on_both_sides(tmp_path: Path) -> None:
         assert len(texts) == len(once[name]) * (3 if name == "training" else 1)
     file.write_text("\n".join([SENTENCES[0]] * 9) + "\n")
     with pytest.raises(ConfigurationError, match="has 1 distinct videos of one prompt"):
-        split_prompts(config)
+        source_of(config).split(config)
 
 
 def test_held_out_prompts_do_not_move(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -341,7 +341,7 @@ def test_held_out_prompts_do_not_move(tmp_path: Path, capsys: pytest.CaptureFixt
     assert align(config, out) is not None
     kept = json.loads((out / "provenance.json").read_text())["prompts"]
     assert kept["sha256"] == before
-    _, validation, test = split_prompts(config)
+    _, validation, test = source_of(config).split(config)
     assert [p["segments"][0] for p in kept["test"]["short"]] == [p.segments[0] for p in test["short"]]
     assert len(kept["training"]) == 2 and len(kept["validation"]["short"]) == len(validation["short"])
 

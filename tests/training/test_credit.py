@@ -12,7 +12,7 @@ from kvpo.config_checks import ConfigurationError
 from kvpo.engine.scoring import Scores
 from kvpo.method.advantage import group_relative
 from kvpo.method.gibbs import calibrated_temperature
-from kvpo.method.settings import KvpoSettings
+from kvpo.method.settings import KvpoSettings, NftSettings
 from kvpo.training.credit import assign_credit, blend_of, collection_scale
 
 OBJECTIVE = ObjectiveConfig(keep=(0, 0))
@@ -201,6 +201,11 @@ def test_names_are_checked_against_the_runs_components() -> None:
             credit(scores, weights, fusion=fusion)
     with pytest.raises(ConfigurationError, match="rewards.fusion"):
         credit(scores_of(LARGE), [1.0], fusion="selective")
+    nft = Config(method="nft", nft=NftSettings(selective_kl=0.5))
+    blend_of("ab", torch.tensor([1.0, 1.0]), nft)
+    with pytest.raises(ConfigurationError, match=r"nft.selective_kl: 0.5 compares the first component 'a'"):
+        blend_of("ab", torch.tensor([1.0, 0.0]), nft)
+    blend_of("ab", torch.tensor([1.0, 0.0]), replace(nft, method="kvpo"))
 
 
 def test_the_null_control_trains_on_random_branches_with_the_same_advantages() -> None:

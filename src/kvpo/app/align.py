@@ -43,7 +43,7 @@ from kvpo.training.ranks import Ranks, added_up, joined_ranks
 from kvpo.training.run import Run, restore
 from kvpo.training.run_directory import RunDirectory, belongs_to_run
 from kvpo.training.setup import Setup
-from kvpo.training.trackers import Tracker
+from kvpo.training.trackers import TRACKERS, Tracker
 from kvpo.training.trainer import Trainer
 
 logger = logging.getLogger(__name__)
@@ -54,7 +54,7 @@ def align(
     out: Path | str,
     *,
     resume: bool = False,
-    track: Sequence[str] = (),
+    track: Sequence[str] | str = (),
     anyway: bool = False,
     null: Path | str | None = None,
 ) -> dict[str, Any] | None:
@@ -67,7 +67,7 @@ def align(
     Under torchrun the run is shared by its ranks, and is the same run whatever their number (docs/scale.md).
 
     Args:
-        track: packages that get the metrics too, ``wandb`` or ``trackio``.
+        track: packages that get the metrics too, ``wandb`` or ``trackio``; several, or one by its name.
         anyway: begin even if the plan says that the run does not fit the device.
         null: file with the gains of null runs of the same settings, which the verdict compares the run with;
             the run keeps a copy.
@@ -79,6 +79,9 @@ def align(
 
     out, started = local_path(out, "out"), time.perf_counter()
     check(config)
+    track = (track,) if isinstance(track, str) else track
+    if unknown := [name for name in track if name not in TRACKERS]:
+        raise ConfigurationError(f"track: unknown {unknown[0]!r}; there are {', '.join(TRACKERS)}")
     null = None if null is None else local_path(null, "null")
     if null is not None:
         read_null(null, asdict(config))

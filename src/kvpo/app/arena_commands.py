@@ -7,7 +7,7 @@ from pathlib import Path
 from kvpo.app.arguments import address_arguments
 from kvpo.app.configuration import path_argument
 from kvpo.config_checks import ConfigurationError
-from kvpo.files import output_file
+from kvpo.files import local_path, output_file
 
 
 def arena_arguments(parser: ArgumentParser) -> None:
@@ -88,7 +88,7 @@ def _places(verb: str, rest: list[str], *expected: str) -> list[Path]:
         raise ConfigurationError(
             f"kvpo arena {verb} takes {' '.join(expected)}, got {' '.join(rest) or 'nothing'}"
         )
-    return [Path(word).expanduser() for word in rest]
+    return [local_path(word, name) for word, name in zip(rest, expected, strict=True)]
 
 
 def _report(rest: list[str], arguments: Namespace) -> None:

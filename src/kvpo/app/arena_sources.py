@@ -15,7 +15,7 @@ from kvpo.app.generate import generate
 from kvpo.app.video_folder import file_segments, find_videos
 from kvpo.arena.study import Scene
 from kvpo.config import Config
-from kvpo.files import json_lines, read_json
+from kvpo.files import json_lines, local_path, read_json
 from kvpo.prompts import VideoPrompt
 from kvpo.report.record import read_videos
 from kvpo.report.video import enlargement, read_video, write_video
@@ -53,7 +53,7 @@ def parse_source(text: str) -> Given:
     where, colon, part = rest.rpartition(":")
     if not colon or part not in (*SIDES, BRANCHES):
         where, part = rest, ""
-    path = Path(where).expanduser()
+    path = local_path(where, "SOURCE")
     if not path.is_dir():
         raise ValueError(
             f"{where}: no such directory; an arm is a run, one of its checkpoints or a folder of videos, "

@@ -39,6 +39,8 @@ def generating(arguments: Namespace) -> Config:
     if arguments.run is None:
         if arguments.checkpoint is not None:
             raise ConfigurationError("--checkpoint: needs --run, the run that it is a checkpoint of")
+        if arguments.weights == "raw":
+            raise ConfigurationError("--weights: raw needs --run, the run that trained them")
         return configuration(arguments)
     if arguments.preset is not None or arguments.config is not None:
         raise ConfigurationError("--run brings its own settings; leave out --preset and --config")

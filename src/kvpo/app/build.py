@@ -6,11 +6,9 @@ from contextlib import AbstractContextManager
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from kvpo.app.file_prompts import reading_of
 from kvpo.app.rank_rewards import with_served_rewards
 from kvpo.app.sources.common import Source
 from kvpo.config import Config
@@ -47,12 +45,6 @@ def build_setup(config: Config, ranks: Ranks = ALONE) -> Setup:
     return replace(setup, backbone=replace(setup.backbone, weights=weights), ranks=ranks)
 
 
-def reading_settings(config: Config) -> dict[str, Any]:
-    """The settings by which `kvpo.prompt_files` reads the prompts of a configuration's generator."""
-    source = source_of(config)
-    return reading_of(config, source.default_frames(config), source.latent_rate)
-
-
 def load_backbone(config: Config, prompts: Sequence[VideoPrompt] = ()) -> Backbone:
     """A configuration's generator, ready for the given prompts. Raises as ``build_setup`` does."""
     check_device(config)
@@ -62,7 +54,8 @@ def load_backbone(config: Config, prompts: Sequence[VideoPrompt] = ()) -> Backbo
 def check_device(config: Config) -> None:
     """Raise ConfigurationError where the configuration's device cannot be used."""
     try:
-        torch.empty(0, device=config.device)
+        if torch.empty(0, device=config.device).is_meta:
+            raise RuntimeError("it holds no data")
     except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
         reason = str(error).splitlines()[0].removesuffix(".")
         raise ConfigurationError(

@@ -295,6 +295,10 @@ def calibrate(
     """
     if clips < 1:
         raise ConfigurationError(f"--clips: must be at least 1, got {clips}")
+    if folder is None and clips > DEMO_CLIPS:
+        raise ConfigurationError(f"--clips: {DEMO_CLIPS} clips are generated, got {clips}; give a FOLDER")
+    if folder is None and prompts is not None:
+        raise ConfigurationError("--prompts: needs a FOLDER, whose videos show them")
     (reward,) = named_rewards([name], sources, device=device, prompts=folder is None or prompts is not None)
     samples = (
         demo_samples(reward, seed)[:clips]

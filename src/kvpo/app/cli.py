@@ -57,7 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _rank() -> str:
     """The name of the process that speaks, if torchrun has started several."""
-    return f"rank {os.environ['RANK']}: " if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
+    rank, count = os.environ.get("RANK"), os.environ.get("WORLD_SIZE")
+    return f"rank {rank}: " if rank and count not in (None, "", "1") else ""
 
 
 def _run(argv: list[str]) -> int:

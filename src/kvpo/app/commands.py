@@ -9,6 +9,7 @@ import os
 from argparse import SUPPRESS, ArgumentParser, Namespace
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from math import inf
 from pathlib import Path
 
 from kvpo.app import (
@@ -34,6 +35,10 @@ from kvpo.app.configuration import parse_flags, path_argument
 from kvpo.config_checks import ConfigurationError
 from kvpo.files import output_file, write_atomic
 from kvpo.training.trackers import TRACKERS
+
+READ_BY_PRETRAINING = ("seed", "device", "threads", "backbone.kind", "backbone.geometry",
+                       "backbone.checkpoint", "optim.autocast")  # fmt: skip
+"""Settings that `kvpo pretrain` reads besides those of the stream."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +97,7 @@ def _align_arguments(parser: ArgumentParser) -> None:
 def _align(arguments: Namespace) -> None:
     from kvpo.training.run_directory import belongs_to_run, resume_hint
 
-    resume = arguments.resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    resume = arguments.resume or os.environ.get("TORCHELASTIC_RESTART_COUNT", "") not in ("", "0")
     continued = resume and belongs_to_run(arguments.out)
     given = arguments.preset is not None or arguments.config or settings_given(arguments)
     if resume and not (continued or given):
@@ -162,13 +167,20 @@ def _pretrain(arguments: Namespace) -> None:
     config = configuration(arguments)
     if arguments.steps is not None and arguments.steps < 0:
         raise ConfigurationError(f"--steps: must be 0 or more, got {arguments.steps}")
-    out = output_file(arguments.out, "--out")
-    from kvpo.app.sources.world import checked_base
+    for path in settings_given(arguments):
+        if path not in READ_BY_PRETRAINING and not path.startswith("stream."):
+            raise ConfigurationError(
+                f"{path}: kvpo pretrain does not read it; leave it out (it reads stream.* and "
+                f"{', '.join(READ_BY_PRETRAINING)})"
+            )
+    from kvpo.app.sources.world import check_pretraining, checked_base
     from kvpo.progress import progress_bars
     from kvpo.training.device import computing
     from kvpo.training.interrupt import stop_on_signal
     from kvpo.world.pretrain import PretrainSettings, pretrain
 
+    check_pretraining(config)
+    out = output_file(arguments.out, "--out")
     settings = PretrainSettings(seed=config.seed, autocast=config.optim.autocast)
     if arguments.steps is not None:
         settings = replace(settings, steps=arguments.steps)
@@ -217,8 +229,8 @@ def _plan(arguments: Namespace) -> None:
     config = configuration(arguments)
     out = None if arguments.json is None else output_file(arguments.json, "--json")
     for name in ("tflops", "bandwidth"):
-        if (rate := vars(arguments)[name]) is not None and rate <= 0:
-            raise ConfigurationError(f"--{name}: must be positive, got {rate:g}")
+        if (rate := vars(arguments)[name]) is not None and not 0 < rate < inf:
+            raise ConfigurationError(f"--{name}: must be positive and finite, got {rate:g}")
     from kvpo.app.plan import DEFAULT_RATES, plan_command
     from kvpo.training.device import GB
 

@@ -23,9 +23,10 @@ import yaml
 from kvpo.app.noise_files import NOISE_FLOORS, measured_floors
 from kvpo.app.old_settings import OLD, OLD_SECTIONS
 from kvpo.app.presets import PRESETS
+from kvpo.app.yaml_files import StrictLoader, read_mapping, shown_value
 from kvpo.config import Config
 from kvpo.config_checks import ConfigurationError, check
-from kvpo.files import local_path, read_text, refuse_halves
+from kvpo.files import local_path
 
 PLACES = (
     "device",
@@ -177,29 +178,7 @@ def demand_same_run(saved: Path, before: Config, after: Config, changeable: Sequ
 
 def read_settings(path: Path) -> dict[str, Any]:
     """The settings in a YAML file by dotted path, not yet converted. Raises ConfigurationError."""
-    try:
-        text = read_text(path)
-    except ValueError as error:
-        raise ConfigurationError(f"cannot read configuration file {error}") from error
-    try:
-        values = yaml.load(text, Loader=_StrictLoader)
-        refuse_halves(values)
-    except yaml.MarkedYAMLError as error:
-        line = error.problem_mark.line + 1 if error.problem_mark else 1
-        raise ConfigurationError(f"configuration file {path}, line {line}: {error.problem}") from error
-    except yaml.YAMLError as error:
-        raise ConfigurationError(
-            f"configuration file {path} is not YAML: {' '.join(str(error).split())}"
-        ) from error
-    except RecursionError as error:
-        raise ConfigurationError(f"configuration file {path}: nested too deeply") from error
-    except (TypeError, ValueError) as error:  # a date or number that is none, lists that hold themselves
-        raise ConfigurationError(f"configuration file {path}: {error}") from error
-    if not isinstance(values, dict | NoneType):
-        raise ConfigurationError(
-            f"configuration file {path} must hold sections and fields, got {_shown(values)}"
-        )
-    return flat(values or {})
+    return flat(read_mapping(path))
 
 
 def parse_flags(flags: Mapping[str, str]) -> dict[str, Any]:
@@ -241,11 +220,15 @@ def flat(values: Mapping[Any, Any]) -> dict[str, Any]:
     result: dict[str, Any] = {}
     for key, value in values.items():
         if key not in sections() and not (key in OLD_SECTIONS and isinstance(value, Mapping)):
-            result[str(key)] = value
-        elif isinstance(value, Mapping):
-            result.update({f"{key}.{name}": item for name, item in value.items()})
-        elif value is not None:
-            raise ConfigurationError(f"{key}: expected a section of fields, got {_shown(value)}")
+            found = {str(key): value}
+        elif isinstance(value, Mapping | NoneType):
+            found = {f"{key}.{name}": item for name, item in (value or {}).items()}
+        else:
+            raise ConfigurationError(f"{key}: expected a section of fields, got {shown_value(value)}")
+        for path in result.keys() & found.keys():
+            both = f"{shown_value(result[path])} and as {shown_value(found[path])}"
+            raise ConfigurationError(f"{path}: given twice, as {both}; keep one")
+        result |= found
     return result
 
 
@@ -271,9 +254,11 @@ def _ending(path: str) -> str:
 
 def _setting(path: str, value: Any) -> Setting:
     if path in OLD:
-        raise ConfigurationError(f"{path} (value {_shown(value)}) is no longer a setting: {OLD[path]}")
+        raise ConfigurationError(f"{path} (value {shown_value(value)}) is no longer a setting: {OLD[path]}")
     if path not in settings():
-        raise ConfigurationError(f"unknown field {path!r} (value {_shown(value)}){nearest(path, settings())}")
+        raise ConfigurationError(
+            f"unknown field {path!r} (value {shown_value(value)}){nearest(path, settings())}"
+        )
     return settings()[path]
 
 
@@ -292,7 +277,7 @@ def _parse(kind: Any, text: str) -> Any:
         values = {name.strip(): value.strip() for name, _, value in pairs}
         return values if all(values.values()) and len(values) == len(pairs) else text
     try:
-        return yaml.load(text, Loader=_StrictLoader)
+        return yaml.load(text, Loader=StrictLoader)
     except (yaml.YAMLError, ValueError, RecursionError):
         return text  # the conversion refuses it by name
 
@@ -318,7 +303,7 @@ def _convert(kind: Any, value: Any, setting: Setting) -> Any:
         return number
     hint = nearest(str(value), arguments) if origin is Literal else ""
     raise ConfigurationError(
-        f"{setting.path}: expected {kind_in_words(setting.type)}, got {_shown(value)}{hint}"
+        f"{setting.path}: expected {kind_in_words(setting.type)}, got {shown_value(value)}{hint}"
     )
 
 
@@ -376,20 +361,3 @@ def _field_docs(kind: type) -> dict[str, str]:
         for field, text in zip(definition.body, definition.body[1:], strict=False)
         if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr)
     }
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
-class _StrictLoader(yaml.SafeLoader):
-    """YAML that refuses a key given twice instead of silently keeping the last."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for position, (key_node, _) in enumerate(node.value):
-            if keys[position] in keys[:position]:
-                problem = f"{keys[position]!r} is given twice"
-                raise yaml.constructor.ConstructorError(None, None, problem, key_node.start_mark)
-        return super().construct_mapping(node, deep)

@@ -15,6 +15,7 @@ from kvpo.app.given_frames import with_given_frames
 from kvpo.app.provenance import demand_same_files, demand_same_prompts
 from kvpo.app.sources.common import FinalSet
 from kvpo.config import Config
+from kvpo.config_checks import ConfigurationError
 from kvpo.files import local_path, new_file, output_file, write_atomic
 from kvpo.progress import progress_bars
 from kvpo.report.drift import draw_drift
@@ -33,6 +34,8 @@ from kvpo.training.setup import Setup
 
 logger = logging.getLogger(__name__)
 
+SPLITS = {"test": "evaluation.json", "final": "final.json"}
+"""The file of a run that holds its evaluation on each split."""
 SPAN_SECONDS, STREAMS = 10.0, 4
 """Drift is measured over spans of this length, rounded to whole blocks, on so many streams."""
 
@@ -53,7 +56,7 @@ def evaluate(
     checkpoint and the test split the very numbers of ``summary.json``) and ``scored``, how many clips were
     scored or known already.
 
-    Raises ValueError where the run or its checkpoint cannot be used.
+    Raises ValueError where the run, its checkpoint or the split cannot be used.
 
     Args:
         checkpoint: best, latest, an update, a directory; None: the best.
@@ -65,6 +68,8 @@ def evaluate(
             what follows it is scored.
         places: where the run's files lie now, by setting (``{"backbone.checkpoint": "/new/base.pt"}``).
     """
+    if split not in SPLITS:
+        raise ConfigurationError(f"split: must be {' or '.join(SPLITS)}, got {split!r}")
     run = local_path(run, "run")
     config = resolve_run(run, places)
     target = output_file(numbers_file(run, split) if out is None else out, "out")
@@ -74,7 +79,7 @@ def evaluate(
 
 def numbers_file(run: Path, split: str) -> Path:
     """The file of a run that holds its evaluation on a split."""
-    return run / {"test": "evaluation.json", "final": "final.json"}[split]
+    return run / SPLITS[split]
 
 
 def _evaluate(

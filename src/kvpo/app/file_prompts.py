@@ -15,7 +15,7 @@ from kvpo.config_checks import ConfigurationError
 from kvpo.engine.forks import plan_forks
 from kvpo.engine.noise import keyed_generator
 from kvpo.files import local_path
-from kvpo.prompt_files import LATENT_RATE, examine, repeats
+from kvpo.prompt_files import examine, repeats
 from kvpo.prompts import VideoPrompt
 
 logger = logging.getLogger(__name__)
@@ -135,28 +135,27 @@ def prompt_file(config: Config, location: Path | str) -> Path:
         raise ValueError(f"{location}: no such prompt file ({error})") from error
 
 
-def reading_of(config: Config, num_frames: int | None = None, rate: float = LATENT_RATE) -> dict[str, Any]:
-    """Settings of a configuration that `kvpo.prompt_files` reads files by.
+def reading_of(config: Config, num_frames: int, rate: float) -> dict[str, Any]:
+    """The settings by which `kvpo.prompt_files` reads the prompts of a configuration's generator.
 
     Args:
-        num_frames: latent frames of a video whose length is not given; None: the configuration's.
+        num_frames: latent frames of a video whose length is not given.
         rate: latent frames per second.
     """
-    settings = config.prompts
     return {
-        "num_frames": settings.num_frames if num_frames is None else num_frames,
-        "switches": settings.switches,
+        "num_frames": num_frames,
+        "switches": config.prompts.switches,
         "block": config.stream.block,
         "latent_rate": rate,
     }
 
 
-def prompts_of_file(config: Config, location: Path | str) -> list[VideoPrompt]:
-    """The prompts to train on of a file, as a configuration of a public generator reads it.
+def prompts_of_file(config: Config, reading: dict[str, Any]) -> list[VideoPrompt]:
+    """The prompts to train on of the prompt file, read as its source does.
 
     Raises ValueError for what `examine` finds, and for videos that begin with frames.
     """
-    found = examine(prompt_file(config, location), **reading_of(config)).sound()
+    found = examine(prompt_file(config, config.prompts.file), **reading).sound()
     for n, prompt in enumerate(found.prompts):
         if prompt.frames is not None:
             raise ValueError(
@@ -166,13 +165,13 @@ def prompts_of_file(config: Config, location: Path | str) -> list[VideoPrompt]:
     return list(found.prompts)
 
 
-def longest_of_file(config: Config) -> VideoPrompt:
+def longest_of_file(config: Config, reading: dict[str, Any]) -> VideoPrompt:
     """The most demanding video of the prompt file: that with most switches, then most frames."""
-    every = prompts_of_file(config, config.prompts.file)
+    every = prompts_of_file(config, reading)
     return max(every, key=lambda prompt: (len(prompt.switches), prompt.num_frames))
 
 
-def split_prompts(config: Config) -> tuple[list[VideoPrompt], Sets, Sets]:
+def split_prompts(config: Config, reading: dict[str, Any]) -> tuple[list[VideoPrompt], Sets, Sets]:
     """The prompt file as training prompts, and validation and test sets by kind; the same for every seed.
 
     Of each kind (one prompt, several) a fixed shuffle of the distinct prompts gives test, validation and
@@ -186,7 +185,7 @@ def split_prompts(config: Config) -> tuple[list[VideoPrompt], Sets, Sets]:
     if not settings.file:
         raise ConfigurationError("prompts.file: empty; give --prompts FILE (.txt, .jsonl, .json or .csv)")
     try:
-        every = prompts_of_file(config, settings.file)
+        every = prompts_of_file(config, reading)
     except ValueError as error:
         raise ConfigurationError(f"prompts.file: {error}") from error
     training: list[VideoPrompt] = []

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from kvpo.app.build import checkpoint_of, load_backbone, opened_arms, reading_settings, source_of
+from kvpo.app.build import checkpoint_of, load_backbone, opened_arms, source_of
 from kvpo.app.file_prompts import prompt_file
 from kvpo.app.given_frames import with_given_frames
 from kvpo.app.judges import build_scorer
@@ -97,8 +97,8 @@ def generate(
         frames: an image or video that all videos begin with, or a JSON object from prompts to such files.
 
     Raises:
-        ValueError: a prompt file, checkpoint or base that cannot be used; a length the stream cannot have;
-            test prompts that are not those of the run; weights, latents or pixels that are not finite.
+        ValueError: prompts, a checkpoint or base that cannot be used; a length the stream cannot have; test
+            prompts that are not those of the run; weights, latents or pixels that are not finite.
         StorageError: ``out`` cannot be written, or holds videos already.
     """
     check(config)
@@ -199,13 +199,21 @@ def _prompts(
     if given is None:
         chosen = [prompt for some in source_of(config).split(config)[2].values() for prompt in some[:UNASKED]]
     elif isinstance(given, str | Path):
-        how = reading_settings(config)
+        how = source_of(config).reading(config)
         found = examine(prompt_file(config, given), **how).sound()
         if extended_texts is not None:
             found = extended(found, extended_texts, **how)
         chosen = list(found.prompts)
     else:
         chosen = list(given)
+        for item in chosen:
+            if not isinstance(item, VideoPrompt):
+                raise ValueError(
+                    f"prompts: {str(item)[:60]!r} is a {type(item).__name__}; give a file of texts, or "
+                    "kvpo.prompts.VideoPrompt(0, (text,), (), frames)"
+                )
+        if not chosen:
+            raise ValueError("prompts: empty; give one at least, or None for some of the test prompts")
     numbered = [replace(prompt, id=n) for n, prompt in enumerate(chosen)]
     block = config.stream.block
     for prompt in numbered:

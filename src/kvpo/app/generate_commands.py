@@ -40,17 +40,14 @@ def generate_arguments(parser: ArgumentParser) -> None:
         help="continue every video in this many ways and keep the best by --by",
     )
     parser.add_argument(
-        "--by", default="", metavar="NAME[,NAME]", help="rewards that choose (default: --rewards.scorers)"
+        "--by", metavar="NAME[,NAME]", help="rewards that choose (default: --rewards.scorers)"
     )
     parser.add_argument(
         "--branches",
-        default="routes",
         metavar="NAME",
         help="tells candidates apart: routes, or noise: fresh, neighbour, sde, renoise (default: routes)",
     )
-    parser.add_argument(
-        "--per", choices=("block", "video"), default="block", help="how often to choose (default: block)"
-    )
+    parser.add_argument("--per", choices=("block", "video"), help="how often to choose (default: block)")
     parser.add_argument(
         "--dimensions", default="", metavar="NAME[,NAME]", help="dimensions of the suite (default: all)"
     )
@@ -60,12 +57,8 @@ def run_generate(arguments: Namespace) -> None:
     """Run ``kvpo generate``."""
     config = generating(arguments)
     model = {name: vars(arguments)[name] for name in ("run", "checkpoint", "weights")}
-    if arguments.best_of is None and arguments.by:
-        raise ConfigurationError("--by: needs --best-of, the number of candidates")
+    _demand_use(arguments)
     if arguments.suite is not None:
-        for name, why in NOT_WITH_A_SUITE.items():
-            if vars(arguments)[name] is not None:
-                raise ConfigurationError(f"--{name.replace('_', '-')}: not with --suite, {why}")
         from kvpo.app.suites import generate_suite
 
         folders = generate_suite(
@@ -79,16 +72,13 @@ def run_generate(arguments: Namespace) -> None:
         if is_main():
             print("\n".join(f"kvpo suite check {folder}" for folder in folders))
         return
-    if arguments.dimensions:
-        raise ConfigurationError("--dimensions: needs --suite")
-    if arguments.extended is not None and arguments.prompts is None:
-        raise ConfigurationError("--extended: needs --prompts or --suite, whose texts it extends")
     from kvpo.app.generate import Best, generate
 
     best = None
     if arguments.best_of is not None:
-        by = tuple(name for name in arguments.by.split(",") if name)
-        best = Best(arguments.best_of, by, int(arguments.per == "block"), arguments.branches)
+        by = tuple(name for name in (arguments.by or "").split(",") if name)
+        explorer = Best.explorer if arguments.branches is None else arguments.branches
+        best = Best(arguments.best_of, by, int(arguments.per != "video"), explorer)
     videos = generate(
         config,
         arguments.out,
@@ -100,3 +90,19 @@ def run_generate(arguments: Namespace) -> None:
     )
     if is_main():
         print("\n".join(map(str, videos)))
+
+
+def _demand_use(arguments: Namespace) -> None:
+    """Raise ConfigurationError for an argument that nothing would read beside the others."""
+    given = vars(arguments)
+    for name in ("by", "branches", "per"):
+        if arguments.best_of is None and given[name] is not None:
+            raise ConfigurationError(f"--{name}: needs --best-of, the number of candidates")
+    if arguments.suite is not None:
+        for name, why in NOT_WITH_A_SUITE.items():
+            if given[name] is not None:
+                raise ConfigurationError(f"--{name.replace('_', '-')}: not with --suite, {why}")
+    elif arguments.dimensions:
+        raise ConfigurationError("--dimensions: needs --suite")
+    elif arguments.extended is not None and arguments.prompts is None:
+        raise ConfigurationError("--extended: needs --prompts or --suite, whose texts it extends")

@@ -103,7 +103,7 @@ def theatre_of(
     generator, codec, guide = backbone.generator, backbone.codec, source.guide
     exploration = config.exploration
     if generator.deployment.window == -1:
-        limits = replace(limits, frames=min(limits.frames, source.default_frames(config)))
+        limits = replace(limits, frames=min(limits.frames, source.reading(config)["num_frames"]))
     else:
         exploration = replace(exploration, resident_frames=exploration.resident_frames or RESIDENT)
     digests = [backbone.weights.base_sha256, weights if path else ""]

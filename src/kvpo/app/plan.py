@@ -165,6 +165,8 @@ def plan_command(
 
     On several GPUs, or nodes of as many, the plan is that of the best way to share the run.
     """
+    if config.device.partition(":")[0] in ("", "meta"):
+        raise ConfigurationError(f"device: {config.device!r} holds no data; give cpu, or cuda for a GPU")
     if memory is not None and not 0 < memory < math.inf:
         raise ConfigurationError(f"--gpu-memory: must be positive and finite, got {memory / GB:g}")
     for name, count in (("gpus", gpus), ("nodes", nodes)):
@@ -182,7 +184,7 @@ def plan_command(
         numbers = plan_numbers(plan, memory, advice)
         if len(plans) > 1:
             numbers |= {"splits": [split_numbers(one, memory) for one in plans]}
-        write_atomic(out, json.dumps(numbers, indent=1) + "\n")
+        write_atomic(out, json.dumps(numbers, indent=1, allow_nan=False) + "\n")
 
 
 def say_what_is_needed(config: Config, ranks: int, *, anyway: bool) -> None:

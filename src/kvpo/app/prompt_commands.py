@@ -62,7 +62,7 @@ def with_extended_prompts(config: "Config", texts: Path, run: Path) -> "Config":
     """
     if not config.prompts.file:
         raise ConfigurationError("--extended: needs --prompts, whose texts it extends")
-    from kvpo.app.build import reading_settings
+    from kvpo.app.build import source_of
     from kvpo.app.file_prompts import prompt_file
     from kvpo.prompt_files import examine, extended, written
     from kvpo.training.run_directory import belongs_to_run
@@ -70,7 +70,7 @@ def with_extended_prompts(config: "Config", texts: Path, run: Path) -> "Config":
     file = output_file(run.with_name(f"{run.name}-prompts.jsonl"), "--out")
     if str(file) == config.prompts.file:
         raise ConfigurationError("--extended: the run has its prompts already; leave it out")
-    how = reading_settings(config)
+    how = source_of(config).reading(config)
     short = examine(prompt_file(config, config.prompts.file), **how).sound()
     pairs = extended(short, texts, **how)
     text = written(pairs.prompts, file)
@@ -91,11 +91,11 @@ def prompts(arguments: Namespace) -> int:
     out = None if arguments.out is None else output_file(arguments.out, "--out")
     if arguments.hold_out < 0 or arguments.hold_out and out is None:
         raise ConfigurationError("--hold-out: needs a positive number, and --out for what is left")
-    from kvpo.app.build import reading_settings, source_of
+    from kvpo.app.build import source_of
     from kvpo.app.file_prompts import held_out, prompt_file
     from kvpo.prompt_files import examine, extended, written
 
-    how = reading_settings(config)
+    how = source_of(config).reading(config)
     found, problems = [], []
     for path in arguments.files:
         try:

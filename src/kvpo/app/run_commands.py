@@ -40,7 +40,7 @@ def evaluate_arguments(parser: ArgumentParser) -> None:
         "statistics every ten seconds",
     )
     parser.add_argument(
-        "--seconds", type=float, default=300.0, metavar="SECONDS", help="length of the streams (default: 300)"
+        "--seconds", type=float, metavar="SECONDS", help="length of the streams of --drift (default: 300)"
     )
 
 
@@ -59,9 +59,12 @@ def evaluate_run(arguments: Namespace) -> None:
             raise ConfigurationError(f"--split: --drift streams the test prompts, got {arguments.split}")
         if arguments.frames:
             raise ConfigurationError("--frames: not with --drift, whose streams go from prompt to prompt")
-        evaluate_drift(arguments.run, seconds=arguments.seconds, **given)
+        given |= {} if arguments.seconds is None else {"seconds": arguments.seconds}
+        evaluate_drift(arguments.run, **given)
         print(arguments.run / "drift.json")
         return
+    if arguments.seconds is not None:
+        raise ConfigurationError("--seconds: needs --drift, whose streams are so long")
     out = arguments.out or numbers_file(arguments.run, arguments.split)
     evaluate(arguments.run, split=arguments.split, out=out, frames=arguments.frames, **given)
     if is_main():

@@ -25,7 +25,11 @@ def suite_arguments(parser: ArgumentParser) -> None:
 
 def suite(arguments: Namespace) -> int:
     """Run ``kvpo suite``; 1 where a folder is not as it should be."""
-    return _check(arguments.places) if arguments.verb == "check" else _import(arguments.places, arguments.out)
+    if arguments.verb == "import":
+        return _import(arguments.places, arguments.out)
+    if arguments.out is not None:
+        raise ConfigurationError("--out: kvpo suite check writes no file; leave it out")
+    return _check(arguments.places)
 
 
 def _check(places: list[Path]) -> int:

@@ -236,7 +236,7 @@ def generate_suite(
     check(config)
     name, info = suite_of(given)
     videos = suite_videos(name, info, dimensions, extended_texts)
-    frames = source_of(config).default_frames(config)
+    frames = source_of(config).reading(config)["num_frames"]
     out = local_path(out, "out")
     record: dict[str, Any] = {
         "suite": name,

@@ -56,7 +56,7 @@ class Blend:
 def blend_of(components: Sequence[str], weights_K: Tensor, config: Config) -> Blend:
     """The blend that a run's settings ask for; components without a measured floor have that of the sum.
 
-    Raises ConfigurationError for names that are not components, and for a fusion with nothing to compare.
+    Raises ConfigurationError for names that are not components, and for settings with nothing to compare.
     """
     rewards = config.rewards
     floors = dict(rewards.noise_floors)
@@ -66,10 +66,14 @@ def blend_of(components: Sequence[str], weights_K: Tensor, config: Config) -> Bl
             f"rewards.noise_floors: {unknown[0]!r} is not a component of the run's rewards; "
             f"there are {', '.join(components)}, and {TOTAL} for their weighted sum"
         )
-    if rewards.fusion in SUSPICION and (weights_K[0] <= 0 or int((weights_K > 0).sum()) < 2):
+    comparing = {"rewards.fusion": rewards.fusion} if rewards.fusion in SUSPICION else {}
+    if config.method == "nft" and config.nft.selective_kl:
+        comparing["nft.selective_kl"] = str(config.nft.selective_kl)
+    if comparing and (weights_K[0] <= 0 or int((weights_K > 0).sum()) < 2):
+        setting, value = comparing.popitem()
         raise ConfigurationError(
-            f"rewards.fusion: {rewards.fusion} compares the first component {components[0]!r} with others; "
-            "it and at least one other need a weight above 0"
+            f"{setting}: {value} compares the first component {components[0]!r} with others; it and at least "
+            "one other need a weight above 0"
         )
     measured = torch.tensor([floors.get(name, default) for name in components]) if floors else None
     return Blend(weights_K, measured, default, config)

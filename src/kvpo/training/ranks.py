@@ -276,8 +276,17 @@ def added_up(counts: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 
 def launched() -> bool:
-    """True in a process that torchrun started together with others."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+    """True in a process that torchrun started together with others.
+
+    Raises ValueError where WORLD_SIZE says so and no RANK says which of them it is.
+    """
+    count, rank = os.environ.get("WORLD_SIZE") or "1", os.environ.get("RANK", "")
+    if count != "1" and not (count.isdecimal() and rank.isdecimal()):
+        raise ValueError(
+            f"WORLD_SIZE = {count} and RANK = {rank or 'unset'}: torchrun sets both to numbers; start kvpo "
+            "under torchrun, or unset WORLD_SIZE"
+        )
+    return int(count) > 1
 
 
 def fresh_part(store: dist.Store, rank: int, count: int, patience: timedelta) -> dist.Store:

@@ -214,7 +214,7 @@ def _check(config: Config, arms: Sequence[TrainingArm], seeds: int, budget_cpu_s
         raise ConfigurationError(f"--budget: must be more than 0 CPU-seconds, got {budget_cpu_s:g}")
     if trials < 0:
         raise ConfigurationError(f"--trials: must be 0 or more, got {trials}")
-    if config.device != "cpu":
+    if not config.on_cpu:
         raise ConfigurationError(
             f"device: the budget is counted in CPU-seconds, got {config.device!r}; give --device cpu"
         )

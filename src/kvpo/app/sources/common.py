@@ -4,11 +4,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from kvpo.app.file_prompts import Sets, TextLimits, split_prompts
+from kvpo.app.file_prompts import Sets, TextLimits
 from kvpo.config import Config
 from kvpo.engine.generator import StreamingGenerator
 from kvpo.engine.noise import SeededTape, keyed_generator
@@ -71,10 +72,8 @@ class Source:
     """The prompts that compared methods are tested on, which have no place in any run."""
     frame_rate: float
     """Frames per second at which its videos are shown."""
-    default_frames: Callable[[Config], int]
-    """Latent frames of a video whose length is not given."""
-    latent_rate: float
-    """Latent frames per second."""
+    reading: Callable[[Config], dict[str, Any]]
+    """The settings by which every command reads prompt files, lengths that these leave out among them."""
     text_limits: Callable[[Config], TextLimits]
     """The text encoder's reading of a prompt, without its weights."""
     file_digests: Callable[[Config], dict[str, str]]
@@ -91,11 +90,6 @@ class Source:
     """Help for those who direct a stream; None: there is none."""
     pretraining: Callable[[Setup, int], Tensor] | None = None
     """(setup, step) -> loss of one batch of the base's pretraining; None: its data is elsewhere."""
-
-
-def final_of_file(config: Config) -> dict[str, FinalSet]:
-    """The test part of the prompt file."""
-    return {name: FinalSet(own) for name, own in split_prompts(config)[2].items()}
 
 
 def frozen_dtype(config: Config) -> torch.dtype:

@@ -4,11 +4,20 @@ import logging
 from collections.abc import Iterable
 from functools import partial
 from itertools import chain
+from typing import Any
 
-from kvpo.app.file_prompts import TextLimits, longest_of_file, short_notice, split_prompts, updates_prompts
+from kvpo.app.file_prompts import (
+    Sets,
+    TextLimits,
+    longest_of_file,
+    reading_of,
+    short_notice,
+    split_prompts,
+    updates_prompts,
+)
 from kvpo.app.judges import build_judges
 from kvpo.app.named_rewards import reach_servers
-from kvpo.app.sources.common import Source, final_of_file, frozen_dtype, streaming_generator
+from kvpo.app.sources.common import FinalSet, Source, frozen_dtype, streaming_generator
 from kvpo.app.sources.wan_parts import (
     ENCODER_FILES,
     FRAMES_PER_SECOND,
@@ -70,7 +79,7 @@ def wan_backbone(config: Config, prompts: Iterable[VideoPrompt] = ()) -> Backbon
 def build_wan(config: Config) -> Setup:
     """A public generator to align, on the prompts of a file, with the reward that is named."""
     reach_servers(config)
-    training, validation, test = split_prompts(config)
+    training, validation, test = wan_split(config)
     if (notice := short_notice(training, EXTENDED_WORDS)) is not None:
         logger.warning("%s: %s", config.prompts.file, notice)
     prompts = updates_prompts(config, training)
@@ -87,6 +96,16 @@ def build_wan(config: Config) -> Setup:
         test=test,
         scored=cache.counts,
     )
+
+
+def wan_reading(config: Config) -> dict[str, Any]:
+    """Lengths of ``prompts.frames``, timelines at the rate of the VAE's latents."""
+    return reading_of(config, config.prompts.num_frames, LATENT_RATE)
+
+
+def wan_split(config: Config) -> tuple[list[VideoPrompt], Sets, Sets]:
+    """The prompts of the file, in parts."""
+    return split_prompts(config, wan_reading(config))
 
 
 def text_limits(config: Config) -> TextLimits:
@@ -113,7 +132,7 @@ def longest_prompt(config: Config) -> VideoPrompt:
     """The longest video of the prompt file, or one of the configured length and switches."""
     settings = config.prompts
     if settings.file:
-        return longest_of_file(config)
+        return longest_of_file(config, wan_reading(config))
     return VideoPrompt(0, ("",) * (len(settings.switches) + 1), settings.switches, settings.num_frames)
 
 
@@ -140,11 +159,10 @@ SOURCE = Source(
     setup=build_wan,
     backbone=wan_backbone,
     weights=wan_weights,
-    split=split_prompts,
-    final=final_of_file,
+    split=wan_split,
+    final=lambda config: {name: FinalSet(own) for name, own in wan_split(config)[2].items()},
     frame_rate=FRAMES_PER_SECOND,
-    default_frames=lambda config: config.prompts.num_frames,
-    latent_rate=LATENT_RATE,
+    reading=wan_reading,
     text_limits=text_limits,
     file_digests=file_digests,
     longest_prompt=longest_prompt,

@@ -14,18 +14,24 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from kvpo.app.file_prompts import Sets, TextLimits, longest_of_file, split_prompts, updates_prompts
+from kvpo.app.file_prompts import (
+    Sets,
+    TextLimits,
+    longest_of_file,
+    reading_of,
+    split_prompts,
+    updates_prompts,
+)
 from kvpo.app.judges import build_judges
 from kvpo.app.sources.common import (
     FinalSet,
     Guide,
     Recall,
     Source,
-    final_of_file,
     frozen_dtype,
     streaming_generator,
 )
-from kvpo.config import Config
+from kvpo.config import Config, PromptsConfig
 from kvpo.config_checks import ConfigurationError
 from kvpo.engine.noise import keyed_generator
 from kvpo.files import local_path, named_list
@@ -142,6 +148,19 @@ def checked_base(config: Config) -> Path:
     return path
 
 
+def check_pretraining(config: Config) -> None:
+    """Raise ConfigurationError where no generator of the embedded world has such settings."""
+    own, usual = config.model, Config().model
+    for name, here, needed in (
+        ("backbone.kind", config.backbone.kind, "world"),
+        ("stream.size", config.stream.size, (usual.latent_height, usual.latent_width)),
+        ("backbone.geometry: channels", own.channels, usual.channels),
+        ("backbone.geometry: text_dim", own.text_dim, usual.text_dim),
+    ):
+        if here != needed:
+            raise ConfigurationError(f"{name}: kvpo pretrain needs {needed}, got {here}")
+
+
 def load_base(config: Config) -> tuple[CausalWan, LearnedTextEncoder]:
     """The embedded generator of a configuration, frozen; raises what ``checked_base`` does."""
     path = checked_base(config)
@@ -240,7 +259,7 @@ def build_world(config: Config) -> Setup:
 def split(config: Config) -> tuple[list[VideoPrompt], Sets, Sets]:
     """The prompts of the file; without one, training prompts are drawn (``WorldTrainingPrompts``)."""
     if config.prompts.file:
-        return split_prompts(config)
+        return split_prompts(config, world_reading(config))
     evaluation = config.evaluation
     validation = world_prompts("validation", evaluation.validation_prompts, 101, 10_000_000)
     return [], validation, world_prompts("test", evaluation.test_prompts, 202, 20_000_000)
@@ -280,9 +299,16 @@ def pretraining(setup: Setup, step: int) -> Tensor:
 def longest_prompt(config: Config) -> VideoPrompt:
     """The longest video of the prompt file; without one, a long story."""
     if config.prompts.file:
-        return longest_of_file(config)
+        return longest_of_file(config, world_reading(config))
     third = LONG_FRAMES // 3 // config.stream.block * config.stream.block
     return VideoPrompt(0, ("", "", ""), (third, 2 * third), LONG_FRAMES)
+
+
+def world_reading(config: Config) -> dict[str, Any]:
+    """Lengths of ``prompts.frames`` where these were given: their default is for the public generators."""
+    given = config.prompts.frames != PromptsConfig().frames
+    frames = config.prompts.num_frames if given else SHORT_FRAMES
+    return reading_of(config, frames, PixelCodec.frames_per_second)
 
 
 def read_off() -> ReadOff:
@@ -346,12 +372,13 @@ SOURCE = Source(
     weights=lambda config: embedded(config)[0],
     split=split,
     final=lambda config: (
-        final_of_file(config) if config.prompts.file else final_prompts(config.evaluation.test_prompts)
+        {name: FinalSet(own) for name, own in split(config)[2].items()}
+        if config.prompts.file
+        else final_prompts(config.evaluation.test_prompts)
     ),
     pretraining=pretraining,
     frame_rate=PixelCodec.frames_per_second,
-    default_frames=lambda config: SHORT_FRAMES,
-    latent_rate=PixelCodec.frames_per_second,
+    reading=world_reading,
     text_limits=text_limits,
     file_digests=lambda config: {},
     longest_prompt=longest_prompt,
