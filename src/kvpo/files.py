@@ -72,7 +72,7 @@ def write_atomic(path: Path, content: str | bytes) -> None:
 
 @contextmanager
 def whole_lines(path: Path) -> Iterator[None]:
-    """What the block appends to the file ``path`` stays there only if the block ends without an error.
+    """Keep what the block appends to the file ``path`` only if the block ends without an error.
 
     Raises StorageError where it cannot be written.
     """
