@@ -99,6 +99,18 @@ def test_a_directory_that_cannot_be_replaced_stays(tmp_path: Path, monkeypatch: 
     assert (path / "a").read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["d"]
 
 
+def test_processes_of_equal_numbers_do_not_write_to_one_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the first processes of two containers with a directory in common."""
+    monkeypatch.setattr(os, "getpid", lambda: 1)
+    with new_file(tmp_path / "a") as one, new_file(tmp_path / "a") as other:
+        assert one != other
+        one.write_text("one")
+        other.write_text("other")
+    assert (tmp_path / "a").read_text() == "one" and len(list(tmp_path.iterdir())) == 1
+
+
 def test_an_error_inside_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError), new_directory(tmp_path / "x") as directory:
         (directory / "a").write_text("half")

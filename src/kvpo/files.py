@@ -8,6 +8,7 @@ import json
 import math
 import os
 import re
+import secrets
 import shutil
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping
@@ -50,7 +51,6 @@ def new_file(path: Path, *, failures: tuple[type[Exception], ...] = ()) -> Itera
     """
     temporary = _temporary_next_to(path)
     try:
-        temporary.unlink(missing_ok=True)
         temporary.touch()
         mode = temporary.stat().st_mode
         yield temporary
@@ -71,6 +71,23 @@ def write_atomic(path: Path, content: str | bytes) -> None:
 
 
 @contextmanager
+def whole_lines(path: Path) -> Iterator[None]:
+    """Keep what the block appends to the file ``path`` only if the block ends without an error.
+
+    Raises StorageError where it cannot be written.
+    """
+    size = path.stat().st_size if path.exists() else 0
+    try:
+        yield
+    except BaseException as error:
+        if path.exists():  # half a line would be joined to the next one
+            os.truncate(path, size)
+        if isinstance(error, OSError):
+            raise storage_error(path, error) from error
+        raise
+
+
+@contextmanager
 def new_directory(path: Path, *, failures: tuple[type[Exception], ...] = ()) -> Iterator[Path]:
     """Yield an empty directory that becomes ``path`` in one step when the block ends without an error.
 
@@ -79,7 +96,6 @@ def new_directory(path: Path, *, failures: tuple[type[Exception], ...] = ()) -> 
     """
     temporary, replaced = _temporary_next_to(path), path.with_name(f"{REPLACED_PREFIX}{path.name}")
     try:
-        shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         mode = temporary.stat().st_mode & 0o666
         yield temporary
@@ -132,8 +148,13 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def temporary_name() -> str:
+    """A file name that no other process uses, on whatever machine: those in containers have equal numbers."""
+    return f"{TEMPORARY_PREFIX}{secrets.token_hex(4)}"
+
+
 def _temporary_next_to(path: Path) -> Path:
-    return path.with_name(f"{TEMPORARY_PREFIX}{os.getpid()}-{path.name}")
+    return path.with_name(f"{temporary_name()}-{path.name}")
 
 
 def local_path(given: str | Path, what: str) -> Path:

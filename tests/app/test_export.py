@@ -29,6 +29,7 @@ from kvpo.app.sources.wan_parts import wan_weights
 from kvpo.config_checks import ConfigurationError
 from kvpo.models.adapter_files import load_adapter_state
 from kvpo.models.adapters import merge_adapter
+from kvpo.models.export import save_public_checkpoint
 from kvpo.training.run import Run
 from kvpo.training.run_directory import RunDirectory
 from kvpo.training.trainer import Trainer
@@ -154,6 +155,27 @@ def test_a_file_that_does_something_else_is_not_put_in_place(
     with pytest.raises(ValueError, match="--layout comfy: loaded again, its first block is .* nothing was"):
         export(runs / "fresh", tmp_path / "out", layout="comfy")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_file_of_all_weights_that_is_not_put_in_place_leaves_no_card(
+    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which would bar the same command."""
+
+    def killed(path: Path, tensors: Any, *, finish: Any, **how: Any) -> None:
+        def last(written: Path) -> None:
+            finish(written)
+            raise KeyboardInterrupt
+
+        save_public_checkpoint(path, tensors, finish=last, **how)
+
+    with monkeypatch.context() as once:
+        once.setattr(export_module, "save_public_checkpoint", killed)
+        with pytest.raises(KeyboardInterrupt):
+            export(runs / "fresh", tmp_path / "all.pt", layout="pt")
+    assert not list(tmp_path.iterdir())
+    export(runs / "fresh", tmp_path / "all.pt", layout="pt")
+    assert {path.name for path in tmp_path.iterdir()} == {"all.pt", "all.pt.md"}
 
 
 def test_loading_under_other_values_warns_by_name(

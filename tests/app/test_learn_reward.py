@@ -207,6 +207,27 @@ def test_raters_whom_the_report_flags_do_not_count_whatever_is_learned() -> None
     assert [len(votes_of([study], question)[0]) for question in ("overall", "motion", "other")] == [22, 1, 0]
 
 
+def test_a_kill_leaves_no_numbers_of_another_reward(tmp_path, monkeypatch):
+    """Killed while its noise floor is measured, a new reward has none yet, nor the worth of the old one."""
+    module, out = "kvpo.app.learn_reward", tmp_path / "r.safetensors"
+    shown = [(tmp_path / f"{n}.mp4", None) for n in range(16)]
+    tasks = [Task((2 * n, 2 * n + 1), (0, 1), f"prompt {n}") for n in range(8)]
+    monkeypatch.setattr(f"{module}.Study", lambda place: place)
+    monkeypatch.setattr(f"{module}.votes_of", lambda *given: (tasks, shown))
+    monkeypatch.setattr(f"{module}.features_of", lambda path, *given: torch.eye(16)[int(path.stem)][None])
+
+    def measured(out: Path, *given: object) -> float:
+        if out.with_suffix(".json").exists() or out.with_suffix(".noise.json").exists():
+            pytest.fail("the new reward has numbers of the old one")
+        out.with_suffix(".noise.json").write_text("{}")
+        return 1.0
+
+    monkeypatch.setattr(f"{module}._noise_floor", measured)
+    for _ in range(2):
+        learn_reward([tmp_path], out)
+        assert {path.name for path in tmp_path.iterdir()} == {"r.safetensors", "r.json", "r.noise.json"}
+
+
 def test_what_cannot_be_learned_from_is_refused_in_one_line(tmp_path, capsys):
     prompts = {f"{n}.mp4": f"prompt {n}" for n in range(6)}
     one, other = folder(tmp_path / "a", prompts, 20), folder(tmp_path / "b", prompts, 99)

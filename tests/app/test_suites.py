@@ -141,19 +141,19 @@ def test_a_folder_is_filled_checked_and_filled_again(
     """Stopped after some files, it goes on with the same videos; nothing but videos lies in the folder."""
     config, out = config_of(tiny_base), tmp_path / "out"
     given = {"given": f"vbench={info}", "dimensions": ["color"]}
-    wrote = 0
+    wrote: list[Path] = []
 
     def stopping(*written: Any, **settings: Any) -> None:
-        nonlocal wrote
         write_video(*written, **settings)
-        wrote += 1
-        if wrote == 7:
+        wrote.append(written[0])
+        if len(wrote) == 7:
             raise KeyboardInterrupt
 
     monkeypatch.setattr(suites, "write_video", stopping)
     with pytest.raises(KeyboardInterrupt):
         generate_suite(config, out, **given)
     assert len(list((out / "base").iterdir())) == 6, "the seventh was not whole"
+    assert len(set(wrote)) == 7, "processes of one number, on several machines, share no name"
     monkeypatch.undo()
     problems, _ = check_folder(out / "base")
     assert problems == [f"missing: {name}" for name in NAMES["color"][6:]]

@@ -1,12 +1,20 @@
 """Sessions that end when nobody expects it cost nobody else anything."""
 
 import asyncio
+import errno
+import os
 
+import pytest
+
+from kvpo.files import StorageError
 from kvpo.live.direct import Direction
+from kvpo.live.keep import export_session
 from kvpo.live.protocol import Start
 from kvpo.live.scheduler import Show
 from kvpo.live.script import Cue
 from kvpo.live.session import Session
+from kvpo.prompt_files import read_prompts
+from kvpo.prompts import VideoPrompt
 from tests.live.live_server import theatre_of
 from tests.live.stage import scheduler, slow_stage
 
@@ -48,3 +56,20 @@ def test_a_session_that_ends_before_its_connection_hears_of_it_leaves_the_connec
                 assert connection.show is None and not connection.directs and not theatre.rooms
 
     asyncio.run(begun_and_ended_at_once())
+
+
+def test_a_full_disk_leaves_no_half_line_among_the_training_prompts(tmp_path, monkeypatch):
+    def export(text):
+        return export_session(tmp_path, "x", "training", VideoPrompt(0, (text,), (), 15), {}, None)
+
+    def half(path):
+        os.truncate(path, path.stat().st_size - 9)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    export("a red circle rolls")
+    with monkeypatch.context() as full:
+        full.setattr("kvpo.live.keep.sync", half)
+        with pytest.raises(StorageError, match="cannot save .*training-prompts.jsonl: the disk is full"):
+            export("a blue square hops")
+    read = read_prompts(export("a green star spins"), num_frames=15)
+    assert [prompt.segments for prompt in read] == [("a red circle rolls",), ("a green star spins",)]

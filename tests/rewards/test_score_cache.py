@@ -1,5 +1,6 @@
 """The score cache: what is known is not scored again, and what is damaged is not known."""
 
+import os
 import sqlite3
 import threading
 from pathlib import Path
@@ -184,6 +185,21 @@ def test_a_damaged_file_is_set_aside(
     scorer(clips(3), PROMPTS)
     assert watched.batches == [3]
     assert cache.file.with_suffix(".damaged").exists() == ("is damaged" in caplog.text) == bool(content)
+
+
+def test_a_damaged_file_that_another_process_has_set_aside_ends_no_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache, rename = score_cache(str(tmp_path)), os.replace
+    assert cache.file is not None
+    cache.file.write_bytes(b"not a database at all, but long enough " * 40)
+
+    def second(source: Path, target: Path) -> None:
+        rename(source, target)
+        rename(source, target)
+
+    monkeypatch.setattr(os, "replace", second)
+    assert cache.read([b"x"], 1) == {} and not cache.file.exists()
 
 
 def test_a_truncated_file_costs_its_scores_only(tmp_path: Path) -> None:

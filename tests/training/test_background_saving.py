@@ -5,6 +5,7 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -129,6 +130,24 @@ def test_the_best_checkpoint_is_that_of_the_time_when_its_save_began(tiny_base: 
         "update-000002",
         "update-000003",
     ]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError("full")])
+def test_a_signal_while_a_checkpoint_is_waited_for_leaves_it_under_way(
+    error: BaseException, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And a failure does not: it is said once."""
+    saving, writing = object.__new__(background_saving.BackgroundSaving), Future[None]()
+
+    def result() -> None:
+        raise error
+
+    monkeypatch.setattr(writing, "result", result)
+    saving.ranks, saving.under_way = Ranks(), (7, writing)
+    with pytest.raises(type(error)):
+        saving.settle(wait=True)
+    writing.set_result(None)
+    assert saving.settle_alone() == (7 if isinstance(error, KeyboardInterrupt) else None)
 
 
 def at_the_second(run: Run, rank: int, action: Callable[[], None]) -> None:

@@ -4,10 +4,20 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from torch import nn
 
+from kvpo.training.held_out import evaluate_base
 from kvpo.training.interrupt import StopAtOnce, stop_on_signal
+from kvpo.training.policy import swapped_parameters
+from kvpo.training.run import Run
+from kvpo.training.trainer import Trainer
+from tests.tiny_world import tiny_config, toy_setup
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -78,3 +88,64 @@ def test_a_loop_finishes_its_step_and_exits_cleanly() -> None:
     out, err = child.communicate(timeout=30)
     assert child.returncode == 0, err
     assert out.splitlines()[-2:] == ["step", "saved"]
+
+
+def stopped_at(line: int, name: str, call: Callable[[], Any]) -> bool:
+    """Make ``call``, stopped as by a signal before a line of the function ``name``; False: it has ended."""
+    passed = 0
+
+    def trace(frame: Any, event: str, _: Any) -> Any:
+        nonlocal passed
+        if frame.f_code.co_name == name and event == "line":
+            passed += 1
+            if passed == line:
+                raise KeyboardInterrupt
+        return trace
+
+    former = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        call()
+    except KeyboardInterrupt:
+        return True
+    finally:
+        sys.settrace(former)
+    return False
+
+
+def test_weights_are_whole_after_a_signal_at_any_line_of_a_swap() -> None:
+    parameters = {name: nn.Parameter(torch.zeros(1)) for name in "abc"}
+    averages = {name: torch.ones(1) for name in parameters}
+
+    def swap() -> None:
+        with swapped_parameters(parameters, averages):
+            pass
+
+    line = 1
+    while stopped_at(line, "exchange", swap):
+        assert not any(bool(value.detach()) for value in parameters.values()), line
+        line += 1
+    assert line > 2 * 3 * len(parameters), "both ways were stopped"
+
+
+def test_what_is_noted_agrees_after_a_signal_at_any_line(
+    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An update and that its validation is due; a validation, that it is made, and the best checkpoint."""
+    notes: list[Callable[[], None]] = []
+    monkeypatch.setattr(Run, "_write", lambda self, numbers, note: notes.append(note))
+    setup = toy_setup(tiny_config(tiny_base, optim__updates=2, evaluation__every=1))
+    trainer = Trainer(setup)
+    base = evaluate_base(setup, trainer, setup.validation)
+    run, line, best = Run(setup, trainer, tmp_path, None, lambda *_: None, base), 1, (0, -1e9)
+    trainer.update = 1
+    while stopped_at(line, "_note_update", run._note_update):
+        assert (run.written, run.unvalidated) == (0, False), line
+        line += 1
+    assert (run.written, run.unvalidated) == (1, True) and line > 2
+    run.best, line = best, 1
+    run.validate()
+    while stopped_at(line, "note", notes[0]):
+        assert (run.readings, run.unvalidated, run.best) == ([], True, best), line
+        line += 1
+    assert len(run.readings) == 1 and not run.unvalidated and run.best[0] == 1 and line > 2

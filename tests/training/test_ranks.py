@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch.distributed import HashStore, PrefixStore
 
-from kvpo.training.ranks import LostRank, RankError, Ranks, fresh_part
+from kvpo.training.ranks import LostRank, RankError, Ranks, fresh_part, teams_of
 from tests.ranks import on_ranks
 
 
@@ -46,6 +46,13 @@ def failing(ranks: Ranks) -> None:
     with ranks.together("scoring"):
         if ranks.rank == 1:
             raise ValueError("the reward\nis not finite")
+
+
+def failing_before_teams(ranks: Ranks) -> None:
+    with ranks.together("loading the generator and the rewards"):
+        if ranks.rank == 3:
+            raise ValueError("weights are missing here")
+        teams_of(ranks, 2)
 
 
 def failing_once(ranks: Ranks) -> None:
@@ -88,6 +95,13 @@ def test_a_failure_on_one_rank_is_a_failure_of_all_and_names_it(tmp_path: Path) 
     main, other = on_ranks(2, tmp_path / "once", failing_once)
     assert isinstance(main, ZeroDivisionError)
     assert "rank 0, which failed while saving: integer division" in str(other)
+
+
+def test_teams_are_not_formed_with_a_rank_that_has_failed(tmp_path: Path) -> None:
+    *others, own = on_ranks(4, tmp_path / "ranks", failing_before_teams)
+    assert str(own) == "weights are missing here"
+    said = f"stopped with rank 3, which failed while loading the generator and the rewards: {own}"
+    assert all(isinstance(other, RankError) and str(other) == said for other in others)
 
 
 def test_a_rank_that_differs_is_named(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -100,6 +101,8 @@ def test_the_loss_falls(tmp_path: Path, autocast: str) -> None:
 
 def test_a_run_repeats_to_the_bit(tmp_path: Path) -> None:
     first, second = (trained(tmp_path / name, steps=4) for name in ("one", "two"))
+    with safe_open(tmp_path / "one", "pt") as file:
+        assert json.loads(file.metadata()["generator"]).keys() == {"model", "settings"}, "as shipped"
     assert first == second and (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
     assert trained(tmp_path / "other", steps=4, seed=1)[0] != first[0]
 
@@ -187,7 +190,7 @@ pretrain(*tiny(), replace(TINY, steps=12), Path(sys.argv[1]), lambda done, loss:
 
 
 def test_a_training_begins_with_the_weights_of_a_base(tmp_path: Path) -> None:
-    """And goes on only with the base that it was begun with."""
+    """And goes on only with the base that it was begun with; also where it is finished."""
     base, other, out = tmp_path / "base", tmp_path / "other", tmp_path / "out"
     trained(base, steps=4)
     trained(other, steps=4, seed=1)
@@ -195,6 +198,16 @@ def test_a_training_begins_with_the_weights_of_a_base(tmp_path: Path) -> None:
     assert pretrain(*tiny(), replace(TINY, steps=0), same, lambda done, loss: None, start=base)
     before, after = load_file(base), load_file(same)
     assert all(torch.equal(after[name], value) for name, value in before.items())
+    model, stream = tiny()
+    for start, own, finished in (
+        (base, stream, True),
+        (other, stream, False),
+        (base, replace(stream, shift=1.0), False),
+    ):
+        refused = pytest.raises(ValueError, match="same is there already; delete it to train it anew")
+        with nullcontext() if finished else refused:
+            settings = replace(TINY, steps=0)
+            assert pretrain(model, own, settings, same, lambda *_: None, start=start, resume=True)
     losses: list[float] = []
     again = {"report": lambda done, loss: losses.append(loss), "interrupted": lambda: True}
     assert not pretrain(*tiny(), TINY, out, start=base, **again)

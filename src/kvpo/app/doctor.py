@@ -5,6 +5,7 @@ import logging
 import os
 import platform
 import re
+import secrets
 import shutil
 import subprocess
 import sys
@@ -269,7 +270,7 @@ def exchanges(ranks: Ranks, config: Config, out: Path) -> list[Finding]:
     right = bool((whole == ranks.count).all())
     rate = 2 * flat_N.nbytes / (time.perf_counter() - started)
     skew = max(clocks) - min(clocks)
-    token = ranks.gather(f".kvpo-doctor-{os.getpid()}-{time.time_ns()}", "naming a file")[0]
+    token = ranks.gather(f".kvpo-doctor-{secrets.token_hex(4)}", "naming a file")[0]
     here = _place(out)
     ranks.once("writing a file", (here / token).touch)
     seen = (here / token).exists()

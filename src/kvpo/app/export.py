@@ -109,8 +109,8 @@ def export(
             after, whose = first_block(host, rebuilt(part)), "the difference at this rank"
         record |= added
         proof = _Proof(config, host, rebuilt, before, after, whose)
-        finish = partial(_finish, proof, layout, out, record, run)
-        _write(layout, out, part, config, record, finish)
+        card = model_card(layout, out, record, _licence(config.backbone.checkpoint), run)
+        _write(layout, out, part, config, record, card, partial(_finish, proof, layout, out, card))
     if push:
         _push(out, push)
     return out
@@ -170,7 +170,7 @@ def _check(config: Config, run: Path, layout: Layout, difference: int | None, pu
 
 
 def _write(
-    layout: Layout, out: Path, part: Any, config: Config, record: Mapping[str, Any], finish: Finish
+    layout: Layout, out: Path, part: Any, config: Config, record: Mapping[str, Any], card: str, finish: Finish
 ) -> None:
     how: dict[str, Any] = {"record": record, "finish": finish}
     match layout:
@@ -185,6 +185,7 @@ def _write(
         case "pt":
             demand_new(card_beside(out))
             save_public_checkpoint(out, part, **how)
+            write_atomic(card_beside(out), card)  # not before: alone, it would bar the same command
 
 
 def _rebuilt(
@@ -236,15 +237,12 @@ class _Proof:
         return off
 
 
-def _finish(
-    proof: _Proof, layout: Layout, out: Path, record: Mapping[str, Any], run: Path, written: Path
-) -> None:
-    """Prove what was written, and add its card."""
+def _finish(proof: _Proof, layout: Layout, out: Path, card: str, written: Path) -> None:
+    """Prove what was written, and add its card to a directory."""
     off = proof(written, layout)
     logger.info("%s: loaded again, its first block is that of %s to %.1g", out, proof.whose, off)
-    licence = _licence(proof.config.backbone.checkpoint)
-    card = card_beside(out) if layout == "pt" else written / CARD
-    write_atomic(card, model_card(layout, out, record, licence, run))
+    if layout != "pt":
+        write_atomic(written / CARD, card)
 
 
 def _licence(base: str) -> str:

@@ -98,6 +98,8 @@ def learn_reward(
     worth = worth_of(table_VD, votes, seed)
     preference = fit(table_VD, votes, worth.ridge)
     record = {"features": list(features), "sources": dict(sources or {}), "question": question}
+    for suffix in (".json", ".noise.json"):  # killed from here on, it has no numbers, not those of another
+        out.with_suffix(suffix).unlink(missing_ok=True)
     save_preference(out, preference, record | {"worth": finite(asdict(worth))})
     if worth.accuracy.low <= 0.5:
         logger.warning(

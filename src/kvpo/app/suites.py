@@ -28,6 +28,7 @@ from kvpo.files import (
     read_json,
     remove_leftovers,
     storage_error,
+    temporary_name,
     write_atomic,
 )
 from kvpo.models.tensor_files import fingerprint
@@ -339,7 +340,7 @@ def _together(
 
 def _write(out: Path, path: Path, frames: Any, rate: float) -> None:
     """A video that is there whole or not at all: until then it lies beside the folder."""
-    temporary = out / f"{TEMPORARY_PREFIX}{os.getpid()}.mp4"
+    temporary = out / f"{temporary_name()}.mp4"
     try:
         write_video(temporary, frames, rate, scale=enlargement(frames.shape[1:3]))
         os.replace(temporary, path)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kvpo.arena.intake import record_ranking
 from kvpo.engine.generator import Codec, as_bytes
-from kvpo.files import new_file, sync, write_atomic
+from kvpo.files import new_file, sync, whole_lines, write_atomic
 from kvpo.live.session import Branches
 from kvpo.prompt_files import written
 from kvpo.prompts import VideoPrompt
@@ -40,9 +40,10 @@ def export_session(
     if what == "prompts":
         write_atomic(path, text)
         return path
-    with path.open("a", encoding="utf-8") as file:
-        file.write(text)
-    sync(path)
+    with whole_lines(path):
+        with path.open("a", encoding="utf-8") as file:
+            file.write(text)
+        sync(path)
     return path
 
 

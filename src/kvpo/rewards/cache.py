@@ -11,7 +11,7 @@ import os
 import sqlite3
 import struct
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -104,7 +104,7 @@ class ScoreCache:
             logger.warning("score cache %s is passed over: %s", self.file, error)
         except sqlite3.DatabaseError as error:
             logger.warning("score cache %s is damaged and is started again: %s", self.file, error)
-            if self.file.exists():
+            with suppress(OSError):  # another process may have been first
                 os.replace(self.file, self.file.with_suffix(".damaged"))
 
 

@@ -67,10 +67,14 @@ class BackgroundSaving:
         ended = writing is not None and writing.done()
         if not wait and not self.ranks.any(ended, SAVING):
             return None
+        try:
+            with self.ranks.together(SAVING):
+                if writing is not None:
+                    writing.result()
+        except Exception:  # after a signal it is still under way, and `settle_alone` waits for it
+            self.under_way = None
+            raise
         self.under_way = None
-        with self.ranks.together(SAVING):
-            if writing is not None:
-                writing.result()
         return update
 
     def settle_alone(self) -> int | None:

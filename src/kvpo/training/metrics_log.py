@@ -1,7 +1,6 @@
 """Metrics of a run: one JSON object per line, and the same numbers for TensorBoard and other trackers."""
 
 import json
-import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
-from kvpo.files import finite, json_lines, storage_error, write_atomic
+from kvpo.files import finite, json_lines, whole_lines, write_atomic
 from kvpo.training.trackers import Tracker
 
 
@@ -43,19 +42,14 @@ class MetricsLog:
         is full.
         """
         record = {"update": update, "time": round(time.time(), 3), **finite(metrics)}
-        found, size = dict(_numbers(metrics)), self._path.stat().st_size
-        try:
+        found = dict(_numbers(metrics))
+        with whole_lines(self._path):  # a line is there only if all of this has succeeded
             with self._path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(record, allow_nan=False) + "\n")
             for name, value in found.items():
                 self._writer.add_scalar(name, value, update)
             for tracker in self._trackers:
                 tracker.write(update, found)
-        except BaseException as error:  # a line is there only if all of this has succeeded
-            os.truncate(self._path, size)
-            if isinstance(error, OSError):
-                raise storage_error(self._path, error) from error
-            raise
 
     def drop_validation(self, update: int) -> None:
         """Drop the validation of ``update``, the last one written: no checkpoint knows of it."""

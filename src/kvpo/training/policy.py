@@ -66,7 +66,11 @@ def swapped_parameters(
         with torch.no_grad():
             yield
     finally:
-        exchange(own)
+        try:
+            exchange(own)
+        except BaseException:  # a signal: what is saved because of it must not be half of each
+            exchange(own)
+            raise
 
 
 @dataclass(frozen=True)

@@ -244,12 +244,17 @@ def teams_within(ranks: int, size: int) -> int:
 
 
 def teams_of(ranks: Ranks, size: int) -> Teams:
-    """Teams of neighbouring ranks: as large as asked for, or the next smaller size that divides the ranks."""
+    """Teams of neighbouring ranks: as large as asked for, or the next smaller size that divides the ranks.
+
+    All ranks call it together. Raises LostRank, and RankError where another one has failed before.
+    """
     size = teams_within(ranks.count, size)
     if size == 1:
         return Teams(ALONE, ranks)
     if size == ranks.count:
         return Teams(ranks, ALONE)
+    # Forming a group waits for every rank, also for one that has failed.
+    ranks.gather(None, "loading the generator and the rewards")
     backend, every = dist.get_backend(ranks.prompt), range(ranks.count)
 
     def mine(parts: Sequence[Sequence[int]]) -> Ranks:

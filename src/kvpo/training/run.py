@@ -190,9 +190,8 @@ class Run:
             note()
 
     def _note_update(self) -> None:
-        self.written = self.trainer.update
         due = self.trainer.at_boundary() and self._due(self.setup.config.evaluation.every)
-        self.unvalidated = due and bool(self.setup.validation)
+        self.written, self.unvalidated = self.trainer.update, due and bool(self.setup.validation)
 
     def _scored_since(self, before: Counts) -> dict[str, float]:
         """Clips that all ranks have scored since ``before``."""
@@ -305,9 +304,10 @@ class Run:
         drifted = radar.drifted(numbers, radar.STANDARD_ERRORS)
 
         def note() -> None:
-            self.readings, self.unvalidated = readings, False
-            if not (self.guarded and self.verdict.fallen) and (self.best is None or gain > self.best[1]):
-                self.best = (update, gain)
+            fallen, best = self.guarded and self.verdict.fallen, self.best
+            if not fallen and (best is None or gain > best[1]):
+                best = (update, gain)
+            self.readings, self.unvalidated, self.best = readings, False, best  # no signal parts them
 
         self._write(
             {"kind": "validation", "mean_gain": gain, **results, "radar": numbers | {"drifted": drifted}}

@@ -11,7 +11,7 @@ random draws are functions of (seed, step).
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from os import cpu_count
 from pathlib import Path
@@ -35,6 +35,10 @@ from kvpo.models.tensor_files import read_tensor_file, storable
 from kvpo.world.muon import Muon
 from kvpo.world.snippets import Batch, SnippetSettings, TrainingSnippets
 from kvpo.world.text import LearnedTextEncoder
+
+Begun = Mapping[str, Any]
+"""Digest of the base that came first, and the stream. Without a base nothing: the file stays what it was."""
+ANEW: Begun = {}
 
 
 @dataclass(frozen=True)
@@ -252,13 +256,14 @@ def pretrain(
     """
     if start:
         settings = replace(settings, faults_from=0.0)
+    header = _header(model, stream, settings, start)
+    begun = {name: header[name] for name in ("stream", "start")} if start else {}
     checkpoint = unfinished(out)
     if out.exists() and not checkpoint.exists():
-        if resume and _made_with(out, model, settings):
+        if resume and _made_with(out, model, settings, begun):
             return True
         raise ValueError(f"{out} is there already; delete it to train it anew, or choose another --out")
     training = Training.begin(model, settings, device, start)
-    header = _header(model, stream, settings, start)
     if checkpoint.exists():
         if not resume:
             raise ValueError(
@@ -272,11 +277,11 @@ def pretrain(
             record = {"training": json.dumps({**header, "step": training.step})}
             with new_file(checkpoint, failures=(SafetensorError,)) as partial:
                 save_file(storable(training.tensors()), partial, metadata=record)
-            save_generator(training.average, model, settings, out)
+            save_generator(training.average, model, settings, out, begun)
         report(training.step, loss)
         if stop and training.step < settings.steps:
             return False
-    save_generator(training.average, model, settings, out)
+    save_generator(training.average, model, settings, out, begun)
     checkpoint.unlink(missing_ok=True)
     return True
 
@@ -322,21 +327,23 @@ def _batches(stream: StreamConfig, settings: PretrainSettings, first: int) -> It
     return iter(DataLoader(snippets, sampler=steps, batch_size=None, num_workers=workers))
 
 
-def _generator_header(model: WanShape, settings: PretrainSettings) -> str:
-    return json.dumps({"model": asdict(model), "settings": asdict(settings)})
+def _generator_header(model: WanShape, settings: PretrainSettings, begun: Begun) -> str:
+    return json.dumps({"model": asdict(model), "settings": asdict(settings), **begun})
 
 
-def _made_with(path: Path, model: WanShape, settings: PretrainSettings) -> bool:
-    """True for the file of a training of this geometry and these settings."""
+def _made_with(path: Path, model: WanShape, settings: PretrainSettings, begun: Begun) -> bool:
+    """True for the file of a training of this geometry and these settings that began so."""
     read_tensor_file(path)
     with safe_open(path, framework="pt") as file:
-        return (file.metadata() or {}).get("generator") == _generator_header(model, settings)
+        return (file.metadata() or {}).get("generator") == _generator_header(model, settings, begun)
 
 
-def save_generator(state: dict[str, Tensor], model: WanShape, settings: PretrainSettings, out: Path) -> None:
-    """Write weights in half precision with the geometry and the settings in the header."""
+def save_generator(
+    state: dict[str, Tensor], model: WanShape, settings: PretrainSettings, out: Path, begun: Begun = ANEW
+) -> None:
+    """Write weights in half precision with the geometry, the settings and how they were ``begun``."""
     # One entry, because safetensors writes several in any order and a rebuilt file would have another hash.
-    header = {"generator": _generator_header(model, settings)}
+    header = {"generator": _generator_header(model, settings, begun)}
     with new_file(out, failures=(SafetensorError,)) as partial:
         save_file(storable({name: value.half() for name, value in state.items()}), partial, metadata=header)
 
