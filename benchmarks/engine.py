@@ -256,7 +256,7 @@ def grown(config: Config, repeats: int) -> dict[str, float]:
             ran = roll_out(subject, rollout, members)
         # A run lets go of what only routes could reach before it replays; here the rollout is repeated.
         history = explored.roots[0].history
-        history.keep(reachable_frames(deployment, history, max(1, deployment.sink)))
+        history.keep(reachable_frames(deployment, history.end, max(1, deployment.sink)))
         (group,) = groups_of(subject, explored, members, ran)
         replayed = [(group, branch) for branch in range(group.branches)]
         weights = torch.ones(len(replayed))
