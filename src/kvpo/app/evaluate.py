@@ -13,7 +13,7 @@ from kvpo.app.build import build_setup, checkpoint_of, source_of
 from kvpo.app.configuration import PLACES_OF_A_RUN, resolve_run
 from kvpo.app.given_frames import with_given_frames
 from kvpo.app.provenance import demand_same_files, demand_same_prompts
-from kvpo.app.sources.common import FinalSet
+from kvpo.app.sources.common import as_final
 from kvpo.config import Config
 from kvpo.config_checks import ConfigurationError
 from kvpo.files import local_path, new_file, output_file, write_atomic
@@ -96,7 +96,7 @@ def _evaluate(
     if split == "final":
         sets, tape = source_of(config).final(config), setup.final_tape()
     else:
-        sets, tape = {name: FinalSet(own) for name, own in setup.test.items()}, setup.evaluation_tape()
+        sets, tape = as_final(setup.test), setup.evaluation_tape()
     with ranks.together("encoding given frames"):
         asked = [prompt for one in sets.values() for prompt in one.prompts]
         setup = replace(setup, backbone=with_given_frames(setup.backbone, frames, asked))

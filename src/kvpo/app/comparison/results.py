@@ -61,10 +61,10 @@ def summarise(comparison: MethodComparison, floors: Sequence[str]) -> dict[str, 
     methods = {}
     for arm, own in runs.items():
         # The ceiling is the base's own: of a base that is deployed otherwise it is not known.
-        reached = ceiling if own[0]["base"] == "base" else None
+        above = ceiling if own[0]["base"] == "base" else None
         # The runs that have not failed are no sample of all.
         tested = {other for other in (COMPARED_WITH, NULL) if not (failed[arm] or failed.get(other))}
-        compared = (gains, rewards, results[arm], bases[arm], reached, tested)
+        compared = (gains, rewards, results[arm], bases[arm], above, tested)
         methods[arm] = _costs(own) | {name: _on_set(arm, name, *compared) for name in sets}
     return {
         "commit": ", ".join(comparison.commits()),

@@ -92,6 +92,11 @@ class Source:
     """(setup, step) -> loss of one batch of the base's pretraining; None: its data is elsewhere."""
 
 
+def as_final(sets: Sets) -> dict[str, FinalSet]:
+    """Prompts as final sets that are scored from their first frame on."""
+    return {name: FinalSet(own) for name, own in sets.items()}
+
+
 def frozen_dtype(config: Config) -> torch.dtype:
     """Precision that weights are held in: where an adapter is trained that of the forward pass.
 

@@ -17,7 +17,7 @@ from kvpo.app.file_prompts import (
 )
 from kvpo.app.judges import build_judges
 from kvpo.app.named_rewards import reach_servers
-from kvpo.app.sources.common import FinalSet, Source, frozen_dtype, streaming_generator
+from kvpo.app.sources.common import Source, as_final, frozen_dtype, streaming_generator
 from kvpo.app.sources.wan_parts import (
     ENCODER_FILES,
     FRAMES_PER_SECOND,
@@ -160,7 +160,7 @@ SOURCE = Source(
     backbone=wan_backbone,
     weights=wan_weights,
     split=wan_split,
-    final=lambda config: {name: FinalSet(own) for name, own in wan_split(config)[2].items()},
+    final=lambda config: as_final(wan_split(config)[2]),
     frame_rate=FRAMES_PER_SECOND,
     reading=wan_reading,
     text_limits=text_limits,

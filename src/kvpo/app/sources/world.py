@@ -28,6 +28,7 @@ from kvpo.app.sources.common import (
     Guide,
     Recall,
     Source,
+    as_final,
     frozen_dtype,
     streaming_generator,
 )
@@ -276,8 +277,7 @@ def final_prompts(count: int) -> dict[str, FinalSet]:
     drawn = world_prompts("test", count + tested, 3_141_592, 30_000_000)
     fresh = {name: [p for p in own if p.segments not in used][:count] for name, own in drawn.items()}
     beyond = distinct_prompts("test", max(2, count // 4), 5, 2 * LONG_FRAMES, 2_718_281, 40_000_000)
-    sets = {name: FinalSet(own) for name, own in fresh.items()}
-    return sets | {"beyond": FinalSet(beyond, LONG_FRAMES)}
+    return as_final(fresh) | {"beyond": FinalSet(beyond, LONG_FRAMES)}
 
 
 @cache
@@ -372,9 +372,7 @@ SOURCE = Source(
     weights=lambda config: embedded(config)[0],
     split=split,
     final=lambda config: (
-        {name: FinalSet(own) for name, own in split(config)[2].items()}
-        if config.prompts.file
-        else final_prompts(config.evaluation.test_prompts)
+        as_final(split(config)[2]) if config.prompts.file else final_prompts(config.evaluation.test_prompts)
     ),
     pretraining=pretraining,
     frame_rate=PixelCodec.frames_per_second,
