@@ -162,6 +162,9 @@ class ObjectiveConfig:
     """Weight of the mean squared velocity difference to the starting policy on anchor states."""
     advantages: Literal["anchor", "group", "random", "flipped"] = "group"
     """Relative to the anchor, centred on the group, or controls: the group's, permuted or negated."""
+    scale: Literal["group", "collection"] = "group"
+    """Reward spread that advantages are divided by: each group's own, or that of all groups collected
+    together, of which those whose branches hardly differ then count little."""
     keep: tuple[int, int] = (2, 2)
     """Train on this many best and this many worst branches; 0,0: on all."""
     clip: tuple[float, float] = (0.1, 0.2)

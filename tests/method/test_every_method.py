@@ -143,7 +143,7 @@ def test_runs_start_from_what_their_method_needs():
         "flow-grpo": {"exploration.noise": 0.7, "objective.clip": (0.2, 0.2)},
         "cm-grpo": {"stream.step_rule": "renoise", "objective.clip": (0.2, 0.2)},
         "nft": {"objective.velocity_kl": 0.1},
-        "rvm": {"objective.velocity_kl": 0.1},
+        "rvm": {"objective.velocity_kl": 0.1, "objective.scale": "collection"},
         "self-distill": {"exploration.donor": 0},
     }
 
@@ -151,9 +151,7 @@ def test_runs_start_from_what_their_method_needs():
 def test_what_each_method_asks_of_its_rollout():
     asked = {
         name: {
-            flag
-            for flag in ("rewarded", "arrivals", "keep_pool", "pooled_scale", "linear")
-            if vars(method)[flag]
+            flag for flag in ("rewarded", "arrivals", "keep_pool", "imitates", "linear") if vars(method)[flag]
         }
         for name, method in METHODS.items()
     }
@@ -163,7 +161,7 @@ def test_what_each_method_asks_of_its_rollout():
         "flow-grpo": {"rewarded", "arrivals"},
         "cm-grpo": {"rewarded", "arrivals"},
         "nft": {"rewarded", "linear"},
-        "rvm": {"rewarded", "pooled_scale", "linear"},
+        "rvm": {"rewarded", "imitates", "linear"},
         "self-distill": {"keep_pool", "linear"},
     }
     averaging = METHODS["nft"].averaged_old

@@ -1,6 +1,7 @@
 """Several rewards to one advantage per branch: fusion, noise floors, what is withheld."""
 
 from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import pytest
@@ -159,11 +160,13 @@ def test_a_collection_is_divided_by_the_spread_about_every_groups_own_mean(
 ) -> None:
     """Anchors count where advantages are relative to them."""
     groups = [scores_of(torch.tensor(members)) for members in ([0.0, 2.0, 1.0], [0.0, 6.0, 3.0])]
-    config = Config(method="rvm", objective=replace(OBJECTIVE, advantages=advantages), rewards=NO_FLOOR)
+    objective = replace(OBJECTIVE, advantages=advantages, scale="collection")
+    config = Config(objective=objective, rewards=NO_FLOOR)
     blend = blend_of("a", torch.tensor([1.0]), config)
     scale = collection_scale(groups, blend)
     assert scale is not None
-    assert collection_scale(groups, replace(blend, config=replace(config, method="nft"))) is None
+    alone = replace(config, objective=replace(objective, scale="group"))
+    assert collection_scale(groups, replace(blend, config=alone)) is None
     draws = torch.Generator()
     for scores, size in zip(groups, (1.0, 3.0), strict=True):
         found = assign_credit(scores, blend, draws, scale)
@@ -185,11 +188,12 @@ def test_the_best_branch_alone_is_imitated_where_no_policy_over_branches_would_t
     group = scores_of(torch.tensor([0.0, 6.0, 3.0, 1.0]))
     config = Config(method="rvm", objective=replace(OBJECTIVE, keep=(1, 0)), rewards=NO_FLOOR)
     blend = blend_of("a", torch.tensor([1.0]), config)
-    for pooled in (True, False):
-        own = replace(blend, config=config if pooled else replace(config, method="nft"))
+    for method, scale in product(("rvm", "nft", "kvpo"), ("collection", "group")):
+        objective = replace(config.objective, scale=scale)
+        own = replace(blend, config=replace(config, method=method, objective=objective))
         found = assign_credit(group, own, torch.Generator(), collection_scale([group], own))
         assert found is not None and found.branches == (1,)
-        assert float(found.advantages_G) == pytest.approx(1.5 * 3 / 3 if pooled else 0.0)
+        assert float(found.advantages_G) == pytest.approx(1.5 * 3 / 3 if method == "rvm" else 0.0)
 
 
 def test_names_are_checked_against_the_runs_components() -> None:

@@ -59,8 +59,7 @@ OLD = {
     "latent_distance.temperature": _TEMPERATURE,
     "objective.keep_best": _KEEP,
     "objective.keep_worst": _KEEP,
-    "objective.advantage_scale": "method rvm divides by the spread of the collection, the others by their "
-    "group's",
+    "objective.advantage_scale": "use objective.scale group or collection",
     "objective.advantage_clamp": "advantages end at plus or minus 2.5",
     "objective.global_weight": "the global signal has half the weight of the local one; "
     "exploration.tail_blocks 0 scores little of it",

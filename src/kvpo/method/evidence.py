@@ -248,8 +248,8 @@ class Method(Generic[Own]):
     """The evidence reads where the last of the solver steps led, too."""
     keep_pool: bool = False
     """Targets are asked for under routed history, so its pages stay until the replay."""
-    pooled_scale: bool = False
-    """Advantages are divided by the reward spread of the whole collection instead of their own group's."""
+    imitates: bool = False
+    """Best branches that are kept alone are imitated: their advantages are not centred."""
     linear: bool = False
     """The loss is linear in the table, so its gradient needs no table; saves a pass in micro-batches."""
     residual: str = "residual"

@@ -3,7 +3,7 @@
     loss = (1/G) sum_g A_g mean_{b,s} || v* - v_theta(x) ||^2
     x = (1 - sigma) x0_g + sigma eps,    v* = eps - x0_g
 
-Advantages are divided by the standard deviation over the whole collection (``pooled_scale``),
+Advantages are divided by the standard deviation over the whole collection (``objective.scale``),
 so that a group of nearly equal clips does not count as much as one with real differences.
 """
 
@@ -39,4 +39,4 @@ def loss(tables: Tables, credit: Credit, settings: MethodSettings[RvmSettings]) 
     return value, {"loss": float(value.detach()), "matching_error": float(error_N.detach().mean())}
 
 
-METHOD = Method(evidence, loss, METRICS, linear=True, pooled_scale=True)
+METHOD = Method(evidence, loss, METRICS, linear=True, imitates=True)

@@ -100,7 +100,7 @@ class RvmSettings(OwnSettings):
     """Advantage-weighted matching with one advantage scale for the whole collection (RVM)."""
 
     EXPLORERS = ("fresh", "neighbour", "routes")
-    STARTS_FROM = {"objective.velocity_kl": MATCHING_KL}
+    STARTS_FROM = {"objective.velocity_kl": MATCHING_KL, "objective.scale": "collection"}
 
 
 @dataclass(frozen=True)

@@ -89,7 +89,7 @@ def collection_scale(scores: Sequence[Scores], blend: Blend) -> Scale | None:
     With one scale no group has to be skipped: one of nearly equal clips has small advantages. The noise floor
     is still the least that is divided by, for a collection that differs by noise alone.
     """
-    if not METHODS[blend.config.method].pooled_scale:
+    if blend.config.objective.scale == "group":
         return None
     last = None if blend.config.objective.advantages == "anchor" else -1
     signals = ([item.local_KM for item in scores], [item.global_KM for item in scores])
@@ -106,8 +106,7 @@ def assign_credit(
     comes last. With ``advantages`` "random" the same numbers are dealt to the branches at random, with
     "flipped" they change their sign. The selected ones are centred unless they are relative to an anchor in
     the policy's pool: over branches alone a constant that all advantages share does not cancel, but turns the
-    gradient. A method with one scale for the collection has no such policy, so the best branches alone keep
-    their advantages: all are imitated.
+    gradient. A method that imitates has no such policy, so the best branches alone keep their advantages.
     """
     config, objective, fusion = blend.config, blend.config.objective, blend.config.rewards.fusion
     if group_is_noise(scores, blend) if scale is None else not any(bool(one.any()) for one in scale):
@@ -128,8 +127,7 @@ def assign_credit(
         advantages = -advantages
     chosen = best_and_worst(advantages, *objective.keep)
     selected = advantages[chosen]
-    pooled = METHODS[config.method].pooled_scale
-    only_best = pooled and objective.keep[0] > 0 and objective.keep[1] == 0
+    only_best = METHODS[config.method].imitates and objective.keep[0] > 0 and objective.keep[1] == 0
     if not (only_best or (objective.advantages == "anchor" and blend.anchor_in_pool)):
         selected = centred(selected)
     return Credit(tuple(chosen.tolist()), selected, advantages, gap_G[chosen], withheld)
