@@ -166,7 +166,7 @@ def test_names_stay_hidden_until_the_study_is_closed(voted, capsys, tmp_path):
 
     assert command("arena", "report", voted.directory, "--close") == 0
     said = capsys.readouterr().out
-    assert "overall: new against old: 12 good, 0 same, 0 bad; +1.00 (+1.00 to +1.00)" in said
+    assert "overall: new against old: 12 good, 0 same, 0 bad; +1.00 (+0.08 to +1.00)" in said
     numbers = json.loads((voted.directory / "report.json").read_text())
     assert numbers["closed"] and [one["rater"] for one in numbers["raters"]] == ["ann", "ben"]
     assert numbers["questions"][0]["agreement"] == 1.0

@@ -25,6 +25,7 @@ from kvpo.arena.analysis import (
     wins_by_prompt,
 )
 from kvpo.arena.judgements import Judgement, Ranking, as_judgements
+from kvpo.arena.report import in_words
 from tests.arena.raters import honest, judged, leftist, scenes_of
 
 DRAWS = 1000
@@ -50,6 +51,34 @@ def test_intervals_over_prompts_cover_the_truth_in_95_per_cent(prompts, raters, 
             found = bootstrap(statistic, counts, generator)
             covered[n] += found.low <= statistic(everyone) <= found.high
     assert np.all(np.abs(covered / DRAWS - 0.95) <= 0.02), covered / DRAWS
+
+
+@pytest.mark.parametrize(("prompts", "truth"), [(8, 0.9), (20, 0.9), (20, 0.95)])
+def test_intervals_cover_a_win_rate_near_one_where_votes_are_often_unanimous(prompts, truth, monkeypatch):
+    monkeypatch.setattr(analysis, "RESAMPLES", 300)
+    generator, covered = np.random.default_rng(9), 0
+    for _ in range(DRAWS):
+        won_P = generator.random(prompts) < truth
+        counts = np.stack([won_P, np.zeros(prompts), ~won_P], 1).astype(float)
+        found = bootstrap(win_rate, counts, generator)
+        covered += found.low <= truth <= found.high
+    assert covered / DRAWS >= 0.93
+
+
+@pytest.mark.parametrize(("prompts", "preferred"), [(4, False), (5, False), (6, True)])
+def test_unanimous_votes_prefer_an_arm_where_a_coin_would_seldom_be_unanimous(prompts, preferred):
+    votes = [Judgement("a", f"p{n}", "overall", "x", "y", "model_a") for n in range(prompts)]
+    assert ("x is preferred" in in_words("x", "y", compare(votes, "x", 0.1))) == preferred
+    assert (binomial_tail(prompts, prompts) < 0.05) == preferred
+
+
+def test_votes_that_are_all_alike_leave_as_much_open_as_goes_unseen():
+    generator, prompts = np.random.default_rng(0), 10
+    unseen = 1 - 0.025 ** (1 / prompts)
+    for row, low, high in (([3, 0, 0], 1 - 2 * unseen, 1), ([0, 0, 1], -1, 2 * unseen - 1),
+                           ([0, 2, 0], -unseen, unseen)):  # fmt: skip
+        found = bootstrap(gsb, np.array([row] * prompts, float), generator)
+        assert (found.low, found.high) == pytest.approx((low, high))
 
 
 def test_an_interval_that_ignored_prompts_would_not_cover():

@@ -14,7 +14,7 @@ import numpy as np
 from kvpo.arena.judgements import Judgement
 
 RESAMPLES = 2000
-INTERVAL_PROMPTS = 4
+INTERVAL_PROMPTS = 6
 """Prompts below which no interval is given."""
 LEVEL = 0.95
 POWER = 0.8
@@ -74,16 +74,21 @@ def bootstrap(
     """A statistic of the sum over prompts, with its bootstrap interval over whole prompts.
 
     The percentiles are widened to what Student's t needs with so few prompts (Hesterberg 2015, the expanded
-    percentile interval). With fewer than ``INTERVAL_PROMPTS`` prompts it says nothing and is infinite.
+    percentile interval). Where all resamples are alike, as they are of unanimous votes, the ends are those of
+    as large a share of prompts, all good or all bad, as goes unseen with the probability of one tail. With
+    fewer than ``INTERVAL_PROMPTS`` prompts it says nothing and is infinite.
     """
-    prompts = len(counts_P3)
-    value = float(statistic(counts_P3.sum(0)))
+    prompts, total_3 = len(counts_P3), counts_P3.sum(0)
+    value = float(statistic(total_3))
     if prompts < INTERVAL_PROMPTS:
         return Interval(value, -inf, inf)
     drawn_RP = generator.multinomial(prompts, np.full(prompts, 1 / prompts), size=RESAMPLES)
     values_R = statistic(drawn_RP @ counts_P3)
     tail = NormalDist().cdf(-sqrt(prompts / (prompts - 1)) * student((1 + LEVEL) / 2, prompts - 1))
     low, high = np.quantile(values_R, [tail, 1 - tail])
+    if low == high:
+        seen = ((1 - LEVEL) / 2) ** (1 / prompts)
+        low, high = statistic(seen * total_3 + (1 - seen) * total_3.sum() * np.eye(3)[[2, 0]])
     return Interval(value, float(low), float(high))
 
 
