@@ -197,7 +197,8 @@ def test_raters_whom_the_report_flags_do_not_count_whatever_is_learned() -> None
     """A rater always votes left on the first question; the second is learned, or the first with rankings."""
 
     def answer(rater: str, question: str, winner: str, n: int) -> Judgement:
-        return Judgement(rater, "p", question, "a", "b", winner, video_a=f"{n}", video_b=f"{n + 1}")
+        arms = ("a", "b") if n % 4 < 2 else ("b", "a")
+        return Judgement(rater, "p", question, *arms, winner, video_a=f"{n}", video_b=f"{n + 1}")
 
     careless = [answer("left", "overall", "model_a", n) for n in range(20)]
     fair = [answer("fair", "overall", ("model_a", "model_b")[n % 2], n) for n in range(20)]

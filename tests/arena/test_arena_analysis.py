@@ -1,5 +1,6 @@
 """Intervals cover what is known to be true; biased raters are found and move nothing; closed forms hold."""
 
+from dataclasses import replace
 from itertools import pairwise
 from statistics import NormalDist
 
@@ -24,7 +25,7 @@ from kvpo.arena.analysis import (
     win_rate,
     wins_by_prompt,
 )
-from kvpo.arena.judgements import Judgement, Ranking, as_judgements
+from kvpo.arena.judgements import NO_RATER, Judgement, Ranking, as_judgements
 from kvpo.arena.report import in_words
 from tests.arena.raters import honest, judged, leftist, scenes_of
 
@@ -135,6 +136,22 @@ def test_a_rater_biased_to_one_side_is_flagged_and_does_not_move_the_result():
         widest = max(widest, abs(everyone.gsb.value - without.gsb.value * 0.8))
     assert flagged <= 1, "100 honest raters"
     assert widest < 0.15
+
+
+@pytest.mark.parametrize("others", [("old",), ("a", "z")])
+@pytest.mark.parametrize("rater", ["ann", NO_RATER])
+def test_a_better_arm_that_stands_on_one_side_throughout_flags_nobody(others, rater):
+    pairs = [("new", others[n % len(others)]) for n in range(40)]
+    votes = [
+        Judgement(rater, f"p{n}", "overall", *pair, "model_a" if n < 32 else "model_b")
+        for n, pair in enumerate(pairs)
+    ]
+    assert not reliability(votes, rater, "overall").flags
+    swapped = [
+        replace(one, model_a=one.model_b, model_b=one.model_a) if n // 2 % 2 else one
+        for n, one in enumerate(votes)
+    ]
+    assert bool(reliability(swapped, rater, "overall").flags) == (rater != NO_RATER)
 
 
 def test_repeats_attention_and_time_of_a_rater():

@@ -11,7 +11,7 @@ from statistics import NormalDist, median
 
 import numpy as np
 
-from kvpo.arena.judgements import Judgement
+from kvpo.arena.judgements import NO_RATER, Judgement
 
 RESAMPLES = 2000
 INTERVAL_PROMPTS = 6
@@ -279,7 +279,9 @@ class Reliability:
 def reliability(judgements: Sequence[Judgement], rater: str, question: str) -> Reliability:
     """The habits of a rater in answers to ``question``, told without looking at who wins.
 
-    One question, because the answers to several about one pair are not independent of each other.
+    One question, because the answers to several about one pair are not independent of each other. A side is
+    flagged only where every arm was on either side as if drawn: tables from elsewhere may have a better arm
+    always on one. Votes without a rater, which may be many people's, have none flagged.
     """
     own = [one for one in judgements if one.rater == rater and one.question == question]
     own = [one for one in own if one.kind != "ranking"]
@@ -292,7 +294,12 @@ def reliability(judgements: Sequence[Judgement], rater: str, question: str) -> R
     same = [one.winner == "tie" for one in own if one.kind == "attention"]
     attentive = sum(same) / len(same) if same else None
     flags = []
-    if decided and binomial_tail(sum(decided), len(decided)) < SUSPICIOUS:
+    sides = [(one.model_a, one.model_b) for one in own if one.model_a != one.model_b]
+    drawn = all(
+        binomial_tail(sum(arm == side for side, _ in sides), sum(arm in pair for pair in sides)) >= SUSPICIOUS
+        for arm in {arm for pair in sides for arm in pair}
+    )
+    if rater != NO_RATER and drawn and binomial_tail(sum(decided), len(decided)) < SUSPICIOUS:
         side = "left" if left is not None and left > 0.5 else "right"
         flags.append(f"votes for the {side} side whatever is shown there")
     if attentive is not None and attentive < ATTENTIVE:
