@@ -196,6 +196,21 @@ def test_the_best_branch_alone_is_imitated_where_no_policy_over_branches_would_t
         assert float(found.advantages_G) == pytest.approx(1.5 * 3 / 3 if method == "rvm" else 0.0)
 
 
+@pytest.mark.parametrize(
+    ("members", "advantages", "best", "pushed"),
+    [([1.0, 0, 0, 0, 0, 0, 0, 0, 0], "group", 4, [2.5, 0, 0, 0]),
+     ([0.0, 6.0, 3.0, 9.0], "anchor", 1, [0.0])],
+)  # fmt: skip
+def test_nothing_is_pushed_from_where_the_best_branches_are_imitated(
+    members: list[float], advantages: Any, best: int, pushed: list[float]
+) -> None:
+    """Kept branches may be below the mean of their group, and all of them worse than the anchor."""
+    objective = replace(OBJECTIVE, advantages=advantages, keep=(best, 0), scale="group")
+    blend = blend_of("a", torch.tensor([1.0]), Config(method="rvm", objective=objective, rewards=NO_FLOOR))
+    found = assign_credit(scores_of(torch.tensor(members)), blend, torch.Generator())
+    assert found is not None and found.advantages_G.tolist() == pytest.approx(pushed, abs=1e-6)
+
+
 def test_names_are_checked_against_the_runs_components() -> None:
     scores = scores_of(LARGE, SMALL)
     with pytest.raises(ConfigurationError, match="rewards.noise_floors: 'z' is not a component .* a, b"):
