@@ -3,6 +3,7 @@
 import hashlib
 import json
 from dataclasses import dataclass, replace
+from math import log
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,7 +15,7 @@ from kvpo.app.align import align
 from kvpo.app.arena import open_study, report
 from kvpo.app.configuration import assign
 from kvpo.app.generate import generate
-from kvpo.app.learn_reward import features_of, learn_reward, votes_of, worth_of
+from kvpo.app.learn_reward import features_of, learn_reward, table, votes_of, worth_of
 from kvpo.app.named_rewards import named_rewards
 from kvpo.arena.intake import record_ranking
 from kvpo.arena.judgements import Judgement, Ranking
@@ -81,6 +82,17 @@ def test_worth_of_a_known_taste_and_of_coins():
     assert (sure.votes, sure.prompts) == (150, 50)
     coin = worth_of(table, votes(0.0), 0)
     assert coin.accuracy.low < 0.5 < coin.accuracy.high and coin.ridge >= 0.1 and coin.loss > 0.66
+
+
+def test_loss_and_number_of_votes_count_an_answer_for_neither_once_and_a_coin_by_what_was_asked():
+    """Features that tell nothing lose what a coin does; folds differ in how many of either they hold."""
+    same = [Task(pair, (0, 1), f"same {n}", 0.5) for n in range(10) for pair in ((0, 1), (1, 0))]
+    chosen = [Task(tuple(range(6)), (0, 1, 1, 1, 1, 1), f"choice {n}") for n in range(10)]
+    found = worth_of(torch.zeros(6, 2), [*same, *chosen], 0)
+    assert found.votes == 20
+    assert found.loss == pytest.approx(found.coin) == pytest.approx((log(2) + log(6)) / 2)
+    few = worth_of(torch.zeros(6, 2), chosen[:5], 0)
+    assert "(too few prompts)" in table(few) and f"(a coin: {log(6):.3f})" in table(few)
 
 
 def test_features_of_a_story_are_those_of_its_segments_by_their_length(tmp_path):

@@ -6,7 +6,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from hashlib import sha256
-from math import log, nan
+from math import nan
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +17,7 @@ from kvpo.app.calibrate import calibrate
 from kvpo.app.named_rewards import FILE_RATE, PREFERENCE, frozen_features
 from kvpo.app.score import as_video
 from kvpo.arena.analysis import Interval, bootstrap, reliability, trusted, win_rate
+from kvpo.arena.report import ends
 from kvpo.arena.store import Study
 from kvpo.arena.study import Scene
 from kvpo.config_checks import ConfigurationError
@@ -53,7 +54,9 @@ class Worth:
     accuracy: Interval
     """Share of decided pairs that are predicted right, its interval over prompts."""
     loss: float
-    """Mean negative log-likelihood of a vote; log 2 = 0.693 of a coin, for pairs."""
+    """Mean negative log-likelihood of a vote."""
+    coin: float
+    """That of a preference for no video: log 2 for pairs, another for rankings and choices."""
     calibration: tuple[Bin, ...]
     votes: int
     prompts: int
@@ -103,8 +106,8 @@ def learn_reward(
     save_preference(out, preference, record | {"worth": finite(asdict(worth))})
     if worth.accuracy.low <= 0.5:
         logger.warning(
-            "held-out accuracy cannot be told from chance (%.3f, %.3f to %.3f): get more votes or features",
-            worth.accuracy.value, worth.accuracy.low, worth.accuracy.high,
+            "held-out accuracy cannot be told from chance (%.3f, %s): get more votes or features",
+            worth.accuracy.value, ends(worth.accuracy, "{:.3f}".format),
         )  # fmt: skip
     floor = _noise_floor(out, shown, seed, device)
     worth = Worth(**{**vars(worth), "noise_floor": floor})
@@ -184,7 +187,7 @@ def worth_of(table_VD: Tensor, votes: Sequence[Task], seed: int) -> Worth:
     losses = []
     for learned, held_out in _folds(votes, seed):
         scores_V = fit(table_VD, learned, _ridge(table_VD, learned, seed + 1))(table_VD)
-        losses.append(float(plackett_luce(scores_V, stacked(held_out))) * len(held_out))
+        losses.append(_lost(scores_V, held_out))
         scored += [(vote, scores_V) for vote in held_out]
     pairs = [
         (vote.prompt, margin, vote.weight) for vote, scores in scored for margin in _margins(vote, scores)
@@ -197,12 +200,22 @@ def worth_of(table_VD: Tensor, votes: Sequence[Task], seed: int) -> Worth:
     table = np.array(list(counts.values())).reshape(-1, 3)
     return Worth(
         bootstrap(win_rate, table, np.random.default_rng(seed)),
-        sum(losses) / max(1, len(votes)),
+        sum(losses) / _weight(votes),
+        _lost(torch.zeros(len(table_VD)).double(), votes) / _weight(votes),
         _calibration([margin for _, margin in decided]),
-        len(votes),
+        round(_weight(votes)),
         len({vote.prompt for vote in votes}),
         _ridge(table_VD, votes, seed + 1),
     )
+
+
+def _weight(votes: Sequence[Task]) -> float:
+    return sum(vote.weight for vote in votes)
+
+
+def _lost(scores_V: Tensor, votes: Sequence[Task]) -> float:
+    """The sum, not the mean, so that folds add up."""
+    return float(plackett_luce(scores_V, stacked(votes))) * _weight(votes)
 
 
 def _folds(votes: Sequence[Task], seed: int) -> Iterator[tuple[list[Task], list[Task]]]:
@@ -223,7 +236,7 @@ def _ridge(table_VD: Tensor, votes: Sequence[Task], seed: int) -> float:
     for learned, held_out in _folds(votes, seed):
         for ridge in RIDGES:
             scores_V = fit(table_VD, learned, ridge)(table_VD)
-            losses[ridge] += float(plackett_luce(scores_V, stacked(held_out))) * len(held_out)
+            losses[ridge] += _lost(scores_V, held_out)
     return min(losses, key=lambda ridge: losses[ridge])
 
 
@@ -269,8 +282,8 @@ def table(worth: Worth) -> str:
     accuracy = worth.accuracy
     lines = [
         f"votes {worth.votes} on {worth.prompts} prompts",
-        f"held-out accuracy {accuracy.value:.3f} ({accuracy.low:.3f} to {accuracy.high:.3f})",
-        f"held-out loss {worth.loss:.3f} (a coin: {log(2):.3f})",
+        f"held-out accuracy {accuracy.value:.3f} ({ends(accuracy, '{:.3f}'.format)})",
+        f"held-out loss {worth.loss:.3f} (a coin: {worth.coin:.3f})",
         *(f"predicted {b.predicted:.2f}: observed {b.observed:.2f} of {b.pairs}" for b in worth.calibration),
     ]
     return "\n".join(lines)

@@ -1,7 +1,7 @@
 """The page of a study: who wins and how sure that is, whom to trust, and the clips that decided."""
 
 import base64
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from math import isfinite
 from pathlib import Path
 
@@ -77,7 +77,7 @@ def _question(one: Answered, result: Result) -> str:
         return f"<h3 class='group'>{escape(one.question.text)}</h3><p class='missing'>No votes yet.</p>"
     agreed = "" if one.agreement is None else f" Raters agree with α = {fixed(one.agreement, 2)}."
     strengths = [
-        (escape(arm), signed(found.value, 2), _ends(found, signed), _bar(found, 2.0))
+        (escape(arm), signed(found.value, 2), ends(found, signed), _bar(found, 2.0))
         for arm, found in sorted(one.strengths.items(), key=lambda item: -item[1].value)
     ]
     needed = f"to see {signed(result.effect, 2)}"
@@ -104,14 +104,15 @@ def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _share(found: Interval) -> str:
-    return f"{percent(found.value)} <span class='soft'>{_ends(found, percent)}</span>"
+    return f"{percent(found.value)} <span class='soft'>{ends(found, percent)}</span>"
 
 
 def _gsb(found: Interval) -> str:
-    return f"{signed(found.value, 2)} <span class='soft'>{_ends(found, lambda end: signed(end, 2))}</span>"
+    return f"{signed(found.value, 2)} <span class='soft'>{ends(found, lambda end: signed(end, 2))}</span>"
 
 
-def _ends(found: Interval, text) -> str:
+def ends(found: Interval, text: Callable[[float], str]) -> str:
+    """The ends of an interval, each written by ``text``, or that it has none."""
     if not isfinite(found.low) or not isfinite(found.high):
         return "too few prompts"
     return f"{text(found.low)} to {text(found.high)}"
@@ -192,10 +193,10 @@ def text_table(result: Result) -> str:
     for answered in result.questions:
         for one in answered.pairings:
             if (found := one.counted) is not None:
-                value, ends = signed(found.gsb.value, 2), _ends(found.gsb, lambda end: signed(end, 2))
+                interval = ends(found.gsb, lambda end: signed(end, 2))
                 lines.append(
                     f"{answered.question.name}: {one.arm} against {one.other}: {found.good} good, "
-                    f"{found.same} same, {found.bad} bad; {value} ({ends})"
+                    f"{found.same} same, {found.bad} bad; {signed(found.gsb.value, 2)} ({interval})"
                 )
     lines += [f"{one.rater} {flag}: not counted" for one in result.raters for flag in one.flags]
     return "\n".join(lines or ["no votes yet"]).replace(MINUS, "-")
