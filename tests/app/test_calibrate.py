@@ -63,8 +63,8 @@ def test_a_constant_has_no_noise_and_a_known_change_is_measured():
     noise = measure(reward_of(whether_changed), SAMPLES[:1], 0)["probe"]
     assert noise.changes["one grey level"].rms == noise.changes["one grey level"].bias == 1
     assert noise.changes["order of the batch"].largest == 0
-    # 1 original, 9 unmoved originals of the pairs, 9 changed versions
-    assert noise.noise_floor == pytest.approx(torch.tensor([0.0] * 10 + [1.0] * 9).std().item())
+    # 1 original and 9 changed versions; the unmoved originals of the pairs are no versions of their own
+    assert noise.noise_floor == pytest.approx(torch.tensor([0.0] + [1.0] * 9).std().item())
 
 
 def test_a_reward_that_looks_at_its_neighbours_is_found_out():
@@ -72,7 +72,7 @@ def test_a_reward_that_looks_at_its_neighbours_is_found_out():
     assert noise.changes["order of the batch"].largest > 0
     honest = measure(reward_of(lambda v: v.mean((1, 2, 3, 4))), SAMPLES, 0)["probe"]
     assert honest.changes["order of the batch"].largest < 1e-6
-    assert honest.spread_between_clips > 10 * honest.noise_floor > 0
+    assert honest.spread_between_clips > 8 * honest.noise_floor > 0
 
 
 def same(video_BTCHW, prompts):

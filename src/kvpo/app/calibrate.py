@@ -37,6 +37,7 @@ QUALITIES = (18, 23)
 """H.264 constant rate factors: visually lossless, and the default of most tools."""
 SHIFTS = ((1, 0), (-1, 0), (0, 1), (0, -1))
 NOISE_DRAWS = 3
+ORDER = "order of the batch"
 RANDOM_SHARE = 0.1
 """Share of the noise floor by which scores of equal clips may differ: sums on a GPU have no fixed order."""
 
@@ -117,7 +118,7 @@ def measure(
     """Noise of every component and of their weighted ``total``.
 
     Every changed version shares a batch with its original, once before and once after it; what that does to
-    the original's own score is the change "order of the batch".
+    the original's own score is the change ``ORDER``.
     """
     original: dict[str, list[float]] = {}
     repetition: dict[str, float] = {}
@@ -138,7 +139,7 @@ def measure(
                 pair[1 - place] = version
                 scores = _totalled(reward, reward(torch.stack(pair), [prompt, prompt]))
                 for name, values in scores.items():
-                    moved = {kind: values[1 - place], "order of the batch": values[place]}
+                    moved = {kind: values[1 - place], ORDER: values[place]}
                     for what, value in moved.items():
                         per_clip = deltas.setdefault(name, {}).setdefault(what, [])
                         if len(per_clip) == number:
@@ -155,11 +156,13 @@ def _totalled(reward: Reward, scores: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _noise(original: list[float], deltas: dict[str, list[list[float]]], repetition: float) -> ComponentNoise:
-    variances = []
-    for clip in range(len(original)):
-        # the original is one version of the clip, and so is each of its changes
-        versions = torch.tensor([0.0, *(delta for kind in deltas.values() for delta in kind[clip])])
-        variances.append(versions.var(correction=1))
+    # The original is one version of the clip, and so is each of its changes. What the batch does is in these
+    # already; the original beside them, once for each, would hide how far they moved.
+    versions = [per_clip for kind, per_clip in deltas.items() if kind != ORDER]
+    variances = [
+        torch.tensor([0.0, *(delta for per_clip in versions for delta in per_clip[clip])]).var(correction=1)
+        for clip in range(len(original))
+    ]
     changes = {}
     for kind, per_clip in deltas.items():
         moved = torch.tensor(per_clip).flatten()

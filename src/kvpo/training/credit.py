@@ -106,8 +106,8 @@ def assign_credit(
     comes last. With ``advantages`` "random" the same numbers are dealt to the branches at random, with
     "flipped" they change their sign. The selected ones are centred unless they are relative to an anchor in
     the policy's pool: over branches alone a constant that all advantages share does not cancel, but turns the
-    gradient. A method that imitates has no such policy, so the best branches alone keep their advantages, those
-    below 0 counting 0: nothing is pushed away.
+    gradient. A method that imitates has no such policy, so the best branches alone keep their advantages,
+    those below 0 counting 0: nothing is pushed away.
     """
     config, objective, fusion = blend.config, blend.config.objective, blend.config.rewards.fusion
     if group_is_noise(scores, blend) if scale is None else not any(bool(one.any()) for one in scale):
