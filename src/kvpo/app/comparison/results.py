@@ -138,7 +138,7 @@ def _on_set(
     numbers["p_against_kvpo"] = (
         permutation_p(reached, reference) if compared and COMPARED_WITH in tested else None
     )
-    if NULL in gains and arm != NULL:
+    if NULL in gains and arm != NULL:  # of gains: the null runs start from the common base
         by_chance = gains[NULL][name].mean(1).tolist()
         numbers["p_against_null"] = permutation_p(own, gains[NULL][name]) if NULL in tested else None
         numbers["above_every_null"] = sum(gain > max(by_chance) for gain in of_runs)
