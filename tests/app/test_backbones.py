@@ -66,7 +66,7 @@ def test_the_starting_policy_with_a_given_adapter(files: Path) -> None:
 
         texts, tape = setup.backbone.texts(prompt), setup.backbone.tape("test")
         trained = stream_latents(setup.generator, prompt, texts, tape)
-        with policy_of(setup.model, adapted=True).reference():
+        with policy_of(setup.model).reference():
             assert torch.equal(stream_latents(setup.generator, prompt, texts, tape), trained)
         outputs.append(trained)
         assert adapter_state(setup.model).rank == 2

@@ -127,7 +127,7 @@ def _generate(
     with ranks.together("loading the generator"):
         path = checkpoint_of(run, checkpoint)
         backbone = with_given_frames(load_backbone(config, wanted), frames, wanted)
-        arms = opened_arms(config, backbone, path, weights)
+        arms = opened_arms(backbone, path, weights)
         selection = None if best is None else best.selection(config, backbone)
         try:
             out.mkdir(parents=True, exist_ok=True)

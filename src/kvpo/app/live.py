@@ -99,7 +99,7 @@ def theatre_of(
     source = source_of(config)
     path = checkpoint_of(run, checkpoint)
     backbone = load_backbone(config)
-    sides = opened_arms(config, backbone, path, weights)
+    sides = opened_arms(backbone, path, weights)
     generator, codec, guide = backbone.generator, backbone.codec, source.guide
     exploration = config.exploration
     if generator.deployment.window == -1:

@@ -257,7 +257,7 @@ def generate_suite(
             backbone = load_backbone(config, asked)
             record |= {"base": backbone.weights.base_sha256, **_shape(backbone, frames)}
             record["settings"] = settings_of(config)
-            arms = opened_arms(config, backbone, path, weights)
+            arms = opened_arms(backbone, path, weights)
         for arm, side in arms.items():
             own = record | ({"checkpoint": _identity(path, weights)} if path and arm == "aligned" else {})
             ranks.once("preparing the folder", lambda own=own, arm=arm: _prepare(out, arm, own, videos))

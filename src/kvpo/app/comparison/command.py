@@ -24,7 +24,6 @@ from kvpo.app.build import build_setup, source_of
 from kvpo.app.comparison.arms import PRETRAINING, TRIAL_SEED, TrainingArm, configured
 from kvpo.app.comparison.measuring import (
     MEASURED,
-    base_policy,
     floor_line,
     on_validation_prompts,
     trained,
@@ -38,6 +37,7 @@ from kvpo.files import StorageError, finite, local_path, read_json, storage_erro
 from kvpo.models.finite import NonFiniteError
 from kvpo.report.comparison import write_comparison
 from kvpo.training.device import computing
+from kvpo.training.policy import policy_of
 from kvpo.training.run_directory import RunDirectory
 
 logger = logging.getLogger(__name__)
@@ -155,7 +155,7 @@ def _trained(
 def _base(config: Config, measure: Callable[..., Any]) -> dict[str, Any]:
     with computing(config):
         setup = build_setup(config)
-        with base_policy(setup):
+        with policy_of(setup.model).reference():
             return {"results": measure(setup), "base_sha256": setup.backbone.weights.base_sha256}
 
 
