@@ -125,9 +125,10 @@ def theatre_of(
     stage = Stage(generator, codec, embed, exploration, hashlib.sha256(numbers.encode()).hexdigest())
     scheduler = Scheduler(stage, sides, limits, observer=guide.shows if guide else None)
     theatre = Theatre(scheduler, out, _info(config, backbone, sides, run, told=guide is not None))
+    text_limits = source.text_limits(config)
+    theatre.notice = lambda prompt: "; ".join(text_limits.notices(prompt))
     if guide is not None:
         theatre.story = lambda seed: [Cue(*act) for act in guide.story(seed)]
-        theatre.notice = guide.notice
     return theatre
 
 

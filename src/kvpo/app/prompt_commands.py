@@ -125,7 +125,6 @@ def prompts(arguments: Namespace) -> int:
 def notes(files: "list[PromptFile]", limits: "TextLimits") -> list[str]:
     """Everything worth knowing about prompts that were read: lengths, repeats, parts that have no effect."""
     from kvpo.app.file_prompts import short_notice, word_count
-    from kvpo.files import named_list
     from kvpo.prompt_files import repeats
 
     said = []
@@ -141,13 +140,7 @@ def notes(files: "list[PromptFile]", limits: "TextLimits") -> list[str]:
         for n, prompt in enumerate(file.prompts):
             places[id(prompt)] = file.at(n)
             for text in dict.fromkeys(prompt.segments):
-                if limits.length is not None and (length := limits.length(text)) > limits.limit:
-                    said.append(
-                        f"{file.at(n)}: {length} {limits.unit}, {limits.limit} are read: "
-                        f"{length - limits.limit} are cut"
-                    )
-                if unknown := limits.unknown(text):
-                    said.append(f"{file.at(n)}: unknown words have no effect: {named_list(unknown)}")
+                said += [f"{file.at(n)}: {notice}" for notice in limits.notices(text)]
     every = [prompt for file in files for prompt in file.prompts]
     for first, *again in repeats(every):
         said += [f"{places[id(prompt)]}: repeats {places[id(first)]}" for prompt in again]

@@ -33,8 +33,6 @@ class Guide:
     """Seed -> prompts that tell a story, each with the latent frames that it lasts."""
     shows: Callable[[Tensor, str, str], bool]
     """(pixels ``[T, 3, H, W]``, prompt, prompt before) -> True once some frame shows the prompt rather."""
-    notice: Callable[[str], str]
-    """Names the words of a prompt that have no effect, unknown or cut; empty: all have."""
 
 
 @dataclass(frozen=True)

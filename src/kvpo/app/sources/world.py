@@ -357,16 +357,8 @@ def shows_rather(video_TCHW: Tensor, prompt: str, before: str) -> bool:
         return False
 
 
-def words_without_effect(prompt: str) -> str:
-    """Names the words of a prompt that the embedded generator does not know, and counts those it cuts."""
-    unknown, cut = WordTokenizer().unknown(prompt), len(words(prompt)) - TEXT_LENGTH
-    notices = [f"unknown words have no effect: {named_list(unknown)}"] if unknown else []
-    notices += [f"the last {cut} words have no effect: {TEXT_LENGTH} are read"] if cut > 0 else []
-    return "; ".join(notices)
-
-
 SOURCE = Source(
-    guide=Guide(live_story, shows_rather, words_without_effect),
+    guide=Guide(live_story, shows_rather),
     setup=build_world,
     backbone=backbone_for,
     weights=lambda config: embedded(config)[0],
