@@ -184,7 +184,7 @@ def seen_alike(
 
 
 def lockstep_batches(alike: Sequence[Hashable], rows: int) -> Iterator[list[int]]:
-    """Indices of streams in batches of at most ``rows`` (0: no limit) that are ``alike``."""
+    """Indices in batches of at most ``rows`` (0: no limit), each of what is ``alike``."""
     groups: dict[Hashable, list[int]] = {}
     for n, kind in enumerate(alike):
         groups.setdefault(kind, []).append(n)

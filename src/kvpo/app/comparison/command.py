@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from filelock import FileLock, Timeout
@@ -107,9 +108,9 @@ def _trial(
         return None
     before = comparison.result(base)["results"]
     gains = [
-        _mean(after["totals"]) - _mean(before[name]["totals"]) for name, after in result["results"].items()
+        mean(after["totals"]) - mean(before[name]["totals"]) for name, after in result["results"].items()
     ]
-    return {**result, **settings, "gain": _mean(gains)}
+    return {**result, **settings, "gain": mean(gains)}
 
 
 def _run(comparison: MethodComparison, name: str, arm: TrainingArm, seed: int) -> dict[str, Any] | None:
@@ -167,10 +168,6 @@ def _floor(config: Config, kind: str, count: int) -> dict[str, Any]:
 def _floors(comparison: MethodComparison) -> Sequence[tuple[str, int]]:
     """Floor lines belong to the last test; choosing among arms needs none."""
     return FLOORS if comparison.split == "final" else ()
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
 
 
 def compare_methods(
