@@ -28,7 +28,6 @@ from kvpo.engine.noise import Tape, keyed_generator
 from kvpo.engine.rollout import Group
 from kvpo.engine.scoring import Scores, decode_members, score_group
 from kvpo.files import write_atomic
-from kvpo.method.advantage import GLOBAL_WEIGHT
 from kvpo.method.evidence import no_credit
 from kvpo.prompts import VideoPrompt
 from kvpo.report.headline import FEWEST_PROMPTS
@@ -328,7 +327,7 @@ def _group_entry(
     """
     judges = setup.judges
     pixels = decode_members(group, setup.backbone.codec, lead=group.fork)
-    totals = score.totals(judges.weights_K, GLOBAL_WEIGHT)
+    totals = score.totals(judges.weights_K)
     members = []
     for n in [group.branches, *range(group.branches)]:
         anchor = n == group.branches

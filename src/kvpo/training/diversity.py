@@ -113,7 +113,7 @@ class Laboratory:
                     sum(shown[a] != shown[b] for a, b in pairs) / len(pairs),
                     mean_pairwise_distance(window),
                     float((confidence < self.read_off.broken_below).float().mean()),
-                    float(score.totals(self.judges.weights_K, 0.0)[:-1].std()),
+                    float((self.judges.weights_K @ score.local_KM)[:-1].std()),
                 )
             )
         means = [sum(column) / len(results) for column in zip(*results, strict=True)]
