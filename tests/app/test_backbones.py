@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from kvpo.app.build import build_setup, source_of
-from kvpo.app.file_prompts import FilePrompts
+from kvpo.app.prompt_sets import FilePrompts
 from kvpo.app.sources import wan_parts
 from kvpo.app.sources.wan_parts import WanCodec, open_weights, wan_weights
 from kvpo.config_checks import ConfigurationError

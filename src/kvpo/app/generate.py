@@ -12,9 +12,9 @@ from safetensors.torch import save
 from torch import Tensor
 
 from kvpo.app.build import checkpoint_of, load_backbone, opened_arms, source_of
-from kvpo.app.file_prompts import prompt_file
 from kvpo.app.given_frames import with_given_frames
 from kvpo.app.judges import build_scorer
+from kvpo.app.prompt_sets import prompt_file
 from kvpo.app.provenance import demand_same_prompts
 from kvpo.app.video_folder import MANIFEST, VIDEO_SUFFIXES
 from kvpo.config import Config

@@ -40,7 +40,7 @@ class TextLimits:
     """Words of the prompts that the generator was made for; far shorter ones are followed badly. 0: any."""
 
     def notices(self, text: str) -> list[str]:
-        """What of a text has no effect, a line each: units that are cut, unknown words."""
+        """Lines on the parts of a text that have no effect: units that are cut, unknown words."""
         said = []
         if self.length is not None and (length := self.length(text)) > self.limit:
             said.append(f"{length} {self.unit}, {self.limit} are read: {length - self.limit} are cut")
