@@ -125,7 +125,7 @@ class Ours:
         self.config: Config = replace(preset, device="cpu", exploration=explored, optim=optim)
         self.model, self.tape, self.texts = model, tape, {PROMPT: text}
         self.generator = replace(streaming_generator(self.config, model), context_noise=CLEAN_PASS)
-        self.policy = policy_of(model, adapted=rank > 0)
+        self.policy = policy_of(model)
         self.average = MovingAverage(self.policy.parameters, optim.ema_decay)
         self.optimizer = torch.optim.AdamW(
             list(self.policy.parameters.values()), lr=optim.lr, betas=BETAS, weight_decay=WEIGHT_DECAY

@@ -35,7 +35,7 @@ UPDATE = 0
 def one_update(setup: Setup) -> dict[str, torch.Tensor]:
     """Change the setup's adapter by one update, and return its tensors."""
     config, generator = setup.config, setup.generator
-    policy = policy_of(setup.model, adapted=True)
+    policy = policy_of(setup.model)
     optimizer = torch.optim.AdamW(
         list(policy.parameters.values()),
         lr=config.optim.lr * learning_rate_factor(UPDATE),

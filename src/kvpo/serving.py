@@ -47,13 +47,11 @@ def is_own_page(origin: str | None, host: str) -> bool:
     return origin is None or bool(host) and origin in (f"http://{host}", f"https://{host}")
 
 
-def check_address(host: str, port: int, token: str | None, variable: str) -> None:
-    """Refuse to listen to other machines without a token, and ports that are none.
+def check_address(host: str, token: str | None, variable: str) -> None:
+    """Refuse to listen to other machines without a token.
 
     ``variable`` names where the environment holds the token. Raises ConfigurationError.
     """
-    if not 0 <= port < 2**16:
-        raise ConfigurationError(f"--port: must be 0 to {2**16 - 1}, got {port}")
     if token is None and not is_loopback(host):
         raise ConfigurationError(
             f"--host: {host} is open to other machines, which needs a token: set {variable} or "
@@ -88,6 +86,8 @@ def admitted(shown: str, token: str | None) -> bool:
 
 def listener(host: str, port: int) -> socket.socket:
     """A socket that listens at ``host`` and ``port`` (0: any). Raises ConfigurationError."""
+    if not 0 <= port < 2**16:
+        raise ConfigurationError(f"--port: must be 0 to {2**16 - 1}, got {port}")
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         return socket.create_server((host, port), family=family)

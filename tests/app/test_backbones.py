@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from kvpo.app.build import build_setup, source_of
-from kvpo.app.file_prompts import FilePrompts
+from kvpo.app.prompt_sets import FilePrompts
 from kvpo.app.sources import wan_parts
 from kvpo.app.sources.wan_parts import WanCodec, open_weights, wan_weights
 from kvpo.config_checks import ConfigurationError
@@ -66,7 +66,7 @@ def test_the_starting_policy_with_a_given_adapter(files: Path) -> None:
 
         texts, tape = setup.backbone.texts(prompt), setup.backbone.tape("test")
         trained = stream_latents(setup.generator, prompt, texts, tape)
-        with policy_of(setup.model, adapted=True).reference():
+        with policy_of(setup.model).reference():
             assert torch.equal(stream_latents(setup.generator, prompt, texts, tape), trained)
         outputs.append(trained)
         assert adapter_state(setup.model).rank == 2

@@ -147,6 +147,17 @@ def test_wrong_usage_is_one_line_and_status_2(
     assert list(tmp_path.iterdir()) == []  # nothing was created
 
 
+def test_names_in_a_list_may_have_spaces_around_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[Any] = []
+    monkeypatch.setattr("kvpo.app.generate.generate", lambda *a, best, **b: given.append(best.rewards) or [])
+    suite = lambda *a, dimensions, **b: given.append(dimensions) or []  # noqa: E731
+    monkeypatch.setattr("kvpo.app.suites.generate_suite", suite)
+    assert main(["generate", "--out", "x", "--best-of", "2", "--by", "world, flicker"]) == 0
+    assert main(["generate", "--out", "x", "--suite", "vbench", "--dimensions", "color, scene"]) == 0
+    assert given == [("world", "flicker"), ["color", "scene"]]
+    assert arguments.names("a ,b,", " c") == ["a", "b", "c"]
+
+
 def test_library_errors_are_one_line_unless_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(arguments) -> None:
         raise ValueError("prompts file x.txt is empty:\n  add a line")

@@ -9,7 +9,7 @@ from kvpo.app.build import load_backbone
 from kvpo.app.cli import main
 from kvpo.app.configuration import preset
 from kvpo.app.live import theatre_of
-from kvpo.app.sources.world import live_story, shows_rather, words_without_effect
+from kvpo.app.sources.world import live_story, shows_rather
 from kvpo.engine.generator import pixels_of
 from kvpo.engine.stream import stream_latents
 from kvpo.live.scheduler import SessionLimits
@@ -54,6 +54,9 @@ def test_the_embedded_generator_streams(tmp_path):
     )
     own, sent = theatre.scheduler, []
     (cue, *rest) = theatre.story(3)
+    assert theatre.notice("A red dragon.") == "unknown words have no effect: dragon"
+    assert not theatre.notice(cue.prompt)
+    assert theatre.notice("red " * 33) == "33 words, 32 are read: 1 are cut"
     begun = Cue(cue.prompt, 12)
     session = partial(Session, own.stage, own.cache, ["base"], begun, 1)
     show = own.open("one", session, sent.append, own.clock(), 0.0)
@@ -68,11 +71,8 @@ def test_the_embedded_generator_streams(tmp_path):
     assert own.cache.pages_in_use == 0
 
 
-def test_the_scorer_sees_a_switch_and_words_without_effect_are_named():
+def test_the_scorer_sees_a_switch():
     assert len(live_story(1)) == 4 and live_story(1) == live_story(1) != live_story(2)
-    assert "dragon" in words_without_effect("A red dragon.")
-    assert not words_without_effect(Cue("A red circle.").prompt)
-    assert words_without_effect("red " * 33) == "the last 1 words have no effect: 32 are read"
     backbone = load_backbone(preset("demo"))
     red, blue = "A red circle drifts right by the sea.", "A blue square drifts left in the desert."
     prompts = [VideoPrompt(n, (text,), (), 12) for n, text in enumerate((red, blue))]

@@ -218,7 +218,7 @@ def test_streaming_needs_what_the_plan_says(monkeypatch, tmp_path):
 
     monkeypatch.setattr(StreamingGenerator, "new_cache", watched)
     prompts = setup.validation["short"][:1]
-    stream_latents(setup.generator, prompts, setup.backbone.texts(prompts), setup.evaluation_tape(), rows=1)
+    stream_latents(setup.generator, prompts, setup.backbone.texts(prompts), setup.evaluation_tape())
     (phase,) = (p for p in plan_of(config).phases if p.name == "stream held-out videos")
     assert phase.parts["pages"] == made[0] * setup.generator.page_bytes
 

@@ -10,7 +10,7 @@ import yaml
 
 from kvpo.app.build import source_of
 from kvpo.app.cli import main
-from kvpo.app.file_prompts import held_out, prompts_of_file, short_notice, word_count
+from kvpo.app.prompt_sets import held_out, prompts_of_file, short_notice, word_count
 from kvpo.app.video_folder import file_prompts
 from kvpo.config import Config
 from kvpo.prompt_files import read_prompts

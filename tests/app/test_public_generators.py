@@ -134,6 +134,7 @@ def directed_live(run: Path, out: Path) -> None:
     config, limits = resolve_saved(run / "config.yaml"), SessionLimits(sessions=1, frames=60)
     theatre = theatre_of(config, out, run=run, checkpoint="latest", weights="raw", limits=limits)
     with serving(out, theatre=theatre) as served, served.connect() as client:
+        assert theatre.notice("the dog jumps " * 3) == "10 tokens, 8 are read: 2 are cut"
         assert client.start("a red ball", seed=3, speed=0)["arms"] == ["base", "aligned"]
         first = client.until("video.block")
         assert {name: len(sizes) for name, sizes in first["frames"].items()} == {"base": 9, "aligned": 9}

@@ -27,7 +27,7 @@ def test_without_a_tail_the_window_is_read(monkeypatch: pytest.MonkeyPatch, tail
         lengths.append(videos.shape[1])
         return [(n % 2,) for n in range(len(videos))], torch.ones(len(videos))
 
-    scores = SimpleNamespace(totals=lambda weights, share: torch.arange(4.0))
+    scores = SimpleNamespace(local_KM=torch.arange(4.0)[None])
     monkeypatch.setattr(diversity, "score_group", lambda *given, **named: scores)
     group: Any = SimpleNamespace(clean_MTCHW=torch.rand(4, 6 + tail, 3, 2, 2), window_frames=6)
     judges: Any = SimpleNamespace(scorer=None, weights_K=torch.ones(1))

@@ -128,7 +128,7 @@ def test_gradient_coverage_is_the_share_of_trained_tensors_with_a_gradient(
 def test_an_adapter_that_binds_no_layer_is_refused(tiny_base: Path) -> None:
     model = toy_setup(tiny_config(tiny_base)).model.requires_grad_(False)
     with pytest.raises(ValueError, match=r"nothing to train: the adapter binds no layer.*backbone\.lora"):
-        policy_of(model, adapted=True)
+        policy_of(model)
 
 
 def test_the_decay_of_the_average_warms_up() -> None:

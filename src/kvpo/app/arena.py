@@ -8,7 +8,7 @@ from pathlib import Path
 from kvpo.app.arena_sources import arms_of, described, parse_source, scenes_of
 from kvpo.arena.database import DATABASE
 from kvpo.arena.exchange import VOTE_SUFFIXES, read_votes, write_votes
-from kvpo.arena.intake import add_judgements, create_study, refuse_taken
+from kvpo.arena.intake import create_study, refuse_taken
 from kvpo.arena.pairs import draw
 from kvpo.arena.report import write_study_page
 from kvpo.arena.result import Result, analyse
@@ -87,8 +87,6 @@ def serve_study(opened: Callable[[], Study], raters: Sequence[str], *, host: str
     """
     from kvpo.arena.server import arena_app
 
-    if not 0 <= port < 2**16:
-        raise ConfigurationError(f"--port: must be 0 to {2**16 - 1}, got {port}")
     with listener(host, port) as listening:
         study = opened()
         for line in links(study, raters, url_of(host, listening.getsockname()[1])):
@@ -160,8 +158,3 @@ def export_votes(study: Study, out: Path) -> int:
     votes = study.judgements()
     write_votes(out, votes)
     return len(votes)
-
-
-def import_votes(study: Study, file: Path) -> int:
-    """Take in votes that were given elsewhere on the study's own videos, and return how many were new."""
-    return add_judgements(study, read_votes(file))

@@ -4,7 +4,7 @@ from argparse import ArgumentParser, Namespace
 from functools import partial
 from pathlib import Path
 
-from kvpo.app.arguments import address_arguments
+from kvpo.app.arguments import address_arguments, names
 from kvpo.app.configuration import path_argument
 from kvpo.config_checks import ConfigurationError
 from kvpo.files import local_path, output_file
@@ -76,11 +76,7 @@ def arena(arguments: Namespace) -> None:
         pairs=arguments.pairs,
         ranked=arguments.rank,
     )
-    serve_study(opened, _raters(arguments.raters), host=arguments.host, port=arguments.port)
-
-
-def _raters(text: str) -> list[str]:
-    return [name.strip() for name in text.split(",") if name.strip()]
+    serve_study(opened, names(arguments.raters), host=arguments.host, port=arguments.port)
 
 
 def _places(verb: str, rest: list[str], *expected: str) -> list[Path]:
@@ -121,10 +117,11 @@ def _export(rest: list[str], arguments: Namespace) -> None:
 
 def _import(rest: list[str], arguments: Namespace) -> None:
     place, file = _places("import", rest, "STUDY", "FILE")
-    from kvpo.app.arena import import_votes
+    from kvpo.arena.exchange import read_votes
+    from kvpo.arena.intake import add_judgements
     from kvpo.arena.store import Study
 
-    print(f"{import_votes(Study(place), file)} answers are new")
+    print(f"{add_judgements(Study(place), read_votes(file))} answers are new")
 
 
 _VERBS = {"report": _report, "invite": _invite, "export": _export, "import": _import}

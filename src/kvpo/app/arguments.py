@@ -34,6 +34,11 @@ def settings_given(arguments: Namespace) -> dict[str, str]:
     }
 
 
+def names(*lists: str) -> list[str]:
+    """The names in lists parted at commas, with or without spaces around them."""
+    return [name.strip() for text in lists for name in text.split(",") if name.strip()]
+
+
 def generating(arguments: Namespace) -> Config:
     """The configuration of a run that is named, or of the arguments."""
     if arguments.run is None:

@@ -74,10 +74,10 @@ def checkpoint_of(run: Path | None, name: str | None) -> Path | None:
 
 
 def opened_arms(
-    config: Config, backbone: Backbone, checkpoint: Path | None, weights: str
+    backbone: Backbone, checkpoint: Path | None, weights: str
 ) -> dict[str, Callable[[], AbstractContextManager[None]]]:
     """The base, and with a checkpoint the aligned model: the generator has its weights inside the context."""
     if checkpoint is None:
-        return {"base": policy_of(backbone.weights.model, adapted=config.optim.lora_rank > 0).reference}
+        return {"base": policy_of(backbone.weights.model).reference}
     both = open_checkpoint(backbone.weights, checkpoint, weights)
     return {"base": both.base, "aligned": both.aligned}

@@ -15,7 +15,7 @@ from torch import Tensor
 from kvpo import __version__
 from kvpo.app.named_rewards import named_rewards
 from kvpo.app.score import as_video
-from kvpo.app.video_folder import file_prompts, find_videos, shown_names
+from kvpo.app.video_folder import listed_videos
 from kvpo.config_checks import ConfigurationError
 from kvpo.files import write_atomic
 from kvpo.prompts import ClipPrompt
@@ -238,10 +238,8 @@ def folder_samples(folder: Path, reward: Reward, prompts: Path | None, count: in
     Raises:
         ValueError: the video does not exist.
     """
-    files = find_videos(folder)
-    root = folder if folder.is_dir() else folder.parent
-    names = shown_names(root, files)
-    texts = file_prompts(prompts, root, files) or [""] * len(files)
+    files, names, known = listed_videos(folder, prompts)
+    texts = known or [""] * len(files)
     needs = max(reward.declarations, key=lambda declaration: declaration.min_frames)
     samples: list[Sample] = []
     problems: list[str] = []

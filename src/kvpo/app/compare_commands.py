@@ -2,7 +2,7 @@
 
 from argparse import ArgumentParser, Namespace
 
-from kvpo.app.arguments import configuration
+from kvpo.app.arguments import configuration, names
 from kvpo.app.configuration import path_argument
 
 METHODS_COMPARED = "kvpo,latent-distance,flow-grpo,cm-grpo,nft,rvm,self-distill,best-of-n,pretraining,null"
@@ -64,11 +64,10 @@ def compare_command(arguments: Namespace) -> None:
     from kvpo.app.comparison.arms import chosen_arms
     from kvpo.app.comparison.command import compare_methods
 
-    names = [name.strip() for name in arguments.methods.split(",") if name.strip()]
     compare_methods(
         config,
         arguments.out,
-        chosen_arms(names, arguments.arms),
+        chosen_arms(names(arguments.methods), arguments.arms),
         seeds=arguments.seeds,
         budget_cpu_s=arguments.budget,
         trials=arguments.trials,

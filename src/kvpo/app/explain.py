@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from kvpo.app.named_rewards import FILE_RATE, named_rewards, sources_of, split_location
-from kvpo.app.video_folder import file_prompts, find_videos, shown_names
+from kvpo.app.video_folder import listed_videos
 from kvpo.files import named_list
 from kvpo.rewards.catalogue import DECLARATIONS
 from kvpo.rewards.protocol import Declaration
@@ -21,9 +21,7 @@ def explain(
 
     Raises ValueError: no file, or one that cannot be read; rewards that cannot be named so.
     """
-    files = find_videos(folder)
-    root = folder if folder.is_dir() else folder.parent
-    texts = file_prompts(prompts, root, files)
+    files, shown, texts = listed_videos(folder, prompts)
     found: list[Declaration] = []
     for name in names:
         if split_location(name)[1] is None and name in DECLARATIONS:
@@ -34,10 +32,7 @@ def explain(
             found += reward.declarations
     video = probe(files[0])
     height, width = read_frames(video, [0], 2**40).shape[1:3]
-    lines = [
-        f"{shown_names(root, files)[0]}: {video.num_frames} frames of {height} x {width}, "
-        f"{video.frame_rate:g} per second"
-    ]
+    lines = [f"{shown[0]}: {video.num_frames} frames of {height} x {width}, {video.frame_rate:g} per second"]
     for one in found:
         lines += [f"{one.name}:", *(f"  {line}" for line in _explained(one, video, height, width, texts))]
     return lines

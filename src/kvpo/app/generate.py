@@ -12,9 +12,9 @@ from safetensors.torch import save
 from torch import Tensor
 
 from kvpo.app.build import checkpoint_of, load_backbone, opened_arms, source_of
-from kvpo.app.file_prompts import prompt_file
 from kvpo.app.given_frames import with_given_frames
 from kvpo.app.judges import build_scorer
+from kvpo.app.prompt_sets import prompt_file
 from kvpo.app.provenance import demand_same_prompts
 from kvpo.app.video_folder import MANIFEST, VIDEO_SUFFIXES
 from kvpo.config import Config
@@ -22,6 +22,7 @@ from kvpo.config_checks import ConfigurationError, check, check_explorer
 from kvpo.engine.explorers import EXPLORERS
 from kvpo.engine.generator import as_bytes, pixels_of
 from kvpo.engine.selection import Selection
+from kvpo.engine.stream import lockstep_batches
 from kvpo.files import StorageError, local_path, new_file, storage_error, write_atomic
 from kvpo.progress import progress_bars
 from kvpo.prompt_files import examine, extended, written
@@ -127,7 +128,7 @@ def _generate(
     with ranks.together("loading the generator"):
         path = checkpoint_of(run, checkpoint)
         backbone = with_given_frames(load_backbone(config, wanted), frames, wanted)
-        arms = opened_arms(config, backbone, path, weights)
+        arms = opened_arms(backbone, path, weights)
         selection = None if best is None else best.selection(config, backbone)
         try:
             out.mkdir(parents=True, exist_ok=True)
@@ -137,11 +138,12 @@ def _generate(
     made: dict[str, Tensor] = {}
     shows: dict[str, tuple[str, ...]] = {}
     scores: dict[str, dict[str, Any]] = {}
-    share, tape = ranks.share(_batches(wanted)), backbone.tape("generation")
+    batches = list(lockstep_batches([prompt.num_frames for prompt in wanted], VIDEOS_TOGETHER))
+    share, tape = ranks.share(batches), backbone.tape("generation")
     digits = max(3, len(str(len(wanted) - 1)))
     with ranks.together("generating"), progress_bars(shown=ranks.main) as show:
         done, total = 0, sum(map(len, share))
-        for batch in share:
+        for batch in ([wanted[n] for n in index] for index in share):
             show("generating", done, total)
             latents = []
             for arm, side in arms.items():
@@ -227,18 +229,6 @@ def _prompts(
         except ValueError as error:
             raise ValueError(f"prompt {prompt.id}: {error}") from error
     return numbered
-
-
-def _batches(prompts: Sequence[VideoPrompt]) -> list[list[VideoPrompt]]:
-    """Prompts of one length together, at most ``VIDEOS_TOGETHER``."""
-    by_length: dict[int, list[VideoPrompt]] = {}
-    for prompt in prompts:
-        by_length.setdefault(prompt.num_frames, []).append(prompt)
-    return [
-        some[at : at + VIDEOS_TOGETHER]
-        for some in by_length.values()
-        for at in range(0, len(some), VIDEOS_TOGETHER)
-    ]
 
 
 def _write_videos(

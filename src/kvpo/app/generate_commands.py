@@ -2,7 +2,7 @@
 
 from argparse import ArgumentParser, Namespace
 
-from kvpo.app.arguments import aligned_arguments, frames_argument, generating, is_main
+from kvpo.app.arguments import aligned_arguments, frames_argument, generating, is_main, names
 from kvpo.app.configuration import path_argument
 from kvpo.app.prompt_commands import extended_argument
 from kvpo.config_checks import ConfigurationError
@@ -65,7 +65,7 @@ def run_generate(arguments: Namespace) -> None:
             config,
             arguments.out,
             arguments.suite,
-            dimensions=[name for name in arguments.dimensions.split(",") if name],
+            dimensions=names(arguments.dimensions),
             extended_texts=arguments.extended,
             **model,
         )
@@ -76,7 +76,7 @@ def run_generate(arguments: Namespace) -> None:
 
     best = None
     if arguments.best_of is not None:
-        by = tuple(name for name in (arguments.by or "").split(",") if name)
+        by = tuple(names(arguments.by or ""))
         explorer = Best.explorer if arguments.branches is None else arguments.branches
         best = Best(arguments.best_of, by, int(arguments.per != "video"), explorer)
     videos = generate(

@@ -4,7 +4,7 @@ import hashlib
 import logging
 import threading
 from collections.abc import Mapping
-from dataclasses import astuple, dataclass, replace
+from dataclasses import astuple, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,10 @@ from kvpo.live.script import Cue
 from kvpo.live.server import live_app
 from kvpo.live.session import Stage
 from kvpo.live.theatre import Theatre
+from kvpo.models.tensor_files import fingerprint
 from kvpo.prompts import VideoPrompt
 from kvpo.serving import check_address, listener, run_app, url_of
 from kvpo.training.backbone import Backbone
-from kvpo.training.checkpoint import TENSORS
 from kvpo.training.device import GB, computing
 
 logger = logging.getLogger(__name__)
@@ -30,20 +30,13 @@ RESIDENT = 33
 """History frames that stay resident where a configuration keeps all: a stream has no end."""
 
 
-@dataclass(frozen=True)
-class Address:
-    """The address a server listens at, and the token it asks for."""
-
-    host: str
-    port: int
-    token: str | None
-
-
 def serve_live(
     config: Config,
-    address: Address,
     out: Path,
     *,
+    host: str,
+    port: int,
+    token: str | None,
     run: Path | None = None,
     checkpoint: str | None = None,
     weights: str = "average",
@@ -53,6 +46,7 @@ def serve_live(
 
     Args:
         out: directory of snapshots, exports and choices.
+        token: what clients must show; None: nothing, which only this machine may reach.
         run: a run whose aligned model streams too; None: the base alone.
         checkpoint: which checkpoint of the run; None: the best.
         weights: the moving ``average`` of the trained weights, or the ``raw`` ones.
@@ -63,23 +57,23 @@ def serve_live(
         StorageError: ``out`` cannot be made.
     """
     check(config)
-    check_address(address.host, address.port, address.token, LIVE_TOKEN_VARIABLE)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise storage_error(out, error) from error
-    with listener(address.host, address.port) as listening:
+    check_address(host, token, LIVE_TOKEN_VARIABLE)
+    with listener(host, port) as listening:
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise storage_error(out, error) from error
         with computing(config):
             theatre = theatre_of(config, out, run=run, checkpoint=checkpoint, weights=weights, limits=limits)
             scheduler = theatre.scheduler
             worker = threading.Thread(target=scheduler.run, name="kvpo live scheduler", daemon=True)
             worker.start()
-            key = f"/#token={address.token}" if address.token else "/"
+            key = f"/#token={token}" if token else "/"
             size = scheduler.cache.num_pages * scheduler.cache.page_bytes / GB
             logger.info("%d pages of history take %.2f GB", scheduler.cache.num_pages, size)
-            logger.info("live at %s%s (Ctrl-C stops)", url_of(address.host, listening.getsockname()[1]), key)
+            logger.info("live at %s%s (Ctrl-C stops)", url_of(host, listening.getsockname()[1]), key)
             try:
-                app = live_app(theatre, host=address.host, token=address.token)
+                app = live_app(theatre, host=host, token=token)
                 run_app(app, listening, ws_max_size=1 << 20)
             finally:
                 scheduler.stop()
@@ -99,7 +93,7 @@ def theatre_of(
     source = source_of(config)
     path = checkpoint_of(run, checkpoint)
     backbone = load_backbone(config)
-    sides = opened_arms(config, backbone, path, weights)
+    sides = opened_arms(backbone, path, weights)
     generator, codec, guide = backbone.generator, backbone.codec, source.guide
     exploration = config.exploration
     if generator.deployment.window == -1:
@@ -108,7 +102,7 @@ def theatre_of(
         exploration = replace(exploration, resident_frames=exploration.resident_frames or RESIDENT)
     digests = [backbone.weights.base_sha256, weights if path else ""]
     if path is not None:
-        digests.append(hashlib.sha256((path / TENSORS).read_bytes()).hexdigest())
+        digests.append(fingerprint([path]))
     numbers = repr(
         (
             digests,
@@ -125,9 +119,10 @@ def theatre_of(
     stage = Stage(generator, codec, embed, exploration, hashlib.sha256(numbers.encode()).hexdigest())
     scheduler = Scheduler(stage, sides, limits, observer=guide.shows if guide else None)
     theatre = Theatre(scheduler, out, _info(config, backbone, sides, run, told=guide is not None))
+    text_limits = source.text_limits(config)
+    theatre.notice = lambda prompt: "; ".join(text_limits.notices(prompt))
     if guide is not None:
         theatre.story = lambda seed: [Cue(*act) for act in guide.story(seed)]
-        theatre.notice = guide.notice
     return theatre
 
 

@@ -39,15 +39,16 @@ def live(arguments: Namespace) -> None:
         if vars(arguments)[name] < least:
             raise ConfigurationError(f"--{name}: must be {least} or more, got {vars(arguments)[name]}")
     config = generating(arguments)
-    from kvpo.app.live import LIVE_TOKEN_VARIABLE, Address, serve_live
+    from kvpo.app.live import LIVE_TOKEN_VARIABLE, serve_live
     from kvpo.live.scheduler import SessionLimits
     from kvpo.serving import read_token
 
-    token = read_token(arguments.token_file, os.environ, LIVE_TOKEN_VARIABLE)
     serve_live(
         config,
-        Address(arguments.host, arguments.port, token),
         arguments.out,
+        host=arguments.host,
+        port=arguments.port,
+        token=read_token(arguments.token_file, os.environ, LIVE_TOKEN_VARIABLE),
         run=arguments.run,
         checkpoint=arguments.checkpoint,
         weights=arguments.weights,

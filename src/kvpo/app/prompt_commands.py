@@ -12,7 +12,7 @@ from kvpo.config_checks import ConfigurationError
 from kvpo.files import output_file, write_atomic
 
 if TYPE_CHECKING:
-    from kvpo.app.file_prompts import TextLimits
+    from kvpo.app.prompt_sets import TextLimits
     from kvpo.config import Config
     from kvpo.prompt_files import PromptFile
 
@@ -63,7 +63,7 @@ def with_extended_prompts(config: "Config", texts: Path, run: Path) -> "Config":
     if not config.prompts.file:
         raise ConfigurationError("--extended: needs --prompts, whose texts it extends")
     from kvpo.app.build import source_of
-    from kvpo.app.file_prompts import prompt_file
+    from kvpo.app.prompt_sets import prompt_file
     from kvpo.prompt_files import examine, extended, written
     from kvpo.training.run_directory import belongs_to_run
 
@@ -92,7 +92,7 @@ def prompts(arguments: Namespace) -> int:
     if arguments.hold_out < 0 or arguments.hold_out and out is None:
         raise ConfigurationError("--hold-out: needs a positive number, and --out for what is left")
     from kvpo.app.build import source_of
-    from kvpo.app.file_prompts import held_out, prompt_file
+    from kvpo.app.prompt_sets import held_out, prompt_file
     from kvpo.prompt_files import examine, extended, written
 
     how = source_of(config).reading(config)
@@ -124,8 +124,7 @@ def prompts(arguments: Namespace) -> int:
 
 def notes(files: "list[PromptFile]", limits: "TextLimits") -> list[str]:
     """Everything worth knowing about prompts that were read: lengths, repeats, parts that have no effect."""
-    from kvpo.app.file_prompts import short_notice, word_count
-    from kvpo.files import named_list
+    from kvpo.app.prompt_sets import short_notice, word_count
     from kvpo.prompt_files import repeats
 
     said = []
@@ -141,13 +140,7 @@ def notes(files: "list[PromptFile]", limits: "TextLimits") -> list[str]:
         for n, prompt in enumerate(file.prompts):
             places[id(prompt)] = file.at(n)
             for text in dict.fromkeys(prompt.segments):
-                if limits.length is not None and (length := limits.length(text)) > limits.limit:
-                    said.append(
-                        f"{file.at(n)}: {length} {limits.unit}, {limits.limit} are read: "
-                        f"{length - limits.limit} are cut"
-                    )
-                if unknown := limits.unknown(text):
-                    said.append(f"{file.at(n)}: unknown words have no effect: {named_list(unknown)}")
+                said += [f"{file.at(n)}: {notice}" for notice in limits.notices(text)]
     every = [prompt for file in files for prompt in file.prompts]
     for first, *again in repeats(every):
         said += [f"{places[id(prompt)]}: repeats {places[id(first)]}" for prompt in again]

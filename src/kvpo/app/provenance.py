@@ -14,8 +14,8 @@ import torch
 
 from kvpo import __version__
 from kvpo.app.build import source_of
-from kvpo.app.file_prompts import prompt_file
 from kvpo.app.named_rewards import PREFERENCE, split_location
+from kvpo.app.prompt_sets import prompt_file
 from kvpo.config import Config
 from kvpo.config_checks import ConfigurationError
 from kvpo.files import read_bytes, read_json, write_atomic

@@ -27,9 +27,7 @@ from kvpo.engine.generator import Codec, as_bytes, pixel_frame, pixels_of
 from kvpo.engine.noise import Tape, keyed_generator
 from kvpo.engine.rollout import Group
 from kvpo.engine.scoring import Scores, decode_members, score_group
-from kvpo.engine.stream import TextTable, stream_latents
 from kvpo.files import write_atomic
-from kvpo.method.advantage import GLOBAL_WEIGHT
 from kvpo.method.evidence import no_credit
 from kvpo.prompts import VideoPrompt
 from kvpo.report.headline import FEWEST_PROMPTS
@@ -126,11 +124,11 @@ def write_gallery(run: Run, results: dict[str, tuple[Evaluation, Evaluation]], d
         quarter = len(order) // 4
         picks = list(dict.fromkeys([order[0], order[quarter], order[len(order) // 2], order[-1]]))
         chosen = [prompts[n] for n in picks]
-        texts, tape = setup.backbone.texts(chosen), setup.evaluation_tape()
+        backbone, tape = setup.backbone, setup.evaluation_tape()
         with run.trainer.sides.base():
-            before = _pixels(setup, chosen, texts, tape)
+            before = pixels_of(backbone.codec, backbone.latents(chosen, tape))
         with run.trainer.sides.aligned():
-            after = _pixels(setup, chosen, texts, tape)
+            after = pixels_of(backbone.codec, backbone.latents(chosen, tape))
         for place, n in enumerate(picks):
             key = f"{name}-{n}"
             videos |= {f"{key}-base": as_bytes(before[place]), f"{key}-aligned": as_bytes(after[place])}
@@ -155,11 +153,6 @@ def write_gallery(run: Run, results: dict[str, tuple[Evaluation, Evaluation]], d
             )
     if setup.ranks.main:
         _write(directory, "gallery.json", entries, "videos.safetensors", videos)
-
-
-def _pixels(setup: Setup, prompts: Sequence[VideoPrompt], texts: TextTable, tape: Tape) -> Tensor:
-    with torch.no_grad():
-        return pixels_of(setup.backbone.codec, stream_latents(setup.generator, prompts, texts, tape))
 
 
 def write_branches(run: Run, directory: Path) -> None:
@@ -334,7 +327,7 @@ def _group_entry(
     """
     judges = setup.judges
     pixels = decode_members(group, setup.backbone.codec, lead=group.fork)
-    totals = score.totals(judges.weights_K, GLOBAL_WEIGHT)
+    totals = score.totals(judges.weights_K)
     members = []
     for n in [group.branches, *range(group.branches)]:
         anchor = n == group.branches

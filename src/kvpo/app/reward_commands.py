@@ -6,7 +6,7 @@ from argparse import ArgumentParser, Namespace
 from functools import partial
 from pathlib import Path
 
-from kvpo.app.arguments import address_arguments
+from kvpo.app.arguments import address_arguments, names
 from kvpo.app.configuration import path_argument
 from kvpo.config import TOTAL
 from kvpo.config_checks import ConfigurationError
@@ -50,12 +50,12 @@ def score_arguments(parser: ArgumentParser) -> None:
 
 def score(arguments: Namespace) -> None:
     """Run ``kvpo score``."""
-    names = _names(arguments.reward)
+    rewards = names(*arguments.reward)
     if arguments.explain:
         from kvpo.app.explain import explain
 
         sources = _sources(arguments.source)
-        print("\n".join(explain(arguments.folder, names, prompts=arguments.prompts, sources=sources)))
+        print("\n".join(explain(arguments.folder, rewards, prompts=arguments.prompts, sources=sources)))
         return
     _check_out(arguments.out, ".html")
     from kvpo.app.score import score_folder, score_table
@@ -63,7 +63,7 @@ def score(arguments: Namespace) -> None:
     with progress_bars(lasting=False) as show:
         results = score_folder(
             arguments.folder,
-            names,
+            rewards,
             prompts=arguments.prompts,
             out=arguments.out,
             sources=_sources(arguments.source),
@@ -176,11 +176,11 @@ def reward_server(arguments: Namespace) -> None:
         raise ConfigurationError(f"--frame-rate: must be positive, got {arguments.frame_rate}")
     if arguments.check:
         given = {"sources": _sources(arguments.source), "device": arguments.device or _device()}
-        print(check_rewards(_names(arguments.reward), frame_rate=arguments.frame_rate, **given))
+        print(check_rewards(names(*arguments.reward), frame_rate=arguments.frame_rate, **given))
         return
     limits = RequestLimits(arguments.request_mib * MIB, arguments.queue_mib * MIB, arguments.batch)
     serve_rewards(
-        _names(arguments.reward),
+        names(*arguments.reward),
         host=arguments.host,
         port=arguments.port,
         token=read_token(arguments.token_file, os.environ, TOKEN_VARIABLE),
@@ -223,7 +223,7 @@ def run_learn_reward(arguments: Namespace) -> None:
     worth = learn(
         arguments.votes,
         arguments.out,
-        features=_names([arguments.features]),
+        features=names(arguments.features),
         question=arguments.question,
         sources=_sources(arguments.source),
         device=arguments.device or _device(),
@@ -231,10 +231,6 @@ def run_learn_reward(arguments: Namespace) -> None:
     print(table(worth))
     print(f"--rewards.scorers preference:{arguments.out}")
     print(f"--rewards.noise_floors {arguments.out.stem}={arguments.out.with_suffix('.noise.json')}")
-
-
-def _names(given: list[str]) -> list[str]:
-    return [name.strip() for names in given for name in names.split(",") if name.strip()]
 
 
 def _prompts_argument(parser: ArgumentParser) -> None:

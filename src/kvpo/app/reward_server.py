@@ -75,7 +75,7 @@ def serve_rewards(
         ConfigurationError: rewards that cannot be named so, an address that is taken or needs a token.
         ValueError: a part of a reward cannot be found.
     """
-    check_address(host, port, token, TOKEN_VARIABLE)
+    check_address(host, token, TOKEN_VARIABLE)
     with listener(host, port) as listening:
         with answering_later(listening, f"loading {', '.join(names)}"):
             rewards = named_rewards(names, sources, frame_rate=frame_rate, device=device, prompts=True)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kvpo.app.named_rewards import named_rewards, split_location
-from kvpo.app.video_folder import MANIFEST, file_prompts, find_videos, shown_names
+from kvpo.app.video_folder import MANIFEST, listed_videos
 from kvpo.files import printable, write_atomic
 from kvpo.prompts import ClipPrompt
 from kvpo.report.scores import ScoredVideo, write_scores_page
@@ -89,9 +89,7 @@ def score_folder(
         raise ValueError(
             f"--out: {table_file}, which is written next to {out.name}, holds prompts; choose another"
         )
-    files = find_videos(folder)
-    root = folder if folder.is_dir() else folder.parent
-    shown, known = shown_names(root, files), file_prompts(prompts, root, files)
+    files, shown, known = listed_videos(folder, prompts)
     texts = known or [""] * len(files)
     rewards = named_rewards(names, sources, device=device, prompts=known is not None)
     columns = list(CombinedScorer(tuple(rewards)).components)

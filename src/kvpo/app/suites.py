@@ -7,7 +7,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,6 +20,7 @@ from kvpo.app.origin import settings_of
 from kvpo.config import Config
 from kvpo.config_checks import ConfigurationError, check
 from kvpo.engine.generator import as_bytes, frame_size, pixel_frame, pixels_of
+from kvpo.engine.stream import lockstep_batches
 from kvpo.files import (
     TEMPORARY_PREFIX,
     StorageError,
@@ -257,7 +258,7 @@ def generate_suite(
             backbone = load_backbone(config, asked)
             record |= {"base": backbone.weights.base_sha256, **_shape(backbone, frames)}
             record["settings"] = settings_of(config)
-            arms = opened_arms(config, backbone, path, weights)
+            arms = opened_arms(backbone, path, weights)
         for arm, side in arms.items():
             own = record | ({"checkpoint": _identity(path, weights)} if path and arm == "aligned" else {})
             ranks.once("preparing the folder", lambda own=own, arm=arm: _prepare(out, arm, own, videos))
@@ -314,9 +315,11 @@ def _fill(
     videos: Sequence[tuple[SuiteVideo, VideoPrompt]],
 ) -> None:
     """Make the videos that an arm lacks; ranks share the prompts."""
-    share = ranks.share(list(_together(videos)))
+    # Videos of one prompt share a batch: batches do not depend on what else is wanted.
+    prompts = [(Path(video.name).parent, video.prompt) for video, _ in videos]
+    share = ranks.share(list(lockstep_batches(prompts, VIDEOS_TOGETHER)))
     with progress_bars(shown=ranks.main) as show:
-        for done, batch in enumerate(share):
+        for done, batch in enumerate([videos[n] for n in index] for index in share):
             show(f"generating {arm}", done, len(share))
             if all((out / arm / video.name).exists() for video, _ in batch):
                 continue
@@ -325,17 +328,6 @@ def _fill(
                 frames = as_bytes(pixels_of(backbone.codec, own[None])[0])
                 _write(out, out / arm / video.name, frames, backbone.codec.frames_per_second)
         show(f"generating {arm}", len(share), len(share))
-
-
-def _together(
-    videos: Sequence[tuple[SuiteVideo, VideoPrompt]],
-) -> Iterator[list[tuple[SuiteVideo, VideoPrompt]]]:
-    """Videos of one prompt, at most `VIDEOS_TOGETHER`: batches do not depend on what else is wanted."""
-    by_prompt: dict[tuple[str, str], list[tuple[SuiteVideo, VideoPrompt]]] = {}
-    for video, asked in videos:
-        by_prompt.setdefault((str(Path(video.name).parent), video.prompt), []).append((video, asked))
-    for own in by_prompt.values():
-        yield from (own[at : at + VIDEOS_TOGETHER] for at in range(0, len(own), VIDEOS_TOGETHER))
 
 
 def _write(out: Path, path: Path, frames: Any, rate: float) -> None:

@@ -57,6 +57,16 @@ def shown_names(root: Path, files: Sequence[Path]) -> list[str]:
     return [printable(str(file.relative_to(root))) for file in files]
 
 
+def listed_videos(folder: Path, prompts: Path | None) -> tuple[list[Path], list[str], list[str] | None]:
+    """The videos of a folder, their names, and their prompts, None where nothing says them.
+
+    Raises ValueError as `find_videos` and `file_prompts` do.
+    """
+    files = find_videos(folder)
+    root = folder if folder.is_dir() else folder.parent
+    return files, shown_names(root, files), file_prompts(prompts, root, files)
+
+
 def file_prompts(path: Path | None, root: Path, files: Sequence[Path]) -> list[str] | None:
     """The one prompt of every file below ``root``; None where nothing says it, or says several.
 

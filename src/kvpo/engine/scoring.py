@@ -14,6 +14,7 @@ from torch import Tensor
 
 from kvpo.engine.generator import Codec, pixel_frame, pixels_of
 from kvpo.engine.rollout import Group
+from kvpo.method.advantage import GLOBAL_WEIGHT
 from kvpo.prompts import ClipPrompt, VideoPrompt
 from kvpo.rewards.protocol import Scorer, checked, start_scoring
 
@@ -37,13 +38,14 @@ class Scores:
     global_KM: Tensor
     """Scores of the video after the fork: the mean over its clips, each with its share (``shared_clips``)."""
 
-    def combined(self, global_weight: float) -> Tensor:
-        """Every component of every member, ``[K, M]``: (local + w global) / (1 + w)."""
-        return (self.local_KM + global_weight * self.global_KM) / (1 + global_weight)
+    @property
+    def combined_KM(self) -> Tensor:
+        """Every component of every member: (local + w global) / (1 + w), w being ``GLOBAL_WEIGHT``."""
+        return (self.local_KM + GLOBAL_WEIGHT * self.global_KM) / (1 + GLOBAL_WEIGHT)
 
-    def totals(self, weights_K: Tensor, global_weight: float) -> Tensor:
-        """Weighted reward of every member, ``[M]``: (local + w global) / (1 + w)."""
-        return weights_K @ self.combined(global_weight)
+    def totals(self, weights_K: Tensor) -> Tensor:
+        """Weighted sum of the combined components of every member, ``[M]``."""
+        return weights_K @ self.combined_KM
 
 
 def segment_clips(prompt: VideoPrompt, first: int, stop: int, *, block: int, lead: int) -> list[Clip]:

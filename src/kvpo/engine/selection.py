@@ -96,7 +96,7 @@ class Selection:
         """Frames of history that are kept: for routing, or no more than the window needs."""
         if self.explorer is routes:
             return self.exploration.resident_frames
-        return max(1, self.generator.deployment.window - self.generator.block)
+        return self.generator.deployment.resident
 
     def _continued(self, root: Stream, tape: Tape, stop: int) -> list[Stream]:
         """Candidates from the root to ``stop``, the plain one first; one alone where none can differ."""

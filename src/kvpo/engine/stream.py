@@ -184,7 +184,7 @@ def seen_alike(
 
 
 def lockstep_batches(alike: Sequence[Hashable], rows: int) -> Iterator[list[int]]:
-    """Indices of streams in batches of at most ``rows`` (0: no limit) that are ``alike``."""
+    """Indices in batches of at most ``rows`` (0: no limit), each of what is ``alike``."""
     groups: dict[Hashable, list[int]] = {}
     for n, kind in enumerate(alike):
         groups.setdefault(kind, []).append(n)
@@ -352,7 +352,6 @@ def stream_latents(
     texts: TextTable,
     tape: Tape,
     *,
-    rows: int = 0,
     given: Mapping[int, Tensor] | None = None,
 ) -> Tensor:
     """Generate whole videos of equal length in the deployment context: latents [R, T, C, H, W].
@@ -365,21 +364,16 @@ def stream_latents(
     if len(lengths) != 1:
         raise ValueError(f"prompts generated together must have one length, got {sorted(lengths)} frames")
     num_frames = lengths.pop()
-    resident = max(1, generator.deployment.window - generator.block)
-    size = rows or len(prompts)
-    finished = []
-    for at in range(0, len(prompts), size):
-        batch = prompts[at : at + size]
-        switches = any(prompt.switches for prompt in batch)
-        cache = generator.new_cache(len(batch) * stream_pages(generator, num_frames, switches=switches))
-        streams = [
-            replace(open_stream(generator, cache, prompt, texts, tape), end=num_frames) for prompt in batch
-        ]
-        with generator.held():
-            for stream in streams:
-                if given and stream.prompt.id in given:
-                    give_frames(generator, [stream], given[stream.prompt.id][None], resident=resident)
-            while growing := [stream for stream in streams if stream.start < num_frames]:
-                advance(generator, growing, resident=resident)
-        finished.append(torch.stack([torch.cat(stream.latents) for stream in streams]))
-    return torch.cat(finished)
+    resident = generator.deployment.resident
+    switches = any(prompt.switches for prompt in prompts)
+    cache = generator.new_cache(len(prompts) * stream_pages(generator, num_frames, switches=switches))
+    streams = [
+        replace(open_stream(generator, cache, prompt, texts, tape), end=num_frames) for prompt in prompts
+    ]
+    with generator.held():
+        for stream in streams:
+            if given and stream.prompt.id in given:
+                give_frames(generator, [stream], given[stream.prompt.id][None], resident=resident)
+        while growing := [stream for stream in streams if stream.start < num_frames]:
+            advance(generator, growing, resident=resident)
+    return torch.stack([torch.cat(stream.latents) for stream in streams])

@@ -105,6 +105,11 @@ class Deployment:
         """Past frames of the local window: window - sink - block; None: unlimited."""
         return None if self.window == -1 else self.window - self.sink - self.block
 
+    @property
+    def resident(self) -> int:
+        """History frames that a stream without routes keeps: its window's, at least 1, since 0 means all."""
+        return max(1, self.window - self.block)
+
     def reencoded(self, start: int) -> int:
         """Frames re-encoded when the prompt switches before the block at ``start``."""
         return start if self.window == -1 else min(self.window, start)

@@ -18,7 +18,6 @@ from kvpo.engine.pages import PlannedRollout, cache_pages
 from kvpo.engine.replay import member_row, replay_context, replay_velocities
 from kvpo.engine.rollout import Group, Rollout, roll_out
 from kvpo.engine.scoring import Scores, score_group
-from kvpo.method.advantage import GLOBAL_WEIGHT
 from kvpo.method.diagnostics import group_metrics
 from kvpo.method.evidence import Credit, Metrics, no_credit
 from kvpo.method.methods import METHODS
@@ -157,7 +156,7 @@ def credits_of(
 def found_in(setup: Setup, group: Group, score: Scores) -> Metrics:
     """Metrics of the exploration of one group."""
     objective = setup.config.objective
-    totals = score.totals(setup.judges.weights_K, GLOBAL_WEIGHT)
+    totals = score.totals(setup.judges.weights_K)
     of_anchor = objective.advantages == "anchor"
     found = group_metrics(totals, group.trajectories.clean_MPFCHW, relative_to_anchor=of_anchor)
     if setup.config.optim.rollout_precision == "same":

@@ -142,10 +142,10 @@ def group_is_noise(scores: Scores, blend: Blend) -> bool:
     Raw fusion normalises the total, so there the total decides in either case. Components of weight 0 do not
     count, and neither does the anchor unless advantages are relative to it.
     """
-    members, floors = scores.totals(blend.weights_K, GLOBAL_WEIGHT), blend.floor
+    members, floors = scores.totals(blend.weights_K), blend.floor
     if blend.floors_K is not None and blend.config.rewards.fusion != "rewards":
         counted = blend.weights_K > 0
-        members, floors = scores.combined(GLOBAL_WEIGHT)[counted], blend.floors_K[counted]
+        members, floors = scores.combined_KM[counted], blend.floors_K[counted]
     anchor = members[..., -1] if blend.config.objective.advantages == "anchor" else None
     return is_noise(members[..., :-1], anchor, floors)
 
@@ -169,7 +169,7 @@ def _fused(members_KM: Tensor, blend: Blend) -> Tensor:
 
 def _gap(scores: Scores, blend: Blend) -> Tensor:
     """Rank gap of the first component; components within their noise have no vote."""
-    members_KM = scores.combined(GLOBAL_WEIGHT)
+    members_KM = scores.combined_KM
     floors_K = blend.default_floor if blend.floors_K is None else blend.floors_K
     votes_K = blend.weights_K * (reward_spread(members_KM[:, :-1]) > floors_K)
     return rank_gap(members_KM[:, :-1], votes_K, 0)

@@ -12,7 +12,6 @@ from functools import partial
 from itertools import chain, combinations
 from math import log
 
-import torch
 from torch import Tensor
 
 from kvpo.engine.explorers import Explorer, Member, Site, noise_branches
@@ -23,6 +22,7 @@ from kvpo.engine.pages import PlannedRollout, cache_pages
 from kvpo.engine.rollout import Group, Rollout
 from kvpo.engine.scoring import score_group
 from kvpo.engine.stream import TextTable
+from kvpo.method.diagnostics import mean_pairwise_distance
 from kvpo.prompts import VideoPrompt
 from kvpo.training.evaluation import Judges
 
@@ -111,9 +111,9 @@ class Laboratory:
             results.append(
                 (
                     sum(shown[a] != shown[b] for a, b in pairs) / len(pairs),
-                    _distance(window),
+                    mean_pairwise_distance(window),
                     float((confidence < self.read_off.broken_below).float().mean()),
-                    float(score.totals(self.judges.weights_K, 0.0)[:-1].std()),
+                    float((self.judges.weights_K @ score.local_KM)[:-1].std()),
                 )
             )
         means = [sum(column) / len(results) for column in zip(*results, strict=True)]
@@ -122,7 +122,7 @@ class Laboratory:
     def pixel_distance(self, groups: Sequence[Group]) -> float:
         """``Diversity.pixel_distance`` of the branches (without the last member), averaged over groups."""
         windows = (group.clean_MTCHW[:-1, : group.window_frames] for group in groups)
-        return sum(_distance(pixels_of(self.codec, window)) for window in windows) / len(groups)
+        return sum(mean_pairwise_distance(pixels_of(self.codec, window)) for window in windows) / len(groups)
 
     def matched_strength(
         self, explore: Callable[[Explorer], list[Group]], distance: float, fresh: float
@@ -142,11 +142,6 @@ class Laboratory:
             power = max(0.5, log(found / fresh) / log(strength))
             strength *= (distance / found) ** (1 / power)
         return min(1.0, strength)
-
-
-def _distance(videos: Tensor) -> float:
-    """Root of the mean squared difference of pixels, the mean over all pairs of videos ``[B, ...]``."""
-    return float(torch.pdist(videos.flatten(1)).mean()) / videos[0].numel() ** 0.5
 
 
 def mean_diversity(measured: Sequence[Mapping[str, float]]) -> dict[str, float]:

@@ -58,7 +58,7 @@ def drift_curves(
     pixels: list[list[Tensor]] = [[] for _ in streams]
     found: dict[str, list[list[float]]] = {}
     for start in range(0, frames, block):
-        advance(generator, streams, resident=max(1, window - block))
+        advance(generator, streams, resident=generator.deployment.resident)
         for n, stream in enumerate(streams):
             with torch.no_grad():
                 decoded, decoding[n] = codec.decode_next(stream.latents[-1], decoding[n])

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from kvpo.models.adapted_linear import lora_layers
 from kvpo.models.adapters import reference_policy, trained_parameters
 from kvpo.training.sharding import local, sharded
 
@@ -28,7 +29,7 @@ class Policy:
         return swapped_parameters(self.parameters, self.starting_values)
 
 
-def policy_of(model: nn.Module, *, adapted: bool) -> Policy:
+def policy_of(model: nn.Module) -> Policy:
     """The policy of a model whose trainable parameters are those that require gradients.
 
     Raises ValueError where there are none.
@@ -36,7 +37,7 @@ def policy_of(model: nn.Module, *, adapted: bool) -> Policy:
     parameters = trained_parameters(model)
     if not parameters:
         raise ValueError("nothing to train: the adapter binds no layer of the model; check backbone.lora")
-    copies = None if adapted else {name: p.detach().clone() for name, p in parameters.items()}
+    copies = None if lora_layers(model) else {name: p.detach().clone() for name, p in parameters.items()}
     return Policy(model, parameters, copies)
 
 

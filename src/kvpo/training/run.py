@@ -396,5 +396,5 @@ def load_aligned(weights: Weights, policy: Policy, path: Path, kind: str = "aver
 
 def open_checkpoint(weights: Weights, path: Path, kind: str = "average") -> Sides:
     """Base and aligned policy of a run's checkpoint (see `load_aligned`)."""
-    policy = policy_of(weights.model, adapted=weights.config.optim.lora_rank > 0)
+    policy = policy_of(weights.model)
     return Sides(policy, load_aligned(weights, policy, path, kind))

@@ -8,7 +8,6 @@ from dataclasses import asdict
 from pathlib import Path
 from shlex import quote
 from types import TracebackType
-from typing import Any
 
 import yaml
 from filelock import FileLock, Timeout
@@ -120,7 +119,8 @@ class RunDirectory:
             self.save_config()
 
     def _text(self) -> str:
-        return yaml.safe_dump(_lists(asdict(self._config)), sort_keys=False)
+        plain = json.loads(json.dumps(asdict(self._config)))  # tuples as lists: YAML would tag them
+        return yaml.safe_dump(plain, sort_keys=False)
 
     def _is_ours(self) -> bool:
         """True if the saved configuration is the same: the same command may be given again."""
@@ -165,12 +165,3 @@ def resume_hint(path: Path) -> str:
     saved = saved_updates(path / "checkpoints")
     so_far = f"saved up to update {checkpoint_update(saved[-1])}" if saved else "nothing saved"
     return f"{so_far}; continue with: kvpo align --resume --out {quote(str(path))}"
-
-
-def _lists(value: Any) -> Any:
-    """Tuples as lists, so that the YAML file needs no Python tags."""
-    if isinstance(value, dict):
-        return {key: _lists(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_lists(item) for item in value]
-    return value

@@ -58,7 +58,7 @@ class Trainer:
             weights = list(setup.model.parameters())
             setup.ranks.demand_equal(lambda: {"weights": digest(weights)}, "loading the generator")
             shard(setup.model, self.teams.team, setup.generator.device)
-        self.policy = policy_of(setup.model, adapted=config.lora_rank > 0)
+        self.policy = policy_of(setup.model)
         self.average = MovingAverage(self.policy.parameters, config.ema_decay)
         self.optimizer = torch.optim.AdamW(
             list(self.policy.parameters.values()), betas=BETAS, weight_decay=WEIGHT_DECAY

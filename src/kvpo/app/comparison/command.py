@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from filelock import FileLock, Timeout
@@ -24,7 +25,6 @@ from kvpo.app.build import build_setup, source_of
 from kvpo.app.comparison.arms import PRETRAINING, TRIAL_SEED, TrainingArm, configured
 from kvpo.app.comparison.measuring import (
     MEASURED,
-    base_policy,
     floor_line,
     on_validation_prompts,
     trained,
@@ -38,6 +38,7 @@ from kvpo.files import StorageError, finite, local_path, read_json, storage_erro
 from kvpo.models.finite import NonFiniteError
 from kvpo.report.comparison import write_comparison
 from kvpo.training.device import computing
+from kvpo.training.policy import policy_of
 from kvpo.training.run_directory import RunDirectory
 
 logger = logging.getLogger(__name__)
@@ -107,9 +108,9 @@ def _trial(
         return None
     before = comparison.result(base)["results"]
     gains = [
-        _mean(after["totals"]) - _mean(before[name]["totals"]) for name, after in result["results"].items()
+        mean(after["totals"]) - mean(before[name]["totals"]) for name, after in result["results"].items()
     ]
-    return {**result, **settings, "gain": _mean(gains)}
+    return {**result, **settings, "gain": mean(gains)}
 
 
 def _run(comparison: MethodComparison, name: str, arm: TrainingArm, seed: int) -> dict[str, Any] | None:
@@ -155,7 +156,7 @@ def _trained(
 def _base(config: Config, measure: Callable[..., Any]) -> dict[str, Any]:
     with computing(config):
         setup = build_setup(config)
-        with base_policy(setup):
+        with policy_of(setup.model).reference():
             return {"results": measure(setup), "base_sha256": setup.backbone.weights.base_sha256}
 
 
@@ -167,10 +168,6 @@ def _floor(config: Config, kind: str, count: int) -> dict[str, Any]:
 def _floors(comparison: MethodComparison) -> Sequence[tuple[str, int]]:
     """Floor lines belong to the last test; choosing among arms needs none."""
     return FLOORS if comparison.split == "final" else ()
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
 
 
 def compare_methods(

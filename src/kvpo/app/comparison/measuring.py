@@ -1,7 +1,6 @@
 """Measurements of a comparison: one policy on the final test prompts, which no run has seen."""
 
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
 
@@ -69,11 +68,6 @@ def record(found: Evaluation, judges: Judges) -> PromptScores:
     if found.mismatched_KN is not None:
         scores["mismatched"] = (judges.weights_K @ found.mismatched_KN).tolist()
     return scores
-
-
-def base_policy(setup: Setup) -> AbstractContextManager[None]:
-    """Inside, a setup's model is the base."""
-    return policy_of(setup.model, adapted=setup.config.optim.lora_rank > 0).reference()
 
 
 def on_validation_prompts(setup: Setup) -> dict[str, Any]:
@@ -150,7 +144,7 @@ def floor_line(config: Config, kind: str, count: int) -> dict[str, PromptScores]
         schedule = tuple(1 - n / count for n in range(count))
         config = replace(config, stream=replace(config.stream, schedule=schedule))
     setup = build_setup(config)
-    with base_policy(setup):
+    with policy_of(setup.model).reference():
         if kind == "best-of":
             return best_of(setup, count)
         sets = shortened(source_of(config).final(config))

@@ -1,11 +1,12 @@
 """A comparison as it was asked for, and where the results of its pieces lie."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from kvpo.app.comparison.arms import TrainingArm, trials
+from kvpo.app.configuration import flat
 from kvpo.config import Config
 from kvpo.files import read_json
 
@@ -71,14 +72,6 @@ class MethodComparison:
 
 def changed_settings(start: Config, config: Config) -> dict[str, Any]:
     """Settings by dotted path in which a run differs from the comparison's own; seed and length left out."""
-    before, after = (_flat(asdict(one)) for one in (start, config))
+    before, after = (flat(asdict(one)) for one in (start, config))
     own = {"seed", "threads", "optim.updates", "evaluation.every"}
     return {path: value for path, value in after.items() if before[path] != value and path not in own}
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for name, value in values.items():
-        inside = isinstance(value, dict) and not prefix
-        found |= _flat(value, f"{name}.") if inside else {prefix + name: value}
-    return found

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvpo.app.file_prompts import Sets, TextLimits
+from kvpo.app.prompt_sets import Sets, TextLimits
 from kvpo.config import Config
 from kvpo.engine.generator import StreamingGenerator
 from kvpo.engine.noise import SeededTape, keyed_generator
@@ -33,8 +33,6 @@ class Guide:
     """Seed -> prompts that tell a story, each with the latent frames that it lasts."""
     shows: Callable[[Tensor, str, str], bool]
     """(pixels ``[T, 3, H, W]``, prompt, prompt before) -> True once some frame shows the prompt rather."""
-    notice: Callable[[str], str]
-    """Names the words of a prompt that have no effect, unknown or cut; empty: all have."""
 
 
 @dataclass(frozen=True)

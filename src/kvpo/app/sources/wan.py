@@ -6,7 +6,9 @@ from functools import partial
 from itertools import chain
 from typing import Any
 
-from kvpo.app.file_prompts import (
+from kvpo.app.judges import build_judges
+from kvpo.app.named_rewards import reach_servers
+from kvpo.app.prompt_sets import (
     Sets,
     TextLimits,
     longest_of_file,
@@ -15,8 +17,6 @@ from kvpo.app.file_prompts import (
     split_prompts,
     updates_prompts,
 )
-from kvpo.app.judges import build_judges
-from kvpo.app.named_rewards import reach_servers
 from kvpo.app.sources.common import Source, as_final, frozen_dtype, streaming_generator
 from kvpo.app.sources.wan_parts import (
     ENCODER_FILES,

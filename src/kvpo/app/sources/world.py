@@ -14,7 +14,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from kvpo.app.file_prompts import (
+from kvpo.app.judges import build_judges
+from kvpo.app.prompt_sets import (
     Sets,
     TextLimits,
     longest_of_file,
@@ -22,7 +23,6 @@ from kvpo.app.file_prompts import (
     split_prompts,
     updates_prompts,
 )
-from kvpo.app.judges import build_judges
 from kvpo.app.sources.common import (
     FinalSet,
     Guide,
@@ -193,8 +193,9 @@ def embedded(config: Config) -> tuple[Weights, LearnedTextEncoder]:
     return Weights(config, transformer, digest), text
 
 
-def build_backbone(config: Config) -> Backbone:
-    """The embedded world's generator, text encoder and codec."""
+def build_backbone(config: Config, prompts: Sequence[VideoPrompt] = ()) -> Backbone:
+    """The embedded world's generator, text encoder and codec; warns of what it does not read of prompts."""
+    say_what_is_not_read(prompts)
     weights, text = embedded(config)
     return Backbone(
         weights=weights,
@@ -202,12 +203,6 @@ def build_backbone(config: Config) -> Backbone:
         text_encoder=text.to(config.device),
         codec=load_codec().to(config.device),
     )
-
-
-def backbone_for(config: Config, prompts: Sequence[VideoPrompt]) -> Backbone:
-    """The same for the given prompts; warns of what it does not read of them."""
-    say_what_is_not_read(prompts)
-    return build_backbone(config)
 
 
 def text_limits(config: Config) -> TextLimits:
@@ -243,7 +238,7 @@ def build_world(config: Config) -> Setup:
             f"videos and be no longer than their shortest act of {SHORTEST_ACT}, got {block}"
         )
     training, validation, test = split(config)
-    backbone = backbone_for(config, training)
+    backbone = build_backbone(config, training)
     frame_rate, cache = backbone.codec.frames_per_second, score_cache(config.rewards.cache)
     return Setup(
         backbone=backbone,
@@ -357,18 +352,10 @@ def shows_rather(video_TCHW: Tensor, prompt: str, before: str) -> bool:
         return False
 
 
-def words_without_effect(prompt: str) -> str:
-    """Names the words of a prompt that the embedded generator does not know, and counts those it cuts."""
-    unknown, cut = WordTokenizer().unknown(prompt), len(words(prompt)) - TEXT_LENGTH
-    notices = [f"unknown words have no effect: {named_list(unknown)}"] if unknown else []
-    notices += [f"the last {cut} words have no effect: {TEXT_LENGTH} are read"] if cut > 0 else []
-    return "; ".join(notices)
-
-
 SOURCE = Source(
-    guide=Guide(live_story, shows_rather, words_without_effect),
+    guide=Guide(live_story, shows_rather),
     setup=build_world,
-    backbone=backbone_for,
+    backbone=build_backbone,
     weights=lambda config: embedded(config)[0],
     split=split,
     final=lambda config: (

@@ -14,7 +14,7 @@ from kvpo.config import Config
 from kvpo.config_checks import ConfigurationError
 from kvpo.engine.forks import plan_forks
 from kvpo.engine.noise import keyed_generator
-from kvpo.files import local_path
+from kvpo.files import local_path, named_list
 from kvpo.prompt_files import examine, repeats
 from kvpo.prompts import VideoPrompt
 
@@ -38,6 +38,15 @@ class TextLimits:
     """Words of a text that have no effect."""
     usual: int = 0
     """Words of the prompts that the generator was made for; far shorter ones are followed badly. 0: any."""
+
+    def notices(self, text: str) -> list[str]:
+        """Lines on the parts of a text that have no effect: units that are cut, unknown words."""
+        said = []
+        if self.length is not None and (length := self.length(text)) > self.limit:
+            said.append(f"{length} {self.unit}, {self.limit} are read: {length - self.limit} are cut")
+        if unknown := self.unknown(text):
+            said.append(f"unknown words have no effect: {named_list(unknown)}")
+        return said
 
 
 def short_notice(prompts: Sequence[VideoPrompt], usual: int) -> str | None:

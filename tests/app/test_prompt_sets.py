@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from kvpo.app.build import build_setup, load_backbone, source_of
 from kvpo.app.configuration import assign
-from kvpo.app.file_prompts import FilePrompts, prompts_of_file, updates_prompts
 from kvpo.app.generate import _prompts as generated_prompts
 from kvpo.app.presets import PRESETS
+from kvpo.app.prompt_sets import FilePrompts, prompts_of_file, updates_prompts
 from kvpo.app.report_data import measure_diversity
 from kvpo.app.sources.wan_parts import text_encoder
 from kvpo.config_checks import ConfigurationError
