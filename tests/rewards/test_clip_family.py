@@ -202,6 +202,10 @@ def test_a_directory_that_does_not_fit_is_named(clip_directory, tmp_path):
     model.save_pretrained(tmp_path / "no_tokenizer")
     with pytest.raises(ValueError, match="holds no tokenizer"):
         clip_family.load_clip_score(tmp_path / "no_tokenizer")
+    cut = tmp_path / "cut" / "model.safetensors"
+    cut.write_bytes(cut.read_bytes()[:-9])
+    with pytest.raises(ValueError, match="cut: cannot be loaded as CLIPModel .*not fully covered"):
+        clip_family.load_clip_score(tmp_path / "cut")
     with pytest.raises(ValueError, match="nothing"):
         clip_family.load_clip_score(tmp_path / "nothing")
 

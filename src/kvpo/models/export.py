@@ -20,7 +20,7 @@ from kvpo.models.adapter_files import DIFFUSERS_ADAPTER_NAME, PEFT_FILES, Adapte
 from kvpo.models.adapters import lora_config
 from kvpo.models.checkpoints import WEIGHTS_NAME, to_diffusers_name
 from kvpo.models.settings import WanShape
-from kvpo.models.tensor_files import RECORD, check_tensors, storable
+from kvpo.models.tensor_files import RECORD, check_tensors, shapes_of, storable
 
 SHARD_BYTES = 5_000_000_000
 Record = Mapping[str, Any]
@@ -163,9 +163,7 @@ def save_diffusers_transformer(
             eps=shape.eps,
         )
     named = {to_diffusers_name(name): tensor for name, tensor in tensors.items()}
-    check_tensors(
-        named, {name: tuple(v.shape) for name, v in model.state_dict().items()}, "export for diffusers"
-    )
+    check_tensors(named, shapes_of(model.state_dict()), "export for diffusers")
     with _new_directory(Path(directory)) as scratch:
         model.save_config(scratch)
         _save_sharded(scratch, named, shard_bytes, _header(record))

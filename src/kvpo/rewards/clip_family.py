@@ -13,14 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPModel, PreTrainedTokenizerBase
 
+from kvpo.models.pretrained import read_tokenizer, strict_pretrained
 from kvpo.models.tensor_files import read_tensors
 from kvpo.rewards.catalogue import EIGHT_FRAMES
 from kvpo.rewards.images import CLIP_MEAN, CLIP_STD, fit_and_crop, fit_and_pad, standardised
 from kvpo.rewards.pretrained import (
     entry_tensors,
     load_strict,
-    read_tokenizer,
-    strict_pretrained,
     warn_if_cut,
     without_weights,
 )
@@ -129,7 +128,7 @@ class AestheticScorer:
 
 
 def _clip(directory: Path, device: str) -> CLIPModel:
-    return strict_pretrained(CLIPModel, directory).eval().requires_grad_(False).to(device)
+    return strict_pretrained(CLIPModel, directory, dtype=torch.float32).to(device)
 
 
 def load_clip_score(directory: Path, *, device: str = "cpu") -> SimilarityScorer:

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, Qwen2VLConfig, Qwen2VLModel
 
 from kvpo.files import named_list
-from kvpo.models.tensor_files import assign_tensors, check_tensors
+from kvpo.models.pretrained import read_tokenizer
+from kvpo.models.tensor_files import assign_tensors, check_tensors, shapes_of
 from kvpo.rewards.images import CLIP_MEAN, CLIP_STD, standardised
-from kvpo.rewards.pretrained import read_tokenizer, without_weights
+from kvpo.rewards.pretrained import without_weights
 
 PATCH = 14
 TEMPORAL_PATCH = 2
@@ -163,7 +164,7 @@ def load_weights(
         ValueError: naming missing, unexpected and misshapen keys.
     """
     named = {new: weights[old] for old, new in backbone_keys(weights, source).items()}
-    check_tensors(named, {name: tuple(value.shape) for name, value in model.state_dict().items()}, source)
+    check_tensors(named, shapes_of(model.state_dict()), source)
     for part, kind in (("backbone", dtype), ("head", head_dtype)):
         own = {n.removeprefix(f"{part}."): v for n, v in named.items() if n.startswith(f"{part}.")}
         assign_tensors(model.get_submodule(part), own, source, device=device, dtype=kind)
