@@ -21,6 +21,7 @@ from kvpo.models.tensor_files import (
     only_tensors,
     read_shards,
     read_tensor_file,
+    renamed,
     shapes_of,
 )
 
@@ -98,10 +99,7 @@ class TransformerState:
 def _rename(name: str, top: Mapping[str, str], block: Mapping[str, str]) -> str:
     match = re.match(r"(blocks\.\d+\.)(.*)", name)
     prefix, rest, table = (match[1], match[2], block) if match else ("", name, top)
-    for old, new in table.items():
-        if rest == old or rest.startswith(old + "."):
-            return prefix + new + rest[len(old) :]
-    return name
+    return prefix + renamed(rest, table)
 
 
 def to_diffusers_name(name: str) -> str:

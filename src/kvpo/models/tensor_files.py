@@ -199,6 +199,14 @@ def read_shards(index: Path) -> tuple[dict[str, Tensor], tuple[Path, ...]]:
     return tensors, tuple(index.parent / shard for shard in shards)
 
 
+def renamed(name: str, table: Mapping[str, str]) -> str:
+    """``name`` under the first entry of ``table`` that is the whole of it or, up to a dot, its beginning."""
+    for old, new in table.items():
+        if name == old or name.startswith(f"{old}."):
+            return new + name[len(old) :]
+    return name
+
+
 def shapes_of(tensors: Mapping[str, Tensor]) -> Shapes:
     """The shape of every tensor, by name."""
     return {name: tuple(tensor.shape) for name, tensor in tensors.items()}

@@ -30,6 +30,7 @@ from kvpo.models.tensor_files import (
     fingerprint,
     read_safetensors,
     read_tensors,
+    renamed,
     shapes_of,
     storable,
 )
@@ -108,12 +109,10 @@ def token_count(tokenizer: PreTrainedTokenizerBase, text: str) -> int:
 def transformers_name(name: str) -> str:
     """transformers' name of a parameter in Wan's own text encoder file."""
     match = re.match(r"blocks\.(\d+)\.(.*)", name)
-    rest, table = (match[2], _OFFICIAL_BLOCK) if match else (name, _OFFICIAL_TOP)
-    prefix = f"encoder.block.{match[1]}." if match else ""
-    for old, new in table.items():
-        if rest.startswith(old + "."):
-            return prefix + new + rest[len(old) :]
-    return name
+    if match is None:
+        return renamed(name, _OFFICIAL_TOP)
+    rest = renamed(match[2], _OFFICIAL_BLOCK)
+    return name if rest == match[2] else f"encoder.block.{match[1]}.{rest}"
 
 
 def _sizes(shapes: Shapes) -> dict[str, int]:

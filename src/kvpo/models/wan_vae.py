@@ -17,7 +17,7 @@ from torch import Tensor
 from kvpo.extras import extra
 from kvpo.files import named_list
 from kvpo.models.pretrained import strict_pretrained
-from kvpo.models.tensor_files import assign_tensors, read_tensors
+from kvpo.models.tensor_files import assign_tensors, read_tensors, renamed
 
 with extra("wan"):
     from diffusers import AutoencoderKLWan
@@ -130,21 +130,14 @@ def diffusers_name(name: str) -> str:
     if part in _POINTWISE:
         return f"{_POINTWISE[part]}.{rest}"
     if match := re.match(r"middle\.(\d)\.(.*)", rest):
-        return f"{part}.mid_block.{_MIDDLE.get(match[1], match[1])}.{_renamed(match[2], _RESIDUAL)}"
+        return f"{part}.mid_block.{_MIDDLE.get(match[1], match[1])}.{renamed(match[2], _RESIDUAL)}"
     if match := re.match(r"downsamples\.(\d+)\.(.*)", rest):
-        return f"{part}.down_blocks.{match[1]}.{_renamed(match[2], _RESIDUAL)}"
+        return f"{part}.down_blocks.{match[1]}.{renamed(match[2], _RESIDUAL)}"
     if match := re.match(r"upsamples\.(\d+)\.(.*)", rest):
         stage, index = divmod(int(match[1]), _DECODER_STAGE)
         layer = "upsamplers.0" if index == _DECODER_STAGE - 1 else f"resnets.{index}"
-        return f"{part}.up_blocks.{stage}.{layer}.{_renamed(match[2], _RESIDUAL)}"
-    return f"{part}.{_renamed(rest, _ENDS)}"
-
-
-def _renamed(rest: str, table: dict[str, str]) -> str:
-    for old, new in table.items():
-        if rest.startswith(old + "."):
-            return new + rest[len(old) :]
-    return rest
+        return f"{part}.up_blocks.{stage}.{layer}.{renamed(match[2], _RESIDUAL)}"
+    return f"{part}.{renamed(rest, _ENDS)}"
 
 
 def _load_official(path: Path, device: torch.device | str, dtype: torch.dtype) -> Any:
