@@ -39,7 +39,7 @@ class Named:
 
 def offer(scorer: Scorer, name: str = "own") -> Offers:
     """All components of a scorer under one name."""
-    declarations = tuple(Declaration(c, -inf, inf, True, False, 1, 32 * 32) for c in scorer.components)
+    declarations = tuple(Declaration(c, -inf, inf, True, 1, 32 * 32) for c in scorer.components)
     return {name: declarations}
 
 

@@ -5,6 +5,7 @@ import hashlib
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -247,8 +248,9 @@ def test_offloading_changes_no_number_and_leaves_networks_where_they_were(files:
 def test_networks_visit_the_device_and_return_without_a_copy() -> None:
     network = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
     network[0].bias = network[1].bias  # tied
-    scorer = CombinedScorer((Wrapped(network), Wrapped(nn.Linear(1, 1), "other")))
-    assert list(networks_of(scorer)) == [network, scorer.scorers[1].network]
+    other, last = nn.Linear(1, 1), nn.Linear(1, 1)
+    scorer = CombinedScorer((Wrapped(network), Wrapped(partial(max, [other], key=last), "other")))
+    assert list(networks_of(scorer)) == [network, other, last]
     before = {name: value for name, value in (*network.named_parameters(), *network.named_buffers())}
     with on_device([network], "meta"):
         assert all(value.is_meta for value in (*network.parameters(), *network.buffers()))
@@ -259,7 +261,7 @@ def test_networks_visit_the_device_and_return_without_a_copy() -> None:
 
 @dataclass(frozen=True)
 class Wrapped:
-    network: nn.Module
+    network: object
     name: str = "wrapped"
 
     @property

@@ -25,7 +25,7 @@ def reward_of(function, name: str = "probe") -> Reward:
         def __call__(self, video_BTCHW, prompts):
             return {name: function(video_BTCHW)}
 
-    declaration = Declaration(name, 0.0, 1.0, False, False, 1, 10**6)
+    declaration = Declaration(name, 0.0, 1.0, False, 1, 10**6)
     return Reward(name, Scorer(), (declaration,))
 
 

@@ -21,12 +21,13 @@ from kvpo.config_checks import ConfigurationError
 from kvpo.models.adapter_files import load_adapter_state
 from kvpo.models.checkpoints import load_transformer_state
 from kvpo.models.export import save_diffusers_adapter, save_peft_adapter, save_public_checkpoint
+from kvpo.models.pretrained import read_tokenizer, strict_pretrained
 from kvpo.models.tensor_files import read_shards, read_tensors
 from kvpo.models.umt5 import PromptCache, load_text_encoder
 from kvpo.models.wan_vae import load_wan_vae
 from kvpo.prompt_files import read_prompts
 from kvpo.report.record import read_run
-from kvpo.rewards.pretrained import read_template, read_tokenizer, strict_pretrained
+from kvpo.rewards.pretrained import read_template
 from kvpo.rewards.video_files import probe
 from kvpo.serving import read_token
 from kvpo.training.checkpoint import best_checkpoint, checkpoints, load_checkpoint, save_checkpoint

@@ -105,7 +105,7 @@ def test_features_of_a_story_are_those_of_its_segments_by_their_length(tmp_path)
         seen.append((video.shape[1], str(prompts[0])))
         return pixel_features(video, prompts)
 
-    needs = Declaration("pixels", 0, 1, False, False, 1, 10**6)
+    needs = Declaration("pixels", 0, 1, False, 1, 10**6)
     story = replace(scene, segments=("a", "b"), starts=(0.0, 0.25))
     found = features_of(one / "1.mp4", story, spy, needs)
     assert seen == [(1, "a"), (3, "b")] and found[0, RED] == pytest.approx(20 / 255, abs=0.02)

@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.shapes import with_shape
 from kvpo.app.presets import demo
 from kvpo.engine.generator import TextRows
-from kvpo.models.adapters import LORA_TARGETS, add_adapter
+from kvpo.models.adapters import add_adapter
 from kvpo.models.cache import FrameCache, PageShape
 from kvpo.models.causal_wan import CausalWan, WanShape
 from kvpo.models.context import PageContext
@@ -41,7 +41,7 @@ def test_operations_are_those_that_torch_counts(adapted):
     seen = PageContext(cache, pages, torch.full((rows,), context))
     text = TextRows(torch.randn(1, SHAPE.text_len, SHAPE.text_dim), torch.zeros(rows, dtype=torch.int64))
     call = flops.Call(SHAPE, rows, block, context)
-    extra = flops.summing_flops(SHAPE, 2, LORA_TARGETS) if adapted else 0
+    extra = flops.summing_flops(SHAPE, 2) if adapted else 0
     expected = {False: flops.velocity_flops(call) + extra}
     if not adapted:  # an adapter's share of a clean pass is a bound: its last layer is computed in part only
         expected[True] = flops.encode_flops(call)

@@ -59,7 +59,7 @@ def assert_agrees(found: torch.Tensor, expected: torch.Tensor) -> None:
 def test_merged_weights_round_trip_through_every_layout(tmp_path, dtype):
     model = tiny_model()
     load_adapter(model, random_adapter(model))
-    weights = merged_state(model, dtype)
+    weights = {name: value.to(dtype) for name, value in merged_state(model).items()}
     save_public_checkpoint(tmp_path / "merged.pt", weights)
     save_diffusers_transformer(tmp_path / "single", weights, SHAPE)
     save_diffusers_transformer(tmp_path / "sharded", weights, SHAPE, shard_bytes=9000)

@@ -178,10 +178,13 @@ def test_directories_that_do_not_fit_are_named(diffusers_directory, tmp_path):
     weights = diffusers_directory / "text_encoder" / "model.safetensors"
     state = load_file(weights)
     save_file({n: v for n, v in state.items() if "block.1.layer.0.layer_norm" not in n}, weights)
-    with pytest.raises(ValueError, match="missing: encoder.block.1.layer.0.layer_norm.weight"):
+    with pytest.raises(ValueError, match=r"missing \(1\): encoder.block.1.layer.0.layer_norm.weight"):
         load(diffusers_directory)
     weights.unlink()
-    with pytest.raises(ValueError, match="not a text encoder"):
+    with pytest.raises(
+        ValueError,
+        match="text_encoder: cannot be loaded as UMT5EncoderModel .*no file named",
+    ):
         load(diffusers_directory)
     with pytest.raises(ValueError, match="no text encoder; expected models_t5_umt5-xxl-enc-bf16.pth"):
         text_encoder_files(tmp_path)

@@ -11,6 +11,7 @@ from torch import nn
 from kvpo.app.configuration import preset
 from kvpo.app.plan import Planner
 from kvpo.engine.generator import StreamingGenerator
+from kvpo.models.adapters import LORA_TARGETS
 from kvpo.models.cache import FrameCache, PageShape
 from kvpo.models.causal_wan import CausalWan
 from kvpo.models.context import PageContext
@@ -25,7 +26,7 @@ from kvpo.plan.cost import (
     members_work,
     replay_work,
 )
-from kvpo.plan.flops import Call, adapter_flops, encode_flops, velocity_flops
+from kvpo.plan.flops import Call, adapter_flops, attention_flops, encode_flops, velocity_flops
 from kvpo.plan.memory import Parameters, answer_bytes, evidence_bytes, parameters_of
 from kvpo.plan.phases import Rates, _replay_work
 from kvpo.plan.replays import replays_of
@@ -79,7 +80,7 @@ def counted(monkeypatch: pytest.MonkeyPatch, *, encode: bool) -> tuple[float, fl
 def test_operations_of_a_forward_pass_are_those_that_it_does(monkeypatch: pytest.MonkeyPatch) -> None:
     call = Call(SHAPE, ROWS, BLOCK, CONTEXT)
     every, attention = counted(monkeypatch, encode=False)
-    assert velocity_flops(call) == every and velocity_flops(call, part="attention") == attention
+    assert velocity_flops(call) == every and attention_flops(call) == attention
 
 
 def test_operations_of_a_clean_pass_are_those_that_it_does(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -87,16 +88,15 @@ def test_operations_of_a_clean_pass_are_those_that_it_does(monkeypatch: pytest.M
 
 
 def test_an_adapter_adds_its_rank_times_inputs_and_outputs() -> None:
-    targets = ("self_attn.q", "cross_attn.q", "cross_attn.k", "cross_attn.v", "ffn.0", "ffn.2")
     modules = dict(tiny_model(SHAPE).named_modules())
     expected = 0.0
     for layer in range(3):
-        for target in targets:
+        for target in LORA_TARGETS:
             module = modules[f"blocks.{layer}.{target}"]
             assert isinstance(module, nn.Linear)
             tokens = 6 if target in ("cross_attn.k", "cross_attn.v") else ROWS * BLOCK * 6
             expected += 2 * tokens * 7 * (module.in_features + module.out_features)
-    assert adapter_flops(Call(SHAPE, ROWS, BLOCK, CONTEXT), 7, targets) == expected
+    assert adapter_flops(Call(SHAPE, ROWS, BLOCK, CONTEXT), 7) == expected
 
 
 def test_in_float32_an_adapter_is_added_to_the_weights_once_for_all_passes() -> None:
@@ -259,7 +259,7 @@ def test_a_backward_pass_computes_input_gradients_and_those_of_what_is_trained(
         **{"optim.lora_rank": 0 if train == "full" else 16, "optim.checkpointing": checkpointing}
     )
     call, forward = costs.call(ROWS), forward_work(costs, ROWS)
-    attention = velocity_flops(call, part="attention")
+    attention = attention_flops(call)
     linear = velocity_flops(call) - attention
     adapter = 0.0 if train == "full" else costs.adapter(ROWS)
     trained = linear if train == "full" else adapter

@@ -39,8 +39,8 @@ def test_a_question_survives_its_journey_to_the_bit(dtype: torch.dtype) -> None:
 
 def test_offers_survive_their_journey() -> None:
     declarations = (
-        Declaration("a", -math.inf, math.inf, True, False, 2, 100, Sampling(2.0, 4, 32, 2, None)),
-        Declaration("b", 0.0, 1.0, False, True, 1, 50, weight=0.5),
+        Declaration("a", -math.inf, math.inf, True, 2, 100, Sampling(2.0, 4, 32, 2, None)),
+        Declaration("b", 0.0, 1.0, False, 1, 50, weight=0.5),
     )
     offers = {"both": declarations}
     assert decode_offers(json.loads(json.dumps(encode_offers(offers), allow_nan=False))) == offers

@@ -74,10 +74,10 @@ def test_neighbours_of_fast_files_are_thinned_and_long_files_cut():
 
 
 def test_a_long_file_is_several_clips_of_the_given_seconds():
-    short = Declaration("x", -inf, inf, False, False, 1, 1, Sampling(rate=1.0, least=1, most=99, seconds=4.0))
+    short = Declaration("x", -inf, inf, False, 1, 1, Sampling(rate=1.0, least=1, most=99, seconds=4.0))
     clips = file_clips(short, 100, 10.0)
     assert [(clip[0], clip[-1]) for clip in clips] == [(0, 39), (30, 69), (60, 99)]
-    whole = Declaration("x", -inf, inf, False, False, 1, 1, Sampling(rate=1.0, least=1, most=5, seconds=None))
+    whole = Declaration("x", -inf, inf, False, 1, 1, Sampling(rate=1.0, least=1, most=5, seconds=None))
     assert file_clips(whole, 100, 10.0) == [[0, 25, 50, 74, 99]]
 
 

@@ -14,7 +14,7 @@ from transformers import ViTConfig, ViTModel
 from kvpo.prompts import ClipPrompt
 from kvpo.rewards import raft
 from kvpo.rewards.catalogue import DECLARATIONS, load_rewards
-from kvpo.rewards.reward import Reward
+from kvpo.rewards.reward import Reward, networks_of
 from kvpo.rewards.sampling import file_clips, spread_indices
 
 AMT = """
@@ -52,6 +52,7 @@ class MUSIQ(nn.Module):
 
 def loaded(name: str, **sources: Any) -> Reward:
     (reward,) = load_rewards([name], {f"{name}.{part}": str(path) for part, path in sources.items()})
+    assert bool(list(networks_of(reward.scorer))) == bool(sources)  # found, so that offloading moves them
     return reward
 
 

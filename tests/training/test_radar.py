@@ -172,7 +172,7 @@ TEXTS = (("a",), ("b",), ("c",))
 def test_what_the_radar_measures() -> None:
     scorer = ToyScorer()
     declared = [
-        Declaration(name, 0.0, 1.0, False, False, 1, 1, weight=weight)
+        Declaration(name, 0.0, 1.0, False, 1, 1, weight=weight)
         for name, weight in zip(scorer.components, (0.0, 2.0), strict=True)
     ]
     watcher = Reward("own:calm_twice", scorer, tuple(declared))

@@ -277,7 +277,7 @@ def _world() -> Reward:
 
     scorer = WorldScorer()
     declarations = tuple(
-        Declaration(name, 0.0, 1.0, True, False, 3, FRAME_SIZE**2, weight=DEFAULT_WEIGHTS[name])
+        Declaration(name, 0.0, 1.0, True, 3, FRAME_SIZE**2, weight=DEFAULT_WEIGHTS[name])
         for name in scorer.components
     )
     return Reward(WORLD, scorer, declarations, WORLD)
@@ -309,7 +309,7 @@ def frozen_features(
         ConfigurationError: rewards that cannot be named so, or whose needs of frames differ.
     """
     if not names:
-        return pixel_features, Declaration("pixels", -inf, inf, False, False, 3, SD)
+        return pixel_features, Declaration("pixels", -inf, inf, False, 3, SD)
     rewards = named_rewards(
         names, sources, prompts=prompts, field="--features", frame_rate=frame_rate, device=device
     )
@@ -329,9 +329,7 @@ def frozen_features(
 def _users_own(name: str, field: str) -> Reward:
     scorer = user_reward(name, field)
     rounds = bool(getattr(scorer.function, "eight_bit", False))
-    declarations = tuple(
-        Declaration(c, -inf, inf, False, False, 1, SD, eight_bit=rounds) for c in scorer.components
-    )
+    declarations = tuple(Declaration(c, -inf, inf, False, 1, SD, eight_bit=rounds) for c in scorer.components)
     # Only its author knows what a function's scores depend on: they are cached if it states a version.
     version = f"{name} {scorer.function.version}" if hasattr(scorer.function, "version") else ""
     return Reward(name, scorer, declarations, version)

@@ -89,18 +89,13 @@ def _inject(model: nn.Module, adapter: AdapterState, name: str, dtype: torch.dty
 
 
 def add_adapter(
-    model: nn.Module,
-    rank: int,
-    alpha: float | None = None,
-    *,
-    generator: torch.Generator,
-    dtype: torch.dtype = torch.float32,
+    model: nn.Module, rank: int, alpha: float | None = None, *, generator: torch.Generator
 ) -> None:
     """Freeze the model and train a fresh adapter on it; the starting policy is the adapter switched off.
 
     ``A`` is drawn by a CPU generator, uniform in ±1/sqrt(in) as PEFT initialises it, and ``B`` is zero, so
     that the policy starts out exactly equal to the model. The scale is ``alpha`` / rank, by default 1: the
-    rank does not move the learning rate. ``dtype`` is the adapter's own precision, whatever the model's.
+    rank does not move the learning rate. The adapter is in float32, whatever the model's precision.
     """
     pairs = {}
     for name, (out_width, in_width) in _linear_shapes(model).items():
@@ -109,7 +104,7 @@ def add_adapter(
             a = torch.empty(rank, in_width).uniform_(-bound, bound, generator=generator)
             pairs[name] = a, torch.zeros(out_width, rank)
     fresh = AdapterState(in_peft_layout(pairs), rank, alpha or float(rank), "fresh adapter")
-    _inject(model, fresh, TRAINED, dtype)
+    _inject(model, fresh, TRAINED, torch.float32)
 
 
 def load_adapter(model: nn.Module, adapter: AdapterState, *, dtype: torch.dtype = torch.float32) -> None:
@@ -244,11 +239,8 @@ def base_state(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def merged_state(model: nn.Module, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-    """The weights that the trained policy amounts to, under bare names; the model is left as it is.
-
-    ``dtype`` is the precision of the result, by default each weight's own.
-    """
+def merged_state(model: nn.Module) -> dict[str, Tensor]:
+    """The weights that the trained policy amounts to, under bare names; the model is left as it is."""
     tensors = base_state(model)
     if lora_layers(model):
         adapter = adapter_state(model)
@@ -256,5 +248,5 @@ def merged_state(model: nn.Module, dtype: torch.dtype | None = None) -> dict[str
             weight = tensors[f"{module}.weight"]
             a, b = (half.to(weight.device, torch.float32) for half in adapter.pair(module))
             whole = adapted_weight(weight.float(), a, b, adapter.scale(module))
-            tensors[f"{module}.weight"] = whole.to(dtype or weight.dtype)
-    return tensors if dtype is None else {name: value.to(dtype) for name, value in tensors.items()}
+            tensors[f"{module}.weight"] = whole.to(weight.dtype)
+    return tensors

@@ -21,6 +21,8 @@ from kvpo.models.tensor_files import (
     only_tensors,
     read_shards,
     read_tensor_file,
+    renamed,
+    shapes_of,
 )
 
 logger = logging.getLogger(__name__)
@@ -97,10 +99,7 @@ class TransformerState:
 def _rename(name: str, top: Mapping[str, str], block: Mapping[str, str]) -> str:
     match = re.match(r"(blocks\.\d+\.)(.*)", name)
     prefix, rest, table = (match[1], match[2], block) if match else ("", name, top)
-    for old, new in table.items():
-        if rest == old or rest.startswith(old + "."):
-            return prefix + new + rest[len(old) :]
-    return name
+    return prefix + renamed(rest, table)
 
 
 def to_diffusers_name(name: str) -> str:
@@ -275,8 +274,7 @@ def check_state(model: nn.Module, state: TransformerState) -> None:
         ValueError: naming every missing, unexpected and misshapen key, and the sizes that differ if the
             file is for another architecture.
     """
-    expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-    check_tensors(state.tensors, expected, state.source, transformer_sizes)
+    check_tensors(state.tensors, shapes_of(model.state_dict()), state.source, transformer_sizes)
 
 
 def assign_state(
@@ -287,5 +285,4 @@ def assign_state(
     Raises:
         ValueError: see `check_state`.
     """
-    check_state(model, state)
-    assign_tensors(model, state.tensors, state.source, device=device, dtype=dtype)
+    assign_tensors(model, state.tensors, state.source, device=device, dtype=dtype, sizes=transformer_sizes)

@@ -19,8 +19,9 @@ from kvpo.files import new_directory, new_file
 from kvpo.models.adapter_files import DIFFUSERS_ADAPTER_NAME, PEFT_FILES, AdapterState
 from kvpo.models.adapters import lora_config
 from kvpo.models.checkpoints import WEIGHTS_NAME, to_diffusers_name
+from kvpo.models.geometry import SIZE_FIELDS
 from kvpo.models.settings import WanShape
-from kvpo.models.tensor_files import RECORD, check_tensors, storable
+from kvpo.models.tensor_files import RECORD, check_tensors, shapes_of, storable
 
 SHARD_BYTES = 5_000_000_000
 Record = Mapping[str, Any]
@@ -151,21 +152,12 @@ def save_diffusers_transformer(
 
     with torch.device("meta"):
         model: Any = WanTransformer3DModel(
+            **{name: getattr(shape, ours) for name, ours in SIZE_FIELDS.items()},
             patch_size=shape.patch_size,
-            num_attention_heads=shape.num_heads,
-            attention_head_dim=shape.head_dim,
-            in_channels=shape.channels,
             out_channels=shape.channels,
-            text_dim=shape.text_dim,
-            freq_dim=shape.freq_dim,
-            ffn_dim=shape.ffn_dim,
-            num_layers=shape.num_layers,
-            eps=shape.eps,
         )
     named = {to_diffusers_name(name): tensor for name, tensor in tensors.items()}
-    check_tensors(
-        named, {name: tuple(v.shape) for name, v in model.state_dict().items()}, "export for diffusers"
-    )
+    check_tensors(named, shapes_of(model.state_dict()), "export for diffusers")
     with _new_directory(Path(directory)) as scratch:
         model.save_config(scratch)
         _save_sharded(scratch, named, shard_bytes, _header(record))

@@ -26,16 +26,16 @@ GEOMETRIES = {
 }
 """The embedded world's; Wan 2.1's two, and the small one as LongLive's infinite variant has it."""
 SIZE_FIELDS = {
-    "num_attention_heads": int,
-    "attention_head_dim": int,
-    "num_layers": int,
-    "ffn_dim": int,
-    "freq_dim": int,
-    "text_dim": int,
-    "in_channels": int,
-    "eps": float,
+    "num_attention_heads": "num_heads",
+    "attention_head_dim": "head_dim",
+    "num_layers": "num_layers",
+    "ffn_dim": "ffn_dim",
+    "freq_dim": "freq_dim",
+    "text_dim": "text_dim",
+    "in_channels": "channels",
+    "eps": "eps",
 }
-"""Numbers of diffusers' ``WanTransformer3DModel`` that a file must have, beside its patch size."""
+"""Numbers of diffusers' ``WanTransformer3DModel`` that a file must have, beside its patch size -> ours."""
 FIXED = {
     "cross_attn_norm": True,
     "qk_norm": "rms_norm_across_heads",
@@ -77,15 +77,8 @@ def geometry(name: str) -> WanShape:
 def fields_of(shape: WanShape) -> dict[str, Any]:
     """A geometry as a file has it; what `geometry` reads back, but for the size of the latents."""
     return {
-        "num_attention_heads": shape.num_heads,
-        "attention_head_dim": shape.head_dim,
-        "num_layers": shape.num_layers,
-        "ffn_dim": shape.ffn_dim,
-        "freq_dim": shape.freq_dim,
-        "text_dim": shape.text_dim,
-        "in_channels": shape.channels,
+        **{name: getattr(shape, ours) for name, ours in SIZE_FIELDS.items()},
         "patch_size": list(shape.patch_size),
-        "eps": shape.eps,
         "text_len": shape.text_len,
         "relative_positions": shape.relative_positions,
     }
@@ -106,21 +99,12 @@ def _shape(fields: dict[str, Any], where: str) -> WanShape:
         raise ValueError(f"{where}: out_channels must be in_channels, got {fields['out_channels']!r}")
     if unknown := sorted(found.keys() - SIZE_FIELDS.keys() - IGNORED):
         raise ValueError(f"{where}: unknown field {unknown[0]!r}")
-    for name, kind in SIZE_FIELDS.items():
-        value = found.get(name)
+    sizes: dict[str, Any] = {}
+    for name, ours in SIZE_FIELDS.items():
+        value, kind = found.get(name), float if name == "eps" else int
         if isinstance(value, bool) or not isinstance(value, int if kind is int else int | float):
             what = "a whole number" if kind is int else "a number"
             raise ValueError(f"{where}: {name} must be {what}, got {value!r}")
-    return WanShape(
-        dim=found["num_attention_heads"] * found["attention_head_dim"],
-        num_heads=found["num_attention_heads"],
-        num_layers=found["num_layers"],
-        ffn_dim=found["ffn_dim"],
-        freq_dim=found["freq_dim"],
-        text_len=text_len,
-        text_dim=found["text_dim"],
-        channels=found["in_channels"],
-        patch_size=tuple(patch),
-        eps=float(found["eps"]),
-        relative_positions=relative,
-    )
+        sizes[ours] = kind(value)
+    sizes["dim"] = sizes["num_heads"] * sizes.pop("head_dim")
+    return WanShape(**sizes, text_len=text_len, patch_size=tuple(patch), relative_positions=relative)

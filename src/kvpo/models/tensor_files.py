@@ -199,6 +199,19 @@ def read_shards(index: Path) -> tuple[dict[str, Tensor], tuple[Path, ...]]:
     return tensors, tuple(index.parent / shard for shard in shards)
 
 
+def renamed(name: str, table: Mapping[str, str]) -> str:
+    """``name`` under the first entry of ``table`` that is the whole of it or, up to a dot, its beginning."""
+    for old, new in table.items():
+        if name == old or name.startswith(f"{old}."):
+            return new + name[len(old) :]
+    return name
+
+
+def shapes_of(tensors: Mapping[str, Tensor]) -> Shapes:
+    """The shape of every tensor, by name."""
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+
 def check_tensors(
     tensors: Mapping[str, Tensor],
     expected: Shapes,
@@ -223,7 +236,7 @@ def check_tensors(
         return
     lines = [f"{source}: the weights do not fit the model"]
     if sizes is not None:
-        in_file, in_model = sizes({name: tuple(t.shape) for name, t in tensors.items()}), sizes(expected)
+        in_file, in_model = sizes(shapes_of(tensors)), sizes(expected)
         if differing := [
             field for field in in_model if in_file.get(field, in_model[field]) != in_model[field]
         ]:
@@ -280,13 +293,15 @@ def assign_tensors(
     *,
     device: torch.device | str,
     dtype: torch.dtype,
+    sizes: Callable[[Shapes], dict[str, int]] | None = None,
 ) -> None:
-    """Give a model built on the meta device its (checked) weights, tensor by tensor onto the device.
+    """Give a model built on the meta device exactly its weights, tensor by tensor onto the device.
 
     The mapped file is the only other place where the weights are; where device and dtype already agree, the
-    model uses the mapping itself. Raises ValueError naming the tensor of ``source`` that is quantised, or
-    that holds NaN or infinity.
+    model uses the mapping itself. Raises ValueError as `check_tensors` does, to which ``sizes`` goes, and
+    naming the tensor of ``source`` that is quantised, or that holds NaN or infinity.
     """
+    check_tensors(tensors, shapes_of(model.state_dict()), source, sizes)
     require_numbers({name: tensors[name] for name, _ in model.named_parameters()}, source)
     # By identity, so that one tensor under two names (tied weights) stays one tensor.
     placed = {id(tensor): _placed(tensor, torch.device(device), dtype) for tensor in tensors.values()}

@@ -13,25 +13,25 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, UMT5Config, UMT5EncoderModel
+from transformers import PreTrainedTokenizerBase, UMT5Config, UMT5EncoderModel
 
 from kvpo.extras import extra
-from kvpo.files import named_list, new_file, refuse_pointers
-from kvpo.models.finite import require_finite_weights
+from kvpo.files import named_list, new_file
+from kvpo.models.pretrained import read_tokenizer, strict_pretrained
 from kvpo.models.tensor_files import (
     Shapes,
     assign_tensors,
-    check_tensors,
     fingerprint,
     read_safetensors,
     read_tensors,
+    renamed,
+    shapes_of,
     storable,
 )
 
@@ -109,12 +109,10 @@ def token_count(tokenizer: PreTrainedTokenizerBase, text: str) -> int:
 def transformers_name(name: str) -> str:
     """transformers' name of a parameter in Wan's own text encoder file."""
     match = re.match(r"blocks\.(\d+)\.(.*)", name)
-    rest, table = (match[2], _OFFICIAL_BLOCK) if match else (name, _OFFICIAL_TOP)
-    prefix = f"encoder.block.{match[1]}." if match else ""
-    for old, new in table.items():
-        if rest.startswith(old + "."):
-            return prefix + new + rest[len(old) :]
-    return name
+    if match is None:
+        return renamed(name, _OFFICIAL_TOP)
+    rest = renamed(match[2], _OFFICIAL_BLOCK)
+    return name if rest == match[2] else f"encoder.block.{match[1]}.{rest}"
 
 
 def _sizes(shapes: Shapes) -> dict[str, int]:
@@ -135,7 +133,7 @@ def _sizes(shapes: Shapes) -> dict[str, int]:
 def _load_official(path: Path, device: torch.device | str, dtype: torch.dtype) -> UMT5EncoderModel:
     """The encoder in a file of Wan's own layout; its sizes are read off the shapes."""
     tensors = {transformers_name(name): tensor for name, tensor in read_tensors(path).items()}
-    sizes = _sizes({name: tuple(tensor.shape) for name, tensor in tensors.items()})
+    sizes = _sizes(shapes_of(tensors))
     if len(sizes) < 7:
         raise ValueError(
             f"{path}: not a UMT5 encoder in Wan's layout ({OFFICIAL_WEIGHTS}); "
@@ -155,33 +153,8 @@ def _load_official(path: Path, device: torch.device | str, dtype: torch.dtype) -
         model = UMT5EncoderModel(config)
     # One embedding table under two names in transformers.
     tensors["encoder.embed_tokens.weight"] = tensors["shared.weight"]
-    check_tensors(tensors, {name: tuple(v.shape) for name, v in model.state_dict().items()}, str(path))
     assign_tensors(model, tensors, str(path), device=device, dtype=dtype)
     model.tie_weights()
-    return model
-
-
-def _load_directory(directory: Path, device: torch.device | str, dtype: torch.dtype) -> UMT5EncoderModel:
-    refuse_pointers(directory)
-    try:
-        loaded: Any = UMT5EncoderModel.from_pretrained(
-            directory,
-            dtype=dtype,
-            device_map={"": torch.device(device)},  # straight from the mapped files onto the device
-            local_files_only=True,
-            output_loading_info=True,
-        )
-    except (OSError, RuntimeError, SafetensorError) as error:
-        raise ValueError(f"{directory}: not a text encoder that transformers can load: {error}") from error
-    model, report = loaded
-    problems = {
-        "missing": sorted(report["missing_keys"]),
-        "unexpected": sorted(report["unexpected_keys"]),
-        "misshapen": sorted(str(item[0]) for item in report["mismatched_keys"]),
-    }
-    if said := [f"{what}: {named_list(names)}" for what, names in problems.items() if names]:
-        raise ValueError(f"{directory}: weights that do not fit a UMT5 encoder; {'; '.join(said)}")
-    require_finite_weights(model.state_dict(), str(directory))
     return model
 
 
@@ -218,18 +191,12 @@ def load_text_encoder(
     Raises:
         ValueError: unreadable files, keys that are missing, unexpected or misshapen (each named).
     """
-    load = _load_directory if weights.is_dir() else _load_official
-    model = load(weights, device, dtype).eval().requires_grad_(False)
-    return UMT5Encoder(model, load_tokenizer(tokenizer), text_len)
-
-
-def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer in a directory. Raises ValueError where transformers finds none."""
-    refuse_pointers(directory)
-    try:
-        return AutoTokenizer.from_pretrained(directory, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{directory}: not a tokenizer that transformers can load: {error}") from error
+    if weights.is_dir():
+        straight = {"": torch.device(device)}  # from the mapped files onto the device
+        model = strict_pretrained(UMT5EncoderModel, weights, dtype=dtype, device_map=straight)
+    else:
+        model = _load_official(weights, device, dtype).eval().requires_grad_(False)
+    return UMT5Encoder(model, read_tokenizer(tokenizer), text_len)
 
 
 def encoder_fingerprint(weights: Path, tokenizer: Path, dtype: torch.dtype) -> str:

@@ -12,13 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from kvpo.extras import extra
-from kvpo.files import named_list, refuse_pointers
-from kvpo.models.finite import require_finite_weights
-from kvpo.models.tensor_files import assign_tensors, check_tensors, read_tensors
+from kvpo.files import named_list
+from kvpo.models.pretrained import strict_pretrained
+from kvpo.models.tensor_files import assign_tensors, read_tensors, renamed
 
 with extra("wan"):
     from diffusers import AutoencoderKLWan
@@ -131,21 +130,14 @@ def diffusers_name(name: str) -> str:
     if part in _POINTWISE:
         return f"{_POINTWISE[part]}.{rest}"
     if match := re.match(r"middle\.(\d)\.(.*)", rest):
-        return f"{part}.mid_block.{_MIDDLE.get(match[1], match[1])}.{_renamed(match[2], _RESIDUAL)}"
+        return f"{part}.mid_block.{_MIDDLE.get(match[1], match[1])}.{renamed(match[2], _RESIDUAL)}"
     if match := re.match(r"downsamples\.(\d+)\.(.*)", rest):
-        return f"{part}.down_blocks.{match[1]}.{_renamed(match[2], _RESIDUAL)}"
+        return f"{part}.down_blocks.{match[1]}.{renamed(match[2], _RESIDUAL)}"
     if match := re.match(r"upsamples\.(\d+)\.(.*)", rest):
         stage, index = divmod(int(match[1]), _DECODER_STAGE)
         layer = "upsamplers.0" if index == _DECODER_STAGE - 1 else f"resnets.{index}"
-        return f"{part}.up_blocks.{stage}.{layer}.{_renamed(match[2], _RESIDUAL)}"
-    return f"{part}.{_renamed(rest, _ENDS)}"
-
-
-def _renamed(rest: str, table: dict[str, str]) -> str:
-    for old, new in table.items():
-        if rest.startswith(old + "."):
-            return new + rest[len(old) :]
-    return rest
+        return f"{part}.up_blocks.{stage}.{layer}.{renamed(match[2], _RESIDUAL)}"
+    return f"{part}.{renamed(rest, _ENDS)}"
 
 
 def _load_official(path: Path, device: torch.device | str, dtype: torch.dtype) -> Any:
@@ -161,23 +153,8 @@ def _load_official(path: Path, device: torch.device | str, dtype: torch.dtype) -
     with torch.device("meta"):
         model: Any = AutoencoderKLWan(base_dim=base, z_dim=latent)
     tensors = {diffusers_name(name): tensor for name, tensor in official.items()}
-    check_tensors(tensors, {name: tuple(v.shape) for name, v in model.state_dict().items()}, str(path))
     assign_tensors(model, tensors, str(path), device=device, dtype=dtype)
     return model
-
-
-def _load_directory(directory: Path, device: torch.device | str, dtype: torch.dtype) -> Any:
-    refuse_pointers(directory)
-    try:
-        model, report = AutoencoderKLWan.from_pretrained(
-            directory, torch_dtype=dtype, local_files_only=True, output_loading_info=True
-        )
-    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
-        raise ValueError(f"{directory}: not a VAE that diffusers can load: {error}") from error
-    if wrong := sorted((*report["missing_keys"], *report["unexpected_keys"])):
-        raise ValueError(f"{directory}: weights that are missing or not part of the VAE: {named_list(wrong)}")
-    require_finite_weights(model.state_dict(), str(directory))
-    return model.to(device)
 
 
 def vae_files(path: Path) -> Path:
@@ -195,5 +172,6 @@ def load_wan_vae(
         ValueError: unreadable files, keys that are missing, unexpected or misshapen (each named).
     """
     path = vae_files(path)
-    load = _load_directory if path.is_dir() else _load_official
-    return WanVAE(load(path, device, dtype))
+    if not path.is_dir():
+        return WanVAE(_load_official(path, device, dtype))
+    return WanVAE(strict_pretrained(AutoencoderKLWan, path, torch_dtype=dtype).to(device))

@@ -3,9 +3,15 @@
 from dataclasses import dataclass, replace
 
 from kvpo.config import Config
-from kvpo.models.adapters import LORA_TARGETS
 from kvpo.models.settings import WanShape
-from kvpo.plan.flops import Call, adapter_flops, encode_flops, summing_flops, velocity_flops
+from kvpo.plan.flops import (
+    Call,
+    adapter_flops,
+    attention_flops,
+    encode_flops,
+    summing_flops,
+    velocity_flops,
+)
 
 
 @dataclass(frozen=True)
@@ -60,12 +66,12 @@ class Costs:
         """
         optim = self.config.optim
         if optim.autocast == "none":
-            return summing_flops(self.shape, optim.lora_rank, LORA_TARGETS)
+            return summing_flops(self.shape, optim.lora_rank)
         return passes * self.beside(rows)
 
     def beside(self, rows: int) -> float:
         """Operations of an adapter beside the weights in a forward pass; 0 without one."""
-        return adapter_flops(self.call(rows), self.config.optim.lora_rank, LORA_TARGETS)
+        return adapter_flops(self.call(rows), self.config.optim.lora_rank)
 
 
 def blocks_work(
@@ -124,7 +130,7 @@ def backward_work(costs: Costs, rows: int) -> Work:
     both gradients.
     """
     forward, call = forward_work(costs, rows), costs.call(rows)
-    attention = velocity_flops(call, part="attention")
+    attention = attention_flops(call)
     linear = velocity_flops(call) - attention
     trained = 2 * costs.beside(rows) if costs.config.optim.lora_rank else linear
     flops = velocity_flops(call) + attention + trained

@@ -1,10 +1,9 @@
 """Operations of the transformer's matrix products, two per multiplication with addition."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Literal
 
+from kvpo.models.adapters import LORA_TARGETS
 from kvpo.models.settings import WanShape
 
 
@@ -53,14 +52,16 @@ def _ends(call: Call) -> float:
     return 2.0 * (patch + text + time)
 
 
-def velocity_flops(call: Call, part: Literal["all", "attention"] = "all") -> float:
-    """A forward pass that returns velocities, or only the attention products in it."""
-    shape, layers = call.shape, call.shape.num_layers
-    attention = layers * _attention(call)
-    if part == "attention":
-        return attention
+def attention_flops(call: Call) -> float:
+    """The attention products of all layers."""
+    return call.shape.num_layers * _attention(call)
+
+
+def velocity_flops(call: Call) -> float:
+    """A forward pass that returns velocities."""
+    shape = call.shape
     head = 2.0 * call.queries * shape.dim * prod(shape.patch_size) * shape.channels
-    return attention + layers * _layer_linears(call) + _ends(call) + head
+    return attention_flops(call) + shape.num_layers * _layer_linears(call) + _ends(call) + head
 
 
 def encode_flops(call: Call) -> float:
@@ -69,18 +70,18 @@ def encode_flops(call: Call) -> float:
     return layers * (_attention(call) + _layer_linears(call)) + _self_keys_values(call) + _ends(call)
 
 
-def adapter_flops(call: Call, rank: int, targets: Sequence[str]) -> float:
+def adapter_flops(call: Call, rank: int) -> float:
     """FLOPs of a pass for an adapter beside the weights: rank (inputs + outputs) per token and layer."""
     dim, ffn = call.shape.dim, call.shape.ffn_dim
     total = 0.0
-    for target in targets:
+    for target in LORA_TARGETS:
         tokens = call.shape.text_len if target in ("cross_attn.k", "cross_attn.v") else call.queries
         widths = dim + ffn if target.startswith("ffn") else 2 * dim
         total += 2.0 * tokens * rank * widths
     return call.shape.num_layers * total
 
 
-def summing_flops(shape: WanShape, rank: int, targets: Sequence[str]) -> float:
+def summing_flops(shape: WanShape, rank: int) -> float:
     """FLOPs of adding an adapter to the weights: rank inputs outputs per layer, whatever the tokens."""
-    widths = (shape.ffn_dim if target.startswith("ffn") else shape.dim for target in targets)
+    widths = (shape.ffn_dim if target.startswith("ffn") else shape.dim for target in LORA_TARGETS)
     return 2.0 * shape.num_layers * sum(rank * shape.dim * width for width in widths)

@@ -11,7 +11,7 @@ from torch import nn
 
 from kvpo.config import Config
 from kvpo.engine.generator import StreamingGenerator
-from kvpo.engine.pages import PlannedRollout, cache_pages, stream_pages
+from kvpo.engine.pages import stream_pages
 from kvpo.models.adapters import LORA_TARGETS
 from kvpo.models.causal_wan import CausalWan
 from kvpo.plan.replays import Replays
@@ -190,11 +190,6 @@ def answer_bytes(config: Config, replays: Replays) -> float:
     groups = -(-replays.together // replays.trajectories)
     visited = (2 * replays.trajectories + replays.rows) * replays.blocks * replays.steps
     return groups * visited * block_bytes(config)
-
-
-def pool_pages(config: Config, generator: StreamingGenerator, rollout: PlannedRollout) -> int:
-    """Pages of the cache that a refresh's rollouts share."""
-    return cache_pages(generator, [rollout] * config.optim.rollouts_per_refresh)
 
 
 def evaluation_pages(config: Config, generator: StreamingGenerator, frames: int, *, switches: bool) -> int:

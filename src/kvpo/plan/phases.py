@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 
 from kvpo.config import Config
 from kvpo.engine.generator import StreamingGenerator
-from kvpo.engine.pages import PlannedRollout, groups_together
+from kvpo.engine.pages import PlannedRollout, cache_pages, groups_together
 from kvpo.models.causal_wan import CausalWan
 from kvpo.plan.cost import Costs, Work, blocks_work, members_work, replay_work
 from kvpo.plan.memory import (
@@ -16,7 +16,6 @@ from kvpo.plan.memory import (
     evaluation_pages,
     evidence_bytes,
     parameters_of,
-    pool_pages,
     trajectory_bytes,
 )
 from kvpo.plan.replays import Replays, replays_of
@@ -161,7 +160,7 @@ def plan_run(
         costs=Costs(own, model.shape, weights, generator.page_bytes, fork.frame),
         replays=replays,
         own_replays=split.replayed(replays),
-        pages=pool_pages(config, generator, rollout),
+        pages=cache_pages(generator, [rollout] * config.optim.rollouts_per_refresh),
     )
     keep = KEPT_CHECKPOINTS + 2  # the best one, and the one being written
     return Plan(

@@ -31,19 +31,19 @@ EIGHT_A_SECOND = Sampling(rate=8.0, least=1, most=2**31, seconds=None, strides=T
 
 
 def _vbench(name: str, min_frames: int, sampling: Sampling = EVERY_FRAME) -> Declaration:
-    return Declaration(f"vbench_{name}", 0.0, 1.0, False, False, min_frames, HD, sampling, eight_bit=True)
+    return Declaration(f"vbench_{name}", 0.0, 1.0, False, min_frames, HD, sampling, eight_bit=True)
 
 
 def _videoalign(name: str) -> Declaration:
-    return Declaration(name, -inf, inf, True, False, 2, HD, VIDEOALIGN_SAMPLING, eight_bit=True)
+    return Declaration(name, -inf, inf, True, 2, HD, VIDEOALIGN_SAMPLING, eight_bit=True)
 
 
 def _frames(name: str, low: float, high: float, reads_prompt: bool = True) -> Declaration:
-    return Declaration(name, low, high, reads_prompt, True, 1, SD, EIGHT_FRAMES)
+    return Declaration(name, low, high, reads_prompt, 1, SD, EIGHT_FRAMES)
 
 
 _ALL = (
-    Declaration("hpsv3", -inf, inf, True, False, 1, HD, Sampling(rate=2.0, least=1, most=32), eight_bit=True),
+    Declaration("hpsv3", -inf, inf, True, 1, HD, Sampling(rate=2.0, least=1, most=32), eight_bit=True),
     _videoalign("videoalign_vq"),
     _videoalign("videoalign_mq"),
     _videoalign("videoalign_ta"),
@@ -54,10 +54,10 @@ _ALL = (
     _frames("image_reward", -inf, inf),
     _frames("transition_follow", -4.0, 4.0),
     _frames("transition_keep", -1.0, 1.0),
-    Declaration("motion_smoothness", 0.0, 1.0, False, False, 3, FLOW_PIXELS),
-    Declaration("dynamic_degree", 0.0, 1.0, False, False, 2, FLOW_PIXELS),
-    Declaration("subject_consistency", -1.0, 1.0, False, True, 2, SD, SUBJECT_SAMPLING),
-    Declaration("flicker", 0.0, 1.0, False, True, 3, FLOW_PIXELS),
+    Declaration("motion_smoothness", 0.0, 1.0, False, 3, FLOW_PIXELS),
+    Declaration("dynamic_degree", 0.0, 1.0, False, 2, FLOW_PIXELS),
+    Declaration("subject_consistency", -1.0, 1.0, False, 2, SD, SUBJECT_SAMPLING),
+    Declaration("flicker", 0.0, 1.0, False, 3, FLOW_PIXELS),
     _vbench("dynamic_degree", 2, EIGHT_A_SECOND),
     _vbench("motion_smoothness", 3),
     _vbench("subject_consistency", 2),

@@ -13,14 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPModel, PreTrainedTokenizerBase
 
-from kvpo.models.tensor_files import read_tensors
+from kvpo.models.pretrained import read_tokenizer, strict_pretrained
+from kvpo.models.tensor_files import read_tensors, renamed
 from kvpo.rewards.catalogue import EIGHT_FRAMES
 from kvpo.rewards.images import CLIP_MEAN, CLIP_STD, fit_and_crop, fit_and_pad, standardised
 from kvpo.rewards.pretrained import (
     entry_tensors,
     load_strict,
-    read_tokenizer,
-    strict_pretrained,
     warn_if_cut,
     without_weights,
 )
@@ -129,7 +128,7 @@ class AestheticScorer:
 
 
 def _clip(directory: Path, device: str) -> CLIPModel:
-    return strict_pretrained(CLIPModel, directory).eval().requires_grad_(False).to(device)
+    return strict_pretrained(CLIPModel, directory, dtype=torch.float32).to(device)
 
 
 def load_clip_score(directory: Path, *, device: str = "cpu") -> SimilarityScorer:
@@ -168,26 +167,24 @@ def load_aesthetic(checkpoint: Path, base: Path, *, device: str = "cpu") -> Aest
     return AestheticScorer(model, head)
 
 
-_WHOLE = {
+_OUTSIDE = {
     "positional_embedding": "text_model.embeddings.position_embedding.weight",
-    "token_embedding.weight": "text_model.embeddings.token_embedding.weight",
+    "token_embedding": "text_model.embeddings.token_embedding",
     "visual.class_embedding": "vision_model.embeddings.class_embedding",
     "visual.positional_embedding": "vision_model.embeddings.position_embedding.weight",
-    "visual.conv1.weight": "vision_model.embeddings.patch_embedding.weight",
+    "visual.conv1": "vision_model.embeddings.patch_embedding",
+    "ln_final": "text_model.final_layer_norm",
+    "visual.ln_pre": "vision_model.pre_layrnorm",
+    "visual.ln_post": "vision_model.post_layernorm",
 }
 _TRANSPOSED = {"text_projection": "text_projection.weight", "visual.proj": "visual_projection.weight"}
-_NORMS = {
-    "ln_final.": "text_model.final_layer_norm.",
-    "visual.ln_pre.": "vision_model.pre_layrnorm.",
-    "visual.ln_post.": "vision_model.post_layernorm.",
-}
 _LAYER = re.compile(r"(visual\.)?transformer\.resblocks\.(\d+)\.(.+)")
 _IN_LAYER = {
-    "ln_1.": "layer_norm1.",
-    "ln_2.": "layer_norm2.",
-    "attn.out_proj.": "self_attn.out_proj.",
-    "mlp.c_fc.": "mlp.fc1.",
-    "mlp.c_proj.": "mlp.fc2.",
+    "ln_1": "layer_norm1",
+    "ln_2": "layer_norm2",
+    "attn.out_proj": "self_attn.out_proj",
+    "mlp.c_fc": "mlp.fc1",
+    "mlp.c_proj": "mlp.fc2",
 }
 
 
@@ -196,7 +193,7 @@ def open_clip_to_transformers(weights: Mapping[str, Tensor]) -> dict[str, Tensor
 
     Names without a counterpart stay as they are, for the strict check to report.
     """
-    renamed: dict[str, Tensor] = {}
+    found: dict[str, Tensor] = {}
     for name, value in weights.items():
         layer = _LAYER.fullmatch(name)
         if layer is not None:
@@ -205,16 +202,11 @@ def open_clip_to_transformers(weights: Mapping[str, Tensor]) -> dict[str, Tensor
             if layer[3] in ("attn.in_proj_weight", "attn.in_proj_bias"):
                 kind = layer[3].removeprefix("attn.in_proj_")
                 for part, third in zip("qkv", value.chunk(3), strict=True):
-                    renamed[f"{prefix}self_attn.{part}_proj.{kind}"] = third
+                    found[f"{prefix}self_attn.{part}_proj.{kind}"] = third
             else:
-                renamed[prefix + _with_beginning(layer[3], _IN_LAYER)] = value
+                found[prefix + renamed(layer[3], _IN_LAYER)] = value
         elif name in _TRANSPOSED:
-            renamed[_TRANSPOSED[name]] = value.t()
+            found[_TRANSPOSED[name]] = value.t()
         else:
-            renamed[_WHOLE.get(name, _with_beginning(name, _NORMS))] = value
-    return renamed
-
-
-def _with_beginning(name: str, beginnings: Mapping[str, str]) -> str:
-    old = next((old for old in beginnings if name.startswith(old)), None)
-    return name if old is None else beginnings[old] + name.removeprefix(old)
+            found[renamed(name, _OUTSIDE)] = value
+    return found

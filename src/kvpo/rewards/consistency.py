@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kvpo.files import read_json
+from kvpo.models.pretrained import strict_pretrained
 from kvpo.rewards.catalogue import SUBJECT_SAMPLING
 from kvpo.rewards.images import CLIP_MEAN, CLIP_STD, fit_and_crop, luminance, standardised
-from kvpo.rewards.pretrained import strict_pretrained
 from kvpo.rewards.sampling import checked_batch, spread_indices
 
 GRID = 4
@@ -84,15 +84,14 @@ def load_subject_consistency(directory: Path, *, device: str = "cpu") -> Subject
     settings = read_json(directory / "config.json")
     kind = settings.get("model_type") if isinstance(settings, dict) else None
     if kind == "dinov2":
-        encoder = strict_pretrained(Dinov2Model, directory)
+        encoder = strict_pretrained(Dinov2Model, directory, dtype=torch.float32)
         patch = encoder.config.patch_size
         size, mean, std = 224 // patch * patch, IMAGENET_MEAN, IMAGENET_STD
     elif kind == "clip":
-        encoder = strict_pretrained(CLIPModel, directory).vision_model
+        encoder = strict_pretrained(CLIPModel, directory, dtype=torch.float32).vision_model
         size, mean, std = encoder.config.image_size, CLIP_MEAN, CLIP_STD
     else:
         raise ValueError(
             f"{directory}: holds a model of type {kind!r}; subject_consistency takes dinov2 or clip"
         )
-    encoder = encoder.eval().requires_grad_(False).to(device)
-    return SubjectConsistencyScorer(encoder, size, mean, std)
+    return SubjectConsistencyScorer(encoder.to(device), size, mean, std)

@@ -11,10 +11,11 @@ from transformers.models.blip.configuration_blip import BlipTextConfig, BlipVisi
 from transformers.models.blip.modeling_blip import BlipVisionModel
 from transformers.models.blip.modeling_blip_text import BlipTextModel
 
+from kvpo.models.pretrained import read_tokenizer
 from kvpo.models.tensor_files import read_tensors
 from kvpo.rewards.clip_family import rating_head, spread_frames
 from kvpo.rewards.images import CLIP_MEAN, CLIP_STD, fit_and_crop, standardised
-from kvpo.rewards.pretrained import load_strict, read_tokenizer, rename_keys, warn_if_cut, without_weights
+from kvpo.rewards.pretrained import load_strict, rename_keys, warn_if_cut, without_weights
 from kvpo.rewards.sampling import checked_batch, pooled_frames, present_frames
 
 TEXT_TOKENS = 35

@@ -1,4 +1,4 @@
-"""Loads public checkpoints strictly: a weight that is missing, left over or misshapen is an error by name."""
+"""Public checkpoints of rewards: weights for networks built here, templates of prompts, cut texts."""
 
 import ast
 import hashlib
@@ -13,9 +13,8 @@ from weakref import WeakSet
 import torch
 from torch import Tensor, nn
 
-from kvpo.files import named_list, read_bytes, refuse_pointers
-from kvpo.models.finite import require_finite_weights
-from kvpo.models.tensor_files import assign_tensors, check_tensors, only_tensors, read_tensor_file
+from kvpo.files import read_bytes
+from kvpo.models.tensor_files import assign_tensors, only_tensors, read_tensor_file
 
 logger = logging.getLogger(__name__)
 
@@ -23,50 +22,6 @@ _WARNED: WeakSet[Any] = WeakSet()
 """Tokenizers that have met a text longer than their reward reads."""
 TEXT_PROMPT = "{text_prompt}"
 """Placeholder of the prompt in a template."""
-
-
-def strict_pretrained(kind: Any, directory: Path, **settings: Any) -> Any:
-    """``kind.from_pretrained`` of a transformers directory in float32; what it would only warn of is refused.
-
-    Raises:
-        ValueError: naming missing, unexpected and misshapen weights.
-    """
-    refuse_pointers(directory)
-    try:
-        model, found = kind.from_pretrained(
-            directory, dtype=torch.float32, local_files_only=True, output_loading_info=True, **settings
-        )
-    except (OSError, RuntimeError) as error:
-        raise ValueError(f"{directory}: cannot be loaded as {kind.__name__}: {error}") from error
-    # Old checkpoints store the position indices, which the model computes.
-    unexpected = [name for name in found["unexpected_keys"] if not name.endswith("position_ids")]
-    problems = {
-        "missing": sorted(found["missing_keys"]),
-        "unexpected": sorted(unexpected),
-        "misshapen": sorted(str(item[0]) for item in found["mismatched_keys"]),
-    }
-    if said := [f"{what} ({len(names)}): {named_list(names)}" for what, names in problems.items() if names]:
-        raise ValueError(f"{directory}: the weights do not fit {kind.__name__}; {'; '.join(said)}")
-    require_finite_weights(model.state_dict(), str(directory))
-    return model
-
-
-def read_tokenizer(directory: Path) -> Any:
-    """The tokenizer of a directory in transformers' layout.
-
-    Raises:
-        ValueError: none there.
-    """
-    from transformers import AutoTokenizer
-
-    # Where the files are absent, transformers may hand out an empty tokenizer of the model's class.
-    if not any((directory / name).is_file() for name in ("tokenizer.json", "vocab.json", "vocab.txt")):
-        raise ValueError(f"{directory}: holds no tokenizer (tokenizer.json, vocab.json or vocab.txt)")
-    refuse_pointers(directory)
-    try:
-        return AutoTokenizer.from_pretrained(directory, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{directory}: the tokenizer cannot be read ({error})") from error
 
 
 def warn_if_cut(tokenizer: Any, text: str, limit: int, reward: str) -> None:
@@ -97,8 +52,6 @@ def load_strict(module: nn.Module, weights: Mapping[str, Tensor], source: str, d
     Raises:
         ValueError: naming missing, unexpected and misshapen keys.
     """
-    expected = {name: tuple(value.shape) for name, value in module.state_dict().items()}
-    check_tensors(weights, expected, source)
     assign_tensors(module, weights, source, device=device, dtype=torch.float32)
     module.to(device).requires_grad_(False)
 

@@ -85,8 +85,6 @@ class Declaration:
     high: float
     """Range of the score; infinite where there is no bound. Higher is better."""
     reads_prompt: bool
-    differentiable: bool
-    """True if gradients reach the pixels."""
     min_frames: int
     """Fewest frames of a clip that can be scored."""
     max_pixels: int

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, Qwen2VLConfig, Qwen2VLModel
 
 from kvpo.files import named_list
-from kvpo.models.tensor_files import assign_tensors, check_tensors
+from kvpo.models.pretrained import read_tokenizer
+from kvpo.models.tensor_files import assign_tensors, check_tensors, renamed, shapes_of
 from kvpo.rewards.images import CLIP_MEAN, CLIP_STD, standardised
-from kvpo.rewards.pretrained import read_tokenizer, without_weights
+from kvpo.rewards.pretrained import without_weights
 
 PATCH = 14
 TEMPORAL_PATCH = 2
@@ -133,19 +134,11 @@ def backbone_keys(names: Iterable[str], source: str) -> dict[str, str]:
     Raises:
         ValueError: naming keys with another beginning.
     """
-    beginnings = {"visual.": "backbone.visual.", "model.": "backbone.language_model.", "rm_head.": "head."}
-    renamed, strange = {}, []
-    for name in names:
-        if name == "lm_head.weight":
-            continue
-        old = next((old for old in beginnings if name.startswith(old)), None)
-        if old is None:
-            strange.append(name)
-        else:
-            renamed[name] = beginnings[old] + name.removeprefix(old)
-    if strange:
+    parts = {"visual": "backbone.visual", "model": "backbone.language_model", "rm_head": "head"}
+    found = {name: renamed(name, parts) for name in names if name != "lm_head.weight"}
+    if strange := [name for name, new in found.items() if new == name]:
         raise ValueError(f"{source}: keys that belong to no part of the model: {named_list(strange)}")
-    return renamed
+    return found
 
 
 def load_weights(
@@ -163,7 +156,7 @@ def load_weights(
         ValueError: naming missing, unexpected and misshapen keys.
     """
     named = {new: weights[old] for old, new in backbone_keys(weights, source).items()}
-    check_tensors(named, {name: tuple(value.shape) for name, value in model.state_dict().items()}, source)
+    check_tensors(named, shapes_of(model.state_dict()), source)
     for part, kind in (("backbone", dtype), ("head", head_dtype)):
         own = {n.removeprefix(f"{part}."): v for n, v in named.items() if n.startswith(f"{part}.")}
         assign_tensors(model.get_submodule(part), own, source, device=device, dtype=kind)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kvpo.models.finite import require_finite_weights
-from kvpo.models.tensor_files import check_tensors, read_tensors
+from kvpo.models.tensor_files import check_tensors, read_tensors, shapes_of
 from kvpo.rewards.pretrained import rename_keys
 
 PAIRS = 8
@@ -76,8 +76,7 @@ def load_raft(path: Path, device: str = "cpu", updates: int = UPDATES) -> RaftFl
     weights = read_tensors(path)
     if any(name.removeprefix("module.").startswith("fnet.") for name in weights):
         weights = official_to_torchvision(weights)
-    expected = network.state_dict()
-    check_tensors(weights, {name: tuple(value.shape) for name, value in expected.items()}, str(path))
+    check_tensors(weights, shapes_of(network.state_dict()), str(path))
     require_finite_weights(weights, str(path))
     network.load_state_dict(weights, strict=True)
     return RaftFlow(network.eval().requires_grad_(False).to(device), device, updates)

@@ -5,6 +5,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, fields, is_dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -140,12 +141,13 @@ class CombinedScorer:
 
 
 def networks_of(value: object) -> Iterator[nn.Module]:
-    """The networks among the fields of a dataclass, at any depth."""
+    """The networks among the fields of a dataclass and the arguments of a partial, at any depth."""
     if isinstance(value, nn.Module):
         yield value
     elif is_dataclass(value):
-        for field in fields(value):
-            yield from networks_of(vars(value)[field.name])
+        yield from networks_of([vars(value)[field.name] for field in fields(value)])
+    elif isinstance(value, partial):
+        yield from networks_of([*value.args, *value.keywords.values()])
     elif isinstance(value, list | tuple):
         for item in value:
             yield from networks_of(item)

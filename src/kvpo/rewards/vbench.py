@@ -17,11 +17,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kvpo.models.pretrained import strict_pretrained
 from kvpo.prompts import ClipPrompt
 from kvpo.rewards.catalogue import DECLARATIONS, EIGHT_A_SECOND
 from kvpo.rewards.consistency import IMAGENET_MEAN, IMAGENET_STD
 from kvpo.rewards.images import standardised
-from kvpo.rewards.pretrained import entry_tensors, load_strict, strict_pretrained
+from kvpo.rewards.pretrained import entry_tensors, load_strict
 from kvpo.rewards.sampling import checked_batch, spread_indices
 
 FASTEST = 0.05
@@ -181,9 +182,8 @@ def load_vbench_subject_consistency(directory: Path, *, device: str = "cpu") -> 
     """The scorer on the DINO ViT in ``directory``, in transformers' layout. Raises ValueError for others."""
     from transformers import ViTModel
 
-    encoder = strict_pretrained(ViTModel, directory, add_pooling_layer=False)
-    encoder = encoder.eval().requires_grad_(False).to(device)
-    return VBenchScorer(("vbench_subject_consistency",), partial(dino_consistency, encoder))
+    encoder = strict_pretrained(ViTModel, directory, dtype=torch.float32, add_pooling_layer=False)
+    return VBenchScorer(("vbench_subject_consistency",), partial(dino_consistency, encoder.to(device)))
 
 
 def _network(package: str, module: str, name: str, settings: dict[str, bool]) -> nn.Module:

@@ -26,11 +26,9 @@ CLIP_FRAMES = 15
 BEFORE_FRAMES = 5
 
 
-def round_trip(codec: PixelCodec, video_BTCHW: Tensor, times: int = 1) -> Tensor:
-    """Frames [B, T, 3, H, W] after ``times`` passes through the latent codec."""
-    for _ in range(times):
-        video_BTCHW = torch.cat([codec.decode(codec.encode(v)) for v in video_BTCHW.split(16)])
-    return video_BTCHW
+def round_trip(codec: PixelCodec, video_BTCHW: Tensor) -> Tensor:
+    """Frames [B, T, 3, H, W] after a pass through the latent codec."""
+    return torch.cat([codec.decode(codec.encode(v)) for v in video_BTCHW.split(16)])
 
 
 def draw_stories(split: Split, count: int, num_acts: int, num_frames: int, seed: int) -> list[Story]:

@@ -13,13 +13,13 @@ NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 """Coefficients of the quintic iteration (Jordan et al. 2024, "Muon"), those of ``torch.optim.Muon``."""
 
 
-def orthogonalised(matrix_NMN: Tensor, steps: int = 5) -> Tensor:
+def orthogonalised(matrix_NMN: Tensor) -> Tensor:
     """Roughly the nearest matrices with orthonormal rows (or columns): singular values about 0.7 to 1.2."""
     a, b, c = NEWTON_SCHULZ
     tall = matrix_NMN.shape[-2] > matrix_NMN.shape[-1]
     x = matrix_NMN.mT if tall else matrix_NMN
     x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
-    for _ in range(steps):
+    for _ in range(5):  # as ``torch.optim.Muon`` unless told otherwise
         gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x
     return x.mT if tall else x

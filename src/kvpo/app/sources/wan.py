@@ -28,8 +28,9 @@ from kvpo.app.sources.wan_parts import (
     wan_weights,
 )
 from kvpo.config import Config
+from kvpo.models.pretrained import read_tokenizer
 from kvpo.models.tensor_files import fingerprint
-from kvpo.models.umt5 import OFFICIAL_TOKENIZER, load_tokenizer, token_count
+from kvpo.models.umt5 import OFFICIAL_TOKENIZER, token_count
 from kvpo.models.wan_vae import vae_files
 from kvpo.plan.phases import Surroundings
 from kvpo.prompt_files import LATENT_RATE
@@ -114,7 +115,7 @@ def text_limits(config: Config) -> TextLimits:
     try:
         root = located(config, "encoders", f"{OFFICIAL_TOKENIZER}/*", "tokenizer/*")
         own = next(root / name for name in (OFFICIAL_TOKENIZER, "tokenizer") if (root / name).is_dir())
-        length = partial(token_count, load_tokenizer(own))
+        length = partial(token_count, read_tokenizer(own))
     except (ValueError, StopIteration) as error:
         logger.warning("no tokenizer: %s", error or f"{root} has none")
     return TextLimits(length, config.model.text_len, usual=EXTENDED_WORDS)

@@ -259,7 +259,7 @@ def connect_judge(
     sampling = Sampling(rate=0.5, least=rubric.frames, most=rubric.frames)
     reads = "{prompt}" in rubric.question or "{before}" in rubric.question
     declaration = Declaration(
-        name, min(values), max(values), reads, False, 1, rubric.pixels, sampling, eight_bit=True
+        name, min(values), max(values), reads, 1, rubric.pixels, sampling, eight_bit=True
     )
     decisive = json.dumps([url, model, asdict(rubric)])
     version = hashlib.blake2b(decisive.encode(), digest_size=24).hexdigest()
