@@ -9,7 +9,7 @@ from kvpo.arena.analysis import LEVEL, POWER, Comparison, Interval, Reliability
 from kvpo.arena.result import Answered, Decided, Result
 from kvpo.files import write_atomic
 from kvpo.report.charts import interval
-from kvpo.report.elements import table, verdict_box
+from kvpo.report.elements import table_card, verdict_box
 from kvpo.report.formatting import MINUS, duration, escape, fill_page, fixed, percent, signed
 
 CLIPS_BYTES = 12_000_000
@@ -82,9 +82,9 @@ def _question(one: Answered, result: Result) -> str:
     ]
     needed = f"to see {signed(result.effect, 2)}"
     heads = ("", "good · same · bad", "win rate", "(G − B) / (G + S + B)", "", needed)
-    tables = table(heads, rows, "stacked")
+    tables = table_card(heads, rows, "stacked")
     if strengths:
-        tables += table(("Bradley-Terry", "strength (log odds)", "95 %", ""), strengths, "stacked")
+        tables += table_card(("Bradley-Terry", "strength (log odds)", "95 %", ""), strengths, "stacked")
     return f"<h3 class='group'>{escape(one.question.text)}</h3>{tables}<p class='note'>{agreed}</p>"
 
 
@@ -122,7 +122,7 @@ def _raters(result: Result) -> str:
         return "<p class='missing'>Nobody has voted yet.</p>"
     heads = ("rater", "pairs", "left side", "same answer on repeats", "same on equal videos", "median time")
     return (
-        f"{table(heads, map(_rater, result.raters), 'stacked')}<p class='note'>Of the first question. "
+        f"{table_card(heads, map(_rater, result.raters), 'stacked')}<p class='note'>Of the first question. "
         "Whoever is flagged does not count above; side bias is a left share that a fair coin has with a "
         f"probability below 0.1 %. Intervals are at {percent(LEVEL)}, by resampling whole prompts; numbers "
         f"of prompts needed are for a power of {percent(POWER)}.</p>"

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from kvpo.files import new_file, write_atomic
-from kvpo.report.elements import table, verdict_box
+from kvpo.report.elements import table_card, verdict_box
 from kvpo.report.formatting import compact, escape, fill_page, fixed, percent, signed, title_of
 from kvpo.report.headline import LENGTHS
 from kvpo.report.record import Entry
@@ -142,7 +142,7 @@ def _set_section(key: str, summary: Entry) -> str:
     bases = ", ".join(f"{name} {fixed(base[key])}" for name, base in summary["bases"].items())
     facts = f"{summary['prompts'][key]} prompts, {bases}"
     title = f'<h3 class="group">{title_of(key)} videos <span class="soft">{SETS[key]} · {facts}</span></h3>'
-    return title + table(GAIN_COLUMNS, rows, "gains")
+    return title + table_card(GAIN_COLUMNS, rows, "gains")
 
 
 def _arm_row(arm: str, base: str, own: Entry) -> tuple[str, ...]:
@@ -186,7 +186,7 @@ def _components(key: str, summary: Entry) -> str:
     ranked = _ranked(key, summary["methods"])
     parts = list(ranked[0][1]["components"])
     rows = [[escape(arm), *(signed(own["components"][part]) for part in parts)] for arm, own in ranked]
-    return f'<h3 class="group">{title_of(key)} videos</h3>' + table(["", *map(title_of, parts)], rows)
+    return f'<h3 class="group">{title_of(key)} videos</h3>' + table_card(["", *map(title_of, parts)], rows)
 
 
 def _costs(summary: Entry) -> str:
@@ -201,19 +201,21 @@ def _costs(summary: Entry) -> str:
         rows.append([escape(arm), total, updates, fixed(own["cpu_s_per_update"], 2),
                      *(fixed(own["diversity"].get(key)) for key in shown)])  # fmt: skip
     head = ["", "CPU-s a run", "updates of each run", "CPU-s an update", *map(title_of, shown)]
-    return table(head, rows)
+    return table_card(head, rows)
 
 
 def _settings(summary: Entry) -> str:
     rows = [[escape(arm), _listed(own["settings"])] for arm, own in summary["methods"].items()]
-    blocks = [table(["", "settings that differ from the comparison's own"], rows, "words")]
+    blocks = [table_card(["", "settings that differ from the comparison's own"], rows, "words")]
     for method, tried in summary["trials"].items():
         if tried:
             best = max((one["gain"] for one in tried if one["gain"] is not None), default=None)
             rows = [_trial_row(f"{escape(method)} {n}", one, best) for n, one in enumerate(tried)]
             blocks.append(
                 f'<h3 class="group">Trials of {escape(method)}</h3>'
-                + table(["", "gain on validation prompts", "updates", "CPU-s", "settings"], rows, "words")
+                + table_card(
+                    ["", "gain on validation prompts", "updates", "CPU-s", "settings"], rows, "words"
+                )
             )
     return "".join(blocks)
 

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from kvpo.report.formatting import SYMBOLS, escape
 
 
-def table(head: Sequence[str], rows: Iterable[Sequence[str]], kind: str = "") -> str:
+def table_card(head: Sequence[str], rows: Iterable[Sequence[str]], kind: str = "") -> str:
     """A table that may scroll: a text per column, and rows of HTML whose first cell names them.
 
     ``kind`` is a class of the style sheet. On a phone every row of a ``stacked`` one is a list, whose cells

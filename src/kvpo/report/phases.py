@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from kvpo.report.elements import explained, table
+from kvpo.report.elements import explained, table_card
 from kvpo.report.formatting import compact, number, title_of
 from kvpo.report.record import RunRecord
 
@@ -39,7 +39,9 @@ def phases(run: RunRecord) -> str:
     idle, samples = (_mean(found, name) for name in ("idle", "samples_per_second_and_rank"))
     note = f"{ranks} rank(s), {compact(idle)} of their time spent waiting for others"
     note += f", {compact(samples)} samples per second and rank."
-    return table(("", "s per update", "slowest rank", "MB"), rows, "checks") + f'<p class="note">{note}</p>'
+    return (
+        table_card(("", "s per update", "slowest rank", "MB"), rows, "checks") + f'<p class="note">{note}</p>'
+    )
 
 
 def _by_phase(found: Sequence[Mapping[str, Any]], kind: str) -> dict[str, list[float]]:

@@ -3,7 +3,7 @@
 from typing import Any
 
 from kvpo.report.charts import Series, line_chart, small_figure
-from kvpo.report.elements import table, verdict_box
+from kvpo.report.elements import table_card, verdict_box
 from kvpo.report.formatting import MINUS, escape, fixed, mapping, number, numbers, signed
 from kvpo.report.headline import FEWEST_PROMPTS, LENGTHS
 from kvpo.report.record import Entry, RunRecord
@@ -141,7 +141,7 @@ def _agreement(correlations: Entry) -> str:
         return f'<span class="down">{text}</span>' if value is not None and value < 0 else text
 
     body = [(escape(name), *(cell(row, other) for other in columns)) for name, row in rows.items()]
-    return table(("", *columns), body) + (
+    return table_card(("", *columns), body) + (
         '<p class="note">Rank correlation over prompts of what alignment '
         "changed: +1 where two rewards improve the same videos, below 0 where one improves what the other "
         "spoils. With N prompts, chance alone gives about \u00b1 1/\u221aN.</p>"

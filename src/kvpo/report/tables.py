@@ -5,7 +5,7 @@ from typing import Any
 
 import yaml
 
-from kvpo.report.elements import explained, table
+from kvpo.report.elements import explained, table_card
 from kvpo.report.formatting import compact, escape, fixed, mapping, number, numbers, percent, signed, title_of
 from kvpo.report.headline import FEWEST_PROMPTS
 from kvpo.report.record import RunRecord, method_of
@@ -74,7 +74,7 @@ def checks(run: RunRecord) -> str:
     if checked:
         place = f"the {checked.get('weights')} weights of update {compact(number(checked.get('update')))}"
         note += f'<p class="note">Measured with {escape(place)}, those of the test results.</p>'
-    return table(("must be 0", "measured", ""), rows, "checks") + note
+    return table_card(("must be 0", "measured", ""), rows, "checks") + note
 
 
 def accuracy(run: RunRecord) -> str:
@@ -94,7 +94,7 @@ def accuracy(run: RunRecord) -> str:
     ]
     if not rows:
         return '<p class="missing">Only tests in the embedded world say what is right or wrong.</p>'
-    return table(("", "videos", "demands", "base", "aligned", "change"), rows) + (
+    return table_card(("", "videos", "demands", "base", "aligned", "change"), rows) + (
         '<p class="note">Each demand of a caption is met or not by what its segment most likely shows. An '
         "event counts as met if all that its caption says of it is: who returns, the scene come back to, the "
         "new colour, who stays.</p>"
@@ -144,7 +144,7 @@ def diversity(run: RunRecord) -> str:
     head = ("", *(BRANCHINGS.get(name, title_of(name)) for name in methods))
     return (
         _diversity_sentence(methods, forks)
-        + table(head, rows, "diversity")
+        + table_card(head, rows, "diversity")
         + '<p class="note">Bold: the better one, where there is a better. Broken frames can look diverse, so '
         "read the first row together with the third.</p>"
     )
