@@ -11,7 +11,6 @@ from typing import Annotated, Any
 from kvpo.arena.database import VoteRefused
 from kvpo.arena.pairs import Ballot
 from kvpo.arena.store import Rater, Study, Vote
-from kvpo.arena.study import asked_about
 from kvpo.extras import extra
 from kvpo.serving import add_page, is_own_page, page_headers
 
@@ -74,7 +73,7 @@ def _show(app: FastAPI, study: Study, voter: Any) -> None:
             "title": design.title,
             "instructions": design.instructions,
             "ranked": design.ranked,
-            "questions": [asdict(one) for one in design.questions[: 1 if design.ranked else None]],
+            "questions": [asdict(one) for one in design.asked],
             "rater": who.name,
             "ballots": len(study.ballots_of(who)),
             "done": study.done(who),
@@ -85,15 +84,14 @@ def _show(app: FastAPI, study: Study, voter: Any) -> None:
     def ballot(position: int, who: voter) -> dict[str, Any]:
         shown = _ballot(study, who, position)
         scene = study.design.scenes[shown.scene]
-        ranked = shown.kind == "ranking"
         return {
             "position": position,
-            "ranked": ranked,
+            "ranked": shown.kind == "ranking",
             "videos": len(shown.videos),
             "prompts": scene.segments,
             "starts": scene.starts,
             "rate": scene.rate,
-            "questions": asked_about(study.design.questions, scene, ranked=ranked),
+            "questions": study.design.asked_about(scene),
         }
 
     @app.get("/ballots/{position}/videos/{place}")
