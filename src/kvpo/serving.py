@@ -134,9 +134,9 @@ def answering_later(listening: socket.socket, words: str) -> Iterator[None]:
 
 
 def page_headers(policy: str) -> dict[str, str]:
-    """What a server with a page sends with every answer.
+    """Headers of every answer of a server with a page, which loads from this server alone.
 
-    The page loads from its own server alone; ``policy`` says what else it may show.
+    ``policy`` says what else the page may show.
     """
     return {
         "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; "
