@@ -29,7 +29,6 @@ from kvpo.app.learn_reward import learn_reward
 from kvpo.app.score import as_video
 from kvpo.arena.pairs import Ballot
 from kvpo.arena.store import Study, Vote
-from kvpo.arena.study import asked_about
 from kvpo.files import finite, write_atomic
 from kvpo.prompts import ClipPrompt
 from kvpo.report.video import read_video
@@ -76,7 +75,7 @@ def vote_all(study: Study, raters: int, seed: int) -> int:
         assert rater is not None
         for position, ballot in enumerate(study.ballots_of(rater)):
             said = answer(ballot, utility.__getitem__, generator)
-            names = asked_about(study.design.questions, study.design.scenes[ballot.scene])
+            names = study.design.asked_about(study.design.scenes[ballot.scene])
             study.vote(rater, Vote(position, dict.fromkeys(names, said), milliseconds=5000, finished=True))
             count += ballot.kind == "pair"
     return count

@@ -180,8 +180,6 @@ DEFINED_IN_SEVERAL = {
     "SOURCE": "what SOURCES leads to",
     "longest_prompt": "a source's function of this name",
     "text_limits": "a source's function of this name",
-    "HEADERS": "what a server sends with every answer",
-    "PAGE": "files of a server's page",
     "TEMPLATE_FILE": "a reward's file with its question to the model",
     "TEMPLATE_SHA256": "the digest of that file",
     "MEAN": "what a reward subtracts from its scores",

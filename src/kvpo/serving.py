@@ -9,6 +9,7 @@ import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib.resources import files
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -130,6 +131,41 @@ def answering_later(listening: socket.socket, words: str) -> Iterator[None]:
     finally:
         server.shutdown()
         thread.join()
+
+
+def page_headers(policy: str) -> dict[str, str]:
+    """Headers of every answer of a server with a page, which loads from this server alone.
+
+    ``policy`` says what else the page may show.
+    """
+    return {
+        "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; "
+        f"connect-src 'self'; {policy}; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+        "x-content-type-options": "nosniff",
+        "referrer-policy": "no-referrer",
+        "cross-origin-resource-policy": "same-origin",
+        "cache-control": "no-store",
+    }
+
+
+def add_page(app: Any, package: str) -> list[str]:
+    """Serve NAME.html (at /), NAME.css and NAME.js, assets of the ``package`` kvpo.NAME; return the paths."""
+    with extra("server"):
+        from fastapi import Response
+
+    def constant(file: str, kind: str) -> Any:
+        content = files(package).joinpath("assets", file).read_bytes()
+
+        async def answer() -> Response:
+            return Response(content, media_type=kind)
+
+        return answer
+
+    name = package.rpartition(".")[2]
+    page = {"/": "text/html", f"/{name}.css": "text/css", f"/{name}.js": "text/javascript"}
+    for path, kind in page.items():
+        app.add_api_route(path, constant(path[1:] or f"{name}.html", kind), methods=["GET"])
+    return list(page)
 
 
 def url_of(host: str, port: int) -> str:

@@ -11,7 +11,7 @@ from kvpo.arena.intake import create_study
 from kvpo.arena.judgements import WINNERS, Judgement, prompt_of
 from kvpo.arena.pairs import Ballot, ballots
 from kvpo.arena.store import Study, Vote
-from kvpo.arena.study import Design, Scene, asked_about
+from kvpo.arena.study import Design, Scene
 
 KEY = b"a key of the tests"
 Say = Callable[[float, np.random.Generator], str]
@@ -76,7 +76,7 @@ def small_study(directory: Path, pairs: int = 6, **changes: object) -> Study:
 
 def answered(study: Study, ballot: Ballot, answer: str = "left") -> dict[str, str]:
     """The same answer to every question of a ballot."""
-    names = asked_about(study.design.questions, study.design.scenes[ballot.scene])
+    names = study.design.asked_about(study.design.scenes[ballot.scene])
     return dict.fromkeys(names, answer)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from websockets.sync.client import connect
 
 from kvpo.live.scheduler import Scheduler, SessionLimits
-from kvpo.live.server import ENDPOINT, live_app
+from kvpo.live.server import ENDPOINT, LARGEST_MESSAGE, live_app
 from kvpo.live.theatre import Theatre
 from tests.http_servers import served_app
 from tests.live.stage import LIMITS, running, scheduler, slow_stage, unpacked
@@ -37,7 +37,7 @@ def serving(
     theatre = theatre or theatre_of(out, own)
     app = live_app(theatre, host="127.0.0.1", token=token)
     # the buffer is small, so that slow readers are soon noticed
-    with running(own), served_app(app, send_buffer=1 << 14, ws_max_size=1 << 20) as url:
+    with running(own), served_app(app, send_buffer=1 << 14, ws_max_size=LARGEST_MESSAGE) as url:
         yield Served(theatre, url)
 
 

@@ -370,6 +370,7 @@ def test_who_may_connect(tmp_path):
     with serving(tmp_path, token="secret/+word") as served:
         page = httpx.get(served.url)
         assert page.status_code == 200 and "default-src 'none'" in page.headers["content-security-policy"]
+        assert page.headers["cross-origin-resource-policy"] == "same-origin"
         assert httpx.get(served.url + "/metrics").status_code == 401
         bearer = {"Authorization": "Bearer secret/+word"}
         assert httpx.get(served.url + "/metrics", headers=bearer).status_code == 200

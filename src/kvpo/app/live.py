@@ -14,7 +14,7 @@ from kvpo.config_checks import check
 from kvpo.files import storage_error
 from kvpo.live.scheduler import Scheduler, SessionLimits, Side
 from kvpo.live.script import Cue
-from kvpo.live.server import live_app
+from kvpo.live.server import LARGEST_MESSAGE, live_app
 from kvpo.live.session import Stage
 from kvpo.live.theatre import Theatre
 from kvpo.models.tensor_files import fingerprint
@@ -74,7 +74,7 @@ def serve_live(
             logger.info("live at %s%s (Ctrl-C stops)", url_of(host, listening.getsockname()[1]), key)
             try:
                 app = live_app(theatre, host=host, token=token)
-                run_app(app, listening, ws_max_size=1 << 20)
+                run_app(app, listening, ws_max_size=LARGEST_MESSAGE)
             finally:
                 scheduler.stop()
                 worker.join()

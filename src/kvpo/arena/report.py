@@ -1,13 +1,15 @@
 """The page of a study: who wins and how sure that is, whom to trust, and the clips that decided."""
 
 import base64
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from math import isfinite
 from pathlib import Path
 
 from kvpo.arena.analysis import LEVEL, POWER, Comparison, Interval, Reliability
 from kvpo.arena.result import Answered, Decided, Result
 from kvpo.files import write_atomic
+from kvpo.report.charts import interval
+from kvpo.report.elements import table_card, verdict_box
 from kvpo.report.formatting import MINUS, duration, escape, fill_page, fixed, percent, signed
 
 CLIPS_BYTES = 12_000_000
@@ -42,9 +44,7 @@ def _verdict(result: Result) -> str:
         sentences.append(in_words(one.arm, one.other, one.counted))
         if one.counted.gsb.low > 0 or one.counted.gsb.high < 0:
             tone = "good"
-    head, *rest = sentences
-    more = "".join(f"<p>{escape(sentence)}</p>" for sentence in rest)
-    return f'<div class="verdict {tone}"><div><p class="sentence">{escape(head)}</p>{more}</div></div>'
+    return verdict_box(tone, sentences[0], sentences[1:])
 
 
 def in_words(arm: str, other: str, found: Comparison) -> str:
@@ -82,25 +82,10 @@ def _question(one: Answered, result: Result) -> str:
     ]
     needed = f"to see {signed(result.effect, 2)}"
     heads = ("", "good · same · bad", "win rate", "(G − B) / (G + S + B)", "", needed)
-    tables = _table(heads, rows)
+    tables = table_card(heads, rows, "stacked")
     if strengths:
-        tables += _table(("Bradley-Terry", "strength (log odds)", "95 %", ""), strengths)
+        tables += table_card(("Bradley-Terry", "strength (log odds)", "95 %", ""), strengths, "stacked")
     return f"<h3 class='group'>{escape(one.question.text)}</h3>{tables}<p class='note'>{agreed}</p>"
-
-
-def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table of HTML cells; on a phone every row is a list, its cells named by their heads."""
-    named = "".join(f"<th>{head}</th>" for head in heads)
-    body = "".join(
-        f"<tr><th>{first}</th>"
-        + "".join(f"<td data-head='{head}'>{cell}</td>" for head, cell in zip(heads[1:], rest, strict=True))
-        + "</tr>"
-        for first, *rest in rows
-    )
-    return (
-        f"<div class='scroll'><table class='card stacked'><thead><tr>{named}</tr></thead>"
-        f"<tbody>{body}</tbody></table></div>"
-    )
 
 
 def _share(found: Interval) -> str:
@@ -129,15 +114,8 @@ def _needed(found: Comparison) -> str:
 
 def _bar(found: Interval, reach: float = 1.0) -> str:
     """An interval on [-reach, reach] with zero in the middle."""
-
-    def place(value: float) -> float:
-        return 50 + 50 * max(-1.0, min(1.0, value / reach))
-
-    low, high = place(found.low), place(found.high)
-    return (
-        f"<div class='interval'><i class='zero' style='left:50%'></i><i class='two' style='left:{low:.1f}%;"
-        f"width:{high - low:.1f}%'></i><i class='point' style='left:{place(found.value):.1f}%'></i></div>"
-    )
+    label = f"{signed(found.value)}, {ends(found, signed)}"
+    return interval(found.value, [(found.low, found.high)], (-reach, reach), label=label)
 
 
 def _raters(result: Result) -> str:
@@ -145,7 +123,7 @@ def _raters(result: Result) -> str:
         return "<p class='missing'>Nobody has voted yet.</p>"
     heads = ("rater", "pairs", "left side", "same answer on repeats", "same on equal videos", "median time")
     return (
-        f"{_table(heads, [_rater(one) for one in result.raters])}<p class='note'>Of the first question. "
+        f"{table_card(heads, map(_rater, result.raters), 'stacked')}<p class='note'>Of the first question. "
         "Whoever is flagged does not count above; side bias is a left share that a fair coin has with a "
         f"probability below 0.1 %. Intervals are at {percent(LEVEL)}, by resampling whole prompts; numbers "
         f"of prompts needed are for a power of {percent(POWER)}.</p>"

@@ -6,15 +6,13 @@ Nothing that is served says which arm a video comes from: videos are addressed b
 import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import asdict
-from importlib.resources import files
 from typing import Annotated, Any
 
 from kvpo.arena.database import VoteRefused
 from kvpo.arena.pairs import Ballot
 from kvpo.arena.store import Rater, Study, Vote
-from kvpo.arena.study import asked_about
 from kvpo.extras import extra
-from kvpo.serving import is_own_page
+from kvpo.serving import add_page, is_own_page, page_headers
 
 with extra("server"):
     from fastapi import Depends, FastAPI, HTTPException, Request, Response
@@ -31,19 +29,6 @@ A_DAY = 24 * 3600 * 1000
 """Most milliseconds that a ballot is said to have taken."""
 AHEAD = 2
 """Ballots after the one that is due that are served: the next, and that of a vote which was just undone."""
-PAGE = {
-    "/": ("arena.html", "text/html; charset=utf-8"),
-    "/arena.css": ("arena.css", "text/css; charset=utf-8"),
-    "/arena.js": ("arena.js", "text/javascript; charset=utf-8"),
-}
-HEADERS = {
-    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
-    "media-src blob:; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
-    "X-Content-Type-Options": "nosniff",
-    "Referrer-Policy": "no-referrer",
-    "Cross-Origin-Resource-Policy": "same-origin",
-    "Cache-Control": "no-store",
-}
 
 
 class SentVote(BaseModel):
@@ -72,8 +57,7 @@ def arena_app(study: Study) -> FastAPI:
         return found
 
     voter = Annotated[Rater, Depends(rater)]
-    for path, (name, kind) in PAGE.items():
-        app.add_api_route(path, _asset(name, kind), methods=["GET"])
+    add_page(app, "kvpo.arena")
     _show(app, study, voter)
     _take_votes(app, study, voter)
     return app
@@ -89,7 +73,7 @@ def _show(app: FastAPI, study: Study, voter: Any) -> None:
             "title": design.title,
             "instructions": design.instructions,
             "ranked": design.ranked,
-            "questions": [asdict(one) for one in design.questions[: 1 if design.ranked else None]],
+            "questions": [asdict(one) for one in design.asked],
             "rater": who.name,
             "ballots": len(study.ballots_of(who)),
             "done": study.done(who),
@@ -100,15 +84,14 @@ def _show(app: FastAPI, study: Study, voter: Any) -> None:
     def ballot(position: int, who: voter) -> dict[str, Any]:
         shown = _ballot(study, who, position)
         scene = study.design.scenes[shown.scene]
-        ranked = shown.kind == "ranking"
         return {
             "position": position,
-            "ranked": ranked,
+            "ranked": shown.kind == "ranking",
             "videos": len(shown.videos),
             "prompts": scene.segments,
             "starts": scene.starts,
             "rate": scene.rate,
-            "questions": asked_about(study.design.questions, scene, ranked=ranked),
+            "questions": study.design.asked_about(scene),
         }
 
     @app.get("/ballots/{position}/videos/{place}")
@@ -148,11 +131,6 @@ def _ballot(study: Study, who: Rater, position: int) -> Ballot:
     return shown[position]
 
 
-def _asset(name: str, kind: str) -> Callable[[], Response]:
-    content = (files("kvpo.arena") / "assets" / name).read_bytes()
-    return lambda: Response(content, media_type=kind)
-
-
 async def _unreadable(request: Request, error: Exception) -> Response:
     """The first thing wrong with a request in one line, without what was sent: that may not fit into JSON."""
     assert isinstance(error, RequestValidationError)
@@ -165,7 +143,7 @@ async def _guarded(request: Request, call_next: Callable[[Request], Awaitable[Re
     """Refuse what other pages send and what is too large; give every answer the security headers."""
     refused = _refusal(request)
     response = JSONResponse({"detail": refused[1]}, refused[0]) if refused else await call_next(request)
-    response.headers.update(HEADERS)
+    response.headers.update(page_headers("media-src blob:; img-src data:"))
     return response
 
 

@@ -28,7 +28,7 @@ from kvpo.arena.database import (
 )
 from kvpo.arena.judgements import WINNERS, Judgement, Ranking, prompt_of
 from kvpo.arena.pairs import Ballot, ballots
-from kvpo.arena.study import ANSWERS, Design, Question, Scene, asked_about
+from kvpo.arena.study import ANSWERS, Design, Question, Scene
 
 MOST_NAME = 80
 """Characters of a rater's name."""
@@ -190,7 +190,8 @@ class Study:
         with transaction(self.path) as db:
             demand_open(db)
             done = _done(db, rater)
-            if vote.position < done and _answers(db, rater, vote.position) == _said(vote):
+            said = dict(vote.answers), vote.ranking
+            if vote.position < done and _answers(db, rater, vote.position) == said:
                 return
             if vote.position != done:
                 raise VoteRefused(
@@ -203,7 +204,7 @@ class Study:
             if sorted(vote.ranking) != list(range(len(ballot.videos))) or vote.answers:
                 raise VoteRefused(f"a ranking names each of the {len(ballot.videos)} videos once")
             return
-        wanted = asked_about(self.design.questions, self.design.scenes[ballot.scene])
+        wanted = self.design.asked_about(self.design.scenes[ballot.scene])
         if vote.ranking or set(vote.answers) != set(wanted):
             raise VoteRefused(
                 f"expected answers to {', '.join(wanted)}; got {', '.join(vote.answers)[:90]!a}"
@@ -305,12 +306,8 @@ def _done(db: sqlite3.Connection, rater: Rater) -> int:
     return int(db.execute(f"SELECT count(*) FROM vote WHERE {standing}", (rater.id,)).fetchone()[0])
 
 
-def _said(vote: Vote) -> tuple[dict[str, str], tuple[int, ...]]:
-    return dict(vote.answers), vote.ranking
-
-
 def _answers(db: sqlite3.Connection, rater: Rater, position: int) -> tuple[dict[str, str], tuple[int, ...]]:
-    """Answers and ranking of the standing vote at a position, as ``_said`` puts them."""
+    """Answers and ranking of the standing vote at a position."""
     (number,) = db.execute(
         "SELECT id FROM vote WHERE rater = ? AND position = ? AND undone IS NULL", (rater.id, position)
     ).fetchone()

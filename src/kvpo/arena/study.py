@@ -1,16 +1,16 @@
 """The design of a study: its questions, its scenes, and the arms that made their videos."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from kvpo.arena.judgements import prompt_of
+from kvpo.arena.judgements import WINNERS, prompt_of
 from kvpo.files import read_text
 
-ANSWERS = ("left", "right", "same", "both_bad")
+ANSWERS = tuple(WINNERS)
 MOST_TEXT = 4000
 """Characters of a question, its hint or the instructions."""
 
@@ -112,12 +112,14 @@ class Design:
         """All arms, in the order in which scenes name them."""
         return tuple(dict.fromkeys(arm for scene in self.scenes for arm in scene.videos))
 
+    @property
+    def asked(self) -> tuple[Question, ...]:
+        """The questions that raters are asked: of rankings, the first alone."""
+        return self.questions[: 1 if self.ranked else None]
 
-def asked_about(questions: Sequence[Question], scene: Scene, *, ranked: bool = False) -> list[str]:
-    """Names of the questions that a ballot on ``scene`` asks: of a ranking, the first alone."""
-    if ranked:
-        return [questions[0].name]
-    return [one.name for one in questions if not one.stories or len(scene.segments) > 1]
+    def asked_about(self, scene: Scene) -> list[str]:
+        """Names of the questions that a ballot on ``scene`` asks."""
+        return [one.name for one in self.asked if not one.stories or len(scene.segments) > 1]
 
 
 def read_questions(path: Path) -> dict[str, Any]:

@@ -2,10 +2,9 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Collection
 from contextlib import asynccontextmanager, suppress
 from dataclasses import asdict, dataclass
-from importlib.resources import files
 from typing import Any
 from urllib.parse import parse_qs
 
@@ -13,7 +12,7 @@ from kvpo.extras import extra
 from kvpo.live.direct import Direction
 from kvpo.live.protocol import Refusal, parse_message
 from kvpo.live.theatre import Connection, Theatre
-from kvpo.serving import admitted, host_of, is_loopback, is_own_page
+from kvpo.serving import add_page, admitted, host_of, is_loopback, is_own_page, page_headers
 
 with extra("server"):
     from fastapi import FastAPI, HTTPException, Request, Response, WebSocket, WebSocketDisconnect
@@ -22,16 +21,7 @@ with extra("server"):
 
 ENDPOINT = "/v1/realtime/video"
 LARGEST_MESSAGE = 1 << 20
-"""Bytes of a message that is read at all; beyond ``Limits.message_bytes`` it is refused by name."""
-PAGE = {"/": ("page.html", "text/html"), "/live.css": ("live.css", "text/css"),
-        "/live.js": ("live.js", "text/javascript")}  # fmt: skip
-HEADERS = {
-    "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' "
-    "blob: data:; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
-    "x-content-type-options": "nosniff",
-    "referrer-policy": "no-referrer",
-    "cache-control": "no-store",
-}
+"""Bytes of a message that is read at all; one beyond ``SessionLimits.message_bytes`` is refused by name."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +35,8 @@ class Guard:
     app: ASGIApp
     host: str
     token: str | None
+    page: Collection[str]
+    """Paths that need no token."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] not in ("http", "websocket"):
@@ -54,7 +46,8 @@ class Guard:
 
         async def with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
-                own = [(name.encode(), value.encode()) for name, value in HEADERS.items()]
+                headers = page_headers("img-src 'self' blob: data:")
+                own = [(name.encode(), value.encode()) for name, value in headers.items()]
                 message = {**message, "headers": [*message.get("headers", []), *own]}
             await send(message)
 
@@ -76,7 +69,7 @@ class Guard:
             return 403, "this server answers to the names of this machine only"
         if not is_own_page(headers.get("origin"), name):
             return 403, "pages of other sites may not connect"
-        if scope["path"] in PAGE:
+        if scope["path"] in self.page:
             return None
         shown = headers.get("authorization", "").removeprefix("Bearer ")
         if not shown:
@@ -98,10 +91,7 @@ def live_app(theatre: Theatre, *, host: str, token: str | None) -> FastAPI:
         yield
 
     app = FastAPI(title="kvpo live", openapi_url=None, lifespan=lifespan)
-    app.add_middleware(Guard, host=host, token=token)
-    for path, (name, kind) in PAGE.items():
-        content = files("kvpo.live").joinpath("assets", name).read_bytes()
-        app.add_api_route(path, _constant(content, kind), methods=["GET"])
+    app.add_middleware(Guard, host=host, token=token, page=add_page(app, "kvpo.live"))
     _add_questions(app, theatre)
 
     @app.websocket(ENDPOINT)
@@ -138,13 +128,6 @@ def _add_questions(app: FastAPI, theatre: Theatre) -> None:
     @app.get("/metrics")
     async def metrics(request: Request) -> Response:
         return Response(theatre.scheduler.metrics.text(), media_type="text/plain; version=0.0.4")
-
-
-def _constant(content: bytes, kind: str) -> Any:
-    async def answer() -> Response:
-        return Response(content, media_type=kind)
-
-    return answer
 
 
 async def serve_connection(theatre: Theatre, socket: WebSocket) -> None:

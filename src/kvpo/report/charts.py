@@ -35,12 +35,12 @@ def ticks(low: float, high: float, count: int = 4) -> list[float]:
     return [round(i * step, 12) for i in range(first, last + 1)]
 
 
-def value_range(values: Sequence[float], margin: float = 0.08) -> tuple[float, float]:
-    """Smallest range around ``values`` with a margin; a constant gets a range around it."""
+def value_range(values: Sequence[float]) -> tuple[float, float]:
+    """Smallest range around ``values`` with a margin of 8 %; a constant gets a range around it."""
     low, high = min(values), max(values)
     if high - low <= 1e-12 * max(abs(low), abs(high)):
         return (-0.1, 1.0) if low == 0 else (low - 0.5 * abs(low), high + 0.5 * abs(low))
-    return low - margin * (high - low), high + margin * (high - low)
+    return low - 0.08 * (high - low), high + 0.08 * (high - low)
 
 
 def _runs(points: list[tuple[float, float] | None]) -> list[list[tuple[float, float]]]:
@@ -155,22 +155,27 @@ def small_figure(title: str, values: str, chart: str, meaning: str) -> str:
 
 
 def interval(
-    value: float, error: float | None, low: float, high: float, *, colour: str = "aligned", label: str = ""
+    value: float,
+    bars: Sequence[tuple[float, float]],
+    axis: tuple[float, float],
+    *,
+    label: str,
+    colour: str = "aligned",
 ) -> str:
-    """A dot with bars of one and two standard errors on a shared axis [low, high] that marks zero."""
+    """A dot with one or two bars (start, end), the wider first, on a shared axis that marks zero."""
+    low, high = axis
 
     def at(position: float) -> float:
         return min(100.0, max(0.0, 100 * (position - low) / (high - low)))
 
-    bars = ""
-    if error is not None:
-        for width, name in ((2.0, "two"), (1.0, "one")):
-            start, end = at(value - width * error), at(value + width * error)
-            bars += f'<i class="{name} {colour}" style="left:{start:.2f}%;width:{end - start:.2f}%"></i>'
-    text = escape(label or f"{signed(value)}, standard error {fixed(error)}")
+    drawn = "".join(
+        f'<i class="{name} {colour}" style="left:{at(start):.2f}%;width:{at(end) - at(start):.2f}%"></i>'
+        for name, (start, end) in zip(("two", "one"), bars, strict=False)
+    )
     return (
-        f'<div class="interval" role="img" aria-label="{text}"><i class="zero" style="left:{at(0):.2f}%"></i>'
-        f'{bars}<i class="point {colour}" style="left:{at(value):.2f}%"></i></div>'
+        f'<div class="interval" role="img" aria-label="{escape(label)}">'
+        f'<i class="zero" style="left:{at(0):.2f}%"></i>'
+        f'{drawn}<i class="point {colour}" style="left:{at(value):.2f}%"></i></div>'
     )
 
 

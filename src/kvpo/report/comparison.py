@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from kvpo.files import new_file, write_atomic
+from kvpo.report.elements import table_card, verdict_box
 from kvpo.report.formatting import compact, escape, fill_page, fixed, percent, signed, title_of
 from kvpo.report.headline import LENGTHS
 from kvpo.report.record import Entry
@@ -38,14 +39,14 @@ def write_comparison(out: Path, summary: Entry) -> Path:
 def comparison_page(name: str, summary: Entry, picture: bytes) -> str:
     """The page as HTML text, with the PNG of ``draw_comparison`` in it."""
     sets = [key for key in SETS if key in summary["prompts"]]
-    tables = "".join(_set_section(key, summary) for key in sets)
+    tone = "pending" if len(summary["seeds"]) < FEWEST_SEEDS else "neutral"
     return fill_page(
         "comparison.html",
         "",
         name=escape(name),
-        verdict=_verdict(summary),
+        verdict=verdict_box(tone, *verdict(summary)),
         picture=base64.b64encode(picture).decode(),
-        tables=tables,
+        tables="".join(_set_section(key, summary) for key in sets),
         components="".join(_components(key, summary) for key in sets),
         costs=_costs(summary),
         settings=_settings(summary),
@@ -77,7 +78,7 @@ def verdict(summary: Entry) -> tuple[str, list[str]]:
     if "kvpo" in methods:
         places = "; ".join(_place(key, methods) for key in SETS if key in summary["prompts"])
         head = f"Beyond chance (p < {SURE:g}): {places}"
-        notes += [_both_errors("kvpo", key, methods["kvpo"][key], methods) for key in ("short", "long")
+        notes += [_both_errors(key, methods) for key in ("short", "long")
                   if key in methods["kvpo"]]  # fmt: skip
         tests = sum(own[key]["p_against_kvpo"] is not None for own in methods.values()
                     for key in summary["prompts"])  # fmt: skip
@@ -105,14 +106,15 @@ def _place(key: str, methods: Entry) -> str:
     return f"on {key} videos kvpo is above {above}, below {below}"
 
 
-def _both_errors(arm: str, key: str, own: Entry, methods: Entry) -> str:
-    """A gain with its error over prompts and, where there are null runs, its place among theirs."""
+def _both_errors(key: str, methods: Entry) -> str:
+    """kvpo's gain with its error over prompts and, where there are null runs, its place among theirs."""
+    own = methods["kvpo"][key]
     errors = own["standard_errors"]
     text = (
-        f"{arm}, {key} videos: {signed(own['mean'])} ± {fixed(own['std'])} over seeds, "
+        f"kvpo, {key} videos: {signed(own['mean'])} ± {fixed(own['std'])} over seeds, "
         f"± {fixed(sum(errors) / len(errors))} over the prompts of a run"
     )
-    if "null" not in methods or arm == "null":
+    if "null" not in methods:
         return text + "."
     null = methods["null"][key]
     p = own["p_against_null"]
@@ -128,13 +130,6 @@ def _p(value: float) -> str:
     return f"p = {compact(float(f'{value:.2g}'))}"
 
 
-def _verdict(summary: Entry) -> str:
-    sentence, notes = verdict(summary)
-    tone = "pending" if len(summary["seeds"]) < FEWEST_SEEDS else "neutral"
-    more = "".join(f"<p>{escape(note)}</p>" for note in notes)
-    return f'<div class="verdict {tone}"><div><p class="sentence">{escape(sentence)}</p>{more}</div></div>'
-
-
 def _ranked(key: str, methods: Entry) -> list[tuple[str, Entry]]:
     return sorted(((arm, own[key]) for arm, own in methods.items()), key=lambda row: -row[1]["mean"])
 
@@ -144,22 +139,20 @@ def _set_section(key: str, summary: Entry) -> str:
         _arm_row(arm, summary["methods"][arm]["base"], own) for arm, own in _ranked(key, summary["methods"])
     ]
     rows += [_floor_row(line, own[key]) for line, own in summary["floors"].items()]
-    head = "".join(f"<th>{name}</th>" for name in GAIN_COLUMNS)
     bases = ", ".join(f"{name} {fixed(base[key])}" for name, base in summary["bases"].items())
     facts = f"{summary['prompts'][key]} prompts, {bases}"
-    table = f"<thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody>"
-    return (
-        f'<h3 class="group">{title_of(key)} videos <span class="soft">{SETS[key]} · {facts}</span></h3>'
-        f'<div class="card scroll"><table class="gains">{table}</table></div>'
-    )
+    title = f'<h3 class="group">{title_of(key)} videos <span class="soft">{SETS[key]} · {facts}</span></h3>'
+    return title + table_card(GAIN_COLUMNS, rows, "gains")
 
 
-def _arm_row(arm: str, base: str, own: Entry) -> str:
+def _arm_row(arm: str, base: str, own: Entry) -> tuple[str, ...]:
     errors, gains = own["standard_errors"], own["gains"]
     difference, p = own["difference_to_kvpo"], own["p_against_kvpo"]
     against = "" if p is None else f'{signed(difference)} <span class="soft">{_p(p)}</span>'
     above = own.get("above_every_null")
-    cells = (
+    about = "" if base == "base" else f' <small class="soft">on {escape(base)}</small>'
+    return (
+        escape(arm) + about,
         f'<b>{signed(own["mean"])}</b> <span class="soft">± {fixed(own["std"])}</span>',
         f'<span class="soft">{", ".join(signed(gain) for gain in gains)}</span>',
         fixed(sum(errors) / len(errors)),
@@ -169,12 +162,11 @@ def _arm_row(arm: str, base: str, own: Entry) -> str:
         against,
         "" if above is None else f"{above} of {len(gains)}",
     )
-    about = "" if base == "base" else f' <span class="soft">on {escape(base)}</span>'
-    return f"<tr><th>{escape(arm)}{about}</th>{_cells(cells)}</tr>"
 
 
-def _floor_row(line: str, own: Entry) -> str:
-    cells = (
+def _floor_row(line: str, own: Entry) -> tuple[str, ...]:
+    return (
+        f'<span class="soft">{escape(line)}</span>',
         signed(own["gain"]),
         f'<span class="soft">base, {own["prompts"]} prompts</span>',
         fixed(own["standard_error"]),
@@ -184,61 +176,46 @@ def _floor_row(line: str, own: Entry) -> str:
         "",
         "",
     )
-    return f'<tr><th class="soft">{escape(line)}</th>{_cells(cells)}</tr>'
-
-
-def _cells(cells: Sequence[str]) -> str:
-    """Cells of HTML, the second of which is drawn."""
-    return "".join(f"<td{' class=drawn' if n == 1 else ''}>{cell}</td>" for n, cell in enumerate(cells))
 
 
 def _average(values: Sequence[float] | None) -> str:
     return signed(sum(values) / len(values)) if values else ""
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]], kind: str = "") -> str:
-    """A table of text, of a kind in the style sheet; the first cell of a row names it."""
-    top = "".join(f"<th>{escape(name)}</th>" for name in head)
-    body = "".join(
-        f"<tr><th>{escape(first)}</th>{''.join(f'<td>{escape(cell)}</td>' for cell in cells)}</tr>"
-        for first, *cells in rows
-    )
-    table = f'<table class="{kind}"><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table>'
-    return f'<div class="card scroll">{table}</div>'
-
-
 def _components(key: str, summary: Entry) -> str:
     ranked = _ranked(key, summary["methods"])
     parts = list(ranked[0][1]["components"])
-    rows = [[arm, *(signed(own["components"][part]) for part in parts)] for arm, own in ranked]
-    return f'<h3 class="group">{title_of(key)} videos</h3>' + _table(["", *map(title_of, parts)], rows)
+    rows = [[escape(arm), *(signed(own["components"][part]) for part in parts)] for arm, own in ranked]
+    return f'<h3 class="group">{title_of(key)} videos</h3>' + table_card(["", *map(title_of, parts)], rows)
 
 
 def _costs(summary: Entry) -> str:
     shown = list(summary["bases"]["base"]["diversity"])
     rows = [
-        [name, "", "", "", *(fixed(base["diversity"][key]) for key in shown)]
+        [escape(name), "", "", "", *(fixed(base["diversity"][key]) for key in shown)]
         for name, base in summary["bases"].items()
     ]
     for arm, own in summary["methods"].items():
         updates = ", ".join(map(str, own["updates"]))
         total = fixed(sum(own["cpu_s"]) / len(own["cpu_s"]), 1)
-        rows.append([arm, total, updates, fixed(own["cpu_s_per_update"], 2),
+        rows.append([escape(arm), total, updates, fixed(own["cpu_s_per_update"], 2),
                      *(fixed(own["diversity"].get(key)) for key in shown)])  # fmt: skip
     head = ["", "CPU-s a run", "updates of each run", "CPU-s an update", *map(title_of, shown)]
-    return _table(head, rows)
+    return table_card(head, rows)
 
 
 def _settings(summary: Entry) -> str:
-    rows = [[arm, _listed(own["settings"])] for arm, own in summary["methods"].items()]
-    blocks = [_table(["", "settings that differ from the comparison's own"], rows, "words")]
+    rows = [[escape(arm), _listed(own["settings"])] for arm, own in summary["methods"].items()]
+    blocks = [table_card(["", "settings that differ from the comparison's own"], rows, "words")]
     for method, tried in summary["trials"].items():
         if tried:
             best = max((one["gain"] for one in tried if one["gain"] is not None), default=None)
-            rows = [_trial_row(f"{method} {n}", one, best) for n, one in enumerate(tried)]
+            rows = [_trial_row(f"{escape(method)} {n}", one, best) for n, one in enumerate(tried)]
             blocks.append(
                 f'<h3 class="group">Trials of {escape(method)}</h3>'
-                + _table(["", "gain on validation prompts", "updates", "CPU-s", "settings"], rows, "words")
+                + table_card(
+                    ["", "gain on validation prompts", "updates", "CPU-s", "settings"], rows, "words"
+                )
             )
     return "".join(blocks)
 
@@ -258,7 +235,7 @@ def _trial_row(name: str, one: Entry, best: float | None) -> list[str]:
 
 
 def _listed(settings: Entry) -> str:
-    return ", ".join(f"{path} {value}" for path, value in settings.items()) or "none"
+    return escape(", ".join(f"{path} {value}" for path, value in settings.items()) or "none")
 
 
 def _facts(summary: Entry) -> str:

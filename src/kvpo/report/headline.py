@@ -6,7 +6,8 @@ from statistics import mean
 from typing import Any
 
 from kvpo.report.charts import interval
-from kvpo.report.formatting import SYMBOLS, duration, escape, fixed, mapping, number, numbers, percent, signed
+from kvpo.report.elements import verdict_box
+from kvpo.report.formatting import duration, escape, fixed, mapping, number, numbers, percent, signed
 from kvpo.report.null_runs import is_null_control, over_seeds, said_of
 from kvpo.report.record import Entry, RunRecord, method_of
 
@@ -216,28 +217,36 @@ def _measure(name: str, value: str, chart: str) -> str:
     return f'<div class="measure"><span>{name}</span><span>{value}</span>{chart}</div>'
 
 
+def _change_measure(
+    name: str,
+    value: float,
+    error: float | None,
+    axis: tuple[float, float],
+    *,
+    tone: str = "flat",
+    colour: str = "aligned",
+) -> str:
+    """A change and its standard error, in numbers and drawn."""
+    bars = [(value - n * error, value + n * error) for n in (2, 1)] if error is not None else []
+    label = f"{signed(value)}, standard error {fixed(error)}"
+    about = f'<b class="{tone}">{signed(value)}</b> <span class="soft">\u00b1 {fixed(error)}</span>'
+    return _measure(name, about, interval(value, bars, axis, label=label, colour=colour))
+
+
 def _card(
     outcome: Outcome, gain_axis: tuple[float, float], unseen_axis: tuple[float, float], *, to_one: bool
 ) -> str:
     """One prompt set's numbers; ``to_one``: no video can have a reward above 1."""
     tone = {1: "up", -1: "down"}.get(outcome.direction, "flat")
     assert outcome.gain is not None
-    about = f'<span class="soft">\u00b1 {fixed(outcome.standard_error)}</span>'
-    chart = interval(outcome.gain, outcome.standard_error, *gain_axis)
-    measures = _measure("Paired gain", f'<b class="{tone}">{signed(outcome.gain)}</b> {about}', chart)
-    if outcome.unseen_gain is not None:
-        about = f'<span class="soft">\u00b1 {fixed(outcome.unseen_error)}</span>'
-        chart = interval(outcome.unseen_gain, outcome.unseen_error, *unseen_axis, colour="unseen")
-        measures += _measure("Unseen scorer", f"<b>{signed(outcome.unseen_gain)}</b> {about}", chart)
-    if outcome.wrong_gain is not None:
-        about = f'<span class="soft">\u00b1 {fixed(outcome.wrong_error)}</span>'
-        chart = interval(outcome.wrong_gain, outcome.wrong_error, *gain_axis)
-        measures += _measure("With a wrong caption", f"<b>{signed(outcome.wrong_gain)}</b> {about}", chart)
+    measures = _change_measure("Paired gain", outcome.gain, outcome.standard_error, gain_axis, tone=tone)
+    if (gain := outcome.unseen_gain) is not None:
+        measures += _change_measure("Unseen scorer", gain, outcome.unseen_error, unseen_axis, colour="unseen")
+    if (gain := outcome.wrong_gain) is not None:
+        measures += _change_measure("With a wrong caption", gain, outcome.wrong_error, gain_axis)
     if outcome.null:
-        middle, error = mean(outcome.null), over_seeds(outcome.null)
-        value = f'<b>{signed(middle)}</b> <span class="soft">\u00b1 {fixed(error)}</span>'
-        name = f"{len(outcome.null)} null run(s), over seeds"
-        measures += _measure(name, value, interval(middle, error, *gain_axis, colour="base"))
+        name, error = f"{len(outcome.null)} null run(s), over seeds", over_seeds(outcome.null)
+        measures += _change_measure(name, mean(outcome.null), error, gain_axis, colour="base")
     if outcome.improved is not None:
         width = f"{min(100.0, max(0.0, 100 * outcome.improved)):.1f}%"
         chart = f'<div class="share"><i style="width:{width}"></i><i class="half" title="one half"></i></div>'
@@ -303,7 +312,6 @@ def headline(run: RunRecord) -> str:
     radar += idle_note(run)
     if run.summary and run.summary.get("improved") is False:
         verdict = final_headline(run.summary, run.config)
-    notes = "".join(f"<p>{escape(note)}</p>" for note in (*radar, *verdict.notes))
     gain_axis = _axis([(o.gain, o.standard_error) for o in outcomes])
     unseen_axis = _axis([(o.unseen_gain, o.unseen_error) for o in outcomes])
     to_one = ends_at_one(run.config)
@@ -315,9 +323,8 @@ def headline(run: RunRecord) -> str:
         "one of looks and not of what was asked for."
     )
     return (
-        f'<div class="verdict {verdict.tone}"><i aria-hidden="true">{SYMBOLS[verdict.tone]}</i><div>'
-        f'<p class="sentence">{escape(verdict.sentence)}</p>{notes}</div></div>'
-        f'<div class="pair">{cards}</div>'
+        verdict_box(verdict.tone, verdict.sentence, (*radar, *verdict.notes), symbol=True)
+        + f'<div class="pair">{cards}</div>'
         + (f'<p class="note">{legend}</p>' if outcomes else "")
         + _run_facts(run)
     )

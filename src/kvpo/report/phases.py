@@ -3,7 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from kvpo.report.formatting import compact, escape, number, title_of
+from kvpo.report.elements import explained, table_card
+from kvpo.report.formatting import compact, number, title_of
 from kvpo.report.record import RunRecord
 
 MEANINGS = {
@@ -27,18 +28,19 @@ def phases(run: RunRecord) -> str:
     for name, ranks in seconds.items():
         bytes_sent = sum(sent[name]) / len(sent[name]) / 1e6 if name in sent else None
         rows.append(
-            f'<tr><th>{escape(title_of(name))}<span class="soft">{escape(MEANINGS.get(name, ""))}</span></th>'
-            f"<td>{compact(sum(ranks) / len(ranks))}</td><td>{compact(max(ranks))}</td>"
-            f"<td>{'' if bytes_sent is None else compact(bytes_sent)}</td></tr>"
+            (
+                explained(title_of(name), MEANINGS.get(name, "")),
+                compact(sum(ranks) / len(ranks)),
+                compact(max(ranks)),
+                "" if bytes_sent is None else compact(bytes_sent),
+            )
         )
     ranks = max((len(values) for values in seconds.values()), default=1)
     idle, samples = (_mean(found, name) for name in ("idle", "samples_per_second_and_rank"))
     note = f"{ranks} rank(s), {compact(idle)} of their time spent waiting for others"
     note += f", {compact(samples)} samples per second and rank."
     return (
-        '<div class="card scroll"><table class="checks"><thead><tr><th></th><th>s per update</th>'
-        "<th>slowest rank</th><th>MB</th></tr></thead>"
-        f'<tbody>{"".join(rows)}</tbody></table></div><p class="note">{note}</p>'
+        table_card(("", "s per update", "slowest rank", "MB"), rows, "checks") + f'<p class="note">{note}</p>'
     )
 
 

@@ -3,7 +3,8 @@
 from typing import Any
 
 from kvpo.report.charts import Series, line_chart, small_figure
-from kvpo.report.formatting import MINUS, SYMBOLS, escape, fixed, mapping, number, numbers, signed
+from kvpo.report.elements import table_card, verdict_box
+from kvpo.report.formatting import MINUS, escape, fixed, mapping, number, numbers, signed
 from kvpo.report.headline import FEWEST_PROMPTS, LENGTHS
 from kvpo.report.record import Entry, RunRecord
 
@@ -69,12 +70,9 @@ def _verdict(last: Entry, summary: Entry, *, may_stop: bool, prompts: float) -> 
         tone, outcome = "pending", "Name some with evaluation.watchers and the run stops when they fall."
     drifted = last.get("drifted")
     names = [str(name) for name in drifted] if isinstance(drifted, list) else []
-    warning = f"<p>The look of the videos has drifted: {escape(', '.join(names))}.</p>" if names else ""
-    return (
-        f'<div class="verdict {tone}"><i aria-hidden="true">{SYMBOLS[tone]}</i><div>'
-        f'<p class="sentence">{escape(words[:1].upper() + words[1:].replace(" -", " " + MINUS))}.</p>'
-        f"{f'<p>{escape(outcome)}</p>' if outcome else ''}{warning}</div></div>"
-    )
+    warning = f"The look of the videos has drifted: {', '.join(names)}." if names else ""
+    sentence = f"{words[:1].upper()}{words[1:].replace(' -', ' ' + MINUS)}."
+    return verdict_box(tone, sentence, filter(None, (outcome, warning)), symbol=True)
 
 
 def _gains(points: list[tuple[float, Entry]]) -> str:
@@ -130,24 +128,21 @@ def _drift(points: list[tuple[float, Entry]]) -> str:
     return f'<div class="multiples">{"".join(panels)}</div>'
 
 
-def _agreement(table: Entry) -> str:
+def _agreement(correlations: Entry) -> str:
     """Rank correlations of per-prompt gains: each trained component with the others and the watchers."""
-    rows = {str(name): row for name, row in table.items() if isinstance(row, dict)}
+    rows = {str(name): row for name, row in correlations.items() if isinstance(row, dict)}
     columns = list(dict.fromkeys(str(other) for row in rows.values() for other in row))
     if not columns:
         return '<p class="missing">One reward alone has nothing to agree with.</p>'
-    body = ""
-    for name, row in rows.items():
-        cells = ""
-        for other in columns:
-            value = number(row.get(other))
-            tone = "down" if value is not None and value < 0 else ""
-            cells += f'<td class="{tone}">{"" if other not in row else signed(value, 2)}</td>'
-        body += f"<tr><th>{escape(name)}</th>{cells}</tr>"
-    head = "".join(f"<th>{escape(other)}</th>" for other in columns)
-    return (
-        f'<div class="card scroll"><table class="agreement"><thead><tr><th></th>{head}</tr></thead><tbody>'
-        f'{body}</tbody></table></div><p class="note">Rank correlation over prompts of what alignment '
+
+    def cell(row: Entry, other: str) -> str:
+        value = number(row.get(other))
+        text = signed(value, 2) if other in row else ""
+        return f'<span class="down">{text}</span>' if value is not None and value < 0 else text
+
+    body = [(escape(name), *(cell(row, other) for other in columns)) for name, row in rows.items()]
+    return table_card(("", *columns), body) + (
+        '<p class="note">Rank correlation over prompts of what alignment '
         "changed: +1 where two rewards improve the same videos, below 0 where one improves what the other "
         "spoils. With N prompts, chance alone gives about \u00b1 1/\u221aN.</p>"
     )

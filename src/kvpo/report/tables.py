@@ -5,6 +5,7 @@ from typing import Any
 
 import yaml
 
+from kvpo.report.elements import explained, table_card
 from kvpo.report.formatting import compact, escape, fixed, mapping, number, numbers, percent, signed, title_of
 from kvpo.report.headline import FEWEST_PROMPTS
 from kvpo.report.record import RunRecord, method_of
@@ -63,10 +64,7 @@ def checks(run: RunRecord) -> str:
                 tone, word = "good", f"exact to {compact(tolerance)}"
             elif value and key == "anchor_energy_at_old" and precision != "same":
                 tone, word = "neutral", f"rounding of {escape(precision)}"
-        rows.append(
-            f'<tr><th>{escape(name)}<span class="soft">{escape(meaning)}</span></th>'
-            f'<td>{compact(value)}</td><td><span class="badge {tone}">{word}</span></td></tr>'
-        )
+        rows.append((explained(name, meaning), compact(value), f'<span class="badge {tone}">{word}</span>'))
     weight = method_of(run) == "kvpo" and numbers(run.config.get("kvpo")).get("anchor_state_weight")
     note = (
         '<p class="note">This run uses the anchor-state energy, which is not zero at the old weights.</p>'
@@ -76,30 +74,30 @@ def checks(run: RunRecord) -> str:
     if checked:
         place = f"the {checked.get('weights')} weights of update {compact(number(checked.get('update')))}"
         note += f'<p class="note">Measured with {escape(place)}, those of the test results.</p>'
-    return (
-        '<div class="card scroll"><table class="checks"><thead><tr><th>must be 0</th>'
-        f"<th>measured</th><th></th></tr></thead><tbody>{''.join(rows)}</tbody></table></div>{note}"
-    )
+    return table_card(("must be 0", "measured", ""), rows, "checks") + note
 
 
 def accuracy(run: RunRecord) -> str:
     """Demands met before and after, by what they demand, with their number."""
     rows = [
-        f"<tr><th>{escape(title_of(str(name)))}</th><td>{escape(kind)}</td><td>{found['n']:.0f}</td>"
-        f"<td>{percent(found['base'])}</td><td>{percent(found['aligned'])}</td>"
-        f"<td>{signed(found['aligned'] - found['base'])}</td></tr>"
+        (
+            escape(title_of(str(name))),
+            escape(kind),
+            f"{found['n']:.0f}",
+            percent(found["base"]),
+            percent(found["aligned"]),
+            signed(found["aligned"] - found["base"]),
+        )
         for kind, entry in mapping(run.summary, "held_out").items()
         for name, value in mapping(entry, "accuracy").items()
         if {"n", "base", "aligned"} <= (found := numbers(value)).keys()
     ]
     if not rows:
         return '<p class="missing">Only tests in the embedded world say what is right or wrong.</p>'
-    head = "".join(f"<th>{name}</th>" for name in ("", "videos", "demands", "base", "aligned", "change"))
-    table = f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
-    return (
-        f'<div class="card scroll">{table}</div><p class="note">Each demand of a '
-        "caption is met or not by what its segment most likely shows. An event counts as met if all that its "
-        "caption says of it is: who returns, the scene come back to, the new colour, who stays.</p>"
+    return table_card(("", "videos", "demands", "base", "aligned", "change"), rows) + (
+        '<p class="note">Each demand of a caption is met or not by what its segment most likely shows. An '
+        "event counts as met if all that its caption says of it is: who returns, the scene come back to, the "
+        "new colour, who stays.</p>"
     )
 
 
@@ -141,15 +139,13 @@ def diversity(run: RunRecord) -> str:
         best = None
         if sign and len(present) > 1 and len(set(present)) > 1:
             best = max(present) if sign > 0 else min(present)
-        cells = "".join(
-            f'<td class="{"best" if best is not None and v == best else ""}">{fixed(v)}</td>' for v in values
-        )
-        rows.append(f'<tr><th>{escape(name)}<span class="soft">{escape(meaning)}</span></th>{cells}</tr>')
-    head = "".join(f"<th>{escape(BRANCHINGS.get(name, title_of(name)))}</th>" for name in methods)
+        cells = (f"<b>{fixed(v)}</b>" if best is not None and v == best else fixed(v) for v in values)
+        rows.append((explained(name, meaning), *cells))
+    head = ("", *(BRANCHINGS.get(name, title_of(name)) for name in methods))
     return (
-        f'{_diversity_sentence(methods, forks)}<div class="card scroll"><table class="diversity"><thead><tr>'
-        f"<th></th>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
-        '<p class="note">Bold: the better one, where there is a better. Broken frames can look diverse, so '
+        _diversity_sentence(methods, forks)
+        + table_card(head, rows, "diversity")
+        + '<p class="note">Bold: the better one, where there is a better. Broken frames can look diverse, so '
         "read the first row together with the third.</p>"
     )
 

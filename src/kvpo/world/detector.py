@@ -75,8 +75,6 @@ class Detection:
     scene_BTS: Tensor
     count_BT2: Tensor
     """Degree to which one actor, or two, explain the foreground; sums to at most 1."""
-    presence_BTL: Tensor
-    """Share of a slot's foreground energy that its best glyph explains."""
     colour_BTLC: Tensor
     shape_BTLK: Tensor
     size_BTLZ: Tensor
@@ -133,7 +131,6 @@ def detect(video_BTCHW: Tensor) -> Detection:
     return Detection(
         scene_BTS=frames_of(scene_NS),
         count_BT2=frames_of(count_N2),
-        presence_BTL=frames_of(presence_NL),
         colour_BTLC=frames_of(colour_NLC),
         shape_BTLK=frames_of(look_NLKZ.sum(3)),
         size_BTLZ=frames_of(look_NLKZ.sum(2)),
@@ -350,25 +347,18 @@ def torus_difference(centre_BTL2: Tensor) -> Tensor:
     return torch.stack([around_BTL, step_BTL2[..., 1]], 3)
 
 
-def attributes(detection: Detection, first_frame: int = 0) -> list[tuple]:
-    """Decode each clip from ``first_frame`` on: (scene, (colour, shape, size, motion), ...).
+def attributes(detection: Detection) -> list[tuple]:
+    """Decode each clip: (scene, (colour, shape, size, motion), ...).
 
     Actors are listed from top to bottom; with one frame only the motion is read as the first of MOTIONS.
     """
-    if not 0 <= first_frame < detection.scene_BTS.shape[1]:
-        raise ValueError(
-            f"first_frame = {first_frame} lies outside the clip's {detection.scene_BTS.shape[1]} frames; "
-            f"choose a frame of the clip"
-        )
-    late = slice(first_frame, None)
-    steps = slice(first_frame + 1 if detection.scene_BTS.shape[1] > first_frame + 1 else first_frame, None)
-    scene_B = detection.scene_BTS[:, late].mean(1).argmax(1)
-    count_B = detection.count_BT2[:, late].mean(1).argmax(1)
+    scene_B = detection.scene_BTS.mean(1).argmax(1)
+    count_B = detection.count_BT2.mean(1).argmax(1)
     named = (
-        (tuple(COLOURS), detection.colour_BTLC[:, late]),
-        (SHAPES, detection.shape_BTLK[:, late]),
-        (tuple(SIZES), detection.size_BTLZ[:, late]),
-        (MOTIONS, detection.motion_BTLM[:, steps]),
+        (tuple(COLOURS), detection.colour_BTLC),
+        (SHAPES, detection.shape_BTLK),
+        (tuple(SIZES), detection.size_BTLZ),
+        (MOTIONS, detection.motion_BTLM[:, min(1, detection.motion_BTLM.shape[1] - 1) :]),
     )
     decoded = [(names, score.mean(1).argmax(2)) for names, score in named]
     return [

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from kvpo.prompts import ClipPrompt
+from kvpo.rewards.sampling import checked_batch
 from kvpo.world.detector import SLOT_LANES, Detection, detect, torus_difference
 from kvpo.world.persistence import persistence
 from kvpo.world.requests import (
@@ -68,11 +69,7 @@ class WorldScorer:
 
     def __call__(self, video_BTCHW: Tensor, prompts: Sequence[ClipPrompt]) -> dict[str, Tensor]:
         """Component -> [B]; ValueError for a caption outside the grammar or a switch outside the clip."""
-        if len(prompts) != video_BTCHW.shape[0]:
-            raise ValueError(
-                f"prompts has {len(prompts)} entries for {video_BTCHW.shape[0]} clips: "
-                f"give one prompt per clip"
-            )
+        checked_batch(video_BTCHW, prompts, 1)
         scores = score_detection(detect(video_BTCHW), prompts)
         return {name: scores[name] for name in self.components}
 

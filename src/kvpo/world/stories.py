@@ -18,6 +18,8 @@ from kvpo.world.vocabulary import COLOURS, MOTIONS, SCENES, SHAPES, SIZES, Act, 
 Split = Literal["train", "validation", "test"]
 SHARES: dict[Split, int] = {"test": 20, "validation": 15, "train": 65}
 """Per cent of the combinations (colour, shape, motion, scene) that belong to each split."""
+BLOCK = 3
+"""Frames of a block: acts start on multiples of it."""
 MIN_ACT_BLOCKS = 4
 EVENTS = ("show", "return", "revisit", "recolour", "turn", "join", "leave")
 RECALLS = ("return", "revisit")
@@ -161,33 +163,32 @@ def _plan(num_acts: int, telling: Telling, rng: random.Random) -> list[str]:
     return [rng.choices(options, [telling.events[e] for e in options])[0] for options in names]
 
 
-def _starts(num_acts: int, num_blocks: int, block: int, rng: random.Random) -> list[int]:
+def _starts(num_acts: int, num_blocks: int, rng: random.Random) -> list[int]:
     """Act starts in frames: lengths are drawn evenly among all that give each act MIN_ACT_BLOCKS blocks."""
     spare = num_blocks - num_acts * MIN_ACT_BLOCKS
     cuts = sorted(rng.randint(0, spare) for _ in range(num_acts - 1))
-    return [0, *((MIN_ACT_BLOCKS * (k + 1) + cut) * block for k, cut in enumerate(cuts))]
+    return [0, *((MIN_ACT_BLOCKS * (k + 1) + cut) * BLOCK for k, cut in enumerate(cuts))]
 
 
 def sample_story(
     generator: torch.Generator,
     num_acts: int,
     num_frames: int,
-    block: int = 3,
     split: Split = "train",
     telling: Telling = PLAIN,
 ) -> Story:
     """Draw a captioned story of ``num_acts`` acts over ``num_frames`` latent frames.
 
-    Acts start on multiples of ``block`` and last at least MIN_ACT_BLOCKS blocks; every actor of every act is
+    Acts start on multiples of BLOCK and last at least MIN_ACT_BLOCKS blocks; every actor of every act is
     an attribute combination of ``split``. Raises ValueError if the acts do not fit.
     """
-    if num_acts < 1 or num_frames < num_acts * MIN_ACT_BLOCKS * block or num_frames % block:
+    if num_acts < 1 or num_frames < num_acts * MIN_ACT_BLOCKS * BLOCK or num_frames % BLOCK:
         raise ValueError(
-            f"num_frames = {num_frames}: {num_acts} acts of {MIN_ACT_BLOCKS} blocks of {block} frames or "
-            f"more need a multiple of {block} that is at least {max(num_acts, 1) * MIN_ACT_BLOCKS * block}"
+            f"num_frames = {num_frames}: {num_acts} acts of {MIN_ACT_BLOCKS} blocks of {BLOCK} frames or "
+            f"more need a multiple of {BLOCK} that is at least {max(num_acts, 1) * MIN_ACT_BLOCKS * BLOCK}"
         )
     rng = random.Random(int(torch.randint(2**62, (), generator=generator)))
-    starts = _starts(num_acts, num_frames // block, block, rng)
+    starts = _starts(num_acts, num_frames // BLOCK, rng)
     while True:
         # One plan gets many draws before it is given up, so small splits tell the same kinds of story.
         plan = _plan(num_acts, telling, rng)

@@ -11,17 +11,16 @@ from kvpo.world.grammar import words
 
 TEXT_LENGTH = 32
 TEXT_DIM = 64
+LAYERS, HEADS = 2, 4
 PAD, UNKNOWN = 0, 1
-_FILE = "vocabulary.txt"
 
 
 class WordTokenizer:
     """Words to ids; ids are line numbers of the committed vocabulary file."""
 
-    def __init__(self, lines: Sequence[str] | None = None) -> None:
-        if lines is None:
-            lines = files("kvpo.world").joinpath("assets", _FILE).read_text(encoding="utf-8").split("\n")[:-1]
-        self.vocabulary = tuple(lines)
+    def __init__(self) -> None:
+        text = files("kvpo.world").joinpath("assets", "vocabulary.txt").read_text(encoding="utf-8")
+        self.vocabulary = tuple(text.split("\n")[:-1])
         self._ids = {word: index for index, word in enumerate(self.vocabulary)}
 
     def __len__(self) -> int:
@@ -46,12 +45,12 @@ class LearnedTextEncoder(nn.Module):
     Token and position embeddings, then pre-norm transformer layers; trained together with the generator.
     """
 
-    def __init__(self, num_layers: int = 2, num_heads: int = 4) -> None:
+    def __init__(self) -> None:
         super().__init__()
         self.tokenizer = WordTokenizer()
         self.token_embedding = nn.Embedding(len(self.tokenizer), TEXT_DIM)
         self.position_embedding = nn.Parameter(torch.randn(TEXT_LENGTH, TEXT_DIM) * 0.02)
-        self.layers = nn.ModuleList(_Layer(num_heads) for _ in range(num_layers))
+        self.layers = nn.ModuleList(_Layer() for _ in range(LAYERS))
         self.norm = nn.LayerNorm(TEXT_DIM)
         nn.init.normal_(self.token_embedding.weight, std=0.5)
 
@@ -72,9 +71,8 @@ class LearnedTextEncoder(nn.Module):
 
 
 class _Layer(nn.Module):
-    def __init__(self, num_heads: int) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.num_heads = num_heads
         self.norm_attention = nn.LayerNorm(TEXT_DIM)
         self.qkv = nn.Linear(TEXT_DIM, 3 * TEXT_DIM)
         self.out = nn.Linear(TEXT_DIM, TEXT_DIM)
@@ -84,7 +82,7 @@ class _Layer(nn.Module):
         )
 
     def forward(self, x_BLD: Tensor, visible_BL: Tensor) -> Tensor:
-        qkv = self.qkv(self.norm_attention(x_BLD)).unflatten(-1, (3, self.num_heads, -1))
+        qkv = self.qkv(self.norm_attention(x_BLD)).unflatten(-1, (3, HEADS, -1))
         q, k, v = qkv.permute(2, 0, 3, 1, 4)
         attended = F.scaled_dot_product_attention(q, k, v, attn_mask=visible_BL[:, None, None, :])
         x_BLD = x_BLD + self.out(attended.transpose(1, 2).flatten(2))
