@@ -23,8 +23,8 @@ from kvpo.training.checkpoint import find_checkpoint, no_improvement
 
 logger = logging.getLogger(__name__)
 
-BASE, ALIGNED, BOTH = "base", "aligned", "side-by-side"
-SIDES, BRANCHES = (BASE, ALIGNED), "branches"
+BASE, ALIGNED, BRANCHES = "base", "aligned", "branches"
+SIDES = (BASE, ALIGNED)
 BRANCH_RATE = 8.0
 """Frames per second at which branches of the report play."""
 
@@ -163,9 +163,9 @@ def _of_folder(folder: Path, prompts: Path | None) -> Arms:
         Shot(file, tuple(segments), starts.get((file.stem.partition("-")[0], tuple(segments)), ()))
         for file, segments in zip(files, told, strict=True)
     ]
-    sides = {side: [shot for shot in shots if shot.path.stem.endswith(f"-{side}")] for side in (*SIDES, BOTH)}
+    sides = {side: [shot for shot in shots if shot.path.stem.endswith(f"-{side}")] for side in SIDES}
     if sum(map(len, sides.values())) == len(shots) and all(sides[side] for side in SIDES):
-        return {side: sides[side] for side in SIDES}
+        return sides
     return {"": shots}
 
 
