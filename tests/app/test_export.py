@@ -256,6 +256,7 @@ def test_the_card_says_what_it_is_how_it_loads_and_what_was_measured(
     assert re.search(r"It is the best difference of rank 1, without [0-9.]+ % of the whole\.", text)
     assert "were not tested on held-out prompts" in text, "the run's numbers are those of the whole"
     assert "loaded again, its first block is that of the difference at this rank to" in caplog.text
+    assert not re.search(r"incomplete.*prefix", caplog.text)
     raw = export(run, tmp_path / "raw", layout="peft", weights="raw")
     assert "were not tested on held-out prompts" in (raw / "README.md").read_text()
     (runs / "README.md").unlink()
