@@ -20,7 +20,7 @@ VIDEO_SUFFIXES = frozenset(
 """File name endings of videos."""
 MANIFEST = "videos.json"
 """File that `kvpo generate` writes with its videos: file name -> its prompts, in order of appearance."""
-TOGETHER = "-side-by-side"
+SIDE_BY_SIDE = "-side-by-side"
 """End of the name of a video that shows base and aligned together, beside theirs."""
 ANY_LENGTH = 2**31
 SEVERAL = "several prompts, one after the other, and a file is scored against one: cut it at its switches"
@@ -45,7 +45,7 @@ def find_videos(folder: Path) -> list[Path]:
         and path.is_file()
         and not any(part.startswith(".") for part in path.relative_to(folder).parts)
     ]
-    if pairs := {path for path in found if path.stem.endswith(TOGETHER) and _listed(path)}:
+    if pairs := {path for path in found if path.stem.endswith(SIDE_BY_SIDE) and _listed(path)}:
         logger.info("%s: left out: %d of base and aligned side by side", folder, len(pairs))
         found = [path for path in found if path not in pairs]
     if not found:
