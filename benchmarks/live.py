@@ -30,7 +30,7 @@ from kvpo.live.scheduler import SessionLimits
 from kvpo.live.server import ENDPOINT, live_app
 from kvpo.training.device import computing
 
-PROMPTS = ("A red circle drifts right at the beach.", "A blue square drifts left in the night.")
+PROMPTS = ("A red circle drifts right by the sea.", "A blue square drifts left in a meadow.")
 
 
 class Client:

@@ -11,12 +11,12 @@ from pathlib import Path
 from websockets.sync.client import connect
 
 URL = sys.argv[1] if len(sys.argv) > 1 else "ws://127.0.0.1:8788/v1/realtime/video"
-PROMPTS = {5: "A blue square drifts left in the forest.", 10: "It turns green."}
+PROMPTS = {5: "A blue square drifts left in a meadow.", 10: "It turns green."}
 
 with connect(URL, max_size=None) as socket:
     start = {
         "type": "session.start",
-        "prompt": "A red circle drifts right at the beach.",
+        "prompt": "A red circle drifts right by the sea.",
         "seed": 1,
         "speed": 0,
     }

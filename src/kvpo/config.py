@@ -63,7 +63,7 @@ class PromptsConfig:
     """Prompts of a file; without one the embedded world writes its own."""
 
     file: str = ""
-    """One prompt per line (.txt), or segments and switch frames (.jsonl); a path or a hub id."""
+    """Prompts of any form: .txt, .jsonl, .json, .csv or .tsv (docs/evaluation.md); a path or a hub id."""
     frames: tuple[int, ...] = (147,)
     """Latent frames at which each prompt of a line ends, the last one being the video's length, where a line
     does not say: 39,75,147 for three. The embedded world makes 30 where nothing else than 147 is given."""
@@ -231,7 +231,8 @@ class CheckpointConfig:
 
 @dataclass(frozen=True)
 class DistributedConfig:
-    """Sharing of a run among torchrun's ranks; results agree up to rounding, whatever their number."""
+    """Sharing of a run among torchrun's ranks; results are the same bit for bit on one kind of device,
+    whatever their number, as long as exploration.rows is not 0 and branch_ranks is 1."""
 
     branch_ranks: int = 1
     """Ranks that share each group and divide its branches among them, rounded down to a divisor of all
@@ -245,8 +246,9 @@ class RewardConfig:
     """Rewards that score the clips of a run, and the weights of their components."""
 
     scorers: tuple[str, ...] = ("world",)
-    """Rewards used together: ids of the catalogue, "world", `package.module:function` of your own, or any of
-    these on a server as `NAME@http://HOST:PORT`, or on several as `NAME@http://A:PORT,http://B:PORT`."""
+    """Rewards used together: ids of the catalogue, "world", `package.module:function` of your own, one
+    learned from votes as `preference:FILE`, any of these on a server as `NAME@http://HOST:PORT`, or on
+    several as `NAME@http://A:PORT,http://B:PORT`, or a judge with a rubric as `NAME@openai:URL#MODEL`."""
     weights: dict[str, float] = field(default_factory=dict)
     """Weights of components; by default 1 each, and the embedded world's own."""
     sources: dict[str, str] = field(default_factory=dict)

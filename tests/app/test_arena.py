@@ -1,6 +1,7 @@
 """`kvpo arena`: what becomes an arm, what is compared with what, and what its verbs print and refuse."""
 
 import json
+import re
 import shutil
 import socket
 from pathlib import Path
@@ -16,6 +17,7 @@ from kvpo.arena.report import text_table
 from kvpo.arena.store import Study
 from kvpo.arena.study import QUESTIONS, read_questions
 from kvpo.report.video import read_video, write_video
+from kvpo.training.checkpoint import mark_best, saved_updates
 from tests.app.finished import command
 from tests.arena.raters import vote_all
 from tests.http_servers import visited
@@ -54,6 +56,8 @@ def test_runs_and_checkpoints_meet_on_the_first_ones_prompts_and_seed(run, tmp_p
     assert first != last
     study = open_study([f"{run}:base", f"end={last}"], tmp_path / "study", pairs=1)
     assert study.design.arms == (f"{run.name} base", "end") and len(study.design.scenes) == 1
+    alone = open_study([str(run)], tmp_path / "alone", pairs=1).design.scenes[0].videos
+    assert study.design.scenes[0].videos == {f"{run.name} base": alone["base"], "end": alone["aligned"]}
     assert parse_source(str(first)).run == run
     (run / "suite" / "base").mkdir(parents=True)
     assert parse_source(str(run / "suite" / "base")).run is None, "a folder of videos in a run is none"
@@ -61,6 +65,16 @@ def test_runs_and_checkpoints_meet_on_the_first_ones_prompts_and_seed(run, tmp_p
     elsewhere.mkdir(parents=True)
     (elsewhere / "config.yaml").touch()
     assert parse_source(str(elsewhere)).run == elsewhere
+
+
+def test_a_run_that_never_beat_its_base_is_refused_before_anything_is_generated(run, tmp_path, monkeypatch):
+    first, *_, last = saved_updates(run / "checkpoints")
+    mark_best(run / "checkpoints", first, 0.0)
+    monkeypatch.setattr("kvpo.app.arena_sources.generate", None)
+    way_out = f"has what was trained all the same; give {last} {run}:base to compare it"
+    for words in ([str(run)], [f"{run}:aligned", f"{run}:base"]):
+        with pytest.raises(ValueError, match=re.escape(way_out)):
+            open_study(words, tmp_path / "study")
 
 
 def test_branches_of_a_run_are_ranked(run, tmp_path):

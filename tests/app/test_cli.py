@@ -55,6 +55,23 @@ def test_help_shows_docstrings_and_the_presets_values(capsys: pytest.CaptureFixt
 
 
 @pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        ("align", "preference:FILE NAME@openai:URL#MODEL .csv"),
+        ("score", "preference:FILE NAME@openai:URL#MODEL docs/evaluation.md"),
+        ("calibrate", "docs/evaluation.md"),
+    ],
+)
+def test_help_names_every_kind_of_reward_and_prompt_file(
+    command: str, words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    text = capsys.readouterr().out
+    assert not [word for word in words.split() if word not in text]
+
+
+@pytest.mark.parametrize(
     ("command", "usage"),
     [
         ("align", "align --out DIR [--preset NAME] [options]"),

@@ -10,7 +10,16 @@ import torch
 
 from kvpo.app.compare_commands import METHODS_COMPARED
 from kvpo.app.comparison import command as comparison_command
-from kvpo.app.comparison.arms import CONTROLS, TRIAL_SEED, TrainingArm, chosen_arms, configured, grid, trials
+from kvpo.app.comparison.arms import (
+    CONTROLS,
+    OWN,
+    TRIAL_SEED,
+    TrainingArm,
+    chosen_arms,
+    configured,
+    grid,
+    trials,
+)
 from kvpo.app.comparison.measuring import PretrainingTrainer, trainer_of
 from kvpo.app.comparison.plan import MethodComparison
 from kvpo.app.comparison.results import summarise
@@ -60,6 +69,14 @@ def test_every_method_is_tried_equally_often_in_other_settings(method: str) -> N
     assert tried[0] == {} and len(tried) == 5
     assert all(one != other for n, one in enumerate(configs) for other in configs[:n])
     assert tried == trials(Config(), arm, 5)
+
+
+def test_a_method_without_a_grid_of_its_own_is_tried_in_the_shared_settings(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for method in ("nft", "self-distill"):
+        monkeypatch.delitem(OWN, method)
+        assert len(trials(Config(), TrainingArm(method, method), 4)) == 4
 
 
 def test_the_velocity_kl_is_tried_at_none_and_around_what_a_method_starts_from() -> None:

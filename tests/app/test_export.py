@@ -256,6 +256,7 @@ def test_the_card_says_what_it_is_how_it_loads_and_what_was_measured(
     assert re.search(r"It is the best difference of rank 1, without [0-9.]+ % of the whole\.", text)
     assert "were not tested on held-out prompts" in text, "the run's numbers are those of the whole"
     assert "loaded again, its first block is that of the difference at this rank to" in caplog.text
+    assert not re.search(r"incomplete.*prefix", caplog.text)
     raw = export(run, tmp_path / "raw", layout="peft", weights="raw")
     assert "were not tested on held-out prompts" in (raw / "README.md").read_text()
     (runs / "README.md").unlink()
@@ -270,6 +271,23 @@ def test_the_card_of_the_embedded_generator_names_no_command_that_is_refused(tmp
     }  # fmt: skip
     text = model_card("peft", tmp_path / "mine", record, "apache-2.0", tmp_path)
     assert "PeftModel.from_pretrained" in text and "kvpo generate" not in text
+
+
+def test_the_card_has_what_evaluate_measured_where_the_run_tested_other_weights(tmp_path: Path) -> None:
+    record = {
+        "base": "", "lora": "", "rewards": ["world"], "method": "kvpo", "kvpo": "0.1.0", "weights": "raw",
+        "checkpoint": "update-000040", "settings": {"preset": "demo"},
+    }  # fmt: skip
+    own = {"prompts": 9, "base_mean": 0.5, "aligned_mean": 0.625, "paired_gain": 0.125, "paired_se": 0.01}
+    checked = {"checked": {"update": 40, "weights": "average"}, "held_out": {}, "verdict": "Another's."}
+    (tmp_path / "summary.json").write_text(json.dumps(checked))
+    evaluation = {"checkpoint": "update-000040", "split": "test", "held_out": {"long": own}, "verdict": "Up."}
+    for extra, there in (({"weights": "raw"}, True), ({"weights": "average"}, False),
+                         ({"weights": "raw", "frames": "a.png"}, False)):  # fmt: skip
+        (tmp_path / "evaluation.json").write_text(json.dumps(evaluation | extra))
+        text = model_card("peft", tmp_path / "mine", record, "apache-2.0", tmp_path)
+        assert ("| long | 9 | 0.5000 | 0.6250 | +0.1250 | 0.0100 |\n\nUp." in text) is there
+        assert ("were not tested" in text) is not there
 
 
 class Hub(BaseHTTPRequestHandler):

@@ -60,6 +60,19 @@ def test_names_keep_their_order_beyond_a_thousand(
     assert [shows[path.name] for path in written] == [[f"prompt {n}"] for n in range(1001)]
 
 
+def test_pictures_of_both_sides_are_left_out_where_a_manifest_lists_them(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    names = [f"000-{side}.mp4" for side in ("aligned", "base", "side-by-side")]
+    for name in names:
+        (tmp_path / name).touch()
+    assert [path.name for path in find_videos(tmp_path)] == names, "videos of someone else"
+    (tmp_path / "videos.json").write_text(json.dumps(dict.fromkeys(names, "a dog")))
+    with caplog.at_level("INFO"):
+        assert [path.name for path in find_videos(tmp_path)] == names[:2]
+    assert "left out: 1 of base and aligned side by side" in caplog.text
+
+
 @pytest.mark.parametrize("name", ["000.mp4", "old.MP4", "clip.webm"])
 def test_videos_of_whatever_kind_stay_alone(tmp_path: Path, name: str) -> None:
     (tmp_path / name).touch()

@@ -11,10 +11,11 @@ from torch import Tensor
 from kvpo.app.build import build_setup
 from kvpo.app.cli import main
 from kvpo.app.configuration import assign, preset, resolve, resolve_resumed
-from kvpo.app.judges import build_scorer
+from kvpo.app.judges import build_judges, build_scorer
 from kvpo.app.noise_files import read_floor
 from kvpo.config import Config
 from kvpo.config_checks import ConfigurationError
+from kvpo.rewards.cache import ScoreCache
 from kvpo.training.trainer import Trainer
 from tests.tiny_world import tiny_config
 
@@ -104,7 +105,10 @@ def test_the_saved_settings_hold_what_was_measured(tmp_path: Path) -> None:
 def test_the_worlds_noise_floor_is_not_taken_for_another_rewards_in_silence(
     settings: dict[str, Any], announced: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    build_scorer(assign(Config(), settings), 8.0)
+    config = assign(Config(), settings)
+    build_scorer(config, 8.0)  # choosing among candidates compares them without a floor
+    assert not caplog.messages
+    build_judges(config, 8.0, ScoreCache())
     said = [message for message in caplog.messages if "no noise floor was measured" in message]
     assert len(said) == bool(announced)
     assert all(

@@ -25,7 +25,9 @@ from tests.reward_servers import eventually
 
 def test_a_session_from_start_to_stop(tmp_path):
     with serving(tmp_path) as served, served.connect() as client:
+        served.theatre.notice = lambda prompt: f"of {prompt}"
         started = client.start(seed=7, speed=0)
+        assert started["notice"] == "of a red square"
         assert started["arms"] == ["base", "aligned"] and started["seed"] == 7 and started["directs"]
         first = client.until("video.block")
         assert first["start"] == 0 and first["block"] == 0 and first["prompt"] == "a red square"

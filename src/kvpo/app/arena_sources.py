@@ -19,11 +19,12 @@ from kvpo.files import json_lines, local_path, read_json
 from kvpo.prompts import VideoPrompt
 from kvpo.report.record import read_videos
 from kvpo.report.video import enlargement, read_video, write_video
+from kvpo.training.checkpoint import find_checkpoint, no_improvement
 
 logger = logging.getLogger(__name__)
 
-BASE, ALIGNED, BOTH = "base", "aligned", "side-by-side"
-SIDES, BRANCHES = (BASE, ALIGNED), "branches"
+BASE, ALIGNED, BRANCHES = "base", "aligned", "branches"
+SIDES = (BASE, ALIGNED)
 BRANCH_RATE = 8.0
 """Frames per second at which branches of the report play."""
 
@@ -83,8 +84,10 @@ def arms_of(sources: Sequence[Given], prompts: Path | None, count: int, folder: 
     A source that has two sides, base and aligned, is both where it stands alone, and else its aligned side.
 
     Raises:
-        ValueError: two arms of one name; runs, folders and prompts that cannot be used.
+        ValueError: two arms of one name; runs, folders and prompts that cannot be used; a run whose best
+            checkpoint is its base.
     """
+    _demand_trained(sources)
     first = next((given.run for given in sources if given.run and given.part != BRANCHES), None)
     config = None if first is None else resolve_run(first)
     wanted: Path | list[VideoPrompt] | None = prompts
@@ -96,8 +99,7 @@ def arms_of(sources: Sequence[Given], prompts: Path | None, count: int, folder: 
             found: Arms = _branches(given.path, folder / f"{number}")
         elif given.run is not None:
             assert config is not None and wanted is not None
-            _generate(given, config, wanted, folder / f"{number}")
-            found = _of_folder(folder / f"{number}", None)
+            found = _generated(given, config, wanted, folder / f"{number}")
         else:
             found = _of_folder(given.path, prompts)
         for name, shots in _named(given, found, alone=len(sources) == 1).items():
@@ -123,14 +125,28 @@ def _test_prompts(config: Config, count: int) -> list[VideoPrompt]:
     return mixed[:count]
 
 
-def _generate(given: Given, common: Config, prompts: Path | list[VideoPrompt], out: Path) -> None:
-    """The videos of a run, on the tape that is common to all arms."""
+def _demand_trained(sources: Sequence[Given]) -> None:
+    """Raise ValueError for a run that stands for its aligned model and whose best checkpoint is its base."""
+    for given in sources:
+        if given.run == given.path and given.part not in (BASE, BRANCHES):
+            directory = given.path / "checkpoints"
+            if (refusal := no_improvement(find_checkpoint(directory, None), None)) is not None:
+                latest = find_checkpoint(directory, "latest")
+                raise ValueError(f"{refusal}; give {latest} {given.path}:base to compare it")
+
+
+def _generated(given: Given, common: Config, prompts: Path | list[VideoPrompt], out: Path) -> Arms:
+    """The videos of a run, or of its base alone, on the tape that is common to all arms."""
     run = given.run
     assert run is not None
     config = replace(resolve_run(run), seed=common.seed)
     checkpoint = None if run == given.path else given.path.name
     logger.info("generating the videos of %s", given.path)
+    if given.part == BASE:
+        generate(config, out, prompts=prompts)
+        return {BASE: _of_folder(out, None)[""]}
     generate(config, out, prompts=prompts, run=run, checkpoint=checkpoint)
+    return _of_folder(out, None)
 
 
 def _of_folder(folder: Path, prompts: Path | None) -> Arms:
@@ -147,9 +163,9 @@ def _of_folder(folder: Path, prompts: Path | None) -> Arms:
         Shot(file, tuple(segments), starts.get((file.stem.partition("-")[0], tuple(segments)), ()))
         for file, segments in zip(files, told, strict=True)
     ]
-    sides = {side: [shot for shot in shots if shot.path.stem.endswith(f"-{side}")] for side in (*SIDES, BOTH)}
+    sides = {side: [shot for shot in shots if shot.path.stem.endswith(f"-{side}")] for side in SIDES}
     if sum(map(len, sides.values())) == len(shots) and all(sides[side] for side in SIDES):
-        return {side: sides[side] for side in SIDES}
+        return sides
     return {"": shots}
 
 

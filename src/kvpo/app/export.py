@@ -225,8 +225,8 @@ class _Proof:
 
         Raises ValueError where that is more than rounding.
         """
-        loaded = load_adapter_state(written) if layout in ADAPTERS else load_transformer_state(written)
-        found = first_block(self.host, self.rebuilt(loaded))
+        load = load_adapter_state if layout in ADAPTERS else load_transformer_state
+        found = first_block(self.host, self.rebuilt(load(written, quiet=True)))
         off = float((found - self.after).abs().max())
         moved, largest = float((self.after - self.before).abs().max()), float(self.after.abs().max())
         if not off <= OF_CHANGE * moved + OF_LATENTS * largest:

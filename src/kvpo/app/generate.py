@@ -16,7 +16,7 @@ from kvpo.app.given_frames import with_given_frames
 from kvpo.app.judges import build_scorer
 from kvpo.app.prompt_sets import prompt_file
 from kvpo.app.provenance import demand_same_prompts
-from kvpo.app.video_folder import MANIFEST, VIDEO_SUFFIXES
+from kvpo.app.video_folder import MANIFEST, SIDE_BY_SIDE, VIDEO_SUFFIXES
 from kvpo.config import Config
 from kvpo.config_checks import ConfigurationError, check, check_explorer
 from kvpo.engine.explorers import EXPLORERS
@@ -240,7 +240,7 @@ def _write_videos(
     made.update(zip(names, (latents.contiguous() for latents in pair), strict=True))
     clips = dict(zip(names, frames, strict=True))
     if len(pair) == 2:
-        clips[f"{name}-side-by-side"] = torch.from_numpy(side_by_side(frames))
+        clips[f"{name}{SIDE_BY_SIDE}"] = torch.from_numpy(side_by_side(frames))
     scale = enlargement(frames[0].shape[1:3])
     for clip, content in clips.items():
         with new_file(out / f"{clip}.mp4") as file:

@@ -26,7 +26,9 @@ def build_judges(
     exam: Scorer | None = None,
 ) -> Judges:
     """All that score a run's videos; see ``build_scorer`` and ``build_watchers`` for what is refused."""
-    scorer, weights_K = build_scorer(config, frame_rate, cache)
+    rewards = _trained(config, frame_rate, cache)
+    scorer, weights_K = _combined(config, rewards)
+    _warn_without_floor(config, rewards)
     return Judges(scorer, weights_K, unseen, build_watchers(config, frame_rate, cache), exam)
 
 
@@ -37,10 +39,20 @@ def build_scorer(config: Config, frame_rate: float, cache: ScoreCache | None = N
         ConfigurationError: an unknown reward or component, weights that add up to nothing.
         ValueError: a part of a reward cannot be found or does not fit; two components of one name.
     """
+    return _combined(config, _trained(config, frame_rate, cache))
+
+
+def _trained(config: Config, frame_rate: float, cache: ScoreCache | None) -> tuple[Reward, ...]:
+    """The rewards of ``rewards.scorers``."""
     settings = config.rewards
     elsewhere = sources_of(config.evaluation.watchers, settings.sources)
     sources = {part: at for part, at in settings.sources.items() if part not in elsewhere}
-    rewards = _rewards(config, settings.scorers, "rewards.scorers", sources, frame_rate, cache)
+    return _rewards(config, settings.scorers, "rewards.scorers", sources, frame_rate, cache)
+
+
+def _combined(config: Config, rewards: tuple[Reward, ...]) -> tuple[Scorer, Tensor]:
+    """Rewards as one scorer, and the weights of its components. Raises as `build_scorer` does."""
+    settings = config.rewards
     scorer = CombinedScorer(rewards) if len(rewards) > 1 else rewards[0]
     if unknown := sorted(set(settings.weights) - set(scorer.components)):
         raise ConfigurationError(
@@ -51,7 +63,6 @@ def build_scorer(config: Config, frame_rate: float, cache: ScoreCache | None = N
     weights |= settings.weights
     if sum(weights.values()) <= 0:
         raise ConfigurationError(f"rewards.weights: must add up to more than 0, got {weights}")
-    _warn_without_floor(config, [name for one in rewards if one.name != WORLD for name in one.weights])
     return scorer, torch.tensor([weights[component] for component in scorer.components])
 
 
@@ -95,9 +106,10 @@ def _rewards(
     return tuple(reward.offloaded(config.device) if config.backbone.offload else reward for reward in cached)
 
 
-def _warn_without_floor(config: Config, components: Sequence[str]) -> None:
+def _warn_without_floor(config: Config, rewards: Sequence[Reward]) -> None:
     """Warn where the noise floor that was measured for the embedded world stands in for that of a reward."""
     measured = config.rewards.noise_floors
+    components = [name for reward in rewards if reward.name != WORLD for name in reward.weights]
     unmeasured = [name for name in components if name not in measured and config.rewards.weights.get(name, 1)]
     if unmeasured and TOTAL not in measured:
         logger.warning(

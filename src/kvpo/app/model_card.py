@@ -1,12 +1,13 @@
 """README.md of exported weights: a model card as the Hugging Face hub reads it."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from kvpo.app.evaluate import numbers_file
 from kvpo.files import read_json
 from kvpo.models.adapter_files import DIFFUSERS_ADAPTER_NAME
 from kvpo.models.hub import repository_of
@@ -115,17 +116,26 @@ def _loading(layout: str, folder: Path, record: Mapping[str, Any]) -> str:
 
 
 def _numbers(record: Mapping[str, Any], run: Path) -> str:
-    """The run's test, where it is of these very weights."""
-    summary = read_json(run / "summary.json") if (run / "summary.json").is_file() else {}
-    checked = summary.get("checked", {})
-    same = record["checkpoint"] == f"update-{checked.get('update', -1):06d}"
-    if not same or record["weights"] != checked.get("weights") or record.get("lost"):
+    """The first test in the run that is of these very weights."""
+    these = record["checkpoint"], record["weights"]
+    tested = next((numbers for *whose, numbers in _tests(run) if tuple(whose) == these), None)
+    if tested is None or record.get("lost"):
         return "These weights were not tested on held-out prompts (`kvpo evaluate` does)."
     lines = ["| prompts | n | base | aligned | gain, paired | standard error |", "|---|---|---|---|---|---|"]
-    for name, own in summary["held_out"].items():
+    for name, own in tested["held_out"].items():
         means = f"{own['base_mean']:.4f} | {own['aligned_mean']:.4f} | {own['paired_gain']:+.4f}"
         lines.append(f"| {name} | {own['prompts']} | {means} | {own['paired_se']:.4f} |")
-    return "\n".join(lines) + f"\n\n{summary['verdict']}"
+    return "\n".join(lines) + f"\n\n{tested['verdict']}"
+
+
+def _tests(run: Path) -> Iterator[tuple[Any, Any, Mapping[str, Any]]]:
+    """Checkpoint, weights and numbers of the run's own test, then of the one that `kvpo evaluate` left."""
+    for file in (run / "summary.json", numbers_file(run, "test")):
+        numbers = read_json(file) if file.is_file() else {}
+        if checked := numbers.get("checked"):
+            yield f"update-{checked['update']:06d}", checked["weights"], numbers
+        elif "frames" not in numbers:  # videos that begin with given frames are another test
+            yield numbers.get("checkpoint"), numbers.get("weights"), numbers
 
 
 def _table(record: Mapping[str, Any]) -> str:

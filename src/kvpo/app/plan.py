@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -223,10 +224,10 @@ def say_what_is_needed(config: Config, ranks: int, *, anyway: bool) -> None:
         )
 
 
-def split_numbers(plan: Plan, memory: float | None) -> dict[str, object]:
+def split_numbers(plan: Plan, memory: float | None) -> dict[str, Any]:
     """A way to share a run: its settings, and what the busiest rank needs."""
     split = plan.split
-    numbers: dict[str, object] = {
+    numbers: dict[str, Any] = {
         "ranks": split.ranks,
         "branch_ranks": split.branch_ranks,
         "shard": split.shard,
@@ -245,8 +246,8 @@ def _print_splits(plans: Sequence[Plan], memory: float | None) -> None:
         table.add_row(
             plan.split.name + ("" if numbers.get("fits", True) else " (does not fit)"),
             _gb(plan.total(plan.peak)),
-            f"{plan.seconds:.3g}",
-            f"{numbers['exchange_seconds']:.2g}",
+            _seconds(plan.seconds),
+            _seconds(numbers["exchange_seconds"]),
             plan.split.flags,
         )
     console = _console()
@@ -293,11 +294,11 @@ def _print(plan: Plan, memory: float | None, advice: Advice | None) -> None:
     table = Table("phase", "GB", "s / update", "of which, in addition to the constant part")
     table.add_row("always", _gb(sum(plan.standing.values())), "", _listed(plan.standing))
     for phase in plan.phases:
-        seconds = "" if phase.seconds is None else f"{phase.seconds:.3g}"
+        seconds = "" if phase.seconds is None else _seconds(phase.seconds)
         table.add_row(phase.name, _gb(plan.total(phase)), seconds, _listed(phase.parts))
     console.print(table, highlight=False)
     lines = [
-        f"peak: {_gb(plan.total(plan.peak))} GB in {plan.peak.name!r}; at least {plan.seconds:.3g} s "
+        f"peak: {_gb(plan.total(plan.peak))} GB in {plan.peak.name!r}; at least {_seconds(plan.seconds)} s "
         "per update, rewards not counted",
         f"host memory: {_gb(sum(plan.host.values()))} GB ({_listed(plan.host)})",
         f"disk: {_gb(plan.checkpoint)} GB per checkpoint, {_gb(plan.disk)} GB for the last "
@@ -327,12 +328,16 @@ def _verdict(plan: Plan, memory: float, advice: Advice | None) -> str:
     return (
         f"does not fit {_gb(memory)} GB; add: {' '.join(advice.flags)}\n"
         f"({kind}; peak {_gb(fitted.total(fitted.peak))} GB in {fitted.peak.name!r}, "
-        f"at least {fitted.seconds:.3g} s per update)"
+        f"at least {_seconds(fitted.seconds)} s per update)"
     )
 
 
 def _gb(size: float) -> str:
     return f"{size / GB:.2f}" if size < 100 * GB else f"{size / GB:.0f}"
+
+
+def _seconds(seconds: float) -> str:
+    return f"{seconds:,.0f}" if seconds >= 100 else f"{seconds:.3g}"
 
 
 def _listed(parts: object) -> str:

@@ -30,7 +30,8 @@ def score_arguments(parser: ArgumentParser) -> None:
         action="append",
         required=True,
         metavar="NAME[,NAME]",
-        help=f"{_NAMES}, or any of these of a server as NAME@http://HOST:PORT",
+        help=f"{_NAMES}, any of these of a server as NAME@http://HOST:PORT, or a judge with a rubric as "
+        "NAME@openai:URL#MODEL",
     )
     parser.add_argument(
         "--out",
@@ -238,8 +239,8 @@ def _prompts_argument(parser: ArgumentParser) -> None:
         "--prompts",
         type=path_argument,
         metavar="FILE",
-        help="JSON that maps file names to prompts, or one line per video in the order of their names, 2 "
-        "before 10 (.txt); not needed where `kvpo generate` wrote the videos",
+        help="JSON that maps file names to prompts, or prompts of any form (docs/evaluation.md), one per "
+        "video in the order of their names, 2 before 10; not needed where `kvpo generate` wrote the videos",
     )
 
 

@@ -20,6 +20,8 @@ VIDEO_SUFFIXES = frozenset(
 """File name endings of videos."""
 MANIFEST = "videos.json"
 """File that `kvpo generate` writes with its videos: file name -> its prompts, in order of appearance."""
+SIDE_BY_SIDE = "-side-by-side"
+"""End of the name of a video that shows base and aligned together, beside theirs."""
 ANY_LENGTH = 2**31
 SEVERAL = "several prompts, one after the other, and a file is scored against one: cut it at its switches"
 
@@ -27,8 +29,10 @@ SEVERAL = "several prompts, one after the other, and a file is scored against on
 def find_videos(folder: Path) -> list[Path]:
     """Video files in a folder and below it, in natural order (2 before 10); a file is taken as it is.
 
+    Those of `kvpo generate --run` that show base and aligned side by side repeat two others and are left out.
+
     Raises:
-        ValueError: no such folder, no video in it.
+        ValueError: no such folder, no video in it, a manifest that cannot be read.
     """
     if folder.is_file():
         return [folder]
@@ -41,6 +45,9 @@ def find_videos(folder: Path) -> list[Path]:
         and path.is_file()
         and not any(part.startswith(".") for part in path.relative_to(folder).parts)
     ]
+    if pairs := {path for path in found if path.stem.endswith(SIDE_BY_SIDE) and _listed(path)}:
+        logger.info("%s: left out: %d of base and aligned side by side", folder, len(pairs))
+        found = [path for path in found if path not in pairs]
     if not found:
         raise ValueError(f"{folder}: no video files in it ({' '.join(sorted(VIDEO_SUFFIXES))})")
     return sorted(found, key=lambda path: (_natural(path.relative_to(folder)), str(path)))

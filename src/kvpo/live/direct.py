@@ -156,6 +156,7 @@ class Direction:
             "seed": session.script.seed,
             "frame": session.start,
             "prompt": session.prompt,
+            "notice": self.theatre.notice(session.prompt),
             "speed": show.speed,
             "directs": directs,
         }

@@ -1,4 +1,7 @@
-"""Every method by the name that ``--method`` takes. A new one is a file and a line here."""
+"""Every method by the name that ``--method`` takes.
+
+A new one is a file, a line here, and its name and its settings in ``Config``.
+"""
 
 from typing import Any
 

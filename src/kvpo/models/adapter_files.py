@@ -23,6 +23,7 @@ from kvpo.models.checkpoints import (
     choose_entry,
     in_wan_names,
     refuse_layout,
+    say_prefixes,
     to_diffusers_name,
 )
 from kvpo.models.tensor_files import read_tensor_file, require_numbers, safetensors_header
@@ -209,7 +210,7 @@ def _header_statements(path: Path) -> list[_Statement]:
     return found
 
 
-def load_adapter_state(path: str | Path, *, entry: str | None = None) -> AdapterState:
+def load_adapter_state(path: str | Path, *, entry: str | None = None, quiet: bool = False) -> AdapterState:
     """A LoRA adapter of any public layout, in PEFT's layout; where its file states no alpha, it is the rank.
 
     Understands LongLive's and MemFlow's ``lora.pt``, KVPO's checkpoints (adapter, ``ema``), PEFT's files,
@@ -220,6 +221,7 @@ def load_adapter_state(path: str | Path, *, entry: str | None = None) -> Adapter
         path: a file or a directory.
         entry: top-level entry of a ``.pt`` file, by default the first present of ADAPTER_ENTRIES; the moving
             average of a KVPO checkpoint is ``ema``.
+        quiet: say nothing of removed prefixes.
 
     Raises:
         ValueError: unreadable file, no adapter in it, layers with only one half or nothing but zeros, ranks
@@ -242,6 +244,8 @@ def load_adapter_state(path: str | Path, *, entry: str | None = None) -> Adapter
             statements.append(_config_statement(beside))
     tensors, source = choose_entry(content, entry, ADAPTER_ENTRIES, str(path))
     require_numbers({name: t for name, t in tensors.items() if not name.endswith(".alpha")}, source)
+    if not quiet:
+        say_prefixes(tensors, source)
     pairs, own = _adapter_layers(tensors, source)
     public = in_peft_layout({module: (halves["A"], halves["B"]) for module, halves in pairs.items()})
     if not any(pairs[module]["A"].float().any() and pairs[module]["B"].float().any() for module in pairs):

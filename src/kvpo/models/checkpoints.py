@@ -140,6 +140,15 @@ def refuse_layout(names: Iterable[str], source: str) -> None:
             raise ValueError(f"{source}: {words}; that is not read (key {found})")
 
 
+def say_prefixes(names: Iterable[str], source: str) -> None:
+    """Log the prefixes that `in_wan_names` removes."""
+    found = dict.fromkeys(match[0] for name in names if (match := PREFIX.match(_WRAPPERS.sub("", name))))
+    if found:
+        logger.info(
+            "%s: prefix %s removed from the names of its layers", source, named_list(map(repr, found))
+        )
+
+
 def in_wan_names(tensors: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
     """Tensors under names without wrappers, prefixes and PEFT's ``base_layer``, in Wan's naming.
 
@@ -147,10 +156,6 @@ def in_wan_names(tensors: Mapping[str, Tensor], source: str) -> dict[str, Tensor
         ValueError: two names that become one, or a prefix that no public layout has before every layer.
     """
     names = {name: _bare(name) for name in tensors}
-    if left := dict.fromkeys(
-        match[0] for name in tensors if (match := PREFIX.match(_WRAPPERS.sub("", name)))
-    ):
-        logger.info("%s: left out before the names of its layers: %s", source, named_list(left))
     if _is_diffusers(names.values()):
         names = {name: from_diffusers_name(bare) for name, bare in names.items()}
     twice = [bare for bare, count in Counter(names.values()).items() if count > 1]
@@ -216,7 +221,9 @@ def _weights_file(directory: Path) -> Path:
     )
 
 
-def load_transformer_state(path: str | Path, *, entry: str | None = None) -> TransformerState:
+def load_transformer_state(
+    path: str | Path, *, entry: str | None = None, quiet: bool = False
+) -> TransformerState:
     """Transformer weights of any public layout, memory-mapped, under bare Wan names.
 
     Understands the ``.pt`` layouts of Self-Forcing, LongLive, MemFlow and KVPO, Wan's own safetensors,
@@ -227,6 +234,7 @@ def load_transformer_state(path: str | Path, *, entry: str | None = None) -> Tra
         path: a file, an index of shards or a directory.
         entry: top-level entry of a ``.pt`` file; by default the first present of TRANSFORMER_ENTRIES. The
             result's ``source`` says what was taken and what was not.
+        quiet: say nothing of removed prefixes.
 
     Raises:
         ValueError: unreadable file, pickled code, no such entry, an adapter instead of weights.
@@ -246,6 +254,8 @@ def load_transformer_state(path: str | Path, *, entry: str | None = None) -> Tra
     adapted = len(own) < len(tensors)
     if adapted and not any(".base_layer." in name for name in own):
         raise ValueError(f"{source}: holds an adapter, not transformer weights; give it as the adapter")
+    if not quiet:
+        say_prefixes(own, source)
     return TransformerState(in_wan_names(own, source), source, files, adapted)
 
 

@@ -67,9 +67,8 @@ OWN: dict[str, dict[str, Sequence[Any]]] = {
     },
     "rvm": {"exploration.explorer": ("fresh", "neighbour"), "objective.grad_steps": (2, 4)},
     "self-distill": {"exploration.distinct": (1, 2)},
-    PRETRAINING: {},
 }
-"""Settings of one method that it is tuned in besides."""
+"""Settings that a method is tuned in besides; one without an entry is tuned in the shared ones alone."""
 SHARED = {"preset", "seed", "device", "threads", "backbone", "prompts", "evaluation", "distributed",
           "checkpoint", "rewards.scorers", "rewards.weights", "rewards.sources", "rewards.top_share",
           "optim.updates", "optim.autocast"}  # fmt: skip
@@ -148,14 +147,14 @@ def grid(start: Config, method: str) -> dict[str, Sequence[Any]]:
     rewarded = method in METHODS and METHODS[method].rewarded
     rates = {"optim.lr": [factor * start.optim.lr for factor in (RATES if rewarded else RATES_ALONE)]}
     if not rewarded:
-        return rates | OWN[method]
+        return rates | OWN.get(method, {})
     blocks, weight = start.exploration.blocks, _start_of(start, method).objective.velocity_kl
     shared = {
         "objective.keep": ((2, 2), (0, 0)),
         "exploration.blocks": (blocks, blocks + 1),
         "objective.velocity_kl": (0.0, weight / 4, weight),
     }
-    return rates | shared | OWN[method]
+    return rates | shared | OWN.get(method, {})
 
 
 def trials(start: Config, arm: TrainingArm, count: int) -> list[dict[str, Any]]:

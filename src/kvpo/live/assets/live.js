@@ -64,8 +64,7 @@ function event(message) {
     case "video.start": return started(message);
     case "session.done": return ended(message.reason);
     case "error": waitingForStart = false; if (session && !branches) onAir(); return say(message.message);
-    case "session.prompt_update.accepted":
-      $("notice").textContent = message.notice; $("notice").hidden = !message.notice; return;
+    case "session.prompt_update.accepted": return remark(message.notice);
     case "session.pause.accepted":
       paused = message.paused; document.body.classList.toggle("paused", paused); return onAir();
     case "session.route.accepted":
@@ -77,12 +76,16 @@ function event(message) {
     case "session.export.accepted": return saved(message.file, message.url);
   }
 }
+function remark(notice) {
+  $("notice").textContent = notice; $("notice").hidden = !notice;
+}
 function started(message) {
   session = message.session; waitingForStart = false; paused = false;
   document.body.classList.remove("paused");
   forget(0); playing = [];
   screenFor(message.arms);
   $("seed").value = message.seed;
+  remark(message.notice);
   $("send").textContent = "Switch at next block";
   state("live", true);
 }
