@@ -57,7 +57,7 @@ def one_update(setup: Setup) -> dict[str, torch.Tensor]:
     # Fork and route. Branches share all noise; each sees other old frames in its local slots. No tensor is
     # copied: a fork is a list of page numbers, a route a few of them. The last member is the unrouted anchor.
     members = [*routes(Site(generator, planned, tape, key), 0), Member(0)]
-    rollout = Rollout(generator, planned, texts, tape, cache, [root])
+    rollout = Rollout(generator, planned, texts, tape, cache, {0: root})
     group = rollout.group_of(members, rollout.run(members))
 
     # Score. Rewards of the clips that can differ become advantages of the best and the worst branches.
@@ -103,7 +103,7 @@ def one_update(setup: Setup) -> dict[str, torch.Tensor]:
         loss.backward()
     torch.nn.utils.clip_grad_norm_(list(policy.parameters.values()), GRADIENT_NORM)
     optimizer.step()
-    root.history.release()
+    rollout.release()
     print({name: round(value, 6) for name, value in metrics.items()})
     return {name: value.detach() for name, value in policy.parameters.items()}
 
