@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
+from kvpo.app.configuration import parse_flags
 from kvpo.models.cache import FrameCache
 from kvpo.rewards.service.client import RemoteScorer, connect
 
@@ -140,9 +140,9 @@ def _listens(port: int) -> bool:
 
 
 def given_settings(words: Sequence[str]) -> dict[str, Any]:
-    """Settings as a command line has them, ``--path value``, by path; values as YAML reads them."""
+    """Settings as a command line has them, ``--path value``, by path, read as `kvpo` reads them."""
     paths = [word.removeprefix("--") for word in words[::2]]
-    return dict(zip(paths, map(yaml.safe_load, words[1::2]), strict=True))
+    return parse_flags(dict(zip(paths, words[1::2], strict=True)))
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:

@@ -172,9 +172,18 @@ def test_text_is_utf_8_whatever_the_locale(name):
 
 
 def test_every_way_to_open_text_is_seen():
-    calls = ["open('b')", "open('b', 'w')", "Path('b').open()", "p.open('a+')", "p.open(mode)", "p.read_text()"]
+    calls = [
+        "open('b')",
+        "open('b', 'w')",
+        "Path('b').open()",
+        "p.open('a+')",
+        "p.open(mode)",
+        "p.read_text()",
+    ]
     assert without_encoding("\n".join(calls)) == calls
-    assert not without_encoding("open('a', 'rb'), p.open(mode='wb'), p.open(encoding='utf-8'), os.open('a', 0)")
+    assert not without_encoding(
+        "open('a', 'rb'), p.open(mode='wb'), p.open(encoding='utf-8'), os.open('a', 0)"
+    )
 
 
 @pytest.mark.parametrize("name", MODULES)
