@@ -157,13 +157,19 @@ def _cell(value: object) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
+def spread(values: Sequence[float], digits: int = 4) -> str:
+    """Mean and standard deviation (ddof 1) over seeds."""
+    about = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):+.{digits}f}{about}"
+
+
 def section(title: str, *paragraphs: str) -> None:
     """Write one section of markdown to standard output."""
     sys.stdout.write("\n\n".join([f"## {title}", *paragraphs]) + "\n\n")
     sys.stdout.flush()
 
 
-def write_json(path: Path | None, numbers: Mapping[str, Any]) -> None:
+def write_json(path: Path | None, numbers: Mapping[str, Any] | Sequence[Any]) -> None:
     """Write everything measured, if a path was given."""
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
