@@ -84,7 +84,7 @@ def load(url: str, study: Study, raters: int) -> dict[str, float]:
             f"{raters} at once: {kind}, p50, s": float(p50),
             f"{raters} at once: {kind}, p99, s": float(p99),
         }
-    stored = sum(study.done(study.rater_of(link)) for link in links)  # type: ignore[arg-type]
+    stored = sum(study.done(rater) for link in links if (rater := study.rater_of(link)))
     if stored != len(votes):
         raise RuntimeError(f"{len(votes)} votes were acknowledged, {stored} are stored")
     return numbers

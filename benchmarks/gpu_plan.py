@@ -79,11 +79,13 @@ def write_files(config: Config, directory: Path, *, tiny: bool) -> dict[str, Any
     torch.save({"generator": weights}, directory / "base.pt")
     torch.manual_seed(0)
     width = {"base_dim": 8} if tiny else {}
-    AutoencoderKLWan(**width).save_pretrained(directory / "vae")
+    AutoencoderKLWan(**width).save_pretrained(directory / "vae")  # type: ignore[attr-defined]
     size = config.model.text_dim
-    widths = {"d_kv": 8, "num_heads": 2, "d_ff": 32} if tiny else {"d_kv": 64, "num_heads": 64, "d_ff": 10240}
+    widths: dict[str, Any] = {"d_kv": 64, "num_heads": 64, "d_ff": 10240}
+    widths |= {"d_kv": 8, "num_heads": 2, "d_ff": 32} if tiny else {}
     encoder = UMT5Config(vocab_size=16, d_model=size, num_layers=2, feed_forward_proj="gated-gelu", **widths)
-    UMT5EncoderModel(encoder).to(precision(config)).save_pretrained(directory / "text_encoder")
+    text_encoder = UMT5EncoderModel(encoder).to(precision(config))  # type: ignore[arg-type]
+    text_encoder.save_pretrained(directory / "text_encoder")
     words = {word: index for index, word in enumerate(("<pad>", "</s>", "<unk>", "one", "two", "three"))}
     core = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     names = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}

@@ -37,7 +37,7 @@ def alternated(
     """
     seconds: dict[str, list[float]] = {name: [] for name in arms}
     for round_ in range(repeats):
-        for name in reversed(arms) if round_ % 2 else arms:
+        for name in reversed(list(arms)) if round_ % 2 else arms:
             synchronise()
             started = clock()
             arms[name]()
@@ -51,8 +51,8 @@ def peak_pages(cache: FrameCache) -> Iterator[list[int]]:
     """Inside, the one number of the yielded list is the most pages that were in use after any write."""
     peak, write = [cache.pages_in_use], cache.write
 
-    def observed(*keys_values: torch.Tensor) -> list[list[int]]:
-        ids = write(*keys_values)
+    def observed(keys_LRFTND: torch.Tensor, values_LRFTND: torch.Tensor) -> list[list[int]]:
+        ids = write(keys_LRFTND, values_LRFTND)
         peak[0] = max(peak[0], cache.pages_in_use)
         return ids
 

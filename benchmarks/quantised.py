@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, cast
 from unittest.mock import patch
 
 import torch
@@ -37,9 +37,10 @@ class Beside(nn.Module):
 
     def __init__(self, layer: AdaptedLinear, precision: str) -> None:
         super().__init__()
-        self.weight, self.in_features = QuantisedLinear(layer.base_layer, precision), layer.in_features
+        self.weight = QuantisedLinear(cast(nn.Linear, layer.base_layer), precision)
+        self.in_features = layer.in_features
         (name,) = layer.active_adapters
-        self.a, self.b = layer.lora_A[name].weight, layer.lora_B[name].weight
+        self.a, self.b = (cast(Tensor, part[name].weight) for part in (layer.lora_A, layer.lora_B))
         self.scale = layer.scaling[name]
 
     def forward(self, x: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ import math
 import socket
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +84,7 @@ def updates(ranks: Ranks, changes: dict[str, Any], count: int) -> dict[str, Any]
 def rank(index: int, count: int, port: int, changes: dict[str, Any], steps: int, found: Any) -> None:
     """One process of a measurement."""
     torch.set_num_threads(1)
-    store = dist.TCPStore("127.0.0.1", port, count, is_master=index == 0)
+    store = dist.TCPStore("127.0.0.1", port, count, is_master=index == 0)  # type: ignore[attr-defined]
     with joined_ranks("cpu", rendezvous=(store, index, count)) as ranks:
         every = ranks.gather(updates(ranks, changes, steps), "collecting")
     if index == 0:
@@ -114,12 +114,13 @@ def measured(kind: str, count: int, changes: dict[str, Any], steps: int) -> dict
 
 def measurements(counts: list[int], steps: int) -> list[dict[str, Any]]:
     """Strong and weak scaling, and one group whose branches are dealt."""
-    rows = []
-    for kind, changes_of in {
+    rows: list[dict[str, Any]] = []
+    kinds: dict[str, Callable[[int], dict[str, Any]]] = {
         "strong": lambda count: {"optim.prompts_per_update": GROUPS},
         "weak": lambda count: {"optim.prompts_per_update": PER_RANK * count},
         "branches": lambda count: {"optim.prompts_per_update": 1, "distributed.branch_ranks": count},
-    }.items():
+    }
+    for kind, changes_of in kinds.items():
         rows += [measured(kind, count, changes_of(count), steps) for count in counts]
     return rows
 

@@ -215,7 +215,7 @@ def main() -> None:
     jobs = [(arm, seed) for seed in arguments.seeds for arm in arguments.arms]
     numbers: dict[str, Any] = {}
     with ThreadPoolExecutor(arguments.jobs) as pool:
-        for n, _ in enumerate(pool.map(lambda job: run(*job, arguments.out, extra), jobs), 1):
+        for n, _ in enumerate(pool.map(lambda job: run(job[0], job[1], arguments.out, extra), jobs), 1):
             runs = collected(jobs[:n], arguments.out)
             numbers = {"commit": made_at(runs), "machine": machine(), "settings": extra, "arms": runs}
             write_json(arguments.json, numbers)

@@ -96,8 +96,8 @@ def one_update(setup: Setup) -> dict[str, torch.Tensor]:
     # micro-batches. Nothing was learned since the rollout, so the old policy is the current one: ratio 1.
     with replay_context(generator, rows) as replay:
         now = table(replay_velocities(generator, rows, replay, window))
-        of_method = (part[:rows_of_method] for part in (now, now.detach(), reference))
-        tables = Tables(*of_method, evidence.branch_N[:rows_of_method])
+        own, old, starting = (part[:rows_of_method] for part in (now, now.detach(), reference))
+        tables = Tables(own, old, starting, evidence.branch_N[:rows_of_method])
         loss, metrics = method.loss(tables, credit, settings)
         loss = loss + config.objective.velocity_kl * now[rows_of_method:].sum()
         loss.backward()
