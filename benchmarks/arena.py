@@ -13,6 +13,7 @@ import socket
 import tempfile
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import httpx
@@ -83,32 +84,33 @@ def load(url: str, study: Study, raters: int) -> dict[str, float]:
             f"{raters} at once: {kind}, p50, s": float(p50),
             f"{raters} at once: {kind}, p99, s": float(p99),
         }
-    stored = sum(study.done(study.rater_of(link)) for link in links)  # type: ignore[arg-type]
+    stored = sum(study.done(rater) for link in links if (rater := study.rater_of(link)))
     if stored != len(votes):
         raise RuntimeError(f"{len(votes)} votes were acknowledged, {stored} are stored")
     return numbers
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure and write the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--raters", type=int, default=8)
     parser.add_argument("--pairs", type=int, default=40)
     parser.add_argument("--json", type=Path)
-    arguments = parser.parse_args()
+    options = parser.parse_args(arguments)
     numbers: dict[str, float] = {"load before": os.getloadavg()[0]}
     with tempfile.TemporaryDirectory() as directory, socket.create_server(("127.0.0.1", 0)) as listener:
-        study = study_of(Path(directory), arguments.pairs)
+        study = study_of(Path(directory), options.pairs)
         server = uvicorn.Server(uvicorn.Config(arena_app(study), log_level="critical"))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
         try:
-            for raters in (1, arguments.raters):
+            for raters in (1, options.raters):
                 numbers |= load(f"http://127.0.0.1:{listener.getsockname()[1]}", study, raters)
         finally:
             server.should_exit = True
             thread.join()
     print(table(["measured", "value"], list(numbers.items())))
-    write_json(arguments.json, numbers)
+    write_json(options.json, numbers)
 
 
 if __name__ == "__main__":

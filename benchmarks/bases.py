@@ -9,7 +9,6 @@ renders; of stories of four acts the last act is looked at.
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from measuring import given_settings, machine, section, table, write_json
 from rich.progress import track
 
 from kvpo.app.build import build_setup
-from kvpo.app.configuration import resolve
+from kvpo.app.configuration import preset
 from kvpo.engine.generator import pixels_of
 from kvpo.prompts import VideoPrompt
 from kvpo.training.evaluation import accuracies, batches, segment_scores
@@ -59,9 +58,8 @@ def measured(setup: Setup, prompts: Sequence[VideoPrompt]) -> dict[str, Any]:
 
 def of_base(path: str, stories: int, given: dict[str, Any]) -> dict[str, Any]:
     """One base on short and on long stories."""
-    config = resolve("demo", None, {**given, "backbone.checkpoint": path})
-    evaluation = replace(config.evaluation, validation_prompts=stories, test_prompts=2)
-    setup = build_setup(replace(config, evaluation=evaluation))
+    prompts = {"evaluation.validation_prompts": stories, "evaluation.test_prompts": 2}
+    setup = build_setup(preset("demo", {**given, **prompts, "backbone.checkpoint": path}))
     long = distinct_prompts("validation", stories, ACTS, FRAMES, 303, 40_000_000)
     return {
         "sha256": setup.backbone.weights.base_sha256,
@@ -70,19 +68,20 @@ def of_base(path: str, stories: int, given: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure and write the tables."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("bases", nargs="+", metavar="NAME=FILE")
     parser.add_argument("--stories", type=int, default=32)
     parser.add_argument("--json", type=Path, metavar="FILE", help="where everything measured goes")
-    arguments, extra = parser.parse_known_args()
-    paths = dict(base.split("=", 1) for base in arguments.bases)
+    options, extra = parser.parse_known_args(arguments)
+    paths = dict(base.split("=", 1) for base in options.bases)
     given = given_settings(extra)
-    results = {name: of_base(path, arguments.stories, given) for name, path in track(paths.items(), "bases")}
+    results = {name: of_base(path, options.stories, given) for name, path in track(paths.items(), "bases")}
     section("Bases", compared(results))
-    write_json(arguments.json, {"machine": machine(), "stories": arguments.stories, "bases": results})
+    write_json(options.json, {"machine": machine(), "stories": options.stories, "bases": results})
 
 
 def compared(results: dict[str, dict[str, Any]]) -> str:

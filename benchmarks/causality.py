@@ -23,7 +23,7 @@ from measuring import given_settings, machine, section, table, write_json
 from rich.progress import track
 
 from kvpo.app.build import build_setup
-from kvpo.app.configuration import resolve
+from kvpo.app.configuration import preset
 from kvpo.app.report_data import act_ends, after_window, laboratory
 from kvpo.engine.explorers import RoutedFrame, chosen_routes
 from kvpo.engine.forks import Fork
@@ -39,6 +39,8 @@ ROUTED = 6
 ANCHOR, DONOR = "anchor", "donor"
 TOGETHER = 8
 """Stories that fork in one rollout."""
+FEW_PROMPTS = {"evaluation.validation_prompts": 2, "evaluation.test_prompts": 2}
+"""A run's own prompts, which are not looked at here."""
 
 Look = tuple[str, str]
 """Colour and shape of an actor."""
@@ -180,7 +182,8 @@ def summary(results: Sequence[Observed]) -> dict[str, Any]:
     return numbers
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure and write the tables."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -188,13 +191,11 @@ def main() -> None:
     parser.add_argument("--draws", type=int, default=3, help="routes of every kind")
     parser.add_argument("--frames", type=int, default=84, help="latent frames of a story")
     parser.add_argument("--json", type=Path, metavar="FILE", help="where everything measured goes")
-    arguments, extra = parser.parse_known_args()
-    config = resolve("demo", None, given_settings(extra))
-    evaluation = replace(config.evaluation, validation_prompts=2, test_prompts=2)
-    setup = build_setup(replace(config, evaluation=evaluation))
-    prompts = list(islice(open_prompts(arguments.frames, setup.generator.block), arguments.stories))
+    options, extra = parser.parse_known_args(arguments)
+    setup = build_setup(preset("demo", {**given_settings(extra), **FEW_PROMPTS}))
+    prompts = list(islice(open_prompts(options.frames, setup.generator.block), options.stories))
     batches = [prompts[n : n + TOGETHER] for n in range(0, len(prompts), TOGETHER)]
-    results = [o for batch in track(batches, "stories") for o in observed(setup, batch, arguments.draws)]
+    results = [o for batch in track(batches, "stories") for o in observed(setup, batch, options.draws)]
     numbers = summary(results)
     shares = [(name, numbers[name], numbers[f"{name}_se"]) for name in numbers if f"{name}_se" in numbers]
     *shares, (_, counts, errors) = shares
@@ -204,7 +205,7 @@ def main() -> None:
         table(["share of branches", "mean", "standard error"], shares),
         table(["frames of act 2 routed", "act 2's actor", "standard error"], rising),
     )
-    write_json(arguments.json, {"machine": machine(), **numbers})
+    write_json(options.json, {"machine": machine(), **numbers})
 
 
 if __name__ == "__main__":

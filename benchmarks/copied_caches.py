@@ -7,6 +7,7 @@ copy. Transformer, solver, noise, routes and residual are the engine's own: both
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -132,7 +133,7 @@ class OneByOne:
             text = self.text(group)
             trajectories = []
             for block in range(blocks + tail_blocks):
-                context = self.deployed(cache)
+                context: Any = self.deployed(cache)  # of other pages than the generator's own
                 if routes is not None and block < blocks:
                     routed = [slot.frame for slot in routes[block]]
                     sink, local = visible_frames(cache.end, range(self.generator.deployment.sink), recent)

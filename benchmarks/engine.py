@@ -119,12 +119,7 @@ def roots_of(subject: Bench) -> Iterator[Rollout]:
     rollout.release()
 
 
-def roll_out(subject: Bench, rollout: Rollout, members: Sequence[Member], *, rows: int = 0) -> list[Ran]:
-    """The states that every member visits, ``rows`` of them at a time (0: all)."""
-    return list(rollout.run(members, rows=rows))
-
-
-def groups_of(subject: Bench, rollout: Rollout, members: Sequence[Member], ran: Sequence[Ran]) -> list[Group]:
+def groups_of(rollout: Rollout, members: Sequence[Member], ran: Sequence[Ran]) -> list[Group]:
     """The rollout's groups, from their members and what those visited."""
     size, following = len(members) // len(rollout.roots), iter(ran)
     starts = range(0, len(members), size)
@@ -159,7 +154,7 @@ def cleared(subject: Bench, run: Any) -> Any:
 
 
 def gradients_after(subject: Bench, run: Any) -> tuple[Tensor, Tensor]:
-    """The velocities of a replay, and the adapter's gradient as one vector."""
+    """The energies of a replay, and the adapter's gradient as one vector."""
     energies = cleared(subject, run)()
     return energies, torch.cat([p.grad.flatten() for p in subject.trained.values() if p.grad is not None])
 
@@ -180,7 +175,7 @@ def arms_of(subject: Bench, rollout: Rollout) -> tuple[dict[str, Any], dict[str,
     counts = {name: vars(exploration)[name] for name in ("blocks", "tail_blocks", "recent")}
 
     def rolled_out(rows: int) -> tuple[Tensor, Tensor, Tensor]:
-        ran = roll_out(subject, rollout, members, rows=rows)
+        ran = list(rollout.run(members, rows=rows))
         return (
             torch.stack([one.states_PSFCHW for one in ran]),
             torch.stack([one.velocities_PSFCHW for one in ran]),
@@ -200,7 +195,7 @@ def arms_of(subject: Bench, rollout: Rollout) -> tuple[dict[str, Any], dict[str,
 
     kept = sum(config.objective.keep)
     trained = range(min(kept, exploration.branches) or exploration.branches)
-    groups = groups_of(subject, rollout, members, [Ran(*own) for own in zip(*expected, strict=True)])
+    groups = groups_of(rollout, members, [Ran(*own) for own in zip(*expected, strict=True)])
     replayed = [(group, branch) for group in groups for branch in trained]
     coefficients = torch.randn(len(replayed), generator=keyed_generator("benchmark coefficients"))
     steps = config.objective.grad_steps
@@ -232,7 +227,7 @@ def memory(config: Config, groups: int) -> dict[str, float]:
     with roots_of(subject) as rollout:
         members = members_of(subject)
         with peak_pages(rollout.cache) as peak:
-            roll_out(subject, rollout, members)
+            list(rollout.run(members))
         copied = OneByOne.of(subject.generator, list(rollout.roots.values()))
         roots = float(sum(cache.bytes for cache in copied.caches))
         room = (exploration.blocks + exploration.tail_blocks) * subject.generator.block
@@ -253,15 +248,15 @@ def grown(config: Config, repeats: int) -> dict[str, float]:
         members = members_of(subject)
         roots = rollout.cache.pages_in_use
         with peak_pages(rollout.cache) as peak:
-            ran = roll_out(subject, rollout, members)
+            ran = list(rollout.run(members))
         # A run lets go of what only routes could reach before it replays; here the rollout is repeated.
         history = explored.roots[0].history
         history.keep(reachable_frames(deployment, history.end, max(1, deployment.sink)))
-        (group,) = groups_of(subject, explored, members, ran)
+        (group,) = groups_of(explored, members, ran)
         replayed = [(group, branch) for branch in range(group.branches)]
         weights = torch.ones(len(replayed))
         arms = {
-            "rollout": lambda: roll_out(subject, rollout, members),
+            "rollout": lambda: list(rollout.run(members)),
             "replay": cleared(subject, lambda: replay(subject, replayed, weights, rows=len(replayed))),
         }
         arms["replay"]()

@@ -10,18 +10,18 @@ Noise branches keep the deployment history and draw fresh noise for the same blo
 
 import argparse
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from itertools import combinations, islice
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from causality import TOGETHER, Look, acts_shown, mean_and_error, shown_after
+from causality import FEW_PROMPTS, TOGETHER, Look, acts_shown, mean_and_error, shown_after
 from measuring import given_settings, machine, section, table, write_json
 from rich.progress import track
 
 from kvpo.app.build import build_setup
-from kvpo.app.configuration import resolve
+from kvpo.app.configuration import preset
 from kvpo.app.report_data import laboratory
 from kvpo.engine.explorers import Explorer, fresh_noise, routes
 from kvpo.engine.forks import Fork
@@ -75,10 +75,8 @@ def measured(setup: Setup, prompts: Sequence[VideoPrompt], explorer: Explorer) -
 
 def under(setting: str, stories: int, given: Mapping[str, Any]) -> dict[str, dict[str, float]]:
     """Routed and noise branches under one setting of ``exploration.*``."""
-    flags = dict(part.split("=") for part in setting.split(","))
-    config = resolve("demo", None, {**given, **{f"exploration.{name}": v for name, v in flags.items()}})
-    evaluation = replace(config.evaluation, validation_prompts=2, test_prompts=2)
-    setup = build_setup(replace(config, evaluation=evaluation))
+    words = [word for part in setting.split(",") for word in f"exploration.{part}".split("=")]
+    setup = build_setup(preset("demo", {**given, **FEW_PROMPTS, **given_settings(words)}))
     prompts = list(islice(open_prompts(84, setup.generator.block), stories))
     return {kind: measured(setup, prompts, explorer) for kind, explorer in KINDS.items()}
 
@@ -92,20 +90,21 @@ def compared(results: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
     return table(["exploration", *NAMES], rows)
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure and write the tables."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--stories", type=int, default=32)
     parser.add_argument("--settings", nargs="+", default=list(SETTINGS))
     parser.add_argument("--json", type=Path, metavar="FILE", help="where everything measured goes")
-    arguments, extra = parser.parse_known_args()
+    options, extra = parser.parse_known_args(arguments)
     given = given_settings(extra)
     results = {
-        setting: under(setting, arguments.stories, given) for setting in track(arguments.settings, "routes")
+        setting: under(setting, options.stories, given) for setting in track(options.settings, "routes")
     }
     section("Routed / fresh noise", compared(results))
-    write_json(arguments.json, {"machine": machine(), "routes": results})
+    write_json(options.json, {"machine": machine(), "routes": results})
 
 
 if __name__ == "__main__":

@@ -37,6 +37,7 @@ from kvpo.method.evidence import residual_table
 from kvpo.models.adapters import add_adapter, trained_parameters
 from kvpo.models.causal_wan import CausalWan
 from kvpo.plan.cost import Costs, Work, blocks_work, replay_work
+from kvpo.plan.phases import Rates
 from kvpo.prompts import VideoPrompt
 
 FORK, FRAMES = 39, 147
@@ -44,20 +45,6 @@ FORK, FRAMES = 39, 147
 PIXEL_FRAMES = 4
 """Pixel frames per latent frame of the Wan VAE (after the first)."""
 GIB = 2.0**30
-
-
-@dataclass(frozen=True)
-class Limits:
-    """The device's own limits, measured."""
-
-    flops: float
-    """Operations per second of a large matrix product."""
-    bandwidth: float
-    """Bytes per second of a copy, read and written."""
-
-    def seconds(self, work: Work) -> tuple[float, float]:
-        """Least time for some work's arithmetic and for its traffic."""
-        return work.flops / self.flops, work.bytes / self.bandwidth
 
 
 @dataclass(frozen=True)
@@ -130,7 +117,7 @@ def precision(config: Config) -> torch.dtype:
     return torch.float32 if config.optim.autocast == "none" else torch.bfloat16
 
 
-def measured_limits(clock: Clock, dtype: torch.dtype, *, size: int, copied: int, repeats: int) -> Limits:
+def measured_rates(clock: Clock, dtype: torch.dtype, *, size: int, copied: int, repeats: int) -> Rates:
     """The device's rates: a ``size`` x ``size`` matrix product, and a copy of ``copied`` bytes."""
     draws = torch.Generator(clock.device).manual_seed(0)
     a, b = (torch.randn(size, size, generator=draws, device=clock.device, dtype=dtype) for _ in range(2))
@@ -138,20 +125,25 @@ def measured_limits(clock: Clock, dtype: torch.dtype, *, size: int, copied: int,
     source = torch.empty(copied, dtype=torch.uint8, device=clock.device)
     target = torch.empty_like(source)
     copy = clock.median(lambda: target.copy_(source), repeats)
-    return Limits(2 * size**3 / product, 2 * copied / copy)
+    return Rates(2 * size**3 / product, 2 * copied / copy)
 
 
-def subject_of(config: Config, fork: int, frames: int) -> Subject:
-    """Random weights on the device, in bfloat16, with a float32 adapter to train."""
-    device = torch.device(config.device)
+def random_transformer(config: Config) -> CausalWan:
+    """Random weights on the device, in the precision of the matrix products."""
     with torch.device("meta"):
         model = CausalWan(config.model)
-    model = model.to(precision(config)).to_empty(device=device)
-    draws = torch.Generator(device).manual_seed(0)
+    model = model.to(precision(config)).to_empty(device=config.device)
+    draws = torch.Generator(config.device).manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
             fan = parameter[0].numel() if parameter.dim() > 1 else 1
             parameter.normal_(0, 0.02 if parameter.dim() == 1 else fan**-0.5, generator=draws)
+    return model
+
+
+def subject_of(config: Config, fork: int, frames: int) -> Subject:
+    """Random weights on the device, in bfloat16, with a float32 adapter to train."""
+    model, draws = random_transformer(config), torch.Generator(config.device).manual_seed(1)
     optim = config.optim
     add_adapter(model, optim.lora_rank, generator=keyed_generator("benchmark"))
     model.checkpointing = optim.checkpointing
@@ -159,7 +151,7 @@ def subject_of(config: Config, fork: int, frames: int) -> Subject:
         model.compile_blocks()
     prompt = VideoPrompt(0, ("prompt",), (), frames)
     size = (config.model.text_len, config.model.text_dim)
-    texts = {"prompt": torch.randn(size, generator=draws, device=device)}
+    texts = {"prompt": torch.randn(size, generator=draws, device=config.device)}
     generator = streaming_generator(config, model)
     return Subject(config, model, generator, prompt, texts, SeededTape(("gpu",), generator.block_shape), fork)
 
@@ -240,11 +232,10 @@ def measure_replay(
     return seconds, replay_work(subject.costs, len(members), rows, states, steps, backward=True)
 
 
-def row_of(name: str, seconds: float, work: Work, limits: Limits, peak: float) -> list[object]:
+def row_of(name: str, seconds: float, work: Work, rates: Rates, peak: float) -> list[object]:
     """One line of the table."""
-    arithmetic, traffic = limits.seconds(work)
-    ratio = seconds / max(arithmetic, traffic)
-    return [name, seconds, arithmetic, traffic, f"{ratio:.2f}x", peak / GIB if peak else "-"]
+    least = (work.flops / rates.flops, work.bytes / rates.bandwidth)
+    return [name, seconds, *least, f"{seconds / rates.seconds(work):.2f}x", peak / GIB if peak else "-"]
 
 
 def fits(subject: Subject, rows: int) -> bool:
@@ -258,14 +249,14 @@ def fits(subject: Subject, rows: int) -> bool:
     return pages * subject.page_bytes < 0.75 * free
 
 
-def measure(subject: Subject, limits: Limits, rows: Sequence[int], repeats: int) -> Iterator[list[object]]:
+def measure(subject: Subject, rates: Rates, rows: Sequence[int], repeats: int) -> Iterator[list[object]]:
     """Every line of the table, as soon as it is measured."""
     clock, exploration = Clock(subject.device), subject.config.exploration
     clock.forget_peak()
     seconds, work = measure_streaming(subject, clock, 4 * repeats)
     latent = subject.config.stream.block / seconds
     name = f"one streamed block ({latent:.3g} latent, {PIXEL_FRAMES * latent:.3g} pixel frames per second)"
-    yield row_of(name, seconds, work, limits, clock.peak())
+    yield row_of(name, seconds, work, rates, clock.peak())
     for count in rows:
         if not fits(subject, count):
             yield [f"{count} branches at a time: the pages do not fit this device", *["-"] * 5]
@@ -278,12 +269,12 @@ def measure(subject: Subject, limits: Limits, rows: Sequence[int], repeats: int)
             f"rollout, {exploration.branches} branches and anchor, {exploration.blocks} + "
             f"{exploration.tail_blocks} blocks, {count} at a time"
         )
-        yield row_of(root, growing, blocks_work(subject.costs, blocks, 1), limits, 0.0)
-        yield row_of(name, seconds, work, limits, clock.peak())
+        yield row_of(root, growing, blocks_work(subject.costs, blocks, 1), rates, 0.0)
+        yield row_of(name, seconds, work, rates, clock.peak())
         clock.forget_peak()
         seconds, work = measure_replay(subject, clock, rollout.groups[0], count, repeats)
         name = f"replay and backward, {exploration.branches} branches, {count} at a time"
-        yield row_of(name, seconds, work, limits, clock.peak())
+        yield row_of(name, seconds, work, rates, clock.peak())
         rollout.release()
         del rollout
 
@@ -318,21 +309,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
     config = tiny(config) if options.tiny else config
     sizes = {"size": 64, "copied": 2**16} if options.tiny else {"size": 8192, "copied": 2**32}
     subject = subject_of(config, *((12, 24) if options.tiny else (FORK, FRAMES)))
-    limits = measured_limits(Clock(subject.device), precision(config), repeats=10, **sizes)
+    rates = measured_rates(Clock(subject.device), precision(config), repeats=10, **sizes)
     about = machine(config.device)
     parameters = sum(parameter.numel() for parameter in subject.model.parameters())
     columns = ["section", "seconds", "arithmetic (s)", "traffic (s)", "over the limit", "peak GiB"]
-    numbers = {"machine": about, "limits": asdict(limits), "config": asdict(config)}
+    measured = {"flops": rates.flops, "bandwidth": rates.bandwidth}
+    numbers = {"machine": about, "limits": measured, "config": asdict(config)}
     lines = []
-    for line in measure(subject, limits, options.rows, options.repeats):
+    for line in measure(subject, rates, options.rows, options.repeats):
         lines.append(line)  # a run that is cut off keeps what it has measured
         sys.stderr.write(f"{line[0]}: {line[1]} s, {line[4]} the limit\n")
         write_json(options.json, numbers | {"rows": [dict(zip(columns, row, strict=True)) for row in lines]})
     dtype = str(precision(config)).removeprefix("torch.")
     section(
         "GPU benchmark",
-        f"{about['device']}, torch {about['torch']}: {limits.flops / 1e12:.3g} TFLOP/s in {dtype} matrix "
-        f"products, {limits.bandwidth / 1e9:.3g} GB/s copying. {parameters / 1e9:.3g} billion random "
+        f"{about['device']}, torch {about['torch']}: {rates.flops / 1e12:.3g} TFLOP/s in {dtype} matrix "
+        f"products, {rates.bandwidth / 1e9:.3g} GB/s copying. {parameters / 1e9:.3g} billion random "
         f"parameters with the adapter, {config.model.tokens_per_frame} tokens per frame, median of "
         f"{options.repeats} rounds.",
         table(columns, lines),

@@ -14,13 +14,13 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import AutoencoderKLWan
-from gpu import Clock, measured_limits, precision
+from gpu import Clock, measured_rates, precision, random_transformer
 from measuring import given_settings, machine, section, table, write_json
 from shapes import geometry_file
 from tokenizers import Tokenizer, models
@@ -34,9 +34,8 @@ from kvpo.config import Config
 from kvpo.engine.pages import cache_pages
 from kvpo.engine.scoring import decode_members, score_group
 from kvpo.engine.stream import stream_latents
-from kvpo.models.causal_wan import CausalWan
 from kvpo.models.geometry import GEOMETRIES
-from kvpo.plan.phases import Plan, Rates
+from kvpo.plan.phases import Plan
 from kvpo.prompts import ClipPrompt
 from kvpo.training import collection
 from kvpo.training.credit import collection_scale
@@ -75,24 +74,18 @@ def brightness(video_BTCHW: Tensor, prompts: Sequence[ClipPrompt]) -> Tensor:
 
 def write_files(config: Config, directory: Path, *, tiny: bool) -> dict[str, Any]:
     """Random weights of every part in a public layout; the settings that name them."""
-    device, dtype = torch.device(config.device), precision(config)
-    with torch.device("meta"):
-        model = CausalWan(config.model)
-    model = model.to(dtype).to_empty(device=device)
-    draws = torch.Generator(device).manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            fan = parameter[0].numel() if parameter.dim() > 1 else 1
-            parameter.normal_(0, 0.02 if parameter.dim() == 1 else fan**-0.5, generator=draws)
-    weights = {f"model.{name}": value.cpu() for name, value in model.state_dict().items()}
+    state = random_transformer(config).state_dict()
+    weights = {f"model.{name}": value.cpu() for name, value in state.items()}
     torch.save({"generator": weights}, directory / "base.pt")
     torch.manual_seed(0)
     width = {"base_dim": 8} if tiny else {}
-    AutoencoderKLWan(**width).save_pretrained(directory / "vae")
+    AutoencoderKLWan(**width).save_pretrained(directory / "vae")  # type: ignore[attr-defined]
     size = config.model.text_dim
-    widths = {"d_kv": 8, "num_heads": 2, "d_ff": 32} if tiny else {"d_kv": 64, "num_heads": 64, "d_ff": 10240}
+    widths: dict[str, Any] = {"d_kv": 64, "num_heads": 64, "d_ff": 10240}
+    widths |= {"d_kv": 8, "num_heads": 2, "d_ff": 32} if tiny else {}
     encoder = UMT5Config(vocab_size=16, d_model=size, num_layers=2, feed_forward_proj="gated-gelu", **widths)
-    UMT5EncoderModel(encoder).to(dtype).save_pretrained(directory / "text_encoder")
+    text_encoder = UMT5EncoderModel(encoder).to(precision(config))  # type: ignore[arg-type]
+    text_encoder.save_pretrained(directory / "text_encoder")
     words = {word: index for index, word in enumerate(("<pad>", "</s>", "<unk>", "one", "two", "three"))}
     core = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     names = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
@@ -194,16 +187,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
         files = write_files(preset("longlive-1.3b", settings), Path(directory), tiny=options.tiny)
         config = preset("longlive-1.3b", settings | files)
         sizes = {"size": 64, "copied": 2**16} if options.tiny else {"size": 8192, "copied": 2**32}
-        limits = measured_limits(Clock(torch.device(config.device)), precision(config), repeats=10, **sizes)
-        rates = Rates(limits.flops, limits.bandwidth)
+        rates = measured_rates(Clock(torch.device(config.device)), precision(config), repeats=10, **sizes)
         phases = Phases(config, Planner(config, rates).plan(config))
         phases.run()
     rows = compared(phases.plan, phases.measured)
     about = machine(config.device)
-    text = f"{about['device']}, torch {about['torch']}, {limits.flops / 1e12:.3g} TFLOP/s, one update with"
+    text = f"{about['device']}, torch {about['torch']}, {rates.flops / 1e12:.3g} TFLOP/s, one update with"
     chosen = ", ".join(f"{name} {value}" for name, value in settings.items() if name not in TINY)
     section("Plan and run", f"{text} {chosen}.", table(list(rows[0]), [list(row.values()) for row in rows]))
-    write_json(options.json, {"machine": about, "limits": asdict(limits), "phases": rows})
+    measured = {"flops": rates.flops, "bandwidth": rates.bandwidth}
+    write_json(options.json, {"machine": about, "limits": measured, "phases": rows})
 
 
 if __name__ == "__main__":

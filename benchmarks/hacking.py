@@ -12,7 +12,6 @@ judges all arms on the same test prompts and noise.
 import argparse
 import json
 import logging
-import statistics
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -133,26 +132,22 @@ def numbers(result: dict[str, Any]) -> dict[str, float]:
     }
 
 
-def mean_std(values: Sequence[float]) -> str:
-    """Mean and standard deviation (ddof 1) over seeds."""
-    spread = f" \u00b1 {statistics.stdev(values):.3f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):+.3f}{spread}"
-
-
-def table(results: dict[str, list[dict[str, Any]]]) -> str:
+def compared(results: dict[str, list[dict[str, Any]]]) -> str:
     """One row per arm: gains, mean and standard deviation over seeds, and what the radar did at each."""
+    from measuring import spread, table  # a run that loads the rewards above has no path to it
+
     names = list(numbers(next(iter(results.values()))[0]))
     heads = ["arm", *names, "called hacking at update", "last update", "best checkpoint"]
-    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    rows = []
     for arm, runs in results.items():
         gains = [numbers(run) for run in runs]
-        cells = [mean_std([gain[name] for gain in gains]) for name in names]
+        cells = [spread([gain[name] for gain in gains], 3) for name in names]
         cells += [
             ", ".join("-" if run[key] is None else str(run[key]) for run in runs)
             for key in ("called", "updates", "best")
         ]
-        lines.append("| " + " | ".join([arm, *cells]) + " |")
-    return "\n".join(lines)
+        rows.append((arm, *cells))
+    return table(heads, rows)
 
 
 def main() -> None:
@@ -169,7 +164,7 @@ def main() -> None:
     for seed in arguments.seeds:
         for arm in arguments.arms:
             results[arm].append(align(arm, seed, arguments.out / f"{arm}-{seed}"))
-        print(table({arm: runs for arm, runs in results.items() if runs}), flush=True)
+        print(compared({arm: runs for arm, runs in results.items() if runs}), flush=True)
 
 
 if __name__ == "__main__":

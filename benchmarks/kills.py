@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from measuring import table, write_json
 from safetensors.torch import load_file
 from torch import nn
 
@@ -188,21 +189,16 @@ def campaign(out: Path, kills: int, ranks: int, seed: int) -> list[dict[str, Any
     return done
 
 
-def table(done: list[dict[str, Any]], ranks: int) -> str:
+def counted(done: list[dict[str, Any]], ranks: int) -> str:
     """The campaign as Markdown: what was interrupted how often, and how the runs ended."""
     kills, runs = [one for one in done if "rank" in one], [one for one in done if "run" in one]
     slowest = max((one["ended_s"] for one in kills), default=0.0)
     interrupted = Counter(one["doing"] for one in kills).most_common()
-    return "\n".join(
-        [
-            "| ranks were | kills |",
-            "|---|---|",
-            *(f"| {doing} | {count} |" for doing, count in interrupted),
-            "",
-            f"{len(kills)} kills on {ranks} ranks, {sum(one['writing'] for one in kills)} while a checkpoint "
-            f"was being written; the others ended within {slowest:.1f} s; "
-            f"{sum(bool(one['same']) for one in runs)} of {len(runs)} runs ended equal bit for bit.",
-        ]
+    return (
+        f"{table(('ranks were', 'kills'), interrupted)}\n\n"
+        f"{len(kills)} kills on {ranks} ranks, {sum(one['writing'] for one in kills)} while a checkpoint "
+        f"was being written; the others ended within {slowest:.1f} s; "
+        f"{sum(bool(one['same']) for one in runs)} of {len(runs)} runs ended equal bit for bit."
     )
 
 
@@ -217,6 +213,5 @@ if __name__ == "__main__":
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
     found = campaign(given.out, given.kills, given.ranks, given.seed)
-    print(table(found, given.ranks))
-    if given.json is not None:
-        given.json.write_text(json.dumps(found, indent=1) + "\n")
+    print(counted(found, given.ranks))
+    write_json(given.json, found)

@@ -1,6 +1,6 @@
 """Measure `kvpo live`: first frame, frames a second, prompt switches, watchers, several sessions.
 
-    python benchmarks/live.py [--run RUN] [--json FILE]
+    python benchmarks/live.py [--run RUN] [--quick] [--json FILE]
 
 Everything runs in this process over real sockets: server, generator and clients share the machine's cores.
 Prints a Markdown table; the load of other processes at the start is part of it.
@@ -14,6 +14,7 @@ import struct
 import tempfile
 import threading
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -83,7 +84,7 @@ def served(run: Path | None, limits: SessionLimits) -> Any:
                 thread.join()
 
 
-def one_session(port: int, blocks: int = 60) -> dict[str, float]:
+def one_session(port: int, blocks: int) -> dict[str, float]:
     """All arms of one session, as fast as it goes, with a prompt switch every ten blocks."""
     client = Client(port)
     asked = time.monotonic()
@@ -108,7 +109,7 @@ def one_session(port: int, blocks: int = 60) -> dict[str, float]:
     }
 
 
-def watched(port: int, viewers: int, seconds: float = 10.0) -> dict[str, float]:
+def watched(port: int, viewers: int, seconds: float) -> dict[str, float]:
     """One session at the video's rate with many watchers: how late blocks are at the slowest of them."""
     director = Client(port)
     director.send("session.start", prompt=PROMPTS[0], speed=1)
@@ -144,7 +145,7 @@ def watched(port: int, viewers: int, seconds: float = 10.0) -> dict[str, float]:
     }
 
 
-def many_sessions(port: int, sessions: int, blocks: int = 25) -> dict[str, float]:
+def many_sessions(port: int, sessions: int, blocks: int) -> dict[str, float]:
     """Several sessions as fast as they go; one more is refused."""
     clients = [Client(port) for _ in range(sessions)]
     for n, client in enumerate(clients):
@@ -177,18 +178,21 @@ def many_sessions(port: int, sessions: int, blocks: int = 25) -> dict[str, float
     }
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure and write the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--run", type=Path, help="a run; without it the base streams alone")
+    parser.add_argument("--quick", action="store_true", help="small counts: checks the benchmark itself")
     parser.add_argument("--json", type=Path)
-    arguments = parser.parse_args()
+    options = parser.parse_args(arguments)
+    sessions = 2 if options.quick else 8
     numbers: dict[str, float] = {"load before": os.getloadavg()[0]}
-    with served(arguments.run, SessionLimits(sessions=8)) as port:
-        numbers |= one_session(port)
-        numbers |= watched(port, 50)
-        numbers |= many_sessions(port, 8)
+    with served(options.run, SessionLimits(sessions=sessions)) as port:
+        numbers |= one_session(port, 22 if options.quick else 60)
+        numbers |= watched(port, *((2, 1.0) if options.quick else (50, 10.0)))
+        numbers |= many_sessions(port, sessions, 3 if options.quick else 25)
     print(table(["measured", "value"], list(numbers.items())))
-    write_json(arguments.json, numbers)
+    write_json(options.json, numbers)
 
 
 if __name__ == "__main__":

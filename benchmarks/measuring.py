@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
+from kvpo.app.configuration import parse_flags
 from kvpo.models.cache import FrameCache
 from kvpo.rewards.service.client import RemoteScorer, connect
 
@@ -37,7 +37,7 @@ def alternated(
     """
     seconds: dict[str, list[float]] = {name: [] for name in arms}
     for round_ in range(repeats):
-        for name in reversed(arms) if round_ % 2 else arms:
+        for name in reversed(list(arms)) if round_ % 2 else arms:
             synchronise()
             started = clock()
             arms[name]()
@@ -51,8 +51,8 @@ def peak_pages(cache: FrameCache) -> Iterator[list[int]]:
     """Inside, the one number of the yielded list is the most pages that were in use after any write."""
     peak, write = [cache.pages_in_use], cache.write
 
-    def observed(*keys_values: torch.Tensor) -> list[list[int]]:
-        ids = write(*keys_values)
+    def observed(keys_LRFTND: torch.Tensor, values_LRFTND: torch.Tensor) -> list[list[int]]:
+        ids = write(keys_LRFTND, values_LRFTND)
         peak[0] = max(peak[0], cache.pages_in_use)
         return ids
 
@@ -140,9 +140,9 @@ def _listens(port: int) -> bool:
 
 
 def given_settings(words: Sequence[str]) -> dict[str, Any]:
-    """Settings as a command line has them, ``--path value``, by path; values as YAML reads them."""
+    """Settings as a command line has them, ``--path value``, by path, read as `kvpo` reads them."""
     paths = [word.removeprefix("--") for word in words[::2]]
-    return dict(zip(paths, map(yaml.safe_load, words[1::2]), strict=True))
+    return parse_flags(dict(zip(paths, words[1::2], strict=True)))
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
@@ -157,13 +157,19 @@ def _cell(value: object) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
+def spread(values: Sequence[float], digits: int = 4) -> str:
+    """Mean and standard deviation (ddof 1) over seeds."""
+    about = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):+.{digits}f}{about}"
+
+
 def section(title: str, *paragraphs: str) -> None:
     """Write one section of markdown to standard output."""
     sys.stdout.write("\n\n".join([f"## {title}", *paragraphs]) + "\n\n")
     sys.stdout.flush()
 
 
-def write_json(path: Path | None, numbers: Mapping[str, Any]) -> None:
+def write_json(path: Path | None, numbers: Mapping[str, Any] | Sequence[Any]) -> None:
     """Write everything measured, if a path was given."""
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -111,7 +111,7 @@ class Recorder:
             return (yield)
         finally:
             sys.settrace(None)
-            threading.settrace(None)  # type: ignore[arg-type]
+            threading.settrace(None)
             self.seconds[item.nodeid] = sum(os.times()[:4]) - begun + self.hidden
 
     @pytest.hookimpl(wrapper=True)
@@ -266,7 +266,7 @@ def record(slots: Sequence[Path], files: Sequence[str], kept: Kept) -> Recorded:
         return {"failed": failed, "lines": lines, "seconds": recorder.seconds}
 
     found = {file: kept.read("lines", file, *SOURCES) for file in files}
-    missing = {partial(one, file): file for file in files if not found[file]}
+    missing: dict[Callable[[], Any], str] = {partial(one, file): file for file in files if not found[file]}
     for job, result in run_jobs([Job(function, 1800) for function in missing], slots):
         assert result, f"{missing[job.function]} takes too long"
         found[missing[job.function]] = result

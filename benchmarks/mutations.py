@@ -105,7 +105,7 @@ class _Maker:
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
             names = (*names, node.name)
         if isinstance(node, ast.FunctionDef):
-            scope = range(node.lineno, node.end_lineno + 1)
+            scope = range(node.lineno, (node.end_lineno or node.lineno) + 1)
         if hasattr(node, "lineno"):
             for operator, other in self.alternatives(node, place):
                 self.add(node, other, parent, place, operator, ".".join(names) or "module", scope)
@@ -122,7 +122,7 @@ class _Maker:
     def add(
         self,
         node: Any,
-        other: ast.AST,
+        other: Any,
         parent: ast.AST,
         place: str,
         operator: str,
@@ -182,7 +182,7 @@ class _Maker:
             yield "argument", _with(call, args=call.args[:-1])
         if name in SWAPPED:
             yield "function", _with(call, func=_with(call.func, **{place: SWAPPED[name]}))
-        if name in TO_OPERAND and attribute and not call.args[1:]:
+        if name in TO_OPERAND and isinstance(call.func, ast.Attribute) and not call.args[1:]:
             yield "function", call.func.value
         elif name in {"abs", "clamp", "sorted"} and call.args:
             yield "function", call.args[0]
@@ -221,7 +221,7 @@ def _of_expression(node: Any) -> Iterator[tuple[str, ast.AST]]:
 def _parameter(arguments: ast.arguments, default: ast.AST) -> str:
     """Name of the parameter that has this default."""
     plain = arguments.args[len(arguments.args) - len(arguments.defaults) :]
-    pairs = [*zip(plain, arguments.defaults, strict=True)]
+    pairs: list[tuple[ast.arg, ast.expr | None]] = [*zip(plain, arguments.defaults, strict=True)]
     pairs += [*zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True)]
     return next(parameter.arg for parameter, value in pairs if value is default)
 

@@ -23,7 +23,7 @@ import public
 import quantised
 import scaling
 import seeds
-from measuring import table
+from measuring import spread, table
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks/results"
@@ -38,7 +38,7 @@ def learned(numbers: Any) -> str:
     rows = []
     for name, words in (("short", "short, one prompt"), ("long", "long, three prompts")):
         gain, control, unseen = (
-            seeds.spread(seeds.of(runs, name, key), 3)
+            spread(seeds.of(runs, name, key), 3)
             for runs, key in (
                 (method, "paired_gain"), (null, "paired_gain"), (method, "unseen_scorer_gain")
             )
@@ -144,7 +144,7 @@ def methods(numbers: Mapping[str, Any]) -> str:
     names, rows = list(numbers["prompts"]), []
     for arm, found in numbers["methods"].items():
         sets = [found[name] for name in names]
-        gains = [seeds.spread(own["gains"], 3) for own in sets]
+        gains = [spread(own["gains"], 3) for own in sets]
         against = ["" if own["p_against_kvpo"] is None else f"{own['p_against_kvpo']:.3f}" for own in sets]
         unseen = " / ".join(f"{fmean(own['unseen']):+.3f}" for own in sets)
         shares = [own.get("gap_closed") for own in sets[:2]]
@@ -193,7 +193,7 @@ TABLES: Mapping[str, Callable[[Any], str]] = {
     "loops": preference_loop.loops,
     "rolled": quantised.rolled,
     "runs": quantised.runs,
-    "kills": lambda numbers: kills.table(numbers, 2),
+    "kills": lambda numbers: kills.counted(numbers, 2),
     "model": lambda numbers: scaling.model_table(numbers["model"]),
     "measured": lambda numbers: scaling.measured_table(numbers["measured"]),
 }

@@ -283,7 +283,7 @@ def alternated(runs: Mapping[str, Runs], rounds: int) -> dict[str, dict[str, lis
     taken = {phase: {side: [] for side in sides} for phase, sides in runs.items()}
     for round_ in range(rounds):
         for phase, sides in runs.items():
-            for side in reversed(sides) if round_ % 2 else sides:
+            for side in reversed(list(sides)) if round_ % 2 else sides:
                 before = time.process_time()
                 sides[side]()
                 taken[phase][side].append(time.process_time() - before)

@@ -116,7 +116,8 @@ class Sized:
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, **_: Any) -> Tensor:
     """Softmax attention of ``[B, L, N, D]``."""
-    return F.scaled_dot_product_attention(*(one.transpose(1, 2) for one in (q, k, v))).transpose(1, 2)
+    q, k, v = (one.transpose(1, 2) for one in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
 
 
 class _Text(nn.Module):

@@ -8,11 +8,11 @@ One rollout of the demo, its adapter drawn at random at 4 % of the weights; arms
 import argparse
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, cast
 from unittest.mock import patch
 
 import torch
@@ -37,9 +37,10 @@ class Beside(nn.Module):
 
     def __init__(self, layer: AdaptedLinear, precision: str) -> None:
         super().__init__()
-        self.weight, self.in_features = QuantisedLinear(layer.base_layer, precision), layer.in_features
+        self.weight = QuantisedLinear(cast(nn.Linear, layer.base_layer), precision)
+        self.in_features = layer.in_features
         (name,) = layer.active_adapters
-        self.a, self.b = layer.lora_A[name].weight, layer.lora_B[name].weight
+        self.a, self.b = (cast(Tensor, part[name].weight) for part in (layer.lora_A, layer.lora_B))
         self.scale = layer.scaling[name]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -115,12 +116,13 @@ def runs(numbers: Mapping[str, Any]) -> str:
     return table(("rollouts", "seed", "CPU of updates (s)", "policy gap", "gain, short", "gain, long"), rows)
 
 
-if __name__ == "__main__":
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure and write the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--repeats", type=int, default=4)
     parser.add_argument("--runs", type=Path, nargs="*", default=[], help="finished runs of `kvpo align`")
     parser.add_argument("--json", type=Path)
-    options, extra = parser.parse_known_args()
+    options, extra = parser.parse_known_args(arguments)
     numbers = {
         "machine": machine(),
         "rollouts": rollouts(options.repeats, given_settings(extra)),
@@ -128,3 +130,7 @@ if __name__ == "__main__":
     }
     write_json(options.json, numbers)
     section("Rollouts of 8 bits", rolled(numbers), runs(numbers))
+
+
+if __name__ == "__main__":
+    main()

@@ -17,13 +17,14 @@ import math
 import socket
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as processes
+from measuring import table, write_json
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from kvpo.app.build import build_setup
@@ -83,7 +84,7 @@ def updates(ranks: Ranks, changes: dict[str, Any], count: int) -> dict[str, Any]
 def rank(index: int, count: int, port: int, changes: dict[str, Any], steps: int, found: Any) -> None:
     """One process of a measurement."""
     torch.set_num_threads(1)
-    store = dist.TCPStore("127.0.0.1", port, count, is_master=index == 0)
+    store = dist.TCPStore("127.0.0.1", port, count, is_master=index == 0)  # type: ignore[attr-defined]
     with joined_ranks("cpu", rendezvous=(store, index, count)) as ranks:
         every = ranks.gather(updates(ranks, changes, steps), "collecting")
     if index == 0:
@@ -113,31 +114,31 @@ def measured(kind: str, count: int, changes: dict[str, Any], steps: int) -> dict
 
 def measurements(counts: list[int], steps: int) -> list[dict[str, Any]]:
     """Strong and weak scaling, and one group whose branches are dealt."""
-    rows = []
-    for kind, changes_of in {
+    rows: list[dict[str, Any]] = []
+    kinds: dict[str, Callable[[int], dict[str, Any]]] = {
         "strong": lambda count: {"optim.prompts_per_update": GROUPS},
         "weak": lambda count: {"optim.prompts_per_update": PER_RANK * count},
         "branches": lambda count: {"optim.prompts_per_update": 1, "distributed.branch_ranks": count},
-    }.items():
+    }
+    for kind, changes_of in kinds.items():
         rows += [measured(kind, count, changes_of(count), steps) for count in counts]
     return rows
 
 
 def measured_table(rows: list[dict[str, Any]]) -> str:
     """Markdown; the gain is groups per second against the first row of a kind."""
-    lines = [
-        "| scaling | ranks | groups | s per update | gain | of rollout and replay | MB sent | formula, MB |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+    columns = (
+        "scaling", "ranks", "groups", "s per update", "gain", "of rollout and replay", "MB sent",
+        "formula, MB",
+    )  # fmt: skip
+    lines = []
     for row in rows:
         first = next(one for one in rows if one["kind"] == row["kind"])
         share = row["groups"] / first["groups"]
         gains = [share * first[name] / row[name] for name in ("seconds", "rollout_and_replay")]
-        lines.append(
-            f"| {row['kind']} | {row['ranks']} | {row['groups']} | {row['seconds']:.2f} | {gains[0]:.2f} | "
-            f"{gains[1]:.2f} | {row['sent'] / 1e6:.2f} | {row['formula'] / 1e6:.2f} |"
-        )
-    return "\n".join(lines)
+        numbers = (row["seconds"], *gains, row["sent"] / 1e6, row["formula"] / 1e6)
+        lines.append((row["kind"], row["ranks"], row["groups"], *(f"{value:.2f}" for value in numbers)))
+    return table(columns, lines)
 
 
 def model(groups: int) -> list[dict[str, Any]]:
@@ -162,20 +163,22 @@ def model(groups: int) -> list[dict[str, Any]]:
 
 def model_table(rows: list[dict[str, Any]]) -> str:
     """Markdown; efficiency is what one card would take over what all of them take together."""
-    lines = [
-        "| preset | groups | GPUs | branch_ranks | weights spread | GB | fits | s per update | "
-        "exchange, s | efficiency | ranks with work |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
-    ]
+    columns = (
+        "preset", "groups", "GPUs", "branch_ranks", "weights spread", "GB", "fits", "s per update",
+        "exchange, s", "efficiency", "ranks with work",
+    )  # fmt: skip
+    lines = []
     for row in rows:
         efficiency = row["alone"] / row["seconds_per_update"] / row["ranks"]
         lines.append(
-            f"| {row['preset']} | {row['groups']} | {row['ranks']} | {row['branch_ranks']} | "
-            f"{'yes' if row['shard'] else 'no'} | {row['peak']['bytes'] / GB:.1f} | "
-            f"{'yes' if row['fits'] else 'no'} | {row['seconds_per_update']:.3g} | "
-            f"{row['exchange_seconds']:.2g} | {efficiency:.0%} | {row['busy']:.0%} |"
-        )
-    return "\n".join(lines)
+            (
+                row["preset"], row["groups"], row["ranks"], row["branch_ranks"],
+                "yes" if row["shard"] else "no", f"{row['peak']['bytes'] / GB:.1f}",
+                "yes" if row["fits"] else "no", f"{row['seconds_per_update']:.3g}",
+                f"{row['exchange_seconds']:.2g}", f"{efficiency:.0%}", f"{row['busy']:.0%}",
+            )
+        )  # fmt: skip
+    return table(columns, lines)
 
 
 def layout(ranks: int = 512, size: int = 8, lora_rank: int = 16) -> dict[str, Any]:
@@ -230,8 +233,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if "layout" in given.only:
         found["layout"] = layout()
         print(json.dumps(found["layout"], indent=1))
-    if given.json is not None:
-        given.json.write_text(json.dumps(found, indent=1) + "\n")
+    write_json(given.json, found)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import argparse
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from measuring import section, table
@@ -27,14 +28,15 @@ def scored(file: Path) -> dict[str, int]:
     return json.loads(file.read_text(encoding="utf-8"))["scored"]
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure and write the tables."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, required=True, help="new directory")
     parser.add_argument("--updates", type=int, default=8)
-    arguments, extra = parser.parse_known_args()
-    out, updates = arguments.out, arguments.updates
+    options, extra = parser.parse_known_args(arguments)
+    out, updates = options.out, options.updates
     out.mkdir(parents=True)
 
     def align(name: str, seed: int, length: int) -> dict[str, int]:

@@ -22,11 +22,11 @@ import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
 
 import yaml
-from measuring import machine, section, table, write_json
+from measuring import machine, section, spread, table, write_json
 
 from kvpo.app.comparison.command import source_commit
 
@@ -100,12 +100,6 @@ def null_runs(runs: Runs, settings: dict[str, Any]) -> dict[str, Any]:
 def of(runs: Sequence[dict[str, Any]], name: str, key: str) -> list[float]:
     """A number of every run's comparison on one prompt set."""
     return [float(one["held_out"][name][key]) for one in runs]
-
-
-def spread(values: Sequence[float], digits: int = 4) -> str:
-    """Mean and standard deviation (ddof 1) over seeds."""
-    about = f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{fmean(values):+.{digits}f}{about}"
 
 
 def gains(runs: Runs) -> str:
@@ -221,7 +215,7 @@ def main() -> None:
     jobs = [(arm, seed) for seed in arguments.seeds for arm in arguments.arms]
     numbers: dict[str, Any] = {}
     with ThreadPoolExecutor(arguments.jobs) as pool:
-        for n, _ in enumerate(pool.map(lambda job: run(*job, arguments.out, extra), jobs), 1):
+        for n, _ in enumerate(pool.map(lambda job: run(job[0], job[1], arguments.out, extra), jobs), 1):
             runs = collected(jobs[:n], arguments.out)
             numbers = {"commit": made_at(runs), "machine": machine(), "settings": extra, "arms": runs}
             write_json(arguments.json, numbers)

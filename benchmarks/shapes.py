@@ -1,6 +1,7 @@
 """Configurations of another geometry, which is written to a file as a user would."""
 
 import json
+import os
 import tempfile
 from dataclasses import replace
 from hashlib import sha256
@@ -11,13 +12,16 @@ from kvpo.config import Config
 from kvpo.models.geometry import fields_of
 from kvpo.models.settings import WanShape
 
-_FILES = tempfile.TemporaryDirectory(prefix="kvpo-geometries-")
+FOLDER = "KVPO_GEOMETRIES"
+if FOLDER not in os.environ:  # a child uses its parent's; one that is killed would leave its own behind
+    _OWN = tempfile.TemporaryDirectory(prefix="kvpo-geometries-")
+    os.environ[FOLDER] = _OWN.name
 
 
 def geometry_file(shape: WanShape) -> str:
-    """Path of a geometry's file, which lasts as long as this process."""
+    """Path of a geometry's file, which lasts as long as the process that was first to import this."""
     text = json.dumps(fields_of(shape))
-    path = Path(_FILES.name) / f"{sha256(text.encode()).hexdigest()[:16]}.json"
+    path = Path(os.environ[FOLDER]) / f"{sha256(text.encode()).hexdigest()[:16]}.json"
     path.write_text(text)
     return str(path)
 

@@ -52,7 +52,7 @@ class Counted(TorchDispatchMode):
     """Operations that run a kernel, those among them that only move numbers, and their bytes."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.operations = self.copies = self.bytes = 0
 
     def __torch_dispatch__(

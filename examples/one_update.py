@@ -57,7 +57,7 @@ def one_update(setup: Setup) -> dict[str, torch.Tensor]:
     # Fork and route. Branches share all noise; each sees other old frames in its local slots. No tensor is
     # copied: a fork is a list of page numbers, a route a few of them. The last member is the unrouted anchor.
     members = [*routes(Site(generator, planned, tape, key), 0), Member(0)]
-    rollout = Rollout(generator, planned, texts, tape, cache, [root])
+    rollout = Rollout(generator, planned, texts, tape, cache, {0: root})
     group = rollout.group_of(members, rollout.run(members))
 
     # Score. Rewards of the clips that can differ become advantages of the best and the worst branches.
@@ -96,14 +96,14 @@ def one_update(setup: Setup) -> dict[str, torch.Tensor]:
     # micro-batches. Nothing was learned since the rollout, so the old policy is the current one: ratio 1.
     with replay_context(generator, rows) as replay:
         now = table(replay_velocities(generator, rows, replay, window))
-        of_method = (part[:rows_of_method] for part in (now, now.detach(), reference))
-        tables = Tables(*of_method, evidence.branch_N[:rows_of_method])
+        own, old, starting = (part[:rows_of_method] for part in (now, now.detach(), reference))
+        tables = Tables(own, old, starting, evidence.branch_N[:rows_of_method])
         loss, metrics = method.loss(tables, credit, settings)
         loss = loss + config.objective.velocity_kl * now[rows_of_method:].sum()
         loss.backward()
     torch.nn.utils.clip_grad_norm_(list(policy.parameters.values()), GRADIENT_NORM)
     optimizer.step()
-    root.history.release()
+    rollout.release()
     print({name: round(value, 6) for name, value in metrics.items()})
     return {name: value.detach() for name, value in policy.parameters.items()}
 

@@ -147,14 +147,43 @@ def test_every_kind_of_generator_has_a_source_and_no_other_file_names_one():
     assert not compared
 
 
+OPENS_NO_TEXT = {"av.open", "os.open", "self.scheduler.open"}
+
+
+def without_encoding(source: str) -> list[str]:
+    """Calls that read or write text as the locale has it."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if not isinstance(node, ast.Call):
+            continue
+        given = {one.arg: one.value for one in node.keywords}
+        of_path, function = isinstance(node.func, ast.Attribute), ast.unparse(node.func)
+        mode = given.get("mode", next(iter(node.args[not of_path :]), None))  # open takes the path first
+        binary = isinstance(mode, ast.Constant) and "b" in str(mode.value)
+        opened = function.split(".")[-1] == "open" and function not in OPENS_NO_TEXT and not binary
+        text = opened or (of_path and function.split(".")[-1] in {"read_text", "write_text"})
+        found += [ast.unparse(node)] if text and "encoding" not in given else []
+    return found
+
+
 @pytest.mark.parametrize("name", MODULES)
 def test_text_is_utf_8_whatever_the_locale(name):
-    for node in ast.walk(ast.parse(MODULES[name].read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
-            modes = {one.value for one in node.args if isinstance(one, ast.Constant)} & {"r", "w", "a", "x"}
-            opened = modes and node.func.attr == "open" and ast.unparse(node.func) != "av.open"
-            text = opened or node.func.attr in {"read_text", "write_text"}
-            assert not text or "encoding" in {one.arg for one in node.keywords}, ast.unparse(node)
+    assert not without_encoding(MODULES[name].read_text(encoding="utf-8"))
+
+
+def test_every_way_to_open_text_is_seen():
+    calls = [
+        "open('b')",
+        "open('b', 'w')",
+        "Path('b').open()",
+        "p.open('a+')",
+        "p.open(mode)",
+        "p.read_text()",
+    ]
+    assert without_encoding("\n".join(calls)) == calls
+    assert not without_encoding(
+        "open('a', 'rb'), p.open(mode='wb'), p.open(encoding='utf-8'), os.open('a', 0)"
+    )
 
 
 @pytest.mark.parametrize("name", MODULES)

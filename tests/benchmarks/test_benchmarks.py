@@ -218,19 +218,9 @@ def test_the_reward_service_benchmark_runs(tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_threads_beside_a_busy_process(tiny_base, tmp_path, capsys):
+def test_threads_beside_a_busy_process(tiny_words, tmp_path, capsys):
     threads = importlib.import_module("threads")
-    settings = {
-        **SETTINGS,
-        "backbone.checkpoint": str(tiny_base),
-        "stream.schedule": (1.0, 0.5),
-        "optim.updates": 9,
-    }
-    words = [
-        word
-        for path, value in settings.items()
-        for word in (f"--{path}", value if isinstance(value, str) else json.dumps(value))
-    ]
+    words = [*tiny_words, "--stream.schedule", "[1.0, 0.5]", "--optim.updates", "9"]
     out = tmp_path / "threads.json"
     arms = ["--busy", "0", "1", "--threads", "1", "2", "--waiting", "PASSIVE"]
     threads.main(["--updates", "1", "--repeats", "1", *arms, "--json", str(out), *words])

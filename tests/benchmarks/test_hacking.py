@@ -45,7 +45,7 @@ def test_the_table_has_means_and_deviations_over_seeds(hacking):
         test = {"trained": change, "watchers": {"fair": change}, "unseen": change}
         return {"updates": 8, "called": called, "best": 0, "test": test, "components": components}
 
-    table = hacking.table({"free": [result(0.1, 4), result(0.3, None)]})
+    table = hacking.compared({"free": [result(0.1, 4), result(0.3, None)]})
     head, _, row = table.splitlines()
     assert head.count("|") == row.count("|")
     assert "+0.200 ± 0.141" in row and "| 4, - | 8, 8 | 0, 0 |" in row

@@ -169,9 +169,11 @@ def test_validation_judges_the_moving_average(tiny_base: Path, decay: float, ali
     """Without decay these are the weights of the last update."""
     trainer = trainer_of(tiny_base, optim__ema_decay=decay)
     trainer.step()
-    found = trainer.average.values
-    assert all(torch.equal(found[name], value) for name, value in trainer.average.values.items())
-    assert all(torch.equal(found[n], p) for n, p in trainer.policy.parameters.items()) == alike
+    average = {name: value.clone() for name, value in trainer.average.values.items()}
+    with trainer.sides.aligned():
+        seen = {name: value.detach().clone() for name, value in trainer.policy.parameters.items()}
+    assert all(torch.equal(seen[name], value) for name, value in average.items())
+    assert all(torch.equal(seen[n], p) for n, p in trainer.policy.parameters.items()) == alike
 
 
 def test_a_base_that_is_never_beaten_stays_the_best(
