@@ -71,16 +71,16 @@ QUOTES: dict[tuple[str, str, str], Callable[[Any], list[Any]]] = {
         lambda n: [n["act1_when_routed_to_act1"], n["act2_when_routed_to_act2"]],
     (RESULTS, "causality.json", "whose acts look different ({} of {})"):
         lambda n: [n["stories"], n["stories_shown"]],
-    (RESULTS, "causality.json", "{:.2f} of the branches routed to act 1 (0.50 was wanted), act 2's in {:.2f}"
+    (RESULTS, "causality.json", "{:.2f} of the branches routed to act 1 (target: 0.50), act 2's in {:.2f}"
     ):
         lambda n: [n["act1_when_routed_to_act1"], n["act2_when_routed_to_act2"]],
     (RESULTS, "causality.json", "and {:.2f} of the branches routed to another story show"):
         lambda n: [n["donor_when_routed_to_donor"]],
-    (RESULTS, "causality.json", "Without a route act 2's comes back in {:.2f}"):
+    (RESULTS, "causality.json", "Without a route, act 2's actor comes back in {:.2f}"):
         lambda n: [n["act2_when_not_routed"]],
     (RESULTS, "seeds.json", "each gains {0:.0f} to {4:.0f} % on short videos"): lambda n: missing(n, "short"),
     (RESULTS, "seeds.json", "and {0:.0f} to {4:.0f} % on long ones"): lambda n: missing(n, "long"),
-    (RESULTS, "seeds.json", "spread by {:.2f} of the method's gain on short videos, {:.2f} on long"): chance,
+    (RESULTS, "seeds.json", "null runs is {:.2f} of the method's gain on short videos, {:.2f} on"): chance,
     (RESULTS, "drift.json", "{:,} latent frames, measured every ten seconds"): lambda n: [n["latent_frames"]],
     (RESULTS, "drift.json", "changes by {:.4f} ± {:.4f} (base) and {:.4f} ± {:.4f} (aligned)"): changes,
     (RESULTS, "drift.json", "is {:.3f} ± {:.3f} at first and {:.3f} ± {:.3f} at last"): long_gains,
