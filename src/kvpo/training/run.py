@@ -379,7 +379,7 @@ def restore(trainer: Trainer, path: Path) -> dict[str, Any]:
 
 
 def load_aligned(weights: Weights, policy: Policy, path: Path, kind: str = "average") -> dict[str, Tensor]:
-    """The trained values in a checkpoint: their moving average, or ("raw") those of the last update.
+    """The trained values in a checkpoint: the moving "average", or the "raw" ones of the last update.
 
     Raises ValueError for a ``kind`` other than "average" and "raw", and CheckpointError.
     """
