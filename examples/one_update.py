@@ -2,8 +2,8 @@
 
     python examples/one_update.py
 
-It runs on the embedded generator with the library's own functions, takes some seconds on a CPU, and prints
-the largest difference to the parameters that ``Trainer.step`` arrives at: 0.
+It runs on the embedded generator with the library's own functions, takes a few seconds on a CPU, and prints
+the largest difference from the parameters that ``Trainer.step`` produces: 0.
 
 Axes: M members of a fork (G branches, then the anchor), N rows of the table, P routed blocks, S solver steps,
 F C H W one block of latents.
@@ -33,7 +33,7 @@ UPDATE = 0
 
 
 def one_update(setup: Setup) -> dict[str, torch.Tensor]:
-    """Change the setup's adapter by one update, and return its tensors."""
+    """Train the setup's adapter for one update and return its tensors."""
     config, generator = setup.config, setup.generator
     policy = policy_of(setup.model)
     optimizer = torch.optim.AdamW(
@@ -43,18 +43,18 @@ def one_update(setup: Setup) -> dict[str, torch.Tensor]:
         weight_decay=WEIGHT_DECAY,
     )
 
-    # Stream. Every block attends to the pages that the deployment window shows; noise is a tape, never drawn.
+    # Stream. Every block attends to the pages in the deployment window; noise is a fixed tape, never drawn.
     (prompt,) = setup.training_prompts(UPDATE)
     texts, tape, key = setup.backbone.texts([prompt]), setup.backbone.tape("training"), (config.seed, UPDATE)
     (fork,) = draw_forks([prompt], config.exploration, generator.deployment, key)
     planned = PlannedRollout([prompt], [fork], keep_pool=True)
-    cache = generator.new_cache(cache_pages(generator, [planned]))  # with room for all that may be routed
+    cache = generator.new_cache(cache_pages(generator, [planned]))  # with room for all routable pages
     root = open_stream(generator, cache, prompt, texts, tape)
     while root.start < fork.frame:
         advance(generator, [root], resident=config.exploration.resident_frames)
-    switch_prompts(generator, [root])  # a new prompt right at the fork is acted on before the branches start
+    switch_prompts(generator, [root])  # apply a prompt switch right at the fork before the branches start
 
-    # Fork and route. Branches share all noise; each sees other old frames in its local slots. No tensor is
+    # Fork and route. Branches share all noise; each sees different old frames in its local slots. Nothing is
     # copied: a fork is a list of page numbers, a route a few of them. The last member is the unrouted anchor.
     members = [*routes(Site(generator, planned, tape, key), 0), Member(0)]
     rollout = Rollout(generator, planned, texts, tape, cache, {0: root})
@@ -75,7 +75,7 @@ def one_update(setup: Setup) -> dict[str, torch.Tensor]:
     rows_of_method = len(evidence.query_N)
     evidence = joined_evidence(evidence, anchor_drift(trajectories, credit, evidence, settings))
 
-    # Replay, in the deployment context: each trajectory behind its own earlier blocks.
+    # Replay in the deployment context: each trajectory follows its own earlier blocks.
     rows = [
         ReplayRow(root, trajectories.clean_MPFCHW[past], states)
         for past, states in zip(evidence.past_Q, evidence.states_QPSFCHW, strict=True)
@@ -109,7 +109,7 @@ def one_update(setup: Setup) -> dict[str, torch.Tensor]:
 
 
 def largest_difference() -> float:
-    """Largest difference of all trained tensors after this update and after the trainer's."""
+    """Largest difference between the trained tensors after this update and after the trainer's."""
     config = kvpo.preset("demo", SETTINGS)
     ours = one_update(build_setup(config))
     trainer = Trainer(build_setup(config))

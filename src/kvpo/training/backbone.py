@@ -16,13 +16,13 @@ from kvpo.prompts import VideoPrompt
 
 @dataclass(frozen=True)
 class Weights:
-    """A transformer with what is trained in it: all that a run's checkpoint has to fit."""
+    """A transformer and its trainable parameters: everything that a checkpoint of the run must fit."""
 
     config: Config
     model: CausalWan
-    """The transformer, its adapter injected."""
+    """The transformer, with its adapter injected."""
     base_sha256: str
-    """Digest of the base checkpoint: trained parameters fit no other."""
+    """SHA-256 of the base checkpoint; trained parameters fit no other base."""
 
 
 @dataclass(frozen=True)
@@ -31,22 +31,22 @@ class Backbone:
 
     weights: Weights
     generator: StreamingGenerator
-    """Around the same transformer."""
+    """Wraps the same transformer."""
     text_encoder: TextEncoder
     codec: Codec
     given: Mapping[int, Tensor] = field(default_factory=dict)
-    """Latents ``[T, C, H, W]`` that videos begin with, by the id of their prompts."""
+    """Latents ``[T, C, H, W]`` that videos begin with, by prompt id."""
 
     def texts(self, prompts: Sequence[VideoPrompt]) -> TextTable:
-        """Embeddings of every segment of the prompts."""
+        """Embed every segment of the prompts."""
         unique = list(dict.fromkeys(text for prompt in prompts for text in prompt.segments))
         return dict(zip(unique, self.text_encoder(unique), strict=True))
 
     @torch.no_grad()
     def latents(self, prompts: Sequence[VideoPrompt], tape: Tape) -> Tensor:
-        """Latents ``[R, T, C, H, W]`` of whole videos (see `stream_latents`), after those that are given."""
+        """Latents ``[R, T, C, H, W]`` of whole videos, given latents first (see `stream_latents`)."""
         return stream_latents(self.generator, prompts, self.texts(prompts), tape, given=self.given)
 
     def tape(self, purpose: str) -> SeededTape:
-        """Noise for one purpose: training and evaluation never share a tensor."""
+        """The noise tape for one purpose, so that training and evaluation never share a tensor."""
         return SeededTape((purpose, self.weights.config.seed), self.generator.block_shape)

@@ -1,8 +1,7 @@
-"""Checkpoints of spread weights, written beside the training by a thread of each rank of the first team.
+"""Background checkpointing of sharded weights, by one thread on each rank of the first team.
 
-What is written is a copy in host memory, and the threads speak to one another through a process group of
-their own, so that nothing waits for a disk. A checkpoint is there once all parts are; see
-`kvpo.training.checkpoint`.
+The threads write a copy in host memory and communicate through their own process group, so training never
+waits for a disk. A checkpoint exists only once all of its parts are written; see `kvpo.training.checkpoint`.
 """
 
 import logging
@@ -25,25 +24,25 @@ from kvpo.training.trainer import Trainer, architecture
 
 logger = logging.getLogger(__name__)
 IN_THIS_THREAD = StagingOptions(False, False, False, False)
-"""Copies are whole when the call returns, in memory that is neither pinned nor shared."""
+"""Copies are complete when the call returns, in memory that is neither pinned nor shared."""
 
 
 class BackgroundSaving:
-    """Saves a trainer whose weights are spread, one checkpoint at a time; all ranks call it together."""
+    """Saves a trainer with sharded weights, one checkpoint at a time; all ranks must call it together."""
 
     def __init__(self, trainer: Trainer) -> None:
         ranks, team = trainer.setup.ranks, trainer.teams.team
         self.trainer, self.ranks = trainer, ranks
-        group = dist.new_group(list(range(team.count)), timeout=LONG, backend="gloo")  # of the first team
+        group = dist.new_group(list(range(team.count)), timeout=LONG, backend="gloo")  # the first team
         self.writers = Ranks(team.rank, team.count, group, traces=ranks.traces)
         self.submit = ranks.leaving.enter_context(in_background())
         self.under_way: tuple[int, Future[None] | None] | None = None
-        """The update that is being saved, and this rank's part in it."""
+        """The update being saved, and the future of this rank's write (None if it writes nothing)."""
 
     def begin(self, directory: Path, state: Mapping[str, Any], then: Callable[[], None]) -> None:
-        """Copy the trainer's state, and begin to write it to ``directory`` together with ``state``.
+        """Copy the trainer's state and start writing it to ``directory`` together with ``state``.
 
-        The first rank calls ``then`` once the checkpoint is there. The one before has to be settled.
+        The first rank calls ``then`` once the checkpoint is complete. The previous save must be settled.
         """
         trainer, writing = self.trainer, None
         with self.ranks.together(SAVING):
@@ -57,9 +56,10 @@ class BackgroundSaving:
         self.under_way = trainer.update, writing and self.submit(writing)
 
     def settle(self, *, wait: bool) -> int | None:
-        """The update that was being saved, once its checkpoint is there; ``wait`` for it, or None until then.
+        """Return the update that was being saved if its checkpoint is complete, else None.
 
-        Where a rank has failed to write it, that is raised there, and RankError elsewhere.
+        ``wait`` blocks until it is complete. If a rank failed to write, it raises its own error and the other
+        ranks raise RankError.
         """
         if self.under_way is None:
             return None
@@ -71,14 +71,14 @@ class BackgroundSaving:
             with self.ranks.together(SAVING):
                 if writing is not None:
                     writing.result()
-        except Exception:  # after a signal it is still under way, and `settle_alone` waits for it
+        except Exception:  # after a signal the write goes on, and `settle_alone` waits for it
             self.under_way = None
             raise
         self.under_way = None
         return update
 
     def settle_alone(self) -> int | None:
-        """``settle`` after an error, when ranks no longer exchange; a failure is only a warning."""
+        """Settle after an error, without communicating with other ranks; a failed write is only a warning."""
         if self.under_way is None:
             return None
         update, writing = self.under_way
@@ -97,7 +97,7 @@ class BackgroundSaving:
                 then()
                 return
             try:
-                self._write_parts(copies, folder)  # where, the first rank says
+                self._write_parts(copies, folder)  # into the first rank's directory
             except OSError as error:
                 raise storage_error(folder, error) from error
 

@@ -1,7 +1,7 @@
 """Checkpoints of a run: tensors in safetensors, everything else in JSON, written whole or not at all.
 
 ``checkpoints/update-000020/`` holds ``state.safetensors`` and ``state.json`` (the run's state, the update,
-the architecture, SHA-256 sums); ``checkpoints/best.json`` names the best one. Nothing here reads a pickle.
+the architecture, SHA-256 sums); ``checkpoints/best.json`` names the best one. Pickles are never read.
 """
 
 import hashlib
@@ -32,7 +32,7 @@ from kvpo.models.tensor_files import storable
 logger = logging.getLogger(__name__)
 
 KEPT_CHECKPOINTS = 2
-"""Most recent checkpoints kept beside the best one: one to resume from, and one should it be damaged."""
+"""Recent checkpoints kept besides the best one: one to resume from, and one in case it is damaged."""
 TENSORS, STATE, BEST = "state.safetensors", "state.json", "best.json"
 PICKLES = (".pt", ".pth", ".ckpt", ".bin", ".pkl")
 
@@ -55,11 +55,11 @@ def save_checkpoint(
     architecture: Mapping[str, Any],
     write: Callable[[Mapping[str, Tensor], Path], None] = write_tensors,
 ) -> Path:
-    """Write ``directory/update-NNNNNN`` in one step and return it; one of the same update is replaced.
+    """Write ``directory/update-NNNNNN`` in one step and return it, replacing one of the same update.
 
-    ``state`` and ``architecture`` (the model's settings, which must agree for the tensors to fit) are
-    JSON; ``write`` puts the tensors into a file. Raises StorageError when the disk is full; checkpoints saved
-    before are untouched.
+    ``state`` and ``architecture`` (the model settings that must match for the tensors to fit) must be JSON
+    serialisable; ``write`` writes the tensors to a file. Raises StorageError when the disk is full; earlier
+    checkpoints are untouched.
     """
     path = directory / f"update-{update:06d}"
     with new_directory(path, failures=(SafetensorError,)) as temporary:
@@ -82,8 +82,8 @@ def load_checkpoint(
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read a checkpoint: its tensors (on the CPU) and its state.
 
-    Raises CheckpointError when it is missing, cut short, changed since it was written, a pickle, or of
-    another architecture than ``architecture`` (None accepts any), or where a tensor is not finite.
+    Raises CheckpointError if it is missing, truncated, modified since it was written, a pickle, or of an
+    architecture other than ``architecture`` (None accepts any), or if a tensor is not finite.
     """
     file, state = checked_file(path, architecture=architecture)
     try:
@@ -95,13 +95,16 @@ def load_checkpoint(
 
 
 def require_finite_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Raise CheckpointError where a tensor of the checkpoint ``path`` is not finite."""
+    """Raise CheckpointError if any tensor of the checkpoint ``path`` is not finite."""
     if (bad := first_non_finite(tensors)) is not None:
         raise CheckpointError(f"checkpoint {path}: {bad[0]} holds {bad[1]}; choose an earlier one")
 
 
 def checked_file(path: Path, *, architecture: Mapping[str, Any] | None = None) -> tuple[Path, dict[str, Any]]:
-    """The file of a checkpoint's tensors, known to be whole, and its state. Raises as ``load_checkpoint``."""
+    """Check that a checkpoint is intact; return the path of its tensor file, and its state.
+
+    Raises CheckpointError as ``load_checkpoint`` does, but does not check that tensors are finite.
+    """
     record = _read_record(path)
     if architecture is not None:
         _require_architecture(path, record["architecture"], _json(architecture))
@@ -125,7 +128,7 @@ def checked_file(path: Path, *, architecture: Mapping[str, Any] | None = None) -
 def require_tensors(path: Path, tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
     """Check that ``tensors``, read from ``path``, have exactly the names and shapes of ``expected``.
 
-    Raises CheckpointError naming the missing, unexpected and misshapen ones.
+    Raises CheckpointError naming missing, unexpected and misshapen tensors.
     """
     misshapen = [
         f"{name} is {list(tensors[name].shape)}, expected {list(expected[name].shape)}"
@@ -143,7 +146,7 @@ def require_tensors(path: Path, tensors: Mapping[str, Tensor], expected: Mapping
 
 
 def saved_updates(directory: Path) -> list[Path]:
-    """The checkpoint directories in ``directory``, oldest first; a copy under another name is not one."""
+    """The checkpoint directories in ``directory``, oldest first; renamed copies are ignored."""
     found = (path for path in directory.glob("update-*") if path.name.removeprefix("update-").isdecimal())
     return sorted(found, key=checkpoint_update)
 
@@ -168,9 +171,9 @@ def latest_checkpoint(directory: Path) -> Path | None:
 
 
 def mark_best(directory: Path, path: Path, value: float) -> None:
-    """Record that ``path``, a checkpoint in ``directory``, scores ``value``, the best so far.
+    """Record checkpoint ``path`` in ``directory`` as the best so far, with score ``value``.
 
-    Raises CheckpointError where it is gone: nothing could be tested at the end.
+    Raises CheckpointError if it no longer exists, because the final test would then have nothing to load.
     """
     if not path.is_dir():
         raise CheckpointError(
@@ -181,7 +184,10 @@ def mark_best(directory: Path, path: Path, value: float) -> None:
 
 
 def best_checkpoint(directory: Path) -> tuple[Path, float] | None:
-    """The checkpoint marked best, which may be gone, and its value; None when none is marked."""
+    """The checkpoint marked best, which may no longer exist, and its score; None if none is marked.
+
+    Raises CheckpointError if the marker is damaged.
+    """
     try:
         if not (directory / BEST).exists():
             return None
@@ -195,8 +201,8 @@ def best_checkpoint(directory: Path) -> tuple[Path, float] | None:
 def find_checkpoint(directory: Path, name: str | None) -> Path:
     """The checkpoint a user asked for: "best", "latest", an update number, a directory name, or a path.
 
-    None means the best one, or the latest where none is marked. Raises CheckpointError naming what there is,
-    also where the one marked best is gone.
+    None means the best one, or the latest if none is marked. Raises CheckpointError, listing the available
+    checkpoints, if none matches or the one marked best no longer exists.
     """
     best = best_checkpoint(directory)
     if name in (None, "best") and best is not None:
@@ -223,9 +229,9 @@ def _present(directory: Path) -> str:
 
 
 def resume_point(directory: Path) -> Path | None:
-    """The newest checkpoint that can be read whole, which a resumed run continues from; None starts at 0.
+    """The newest intact checkpoint, from which a resumed run continues; None means starting at update 0.
 
-    Those passed over are warnings. Raises CheckpointError where there are checkpoints and none can be read.
+    Damaged checkpoints are skipped with a warning. Raises CheckpointError if there are only damaged ones.
     """
     for path in reversed(checkpoints(directory)):
         try:
@@ -248,7 +254,7 @@ def checkpoint_update(path: Path) -> int:
 
 
 def no_improvement(path: Path, name: str | None) -> str | None:
-    """One line where ``path``, found under ``name``, is the best checkpoint and is nothing but the base."""
+    """A one-line note if ``path``, found under ``name``, is the best checkpoint but only the base."""
     if name not in (None, "best") or path.name != "update-000000":
         return None
     return (
@@ -258,10 +264,11 @@ def no_improvement(path: Path, name: str | None) -> str | None:
 
 
 def prune(directory: Path, *, up_to: int | None = None) -> None:
-    """Remove all but the newest KEPT_CHECKPOINTS checkpoints, the best one, and the best one as each knew it.
+    """Remove all but the newest KEPT_CHECKPOINTS, the best one, and the best recorded in each of these.
 
-    A run resumed from the older one goes on with that. Those of updates after ``up_to``, damaged ones that a
-    resumed run has passed over, do not count as newest and stay until their update is saved again.
+    A run resumed from an older checkpoint continues with the best one recorded there. Checkpoints of updates
+    after ``up_to`` are damaged ones that a resumed run skipped: they do not count as newest, and stay until
+    their update is saved again.
     """
     best = best_checkpoint(directory)
     found = saved_updates(directory)
@@ -274,7 +281,7 @@ def prune(directory: Path, *, up_to: int | None = None) -> None:
 
 
 def _best_known_to(path: Path) -> Path | None:
-    """The best checkpoint of a run when it saved ``path``; None where it knew none or that is damaged."""
+    """The run's best checkpoint when it saved ``path``; None if there was none or ``path`` is damaged."""
     try:
         best = _read_record(path)["state"].get("best")
     except CheckpointError:
@@ -316,7 +323,7 @@ def _require_architecture(path: Path, saved: Mapping[str, Any], expected: Mappin
 
 
 def _json(value: Mapping[str, Any]) -> Any:
-    return json.loads(json.dumps(value))  # tuples become the lists that reading gives back
+    return json.loads(json.dumps(value))  # turn tuples into lists, as reading does
 
 
 def _sha256(file: Path) -> str:

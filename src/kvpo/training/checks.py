@@ -1,4 +1,4 @@
-"""Exactness checks of a run, measured on its own generator with the weights that it has then."""
+"""Exactness checks of a run, on its own generator with its current weights."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -24,15 +24,16 @@ from kvpo.training.setup import Setup
 from kvpo.training.trainer import Trainer
 
 RATIO_TOLERANCE = {"none": 1e-3, "bfloat16": 0.05}
-"""By autocast. A log-ratio is a difference of energies over the temperature, which may be a hundredth of
-them: rounding of 1e-6 in an energy then shows as 1e-4. A wrong context shows as .1 and more."""
+"""Tolerance by autocast. A log-ratio is a difference of energies divided by the temperature, which may be a
+hundredth of them, so a rounding error of 1e-6 in an energy becomes 1e-4. A wrong context gives 0.1 or
+more."""
 
 
 def streamed_table(trainer: Trainer, lesson: Lesson) -> Tensor:
-    """A lesson's table [N, P, S] with one trajectory, block and solver step at a time.
+    """A lesson's table [N, P, S], computed one trajectory, block and solver step at a time.
 
-    Each trajectory is a stream of its own that is given its stored latents, as deployment would be: nothing
-    of the replay's batching is used.
+    Each trajectory is a separate stream that is given its stored latents, as in deployment; none of the
+    replay's batching is used.
     """
     generator, evidence = trainer.setup.generator, lesson.evidence
     every = []
@@ -54,11 +55,11 @@ def streamed_table(trainer: Trainer, lesson: Lesson) -> Tensor:
 
 
 def first_ratio_max_deviation(trainer: Trainer) -> float | None:
-    """Largest |pi_theta / pi_old - 1| at theta = theta_old: 0 but for rounding (``ratio_tolerance``).
+    """Largest |pi_theta / pi_old - 1| at theta = theta_old: 0 up to rounding (see ``ratio_tolerance``).
 
-    One table comes from the replay in training's batches, the other from ``streamed_table``, over all solver
-    steps that the method can learn from. The branches of the first two groups of a rollout take part,
-    regardless of their rewards. None for methods without a ratio.
+    Compares the table that training's batched replay computes with that of ``streamed_table``, over all
+    solver steps that the method can learn from. Uses the branches of the first two groups of a rollout,
+    regardless of their rewards. Returns None for methods without a ratio.
     """
     setup, config = trainer.setup, trainer.setup.config
     settings = replace(trainer.learner.settings, steps=len(setup.generator.sigmas))
@@ -84,12 +85,12 @@ def first_ratio_max_deviation(trainer: Trainer) -> float | None:
 
 
 def ratio_tolerance(config: Config) -> float:
-    """Deviation of a first ratio that rounding may cause where two batches sum in different orders."""
+    """Deviation of the first ratio to allow for rounding, as the two batches sum in different orders."""
     return RATIO_TOLERANCE[config.optim.autocast]
 
 
 def shared_fork(setup: Setup, prompts: Sequence[VideoPrompt]) -> Fork:
-    """A fork at which most of the exploration fits in every prompt, without a tail, all members together."""
+    """A fork with as much of the exploration as fits every prompt, no tail, and all members in one batch."""
     roomiest = plan_forks(prompts, setup.config.exploration, setup.generator.deployment).roomiest
     fork = roomiest[len(roomiest) // 2]
     return replace(fork, exploration=replace(fork.exploration, tail_blocks=0, rows=0))
@@ -105,11 +106,11 @@ def _grown(setup: Setup, prompts: Sequence[VideoPrompt], fork: Fork) -> Rollout:
 
 
 def anchor_energy_at_old(setup: Setup, prompts: Sequence[VideoPrompt]) -> float:
-    """Largest residual of anchors against the policy that made them, at any solver step: exactly 0.
+    """Largest residual of anchors against the policy that generated them, at any solver step: exactly 0.
 
-    Where rollouts are quantised it is what that rounds, since the replay is not.
-    The replay's velocities are compared with those that the rollout stored, step by step in a batch with the
-    rows of the rollout's batch, so that both sum in the same order.
+    The replay's velocities are compared with those that the rollout stored, one step at a time and with the
+    rows of the rollout's batch, so that both sum in the same order. With quantised rollouts the residual is
+    their rounding error, since the replay is not quantised.
     """
     generator, fork = setup.generator, shared_fork(setup, prompts)
     members = [Member(index) for index in range(len(prompts))]

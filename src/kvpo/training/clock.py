@@ -8,20 +8,20 @@ from dataclasses import dataclass, field
 from typing import Any
 
 PHASES = ("rollout", "decode", "score", "replay", "reduce", "save", "wait")
-"""Decoding and scoring go on beside the next rollout; ``wait`` is for other ranks, within any phase."""
+"""Decoding and scoring overlap the next rollout; ``wait`` is for other ranks, within any phase."""
 
 
 @dataclass
 class Clock:
-    """Time and traffic of this rank so far. Phases that overlap add up to more than it."""
+    """Time and traffic of this rank so far. Phases overlap, so they can add up to more than elapsed time."""
 
     seconds: Counter[str] = field(default_factory=Counter)
     bytes: Counter[str] = field(default_factory=Counter)
-    """Sent to other ranks; of ``save``, written."""
+    """Bytes sent to other ranks; for ``save``, bytes written."""
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
-        """Count the seconds of a block."""
+        """Add the duration of the ``with`` block to ``phase``."""
         started = time.perf_counter()
         try:
             yield
@@ -29,11 +29,11 @@ class Clock:
             self.seconds[phase] += time.perf_counter() - started  # type: ignore[assignment]
 
     def read(self) -> "Clock":
-        """A copy of what it shows now."""
+        """A snapshot of the clock."""
         return Clock(Counter(self.seconds), Counter(self.bytes))
 
     def since(self, before: "Clock") -> dict[str, dict[str, float]]:
-        """Seconds and bytes by phase that were added since ``before``."""
+        """Seconds and bytes by phase since the snapshot ``before``."""
         return {
             "seconds": {name: self.seconds[name] - before.seconds[name] for name in PHASES},
             "bytes": {name: self.bytes[name] - before.bytes[name] for name in PHASES if self.bytes[name]},
@@ -43,7 +43,7 @@ class Clock:
 def phases_of(
     ranks: Sequence[Mapping[str, Mapping[str, float]]], seconds: float, samples: int
 ) -> dict[str, Any]:
-    """Metrics of an update's phases: [ranks] for each, the share of time spent waiting, and throughput."""
+    """Metrics of an update's phases: a value per rank for each, the share of time waiting, throughput."""
     found: dict[str, Any] = {
         kind: {name: [round(own[kind].get(name, 0.0), 4) for own in ranks] for name in ranks[0][kind]}
         for kind in ("seconds", "bytes")

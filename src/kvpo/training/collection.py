@@ -34,7 +34,7 @@ from kvpo.training.ranks import ONE_TEAM, Ranks, Teams
 from kvpo.training.setup import Setup
 
 LARGEST_GAP = 0.1
-"""Policy gap from which a run stops: a tenth of what tells a branch from its anchor would be rounding."""
+"""Policy gap above which a run stops: a tenth of the difference from branch to anchor would be rounding."""
 
 
 @dataclass(frozen=True)
@@ -42,21 +42,21 @@ class Collected:
     """A scored rollout that waits for its update."""
 
     rollout: Rollout
-    """Its roots; the groups are gone."""
+    """The rollout's roots; its groups have been dropped."""
     credits: dict[int, Credit]
-    """By group, of every group worth training on, whichever rank explored it."""
+    """Credit by group, for every group worth training on, whichever rank explored it."""
     lessons: dict[int, Lesson]
-    """By group, of those that this rank's team explored."""
+    """Lessons by group, for those that this rank's team explored."""
     found: list[Metrics]
-    """Metrics of the exploration of every group."""
+    """Exploration metrics of every group."""
     old_tables: dict[int, Tensor]
-    """Tables of the lessons under the rollout policy; empty where no later step needs them."""
+    """Tables of the lessons under the rollout policy; empty if no later step needs them."""
     fresh: bool
-    """Its update comes first after the collection, so the rollout policy is the current one."""
+    """True for the first update after a collection, when the rollout policy is still the current one."""
 
 
 def plan_rollout(setup: Setup, update: int) -> PlannedRollout:
-    """Prompts and forks of an update's rollout, its exploration shrunk to what fits."""
+    """Plan the rollout of an update: its prompts, and forks with the exploration shrunk to fit."""
     prompts, config = setup.training_prompts(update), setup.config
     forks = draw_forks(prompts, config.exploration, setup.generator.deployment, (config.seed, update))
     blocks = min(fork.exploration.blocks for fork in forks)
@@ -67,9 +67,9 @@ def plan_rollout(setup: Setup, update: int) -> PlannedRollout:
 def generate_rollout(
     setup: Setup, update: int, planned: PlannedRollout, submit: Submit, cache: FrameCache, team: Ranks
 ) -> tuple[Rollout, list[Future[Scores]]]:
-    """The rollout of an update; finished groups are scored while the next ones are generated.
+    """Generate an update's rollout, scoring finished groups while the next ones are generated.
 
-    Of every group this rank scores its share of the members.
+    Within each group, this rank scores its share of the members.
     """
     config, codec, scorer = setup.config, setup.backbone.codec, setup.judges.scorer
     options = {
@@ -102,7 +102,7 @@ def generate_rollout(
 def explore(
     setup: Setup, updates: Sequence[int], teams: Teams = ONE_TEAM
 ) -> list[tuple[Rollout, list[Scores]]]:
-    """Generate and score the rollouts of some updates in one cache, this team's share of them.
+    """Generate and score this team's share of the rollouts of some updates, in one cache.
 
     Raises ValueError when a reward fails.
     """
@@ -128,7 +128,7 @@ def explore(
 
 
 def merged(parts: Sequence[Scores]) -> Scores:
-    """Scores of all members of a group, from the shares that ranks have scored."""
+    """Merge the shares that ranks scored into the scores of all members of a group."""
     members = sum(part.local_KM.shape[1] for part in parts)
     whole = torch.empty(2, len(parts[0].components), members)
     for rank, part in enumerate(parts):
@@ -137,7 +137,7 @@ def merged(parts: Sequence[Scores]) -> Scores:
 
 
 def credit_of(setup: Setup, update: int, index: int, score: Scores, scale: Scale | None) -> Credit | None:
-    """The branches of a group to train on, and how hard; None: its rewards differ by noise alone."""
+    """The branches of a group to train on, and how hard; None if rewards differ by noise alone."""
     config = setup.config
     if not METHODS[config.method].rewarded:
         return no_credit(score.local_KM.shape[1] - 1)
@@ -148,13 +148,13 @@ def credit_of(setup: Setup, update: int, index: int, score: Scores, scale: Scale
 def credits_of(
     setup: Setup, update: int, scores: Mapping[int, Scores], scale: Scale | None
 ) -> dict[int, Credit]:
-    """The credit of an update's groups, by group, of those worth training on."""
+    """Credit by group, for the groups of an update that are worth training on."""
     given = {group: credit_of(setup, update, group, score, scale) for group, score in scores.items()}
     return {group: credit for group, credit in given.items() if credit is not None}
 
 
 def found_in(setup: Setup, group: Group, score: Scores) -> Metrics:
-    """Metrics of the exploration of one group."""
+    """Exploration metrics of one group."""
     objective = setup.config.objective
     totals = score.totals(setup.judges.weights_K)
     of_anchor = objective.advantages == "anchor"
@@ -167,10 +167,10 @@ def found_in(setup: Setup, group: Group, score: Scores) -> Metrics:
 
 @torch.no_grad()
 def policy_gap(generator: StreamingGenerator, group: Group) -> float:
-    """Squared difference between an anchor's velocities as generated and as replayed, without gradients.
+    """Relative squared difference between an anchor's velocities as generated and as replayed.
 
-    As a share of that between the branches' velocities and the anchor's; 0 but for rounding where a rollout
-    has the replay's precision and policy.
+    It is relative to the squared difference between the branches' velocities and the anchor's, and 0 up to
+    rounding if the rollout has the replay's precision and policy. No gradients are recorded.
     """
     velocities_MPSFCHW, anchor = group.trajectories.velocities_MPSFCHW, group.trajectories.anchor
     row = member_row(group, anchor)
@@ -182,7 +182,7 @@ def policy_gap(generator: StreamingGenerator, group: Group) -> float:
 
 
 def demand_small_gap(setup: Setup, found: Sequence[Metrics]) -> None:
-    """Raise ValueError where quantised rollouts are too far from the policy that is trained."""
+    """Raise ValueError if quantised rollouts are too far from the policy that is trained."""
     gaps = [metrics["rollout_gap"] for metrics in found if "rollout_gap" in metrics]
     gap = sum(gaps) / max(1, len(gaps))
     if not gap <= LARGEST_GAP:
@@ -195,7 +195,7 @@ def demand_small_gap(setup: Setup, found: Sequence[Metrics]) -> None:
 def lessons_of(
     setup: Setup, learner: Learner, update: int, rollout: Rollout, credits: Mapping[int, Credit]
 ) -> dict[int, Lesson]:
-    """The lessons of a rollout's groups, by group, of those that have credit."""
+    """Lessons by group, for the groups of a rollout that have credit."""
     lessons = {}
     for group in rollout.groups:
         if group.index in credits:
@@ -205,10 +205,10 @@ def lessons_of(
 
 
 def collect(setup: Setup, learner: Learner, updates: range) -> list[Collected]:
-    """Rollouts for ``updates`` under the current policy, scored and turned into lessons.
+    """Generate rollouts for ``updates`` under the current policy, score them and turn them into lessons.
 
-    Every rank explores its share of the groups and learns the scores of all. Raises ValueError when a reward
-    fails.
+    Every rank explores its share of the groups and receives the scores of all. Raises ValueError when a
+    reward fails or when quantised rollouts are too far from the policy.
     """
     ranks, teams, doing = setup.ranks, learner.teams, "exploring and scoring"
     with ranks.together(doing):

@@ -33,18 +33,18 @@ from kvpo.method.methods import METHODS
 
 @dataclass(frozen=True)
 class Blend:
-    """The rule by which a run's scores become one advantage of each branch."""
+    """The rule that turns a run's scores into one advantage per branch."""
 
     weights_K: Tensor
     floors_K: Tensor | None
-    """Noise floor of every component; None: none was measured, the total's holds for each."""
+    """Noise floor of every component; None if none was measured, and the total's applies to each."""
     default_floor: float
-    """Noise floor of the weighted sum, and of every component without one of its own."""
+    """Noise floor of the weighted sum, and of every component without its own."""
     config: Config
 
     @property
     def anchor_in_pool(self) -> bool:
-        """The method's policy counts the anchor among its members."""
+        """True if the method's policy includes the anchor among its members."""
         return self.config.method == "kvpo" and self.config.kvpo.anchor_share > 0
 
     @property
@@ -54,9 +54,10 @@ class Blend:
 
 
 def blend_of(components: Sequence[str], weights_K: Tensor, config: Config) -> Blend:
-    """The blend that a run's settings ask for; components without a measured floor have that of the sum.
+    """The blend that a run's settings ask for; components without a measured floor use that of the sum.
 
-    Raises ConfigurationError for names that are not components, and for settings with nothing to compare.
+    Raises ConfigurationError for unknown components, and for settings that compare the first component with
+    others if it, or every other one, has no weight.
     """
     rewards = config.rewards
     floors = dict(rewards.noise_floors)
@@ -80,14 +81,14 @@ def blend_of(components: Sequence[str], weights_K: Tensor, config: Config) -> Bl
 
 
 Scale = tuple[Tensor, Tensor]
-"""Reward spread of a whole collection in the local and in the global signal, [K] or [] each."""
+"""Reward spreads of a whole collection in the local and in the global signal, [K] or [] each."""
 
 
 def collection_scale(scores: Sequence[Scores], blend: Blend) -> Scale | None:
-    """Spread that all advantages of a collection are divided by; None: each group's own is.
+    """Spread by which all advantages of a collection are divided; None if each group uses its own.
 
-    With one scale no group has to be skipped: one of nearly equal clips has small advantages. The noise floor
-    is still the least that is divided by, for a collection that differs by noise alone.
+    With one scale no group has to be skipped, because a group of nearly equal clips has small advantages. The
+    noise floor remains the smallest divisor, for a collection that differs by noise alone.
     """
     if blend.config.objective.scale == "group":
         return None
@@ -100,14 +101,14 @@ def collection_scale(scores: Sequence[Scores], blend: Blend) -> Scale | None:
 def assign_credit(
     scores: Scores, blend: Blend, generator: torch.Generator, scale: Scale | None = None
 ) -> Credit | None:
-    """Advantages of one group (docs/method.md, "Credit"), or None where its reward spread is noise.
+    """Advantages of one group (docs/method.md, "Credit"), or None if its reward spread is noise.
 
-    Components become one advantage as ``blend`` says; the local and the global signal are fused; clamping
-    comes last. With ``advantages`` "random" the same numbers are dealt to the branches at random, with
-    "flipped" they change their sign. The selected ones are centred unless they are relative to an anchor in
-    the policy's pool: over branches alone a constant that all advantages share does not cancel, but turns the
-    gradient. A method that imitates has no such policy, so the best branches alone keep their advantages,
-    those below 0 counting 0: nothing is pushed away.
+    ``blend`` combines the components into one advantage; the local and the global signal are fused; clamping
+    comes last. With ``advantages`` "random" the values are permuted among the branches; with "flipped" they
+    are negated. The selected advantages are centred unless they are relative to an anchor in the policy's
+    pool: over branches alone, a constant shared by all advantages does not cancel but turns the gradient. A
+    method that imitates has no such policy. If it keeps the best branches alone, their advantages are not
+    centred, and those below 0 become 0, so that nothing is pushed away.
     """
     config, objective, fusion = blend.config, blend.config.objective, blend.config.rewards.fusion
     if group_is_noise(scores, blend) if scale is None else not any(bool(one.any()) for one in scale):
@@ -137,7 +138,7 @@ def assign_credit(
 
 
 def group_is_noise(scores: Scores, blend: Blend) -> bool:
-    """True for a group that teaches nothing: its total, or with measured floors every component, is noise.
+    """True if a group teaches nothing: its total, or every component if floors were measured, is noise.
 
     Raw fusion normalises the total, so there the total decides in either case. Components of weight 0 do not
     count, and neither does the anchor unless advantages are relative to it.

@@ -17,7 +17,7 @@ def forget_peak(device: torch.device | str) -> None:
 
 
 def peak(device: torch.device | str) -> dict[str, float]:
-    """``device_peak_gb``: the most that tensors took since ``forget_peak``; empty on a CPU."""
+    """``device_peak_gb``: peak memory of tensors since ``forget_peak``; empty on a CPU."""
     if torch.device(device).type != "cuda":
         return {}
     return {"device_peak_gb": torch.cuda.max_memory_allocated(device) / GB}
@@ -25,10 +25,10 @@ def peak(device: torch.device | str) -> dict[str, float]:
 
 @contextmanager
 def computing(config: Config) -> Iterator[None]:
-    """Deterministic kernels and the threads of a configuration inside; afterwards the process is as it was.
+    """Use deterministic kernels and a configuration's threads; the process's settings are restored on exit.
 
-    On a CPU one thread is the default: threads meet after every operation, and where another process has one
-    of the cores, all wait for the one that shares it.
+    On a CPU the default is one thread. Threads synchronise after every operation, so if another process
+    occupies one of the cores, all of them wait for the thread that shares it.
     """
     before = torch.get_num_threads()
     by_default = 1 if config.on_cpu else before
@@ -39,8 +39,8 @@ def computing(config: Config) -> Iterator[None]:
     try:
         torch.set_num_threads(config.threads or by_default)
         torch.use_deterministic_algorithms(True, warn_only=True)
-        torch.utils.deterministic.fill_uninitialized_memory = False  # finds bugs, costs time
-        with torch.random.fork_rng(devices=[]):  # new layers draw from it, before their weights are read
+        torch.utils.deterministic.fill_uninitialized_memory = False  # only finds bugs, and costs time
+        with torch.random.fork_rng(devices=[]):  # new layers draw from it before their weights are loaded
             yield
     finally:
         torch.set_default_dtype(dtype)

@@ -1,8 +1,8 @@
 """Branch diversity: routed histories compared with noise.
 
-CHR branches share all noise and differ in history; noise branches share the history and differ in the noise
-of the window, either freshly drawn or mixed in as sqrt(1 - s^2) eps + s delta with s set so that branches lie
-as far apart in pixels as CHR's do at the same place.
+CHR branches share all noise and differ in history. Noise branches share the history and differ in the noise
+of the window, which is either freshly drawn or mixed in as sqrt(1 - s^2) eps + s delta, with s chosen so that
+branches are as far apart in pixels as CHR's at the same place.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,12 +27,12 @@ from kvpo.prompts import VideoPrompt
 from kvpo.training.evaluation import Judges
 
 Observer = Callable[[Tensor], tuple[list[tuple], Tensor]]
-"""Videos [B, T, 3, H, W] -> what each shows at the end, as comparable tuples, and how sure that is [B]."""
+"""Videos [B, T, 3, H, W] -> what each shows at the end, as comparable tuples, and confidences [B]."""
 
 
 @dataclass(frozen=True)
 class ReadOff:
-    """Reads what a video shows off its pixels."""
+    """Reads what a video shows from its pixels."""
 
     observe: Observer
     broken_below: float
@@ -48,7 +48,7 @@ class Diversity:
     pixel_distance: float
     """Root mean square pixel difference between two branches over the window."""
     broken_share: float
-    """Share of branches whose confidence lies below the bound for clean renders."""
+    """Share of branches whose confidence is below the bound for clean renders."""
     reward_std: float
     """Standard deviation of the reward over the branches of a fork."""
 
@@ -71,16 +71,16 @@ class Laboratory:
     tape: Tape
     judges: Judges
     read_off: ReadOff | None
-    """Needed to ``measure``."""
+    """Required by ``measure``."""
 
     def branches(self, place: Place, explorer: Explorer) -> list[Group]:
-        """Branches as an explorer tells them apart, the anchor last."""
+        """An explorer's branches at a place, one group per prompt, with the anchor last."""
         with self.roots(place) as explore:
             return explore(explorer)
 
     @contextmanager
     def roots(self, place: Place) -> Iterator[Callable[[Explorer], list[Group]]]:
-        """A function that returns an explorer's ``branches`` from roots that are grown only once."""
+        """Yield a function like ``branches`` whose calls share roots that are grown only once."""
         groups = range(len(place.prompts))
         planned = PlannedRollout(place.prompts, [place.fork] * len(groups), keep_pool=True)
         cache = self.generator.new_cache(cache_pages(self.generator, [planned]))
@@ -127,10 +127,10 @@ class Laboratory:
     def matched_strength(
         self, explore: Callable[[Explorer], list[Group]], distance: float, fresh: float
     ) -> float:
-        """Strength at which noise branches from the roots of ``explore`` lie ``distance`` apart in pixels.
+        """Strength at which noise branches from the roots of ``explore`` are ``distance`` apart in pixels.
 
-        The distance grows like a power of the strength, up to that of ``fresh`` noise at 1; the power is read
-        off at each of two trials.
+        The distance grows as a power of the strength, up to ``fresh``, the distance of fresh noise, at
+        strength 1. Each of two trials estimates the exponent.
         """
         strength = distance / fresh if fresh else 1.0
         for _ in range(2):

@@ -1,4 +1,4 @@
-"""Drift of long streams: looks and rewards a few seconds at a time, in memory that does not grow."""
+"""Drift of long streams: looks and rewards, a few seconds at a time, in constant memory."""
 
 import resource
 from collections.abc import Callable, Sequence
@@ -16,11 +16,11 @@ from kvpo.training.diversity import ReadOff
 from kvpo.training.evaluation import Judges, segment_scores
 
 MEMORY = "peak_rss_mb"
-"""Most memory that the process had held by the end of a span: the same for all videos."""
+"""Peak memory of the process up to the end of a span: the same for all videos."""
 
 
 def chained(prompts: Sequence[VideoPrompt], num_frames: int, id: int) -> VideoPrompt:
-    """One video of ``num_frames`` latent frames that shows the prompts one after another, again and again."""
+    """One video of ``num_frames`` latent frames that cycles through the prompts."""
     segments: list[str] = []
     starts: list[int] = []
     at = 0
@@ -44,10 +44,9 @@ def drift_curves(
 ) -> dict[str, list[list[float]]]:
     """Stream videos of one length and measure every ``span`` latent frames: measure -> ``[spans][videos]``.
 
-    ``span`` and the length are multiples of the block; what is left after the last whole span is not
-    streamed. Measures are the reward, its components as ``reward/NAME``, the unseen scorer, the looks, the
-    confidence of what ``read_off`` reads (1 is its bound), and ``MEMORY``. Only the pixels of one span and
-    one block are held.
+    ``span`` and the length are multiples of the block; frames after the last whole span are not streamed.
+    Measures are the reward, its components as ``reward/NAME``, the unseen scorer, the looks, the confidence
+    of ``read_off`` (1 is its bound), and ``MEMORY``. Only the pixels of one span and one block are kept.
     """
     generator, codec, block = backbone.generator, backbone.codec, backbone.generator.block
     frames = min(prompt.num_frames for prompt in prompts) // span * span
@@ -71,7 +70,7 @@ def drift_curves(
             measured = _measured(backbone, prompts, video, first, span, judges, read_off)
             for name, values in measured.items():
                 found.setdefault(name, []).append(values)
-            pixels = [chunks[-1:] for chunks in pixels]  # what a segment that starts now follows on
+            pixels = [chunks[-1:] for chunks in pixels]  # the lead-in of a segment that starts now
             show(start + block, frames)
     for stream in streams:
         stream.history.release()
@@ -79,7 +78,7 @@ def drift_curves(
 
 
 def _forget(stream: Stream, window: int) -> None:
-    """Let go of latents that no prompt switch re-encodes."""
+    """Drop latents that no prompt switch will re-encode."""
     del stream.latents[: -max(1, window // len(stream.latents[-1]))]
 
 

@@ -19,7 +19,7 @@ from kvpo.training.backbone import Backbone
 from kvpo.training.ranks import ALONE, Ranks
 
 ROWS = 32
-"""Videos generated together."""
+"""Default limit on videos generated together."""
 
 
 @dataclass(frozen=True)
@@ -27,22 +27,22 @@ class Evaluation:
     """Scores of one policy on a set of prompts."""
 
     components_KN: Tensor
-    """Scores per component and prompt, the mean over segments weighted by their frames."""
+    """Scores per component and prompt: the frame-weighted mean over segments."""
     unseen_N: Tensor | None
     """The unseen scorer's scores; None without one."""
     watchers_HN: Tensor
-    """Scores of the rewards that watch for hacking; no row without one."""
+    """Scores of the rewards that watch for hacking; no rows without any."""
     looks_LN: Tensor
     """Pixel statistics of the videos (``kvpo.rewards.pixel_statistics``)."""
     texts_N: tuple[tuple[str, ...], ...]
     """Segments of every prompt."""
     mismatched_KN: Tensor | None = None
-    """Component scores against another prompt's captions; None: not asked for."""
+    """Component scores against another prompt's captions; None if not requested."""
     exam_AN: Tensor | None = None
-    """Demands met and made over all segments, as ``Judges.exam`` counts them; None without one."""
+    """Demands met, then demands made, over all segments (see ``Judges.exam``); None without an exam."""
 
     def by_prompt(self) -> "Evaluation":
-        """The mean over the videos of each distinct prompt: standard errors count repeated prompts once."""
+        """Average over each distinct prompt's videos, so that standard errors count repeated prompts once."""
         distinct = list(dict.fromkeys(self.texts_N))
         if len(distinct) == len(self.texts_N):
             return self
@@ -65,7 +65,7 @@ class Judges:
     watchers: tuple[Reward, ...] = ()
     """Rewards that watch for hacking and may stop the run."""
     exam: Scorer | None = None
-    """Counts the demands that a clip meets, then in as many components those that its text makes."""
+    """Counts the demands that a clip meets and, in as many further components, those that its text makes."""
 
     @property
     def watcher_names(self) -> tuple[str, ...]:
@@ -91,8 +91,8 @@ def evaluate_policy(
     """Generate every prompt in the deployment context and score its segments.
 
     At most ``rows`` videos are generated together, in batches that do not depend on the number of ranks.
-    ``mismatched``: the videos are scored against the captions of others as well (see `swapped_captions`).
-    What a video shows before latent frame ``first`` is not scored, nor what the longest of them is given.
+    ``mismatched`` also scores the videos against the captions of others (see `swapped_captions`). Scoring
+    starts at latent frame ``first``, or after the longest given beginning of a video if that is later.
     """
     first = max([first, *(len(backbone.given.get(prompt.id, ())) for prompt in prompts)])
     others = swapped_captions(prompts) if mismatched else None
@@ -103,9 +103,9 @@ def evaluate_policy(
 
 
 def swapped_captions(prompts: Sequence[VideoPrompt]) -> list[VideoPrompt] | None:
-    """Every prompt with the captions of the next one that has as many segments and says something else.
+    """Every prompt with the captions of the next one that has equally many segments but different texts.
 
-    None where one has no such partner.
+    None if a prompt has no such partner.
     """
     swapped = []
     for n, prompt in enumerate(prompts):
@@ -119,7 +119,7 @@ def swapped_captions(prompts: Sequence[VideoPrompt]) -> list[VideoPrompt] | None
 
 
 def batches(prompts: Sequence[VideoPrompt], rows: int) -> list[Sequence[VideoPrompt]]:
-    """The prompts in as few batches of at most ``rows`` as there can be, of nearly equal sizes."""
+    """Split the prompts into as few batches of at most ``rows`` as possible, of nearly equal sizes."""
     count = math.ceil(len(prompts) / rows)
     ends = [len(prompts) * n // count for n in range(count + 1)]
     return [prompts[start:end] for start, end in pairwise(ends)]
@@ -133,7 +133,7 @@ def _evaluated(
     judges: Judges,
     first: int,
 ) -> Evaluation:
-    """The results of one batch, also against the captions of ``others``."""
+    """The results of one batch, also against the captions of ``others`` if there are any."""
     codec, block = backbone.codec, backbone.generator.block
     latents = backbone.latents(prompts, tape)
     videos, frames = pixels_of(codec, latents), codec.frames_per_latent
@@ -156,7 +156,7 @@ def _evaluated(
 
 
 def joined(parts: Sequence[Evaluation]) -> Evaluation:
-    """The results of several sets of prompts as one; what a part has not measured is left out."""
+    """Join the results of several sets of prompts; a field that any part lacks becomes None."""
     first, *rest = (vars(part) for part in parts)
     every = {name: [value, *(own[name] for own in rest)] for name, value in first.items()}
     texts_N = tuple(texts for own in every.pop("texts_N") for texts in own)
@@ -185,8 +185,8 @@ def segment_scores(
 ) -> Tensor:
     """Frame-weighted mean over the segments that videos show in latent frames ``[first, stop)``: ``[K, N]``.
 
-    The pixels start at latent frame ``offset``; ``lead`` frames before a segment come along. ``counted``: the
-    sum over the segments instead.
+    The pixels start at latent frame ``offset``; clips include ``lead`` frames before their segment.
+    ``counted`` returns the sum over the segments instead of the mean.
     """
     ends = [stop or prompt.num_frames for prompt in prompts]
     clips = [
@@ -226,7 +226,7 @@ def paired_change(base_N: Tensor, aligned_N: Tensor) -> dict[str, float]:
 
 
 def comparison(base: Evaluation, aligned: Evaluation, judges: Judges) -> dict[str, object]:
-    """The numbers of one prompt set as summary.json and the metrics log hold them, over distinct prompts."""
+    """The numbers of one prompt set over distinct prompts, as summary.json and the metrics log store them."""
     base, aligned = base.by_prompt(), aligned.by_prompt()
     base_N, aligned_N = judges.totals(base), judges.totals(aligned)
     gain = paired_gain(base_N, aligned_N)
@@ -258,7 +258,7 @@ def comparison(base: Evaluation, aligned: Evaluation, judges: Judges) -> dict[st
 
 
 def accuracies(components: Sequence[str], base_AN: Tensor, aligned_AN: Tensor) -> dict[str, dict[str, float]]:
-    """Shares of the demands met by what they demand, base and aligned, with their number ``n``."""
+    """Share of demands met, base and aligned, and number of demands ``n``, by kind of demand."""
     (base_met, n), (aligned_met, _) = (counts.sum(1).chunk(2) for counts in (base_AN, aligned_AN))
     return {
         name: {"base": float(base_met[k] / n[k]), "aligned": float(aligned_met[k] / n[k]), "n": int(n[k])}
@@ -268,5 +268,5 @@ def accuracies(components: Sequence[str], base_AN: Tensor, aligned_AN: Tensor) -
 
 
 def mean_gain(comparisons: Mapping[str, Mapping[str, object]]) -> float:
-    """Paired gain averaged over prompt sets: what the best checkpoint is chosen by."""
+    """Paired gain averaged over prompt sets, by which the best checkpoint is chosen."""
     return sum(float(numbers["paired_gain"]) for numbers in comparisons.values()) / len(comparisons)  # type: ignore[arg-type]

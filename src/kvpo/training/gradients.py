@@ -1,8 +1,8 @@
 """The gradient of one rollout: a table of squared residuals, a loss on it, backward in micro-batches.
 
-The loss is differentiated on the table's numbers, and each micro-batch of cells is backpropagated with its
-coefficients d loss / d table: exact, with the activations of one micro-batch in memory (docs/method.md, "The
-gradient").
+The loss is differentiated with respect to the table, and each micro-batch of cells is backpropagated with its
+coefficients d loss / d table. This is exact, and only the activations of one micro-batch are in memory
+(docs/method.md, "The gradient").
 """
 
 import math
@@ -41,7 +41,7 @@ class Learner:
     rows: int
     """Forward rows (trajectories x blocks x steps) per forward pass; 0 means no limit."""
     teams: Teams = ONE_TEAM
-    """The ranks that have this one's groups in common, and replay their trajectories in turn."""
+    """The ranks that share this rank's groups and divide the replay of their trajectories."""
 
 
 @dataclass(frozen=True)
@@ -49,12 +49,12 @@ class Lesson:
     """One fork to learn from: the method's evidence, followed by the rows of the velocity KL."""
 
     group: int
-    """Position of its group among those of the rollout."""
+    """Index of its group in the rollout."""
     root: Stream
     past_MPFCHW: Tensor
-    """Every member's clean latents of the window."""
+    """Clean latents of the window for every member."""
     routed_pages: Mapping[int, tuple[tuple[int, ...], ...]]
-    """Pages in the routed slots of branches whose routed history is asked about; ``recent`` frames follow."""
+    """Routed pages by branch, if the evidence needs its routed history; ``recent`` frames follow them."""
     recent: int
     credit: Credit
     evidence: Evidence
@@ -62,16 +62,16 @@ class Lesson:
 
     @property
     def blocks(self) -> int:
-        """P, the blocks of the window."""
+        """P, the number of blocks in the window."""
         return self.past_MPFCHW.shape[1]
 
     @property
     def steps(self) -> int:
-        """S, the solver steps that are learned from."""
+        """S, the number of solver steps to learn from."""
         return self.evidence.states_QPSFCHW.shape[2]
 
     def row(self, query: int) -> ReplayRow:
-        """One of the trajectories that the evidence asks at."""
+        """The replay row of one of the evidence's trajectories."""
         evidence = self.evidence
         return ReplayRow(self.root, self.past_MPFCHW[evidence.past_Q[query]], evidence.states_QPSFCHW[query])
 
@@ -82,26 +82,26 @@ class Lesson:
         return residual_table(evidence.weights_NPS, evidence.targets_NPSFCHW, asked)
 
     def require_finite(self, table_NPS: Tensor, policy: str = "") -> None:
-        """Raise NonFiniteError, naming the prompt, where a number of a table is not finite."""
+        """Raise NonFiniteError, naming the prompt, if any number in a table is not finite."""
         named = {f"prompt {self.root.prompt.id}": table_NPS}
         way_out = "the policy has diverged, lower optim.lr, or try --optim.autocast none"
         require_finite(named, f"replayed residuals{policy}", way_out)
 
     def tables(self, now_NPS: Tensor, old_NPS: Tensor, reference_NPS: Tensor) -> Tables:
-        """The rows that the method's loss is about, under three policies."""
+        """The rows that enter the method's loss, under three policies."""
         rows = len(self.evidence.query_N) - self.drift_rows
         return Tables(now_NPS[:rows], old_NPS[:rows], reference_NPS[:rows], self.evidence.branch_N[:rows])
 
     def taught(self, teacher: str, velocities_QPSFCHW: Tensor) -> "Lesson":
-        """The lesson once the velocities of a teacher are known at every trajectory."""
+        """The lesson with a teacher's velocities, given at every trajectory, added to its targets."""
         known = self.evidence.with_teacher(teacher, velocities_QPSFCHW[list(self.evidence.query_N)])
         return replace(self, evidence=known)
 
 
 def micro_batches(learner: Learner, lesson: Lesson) -> list[range]:
-    """The trajectories of a lesson in micro-batches of at most ``learner.rows`` forward rows.
+    """Split a lesson's trajectories into micro-batches of at most ``learner.rows`` forward rows.
 
-    No rank of a team goes without one, if there are enough.
+    Every rank of a team gets one if there are enough trajectories.
     """
     every = len(lesson.evidence.past_Q)
     size = trajectories_together(learner.rows, lesson.blocks, learner.settings.steps) or every
@@ -110,17 +110,17 @@ def micro_batches(learner: Learner, lesson: Lesson) -> list[range]:
 
 
 def own_batches(learner: Learner, lesson: Lesson) -> list[range]:
-    """The micro-batches that this rank replays: equally many on each of its team, the last one repeated."""
+    """This rank's micro-batches: equally many on each rank of its team, repeating the last one if needed."""
     return learner.teams.team.deal(micro_batches(learner, lesson))
 
 
 def trajectories_together(rows: int, blocks: int, steps: int) -> int:
-    """Trajectories that one micro-batch of at most ``rows`` forward rows holds; 0: no limit."""
+    """Trajectories that fit in a micro-batch of ``rows`` forward rows, at least one; 0 means no limit."""
     return max(1, rows // (blocks * steps)) if rows else 0
 
 
 def blocks_together(rows: int, blocks: int, steps: int) -> int:
-    """Blocks of a window that one forward pass of at most ``rows`` rows holds, at least one; 0: all."""
+    """Blocks of a window that fit in a forward pass of ``rows`` rows, at least one; all if ``rows`` is 0."""
     return min(blocks, max(1, rows // steps)) if rows else blocks
 
 
@@ -129,8 +129,8 @@ def replayed(
 ) -> Generator[tuple[slice, Tensor]]:
     """Replay rows under the current policy, some blocks of the window at a time.
 
-    Yields (blocks, velocities [R, P', S, F, C, H, W]). With ``gradients``, backpropagate each part before the
-    next one is taken, and close the generator whatever happens: until then it holds the rows' pages.
+    Yields (blocks, velocities [R, P', S, F, C, H, W]). With ``gradients``, backpropagate each part before
+    taking the next one. Always close the generator: it holds the rows' pages until then.
     """
     blocks, steps = rows[0].states_PSFCHW.shape[:2]
     size = blocks_together(learner.rows, blocks, steps)
@@ -143,14 +143,14 @@ def replayed(
 
 
 def whole_velocities(learner: Learner, rows: Sequence[ReplayRow]) -> Tensor:
-    """Velocities [R, P, S, F, C, H, W] in all blocks of the window, without gradients."""
+    """Velocities [R, P, S, F, C, H, W] for all blocks of the window, without gradients."""
     return torch.cat([velocities for _, velocities in replayed(learner, rows)], 1)
 
 
 def velocities_of(learner: Learner, lesson: Lesson) -> Tensor:
     """Velocities [Q, P, S, F, C, H, W] at the trajectories that this rank replays, without gradients.
 
-    Those of others in its team are zero.
+    Trajectories that other ranks of its team replay are zero.
     """
     velocities = torch.zeros_like(lesson.evidence.states_QPSFCHW)
     for own in own_batches(learner, lesson):
@@ -159,7 +159,7 @@ def velocities_of(learner: Learner, lesson: Lesson) -> Tensor:
 
 
 def whole_table(learner: Learner, lesson: Lesson, table_NPS: Tensor, policy: str = "") -> Tensor:
-    """The table with the cells that the other ranks of the team have replayed. Raises NonFiniteError."""
+    """Fill in, in place, the cells that the team's other ranks have replayed. Raises NonFiniteError."""
     queries = {query for own in own_batches(learner, lesson) for query in own}
     rows = [number for number, query in enumerate(lesson.evidence.query_N) if query in queries]
     for others, cells in learner.teams.team.gather((rows, table_NPS[rows].cpu()), "replaying"):
@@ -176,8 +176,8 @@ def table_of(learner: Learner, lesson: Lesson) -> Tensor:
 def lesson_of(learner: Learner, group: Group, credit: Credit, generator: torch.Generator) -> Lesson:
     """The lesson of a group; ``generator`` draws the random numbers of the evidence.
 
-    Where the method asks for its old policy's velocities, they are in the targets: those of the current
-    policy, which has to be the one that generated the rollout, or of the average.
+    If the method needs its old policy's velocities, they are added to the targets. The old policy is either
+    the moving average or the current policy, which must then be the one that generated the rollout.
     """
     trajectories = group.trajectories
     evidence, drift_rows = learner.method.asks(trajectories, credit, learner.settings, generator)
@@ -200,7 +200,7 @@ def lesson_of(learner: Learner, group: Group, credit: Credit, generator: torch.G
 
 
 def with_routed_teacher(learner: Learner, lesson: Lesson) -> Lesson:
-    """The lesson with the policy's own velocities under the branches' routed history in its targets."""
+    """Add the policy's own velocities under the branches' routed history to the lesson's targets."""
     evidence = lesson.evidence
     rows = [n for n, name in enumerate(evidence.teacher_N) if name == "routed"]
     if not rows:
@@ -227,11 +227,11 @@ def accumulate_gradients(
 ) -> tuple[Metrics, float]:
     """Add the gradient of a lesson's share of the mean loss over ``lessons`` to the parameters' ``.grad``.
 
-    Of a lesson that a team has in common, the gradient of the micro-batches that this rank replays.
-    ``old_table`` is the table under the rollout policy; None: the current policy still is that one, and every
-    ratio is exactly 1. ``parts`` takes the gradient of every micro-batch apart; None: they are added up.
+    For a lesson that a team shares, this adds the gradient of this rank's micro-batches. ``old_table`` is the
+    table under the rollout policy; None means that this is still the current policy, so that every ratio is
+    exactly 1. ``parts`` receives the gradient of each micro-batch separately; None adds them up.
 
-    Returns the lesson's metrics and its velocity KL to the starting policy, nan where it does not ask for it.
+    Returns the lesson's metrics and its velocity KL to the starting policy, or nan if the lesson has none.
     """
     with learner.policy.reference():
         of_reference = velocities_of(learner, lesson)
@@ -239,7 +239,7 @@ def accumulate_gradients(
     reference = whole_table(learner, lesson, lesson.table(of_reference), " of the starting policy")
 
     def differentiated(table_NPS: Tensor) -> tuple[Tensor, Metrics, float]:
-        """The loss, differentiated on the table under the current policy."""
+        """Differentiate the loss at a table under the current policy."""
         old = table_NPS if old_table is None else old_table
         return differentiate(learner, lesson, table_NPS, old, reference)
 
@@ -252,7 +252,7 @@ def accumulate_gradients(
         coefficients = differentiated(table_of(learner, lesson))[0]
     table = torch.zeros_like(reference)
     for number, queries in enumerate(own_batches(learner, lesson)):
-        again = rank + number * learner.teams.team.count >= len(batches)  # it is another rank's
+        again = rank + number * learner.teams.team.count >= len(batches)  # a repeat of another rank's
         rows = [lesson.row(query) for query in queries]
         with closing(replayed(learner, rows, gradients=True)) as replay:
             for blocks, velocities in replay:
@@ -271,7 +271,7 @@ def accumulate_gradients(
 def _cells(
     lesson: Lesson, queries: range, blocks: slice, velocities_RPSFCHW: Tensor
 ) -> tuple[tuple[list[int], slice], Tensor]:
-    """The place of a micro-batch of trajectories in a lesson's table, and its cells there: [N', P', S]."""
+    """The index of a micro-batch of trajectories in a lesson's table, and its cells there: [N', P', S]."""
     evidence = lesson.evidence
     numbers = [number for number, query in enumerate(evidence.query_N) if query in queries]
     place = (numbers, blocks)
@@ -282,10 +282,10 @@ def _cells(
 def differentiate(
     learner: Learner, lesson: Lesson, now_NPS: Tensor, old_NPS: Tensor, reference_NPS: Tensor
 ) -> tuple[Tensor, Metrics, float]:
-    """Differentiate the loss on a lesson's table, given under three policies. Raises NonFiniteError.
+    """Differentiate the loss with respect to a lesson's table, given under three policies.
 
-    Returns d loss / d table [N, P, S], the velocity KL included; the metrics; the velocity KL alone, nan
-    where the lesson does not ask for it.
+    Returns d loss / d table [N, P, S], including the velocity KL; the metrics; and the velocity KL alone, or
+    nan if the lesson has none. Raises NonFiniteError.
     """
     lesson.require_finite(now_NPS)
     table = now_NPS.detach().requires_grad_()

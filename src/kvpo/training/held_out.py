@@ -19,9 +19,9 @@ def evaluate_prompts(
     mismatched: bool = False,
     first: int = 0,
 ) -> Evaluation:
-    """Held-out results of the model as it is, on ranks that share the videos (see `evaluate_policy`).
+    """Held-out results of the model's current weights; ranks divide the videos (see `evaluate_policy`).
 
-    The tape is by default that of all held-out results.
+    The default tape is the one of all held-out results.
     """
     return evaluate_policy(
         setup.backbone,

@@ -12,7 +12,7 @@ logger = logging.getLogger(__name__)
 
 
 def patience() -> float:
-    """Half of the seconds after which torchrun kills what has not stopped at its signal; 0 without it."""
+    """Half of torchrun's grace period, in seconds, between signalling and killing a process; 0 without it."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return 0.0
     return float(os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "30")) / 2
@@ -26,10 +26,11 @@ class StopAtOnce(KeyboardInterrupt):
 def stop_on_signal() -> Iterator[Callable[[], bool]]:
     """Yield ``interrupted()``, which turns true at the first SIGINT or SIGTERM.
 
-    A second signal raises KeyboardInterrupt, for the block to save what it has; every further one StopAtOnce,
-    as that may take too long. Where there is a limit to ``patience()``, ``interrupted()`` has to be asked
-    within it, or KeyboardInterrupt is raised then. The former handlers come back when the block ends.
-    Outside the main thread, where Python allows no handlers, ``interrupted()`` stays false.
+    A second signal raises KeyboardInterrupt, so that the block can save its work. Since that may take too
+    long, every further signal raises StopAtOnce. If ``patience()`` is not 0, KeyboardInterrupt is also raised
+    unless ``interrupted()`` is called within that time after the first signal. The previous handlers are
+    restored when the block ends. Outside the main thread, where Python allows no handlers, ``interrupted()``
+    stays false.
     """
     received: list[int] = []
 
@@ -56,7 +57,7 @@ def stop_on_signal() -> Iterator[Callable[[], bool]]:
 
 
 def sigterm_as_interrupt() -> AbstractContextManager[None]:
-    """Within it SIGTERM raises KeyboardInterrupt, as Ctrl-C does; outside the main thread nothing changes."""
+    """Context in which SIGTERM raises KeyboardInterrupt like Ctrl-C; no effect outside the main thread."""
     return _handled(signal.default_int_handler, signal.SIGTERM)
 
 

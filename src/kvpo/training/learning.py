@@ -1,4 +1,4 @@
-"""Diagnosis of updates that teach nothing, so that a run never only seems to train."""
+"""Diagnosis of updates that teach nothing, so that a run cannot merely seem to train."""
 
 from collections.abc import Collection, Mapping, Sequence
 
@@ -9,17 +9,17 @@ from kvpo.method.evidence import Credit, Metrics
 from kvpo.models.finite import magnitudes
 
 IDLE_UPDATES = 3
-"""Updates in a row without a trained group or without a gradient, from which it is worth a warning."""
+"""Updates in a row without a trained group or without a gradient after which to warn."""
 
 
 def why_nothing_is_learned(
     credits: Collection[Credit], found: Sequence[Metrics], parameters: Mapping[str, Tensor], config: Config
 ) -> str:
-    """One sentence for an update without a trained group, or with a gradient that is zero everywhere.
+    """Explain, in one sentence, an update without a trained group or whose gradient is zero everywhere.
 
     Args:
-        credits: of the groups that were trained on.
-        found: metrics of the exploration of all groups.
+        credits: credits of the groups that were trained on.
+        found: exploration metrics of all groups.
         parameters: the trained tensors.
     """
     if not credits:
@@ -30,7 +30,7 @@ def why_nothing_is_learned(
                 "score; check that it sees these videos and prompts"
             )
         floors = {TOTAL: WORLD_NOISE_FLOOR} | config.rewards.noise_floors
-        floors[TOTAL] = floors.pop(TOTAL)  # last: it holds for what has none of its own
+        floors[TOTAL] = floors.pop(TOTAL)  # last: it applies to components without their own
         named = ", ".join(f"{name} = {floor:g}" for name, floor in floors.items())
         return (
             f"every group was skipped, its largest reward spread {spread:.2g} being within the noise floor "

@@ -1,4 +1,4 @@
-"""Metrics of a run: one JSON object per line, and the same numbers for TensorBoard and other trackers."""
+"""Metrics of a run: one JSON object per line, also sent to TensorBoard and other trackers."""
 
 import json
 import time
@@ -16,8 +16,9 @@ from kvpo.training.trackers import Tracker
 class MetricsLog:
     """Appends metrics to ``metrics.jsonl``, to TensorBoard event files and to ``trackers``.
 
-    ``resumed_at`` is the update of the checkpoint the run continues from, None for a new run: lines of later
-    updates and a half-written last line, left by a run killed past that checkpoint, are removed first.
+    ``resumed_at`` is the update of the checkpoint the run continues from, or None for a new run. Lines of
+    later updates and a half-written last line, left by a run that was killed after that checkpoint, are
+    removed first.
     """
 
     def __init__(
@@ -35,15 +36,15 @@ class MetricsLog:
         self._writer = SummaryWriter(str(tensorboard), purge_step=last_kept + 1)
 
     def write(self, update: int, metrics: Mapping[str, Any]) -> None:
-        """Append one line ``{"update", "time", **metrics}``; numbers also go to TensorBoard.
+        """Append one line ``{"update", "time", **metrics}``; numbers also go to TensorBoard and the trackers.
 
         Groups of metrics may nest; TensorBoard names them ``group/name``. ``time`` is in seconds since the
-        epoch. A non-finite number is stored as null, since JSON has none. Raises StorageError when the disk
-        is full.
+        epoch. Non-finite numbers are stored as null, since JSON cannot represent them. Raises StorageError
+        when the disk is full.
         """
         record = {"update": update, "time": round(time.time(), 3), **finite(metrics)}
         found = dict(_numbers(metrics))
-        with whole_lines(self._path):  # a line is there only if all of this has succeeded
+        with whole_lines(self._path):  # the line stays only if all of this succeeds
             with self._path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(record, allow_nan=False) + "\n")
             for name, value in found.items():
@@ -52,7 +53,7 @@ class MetricsLog:
                 tracker.write(update, found)
 
     def drop_validation(self, update: int) -> None:
-        """Drop the validation of ``update``, the last one written: no checkpoint knows of it."""
+        """Drop the validation of ``update``, the last one written, which no checkpoint includes."""
         truncate_metrics(self._path, update, validated=False)
 
     def close(self) -> None:
@@ -73,7 +74,7 @@ class MetricsLog:
 def truncate_metrics(path: Path, update: int, *, validated: bool = True) -> None:
     """Drop the lines of updates after ``update``, and a half-written last line, from a metrics file.
 
-    Unless ``update`` was ``validated`` by what is kept, a line of its validation goes too.
+    Unless ``validated``, drop the validation of ``update`` too.
     """
     if not path.exists():
         return

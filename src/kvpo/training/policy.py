@@ -1,4 +1,4 @@
-"""The trained parameters, their starting values and their moving average; no copy of a network anywhere."""
+"""The trained parameters, their starting values and their moving average; no network is ever copied."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
@@ -19,20 +19,20 @@ class Policy:
     model: nn.Module
     parameters: Mapping[str, nn.Parameter]
     starting_values: Mapping[str, Tensor] | None
-    """Full-parameter training only: a frozen copy of the values at the start. With an adapter the starting
-    policy is the adapter switched off, or a frozen copy of its start."""
+    """Full-parameter training only: a frozen copy of the initial values. With an adapter, the starting policy
+    is the adapter switched off, or a frozen copy of its initial state."""
 
     def reference(self) -> AbstractContextManager[None]:
-        """Inside, the model is the starting policy."""
+        """Context in which the model is the starting policy."""
         if self.starting_values is None:
             return reference_policy(self.model)
         return swapped_parameters(self.parameters, self.starting_values)
 
 
 def policy_of(model: nn.Module) -> Policy:
-    """The policy of a model whose trainable parameters are those that require gradients.
+    """The policy of a model; its trainable parameters are those that require gradients.
 
-    Raises ValueError where there are none.
+    Raises ValueError if there are none.
     """
     parameters = trained_parameters(model)
     if not parameters:
@@ -45,9 +45,9 @@ def policy_of(model: nn.Module) -> Policy:
 def swapped_parameters(
     parameters: Mapping[str, nn.Parameter], values: Mapping[str, Tensor]
 ) -> Iterator[None]:
-    """Inside, the parameters have other values and no gradients are recorded; afterwards, their own again.
+    """Context in which the parameters have other values, without gradients; their own are restored on exit.
 
-    Values are copied where parameters are spread over ranks: what is gathered there is not their ``.data``.
+    Values are copied into sharded parameters, because FSDP does not gather their ``.data``.
     """
     spread = sharded(parameters.values())
 
@@ -69,33 +69,33 @@ def swapped_parameters(
     finally:
         try:
             exchange(own)
-        except BaseException:  # a signal: what is saved because of it must not be half of each
+        except BaseException:  # a signal: the state saved because of it must not be a mix of both
             exchange(own)
             raise
 
 
 @dataclass(frozen=True)
 class Sides:
-    """The base and the aligned policy of one model, each for the length of a ``with`` block."""
+    """The base and the aligned policy of one model, each as a context manager."""
 
     policy: Policy
     values: Mapping[str, Tensor]
     """The trained values, averaged or raw."""
 
     def base(self) -> AbstractContextManager[None]:
-        """Inside, the model is the starting policy."""
+        """Context in which the model is the starting policy."""
         return self.policy.reference()
 
     def aligned(self) -> AbstractContextManager[None]:
-        """Inside, the model is the aligned policy."""
+        """Context in which the model is the aligned policy."""
         return swapped_parameters(self.policy.parameters, self.values)
 
 
 class MovingAverage:
-    """Exponential moving average of the trained parameters, whose decay warms up.
+    """Exponential moving average of the trained parameters, with a decay that warms up.
 
-    After n updates the decay is min(decay, (1 + n) / (10 + n)): at its full decay the average would stay with
-    the starting values for about 1 / (1 - decay) updates.
+    After n updates the decay is min(decay, (1 + n) / (10 + n)). At its full decay from the start, the average
+    would stay close to the starting values for about 1 / (1 - decay) updates.
     """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], decay: float) -> None:
@@ -104,9 +104,10 @@ class MovingAverage:
         self.values = {name: p.detach().clone() for name, p in parameters.items()}
 
     def update(self, parameters: Mapping[str, nn.Parameter]) -> None:
-        """Move towards the current values: average <- d average + (1 - d) value, d being the decay.
+        """Move towards the current values: average <- d average + (1 - d) value, where d is the decay.
 
-        All at once, in tensors of its own, so that an interrupted update can be undone.
+        All tensors are replaced at once and none is modified in place, so that an interrupted update can be
+        undone.
         """
         weight = 1 - min(self.decay, (1 + self.updates) / (10 + self.updates))
         with torch.no_grad():

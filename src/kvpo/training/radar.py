@@ -1,6 +1,6 @@
 """Hacking radar: has the trained reward risen while scorers that never train have fallen?
 
-Every comparison is paired, prompt by prompt on the same noise, and judged in its own standard errors. Axes:
+Every comparison is paired, prompt by prompt on the same noise, and measured in its own standard errors. Axes:
 N validation prompts (all sets together), K trained components, H watchers, L looks.
 """
 
@@ -15,11 +15,11 @@ from kvpo.rewards.pixel_statistics import LOOKS
 from kvpo.training.evaluation import Evaluation, Judges, PairedGain, joined, paired_change, paired_gain
 
 STANDARD_ERRORS = 3.0
-"""Paired standard errors by which the trained reward must have risen and a watcher fallen."""
+"""Paired standard errors by which the trained reward must rise and a watcher must fall."""
 FALLS_IN_A_ROW = 2
 """Validations in a row at which the same watcher must have fallen before a run stops."""
 FAR = 0.5
-"""Drift of a look, in standard deviations between the base's prompts, from which it is worth a warning."""
+"""Drift of a look above which to warn, in standard deviations over the base's prompts."""
 
 
 @dataclass(frozen=True)
@@ -35,11 +35,11 @@ class Reading:
 
 @dataclass(frozen=True)
 class Alarm:
-    """A watcher that fell while the trained reward rose, each beyond its noise."""
+    """A watcher that fell while the trained reward rose, both beyond their noise."""
 
     watcher: str
     since: int
-    """Update of the reading it is compared with: the one at which this scorer was highest; 0 is the base."""
+    """Update of the reading it is compared with, at which this watcher was highest; 0 is the base."""
     trained: PairedGain
     fall: PairedGain
 
@@ -51,20 +51,20 @@ class Verdict:
     alarms: tuple[Alarm, ...] = ()
     """Watchers in alarm at the last reading."""
     in_a_row: int = 0
-    """For how many validations, up to the last one, the same scorer has been in alarm."""
+    """Number of validations in a row, up to the last one, with the same watcher in alarm."""
     hacked: bool = False
-    """True if that is often enough to call it hacking."""
+    """True if that is often enough to count as hacking."""
     fallen: tuple[str, ...] = ()
-    """Watchers beyond noise below their own best earlier reading, for any trained reward."""
+    """Watchers below their own best earlier reading by more than noise, whatever the trained reward does."""
 
 
 def alarms(history: Sequence[Reading], standard_errors: float) -> tuple[Alarm, ...]:
     """Watchers whose last reading is in alarm.
 
-    Each is compared with its own best earlier reading, so that a scorer which first rose and then fell is
-    noticed before it is worse than the base. ``history`` starts with the base. More ``standard_errors`` are
-    asked of both changes than a single look would need, because the best of several readings is flattered
-    by noise.
+    Each is compared with its own best earlier reading, so that a watcher that first rises and then falls is
+    noticed before it is worse than the base. ``history`` starts with the base. Both changes must exceed more
+    ``standard_errors`` than a single comparison would require, because noise inflates the best of several
+    readings.
     """
     found = []
     for name in fallen(history, standard_errors):
@@ -77,10 +77,10 @@ def alarms(history: Sequence[Reading], standard_errors: float) -> tuple[Alarm, .
 
 
 def fallen(history: Sequence[Reading], standard_errors: float) -> tuple[str, ...]:
-    """Watchers whose last reading is beyond noise below their own best earlier one.
+    """Watchers whose last reading is below their own best earlier one by more than noise.
 
-    Such a checkpoint is not to be kept as the best, also while the trained reward does not rise yet: a run
-    that has begun to trade one for the other passes through there.
+    Such a checkpoint must not be kept as the best, even if the trained reward has not risen yet: a run that
+    begins to trade one for the other passes through this state.
     """
     if len(history) < 2:
         return ()
@@ -97,10 +97,10 @@ def _best_earlier(history: Sequence[Reading], name: str) -> Reading:
 
 
 def judge(history: Sequence[Reading], standard_errors: float, patience: int) -> Verdict:
-    """The verdict on readings in order, the base's first.
+    """The verdict on readings in order, starting with the base's.
 
-    Hacked once a scorer has been in alarm ``patience`` times in a row. A function of the readings alone,
-    so that a resumed run reaches the same verdict.
+    A run is hacked once the same watcher has been in alarm ``patience`` times in a row. The verdict depends
+    on the readings alone, so a resumed run reaches the same one.
     """
     last = alarms(history, standard_errors)
     names, in_a_row = {alarm.watcher for alarm in last}, 0
@@ -112,7 +112,7 @@ def judge(history: Sequence[Reading], standard_errors: float, patience: int) -> 
 
 
 def rank_correlation(one_N: Tensor, other_N: Tensor) -> float | None:
-    """Spearman's rank correlation, ties sharing their mean rank; None where one of them never changes."""
+    """Spearman's rank correlation, with ties sharing their mean rank; None if either input is constant."""
     ranks = []
     for values_N in (one_N, other_N):
         above_NN = (values_N[:, None] > values_N).double()
@@ -126,7 +126,7 @@ def rank_correlation(one_N: Tensor, other_N: Tensor) -> float | None:
 def rank_agreement(
     trained: Mapping[str, Tensor], others: Mapping[str, Tensor]
 ) -> dict[str, dict[str, float | None]]:
-    """Rank correlation of the gains [N] of every trained component with all later ones and ``others``."""
+    """Rank correlation of each trained component's gains [N] with all later ones and ``others``."""
     everyone = [*trained.items(), *others.items()]
     return {
         name: {other: rank_correlation(gain_N, gains_N) for other, gains_N in everyone[place + 1 :]}
@@ -135,18 +135,18 @@ def rank_agreement(
 
 
 def pooled_sets(results: Sequence[Evaluation]) -> Evaluation:
-    """Several prompt sets as one, each distinct prompt once."""
+    """Pool several prompt sets into one, each distinct prompt of a set once."""
     return joined([found.by_prompt() for found in results])
 
 
 def reading(update: int, found: Evaluation, judges: Judges) -> Reading:
-    """The part of some pooled results that the rule judges by; the unseen scorer is not in it."""
+    """The part of pooled results that the radar judges, which excludes the unseen scorer."""
     scores = dict(zip(judges.watcher_names, found.watchers_HN, strict=True))
     return Reading(update, judges.totals(found), scores)
 
 
 def measured(base: Evaluation, aligned: Evaluation, judges: Judges) -> dict[str, Any]:
-    """Paired changes of everything the radar watches, as the metrics log and summary.json hold them."""
+    """Paired changes of everything the radar watches, in the format of the metrics log and summary.json."""
     base_reading, last = reading(0, base, judges), reading(0, aligned, judges)
     gains_KN = aligned.components_KN - base.components_KN
     others = {name: last.watchers[name] - base_reading.watchers[name] for name in last.watchers}
@@ -169,7 +169,7 @@ def _change(base_N: Tensor, aligned_N: Tensor) -> dict[str, float]:
 
 
 def drifted(numbers: Mapping[str, Any], standard_errors: float) -> list[str]:
-    """Looks of ``measured`` that moved beyond their noise and far compared with the spread over prompts."""
+    """Looks of ``measured`` that moved beyond noise and by more than FAR times the spread over prompts."""
     return [
         name
         for name, change in numbers["drift"].items()
@@ -178,7 +178,7 @@ def drifted(numbers: Mapping[str, Any], standard_errors: float) -> list[str]:
 
 
 def describe_verdict(history: Sequence[Reading], verdict: Verdict) -> str:
-    """Readings, the base's first, and the verdict on them, as part of a sentence."""
+    """Describe readings, starting with the base's, and their verdict, as part of a sentence."""
     if verdict.alarms:
         fallen = [f"{a.watcher} {_change_text(a.fall)} since update {a.since}" for a in verdict.alarms]
         often = "once" if verdict.in_a_row == 1 else f"{verdict.in_a_row} validations in a row"
@@ -201,7 +201,7 @@ def _change_text(gain: PairedGain) -> str:
 
 
 def verdict_numbers(history: Sequence[Reading], verdict: Verdict) -> dict[str, Any]:
-    """A verdict as the metrics log and summary.json hold it."""
+    """A verdict in the format of the metrics log and summary.json."""
     found = {
         alarm.watcher: {
             "since": alarm.since,
@@ -220,7 +220,7 @@ def verdict_numbers(history: Sequence[Reading], verdict: Verdict) -> dict[str, A
 
 
 def saved(history: Sequence[Reading]) -> list[dict[str, Any]]:
-    """Readings as JSON, exactly."""
+    """Readings as JSON values, without loss."""
     return [
         {
             "update": reading.update,
@@ -232,7 +232,7 @@ def saved(history: Sequence[Reading]) -> list[dict[str, Any]]:
 
 
 def loaded(records: Sequence[Mapping[str, Any]]) -> list[Reading]:
-    """Undo ``saved``."""
+    """Inverse of ``saved``."""
     return [
         Reading(
             int(record["update"]),

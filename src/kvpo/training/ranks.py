@@ -1,9 +1,8 @@
-"""The processes of a run and all that they say to one another; one process says nothing.
+"""The processes (ranks) of a run and all communication between them; a single process exchanges nothing.
 
-What every rank has to know (settings, prompts, routes, noise) follows from the configuration, so only
-results are exchanged: scores, held-out numbers, gradients, and whether all is well. Exchanges that may have
-to wait for a reward or a slower rank have a long time-out; sums of gradients follow at once and have a short
-one.
+Settings, prompts, routes and noise follow from the configuration on every rank, so only results are
+exchanged: scores, held-out numbers, gradients, and failures. Exchanges that may have to wait for a reward or
+a slower rank have a long time-out; sums of gradients follow at once and have a short one.
 """
 
 import logging
@@ -27,11 +26,11 @@ from kvpo.training.clock import Clock
 logger = logging.getLogger(__name__)
 
 LONG, SHORT = timedelta(hours=1), timedelta(minutes=5)
-"""Time-outs of exchanges that wait for rewards or validations, and of sums of gradients."""
+"""Time-outs of exchanges that wait for rewards or validations, and of gradient sums."""
 POLL = 0.02
-"""Seconds between two looks at who has come."""
+"""Seconds between two checks for ranks that have arrived."""
 STOPPED = "stopped with rank"
-"""First words of the message of a rank that stops because another one has failed."""
+"""Start of the message of a rank that stops because another one has failed."""
 T = TypeVar("T")
 
 
@@ -40,31 +39,31 @@ class RankError(ValueError):
 
 
 class RanksDiffer(RankError):
-    """The ranks are not at the same place of the same run."""
+    """The ranks are not in the same state of the same run."""
 
 
 class LostRank(ConnectionError):
-    """Another rank has gone or is silent; the message is one line for the user."""
+    """Another rank is gone or does not respond; the message is one line for the user."""
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among those of its run. The default is a run of one process, which exchanges nothing."""
+    """This process among the ranks of its run. The default is a single process, which exchanges nothing."""
 
     rank: int = 0
     count: int = 1
     patient: Any = None
     """Process group with the long time-out, on the CPU."""
     prompt: Any = None
-    """Process group with the short time-out, of the device's backend."""
+    """Process group with the short time-out, on the device's backend."""
     traces: Path | None = None
     """Directory for the flight recorder's dump; None: the working directory."""
     numbers: tuple[int, ...] = ()
-    """Numbers of these ranks in the run, where they are some of its ranks only."""
+    """Numbers of these ranks in the run, if they are only some of its ranks."""
     clock: Clock = field(default_factory=Clock)
     """Time and traffic of this rank, by phase."""
     leaving: ExitStack = field(default_factory=ExitStack)
-    """Calls to make when these ranks part."""
+    """Callbacks to run before the process groups are destroyed."""
 
     @property
     def main(self) -> bool:
@@ -72,20 +71,20 @@ class Ranks:
         return self.rank == 0
 
     def share(self, items: Sequence[T]) -> list[T]:
-        """The items that are this rank's: every ``count``-th one."""
+        """This rank's share of the items: every ``count``-th one."""
         return list(items[self.rank :: self.count])
 
     def deal(self, items: Sequence[T]) -> list[T]:
-        """Deal as ``share`` does, but equally many for each rank: the last one again where none is left."""
+        """Deal items like ``share``, but equally many to each rank: the last item repeats if they run out."""
         rounds = -(-len(items) // self.count)
         return [items[min(self.rank + n * self.count, len(items) - 1)] for n in range(rounds)]
 
     def gather(self, value: T, doing: str) -> list[T]:
-        """The value of every rank, in order of rank. Raises LostRank, and RankError where one has failed."""
+        """Gather all ranks' values, in rank order. Raises LostRank, and RankError if a rank has failed."""
         return self._exchange("", value, doing)
 
     def _exchange(self, failure: str, value: T, doing: str) -> list[T]:
-        """Values of all ranks, each with word of its failure, so that none waits for one that has failed."""
+        """Gather values and failures of all ranks, so that none waits for one that has failed."""
         if self.count == 1:
             return [value]
         found: list[Any] = [None] * self.count
@@ -93,7 +92,7 @@ class Ranks:
             dist.all_gather_object(found, (failure, value), group=self.patient)
         for rank, (report, _) in enumerate(found):
             if report and not failure:
-                again = report.startswith(STOPPED)  # it has only heard of another one
+                again = report.startswith(STOPPED)  # it only reports the failure of another one
                 text = f"{STOPPED} {self._number(rank)}, which failed while {doing}: {report}"
                 error = RankError(report if again else text)
                 vars(error)["told"] = id(self)
@@ -104,7 +103,7 @@ class Ranks:
         return self.numbers[rank] if self.numbers else rank
 
     def in_order(self, shares: Sequence[T], doing: str) -> list[T]:
-        """The results of the items that ``share`` or ``deal`` dealt, from all ranks, in their order."""
+        """Gather the results of items that ``share`` or ``deal`` dealt, in their order; repeats come last."""
         every = self.gather(list(shares), doing)
         return [own[n] for n in range(len(every[0])) for own in every if n < len(own)]
 
@@ -114,10 +113,10 @@ class Ranks:
 
     @contextmanager
     def together(self, doing: str) -> Iterator[None]:
-        """Work of each rank on its own, ``doing`` something: where it fails on one rank, it fails on all.
+        """Context for work that each rank does on its own; if it fails on one rank, it fails on all.
 
-        What the block raises is raised on; the other ranks raise RankError, which names that rank, instead of
-        waiting for it in their next exchange.
+        The block's exception propagates. The other ranks raise a RankError that names the rank that failed,
+        instead of waiting for it in their next exchange. ``doing`` describes the work in their messages.
         """
         try:
             yield
@@ -129,7 +128,7 @@ class Ranks:
         self._exchange("", None, doing)
 
     def once(self, doing: str, action: Callable[[], T]) -> T:
-        """The result of ``action``, carried out by rank 0 alone; where it fails there, all fail."""
+        """Run ``action`` on rank 0 only and return its result on all ranks; if it fails, all ranks fail."""
         if not self.main:
             return self._exchange("", None, doing)[0]  # type: ignore[return-value]
         try:
@@ -141,7 +140,7 @@ class Ranks:
         return value
 
     def _tell(self, error: Exception, doing: str) -> None:
-        """Let the other ranks know of a failure, unless they do already, if by what it was raised from."""
+        """Report a failure to the other ranks, unless it or an error that caused it has been reported."""
         known, one = False, error
         while one is not None:
             known, one = known or vars(one).get("told") == id(self), one.__cause__
@@ -150,7 +149,7 @@ class Ranks:
             self._exchange(_line(error), None, doing)
 
     def demand_equal(self, found: Callable[[], Mapping[str, object]], doing: str) -> None:
-        """Raise RanksDiffer, on every rank, naming the first rank that has not ``found`` what rank 0 has."""
+        """Raise RanksDiffer on every rank, naming the first one whose ``found()`` differs from rank 0's."""
         if self.count == 1:
             return
         every = self.gather(dict(found()), doing)
@@ -165,7 +164,7 @@ class Ranks:
                 )
 
     def exchange_parts(self, flat_N: Tensor) -> Tensor:
-        """Part ``rank`` of ``count`` equal parts of every rank's tensor: ``[count, N / count]``.
+        """Receive part ``rank`` of ``count`` equal parts of every rank's tensor: ``[count, N / count]``.
 
         Raises LostRank.
         """
@@ -178,7 +177,7 @@ class Ranks:
         return found.view(self.count, -1)
 
     def join_parts(self, part_P: Tensor) -> Tensor:
-        """The parts of all ranks in order of rank, ``[count * P]``. Raises LostRank."""
+        """Concatenate the parts of all ranks in rank order: ``[count * P]``. Raises LostRank."""
         if self.count == 1:
             return part_P
         self.clock.bytes["reduce"] += part_P.nbytes * (self.count - 1)
@@ -189,7 +188,7 @@ class Ranks:
 
     @contextmanager
     def _in_touch(self, doing: str) -> Iterator[None]:
-        """Turn what torch raises for a lost or silent rank into one line, and dump the flight recorder."""
+        """Turn torch's error for a lost or silent rank into LostRank, and dump the flight recorder."""
         try:
             yield
         except RuntimeError as error:
@@ -205,7 +204,7 @@ class Ranks:
             ) from error
 
     def some(self, numbers: Sequence[int], *, patient: Any, prompt: Any) -> "Ranks":
-        """This rank among some of the run's, which have process groups of their own."""
+        """This rank among a subset of the run's ranks, which has its own process groups."""
         own = tuple(numbers)
         return Ranks(own.index(self.rank), len(own), patient, prompt, self.traces, own, self.clock)
 
@@ -216,12 +215,12 @@ ALONE = Ranks()
 
 @dataclass(frozen=True)
 class Teams:
-    """The ranks of a run in teams of equal size: a team has its groups in common and deals their branches."""
+    """The ranks of a run in teams of equal size; a team shares its groups and divides their branches."""
 
     team: Ranks = ALONE
-    """The ranks of this one's team."""
+    """The ranks of this rank's team."""
     peers: Ranks = ALONE
-    """The ranks that have this one's place in the other teams, in the order of the teams."""
+    """The ranks at this rank's place in each team, in the order of the teams."""
 
     @property
     def index(self) -> int:
@@ -239,21 +238,21 @@ ONE_TEAM = Teams()
 
 
 def teams_within(ranks: int, size: int) -> int:
-    """The largest size of a team, at most ``size``, that divides the ranks."""
+    """The largest team size, at most ``size``, that divides the number of ranks."""
     return max(n for n in range(1, min(size, ranks) + 1) if ranks % n == 0)
 
 
 def teams_of(ranks: Ranks, size: int) -> Teams:
-    """Teams of neighbouring ranks: as large as asked for, or the next smaller size that divides the ranks.
+    """Form teams of neighbouring ranks, of ``size`` or the next smaller size that divides the ranks.
 
-    All ranks call it together. Raises LostRank, and RankError where another one has failed before.
+    All ranks must call it together. Raises LostRank, and RankError if another rank has already failed.
     """
     size = teams_within(ranks.count, size)
     if size == 1:
         return Teams(ALONE, ranks)
     if size == ranks.count:
         return Teams(ranks, ALONE)
-    # Forming a group waits for every rank, also for one that has failed.
+    # Forming a group would wait even for a rank that has failed; gathering raises instead.
     ranks.gather(None, "loading the generator and the rewards")
     backend, every = dist.get_backend(ranks.prompt), range(ranks.count)
 
@@ -276,14 +275,14 @@ def _line(error: BaseException) -> str:
 
 
 def added_up(counts: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """Sums of equally named numbers."""
+    """Sum the counts by name."""
     return {name: sum(own[name] for own in counts) for name in counts[0]}
 
 
 def launched() -> bool:
-    """True in a process that torchrun started together with others.
+    """True if torchrun started this process together with others.
 
-    Raises ValueError where WORLD_SIZE says so and no RANK says which of them it is.
+    Raises ValueError if WORLD_SIZE is set but not 1, and it or RANK is not a number.
     """
     count, rank = os.environ.get("WORLD_SIZE") or "1", os.environ.get("RANK", "")
     if count != "1" and not (count.isdecimal() and rank.isdecimal()):
@@ -295,12 +294,12 @@ def launched() -> bool:
 
 
 def fresh_part(store: dist.Store, rank: int, count: int, patience: timedelta) -> dist.Store:
-    """The part of a store that these ranks alone have written to, once all of them are there.
+    """Return a part of a store that only the current ranks have written to, once all of them have arrived.
 
-    torchrun has one store for a run and all its restarts, in which ranks that were killed have left the
-    addresses at which they listened. Every rank therefore says a name of its own, and rank 0 answers each by
-    the name of the part, again where a rank of before is replaced by one of now, until all have confirmed it.
-    Raises LostRank.
+    torchrun keeps one store for a run and all its restarts, in which killed ranks have left the addresses at
+    which they listened. Every rank therefore announces itself under a unique name, and rank 0 answers each
+    name with the name of the part until all have confirmed it; it answers again when a current rank replaces
+    a stale one. Raises LostRank if a rank does not arrive within ``patience``.
     """
     name, until, missing = uuid4().hex, time.monotonic() + patience.total_seconds(), list(range(1, count))
     if rank:
@@ -316,7 +315,7 @@ def fresh_part(store: dist.Store, rank: int, count: int, patience: timedelta) ->
             for other in filter(lambda other: store.check([f"here/{other}"]), missing):
                 store.set(f"part/{store.get(f'here/{other}').decode()}", name)
             missing = [other for other in missing if not store.check([f"{name}/{other}"])]
-        time.sleep(POLL if missing else 0)  # in Python, where a signal is heard
+        time.sleep(POLL if missing else 0)  # in Python, so that signals are handled
     return dist.PrefixStore(name, store)
 
 
@@ -329,10 +328,10 @@ def joined_ranks(
     short: timedelta = SHORT,
     rendezvous: tuple[dist.Store, int, int] | None = None,
 ) -> Iterator[Ranks]:
-    """The ranks that torchrun started this process with; one rank where it was started alone.
+    """Join the ranks that torchrun started together with this process; yields ALONE if it was started alone.
 
-    ``rendezvous``: store, rank and number of ranks instead of torchrun's environment. Raises LostRank where
-    the others do not come.
+    ``rendezvous``: store, rank and number of ranks, in place of torchrun's environment. Raises LostRank if
+    the other ranks do not arrive.
     """
     if not (launched() or rendezvous):
         yield ALONE

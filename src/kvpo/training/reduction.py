@@ -1,4 +1,4 @@
-"""Sums of gradients over ranks, added in one order whatever the number of ranks."""
+"""Sums of gradients over ranks, added in the same order for any number of ranks."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -10,22 +10,22 @@ from kvpo.training.ranks import Ranks
 from kvpo.training.sharding import local, spread_like
 
 BUCKET = 2**26
-"""Numbers exchanged at a time, if no parameter is larger: 256 MB in float32, twice during an exchange."""
+"""Elements exchanged at a time, unless one parameter is larger: 256 MB in float32, twice during exchanges."""
 
 Gradients = Sequence[Tensor | None]
-"""One per parameter; None is zero."""
+"""One gradient per parameter; None means zero."""
 
 
 class OrderedSum:
-    """A sum of gradients of groups, taken in the order of the groups, so that it is the same on any ranks.
+    """Sums gradients in the order of their groups, so that the result is the same for any number of ranks.
 
-    Where a team of ranks has a group in common, its gradient is the sum of its micro-batches, in their order.
-    A rank adds up one part of every gradient, which it receives from all others, and gets the other parts'
-    sums at the end: as many bytes as a ring all-reduce moves, which adds in an order of its own.
+    If a team of ranks shares a group, the group's gradient is the sum of its micro-batches, in their order. A
+    rank receives one part of every gradient from all others and adds it up; it gets the sums of the other
+    parts at the end. This moves as many bytes as a ring all-reduce, which would add in its own order.
     """
 
     def __init__(self, ranks: Ranks, parameters: Sequence[nn.Parameter], team: int = 1) -> None:
-        """``team``: neighbouring ranks that have their groups in common. Of spread parameters, add parts."""
+        """``team``: number of neighbouring ranks that share their groups. Sharded parameters add up parts."""
         self.ranks, self.team = ranks, team
         self.parameters = parameters
         self.values = [local(parameter.detach()) for parameter in parameters]
@@ -33,10 +33,10 @@ class OrderedSum:
         self.parts = [self.values[own.start].new_zeros(self._part_size(own)) for own in self.buckets]
 
     def add(self, groups: Sequence[Sequence[Gradients]], slots: int, cells: int = 1) -> None:
-        """Add a turn of every rank, those of rank 0 first. Every rank takes part in every turn.
+        """Add one turn of every rank, starting with rank 0's. All ranks must take part in every turn.
 
         Args:
-            groups: gradients of this rank's micro-batches of every group, every team-th one of the group's.
+            groups: per group, the gradients of this rank's micro-batches (every ``team``-th of the group's).
             slots: the most groups that a rank has in a turn; missing ones are zero.
             cells: the most micro-batches that a rank has of a group.
         """
@@ -56,7 +56,7 @@ class OrderedSum:
                 part += whole
 
     def store(self) -> None:
-        """Make the sum the parameters' ``.grad``."""
+        """Set the parameters' ``.grad`` to the sum."""
         for bucket, part in zip(self.buckets, self.parts, strict=True):
             whole, at = self.ranks.join_parts(part), 0
             for parameter, value in ((self.parameters[n], self.values[n]) for n in bucket):
@@ -76,7 +76,7 @@ class OrderedSum:
 
 
 def _buckets(parameters: Sequence[Tensor]) -> Iterator[range]:
-    """Runs of parameters of at most BUCKET numbers and one kind, or of a single parameter."""
+    """Ranges of parameters of one dtype and device with at most BUCKET elements, or of one parameter."""
     start, size = 0, 0
     for n, parameter in enumerate(parameters):
         alike = parameter.dtype == parameters[start].dtype and parameter.device == parameters[start].device
@@ -88,7 +88,7 @@ def _buckets(parameters: Sequence[Tensor]) -> Iterator[range]:
 
 
 def taken(parameters: Sequence[nn.Parameter]) -> list[Tensor | None]:
-    """The gradients of the parameters, which no longer hold them."""
+    """Return the parameters' gradients and set ``.grad`` to None."""
     found = [parameter.grad for parameter in parameters]
     for parameter in parameters:
         parameter.grad = None
@@ -96,9 +96,9 @@ def taken(parameters: Sequence[nn.Parameter]) -> list[Tensor | None]:
 
 
 def digest(tensors: Sequence[Tensor]) -> int:
-    """A number that changes with any bit of the tensors, or of this rank's parts of them, in practice.
+    """Checksum of the tensors, or of this rank's parts of them; in practice any changed bit changes it.
 
-    Sums of their bits, mixed.
+    It mixes the sums of the tensors' bits, read as integers.
     """
     words = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     found = 0

@@ -42,9 +42,9 @@ from kvpo.training.trainer import Trainer, architecture
 logger = logging.getLogger(__name__)
 
 VALUE_PREFIXES = {"average": "average.", "raw": "parameters."}
-"""Kinds of trained values in a checkpoint, and how the names of their tensors begin."""
+"""Kinds of trained values in a checkpoint, and the prefix of their tensors' names."""
 Progress = Callable[[str, int, int, Mapping[str, float]], None]
-"""(stage, done, of how many, numbers worth showing)."""
+"""(stage, done, total, numbers worth showing)."""
 
 
 @dataclass
@@ -64,23 +64,23 @@ class Run:
     saved: int = 0
     """Update of the last checkpoint."""
     resumed_at: int = 0
-    """Update from which this process goes on; 0: it made all of them."""
+    """Update from which this process continues; 0 if it started the run."""
     written: int = 0
     """The last update whose metrics are written."""
     unvalidated: bool = False
-    """True from the moment an update is written until its validation is, where one is due."""
+    """True while the metrics of an update are written but the validation due after it is not."""
     readings: list[radar.Reading] = field(default_factory=list)
     """Readings of the hacking radar, one per validation so far."""
     verdict: radar.Verdict = field(default_factory=radar.Verdict)
-    """Its verdict on them."""
+    """The radar's verdict on the readings."""
     budget_cpu_s: float | None = None
-    """CPU-seconds of this process that its updates may take; None: the run makes all of them."""
+    """CPU-seconds that this process may spend on updates; None for no limit."""
     cpu_s: float = 0.0
-    """CPU-seconds that the updates so far took, without validations and whatever else is not an update."""
+    """CPU-seconds spent on the updates so far, excluding validations and all other work."""
     reported: Clock = field(init=False)
-    """This rank's clock when an update last reported it, or when the run began: it may have had others."""
+    """This rank's clock at the last update's report, or at the start of the run, when it may not be zero."""
     saving_parts: BackgroundSaving | None = field(init=False)
-    """Saves weights that are spread."""
+    """Saves sharded weights; None if weights are not sharded."""
 
     def __post_init__(self) -> None:
         self.reported = self.setup.ranks.clock.read()
@@ -88,23 +88,23 @@ class Run:
 
     @property
     def updates(self) -> int:
-        """Updates of the whole run."""
+        """Number of updates in the whole run."""
         return self.setup.config.optim.updates
 
     def train(self, interrupted: Callable[[], bool]) -> bool:
-        """Train to the last update, or until the radar calls it hacking; False if interrupted.
+        """Train to the last update, or until the radar detects hacking; return False if interrupted.
 
-        The state is saved either way. Raises ValueError when a reward fails or a number is not finite; the
-        updates before it are saved, as they are for anything else that is raised but StopAtOnce and
-        RanksDiffer. What could not be resumed exactly is not saved: within a refresh, or an update that was
-        made and not yet written. Where updates are lost, that is said.
+        The state is saved either way. Raises ValueError if a reward fails or a number is not finite. After
+        any exception except StopAtOnce and RanksDiffer, the updates before it are saved, unless they could
+        not be resumed exactly: within a refresh, or with an update whose metrics are not written. Lost
+        updates are logged.
         """
         try:
             return self._train(interrupted)
         except BaseException as error:
             if self.saving_parts and not isinstance(error, StopAtOnce | LostRank):
                 self.saved = self.saving_parts.settle_alone() or self.saved
-            # Alone: what was raised may have come between two ranks.
+            # Without other ranks: the error may have left them at different points.
             lost = isinstance(error, StopAtOnce | RanksDiffer)
             lost |= self.trainer.sharded  # rank 0 has only its part
             lost |= self.written < self.trainer.update or not self.trainer.at_boundary()
@@ -137,7 +137,7 @@ class Run:
                     self.save()
         self.settle(wait=True)
         if ranks.any(interrupted(), "asking for signals"):
-            return False  # all is saved; a resumed run goes on from here
+            return False  # everything is saved; a resumed run continues here
         if self.stopped:
             best = 0 if self.best is None else self.best[0]
             logger.warning(
@@ -150,11 +150,11 @@ class Run:
         return True
 
     def _update(self) -> None:
-        """One update of the trainer, its metrics written."""
+        """Make one update and write its metrics."""
         trainer, device = self.trainer, self.setup.generator.device
         ranks, config = self.setup.ranks, self.setup.config
         started, scored, shown = time.perf_counter(), replace(self.setup.scored), ranks.clock.read()
-        shown.seconds["save"] = self.reported.seconds["save"]  # it came between the updates
+        shown.seconds["save"] = self.reported.seconds["save"]  # saving happened between updates
         shown.bytes["save"] = self.reported.bytes["save"]
         forget_peak(device)
         cpu_before = time.process_time()
@@ -172,12 +172,12 @@ class Run:
         self._write({"kind": "update", **numbers}, self._note_update)
         if self.budget_cpu_s is None:
             self.progress("aligning", trainer.update, self.updates, numbers)
-        else:  # which of them is the last is not known
+        else:  # the number of updates is not known
             total = math.ceil(self.budget_cpu_s)
             self.progress("aligning (CPU-seconds)", min(int(self.cpu_s), total), total, numbers)
 
     def _write(self, numbers: Mapping[str, Any], note: Callable[[], None]) -> None:
-        """Append a line to the metrics and at once ``note`` that it is there: checkpoints agree with it."""
+        """Append a line to the metrics and call ``note`` at once, so that checkpoints agree with them."""
         ranks = self.setup.ranks
 
         def write() -> None:
@@ -194,12 +194,12 @@ class Run:
         self.written, self.unvalidated = self.trainer.update, due and bool(self.setup.validation)
 
     def _scored_since(self, before: Counts) -> dict[str, float]:
-        """Clips that all ranks have scored since ``before``."""
+        """Counts of the clips that all ranks have scored since ``before``."""
         return added_up(self.setup.ranks.gather(self.setup.scored.since(before), "counting clips"))
 
     @property
     def improved(self) -> bool:
-        """A validation has beaten the base; otherwise the base, update 0, is the best checkpoint."""
+        """True if a validation has beaten the base; otherwise the base, update 0, is the best checkpoint."""
         return self.best is not None and self.best[0] > 0
 
     @property
@@ -214,7 +214,7 @@ class Run:
 
     @property
     def spent(self) -> bool:
-        """True once another update would take the run farther from its budget than it is."""
+        """True once another update would take the run farther from its budget than it is now."""
         made = self.trainer.update
         if self.budget_cpu_s is None or not made or not self.trainer.at_boundary():
             return False
@@ -227,9 +227,9 @@ class Run:
         return update == self.updates or self.spent or bool(every) and update % every < since_boundary
 
     def save(self) -> None:
-        """Write a checkpoint, mark the best one, and drop the ones that are no longer kept.
+        """Write a checkpoint, mark the best one, and delete those that are no longer kept.
 
-        Of weights that are spread this only begins it, see ``settle``.
+        With sharded weights this only starts the save; see ``settle``.
         """
         update, ranks = self.trainer.update, self.setup.ranks
         with ranks.clock("save"):
@@ -242,9 +242,9 @@ class Run:
                 self.saved = update
 
     def settle(self, *, wait: bool) -> None:
-        """Take note of the checkpoint under way once it is written; ``wait`` until it is.
+        """Record that the checkpoint under way is saved once it is written; ``wait`` blocks until it is.
 
-        Where a rank has failed to write it, all ranks raise ValueError or OSError.
+        If a rank failed to write it, all ranks raise ValueError or OSError.
         """
         if self.saving_parts and (update := self.saving_parts.settle(wait=wait)) is not None:
             self.saved = update
@@ -252,7 +252,7 @@ class Run:
     def _state(self) -> dict[str, Any]:
         """The run's own part of a checkpoint's state."""
         own = {"best": self.best, "radar": radar.saved(self.readings), "unvalidated": self.unvalidated}
-        # Only with a budget: elsewhere equal runs have equal checkpoints.
+        # Only with a budget, so that otherwise equal runs have equal checkpoints.
         return own if self.budget_cpu_s is None else own | {"cpu_s": self.cpu_s}
 
     def _save(self, update: int) -> None:
@@ -263,7 +263,7 @@ class Run:
         self.saved = update
 
     def _tidy(self, update: int, best: tuple[int, float] | None) -> None:
-        """Mark ``best``, which was so when the save began, and drop old ones, once a new one is written."""
+        """After a save, mark ``best``, the best one when the save began, and delete old checkpoints."""
         written = self.checkpoints / f"update-{update:06d}"
         self.setup.ranks.clock.bytes["save"] += sum(file.stat().st_size for file in written.iterdir())
         self._mark_best(best)
@@ -277,9 +277,10 @@ class Run:
             self.settle(wait=True)
 
     def _validate_and_save(self) -> None:
-        """Validation, if there are prompts, comes before the checkpoint: a kill in between repeats both.
+        """Validate before saving, so that a run killed in between repeats both.
 
-        Where it fails, ``train`` saves what was trained, and a resumed run begins with the validation.
+        If the validation fails, ``train`` saves what was trained, and a resumed run begins with the
+        validation.
         """
         self.validate()
         self.save()
@@ -291,7 +292,7 @@ class Run:
     def validate(self) -> None:
         """Compare the aligned weights with the starting policy on the validation prompts.
 
-        The best checkpoint is the one of the largest mean gain at which no watcher has fallen.
+        The best checkpoint is the one with the largest mean gain among those at which no watcher has fallen.
         """
         judges, update = self.setup.judges, self.trainer.update
         scored = replace(self.setup.scored)
@@ -307,7 +308,7 @@ class Run:
             fallen, best = self.guarded and self.verdict.fallen, self.best
             if not fallen and (best is None or gain > best[1]):
                 best = (update, gain)
-            self.readings, self.unvalidated, self.best = readings, False, best  # no signal parts them
+            self.readings, self.unvalidated, self.best = readings, False, best  # no signal can separate them
 
         self._write(
             {"kind": "validation", "mean_gain": gain, **results, "radar": numbers | {"drifted": drifted}}
@@ -319,10 +320,7 @@ class Run:
             logger.warning("update %d: the look of the videos drifts: %s", update, ", ".join(drifted))
 
     def update_verdict(self, readings: Sequence[radar.Reading] | None = None) -> dict[str, Any]:
-        """Let the radar judge ``readings``, by default those of the validations so far.
-
-        Its verdict as numbers and words.
-        """
+        """Update the verdict from ``readings`` (default: those so far); return it for the metrics log."""
         base = radar.reading(0, radar.pooled_sets(list(self.base.values())), self.setup.judges)
         history = [base, *(self.readings if readings is None else readings)]
         self.verdict = radar.judge(history, radar.STANDARD_ERRORS, radar.FALLS_IN_A_ROW)
@@ -334,7 +332,7 @@ class Run:
             return evaluate_prompts(self.setup, prompts, self.trainer.sharing, mismatched=mismatched)
 
     def resume(self, state: Mapping[str, Any]) -> None:
-        """Continue from the state of a checkpoint that its trainer was restored from."""
+        """Continue from the state of the checkpoint from which the trainer was restored."""
         self.saved = self.written = self.resumed_at = self.trainer.update
         self.best = None if state["best"] is None else (int(state["best"][0]), float(state["best"][1]))
         self.readings = radar.loaded(state["radar"])
@@ -345,13 +343,13 @@ class Run:
         update = self.trainer.update
         validated = not update or any(reading.update == update for reading in self.readings)
 
-        def tidy() -> None:  # a kill may have come before a best one's mark, or a validation's checkpoint
+        def tidy() -> None:  # a run may be killed before marking the best, or saving a validation
             self._mark_best(self.best)
             if self.metrics and not validated:
                 self.metrics.drop_validation(update)
 
         self.setup.ranks.once("tidying up after the last stop", tidy)
-        if update == self.updates and not validated:  # shortened to where it stands
+        if update == self.updates and not validated:  # the run was shortened to end here
             self.unvalidated = bool(self.setup.validation)
         if self.unvalidated:
             self._validate_and_save()
@@ -360,7 +358,7 @@ class Run:
 def restore(trainer: Trainer, path: Path) -> dict[str, Any]:
     """Load a checkpoint into the trainers of all ranks and return its state.
 
-    Raises CheckpointError, and RankError where the ranks have read different ones.
+    Raises CheckpointError, and RankError if the ranks have read different checkpoints.
     """
     ranks, kind = trainer.setup.ranks, architecture(trainer.setup.backbone.weights)
     with ranks.together(READING):
@@ -381,9 +379,9 @@ def restore(trainer: Trainer, path: Path) -> dict[str, Any]:
 
 
 def load_aligned(weights: Weights, policy: Policy, path: Path, kind: str = "average") -> dict[str, Tensor]:
-    """The trained values in a checkpoint: their moving ``average``, or ``raw`` those of the last update.
+    """The trained values in a checkpoint: the moving "average", or the "raw" ones of the last update.
 
-    Raises ValueError for another ``kind`` and CheckpointError.
+    Raises ValueError for a ``kind`` other than "average" and "raw", and CheckpointError.
     """
     if kind not in VALUE_PREFIXES:
         raise ValueError(f"weights: must be {' or '.join(VALUE_PREFIXES)}, got {kind!r}")

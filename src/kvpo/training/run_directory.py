@@ -1,4 +1,4 @@
-"""One run's directory: who may write to it, and what lies where."""
+"""A run's output directory: its lock and its files."""
 
 import json
 import os
@@ -24,12 +24,12 @@ class RunDirectory:
     """The output directory of one run, held by at most one live process.
 
     Entering creates the directory, takes its lock and saves the resolved ``config`` as ``config.yaml``, which
-    makes it that run's; leaving gives the lock back. The lock is the kernel's (flock), so a killed process
-    cannot leave it behind. Leaving by an error before the run has ``begun`` (weights that do not load) takes
-    back what it wrote. A directory that belongs to a run (see ``belongs_to_run``) is entered only with
-    ``resume``: whoever resumes checks that the configurations agree, and saves its own once the run goes on.
-    Before its first checkpoint the same configuration may also start it again. Of several ranks, rank 0 does
-    all that.
+    claims the directory for that run; leaving releases the lock. It is a kernel lock (flock), so a killed
+    process cannot leave it behind. An error before the run has ``begun`` (such as weights that do not load)
+    removes what was written. A directory that belongs to a run (see ``belongs_to_run``) is entered only with
+    ``resume``; the caller then checks that the configurations agree, and saves its own once the run
+    continues. Before its first checkpoint, a run can also be started again with the same configuration. With
+    several ranks, rank 0 does all of this.
 
     Raises StorageError when another live process holds it, when it holds a run and ``resume`` is false, or
     when it cannot be written.
@@ -50,9 +50,9 @@ class RunDirectory:
         self._config = config
         self._resume = resume
         self.continued = False
-        """True if it held a run before."""
+        """True if the directory already belonged to a run."""
         self.begun = False
-        """True from the run's first update on: an error leaves it there to be continued."""
+        """True from the run's first update on; an error then leaves the directory there to be resumed."""
         self._found: set[Path] = set()
         self._owner = path / ".owner"
         self._lock = FileLock(path / LOCK, timeout=0)
@@ -92,7 +92,7 @@ class RunDirectory:
         self._lock.release()
 
     def save_config(self, config: Config | None = None) -> None:
-        """Write ``config.yaml`` in one step: the run's settings, or what they have become."""
+        """Write ``config.yaml`` in one step: the run's settings, or ``config`` if they have changed."""
         self._config = config or self._config
         write_atomic(self.config_file, self._text())
 
@@ -123,11 +123,11 @@ class RunDirectory:
         return yaml.safe_dump(plain, sort_keys=False)
 
     def _is_ours(self) -> bool:
-        """True if the saved configuration is the same: the same command may be given again."""
+        """True if the saved configuration is the same, so that the same command may be given again."""
         return self.config_file.exists() and self.config_file.read_text(encoding="utf-8") == self._text()
 
     def _take_back(self) -> None:
-        """Leave the directory as it was before a run that never began."""
+        """Restore the directory to its state before a run that never began."""
         for path in saved_updates(self.checkpoints):
             shutil.rmtree(path)
         files = (self.metrics, self.meanings, self.provenance, self.null, self.config_file)
@@ -154,7 +154,7 @@ def holds_run(path: Path) -> bool:
 
 
 def belongs_to_run(path: Path) -> bool:
-    """True if ``path`` is a run's directory, which no other run may use: with or without checkpoints."""
+    """True if ``path`` is a run's directory, with or without checkpoints; no other run may use it."""
     return (path / CONFIG).exists() or holds_run(path)
 
 

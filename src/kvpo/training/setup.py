@@ -28,9 +28,9 @@ class Setup:
     test: Mapping[str, Sequence[VideoPrompt]]
     """Prompt sets used once, for the summary."""
     scored: Counts = field(default_factory=Counts)
-    """Counts of clips that were scored and of clips whose scores were known."""
+    """Counts of clips that were scored, and of clips whose scores were already known."""
     ranks: Ranks = ALONE
-    """This process among those of the run."""
+    """This process among the ranks of the run."""
 
     @property
     def config(self) -> Config:
@@ -44,17 +44,17 @@ class Setup:
 
     @property
     def generator(self) -> StreamingGenerator:
-        """The generator around it."""
+        """The generator that wraps the model."""
         return self.backbone.generator
 
     def blend(self) -> Blend:
-        """The rule by which scores become one advantage of each branch. Raises ConfigurationError."""
+        """The rule that turns scores into one advantage per branch. Raises ConfigurationError."""
         return blend_of(self.judges.scorer.components, self.judges.weights_K, self.config)
 
     def evaluation_tape(self) -> SeededTape:
-        """The held-out tape: the same in every run, for every seed, so that runs can be compared."""
+        """The held-out tape: the same for every run and every seed, so that runs can be compared."""
         return SeededTape(("evaluation", 0), self.generator.block_shape)
 
     def final_tape(self, *member: int) -> SeededTape:
-        """The tape of the final test, which no run draws from, or that of a further video of every prompt."""
+        """The tape of the final test, which no run draws from; ``member`` gives further videos their own."""
         return SeededTape(("final evaluation", *member), self.generator.block_shape)

@@ -1,8 +1,8 @@
-"""Weights spread over the ranks of a team, with torch's FSDP2 (`fully_shard`).
+"""Weights sharded over the ranks of a team, with torch's FSDP2 (`fully_shard`).
 
 Every layer with its adapters is a group of its own that is gathered just before it runs. All ranks of a team
-have to make equally many passes in one order. Trained parameters, their moments and averages are DTensors of
-which a rank holds its part; what is saved is whole (`kvpo.training.checkpoint`).
+must make the same number of passes in the same order. Trained parameters, their moments and averages are
+DTensors, of which each rank holds a part; checkpoints are whole (`kvpo.training.checkpoint`).
 """
 
 import json
@@ -25,18 +25,18 @@ from kvpo.models.causal_wan import CausalWan
 from kvpo.training.ranks import Ranks
 
 SAVING, READING = "saving a checkpoint", "reading the checkpoint"
-"""Work that ranks do together, as messages name it."""
+"""Names, in messages, of work that ranks do together."""
 
 
 def shard(model: CausalWan, team: Ranks, device: torch.device | str) -> None:
-    """Spread the parameters of a transformer over a team, in place; gradients are added up, not averaged."""
+    """Shard the parameters of a transformer over a team, in place; gradients are summed, not averaged."""
     mesh = DeviceMesh.from_group(team.prompt, torch.device(device).type)
 
     for module in (*model.blocks, model):
-        # Explicitly, or the outermost group would stay gathered, and stale once its values are exchanged.
+        # By default the outermost group would stay gathered, and be stale once its values are exchanged.
         fully_shard(module, mesh=mesh, reshard_after_forward=True)
     for block in model.blocks:
-        for method in ("only_keys_values", "text_of"):  # what is called beside ``forward``, never within it
+        for method in ("only_keys_values", "text_of"):  # called besides ``forward``, never within it
             register_fsdp_forward_method(block, method)
     for method in ("text_of", "text_keys"):
         register_fsdp_forward_method(model, method)
@@ -47,17 +47,17 @@ def shard(model: CausalWan, team: Ranks, device: torch.device | str) -> None:
 
 
 def sharded(tensors: Iterable[Tensor]) -> bool:
-    """True if these are parts of tensors that are spread over ranks."""
+    """True if any of the tensors is sharded."""
     return any(isinstance(tensor, DTensor) for tensor in tensors)
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This rank's part of a tensor, sharing its memory; a tensor that is not spread is its own part."""
+    """This rank's part of a sharded tensor, sharing its memory; other tensors are returned as they are."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor  # type: ignore[no-any-return]
 
 
 def spread_like(tensor: Tensor, part: Tensor) -> Tensor:
-    """The tensor of which ``part`` is this rank's part, spread as ``tensor`` is."""
+    """Return ``part``, this rank's part, as a tensor that is sharded like ``tensor`` if that is sharded."""
     if not isinstance(tensor, DTensor) or isinstance(part, DTensor):
         return part
     return DTensor.from_local(
@@ -71,10 +71,10 @@ def spread_like(tensor: Tensor, part: Tensor) -> Tensor:
 
 
 def write_parts(tensors: Mapping[str, Tensor], file: Path, team: Ranks) -> None:
-    """Write the whole of spread tensors to a safetensors file, each rank its parts.
+    """Write sharded tensors to a safetensors file, each rank its parts; the file holds the whole tensors.
 
-    The ranks of the team call this together; rank 0 joins what they have written. Raises OSError on a rank
-    that cannot write, and RankError on the others.
+    All ranks of the team must call this together; rank 0 joins the parts. Raises OSError on a rank that
+    cannot write, and RankError on the others.
     """
     parts = file.parent / "parts"
     writer = dcp.HuggingFaceStorageWriter(str(parts), save_distributed=True, enable_consolidation=True)
@@ -88,7 +88,7 @@ def write_parts(tensors: Mapping[str, Tensor], file: Path, team: Ranks) -> None:
 
 
 def _write_counts(file: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Put tensors without an axis in place, which torch leaves zero where it joins parts."""
+    """Write the values of 0-d tensors, which torch leaves zero when it joins parts."""
     with file.open("r+b") as stream:
         (length,) = struct.unpack("<Q", stream.read(8))
         header = json.loads(stream.read(length))
@@ -99,9 +99,10 @@ def _write_counts(file: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 def read_parts(file: Path, spread: Mapping[str, Tensor], team: Ranks) -> dict[str, Tensor]:
-    """Every tensor of a safetensors file, of which each rank of the team reads its parts.
+    """Read every tensor of a safetensors file; of sharded tensors, each rank of the team reads its parts.
 
-    ``spread`` says how, by name; others are read whole. The ranks of the team call this together.
+    ``spread`` maps the names of sharded tensors to tensors that are sharded alike; all others are read whole.
+    All ranks of the team must call this together.
     """
     with safe_open(file, "pt") as header:
         names = list(header.keys())
@@ -113,10 +114,10 @@ def read_parts(file: Path, spread: Mapping[str, Tensor], team: Ranks) -> dict[st
 
 
 def _together(team: Ranks, doing: str, action: Callable[[], object]) -> None:
-    """Carry out an action of torch's on all ranks of a team.
+    """Run a torch checkpoint function on all ranks of a team.
 
-    Where it fails on some, torch raises on all what no ``except Exception`` catches. Here a rank that failed
-    raises its own error, and the others raise RankError.
+    If it fails on some ranks, torch raises an error on all of them that no ``except Exception`` catches.
+    Here, a rank that failed raises its own error, and the others raise RankError.
     """
     with team.together(doing):
         try:

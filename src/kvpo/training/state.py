@@ -1,4 +1,4 @@
-"""AdamW's state as named tensors, and back, exactly; its settings are constants of the trainer."""
+"""Exact conversion of AdamW's state to named tensors and back; its settings are constants of the trainer."""
 
 from collections.abc import Mapping
 
@@ -18,12 +18,12 @@ def moments_of(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Par
 
 
 def moment_of(name: str) -> str:
-    """Name of the parameter whose moment, or count, has this name among ``moments_of``."""
+    """Name of the parameter that an entry of ``moments_of`` belongs to."""
     return name.rpartition(".")[0]
 
 
 def expected_moments(parameters: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors of the names and shapes that ``saved`` must have for the parameters of which it has any."""
+    """Tensors with the names and shapes that ``saved`` must have for each parameter it has entries for."""
     with_state = {moment_of(name) for name in saved}
     return {
         f"{name}.{key}": torch.empty(()) if key == "step" else parameter
@@ -36,7 +36,7 @@ def expected_moments(parameters: Mapping[str, Tensor], saved: Mapping[str, Tenso
 def load_moments(
     optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter], saved: Mapping[str, Tensor]
 ) -> None:
-    """Undo ``moments_of``; ``saved`` has the names of ``expected_moments``. Steps are counted on the CPU."""
+    """Inverse of ``moments_of``; ``saved`` has the names of ``expected_moments``. Steps stay on the CPU."""
     optimizer.state.clear()
     for name, parameter in parameters.items():
         for key in MOMENTS:

@@ -1,4 +1,4 @@
-"""Metrics for Weights & Biases and trackio, through their own packages, beside TensorBoard."""
+"""Metrics for Weights & Biases and trackio, through their own packages, in addition to TensorBoard."""
 
 from collections.abc import Mapping
 from importlib import import_module
@@ -7,11 +7,11 @@ from typing import Any
 from kvpo.extras import extra
 
 TRACKERS = ("wandb", "trackio")
-"""Packages with the same few calls: init, log and finish."""
+"""Packages that share the few calls used here: init, log and finish."""
 
 
 class Tracker:
-    """A run of one of the packages, which go by their own environment variables (WANDB_MODE=offline, ...)."""
+    """A run in one of the packages, which read their own environment variables (WANDB_MODE=offline, ...)."""
 
     def __init__(self, package: str, name: str, config: Mapping[str, Any]) -> None:
         with extra("trackers"):
@@ -23,5 +23,5 @@ class Tracker:
         self._module.log(dict(numbers), step=update)
 
     def close(self) -> None:
-        """Send what is left."""
+        """Send the remaining data and end the run."""
         self._module.finish()

@@ -34,11 +34,11 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 BETAS, WEIGHT_DECAY = (0.9, 0.999), 0.01
-"""AdamW as KVPO was published, which is torch's default."""
+"""AdamW's settings as KVPO was published, which are torch's defaults."""
 WARMUP_UPDATES = 5
-"""Updates over which the learning rate rises, as published: AdamW's first steps go by single gradients."""
+"""Updates over which the learning rate rises, as published: AdamW's first steps follow single gradients."""
 GRADIENT_NORM = 1.0
-"""Gradients are clipped to this norm, as published: one group that stands out does not decide an update."""
+"""Gradients are clipped to this norm, as published, so that no single group decides an update."""
 
 
 def learning_rate_factor(update: int) -> float:
@@ -54,7 +54,7 @@ class Trainer:
         self.setup = setup
         self.teams = teams_of(setup.ranks, spread.branch_ranks)
         self.sharded = spread.shard and self.teams.team.count > 1
-        if self.sharded:  # afterwards, parts that do not belong together would not be seen to differ
+        if self.sharded:  # afterwards, mismatched parts could not be detected
             weights = list(setup.model.parameters())
             setup.ranks.demand_equal(lambda: {"weights": digest(weights)}, "loading the generator")
             shard(setup.model, self.teams.team, setup.generator.device)
@@ -81,10 +81,11 @@ class Trainer:
         """Updates in a row, up to the last one, in which nothing was learned."""
 
     def step(self) -> dict[str, Any]:
-        """One update on the next collected rollout; one without a group worth training on changes nothing.
+        """Make one update on the next collected rollout and return its metrics.
 
-        Raises ValueError when a reward fails and NonFiniteError when a number is not finite. Parameters,
-        average, optimiser and the count of updates are then what they were before, for any exception.
+        Weights do not change if the rollout has no group worth training on. Raises ValueError when a reward
+        fails and NonFiniteError when a number is not finite. After any exception, parameters, average,
+        optimiser and the number of updates are as they were before.
         """
         optim = self.setup.config.optim
         rate = optim.lr * learning_rate_factor(self.update)
@@ -96,7 +97,7 @@ class Trainer:
             if item.credits:
                 with self._all_or_nothing():
                     found, numbers = self._learn(item, rate)
-                    self.update += 1  # at once: parameters and count must not be saved apart
+                    self.update += 1  # here, so that parameters and count are never saved apart
             else:
                 self.update += 1
         except NonFiniteError as error:
@@ -111,9 +112,9 @@ class Trainer:
         return summary | forks | {"learning_rate": rate, "idle_updates": float(self.idle_updates)}
 
     def collect(self) -> None:
-        """Unless a rollout is waiting, collect those of the next ``rollouts_per_refresh`` updates.
+        """Collect the rollouts of the next ``rollouts_per_refresh`` updates, unless one is already waiting.
 
-        Raises what ``step`` does; the trainer is then as it was before.
+        Raises the same errors as ``step``, and then leaves the trainer as it was.
         """
         optim = self.setup.config.optim
         if self.collected:
@@ -124,7 +125,7 @@ class Trainer:
         self.collected = collect(self.setup, self.learner, updates)
 
     def _learn(self, item: Collected, rate: float) -> tuple[list[Metrics], dict[str, float]]:
-        """All passes over a rollout; the method's metrics and the numbers of the last one."""
+        """Make all passes over a rollout; return the method's metrics and the numbers of the last pass."""
         optim = self.setup.config.optim
         for epoch in range(optim.inner_epochs):
             found, drift = self._differentiate(item, on_policy=item.fresh and epoch == 0)
@@ -144,12 +145,12 @@ class Trainer:
         return found, {"velocity_kl": drift, "gradient_norm": norm, "gradient_coverage": coverage}
 
     def _differentiate(self, item: Collected, *, on_policy: bool) -> tuple[list[Metrics], float]:
-        """Leave the gradient of the mean loss over all ranks' lessons in the parameters.
+        """Store the gradient of the mean loss over all ranks' lessons in the parameters' ``.grad``.
 
-        Returns the lessons' metrics, in order, and the mean velocity KL of those that ask for it, or nan.
+        Returns the lessons' metrics, in order, and the mean velocity KL of the lessons that have one, or nan.
         """
         ranks, teams, parameters = self.setup.ranks, self.teams, list(self.policy.parameters.values())
-        # Of spread weights the team's gradients are added up as they are computed.
+        # With sharded weights, the team's gradients are added up as they are computed.
         adding, team = (teams.peers, 1) if self.sharded else (ranks, teams.team.count)
         total, found, doing = OrderedSum(adding, parameters, team), {}, "computing gradients"
         planned, lessons = item.rollout.planned, len(item.credits)
@@ -178,7 +179,7 @@ class Trainer:
         return [metrics for metrics, _ in in_order], sum(drifts) / len(drifts) if drifts else math.nan
 
     def _clip_gradient(self) -> tuple[float, float]:
-        """Clip the gradient; its norm before, and the share of trained tensors of which it is not zero."""
+        """Clip the gradient; return its norm before, and the share of trained tensors where it is nonzero."""
         config, parameters = self.setup.config.optim, self.policy.parameters
         gradients = {name: local(p.grad) for name, p in parameters.items() if p.grad is not None}
         bad, sizes = first_non_finite(gradients), magnitudes(gradients.values())
@@ -193,10 +194,10 @@ class Trainer:
 
     @contextmanager
     def _all_or_nothing(self) -> Iterator[None]:
-        """Undo what a block that raises has done to parameters, average, optimiser and count of updates.
+        """If the block raises, restore parameters, average, optimiser and the number of updates.
 
-        The copy that this needs lies in host memory, as a checkpoint's does while it is written; the average
-        is replaced and not written to.
+        The copy that this needs is in host memory, like a checkpoint's while it is written. The average needs
+        no copy, since its tensors are replaced and never modified in place.
         """
         tensors, state = self.tensors_and_state()
         before = {
@@ -207,7 +208,7 @@ class Trainer:
         }
         try:
             yield
-        except BaseException:  # Ctrl-C too: what comes before the update is then saved
+        except BaseException:  # Ctrl-C too: the state before the update is then saved
             self.optimizer.zero_grad(set_to_none=True)
             self.restore(before, state)
             raise
@@ -224,7 +225,7 @@ class Trainer:
             )
 
     def _say_what_shrank(self, update: int) -> None:
-        """Warn once of each kind of shrinking that no fork of a video avoids; metrics have every group's."""
+        """Warn once about each setting that shrinks at every fork of a video; metrics cover every group."""
         asked, deployment = self.setup.config.exploration, self.setup.generator.deployment
         for prompt in self.setup.training_prompts(update):
             most = plan_forks([prompt], asked, deployment).roomiest[-1].exploration
@@ -257,7 +258,7 @@ class Trainer:
         )
 
     def at_boundary(self) -> bool:
-        """True unless some of a refresh's rollouts are used up: only then can a run be resumed exactly."""
+        """True unless a refresh is partly used up: only at a boundary can a run be resumed exactly."""
         return not self.collected or self.collected[0].fresh
 
     def tensors_and_state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -278,11 +279,11 @@ class Trainer:
 
     @property
     def sides(self) -> Sides:
-        """Base and aligned policy as they are now; the moving average is what is judged and exported."""
+        """The current base and aligned policy; the moving average is what is judged and exported."""
         return Sides(self.policy, self.average.values)
 
     def restore(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
-        """Continue from ``tensors_and_state``, bit for bit; of spread tensors, this rank's parts will do."""
+        """Restore ``tensors_and_state`` bit for bit; for sharded tensors, this rank's parts suffice."""
         for name, value in self._values().items():
             local(value).copy_(local(tensors[name]))
         moments = {
@@ -297,18 +298,18 @@ class Trainer:
 
     @property
     def sharing(self) -> Ranks:
-        """Ranks that may do different things: of spread weights, only those of different teams."""
+        """Ranks that may run different work: with sharded weights, only ranks of different teams."""
         return self.teams.peers if self.sharded else self.setup.ranks
 
     def solo(self, doing: str, action: Callable[[], T]) -> T:
-        """``action`` by rank 0 alone; where weights are spread, by every rank alike."""
+        """Run ``action`` on rank 0 only, or on every rank if weights are sharded."""
         if not self.sharded:
             return self.setup.ranks.once(doing, action)
         with self.setup.ranks.together(doing):
             return action()
 
     def spread_tensors(self, file: Path) -> dict[str, Tensor]:
-        """Those of a checkpoint's tensors that are spread, by name, each with one that is spread alike."""
+        """The sharded tensors of a checkpoint, by name, each with a tensor that is sharded alike."""
         with safe_open(file, "pt") as header:
             moments = [name for name in header.keys() if name.startswith("optimizer.")]
             spread = [name for name in moments if header.get_slice(name).get_shape()]
@@ -320,7 +321,7 @@ class Trainer:
 
 
 def architecture(weights: Weights) -> dict[str, Any]:
-    """The settings that must agree for a checkpoint's tensors to fit."""
+    """The settings that must match for a checkpoint's tensors to fit."""
     optim = weights.config.optim
     return {
         "model": asdict(weights.config.model),
