@@ -1,9 +1,10 @@
-"""Measure `kvpo arena` under load: how long votes and videos take when several raters vote at once.
+"""Measure `kvpo arena` under load: latency of votes and videos while several raters vote at once.
 
     python benchmarks/arena.py [--raters 8] [--pairs 40] [--json FILE]
 
-Server and raters share this process and its cores, over real sockets; no rater pauses to look. Every vote
-is on the disk before it is acknowledged. Prints a Markdown table; the load before is that of other processes.
+Server and raters share this process and its cores and talk over real sockets; raters do not pause to watch.
+Every vote is on disk before it is acknowledged. Prints a Markdown table; "load before" is the load of other
+processes.
 """
 
 import argparse
@@ -27,11 +28,11 @@ from kvpo.arena.store import Study
 from kvpo.arena.study import Design, Scene
 
 VIDEO_BYTES = 150_000
-"""About those of a video of the demo."""
+"""About the size of a demo video."""
 
 
 def study_of(directory: Path, pairs: int) -> Study:
-    """A study of two arms whose videos are bytes: the server does not look into them."""
+    """A study of two arms whose videos are arbitrary bytes, which the server does not decode."""
     draws, videos, scenes = np.random.default_rng(0), {}, []
     for n in range(pairs):
         shown = {}
@@ -45,7 +46,7 @@ def study_of(directory: Path, pairs: int) -> Study:
 
 
 def vote_through(url: str, token: str, taken: dict[str, list[float]]) -> None:
-    """Do what the page does from the first ballot to the last, and add up how long each request took."""
+    """Do what the page does from the first ballot to the last, and record how long each request took."""
     headers = {"Authorization": f"Bearer {token}"}
     with httpx.Client(base_url=url, headers=headers, timeout=60) as client:
 
@@ -64,7 +65,7 @@ def vote_through(url: str, token: str, taken: dict[str, list[float]]) -> None:
 
 
 def load(url: str, study: Study, raters: int) -> dict[str, float]:
-    """Latencies while so many raters vote at once."""
+    """Latencies while ``raters`` raters vote at once."""
     taken: list[dict[str, list[float]]] = [{"ballot": [], "video": [], "vote": []} for _ in range(raters)]
     links = [study.invite(f"rater {n} of {raters}") for n in range(raters)]
     own = [

@@ -1,4 +1,4 @@
-"""FLOPs of what runs on the CPU, and the rate at which this process could have them."""
+"""Count the FLOPs of CPU code, and measure the FLOP rate that this process can reach."""
 
 import math
 import time
@@ -22,7 +22,7 @@ def _attention_flops(query: Any, key: Any, value: Any, *rest: Any, **named: Any)
 
 
 def _attention_gradient_flops(gradient: Any, *tensors: Any, **named: Any) -> int:
-    # The scores once more, and two products for each of the two.
+    # Recomputes the scores, then takes two products for each of the two forward ones.
     return 5 * _attention_flops(*tensors[:3]) // 2
 
 
@@ -30,20 +30,20 @@ CPU_FLOPS = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_gradient_flops,
 }
-"""FLOPs by the shapes of their arguments of operations that torch's counter does not know."""
+"""FLOPs, from argument shapes, of operations that torch's counter does not know."""
 if AVAILABLE:
     CPU_FLOPS[torch.ops.mkldnn._linear_pointwise] = _product_flops
 
 
 def counted_flops(run: Callable[[], object]) -> int:
-    """FLOPs of the matrix products and of the attention in what is run."""
+    """FLOPs of the matrix products and the attention in ``run``."""
     with FlopCounterMode(display=False, custom_mapping=CPU_FLOPS) as counter:
         run()
     return counter.get_total_flops()
 
 
 def product_rate(rows: int, width: int) -> float:
-    """FLOPs a CPU-second of float32 matrix products, of torch's or of oneDNN's, whichever are faster here."""
+    """FLOPs per CPU-second of float32 matrix products, by torch or oneDNN, whichever is faster here."""
     x, weight, bias = torch.randn(rows, width), torch.randn(width, width), torch.randn(width)
     kinds = [lambda: F.linear(x, weight, bias), lambda: linear(x, weight, bias)]
     arms = {str(n): lambda kind=kind: [kind() for _ in range(50)] for n, kind in enumerate(kinds)}

@@ -1,8 +1,8 @@
-"""Compare bases of the embedded world before any alignment: what they get right, how much is broken.
+"""Compare bases of the embedded world before alignment: how much they get right, and how much is broken.
 
-Validation stories of one act, and of four acts over as many frames as pretraining shows; every base draws
-from the same noise. A clip is broken where the detector's confidence is below the 1st percentile of clean
-renders; of stories of four acts the last act is looked at.
+The validation stories have one act, or four acts over as many frames as in pretraining; every base uses the
+same noise. A clip is broken if the detector's confidence is below the 1st percentile of clean renders. For
+stories of four acts, only the last act is checked.
 
     python benchmarks/bases.py NAME=FILE ... [--stories 32] [--json FILE] [any setting]
 """
@@ -30,7 +30,7 @@ TOGETHER = 8
 
 
 def measured(setup: Setup, prompts: Sequence[VideoPrompt]) -> dict[str, Any]:
-    """Means over stories: reward, unseen scorer, broken last acts; and shares of the demands that are met."""
+    """Means over stories (reward, unseen scorer, broken last acts), and the shares of demands met."""
     codec, judges, block = setup.backbone.codec, setup.judges, setup.generator.block
     assert judges.exam is not None and judges.unseen is not None
     rewards, unseen, exam, broken = [], [], [], []
@@ -57,7 +57,7 @@ def measured(setup: Setup, prompts: Sequence[VideoPrompt]) -> dict[str, Any]:
 
 
 def of_base(path: str, stories: int, given: dict[str, Any]) -> dict[str, Any]:
-    """One base on short and on long stories."""
+    """Measure one base on short and on long stories."""
     prompts = {"evaluation.validation_prompts": stories, "evaluation.test_prompts": 2}
     setup = build_setup(preset("demo", {**given, **prompts, "backbone.checkpoint": path}))
     long = distinct_prompts("validation", stories, ACTS, FRAMES, 303, 40_000_000)
@@ -85,7 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def compared(results: dict[str, dict[str, Any]]) -> str:
-    """A column per base."""
+    """The table, with a column per base."""
     rows: list[list[object]] = []
     for kind, words in (("short", "one act"), ("long", f"{ACTS} acts")):
         own = [base[kind] for base in results.values()]

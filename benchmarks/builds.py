@@ -1,10 +1,10 @@
-"""An update's rollout and its replay with backward in two builds that take turns, in CPU-seconds.
+"""Time an update's rollout, and its replay with backward, in two builds by turns, in CPU-seconds.
 
     python benchmarks/builds.py OTHER [--rounds 5] [--quick] [--json PATH]
 
 OTHER is a checkout of another commit. Each build runs in its own process, on one thread, at the demo's
-settings with random weights; what is measured is this script's in both, so a commit before it can be given.
-The largest difference between what both compute is printed too.
+settings with random weights. Both run this copy of the script, so OTHER may be older than the script. The
+largest difference between the two builds' results is printed too.
 """
 
 import argparse
@@ -35,12 +35,12 @@ ROUNDS = 5
 
 
 def explored(subject: Bench) -> Rollout:
-    """Roots, branches and anchors, as the trainer has them."""
+    """Roots, branches and anchors, as in training."""
     return roll_out(subject.generator, planned_rollout(subject), subject.texts, subject.tape, ("benchmark",))
 
 
 def settings(quick: bool) -> Config:
-    """The demo's, or a transformer of a few thousand parameters and one prompt."""
+    """The demo's settings or, if ``quick``, a transformer of a few thousand parameters and one prompt."""
     config = demo()
     if not quick:
         return config
@@ -49,7 +49,7 @@ def settings(quick: bool) -> Config:
 
 
 def taught(subject: Bench, groups: Sequence[Group]) -> Tensor:
-    """Energies of the branches of every group that are learned from, a group at a time, with backward."""
+    """Energies of every group's trained branches, one group at a time, with backward."""
     subject.model.zero_grad(set_to_none=True)
     kept = sum(subject.config.objective.keep)
     coefficients = torch.randn(kept, generator=keyed_generator("benchmark coefficients"))
@@ -59,9 +59,9 @@ def taught(subject: Bench, groups: Sequence[Group]) -> Tensor:
 
 
 def serve(config: Config, computed: Path) -> None:
-    """Run what is asked for on standard input, and answer with its CPU-seconds.
+    """Run each phase named on standard input, and answer with its CPU-seconds.
 
-    What is computed is written to a file before the first answer.
+    The results are written to ``computed`` before the first answer.
     """
     torch.set_num_threads(1)
     subject = bench(config, config.optim.prompts_per_update)
@@ -84,7 +84,7 @@ def serve(config: Config, computed: Path) -> None:
 
 
 def started(checkout: Path, computed: Path, quick: bool) -> subprocess.Popen[str]:
-    """This script's other half, importing the build of a checkout."""
+    """Start this script as a server that imports the build of a checkout."""
     return subprocess.Popen(
         [sys.executable, __file__, "--serve", str(computed), *(["--quick"] if quick else [])],
         env={**os.environ, "PYTHONPATH": str(checkout / "src"), "OMP_NUM_THREADS": "1"},
@@ -95,7 +95,7 @@ def started(checkout: Path, computed: Path, quick: bool) -> subprocess.Popen[str
 
 
 def asked(build: subprocess.Popen[str], run: str = "") -> tuple[str, float]:
-    """The next answer of a build, to a question if there is one."""
+    """The next answer of a build, after asking it for ``run`` if one is named."""
     assert build.stdin and build.stdout
     if run:
         build.stdin.write(f"{run}\n")
@@ -105,7 +105,7 @@ def asked(build: subprocess.Popen[str], run: str = "") -> tuple[str, float]:
 
 
 def largest_differences(one: Path, other: Path) -> dict[str, float]:
-    """Largest difference of everything that two builds have computed, relative to its largest value."""
+    """Largest difference between two builds in each result, relative to its largest value."""
     ours, theirs = torch.load(one), torch.load(other)
     return {
         what: float((value - theirs[what]).abs().max() / value.abs().max()) for what, value in ours.items()
@@ -116,9 +116,9 @@ Taken = dict[str, dict[str, list[float]]]
 
 
 def alternated(checkouts: dict[str, Path], rounds: int, quick: bool) -> tuple[Taken, dict[str, float]]:
-    """CPU-seconds of every round by phase and build, and how far what they compute differs.
+    """CPU-seconds of every round by phase and build, and how far their results differ.
 
-    The builds take turns, the first one changing.
+    The builds take turns, and which one goes first alternates.
     """
     with tempfile.TemporaryDirectory() as folder:
         files = {name: Path(folder) / f"{name}.pt" for name in checkouts}

@@ -1,10 +1,10 @@
-"""Who comes back? The history that is routed decides: same noise, same prompt, other frames.
+"""Show that routed history decides who comes back: same noise and prompt, different frames.
 
-Test stories of four acts whose first three show different actors; the fourth caption says only that one of
-them is back. At its beginning the deployment window holds act 1 (the sink) and act 3 (the recent frames);
-act 2 is hidden. Branches are routed to six different frames, n of act 2 and 6 - n of act 1, n = 0 to 6, or
-to six frames of another story's act 2. What the acts showed, and colour and shape of what a branch shows in
-the blocks after its window, are read off pixels.
+The test stories have four acts, of which the first three show different actors; the fourth caption says only
+that one of them is back. When it begins, the deployment window holds act 1 (the sink) and act 3 (the recent
+frames); act 2 is hidden. Branches are routed to six distinct frames: n of act 2 and 6 - n of act 1 for
+n = 0 to 6, or six of another story's act 2. Colours and shapes are read off pixels, both of the acts and of
+each branch in the blocks after its window.
 
     python benchmarks/causality.py [--stories 48] [--draws 3] [--json FILE] [any setting]
 """
@@ -40,7 +40,7 @@ ANCHOR, DONOR = "anchor", "donor"
 TOGETHER = 8
 """Stories that fork in one rollout."""
 FEW_PROMPTS = {"evaluation.validation_prompts": 2, "evaluation.test_prompts": 2}
-"""A run's own prompts, which are not looked at here."""
+"""Prompts of the setup itself, which are not used here."""
 
 Look = tuple[str, str]
 """Colour and shape of an actor."""
@@ -51,14 +51,14 @@ class Shown:
     """The actors that a member of a group shows after its window."""
 
     history: str
-    """The number of routed frames of act 2, or ANCHOR, or DONOR."""
+    """Number of routed frames of act 2, ANCHOR or DONOR."""
     look: Look
     broken: bool
 
 
 @dataclass(frozen=True)
 class Observed:
-    """One story: who acts 1 to 3 showed, who another story's act 2, and what came back."""
+    """One story: the actors of acts 1 to 3 and of another story's act 2, and who came back."""
 
     acts: list[set[Look]]
     donor: set[Look]
@@ -66,18 +66,18 @@ class Observed:
 
     @property
     def telling(self) -> bool:
-        """True if the looks tell the acts apart."""
+        """True if the acts can be told apart by their looks."""
         return all(not a & b for a, b in combinations(self.acts, 2))
 
     def share(self, history: str, looks: set[Look]) -> float:
-        """Share of the members with one history that show one of the looks."""
+        """Share of the members with a given history that show one of ``looks``."""
         return fmean(float(m.look in looks) for m in self.members if m.history == history)
 
 
 def drawn_routes(
     prompts: Sequence[VideoPrompt], index: int, draws: int, sink: int
 ) -> list[tuple[str, tuple[RoutedFrame, ...]]]:
-    """(history, route) of every branch: for each draw n frames of act 2 for all n, then another's act 2."""
+    """(history, route) of every branch: per draw, every n frames of act 2, then another story's act 2."""
     first, second, third = prompts[index].switches
     generator = keyed_generator("causality", prompts[index].id)
     other = (index + 1) % len(prompts)
@@ -96,10 +96,10 @@ def drawn_routes(
 
 
 def observed(setup: Setup, prompts: Sequence[VideoPrompt], draws: int) -> list[Observed]:
-    """The actors that stories which switch at the same frames bring back."""
+    """The actors that each story brings back; all stories switch at the same frames."""
     deployment = setup.generator.deployment
     routes = [drawn_routes(prompts, n, draws, deployment.sink) for n in range(len(prompts))]
-    # Act 1 may lie further back than training keeps pages for, and a donor in another group: all stay.
+    # Keep all pages: act 1 may be older than those that training keeps, and donors are in another group.
     exploration = replace(
         setup.config.exploration,
         branches=len(routes[0]),
@@ -124,7 +124,7 @@ def observed(setup: Setup, prompts: Sequence[VideoPrompt], draws: int) -> list[O
 
 
 def shown_after(setup: Setup, group: Group) -> list[tuple[Look, bool]]:
-    """Colour and shape of each member's first actor after the window, and whether the member is broken."""
+    """Each member's look (its first actor's colour and shape) after the window, and whether it is broken."""
     with torch.no_grad():
         seen = detect(after_window(group, setup.backbone.codec))
     looks = [(clip[1][0], clip[1][1]) for clip in attributes(seen)]
@@ -132,19 +132,19 @@ def shown_after(setup: Setup, group: Group) -> list[tuple[Look, bool]]:
 
 
 def acts_shown(setup: Setup, group: Group) -> list[set[Look]]:
-    """Colours and shapes in the last two blocks of acts 1 to 3."""
+    """Colours and shapes in the last two blocks of each of acts 1 to 3."""
     with torch.no_grad():
         seen = detect(act_ends(group, setup.backbone.codec, setup.generator.block))
     return [{(look[0], look[1]) for look in clip[1:]} for clip in attributes(seen)]
 
 
 def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
-    """Mean over stories and its standard error."""
+    """Mean over stories, and its standard error."""
     return fmean(values), stdev(values) / sqrt(len(values))
 
 
 def summary(results: Sequence[Observed]) -> dict[str, Any]:
-    """The shares that others read, each with its standard error; stories count that tell the acts apart."""
+    """The published shares with standard errors, over stories whose acts can be told apart."""
     stories = [story for story in results if story.telling]
     if len(stories) < 2:
         raise SystemExit(f"only {len(stories)} of {len(results)} stories tell their acts apart: ask for more")
@@ -160,7 +160,7 @@ def summary(results: Sequence[Observed]) -> dict[str, Any]:
     add("act1_when_not_routed", ANCHOR, 0)
     add("act1_when_routed_to_act2", str(ROUTED), 0)
     add("act2_when_routed_to_act1", "0", 1)
-    # A donor that looks like one of the story's own acts tells nothing apart.
+    # A donor that looks like one of the story's own acts proves nothing.
     donors = [story for story in stories if not any(story.donor & act for act in story.acts)]
     numbers["stories_with_donor"] = len(donors)
     if len(donors) > 1:

@@ -1,7 +1,7 @@
 """The baseline of the engine benchmark: one branch at a time, each with its own copy of the cache.
 
-This is the loop one writes first. A branch owns contiguous keys and values, cloned from the root's at the
-fork; one state of one branch goes through the transformer at a time; the clean pass writes into the branch's
+This is the obvious first implementation. A branch owns contiguous keys and values, cloned from the root's
+at the fork; the transformer runs one state of one branch at a time; the clean pass writes into the branch's
 copy. Transformer, solver, noise, routes and residual are the engine's own: both arms do the same arithmetic.
 """
 
@@ -45,7 +45,7 @@ class CopiedCache:
         return self.keys.nbytes + self.values.nbytes
 
     def copy(self, room: int) -> "CopiedCache":
-        """A branch's own cache: everything cloned, with free slots for ``room`` further frames."""
+        """A branch's own cache: everything is cloned, with free slots for ``room`` more frames."""
         layers, held, *page = self.keys.shape
 
         def cloned(source: Tensor) -> Tensor:
@@ -60,7 +60,7 @@ class CopiedCache:
         return SlotContext(self, _runs([self.slots[frame] for frame in frames]), torch.tensor([self.end]))
 
     def append(self, keys_LRFTND: Tensor, values_LRFTND: Tensor) -> None:
-        """Store the next frames behind the others."""
+        """Append the next frames."""
         frames = keys_LRFTND.shape[2]
         first = len(self.slots)
         self.keys[:, first : first + frames] = keys_LRFTND[:, 0]
@@ -71,7 +71,7 @@ class CopiedCache:
 
 @dataclass(frozen=True)
 class SlotContext:
-    """Slices of one copied cache followed by the call's own frames: no gather, only a concatenation."""
+    """Slices of a copied cache, then the call's own frames: a concatenation without a gather."""
 
     cache: CopiedCache
     runs: tuple[slice, ...]
@@ -96,7 +96,7 @@ def _runs(slots: Sequence[int]) -> tuple[slice, ...]:
 
 @dataclass(frozen=True)
 class OneByOne:
-    """Everything the loops below need."""
+    """Generator, roots and caches of the loops below."""
 
     generator: StreamingGenerator
     roots: Sequence[Stream]
@@ -104,11 +104,11 @@ class OneByOne:
 
     @classmethod
     def of(cls, generator: StreamingGenerator, roots: Sequence[Stream]) -> "OneByOne":
-        """Lay every root's history out contiguously, once."""
+        """Copy every root's history into a contiguous cache, once."""
         return cls(generator, roots, [CopiedCache.of(root.history) for root in roots])
 
     def text(self, group: int) -> TextRows:
-        """The present segment of a root, as a batch of one."""
+        """The text of a root's current segment, as a batch of one."""
         return text_of([self.roots[group]])
 
     def deployed(self, cache: CopiedCache) -> SlotContext:
@@ -133,7 +133,7 @@ class OneByOne:
             text = self.text(group)
             trajectories = []
             for block in range(blocks + tail_blocks):
-                context: Any = self.deployed(cache)  # of other pages than the generator's own
+                context: Any = self.deployed(cache)  # not of the generator's own page type
                 if routes is not None and block < blocks:
                     routed = [slot.frame for slot in routes[block]]
                     sink, local = visible_frames(cache.end, range(self.generator.deployment.sink), recent)

@@ -1,9 +1,9 @@
-"""Batched branches over shared pages against one branch at a time with copied caches, on the CPU.
+"""Compare batched branches over shared pages with single branches on copied caches, on the CPU.
 
     python benchmarks/engine.py [--quick] [--repeats N] [--threads 1 2] [--json PATH]
 
-Random weights at the demo's geometry, so that nothing has to be trained first. Writes markdown to standard
-output. Both arms must agree (latents, energies and gradients, 1e-5) or the benchmark stops.
+Uses random weights at the demo's geometry, so nothing has to be trained first. Writes Markdown to standard
+output. The arms must agree (latents, energies and gradients, to 1e-5) or the benchmark stops.
 """
 
 import argparse
@@ -38,7 +38,7 @@ from kvpo.prompts import VideoPrompt
 TOLERANCE = 1e-5
 MIB = 2.0**20
 FORK, FRAMES = 36, 60
-"""Latent frames: where the groups fork, and the length of the videos."""
+"""The groups' fork and the length of the videos, in latent frames."""
 
 BATCHED = "shared pages, batched"
 SINGLE = "shared pages, one at a time"
@@ -78,9 +78,9 @@ class Bench:
 
 
 def bench(config: Config, groups: int) -> Bench:
-    """Random weights of the demo's shape; the adapter too is random, so that all of it gets a gradient."""
+    """Random weights of the demo's shape, with a random adapter so that all of it gets a gradient."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)  # module initialisers know only the global generator
+        torch.manual_seed(0)  # module initialisers use only the global generator
         model = CausalWan(config.model)
     model.to(torch.bfloat16 if config.optim.autocast == "bfloat16" else torch.float32)
     draws = keyed_generator("benchmark")
@@ -103,14 +103,14 @@ def members_of(subject: Bench) -> list[Member]:
 
 
 def planned_rollout(subject: Bench) -> PlannedRollout:
-    """Every prompt forks at one frame."""
+    """A rollout whose prompts all fork at the same frame."""
     forks = [Fork(FORK, subject.config.exploration)] * len(subject.prompts)
     return PlannedRollout(subject.prompts, forks, keep_pool=True)
 
 
 @contextmanager
 def roots_of(subject: Bench) -> Iterator[Rollout]:
-    """Streams grown to the fork; their pages are given back at the end."""
+    """Streams grown to the fork; their pages are released on exit."""
     planned = planned_rollout(subject)
     cache = subject.generator.new_cache(cache_pages(subject.generator, [planned]))
     rollout = Rollout(subject.generator, planned, subject.texts, subject.tape, cache)
@@ -120,7 +120,7 @@ def roots_of(subject: Bench) -> Iterator[Rollout]:
 
 
 def groups_of(rollout: Rollout, members: Sequence[Member], ran: Sequence[Ran]) -> list[Group]:
-    """The rollout's groups, from their members and what those visited."""
+    """The rollout's groups, from their members and the members' trajectories."""
     size, following = len(members) // len(rollout.roots), iter(ran)
     starts = range(0, len(members), size)
     return [rollout.group_of(members[at : at + size], following) for at in starts]
@@ -144,7 +144,7 @@ def replay(
 
 
 def cleared(subject: Bench, run: Any) -> Any:
-    """Like ``run``, starting without gradients."""
+    """``run``, with gradients cleared first."""
 
     def arm() -> Any:
         subject.model.zero_grad(set_to_none=True)
@@ -160,7 +160,7 @@ def gradients_after(subject: Bench, run: Any) -> tuple[Tensor, Tensor]:
 
 
 def agree(what: str, expected: Tensor, found: Tensor) -> float:
-    """Largest difference relative to the largest value, demanded to be at most the tolerance."""
+    """Largest difference relative to the largest value. Raises SystemExit if it exceeds the tolerance."""
     difference = float((expected - found).abs().max() / expected.abs().max())
     if not difference <= TOLERANCE:
         raise SystemExit(f"the arms disagree in {what}: {difference:.2e} > {TOLERANCE:.0e}")
@@ -168,7 +168,7 @@ def agree(what: str, expected: Tensor, found: Tensor) -> float:
 
 
 def arms_of(subject: Bench, rollout: Rollout) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The arms of the rollout, and of the replay with backward; all have run once and agree."""
+    """The arms of the rollout and of the replay with backward, each run once and checked to agree."""
     config, members = subject.config, members_of(subject)
     exploration = config.exploration
     copied = OneByOne.of(subject.generator, list(rollout.roots.values()))
@@ -213,7 +213,7 @@ def arms_of(subject: Bench, rollout: Rollout) -> tuple[dict[str, Any], dict[str,
 
 
 def compare(config: Config, groups: int, repeats: int) -> dict[str, dict[str, float]]:
-    """Median seconds of every arm, of the rollout and of the replay with backward."""
+    """Median seconds of every arm, for the rollout and for the replay with backward."""
     subject = bench(config, groups)
     with roots_of(subject) as rollout:
         rollouts, replays = arms_of(subject, rollout)
@@ -221,7 +221,7 @@ def compare(config: Config, groups: int, repeats: int) -> dict[str, dict[str, fl
 
 
 def memory(config: Config, groups: int) -> dict[str, float]:
-    """Bytes of keys and values held for a rollout's roots and branches, by how they are held."""
+    """Bytes of keys and values for a rollout's roots and branches, by storage scheme."""
     subject = bench(config, groups)
     exploration = config.exploration
     with roots_of(subject) as rollout:
@@ -241,7 +241,7 @@ def memory(config: Config, groups: int) -> dict[str, float]:
 
 
 def grown(config: Config, repeats: int) -> dict[str, float]:
-    """One group at other G or P: seconds of rollout and of replay with backward over all branches; pages."""
+    """One group at another G or P: seconds of its rollout and of its replay with backward, and pages."""
     subject = bench(config, 1)
     deployment = subject.generator.deployment
     with roots_of(subject) as rollout, roots_of(subject) as explored:
@@ -249,7 +249,7 @@ def grown(config: Config, repeats: int) -> dict[str, float]:
         roots = rollout.cache.pages_in_use
         with peak_pages(rollout.cache) as peak:
             ran = list(rollout.run(members))
-        # A run lets go of what only routes could reach before it replays; here the rollout is repeated.
+        # A run drops frames that only routes reach before its replay; the root of the rollout must keep them.
         history = explored.roots[0].history
         history.keep(reachable_frames(deployment, history.end, max(1, deployment.sink)))
         (group,) = groups_of(explored, members, ran)
@@ -270,7 +270,7 @@ def grown(config: Config, repeats: int) -> dict[str, float]:
 
 
 def streamed(config: Config, frames: int, repeats: int) -> dict[str, float]:
-    """One video with a prompt switch in its middle: seconds per block in its second half, pages in use."""
+    """One video that switches prompts halfway: seconds per block in the second half, and pages in use."""
     subject = bench(config, 1)
     generator, resident = subject.generator, config.exploration.resident_frames
     middle = frames // 2 // generator.block * generator.block
@@ -297,7 +297,7 @@ def streamed(config: Config, frames: int, repeats: int) -> dict[str, float]:
 
 
 def report_comparison(config: Config, sizes: Sizes, threads: Sequence[int]) -> dict[str, Any]:
-    """Seconds and ratios, per number of threads, for the demo's update and for one group."""
+    """Report seconds and ratios per number of threads, for the demo's update and for one group."""
     exploration = config.exploration
     rows, numbers = [], []
     for count in threads:
@@ -328,7 +328,7 @@ def report_comparison(config: Config, sizes: Sizes, threads: Sequence[int]) -> d
 
 
 def report_memory(config: Config, sizes: Sizes) -> dict[str, Any]:
-    """Bytes held by either way of keeping histories."""
+    """Report the bytes that each way of keeping histories holds."""
     held = memory(config, sizes.groups)
     least = held["shared pages in use, all branches at once"]
     section(

@@ -1,9 +1,9 @@
-"""Measure how much routed histories change, compared with fresh noise, and which routes change most.
+"""Measure how much routed histories change compared with fresh noise, and which routes change most.
 
-Test stories whose last caption says only that one of them is back fork where that is said. Two branches of a
-story differ validly if both show a possible continuation, somebody of act 1 or act 2, not broken, and not
-the same actor. Each row sets some of ``exploration.*``; the base generator forks the same stories under all.
-Noise branches keep the deployment history and draw fresh noise for the same blocks.
+The last caption of each test story says only that one of its actors is back; the stories fork there. Two
+branches of a story differ validly if both show a possible continuation (an actor of act 1 or act 2, not
+broken) and the two actors differ. Each row sets some of ``exploration.*``; the base generator forks the same
+stories for every row. Noise branches keep the deployment history and draw fresh noise for the same blocks.
 
     python benchmarks/exploration.py [--stories 32] [--json FILE] [--settings routed=3 ...] [any setting]
 """
@@ -45,7 +45,7 @@ NAMES = (*COUNTED, "attribute_diversity", "pixel_distance", "reward_std")
 
 
 def counted(shown: Sequence[tuple[Look, bool]], possible: set[Look]) -> dict[str, float]:
-    """Shares of one story: pairs of branches that differ validly, valid branches, broken ones."""
+    """Shares for one story: pairs of branches that differ validly, valid branches, and broken ones."""
     valid = [look if look in possible and not broken else None for look, broken in shown]
     pairs = list(combinations(valid, 2))
     return {
@@ -56,7 +56,7 @@ def counted(shown: Sequence[tuple[Look, bool]], possible: set[Look]) -> dict[str
 
 
 def measured(setup: Setup, prompts: Sequence[VideoPrompt], explorer: Explorer) -> dict[str, float]:
-    """Diversity of branches as one explorer tells them apart, every story counted once."""
+    """Diversity of the branches of one explorer; every story counts once."""
     per_story, others = [], []
     fork = Fork(prompts[0].switches[2], setup.config.exploration)
     for first in range(0, len(prompts), TOGETHER):
@@ -74,7 +74,7 @@ def measured(setup: Setup, prompts: Sequence[VideoPrompt], explorer: Explorer) -
 
 
 def under(setting: str, stories: int, given: Mapping[str, Any]) -> dict[str, dict[str, float]]:
-    """Routed and noise branches under one setting of ``exploration.*``."""
+    """Measure routed and noise branches under one setting of ``exploration.*``."""
     words = [word for part in setting.split(",") for word in f"exploration.{part}".split("=")]
     setup = build_setup(preset("demo", {**given, **FEW_PROMPTS, **given_settings(words)}))
     prompts = list(islice(open_prompts(84, setup.generator.block), stories))
@@ -82,7 +82,7 @@ def under(setting: str, stories: int, given: Mapping[str, Any]) -> dict[str, dic
 
 
 def compared(results: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
-    """Numbers of routed branches and of fresh noise, by exploration."""
+    """The table: routed branches and fresh noise, by exploration setting."""
     rows = [
         (setting, *(f"{found['routed'][name]:.3f} / {found['noise'][name]:.3f}" for name in NAMES))
         for setting, found in results.items()

@@ -4,9 +4,9 @@
     python benchmarks/gpu.py --tiny     the same code with tiny sizes on the CPU: a check, not a measurement
 
 Measures streaming, rollout (G = 8, P = 5) and replay with backward. The limits are measured in the same run:
-how fast the device multiplies large bfloat16 matrices, and how fast it copies its own memory. Each row of the
-table is compared with the larger of the two times that its arithmetic and its unavoidable traffic would take
-at those rates. Without a GPU it says so and exits 0.
+the rate of large bfloat16 matrix products, and the device's copy bandwidth. Each row of the table is compared
+with the time that its arithmetic or its unavoidable traffic would take at those rates, whichever is longer.
+Without a GPU, it says so and exits 0.
 """
 
 import argparse
@@ -41,7 +41,7 @@ from kvpo.plan.phases import Rates
 from kvpo.prompts import VideoPrompt
 
 FORK, FRAMES = 39, 147
-"""Latent frames: a fork with a full routing pool, and the length of the reported videos."""
+"""A fork with a full routing pool, and the length of the reported videos, in latent frames."""
 PIXEL_FRAMES = 4
 """Pixel frames per latent frame of the Wan VAE (after the first)."""
 GIB = 2.0**30
@@ -49,7 +49,7 @@ GIB = 2.0**30
 
 @dataclass(frozen=True)
 class Subject:
-    """A random generator on the device, one prompt for it, and how large the measurement is."""
+    """A random generator on the device, a prompt for it, and the size of the measurement."""
 
     config: Config
     model: nn.Module
@@ -65,23 +65,23 @@ class Subject:
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of all parameters, the adapter included."""
+        """Bytes of all parameters, including the adapter."""
         return sum(parameter.nbytes for parameter in self.model.parameters())
 
     @property
     def page_bytes(self) -> int:
-        """Keys and values of one frame."""
+        """Bytes of the keys and values of one frame."""
         return self.generator.page_bytes
 
     @property
     def costs(self) -> Costs:
-        """Lower bounds of what the passes of this generator cost."""
+        """Lower bounds on the cost of this generator's passes."""
         return Costs(self.config, self.config.model, self.weight_bytes, self.page_bytes)
 
 
 @dataclass(frozen=True)
 class Clock:
-    """Wall time of work on a device, and the memory it took."""
+    """Measures wall time and peak memory of work on a device."""
 
     device: torch.device
 
@@ -103,17 +103,17 @@ class Clock:
         return statistics.median(taken)
 
     def forget_peak(self) -> None:
-        """Start counting the peak anew."""
+        """Reset the peak."""
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
 
     def peak(self) -> float:
-        """Most bytes allocated since; 0 on a CPU, which keeps no count."""
+        """Peak bytes allocated since the last reset; always 0 on a CPU."""
         return float(torch.cuda.max_memory_allocated(self.device)) if self.device.type == "cuda" else 0.0
 
 
 def precision(config: Config) -> torch.dtype:
-    """Precision of the matrix products: bfloat16, or float32 for the check on a CPU."""
+    """Dtype of the matrix products: bfloat16, or float32 for the check on a CPU."""
     return torch.float32 if config.optim.autocast == "none" else torch.bfloat16
 
 
@@ -129,7 +129,7 @@ def measured_rates(clock: Clock, dtype: torch.dtype, *, size: int, copied: int, 
 
 
 def random_transformer(config: Config) -> CausalWan:
-    """Random weights on the device, in the precision of the matrix products."""
+    """Random weights on the device, in the dtype of the matrix products."""
     with torch.device("meta"):
         model = CausalWan(config.model)
     model = model.to(precision(config)).to_empty(device=config.device)
@@ -157,7 +157,7 @@ def subject_of(config: Config, fork: int, frames: int) -> Subject:
 
 
 def measure_streaming(subject: Subject, clock: Clock, repeats: int) -> tuple[float, Work]:
-    """Seconds of one block with the window full, and the work of a block."""
+    """Seconds and work of one block with a full window."""
     generator, window = subject.generator, subject.config.stream.window
     cache = generator.new_cache(
         stream_pages(generator, subject.prompt.num_frames, window, switches=bool(subject.prompt.switches))
@@ -177,7 +177,7 @@ def measure_streaming(subject: Subject, clock: Clock, repeats: int) -> tuple[flo
 def measure_rollout(
     subject: Subject, clock: Clock, rows: int, repeats: int
 ) -> tuple[float, float, Rollout, Work]:
-    """Seconds of growing the root, seconds of branches and anchor, the rollout, the work of the branches."""
+    """Seconds for the root, seconds for branches and anchor, the rollout, and the work of the branches."""
     exploration = replace(subject.config.exploration, rows=rows)
     made: list[Rollout] = []
 
@@ -208,7 +208,7 @@ def measure_rollout(
 def measure_replay(
     subject: Subject, clock: Clock, group: Group, rows: int, repeats: int
 ) -> tuple[float, Work]:
-    """Seconds of replaying every branch with backward, ``rows`` branches at a time, and the work of it."""
+    """Seconds and work of replaying every branch with backward, ``rows`` branches at a time."""
     steps = subject.config.objective.grad_steps
     members = [member_row(group, branch, steps) for branch in range(group.branches)]
     own_GPSFCHW = group.trajectories.velocities_MPSFCHW[:, :, :steps]
@@ -239,7 +239,7 @@ def row_of(name: str, seconds: float, work: Work, rates: Rates, peak: float) -> 
 
 
 def fits(subject: Subject, rows: int) -> bool:
-    """True if a rollout's pages with this many rows leave a quarter of the device's free memory."""
+    """True if a rollout's pages for this many rows leave a quarter of the device's free memory."""
     if subject.device.type != "cuda":
         return True
     exploration = replace(subject.config.exploration, rows=rows)
@@ -250,7 +250,7 @@ def fits(subject: Subject, rows: int) -> bool:
 
 
 def measure(subject: Subject, rates: Rates, rows: Sequence[int], repeats: int) -> Iterator[list[object]]:
-    """Every line of the table, as soon as it is measured."""
+    """Yield every line of the table as soon as it is measured."""
     clock, exploration = Clock(subject.device), subject.config.exploration
     clock.forget_peak()
     seconds, work = measure_streaming(subject, clock, 4 * repeats)
@@ -280,7 +280,7 @@ def measure(subject: Subject, rates: Rates, rows: Sequence[int], repeats: int) -
 
 
 def tiny(config: Config) -> Config:
-    """The same settings with sizes that a CPU runs in a second."""
+    """The same settings at sizes that a CPU runs in a second."""
     config = with_shape(
         config, dim=64, num_heads=2, num_layers=2, ffn_dim=96, text_len=8, text_dim=16,
         latent_height=4, latent_width=8,
@@ -317,7 +317,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     numbers = {"machine": about, "limits": measured, "config": asdict(config)}
     lines = []
     for line in measure(subject, rates, options.rows, options.repeats):
-        lines.append(line)  # a run that is cut off keeps what it has measured
+        lines.append(line)  # keeps what was measured if the run is cut off
         sys.stderr.write(f"{line[0]}: {line[1]} s, {line[4]} the limit\n")
         write_json(options.json, numbers | {"rows": [dict(zip(columns, row, strict=True)) for row in lines]})
     dtype = str(precision(config)).removeprefix("torch.")

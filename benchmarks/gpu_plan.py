@@ -1,10 +1,10 @@
-"""Compare the memory and the seconds of a run at the real 1.3B geometry with what `kvpo plan` says.
+"""Compare the memory and time of a run at the real 1.3B geometry with the estimates of `kvpo plan`.
 
     python benchmarks/gpu_plan.py [--work DIR] [--json PATH] [any setting]
     python benchmarks/gpu_plan.py --tiny     the same code with tiny sizes on the CPU: a check
 
-Writes random checkpoints of the real sizes in the public layouts (the text encoder with two layers), builds
-the run from them as `kvpo align` does, and takes the phases of one update one after the other.
+Writes random checkpoints of the real sizes in the public layouts (with a two-layer text encoder), builds the
+run from them as `kvpo align` does, and runs the phases of one update one after another.
 """
 
 import argparse
@@ -58,7 +58,7 @@ SETTINGS: dict[str, Any] = {
     "evaluation.validation_prompts": 2,
     "evaluation.test_prompts": 2,
 }
-"""One prompt, a shorter window and tail than the preset's: all sizes but the counts are the preset's own."""
+"""One prompt, and a shorter window and tail: only counts differ from the preset, not sizes."""
 SMALL = replace(GEOMETRIES["1.3b"], dim=64, num_heads=2, num_layers=2, ffn_dim=96, text_len=8, text_dim=16)
 TINY: dict[str, Any] = {
     "device": "cpu", "backbone.geometry": geometry_file(SMALL), "stream.size": (4, 4),
@@ -73,7 +73,7 @@ def brightness(video_BTCHW: Tensor, prompts: Sequence[ClipPrompt]) -> Tensor:
 
 
 def write_files(config: Config, directory: Path, *, tiny: bool) -> dict[str, Any]:
-    """Random weights of every part in a public layout; the settings that name them."""
+    """Write random weights of every part in a public layout; return the settings that name the files."""
     state = random_transformer(config).state_dict()
     weights = {f"model.{name}": value.cpu() for name, value in state.items()}
     torch.save({"generator": weights}, directory / "base.pt")
@@ -99,7 +99,7 @@ def write_files(config: Config, directory: Path, *, tiny: bool) -> dict[str, Any
 
 
 class Phases:
-    """The phases of one update, each with its seconds and the most bytes that tensors took in it."""
+    """Runs the phases of one update, and measures the seconds and peak tensor bytes of each."""
 
     def __init__(self, config: Config, plan: Plan) -> None:
         self.plan = plan
@@ -109,7 +109,7 @@ class Phases:
         self.measured: dict[str, tuple[float, float]] = {}
 
     def take(self, name: str, call: Callable[[], Any]) -> Any:
-        """Run a phase once: the first call of a kernel is in it, as in a run's first update."""
+        """Run a phase once, including the first call of each kernel, as in a run's first update."""
         self.clock.forget_peak()
         self.clock.synchronise()
         started = time.perf_counter()
@@ -117,11 +117,11 @@ class Phases:
         self.clock.synchronise()
         seconds, peak = time.perf_counter() - started, self.clock.peak()
         self.measured[name] = (seconds, peak)
-        sys.stderr.write(f"{name}: {seconds:.3g} s, {peak / GB:.4g} GB\n")  # kept where the rest is cut off
+        sys.stderr.write(f"{name}: {seconds:.3g} s, {peak / GB:.4g} GB\n")  # survives if the rest is cut off
         return found
 
     def run(self) -> None:
-        """Every phase in turn."""
+        """Run every phase in turn."""
         setup, trainer, block = self.setup, self.trainer, self.setup.generator.block
         held_out = [prompt for prompts in setup.test.values() for prompt in prompts][:1]
         texts = setup.backbone.texts(held_out)
@@ -151,7 +151,7 @@ class Phases:
 
 
 def compared(plan: Plan, measured: Mapping[str, tuple[float, float]]) -> list[dict[str, Any]]:
-    """Plan and measurement of every phase; a CUDA context is not a tensor and is left out of both."""
+    """Plan and measurement of every phase, both without the CUDA context, which is not a tensor."""
     outside = plan.standing.get("context", 0.0)
     rows = []
     for phase in plan.phases:
@@ -172,7 +172,7 @@ def compared(plan: Plan, measured: Mapping[str, tuple[float, float]]) -> list[di
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Write the files, take the phases, print the table."""
+    """Write the files, measure the phases and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tiny", action="store_true", help="tiny sizes on the CPU: checks this benchmark")
     parser.add_argument("--work", type=Path, help="where the random checkpoints go (a temporary directory)")

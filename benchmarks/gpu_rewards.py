@@ -1,10 +1,10 @@
-"""Measure the cost of large rewards on a GPU, in the process of a run and behind a server on the same card.
+"""Measure the cost of large rewards on a GPU, in process and behind a server on the same card.
 
     python benchmarks/gpu_rewards.py [--clips 9] [--frames 60] [--repeats N] [--json PATH]
     python benchmarks/gpu_rewards.py --tiny     the same code with tiny sizes on the CPU: a check
 
-HPSv3 (Qwen2-VL-7B) and VideoAlign (Qwen2-VL-2B with its adapter) with random weights, equal in both
-processes, on clips of 480 x 832. The tokenizer has one token per byte and the template is a stand-in of the
+Runs HPSv3 (Qwen2-VL-7B) and VideoAlign (Qwen2-VL-2B with its adapter) on 480 x 832 clips, with the same
+random weights in both processes. The tokenizer has one token per byte, and the template is a stand-in of the
 usual length.
 """
 
@@ -35,7 +35,7 @@ from kvpo.rewards.qwen_reward import QwenReward, tokenizer_with
 from kvpo.rewards.videoalign import VideoAlignScorer
 
 TINY = "KVPO_BENCHMARK_TINY"
-"""Environment variable: set where networks are tiny and on the CPU."""
+"""Environment variable, set if the networks are tiny and on the CPU."""
 GB = 1e9
 MEDIA = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
 TEMPLATE_TOKENS = 400
@@ -56,12 +56,12 @@ def is_tiny() -> bool:
 
 
 def device() -> str:
-    """Place of the networks."""
+    """Device of the networks."""
     return "cpu" if is_tiny() else "cuda"
 
 
 def configuration(name: str, tokenizer: Any) -> Qwen2VLConfig:
-    """Qwen2-VL of the size that a reward is built on."""
+    """Configuration of the Qwen2-VL that a reward is built on."""
     text, vision = dict(SIZES[name]), dict(VISION)
     sections = [16, 24, 24]
     if is_tiny():
@@ -83,7 +83,7 @@ def configuration(name: str, tokenizer: Any) -> Qwen2VLConfig:
 
 
 def byte_tokenizer(tokens: Sequence[str]) -> Any:
-    """One token per byte, and the special ones."""
+    """A tokenizer with one token per byte and the given special tokens."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     core = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -96,7 +96,7 @@ def byte_tokenizer(tokens: Sequence[str]) -> Any:
 
 
 def filled(model: QwenReward) -> QwenReward:
-    """Random weights on the device: the backbone in bfloat16, the head in float32."""
+    """Fill with random weights on the device: the backbone in bfloat16, the head in float32."""
     draws = torch.Generator(device()).manual_seed(0)
     for part, dtype in ((model.backbone, torch.bfloat16), (model.head, torch.float32)):
         for owner in part.modules():
@@ -124,12 +124,12 @@ def scorer(name: str) -> Scorer:
 
 
 def hpsv3(video_BTCHW: Tensor, prompts: Sequence[ClipPrompt]) -> Tensor:
-    """HPSv3 as a function, for the server."""
+    """HPSv3 as a function for the server."""
     return scorer("hpsv3")(video_BTCHW, prompts)["hpsv3"]
 
 
 def videoalign(video_BTCHW: Tensor, prompts: Sequence[ClipPrompt]) -> Tensor:
-    """The sum of VideoAlign's scores as a function, for the server."""
+    """The sum of VideoAlign's scores as a function for the server."""
     return torch.stack(list(scorer("videoalign")(video_BTCHW, prompts).values())).sum(0)
 
 
@@ -139,7 +139,7 @@ hpsv3.eight_bit = videoalign.eight_bit = True  # type: ignore[attr-defined]
 def measure(
     name: str, call: Callable[..., Tensor], video_BTCHW: Tensor, repeats: int
 ) -> tuple[list[object], dict[str, Any]]:
-    """One line of the table: a group's clips here and through the server, which give the same scores."""
+    """One line of the table: a group's clips scored here and by the server, with the same scores."""
     clips, clock = len(video_BTCHW), Clock(torch.device(device()))
     prompts = [ClipPrompt("a red fox runs over the snow")] * clips
 
@@ -164,7 +164,7 @@ def measure(
     line = [name, seconds["here"] / clips, seconds["server"] / clips, 1 - seconds["here"] / seconds["server"],
             planned / GB, peak / GB, apart]  # fmt: skip
     named = dict(zip(COLUMNS, line, strict=True))
-    sys.stderr.write(f"{named}\n")  # kept where the rest is cut off
+    sys.stderr.write(f"{named}\n")  # survives if the rest is cut off
     return [f"{cell:.1%}" if n == 3 else cell for n, cell in enumerate(line)], named
 
 

@@ -1,9 +1,9 @@
-"""Two rewards that conflict, one of them hackable: does the radar see it, and what keeps the videos good?
+"""Train on two conflicting rewards, one hackable: does the radar notice, and what keeps the videos good?
 
-The demo is aligned on the brightness of its videos, which nobody asked for, beside the world's own reward.
-Arms: *free* (nothing protects the run), *stopped* (the hacking radar may end it and rule checkpoints out),
-*selective* (branches that brightness alone praises earn nothing), *reversing* (they are punished instead, and
-no margin is needed). The radar watches rewards that never train; the unseen scorer takes part in nothing and
+The demo is aligned on the world's own reward plus the brightness of its videos, which no prompt asks for.
+Arms: *free* (no protection), *stopped* (the hacking radar may end the run and rule out checkpoints),
+*selective* (branches that only brightness ranks high gain nothing), *reversing* (these are penalised instead,
+without a margin). The radar watches rewards that never train. The unseen scorer has no part in the run and
 judges all arms on the same test prompts and noise.
 
     python benchmarks/hacking.py --out runs/hacking --seeds 0 1 2 [--arms free stopped selective reversing]
@@ -51,7 +51,7 @@ COMMON: dict[str, Any] = {
     "optim.lr": 2e-3,
     "optim.ema_decay": 0.8,
 }
-"""Pressed harder than the demo, so that hacking takes minutes: a higher rate and no tie to the base."""
+"""Trains harder than the demo, so that hacking takes minutes: a higher rate and no KL to the base."""
 ARMS: dict[str, dict[str, Any]] = {
     "free": {"evaluation.stop_on_hacking": False},
     "stopped": {},
@@ -64,19 +64,19 @@ ARMS: dict[str, dict[str, Any]] = {
 
 
 def brightness(video_BTCHW: Tensor, prompts: Sequence[ClipPrompt]) -> Tensor:
-    """The hackable reward: mean luminance, whatever was asked for."""
+    """The hackable reward: mean luminance, whatever the prompt."""
     return mean_luminance(video_BTCHW)
 
 
 def legibility(video_BTCHW: Tensor, prompts: Sequence[ClipPrompt]) -> Tensor:
-    """A held-out reward: how surely the world's detector reads what a clip shows, whatever that is."""
+    """A watcher: the confidence of the world's detector in what a clip shows, whatever that is."""
     return detect(video_BTCHW).confidence
 
 
 def align(arm: str, seed: int, directory: Path) -> dict[str, Any]:
-    """One run of one arm and its chosen checkpoint on the test prompts; a finished one is read.
+    """Train one arm and test its chosen checkpoint; the results of a finished run are read instead.
 
-    Raises ConfigurationError where ``directory`` holds a run of other settings.
+    Raises ConfigurationError if ``directory`` holds a run with other settings.
     """
     config = preset("demo", {**COMMON, **ARMS[arm], "seed": seed})
     saved, finished = directory / CONFIG, directory / "result.json"
@@ -90,9 +90,9 @@ def align(arm: str, seed: int, directory: Path) -> dict[str, Any]:
 
 
 def aligned(config: Config, directory: Path) -> dict[str, Any]:
-    """What a run and its chosen checkpoint gave; a killed one continues."""
+    """Results of a run and its chosen checkpoint; a killed run is resumed."""
     setup = build_setup(config)
-    # Short videos only: a third of the time, and every prompt counts once.
+    # Short videos only: they take a third of the time, and every prompt counts once.
     setup = replace(
         setup, validation={"short": setup.validation["short"]}, test={"short": setup.test["short"]}
     )
@@ -133,8 +133,8 @@ def numbers(result: dict[str, Any]) -> dict[str, float]:
 
 
 def compared(results: dict[str, list[dict[str, Any]]]) -> str:
-    """One row per arm: gains, mean and standard deviation over seeds, and what the radar did at each."""
-    from measuring import spread, table  # a run that loads the rewards above has no path to it
+    """One row per arm: gains (mean and standard deviation over seeds), and the radar's action per seed."""
+    from measuring import spread, table  # not importable in a run that loads the rewards above
 
     names = list(numbers(next(iter(results.values()))[0]))
     heads = ["arm", *names, "called hacking at update", "last update", "best checkpoint"]

@@ -1,4 +1,4 @@
-"""Results in files, each valid for as long as the Python that it rests on stays as it is."""
+"""Results cached in files, each valid until the Python code that it depends on changes."""
 
 import ast
 import hashlib
@@ -11,13 +11,13 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 PLACES = {"kvpo": ROOT / "src", "tests": ROOT, "benchmarks": ROOT}
-"""Packages that change, and the directory that each is in."""
+"""Packages that may change, and the directory of each."""
 ALWAYS = (ROOT / "tests" / "conftest.py", ROOT / "pyproject.toml")
-"""Every test rests on them."""
+"""Dependencies of every test."""
 
 
 def module_file(name: str) -> Path | None:
-    """The file of a module by its full name; None where there is none among ``PLACES``."""
+    """The file of a module by its full name, or None outside ``PLACES``."""
     package, *_ = parts = name.split(".")
     if package not in PLACES:
         return None
@@ -27,13 +27,13 @@ def module_file(name: str) -> Path | None:
 
 @cache
 def text_of(file: Path) -> str:
-    """The text of a file when it was first asked for: later changes are of another run."""
+    """The text of a file as first read: later changes belong to another run."""
     return file.read_text(encoding="utf-8")
 
 
 @cache
 def imported_files(file: Path) -> frozenset[Path]:
-    """Files that a file imports, at its top or in a function, or names in full."""
+    """Files of the modules that a file imports, at any level, or names in a string."""
     names: set[str] = set()
     for node in ast.walk(ast.parse(text_of(file)) if file.suffix == ".py" else ast.Module([], [])):
         if isinstance(node, ast.Import):
@@ -47,7 +47,7 @@ def imported_files(file: Path) -> frozenset[Path]:
 
 @cache
 def rests_on(file: Path) -> frozenset[Path]:
-    """The file and all that it imports, directly or not."""
+    """The file and everything that it imports, directly or indirectly."""
     found, new = set[Path](), {file, *ALWAYS}
     while new:
         found |= new
@@ -56,7 +56,7 @@ def rests_on(file: Path) -> frozenset[Path]:
 
 
 def digest(files: Iterable[str]) -> str:
-    """Digest of the text of some files, named from the repository's root, and of all that they import."""
+    """Digest of some files (paths from the repository's root) and of everything that they import."""
     every = sorted({path for file in files for path in rests_on(ROOT / file)})
     texts = [f"{path.relative_to(ROOT)}\0{text_of(path)}" for path in every]
     return hashlib.sha256("\0".join(texts).encode()).hexdigest()
@@ -64,7 +64,7 @@ def digest(files: Iterable[str]) -> str:
 
 @dataclass(frozen=True)
 class Kept:
-    """Results by name, in files of a directory that are whole or not there."""
+    """Results by name, in a directory whose files are written atomically."""
 
     directory: Path
 
@@ -72,14 +72,14 @@ class Kept:
         return self.directory / f"{hashlib.sha256(chr(0).join(name).encode()).hexdigest()}.json"
 
     def read(self, *name: str) -> Any:
-        """The result of this name; None where there is none, or what it rests on has changed."""
+        """The result of this name, or None if there is none or a file that it depends on has changed."""
         if not (file := self._file(*name)).exists():
             return None
         found = json.loads(file.read_text(encoding="utf-8"))
         return found["result"] if digest(found["files"]) == found["digest"] else None
 
     def write(self, result: Any, files: Iterable[str], *name: str) -> None:
-        """Keep a result that rests on ``files`` and on what they import."""
+        """Keep a result that depends on ``files`` and on what they import."""
         self.directory.mkdir(parents=True, exist_ok=True)
         content = {"name": name, "files": [*files], "digest": digest(files), "result": result}
         unfinished = (file := self._file(*name)).with_suffix(".unfinished")

@@ -1,11 +1,11 @@
-"""A campaign of kills: ranks of a run die at random moments, and it ends as if nothing had happened.
+"""Kill ranks of a run at random moments, and check that it ends as if nothing had happened.
 
 Every attempt starts torchrun with ``--max-restarts`` and sends SIGKILL to a random rank at a random moment,
 again and again until the run is done. Half of the moments count from the start of the ranks and half from
-their next record of metrics, and one in four waits for a checkpoint that is being written. What the ranks
-were doing is what the others say that they lost touch in. The end is compared with that of an uninterrupted
-run of one process: trained weights, moving average and optimiser bit for bit, metrics but for times. The
-campaign can be interrupted and goes on where it was; every kill is a line of kills.jsonl.
+their next metrics record; one in four then waits until a checkpoint is being written. The phase that a kill
+interrupted is the one in which the surviving ranks say that they lost touch. The result is compared with an
+uninterrupted run of one process: trained weights, moving average and optimiser bit for bit, and all metrics
+except times. An interrupted campaign continues where it stopped; every kill is a line of kills.jsonl.
 
     python benchmarks/kills.py --out runs/kills --kills 100 [--ranks 2] [--seed 0] [--json PATH]
 """
@@ -38,7 +38,7 @@ from kvpo.world.pretrain import PretrainSettings, new_generator, save_generator
 from kvpo.world.snippets import SnippetSettings
 
 SHAPE = WanShape(dim=32, num_heads=2, num_layers=1, ffn_dim=48, freq_dim=16, patch_size=(1, 4, 4))
-"""A generator of random weights, so small that starting takes longer than an update."""
+"""A generator so small that starting takes longer than an update."""
 SETTINGS = [
     "--preset", "demo", "--optim.updates", "24", "--optim.prompts_per_update", "2", "--optim.lora_rank", "4",
     "--exploration.branches", "4", "--exploration.rows", "5", "--checkpoint.every", "1",
@@ -47,21 +47,21 @@ SETTINGS = [
 ]  # fmt: skip
 RESTARTS = 3
 TIMES = ("time", "seconds", "phases", "cpu_s")
-"""Metrics that no two runs share."""
+"""Metrics that differ between any two runs."""
 STARTING = 4.0
-"""Seconds in which ranks only import torch."""
+"""Seconds during which ranks only import torch."""
 AFTER = 3.0
-"""Mean of the exponential time that follows, or that follows the first record of the ranks."""
+"""Mean of the exponential delay after that, or after the next metrics record."""
 PATIENCE = 120.0
-"""Seconds after which ranks that record nothing are killed as they are."""
+"""Seconds after which ranks are killed even without a new record."""
 LOST = re.compile(r"lost touch with another rank while (.+?);")
 
 
 def write_generator(directory: Path) -> None:
-    """Geometry and random weights of the generator that is trained."""
+    """Write the geometry and random weights of the generator to train."""
     transformer, text = new_generator(SHAPE, seed=0)
     head, draws = transformer.head.head.weight, torch.Generator().manual_seed(0)
-    with torch.no_grad():  # a new one is zero, and would teach nothing
+    with torch.no_grad():  # a new head is zero, and nothing could be learned
         head.copy_(0.3 * torch.randn(head.shape, generator=draws))
     state = nn.ModuleDict({"transformer": transformer, "text": text}).state_dict()
     settings = PretrainSettings(SnippetSettings(), steps=0)
@@ -70,7 +70,7 @@ def write_generator(directory: Path) -> None:
 
 
 def command(out: Path, ranks: int) -> list[str]:
-    """The run under torchrun, or alone."""
+    """Command of the run, under torchrun if there are several ranks."""
     files = [str(out.parent / name) for name in ("base.safetensors", "geometry.json")]
     generator = ["--backbone.checkpoint", files[0], "--backbone.geometry", files[1]]
     align = ["-m", "kvpo", "align", *SETTINGS, *generator, "--out", str(out), "--resume"]
@@ -80,7 +80,7 @@ def command(out: Path, ranks: int) -> list[str]:
 
 
 def ended(out: Path) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
-    """Tensors of the last checkpoint, and metrics without times."""
+    """Tensors of the last checkpoint, and the metrics without times."""
     latest = latest_checkpoint(out / "checkpoints")
     assert latest is not None
     records = [
@@ -92,7 +92,7 @@ def ended(out: Path) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
 
 
 def same(out: Path, reference: Path) -> bool:
-    """True if two runs have ended alike."""
+    """True if two runs ended with the same tensors and metrics."""
     (tensors, metrics), (expected, expected_metrics) = ended(out), ended(reference)
     equal = tensors.keys() == expected.keys()
     return (
@@ -101,7 +101,7 @@ def same(out: Path, reference: Path) -> bool:
 
 
 def children(parent: int) -> list[int]:
-    """Processes that a process has started: the ranks of a torchrun."""
+    """Ids of a process's children: the ranks of a torchrun."""
     listed = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
     return [int(child) for child in listed]
 
@@ -112,17 +112,17 @@ def saving(out: Path) -> bool:
 
 
 def recorded(out: Path) -> int:
-    """Bytes of metrics that a run has written."""
+    """Bytes of metrics written so far."""
     metrics = out / "metrics.jsonl"
     return metrics.stat().st_size if metrics.exists() else 0
 
 
 def wait(out: Path, size: int, draws: random.Random, ended: Callable[[], bool]) -> None:
-    """Until a random moment after the start or the next record, or until a checkpoint is written after it."""
+    """Wait for a random moment after the start or next record, sometimes also for a checkpoint."""
     until = time.monotonic() + PATIENCE
     if draws.random() < 0.5:
         time.sleep(STARTING)
-    else:  # a run that is resumed first drops what came after its checkpoint
+    else:  # a resumed run first drops the records after its checkpoint
         while recorded(out) <= size and not ended() and time.monotonic() < until:
             time.sleep(0.01)
     time.sleep(draws.expovariate(1 / AFTER))
@@ -133,7 +133,7 @@ def wait(out: Path, size: int, draws: random.Random, ended: Callable[[], bool]) 
 
 
 def attempt(out: Path, ranks: int, draws: random.Random, log: Path, left: int) -> list[dict[str, Any]]:
-    """One torchrun, at most RESTARTS + 1 of whose ranks are killed: the kills, and when the others ended."""
+    """Run one torchrun and kill at most RESTARTS + 1 ranks: the kills, and when the others ended."""
     kills: list[dict[str, Any]] = []
     with log.open("a") as file:
         launcher = subprocess.Popen(command(out, ranks), stdout=file, stderr=file)
@@ -164,7 +164,7 @@ def attempt(out: Path, ranks: int, draws: random.Random, log: Path, left: int) -
 
 
 def campaign(out: Path, kills: int, ranks: int, seed: int) -> list[dict[str, Any]]:
-    """Kill until there are enough kills; every run that ends is compared and removed."""
+    """Kill until there are enough kills. Finished runs are compared, and removed if they match."""
     record, reference, run = out / "kills.jsonl", out / "reference", out / "run"
     out.mkdir(parents=True, exist_ok=True)
     if not (out / "geometry.json").exists():
@@ -183,14 +183,14 @@ def campaign(out: Path, kills: int, ranks: int, seed: int) -> list[dict[str, Any
             done.append({"run": "ended", "same": verdict})
             if verdict:
                 shutil.rmtree(run)
-            else:  # for whoever looks for the reason
+            else:  # kept for debugging
                 run.rename(out / f"differs-{len(done)}")
         record.write_text("".join(json.dumps(line) + "\n" for line in done))
     return done
 
 
 def counted(done: list[dict[str, Any]], ranks: int) -> str:
-    """The campaign as Markdown: what was interrupted how often, and how the runs ended."""
+    """The campaign as Markdown: how often each phase was interrupted, and how the runs ended."""
     kills, runs = [one for one in done if "rank" in one], [one for one in done if "run" in one]
     slowest = max((one["ended_s"] for one in kills), default=0.0)
     interrupted = Counter(one["doing"] for one in kills).most_common()

@@ -1,9 +1,9 @@
-"""Measure `kvpo live`: first frame, frames a second, prompt switches, watchers, several sessions.
+"""Measure `kvpo live`: first frame, frames per second, prompt switches, viewers, several sessions.
 
     python benchmarks/live.py [--run RUN] [--quick] [--json FILE]
 
-Everything runs in this process over real sockets: server, generator and clients share the machine's cores.
-Prints a Markdown table; the load of other processes at the start is part of it.
+Server, generator and clients run in this process, share the machine's cores and talk over real sockets.
+Prints a Markdown table, which includes the load of other processes at the start.
 """
 
 import argparse
@@ -49,7 +49,7 @@ class Client:
         self.socket.send(json.dumps({"type": type, **values}))
 
     def block(self) -> dict[str, Any]:
-        """The header of the next block, with the time at which it came. Raises Refusal."""
+        """The header of the next block, with its time of arrival. Raises Refusal."""
         while isinstance(message := self.socket.recv(60), str):
             event = json.loads(message)
             if event["type"] == "error":
@@ -60,7 +60,7 @@ class Client:
 
 @contextmanager
 def served(run: Path | None, limits: SessionLimits) -> Any:
-    """The port of a server in this process."""
+    """Run a server in this process; yields its port."""
     config = preset("demo") if run is None else resolve_saved(run / "config.yaml")
     with ExitStack() as stack:
         out = Path(stack.enter_context(tempfile.TemporaryDirectory()))
@@ -85,7 +85,7 @@ def served(run: Path | None, limits: SessionLimits) -> Any:
 
 
 def one_session(port: int, blocks: int) -> dict[str, float]:
-    """All arms of one session, as fast as it goes, with a prompt switch every ten blocks."""
+    """Run one session with all arms at full speed, with a prompt switch every ten blocks."""
     client = Client(port)
     asked = time.monotonic()
     client.send("session.start", prompt=PROMPTS[0], speed=0)
@@ -110,7 +110,7 @@ def one_session(port: int, blocks: int) -> dict[str, float]:
 
 
 def watched(port: int, viewers: int, seconds: float) -> dict[str, float]:
-    """One session at the video's rate with many watchers: how late blocks are at the slowest of them."""
+    """Run one session at the video's rate with many viewers: how late blocks reach the slowest one."""
     director = Client(port)
     director.send("session.start", prompt=PROMPTS[0], speed=1)
     session = director.block()["session"]
@@ -146,7 +146,7 @@ def watched(port: int, viewers: int, seconds: float) -> dict[str, float]:
 
 
 def many_sessions(port: int, sessions: int, blocks: int) -> dict[str, float]:
-    """Several sessions as fast as they go; one more is refused."""
+    """Run several sessions at full speed, and check that one more is refused."""
     clients = [Client(port) for _ in range(sessions)]
     for n, client in enumerate(clients):
         client.send("session.start", prompt=PROMPTS[n % 2], seed=n, speed=0)

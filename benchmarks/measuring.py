@@ -31,9 +31,9 @@ def alternated(
     synchronise: Callable[[], None] = lambda: None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, float]:
-    """Median seconds of each arm on a clock, the arms taken in turn and in reversed order every other round.
+    """Median seconds of each arm, running the arms in turn and in reverse order every other round.
 
-    Whatever else the machine does then falls on all arms alike. Run each arm once before, unmeasured.
+    This way, other load on the machine affects all arms alike. Warm up by running each arm once before.
     """
     seconds: dict[str, list[float]] = {name: [] for name in arms}
     for round_ in range(repeats):
@@ -48,7 +48,7 @@ def alternated(
 
 @contextmanager
 def peak_pages(cache: FrameCache) -> Iterator[list[int]]:
-    """Inside, the one number of the yielded list is the most pages that were in use after any write."""
+    """Yield a list whose only item is the largest number of pages in use after any write so far."""
     peak, write = [cache.pages_in_use], cache.write
 
     def observed(keys_LRFTND: torch.Tensor, values_LRFTND: torch.Tensor) -> list[list[int]]:
@@ -64,7 +64,7 @@ def peak_pages(cache: FrameCache) -> Iterator[list[int]]:
 
 
 def peak_memory(run: Callable[[], object]) -> int:
-    """Bytes by which the resident memory of this process grew at most while something ran (Linux)."""
+    """Largest growth of this process's resident memory during ``run``, in bytes (Linux)."""
 
     def resident(field: str) -> int:
         status = Path("/proc/self/status").read_text().splitlines()
@@ -72,20 +72,20 @@ def peak_memory(run: Callable[[], object]) -> int:
 
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # the highest mark so far is what is resident now
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak to the current resident size
     before = resident("VmRSS")
     run()
     return resident("VmHWM") - before
 
 
 def machine(device: str = "cpu") -> dict[str, Any]:
-    """The machine that a number depends on in addition to the code."""
+    """Facts about the machine that results depend on."""
     cpu = platform.processor()
     if Path("/proc/cpuinfo").exists():
         lines = [line.split(":") for line in Path("/proc/cpuinfo").read_text().splitlines() if ":" in line]
         about = {name.strip(): value.strip() for name, value in reversed(lines)}
         cpu = about.get("model name", cpu)
-        if "cpu family" in about:  # a virtual machine may keep the rest of the name to itself
+        if "cpu family" in about:  # a virtual machine may hide the rest of the name
             cpu += f" (family {about['cpu family']}, model {about['model']})"
     return {
         "cpu": cpu,
@@ -98,7 +98,7 @@ def machine(device: str = "cpu") -> dict[str, Any]:
 
 
 def commit_of(path: Path, *under: str) -> str:
-    """The last commit at a path, or the last that changed what is under some of its folders."""
+    """The last commit of the checkout at ``path``, or the last that changed files below ``under``."""
     if not (path / ".git").exists():
         return "unknown"
     command = ["git", "-C", str(path), "log", "-1", "--format=%H", "--", *under]
@@ -107,7 +107,7 @@ def commit_of(path: Path, *under: str) -> str:
 
 @contextmanager
 def reward_server(reward: str, environment: Mapping[str, str]) -> Iterator[RemoteScorer]:
-    """A function of a benchmark behind `kvpo reward-server` in another process."""
+    """Serve a benchmark's reward function with `kvpo reward-server` in another process."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
     with tempfile.TemporaryFile("w+") as said:
@@ -140,13 +140,13 @@ def _listens(port: int) -> bool:
 
 
 def given_settings(words: Sequence[str]) -> dict[str, Any]:
-    """Settings as a command line has them, ``--path value``, by path, read as `kvpo` reads them."""
+    """Settings by path, parsed from command-line words ``--path value`` as `kvpo` parses them."""
     paths = [word.removeprefix("--") for word in words[::2]]
     return parse_flags(dict(zip(paths, words[1::2], strict=True)))
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """A markdown table; floats with three significant digits."""
+    """A Markdown table; floats have three significant digits."""
     lines = [list(columns), ["---"] * len(columns), *([_cell(value) for value in row] for row in rows)]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
@@ -164,13 +164,13 @@ def spread(values: Sequence[float], digits: int = 4) -> str:
 
 
 def section(title: str, *paragraphs: str) -> None:
-    """Write one section of markdown to standard output."""
+    """Write one section of Markdown to standard output."""
     sys.stdout.write("\n\n".join([f"## {title}", *paragraphs]) + "\n\n")
     sys.stdout.flush()
 
 
 def write_json(path: Path | None, numbers: Mapping[str, Any] | Sequence[Any]) -> None:
-    """Write everything measured, if a path was given."""
+    """Write all measurements to ``path``, if given."""
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(numbers, indent=2) + "\n", encoding="utf-8")

@@ -1,11 +1,12 @@
-"""Single changes of the source that the tests should notice: ``make mutants``.
+"""Test the tests with single changes of the source that they should catch: ``make mutants``.
 
-Each mutant changes one expression or drops one statement of the method, the engine, the training loop or the
-parts of the models that histories rest on. It runs in a copy of the repository, in a process forked from one
-that has torch loaded, against the tests that execute the changed lines, until one fails. The sample depends
-on the text of the changes alone, not on where they stand. Results are kept below ``scratch/mutants``: the
-same command continues where it was stopped, and tests are recorded again only after a change. Mutants that
-change no result have their reason in ``mutants.yaml``; too few of the others caught is a failure.
+Each mutant changes one expression or drops one statement of the method, the engine, the training loop, or the
+parts of the models that histories depend on. It runs in a copy of the repository, in a process forked from
+one that has torch loaded, against the tests that execute the changed lines, until one fails. The sample
+depends only on the text of the changes, not on their position. Results are kept below ``scratch/mutants``:
+the same command continues where it was stopped, and tests are recorded again only after a change. Mutants
+that change no result are listed with the reason in ``mutants.yaml``; if too few of the others are caught, the
+command fails.
 """
 
 import argparse
@@ -52,42 +53,42 @@ PRELOADED = (
     *("torch.utils.tensorboard", "torch.utils.checkpoint", "torch.nn.attention.flex_attention"),
 )
 TIMES = itertools.count(1_000_000_000)
-"""Seconds since 1970 that mutated files are said to be written at."""
+"""Modification times given to mutated files, in seconds since 1970."""
 SHORT = 0.5
-"""Seconds of a test that is tried before the longer ones."""
+"""Tests up to this many seconds run before longer ones."""
 LONG = 20.0
-"""Seconds of a test that is not asked: what it notices, a short one should."""
+"""Tests from this many seconds on do not run: a short test should notice what they do."""
 HIDDEN = 5.0
-"""Seconds that a test counts for whose work other processes do: their time is not known."""
+"""Assumed seconds of a test's work in other processes, whose time is unknown."""
 ENOUGH = 40.0
-"""Seconds of tests for one mutant: a change that these do not notice has survived."""
+"""Seconds of tests per mutant; a mutant that these do not catch has survived."""
 LEAST = 0.95
-"""Share of the mutants to catch."""
+"""Share of the mutants that must be caught."""
 MEMORY = 8 * 2**30
-"""Bytes that a mutant may take."""
+"""Memory limit of a mutant, in bytes."""
 ELSEWHERE = -1
-"""Stands for the lines that a test executes in other processes, which no trace function sees."""
+"""Stands for lines executed in other processes, which the trace function does not see."""
 
 
 class Recorder:
-    """Pytest plugin for one file: the lines of the sources that its tests execute, and their seconds."""
+    """Pytest plugin for one test file: records the source lines that each test executes, and its seconds."""
 
     def __init__(self, sources: Sequence[str]) -> None:
         self.sources = {str(Path(path).resolve()): path for path in sources}
         texts = {path: Path(path).read_text(encoding="utf-8") for path in sources}
         self.ranked = {(path, ELSEWHERE) for path in sources if re.search(r"Ranks|setup\.ranks", texts[path])}
-        """The sources that know of ranks, which run in processes of their own."""
+        """Sources that use ranks, which run in their own processes."""
         self.starters = {str(Path(path).resolve()) for path in ("tests/ranks.py", "tests/processes.py")}
-        """Files whose functions start other processes."""
+        """Files with functions that start other processes."""
         self.lines: dict[str, set[tuple[str, int]]] = {}
         self.hit = self.shared = set[tuple[str, int]]()
-        """Lines of imports and fixtures that outlive a test: every test of the file may rest on them."""
+        """Lines of imports and of fixtures that outlive a test: every test in the file may depend on them."""
         self.seconds: dict[str, float] = {}
         self.hidden = 0.0
         self.failed: list[str] = []
 
     def enter(self, frame: Any, event: str, argument: Any) -> Any:
-        """Trace function of calls; that of lines where the called function is in a source."""
+        """Trace function for calls; it also traces lines if the called function is in a source."""
         path = self.sources.get(frame.f_code.co_filename)
         if path is None:
             if frame.f_code.co_filename in self.starters:
@@ -133,14 +134,14 @@ class Recorder:
 
 @dataclass
 class Chosen:
-    """Pytest plugin: run these tests only, short ones first, and remember what failed first."""
+    """Pytest plugin: run only these tests, short ones first, and remember the first failure."""
 
     seconds: Mapping[str, float]
-    """Test -> the seconds that it takes."""
+    """Test -> its seconds."""
     failure: list[str] = field(default_factory=list)
 
     def pytest_sessionstart(self) -> None:
-        """A failure is enough: Hypothesis need not look for a smaller one."""
+        """One failure is enough: keep Hypothesis from shrinking it."""
         phases = (Phase.explicit, Phase.generate)
         settings.register_profile("mutants", parent=settings(), phases=phases)
         settings.load_profile("mutants")
@@ -154,24 +155,24 @@ class Chosen:
 
 
 def run_file(file: str, plugin: Any, *options: str) -> bool:
-    """True if the tests of one file pass; a file without a chosen test does."""
+    """True if the tests of one file pass, or if none of them is chosen."""
     always = "-p no:cacheprovider -p no:xdist --tb=line --basetemp=temporary/pytest".split()
     return pytest.main([*always, *options, file], plugins=[plugin]) in (0, 5)
 
 
 @dataclass
 class Job:
-    """Work for a forked process in the copy of its slot."""
+    """Work for a forked process in its slot's copy of the repository."""
 
     function: Callable[[], Any]
-    """Returns JSON."""
+    """Must return JSON-serialisable data."""
     seconds: float
-    """Seconds of processor time that it may take, and ten times that on the clock."""
+    """Limit in seconds of CPU time; the wall-clock limit is ten times this."""
     mutant: Mutant | None = None
 
 
 def run_jobs(jobs: Iterable[Job], slots: Sequence[Path]) -> Iterator[tuple[Job, Any]]:
-    """Results of all jobs as they come, one job per slot at a time; None for one out of time or killed."""
+    """Yield each job with its result, one job per slot at a time; None if it timed out or died."""
     queue, running = iter(jobs), {}
     job: Job | None
     while True:
@@ -184,7 +185,7 @@ def run_jobs(jobs: Iterable[Job], slots: Sequence[Path]) -> Iterator[tuple[Job, 
             ended = os.waitpid(process, os.WNOHANG)[0]
             if not ended and time.monotonic() < deadline:
                 continue
-            with suppress(ProcessLookupError):  # what the job started ends with it
+            with suppress(ProcessLookupError):  # also ends what the job started
                 os.killpg(process, signal.SIGKILL)
             if not ended:
                 os.waitpid(process, 0)
@@ -197,13 +198,13 @@ def run_jobs(jobs: Iterable[Job], slots: Sequence[Path]) -> Iterator[tuple[Job, 
 
 
 def _start(job: Job, slot: Path) -> int:
-    """Fork, and do the job in the new process; returns its id."""
+    """Fork and do the job in the new process; returns its id."""
     result = slot / "result.json"
     result.unlink(missing_ok=True)
     if job.mutant:
         path = slot / job.mutant.path
         path.write_text(job.mutant.text, encoding="utf-8")
-        # Compiled files are known by the time of their source: one that no other version has.
+        # Bytecode is cached by its source's modification time, so give every version its own.
         os.utime(path, times=(stamp := next(TIMES), stamp))
     process = os.fork()
     if process:
@@ -228,7 +229,7 @@ def _start(job: Job, slot: Path) -> int:
 
 
 def slots_in(directory: Path, count: int) -> list[Path]:
-    """Copies of the repository to run in, beside the original that mutated files are restored from."""
+    """Copies of the repository to run in, next to an original from which mutated files are restored."""
     for name in ["original", *map(str, range(count))]:
         (directory / name / "temporary").mkdir(parents=True)
         shutil.copy2(ROOT / "pyproject.toml", directory / name)
@@ -240,14 +241,14 @@ def slots_in(directory: Path, count: int) -> list[Path]:
 
 @dataclass(frozen=True)
 class Recorded:
-    """Lines that each test executes and seconds that it takes, measured on the source as it is."""
+    """The lines that each test executes and its seconds, measured on the unchanged source."""
 
     tests: Mapping[tuple[str, int], set[str]]
-    """Source and line -> tests."""
+    """(source, line) -> tests."""
     seconds: Mapping[str, float]
 
     def tests_of(self, mutant: Mutant) -> set[str]:
-        """Tests that execute the change, or its function; outside of functions those that import the file."""
+        """Tests that execute the change, or else its function or, outside functions, import the file."""
         tests = set(self.tests.get((mutant.path, ELSEWHERE), ()))
         for lines in (mutant.lines, mutant.scope):
             if found := [self.tests[at] for line in lines if (at := (mutant.path, line)) in self.tests]:
@@ -256,7 +257,7 @@ class Recorded:
 
 
 def record(slots: Sequence[Path], files: Sequence[str], kept: Kept) -> Recorded:
-    """Run every test once. One that fails on the source as it is tells nothing, and is left out."""
+    """Run every test once. A test that fails on the unchanged source is left out."""
     sources = in_files(SOURCES)
 
     def one(file: str) -> dict[str, Any]:
@@ -284,7 +285,7 @@ def record(slots: Sequence[Path], files: Sequence[str], kept: Kept) -> Recorded:
 
 
 def attempt(mutant: Mutant, recorded: Recorded) -> Job:
-    """Run the tests of one mutant until one fails: short ones first, its own file's first, then long ones."""
+    """A job that runs a mutant's tests until one fails: short ones first, its own file's before others."""
     own = f"test_{Path(mutant.path).name}"
     parts: dict[tuple[bool, bool, str], dict[str, float]] = defaultdict(dict)
     for test in recorded.tests_of(mutant):
@@ -317,15 +318,15 @@ class Outcome:
     function: str
     change: str
     outcome: str
-    """assertion, error (any other exception), time (too much of it, or the process died), or survived."""
+    """assertion, error (any other exception), time (timed out, or the process died) or survived."""
     test: str
-    """The one that failed first."""
+    """The test that failed first."""
     reason: str
-    """Why no test can tell a reviewed survivor from the source."""
+    """Why no test can distinguish a reviewed survivor from the source."""
 
 
 def outcome(mutant: Mutant, result: Any, reasons: Mapping[tuple[str, str, str], str]) -> Outcome:
-    """The fate of a mutant: how it was caught, if it was."""
+    """The fate of a mutant, given its job's ``result``."""
     how, test = "time", ""
     if result and result["failure"]:
         test, error = result["failure"]
@@ -349,7 +350,7 @@ def table(found: Sequence[Outcome]) -> str:
 
 
 def in_files(patterns: Sequence[str]) -> list[str]:
-    """Paths of the files that match, from the repository's root. Raises SystemExit where there is none."""
+    """Files that match, as paths from the repository's root. Raises SystemExit if a pattern matches none."""
     found = {pattern: sorted(ROOT.glob(pattern)) for pattern in patterns}
     if empty := [pattern for pattern, paths in found.items() if not paths]:
         raise SystemExit(f"no file matches {', '.join(empty)}")
@@ -357,7 +358,7 @@ def in_files(patterns: Sequence[str]) -> list[str]:
 
 
 def sampled(count: int, match: str, key: str) -> list[Mutant]:
-    """The first mutants, in an order that their texts give, of those that contain ``match``."""
+    """The first ``count`` mutants that contain ``match``, in an order that depends only on their text."""
     signatures = Signatures.of([path.read_text(encoding="utf-8") for path in (ROOT / "src").rglob("*.py")])
     texts = {path: (ROOT / path).read_text(encoding="utf-8") for path in in_files(SOURCES)}
     every = [one for path, text in texts.items() for one in mutants_of(path, text, signatures)]
@@ -370,7 +371,7 @@ def sampled(count: int, match: str, key: str) -> list[Mutant]:
 
 
 def reviewed() -> dict[tuple[str, str, str], str]:
-    """Why no test can tell, for every reviewed mutant."""
+    """Why no test can catch it, for every reviewed mutant."""
     rows = yaml.safe_load(REVIEWED.read_text(encoding="utf-8"))
     return {(row["file"], row["function"], row["change"]): row["reason"] for row in rows}
 
@@ -378,11 +379,11 @@ def reviewed() -> dict[tuple[str, str, str], str]:
 def run(
     sample: Sequence[Mutant], tests: Sequence[str], workers: int, kept: Kept
 ) -> Iterator[tuple[Mutant, Any]]:
-    """The failure that every mutant of the sample causes, as it is known; None where it never ends."""
+    """Yield each mutant with the failure that it causes as soon as it is known; None if it did not finish."""
     os.environ |= {"OMP_NUM_THREADS": "1", "ONEDNN_MAX_CPU_ISA": "AVX512_CORE_FP16"}
     os.environ.setdefault("KVPO_GOLDEN", str(ROOT.parent / "shared" / "golden"))
     files, missing, started = in_files(tests), [], time.monotonic()
-    digest([*files, *in_files(SOURCES)])  # reads every text as it is now, which is what is copied below
+    digest([*files, *in_files(SOURCES)])  # reads every file now, before it is copied below
     for mutant in sample:
         if found := kept.read("mutant", *mutant.key):
             yield mutant, found[0]
@@ -394,7 +395,7 @@ def run(
         slots = slots_in(Path(directory).resolve(), workers)
         for name in PRELOADED:
             importlib.import_module(name)
-        gc.freeze()  # forked processes share what is loaded
+        gc.freeze()  # so that forked processes share loaded modules
         recorded = record(slots, files, kept)
         print(f"{len(recorded.seconds)} tests recorded in {time.monotonic() - started:.0f} s", flush=True)
         for job, result in run_jobs((attempt(mutant, recorded) for mutant in missing), slots):

@@ -1,4 +1,4 @@
-"""Small changes of Python source, each known by its text: what ``mutants.py`` tries the tests with."""
+"""Small changes of Python source, each identified by its text, for ``mutants.py``."""
 
 import ast
 import copy
@@ -18,14 +18,14 @@ SWAPPED = {"min": "max", "max": "min", "ceil": "floor", "floor": "ceil", "any": 
 TO_OPERAND = set(
     "abs clamp clamp_min detach clone double exp flip float round sort sorted sqrt square".split()
 )
-"""Functions and methods that give back something of the same kind: left out, the operand stays."""
+"""Functions and methods that return the type of their operand, which can replace the call."""
 OPTIONAL = set("sum mean std flatten softmax cat stack cumsum get".split())
-"""Functions and methods that go without their last argument."""
+"""Functions and methods whose last argument can be omitted."""
 UNSEEN = {"strict", "device", "indent", "encoding"}
-"""Arguments for what cannot happen, what a CPU or a UTF-8 locale cannot tell, and for the eyes of readers."""
+"""Arguments with no testable effect: impossible cases, CPU or UTF-8 defaults, formatting for readers."""
 SKIPPED = {"annotation", "returns", "decorator_list"}
 SHOWN = (ast.expr, ast.keyword, ast.Assign, ast.AnnAssign, ast.AugAssign, ast.Return)
-"""Marks around a number in the text of a mutant."""
+"""Parents shown as context of a number or slice in a mutant's text."""
 STATEMENTS = (ast.AugAssign, ast.Raise, ast.Continue, ast.Break, ast.Delete)
 
 IMPORT = range(1)
@@ -40,29 +40,29 @@ class Mutant:
     function: str
     operator: str
     change: str
-    """Source before and after."""
+    """Source before and after the change."""
     lines: range
     scope: range
-    """Name of the function around it; ``IMPORT`` outside of one."""
+    """Lines of the enclosing function; ``IMPORT`` outside functions."""
     text: str
     """The whole mutated file."""
 
     @property
     def key(self) -> tuple[str, str, str]:
-        """The name that a mutant keeps wherever its lines move to."""
+        """Identifies the mutant even if its lines move."""
         return self.path, self.function, self.change
 
     def rank(self, key: str) -> str:
-        """Place in the order that samples are taken in; a function that moves to another file keeps it."""
+        """Sort key for sampling; it does not change if the function moves to another file."""
         return hashlib.sha256(f"{key}{self.function}: {self.change}".encode()).hexdigest()
 
 
 @dataclass(frozen=True)
 class Signatures:
-    """Signatures of the calls in the sources: an argument whose loss is a TypeError is not worth a run."""
+    """Signatures of functions in the sources: dropping a required argument would only be a TypeError."""
 
     required: Mapping[str, set[str]]
-    """Parameters without a default, of every function and dataclass."""
+    """Required parameters of every function and dataclass."""
     variadic: set[str]
     """Functions that take any number of arguments."""
 
@@ -101,7 +101,7 @@ class _Maker:
         self.seen: Counter[tuple[str, str]] = Counter()
 
     def visit(self, node: Any, parent: ast.AST, place: str, names: tuple[str, ...], scope: range) -> None:
-        """Make the mutants of a node and of what it holds."""
+        """Make the mutants of a node and its children."""
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
             names = (*names, node.name)
         if isinstance(node, ast.FunctionDef):
@@ -109,7 +109,7 @@ class _Maker:
         if hasattr(node, "lineno"):
             for operator, other in self.alternatives(node, place):
                 self.add(node, other, parent, place, operator, ".".join(names) or "module", scope)
-        # Messages and what cannot happen; f-strings have no positions before Python 3.12.
+        # Skip messages and impossible cases; f-strings have no positions before Python 3.12.
         unseen = isinstance(node, ast.keyword) and node.arg in UNSEEN
         silent = unseen or isinstance(node, ast.JoinedStr | ast.Raise | ast.Assert)
         if silent or (isinstance(node, ast.Call) and ast.unparse(node.func).startswith("logger.")):
@@ -129,7 +129,7 @@ class _Maker:
         function: str,
         scope: range,
     ) -> None:
-        """Keep one change if it compiles."""
+        """Keep a change if it compiles."""
         begin = self.starts[node.lineno - 1] + node.col_offset
         end = self.starts[node.end_lineno - 1] + node.end_col_offset
         bracketed = isinstance(other, ast.expr) and not isinstance(other, ast.Slice | ast.Constant)
@@ -139,7 +139,7 @@ class _Maker:
         if isinstance(parent, ast.arguments):
             before, after = (ast.keyword(_parameter(parent, node), value) for value in (node, other))
         elif isinstance(node, ast.Constant | ast.Slice) and isinstance(parent, SHOWN):
-            value = getattr(parent, place)  # a number says little without what is around it
+            value = getattr(parent, place)  # a number alone says little: show its context
             swapped = [other if one is node else one for one in value] if isinstance(value, list) else other
             before, after = parent, _with(parent, **{place: swapped})
         change = f"{ast.unparse(before)}  ->  {ast.unparse(after)}"
@@ -154,7 +154,7 @@ class _Maker:
         self.found.append(Mutant(self.path, function, operator, change, lines, scope, text))
 
     def alternatives(self, node: Any, place: str) -> Iterator[tuple[str, ast.AST]]:
-        """Every change of one node: the operator's name and what stands there instead."""
+        """Yield every change of one node: the operator's name and the replacement."""
         if isinstance(node, ast.Call):
             yield from self.of_call(node)
         elif isinstance(node, ast.Constant):
@@ -171,7 +171,7 @@ class _Maker:
             yield "logic", ast.UnaryOp(ast.Not(), node)
 
     def of_call(self, call: ast.Call) -> Iterator[tuple[str, ast.AST]]:
-        """Leave out an argument or the call, or call the opposite."""
+        """Drop an argument or the call, or call the opposite function."""
         attribute = isinstance(call.func, ast.Attribute)
         place = "attr" if attribute else "id"
         name = getattr(call.func, place, "")

@@ -1,10 +1,10 @@
-"""Do votes become videos that the voters prefer? From a hidden taste to a reward to a fresh blind round.
+"""Do votes lead to videos that the voters prefer? From a hidden taste to a reward to a fresh blind round.
 
-Synthetic raters like calm: the world's own measures of smooth paths and steady light, which the trainer is
-not shown. They vote on pairs of base videos (same prompts, two noise seeds), by a logistic choice. A reward
-is learned from the votes on pixel features that know neither prompts nor actors, the demo is aligned with it
-alone while the radar watches the world's reward, and the same raters compare base and aligned on prompts that
-neither the votes nor the training have seen.
+Synthetic raters like calm: the world's own measures of smooth paths and steady light, which the trainer does
+not see. They vote on pairs of base videos (same prompts, two noise seeds) by a logistic choice. A reward is
+learned from the votes on pixel features that know neither prompts nor actors. The demo is aligned with this
+reward alone while the radar watches the world's reward. Then the same raters compare base and aligned on
+prompts that neither the votes nor the training have seen.
 
     python benchmarks/preference_loop.py --out runs/preference --seeds 0 1 2 [--fresh-pairs 128] [--json FILE]
 """
@@ -40,7 +40,7 @@ FRAMES = 30
 TASTE = {"smoothness": 8.0, "no_flicker": 8.0}
 """The raters' taste, in log odds of a choice per unit of the world's components."""
 INDIFFERENCE = 0.15
-"""A lead below this, noise included, is called the same."""
+"""A lead below this, including noise, is voted the same."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Sizes:
 
 
 def calm(path: Path, prompt: str) -> float:
-    """The hidden taste for a video file of one prompt."""
+    """The raters' hidden utility of a video file."""
     frames, _ = read_video(path)
     scale = frames.shape[1] // FRAME_SIZE
     video = as_video(frames[:, scale // 2 :: scale, scale // 2 :: scale])
@@ -63,7 +63,7 @@ def calm(path: Path, prompt: str) -> float:
 
 
 def vote_all(study: Study, raters: int, seed: int) -> int:
-    """Have synthetic raters vote on all their ballots; returns how many votes on pairs that makes."""
+    """Have synthetic raters vote on all their ballots; returns the number of votes on pairs."""
     utility = {
         video: calm(study.video_path(video), scene.segments[0])
         for scene in study.design.scenes
@@ -82,7 +82,7 @@ def vote_all(study: Study, raters: int, seed: int) -> int:
 
 
 def answer(ballot: Ballot, utility: Callable[[str], float], generator: np.random.Generator) -> str:
-    """A logistic choice by utility; equal videos are the same."""
+    """A logistic choice by utility; equal videos and small leads are voted the same."""
     left, right = ballot.videos
     lead = utility(left) - utility(right) + generator.logistic()
     if left == right or abs(lead) < INDIFFERENCE:
@@ -91,7 +91,7 @@ def answer(ballot: Ballot, utility: Callable[[str], float], generator: np.random
 
 
 def loop(out: Path, seed: int, sizes: Sizes, changes: dict[str, Any]) -> dict[str, Any]:
-    """Votes, reward, alignment, fresh round; returns their numbers."""
+    """Run votes, reward, alignment and fresh round; returns their numbers."""
     config = preset("demo", {"seed": seed, **changes})
     prompts = distinct_prompts("validation", sizes.pairs, 1, FRAMES, 300 + seed)
     folders = []
@@ -134,7 +134,7 @@ def loop(out: Path, seed: int, sizes: Sizes, changes: dict[str, Any]) -> dict[st
 
 
 def loops(numbers: Mapping[str, Any]) -> str:
-    """A row per seed: the learned reward, what training made of it, and the fresh round."""
+    """A row per seed: the learned reward, the gain from training with it, and the fresh round."""
 
     def within(found: Mapping[str, float]) -> str:
         return f"{found['value']:.3f} ({found['low']:.3f} to {found['high']:.3f})"
@@ -155,7 +155,7 @@ def loops(numbers: Mapping[str, Any]) -> str:
 
 
 def kept_loop(out: Path, seed: int, sizes: Sizes) -> dict[str, Any]:
-    """The numbers of a loop, which is run where it is not done. Raises ValueError for one of other sizes."""
+    """The numbers of a loop, run only if needed. Raises ValueError if it was run with other sizes."""
     file = out / "loop.json"
     if not file.exists():
         out.mkdir(parents=True, exist_ok=True)
@@ -170,7 +170,7 @@ def kept_loop(out: Path, seed: int, sizes: Sizes) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Run the loops that are not done, and print what came of all."""
+    """Run the missing loops, and print the results of all."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,7 +1,7 @@
-"""The tables of the documents, printed from what was measured: no number is copied by hand.
+"""Print the tables of the documents from the measurements, so that no number is copied by hand.
 
-A table stands between ``<!-- printed: NAME -->`` and ``<!-- /printed -->``; NAME is a file below
-benchmarks/results and one of the tables that TABLES makes of it. This writes them anew:
+A table lies between ``<!-- printed: NAME -->`` and ``<!-- /printed -->``. NAME is a file below
+benchmarks/results and one of the tables that TABLES makes from it. To rewrite all tables:
 
     python benchmarks/printed.py
 """
@@ -28,12 +28,12 @@ from measuring import spread, table
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks/results"
 FIRST, LAST = slice(12), slice(-12, None)
-"""Two minutes of a stream that is measured every ten seconds."""
+"""First and last two minutes of a stream that is measured every ten seconds."""
 MARKED = re.compile(r"(<!-- printed: (\S+) (\S+) -->\n).*?(<!-- /printed -->)", re.DOTALL)
 
 
 def learned(numbers: Any) -> str:
-    """The method beside its null control, on short and on long videos."""
+    """The method and its null control, on short and on long videos."""
     method, null = (numbers["arms"][arm] for arm in ("paper", "random"))
     rows = []
     for name, words in (("short", "short, one prompt"), ("long", "long, three prompts")):
@@ -58,7 +58,7 @@ def learned(numbers: Any) -> str:
 
 
 def who_comes_back(numbers: Mapping[str, Any]) -> str:
-    """Shares of branches on which an act's actor returns, by what was routed."""
+    """Shares of branches in which an act's actor returns, by the routed history."""
 
     def share(name: str) -> str:
         return f"{numbers[name]:.2f} ({numbers[f'{name}_se']:.2f})" if name in numbers else ""
@@ -76,14 +76,14 @@ def who_comes_back(numbers: Mapping[str, Any]) -> str:
 
 
 def by_routed_frames(numbers: Mapping[str, Any]) -> str:
-    """The share on which act 2's actor returns, by how many frames of act 2 were routed."""
+    """Share of branches in which act 2's actor returns, by the number of routed frames of act 2."""
     shares, errors = (numbers[f"act2_by_routed_frames{end}"] for end in ("", "_se"))
     cells = [f"{share:.2f} ({error:.2f})" for share, error in zip(shares, errors, strict=True)]
     return table(("frames of act 2 routed", *map(str, range(len(cells)))), [("act 2's actor (SE)", *cells)])
 
 
 def threads(numbers: Mapping[str, Any]) -> str:
-    """Seconds of an update, quiet and beside busy processes."""
+    """Seconds per update, on a quiet machine and beside busy processes."""
     rows = [
         (one["busy"], one["threads"], one["waiting"], f"{one['wall_s']:.2f}", f"{one['cpu_s']:.2f}")
         for one in numbers["results"]
@@ -92,7 +92,7 @@ def threads(numbers: Mapping[str, Any]) -> str:
 
 
 def rooms(numbers: Mapping[str, Any]) -> str:
-    """Mutants by room of the source, what became of them, and those that no test can tell from the source."""
+    """Mutants by room of the source: their fates, and those that no test can tell from the source."""
     found, reasons, rows = numbers["mutants"], mutants.reviewed(), []
     for room in ("method", "engine", "models", "training", "plan", ""):
         own = [one for one in found if one["file"].startswith(f"src/kvpo/{room}")]
@@ -106,7 +106,7 @@ def rooms(numbers: Mapping[str, Any]) -> str:
 
 
 def structure(numbers: Mapping[str, Any]) -> str:
-    """Operations and bytes of a block and of a replay, of every configuration."""
+    """Operations and bytes of a block and of a replay, for every configuration."""
     rows = [
         (f"{name}: {what}", *found.values())
         for name, parts in numbers.items()
@@ -118,7 +118,7 @@ def structure(numbers: Mapping[str, Any]) -> str:
 
 
 def builds(numbers: Mapping[str, Any]) -> str:
-    """CPU-seconds of two builds in turns."""
+    """CPU-seconds of two builds, run by turns."""
     rows = []
     for phase, seconds in numbers["cpu_seconds"].items():
         before, now = (median(seconds[name]) for name in ("other", "this"))
@@ -140,7 +140,7 @@ def drift(numbers: Mapping[str, Any]) -> str:
 
 
 def methods(numbers: Mapping[str, Any]) -> str:
-    """Gains of arms under one budget, their share of what the best of 8 videos gains, and floor lines."""
+    """Gains of arms under one budget, as a share of the best-of-8 gain too, and floor lines."""
     names, rows = list(numbers["prompts"]), []
     for arm, found in numbers["methods"].items():
         sets = [found[name] for name in names]
@@ -161,7 +161,7 @@ def methods(numbers: Mapping[str, Any]) -> str:
 
 
 def varied(numbers: Mapping[str, Any]) -> str:
-    """In what branches of fresh noise differ, of the bases and after training with each arm."""
+    """Diversity of fresh-noise branches, for the bases and after training with each arm."""
     bases = {name: found["diversity"] for name, found in numbers["bases"].items()}
     columns = list(bases["base"])
     after = {arm: found["diversity"] for arm, found in numbers["methods"].items()}
@@ -200,7 +200,7 @@ TABLES: Mapping[str, Callable[[Any], str]] = {
 
 
 def printed(text: str) -> str:
-    """A document with its tables printed anew."""
+    """A document's text with its tables rewritten."""
 
     def again(marked: re.Match[str]) -> str:
         numbers = json.loads((RESULTS / marked[2]).read_text(encoding="utf-8"))

@@ -1,10 +1,10 @@
-"""Our stream, rollout, replay and update against those of the public KVPO trainer, side by side on the CPU.
+"""Compare our stream, rollout, replay and update with those of the public KVPO trainer, on the CPU.
 
     python benchmarks/public.py --public PATH [--commit TEXT] [--sizes tiny small] [--rounds 5] [--json FILE]
 
-PATH is a checkout of the public repository, which this script imports and calls (``public_checkout.py`` says
-what it replaces). Both sides have the same weights, noise, text and routes and run in float32 on one thread
-of this process; their latents and scores must agree before anything is timed.
+PATH is a checkout of the public repository, which this script imports and calls (``public_checkout.py`` lists
+what it replaces). Both sides use the same weights, noise, text and routes, and run in float32 on one thread
+of this process. Their latents and scores must agree before anything is timed.
 """
 
 import argparse
@@ -54,18 +54,18 @@ SHAPES = {
     ),
 }  # fmt: skip
 RANKS = {"full parameters": 0, "LoRA": 32}
-"""Columns of the table, and the rank of their adapters."""
+"""Column of the table -> rank of its adapter."""
 BRANCHES, BLOCKS, FRAMES, FORK, STREAMED = 4, 2, 57, 33, 45
-"""Branches (and an anchor), blocks of the window; latent frames of a video, its fork, a plain stream."""
+"""Branches (without the anchor), blocks of the window; latent frames of a video, its fork, a plain stream."""
 ROUTED, RECENT = 5, 1
-"""Past frames of a routed block, as shipped: the public count of recent ones has the block's own, too."""
+"""Past frames of a routed block, as shipped; the public recent count includes the block's own frames."""
 LATE = 3
-"""Frames by which the public cache, once it has moved on, routes later ones than were planned."""
+"""Frames by which the public cache, once it has shifted, routes later than planned."""
 CLEAN_PASS = 5 * 0.001 / (1 + 4 * 0.001)
 """Noise level of the public clean pass."""
 STEPS = 4
 TOLERANCE = 1e-4
-"""Latents and scores may differ by this much of their largest value."""
+"""Tolerance of latents and scores, relative to their largest value."""
 AIMS = {
     f"stream, {STREAMED} frames": 1.5,
     "rollout": 2.0,
@@ -74,15 +74,15 @@ AIMS = {
     "replay + backward, as shipped": 3.0,
     "training step, as shipped": 4.0,
 }
-"""Ratio to reach by phase."""
+"""Phase -> ratio to reach."""
 ONE_ROW = "one row"
-"""Our rollout, one branch at a time: a third side of this phase."""
+"""Our rollout, one branch at a time: the third side of the rollout phase."""
 Runs = Mapping[str, Callable[[], object]]
 
 
 @dataclass(frozen=True)
 class RecordedTape:
-    """Noise of one video that is drawn before anything is measured."""
+    """Noise of one video, drawn before anything is measured."""
 
     blocks: Mapping[tuple[int, str], Tensor]
 
@@ -100,10 +100,10 @@ def recorded_tape(shape: WanShape) -> RecordedTape:
 
 
 def transformer(shape: WanShape, rank: int) -> CausalWan:
-    """A random transformer with a random adapter, or with all of its parameters to train where rank is 0."""
+    """A random transformer with a random adapter, or with all parameters trainable if ``rank`` is 0."""
     draws = keyed_generator("public weights")
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)  # module initialisers know only the global generator
+        torch.manual_seed(0)  # module initialisers use only the global generator
         model = CausalWan(shape)
     if rank:
         add_adapter(model, rank, generator=draws)
@@ -113,7 +113,7 @@ def transformer(shape: WanShape, rank: int) -> CausalWan:
 
 
 class Ours:
-    """This engine at the settings of the public trainer, all rows of a group together."""
+    """Our engine at the settings of the public trainer, with all rows of a group together."""
 
     def __init__(self, model: CausalWan, rank: int, tape: RecordedTape, text: Tensor) -> None:
         preset = with_shape(longlive_1_3b(), **vars(model.shape))
@@ -141,7 +141,7 @@ class Ours:
             rows=0,
         )
         self.routes: list[tuple[RoutedFrame, ...]] = []
-        """The branches' routes, which the public trainer draws."""
+        """The branches' routes, as drawn by the public trainer."""
 
     def stream(self, frames: int) -> Tensor:
         """Latents ``[T, C, H, W]`` of a video."""
@@ -149,7 +149,7 @@ class Ours:
         return stream_latents(self.generator, [prompt], self.texts, self.tape)[0]
 
     def rollout(self, *, steps: int | None = None, rows: int = 0) -> tuple[Rollout, int]:
-        """A rollout that still holds its root, and the most bytes of pages that it had in use."""
+        """A rollout that still holds its root, and its peak bytes of pages in use."""
         exploration = replace(self.config.exploration, rows=rows)
         prompt = VideoPrompt(0, (PROMPT,), (), FRAMES)
         planned = PlannedRollout([prompt], [Fork(FORK, exploration)])
@@ -185,7 +185,7 @@ class Ours:
         return energies.detach()
 
     def step(self) -> None:
-        """A rollout and the update from it: replay under two policies, a step of AdamW, the average."""
+        """A rollout and its update: replay under two policies, an AdamW step and the moving average."""
         found, _ = self.rollout(steps=self.config.objective.grad_steps)
         advantages = torch.linspace(1, -1, BRANCHES)
         credit = Credit(tuple(range(BRANCHES)), advantages, advantages, torch.zeros(BRANCHES))
@@ -199,7 +199,7 @@ class Ours:
 
 
 def both(path: Path, shape: WanShape, rank: int, folder: str) -> tuple[Ours, Public]:
-    """The two sides around one transformer's weights. Raises ValueError for a wrong checkout."""
+    """Both sides with the same transformer weights. Raises ValueError for a wrong checkout."""
     modules = modules_of(path)
     model, tape = transformer(shape, rank), recorded_tape(shape)
     text = torch.randn(shape.text_len, shape.text_dim, generator=keyed_generator("public text"))
@@ -219,7 +219,7 @@ def both(path: Path, shape: WanShape, rank: int, folder: str) -> tuple[Ours, Pub
 
 
 def apart(what: str, ours: Tensor, public: Tensor) -> float:
-    """Largest difference as a part of the largest value; ends the script where it is too large."""
+    """Largest difference relative to the largest value. Raises SystemExit if it exceeds the tolerance."""
     difference = float((ours - public).abs().max() / public.abs().max())
     if not difference <= TOLERANCE:
         raise SystemExit(f"the two sides disagree in {what}: {difference:.1e} > {TOLERANCE:.0e}")
@@ -227,10 +227,10 @@ def apart(what: str, ours: Tensor, public: Tensor) -> float:
 
 
 def agreement(ours: Ours, public: Public, found: Mapping[str, Any], group: Group) -> dict[str, float]:
-    """Largest differences of a stream, of the branches' and the anchor's latents, and of scores.
+    """Largest differences in a stream, in the branches' latents, and in scores.
 
-    Scores are those of the window's first block: in later ones the public replay goes on with what its policy
-    would have made in place of what the branch is, so that there is nothing to compare.
+    Scores are compared for the window's first block only: in later ones, the public replay continues from its
+    policy's own prediction instead of the branch, so there is nothing to compare.
     """
     own = group.clean_MTCHW[:-1]
     trajectories = found["branch_trajectories"]
@@ -246,7 +246,7 @@ def agreement(ours: Ours, public: Public, found: Mapping[str, Any], group: Group
 
 
 def phases(ours: Ours, public: Public, found: Mapping[str, Any], group: Group) -> dict[str, Runs]:
-    """What is measured, of both sides."""
+    """The runs to measure, by phase and side."""
     stream, rollout, plain, backward, as_shipped, step = AIMS
     trajectories, shipped_steps = found["branch_trajectories"], ours.config.objective.grad_steps
 
@@ -278,7 +278,7 @@ def phases(ours: Ours, public: Public, found: Mapping[str, Any], group: Group) -
 
 
 def alternated(runs: Mapping[str, Runs], rounds: int) -> dict[str, dict[str, list[float]]]:
-    """CPU-seconds of every round by phase and side; the sides take turns, the first one changing."""
+    """CPU-seconds of every round by phase and side; the sides take turns, and which goes first alternates."""
     taken: dict[str, dict[str, list[float]]]
     taken = {phase: {side: [] for side in sides} for phase, sides in runs.items()}
     for round_ in range(rounds):
@@ -291,7 +291,7 @@ def alternated(runs: Mapping[str, Runs], rounds: int) -> dict[str, dict[str, lis
 
 
 def measured(path: Path, shape: WanShape, rank: int, rounds: int) -> dict[str, Any]:
-    """Everything that is measured at one size, with an adapter or without."""
+    """All measurements at one size, with or without an adapter."""
     with tempfile.TemporaryDirectory(prefix="kvpo-public-") as folder:
         ours, public = both(path, shape, rank, folder)
         found = public.rollout()
@@ -304,7 +304,7 @@ def measured(path: Path, shape: WanShape, rank: int, rounds: int) -> dict[str, A
         single.release()
         held = {"public": public.cache_bytes(found), "ours": together, ONE_ROW: one_row}
         runs = phases(ours, public, found, group)
-        # Before any time is taken, so that kernels are chosen by then.
+        # Before any timing, so that kernels have been selected by then.
         peaks, flops = (
             {name: {side: measure(run) for side, run in sides.items()} for name, sides in runs.items()}
             for measure in (measuring.peak_memory, counted_flops)
@@ -318,14 +318,14 @@ def measured(path: Path, shape: WanShape, rank: int, rounds: int) -> dict[str, A
 
 
 def columns_of(sizes: Mapping[str, Any]) -> dict[str, Any]:
-    """What was measured by column of the tables."""
+    """Measurements by column of the tables."""
     return {f"{size}, {kind}": found for size, kinds in sizes.items() for kind, found in kinds.items()}
 
 
 def ratios(numbers: Mapping[str, Any]) -> str:
-    """Public over ours, medians of CPU-seconds, beside the aims; the largest difference of latents.
+    """Ratios of median CPU-seconds, public over ours, with the aims and the largest relative difference.
 
-    In brackets the public side over our FLOPs at the rate of matrix products: more needs fewer FLOPs.
+    In brackets: public over the time of our FLOPs at the matrix-product rate; more takes fewer FLOPs.
     """
     columns = columns_of(numbers["sizes"])
 
@@ -345,7 +345,7 @@ def ratios(numbers: Mapping[str, Any]) -> str:
 
 
 def memory(numbers: Mapping[str, Any]) -> str:
-    """MiB of a rollout's cached keys and values, and what each phase took at most: public and ours."""
+    """MiB of a rollout's cached keys and values, and peak MiB of each phase, public and ours."""
     columns = columns_of(numbers["sizes"])
 
     def pair(held: Mapping[str, int], side: str = "ours") -> str:

@@ -1,13 +1,13 @@
 """The public KVPO trainer of a given checkout, at small sizes, in float32 on the CPU.
 
-Nothing of it is here: its modules are imported and some of their names replaced. These are
+No public code is copied: its modules are imported and some of their names replaced:
 
-* ``torch``, where they create caches and noise: sizes are written into their code for 1.3B, noise has to be
-  the one that our side reads, and the state of a GPU's random numbers is asked for where there is none;
-* their attention functions, which want FlashAttention or compute in bfloat16: torch's own, in float32;
-* loading of the transformer, text encoder and VAE, and the rewards: given weights, one given embedding, empty
-  pixels and fixed scores, so that neither side decodes or scores anything;
-* third-party packages that are not installed and do nothing here.
+* ``torch`` where they create caches and noise, because sizes for 1.3B are hard-coded, noise has to be the
+  same as on our side, and the code reads the random state of a GPU that does not exist;
+* attention functions, which need FlashAttention or compute in bfloat16, by torch's own in float32;
+* loading of the transformer, text encoder and VAE, and the rewards, by given weights, one given embedding,
+  empty pixels and fixed scores, so that neither side decodes or scores anything;
+* third-party packages that are not installed and have no effect here.
 """
 
 import importlib
@@ -23,7 +23,7 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
-import diffusers  # noqa: F401  (what it finds installed must be known before packages are stood in for)
+import diffusers  # noqa: F401  (it must see which packages are installed before stand-ins exist)
 import torch
 import torch.nn.functional as F
 import torch.utils.checkpoint
@@ -42,29 +42,29 @@ MODULES = {
     )
 }  # fmt: skip
 ABSENT = ("omegaconf", "torchvision", "einops", "easydict", "imageio", "decord", "cv2", "dashscope", "wandb")
-"""Packages that the public modules import and that nothing here calls."""
+"""Packages that the public modules import but nothing here calls."""
 KINDS = ("renoise 1", "renoise 2", "renoise 3", "context")
-"""What a block draws after its initial noise, in this order."""
+"""Kinds of noise that a block draws after its initial noise, in order."""
 LATENTS, HEADS, TEXT = (16, 60, 104), (12, 128), 512
-"""Sizes as the public code writes them: of a latent frame, of heads and their width, of a text."""
+"""Sizes hard-coded in the public code: a latent frame, heads and their width, a text."""
 CHUNKS = (0, 21, 39)
-"""First frames of the chunks that the public pipeline generates, of videos of 57 frames."""
+"""First frames of the chunks that the public pipeline generates for a 57-frame video."""
 PROMPT = "prompt 0"
 
 
 class Absent(MetaPathFinder, Loader):
-    """Empty modules in place of packages that are not installed."""
+    """Imports empty modules in place of packages that are not installed."""
 
     def __init__(self) -> None:
         self.names = [name for name in ABSENT if find_spec(name) is None]
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
-        """The specification of an empty package, for those that are not installed and what they hold."""
+        """The specification of an empty module, for packages that are not installed and their submodules."""
         absent = name.split(".")[0] in self.names
         return ModuleSpec(name, self, is_package=True) if absent else None
 
     def exec_module(self, module: ModuleType) -> None:
-        """Give the module any attribute that is asked for."""
+        """Give the module any attribute that is accessed."""
         module.__getattr__ = lambda name: _ordinary(name)  # type: ignore[method-assign]
 
 
@@ -75,7 +75,7 @@ def _ordinary(name: str) -> type[SimpleNamespace]:
 
 
 class Sized:
-    """torch as the public modules see it: sizes of 1.3B become those of a shape, noise comes from a tape."""
+    """torch for the public modules: 1.3B sizes become those of a shape, and noise comes from a tape."""
 
     def __init__(self, shape: WanShape, tape: Tape, block: int) -> None:
         self.shape, self.tape, self.block = shape, tape, block
@@ -86,22 +86,22 @@ class Sized:
             set_rng_state=lambda state, device: None,
         )
         self.chunks: Iterator[int] = iter(())
-        """First frames of the chunks whose initial noise will be asked for."""
+        """First frames of the chunks whose initial noise is still to be drawn."""
         self.first = self.drawn = 0
-        """The block that a chunk begins with, and how often noise was drawn since."""
+        """First block of the current chunk, and the number of draws since."""
 
     def __getattr__(self, name: str) -> Any:
         return getattr(torch, name)
 
     def zeros(self, size: Any, **options: Any) -> Tensor:
-        """A cache of keys, values or text, or any other tensor."""
+        """Zeros; a cache of keys, values or text gets the sizes of the shape."""
         if isinstance(size, list | tuple) and tuple(size[-2:]) == HEADS:
             length = self.shape.text_len if size[1] == TEXT else size[1]
             size = (size[0], length, self.shape.num_heads, self.shape.head_dim)
         return torch.zeros(size, **options)
 
     def randn(self, size: Any, **_: Any) -> Tensor:
-        """The tape's noise: of a whole chunk, or what the next solver step or clean pass of a block draws."""
+        """Noise from the tape: of a whole chunk, or for the next solver step or clean pass of a block."""
         if tuple(size[-3:]) == LATENTS:
             first, blocks = next(self.chunks) // self.block, size[1] // self.block
             return torch.cat([self.tape(0, first + n, "initial") for n in range(blocks)])[None]
@@ -110,12 +110,12 @@ class Sized:
         return self.tape(0, self.first + block, KINDS[kind])
 
     def begin(self, frame: int) -> None:
-        """A chunk is generated from this frame on."""
+        """Note that a chunk starts at this frame."""
         self.first, self.drawn = frame // self.block, 0
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, **_: Any) -> Tensor:
-    """Softmax attention of ``[B, L, N, D]``."""
+    """Softmax attention; all tensors are ``[B, L, N, D]``."""
     q, k, v = (one.transpose(1, 2) for one in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
 
@@ -130,7 +130,7 @@ class _Text(nn.Module):
 
 
 class _Pixels(nn.Module):
-    """A VAE whose frames are single pixels."""
+    """A VAE that decodes every frame to a single pixel."""
 
     model = SimpleNamespace(clear_cache=lambda: None)
 
@@ -139,12 +139,12 @@ class _Pixels(nn.Module):
 
 
 def _scores(videos: Tensor, *_: Any) -> tuple[list[float], dict[str, Any]]:
-    """The earlier of a group is better, the anchor the worst."""
+    """Fixed scores: earlier members of a group are better, and the anchor is the worst."""
     return [float(-n) for n in range(len(videos))], {}
 
 
 def require_checkout(path: Path) -> None:
-    """Raise ValueError, which names the first missing file, unless a path holds the public trainer."""
+    """Raise ValueError naming the first missing file unless ``path`` holds the public trainer."""
     for name in (CONFIG, *(f"{module.replace('.', '/')}.py" for module in MODULES.values())):
         if not (path / name).is_file():
             raise ValueError(
@@ -154,13 +154,13 @@ def require_checkout(path: Path) -> None:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Inside, what is printed is thrown away."""
+    """Discard standard output."""
     with redirect_stdout(io.StringIO()):
         yield
 
 
 def modules_of(path: Path) -> dict[str, ModuleType]:
-    """The checkout's modules by name. Raises ValueError for a wrong checkout and one that does not import."""
+    """The checkout's modules by name. Raises ValueError for a wrong checkout or a failed import."""
     require_checkout(path)
     rewards = ModuleType("rewards.rewards")
     rewards.build_named_reward_fn = lambda name, **_: (name, _scores)  # type: ignore[attr-defined]
@@ -178,13 +178,13 @@ def modules_of(path: Path) -> dict[str, ModuleType]:
 
 
 class Public:
-    """The trainer of a checkout around given weights."""
+    """The trainer of a checkout with given weights."""
 
     def __init__(
         self, modules: Mapping[str, ModuleType], settings: Mapping[str, Any], shape: WanShape, tape: Tape,
         text: Tensor, weights: Mapping[str, Tensor], *, local_block: int,
     ) -> None:  # fmt: skip
-        """Forks are at block ``local_block`` of the second chunk."""
+        """Branches fork at block ``local_block`` of the second chunk."""
         sized = Sized(shape, tape, 3)
         trainer, wrapper = modules["trainer.kvpo"], modules["utils.wan_wrapper"]
         for module in (trainer, modules["pipeline.streaming_training"]):
@@ -199,7 +199,7 @@ class Public:
             WanTextEncoder=partial(_Text, text),
             WanVAEWrapper=_Pixels,
         )
-        # The trainer sets bfloat16, which a processor computes slowly and which no comparison can use.
+        # The trainer sets bfloat16, which is slow on a CPU and too coarse for the comparison.
         wide = property(lambda self: torch.float32, lambda self, value: None)
         with quiet():
             cpu = torch.device("cpu")
@@ -214,7 +214,7 @@ class Public:
         )
 
     def _fitted(self, pipeline: Any, slices: int) -> Any:
-        """A pipeline of the shape's sizes that says when it begins a chunk."""
+        """Fit a pipeline to the shape's sizes, and have it report when a chunk begins."""
         tokens, own = self.shape.tokens_per_frame, pipeline.generate_chunk_with_cache
 
         def generate(*arguments: Any, current_start_frame: int, **options: Any) -> Any:
@@ -250,8 +250,8 @@ class Public:
         return torch.cat(parts)
 
     def rollout(self) -> dict[str, Any]:
-        """What the trainer's rollout returns."""
-        # The tail's noise is drawn for the branches and again for the anchor.
+        """The result of the trainer's rollout."""
+        # The tail's noise is drawn once for the branches and once for the anchor.
         self.sized.chunks = iter((*CHUNKS, CHUNKS[-1]))
         with quiet():
             return self.trainer.rollout([PROMPT])
@@ -259,7 +259,7 @@ class Public:
     def scores(
         self, found: Mapping[str, Any], trajectories: Any, *, steps: int, gradients: bool, checkpointing: bool
     ) -> Tensor:
-        """Log-scores ``[K]`` of trajectories, whose first ``steps`` solver steps have gradients or none."""
+        """Log-scores ``[K]`` of trajectories; with ``gradients``, also backward through ``steps`` steps."""
         trainer = self.trainer
         generator = trainer.generator if gradients else trainer.old_generator
         before, trainer.gradient_checkpointing = trainer.gradient_checkpointing, checkpointing
@@ -273,27 +273,27 @@ class Public:
         return scores.detach()
 
     def step(self) -> None:
-        """A rollout and the update from it, as shipped."""
+        """A rollout and its update, as shipped."""
         found = self.rollout()
         with quiet():
             self.trainer.train_step(found)
 
     def cache_bytes(self, found: Mapping[str, Any]) -> int:
-        """Bytes of keys and values that its branches run with: the pipeline's cache and saved copies."""
+        """Bytes of keys and values used by its branches: the pipeline's cache and saved copies."""
         saved = [self.trainer.pipeline._saved_state, found["kv_state_before_fork"]]
         caches = [self.trainer.pipeline.kv_cache1, *(one["kv_cache1"] for one in saved)]
         return distinct_bytes([layer[half] for cache in caches for layer in cache for half in "kv"])
 
 
 def distinct_bytes(tensors: list[Tensor]) -> int:
-    """Bytes of tensors, counting those that share memory once."""
+    """Bytes of tensors, counting shared memory once."""
     return sum({one.data_ptr(): one.untyped_storage().nbytes() for one in tensors}.values())
 
 
 def _built(
     model: Callable[..., nn.Module], shape: WanShape, weights: Mapping[str, Tensor], _: str, **options: Any
 ) -> nn.Module:
-    """The public transformer of a shape with given weights."""
+    """The public transformer in the given shape, with given weights."""
     geometry = {name: vars(shape)[name] for name in ("dim", "ffn_dim", "freq_dim", "num_heads", "num_layers")}
     channels = {"in_dim": shape.channels, "out_dim": shape.channels, "eps": shape.eps}
     text = {"text_len": shape.text_len, "text_dim": shape.text_dim, "patch_size": shape.patch_size}

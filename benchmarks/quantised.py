@@ -1,8 +1,8 @@
-"""Rollouts of 8 bits beside the same in float32: CPU-seconds, the policy gap, and what runs with them learn.
+"""Compare 8-bit and float32 rollouts: CPU-seconds, the policy gap, and what runs that use them learn.
 
     python benchmarks/quantised.py [--repeats 4] [--runs DIR ...] [--json PATH] [any setting]
 
-One rollout of the demo, its adapter drawn at random at 4 % of the weights; arms alternate.
+Measures one rollout of the demo with a random adapter at 4 % of the weights; arms alternate.
 """
 
 import argparse
@@ -33,7 +33,7 @@ PRECISIONS = {"same": "same", "int8": "int8", BESIDE: "int8", "fp8": "fp8"}
 
 
 class Beside(nn.Module):
-    """The other way to quantise an adapted layer: its weight alone, the adapter in float32."""
+    """The alternative way to quantise an adapted layer: only its weight, with the adapter in float32."""
 
     def __init__(self, layer: AdaptedLinear, precision: str) -> None:
         super().__init__()
@@ -49,7 +49,7 @@ class Beside(nn.Module):
 
 
 def rollouts(repeats: int, settings: Mapping[str, Any]) -> dict[str, dict[str, float]]:
-    """CPU-seconds and gap of each arm's rollout, scoring included, all from the same weights."""
+    """CPU-seconds and gap of each arm's rollout, including scoring, all from the same weights."""
     setups = {
         arm: build_setup(preset("demo", {**settings, "optim.rollout_precision": precision}))
         for arm, precision in PRECISIONS.items()

@@ -1,8 +1,8 @@
-"""Measure what a reward server costs, and how much of scoring hides behind generation.
+"""Measure the cost of a reward server, and how much of scoring overlaps with generation.
 
     python benchmarks/reward_service.py [--quick] [--repeats 5] [--parts throughput overlap] [--json PATH]
 
-The scorer of both parts does nothing for a known time per clip, as one that waits for its own device does.
+Both parts use a scorer that sleeps for a known time per clip, like one that waits for its own device.
 """
 
 import argparse
@@ -35,23 +35,23 @@ from kvpo.training.collection import generate_rollout, plan_rollout
 from kvpo.training.ranks import ALONE
 
 SECONDS = "KVPO_BENCHMARK_CLIP_SECONDS"
-"""Environment variable: what a clip costs in `paced`."""
+"""Environment variable: seconds per clip in `paced`."""
 MEMBERS = 9
-"""Members of one group: eight branches and the anchor."""
+"""Members of a group: eight branches and the anchor."""
 BUSY = 4
-"""Batches, two at a time, that keep a server busy, as two processes of a run do."""
+"""Number of batches; sent two at a time, as by two processes of a run, they keep the server busy."""
 BRANCHES, GROUPS = 4, 6
 
 
 def paced(video_BTCHW: Tensor, prompts: Sequence[ClipPrompt]) -> Tensor:
-    """The scorer: a fixed time per clip, then a number that depends on the pixels."""
+    """The scorer: sleeps for a fixed time per clip, then returns a number that depends on the pixels."""
     time.sleep(float(os.environ[SECONDS]) * len(prompts))
-    # in double precision, because the order of a sum depends on the batch and on the threads
+    # in double precision, because the order of a sum depends on batch and threads
     return video_BTCHW[..., ::8, ::8].double().mean((1, 2, 3, 4)).float()
 
 
 def paced_rounding(video_BTCHW: Tensor, prompts: Sequence[ClipPrompt]) -> Tensor:
-    """A scorer that looks at 8 bits of every pixel, as HPSv3 and VideoAlign do."""
+    """A scorer that rounds every pixel to 8 bits, as HPSv3 and VideoAlign do."""
     time.sleep(float(os.environ[SECONDS]) * len(prompts))
     return eight_bit(video_BTCHW[..., ::8, ::8]).double().mean((1, 2, 3, 4)).float()
 
@@ -61,7 +61,7 @@ paced_rounding.eight_bit = True  # type: ignore[attr-defined]
 
 @dataclass(frozen=True)
 class Size:
-    """The videos of a group as a run sends them: all frames, and the first ones by themselves."""
+    """The videos of a group as a run sends them: whole videos, and their first frames alone."""
 
     name: str
     frames: int
@@ -71,12 +71,12 @@ class Size:
     width: int
     dtype: torch.dtype
     costs: tuple[float, ...]
-    """Seconds per clip that are measured."""
+    """Seconds per clip to measure with."""
     scorer: Callable[[Tensor, Sequence[ClipPrompt]], Tensor] = paced
 
     @property
     def bytes_sent(self) -> int:
-        """Size of one video."""
+        """Bytes of one video."""
         width = 1 if self.scorer is paced_rounding else self.dtype.itemsize
         return self.frames * 3 * self.height * self.width * width
 
@@ -99,16 +99,16 @@ SIZES = (
 
 
 def server(cost: float, scorer: str = "paced") -> AbstractContextManager[RemoteScorer]:
-    """`paced`, or the other one, behind a server with as many threads as there are here."""
+    """`paced` or another scorer behind a server with as many threads as this process."""
     threads = str(torch.get_num_threads())
     return reward_server(f"reward_service:{scorer}", {SECONDS: str(cost), "OMP_NUM_THREADS": threads})
 
 
 def throughput(size: Size, cost: float, repeats: int) -> dict[str, Any]:
-    """Clips per second in process and through a server, which give the same numbers.
+    """Clips per second in process and through a server, which must give the same scores.
 
-    Of a group as a run has it scored: a local and a global clip of every member. Then of the global ones
-    alone: one batch, whose first clip's journey nothing hides, and several batches, two at a time.
+    First for a group as in a run: a local and a global clip of every member. Then for global clips alone: one
+    batch, in which nothing hides the first clip's transfer, and several batches, two at a time.
     """
     generator = torch.Generator().manual_seed(0)
     shape = (MEMBERS, size.frames, 3, size.height, size.width)
@@ -154,7 +154,7 @@ def throughput(size: Size, cost: float, repeats: int) -> dict[str, Any]:
 
 
 def overlap_config(prompts: int) -> Config:
-    """The demo's generator with few branches and a short tail, one group's rows at a time."""
+    """The demo with few branches and a short tail, exploring one group at a time."""
     config = demo()
     few = replace(config.exploration, branches=BRANCHES, tail_blocks=1, rows=BRANCHES + 1)
     return replace(
@@ -166,7 +166,7 @@ def overlap_config(prompts: int) -> Config:
 
 
 class Rollouts:
-    """The same rollout again and again, its scores computed in one way or another."""
+    """The same rollout repeated, with its scores computed in different ways."""
 
     def __init__(self, config: Config, scorer: Any) -> None:
         setup = build_setup(config)
@@ -175,7 +175,7 @@ class Rollouts:
         self.planned = plan_rollout(self.setup, 0)
 
     def generated(self, submit: Callable[[Callable[[], Any]], Future[Any]]) -> Any:
-        """Generate, hand every group to ``submit``, wait for the scores, let go of the pages."""
+        """Generate, pass every group to ``submit``, wait for the scores, and release the pages."""
         cache = self.setup.generator.new_cache(cache_pages(self.setup.generator, [self.planned]))
         rollout, pending = generate_rollout(self.setup, 0, self.planned, submit, cache, ALONE)
         scores = [future.result() for future in pending]
@@ -183,7 +183,7 @@ class Rollouts:
         return scores
 
     def alone(self) -> None:
-        """Generation without scoring."""
+        """Generate without scoring."""
 
         def never(call: Callable[[], Any]) -> Future[Any]:
             done: Future[Any] = Future()
@@ -193,7 +193,7 @@ class Rollouts:
         self.generated(never)
 
     def in_turn(self) -> Any:
-        """Every group is scored before the next one is generated."""
+        """Score every group before the next one is generated."""
 
         def at_once(call: Callable[[], Any]) -> Future[Any]:
             done: Future[Any] = Future()
@@ -203,21 +203,21 @@ class Rollouts:
         return self.generated(at_once)
 
     def overlapped(self) -> Any:
-        """As in training."""
+        """Score while the next groups are generated, as in training."""
         with in_background() as submit:
             return self.generated(submit)
 
 
 @dataclass
 class Counted:
-    """A scorer that counts the clips it is given."""
+    """A scorer that counts its clips."""
 
     scorer: Any
     clips: int = 0
 
     @property
     def components(self) -> tuple[str, ...]:
-        """Those of the scorer."""
+        """Components of the wrapped scorer."""
         return self.scorer.components
 
     def __call__(self, video_BTCHW: Tensor, prompts: Sequence[ClipPrompt]) -> dict[str, Tensor]:
@@ -226,7 +226,7 @@ class Counted:
 
 
 def overlap(config: Config, share: float, repeats: int) -> dict[str, Any]:
-    """The share of scoring that hides behind generation where scoring takes ``share`` of its time."""
+    """Share of scoring that overlaps with generation if scoring takes ``share`` of generation's time."""
     os.environ[SECONDS] = "0"
     counted = Counted(build_setup(config).judges.scorer)
     probe = Rollouts(config, counted)
@@ -265,7 +265,7 @@ def timed(call: Callable[[], Any]) -> float:
 
 
 def shown(rows: Sequence[dict[str, Any]], shares: Sequence[str]) -> str:
-    """Rows as a table, some of their numbers in per cent."""
+    """The rows as a table, with ``shares`` in per cent."""
     cells = [[f"{row[c]:.1%}" if c in shares else row[c] for c in row] for row in rows]
     return table(list(rows[0]), cells)
 

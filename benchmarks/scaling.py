@@ -1,12 +1,12 @@
-"""Gains of more ranks: measured on gloo ranks of one machine, and worked out for many GPUs.
+"""Speed-up from more ranks: measured with gloo on one machine, and computed for many GPUs.
 
-* Strong scaling keeps the demo's eight groups, weak scaling two groups per rank, `branches` deals one group's
-  branches. Every rank has one thread; the first update warms up and is not counted. Bytes that a rank sends
-  are compared with the formula of `kvpo.plan.splits`.
-* The model takes `kvpo plan` at the rates that `benchmarks/gpu.py` measured on an H100, with the memory of an
-  H200 and at stated bandwidths, and names the best way to share a run on 1 to 512 such GPUs.
-* The layout of 512 ranks is laid out for real in one process, with torch's fake process group on the meta
-  device: parameters per rank against the plan.
+* Measured: strong scaling keeps the demo's eight groups, weak scaling has two groups per rank, and `branches`
+  divides one group's branches. Every rank has one thread; the first update is a warm-up and not counted. The
+  bytes that a rank sends are compared with the formula of `kvpo.plan.splits`.
+* Model: `kvpo plan` with the rates that `benchmarks/gpu.py` measured on an H100, the memory of an H200 and
+  stated bandwidths names the best way to split a run over 1 to 512 such GPUs.
+* Layout: one process builds the real layout of 512 ranks, with torch's fake process group on the meta device,
+  and compares parameters per rank with the plan.
 
     python benchmarks/scaling.py [--ranks 1 2] [--updates 2] [--only measured model layout] [--json PATH]
 """
@@ -43,12 +43,13 @@ from kvpo.training.trainer import Trainer
 
 GROUPS, PER_RANK = 8, 2
 SMALL = {"exploration.rows": 9, "optim.replay_rows": 4}
-"""One group at a time, and one trajectory of it in a replay, so that both can be dealt to ranks."""
+"""One group at a time and one trajectory per replay pass, so that ranks can divide both."""
 RATES = Rates(flops=250e12, bandwidth=3.0e12, link=400e9, network=45e9)
-"""Of an H100: a third of the measured 752 TFLOP/s, since every phase took three times its arithmetic; the
-measured bandwidth of memory. Nine tenths of what NVLink (450 GB/s) and a 400 Gbit/s adapter send one way."""
+"""Compute and memory bandwidth of an H100: a third of the measured 752 TFLOP/s, since every phase took three
+times as long as its arithmetic, and the measured bandwidth. Links: nine tenths of the one-way rates of NVLink
+(450 GB/s) and a 400 Gbit/s adapter."""
 MEMORY = 141 * GB
-"""That of an H200."""
+"""Memory of an H200."""
 NODES = (1, 2, 8, 64)
 PER_NODE = 8
 
@@ -60,7 +61,7 @@ def formula(config: Config, split: Sharing) -> float:
 
 
 def updates(ranks: Ranks, changes: dict[str, Any], count: int) -> dict[str, Any]:
-    """Seconds per update, and of rollout and replay, and the bytes that this rank sent in the last one."""
+    """Seconds per update and per rollout plus replay, and the bytes that this rank sent in the last one."""
     config = preset("demo", {**SMALL, **changes, "optim.updates": count + 1})
     with computing(config):
         trainer, clock = Trainer(build_setup(config, ranks)), ranks.clock
@@ -92,7 +93,7 @@ def rank(index: int, count: int, port: int, changes: dict[str, Any], steps: int,
 
 
 def measured(kind: str, count: int, changes: dict[str, Any], steps: int) -> dict[str, Any]:
-    """Updates on some ranks, as the slowest of them sees it."""
+    """Run updates on ``count`` ranks; the numbers are those of the slowest rank."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -113,7 +114,7 @@ def measured(kind: str, count: int, changes: dict[str, Any], steps: int) -> dict
 
 
 def measurements(counts: list[int], steps: int) -> list[dict[str, Any]]:
-    """Strong and weak scaling, and one group whose branches are dealt."""
+    """Measure strong and weak scaling, and one group whose branches are divided."""
     rows: list[dict[str, Any]] = []
     kinds: dict[str, Callable[[int], dict[str, Any]]] = {
         "strong": lambda count: {"optim.prompts_per_update": GROUPS},
@@ -126,7 +127,7 @@ def measurements(counts: list[int], steps: int) -> list[dict[str, Any]]:
 
 
 def measured_table(rows: list[dict[str, Any]]) -> str:
-    """Markdown; the gain is groups per second against the first row of a kind."""
+    """The table; the gain is groups per second relative to the first row of a kind."""
     columns = (
         "scaling", "ranks", "groups", "s per update", "gain", "of rollout and replay", "MB sent",
         "formula, MB",
@@ -142,7 +143,7 @@ def measured_table(rows: list[dict[str, Any]]) -> str:
 
 
 def model(groups: int) -> list[dict[str, Any]]:
-    """The best way to share an update of the 1.3B and the 14B preset on more and more GPUs."""
+    """The best way to split an update of the 1.3B and 14B presets over more and more GPUs."""
     rows = []
     for name in ("longlive-1.3b", "wan-14b"):
         changes = {
@@ -162,7 +163,7 @@ def model(groups: int) -> list[dict[str, Any]]:
 
 
 def model_table(rows: list[dict[str, Any]]) -> str:
-    """Markdown; efficiency is what one card would take over what all of them take together."""
+    """The table; efficiency is the time of one GPU over the total time of all GPUs."""
     columns = (
         "preset", "groups", "GPUs", "branch_ranks", "weights spread", "GB", "fits", "s per update",
         "exchange, s", "efficiency", "ranks with work",
@@ -182,7 +183,7 @@ def model_table(rows: list[dict[str, Any]]) -> str:
 
 
 def layout(ranks: int = 512, size: int = 8, lora_rank: int = 16) -> dict[str, Any]:
-    """The 14B transformer spread over the last team of 512 ranks, on the meta device, against the plan."""
+    """Shard the 14B transformer over the last team of 512 ranks on the meta device; compare with the plan."""
     dist.init_process_group("fake", rank=ranks - 1, world_size=ranks, store=FakeStore())
     try:
         numbers = range(ranks - size, ranks)
@@ -213,7 +214,7 @@ def layout(ranks: int = 512, size: int = 8, lora_rank: int = 16) -> dict[str, An
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure, work out and lay out."""
+    """Run the parts that are asked for, and write their tables."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

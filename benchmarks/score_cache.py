@@ -1,9 +1,9 @@
-"""Measure how much of a run's scoring is known already where several runs share a score cache.
+"""Measure how much of a run's scoring is already cached if several runs share a score cache.
 
-Real runs of the demo through the command line, one after another, on one cache (``rewards.cache``) that
-starts empty: a run, another seed, the first run evaluated again, a run made longer by resuming, and the
-first run once more from the start. Test and validation prompts and their noise are the same in all of them,
-so what the base model makes of them is scored once.
+Runs the demo through the command line several times with one cache (``rewards.cache``), which starts empty: a
+run, another seed, the first run evaluated again, a run extended by resuming, and the first run once more from
+the start. All of them share test and validation prompts and noise, so the base model's videos of these are
+scored once.
 
     python benchmarks/score_cache.py --out runs/score-cache [--updates 8] [any setting]
 """
@@ -19,12 +19,12 @@ from measuring import section, table
 
 
 def kvpo(*arguments: str) -> None:
-    """Run the command line; its output goes to ours."""
+    """Run the command line, printing to our own output."""
     subprocess.run([sys.executable, "-m", "kvpo", *arguments], check=True)
 
 
 def scored(file: Path) -> dict[str, int]:
-    """Clips that the process which wrote a summary or an evaluation found in the cache."""
+    """Cache counts in a summary or an evaluation, from the process that wrote it."""
     return json.loads(file.read_text(encoding="utf-8"))["scored"]
 
 

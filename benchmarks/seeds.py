@@ -1,17 +1,17 @@
-"""Does alignment learn, and from the reward? Several seeds of every arm, through the real command line.
+"""Does alignment learn, and from the reward? Runs several seeds of every arm through the real command line.
 
 Arms: the paper's method (own history), the null control (advantages permuted within each group), donor
-histories, and controls of what may be learned instead: advantages of the wrong sign, imitation of the best
-branches alone (rvm), and the same with branches of noise in place of routed history. Every run evaluates the
-same test prompts on the same noise, so runs are paired video by video.
+histories, and controls for what may be learned instead: advantages of the wrong sign, imitation of only the
+best branches (rvm), and the same with noise branches in place of routed history. Every run evaluates the same
+test prompts on the same noise, so runs are paired video by video.
 
     python benchmarks/seeds.py --out runs/seeds --seeds 0 1 2 [--arms paper random] [--json FILE]
         [--null FILE] [any setting]
     python benchmarks/seeds.py --tables benchmarks/results/seeds.json
 
-Killed at any moment, the same command goes on. --json keeps everything that the tables are printed from,
---null the gains of the null control, which `kvpo align` and `kvpo report` compare a run with. Both are
-written after every run.
+After a kill at any moment, the same command continues. --json saves everything that the tables are printed
+from; --null saves the gains of the null control, with which `kvpo align` and `kvpo report` compare a run.
+Both are written after every run.
 """
 
 import argparse
@@ -41,13 +41,13 @@ ARMS = {
 SETS = ("short", "long")
 DIVERSITY = ("attribute_diversity", "pixel_distance", "broken_share", "reward_std")
 Runs = dict[str, list[dict[str, Any]]]
-"""Arm -> its runs by seed: the part of their summaries that the tables need."""
+"""Arm -> its runs by seed, each the part of its summary that the tables need."""
 
 
 def run(arm: str, seed: int, out: Path, extra: Sequence[str]) -> None:
-    """One run of one arm, on one thread; a finished one is left as it is, a killed one goes on.
+    """Run one arm with one seed, on one thread. A finished run is left alone; a killed one is resumed.
 
-    Raises CalledProcessError where a run fails or has other settings; its log says why.
+    Raises CalledProcessError if the run fails or has other settings; its log says why.
     """
     directory = out / f"{arm}-{seed}"
     if not (directory / "report.html").exists():
@@ -62,12 +62,12 @@ def run(arm: str, seed: int, out: Path, extra: Sequence[str]) -> None:
 
 
 def commits_file(directory: Path) -> Path:
-    """The file beside a run that lists the commits it was made at, one a line."""
+    """The file beside a run that lists the commits it was made at, one per line."""
     return directory.with_name(f"{directory.name}.commits")
 
 
 def read(arm: str, seed: int, out: Path) -> dict[str, Any]:
-    """What is kept of a finished run."""
+    """The part of a finished run's summary to keep, and its commits."""
     directory = out / f"{arm}-{seed}"
     summary, made = json.loads((directory / "summary.json").read_text()), commits_file(directory)
     commits = sorted(set(made.read_text().split())) if made.exists() else ["unknown"]
@@ -76,7 +76,7 @@ def read(arm: str, seed: int, out: Path) -> dict[str, Any]:
 
 
 def collected(finished: Sequence[tuple[str, int]], out: Path) -> Runs:
-    """The finished runs."""
+    """The finished runs by arm."""
     runs: Runs = {}
     for arm, seed in finished:
         runs.setdefault(arm, []).append(read(arm, seed, out))
@@ -98,7 +98,7 @@ def null_runs(runs: Runs, settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def of(runs: Sequence[dict[str, Any]], name: str, key: str) -> list[float]:
-    """A number of every run's comparison on one prompt set."""
+    """One number of every run's comparison on a prompt set."""
     return [float(one["held_out"][name][key]) for one in runs]
 
 
@@ -115,7 +115,7 @@ def gains(runs: Runs) -> str:
             found, base = of(own, name, "paired_gain"), fmean(of(own, name, "base_mean"))
             null = of(runs["random"], name, "paired_gain") if "random" in runs and arm != "random" else []
             wrong = fmean(of(own, name, "wrong_caption_gain"))
-            # Of a gain by chance alone a share says nothing.
+            # A share of a gain by pure chance is meaningless.
             share = f" ({wrong / fmean(found):.2f})" if arm != "random" else ""
             rows.append(
                 (
@@ -152,7 +152,7 @@ def by_seed(runs: Runs) -> str:
 
 
 def inside(runs: Runs, key: str, value: str) -> str:
-    """A number per component or accuracy, mean over seeds."""
+    """One column per component or accuracy, mean over seeds."""
 
     def mean_of(own: Sequence[dict[str, Any]], name: str, part: str) -> str:
         found = [one["held_out"][name][key].get(part) for one in own]
@@ -170,7 +170,7 @@ def inside(runs: Runs, key: str, value: str) -> str:
 
 
 def diversity(runs: Runs) -> str:
-    """Branch diversity of the base, mean over the paper's runs."""
+    """Branch diversity of the base, averaged over the paper's runs."""
     own = [one["diversity"] for one in runs.get("paper", []) if one["diversity"]]
     kinds = list(own[0]) if own else []
     return table(

@@ -1,4 +1,4 @@
-"""Configurations of another geometry, which is written to a file as a user would."""
+"""Configurations with another geometry, written to a file as a user would."""
 
 import json
 import os
@@ -13,13 +13,13 @@ from kvpo.models.geometry import fields_of
 from kvpo.models.settings import WanShape
 
 FOLDER = "KVPO_GEOMETRIES"
-if FOLDER not in os.environ:  # a child uses its parent's; one that is killed would leave its own behind
+if FOLDER not in os.environ:  # children use their parent's folder: a killed child would leave its own behind
     _OWN = tempfile.TemporaryDirectory(prefix="kvpo-geometries-")
     os.environ[FOLDER] = _OWN.name
 
 
 def geometry_file(shape: WanShape) -> str:
-    """Path of a geometry's file, which lasts as long as the process that was first to import this."""
+    """Path of a geometry's file, which is deleted when the process that first imported this module ends."""
     text = json.dumps(fields_of(shape))
     path = Path(os.environ[FOLDER]) / f"{sha256(text.encode()).hexdigest()[:16]}.json"
     path.write_text(text)
@@ -27,7 +27,7 @@ def geometry_file(shape: WanShape) -> str:
 
 
 def with_shape(config: Config, **changes: Any) -> Config:
-    """``config`` with another geometry and size of latents, named as fields of ``WanShape``."""
+    """``config`` with another geometry and latent size; ``changes`` are fields of ``WanShape``."""
     shape = replace(config.model, **changes)
     size = (shape.latent_height, shape.latent_width)
     backbone = replace(config.backbone, geometry=geometry_file(shape))

@@ -1,10 +1,10 @@
-"""What a block and a replay are made of: operations, bytes and graphs, counted without computing anything.
+"""Count the operations, bytes and graphs of a block and of a replay, without computing anything.
 
     python benchmarks/structure.py [--json PATH]
 
-The counted code runs on tensors without contents (torch's fake tensors), so that the 1.3B geometry needs
-neither a GPU nor its memory; two layers stand for all, as operations are given per layer. For a table before
-and after a change, run it with ``PYTHONPATH`` naming the other checkout's ``src``.
+The code runs on torch's fake tensors, so the 1.3B geometry needs neither a GPU nor its memory. Two layers
+stand for all, because operations are reported per layer. To compare before and after a change, run it again
+with ``PYTHONPATH`` set to the other checkout's ``src``.
 """
 
 import argparse
@@ -44,12 +44,12 @@ COPIES = (
     "index",
     "index_put_",
 )
-"""Operations that move numbers and compute none."""
+"""Operations that only move data."""
 ALLOCATIONS = ("empty", "empty_strided", "new_empty", "empty_like")
 
 
 class Counted(TorchDispatchMode):
-    """Operations that run a kernel, those among them that only move numbers, and their bytes."""
+    """Counts operations that run a kernel, those of them that only move data, and their bytes."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -72,8 +72,8 @@ class Counted(TorchDispatchMode):
 
 
 def counted(run: Callable[[], Any], layer_calls: int) -> dict[str, float]:
-    """Operations and copies per layer and call, bytes and FLOP of the matrix products altogether."""
-    own = torch.backends.mkldnn.flags(enabled=False)  # the counter does not know oneDNN's products
+    """Operations and copies per layer and call, and total bytes and matrix-product FLOPs."""
+    own = torch.backends.mkldnn.flags(enabled=False)  # the FLOP counter does not know oneDNN's products
     with own, FlopCounterMode(display=False) as flops, Counted() as found:
         run()
     return {
@@ -86,7 +86,7 @@ def counted(run: Callable[[], Any], layer_calls: int) -> dict[str, float]:
 
 @contextmanager
 def full_window(config: Config) -> Iterator[tuple[Bench, Stream]]:
-    """A stream of a random generator whose window is full, on fake tensors."""
+    """A random generator's stream with a full window, on fake tensors."""
     subject = bench(config, 1)
     with FakeTensorMode(allow_non_fake_inputs=True), patch.object(StreamingGenerator, "require_finite"):
         generator = subject.generator
@@ -98,7 +98,7 @@ def full_window(config: Config) -> Iterator[tuple[Bench, Stream]]:
 
 
 def structure(config: Config) -> dict[str, dict[str, float]]:
-    """A streamed block, a replayed trajectory without gradients, and one with its backward pass."""
+    """Count a streamed block, a replayed trajectory without gradients, and one with its backward pass."""
     steps, layers = config.objective.grad_steps, config.model.num_layers
     with full_window(config) as (subject, stream):
         generator = subject.generator
@@ -124,7 +124,7 @@ def structure(config: Config) -> dict[str, dict[str, float]]:
 
 
 def graphs(blocks: int) -> dict[str, int]:
-    """Graphs that the compiler made while a stream of the demo's generator grew, and the sizes it saw."""
+    """Graphs compiled while a stream of the demo's generator grew, and the number of sizes it saw."""
     config = with_shape(preset("demo", {}), num_layers=1)
     subject = bench(config, 1)
     subject.model.compile_blocks()  # type: ignore[operator]

@@ -1,7 +1,7 @@
-"""The cost of a busy neighbour: torch threads, how they wait, and processes that want the same cores.
+"""Measure the cost of a busy neighbour: torch threads, how they wait, and processes on the same cores.
 
-A fixed piece of the demo (updates after one that is not counted) in a process of its own, quiet and beside
-processes that never sleep, for every number of threads and every OMP_WAIT_POLICY.
+Runs a fixed piece of the demo (some updates after a warm-up) in its own process, on a quiet machine and
+beside processes that never sleep, for every number of threads and every OMP_WAIT_POLICY.
 
     python benchmarks/threads.py [--updates 2] [--repeats 3] [--threads 1 2] [--busy 0 2]
         [--waiting unset PASSIVE ACTIVE] [--json PATH] [any setting]
@@ -53,7 +53,7 @@ def piece(threads: int, updates: int, latents: Path, settings: Sequence[str]) ->
 
 @contextmanager
 def neighbours(count: int) -> Iterator[None]:
-    """So many processes that never sleep."""
+    """Run ``count`` processes that never sleep."""
     spinning = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
     try:
         yield
@@ -66,7 +66,7 @@ def neighbours(count: int) -> Iterator[None]:
 def measured(
     busy: int, threads: int, waiting: str, updates: int, latents: Path, extra: Sequence[str]
 ) -> dict[str, float]:
-    """The piece in a new process, since waiting is decided when torch is loaded."""
+    """Run the piece in a new process, because torch reads the wait policy when it loads."""
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("OMP_", "GOMP_"))}
     if waiting != UNSET:
         environment["OMP_WAIT_POLICY"] = waiting
@@ -84,12 +84,12 @@ def measured(
 
 
 def difference(one: Path, other: Path) -> float:
-    """The largest difference of two rollouts' latents."""
+    """Largest difference between two rollouts' latents."""
     return float((torch.load(one, weights_only=True) - torch.load(other, weights_only=True)).abs().max())
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Measure every arm in turn, repeat, and write medians."""
+    """Measure every arm in turn, repeat, and write the medians."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )

@@ -1,9 +1,9 @@
-"""What every test shares: one thread, reproducible property tests, and the directory of golden fixtures."""
+"""Setup shared by all tests: one thread, reproducible property tests, the directory of golden fixtures."""
 
 import os
 
-# oneDNN reads this when torch loads. Some virtual machines advertise AMX and trap on it, so that a bfloat16
-# matrix product dies with "Illegal instruction"; this instruction set is the widest below AMX.
+# oneDNN reads this when torch loads. Some virtual machines advertise AMX but trap on it, so a bfloat16 matrix
+# product dies with "Illegal instruction". This instruction set is the widest one below AMX.
 os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_FP16")
 
 from collections.abc import Callable, Iterator
@@ -14,7 +14,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-# Models this small run faster on one thread, and sums keep one order.
+# Such small models run faster on one thread, and sums keep a fixed order.
 torch.set_num_threads(1)
 
 settings.register_profile("kvpo", deadline=None, max_examples=60, derandomize=True)
@@ -23,9 +23,9 @@ settings.load_profile("kvpo")
 
 @pytest.fixture(scope="session")
 def golden_file() -> Callable[[str], Path]:
-    """Path of a named file computed by the public implementations, in $KVPO_GOLDEN, else ../shared/golden.
+    """Path of a named file computed by the public implementations, in $KVPO_GOLDEN or ../shared/golden.
 
-    A test whose file is not there is skipped.
+    Skips the test if the file does not exist.
     """
     default = Path(__file__).resolve().parents[2] / "shared" / "golden"
     directory = Path(os.environ.get("KVPO_GOLDEN", default))
@@ -40,7 +40,7 @@ def golden_file() -> Callable[[str], Path]:
 
 @pytest.fixture(autouse=True)
 def own_cache(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Prompt embeddings are kept per test, and never among a user's own."""
+    """Cache prompt embeddings per test, never in the user's cache."""
     name = sha256(request.node.nodeid.encode()).hexdigest()[:16]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("KVPO_CACHE", str(tmp_path_factory.getbasetemp() / "caches" / name))
@@ -49,7 +49,7 @@ def own_cache(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
 
 @pytest.fixture(scope="session")
 def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A base checkpoint of random weights for tests.tiny_world.tiny_config."""
+    """A base checkpoint with random weights for tests.tiny_world.tiny_config."""
     from tests.tiny_world import write_base
 
     path = tmp_path_factory.mktemp("base") / "base.safetensors"

@@ -1,4 +1,4 @@
-"""Drive a headless Chromium over its debugging pipe: enough to open a page, run script and take pictures."""
+"""Drive a headless Chromium over its debugging pipe: open pages, run scripts and take screenshots."""
 
 import base64
 import fcntl
@@ -27,7 +27,7 @@ def find_chromium() -> str | None:
 
 
 class Page:
-    """One open page; ``errors`` collects console errors and exceptions, ``requests`` every URL asked for."""
+    """One open page; ``errors`` collects console errors and exceptions, ``requests`` every requested URL."""
 
     def __init__(self, command_fd: int, answer_fd: int) -> None:
         self.command_fd, self.answer_fd = command_fd, answer_fd
@@ -61,7 +61,7 @@ class Page:
             self.requests.append(values["request"]["url"])
 
     def call(self, method: str, timeout: float = 30.0, **values: Any) -> dict[str, Any]:
-        """Send one command of the DevTools protocol and return its answer."""
+        """Send one DevTools command and return its answer."""
         self.sequence += 1
         command = {"id": self.sequence, "method": method, "params": values}
         if self.session:
@@ -123,12 +123,12 @@ class Page:
 
 @contextmanager
 def chromium(profile: Path) -> Iterator[Page]:
-    """A running Chromium with one blank page; it is ended on exit."""
+    """Run Chromium with one blank page; it is terminated on exit."""
     program = find_chromium()
     assert program is not None
     command_read, command_write = os.pipe()
     answer_read, answer_write = os.pipe()
-    # Chromium reads commands from descriptor 3 and answers on 4; copies high up cannot collide with them.
+    # Chromium reads commands from descriptor 3 and answers on 4; high-numbered copies cannot clash with them.
     high_read, high_write = (fcntl.fcntl(fd, fcntl.F_DUPFD, 20) for fd in (command_read, answer_write))
 
     def use_descriptors() -> None:

@@ -1,4 +1,4 @@
-"""A web application on a loopback port, in a thread of this process."""
+"""Web applications on a loopback port, in a thread of this process."""
 
 import os
 import re
@@ -18,9 +18,9 @@ from kvpo.app.cli import main
 
 @contextmanager
 def served_app(app: Any, *, port: int = 0, send_buffer: int | None = None, **options: Any) -> Iterator[str]:
-    """The address of an application that serves until the end of the context.
+    """Serve an application until the context exits; yields its address.
 
-    ``send_buffer`` is the socket's, in bytes; ``options`` are uvicorn's.
+    ``send_buffer`` is the socket's send buffer in bytes; ``options`` go to uvicorn.
     """
     with socket.create_server(("127.0.0.1", port)) as listener:
         if send_buffer is not None:
@@ -38,7 +38,7 @@ def served_app(app: Any, *, port: int = 0, send_buffer: int | None = None, **opt
 
 
 def visited(words: Sequence[str], visit: Callable[[str], Any], caplog: pytest.LogCaptureFixture) -> int:
-    """The status of a `kvpo` command that serves, in this thread, until the address it logs was visited."""
+    """Run a serving `kvpo` command here, and call ``visit`` on the address it logs; returns its status."""
     wrong: list[BaseException] = []
 
     def call() -> None:
@@ -49,7 +49,7 @@ def visited(words: Sequence[str], visit: Callable[[str], Any], caplog: pytest.Lo
                 time.sleep(0.02)
             with socket.create_connection(("127.0.0.1", int(found[0].split(":")[2].split("/")[0])), 20):
                 visit(found[0])
-        except BaseException as error:  # raised again in the thread of the test
+        except BaseException as error:  # re-raised in the test's thread
             wrong.append(error)
         finally:
             os.kill(os.getpid(), signal.SIGTERM)

@@ -1,7 +1,7 @@
 """Child processes for tests that kill, stop and starve runs.
 
-Children are forked from a server process that has imported everything but done nothing, so that they need not
-spend seconds on importing torch again and inherit no thread's locks.
+Children are forked from a server process that has imported everything and done nothing else, so they neither
+spend seconds on importing torch nor inherit locks of threads.
 """
 
 import logging
@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-import benchmarks.shapes  # noqa: F401  its folder is the children's too; one of their own could outlive them
+import benchmarks.shapes  # noqa: F401  children share its folder; their own could outlive them
 
 TIME_LIMIT = 280.0
 CHILDREN = multiprocessing.get_context("forkserver")
@@ -22,7 +22,7 @@ CHILDREN.set_forkserver_preload(["tests.ranks", "tests.tiny_world", "kvpo.app.al
 
 
 def nothing() -> None:
-    """The default of ``before``: most children run nothing first."""
+    """Default of ``before``: run nothing first."""
 
 
 def start(arguments: Sequence[str | Path], output: Path, before: Callable[[], None] = nothing) -> BaseProcess:
@@ -37,7 +37,7 @@ def _child(arguments: list[str], output: Path, before: Callable[[], None]) -> No
 
     from kvpo.app.cli import main
 
-    # Shells start background jobs with SIGINT ignored, and children inherit that.
+    # Shells start background jobs with SIGINT ignored, which children inherit.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(descriptor, 1)
@@ -55,7 +55,7 @@ def _child(arguments: list[str], output: Path, before: Callable[[], None]) -> No
 def run(
     arguments: Sequence[str | Path], output: Path, before: Callable[[], None] = nothing
 ) -> tuple[int, str]:
-    """``start`` and wait: exit status (negative: the signal) and everything printed."""
+    """``start`` and wait; returns the exit status (negative: the signal) and the output."""
     process = start(arguments, output, before)
     process.join(TIME_LIMIT)
     assert process.exitcode is not None, f"still running after {TIME_LIMIT} s"
@@ -72,5 +72,5 @@ def wait_for(condition: Callable[[], bool], process: BaseProcess) -> None:
 
 
 def lines_in(path: Path) -> int:
-    """Whole lines of a file that may not be there yet."""
+    """Number of complete lines in a file, which may not exist yet."""
     return path.read_bytes().count(b"\n") if path.exists() else 0

@@ -1,4 +1,4 @@
-"""The memory bank as it was published, for comparisons with the public code."""
+"""The memory bank as published, for comparisons with the public code."""
 
 from typing import ClassVar
 
@@ -12,5 +12,5 @@ class PublishedBank(Deployment):
 
 
 def deployment(*, bank_as_published: bool = False, **fields: int | bool) -> Deployment:
-    """A deployment with the bank as published, or this library's own."""
+    """A deployment with this library's bank, or the published one."""
     return (PublishedBank if bank_as_published else Deployment)(**fields)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""Several ranks on one machine: children of the fork server, which has imported everything already."""
+"""Several ranks on one machine, forked from a server that has already imported everything."""
 
 import pickle
 import traceback
@@ -11,7 +11,7 @@ from kvpo.training.ranks import Ranks, joined_ranks
 from tests.processes import CHILDREN, TIME_LIMIT
 
 Work = Callable[..., Any]
-"""A function of a module: (ranks, *arguments) -> what it found, which can be pickled."""
+"""A module-level function: (ranks, *arguments) -> a result that can be pickled."""
 
 
 def _child(work: Work, rank: int, count: int, meeting: Path, short: float, arguments: Sequence[Any]) -> None:
@@ -33,9 +33,9 @@ def _child(work: Work, rank: int, count: int, meeting: Path, short: float, argum
 
 
 def on_ranks(count: int, meeting: Path, work: Work, *arguments: Any, short: float = 60.0) -> list[Any]:
-    """Results of ``work``, returned or raised, on each of ``count`` ranks; None for a rank that was killed.
+    """Run ``work`` on ``count`` ranks; returns each rank's result or exception, or None if it was killed.
 
-    One rank is this process, without a process group. ``short``: seconds of the short time-out.
+    A single rank runs in this process without a process group. ``short``: the short time-out in seconds.
     """
     if count == 1:
         return [work(Ranks(), *arguments)]

@@ -24,7 +24,7 @@ QUICK = Patience(answer=20, attempts=2, start=1.0, outage=1.0, first_pause=0.05,
 
 @dataclass(frozen=True)
 class Named:
-    """A scorer of one component out of any function."""
+    """A scorer with one component, from any function."""
 
     function: Callable[[Tensor, Sequence[ClipPrompt]], Any]
     component: str = "own"
@@ -38,7 +38,7 @@ class Named:
 
 
 def offer(scorer: Scorer, name: str = "own") -> Offers:
-    """All components of a scorer under one name."""
+    """Offer all components of a scorer under one name."""
     declarations = tuple(Declaration(c, -inf, inf, True, 1, 32 * 32) for c in scorer.components)
     return {name: declarations}
 
@@ -52,7 +52,7 @@ def serving(
     token: str | None = None,
     limits: RequestLimits = LIMITS,
 ) -> Iterator[str]:
-    """The address of a server, of one reward called "own" unless there are other offers."""
+    """Run a server, with one reward called "own" unless ``offers`` are given; yields its address."""
     offers = offers or offer(scorer)
     app = reward_app([scorer], offers, frame_rate=16.0, token=token, limits=limits)
     with served_app(app, port=port) as url:
@@ -60,7 +60,7 @@ def serving(
 
 
 def free_port() -> int:
-    """A port that nobody listens on."""
+    """A port that nothing listens on."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         return listener.getsockname()[1]
 
@@ -74,7 +74,7 @@ def eventually(condition: Callable[[], bool], seconds: float = 10.0) -> None:
 
 
 def numbered(count: int, first: int = 0) -> tuple[Tensor, list[ClipPrompt]]:
-    """Tiny clips whose pixels and prompt say which one they are."""
+    """Tiny clips identified by their pixels and prompts."""
     numbers = torch.arange(first, first + count, dtype=torch.float32)
     video = numbers[:, None, None, None, None].expand(-1, 2, 3, 2, 2).contiguous()
     return video, [ClipPrompt(f"clip {n}", f"before {n}", n % 3) for n in range(first, first + count)]
@@ -90,5 +90,5 @@ def number_of(video_BTCHW: Tensor, prompts: Sequence[ClipPrompt]) -> Tensor:
 
 
 def encoded(question: ScoreRequest) -> bytes:
-    """A question as one piece."""
+    """The bytes of a request."""
     return b"".join(encode_question(question).parts(1000))

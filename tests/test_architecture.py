@@ -1,4 +1,4 @@
-"""The floors of the package: a module imports only from floors below its own, never sideways or upwards."""
+"""Layers of the package: a module imports only from lower layers, never sideways or upwards."""
 
 import ast
 from pathlib import Path
@@ -11,7 +11,7 @@ from kvpo.config import BackboneConfig
 
 SOURCE = Path(__file__).resolve().parents[1] / "src"
 
-# Room -> rooms it may import, besides itself. The longest matching name is a module's room.
+# Room -> rooms it may import, besides itself. A module belongs to the room with the longest matching name.
 MAY_IMPORT = {
     "kvpo.files": set(),
     "kvpo.progress": set(),
@@ -58,7 +58,7 @@ MODULES = {module_name(path): path for path in sorted((SOURCE / "kvpo").rglob("*
 
 
 def imported_modules(name: str) -> set[str]:
-    """Absolute names of everything a module imports, anywhere in its text (lazy imports count)."""
+    """Absolute names of everything that a module imports, including lazy imports."""
     path = MODULES[name]
     package = name.split(".") if path.name == "__init__.py" else name.split(".")[:-1]
     found: set[str] = set()
@@ -75,13 +75,13 @@ def imported_modules(name: str) -> set[str]:
 
 
 def room_of(name: str) -> str:
-    """Room of a module; a module outside every room is a room of its own, which no list names."""
+    """Room of a module; a module outside every room is its own room, which no list names."""
     rooms = [room for room in MAY_IMPORT if name == room or name.startswith(room + ".") and room != "kvpo"]
     return max(rooms, key=len, default=name)
 
 
 def defines_network(name: str) -> bool:
-    """True for a module of the package that defines a torch network class."""
+    """True if a module of the package defines a torch network class."""
     classes = (n for n in ast.walk(ast.parse(MODULES[name].read_text())) if isinstance(n, ast.ClassDef))
     return any(ast.unparse(base).split(".")[-1] == "Module" for node in classes for base in node.bases)
 
@@ -128,7 +128,7 @@ def test_the_checker_sees_lazy_relative_and_submodule_imports(tmp_path, monkeypa
 
 
 def test_files_import_each_other_in_no_circle():
-    modules = set(MODULES) - {"kvpo"}  # its version number is read by modules that it exports
+    modules = set(MODULES) - {"kvpo"}  # modules that it exports read its version number
     edges = {name: imported_modules(name) & modules - {name} for name in modules}
     while leaves := {name for name, lower in edges.items() if not lower}:
         edges = {name: lower - leaves for name, lower in edges.items() if name not in leaves}
@@ -151,7 +151,7 @@ OPENS_NO_TEXT = {"av.open", "os.open", "self.scheduler.open"}
 
 
 def without_encoding(source: str) -> list[str]:
-    """Calls that read or write text as the locale has it."""
+    """Calls that read or write text in the locale's encoding."""
     found = []
     for node in ast.walk(ast.parse(source)):
         if not isinstance(node, ast.Call):
@@ -197,7 +197,7 @@ def test_files_and_functions_stay_short(name):
     assert len(text.splitlines()) <= 400, f"{name} has more than 400 lines"
 
 
-# Names that several modules define because a reader calls each of them in the same way, or by custom.
+# Names that several modules may define, because they are called in the same way or by convention.
 DEFINED_IN_SEVERAL = {
     "logger": "every module's own",
     "main": "what `python -m` runs",
@@ -220,7 +220,7 @@ DEFINED_IN_SEVERAL = {
 
 
 def public_definitions(name: str) -> set[str]:
-    """Functions, classes and constants on the top level of a module, without the private ones."""
+    """Public functions, classes and constants at the top level of a module."""
     found: set[str] = set()
     for node in ast.parse(MODULES[name].read_text(encoding="utf-8")).body:
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):

@@ -1,4 +1,4 @@
-"""The code of the documents: the parser takes every command, and those that can run at a tiny size do run."""
+"""Code in the documents: the parser accepts every command, and those that can run at a tiny size do."""
 
 import json
 import re
@@ -32,7 +32,7 @@ def blocks(document: Path, language: str) -> list[str]:
 
 
 def documented() -> Iterator[tuple[str, str]]:
-    """Every command of `kvpo`, in a block or with arguments in a line, and the document it stands in."""
+    """Every `kvpo` command, in a block or inline with arguments, and its document."""
     for document in DOCUMENTS:
         text = document.read_text(encoding="utf-8")
         lines = [line.removeprefix("$ ") for code in blocks(document, "")
@@ -58,7 +58,7 @@ PARSED_ONLY = (
     "runs/null",
     "runs/watched",
 )
-"""What marks commands that need a service or other weights, that are cut, long, or run by another test."""
+"""Marks of commands not run here: they need a service or other weights, are cut or long, or run elsewhere."""
 WORLD = [
     line
     for name, line in COMMAND_LINES
@@ -68,7 +68,7 @@ PUBLIC = [line for name, line in COMMAND_LINES if name == "backbones.md" and "--
 
 
 def words_of(line: str) -> list[str]:
-    """The arguments of a command; what an ellipsis leaves out is the output directory."""
+    """The arguments of a command; an ellipsis stands for the output directory."""
     words = shlex.split(line, comments=True)[1:]
     return [word for word in words if word != "..."] + ["--out=run"] * (
         "..." in words and "--out" not in words
@@ -77,7 +77,7 @@ def words_of(line: str) -> list[str]:
 
 @pytest.fixture
 def parsed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Commands do no more than to resolve their configuration; the names of those that were asked for."""
+    """Make commands only resolve their configuration; returns the names of those called."""
     seen: list[str] = []
 
     def recorder(command: Command) -> Callable[[Namespace], None]:
@@ -115,9 +115,9 @@ def test_the_parser_refuses_what_is_not_documented(parsed: list[str]) -> None:
 
 
 def run_all(lines: list[str], flags: list[str], capsys: Any) -> None:
-    """Every command as it is written, a run that starts with these flags before its own.
+    """Run every command as written; commands that start a run get ``flags`` before their own.
 
-    The doctor's status 1 is a warning about the machine, such as a slow disk: it ran.
+    Status 1 of the doctor counts as success: it warns about the machine, for example of a slow disk.
     """
     for line in lines:
         name, *words = words_of(line)
@@ -173,7 +173,7 @@ def test_the_commands_and_code_of_public_generators_run(
     (tmp_path / "VBench/vbench").mkdir(parents=True)
     entry = {"prompt_en": "a red ball rolls left", "dimension": ["scene"]}
     (tmp_path / "VBench/vbench/VBench_full_info.json").write_text(json.dumps([entry]))
-    # The documented run names files of the hub and frames of its own: here, those of the tiny generator.
+    # The documented run names files of the hub and its own frames; replace them with the tiny generator's.
     base, adapter = "Efficient-Large-Model/LongLive-1.3B/models/longlive_base.pt", "lora.pt"
     Path(base).parent.mkdir(parents=True)
     (tmp_path / "base.pt").rename(base)

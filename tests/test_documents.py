@@ -1,4 +1,4 @@
-"""Files, functions, settings, tests, sections and counts that documents and docstrings name are right."""
+"""Check the files, functions, settings, tests, sections and counts that documents and docstrings name."""
 
 import ast
 import importlib
@@ -19,7 +19,7 @@ from kvpo.method.methods import METHODS
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/*.md")])
 TODAY = [path for path in DOCUMENTS if path.name != "CHANGELOG.md"]
-"""Documents about the code as it is; a changelog may name what is gone."""
+"""Documents about the current code; a changelog may name what was removed."""
 FOLDERS = ("src", "tests", "benchmarks", "examples")
 MODULES = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
 METHOD = (ROOT / "docs" / "method.md").read_text(encoding="utf-8")
@@ -31,11 +31,11 @@ UPSTREAM = {
     "open_clip/transformer.py",
     "ImageReward/ImageReward.py",
 }
-"""Files of other projects that rewards follow."""
+"""Files of other projects that rewards reimplement."""
 OF_A_RUN = {"arms.yaml", "config.yaml", "plot.yaml", "rewards.py"}
-"""Files that a run writes, or its user."""
+"""Files that a run or its user writes."""
 OTHERS_NAMES = {"from_pretrained", "load_lora_adapter", "load_lora_weights", "use_safetensors", "use_rslora"}
-"""Names that the documents use and that belong to other libraries."""
+"""Names in the documents that belong to other libraries."""
 
 
 def name_of(path: Path) -> str:
@@ -57,7 +57,7 @@ def sections() -> dict[str, set[str]]:
 
 @cache
 def prose(path: Path) -> str:
-    """A document; of a module its docstrings and comments."""
+    """A document's text, or a module's docstrings and comments."""
     text = path.read_text(encoding="utf-8")
     if path.suffix != ".py":
         return text
@@ -74,7 +74,7 @@ def prose(path: Path) -> str:
 
 @cache
 def words_of_the_code() -> set[str]:
-    """Every word of the code outside docstrings and comments: names, and words of strings."""
+    """Every word of the code outside docstrings and comments: names and words in strings."""
     words: set[str] = set()
     for path in MODULES:
         tree = ast.parse(path.read_text(encoding="utf-8"))
@@ -109,7 +109,7 @@ def resolves(dotted: str) -> bool:
 
 
 def anchor(heading: str) -> str:
-    """The anchor that a heading gets on a rendered page."""
+    """A heading's anchor on a rendered page."""
     return re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-")
 
 
@@ -119,7 +119,7 @@ def headings(path: Path) -> tuple[str, ...]:
 
 
 def named_tests(text: str) -> list[tuple[str, str]]:
-    """(file below tests, name) of every test that is named; without a file it is of the file before it."""
+    """(file below tests, name) of every test named; a test without a file belongs to the last file named."""
     found, path = [], ""
     for file, name in re.findall(r"`([\w/.]*)::(\w+)`", text):
         path = file or path
@@ -128,14 +128,14 @@ def named_tests(text: str) -> list[tuple[str, str]]:
 
 
 def tables(text: str) -> Iterator[list[list[str]]]:
-    """The tables of a document, row by row, without the line under the head."""
+    """Tables of a document, row by row, without the line below the header."""
     for block in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE):
         rows = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in block.splitlines()]
         yield [rows[0], *rows[2:]]
 
 
 def table(text: str, *head: str) -> list[list[str]]:
-    """The rows of the one table with these first columns."""
+    """Rows of the only table whose header starts with ``head``."""
     (found,) = [rows for rows in tables(text) if tuple(rows[0][: len(head)]) == head]
     return found[1:]
 
@@ -174,7 +174,7 @@ def test_links_lead_somewhere(path: Path) -> None:
 @pytest.mark.parametrize("path", [*TODAY, *MODULES], ids=name_of)
 def test_files_that_are_named_exist(path: Path) -> None:
     roots = (ROOT, ROOT / "src" / "kvpo", ROOT / "tests", ROOT / "docs", ROOT / "benchmarks", path.parent)
-    names = {module.name for module in MODULES}  # a bare name may be of any folder
+    names = {module.name for module in MODULES}  # a bare name may be in any folder
     text = re.sub(r"https?://\S+", "", prose(path))
     for name in re.findall(r"(?<![\w/.:{-])([\w./{},-]+\.(?:py|md|svg|yaml))\b(?!\.)", text):
         for file in expanded(name):
@@ -183,7 +183,7 @@ def test_files_that_are_named_exist(path: Path) -> None:
 
 
 def expanded(name: str) -> list[str]:
-    """Every file that a name with braces stands for."""
+    """Expand a name with braces into file names."""
     head, brace, rest = name.partition("{")
     if not brace:
         return [name]
@@ -219,7 +219,7 @@ def test_names_in_backticks_are_names_of_the_code(path: Path) -> None:
 
 @pytest.mark.parametrize("path", [*TODAY, *MODULES], ids=name_of)
 def test_sections_that_are_named_exist(path: Path) -> None:
-    """By their headings: numbers move. Our own papers are not in the repository."""
+    """Sections are named by heading, because numbers change."""
     text = " ".join(prose(path).split())
     for document, heading in re.findall(r"docs/(\w+\.md)`*,? \"([^\"]+)\"", text):
         assert heading in headings(ROOT / "docs" / document), f"{name_of(path)} names {document}, {heading}"
@@ -250,7 +250,7 @@ def test_every_method_and_explorer_is_in_the_tables() -> None:
 
 
 def texts_of(path: Path) -> Iterator[tuple[int, str]]:
-    """Every docstring and every attribute's description in a module, with its line."""
+    """Every docstring and attribute description in a module, with its line."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
             if isinstance(node.value.value, str):

@@ -1,4 +1,4 @@
-"""The demo runs on the hard dependencies alone; anything else names the extra that it lacks."""
+"""The demo runs with the hard dependencies alone; everything else names its missing extra."""
 
 import ast
 import os
@@ -13,7 +13,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 OF_EXTRAS = "diffusers ftfy sentencepiece cv2 httpx fastapi starlette uvicorn torchvision pyarrow".split()
 PACKAGE_DATA = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
 MODULES = {"opencv-python-headless": "cv2", "pyyaml": "yaml", "pillow": "PIL"}
-"""Distribution -> the module it holds, where the names differ."""
+"""Distribution -> its module, if the names differ."""
 
 WITHOUT = """
 import sys
@@ -32,7 +32,7 @@ sys.meta_path[sys.meta_path.index(PathFinder)] = Without
 
 
 def without_extras(code: str, *arguments: str) -> subprocess.CompletedProcess:
-    """Run ``code`` where no package of an extra is installed."""
+    """Run ``code`` as if no package of an extra were installed."""
     script = WITHOUT.replace("{missing}", repr(set(OF_EXTRAS))) + code
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", script, *arguments]

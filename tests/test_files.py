@@ -79,7 +79,7 @@ def test_a_new_directory_replaces_the_old_one_whole(tmp_path: Path) -> None:
 
 
 def test_a_directory_that_cannot_be_replaced_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Between the two renames the old one has another name; it comes back, after a kill as well."""
+    """Between the two renames, the old one has another name; it is restored, even after a kill."""
     path, rename = tmp_path / "d", os.replace
     with new_directory(path) as directory:
         (directory / "a").write_text("old")
@@ -102,7 +102,7 @@ def test_a_directory_that_cannot_be_replaced_stays(tmp_path: Path, monkeypatch: 
 def test_processes_of_equal_numbers_do_not_write_to_one_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As the first processes of two containers with a directory in common."""
+    """For example, the first processes of two containers that share a directory."""
     monkeypatch.setattr(os, "getpid", lambda: 1)
     with new_file(tmp_path / "a") as one, new_file(tmp_path / "a") as other:
         assert one != other
@@ -138,7 +138,7 @@ def test_files_are_as_readable_as_any_other(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("mask", [0o022, 0o077, 0o002])
 def test_permissions_follow_the_umask_whatever_writes(tmp_path: Path, mask: int) -> None:
-    """safetensors, for one, makes files that only their owner may read."""
+    """For example, safetensors makes files that only their owner may read."""
     before = os.umask(mask)
     try:
         with new_file(tmp_path / "a.safetensors") as file:

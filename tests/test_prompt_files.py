@@ -1,4 +1,4 @@
-"""Prompt files: every format, and one clear error with its line for everything else."""
+"""Prompt files: every format is read, and everything else gives one clear error with its line."""
 
 import json
 import os
@@ -334,7 +334,7 @@ def test_what_is_converted_is_read_again(tmp_path, suffix):
 
 
 def test_a_record_may_name_the_frames_that_its_video_begins_with(tmp_path):
-    """Relative to the file that names them, wherever that is written anew."""
+    """Paths are relative to the prompt file, and stay valid if it is rewritten elsewhere."""
     (still, clip) = tmp_path / "a dog.png", tmp_path / "in" / "clip.mp4"
     (tmp_path / "in").mkdir()
     still.touch(), clip.touch()

@@ -1,4 +1,4 @@
-"""Files of a tiny public generator in the public layouts: weights, adapter, text encoder, VAE, prompts."""
+"""Write a tiny public generator in the public layouts: weights, adapter, text encoder, VAE, prompts."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -58,7 +58,7 @@ SETTINGS: dict[str, Any] = {
     "prompts.frames": [18],
 }
 SWITCHES = {1: [], 2: [9], 3: [6, 12]}
-"""Switch frames of prompts with so many segments."""
+"""Number of segments -> switch frames."""
 SENTENCES = [
     "a red ball rolls left",
     "the dog jumps",
@@ -70,13 +70,13 @@ SENTENCES = [
 
 
 def brightness(video_BTCHW: Tensor, prompts: Sequence[ClipPrompt]) -> Tensor:
-    """A reward that anyone can check."""
+    """A reward that is easy to check."""
     return video_BTCHW.mean((1, 2, 3, 4))
 
 
 @dataclass(frozen=True)
 class NetworkReward:
-    """A reward that is computed by a network."""
+    """A reward computed by a network."""
 
     network: nn.Module
     components: tuple[str, ...] = ("network",)
@@ -98,14 +98,14 @@ network = NetworkReward(_colours())
 
 
 def write_text_and_pixels(directory: Path) -> None:
-    """UMT5 with its tokenizer, and the VAE, as diffusers lays them out."""
+    """Write UMT5 with its tokenizer, and the VAE, in diffusers' layout."""
     tiny_encoder().save_pretrained(directory / "text_encoder")
     tiny_tokenizer().save_pretrained(directory / "tokenizer")
     tiny_vae(num_res_blocks=1).save_pretrained(directory / "vae")
 
 
 def write_prompts(directory: Path, segments: int) -> Path:
-    """Six prompts of so many segments."""
+    """Write six prompts with this many segments; returns their file."""
     path = directory / ("prompts.txt" if segments == 1 else f"prompts-{segments}.jsonl")
     rolled = [[SENTENCES[(n + k) % 6] for k in range(segments)] for n in range(6)]
     lines = [texts[0] if segments == 1 else json.dumps({"prompts": texts}) for texts in rolled]
@@ -114,13 +114,13 @@ def write_prompts(directory: Path, segments: int) -> Path:
 
 
 def write_transformer(config: Config, path: Path) -> None:
-    """Random weights in the layout of LongLive and Self-Forcing."""
+    """Write random weights in the layout of LongLive and Self-Forcing."""
     weights = tiny_model(config.model).state_dict()
     torch.save({"generator": {f"model.{name}": value for name, value in weights.items()}}, path)
 
 
 def write_lora(config: Config, path: Path) -> None:
-    """A random adapter of every target layer in the layout of lora.pt."""
+    """Write a random adapter for every target layer in the layout of lora.pt."""
     model, draws = tiny_model(config.model), torch.Generator().manual_seed(9)
     tensors = {}
     for name, module in model.named_modules():
@@ -132,7 +132,7 @@ def write_lora(config: Config, path: Path) -> None:
 
 
 def tiny_settings(name: str, directory: Path, segments: int, changes: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings that shrink a preset to nothing, its files written to ``directory`` first."""
+    """Settings that shrink a preset to a tiny size; writes its files to ``directory`` first."""
     config = preset(name, SETTINGS)
     if not (directory / "vae").exists():
         write_text_and_pixels(directory)
@@ -148,12 +148,12 @@ def tiny_settings(name: str, directory: Path, segments: int, changes: Mapping[st
 
 
 def tiny_wan(name: str, directory: Path, *, segments: int = 1, **changes: Any) -> Config:
-    """A preset shrunk to nothing."""
+    """A preset shrunk to a tiny size."""
     return preset(name, tiny_settings(name, directory, segments, changes))
 
 
 def tiny_flags(name: str, directory: Path, *, segments: int = 1, **changes: Any) -> list[str]:
-    """The same as one types it on the command line."""
+    """The same as command-line flags."""
     values = tiny_settings(name, directory, segments, changes)
     return ["--preset", name, *(f"--{path}={_typed(value)}" for path, value in values.items())]
 

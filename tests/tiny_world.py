@@ -1,4 +1,4 @@
-"""A generator so small that a whole run takes seconds: random weights behind the embedded world's codec."""
+"""A generator so small that a whole run takes seconds: random weights with the embedded world's codec."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -48,14 +48,14 @@ FRAMES = 21
 
 
 def tiny_config(base: Path, **settings: Any) -> Config:
-    """SETTINGS with changes; ``optim__lr=1`` stands for ``optim.lr``. A method brings what it starts from."""
+    """SETTINGS with changes; ``optim__lr=1`` sets ``optim.lr``. A method adds its own defaults."""
     changes = {name.replace("__", "."): value for name, value in settings.items()}
     start = with_method(Config(), changes.get("method", "kvpo"))
     return assign(start, {**SETTINGS, "backbone.checkpoint": str(base), **changes})
 
 
 def write_base(path: Path, seed: int = 1) -> None:
-    """Save random weights, the output projection included, as a base checkpoint."""
+    """Save random weights, including the output projection, as a base checkpoint."""
     model = assign(Config(), SETTINGS).model
     transformer, text = new_generator(model, seed=seed)
     generator = torch.Generator().manual_seed(2)
@@ -68,7 +68,7 @@ def write_base(path: Path, seed: int = 1) -> None:
 
 @dataclass(frozen=True)
 class ToyScorer:
-    """Two numbers that anyone can check: how red, and how calm from frame to frame."""
+    """Two numbers that are easy to check: redness, and calm from frame to frame."""
 
     components: tuple[str, ...] = ("redness", "calm")
 
@@ -82,13 +82,13 @@ toy = ToyScorer()
 
 
 def opposite(video_BTCHW: Tensor, prompts: Sequence[ClipPrompt]) -> Tensor:
-    """Falls exactly as ToyScorer's two numbers rise: what hacking looks like."""
+    """Falls exactly as ToyScorer's two numbers rise, as under reward hacking."""
     return -sum(ToyScorer()(video_BTCHW, prompts).values())
 
 
 @dataclass(frozen=True)
 class ToyPrompts:
-    """Two-act videos whose switch falls where a window may start."""
+    """Two-act videos whose switch is at a possible window start."""
 
     count: int
     first_id: int = 0
@@ -102,7 +102,7 @@ class ToyPrompts:
 
 
 def toy_setup(config: Config, scorer: Any = None) -> Setup:
-    """The tiny generator on toy prompts with a toy reward: no part of the embedded world but its codec."""
+    """The tiny generator with toy prompts and a toy reward; only the codec is the embedded world's."""
     backbone = build_backbone(config)
     scorer = scorer or ToyScorer()
     weights = torch.ones(len(scorer.components))
@@ -117,13 +117,13 @@ def toy_setup(config: Config, scorer: Any = None) -> Setup:
 
 
 def with_weights(setup: Setup, **changes: Any) -> Setup:
-    """The same with another configuration or base digest."""
+    """The same setup with other fields of its weights, such as configuration or base digest."""
     weights = replace(setup.backbone.weights, **changes)
     return replace(setup, backbone=replace(setup.backbone, weights=weights))
 
 
 def in_float64(setup: Setup) -> Setup:
-    """The same generator in double precision, its noise and its texts too."""
+    """The same generator in double precision, including its noise and texts."""
     setup.model.double()
     setup.backbone.codec.double()
     generator = replace(setup.generator, page_dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""A finished run to take up again."""
+"""A finished run, to resume in tests."""
 
 import shutil
 from pathlib import Path
@@ -20,5 +20,5 @@ def finished(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def run(finished: Path, tmp_path: Path) -> Path:
-    """A copy to spoil."""
+    """A copy that a test may damage."""
     return shutil.copytree(finished, tmp_path / "run")

@@ -1,4 +1,4 @@
-"""The benchmarks' scripts, for tests of them."""
+"""Fixtures for tests of the benchmark scripts."""
 
 import json
 from pathlib import Path
@@ -10,13 +10,13 @@ from tests.tiny_world import SETTINGS
 
 @pytest.fixture(autouse=True)
 def benchmark_scripts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The scripts import each other by plain name, as they do when run."""
+    """Let the scripts import each other by plain name, as when they are run."""
     monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
 
 @pytest.fixture
 def tiny_words(tiny_base: Path) -> list[str]:
-    """The tiny generator's settings as a command line has them."""
+    """The tiny generator's settings as command-line words."""
     settings = {**SETTINGS, "backbone.checkpoint": str(tiny_base)}
     return [
         word

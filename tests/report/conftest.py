@@ -9,7 +9,7 @@ from tests.tiny_world import tiny_config
 
 
 class Lines(logging.Handler):
-    """The lines that a user reads while a run goes on."""
+    """Collects the lines that a user sees during a run."""
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
@@ -21,13 +21,13 @@ class Lines(logging.Handler):
 
 @pytest.fixture(scope="session")
 def run_and_console(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
-    """A finished run of a tiny generator as `kvpo align` leaves it, and the lines it printed.
+    """A finished run of a tiny generator as `kvpo align` leaves it, and its printed lines.
 
-    Four branches of which the best and the worst train, at a fixed temperature, with donor histories.
+    It has four branches, of which the best and the worst train, a fixed temperature, and donor histories.
     """
     config = tiny_config(
         tiny_base,
-        seed=1,  # of whose two validations one beats the base
+        seed=1,  # one of its two validations beats the base
         exploration__branches=4,
         exploration__donor=1,
         objective__keep=(1, 1),
@@ -48,7 +48,7 @@ def run_and_console(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -
 
 @pytest.fixture(scope="session")
 def nft_run(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The shortest finished run of another method than KVPO, never changed."""
+    """The shortest finished run of a method other than KVPO; tests must not change it."""
     directory = tmp_path_factory.mktemp("report") / "nft"
     config = tiny_config(tiny_base, method="nft", optim__updates=1, stream__schedule=(1.0, 0.5))
     assert align(config, directory) is not None
@@ -57,13 +57,13 @@ def nft_run(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def finished_run(run_and_console: tuple[Path, list[str]]) -> Path:
-    """A finished run, never changed: tests change copies (``edits.copy_of``)."""
+    """A finished run; tests must change only copies (``edits.copy_of``)."""
     return run_and_console[0]
 
 
 @pytest.fixture
 def bare_run(tmp_path):
-    """The least that is a run: a configuration and no metrics yet."""
+    """A minimal run: a configuration and no metrics yet."""
     (tmp_path / "config.yaml").write_text("preset: demo\nseed: 3\n")
     (tmp_path / "metrics.jsonl").write_text("")
     return tmp_path
