@@ -31,7 +31,7 @@ def write_study_page(path: Path, result: Result, videos: Mapping[str, Path]) -> 
 
 
 def _verdict(result: Result) -> str:
-    """The first question's result, a sentence per pair of arms; for an open study, that names are hidden."""
+    """One sentence per pair of arms on the first question; for an open study, a note on hidden names."""
     sentences, tone = [], "pending"
     if not result.closed:
         sentences.append("The study is open: arms are called by letters until it is closed.")

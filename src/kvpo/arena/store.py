@@ -307,7 +307,7 @@ def _done(db: sqlite3.Connection, rater: Rater) -> int:
 
 
 def _answers(db: sqlite3.Connection, rater: Rater, position: int) -> tuple[dict[str, str], tuple[int, ...]]:
-    """Answers and ranking of the vote at a position that was not undone."""
+    """Answers and ranking of the vote at a position; undone votes do not count."""
     (number,) = db.execute(
         "SELECT id FROM vote WHERE rater = ? AND position = ? AND undone IS NULL", (rater.id, position)
     ).fetchone()

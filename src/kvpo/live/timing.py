@@ -64,7 +64,7 @@ class Pace:
         return late
 
     def numbers(self) -> dict[str, float | int | None]:
-        """The measurements as the page shows them; keys that end in ``_s`` are in seconds."""
+        """The measurements as the page shows them; keys that end in "_s" are in seconds."""
         p50, p95, p99 = np.percentile(self.intervals, (50, 95, 99)).tolist() if self.intervals else [None] * 3
         total = self.met + self.missed
         return {

@@ -221,7 +221,7 @@ def _settings(summary: Entry) -> str:
 
 
 def _trial_row(name: str, one: Entry, best: float | None) -> list[str]:
-    """The row of a trial, marked as chosen if its gain is the best; trials that were not finite have none."""
+    """The row of a trial, marked if its gain is the best; a trial that was not finite has no gain."""
     if one["gain"] is None:
         return [name, "not finite", "", "", _listed(one["settings"])]
     chosen = " (chosen)" if one["gain"] == best else ""
