@@ -1,7 +1,7 @@
-"""Reads the votes of a study: who wins, how sure that is, and which raters to trust. Pure functions.
+"""Analyses the votes of a study: which arm wins, how certain that is, and which raters to trust.
 
-Axes: P prompts, R resamples, M models. A vote is good for an arm, bad for it, or neither (same and both bad
-alike): G, B and S of the user studies of the field.
+All functions are pure. Axes: P prompts, R resamples, M models. A vote is good for an arm (G), bad for it (B),
+or neither (S, both "same" and "both bad"), as in the field's user studies.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -15,11 +15,11 @@ from kvpo.arena.judgements import NO_RATER, Judgement
 
 RESAMPLES = 2000
 INTERVAL_PROMPTS = 6
-"""Prompts below which no interval is given."""
+"""Fewest prompts for which an interval is given."""
 LEVEL = 0.95
 POWER = 0.8
 SUSPICIOUS = 1e-3
-"""Probability, for a rater without a side bias, of a left share as far from a half as one that is flagged."""
+"""A rater is flagged if a fair coin would be at least as lopsided with a probability below this."""
 ATTENTIVE = 0.5
 """Least share of attention pairs that a rater must call the same."""
 
@@ -34,7 +34,7 @@ class Interval:
 
 
 def student(probability: float, freedom: int) -> float:
-    """Quantile of Student's t (Abramowitz and Stegun 26.7.5), within 2 % from three degrees of freedom on."""
+    """Quantile of Student's t (Abramowitz and Stegun 26.7.5), within 2 % from three degrees of freedom up."""
     z = NormalDist().inv_cdf(probability)
     terms = (
         (z**3 + z) / 4,
@@ -63,7 +63,7 @@ def gsb(totals: np.ndarray) -> np.ndarray:
 
 
 def win_rate(totals: np.ndarray) -> np.ndarray:
-    """G / (G + B), the share of decided votes, of sums [..., 3]; a half where none is decided."""
+    """G / (G + B), the good share of decided votes, of sums [..., 3]; a half if none is decided."""
     decided = totals[..., 0] + totals[..., 2]
     return np.where(decided > 0, totals[..., 0] / np.maximum(decided, 1), 0.5)
 
@@ -71,12 +71,12 @@ def win_rate(totals: np.ndarray) -> np.ndarray:
 def bootstrap(
     statistic: Callable[[np.ndarray], np.ndarray], counts_P3: np.ndarray, generator: np.random.Generator
 ) -> Interval:
-    """A statistic of the sum over prompts, with its bootstrap interval over whole prompts.
+    """A statistic of the votes summed over prompts, with a bootstrap interval that resamples whole prompts.
 
-    The percentiles are widened to what Student's t needs with so few prompts (Hesterberg 2015, the expanded
-    percentile interval). Where all resamples are alike, as they are of unanimous votes, the ends are those of
-    as large a share of prompts, all good or all bad, as goes unseen with the probability of one tail. With
-    fewer than ``INTERVAL_PROMPTS`` prompts it says nothing and is infinite.
+    The percentiles are widened as Student's t requires for few prompts (Hesterberg 2015, the expanded
+    percentile interval). If all resamples are equal, as with unanimous votes, each end assumes the largest
+    share of all-good or all-bad prompts that this many prompts would miss with the probability of one tail.
+    With fewer than ``INTERVAL_PROMPTS`` prompts the interval is infinite.
     """
     prompts, total_3 = len(counts_P3), counts_P3.sum(0)
     value = float(statistic(total_3))
@@ -94,7 +94,7 @@ def bootstrap(
 
 @dataclass(frozen=True)
 class Comparison:
-    """The votes for and against one arm on one question, and their measures."""
+    """The votes for and against one arm on one question, with their statistics."""
 
     good: int
     same: int
@@ -103,13 +103,13 @@ class Comparison:
     win_rate: Interval
     gsb: Interval
     prompts_needed: int | None
-    """Prompts for a difference of ``effect`` to be seen; None where nothing can be said yet."""
+    """Prompts needed to detect a difference of ``effect``; None if it cannot be estimated yet."""
     votes_needed: int | None
-    """Votes on so many prompts, as many on each as there are now."""
+    """Votes on that many prompts, with as many per prompt as now."""
 
 
 def compare(judgements: Sequence[Judgement], arm: str, effect: float, seed: int = 0) -> Comparison | None:
-    """``arm`` against whatever it met in ``judgements``; None without a vote.
+    """Compare ``arm`` with every arm that it met in ``judgements``; None without a vote.
 
     Args:
         effect: the smallest (G - B) / (G + S + B) that matters.
@@ -133,10 +133,10 @@ def compare(judgements: Sequence[Judgement], arm: str, effect: float, seed: int 
 
 
 def prompts_needed(counts_P3: np.ndarray, effect: float) -> int | None:
-    """Prompts after which a true (G - B) / (G + S + B) of ``effect`` is seen with probability ``POWER``.
+    """Prompts needed to detect a true (G - B) / (G + S + B) of ``effect`` with probability ``POWER``.
 
-    (z_level + z_power)² s² / effect², where s is the standard deviation over prompts of what a prompt adds to
-    the statistic (its linearisation). None with fewer than two prompts, or where all prompts agree.
+    (z_level + z_power)² s² / effect², where s is the standard deviation over prompts of a prompt's linearised
+    contribution to the statistic. None with fewer than two prompts, or if all prompts agree.
     """
     if len(counts_P3) < 2:
         return None
@@ -161,11 +161,11 @@ def wins_by_prompt(judgements: Sequence[Judgement], models: Sequence[str]) -> np
 
 
 def bradley_terry(wins_PMM: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Log-strengths of models, mean 0, and their standard errors: [..., M] each, of [..., P, M, M].
+    """Log-strengths of models, mean 0, and their standard errors: [..., M] each, from wins [..., P, M, M].
 
-    P(i beats j) = 1 / (1 + exp(s_j - s_i)) (Bradley and Terry 1952), fitted by Newton's method with one tie
-    added to every pair that met, so that a model that always won stays finite; votes have to link all models.
-    The errors are the sandwich estimator's over prompts: votes on one prompt may depend on each other.
+    P(i beats j) = 1 / (1 + exp(s_j - s_i)) (Bradley and Terry 1952), fitted by Newton's method. One tie is
+    added to every pair that met, so that a model that always won stays finite. Votes have to link all models.
+    The errors are sandwich estimates clustered by prompt, since votes on one prompt may be dependent.
     """
     wins = wins_PMM.sum(-3)
     met = wins + np.swapaxes(wins, -1, -2)
@@ -173,7 +173,7 @@ def bradley_terry(wins_PMM: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     met = wins + np.swapaxes(wins, -1, -2)
     models = wins.shape[-1]
     strengths = np.zeros(wins.shape[:-1])
-    level = np.full((models, models), 1 / models)  # fixes the mean, which votes say nothing about
+    level = np.full((models, models), 1 / models)  # fixes the mean, which votes do not determine
     for _ in range(30):
         expected = 1 / (1 + np.exp(strengths[..., None, :] - strengths[..., :, None]))
         slope = (wins - met * expected).sum(-1)
@@ -197,8 +197,8 @@ def _information(met: np.ndarray, expected: np.ndarray) -> np.ndarray:
 def strengths(judgements: Sequence[Judgement], models: Sequence[str]) -> dict[str, Interval]:
     """Bradley-Terry log-strengths of the models with intervals.
 
-    Empty for fewer than three, and until votes link all of them: models that never met, not even through
-    others, cannot be compared.
+    Empty for fewer than three models, and until votes link all of them: models that never met, directly or
+    through others, cannot be compared.
     """
     wins = wins_by_prompt(judgements, models)
     met = (wins.sum(0) + wins.sum(0).T > 0) | np.eye(len(models), dtype=bool)
@@ -213,9 +213,9 @@ def strengths(judgements: Sequence[Judgement], models: Sequence[str]) -> dict[st
 
 
 def krippendorff(units: Mapping[object, Sequence[float]]) -> float | None:
-    """Krippendorff's alpha of interval data: unit -> one value per rater who judged it.
+    """Krippendorff's alpha for interval data: unit -> one value per rater who judged it.
 
-    1 - D_o / D_e with squared differences (Krippendorff 2011); 1 is perfect agreement, 0 chance. None where
+    1 - D_o / D_e with squared differences (Krippendorff 2011); 1 is perfect agreement, 0 chance. None if
     no unit has two raters, or no two values differ.
     """
     paired = [np.asarray(values, float) for values in units.values() if len(values) > 1]
@@ -229,11 +229,11 @@ def krippendorff(units: Mapping[object, Sequence[float]]) -> float | None:
 
 
 Unit = tuple[str, str, tuple[str, str], tuple[str, str]]
-"""(prompt, question, (arm, digest), (arm, digest)), the two in the order of their digests."""
+"""(prompt, question, (arm, digest), (arm, digest)), the two videos ordered by digest."""
 
 
 def preferences(judgements: Sequence[Judgement]) -> dict[Unit, dict[str, list[float]]]:
-    """Unit -> rater -> 1 for its first video, -1 for the other, 0 for neither, on whatever side they were."""
+    """Unit -> rater -> votes: 1 for the first video, -1 for the other, 0 for neither, on either side."""
     found: dict[Unit, dict[str, list[float]]] = {}
     for one in judgements:
         if one.kind == "attention":
@@ -248,7 +248,7 @@ def preferences(judgements: Sequence[Judgement]) -> dict[Unit, dict[str, list[fl
 
 
 def agreement(judgements: Sequence[Judgement], question: str) -> float | None:
-    """Krippendorff's alpha between raters on one question; of a repeated pair, the first answer counts."""
+    """Krippendorff's alpha between raters on one question; for a repeated pair, the first answer counts."""
     return krippendorff(
         {
             unit: [values[0] for values in raters.values()]
@@ -260,28 +260,28 @@ def agreement(judgements: Sequence[Judgement], question: str) -> float | None:
 
 @dataclass(frozen=True)
 class Reliability:
-    """A rater's habits, whatever the videos."""
+    """A rater's voting habits, whichever arm wins."""
 
     rater: str
     votes: int
     left_share: float | None
-    """Share of decided votes that went to the left; None without one."""
+    """Share of decided votes that went to the left side; None without one."""
     consistent: float | None
     """Share of repeated answers that chose the same video again; None without a repeat."""
     attentive: float | None
     """Share of answers on attention pairs that were "same"; None without one."""
     seconds: float
-    """Median time of a ballot."""
+    """Median time of a ballot, in seconds."""
     flags: tuple[str, ...]
     """Reasons why this rater's votes do not count."""
 
 
 def reliability(judgements: Sequence[Judgement], rater: str, question: str) -> Reliability:
-    """The habits of a rater in answers to ``question``, told without looking at who wins.
+    """A rater's habits in answers to ``question``, measured without looking at which arm wins.
 
-    One question, because the answers to several about one pair are not independent of each other. A side is
-    flagged only where every arm was on either side as if drawn: tables from elsewhere may have a better arm
-    always on one. Votes without a rater, which may be many people's, have none flagged.
+    Only one question is used, since answers to several about one pair are not independent. Side bias is
+    flagged only if the sides of every arm look randomly drawn: an imported table may always have the better
+    arm on one side. It is never flagged for votes without a rater, which may come from many people.
     """
     own = [one for one in judgements if one.rater == rater and one.question == question]
     own = [one for one in own if one.kind != "ranking"]
@@ -323,6 +323,6 @@ def trusted(judgements: Sequence[Judgement], raters: Sequence[Reliability]) -> l
 
 
 def binomial_tail(successes: int, trials: int) -> float:
-    """Two-sided probability that a fair coin falls at least as far from half of the trials."""
+    """Two-sided probability that a fair coin lands at least as far from half of the trials."""
     far = max(successes, trials - successes)
     return min(1.0, 2 * sum(comb(trials, n) for n in range(far, trials + 1)) / 2**trials)

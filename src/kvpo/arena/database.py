@@ -1,4 +1,4 @@
-"""The database of a study: its schema, how an older one is brought up to date, and durable transactions."""
+"""The database of a study: its schema, migrations and durable transactions."""
 
 import sqlite3
 from collections.abc import Iterator, Mapping, Sequence
@@ -41,21 +41,21 @@ MIGRATIONS = (
         answer TEXT NOT NULL CHECK (answer IN {ANSWERS}), PRIMARY KEY (vote, question));
     """,
 )
-"""Scripts that bring a database from one version of the schema to the next; ``user_version`` counts them."""
+"""Scripts that each upgrade the schema by one version; ``user_version`` counts the applied ones."""
 
 
 class VoteRefused(ValueError):
-    """A vote that cannot be taken; the message is one line for the rater."""
+    """A vote that is not accepted; the message is one line for the rater."""
 
 
 def now() -> str:
-    """The time in UTC, to milliseconds."""
+    """The current UTC time in ISO 8601 format, with milliseconds."""
     return datetime.now(UTC).isoformat(timespec="milliseconds")
 
 
 @contextmanager
 def transaction(path: Path) -> Iterator[sqlite3.Connection]:
-    """One transaction on a study's database, flushed to the disk when the block ends without an error."""
+    """One transaction on a study's database, flushed to disk when the block ends without an error."""
     connection = sqlite3.connect(path, timeout=BUSY_SECONDS, isolation_level=None)
     try:
         connection.execute("PRAGMA foreign_keys = ON")
@@ -73,10 +73,10 @@ def transaction(path: Path) -> Iterator[sqlite3.Connection]:
 
 
 def migrate(path: Path) -> None:
-    """Bring a database to the present schema.
+    """Upgrade a database to the current schema.
 
     Raises:
-        ValueError: it is not a database of a study, or one of a later version.
+        ValueError: it is not the database of a study, or its schema has a later version.
     """
     try:
         with transaction(path) as db:
@@ -95,13 +95,13 @@ def migrate(path: Path) -> None:
 
 
 def demand_open(db: sqlite3.Connection) -> None:
-    """Raise VoteRefused where no more votes are taken."""
+    """Raise VoteRefused if the study is closed."""
     if db.execute("SELECT closed FROM study").fetchone()[0] is not None:
         raise VoteRefused("the study is closed")
 
 
 def rater_number(db: sqlite3.Connection, name: str) -> int:
-    """The number of a rater, added where there is none of this name."""
+    """The id of the rater of this name, who is added if there is none."""
     db.execute("INSERT OR IGNORE INTO rater (name) VALUES (?)", (name,))
     return int(db.execute("SELECT id FROM rater WHERE name = ?", (name,)).fetchone()[0])
 
@@ -118,9 +118,9 @@ def insert_vote(
     milliseconds: int = 0,
     finished: bool = True,
 ) -> None:
-    """Add a vote on what was seen, (digest, rank) from left to right; only rankings have ranks.
+    """Add a vote on the videos ``seen``, (digest, rank) from left to right; only rankings have ranks.
 
-    ``position`` is that of the rater's ballot; None: it was given elsewhere.
+    ``position`` is that of the rater's ballot, or None if the vote was given elsewhere.
     """
     number = db.execute(
         "INSERT INTO vote (rater, position, kind, scene, milliseconds, finished, voted) "

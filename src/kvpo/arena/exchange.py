@@ -1,6 +1,6 @@
-"""Votes as tables of pairwise comparisons (CSV, Parquet) and as Label Studio's tasks (JSON), out and in.
+"""Reads and writes votes as tables of pairwise comparisons (CSV, Parquet) or Label Studio tasks (JSON).
 
-The tables have the columns ``model_a, model_b, winner`` that arena-rank reads, and further ones that say who
+The tables have the columns ``model_a, model_b, winner`` that arena-rank reads, and others that record who
 voted on which files.
 """
 
@@ -26,10 +26,10 @@ VIDEO_NAMES = ("video1", "video2")
 
 
 def write_votes(path: Path, judgements: Sequence[Judgement]) -> None:
-    """Write votes as the file's ending says.
+    """Write votes in the format of the file's suffix.
 
     Raises:
-        ValueError: another ending than ``VOTE_SUFFIXES``; for Parquet, pyarrow is not installed.
+        ValueError: the suffix is not in ``VOTE_SUFFIXES``; for Parquet, pyarrow is not installed.
         StorageError: the file cannot be written.
     """
     _check_suffix(path)
@@ -52,11 +52,11 @@ def write_votes(path: Path, judgements: Sequence[Judgement]) -> None:
 
 
 def read_votes(path: Path) -> list[Judgement]:
-    """Read votes as `write_votes` writes them, or as a bare table of ``model_a, model_b, winner``.
+    """Read votes that `write_votes` wrote, or a bare table of ``model_a, model_b, winner``.
 
     Raises:
-        ValueError: another ending, not a file of that kind, a missing column, a winner that is none; with
-            its line or row.
+        ValueError: unknown suffix, malformed file, missing column or invalid value; the message names the
+            line or row.
     """
     _check_suffix(path)
     if path.suffix == ".json":
@@ -111,10 +111,10 @@ def _judgement(where: str, row: dict[str, Any]) -> Judgement:
 
 
 def _tasks(judgements: Sequence[Judgement]) -> list[dict[str, Any]]:
-    """One task per pair and order, one annotation per ballot, one result per answer.
+    """One task per ordered pair, one annotation per ballot, one result per answer.
 
-    A side that won is a result of type ``pairwise``; Label Studio has no tie there, so that "same" and
-    "both bad" are results of type ``choices``.
+    A side that won is a result of type ``pairwise``. Label Studio has no ties there, so "same" and "both bad"
+    are results of type ``choices``.
     """
     tasks: dict[tuple[str, ...], dict[str, Any]] = {}
     ballots: dict[tuple[object, ...], dict[str, Any]] = {}

@@ -1,4 +1,4 @@
-"""Brings into a study what it starts with, votes that were given elsewhere, and choices at forks."""
+"""Creates studies, and adds votes that were given elsewhere and choices at forks."""
 
 import hashlib
 import json
@@ -30,16 +30,16 @@ _ANSWERS = {winner: answer for answer, winner in WINNERS.items()}
 
 
 def refuse_taken(out: Path) -> None:
-    """Raise ValueError where something is that a new study would replace."""
+    """Raise ValueError if a new study at ``out`` would replace something."""
     if out.is_dir() and any(out.iterdir()) or out.exists() and not out.is_dir():
         raise ValueError(f"{out} is not empty and holds no study; choose another --out")
 
 
 def create_study(out: Path, design: Design, videos: Mapping[str, Path]) -> Study:
-    """Write a new study, whole or not at all; ``videos`` are mp4 files by digest, of which it keeps copies.
+    """Write a new study atomically, with copies of ``videos`` (digest -> mp4 file).
 
     Raises:
-        ValueError: ``out`` holds something else.
+        ValueError: ``out`` is not empty.
         StorageError: the directory cannot be written.
     """
     refuse_taken(out)
@@ -78,11 +78,11 @@ def _add_scene(db: sqlite3.Connection, scene: Scene) -> int:
 
 
 def add_judgements(study: Study, judgements: Sequence[Judgement]) -> int:
-    """Take in answers that were given elsewhere, and return how many were not known yet.
+    """Import answers that were given elsewhere, and return how many were new.
 
     Raises:
-        ValueError: a vote without a rater, a video that is not one of the study's, two that are of different
-            scenes, an unknown question; nothing is then taken in.
+        ValueError: a vote has no rater, is not on two videos of one scene of the study, or answers an unknown
+            question; or the study is closed. Nothing is imported then.
     """
     if any(one.rater == NO_RATER for one in judgements):
         raise ValueError(
@@ -95,7 +95,7 @@ def add_judgements(study: Study, judgements: Sequence[Judgement]) -> int:
     times: Counter[tuple[object, ...]] = Counter()
     for one in fresh:
         ballot = (one.rater, one.video_a, one.video_b, one.kind, one.milliseconds)
-        times[*ballot, one.question] += 1  # another answer to the same question is of another ballot
+        times[*ballot, one.question] += 1  # a second answer to a question is from another ballot
         said = ballots.setdefault((*ballot, times[*ballot, one.question]), {})
         said[one.question] = _ANSWERS[one.winner]
     names = [one.name for one in study.design.questions]
@@ -123,7 +123,7 @@ def add_judgements(study: Study, judgements: Sequence[Judgement]) -> int:
 
 
 def _by_videos(one: Judgement) -> Judgement:
-    """A vote without what the study itself knows of its videos: prompt and arms."""
+    """A vote without the prompt and the arms, which the study itself knows from the videos."""
     return replace(one, prompt="", model_a="", model_b="")
 
 
@@ -135,13 +135,14 @@ def record_ranking(
     *,
     rater: str,
 ) -> None:
-    """Store a choice among videos of one fork, mp4 files, as a ranking in the study at ``directory``.
+    """Store a choice among videos of one fork (mp4 contents) as a ranking in the study at ``directory``.
 
-    A study without arms is started where there is none. ``best_first`` are positions in ``videos``; those
-    that are left out rank below the others, which is all a choice says.
+    If there is no study yet, one without arms is created. ``best_first`` holds positions in ``videos``; those
+    that it leaves out share the rank below the others.
 
     Raises:
-        ValueError: positions that are not those of videos, named twice or none; a directory of other files.
+        ValueError: ``best_first`` is empty or has invalid or repeated positions, or ``directory`` holds other
+            files.
         StorageError: the directory cannot be written.
     """
     if (

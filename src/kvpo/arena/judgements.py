@@ -1,11 +1,11 @@
-"""One answer of one rater about one pair, and one ranking: what is exported, analysed and learned from."""
+"""Answers about pairs, and rankings: the records that are exported, analysed and learned from."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
 WINNERS = {"left": "model_a", "right": "model_b", "same": "tie", "both_bad": "both_bad"}
-"""Answers and what they are called in tables of pairwise comparisons, whose model_a was on the left."""
+"""Answer -> its name in tables of pairwise comparisons, where model_a was on the left."""
 NO_RATER = "unknown"
 """The rater of votes in a file that does not say who gave them."""
 
@@ -16,7 +16,7 @@ class Judgement:
 
     rater: str
     prompt: str
-    """The scene's prompts: votes on one are not independent of each other."""
+    """The scene's prompts as one text. Votes on the same prompt are not independent."""
     question: str
     model_a: str
     """The arm whose video was on the left."""
@@ -38,9 +38,9 @@ class Ranking:
     prompt: str
     videos: tuple[str, ...]
     arms: tuple[str | None, ...]
-    """The arm of each; None where the study knows none, as for branches of a live fork."""
+    """The arm of each video; None if the study does not know it, as for branches of a live fork."""
     ranks: tuple[int, ...]
-    """The rank of each, rising; equal ones were not ranked among each other."""
+    """The rank of each video, ascending; videos of equal rank were not compared."""
 
 
 def prompt_of(segments: Sequence[str]) -> str:
@@ -49,7 +49,7 @@ def prompt_of(segments: Sequence[str]) -> str:
 
 
 def as_judgements(ranking: Ranking, question: str) -> list[Judgement]:
-    """A ranking as what it says about each pair of its arms, the better one first."""
+    """Expand a ranking into one judgement for each ranked pair of known arms, the better one as model_a."""
     placed = list(zip(ranking.arms, ranking.videos, ranking.ranks, strict=True))
     return [
         Judgement(ranking.rater, ranking.prompt, question, one, other, "model_a", "ranking", 0, better, worse)

@@ -1,7 +1,7 @@
 """Draws a rater's ballots, their order and their sides: a pure function of (key, rater, scenes).
 
-Every draw is a keyed hash (HMAC-SHA256) of the rater and the pair, so that a study can be audited from its
-key and nobody can foresee sides without it.
+Every draw is a keyed hash (HMAC-SHA256) of the rater and the pair, so a study can be audited from its key,
+and nobody can predict sides without it.
 """
 
 import hmac
@@ -17,14 +17,14 @@ Kind = Literal["pair", "repeat", "attention", "ranking"]
 REPEATED = 0.1
 """Share of pairs that are shown once more, with their sides swapped."""
 ATTENTION = 0.05
-"""Attention pairs, one video on both sides, as a share of the pairs."""
+"""Attention pairs, which show one video on both sides, as a share of the pairs."""
 FEWEST_PAIRS = 5
 """With fewer pairs than this, none is repeated and no attention pair is added."""
 
 
 @dataclass(frozen=True)
 class Ballot:
-    """A page: the digests of its videos from left to right."""
+    """One page for a rater; ``videos`` are digests from left to right."""
 
     kind: Kind
     scene: int
@@ -32,7 +32,7 @@ class Ballot:
 
 
 def draw(key: bytes, *words: object) -> float:
-    """A number in [0, 1) that depends on the key and the words alone."""
+    """A number in [0, 1) that depends only on the key and the words."""
     text = "\x1f".join(map(str, words)).encode()
     return int.from_bytes(hmac.digest(key, text, "sha256")[:6]) / 2**48
 
@@ -42,9 +42,9 @@ def ballots(
 ) -> list[Ballot]:
     """The ballots of a rater, in order.
 
-    At most ``most`` pairs of different videos, then the repeats, which come in the second half and swap the
-    sides of pairs of the first, and attention pairs anywhere after the start. With ``ranked``, scenes are
-    shown whole, their videos in a drawn order.
+    There are at most ``most`` pairs of different videos. Repeats come in the second half and show pairs of
+    the first half with swapped sides. Attention pairs come anywhere after the start. With ``ranked``, the
+    ballots are at most ``most`` whole scenes, their videos in a drawn order.
     """
     if ranked:
         wholes = [(n, tuple(dict.fromkeys(scene.videos.values()))) for n, scene in enumerate(scenes)]

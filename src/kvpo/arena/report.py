@@ -1,4 +1,4 @@
-"""The page of a study: who wins and how sure that is, whom to trust, and the clips that decided."""
+"""The page of a study: which arm wins, how certain that is, which raters to trust, and the decisive clips."""
 
 import base64
 from collections.abc import Callable, Mapping
@@ -13,11 +13,11 @@ from kvpo.report.elements import table_card, verdict_box
 from kvpo.report.formatting import MINUS, duration, escape, fill_page, fixed, percent, signed
 
 CLIPS_BYTES = 12_000_000
-"""All clips of a page together; pairs beyond them are left out."""
+"""Most base64 characters of all clips of a page; pairs that do not fit are left out."""
 
 
 def write_study_page(path: Path, result: Result, videos: Mapping[str, Path]) -> None:
-    """Write the page in one step; ``videos`` are mp4 files by digest, for the clips that decided."""
+    """Write the page atomically; ``videos`` (digest -> mp4 file) provides the decisive clips."""
     page = fill_page(
         "study.html",
         "study.js",
@@ -31,7 +31,7 @@ def write_study_page(path: Path, result: Result, videos: Mapping[str, Path]) -> 
 
 
 def _verdict(result: Result) -> str:
-    """The first question's result in a sentence per pair of arms; of an open study, that names are hidden."""
+    """One sentence per pair of arms on the first question; for an open study, a note on hidden names."""
     sentences, tone = [], "pending"
     if not result.closed:
         sentences.append("The study is open: arms are called by letters until it is closed.")
@@ -48,7 +48,7 @@ def _verdict(result: Result) -> str:
 
 
 def in_words(arm: str, other: str, found: Comparison) -> str:
-    """One comparison as a sentence, which calls a difference one only where its interval excludes zero."""
+    """Describe a comparison in a sentence; it claims a difference only if the interval excludes zero."""
     votes = (
         f"{found.good} votes for it, {found.bad} against, {found.same} for neither, {found.prompts} prompts"
     )
@@ -97,7 +97,7 @@ def _gsb(found: Interval) -> str:
 
 
 def ends(found: Interval, text: Callable[[float], str]) -> str:
-    """The ends of an interval, each written by ``text``, or that it has none."""
+    """The ends of an interval, each formatted by ``text``, or a remark if they are infinite."""
     if not isfinite(found.low) or not isfinite(found.high):
         return "too few prompts"
     return f"{text(found.low)} to {text(found.high)}"
@@ -137,7 +137,7 @@ def _rater(one: Reliability) -> tuple[str, ...]:
 
 
 def _clips(result: Result, videos: Mapping[str, Path]) -> str:
-    """The decided pairs of the first question, as far as their clips fit into the page."""
+    """The decided pairs of the first question whose clips fit into the page."""
     cards, left = [], CLIPS_BYTES
     for one in result.questions[0].decided if result.questions else ():
         if one.better not in videos or one.worse not in videos:

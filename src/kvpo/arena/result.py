@@ -1,4 +1,4 @@
-"""Everything that a study's votes say, as one value: what the page shows and the JSON holds."""
+"""The complete analysis of a study's votes, as the page shows it and the JSON file holds it."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -21,7 +21,7 @@ from kvpo.arena.study import QUESTIONS, Question
 from kvpo.files import finite
 
 MOST_CLIPS = 8
-"""Pairs that decided, per question."""
+"""Most decided pairs per question."""
 
 
 @dataclass(frozen=True)
@@ -31,9 +31,9 @@ class Pairing:
     arm: str
     other: str
     counted: Comparison | None
-    """By the raters who are not flagged."""
+    """From the raters who are not flagged."""
     everyone: Comparison | None
-    """By all raters, to see what leaving the flagged ones out does."""
+    """From all raters, to show the effect of leaving out the flagged ones."""
 
 
 @dataclass(frozen=True)
@@ -47,17 +47,17 @@ class Decided:
     """Digest of the winner's video."""
     worse: str
     votes: tuple[int, int, int]
-    """For the winner, the same, against it."""
+    """Votes for the winner, for neither, and against it."""
 
 
 @dataclass(frozen=True)
 class Answered:
-    """All that one question found."""
+    """The findings on one question."""
 
     question: Question
     pairings: tuple[Pairing, ...]
     strengths: Mapping[str, Interval]
-    """Bradley-Terry log-strength of each arm, from three arms on, once votes link them all."""
+    """Bradley-Terry log-strength of each arm; empty for fewer than three or if votes do not link all."""
     agreement: float | None
     decided: tuple[Decided, ...]
 
@@ -75,7 +75,7 @@ class Result:
     questions: tuple[Answered, ...]
 
     def as_json(self) -> str:
-        """The numbers as JSON, without a number where there is none."""
+        """The result as JSON; numbers that are not finite become null."""
         return json.dumps(finite(asdict(self)), indent=1, ensure_ascii=False) + "\n"
 
 
@@ -89,11 +89,11 @@ def analyse(
     names: Mapping[str, str] | None = None,
     closed: bool = True,
 ) -> Result:
-    """Analyse votes; raters are flagged by their first question's answers, for all questions.
+    """Analyse votes. Raters are flagged for all questions by their answers to the first.
 
     Args:
-        questions: in the order of the page; those of the votes if none are given.
-        names: arm -> what to call it; None: by its own name.
+        questions: in the order of the page; by default those of the votes.
+        names: arm -> displayed name; None shows the arms' own names.
     """
     asked = {one.question: None for one in judgements}
     known = list(questions) or [
@@ -151,7 +151,7 @@ def _between(judgements: Sequence[Judgement], arm: str, other: str) -> list[Judg
 
 
 def _decided(judgements: Sequence[Judgement]) -> tuple[Decided, ...]:
-    """The pairs with the largest lead of votes."""
+    """The pairs with the largest leads in votes."""
     found = []
     for (prompt, _, first, other), raters in preferences(judgements).items():
         values = [value for own in raters.values() for value in own]

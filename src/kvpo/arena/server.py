@@ -1,6 +1,6 @@
-"""The rating page behind HTTP: every request shows the token of an invitation, and sees that rater's ballots.
+"""Serves the rating page. Every request sends an invitation's token and sees only that rater's ballots.
 
-Nothing that is served says which arm a video comes from: videos are addressed by the rater's ballot and side.
+No response reveals which arm a video comes from: videos are addressed by the rater's ballot and side.
 """
 
 import logging
@@ -24,11 +24,11 @@ with extra("server"):
 logger = logging.getLogger(__name__)
 
 LARGEST_BODY = 16 * 1024
-"""Bytes of a request: a vote takes a few hundred."""
+"""Most bytes of a request body; a vote takes a few hundred."""
 A_DAY = 24 * 3600 * 1000
-"""Most milliseconds that a ballot is said to have taken."""
+"""Most milliseconds that a ballot may be reported to have taken."""
 AHEAD = 2
-"""Ballots after the one that is due that are served: the next, and that of a vote which was just undone."""
+"""Ballots served beyond the one that is due: the next one, and one more after a vote was undone."""
 
 
 class SentVote(BaseModel):
@@ -43,7 +43,7 @@ class SentVote(BaseModel):
 
 
 def arena_app(study: Study) -> FastAPI:
-    """The application that serves a study to its raters."""
+    """Build the application that serves a study to its raters."""
     app = FastAPI(title="kvpo arena", openapi_url=None)
     app.middleware("http")(_guarded)
     app.add_exception_handler(RequestValidationError, _unreadable)
@@ -64,7 +64,7 @@ def arena_app(study: Study) -> FastAPI:
 
 
 def _show(app: FastAPI, study: Study, voter: Any) -> None:
-    """Routes that say what a rater is asked."""
+    """Add the routes that show a rater the ballots and videos."""
 
     @app.get("/session")
     def session(who: voter) -> dict[str, Any]:
@@ -103,7 +103,7 @@ def _show(app: FastAPI, study: Study, voter: Any) -> None:
 
 
 def _take_votes(app: FastAPI, study: Study, voter: Any) -> None:
-    """Routes that store what a rater says."""
+    """Add the routes that store and undo votes."""
 
     @app.post("/votes")
     def vote(sent: SentVote, who: voter) -> dict[str, int]:
@@ -124,7 +124,7 @@ def _take_votes(app: FastAPI, study: Study, voter: Any) -> None:
 
 
 def _ballot(study: Study, who: Rater, position: int) -> Ballot:
-    """A ballot that the rater may see: up to the one that is due, and a few that are loaded ahead."""
+    """A ballot that the rater may see: any up to the one that is due, and a few that are loaded ahead."""
     shown = study.ballots_of(who)
     if not 0 <= position < len(shown) or position > study.done(who) + AHEAD:
         raise HTTPException(404, f"there is no ballot {position} for you now")
@@ -132,7 +132,7 @@ def _ballot(study: Study, who: Rater, position: int) -> Ballot:
 
 
 async def _unreadable(request: Request, error: Exception) -> Response:
-    """The first thing wrong with a request in one line, without what was sent: that may not fit into JSON."""
+    """Report a request's first error in one line, without its content, which JSON may be unable to hold."""
     assert isinstance(error, RequestValidationError)
     first = error.errors()[0]
     where = ".".join(map(str, first["loc"])).encode("ascii", "backslashreplace").decode()[:90]
@@ -140,7 +140,7 @@ async def _unreadable(request: Request, error: Exception) -> Response:
 
 
 async def _guarded(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
-    """Refuse what other pages send and what is too large; give every answer the security headers."""
+    """Refuse requests from other pages and too large ones; add the security headers to every response."""
     refused = _refusal(request)
     response = JSONResponse({"detail": refused[1]}, refused[0]) if refused else await call_next(request)
     response.headers.update(page_headers("media-src blob:; img-src data:"))

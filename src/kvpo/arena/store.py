@@ -1,7 +1,7 @@
 """A study on disk: a directory with ``study.sqlite`` and its videos, each named after its SHA-256.
 
-Votes are written ahead (WAL) and flushed before they are acknowledged, so that a process killed at any moment
-loses none that it acknowledged. Nothing is ever deleted: an undone vote stays, marked.
+Votes go to a write-ahead log (WAL) that is flushed before they are acknowledged, so a process that is killed
+at any time loses no acknowledged vote. Nothing is ever deleted: an undone vote stays, marked.
 """
 
 import hashlib
@@ -31,12 +31,12 @@ from kvpo.arena.pairs import Ballot, ballots
 from kvpo.arena.study import ANSWERS, Design, Question, Scene
 
 MOST_NAME = 80
-"""Characters of a rater's name."""
+"""Most characters of a rater's name."""
 
 
 @dataclass(frozen=True)
 class Rater:
-    """Somebody who votes."""
+    """A person who votes."""
 
     id: int
     name: str
@@ -47,22 +47,22 @@ class Vote:
     """A rater's answers to one ballot."""
 
     position: int
-    """The ballot's number among the rater's."""
+    """The ballot's index among the rater's ballots."""
     answers: Mapping[str, str]
     """Question -> one of ``ANSWERS``; empty for a ranking."""
     ranking: tuple[int, ...] = ()
-    """Places of a ranking's videos as they were shown, the best first."""
+    """Places of a ranking's videos as shown from left to right, best first."""
     milliseconds: int = 0
-    """From showing the ballot to the vote."""
+    """Time from showing the ballot to the vote."""
     finished: bool = False
-    """True if the videos were seen to their end."""
+    """True if the videos were watched to the end."""
 
 
 class Study:
     """A study in its directory; every method is one transaction, so any number of processes may vote."""
 
     def __init__(self, directory: Path) -> None:
-        """Open a study. Raises ValueError where there is none, or one that cannot be read."""
+        """Open a study. Raises ValueError if there is none, or it cannot be read."""
         self.directory, self.path = directory, directory / DATABASE
         if not self.path.is_file():
             raise ValueError(
@@ -72,7 +72,7 @@ class Study:
 
     @cached_property
     def design(self) -> Design:
-        """Everything but the votes, with scenes in the order of their numbers."""
+        """Everything but the votes, with scenes in the order of their ids."""
         with transaction(self.path) as db:
             title, instructions, pairs, ranked, sources = db.execute(
                 "SELECT title, instructions, pairs, ranked, sources FROM study"
@@ -101,24 +101,24 @@ class Study:
 
     @cached_property
     def key(self) -> bytes:
-        """The secret of the study's draws and invitations."""
+        """The secret key of the study's draws and invitations."""
         with transaction(self.path) as db:
             (key,) = db.execute("SELECT key FROM study").fetchone()
         return bytes(key)
 
     @property
     def closed(self) -> bool:
-        """True once no more votes are taken and names are shown."""
+        """True once voting has ended and the report names the arms."""
         with transaction(self.path) as db:
             return db.execute("SELECT closed FROM study").fetchone()[0] is not None
 
     def close(self) -> None:
-        """Take no more votes; the report then names the arms."""
+        """End voting; the report then names the arms."""
         with transaction(self.path) as db:
             db.execute("UPDATE study SET closed = ? WHERE closed IS NULL", (now(),))
 
     def check_videos(self) -> None:
-        """Raise ValueError where a video is missing or no longer the one that is voted on."""
+        """Raise ValueError if a video is missing or its content has changed."""
         with transaction(self.path) as db:
             digests = [row[0] for row in db.execute("SELECT digest FROM video")]
         for digest in digests:
@@ -133,14 +133,14 @@ class Study:
                 )
 
     def video_path(self, digest: str) -> Path:
-        """The file of a video of the study."""
+        """The path of a video of the study."""
         return self.directory / f"{digest}.mp4"
 
     def invite(self, name: str) -> str:
-        """The token of a rater, who is added where there is none of this name.
+        """The token of the rater of this name, who is added if there is none.
 
         Raises:
-            ValueError: a name that is empty, too long or not one line.
+            ValueError: the name is empty, too long or not one line.
         """
         name = name.strip()
         if not name or len(name) > MOST_NAME or not name.isprintable():
@@ -156,7 +156,7 @@ class Study:
         return urlsafe_b64encode(signed[:18]).decode()
 
     def rater_of(self, token: str) -> Rater | None:
-        """The rater who was invited with this token, compared in constant time; None: nobody was."""
+        """The rater who was invited with this token, or None. Tokens are compared in constant time."""
         number, _, signature = token.partition(".")
         if not (number.isascii() and number.isdecimal() and len(number) < 10):
             return None
@@ -172,12 +172,12 @@ class Study:
         return ballots(self.key, rater.name, design.scenes, most=design.pairs, ranked=design.ranked)
 
     def done(self, rater: Rater) -> int:
-        """Number of ballots that a rater has voted on: the position of the next."""
+        """Number of ballots that a rater has voted on, which is the position of the next one."""
         with transaction(self.path) as db:
             return _done(db, rater)
 
     def vote(self, rater: Rater, vote: Vote) -> None:
-        """Store a vote; it is on the disk when this returns. The same vote once more changes nothing.
+        """Store a vote; it is on disk when this returns. Storing the same vote again changes nothing.
 
         Raises:
             VoteRefused: the study is closed, another ballot is due, or the answers are not those asked for.
@@ -228,7 +228,7 @@ class Study:
         )
 
     def undo(self, rater: Rater) -> int | None:
-        """Take a rater's last vote back and return its position; None where there is none.
+        """Undo a rater's last vote and return its position, or None if there is none.
 
         Raises:
             VoteRefused: the study is closed.
@@ -245,7 +245,7 @@ class Study:
         return last
 
     def judgements(self) -> list[Judgement]:
-        """Every standing answer about a pair, the left video's arm first, in the order of the votes."""
+        """Every answer about a pair that was not undone, the left arm as model_a, in order of the votes."""
         with transaction(self.path) as db:
             rows = db.execute(
                 """
@@ -276,7 +276,7 @@ class Study:
         ]
 
     def rankings(self) -> list[Ranking]:
-        """Every standing ranking, its videos best first, in the order of the votes."""
+        """Every ranking that was not undone, its videos best first, in the order of the votes."""
         with transaction(self.path) as db:
             rows = db.execute(
                 """
@@ -296,7 +296,7 @@ class Study:
 
 
 def _arms(db: sqlite3.Connection) -> dict[tuple[int, str], str]:
-    """(scene, video) -> arm; the first one, where two arms made the same video."""
+    """(scene id, video digest) -> arm; the first one if several arms made the same video."""
     rows = db.execute("SELECT scene, video, arm FROM made ORDER BY rowid DESC").fetchall()
     return {(scene, video): arm for scene, video, arm in rows}
 
@@ -307,7 +307,7 @@ def _done(db: sqlite3.Connection, rater: Rater) -> int:
 
 
 def _answers(db: sqlite3.Connection, rater: Rater, position: int) -> tuple[dict[str, str], tuple[int, ...]]:
-    """Answers and ranking of the standing vote at a position."""
+    """Answers and ranking of the vote at a position; undone votes do not count."""
     (number,) = db.execute(
         "SELECT id FROM vote WHERE rater = ? AND position = ? AND undone IS NULL", (rater.id, position)
     ).fetchone()

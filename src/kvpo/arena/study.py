@@ -12,7 +12,7 @@ from kvpo.files import read_text
 
 ANSWERS = tuple(WINNERS)
 MOST_TEXT = 4000
-"""Characters of a question, its hint or the instructions."""
+"""Most characters of a question, its hint or the instructions."""
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Question:
     name: str
     text: str
     hint: str = ""
-    """An example of what should decide."""
+    """An example of what should decide the answer."""
     stories: bool = False
     """Asked only about videos of several prompts."""
 
@@ -70,38 +70,38 @@ OF_RANKINGS = (
 
 @dataclass(frozen=True)
 class Scene:
-    """Videos of one prompt and one noise tape, of which raters compare two or rank all."""
+    """Videos of one prompt and one noise tape. Raters compare two of them or rank them all."""
 
     segments: tuple[str, ...]
     """The prompts, one after the other."""
     videos: Mapping[str, str]
     """Arm -> digest of its video."""
     starts: tuple[float, ...] = ()
-    """The beginning of each segment, as a share of the video's length; empty: not known."""
+    """The start of each segment as a share of the video's length; empty: unknown."""
     rate: float = 24.0
     """Frames per second."""
 
     @property
     def prompt(self) -> str:
-        """Its prompts as one text."""
+        """The prompts as one text."""
         return prompt_of(self.segments)
 
 
 @dataclass(frozen=True)
 class Design:
-    """Everything of a study but its votes."""
+    """Everything in a study except its votes."""
 
     title: str
     scenes: tuple[Scene, ...] = ()
     questions: tuple[Question, ...] = QUESTIONS
     instructions: str = ""
-    """Text for raters before they begin; empty: the one for pairs, or for rankings."""
+    """Text that raters read before they begin; empty: the default for pairs or for rankings."""
     pairs: int = 20
-    """Most pairs, or rankings, that one rater is asked about; repeats and attention pairs come on top."""
+    """Most pairs, or rankings, for one rater; repeats and attention pairs come on top."""
     ranked: bool = False
-    """Scenes are ranked whole, not pair by pair."""
+    """True if raters rank whole scenes instead of comparing pairs."""
     sources: str = ""
-    """The origin of the videos, as the study was asked for."""
+    """The origin of the videos, as given when the study was created."""
 
     def __post_init__(self) -> None:
         if not self.instructions:
@@ -109,12 +109,12 @@ class Design:
 
     @property
     def arms(self) -> tuple[str, ...]:
-        """All arms, in the order in which scenes name them."""
+        """All arms, in the order in which the scenes name them."""
         return tuple(dict.fromkeys(arm for scene in self.scenes for arm in scene.videos))
 
     @property
     def asked(self) -> tuple[Question, ...]:
-        """The questions that raters are asked: of rankings, the first alone."""
+        """The questions that raters are asked; for rankings, only the first."""
         return self.questions[: 1 if self.ranked else None]
 
     def asked_about(self, scene: Scene) -> list[str]:
@@ -123,10 +123,10 @@ class Design:
 
 
 def read_questions(path: Path) -> dict[str, Any]:
-    """The ``title``, ``instructions`` and ``questions`` that a YAML file sets, as fields of ``Design``.
+    """Read the ``title``, ``instructions`` and ``questions`` that a YAML file sets, as fields of ``Design``.
 
     Raises:
-        ValueError: not YAML, an unknown field, a question without a name or text, two of one name.
+        ValueError: not YAML, an unknown field, an invalid question, or two questions of one name.
     """
     try:
         given = yaml.safe_load(read_text(path))

@@ -1,4 +1,4 @@
-"""Clients' messages carried out: each is checked, handed to the scheduler's thread, and answered."""
+"""Handles client messages: checks each, hands it to the scheduler's thread, and answers it."""
 
 import asyncio
 import logging
@@ -23,7 +23,7 @@ T = TypeVar("T")
 
 
 class Direction:
-    """Carries out the messages of one connection."""
+    """Handles the messages of one connection."""
 
     def __init__(self, theatre: Theatre, connection: Connection) -> None:
         self.theatre, self.connection = theatre, connection
@@ -48,7 +48,7 @@ class Direction:
         }
 
     async def carry_out(self, name: str, message: Any) -> None:
-        """Do what a message says and answer it; what fails on the way is refused. Raises Refusal."""
+        """Carry out a message and answer it. Raises Refusal if it is invalid or fails."""
         self._name = name
         try:
             await self._carried_out[type(message)](message)
@@ -59,17 +59,17 @@ class Direction:
             raise Refusal("failed", str(error)) from error
 
     def answer(self, **values: Any) -> None:
-        """Say that the message is accepted; from any thread, in order with the blocks."""
+        """Acknowledge the current message, in order with the blocks. Safe from any thread."""
         self.theatre.put(self.connection, {"type": f"{self._name}.accepted", **values})
 
     def directed(self) -> Show:
-        """The session that this connection directs. Raises Refusal where it directs none."""
+        """The session that this connection directs. Raises Refusal if there is none."""
         if self.connection.show is None or not self.connection.directs:
             raise Refusal("out_of_order", "this connection directs no session; send session.start first")
         return self.connection.show
 
     def cue(self, prompt: str, frames: int, transition_blocks: int | None = None) -> Cue:
-        """A prompt within bounds. Raises Refusal."""
+        """Check a prompt and its lengths, and return them as a cue. Raises Refusal."""
         text = prompt.strip()
         if not text:
             raise Refusal("out_of_range", "prompt: empty; say what to show")
@@ -82,17 +82,17 @@ class Direction:
         return Cue(text, frames, transition_blocks)
 
     def within(self, name: str, value: float, low: float, high: float) -> None:
-        """Raise Refusal for a number out of bounds."""
+        """Raise Refusal unless ``low <= value <= high``."""
         if not low <= value <= high:
             raise Refusal("out_of_range", f"{name}: must be {low}..{high}, got {value}")
 
     def pace(self, speed: float) -> None:
-        """Raise Refusal for a speed that is none."""
+        """Raise Refusal for an invalid speed; 0 (as fast as possible) is valid."""
         if speed:
             self.within("speed", speed, 0.05, FASTEST_SPEED)
 
     async def ask(self, what: Callable[[], T]) -> T:
-        """Have something done between two blocks. Raises Refusal where the session is over by then."""
+        """Run ``what`` between two blocks. Raises Refusal if the session has ended by then."""
         show = self.connection.show
 
         def done() -> T:
@@ -117,7 +117,7 @@ class Direction:
             stage, cache = self.scheduler.stage, self.scheduler.cache
             make = partial(Session, stage, cache, arms, cue, message.seed)
         id = secrets.token_hex(6)
-        self.theatre.rooms[id] = [self.connection]  # before the first block comes
+        self.theatre.rooms[id] = [self.connection]  # before the first block arrives
 
         def open_session() -> Show:
             publish = partial(self.theatre.publish, id)
@@ -130,7 +130,7 @@ class Direction:
         except BaseException:
             self.theatre.rooms.pop(id, None)
             raise
-        if id in self.theatre.rooms:  # otherwise it has ended by now
+        if id in self.theatre.rooms:  # otherwise it has already ended
             self.connection.show, self.connection.directs = show, True
 
     def _arms(self, wanted: str) -> list[str]:
@@ -311,7 +311,7 @@ class Direction:
     async def snapshot(self, message: p.Snapshot) -> None:
         show = self.directed()
         tensors, record = await self.ask(lambda: snapshot_of(show.session))
-        name = f"{secrets.token_hex(6)}-{record['start']}"  # a session may come to a frame twice
+        name = f"{secrets.token_hex(6)}-{record['start']}"  # a session may reach a frame twice
         await asyncio.to_thread(save_snapshot, self.theatre.out, name, tensors, record)
         self.answer(snapshot=name, frame=record["start"])
 

@@ -16,7 +16,7 @@ from kvpo.prompts import VideoPrompt
 from kvpo.report.video import enlargement, mp4_bytes, side_by_side, write_frames
 
 FRAMES_TOGETHER = 24
-"""Latent frames that are decoded in one go."""
+"""Latent frames that are decoded at once."""
 
 
 def export_session(
@@ -24,7 +24,7 @@ def export_session(
 ) -> Path:
     """Write a session as ``mp4``, as ``prompts`` for `kvpo generate`, or add it to the ``training`` prompts.
 
-    Returns the file. Raises StorageError.
+    Returns the path of the file. Raises StorageError.
     """
     folder = out / "exports"
     folder.mkdir(parents=True, exist_ok=True)
@@ -48,7 +48,7 @@ def export_session(
 
 
 def _decoded(codec: Codec, latents: Mapping[str, Tensor]) -> Iterator[np.ndarray]:
-    """Frames of all arms side by side, uint8 [T, H, W, 3], a stretch at a time."""
+    """Yield the frames of all arms side by side, uint8 [T, H, W, 3], one chunk at a time."""
     states: dict[str, object | None] = dict.fromkeys(latents)
     length = len(next(iter(latents.values())))
     for at in range(0, length, FRAMES_TOGETHER):
@@ -61,7 +61,7 @@ def _decoded(codec: Codec, latents: Mapping[str, Tensor]) -> Iterator[np.ndarray
 
 
 def record_choice(out: Path, fork: Branches, best_first: Sequence[int], *, rate: float) -> None:
-    """Store which branches of a fork are preferred in the study at ``out/choices``; see `record_ranking`.
+    """Store the preferred branches of a fork in the study at ``out/choices``; see `record_ranking`.
 
     Raises ValueError and StorageError.
     """

@@ -1,4 +1,4 @@
-"""The numbers of ``/metrics``, in Prometheus' text format."""
+"""The metrics behind ``/metrics``, for Prometheus."""
 
 import resource
 import sys
@@ -10,17 +10,17 @@ with extra("server"):
     from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 LATENCIES = (0.025, 0.05, 0.1, 0.15, 0.25, 0.4, 0.6, 1.0, 1.6, 2.5, 4.0, 10.0)
-"""Bounds of the histograms, in seconds."""
+"""Upper bounds of the histogram buckets, in seconds."""
 
 
 def memory_bytes() -> int:
-    """Most memory that the process has held."""
+    """Peak resident memory of the process, in bytes."""
     used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return used if sys.platform == "darwin" else 1024 * used
 
 
 class ServerMetrics:
-    """Numbers of a whole server, under a registry of their own."""
+    """Metrics of one server, in a registry of their own."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
@@ -47,5 +47,5 @@ class ServerMetrics:
         self.memory.set_function(memory_bytes)
 
     def text(self) -> bytes:
-        """All of it as Prometheus reads it."""
+        """All metrics in Prometheus' text format."""
         return generate_latest(self.registry)

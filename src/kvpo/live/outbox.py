@@ -1,13 +1,13 @@
-"""Items that wait to be sent to a connection: bounded, however slowly it reads."""
+"""A queue of items to send to a connection, bounded however slowly the connection reads."""
 
 import asyncio
 from collections import deque
 from typing import Any
 
 BLOCKS = 4
-"""Blocks that wait for a slow reader; the oldest make way for newer ones."""
+"""Most blocks queued for a slow reader; the oldest is dropped to make room for a new one."""
 EVENTS_WAITING = 256
-"""Events that wait; they cannot be left out, so a reader further behind is cut off."""
+"""Most events queued. Events cannot be dropped, so a reader that is further behind is disconnected."""
 
 
 class Outbox:
@@ -17,7 +17,7 @@ class Outbox:
         self._items: deque[dict[str, Any] | bytes] = deque()
         self._wake = asyncio.Event()
         self.dropped = 0
-        """Blocks that were left out."""
+        """Number of blocks dropped."""
         self.overrun = False
 
     def put(self, item: dict[str, Any] | bytes) -> None:
@@ -32,7 +32,7 @@ class Outbox:
         self._wake.set()
 
     async def get(self) -> dict[str, Any] | bytes | None:
-        """The next item; None: the reader is too far behind to be told everything."""
+        """Wait for the next item; None means that the reader is too far behind and must be disconnected."""
         while not self._items and not self.overrun:
             self._wake.clear()
             await self._wake.wait()

@@ -1,4 +1,4 @@
-"""Frames as pictures that every browser shows."""
+"""Encodes frames as images that every browser shows."""
 
 import io
 
@@ -10,11 +10,11 @@ from kvpo.engine.generator import as_bytes
 
 QUALITY = 92
 LOSSLESS_SIDE = 96
-"""Frames with no side longer than this lose nothing: JPEG's blocks would be seen once they are enlarged."""
+"""Frames with no side longer than this are stored losslessly: enlarged, they would show JPEG's blocks."""
 
 
 def pictures(pixels_TCHW: Tensor) -> list[bytes]:
-    """Every frame, RGB in [0, 1], as a picture: WebP without loss where frames are tiny, JPEG otherwise."""
+    """Encode every frame (RGB in [0, 1]) as an image: lossless WebP if frames are tiny, JPEG otherwise."""
     return [_picture(frame) for frame in as_bytes(pixels_TCHW).numpy()]
 
 

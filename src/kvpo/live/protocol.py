@@ -1,6 +1,6 @@
-"""Messages of a live session: what clients may say, strictly parsed, and how they are refused.
+"""The protocol of live sessions: client messages, their strict parser, and errors.
 
-A message is one JSON object with a ``type``; its other fields are those of the dataclass of that type.
+A message is one JSON object with a ``type``; its other fields are those of the dataclass for that type.
 ``docs/live.md`` has an example of each.
 """
 
@@ -15,7 +15,7 @@ from typing import Any, Literal
 from kvpo.files import parse_json
 
 RETRYABLE = frozenset({"busy", "failed"})
-"""Codes of errors that may be gone when the same is asked for again."""
+"""Error codes after which the same request may succeed later."""
 Code = Literal[
     "malformed",
     "too_large",
@@ -32,14 +32,14 @@ Code = Literal[
 
 
 class Refusal(Exception):
-    """A request that is not carried out: a typed ``code`` and one line for the user."""
+    """Refuses a request, with a typed ``code`` and a one-line message for the user."""
 
     def __init__(self, code: Code, message: str) -> None:
         super().__init__(message)
         self.code = code
 
     def event(self) -> dict[str, Any]:
-        """The event that tells the client."""
+        """The error event to send to the client."""
         return {
             "type": "error",
             "code": self.code,
@@ -55,42 +55,42 @@ class Start:
     prompt: str = ""
     seed: int = 0
     arms: Literal["base", "aligned", "both", ""] = ""
-    """Empty: those that the server has."""
+    """Empty: all arms that the server has."""
     frames: int = 0
-    """Latent frames that the prompt lasts before the queue goes on; 0: until it is replaced."""
+    """Latent frames that the prompt lasts before the queue continues; 0: until it is replaced."""
     speed: float = 1.0
-    """Multiple of the video's own rate."""
+    """Multiple of the video's own rate; 0: as fast as possible."""
     snapshot: str = ""
-    """Continue this snapshot; what it holds replaces the other fields."""
+    """Name of a snapshot to continue; the values that it holds override the other fields."""
 
 
 @dataclass(frozen=True)
 class Watch:
-    """See a session that another connection directs."""
+    """Watch a session that another connection directs."""
 
     session: str
 
 
 @dataclass(frozen=True)
 class PromptUpdate:
-    """Another prompt from the next block on."""
+    """Change the prompt from the next block on."""
 
     prompt: str
     frames: int = 0
     transition_blocks: int | None = None
-    """Blocks over which the switch blends; null: those of the deployment."""
+    """Blocks over which the switch blends; null: the deployment's setting."""
 
 
 @dataclass(frozen=True)
 class Queue:
-    """Prompts that follow the current one, which they replace as a list."""
+    """Replace the list of prompts that follow the current one."""
 
     prompts: tuple[PromptUpdate, ...]
 
 
 @dataclass(frozen=True)
 class Route:
-    """Past frames in the routed slots of the next blocks; none: back to the deployment context."""
+    """Put past frames into the routed slots of the next blocks; none: return to the deployment context."""
 
     frames: tuple[int, ...]
     blocks: int = 1
@@ -98,7 +98,7 @@ class Route:
 
 @dataclass(frozen=True)
 class Pin:
-    """Keep past frames resident, or let them go."""
+    """Keep past frames resident, or release them."""
 
     frames: tuple[int, ...]
     pinned: bool = True
@@ -106,41 +106,41 @@ class Pin:
 
 @dataclass(frozen=True)
 class ForkRequest:
-    """Run routed continuations from a past moment side by side; -1: from the next block."""
+    """Run routed continuations side by side from a past frame; -1: from the next block."""
 
     frame: int = -1
     branches: int = 5
     blocks: int = 3
     arm: Literal["base", "aligned", ""] = ""
-    """Whose continuations; empty: the aligned arm's where there is one."""
+    """The arm to continue; empty: the aligned arm if there is one."""
 
 
 @dataclass(frozen=True)
 class Choose:
-    """Close the fork and go on along a branch; -1: where the stream was."""
+    """Close the fork and continue along a branch; -1: from where the stream was."""
 
     branch: int
     ranking: tuple[int, ...] = ()
-    """All branches, the best first, which is the chosen one; empty: that it is better than each."""
+    """All branches, best first, beginning with the chosen one; empty: the chosen one beats all others."""
 
 
 @dataclass(frozen=True)
 class Pause:
-    """Hold the stream, or let it go on."""
+    """Pause the stream, or resume it."""
 
     paused: bool = True
 
 
 @dataclass(frozen=True)
 class Speed:
-    """Another pace from the next block on."""
+    """Change the speed from the next block on."""
 
     speed: float
 
 
 @dataclass(frozen=True)
 class Reset:
-    """Begin again from the first frame; -1 and an empty prompt: as before."""
+    """Restart from the first frame; -1 and an empty prompt keep the current seed and prompt."""
 
     seed: int = -1
     prompt: str = ""
@@ -148,7 +148,7 @@ class Reset:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """Save the session, to continue it later under the name that the answer gives."""
+    """Save the session; the answer holds the name under which it can be continued later."""
 
 
 @dataclass(frozen=True)
@@ -179,11 +179,11 @@ MESSAGES: dict[str, type] = {
     "session.export": Export,
     "session.stop": Stop,
 }
-"""``type`` of a client's message -> its fields."""
+"""``type`` of a client's message -> the dataclass of its fields."""
 
 
 def parse_message(text: str) -> tuple[str, Any]:
-    """The type and the fields of a client's message. Raises Refusal."""
+    """Parse a client's message into its type and its fields. Raises Refusal."""
     try:
         value = parse_json(text)
     except ValueError as error:
@@ -208,7 +208,7 @@ def _built(kind: type, given: Mapping[str, Any]) -> Any:
 
 
 def _converted(kind: Any, value: Any, name: str) -> Any:
-    """``value`` as ``kind``; a whole number will do for a float, nothing else is converted."""
+    """Check that ``value`` is of ``kind`` and return it; only whole numbers are converted, to floats."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin is Literal:
         if value in arguments and isinstance(value, str):
@@ -235,6 +235,6 @@ def _shown(value: Any) -> str:
 
 
 def packed(header: Mapping[str, Any], parts: Sequence[bytes]) -> bytes:
-    """A binary message: length of the header (4 bytes, big-endian), the header as JSON, the parts in turn."""
+    """Pack a binary message: length of the header (4 bytes, big-endian), header as JSON, parts in order."""
     text = json.dumps(header, separators=(",", ":")).encode()
     return b"".join([struct.pack(">I", len(text)), text, *parts])

@@ -1,7 +1,7 @@
-"""Many sessions on one generator: each due one gets its next block, together in one forward pass per arm.
+"""Streams many sessions on one generator: all sessions that are due share one forward pass per arm.
 
-One thread owns the generator and all sessions (``Scheduler.run``); others hand it what to do (``ask``). A
-block is never interrupted, so whatever is asked for acts before the next one.
+One thread (``Scheduler.run``) owns the generator and all sessions; other threads hand it work (``ask``). A
+block is never interrupted, so requests are carried out before the next one.
 """
 
 import logging
@@ -30,20 +30,20 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 GATHER = 0.02
-"""Seconds by which a block may start before it is due, to share a forward pass."""
+"""Seconds by which a block may start early to share a forward pass."""
 FASTEST_SPEED = 16.0
 WATCHED_BLOCKS = 40
-"""Blocks after a switch in which the observer is asked for the new prompt."""
+"""Blocks after a switch in which the observer looks for the new prompt."""
 
 Side = Callable[[], AbstractContextManager[None]]
-"""Inside, the generator has an arm's weights."""
+"""Returns a context manager in which the generator has one arm's weights."""
 PromptObserver = Callable[[Tensor, str, str], bool]
-"""(pixels ``[T, 3, H, W]``, prompt, prompt before) -> whether the pixels show the new prompt rather."""
+"""(pixels ``[T, 3, H, W]``, new prompt, old prompt) -> True if the pixels rather show the new one."""
 
 
 @dataclass(frozen=True)
 class SessionLimits:
-    """Bounds of a server's load; what goes beyond is refused."""
+    """Limits on a server's load; requests beyond them are refused."""
 
     sessions: int = 8
     viewers: int = 128
@@ -61,12 +61,12 @@ class SessionLimits:
     transition_blocks: int = 64
     message_bytes: int = 64 * 1024
     rows: int = 0
-    """Streams per forward pass. 1: a session's latents do not depend on its company, bit for bit; 0: all."""
+    """Streams per forward pass; 0: all. With 1, other sessions do not change a session's latents by a bit."""
 
 
 @dataclass
 class Show:
-    """A session that is on, and who follows it."""
+    """A running session and its audience."""
 
     id: str
     session: Session
@@ -85,7 +85,7 @@ class Show:
 
 
 def pages_needed(stage: Stage, limits: SessionLimits, arms: int) -> int:
-    """Pages of a cache that holds as many sessions as are allowed, and one fork at a time."""
+    """Number of cache pages for as many sessions as are allowed, and one fork at a time."""
     generator, exploration = stage.generator, stage.exploration
     held = limits.pins + exploration.routed
     stream = stream_pages(generator, limits.frames, exploration.resident_frames, switches=True) + held
@@ -119,7 +119,7 @@ class Scheduler:
     # From other threads ----------------------------------------------------------------------------------
 
     def ask(self, what: Callable[[], T]) -> Future[T]:
-        """Have something done between two blocks; its result or its exception comes back."""
+        """Run ``what`` between two blocks; the future gets its result or its exception."""
         future: Future[T] = Future()
 
         def carried_out() -> None:
@@ -127,21 +127,21 @@ class Scheduler:
                 return
             try:
                 future.set_result(what())
-            except BaseException as error:  # it is raised where somebody waits for it
+            except BaseException as error:  # raised where the result is awaited
                 future.set_exception(error)
 
         self._asked.put(carried_out)
         return future
 
     def stop(self) -> None:
-        """Let ``run`` return after the block it is at."""
+        """Make ``run`` return after the current block."""
         self._stopping = True
         self._asked.put(lambda: None)
 
     # On the thread of ``run`` ------------------------------------------------------------------------------
 
     def run(self) -> None:
-        """Stream until ``stop``; every session is released then."""
+        """Stream until ``stop`` is called, then close every session."""
         while not self._stopping:
             self._carry_out()
             due, wait = self.due()
@@ -153,7 +153,7 @@ class Scheduler:
             self.close(show, "server stopped")
 
     def _carry_out(self, wait: float | None = 0.0) -> None:
-        """Do what was asked for; where nothing was, wait for it (None: for ever)."""
+        """Run all pending requests; if there are none, wait ``wait`` seconds for one (None: forever)."""
         try:
             self._asked.get(timeout=wait)() if wait != 0.0 else self._asked.get_nowait()()
             while True:
@@ -162,19 +162,19 @@ class Scheduler:
             return
 
     def due(self) -> tuple[list[Show], float | None]:
-        """Shows whose next block should start now; else the time until one should (None: there is none)."""
+        """Shows whose next block should start now; if none, the seconds until one should (None: never)."""
         now = self.clock()
         starts = {show.id: self._starts(show) for show in self.shows.values() if show.ready}
         due = [self.shows[id] for id, start in starts.items() if start <= now + GATHER]
         return due, None if due or not starts else min(starts.values()) - now
 
     def _starts(self, show: Show) -> float:
-        """Time at which a show's next block should start: a period before it has to be there."""
+        """Time at which a show's next block should start: one period before its deadline."""
         deadline = show.pace.deadline
         return 0.0 if deadline is None or not show.speed else deadline - self.period(show)
 
     def period(self, show: Show) -> float:
-        """Seconds that a block plays; 0: no rate is kept."""
+        """Seconds that a block plays; 0 if the show runs as fast as possible."""
         if not show.speed:
             return 0.0
         codec = self.stage.codec
@@ -189,7 +189,7 @@ class Scheduler:
         asked: float,
         speed: float,
     ) -> Show:
-        """Put a session on. Raises Refusal where as many as allowed are on."""
+        """Start a session that was requested at time ``asked``. Raises Refusal if the server is full."""
         if len(self.shows) >= self.limits.sessions:
             raise Refusal("busy", f"{self.limits.sessions} sessions are on, as many as this server takes")
         show = Show(id, session(), publish, Pace(asked), speed)
@@ -198,14 +198,14 @@ class Scheduler:
         return show
 
     def replace(self, show: Show, session: Callable[[], Session]) -> None:
-        """Begin a show again with another session."""
-        old, show.session = show.session, session()  # which may be refused: the old one then goes on
+        """Restart a show with another session."""
+        old, show.session = show.session, session()  # may raise Refusal; the old session then continues
         old.release()
         show.pace = Pace(self.clock())
         self._counted()
 
     def close(self, show: Show, reason: str) -> None:
-        """Take a show off; its pages are free afterwards."""
+        """End a show and free its pages."""
         if self.shows.pop(show.id, None) is None:
             return
         show.session.release()
@@ -217,21 +217,21 @@ class Scheduler:
         self.metrics.pages.set(self.cache.pages_in_use)
 
     def switch(self, show: Show, cue: Cue, asked: float) -> None:
-        """Show another prompt from the next block on, and measure how long that takes."""
+        """Switch to another prompt at the next block, and measure how long it takes to show."""
         show.pace.switch = Switch(asked, cue.prompt, show.session.prompt)
         show.waited = 0
         show.session.show(cue)
 
     def fork(self, show: Show, arm: str, frame: int, branches: int, blocks: int) -> Branches:
-        """Run the branches of a fork of one arm, under its weights. Raises Refusal."""
+        """Fork one arm and run the branches under its weights. Raises Refusal."""
         with torch.no_grad(), self.sides[arm]():
             return show.session.open_fork(arm, frame, branches, blocks)
 
     def generate(self, shows: Sequence[Show]) -> None:
-        """One block of every show. A failure ends the shows that it may have touched."""
+        """Generate one block of every show in ``shows``. A failure ends all of them."""
         try:
             sent = self._generate(shows)
-        except Exception as error:  # the sessions of others, and the thread, must live on
+        except Exception as error:  # other sessions and this thread must survive
             logger.exception("a block failed")
             for show in shows:
                 show.publish(Refusal("failed", f"this stream had to end: {error}").event())
@@ -271,10 +271,10 @@ class Scheduler:
         return sent
 
     def _advance(self, name: str, sessions: Sequence[Session]) -> None:
-        """The next block of one arm of every session, in as few forward passes as their shapes allow."""
+        """Generate one arm's next block for every session, in as few forward passes as their shapes allow."""
         streams = [session.arms[name].stream for session in sessions]
         generator, rows = self.stage.generator, self.limits.rows
-        switch_prompts(generator, streams, rows=rows)  # before pages are named: it writes new ones
+        switch_prompts(generator, streams, rows=rows)  # writes pages, so it precedes the look-up of ids
         advance(
             generator,
             streams,
@@ -301,7 +301,7 @@ class Scheduler:
         }
 
     def numbers(self, show: Show) -> dict[str, Any]:
-        """Numbers of a session and its server, for the page."""
+        """Statistics of a session and its server, for the page."""
         held = sorted(show.session.history.pages)
         return {
             **show.pace.numbers(),
@@ -316,7 +316,7 @@ class Scheduler:
         }
 
     def _timed(self, show: Show, frames: Mapping[str, Tensor]) -> None:
-        """Note that a block is there: deadlines, intervals, and what became of a prompt switch."""
+        """Record the arrival of a block: deadlines, intervals, and the progress of a prompt switch."""
         pace, now = show.pace, self.clock()
         before = len(pace.intervals), pace.met, pace.missed, pace.first_frame
         late = pace.arrived(now, self.period(show))

@@ -1,4 +1,4 @@
-"""The plain data that decide a session: seed, prompts with their switches, routed frames."""
+"""The plain data that determines a session: seed, prompts with their switches, routed frames."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -6,23 +6,23 @@ from dataclasses import dataclass, field, replace
 from kvpo.prompts import VideoPrompt
 
 OPEN_END = 2**40
-"""Latent frames of a video that ends when its viewer says so."""
+"""Latent frames of a video that runs until its viewer stops it."""
 
 
 @dataclass(frozen=True)
 class Cue:
-    """A prompt that is to be shown."""
+    """A prompt to show."""
 
     prompt: str
     frames: int = 0
-    """Latent frames it lasts before the queue goes on; 0: until it is replaced."""
+    """Latent frames that it lasts before the queue continues; 0: until it is replaced."""
     transition_blocks: int | None = None
-    """Blocks over which a switch to it blends; None: ``stream.transition_blocks``."""
+    """Blocks over which the switch to it blends; None: ``stream.transition_blocks``."""
 
 
 @dataclass(frozen=True)
 class Script:
-    """All that decides the latents of a session under given weights."""
+    """Everything that determines the latents of a session, given the weights."""
 
     seed: int
     segments: tuple[str, ...]
@@ -33,13 +33,13 @@ class Script:
     """Block -> the past frames in its routed slots; a block without an entry sees its deployment context."""
 
     def shown(self, num_frames: int = OPEN_END) -> VideoPrompt:
-        """The prompts as a request."""
+        """The prompts as a request for a video of ``num_frames`` latent frames."""
         acted = sum(switch < num_frames for switch in self.switches)
         switches, transitions = self.switches[:acted], self.transitions[:acted]
         return VideoPrompt(0, self.segments[: acted + 1], switches, num_frames, transitions)
 
     def switched(self, frame: int, cue: Cue) -> "Script":
-        """Another prompt from ``frame`` on, which lies at or after every switch."""
+        """A copy with another prompt from ``frame`` on; switches at or after ``frame`` are dropped."""
         before = sum(switch < frame for switch in self.switches) if frame else 0
         if not frame:
             return replace(self, segments=(cue.prompt,), switches=(), transitions=())
@@ -51,6 +51,6 @@ class Script:
         )
 
     def routed(self, routes: Mapping[int, tuple[int, ...]], first: int) -> "Script":
-        """Other routes from block ``first`` on."""
+        """A copy with ``routes`` instead of its own from block ``first`` on."""
         earlier = {block: route for block, route in self.routes.items() if block < first}
         return replace(self, routes={**earlier, **routes})

@@ -1,4 +1,4 @@
-"""The live page and its protocol behind HTTP: ``ws://HOST:PORT/v1/realtime/video`` (``docs/live.md``)."""
+"""Serves the live page and its protocol: ``ws://HOST:PORT/v1/realtime/video`` (``docs/live.md``)."""
 
 import asyncio
 import json
@@ -21,15 +21,15 @@ with extra("server"):
 
 ENDPOINT = "/v1/realtime/video"
 LARGEST_MESSAGE = 1 << 20
-"""Bytes of a message that is read at all; one beyond ``SessionLimits.message_bytes`` is refused by name."""
+"""Largest message that is read, in bytes; above ``SessionLimits.message_bytes``, the answer is an error."""
 
 
 @dataclass(frozen=True)
 class Guard:
-    """Lets in pages of this server and programs that use its name and show the token.
+    """Admits this server's own pages, and programs that use its name and send the token.
 
-    A page of another site can open a WebSocket to this machine, and can make its own name point here: the
-    first shows in ``Origin``, the second in ``Host``.
+    A page of another site can open a WebSocket to this machine, which ``Origin`` reveals, or make its own
+    host name point here, which ``Host`` reveals.
     """
 
     app: ASGIApp
@@ -78,11 +78,11 @@ class Guard:
 
 
 def live_app(theatre: Theatre, *, host: str, token: str | None) -> FastAPI:
-    """The application: page, protocol, exported files, ``/metrics``.
+    """Build the application: page, protocol, exported files, ``/metrics``.
 
     Args:
-        host: address it listens at.
-        token: what clients must show; None asks for none.
+        host: address that it listens on.
+        token: token that clients must send; None requires none.
     """
 
     @asynccontextmanager
@@ -103,7 +103,7 @@ def live_app(theatre: Theatre, *, host: str, token: str | None) -> FastAPI:
 
 
 def _add_questions(app: FastAPI, theatre: Theatre) -> None:
-    """Questions that need no session."""
+    """Add the routes that need no session."""
 
     @app.get("/v1/info")
     async def info() -> dict[str, Any]:
@@ -121,7 +121,7 @@ def _add_questions(app: FastAPI, theatre: Theatre) -> None:
 
     @app.get("/v1/files/{name}")
     async def exported(name: str) -> FileResponse:
-        if name not in theatre.exported:  # names of this run only: no path can be asked for
+        if name not in theatre.exported:  # only names of this run's exports, never paths
             raise HTTPException(404, "no such file")
         return FileResponse(theatre.exported[name], filename=name)
 
@@ -131,12 +131,12 @@ def _add_questions(app: FastAPI, theatre: Theatre) -> None:
 
 
 async def serve_connection(theatre: Theatre, socket: WebSocket) -> None:
-    """One client from its first message to its last; a session that it directs ends with it."""
+    """Serve one client until it disconnects; a session that it directs ends with it."""
     with theatre.connected() as connection:
         writer = asyncio.create_task(_write(socket, connection))
         try:
             await _read(theatre, socket, connection)
-        except (WebSocketDisconnect, RuntimeError):  # the latter where the writer has closed it
+        except (WebSocketDisconnect, RuntimeError):  # the latter if the writer has closed it
             pass
         finally:
             writer.cancel()
@@ -146,7 +146,7 @@ async def serve_connection(theatre: Theatre, socket: WebSocket) -> None:
 
 
 async def _read(theatre: Theatre, socket: WebSocket, connection: Connection) -> None:
-    """Carry out a client's messages one after another."""
+    """Handle a client's messages one after another."""
     direction = Direction(theatre, connection)
     limit = theatre.scheduler.limits.message_bytes
     if theatre.crowded:
@@ -171,7 +171,7 @@ async def _read(theatre: Theatre, socket: WebSocket, connection: Connection) -> 
 
 
 async def _write(socket: WebSocket, connection: Connection) -> None:
-    """Send what is in the outbox; a reader that cannot keep up with its events is cut off."""
+    """Send the items of the outbox; disconnect a reader that cannot keep up with its events."""
     while (item := await connection.outbox.get()) is not None:
         if isinstance(item, bytes):
             await socket.send_bytes(item)

@@ -1,7 +1,7 @@
-"""One stream that is directed while it runs: prompts, routed history, pins, forks, snapshots; no network.
+"""A stream that is directed while it runs: prompts, routed history, pins and forks. No networking here.
 
-A session's ``Script`` is plain data and decides every latent. Commands edit the script between blocks, and
-each acts at the next block. Base and aligned are *arms*: streams of one script on one tape.
+A session's ``Script`` is plain data and determines every latent. Commands edit the script between blocks and
+act at the next block. Base and aligned are *arms*: streams of the same script on the same noise tape.
 """
 
 import math
@@ -25,20 +25,20 @@ from kvpo.models.cache import FrameCache, History
 
 @dataclass(frozen=True)
 class Stage:
-    """The generator and its surroundings, shared by all sessions of a server."""
+    """The generator and everything else that all sessions of a server share."""
 
     generator: StreamingGenerator
     codec: Codec
     embed: Callable[[Sequence[str]], TextTable]
-    """Prompt texts to embeddings. Raises ValueError for a text that cannot be embedded."""
+    """Embeds prompt texts. Raises ValueError for a text that cannot be embedded."""
     exploration: ExplorationConfig
-    """Routed slots, recent frames and resident frames: as in training."""
+    """Routed slots, recent frames and resident frames, as in training."""
     identity: str
-    """Names weights and deployment: a snapshot continues under no other."""
+    """Identifies weights and deployment; a snapshot cannot be continued under others."""
 
     @property
     def local_frames(self) -> int:
-        """Past frames whose latents a block, its re-encoding included, may need."""
+        """Number of past frames whose latents a block may need, for example to re-encode them."""
         window = self.generator.deployment.window
         return OPEN_END if window == -1 else window
 
@@ -50,12 +50,12 @@ class Arm:
     stream: Stream
     spool: Spool
     decoding: object | None = None
-    """The codec's state behind the last decoded frame."""
+    """The codec's state after the last decoded frame."""
 
 
 @dataclass(frozen=True)
 class Branches:
-    """An open fork: continuations of one arm from ``frame``, the first of them not routed."""
+    """An open fork: continuations of one arm from ``frame``. The first is not routed."""
 
     arm: str
     frame: int
@@ -64,11 +64,11 @@ class Branches:
     """RGB ``[T', 3, H', W']`` of every branch."""
     blocks: int
     prompt: str
-    """The text that all were told."""
+    """The prompt of all branches."""
 
 
 class Session:
-    """A directed stream. Not safe between threads: one thread directs and advances it."""
+    """A directed stream. Not thread-safe: a single thread must direct and advance it."""
 
     def __init__(self, stage: Stage, cache: FrameCache, arms: Sequence[str], cue: Cue, seed: int) -> None:
         self.stage = stage
@@ -86,7 +86,7 @@ class Session:
 
     @property
     def tape(self) -> SeededTape:
-        """The noise that all arms share."""
+        """The noise tape that all arms share."""
         return SeededTape(("live", self.script.seed), self.stage.generator.block_shape)
 
     @property
@@ -101,27 +101,30 @@ class Session:
 
     @property
     def history(self) -> History:
-        """The history of any arm: all hold the same frames."""
+        """The history of the first arm; all arms hold the same frames."""
         return next(iter(self.arms.values())).stream.history
 
     @property
     def prompt(self) -> str:
-        """The text in force."""
+        """The current prompt."""
         return self.script.segments[-1]
 
     def show(self, cue: Cue) -> None:
-        """Switch to another prompt at the next block. Raises ValueError where it cannot be embedded."""
+        """Switch to another prompt at the next block. Raises ValueError if it cannot be embedded."""
         self._embed([cue])
         self.coming = cue
 
     def line_up(self, cues: Iterable[Cue]) -> None:
-        """Replace the queue; its first prompt follows when the current one has lasted its length."""
+        """Replace the queue; its first prompt follows once the current one has lasted its length.
+
+        Raises ValueError if a prompt cannot be embedded.
+        """
         cues = list(cues)
         self._embed(cues)
         self.queue = deque(cues)
 
     def _embed(self, cues: Sequence[Cue]) -> None:
-        """Have the embeddings of cues, and keep those that are told now or lie ahead; others go."""
+        """Embed ``cues``, and drop embeddings that neither the next block nor a later prompt needs."""
         new = [prompt for prompt in {cue.prompt: None for cue in cues} if prompt not in self.texts]
         self.texts |= self.stage.embed(new) if new else {}
         told = self._told(self.script, self.start)
@@ -130,9 +133,10 @@ class Session:
             del self.texts[prompt]  # in place: all arms read this table
 
     def route(self, frames: Sequence[int], blocks: int) -> None:
-        """Fill the routed slots of the next blocks with past frames, repeated evenly; none: deployment.
+        """Fill the routed slots of the next blocks with past frames, repeated evenly.
 
-        Raises Refusal for frames that are not resident or more than there are slots.
+        Without frames, the next blocks see the deployment context. Raises Refusal for frames that are not
+        resident, or for more frames than slots.
         """
         self.demand_resident(frames)
         slots = self.stage.exploration.routed
@@ -145,7 +149,7 @@ class Session:
         self.hold()
 
     def pin(self, frames: Sequence[int], pinned: bool, most: int) -> None:
-        """Keep frames resident, or let them go. Raises Refusal for frames that are gone, or too many."""
+        """Keep frames resident, or release them. Raises Refusal if a frame is gone or there are too many."""
         if not pinned:
             self.pins -= set(frames)
         else:
@@ -156,7 +160,7 @@ class Session:
         self.hold()
 
     def demand_resident(self, frames: Sequence[int]) -> None:
-        """Raise Refusal for a frame that has no page any more, or not yet."""
+        """Raise Refusal unless every frame has a page in the history."""
         if gone := sorted(set(frames) - set(self.history.pages)):
             raise Refusal(
                 "not_resident",
@@ -164,7 +168,7 @@ class Session:
             )
 
     def begin_block(self) -> None:
-        """Act on what was asked for before the next block: the prompt that is due."""
+        """Switch to the prompt that is due at the next block, if any."""
         cue, self.coming = self.coming, None
         over = self.cue.frames and self.start >= self.cue_start + self.cue.frames
         if cue is None and over and self.queue:
@@ -178,37 +182,37 @@ class Session:
         self.script = self.script.switched(self.start, cue)
         for arm in self.arms.values():
             arm.stream.prompt = self.script.shown()
-            # After going back to a switch the window may be encoded for the prompt that is now replaced.
+            # After going back to a switch, the window may be encoded for the prompt that is replaced now.
             arm.stream.segment = min(arm.stream.segment, max(0, len(self.script.segments) - 2))
 
     def _told(self, script: Script, frame: int) -> list[Cue]:
-        """The prompts that the block at a frame is told: in a transition, earlier ones too."""
+        """The prompts that condition the block at a frame; in a transition, earlier ones too."""
         deployment = self.stage.generator.deployment
         mixture = shares_of(script.shown(), len(script.segments) - 1, frame, deployment)
         return [Cue(text) for text, _ in mixture]
 
     def pages(self, name: str) -> list[int] | None:
-        """Page ids in an arm's routed slots at the next block; None: its deployment context."""
+        """Page ids for an arm's routed slots in the next block; None: the deployment context."""
         stream = self.arms[name].stream  # the arms advance one after another
         route = self.script.routes.get(stream.start // self.stage.generator.block)
         return None if route is None else stream.history.page_ids(route)
 
     def sees(self) -> dict[str, list[int]]:
-        """Past frames that the next block attends to: in sink, routed and local slots."""
+        """Past frames that the next block attends to, by kind of slot: sink, routed, local."""
         route = self.script.routes.get(self.block, ())
         recent = self.stage.exploration.recent if route else self.stage.generator.deployment.local_past
         sink, local = visible_frames(self.start, self.history.sink, recent)
         return {"sink": sink, "routed": sorted(set(route)), "local": local}
 
     def end_block(self) -> None:
-        """After a block: its latents go to the spool; only those that a switch may re-encode stay."""
+        """Spool the latents of the finished block; keep only those in memory that a switch may re-encode."""
         for arm in self.arms.values():
             arm.spool.append(arm.stream.latents[-1])
             del arm.stream.latents[: -max(1, self.stage.local_frames // self.stage.generator.block)]
         self.hold()
 
     def hold(self) -> None:
-        """Have every arm keep what is pinned and what coming blocks are routed to."""
+        """Make every arm keep pinned frames and frames routed to coming blocks."""
         coming = [route for block, route in self.script.routes.items() if block >= self.block]
         held = self.pins.union(*coming)
         for arm in self.arms.values():
@@ -217,7 +221,7 @@ class Session:
     # Going back ------------------------------------------------------------------------------------------
 
     def back_to(self, frame: int) -> None:
-        """Go on from an earlier moment under the prompt in force; what came after it is forgotten."""
+        """Continue from an earlier frame under the current prompt; everything after it is discarded."""
         again = self._encodes_again(frame)
         script = self._script_from(frame, again)
         for arm in self.arms.values():
@@ -230,7 +234,7 @@ class Session:
         self.hold()
 
     def _encodes_again(self, frame: int) -> bool:
-        """True if the window before ``frame`` is gone or was encoded for a later prompt than one there."""
+        """True if the window before ``frame`` is gone, or was encoded for a prompt that comes later."""
         deployment = self.stage.generator.deployment
         oldest = 0 if deployment.local_past is None else max(0, frame - deployment.local_past)
         gone = any(past not in self.history.pages for past in range(oldest, frame))
@@ -241,7 +245,7 @@ class Session:
         return script.routed({}, frame // self.stage.generator.block)
 
     def _take_back(self, stream: Stream, spool: Spool, script: Script, frame: int, again: bool) -> None:
-        """Take a stream back; where ``again`` is set, its next block re-encodes its window first."""
+        """Rewind a stream; if ``again`` is set, its next block re-encodes its window first."""
         stream.history.rewind(frame)
         if not frame:
             stream.history.sink = tuple(range(self.stage.generator.deployment.sink))
@@ -250,19 +254,19 @@ class Session:
         stream.segment = len(script.segments) - 1 - (again and frame > 0)
 
     def before(self, spool: Spool, frame: int) -> list[Tensor]:
-        """Clean blocks before a frame, as many as the next block may re-encode."""
+        """The clean latent blocks before a frame that the next block may re-encode."""
         tail = spool.read(max(0, frame - self.stage.local_frames), frame)
         return list(tail.to(self.stage.generator.device).split(self.stage.generator.block)) if frame else []
 
     def decoding_at(self, arm: Arm, frame: int) -> object | None:
-        """The codec's state at a frame, from the latents of the window before it."""
+        """Rebuild the codec's state at a frame from the latents of the window before it."""
         before = self.before(arm.spool, frame)
         return self.stage.codec.decode_next(torch.cat(before), None)[1] if before else None
 
     def open_fork(self, name: str, frame: int, count: int, blocks: int) -> Branches:
-        """Run the deployed continuation and ``count`` routed ones of an arm from a moment in its past.
+        """Run the deployed continuation and ``count`` routed ones of an arm from a past frame.
 
-        They share prompt and noise. The session itself stays where it is. Raises Refusal.
+        All share prompt and noise. The session itself stays where it is. Raises Refusal.
         """
         stage, arm = self.stage, self.arms[name]
         generator = stage.generator
@@ -291,7 +295,7 @@ class Session:
         return self.fork
 
     def _drawn(self, history: History, frame: int, count: int) -> list[tuple[int, ...]]:
-        """Dispersed routes of a fork's branches among the resident frames."""
+        """Draw dispersed routes among the resident frames for a fork's branches."""
         exploration = self.stage.exploration
         pool = sorted(set(history.pages) - set(history.sink) - set(range(frame - exploration.recent, frame)))
         distinct = exploration.distinct
@@ -308,7 +312,7 @@ class Session:
         return [tuple(route) for route in drawn.tolist()]
 
     def _continued(self, root: Stream, pages: Sequence[list[int] | None], blocks: int) -> Tensor:
-        """Clean latents ``[R, T, C, H, W]`` of a root continued under each row of pages."""
+        """Continue a root under each row of pages; returns clean latents ``[R, T, C, H, W]``."""
         end = root.start + blocks * self.stage.generator.block
         streams = [replace(root.fork(), end=end) for _ in pages]
         try:
@@ -326,9 +330,10 @@ class Session:
                 stream.history.release()
 
     def choose(self, branch: int | None, ranking: Sequence[int] = ()) -> Branches:
-        """Close the fork: go on from it along a branch, or (None) where the stream was.
+        """Close the fork and continue along a branch, or (None) from where the stream was.
 
-        Raises Refusal, also for a ``ranking`` that is not all branches, the chosen one first.
+        Raises Refusal if no fork is open, there is no such branch, or ``ranking`` does not list all branches
+        with the chosen one first.
         """
         fork = self.fork
         if fork is None:
@@ -350,7 +355,7 @@ class Session:
         return fork
 
     def release(self) -> None:
-        """Give all pages back."""
+        """Release all pages and the disk space of the spools."""
         for arm in self.arms.values():
             arm.stream.history.release()
             arm.spool.close()

@@ -1,4 +1,4 @@
-"""Sessions that outlive their server: pages, latents and script in one file."""
+"""Snapshots of sessions, which outlive the server: pages, latents and script in one file."""
 
 import json
 import re
@@ -21,11 +21,11 @@ from kvpo.models.tensor_files import storable
 SNAPSHOT_NAME = re.compile(r"[0-9a-f]{1,32}-[0-9]{1,12}")
 """Names of snapshots: an id and the latent frame that the session was at."""
 FORMAT = 1
-"""Version of the record of a session; it counts up when a snapshot holds something else."""
+"""Version of a snapshot's record; increased whenever its contents change."""
 
 
 def snapshot_of(session: Session) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """A session as tensors and plain data; ``restored`` continues it with equal latents."""
+    """Capture a session as tensors and plain data; ``restored`` continues it with equal latents."""
     tensors: dict[str, Tensor] = {}
     arms: dict[str, Any] = {}
     for name, arm in session.arms.items():
@@ -61,7 +61,7 @@ def snapshot_of(session: Session) -> tuple[dict[str, Tensor], dict[str, Any]]:
 def restored(
     stage: Stage, cache: FrameCache, tensors: Mapping[str, Tensor], record: Mapping[str, Any]
 ) -> Session:
-    """The session of a snapshot. Raises Refusal for one of another generator, and for a damaged one."""
+    """Rebuild the session of a snapshot. Raises Refusal if it is of another generator or damaged."""
     if record.get("format") != FORMAT:
         raise Refusal("not_found", "snapshot: it is of another version of kvpo, which can continue it")
     if record.get("identity") != stage.identity:
@@ -79,7 +79,7 @@ def restored(
 
 
 def _take_up(session: Session, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
-    """Bring a new session to where that of a record was."""
+    """Bring a new session to the state that a record describes."""
     script = record["script"]
     session.cue_start, session.pins = record["cue_start"], frozenset(record["pins"])
     if record["coming"] is not None:
@@ -105,7 +105,7 @@ def _take_up(session: Session, tensors: Mapping[str, Tensor], record: Mapping[st
 
 
 def _fill(history: History, keys: Tensor, values: Tensor, record: Mapping[str, Any]) -> None:
-    """Write a snapshot's pages and refer to them as its history did."""
+    """Write a snapshot's pages and restore the history's references to them."""
     if not keys.shape[1]:
         return
     if keys.shape != values.shape or keys[:, 0].shape != history.cache.keys_LQTND[:, 0].shape:
@@ -115,7 +115,7 @@ def _fill(history: History, keys: Tensor, values: Tensor, record: Mapping[str, A
         pages = {frame: ids[n] for frame, n in record["pages"]}
         bank = [[ids[n] for n in layer] for layer in record["bank"]]
         latest = None if record["latest"] is None else ids[record["latest"]]
-        sink = tuple(record["sink"])  # all is known before the history refers to any page
+        sink = tuple(record["sink"])  # read everything before the history refers to any page
         history.pages, history.bank, history.latest, history.sink = pages, bank, latest, sink
         history.cache.share(history.all_references())
     finally:
@@ -123,7 +123,7 @@ def _fill(history: History, keys: Tensor, values: Tensor, record: Mapping[str, A
 
 
 def save_snapshot(out: Path, name: str, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> Path:
-    """Write a session's snapshot in one step. Raises StorageError."""
+    """Write a snapshot atomically and return its path. Raises StorageError."""
     path = out / "snapshots" / f"{name}.safetensors"
     path.parent.mkdir(parents=True, exist_ok=True)
     with new_file(path, failures=(SafetensorError,)) as temporary:
@@ -132,7 +132,7 @@ def save_snapshot(out: Path, name: str, tensors: Mapping[str, Tensor], record: M
 
 
 def load_snapshot(out: Path, name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors and the record of a snapshot. Raises Refusal where there is none of that name."""
+    """Load the tensors and the record of a snapshot. Raises Refusal if it is missing or damaged."""
     path = out / "snapshots" / f"{name}.safetensors"
     if not SNAPSHOT_NAME.fullmatch(name) or not path.is_file():
         raise Refusal("not_found", f"snapshot: there is none called {name[:60]!r}")

@@ -1,4 +1,4 @@
-"""Latents of a long stream on disk: memory stays flat however long it runs."""
+"""Keeps the latents of a long stream on disk, so memory stays flat however long it runs."""
 
 import tempfile
 from contextlib import suppress
@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 class Spool:
-    """Latent frames ``[T, C, H, W]`` in a temporary file that nobody else sees and that vanishes with it."""
+    """Latent frames ``[T, C, H, W]`` in a private temporary file that is deleted with the object."""
 
     def __init__(self) -> None:
         self._file = tempfile.TemporaryFile()
@@ -21,7 +21,7 @@ class Spool:
         return torch.Size(self._shape).numel() * self._dtype.itemsize
 
     def append(self, latents_FCHW: Tensor) -> None:
-        """Add frames at the end. Raises OSError where the disk is full."""
+        """Add frames at the end. Raises OSError if the disk is full."""
         if not len(latents_FCHW):
             return
         self._shape, self._dtype = tuple(latents_FCHW.shape[1:]), latents_FCHW.dtype
@@ -30,7 +30,7 @@ class Spool:
         self.frames += len(latents_FCHW)
 
     def read(self, first: int, stop: int) -> Tensor:
-        """Frames ``first`` to ``stop``, in host memory."""
+        """Read frames [``first``, ``stop``) into host memory."""
         if stop <= first:
             return torch.empty(0, *self._shape)
         self._file.seek(first * self._frame_bytes)
@@ -38,11 +38,11 @@ class Spool:
         return torch.frombuffer(content, dtype=self._dtype).view(stop - first, *self._shape)
 
     def cut(self, frames: int) -> None:
-        """Forget everything from frame ``frames`` on."""
+        """Keep only the first ``frames`` frames."""
         self._file.truncate(frames * self._frame_bytes)
         self.frames = frames
 
     def close(self) -> None:
-        """Give the disk space back."""
-        with suppress(OSError):  # closing writes what a full disk did not take, and nobody reads it any more
+        """Close the file, which frees its disk space."""
+        with suppress(OSError):  # closing flushes what a full disk did not take; nobody needs it any more
             self._file.close()

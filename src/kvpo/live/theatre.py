@@ -1,4 +1,4 @@
-"""A server's sessions and who sees them: connections, audiences, what reaches whom."""
+"""A server's sessions, their audiences, and the delivery of events and blocks to connections."""
 
 import asyncio
 from collections.abc import Callable, Iterator, Mapping
@@ -16,7 +16,7 @@ T = TypeVar("T")
 
 @dataclass
 class Connection:
-    """One client: what it is to be sent, and what it directs or watches."""
+    """One client: its outbox, and the session that it directs or watches."""
 
     outbox: Outbox = field(default_factory=Outbox)
     show: Show | None = None
@@ -31,25 +31,25 @@ class Theatre:
     out: Path
     """Directory of snapshots, exports and choices."""
     info: Mapping[str, Any]
-    """Facts about the generator that a client may know."""
+    """Facts about the generator that clients may see."""
     story: Callable[[int], list[Cue]] | None = None
-    """Random prompts with their lengths, from a seed."""
+    """Draws random prompts with their lengths from a seed."""
     notice: Callable[[str], str] = lambda prompt: ""
-    """Remark on a prompt, such as words that have no effect; empty: none."""
+    """Returns a remark on a prompt, such as words that have no effect; empty: none."""
     rooms: dict[str, list[Connection]] = field(default_factory=dict)
-    """Session -> who sees it."""
+    """Session id -> the connections that see it."""
     exported: dict[str, Path] = field(default_factory=dict)
     connections: int = 0
     loop: asyncio.AbstractEventLoop | None = None
 
     @property
     def crowded(self) -> bool:
-        """True if one connection more is open than may be."""
+        """True if more connections are open than allowed."""
         return self.connections > self.scheduler.limits.viewers
 
     @contextmanager
     def connected(self) -> Iterator[Connection]:
-        """A connection, counted while it is open."""
+        """Yield a new connection, which counts as open until the block ends."""
         self._count(1)
         try:
             yield Connection()
@@ -61,16 +61,16 @@ class Theatre:
         self.scheduler.metrics.viewers.set(self.connections)
 
     async def ask(self, what: Callable[[], T]) -> T:
-        """Have something done between two blocks."""
+        """Run ``what`` between two blocks and return its result."""
         return await asyncio.wrap_future(self.scheduler.ask(what))
 
     def publish(self, session: str, item: Any) -> None:
-        """From the scheduler's thread: to everybody who sees a session."""
+        """Send an item to everyone who sees a session. Called on the scheduler's thread."""
         if self.loop is not None and not self.loop.is_closed():
             self.loop.call_soon_threadsafe(self._spread, session, item)
 
     def put(self, connection: Connection, item: Any) -> None:
-        """From any thread: to one connection, behind what was published before."""
+        """Send an item to one connection, after everything published before. Safe from any thread."""
         if self.loop is not None and not self.loop.is_closed():
             self.loop.call_soon_threadsafe(connection.outbox.put, item)
 
@@ -84,7 +84,7 @@ class Theatre:
                 connection.show, connection.directs = None, False
 
     async def left(self, connection: Connection) -> None:
-        """A connection has ended: so does the session that it directed."""
+        """Clean up after a closed connection; the session that it directed ends."""
         show = connection.show
         if show is None:
             return

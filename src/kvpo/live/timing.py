@@ -1,4 +1,4 @@
-"""Arrival times of a session's blocks against their deadlines, as numbers for its page."""
+"""Measures the arrival times of a session's blocks against their deadlines."""
 
 from collections import deque
 from dataclasses import dataclass, field
@@ -6,12 +6,12 @@ from dataclasses import dataclass, field
 import numpy as np
 
 INTERVALS_KEPT = 512
-"""Intervals between blocks that the percentiles are of: the latest ones."""
+"""Number of latest intervals between blocks from which the percentiles are computed."""
 
 
 @dataclass
 class Switch:
-    """A prompt that somebody waits to see."""
+    """A prompt switch that has not been seen yet."""
 
     asked: float
     prompt: str
@@ -23,16 +23,16 @@ class Switch:
 class Pace:
     """Deadlines and latencies of a stream; all times in seconds of one monotonic clock.
 
-    Playback starts when the first block arrives, and block n has to be there n periods later. A late block
-    stalls playback, and the deadlines after it move by as much.
+    Playback starts when the first block arrives, and block n is due n periods later. A late block stalls
+    playback and moves the later deadlines by as much.
     """
 
     asked: float
-    """Time at which the session was asked for."""
+    """Time at which the session was requested."""
     first_frame: float | None = None
-    """From then to the first block."""
+    """Seconds from the request to the first block."""
     deadline: float | None = None
-    """Time at which the next block has to be there; None: it starts playback."""
+    """Time at which the next block is due; None: it starts playback."""
     last: float | None = None
     met: int = 0
     missed: int = 0
@@ -40,16 +40,16 @@ class Pace:
     intervals: deque[float] = field(default_factory=lambda: deque(maxlen=INTERVALS_KEPT))
     switch: Switch | None = None
     switch_shown: float | None = None
-    """From the last prompt sent to the first block generated under it."""
+    """Seconds from sending the last prompt to the first block generated under it."""
     switch_seen: float | None = None
-    """To the first block on which the scorer sees it."""
+    """Seconds from sending the last prompt to the first block on which the scorer sees it."""
 
     def restart(self) -> None:
-        """Playback was held, or its rate changed: the next block starts it."""
+        """Let the next block restart playback, after a pause or a change of rate."""
         self.deadline = self.last = None
 
     def arrived(self, now: float, period: float) -> float:
-        """A block is there; returns by how long it stalled playback. ``period`` 0: no rate to keep."""
+        """Record an arrival and return the seconds that it stalled playback. ``period`` 0: no deadlines."""
         if self.first_frame is None:
             self.first_frame = now - self.asked
         if self.last is not None:
@@ -64,7 +64,7 @@ class Pace:
         return late
 
     def numbers(self) -> dict[str, float | int | None]:
-        """The numbers as a page shows them."""
+        """The measurements as the page shows them; keys that end in "_s" are in seconds."""
         p50, p95, p99 = np.percentile(self.intervals, (50, 95, 99)).tolist() if self.intervals else [None] * 3
         total = self.met + self.missed
         return {

@@ -1,4 +1,4 @@
-"""The branch explorer: an anchor and its routed branches, what each was routed, and what came of it."""
+"""The branch explorer: an anchor and its branches, with the frames routed to each and the result."""
 
 from collections import Counter
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from kvpo.report.formatting import escape, fixed, mapping, number, numbers, sign
 from kvpo.report.record import Entry, RunRecord
 
 RESIDUALS = ("energy", "distance", "residual")
-"""Names that methods give a branch's residuals; small is close to the policy."""
+"""Names that methods give a branch's residual; a small one means close to the policy."""
 SORTS = ("order", "reward", "advantage", *(f"-{name}" for name in RESIDUALS), "probability")
 """Ways to sort the cards; a minus sign puts the smallest first."""
 
@@ -26,7 +26,7 @@ class Span:
 
 @dataclass(frozen=True)
 class GroupFacts:
-    """Facts shared by the cards of one group; None where the group does not say."""
+    """Facts shared by the cards of one group; None if the group lacks them."""
 
     entry: Entry
     members: list[Entry]
@@ -35,7 +35,7 @@ class GroupFacts:
     window: int
     switches: list[int]
     acts: list[str]
-    """The actor of every act before the fork, where it was read."""
+    """The actor of every act before the fork; empty if they were not read."""
     anchor_reward: float | None
     largest_advantage: float
 
@@ -47,7 +47,7 @@ class GroupFacts:
 
 @dataclass(frozen=True)
 class ContextSize:
-    """Frames that the contexts hold, from the run's configuration."""
+    """Sizes of the contexts in frames, from the run's configuration."""
 
     sink: int
     recent: int
@@ -80,7 +80,7 @@ DIFFERENCES = {
 
 
 def difference_of(run: RunRecord) -> str:
-    """One sentence on what sets the branches of a run apart, by its ``exploration.explorer``."""
+    """One sentence on how the branches of a run differ, from its ``exploration.explorer``."""
     explorer = mapping(run.config, "exploration").get("explorer")
     return DIFFERENCES.get(str(explorer), "Branches are alternatives from a fork of one video.")
 
@@ -91,7 +91,7 @@ def is_anchor(member: Entry) -> bool:
 
 
 def read_group(entry: Entry) -> GroupFacts:
-    """Collect what a group says of itself."""
+    """Collect the facts about a group."""
     members = members_of(entry)
     advantages = [abs(a) for m in members if (a := number(m.get("advantage"))) is not None]
     return GroupFacts(
@@ -108,7 +108,7 @@ def read_group(entry: Entry) -> GroupFacts:
 
 
 def read_context_size(run: RunRecord) -> ContextSize:
-    """Context sizes of a run; a window of -1 sees all the past, and settings that are absent count as 0."""
+    """Context sizes of a run. A window of -1 sees the whole past; missing settings count as 0."""
     stream, exploration = numbers(run.config.get("stream")), numbers(run.config.get("exploration"))
     sink, window = int(stream.get("sink", 0)), int(stream.get("window", 0))
     past = Deployment(int(stream.get("block", 0)), window, sink).local_past
@@ -121,7 +121,7 @@ def read_context_size(run: RunRecord) -> ContextSize:
 
 
 def routes_of(member: Entry) -> tuple[Counter[int], Counter[tuple[int, str]]]:
-    """Routed slots filled by each own frame, and by each (frame, prompt) of another history."""
+    """Count the routed slots filled by each own frame, and by each (frame, prompt) from another history."""
     own: Counter[int] = Counter()
     donors: Counter[tuple[int, str]] = Counter()
     routed = member.get("routed_frames")
@@ -134,7 +134,7 @@ def routes_of(member: Entry) -> tuple[Counter[int], Counter[tuple[int, str]]]:
 
 
 def _range(role: str, start: int, stop: int, meaning: str = "") -> list[Span]:
-    """One span, or none where it would be empty."""
+    """One span, or none if it would be empty."""
     return (
         [Span(role, start, stop, f"{meaning or role}: frames {start} to {stop - 1}")] if stop > start else []
     )
@@ -158,7 +158,7 @@ def spans_of(group: GroupFacts, member: Entry, size: ContextSize) -> list[Span]:
 
 
 def slot_spans(group: GroupFacts, size: ContextSize) -> list[Span]:
-    """The slots of the whole group: sink, pool that routes are drawn from, recent, window, afterwards."""
+    """The spans of the whole group: sink, pool that routes are drawn from, recent, window, after it."""
     if group.fork is None or group.frames is None:
         return []
     fork, end = group.fork, min(group.frames, group.fork + group.window)
@@ -177,7 +177,7 @@ def slot_spans(group: GroupFacts, size: ContextSize) -> list[Span]:
 
 
 def strip(spans: list[Span], switches: list[int], frames: int, *, labelled: bool = False) -> str:
-    """A timeline: frames from left to right, coloured by role, prompt switches, a playhead."""
+    """A timeline: frames from left to right coloured by role, prompt switches and a playhead."""
     marks = "".join(
         f'<i class="{span.role}" title="{escape(span.title)}" style="left:{100 * span.start / frames:.3f}%;'
         f'width:{100 * (min(span.stop, frames) - span.start) / frames:.3f}%">'
@@ -191,7 +191,7 @@ def strip(spans: list[Span], switches: list[int], frames: int, *, labelled: bool
 
 
 def _still(member: Entry, store: ClipStore, frame: int, frames: int | None) -> str:
-    """A small picture of one history frame, for videos of pixel size."""
+    """A thumbnail of one history frame; empty unless the video is small enough for a sprite sheet."""
     clip = store.get("branches", member.get("video"))
     if clip is None or clip["kind"] != "sprite" or not frames or frame >= frames:
         return ""
@@ -203,7 +203,7 @@ def _still(member: Entry, store: ClipStore, frame: int, frames: int | None) -> s
 
 
 def _route_line(member: Entry, store: ClipStore, frames: int | None) -> str:
-    """The routed frames in pictures and numbers; donors with the prompt they come from."""
+    """The routed frames as thumbnails and numbers; donors with the prompt that they come from."""
     own, donors = routes_of(member)
     if not own and not donors:
         return '<p class="route">deployment history</p>'

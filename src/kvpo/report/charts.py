@@ -36,7 +36,7 @@ def ticks(low: float, high: float, count: int = 4) -> list[float]:
 
 
 def value_range(values: Sequence[float]) -> tuple[float, float]:
-    """Smallest range around ``values`` with a margin of 8 %; a constant gets a range around it."""
+    """The range of ``values`` with a margin of 8 % at both ends; a constant gets a range around it."""
     low, high = min(values), max(values)
     if high - low <= 1e-12 * max(abs(low), abs(high)):
         return (-0.1, 1.0) if low == 0 else (low - 0.5 * abs(low), high + 0.5 * abs(low))
@@ -96,7 +96,7 @@ def line_chart(
 ) -> str:
     """A line chart of ``series`` over ``x`` with one- and two-spread bands and dashed reference values.
 
-    Returns a ``<div>``; an empty note instead if there is no finite value.
+    Returns a ``<div>``, or a note if there is no finite value.
     """
     seen = [value for one in series for value in one.values if value is not None]
     for one in series:

@@ -1,4 +1,4 @@
-"""Videos inside the page: encoded as sprite sheets or h264, and played with the prompt of each moment."""
+"""Videos inside the page: encoded as sprite sheets or h264, and played with the current prompt."""
 
 import base64
 import io
@@ -16,7 +16,7 @@ from kvpo.report.video import video_bytes
 SPRITE_AREA = 96 * 96
 """Frames of at most this many pixels become lossless sprite sheets; larger ones become h264."""
 SHEET_HEIGHT = 4096
-"""Rows of a sprite sheet before the next column starts; every browser decodes this size."""
+"""Pixel rows of a sprite sheet before the next column starts; every browser can decode this size."""
 SPRITE_RATE = 8.0
 """Playback frames per second of the embedded world's videos."""
 VIDEO_RATE = 16.0
@@ -32,9 +32,9 @@ class ClipStore:
     left_out: int = 0
 
     def add_all(self, folder: str, videos: Iterable[tuple[str, np.ndarray]], share: int) -> None:
-        """Encode ``videos`` as clips named ``folder/key``; ``share`` is what one clip may take of the budget.
+        """Encode ``videos`` as clips named ``folder/key``, each aiming at ``share`` characters of the budget.
 
-        Clips that no longer fit are counted in ``left_out``.
+        Clips that do not fit are counted in ``left_out``.
         """
         for key, frames_THWC in videos:
             clip = encode_clip(frames_THWC, max_bytes=share * 3 // 4)
@@ -98,7 +98,7 @@ def segments_of(entry: Entry) -> tuple[list[str], list[int]]:
 
 
 def screen(store: ClipStore, folder: str, key: Any, label: str) -> str:
-    """The playing element of one clip, or a note in its place."""
+    """The player of one clip, or a note if the clip is not available."""
     clip = store.get(folder, key)
     if clip is None:
         return '<div class="screen absent">not available</div>'
@@ -113,7 +113,7 @@ def screen(store: ClipStore, folder: str, key: Any, label: str) -> str:
 
 
 def film_data(entry: Entry, frames: int | None) -> str:
-    """Attributes that tie what lies inside an element to the clock: latent frames and switches."""
+    """Attributes that synchronise an element's content with playback: latent frames and switches."""
     _, switches = segments_of(entry)
     return f'data-frames="{frames or 0}" data-switches="{attribute_json(switches)}"'
 

@@ -23,7 +23,7 @@ GAIN_COLUMNS = (
     "above null",
 )
 FEWEST_SEEDS = 5
-"""Runs of each arm from which a difference can have p < .01."""
+"""Fewest runs per arm with which a difference can have p < .01."""
 SURE = 0.01
 
 
@@ -55,7 +55,7 @@ def comparison_page(name: str, summary: Entry, picture: bytes) -> str:
 
 
 def verdict(summary: Entry) -> tuple[str, list[str]]:
-    """The sentence that a comparison comes to, and notes on how far it goes."""
+    """The conclusion of a comparison in one sentence, and notes on its limits."""
     seeds, methods = len(summary["seeds"]), summary["methods"]
     notes = [
         f"{arm}: {len(errors)} of {seeds} runs ended with numbers that are not finite, so no p is given. "
@@ -93,7 +93,7 @@ def verdict(summary: Entry) -> tuple[str, list[str]]:
 
 
 def _place(key: str, methods: Entry) -> str:
-    """The arms that kvpo is surely above and below on one prompt set."""
+    """The arms that kvpo is significantly above and below on one prompt set."""
     sure = {
         arm: own[key]["difference_to_kvpo"]
         for arm, own in methods.items()
@@ -107,7 +107,7 @@ def _place(key: str, methods: Entry) -> str:
 
 
 def _both_errors(key: str, methods: Entry) -> str:
-    """kvpo's gain with its error over prompts and, where there are null runs, its place among theirs."""
+    """kvpo's gain with its errors over seeds and prompts, compared with the gains of any null runs."""
     own = methods["kvpo"][key]
     errors = own["standard_errors"]
     text = (
@@ -126,7 +126,7 @@ def _both_errors(key: str, methods: Entry) -> str:
 
 
 def _p(value: float) -> str:
-    """A p in two significant digits."""
+    """A p-value with two significant digits."""
     return f"p = {compact(float(f'{value:.2g}'))}"
 
 
@@ -221,7 +221,7 @@ def _settings(summary: Entry) -> str:
 
 
 def _trial_row(name: str, one: Entry, best: float | None) -> list[str]:
-    """A trial, chosen if its gain is the best; one whose numbers were not finite has none."""
+    """The row of a trial, marked if its gain is the best; a trial that was not finite has no gain."""
     if one["gain"] is None:
         return [name, "not finite", "", "", _listed(one["settings"])]
     chosen = " (chosen)" if one["gain"] == best else ""
@@ -263,9 +263,9 @@ def _facts(summary: Entry) -> str:
 
 
 def _lowest_drawn(key: str, summary: Entry) -> tuple[float, float]:
-    """The gain at which arrows stand for all below, and the lowest.
+    """The gain below which runs are drawn as arrows, and the lowest gain.
 
-    One run that collapsed would hide how the rest differ.
+    Without arrows, one collapsed run would hide the differences between the others.
     """
     gains = [gain for own in summary["methods"].values() for gain in own[key]["gains"]]
     best = max(*gains, *(line[key]["gain"] for line in summary["floors"].values()), 0.01)

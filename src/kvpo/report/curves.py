@@ -66,7 +66,7 @@ def components(run: RunRecord) -> str:
 
 
 def _panel(key: str, meaning: str, updates: list[Entry], references: list[tuple[str, float]]) -> str:
-    """One metric over updates with the sentence that explains it, empty where nobody wrote one."""
+    """A chart of one metric over updates, with the sentence that explains it (empty if there is none)."""
     title, values = title_of(key), [number(entry.get(key)) for entry in updates]
     present = [value for value in values if value is not None]
     broken = sum(key in entry for entry in updates) - len(present)
@@ -78,7 +78,7 @@ def _panel(key: str, meaning: str, updates: list[Entry], references: list[tuple[
 
 
 def _counts(key: str, meaning: str, updates: list[Entry]) -> str:
-    """A metric that counts by name, such as forks by frame, added up over the updates."""
+    """A metric that consists of named counts, such as forks by frame, summed over the updates."""
     total: Counter[str] = Counter()
     for entry in updates:
         total.update(numbers(entry.get(key)))
@@ -92,7 +92,7 @@ def _counts(key: str, meaning: str, updates: list[Entry]) -> str:
 
 
 def _clip_range(run: RunRecord) -> list[tuple[str, float]]:
-    """Bounds at which ratios are clipped; empty if the run's settings do not say."""
+    """Bounds at which ratios are clipped; empty if the run's settings have none."""
     match mapping(run.config, "objective").get("clip"):
         case [int() | float() as low, int() | float() as high]:
             return [("clip", 1 - low), ("clip", 1 + high)]

@@ -1,4 +1,4 @@
-"""The picture of a run's drift on long streams."""
+"""The figure of a run's drift on long streams."""
 
 import math
 from collections.abc import Mapping
@@ -7,7 +7,7 @@ from statistics import mean, stdev
 from typing import Any
 
 SHOWN = ("reward", "unseen", "confidence", "brightness", "saturation", "motion", "sharpness", "peak_rss_mb")
-"""Measures that are drawn, where they were taken."""
+"""Measures that are drawn, if they were taken."""
 SIDE_COLOURS = {"base": "#8a8a8a", "aligned": "#3b6fb6"}
 
 
@@ -31,7 +31,7 @@ def draw_drift(path: Path, numbers: Mapping[str, Any]) -> None:
             axes.fill_between(numbers["seconds"], low, high, color=colour, alpha=0.2, lw=0)
         axes.set_title(name.replace("_", " "), fontsize=9)
         if name == "peak_rss_mb":
-            axes.set_ylim(0, 1.25 * axes.get_ylim()[1])  # or a megabyte looks like growth
+            axes.set_ylim(0, 1.25 * axes.get_ylim()[1])  # otherwise one megabyte would look like growth
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper right", ncols=2, fontsize=8)
     for axes in panels[len(names) :]:
         axes.set_axis_off()

@@ -1,4 +1,4 @@
-"""Elements that several pages hold: tables and statements."""
+"""HTML elements that several pages share: tables and verdicts."""
 
 from collections.abc import Iterable, Sequence
 
@@ -6,10 +6,10 @@ from kvpo.report.formatting import SYMBOLS, escape
 
 
 def table_card(head: Sequence[str], rows: Iterable[Sequence[str]], kind: str = "") -> str:
-    """A table that may scroll: a text per column, and rows of HTML whose first cell names them.
+    """A scrollable table: a heading (text) per column, and rows of HTML cells, the first naming the row.
 
-    ``kind`` is a class of the style sheet. On a phone every row of a ``stacked`` one is a list, whose cells
-    are named by their heads.
+    ``kind`` is a CSS class. On phones, a ``stacked`` table shows each row as a list, with the column heading
+    before each cell.
     """
     heads = [escape(name) for name in head]
     opening = [f'<td data-head="{name}">' if kind == "stacked" else "<td>" for name in heads[1:]]
@@ -25,12 +25,12 @@ def table_card(head: Sequence[str], rows: Iterable[Sequence[str]], kind: str = "
 
 
 def explained(name: str, meaning: str) -> str:
-    """The first cell of a row: its name and what it means."""
+    """The first cell of a row: its name and its meaning."""
     return f'{escape(name)}<span class="soft">{escape(meaning)}</span>'
 
 
 def verdict_box(tone: str, sentence: str, notes: Iterable[str], *, symbol: bool = False) -> str:
-    """A statement of a tone and notes below it, all text; ``symbol`` puts the sign of the tone in front."""
+    """A plain-text statement and notes, styled by tone; ``symbol`` puts the tone's sign in front."""
     sign = f'<i aria-hidden="true">{SYMBOLS[tone]}</i>' if symbol else ""
     said = f'<p class="sentence">{escape(sentence)}</p>' + "".join(f"<p>{escape(note)}</p>" for note in notes)
     return f'<div class="verdict {tone}">{sign}<div>{said}</div></div>'

@@ -1,4 +1,4 @@
-"""Numbers and text as a page shows them, and the page itself. All that is shown goes through ``escape``."""
+"""Formats numbers and text for pages, and fills page templates. All that is shown goes through ``escape``."""
 
 import base64
 import hashlib
@@ -49,13 +49,13 @@ def numbers(values: Any) -> dict[str, float]:
 
 
 def mapping(value: Any, key: str) -> dict[str, Any]:
-    """The mapping under ``key`` of ``value``; empty if there is none, or ``value`` is not a mapping."""
+    """The mapping at ``value[key]``; empty if there is none, or ``value`` is not a mapping."""
     found = value.get(key) if isinstance(value, dict) else None
     return found if isinstance(found, dict) else {}
 
 
 def tone_of(change: float | None) -> str:
-    """The style of a change: "up", "down", or "" where there is none."""
+    """The CSS class of a change: "up", "down", or "" if there is none."""
     return "up" if change and change > 0 else "down" if change and change < 0 else ""
 
 
@@ -121,9 +121,9 @@ def title_of(key: str) -> str:
 
 
 def fill_page(template: str, script: str, **fields: str) -> str:
-    """The HTML of an asset ``template``, with ``fields`` in place, in one file that makes no request.
+    """Fill the asset ``template`` with ``fields``; returns self-contained HTML that makes no requests.
 
-    Its security policy admits only the asset ``script``; empty: none.
+    Its content security policy admits only the asset ``script`` (empty: no script).
     """
     assets = files("kvpo.report") / "assets"
     page, style, code = (

@@ -47,7 +47,7 @@ def _card(entry: Entry, store: ClipStore, position: int) -> str:
 
 
 def cards(run: RunRecord, store: ClipStore) -> str:
-    """Cards of before/after pairs that play in step, with the caption that holds at each moment."""
+    """Cards of before/after pairs that play in step, with the current caption."""
     if not run.gallery:
         return '<p class="missing">No before/after videos have been saved (gallery/gallery.json).</p>'
     pairs = "".join(_card(entry, store, position) for position, entry in enumerate(run.gallery))

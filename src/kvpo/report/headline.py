@@ -13,9 +13,9 @@ from kvpo.report.record import Entry, RunRecord, method_of
 
 LENGTHS = {"short": "one prompt", "long": "several prompts with switches"}
 SIGNIFICANT = 3.0
-"""Standard errors from zero from which a change is called one."""
+"""Fewest standard errors from zero at which a change is reported as one."""
 FEWEST_PROMPTS = 16
-"""Distinct prompts from which it is: of fewer the standard error itself is uncertain."""
+"""Fewest distinct prompts to report a change; with fewer, the standard error itself is uncertain."""
 
 
 NO_IMPROVEMENT = (
@@ -32,7 +32,7 @@ NO_NULL = (
 
 @dataclass(frozen=True)
 class Outcome:
-    """One held-out comparison of base and aligned; None where a number is missing."""
+    """One held-out comparison of base and aligned; missing numbers are None."""
 
     name: str
     prompts: float | None
@@ -44,7 +44,7 @@ class Outcome:
     unseen_gain: float | None
     unseen_error: float | None
     wrong_gain: float | None
-    """The gain where every video is judged by another prompt's captions; None: not measured."""
+    """The gain when every video is scored against another prompt's captions; None: not measured."""
     wrong_error: float | None
     components: dict[str, dict[str, float]]
     null: tuple[float, ...] = ()
@@ -59,7 +59,7 @@ class Outcome:
 
     @property
     def doubt(self) -> str:
-        """Reason for which nothing can be said about the gain; empty if something can."""
+        """The reason why nothing can be concluded about the gain; empty if something can."""
         if self.prompts is None or self.prompts < FEWEST_PROMPTS:
             count = "an unknown number of" if self.prompts is None else f"{self.prompts:.0f}"
             return f"{count} distinct prompts, fewer than {FEWEST_PROMPTS}"
@@ -79,13 +79,13 @@ class Outcome:
 
     @property
     def direction(self) -> int:
-        """+1 or -1: better, worse; 0 where it cannot be told."""
+        """+1 for better, -1 for worse, 0 if it cannot be told."""
         return 0 if self.doubt or not self.gain else 1 if self.gain > 0 else -1
 
 
 @dataclass(frozen=True)
 class Headline:
-    """The sentence on top of the page, its tone (good, neutral, bad, pending) and reservations."""
+    """The sentence at the top of the page, its tone (good, neutral, bad, pending) and reservations."""
 
     tone: str
     sentence: str
@@ -137,7 +137,7 @@ def tested(summary: Entry) -> list[Outcome]:
 
 
 def _outcomes(entries: Entry, null: Entry) -> list[Outcome]:
-    """The outcome of every prompt set that ``entries`` hold, with the gains of its null runs."""
+    """The outcome of every prompt set in ``entries``, with the gains of its null runs."""
     every = (read_outcome(name, entries.get(name), null.get(name, ())) for name in LENGTHS)
     return [outcome for outcome in every if outcome is not None]
 
@@ -148,7 +148,7 @@ def _change(outcome: Outcome) -> str:
 
 
 def headline_on(outcomes: list[Outcome], *, null_control: bool = False, validation: bool = False) -> Headline:
-    """The verdict in plain words; a change that may be chance is never called one."""
+    """The verdict in plain words; a change that may be due to chance is never reported as one."""
     if not outcomes:
         return Headline(
             "pending", "There is no held-out result yet, so nothing can be said about the gain.", ()
@@ -192,7 +192,7 @@ def headline_on(outcomes: list[Outcome], *, null_control: bool = False, validati
 
 
 def _axis(changes: list[tuple[float | None, float | None]]) -> tuple[float, float]:
-    """One axis for several (change, standard error), zero included."""
+    """One axis range for several (change, standard error) pairs, including zero."""
     ends = [0.0]
     for value, error in changes:
         if value is not None:
@@ -280,20 +280,20 @@ def _run_facts(run: RunRecord) -> str:
 
 
 def final_headline(summary: Entry, config: Entry) -> Headline:
-    """The verdict on the held-out results of a summary, for a run of these settings."""
+    """The verdict on the held-out results of a summary, for a run with this configuration."""
     if summary.get("improved") is False:
         return Headline("neutral", NO_IMPROVEMENT, ())
     return headline_on(tested(summary), null_control=is_null_control(config))
 
 
 def ends_at_one(config: Entry) -> bool:
-    """True where no video can have a reward above 1: that of the embedded world with its own weights."""
+    """True if no reward can exceed 1: only that of the embedded world, with its default weights."""
     rewards = mapping(config, "rewards")
     return list(rewards.get("scorers", ())) == ["world"] and not rewards.get("weights")
 
 
 def idle_note(run: RunRecord) -> list[str]:
-    """The number of updates that taught nothing, where that is one in ten or more."""
+    """A note on the number of updates that learned nothing, if it is one in ten or more."""
     coverage = [number(entry.get("gradient_coverage")) for entry in run.updates]
     idle = sum(value == 0 for value in coverage)
     if not idle or 10 * idle < len(coverage):
@@ -302,7 +302,7 @@ def idle_note(run: RunRecord) -> list[str]:
 
 
 def headline(run: RunRecord) -> str:
-    """The verdict, a card each for short and long videos, and what the run cost."""
+    """The verdict, a card each for short and long videos, and the cost of the run."""
     outcomes, source = read_outcomes(run)
     verdict = headline_on(
         outcomes, null_control=is_null_control(run.config), validation=source == "validation"

@@ -1,7 +1,6 @@
-"""Null runs: the gains of runs that learned nothing, which a run's own gain has to lie above.
+"""Null runs: the gains of runs that learned nothing, which a run's own gain has to exceed.
 
-A file of them is {commit, settings: those of the runs as in config.yaml, runs: [{seed, and a gain by prompt
-set}]}.
+A file of null runs is {commit, settings: as in config.yaml, runs: [{seed, and a gain per prompt set}]}.
 """
 
 import logging
@@ -21,16 +20,16 @@ logger = logging.getLogger(__name__)
 FREE = {"seed", "preset", "device", "threads", "objective.advantages", "checkpoint.every", "rewards.cache",
         "rewards.ranks", "distributed.branch_ranks", "distributed.shard", "exploration.rows",
         "optim.replay_rows", "optim.checkpointing"}  # fmt: skip
-"""Settings in which a run and its null runs may differ; rows and checkpointing change rounding alone."""
+"""Settings in which a run and its null runs may differ; rows and checkpointing change only rounding."""
 
 
 def read_null(
     path: Path, config: Entry, *, field: str = "--null", free: Collection[str] = ()
 ) -> dict[str, list[float]]:
-    """The gains of a file's null runs by prompt set.
+    """Read the gains of a file's null runs, by prompt set.
 
-    Raises ValueError, beginning with ``field``, where the file cannot be read, or its runs have other
-    settings than ``config``, those aside in which they are ``free`` to differ.
+    Raises ValueError, beginning with ``field``, if the file cannot be read or its runs have other settings
+    than ``config``. Settings in ``FREE`` and ``free`` may differ.
     """
     record = read_json(path)
     runs = record.get("runs") if isinstance(record, dict) else None
@@ -45,7 +44,7 @@ def read_null(
         raise ValueError(
             f"{field}: the advantages of the runs of {path} were not dealt at random: they may have learned"
         )
-    # A setting that was not there yet did what it does by default now.
+    # A setting that did not exist yet had the effect of today's default.
     theirs, ours = (comparable(asdict(Config()), free) | comparable(own, free) for own in (settings, config))
     if different := [name for name in theirs.keys() | ours.keys() if theirs.get(name) != ours.get(name)]:
         name = min(different)
@@ -57,10 +56,10 @@ def read_null(
 
 
 def kept_null(path: Path, config: Entry, places: Collection[str]) -> dict[str, dict[str, list[float]]]:
-    """``{"null": gains}`` of the null runs that a run was given, from its own copy of their file; else empty.
+    """``{"null": gains}`` from a run's own copy of the null runs' file; empty if it has none.
 
-    ``places`` are the settings that say where the run's files lie now. Empty with a warning, too, where the
-    run's other settings are no longer those of the null runs.
+    ``places`` are settings with the present locations of the run's files, which may differ. If any other
+    setting differs from the null runs', logs a warning and returns an empty mapping.
     """
     if not path.exists():
         return {}
@@ -72,7 +71,7 @@ def kept_null(path: Path, config: Entry, places: Collection[str]) -> dict[str, d
 
 
 def comparable(config: Mapping[str, Any], free: Collection[str] = ()) -> dict[str, Any]:
-    """The settings by dotted path that a run must have in common with its null runs, ``free`` ones aside."""
+    """The settings, by dotted path, that a run must share with its null runs: all but ``free`` ones."""
     flat: dict[str, Any] = {}
     for name, value in config.items():
         flat |= {f"{name}.{key}": v for key, v in value.items()} if isinstance(value, dict) else {name: value}
@@ -84,16 +83,16 @@ def comparable(config: Mapping[str, Any], free: Collection[str] = ()) -> dict[st
 
 
 def is_null_control(config: Entry) -> bool:
-    """True where the settings deal advantages to the branches at random."""
+    """True if the settings assign advantages to the branches at random."""
     return mapping(config, "objective").get("advantages") == "random"
 
 
 def over_seeds(gains: Sequence[float]) -> float | None:
-    """Standard deviation (ddof 1) over seeds; None for one."""
+    """Standard deviation (ddof 1) over seeds; None for a single seed."""
     return stdev(gains) if len(gains) > 1 else None
 
 
 def said_of(gains: Sequence[float]) -> str:
-    """The null runs in words."""
+    """The gains of null runs in words."""
     about = f"{signed(mean(gains))} \u00b1 {fixed(over_seeds(gains))} over seeds"
     return f"{len(gains)} null run(s): {about}, the best {signed(max(gains))}"

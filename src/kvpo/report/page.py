@@ -93,13 +93,13 @@ def build_page(run: RunRecord) -> str:
 
 
 def write_report(run_dir: Path | str, *, null: Path | str | None = None) -> Path:
-    """Write ``run_dir/report.html`` from what the run has left there so far, and return its path.
+    """Write ``run_dir/report.html`` from the files that the run has written so far, and return its path.
 
-    ``null`` names a file with the gains of null runs (``kvpo.report.null_runs``), by default those that the
-    run's summary knows.
+    ``null`` names a file with the gains of null runs (``kvpo.report.null_runs``); by default, those in the
+    run's summary are used.
 
-    Only ``config.yaml`` and ``metrics.jsonl`` must exist; anything else missing or unreadable is named on the
-    page. Raises ValueError if ``run_dir`` is not a run directory, or the null runs have other settings.
+    Only ``config.yaml`` and ``metrics.jsonl`` must exist; the page lists other files that are missing or
+    unreadable. Raises ValueError if ``run_dir`` is not a run directory, or the null runs have other settings.
     """
     directory = Path(run_dir)
     target, run = directory / "report.html", read_run(directory)

@@ -1,4 +1,4 @@
-"""The time of a run's updates: phases, ranks, bytes and waiting."""
+"""The time that a run's updates take: phases, ranks, bytes and waiting."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -19,7 +19,7 @@ MEANINGS = {
 
 
 def phases(run: RunRecord) -> str:
-    """Seconds per update of every phase, the mean over ranks and the slowest one, and the bytes sent."""
+    """Seconds per update in every phase (mean over ranks, and slowest rank), and the megabytes sent."""
     found = [entry["phases"] for entry in run.updates if isinstance(entry.get("phases"), dict)]
     if not found:
         return '<p class="missing">No update has said how long its phases took.</p>'
@@ -45,7 +45,7 @@ def phases(run: RunRecord) -> str:
 
 
 def _by_phase(found: Sequence[Mapping[str, Any]], kind: str) -> dict[str, list[float]]:
-    """Phase -> mean of the updates for every rank; an update of fewer ranks counts for those it had."""
+    """Phase -> mean over updates for every rank; an update with fewer ranks counts only for those it had."""
     values: dict[str, list[list[float]]] = {}
     for entry in found:
         for name, ranks in (entry.get(kind) or {}).items():

@@ -40,13 +40,13 @@ def hacking_radar(run: RunRecord) -> str:
 
 
 def _radar(entry: Entry) -> Entry:
-    """The radar's part of a validation; empty where it holds no paired change of the trained reward."""
+    """The radar's part of a validation; empty if it holds no paired change of the trained reward."""
     radar = mapping(entry, "radar")
     return radar if "gain" in numbers(radar.get("trained")) else {}
 
 
 def _verdict(last: Entry, summary: Entry, *, may_stop: bool, prompts: float) -> str:
-    """The last verdict in words, and what was done about it; ``prompts`` is how many it was reached on."""
+    """The last verdict in words and its consequences; ``prompts`` is the number of prompts behind it."""
     words = str(summary.get("verdict") or last.get("verdict") or "no verdict")
     stopped, best = number(summary.get("stopped_at")), number(summary.get("best"))
     kept = f" The best checkpoint is update {best:.0f}." if best is not None else ""
@@ -76,7 +76,7 @@ def _verdict(last: Entry, summary: Entry, *, may_stop: bool, prompts: float) -> 
 
 
 def _gains(points: list[tuple[float, Entry]]) -> str:
-    """Paired gain over updates, from zero at the base: the trained reward, the watchers, the unseen one."""
+    """Paired gains over updates, from zero at the base: trained reward, watchers and unseen scorer."""
     watchers = dict.fromkeys(name for _, radar in points for name in mapping(radar, "watchers"))
     panels = [_panel("Trained reward", "what alignment maximises", "aligned", points, "trained")]
     panels += [
@@ -94,7 +94,7 @@ def _gains(points: list[tuple[float, Entry]]) -> str:
 def _panel(
     title: str, note: str, colour: str, points: list[tuple[float, Entry]], *path: str, level: bool = False
 ) -> str:
-    """One small chart of a paired change: its gain from the base on, or (``level``) its value."""
+    """A small chart of a paired change, starting at the base: the gain, or (``level``) the value itself."""
     changes = []
     for _, radar in points:
         found: Any = radar

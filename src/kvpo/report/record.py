@@ -1,4 +1,4 @@
-"""Read what a run left on disk. Whatever is missing or unreadable becomes a line in ``problems``.
+"""Reads the files of a run. Anything missing or unreadable becomes a line in ``problems``.
 
 - ``config.yaml``, ``metrics.jsonl`` (lines of kind "update" and "validation"), ``summary.json``.
 - ``meanings.json``: {heading: {metric of an update: the sentence that explains it}}.
@@ -9,10 +9,10 @@
   fork_frame, window_frames, num_frames, members: [{name, video, routed_frames, reward, local, global,
   advantage, probability, and the residuals as the method calls them: energy, distance or residual}]}; the
   member named "anchor" is not routed, a routed frame of another prompt is {frame, prompt}, and ``video``
-  names a tensor in ``branches/branches.safetensors``. Advantages are those before the best and worst branches
-  are chosen and centred; branches that are not chosen have no probability. A group of ``causality`` also has
-  ``resident_frames``, 0, and where it can be read ``acts``, the looks of the actor of every act before the
-  fork, and ``shows`` of every member, the looks of whoever it shows after the window.
+  names a tensor in ``branches/branches.safetensors``. Advantages are the values before the best and worst
+  branches are chosen and centred; branches that are not chosen have no probability. A group of ``causality``
+  also has ``resident_frames`` (0). If they can be read, it has ``acts``, the look of the actor in every act
+  before the fork, and its members have ``shows``, the look of the actor after the window.
 
 Frame indices count latent frames from the start of the video, which has ``num_frames`` of them.
 """
@@ -55,7 +55,7 @@ class RunRecord:
     causality: list[Entry]
     """Groups whose branches were routed to acts 1 and 2."""
     problems: list[str] = field(default_factory=list)
-    """Descriptions of what was missing or unreadable; grows while videos are read."""
+    """A line for each thing that is missing or unreadable; grows while videos are read."""
 
 
 def read_run(directory: Path) -> RunRecord:
@@ -120,7 +120,7 @@ def _read_json(directory: Path, name: str, meaning: str, problems: list[str]) ->
 
 
 def _read_metrics(path: Path, problems: list[str]) -> tuple[list[Entry], list[Entry]]:
-    """Updates and validations by update number; after a resume the line written last counts."""
+    """Updates and validations in order of update numbers; after a resume, the line written last counts."""
     kinds: dict[str, dict[float, Entry]] = {"update": {}, "validation": {}}
     unreadable = 0
     for _, entry in json_lines(path):

@@ -13,11 +13,11 @@ from kvpo.report.formatting import escape, fill_page, significant
 
 @dataclass
 class ScoredVideo:
-    """A video file, its scores, and what kept it from having more."""
+    """A video file, its scores, and the reasons why others are missing."""
 
     path: Path
     name: str
-    """Path below the scored folder, as it is shown."""
+    """Displayed path, relative to the scored folder."""
     prompt: str
     scores: dict[str, float] = field(default_factory=dict)
     problems: dict[str, str] = field(default_factory=dict)
@@ -60,9 +60,9 @@ def write_scores_page(
     entries: Sequence[ScoredVideo],
     videos: Mapping[str, bytes],
 ) -> None:
-    """Write the page in one step, entries in the order in which they are shown first.
+    """Write the page atomically; the order of ``entries`` is the initial order on the page.
 
-    ``videos`` are mp4 files by entry name, for those that have one.
+    ``videos`` maps the names of entries to mp4 contents, for those that have a preview.
     """
     options = "".join(f'<option value="{i}">{escape(column)}</option>' for i, column in enumerate(columns))
     scored = sum(bool(entry.scores) for entry in entries)

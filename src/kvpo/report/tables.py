@@ -45,7 +45,7 @@ BRANCHINGS = {
 
 
 def checks(run: RunRecord) -> str:
-    """Numbers that must be zero: exactly, or for the first ratio within what rounding may add."""
+    """Numbers that must be zero: exactly or, for the first ratio, up to rounding."""
     found, checked = mapping(run.summary, "checks"), mapping(run.summary, "checked")
     if not found:
         return '<p class="missing">Exactness checks are in summary.json, which has not been written yet.</p>'
@@ -78,7 +78,7 @@ def checks(run: RunRecord) -> str:
 
 
 def accuracy(run: RunRecord) -> str:
-    """Demands met before and after, by what they demand, with their number."""
+    """Shares of demands met before and after, by kind of demand, with the number of demands."""
     rows = [
         (
             escape(title_of(str(name))),
@@ -102,7 +102,7 @@ def accuracy(run: RunRecord) -> str:
 
 
 def _diversity_sentence(methods: dict[str, dict[str, float]], forks: float) -> str:
-    """Routed branches against noise that moves the pixels as far; silent on too few forks to tell."""
+    """Compare routed branches with noise that changes the pixels as much, if there are enough forks."""
     routed, noise = methods.get("chr", {}), methods.get("noise_matched", {})
     parts = []
     if noise.get("attribute_diversity") and "attribute_diversity" in routed:
@@ -121,12 +121,12 @@ def _diversity_sentence(methods: dict[str, dict[str, float]], forks: float) -> s
 
 
 def diversity(run: RunRecord) -> str:
-    """Branches by routed history compared with branches by noise."""
+    """Compare branching by routed history with branching by noise."""
     found = mapping(run.summary, "diversity")
     methods = {str(key): own for key, value in found.items() if (own := numbers(value))}
     if not methods:
         return '<p class="missing">Branch diversity is in summary.json, which has not been written yet.</p>'
-    # A run measures it on as many long validation prompts as a sentence needs.
+    # A run measures diversity on at most as many long validation prompts as a sentence needs.
     forks = min(numbers(run.config.get("evaluation")).get("validation_prompts", 0.0), FEWEST_PROMPTS)
     keys = [*DIVERSITY, *dict.fromkeys(k for m in methods.values() for k in m if k not in DIVERSITY)]
     rows = []

@@ -26,18 +26,18 @@ SHORTEST_SIDE = 256
 
 
 def enlargement(size: Sequence[int]) -> int:
-    """The whole factor by which frames of this height and width are enlarged in video files."""
+    """The integer factor by which frames of this height and width are enlarged in video files."""
     return max(1, -(-SHORTEST_SIDE // min(size)))
 
 
 def enlarge(frame_HWC: np.ndarray, scale: int) -> np.ndarray:
-    """Repeat every pixel ``scale`` times in both directions, and the last row or column up to even sizes."""
+    """Repeat every pixel ``scale`` times in both directions; odd sizes grow by one repeated row or column."""
     large = frame_HWC.repeat(scale, axis=0).repeat(scale, axis=1)
     return np.pad(large, ((0, large.shape[0] % 2), (0, large.shape[1] % 2), (0, 0)), mode="edge")
 
 
 def shrink(frame_HWC: np.ndarray, factor: int) -> np.ndarray:
-    """Average ``factor`` x ``factor`` pixels; rows and columns that do not fill a square are cut off."""
+    """Average ``factor`` x ``factor`` pixels; rows and columns that do not fill a square are dropped."""
     rows, columns = frame_HWC.shape[0] // factor, frame_HWC.shape[1] // factor
     squares = frame_HWC[: rows * factor, : columns * factor].reshape(rows, factor, columns, factor, 3)
     return squares.mean(axis=(1, 3)).round().astype(np.uint8)
@@ -46,18 +46,18 @@ def shrink(frame_HWC: np.ndarray, factor: int) -> np.ndarray:
 def _encode(
     file: str | BinaryIO, frames_HWC: Iterable[np.ndarray], fps: float, quality: int, fragmented: bool = False
 ) -> None:
-    """Write frames of one even size; one frame is in memory at a time, and equal frames give equal bytes."""
-    # The macroblock tree of x264 with AVX-512 reads memory that nobody wrote. It costs bytes to do without.
+    """Write frames of one even size, holding one at a time in memory. Equal frames give equal bytes."""
+    # With AVX-512, the macroblock tree of x264 reads uninitialised memory. Files are larger without it.
     codec, options = "libx264", {"crf": str(quality), "preset": "veryfast", "mbtree": "0"}
     if codec not in av.codecs_available:
         codec, options = "mpeg4", {"qscale": str(max(1, quality // 3))}
-    # Moving the index to the front, for players on the web, reopens the file by name.
+    # Moving the index to the front, for web players, reopens the file by name.
     flags = "+frag_keyframe+empty_moov+default_base_moof" if fragmented else "+faststart"
     muxer = {"movflags": flags} if isinstance(file, str) else {}
     with av.open(file, "w", format="mp4", options=muxer) as container:
         stream = container.add_stream(codec, rate=Fraction(fps).limit_denominator(1001), options=options)
         stream.pix_fmt = "yuv420p"
-        stream.codec_context.thread_count = 1  # the number of threads decides how a frame is cut up
+        stream.codec_context.thread_count = 1  # the number of threads changes the slices of a frame
         for index, frame in enumerate(frames_HWC):
             if index == 0:
                 stream.height, stream.width = frame.shape[:2]
@@ -82,24 +82,24 @@ def write_video(path: Path, frames_THWC: Any, fps: float, *, scale: int = 1, qua
 
 
 def write_frames(path: Path, frames_HWC: Iterable[np.ndarray], fps: float, *, scale: int = 1) -> None:
-    """Write a fragmented mp4 of uint8 frames [H, W, 3] of one size, however many come.
+    """Write a fragmented mp4 from any number of uint8 frames [H, W, 3] of one size.
 
-    A player can begin before the file is complete, and one that was cut off plays up to there.
+    Players can start before the file is complete, and a truncated file plays up to its end.
     """
     _encode(str(path), (enlarge(frame, scale) for frame in frames_HWC), fps, 18, fragmented=True)
 
 
 def mp4_bytes(frames_THWC: np.ndarray, fps: float, *, scale: int = 1) -> bytes:
-    """The mp4 of ``write_video`` in memory."""
+    """Encode frames as ``write_video`` does, in memory."""
     buffer = io.BytesIO()
     _encode(buffer, (enlarge(frame, scale) for frame in as_frames(frames_THWC)), fps, 18)
     return buffer.getvalue()
 
 
 def video_bytes(frames_THWC: np.ndarray, fps: float, max_bytes: int) -> bytes:
-    """An mp4 of at most ``max_bytes`` if a harder compression, then a smaller picture, can reach it.
+    """Encode an mp4 of at most ``max_bytes``, if need be with stronger compression, then at a smaller size.
 
-    Otherwise the smallest attempt, which is larger.
+    If nothing fits, returns the smallest attempt, which is larger.
     """
     content = b""
     for quality, factor in ((24, 1), (30, 1), (30, 2), (36, 2), (36, 4)):
@@ -133,7 +133,7 @@ def side_by_side(videos: Sequence[Any], *, gap: int = 2) -> np.ndarray:
     """Join videos of one height from left to right, ``gap`` grey columns apart.
 
     A shorter video holds its last frame. Returns uint8 [T, H, sum of widths and gaps, 3]. Raises ValueError
-    for no video or different heights.
+    if there are no videos or their heights differ.
     """
     clips = [as_frames(video, f"videos[{i}]") for i, video in enumerate(videos)]
     heights = sorted({clip.shape[1] for clip in clips})
