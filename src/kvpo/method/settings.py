@@ -12,7 +12,7 @@ class OwnSettings:
     """Settings of one method."""
 
     EXPLORERS: ClassVar[tuple[str, ...]]
-    """The explorers that the method can learn from, its own first."""
+    """The explorers that the method can learn from, its default first."""
     STARTS_FROM: ClassVar[dict[str, object]] = {}
     """Defaults of the method that replace the preset's values."""
 
