@@ -168,7 +168,7 @@ def _objective(objective: ObjectiveConfig, exploration: ExplorationConfig, strea
 
 
 def check_explorer(config: Config, user: str) -> None:
-    """Raise ConfigurationError if the explorer cannot run; messages name the ``user`` that needs it."""
+    """Raise ConfigurationError if the settings do not suit the explorer; messages name its ``user``."""
     explorer, noise = config.exploration.explorer, config.exploration.noise
     _require(
         noise > 0 and (explorer != "neighbour" or noise <= 1),

@@ -32,8 +32,7 @@ class StorageError(OSError):
 
 
 def storage_error(path: Path, error: Exception) -> StorageError:
-    """Describe an ``error`` met while saving ``path``; some libraries name a full disk only in the
-    message."""
+    """Describe an ``error`` met while saving ``path``; some libraries hide a full disk in its message."""
     full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
     if full or os.strerror(errno.ENOSPC) in str(error):
         reason = "the disk is full"

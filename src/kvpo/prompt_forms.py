@@ -5,10 +5,10 @@ holds a list of records or texts, one record, or a timeline of Scope, which is o
 ``.tsv`` have a column ``prompt``.
 
 Records are ``{"prompt": text}`` (``prompt_en`` in VBench's lists), ``{"prompts": [...]}``, the interactive
-form of LongLive and MemFlow with the configuration's switch frames, and ``{"segments": [...], "switches":
-[...]}``. The latter may also set ``"num_frames"`` and, per switch, the number of blocks over which it blends,
-``"transitions"``. Records and tables may name the image or video that a video begins with, ``frames``,
-relative to their file.
+form of LongLive and MemFlow with the configuration's switch frames, and
+``{"segments": [...], "switches": [...]}``. The last may also set ``"num_frames"`` and ``"transitions"``, the
+number of blocks over which each switch blends. Records and tables may name the image or video that a video
+begins with in ``frames``, relative to their file.
 """
 
 import csv
