@@ -30,7 +30,7 @@ _HOME = {
 
 
 def __getattr__(name: str) -> Any:
-    """The functions of ``__all__``, imported when they are first asked for: torch takes seconds to load."""
+    """Import the functions of ``__all__`` on first access, because torch takes seconds to load."""
     if name not in _HOME:
         raise AttributeError(f"module 'kvpo' has no attribute {name!r}")
     return vars(importlib.import_module(_HOME[name]))[name]

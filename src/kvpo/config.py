@@ -23,7 +23,7 @@ WORLD_NOISE_FLOOR = 0.002
 BANK_FRAMES = 3
 """Frames of MemFlow's memory bank in every released configuration."""
 TOTAL = "total"
-"""Name of the weighted sum of all components among noise floors."""
+"""Key of the weighted sum of all components among ``noise_floors``."""
 
 
 @dataclass(frozen=True)
@@ -36,9 +36,9 @@ class BackboneConfig:
     """Sizes of the transformer: world, 1.3b, 1.3b-relative, 14b, or a JSON file or model folder of your own
     with the fields of diffusers' transformer/config.json."""
     checkpoint: str = ""
-    """Transformer weights, FILE or FILE#ENTRY: a .pt (an entry such as generator_ema instead of the first of
-    generator, generator_ema, model), .safetensors or diffusers directory; for the embedded generator a file
-    that `kvpo pretrain` wrote, empty: the one that ships with the package. `kvpo pretrain` begins with it."""
+    """Transformer weights, FILE or FILE#ENTRY: a .pt (ENTRY such as generator_ema; without: the first of
+    generator, generator_ema, model), .safetensors or diffusers directory. For the embedded generator, a file
+    that `kvpo pretrain` wrote; empty: the one that ships with the package. `kvpo pretrain` starts from it."""
     lora: str = ""
     """Adapter that belongs to the checkpoint (LongLive's and MemFlow's lora.pt), FILE or FILE#ENTRY (without:
     generator_lora; #ema is the moving average of a KVPO checkpoint); empty: none."""
@@ -54,23 +54,23 @@ class BackboneConfig:
 
     @property
     def from_files(self) -> bool:
-        """Weights and prompts come from files; the embedded world has its own."""
+        """True if weights and prompts come from files; the embedded world has its own."""
         return self.kind != "world"
 
 
 @dataclass(frozen=True)
 class PromptsConfig:
-    """Prompts of a file; without one the embedded world writes its own."""
+    """Prompts from a file; without one, the embedded world writes its own."""
 
     file: str = ""
     """Prompts of any form: .txt, .jsonl, .json, .csv or .tsv (docs/evaluation.md); a path or a hub id."""
     frames: tuple[int, ...] = (147,)
-    """Latent frames at which each prompt of a line ends, the last one being the video's length, where a line
-    does not say: 39,75,147 for three. The embedded world makes 30 where nothing else than 147 is given."""
+    """Latent frames at which the prompts of a line end, unless the line sets its own: 39,75,147 for three
+    prompts. The last is the video's length; the embedded world makes 30 frames if this is left at 147."""
 
     @property
     def switches(self) -> tuple[int, ...]:
-        """Latent frames at which the prompts of a line follow one another."""
+        """Latent frames at which the prompts of a line switch."""
         return self.frames[:-1]
 
     @property
@@ -90,19 +90,19 @@ class StreamConfig:
     sink: int = 3
     """First frames that are always attended to."""
     keep_sink_at_switch: bool = True
-    """At a prompt switch keep the sink's old keys (True) or replace the sink by re-encoded recent frames."""
+    """At a prompt switch, keep the sink's old keys (True) or replace the sink by re-encoded recent frames."""
     bank: tuple[Literal["memflow", "every-block", "sparse"], ...] = ()
-    """MemFlow's memory bank of three frames: memflow records every third block, with every-block all of them
-    (its single-prompt pipeline); sparse attends to the top three frames of sink and bank per head."""
+    """MemFlow's memory bank of three frames: memflow records every third block, or with every-block all of
+    them (its single-prompt pipeline); sparse attends to the top three frames of sink and bank per head."""
     transition_blocks: int = 0
-    """Blocks after a prompt switch whose text embedding moves linearly to the new prompt's: block k of n has
-    k / (n + 1) of it; 0 switches at once."""
+    """Blocks after a prompt switch over which the text embedding moves linearly to the new prompt's: block k
+    of n has k / (n + 1) of it; 0 switches at once."""
     size: tuple[int, int] = (8, 8)
-    """Rows and columns of the latents; a Wan VAE makes eight pixels of each."""
+    """Rows and columns of the latents; a Wan VAE decodes each to eight pixels."""
     schedule: tuple[float, ...] = (1.0, 0.75, 0.5, 0.25)
     """Solver positions u in (0, 1]; noise level sigma = shift u / (1 + (shift - 1) u)."""
     schedule_first: tuple[float, ...] = ()
-    """Solver positions of a video's first block, where few-step models take more there; empty: schedule."""
+    """Solver positions of the first block, where few-step models may take more steps; empty: schedule."""
     shift: float = 3.0
     """Timestep shift of the schedule."""
     step_rule: Literal["ode", "renoise"] = "ode"
@@ -148,8 +148,9 @@ class ExplorationConfig:
     tail_blocks: int = 2
     """Deployment blocks after the window for the global signal; late forks get less."""
     rows: int = 36
-    """Streams batched in one forward pass, whole groups if it holds any, which then go to one rank together;
-    0 means all branches of all prompts of a rank, so that the number of ranks changes the rounding."""
+    """Streams batched in one forward pass. If a whole group fits, passes hold whole groups, which then go to
+    one rank together. 0 means all branches of all prompts of a rank; the number of ranks then changes the
+    rounding."""
 
 
 @dataclass(frozen=True)
@@ -157,18 +158,18 @@ class ObjectiveConfig:
     """Settings that methods share: solver steps, advantages, branches that train, ratio, temperature, KL."""
 
     grad_steps: int = 2
-    """First solver steps that are learned from."""
+    """Number of leading solver steps to train on."""
     velocity_kl: float = 10.0
     """Weight of the mean squared velocity difference to the starting policy on anchor states."""
     advantages: Literal["anchor", "group", "random", "flipped"] = "group"
     """Relative to the anchor, centred on the group, or controls: the group's, permuted or negated."""
     scale: Literal["group", "collection"] = "group"
     """Reward spread that advantages are divided by: each group's own, or that of all groups collected
-    together, of which those whose branches hardly differ then count little."""
+    together, which gives little weight to groups with nearly equal branches."""
     keep: tuple[int, int] = (2, 2)
-    """Train on this many best and this many worst branches; 0,0: on all."""
+    """Train on this many best and this many worst branches; 0,0: on all of them."""
     clip: tuple[float, float] = (0.1, 0.2)
-    """Ratios are clipped to 1 - the first .. 1 + the second (every method but nft, rvm and self-distill)."""
+    """LOW,HIGH: ratios are clipped to [1 - LOW, 1 + HIGH] (every method but nft, rvm and self-distill)."""
     temperature: float | None = None
     """Gibbs temperature of kvpo and latent-distance; none calibrates it to each group's energies."""
 
@@ -182,8 +183,8 @@ class OptimConfig:
     lr: float = 1e-3
     """Peak learning rate of AdamW, reached in the fifth update."""
     ema_decay: float = 0.9
-    """Decay of the moving average of the trained parameters, which is what is evaluated and exported; after
-    n updates at most (1 + n) / (10 + n), and 0 keeps no average."""
+    """Decay of the moving average of the trained parameters, which is evaluated and exported. After n updates
+    it is at most (1 + n) / (10 + n); 0 keeps no average."""
     updates: int = 40
     """Optimiser updates."""
     prompts_per_update: int = 8
@@ -197,12 +198,12 @@ class OptimConfig:
     checkpointing: bool = False
     """Activation checkpointing in the replay."""
     compile: bool = False
-    """Compile the transformer's layers (torch.compile); results change by rounding alone."""
+    """Compile the transformer's layers (torch.compile); results change only by rounding."""
     autocast: Literal["none", "bfloat16"] = "none"
     """Autocast of the forward passes; master weights stay float32."""
     rollout_precision: Literal["same", "int8", "fp8"] = "same"
-    """Precision of the blocks' matrix products in training rollouts: the same as everywhere, or 8 bits (fp8:
-    GPUs from Ada and Hopper on, and slow on CPUs). Nothing else in a run is quantised."""
+    """Precision of the transformer blocks' matrix products in training rollouts: same as everywhere else, or
+    8 bits (fp8: on Ada, Hopper and newer GPUs; slow on CPUs). Nothing else in a run is quantised."""
 
 
 @dataclass(frozen=True)
@@ -231,14 +232,14 @@ class CheckpointConfig:
 
 @dataclass(frozen=True)
 class DistributedConfig:
-    """Sharing of a run among torchrun's ranks; results are the same bit for bit on one kind of device,
-    whatever their number, as long as exploration.rows is not 0 and branch_ranks is 1."""
+    """Distribution of a run over torchrun's ranks. On one kind of device, results are the same bit for bit
+    for any number of ranks, as long as exploration.rows is not 0 and branch_ranks is 1."""
 
     branch_ranks: int = 1
-    """Ranks that share each group and divide its branches among them, rounded down to a divisor of all
-    ranks; equal bit for bit where exploration.rows and optim.replay_rows leave one trajectory per pass."""
+    """Ranks that divide the branches of each group among them, rounded down to a divisor of the number of
+    ranks. Equal bit for bit if exploration.rows and optim.replay_rows leave one trajectory per pass."""
     shard: bool = False
-    """Spread weights, gradients and optimiser over the branch_ranks of a group (FSDP2)."""
+    """Shard weights, gradients and optimiser over the branch_ranks of a group (FSDP2)."""
 
 
 @dataclass(frozen=True)
@@ -252,21 +253,21 @@ class RewardConfig:
     weights: dict[str, float] = field(default_factory=dict)
     """Weights of components; by default 1 each, and the embedded world's own."""
     sources: dict[str, str] = field(default_factory=dict)
-    """Path or hub id of parts of catalogue rewards, watchers too: hpsv3.base=/models/Qwen2-VL-7B."""
+    """Paths or hub ids for parts of catalogue rewards, including watchers: hpsv3.base=/models/Qwen2-VL-7B."""
     top_share: float = 1.0
     """Share of a clip's frames, the best ones, that rewards of single frames average (Astrolabe: 0.3)."""
     transition_blocks: int = 0
-    """Blocks on either side of a prompt switch in an extra clip of the global signal; 0: no such clips."""
+    """Blocks on either side of a prompt switch that form an extra clip of the global signal; 0: no clips."""
     fusion: Literal["advantages", "rewards", "selective", "reversing"] = "advantages"
-    """Normalise components one by one and add; add and normalise; or the first, but withhold what only the
-    first component praises, or count it against the branch."""
+    """advantages: normalise components one by one, then add; rewards: add, then normalise; selective: as
+    advantages, but withhold what only the first component praises; reversing: count it against the branch."""
     noise_floors: dict[str, float] = field(default_factory=dict)
-    """Noise floor of components: a number, or a file of `kvpo calibrate` that is read once; total: floor of
-    the weighted sum, which holds for components without one of their own (0.002)."""
+    """Noise floors of components: a number, or a file of `kvpo calibrate` that is read once. total is the
+    floor of the weighted sum, and of components without a floor of their own (0.002)."""
     ranks: int = 0
-    """Number of ranks that load the rewards, the first ones; the others send them their clips. 0: all."""
+    """Number of ranks, from the first, that load the rewards; the others send them their clips. 0: all."""
     cache: str = ""
-    """Directory that keeps scores by the content of their clips; several runs may share it."""
+    """Directory that caches scores by clip content; several runs may share it."""
 
 
 @dataclass(frozen=True)
@@ -278,11 +279,11 @@ class Config:
     method: Literal["kvpo", "latent-distance", "flow-grpo", "cm-grpo", "nft", "rvm", "self-distill"] = "kvpo"
     """Method by which the policy learns from the branches of a fork; each method has a section of its own."""
     seed: int = 0
-    """Keys every random draw of the run."""
+    """Seed of every random draw of the run."""
     device: str = "cpu"
     """Torch device."""
     threads: int = 0
-    """Torch threads on the CPU; 0: one if the device is the CPU, else as many as torch takes by itself."""
+    """Torch threads on the CPU; 0: one if the device is the CPU, else torch's default."""
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
     prompts: PromptsConfig = field(default_factory=PromptsConfig)
     stream: StreamConfig = field(default_factory=StreamConfig)
@@ -303,12 +304,12 @@ class Config:
 
     @property
     def on_cpu(self) -> bool:
-        """The device is the CPU, as "cpu" or "cpu:0"."""
+        """True if the device is the CPU, as "cpu" or "cpu:0"."""
         return self.device.partition(":")[0] == "cpu"
 
     @cached_property
     def model(self) -> WanShape:
-        """Geometry of the transformer on latents of this size. Raises ValueError where there is none."""
+        """Geometry of the transformer on latents of this size. Raises ValueError if there is none."""
         height, width = self.stream.size
         return replace(geometry(self.backbone.geometry), latent_height=height, latent_width=width)
 
@@ -320,6 +321,6 @@ class Config:
 
     @property
     def method_settings(self) -> MethodSettings[Any]:
-        """All that the chosen method reads."""
+        """All settings that the chosen method reads."""
         objective = self.objective
         return MethodSettings(self.own_settings, objective.clip, objective.temperature, objective.grad_steps)

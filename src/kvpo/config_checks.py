@@ -15,11 +15,11 @@ from kvpo.config import (
 from kvpo.prompts import VideoPrompt, check_shown
 
 MOST_THREADS = 1024
-"""More than a machine has cores; torch crashes at many more."""
+"""Upper limit of ``threads``: more than a machine has cores, well below where torch crashes."""
 
 
 class ConfigurationError(ValueError):
-    """A setting cannot be used; the message is one line that names it."""
+    """A setting is invalid; the message is one line that names it."""
 
 
 def check(config: Config) -> None:
@@ -56,7 +56,7 @@ def _require(holds: bool, path: str, value: object, what: str) -> None:
 
 def _hacking(config: Config) -> None:
     evaluation = config.evaluation
-    # A reward is the same one on whatever server it runs.
+    # A reward is the same one whichever server it runs on.
     scorers = {name.partition("@")[0] for name in config.rewards.scorers}
     trained = [name for name in evaluation.watchers if name.partition("@")[0] in scorers]
     _require(not trained, "evaluation.watchers", ", ".join(trained), "rewards that are not trained on")
@@ -168,7 +168,7 @@ def _objective(objective: ObjectiveConfig, exploration: ExplorationConfig, strea
 
 
 def check_explorer(config: Config, user: str) -> None:
-    """Raise ConfigurationError where the explorer cannot tell branches apart as its ``user`` needs it."""
+    """Raise ConfigurationError if the settings do not suit the explorer; messages name its ``user``."""
     explorer, noise = config.exploration.explorer, config.exploration.noise
     _require(
         noise > 0 and (explorer != "neighbour" or noise <= 1),

@@ -1,4 +1,4 @@
-"""Packages that only some uses need: those of the extras in ``pyproject.toml``."""
+"""Optional dependencies: the packages of the extras in ``pyproject.toml``."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,7 +10,7 @@ class MissingPackageError(ValueError):
 
 @contextmanager
 def extra(name: str) -> Iterator[None]:
-    """Import packages of the extra ``name`` in this block. Raises MissingPackageError."""
+    """Import packages of the extra ``name`` in this block. Raises MissingPackageError if one is missing."""
     try:
         yield
     except ModuleNotFoundError as error:

@@ -1,6 +1,6 @@
-"""Files: written whole or not at all, under the user's umask; read with one-line errors.
+"""File access: atomic writes under the user's umask, and reads with one-line errors.
 
-After a kill or on a full disk the old version or the new one is there, whole. Nothing here knows tensors.
+After a kill or on a full disk, the old or the new version is there, whole. Nothing here handles tensors.
 """
 
 import errno
@@ -20,11 +20,11 @@ TEMPORARY_PREFIX = ".incomplete-"
 REPLACED_PREFIX = f"{TEMPORARY_PREFIX}old-"
 NAMES_SHOWN = 12
 POINTER = re.compile(rb"(?:\xef\xbb\xbf)?(?:version https?://(?:git-lfs|hawser|git-media)|(/annex/objects/))")
-"""First bytes of the pointers of Git LFS, also under its former names, and of git-annex."""
+"""First bytes of pointer files of Git LFS (also under its former names) and git-annex."""
 POINTER_BYTES = 1024
-"""Pointers are smaller than this."""
+"""Pointer files are smaller than this."""
 MOST_NESTED = 100
-"""Levels of JSON that are read; everything that is written has fewer than ten."""
+"""Deepest nesting of JSON that is read; everything that is written has fewer than ten levels."""
 
 
 class StorageError(OSError):
@@ -32,7 +32,7 @@ class StorageError(OSError):
 
 
 def storage_error(path: Path, error: Exception) -> StorageError:
-    """Describe ``error`` met while saving ``path``; some libraries hide a full disk in their message text."""
+    """Describe an ``error`` met while saving ``path``; some libraries hide a full disk in its message."""
     full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
     if full or os.strerror(errno.ENOSPC) in str(error):
         reason = "the disk is full"
@@ -45,9 +45,9 @@ def storage_error(path: Path, error: Exception) -> StorageError:
 def new_file(path: Path, *, failures: tuple[type[Exception], ...] = ()) -> Iterator[Path]:
     """Yield a file next to ``path`` that replaces it in one step when the block ends without an error.
 
-    Its permissions are those of any new file, not those that a library gives its files. ``failures`` are
-    further exception types that mean "could not be written". Raises StorageError when it cannot be written
-    (disk full, no permission); the old file then stays as it was and no temporary file is left.
+    It gets the permissions of any new file, whatever a library gives its files. ``failures`` are further
+    exception types that mean "could not be written". Raises StorageError if the file cannot be written (disk
+    full, no permission); the old file then stays as it was and no temporary file is left.
     """
     temporary = _temporary_next_to(path)
     try:
@@ -65,7 +65,7 @@ def new_file(path: Path, *, failures: tuple[type[Exception], ...] = ()) -> Itera
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:
-    """Replace the file ``path`` by ``content`` in one step. Raises StorageError as `new_file`."""
+    """Replace the file ``path`` with ``content`` in one step. Raises StorageError like `new_file`."""
     with new_file(path) as temporary:
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
 
@@ -74,7 +74,7 @@ def write_atomic(path: Path, content: str | bytes) -> None:
 def whole_lines(path: Path) -> Iterator[None]:
     """Keep what the block appends to the file ``path`` only if the block ends without an error.
 
-    Raises StorageError where it cannot be written.
+    Raises StorageError if the file cannot be written.
     """
     size = path.stat().st_size if path.exists() else 0
     try:
@@ -91,8 +91,8 @@ def whole_lines(path: Path) -> Iterator[None]:
 def new_directory(path: Path, *, failures: tuple[type[Exception], ...] = ()) -> Iterator[Path]:
     """Yield an empty directory that becomes ``path`` in one step when the block ends without an error.
 
-    What the block writes there is flushed and given the permissions of new files before the rename; an
-    existing ``path`` is replaced. ``failures`` and errors are those of `new_file`.
+    Before the rename, the files in it are flushed and given the permissions of new files. An existing
+    ``path`` is replaced. ``failures`` and errors are those of `new_file`.
     """
     temporary, replaced = _temporary_next_to(path), path.with_name(f"{REPLACED_PREFIX}{path.name}")
     try:
@@ -118,16 +118,16 @@ def new_directory(path: Path, *, failures: tuple[type[Exception], ...] = ()) -> 
 
 
 def remove_directory(path: Path) -> None:
-    """Remove a directory so that, killed at any moment, ``path`` is either whole or gone."""
+    """Remove a directory so that ``path`` is either whole or gone, even if the process is killed."""
     doomed = _temporary_next_to(path)
     os.replace(path, doomed)
     shutil.rmtree(doomed)
 
 
 def remove_leftovers(directory: Path) -> None:
-    """Remove what killed processes left half-written in ``directory``, whose lock must be held.
+    """Remove what killed processes left half-written in ``directory``; the caller must hold its lock.
 
-    What was about to be replaced comes back if nothing has taken its place.
+    A directory that was about to be replaced is restored if nothing has taken its place.
     """
     for path in directory.glob(f"{REPLACED_PREFIX}*"):
         if not (replaced := directory / path.name.removeprefix(REPLACED_PREFIX)).exists():
@@ -149,7 +149,7 @@ def sync(path: Path) -> None:
 
 
 def temporary_name() -> str:
-    """A file name that no other process uses, on whatever machine: those in containers have equal numbers."""
+    """A file name that no other process uses on any machine; process ids would repeat between containers."""
     return f"{TEMPORARY_PREFIX}{secrets.token_hex(4)}"
 
 
@@ -158,13 +158,13 @@ def _temporary_next_to(path: Path) -> Path:
 
 
 def local_path(given: str | Path, what: str) -> Path:
-    """A path as its user means it: ``~`` is the home directory, and an empty text no path.
+    """Expand ``~`` in a path that a user gave, and refuse an empty one.
 
     Args:
-        what: what the path was given as, for messages.
+        what: name of the argument, for messages.
 
     Raises:
-        ValueError: empty, or the home of a user that the system does not know.
+        ValueError: the path is empty, or names the home of an unknown user.
     """
     if not str(given):
         raise ValueError(f"{what}: empty; name a file or directory")
@@ -175,9 +175,9 @@ def local_path(given: str | Path, what: str) -> Path:
 
 
 def cache_directory(name: str) -> Path:
-    """Directory for what may be computed again: $KVPO_CACHE, else kvpo in $XDG_CACHE_HOME or ~/.cache.
+    """Directory for recomputable files: $KVPO_CACHE, else kvpo in $XDG_CACHE_HOME or ~/.cache.
 
-    Raises ValueError, naming the variable, for the home of a user that the system does not know.
+    Raises ValueError, naming the variable, for the home of an unknown user.
     """
     if own := os.environ.get("KVPO_CACHE"):
         return local_path(own, "KVPO_CACHE") / name
@@ -185,11 +185,11 @@ def cache_directory(name: str) -> Path:
 
 
 def output_file(given: str | Path, what: str) -> Path:
-    """The path of a file to be written, its directory made now: work whose result has no place is not begun.
+    """Check the path of an output file and create its directory, before any work is done for it.
 
     Raises:
-        ValueError: see `local_path`; also a directory.
-        StorageError: the directory cannot be made.
+        ValueError: see `local_path`; also if the path is a directory.
+        StorageError: the directory cannot be created.
     """
     path = local_path(given, what)
     if path.is_dir():
@@ -202,10 +202,10 @@ def output_file(given: str | Path, what: str) -> Path:
 
 
 def refuse_pointers(*paths: Path) -> None:
-    """Refuse pointers of Git LFS and git-annex, files that stand for content which was not fetched.
+    """Refuse pointer files of Git LFS and git-annex, which stand for content that was not fetched.
 
     Args:
-        paths: files, and directories whose own files are looked at; what does not exist is passed over.
+        paths: files, and directories whose own files are checked; missing paths are skipped.
 
     Raises:
         ValueError: naming the first pointer.
@@ -221,7 +221,7 @@ def refuse_pointers(*paths: Path) -> None:
 
 
 def read_bytes(path: Path) -> bytes:
-    """The content of a file. Raises ValueError: no file, not permitted, a pointer of Git LFS or git-annex."""
+    """The content of a file. Raises ValueError: missing, not permitted, a pointer of Git LFS or git-annex."""
     if not path.is_file():
         raise ValueError(f"{path}: {'a directory' if path.is_dir() else 'no such file'}")
     try:
@@ -232,10 +232,10 @@ def read_bytes(path: Path) -> bytes:
 
 
 def read_text(path: Path) -> str:
-    """The content of a UTF-8 file, a byte order mark left out.
+    """The content of a UTF-8 file, without its byte order mark.
 
     Raises:
-        ValueError: see `read_bytes`; also bytes that are not UTF-8, with their line.
+        ValueError: see `read_bytes`; also for bytes that are not UTF-8, naming their line.
     """
     content = read_bytes(path)
     try:
@@ -253,7 +253,7 @@ def parse_json(text: str) -> Any:
     """The value of a JSON text.
 
     Raises:
-        ValueError: not JSON, nested too deeply, a field given twice, half of a surrogate pair.
+        ValueError: the text is not JSON, is nested too deeply, repeats a field, or has a lone surrogate.
     """
     try:
         value = json.loads(text, object_pairs_hook=_fields)
@@ -268,7 +268,7 @@ def parse_json(text: str) -> Any:
 
 
 def refuse_halves(value: Any) -> None:
-    """Refuse texts that no file can hold, halves of surrogate pairs, anywhere in a JSON value.
+    """Refuse lone surrogates, which no file can hold, anywhere in a JSON value.
 
     Raises:
         ValueError: naming the first.
@@ -309,9 +309,9 @@ def read_json(path: Path) -> Any:
 
 
 def json_lines(path: Path) -> list[tuple[str, dict[str, Any] | None]]:
-    """The lines of a file of JSON objects, each with its object; None where a line does not hold one.
+    """The lines of a JSON Lines file, each with its object, or None if the line holds none.
 
-    A process that is still writing, or was killed, may have cut the last line. Empty lines are left out.
+    The last line may be cut off, if its process is still writing or was killed. Empty lines are skipped.
     """
     found: list[tuple[str, dict[str, Any] | None]] = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
@@ -335,7 +335,7 @@ def finite(value: Any) -> Any:
 
 
 def printable(text: str) -> str:
-    """``text`` with escapes for what breaks lines and files: line ends, and bytes that are not UTF-8."""
+    """``text`` with escapes for control characters, line ends, and bytes that are not UTF-8."""
     breaks = ("Cc", "Cs", "Zl", "Zp")
     return "".join(
         c.encode("unicode_escape").decode() if unicodedata.category(c) in breaks else c for c in text
@@ -343,7 +343,7 @@ def printable(text: str) -> str:
 
 
 def demand_utf8(path: Path) -> None:
-    """Refuse a path that safetensors cannot open. Raises ValueError."""
+    """Raise ValueError for a path that is not UTF-8, which safetensors cannot open."""
     try:
         str(path).encode()
     except UnicodeEncodeError as error:
@@ -353,7 +353,7 @@ def demand_utf8(path: Path) -> None:
 
 
 def named_list(names: Iterable[str], shown: int = NAMES_SHOWN) -> str:
-    """The first ``shown`` names and how many more there are."""
+    """The first ``shown`` names, and how many more there are."""
     every = list(names)
     listed = ", ".join(every[:shown])
     return listed if len(every) <= shown else f"{listed} and {len(every) - shown} more"

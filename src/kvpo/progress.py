@@ -16,7 +16,7 @@ from rich.progress import (
 )
 
 NOTES = {"reward_mean": "reward", "loss": "loss"}
-"""Numbers that a bar shows, and what it calls them."""
+"""Metrics that a bar can show -> their labels."""
 
 
 class Bars:
@@ -27,7 +27,7 @@ class Bars:
         self.tasks: dict[str, TaskID] = {}
 
     def __call__(self, stage: str, done: int, total: int, numbers: Mapping[str, float] | None = None) -> None:
-        """Show ``done`` of ``total`` steps, and the first of ``NOTES`` that ``numbers`` hold."""
+        """Show ``done`` of ``total`` steps, and the first of ``NOTES`` that is among ``numbers``."""
         if stage not in self.tasks:
             self.tasks[stage] = self.display.add_task(stage, total=total, note="")
         notes = [f"{word} {numbers[name]:.3f}" for name, word in NOTES.items() if name in (numbers or {})]
@@ -36,7 +36,7 @@ class Bars:
 
 @contextmanager
 def progress_bars(*, lasting: bool = True, shown: bool = True) -> Iterator[Bars]:
-    """Show bars while the block runs; those that do not last vanish at its end and need a terminal."""
+    """Show bars while the block runs. Bars that are not ``lasting`` vanish at its end and need a terminal."""
     display = Progress(
         TextColumn("{task.description}"),
         BarColumn(),

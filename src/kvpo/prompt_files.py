@@ -1,4 +1,4 @@
-"""Prompt files of every form that people have: one reader, and every problem with its file and line."""
+"""Prompt files of every form: one reader, which reports every problem with its file and line."""
 
 import csv
 import io
@@ -17,36 +17,36 @@ from kvpo.prompts import VideoPrompt, check_shown
 logger = logging.getLogger(__name__)
 
 LATENT_RATE = 4.0
-"""Latent frames per second of the public generators: a timeline counts in seconds."""
+"""Latent frames per second of the public generators, for timelines, which count in seconds."""
 
 
 @dataclass(frozen=True)
 class PromptFile:
-    """The prompts of a file, and the problems of what could not be read as one."""
+    """The prompts of a file, and the problems of records that could not be read."""
 
     path: Path
     prompts: tuple[VideoPrompt, ...]
     lines: tuple[int, ...]
-    """The line of every prompt."""
+    """Line number of every prompt."""
     problems: tuple[str, ...] = ()
-    """Each with file and line."""
+    """One message per problem, with file and line."""
 
     def at(self, index: int) -> str:
-        """The place of a prompt, for messages."""
+        """Location of a prompt, for messages."""
         return f"{self.path}, line {self.lines[index]}"
 
     def sound(self) -> "PromptFile":
-        """Itself. Raises ValueError with the first problem where there is one."""
+        """Return the file itself. Raises ValueError with the first problem, if there is one."""
         if self.problems:
             raise ValueError(self.problems[0])
         return self
 
 
 def read_prompts(path: str | Path, **reading: Any) -> list[VideoPrompt]:
-    """The prompts of a file, in order. Takes what `examine` takes.
+    """The prompts of a file, in order. Takes the arguments of `examine`.
 
     Raises:
-        ValueError: naming file and line of the first problem: see `examine`.
+        ValueError: the first problem, with file and line; see `examine`.
     """
     return list(examine(path, **reading).sound().prompts)
 
@@ -60,20 +60,20 @@ def examine(
     block: int = 1,
     latent_rate: float = LATENT_RATE,
 ) -> PromptFile:
-    """The prompts of a file, numbered from ``first_id``, and everything that is wrong with it.
+    """Read the prompts of a file, numbered from ``first_id``, and collect every problem in it.
 
     The suffix decides the form (``kvpo.prompt_forms``).
 
     Args:
         num_frames: latent frames of each video.
-        switches: latent frames at which the segments of ``{"prompts": [...]}`` follow one another.
-        block: latent frames generated together, of which every segment needs some.
+        switches: latent frames at which the segments of ``{"prompts": [...]}`` switch.
+        block: latent frames generated together; every segment needs at least one block.
         latent_rate: latent frames per second, for timelines.
 
-    Problems are blank lines or segments, no JSON, unknown fields, another number of segments than before or
-    than the switches need, switch frames that do not increase inside the video or leave a segment without a
-    block, and frames to begin with that are no file. Raises ValueError for a prompt file that is missing,
-    empty, of no known form, or not UTF-8.
+    Problems are blank lines or segments, invalid JSON, unknown fields, a number of segments that differs from
+    the lines before or does not match the switches, switch frames that do not increase inside the video or
+    leave a segment without a block, and ``frames`` that name no file. Raises ValueError if the prompt file is
+    missing, empty, of no known form, or not UTF-8.
     """
     path = Path(path)
     records = FORMS.get(path.suffix.lower())
@@ -111,12 +111,13 @@ def examine(
 
 
 def extended(short: PromptFile, path: str | Path, **reading: Any) -> PromptFile:
-    """The same videos under the extended texts of another file, which pairs with ``short`` line by line.
+    """The same videos with the extended texts of another file, which pairs with ``short`` line by line.
 
-    ``path`` may also be a JSON object that maps short texts to extended ones. Takes what `examine` takes.
+    ``path`` may also be a JSON object that maps short texts to extended ones. Takes the arguments of
+    `examine`.
 
     Raises:
-        ValueError: files that do not pair, with the line; texts that are the shorter ones of their pairs.
+        ValueError: the files do not pair, naming the line; or most texts are shorter than those of ``short``.
     """
     long = Path(path)
     if long.suffix.lower() == ".json" and isinstance(texts := read_json(long), dict):
@@ -149,10 +150,10 @@ def extended(short: PromptFile, path: str | Path, **reading: Any) -> PromptFile:
 def written(prompts: Sequence[VideoPrompt], path: Path, num_frames: int | None = None) -> str:
     """The content of a prompt file at ``path``, as `examine` reads it; frames are named relative to it.
 
-    ``num_frames`` are the latent frames of videos where a file says nothing (None: it does not matter).
+    ``num_frames`` is the default length in latent frames, for forms that hold no lengths (None: any).
 
     Raises:
-        ValueError: no such form, or one that cannot hold several segments, lengths, or frames.
+        ValueError: the form is unknown, or cannot hold several segments, lengths, or frames.
     """
     suffix = path.suffix.lower()
     begins = [prompt.frames and os.path.relpath(prompt.frames, path.parent) for prompt in prompts]
@@ -190,17 +191,17 @@ def written(prompts: Sequence[VideoPrompt], path: Path, num_frames: int | None =
 
 
 def prompt_record(prompt: VideoPrompt) -> dict[str, Any]:
-    """A prompt as the object that a line of a ``.jsonl`` file holds."""
+    """A prompt as the object on a line of a ``.jsonl`` file."""
     record = {name: getattr(prompt, name) for name in ("segments", "switches", "num_frames")}
     said = any(blocks is not None for blocks in prompt.transitions)
     return {**record, "transitions": prompt.transitions} if said else record
 
 
 def repeats(prompts: Sequence[VideoPrompt]) -> list[list[VideoPrompt]]:
-    """Distinct prompts in order, each with its repeats: those that read alike.
+    """Group prompts that read alike, in order of their first appearance.
 
-    They differ in case, in spaces, in characters that cannot be seen, or in how Unicode spells a letter, and
-    begin with the same frames.
+    Prompts of a group begin with the same frames, and differ only in case, whitespace, invisible characters
+    or Unicode spelling.
     """
     found: dict[tuple[Path | str | None, ...], list[VideoPrompt]] = {}
     for prompt in prompts:
@@ -209,11 +210,11 @@ def repeats(prompts: Sequence[VideoPrompt]) -> list[list[VideoPrompt]]:
 
 
 def _begins_with(path: Path, frames: str | None) -> Path | None:
-    """The file that a record of ``path`` names. Raises ValueError where it is not there."""
+    """The file that a record of ``path`` names. Raises ValueError if there is none."""
     if frames is None:
         return None
     file = path.parent / frames.strip()
-    if not os.path.isfile(file):  # False, too, for what no path can be: the image itself in base64
+    if not os.path.isfile(file):  # also False for what cannot be a path: an image in base64
         raise ValueError(
             f"frames: {str(file)[:300]} is not a file; give an image or a video, relative to {path.name}"
         )
@@ -221,7 +222,7 @@ def _begins_with(path: Path, frames: str | None) -> Path | None:
 
 
 def _text(path: Path) -> str:
-    """The text of a file with line ends of one kind."""
+    """The text of a file with normalised line ends."""
     if not path.exists():
         raise ValueError(f"{path}: no such prompt file")
     text = read_text(path).replace("\r\n", "\n").replace("\r", "\n").rstrip()

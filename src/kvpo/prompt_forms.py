@@ -1,12 +1,14 @@
-"""The forms that prompts are written in: lines, JSON, tables, timelines; parsed record by record.
+"""The forms of prompt files: lines, JSON, tables, timelines; parsed record by record.
 
-``.txt`` holds one prompt per line, ``# ...`` is a comment; ``.jsonl`` a record per line; ``.json`` a list of
-records or texts, one record, or a timeline of Scope, which is one video; ``.csv`` and ``.tsv`` have a column
-``prompt``. Records are ``{"prompt": text}`` (``prompt_en`` in VBench's lists), ``{"prompts": [...]}``, the
-interactive form of LongLive and MemFlow, whose switch frames the configuration has, and
-``{"segments": [...], "switches": [...]}``, which may also set ``"num_frames"`` and, per
-switch, the blocks over which it blends, ``"transitions"``. Records and tables may name the image or video
-that a video begins with, ``frames``, relative to their file.
+``.txt`` holds one prompt per line; ``# ...`` is a comment. ``.jsonl`` holds a record per line. ``.json``
+holds a list of records or texts, one record, or a timeline of Scope, which is one video. ``.csv`` and
+``.tsv`` have a column ``prompt``.
+
+Records are ``{"prompt": text}`` (``prompt_en`` in VBench's lists), ``{"prompts": [...]}``, the interactive
+form of LongLive and MemFlow with the configuration's switch frames, and
+``{"segments": [...], "switches": [...]}``. The last may also set ``"num_frames"`` and ``"transitions"``, the
+number of blocks over which each switch blends. Records and tables may name the image or video that a video
+begins with in ``frames``, relative to their file.
 """
 
 import csv
@@ -31,7 +33,7 @@ FORMATS = (
 
 @dataclass(frozen=True)
 class Asked:
-    """A prompt as a file has it."""
+    """A prompt as it is written in a file."""
 
     segments: tuple[str, ...]
     switches: tuple[int, ...] | None = ()
@@ -40,15 +42,15 @@ class Asked:
     """None: the configuration's."""
     transitions: tuple[int | None, ...] = ()
     frames: str | None = None
-    """The file that the video begins with, as it is written."""
+    """The file that the video begins with, as written."""
 
 
 AtLine = tuple[int, Callable[[], Any]]
-"""A line, and the call that parses what stands there: its problems belong to the line."""
+"""A line number, and the call that parses the record there; its errors belong to the line."""
 
 
 def _lines(text: str) -> Iterator[tuple[int, str]]:
-    """Numbered lines without their ends."""
+    """Numbered lines without surrounding spaces."""
     return enumerate(map(str.strip, text.split("\n")), 1) if text else iter(())
 
 
@@ -148,7 +150,7 @@ _ONE = ("prompt", "prompt_en")
 
 
 def asked(record: Any, unread: set[str]) -> Asked:
-    """The prompt of a text or a record; ``unread`` takes the names of fields that say nothing here.
+    """Parse a text or a record; names of ignored fields are added to ``unread``.
 
     Raises ValueError for anything else.
     """
@@ -163,7 +165,7 @@ def asked(record: Any, unread: set[str]) -> Asked:
     )
     unknown = record.keys() - allowed - {field, "frames"}
     if field in _ONE and "switches" not in unknown:
-        unread |= unknown  # those of data sets describe their prompts
+        unread |= unknown  # fields of data sets, which describe their prompts
     elif unknown:
         raise ValueError(f"unknown field {', '.join(sorted(unknown))} beside {field}; {FORMATS}")
     segments = texts_of([record[field]] if field in _ONE else record[field], field)
@@ -185,7 +187,7 @@ def asked(record: Any, unread: set[str]) -> Asked:
 
 
 TIMELINE_SECONDS = 1e9
-"""Times of a timeline are smaller than thirty years: frames can be counted."""
+"""Upper limit of times in a timeline, about thirty years, so that frames can be counted."""
 
 
 def is_timeline(record: Any) -> bool:
@@ -195,10 +197,10 @@ def is_timeline(record: Any) -> bool:
 
 
 def timeline(record: dict[str, Any], block: int, latent_rate: float) -> Asked:
-    """A timeline as one video: seconds become latent frames, the length whole blocks.
+    """Convert a timeline to one video: seconds become latent frames, the length whole blocks.
 
-    A blend of several texts is joined by commas, as Scope itself shows it; entries without length are not
-    shown there and are left out.
+    The texts of a blend are joined by commas, as Scope itself shows them. Entries of no length are left out,
+    since Scope does not show them. Raises ValueError for malformed entries, or if nothing is shown.
     """
     cues: list[tuple[float, float, str]] = []
     for number, entry in enumerate(record["prompts"], 1):
@@ -210,7 +212,7 @@ def timeline(record: dict[str, Any], block: int, latent_rate: float) -> Asked:
                 f"entry {number} of the timeline needs startTime and endTime, numbers of seconds, and "
                 f"prompts, each with a text; got {json.dumps(entry)[:60]}"
             ) from error
-        if not all(abs(time) < TIMELINE_SECONDS for time in (start, end)):  # nan is not, either
+        if not all(abs(time) < TIMELINE_SECONDS for time in (start, end)):  # nan fails this, too
             raise ValueError(
                 f"entry {number} of the timeline lasts from {start} to {end}; give seconds, fewer than "
                 f"{TIMELINE_SECONDS:g}"
@@ -227,7 +229,7 @@ def timeline(record: dict[str, Any], block: int, latent_rate: float) -> Asked:
 
 
 def texts_of(value: object, field: str) -> tuple[str, ...]:
-    """A list of texts that can be read, without spaces around them. Raises ValueError, naming ``field``."""
+    """Strip a list of texts. Raises ValueError unless there is at least one text and none is blank."""
     if not isinstance(value, list) or not value or not all(isinstance(text, str) for text in value):
         raise ValueError(f"{field} must be a list of at least one text, got {json.dumps(value)[:60]}")
     if empty := [i for i, text in enumerate(value, 1) if blank(text)]:
@@ -240,11 +242,11 @@ def _is_frame(value: object) -> bool:
 
 
 def blank(text: str) -> bool:
-    """True if a reader sees nothing."""
+    """True if a text has no visible characters."""
     return not as_read(text)
 
 
 def as_read(text: str) -> str:
-    """The text as a reader takes it in: without what cannot be seen, in one case and one spelling."""
+    """The text as a reader sees it: without invisible characters, in one case and one Unicode spelling."""
     seen = "".join(c for c in unicodedata.normalize("NFKC", text) if unicodedata.category(c) != "Cf")
     return " ".join(unicodedata.normalize("NFKC", seen.casefold()).split())

@@ -9,11 +9,11 @@ from pathlib import Path
 class VideoPrompt:
     """One video's request.
 
-    ``id`` keys the noise tape (never the text), so the same id under another policy sees the same noise.
-    ``switches[i]`` is the latent frame from which ``segments[i + 1]`` holds; it acts at the first block
-    whose first frame is at or after it. ``transitions[i]`` is the number of blocks over which that switch
-    blends; None, or no transitions at all: ``stream.transition_blocks``. ``frames`` is the image or video
-    that it begins with; None: noise.
+    ``id`` keys the noise tape (the text never does), so the same id under another policy sees the same noise.
+    ``switches[i]`` is the latent frame from which ``segments[i + 1]`` holds; it acts at the first block whose
+    first frame is at or after it. ``transitions[i]`` is the number of blocks over which that switch blends;
+    None, or no transitions at all: ``stream.transition_blocks``. ``frames`` is the image or video that the
+    video begins with; None: noise.
     """
 
     id: int
@@ -54,15 +54,15 @@ class VideoPrompt:
 
     @staticmethod
     def acts_at(switch: int, block: int) -> int:
-        """First frame of the block that a switch acts at, in blocks of ``block`` frames."""
+        """First frame of the block at which a switch acts, in blocks of ``block`` frames."""
         return -(-switch // block) * block
 
 
 def check_shown(prompt: VideoPrompt, block: int) -> None:
     """Raise ValueError for a segment that no block of ``block`` frames shows.
 
-    A switch acts at the first block that starts at or after it: two in one block leave the segment between
-    them out, one in the last block its own.
+    A switch acts at the first block that starts at or after it. Two switches in one block thus hide the
+    segment between them, and a switch inside the last block hides its own segment.
     """
     acts_at = [prompt.acts_at(switch, block) for switch in prompt.switches]
     edges = [0, *acts_at, prompt.num_frames]
@@ -76,7 +76,7 @@ def check_shown(prompt: VideoPrompt, block: int) -> None:
 
 
 def cut_notice(lengths: Mapping[str, int], limit: int, of: int, unit: str = "tokens") -> str:
-    """One line on texts that are longer than what is read of them: text -> length, ``of`` how many texts."""
+    """A one-line notice of texts longer than ``limit``: text -> length, among ``of`` texts."""
     longest = max(lengths, key=lambda text: lengths[text])
     return (
         f"{len(lengths)} of {of} prompts are longer than the {limit} {unit} that are read of each; the other "
@@ -88,10 +88,10 @@ def cut_notice(lengths: Mapping[str, int], limit: int, of: int, unit: str = "tok
 class ClipPrompt(str):
     """The text a clip is scored against; a plain ``str`` to scorers that need no more.
 
-    ``before`` is the text of the previous segment ("" if none) and ``switch`` the index of the first frame
-    of the clip that belongs to this segment: frames before it still show ``before``. ``file_rate`` are the
-    frames per second of the file whose frames the clip was taken from (0: from none), ``earlier`` the texts
-    of all segments before this one, in order: what a reward needs to judge who comes back.
+    ``before`` is the text of the previous segment ("" if none). ``switch`` is the index of the first frame of
+    the clip that belongs to this segment: frames before it still show ``before``. ``file_rate`` is the frame
+    rate of the file that the clip was taken from (0: no file). ``earlier`` holds the texts of all previous
+    segments, in order; a reward needs them to judge who comes back.
     """
 
     before: str

@@ -22,9 +22,9 @@ from kvpo.files import read_text
 logger = logging.getLogger(__name__)
 
 STOPPING_SECONDS = 30
-"""Time that running requests may still take once a server was told to stop."""
+"""Seconds that running requests may still take after a server is told to stop."""
 QUESTION_SECONDS, RETRY_SECONDS = 10, 2
-"""Before a server is ready: time in which a question must arrive, and when to ask again."""
+"""Before a server is ready: seconds in which a request must arrive, and until it is to be repeated."""
 
 
 def is_loopback(host: str) -> bool:
@@ -36,7 +36,7 @@ def is_loopback(host: str) -> bool:
 
 
 def host_of(address: str) -> str:
-    """The name in an address without a scheme; empty where there is none that can be read."""
+    """The host name in an address without a scheme; empty if none can be read."""
     try:
         return urlsplit(f"//{address}").hostname or ""
     except ValueError:
@@ -51,7 +51,7 @@ def is_own_page(origin: str | None, host: str) -> bool:
 def check_address(host: str, token: str | None, variable: str) -> None:
     """Refuse to listen to other machines without a token.
 
-    ``variable`` names where the environment holds the token. Raises ConfigurationError.
+    ``variable`` is the environment variable that may hold the token. Raises ConfigurationError.
     """
     if token is None and not is_loopback(host):
         raise ConfigurationError(
@@ -61,9 +61,9 @@ def check_address(host: str, token: str | None, variable: str) -> None:
 
 
 def read_token(file: Path | None, environment: Mapping[str, str], variable: str) -> str | None:
-    """The bearer token: of a file if one is named, else of the environment's ``variable``.
+    """The bearer token: from ``file`` if given, else from the environment ``variable``; None if unset.
 
-    Raises ConfigurationError for a file or a variable without one.
+    Raises ConfigurationError if the file or the variable holds no valid token.
     """
     where, text = variable, environment.get(variable)
     if file is not None:
@@ -80,13 +80,12 @@ def read_token(file: Path | None, environment: Mapping[str, str], variable: str)
 
 
 def admitted(shown: str, token: str | None) -> bool:
-    """True if ``shown`` is the token, or none is asked for; the time it takes does not depend on where they
-    differ."""
+    """True if ``shown`` is the token, or none is required; compares in constant time."""
     return token is None or hmac.compare_digest(shown.encode(), token.encode())
 
 
 def listener(host: str, port: int) -> socket.socket:
-    """A socket that listens at ``host`` and ``port`` (0: any). Raises ConfigurationError."""
+    """A socket that listens at ``host`` and ``port`` (0: any free one). Raises ConfigurationError."""
     if not 0 <= port < 2**16:
         raise ConfigurationError(f"--port: must be 0 to {2**16 - 1}, got {port}")
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -98,7 +97,7 @@ def listener(host: str, port: int) -> socket.socket:
 
 @contextmanager
 def answering_later(listening: socket.socket, words: str) -> Iterator[None]:
-    """Meanwhile every request is told to come back, and why: 503, ``Retry-After`` and ``words``."""
+    """Answer every request with 503, ``Retry-After`` and the message ``words`` while the block runs."""
     content = json.dumps({"detail": words}).encode()
 
     class Answer(BaseHTTPRequestHandler):
@@ -115,11 +114,11 @@ def answering_later(listening: socket.socket, words: str) -> Iterator[None]:
         do_POST = do_GET
 
         def log_message(self, format: str, *args: Any) -> None:
-            """Clients that ask are not worth a line each."""
+            """Log nothing: clients ask again and again."""
 
     class Server(ThreadingHTTPServer):
         def handle_error(self, *of: Any) -> None:
-            """A client that went away has its own message."""
+            """Print no traceback when a client goes away."""
 
     server = Server(("", 0), Answer, bind_and_activate=False)
     server.socket.close()
@@ -134,9 +133,9 @@ def answering_later(listening: socket.socket, words: str) -> Iterator[None]:
 
 
 def page_headers(policy: str) -> dict[str, str]:
-    """Headers of every answer of a server with a page, which loads from this server alone.
+    """Headers of every response of a server with a page that loads from this server alone.
 
-    ``policy`` says what else the page may show.
+    ``policy`` holds further directives of the content security policy.
     """
     return {
         "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; "
@@ -169,7 +168,7 @@ def add_page(app: Any, package: str) -> list[str]:
 
 
 def url_of(host: str, port: int) -> str:
-    """The address of a server as one types it; with this machine's name where it listens at any address."""
+    """The URL of a server, as one types it; with this machine's name if it listens at every address."""
     name = socket.gethostname() if host in ("", "0.0.0.0", "::") else host
     return f"http://{f'[{name}]' if ':' in name else name}:{port}"
 
@@ -181,7 +180,7 @@ def run_app(app: Any, listening: socket.socket, **options: Any) -> None:
     config = uvicorn.Config(
         app, log_level="warning", access_log=False, timeout_graceful_shutdown=STOPPING_SECONDS, **options
     )
-    # uvicorn stops at a signal and then raises it again, for the handler that was there before
+    # uvicorn stops at a signal and then raises it again for the previous handler
     former = signal.signal(signal.SIGTERM, lambda number, frame: None)
     try:
         uvicorn.Server(config).run(sockets=[listening])

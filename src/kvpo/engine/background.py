@@ -1,4 +1,4 @@
-"""Calls in a second thread, one after another, in the order they were given."""
+"""Run calls one at a time in a background thread, in submission order."""
 
 import threading
 from collections.abc import Callable, Iterator
@@ -8,18 +8,19 @@ from queue import SimpleQueue
 from typing import Any
 
 LEAVING_SECONDS = 5.0
-"""Seconds that leaving the block waits for the current call; one that hangs is abandoned."""
+"""Seconds to wait for the running call when the block exits; a call that hangs is abandoned."""
 
 Submit = Callable[[Callable[[], Any]], Future[Any]]
-"""Takes a call without arguments and returns the future of its result."""
+"""Takes a zero-argument callable and returns a future for its result."""
 
 
 @contextmanager
 def in_background() -> Iterator[Submit]:
-    """Yield ``submit``, whose calls run one at a time in a thread of their own.
+    """Yield ``submit``, which runs calls one at a time in a background thread.
 
-    ``submit`` raises what an earlier call raised, so that no work is added to a lost cause. Leaving the block
-    drops calls that have not begun. The thread is a daemon: a call that hangs cannot keep the process alive.
+    ``submit`` re-raises the exception of an earlier call, so no work is queued behind a failure. Leaving the
+    block cancels calls that have not started. The thread is a daemon, so a hanging call cannot keep the
+    process alive.
     """
     calls: SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = SimpleQueue()
     given: list[Future[Any]] = []
@@ -30,9 +31,9 @@ def in_background() -> Iterator[Submit]:
             if future.set_running_or_notify_cancel():
                 try:
                     future.set_result(call())
-                except BaseException as error:  # it is raised where the result is asked for
+                except BaseException as error:  # re-raised when the result is requested
                     future.set_exception(error)
-            del item, future, call  # what the call held must not outlive it while the thread waits
+            del item, future, call  # release what the call held while the thread waits for the next
 
     def submit(call: Callable[[], Any]) -> Future[Any]:
         for earlier in given:

@@ -1,8 +1,8 @@
-"""Explorers: how the branches of a fork are told apart from one another and from the anchor.
+"""Explorers: what makes the branches of a fork differ from one another and from the anchor.
 
-An explorer is a function (site, group) -> the group's branches as members: which pages each sees in its
-routed slots, which noise it reads and which solver step it takes. Branches share everything else. A new one
-is a function and a line in ``EXPLORERS``.
+An explorer is a function (site, group) -> the group's branches as members. A member sets the pages in its
+routed slots, the noise it reads and the solver step it takes; branches share everything else. To add an
+explorer, write a function and add a line to ``EXPLORERS``.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,19 +22,19 @@ from kvpo.method.routing import dispersed_routes
 
 @dataclass(frozen=True)
 class RoutedFrame:
-    """One routed slot: which frame of which group's history fills it."""
+    """The history frame in a routed slot, and the group that it belongs to."""
 
     group: int
     frame: int
 
 
 Routes = tuple[tuple[RoutedFrame, ...], ...]
-"""[P][routed]: what fills a branch's routed slots in every block of the window."""
+"""[P][routed]: the frames in a branch's routed slots, for every block of the window."""
 
 
 @dataclass(frozen=True)
 class Member:
-    """One row of a rollout. A member that differs in nothing is the anchor."""
+    """One row of a rollout. A member that overrides nothing is the anchor."""
 
     group: int
     routes: Routes | None = None
@@ -47,18 +47,18 @@ class Member:
 
 @dataclass(frozen=True)
 class Site:
-    """A planned rollout, and what an explorer needs to tell its branches apart."""
+    """A planned rollout, and the inputs that an explorer needs to create its branches."""
 
     generator: StreamingGenerator
     planned: PlannedRollout
     tape: Tape
     key: tuple[int | str, ...]
-    """Seeds what is drawn."""
+    """Seeds the explorer's random draws."""
     steps: int = 1
-    """First solver steps that will be learned from."""
+    """Number of leading solver steps to train on."""
 
     def exploration(self, group: int) -> ExplorationConfig:
-        """The exploration that fits at a group's fork."""
+        """The exploration settings fitted to a group's fork."""
         return self.planned.forks[group].exploration
 
     def blocks(self, group: int) -> range:
@@ -68,7 +68,7 @@ class Site:
 
     @cached_property
     def pools(self) -> list[tuple[int, ...]]:
-        """Frames of every group's own history that may be routed."""
+        """Routable frames of every group's own history."""
         pairs = zip(self.planned.prompts, self.planned.forks, strict=True)
         return [pool_of(self.generator.deployment, p, fork.frame, fork.exploration) for p, fork in pairs]
 
@@ -85,7 +85,7 @@ def routes(site: Site, group: int) -> list[Member]:
 
 
 def chosen_routes(groups: Sequence[Sequence[tuple[RoutedFrame, ...]]]) -> Explorer:
-    """An explorer whose branches have given routes, ``[groups][G][routed]``, in every block."""
+    """An explorer that gives branches fixed routes, ``[groups][G][routed]``, in every block."""
 
     def explorer(site: Site, group: int) -> list[Member]:
         blocks = site.exploration(group).blocks
@@ -107,7 +107,7 @@ def neighbour_noise(site: Site, group: int) -> list[Member]:
 def noise_branches(
     site: Site, group: int, strength: float, kinds: tuple[str, ...] = ("initial", "renoise")
 ) -> list[Member]:
-    """Branches with noise of their own in the window: its kinds, and its strength in [0, 1]."""
+    """Branches with their own noise in the window, of the given ``kinds`` and ``strength`` in [0, 1]."""
     return [
         Member(
             group, tape=BranchTape(site.tape, (*site.key, group, branch), site.blocks(group), strength, kinds)
@@ -117,7 +117,7 @@ def noise_branches(
 
 
 def renoise(site: Site, group: int) -> list[Member]:
-    """Branches that share the initial noise and differ in what the re-noising step draws."""
+    """Branches that share the initial noise and differ in the noise of the re-noising steps."""
     return noise_branches(site, group, 1.0, kinds=("renoise",))
 
 
@@ -139,11 +139,12 @@ EXPLORERS: dict[str, Explorer] = {
 def draw_routes(
     pools: Sequence[Sequence[int]], index: int, exploration: ExplorationConfig, generator: torch.Generator
 ) -> list[tuple[RoutedFrame, ...]]:
-    """Routes of one group's branches for one block, ``[G][routed]``, dispersed.
+    """Draw dispersed routes for one group's branches in one block, ``[G][routed]``.
 
-    ``pools`` holds every group's. ``exploration.donor`` of the distinct frames come from another group's pool
-    (an extension beyond the paper; 0 routes only a video's own history). Slots are filled by repeating the
-    distinct frames evenly.
+    ``pools`` holds the routable frames of every group. Of the distinct frames, ``exploration.donor`` come
+    from other groups' pools (an extension beyond the paper; 0 routes only a video's own history). The
+    distinct frames are repeated evenly to fill the slots. Raises ValueError for donors with fewer than two
+    groups.
     """
     own_distinct = exploration.distinct - exploration.donor
     if exploration.donor and len(pools) < 2:

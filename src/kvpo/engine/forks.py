@@ -1,4 +1,4 @@
-"""The frames at which videos fork, and the exploration that fits there."""
+"""Fork frames of videos, and the exploration settings that fit at each."""
 
 import math
 from collections import Counter
@@ -16,12 +16,12 @@ from kvpo.models.settings import Deployment
 from kvpo.prompts import VideoPrompt
 
 SWITCH_SHARE = 1 / 3
-"""Share of the groups that fork at a prompt switch, where their video has one to fork at."""
+"""Probability of forking at a prompt switch, for videos that can fork at one."""
 
 
 @dataclass(frozen=True)
 class Fork:
-    """A group's fork frame and the exploration that fits there."""
+    """A group's fork frame and the exploration settings that fit there."""
 
     frame: int
     exploration: ExplorationConfig
@@ -29,29 +29,30 @@ class Fork:
 
 @dataclass(frozen=True)
 class ForkPlan:
-    """The forks at which videos are trained, together or one by one."""
+    """The possible forks of one video, or of several that fork together."""
 
     windows: tuple[tuple[Fork, ...], ...]
-    """For every block that a window can hold, in order, the forks whose windows hold it."""
+    """For every trainable block, in order: of the forks whose windows contain it, those with most room."""
     at_switches: tuple[Fork, ...]
-    """Forks at which the prompt switches."""
+    """Forks at a prompt switch."""
 
     @property
     def forks(self) -> tuple[Fork, ...]:
-        """All of them, in order."""
+        """All distinct forks, in order."""
         found = {fork.frame: fork for window in self.windows for fork in window}
         return tuple(found[frame] for frame in sorted(found))
 
     @property
     def roomiest(self) -> tuple[Fork, ...]:
-        """The forks at which most of what was asked for fits, in order."""
+        """The forks that fit the most of the requested exploration, in order."""
         best = max(_room(fork) for fork in self.forks)
         return tuple(fork for fork in self.forks if _room(fork) == best)
 
     def draw(self, generator: torch.Generator) -> Fork:
-        """One fork: at a switch in ``SWITCH_SHARE`` of the cases; else one whose window holds a drawn block.
+        """Draw a fork: at a prompt switch with probability ``SWITCH_SHARE``, else around a random block.
 
-        Every block is as likely to be the drawn one, so that all that can be routed is trained.
+        The block is drawn uniformly, so that every block that can be routed is trained; the fork is one of
+        those whose windows contain it.
         """
         at_switch = torch.rand((), generator=generator) < SWITCH_SHARE
         block = int(torch.randint(len(self.windows), (), generator=generator))
@@ -62,7 +63,7 @@ class ForkPlan:
 def pool_of(
     deployment: Deployment, prompt: VideoPrompt, frame: int, exploration: ExplorationConfig
 ) -> tuple[int, ...]:
-    """Frames of a video that may be routed at a fork; its switches up to there may have moved the sink."""
+    """Routable frames of a video at a fork; earlier prompt switches may have moved the sink."""
     sink = sink_frames(deployment, prompt, frame)
     return route_pool(frame, sink=sink, recent=exploration.recent, resident=exploration.resident_frames)
 
@@ -70,14 +71,13 @@ def pool_of(
 def plan_forks(
     prompts: Sequence[VideoPrompt], exploration: ExplorationConfig, deployment: Deployment
 ) -> ForkPlan:
-    """The forks that suit every prompt, each with as much of ``exploration`` as fits there.
+    """Find the forks that suit every prompt, each with as much of ``exploration`` as fits there.
 
-    Every branch needs a set of frames of its own, so the first blocks of a video, which have no such history,
-    are never routed. No prompt switch may fall strictly inside the window (at the fork itself one may:
-    history is re-encoded before the branches start). The tail shrinks towards the end of the video. A block
-    is trained by the windows with most blocks, then most distinct frames, of those that can hold it; only
-    where a segment or the pool is too short for all of both do they shrink. Raises ValueError where not even
-    one block with one distinct frame per branch fits.
+    Every branch needs its own set of history frames, so the first blocks of a video are never routed. No
+    prompt switch may fall inside the window, except at the fork itself, where history is re-encoded before
+    the branches start. The tail shrinks towards the end of the video. Of the windows that can contain a
+    block, those with the most blocks, then the most distinct frames, train it; both shrink only if a segment
+    or the pool is too short. Raises ValueError if not even one block with one distinct frame per branch fits.
     """
     block, num_frames = deployment.block, min(prompt.num_frames for prompt in prompts)
     forks: list[Fork] = []
@@ -117,10 +117,10 @@ def draw_forks(
     deployment: Deployment,
     key: tuple[int | str, ...],
 ) -> list[Fork]:
-    """The fork of every prompt of a rollout, drawn by ``key``.
+    """Draw the fork of every prompt of a rollout, seeded by ``key``.
 
-    Each is drawn for itself, but with donor histories one is drawn for all: a donor's frames must be as old.
-    Raises ValueError where a prompt, or with donors all of them together, cannot fork.
+    Forks are drawn independently. With donor histories, all prompts share one fork, because a donor's frames
+    must be as old. Raises ValueError if a prompt, or with donors all prompts together, cannot fork.
     """
     if exploration.donor:
         return [plan_forks(prompts, exploration, deployment).draw(keyed_generator("fork", *key))] * len(
@@ -133,7 +133,7 @@ def draw_forks(
 
 
 def shrunk_fields(asked: ExplorationConfig, fitted: ExplorationConfig) -> dict[str, tuple[int, int]]:
-    """The settings that were shrunk to fit: name -> (asked for, fits)."""
+    """Settings that were shrunk to fit: name -> (requested, fitted)."""
     names = ("blocks", "tail_blocks", "routed", "distinct")
     pairs = {name: (vars(asked)[name], vars(fitted)[name]) for name in names}
     return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
@@ -144,8 +144,8 @@ def fork_numbers(
 ) -> dict[str, Any]:
     """Metrics of a rollout's forks.
 
-    ``forks`` counts groups by frame, ``switch_forks`` is the share of groups that forked at a prompt switch;
-    what shrank in any group comes as the mean over all of them.
+    ``forks`` counts groups by frame, and ``switch_forks`` is the share of groups that forked at a prompt
+    switch. Every setting that shrank in some group is reported as its mean over all groups.
     """
     frames = Counter(fork.frame for fork in forks)
     at_switch = [
@@ -161,7 +161,7 @@ def fork_numbers(
 
 
 def check_forks(prompts: Sequence[VideoPrompt], forks: Sequence[Fork], *, block: int) -> None:
-    """Raise ValueError unless every fork is a block start after which window and tail fit in its video."""
+    """Raise ValueError unless every fork is a block start and its window and tail fit in its video."""
     for prompt, fork in zip(prompts, forks, strict=True):
         routed, tail = fork.exploration.blocks, fork.exploration.tail_blocks
         last = (prompt.num_frames - (routed + tail) * block) // block * block
@@ -181,11 +181,12 @@ def _room(fork: Fork) -> tuple[int, int, int]:
 def fit_exploration(
     asked: ExplorationConfig, fork: int, *, num_frames: int, window_end: int, pool: int, block: int
 ) -> ExplorationConfig:
-    """Shrink the routed blocks, the tail after them and the distinct frames to what a fork offers.
+    """Shrink the routed blocks, the tail after them and the distinct frames to what fits at a fork.
 
-    Routed blocks end by ``window_end``, the tail with the video; distinct frames fall until ``pool`` frames
-    have a different set for every branch. Routes that repeat no frame get fewer slots with them. Raises
-    ValueError when no block follows the fork, or the pool has not even one frame for every branch.
+    The routed blocks must end by ``window_end``, the tail by the end of the video. The number of distinct
+    frames is lowered until ``pool`` frames give every branch a different set; routes without repeated frames
+    lose as many slots. Raises ValueError if no block follows the fork, or the pool has fewer frames than
+    branches.
     """
     blocks = min(asked.blocks, (min(window_end, num_frames) - fork) // block)
     if blocks < 1:
@@ -203,6 +204,6 @@ def fit_exploration(
 
 
 def _window_end(prompt: VideoPrompt, fork: int, block: int) -> int:
-    """The frame at which the prompt next switches after the fork, or the video's end."""
+    """Frame of the first prompt switch after the fork, or the end of the video."""
     following = [switch for switch in prompt.switches if switch > fork]
     return prompt.acts_at(following[0], block) if following else prompt.num_frames

@@ -37,44 +37,46 @@ class Transformer(Protocol):
 
 
 class TextEncoder(Protocol):
-    """Prompt texts to fixed-length embeddings ``[n, text_len, text_dim]``, padding rows zero."""
+    """Encodes prompts as fixed-length embeddings ``[n, text_len, text_dim]``; padding rows are zero."""
 
     def __call__(self, texts: Sequence[str]) -> Tensor: ...
 
 
 class Codec(Protocol):
-    """Latents to pixels and back."""
+    """Converts latents to pixels and back."""
 
     @property
     def frames_per_latent(self) -> int:
-        """Pixel frames of every latent frame but the first, which always gives one."""
+        """Pixel frames per latent frame, except the first, which always gives one."""
 
     @property
     def frames_per_second(self) -> float:
-        """Speed at which the pixel frames are shown."""
+        """Playback rate of the pixel frames."""
 
     def decode(self, latents_BTCHW: Tensor, before_TCHW: Tensor | None = None) -> Tensor:
-        """Latents ``[B, T, C, H, W]`` to RGB ``[B, T', 3, H', W']`` in [0, 1], in host memory.
+        """Decode latents ``[B, T, C, H, W]`` to RGB ``[B, T', 3, H', W']`` in [0, 1], in host memory.
 
-        ``before`` holds the latent frames of the one video that all rows continue, from its start; its pixels
-        are not part of the result. None: the rows are whole videos.
+        ``before_TCHW`` holds all earlier latent frames of the one video that every row continues; their
+        pixels are not returned. None: the rows are whole videos.
         """
         ...
 
     def decode_next(self, latents_FCHW: Tensor, state: object | None) -> tuple[Tensor, object | None]:
-        """RGB ``[T', 3, H', W']`` of the next latent frames of one video, as ``decode`` gives it, and the
-        state that its following frames are decoded from; None: before the first frame."""
+        """Decode the next latent frames of one video to RGB ``[T', 3, H', W']``, as ``decode`` does.
+
+        Also returns the state to pass with the following frames; ``state`` is None before the first.
+        """
         ...
 
     def encode(self, video_BTCHW: Tensor) -> Tensor:
-        """Latents ``[B, T', C, H', W']`` of whole videos of RGB in [0, 1], of as many frames as they fill."""
+        """Encode whole RGB videos ``[B, T, 3, H, W]`` in [0, 1] as latents ``[B, T', C, H', W']``."""
         ...
 
 
 def pixels_of(codec: Codec, latents_BTCHW: Tensor, before_TCHW: Tensor | None = None) -> Tensor:
-    """Pixels that ``codec.decode`` makes of latents, without gradients.
+    """Decode latents with ``codec.decode``, without gradients.
 
-    Raises NonFiniteError where a pixel is not finite.
+    Raises NonFiniteError if a pixel is not finite.
     """
     with torch.no_grad():
         given = (latents_BTCHW,) if before_TCHW is None else (latents_BTCHW, before_TCHW)
@@ -93,17 +95,17 @@ def pixel_frame(latent_frame: int, frames_per_latent: int) -> int:
 
 @dataclass(frozen=True)
 class TextRows:
-    """Prompt embeddings of a batch of rows; rows with one prompt share one embedding."""
+    """Prompt embeddings of a batch of rows; rows with the same prompt share one embedding."""
 
     embeddings_ULD: Tensor
     rows_R: Tensor
     """Index of each row's embedding."""
     known: Any = None
-    """The transformer's ``text_of`` them; None: every call computes that itself."""
+    """Result of the transformer's ``text_of``; None: every call recomputes it."""
 
     @property
     def given(self) -> Any:
-        """The texts as the transformer takes them."""
+        """The text argument of the transformer."""
         return self.embeddings_ULD if self.known is None else self.known
 
     def select(self, index: Tensor) -> "TextRows":
@@ -116,7 +118,7 @@ class Trajectory:
     """The solver trajectory of one block, for R streams."""
 
     states_RSFCHW: Tensor
-    """Solver states x_s, the first being pure noise."""
+    """Solver states x_s; the first is pure noise."""
     velocities_RSFCHW: Tensor
     """The generator's velocity at each state."""
     clean_RFCHW: Tensor
@@ -144,7 +146,7 @@ class StreamingGenerator:
     """Noise levels of the solver in a video's first block; empty: ``sigmas``."""
     page_dtype: torch.dtype = torch.float32
     exploring: Callable[[], AbstractContextManager[None]] = nullcontext
-    """Inside it, where no weight may change, the transformer has the precision of training's rollouts."""
+    """Context manager that gives the transformer the precision of rollouts; weights must not change in it."""
 
     def __post_init__(self) -> None:
         self.deployment.check()
@@ -165,15 +167,15 @@ class StreamingGenerator:
 
     @property
     def keeps_contexts(self) -> bool:
-        """True where the pages that a block sees are gathered once and not in every call.
+        """True if the pages that a block sees are gathered once instead of in every call.
 
-        On the CPU; a GPU's memory is what limits the rows of a batch.
+        Only on the CPU: on a GPU, memory limits the batch size.
         """
-        return str(self.device).partition(":")[0] == "cpu"  # a plan may have one that torch does not know
+        return str(self.device).partition(":")[0] == "cpu"  # a plan may name one unknown to torch
 
     @property
     def page_bytes(self) -> int:
-        """Keys and values of one frame in all layers."""
+        """Bytes of one frame's keys and values in all layers."""
         return 2 * math.prod(astuple(self.pages)) * self.page_dtype.itemsize
 
     def new_cache(self, num_pages: int) -> FrameCache:
@@ -182,7 +184,7 @@ class StreamingGenerator:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Inside, where no weight may change, adapters are added to weights only once; may be nested."""
+        """Add adapters to the weights only once in this context; weights must not change. May be nested."""
         with ExitStack() as stack:
             with self._precision():
                 if isinstance(self.transformer, nn.Module):
@@ -190,7 +192,7 @@ class StreamingGenerator:
             yield
 
     def known(self, text: TextRows) -> TextRows:
-        """The text with its keys and values, for calls without gradients under the same weights."""
+        """The text with precomputed keys and values, for calls without gradients under the same weights."""
         with self._precision(), torch.no_grad():
             own = self.transformer.text_of(text.embeddings_ULD, text.rows_R, len(text.rows_R))
         return replace(text, known=own)
@@ -211,10 +213,10 @@ class StreamingGenerator:
     def require_finite(
         self, trajectory: Trajectory, levels: Sequence[float], text: TextRows, context: Context, place: str
     ) -> None:
-        """Stop before a block that is not finite is seen, stored or decoded: one reduction of its latents.
+        """Raise NonFiniteError if a block is not finite, before it is seen, stored or decoded.
 
-        NaN and infinity stay in a state until the last solver step, so the clean latents show them all. Only
-        then are the step and the first layer looked for. Raises NonFiniteError.
+        NaN and infinity persist until the last solver step, so one reduction of the clean latents finds them
+        all. Only then are the first bad step and layer located.
         """
         if bool(magnitudes([trajectory.clean_RFCHW]).isfinite()):
             return
@@ -238,12 +240,12 @@ class StreamingGenerator:
 
 
 def frame_size(generator: StreamingGenerator, codec: Codec) -> tuple[int, int]:
-    """Height and width of the pixel frames that a generator's latents become."""
+    """Height and width of a generator's decoded frames."""
     empty = torch.zeros(1, 1, *generator.latent_shape, device=generator.device)
     height, width = pixels_of(codec, empty).shape[-2:]
     return height, width
 
 
 def as_bytes(video_TCHW: Tensor) -> Tensor:
-    """Pixels in [0, 1] as uint8 ``[T, H, W, 3]``."""
+    """Convert pixels ``[T, 3, H, W]`` in [0, 1] to uint8 ``[T, H, W, 3]`` on the CPU."""
     return (video_TCHW.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().contiguous()

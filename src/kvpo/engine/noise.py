@@ -1,4 +1,4 @@
-"""Noise as data: every draw is a pure function of what it is for; nothing depends on a global generator."""
+"""Deterministic noise: every draw is a pure function of its key; nothing depends on a global generator."""
 
 import hashlib
 from dataclasses import dataclass
@@ -16,19 +16,19 @@ def _bits(key: tuple[int | str, ...]) -> np.random.Philox:
 
 
 def keyed_normal(shape: tuple[int, ...], *key: int | str) -> Tensor:
-    """Standard normal float32 values that ``key`` alone decides, on processors of any vector width."""
+    """Standard normal float32 values that depend on ``key`` alone, not on the processor's vector width."""
     return torch.from_numpy(np.random.Generator(_bits(key)).standard_normal(shape, dtype=np.float32))
 
 
 def keyed_generator(*key: int | str) -> torch.Generator:
-    """A CPU generator whose state is drawn under a hash of ``key``.
+    """A CPU generator with its state drawn from a hash of ``key``.
 
-    A seed would not do: of its 64 bits torch's Mersenne Twister uses the lower 32, which tens of thousands of
-    keys are enough to share.
+    A seed would not do: torch's Mersenne Twister uses only its lower 32 bits, so tens of thousands of keys
+    are enough for a collision.
     """
     generator = torch.Generator().manual_seed(0)
     state = generator.get_state()
-    # As torch stores it: seed, counters, then 624 words of 32 bits, each in 64. The counters stay as seeded.
+    # Torch's layout: seed, counters, then 624 32-bit words in 64 bits each. The counters stay as seeded.
     words = _bits(key).random_raw(624) >> np.uint64(32)
     state.numpy()[24 : 24 + 8 * len(words)] = words.astype("<u8").view(np.uint8)
     return generator.set_state(state)
@@ -46,7 +46,7 @@ class Tape(Protocol):
 
 @dataclass(frozen=True)
 class SeededTape:
-    """A tape that draws each standard normal tensor from its own key when asked."""
+    """A tape that draws each standard normal tensor from its own key, on demand."""
 
     key: tuple[str | int, ...]
     """Purpose of the tape, usually a name and a seed."""
@@ -59,17 +59,17 @@ class SeededTape:
 
 @dataclass(frozen=True)
 class BranchTape:
-    """A tape with noise of a branch's own in some blocks: sqrt(1 - s^2) eps + s delta."""
+    """A tape with a branch's own noise in some blocks: sqrt(1 - s^2) eps + s delta."""
 
     shared: Tape
     key: tuple[str | int, ...]
-    """Names the branch."""
+    """Identifies the branch."""
     blocks: range
-    """Blocks in which the branch has noise of its own."""
+    """Blocks with the branch's own noise."""
     strength: float = 1.0
     """s in [0, 1]: the share of the branch's own noise; 1 is fresh noise."""
     kinds: tuple[str, ...] = ("initial", "renoise")
-    """Beginnings of the kinds of noise that are the branch's own."""
+    """Prefixes of the kinds of noise that are the branch's own."""
 
     def __call__(self, video: int, block: int, kind: str) -> Tensor:
         noise = self.shared(video, block, kind)

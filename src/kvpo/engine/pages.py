@@ -1,7 +1,7 @@
-"""Upper bounds on page usage of streams, rollouts and replays: caches and ``kvpo plan`` take them.
+"""Upper bounds on the pages of streams, rollouts and replays, for sizing caches and for ``kvpo plan``.
 
-Pages that no later block will see are given back before new ones are written. Where a prompt may switch
-(``switches``), frames may be re-encoded, more of them than the window keeps.
+Pages that no later block will see are released before new ones are written. If a prompt may switch
+(``switches``), more frames may be re-encoded than the window keeps.
 """
 
 import math
@@ -17,7 +17,7 @@ from kvpo.prompts import VideoPrompt
 
 
 def stream_pages(generator: StreamingGenerator, num_frames: int, resident: int = 0, *, switches: bool) -> int:
-    """Pages that one stream of ``num_frames`` frames holds at most, the current block included.
+    """Most pages that a stream of ``num_frames`` frames holds, including those of the current block.
 
     ``resident`` frames are kept for routing, counting the sink; 0 keeps no more than the window needs.
     """
@@ -26,7 +26,7 @@ def stream_pages(generator: StreamingGenerator, num_frames: int, resident: int =
 
 
 def kept_pages(generator: StreamingGenerator, num_frames: int, resident: int = 0, *, switches: bool) -> int:
-    """Pages that a stream holds between blocks; see ``stream_pages``."""
+    """Most pages that a stream holds between blocks; see ``stream_pages``."""
     deployment = generator.deployment
     if deployment.local_past is None:
         return num_frames + _encoded_anew(generator, num_frames, switches)
@@ -38,14 +38,14 @@ def kept_pages(generator: StreamingGenerator, num_frames: int, resident: int = 0
 
 
 def _encoded_anew(generator: StreamingGenerator, num_frames: int, switches: bool) -> int:
-    """Pages of a memory bank, which no switch re-encodes: the stream may hold others of the same frames."""
+    """Pages of a memory bank; switches do not re-encode them, so the stream may hold these frames twice."""
     return bank_pages(generator, range(num_frames)) if switches else 0
 
 
 def pages_at_switch(
     generator: StreamingGenerator, num_frames: int, resident: int = 0, *, switches: bool
 ) -> int:
-    """Pages that a stream holds in addition once a prompt switch has re-encoded more than it keeps."""
+    """Extra pages of a stream after a prompt switch has re-encoded more frames than it keeps."""
     deployment = generator.deployment
     if not switches or deployment.local_past is None:
         return 0
@@ -54,14 +54,14 @@ def pages_at_switch(
 
 
 def _resident(deployment: Deployment, local_past: int, resident: int) -> int:
-    """History frames that a stream keeps: of its window, which its newest block may exceed, or more."""
+    """History frames that a stream keeps: ``resident``, or those of its window or newest block if more."""
     return max(deployment.sink + max(local_past, deployment.block), resident)
 
 
 def bank_pages(generator: StreamingGenerator, gone: range) -> int:
-    """Pages that a memory bank holds at most of frames that the stream has let go of otherwise.
+    """Most pages that a memory bank holds of frames that the stream has otherwise released.
 
-    Layers may keep different frames; one more is the frame that the bank takes in next.
+    Layers may keep different frames; one more page is for the frame that the bank takes in next.
     """
     deployment = generator.deployment
     if not deployment.bank_size:
@@ -73,34 +73,34 @@ def bank_pages(generator: StreamingGenerator, gone: range) -> int:
 
 @dataclass(frozen=True)
 class Pages:
-    """Pages that a rollout holds at most, by what holds them."""
+    """Most pages that a rollout holds, by use."""
 
     waiting: int
-    """Per group whose members have run: the pages that the replay will see."""
+    """Per group that has run: the pages that the replay will see."""
     root: int
-    """Per group that is being explored: the pages of its window, and those that are routed."""
+    """Per group being explored: the pages of its window and its routed pages."""
     growing: int
-    """Pages that switches at the forks re-encode in addition."""
+    """Extra pages that switches at the forks re-encode."""
     branches: int
     """Own blocks of the members that run together."""
     replay: int
     """Own blocks of the members that are replayed together."""
     groups: int
-    """All groups of the rollout."""
+    """Number of groups in the rollout."""
     together: int
-    """Groups that are explored together."""
+    """Number of groups explored together."""
 
     @property
     def exploring(self) -> int:
-        """While the last groups are explored and all others wait."""
+        """Pages held while the last groups are explored and all others wait."""
         explored = self.together * self.root + max(self.growing, self.branches)
         return (self.groups - self.together) * self.waiting + explored
 
 
 def groups_together(exploration: ExplorationConfig, groups: int, ranks: int = 1) -> int:
-    """Groups that are explored together: as many as ``exploration.rows`` holds all members of, at least one.
+    """Number of groups explored together: as many as fit whole in ``exploration.rows``, at least one.
 
-    Without that limit they are a rank's share of all. Donor histories need every group's root at once.
+    Without that limit, a rank's share of all groups. Donor histories need every group's root at once.
     """
     if exploration.donor:
         return groups
@@ -120,10 +120,10 @@ def rollout_pages(
     replayed: int = 0,
     keep_pool: bool = False,
 ) -> Pages:
-    """Pages that a rollout forked at ``fork``, and its replay, need at most.
+    """Most pages that a rollout forked at ``fork`` and its replay need.
 
-    ``together`` of its ``groups`` are explored together (0: all), ``replayed`` members of one are replayed
-    together (0: all); with ``keep_pool`` roots keep all that may be routed, also until the replay.
+    ``together`` of the ``groups`` are explored at a time (0: all), and ``replayed`` members of a group are
+    replayed at a time (0: all). With ``keep_pool``, roots keep all routable frames until the replay.
     """
     together = together or groups
     members = together * (exploration.branches + 1)
@@ -131,7 +131,7 @@ def rollout_pages(
     own = (exploration.blocks + exploration.tail_blocks) * generator.block
     resident = exploration.resident_frames or fork
     root = kept_pages(generator, fork, resident, switches=switches)
-    if not (keep_pool or exploration.donor):  # of a donor's frames any may be drawn
+    if not (keep_pool or exploration.donor):  # any of a donor's frames may be drawn
         window = branch_resident(generator, exploration)
         routed = exploration.branches * exploration.distinct
         few = kept_pages(generator, fork, window, switches=switches) + routed
@@ -151,10 +151,10 @@ def rollout_pages(
 def _branch_pages(
     generator: StreamingGenerator, exploration: ExplorationConfig, fork: int, own: int, *, switches: bool
 ) -> int:
-    """Pages a branch adds to its root's.
+    """Pages that a branch adds to its root's.
 
-    It lets go of its blocks as its window moves on, so a long tail costs none, and has none of its last
-    block. Only in the tail may the prompt switch; frames that were the root's are then re-encoded.
+    A branch releases its blocks as its window moves on, so a long tail costs nothing; its last block has no
+    pages. The prompt may switch only in the tail; frames of the root are then re-encoded.
     """
     deployment, block = generator.deployment, generator.block
     recent = branch_frames(generator, exploration)
@@ -170,40 +170,40 @@ def _branch_pages(
 
 
 def branch_frames(generator: StreamingGenerator, exploration: ExplorationConfig) -> int:
-    """Most recent frames, the sink not counted, that a branch must keep pages of; 0: all."""
+    """Number of most recent frames, not counting the sink, that a branch must keep pages of; 0: all."""
     local_past = generator.deployment.local_past
     return 0 if local_past is None else max(local_past, exploration.recent)
 
 
 def branch_resident(generator: StreamingGenerator, exploration: ExplorationConfig) -> int:
-    """History frames that the window of a branch keeps, counting the sink; 0: all."""
+    """Number of history frames in a branch's window, counting the sink; 0: all."""
     recent = branch_frames(generator, exploration)
     return recent and generator.deployment.sink + recent
 
 
 @dataclass(frozen=True)
 class PlannedRollout:
-    """A rollout before it is made."""
+    """The plan of a rollout."""
 
     prompts: Sequence[VideoPrompt]
     forks: Sequence[Fork]
     """The fork of every prompt's group."""
     replayed: int = 0
-    """Members that will be replayed together; 0: all of a group."""
+    """Members replayed at a time; 0: all of a group."""
     keep_pool: bool = False
-    """Roots keep all that may be routed, until the replay; else what is routed, until branches have run."""
+    """Keep all routable frames until the replay; else only the routed ones, until the branches have run."""
     share: Sequence[range] | None = None
-    """Turns that this process takes, of the groups that are explored together; None: all."""
+    """Turns (groups explored together) that this process takes; None: all."""
     branch_ranks: int = 1
-    """Processes that the branches of each group are dealt among."""
+    """Number of processes that share the branches of each group."""
 
     def dealt(self, fork: Fork) -> ExplorationConfig:
-        """The exploration at a fork with as many branches as this process runs of it."""
+        """The exploration at a fork, with the largest number of branches that one process runs."""
         branches = math.ceil(fork.exploration.branches / self.branch_ranks)
         return replace(fork.exploration, branches=branches)
 
     def turns(self, ranks: int = 1) -> list[range]:
-        """All groups, in turns of those that are explored together."""
+        """Split all groups into turns; the groups of a turn are explored together."""
         groups = len(self.forks)
         size = groups_together(self.forks[0].exploration, groups, ranks)
         return [range(at, min(at + size, groups)) for at in range(0, groups, size)]
@@ -217,7 +217,7 @@ class PlannedRollout:
 def cache_pages(generator: StreamingGenerator, rollouts: Sequence[PlannedRollout]) -> int:
     """Pages of one cache for rollouts that are all collected, in order, before any is replayed.
 
-    Groups that fork at different frames count as the one that needs most.
+    If groups fork at different frames, each counts as much as the most demanding one.
     """
     most, waiting, replay = 0, 0, 0
     for rollout in rollouts:

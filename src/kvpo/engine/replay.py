@@ -1,6 +1,6 @@
-"""Replay of solver states in the deployment context: the policy's velocities where a branch has been.
+"""Replay: the policy's velocities, in the deployment context, at the solver states that a branch visited.
 
-Root pages stay as the rollout policy stored them; pages of a branch's own earlier blocks are re-encoded by
+Root pages stay as the rollout policy stored them. Pages of a branch's own earlier blocks are re-encoded by
 the evaluated policy, without gradient, from the branch's stored clean latents.
 """
 
@@ -26,17 +26,17 @@ class ReplayRow:
     root: Stream
     """The stream that the window continues."""
     past_PFCHW: Tensor
-    """Clean latents of the window's blocks, of which each block sees the earlier ones."""
+    """Clean latents of the window's blocks; each block sees the earlier ones."""
     states_PSFCHW: Tensor
-    """Solver states at which the policy is asked for its velocity."""
+    """Solver states at which the policy's velocity is computed."""
     routes: tuple[tuple[int, ...], ...] | None = None
     """Pages in the routed slots of every block; None: the deployment context."""
     recent: int = 0
-    """Past frames that a routed row keeps."""
+    """Most recent past frames that a routed row sees."""
 
 
 def member_row(group: Group, member: int, steps: int | None = None) -> ReplayRow:
-    """The first ``steps`` states (None: all) that a member of a group visited."""
+    """A row to replay the first ``steps`` solver states (None: all) of a group's member."""
     trajectories = group.trajectories
     states_PSFCHW = trajectories.states_MPSFCHW[member, :, :steps]
     return ReplayRow(group.root, trajectories.clean_MPFCHW[member], states_PSFCHW)
@@ -44,19 +44,19 @@ def member_row(group: Group, member: int, steps: int | None = None) -> ReplayRow
 
 @dataclass(frozen=True)
 class ReplayContext:
-    """Contexts of the window's blocks for a batch of rows, held while gradients need them."""
+    """Contexts of the window's blocks for a batch of rows, kept while gradients need them."""
 
     contexts: tuple[PageContext, ...]
     texts: tuple[TextRows, ...]
-    """The same object for blocks that are told the same."""
+    """Blocks with equal prompt mixtures share one object."""
 
 
 @contextmanager
 def replay_context(generator: StreamingGenerator, rows: Sequence[ReplayRow]) -> Iterator[ReplayContext]:
     """Re-encode the rows' own blocks under the current policy; pages are released on exit.
 
-    The rows are of one group. The pages must outlive the backward pass where activations are recomputed,
-    hence a context manager, inside which no weight may change.
+    All rows belong to one group. Weights must not change in this context. Run the backward pass in it if
+    activations are recomputed, since that reads the pages again.
     """
     streams = [row.root.fork() for row in rows]
     with ExitStack() as stack:
@@ -89,8 +89,8 @@ def replay_velocities(
 ) -> Tensor:
     """The policy's velocities at the rows' states in consecutive blocks: ``[R, P', S, F, C, H, W]``.
 
-    Solver steps share their block's context, so they ride in one batch; so do blocks that see equally many
-    frames and are told the same.
+    Solver steps share their block's context and run as one batch, as do blocks that see equally many frames
+    under equal prompt mixtures.
     """
     steps = rows[0].states_PSFCHW.shape[1]
     sigmas = torch.tensor(generator.sigmas[:steps], dtype=torch.float32)
@@ -107,7 +107,7 @@ def replay_velocities(
 
 
 def _alike(replay: ReplayContext, blocks: range) -> list[list[int]]:
-    """Runs of consecutive blocks whose contexts hold equally many frames, and that are told the same."""
+    """Runs of consecutive blocks with equally many frames in context and equal prompt mixtures."""
 
     def seen(block: int) -> tuple[torch.Size, int]:
         return replay.contexts[block].pages.shape, id(replay.texts[block])

@@ -1,7 +1,7 @@
-"""Rollouts: branches and an anchor from one fork, as an explorer tells them apart.
+"""Rollouts: branches and an anchor that continue one fork.
 
-They share weights, prompt and past; for ``blocks`` blocks from the fork each sees the history, reads the
-noise and takes the solver step of its member. After the window, generation goes on in the deployment context.
+They share weights, prompt and past. In the window, ``blocks`` blocks from the fork on, each uses the history,
+noise and solver step that the explorer gave it. Generation then continues in the deployment context.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -47,15 +47,15 @@ class Team(Protocol):
 
 @dataclass(frozen=True)
 class Group:
-    """One fork: its root history and what the branches and the anchor (the last member) made of it."""
+    """One fork: its root history, and the branches and the anchor (the last member) generated from it."""
 
     index: int
-    """Position among the rollout's groups; a routed frame of the same index is of its own history."""
+    """Index among the rollout's groups; routed frames with this index are of the group's own history."""
     root: Stream
     fork: int
     """First frame that can differ."""
     recent: int
-    """Past frames that routed branches kept."""
+    """Most recent past frames that routed branches see."""
     routes: tuple[Routes | None, ...]
     """Routes of each branch, ``[G][P][routed]``."""
     trajectories: Trajectories
@@ -64,21 +64,21 @@ class Group:
 
     @property
     def branches(self) -> int:
-        """G, without the anchor."""
+        """Number of branches G, without the anchor."""
         return len(self.clean_MTCHW) - 1
 
     @property
     def blocks(self) -> int:
-        """P, the blocks of the window."""
+        """Number of blocks P in the window."""
         return self.trajectories.clean_MPFCHW.shape[1]
 
     @property
     def window_frames(self) -> int:
-        """Frames of the window."""
+        """Number of frames in the window."""
         return self.blocks * self.trajectories.clean_MPFCHW.shape[2]
 
     def routed_pages(self, branch: int) -> tuple[tuple[int, ...], ...]:
-        """Pages in a branch's routed slots in every block; all must be of the group's own history."""
+        """Pages in a branch's routed slots, for every block; all must belong to the group's own history."""
         own = self.routes[branch]
         assert own is not None and all(slot.group == self.index for block in own for slot in block)
         pages = self.root.history.pages
@@ -87,9 +87,9 @@ class Group:
 
 @dataclass
 class Rollout:
-    """Groups that share a page cache; release it when the update is done.
+    """Groups that share a page cache; call ``release`` when the update is done.
 
-    Raises ValueError where window and tail do not fit after a fork.
+    Raises ValueError if window and tail do not fit after a fork.
     """
 
     generator: StreamingGenerator
@@ -97,19 +97,19 @@ class Rollout:
     texts: TextTable
     tape: Tape
     cache: FrameCache
-    """Destination of the pages, with room for ``cache_pages``."""
+    """The cache for all pages, with room for ``cache_pages``."""
     roots: dict[int, Stream] = field(default_factory=dict)
-    """By group."""
+    """Root stream of each group."""
     groups: list[Group] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         check_forks(self.planned.prompts, self.planned.forks, block=self.generator.block)
 
     def grow_roots(self, groups: range, routed: Mapping[int, frozenset[int]] | None = None) -> None:
-        """Stream the prompts of some groups in their deployment context, each to its fork.
+        """Stream the prompts of some groups in the deployment context, each up to its fork.
 
-        A switch at a fork is already acted on. ``routed`` holds the frames of every group that branches will
-        be routed, which are kept; None keeps all that may be, for which the cache needs ``keep_pool``.
+        A switch at the fork is already applied. ``routed`` holds the frames of every group that its branches
+        route; they are kept. None keeps all routable frames; size the cache with ``keep_pool`` for that.
         """
         forks = [self.planned.forks[group] for group in groups]
         prompts = [self.planned.prompts[group] for group in groups]
@@ -130,9 +130,9 @@ class Rollout:
         self.roots |= zip(groups, roots, strict=True)
 
     def run(self, members: Sequence[Member], *, rows: int = 0, steps: int | None = None) -> Iterator[Ran]:
-        """Continue forks of the roots through window and tail, ``rows`` members at a time (0: all).
+        """Run members from their roots through window and tail, ``rows`` members at a time (0: all).
 
-        ``steps``: first solver steps whose states and velocities are kept; None: all.
+        The states and velocities of the first ``steps`` solver steps are kept; None: of all.
         """
         for at in range(0, len(members), rows or len(members)):
             batch = members[at : at + (rows or len(members))]
@@ -145,7 +145,7 @@ class Rollout:
             yield from ran
 
     def _branch(self, member: Member) -> Stream:
-        """A fork of a member's root, which ends with its tail."""
+        """Fork a member's root; the new stream ends with the member's tail."""
         fork = self.planned.forks[member.group]
         blocks = fork.exploration.blocks + fork.exploration.tail_blocks
         branch = self.roots[member.group].fork(member.tape, member.step)
@@ -154,7 +154,7 @@ class Rollout:
     def _run_streams(
         self, batch: Sequence[Member], streams: Sequence[Stream], steps: int | None
     ) -> list[Ran]:
-        """Run each member's stream through its own window and tail, all that have blocks left together."""
+        """Run each member's stream through its own window and tail, batching those that have blocks left."""
         windows = [self.planned.forks[member.group].exploration for member in batch]
         lengths = [window.blocks + window.tail_blocks for window in windows]
         # The roots hold what is routed; a branch holds only what its own blocks see.
@@ -190,7 +190,7 @@ class Rollout:
         ]
 
     def group_of(self, members: Sequence[Member], ran: Iterator[Ran]) -> Group:
-        """The group of some members, the anchor last, and what they visited: the next of ``ran``."""
+        """Build a group from its members, the anchor last, and the next of their results in ``ran``."""
         index = members[0].group
         fork = self.planned.forks[index]
         own = list(islice(ran, len(members)))
@@ -208,7 +208,7 @@ class Rollout:
         return Group(index, root, fork.frame, recent, own_routes, trajectories, clean_MTCHW)
 
     def release(self) -> None:
-        """Give the root histories' pages back."""
+        """Release the pages of the roots."""
         for root in self.roots.values():
             root.history.release()
 
@@ -227,20 +227,20 @@ def roll_out(
     finished: Callable[[Group], None] = lambda group: None,
     team: Team | None = None,
 ) -> Rollout:
-    """Roots, branches and anchors of one rollout, a group for every prompt; ``key`` seeds the explorer.
+    """Generate a rollout: root, branches and anchor for every prompt; ``key`` seeds the explorer.
 
-    The plan's own groups are explored in turns; once their members have run, they keep the pages that the
-    replay sees. Results do not depend on it beyond rounding. The forks may differ in what fits at them, in
-    nothing else; donor histories need one fork for all.
+    The groups of this process are explored in turns. Once the members of a turn have run, their roots keep
+    only the pages that the replay sees. Turns change results by rounding alone. The explorations at the forks
+    may differ only in what was shrunk to fit; donor histories need one fork for all groups.
 
     Args:
-        explorer: tells the branches apart; every group's anchor follows them.
-        cache: where the pages go, with room for ``cache_pages``; None: a cache of its own.
-        steps: solver steps of the window that are learned from; None: all.
-        arrivals: keep where the last of them led, too.
+        explorer: creates the branches of a group; the anchor is appended to them.
+        cache: holds the pages, with room for ``cache_pages``; None: a new cache.
+        steps: number of leading solver steps of the window to train on; None: all.
+        arrivals: also keep the states that the last of these steps leads to.
         finished: called with every group as soon as its members are generated, in order.
-        team: the processes that have the branches dealt among them; each grows the roots and runs the
-            anchors, so that all take equally many passes. None: this one alone.
+        team: processes that share the branches of each group. Each grows the roots and runs the anchors,
+            so that all run equally many passes. None: this process alone.
     """
     cache = cache or generator.new_cache(cache_pages(generator, [planned]))
     rollout = Rollout(generator, planned, texts, tape, cache)
@@ -259,7 +259,7 @@ def roll_out(
                 whole = ran if team is None else iter(_joined(team, list(islice(ran, len(mine))), len(own)))
                 rollout.groups.append(rollout.group_of(own, whole))
                 finished(rollout.groups[-1])
-            # Not before: with donors, later groups route what earlier ones hold.
+            # Only now: with donors, later groups route frames that earlier ones hold.
             for root in [rollout.roots[group] for group in turn] if not planned.keep_pool else ():
                 kept = reachable_frames(generator.deployment, root.start, max(1, generator.deployment.sink))
                 root.history.keep(kept)
@@ -267,13 +267,13 @@ def roll_out(
 
 
 def _routed(members: Sequence[Sequence[Member]]) -> dict[int, frozenset[int]]:
-    """Frames of every group's history that any member is routed."""
+    """Frames of every group's history that any member routes."""
     slots = {slot for own in members for one in own for block in one.routes or () for slot in block}
     return {n: frozenset(slot.frame for slot in slots if slot.group == n) for n in range(len(members))}
 
 
 def _joined(team: Team, own: Sequence[Ran], members: int) -> list[Ran]:
-    """All members of a group, from the branches that each process ran and from this one's anchor."""
+    """All members of a group: the branches of every process and the anchor of this one."""
     if team.count == 1:
         return list(own)
     *branches, anchor = own

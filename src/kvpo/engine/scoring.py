@@ -1,7 +1,7 @@
-"""From branch latents to reward numbers: decode what can differ, cut clips, score them.
+"""Scoring of branches: decode the frames that can differ, cut clips, score them.
 
-Everything before the fork is identical across branches, so only frames after it are decoded; where the prompt
-switches right at the fork, one block before it comes along as what the video showed until then.
+Everything before the fork is identical across branches, so only frames after it are decoded. If the prompt
+switches right at the fork, the block before it is decoded too, to show what the video was until then.
 """
 
 from collections import deque
@@ -36,11 +36,11 @@ class Scores:
     local_KM: Tensor
     """Scores of the routed window."""
     global_KM: Tensor
-    """Scores of the video after the fork: the mean over its clips, each with its share (``shared_clips``)."""
+    """Scores of the video after the fork: the mean over its clips, weighted by ``shared_clips``."""
 
     @property
     def combined_KM(self) -> Tensor:
-        """Every component of every member: (local + w global) / (1 + w), w being ``GLOBAL_WEIGHT``."""
+        """(local + w global) / (1 + w) for every component and member, with w = ``GLOBAL_WEIGHT``."""
         return (self.local_KM + GLOBAL_WEIGHT * self.global_KM) / (1 + GLOBAL_WEIGHT)
 
     def totals(self, weights_K: Tensor) -> Tensor:
@@ -49,10 +49,10 @@ class Scores:
 
 
 def segment_clips(prompt: VideoPrompt, first: int, stop: int, *, block: int, lead: int) -> list[Clip]:
-    """One clip per prompt segment that shows in latent frames ``[first, stop)``.
+    """One clip per prompt segment that is shown in latent frames ``[first, stop)``.
 
-    A segment that begins inside the span, or right at its start, gets up to ``lead`` frames of what was
-    before (``ClipPrompt.switch`` says how many). Switches act at block boundaries.
+    If a segment begins inside the span, or right at its start, its clip begins up to ``lead`` frames earlier,
+    in the previous segment (``ClipPrompt.switch`` holds how many). Switches act at block boundaries.
     """
     starts = [0, *(prompt.acts_at(switch, block) for switch in prompt.switches)]
     ends = [*starts[1:], prompt.num_frames]
@@ -69,10 +69,10 @@ def segment_clips(prompt: VideoPrompt, first: int, stop: int, *, block: int, lea
 
 
 def transition_clips(prompt: VideoPrompt, first: int, stop: int, *, block: int, half: int) -> list[Clip]:
-    """The clips around the switches that segments which show in ``[first, stop)`` begin with.
+    """The clips around the prompt switches at which segments in latent frames ``[first, stop)`` begin.
 
-    Each has up to ``half`` latent frames of the segment before and as many of its own; it is scored against
-    the new segment's text and knows the text before (``ClipPrompt``).
+    Each has up to ``half`` latent frames on either side of the switch. It is scored against the text of the
+    new segment, and its ``ClipPrompt`` also holds the previous text.
     """
     return [
         replace(clip, stop=min(clip.stop, clip.start + clip.prompt.switch + half))
@@ -86,8 +86,8 @@ def shared_clips(
 ) -> list[tuple[Clip, float]]:
     """The clips of latent frames ``[first, stop)``, each with its share of the signal; shares add up to 1.
 
-    A clip's share goes with its frames. ``transition_blocks`` on either side of a switch make a further
-    clip of the transition; 0: no such clips.
+    A clip's share is proportional to the frames of its segment. Every switch gets an extra clip with
+    ``transition_blocks`` blocks on either side; 0: no such clips.
     """
     found = segment_clips(prompt, first, stop, block=block, lead=block)
     if transition_blocks:
@@ -97,7 +97,7 @@ def shared_clips(
 
 
 def in_pixels(clip: Clip, frames_per_latent: int) -> Clip:
-    """The same clip counted in pixel frames, its switch as well."""
+    """The same clip, with its switch, counted in pixel frames."""
     start = pixel_frame(clip.start, frames_per_latent)
     switch = pixel_frame(clip.start + clip.prompt.switch, frames_per_latent) - start
     prompt = ClipPrompt(clip.prompt, clip.prompt.before, switch, earlier=clip.prompt.earlier)
@@ -112,11 +112,10 @@ def score_clips(
     offset: int = 0,
     frames_per_latent: int,
 ) -> Tensor:
-    """Score clips, each given with the number of its video, equal lengths together: ``[K, clips]``.
+    """Score clips, each given with the index of its video, in batches of equal length: ``[K, clips]``.
 
-    ``videos_NTCHW`` are in [0, 1], their first pixel frame being that of latent frame ``offset``. All clips
-    are handed out before any score is waited for. Raises ValueError where the scorer returned a missing,
-    misshapen or non-finite number.
+    ``videos_NTCHW`` are in [0, 1] and start at latent frame ``offset``. All batches are submitted before any
+    score is awaited. Raises ValueError if a score is missing, misshapen or not finite.
     """
     first = pixel_frame(offset, frames_per_latent)
     pieces = [(video, in_pixels(clip, frames_per_latent)) for video, clip in clips]
@@ -141,7 +140,7 @@ def score_clips(
 
 
 def _batch(videos_NTCHW: Tensor, pieces: Sequence[tuple[int, Clip]], first: int) -> Tensor:
-    """Clips of one length, counted in pixel frames; the same frames of every video are not copied."""
+    """A batch of clips of one length, in pixel frames; a view if it has the same frames of every video."""
     spans = {(clip.start - first, clip.stop - first) for _, clip in pieces}
     if len(spans) == 1 and [video for video, _ in pieces] == list(range(len(videos_NTCHW))):
         start, stop = spans.pop()
@@ -158,9 +157,9 @@ def score_group(
     transition_blocks: int = 0,
     timed: Callable[[str], AbstractContextManager[None]] = lambda phase: nullcontext(),
 ) -> Scores:
-    """Local and global scores of one group's members, which may be none.
+    """Local and global scores of one group's members; there may be none.
 
-    Its pixels live no longer than this call. ``timed`` is told of the phases, decode and score.
+    The decoded pixels are freed on return. ``timed`` wraps each phase and is given its name, decode or score.
     """
     if not len(group.clean_MTCHW):
         return Scores(tuple(scorer.components), *torch.zeros(2, len(scorer.components), 0))
@@ -184,7 +183,7 @@ def score_group(
 
 
 def decode_members(group: Group, codec: Codec, *, lead: int) -> Tensor:
-    """Pixels of every member from ``lead`` latent frames before the fork on: ``[M, T, 3, H, W]``."""
+    """Decode every member from ``lead`` latent frames before the fork on: ``[M, T, 3, H, W]``."""
     latents = group.clean_MTCHW
     past = torch.cat(group.root.latents)
     first = group.fork - lead

@@ -1,6 +1,7 @@
-"""Test-time selection: of several continuations of a stream, the one that a scorer prefers goes on.
+"""Test-time selection: of several continuations of a stream, keep the one that a scorer prefers.
 
-Nothing is trained: the best that a reward can make of a generator as it is, which alignment is measured by.
+Nothing is trained. The result is the best that a reward can get from a generator as it is, and alignment is
+measured against it.
 """
 
 from collections.abc import Sequence
@@ -23,7 +24,7 @@ from kvpo.rewards.protocol import Scorer
 
 @dataclass(frozen=True)
 class Selected:
-    """A video whose parts were chosen, and the scores that they were chosen by."""
+    """A video made of chosen continuations, and the scores behind the choices."""
 
     latents_TCHW: Tensor
     scores: tuple[tuple[float, ...], ...]
@@ -32,7 +33,7 @@ class Selected:
 
 @dataclass(frozen=True)
 class Selection:
-    """A generator, and the rule by which continuations are made and chosen."""
+    """A generator, and the settings by which continuations are made and chosen."""
 
     generator: StreamingGenerator
     codec: Codec
@@ -41,25 +42,25 @@ class Selection:
     exploration: ExplorationConfig
     explorer: Explorer
     count: int
-    """Candidates of a choice, the plain continuation among them."""
+    """Candidates per choice, including the plain continuation."""
     span: int
     """Blocks between two choices; 0: one choice per video."""
     key: tuple[str | int, ...] = ()
-    """Names the draws of the candidates, beside prompt and frame: usually a seed."""
+    """Keys the candidates' draws, together with prompt id and frame; usually holds a seed."""
 
     def best(
         self, prompt: VideoPrompt, texts: TextTable, tape: Tape, given_TCHW: Tensor | None = None
     ) -> Selected:
-        """The chosen video of a prompt, after the latents that it is given to begin with.
+        """Generate the video of a prompt choice by choice, beginning with ``given_TCHW`` if there is any.
 
-        Raises ValueError for a length that is not a multiple of the block, and what the scorer raises.
+        Raises ValueError if the length is not a multiple of the block, and the scorer's errors.
         """
         generator, block = self.generator, self.generator.block
         if prompt.num_frames % block:
             raise ValueError(
                 f"num_frames = {prompt.num_frames} is not a multiple of the block of {block} frames"
             )
-        resident = self._resident or prompt.num_frames  # 0 keeps all here, and no more than the window there
+        resident = self._resident or prompt.num_frames  # 0 means all here, and the window alone there
         pages = stream_pages(generator, prompt.num_frames, resident, switches=bool(prompt.switches))
         root = open_stream(generator, generator.new_cache((self.count + 1) * pages), prompt, texts, tape)
         root.end = prompt.num_frames
@@ -93,13 +94,13 @@ class Selection:
 
     @property
     def _resident(self) -> int:
-        """Frames of history that are kept: for routing, or no more than the window needs."""
+        """History frames to keep: for routing, or no more than the window needs."""
         if self.explorer is routes:
             return self.exploration.resident_frames
         return self.generator.deployment.resident
 
     def _continued(self, root: Stream, tape: Tape, stop: int) -> list[Stream]:
-        """Candidates from the root to ``stop``, the plain one first; one alone where none can differ."""
+        """Candidates from the root to ``stop``, the plain one first; it alone if none can differ."""
         streams = [root.fork()]
         while streams[0].start < stop:
             members = self._members(root.prompt, streams[0].start, tape)
@@ -121,7 +122,7 @@ class Selection:
         return streams
 
     def _members(self, prompt: VideoPrompt, frame: int, tape: Tape) -> list[Member]:
-        """The plain continuation of a block, and branches as the explorer tells them apart."""
+        """The plain continuation of a block, then the explorer's branches."""
         block, exploration = self.generator.block, self.exploration
         wanted = replace(exploration, branches=self.count - 1, blocks=1, tail_blocks=0, donor=0)
         if self.explorer is routes:

@@ -1,4 +1,4 @@
-"""Streaming generation: blocks in lock step for many streams, prompt switches, routed contexts."""
+"""Streaming generation: many streams in lockstep, prompt switches, routed contexts."""
 
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -33,7 +33,7 @@ TextTable = Mapping[str, Tensor]
 
 @dataclass
 class Stream:
-    """One video being generated: what it shows, the noise it reads, and what it has generated so far."""
+    """One video being generated: its prompt, its noise and the frames so far."""
 
     prompt: VideoPrompt
     texts: TextTable
@@ -45,15 +45,15 @@ class Stream:
     segment: int = 0
     """Prompt segment that the stored history is encoded under."""
     fresh_prompt: bool = False
-    """No block was generated since the last prompt switch."""
+    """True if no block was generated since the last prompt switch."""
     step: Step | None = None
     """Solver step of the next blocks; None: the generator's."""
     pinned: frozenset[int] = frozenset()
     """Frames that stay resident in addition to what ``advance`` keeps."""
     deployment: Deployment = field(default_factory=Deployment)
-    """Deployment of its generator, which says how its prompts follow one another."""
+    """Deployment of the generator, which also sets how one prompt blends into the next."""
     end: int | None = None
-    """Number of frames after which nothing follows; None: it may always go on."""
+    """Total number of frames; None: open-ended."""
 
     @property
     def start(self) -> int:
@@ -62,11 +62,11 @@ class Stream:
 
     @property
     def ending(self) -> bool:
-        """The next block is the last one."""
+        """True if the next block is the last one."""
         return self.start + self.deployment.block == self.end
 
     def fork(self, tape: Tape | None = None, step: Step | None = None) -> "Stream":
-        """A second stream with the same past, with other noise or another solver step from here on.
+        """A second stream with the same past; noise and solver step may differ from here on.
 
         Shares pages and latents.
         """
@@ -84,14 +84,14 @@ def open_stream(
 
 
 Shares = tuple[tuple[str, float], ...]
-"""Prompt texts, and the share of each in what a block is told."""
+"""Prompt texts, each with its share in a block's text embedding."""
 
 
 def shares_of(prompt: VideoPrompt, segment: int, start: int, deployment: Deployment) -> Shares:
     """Shares of a prompt's texts in the block at frame ``start``, which shows ``segment``.
 
-    In block k after a switch that blends over n blocks, the new text has k / (n + 1), and the mixture of the
-    block before the switch has the rest.
+    In block k after a switch that blends over n blocks, the new text has share k / (n + 1), and the mixture
+    of the block before the switch has the rest.
     """
     block = deployment.block
     first = [prompt.acts_at(switch, block) for switch in prompt.switches[:segment]]
@@ -112,7 +112,7 @@ def told(stream: Stream) -> Shares:
 
 
 def text_of(streams: Sequence[Stream]) -> TextRows:
-    """Embeddings that the streams' next blocks are told; equal mixtures share one."""
+    """Text embeddings for the streams' next blocks; equal mixtures share one."""
     mixtures = [told(stream) for stream in streams]
     unique = {}
     for stream, mixture in zip(streams, mixtures, strict=True):
@@ -130,9 +130,9 @@ def denoise_block(
     step: Step,
     sigmas: Sequence[float],
 ) -> Trajectory:
-    """Take every solver step of a block, from these noise levels in turn; writes nothing.
+    """Run all solver steps of a block, at the noise levels ``sigmas``; no pages are written.
 
-    ``draw`` gives the noise ``initial`` and, for rules that draw, ``renoise 1`` ..., each [R, F, C, H, W].
+    ``draw`` returns the noise ``initial`` and, if ``step`` draws, ``renoise 1`` ..., each [R, F, C, H, W].
     """
     x = draw("initial")
     states, velocities = [], []
@@ -178,13 +178,13 @@ def switch_prompts(generator: StreamingGenerator, streams: Sequence[Stream], *, 
 def seen_alike(
     generator: StreamingGenerator, stream: Stream, route: Sequence[int] | None = None, recent: int = 0
 ) -> tuple[int, int]:
-    """The key that streams of one forward pass share: frames that the next block sees, and of a bank."""
+    """Batching key: the number of frames that the next block sees, and how many are from the memory bank."""
     size = context_size(generator.deployment, stream.history, route, recent)
     return size, stream.history.bank_frames
 
 
 def lockstep_batches(alike: Sequence[Hashable], rows: int) -> Iterator[list[int]]:
-    """Indices in batches of at most ``rows`` (0: no limit), each of what is ``alike``."""
+    """Indices in batches of at most ``rows`` (0: no limit), each with equal values in ``alike``."""
     groups: dict[Hashable, list[int]] = {}
     for n, kind in enumerate(alike):
         groups.setdefault(kind, []).append(n)
@@ -195,7 +195,7 @@ def lockstep_batches(alike: Sequence[Hashable], rows: int) -> Iterator[list[int]
 
 
 def commit_banks(generator: StreamingGenerator, streams: Sequence[Stream], text: TextRows) -> None:
-    """Before a block: every stream's memory bank takes in what was recorded."""
+    """Add the recorded frames to every stream's memory bank before its next block."""
     if not generator.deployment.bank_size:
         return
     for row, stream in enumerate(streams):
@@ -218,18 +218,18 @@ def advance(
     rows: int = 0,
     resident: int = 0,
 ) -> Trajectory:
-    """Generate the next block of every stream: switch prompts, denoise, then the clean pass writes pages.
+    """Generate the next block of every stream: switch prompts, denoise, write pages in the clean pass.
 
-    Streams may be at different blocks; those whose blocks see equally many frames share a forward pass. A
-    stream's last block, which nothing will see, has no clean pass, and the stream gives its pages back. The
-    trajectory has a row per stream, in their order; where first blocks take more or fewer solver steps, it
-    has the first ones, as many as all rows took.
+    Streams may be at different blocks; those that see equally many frames share a forward pass. A stream's
+    last block has no clean pass, since nothing will see it, and the stream releases its pages. The trajectory
+    has one row per stream, in order; if first blocks take a different number of solver steps, it is cut to
+    the steps that all rows took. Raises NonFiniteError if a block is not finite.
 
     Args:
-        routes: page ids filling each stream's routed slots, None for its deployment context.
-        recent: past frames that routed streams keep.
+        routes: page ids for each stream's routed slots, None for its deployment context.
+        recent: most recent past frames that routed streams see.
         rows: streams per forward pass; 0 means all.
-        resident: history frames kept for later, counting the sink (0: all); older pages are released.
+        resident: history frames to keep for later, counting the sink (0: all); older pages are released.
     """
     switch_prompts(generator, streams, rows=rows)
     commit_banks(generator, streams, text_of(streams))
@@ -288,7 +288,7 @@ def _generate_block(
 
 
 def _drawn(generator: StreamingGenerator, streams: Sequence[Stream], kind: str) -> Tensor:
-    """One of the tapes' tensors of the streams' next blocks, [R, F, C, H, W]."""
+    """Noise of one kind from the tapes, for the streams' next blocks, [R, F, C, H, W]."""
     own = [stream.tape(stream.prompt.id, stream.start // generator.block, kind) for stream in streams]
     return torch.stack(own).to(generator.device)
 
@@ -304,7 +304,7 @@ def append_block(
 ) -> None:
     """The clean pass: encode the block in the context it was generated in and append its pages.
 
-    Those that no later block will see are given back before: ``advance`` says what ``resident`` keeps.
+    Pages that no later block will see are released first; see ``advance`` for ``resident``.
     """
     seen = clean_RFCHW
     if generator.context_noise:
@@ -329,9 +329,9 @@ def give_frames(
     *,
     resident: int = 0,
 ) -> None:
-    """Begin streams with given latents: encode them block by block as if generated; nothing is generated.
+    """Begin streams with given latents, encoded block by block as if they had been generated.
 
-    ``resident`` history frames are kept, counting the sink (0: all). Raises ValueError where the number of
+    ``resident`` history frames are kept, counting the sink (0: all). Raises ValueError if the number of
     frames is not a multiple of the block.
     """
     if latents_RTCHW.shape[1] % generator.block:
@@ -356,9 +356,9 @@ def stream_latents(
 ) -> Tensor:
     """Generate whole videos of equal length in the deployment context: latents [R, T, C, H, W].
 
-    Pages out of the window's reach are released, so memory does not grow with length. ``given`` holds latents
-    [T', C, H, W] that videos begin with, whole blocks by the id of their prompts; the noise of the other
-    blocks is what it would be without them.
+    Pages out of the window's reach are released, so memory does not grow with length. ``given`` maps prompt
+    ids to latents [T', C, H, W], in whole blocks, that their videos begin with; the noise of all other blocks
+    stays the same. Raises ValueError if the lengths differ.
     """
     lengths = {prompt.num_frames for prompt in prompts}
     if len(lengths) != 1:

@@ -12,16 +12,16 @@ import torch
 from torch import Tensor
 
 ADVANTAGE_LIMIT = 2.5
-"""Advantages end at plus or minus this: of eight branches, one that stands alone has (8 - 1) / sqrt(8) = 2.47
-in one signal, so that only what two signals agree on is cut. At the limit nft counts a branch as wholly good
-(its paper has 5)."""
+"""Advantages are clamped to plus or minus this. One outlier among eight branches has (8 - 1) / sqrt(8) = 2.47
+in one signal, so clamping cuts only what two signals agree on. At the limit, nft counts a branch as wholly
+good (its paper uses 5)."""
 GLOBAL_WEIGHT = 0.5
-"""Weight of the global (post-fork) signal beside the local one: the window is what the branches differ in,
-and the video after it follows from it through more noise."""
+"""Weight of the global (post-fork) signal relative to the local one. Branches differ in the window; the video
+after it depends on the window, but with more noise."""
 SUSPICION = {"selective": (0.25, 0.0), "reversing": (0.0, 1.0)}
-"""Fusion -> (margin, penalty): a positive advantage whose rank gap exceeds the margin becomes minus penalty
-times itself. A margin of a quarter leaves the ordinary disagreement of rewards alone; see
-benchmarks/RESULTS.md for both."""
+"""Fusion -> (margin, penalty): a positive advantage whose rank gap exceeds the margin is multiplied by
+-penalty. A margin of a quarter tolerates the ordinary disagreement of rewards; benchmarks/RESULTS.md has
+measurements of both."""
 SMALLEST_SPREAD = 1e-12
 """Keeps 0 / 0 at 0 where no noise floor is given and all rewards are equal."""
 
@@ -33,9 +33,9 @@ def reward_spread(rewards: Tensor, anchor: Tensor | None = None) -> Tensor:
 
 
 def pooled_spread(groups: Sequence[Tensor]) -> Tensor:
-    """Spread of rewards about their own group's mean over a whole collection: [..., n] each -> [...].
+    """Spread of rewards around their own group's mean over a whole collection: [..., n] each -> [...].
 
-    sqrt(sum_g sum_i (r_gi - mean r_g)^2 / sum_g (n_g - 1)); of one group, its standard deviation (ddof 1).
+    sqrt(sum_g sum_i (r_gi - mean r_g)^2 / sum_g (n_g - 1)); for one group, its standard deviation (ddof 1).
     """
     squares = torch.stack([centred(rewards).square().sum(-1) for rewards in groups]).sum(0)
     return (squares / sum(rewards.shape[-1] - 1 for rewards in groups)).sqrt()
@@ -46,8 +46,8 @@ def group_relative(
 ) -> Tensor:
     """A_g = (r_g - baseline) / max(spread, noise floor): [..., G].
 
-    The baseline is the anchor's reward [...], or without one the group's mean, so that they add up to 0.
-    ``spread`` [...] is by default the standard deviation over the branches and the anchor, if given.
+    The baseline is the anchor's reward [...]. Without an anchor it is the group's mean, and advantages add up
+    to 0. ``spread`` [...] is by default the standard deviation over the branches and the anchor, if given.
     """
     scale = reward_spread(rewards, anchor) if spread is None else spread
     floor = torch.as_tensor(noise_floor, dtype=scale.dtype, device=scale.device).clamp_min(SMALLEST_SPREAD)
@@ -71,15 +71,15 @@ def total_floor(floors_K: Tensor, weights_K: Tensor) -> Tensor:
 
 
 def ranks(rewards: Tensor) -> Tensor:
-    """Share of the other branches that each branch beats, an equal one counting half: [..., G] in [0, 1]."""
+    """Share of the other branches that each branch beats, ties counting half: [..., G] in [0, 1]."""
     against = (rewards.unsqueeze(-1) - rewards.unsqueeze(-2)).sign().sum(-1)
     return (against / (rewards.shape[-1] - 1) + 1) / 2
 
 
 def rank_gap(rewards_KG: Tensor, votes_K: Tensor, primary: int) -> Tensor:
-    """Rank under component `primary` less the mean rank under the others, weighted by votes: [G] in [-1, 1].
+    """Rank under component `primary` minus the mean rank under the others, weighted by votes: [G] in [-1, 1].
 
-    0 where no other component has a vote.
+    0 if no other component has a vote.
     """
     others_K = votes_K.to(rewards_KG).clone()
     others_K[primary] = 0
@@ -90,7 +90,7 @@ def rank_gap(rewards_KG: Tensor, votes_K: Tensor, primary: int) -> Tensor:
 
 
 def selective(advantages_G: Tensor, gap_G: Tensor, margin: float, penalty: float) -> Tensor:
-    """Positive advantages of branches whose rank gap exceeds the margin become -penalty times themselves."""
+    """Multiply positive advantages by -penalty where the rank gap exceeds the margin: [G]."""
     suspect_G = (gap_G > margin) & (advantages_G > 0)
     return torch.where(suspect_G, -penalty * advantages_G, advantages_G)
 
@@ -101,17 +101,17 @@ def fuse_signals(local_G: Tensor, global_G: Tensor, global_weight: float) -> Ten
 
 
 def centred(advantages: Tensor) -> Tensor:
-    """A - mean A over the last axis, as a softmax over branches alone needs it."""
+    """A - mean A over the last axis, as a softmax over the branches alone requires."""
     return advantages - advantages.mean(dim=-1, keepdim=True)
 
 
 def clamp(advantages_G: Tensor, limit: float) -> Tensor:
-    """Advantages limited to [-limit, limit]; the last thing done to them."""
+    """Clamp advantages to [-limit, limit]; the last step in computing them."""
     return advantages_G.clamp(-limit, limit)
 
 
 def permuted(advantages_G: Tensor, generator: torch.Generator) -> Tensor:
-    """Null control: the same advantages, given to the branches in random order (a CPU generator)."""
+    """Null control: the same advantages, assigned to the branches in random order (by a CPU generator)."""
     order = torch.randperm(len(advantages_G), generator=generator)
     return advantages_G[order.to(advantages_G.device)]
 
@@ -119,8 +119,8 @@ def permuted(advantages_G: Tensor, generator: torch.Generator) -> Tensor:
 def best_and_worst(advantages_G: Tensor, best: int, worst: int) -> Tensor:
     """Indices of the `best` highest and `worst` lowest advantages, ascending int64 [best + worst].
 
-    0 and 0 select every branch. Train on these branches only, with `centred(advantages[indices])`.
-    Raises ValueError when more branches are asked for than there are.
+    0 and 0 select every branch. Train on these branches only, with `centred(advantages[indices])`. Raises
+    ValueError for a negative count, or if more branches are requested than exist.
     """
     branches = len(advantages_G)
     if min(best, worst) < 0 or best + worst > branches:

@@ -1,7 +1,7 @@
-"""The numbers reported of every update, their meanings, and how groups add up to an update.
+"""Metrics of every update, with their meanings and their aggregation from groups to an update.
 
-A metric's name, its meaning and its value come from here and from the method's own ``metrics``; the report
-reads the meanings that the run wrote.
+Names, meanings and values of metrics come from here and from the method's own ``metrics``. The report reads
+the meanings that the run wrote.
 """
 
 from collections.abc import Mapping, Sequence
@@ -22,7 +22,7 @@ GROUP_METRICS = {
     "branch_distance": Metric("Distance between the latents of two branches; 0 would mean no exploration."),
     "anchor_distance": Metric("Distance between the latents of a branch and its anchor."),
 }
-"""Reported of every group, skipped ones included."""
+"""Reported for every group, including skipped ones."""
 
 UPDATE_METRICS = {
     "skipped_fraction": Metric("Share of groups whose reward spread is noise; they are not trained on."),
@@ -59,7 +59,7 @@ UPDATE_METRICS = {
     "reward_cache_misses": Metric("Clips that were scored."),
     "device_peak_gb": Metric("Most device memory that tensors took during the update, in GB."),
 }
-"""Reported of an update as a whole."""
+"""Reported for an update as a whole."""
 
 
 def group_metrics(rewards_M: Tensor, latents_M: Tensor, *, relative_to_anchor: bool = True) -> Metrics:
@@ -76,7 +76,7 @@ def group_metrics(rewards_M: Tensor, latents_M: Tensor, *, relative_to_anchor: b
 
 
 def advantage_metrics(credits: Sequence[Credit]) -> Metrics:
-    """Advantages of the trained branches, averaged over groups, and the share of all that was withheld."""
+    """Mean and spread of trained advantages, averaged over groups, and the share of withheld branches."""
     branches = sum(len(credit.all_advantages_G) for credit in credits)
     return {
         "advantage_mean": _mean([float(credit.advantages_G.mean()) for credit in credits]),
@@ -88,7 +88,7 @@ def advantage_metrics(credits: Sequence[Credit]) -> Metrics:
 def update_metrics(
     of_method: Mapping[str, Metric], trained: Sequence[Metrics], groups: Sequence[Metrics]
 ) -> Metrics:
-    """Summarise an update: ``groups`` are all of its groups, ``trained`` those trained on (nan if none)."""
+    """Summarise an update from the metrics of all ``groups`` and of the ``trained`` ones (nan if none)."""
     numbers = {name: _mean([group[name] for group in groups]) for name in groups[0]}
     for name, metric in of_method.items():
         values = [found[name] for found in trained]
@@ -97,9 +97,9 @@ def update_metrics(
 
 
 def meanings(of_method: Mapping[str, Metric]) -> dict[str, dict[str, str]]:
-    """Heading -> metric -> the sentence that explains it, for everything a run of a method writes of updates.
+    """Heading -> metric -> meaning, for every update metric that a run of a method writes.
 
-    The headings are what the groups show, what the method measures, and what the update did.
+    The headings separate the groups, the measurements of the method, and the update itself.
     """
     headings = {"Groups": GROUP_METRICS, "Method": of_method, "Update": UPDATE_METRICS}
     return {
@@ -123,5 +123,5 @@ def mean_distance(latents: Tensor, anchor: Tensor) -> float:
 
 
 def _mean(values: Sequence[float]) -> float:
-    """Mean; nan of no values."""
+    """Mean; nan if there are no values."""
     return sum(values) / len(values) if values else float("nan")

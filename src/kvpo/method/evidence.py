@@ -37,7 +37,7 @@ class Trajectories:
     sigmas: tuple[float, ...]
     """Noise levels of the S states, falling from 1; the last step lands on 0."""
     noise: float = 0.0
-    """Strength of the noise that told the branches apart; routed branches do not read it."""
+    """Strength of the noise that distinguishes the branches; unused for routed branches."""
 
     @property
     def anchor(self) -> int:
@@ -45,7 +45,7 @@ class Trajectories:
         return len(self.states_MPSFCHW) - 1
 
     def levels(self, steps: int) -> Tensor:
-        """Noise levels of the first ``steps`` states over their leading axes: float64 [1, 1, S]."""
+        """Noise levels of the first ``steps`` states, shaped to broadcast over them: float64 [1, 1, S]."""
         device = self.states_MPSFCHW.device
         return torch.tensor(self.sigmas[:steps], dtype=torch.float64, device=device).view(1, 1, steps)
 
@@ -60,9 +60,9 @@ class Credit:
     all_advantages_G: Tensor
     """Advantages of every branch, before selection."""
     gap_G: Tensor
-    """Rank of the selected branches under the first reward less their mean rank under the others."""
+    """Rank of the selected branches under the first reward minus their mean rank under the others."""
     withheld: int = 0
-    """Branches whose positive advantage selective fusion took away."""
+    """Number of branches that lost a positive advantage to selective fusion."""
 
     def advantages_N(self, branch_N: Sequence[int], like: Tensor) -> Tensor:
         """Advantages of a table's rows, [N]."""
@@ -70,28 +70,27 @@ class Credit:
 
 
 def no_credit(branches: int) -> Credit:
-    """Every branch, none better than another: for methods without a reward, and for checks."""
+    """All branches with equal advantages, for methods without a reward and for checks."""
     zeros = torch.zeros(branches)
     return Credit(tuple(range(branches)), zeros, zeros, zeros)
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """The states at which the policy is asked, and the velocities it should answer.
+    """The states at which the policy is evaluated, and the target velocities there.
 
     A row's target is ``targets_NPSFCHW`` plus ``share_N`` times the velocity of its ``teacher_N`` at the same
     states: "" (none), "old" (the old policy), "reference" (the starting policy) or "routed" (the policy
-    itself, without gradient, under the history that the row's branch was routed). Weights are float32 or
-    wider.
+    itself, without gradient, under the routed history of the row's branch). Weights are float32 or wider.
     """
 
     states_QPSFCHW: Tensor
     past_Q: tuple[int, ...]
-    """Member whose own earlier blocks each trajectory is replayed behind."""
+    """Member whose own earlier blocks each trajectory is replayed after."""
     query_N: tuple[int, ...]
-    """Trajectory that each row is asked at."""
+    """Trajectory at which each row is evaluated."""
     branch_N: tuple[int, ...]
-    """Branch that each row is about; -1: no branch."""
+    """Branch that each row belongs to; -1: no branch."""
     targets_NPSFCHW: Tensor
     weights_NPS: Tensor
     teacher_N: tuple[str, ...]
@@ -103,7 +102,7 @@ class Evidence:
         return set(self.teacher_N) - {""}
 
     def with_teacher(self, teacher: str, velocities_NPSFCHW: Tensor) -> "Evidence":
-        """The same rows once the velocities of one teacher are known."""
+        """The same rows with one teacher's velocities added to the targets."""
         of_teacher = [name == teacher for name in self.teacher_N]
         share = [s if asked else 0.0 for s, asked in zip(self.share_N, of_teacher, strict=True)]
         wide = torch.promote_types(velocities_NPSFCHW.dtype, torch.float32)
@@ -124,7 +123,7 @@ def evidence_of(
     teacher: str = "",
     share_N: Sequence[float] | None = None,
 ) -> Evidence:
-    """Evidence whose rows are the trajectories in order, unless ``query_N`` says otherwise.
+    """Build evidence with one row per trajectory, in order, unless ``query_N`` says otherwise.
 
     ``weights`` broadcasts over [N, P, S].
     """
@@ -145,7 +144,7 @@ def evidence_of(
 
 
 def joined_evidence(first: Evidence, second: Evidence) -> Evidence:
-    """Both evidences' rows; a trajectory that both ask at (same past, same states) is replayed once."""
+    """The rows of both; a trajectory that both evaluate (same past, same states) is replayed once."""
     states, past_Q, moved = list(first.states_QPSFCHW), list(first.past_Q), []
     for past, own in zip(second.past_Q, second.states_QPSFCHW, strict=True):
         known = (q for q, other in enumerate(states) if past_Q[q] == past and torch.equal(other, own))
@@ -167,7 +166,7 @@ def joined_evidence(first: Evidence, second: Evidence) -> Evidence:
 
 
 def drift_evidence(states_QPSFCHW: Tensor, past_Q: Sequence[int]) -> Evidence:
-    """Rows whose table adds up to mean || v_theta - v_ref ||^2 at the given states: the velocity KL."""
+    """Rows whose table sums to mean || v_theta - v_ref ||^2 at the given states: the velocity KL."""
     rows, blocks, steps = states_QPSFCHW.shape[:3]
     zero = torch.zeros_like(states_QPSFCHW)
     weight = 1 / (rows * blocks * steps)
@@ -177,7 +176,7 @@ def drift_evidence(states_QPSFCHW: Tensor, past_Q: Sequence[int]) -> Evidence:
 def anchor_drift(
     trajectories: Trajectories, credit: Credit, evidence: Evidence, settings: object
 ) -> Evidence:
-    """The velocity KL at the anchor's states: drift that all branches share, unseen by a simplex KL."""
+    """The velocity KL at the anchor's states: unlike a simplex KL, it sees drift that all branches share."""
     anchor, steps = trajectories.anchor, evidence.states_QPSFCHW.shape[2]
     return drift_evidence(trajectories.states_MPSFCHW[[anchor], :, :steps], [anchor])
 
@@ -196,11 +195,11 @@ class Tables:
 
     now: Tensor
     old: Tensor
-    """Under the policy that generated the rollout; in the first step after it, the numbers of ``now``."""
+    """Under the policy that generated the rollout; equal to ``now`` in the first step after it."""
     reference: Tensor
     """Under the starting policy."""
     branch_N: tuple[int, ...]
-    """Branch that each row is about."""
+    """Branch that each row belongs to."""
 
     def per_branch(self, branches: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
         """Sums of every branch's cells, [G] each: now, old, reference."""
@@ -218,12 +217,12 @@ Metrics = dict[str, float]
 
 @dataclass(frozen=True)
 class Metric:
-    """A number that a method reports of each group."""
+    """A number that a method reports for each group."""
 
     meaning: str
     """One sentence, as the report shows it."""
     largest: bool = False
-    """An update reports the largest over its groups instead of the mean."""
+    """An update reports the maximum over its groups instead of the mean."""
 
 
 @dataclass(frozen=True)
@@ -231,25 +230,25 @@ class Method(Generic[Own]):
     """One way to learn from the branches of a fork; ``Own`` is its section of settings."""
 
     evidence: Callable[[Trajectories, Credit, MethodSettings[Own], torch.Generator], Evidence]
-    """(trajectories, credit, settings, random numbers) -> what the policy is asked."""
+    """(trajectories, credit, settings, generator) -> the evidence to evaluate the policy on."""
     loss: Callable[[Tables, Credit, MethodSettings[Own]], tuple[Tensor, Metrics]]
     """(tables, credit, settings) -> a scalar to minimise, and metrics."""
     metrics: Mapping[str, Metric] = field(default_factory=dict)
     drift: Callable[[Trajectories, Credit, Evidence, MethodSettings[Own]], Evidence | None] = anchor_drift
     """(trajectories, credit, evidence, settings) -> rows of the velocity KL to the starting policy."""
     probabilities: Callable[[Tables, Credit, MethodSettings[Own]], Tensor] | None = None
-    """(tables, credit, settings) -> the old policy over the credit's branches, [G], or with the anchor last
-    [G + 1]; None for methods that define none."""
+    """(tables, credit, settings) -> the old policy's probabilities of the credit's branches, [G], or with the
+    anchor last [G + 1]; None for methods that define none."""
     averaged_old: Callable[[MethodSettings[Own]], bool] = lambda settings: False
-    """(settings) -> the "old" teacher is the moving average of the policy, not the one that generated."""
+    """(settings) -> True if the "old" teacher is the policy's moving average, not the rollout policy."""
     rewarded: bool = True
     """False: every branch is trained on, regardless of its score."""
     arrivals: bool = False
-    """The evidence reads where the last of the solver steps led, too."""
+    """The evidence also reads the state that the last of the solver steps leads to."""
     keep_pool: bool = False
-    """Targets are asked for under routed history, so its pages stay until the replay."""
+    """Targets are computed under routed history, so its pages are kept until the replay."""
     imitates: bool = False
-    """Best branches that are kept alone are imitated: their advantages are not centred."""
+    """If only the best branches are kept, they are imitated: their advantages are not centred."""
     linear: bool = False
     """The loss is linear in the table, so its gradient needs no table; saves a pass in micro-batches."""
     residual: str = "residual"
@@ -262,7 +261,7 @@ class Method(Generic[Own]):
         settings: MethodSettings[Own],
         generator: torch.Generator,
     ) -> tuple[Evidence, int]:
-        """All that is asked of one fork: the method's evidence, and how many rows of velocity KL end it."""
+        """All evidence of one fork, and how many rows at its end are the velocity KL."""
         evidence = self.evidence(trajectories, credit, settings, generator)
         drift = self.drift(trajectories, credit, evidence, settings)
         return (evidence, 0) if drift is None else (joined_evidence(evidence, drift), len(drift.query_N))

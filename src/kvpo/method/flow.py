@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 Sigma = float | Tensor
-"""A noise level: of everything, or of every element of the leading axes, [R] for [R, F, C, H, W]."""
+"""A noise level: one for everything, or one per element of the leading axes, [R] for [R, F, C, H, W]."""
 
 
 def few_step_sigmas(schedule: Sequence[float], shift: float) -> Tensor:
@@ -82,7 +82,7 @@ def renoise_step(
 
 
 def renoise_coefficients(sigma: float, sigma_next: float, _: float = 1.0) -> tuple[float, float, float]:
-    """(a, c, s) of the re-noising step in the form x' = a x + c v + s eps; its noise has one strength."""
+    """(a, c, s) of the re-noising step in the form x' = a x + c v + s eps; its noise strength is fixed."""
     return 1 - sigma_next, -(1 - sigma_next) * sigma, sigma_next
 
 
@@ -100,9 +100,9 @@ def sde_coefficients(sigma: float, sigma_next: float, kappa: float) -> tuple[flo
 
 @cache
 def sde_step(kappa: float, lowest: float) -> Step:
-    """A stochastic step from levels down to ``lowest``; from lower ones, and onto 0, the Euler step.
+    """A stochastic step at levels down to ``lowest``; an Euler step below that and for the step to 0.
 
-    kappa = 0 is Euler throughout. Noise levels are floats.
+    With kappa = 0, every step is an Euler step. Noise levels are floats.
     """
 
     def rule(x: Tensor, velocity: Tensor, sigma: Sigma, sigma_next: Sigma, noise: Tensor | None) -> Tensor:
@@ -116,7 +116,7 @@ def sde_step(kappa: float, lowest: float) -> Step:
 
 
 STEPS = {"ode": Step(euler_step, draws=False), "renoise": Step(renoise_step, draws=True)}
-"""The step rules that generators are deployed with, by name."""
+"""Step rules that generators are deployed with, by name."""
 
 
 def _wide(x: Tensor) -> Tensor:

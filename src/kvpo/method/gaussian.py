@@ -20,7 +20,7 @@ Coefficients = Callable[[float, float, float], tuple[float, float, float]]
 
 
 def gaussian_loss(tables: Tables, credit: Credit, settings: MethodSettings[Own]) -> tuple[Tensor, Metrics]:
-    """Clipped surrogate of every solver step, rho = exp(old - now), with its branch's advantage."""
+    """Clipped surrogate over all solver steps, with rho = exp(old - now) and each branch's advantage."""
     now, old = -tables.now, -tables.old.detach()
     advantages_N11 = credit.advantages_N(tables.branch_N, now)[:, None, None]
     loss = clipped_surrogate(now, old, advantages_N11, settings.clip)
@@ -30,9 +30,9 @@ def gaussian_loss(tables: Tables, credit: Credit, settings: MethodSettings[Own])
 def gaussian_method(coefficients: Coefficients) -> Method[Own]:
     """A method whose policy is a Gaussian over the next state of every solver step.
 
-    Its evidence are the branches' visited states; targets (x' - a x) / c are the velocities that explain each
-    step. The last solver step, which lands on the clean latents, draws no noise and is left out. The evidence
-    raises ValueError where no step draws any.
+    Its evidence is the states that the branches visited, with targets (x' - a x) / c: the velocities that
+    explain each step. The last solver step, which lands on the clean latents, draws no noise and is left out.
+    The evidence raises ValueError unless there are other steps and all of them draw noise.
     """
 
     def evidence(

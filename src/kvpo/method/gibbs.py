@@ -18,7 +18,7 @@ from kvpo.method.evidence import Credit, Evidence, Method, Metric, Metrics, Tabl
 from kvpo.method.settings import MethodSettings, Own
 
 MAX_LOG_RATIO = 20.0
-"""Log-ratios are clamped to plus or minus this before the exponential, against overflow."""
+"""Log-ratios are clamped to plus or minus this before the exponential, to avoid overflow."""
 
 RATIO_METRICS = {
     "loss": Metric("The method's loss, averaged over the groups that were trained on."),
@@ -66,9 +66,9 @@ def calibrated_temperature(old_energy_G: Tensor) -> float:
 def temperature_for_anchor_share(old_energy_G: Tensor, share: float) -> float:
     """Temperature at which the anchor, in the pool with energy 0, has probability ``share``.
 
-    Were every energy E, tau would be E / log(G share / (1 - share)): the smallest and the largest energy
-    bracket it, and bisection in log tau finds it. Where energies of exactly 0 put the share out of reach, tau
-    ends at its floor. Raises ValueError unless 1 / (G + 1) < share < 1.
+    If every energy were E, tau would be E / log(G share / (1 - share)). The smallest and the largest energy
+    therefore bracket tau, and bisection in log tau finds it. If energies of exactly 0 put the share out of
+    reach, tau ends at its floor. Raises ValueError unless 1 / (G + 1) < share < 1.
     """
     energies = old_energy_G.to("cpu", torch.float64)
     uniform = 1 / (len(energies) + 1)
@@ -92,7 +92,7 @@ def normalised_entropy(log_probs: Tensor) -> Tensor:
 
 
 def policy_ratio(log_probs: Tensor, old_log_probs: Tensor) -> Tensor:
-    """rho = pi_theta / pi_old, from log-probabilities of any one shape."""
+    """rho = pi_theta / pi_old, from log-probabilities of any shape."""
     return (log_probs - old_log_probs).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
 
 
@@ -101,7 +101,7 @@ def clipped_surrogate(
 ) -> Tensor:
     """-(1/G) sum_g min(rho_g A_g, clip(rho_g, 1 - low, 1 + high) A_g), a scalar to minimise.
 
-    ``clip`` is (low, high). Advantages broadcast over further axes, and the mean goes over all.
+    ``clip`` is (low, high). Advantages broadcast over further axes, and the mean is over all of them.
     """
     ratio = policy_ratio(log_probs_G, old_log_probs_G)
     low, high = clip
@@ -134,14 +134,14 @@ class Gibbs:
     temperature: float | None
     """None: calibrated to the old energies of each group."""
     clip: tuple[float, float]
-    """The ratio stays within 1 - the first .. 1 + the second."""
+    """(low, high): the ratio is clipped to [1 - low, 1 + high]."""
     simplex_kl: float = 0.0
     """Weight of the KL to the starting policy."""
     anchor_share: float = 0.0
-    """Probability of the anchor that sets the temperature; 0: the anchor is not in the pool."""
+    """Probability of the anchor, from which the temperature follows; 0: the anchor is not in the pool."""
 
     def temperature_of(self, old_energy_G: Tensor) -> float:
-        """The group's temperature."""
+        """Temperature of the group."""
         if self.temperature is not None:
             return self.temperature
         if self.anchor_share:

@@ -1,4 +1,4 @@
-"""Clean latents noised again: the states of methods that learn from the forward process (NFT, RVM)."""
+"""Re-noised clean latents: the states of methods that learn from the forward process (NFT, RVM)."""
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ def noised_again(
 ) -> tuple[Tensor, Tensor]:
     """States (1 - sigma) x0 + sigma eps at the first solver levels, and the velocities v* = eps - x0.
 
-    Both [G, P, S, F, C, H, W]. Every branch gets the same eps, so that branches are compared at equal noise.
+    Both [G, P, S, F, C, H, W]. All branches share eps, so that they are compared at equal noise.
     """
     clean = trajectories.clean_MPFCHW[branches][:, :, None]
     shape = (1, clean.shape[1], steps, *clean.shape[3:])

@@ -1,6 +1,6 @@
-"""Every method by the name that ``--method`` takes.
+"""All methods by the name that ``--method`` takes.
 
-A new one is a file, a line here, and its name and its settings in ``Config``.
+To add one, write its file, and add a line here and its name and settings to ``Config``.
 """
 
 from typing import Any

@@ -45,7 +45,7 @@ def evidence(
     settings: MethodSettings[NftSettings],
     generator: torch.Generator,
 ) -> Evidence:
-    """Clean latents of the branches noised again; targets lead from v_old toward v*, or away from it."""
+    """Re-noised clean latents of the branches; targets lead from v_old toward v*, or away from it."""
     branches = list(credit.branches)
     states, toward_clean = noised_again(trajectories, branches, settings.steps, generator)
     step_G = ((2 * goodness(credit.advantages_G, ADVANTAGE_LIMIT) - 1) / settings.own.beta).tolist()

@@ -26,7 +26,7 @@ def evidence(
     settings: MethodSettings[RvmSettings],
     generator: torch.Generator,
 ) -> Evidence:
-    """Clean latents of the branches noised again, with the velocities that lead back as targets."""
+    """Re-noised clean latents of the branches, with the velocities that lead back as targets."""
     branches = list(credit.branches)
     states, toward_clean = noised_again(trajectories, branches, settings.steps, generator)
     return evidence_of(states, branches, toward_clean, branches)

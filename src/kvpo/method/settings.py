@@ -12,9 +12,9 @@ class OwnSettings:
     """Settings of one method."""
 
     EXPLORERS: ClassVar[tuple[str, ...]]
-    """The explorers whose branches the method can learn from, its own first."""
+    """The explorers that the method can learn from, its default first."""
     STARTS_FROM: ClassVar[dict[str, object]] = {}
-    """Settings that a run of the method starts from instead of the preset's values."""
+    """Defaults of the method that replace the preset's values."""
 
 
 Own = TypeVar("Own", bound=OwnSettings)
@@ -22,15 +22,15 @@ Own = TypeVar("Own", bound=OwnSettings)
 
 @dataclass(frozen=True)
 class MethodSettings(Generic[Own]):
-    """All that a method reads: its own section, and what it shares with others."""
+    """All settings that a method reads: its own section, and those it shares with others."""
 
     own: Own
     clip: tuple[float, float] = (0.1, 0.2)
-    """The ratio is clipped to 1 - the first .. 1 + the second."""
+    """(low, high): the ratio is clipped to [1 - low, 1 + high]."""
     temperature: float | None = None
     """Gibbs temperature; None calibrates it to the spread of each group's energies."""
     steps: int = 2
-    """First solver steps that are learned from."""
+    """Number of leading solver steps to train on."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class KvpoSettings(OwnSettings):
     EXPLORERS = ("routes",)
 
     anchor_share: float = 0.0
-    """Probability of the anchor in the policy's pool that sets the temperature; 0 leaves it out."""
+    """Probability of the anchor in the policy's pool, which sets the temperature; 0 leaves the anchor out."""
     simplex_kl: float = 0.0
     """Weight of the KL on the branch simplex to the starting policy (the public code uses 10)."""
     anchor_state_weight: float = 0.0
@@ -75,8 +75,8 @@ class CmGrpoSettings(OwnSettings):
 
 
 MATCHING_KL = 0.1
-"""Velocity KL of rewarded methods whose loss is itself a squared distance of velocities. Policies over
-branches divide energies by a temperature of about a hundredth of them: theirs would hold these in place."""
+"""Weight of the velocity KL for rewarded methods with a squared velocity distance as loss. Gibbs policies
+divide energies by a temperature of about a hundredth of them; their KL weight would freeze these methods."""
 
 
 @dataclass(frozen=True)
@@ -91,8 +91,8 @@ class NftSettings(OwnSettings):
     old: Literal["rollout", "average"] = "rollout"
     """Old policy: the one that generated the rollout, or the moving average of the trained parameters."""
     selective_kl: float = 0.0
-    """Share of the branches overrated by the first reward, to which alone the velocity KL then applies
-    (Astrolabe); 0 applies it to the anchor, as in every method."""
+    """Share of the branches overrated by the first reward that the velocity KL is limited to (Astrolabe); 0
+    applies it to the anchor, as in every other method."""
 
 
 @dataclass(frozen=True)
