@@ -9,6 +9,7 @@ import pytest
 from kvpo.files import StorageError
 from kvpo.live.direct import Direction
 from kvpo.live.keep import export_session
+from kvpo.live.outbox import EVENTS_WAITING, Outbox
 from kvpo.live.protocol import Start
 from kvpo.live.scheduler import Show
 from kvpo.live.script import Cue
@@ -73,3 +74,12 @@ def test_a_full_disk_leaves_no_half_line_among_the_training_prompts(tmp_path, mo
             export("a blue square hops")
     read = read_prompts(export("a green star spins"), num_frames=15)
     assert [prompt.segments for prompt in read] == [("a red circle rolls",), ("a green star spins",)]
+
+
+def test_a_reader_that_does_not_read_its_events_is_cut_off():
+    outbox = Outbox()
+    for n in range(EVENTS_WAITING):
+        outbox.put({"n": n})
+    assert not outbox.overrun
+    outbox.put({"n": EVENTS_WAITING})
+    assert outbox.overrun and asyncio.run(outbox.get()) is None

@@ -162,8 +162,8 @@ async def _read(theatre: Theatre, socket: WebSocket, connection: Connection) -> 
             text = message.get("text")
             if text is None:
                 raise Refusal("malformed", "binary messages are not understood; send JSON text")
-            if len(text) > limit:
-                raise Refusal("too_large", f"a message may have {limit:,} characters, got {len(text):,}")
+            if (size := len(text.encode(errors="replace"))) > limit:
+                raise Refusal("too_large", f"a message may have {limit:,} bytes, got {size:,}")
             await direction.carry_out(*parse_message(text))
         except Refusal as refusal:
             theatre.scheduler.metrics.refused.labels(refusal.code).inc()

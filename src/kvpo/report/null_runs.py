@@ -28,7 +28,7 @@ def read_null(
 ) -> dict[str, list[float]]:
     """Read the gains of a file's null runs, by prompt set.
 
-    Raises ValueError, beginning with ``field``, if the file cannot be read or its runs have other settings
+    Raises ValueError if the file cannot be read or, beginning with ``field``, if its runs have other settings
     than ``config``. Settings in ``FREE`` and ``free`` may differ.
     """
     record = read_json(path)
