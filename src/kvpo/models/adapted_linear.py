@@ -1,4 +1,4 @@
-"""Linear layers with an adapter: in the weight, or beside a weight of fewer digits, with their gradients."""
+"""Linear layers with a LoRA adapter: added to float32 weights, computed beside narrower ones."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,15 +17,15 @@ Pair = tuple[Tensor, Tensor]
 
 
 def adapted_weight(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
-    """``W + scale B A`` in PEFT's order of rounding: a fused sum has other bits on some processors."""
+    """``W + scale B A``, rounded in PEFT's order: on some processors a fused sum rounds differently."""
     delta = b @ a
     return (delta if scale == 1 else delta.mul_(scale)).add_(weight)
 
 
 class _AdaptedProduct(torch.autograd.Function):
-    """``x (W + scale B A)^T``, whose gradients are those of x, A and B.
+    """``x (W + scale B A)^T``, with gradients for x, A and B.
 
-    Only x is kept for them: a sum that nobody holds, which is as large as the weight, is made again.
+    Saves only x: the sum is as large as the weight and is recomputed unless ``held`` is given.
     """
 
     @staticmethod
@@ -49,15 +49,15 @@ class _AdaptedProduct(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             total = adapted_weight(weight, a, b, ctx.scale) if held is None else held
             of_x = linear(gradient, total.t()).view_as(x)
-        # The narrow operand comes first, as the first one is copied where it is transposed.
+        # The narrow operand comes first because a transposed first operand is copied.
         of_b = linear(outer.t(), gradient.t()).t().contiguous()
         return of_x, None, None, linear(inner.t(), rows.t()), of_b, None
 
 
 class _ProductBeside(torch.autograd.Function):
-    """``x W^T + scale (x A^T) B^T`` in the precision of W, whose gradients are those of x, A and B.
+    """``x W^T + scale (x A^T) B^T`` in the precision of W, with gradients for x, A and B.
 
-    A and B are given in their own precision, and ``held`` in that of W.
+    A and B keep their own precision; ``held`` are copies of them in the precision of W.
     """
 
     @staticmethod
@@ -86,7 +86,7 @@ class _ProductBeside(torch.autograd.Function):
 
 
 def _beside(x: Tensor, base: nn.Linear, narrow: Pair, scale: float) -> Pair:
-    """``x W^T + scale (x A^T) B^T`` and, by rows, ``x A^T``."""
+    """``x W^T + scale (x A^T) B^T``, and ``x A^T`` flattened to rows."""
     rows, (a, b) = x.flatten(0, -2), narrow
     outer = rows.mm(a.t())
     y = F.linear(rows, base.weight, base.bias).addmm_(outer, b.t(), alpha=scale)
@@ -94,14 +94,14 @@ def _beside(x: Tensor, base: nn.Linear, narrow: Pair, scale: float) -> Pair:
 
 
 class AdaptedLinear(Linear):
-    """A linear layer with adapters, whose active one is added to the weight before the product.
+    """A linear layer with adapters; the active one is added to the weight before the product.
 
-    Only in float32 and wider, where nothing but rounding is lost; narrower weights have the adapter beside
-    them, in their precision, since its small numbers would vanish in theirs.
+    Weights narrower than float32 would lose the adapter's small values in the sum. There, the adapter is
+    computed beside the weight, in the weight's precision.
     """
 
     held: Tensor | Pair | None = None
-    """The sum, or the adapter in the precision of the weight it stands beside, inside ``held_weights``."""
+    """Set inside ``held_weights``: the summed weight, or (A, B) in the precision of a narrow weight."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self.disable_adapters or torch.is_autocast_enabled(x.device.type):
@@ -117,13 +117,13 @@ class AdaptedLinear(Linear):
 
     @torch.no_grad()
     def summed(self, dtype: torch.dtype) -> Tensor:
-        """The weight and the active adapter in one."""
+        """The weight plus the active adapter, ``[out, in]``, computed in ``dtype``."""
         a, b = (half.to(dtype) for half in self.halves())
         weight = cast(nn.Linear, self.base_layer).weight.to(dtype)
         return adapted_weight(weight, a, b, self.scaling[self.active_adapters[0]])
 
     def halves(self) -> Pair:
-        """A and B of the active adapter, at least as wide as the weight."""
+        """A and B of the active adapter, promoted to at least the weight's precision."""
         name, weight = self.active_adapters[0], cast(nn.Linear, self.base_layer).weight
         a, b = (cast(nn.Linear, half[name]).weight for half in (self.lora_A, self.lora_B))
         wide = torch.promote_types(a.dtype, weight.dtype)
@@ -136,7 +136,7 @@ def _narrow(weight: Tensor) -> bool:
 
 @torch.no_grad()
 def _holdable(layers: Sequence[AdaptedLinear]) -> list[Tensor | Pair]:
-    """The tensors that calls of layers under the same weights can share, made in few operations."""
+    """``held`` of every layer, computed in few operations; calls can share it until the weights change."""
     if not layers:
         return []
     weights = [cast(nn.Linear, layer.base_layer).weight for layer in layers]
@@ -156,10 +156,9 @@ def _holdable(layers: Sequence[AdaptedLinear]) -> list[Tensor | Pair]:
 
 @contextmanager
 def held_weights(model: nn.Module) -> Iterator[None]:
-    """Inside, where the weights may not change, every adapter is brought into its layer's product only once.
+    """Prepare every adapter once for all calls inside the block, where the weights must not change.
 
-    Not where weights are spread over ranks: they are whole only while their layer runs. Contexts may be
-    nested.
+    Weights sharded over ranks are skipped: they are whole only while their layer runs. Contexts may nest.
     """
     free = [layer for layer in lora_layers(model) if layer.held is None and not layer.disable_adapters]
     layers = [layer for layer in free if not isinstance(layer.halves()[0], DTensor)]

@@ -1,8 +1,8 @@
-"""Adapters in: LoRA of every public layout in PEFT's layout, with the scale that its files state.
+"""Read LoRA adapters in every public layout, converting to PEFT's layout and the scale that files state.
 
-A layer computes ``y = W x + b + (alpha / rank) B (A x)``. Alpha is stated in an
-``adapter_config.json`` beside the file, in a safetensors header, in an entry or a tensor of the file, or by a
-setting; all that is stated must agree, and where nothing is, alpha is assumed to be the rank.
+A layer computes ``y = W x + b + (alpha / rank) B (A x)``. Alpha may be stated in an ``adapter_config.json``
+beside the file, in a safetensors header, or in an entry or a tensor of the file. All statements must agree;
+without any, alpha is assumed to be the rank.
 """
 
 import math
@@ -36,7 +36,7 @@ DIFFUSERS_ADAPTER_NAME = "pytorch_lora_weights.safetensors"
 DIFFUSERS_HEADER = "lora_adapter_metadata"
 
 _HALVES = {"down": "A", "up": "B"}
-"""Names that kohya's trainers and older diffusers give the halves."""
+"""Names of A and B in files of kohya's trainers and of older diffusers."""
 _ALPHAS = ("lora_alpha", "alpha", "network_alpha", "ss_network_alpha")
 _RANKS = ("r", "rank", "lora_rank", "network_dim", "ss_network_dim")
 _PLAIN: Mapping[str, tuple[object, ...]] = {
@@ -47,11 +47,11 @@ _PLAIN: Mapping[str, tuple[object, ...]] = {
     for name in ("use_dora", "use_qalora", "use_bdlora", "lora_bias", "modules_to_save", "target_parameters",
                  "trainable_token_indices", "layer_replication", "alora_invocation_tokens")
 }  # fmt: skip
-"""Fields of PEFT's configuration that change the formula above, and the values with which they do not."""
+"""Fields of PEFT's configuration that change the formula above, with the values that leave it unchanged."""
 _BASE_CHANGING = ("pissa", "olora", "corda", "loftq", "lora_ga")
-"""Ways of drawing the first A and B that change the base weights too."""
+"""Initialisations of A and B that also change the base weights."""
 _SAYS_NOTHING = ("", "None", "none", "null", "False", "false", "Dynamic")
-"""Values of header fields, which are all texts, that stand for no value."""
+"""Values of header fields (always strings) that mean the field is not set."""
 
 
 @dataclass(frozen=True)
@@ -63,15 +63,15 @@ class AdapterState:
 
     tensors: dict[str, Tensor]
     rank: int
-    """Rank of the layers, or of most of them."""
+    """Rank of all layers, or of most of them."""
     alpha: float
-    """Numerator of the scale, alpha / rank, of every layer that ``alphas`` does not name."""
+    """Alpha of every layer that ``alphas`` does not name; the layer's scale is alpha / rank."""
     source: str
     files: tuple[Path, ...] = ()
     alphas: Mapping[str, float] = field(default_factory=dict)
-    """Alpha of the layers that have another one, by module."""
+    """Alpha by module, for layers where it differs from ``alpha``."""
     stated: str = ""
-    """The place that states alpha; empty: none, so that it is assumed to be the rank."""
+    """The place that states alpha; empty if none does, and alpha is assumed to be the rank."""
 
     @property
     def modules(self) -> tuple[str, ...]:
@@ -106,7 +106,7 @@ def _span(values: list[int] | list[float]) -> str:
 
 
 def in_peft_layout(pairs: Mapping[str, tuple[T, T]]) -> dict[str, T]:
-    """Values for A and B of every adapted layer, under the names that PEFT gives these."""
+    """Values for A and B by module, flattened to one mapping under PEFT's tensor names."""
     return {
         f"{PEFT_PREFIX}{module}.lora_{half}.weight": value
         for module, pair in pairs.items()
@@ -121,7 +121,7 @@ def adapter_of(
     files: tuple[Path, ...] = (),
     stated: str = "",
 ) -> AdapterState:
-    """The adapter with these tensors, in PEFT's layout, and with these alphas of all its layers."""
+    """Build an adapter from tensors in PEFT's layout and the alpha of each of its layers."""
     adapter = AdapterState(tensors, 0, 0.0, source, files, alphas, stated)
     ranks = Counter(adapter.pair(module)[0].shape[0] for module in alphas)
     rank = ranks.most_common(1)[0][0]
@@ -138,17 +138,18 @@ class _Statement:
     rank: float | None = None
     alpha: float | None = None
     ranks: Mapping[str, float] = field(default_factory=dict)
-    """By pattern of module names, as PEFT matches them; so alphas."""
+    """By pattern of module names, matched as in PEFT; likewise ``alphas``."""
     alphas: Mapping[str, float] = field(default_factory=dict)
     root: bool = False
-    """The scale is alpha / sqrt(rank) (rank-stabilised LoRA)."""
+    """True for rank-stabilised LoRA: the scale is alpha / sqrt(rank)."""
 
 
 def _statement(fields: Mapping[str, object], where: str) -> _Statement:
-    """The statement of a PEFT configuration, or of a header with any of the usual names.
+    """Read rank and alpha from a PEFT configuration, or from a header under any of their usual names.
 
     Raises:
-        ValueError: values that are not positive numbers, two alphas or ranks, fields that change the formula.
+        ValueError: values that are not positive numbers, conflicting alphas or ranks, fields that change the
+            formula.
     """
     used = [name for name, plain in _PLAIN.items() if fields.get(name) not in plain]
     if str(fields.get("init_lora_weights")).startswith(_BASE_CHANGING):
@@ -177,7 +178,7 @@ def _statement(fields: Mapping[str, object], where: str) -> _Statement:
 def _positive(value: object, what: str) -> float:
     try:
         number = float(value) if isinstance(value, int | float | str | Tensor) else math.nan
-    except (OverflowError, RuntimeError, ValueError):  # a huge integer, a tensor of many, a word
+    except (OverflowError, RuntimeError, ValueError):  # a huge integer, a tensor of several, a word
         number = math.nan
     if isinstance(value, bool) or not 0 < number < math.inf:
         raise ValueError(f"{what} must be a positive number, got {value!r:.60}")
@@ -192,7 +193,7 @@ def _config_statement(path: Path) -> _Statement:
 
 
 def _header_statements(path: Path) -> list[_Statement]:
-    """Statements in the header of a safetensors adapter, in its own fields and in that of diffusers."""
+    """Statements in a safetensors header: in its own fields, and in the JSON field that diffusers writes."""
     header = safetensors_header(path)
     fields = {name: value for name, value in header.items() if value not in _SAYS_NOTHING}
     found = [_statement(fields, f"the header of {path}")]
@@ -204,28 +205,28 @@ def _header_statements(path: Path) -> list[_Statement]:
             raise ValueError(f"{where}: {error}") from error
         if not isinstance(settings, dict):
             raise ValueError(f"{where}: not a JSON object")
-        # Its fields are those of PEFT's configuration behind the part's name, such as transformer.lora_alpha.
+        # Its fields are PEFT's, prefixed with the component's name, such as transformer.lora_alpha.
         own = {name.removeprefix("transformer."): value for name, value in settings.items()}
         found.append(_statement(own, where))
     return found
 
 
 def load_adapter_state(path: str | Path, *, entry: str | None = None, quiet: bool = False) -> AdapterState:
-    """A LoRA adapter of any public layout, in PEFT's layout; where its file states no alpha, it is the rank.
+    """Load a LoRA adapter of any public layout into PEFT's layout; if no alpha is stated, it is the rank.
 
     Understands LongLive's and MemFlow's ``lora.pt``, KVPO's checkpoints (adapter, ``ema``), PEFT's files,
-    directories and whole models, with the adapter's name in the keys or without, diffusers LoRA files, and
+    directories and whole models (with or without the adapter's name in the keys), diffusers LoRA files, and
     those of kohya's and musubi's trainers, diffusion-pipe, ComfyUI and DiffSynth.
 
     Args:
         path: a file or a directory.
-        entry: top-level entry of a ``.pt`` file, by default the first present of ADAPTER_ENTRIES; the moving
-            average of a KVPO checkpoint is ``ema``.
-        quiet: say nothing of removed prefixes.
+        entry: top-level entry of a ``.pt`` file, by default the first of ADAPTER_ENTRIES that is present; the
+            moving average of a KVPO checkpoint is ``ema``.
+        quiet: do not log removed prefixes.
 
     Raises:
-        ValueError: unreadable file, no adapter in it, layers with only one half or nothing but zeros, ranks
-            or alphas that contradict one another.
+        ValueError: unreadable file, no adapter in it, layers with only one half, A or B zero in every layer,
+            conflicting ranks or alphas.
     """
     path = Path(path)
     if path.is_dir():
@@ -237,7 +238,7 @@ def load_adapter_state(path: str | Path, *, entry: str | None = None, quiet: boo
     for name, value in nested.items():
         if "lora" in name and not value.keys().isdisjoint(_ALPHAS):
             statements.append(_statement(value, f"entry {name} of {path}"))
-    # A link has the configuration beside itself (as in the hub's cache) or beside the file that it leads to.
+    # The configuration of a symbolic link is beside the link (as in the hub's cache) or beside its target.
     places = [folder / PEFT_CONFIG for folder in (path.resolve().parent, path.parent)]
     for beside in {place.resolve(): place for place in places}.values():
         if beside.is_file() and not nested and path.name != DIFFUSERS_ADAPTER_NAME:
@@ -274,15 +275,15 @@ def _adapter_file(directory: Path) -> Path:
 def _adapter_layers(
     tensors: Mapping[str, Tensor], source: str
 ) -> tuple[dict[str, dict[str, Tensor]], dict[str, float]]:
-    """Halves per adapted layer (bare Wan name), and alpha per layer where tensors hold it.
+    """A and B per adapted layer (bare Wan name), and alpha per layer that has a tensor for it.
 
     Raises:
-        ValueError: no adapter, another kind of adapter, layers that lack a half or whose halves do not fit.
+        ValueError: no adapter, another kind of adapter, layers that lack A or B, A and B of different ranks.
     """
     pairs: dict[str, dict[str, Tensor]] = {}
     alphas, strangers = {}, []
     refuse_layout(tensors, source)
-    whole = any(".base_layer." in name for name in tensors)  # a whole PEFT model: its base is a checkpoint
+    whole = any(".base_layer." in name for name in tensors)  # a whole PEFT model: skip its base weights
     for name, tensor in in_wan_names(tensors, source).items():
         match = ADAPTER_KEY.match(name)
         if name.endswith(".alpha"):
@@ -316,10 +317,10 @@ def _adapter_layers(
 def _agreed(
     statements: list[_Statement], ranks: Mapping[str, int], source: str
 ) -> tuple[dict[str, float], str]:
-    """Alpha of every layer, for the scale alpha / rank, and where it is stated.
+    """Alpha of every layer (its scale is alpha / rank), and the places that state it.
 
     Raises:
-        ValueError: two places that say different things, with both values.
+        ValueError: two places disagree; the message has both values.
     """
     root = any(statement.root for statement in statements)
     alphas: dict[str, float] = {}
@@ -357,9 +358,9 @@ def _agreed(
 
 
 def _of(module: str, patterns: Mapping[str, float], default: float | None, where: str) -> float | None:
-    """The value of the first pattern that a layer's name ends in, in Wan's or in diffusers' names.
+    """Value of the first pattern that matches the end of a layer's name, in Wan's or diffusers' naming.
 
-    Raises ValueError for a pattern that is none, naming ``where`` it stands.
+    Raises ValueError, naming ``where``, for an invalid pattern.
     """
     for pattern, value in patterns.items():
         bare = PREFIX.sub("", pattern)

@@ -1,8 +1,7 @@
-"""LoRA adapters on the transformer: train a fresh one, continue a given one, or merge it; and the policy they
-started from.
+"""LoRA adapters on the transformer: train a fresh one, continue a given one, or merge it.
 
-The starting policy needs no second network: it is the same weights with the adapter switched off, or with a
-frozen copy of its starting value in its place.
+The starting policy needs no second network: it is the same network with the adapter switched off or, for a
+continued adapter, with a frozen copy of its initial value in its place.
 """
 
 import math
@@ -26,7 +25,7 @@ LORA_TARGETS = (
     "self_attn.q", "self_attn.k", "self_attn.v", "self_attn.o",
     "cross_attn.q", "cross_attn.k", "cross_attn.v", "cross_attn.o", "ffn.0", "ffn.2",
 )  # fmt: skip
-"""Endings of the layers that get an adapter: every linear layer of a block, as in the public adapters."""
+"""Name endings of the layers that get an adapter: every linear layer of a block, as in public adapters."""
 TRAINED = "default"
 REFERENCE = "reference"
 
@@ -41,9 +40,9 @@ def _linear_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
 
 
 def check_adapter(model: nn.Module, adapter: AdapterState) -> None:
-    """Demand that every adapted layer exists in a model with the right widths.
+    """Check that a model has every adapted layer, with the right widths, and that all values are finite.
 
-    Raises ValueError that names layers the model does not have, halves of another shape, NaN and infinity.
+    Raises ValueError naming layers that the model lacks, halves of another shape, NaN or infinity.
     """
     shapes, halves = _linear_shapes(model), {}
     for module in adapter.modules:
@@ -55,11 +54,11 @@ def check_adapter(model: nn.Module, adapter: AdapterState) -> None:
 
 
 def lora_config(adapter: AdapterState, base_model: str | None = None) -> LoraConfig:
-    """PEFT's configuration of an adapter, which names its layers one by one."""
+    """PEFT's configuration of an adapter, with the full name of every layer."""
     ranks = {module: adapter.pair(module)[0].shape[0] for module in adapter.modules}
     return LoraConfig(
         r=adapter.rank,
-        # PEFT's field is an integer wherever it can be, and computes with fractions as well.
+        # PEFT declares the field as an integer, but computes with fractions as well.
         lora_alpha=int(adapter.alpha) if adapter.alpha == int(adapter.alpha) else cast(int, adapter.alpha),
         rank_pattern={module: rank for module, rank in ranks.items() if rank != adapter.rank},
         alpha_pattern=dict(adapter.alphas),
@@ -77,7 +76,7 @@ def _inject(model: nn.Module, adapter: AdapterState, name: str, dtype: torch.dty
     with warnings.catch_warnings():
         warnings.filterwarnings(
             "ignore", message="Already found a `peft_config`"
-        )  # the second adapter is meant
+        )  # the second adapter is intended
         inject_adapter_in_model(config, model, adapter_name=name, low_cpu_mem_usage=True)
     for module in adapter.modules:
         layer = model.get_submodule(module)
@@ -91,11 +90,11 @@ def _inject(model: nn.Module, adapter: AdapterState, name: str, dtype: torch.dty
 def add_adapter(
     model: nn.Module, rank: int, alpha: float | None = None, *, generator: torch.Generator
 ) -> None:
-    """Freeze the model and train a fresh adapter on it; the starting policy is the adapter switched off.
+    """Freeze the model and add a fresh adapter to train; the starting policy is the adapter switched off.
 
-    ``A`` is drawn by a CPU generator, uniform in ±1/sqrt(in) as PEFT initialises it, and ``B`` is zero, so
-    that the policy starts out exactly equal to the model. The scale is ``alpha`` / rank, by default 1: the
-    rank does not move the learning rate. The adapter is in float32, whatever the model's precision.
+    ``A`` is drawn from a CPU generator, uniform in ±1/sqrt(in) as in PEFT, and ``B`` is zero, so the policy
+    starts out exactly equal to the model. The scale is ``alpha`` / rank, by default 1, so that the rank does
+    not affect the learning rate. The adapter is in float32, whatever the model's precision.
     """
     pairs = {}
     for name, (out_width, in_width) in _linear_shapes(model).items():
@@ -108,7 +107,7 @@ def add_adapter(
 
 
 def load_adapter(model: nn.Module, adapter: AdapterState, *, dtype: torch.dtype = torch.float32) -> None:
-    """Freeze the model and continue a given adapter; the starting policy is a frozen copy of it.
+    """Freeze the model and continue to train an adapter; the starting policy is a frozen copy of it.
 
     Raises ValueError as `check_adapter` does.
     """
@@ -123,8 +122,8 @@ def load_adapter(model: nn.Module, adapter: AdapterState, *, dtype: torch.dtype 
 def merge_adapter(model: nn.Module, adapter: AdapterState, wide: Mapping[str, Tensor] | None = None) -> None:
     """Add an adapter into the model's weights, ``W + scale B A``, computed in float32.
 
-    ``wide`` holds the weights by name as they were before rounding to the model's precision, so that the sum
-    is rounded once; None: the model's own. Raises ValueError as `check_adapter` does.
+    ``wide`` maps names to the weights before they were rounded to the model's precision, so that the sum is
+    rounded only once; None: the model's own weights. Raises ValueError as `check_adapter` does.
     """
     check_adapter(model, adapter)
     for module in adapter.modules:
@@ -137,14 +136,14 @@ def merge_adapter(model: nn.Module, adapter: AdapterState, wide: Mapping[str, Te
 
 @contextmanager
 def reference_policy(model: nn.Module) -> Iterator[None]:
-    """Inside, the model is the starting policy and records no gradients; afterwards it is exactly as before.
+    """Make the model the starting policy, without gradients; on exit, restore it exactly.
 
     Contexts may be nested.
     """
     layers = lora_layers(model)
     assert layers, "a model without an adapter has no starting policy to switch to"
     switches = [(one, list(one.active_adapters), one.disable_adapters, one.held) for one in layers]
-    # PEFT's switches also set requires_grad, which is a property of the training run and not of the policy.
+    # PEFT's switches also set requires_grad, which belongs to the training run and not to the policy.
     gradients = [(p, p.requires_grad) for layer in layers for p in cast(nn.Module, layer).parameters()]
     try:
         for layer in layers:
@@ -170,9 +169,9 @@ def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def adapter_state(model: nn.Module, name: str = TRAINED) -> AdapterState:
-    """An adapter's current weights (sharing memory) in PEFT's public layout.
+    """An adapter's current weights in PEFT's public layout; they share memory with the model.
 
-    ``name`` is TRAINED, or REFERENCE for what a continued adapter started from.
+    ``name`` is TRAINED, or REFERENCE for the initial value of a continued adapter.
     """
     tensors = get_peft_model_state_dict(model, adapter_name=name)
     modules = model.named_modules()
@@ -184,7 +183,7 @@ def adapter_state(model: nn.Module, name: str = TRAINED) -> AdapterState:
 
 
 def _stacked(parts: Sequence[tuple[AdapterState, float]], module: str) -> tuple[Tensor, Tensor]:
-    """A and B of scale 1, in float64, that do in a layer what adapters do together, each times a factor."""
+    """A and B in float64, of scale 1, that equal the sum of a layer's adapters, each times its factor."""
     own = [(one, factor) for one, factor in parts if module in one.modules]
     a = torch.cat([one.pair(module)[0].double() for one, _ in own])
     return a, torch.cat([f * one.scale(module) * one.pair(module)[1].double() for one, f in own], 1)
@@ -198,7 +197,7 @@ def _of_scale_1(
 
 
 def joined_adapters(adapters: Sequence[AdapterState]) -> AdapterState:
-    """One adapter of scale 1 that does what several do together, at the sum of their ranks."""
+    """One adapter of scale 1 that equals the sum of several; its rank is the sum of theirs."""
     parts = [(one, 1.0) for one in adapters]
     pairs = {module: _stacked(parts, module) for one in adapters for module in one.modules}
     source, files = " and ".join(one.source for one in adapters), sum((one.files for one in adapters), ())
@@ -208,17 +207,17 @@ def joined_adapters(adapters: Sequence[AdapterState]) -> AdapterState:
 def adapter_difference(
     continued: AdapterState, given: AdapterState, rank: int = 0
 ) -> tuple[AdapterState, float]:
-    """The adapter that makes ``continued`` of ``given`` when it is added, of scale 1, and how much is lost.
+    """Adapter of scale 1 that turns ``given`` into ``continued`` when added, and the share that is lost.
 
-    Concatenated it is exact, ``[s B, -s' B'] [A; A']``, at the sum of both ranks; at a lower ``rank`` its
-    layers are their best approximations (truncated singular values), which lose a share of the Frobenius norm
-    of all.
+    By default it is exact: the concatenation ``[s B, -s' B'] [A; A']``, which has the sum of both ranks. With
+    a lower ``rank``, each layer is its best approximation (truncated singular values); the lost share is
+    relative to the Frobenius norm over all layers.
     """
     pairs = {}
     squares, lost = 0.0, 0.0
     for module in continued.modules:
         a, b = _stacked([(continued, 1.0), (given, -1.0)], module)
-        squares += float(((b.T @ b) * (a @ a.T)).sum())  # of b @ a, which may be large
+        squares += float(((b.T @ b) * (a @ a.T)).sum())  # of b @ a, without forming it
         if 0 < rank < len(a):
             (q, r), (other_q, other_r) = torch.linalg.qr(b), torch.linalg.qr(a.T)
             left, values, right = torch.linalg.svd(r @ other_r.T)
@@ -231,7 +230,7 @@ def adapter_difference(
 
 
 def base_state(model: nn.Module) -> dict[str, Tensor]:
-    """The model's weights without any adapter (sharing memory), under bare names."""
+    """The model's weights without any adapter, under bare names; they share memory with the model."""
     return {
         name.replace(".base_layer.", "."): value.detach()
         for name, value in model.state_dict().items()
@@ -240,7 +239,7 @@ def base_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def merged_state(model: nn.Module) -> dict[str, Tensor]:
-    """The weights that the trained policy amounts to, under bare names; the model is left as it is."""
+    """The trained policy's weights with the adapter merged in, under bare names; the model is unchanged."""
     tensors = base_state(model)
     if lora_layers(model):
         adapter = adapter_state(model)

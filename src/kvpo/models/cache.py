@@ -1,11 +1,11 @@
 """Write-once frame pages and the per-stream tables that refer to them.
 
-A *page* holds the keys and values of all layers for one clean latent frame and never changes; what changes is
-which pages a stream's table names. A fork therefore copies a list of integers, and a routed history, the
-anchor and a replay are the same call with other integers.
+A *page* holds the keys and values of all layers for one clean latent frame. Pages never change; only the page
+ids in a stream's table do. A fork therefore copies a list of integers, and a routed history, the anchor and a
+replay are the same call with different page ids.
 
-Shape legend: L layers, R rows (streams batched together), F frames of the call, P frames of the context,
-T tokens per frame, N heads, D head width.
+Shape legend: L layers, Q pages of the pool, R rows (streams batched together), F frames of the call, P frames
+of the context, T tokens per frame, N heads, D head width.
 """
 
 from collections.abc import Iterable, Sequence
@@ -59,9 +59,9 @@ class FrameCache:
         return 2 * self.keys_LQTND[:, 0].numel() * self.keys_LQTND.element_size()
 
     def write(self, keys_LRFTND: Tensor, values_LRFTND: Tensor) -> list[list[int]]:
-        """Store keys and values in fresh pages; their ids ``[R][F]``, each with one reference.
+        """Store keys and values in fresh pages and return their ids ``[R][F]``, each with one reference.
 
-        Raises MemoryError where the pool has too few free pages.
+        Raises MemoryError if the pool has too few free pages.
         """
         _, rows, frames = keys_LRFTND.shape[:3]
         needed = rows * frames
@@ -106,8 +106,8 @@ class FrameCache:
 class History:
     """The pages one stream can refer to: absolute frame -> page id, plus its sink and its memory bank.
 
-    ``sink`` names the frames that fill the sink slots (a prompt switch may move them); ``bank`` the pages
-    of a memory bank per layer and ``latest`` the page that the bank takes in next.
+    ``sink`` lists the frames in the sink slots (a prompt switch may move them), and ``bank`` the pages of a
+    memory bank per layer. ``latest`` is the page that enters the bank next.
     """
 
     def __init__(self, cache: FrameCache, sink: int) -> None:
@@ -125,16 +125,16 @@ class History:
             self.end += 1
 
     def rewind(self, frame: int) -> None:
-        """Go back to before ``frame``: its page and all later ones are released; a memory bank stays."""
+        """Go back to before ``frame``: release its page and all later ones, but keep the memory bank."""
         self.cache.release([self.pages.pop(later) for later in sorted(self.pages) if later >= frame])
         self.end = frame
 
     def page_ids(self, frames: Iterable[int]) -> list[int]:
-        """Page ids of absolute frames. Raises KeyError where one is not, or no longer, resident."""
+        """Page ids of absolute frames. Raises KeyError for a frame that is not resident."""
         return [self.pages[frame] for frame in frames]
 
     def keep(self, frames: Iterable[int]) -> None:
-        """Release every page but those of ``frames`` and of the sink."""
+        """Release all pages except those of ``frames`` and of the sink."""
         wanted = set(frames) | set(self.sink)
         for frame in [f for f in self.pages if f not in wanted]:
             self.cache.release([self.pages.pop(frame)])
@@ -145,7 +145,7 @@ class History:
         return len(self.bank[0]) if self.bank else 0
 
     def set_bank(self, bank: list[list[int]]) -> None:
-        """Exchange the memory bank's page ids (one list per layer)."""
+        """Replace the memory bank's page ids (one list per layer)."""
         for layer in bank:
             self.cache.share(layer)
         for layer in self.bank:
@@ -153,7 +153,7 @@ class History:
         self.bank = bank
 
     def record(self, page: int) -> None:
-        """Make ``page`` the one the memory bank takes in next."""
+        """Make ``page`` the one that enters the memory bank next."""
         self.cache.share([page])
         if self.latest is not None:
             self.cache.release([self.latest])
@@ -173,6 +173,6 @@ class History:
         return held if self.latest is None else [*held, self.latest]
 
     def release(self) -> None:
-        """Give all pages back; the history is empty afterwards."""
+        """Release all pages; the history is empty afterwards."""
         self.cache.release(self.all_references())
         self.pages, self.bank, self.latest = {}, [], None

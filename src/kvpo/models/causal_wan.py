@@ -24,16 +24,16 @@ from kvpo.models.linear import Linear, product
 from kvpo.models.settings import WanShape
 
 TIMESTEPS = 1000.0
-"""The model's clock: timestep = 1000 sigma."""
+"""Timestep at sigma = 1: timestep = 1000 sigma."""
 KeysValues = tuple[Tensor, Tensor]
 Modulation = tuple[Tensor, ...]
 """Shift, scale and gate of attention, then those of the feed-forward, each ``[R, 1, dim]``."""
 GRAPHS = 64
-"""Compiled forms of a layer that may be kept: with and without gradients, adapter, one row or many."""
+"""Limit on compiled variants: with or without gradients, with or without adapter, one row or many."""
 
 
 class PatchEmbedding(nn.Conv3d):
-    """A convolution whose steps are as wide as its kernel, which is one product of every patch."""
+    """A convolution whose stride is its kernel size, computed as one matrix product over all patches."""
 
     def forward(self, input: Tensor) -> Tensor:
         """Latents ``[R, F, C, H, W]`` to tokens ``[R, F*T, dim]``."""
@@ -77,7 +77,7 @@ def rotary_angles(frames_RF: Tensor, grid: tuple[int, int], head_dim: int) -> Te
 
 
 def rotate(x: Tensor, cos_sin: Tensor) -> Tensor:
-    """Rotate neighbouring pairs of ``x [R, K, N, D]`` by angles given as ``cos_sin`` returns them."""
+    """Rotate adjacent pairs of ``x [R, K, N, D]`` by angles in the form that ``cos_sin`` returns."""
     pairs = x.to(torch.promote_types(x.dtype, cos_sin.dtype)).unflatten(-1, (-1, 2))
     if torch.compiler.is_compiling():  # inductor fuses real products and has no code for complex ones
         (even, odd), (cos, sin) = pairs.unbind(-1), cos_sin.unbind(-1)
@@ -88,12 +88,12 @@ def rotate(x: Tensor, cos_sin: Tensor) -> Tensor:
 
 
 def cos_sin(angles: Tensor) -> Tensor:
-    """Cos and sin of float64 angles ``[R, K, D / 2]`` in float32, ``[R, K, 1, D / 2, 2]`` for all heads."""
+    """Cos and sin of float64 angles ``[R, K, D / 2]``, as float32 ``[R, K, 1, D / 2, 2]`` for all heads."""
     return torch.stack([angles.cos(), angles.sin()], dim=-1).float()[:, :, None]
 
 
 class Rotary:
-    """Rotations of tokens by frame, row and column; what does not depend on the frame is computed once."""
+    """Rotations of tokens by frame, row and column; parts that do not depend on the frame are cached."""
 
     def __init__(self, head_dim: int) -> None:
         self.head_dim = head_dim
@@ -107,7 +107,7 @@ class Rotary:
         return torch.cat([over_time.expand(shape), places.expand(shape)], dim=-2).flatten(1, 2)
 
     def _of(self, grid: tuple[int, int], device: torch.device) -> tuple[Tensor, Tensor]:
-        """Angles per frame of the temporal part, and rotations ``[T, 1, S, 2]`` of the spatial one."""
+        """Temporal frequencies (angles per frame), and spatial rotations ``[T, 1, S, 2]``."""
         if (grid, device) not in self._fixed:
             temporal = self.head_dim // 2 - 2 * (self.head_dim // 6)
             frame = torch.ones(1, 1, device=device)
@@ -133,7 +133,7 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Projections of multi-head attention with normalised queries and keys."""
+    """Multi-head attention with normalised queries and keys."""
 
     def __init__(self, dim: int, num_heads: int, eps: float) -> None:
         super().__init__()
@@ -154,7 +154,7 @@ class Attention(nn.Module):
         return self.heads(self.norm_k(self.k(x))), self.heads(self.v(x))
 
     def attend(self, q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Softmax attention ``[R, K, N, D] -> [R, K, dim]``; to keys of one row, all rows attend."""
+        """Softmax attention ``[R, K, N, D] -> [R, K, dim]``, projected; one row of keys serves all rows."""
         rows = len(q)
         if len(keys) < rows:
             q = q.flatten(0, 1)[None]
@@ -179,7 +179,7 @@ class WanBlock(nn.Module):
         self.modulation = nn.Parameter(torch.randn(1, 6, dim) / math.sqrt(dim))
 
     def modulated(self, time_R6D: Tensor) -> Modulation:
-        """This layer's modulation by the call's time embedding."""
+        """Modulation of this layer for the call's time embedding ``[R, 6, dim]``."""
         return (self.modulation + time_R6D).split(1, dim=1)
 
     def own_keys_values(
@@ -203,9 +203,9 @@ class WanBlock(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """One layer: ``x [R, F*T, dim]`` -> (x, own keys, own values).
 
-        ``text`` is what ``text_embedding`` made of it, or the keys and values that each row has of it.
-        ``context`` is an argument, not state, so that recomputation under activation checkpointing reads
-        exactly what the first pass read.
+        ``text`` is the output of ``text_embedding``, or each row's keys and values of it. ``context`` is an
+        argument, not state, so that recomputation under activation checkpointing reads exactly what the first
+        pass read.
         """
         modulation = self.modulated(time_R6D)
         q, k, v = self.project(x, modulation, rotation)
@@ -218,9 +218,9 @@ class WanBlock(nn.Module):
         return self.update(x, attended, modulation, *text), k, v
 
     def text_keys_values(self, text: Tensor, text_rows: Tensor | None, rows: int) -> KeysValues:
-        """Keys and values ``[R, text_len, N, D]`` that rows have of embedded texts ``[U, text_len, dim]``.
+        """Keys and values ``[R, text_len, N, D]`` of each row's text, from embeddings ``[U, text_len, dim]``.
 
-        Of a single text they are ``[1, text_len, N, D]``.
+        For a single text they are ``[1, text_len, N, D]``.
         """
         k, v = self.cross_attn.keys_values(text)
         return (k, v) if text_rows is None or len(text) == 1 else (k[text_rows], v[text_rows])
@@ -228,7 +228,7 @@ class WanBlock(nn.Module):
     def project(
         self, x: Tensor, modulation: Modulation, rotation: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The half before attention over the context: queries, keys and values of the call's own frames."""
+        """First half, before attention to the context: queries, keys and values of the call's own frames."""
         attention_in, k, v = self.own_keys_values(x, modulation, rotation)
         q = self.self_attn.heads(self.self_attn.norm_q(self.self_attn.q(attention_in)))
         return q if rotation is None else rotate(q, rotation), k, v
@@ -236,7 +236,7 @@ class WanBlock(nn.Module):
     def update(
         self, x: Tensor, attended: Tensor, modulation: Modulation, text_k: Tensor, text_v: Tensor
     ) -> Tensor:
-        """The half after it: residual, cross-attention to the text, feed-forward."""
+        """Second half, after that attention: residual, cross-attention to the text, feed-forward."""
         _, _, gate, shift_ffn, scale_ffn, gate_ffn = modulation
         x = torch.addcmul(x, gate, attended)
         text_in = self.norm3(x).type_as(x)
@@ -246,15 +246,15 @@ class WanBlock(nn.Module):
         return torch.addcmul(x, gate_ffn, self.ffn(ffn_in))
 
     def only_keys_values(self, x: Tensor, time_R6D: Tensor, rotation: Tensor | None) -> KeysValues:
-        """Keys and values of the call's own frames, for those who need nothing else of the layer."""
+        """Keys and values of the call's own frames, skipping the rest of the layer."""
         return self.own_keys_values(x, self.modulated(time_R6D), rotation)[1:]
 
     def text_of(self, text: Tensor, text_rows: Tensor | None, rows: int) -> KeysValues:
-        """``text_keys_values`` for callers outside of ``forward``."""
+        """``text_keys_values`` for callers outside ``forward``."""
         return self.text_keys_values(text, text_rows, rows)
 
     def _rotate_by_slot(self, q: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
-        """Relative positions: keys are rotated by their slot, queries by theirs, the last slots."""
+        """Rotate keys by their slots and queries by the last slots, which are theirs (relative positions)."""
         tokens = self.shape.tokens_per_frame
         slots = torch.arange(keys.shape[1] // tokens, device=q.device)[None]
         rotation = self.rotary(slots, self.shape.grid)
@@ -276,7 +276,7 @@ class Head(nn.Module):
 
 
 def _stored(stored: KeysValues | None, layer: int, layers: int, k: Tensor, v: Tensor) -> KeysValues:
-    """Keys and values of all layers, those of one put in; stacked at the end they would be held twice."""
+    """Write a layer's keys and values into those of all layers; stacking them would hold them twice."""
     if stored is None:
         stored = k.new_empty(layers, *k.shape), v.new_empty(layers, *v.shape)
     for whole, part in zip(stored, (k, v), strict=True):
@@ -302,7 +302,7 @@ class CausalWan(nn.Module):
         self.head = Head(shape)
 
     def text_of(self, text_ULD: Tensor, text_rows: Tensor | None, rows: int) -> tuple[KeysValues, ...]:
-        """Keys and values of texts in every layer, for calls that share them and the weights."""
+        """Keys and values of texts in every layer, to reuse in calls with the same texts and weights."""
         text = self.text_embedding(text_ULD.to(self.patch_embedding.weight.dtype))
         layers = (cast(WanBlock, module) for module in self.blocks)
         return tuple(layer.text_of(text, text_rows, rows) for layer in layers)
@@ -321,10 +321,10 @@ class CausalWan(nn.Module):
 
         Args:
             sigma_R: noise level in [0, 1] of each row; 0 for a clean pass.
-            text_ULD: text embeddings ``[U, text_len, text_dim]``, padding zero (it is attended to), or what
-                ``text_of`` made of them for these rows.
-            text_rows: which of the U texts each row has, ``[R]``; None: U = R, one each.
-            encode: return keys and values; the work that only the velocity needs is left out.
+            text_ULD: zero-padded text embeddings ``[U, text_len, text_dim]`` (the padding is attended to), or
+                the result of ``text_of`` for these rows.
+            text_rows: index of each row's text, ``[R]``; None: U = R, one text per row.
+            encode: return keys and values, and skip the work that only the velocity needs.
         """
         rows, frames = x_RFCHW.shape[:2]
         dtype = self.patch_embedding.weight.dtype
@@ -364,7 +364,7 @@ class CausalWan(nn.Module):
 
     @contextmanager
     def smallest_latents(self) -> Iterator[None]:
-        """Inside, latents are two by two tokens: enough to compare weights, at a fraction of the work."""
+        """Shrink latents to two by two tokens inside the block: enough to compare weights, at little cost."""
         own, (_, height, width) = self.shape, self.shape.patch_size
         shaped: list[CausalWan | WanBlock] = [self, *(cast(WanBlock, block) for block in self.blocks)]
         try:
@@ -376,15 +376,15 @@ class CausalWan(nn.Module):
                 module.shape = own
 
     def compile_blocks(self) -> None:
-        """Compile every layer but its attention over the context, for any number of rows, in place.
+        """Compile every layer except its attention to the context, in place, for any number of rows.
 
-        Reading a context and attending to it stay outside: they are memory copies and one library kernel,
+        Reading a context and attending to it are not compiled: they are memory copies and one library kernel,
         and a compiled graph would depend on how many pages each context has.
         """
-        import torch._dynamo.config as dynamo  # loads the compiler, so only when it is asked for
+        import torch._dynamo.config as dynamo  # loads the compiler, so only on demand
 
         dynamo.recompile_limit = max(dynamo.recompile_limit, GRAPHS)
-        # Epsilons and adapter scales are constants; as variables they would be kernels on the CPU.
+        # Compile epsilons and adapter scales as constants; as variables they would become CPU kernels.
         dynamo.specialize_float = True
         for module in self.blocks:
             block = cast(WanBlock, module)
@@ -392,6 +392,6 @@ class CausalWan(nn.Module):
             block.update = torch.compile(block.update, dynamic=True)  # type: ignore[method-assign]
 
     def text_keys(self, text_RLD: Tensor, layer: int) -> Tensor:
-        """Keys of a layer's cross-attention, ``[R, text_len, N, D]`` (a bank scores frames by them)."""
+        """Keys of a layer's cross-attention, ``[R, text_len, N, D]``; a bank scores frames with them."""
         text = self.text_embedding(text_RLD.to(self.patch_embedding.weight.dtype))
         return cast(WanBlock, self.blocks[layer]).text_of(text, None, len(text))[0]

@@ -1,4 +1,4 @@
-"""Checkpoints in: every public layout of the Wan transformer, under bare Wan names.
+"""Read checkpoints of the Wan transformer in every public layout, converting to bare Wan names.
 
 docs/backbones.md lists the layouts.
 """
@@ -32,7 +32,7 @@ TRANSFORMER_ENTRIES = ("generator", "generator_ema", "model", "model_state_dict"
 LORA_ENTRIES = ("generator_lora", "generator_ema_lora")
 """Top-level entries that hold nothing but an adapter."""
 ADAPTER_ENTRIES = (*LORA_ENTRIES, *TRANSFORMER_ENTRIES)
-"""Top-level entries that may hold an adapter; a trainer's other copies are chosen by name."""
+"""Top-level entries that may hold an adapter; a trainer's other copies must be requested by name."""
 NAMED_ENTRIES = ("ema", "initial_generator_lora")
 """Entries of KVPO's own checkpoints that are read only when asked for by name."""
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
@@ -41,7 +41,7 @@ _WRAPPERS = re.compile(r"(?:_fsdp_wrapped_module|_checkpoint_wrapped_module|_ori
 PREFIX = re.compile(
     r"^(?:(?:module|model|base_model|generator|transformer|diffusion_model|pipe\.dit|dit)\.)+"
 )
-"""Words that trainers, pipelines and interfaces put before the names of the transformer."""
+"""Prefixes that trainers, pipelines and user interfaces add to the transformer's parameter names."""
 ADAPTER_KEY = re.compile(r"^(?P<module>.+)\.lora[._](?P<half>A|B|down|up)\.(?:[^.]+\.)?weight$")
 _KOHYA = re.compile(r"^(?:lora_unet|lora_transformer|lycoris)_(?P<block>blocks_\d+_)?(?P<layer>[^.]+)")
 
@@ -68,7 +68,7 @@ _BLOCK_NAMES = {
     for wan, theirs in (("self_attn", "attn1"), ("cross_attn", "attn2"))
     for ours, name in _ATTENTION_NAMES.items()
 } | {
-    # The affine norm stands before cross-attention: Wan counts it third, diffusers second.
+    # The affine norm comes before cross-attention: Wan counts it third, diffusers second.
     "norm3": "norm2",
     "ffn.0": "ffn.net.0.proj",
     "ffn.2": "ffn.net.2",
@@ -77,12 +77,12 @@ _BLOCK_NAMES = {
 _DOTTED = {
     name.replace(".", "_"): name for table in (_TOP_NAMES, _BLOCK_NAMES) for name in (*table.values(), *table)
 }
-"""Names of layers as kohya's trainers write them, without dots -> as the transformer has them."""
+"""Layer names of kohya's trainers, with underscores for dots -> the same names with dots."""
 _WEIGHTS = re.compile(
     r"(?P<stem>diffusion_pytorch_model|model|pytorch_model)(?P<variant>\.(?:fp16|bf16|fp32))?"
     r"\.(?P<kind>safetensors|bin|pt|pth)(?P<index>\.index(?:\.(?P<of>\w+))?\.json)?"
 )
-"""Names of whole weights, or of their index, in a folder."""
+"""File names of whole weights or of their index."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ class TransformerState:
     source: str
     files: tuple[Path, ...] = ()
     adapted: bool = False
-    """The file holds an adapter of these weights, too."""
+    """True if the file also holds an adapter of these weights."""
 
 
 def _rename(name: str, top: Mapping[str, str], block: Mapping[str, str]) -> str:
@@ -130,11 +130,11 @@ _LAYOUTS = {
     r"^token_embedding\.|^shared\.weight|\.SelfAttention\.": "a T5 text encoder",
     r"^(?:encoder|decoder)\.(?:conv1|conv_in|middle|mid_block|head)\.": "a VAE",
 }
-"""Patterns of keys, and what a file with such keys is; the first that matches any key holds."""
+"""Key patterns, and descriptions of files with such keys; the first pattern that matches any key decides."""
 
 
 def refuse_layout(names: Iterable[str], source: str) -> None:
-    """Raise ValueError for keys of a known layout that is not read, naming it and the first such key."""
+    """Raise ValueError for keys of a known but unsupported layout, naming it and the first such key."""
     for key, words in _LAYOUTS.items():
         if found := next((name for name in names if re.search(key, _WRAPPERS.sub("", name))), None):
             raise ValueError(f"{source}: {words}; that is not read (key {found})")
@@ -150,10 +150,10 @@ def say_prefixes(names: Iterable[str], source: str) -> None:
 
 
 def in_wan_names(tensors: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
-    """Tensors under names without wrappers, prefixes and PEFT's ``base_layer``, in Wan's naming.
+    """Tensors under Wan's names, with wrappers, prefixes and PEFT's ``base_layer`` removed.
 
     Raises:
-        ValueError: two names that become one, or a prefix that no public layout has before every layer.
+        ValueError: two names that become the same, or all blocks have a prefix that no public layout has.
     """
     names = {name: _bare(name) for name in tensors}
     if _is_diffusers(names.values()):
@@ -183,7 +183,11 @@ def _bare(name: str) -> str:
 def choose_entry(
     content: Mapping[str, object], entry: str | None, order: tuple[str, ...], source: str
 ) -> tuple[dict[str, Tensor], str]:
-    """The requested entry of a checkpoint, else the first of ``order``, else the bare tensors themselves."""
+    """The requested entry of a checkpoint, else the first of ``order``, else the bare tensors themselves.
+
+    Returns the tensors, and ``source`` with the entry that was taken and the ones that were not. Raises
+    ValueError if there is no such entry or it holds something other than tensors.
+    """
     entries = {name: value for name, value in content.items() if isinstance(value, dict)}
     if entry is None:
         entry = next((name for name in order if name in entries), None)
@@ -203,7 +207,7 @@ def choose_entry(
 
 
 def _weights_file(directory: Path) -> Path:
-    """The whole weights in a directory, or their index: safetensors before pickles, no variant before one."""
+    """The weights file in a directory, or its index; prefers safetensors, and no variant over a variant."""
     kinds = ("safetensors", "bin", "pt", "pth")
     stems = ("diffusion_pytorch_model", "model", "pytorch_model")
     for folder in (directory, directory / "transformer"):
@@ -224,17 +228,17 @@ def _weights_file(directory: Path) -> Path:
 def load_transformer_state(
     path: str | Path, *, entry: str | None = None, quiet: bool = False
 ) -> TransformerState:
-    """Transformer weights of any public layout, memory-mapped, under bare Wan names.
+    """Load transformer weights of any public layout, memory-mapped, under bare Wan names.
 
     Understands the ``.pt`` layouts of Self-Forcing, LongLive, MemFlow and KVPO, Wan's own safetensors,
     diffusers directories (single file, sharded, a variant) and ComfyUI's files, with wrapper, compile and
-    trainer prefixes. Of a whole PEFT model it takes the base weights and says so in ``adapted``.
+    trainer prefixes. From a whole PEFT model it takes the base weights and sets ``adapted``.
 
     Args:
         path: a file, an index of shards or a directory.
-        entry: top-level entry of a ``.pt`` file; by default the first present of TRANSFORMER_ENTRIES. The
-            result's ``source`` says what was taken and what was not.
-        quiet: say nothing of removed prefixes.
+        entry: top-level entry of a ``.pt`` file, by default the first of TRANSFORMER_ENTRIES that is present.
+            The result's ``source`` says which entries were taken and which were not.
+        quiet: do not log removed prefixes.
 
     Raises:
         ValueError: unreadable file, pickled code, no such entry, an adapter instead of weights.
@@ -260,7 +264,7 @@ def load_transformer_state(
 
 
 def transformer_sizes(shapes: Shapes) -> dict[str, int]:
-    """The sizes that the parameter shapes of a Wan transformer reveal."""
+    """Sizes of a Wan transformer, inferred from its parameter shapes."""
     places = {
         "dim": ("patch_embedding.weight", 0),
         "channels": ("patch_embedding.weight", 1),
@@ -278,7 +282,7 @@ def transformer_sizes(shapes: Shapes) -> dict[str, int]:
 
 
 def check_state(model: nn.Module, state: TransformerState) -> None:
-    """Demand weights that fit a transformer.
+    """Check that weights fit a transformer.
 
     Raises:
         ValueError: naming every missing, unexpected and misshapen key, and the sizes that differ if the
@@ -290,7 +294,7 @@ def check_state(model: nn.Module, state: TransformerState) -> None:
 def assign_state(
     model: nn.Module, state: TransformerState, *, device: torch.device | str, dtype: torch.dtype
 ) -> None:
-    """Give a transformer built on the meta device its weights, without a second copy in memory.
+    """Assign weights to a transformer built on the meta device, without a second copy in memory.
 
     Raises:
         ValueError: see `check_state`.

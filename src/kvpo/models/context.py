@@ -1,4 +1,4 @@
-"""The history that attention may see: passed as an argument, never held by a layer."""
+"""The history that attention may see: passed as an argument, never stored in a layer."""
 
 from dataclasses import dataclass
 from typing import Protocol
@@ -20,7 +20,7 @@ class Context(Protocol):
         """First absolute frame of each row's call, ``[R]``."""
 
     def read(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Keys and values ``[R, K, N, D]`` to attend to; a mask ``[R, 1, 1, K]`` of the visible, or None.
+        """Keys and values ``[R, K, N, D]`` to attend to, and a mask ``[R, 1, 1, K]`` (True: visible) or None.
 
         ``q``, ``k``, ``v`` are the call's own queries, keys and values in a layer, ``[R, F*T, N, D]`` each.
         """
@@ -38,13 +38,13 @@ class PageContext:
     pages: Tensor
     start_R: Tensor
     own_frames: int | None = None
-    """Only this many most recent frames of the call are visible as keys (re-encoding); None: all."""
+    """Number of the call's most recent frames that are visible as keys (re-encoding); None: all."""
     sparse_pages: int = 0
-    """Leading context frames (sink and bank) among which sparse memory activation chooses; 0: off."""
+    """Number of leading context frames (sink and bank) that sparse memory activation selects from; 0: off."""
     sparse_own: int = 0
-    """Leading own frames that count among them too (re-encoding the sink itself)."""
+    """Number of the call's leading frames to select from as well (re-encoding of the sink itself)."""
     gathered: dict[int, tuple[Tensor, Tensor]] | None = None
-    """The pages' keys and values by layer, kept for further calls; None: every call gathers them anew."""
+    """The pages' keys and values by layer, cached for further calls; None: every call gathers them again."""
 
     def read(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         tokens = self.cache.keys_LQTND.shape[2]
@@ -64,7 +64,7 @@ class PageContext:
     def _read_sparse(
         self, tokens: int, q: Tensor, context: tuple[Tensor, Tensor], own: tuple[Tensor, Tensor]
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Keep, per head, the global frames whose mean key matches the mean query best."""
+        """Keep, per head, the global frames whose mean key best matches the mean query."""
         cut, own_cut = self.sparse_pages * tokens, self.sparse_own * tokens
         split = [
             (o[:, :own_cut], c[:, :cut], c[:, cut:], o[:, own_cut:])
@@ -88,10 +88,10 @@ class PageContext:
 
 @dataclass(frozen=True)
 class TeacherContext:
-    """Clean frames of whole batches as context, for training many blocks of many videos in one pass.
+    """Clean frames of a whole batch as context, for training many blocks of many videos in one pass.
 
-    The call's first C rows are clean blocks; all rows read the keys that these have just computed, so a
-    layer's context costs no second pass.
+    The call's first C rows are clean blocks. In every layer, all rows attend to the keys that these rows have
+    just computed, so that the context needs no second pass.
     """
 
     start_R: Tensor

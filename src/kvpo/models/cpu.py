@@ -1,8 +1,8 @@
-"""GELU, root-mean-square normalisation and attention on the CPU, in few passes over memory, with gradients.
+"""GELU, root-mean-square normalisation and attention on the CPU, with gradients, in few passes over memory.
 
-A GPU has a kernel for each. On the CPU torch's GELU computes ``tanh``, which takes ten times as long as
-``sigmoid``, its normalisation is a chain of operations that autograd records one by one, and its attention
-in half precision has a slow backward pass.
+On a GPU, torch has a kernel for each. On the CPU, torch's GELU computes ``tanh``, which takes ten times as
+long as ``sigmoid``; its normalisation is a chain of operations that autograd records one by one; and its
+attention in half precision has a slow backward pass.
 """
 
 import math
@@ -16,11 +16,11 @@ from torch.autograd.function import once_differentiable
 from kvpo.models.linear import needs_gradients
 
 SLOPE, CUBIC = 2 * math.sqrt(2 / math.pi), 0.044715
-"""GELU's approximation by ``tanh``, written as x sigmoid(SLOPE (x + CUBIC x^3)): arXiv 1606.08415."""
+"""Tanh approximation of GELU, written as x sigmoid(SLOPE (x + CUBIC x^3)): arXiv 1606.08415."""
 
 
 def on_cpu(x: Tensor) -> bool:
-    """True where the functions below can be faster than torch's own."""
+    """True if the functions below can be faster than torch's own."""
     return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
@@ -42,7 +42,7 @@ class _Gelu(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:
         (x,) = ctx.saved_tensors
-        inner = _slope(x)  # made again, as memory is what a replay lacks
+        inner = _slope(x)  # recomputed, because replays are short of memory
         share = inner.sigmoid()
         # d/dx x s(u) = s + x u' s (1 - s), with x u' = SLOPE (x + 3 CUBIC x^3) = 3 (u - 2/3 SLOPE x)
         inner = torch.ops.aten.sigmoid_backward(inner.sub_(x, alpha=2 / 3 * SLOPE), share)
@@ -50,7 +50,7 @@ class _Gelu(torch.autograd.Function):
 
 
 class GELU(nn.Module):
-    """GELU as the ``tanh`` approximates it."""
+    """GELU in its ``tanh`` approximation."""
 
     def forward(self, x: Tensor) -> Tensor:
         if x.dtype.itemsize >= 4 and on_cpu(x):
@@ -59,7 +59,7 @@ class GELU(nn.Module):
 
 
 def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """The normalised tensor, and what each of its rows was multiplied by."""
+    """The normalised tensor, and the factor that each row was scaled by."""
     wide = torch.promote_types(x.dtype, torch.float32)
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)
     scale = torch.addcmul(norm.new_tensor(eps), norm, norm, value=1 / x.shape[-1]).rsqrt_()
@@ -88,9 +88,9 @@ class _RMSNorm(torch.autograd.Function):
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """``x / sqrt(mean x^2 + eps) * weight`` over the last axis, for one precision of both.
+    """``x / sqrt(mean x^2 + eps) * weight`` over the last axis; ``x`` and ``weight`` have the same precision.
 
-    In float32 or wider, rounded once.
+    Computed in float32 or wider, and rounded once.
     """
     if not on_cpu(x):
         return F.rms_norm(x, weight.shape, weight, eps)
@@ -100,10 +100,10 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """Softmax attention ``[R, N, Q, D]`` to ``[R, N, K, D]``; a mask ``[R, 1, 1, K]`` of the visible.
+    """Softmax attention of ``[R, N, Q, D]`` to ``[R, N, K, D]``; ``mask [R, 1, 1, K]`` is True where visible.
 
-    torch's own, but under autocast on the CPU two batched products in autocast's precision, whose gradients
-    of keys and values lie in memory as these do.
+    Uses torch's attention except under autocast on the CPU. There, it computes two batched products in
+    autocast's precision, and the gradients of keys and values have the memory layout of keys and values.
     """
     if not (on_cpu(q) and torch.is_autocast_enabled("cpu")):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)

@@ -1,5 +1,7 @@
-"""The pages that a block attends to: the sink and window of LongLive, the full or rolling window of
-Self-Forcing, the memory bank of MemFlow, and the routed histories of exploration.
+"""The pages that a block attends to.
+
+These are the sink and window of LongLive, the full or rolling window of Self-Forcing, the memory bank of
+MemFlow, and the routed histories of exploration.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,16 +16,16 @@ from kvpo.models.settings import Deployment
 from kvpo.prompts import VideoPrompt
 
 RECORD_INTERVAL = 3
-"""The memory bank takes in every third block's first frame."""
+"""The memory bank records the first frame of every third block."""
 TextKeys = Callable[[int], Tensor]
 """Cross-attention keys of a layer for a stream's prompt: layer -> [1, text_len, N, D]."""
 
 
 def sink_frames(deployment: Deployment, prompt: VideoPrompt, start: int) -> range:
-    """Frames in the sink slots of a stream whose next block starts at ``start``, switches there acted on.
+    """Frames in the sink slots of a stream before its block at ``start``, after any prompt switch there.
 
-    Each switch moves the sink to the first of the frames it re-encodes, unless the sink is kept or they reach
-    back to the video's start (``adopt_reencoded``).
+    Each switch moves the sink to the first frames that it re-encodes, unless the sink is kept or these frames
+    reach back to the start of the video (see ``adopt_reencoded``).
     """
     acted = [prompt.acts_at(switch, deployment.block) for switch in prompt.switches]
     moves = [at for at in acted if at <= start and deployment.reencoded(at) < at]
@@ -32,7 +34,7 @@ def sink_frames(deployment: Deployment, prompt: VideoPrompt, start: int) -> rang
 
 
 def deployment_context(deployment: Deployment, histories: Sequence[History]) -> PageContext:
-    """The deployment context of each stream's next block; streams must see equally many frames."""
+    """The deployment context of each stream's next block; streams must see the same number of frames."""
     return routed_context(deployment, histories, [None] * len(histories), recent=0)
 
 
@@ -65,8 +67,8 @@ def routed_context(
 def _page_table(
     histories: Sequence[History], sinks: Sequence[Sequence[int]], others: Sequence[Sequence[int]]
 ) -> Tensor:
-    """Page ids of sink ++ bank ++ others of every row: [R, P], or [L, R, P] where there is a bank."""
-    # Layers of a bank differ; without one, a single empty layer stands for all.
+    """Page ids of sink ++ bank ++ others of every row: [R, P], or [L, R, P] if there is a bank."""
+    # A bank differs between layers; without one, a single empty layer stands for all.
     rows = [
         (sink, history.bank or [[]], own) for sink, history, own in zip(sinks, histories, others, strict=True)
     ]
@@ -87,11 +89,11 @@ def context_size(
 
 
 def reencoding_context(deployment: Deployment, histories: Sequence[History]) -> tuple[PageContext, int]:
-    """Context for re-encoding the recent frames of streams under a new prompt, and how many frames that is.
+    """Context for re-encoding the streams' last ``n`` frames under a new prompt, and ``n``.
 
-    One call over the last ``n`` frames; its queries see the sink and their own last ``window - sink``.
-    Where the frames reach back to the start, or the sink is to be replaced, the sink is part of the call:
-    streams must agree on that and on ``n``.
+    One call re-encodes them all. Its queries see the sink and the last ``window - sink`` frames of the call.
+    If the frames reach back to the start, or the sink is to be replaced, the sink is part of the call.
+    Streams must agree on that and on ``n``.
     """
     start = histories[0].end
     frames = deployment.reencoded(start)
@@ -112,10 +114,10 @@ def reencoding_context(deployment: Deployment, histories: Sequence[History]) -> 
 def adopt_reencoded(
     deployment: Deployment, history: History, keys_LFTND: Tensor, values_LFTND: Tensor
 ) -> None:
-    """Store re-encoded frames, the most recent ones, in place of their pages, which are given back before.
+    """Replace the pages of the most recent frames by re-encoded ones; the old pages are released first.
 
-    A replaced sink is filled with the first of them, a kept one stays. Where the frames reach back to the
-    start, a kept sink is re-encoded with them.
+    A sink that is replaced gets the first of these frames, a sink that is kept stays. If the frames reach
+    back to the start, a kept sink is re-encoded with them.
     """
     start = history.end - keys_LFTND.shape[1]
     kept = 0
@@ -128,10 +130,10 @@ def adopt_reencoded(
 
 
 def reachable_frames(deployment: Deployment, start: int, resident: int) -> range:
-    """Frames outside the sink that the window of the block at ``start``, or later routes, may ask for.
+    """Frames outside the sink that the window of the block at ``start``, or later routes, may need.
 
-    ``resident`` counts the frames kept for routing including the sink; 0 keeps everything. Re-encoding asks
-    for latents, not for pages.
+    ``resident`` counts the frames kept for routing, including the sink; 0 keeps everything. Re-encoding needs
+    latents, not pages.
     """
     if deployment.local_past is None or resident == 0:
         return range(start)
@@ -140,17 +142,17 @@ def reachable_frames(deployment: Deployment, start: int, resident: int) -> range
 
 
 def record_block(deployment: Deployment, history: History) -> None:
-    """After a block's clean pass: its first frame is what the memory bank takes in next."""
+    """After a block's clean pass, make its first frame the next one for the memory bank, if it records it."""
     index = history.end // deployment.block - 1
     if deployment.bank_size and (deployment.bank_every_block or index % RECORD_INTERVAL == 0):
         history.record(history.pages[history.end - deployment.block])
 
 
 def commit_bank(deployment: Deployment, history: History, text_keys: TextKeys | None) -> None:
-    """Before a block: let the bank take in the recorded frame.
+    """Before a block, add the recorded frame to the memory bank.
 
-    While the bank is short the frame gets the next slot; a full bank keeps the frames that the current
-    prompt's text keys match best. ``text_keys`` None stands for empty text keys.
+    While the bank has free slots, the frame takes the next one. A full bank keeps the frames that best match
+    the current prompt's text keys. ``text_keys`` None stands for empty text keys.
     """
     if not deployment.bank_size or history.latest is None:
         return
@@ -176,10 +178,10 @@ def commit_bank(deployment: Deployment, history: History, text_keys: TextKeys | 
 
 
 def _agreement(text_LND: Tensor, keys_FTND: Tensor, *, in_steps: bool) -> Tensor:
-    """Agreement of frames and text, in some unit: mean of text keys . frame keys over tokens and heads, [F].
+    """Agreement of frames and text, up to a factor: mean text key . frame key over tokens and heads, [F].
 
-    The mean over all token pairs factorises. ``in_steps`` forms every pair in the keys' type, as published:
-    in bfloat16 its rounding decides between frames that match equally well.
+    The mean over all token pairs factorises. ``in_steps`` forms every pair in the keys' dtype, as published:
+    in bfloat16, its rounding decides between frames that match equally well.
     """
     if in_steps:
         text = text_LND.to(keys_FTND.dtype).transpose(0, 1)

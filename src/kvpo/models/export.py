@@ -1,6 +1,7 @@
-"""Checkpoints out: adapters for PEFT and diffusers, merged weights for diffusers and in the public layout.
+"""Write adapters for PEFT, diffusers and ComfyUI, and merged weights in diffusers' or the public layout.
 
-Every writer puts its result in place in one step: an interrupted export leaves nothing that looks finished.
+Every writer moves its result into place in one step: an interrupted export leaves nothing that looks
+finished.
 """
 
 import json
@@ -25,14 +26,14 @@ from kvpo.models.tensor_files import RECORD, check_tensors, shapes_of, storable
 
 SHARD_BYTES = 5_000_000_000
 Record = Mapping[str, Any]
-"""Statement in JSON of what weights were made with, kept with them."""
+"""Record of what weights were made with, stored with them as JSON."""
 NOTHING: Record = {}
 Finish = Callable[[Path], None]
-"""Called with a written directory or file before it is put in place; where it raises, nothing is left."""
+"""Called with a written directory or file before it is moved into place; if it raises, nothing is left."""
 
 
 def demand_new(path: Path) -> None:
-    """Raise ValueError where an export would replace a file, or a directory that holds any."""
+    """Raise ValueError if an export would replace a file or a directory that is not empty."""
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise ValueError(f"{path}: already exists; export to a new place, or remove it first")
 
@@ -59,8 +60,8 @@ def save_peft_adapter(
 
     Args:
         base_model: name of the weights that the adapter belongs to, recorded in the configuration.
-        record: kept in the header.
-        finish: called before the directory is put in place.
+        record: stored in the header.
+        finish: called before the directory is moved into place.
 
     Raises:
         ValueError: the directory exists and is not empty.
@@ -94,7 +95,7 @@ def save_comfy_adapter(
     record: Record = NOTHING,
     finish: Finish = lambda written: None,
 ) -> None:
-    """Write one safetensors file named as the directory, as ComfyUI and Scope read it (see `_folded`).
+    """Write one safetensors file, named after the directory, as ComfyUI and Scope read it (see `_folded`).
 
     Raises:
         ValueError: the directory exists and is not empty.
@@ -106,17 +107,17 @@ def save_comfy_adapter(
 def _save_file(
     directory: str | Path, name: str, tensors: dict[str, Tensor], record: Record, finish: Finish
 ) -> None:
-    """Write a new directory with one file of tensors and what ``finish`` adds."""
+    """Write a new directory with one file of tensors and anything that ``finish`` adds."""
     with _new_directory(Path(directory)) as scratch:
         save_file(tensors, scratch / name, metadata=_header(record))
         finish(scratch)
 
 
 def _folded(adapter: AdapterState, name_of: Callable[[str], str]) -> dict[str, Tensor]:
-    """An adapter's halves under other names of layers.
+    """An adapter's tensors under the layer names that ``name_of`` returns.
 
-    These layouts have no place for alpha on which all their readers agree, so a scale alpha / rank other than
-    1 is multiplied into ``B`` (exact for powers of two).
+    Readers of these layouts do not agree on a place for alpha, so a scale alpha / rank other than 1 is
+    multiplied into ``B`` (exact for powers of two).
     """
     tensors = {}
     for module in adapter.modules:
@@ -140,12 +141,12 @@ def save_diffusers_transformer(
 
     Args:
         tensors: all weights under bare Wan names.
-        shard_bytes: size beyond which a safetensors file is split; splits come with an index.
-        record: kept in the header of every file.
-        finish: called before the directory is put in place.
+        shard_bytes: size beyond which weights are split into several safetensors files with an index.
+        record: stored in the header of every file.
+        finish: called before the directory is moved into place.
 
     Raises:
-        ValueError: keys or shapes that are not those of the configuration, or a directory that is not empty.
+        ValueError: keys or shapes that do not match the configuration, or a directory that is not empty.
     """
     with extra("wan"):
         from diffusers import WanTransformer3DModel
@@ -199,8 +200,8 @@ def save_public_checkpoint(
 
     Args:
         tensors: all weights under bare Wan names.
-        record: kept in an entry of its own.
-        finish: called before the file is put in place.
+        record: stored in an entry of its own.
+        finish: called before the file is moved into place.
 
     Raises:
         ValueError: the file exists.
@@ -208,7 +209,7 @@ def save_public_checkpoint(
     path = Path(path)
     demand_new(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with new_file(path, failures=(RuntimeError,)) as scratch:  # torch's word for a full disk
+    with new_file(path, failures=(RuntimeError,)) as scratch:  # torch raises it for a full disk
         with scratch.open("wb") as file:  # given a name, torch's writer wants letters on both sides of a dot
             content: dict[str, Any] = {RECORD: json.dumps(record)} if record else {}
             named = {f"model.{name}": tensor for name, tensor in storable(tensors).items()}

@@ -1,6 +1,6 @@
-"""NaN and infinity are stopped at the border where they first appear: one reduction per tensor.
+"""Checks that stop NaN and infinity where they first appear, with one reduction per tensor.
 
-``torch.aminmax`` passes NaN on, needs no temporary tensor, and reads memory about as fast as it can be read.
+``torch.aminmax`` propagates NaN, needs no temporary tensor, and runs at about the full memory bandwidth.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -18,12 +18,12 @@ class NonFiniteError(ValueError):
 def magnitudes(tensors: Iterable[Tensor]) -> Tensor:
     """Largest absolute value of every tensor, ``[n]`` float64 on the CPU; NaN where it holds NaN.
 
-    The tensors lie on one device, which is waited for once. Integers and empty tensors count as 0.
+    All tensors must be on one device, which is synchronised once. Integers and empty tensors count as 0.
     """
     found = []
     for tensor in tensors:
         if tensor.numel() and tensor.is_floating_point():
-            exact = tensor.detach().float() if tensor.itemsize == 1 else tensor.detach()  # 8 bits: no aminmax
+            exact = tensor.detach().float() if tensor.itemsize == 1 else tensor.detach()  # no 8-bit aminmax
             low, high = torch.aminmax(exact)
             found.append(torch.maximum(high, -low).double())
         else:
@@ -32,7 +32,7 @@ def magnitudes(tensors: Iterable[Tensor]) -> Tensor:
 
 
 def first_non_finite(named: Mapping[str, Tensor]) -> tuple[str, str] | None:
-    """Name of the first tensor that is not finite and what it holds, "NaN" or "infinity"; None: all are."""
+    """Name of the first tensor that is not finite, and "NaN" or "infinity"; None if all are finite."""
     sizes = magnitudes(named.values())
     for name, size in zip(named, sizes, strict=True):
         if not size.isfinite():
@@ -47,12 +47,12 @@ def require_finite(named: Mapping[str, Tensor], source: str, way_out: str) -> No
 
 
 def require_finite_weights(named: Mapping[str, Tensor], source: str) -> None:
-    """Refuse weights, read from ``source``, that hold NaN or infinity. Raises NonFiniteError."""
+    """Raise NonFiniteError if weights, read from ``source``, hold NaN or infinity."""
     require_finite(named, source, "the file is damaged or its training diverged: download it again")
 
 
 def first_non_finite_layer(model: nn.Module, call: Callable[[], object]) -> str | None:
-    """Name of the layer of ``model`` whose output is the first in ``call`` that is not finite."""
+    """Name of the first layer of ``model`` with a non-finite output during ``call``, or None."""
     found: list[str] = []
 
     def look(name: str, module: nn.Module, inputs: Any, output: Any) -> None:

@@ -24,7 +24,7 @@ GEOMETRIES = {
     "1.3b-relative": replace(_WAN_1_3B, relative_positions=True),
     "14b": replace(_WAN_1_3B, dim=5120, num_heads=40, num_layers=40, ffn_dim=13824),
 }
-"""The embedded world's; Wan 2.1's two, and the small one as LongLive's infinite variant has it."""
+"""The embedded world's geometry, Wan 2.1's 1.3B and 14B, and the 1.3B of LongLive's infinite variant."""
 SIZE_FIELDS = {
     "num_attention_heads": "num_heads",
     "attention_head_dim": "head_dim",
@@ -35,7 +35,7 @@ SIZE_FIELDS = {
     "in_channels": "channels",
     "eps": "eps",
 }
-"""Numbers of diffusers' ``WanTransformer3DModel`` that a file must have, beside its patch size -> ours."""
+"""Numeric fields of diffusers' ``WanTransformer3DModel`` that a file must have (and patch_size) -> ours."""
 FIXED = {
     "cross_attn_norm": True,
     "qk_norm": "rms_norm_across_heads",
@@ -43,16 +43,17 @@ FIXED = {
     "added_kv_proj_dim": None,
     "pos_embed_seq_len": None,
 }
-"""Properties that the transformer of this package always has; a file may name them."""
+"""Fields whose values are fixed in this package's transformer; a file may state them."""
 IGNORED = {"out_channels", "rope_max_seq_len"}
-"""As many channels come out as go in, and positions have no end."""
+"""Fields without a counterpart: output channels equal input channels, and positions have no limit."""
 
 
 def geometry(name: str) -> WanShape:
     """The geometry of a name in GEOMETRIES, a JSON file, or a model's folder with its config.json.
 
-    A file has the fields of diffusers' ``WanTransformer3DModel``, and may say ``text_len`` (512 without) and
-    ``relative_positions``. Raises ValueError naming the field that is missing, unknown or impossible.
+    A file has the fields of diffusers' ``WanTransformer3DModel``, and optionally ``text_len`` (default 512)
+    and ``relative_positions`` (default false). Raises ValueError naming the field that is missing, unknown or
+    invalid.
     """
     if name in GEOMETRIES:
         return GEOMETRIES[name]
@@ -75,7 +76,7 @@ def geometry(name: str) -> WanShape:
 
 
 def fields_of(shape: WanShape) -> dict[str, Any]:
-    """A geometry as a file has it; what `geometry` reads back, but for the size of the latents."""
+    """A geometry's fields as in a file; `geometry` reads them back, except for the size of the latents."""
     return {
         **{name: getattr(shape, ours) for name, ours in SIZE_FIELDS.items()},
         "patch_size": list(shape.patch_size),

@@ -20,13 +20,13 @@ from huggingface_hub.errors import (
 from kvpo.files import local_path
 
 _HUB = re.compile(r"(?P<repo>[\w-][\w.-]*/[\w-][\w.-]*)(?:@(?P<revision>[^/@]+))?(?:/(?P<file>[^\\]+))?")
-# The error base class of the network library that the hub client uses; which library depends on its version.
+# Base error class of the hub client's network library, which depends on the client's version.
 _NetworkError = cast(type[Exception], HfHubHTTPError.__bases__[0])
 _FILE_SUFFIXES = {".pt", ".pth", ".bin", ".ckpt", ".safetensors", ".json", ".jsonl", ".txt", ".yaml", ".yml"}
 
 
 def split_entry(location: str) -> tuple[str, str | None]:
-    """FILE#ENTRY as the file and the entry within it; what exists under the whole name has no entry."""
+    """Split FILE#ENTRY into the file and its entry; an existing path of the whole name has no entry."""
     file, mark, entry = location.rpartition("#")
     if not mark or not file or local_path(location, "path").exists():
         return location, None
@@ -36,17 +36,17 @@ def split_entry(location: str) -> tuple[str, str | None]:
 def resolve_location(
     location: str | Path, *, patterns: Sequence[str] = (), beside: Sequence[str] = (), download: bool = True
 ) -> Path:
-    """Local path of a file or directory named by a path or by a hub id.
+    """Local path of a file or directory given by a path or a hub id.
 
-    A hub id is ``owner/name`` for a whole repository, ``owner/name/path/in/repository`` for one file, either
-    with ``@revision`` after the name. What exists locally wins. Downloads go to the hub's shared cache; a
-    broken transfer is taken up where it broke, and a later run keeps every file that was finished. With the
-    environment variable HF_HUB_OFFLINE=1 the cache alone is used.
+    A hub id is ``owner/name`` for a whole repository or ``owner/name/path/in/repository`` for one file, both
+    optionally with ``@revision`` after the name. An existing local path takes precedence. Downloads go to the
+    hub's shared cache. An interrupted download resumes where it stopped, and later runs keep every finished
+    file. With the environment variable HF_HUB_OFFLINE=1, only the cache is used.
 
     Args:
         patterns: file patterns of a repository to download; empty means all of it.
-        beside: names of files that are fetched with a single one, from the same folder, where they exist.
-        download: False looks into the cache alone.
+        beside: names of files to fetch along with a single file, from its folder, if they exist.
+        download: if False, use only the cache.
 
     Raises:
         ValueError: neither a local path nor a hub id, or a repository, revision or file that does not exist,
@@ -85,21 +85,21 @@ def is_repository(name: str) -> bool:
 
 
 def repository_of(location: str) -> str | None:
-    """Repository of the hub, owner/name, that a location is in, FILE#ENTRY too; None for a local path."""
+    """Hub repository, owner/name, of a location (also of the form FILE#ENTRY); None for a local path."""
     file, _ = split_entry(location)
     match = None if not file or local_path(file, "path").exists() else _HUB.fullmatch(file)
     return match["repo"] if match else None
 
 
 def push_files(files: Mapping[str, Path], repo: str, place: Path) -> str:
-    """Upload files by their names to a model repository of the hub, owner/name, and return its address.
+    """Upload files to a model repository of the hub, owner/name, and return its URL.
 
-    ``place``, a file or directory, is what they are called in messages.
-
-    A new repository is private. Hub and login are those of ``huggingface_hub`` (HF_ENDPOINT, HF_TOKEN).
+    ``files`` maps names in the repository to local files, and ``place`` is the local file or directory that
+    messages refer to. A new repository is private. Hub and login are those of ``huggingface_hub``
+    (HF_ENDPOINT, HF_TOKEN).
 
     Raises:
-        ValueError: no such name, no login, no right to write, or no connection.
+        ValueError: invalid repository name, no login, no write permission, or no connection.
     """
     api = HfApi()
     try:
@@ -122,13 +122,13 @@ def _fetch_if_there(repo: str, file: str, revision: str | None, download: bool) 
     try:
         hf_hub_download(repo, file, revision=revision, local_files_only=not download)
     except EntryNotFoundError as error:
-        # Offline, what the cache lacks was not there when the file was fetched.
+        # Offline, a file that is not in the cache did not exist when the main file was fetched.
         if isinstance(error, LocalEntryNotFoundError) and download and not constants.HF_HUB_OFFLINE:
             raise
 
 
 def _why(error: Exception, match: re.Match[str], download: bool) -> str:
-    """One line on what went wrong with a hub repository, and the way out."""
+    """One line on what went wrong with a hub repository and what to do about it."""
     repo = match["repo"]
     if isinstance(error, GatedRepoError):
         return (

@@ -1,7 +1,7 @@
-"""Linear layers whose products on the CPU are oneDNN's.
+"""Linear layers that use oneDNN for products on the CPU.
 
-torch gives float32 products to MKL, which leaves half of the vector width unused on processors of other
-makers than its own; oneDNN has kernels for all of them.
+torch uses MKL for float32 products. On processors not made by Intel, MKL leaves half of the vector width
+unused; oneDNN has kernels for all of them.
 """
 
 from typing import Any
@@ -12,18 +12,18 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 AVAILABLE = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-"""This torch has oneDNN and the operation that its own compiler uses."""
+"""True if this torch has oneDNN and the linear operation that torch's compiler uses."""
 FEW = 2**20
-"""Multiplications of a product that take less time than oneDNN needs to begin with one."""
+"""Products with fewer multiplications than this take less time than oneDNN needs to start."""
 
 
 def needs_gradients(*tensors: Tensor) -> bool:
-    """True where gradients of a function of these tensors may be asked for."""
+    """True if gradients of a function of these tensors may be needed."""
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``x W^T + b``, which records no gradients."""
+    """``x W^T + b`` for ``x [..., in]`` and ``W [out, in]``, without gradients (see ``product``)."""
     narrow = x.dtype != torch.float32 or weight.dtype != torch.float32 or torch.is_autocast_enabled("cpu")
     off = not AVAILABLE or torch.compiler.is_compiling() or not torch.backends.mkldnn.enabled
     few = x.numel() * len(weight) < FEW
@@ -34,7 +34,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 class _Product(torch.autograd.Function):
-    """``linear`` with the gradients of all that it is given."""
+    """``linear`` with gradients for all of its inputs."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -53,7 +53,7 @@ class _Product(torch.autograd.Function):
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``x W^T + b`` as torch's linear layer has it, computed by ``linear`` where that is faster."""
+    """``x W^T + b`` with gradients, as ``F.linear``, but computed by ``linear`` where that is faster."""
     if x.dtype != weight.dtype or torch.is_autocast_enabled(x.device.type):
         return F.linear(x, weight, bias)
     if needs_gradients(x, weight):
@@ -62,7 +62,7 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 class Linear(nn.Linear):
-    """torch's linear layer as a ``product``."""
+    """torch's linear layer, computed by ``product``."""
 
     def forward(self, input: Tensor) -> Tensor:
         return product(input, self.weight, self.bias)

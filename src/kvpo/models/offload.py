@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 @contextmanager
 def on_device(networks: Iterable[nn.Module], device: torch.device | str) -> Iterator[None]:
-    """Inside, the networks are on ``device``; afterwards, where they were before.
+    """Move networks to ``device`` for the duration of the block.
 
-    Their values must not change inside: what waits in host memory is not written back, so that leaving costs
-    no copy. For networks that are on the device anyway nothing is copied.
+    Their values must not change in the block: on exit, the original tensors are restored without copying
+    anything back. Networks that already are on the device are not copied.
     """
     modules = [module for network in networks for module in network.modules()]
     home = [

@@ -1,4 +1,4 @@
-"""Models and tokenizers in folders, as transformers and diffusers lay them out, loaded strictly."""
+"""Strict loading of models and tokenizers from folders in the layout of transformers and diffusers."""
 
 from pathlib import Path
 from typing import Any
@@ -12,10 +12,10 @@ TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "vocab.txt", "spiece.model")
 
 
 def strict_pretrained(kind: Any, directory: Path, **settings: Any) -> Any:
-    """``kind.from_pretrained`` of a folder, frozen; what it would only warn of is refused.
+    """Load a frozen model with ``kind.from_pretrained``, treating its warnings about weights as errors.
 
-    ``settings`` go to it, the precision first of all. Raises ValueError naming missing, unexpected and
-    misshapen weights.
+    ``settings``, such as the precision, are passed on. Raises ValueError naming missing, unexpected and
+    misshapen weights, or if the folder cannot be loaded or holds NaN or infinity.
     """
     refuse_pointers(directory)
     try:
@@ -44,11 +44,11 @@ def read_tokenizer(directory: Path) -> Any:
     """The tokenizer of a folder in transformers' layout.
 
     Raises:
-        ValueError: none there.
+        ValueError: no tokenizer there, or it cannot be read.
     """
     from transformers import AutoTokenizer
 
-    # Where the files are absent, transformers may hand out an empty tokenizer of the model's class.
+    # If the files are absent, transformers may return an empty tokenizer of the model's class.
     if not any((directory / name).is_file() for name in TOKENIZER_FILES):
         raise ValueError(f"{directory}: holds no tokenizer ({', '.join(TOKENIZER_FILES)})")
     refuse_pointers(directory)

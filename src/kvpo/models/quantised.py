@@ -1,4 +1,4 @@
-"""Layers whose products have 8 bits, for rollouts; they hold copies of weights, and those that train stay."""
+"""Linear layers with 8-bit products for rollouts; they hold copies and leave the trained weights alone."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,9 +17,9 @@ EIGHT_BITS = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 
 @cache
 def largest(dtype: torch.dtype, device: torch.device) -> float:
-    """Number that the largest element of a row is rounded to.
+    """Value that the largest element of a row is scaled to.
 
-    Processors without VNNI add two products of 8 bits in 16, where only half the range cannot overflow.
+    Processors without VNNI add two 8-bit products in 16 bits, where only half of the range cannot overflow.
     """
     if dtype != torch.int8:
         return torch.finfo(dtype).max
@@ -28,7 +28,7 @@ def largest(dtype: torch.dtype, device: torch.device) -> float:
 
 
 def rounded(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Rows ``[R, K]`` in 8 bits, and the float32 factors ``[R, 1]`` that undo their scaling."""
+    """Rows ``[R, K]`` quantised to 8 bits, and the float32 factors ``[R, 1]`` that undo the scaling."""
     most = largest(dtype, x.device)
     scale = x.abs().amax(-1, keepdim=True).float().div_(most).clamp_min_(torch.finfo(torch.float32).tiny)
     scaled = (x / scale).clamp_(-most, most)
@@ -36,9 +36,9 @@ def rounded(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 class QuantisedLinear(nn.Module):
-    """A linear layer with a copy of the weight of another one, its active adapter added, in 8 bits.
+    """An 8-bit copy of a linear layer, with the layer's active adapter added to the weight.
 
-    Every output has a scale of its own and so, as it comes, has every token.
+    The weight has one scale per output. Inputs are quantised on the fly, with one scale per token.
     """
 
     def __init__(self, layer: nn.Linear | AdaptedLinear, precision: str) -> None:
@@ -61,7 +61,7 @@ class QuantisedLinear(nn.Module):
         if self.weight_OI.dtype == torch.int8:
             y_RO = torch._int_mm(rows_RI, weight_IO) * scale_R1
             y_RO = y_RO.mul_(scale_1O) if self.bias is None else torch.addcmul(self.bias, y_RO, scale_1O)
-        else:  # GPUs multiply with a scale per row into bfloat16 only
+        else:  # with a scale per row, GPUs only return bfloat16
             bias, out = self.bias if self.bias is None else self.bias.to(torch.bfloat16), torch.bfloat16
             y_RO = torch._scaled_mm(
                 rows_RI, weight_IO, scale_R1, scale_1O, bias, out_dtype=out, use_fast_accum=True
@@ -70,7 +70,7 @@ class QuantisedLinear(nn.Module):
 
 
 def check_rollouts(precision: str, device: torch.device | str, shape: WanShape) -> None:
-    """Raise ValueError where a device cannot multiply a model's numbers in a precision of rollouts."""
+    """Raise ValueError if a device does not support a rollout precision for a model's sizes."""
     if precision == "same":
         return
     try:
@@ -83,9 +83,9 @@ def check_rollouts(precision: str, device: torch.device | str, shape: WanShape) 
 
 @contextmanager
 def quantised_layers(model: nn.Module, precision: str) -> Iterator[None]:
-    """Inside, where no weight may change, the layers of a model's blocks are ``QuantisedLinear``.
+    """Replace linear layers by ``QuantisedLinear`` inside the block, where no weight may change.
 
-    They are those that adapters are for; what surrounds the blocks keeps its precision.
+    These are the layers that can have adapters (``LORA_TARGETS``); all others keep their precision.
     """
     ends = tuple(f".{end}" for end in LORA_TARGETS)
     layers = {name: layer for name, layer in model.named_modules() if f".{name}".endswith(ends)}

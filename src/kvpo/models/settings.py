@@ -5,14 +5,14 @@ from typing import ClassVar
 
 
 def require(holds: bool, path: str, value: object, what: str) -> None:
-    """Raise ValueError, in one line that names a setting and its value, unless something holds."""
+    """Raise ValueError with one line that names a setting and its value, unless ``holds`` is true."""
     if not holds:
         raise ValueError(f"{path}: must be {what}, got {value}")
 
 
 @dataclass(frozen=True)
 class WanShape:
-    """Geometry of the causal Wan transformer; every size that can be derived is derived."""
+    """Geometry of the causal Wan transformer; sizes that follow from others are properties."""
 
     dim: int = 160
     """Width of the transformer."""
@@ -94,11 +94,11 @@ class Deployment:
     bank_every_block: bool = False
     """Record every block in the bank (single-prompt pipeline) instead of every third."""
     transition_blocks: int = 0
-    """Blocks after a prompt switch that are told a mixture of the two prompts; 0: the new one at once."""
+    """Blocks after a prompt switch that are conditioned on a mixture of both prompts; 0 switches at once."""
 
     bank_as_published: ClassVar[bool] = False
-    """True in a subclass reproduces two quirks of the published bank: it takes the same frame in up to three
-    times, and scores with empty text keys right after a prompt switch."""
+    """Set to True in a subclass to reproduce two quirks of the published bank: it may take the same frame up
+    to three times, and it scores with empty text keys right after a prompt switch."""
 
     @property
     def local_past(self) -> int | None:
@@ -107,7 +107,7 @@ class Deployment:
 
     @property
     def resident(self) -> int:
-        """History frames that a stream without routes keeps: its window's, at least 1, since 0 means all."""
+        """History frames that a stream without routes keeps: the window's, but at least 1, as 0 means all."""
         return max(1, self.window - self.block)
 
     def reencoded(self, start: int) -> int:

@@ -1,4 +1,4 @@
-"""Reading tensor files by memory map, never running code from them, and giving them strictly to a model."""
+"""Tensor files: read by memory map, without running code from them, and assigned strictly to models."""
 
 import difflib
 import hashlib
@@ -20,9 +20,9 @@ SAMPLES = 64
 SAMPLE_BYTES = 65536
 ALIGNMENT = 64
 RECORD = "kvpo"
-"""Field of a safetensors header, or entry of a .pt file, that says what exported weights were made with."""
+"""Field of a safetensors header, or entry of a .pt file, with the record of how weights were made."""
 DIGESTED = 64
-"""Numbers of each tensor that `digest_of` reads."""
+"""Values of each tensor that `digest_of` samples."""
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -46,7 +46,7 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
 
 
 def safetensors_header(path: Path) -> dict[str, str]:
-    """The fields in the header of a safetensors file, recognised by its content; none in any other file."""
+    """The metadata in the header of a safetensors file, recognised by its content; empty for other files."""
     with path.open("rb") as file:
         if file.read(9)[8:] != b"{":
             return {}
@@ -55,7 +55,7 @@ def safetensors_header(path: Path) -> dict[str, str]:
 
 
 def storable(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Contiguous CPU tensors, each alone in its memory: files take no windows and no tensors that share."""
+    """Contiguous CPU tensors, each with its own storage: files must hold neither views nor shared memory."""
     stored: dict[str, Tensor] = {}
     seen: set[int] = set()
     for name, tensor in tensors.items():
@@ -71,8 +71,8 @@ def storable(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def fingerprint(paths: Iterable[Path], settings: str = "") -> str:
     """Digest of the content of files, of the names and content below directories, and of ``settings``.
 
-    Where a file lies and what it is called does not count. Of large files evenly spaced samples are read, so
-    that a fingerprint takes a fraction of a second.
+    The location and name of a file itself do not count. Large files are sampled at even intervals, so that a
+    fingerprint takes a fraction of a second.
     """
     digest = hashlib.sha256(settings.encode())
     for path in paths:
@@ -91,7 +91,7 @@ def fingerprint(paths: Iterable[Path], settings: str = "") -> str:
 
 
 def digest_of(tensors: Mapping[str, Tensor]) -> str:
-    """Digest of weights by name, shape and evenly spaced numbers in bfloat16, whatever file they are from."""
+    """Digest of weights: names, shapes and evenly spaced values in bfloat16, whatever file they come from."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
         tensor = tensors[name]
@@ -103,15 +103,15 @@ def digest_of(tensors: Mapping[str, Tensor]) -> str:
 
 def _read_torch(path: Path, mmap: bool) -> object:
     try:
-        with warnings.catch_warnings():  # of pickle protocols: what follows is read or refused
+        with warnings.catch_warnings():  # about pickle protocols: the file is read or refused anyway
             warnings.simplefilter("ignore", UserWarning)
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-    except Exception as error:  # where damaged bytes lead the unpickler is anybody's guess
+    except Exception as error:  # on damaged bytes, the unpickler may raise anything
         raise ValueError(f"{path}: {_why_unreadable(error, path.stat().st_size)}") from error
 
 
 def _why_unreadable(error: Exception, num_bytes: int) -> str:
-    """One sentence for what torch reports over many lines, without its advice to run the file's code."""
+    """One sentence for torch's long report, without its advice to run the file's code."""
     text = str(error)
     culprit = re.search(r"GLOBAL ([\w.]+)", text)
     code = None
@@ -135,7 +135,7 @@ def read_tensor_file(path: Path) -> dict[str, object]:
     """The mapping stored in a torch or safetensors file, recognised by its content, memory-mapped on the CPU.
 
     Raises:
-        ValueError: missing, empty, truncated or damaged file, pickled code, something else than a mapping.
+        ValueError: missing, empty, truncated or damaged file, pickled code, content that is not a mapping.
     """
     if not path.is_file():
         raise ValueError(f"{path}: no such file")
@@ -148,7 +148,7 @@ def read_tensor_file(path: Path) -> dict[str, object]:
         return dict(read_safetensors(path))
     if not head.startswith((b"PK", b"\x80")):
         raise ValueError(f"{path}: neither a torch nor a safetensors file; it starts with {head[:12]!r}")
-    # Only the zip format can be mapped; the older one is read into memory, equally without running code.
+    # Only the zip format can be mapped; the older one is read into memory, also without running code.
     content = _read_torch(path, mmap=head.startswith(b"PK"))
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
         raise ValueError(f"{path}: holds a {type(content).__name__}, expected a mapping of names to tensors")
@@ -156,10 +156,10 @@ def read_tensor_file(path: Path) -> dict[str, object]:
 
 
 def only_tensors(content: Mapping[str, object], source: str) -> dict[str, Tensor]:
-    """``content``, of which every value must be a tensor.
+    """Return ``content`` if all of its values are tensors.
 
     Raises:
-        ValueError: naming the entries that are something else.
+        ValueError: naming the entries that are not tensors.
     """
     tensors = {name: value for name, value in content.items() if isinstance(value, Tensor)}
     if others := [name for name in content if name not in tensors]:
@@ -171,17 +171,16 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     """The flat mapping of names to tensors stored in a file.
 
     Raises:
-        ValueError: see `read_tensor_file`; also when an entry is not a tensor.
+        ValueError: see `read_tensor_file`; also if an entry is not a tensor.
     """
     return only_tensors(read_tensor_file(path), str(path))
 
 
 def read_shards(index: Path) -> tuple[dict[str, Tensor], tuple[Path, ...]]:
-    """Tensors of a sharded checkpoint, each key read from the shard that its index names, and the
-    shards.
+    """Tensors of a sharded checkpoint, each read from the shard that the index names, and the shards' paths.
 
     Raises:
-        ValueError: not an index, absent or damaged shards, keys that their shard does not hold.
+        ValueError: not an index, absent or damaged shards, keys that are missing from their shard.
     """
     content = read_json(index)
     weight_map = content.get("weight_map") if isinstance(content, dict) else None
@@ -200,7 +199,7 @@ def read_shards(index: Path) -> tuple[dict[str, Tensor], tuple[Path, ...]]:
 
 
 def renamed(name: str, table: Mapping[str, str]) -> str:
-    """``name`` under the first entry of ``table`` that is the whole of it or, up to a dot, its beginning."""
+    """``name`` with the first key of ``table`` that equals it, or its beginning up to a dot, replaced."""
     for old, new in table.items():
         if name == old or name.startswith(f"{old}."):
             return new + name[len(old) :]
@@ -218,14 +217,14 @@ def check_tensors(
     source: str,
     sizes: Callable[[Shapes], dict[str, int]] | None = None,
 ) -> None:
-    """Demand exactly the expected names and shapes.
+    """Check that tensors have exactly the expected names and shapes.
 
     Args:
-        sizes: the model sizes that a set of shapes reveals, for saying which of them differ.
+        sizes: infers model sizes from a set of shapes, so that the message can say which differ.
 
     Raises:
-        ValueError: naming every missing, unexpected and misshapen key (counting beyond twelve), the nearest
-            missing name for each unexpected one, and the sizes that differ.
+        ValueError: naming the missing, unexpected and misshapen keys (up to twelve of each, and the number of
+            others), the nearest missing name for each unexpected one, and the sizes that differ.
     """
     missing = [name for name in expected if name not in tensors]
     unexpected = [name for name in tensors if name not in expected]
@@ -264,7 +263,7 @@ def check_tensors(
 
 
 def require_numbers(tensors: Mapping[str, Tensor], source: str) -> None:
-    """Refuse weights that are not floating-point numbers: quantised ones mean nothing without their scales.
+    """Reject weights that are not floating-point numbers: quantised ones mean nothing without their scales.
 
     Raises:
         ValueError: naming the first.
@@ -280,8 +279,8 @@ def require_numbers(tensors: Mapping[str, Tensor], source: str) -> None:
 def _placed(tensor: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
     moved = tensor.to(device=device, dtype=dtype)
     if moved is tensor and device.type == "cpu" and tensor.data_ptr() % ALIGNMENT:
-        # Kernels may choose their summation order by alignment: a view into the middle of a mapped file could
-        # give another last digit than the same weights in memory of their own.
+        # Kernels may choose their summation order by alignment: results from a view into a mapped file could
+        # differ in the last digit from those of the same weights in memory of their own.
         return tensor.clone()
     return moved
 
@@ -295,11 +294,11 @@ def assign_tensors(
     dtype: torch.dtype,
     sizes: Callable[[Shapes], dict[str, int]] | None = None,
 ) -> None:
-    """Give a model built on the meta device exactly its weights, tensor by tensor onto the device.
+    """Assign exactly the expected weights to a model built on the meta device, tensor by tensor.
 
-    The mapped file is the only other place where the weights are; where device and dtype already agree, the
-    model uses the mapping itself. Raises ValueError as `check_tensors` does, to which ``sizes`` goes, and
-    naming the tensor of ``source`` that is quantised, or that holds NaN or infinity.
+    Besides the mapped file, there is no second copy of the weights. If device and dtype already agree, the
+    model uses the mapping itself. ``sizes`` is passed to `check_tensors`. Raises ValueError as
+    `check_tensors` does, and naming the first tensor that is quantised or holds NaN or infinity.
     """
     check_tensors(tensors, shapes_of(model.state_dict()), source, sizes)
     require_numbers({name: tensors[name] for name, _ in model.named_parameters()}, source)

@@ -1,7 +1,7 @@
 """Prompt embeddings: the UMT5 encoder of the Wan models through transformers, behind an on-disk cache.
 
-The encoder has 5.7 billion parameters and a run needs each embedding once: it is loaded only when the
-cache lacks one.
+The encoder has 5.7 billion parameters, and a run needs each embedding once, so it is loaded only if the cache
+lacks one.
 """
 
 import hashlib
@@ -60,14 +60,14 @@ _OFFICIAL_BLOCK = {
 
 
 def clean_text(text: str) -> str:
-    """A prompt as the Wan models know it: mojibake and HTML entities repaired, whitespace collapsed."""
+    """Clean a prompt as the Wan models do: repair mojibake and HTML entities, collapse whitespace."""
     repaired = html.unescape(html.unescape(ftfy.fix_text(text)))
     return re.sub(r"\s+", " ", repaired).strip()
 
 
 @dataclass(frozen=True)
 class UMT5Encoder:
-    """Tokenizer and encoder; ``text_len`` tokens per prompt, padded or cut."""
+    """Tokenizer and encoder; ``text_len`` tokens per prompt, padded or truncated."""
 
     model: UMT5EncoderModel
     tokenizer: PreTrainedTokenizerBase
@@ -97,12 +97,12 @@ class UMT5Encoder:
         return hidden.masked_fill(tokens.attention_mask[0, :, None] == 0, 0)
 
     def length(self, text: str) -> int:
-        """Tokens of a prompt, the end token included, before anything is cut."""
+        """Number of tokens of a prompt before truncation, including the end token."""
         return token_count(self.tokenizer, text)
 
 
 def token_count(tokenizer: PreTrainedTokenizerBase, text: str) -> int:
-    """Tokens of a prompt, the end token included."""
+    """Number of tokens of a prompt, including the end token."""
     return len(tokenizer(clean_text(text), verbose=False).input_ids)
 
 
@@ -131,7 +131,7 @@ def _sizes(shapes: Shapes) -> dict[str, int]:
 
 
 def _load_official(path: Path, device: torch.device | str, dtype: torch.dtype) -> UMT5EncoderModel:
-    """The encoder in a file of Wan's own layout; its sizes are read off the shapes."""
+    """The encoder in a file of Wan's own layout; its sizes are inferred from the shapes."""
     tensors = {transformers_name(name): tensor for name, tensor in read_tensors(path).items()}
     sizes = _sizes(shapes_of(tensors))
     if len(sizes) < 7:
@@ -159,10 +159,10 @@ def _load_official(path: Path, device: torch.device | str, dtype: torch.dtype) -
 
 
 def text_encoder_files(root: Path) -> tuple[Path, Path]:
-    """Weights and tokenizer in a model directory, laid out as by Wan or as by diffusers.
+    """Paths of weights and tokenizer in a model directory of Wan's or diffusers' layout.
 
     Raises:
-        ValueError: neither layout.
+        ValueError: the directory has neither layout.
     """
     layouts = ((OFFICIAL_WEIGHTS, OFFICIAL_TOKENIZER), ("text_encoder", "tokenizer"))
     for weights, tokenizer in layouts:
@@ -182,7 +182,7 @@ def load_text_encoder(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.bfloat16,
 ) -> UMT5Encoder:
-    """The text encoder in local files, frozen.
+    """Load the text encoder from local files, frozen.
 
     Args:
         weights: Wan's own ``.pth`` file or a directory that transformers reads.
@@ -200,7 +200,7 @@ def load_text_encoder(
 
 
 def encoder_fingerprint(weights: Path, tokenizer: Path, dtype: torch.dtype) -> str:
-    """Digest of what decides an embedding: the files and the precision."""
+    """Digest of what determines an embedding: the files and the precision."""
     return fingerprint((weights, tokenizer), str(dtype))
 
 
@@ -210,11 +210,11 @@ class PromptCache:
 
     directory: Path
     encoder: str
-    """`encoder_fingerprint` of what computes the embeddings; those of another encoder are never returned."""
+    """`encoder_fingerprint` of the encoder; embeddings of another encoder are never returned."""
     text_len: int = TEXT_LEN
 
     def path(self, text: str) -> Path:
-        """The file of a prompt, present or not."""
+        """Path of a prompt's file, which may not exist yet."""
         key = json.dumps([self.encoder, self.text_len, clean_text(text)], ensure_ascii=False)
         return self.directory / f"{hashlib.sha256(key.encode('utf-8')).hexdigest()}.safetensors"
 
@@ -240,7 +240,7 @@ class PromptCache:
         return embedding
 
     def write(self, text: str, embedding_LD: Tensor, tokens: int) -> None:
-        """Store an embedding without its padding, and how many tokens its prompt has, in one step."""
+        """Store an embedding without its padding, and its prompt's number of tokens, in one step."""
         filled = embedding_LD.any(dim=1).nonzero()
         used = int(filled.max()) + 1 if len(filled) else 0
         path = self.path(text)
@@ -250,12 +250,11 @@ class PromptCache:
             save_file(stored, scratch, metadata={"text": clean_text(text)})
 
     def fill(self, texts: Iterable[str], load: Callable[[], UMT5Encoder]) -> dict[str, int]:
-        """Compute and store the embeddings that are absent; the encoder is loaded only if there are any, and
-        is let go afterwards.
+        """Compute and store the missing embeddings.
 
-        Texts are encoded one by one, so that an embedding does not depend on the company it was computed in,
-        nor on how many processes, ranks of a run for example, share what is missing.
-        Returns the number of tokens of every text that is cut to ``text_len``.
+        The encoder is loaded only if any are missing, and released afterwards. Texts are encoded one by one,
+        so that an embedding does not depend on the other texts, nor on how many processes (such as the ranks
+        of a run) share the work. Returns the number of tokens of every text truncated to ``text_len``.
         """
         lengths = {text: stored[1] for text in dict.fromkeys(texts) if (stored := self._stored(text))}
         missing = [text for text in dict.fromkeys(texts) if text not in lengths]
@@ -263,16 +262,16 @@ class PromptCache:
             logger.info("encoding %d prompts; they are kept in %s", len(missing), self.directory)
             self.directory.mkdir(parents=True, exist_ok=True)
             encoder = load()
-            for patience in (0, -1):  # texts that no other process is at; then for as long as theirs take
+            for patience in (0, -1):  # first texts that no other process encodes, then wait for theirs
                 for text in (text for text in missing if text not in lengths):
                     with suppress(Timeout):
                         lengths[text] = self._shared(text, encoder, patience)
         return {text: length for text, length in lengths.items() if length > self.text_len}
 
     def _shared(self, text: str, encoder: UMT5Encoder, patience: float) -> int:
-        """The number of tokens of a text, which this process encodes unless another one has done so.
+        """Number of tokens of a text, which this process encodes unless another one has already done so.
 
-        Raises Timeout where another one is at it for longer than ``patience`` seconds; -1 waits for it.
+        Raises Timeout if another process is encoding it for more than ``patience`` seconds; -1 waits for it.
         """
         claim = self.path(text).with_suffix(".lock")
         with FileLock(claim, timeout=patience):
@@ -281,11 +280,11 @@ class PromptCache:
             else:
                 tokens = encoder.length(text)
                 self.write(text, encoder.encode(text), tokens)
-            claim.unlink(missing_ok=True)  # who claims it anew finds it stored
+            claim.unlink(missing_ok=True)  # the next process to lock it finds it stored
             return tokens
 
     def embed(self, texts: Sequence[str], load: Callable[[], UMT5Encoder]) -> dict[str, Tensor]:
-        """Embedding ``[text_len, D]`` (CPU) per text, computed and stored first where it is absent."""
+        """Embedding ``[text_len, D]`` (CPU) of each text; missing ones are computed and stored first."""
         self.fill(texts, load)
         found = {text: self.read(text) for text in dict.fromkeys(texts)}
         return {text: embedding for text, embedding in found.items() if embedding is not None}

@@ -1,7 +1,7 @@
 """Latents to pixels and back through the Wan 2.1 VAE, with a streaming decoder whose state is a value.
 
-The causal decoder needs, besides a latent frame, the features its convolutions saw last. Here they are a
-`DecodeState` that goes in and comes out: a branch decodes only its own frames, from the state at the fork.
+Besides a latent frame, the causal decoder needs the last features that its convolutions saw. Here, they are a
+`DecodeState` that is passed in and returned, so a branch decodes only its own frames, from the fork's state.
 
 Shape legend: B videos, F latent frames, C latent channels, T pixel frames, H/W latent rows and columns.
 """
@@ -35,7 +35,7 @@ _POINTWISE = {"conv1": "quant_conv", "conv2": "post_quant_conv"}
 
 @dataclass(frozen=True)
 class DecodeState:
-    """The decoder's state from one latent frame to the next; never changed in place, free to share."""
+    """The decoder's state between latent frames; never changed in place, so it can be shared."""
 
     frames: int
     """Latent frames decoded so far."""
@@ -52,10 +52,10 @@ class WanVAE:
     """diffusers' AutoencoderKLWan on normalised latents ``[B, F, C, H, W]`` and pixels in [0, 1]."""
 
     def __init__(self, model: Any) -> None:
-        """Wrap an AutoencoderKLWan, which is frozen.
+        """Wrap and freeze an AutoencoderKLWan.
 
         Raises:
-            ValueError: the latent statistics of its configuration are not one per channel.
+            ValueError: not one latent mean and deviation per channel, or not the VAE of Wan 2.1.
         """
         config = model.config
         for name in ("latents_mean", "latents_std"):
@@ -108,7 +108,7 @@ class WanVAE:
         features = list(state.features)
         pixels = []
         for frame in range(x.shape[2]):
-            # The decoder replaces entries of the list it is given and leaves the tensors alone.
+            # The decoder replaces entries of the list, but does not modify the tensors.
             first = state.frames + frame == 0
             pixels.append(
                 self.model.decoder(
@@ -141,7 +141,7 @@ def diffusers_name(name: str) -> str:
 
 
 def _load_official(path: Path, device: torch.device | str, dtype: torch.dtype) -> Any:
-    """The VAE in Wan's own file; width and latent channels are read off the shapes."""
+    """The VAE in Wan's own file; width and latent channels are inferred from the shapes."""
     official = read_tensors(path)
     try:
         base, latent = official["decoder.head.2.weight"].shape[1], official["conv2.weight"].shape[0]
@@ -166,7 +166,7 @@ def vae_files(path: Path) -> Path:
 def load_wan_vae(
     path: Path, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
 ) -> WanVAE:
-    """The VAE in Wan's own ``.pth`` file, in a diffusers directory, or in a model directory of either layout.
+    """Load the VAE from Wan's ``.pth`` file, a diffusers directory, or a model directory of either layout.
 
     Raises:
         ValueError: unreadable files, keys that are missing, unexpected or misshapen (each named).

@@ -1,4 +1,4 @@
-"""The least work of a run's passes: arithmetic, and memory that must be read or written."""
+"""Lower bounds on the work of a run's passes: arithmetic, and memory that must be read or written."""
 
 from dataclasses import dataclass, replace
 
@@ -37,32 +37,32 @@ class Costs:
     config: Config
     shape: WanShape
     weight_bytes: float
-    """All parameters, the adapter included."""
+    """All parameters, including the adapter."""
     page_bytes: float
     frames: int = 0
-    """Frames that an unlimited window sees, on average; otherwise the window says."""
+    """Average number of past frames that an unlimited window sees; not used for a limited one."""
 
     @property
     def context(self) -> int:
-        """Past frames that a block sees when deployed, a full memory bank included."""
+        """Past frames that a block sees when deployed, including a full memory bank."""
         stream = self.config.stream.deployment
         past = self.frames if stream.local_past is None else stream.sink + stream.local_past
         return past + stream.bank_size
 
     @property
     def routed(self) -> int:
-        """Past frames that a routed block sees, a full memory bank included."""
+        """Past frames that a routed block sees, including a full memory bank."""
         stream, exploration = self.config.stream.deployment, self.config.exploration
         return stream.sink + exploration.routed + exploration.recent + stream.bank_size
 
     def call(self, rows: int, context: int | None = None) -> Call:
-        """One forward pass over blocks of this many rows and ``context`` past frames; None: as deployed."""
+        """One forward pass over a block per row that sees ``context`` past frames; None: as deployed."""
         return Call(self.shape, rows, self.config.stream.block, self.context if context is None else context)
 
     def adapter(self, rows: int, passes: int = 1) -> float:
-        """Operations that an adapter adds to forward passes under the same weights; 0 without one.
+        """FLOPs that an adapter adds to ``passes`` forward passes with the same weights; 0 without one.
 
-        In float32 it is added to the weights once, under autocast it is computed beside them in every pass.
+        In float32, it is added to the weights once; under autocast, it is computed beside them in every pass.
         """
         optim = self.config.optim
         if optim.autocast == "none":
@@ -70,7 +70,7 @@ class Costs:
         return passes * self.beside(rows)
 
     def beside(self, rows: int) -> float:
-        """Operations of an adapter beside the weights in a forward pass; 0 without one."""
+        """FLOPs of an adapter computed beside the weights in one forward pass; 0 without one."""
         return adapter_flops(self.call(rows), self.config.optim.lora_rank)
 
 
@@ -85,8 +85,9 @@ def blocks_work(
 ) -> Work:
     """Generating some blocks of ``rows`` streams together: every solver step and the clean pass.
 
-    ``context`` past frames are seen, None: the deployed ones. ``first``: they begin videos, whose first block
-    may take other solver steps. ``last``: nothing follows, so the last of them has no clean pass.
+    ``context`` is the number of past frames that they see; None: as deployed. ``first``: the blocks begin
+    videos, and a first block may take other solver steps. ``last``: nothing follows, so the last block has no
+    clean pass.
     """
     stream, call = costs.config.stream, costs.call(rows, context)
     if first and stream.schedule_first:
@@ -106,7 +107,7 @@ def blocks_work(
 def members_work(costs: Costs, groups: int, rows: int) -> Work:
     """Generating the members of a rollout's groups from their forks on, ``rows`` streams together.
 
-    Branches see routed history in the window; the anchors, and all members in the tail, the deployed one.
+    Branches see routed history in the window; anchors, and all members in the tail, the deployed history.
     """
     exploration = costs.config.exploration
     branches, members = groups * exploration.branches, groups * (exploration.branches + 1)
@@ -124,10 +125,10 @@ def forward_work(costs: Costs, rows: int) -> Work:
 
 
 def backward_work(costs: Costs, rows: int) -> Work:
-    """The backward pass over ``rows`` states, recomputation where checkpointed included.
+    """The backward pass over ``rows`` states, including the recomputation of activation checkpointing.
 
-    Frozen matrices need the gradient of their input only, attention twice its forward pass, what is trained
-    both gradients.
+    Frozen matrices need only the gradient of their input, trained ones both gradients. Attention costs twice
+    its forward pass.
     """
     forward, call = forward_work(costs, rows), costs.call(rows)
     attention = attention_flops(call)
@@ -141,9 +142,9 @@ def backward_work(costs: Costs, rows: int) -> Work:
 def replay_work(
     costs: Costs, trajectories: int, together: int, states: int, steps: int, *, backward: bool = False
 ) -> Work:
-    """Replaying trajectories, ``together`` at a time with ``states`` per forward pass: one forward each.
+    """Replaying trajectories once, ``together`` at a time with ``states`` states per forward pass.
 
-    Their own blocks are encoded before. ``backward``: the backward passes, too.
+    Their own blocks are encoded first. ``backward`` adds the backward passes.
     """
     blocks = costs.config.exploration.blocks
     clean = encode_flops(costs.call(together)) + costs.adapter(together)

@@ -1,4 +1,4 @@
-"""Operations of the transformer's matrix products, two per multiplication with addition."""
+"""FLOPs of the transformer's matrix products, two per multiply-add."""
 
 from dataclasses import dataclass
 from math import prod
@@ -65,13 +65,13 @@ def velocity_flops(call: Call) -> float:
 
 
 def encode_flops(call: Call) -> float:
-    """A clean pass: all layers but the last, of which only keys and values are needed, and no head."""
+    """A clean pass: all layers, but only keys and values of the last one, and no head."""
     layers = call.shape.num_layers - 1
     return layers * (_attention(call) + _layer_linears(call)) + _self_keys_values(call) + _ends(call)
 
 
 def adapter_flops(call: Call, rank: int) -> float:
-    """FLOPs of a pass for an adapter beside the weights: rank (inputs + outputs) per token and layer."""
+    """FLOPs of a pass for an adapter beside the weights: 2 rank (inputs + outputs) per token and layer."""
     dim, ffn = call.shape.dim, call.shape.ffn_dim
     total = 0.0
     for target in LORA_TARGETS:
@@ -82,6 +82,6 @@ def adapter_flops(call: Call, rank: int) -> float:
 
 
 def summing_flops(shape: WanShape, rank: int) -> float:
-    """FLOPs of adding an adapter to the weights: rank inputs outputs per layer, whatever the tokens."""
+    """FLOPs of adding an adapter to the weights: 2 rank x inputs x outputs per layer, whatever the tokens."""
     widths = (shape.ffn_dim if target.startswith("ffn") else shape.dim for target in LORA_TARGETS)
     return 2.0 * shape.num_layers * sum(rank * shape.dim * width for width in widths)

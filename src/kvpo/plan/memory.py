@@ -1,4 +1,4 @@
-"""The memory of a run in bytes, from its settings alone: arithmetic that `kvpo plan` prints.
+"""The memory of a run in bytes, computed from its settings alone for `kvpo plan`.
 
 Pages come from the functions that size the caches (`kvpo.engine.pages`) and parameters from the transformer
 on the meta device, so neither can differ from what is allocated. Activations are modelled: what a layer keeps
@@ -25,13 +25,13 @@ FORWARD = 2.1
 
 @dataclass(frozen=True)
 class Kept:
-    """Bytes a layer keeps for its backward pass per token and unit of each width."""
+    """Bytes that a layer keeps for its backward pass, per token and unit of each width."""
 
     width: float
     ffn: float
     rank: float
     keys: float
-    """Per token that is attended to, the context's included."""
+    """Per token that is attended to, including the context."""
 
 
 KEPT = {
@@ -44,22 +44,22 @@ KEPT = {
 
 @dataclass(frozen=True)
 class Parameters:
-    """Counts and bytes of what a run's transformer consists of."""
+    """Parameter counts and bytes of a run's transformer."""
 
     all: int
     """Parameters of the transformer, without an adapter."""
     trained: int
     frozen_size: int
-    """Bytes of a frozen parameter; trained ones have 4."""
+    """Bytes per frozen parameter; trained ones take 4."""
     adapted: bool
     second_copy: bool
-    """True if a copy of the starting policy is kept: all of it, or a continued adapter."""
+    """True if a copy of the starting policy is kept: all parameters, or only a continued adapter."""
     summed: int = 0
-    """Bytes of the weights with the adapter in them, which a block holds where that is done."""
+    """Bytes of the weights plus adapter, held during a block; 0 if the adapter is computed beside them."""
     narrowed: int = 0
-    """Bytes of the adapter in the precision of the weights that it stands beside, which a block holds."""
+    """Bytes of the adapter in the weights' precision, held during a block; 0 if it is added to them."""
     quantised: int = 0
-    """Bytes of a rollout's own weights, unless it holds them in the place of those sums, which are larger."""
+    """Bytes of a rollout's 8-bit weights; 0 if they take the place of ``summed``, which is larger."""
 
     @property
     def weights(self) -> int:
@@ -88,13 +88,13 @@ class Parameters:
 
     @property
     def checkpoint(self) -> int:
-        """Bytes on disk: trained parameters, average, moments, and the start where all is trained."""
+        """Bytes on disk: trained parameters, average, moments; the starting policy if all are trained."""
         starting = 0 if self.adapted else self.reference
         return 4 * self.trained + self.average + self.moments + starting
 
 
 def parameters_of(config: Config, model: CausalWan, frozen_size: int) -> Parameters:
-    """Parameters of a configuration; ``model`` may be on the meta device and has no adapter."""
+    """Parameters of a configuration; ``model`` has no adapter and may be on the meta device."""
     optim = config.optim
     count = sum(parameter.numel() for parameter in model.parameters())
     adapted = optim.lora_rank > 0
@@ -121,14 +121,14 @@ def parameters_of(config: Config, model: CausalWan, frozen_size: int) -> Paramet
 
 @dataclass(frozen=True)
 class Activations:
-    """Bytes that passes of a transformer hold, for a configuration."""
+    """Bytes of activations that a configuration's transformer holds in a pass."""
 
     config: Config
     context: int
     """Past frames that a block sees."""
 
     def layer(self, rows: int, frames: int, context: int) -> float:
-        """Kept by one layer for its backward pass, over ``rows`` calls of ``frames`` frames."""
+        """Bytes that one layer keeps for its backward pass over ``rows`` calls of ``frames`` frames."""
         model, optim = self.config.model, self.config.optim
         kept = KEPT["lora" if optim.lora_rank else "full", optim.autocast]
         per_token = kept.width * model.dim + kept.ffn * model.ffn_dim + kept.rank * optim.lora_rank
@@ -139,7 +139,7 @@ class Activations:
         )
 
     def held(self, rows: int) -> float:
-        """Kept for the backward pass of ``rows`` states, by the whole transformer."""
+        """Bytes that the whole transformer keeps for the backward pass of ``rows`` states."""
         model, optim, block = self.config.model, self.config.optim, self.config.stream.block
         if not optim.checkpointing:
             return model.num_layers * self.layer(rows, block, self.context)
@@ -147,23 +147,23 @@ class Activations:
         return model.num_layers * rows * block * self.config.model.tokens_per_frame * model.dim * size
 
     def training(self, rows: int) -> float:
-        """Most of a forward and a backward pass over ``rows`` states, without the gradients of parameters."""
+        """Peak bytes of a forward and backward pass over ``rows`` states, without parameter gradients."""
         one = self.layer(rows, self.config.stream.block, self.context)
         return self.held(rows) + (BACKWARD + self.config.optim.checkpointing) * one
 
     def inference(self, rows: int, frames: int, context: int) -> float:
-        """Most of a forward pass over ``rows`` calls without gradient."""
+        """Peak bytes of a forward pass over ``rows`` calls without gradients."""
         return FORWARD * self.layer(rows, frames, context)
 
 
 def block_bytes(config: Config) -> int:
-    """Bytes of the latents of a block, float32."""
+    """Bytes of a block's latents in float32."""
     model = config.model
     return 4 * config.stream.block * model.channels * model.latent_height * model.latent_width
 
 
 def trajectory_bytes(config: Config, replays: Replays) -> float:
-    """Bytes of what the members of a rollout's groups visited in the window: states and velocities."""
+    """Bytes of the states and velocities that members of a rollout's groups visited in the window."""
     members = config.exploration.branches + 1
     visited = 2 * members * replays.blocks * replays.kept_steps
     return config.optim.prompts_per_update * visited * block_bytes(config)
@@ -177,16 +177,13 @@ def clean_bytes(config: Config, fork: int) -> float:
 
 
 def evidence_bytes(config: Config, replays: Replays) -> float:
-    """Bytes of the lessons of a rollout: a state per trajectory, a target per row of the table."""
+    """Bytes of a rollout's lessons: the states of every trajectory, the targets of every row of the table."""
     visited = (replays.trajectories + replays.rows) * replays.blocks * replays.steps
     return config.optim.prompts_per_update * visited * block_bytes(config)
 
 
 def answer_bytes(config: Config, replays: Replays) -> float:
-    """Bytes of what a replay adds: targets once teachers have answered, velocities of two policies.
-
-    Of the groups that are replayed together.
-    """
+    """Bytes that replays add for groups replayed together: teachers' targets, two policies' velocities."""
     groups = -(-replays.together // replays.trajectories)
     visited = (2 * replays.trajectories + replays.rows) * replays.blocks * replays.steps
     return groups * visited * block_bytes(config)

@@ -1,4 +1,4 @@
-"""The phases of a run with the memory and the seconds of each, from its settings alone."""
+"""The phases of a run, with the memory and seconds of each, computed from its settings alone."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -36,29 +36,29 @@ class Surroundings:
     text_encoder: float = 0.0
     codec: float = 0.0
     decode: float = 0.0
-    """Most of decoding one latent frame of one video."""
+    """Peak of decoding one latent frame of one video."""
     decode_flops: float = 0.0
-    """Operations of decoding one latent frame."""
+    """FLOPs of decoding one latent frame."""
     rewards: Mapping[str, float] = field(default_factory=dict)
-    """Models that score in the process of the run, by name."""
+    """Reward models that run in the run's process, by name."""
     scoring: float = 0.0
-    """Most of a forward pass of a reward model."""
+    """Peak of a reward model's forward pass."""
     frozen_size: int = 4
-    """Bytes of a frozen parameter of the transformer."""
+    """Bytes per frozen parameter of the transformer."""
     frame: float = 0.0
     """Bytes of the pixels of one latent frame, float32."""
 
 
 @dataclass(frozen=True)
 class Rates:
-    """Operations and bytes that a device manages per second."""
+    """Rates of a device: FLOPs and bytes per second."""
 
     flops: float
     bandwidth: float
     link: float = 400e9
-    """Bytes per second that a device sends to others of its node (NVLink of an H200: 450 at best)."""
+    """Bytes per second from a device to others of its node (NVLink of an H200: at best 450e9)."""
     network: float = 45e9
-    """Bytes per second that it sends to other nodes (400 Gbit/s)."""
+    """Bytes per second from a device to other nodes (400 Gbit/s)."""
 
     def seconds(self, work: Work) -> float:
         """The larger of the times for arithmetic and for traffic."""
@@ -67,12 +67,12 @@ class Rates:
 
 @dataclass(frozen=True)
 class Phase:
-    """A phase of a run, with what it holds on the device in addition to what is always there."""
+    """A phase of a run, and the bytes it holds on the device in addition to those always there."""
 
     name: str
     parts: Mapping[str, float]
     seconds: float | None = None
-    """Per update; None where it is not estimated."""
+    """Per update; None if not estimated."""
 
     @property
     def bytes(self) -> float:
@@ -89,7 +89,7 @@ class Plan:
     pages: int
     page: float
     standing: Mapping[str, float]
-    """Held on the device from the first update on."""
+    """Bytes on the device from the first update on."""
     phases: tuple[Phase, ...]
     host: Mapping[str, float]
     checkpoint: float
@@ -97,14 +97,14 @@ class Plan:
     split: Sharing
 
     def total(self, phase: Phase) -> float:
-        """All that is on the device during a phase; prompts are embedded before anything else is loaded."""
+        """All bytes on the device in a phase; prompts are embedded before anything else is loaded."""
         if phase.name == "embed prompts":
             return CONTEXT * (not self.config.on_cpu) + phase.bytes
         return sum(self.standing.values()) + phase.bytes
 
     @property
     def peak(self) -> Phase:
-        """The phase that needs most."""
+        """The phase that needs the most memory."""
         return max(self.phases, key=self.total)
 
     @property
@@ -125,9 +125,9 @@ def plan_run(
     rates: Rates,
     split: Sharing = ONE_PROCESS,
 ) -> Plan:
-    """The plan of a run for the busiest of its ranks, which share it as ``split`` says.
+    """Plan a run for the busiest of its ranks; ``split`` says how they share it.
 
-    ``model`` is on the meta device; ``rollout`` is that rank's and typical: its groups fork alike.
+    ``model`` is on the meta device. ``rollout`` is that rank's, a typical one: its groups fork alike.
     """
     parameters = parameters_of(config, model, surroundings.frozen_size)
     standing: dict[str, float] = {
@@ -180,10 +180,10 @@ def plan_run(
 
 @dataclass(frozen=True)
 class _Run:
-    """The quantities that the phases of a run are counted from."""
+    """The quantities from which a run's phases are computed."""
 
     config: Config
-    """A rank's groups and branches; the exploration is what fits at the typical fork."""
+    """A rank's groups and branches, with the exploration that fits at the typical fork."""
     groups: Config
     """The same groups with all of their branches."""
     split: Sharing
@@ -206,17 +206,17 @@ class _Run:
 
     @property
     def switches(self) -> bool:
-        """A prompt may switch."""
+        """True if any prompt switches."""
         return any(prompt.switches for prompt in self.rollout.prompts)
 
     @property
     def kept(self) -> dict[str, float]:
-        """Pages and clean latents, from the collection to the last update on it."""
+        """Bytes of pages and clean latents, held from a collection to the last update on it."""
         clean = self.config.optim.rollouts_per_refresh * clean_bytes(self.groups, self.fork)
         return {"pages": self.pages * self.generator.page_bytes, "clean latents": clean}
 
     def forward(self, rows: int, streams: int, context: int) -> float:
-        """Denoising and the clean pass of a block, or re-encoding at a switch, keys and values included."""
+        """Bytes of denoising a block and its clean pass, or of re-encoding at a switch, including pages."""
         activations, generator = Activations(self.config, self.costs.context), self.generator
         again = generator.deployment.reencoded(self.fork) if self.switches else 0
         one = activations.inference(rows, generator.block, context)
@@ -226,7 +226,7 @@ class _Run:
 
 
 def _phases(run: _Run) -> tuple[Phase, ...]:
-    """Every phase that needs anything, in order."""
+    """Every phase that needs memory, in order."""
     streams = run.config.exploration.rows or ROWS
     frames = max(prompt.num_frames for prompt in run.rollout.prompts)
     held_out = evaluation_pages(run.config, run.generator, frames, switches=run.switches)
@@ -249,7 +249,7 @@ def _phases(run: _Run) -> tuple[Phase, ...]:
 
 
 def _collecting(run: _Run) -> list[Phase]:
-    """Exploring, decoding and scoring; what was visited is held until there are lessons."""
+    """Exploring, decoding and scoring; trajectories are held until they have become lessons."""
     config, costs, around, rates = run.config, run.costs, run.around, run.rates
     optim, exploration, block = config.optim, config.exploration, run.generator.block
     groups, members = optim.prompts_per_update, exploration.branches + 1
@@ -276,7 +276,7 @@ def _collecting(run: _Run) -> list[Phase]:
 
 
 def _explored(run: _Run, costs: Costs) -> tuple[Work, Work]:
-    """Growing the roots of a rank's groups, and running its members."""
+    """Work of growing the roots of a rank's groups, and of running their members."""
     config, exploration = run.config, run.config.exploration
     groups, blocks = config.optim.prompts_per_update, run.fork // run.generator.block
     members = groups * (exploration.branches + 1)
@@ -305,7 +305,7 @@ def _learning(run: _Run) -> list[Phase]:
 
 
 def _exchanging(run: _Run) -> list[Phase]:
-    """Traffic between ranks: gradients, and spread weights before each layer of each pass."""
+    """Traffic between ranks: gradients, and sharded weights before each layer of each pass."""
     split, config, rates = run.split, run.config, run.rates
     if split.ranks == 1:
         return []
@@ -327,7 +327,7 @@ def _exchanging(run: _Run) -> list[Phase]:
 
 
 def _replay_work(config: Config, replays: Replays, costs: Costs) -> Work:
-    """All replays of an update: of the rollout policy, the starting policy, the current one, and backward."""
+    """All replays of an update, by the rollout, starting and current policies, and the backward passes."""
     optim = config.optim
 
     def replayed(trajectories: float, *, backward: bool = False) -> Work:
@@ -336,14 +336,14 @@ def _replay_work(config: Config, replays: Replays, costs: Costs) -> Work:
 
     trained = optim.prompts_per_update * replays.trajectories
     stored = 1 - 1 / optim.rollouts_per_refresh if optim.inner_epochs == 1 else 1.0
-    # The starting policy's, the table's before any backward where it comes apart, and the teacher's.
+    # By the starting policy, for the table ahead of any backward pass if it comes apart, and by the teacher.
     before = trained * (1 + replays.apart) + optim.prompts_per_update * replays.routed
     every = replayed(before) + replayed(trained, backward=True)
     return every.times(optim.inner_epochs) + replayed(trained * (stored + replays.old))
 
 
 def _host(run: _Run) -> dict[str, float]:
-    """Host memory: pixels of a group's members, the clips cut from them, what is kept off the device."""
+    """Bytes of host memory: a group's pixels, the clips cut from them, and everything kept off the device."""
     config, around, parameters = run.config, run.around, run.parameters
     exploration, block = config.exploration, config.stream.block
     frames = (exploration.branches + 1) * (exploration.blocks + exploration.tail_blocks) * block

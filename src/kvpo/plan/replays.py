@@ -1,4 +1,4 @@
-"""The replays of an update, counted on the method's own evidence."""
+"""Counts of an update's replays, taken from the method's own evidence."""
 
 from dataclasses import dataclass
 
@@ -16,27 +16,27 @@ class Replays:
     """The replays of one pass over a rollout's groups."""
 
     trajectories: int
-    """Q, replayed of every group."""
+    """Q, the trajectories replayed per group."""
     rows: int
-    """N, rows of a group's table: each has a target."""
+    """N, the rows of a group's table, each with a target."""
     routed: int
-    """Rows that are asked under routed history, too."""
+    """Rows that are also replayed under routed history."""
     old: bool
-    """The old policy's velocities are asked for, once per rollout."""
+    """True if the old policy's velocities are needed, once per rollout."""
     blocks: int
     steps: int
     kept_steps: int
     """Solver steps whose states and velocities a rollout keeps."""
     together: int
-    """Trajectories of one micro-batch."""
+    """Trajectories per micro-batch."""
     states: int
-    """States of one forward pass."""
+    """States per forward pass."""
     apart: bool
-    """A group's table does not fit one forward pass, and its loss needs the whole table first."""
+    """True if a group's table does not fit one forward pass, but its loss needs the whole table first."""
 
 
 def replays_of(config: Config) -> Replays:
-    """The replays of a configuration. Raises ValueError where its method cannot learn from its branches."""
+    """The replays of a configuration. Raises ValueError if its method cannot learn from its branches."""
     method, exploration, objective = METHODS[config.method], config.exploration, config.objective
     sigmas = tuple(few_step_sigmas(config.stream.schedule, config.stream.shift).tolist())
     kept = min(objective.grad_steps + method.arrivals, len(sigmas))

@@ -1,6 +1,6 @@
-"""Ways to share a run among ranks: teams that have groups in common, with whole or spread weights.
+"""Ways to split a run over ranks: teams that share groups, with whole or sharded weights.
 
-``kvpo.training.trainer`` does what is counted here; docs/scale.md has the formulas.
+``kvpo.training.trainer`` does the work that is counted here; docs/scale.md has the formulas.
 """
 
 import math
@@ -14,7 +14,7 @@ from kvpo.plan.replays import Replays
 from kvpo.training.reduction import BUCKET
 
 GATHERED = 2
-"""Layers of spread weights that are whole at a time: the one that runs, and the one that comes next."""
+"""Sharded layers that are gathered at a time: the one that runs and the next one."""
 
 
 @dataclass(frozen=True)
@@ -23,11 +23,11 @@ class Sharing:
 
     ranks: int = 1
     branch_ranks: int = 1
-    """Ranks that have each group in common."""
+    """Ranks that share each group."""
     shard: bool = False
-    """Weights are spread over these."""
+    """Shard the weights over the ranks that share a group."""
     per_node: int = 1
-    """Ranks of a node."""
+    """Ranks per node."""
 
     @property
     def teams(self) -> int:
@@ -36,7 +36,7 @@ class Sharing:
 
     @property
     def parts(self) -> int:
-        """Ranks that weights are spread over."""
+        """Ranks that weights are sharded over; 1 without sharding."""
         return self.branch_ranks if self.shard else 1
 
     @property
@@ -49,12 +49,12 @@ class Sharing:
 
     @property
     def flags(self) -> str:
-        """Settings that ask for it."""
+        """Command-line flags that select the split."""
         shared = f"--distributed.branch_ranks {self.branch_ranks}"
         return shared + (" --distributed.shard true" if self.shard else "")
 
     def share(self, config: Config) -> Config:
-        """The groups of the busiest team, with as many branches as a rank runs of each."""
+        """The configuration with the busiest team's groups and the branches that one rank runs of each."""
         exploration, optim = config.exploration, config.optim
         turn = groups_together(exploration, optim.prompts_per_update, self.teams)
         turns = math.ceil(math.ceil(optim.prompts_per_update / turn) / self.teams)
@@ -67,7 +67,7 @@ class Sharing:
         )
 
     def replayed(self, replays: Replays) -> Replays:
-        """The replays of a rank."""
+        """A rank's share of the replays of whole groups."""
         each = math.ceil(replays.trajectories / self.branch_ranks)
         together = min(replays.together, each)
         return replace(
@@ -80,7 +80,7 @@ class Sharing:
         )
 
     def kept(self, replays: Replays) -> int:
-        """Gradients of micro-batches that a rank holds at a time; of its own ``replays``."""
+        """Micro-batch gradients that a rank holds at a time; ``replays`` is its share."""
         if self.shard or self.branch_ranks == 1:
             return 1
         return math.ceil(replays.trajectories / replays.together)
@@ -97,18 +97,18 @@ class Sharing:
         return inner * (between + batches * numbers * (team - 1) / team)
 
     def buckets(self, parameters: Parameters, replays: Replays, together: int) -> float:
-        """Bytes of the gradients that are being exchanged, sent and received."""
+        """Bytes of the gradients that are in exchange, sent and received."""
         if self.ranks == 1:
             return 0.0
         return 2.0 * together * self.kept(replays) * min(4 * BUCKET, 4 * parameters.trained / self.parts)
 
     def gathered(self, parameters: Parameters, layers: int) -> float:
-        """Bytes of spread weights that are whole at a time."""
+        """Bytes of sharded weights that are gathered at a time."""
         return GATHERED * (parameters.weights + parameters.adapter) / layers if self.shard else 0.0
 
 
 def splits(gpus: int, nodes: int) -> Iterator[Sharing]:
-    """All ways to share a run among ``nodes`` of ``gpus``; teams stay within a node."""
+    """All ways to split a run over ``nodes`` nodes of ``gpus`` GPUs each; teams stay within a node."""
     for size in (size for size in range(1, gpus + 1) if gpus % size == 0):
         for shard in (False, True) if size > 1 else (False,):
             yield Sharing(gpus * nodes, size, shard, gpus)
