@@ -24,7 +24,7 @@ MANIFEST_FIELDS = {"suite", "dimensions", "videos", "frames", "rate", "size"}
 def check_folder(folder: Path) -> tuple[list[str], str]:
     """Everything that keeps a suite from scoring a folder as it should, and the command that scores it.
 
-    Raises ValueError where no manifest of `kvpo generate --suite` is beside the folder.
+    Raises ValueError if no manifest of `kvpo generate --suite` is beside the folder.
     """
     manifest = folder.with_name(f"{folder.name}.json")
     if not folder.is_dir() or not manifest.is_file():

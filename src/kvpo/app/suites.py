@@ -120,7 +120,7 @@ class SuiteVideo:
 def suite_of(given: str) -> tuple[str, Path]:
     """A suite and its list of prompts, of NAME (an installed package) or NAME=PATH (a checkout, or the list).
 
-    Raises ConfigurationError where there is none.
+    Raises ConfigurationError if there is none.
     """
     name, equals, where = given.partition("=")
     if name not in SUITES:
@@ -198,7 +198,7 @@ def suite_videos(
 
 
 def demand_case(out: Path, videos: Sequence[SuiteVideo]) -> None:
-    """Raise StorageError where the disk takes two names that differ in case for one."""
+    """Raise StorageError if the disk takes two names that differ in case for one."""
     twins: dict[str, str] = {}
     for video in videos:
         if (other := twins.setdefault(video.name.casefold(), video.name)) != video.name:

@@ -122,7 +122,7 @@ def text_limits(config: Config) -> TextLimits:
 
 
 def file_digests(config: Config) -> dict[str, str]:
-    """Digests of text encoder and VAE. Raises ValueError where they are not to be found."""
+    """Digests of text encoder and VAE. Raises ValueError if they are not to be found."""
     return {
         "backbone.encoders": f"{text_encoder(config).cache.encoder} and "
         f"{fingerprint([vae_files(located(config, 'encoders', *ENCODER_FILES))])}",

@@ -105,7 +105,7 @@ class CachedTexts:
     def fill(self, prompts: Iterable[VideoPrompt]) -> None:
         """Compute the embeddings that the cache lacks, loading the encoder once; warn of texts that are cut.
 
-        Raises ValueError where their width is not the transformer's.
+        Raises ValueError if their width is not the transformer's.
         """
         texts = [text for prompt in prompts for text in prompt.segments]
         self._meet(texts)
@@ -120,7 +120,7 @@ class CachedTexts:
     def __call__(self, texts: Sequence[str]) -> Tensor:
         """Embeddings ``[n, text_len, text_dim]`` float32, padding rows zero; warns of texts that are cut.
 
-        Raises ValueError where their width is not the transformer's.
+        Raises ValueError if their width is not the transformer's.
         """
         if not texts:
             return torch.empty(0, self.cache.text_len, self.text_dim, device=self.device)
@@ -158,7 +158,7 @@ def located(config: Config, name: str, *patterns: str, beside: Sequence[str] = (
 
 
 def text_encoder(config: Config) -> CachedTexts:
-    """UMT5 behind its cache. Raises ValueError where its files are not to be found."""
+    """UMT5 behind its cache. Raises ValueError if its files are not to be found."""
     root = located(config, "encoders", *ENCODER_FILES)
     weights, tokenizer = text_encoder_files(root)
     dtype = torch.float32 if config.optim.autocast == "none" else torch.bfloat16

@@ -150,7 +150,7 @@ def checked_base(config: Config) -> Path:
 
 
 def check_pretraining(config: Config) -> None:
-    """Raise ConfigurationError where no generator of the embedded world has such settings."""
+    """Raise ConfigurationError if no generator of the embedded world has such settings."""
     own, usual = config.model, Config().model
     for name, here, needed in (
         ("backbone.kind", config.backbone.kind, "world"),
