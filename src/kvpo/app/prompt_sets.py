@@ -228,7 +228,7 @@ def split_prompts(config: Config, reading: dict[str, Any]) -> tuple[list[VideoPr
 
 
 def held_out(prompts: Sequence[VideoPrompt], count: int) -> tuple[list[VideoPrompt], list[VideoPrompt]]:
-    """Split prompts into those to keep and ``count`` distinct ones to hold out, always the same; both in order.
+    """Split prompts into those to keep and ``count`` distinct ones to hold out, always the same, in order.
 
     Repeats of held-out prompts are dropped. Raises ValueError if nothing would be left.
     """

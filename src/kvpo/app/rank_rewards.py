@@ -17,7 +17,7 @@ from kvpo.training.ranks import Ranks
 
 
 def with_served_rewards(config: Config, frame_rate: float, ranks: Ranks) -> Config:
-    """Serve a run's rewards on its first ``rewards.ranks`` ranks; returns a configuration that uses them there.
+    """Serve a run's rewards on its first ``rewards.ranks`` ranks; returns a configuration that uses these.
 
     The servers run as long as the ranks do. Rewards that name their own servers stay there. Nothing changes
     if ``rewards.ranks`` is 0 or not less than the number of ranks. Raises ValueError as `named_rewards` does.

@@ -290,7 +290,7 @@ def after_window(group: Group, codec: Codec) -> Tensor:
 def act_routes(
     prompt: VideoPrompt, fork: int, exploration: ExplorationConfig, sink: int, counts: Sequence[int]
 ) -> dict[str, tuple[RoutedFrame, ...]]:
-    """Routes by name, one for each count of frames from the middle of act 2; the others are from that of act 1.
+    """Routes by name, one per count of frames from the middle of act 2; the others are from that of act 1.
 
     Empty if an act has no frames to route.
     """

@@ -40,7 +40,7 @@ def check_rewards(
     sources: Mapping[str, str] | None = None,
     device: str = "cpu",
 ) -> str:
-    """Load rewards and score one clip of the embedded world; returns a line per component with score and time.
+    """Load rewards and score one embedded-world clip; returns a line with score and time per component.
 
     Raises ValueError if a reward cannot be loaded, or does not return one finite number.
     """

@@ -79,7 +79,7 @@ def score_folder(
     device: str = "cpu",
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[ScoredVideo]:
-    """Score all videos of ``folder`` and write ``out`` (HTML) and a JSON file next to it; returns the best first.
+    """Score the videos of ``folder``, write ``out`` (HTML) and a JSON file beside it; return them best first.
 
     Raises:
         ValueError: nothing to score, prompts that do not fit the files, or no file could be scored.
