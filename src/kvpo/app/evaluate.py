@@ -66,8 +66,7 @@ def evaluate(
         out: file to write; None: ``evaluation.json`` in the run, or ``final.json`` for the final split.
         frames: an image or video that all videos begin with, or a JSON file that maps prompts to such files;
             only what follows them is scored.
-        places: current locations of the run's files, by setting (``{"backbone.checkpoint":
-            "/new/base.pt"}``).
+        places: where the run's files are now, by setting (``{"backbone.checkpoint": "/new/base.pt"}``).
     """
     if split not in SPLITS:
         raise ConfigurationError(f"split: must be {' or '.join(SPLITS)}, got {split!r}")

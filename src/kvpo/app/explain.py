@@ -19,7 +19,7 @@ def explain(
 ) -> list[str]:
     """Explain, line by line, how the first file of ``folder`` would be scored; loads no catalogue rewards.
 
-    Raises ValueError if no file can be read, or for rewards that cannot be named so.
+    Raises ValueError if no file can be read, or for invalid reward names.
     """
     files, shown, texts = listed_videos(folder, prompts)
     found: list[Declaration] = []

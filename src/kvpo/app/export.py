@@ -76,8 +76,7 @@ def export(
             all weights with the adapter merged, as a diffusers directory or the public ``.pt`` file.
         checkpoint: best, latest, an update number or a directory; None: the best.
         weights: the moving ``average`` of the trained weights, or the ``raw`` ones of the last update.
-        places: current locations of the run's weights, by setting (``{"backbone.checkpoint":
-            "/new/base.pt"}``).
+        places: where the run's weights are now, by setting (``{"backbone.checkpoint": "/new/base.pt"}``).
         difference: write only what a continued adapter adds to the given one, exactly (0) or at this rank.
         push: hub repository (owner/name) to upload the export and its card to; empty: none.
 

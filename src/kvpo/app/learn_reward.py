@@ -74,7 +74,7 @@ def learn_reward(
     device: str = "cpu",
     seed: int = 0,
 ) -> Worth:
-    """Learn a reward from the votes of studies and write it; rewards name it as ``preference:FILE``.
+    """Learn a reward from the votes of studies and write it, to be named as ``preference:FILE``.
 
     Also writes its worth on held-out prompts (.json) and its noise floor (.noise.json) next to ``out``.
 

@@ -14,7 +14,7 @@ from kvpo.models.hub import repository_of
 
 CARD = "README.md"
 _BASE_FOLDERS = 3
-"""Places to look for a base's card: the checkpoint itself, its folder and the one above."""
+"""Number of places to look for a base's card: the checkpoint itself, its folder and the one above."""
 
 _WORDS = {
     "peft": "a LoRA adapter in PEFT's layout",

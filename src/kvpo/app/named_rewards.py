@@ -307,7 +307,7 @@ def frozen_features(
     """The features that a learned reward uses, from these rewards or from pixels, and what they need.
 
     Raises:
-        ConfigurationError: rewards that cannot be named so, or that need different frames.
+        ConfigurationError: invalid reward names, or rewards that need different frames.
     """
     if not names:
         return pixel_features, Declaration("pixels", -inf, inf, False, 3, SD)

@@ -72,7 +72,7 @@ def serve_rewards(
     """Serve rewards until SIGTERM or Ctrl-C; clients that connect while they load are told to wait.
 
     Raises:
-        ConfigurationError: rewards that cannot be named so, an address that is taken or needs a token.
+        ConfigurationError: invalid reward names, or an address that is taken or needs a token.
         ValueError: a part of a reward cannot be found.
     """
     check_address(host, token, TOKEN_VARIABLE)

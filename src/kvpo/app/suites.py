@@ -160,7 +160,7 @@ def suite_videos(
     """Every video that a suite asks for, prompt by prompt in the order of its list.
 
     Args:
-        dimensions: dimensions to include; empty: all.
+        dimensions: names of those to include; empty: all.
         extended_texts: file with extended texts of all prompts of the list (`kvpo.prompt_files.extended`).
 
     Raises:

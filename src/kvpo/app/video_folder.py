@@ -27,7 +27,7 @@ SEVERAL = "several prompts, one after the other, and a file is scored against on
 
 
 def find_videos(folder: Path) -> list[Path]:
-    """Video files in a folder and below it, in natural order (2 before 10); a file gives itself.
+    """Video files in a folder and below it, in natural order (2 before 10); a file is returned as it is.
 
     Side-by-side videos of `kvpo generate --run` repeat two others and are left out.
 

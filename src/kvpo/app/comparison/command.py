@@ -180,7 +180,7 @@ def compare_methods(
     trials: int,
     split: str = "final",
 ) -> dict[str, Any]:
-    """Compare arms and return the contents of ``summary.json``; continues a comparison in ``out``.
+    """Compare arms and return the contents of ``summary.json``; continues a comparison begun in ``out``.
 
     Raises ConfigurationError for arms or settings that cannot be compared, and StorageError if ``out`` holds
     another comparison.

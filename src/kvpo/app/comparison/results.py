@@ -62,7 +62,7 @@ def summarise(comparison: MethodComparison, floors: Sequence[str]) -> dict[str, 
     for arm, own in runs.items():
         # The ceiling is known for the common base only, not for one with other stream settings.
         above = ceiling if own[0]["base"] == "base" else None
-        # Once runs have failed, the remaining ones are a biased sample.
+        # Once runs have failed, the remaining ones are not representative.
         tested = {other for other in (COMPARED_WITH, NULL) if not (failed[arm] or failed.get(other))}
         compared = (gains, rewards, results[arm], bases[arm], above, tested)
         methods[arm] = _costs(own) | {name: _on_set(arm, name, *compared) for name in sets}

@@ -1,4 +1,4 @@
-"""Tests of one arm against another, or against chance. Runs and prompts both vary, and are tested apart."""
+"""Tests of one arm against another, or against chance. Runs and prompts both vary: each has its test."""
 
 import math
 from collections.abc import Sequence

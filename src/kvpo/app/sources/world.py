@@ -63,7 +63,7 @@ SHIPPED_GENERATOR = "generator.safetensors"
 SHORT_FRAMES, LONG_FRAMES = 30, 60
 """Held-out videos: one prompt over 10 blocks, three prompts over 20."""
 MOST_TESTED = 256
-"""Test prompts of a kind that any results before the final test used at most."""
+"""Most test prompts per kind in any results made before the final test."""
 OPEN_FRAMES = 84
 """Frames of the stories that leave open who comes back."""
 LIVE_FRAMES = 96
