@@ -69,7 +69,7 @@ def export(
 
     Needs no text encoder, no VAE and not the run's device. Adapters are written bit for bit as trained, full
     weights merged and in float32. Before the export is moved into place it is loaded again, and must generate
-    the same first block as the run.
+    the run's first block.
 
     Args:
         layout: ``peft``, ``diffusers-lora`` or ``comfy`` for the adapter alone; ``diffusers`` or ``pt`` for
@@ -83,8 +83,7 @@ def export(
     Raises:
         ConfigurationError: an adapter layout for a run that trained all parameters, or trained its adapter on
             merged weights that no file holds; a difference for a run that continued no adapter.
-        ValueError: a run, checkpoint or target that cannot be used; a best checkpoint that is the base; an
-            export that does not reproduce the run.
+        ValueError: a run, checkpoint or target that cannot be used; a best checkpoint that is the base.
     """
     run, out = local_path(run, "run"), local_path(out, "out")
     config = resolve_run(run, places)
