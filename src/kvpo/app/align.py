@@ -60,20 +60,20 @@ def align(
 ) -> dict[str, Any] | None:
     """Align the generator that ``config`` names and leave everything about the run in ``out``.
 
-    Returns the summary, as ``summary.json`` holds it; None if SIGINT or SIGTERM came during the updates: the
-    current one is finished and saved first, and ``resume`` continues. Elsewhere nothing is lost by stopping
-    at once, so there a SIGINT raises KeyboardInterrupt as usual.
+    Returns the contents of ``summary.json``, or None if SIGINT or SIGTERM arrives during the updates: the
+    current update is then finished and saved, and ``resume`` continues from it. At any other time stopping at
+    once loses nothing, so SIGINT raises KeyboardInterrupt as usual.
 
-    Under torchrun the run is shared by its ranks, and is the same run whatever their number (docs/scale.md).
+    Under torchrun the ranks share the run, which is the same for any number of them (docs/scale.md).
 
     Args:
-        track: packages that get the metrics too, ``wandb`` or ``trackio``; several, or one by its name.
-        anyway: begin even if the plan says that the run does not fit the device.
-        null: file with the gains of null runs of the same settings, which the verdict compares the run with;
-            the run keeps a copy.
+        track: packages that also receive the metrics (``wandb``, ``trackio``): a sequence, or a single name.
+        anyway: start even if the plan says that the run does not fit the device.
+        null: file with the gains of null runs under the same settings. The verdict compares the run with
+            them, and the run keeps a copy.
 
-    Raises ValueError for settings, prompts, rewards and checkpoints that cannot be used, StorageError where
-    ``out`` cannot be written or already holds a run, and LostRank where another rank has gone.
+    Raises ValueError for settings, prompts, rewards and checkpoints that cannot be used, StorageError if
+    ``out`` cannot be written or already holds a run, and LostRank if another rank is gone.
     """
     from kvpo.report.page import write_report
 
@@ -121,11 +121,11 @@ def train(
     budget_cpu_s: float | None = None,
     track: Sequence[str] = (),
 ) -> dict[str, Any] | None:
-    """Train the run of an entered directory, from its last checkpoint with ``resume``.
+    """Train a run in an entered directory; with ``resume``, continue from its last checkpoint.
 
-    ``finish`` makes the result of the trained run, whose ``trainer`` is that of the last update. With a
-    budget the updates end where their CPU-seconds come nearest to it. ``track`` is that of `align`. None if a
-    signal stopped the updates.
+    Returns the result of ``finish``, which gets the run with its trainer as of the last update, or None if a
+    signal stopped the updates. With ``budget_cpu_s``, training ends at the update whose CPU-seconds come
+    closest to it. ``track`` is as for `align`.
     """
     ranks = directory.ranks
     looked_up = partial(resume_point, directory.checkpoints)
@@ -140,7 +140,7 @@ def train(
             check_rollouts(config.optim.rollout_precision, config.device, config.model)
             trainer = build(config, ranks)
         setup = trainer.setup
-        # First of all, since the checkpoint may be refused.
+        # Comes first because the checkpoint may be refused.
         state = None if point is None else restore(trainer, point)
         ranks.once("writing the configuration", partial(_write_settings, directory, config))
         resumed_at = None if point is None else checkpoint_update(point)
@@ -156,7 +156,7 @@ def train(
         run = Run(setup, trainer, directory.checkpoints, metrics, show, budget_cpu_s=budget_cpu_s)
         if state is None:
             run.save()
-            run.settle(wait=True)  # until it is there, no run has begun
+            run.settle(wait=True)  # a run begins only once this checkpoint exists
         show("base on validation prompts", 0, 1)
         run.base = evaluate_base(setup, trainer, setup.validation)
         show("base on validation prompts", 1, 1)
@@ -174,7 +174,7 @@ def _write_settings(directory: RunDirectory, config: Config) -> None:
 
 
 def _demand_same_run(out: Path, config: Config) -> None:
-    """Raise ConfigurationError where ``config`` is not that of ``out``, or ends before what is done."""
+    """Raise ConfigurationError if ``config`` differs from that of ``out``, or ends before what is done."""
     saved = out / "config.yaml"
     demand_same_run(saved, resolve_saved(saved), config, CHANGEABLE_ON_RESUME)
     point, summary = latest_checkpoint(out / "checkpoints"), out / "summary.json"
@@ -189,7 +189,7 @@ def _demand_same_run(out: Path, config: Config) -> None:
 
 
 def _summary(path: Path) -> dict[str, Any]:
-    """The summary of a finished run. Raises ValueError where it was damaged since."""
+    """The summary of a finished run. Raises ValueError if it is damaged."""
     summary: dict[str, Any] = read_json(path)
     if not isinstance(summary, dict) or not isinstance(summary.get("updates"), int):
         raise ValueError(f"{path} is not the summary of a run; remove it, and --resume writes it again")
@@ -197,7 +197,7 @@ def _summary(path: Path) -> dict[str, Any]:
 
 
 def finished_summary(directory: RunDirectory, config: Config) -> dict[str, Any] | None:
-    """The summary of a run whose updates and tests are done."""
+    """The summary of a run if its updates and tests are done, else None."""
     if not directory.summary.exists():
         return None
     summary = _summary(directory.summary)
@@ -205,7 +205,7 @@ def finished_summary(directory: RunDirectory, config: Config) -> dict[str, Any] 
 
 
 def exactness(setup: Setup, trainer: Trainer) -> dict[str, float]:
-    """The identities that hold for the run's method, measured on its own generator as it is now."""
+    """Measure the identities that hold for the run's method on its generator as it is now."""
     prompts = setup.training_prompts(0)
     found = {
         "first_ratio_max_deviation": first_ratio_max_deviation(trainer),
@@ -302,5 +302,5 @@ def _cost(run: Run, started: float) -> dict[str, Any]:
 
 
 def _write_summary(directory: RunDirectory, summary: Mapping[str, Any]) -> None:
-    directory.report.unlink(missing_ok=True)  # of a run that is now longer
+    directory.report.unlink(missing_ok=True)  # outdated if the run was extended
     directory.write_summary(summary)

@@ -1,4 +1,4 @@
-"""``kvpo arena``: opens a study of blind comparisons, serves it, and says what its votes show."""
+"""``kvpo arena``: opens and serves a study of blind comparisons, and analyses its votes."""
 
 import logging
 import tempfile
@@ -30,19 +30,19 @@ def open_study(
     pairs: int = 20,
     ranked: bool = False,
 ) -> Study:
-    """The study of these sources, or the one in a directory; its videos are checked against their digests.
+    """Create a study of these sources, or open an existing one and check its videos against their digests.
 
     Args:
-        sources: arms as ``parse_source`` reads them, or the directory of a study alone.
-        out: where the study lies; by default ``arena/NAME-NAME``. One that is there is continued.
-        prompts: what runs generate, and what the videos of folders show; None: test prompts of the first
-            run, and the manifest that `kvpo generate` writes.
-        questions: a YAML file with ``title``, ``instructions`` or ``questions`` of one's own.
-        pairs: most pairs, or rankings, per rater, and the prompts that runs generate.
-        ranked: videos of a prompt are ranked all at once.
+        sources: arms as ``parse_source`` reads them, or the directory of a single study.
+        out: directory of the study; by default ``arena/NAME-NAME``. An existing study there is continued.
+        prompts: prompts that runs generate and that the videos of folders show. By default, runs take test
+            prompts of the first run, and folders the manifest that `kvpo generate` writes.
+        questions: a YAML file with a custom ``title``, ``instructions`` or ``questions``.
+        pairs: maximum number of pairs, or rankings, per rater; also the number of prompts that runs generate.
+        ranked: rank all videos of a prompt at once.
 
     Raises:
-        ValueError: sources that cannot be used or compared; a study of other sources in ``out``.
+        ValueError: sources that cannot be used or compared, or ``out`` holds a study of other sources.
         StorageError: ``out`` cannot be written.
     """
     if pairs < 1:
@@ -73,17 +73,17 @@ def open_study(
 
 
 def links(study: Study, raters: Sequence[str], url: str) -> list[str]:
-    """A line with the link of each rater, who is invited by it. Raises ValueError for names that are none."""
+    """Invite raters and return a line with the link of each. Raises ValueError for invalid names."""
     return [f"{rater}: {url}/#{study.invite(rater)}" for rater in raters]
 
 
 def serve_study(opened: Callable[[], Study], raters: Sequence[str], *, host: str, port: int) -> None:
     """Serve a study to the raters until SIGTERM or Ctrl-C; every request needs one of their tokens.
 
-    The address is taken before the study is opened, which may generate its videos first.
+    Binds the address before opening the study, which may first have to generate its videos.
 
     Raises:
-        ConfigurationError: an address that cannot be listened at.
+        ConfigurationError: the address cannot be bound.
     """
     from kvpo.arena.server import arena_app
 
@@ -101,8 +101,8 @@ def report(place: Path, *, effect: float = 0.1, close: bool = False) -> tuple[Pa
     Until a study is closed, its report calls the arms by letters.
 
     Args:
-        effect: the smallest (G - B) / (G + S + B) that matters, for how many votes are still needed.
-        close: take no more votes from now on, and name the arms.
+        effect: the smallest (G - B) / (G + S + B) that matters; decides how many votes are still needed.
+        close: stop accepting votes, and name the arms.
 
     Raises:
         ValueError: no study or votes there; an effect outside (0, 1].
@@ -115,7 +115,7 @@ def report(place: Path, *, effect: float = 0.1, close: bool = False) -> tuple[Pa
         return _written(result, place.with_suffix(".html"), {}), result
     study = Study(place)
     study.check_videos()
-    if close:  # before the votes are read: none may come in that the last report does not count
+    if close:  # before the votes are read, so that the last report counts every one
         study.close()
     judgements, rankings, design = study.judgements(), study.rankings(), study.design
     names = {arm: arm for arm in design.arms} if study.closed else masks(study)
@@ -139,16 +139,16 @@ def _written(result: Result, page: Path, videos: Mapping[str, Path]) -> Path:
 
 
 def masks(study: Study) -> dict[str, str]:
-    """Arm -> the letter that stands for it while the study is open, in a drawn order."""
+    """Arm -> the letter that stands for it while the study is open, in an order drawn by the study's key."""
     drawn = sorted(study.design.arms, key=lambda arm: draw(study.key, "mask", arm))
     return {arm: f"arm {chr(ord('A') + n)}" if n < 26 else f"arm {n + 1}" for n, arm in enumerate(drawn)}
 
 
 def export_votes(study: Study, out: Path) -> int:
-    """Write a closed study's votes, and return how many answers they are.
+    """Write a closed study's votes and return the number of answers.
 
     Raises:
-        ValueError: the study is open, an unknown ending, an extra that is not installed.
+        ValueError: the study is open, the suffix of ``out`` is unknown, or an extra is not installed.
     """
     if not study.closed:
         raise ValueError(

@@ -31,7 +31,7 @@ BRANCH_RATE = 8.0
 
 @dataclass(frozen=True)
 class Given:
-    """A source as it is named: ``[NAME=]PATH[:base|:aligned|:branches]``."""
+    """A source as given on the command line: ``[NAME=]PATH[:base|:aligned|:branches]``."""
 
     path: Path
     name: str
@@ -39,7 +39,7 @@ class Given:
 
     @property
     def run(self) -> Path | None:
-        """The run that this is, or whose checkpoint this is."""
+        """The directory of the run, if the source is a run or one of its checkpoints; else None."""
         folder = self.path.absolute().parent
         of_run = folder.name == "checkpoints" and (folder.parent / "config.yaml").is_file()
         whole = folder.parent if of_run else self.path
@@ -47,7 +47,7 @@ class Given:
 
 
 def parse_source(text: str) -> Given:
-    """A source of the command line. Raises ValueError where there is no such directory, run or part."""
+    """Parse a source. Raises ValueError if there is no such directory, run or part."""
     name, equals, rest = text.partition("=")
     if not equals or "/" in name:
         name, rest = "", text
@@ -79,13 +79,13 @@ Arms = Mapping[str, Sequence[Shot]]
 
 
 def arms_of(sources: Sequence[Given], prompts: Path | None, count: int, folder: Path) -> Arms:
-    """Arm -> its videos. What has to be generated, for ``count`` prompts, goes into ``folder``.
+    """Arm -> its videos. Videos that have to be generated, for ``count`` prompts, go into ``folder``.
 
-    A source that has two sides, base and aligned, is both where it stands alone, and else its aligned side.
+    A source with a base and an aligned side contributes both if it is the only source, else its aligned side.
 
     Raises:
-        ValueError: two arms of one name; runs, folders and prompts that cannot be used; a run whose best
-            checkpoint is its base.
+        ValueError: two arms share a name; a run, folder or prompt file cannot be used; the best checkpoint of
+            a run is its base.
     """
     _demand_trained(sources)
     first = next((given.run for given in sources if given.run and given.part != BRANCHES), None)
@@ -119,14 +119,14 @@ def _named(given: Given, found: Arms, alone: bool) -> Arms:
 
 
 def _test_prompts(config: Config, count: int) -> list[VideoPrompt]:
-    """The first test prompts of a run, of each kind in turn."""
+    """The first test prompts of a run, alternating between kinds."""
     kinds = list(source_of(config).split(config)[2].values())
     mixed = [kind[n] for n in range(max(map(len, kinds))) for kind in kinds if n < len(kind)]
     return mixed[:count]
 
 
 def _demand_trained(sources: Sequence[Given]) -> None:
-    """Raise ValueError for a run that stands for its aligned model and whose best checkpoint is its base."""
+    """Raise ValueError if a run stands for its aligned model, but its best checkpoint is its base."""
     for given in sources:
         if given.run == given.path and given.part not in (BASE, BRANCHES):
             directory = given.path / "checkpoints"
@@ -136,7 +136,7 @@ def _demand_trained(sources: Sequence[Given]) -> None:
 
 
 def _generated(given: Given, common: Config, prompts: Path | list[VideoPrompt], out: Path) -> Arms:
-    """The videos of a run, or of its base alone, on the tape that is common to all arms."""
+    """Generate the videos of a run, or of its base alone, on the noise tape that all arms share."""
     run = given.run
     assert run is not None
     config = replace(resolve_run(run), seed=common.seed)
@@ -150,7 +150,7 @@ def _generated(given: Given, common: Config, prompts: Path | list[VideoPrompt], 
 
 
 def _of_folder(folder: Path, prompts: Path | None) -> Arms:
-    """The videos of a folder: of both sides, as `kvpo generate` writes them, or of one arm without a name."""
+    """The videos of a folder: both sides, as `kvpo generate` writes them, or those of one unnamed arm."""
     files = find_videos(folder)
     told = file_segments(prompts, folder, files)
     if told is None:
@@ -170,7 +170,7 @@ def _of_folder(folder: Path, prompts: Path | None) -> Arms:
 
 
 def _starts(folder: Path) -> dict[tuple[str, tuple[str, ...]], tuple[float, ...]]:
-    """(number in the file's name, segments) -> where they begin, from what `kvpo generate` wrote beside."""
+    """(number in the file's name, segments) -> starts of the segments, from ``prompts.jsonl``."""
     path = folder / "prompts.jsonl"
     found = {}
     records = [record for _, record in json_lines(path)] if path.is_file() else []
@@ -183,7 +183,7 @@ def _starts(folder: Path) -> dict[tuple[str, tuple[str, ...]], tuple[float, ...]
 
 
 def _branches(run: Path, folder: Path) -> Arms:
-    """The branches of a run's forks, as arms by their names."""
+    """The branches of a run's forks as arms, by name."""
     listing = read_json(run / BRANCHES / f"{BRANCHES}.json")
     entries = [entry for kind in listing.values() for entry in kind]
     keys = [member["video"] for entry in entries for member in entry["members"]]
@@ -204,13 +204,13 @@ def _branches(run: Path, folder: Path) -> Arms:
 
 
 def scenes_of(arms: Arms, folder: Path) -> tuple[list[Scene], dict[str, Path]]:
-    """The scenes in which at least two arms meet, and their videos by digest.
+    """The scenes that at least two arms share, and their videos by digest.
 
-    Videos meet where their prompts are the same, the n-th of one arm with the n-th of the others. Those that
-    browsers cannot play are encoded again, into ``folder``.
+    Videos are matched by prompt, the n-th of one arm with the n-th of the others. Those that browsers cannot
+    play are re-encoded into ``folder``.
 
     Raises:
-        ValueError: fewer than two arms, no common prompt, nothing but equal videos.
+        ValueError: fewer than two arms, no common prompt, or all videos are equal.
     """
     if len(arms) < 2:
         raise ValueError(
@@ -247,10 +247,10 @@ def scenes_of(arms: Arms, folder: Path) -> tuple[list[Scene], dict[str, Path]]:
 
 
 def playable(path: Path, folder: Path) -> tuple[Path, float]:
-    """A video as browsers play it, H.264 in mp4, and its frames per second; other kinds are encoded again.
+    """A video in a form that browsers play (H.264 in mp4), re-encoded if needed, and its frames per second.
 
     Raises:
-        ValueError: it cannot be read as a video.
+        ValueError: the file cannot be read as a video.
     """
     try:
         with av.open(str(path)) as container:
@@ -268,7 +268,7 @@ def playable(path: Path, folder: Path) -> tuple[Path, float]:
 
 
 def described(sources: Sequence[Given], prompts: Path | None, ranked: bool) -> str:
-    """The sources of a study as one line that tells it from others."""
+    """Describe the sources of a study in one line that tells it from others."""
     words = [f"{one.name}={one.path.resolve()}{':' * bool(one.part)}{one.part}" for one in sources]
     where = None if prompts is None else str(prompts.resolve())
     return json.dumps([words, where, ranked], ensure_ascii=False)

@@ -1,4 +1,4 @@
-"""Arguments that several subcommands share, and the configuration that they ask for."""
+"""Arguments that several subcommands share, and the configuration built from them."""
 
 import os
 from argparse import ArgumentParser, Namespace
@@ -13,12 +13,12 @@ SETTING_PREFIX = "setting:"
 
 
 def is_main() -> bool:
-    """True in the process that speaks for a run: rank 0 of those that torchrun started, or the only one."""
+    """True in the process that reports for a run: rank 0 under torchrun, or the only process."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def configuration(arguments: Namespace, *, saved: Path | None = None) -> Config:
-    """The configuration that ``arguments`` ask for, on top of ``saved`` when a run continues."""
+    """The configuration that ``arguments`` ask for, on top of ``saved`` if a run continues."""
     flags = settings_given(arguments)
     if saved is None:
         return resolve(arguments.preset, arguments.config, flags)
@@ -35,12 +35,12 @@ def settings_given(arguments: Namespace) -> dict[str, str]:
 
 
 def names(*lists: str) -> list[str]:
-    """The names in lists parted at commas, with or without spaces around them."""
+    """Split comma-separated lists of names, with or without spaces around the commas."""
     return [name.strip() for text in lists for name in text.split(",") if name.strip()]
 
 
 def generating(arguments: Namespace) -> Config:
-    """The configuration of a run that is named, or of the arguments."""
+    """The configuration of the run that --run names, else that of the arguments."""
     if arguments.run is None:
         if arguments.checkpoint is not None:
             raise ConfigurationError("--checkpoint: needs --run, the run that it is a checkpoint of")
@@ -87,14 +87,14 @@ def frames_argument(parser: ArgumentParser) -> None:
 
 
 def aligned_arguments(parser: ArgumentParser, use: str) -> None:
-    """Add a run whose aligned model takes part as ``use`` says, its checkpoint and its weights."""
+    """Add --run, its checkpoint and its weights; ``use`` says what the aligned model does."""
     parser.add_argument("--run", type=path_argument, metavar="DIR", help=f"a run whose aligned model {use}")
     checkpoint_argument(parser)
     weights_argument(parser)
 
 
 def address_arguments(parser: ArgumentParser, port: int, token: str = "") -> None:
-    """Add where a server listens; ``token`` names the environment's variable where clients need one."""
+    """Add a server's address; ``token`` names the environment variable of its token, if clients need one."""
     needs = "; one that other machines can reach needs a token" if token else ""
     parser.add_argument(
         "--host",

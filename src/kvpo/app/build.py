@@ -1,4 +1,4 @@
-"""Builds the parts that a configuration names, from the source of its kind of generator."""
+"""Builds the parts that a configuration names, using the source for its kind of generator."""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -24,7 +24,7 @@ from kvpo.training.setup import Setup
 logger = logging.getLogger(__name__)
 
 SOURCES = {"world": "kvpo.app.sources.world", "wan": "kvpo.app.sources.wan"}
-"""``backbone.kind`` -> the module that holds its ``SOURCE``, imported once it is used: that takes seconds."""
+"""``backbone.kind`` -> the module with its ``SOURCE``, imported on first use, since that takes seconds."""
 
 
 def source_of(config: Config) -> Source:
@@ -34,7 +34,7 @@ def source_of(config: Config) -> Source:
 
 
 def build_setup(config: Config, ranks: Ranks = ALONE) -> Setup:
-    """Everything a run needs, on these ranks.
+    """Build everything that a run needs on these ranks.
 
     Raises ConfigurationError, or ValueError for files that cannot be used.
     """
@@ -46,17 +46,17 @@ def build_setup(config: Config, ranks: Ranks = ALONE) -> Setup:
 
 
 def load_backbone(config: Config, prompts: Sequence[VideoPrompt] = ()) -> Backbone:
-    """A configuration's generator, ready for the given prompts. Raises as ``build_setup`` does."""
+    """Load a configuration's generator for the given prompts. Raises the errors of ``build_setup``."""
     check_device(config)
     return source_of(config).backbone(config, prompts)
 
 
 def check_device(config: Config) -> None:
-    """Raise ConfigurationError where the configuration's device cannot be used."""
+    """Raise ConfigurationError if the configuration's device cannot be used."""
     try:
         if torch.empty(0, device=config.device).is_meta:
             raise RuntimeError("it holds no data")
-    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
+    except (RuntimeError, AssertionError) as error:  # torch without CUDA raises AssertionError
         reason = str(error).splitlines()[0].removesuffix(".")
         raise ConfigurationError(
             f"device: {config.device!r} cannot be used here ({reason}); --device cpu always can"
@@ -64,7 +64,7 @@ def check_device(config: Config) -> None:
 
 
 def checkpoint_of(run: Path | None, name: str | None) -> Path | None:
-    """The checkpoint of a run, if there is one; warns where it is only its base. Raises CheckpointError."""
+    """The checkpoint of a run, None without a run; warns if it is just the base. Raises CheckpointError."""
     if run is None:
         return None
     path = find_checkpoint(run / "checkpoints", name)
@@ -76,7 +76,7 @@ def checkpoint_of(run: Path | None, name: str | None) -> Path | None:
 def opened_arms(
     backbone: Backbone, checkpoint: Path | None, weights: str
 ) -> dict[str, Callable[[], AbstractContextManager[None]]]:
-    """The base, and with a checkpoint the aligned model: the generator has its weights inside the context."""
+    """Contexts in which the generator has the base's weights or, given a checkpoint, the aligned model's."""
     if checkpoint is None:
         return {"base": policy_of(backbone.weights.model).reference}
     both = open_checkpoint(backbone.weights, checkpoint, weights)

@@ -1,4 +1,4 @@
-"""Measures how much a reward moves under changes that nobody would call better or worse: its noise floor."""
+"""Measures a reward's noise floor: how much it moves under changes that make no video better or worse."""
 
 import json
 import logging
@@ -28,7 +28,7 @@ from kvpo.rewards.video_files import probe, read_frames
 logger = logging.getLogger(__name__)
 
 FRAMES = 17
-"""Most frames of a clip that is measured."""
+"""Maximum number of frames of a measured clip."""
 DEMO_CLIPS, DEMO_FRAMES, DEMO_RATE = 8, 15, 8.0
 LARGEST_DEMO_SIDE = 256
 SMALLEST_ENCODED_SIDE = 128
@@ -39,7 +39,7 @@ SHIFTS = ((1, 0), (-1, 0), (0, 1), (0, -1))
 NOISE_DRAWS = 3
 ORDER = "order of the batch"
 RANDOM_SHARE = 0.1
-"""Share of the noise floor by which scores of equal clips may differ: sums on a GPU have no fixed order."""
+"""Scores of equal clips may differ by this share of the noise floor: sums on a GPU have no fixed order."""
 
 
 @dataclass(frozen=True)
@@ -58,13 +58,13 @@ class Jitter:
 
     rms: float
     bias: float
-    """Mean change: a part of the movement that all clips share."""
+    """Mean change: the part of the movement that all clips share."""
     largest: float
 
 
 @dataclass(frozen=True)
 class ComponentNoise:
-    """Measurements of one number."""
+    """Measurements of one component, or of the total."""
 
     noise_floor: float
     """Standard deviation of one clip's score under harmless changes, root mean square over clips."""
@@ -72,7 +72,7 @@ class ComponentNoise:
     """Standard deviation of the unchanged clips' scores, for comparison."""
     changes: dict[str, Jitter]
     repetition: float
-    """Largest difference between the scores of equal clips, asked about twice or side by side."""
+    """Largest difference between scores of equal clips, in repeated calls or within one batch."""
 
 
 def reencoded(sample: Sample, quality: int) -> Tensor:
@@ -89,7 +89,7 @@ def reencoded(sample: Sample, quality: int) -> Tensor:
 
 
 def shifted(video_TCHW: Tensor, dx: int, dy: int) -> Tensor:
-    """The clip moved by whole pixels, its border repeated."""
+    """The clip moved by whole pixels, with its border repeated."""
     height, width = video_TCHW.shape[-2:]
     rows = (torch.arange(height) - dy).clamp(0, height - 1)
     columns = (torch.arange(width) - dx).clamp(0, width - 1)
@@ -97,7 +97,7 @@ def shifted(video_TCHW: Tensor, dx: int, dy: int) -> Tensor:
 
 
 def noisy(video_TCHW: Tensor, generator: torch.Generator) -> Tensor:
-    """The clip with every value one grey level up, down, or as it was."""
+    """The clip with every value raised or lowered by one grey level or unchanged, at random."""
     steps = torch.randint(-1, 2, video_TCHW.shape, generator=generator)
     return (video_TCHW + steps / 255).clamp(0, 1)
 
@@ -117,8 +117,8 @@ def measure(
 ) -> dict[str, ComponentNoise]:
     """Noise of every component and of their weighted ``total``.
 
-    Every changed version shares a batch with its original, once before and once after it; what that does to
-    the original's own score is the change ``ORDER``.
+    Every changed version shares a batch with its original, alternately after and before it. The effect on the
+    original's own score is reported as the change ``ORDER``.
     """
     original: dict[str, list[float]] = {}
     repetition: dict[str, float] = {}
@@ -156,8 +156,8 @@ def _totalled(reward: Reward, scores: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _noise(original: list[float], deltas: dict[str, list[list[float]]], repetition: float) -> ComponentNoise:
-    # The original is one version of the clip, and so is each of its changes. What the batch does is in these
-    # already; the original beside them, once for each, would hide how far they moved.
+    # The versions of a clip are the original and its changes. Batch effects are already part of the changes;
+    # adding the original again for each of them would hide how far they moved.
     versions = [per_clip for kind, per_clip in deltas.items() if kind != ORDER]
     variances = [
         torch.tensor([0.0, *(delta for per_clip in versions for delta in per_clip[clip])]).var(correction=1)
@@ -176,14 +176,14 @@ def _noise(original: list[float], deltas: dict[str, list[list[float]]], repetiti
 def check_usable(found: Mapping[str, ComponentNoise], different: int) -> None:
     """Refuse a reward that cannot train: it is random on equal clips, or constant on different ones.
 
-    A component that is constant while others are not, or moved by harmless changes over half as far as clips
-    differ, is named in a warning.
+    Warns of components that are constant while others are not, and of those that harmless changes move by
+    more than half the spread between clips.
 
     Args:
-        different: how many clips that differ it was measured on.
+        different: number of distinct clips that it was measured on.
 
     Raises:
-        ValueError: naming the component and what was measured.
+        ValueError: names the component and what was measured.
     """
     for name, noise in found.items():
         if noise.repetition > RANDOM_SHARE * noise.noise_floor:
@@ -214,10 +214,10 @@ def check_usable(found: Mapping[str, ComponentNoise], different: int) -> None:
 
 
 def check_pixels_count(reward: Reward, samples: Sequence[Sample]) -> None:
-    """Refuse a reward that is the same for all clips as soon as their prompt is the same.
+    """Refuse a reward that scores all clips the same once they have the same prompt.
 
     Raises:
-        ValueError: naming what is constant.
+        ValueError: names the constant component.
     """
     text = samples[0].prompt
     scores = [
@@ -233,10 +233,10 @@ def check_pixels_count(reward: Reward, samples: Sequence[Sample]) -> None:
 
 
 def folder_samples(folder: Path, reward: Reward, prompts: Path | None, count: int) -> list[Sample]:
-    """The first clip of each of the first ``count`` videos of a folder that can be read and are long enough.
+    """The first clip of each of the first ``count`` videos in a folder that are readable and long enough.
 
     Raises:
-        ValueError: the video does not exist.
+        ValueError: no video can be measured, or the prompts do not fit the files.
     """
     files, names, known = listed_videos(folder, prompts)
     texts = known or [""] * len(files)
@@ -263,7 +263,7 @@ def folder_samples(folder: Path, reward: Reward, prompts: Path | None, count: in
 
 
 def demo_samples(reward: Reward, seed: int) -> list[Sample]:
-    """Clips of the embedded world with their captions, enlarged as far as the reward looks."""
+    """Clips of the embedded world with their captions, enlarged towards the resolution the reward reads."""
     from kvpo.world.render import render
     from kvpo.world.stories import distinct_stories
 
@@ -309,8 +309,8 @@ def calibrate(
     found = measure(reward, samples, seed, lambda done: progress(done, len(samples)))
     different = len({clip_digest(sample.video_TCHW, sample.prompt) for sample in samples})
     check_usable(found, different)
-    last = list(found)[-1]  # the total where there are several components
-    if different > 1 and found[last].noise_floor == 0:  # as it should be for a count, or if nothing is seen
+    last = list(found)[-1]  # the total if there are several components
+    if different > 1 and found[last].noise_floor == 0:  # normal for a count, or the pixels are ignored
         check_pixels_count(reward, samples)
     record = {
         "reward": name,

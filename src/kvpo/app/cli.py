@@ -1,7 +1,7 @@
-"""The ``kvpo`` command: finds the subcommand, reads its arguments, turns errors into one line.
+"""The ``kvpo`` command: finds the subcommand, reads its arguments, and reports errors in one line.
 
-Built on argparse: flags become texts by dotted path, and what they mean is decided where configuration
-files are read, so that both give the same one-line messages.
+Built on argparse. Flags are collected as texts by dotted path and converted by the code that reads
+configuration files, so that both give the same one-line messages.
 """
 
 import argparse
@@ -28,11 +28,11 @@ from kvpo.training.interrupt import sigterm_as_interrupt
 def main(argv: Sequence[str] | None = None) -> int:
     """Run ``kvpo`` with ``argv`` (default: the process's arguments) and return its exit status.
 
-    0 done, 1 failed, 2 wrong usage or configuration, 130 interrupted. With KVPO_TRACEBACK=1 errors keep
-    their traceback.
+    The status is 0 for success, 1 for failure, 2 for wrong usage or configuration, 130 if interrupted. With
+    KVPO_TRACEBACK=1 errors keep their traceback.
     """
-    if argv is None:  # a process of its own, in which torch is not loaded yet
-        # Threads that wait without sleeping take the time that a busy neighbour would need to let them go on.
+    if argv is None:  # run as a program: torch is not loaded yet
+        # Waiting threads that spin would take CPU time from the threads that they wait for.
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if isinstance(sys.stdout, io.TextIOWrapper):  # an unprintable name should not end the command
         sys.stdout.reconfigure(errors="backslashreplace")
@@ -40,9 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with sigterm_as_interrupt():
             status = _run(list(sys.argv[1:] if argv is None else argv))
     except (ValueError, OSError) as error:
-        if isinstance(
-            error, BrokenPipeError
-        ):  # the reader of our output went away, as `kvpo ... | head` does
+        if isinstance(error, BrokenPipeError):  # the reader closed the pipe, as in `kvpo ... | head`
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 1
         if os.environ.get("KVPO_TRACEBACK") == "1":
@@ -56,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _rank() -> str:
-    """The name of the process that speaks, if torchrun has started several."""
+    """Prefix that names this process, if torchrun has started several."""
     rank, count = os.environ.get("RANK"), os.environ.get("WORLD_SIZE")
     return f"rank {rank}: " if rank and count not in (None, "", "1") else ""
 
@@ -78,7 +76,7 @@ def _run(argv: list[str]) -> int:
         ]
         raise ConfigurationError(f"unknown argument {name}{given}{nearest(name, options)}")
     logging.basicConfig(format="kvpo: %(message)s", level=logging.WARNING)
-    # What concerns the run, rank 0 says; of the others only errors, and trouble with their rewards.
+    # Rank 0 reports on the run; the others log only errors and problems with their rewards.
     logging.getLogger("kvpo").setLevel(logging.INFO if is_main() else logging.ERROR)
     logging.getLogger("kvpo.rewards").setLevel(logging.INFO)
     return next(command for command in COMMANDS if command.name == arguments.command).run(arguments) or 0
@@ -118,7 +116,7 @@ def _parsers(shown: Config) -> tuple[_Parser, dict[str, _Parser]]:
 
 
 def _usage(name: str, parser: argparse.ArgumentParser) -> str:
-    """The usage of a configured command, whose settings are too many to be listed."""
+    """The usage of a configured command, which has too many settings to list."""
     out = parser._option_string_actions.get("--out")
     words = [f"--out {out.metavar}" if out.required else f"[--out {out.metavar}]"] if out else []
     return " ".join(["kvpo", name, *words, "[--preset NAME] [options]"])
@@ -132,7 +130,7 @@ def _add_bases(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_settings(parser: argparse.ArgumentParser, paths: Iterable[str], shown: Config | None = None) -> None:
-    """Flags of some settings; their help shows the values of ``shown``, or says that the run's hold."""
+    """Add flags for settings; their help shows the values of ``shown``, or says that the run's apply."""
     values = {} if shown is None else flat(asdict(shown))
     groups: dict[str, Any] = {"": parser}
     for path in paths:
@@ -166,7 +164,7 @@ def _metavar(kind: Any) -> str:
 
 
 def _text(value: Any) -> str:
-    """A value as one would type it."""
+    """A value as a user would type it."""
     if isinstance(value, dict):
         return ",".join(f"{key}={item}" for key, item in value.items()) or "empty"
     if isinstance(value, tuple):
@@ -175,14 +173,14 @@ def _text(value: Any) -> str:
 
 
 def _preset_for_help(argv: list[str]) -> Config:
-    """The preset whose values ``--help`` shows; a name that is none is refused later, by name."""
+    """The preset whose values ``--help`` shows; an unknown name is refused later, with a message."""
     scout = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     scout.add_argument("--preset", nargs="?")
     return PRESETS.get(scout.parse_known_args(argv)[0].preset, PRESETS["demo"])()
 
 
 def _underscored(word: str) -> str:
-    """--optim.lora-rank=8 as --optim.lora_rank=8: both spellings are common."""
+    """Turn --optim.lora-rank=8 into --optim.lora_rank=8, since both spellings are common."""
     name, equals, value = word.partition("=")
     setting = name.startswith("--") and "." in name
     return "--" + name[2:].replace("-", "_") + equals + value if setting else word

@@ -1,7 +1,7 @@
 """The subcommands of ``kvpo``: their own arguments, and the library function each one calls.
 
-Only light modules are imported up here: ``--help`` must not wait for torch. A new subcommand is two
-functions and a line in COMMANDS.
+Imports only light modules at the top, so that ``--help`` does not wait for torch. A new subcommand takes two
+functions and an entry in COMMANDS.
 """
 
 import json
@@ -45,8 +45,8 @@ READ_BY_PRETRAINING = ("seed", "device", "threads", "backbone.kind", "backbone.g
 class Command:
     """One subcommand.
 
-    ``configured`` ones also take --preset, --config and a flag per setting; those with ``places`` take the
-    flags that say where the files of a run lie now.
+    ``configured`` commands also take --preset, --config and a flag per setting. Commands with ``places`` take
+    flags for the current location of a run's files.
     """
 
     name: str

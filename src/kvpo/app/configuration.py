@@ -1,7 +1,7 @@
 """Loads and merges the configuration of a run.
 
-Values come from a preset, then a YAML file, then command-line flags; a later one wins. File and flags pass
-through the same strict conversion, so that a mistake reads the same wherever it was made.
+Values come from a preset, then a YAML file, then command-line flags; later ones win. File and flags go
+through the same strict conversion, so that a mistake gives the same message in both.
 """
 
 import ast
@@ -31,17 +31,17 @@ from kvpo.files import local_path
 PLACES = (
     "device",
     "rewards.cache",
-    # Where weights and prompts lie: what they are is checked by their digest.
+    # Locations of weights and prompts; their content is checked by digest.
     "prompts.file",
     "backbone.geometry",
     "backbone.checkpoint",
     "backbone.lora",
     "backbone.offload",
 )
-"""Settings of a run that say where things are, and may differ whenever it is taken up again."""
+"""Settings that say where a run's files and device are; they may change whenever the run is used again."""
 REWARD_NAMES = ("rewards.scorers", "evaluation.watchers")
 SHARING = ("distributed.branch_ranks", "distributed.shard", "rewards.ranks")
-"""Settings of how ranks share a run, which change nothing but the rounding of its results."""
+"""Settings for sharing a run among ranks; they change its results by rounding only."""
 CHANGEABLE_ON_RESUME = (*PLACES, *SHARING, "optim.updates", "checkpoint.every")
 PLACES_OF_A_RUN = (*PLACES, "backbone.encoders")
 """Settings of a run that `kvpo evaluate` and `kvpo export` accept."""
@@ -75,7 +75,7 @@ def sections() -> dict[str, type]:
 def resolve(preset: str | None, file: Path | None, flags: Mapping[str, str]) -> Config:
     """The configuration of a new run from preset, file and flags (dotted path -> text).
 
-    Without ``preset`` the file's own holds, and without that ``demo``. Raises ConfigurationError.
+    Without ``preset``, the file's preset applies, or ``demo`` if it names none. Raises ConfigurationError.
     """
     values = read_settings(file) if file is not None else {}
     given = parse_flags(flags)
@@ -99,7 +99,7 @@ def preset(name: str, changes: Mapping[str, Any] | None = None) -> Config:
 
 
 def _start(name: str, method: Any = None) -> Config:
-    """A preset's values; another method than its own brings its explorer and what it starts from."""
+    """A preset's values; a method other than the preset's brings its own explorer and starting settings."""
     if name not in PRESETS:
         raise ConfigurationError(
             f"unknown preset {name!r}{nearest(name, PRESETS)}; presets: {', '.join(PRESETS)}"
@@ -109,7 +109,7 @@ def _start(name: str, method: Any = None) -> Config:
 
 
 def with_method(config: Config, method: Any) -> Config:
-    """``config`` with another method, its own explorer and the settings that it starts from."""
+    """``config`` with another method, that method's explorer and the settings it starts from."""
     config = assign(config, {"method": method})
     own = config.own_settings
     return assign(config, {"exploration.explorer": own.EXPLORERS[0], **own.STARTS_FROM})
@@ -118,12 +118,12 @@ def with_method(config: Config, method: Any) -> Config:
 def resolve_saved(saved: Path, flags: Mapping[str, str] | None = None) -> Config:
     """The configuration in a run's config.yaml, with some settings changed by ``flags``.
 
-    Raises ConfigurationError; also for an empty or shortened file, which a preset would fill up silently.
+    Raises ConfigurationError; also for an empty or truncated file, which a preset would silently complete.
     """
     values = read_settings(saved)
     for path, value in values.items():
-        _setting(path, value)  # a setting that has moved says where it is
-    if missing := {"preset", "checkpoint.every"} - values.keys():  # the first and the last line
+        _setting(path, value)  # an old setting raises, naming its replacement
+    if missing := {"preset", "checkpoint.every"} - values.keys():  # the first and the last setting
         raise ConfigurationError(
             f"{saved} is not the whole configuration of a run: it lacks {' and '.join(sorted(missing))}; put "
             "the file back as the run wrote it"
@@ -149,7 +149,7 @@ def resolve_resumed(saved: Path, preset: str | None, file: Path | None, flags: M
 
 
 def resolve_run(run: Path, places: Mapping[str, Any] | None = None) -> Config:
-    """The configuration of the run in ``run``, whose files now lie at ``places`` (dotted path -> value).
+    """The configuration of the run in ``run``, with its files now at ``places`` (dotted path -> value).
 
     Raises ConfigurationError for a setting that is not in PLACES_OF_A_RUN.
     """
@@ -162,7 +162,7 @@ def resolve_run(run: Path, places: Mapping[str, Any] | None = None) -> Config:
 
 
 def demand_same_run(saved: Path, before: Config, after: Config, changeable: Sequence[str]) -> None:
-    """Raise ConfigurationError, naming what differs from ``saved``, unless it is ``changeable``."""
+    """Raise ConfigurationError if ``after`` differs from ``before`` in a setting not in ``changeable``."""
     old, new = flat(dataclasses.asdict(before)), flat(dataclasses.asdict(after))
     refused = [
         f"{path} is {old[path]} there, {new[path]} here"
@@ -182,7 +182,7 @@ def read_settings(path: Path) -> dict[str, Any]:
 
 
 def parse_flags(flags: Mapping[str, str]) -> dict[str, Any]:
-    """Command-line texts as values: YAML, except that text fields take the text as it is."""
+    """Parse command-line texts as YAML; text fields take them literally. Raises ConfigurationError."""
     return {path: _parse(_setting(path, text).type, text) for path, text in flags.items()}
 
 
@@ -203,7 +203,7 @@ def assign(config: Config, values: Mapping[str, Any]) -> Config:
 
 
 def whole_names(names: Any) -> Any:
-    """Rewards by name, where a list on the command line was parted at the commas of NAME@http://A,http://B."""
+    """Rejoin names NAME@http://A,http://B that the command line has split at their commas."""
     if not isinstance(names, list | tuple):
         return names
     whole: list[Any] = []
@@ -216,7 +216,10 @@ def whole_names(names: Any) -> Any:
 
 
 def flat(values: Mapping[Any, Any]) -> dict[str, Any]:
-    """Sections opened up: {"optim": {"lr": 1}} becomes {"optim.lr": 1}; an empty section gives nothing."""
+    """Flatten sections: {"optim": {"lr": 1}} becomes {"optim.lr": 1}; an empty section gives nothing.
+
+    Raises ConfigurationError for a section that holds no fields, or a setting that is given twice.
+    """
     result: dict[str, Any] = {}
     for key, value in values.items():
         if key not in sections() and not (key in OLD_SECTIONS and isinstance(value, Mapping)):
@@ -233,7 +236,7 @@ def flat(values: Mapping[Any, Any]) -> dict[str, Any]:
 
 
 def path_argument(text: str) -> Path:
-    """A path on the command line, for argparse: ``~`` opened up, since a shell does not in ``--out=~/x``."""
+    """Parse a path for argparse; expands ``~``, which a shell does not in ``--out=~/x``."""
     try:
         return local_path(text, "path")
     except ValueError as error:
@@ -241,7 +244,7 @@ def path_argument(text: str) -> Path:
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """The suffix `` (did you mean 'x'?)`` for the known name most like ``name``; empty when none is."""
+    """The suffix `` (did you mean 'x'?)`` for the known name closest to ``name``; empty if none is close."""
     known = list(known)
     same_ending = [path for path in known if _ending(path) == _ending(name)]
     match = same_ending or difflib.get_close_matches(name, known, 1, 0.4)
@@ -272,18 +275,18 @@ def _parse(kind: Any, text: str) -> Any:
     if origin is tuple and not text.startswith("["):
         text = f"[{text}]"
     if origin is dict and not text.startswith("{"):
-        # A path may hold what YAML would take for something else, and a number converts from its text.
+        # YAML could misread a path; numbers are converted from their text later.
         pairs = [part.partition("=") for part in text.split(",") if part]
         values = {name.strip(): value.strip() for name, _, value in pairs}
         return values if all(values.values()) and len(values) == len(pairs) else text
     try:
         return yaml.load(text, Loader=StrictLoader)
     except (yaml.YAMLError, ValueError, RecursionError):
-        return text  # the conversion refuses it by name
+        return text  # the conversion refuses it and names the setting
 
 
 def _convert(kind: Any, value: Any, setting: Setting) -> Any:
-    """``value`` as ``kind``. Raises ConfigurationError that names the setting and what it takes."""
+    """Convert ``value`` to ``kind``. Raises ConfigurationError that names the setting and its type."""
     kind, optional = _without_none(kind)
     if optional and value is None:
         return None

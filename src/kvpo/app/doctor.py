@@ -1,4 +1,4 @@
-"""`kvpo doctor`: what stands in the way of a run on this machine, before the run finds it."""
+"""`kvpo doctor`: finds what would stop a run on this machine, before the run does."""
 
 import importlib.metadata
 import logging
@@ -38,7 +38,7 @@ from kvpo.training.trainer import Trainer
 logger = logging.getLogger(__name__)
 
 ENOUGH_MEMORY, ENOUGH_DISK = 4 * GB, 10 * GB
-"""Host memory and disk below which it is worth a warning: a checkpoint of a 1.3B adapter takes 5.6 GB."""
+"""Host memory and disk below which to warn: a checkpoint of a 1.3B adapter takes 5.6 GB."""
 SLOW_DISK = 50e6
 """Bytes per second below which saving that checkpoint takes two minutes."""
 MEMINFO = Path("/proc/meminfo")
@@ -47,12 +47,12 @@ WRITTEN = 64 * 2**20
 SKEW = 1.0
 """Seconds by which clocks may differ before logs of several nodes are hard to read side by side."""
 RANK_TIMEOUT = timedelta(minutes=2)
-"""Time-out of all that the ranks say to one another here."""
+"""Timeout of all communication between ranks in these checks."""
 EXCHANGED = 2**22
-"""Numbers in the test of a gradient's exchange: 16 MB."""
+"""Number of float32 values in the gradient exchange test: 16 MB."""
 BFLOAT16 = "import torch; a = torch.ones(64, 64, dtype=torch.bfloat16); assert (a @ a)[0, 0] == 64"
 NO_FILES = ("device", "rewards.cache", "backbone.geometry")
-"""Settings about places of a run that name nothing which must be there."""
+"""Settings among PLACES_OF_A_RUN that name no file that must exist."""
 DRY = {
     "optim.prompts_per_update": 2,
     "exploration.branches": 4,
@@ -60,7 +60,7 @@ DRY = {
     "exploration.tail_blocks": 0,
     "optim.updates": 1,
 }
-"""The embedded world's update, cut down to a second."""
+"""Settings that cut an update of the embedded world down to a second."""
 
 Level = Literal["ok", "warn", "fail"]
 LEVELS: tuple[Level, ...] = ("ok", "warn", "fail")
@@ -68,7 +68,7 @@ LEVELS: tuple[Level, ...] = ("ok", "warn", "fail")
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the doctor's."""
+    """One line of the doctor's report."""
 
     subject: str
     level: Level
@@ -76,14 +76,14 @@ class Finding:
     way_out: str = ""
 
     def line(self) -> str:
-        """As it is printed."""
+        """The finding as one line of text."""
         return f"{self.level:4}  {self.subject}: {self.found}" + (f"; {self.way_out}" if self.way_out else "")
 
 
 def doctor(config: Config, out: Path) -> list[list[Finding]]:
-    """Findings on the machine of every rank: one line each. Under torchrun every rank examines its own.
+    """Examine the machine and return the findings of every rank; under torchrun each rank examines its own.
 
-    Raises LostRank where the ranks do not meet.
+    Raises LostRank if the ranks cannot reach each other.
     """
     with joined_ranks(config.device, long=RANK_TIMEOUT) as ranks:
         checks: tuple[tuple[str, Callable[[], list[Finding]]], ...] = (
@@ -102,12 +102,12 @@ def doctor(config: Config, out: Path) -> list[list[Finding]]:
 
 
 def worst(findings: list[list[Finding]]) -> int:
-    """Exit status: 0 all is ok, 1 warnings, 2 something fails."""
+    """Exit status for all findings: 0 all ok, 1 warnings, 2 failures."""
     return max(LEVELS.index(finding.level) for own in findings for finding in own)
 
 
 def _examined(subject: str, check: Callable[[], list[Finding]]) -> list[Finding]:
-    """The findings of a check; one that raises has found a failure."""
+    """Run a check and return its findings; an exception counts as a failure."""
     try:
         return check()
     except Exception as error:
@@ -117,7 +117,7 @@ def _examined(subject: str, check: Callable[[], list[Finding]]) -> list[Finding]
 
 
 def versions() -> list[Finding]:
-    """Python, kvpo, torch, and the packages of the extras that are not there."""
+    """Check the versions of Python, kvpo and torch, and list missing packages."""
     found = f"kvpo {__version__}, torch {torch.__version__}, Python {platform.python_version()}"
     missing: dict[str, list[str]] = {}
     for requirement in importlib.metadata.requires("kvpo") or ():
@@ -140,7 +140,7 @@ def versions() -> list[Finding]:
 
 
 def device(config: Config) -> list[Finding]:
-    """The configuration's device and its driver."""
+    """Check the configured device and its driver."""
     check_device(config)
     if torch.device(config.device).type != "cuda":
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -163,10 +163,10 @@ def _driver() -> str:
 
 
 def precision(config: Config) -> list[Finding]:
-    """Matrix products in bfloat16, the attention kernels that take it, and the products of rollouts."""
+    """Check bfloat16 matrix products, the attention kernels that support it, and the rollout precision."""
     check_rollouts(config.optim.rollout_precision, config.device, config.model)
     if torch.device(config.device).type != "cuda":
-        # In a process of its own: processors that advertise what they trap on would end this one.
+        # In a subprocess, since a CPU may advertise instructions that it traps on, which ends the process.
         done = subprocess.run([sys.executable, "-c", BFLOAT16], capture_output=True, timeout=120)
         if done.returncode:
             way_out = "set ONEDNN_MAX_CPU_ISA=AVX512_CORE_FP16 before the run, or keep --optim.autocast none"
@@ -188,9 +188,9 @@ def precision(config: Config) -> list[Finding]:
 
 
 def memory(config: Config) -> list[Finding]:
-    """Free memory of host and device."""
+    """Check the free memory of host and device."""
     if MEMINFO.exists():
-        # Free pages alone would leave out what only caches files.
+        # MemFree would leave out memory that only caches files.
         (available,) = re.findall(r"MemAvailable: *(\d+) kB", MEMINFO.read_text(encoding="utf-8"))
         free = 1024 * int(available)
         way_out = "" if free >= ENOUGH_MEMORY else "end other processes; `kvpo plan` says what a run needs"
@@ -208,7 +208,7 @@ def memory(config: Config) -> list[Finding]:
 
 
 def output(out: Path) -> list[Finding]:
-    """Free space of the output directory, and how fast it is written."""
+    """Check the free space and the write speed of the output directory."""
     place = _place(out)
     free = shutil.disk_usage(place).free
     way_out = "" if free >= ENOUGH_DISK else "a run of a 1.3B model keeps three checkpoints of 5.6 GB"
@@ -226,7 +226,7 @@ def output(out: Path) -> list[Finding]:
 
 
 def files(config: Config) -> list[Finding]:
-    """Prompts and weights that the configuration names."""
+    """Check the prompts and weights that the configuration names."""
     findings = []
     values = flat(asdict(config))
     for path in PLACES_OF_A_RUN:
@@ -249,14 +249,14 @@ def files(config: Config) -> list[Finding]:
 
 
 def rewards(config: Config) -> list[Finding]:
-    """Rewards that the configuration names, and their servers; those of this process are not loaded."""
+    """Check the names of the configured rewards and reach their servers; loads no reward in this process."""
     reach_servers(config)
     names = [*config.rewards.scorers, *config.evaluation.watchers]
     return [Finding("rewards", "ok", f"{', '.join(names)} (known; no model was loaded)")]
 
 
 def exchanges(ranks: Ranks, config: Config, out: Path) -> list[Finding]:
-    """Exchanges between ranks, their clocks, and whether they see one output directory."""
+    """Check communication between ranks, their clocks, and that they share one output directory."""
     if ranks.count == 1:
         return [Finding("ranks", "ok", "one process; start this under torchrun to examine several")]
     ranks.gather(None, "meeting")
@@ -289,12 +289,12 @@ def exchanges(ranks: Ranks, config: Config, out: Path) -> list[Finding]:
 
 
 def _place(out: Path) -> Path:
-    """The output directory, or the one that it will be made in."""
+    """The output directory, or its nearest existing parent."""
     return next(path for path in (out, *out.absolute().parents) if path.is_dir()).absolute()
 
 
 def dry_update(ranks: Ranks, config: Config) -> list[Finding]:
-    """One update of the embedded world on the configuration's device, the way a run makes it."""
+    """Make one update of the embedded world on the configured device, as a run does."""
     small = preset("demo", {**DRY, "device": config.device})
     started = time.perf_counter()
     with computing(small):

@@ -1,4 +1,4 @@
-"""`kvpo evaluate`: base and aligned model of a run on its test prompts, and on streams of minutes."""
+"""`kvpo evaluate`: compares base and aligned model of a run on test prompts and minutes-long streams."""
 
 import json
 import logging
@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 SPLITS = {"test": "evaluation.json", "final": "final.json"}
 """The file of a run that holds its evaluation on each split."""
 SPAN_SECONDS, STREAMS = 10.0, 4
-"""Drift is measured over spans of this length, rounded to whole blocks, on so many streams."""
+"""Length of the spans that drift is measured over, rounded to whole blocks, and the number of streams."""
 
 
 def evaluate(
@@ -52,21 +52,21 @@ def evaluate(
 ) -> dict[str, Any]:
     """Compare a run's checkpoint with its base and write the numbers as JSON; ranks share the videos.
 
-    The result holds ``checkpoint``, ``weights``, ``split``, ``verdict`` in words, ``held_out`` (for the best
-    checkpoint and the test split the very numbers of ``summary.json``) and ``scored``, how many clips were
-    scored or known already.
+    The result holds ``checkpoint``, ``weights``, ``split``, ``verdict`` (text), ``held_out`` and ``scored``,
+    the number of clips that were scored or already known. For the best checkpoint on the test split,
+    ``held_out`` has the same numbers as ``summary.json``.
 
-    Raises ValueError where the run, its checkpoint or the split cannot be used.
+    Raises ValueError if the run, its checkpoint or the split cannot be used.
 
     Args:
-        checkpoint: best, latest, an update, a directory; None: the best.
+        checkpoint: best, latest, an update number or a directory; None: the best.
         weights: the moving ``average`` of the trained weights, or the ``raw`` ones of the last update.
         split: the run's ``test`` prompts on the tape of all held-out results, or the ``final`` ones: prompts
-            and a tape that no run draws from, for the last table of a piece of work.
-        out: file to write; None: ``evaluation.json`` or, of the final split, ``final.json`` in the run.
-        frames: an image or video that all videos begin with, or a JSON object from prompts to such files;
-            what follows it is scored.
-        places: where the run's files lie now, by setting (``{"backbone.checkpoint": "/new/base.pt"}``).
+            and a tape that no run draws from, for a project's final results.
+        out: file to write; None: ``evaluation.json`` in the run, or ``final.json`` for the final split.
+        frames: an image or video that all videos begin with, or a JSON file that maps prompts to such files;
+            only what follows them is scored.
+        places: where the run's files are now, by setting (``{"backbone.checkpoint": "/new/base.pt"}``).
     """
     if split not in SPLITS:
         raise ConfigurationError(f"split: must be {' or '.join(SPLITS)}, got {split!r}")
@@ -115,7 +115,7 @@ def _evaluate(
     numbers |= {} if frames is None else {"frames": str(frames)}
     numbers |= {"scored": added_up(ranks.gather(asdict(setup.scored), "counting clips"))}
     numbers |= {} if no_improvement(path, checkpoint) is None else {"improved": False}
-    # Null runs are known by their best checkpoints, averaged, on the test prompts.
+    # Null runs were measured with averaged weights of their best checkpoints on the test prompts.
     if split == "test" and frames is None and checkpoint in (None, "best") and weights == "average":
         numbers |= ranks.once(
             "reading null runs", partial(kept_null, run / NULL_RUNS, asdict(config), PLACES_OF_A_RUN)
@@ -150,13 +150,13 @@ def evaluate_drift(
     weights: str = "average",
     places: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Stream test prompts one after another for minutes, base and aligned, and measure every ten seconds.
+    """Stream test prompts back to back for minutes, base and aligned, and measure every ten seconds.
 
-    Writes ``drift.json`` and ``drift.png`` into the run and returns what the first holds: for ``base`` and
-    ``aligned`` every measure as ``[spans][videos]`` (see `drift_curves`), and the ``seconds`` at which the
-    spans end. The other arguments are those of `evaluate`.
+    Writes ``drift.json`` and ``drift.png`` into the run and returns the contents of the former: every measure
+    of ``base`` and ``aligned`` as ``[spans][videos]`` (see `drift_curves`), and the ``seconds`` at which the
+    spans end. Other arguments are as for `evaluate`.
 
-    Raises ValueError where the run or its checkpoint cannot be used, or the streams are too short.
+    Raises ValueError if the run or its checkpoint cannot be used, or the streams are too short.
     """
     run = local_path(run, "run")
     config = resolve_run(run, places)

@@ -1,4 +1,4 @@
-"""The view that scorers have of a file: frames, rate, size, text and scale; nothing large is loaded."""
+"""Explains how scorers read a file: frames, rate, size, text and scale; loads nothing large."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,9 +17,9 @@ INDICES_SHOWN = 16
 def explain(
     folder: Path, names: Sequence[str], *, prompts: Path | None, sources: Mapping[str, str] | None = None
 ) -> list[str]:
-    """Lines on how the first file of ``folder`` would be scored; rewards of the catalogue are not loaded.
+    """Explain, line by line, how the first file of ``folder`` would be scored; loads no catalogue rewards.
 
-    Raises ValueError: no file, or one that cannot be read; rewards that cannot be named so.
+    Raises ValueError if no file can be read, or for invalid reward names.
     """
     files, shown, texts = listed_videos(folder, prompts)
     found: list[Declaration] = []

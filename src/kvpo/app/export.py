@@ -1,4 +1,4 @@
-"""`kvpo export`: what a run trained, in the layouts that other programs load."""
+"""`kvpo export`: writes a run's trained weights in the layouts that other programs load."""
 
 import logging
 from collections.abc import Callable, Mapping
@@ -50,8 +50,8 @@ Layout = Literal["peft", "diffusers-lora", "comfy", "diffusers", "pt"]
 ADAPTERS = ("peft", "diffusers-lora", "comfy")
 """Layouts of the adapter alone."""
 OF_CHANGE, OF_LATENTS = 1e-2, 1e-5
-"""Difference between the first blocks of the run and of its export that rounding may make: shares of how far
-training moved the block, and of its largest latent."""
+"""Tolerance for rounding between the first blocks of the run and of its export: shares of the distance by
+which training moved the block, and of its largest latent."""
 
 
 def export(
@@ -65,24 +65,24 @@ def export(
     difference: int | None = None,
     push: str = "",
 ) -> Path:
-    """Write a run's model with what it trained, averaged or raw, and return the path written.
+    """Export a run's trained weights, averaged or raw, and return the path written.
 
-    Text encoder, VAE and the run's device are not needed. Adapters are written bit for bit as they were
-    trained, all weights merged and in float32. What was written is loaded again before it is put in place,
-    and must generate the first block that the run does.
+    Needs no text encoder, no VAE and not the run's device. Adapters are written bit for bit as trained, full
+    weights merged and in float32. Before the export is moved into place it is loaded again, and must generate
+    the run's first block.
 
     Args:
-        layout: ``peft``, ``diffusers-lora`` or ``comfy``, the adapter alone; ``diffusers`` or ``pt``, all
-            weights with the adapter merged, as a diffusers directory or as the public ``.pt`` file.
-        checkpoint: best, latest, an update, a directory; None: the best.
+        layout: ``peft``, ``diffusers-lora`` or ``comfy`` for the adapter alone; ``diffusers`` or ``pt`` for
+            all weights with the adapter merged, as a diffusers directory or the public ``.pt`` file.
+        checkpoint: best, latest, an update number or a directory; None: the best.
         weights: the moving ``average`` of the trained weights, or the ``raw`` ones of the last update.
-        places: where the run's weights lie now, by setting (``{"backbone.checkpoint": "/new/base.pt"}``).
-        difference: write what a continued adapter adds to the given one, exactly (0) or at this rank.
-        push: repository of the hub, owner/name, that it is uploaded to with its card; empty: none.
+        places: where the run's weights are now, by setting (``{"backbone.checkpoint": "/new/base.pt"}``).
+        difference: write only what a continued adapter adds to the given one, exactly (0) or at this rank.
+        push: hub repository (owner/name) to upload the export and its card to; empty: none.
 
     Raises:
-        ConfigurationError: an adapter alone of a run that trained all parameters, or whose adapter belongs to
-            merged weights that no file holds; a difference to no adapter.
+        ConfigurationError: an adapter layout for a run that trained all parameters, or trained its adapter on
+            merged weights that no file holds; a difference for a run that continued no adapter.
         ValueError: a run, checkpoint or target that cannot be used; a best checkpoint that is the base.
     """
     run, out = local_path(run, "run"), local_path(out, "out")
@@ -124,7 +124,7 @@ def _push(out: Path, repo: str) -> None:
 
 
 def card_beside(file: Path) -> Path:
-    """The card of an export that is a file."""
+    """Path of the card of an export that is a single file."""
     return file.with_name(f"{file.name}.md")
 
 
@@ -144,7 +144,7 @@ def _part(
 
 
 def _check(config: Config, run: Path, layout: Layout, difference: int | None, push: str) -> None:
-    """Raise ConfigurationError where a run has nothing of a layout."""
+    """Raise ConfigurationError if a run cannot be exported as asked."""
     adapted = config.optim.lora_rank > 0
     if layout in ADAPTERS and not adapted:
         raise ConfigurationError(
@@ -185,17 +185,17 @@ def _write(
         case "pt":
             demand_new(card_beside(out))
             save_public_checkpoint(out, part, **how)
-            write_atomic(card_beside(out), card)  # not before: alone, it would bar the same command
+            write_atomic(card_beside(out), card)  # last: a card alone would block a retry
 
 
 def _rebuilt(
     config: Config, model: CausalWan, part: AdapterState | TransformerState, *, given: AdapterState | None
 ) -> CausalWan:
-    """A transformer from loaded weights, or from the base's and a loaded adapter, ``given`` merged first."""
+    """A transformer from loaded weights, or from the base's with ``given`` merged and a loaded adapter."""
     with torch.device("meta"):
         again = CausalWan(config.model)
     state = part if isinstance(part, TransformerState) else TransformerState(base_state(model), "base")
-    if given is not None:  # merging writes into the weights, which are the run's
+    if given is not None:  # merging changes weights in place, and these are the run's
         state = replace(state, tensors={name: value.clone() for name, value in state.tensors.items()})
     assign_state(again, state, device="cpu", dtype=torch.float32)
     again.requires_grad_(False)
@@ -208,7 +208,7 @@ def _rebuilt(
 
 @dataclass(frozen=True)
 class _Proof:
-    """That an export does what its run does."""
+    """Checks that an export does what its run does."""
 
     config: Config
     host: Config
@@ -218,12 +218,12 @@ class _Proof:
     after: Tensor
     """First block that the export must generate."""
     whose: str
-    """The model that generates it, in words."""
+    """The model that generates ``after``, in words."""
 
     def __call__(self, written: Path, layout: Layout) -> float:
-        """Load what was written, and return how far its first block is from the run's.
+        """Load the written export and return how far its first block is from ``after``.
 
-        Raises ValueError where that is more than rounding.
+        Raises ValueError if that is more than rounding.
         """
         load = load_adapter_state if layout in ADAPTERS else load_transformer_state
         found = first_block(self.host, self.rebuilt(load(written, quiet=True)))
@@ -238,7 +238,7 @@ class _Proof:
 
 
 def _finish(proof: _Proof, layout: Layout, out: Path, card: str, written: Path) -> None:
-    """Prove what was written, and add its card to a directory."""
+    """Check the written export, and add the card if it is a directory."""
     off = proof(written, layout)
     logger.info("%s: loaded again, its first block is that of %s to %.1g", out, proof.whose, off)
     if layout != "pt":
@@ -246,7 +246,7 @@ def _finish(proof: _Proof, layout: Layout, out: Path, card: str, written: Path) 
 
 
 def _licence(base: str) -> str:
-    """The licence in the card of a base, fetched for one of the hub; the embedded generator's is kvpo's."""
+    """The licence in a base's card, fetched if it is on the hub; kvpo's own for the embedded generator."""
     if not base:
         return "apache-2.0"
     repo = repository_of(base)
@@ -257,5 +257,5 @@ def _licence(base: str) -> str:
 
 
 def on_host(config: Config) -> Config:
-    """The same model in float32 on the CPU: nothing is computed with it but merges and one small block."""
+    """The same model in float32 on the CPU: it is used only for merges and one small block."""
     return replace(config, device="cpu", optim=replace(config.optim, autocast="none", compile=False))

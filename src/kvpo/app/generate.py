@@ -1,4 +1,4 @@
-"""`kvpo generate`: videos of the base or of an aligned model, as mp4 files and latents."""
+"""`kvpo generate`: writes videos of the base or an aligned model, as mp4 files and latents."""
 
 import json
 import logging
@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 VIDEOS_TOGETHER = 8
 """Videos generated in one batch."""
 UNASKED = 4
-"""Test prompts of each kind where no prompts are given."""
+"""Number of test prompts of each kind that are used if none are given."""
 
 
 @dataclass(frozen=True)
@@ -45,16 +45,16 @@ class Best:
     """Test-time selection (``kvpo.engine.selection``)."""
 
     count: int
-    """Candidates of every choice, the plain continuation among them."""
+    """Candidates per choice, including the plain continuation."""
     rewards: tuple[str, ...] = ()
-    """Rewards that choose; none: those of the configuration."""
+    """Rewards to choose by; empty: those of the configuration."""
     span: int = 1
     """Blocks between two choices; 0: one choice per video."""
     explorer: str = "routes"
-    """Name of the explorer that tells candidates apart."""
+    """Name of the explorer that makes candidates differ."""
 
     def selection(self, config: Config, backbone: Backbone) -> Selection:
-        """The selection of a generator. Raises ConfigurationError."""
+        """The selection for a generator. Raises ConfigurationError."""
         if self.explorer not in EXPLORERS:
             raise ConfigurationError(
                 f"--branches: unknown explorer {self.explorer!r}; there are {', '.join(EXPLORERS)}"
@@ -85,17 +85,17 @@ def generate(
     """Generate one video per prompt and return the paths of the mp4 files.
 
     ``out`` also receives ``latents.safetensors`` ([T, C, H, W] by file name), ``prompts.jsonl`` and
-    ``videos.json``, which names the prompts of every file and is what `kvpo score` goes by. The noise of the
-    n-th video depends on ``config.seed`` and n alone.
+    ``videos.json``, which lists the prompts of every file for `kvpo score`. The noise of the n-th video
+    depends on ``config.seed`` and n alone.
 
     Args:
         prompts: a prompt file (see ``kvpo.prompt_files``), prompts, or None: some of the test prompts.
-        extended_texts: extended texts of the prompts of that file.
+        extended_texts: file with extended texts of these prompts.
         run: directory of a run whose aligned model generates too; None: the base alone.
-        checkpoint: which checkpoint of the run: best, latest, an update, a directory; None: the best.
+        checkpoint: checkpoint of the run: best, latest, an update number or a directory; None: the best.
         weights: the moving ``average`` of the trained weights, or the ``raw`` ones of the last update.
         best: choose among candidates by a reward; the scores go to ``best-of.json``.
-        frames: an image or video that all videos begin with, or a JSON object from prompts to such files.
+        frames: an image or video that all videos begin with, or a JSON file that maps prompts to such files.
 
     Raises:
         ValueError: prompts, a checkpoint or base that cannot be used; a length the stream cannot have; test
@@ -176,7 +176,7 @@ def _generate(
 def _write_lists(
     out: Path, wanted: Sequence[VideoPrompt], made: dict[str, Tensor], shows: dict[str, tuple[str, ...]]
 ) -> None:
-    """Everything beside the videos, in the order of their names."""
+    """Write the files that accompany the videos, sorted by video name."""
     write_atomic(out / "latents.safetensors", save(dict(sorted(made.items()))))
     listed = out / "prompts.jsonl"
     write_atomic(listed, written(wanted, listed))

@@ -93,7 +93,7 @@ def run_generate(arguments: Namespace) -> None:
 
 
 def _demand_use(arguments: Namespace) -> None:
-    """Raise ConfigurationError for an argument that nothing would read beside the others."""
+    """Raise ConfigurationError for an argument that would have no effect beside the others."""
     given = vars(arguments)
     for name in ("by", "branches", "per"):
         if arguments.best_of is None and given[name] is not None:

@@ -1,4 +1,4 @@
-"""Given first frames: the image or video that a generated video begins with, as the codec encodes it."""
+"""Given first frames: the image or video that a generated video begins with, encoded by the codec."""
 
 import logging
 from collections.abc import Sequence
@@ -19,16 +19,15 @@ logger = logging.getLogger(__name__)
 
 
 def with_given_frames(backbone: Backbone, frames: Path | None, prompts: Sequence[VideoPrompt]) -> Backbone:
-    """A backbone whose videos of these prompts begin with given frames: their own, or those of ``frames``.
+    """A backbone that begins videos of these prompts with given frames: their own, or those of ``frames``.
 
-    ``frames`` is an image, which stands still for a block, a video, which is taken in whole blocks at the
-    codec's rate, or a JSON object that maps first texts of prompts to such files, beside it. Frames are
-    scaled to cover the generator's and cut to their middle.
+    ``frames`` is an image (held for one block), a video (taken in whole blocks at the codec's rate), or a
+    JSON file that maps the first texts of prompts to such files, relative to its folder. Frames are scaled to
+    cover the generator's size and centre-cropped.
 
     Raises:
-        ValueError: a file that cannot be read or is shorter than a block, prompts with frames of their own
-            beside ``frames``, one that has none there, or one whose video would have nothing left to
-            generate.
+        ValueError: a file cannot be read or is shorter than a block; prompts have frames of their own and
+            ``frames`` is given too; the JSON file lacks a prompt; or nothing is left to generate.
     """
     files, field = _files(frames, prompts), "frames" if frames is None else "--frames"
     encoded = {path: _encoded(backbone, path, field) for path in dict.fromkeys(files.values())}
@@ -67,10 +66,10 @@ def _files(frames: Path | None, prompts: Sequence[VideoPrompt]) -> dict[int, Pat
 
 
 def _encoded(backbone: Backbone, path: Path, field: str) -> Tensor:
-    """Latents ``[T, C, H, W]`` of a file, in whole blocks; ``field`` begins its errors."""
+    """Latents ``[T, C, H, W]`` of a file, in whole blocks; error messages begin with ``field``."""
     generator, codec = backbone.generator, backbone.codec
     block, per_latent, rate = generator.block, codec.frames_per_latent, codec.frames_per_second
-    from kvpo.rewards.video_files import probe, read_frames  # late: it needs OpenCV
+    from kvpo.rewards.video_files import probe, read_frames  # late import: needs OpenCV
 
     if not path.is_file():
         raise ValueError(f"{field}: {path} is not a file; give an image or a video")

@@ -1,4 +1,4 @@
-"""The judges of a run: the rewards that train, those that watch, and how their components count."""
+"""The judges of a run: the rewards that train it, those that watch it, and their components' weights."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -25,7 +25,7 @@ def build_judges(
     unseen: Scorer | None = None,
     exam: Scorer | None = None,
 ) -> Judges:
-    """All that score a run's videos; see ``build_scorer`` and ``build_watchers`` for what is refused."""
+    """Build all scorers of a run's videos. Raises the errors of ``build_scorer`` and ``build_watchers``."""
     rewards = _trained(config, frame_rate, cache)
     scorer, weights_K = _combined(config, rewards)
     _warn_without_floor(config, rewards)
@@ -33,11 +33,11 @@ def build_judges(
 
 
 def build_scorer(config: Config, frame_rate: float, cache: ScoreCache | None = None) -> tuple[Scorer, Tensor]:
-    """The rewards a configuration names as one scorer, and the weights of its components.
+    """Combine a configuration's rewards into one scorer; also returns the weights of its components.
 
     Raises:
-        ConfigurationError: an unknown reward or component, weights that add up to nothing.
-        ValueError: a part of a reward cannot be found or does not fit; two components of one name.
+        ConfigurationError: an unknown reward or component, or weights that do not add up to more than 0.
+        ValueError: a part of a reward cannot be found or does not fit; two components share a name.
     """
     return _combined(config, _trained(config, frame_rate, cache))
 
@@ -70,7 +70,7 @@ def build_watchers(config: Config, frame_rate: float, cache: ScoreCache | None =
     """The rewards of ``evaluation.watchers``, which watch a run for reward hacking.
 
     Raises:
-        ConfigurationError: an unknown reward, or two whose numbers have one name.
+        ConfigurationError: an unknown reward, or two rewards with numbers of the same name.
         ValueError: a part of a reward cannot be found or does not fit.
     """
     names = config.evaluation.watchers
@@ -92,7 +92,7 @@ def _rewards(
     frame_rate: float,
     cache: ScoreCache | None,
 ) -> tuple[Reward, ...]:
-    """Rewards by name as a run uses them: cached, and in host memory where the run offloads."""
+    """Rewards by name as a run uses them: cached, and kept in host memory if the run offloads."""
     rewards = named_rewards(
         names,
         sources,
@@ -107,7 +107,7 @@ def _rewards(
 
 
 def _warn_without_floor(config: Config, rewards: Sequence[Reward]) -> None:
-    """Warn where the noise floor that was measured for the embedded world stands in for that of a reward."""
+    """Warn if a reward has no measured noise floor, so that the embedded world's is used instead."""
     measured = config.rewards.noise_floors
     components = [name for reward in rewards if reward.name != WORLD for name in reward.weights]
     unmeasured = [name for name in components if name not in measured and config.rewards.weights.get(name, 1)]

@@ -1,4 +1,4 @@
-"""``kvpo learn-reward``: a reward from the votes of studies, and its worth on prompts that are left out."""
+"""``kvpo learn-reward``: learns a reward from the votes of studies and tests it on held-out prompts."""
 
 import json
 import logging
@@ -39,24 +39,24 @@ CALIBRATED = 8
 
 @dataclass(frozen=True)
 class Bin:
-    """Held-out pairs whose predicted probability is alike."""
+    """Held-out pairs with similar predicted probabilities."""
 
     predicted: float
     observed: float
-    """Share in which the video was preferred that was predicted to be."""
+    """Share of pairs in which the predicted winner was preferred."""
     pairs: int
 
 
 @dataclass(frozen=True)
 class Worth:
-    """Predictions for votes on prompts that the prediction had not seen."""
+    """Quality of predictions for votes on prompts that the model has not seen."""
 
     accuracy: Interval
-    """Share of decided pairs that are predicted right, its interval over prompts."""
+    """Share of decided pairs predicted correctly, with its interval over prompts."""
     loss: float
     """Mean negative log-likelihood of a vote."""
     coin: float
-    """That of a preference for no video: log 2 for pairs, another for rankings and choices."""
+    """Loss of a model without preferences: log 2 for pairs, another for rankings and choices."""
     calibration: tuple[Bin, ...]
     votes: int
     prompts: int
@@ -74,14 +74,14 @@ def learn_reward(
     device: str = "cpu",
     seed: int = 0,
 ) -> Worth:
-    """Learn a reward from the votes of studies and write it, ``preference:FILE`` wherever rewards are named.
+    """Learn a reward from the votes of studies and write it, to be named as ``preference:FILE``.
 
-    Beside ``out`` go its worth on prompts left out (.json) and its noise floor (.noise.json).
+    Also writes its worth on held-out prompts (.json) and its noise floor (.noise.json) next to ``out``.
 
     Args:
-        places: directories of studies; raters that a study's report flags do not count.
-        features: rewards whose embeddings, or components, are looked at; none: pixel features.
-        question: the question whose answers are learned.
+        places: directories of studies; raters flagged in a study's report do not count.
+        features: rewards that provide the features, as embeddings or components; empty: pixel features.
+        question: question to learn the answers to.
 
     Raises:
         ValueError: no study there, votes on fewer than ``FOLDS`` prompts, features that cannot be computed.
@@ -101,7 +101,7 @@ def learn_reward(
     worth = worth_of(table_VD, votes, seed)
     preference = fit(table_VD, votes, worth.ridge)
     record = {"features": list(features), "sources": dict(sources or {}), "question": question}
-    for suffix in (".json", ".noise.json"):  # killed from here on, it has no numbers, not those of another
+    for suffix in (".json", ".noise.json"):  # if killed from here on, no stale numbers remain
         out.with_suffix(suffix).unlink(missing_ok=True)
     save_preference(out, preference, record | {"worth": finite(asdict(worth))})
     if worth.accuracy.low <= 0.5:
@@ -118,8 +118,8 @@ def learn_reward(
 def votes_of(studies: Sequence[Study], question: str) -> tuple[list[Task], list[tuple[Path, Scene]]]:
     """Answers and rankings as tasks on rows of a table, and the video and scene of each row.
 
-    "Same" and "both bad" are half a vote for each side. A ranking answers the study's first question, whose
-    answers flag raters, as in its report.
+    "Same" and "both bad" count as half a vote for each side. Rankings answer the study's first question; its
+    answers also decide which raters are flagged, as in the report.
 
     Raises:
         ValueError: a study's files have changed.
@@ -155,7 +155,7 @@ def votes_of(studies: Sequence[Study], question: str) -> tuple[list[Task], list[
 
 
 def features_of(path: Path, scene: Scene, features: Features, needs: Declaration) -> Tensor:
-    """Features [1, D] of a video: the mean over its prompts' stretches, each by its length.
+    """Features [1, D] of a video: the mean over the stretches of its prompts, weighted by length.
 
     Raises:
         ValueError: it has fewer frames than the features need.
@@ -179,9 +179,9 @@ def features_of(path: Path, scene: Scene, features: Features, needs: Declaration
 
 
 def worth_of(table_VD: Tensor, votes: Sequence[Task], seed: int) -> Worth:
-    """The worth of a preference: every prompt's votes are predicted from those on the others.
+    """The worth of a preference by cross-validation: votes on held-out prompts are predicted from the others.
 
-    How much it is held back is chosen within the votes that it learns from.
+    The ridge is chosen within the votes that each fold learns from.
     """
     scored: list[tuple[Task, Tensor]] = []
     losses = []
@@ -214,12 +214,12 @@ def _weight(votes: Sequence[Task]) -> float:
 
 
 def _lost(scores_V: Tensor, votes: Sequence[Task]) -> float:
-    """The sum, not the mean, so that folds add up."""
+    """Summed loss rather than the mean, so that folds add up."""
     return float(plackett_luce(scores_V, stacked(votes))) * _weight(votes)
 
 
 def _folds(votes: Sequence[Task], seed: int) -> Iterator[tuple[list[Task], list[Task]]]:
-    """Votes to learn from and those on the prompts left out, fold by fold, as the seed alone draws them."""
+    """Yield votes to learn from and votes on held-out prompts, fold by fold, as drawn by the seed alone."""
     prompts = {vote.prompt for vote in votes}
     drawn = sorted(prompts, key=lambda text: sha256(f"{seed} {text}".encode()).digest())
     for fold in range(FOLDS):
@@ -231,7 +231,7 @@ def _folds(votes: Sequence[Task], seed: int) -> Iterator[tuple[list[Task], list[
 
 
 def _ridge(table_VD: Tensor, votes: Sequence[Task], seed: int) -> float:
-    """The ridge of least loss on prompts left out of ``votes``."""
+    """The ridge with the lowest cross-validated loss on ``votes``."""
     losses = dict.fromkeys(RIDGES, 0.0)
     for learned, held_out in _folds(votes, seed):
         for ridge in RIDGES:
@@ -252,7 +252,7 @@ def _margins(vote: Task, scores_V: Tensor) -> list[float]:
 
 
 def _calibration(margins: Sequence[float]) -> tuple[Bin, ...]:
-    """Predicted and observed shares of the video that was predicted to win, in bins of probability."""
+    """Predicted and observed win rates of predicted winners, binned by predicted probability."""
     odds = np.array(margins)
     predicted, right = 1 / (1 + np.exp(-np.abs(odds))), odds > 0
     places = np.minimum(((predicted - 0.5) * 2 * BINS).astype(int), BINS - 1)
@@ -264,7 +264,7 @@ def _calibration(margins: Sequence[float]) -> tuple[Bin, ...]:
 
 
 def _noise_floor(out: Path, shown: Sequence[tuple[Path, Scene]], seed: int, device: str) -> float:
-    """The reward's noise floor on the study's own videos; written beside it."""
+    """Measure the reward's noise floor on the studies' own videos, and write it next to the reward."""
     name, noise = f"{PREFERENCE}{out}", out.with_suffix(".noise.json")
     with tempfile.TemporaryDirectory() as folder:
         prompts = {path.name: scene.segments[0] for path, scene in shown[:CALIBRATED]}

@@ -1,4 +1,4 @@
-"""``kvpo live``: a page on which a stream is directed while it runs, base and aligned side by side."""
+"""``kvpo live``: a page for directing a stream while it runs, base and aligned side by side."""
 
 import hashlib
 import logging
@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 LIVE_TOKEN_VARIABLE = "KVPO_LIVE_TOKEN"
 RESIDENT = 33
-"""History frames that stay resident where a configuration keeps all: a stream has no end."""
+"""History frames that stay resident if a configuration keeps all of them: a live stream has no end."""
 
 
 def serve_live(
@@ -46,9 +46,9 @@ def serve_live(
 
     Args:
         out: directory of snapshots, exports and choices.
-        token: what clients must show; None: nothing, which only this machine may reach.
+        token: token that clients must show; None: no token, for an address that only this machine can reach.
         run: a run whose aligned model streams too; None: the base alone.
-        checkpoint: which checkpoint of the run; None: the best.
+        checkpoint: checkpoint of the run; None: the best.
         weights: the moving ``average`` of the trained weights, or the ``raw`` ones.
 
     Raises:

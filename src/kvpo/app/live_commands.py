@@ -1,4 +1,4 @@
-"""The arguments of ``kvpo live``; nothing heavy is imported up here."""
+"""The arguments of ``kvpo live``; imports nothing heavy at the top."""
 
 import os
 from argparse import ArgumentParser, Namespace

@@ -1,4 +1,4 @@
-"""README.md of exported weights: a model card as the Hugging Face hub reads it."""
+"""README.md of exported weights: a model card for the Hugging Face hub."""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -14,7 +14,7 @@ from kvpo.models.hub import repository_of
 
 CARD = "README.md"
 _BASE_FOLDERS = 3
-"""The checkpoint itself, its folder and the one above, in which its card is looked for."""
+"""Number of places to look for a base's card: the checkpoint itself, its folder and the one above."""
 
 _WORDS = {
     "peft": "a LoRA adapter in PEFT's layout",
@@ -39,7 +39,7 @@ _USES = {
 
 
 def licence_of(checkpoint: Path | None) -> str:
-    """The licence that a base states in the card beside its file, or in a folder above; else ``other``."""
+    """The licence in the card next to a base's file, or in a folder above; ``other`` if there is none."""
     for folder in [checkpoint, *checkpoint.parents][:_BASE_FOLDERS] if checkpoint is not None else ():
         if (card := folder / CARD).is_file():
             text = card.read_text(encoding="utf-8", errors="replace")
@@ -54,7 +54,7 @@ def licence_of(checkpoint: Path | None) -> str:
 
 
 def model_card(layout: str, folder: Path, record: Mapping[str, Any], licence: str, run: Path) -> str:
-    """The card of what was exported to ``folder``; ``run`` holds the numbers measured on held-out prompts."""
+    """The card of an export to ``folder``; ``run`` holds the numbers measured on held-out prompts."""
     base, alone = record["base"] or "the embedded generator of kvpo", layout not in WHOLE
     repo = repository_of(record["base"])
     fields = {
@@ -107,7 +107,7 @@ def _loading(layout: str, folder: Path, record: Mapping[str, Any]) -> str:
         f"  --backbone.{flag} {name} --prompts prompts.txt --out videos\n```\n\n"
     )
     if not record["base"]:
-        own = ""  # the embedded world's own base, which takes no adapter and whose run generates its videos
+        own = ""  # the embedded world's base takes no adapter, and its run generates the videos
     others = {"PEFT": "peft", "diffusers": "diffusers-lora", "ComfyUI": "comfy"}
     others.pop(program, None)
     part = " --difference" if "added_to" in record else ""
@@ -116,7 +116,7 @@ def _loading(layout: str, folder: Path, record: Mapping[str, Any]) -> str:
 
 
 def _numbers(record: Mapping[str, Any], run: Path) -> str:
-    """The first test in the run that is of these very weights."""
+    """The run's first test of exactly these weights, as a table."""
     these = record["checkpoint"], record["weights"]
     tested = next((numbers for *whose, numbers in _tests(run) if tuple(whose) == these), None)
     if tested is None or record.get("lost"):
@@ -129,7 +129,7 @@ def _numbers(record: Mapping[str, Any], run: Path) -> str:
 
 
 def _tests(run: Path) -> Iterator[tuple[Any, Any, Mapping[str, Any]]]:
-    """Checkpoint, weights and numbers of the run's own test, then of the one that `kvpo evaluate` left."""
+    """Yield checkpoint, weights and numbers of the run's own test, then of `kvpo evaluate`."""
     for file in (run / "summary.json", numbers_file(run, "test")):
         numbers = read_json(file) if file.is_file() else {}
         if checked := numbers.get("checked"):

@@ -1,8 +1,8 @@
 """Rewards by name: ids of the catalogue, "world", package.module:function, or preference:FILE.
 
-``NAME@http://HOST:PORT`` is a reward of a server (``kvpo reward-server``), ``NAME@http://A,http://B`` one of
-several that share its clips, ``NAME@openai:URL#MODEL`` a judge: a vision-language model that answers the
-rubric of ``NAME.rubric``.
+``NAME@http://HOST:PORT`` is a reward on a server (``kvpo reward-server``), ``NAME@http://A,http://B`` one on
+several servers that share its clips. ``NAME@openai:URL#MODEL`` is a judge: a vision-language model that
+answers the rubric of ``NAME.rubric``.
 """
 
 import importlib
@@ -46,19 +46,19 @@ from kvpo.rewards.service.messages import TOKEN_VARIABLE
 WORLD = "world"
 PREFERENCE = "preference:"
 FILE_RATE = VIDEOALIGN_SAMPLING.rate
-"""Frames per second of what reaches scorers that sample by themselves: files are sampled on reading."""
+"""Frame rate of the clips that self-sampling scorers receive: files are sampled when they are read."""
 
 
 @dataclass(frozen=True)
 class UserReward:
-    """A user's own reward: clips and prompts to one score each, or to named components of one score each."""
+    """A user-defined reward: maps clips and prompts to one score each, or to named components of one each."""
 
     name: str
     components: tuple[str, ...]
     function: Callable[[Tensor, Sequence[ClipPrompt]], Any]
 
     def __call__(self, video_BTCHW: Tensor, prompts: Sequence[ClipPrompt]) -> dict[str, Tensor]:
-        """Component -> scores as tensors. Raises ValueError for any error inside the function."""
+        """Component -> scores as tensors. Raises ValueError if the function fails or changes its clips."""
         before = _changes(video_BTCHW)
         with _users_code(f"reward {self.name!r}"):
             try:
@@ -67,7 +67,7 @@ class UserReward:
                 found = {component: _plain(values) for component, values in scores.items()}
             except (Exception, SystemExit) as error:  # somebody else's code may raise anything
                 raise ValueError(f"reward {self.name!r} failed: {type(error).__name__}: {error}") from error
-        # Other clips show the same frames, and a copy of each would cost more than many a reward.
+        # Other clips share these frames, and copying each clip could cost more than the reward itself.
         if _changes(video_BTCHW) != before:
             raise ValueError(
                 f"reward {self.name!r} changed the clips it was given; let it change a copy: video.clone()"
@@ -81,7 +81,7 @@ class UserReward:
 
 
 def _plain(values: Any) -> Tensor:
-    """Scores as a dense tensor. Raises ValueError where they are complex, or a tensor without content."""
+    """Scores as a dense tensor. Raises ValueError if they are complex, or on the meta device."""
     scores = torch.as_tensor(values)
     if scores.is_complex() or scores.is_meta:
         raise ValueError(f"its scores are {'complex' if scores.is_complex() else 'without content (meta)'}")
@@ -89,7 +89,7 @@ def _plain(values: Any) -> Tensor:
 
 
 def _changes(tensor: Tensor) -> int:
-    """In-place changes of a tensor, or of the one it is a view of, as far as torch counts them."""
+    """Number of in-place changes of a tensor or the one it is a view of, as far as torch counts them."""
     return 0 if tensor.is_inference() else tensor._version
 
 
@@ -114,12 +114,13 @@ _PROCESS_WIDE: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
 
 @contextmanager
 def _users_code(whose: str) -> Iterator[None]:
-    """Refuse code that leaves the process set otherwise: all its threads share these settings.
+    """Refuse user code that changes process-wide settings, which all threads share.
 
-    They are put back. So is the gradient mode, which is not an error: only this thread has it.
+    The settings are restored. So is the gradient mode, but changing it is no error: it is local to this
+    thread.
 
     Raises:
-        ConfigurationError: naming what was changed.
+        ConfigurationError: names what was changed.
     """
     before = {what: read() for what, (read, _) in _PROCESS_WIDE.items()}
     with torch.set_grad_enabled(torch.is_grad_enabled()):
@@ -139,10 +140,10 @@ def _users_code(whose: str) -> Iterator[None]:
 
 
 def reach_servers(config: Config) -> None:
-    """Make sure of the names of a run's rewards, and of the servers that they are at.
+    """Check the names of a run's rewards, and that the servers they name can be reached.
 
-    For commands that load much before their rewards: the servers may be loading theirs meanwhile. Raises
-    ValueError for an unknown name, or a server that is of no use.
+    For commands that load much before their rewards; the servers may be loading theirs meanwhile. Raises
+    ValueError for an unknown name, or a server that cannot be used.
     """
     located = []
     for field, names in (
@@ -169,17 +170,17 @@ def named_rewards(
     top_share: float = 1.0,
     device: str = "cpu",
 ) -> list[Reward]:
-    """The rewards of ``names`` in their order; catalogue ids that share a model come out of one scorer.
+    """Load the rewards of ``names`` in order; catalogue ids that share a model share a scorer.
 
     Args:
         sources: where parts of catalogue rewards are, by ``id.part``.
         prompts: whether prompts were given; rewards that read them are refused otherwise.
-        field: where the names come from, for messages.
+        field: the setting or flag that gave the names, for messages.
         frame_rate: frames per second of the clips that will be scored.
-        top_share: share of a clip's frames, the best ones, that rewards of single frames average.
+        top_share: share of a clip's frames, best first, that per-frame rewards average.
 
     Raises:
-        ConfigurationError: unknown or repeated names, prompts that are needed and absent.
+        ConfigurationError: unknown or repeated names, or prompts that are needed but not given.
         ValueError: a part of a reward cannot be found or does not fit, a server does not answer.
     """
     located = [split_location(name) for name in names]
@@ -227,7 +228,7 @@ def _check_names(located: Sequence[tuple[str, str | None]], prompts: bool, field
 
 
 def split_location(name: str) -> tuple[str, str | None]:
-    """The reward and the addresses of its servers in ``NAME@http://HOST:PORT,...``; a name alone has none."""
+    """Split ``NAME@http://HOST:PORT,...`` into reward and server addresses; None for a name alone."""
     plain, at, url = name.partition("@")
     return (plain, url) if at else (name, None)
 
@@ -243,7 +244,7 @@ def _share_a_model(one: str, other: str) -> bool:
 
 
 def _remote(names: Sequence[str], url: str, field: str, frame_rate: float, top_share: float) -> Reward:
-    """Rewards of a server that share a model there."""
+    """Rewards that share a model on a server."""
     if top_share != 1 and names[0] in FRAME_REWARDS:
         raise ConfigurationError(
             f"{field}: a server averages all frames of a clip, and the best {top_share:g} of them are asked "
@@ -284,7 +285,7 @@ def _world() -> Reward:
 
 
 def _preference(name: str, field: str, prompts: bool, frame_rate: float, device: str) -> Reward:
-    """A reward learned from votes, whose component is called as its file is."""
+    """A reward learned from votes, with one component named after its file."""
     path = Path(name.removeprefix(PREFERENCE))
     try:
         preference, record = load_preference(path)
@@ -303,10 +304,10 @@ def _preference(name: str, field: str, prompts: bool, frame_rate: float, device:
 def frozen_features(
     names: Sequence[str], sources: Mapping[str, str], *, prompts: bool, frame_rate: float, device: str
 ) -> tuple[Features, Declaration]:
-    """The features that a learned reward looks at, of these rewards or of pixels, and their needs.
+    """The features that a learned reward uses, from these rewards or from pixels, and what they need.
 
     Raises:
-        ConfigurationError: rewards that cannot be named so, or whose needs of frames differ.
+        ConfigurationError: invalid reward names, or rewards that need different frames.
     """
     if not names:
         return pixel_features, Declaration("pixels", -inf, inf, False, 3, SD)
@@ -330,15 +331,15 @@ def _users_own(name: str, field: str) -> Reward:
     scorer = user_reward(name, field)
     rounds = bool(getattr(scorer.function, "eight_bit", False))
     declarations = tuple(Declaration(c, -inf, inf, False, 1, SD, eight_bit=rounds) for c in scorer.components)
-    # Only its author knows what a function's scores depend on: they are cached if it states a version.
+    # Only the author knows what a function's scores depend on: they are cached only if it states a version.
     version = f"{name} {scorer.function.version}" if hasattr(scorer.function, "version") else ""
     return Reward(name, scorer, declarations, version)
 
 
 def user_reward(name: str, field: str) -> UserReward:
-    """Import ``package.module:attribute``, from the working directory too: a function, or a scorer object.
+    """Import a function or scorer object as ``package.module:attribute``, also from the working directory.
 
-    Raises ConfigurationError, beginning with ``field``, when there is no such thing or it cannot be called.
+    Raises ConfigurationError, beginning with ``field``, if it does not exist or cannot be called.
     """
     module, _, attribute = name.partition(":")
     if str(Path.cwd()) not in sys.path:

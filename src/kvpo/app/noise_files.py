@@ -12,10 +12,10 @@ NOISE_FLOORS = "rewards.noise_floors"
 
 
 def measured_floors(floors: Any) -> Any:
-    """Floors by component, those that name a file of `kvpo calibrate` replaced by what it measured.
+    """Floors by component, with files of `kvpo calibrate` replaced by the values that they hold.
 
-    So a run's saved settings hold what was measured, even if the file changes. Raises ConfigurationError for
-    a file that cannot be used or has no such component.
+    A run's saved settings thus keep the measured values, even if a file changes. Raises ConfigurationError
+    for a file that cannot be used or has no such component.
     """
     if not isinstance(floors, Mapping):
         return floors

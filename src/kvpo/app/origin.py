@@ -1,4 +1,4 @@
-"""Record of the values that exported weights were made with: kept in their files, compared on loading."""
+"""Record of the values that exported weights were made with: stored in their files, compared on loading."""
 
 import json
 import logging
@@ -17,14 +17,14 @@ logger = logging.getLogger(__name__)
 
 
 def settings_of(config: Config) -> dict[str, Any]:
-    """The settings by dotted path that decide what weights generate, as JSON has them."""
+    """The settings by dotted path that affect what weights generate, in JSON types."""
     stream = {f"stream.{name}": value for name, value in asdict(config.stream).items() if name != "size"}
     values = {"preset": config.preset, **stream, "optim.autocast": config.optim.autocast}
     return dict(json.loads(json.dumps(values)))
 
 
 def record_of(config: Config, backbone: str, checkpoint: Path, weights: str) -> dict[str, Any]:
-    """Record of the values that a checkpoint was made with; ``backbone`` is the digest of their base."""
+    """Record of the values that a checkpoint was made with; ``backbone`` is the digest of its base."""
     return {
         "kvpo": __version__,
         "run": fingerprint([checkpoint]),
@@ -42,7 +42,7 @@ def record_of(config: Config, backbone: str, checkpoint: Path, weights: str) -> 
 def recorded(path: Path) -> dict[str, Any]:
     """The record in a file that `kvpo export` wrote; empty in any other.
 
-    Raises ValueError where it is damaged.
+    Raises ValueError if it is damaged.
     """
     text: object = safetensors_header(path).get(RECORD)
     if text is None and zipfile.is_zipfile(path):
@@ -58,9 +58,10 @@ def recorded(path: Path) -> dict[str, Any]:
 def warn_of_other_values(
     path: Path, config: Config, backbone: str | None = None, *, alone: bool = True
 ) -> None:
-    """Warn where exported weights are loaded under other values than they were made with, by name.
+    """Warn if exported weights are loaded under other values than they were made with, naming each.
 
-    ``backbone`` is the digest of the weights that an adapter is loaded onto, ``alone`` or with others.
+    ``backbone`` is the digest of the weights that an adapter is loaded onto. ``alone`` is False if other
+    adapters are loaded with it.
     """
     record = recorded(path)
     here = settings_of(config)

@@ -1,4 +1,4 @@
-"""`kvpo plan`: what a run will need, before anything is loaded, and which settings fit a device."""
+"""`kvpo plan`: estimates what a run needs before anything is loaded, and finds settings that fit a device."""
 
 import json
 import logging
@@ -33,7 +33,7 @@ from kvpo.training.ranks import teams_within
 logger = logging.getLogger(__name__)
 
 ALIKE = ("backbone.offload", "optim.checkpointing", "optim.replay_rows", "exploration.rows")
-"""Settings that change results by rounding alone."""
+"""Settings that change results by rounding only."""
 DEFAULT_RATES = {False: Rates(0.1e12, 10e9), True: Rates(150e12, 1000e9)}
 """Operations and bytes per second of a CPU, and of a GPU."""
 SPARE = 0.04
@@ -51,7 +51,7 @@ class Advice:
 
 
 class Planner:
-    """Plans of configurations that share a transformer."""
+    """Plans configurations that share a transformer."""
 
     def __init__(self, config: Config, rates: Rates) -> None:
         self.rates = rates
@@ -61,7 +61,7 @@ class Planner:
     def plan(self, config: Config, split: Sharing = ONE_PROCESS) -> Plan:
         """The plan of a configuration of the same geometry, for the busiest rank of ``split``.
 
-        Raises ValueError where no video can fork.
+        Raises ValueError if no video can fork.
         """
         generator = streaming_generator(config, self.model)
         source = source_of(config)
@@ -80,7 +80,7 @@ class Planner:
         return plan_run(config, self.model, generator, rollout, around, self.rates, split)
 
     def best_split(self, config: Config, gpus: int, nodes: int, memory: float | None) -> list[Plan]:
-        """Plans of all ways to share a run: those that fit first, the fastest first among them."""
+        """Plans of all ways to share a run: those that fit come first, and among them the fastest."""
         plans = [self.plan(config, split) for split in splits(gpus, nodes)]
         return sorted(
             plans,
@@ -93,12 +93,12 @@ class Planner:
 
 
 def fits(plan: Plan, memory: float) -> bool:
-    """True if the largest phase fits that many bytes."""
+    """True if the largest phase fits into ``memory`` bytes."""
     return plan.total(plan.peak) <= (1 - SPARE) * memory
 
 
 def _changes(config: Config) -> Iterator[dict[str, object]]:
-    """Ways to need less memory, those that change the run least first."""
+    """Yield settings that need less memory, starting with those that change the run least."""
     optim, exploration = config.optim, config.exploration
     members = exploration.branches + 1
     rows = [
@@ -137,7 +137,7 @@ def _changes(config: Config) -> Iterator[dict[str, object]]:
 
 
 def advise(planner: Planner, config: Config, memory: float) -> Advice | None:
-    """The first way in which a run fits ``memory`` bytes; None if there is none."""
+    """The first settings with which a run fits ``memory`` bytes; None if there are none."""
     before = flat(asdict(config))
     for changes in _changes(config):
         different = {name: value for name, value in changes.items() if before[name] != value}
@@ -162,9 +162,9 @@ def plan_command(
     gpus: int = 1,
     nodes: int = 1,
 ) -> None:
-    """Print the plan of a configuration, and what to add where it does not fit ``memory`` bytes.
+    """Print the plan of a configuration, and settings to add if it does not fit ``memory`` bytes.
 
-    On several GPUs, or nodes of as many, the plan is that of the best way to share the run.
+    With several GPUs, or several nodes with ``gpus`` each, the plan is for the best way to share the run.
     """
     if config.device.partition(":")[0] in ("", "meta"):
         raise ConfigurationError(f"device: {config.device!r} holds no data; give cpu, or cuda for a GPU")
@@ -189,9 +189,9 @@ def plan_command(
 
 
 def say_what_is_needed(config: Config, ranks: int, *, anyway: bool) -> None:
-    """Log the summary of a run's plan on ``ranks``.
+    """Log a summary of a run's plan for this number of ``ranks``.
 
-    Raises ConfigurationError where it does not fit the device, unless it shall begin ``anyway``.
+    Raises ConfigurationError if the run does not fit the device, unless ``anyway`` is set.
     """
     on_cuda = config.device.startswith("cuda")
     gpus = torch.cuda.device_count() if on_cuda else ranks
@@ -200,7 +200,7 @@ def say_what_is_needed(config: Config, ranks: int, *, anyway: bool) -> None:
     planner = Planner(config, DEFAULT_RATES[on_cuda])
     try:
         plan = planner.plan(config, split)
-    except ValueError:  # the run itself is about to say what is wrong
+    except ValueError:  # the run itself will report the problem
         return
     shared = "" if ranks == 1 else f" on each of {ranks} ranks ({split.name})"
     logger.warning(
@@ -211,7 +211,7 @@ def say_what_is_needed(config: Config, ranks: int, *, anyway: bool) -> None:
         return
     try:
         memory = float(torch.cuda.get_device_properties(torch.device(config.device)).total_memory)
-    except (RuntimeError, AssertionError):  # nor is there such a device
+    except (RuntimeError, AssertionError):  # there is no such device
         return
     if not anyway and not fits(plan, memory):
         advice = None if ranks > 1 else advise(planner, config, memory)
@@ -310,7 +310,7 @@ def _print(plan: Plan, memory: float | None, advice: Advice | None) -> None:
 
 
 def _console() -> Console:
-    """Full text in files and pipes."""
+    """A console that is wide enough for full text in files and pipes."""
     console = Console()
     return console if console.is_terminal else Console(width=160)
 

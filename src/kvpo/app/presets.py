@@ -49,8 +49,8 @@ def longlive_1_3b() -> Config:
         exploration=ExplorationConfig(
             branches=8, blocks=5, recent=3, routed=3, distinct=3, resident_frames=33, tail_blocks=6, rows=1
         ),
-        # A temperature of 1 leaves the surrogate policy near uniform, so the reported KL weight of 10 and the
-        # clipping hardly bind; calibrate it (none) together with a KL weight below 1.
+        # At a temperature of 1 the surrogate policy is nearly uniform, so the reported KL weight of 10 and
+        # the clipping have little effect. To calibrate it (none), also lower the KL weight below 1.
         kvpo=KvpoSettings(simplex_kl=10.0),
         objective=ObjectiveConfig(
             grad_steps=2,
@@ -64,15 +64,15 @@ def longlive_1_3b() -> Config:
             lr=1e-5,
             ema_decay=0.999,
             updates=1500,
-            prompts_per_update=4,  # together with HPSv3 the most that one 80 GB card holds
+            prompts_per_update=4,  # the most that fits an 80 GB card together with HPSv3
             rollouts_per_refresh=2,
             replay_rows=1,
             checkpointing=True,
             autocast="bfloat16",
         ),
-        # No noise floor of HPSv3 is known: a run says so until `kvpo calibrate` has measured one.
+        # HPSv3's noise floor is unknown: runs warn until `kvpo calibrate` has measured it.
         rewards=RewardConfig(scorers=("hpsv3",)),
-        # Held-out videos are long: as many of them as the demo's would take longer than the updates.
+        # Held-out videos are long: as many as in the demo would take longer than the updates.
         evaluation=EvaluationConfig(every=100, validation_prompts=8, test_prompts=32),
     )
 

@@ -1,4 +1,4 @@
-"""``kvpo prompts``: its arguments, and what it says about prompt files, converts and holds out."""
+"""``kvpo prompts``: its arguments, and the checking, converting and splitting of prompt files."""
 
 import logging
 from argparse import ArgumentParser, Namespace
@@ -52,13 +52,13 @@ def extended_argument(parser: ArgumentParser) -> None:
 
 
 def with_extended_prompts(config: "Config", texts: Path, run: Path) -> "Config":
-    """A run's configuration with its prompts under extended texts, which are written beside its directory.
+    """A run's configuration with extended prompts, which are written to a file next to its directory.
 
-    The same command given again, by a restart of its ranks as well, finds them there.
+    Repeating the command, or restarting its ranks, finds that file.
 
     Raises:
         ConfigurationError: no prompt file to extend, or the directory's run has other prompts.
-        ValueError: files that do not pair; see `kvpo.prompt_files.extended`.
+        ValueError: files that do not match; see `kvpo.prompt_files.extended`.
     """
     if not config.prompts.file:
         raise ConfigurationError("--extended: needs --prompts, whose texts it extends")
@@ -86,7 +86,7 @@ def with_extended_prompts(config: "Config", texts: Path, run: Path) -> "Config":
 
 
 def prompts(arguments: Namespace) -> int:
-    """Run ``kvpo prompts``; 1 where a file has problems, and then nothing is written."""
+    """Run ``kvpo prompts``. Returns 1, and writes nothing, if a file has problems."""
     config = configuration(arguments)
     out = None if arguments.out is None else output_file(arguments.out, "--out")
     if arguments.hold_out < 0 or arguments.hold_out and out is None:
@@ -123,7 +123,7 @@ def prompts(arguments: Namespace) -> int:
 
 
 def notes(files: "list[PromptFile]", limits: "TextLimits") -> list[str]:
-    """Everything worth knowing about prompts that were read: lengths, repeats, parts that have no effect."""
+    """Notes on prompts that were read: lengths, repeats, parts that have no effect."""
     from kvpo.app.prompt_sets import short_notice, word_count
     from kvpo.prompt_files import repeats
 

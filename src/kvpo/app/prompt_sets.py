@@ -1,4 +1,4 @@
-"""The prompts of a file: what is held out of them, and the training prompts update by update."""
+"""The prompts of a file: held-out sets, and the training prompts of each update."""
 
 import logging
 import unicodedata
@@ -27,20 +27,20 @@ Sets = dict[str, list[VideoPrompt]]
 
 @dataclass(frozen=True)
 class TextLimits:
-    """The share of a prompt that a source's text encoder reads."""
+    """Limits on what a source's text encoder reads of a prompt."""
 
     length: Callable[[str], int] | None
-    """Units of a text; None: they cannot be counted, for want of the tokenizer."""
+    """Number of units in a text; None: they cannot be counted without the tokenizer."""
     limit: int
-    """Most units that are read."""
+    """Maximum number of units that are read."""
     unit: str = "tokens"
     unknown: Callable[[str], list[str]] = lambda text: []
     """Words of a text that have no effect."""
     usual: int = 0
-    """Words of the prompts that the generator was made for; far shorter ones are followed badly. 0: any."""
+    """Words per prompt that the generator was made for; it follows far shorter prompts badly. 0: any."""
 
     def notices(self, text: str) -> list[str]:
-        """Lines on the parts of a text that have no effect: units that are cut, unknown words."""
+        """Notes on the parts of a text that have no effect: units that are cut, unknown words."""
         said = []
         if self.length is not None and (length := self.length(text)) > self.limit:
             said.append(f"{length} {self.unit}, {self.limit} are read: {length - self.limit} are cut")
@@ -50,7 +50,7 @@ class TextLimits:
 
 
 def short_notice(prompts: Sequence[VideoPrompt], usual: int) -> str | None:
-    """One line on prompts whose median has less than a third of the ``usual`` words; None: it has more."""
+    """One line if the median prompt has less than a third of the ``usual`` words, else None."""
     lengths = sorted(word_count(text) for prompt in prompts for text in prompt.segments)
     if not lengths or 3 * (median := lengths[len(lengths) // 2]) >= usual:
         return None
@@ -62,7 +62,7 @@ def short_notice(prompts: Sequence[VideoPrompt], usual: int) -> str | None:
 
 
 def word_count(text: str) -> int:
-    """Words of a text; of scripts that put no spaces between them, two characters count as one."""
+    """Number of words in a text; in scripts without spaces between words, two characters count as one."""
     wide = sum(unicodedata.east_asian_width(c) in "WF" and c.isalpha() for c in text)
     return wide // 2 + sum(
         any(c.isalnum() and unicodedata.east_asian_width(c) not in "WF" for c in word)
@@ -72,27 +72,27 @@ def word_count(text: str) -> int:
 
 @dataclass(frozen=True)
 class FilePrompts:
-    """Training prompts of each update, a function of (seed, update) alone: each pass in another order.
+    """Training prompts of each update, a function of (seed, update) alone; every pass has another order.
 
     A pass shows every prompt once. Prompts of one update share their switches and length, so that they have
-    forks in common; where their number is not a multiple of ``count``, some updates have fewer.
+    forks in common. If the number of such prompts is no multiple of ``count``, some updates have fewer.
     """
 
     prompts: tuple[VideoPrompt, ...]
     seed: int
     count: int
-    """Most prompts of one update."""
+    """Maximum number of prompts per update."""
 
     @cached_property
     def alike(self) -> list[list[VideoPrompt]]:
-        """Prompts by switches and length, in a fixed order of both."""
+        """Prompts grouped by switches and length, in a fixed order."""
         found: dict[tuple[int, tuple[int, ...]], list[VideoPrompt]] = {}
         for prompt in self.prompts:
             found.setdefault((prompt.num_frames, prompt.switches), []).append(prompt)
         return [found[shape] for shape in sorted(found)]
 
     def updates(self, turn: int) -> list[list[VideoPrompt]]:
-        """The prompts of each update of a pass; sizes of like prompts differ by one at most."""
+        """The prompts of each update of a pass; updates of one group differ in size by one at most."""
         draws = keyed_generator("prompt order", self.seed, turn)
         updates = [
             [own[n] for n in part.tolist()]
@@ -108,9 +108,9 @@ class FilePrompts:
 
 
 def updates_prompts(config: Config, training: Sequence[VideoPrompt]) -> FilePrompts:
-    """The prompts of every update; warns where there are too few to fill one.
+    """The training prompts of every update; warns if there are too few to fill one.
 
-    Raises ConfigurationError where a prompt would have no other to take donor histories from.
+    Raises ConfigurationError if an update would have a single prompt, and so no donor histories to take.
     """
     asked = config.optim.prompts_per_update
     prompts = FilePrompts(tuple(training), config.seed, asked)
@@ -132,7 +132,7 @@ def updates_prompts(config: Config, training: Sequence[VideoPrompt]) -> FileProm
 
 
 def prompt_file(config: Config, location: Path | str) -> Path:
-    """Local path of a prompt file, which may also be a hub id. Raises ValueError where it is neither."""
+    """Local path of a prompt file, given by path or hub id. Raises ValueError if it is neither."""
     local = local_path(location, "prompts")
     if local.exists():
         return local
@@ -145,10 +145,10 @@ def prompt_file(config: Config, location: Path | str) -> Path:
 
 
 def reading_of(config: Config, num_frames: int, rate: float) -> dict[str, Any]:
-    """The settings by which `kvpo.prompt_files` reads the prompts of a configuration's generator.
+    """The arguments with which `kvpo.prompt_files` reads prompts for a configuration's generator.
 
     Args:
-        num_frames: latent frames of a video whose length is not given.
+        num_frames: latent frames of videos without a given length.
         rate: latent frames per second.
     """
     return {
@@ -160,9 +160,9 @@ def reading_of(config: Config, num_frames: int, rate: float) -> dict[str, Any]:
 
 
 def prompts_of_file(config: Config, reading: dict[str, Any]) -> list[VideoPrompt]:
-    """The prompts to train on of the prompt file, read as its source does.
+    """The prompts of a run's prompt file, read with the arguments of its source.
 
-    Raises ValueError for what `examine` finds, and for videos that begin with frames.
+    Raises ValueError for problems that `examine` finds, and for videos that begin with given frames.
     """
     found = examine(prompt_file(config, config.prompts.file), **reading).sound()
     for n, prompt in enumerate(found.prompts):
@@ -175,20 +175,20 @@ def prompts_of_file(config: Config, reading: dict[str, Any]) -> list[VideoPrompt
 
 
 def longest_of_file(config: Config, reading: dict[str, Any]) -> VideoPrompt:
-    """The most demanding video of the prompt file: that with most switches, then most frames."""
+    """The most demanding video of the prompt file: the one with most switches, then most frames."""
     every = prompts_of_file(config, reading)
     return max(every, key=lambda prompt: (len(prompt.switches), prompt.num_frames))
 
 
 def split_prompts(config: Config, reading: dict[str, Any]) -> tuple[list[VideoPrompt], Sets, Sets]:
-    """The prompt file as training prompts, and validation and test sets by kind; the same for every seed.
+    """Split the prompt file into training prompts, validation and test sets by kind; the same for every seed.
 
-    Of each kind (one prompt, several) a fixed shuffle of the distinct prompts gives test, validation and
-    training prompts in turn. Prompts that differ in case and spaces only are one prompt: it is held out once,
-    without its repeats, or trained on as often as the file has it.
+    For each kind (one prompt, several), a fixed shuffle of the distinct prompts yields test, validation and
+    training prompts in this order. Prompts that differ only in case and spaces count as one: it is held out
+    once, without its repeats, or trained on as often as the file has it.
 
     Raises:
-        ConfigurationError: no file, not one of prompts, too few in it, or videos too short to fork.
+        ConfigurationError: no file, no prompt file, too few prompts in it, or videos too short to fork.
     """
     settings, evaluation = config.prompts, config.evaluation
     if not settings.file:
@@ -228,9 +228,9 @@ def split_prompts(config: Config, reading: dict[str, Any]) -> tuple[list[VideoPr
 
 
 def held_out(prompts: Sequence[VideoPrompt], count: int) -> tuple[list[VideoPrompt], list[VideoPrompt]]:
-    """Prompts to keep and ``count`` distinct ones to hold out, the same ones every time; both in order.
+    """Split prompts into those to keep and ``count`` distinct ones to hold out, always the same, in order.
 
-    Repeats of a prompt that is held out are left out. Raises ValueError where nothing would be left.
+    Repeats of held-out prompts are dropped. Raises ValueError if nothing would be left.
     """
     same = repeats(prompts)
     if count >= len(same):
@@ -242,7 +242,7 @@ def held_out(prompts: Sequence[VideoPrompt], count: int) -> tuple[list[VideoProm
 
 
 def check_length(prompts: Sequence[VideoPrompt], config: Config) -> None:
-    """Demand one length, in whole blocks: what is held out is generated together."""
+    """Raise ConfigurationError unless all have one length, in whole blocks: they are generated together."""
     lengths = sorted({prompt.num_frames for prompt in prompts})
     block = config.stream.block
     if len(lengths) > 1 or lengths[0] % block:

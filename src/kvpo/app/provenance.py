@@ -1,7 +1,7 @@
-"""Content that a run's settings only name: prompts and their split, text encoder and VAE, learned rewards.
+"""Records content that a run's settings only name: prompts and split, text encoder, VAE, learned rewards.
 
-``provenance.json`` is written when a run starts, and compared whenever it is taken up again (resumed,
-evaluated, its test prompts generated): what was held out stays held out.
+``provenance.json`` is written when a run starts, and compared whenever the run is used again (resumed,
+evaluated, its test prompts generated), so that held-out prompts stay held out.
 """
 
 import hashlib
@@ -29,9 +29,9 @@ PROVENANCE = "provenance.json"
 
 
 def prompts_of(config: Config) -> dict[str, Any]:
-    """The prompts of a configuration: SHA-256 of their file, and who belongs where.
+    """The prompts of a configuration: SHA-256 of their file, and their split.
 
-    Training prompts are named by their place in the file; held-out ones are written out.
+    Training prompts are listed by their position in the file; held-out ones are written out.
     """
     training, validation, test = source_of(config).split(config)
     file = config.prompts.file
@@ -48,9 +48,9 @@ def _written(prompt: VideoPrompt) -> dict[str, Any]:
 
 
 def files_of(config: Config) -> dict[str, str]:
-    """Digests of files beside weights and prompts: text encoder, VAE, rewards learned from votes.
+    """Digests of files other than weights and prompts: text encoder, VAE, rewards learned from votes.
 
-    Raises ConfigurationError where one of them is gone.
+    Raises ConfigurationError if one of them is missing.
     """
     digests = source_of(config).file_digests(config)
     for setting, names in (
@@ -68,7 +68,7 @@ def files_of(config: Config) -> dict[str, str]:
 
 
 def keep_provenance(path: Path, config: Config) -> None:
-    """Write what a run is made of to ``path``, or demand that it is what is written there."""
+    """Write a run's provenance to ``path``; if there is one already, demand that it matches."""
     if path.exists():
         demand_same_prompts(path.parent, config)
         demand_same_files(path.parent, config)
@@ -85,7 +85,7 @@ def keep_provenance(path: Path, config: Config) -> None:
 
 
 def demand_same_prompts(run: Path, config: Config) -> None:
-    """Raise ConfigurationError where the prompts of ``config`` are not those that ``run`` was made with."""
+    """Raise ConfigurationError if the prompts of ``config`` differ from those that ``run`` was made with."""
     there, here = _recorded(run, "prompts"), json.loads(json.dumps(prompts_of(config)))
     if there is None:
         return
@@ -106,7 +106,7 @@ def demand_same_prompts(run: Path, config: Config) -> None:
 
 
 def demand_same_files(run: Path, config: Config) -> None:
-    """Raise ConfigurationError where text encoder, VAE or learned rewards are not those of ``run``."""
+    """Raise ConfigurationError if text encoder, VAE or learned rewards differ from those of ``run``."""
     here = files_of(config)
     there = _recorded(run, "files") if here else None
     for setting, digest in (there or {}).items():
@@ -120,7 +120,7 @@ def demand_same_files(run: Path, config: Config) -> None:
 
 
 def _recorded(run: Path, part: str) -> Any:
-    """A part of a run's record; None, with a warning, where the run has none."""
+    """A part of a run's record; None, with a warning, if the run has none."""
     path = run / PROVENANCE
     if not path.exists():
         logger.warning("%s has no %s: whether its %s are the same cannot be told", run, PROVENANCE, part)

@@ -1,4 +1,4 @@
-"""Rewards of a run on some of its ranks only: those serve them, and all ranks send their clips there."""
+"""Rewards on some of a run's ranks only: these serve them, and all ranks send their clips there."""
 
 import os
 import secrets
@@ -17,10 +17,10 @@ from kvpo.training.ranks import Ranks
 
 
 def with_served_rewards(config: Config, frame_rate: float, ranks: Ranks) -> Config:
-    """The configuration whose rewards are at servers on the first ``rewards.ranks`` ranks, which this starts.
+    """Serve a run's rewards on its first ``rewards.ranks`` ranks; returns a configuration that uses these.
 
-    They last as long as the ranks do. Rewards that name servers of their own stay there; nothing changes
-    where ``rewards.ranks`` is 0 or there are no more ranks than that. Raises ValueError as `named_rewards`.
+    The servers run as long as the ranks do. Rewards that name their own servers stay there. Nothing changes
+    if ``rewards.ranks`` is 0 or not less than the number of ranks. Raises ValueError as `named_rewards` does.
     """
     count = config.rewards.ranks
     every = [*config.rewards.scorers, *config.evaluation.watchers]

@@ -42,7 +42,7 @@ from kvpo.training.setup import Setup
 
 
 def laboratory(setup: Setup, prompts: Sequence[VideoPrompt], tape: Tape | None = None) -> Laboratory:
-    """Branch exploration outside training, on a tape of its own: another one of every seed, unless given."""
+    """Branch exploration outside training; ``tape`` defaults to one of its own, which the seed decides."""
     read_off = source_of(setup.config).read_off
     return Laboratory(
         generator=setup.generator,
@@ -55,7 +55,7 @@ def laboratory(setup: Setup, prompts: Sequence[VideoPrompt], tape: Tape | None =
 
 
 def story_places(setup: Setup, count: int) -> list[Place]:
-    """Forks of long validation stories: right at a prompt switch where one is eligible, else later."""
+    """Forks of long validation stories: right at a prompt switch if one is eligible, else later."""
     config = setup.config
     # A fork's diversity is measured on its own history; donors would need further prompts.
     own = replace(config.exploration, donor=0)
@@ -69,10 +69,10 @@ def story_places(setup: Setup, count: int) -> list[Place]:
 
 
 def measure_diversity(setup: Setup, ranks: Ranks) -> dict[str, dict[str, float]]:
-    """Routed branches compared with noise branches: at matched pixel distance, and with fresh noise.
+    """Compare routed branches with noise branches: at matched pixel distance, and with fresh noise.
 
-    ``ranks`` share the places. What a video shows is read off its pixels; empty where the generator's source
-    does not allow that, or there are no stories.
+    ``ranks`` share the places. Attributes are read off the pixels; the result is empty if the generator's
+    source does not support that, or there are no stories.
     """
     if source_of(setup.config).read_off is None or "long" not in setup.validation:
         return {}
@@ -105,7 +105,7 @@ def branch_diversity(
 def over_places(
     places: Sequence[Place], ranks: Ranks, at: Callable[[Place], list[dict[str, float]]]
 ) -> list[dict[str, float]]:
-    """Mean over the prompts of all places, which ranks share, of every number that is measured ``at`` one."""
+    """Mean of every number that ``at`` measures over the prompts of all places, which the ranks share."""
     with ranks.together("measuring diversity"):
         own = [at(place) for place in ranks.share(places)]
     measured = ranks.in_order(own, "measuring diversity")
@@ -114,7 +114,7 @@ def over_places(
 
 
 def write_gallery(run: Run, results: dict[str, tuple[Evaluation, Evaluation]], directory: Path) -> None:
-    """Before and after, side by side: the most improved test videos, two between, the least improved."""
+    """Write before/after videos of each test set: the most and the least improved, and two in between."""
     setup, judges = run.setup, run.setup.judges
     entries, videos = [], {}
     for name, (base, aligned) in results.items():
@@ -156,7 +156,7 @@ def write_gallery(run: Run, results: dict[str, tuple[Evaluation, Evaluation]], d
 
 
 def write_branches(run: Run, directory: Path) -> None:
-    """Branch groups of the starting policy, and groups routed to one act only."""
+    """Write branch groups of the starting policy, and groups routed to chosen acts."""
     setup = run.setup
     videos: dict[str, Tensor] = {}
     with run.trainer.sides.base():
@@ -202,10 +202,11 @@ def _training_groups(run: Run, videos: dict[str, Tensor]) -> list[dict[str, Any]
 
 
 def causality_groups(setup: Setup, videos: dict[str, Tensor]) -> list[dict[str, Any]]:
-    """Same noise, same prompt: branches routed to acts 1 and 2 of a story, and the anchor.
+    """Branches routed to acts 1 and 2 of a story under the same noise and prompt, and the anchor.
 
-    Where the generator's source has stories that leave open who comes back, of the first whose acts can be
-    told apart, in several proportions; elsewhere of three long validation prompts, to one act each.
+    If the generator's source has stories that leave open who comes back, the first with distinguishable acts
+    is used, routed in several proportions. Otherwise up to three long validation prompts are used, each
+    branch routed to one act.
     """
     recall, entries = source_of(setup.config).recall, []
     own: Iterable[VideoPrompt] = setup.validation.get("long", ())
@@ -231,9 +232,9 @@ def causality_groups(setup: Setup, videos: dict[str, Tensor]) -> list[dict[str, 
 
 
 def routed_to_acts(setup: Setup, prompt: VideoPrompt, *, thirds: bool) -> tuple[Group, list[str]] | None:
-    """A group that forks at its last switch, the third act or later, with the names of its routes.
+    """A group that forks at its last switch, the third act or later, and the names of its routes.
 
-    None where no fork lies there, or an act has no frames to route.
+    None if there is no fork at that switch, or an act has no frames to route.
     """
     if len(prompt.switches) < 2:
         return None
@@ -242,7 +243,7 @@ def routed_to_acts(setup: Setup, prompt: VideoPrompt, *, thirds: bool) -> tuple[
     at_switch = [fork for fork in plan.roomiest if fork.frame == prompt.switches[-1]]
     if not at_switch:
         return None
-    # Act 1 may lie further back than training keeps pages for: here every frame stays.
+    # Act 1 may be older than the pages that training keeps, so every frame stays here.
     own, frame = replace(at_switch[0].exploration, resident_frames=0), at_switch[0].frame
     counts = {0, own.routed // 3, own.routed - own.routed // 3, own.routed} if thirds else {0, own.routed}
     routes = act_routes(prompt, frame, own, deployment.sink, sorted(counts))
@@ -280,7 +281,7 @@ def act_ends(group: Group, codec: Codec, block: int) -> Tensor:
 
 
 def after_window(group: Group, codec: Codec) -> Tensor:
-    """Every member after its window, or in it where no tail follows: ``[M, T, 3, H, W]``."""
+    """Pixels of every member after its window, or in it if no tail follows: ``[M, T, 3, H, W]``."""
     video = decode_members(group, codec, lead=0)
     after = video[:, group.window_frames * codec.frames_per_latent :]
     return after if after.shape[1] else video
@@ -289,9 +290,9 @@ def after_window(group: Group, codec: Codec) -> Tensor:
 def act_routes(
     prompt: VideoPrompt, fork: int, exploration: ExplorationConfig, sink: int, counts: Sequence[int]
 ) -> dict[str, tuple[RoutedFrame, ...]]:
-    """Routes by name, one for each count of frames from the middle of act 2; the others show that of act 1.
+    """Routes by name, one per count of frames from the middle of act 2; the others are from that of act 1.
 
-    There are none where an act has no frames to route.
+    Empty if an act has no frames to route.
     """
     routed = exploration.routed
     first, second = prompt.switches[:2]
@@ -322,7 +323,7 @@ def _group_entry(
 ) -> dict[str, Any]:
     """A group as the report shows it.
 
-    ``extras`` are further numbers of every member, the anchor's last; ``donors`` are the prompts of the
+    ``extras`` are further numbers for each member, with the anchor last; ``donors`` are the prompts of the
     groups that routed frames may come from.
     """
     judges = setup.judges
@@ -353,7 +354,7 @@ def _group_entry(
                 **extras[n],
             }
         )
-    # Members end with their tail, which may come before the video's end and before its last switches.
+    # Members end with their tail, possibly before the video's end and its last switches.
     end = group.fork + group.clean_MTCHW.shape[1]
     switches = [frame for frame in group.root.prompt.switches if frame < end]
     return {

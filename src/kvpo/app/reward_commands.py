@@ -1,4 +1,4 @@
-"""Rewards on the command line: arguments of their commands, and the functions that these call."""
+"""Reward commands: their arguments, and the functions that run them."""
 
 import math
 import os

@@ -1,4 +1,4 @@
-"""``kvpo reward-server``: rewards by name, built here and served to runs elsewhere."""
+"""``kvpo reward-server``: loads rewards by name and serves them to runs elsewhere."""
 
 import logging
 import time
@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 def offers_of(rewards: Sequence[Reward]) -> Offers:
     """Rewards offered to clients: catalogue rewards one by one, others with all their components.
 
-    Raises ConfigurationError for two components of one name.
+    Raises ConfigurationError for two components with one name.
     """
     offers: dict[str, tuple[Declaration, ...]] = {}
     for reward in rewards:
@@ -40,9 +40,9 @@ def check_rewards(
     sources: Mapping[str, str] | None = None,
     device: str = "cpu",
 ) -> str:
-    """Load rewards and score one generated clip, of the embedded world: a line per component with its time.
+    """Load rewards and score one embedded-world clip; returns a line with score and time per component.
 
-    Raises ValueError where a reward cannot be loaded, or does not give one finite number.
+    Raises ValueError if a reward cannot be loaded, or does not return one finite number.
     """
     rewards = named_rewards(names, sources, frame_rate=frame_rate, device=device, prompts=True)
     offers_of(rewards)
@@ -69,10 +69,10 @@ def serve_rewards(
     sources: Mapping[str, str] | None = None,
     device: str = "cpu",
 ) -> None:
-    """Serve rewards until SIGTERM or Ctrl-C; clients that come before they are loaded are told so, and wait.
+    """Serve rewards until SIGTERM or Ctrl-C; clients that connect while they load are told to wait.
 
     Raises:
-        ConfigurationError: rewards that cannot be named so, an address that is taken or needs a token.
+        ConfigurationError: invalid reward names, or an address that is taken or needs a token.
         ValueError: a part of a reward cannot be found.
     """
     check_address(host, token, TOKEN_VARIABLE)

@@ -45,7 +45,7 @@ def evaluate_arguments(parser: ArgumentParser) -> None:
 
 
 def evaluate_run(arguments: Namespace) -> None:
-    """Write the numbers of a run, or its drift."""
+    """Run `kvpo evaluate`: write the numbers of a run, or its drift."""
     from kvpo.app.evaluate import evaluate, evaluate_drift, numbers_file
 
     places = parse_flags(settings_given(arguments))

@@ -24,7 +24,7 @@ PREVIEW_FRAMES = 48
 PREVIEW_PIXELS = 256 * 448
 PREVIEW_BYTES = 120_000
 PREVIEWS_BYTES = 12_000_000
-"""All previews of a page together; files beyond them are listed without."""
+"""Limit for all previews of a page together; files beyond it are listed without one."""
 
 
 def as_video(frames_THWC: np.ndarray) -> Tensor:
@@ -33,7 +33,7 @@ def as_video(frames_THWC: np.ndarray) -> Tensor:
 
 
 def score_file(path: Path, prompt: str, rewards: Sequence[Reward], result: ScoredVideo) -> ScoredVideo:
-    """Fill ``result`` with every reward's components; errors concern this file alone."""
+    """Fill ``result`` with every reward's components, or with the errors that concern this file alone."""
     try:
         video = probe(path)
     except ValueError as error:
@@ -49,7 +49,7 @@ def score_file(path: Path, prompt: str, rewards: Sequence[Reward], result: Score
 
 
 def _score(video: VideoFile, prompt: str, reward: Reward) -> dict[str, float]:
-    """Mean over the clips of a file of every component's score; one clip is in memory at a time."""
+    """Mean score of every component over a file's clips, which are in memory one at a time."""
     needs = max(reward.declarations, key=lambda declaration: declaration.min_frames)
     rows = []
     for indices in file_clips(needs, video.num_frames, video.frame_rate):
@@ -59,7 +59,7 @@ def _score(video: VideoFile, prompt: str, reward: Reward) -> dict[str, float]:
 
 
 def preview(path: Path) -> bytes:
-    """A small mp4 of a file's first seconds; ValueError if it cannot be read."""
+    """A small mp4 of a file's first seconds. Raises ValueError if it cannot be read."""
     video = probe(path)
     shown = min(video.num_frames, max(1, math.ceil(PREVIEW_SECONDS * video.frame_rate)))
     stride = -(-shown // PREVIEW_FRAMES)
@@ -79,10 +79,10 @@ def score_folder(
     device: str = "cpu",
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[ScoredVideo]:
-    """Score every video of ``folder``, write ``out`` (HTML) and a JSON file next to it; best first.
+    """Score the videos of ``folder``, write ``out`` (HTML) and a JSON file beside it; return them best first.
 
     Raises:
-        ValueError: nothing to score, prompts that do not fit the files, or not one file could be scored.
+        ValueError: nothing to score, prompts that do not fit the files, or no file could be scored.
     """
     table_file = out.with_suffix(".json")
     if table_file.name == MANIFEST or prompts and table_file.resolve() == prompts.resolve():

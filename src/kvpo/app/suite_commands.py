@@ -24,7 +24,7 @@ def suite_arguments(parser: ArgumentParser) -> None:
 
 
 def suite(arguments: Namespace) -> int:
-    """Run ``kvpo suite``; 1 where a folder is not as it should be."""
+    """Run ``kvpo suite``. Returns 1 if a folder has problems."""
     if arguments.verb == "import":
         return _import(arguments.places, arguments.out)
     if arguments.out is not None:

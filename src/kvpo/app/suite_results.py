@@ -1,4 +1,4 @@
-"""Suites after generation: what a folder lacks, and two folders' results side by side."""
+"""Suites after generation: checks of a folder, and the results of two folders side by side."""
 
 import re
 import shlex
@@ -22,9 +22,9 @@ MANIFEST_FIELDS = {"suite", "dimensions", "videos", "frames", "rate", "size"}
 
 
 def check_folder(folder: Path) -> tuple[list[str], str]:
-    """Everything that keeps a suite from scoring a folder as it should, and the command that scores it.
+    """Problems that keep a suite from scoring a folder correctly, and the command that scores it.
 
-    Raises ValueError where no manifest of `kvpo generate --suite` is beside the folder.
+    Raises ValueError if there is no manifest of `kvpo generate --suite` next to the folder.
     """
     manifest = folder.with_name(f"{folder.name}.json")
     if not folder.is_dir() or not manifest.is_file():
@@ -91,7 +91,7 @@ GROUPS: dict[str, dict[str, tuple[float, tuple[str, ...]]]] = {
 }  # fmt: skip
 """A suite's groups of dimensions and the weight of each in the total."""
 WEIGHTS = {"dynamic_degree": 0.5}
-"""Weights in a group that are not 1."""
+"""Weights within a group, where they are not 1."""
 RANGES = {
     "subject_consistency": (0.1462, 1.0),
     "background_consistency": (0.2615, 1.0),
@@ -102,27 +102,27 @@ RANGES = {
     "temporal_style": (0.0, 0.364),
     "overall_consistency": (0.0, 0.364),
 }
-"""Range of a dimension that counts as 0 to 1 in VBench's total (its scripts/constant); others as they are."""
+"""Ranges that VBench's total maps to 0 to 1 (its scripts/constant); other dimensions count as they are."""
 
 
 @dataclass(frozen=True)
 class Compared:
-    """One dimension of two folders."""
+    """The results of two folders in one dimension."""
 
     base: float
     """The suite's own number."""
     aligned: float
     prompts: int
-    """Prompts that both have results of."""
+    """Number of prompts with results in both."""
     low: float
     """Bounds of the 95 % interval of the gain, by bootstrap over prompts; NaN for fewer than two."""
     high: float
 
 
 def read_results(place: Path) -> dict[str, tuple[float, dict[str, float]]]:
-    """Dimension -> the suite's number, and the mean result of every prompt, of result files below ``place``.
+    """Read result files below ``place``: dimension -> the suite's number and the mean result of each prompt.
 
-    Raises ValueError: no results, files of another form, a dimension in two files.
+    Raises ValueError if there are no results, a file has another form, or a dimension is in two files.
     """
     files = [place] if place.is_file() else sorted(place.rglob(RESULTS))
     found: dict[str, tuple[float, dict[str, float]]] = {}
@@ -144,23 +144,23 @@ def read_results(place: Path) -> dict[str, tuple[float, dict[str, float]]]:
 
 
 def _by_prompt(dimension: str, rows: Any) -> dict[str, float]:
-    """Mean result of every prompt, which the names of its videos begin with."""
+    """Mean result of every prompt; the names of its videos begin with it."""
     by_prompt: dict[str, list[float]] = {}
     for row in rows if isinstance(rows, list) else []:
         value = row.get("video_results") if isinstance(row, dict) else None
         if isinstance(value, bool | int | float) and isinstance(row.get("video_path"), str):
             prompt = re.sub(r"-\d+(_\d+)?(\.\w+)?$", "", Path(row["video_path"]).name)
             by_prompt.setdefault(prompt, []).append(float(value))
-    # VBench divides the number of this dimension by 100, and not the results of its videos.
+    # VBench divides the number of this dimension by 100, but not the results of its videos.
     percent = dimension == "imaging_quality" and any(v > 1 for own in by_prompt.values() for v in own)
     scale = 100 if percent else 1
     return {prompt: sum(own) / len(own) / scale for prompt, own in by_prompt.items()}
 
 
 def compared_results(base: Path, aligned: Path) -> dict[str, Compared]:
-    """Every dimension that both places have results of.
+    """Compare every dimension that both places have results for.
 
-    Raises ValueError: see `read_results`; also no common dimension.
+    Raises ValueError as `read_results` does, and if there is no common dimension.
     """
     one, other = read_results(base), read_results(aligned)
     common = [dimension for dimension in one if dimension in other]
@@ -180,7 +180,7 @@ def compared_results(base: Path, aligned: Path) -> dict[str, Compared]:
 
 
 def total(numbers: Mapping[str, float]) -> tuple[float | None, list[str]]:
-    """A suite's total by its own weights, and the dimensions that are missing: with any there is no total."""
+    """A suite's weighted total and its missing dimensions; the total is None if any are missing."""
     name = "vbench2" if any(d in own for _, own in GROUPS["vbench2"].values() for d in numbers) else "vbench"
     missing = [d for _, own in GROUPS[name].values() for d in own if d not in numbers]
     if missing:
@@ -199,7 +199,7 @@ def _in_range(dimension: str, value: float) -> float:
 
 
 def result_lines(table: Mapping[str, Compared]) -> list[str]:
-    """The comparison as text; last the total, or what it lacks."""
+    """The comparison as lines of text; the last gives the total, or the missing dimensions."""
     rows: list[Sequence[str]] = [("dimension", "base", "aligned", "gain", "95 % interval", "prompts")]
     for name, one in table.items():
         interval = f"{one.low:+.4f} to {one.high:+.4f}" if one.prompts > 1 else "-"

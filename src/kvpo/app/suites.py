@@ -1,6 +1,7 @@
-"""Benchmark suites: which videos one asks for, under exactly which names, and making them.
+"""Benchmark suites: the videos that each asks for, with their exact names, and their generation.
 
-Conventions of VBench (Huang et al. 2023), VBench-Long and VBench-2.0; the prompts come from the user's copy.
+Follows the conventions of VBench (Huang et al. 2023), VBench-Long and VBench-2.0; the prompts come from the
+user's copy.
 """
 
 import hashlib
@@ -44,29 +45,29 @@ from kvpo.training.ranks import Ranks, joined_ranks
 logger = logging.getLogger(__name__)
 
 LONGEST_NAME = 255
-"""Bytes of a file's name that every usual disk takes."""
+"""Longest file name, in bytes, that common file systems accept."""
 
 
 @dataclass(frozen=True)
 class Suite:
-    """The rules by which a suite looks for its videos."""
+    """The rules by which a suite finds its videos."""
 
     package: str
     """Python package that holds the list of prompts, in ``info``."""
     info: str
     copies: int
-    """Videos of a prompt."""
+    """Videos per prompt."""
     more: Mapping[str, int] = field(default_factory=dict)
-    """Dimensions whose prompts have more of them."""
+    """Videos per prompt in dimensions that take more of them."""
     folders: bool = False
     """True if every dimension has a folder of its own."""
     letters: int | None = None
-    """Letters of a prompt in a name; None: all."""
+    """Characters of the prompt in a file name; None: all."""
     command: str = ""
-    """Scores the dimension D of a folder DIR."""
+    """Command that scores dimension D of a folder DIR."""
     caution: str = ""
     flickering: str = ""
-    """Caution where the dimension temporal_flickering is asked for."""
+    """Caution if the dimension temporal_flickering is requested."""
 
 
 _VBENCH = Suite(
@@ -107,20 +108,20 @@ class SuiteVideo:
     name: str
     """Path below the folder."""
     prompt: str
-    """The suite's own text, which the name comes from."""
+    """The suite's own text, which the file is named after."""
     text: str
-    """The text that is generated: the same, or its extended one."""
+    """The text to generate: the prompt, or its extended text."""
 
     @property
     def noise(self) -> int:
-        """Key of its noise, of the name alone: whatever else is generated, and for base and aligned alike."""
+        """Key of its noise, from the name alone: equal for base and aligned, whatever else is generated."""
         return int.from_bytes(hashlib.blake2b(self.name.encode(), digest_size=6).digest(), "little")
 
 
 def suite_of(given: str) -> tuple[str, Path]:
-    """A suite and its list of prompts, of NAME (an installed package) or NAME=PATH (a checkout, or the list).
+    """Find a suite and its prompt list by NAME (an installed package) or NAME=PATH (a checkout, or the list).
 
-    Raises ConfigurationError where there is none.
+    Raises ConfigurationError if there is none.
     """
     name, equals, where = given.partition("=")
     if name not in SUITES:
@@ -159,12 +160,12 @@ def suite_videos(
     """Every video that a suite asks for, prompt by prompt in the order of its list.
 
     Args:
-        dimensions: those that are wanted; none: all.
-        extended_texts: extended texts of all prompts of the list (`kvpo.prompt_files.extended`).
+        dimensions: names of those to include; empty: all.
+        extended_texts: file with extended texts of all prompts of the list (`kvpo.prompt_files.extended`).
 
     Raises:
-        ValueError: a list of another form, unknown dimensions, texts that do not pair, names that no disk
-            takes or that two prompts share.
+        ValueError: a list of another form, unknown dimensions, texts that do not match, or file names that
+            are invalid or shared by two prompts.
     """
     suite = SUITES[name]
     short = examine(info, num_frames=1)
@@ -198,7 +199,7 @@ def suite_videos(
 
 
 def demand_case(out: Path, videos: Sequence[SuiteVideo]) -> None:
-    """Raise StorageError where the disk takes two names that differ in case for one."""
+    """Raise StorageError if names differ only in case and the file system does not distinguish them."""
     twins: dict[str, str] = {}
     for video in videos:
         if (other := twins.setdefault(video.name.casefold(), video.name)) != video.name:
@@ -225,15 +226,15 @@ def generate_suite(
     checkpoint: str | None = None,
     weights: str = "average",
 ) -> list[Path]:
-    """Generate a suite's videos into ``out``/base, and with a run ``out``/aligned.
+    """Generate a suite's videos into ``out``/base and, with a run, ``out``/aligned; returns these folders.
 
-    Goes on where it was stopped. Nothing but videos is in these folders: ``base.json`` and ``aligned.json``
-    beside them say what each file is. Base and aligned have equal noise. Returns the folders.
+    Continues where it was stopped. The folders hold nothing but videos; ``base.json`` and ``aligned.json``
+    next to them describe each file. Base and aligned use the same noise.
 
     Raises:
         ConfigurationError: no such suite or dimension.
-        ValueError: see `suite_videos`; a folder that was begun with other settings.
-        StorageError: ``out`` cannot be written.
+        ValueError: see `suite_videos`.
+        StorageError: ``out`` cannot be written, or was begun with other settings.
     """
     check(config)
     name, info = suite_of(given)
@@ -268,7 +269,7 @@ def generate_suite(
 
 
 def _identity(checkpoint: Path, weights: str) -> str:
-    """A checkpoint by its content, wherever it lies, and which of its weights are meant."""
+    """Identify a checkpoint by its content, wherever it is, and by the choice of its weights."""
     return f"{fingerprint([checkpoint])}, {weights}"
 
 
@@ -315,7 +316,7 @@ def _fill(
     videos: Sequence[tuple[SuiteVideo, VideoPrompt]],
 ) -> None:
     """Make the videos that an arm lacks; ranks share the prompts."""
-    # Videos of one prompt share a batch: batches do not depend on what else is wanted.
+    # Videos of one prompt share a batch, so that batches do not depend on the other prompts.
     prompts = [(Path(video.name).parent, video.prompt) for video, _ in videos]
     share = ranks.share(list(lockstep_batches(prompts, VIDEOS_TOGETHER)))
     with progress_bars(shown=ranks.main) as show:
@@ -331,7 +332,7 @@ def _fill(
 
 
 def _write(out: Path, path: Path, frames: Any, rate: float) -> None:
-    """A video that is there whole or not at all: until then it lies beside the folder."""
+    """Write a video atomically: next to the folder first, then moved into place."""
     temporary = out / f"{temporary_name()}.mp4"
     try:
         write_video(temporary, frames, rate, scale=enlargement(frames.shape[1:3]))

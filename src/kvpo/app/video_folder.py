@@ -1,4 +1,4 @@
-"""Folders of videos, and which prompt belongs to which file."""
+"""Folders of videos, and the prompts of their files."""
 
 import logging
 import re
@@ -21,15 +21,15 @@ VIDEO_SUFFIXES = frozenset(
 MANIFEST = "videos.json"
 """File that `kvpo generate` writes with its videos: file name -> its prompts, in order of appearance."""
 SIDE_BY_SIDE = "-side-by-side"
-"""End of the name of a video that shows base and aligned together, beside theirs."""
+"""Suffix of the names of videos that show base and aligned side by side."""
 ANY_LENGTH = 2**31
 SEVERAL = "several prompts, one after the other, and a file is scored against one: cut it at its switches"
 
 
 def find_videos(folder: Path) -> list[Path]:
-    """Video files in a folder and below it, in natural order (2 before 10); a file is taken as it is.
+    """Video files in a folder and below it, in natural order (2 before 10); a file is returned as it is.
 
-    Those of `kvpo generate --run` that show base and aligned side by side repeat two others and are left out.
+    Side-by-side videos of `kvpo generate --run` repeat two others and are left out.
 
     Raises:
         ValueError: no such folder, no video in it, a manifest that cannot be read.
@@ -54,18 +54,18 @@ def find_videos(folder: Path) -> list[Path]:
 
 
 def _natural(name: Path, number: str = r"(\d+)") -> list[list[Any]]:
-    """A sort key: words without regard to case, ``number`` by value."""
+    """A sort key: words are compared without case, matches of ``number`` by value."""
     parts = [re.split(number, part.casefold()) for part in name.parts]
     return [[float(word) if i % 2 else word for i, word in enumerate(words)] for words in parts]
 
 
 def shown_names(root: Path, files: Sequence[Path]) -> list[str]:
-    """Names of files below ``root`` that can be printed and written, also where their bytes are not UTF-8."""
+    """Names of files below ``root`` that can be printed and written, even if their bytes are not UTF-8."""
     return [printable(str(file.relative_to(root))) for file in files]
 
 
 def listed_videos(folder: Path, prompts: Path | None) -> tuple[list[Path], list[str], list[str] | None]:
-    """The videos of a folder, their names, and their prompts, None where nothing says them.
+    """The videos of a folder, their names, and their prompts; the latter are None if unknown.
 
     Raises ValueError as `find_videos` and `file_prompts` do.
     """
@@ -75,10 +75,10 @@ def listed_videos(folder: Path, prompts: Path | None) -> tuple[list[Path], list[
 
 
 def file_prompts(path: Path | None, root: Path, files: Sequence[Path]) -> list[str] | None:
-    """The one prompt of every file below ``root``; None where nothing says it, or says several.
+    """The single prompt of every file below ``root``; None if unknown, or if the manifest has several.
 
     Raises:
-        ValueError: see `file_segments`; also a file whose given prompts are several.
+        ValueError: see `file_segments`; also if ``path`` gives several prompts for a file.
     """
     names, found = shown_names(root, files), file_segments(path, root, files)
     if found is None:
@@ -93,15 +93,15 @@ def file_prompts(path: Path | None, root: Path, files: Sequence[Path]) -> list[s
 
 
 def file_segments(path: Path | None, root: Path, files: Sequence[Path]) -> list[Sequence[str]] | None:
-    """The prompts of every file below ``root``, in order of appearance; None where nothing says them.
+    """The prompts of every file below ``root``, in order of appearance; None if unknown.
 
-    The manifest of `kvpo generate` next to the files decides. ``path`` is a JSON object that maps file names
-    to prompts, or a prompt file with one line per file in their natural order, which a manifest must agree
-    with.
+    ``path`` is a JSON file that maps file names to prompts, or a prompt file with one line per file in
+    natural order. Without a JSON file, the manifest of `kvpo generate` next to the files decides if there is
+    one, and a prompt file must agree with it.
 
     Raises:
-        ValueError: files without a prompt, another number of prompts than files, names whose order is not
-            plain, a prompt file that the manifest contradicts.
+        ValueError: files without a prompt, more or fewer prompts than files, names in ambiguous order, a
+            prompt file that the manifest contradicts.
     """
     names = shown_names(root, files)
     if path is not None and path.suffix.lower() == ".json" and isinstance(read_json(path), dict):
@@ -127,7 +127,7 @@ _MAP = "give a .json file that maps names to prompts"
 
 
 def read_manifest(path: Path) -> dict[str, list[str]]:
-    """File name -> prompts, of a JSON object that maps names to a prompt or a list of them.
+    """Read a JSON object that maps file names to a prompt, or to a list of prompts.
 
     Raises ValueError for anything else.
     """
@@ -147,12 +147,12 @@ def read_manifest(path: Path) -> dict[str, list[str]]:
 
 
 def _plain(name: str) -> str:
-    """One spelling of a name: some systems keep letters and their accents apart."""
+    """Normalise the spelling of a name: some systems store letters and their accents separately."""
     return unicodedata.normalize("NFC", printable(name))
 
 
 def _listed(file: Path) -> list[str] | None:
-    """The prompts of a file in the manifest next to it."""
+    """The prompts of a file in the manifest next to it; None if it has no entry there."""
     manifest = file.parent / MANIFEST
     return read_manifest(manifest).get(_plain(file.name)) if manifest.is_file() else None
 

@@ -12,9 +12,10 @@ from kvpo.files import read_text, refuse_halves
 
 
 class StrictLoader(yaml.SafeLoader):
-    """YAML that refuses a key given twice instead of silently keeping the last, and whose 010 is ten.
+    """YAML loader that refuses duplicate keys instead of silently keeping the last, and reads 010 as ten.
 
-    YAML 1.1 reads whole numbers that begin with 0 in base 8 and, in base 60, those with colons: texts here.
+    YAML 1.1 reads integers with a leading 0 in base 8, and numbers with colons in base 60; the latter are
+    texts here.
     """
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
@@ -26,7 +27,7 @@ class StrictLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
     def construct_decimal(self, node: yaml.ScalarNode) -> int | float | str:
-        """The number of a node, also in base 2 or 16 as 0b1 and 0x1; the text of one with colons."""
+        """The number of a node: decimal, or in base 2 or 16 as 0b1 and 0x1. One with colons stays text."""
         text = str(node.value)
         if ":" in text:
             return text
@@ -38,11 +39,11 @@ class StrictLoader(yaml.SafeLoader):
 INT, FLOAT = "tag:yaml.org,2002:int", "tag:yaml.org,2002:float"
 for tag in (INT, FLOAT):
     StrictLoader.add_constructor(tag, StrictLoader.construct_decimal)
-StrictLoader.add_implicit_resolver(INT, re.compile(r"[-+]?0[0-9]+$"), list("-+0"))  # 08, a text in base 8
+StrictLoader.add_implicit_resolver(INT, re.compile(r"[-+]?0[0-9]+$"), list("-+0"))  # 08: text in YAML 1.1
 
 
 def read_mapping(path: Path) -> dict[Any, Any]:
-    """The mapping in a YAML file; empty where the file is. Raises ConfigurationError."""
+    """Read the mapping in a YAML file; an empty file gives an empty one. Raises ConfigurationError."""
     try:
         text = read_text(path)
     except ValueError as error:
@@ -59,7 +60,7 @@ def read_mapping(path: Path) -> dict[Any, Any]:
         ) from error
     except RecursionError as error:
         raise ConfigurationError(f"configuration file {path}: nested too deeply") from error
-    except (TypeError, ValueError) as error:  # a date or number that is none, lists that hold themselves
+    except (TypeError, ValueError) as error:  # invalid dates or numbers, recursive lists
         raise ConfigurationError(f"configuration file {path}: {error}") from error
     if not isinstance(values, dict | NoneType):
         raise ConfigurationError(

@@ -1,4 +1,4 @@
-"""Arms of a comparison: what each trains with, and the trials that tune a method before it is compared."""
+"""Arms of a comparison: their settings, and the trials that tune a method before it is compared."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -16,11 +16,11 @@ from kvpo.engine.noise import keyed_generator
 from kvpo.method.methods import METHODS
 
 PRETRAINING = "pretraining"
-"""The arm that goes on with the pretraining of the base, without a reward."""
+"""The arm that continues the pretraining of the base, without a reward."""
 MOST_UPDATES = 10_000
-"""A budget ends a run before it has made this many."""
+"""Upper limit on updates; the budget ends every run before it."""
 TRIAL_SEED = 1_000_000
-"""Seed of the trials, which no reported run has."""
+"""Seed of the trials; no reported run has it."""
 
 
 @dataclass(frozen=True)
@@ -29,13 +29,13 @@ class TrainingArm:
 
     name: str
     method: str
-    """The method that it trains by, with the settings that trials chose for it."""
+    """The method that it trains with, under the settings that trials chose for it."""
     changes: Mapping[str, Any] = field(default_factory=dict)
     """Settings that it changes, by dotted path."""
 
     @property
     def tuned(self) -> bool:
-        """True for a method as it is, whose settings trials choose."""
+        """True for a plain method, whose settings are chosen by trials."""
         return self.name == self.method
 
 
@@ -44,10 +44,10 @@ CONTROLS = {
     "best-of-n": TrainingArm("best-of-n", "rvm", {"objective.keep": (1, 0)}),
     PRETRAINING: TrainingArm(PRETRAINING, PRETRAINING),
 }
-"""Arms beside the methods: advantages dealt at random, training on the best branch, more pretraining."""
+"""Control arms: random advantages, training on the best branch alone, more pretraining."""
 
 RATES, RATES_ALONE = (0.5, 1.0, 2.0), (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
-"""Learning rates that are tried, relative to the comparison's own; more where nothing else is shared."""
+"""Learning rates to try, relative to the comparison's own; more for methods without shared settings."""
 OWN: dict[str, dict[str, Sequence[Any]]] = {
     "kvpo": {
         "exploration.donor": (0, 1),
@@ -68,15 +68,15 @@ OWN: dict[str, dict[str, Sequence[Any]]] = {
     "rvm": {"exploration.explorer": ("fresh", "neighbour"), "objective.grad_steps": (2, 4)},
     "self-distill": {"exploration.distinct": (1, 2)},
 }
-"""Settings that a method is tuned in besides; one without an entry is tuned in the shared ones alone."""
+"""Further settings to tune, by method; methods without an entry tune the shared ones alone."""
 SHARED = {"preset", "seed", "device", "threads", "backbone", "prompts", "evaluation", "distributed",
           "checkpoint", "rewards.scorers", "rewards.weights", "rewards.sources", "rewards.top_share",
           "optim.updates", "optim.autocast"}  # fmt: skip
-"""Settings and sections that no arm has for itself: they say what is tested, or what the budget decides."""
+"""Settings and sections that no arm may change: they define the test, or the budget decides them."""
 
 
 def chosen_arms(names: Sequence[str], given: Sequence[str]) -> list[TrainingArm]:
-    """The arms of ``--methods`` and ``--arms``, each named once. Raises ConfigurationError."""
+    """The arms of ``--methods`` and ``--arms``, with distinct names. Raises ConfigurationError."""
     known = {name: TrainingArm(name, name) for name in METHODS} | CONTROLS
     if unknown := [name for name in names if name not in known]:
         raise ConfigurationError(
@@ -92,7 +92,7 @@ def chosen_arms(names: Sequence[str], given: Sequence[str]) -> list[TrainingArm]
 
 
 def _given(text: str) -> list[TrainingArm]:
-    """The arms of a YAML file, or the one of ``NAME:setting=value,setting=value``."""
+    """The arms of a YAML file, or the single arm of ``NAME:setting=value,setting=value``."""
     name, colon, settings = text.partition(":")
     if not colon:
         arms = [_arm(name, own) for name, own in read_settings(Path(text)).items()]
@@ -125,9 +125,10 @@ def _arm(name: str, settings: Any) -> TrainingArm:
 
 
 def configured(start: Config, arm: TrainingArm, tuned: Mapping[str, Any], seed: int) -> Config:
-    """The configuration of an arm's run: the comparison's, its method, what trials chose, its own changes.
+    """The configuration of an arm's run.
 
-    Raises ConfigurationError where they contradict each other.
+    It combines the comparison's settings, the method's, those that trials chose and the arm's own changes;
+    later ones win. Raises ConfigurationError if they contradict each other.
     """
     config = _start_of(start, arm.method)
     ours = {"seed": seed, "threads": 1, "optim.updates": MOST_UPDATES, "evaluation.every": 0}
@@ -138,12 +139,12 @@ def configured(start: Config, arm: TrainingArm, tuned: Mapping[str, Any], seed: 
 
 
 def _start_of(start: Config, method: str) -> Config:
-    """The comparison's configuration with another method and what that starts from."""
+    """The comparison's configuration with another method and the settings that method starts from."""
     return start if method in (start.method, PRETRAINING) else with_method(start, method)
 
 
 def grid(start: Config, method: str) -> dict[str, Sequence[Any]]:
-    """Settings that a method is tuned in and the values tried: those that all share, and its own."""
+    """Settings to tune for a method, with the values to try: the shared ones and its own."""
     rewarded = method in METHODS and METHODS[method].rewarded
     rates = {"optim.lr": [factor * start.optim.lr for factor in (RATES if rewarded else RATES_ALONE)]}
     if not rewarded:
@@ -158,9 +159,9 @@ def grid(start: Config, method: str) -> dict[str, Sequence[Any]]:
 
 
 def trials(start: Config, arm: TrainingArm, count: int) -> list[dict[str, Any]]:
-    """Settings that a method is tried with: its defaults, then different ones of its grid, drawn by its name.
+    """Settings to try for a method: its defaults, then distinct points of its grid, drawn by its name.
 
-    Combinations that the configuration refuses are passed over; a small grid gives fewer than ``count``.
+    Combinations that the configuration refuses are skipped; a small grid gives fewer than ``count``.
     """
     tried = grid(start, arm.method)
     every = [dict(zip(tried, values, strict=True)) for values in product(*tried.values())]

@@ -1,8 +1,8 @@
 """`kvpo compare`: methods trained on one base under one budget, tested on prompts that nothing else uses.
 
-The work is a list of pieces: base and floor lines, trials that tune the methods, runs of every arm and seed.
-Each ends in one file, written whole, and is claimed with a lock that a killed process cannot leave behind. So
-a comparison that was stopped goes on where it was, and several processes may work at one.
+The work is a list of pieces: base and floor lines, trials that tune the methods, and runs of every arm and
+seed. Each piece writes one file atomically, and is claimed with a lock that a killed process releases. So a
+stopped comparison continues where it was, and several processes can share the work.
 """
 
 import json
@@ -46,22 +46,22 @@ logger = logging.getLogger(__name__)
 TRIAL_SHARE = 0.5
 """A trial trains for this share of the budget."""
 FLOORS = (("best-of", 8), ("steps", 8), ("steps", 16))
-"""The ceiling, test-time selection among so many videos, and the base with more solver steps."""
+"""The ceiling (the best of that many videos at test time), and the base with that many solver steps."""
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A part of the work, whose result is one file."""
+    """A part of the work, with one file as its result."""
 
     name: str
     make: Callable[[], dict[str, Any] | None]
-    """Makes the result; None if a signal stopped it."""
+    """Returns the result; None if a signal stopped it."""
     needs: tuple[str, ...] = ()
-    """Pieces that come first."""
+    """Pieces that must be done before."""
 
 
 def pieces(comparison: MethodComparison) -> list[Piece]:
-    """All of the work, in the order in which it is best done: seed by seed, all arms beside each other."""
+    """All pieces in the order in which they are best done: seed by seed, with all arms side by side."""
     found: dict[str, Piece] = {}
     measure = MEASURED[comparison.split]
     finals: list[Piece] = []
@@ -96,7 +96,7 @@ def pieces(comparison: MethodComparison) -> list[Piece]:
 def _trial(
     comparison: MethodComparison, name: str, arm: TrainingArm, config: Config, base: str
 ) -> dict[str, Any] | None:
-    """The gain of one trial on validation prompts; None as a gain where its numbers were not finite."""
+    """The result of one trial on validation prompts; its gain is None if numbers were not finite."""
     budget = TRIAL_SHARE * comparison.budget_cpu_s
     settings = {"settings": changed_settings(comparison.start, config)}
     try:
@@ -114,7 +114,7 @@ def _trial(
 
 
 def _run(comparison: MethodComparison, name: str, arm: TrainingArm, seed: int) -> dict[str, Any] | None:
-    """A run of an arm, measured; without results where its numbers were not finite."""
+    """Train and measure a run of an arm; it has no results if numbers were not finite."""
     config = configured(comparison.start, arm, comparison.tuned(arm.method), seed)
     of_run = {
         "base": comparison.base_of(config),
@@ -136,7 +136,7 @@ def _trained(
     budget: float,
     measure: Callable[..., Any],
 ) -> dict[str, Any] | None:
-    """Train a run of the comparison, or go on with it, and measure what it has become."""
+    """Train a run of the comparison, or continue it, and measure the result."""
     path = comparison.out / "runs" / name
     with RunDirectory(path, config, resume=True) as directory, computing(config):
         result = train(
@@ -147,7 +147,7 @@ def _trained(
             finish=partial(trained, measure=measure),
             budget_cpu_s=budget,
         )
-        if result is not None:  # whoever repeats the run needs no budget
+        if result is not None:  # with the updates saved, repeating the run needs no budget
             made = replace(config, optim=replace(config.optim, updates=result["updates"]))
             directory.save_config(made)
         return result
@@ -166,7 +166,7 @@ def _floor(config: Config, kind: str, count: int) -> dict[str, Any]:
 
 
 def _floors(comparison: MethodComparison) -> Sequence[tuple[str, int]]:
-    """Floor lines belong to the last test; choosing among arms needs none."""
+    """Floor lines to measure: the final test has them, choosing among arms does not."""
     return FLOORS if comparison.split == "final" else ()
 
 
@@ -180,9 +180,10 @@ def compare_methods(
     trials: int,
     split: str = "final",
 ) -> dict[str, Any]:
-    """Compare arms and return what ``summary.json`` holds; a comparison in ``out`` is gone on with.
+    """Compare arms and return the contents of ``summary.json``; continues a comparison begun in ``out``.
 
-    Raises ConfigurationError for what cannot be compared and StorageError where ``out`` is of another one.
+    Raises ConfigurationError for arms or settings that cannot be compared, and StorageError if ``out`` holds
+    another comparison.
     """
     _check(config, arms, seeds, budget_cpu_s, trials)
     out = local_path(out, "--out")
@@ -194,7 +195,7 @@ def compare_methods(
     while left := [piece for piece in plan if not comparison.result_file(piece.name).exists()]:
         done = f"{len(plan) - len(left)} of {len(plan)}"
         if not any(_done(comparison, piece, commit, done) for piece in left):
-            time.sleep(1)  # another process has the rest
+            time.sleep(1)  # another process works on the rest
     summary = summarise(comparison, [f"{kind}-{n}" for kind, n in _floors(comparison)])
     text = json.dumps(finite(summary), indent=1, allow_nan=False) + "\n"
     write_atomic(out / "summary.json", text)
@@ -223,7 +224,7 @@ def _check(config: Config, arms: Sequence[TrainingArm], seeds: int, budget_cpu_s
 
 
 def _claim(comparison: MethodComparison, commit: str) -> None:
-    """Make the directory this comparison's, or see that it is. Raises StorageError."""
+    """Claim the directory for this comparison. Raises StorageError if it holds another one."""
     out, file = comparison.out, comparison.plan_file
     plan = {name: value for name, value in asdict(comparison).items() if name != "out"}
     text = json.dumps({"kvpo": __version__, **plan, "commit": commit}, indent=1) + "\n"
@@ -248,7 +249,7 @@ def _claim(comparison: MethodComparison, commit: str) -> None:
 
 
 def _done(comparison: MethodComparison, piece: Piece, commit: str, before: str) -> bool:
-    """Make a piece; False where it has to wait for others, or another process has it.
+    """Make a piece; False if it has to wait for others, or another process is at it.
 
     Raises KeyboardInterrupt if a signal stopped it.
     """
@@ -269,7 +270,7 @@ def _done(comparison: MethodComparison, piece: Piece, commit: str, before: str) 
 
 
 def source_commit() -> str:
-    """The commit of the source that runs, "unknown" where it is no checkout; "+" marks changes since."""
+    """The commit of the running source, "unknown" outside a checkout; "+" marks uncommitted changes."""
     git = ["git", "-C", str(Path(__file__).parent)]
     try:
         commit = subprocess.run(

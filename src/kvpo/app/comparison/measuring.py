@@ -24,16 +24,16 @@ from kvpo.training.setup import Setup
 from kvpo.training.trainer import Trainer, learning_rate_factor
 
 FLOOR_SHARE = 4
-"""Floor lines and the ceiling are measured on the first of this many parts of every final set."""
+"""Floor lines and the ceiling are measured on the first 1 / FLOOR_SHARE of every final set."""
 PromptScores = dict[str, Any]
 """Scores by prompt: ``totals``, ``mismatched``, ``unseen``, and ``components`` by name."""
 
 
 class PretrainingTrainer(Trainer):
-    """Trains the same parameters with the loss that the base was pretrained with; there is no reward."""
+    """Trains the same parameters with the base's pretraining loss, without a reward."""
 
     def step(self) -> dict[str, Any]:
-        """One update on one batch of the pretraining's own data."""
+        """Make one update on one batch of pretraining data."""
         pretraining = source_of(self.setup.config).pretraining
         assert pretraining is not None
         loss = pretraining(self.setup, self.update)
@@ -50,13 +50,13 @@ class PretrainingTrainer(Trainer):
 
 
 def trainer_of(arm: TrainingArm, config: Config, ranks: Ranks) -> Trainer:
-    """The trainer of an arm's run, which looks at no held-out prompt."""
+    """The trainer of an arm's run, without held-out prompts."""
     setup = replace(build_setup(config, ranks), validation={}, test={})
     return PretrainingTrainer(setup) if arm.method == PRETRAINING else Trainer(setup)
 
 
 def record(found: Evaluation, judges: Judges) -> PromptScores:
-    """An evaluation as JSON holds it, over distinct prompts."""
+    """An evaluation as a JSON record, with one entry per distinct prompt."""
     found = found.by_prompt()
     names = judges.scorer.components
     scores: PromptScores = {
@@ -71,7 +71,7 @@ def record(found: Evaluation, judges: Judges) -> PromptScores:
 
 
 def on_validation_prompts(setup: Setup) -> dict[str, Any]:
-    """Records of the model as it is by validation set."""
+    """Records of the current model by validation set."""
     sets = source_of(setup.config).split(setup.config)[1]
     return {
         name: record(evaluate_prompts(setup, own, ALONE, mismatched=True), setup.judges)
@@ -80,30 +80,30 @@ def on_validation_prompts(setup: Setup) -> dict[str, Any]:
 
 
 def on_final_prompts(setup: Setup) -> dict[str, Any]:
-    """Records of the model as it is by final set, and what videos of one prompt differ in (``diversity``)."""
+    """Records of the current model by final set, and the ``diversity`` of videos of one prompt."""
     sets = source_of(setup.config).final(setup.config)
     found: dict[str, Any] = {name: final_record(setup, one) for name, one in sets.items()}
     return found | {"diversity": fresh_diversity(setup)}
 
 
 MEASURED = {"final": on_final_prompts, "validation": on_validation_prompts}
-"""Measurements of runs by the split of ``--split``."""
+"""Value of ``--split`` -> function that measures a run on it."""
 
 
 def final_record(setup: Setup, one: FinalSet) -> PromptScores:
-    """The record of the model as it is on one final set."""
+    """The record of the current model on one final set."""
     scored = {"mismatched": True, "first": one.first}
     return record(evaluate_prompts(setup, one.prompts, ALONE, setup.final_tape(), **scored), setup.judges)
 
 
 def shortened(sets: Mapping[str, FinalSet]) -> dict[str, FinalSet]:
-    """The first part of every final set."""
+    """The first 1 / FLOOR_SHARE of every final set, at least two prompts."""
     return {name: replace(one, prompts=one.prompts[: max(2, len(one.prompts) // FLOOR_SHARE)])
             for name, one in sets.items()}  # fmt: skip
 
 
 def fresh_diversity(setup: Setup) -> dict[str, float]:
-    """Diversity of branches of fresh noise, on one tape for all: little, where a policy shows few videos."""
+    """Diversity of fresh-noise branches on a tape that all arms share; low if a policy shows few videos."""
     source = source_of(setup.config)
     config = replace(setup.config, exploration=ExplorationConfig())  # the same for all arms
     validation = source.split(config)[1]  # a run's own setup holds none
@@ -118,7 +118,7 @@ def fresh_diversity(setup: Setup) -> dict[str, float]:
 
 
 def best_of(setup: Setup, count: int) -> dict[str, PromptScores]:
-    """Records of the best of ``count`` videos of every prompt, by the trained reward: test-time selection."""
+    """Test-time selection: records of the best of ``count`` videos per prompt, by the trained reward."""
     found = {}
     for name, one in shortened(source_of(setup.config).final(setup.config)).items():
         tapes = [setup.final_tape(*member) for member in [(), *((n,) for n in range(1, count))]]
@@ -139,7 +139,7 @@ def _selected(videos: list[PromptScores], best_N: Tensor) -> PromptScores:
 
 
 def floor_line(config: Config, kind: str, count: int) -> dict[str, PromptScores]:
-    """The base's ``best-of`` so many videos, or with so many solver ``steps``, on part of the final sets."""
+    """The base on part of the final sets: ``best-of`` ``count`` videos, or ``count`` solver ``steps``."""
     if kind == "steps":
         schedule = tuple(1 - n / count for n in range(count))
         config = replace(config, stream=replace(config.stream, schedule=schedule))
@@ -152,12 +152,12 @@ def floor_line(config: Config, kind: str, count: int) -> dict[str, PromptScores]
 
 
 def trained(run: Run, measure: Any) -> dict[str, Any]:
-    """The result of a trained run: what ``measure`` finds of its averaged weights, and what it cost."""
+    """The result of a trained run: the ``measure`` of its averaged weights, and its cost."""
     updates = run.trainer.update
     setup = run.setup
     with run.trainer.sides.aligned():
         found = measure(setup)
-    (run.checkpoints / BEST).unlink(missing_ok=True)  # nothing was validated: whoever takes the run, its last
+    (run.checkpoints / BEST).unlink(missing_ok=True)  # nothing was validated: the last checkpoint counts
     return {
         "results": found,
         "updates": updates,

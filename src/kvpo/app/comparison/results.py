@@ -1,4 +1,4 @@
-"""The numbers of a comparison, from the scores by prompt that its pieces hold."""
+"""The numbers of a comparison, computed from its pieces' scores by prompt."""
 
 from collections.abc import Collection, Mapping, Sequence
 from statistics import mean
@@ -12,13 +12,13 @@ from kvpo.app.comparison.statistics import least_p, permutation_p, spread
 from kvpo.training.evaluation import paired_gain
 
 COMPARED_WITH, NULL = "kvpo", "null"
-"""The arm that the others are compared with, and the one whose gains are chance."""
+"""The reference that other arms are compared with, and the arm with random advantages."""
 Results = Mapping[str, Any]
 """Records by prompt set, as a piece holds them."""
 
 
 def of_prompts_SN(runs: Sequence[Results], name: str, key: str = "totals") -> Tensor:
-    """A number of every prompt of one set, ``[seeds, prompts]``."""
+    """One number per run and prompt of a set, ``[seeds, prompts]``."""
     return torch.tensor([run[name][key] for run in runs], dtype=torch.float64)
 
 
@@ -28,7 +28,7 @@ def gains_SN(runs: Sequence[Results], bases: Sequence[Results], name: str, key: 
 
 
 def summarise(comparison: MethodComparison, floors: Sequence[str]) -> dict[str, Any]:
-    """All that ``summary.json`` holds. Raises ValueError where every run has failed."""
+    """The contents of ``summary.json``. Raises ValueError if every run has failed."""
     seeds = [comparison.start.seed + seed for seed in range(comparison.seeds)]
     every = {
         arm.name: [comparison.result(f"run-{arm.name}-{seed}") for seed in range(comparison.seeds)]
@@ -60,9 +60,9 @@ def summarise(comparison: MethodComparison, floors: Sequence[str]) -> dict[str, 
     ceiling = next((own for line, own in lines.items() if line.startswith("best-of")), None)
     methods = {}
     for arm, own in runs.items():
-        # The ceiling is the base's own: of a base that is deployed otherwise it is not known.
+        # The ceiling is known for the common base only, not for one with other stream settings.
         above = ceiling if own[0]["base"] == "base" else None
-        # The runs that have not failed are no sample of all.
+        # Once runs have failed, the remaining ones are not representative.
         tested = {other for other in (COMPARED_WITH, NULL) if not (failed[arm] or failed.get(other))}
         compared = (gains, rewards, results[arm], bases[arm], above, tested)
         methods[arm] = _costs(own) | {name: _on_set(arm, name, *compared) for name in sets}
@@ -110,7 +110,7 @@ def _on_set(
     ceiling: Mapping[str, Mapping[str, float]] | None,
     tested: Collection[str],
 ) -> dict[str, Any]:
-    """One arm on one prompt set; p is given against the arms in ``tested``."""
+    """The numbers of one arm on one prompt set, with p-values against the arms in ``tested``."""
     own = gains[arm][name]
     of_runs: list[float] = own.mean(1).tolist()
     numbers: dict[str, Any] = {
@@ -127,10 +127,10 @@ def _on_set(
         if key in results[0][name]:
             numbers[key] = gains_SN(results, bases, name, key).mean(1).tolist()
     possible = 0.0 if ceiling is None else ceiling[name]["gain"]
-    # Of the prompts that the ceiling was measured on.
+    # Averaged over the prompts that the ceiling was measured on.
     closed = None if ceiling is None else float(own[:, : int(ceiling[name]["prompts"])].mean())
     numbers["gap_closed"] = None if closed is None or possible <= 0 else closed / possible
-    # Of the rewards reached: an arm on a base of its own starts from another one.
+    # Compare rewards, not gains: an arm on its own base starts from another reward.
     reference = rewards.get(COMPARED_WITH, {}).get(name)
     compared = reference is not None and arm != COMPARED_WITH
     reached = rewards[arm][name]
@@ -138,7 +138,7 @@ def _on_set(
     numbers["p_against_kvpo"] = (
         permutation_p(reached, reference) if compared and COMPARED_WITH in tested else None
     )
-    if NULL in gains and arm != NULL:  # of gains: the null runs start from the common base
+    if NULL in gains and arm != NULL:  # compare gains: null runs start from the common base
         by_chance = gains[NULL][name].mean(1).tolist()
         numbers["p_against_null"] = permutation_p(own, gains[NULL][name]) if NULL in tested else None
         numbers["above_every_null"] = sum(gain > max(by_chance) for gain in of_runs)

@@ -1,4 +1,4 @@
-"""Is one arm better than another, and than chance? Runs and prompts are two sources of it, tested apart."""
+"""Tests of one arm against another, or against chance. Runs and prompts both vary: each has its test."""
 
 import math
 from collections.abc import Sequence
@@ -11,19 +11,19 @@ from torch import Tensor
 from kvpo.engine.noise import keyed_generator
 
 MOST_RELABELLINGS = 20_000
-"""Relabellings of runs that are all counted; of more, PERMUTATIONS are drawn."""
+"""Up to this many relabellings of runs are all counted; beyond it, PERMUTATIONS are drawn."""
 PERMUTATIONS = 10_000
 
 
 def spread(values: Sequence[float]) -> float | None:
-    """Standard deviation (ddof 1); None of fewer than two."""
+    """Standard deviation (ddof 1); None for fewer than two values."""
     return stdev(values) if len(values) > 1 else None
 
 
 def relabelling_p(one_S: Sequence[float], other_S: Sequence[float]) -> float:
-    """Two-sided p of the difference of means of runs whose labels are exchangeable.
+    """Two-sided p-value of the difference in means between runs, by permuting their labels.
 
-    Its least value is 2 / C(2S, S) of S runs each: 0.33 of two, 0.008 of five.
+    Its smallest value for S runs each is 2 / C(2S, S): 0.33 for two, 0.008 for five.
     """
     runs, size = torch.tensor([*one_S, *other_S], dtype=torch.float64), len(one_S)
     if math.comb(len(runs), size) <= MOST_RELABELLINGS:
@@ -31,7 +31,7 @@ def relabelling_p(one_S: Sequence[float], other_S: Sequence[float]) -> float:
     else:
         draws = keyed_generator("relabelling", len(runs))
         keys = torch.rand(PERMUTATIONS, len(runs), generator=draws)
-        keys[0] = torch.arange(len(runs))  # as it was
+        keys[0] = torch.arange(len(runs))  # the observed labels
         chosen = keys.argsort(1)[:, :size]
     firsts = runs[chosen].sum(1)
     differences = firsts / size - (runs.sum() - firsts) / (len(runs) - size)
@@ -40,7 +40,7 @@ def relabelling_p(one_S: Sequence[float], other_S: Sequence[float]) -> float:
 
 
 def sign_flip_p(difference_N: Tensor) -> float:
-    """Two-sided p of the mean of paired differences whose signs are exchangeable prompt by prompt."""
+    """Two-sided p-value of the mean paired difference, by flipping the sign of each prompt's difference."""
     difference_N = difference_N.double()
     draws = keyed_generator("sign flips", len(difference_N))
     signs = 2.0 * torch.randint(2, (PERMUTATIONS, len(difference_N)), generator=draws).double() - 1
@@ -51,15 +51,16 @@ def sign_flip_p(difference_N: Tensor) -> float:
 
 
 def permutation_p(one_SN: Tensor, other_SN: Tensor) -> float:
-    """Two-sided p of the difference between two arms' gains ``[seeds, prompts]`` on the same prompts.
+    """Two-sided p-value of the difference between two arms' gains ``[seeds, prompts]`` on the same prompts.
 
-    The larger of two: of relabelled runs, and of flipped signs of each prompt's difference (averaged over
-    runs). A difference has to hold against both, since runs share prompts and prompts share runs.
+    The larger of two p-values: one from relabelling runs, one from flipping the sign of each prompt's
+    difference (averaged over runs). A difference must hold in both tests, since runs share prompts and
+    prompts share runs.
     """
     of_runs = relabelling_p(one_SN.double().mean(1).tolist(), other_SN.double().mean(1).tolist())
     return max(of_runs, sign_flip_p(one_SN.double().mean(0) - other_SN.double().mean(0)))
 
 
 def least_p(seeds: int) -> float:
-    """The least p that a difference between two arms of so many runs can have."""
+    """The smallest p-value that a difference between two arms of ``seeds`` runs each can have."""
     return 2 / math.comb(2 * seeds, seeds)

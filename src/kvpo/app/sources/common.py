@@ -1,4 +1,4 @@
-"""A source of generators, and the parts that every source needs."""
+"""The interface of a generator source, and the parts that every source needs."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
@@ -27,27 +27,27 @@ from kvpo.training.setup import Setup
 
 @dataclass(frozen=True)
 class Guide:
-    """Knowledge of a source's prompts, for those who direct a stream."""
+    """Helpers for directing a stream with prompts of a source."""
 
     story: Callable[[int], list[tuple[str, int]]]
-    """Seed -> prompts that tell a story, each with the latent frames that it lasts."""
+    """Seed -> prompts that tell a story, each with its length in latent frames."""
     shows: Callable[[Tensor, str, str], bool]
-    """(pixels ``[T, 3, H, W]``, prompt, prompt before) -> True once some frame shows the prompt rather."""
+    """(pixels ``[T, 3, H, W]``, prompt, previous prompt) -> True once a frame fits the new prompt better."""
 
 
 @dataclass(frozen=True)
 class Recall:
-    """Stories whose last prompt leaves open who comes back, and a reading of who does."""
+    """Stories with a last prompt that leaves open who comes back, and a way to tell who does."""
 
     stories: Callable[[int], Iterator[VideoPrompt]]
-    """Frames of a block -> stories of four prompts without end, the first three about different actors."""
+    """Frames per block -> endless stories of four prompts, the first three about different actors."""
     actor: Callable[[Tensor], list[str]]
-    """Videos ``[B, T, 3, H, W]`` -> the looks of the first actor of each, read off the pixels."""
+    """Videos ``[B, T, 3, H, W]`` -> the look of the first actor in each, read off the pixels."""
 
 
 @dataclass(frozen=True)
 class FinalSet:
-    """Prompts of a comparison's last test."""
+    """Prompts of a comparison's final test."""
 
     prompts: Sequence[VideoPrompt]
     first: int = 0
@@ -56,7 +56,7 @@ class FinalSet:
 
 @dataclass(frozen=True)
 class Source:
-    """The builders of one ``backbone.kind``; a further kind is a file with one of these."""
+    """The builders for one ``backbone.kind``; a new kind is a file that defines one of these."""
 
     setup: Callable[[Config], Setup]
     """The generator that a run aligns, with its judges and prompts."""
@@ -65,19 +65,19 @@ class Source:
     weights: Callable[[Config], Weights]
     """The transformer alone, with its trained parameters."""
     split: Callable[[Config], tuple[list[VideoPrompt], Sets, Sets]]
-    """The training prompts that a file lists, validation and test sets."""
+    """Training prompts, if a file lists them; validation and test sets."""
     final: Callable[[Config], dict[str, FinalSet]]
-    """The prompts that compared methods are tested on, which have no place in any run."""
+    """Prompts for the final test of compared methods; no run uses them."""
     frame_rate: float
     """Frames per second at which its videos are shown."""
     reading: Callable[[Config], dict[str, Any]]
-    """The settings by which every command reads prompt files, lengths that these leave out among them."""
+    """The arguments with which every command reads prompt files, including lengths that the files omit."""
     text_limits: Callable[[Config], TextLimits]
-    """The text encoder's reading of a prompt, without its weights."""
+    """Limits on what the text encoder reads of a prompt; does not load its weights."""
     file_digests: Callable[[Config], dict[str, str]]
-    """Digests of files that no checkpoint knows of, by the setting that says where they lie."""
+    """Digests of files that checkpoints do not cover, by the setting that locates them."""
     longest_prompt: Callable[[Config], VideoPrompt]
-    """The most demanding video of a run, which memory is planned by."""
+    """The most demanding video of a run, used to plan memory."""
     surroundings: Callable[[Config], Surroundings]
     """Memory used by everything but the transformer."""
     read_off: Callable[[], ReadOff] | None = None
@@ -85,27 +85,27 @@ class Source:
     recall: Recall | None = None
     """Stories that show who a routed history brings back; None: there are none."""
     guide: Guide | None = None
-    """Help for those who direct a stream; None: there is none."""
+    """Helpers for directing a stream; None: there are none."""
     pretraining: Callable[[Setup, int], Tensor] | None = None
-    """(setup, step) -> loss of one batch of the base's pretraining; None: its data is elsewhere."""
+    """(setup, step) -> loss of one batch of the base's pretraining; None: its data is not available."""
 
 
 def as_final(sets: Sets) -> dict[str, FinalSet]:
-    """Prompts as final sets that are scored from their first frame on."""
+    """Prompts as final sets that are scored from their first frame."""
     return {name: FinalSet(own) for name, own in sets.items()}
 
 
 def frozen_dtype(config: Config) -> torch.dtype:
-    """Precision that weights are held in: where an adapter is trained that of the forward pass.
+    """Precision that weights are stored in: that of the forward pass if an adapter is trained, else float32.
 
-    Those that are trained themselves stay in float32, and autocast narrows them in every pass.
+    Weights that are trained themselves stay in float32; autocast casts them in every pass.
     """
     low = config.optim.lora_rank > 0 and config.optim.autocast == "bfloat16"
     return torch.bfloat16 if low else torch.float32
 
 
 def streaming_generator(config: Config, transformer: CausalWan) -> StreamingGenerator:
-    """The streaming generator of a configuration around a transformer."""
+    """Build the streaming generator of a configuration around a transformer."""
     stream, shape = config.stream, transformer.shape
     first = few_step_sigmas(stream.schedule_first, stream.shift).tolist() if stream.schedule_first else ()
     low, precision = config.optim.autocast == "bfloat16", config.optim.rollout_precision
@@ -125,9 +125,9 @@ def streaming_generator(config: Config, transformer: CausalWan) -> StreamingGene
 
 
 def first_block(config: Config, transformer: CausalWan) -> Tensor:
-    """Latents ``[F, C, H, W]`` of the first block that a transformer makes of one noise and one random text.
+    """Latents ``[F, C, H, W]`` of the first block that a transformer generates from fixed noise and text.
 
-    They are of the smallest size, so that weights of any size are told apart within seconds.
+    It uses the smallest latent size, so that weights of any model size can be compared within seconds.
     """
     shape, key = transformer.shape, "first block"
     text = torch.randn(shape.text_len, shape.text_dim, generator=keyed_generator(key))

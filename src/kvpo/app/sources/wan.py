@@ -42,19 +42,19 @@ from kvpo.training.setup import Setup
 logger = logging.getLogger(__name__)
 
 EXTENDED_WORDS = 80
-"""Words of the extended prompts that the public checkpoints were distilled on, the fewest usual."""
+"""Words in the shortest usual extended prompts, which the public checkpoints were distilled on."""
 UMT5_PARAMETERS = 5_680_910_336
 VAE_PARAMETERS = 126_892_531
 VAE_DECODE, VAE_FLOPS = 27_400, 33.8e6
-"""Bytes and operations per pixel of decoding one latent frame with the Wan VAE in float32: two sets of
-carried features and the largest layer's tensors."""
+"""Bytes and operations per pixel for decoding one latent frame with the Wan VAE in float32; the bytes hold
+two sets of carried features and the largest layer's tensors."""
 SCORING = 2e9
 """Allowance for a reward model's forward pass."""
 REWARD_BYTES = {
     "hpsv3": 16.5e9, "videoalign": 5.0e9, "hpsv2": 3.9e9, "pickscore": 3.9e9, "clip_score": 1.7e9,
     "aesthetic": 1.7e9, "image_reward": 1.8e9, "subject_consistency": 0.35e9,
 }  # fmt: skip
-"""Reward models as they are loaded; the three scores of VideoAlign come out of one model."""
+"""Memory of loaded reward models; one model gives the three scores of VideoAlign."""
 
 
 def wan_backbone(config: Config, prompts: Iterable[VideoPrompt] = ()) -> Backbone:
@@ -78,14 +78,14 @@ def wan_backbone(config: Config, prompts: Iterable[VideoPrompt] = ()) -> Backbon
 
 
 def build_wan(config: Config) -> Setup:
-    """A public generator to align, on the prompts of a file, with the reward that is named."""
+    """Set up a public generator to align with the configured rewards, on the prompts of a file."""
     reach_servers(config)
     training, validation, test = wan_split(config)
     if (notice := short_notice(training, EXTENDED_WORDS)) is not None:
         logger.warning("%s: %s", config.prompts.file, notice)
     prompts = updates_prompts(config, training)
     seen = [prompts(update) for update in range(config.optim.updates)]
-    # Before the rewards: the text encoder and a reward of its size need not fit the device together.
+    # Before the rewards, so that the device need not hold the text encoder and a large reward at once.
     backbone = wan_backbone(config, chain(*seen, *validation.values(), *test.values()))
     cache = score_cache(config.rewards.cache)
     judges = build_judges(config, FRAMES_PER_SECOND, cache)
@@ -100,17 +100,17 @@ def build_wan(config: Config) -> Setup:
 
 
 def wan_reading(config: Config) -> dict[str, Any]:
-    """Lengths of ``prompts.frames``, timelines at the rate of the VAE's latents."""
+    """Arguments for reading prompt files: lengths of ``prompts.frames``, timelines at the VAE's rate."""
     return reading_of(config, config.prompts.num_frames, LATENT_RATE)
 
 
 def wan_split(config: Config) -> tuple[list[VideoPrompt], Sets, Sets]:
-    """The prompts of the file, in parts."""
+    """Split the prompts of the file."""
     return split_prompts(config, wan_reading(config))
 
 
 def text_limits(config: Config) -> TextLimits:
-    """Tokens of UMT5, where its tokenizer is to be found."""
+    """Limits in UMT5 tokens; they cannot be counted, with a warning, if its tokenizer is not found."""
     length = None
     try:
         root = located(config, "encoders", f"{OFFICIAL_TOKENIZER}/*", "tokenizer/*")
@@ -122,7 +122,7 @@ def text_limits(config: Config) -> TextLimits:
 
 
 def file_digests(config: Config) -> dict[str, str]:
-    """Digests of text encoder and VAE. Raises ValueError where they are not to be found."""
+    """Digests of text encoder and VAE. Raises ValueError if they are not found."""
     return {
         "backbone.encoders": f"{text_encoder(config).cache.encoder} and "
         f"{fingerprint([vae_files(located(config, 'encoders', *ENCODER_FILES))])}",
@@ -138,7 +138,7 @@ def longest_prompt(config: Config) -> VideoPrompt:
 
 
 def surroundings(config: Config) -> Surroundings:
-    """Text encoder, VAE and reward models."""
+    """Memory used by text encoder, VAE and reward models."""
     low = config.optim.autocast == "bfloat16"
     local = [name for name in config.rewards.scorers + config.evaluation.watchers if "@" not in name]
     families = {"videoalign" if name.startswith("videoalign") else name for name in local}

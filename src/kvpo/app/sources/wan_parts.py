@@ -57,8 +57,8 @@ FRAMES_PER_SECOND = 16.0
 class WanCodec:
     """The Wan VAE as a codec; videos are decoded one by one, a latent frame at a time.
 
-    A VAE that is kept in host memory is moved to the device for every call. Pixels go to host memory: those
-    of a group are gigabytes at 480 x 832, and rewards move them to their own device.
+    A VAE kept in host memory is moved to the device for every call. Pixels go to host memory, since those of
+    a group take gigabytes at 480 x 832; rewards move them to their own device.
     """
 
     vae: WanVAE
@@ -92,7 +92,7 @@ class WanCodec:
 
 @dataclass(frozen=True)
 class CachedTexts:
-    """Prompt embeddings from the cache on disk; the encoder is loaded for those it lacks, then let go."""
+    """Prompt embeddings from the disk cache; the encoder is loaded only for missing ones, then released."""
 
     cache: PromptCache
     load: Callable[[], UMT5Encoder]
@@ -100,12 +100,12 @@ class CachedTexts:
     text_dim: int
     """Width that the transformer expects."""
     seen: set[str] = field(default_factory=set)
-    """Texts that are in the cache, and whose cut was told if there is one."""
+    """Texts that are in the cache; those that are cut have been reported."""
 
     def fill(self, prompts: Iterable[VideoPrompt]) -> None:
         """Compute the embeddings that the cache lacks, loading the encoder once; warn of texts that are cut.
 
-        Raises ValueError where their width is not the transformer's.
+        Raises ValueError if their width is not the transformer's.
         """
         texts = [text for prompt in prompts for text in prompt.segments]
         self._meet(texts)
@@ -120,7 +120,7 @@ class CachedTexts:
     def __call__(self, texts: Sequence[str]) -> Tensor:
         """Embeddings ``[n, text_len, text_dim]`` float32, padding rows zero; warns of texts that are cut.
 
-        Raises ValueError where their width is not the transformer's.
+        Raises ValueError if their width is not the transformer's.
         """
         if not texts:
             return torch.empty(0, self.cache.text_len, self.text_dim, device=self.device)
@@ -138,7 +138,7 @@ class CachedTexts:
 def located(config: Config, name: str, *patterns: str, beside: Sequence[str] = (), among: str = "") -> Path:
     """Local path of a file or directory that the backbone needs, with the files ``beside`` it.
 
-    ``among`` is the one that is meant where the setting names several.
+    ``among`` selects one if the setting names several.
 
     Raises:
         ConfigurationError: the setting is empty.
@@ -158,7 +158,7 @@ def located(config: Config, name: str, *patterns: str, beside: Sequence[str] = (
 
 
 def text_encoder(config: Config) -> CachedTexts:
-    """UMT5 behind its cache. Raises ValueError where its files are not to be found."""
+    """UMT5 behind its cache. Raises ValueError if its files are not found."""
     root = located(config, "encoders", *ENCODER_FILES)
     weights, tokenizer = text_encoder_files(root)
     dtype = torch.float32 if config.optim.autocast == "none" else torch.bfloat16
@@ -188,7 +188,7 @@ def codec(config: Config) -> WanCodec:
 
 @dataclass(frozen=True)
 class WeightFiles:
-    """The files of a transformer, mapped and checked against it, and the model still without memory."""
+    """A transformer that has no memory yet, and its files, mapped and checked against it."""
 
     model: CausalWan
     state: TransformerState
@@ -228,7 +228,7 @@ def open_weights(config: Config) -> WeightFiles:
 
 
 def adapters_of(lora: str) -> list[str]:
-    """The adapters that ``backbone.lora`` names, which are added up; a path that exists is one."""
+    """Split ``backbone.lora`` into the adapters to add up; a path that exists is a single one."""
     return [lora] if not lora or local_path(lora, "backbone.lora").exists() else lora.split(",")
 
 
@@ -277,7 +277,7 @@ def wan_weights(config: Config, given: WeightFiles | None = None) -> Weights:
 
 
 def _demand_same_adapter(config: Config, given: AdapterState) -> None:
-    """A continued adapter brings its own scale, and its rank, which the configuration must agree with."""
+    """Raise ConfigurationError unless a continued adapter has the configured rank; its scale is its own."""
     if config.optim.lora_rank != given.rank:
         raise ConfigurationError(
             f"optim.lora_rank: {config.optim.lora_rank}, but the adapter {config.backbone.lora} that is "

@@ -63,7 +63,7 @@ SHIPPED_GENERATOR = "generator.safetensors"
 SHORT_FRAMES, LONG_FRAMES = 30, 60
 """Held-out videos: one prompt over 10 blocks, three prompts over 20."""
 MOST_TESTED = 256
-"""No table before the final test was made on more test prompts of a kind."""
+"""Most test prompts per kind in any results made before the final test."""
 OPEN_FRAMES = 84
 """Frames of the stories that leave open who comes back."""
 LIVE_FRAMES = 96
@@ -74,7 +74,7 @@ SHORTEST_ACT = 12
 
 @dataclass(frozen=True)
 class UnseenComponent:
-    """The unseen scorer in the shape of a scorer with one component."""
+    """The unseen scorer wrapped as a scorer with one component."""
 
     scorer: object
     components: tuple[str, ...] = ("unseen",)
@@ -115,7 +115,7 @@ def base_path(config: Config) -> Path:
 
 
 def checked_base(config: Config) -> Path:
-    """The base checkpoint of a configuration.
+    """The base checkpoint of a configuration, after checking it.
 
     Raises:
         ConfigurationError: the file is missing or holds another kind of generator.
@@ -150,7 +150,7 @@ def checked_base(config: Config) -> Path:
 
 
 def check_pretraining(config: Config) -> None:
-    """Raise ConfigurationError where no generator of the embedded world has such settings."""
+    """Raise ConfigurationError if no generator of the embedded world can have these settings."""
     own, usual = config.model, Config().model
     for name, here, needed in (
         ("backbone.kind", config.backbone.kind, "world"),
@@ -163,7 +163,7 @@ def check_pretraining(config: Config) -> None:
 
 
 def load_base(config: Config) -> tuple[CausalWan, LearnedTextEncoder]:
-    """The embedded generator of a configuration, frozen; raises what ``checked_base`` does."""
+    """Load the embedded generator of a configuration, frozen. Raises the errors of ``checked_base``."""
     path = checked_base(config)
     try:
         return load_generator(config.model, path)
@@ -174,7 +174,7 @@ def load_base(config: Config) -> tuple[CausalWan, LearnedTextEncoder]:
 
 
 def embedded(config: Config) -> tuple[Weights, LearnedTextEncoder]:
-    """The embedded generator with what a configuration trains: a fresh adapter, or all its parameters."""
+    """The embedded generator with its trained parameters: a fresh adapter, or all its own."""
     transformer, text = load_base(config)
     transformer.to(frozen_dtype(config))
     transformer.checkpointing = config.optim.checkpointing
@@ -194,7 +194,7 @@ def embedded(config: Config) -> tuple[Weights, LearnedTextEncoder]:
 
 
 def build_backbone(config: Config, prompts: Sequence[VideoPrompt] = ()) -> Backbone:
-    """The embedded world's generator, text encoder and codec; warns of what it does not read of prompts."""
+    """The embedded world's generator, text encoder and codec; warns of words in prompts that it ignores."""
     say_what_is_not_read(prompts)
     weights, text = embedded(config)
     return Backbone(
@@ -206,13 +206,13 @@ def build_backbone(config: Config, prompts: Sequence[VideoPrompt] = ()) -> Backb
 
 
 def text_limits(config: Config) -> TextLimits:
-    """Words of its vocabulary, up to the length of its text encoder."""
+    """Limits in words: those in its vocabulary, up to the length of its text encoder."""
     tokenizer = WordTokenizer()
     return TextLimits(lambda text: len(words(text)), TEXT_LENGTH, "words", tokenizer.unknown)
 
 
 def say_what_is_not_read(prompts: Sequence[VideoPrompt]) -> None:
-    """Warn of words that the embedded generator does not know, and of those beyond what it reads."""
+    """Warn of words that the embedded generator does not know, and of those beyond its text length."""
     tokenizer = WordTokenizer()
     texts = list(dict.fromkeys(text for prompt in prompts for text in prompt.segments))
     if unknown := {text: found for text in texts if (found := tokenizer.unknown(text))}:
@@ -223,7 +223,7 @@ def say_what_is_not_read(prompts: Sequence[VideoPrompt]) -> None:
             len(unknown),
             len(texts),
             names,
-            len(tokenizer) - 2,  # but padding and the unknown word
+            len(tokenizer) - 2,  # without padding and the unknown word
         )
     if cut := {text: count for text in texts if (count := len(words(text))) > TEXT_LENGTH}:
         logger.warning("%s", cut_notice(cut, TEXT_LENGTH, len(texts), "words"))
@@ -263,9 +263,9 @@ def split(config: Config) -> tuple[list[VideoPrompt], Sets, Sets]:
 
 @cache
 def final_prompts(count: int) -> dict[str, FinalSet]:
-    """Test stories that no run's test set holds, drawn once, and longer ones, scored where training never is.
+    """Test stories that no run's test set holds, drawn once, and longer ones scored beyond training lengths.
 
-    ``count`` of each kind, and a quarter as many of the longer ones.
+    There are ``count`` of each kind, and a quarter as many of the longer ones.
     """
     tested = max(count, MOST_TESTED)
     used = {story.segments for own in world_prompts("test", tested, 202, 0).values() for story in own}
@@ -277,7 +277,7 @@ def final_prompts(count: int) -> dict[str, FinalSet]:
 
 @cache
 def pretraining_batches(stream: Deployment, seed: int) -> TrainingSnippets:
-    """The data of the base's pretraining, drawn from another seed."""
+    """The data of the base's pretraining, drawn with another seed."""
     return TrainingSnippets(stream, SnippetSettings(), seed)
 
 
@@ -300,14 +300,14 @@ def longest_prompt(config: Config) -> VideoPrompt:
 
 
 def world_reading(config: Config) -> dict[str, Any]:
-    """Lengths of ``prompts.frames`` where these were given: their default is for the public generators."""
+    """Arguments for reading prompt files; ``prompts.frames`` counts only if it differs from its default."""
     given = config.prompts.frames != PromptsConfig().frames
     frames = config.prompts.num_frames if given else SHORT_FRAMES
     return reading_of(config, frames, PixelCodec.frames_per_second)
 
 
 def read_off() -> ReadOff:
-    """Attributes as the detector reads them off the last frames."""
+    """Attributes that the detector reads off the last frames."""
 
     def observe(video_BTCHW: Tensor) -> tuple[list[tuple[Any, ...]], Tensor]:
         seen = detect(video_BTCHW)
@@ -317,7 +317,7 @@ def read_off() -> ReadOff:
 
 
 def open_ended(block: int) -> Iterator[VideoPrompt]:
-    """Stories that leave open who comes back, of three actors unlike in colour and in shape."""
+    """Stories that leave open who comes back, with three actors that differ in colour and shape."""
 
     def unlike(prompt: VideoPrompt) -> bool:
         told = [actor for text in prompt.segments[:3] for actor in parse(text).actors]
@@ -340,7 +340,7 @@ def live_story(seed: int) -> list[tuple[str, int]]:
 
 
 def shows_rather(video_TCHW: Tensor, prompt: str, before: str) -> bool:
-    """True if some frame follows ``prompt`` better than ``before``; False where one cannot be read."""
+    """True if some frame follows ``prompt`` better than ``before``; False if a prompt cannot be parsed."""
 
     def following(text: str) -> Tensor:
         scores = WorldScorer()(video_TCHW[:, None], [ClipPrompt(text)] * len(video_TCHW))
