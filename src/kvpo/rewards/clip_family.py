@@ -132,7 +132,7 @@ def _clip(directory: Path, device: str) -> CLIPModel:
 
 
 def load_clip_score(directory: Path, *, device: str = "cpu") -> SimilarityScorer:
-    """Load cosine similarity under the CLIP model in ``directory``; ValueError if weights do not fit."""
+    """Load the scorer with the CLIP model in ``directory``. Raises ValueError if weights do not fit."""
     model = _clip(directory, device)
     return SimilarityScorer(model, read_tokenizer(directory), ("clip_score",))
 

@@ -132,7 +132,7 @@ class MotionScorer:
 
 
 def load_motion(raft: Path | None, *, device: str = "cpu") -> MotionScorer:
-    """Load the scorer with RAFT's weights, or with OpenCV's flow for None. Raises as `load_raft`."""
+    """Load the scorer with the RAFT weights in ``raft``, or OpenCV's flow if None. Raises as `load_raft`."""
     if raft is None:
         return MotionScorer()
     from kvpo.rewards.raft import load_raft

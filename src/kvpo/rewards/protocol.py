@@ -40,7 +40,7 @@ class AsyncScorer(Protocol):
     def begin(
         self, video_BTCHW: "Tensor", prompts: Sequence[ClipPrompt]
     ) -> "Callable[[], dict[str, Tensor]]":
-        """Start scoring clips, which must not change meanwhile; the returned function awaits the scores."""
+        """Start scoring clips, which must stay unchanged; the returned function waits for the scores."""
         ...
 
 

@@ -25,12 +25,12 @@ class Reward:
     scorer: Scorer
     declarations: tuple[Declaration, ...] = ()
     version: str = ""
-    """Digest of everything that determines the scores besides clip, prompt and kvpo's code. If unknown, "":
-    nothing is stored on disk."""
+    """Digest of everything that determines the scores besides clip, prompt and kvpo's code; "" if unknown, and
+    then nothing is stored on disk."""
     cache: ScoreCache | None = None
     """If given, the scorer is called only once for each distinct clip."""
     device: torch.device | str | None = None
-    """Device to which the networks are moved from host memory while they score; None: they stay."""
+    """Device to which the networks are moved from host memory while they score; None: not moved."""
 
     @property
     def components(self) -> tuple[str, ...]:
@@ -59,7 +59,7 @@ class Reward:
         return self.begin(video_BTCHW, prompts)()
 
     def begin(self, video_BTCHW: Tensor, prompts: Sequence[ClipPrompt]) -> Callable[[], dict[str, Tensor]]:
-        """Start scoring the clips that the cache does not hold; the returned function awaits all scores."""
+        """Start scoring the clips that the cache lacks; the returned function waits for all scores."""
         if self.cache is None:
             return self._ask(video_BTCHW, prompts)
         cache, size = self.cache, len(self.components)

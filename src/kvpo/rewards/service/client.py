@@ -97,7 +97,7 @@ class Link:
         threading.Thread(target=self.loop.run_forever, name="kvpo reward client", daemon=True).start()
 
     def begin(self, coroutine: Coroutine[Any, Any, T]) -> Callable[[], T]:
-        """Start a coroutine; the returned function awaits its result, and cancels it if interrupted."""
+        """Start a coroutine; the returned function waits for its result, and cancels it if interrupted."""
         future = asyncio.run_coroutine_threadsafe(coroutine, self.loop)
 
         def result() -> T:

@@ -52,7 +52,7 @@ class GaveUp(ValueError):
 
 
 class NeverUsable(GaveUp, Failed):
-    """The maximum number of answers has failed."""
+    """Too many answers failed."""
 
 
 class StillLoading(GaveUp):
