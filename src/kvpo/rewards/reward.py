@@ -25,7 +25,7 @@ class Reward:
     scorer: Scorer
     declarations: tuple[Declaration, ...] = ()
     version: str = ""
-    """Digest of everything that determines the scores besides clip, prompt and kvpo's code; "" if unknown, and
+    """Digest of everything that determines the scores besides clip, prompt and kvpo's code; "" if unknown:
     then nothing is stored on disk."""
     cache: ScoreCache | None = None
     """If given, the scorer is called only once for each distinct clip."""

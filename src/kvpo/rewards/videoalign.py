@@ -78,7 +78,7 @@ class VideoAlignScorer:
         """Score one clip alone, its colour and grey versions as a batch: other clips cannot affect it."""
         video_TCHW = present_frames(video_TCHW, prompt).float()
         sampled = spread_indices(len(video_TCHW), self.frame_rate, VIDEOALIGN_SAMPLING)
-        video_TCHW = _bytes(video_TCHW[sampled])  # the release reads files: it greys 8-bit colours
+        video_TCHW = _bytes(video_TCHW[sampled])  # the release computes grey from 8-bit files
         versions = []
         if {COMPONENTS[0], COMPONENTS[2]} & set(self.components):
             versions.append(prepared(video_TCHW))

@@ -1,4 +1,4 @@
-"""A pass/fail exam: counts the captions' demands that the likeliest reading of the pixels meets."""
+"""A pass/fail exam: counts the caption demands that the likeliest reading of the pixels meets."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
