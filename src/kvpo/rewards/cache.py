@@ -1,7 +1,7 @@
-"""A content-addressed score cache: equal clips are scored once, within a call and, on disk, across runs.
+"""A content-addressed score cache: equal clips are scored once per call and, with a file, once across runs.
 
-A score is kept under a digest of the clip's pixels, of its prompt (earlier texts and the switch too) and
-of the reward's version: its code, files and settings. An entry can be missing, but never be another clip's.
+The key is a digest of the clip's pixels, its prompt (including earlier texts and the switch) and the reward's
+version: its code, files and settings. A lookup may miss, but it never returns another clip's score.
 """
 
 import hashlib
@@ -26,25 +26,25 @@ logger = logging.getLogger(__name__)
 
 FILE = "scores.sqlite"
 MOST = 1_000_000
-"""Entries kept; the oldest make room. An entry takes about 150 bytes."""
+"""Maximum number of entries; the oldest are deleted first. An entry takes about 150 bytes."""
 WRITER_SECONDS = 30.0
-"""Seconds to wait for another process that writes."""
+"""Seconds to wait while another process writes."""
 DIGEST_BYTES = 24
 
 
 @dataclass
 class Counts:
-    """Counts of clips that were scored, known or repeated, per reward."""
+    """Numbers of cache hits, repeats and misses; every reward counts each of its clips once."""
 
     hits: int = 0
-    """Known from the cache on disk."""
+    """Found in the cache on disk."""
     repeats: int = 0
     """Equal to another clip of the same call."""
     misses: int = 0
     """Scored."""
 
     def since(self, before: "Counts") -> dict[str, float]:
-        """Metrics: what was added since ``before``."""
+        """Metrics: the increase of each count since ``before``."""
         return {
             "reward_cache_hits": float(self.hits - before.hits),
             "reward_cache_repeats": float(self.repeats - before.repeats),
@@ -54,18 +54,18 @@ class Counts:
 
 @dataclass(frozen=True)
 class ScoreCache:
-    """A file of scores that processes share, and counts of what was found in it.
+    """A score file that processes share, with counts of hits and misses.
 
-    A problem with the file never ends a run: a damaged entry is treated as absent, a damaged file is set
-    aside, a file that cannot be read or written is reported and ignored.
+    File problems never end a run: a damaged entry counts as a miss, a damaged file is renamed and started
+    anew, and a file that cannot be read or written is logged and ignored.
     """
 
     file: Path | None = None
-    """None: nothing is kept, clips are compared within a call only."""
+    """None: nothing is stored, and clips are only compared within a call."""
     counts: Counts = field(default_factory=Counts)
 
     def read(self, keys: Sequence[bytes], size: int) -> dict[bytes, list[float]]:
-        """The scores of those ``keys`` that the file holds, ``size`` each."""
+        """Look up ``keys``; returns the ``size`` scores of each key that the file holds."""
         found: dict[bytes, list[float]] = {}
 
         def look_up(connection: sqlite3.Connection) -> None:
@@ -79,7 +79,7 @@ class ScoreCache:
         return found
 
     def write(self, entries: Mapping[bytes, Sequence[float]]) -> None:
-        """Keep scores by key."""
+        """Store scores by key."""
 
         def insert(connection: sqlite3.Connection) -> None:
             rows = [(key, _packed(key, scores)) for key, scores in entries.items()]
@@ -90,11 +90,11 @@ class ScoreCache:
         self._transaction(insert)
 
     def _transaction(self, work: Callable[[sqlite3.Connection], None]) -> None:
-        """Run ``work`` on a connection of its own, which neither threads nor child processes share."""
+        """Run ``work`` on a fresh connection, which no thread or child process shares."""
         assert self.file is not None
         try:
             with closing(sqlite3.connect(self.file, timeout=WRITER_SECONDS)) as connection, connection:
-                # A power cut may cost the file: it is a cache.
+                # A power cut may damage the file, which is acceptable for a cache.
                 connection.execute("PRAGMA synchronous = OFF")
                 connection.execute(
                     "CREATE TABLE IF NOT EXISTS scores (key BLOB PRIMARY KEY, value BLOB NOT NULL)"
@@ -109,7 +109,7 @@ class ScoreCache:
 
 
 def score_cache(directory: str) -> ScoreCache:
-    """The cache in a directory, made if it is not there; "" keeps nothing. Raises ValueError."""
+    """Open the cache in a directory, creating it if needed; "" stores nothing. Raises ValueError."""
     if not directory:
         return ScoreCache()
     folder = local_path(directory, "rewards.cache")
@@ -123,7 +123,7 @@ def score_cache(directory: str) -> ScoreCache:
 
 
 def clip_digest(video_TCHW: Tensor, prompt: str) -> bytes:
-    """Digest of a clip's pixels, exactly as they are, and of all that its prompt says."""
+    """Digest of a clip's exact pixels, dtype and shape, and of every field of its prompt."""
     asked = prompt if isinstance(prompt, ClipPrompt) else ClipPrompt(prompt)
     said = [str(video_TCHW.dtype), list(video_TCHW.shape), str(asked), *vars(asked).values()]
     digest = hashlib.blake2b(json.dumps(said).encode(), digest_size=DIGEST_BYTES)
@@ -133,7 +133,7 @@ def clip_digest(video_TCHW: Tensor, prompt: str) -> bytes:
 
 @cache
 def code_version() -> str:
-    """Digest of the code of kvpo's rewards and of torch's version: either may change a score's last bits."""
+    """Digest of kvpo's reward code and torch's version: either may change the last bits of a score."""
     package = Path(__file__).parents[1]
     rewards = [path for room in ("rewards", "world") for path in sorted((package / room).rglob("*.py"))]
     digest = hashlib.blake2b(torch.__version__.encode(), digest_size=DIGEST_BYTES)
@@ -143,13 +143,13 @@ def code_version() -> str:
 
 
 def _packed(key: bytes, scores: Sequence[float]) -> bytes:
-    """Scores as float32, behind a digest of themselves and their key."""
+    """Scores as float32, preceded by a digest of the key and the scores."""
     content = struct.pack(f"<{len(scores)}f", *scores)
     return hashlib.blake2b(key + content, digest_size=8).digest() + content
 
 
 def _unpacked(key: bytes, value: bytes, size: int) -> list[float] | None:
-    """The scores of an entry; None if it is not what was written."""
+    """Scores of an entry; None if the entry is damaged."""
     content = value[8:]
     whole = value[:8] == hashlib.blake2b(key + content, digest_size=8).digest()
     return list(struct.unpack(f"<{size}f", content)) if whole and len(content) == 4 * size else None

@@ -1,6 +1,6 @@
-"""Every reward by its id: its properties, where its parts come from, and the function that loads it.
+"""Catalogue of rewards by id: their properties, the locations of their parts, and their loaders.
 
-Importing this module imports nothing heavy; each reward's own module is imported when it is loaded.
+Importing this module is cheap: a reward's own module is imported only when the reward is loaded.
 """
 
 import json
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 HD = 1088 * 1920
 SD = 640 * 1152
 FLOW_PIXELS = 256 * 448
-"""Size at which motion is measured: larger frames are shrunk to it."""
+"""Frame area at which motion is measured; larger frames are shrunk to it."""
 
 VIDEOALIGN_SAMPLING = Sampling(rate=2.0, least=4, most=768, multiple=2)
 """VideoAlign's own rule (``vision_process.py``)."""
@@ -65,32 +65,32 @@ _ALL = (
     replace(_vbench("imaging_quality", 1), low=-inf, high=inf),
 )
 DECLARATIONS = {declaration.name: declaration for declaration in _ALL}
-"""By reward id, in the order they are listed."""
+"""Declarations by reward id, in listing order."""
 REWARD_IDS = tuple(DECLARATIONS)
 
 
 @dataclass(frozen=True)
 class Part:
-    """Something a reward is made of: a path or hub id, and which files of it are needed."""
+    """A part of a reward: a path or hub id, and the files needed from it."""
 
     location: str
-    """Default location; empty if the user must, or may, name it."""
+    """Default location; empty if the user must (or, for an optional part, may) name it."""
     files: tuple[str, ...] = ()
-    """File patterns to download of a hub repository; empty takes all."""
+    """File patterns to download from a hub repository; empty downloads everything."""
     required: bool = True
 
 
 @dataclass(frozen=True)
 class Family:
-    """Rewards that come out of one model."""
+    """Rewards that share one model."""
 
     ids: tuple[str, ...]
     loader: str
-    """``module:function`` below ``kvpo.rewards``; it takes the paths of the parts in their order (None for an
-    optional one that was not named) and, where there are parts, the device."""
+    """``module:function`` below ``kvpo.rewards``. It takes the paths of the parts in order (None for an
+    optional part that was not named) and, if there are parts, the device."""
     parts: Mapping[str, Part] = field(default_factory=dict)
     settings: tuple[str, ...] = ()
-    """Fields of the scorer that depend on the request, among components, frame_rate and top_share."""
+    """Scorer fields that are set per request: any of components, frame_rate and top_share."""
 
 
 CLIP_H = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
@@ -100,7 +100,7 @@ TRANSFORMERS_FILES = ("*.json", "merges.txt", "vocab.txt", "*.safetensors")
 OPTIONAL = Part("", required=False)
 NAMED = Part("")
 OF_FRAMES = ("top_share",)
-"""Settings of rewards of single frames, which are pooled over the clip."""
+"""Settings of rewards that score single frames and pool the scores over the clip."""
 
 FAMILIES = (
     Family(
@@ -207,15 +207,15 @@ def load_rewards(
     top_share: float = 1.0,
     device: str = "cpu",
 ) -> "list[Reward]":
-    """The rewards ``ids``; those that share a model are components of one, named after the first of them.
+    """Load the rewards ``ids``; those that share a model become components of one, named after the first.
 
     Args:
-        sources: where parts are, by ``id.part``: ``{"hpsv3.template": "data_collator_qwen.py"}``.
+        sources: locations of parts by ``id.part``: ``{"hpsv3.template": "data_collator_qwen.py"}``.
         frame_rate: frames per second of the clips that will be scored.
-        top_share: share of a clip's frames, the best ones, that rewards of single frames average.
+        top_share: rewards of single frames average this share of a clip's frames, the best ones.
 
     Raises:
-        ValueError: unknown or repeated id, unknown part, a part that cannot be found or does not fit.
+        ValueError: an id is unknown or repeated, or a part is unknown, cannot be found or does not fit.
     """
     sources = dict(sources or {})
     if unknown := [id for id in ids if id not in REWARD_IDS]:
@@ -242,7 +242,7 @@ def load_rewards(
 def _loaded(
     family: Family, paths: Mapping[str, Path | None], given: Mapping[str, Any], device: str
 ) -> "Reward":
-    """A family's reward; its version is a digest of its files (large ones sampled) and its settings."""
+    """Load a family's reward; its version is a digest of its files (large ones sampled) and its settings."""
     from kvpo.models.tensor_files import fingerprint
     from kvpo.rewards.reward import Reward
 
@@ -258,7 +258,7 @@ def _loaded(
 
 
 def _paths(family: Family, ids: Sequence[str], sources: dict[str, str]) -> dict[str, Path | None]:
-    """Local path of every part, downloaded if it is on the hub; takes what it uses out of ``sources``."""
+    """Local path of every part, downloaded from the hub if needed; pops the entries used from ``sources``."""
     paths: dict[str, Path | None] = {}
     for name, part in family.parts.items():
         given = [sources.pop(key) for id in ids if (key := f"{id}.{name}") in sources]

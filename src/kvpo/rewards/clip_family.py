@@ -1,6 +1,6 @@
-"""Rewards on CLIP: text similarity (CLIP score, PickScore, HPSv2) and the LAION aesthetic head.
+"""Rewards based on CLIP: text similarity (CLIP score, PickScore, HPSv2) and the LAION aesthetic head.
 
-All score single frames, up to eight of them spread over the clip, and average the best ``top_share``.
+Each scores up to eight frames spread over the clip and averages the best ``top_share`` of the scores.
 """
 
 import re
@@ -29,7 +29,7 @@ TEXT_TOKENS = 77
 
 
 def spread_frames(video_TCHW: Tensor) -> Tensor:
-    """Up to eight frames, evenly from the first to the last."""
+    """Pick up to eight frames, evenly spaced from the first to the last."""
     return video_TCHW[spread_indices(len(video_TCHW), 1.0, EIGHT_FRAMES)]
 
 
@@ -42,7 +42,7 @@ def image_features(model: CLIPModel, frames_NCHW: Tensor, fit: Callable[[Tensor,
 
 
 def text_features(model: CLIPModel, tokenizer: PreTrainedTokenizerBase, text: str, reward: str) -> Tensor:
-    """Unit text features [D] in float32; texts are cut at CLIP's 77 tokens, with a warning."""
+    """Unit text features [D] in float32; texts beyond CLIP's 77 tokens are cut with a warning."""
     warn_if_cut(tokenizer, text, TEXT_TOKENS, reward)
     ids = tokenizer(text, truncation=True, max_length=TEXT_TOKENS, return_tensors="pt")["input_ids"]
     pooled = model.text_model(input_ids=ids.to(model.text_projection.weight.device)).pooler_output
@@ -51,7 +51,7 @@ def text_features(model: CLIPModel, tokenizer: PreTrainedTokenizerBase, text: st
 
 @dataclass(frozen=True)
 class SimilarityScorer:
-    """Cosine of frames and prompt, times ``scale``."""
+    """Cosine similarity of frames and prompt, times ``scale``."""
 
     model: CLIPModel
     tokenizer: PreTrainedTokenizerBase
@@ -74,9 +74,9 @@ class SimilarityScorer:
         return {self.components[0]: torch.stack(scores)}
 
     def features(self, video_BTCHW: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Mean image feature of each clip's frames, times the text's feature by feature: [B, D].
+        """Elementwise product of each clip's mean image features and its text features, [B, D].
 
-        Their sum is the cosine, so a linear reward on them is a cosine that weighs its terms.
+        The products sum to the mean cosine similarity, so a linear reward on them is a weighted cosine.
         """
         rows = []
         for video, prompt in zip(video_BTCHW, prompts, strict=True):
@@ -102,7 +102,7 @@ def rating_head(width: int, *, device: str = "meta") -> nn.Sequential:
 
 @dataclass(frozen=True)
 class AestheticScorer:
-    """LAION aesthetic rating of frames, about 1 to 10; the prompt is not read."""
+    """LAION aesthetic rating of frames, about 1 to 10; the prompt is ignored."""
 
     model: CLIPModel
     head: nn.Sequential
@@ -132,13 +132,13 @@ def _clip(directory: Path, device: str) -> CLIPModel:
 
 
 def load_clip_score(directory: Path, *, device: str = "cpu") -> SimilarityScorer:
-    """Cosine similarity under the CLIP model in ``directory``; ValueError for weights that do not fit."""
+    """Load the scorer with the CLIP model in ``directory``. Raises ValueError if weights do not fit."""
     model = _clip(directory, device)
     return SimilarityScorer(model, read_tokenizer(directory), ("clip_score",))
 
 
 def load_pickscore(directory: Path, base: Path, *, device: str = "cpu") -> SimilarityScorer:
-    """PickScore (Kirstain et al. 2023): exp(logit_scale) times the cosine, as its authors report it.
+    """Load PickScore (Kirstain et al. 2023): exp(logit_scale) times the cosine, as its authors report it.
 
     ``base`` holds the tokenizer (laion/CLIP-ViT-H-14-laion2B-s32B-b79K).
     """
@@ -148,9 +148,9 @@ def load_pickscore(directory: Path, base: Path, *, device: str = "cpu") -> Simil
 
 
 def load_hpsv2(checkpoint: Path, base: Path, *, device: str = "cpu") -> SimilarityScorer:
-    """HPSv2 (Wu et al. 2023): an OpenCLIP ViT-H/14 checkpoint with its weights under "state_dict".
+    """Load HPSv2 (Wu et al. 2023): an OpenCLIP ViT-H/14 checkpoint with its weights under "state_dict".
 
-    ``base`` holds configuration and tokenizer (laion/CLIP-ViT-H-14-laion2B-s32B-b79K).
+    ``base`` holds the configuration and tokenizer (laion/CLIP-ViT-H-14-laion2B-s32B-b79K).
     """
     weights = entry_tensors(checkpoint, "state_dict")
     model = without_weights(lambda: CLIPModel(CLIPConfig.from_pretrained(base, local_files_only=True)))
@@ -189,9 +189,9 @@ _IN_LAYER = {
 
 
 def open_clip_to_transformers(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """OpenCLIP names (``open_clip/transformer.py``) -> ``CLIPModel``; the joint q, k, v projection is split.
+    """Rename OpenCLIP weights (``open_clip/transformer.py``) for ``CLIPModel`` and split the joint q, k, v.
 
-    Names without a counterpart stay as they are, for the strict check to report.
+    Names without a counterpart are kept, so that the strict check reports them.
     """
     found: dict[str, Tensor] = {}
     for name, value in weights.items():

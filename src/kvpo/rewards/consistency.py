@@ -1,4 +1,4 @@
-"""Temporal consistency rewards: steadiness of a clip's light and of its subject."""
+"""Temporal consistency rewards: steady light and a consistent subject."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,10 +25,10 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 @dataclass(frozen=True)
 class FlickerScorer:
-    """1 for steady light, falling with luminance that jumps between neighbouring frames; needs no weights.
+    """1 for steady light, lower the more luminance jumps between neighbouring frames; needs no weights.
 
-    What is measured is each block's luminance against the mean of the frames before and after it: fades and
-    pans, which change steadily, cost nothing.
+    Compares each block's luminance with the mean of the previous and the next frame, so steady changes such
+    as fades and pans cost nothing.
     """
 
     components: tuple[str, ...] = ("flicker",)
@@ -44,9 +44,9 @@ class FlickerScorer:
 
 @dataclass(frozen=True)
 class SubjectConsistencyScorer:
-    """Mean cosine of every frame's features with those of the first and of the previous frame.
+    """Mean cosine similarity of each frame's features to the first and the previous frame's.
 
-    The measure of VBench (Huang et al. 2023) with any DINOv2 or CLIP image encoder of transformers.
+    VBench's measure (Huang et al. 2023) on any DINOv2 or CLIP image encoder from transformers.
     """
 
     encoder: nn.Module
@@ -74,10 +74,10 @@ class SubjectConsistencyScorer:
 
 
 def load_subject_consistency(directory: Path, *, device: str = "cpu") -> SubjectConsistencyScorer:
-    """The scorer around the image encoder in ``directory``: DINOv2 or CLIP, in transformers' layout.
+    """Load the scorer with the DINOv2 or CLIP image encoder in ``directory``, in transformers' layout.
 
     Raises:
-        ValueError: another kind of model, missing or unexpected weights.
+        ValueError: the model is of another kind, or weights are missing or unexpected.
     """
     from transformers import CLIPModel, Dinov2Model
 

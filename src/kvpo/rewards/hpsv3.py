@@ -1,4 +1,4 @@
-"""HPSv3 (Ma et al. 2025): human preference of single frames, by Qwen2-VL-7B and a ranking head."""
+"""HPSv3 (Ma et al. 2025): human preference for single frames, from Qwen2-VL-7B and a ranking head."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -29,11 +29,11 @@ TEMPLATE_FILE = "data_collator_qwen.py"
 TEMPLATE_SHA256 = "f6ee57479d4e9eee76b49c00dc962e1e696a5a2b3cc32cebd9b1fa76fe27502c"
 FRAME_PIXELS = 200_704
 FRAMES_PER_PASS = 8
-"""Frames of one clip in one forward pass."""
+"""Frames of a clip per forward pass."""
 
 
 def prepared(frame_CHW: Tensor) -> Patches:
-    """One frame in [0, 1] -> patches: 8 bits, resized by Pillow's bicubic filter, seen twice in time."""
+    """One frame in [0, 1] -> patches: 8 bits, resized by Pillow's bicubic filter, repeated in time."""
     image = (
         (frame_CHW.detach().float().cpu().clamp(0, 1) * 255).round().to(torch.uint8).movedim(0, -1).numpy()
     )
@@ -44,7 +44,7 @@ def prepared(frame_CHW: Tensor) -> Patches:
 
 @dataclass(frozen=True)
 class HPSv3Scorer:
-    """Preference of every frame given, averaged over the best ``top_share`` of them."""
+    """Preference for each frame, averaged over the best ``top_share`` of them."""
 
     model: QwenReward
     tokenizer: PreTrainedTokenizerBase
@@ -62,7 +62,7 @@ class HPSv3Scorer:
         return {"hpsv3": torch.stack(scores)}
 
     def frame_scores(self, video_TCHW: Tensor, prompt: str) -> Tensor:
-        """The reward of every frame of one clip, [T]; the uncertainty that comes with it is not used."""
+        """Score each frame of one clip, [T]; the uncertainty that the head also predicts is not used."""
         text = filled(self.template, prompt)
         scores = []
         for frames in video_TCHW.split(FRAMES_PER_PASS):
@@ -73,7 +73,7 @@ class HPSv3Scorer:
 
 
 def empty_model(config: Qwen2VLConfig, vocabulary: int, hidden: tuple[int, int] = (1024, 16)) -> QwenReward:
-    """HPSv3's network, weights still to be loaded; the head's layers are numbered 0, 3, 5 in files."""
+    """Build HPSv3's network without weights; checkpoints number the head's layers 0, 3, 5."""
     backbone = empty_backbone(config, vocabulary)
     first, second = hidden
     head = nn.Sequential(
@@ -95,14 +95,14 @@ def load_hpsv3(
     device: str = "cpu",
     dtype: torch.dtype = torch.bfloat16,
 ) -> HPSv3Scorer:
-    """The released ``HPSv3.safetensors``; the head stays in float32.
+    """Load the released ``HPSv3.safetensors``; the head stays in float32.
 
     Args:
-        base: directory with configuration and tokenizer of Qwen2-VL-7B-Instruct (its weights are not needed).
-        template: HPSv3's ``dataset/data_collator_qwen.py``; by default looked for next to ``checkpoint``.
+        base: directory with Qwen2-VL-7B-Instruct's configuration and tokenizer (its weights are not needed).
+        template: HPSv3's ``dataset/data_collator_qwen.py``; by default, the one next to ``checkpoint``.
 
     Raises:
-        ValueError: a part is absent, weights that do not fit, a template that is not the trained one.
+        ValueError: a part is missing, weights do not fit, or the template is not the one used in training.
     """
     text = read_template(template or checkpoint.parent / TEMPLATE_FILE, TEMPLATE_SHA256, parts=2)
     tokenizer = tokenizer_with(base, (TOKEN,))

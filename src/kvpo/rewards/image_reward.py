@@ -1,4 +1,4 @@
-"""ImageReward (Xu et al. 2023): human preference of single frames, by BLIP and a rating head."""
+"""ImageReward (Xu et al. 2023): human preference for single frames, from BLIP and a rating head."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -41,11 +41,11 @@ TEXT = BlipTextConfig(
     num_attention_heads=12,
     is_decoder=True,
 )
-"""BERT-base with cross-attention to the image; transformers builds that for decoders only."""
+"""BERT-base with cross-attention to the image, which transformers adds only to decoders."""
 
 
 class BlipRating(nn.Module):
-    """BLIP's two towers and the head on the text's first token."""
+    """BLIP's vision and text towers, with a rating head on the first text token."""
 
     def __init__(self, vision: BlipVisionConfig, text: BlipTextConfig) -> None:
         super().__init__()
@@ -67,7 +67,7 @@ class BlipRating(nn.Module):
 
 @dataclass(frozen=True)
 class ImageRewardScorer:
-    """Preference of up to eight frames spread over the clip, averaged over the best ``top_share`` of them."""
+    """Preference for up to eight frames spread over the clip, averaged over the best ``top_share``."""
 
     model: BlipRating
     tokenizer: PreTrainedTokenizerBase
@@ -113,7 +113,7 @@ _VISION = (
 
 
 def released_to_ours(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Rename a released checkpoint's keys; position indices, which the model computes, are left out."""
+    """Rename a released checkpoint's keys and drop position indices, which the model computes itself."""
     return rename_keys(weights, _VISION, left_out=r"position_ids$")
 
 
@@ -125,10 +125,10 @@ def load_image_reward(
     vision: BlipVisionConfig = VISION,
     text: BlipTextConfig = TEXT,
 ) -> ImageRewardScorer:
-    """The released ``ImageReward.pt``; ``base`` holds the tokenizer (bert-base-uncased).
+    """Load the released ``ImageReward.pt``; ``base`` holds the tokenizer (bert-base-uncased).
 
     Raises:
-        ValueError: naming missing, unexpected and misshapen keys; no tokenizer.
+        ValueError: there is no tokenizer, or keys (named) are missing, unexpected or misshapen.
     """
     model = without_weights(lambda: BlipRating(vision, text))
     weights = released_to_ours(read_tensors(checkpoint))

@@ -1,4 +1,4 @@
-"""Frames as image encoders take them, and their luminance. N frames, C = 3 colours, H rows, W columns."""
+"""Luminance, and preprocessing for image encoders. Axes: N frames, C = 3 colours, H rows, W columns."""
 
 from collections.abc import Sequence
 
@@ -18,7 +18,7 @@ def luminance(video_xCHW: Tensor) -> Tensor:
 
 
 def resized(frames_NCHW: Tensor, height: int, width: int) -> Tensor:
-    """Bicubic with antialiasing, in [0, 1]; differentiable."""
+    """Resize by antialiased bicubic interpolation, clamped to [0, 1]; differentiable."""
     frames_NCHW = frames_NCHW.float()
     if frames_NCHW.shape[-2:] == (height, width):
         return frames_NCHW
@@ -28,7 +28,7 @@ def resized(frames_NCHW: Tensor, height: int, width: int) -> Tensor:
 
 
 def fit_and_crop(frames_NCHW: Tensor, height: int, width: int = 0) -> Tensor:
-    """The smallest size that covers ``height`` x ``width``, then its middle; 0: a square, as CLIP sees it."""
+    """Resize to just cover ``height`` x ``width``, then crop the centre; width 0: CLIP's square."""
     (rows, columns), width = frames_NCHW.shape[-2:], width or height
     if height * columns >= width * rows:
         frames = resized(frames_NCHW, height, height * columns // rows)
@@ -39,7 +39,7 @@ def fit_and_crop(frames_NCHW: Tensor, height: int, width: int = 0) -> Tensor:
 
 
 def fit_and_pad(frames_NCHW: Tensor, size: int) -> Tensor:
-    """Longer side to ``size``, black bars on both sides of the shorter one: the preprocessing of HPSv2."""
+    """Resize the longer side to ``size`` and pad the shorter one with black on both ends, as HPSv2 does."""
     height, width = frames_NCHW.shape[-2:]
     long = max(height, width)
     frames = resized(frames_NCHW, max(1, round(size * height / long)), max(1, round(size * width / long)))

@@ -21,25 +21,25 @@ with extra("rewards"):
     import cv2
 
 Flow = Callable[[Tensor], Tensor]
-"""Frames [T, 3, H, W] in [0, 1] -> pixels that every point moves to the next frame, [T - 1, 2, H, W]."""
+"""Frames [T, 3, H, W] in [0, 1] -> displacement to the next frame in pixels, [T - 1, 2, H, W]."""
 
 SMALLEST_SIDE = 128
-"""Smaller frames are enlarged to it: the coarse levels of the flow's pyramid need some pixels."""
+"""Smaller frames are enlarged to this: the coarse levels of the flow's pyramid need enough pixels."""
 QUIET = 0.5
-"""Pixels per frame of flow, at the size it is measured at, below which it is mostly noise: a motion this fast
-counts half."""
+"""Speed in pixels per frame, at the measured size, below which flow is mostly noise; motion this fast counts
+half."""
 NEIGHBOURHOOD = 9
 FLAT = 4.0
-"""Side of the square around a pixel, and mean squared gradient in it (in grey levels per pixel) at which half
-of the pixel's motion counts; noise of one grey level has 0.7."""
+"""NEIGHBOURHOOD is the side of the square around a pixel. FLAT is the mean squared gradient in it (in grey
+levels per pixel) at which half of the pixel's motion counts; noise of one grey level has 0.7."""
 FULL_MOTION = 0.15
 """Distance per frame, as a share of the diagonal, that counts as full motion (as in the public KVPO)."""
 FASTEST_SHARE = 0.05
-"""Share of the pixels, the fastest ones, whose speed is a frame's motion."""
+"""A frame's motion is the mean speed of this share of its pixels, the fastest ones."""
 
 
 def dis_flow(video_TCHW: Tensor) -> Tensor:
-    """Dense inverse search flow (Kroeger et al. 2016) of OpenCV, on 8-bit luminance; needs no weights."""
+    """OpenCV's dense inverse search flow (Kroeger et al. 2016) on 8-bit luminance; needs no weights."""
     grey_THW = (video_TCHW.detach().float().cpu().clamp(0, 1) * 255).round().to(torch.uint8)
     images = [
         cv2.cvtColor(np.ascontiguousarray(f), cv2.COLOR_RGB2GRAY) for f in grey_THW.movedim(1, -1).numpy()
@@ -50,9 +50,9 @@ def dis_flow(video_TCHW: Tensor) -> Tensor:
 
 
 def visibility(video_TCHW: Tensor) -> Tensor:
-    """Share in [0, 1] of a pixel's motion that can be seen, [T, 1, H, W]: 0 on flat ground, 1 on texture.
+    """Share in [0, 1] of each pixel's motion that is visible, [T, 1, H, W]: 0 in flat areas, 1 on texture.
 
-    Flow on flat ground is guessed from noise: one grey level of it would pass for motion.
+    In flat areas flow is estimated from noise: one grey level of it would pass for motion.
     """
     luma_T1HW = 255 * video_TCHW.float().mean(1, keepdim=True)
     dy = F.pad((luma_T1HW[..., 2:, :] - luma_T1HW[..., :-2, :]) / 2, (0, 0, 1, 1))
@@ -64,7 +64,7 @@ def visibility(video_TCHW: Tensor) -> Tensor:
 
 
 def measured_flow(video_TCHW: Tensor, flow: Flow) -> Tensor:
-    """Visible flow [T - 1, 2, H', W'], at a size the method works well at, as a share of its diagonal."""
+    """Visible flow [T - 1, 2, H', W'] as a share of the diagonal, at a size that suits the method."""
     height, width = video_TCHW.shape[-2:]
     shrink = min(1.0, (FLOW_PIXELS / (height * width)) ** 0.5)
     if shrink < 1:
@@ -86,11 +86,11 @@ def _sized(images: Tensor, height: int, width: int) -> Tensor:
 
 
 def motion_smoothness(flow_t2HW: Tensor) -> Tensor:
-    """1 - how much velocities change along the motion, relative to the velocities themselves, in [0, 1].
+    """1 - the relative change of velocity along the motion, in [0, 1].
 
-    Every point is followed along the flow of one step and its velocity compared with that of the next step:
-    1 for what glides or stands still, near 0 where each frame goes elsewhere. ``flow_t2HW`` is a share of the
-    diagonal per frame, two steps at least.
+    Follows every point along the flow of one step and compares its velocity with the next step's: 1 if it
+    glides or stands still, near 0 if it goes elsewhere in each frame. ``flow_t2HW`` holds at least two steps,
+    as a share of the diagonal per frame.
     """
     here, height, width = flow_t2HW[:-1], *flow_t2HW.shape[-2:]
     diagonal = math.hypot(height, width)
@@ -106,7 +106,7 @@ def motion_smoothness(flow_t2HW: Tensor) -> Tensor:
 
 
 def dynamic_degree(flow_t2HW: Tensor) -> Tensor:
-    """Speed of the fastest twentieth of the pixels, as a share of full motion, mean over steps, in [0, 1]."""
+    """Speed of the fastest 5% of the pixels relative to full motion, averaged over steps, in [0, 1]."""
     speed_tP = flow_t2HW.norm(dim=1).flatten(1)
     fastest_tk = speed_tP.topk(max(1, round(FASTEST_SHARE * speed_tP.shape[1])), dim=1).values
     return (fastest_tk.mean(1) / FULL_MOTION).clamp(max=1).mean()
@@ -117,7 +117,7 @@ MOTION_MEASURES = {"motion_smoothness": motion_smoothness, "dynamic_degree": dyn
 
 @dataclass(frozen=True)
 class MotionScorer:
-    """Motion smoothness and dynamic degree of clips of any size; the flow is measured once for both."""
+    """Motion smoothness and dynamic degree of clips of any size; the flow is computed once for both."""
 
     components: tuple[str, ...] = tuple(MOTION_MEASURES)
     flow: Flow = dis_flow
@@ -132,7 +132,7 @@ class MotionScorer:
 
 
 def load_motion(raft: Path | None, *, device: str = "cpu") -> MotionScorer:
-    """The scorer on RAFT with the weights of a file, or on OpenCV's flow; ValueError for other weights."""
+    """Load the scorer with the RAFT weights in ``raft``, or OpenCV's flow if None. Raises as `load_raft`."""
     if raft is None:
         return MotionScorer()
     from kvpo.rewards.raft import load_raft

@@ -1,7 +1,7 @@
-"""Pixel statistics that do not depend on content; their drift betrays a reward that is being gamed.
+"""Content-independent pixel statistics; their drift reveals reward hacking.
 
-None of them is a reward: more is not better. Each is relative to the clip's own light or contrast, so that
-they move apart from each other. Axes: B clips, T frames, H x W pixels.
+None of them is a reward: more is not better. All but brightness are relative to the clip's own light or
+contrast, so that they can vary independently. Axes: B clips, T frames, H x W pixels.
 """
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 from kvpo.rewards.images import luminance
 
 DARKEST = 1e-4
-"""Least light and contrast, on [0, 1], that a relative measure divides by."""
+"""Lower bound, on [0, 1], of the light or contrast that a relative measure divides by."""
 
 
 def brightness(video_BTCHW: Tensor) -> Tensor:
@@ -19,9 +19,9 @@ def brightness(video_BTCHW: Tensor) -> Tensor:
 
 
 def saturation(video_BTCHW: Tensor) -> Tensor:
-    """Largest minus smallest channel as a share of the largest, weighted by it, in [0, 1], [B].
+    """HSV saturation of the pixels, weighted by their largest channel, in [0, 1], [B].
 
-    0 for grey and 1 for pure colours, however bright: HSV saturation without its noise in dark pixels.
+    0 for grey and 1 for pure colours, however bright; the weighting suppresses noise in dark pixels.
     """
     video_BTCHW = video_BTCHW.float()
     largest_BTHW, smallest_BTHW = video_BTCHW.amax(2), video_BTCHW.amin(2)
@@ -30,12 +30,12 @@ def saturation(video_BTCHW: Tensor) -> Tensor:
 
 
 def _contrast(luma_BTHW: Tensor) -> Tensor:
-    """Standard deviation of luminance over each frame's pixels, mean over frames, [B]."""
+    """Standard deviation of luminance over each frame's pixels, averaged over frames, [B]."""
     return luma_BTHW.flatten(2).std(2, correction=0).mean(1).clamp(min=DARKEST)
 
 
 def sharpness(video_BTCHW: Tensor) -> Tensor:
-    """Root mean square difference between neighbouring pixels over the contrast, [B]: blur lowers it."""
+    """RMS difference between neighbouring pixels, divided by the contrast, [B]; blur lowers it."""
     luma_BTHW = luminance(video_BTCHW)
     across_B = luma_BTHW.diff(dim=3).square().mean((1, 2, 3))
     down_B = luma_BTHW.diff(dim=2).square().mean((1, 2, 3))
@@ -43,7 +43,7 @@ def sharpness(video_BTCHW: Tensor) -> Tensor:
 
 
 def motion(video_BTCHW: Tensor) -> Tensor:
-    """Root mean square difference between neighbouring frames over the contrast, [B]; 0 for a still clip."""
+    """RMS difference between neighbouring frames, divided by the contrast, [B]; 0 for a still clip."""
     if video_BTCHW.shape[1] == 1:
         return video_BTCHW.new_zeros(len(video_BTCHW), dtype=torch.float32)
     luma_BTHW = luminance(video_BTCHW)

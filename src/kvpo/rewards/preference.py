@@ -1,4 +1,4 @@
-"""A reward learned from votes: a linear score on frozen features; its differences are log odds.
+"""A reward learned from votes: a linear score on frozen features; score differences are log odds.
 
 Axes: B clips, T frames, D features, N tasks, K videos of a task, best first.
 """
@@ -20,12 +20,12 @@ from kvpo.rewards.pixel_statistics import LOOKS, luminance
 from kvpo.rewards.protocol import Scorer
 
 SIDE = 32
-"""Rows and columns that pixel features look at: files of enlarged frames and decoded clips then agree."""
+"""Rows and columns that pixel features see, so that decoded clips and files of enlarged frames agree."""
 PIXELS = (*LOOKS, "red", "green", "blue", "contrast", "flicker", "shake")
-"""Names of the pixel features, which know neither the prompt nor what a frame shows."""
+"""Names of the pixel features, which depend neither on the prompt nor on what a frame shows."""
 ITERATIONS = 200
 Features = Callable[[Tensor, Sequence[ClipPrompt]], Tensor]
-"""Clips [B, T, 3, H, W] and their prompts to features [B, D]."""
+"""Clips [B, T, 3, H, W] and their prompts -> features [B, D]."""
 
 
 def pixel_features(video_BTCHW: Tensor, prompts: Sequence[ClipPrompt]) -> Tensor:
@@ -47,11 +47,11 @@ def pixel_features(video_BTCHW: Tensor, prompts: Sequence[ClipPrompt]) -> Tensor
 
 @dataclass(frozen=True)
 class ScorerFeatures:
-    """Features of other rewards: their embeddings where they have some, else their components."""
+    """Features from other rewards: their embeddings if they have any, otherwise their components."""
 
     scorers: tuple[Scorer, ...]
     version: str = ""
-    """Digest of what decides their features; "": unknown."""
+    """Digest of everything that determines the features; "" if unknown."""
 
     def __call__(self, video_BTCHW: Tensor, prompts: Sequence[ClipPrompt]) -> Tensor:
         """Features [B, D] of all scorers side by side."""
@@ -66,14 +66,14 @@ def _features(scorer: Scorer, video_BTCHW: Tensor, prompts: Sequence[ClipPrompt]
 
 @dataclass(frozen=True)
 class Preference:
-    """A linear score on features, each less its mean and over its spread."""
+    """A linear score on standardised features."""
 
     mean_D: Tensor
     spread_D: Tensor
     weight_D: Tensor
 
     def __call__(self, features_BD: Tensor) -> Tensor:
-        """Score [B]; the difference of two is the log odds that the first is preferred."""
+        """Score [B]; the difference of two scores is the log odds that the first is preferred."""
         return ((features_BD.double() - self.mean_D) / self.spread_D) @ self.weight_D
 
 
@@ -96,11 +96,11 @@ class PreferenceScorer:
 
 @dataclass(frozen=True)
 class Task:
-    """Videos that were put in order, best first, as rows of a table of features."""
+    """A ranking of videos, best first, given as rows of a feature table."""
 
     videos: tuple[int, ...]
     ranks: tuple[int, ...]
-    """Rising; the last ones may be equal: they were not ranked among each other."""
+    """Ascending; the last ones may be equal if those videos were not ranked among each other."""
     prompt: str
     weight: float = 1.0
 
@@ -110,16 +110,16 @@ class Stacked:
     """Tasks as tensors, padded to the longest."""
 
     video_NK: Tensor
-    """Row of each place's video."""
+    """Feature row of the video at each place."""
     there_NK: Tensor
     """True where the task has a video."""
     chosen_NK: Tensor
-    """True at places that were chosen over those behind them."""
+    """True at places that were preferred to all places after them."""
     weight_N: Tensor
 
 
 def stacked(tasks: Sequence[Task]) -> Stacked:
-    """Tasks as tensors."""
+    """Stack tasks into tensors."""
     longest = max(len(task.videos) for task in tasks)
     counts = torch.tensor([[len(task.videos)] for task in tasks])
     chosen = torch.tensor([[sum(rank < task.ranks[-1] for rank in task.ranks)] for task in tasks])
@@ -133,9 +133,9 @@ def stacked(tasks: Sequence[Task]) -> Stacked:
 
 
 def plackett_luce(scores_V: Tensor, tasks: Stacked) -> Tensor:
-    """Mean negative log-likelihood of rankings (Plackett 1975, Luce 1959); of pairs, Bradley-Terry's.
+    """Mean negative log-likelihood of rankings (Plackett 1975, Luce 1959); for pairs, Bradley-Terry's.
 
-    P(ranking) is the product over its places of exp(s_i) over the sum of exp(s_j) of all that are not better.
+    P(ranking) is the product over places i of exp(s_i) / sum over places j >= i of exp(s_j).
     """
     scores_NK = scores_V[tasks.video_NK].masked_fill(~tasks.there_NK, -torch.inf)
     rest_NK = scores_NK.flip(1).logcumsumexp(1).flip(1)
@@ -144,10 +144,10 @@ def plackett_luce(scores_V: Tensor, tasks: Stacked) -> Tensor:
 
 
 def fit(features_VD: Tensor, tasks: Sequence[Task], ridge: float) -> Preference:
-    """The preference of least mean loss plus ``ridge`` / 2 times its squared weights: a convex problem.
+    """Minimise the mean loss plus ``ridge`` / 2 times the sum of squared weights: a convex problem.
 
     Args:
-        features_VD: features of all videos; those of no task still count for mean and spread.
+        features_VD: features of all videos; videos in no task still count for mean and spread.
     """
     table = features_VD.double()
     mean, spread = table.mean(0), table.std(0, correction=0).clamp(min=1e-8)
@@ -167,7 +167,7 @@ def fit(features_VD: Tensor, tasks: Sequence[Task], ridge: float) -> Preference:
 
 
 def save_preference(path: Path, preference: Preference, record: Mapping[str, object]) -> None:
-    """Write a preference with what was measured of it. Raises StorageError."""
+    """Write a preference, with ``record`` as JSON metadata. Raises StorageError."""
     tensors = {name: value.contiguous() for name, value in vars(preference).items()}
     write_atomic(path, save(tensors, {"preference": json.dumps(record, ensure_ascii=False)}))
 
@@ -176,7 +176,7 @@ def load_preference(path: Path) -> tuple[Preference, dict[str, object]]:
     """Read what `save_preference` wrote.
 
     Raises:
-        ValueError: no such file, or one of another kind.
+        ValueError: the file does not exist or is of another kind.
     """
     read_bytes(path)
     try:

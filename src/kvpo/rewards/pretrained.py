@@ -1,4 +1,4 @@
-"""Public checkpoints of rewards: weights for networks built here, templates of prompts, cut texts."""
+"""Helpers for public reward checkpoints: weights, prompt templates, and warnings about cut texts."""
 
 import ast
 import hashlib
@@ -19,9 +19,9 @@ from kvpo.models.tensor_files import assign_tensors, only_tensors, read_tensor_f
 logger = logging.getLogger(__name__)
 
 _WARNED: WeakSet[Any] = WeakSet()
-"""Tokenizers that have met a text longer than their reward reads."""
+"""Tokenizers that have already warned about a text that is too long."""
 TEXT_PROMPT = "{text_prompt}"
-"""Placeholder of the prompt in a template."""
+"""Placeholder for the prompt in a template."""
 
 
 def warn_if_cut(tokenizer: Any, text: str, limit: int, reward: str) -> None:
@@ -39,7 +39,7 @@ def warn_if_cut(tokenizer: Any, text: str, limit: int, reward: str) -> None:
 
 
 def without_weights(build: Callable[[], nn.Module]) -> nn.Module:
-    """A module whose parameters hold no memory yet; its computed buffers (rotary frequencies) are real."""
+    """Build a module without memory for its parameters; computed buffers (rotary frequencies) are real."""
     from accelerate import init_empty_weights  # imported late: rewards without weights start faster
 
     with init_empty_weights(include_buffers=False):
@@ -47,17 +47,17 @@ def without_weights(build: Callable[[], nn.Module]) -> nn.Module:
 
 
 def load_strict(module: nn.Module, weights: Mapping[str, Tensor], source: str, device: str) -> None:
-    """Give ``module`` exactly its weights, on ``device`` in float32; its buffers keep their own type.
+    """Load ``weights`` into ``module`` strictly, on ``device`` in float32; buffers keep their dtype.
 
     Raises:
-        ValueError: naming missing, unexpected and misshapen keys.
+        ValueError: keys (named) are missing, unexpected or misshapen.
     """
     assign_tensors(module, weights, source, device=device, dtype=torch.float32)
     module.to(device).requires_grad_(False)
 
 
 def entry_tensors(path: Path, entry: str) -> dict[str, Tensor]:
-    """The tensors of a file, which may lie under ``entry``. Raises ValueError."""
+    """Read the tensors of a file, from ``entry`` if it has one. Raises ValueError."""
     content = read_tensor_file(path)
     held = content.get(entry)
     return only_tensors(held if isinstance(held, dict) else content, str(path))
@@ -66,7 +66,7 @@ def entry_tensors(path: Path, entry: str) -> dict[str, Tensor]:
 def rename_keys(
     weights: Mapping[str, Tensor], patterns: Sequence[tuple[str, str]], left_out: str
 ) -> dict[str, Tensor]:
-    """Weights under new names: every (pattern, replacement) in turn; names that contain ``left_out`` go."""
+    """Rename weights by each (pattern, replacement) in turn; names that match ``left_out`` are dropped."""
     renamed = {}
     for name, value in weights.items():
         if re.search(left_out, name):
@@ -78,13 +78,13 @@ def rename_keys(
 
 
 def read_template(path: Path, sha256: str, parts: int = 1) -> str:
-    """A prompt template, recognised by its hash and never altered.
+    """Read a prompt template and verify its hash.
 
-    ``path`` is the text itself in UTF-8, or the upstream Python file that defines it: that is parsed, not
-    run, and the string in it with that hash is taken (or the ``parts`` strings that give it when joined).
+    ``path`` is either the text itself in UTF-8 or the upstream Python file that defines it. A Python file is
+    parsed, not run, and the string with that hash is returned (or the ``parts`` strings that join to it).
 
     Raises:
-        ValueError: no such file, or nothing in it has the hash; both say how to get it.
+        ValueError: the file does not exist or is not valid Python, or nothing in it has the hash.
     """
     if not path.is_file():
         raise ValueError(f"{path}: no such prompt template")
@@ -112,5 +112,5 @@ def read_template(path: Path, sha256: str, parts: int = 1) -> str:
 
 
 def filled(template: str, prompt: str) -> str:
-    """The template with the prompt in its place."""
+    """Insert the prompt into the template."""
     return template.replace(TEXT_PROMPT, prompt)

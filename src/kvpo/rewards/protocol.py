@@ -1,6 +1,6 @@
 """Interface of a reward: clips and their prompts in, one number per clip and component out.
 
-Importing this module imports nothing heavy, so that a command line can list rewards and their needs.
+Importing this module is cheap, so that the command line can list rewards and their requirements.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,14 +15,14 @@ if TYPE_CHECKING:
 
 
 JUDGES = "openai:"
-"""Beginning of the addresses of judges (``kvpo.rewards.service.judge``)."""
+"""Prefix of judge addresses (``kvpo.rewards.service.judge``)."""
 
 
 class Scorer(Protocol):
     """Scores a batch of clips.
 
-    ``components`` names the numbers it returns, in order (one forward pass may give several: VideoAlign's
-    visual, motion and text scores). Components are higher-is-better floats.
+    ``components`` names the returned scores, in order. One forward pass may give several (VideoAlign's
+    visual, motion and text scores). Scores are floats; higher is better.
     """
 
     @property
@@ -35,22 +35,22 @@ class Scorer(Protocol):
 
 @runtime_checkable
 class AsyncScorer(Protocol):
-    """A scorer that works in the background: elsewhere, or by passing clips on to one that does."""
+    """A scorer that works in the background: in another process, or by passing clips on to one that is."""
 
     def begin(
         self, video_BTCHW: "Tensor", prompts: Sequence[ClipPrompt]
     ) -> "Callable[[], dict[str, Tensor]]":
-        """Start scoring clips, which must not change meanwhile; the returned call waits for the scores."""
+        """Start scoring clips, which must stay unchanged; the returned function waits for the scores."""
         ...
 
 
 def start_scoring(
     scorer: Scorer, video_BTCHW: "Tensor", prompts: Sequence[ClipPrompt]
 ) -> "Callable[[], dict[str, Tensor]]":
-    """Start scoring clips; the returned call waits for the scores, or computes them in this process.
+    """Start scoring clips; the returned function waits for the scores, or computes them in this process.
 
-    Starting everything before waiting for anything keeps scorers elsewhere busy, while those of this process
-    still use their memory one after the other.
+    Start all scorers before waiting for any: scorers in other processes then stay busy, while local ones
+    still run, and use memory, one at a time.
     """
     if isinstance(scorer, AsyncScorer):
         return scorer.begin(video_BTCHW, prompts)
@@ -59,26 +59,26 @@ def start_scoring(
 
 @dataclass(frozen=True)
 class Sampling:
-    """Frames spread evenly over a clip, and how much of a long video one clip covers."""
+    """Selection of frames spread evenly over a clip, and the length of a clip of a long video."""
 
     rate: float
-    """Frames per second that are looked at."""
+    """Sampled frames per second."""
     least: int
-    """Fewest frames taken, unless the clip has fewer."""
+    """Minimum number of sampled frames, unless the clip has fewer."""
     most: int
-    """Most frames taken."""
+    """Maximum number of sampled frames."""
     multiple: int = 1
-    """The number of frames taken is a multiple of this."""
+    """The number of sampled frames is a multiple of this."""
     seconds: float | None = 16.0
-    """A longer file is scored as several clips of this length; None takes it whole."""
+    """A longer file is scored as several clips of this length; None: as one clip."""
     strides: bool = False
-    """True: every n-th frame from the first one is taken, n the rounded ratio of the rates, and not a number
-    that is spread evenly."""
+    """True: take every n-th frame from the first on, with n the rounded ratio of the frame rates, instead of
+    spreading a number of frames evenly."""
 
 
 @dataclass(frozen=True)
 class Declaration:
-    """Properties and needs of one component of a scorer, known before anything is loaded."""
+    """Properties and requirements of one component of a scorer, known before anything is loaded."""
 
     name: str
     low: float
@@ -86,25 +86,25 @@ class Declaration:
     """Range of the score; infinite where there is no bound. Higher is better."""
     reads_prompt: bool
     min_frames: int
-    """Fewest frames of a clip that can be scored."""
+    """Minimum number of frames in a clip."""
     max_pixels: int
-    """Pixels of a frame beyond which more resolution is not looked at; larger files are shrunk on reading."""
+    """Frame area beyond which resolution makes no difference; larger files are shrunk when read."""
     sampling: Sampling | None = None
-    """Frames that are looked at; None: neighbouring frames, all of them."""
+    """Frames that are scored; None: consecutive frames, all of them."""
     eight_bit: bool = False
-    """True if it first rounds pixels to 8 bits, so that they may reach it rounded."""
+    """True if the scorer rounds pixels to 8 bits first, so that clips may be sent to it in 8 bits."""
     weight: float = 1.0
-    """Its share in the sum of its reward's components."""
+    """Its weight in the sum of its reward's components."""
 
 
 LARGEST = 1e15
-"""Larger scores are refused: their squares and sums would not fit float32."""
+"""Largest accepted magnitude: squares and sums of larger scores would overflow float32."""
 
 
 def checked(name: str, scores: "dict[str, Tensor]", count: int) -> "Tensor":
-    """One component's scores as float32 on the CPU.
+    """Check one component's scores and return them as float32 [count] on the CPU.
 
-    Raises ValueError where they are missing, misshapen, not finite or beyond ``LARGEST``.
+    Raises ValueError if they are missing, misshapen, not finite or beyond ``LARGEST``.
     """
     if name not in scores:
         raise ValueError(f"reward component {name!r} is missing from the scorer's result {list(scores)}")

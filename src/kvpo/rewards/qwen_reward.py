@@ -29,10 +29,10 @@ VIDEO_PAD = "<|video_pad|>"
 
 
 def smart_resize(height: int, width: int, *, min_pixels: int, max_pixels: int) -> tuple[int, int]:
-    """Size in multiples of FACTOR whose area lies between the bounds where proportions allow it.
+    """(height, width) in multiples of FACTOR with an area between the bounds, if the proportions allow it.
 
-    Qwen2-VL's rule: round each side; if too large scale by sqrt(max / area) and round down, if too small by
-    sqrt(min / area) and round up.
+    Qwen2-VL's rule: round each side. If the area is too large, scale by sqrt(max / area) and round down; if
+    too small, scale by sqrt(min / area) and round up.
     """
     rounded = [round(side / FACTOR) * FACTOR for side in (height, width)]
     if rounded[0] * rounded[1] > max_pixels:
@@ -59,10 +59,10 @@ class Patches:
 
 
 def patchify(frames_NCHW: Tensor) -> Patches:
-    """Patches of frames in [0, 1] whose sides are multiples of FACTOR; an odd last frame is repeated.
+    """Split frames in [0, 1] into patches; sides must be multiples of FACTOR, an odd last frame is repeated.
 
-    Order: pairs of frames, then 2 x 2 groups of patches row by row, then the patches of a group; inside a
-    patch colour, frame, row, column (transformers' Qwen2-VL image processor).
+    Order, as in transformers' Qwen2-VL image processor: pairs of frames, then 2 x 2 groups of patches row by
+    row, then the patches of a group. Order within a patch: colour, frame, row, column.
     """
     frames = standardised(frames_NCHW.float(), CLIP_MEAN, CLIP_STD)
     if len(frames) % TEMPORAL_PATCH:
@@ -84,7 +84,7 @@ def chat(pad: str, num_tokens: int, text: str) -> str:
 
 
 class QwenReward(nn.Module):
-    """Qwen2-VL without its vocabulary head, and a head that reads hidden states."""
+    """Qwen2-VL with a reward head on its hidden states in place of the vocabulary head."""
 
     def __init__(self, backbone: Qwen2VLModel, head: nn.Module) -> None:
         super().__init__()
@@ -94,7 +94,7 @@ class QwenReward(nn.Module):
     def forward(self, ids_BL: Tensor, media: Sequence[Patches], pad: str, read: Sequence[int]) -> Tensor:
         """Head outputs [B, len(read), outputs] in float32 at token positions ``read``, one medium per row.
 
-        The rows have one length, so that nothing is padded: a row's result owes nothing to the others.
+        All rows have the same length, so nothing is padded and no row's result depends on the others.
         """
         tower = self.backbone.visual.patch_embed.proj.weight
         pixels_PD = torch.cat([m.pixels_PD for m in media]).to(tower.device, tower.dtype)
@@ -105,7 +105,7 @@ class QwenReward(nn.Module):
             else ("pixel_values_videos", "video_grid_thw")
         )
         ids_BL = ids_BL.to(tower.device)
-        # The rewards were trained with sequential positions in all three rows of M-RoPE; without an argument
+        # The rewards were trained with sequential positions in all three rows of M-RoPE; by default
         # transformers would place image tokens on a grid.
         positions_3BL = torch.arange(ids_BL.shape[1], device=tower.device).expand(3, *ids_BL.shape)
         hidden_BLD = self.backbone(
@@ -120,7 +120,7 @@ class QwenReward(nn.Module):
 
 
 def empty_backbone(config: Qwen2VLConfig, vocabulary: int) -> Qwen2VLModel:
-    """The Qwen2-VL of a configuration with ``vocabulary`` embedding rows, its weights still to be loaded."""
+    """Build Qwen2-VL from a configuration, with ``vocabulary`` embedding rows and without weights."""
     config.text_config.vocab_size = vocabulary
     return without_weights(lambda: Qwen2VLModel(config))
 
@@ -132,7 +132,7 @@ def backbone_keys(names: Iterable[str], source: str) -> dict[str, str]:
     ``rm_head.*`` -> ``head.*``; the vocabulary head ``lm_head.weight`` is not used.
 
     Raises:
-        ValueError: naming keys with another beginning.
+        ValueError: keys (named) have another prefix.
     """
     parts = {"visual": "backbone.visual", "model": "backbone.language_model", "rm_head": "head"}
     found = {name: renamed(name, parts) for name in names if name != "lm_head.weight"}
@@ -150,10 +150,10 @@ def load_weights(
     dtype: torch.dtype,
     head_dtype: torch.dtype,
 ) -> None:
-    """Give the network a released checkpoint's weights, under the names of ``backbone_keys``.
+    """Load a released checkpoint's weights into ``model``, renamed by ``backbone_keys``.
 
     Raises:
-        ValueError: naming missing, unexpected and misshapen keys.
+        ValueError: keys (named) are missing, unexpected or misshapen.
     """
     named = {new: weights[old] for old, new in backbone_keys(weights, source).items()}
     check_tensors(named, shapes_of(model.state_dict()), source)
@@ -164,10 +164,10 @@ def load_weights(
 
 
 def tokenizer_with(directory: Path, tokens: Sequence[str]) -> PreTrainedTokenizerBase:
-    """The tokenizer of ``directory``, in which every one of ``tokens`` is a single token, added if it is new.
+    """Read the tokenizer in ``directory`` and add each of ``tokens`` that it lacks as a special token.
 
     Raises:
-        ValueError: no tokenizer there, or one of another family.
+        ValueError: there is no tokenizer, or one of another family.
     """
     tokenizer = read_tokenizer(directory)
     vocabulary = tokenizer.get_vocab()
@@ -181,11 +181,11 @@ def tokenizer_with(directory: Path, tokens: Sequence[str]) -> PreTrainedTokenize
 def encode_chat(
     tokenizer: PreTrainedTokenizerBase, text: str, pad: str, num_tokens: int, tokens: Sequence[str]
 ) -> tuple[Tensor, list[int]]:
-    """Token ids [L] of a chat turn, and where each of ``tokens`` stands.
+    """Token ids [L] of a chat turn, and the position of each of ``tokens``.
 
     Raises:
-        ValueError: a reward token or a media token occurs in the text more or less often than it should,
-            as when a prompt contains one: it would move the place the score is read at.
+        ValueError: a reward token or a media token occurs too often or too rarely, for example because the
+            prompt contains one; this would shift the position at which the score is read.
     """
     ids = tokenizer(chat(pad, num_tokens, text), add_special_tokens=False)["input_ids"]
     places = []

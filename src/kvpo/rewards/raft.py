@@ -14,7 +14,7 @@ from kvpo.models.tensor_files import check_tensors, read_tensors, shapes_of
 from kvpo.rewards.pretrained import rename_keys
 
 PAIRS = 8
-"""Pairs of frames in one forward pass."""
+"""Pairs of frames per forward pass."""
 UPDATES = 12
 """Refinements of the flow, as in torchvision and in RAFT's training."""
 
@@ -67,10 +67,10 @@ class RaftFlow:
 
 
 def load_raft(path: Path, device: str = "cpu", updates: int = UPDATES) -> RaftFlow:
-    """RAFT with the weights of a file, torchvision's or the authors'.
+    """Load RAFT from a file of weights, torchvision's or the authors'.
 
     Raises:
-        ValueError: no torchvision, or one that does not fit this torch; weights of another network.
+        ValueError: torchvision is missing or does not fit this torch, or the weights are another network's.
     """
     network = _optical_flow().raft_large(weights=None)
     weights = read_tensors(path)

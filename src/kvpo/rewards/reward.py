@@ -21,16 +21,16 @@ class Reward:
     """A scorer with its name, its declared properties and its cache; itself a scorer."""
 
     name: str
-    """A component's name where each component is a number of its own; otherwise the name of their sum."""
+    """A component's name if components are reported separately; otherwise the name of their sum."""
     scorer: Scorer
     declarations: tuple[Declaration, ...] = ()
     version: str = ""
-    """Digest of what decides the scores besides clip, prompt and kvpo's code; "": unknown, nothing is kept
-    on disk."""
+    """Digest of everything that determines the scores besides clip, prompt and kvpo's code; "" if unknown:
+    then nothing is stored on disk."""
     cache: ScoreCache | None = None
-    """With one, the scorer is asked about every distinct clip once."""
+    """If given, the scorer is called only once for each distinct clip."""
     device: torch.device | str | None = None
-    """Device to which the networks are moved from host memory while they score; None: they are not moved."""
+    """Device to which the networks are moved from host memory while they score; None: not moved."""
 
     @property
     def components(self) -> tuple[str, ...]:
@@ -42,13 +42,13 @@ class Reward:
         return {declaration.name: declaration.weight for declaration in self.declarations}
 
     def numbers(self) -> dict[str, dict[str, float]]:
-        """The numbers that the reward is read as: name -> weight of each component in it."""
+        """The numbers that the reward is reported as: name -> weight of each component in it."""
         if self.name in self.components:
             return {component: {component: 1.0} for component in self.components}
         return {self.name.rpartition(":")[2]: self.weights}
 
     def offloaded(self, device: torch.device | str) -> "Reward":
-        """The reward with its networks moved to host memory; one without networks unchanged."""
+        """The reward with its networks moved to host memory; unchanged if it has none."""
         networks = list(networks_of(self.scorer))
         for network in networks:
             network.to("cpu")
@@ -59,7 +59,7 @@ class Reward:
         return self.begin(video_BTCHW, prompts)()
 
     def begin(self, video_BTCHW: Tensor, prompts: Sequence[ClipPrompt]) -> Callable[[], dict[str, Tensor]]:
-        """Start scoring the clips that the cache does not hold; without a cache, all of them."""
+        """Start scoring the clips that the cache lacks; the returned function waits for all scores."""
         if self.cache is None:
             return self._ask(video_BTCHW, prompts)
         cache, size = self.cache, len(self.components)
@@ -108,9 +108,9 @@ class Reward:
 
 @dataclass(frozen=True)
 class CombinedScorer:
-    """Scorers whose components are returned together, in the order of the scorers.
+    """Several scorers as one, with all their components in the order of the scorers.
 
-    Raises ValueError for two components of one name.
+    Raises ValueError if two components have the same name.
     """
 
     scorers: tuple[Scorer, ...]
@@ -131,7 +131,7 @@ class CombinedScorer:
         return self.begin(video_BTCHW, prompts)()
 
     def begin(self, video_BTCHW: Tensor, prompts: Sequence[ClipPrompt]) -> Callable[[], dict[str, Tensor]]:
-        """Start those elsewhere at once; those of this process compute while the others work."""
+        """Start scorers in other processes at once; local ones compute while those work."""
         answers = [start_scoring(scorer, video_BTCHW, prompts) for scorer in self.scorers]
 
         def scores() -> dict[str, Tensor]:

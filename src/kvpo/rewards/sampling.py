@@ -1,4 +1,4 @@
-"""The frames of a clip, and of a video file, that a reward looks at."""
+"""Selection of the frames of a clip, or of a video file, that a reward scores."""
 
 from collections.abc import Sequence
 
@@ -9,22 +9,22 @@ from kvpo.prompts import ClipPrompt
 from kvpo.rewards.protocol import Declaration, Sampling
 
 NEIGHBOURS = 49
-"""Neighbouring frames in one clip of a longer file, for rewards that compare each frame with the next."""
+"""Consecutive frames per clip of a longer file, for rewards that compare each frame with the next."""
 NEIGHBOUR_RATE = 16.0
-"""Frames per second at which neighbours are compared: faster files are thinned by a whole stride."""
+"""Frames per second at which neighbours are compared; faster files are subsampled by a whole stride."""
 CLIPS = 6
-"""Most clips of one file; they lie evenly over it."""
+"""Maximum number of clips per file; they are spread evenly over it."""
 
 
 def spread_indices(num_frames: int, frame_rate: float, sampling: Sampling) -> list[int]:
-    """Evenly spread frames of a clip of ``num_frames`` at ``frame_rate`` frames per second.
+    """Indices of evenly spread frames of a clip of ``num_frames`` at ``frame_rate`` frames per second.
 
-    Strides take frames 0, n, 2 n, ... Otherwise n = rate T / frame_rate, clamped to [least, most], rounded to
-    the multiple, never above T; the frames are round(linspace(0, T - 1, n)) in float32, as in VideoAlign's
-    ``vision_process.py``.
+    With ``strides``, frames 0, n, 2 n, ... Otherwise there are n = rate T / frame_rate frames, clamped to
+    [least, most] and rounded to the multiple, but never more than T: round(linspace(0, T - 1, n)) in float32,
+    as in VideoAlign's ``vision_process.py``.
 
     Raises:
-        ValueError: fewer frames than one multiple.
+        ValueError: the clip has fewer frames than ``multiple``.
     """
     if sampling.strides:
         return list(range(0, num_frames, max(1, round(frame_rate / sampling.rate))))
@@ -37,7 +37,7 @@ def spread_indices(num_frames: int, frame_rate: float, sampling: Sampling) -> li
 
 
 def file_clips(declaration: Declaration, num_frames: int, frame_rate: float) -> list[list[int]]:
-    """Frames to read of a video file, one list of indices per clip; the file's score is the mean over clips.
+    """Frames to read from a video file, one list of indices per clip; its score is the mean over clips.
 
     A short file is one clip. Raises ValueError if the file has too few frames.
     """
@@ -61,7 +61,7 @@ def file_clips(declaration: Declaration, num_frames: int, frame_rate: float) -> 
 
 
 def _stretches(total: int, length: int) -> list[tuple[int, int]]:
-    """(start, length) of at most CLIPS stretches that lie evenly over ``total`` frames."""
+    """(start, length) of at most CLIPS stretches, spread evenly over ``total`` frames."""
     if total <= length:
         return [(0, total)]
     count = min(CLIPS, -(-total // length))
@@ -69,9 +69,9 @@ def _stretches(total: int, length: int) -> list[tuple[int, int]]:
 
 
 def present_frames(video_TCHW: Tensor, prompt: str) -> Tensor:
-    """The frames of a clip that belong to its prompt: those before a switch show the previous one.
+    """Frames of a clip from the prompt's switch on; those before it show the previous prompt.
 
-    Raises ValueError if the switch leaves none.
+    Raises ValueError if the switch is outside the clip.
     """
     switch = prompt.switch if isinstance(prompt, ClipPrompt) else 0
     if not 0 <= switch < len(video_TCHW):
@@ -80,10 +80,10 @@ def present_frames(video_TCHW: Tensor, prompt: str) -> Tensor:
 
 
 def pooled_frames(scores_T: Tensor, top_share: float) -> Tensor:
-    """One number for the scores of a clip's frames: the mean of the best ``top_share`` of them, [T] -> [].
+    """Pool the scores of a clip's frames: the mean of the best ``top_share`` of them, [T] -> [].
 
     1 averages all frames (the public KVPO), 0.3 the best three tenths (Astrolabe, arXiv 2603.17051); at least
-    one frame counts. Raises ValueError for a share outside (0, 1].
+    one frame is used. Raises ValueError for a share outside (0, 1].
     """
     if not 0 < top_share <= 1:
         raise ValueError(f"top_share must be in (0, 1], got {top_share}")
@@ -92,10 +92,10 @@ def pooled_frames(scores_T: Tensor, top_share: float) -> Tensor:
 
 
 def checked_batch(video_BTCHW: Tensor, prompts: Sequence[str], min_frames: int) -> None:
-    """Demand clips [B, T, 3, H, W] of floats with one prompt each and at least ``min_frames`` frames.
+    """Check that clips are floats [B, T, 3, H, W] with one prompt each and at least ``min_frames`` frames.
 
     Raises:
-        ValueError: naming the shape, type or count found.
+        ValueError: they are not; the message gives the shape, dtype or count found.
     """
     if video_BTCHW.ndim != 5 or video_BTCHW.shape[2] != 3 or not video_BTCHW.is_floating_point():
         raise ValueError(

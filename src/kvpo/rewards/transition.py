@@ -1,4 +1,4 @@
-"""Prompt switches judged by CLIP features: is the new prompt followed, and does the rest stay as it was."""
+"""CLIP-based rewards for prompt switches: the new prompt is followed, and the rest stays as it was."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,11 +17,11 @@ from kvpo.rewards.sampling import checked_batch, present_frames
 
 @dataclass(frozen=True)
 class TransitionScorer:
-    """Two components of clips with a prompt switch, of frames before (b) and after (a) it.
+    """Compares the features of frames before (b) and after (a) a prompt switch; has two components.
 
-    ``transition_follow`` is how much closer the frames come to the new text t than to the old one s,
+    ``transition_follow`` measures how much closer the frames move to the new text t than to the old text s:
     cos(a, t) - cos(a, s) - cos(b, t) + cos(b, s). ``transition_keep`` is the cosine of a and b without their
-    part along t - s: what the prompts leave alone. A clip without a switch has 0 and 1.
+    parts along t - s, and so covers what the prompts leave alone. A clip without a switch scores 0 and 1.
     """
 
     model: CLIPModel
@@ -54,6 +54,6 @@ class TransitionScorer:
 
 
 def load_transition(directory: Path, *, device: str = "cpu") -> TransitionScorer:
-    """The scorer on the CLIP model in ``directory``. Raises ValueError for weights that do not fit."""
+    """Load the scorer with the CLIP model in ``directory``. Raises ValueError if weights do not fit."""
     similarity = load_clip_score(directory, device=device)
     return TransitionScorer(similarity.model, similarity.tokenizer)

@@ -1,4 +1,4 @@
-"""Dimensions of VBench (Huang et al. 2023) by its own definitions, on the networks that it measures with.
+"""VBench dimensions (Huang et al. 2023), with VBench's own definitions and networks.
 
 Frames are rounded to 8 bits, as in the files that VBench reads. Axes: T frames, t = T - 1 steps between them.
 """
@@ -26,32 +26,32 @@ from kvpo.rewards.pretrained import entry_tensors, load_strict
 from kvpo.rewards.sampling import checked_batch, spread_indices
 
 FASTEST = 0.05
-"""Share of the pixels, the fastest ones, whose mean speed is that of a step."""
+"""A step's speed is the mean speed of this share of its pixels, the fastest ones."""
 MOVING = 6.0 / 256
 """Pixels per step, as a share of the shorter side, above which a step counts as moving."""
 MOTION_RATE = EIGHT_A_SECOND.rate
-"""Frames per second that motion is measured at."""
+"""Frames per second at which motion is measured."""
 MOVING_STEPS = 4 / 16
-"""Steps per frame that must move for a video to be dynamic."""
+"""Moving steps per frame that make a video dynamic."""
 RAFT_UPDATES = 20
 RAFT_SIDE, AMT_SIDE = 8, 16
-"""Sides of frames are filled up to multiples of these."""
+"""Frame sides are padded to multiples of these."""
 DINO_SIDE, MUSIQ_SIDE = 224, 512
-"""Shorter side of frames that DINO sees, longest side of those that MUSIQ sees."""
+"""Shorter side of frames for DINO, and largest longer side of frames for MUSIQ."""
 TOGETHER = 16
-"""Frames in one forward pass of DINO."""
+"""Frames per forward pass of DINO."""
 
 
 @dataclass(frozen=True)
 class VBenchScorer:
-    """One dimension: a measure of a clip's frames ``[T, 3, H, W]``, whole 255ths of [0, 1]."""
+    """One dimension: a measure of a clip's frames ``[T, 3, H, W]`` in [0, 1], rounded to 8 bits."""
 
     components: tuple[str]
     measure: Callable[..., float]
     frame_rate: float = 16.0
-    """Frames per second of clips that come from no file."""
+    """Frames per second of clips that do not come from a file."""
     timed: bool = False
-    """True: the measure is told the frames per second of the video, ``frame_rate``."""
+    """True: the measure also takes the video's frames per second, ``frame_rate``."""
 
     def __call__(self, video_BTCHW: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Component -> [B]; ValueError for clips that are too short or of another shape."""
@@ -70,7 +70,7 @@ class VBenchScorer:
 
 
 def filled_up(frames_TCHW: Tensor, multiple: int) -> Tensor:
-    """Frames whose sides are filled up to a multiple on both ends, by their outermost pixels."""
+    """Pad frames on both ends, with their outermost pixels, to sides that are multiples of ``multiple``."""
     down, across = (-side % multiple for side in frames_TCHW.shape[-2:])
     return F.pad(
         frames_TCHW, (across // 2, across - across // 2, down // 2, down - down // 2), mode="replicate"
@@ -82,7 +82,7 @@ def enough_motion(
 ) -> float:
     """1 if enough steps move by ``flow`` (frames ``[T, 3, H, W]`` -> pixels ``[t, 2, H, W]``), else 0.
 
-    Steps of videos slower than ``MOTION_RATE`` take longer, and have to move as much further.
+    Steps of videos slower than ``MOTION_RATE`` take longer, so their threshold is proportionally higher.
     """
     if len(frames_TCHW) == 1:
         return 0.0
@@ -94,7 +94,7 @@ def enough_motion(
 
 
 def interpolated_smoothness(between: nn.Module, frames_TCHW: Tensor) -> float:
-    """1 - mean absolute difference of every second frame and what a network makes of its neighbours."""
+    """1 - mean absolute difference between every second frame and its interpolation from its neighbours."""
     device = next(between.parameters()).device
     even, odd = filled_up(frames_TCHW[::2], AMT_SIDE).to(device), frames_TCHW[1::2]
     half = torch.full((1, 1, 1, 1), 0.5, device=device)
@@ -109,12 +109,12 @@ def interpolated_smoothness(between: nn.Module, frames_TCHW: Tensor) -> float:
 
 
 def mean_steadiness(frames_TCHW: Tensor) -> float:
-    """1 - mean absolute difference of neighbouring frames; meant for videos that stand still."""
+    """1 - mean absolute difference between neighbouring frames; meant for static videos."""
     return 1 - float(frames_TCHW.diff(dim=0).abs().mean())
 
 
 def dino_consistency(encoder: nn.Module, frames_TCHW: Tensor) -> float:
-    """Mean cosine, no less than 0, of DINO's features of every frame and of the first and the previous."""
+    """Mean cosine, clamped at 0, of each frame's DINO features and those of the first and previous frame."""
     device, short = next(encoder.parameters()).device, min(frames_TCHW.shape[-2:])
     size = [DINO_SIDE * side // short for side in frames_TCHW.shape[-2:]]
     pixels = standardised(_resized(frames_TCHW, *size), IMAGENET_MEAN, IMAGENET_STD)
@@ -129,7 +129,7 @@ def dino_consistency(encoder: nn.Module, frames_TCHW: Tensor) -> float:
 
 
 def musiq_quality(network: nn.Module, frames_TCHW: Tensor) -> float:
-    """Mean over frames of MUSIQ's score, over 100."""
+    """Mean over frames of MUSIQ's score, divided by 100."""
     device, long = next(network.parameters()).device, max(frames_TCHW.shape[-2:])
     if long > MUSIQ_SIDE:
         scale = MUSIQ_SIDE / long
@@ -143,12 +143,12 @@ def _resized(frames_TCHW: Tensor, height: int, width: int) -> Tensor:
 
 
 def load_vbench_temporal_flickering() -> VBenchScorer:
-    """The scorer, which needs no weights."""
+    """Build the scorer, which needs no weights."""
     return VBenchScorer(("vbench_temporal_flickering",), mean_steadiness)
 
 
 def load_vbench_dynamic_degree(raft: Path, *, device: str = "cpu") -> VBenchScorer:
-    """The scorer on RAFT with the weights of a file (VBench's: raft-things.pth). Raises as `load_raft`."""
+    """Load the scorer with RAFT's weights (VBench's: raft-things.pth). Raises as `load_raft`."""
     from kvpo.rewards.raft import load_raft
 
     flow = load_raft(raft, device, updates=RAFT_UPDATES)
@@ -156,10 +156,10 @@ def load_vbench_dynamic_degree(raft: Path, *, device: str = "cpu") -> VBenchScor
 
 
 def load_vbench_motion_smoothness(weights: Path, *, device: str = "cpu") -> VBenchScorer:
-    """The scorer on AMT-S, whose code is part of the package vbench.
+    """Load the scorer with AMT-S, whose code is part of the package vbench.
 
     Raises:
-        ValueError: no vbench; weights of another network.
+        ValueError: vbench is not installed, or the weights are another network's.
     """
     with _unopened("vbench"):
         network = _network("vbench", "third_party.amt.networks.AMT-S", "Model", {})
@@ -168,10 +168,10 @@ def load_vbench_motion_smoothness(weights: Path, *, device: str = "cpu") -> VBen
 
 
 def load_vbench_imaging_quality(weights: Path, *, device: str = "cpu") -> VBenchScorer:
-    """The scorer on MUSIQ of the package pyiqa (VBench's weights: those for SPAQ).
+    """Load the scorer with MUSIQ from the package pyiqa (VBench's weights: those for SPAQ).
 
     Raises:
-        ValueError: no pyiqa; weights of another network.
+        ValueError: pyiqa is not installed, or the weights are another network's.
     """
     network = _network("pyiqa", "archs.musiq_arch", "MUSIQ", {"pretrained": False})
     load_strict(network, entry_tensors(weights, "params"), str(weights), device)
@@ -179,7 +179,7 @@ def load_vbench_imaging_quality(weights: Path, *, device: str = "cpu") -> VBench
 
 
 def load_vbench_subject_consistency(directory: Path, *, device: str = "cpu") -> VBenchScorer:
-    """The scorer on the DINO ViT in ``directory``, in transformers' layout. Raises ValueError for others."""
+    """Load the scorer with the DINO ViT in ``directory``, in transformers' layout. Raises ValueError."""
     from transformers import ViTModel
 
     encoder = strict_pretrained(ViTModel, directory, dtype=torch.float32, add_pooling_layer=False)
@@ -187,7 +187,7 @@ def load_vbench_subject_consistency(directory: Path, *, device: str = "cpu") -> 
 
 
 def _network(package: str, module: str, name: str, settings: dict[str, bool]) -> nn.Module:
-    """A network of a package that is not needed otherwise. Raises ValueError where there is none."""
+    """Build a network from an optional package. Raises ValueError if the package is missing."""
     try:
         network: nn.Module = vars(import_module(f"{package}.{module}"))[name](**settings)
     except ImportError as error:
@@ -200,7 +200,7 @@ def _network(package: str, module: str, name: str, settings: dict[str, bool]) ->
 
 @contextmanager
 def _unopened(package: str) -> Iterator[None]:
-    """Inside, modules of a package can be imported without what the package itself would import."""
+    """Within this context, modules of a package can be imported without running its own ``__init__``."""
     spec = find_spec(package) if package not in sys.modules else None
     if spec is None:
         yield

@@ -1,6 +1,6 @@
-"""Reads chosen frames of video files: only what is asked for is decoded and held in memory.
+"""Reads selected frames of video files: only what is needed is decoded and held in memory.
 
-Frames come as a player shows them: upright, on black, in their proportions, in standard dynamic range.
+Frames look as in a player: upright, on black, with the right aspect ratio, in standard dynamic range.
 """
 
 from collections.abc import Iterator, Sequence
@@ -18,29 +18,29 @@ with extra("rewards"):
     import cv2
 
 NOMINAL_RATE = 16.0
-"""Frames per second of a file that states none."""
+"""Frames per second assumed for a file that states none."""
 SEE_THROUGH = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
-"""Codecs whose transparency only another decoder than the usual one reads."""
+"""Codecs with transparency -> the decoder that reads it, which is not FFmpeg's default."""
 RATE_TOLERANCE = 0.01
-"""Relative difference up to which the rate in a file's header is believed against its timestamps."""
+"""Largest relative difference from the timestamps at which the frame rate in a header is trusted."""
 
 PQ, HLG, BT2020 = 16, 18, 9
-"""Numbers of transfer functions and primaries in ITU-T H.273."""
+"""Codes of transfer functions and primaries in ITU-T H.273."""
 WHITE = 203.0
-"""cd/m2 that become white: reference white of ITU-R BT.2408; brighter light is cut off."""
+"""Luminance in cd/m2 that maps to white: reference white of ITU-R BT.2408; brighter light is clipped."""
 GAMMA = 2.4
 """Gamma of a display in standard dynamic range, ITU-R BT.1886."""
 LUMINANCE = np.array([0.2627, 0.6780, 0.0593], np.float32)
 TO_BT709 = np.array(
     [[1.6605, -0.5876, -0.0728], [-0.1246, 1.1329, -0.0083], [-0.0182, -0.1006, 1.1187]], np.float32
 )
-"""Linear light with the primaries of BT.2020 to those of BT.709, ITU-R BT.2087."""
+"""Converts linear light from BT.2020 to BT.709 primaries, ITU-R BT.2087."""
 MOST_STRETCHED = 16
 
 
 @dataclass(frozen=True)
 class VideoFile:
-    """A video file's frames, known without decoding them."""
+    """Number and times of a video file's frames, read without decoding them."""
 
     path: Path
     frame_rate: float
@@ -59,7 +59,7 @@ def probe(path: Path) -> VideoFile:
     """Count a file's frames and read their times; memory does not grow with the size of the video.
 
     Raises:
-        ValueError: empty, damaged, no video in it, no frame in it.
+        ValueError: the file is empty or damaged, or has no video or no frame.
     """
     if path.is_file() and path.stat().st_size == 0:
         raise ValueError("the file is empty")
@@ -92,17 +92,17 @@ def probe(path: Path) -> VideoFile:
 
 
 def read_frames(video: VideoFile, indices: Sequence[int], max_pixels: int) -> np.ndarray:
-    """Decode frames ``indices`` (rising) to uint8 RGB [n, H, W, 3], shrunk to at most ``max_pixels`` each.
+    """Decode frames ``indices`` (ascending) to uint8 RGB [n, H, W, 3], shrunk to at most ``max_pixels`` each.
 
-    Pixels are as a player shows them (``render_frame``); frames whose size changes are brought to that
-    of the first.
+    Pixels look as in a player (``render_frame``). If the frame size changes, frames are resized to the first
+    one's.
 
     Raises:
-        ValueError: damaged data, a rotation or an aspect that cannot be shown.
+        ValueError: the data is damaged, or its rotation or pixel aspect is not supported.
     """
     try:
         frames = _images(video, indices, max_pixels, jump=True)
-        if len(frames) < len(indices):  # some containers (MPEG program streams) cannot be entered everywhere
+        if len(frames) < len(indices):  # some containers (MPEG program streams) cannot seek everywhere
             frames = _images(video, indices, max_pixels, jump=False)
     except av.FFmpegError as error:
         raise ValueError(f"damaged video: {_reason(error)}") from error
@@ -114,7 +114,7 @@ def read_frames(video: VideoFile, indices: Sequence[int], max_pixels: int) -> np
 
 
 def _images(video: VideoFile, indices: Sequence[int], max_pixels: int, *, jump: bool) -> list[np.ndarray]:
-    """The frames at ``indices``, or those before one that is not found."""
+    """The frames at ``indices``, up to the first one that is not found."""
     images: list[np.ndarray] = []
     with av.open(str(video.path)) as container:
         aspect = container.streams.video[0].sample_aspect_ratio
@@ -130,9 +130,9 @@ def _images(video: VideoFile, indices: Sequence[int], max_pixels: int, *, jump: 
 def _decode(
     container: av.container.InputContainer, video: VideoFile, indices: Sequence[int], jump: bool
 ) -> Iterator[av.VideoFrame]:
-    """The frames at ``indices``; with ``jump``, forward to the last key frame before a distant one.
+    """Yield the frames at ``indices``; with ``jump``, seek to the last key frame before a distant one.
 
-    Ends where a frame is not found or a jump went too far.
+    Stops if a frame is not found or a seek went too far.
     """
     stream = container.streams.video[0]
     stream.thread_type = "AUTO"
@@ -163,7 +163,7 @@ def _decode(
 
 
 def _decoded(container: av.container.InputContainer, stream: av.VideoStream) -> Iterator[av.VideoFrame]:
-    """Frames from where the container is, their transparency included."""
+    """Decode frames, including transparency, from the container's current position."""
     codec = stream.codec_context.name
     if stream.metadata.get("alpha_mode") != "1" or codec not in SEE_THROUGH:
         yield from container.decode(stream)
@@ -174,7 +174,7 @@ def _decoded(container: av.container.InputContainer, stream: av.VideoStream) -> 
 
 
 def fitting(height: int, width: int, max_pixels: int) -> tuple[int, int]:
-    """The size of at most ``max_pixels`` with the same proportions."""
+    """(height, width) of at most ``max_pixels`` with the same aspect ratio."""
     if height * width <= max_pixels:
         return height, width
     scale = (max_pixels / (height * width)) ** 0.5
@@ -187,13 +187,13 @@ def _reason(error: av.FFmpegError) -> str:
 
 
 def render_frame(frame: av.VideoFrame, pixel_aspect: Fraction | None) -> np.ndarray:
-    """A decoded frame as uint8 RGB [H, W, 3].
+    """Convert a decoded frame to uint8 RGB [H, W, 3].
 
-    Transparent pixels are shown on black, high dynamic range is converted (``standard_range``), pixels that
-    are not square (width by height, ``pixel_aspect``) change the width, and the header's rotation is applied.
+    Transparent pixels are shown on black, and high dynamic range is converted (``standard_range``). The width
+    is scaled if pixels are not square (``pixel_aspect``, width / height), and the rotation is applied.
 
     Raises:
-        ValueError: a rotation by other than quarter turns, pixels stretched beyond 16:1.
+        ValueError: the rotation is not by quarter turns, or pixels are stretched beyond 16:1.
     """
     wide = frame.color_trc in (PQ, HLG) or frame.color_primaries == BT2020
     if any(component.is_alpha for component in frame.format.components):
@@ -210,8 +210,8 @@ def render_frame(frame: av.VideoFrame, pixel_aspect: Fraction | None) -> np.ndar
 
 
 def standard_range(frame: av.VideoFrame) -> np.ndarray:
-    """A frame of BT.2020 primaries, of PQ, HLG (both ITU-R BT.2100) or BT.1886, as uint8 RGB of BT.709."""
-    # White is 255 * 256 in what FFmpeg makes of limited range.
+    """Convert a BT.2020 frame in PQ, HLG (both ITU-R BT.2100) or BT.1886 to uint8 RGB in BT.709."""
+    # FFmpeg converts limited range to 16 bits with white at 255 * 256.
     signal = (frame.to_ndarray(format="rgb48le").astype(np.float32) / 65280).clip(max=1)
     if frame.color_trc == PQ:
         power = signal ** (4096 / 2523 / 128)
@@ -227,7 +227,7 @@ def standard_range(frame: av.VideoFrame) -> np.ndarray:
 
 
 def upright(image: np.ndarray, frame: av.VideoFrame) -> np.ndarray:
-    """An image [H, W, 3] of ``frame``, turned and mirrored as its display matrix says."""
+    """Rotate and mirror an image [H, W, 3] by the display matrix of ``frame``. Raises ValueError."""
     matrices = [bytes(data) for data in frame.side_data if data.type.name == "DISPLAYMATRIX"]
     if not matrices:
         return image

@@ -43,7 +43,7 @@ ADAPTED_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj"
 
 
 def prepared(video_TCHW: Tensor) -> Patches:
-    """Sampled frames in [0, 1] -> patches: 8 bits, resized to at most 200,704 pixels, 8 bits again."""
+    """Sampled frames in [0, 1] -> patches: 8 bits, resized to at most 200,704 pixels, rounded again."""
     size = smart_resize(*video_TCHW.shape[-2:], min_pixels=MIN_PIXELS, max_pixels=MAX_PIXELS)
     return patchify(_bytes(resized(_bytes(video_TCHW.float()), *size)))
 
@@ -59,7 +59,7 @@ def grey(video_TCHW: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class VideoAlignScorer:
-    """The three scores, or some of them; colour is read for VQ and TA, grey for MQ."""
+    """The three scores, or some of them; VQ and TA see colour frames, MQ grey ones."""
 
     model: QwenReward
     tokenizer: PreTrainedTokenizerBase
@@ -75,10 +75,10 @@ class VideoAlignScorer:
         return {name: torch.stack([row[name] for row in rows]) for name in self.components}
 
     def _score(self, video_TCHW: Tensor, prompt: str) -> dict[str, Tensor]:
-        """One clip alone, its colour and grey version side by side: its score cannot depend on others."""
+        """Score one clip alone, its colour and grey versions as a batch: other clips cannot affect it."""
         video_TCHW = present_frames(video_TCHW, prompt).float()
         sampled = spread_indices(len(video_TCHW), self.frame_rate, VIDEOALIGN_SAMPLING)
-        video_TCHW = _bytes(video_TCHW[sampled])  # the release reads files: its grey is that of 8-bit colours
+        video_TCHW = _bytes(video_TCHW[sampled])  # the release computes grey from 8-bit files
         versions = []
         if {COMPONENTS[0], COMPONENTS[2]} & set(self.components):
             versions.append(prepared(video_TCHW))
@@ -98,7 +98,7 @@ class VideoAlignScorer:
 def empty_model(
     config: Qwen2VLConfig, vocabulary: int, *, rank: int = LORA_RANK, alpha: int = LORA_ALPHA
 ) -> QwenReward:
-    """VideoAlign's network with its adapter in place, weights still to be loaded."""
+    """Build VideoAlign's network with its adapter, without weights."""
     backbone = empty_backbone(config, vocabulary)
     adapter = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules=list(ADAPTED_LAYERS))
     inject_adapter_in_model(adapter, backbone.language_model, low_cpu_mem_usage=True)
@@ -114,14 +114,14 @@ def load_videoalign(
     device: str = "cpu",
     dtype: torch.dtype = torch.bfloat16,
 ) -> VideoAlignScorer:
-    """The released checkpoint: a directory with ``checkpoint-*/model.pth`` and ``checkpoint-*/tokenizer``.
+    """Load the release: a directory with ``checkpoint-*/model.pth`` and ``checkpoint-*/tokenizer``.
 
     Args:
         base: directory with the configuration of Qwen2-VL-2B-Instruct (its weights are not needed).
-        template: VideoAlign's ``prompt_template.py``; by default looked for in ``checkpoint``.
+        template: VideoAlign's ``prompt_template.py``; by default, the one in ``checkpoint``.
 
     Raises:
-        ValueError: a part is absent, weights that do not fit, a template that is not the trained one.
+        ValueError: a part is missing, weights do not fit, or the template is not the one used in training.
     """
     found = sorted(checkpoint.glob("checkpoint-*/model.pth")) or sorted(checkpoint.glob("model.pth"))
     if not found:
@@ -145,5 +145,5 @@ def load_videoalign(
 
 
 def checkpoint_weights(path: Path) -> dict[str, Tensor]:
-    """The PEFT state dict of a ``model.pth`` without the ``base_model.model.`` before every key."""
+    """Read the PEFT state dict of a ``model.pth``, without the ``base_model.model.`` prefix of its keys."""
     return {name.removeprefix("base_model.model."): value for name, value in read_tensors(path).items()}

@@ -1,8 +1,8 @@
-"""Measures the world's instruments on renders of known content: ``python -m kvpo.world.calibration``.
+"""Measures the world's detector and scorers on renders of known content.
 
-Prints the detector's accuracy, the confidences below which a clip or frame counts as broken (the constants in
-kvpo.world.detector), the rewards' means on exact and on faulty videos, their jitter under harmless
-changes and their speed, and the unseen scorer's numbers.
+``python -m kvpo.world.calibration`` prints the detector's accuracy, the confidences below which a clip or
+frame counts as broken (the constants in kvpo.world.detector), the rewards' means on exact and on faulty
+videos, their jitter under harmless changes and their speed, and the unseen scorer's numbers.
 """
 
 import time
@@ -32,7 +32,7 @@ def round_trip(codec: PixelCodec, video_BTCHW: Tensor) -> Tensor:
 
 
 def draw_stories(split: Split, count: int, num_acts: int, num_frames: int, seed: int) -> list[Story]:
-    """``count`` stories of one split."""
+    """Draw ``count`` stories of one split."""
     generator = torch.Generator().manual_seed(seed)
     return [sample_story(generator, num_acts, num_frames, split=split) for _ in range(count)]
 
@@ -43,9 +43,9 @@ def true_attributes(act: Act) -> tuple:
 
 
 def detector_accuracy(video_BTCHW: Tensor, stories: Sequence[Story]) -> dict[str, float]:
-    """Share of one-act clips decoded rightly, per attribute and as a whole.
+    """Share of one-act clips decoded correctly, per attribute and as a whole.
 
-    Actors are compared only where their number is right.
+    Actors are compared only if their number is correct.
     """
     right: dict[str, list[bool]] = {
         k: [] for k in ("scene", "count", "colour", "shape", "size", "motion", "whole")
@@ -82,9 +82,9 @@ def broken_thresholds(codec: PixelCodec, count: int = 400) -> tuple[float, float
 
 
 def score_jitter(video_BTCHW: Tensor, prompts: Sequence[ClipPrompt], codec: PixelCodec) -> dict[str, float]:
-    """Standard deviation of every score and the total on one clip under harmless changes, RMS over clips.
+    """Standard deviation of each score and the total under harmless changes of a clip, RMS over clips.
 
-    The clips come from the codec; the changes are a second pass through it and, three times, noise of
+    The clips have passed through the codec once. The changes are a second pass and three draws of noise of
     one grey level.
     """
     noise = torch.Generator().manual_seed(9)

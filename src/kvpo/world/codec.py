@@ -20,13 +20,13 @@ from kvpo.world.vocabulary import FRAME_SIZE
 LATENT_CHANNELS = 8
 PEAK_RATE = 3e-3
 LATENT_NOISE = 0.5
-"""Largest deviation of noise on normalised latents in training: the decoder forgives a generator's errors."""
+"""Largest std of noise on normalised latents in training, so that the decoder tolerates generator errors."""
 ENCODED = 32
-"""Height and width at which the encoder sees a frame, as means of neighbouring pixels."""
+"""Height and width to which frames are average-pooled before encoding."""
 
 
 class PixelCodec(nn.Module):
-    """Frames [3, FRAME_SIZE, FRAME_SIZE] in [0, 1] to latents [8, 8, 8], mean 0 and deviation 1, and back."""
+    """Frames [3, FRAME_SIZE, FRAME_SIZE] in [0, 1] to latents [8, 8, 8] of mean 0 and std 1, and back."""
 
     frames_per_latent = 1
     frames_per_second = 8.0
@@ -69,27 +69,27 @@ class PixelCodec(nn.Module):
     def decode(self, latents_BTCHW: Tensor, before_TCHW: Tensor | None = None) -> Tensor:
         """Frames [B, T, 3, H, W] of latents [B, T, 8, 8, 8]; clamped to [0, 1] unless training.
 
-        Frames are decoded one by one: what was ``before`` makes no difference. They are on the CPU, where the
-        world's scorers are: each looks at few pixels.
+        Frames are decoded one by one, so ``before_TCHW`` has no effect. Unless training, they are returned on
+        the CPU, where the world's scorers run: each looks at few pixels.
         """
         frames = self.decoder(latents_BTCHW.flatten(0, 1).to(self.std.dtype))
         video = ((frames + 1) / 2).unflatten(0, latents_BTCHW.shape[:2])
         return video if self.training else video.clamp(0, 1).cpu()
 
     def decode_next(self, latents_FCHW: Tensor, state: object | None) -> tuple[Tensor, object | None]:
-        """Frames [F, 3, H, W] of the next latents of a video; there is nothing to remember."""
+        """Frames [F, 3, H, W] of the next latents of a video; the codec has no state."""
         return self.decode(latents_FCHW[None])[0], None
 
     @torch.no_grad()
     def set_statistics(self, video_BTCHW: Tensor) -> None:
-        """Set the stored mean and deviation per latent channel from sample frames."""
+        """Set the stored mean and std per latent channel from sample frames."""
         raw = self.encoder(video_BTCHW.flatten(0, 1) * 2 - 1)
         self.mean.copy_(raw.mean((0, 2, 3)))
         self.std.copy_(raw.std((0, 2, 3)))
 
 
 def _sample(generator: torch.Generator, count: int, num_frames: int) -> Tensor:
-    """``count`` faulty and ``count`` clean videos [2 * count, num_frames, 3, H, W]."""
+    """Draw ``count`` faulty and ``count`` clean videos [2 * count, num_frames, 3, H, W]."""
     return torch.cat(
         [
             observe(training_stories(generator, count, num_frames), generator, faults)
@@ -116,8 +116,7 @@ def train_codec(
 ) -> PixelCodec:
     """Train a codec on freshly drawn frames of the training split; deterministic in ``seed``.
 
-    With ``encoding`` only the decoder is trained, for the latents of that codec: generators of those latents
-    stay as they are.
+    With ``encoding``, only the decoder is trained, on that codec's latents: existing generators stay valid.
     """
     generator = torch.Generator().manual_seed(seed)
     codec = PixelCodec()
@@ -166,7 +165,7 @@ def save_codec(codec: PixelCodec, path: Path) -> None:
 
 
 def asset(name: str) -> Path:
-    """A file of weights that ships with the package."""
+    """Path of a weights file that ships with the package."""
     return Path(str(files("kvpo.world").joinpath("assets", f"{name}.safetensors")))
 
 
@@ -181,7 +180,7 @@ def load_codec(path: Path | None = None) -> PixelCodec:
 
 
 def main() -> None:
-    """Train a new decoder for the latents of the shipped codec, whose generators stay as they are."""
+    """Train a new decoder for the shipped codec's latents; existing generators stay valid."""
     torch.set_num_threads(1)
     with progress_bars() as show:
         codec = train_codec(encoding=load_codec(), show=show)

@@ -1,8 +1,8 @@
-"""Reads the embedded world's pixels: which scene, how many actors, and each actor's look, place and motion.
+"""Reads the embedded world's pixels: scene, number of actors, and each actor's look, place and motion.
 
 Pixels are compared with the vocabulary's tones and shapes, vectorised over all frames. A frame is read
-under two hypotheses at once, one actor or two, so an actor lives in one of three slots: the only one, the
-upper one, the lower one. Axes: B clips, T frames, N = B T, L = 3 slots, H, W pixels; S scenes, C colours,
+under two hypotheses at once, one actor or two, so there are three slots for actors: the only one, the
+upper one and the lower one. Axes: B clips, T frames, N = B T, L = 3 slots, H, W pixels; S scenes, C colours,
 K shapes, Z sizes, M motions in the vocabulary's order.
 """
 
@@ -41,13 +41,13 @@ SCENE_TONES = {
 }
 """The vocabulary's tones with each scene's texture averaged in: (upper rows, lower rows)."""
 ABOVE_GROUND, GROUND, BELOW_GROUND = 16, 20, 26
-"""Heights in units that lie above the ground line of every scene, about at it, and below it."""
+"""Heights in units: above the ground line of every scene, near it, and below it."""
 
 SCENE_WIDTH = 0.12
 COLOUR_WIDTH = 0.25
 """RGB distances at which a pixel's membership in a tone or a colour falls to 1/e."""
 GLYPH_TEMPERATURE = 0.025
-"""Explained energy that makes one glyph e times as likely as another."""
+"""Difference in explained energy that makes one glyph e times as likely as another."""
 COUNT_TEMPERATURE = 0.04
 X_WIDTH = 0.8
 SWING_WIDTH = 1.2
@@ -56,14 +56,14 @@ EMPTY_ENERGY = 6.0
 """Foreground energy in square units below which a slot counts as empty rather than as a small glyph."""
 
 COLOUR_AREA = 200
-"""Square units of a frame that are compared with the colours, the best covered ones."""
+"""Area in square units that is compared with the colours: the pixels best covered by actors."""
 BROKEN_BELOW = 0.535
 """Confidence below which a clip of 15 frames counts as broken: the 1st percentile of exact
-renders after the latent codec. `python -m kvpo.world.calibration` measures it again."""
+renders after the latent codec. `python -m kvpo.world.calibration` recomputes it."""
 BROKEN_FRAME_BELOW = 0.405
 """The same for the confidence of a single frame."""
 HALF_WINDOW = 8
-"""Units on either side of a glyph's centroid that are looked at."""
+"""Half the side, in units, of the window around a glyph's centroid."""
 OFFSETS = (-0.5, -0.25, 0.0, 0.25, 0.5)
 """Offsets of the glyph bank in pixels, in both directions."""
 
@@ -152,7 +152,7 @@ def _scenes(pixels_NCHW: Tensor) -> tuple[Tensor, Tensor]:
     for half, rows in enumerate((slice(round(ABOVE_GROUND * unit)), slice(round(BELOW_GROUND * unit), None))):
         member_NPS = _membership(pixels_NCHW[:, :, rows].flatten(2), tones_S2C[:, half], SCENE_WIDTH)
         weight_NP = weight_NHW[:, rows].flatten(1)
-        # Every pixel counts in the denominator's floor: a frame without background shows no scene.
+        # The denominator's floor counts every pixel, so a frame without background shows no scene.
         total_N1 = weight_NP.sum(1, keepdim=True).clamp(min=0.3 * weight_NP.shape[1])
         halves.append((weight_NP[:, None] @ member_NPS)[:, 0] / total_N1)
     member_NS = torch.stack(halves).mean(0)
@@ -225,7 +225,7 @@ def _glyphs(cover_NLHW: Tensor, centroid_NL2: Tensor, energy_NL: Tensor) -> tupl
     window_NLP = cover_NLHW.flatten(2).gather(2, index_NLQQ.flatten(2))
     window_NLP = (window_NLP.unflatten(2, (len(span), len(span))) * inside_NLQ[..., None]).flatten(2)
     match_NLGO = (window_NLP @ bank_GOP.flatten(0, 1).T).unflatten(2, bank_GOP.shape[:2])
-    # Glyphs have unit norm, so a squared product is the energy explained; the floor mutes near-empty slots.
+    # Glyphs have unit norm, so a squared product is the explained energy; the floor mutes near-empty slots.
     floor_NL1 = (EMPTY_ENERGY * (-energy_NL / EMPTY_ENERGY).exp())[..., None]
     explained_NLG = match_NLGO.amax(3).square() / unit**2
     fit_NLG = (explained_NLG / (energy_NL[..., None] + floor_NL1)).clamp(max=1)
@@ -261,7 +261,7 @@ def _glyph_bank(unit: float) -> tuple[Tensor, Tensor]:
 
 
 def inside(shape: str, x: Tensor, y: Tensor, extent: float) -> Tensor:
-    """True where points (x, y), measured as ``extent`` from the actor's centre, belong to its shape."""
+    """True for points (x, y), relative to the actor's centre and in the unit of ``extent``, in its shape."""
     if shape == "circle":
         return x.square() + y.square() < extent**2
     if shape == "ring":
@@ -289,7 +289,7 @@ def _count(presence_NL: Tensor, energy_NL: Tensor) -> Tensor:
 
 def _colours(pixels_NCHW: Tensor, cover_NLHW: Tensor) -> tuple[Tensor, Tensor]:
     """Membership of a slot's well-covered pixels in each colour [N, L, C]; mean brightness [N, L]."""
-    # Only the best covered pixels are compared: more than two large actors cover, at a fifth of the cost.
+    # Compare only the best covered pixels: more than two large actors cover, at a fifth of the cost.
     weight_NLP = (cover_NLHW.flatten(2) - 0.5).clamp_(min=0)
     pixels = weight_NLP.shape[2]
     count = round(COLOUR_AREA * pixels / WIDTH**2)
@@ -307,8 +307,8 @@ def _motions(centre_BTL2: Tensor) -> Tensor:
     """Membership of every step between frames in each motion [B, T, L, M]; all ones for a single frame.
 
     Sideways motions are judged by the step in x, bobbing by the swing: with y - lane = a sin(phase) at the
-    ends of a step, its middle and its difference give the phasor a exp(i phase), which must have the
-    right length and advance by a constant angle.
+    ends of a step, their mean and difference give the phasor a exp(i phase), which must have the right
+    length and advance by a constant angle.
     """
     batch, frames, slots, _ = centre_BTL2.shape
     if frames < 2:
@@ -350,7 +350,7 @@ def torus_difference(centre_BTL2: Tensor) -> Tensor:
 def attributes(detection: Detection) -> list[tuple]:
     """Decode each clip: (scene, (colour, shape, size, motion), ...).
 
-    Actors are listed from top to bottom; with one frame only the motion is read as the first of MOTIONS.
+    Actors are listed from top to bottom. In a single frame, motion is read as the first of MOTIONS.
     """
     scene_B = detection.scene_BTS.mean(1).argmax(1)
     count_B = detection.count_BT2.mean(1).argmax(1)

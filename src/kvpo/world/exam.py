@@ -1,4 +1,4 @@
-"""Right or wrong: the demands of captions that the likeliest reading of the pixels meets, counted."""
+"""A pass/fail exam: counts the caption demands that the likeliest reading of the pixels meets."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,22 +18,22 @@ ABOUT = {
     "recolour": ("colour",),
     "leave": ("count", "colour", "shape"),
 }
-"""Attributes in which all demands must be met where a caption tells of an event."""
+"""Event -> attributes in which all demands must be met for the event to count as right."""
 SUBJECTS = (*JUDGED, *ABOUT)
 
 
 @dataclass(frozen=True)
 class WorldExam:
-    """Counts the demands of each clip: those met by every subject's name, then all by "asked" and its name.
+    """Counts each clip's demands: those met under the subject's name, all under "asked" and the name.
 
-    What a clip shows is the value that is likeliest over its frames. A caption that leaves an attribute open
-    demands nothing of it: one of an event that leaves open all that the event is about is not counted.
+    A clip shows the value that is likeliest over its frames. An attribute that a caption leaves open is not
+    demanded; an event is not counted if its caption leaves open everything that the event is about.
     """
 
     components: tuple[str, ...] = (*SUBJECTS, *(f"asked {subject}" for subject in SUBJECTS))
 
     def __call__(self, video_BTCHW: Tensor, prompts: Sequence[ClipPrompt]) -> dict[str, Tensor]:
-        """Component -> [B]; the clips must begin with their segment. ValueError as the world's rewards."""
+        """Component -> [B]; clips must begin with their segment. Raises ValueError as the world's rewards."""
         met, asked = _attributes(detect(video_BTCHW), prompts)
         events = [event_of(str(prompt)) for prompt in prompts]
         for event, kinds in ABOUT.items():

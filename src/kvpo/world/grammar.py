@@ -1,4 +1,4 @@
-"""Captions in plain English for acts of a story, and their exact reading back into a request."""
+"""Plain English captions for the acts of a story, and an exact parser from captions back to requests."""
 
 import random
 import re
@@ -46,7 +46,7 @@ TOLD = {
     "recolour": (*BECOMES, *RECOLOURS),
     "return": RETURNS,
 }
-"""Phrases by which a caption tells of an event; "the view returns" is a revisit, so it comes first."""
+"""Phrases that announce an event. "The view returns" is a revisit, so revisit comes before return."""
 UNNAMED = ("something", "it", "one of them")
 DETERMINERS = ("a", "an", "the")
 
@@ -72,16 +72,16 @@ _LONGEST = max(map(len, _LEXICON))
 
 
 _WORD = re.compile(r"(?:[^\W_]|['\u2190-\u2bff\U0001f000-\U0001faff])+")
-"""Letters and digits of any script, apostrophes, pictures among the letters."""
+"""Letters and digits of any script, apostrophes, and symbols such as emoji."""
 
 
 def words(text: str) -> list[str]:
-    """Lower-case words of a text, punctuation dropped; letters written in several ways are one."""
+    """Lower-case words of a text without punctuation, with letters in one form (NFKC)."""
     return _WORD.findall(unicodedata.normalize("NFKC", text).lower())
 
 
 def _phrases(tokens: list[str]) -> Iterator[tuple[int, str, str]]:
-    """(end position, kind, value) of the phrases in the words, longest match first; kind "" if unknown."""
+    """Yield (end position, kind, value) of each phrase, longest match first; kind is "" for unknown words."""
     position = 0
     while position < len(tokens):
         for length in range(min(_LONGEST, len(tokens) - position), 0, -1):
@@ -96,10 +96,10 @@ def _phrases(tokens: list[str]) -> Iterator[tuple[int, str, str]]:
 
 
 def parse(caption: str) -> Request:
-    """Read a caption back into the request it was written from.
+    """Parse a caption back into the request it was written from.
 
-    Raises ValueError, naming the caption and what was understood, for a word outside the grammar, for an
-    attribute that is given twice or belongs to nobody, and for a caption without an actor.
+    Raises ValueError, with the caption and the part understood, for a word outside the grammar, an attribute
+    that is given twice or belongs to nobody, a second scene, or other than one or two actors.
     """
     tokens = words(caption)
     scenes: list[str] = []
@@ -117,7 +117,7 @@ def parse(caption: str) -> Request:
 
 
 def _take(kind: str, value: str, scenes: list[str], actors: list[dict[str, str]]) -> str:
-    """Add one phrase to what is understood so far; says what is wrong with it, or ""."""
+    """Add one phrase to the parse so far; returns the problem with it, or ""."""
     if kind == "":
         return f"the word {value!r} is not known here"
     if kind == "scene":
@@ -150,7 +150,7 @@ def _unreadable(
 
 
 def event_of(caption: str) -> str:
-    """The event of TOLD that a caption tells of, "" for another."""
+    """The event of TOLD that a caption announces; "" for any other event."""
     said = f" {' '.join(words(caption))} "
     return next(
         (name for name, phrases in TOLD.items() if any(f" {phrase} " in said for phrase in phrases)), ""
@@ -158,17 +158,17 @@ def event_of(caption: str) -> str:
 
 
 def full_request(act: Act) -> Request:
-    """Everything the act shows, nothing left open."""
+    """Request for everything that the act shows, with nothing left open."""
     actors = tuple(ActorRequest(a.colour, a.shape, a.size, a.motion) for a in act.actors)
     return Request(act.scene, actors)
 
 
 DROPPED = (0, 0, 1, 2, 5)
-"""Numbers of attributes that captions of *return* and *leave* may leave open; 5: who it is."""
+"""Choices for the number of attributes that captions of *return* and *leave* leave open; 5: who it is."""
 
 
 def describe(act: Act, previous: Act | None, rng: random.Random, dropped: tuple[int, ...] = DROPPED) -> str:
-    """A caption for ``act``; parse(caption) agrees with the act in all that it names.
+    """Write a caption for ``act``; everything that parse(caption) names agrees with the act.
 
     Three quarters of the captions of most events name everything; a quarter leave one attribute open.
     Captions of *return* and *leave* are vague more often ("one of them comes back").
@@ -182,7 +182,7 @@ def _draw_request(act: Act, rng: random.Random, dropped: tuple[int, ...]) -> Req
     if act.event in ("return", "leave"):
         drops = rng.choice(dropped)
     if act.event == "turn" or drops == 5:
-        # What a turn is about has to be said.
+        # A turn's caption must name its actors and motions: only the scene may be left open.
         droppable = ["scene"] if act.event == "turn" else ["scene", "motion"]
         droppable = [name for name in droppable if rng.random() < 0.6]
         request = _open(request, 0, ("colour", "shape", "size") if drops == 5 else ())
@@ -200,7 +200,7 @@ def _open(request: Request, index: int, names: tuple[str, ...]) -> Request:
 
 
 def phrase(request: Request, act: Act, previous: Act | None, rng: random.Random) -> str:
-    """Put a request into words, told as ``act.event`` tells it; parse returns the same request."""
+    """Put a request into words in the style of ``act.event``; parse returns the same request."""
     lead = rng.choice(LEADS if previous else OPENERS)
     place = rng.choice(SCENE_PHRASES[request.scene]) if request.scene else _no_place(act, previous, rng)
     clauses = []
@@ -258,7 +258,7 @@ def _recolour(request: ActorRequest, before: Actor, rng: random.Random) -> str:
 
 
 def noun_phrase(request: ActorRequest, known: bool, rng: random.Random) -> str:
-    """'a small red circle', 'the ring', 'something blue', 'one of them'."""
+    """Noun phrase for an actor: 'a small red circle', 'the ring', 'something blue' or 'one of them'."""
     adjectives = [word for word in (request.size, request.colour) if word]
     if request.shape is None:
         if known and not adjectives:

@@ -14,7 +14,7 @@ from kvpo.world.vocabulary import COLOURS, MOTIONS, SHAPES, Act, Actor, Story
 
 @dataclass(frozen=True)
 class Faults:
-    """Frequency and strength of the faults in training videos; every draw is made once per act."""
+    """Frequency and strength of the faults in training videos, which are drawn once per act."""
 
     wrong_attribute: float = 0.2
     """Chance that one actor has a wrong colour, shape or motion throughout the act."""
@@ -23,7 +23,7 @@ class Faults:
     late_frames: tuple[int, int] = (3, 9)
     """Frames of delay, inclusive."""
     ignored_switch: float = 0.12
-    """Chance that the act before simply goes on."""
+    """Chance that the previous act simply continues."""
     flicker: float = 0.4
     """Chance that an act flickers."""
     flicker_range: tuple[float, float] = (0.08, 0.22)
@@ -35,7 +35,7 @@ class Faults:
     tiring: float = 0.0
     """Chance that an act's movement dies away."""
     tiring_range: tuple[float, float] = (6.0, 15.0)
-    """Frames in which it falls to 1/e."""
+    """Frames in which the speed falls to 1/e."""
 
 
 CLEAN = Faults(wrong_attribute=0.0, late_switch=0.0, ignored_switch=0.0, flicker=0.0, jitter=0.0)
@@ -43,7 +43,7 @@ CLEAN = Faults(wrong_attribute=0.0, late_switch=0.0, ignored_switch=0.0, flicker
 
 @dataclass(frozen=True)
 class Showing:
-    """Contents of a faulty video: another story, who plays in it, and how restless each act is."""
+    """Contents of a faulty video: the story really shown, its actors, and the disturbances of each act."""
 
     story: Story
     casts: tuple[Cast, ...]
@@ -53,9 +53,9 @@ class Showing:
 
 
 def imperfect_story(story: Story, faults: Faults, generator: torch.Generator) -> Showing:
-    """Draw the faults of one video; captions and the number of acts stay as they are.
+    """Draw the faults of one video; captions and the number of acts are unchanged.
 
-    Whoever comes back looks as it was shown before, so that history tells the truth about who that is.
+    A returning actor looks as it was shown before, so history correctly tells which actor it is.
     """
     rng = random.Random(int(torch.randint(2**62, (), generator=generator)))
     shown: list[Act] = []
@@ -98,7 +98,7 @@ def _amplitude(chance: float, bounds: tuple[float, float], rng: random.Random) -
 
 
 def _stage(showing: Showing, generator: torch.Generator) -> tuple[FrameStates, Tensor]:
-    """Shaken states and the brightness factor of every frame [T]."""
+    """States with jitter, and the brightness factor of every frame [T]."""
     story = showing.story
     states = stage(story, showing.casts, showing.tiring)
     starts = [act.start for act in story.acts]
@@ -116,7 +116,7 @@ def film(
     frames: Sequence[Tensor],
     generator: torch.Generator,
 ) -> Tensor:
-    """Some frames of faulty videos, [N, 3, H, W] in [0, 1]: ``frames`` of each, in any order."""
+    """Render ``frames`` of each faulty video, in any order: [N, 3, H, W] in [0, 1]."""
     states, brightness = [], []
     for showing, chosen in zip(showings, frames, strict=True):
         staged, brightness_T = _stage(showing, generator)
@@ -130,7 +130,7 @@ def observe(
     generator: torch.Generator,
     faults: Faults = Faults(),
 ) -> Tensor:
-    """Faulty videos [B, T, 3, H, W] in [0, 1] of stories of equal length; with CLEAN, exact renders."""
+    """Render stories of equal length as faulty videos [B, T, 3, H, W] in [0, 1], or exactly with CLEAN."""
     showings = [imperfect_story(story, faults, generator) for story in stories]
     whole = [torch.arange(story.num_frames) for story in stories]
     return film(showings, whole, generator).unflatten(0, (len(stories), -1))
@@ -139,9 +139,9 @@ def observe(
 def training_stories(
     generator: torch.Generator, count: int, num_frames: int, telling: Telling = PLAIN
 ) -> list[Story]:
-    """Fresh training stories of one to four acts each; shorter ones have no more acts than fit."""
+    """Draw training stories of one to four acts each, or fewer if ``num_frames`` is too short for four."""
     most = max(1, min(4, num_frames // 12))
-    # The more acts, the more there is to remember: numbers are drawn in proportion to their squares.
+    # More acts give more to remember: their number is drawn in proportion to its square.
     weights = torch.arange(1.0, most + 1).square()
     counts = (1 + torch.multinomial(weights, count, replacement=True, generator=generator)).tolist()
     return [sample_story(generator, num_acts, num_frames, telling=telling) for num_acts in counts]

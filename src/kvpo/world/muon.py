@@ -1,7 +1,7 @@
 """Muon in the parameters' own precision.
 
-``torch.optim.Muon`` orthogonalises in bfloat16, which processors without bfloat16 instructions emulate: there
-it took longer than the forward and backward pass together.
+``torch.optim.Muon`` orthogonalises in bfloat16, which CPUs without bfloat16 instructions emulate. On those it
+took longer than the forward and backward passes together.
 """
 
 from collections.abc import Iterable
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
-"""Coefficients of the quintic iteration (Jordan et al. 2024, "Muon"), those of ``torch.optim.Muon``."""
+"""Coefficients of the quintic iteration (Jordan et al. 2024, "Muon"), as in ``torch.optim.Muon``."""
 
 
 def orthogonalised(matrix_NMN: Tensor) -> Tensor:
@@ -19,17 +19,17 @@ def orthogonalised(matrix_NMN: Tensor) -> Tensor:
     tall = matrix_NMN.shape[-2] > matrix_NMN.shape[-1]
     x = matrix_NMN.mT if tall else matrix_NMN
     x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
-    for _ in range(5):  # as ``torch.optim.Muon`` unless told otherwise
+    for _ in range(5):  # the default of ``torch.optim.Muon``
         gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x
     return x.mT if tall else x
 
 
 class Muon(torch.optim.Optimizer):
-    """Nesterov momentum, orthogonalised, scaled to the size of AdamW's updates (Liu et al. 2025).
+    """Orthogonalised Nesterov momentum, scaled to the size of AdamW's updates (Liu et al. 2025).
 
-    Matrices of one shape are stepped together. The same update as ``torch.optim.Muon`` with
-    ``adjust_lr_fn="match_rms_adamw"``, up to its rounding.
+    Matrices of the same shape are updated together. The update equals that of ``torch.optim.Muon`` with
+    ``adjust_lr_fn="match_rms_adamw"``, up to the latter's rounding.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Persistence: what a clip keeps as it was, inside a segment and across a prompt switch.
+"""Persistence: what a clip keeps unchanged within a segment and across a prompt switch.
 
 Axes as in kvpo.world.requests; S scenes.
 """
@@ -28,25 +28,25 @@ from kvpo.world.vocabulary import MAX_ACTORS, ActorRequest, Request
 
 APPEARANCE = ("colour", "shape", "size")
 MEMORY_FRAMES = 6
-"""Frames before a switch that count as what was visible before it."""
+"""Frames before a switch that define what was visible before it."""
 
 
 def persistence(
     seen: Detection, asked: Requested, slot_BHR: Tensor, present_BT: Tensor, prompts: Sequence[ClipPrompt]
 ) -> Tensor:
-    """Mean of constancy inside the segment and, where something should stay, memory across the switch [B]."""
+    """Mean of constancy within the segment and, if something should stay, memory across the switch [B]."""
     inside_B = _constancy(seen, present_BT)
     across_B = _memory(seen, asked, slot_BHR, present_BT, prompts)
     return torch.stack([inside_B, across_B]).nanmean(0)
 
 
 def _overlap(a: Tensor, b: Tensor) -> Tensor:
-    """Sum over the last axis of the smaller membership, at most 1: both are sure of the same value."""
+    """Sum over the last axis of the smaller membership, at most 1: 1 if both are sure of one value."""
     return torch.minimum(a, b).sum(-1).clamp(max=1)
 
 
 def _constancy(seen: Detection, weight_BT: Tensor) -> Tensor:
-    """Likeness of every frame to the segment's mean: scene, number of actors and their looks [B]."""
+    """Similarity of every frame to the segment's mean: scene, number of actors and their looks [B]."""
     share_BT = weight_BT / weight_BT.sum(1, keepdim=True)
 
     def segment_mean(value: Tensor) -> Tensor:
@@ -66,9 +66,9 @@ def _constancy(seen: Detection, weight_BT: Tensor) -> Tensor:
 def _memory(
     seen: Detection, asked: Requested, slot_BHR: Tensor, present_BT: Tensor, prompts: Sequence[ClipPrompt]
 ) -> Tensor:
-    """Faithfulness to what the segment should keep of the one before [B]; NaN where it need keep nothing.
+    """Faithfulness to what the segment should keep from the previous one [B]; NaN if that is nothing.
 
-    What both captions demand must be shown; what this caption leaves open must look as it did before.
+    Values that both captions demand must be shown; what this caption leaves open must look as before.
     """
     frame = torch.arange(present_BT.shape[1])
     switch_B1 = torch.tensor([[prompt.switch] for prompt in prompts])
@@ -118,7 +118,7 @@ def _scene_memory(
 
 
 def _target(value: Tensor, both: Tensor, memory: Tensor) -> Tensor:
-    """Values that should be shown [..., V]: those that both captions demand, else the remembered ones."""
+    """Values that should be shown [..., V]: those that both captions demand, or else the remembered ones."""
     one_hot = F.one_hot(value.clamp(min=0), memory.shape[-1]).to(memory)
     return torch.where(both[..., None], one_hot, memory)
 
@@ -130,27 +130,27 @@ def _recall(shown_BTLV: Tensor, count_BTH: Tensor, slot_BHR: Tensor, share_BT: T
     shown_BTHRV = shown_BTLV.gather(2, index_BTMV).unflatten(2, slot_BHR.shape[1:])
     weight_BTHR = (share_BT[..., None] * count_BTH)[..., None] * (slot_BHR >= 0)[:, None]
     total_BRV = (shown_BTHRV * weight_BTHR[..., None]).sum((1, 2))
-    # An actor that was hardly visible leaves no memory to live up to.
+    # An actor that was hardly visible leaves no memory to compare with.
     return total_BRV / weight_BTHR.sum((1, 2)).clamp(min=0.25)[..., None]
 
 
 @dataclass(frozen=True)
 class _Staying:
-    """Attributes that a caption keeps."""
+    """Attributes that a caption keeps from the previous one."""
 
     scene: bool
-    """True where an unnamed scene is the one before."""
+    """True if an unnamed scene is the previous one."""
     source: tuple[int, ...]
-    """Index of each actor in the caption before, -1 for another one."""
+    """Index of each actor in the previous caption, -1 if it is not there."""
     recoloured: bool
-    """True where an unnamed colour is a new one."""
+    """True if an unnamed colour is a new one."""
 
 
 @lru_cache(maxsize=8192)
 def _staying(caption: str, before: str) -> _Staying:
-    """An actor is the same one if both captions name its shape, or if it goes unnamed where only one was.
+    """Match actors across captions: both name its shape, or it is unnamed and the previous one has just one.
 
-    Returns and revisits reach further back than the segment before, so what they leave unnamed is not judged.
+    Returns and revisits reach back beyond the previous segment, so what they leave unnamed is not judged.
     """
     if not before:
         return _Staying(False, (-1,) * MAX_ACTORS, False)

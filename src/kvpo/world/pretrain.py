@@ -1,12 +1,12 @@
 """Pretraining of the embedded generator: flow matching with teacher forcing on deliberately imperfect videos.
 
-All blocks of a batch train in one pass: clean rows compute keys and values once, noisy rows attend to the
-frames their block would see when deployed or, in part of the rows, to a routed history, so that routed
+All blocks of a batch train in one pass. Clean rows compute keys and values once. Noisy rows attend to the
+frames that their block would see when deployed or, for some rows, to a routed history, so that routed
 contexts lie on the model's own manifold.
 
-Training may be killed at any moment. ``<out>.unfinished`` is a safetensors file of everything the next step
-depends on besides its number: weights, their moving average and the optimisers' state, in full precision. All
-random draws are functions of (seed, step).
+Training may be killed at any moment: ``<out>.unfinished`` is a safetensors file of everything the next step
+depends on besides its number (weights, their moving average and the optimisers' state, in full precision).
+All random draws are functions of (seed, step).
 """
 
 import hashlib
@@ -37,7 +37,7 @@ from kvpo.world.snippets import Batch, SnippetSettings, TrainingSnippets
 from kvpo.world.text import LearnedTextEncoder
 
 Begun = Mapping[str, Any]
-"""Digest of the base that came first, and the stream. Without a base nothing: the file stays what it was."""
+"""Digest of the base that training started from, and the stream; empty without a base."""
 ANEW: Begun = {}
 
 
@@ -54,12 +54,12 @@ class PretrainSettings:
     faults_from: float = 0.65
     """Share of the steps after which videos have faults; 0 in a training that begins with a base.
 
-    Faults are learned in a few hundred steps. To follow captions takes thousands, and more where
-    many a video contradicts its caption.
+    Faults are learned in a few hundred steps. Following captions takes thousands, and more if many
+    videos contradict their captions.
     """
     ema_decay: float = 0.998
     context_noise: float = 0.15
-    """Upper end of the noise mixed into the clean rows, so that the model forgives its own errors."""
+    """Maximum noise level mixed into the clean rows, so that the model tolerates its own errors."""
     solver_share: float = 0.7
     """Share of the noisy rows at the solver's own noise levels; the rest cover (0, 1)."""
     checkpoint_every: int = 100
@@ -76,7 +76,7 @@ def training_loss(
     settings: PretrainSettings,
     generator: torch.Generator,
 ) -> Tensor:
-    """Mean squared velocity error of the noisy rows of one batch; the draws are made on the CPU."""
+    """Mean squared velocity error of the noisy rows of one batch; random numbers are drawn on the CPU."""
     clean = batch.clean_CFCHW
     level = torch.rand(len(clean), generator=generator) * settings.context_noise
     seen = add_noise(clean, torch.randn(clean.shape, generator=generator), level)
@@ -122,7 +122,7 @@ def learning_rate(step: int, settings: PretrainSettings) -> float:
 def new_generator(model: WanShape, seed: int) -> tuple[CausalWan, LearnedTextEncoder]:
     """Freshly initialised transformer and text encoder; the output projection starts at zero."""
     with torch.random.fork_rng(devices=[]):
-        # Module initialisers know only the global generator.
+        # Module initialisers use only the global generator.
         torch.manual_seed(seed)
         transformer = CausalWan(model)
         text = LearnedTextEncoder()
@@ -149,7 +149,7 @@ def new_optimizers(
 
 @dataclass
 class Training:
-    """Everything that a step changes."""
+    """Training state: everything that a step changes."""
 
     trained: nn.ModuleDict
     average: dict[str, Tensor]
@@ -160,7 +160,7 @@ class Training:
     def begin(
         cls, model: WanShape, settings: PretrainSettings, device: str, start: Path | None = None
     ) -> "Training":
-        """Fresh weights on a device, or those of the base ``start``."""
+        """Start on a device, with fresh weights or those of the base ``start``."""
         if start is None:
             transformer, text = new_generator(model, settings.seed)
         else:
@@ -181,7 +181,7 @@ class Training:
         return found
 
     def restore(self, tensors: dict[str, Tensor], step: int) -> None:
-        """Go on where ``tensors()`` were taken, after ``step`` steps."""
+        """Restore what ``tensors()`` returned after ``step`` steps."""
         groups: dict[str, dict[str, Tensor]] = {"weights": {}, "average": {}}
         states: tuple[dict[int, Any], ...] = ({}, {})
         for name, value in tensors.items():
@@ -199,7 +199,7 @@ class Training:
         self.step = step
 
     def advance(self, batch: Batch, stream: StreamConfig, settings: PretrainSettings) -> float:
-        """One optimiser step; returns its loss."""
+        """Take one optimiser step and return its loss. Raises NonFiniteError."""
         for optimizer in self.optimizers:
             optimizer.param_groups[0]["lr"] = learning_rate(self.step, settings)
         generator = keyed_generator("pretraining noise", settings.seed, self.step)
@@ -224,7 +224,7 @@ class Training:
 
 
 def unfinished(out: Path) -> Path:
-    """Place of the checkpoint of a training that is to end in ``out``."""
+    """Path of the checkpoint of a training that writes ``out``."""
     return out.with_name(out.name + ".unfinished")
 
 
@@ -242,16 +242,16 @@ def pretrain(
 ) -> bool:
     """Train the embedded generator and write its moving average to ``out`` (safetensors, fp16).
 
-    ``out`` and a checkpoint beside it are written every ``checkpoint_every`` steps; ``resume`` goes on from
-    that checkpoint, and what comes out is the same, byte for byte; the number of steps may differ as long as
-    neither the faults nor the fall of the learning rate have begun under either. ``report`` is called with
-    (steps done, loss) after every step. ``start`` is a base whose weights come first, and whose training sees
-    faults at once; without it they are drawn. Deterministic in the settings on one machine. Returns whether
-    it was finished, which it is not where ``interrupted`` turned true.
+    ``out`` and a checkpoint beside it are written every ``checkpoint_every`` steps. ``resume`` continues from
+    that checkpoint, with a byte-identical result. The number of steps may then be changed, as long as neither
+    the faults nor the decay of the learning rate has begun under either number. ``report`` is called with
+    (steps done, loss) after every step. ``start`` is a base to take the initial weights from, and training
+    then sees faults at once; without it, weights are drawn. Deterministic in the settings on one machine.
+    Returns True if training finished, False if ``interrupted`` ended it.
 
     Raises:
-        ValueError: the checkpoint is damaged, of other settings or another ``start``, or there without
-            ``resume``; or ``out`` is, and is not what ``resume`` would end in.
+        ValueError: the checkpoint is damaged, has other settings or another ``start``, or exists without
+            ``resume``; or ``out`` exists and is not the result that ``resume`` would give.
         NonFiniteError: a loss is not finite.
     """
     if start:
@@ -289,7 +289,7 @@ def pretrain(
 def _header(
     model: WanShape, stream: StreamConfig, settings: PretrainSettings, start: Path | None
 ) -> dict[str, Any]:
-    """Settings that must be the same for a training to go on, as JSON gives them back."""
+    """Settings that must match for a training to be resumed, after a round trip through JSON."""
     begun = {"sha256": None if start is None else hashlib.sha256(start.read_bytes()).hexdigest()}
     parts = {"model": asdict(model), "stream": asdict(stream), "settings": asdict(settings), "start": begun}
     return json.loads(json.dumps(parts))
@@ -305,7 +305,7 @@ def _restore(training: Training, path: Path, expected: dict[str, Any]) -> None:
     step, settings = int(found.pop("step")), expected["settings"]
     alike = min(settings["decay_from"], settings["faults_from"] or 1.0)
     if step <= alike * min(settings["steps"], found["settings"]["steps"]):
-        # Until the rate falls and the faults begin, trainings of all lengths are the same.
+        # Until the rate decays and the faults begin, trainings of all lengths are the same.
         found["settings"]["steps"] = settings["steps"]
     different = [
         f"{part}.{name} was {found[part].get(name)}, is {value}"
@@ -319,7 +319,7 @@ def _restore(training: Training, path: Path, expected: dict[str, Any]) -> None:
 
 
 def _batches(stream: StreamConfig, settings: PretrainSettings, first: int) -> Iterator[Batch]:
-    """The batches of all steps from ``first`` on, made by other processes."""
+    """The batches of all steps from ``first`` on, made by worker processes."""
     steps = range(first, settings.steps)
     faulty_from = round(settings.faults_from * settings.steps)
     snippets = TrainingSnippets(stream.deployment, settings.snippets, settings.seed, faulty_from)
@@ -332,7 +332,7 @@ def _generator_header(model: WanShape, settings: PretrainSettings, begun: Begun)
 
 
 def _made_with(path: Path, model: WanShape, settings: PretrainSettings, begun: Begun) -> bool:
-    """True for the file of a training of this geometry and these settings that began so."""
+    """True if the file comes from a training with this geometry, these settings and this start."""
     read_tensor_file(path)
     with safe_open(path, framework="pt") as file:
         return (file.metadata() or {}).get("generator") == _generator_header(model, settings, begun)
@@ -341,8 +341,8 @@ def _made_with(path: Path, model: WanShape, settings: PretrainSettings, begun: B
 def save_generator(
     state: dict[str, Tensor], model: WanShape, settings: PretrainSettings, out: Path, begun: Begun = ANEW
 ) -> None:
-    """Write weights in half precision with the geometry, the settings and how they were ``begun``."""
-    # One entry, because safetensors writes several in any order and a rebuilt file would have another hash.
+    """Write weights in half precision, with the geometry, the settings and ``begun`` in the header."""
+    # One entry: safetensors writes several in any order, and a rebuilt file would have another hash.
     header = {"generator": _generator_header(model, settings, begun)}
     with new_file(out, failures=(SafetensorError,)) as partial:
         save_file(storable({name: value.half() for name, value in state.items()}), partial, metadata=header)

@@ -35,7 +35,7 @@ _SCENE_INDEX = {name: index for index, name in enumerate(SCENES)}
 _VELOCITY = {"still": 0.0, "left": -SPEED, "right": SPEED, "bob": 0.0}
 
 Cast = tuple[int, ...]
-"""One identity per actor of an act; an actor whose identity was in the act before moves on from there."""
+"""One identity per actor of an act; an actor that was in the previous act continues from its place there."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class FrameStates:
     """(x, y) in units; x lives on a torus of WIDTH."""
 
     def at(self, frames: Tensor) -> "FrameStates":
-        """The states of some frames, in the order given."""
+        """Select the states of some frames, in the order given."""
         return FrameStates(**{field.name: getattr(self, field.name)[frames] for field in fields(self)})
 
 
@@ -94,7 +94,7 @@ class _Place:
 def stage(story: Story, acts_cast: Sequence[Cast], tiring: Sequence[float] = ()) -> FrameStates:
     """Per-frame states: positions are continuous while an actor stays; actors enter in the middle.
 
-    In acts whose ``tiring`` is not 0 movement dies away, to 1/e in as many frames.
+    If an act's ``tiring`` is not 0, its movement dies away, to 1/e in that many frames.
     """
     frames = story.num_frames
     states = FrameStates(
@@ -122,13 +122,13 @@ def stage(story: Story, acts_cast: Sequence[Cast], tiring: Sequence[float] = ())
 
 
 def _move(actor: Actor, lane: float, place: _Place, length: int, tires: float) -> tuple[Tensor, _Place]:
-    """Centres [length, 2] of an actor over one act, and its place in the frame after."""
+    """Centres [length, 2] of an actor over one act, and its place in the next frame."""
     frame_T = torch.arange(length + 1)
     time_T = tires * (1 - (-frame_T / tires).exp()) if tires else frame_T
     bob = BOB_AMPLITUDE if actor.motion == "bob" else 0.0
     phase = place.phase if bob else 0.0
     swing_T = bob * torch.sin(2 * math.pi / BOB_PERIOD * (time_T + phase))
-    # Ease out whatever separates the height it came with from the height it should have.
+    # Ease from the height the actor had to the height it should have.
     ease_T = (place.y - lane - float(swing_T[0])) * (1 - frame_T / GLIDE).clamp(min=0)
     centre_T2 = torch.stack((place.x + _VELOCITY[actor.motion] * time_T, lane + swing_T + ease_T), dim=1)
     x, y = centre_T2[-1].tolist()
@@ -233,5 +233,5 @@ def _texture(scene: str, x: Tensor, y: Tensor, ground: Tensor, unit: float) -> T
 
 
 def render(story: Story) -> Tensor:
-    """The story exactly as its acts say, [T, 3, FRAME_SIZE, FRAME_SIZE] in [0, 1]."""
+    """Render a story exactly as its acts say: [T, 3, FRAME_SIZE, FRAME_SIZE] in [0, 1]."""
     return paint(stage(story, casts(story)))

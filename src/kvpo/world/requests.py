@@ -20,13 +20,13 @@ ATTRIBUTES = {"colour": tuple(COLOURS), "shape": SHAPES, "size": tuple(SIZES), "
 
 @lru_cache(maxsize=8192)
 def read_caption(caption: str) -> Request:
-    """Demands of a caption; ValueError, from the grammar, for a caption it cannot read."""
+    """Parse a caption, with a cache. Raises ValueError for a caption outside the grammar."""
     return parse(caption)
 
 
 @dataclass(frozen=True)
 class Requested:
-    """Requests as indices into the vocabulary, -1 where a caption leaves a choice."""
+    """Requests as indices into the vocabulary, -1 where a caption leaves a value open."""
 
     scene_B: Tensor
     actors_B: Tensor
@@ -73,7 +73,7 @@ def frame_mean(value_BT: Tensor, weight_BT: Tensor) -> Tensor:
 
 
 def demanded(seen: Detection, asked: Requested, kind: str) -> tuple[Tensor, Tensor]:
-    """Degree to which slots show each demand for one attribute [B, T, L, R]; whether there is one [B, R]."""
+    """Degree to which slots meet each demand for one attribute [B, T, L, R]; True if there is one [B, R]."""
     value_BR = asked.value_BR[kind]
     shown_BTLV = memberships(seen)[kind]
     index_BTLR = value_BR.clamp(min=0)[:, None, None, :].expand(*shown_BTLV.shape[:3], -1)
@@ -81,7 +81,7 @@ def demanded(seen: Detection, asked: Requested, kind: str) -> tuple[Tensor, Tens
 
 
 def assign_slots(seen: Detection, asked: Requested, weight_BT: Tensor) -> Tensor:
-    """Slot that plays each request under each hypothesis [B, H, R], -1 for nobody: the clip's best match."""
+    """Slot that best matches each request over the clip under each hypothesis [B, H, R]; -1 for none."""
     total_BLR = torch.zeros(weight_BT.shape[0], len(SLOT_LANES), MAX_ACTORS)
     for kind in ATTRIBUTES:
         shown_BTLR, wanted_BR = demanded(seen, asked, kind)
@@ -96,7 +96,7 @@ def assign_slots(seen: Detection, asked: Requested, weight_BT: Tensor) -> Tensor
 
 
 def at_slots(value_BTLR: Tensor, slot_BHR: Tensor) -> Tensor:
-    """Values of each request's slot under each hypothesis [B, T, H, R], 0 for nobody."""
+    """Values of each request's slot under each hypothesis [B, T, H, R], 0 if it has none."""
     index_BTHR = slot_BHR.clamp(min=0)[:, None].expand(-1, value_BTLR.shape[1], -1, -1)
     return value_BTLR.gather(2, index_BTHR) * (slot_BHR >= 0)[:, None]
 

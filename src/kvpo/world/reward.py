@@ -1,9 +1,9 @@
 """Verifiable rewards of the embedded world, measured on pixels: prompt following, persistence, clarity, calm.
 
-What is shown is judged apart from how clearly it is shown: a demand scores the probability of its value among
-all that the attribute can take, and what cannot be made out may be any of them. So a sharper picture of the
-wrong thing does not pay; ``clarity`` is paid for alone. All components are continuous, lie in [0, 1] and are
-higher-is-better. Axes as in kvpo.world.requests; V values of an attribute.
+Content is judged separately from clarity: a demand scores the probability of its value among all values of
+the attribute, and an attribute that cannot be made out may have any of them. So a sharper picture of the
+wrong thing earns nothing; ``clarity`` is rewarded by itself. All components are continuous, lie in [0, 1] and
+are higher-is-better. Axes as in kvpo.world.requests.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -42,7 +42,7 @@ DEFAULT_WEIGHTS = {
 """Weights of the total; the first five, 0.81 together, are prompt following."""
 
 DOUBT = 0.2
-"""Summed membership at which an attribute is made out by half."""
+"""Summed membership at which an attribute counts as half made out."""
 
 CLEAR = 0.9
 """Confidence of the clearest pictures."""
@@ -53,7 +53,7 @@ CALM_WIDTH = 0.25
 SETTLING_FRAMES = 4
 """Frames an actor may take to reach its new height when the number of actors changes."""
 FROZEN = 0.25
-"""Weight of the calm of a video that lacks the movement it was asked for."""
+"""Factor on the calm components of a video that lacks the requested movement."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def weighted_total(scores: Mapping[str, Tensor], weights: Mapping[str, float]) -
 
 
 def score_detection(seen: Detection, prompts: Sequence[ClipPrompt]) -> dict[str, Tensor]:
-    """All components, [B] each, of clips whose pixels have been read already."""
+    """Score clips that have been detected already: all components, [B] each. Raises as `WorldScorer`."""
     frames = seen.scene_BTS.shape[1]
     for index, prompt in enumerate(prompts):
         if not 0 <= prompt.switch < frames:
@@ -90,7 +90,7 @@ def score_detection(seen: Detection, prompts: Sequence[ClipPrompt]) -> dict[str,
             )
     switch_B1 = torch.tensor([[prompt.switch] for prompt in prompts])
     present_BT = (torch.arange(frames) >= switch_B1).float()
-    # Steps from one frame to the next, counted at their second frame, both inside the segment.
+    # Steps between frames of the segment, counted at their second frame.
     step_BT = (torch.arange(frames) > switch_B1).float()
     asked = as_tensors([read_caption(str(prompt)) for prompt in prompts])
     clarity_B = (frame_mean(seen.confidence_BT, present_BT) / CLEAR).clamp(max=1)
@@ -116,9 +116,9 @@ def score_detection(seen: Detection, prompts: Sequence[ClipPrompt]) -> dict[str,
 
 
 def made_out(seen: Detection) -> Detection:
-    """The detection with each membership as its share among an attribute's values, less where none is clear.
+    """Convert memberships to shares among an attribute's values, smaller where no value is clear.
 
-    The shares add up to t^2 / (t^2 + DOUBT^2), t being the sum of the memberships.
+    The shares add up to t^2 / (t^2 + DOUBT^2), where t is the sum of the memberships.
     """
 
     def share(member: Tensor) -> Tensor:
@@ -129,12 +129,12 @@ def made_out(seen: Detection) -> Detection:
 
 
 def likeliest(seen: Detection) -> Detection:
-    """Shares as probabilities: what is missing to a sum of 1 falls on all V values alike."""
+    """Convert shares to probabilities: what they lack to a sum of 1 is spread evenly over all V values."""
     return _changed(seen, lambda share: share + (1 - share.sum(-1, keepdim=True)) / share.shape[-1])
 
 
 def _changed(seen: Detection, change: Callable[[Tensor], Tensor]) -> Detection:
-    """The detection with other memberships ``[..., V]``; shapes and sizes have probabilities already."""
+    """Apply ``change`` to the memberships ``[..., V]``; shapes and sizes are probabilities already."""
     return replace(
         seen,
         scene_BTS=change(seen.scene_BTS),
@@ -147,7 +147,7 @@ def _changed(seen: Detection, change: Callable[[Tensor], Tensor]) -> Detection:
 def _following(
     seen: Detection, asked: Requested, slot_BHR: Tensor, weight_BT: Tensor, kinds: tuple[str, ...]
 ) -> Tensor:
-    """Share of what is demanded that is shown, mean over frames and demands [B]; NaN without a demand."""
+    """Share of the demands that is shown, mean over frames and demands [B]; NaN without a demand."""
     score_BT, demands_B = torch.zeros_like(weight_BT), torch.zeros(weight_BT.shape[0])
     for kind in kinds:
         shown_BTLR, wanted_BR = demanded(seen, asked, kind)
@@ -181,10 +181,10 @@ def _settled(step_BT: Tensor, asked: Requested, prompts: Sequence[ClipPrompt]) -
 
 
 def _liveliness(seen: Detection, asked: Requested, slot_BHR: Tensor, step_BT: Tensor) -> Tensor:
-    """Factor on the calm components [B]: a frozen video's calm is worth little where movement is asked for.
+    """Factor on the calm components [B]: a frozen video's calm is worth little if movement is requested.
 
-    The distance an actor covers per frame, in any direction, is compared with the world's speed, which is
-    also the mean speed of bobbing; the factor is 1 for all that moves and touches frozen actors only.
+    Compares the distance an actor covers per frame, in any direction, with the world's speed, which is also
+    the mean speed of bobbing. The factor is 1 for anything that moves; only frozen actors lower it.
     """
     if step_BT.shape[1] < 2:
         return torch.ones(step_BT.shape[0])
@@ -201,12 +201,12 @@ def _liveliness(seen: Detection, asked: Requested, slot_BHR: Tensor, step_BT: Te
 
 
 def _smoothness(seen: Detection, step_BT: Tensor) -> Tensor:
-    """Calm of the actors' paths [B]: bends that neither gliding nor bobbing explains; NaN if too short."""
+    """Calm of the actors' paths [B]: no bends that neither gliding nor bobbing explains; NaN if too short."""
     if step_BT.shape[1] < 3:
         return torch.full(step_BT.shape[:1], torch.nan)
     step_BTL2 = torus_difference(seen.centre_BTL2)
     bend_x, bend_y = (step_BTL2[:, 1:] - step_BTL2[:, :-1]).unbind(3)
-    # Bobbing is a harmonic motion: what it bends is proportional to the height above the lane.
+    # Bobbing is harmonic: its second difference is proportional to the height above the lane.
     stiffness = 2 - 2 * torch.cos(torch.tensor(2 * torch.pi / BOB_PERIOD))
     swing_y = bend_y + stiffness * (seen.centre_BTL2[:, 1:-1, :, 1] - torch.tensor(SLOT_LANES))
     calm = []

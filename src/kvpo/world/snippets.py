@@ -1,9 +1,9 @@
-"""Batches of pretraining: blocks of one act of a story, what they see of the past, and under which text.
+"""Pretraining batches: blocks of one act of a story, the past frames they see, and their captions.
 
 A snippet is the video's first block (the sink), two older blocks that may be routed (the memory), the blocks
-just before, and a run of trained blocks inside one act. What comes back comes from somewhere: the memory of
-an act that brings something back holds, more often than not, frames of the acts that have shown it. So a
-routed history says who returns, the more surely the more of its frames agree, and the captions need not.
+just before, and a run of trained blocks within one act. If the act brings something back, its memory usually
+holds frames of acts that have shown it. So a routed history tells who returns, more reliably the more of its
+frames agree, and the captions need not.
 """
 
 from collections.abc import Sequence
@@ -26,23 +26,23 @@ from kvpo.world.vocabulary import Act, Story
 RECENT = 3
 """Most recent past frames that a routed row keeps."""
 ROUTED = (3, 6)
-"""Slots that a routed row fills from its memory: as many as deployment has, or twice as many."""
+"""Choices for the number of slots that a routed row fills from memory: as in deployment, or twice that."""
 DISTINCT = (1, 2, 3, 6)
-"""Different frames among them."""
+"""Choices for the number of different frames in those slots."""
 CANDIDATES = 8
-"""Stories of four acts drawn for each in which history shall tell who returns."""
+"""Maximum number of four-act stories to draw for each one in which history must tell who returns."""
 
 
 @dataclass(frozen=True)
 class SnippetSettings:
-    """Parts of training stories that are looked at, and how often their history is routed."""
+    """Choice of training stories and of snippets from them, and how often their history is routed."""
 
     videos: int = 16
     num_frames: int = 84
     telling: Telling = Telling(return_=0.6, two_actors=0.3, dropped=(0, 1, 2, 5, 5, 5))
-    """More comes back, and less is said about it, than in the stories that the generator is judged on."""
+    """More returns, and captions say less about it, than in the stories that the generator is judged on."""
     open_telling: Telling = Telling(return_=2.0, revisit=0.3, two_actors=0.3, dropped=(1, 2, 5, 5, 5, 5))
-    """As the stories are told that are looked through for an act that only history tells."""
+    """Telling of the stories that are searched for an act that only history tells."""
     faults: Faults = Faults(
         wrong_attribute=0.4,
         late_switch=0.05,
@@ -52,23 +52,23 @@ class SnippetSettings:
         jitter=0.05,
         tiring=0.6,
     )
-    """Above all wrong attributes and movement that dies away: alignment can mend both, and neither blurs."""
+    """Mostly wrong attributes and movement that dies away: alignment can fix both, and neither blurs."""
     run: int = 2
-    """Consecutive blocks that are trained."""
+    """Consecutive blocks that are trained per snippet."""
     copies: int = 4
-    """Noisy rows of each, every copy with a history of its own."""
+    """Noisy copies of each trained block, each with its own history."""
     recall_weight: float = 1.5
-    """Weight of an act that brings something back, against 1 of the other acts of its story."""
+    """Sampling weight of an act that brings something back; the other acts of its story have 1."""
     untold_weight: float = 50.0
-    """Weight of an act that brings back what only history can tell."""
+    """Sampling weight of an act that brings back something that only history tells."""
     untold_share: float = 0.5
-    """Share of the videos that have such an act, where as many of their candidates do."""
+    """Share of the videos that have such an act, if enough candidates do."""
     opening_share: float = 0.7
-    """Share of the runs that begin where their act begins."""
+    """Share of the runs that begin at the start of their act."""
     routed_share: float = 0.4
     """Share of the copies whose history is routed."""
     telling_share: float = 0.9
-    """Share of the memory blocks that show what the act brings back, where an act has shown it."""
+    """Share of the memory blocks that show what the act brings back, if an earlier act has shown it."""
 
 
 @dataclass(frozen=True)
@@ -82,9 +82,9 @@ class Snippet:
     memory: tuple[int, ...]
     """Older blocks to route to; empty where there are none."""
     untold: bool
-    """Only the memory tells what the act's opening brings back: neither caption, sink nor lead do."""
+    """True if only the memory tells what the act's opening brings back; caption, sink and lead do not."""
     reencoded: range = range(0)
-    """Blocks before the act that a stream encodes anew in one call when it begins, if the run sees any."""
+    """Blocks before the act that a stream re-encodes in one call when the act begins, if the run sees any."""
 
     @property
     def blocks(self) -> list[int]:
@@ -104,12 +104,12 @@ class Batch:
     text_R: Tensor
     """Caption that every row is encoded or generated under."""
     frames_RP: Tensor
-    """Context frames as ``TeacherContext`` has them."""
+    """Context frames in the form that ``TeacherContext`` takes."""
     captions: list[str]
 
 
 def telling_acts(story: Story, number: int) -> list[int]:
-    """Earlier acts that have shown who plays in act ``number`` or, where the view returns, its scene."""
+    """Earlier acts that show an actor of act ``number`` or, for a revisit, its scene."""
     act = story.acts[number]
     looks = {(a.colour, a.shape, a.size) for a in act.actors}
 
@@ -121,17 +121,17 @@ def telling_acts(story: Story, number: int) -> list[int]:
 
 
 def only_history_tells(story: Story, shown: Story, number: int) -> bool:
-    """True of an act that brings back what neither its caption nor the act before shows."""
+    """True if the act brings back something that neither its caption nor the previous act shows."""
     act, telling = story.acts[number], telling_acts(shown, number)
     left_open = any(actor.colour is None or actor.shape is None for actor in parse(act.caption).actors)
     return act.event in RECALLS and bool(telling) and number - 1 not in telling and left_open
 
 
 def shown_stories(settings: SnippetSettings, generator: torch.Generator) -> tuple[list[Story], list[Showing]]:
-    """Stories of one batch and how they are shown; in a good share of them only history tells who returns.
+    """Draw the stories of a batch and their showings; in ``untold_share`` only history tells who returns.
 
-    In half of those it is the memory alone, in the others act 1, which the sink shows, has shown it as well:
-    were they fewer or more, who returns could be guessed without the memory.
+    In half of those, only the memory tells it; in the others act 1, which the sink shows, tells it as well.
+    With any other ratio, who returns could be guessed without the memory.
     """
     half = round(settings.untold_share * settings.videos / 2)
     kinds: dict[bool, list[tuple[Story, Showing]]] = {False: [], True: []}
@@ -154,7 +154,7 @@ def shown_stories(settings: SnippetSettings, generator: torch.Generator) -> tupl
 def draw_snippet(
     story: Story, shown: Story, stream: Deployment, settings: SnippetSettings, generator: torch.Generator
 ) -> Snippet:
-    """Choose an act of a story, a run of blocks in it and a memory of what the video really showed."""
+    """Draw an act of a story, a run of blocks in it and a memory of what the video really showed."""
     block, lead = stream.block, -(-(stream.local_past or 0) // stream.block)
 
     def draw(options: Sequence[int]) -> int:
@@ -188,7 +188,7 @@ def draw_snippet(
 
 
 def reencoded_blocks(first: int, stream: Deployment) -> range:
-    """Blocks that see each other when a stream encodes its recent frames anew for the act from ``first``."""
+    """Blocks that see each other when a stream re-encodes recent frames for the act from block ``first``."""
     frames = stream.reencoded(first * stream.block)
     seen = frames if frames == first * stream.block else frames - stream.sink
     return range(first - seen // stream.block, first)
@@ -201,10 +201,10 @@ def act_frames(story: Story, number: int) -> range:
 
 
 def told_act(story: Story, block: int, snippet: Snippet, stream: Deployment) -> int:
-    """Act under whose caption a block's keys are held while the snippet's act is generated.
+    """Index of the act that captions a block's keys while the snippet's act is generated.
 
-    At a prompt switch a stream encodes its recent frames anew; the sink, unless they reach back to it, keeps
-    what it was encoded under.
+    At a prompt switch, a stream re-encodes its recent frames under the new caption. The sink keeps its
+    caption, unless the recent frames reach back to it.
     """
     frame, switch = block * stream.block, story.acts[snippet.act].start
     if (block > 0 or stream.reencoded(switch) == switch) and frame >= switch - stream.reencoded(switch):
@@ -215,7 +215,7 @@ def told_act(story: Story, block: int, snippet: Snippet, stream: Deployment) -> 
 def context_frames(
     snippet: Snippet, block: int, routed: bool, stream: Deployment, generator: torch.Generator
 ) -> list[int]:
-    """Absolute frames that a block of a snippet sees: as deployed, or the sink, a route and recent frames."""
+    """Absolute frames that a block of a snippet sees: as deployed, or sink, route and recent frames."""
     local = stream.local_past
     start = block * stream.block
     sink, recent = visible_frames(start, range(stream.sink), local)
@@ -239,7 +239,7 @@ def lay_out(
     settings: SnippetSettings,
     generator: torch.Generator,
 ) -> Batch:
-    """The rows of a batch, its clean blocks being those of the snippets one after another."""
+    """Lay out the rows of a batch from the snippets' clean blocks, given one snippet after another."""
     block, width = stream.block, stream.sink + max(ROUTED) + RECENT
     clean: list[tuple[int, int, list[int]]] = []
     noisy: list[tuple[int, int, list[int]]] = []
@@ -263,7 +263,7 @@ def lay_out(
         for _ in range(settings.copies):
             by_chance = bool(torch.rand((), generator=generator) < settings.routed_share)
             for b in snippet.run:
-                # Once it has begun, the act goes on as deployed: recent frames show who has returned.
+                # After its first block, the act continues as deployed: recent frames show who has returned.
                 needed = snippet.untold and b == snippet.run[0]
                 routed = bool(snippet.memory) and (by_chance or needed)
                 frames = context_frames(snippet, b, routed, stream, generator)

@@ -1,4 +1,4 @@
-"""Stories: sequences of acts in which actors and scenes come, change and come back; split by construction."""
+"""Stories: sequences of acts in which actors and scenes appear, change and return, in disjoint splits."""
 
 import hashlib
 import random
@@ -17,13 +17,13 @@ from kvpo.world.vocabulary import COLOURS, MOTIONS, SCENES, SHAPES, SIZES, Act, 
 
 Split = Literal["train", "validation", "test"]
 SHARES: dict[Split, int] = {"test": 20, "validation": 15, "train": 65}
-"""Per cent of the combinations (colour, shape, motion, scene) that belong to each split."""
+"""Percentage of the combinations (colour, shape, motion, scene) that belong to each split."""
 BLOCK = 3
-"""Frames of a block: acts start on multiples of it."""
+"""Frames per block; acts start on multiples of it."""
 MIN_ACT_BLOCKS = 4
 EVENTS = ("show", "return", "revisit", "recolour", "turn", "join", "leave")
 RECALLS = ("return", "revisit")
-"""Events that bring back what an earlier act has shown."""
+"""Events that bring back something that an earlier act has shown."""
 TRIES = 60
 OPEN = "Then one of them is back again."
 """A caption that leaves open who returns."""
@@ -31,7 +31,7 @@ OPEN = "Then one of them is back again."
 
 @dataclass(frozen=True)
 class Telling:
-    """Frequency of what happens in stories, and how much of it their captions say."""
+    """Frequencies of events in stories, and how much of them the captions say."""
 
     show: float = 0.20
     return_: float = 0.40
@@ -40,12 +40,12 @@ class Telling:
     turn: float = 0.07
     join: float = 0.07
     leave: float = 0.04
-    """Weights of the events of later acts; return and revisit need earlier acts that differ, so they are
+    """Weights of the events of later acts. Return and revisit need earlier acts that differ, so they are
     drawn more often than they can happen."""
     two_actors: float = 0.35
     """Chance that an opening or a show has two actors."""
     dropped: tuple[int, ...] = DROPPED
-    """Numbers of attributes that captions of return and leave may leave open; 5: who it is."""
+    """Choices for the number of attributes that captions of return and leave leave open; 5: who it is."""
 
     @property
     def events(self) -> dict[str, float]:
@@ -54,7 +54,7 @@ class Telling:
 
 
 PLAIN = Telling()
-"""As the stories are told that the generator is aligned and judged on."""
+"""Telling of the stories that the generator is aligned and judged on."""
 
 
 def split_of(colour: str, shape: str, motion: str, scene: str) -> Split:
@@ -91,7 +91,7 @@ def belongs(act: Act, split: Split) -> bool:
 def _new_actors(
     scene: str, split: Split, count: int, avoid: tuple[Actor, ...], rng: random.Random
 ) -> tuple[Actor, ...] | None:
-    """``count`` actors unlike each other and ``avoid`` in colour and in shape; None if unlucky."""
+    """Draw ``count`` actors, all different from ``avoid`` and each other in colour and shape, or None."""
     actors: list[Actor] = []
     for _ in range(count):
         taken = (*avoid, *actors)
@@ -109,7 +109,7 @@ def _crowd(telling: Telling, rng: random.Random) -> int:
 def _next(
     event: str, acts: list[Act], split: Split, telling: Telling, rng: random.Random
 ) -> tuple[str, tuple[Actor, ...] | None]:
-    """Scene and actors of the next act, or None where the event is impossible or the draw was unlucky."""
+    """Scene and actors of the next act, or None if the event is impossible or the draw was unlucky."""
     now = acts[-1]
     scene, actors = now.scene, now.actors
     changed = rng.randrange(len(actors))
@@ -164,7 +164,7 @@ def _plan(num_acts: int, telling: Telling, rng: random.Random) -> list[str]:
 
 
 def _starts(num_acts: int, num_blocks: int, rng: random.Random) -> list[int]:
-    """Act starts in frames: lengths are drawn evenly among all that give each act MIN_ACT_BLOCKS blocks."""
+    """Draw act starts in frames: each act gets MIN_ACT_BLOCKS blocks, and the rest is split at random."""
     spare = num_blocks - num_acts * MIN_ACT_BLOCKS
     cuts = sorted(rng.randint(0, spare) for _ in range(num_acts - 1))
     return [0, *((MIN_ACT_BLOCKS * (k + 1) + cut) * BLOCK for k, cut in enumerate(cuts))]
@@ -190,7 +190,7 @@ def sample_story(
     rng = random.Random(int(torch.randint(2**62, (), generator=generator)))
     starts = _starts(num_acts, num_frames // BLOCK, rng)
     while True:
-        # One plan gets many draws before it is given up, so small splits tell the same kinds of story.
+        # Each plan gets many draws before a new one, so small splits tell the same kinds of story.
         plan = _plan(num_acts, telling, rng)
         for _ in range(TRIES):
             acts = _draw_acts(plan, starts, split, telling, rng)
@@ -199,7 +199,7 @@ def sample_story(
 
 
 def _tell(acts: list[Act], telling: Telling, rng: random.Random) -> tuple[Act, ...]:
-    """Caption the acts; some caption names a whole combination, so no two splits share a caption sequence."""
+    """Caption the acts; at least one names a full combination, so splits share no caption sequence."""
     while True:
         before = [None, *acts[:-1]]
         told = tuple(
@@ -221,7 +221,7 @@ def video_prompt(story: Story, id: int) -> VideoPrompt:
 
 
 def distinct_stories(split: Split, count: int, num_acts: int, num_frames: int, seed: int) -> list[Story]:
-    """``count`` stories of one split whose caption sequences all differ."""
+    """Draw ``count`` stories of one split with different caption sequences. Raises ValueError."""
     generator = torch.Generator().manual_seed(seed)
     found: dict[tuple[str, ...], Story] = {}
     for _ in range(50 * count + 1000):
@@ -243,7 +243,7 @@ def distinct_prompts(
 
 
 def open_prompts(num_frames: int, block: int) -> Iterator[VideoPrompt]:
-    """Test stories of four equal acts, the first three with different actors, the fourth left ``OPEN``."""
+    """Yield test prompts of four acts of equal length: three with different actors, then ``OPEN``."""
     starts = [num_frames // (4 * block) * block * n for n in range(4)]
     generator = keyed_generator("open stories")
     number = 30_000_000

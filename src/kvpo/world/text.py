@@ -40,7 +40,7 @@ class WordTokenizer:
 
 
 class LearnedTextEncoder(nn.Module):
-    """Captions to embeddings [B, TEXT_LENGTH, TEXT_DIM], zero at padding as Wan's text contract has it.
+    """Captions to embeddings [B, TEXT_LENGTH, TEXT_DIM], zero at padding as Wan's text contract requires.
 
     Token and position embeddings, then pre-norm transformer layers; trained together with the generator.
     """

@@ -1,9 +1,9 @@
-"""A second opinion that training never sees: does a clip go with a caption? Learned from pairs alone.
+"""A held-out scorer of how well a clip matches a caption, learned from pairs alone; training never sees it.
 
-A small network looks at frames and frame differences, another averages word embeddings; contrastive training
-on exact renders (half of them through the latent codec) pulls a clip and its caption together. It knows
-neither the vocabulary's meanings nor how the rewards measure pixels: its only labels are which caption came
-with which clip. ``python -m kvpo.world.unseen`` rebuilds the shipped weights in about five CPU minutes.
+One small network encodes frames and frame differences, another averages word embeddings. Contrastive training
+on exact renders (half of them through the latent codec) pulls each clip and its caption together. The scorer
+knows neither the vocabulary's meanings nor how the rewards measure pixels: its only labels are which caption
+came with which clip. ``python -m kvpo.world.unseen`` rebuilds the shipped weights in about five CPU minutes.
 Axes: B clips, T frames, D embedding, N pairs.
 """
 
@@ -37,7 +37,7 @@ MATCHED, MISMATCHED = 0.9, 0.1
 CLIP_WINDOW = 8
 """Frames per training clip."""
 ACT = 12
-"""Frames per act of the stories it is cut from: the shortest there are, so that all are of this length."""
+"""Frames per act of the stories that clips are cut from: the minimum, so all acts have this length."""
 
 
 class ClipEncoder(nn.Module):
@@ -57,10 +57,10 @@ class ClipEncoder(nn.Module):
         self.clip = nn.Sequential(nn.Linear(4 * 96, 256), nn.ReLU(), nn.Linear(256, EMBEDDING))
 
     def forward(self, video_BTCHW: Tensor) -> Tensor:
-        """Embed clips; frame differences show motion, their mean and spread over time how it goes on."""
+        """Embed clips: frame differences show motion, and mean and spread over time show how it continues."""
         change = torch.diff(video_BTCHW, dim=1, prepend=video_BTCHW[:, :1])
         if video_BTCHW.shape[1] > 1:
-            # The first frame has no predecessor; no difference would read as standing still.
+            # The first frame has no predecessor, and a difference of zero would read as standing still.
             change = torch.cat([change[:, 1:2], change[:, 1:]], 1)
         seen = torch.cat([video_BTCHW - 0.3, 4 * change], 2).flatten(0, 1)
         maps = self.frames(seen)
@@ -70,7 +70,7 @@ class ClipEncoder(nn.Module):
 
 
 class CaptionEncoder(nn.Module):
-    """Captions to unit vectors [B, D]: mean embedding of their words and of neighbouring pairs of words."""
+    """Captions to unit vectors [B, D]: mean embedding of their words and word bigrams."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -91,7 +91,7 @@ def _buckets(caption: str) -> list[int]:
 
 
 class UnseenScorer(nn.Module):
-    """Scores how well clips go with captions, in [0, 1].
+    """Scores how well clips match captions, in [0, 1].
 
     A typical clean pair scores MATCHED, a typical clean clip with another clip's caption MISMATCHED.
     """
@@ -134,7 +134,7 @@ def load_unseen(path: Path | None = None) -> UnseenScorer:
 
 
 def save_unseen(scorer: UnseenScorer, distractors: Sequence[str], path: Path) -> None:
-    """Write the scorer as half-precision safetensors, the texts of its distractor captions in the header."""
+    """Write the scorer as half-precision safetensors, with its distractor captions in the header."""
     state = {name: value.half() for name, value in scorer.state_dict().items()}
     state["calibration"] = scorer.calibration
     del state["distractors_ND"]
@@ -156,7 +156,7 @@ class Pairs:
 
 
 def clean_pairs(split: Split, count: int, generator: torch.Generator, codec: PixelCodec | None) -> Pairs:
-    """``count`` exact clips of ACT frames, each one act; every second one through the codec, if given."""
+    """Render ``count`` exact clips of one act (ACT frames); every second one passes the codec, if given."""
     stories = [sample_story(generator, 2, 2 * ACT, split=split) for _ in range((count + 1) // 2)]
     video = observe(stories, generator, CLEAN)
     assert all(story.acts[1].start == ACT for story in stories)
@@ -182,7 +182,7 @@ def train_unseen(
     """
     generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]):
-        # Module initialisers know only the global generator.
+        # Module initialisers use only the global generator.
         torch.manual_seed(seed)
         scorer = UnseenScorer()
     codec = load_codec()
@@ -220,7 +220,7 @@ def train_unseen(
 
 
 def _augment(video_NTCHW: Tensor, generator: torch.Generator) -> Tensor:
-    """A random window in time and a random turn of the torus: no caption can tell it from other entrances."""
+    """Random window in time and random turn of the torus, neither of which a caption can tell."""
     start = int(torch.randint(video_NTCHW.shape[1] - CLIP_WINDOW + 1, (), generator=generator))
     turn = int(torch.randint(video_NTCHW.shape[4], (), generator=generator))
     return video_NTCHW[:, start : start + CLIP_WINDOW].float().div(255).roll(turn, 4)

@@ -1,9 +1,9 @@
-"""The things the embedded world can show, as plain data: what an act is, and what a caption can ask for."""
+"""Plain data on everything the embedded world can show: acts, and what a caption can ask for."""
 
 from dataclasses import dataclass
 
 WIDTH = 32
-"""Side of a frame in units of length, whatever its number of pixels."""
+"""Side of a frame in units of length, regardless of its number of pixels."""
 FRAME_SIZE = 48
 """Height and width of a frame in pixels."""
 
@@ -23,7 +23,7 @@ SIZES: dict[str, float] = {"small": 4.0, "large": 5.75}
 """Half extent of an actor in units."""
 
 MAX_ACTORS = 2
-"""Actors that a segment shows at most."""
+"""Maximum number of actors in a segment."""
 MOTIONS = ("still", "left", "right", "bob")
 """left and right move at SPEED around the torus; bob swings vertically by BOB_AMPLITUDE over BOB_PERIOD."""
 SPEED = 1.25
@@ -47,7 +47,7 @@ LANES = {1: (16.0,), 2: (8.0, 24.0)}
 
 @dataclass(frozen=True)
 class Actor:
-    """One thing in view."""
+    """One actor in view."""
 
     colour: str
     shape: str

@@ -1,4 +1,4 @@
-"""A buffer pool: the first touch of a page of memory costs more than the copy that touches it."""
+"""A buffer pool: the first access to a page of memory costs more than copying data into it."""
 
 import weakref
 from collections import deque
@@ -9,15 +9,15 @@ MIB = 2**20
 
 
 def new_buffer(size: int) -> memoryview:
-    """Memory for ``size`` bytes. NumPy asks for huge pages, whose faults cost a tenth of small ones'."""
+    """Allocate ``size`` bytes. NumPy requests huge pages, which cost a tenth as much in page faults."""
     return memoryview(np.empty(size, dtype=np.uint8))
 
 
 class Buffers:
-    """Buffers whose memory is handed out again once nothing refers to it, from any thread.
+    """A thread-safe pool of buffers; memory is reused once nothing refers to it.
 
     Args:
-        kept_bytes: most bytes that lie idle at a time; the longest idle go first.
+        kept_bytes: maximum number of idle bytes; the longest idle buffers are freed first.
     """
 
     def __init__(self, kept_bytes: int) -> None:
@@ -26,14 +26,14 @@ class Buffers:
 
     @property
     def idle_bytes(self) -> int:
-        """Bytes that are kept and not in use."""
+        """Bytes kept for reuse and not in use."""
         return sum(memory.nbytes for memory in tuple(self._idle))
 
     def take(self, size: int) -> memoryview:
-        """``size`` bytes with anything in them, nobody else's as long as this or a view of it lives."""
+        """Lend ``size`` uninitialised bytes, exclusively until the result and all its views are gone."""
         if size < MIB:
             return new_buffer(size)
-        capacity = -(-size // MIB) * MIB  # requests with prompts of other lengths differ by some bytes
+        capacity = -(-size // MIB) * MIB  # request sizes vary slightly with their prompts
         memory = self._found(capacity)
         if memory is None:
             memory = np.empty(capacity, dtype=np.uint8)
@@ -42,7 +42,7 @@ class Buffers:
         return memoryview(lent)
 
     def _found(self, capacity: int) -> np.ndarray | None:
-        # A finalizer may run between any two steps, in this thread too: single deque operations, no lock.
+        # A finalizer may run at any point, even in this thread: use atomic deque operations, no lock.
         for _ in range(len(self._idle)):
             try:
                 memory = self._idle.pop()

@@ -1,4 +1,4 @@
-"""A scorer in another process: a reward server that is called like a function."""
+"""Client of a reward server: a scorer in another process that is called like a function."""
 
 import asyncio
 import contextlib
@@ -45,26 +45,26 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 REQUEST_BYTES = 8 * 2**20
-"""A batch is split into requests of about this size, or of one clip where a clip is larger: scoring begins
-when the first of them has arrived."""
+"""A batch is split into requests of about this size, or of one clip if a clip is larger. Scoring begins when
+the first request has arrived."""
 IN_FLIGHT = 3
-"""Requests that a client has in flight: one is scored, one waits, one travels. More would all be
-prepared and sent while the first is scored, and slow it down where the server is on the same machine."""
+"""Requests in flight per client: one being scored, one waiting, one in transit. Preparing and sending more
+while the first is scored would slow it down if the server is on the same machine."""
 PART_BYTES = 2**20
-"""Bytes of a body sent at a time: each part costs some Python, and copies within the cache are cheap."""
+"""Bytes of a body sent at a time: each part costs Python time, and copies within the CPU cache are cheap."""
 NO_BODY = Body(b"", memoryview(b""))
 CONNECT_SECONDS = 10.0
 SILENCE, SILENCE_AT_START = 30.0, 1.0
 """Seconds without scores, or without any answer, after which the wait is logged."""
 WORDS = 200
-"""Letters of a server's own words that a message repeats."""
+"""Maximum number of characters of a server's own message to quote."""
 
 
 class Link:
-    """A connection to one server, kept by an event loop in a daemon thread.
+    """A connection to one server, run by an event loop in a daemon thread.
 
-    A call can be given up at any moment (Ctrl-C), and calls may come from any thread, from one with an event
-    loop of its own as well.
+    Calls can be interrupted at any moment (Ctrl-C) and may come from any thread, even one with its own event
+    loop.
     """
 
     def __init__(
@@ -85,7 +85,7 @@ class Link:
         at_once = at_once or IN_FLIGHT
         self.in_flight = asyncio.Semaphore(at_once)
         self.preparation = asyncio.Lock()
-        self.upload = asyncio.Lock()  # held by the request whose body is leaving
+        self.upload = asyncio.Lock()  # held by the request that is sending its body
         self.client = httpx.AsyncClient(
             base_url=self.url,
             headers={} if token is None else {"Authorization": f"Bearer {token}"},
@@ -97,7 +97,7 @@ class Link:
         threading.Thread(target=self.loop.run_forever, name="kvpo reward client", daemon=True).start()
 
     def begin(self, coroutine: Coroutine[Any, Any, T]) -> Callable[[], T]:
-        """Run a coroutine; the returned call waits for its result, and ends it if the wait is given up."""
+        """Start a coroutine; the returned function waits for its result, and cancels it if interrupted."""
         future = asyncio.run_coroutine_threadsafe(coroutine, self.loop)
 
         def result() -> T:
@@ -109,7 +109,7 @@ class Link:
         return result
 
     def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
-        """Run a coroutine to its end and return its result."""
+        """Run a coroutine to completion and return its result."""
         return self.begin(coroutine)()
 
     def close(self) -> None:
@@ -120,13 +120,13 @@ class Link:
     async def ask(
         self, method: str, path: str, read: Callable[[Any], T], body: Body = NO_BODY, *, first: bool = False
     ) -> T:
-        """One request, repeated until ``read`` accepts an answer or the policy's limits are reached.
+        """Send a request, repeatedly until ``read`` accepts an answer or the policy's limits are reached.
 
-        The wait, its reason and its end are logged at the first failure or after some silence, and from then
-        on every few seconds. ``first``: nothing has shown yet that this is a reward server.
+        The wait, its reason and its limit are logged at the first failure or after some silence, and
+        regularly from then on. ``first``: nothing has shown yet that this is a reward server.
 
         Raises:
-            StillLoading: the server had nothing to say but that it is loading.
+            StillLoading: the server only answered that it is loading.
             ValueError: the server refuses, or gave no usable answer in time; the message says which.
         """
         trial, again = Trial(self.patience, first, self.role), AGAIN_AT_START if first else AGAIN
@@ -160,7 +160,7 @@ class Link:
             timer.cancel()
 
     async def _send(self, method: str, path: str, body: Body, seconds: float) -> httpx.Response:
-        """One request and its answer. Bodies leave one after the other, so that the first arrives early."""
+        """Send one request and await its response. Bodies are sent in turn, so the first arrives early."""
         with contextlib.ExitStack() as upload:
 
             async def parts() -> AsyncIterator[Any]:
@@ -176,7 +176,7 @@ class Link:
 
 
 def _content(response: httpx.Response) -> Any:
-    """The JSON of an answer; what else came back, as an error that says whether to ask again."""
+    """JSON of a response; any other response raises an error that says whether to ask again."""
     status = response.status_code
     try:
         content = parse_json(response.text)
@@ -196,14 +196,14 @@ def _content(response: httpx.Response) -> Any:
 
 
 def _reason(error: BaseException) -> str:
-    """The operating system's own message, without the layers around it."""
+    """The operating system's own message, without the exceptions wrapped around it."""
     reason = str(error)
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, OSError) and cause.strerror:
             reason = (
                 os.strerror(cause.errno) if cause.errno > 0 else cause.strerror
-            )  # asyncio has its own words
+            )  # asyncio words it differently
         cause = (
             cause.exceptions[0]
             if isinstance(cause, BaseExceptionGroup)
@@ -214,26 +214,26 @@ def _reason(error: BaseException) -> str:
 
 @dataclass(frozen=True)
 class RemoteScorer:
-    """Rewards of a server as a scorer.
+    """A server's rewards as a scorer.
 
-    Pixels travel in their own precision, in 8 bits where the scorers round to 8 bits themselves, so that the
-    scores are those of the same scorer in this process.
+    Pixels are sent in their own precision, or in 8 bits if all scorers round to 8 bits anyway, so the scores
+    equal those of the same scorers in this process.
     """
 
     link: Link
     declarations: tuple[Declaration, ...]
-    """Declarations of the components of all rewards asked for."""
+    """Declarations of the components of all requested rewards."""
     frame_rate: float
     """Frames per second of the clips that the server's scorers were built for."""
     request_bytes: int
-    """The server's limit."""
+    """The server's limit on the size of a request."""
 
     @property
     def components(self) -> tuple[str, ...]:
         return tuple(declaration.name for declaration in self.declarations)
 
     def __call__(self, video_BTCHW: Tensor, prompts: Sequence[ClipPrompt]) -> dict[str, Tensor]:
-        """Component -> [B], in the order of the clips, whichever request they went with.
+        """Component -> [B], in the order of the clips, however they are split into requests.
 
         Raises:
             ValueError: see ``begin``.
@@ -241,10 +241,10 @@ class RemoteScorer:
         return self.begin(video_BTCHW, prompts)()
 
     def begin(self, video_BTCHW: Tensor, prompts: Sequence[ClipPrompt]) -> Callable[[], dict[str, Tensor]]:
-        """Send clips, behind those of earlier calls; the returned call waits for component -> [B].
+        """Send clips, after those of earlier calls; the returned function waits for component -> [B].
 
         Raises:
-            ValueError: the server refuses, or gave no usable scores in time; names the server and says what.
+            ValueError: the server refuses, or gives no usable scores in time; the message names the server.
         """
         rounded = all(declaration.eight_bit for declaration in self.declarations)
         clip_bytes = video_BTCHW[0].numel() * (1 if rounded else video_BTCHW.element_size())
@@ -288,7 +288,7 @@ class RemoteScorer:
                 ) as error:
                     raise Failed(f"unusable scores: {error}") from error
 
-            async with self.link.in_flight:  # only requests in flight are fetched from its device
+            async with self.link.in_flight:  # fetch clips from their device only for requests in flight
                 async with self.link.preparation:
                     body = await asyncio.to_thread(body_of, own, video_BTCHW[piece])
                 return await self.link.ask("POST", "/score", read, body)
@@ -308,12 +308,12 @@ class RemoteScorer:
 def connect(
     url: str, names: Sequence[str], *, token: str | None = None, patience: Patience = PATIENCE
 ) -> RemoteScorer:
-    """The rewards ``names`` of the server at ``url``, which may still be starting or loading.
+    """Connect to the rewards ``names`` of the server at ``url``, which may still be starting or loading.
 
     Raises:
-        StillLoading: it was loading for longer than ``patience.outage``.
-        ValueError: an invalid URL, no server there, no answer in time, another protocol, a reward that it
-            does not have.
+        StillLoading: the server was loading for longer than ``patience.outage``.
+        ValueError: the URL is invalid, no server answers in time, or it speaks another protocol or does not
+            have a reward.
     """
     link = Link(url, token, patience)
 
@@ -342,7 +342,7 @@ def connect(
 
 
 def reach(url: str, names: Sequence[str], *, token: str | None = None, patience: Patience = PATIENCE) -> None:
-    """Make sure that a reward server is at ``url``, which may still be loading; otherwise see ``connect``."""
+    """Check that a reward server is at ``url``; it may still be loading. Raises ValueError as ``connect``."""
     with contextlib.suppress(StillLoading):
         connect(url, names, token=token, patience=replace(patience, outage=0.0)).close()
 

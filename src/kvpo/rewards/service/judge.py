@@ -1,7 +1,7 @@
-"""A vision-language model as a reward, behind a URL that speaks OpenAI's chat completions.
+"""A vision-language model as a reward, behind a URL with OpenAI's chat completions API.
 
-vLLM, SGLang and llama.cpp serve such models. A rubric says what is asked, on which frames, and how the answer
-becomes a number.
+vLLM, SGLang and llama.cpp serve such models. A rubric defines the question, the frames shown, and how an
+answer becomes a number.
 """
 
 import asyncio
@@ -35,33 +35,33 @@ from kvpo.rewards.service.patience import PATIENCE, Failed, Patience, RequestRef
 logger = logging.getLogger(__name__)
 
 KEY_VARIABLE = "OPENAI_API_KEY"
-"""Environment variable with the key that is sent, where it is set."""
+"""Environment variable with the API key; no key is sent if it is not set."""
 AT_ONCE = 8
 """Questions in flight."""
 LIKELIEST = 20
-"""Most likely tokens that are asked for at every place of an answer."""
+"""Number of most likely tokens to request at each position of an answer."""
 
 
 @dataclass(frozen=True)
 class Rubric:
-    """A question and the reading of its answer. YAML with these fields; only the first two are needed."""
+    """A question and how to read its answer, in YAML under these fields; only the first two are required."""
 
     question: str
     """``{prompt}`` and ``{before}`` are replaced by the texts of the clip and of the segment before it."""
     scale: dict[str, float]
-    """Answer -> its value; in YAML also [lowest, highest] for whole numbers."""
+    """Answer -> its value; YAML may also give [lowest, highest] for a range of integers."""
     frames: int = 8
     """Frames shown, spread evenly."""
     pixels: int = 480 * 832
-    """Largest size of a frame; larger ones are shrunk."""
+    """Maximum frame area; larger frames are shrunk."""
     read: str = "last"
-    """The answer that counts: the first or the last of the scale, or the group of a regular expression."""
+    """Answer that counts: the first or the last from the scale, or the group of a regular expression."""
     expectation: bool = True
-    """Weigh answers by their probabilities where the server tells them: more than whole steps count."""
+    """Average answers by their probabilities, if the server reports them, for values between the steps."""
     tokens: int = 256
-    """Most tokens of an answer."""
+    """Maximum number of tokens in an answer."""
     transition: bool = False
-    """Show frames before and after a prompt switch; clips without one are not asked about: mid-scale."""
+    """Show frames before and after a prompt switch; clips without one get the scale's middle, unasked."""
 
     @property
     def middle(self) -> float:
@@ -69,7 +69,7 @@ class Rubric:
         return (min(self.scale.values()) + max(self.scale.values())) / 2
 
     def value(self, answer: str) -> str | None:
-        """The answer of the scale in a text, as the scale spells it; None: there is none."""
+        """Find an answer from the scale in a text, as the scale spells it; None if there is none."""
         if self.read not in ("first", "last"):
             match = re.search(self.read, answer, re.IGNORECASE)
             answer = match[1] or "" if match else ""
@@ -78,12 +78,12 @@ class Rubric:
         return self.spelling(found[0 if self.read == "first" else -1]) if found else None
 
     def spelling(self, word: str) -> str | None:
-        """A word as the scale spells it."""
+        """A word as the scale spells it; None if the scale does not have it."""
         return {own.casefold(): own for own in self.scale}.get(word.strip().casefold())
 
 
 def read_rubric(path: Path) -> Rubric:
-    """The rubric in a YAML file. Raises ValueError, naming the field."""
+    """Read a rubric from a YAML file. Raises ValueError, naming the field."""
     try:
         given = yaml.safe_load(read_text(path))
     except yaml.YAMLError as error:
@@ -112,7 +112,7 @@ def _scale(given: Any, path: Path) -> dict[str, float]:
     if isinstance(given, list) and len(given) == 2 and all(type(end) is int for end in given):
         found = {str(n): float(n) for n in range(given[0], given[1] + 1)}
     elif isinstance(given, dict) and all(type(value) in (int, float) for value in given.values()):
-        names = {True: "yes", False: "no"}  # as YAML reads them
+        names = {True: "yes", False: "no"}  # YAML reads yes and no as booleans
         found = {names[k] if isinstance(k, bool) else str(k): float(v) for k, v in given.items()}
     else:
         raise ValueError(f"{path}: scale must be [lowest, highest] or answers with their values, got {given}")
@@ -123,7 +123,7 @@ def _scale(given: Any, path: Path) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class Judge:
-    """A rubric and the model that answers; one component, called as the reward is."""
+    """A rubric and the model that answers it; the one component has the reward's name."""
 
     name: str
     rubric: Rubric
@@ -139,10 +139,10 @@ class Judge:
         return self.begin(video_BTCHW, prompts)()
 
     def begin(self, video_BTCHW: Tensor, prompts: Sequence[ClipPrompt]) -> Callable[[], dict[str, Tensor]]:
-        """Ask about clips, several at a time; the returned call waits for component -> [B].
+        """Ask about clips, several at a time; the returned function waits for component -> [B].
 
         Raises:
-            ValueError: the server refuses, is away for too long, or gave no answer of the scale.
+            ValueError: the server refuses, is away for too long, or gives no answer from the scale.
         """
         checked_batch(video_BTCHW, prompts, 1)
         answers = self.link.begin(self._ask(video_BTCHW.detach(), prompts))
@@ -203,7 +203,7 @@ class Judge:
             raise Failed(f"not a chat completion: {error!r}") from error
 
     def _expected(self, places: Sequence[Any], said: str) -> float:
-        """Mean value of the answers that could stand where ``said`` does; without places its own."""
+        """Expected value over the likely answers at the place of ``said``; its own value if unknown."""
         here = [place for place in places if self.rubric.spelling(place["token"]) == said]
         if not here:
             return self.rubric.scale[said]
@@ -231,9 +231,9 @@ def _png(frame_CHW: Tensor, pixels: int) -> bytes:
 def connect_judge(
     name: str, place: str, rubric: Rubric, *, key: str | None = None, patience: Patience = PATIENCE
 ) -> Reward:
-    """The judge ``name`` at ``openai:URL#MODEL``, whose server must answer and have the model.
+    """Connect to the judge ``name`` at ``openai:URL#MODEL``; the server must answer and have the model.
 
-    Raises ValueError: an invalid address, no server there, a model that it does not have.
+    Raises ValueError if the address is invalid, no server answers, or it does not have the model.
     """
     url, _, model = place.removeprefix(JUDGES).partition("#")
     if not model:

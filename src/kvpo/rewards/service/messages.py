@@ -1,6 +1,6 @@
-"""Messages between a reward server and its clients: clips as safetensors, all else as JSON.
+"""Messages between a reward server and its clients: clips as safetensors, everything else as JSON.
 
-Letters: B clips, T frames, C colours, H height, W width.
+Axes: B clips, T frames, C colours, H height, W width.
 """
 
 import json
@@ -18,25 +18,25 @@ from kvpo.rewards.protocol import Declaration, Sampling
 from kvpo.rewards.service.buffers import new_buffer
 
 PROTOCOL = 4
-"""Version of the protocol described here; a client refuses a server of another version."""
+"""Version of this protocol; a client refuses a server of another version."""
 TOKEN_VARIABLE = "KVPO_REWARD_TOKEN"
 """Environment variable that holds the bearer token, on both sides."""
 PIXEL_TYPES = {torch.uint8: "U8", torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32"}
 """Precisions of pixels, and what safetensors calls them."""
 LENGTH_BYTES = 8
-"""A safetensors file begins with the length of its header in this many bytes, least significant first."""
+"""A safetensors file begins with the length of its header, a little-endian integer of this many bytes."""
 
 
 Offers = Mapping[str, tuple[Declaration, ...]]
-"""Rewards of a server: the name a client asks for one by, and the declarations of its components."""
+"""Rewards of a server: name that clients request -> declarations of the reward's components."""
 
 
 @dataclass(frozen=True)
 class ScoreRequest:
-    """Clips of one shape, their prompts, and the components that are asked for."""
+    """Clips of one shape, their prompts, and the requested components."""
 
     video_BTCHW: Tensor
-    """Floats in [0, 1], or whole numbers from 0 to 255."""
+    """Floats in [0, 1], or uint8."""
     prompts: tuple[ClipPrompt, ...]
     components: tuple[str, ...]
 
@@ -52,14 +52,14 @@ class Body:
         return len(self.head) + len(self.pixels)
 
     def parts(self, size: int) -> Iterator[bytes | memoryview]:
-        """The file in pieces of at most ``size`` bytes after its head."""
+        """Yield the head, then the pixels in pieces of at most ``size`` bytes."""
         yield self.head
         for at in range(0, len(self.pixels), size):
             yield self.pixels[at : at + size]
 
 
 def encode_question(question: ScoreRequest) -> Body:
-    """A question as a safetensors file: the tensor ``video`` as it is, all else in the metadata."""
+    """Encode a question as a safetensors file: the tensor ``video`` unchanged, the rest as metadata."""
     video = question.video_BTCHW.contiguous()
     prompts = [[str(p), p.before, p.switch, p.file_rate, p.earlier] for p in question.prompts]
     pixels = memoryview(video.view(torch.uint8).flatten().numpy())
@@ -78,7 +78,7 @@ def encode_question(question: ScoreRequest) -> Body:
 
 
 def one_batch(videos_BTCHW: Sequence[Tensor]) -> Tensor:
-    """Clips of one shape and precision as one batch; copied only if there are several tensors."""
+    """Concatenate clips of one shape and dtype; copies only if there are several tensors."""
     first = videos_BTCHW[0]
     if len(videos_BTCHW) == 1:
         return first
@@ -87,18 +87,18 @@ def one_batch(videos_BTCHW: Sequence[Tensor]) -> Tensor:
 
 
 def eight_bit(video_BTCHW: Tensor) -> Tensor:
-    """Floats in [0, 1] as the nearest whole numbers from 0 to 255."""
+    """Round floats in [0, 1] to uint8; uint8 is returned unchanged."""
     if video_BTCHW.dtype == torch.uint8:
         return video_BTCHW
     out = torch.empty(video_BTCHW.shape, dtype=torch.uint8, device=video_BTCHW.device)
     for frame, rounded in zip(_frames(video_BTCHW), _frames(out), strict=True):
-        # 16 bits on the way: torch's direct conversion to 8 takes three times as long
+        # via int16: torch's direct conversion to uint8 takes three times as long
         rounded.copy_(frame.float().clamp(0, 1).mul_(255).round_().to(torch.int16))
     return out
 
 
 def fractions(video_BTCHW: Tensor, memory: Callable[[int], memoryview] = new_buffer) -> Tensor:
-    """Whole numbers from 0 to 255 as floats in [0, 1], in ``memory`` of that size; floats as they are."""
+    """Convert uint8 to floats in [0, 1], in a buffer from ``memory``; floats are returned unchanged."""
     if video_BTCHW.dtype != torch.uint8:
         return video_BTCHW
     out = _empty(video_BTCHW.shape, torch.float32, memory)
@@ -114,12 +114,12 @@ def growth(question: ScoreRequest) -> int:
 
 
 def with_fractions(question: ScoreRequest, memory: Callable[[int], memoryview]) -> ScoreRequest:
-    """The question with clips as scorers want them, in ``memory`` of that many bytes."""
+    """The question with its clips as floats, in a buffer from ``memory``."""
     return replace(question, video_BTCHW=fractions(question.video_BTCHW, memory))
 
 
 def _frames(video_BTCHW: Tensor) -> Iterator[Tensor]:
-    """One frame after the other: its floats fit a processor's cache, those of a clip do not."""
+    """Iterate over single frames: their floats fit the CPU cache, a whole clip's do not."""
     return (frame for clip in video_BTCHW for frame in clip)
 
 
@@ -128,10 +128,10 @@ def _empty(shape: Sequence[int], dtype: torch.dtype, memory: Callable[[int], mem
 
 
 def decode_question(body: memoryview) -> ScoreRequest:
-    """Undo ``encode_question``; the clips stay where they lie in ``body``: copies are what costs here.
+    """Undo ``encode_question``; the clips are a view of ``body``, because copies are expensive.
 
     Raises:
-        ValueError: the body is not such a file, or its clips and prompts do not go together.
+        ValueError: the body is not such a file, or its clips and prompts do not match.
     """
     try:
         start = LENGTH_BYTES + int.from_bytes(body[:LENGTH_BYTES], "little")

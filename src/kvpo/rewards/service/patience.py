@@ -1,13 +1,13 @@
-"""The policy of asking a reward server: retries, timeouts, and what is logged meanwhile."""
+"""Policy for requests to a reward server: retries, timeouts, and what is logged meanwhile."""
 
 import time
 from dataclasses import dataclass, field
 from math import inf
 
 KNOCK_SECONDS = 2.0
-"""Longest pause between two tries to reach a server that has not answered yet."""
+"""Longest pause between attempts to reach a server that has not answered yet."""
 AGAIN, AGAIN_AT_START = 30.0, 5.0
-"""Seconds between two log lines about a wait: later, and before a server's first answer."""
+"""Seconds between log lines about a wait: after and before a server's first answer."""
 
 
 @dataclass(frozen=True)
@@ -15,16 +15,16 @@ class Patience:
     """Retry and timeout policy."""
 
     answer: float = 300.0
-    """Seconds for an answer, the time in the server's queue included."""
+    """Seconds to wait for an answer, including the time in the server's queue."""
     attempts: int = 3
-    """Answers that may fail (late, an error of the scorer, not the scores asked for) before it gives up."""
+    """Failed answers (late, an error of the scorer, unusable scores) after which the client gives up."""
     start: float = 15.0
-    """Seconds within which the server must answer at the start, if only that it is loading its models."""
+    """Seconds within which the server must first answer, if only to say that it is loading its models."""
     outage: float = 300.0
-    """Seconds that it may load at the start, and later be unreachable or full: enough for a restart that
-    loads its models."""
+    """Seconds that the server may load at the start, and later be unreachable or full: enough to restart and
+    load its models."""
     first_pause: float = 0.5
-    """Seconds before the second try; doubled from then on."""
+    """Seconds before the second attempt; doubled after each further one."""
     longest_pause: float = 30.0
 
 
@@ -40,7 +40,7 @@ class Failed(ValueError):
 
 
 class Away(ValueError):
-    """No server answers, or one that asks to be tried again ``after`` seconds."""
+    """No server answers, or it asks the client to retry ``after`` seconds."""
 
     def __init__(self, problem: str, after: float | None = None) -> None:
         super().__init__(problem)
@@ -52,7 +52,7 @@ class GaveUp(ValueError):
 
 
 class NeverUsable(GaveUp, Failed):
-    """As many answers failed as may."""
+    """Too many answers failed."""
 
 
 class StillLoading(GaveUp):
@@ -61,11 +61,11 @@ class StillLoading(GaveUp):
 
 @dataclass
 class Trial:
-    """The tries of one request."""
+    """The attempts at one request."""
 
     patience: Patience
     first: bool
-    """True until the first usable answer: something else may listen there."""
+    """True until the first usable answer: until then, something else may be listening there."""
     role: str = "reward server"
     tries: int = 0
     failures: int = 0
@@ -75,7 +75,7 @@ class Trial:
     began: float = field(default_factory=time.monotonic)
     over: bool = False
     wait: float = 0.0
-    """Seconds before the next try."""
+    """Seconds before the next attempt."""
 
     def __post_init__(self) -> None:
         self.pause, self.alive = self.patience.first_pause, self.began
@@ -90,7 +90,7 @@ class Trial:
 
     @property
     def seconds(self) -> float:
-        """Seconds that the next try may take."""
+        """Seconds that the next attempt may take."""
         left = self.until - time.monotonic() if self.first else self.patience.answer
         return max(0.0, min(left, self.patience.answer))
 
@@ -105,7 +105,7 @@ class Trial:
         return times if self.first else f"{times}, or {self.patience.outage:g} s of an outage"
 
     def failed(self, error: Exception) -> None:
-        """Record a failed try: the problem, and whether and when to try again."""
+        """Record a failed attempt: the problem, and whether and when to try again."""
         now, late = time.monotonic(), isinstance(error, TimeoutError)
         self.problem = str(error).rstrip(".") or f"the connection broke ({type(error).__name__})"
         if late:

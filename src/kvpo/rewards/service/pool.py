@@ -1,4 +1,4 @@
-"""Several servers of the same rewards as one scorer: they share its clips, and one dying costs a retry."""
+"""Several servers of the same rewards as one scorer; they share its clips, and a failure costs a retry."""
 
 import logging
 import time
@@ -19,18 +19,18 @@ logger = logging.getLogger(__name__)
 OUTAGE = 5.0
 """Seconds that one of several servers may be unreachable before others take its clips."""
 REST = 30.0
-"""Seconds for which a server that was given up is asked only if all are."""
+"""Seconds for which a failed server is asked only if all others have failed too."""
 
 
 @dataclass(frozen=True)
 class PooledScorer:
-    """Servers of the same rewards."""
+    """Servers of the same rewards, which share the clips."""
 
     servers: tuple[RemoteScorer, ...]
     patience: Patience
     """Retry and timeout policy for all of them together."""
     rested: dict[int, float] = field(default_factory=dict)
-    """Server that was given up -> time from which it is asked again as any other."""
+    """Failed server -> time from which it is asked again like any other."""
 
     @property
     def declarations(self) -> tuple[Declaration, ...]:
@@ -51,10 +51,10 @@ class PooledScorer:
         return self.begin(video_BTCHW, prompts)()
 
     def begin(self, video_BTCHW: Tensor, prompts: Sequence[ClipPrompt]) -> Callable[[], Answer]:
-        """Share clips out to the servers; the returned call waits for component -> [B].
+        """Distribute clips over the servers; the returned function waits for component -> [B].
 
         Raises:
-            ValueError: a server refuses the clips, or none gave scores in time; names it and says what.
+            ValueError: a server refuses the clips, or none gives scores in time; the message names it.
         """
         asked = self._in_turn()[: len(prompts)]
         ends = [len(prompts) * n // len(asked) for n in range(len(asked) + 1)]
@@ -74,7 +74,7 @@ class PooledScorer:
         return scores
 
     def _in_turn(self) -> list[int]:
-        """Servers to share clips out to: those that do not rest, or else the one that has rested longest."""
+        """Servers to ask: those that have not failed recently, or else the one that failed longest ago."""
         now, every = time.monotonic(), range(len(self.servers))
         awake = [server for server in every if self.rested.get(server, now) <= now]
         return awake or [min(every, key=lambda server: self.rested[server])]
@@ -82,7 +82,7 @@ class PooledScorer:
     def _answered(
         self, server: int, answer: Callable[[], Answer], clips: Tensor, prompts: Sequence[ClipPrompt]
     ) -> Answer:
-        """Scores from the server that was asked, or else from another one."""
+        """Scores from the server that was asked or, if it fails, from another one."""
         trial = Trial(self.patience, first=False)
         while True:
             try:
@@ -109,9 +109,10 @@ class PooledScorer:
 def connect_all(
     urls: Sequence[str], names: Sequence[str], *, token: str | None = None, patience: Patience = PATIENCE
 ) -> RemoteScorer | PooledScorer:
-    """The rewards ``names`` of the server at each of ``urls``. Raises ValueError as ``connect``.
+    """Connect to the rewards ``names`` of the servers at ``urls``.
 
-    All have to be there at the start; from then on one will do.
+    All servers must be up at the start; from then on one is enough. Raises ValueError as ``connect``, or if
+    the servers differ.
     """
     if len(urls) == 1:
         return connect(urls[0], names, token=token, patience=patience)

@@ -1,4 +1,4 @@
-"""Questions of many clients, answered by one thread: batched where they fit, each with its own failure."""
+"""Questions from many clients, answered by one thread: batched where they fit, but failing separately."""
 
 import threading
 import time
@@ -15,7 +15,7 @@ from kvpo.rewards.protocol import Scorer, checked
 from kvpo.rewards.service.messages import ScoreRequest, fractions, one_batch
 
 JOINED_PIXELS = 8 * 2**20
-"""Questions become one batch up to this many numbers: copying larger clips costs more than batching saves."""
+"""Questions are batched up to this many pixel values: copying more costs more than batching saves."""
 Answer = dict[str, Tensor]
 """Component -> [B]."""
 
@@ -38,7 +38,7 @@ class Job:
 
 
 class ScoringQueue:
-    """Questions in the order they came; one thread calls the scorers, with ``batch`` clips at most."""
+    """Questions in order of arrival; one thread calls the scorers with at most ``batch`` clips."""
 
     def __init__(self, scorers: Sequence[Scorer], *, batch: int) -> None:
         self.scorer_of = {name: scorer for scorer in scorers for name in scorer.components}
@@ -52,7 +52,7 @@ class ScoringQueue:
         threading.Thread(target=self._work, name="kvpo scoring", daemon=True).start()
 
     def put(self, question: ScoreRequest) -> Future[Answer]:
-        """Queue a question whose components there are; the future raises ValueError when its scorer fails."""
+        """Queue a question; its components must exist. The future raises ValueError if a scorer fails."""
         job = Job(question)
         with self._changed:
             self._waiting.append(job)
@@ -61,19 +61,19 @@ class ScoringQueue:
         return job.answer
 
     def _withdraw(self, answer: Future[Answer]) -> None:
-        """Let go of the clips of a cancelled answer: they count towards no limit any more."""
+        """Drop the clips of a cancelled question, so that they no longer count towards any limit."""
         if answer.cancelled():
             with self._changed:
                 self._waiting = deque(job for job in self._waiting if job.answer is not answer)
 
     @property
     def waiting_clips(self) -> int:
-        """Clips that no call has taken up yet."""
+        """Clips that are not being scored yet."""
         with self._changed:
             return sum(len(job.question.prompts) for job in self._waiting)
 
     def close(self) -> None:
-        """Accept nothing further; the current call is not waited for."""
+        """Cancel the waiting questions and stop the thread, without waiting for the current call."""
         with self._changed:
             self._closed = True
             withdrawn, self._waiting = self._waiting, deque()
@@ -88,10 +88,10 @@ class ScoringQueue:
                 self.began = time.monotonic()
                 self._answer(asked)
                 self.began = None
-            del jobs, asked  # clips must not outlive their answer while the thread waits
+            del jobs, asked  # free the clips before the thread waits again
 
     def _next(self) -> list[Job] | None:
-        """The oldest question and those behind it that fit into one call with it; None once closed."""
+        """The oldest question and later ones that fit into the same call; None once closed."""
         with self._changed:
             self._changed.wait_for(lambda: self._waiting or self._closed)
             if self._closed:
@@ -113,13 +113,13 @@ class ScoringQueue:
     def _answer(self, jobs: Sequence[Job]) -> None:
         try:
             scores = self._score([job.question for job in jobs])
-        except BaseException as error:  # somebody else's code may raise anything; this thread must live on
+        except BaseException as error:  # third-party code may raise anything; this thread must survive
             if len(jobs) == 1:
                 known = isinstance(error, ValueError)
                 jobs[0].answer.set_exception(
                     error if known else ValueError(f"the scorer failed: {type(error).__name__}: {error}")
                 )
-            else:  # what one question broke is not the others' loss
+            else:  # one bad question must not fail the others
                 for job in jobs:
                     self._answer([job])
             return

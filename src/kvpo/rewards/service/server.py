@@ -1,7 +1,7 @@
 """Rewards over HTTP: requests are bounded, batched and scored by one thread.
 
 ``GET /health`` reports the load, ``GET /rewards`` lists the rewards, ``POST /score`` scores clips
-(``messages``). An error is JSON with a ``detail``; a scorer that fails costs its question alone.
+(``messages``). An error is JSON with a ``detail``; a failing scorer fails only its own question.
 """
 
 import asyncio
@@ -35,25 +35,25 @@ with extra("server"):
     from starlette.requests import ClientDisconnect
 
 KEPT_BYTES = 512 * MIB
-"""Memory of past requests that is kept for the next ones, in addition to the queue's."""
+"""Memory of past requests that is kept for reuse, in addition to the queue's."""
 CLIENT_GONE = 499
 """Status of an answer whose client has disconnected."""
 
 
 @dataclass(frozen=True)
 class RequestLimits:
-    """Limits of a server's load."""
+    """Limits on a server's load."""
 
     request_bytes: int = 1024 * MIB
     """Size of one request."""
     queue_bytes: int = 4096 * MIB
-    """Size of all requests being read, queued or scored; further ones are told to come back later."""
+    """Size of all requests being read, queued or scored; further ones are asked to retry later."""
     batch: int = 16
-    """Most clips in one call of a scorer."""
+    """Maximum number of clips per call of a scorer."""
     body_seconds: float = 300.0
-    """Time in which a body must arrive."""
+    """Seconds within which a body must arrive."""
     retry_seconds: int = 2
-    """Seconds after which a client should come back to a full queue."""
+    """Seconds after which a client should retry when the queue is full."""
 
 
 class Room:
@@ -64,14 +64,14 @@ class Room:
         self.held = 0
 
     def take(self, size: int) -> bool:
-        """True if there was room; ``held`` has then grown by ``size``."""
+        """Reserve ``size`` bytes; returns False if there is no room."""
         if self.held + size > self.total:
             return False
         self.held += size
         return True
 
     def give_back(self, size: int) -> None:
-        """Undo ``take``."""
+        """Release ``size`` bytes that were taken."""
         self.held -= size
 
 
@@ -97,7 +97,7 @@ class Service:
         }
 
     async def rewards(self) -> dict[str, Any]:
-        """The rewards that can be asked for, and within which limits."""
+        """The available rewards, and the limits on requests."""
         return {
             "protocol": PROTOCOL,
             "kvpo": __version__,
@@ -133,11 +133,11 @@ def reward_app(
     token: str | None = None,
     limits: RequestLimits = RequestLimits(),
 ) -> FastAPI:
-    """The application that serves ``offers``, whose components come out of ``scorers``.
+    """Build the app that serves ``offers``; ``scorers`` compute their components.
 
     Args:
         frame_rate: frames per second of the clips that the scorers were built for.
-        token: what clients must show as their bearer token; None asks for none.
+        token: the bearer token that clients must send; None requires none.
     """
     service = Service(
         offers=offers,
@@ -189,7 +189,7 @@ async def _question(request: Request, body: memoryview, seconds: float) -> Score
         raise HTTPException(408, f"the body did not arrive within {seconds:g} s") from error
     except ClientDisconnect as error:
         raise HTTPException(CLIENT_GONE) from error
-    if at != len(body):  # the rest would be what an earlier request left in this memory
+    if at != len(body):  # the rest of this memory holds an earlier request's data
         raise HTTPException(400, f"{at:,} bytes arrived, {len(body):,} were declared")
     try:
         return await run_in_threadpool(decode_question, body)
@@ -198,9 +198,9 @@ async def _question(request: Request, body: memoryview, seconds: float) -> Score
 
 
 async def _prepared(question: ScoreRequest, room: Room, buffers: Buffers) -> tuple[ScoreRequest, int]:
-    """The question as scorers want it, and the bytes it has grown by; as it is where there is no room.
+    """Convert a question's clips to floats if there is room; returns it and the bytes it has grown by.
 
-    It is then converted when it is scored, which makes that longer.
+    Without room, the clips are converted when they are scored, which makes scoring slower.
     """
     larger = growth(question)
     if not larger or not room.take(larger):
@@ -213,7 +213,7 @@ async def _prepared(question: ScoreRequest, room: Room, buffers: Buffers) -> tup
 
 
 async def _answered(request: Request, answer: Future[Answer]) -> Answer:
-    """The answer, unless the client goes away first: its question is then taken back."""
+    """Wait for the answer; if the client disconnects first, withdraw its question."""
     result = asyncio.wrap_future(answer)
     gone = asyncio.ensure_future(_disconnected(request))
     try:
