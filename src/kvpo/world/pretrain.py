@@ -43,7 +43,7 @@ ANEW: Begun = {}
 
 @dataclass(frozen=True)
 class PretrainSettings:
-    """Settings of a pretraining run; `kvpo pretrain --optim.autocast bfloat16` takes the defaults."""
+    """Settings of a pretraining run; the defaults are those of `kvpo pretrain`."""
 
     snippets: SnippetSettings = field(default_factory=SnippetSettings)
     steps: int = 7000
