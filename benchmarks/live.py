@@ -69,19 +69,17 @@ def served(run: Path | None, limits: SessionLimits) -> Any:
         listener = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
         app = live_app(theatre, host="127.0.0.1", token=None)
         server = uvicorn.Server(uvicorn.Config(app, log_level="critical", timeout_graceful_shutdown=1))
-        threads = [
-            threading.Thread(target=theatre.scheduler.run),
-            threading.Thread(target=server.run, kwargs={"sockets": [listener]}),
-        ]
-        for thread in threads:
-            thread.start()
+        worker = threading.Thread(target=theatre.scheduler.run)
+        serving = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+        worker.start()
+        serving.start()
         try:
             yield listener.getsockname()[1]
         finally:
             server.should_exit = True
+            serving.join()  # before the scheduler stops, which ends the sessions of the clients that leave
             theatre.scheduler.stop()
-            for thread in threads:
-                thread.join()
+            worker.join()
 
 
 def one_session(port: int, blocks: int) -> dict[str, float]:
