@@ -19,7 +19,8 @@ from kvpo.models.geometry import geometry
 from kvpo.models.settings import Deployment, WanShape
 
 WORLD_NOISE_FLOOR = 0.002
-"""Noise floor of the embedded world's rewards, measured with `kvpo calibrate`."""
+"""Noise floor of the embedded world's rewards. `kvpo calibrate world` finds more, because it also re-encodes
+and shifts clips, which never happens to the world's own pixels."""
 BANK_FRAMES = 3
 """Frames of MemFlow's memory bank in every released configuration."""
 TOTAL = "total"
