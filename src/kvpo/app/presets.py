@@ -50,7 +50,7 @@ def longlive_1_3b() -> Config:
             branches=8, blocks=5, recent=3, routed=3, distinct=3, resident_frames=33, tail_blocks=6, rows=1
         ),
         # At a temperature of 1 the surrogate policy is nearly uniform, so the reported KL weight of 10 and
-        # the clipping have little effect. If you calibrate the temperature (none), lower the KL weight below 1.
+        # the clipping have little effect. With a calibrated temperature (none), lower the KL weight below 1.
         kvpo=KvpoSettings(simplex_kl=10.0),
         objective=ObjectiveConfig(
             grad_steps=2,
