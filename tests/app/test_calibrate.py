@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -70,9 +71,10 @@ def test_a_constant_has_no_noise_and_a_known_change_is_measured():
 def test_a_reward_that_looks_at_its_neighbours_is_found_out():
     noise = measure(reward_of(lambda v: v.mean((1, 2, 3, 4)) - v.mean()), SAMPLES, 0)["probe"]
     assert noise.changes["order of the batch"].largest > 0
-    honest = measure(reward_of(lambda v: v.mean((1, 2, 3, 4))), SAMPLES, 0)["probe"]
+    lit = [replace(one, video_TCHW=one.video_TCHW * (1 - n / 4)) for n, one in enumerate(SAMPLES)]
+    honest = measure(reward_of(lambda v: v.mean((1, 2, 3, 4))), lit, 0)["probe"]
     assert honest.changes["order of the batch"].largest < 1e-6
-    assert honest.spread_between_clips > 8 * honest.noise_floor > 0
+    assert honest.spread_between_clips > 10 * honest.noise_floor > 0
 
 
 def same(video_BTCHW, prompts):

@@ -171,10 +171,10 @@ def text_table(result: Result) -> str:
     for answered in result.questions:
         for one in answered.pairings:
             if (found := one.counted) is not None:
-                interval = ends(found.gsb, lambda end: signed(end, 2))
+                bounds = ends(found.gsb, lambda end: signed(end, 2))
                 lines.append(
                     f"{answered.question.name}: {one.arm} against {one.other}: {found.good} good, "
-                    f"{found.same} same, {found.bad} bad; {signed(found.gsb.value, 2)} ({interval})"
+                    f"{found.same} same, {found.bad} bad; {signed(found.gsb.value, 2)} ({bounds})"
                 )
     lines += [f"{one.rater} {flag}: not counted" for one in result.raters for flag in one.flags]
     return "\n".join(lines or ["no votes yet"]).replace(MINUS, "-")
