@@ -3,6 +3,7 @@
 from collections import Counter
 
 from kvpo.arena.pairs import ballots
+from kvpo.arena.study import Design, Question, Scene
 from tests.arena.raters import KEY, scenes_of
 
 
@@ -63,3 +64,19 @@ def test_rankings_show_every_video_of_a_scene_in_a_drawn_order():
     assert all(sorted(one.videos) == sorted(scenes[one.scene].videos.values()) for one in shown)
     first = Counter(list(scenes[one.scene].videos.values()).index(one.videos[0]) for one in shown)
     assert len(first) > 2
+
+
+def test_a_ranking_asks_the_first_question_of_any_scene_and_pairs_those_on_stories_of_stories_alone():
+    questions = (
+        Question("switch", "Which one follows?", stories=True),
+        Question("overall", "Which one is better?"),
+    )
+    asked = {
+        (ranked, len(segments)): Design("Study", ranked=ranked, questions=questions).asked_about(
+            Scene(segments, {})
+        )
+        for ranked in (True, False)
+        for segments in (("a",), ("a", "b"))
+    }
+    assert asked[True, 1] == asked[True, 2] == ["switch"]
+    assert asked[False, 1] == ["overall"] and asked[False, 2] == ["switch", "overall"]

@@ -118,8 +118,9 @@ class Design:
         return self.questions[: 1 if self.ranked else None]
 
     def asked_about(self, scene: Scene) -> list[str]:
-        """Names of the questions that a ballot on ``scene`` asks."""
-        return [one.name for one in self.asked if not one.stories or len(scene.segments) > 1]
+        """Names of the questions that a ballot on ``scene`` asks; a ranking asks the first of any scene."""
+        about = self.ranked or len(scene.segments) > 1
+        return [one.name for one in self.asked if about or not one.stories]
 
 
 def read_questions(path: Path) -> dict[str, Any]:
