@@ -15,6 +15,7 @@ SOURCE = Path(__file__).resolve().parents[1] / "src"
 MAY_IMPORT = {
     "kvpo.files": set(),
     "kvpo.progress": set(),
+    "kvpo.threads": set(),
     "kvpo.extras": set(),
     "kvpo.method": set(),
     "kvpo.models.settings": set(),

@@ -10,6 +10,10 @@ import torch
 
 from kvpo.engine import background
 from kvpo.engine.background import in_background
+from kvpo.prompts import ClipPrompt
+from kvpo.rewards.service.messages import ScoreRequest
+from kvpo.rewards.service.scoring_queue import ScoringQueue
+from tests.reward_servers import Named
 
 
 def test_calls_run_in_order_in_one_other_thread():
@@ -69,3 +73,22 @@ def test_what_a_call_held_is_freed_once_it_has_run():
         submit(lambda: None).result()
         gc.collect()
         assert alive() is None
+
+
+def test_calls_in_other_threads_find_the_device_of_the_thread_that_started_these(monkeypatch):
+    """A new thread's own current device is the first one of the machine."""
+
+    class Current(threading.local):
+        device = 0
+
+    current = Current()
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current.device)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: setattr(current, "device", device))
+    torch.cuda.set_device(3)
+    with in_background() as submit:
+        assert submit(torch.cuda.current_device).result() == 3
+    queue = ScoringQueue([Named(lambda video, prompts: torch.full([1], float(current.device)))], batch=1)
+    question = ScoreRequest(torch.zeros(1, 1, 3, 8, 8), (ClipPrompt(""),), ("own",))
+    assert queue.put(question).result(20)["own"].tolist() == [3]
+    queue.close()

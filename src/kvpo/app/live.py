@@ -2,7 +2,6 @@
 
 import hashlib
 import logging
-import threading
 from collections.abc import Mapping
 from dataclasses import astuple, replace
 from pathlib import Path
@@ -20,6 +19,7 @@ from kvpo.live.theatre import Theatre
 from kvpo.models.tensor_files import fingerprint
 from kvpo.prompts import VideoPrompt
 from kvpo.serving import check_address, listener, run_app, url_of
+from kvpo.threads import start_thread
 from kvpo.training.backbone import Backbone
 from kvpo.training.device import GB, computing
 
@@ -66,8 +66,7 @@ def serve_live(
         with computing(config):
             theatre = theatre_of(config, out, run=run, checkpoint=checkpoint, weights=weights, limits=limits)
             scheduler = theatre.scheduler
-            worker = threading.Thread(target=scheduler.run, name="kvpo live scheduler", daemon=True)
-            worker.start()
+            worker = start_thread(scheduler.run, "kvpo live scheduler")
             key = f"/#token={token}" if token else "/"
             size = scheduler.cache.num_pages * scheduler.cache.page_bytes / GB
             logger.info("%d pages of history take %.2f GB", scheduler.cache.num_pages, size)

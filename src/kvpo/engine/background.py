@@ -1,11 +1,12 @@
 """Run calls one at a time in a background thread, in submission order."""
 
-import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from queue import SimpleQueue
 from typing import Any
+
+from kvpo.threads import start_thread
 
 LEAVING_SECONDS = 5.0
 """Seconds to wait for the running call when the block exits; a call that hangs is abandoned."""
@@ -44,8 +45,7 @@ def in_background() -> Iterator[Submit]:
         calls.put((future, call))
         return future
 
-    thread = threading.Thread(target=run, name="kvpo background", daemon=True)
-    thread.start()
+    thread = start_thread(run, "kvpo background")
     try:
         yield submit
     finally:

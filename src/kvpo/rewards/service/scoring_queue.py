@@ -13,6 +13,7 @@ from torch import Tensor
 from kvpo.prompts import ClipPrompt
 from kvpo.rewards.protocol import Scorer, checked
 from kvpo.rewards.service.messages import ScoreRequest, fractions, one_batch
+from kvpo.threads import start_thread
 
 JOINED_PIXELS = 8 * 2**20
 """Questions are batched up to this many pixel values: copying more costs more than batching saves."""
@@ -49,7 +50,7 @@ class ScoringQueue:
         self._changed = threading.Condition()
         self._closed = False
         # a daemon: a scorer that hangs cannot keep the server from stopping
-        threading.Thread(target=self._work, name="kvpo scoring", daemon=True).start()
+        start_thread(self._work, "kvpo scoring")
 
     def put(self, question: ScoreRequest) -> Future[Answer]:
         """Queue a question; its components must exist. The future raises ValueError if a scorer fails."""
