@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
 
 from kvpo.models import quantised
 from kvpo.models.adapted_linear import AdaptedLinear
@@ -34,7 +35,7 @@ def test_the_product_is_that_of_the_rounded_operands(precision: str, autocast: b
     layer, x = linear(), draw(3, 20, 48, seed=2)
     x[0, 0] = 0.0  # a row without a largest element
     made = QuantisedLinear(layer, precision)
-    given, own = rounded(x.flatten(0, 1), made.weight_OI.dtype), (made.weight_OI, made.scale_O1)
+    given, own = rounded(x.flatten(0, 1), made.weight_OI.dtype, made.most), (made.weight_OI, made.scale_O1)
     x_RI, weight_OI = (eight.double() * scale for eight, scale in (given, own))
     expected = (x_RI @ weight_OI.T + layer.bias.double()).unflatten(0, (3, 20))
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
@@ -54,8 +55,19 @@ def test_rows_keep_to_the_range_whose_products_are_exact(monkeypatch: pytest.Mon
     product = torch._int_mm
     monkeypatch.setattr(torch, "_int_mm", lambda a, b: product(a, b).clamp(max=2**15 - 1))
     largest.cache_clear()
-    assert largest(torch.int8, device) == 63 == rounded(draw(4, 9), torch.int8)[0].abs().amax()
+    assert largest(torch.int8, device) == 63 == QuantisedLinear(linear(), "int8").weight_OI.abs().amax()
     largest.cache_clear()
+
+
+@pytest.mark.parametrize("precision", ["int8", "fp8"])
+def test_layers_of_every_rollout_share_one_compiled_graph(precision: str) -> None:
+    torch._dynamo.reset()
+    largest.cache_clear()
+    graphs = CompileCounter()
+    product = torch.compile(lambda layer, x: layer(x), backend=graphs, dynamic=True)
+    for rows in (20, 30):
+        product(QuantisedLinear(linear(), precision), draw(rows, 48))
+    assert graphs.frame_count == 1
 
 
 def adapted() -> CausalWan:
@@ -77,9 +89,10 @@ def test_blocks_are_quantised_with_their_adapter_and_come_back() -> None:
         assert inside.keys() == layers.keys()
         assert all(name.endswith(LORA_TARGETS) for name in inside)
         for name, one in inside.items():
-            expected = rounded(layers[name].summed(torch.float32), torch.int8)
+            expected = rounded(layers[name].summed(torch.float32), torch.int8, one.most)
             assert torch.equal(one.weight_OI, expected[0]) and torch.equal(one.scale_O1, expected[1])
-            assert not torch.equal(one.weight_OI, rounded(layers[name].base_layer.weight, torch.int8)[0])
+            base = rounded(layers[name].base_layer.weight, torch.int8, one.most)
+            assert not torch.equal(one.weight_OI, base[0])
             assert not list(one.parameters()) or one.bias is layers[name].base_layer.bias
         raise KeyError
     assert {name: one for name, one in model.named_modules() if isinstance(one, AdaptedLinear)} == layers
@@ -88,7 +101,7 @@ def test_blocks_are_quantised_with_their_adapter_and_come_back() -> None:
     with reference_policy(model):
         name, layer = next(iter(layers.items()))
         own = QuantisedLinear(layer, "int8")
-        assert torch.equal(own.weight_OI, rounded(layer.base_layer.weight, torch.int8)[0]), name
+        assert torch.equal(own.weight_OI, rounded(layer.base_layer.weight, torch.int8, own.most)[0]), name
 
 
 def test_narrow_weights_are_summed_with_their_adapter_before_they_are_rounded() -> None:

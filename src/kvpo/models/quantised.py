@@ -27,9 +27,11 @@ def largest(dtype: torch.dtype, device: torch.device) -> float:
     return 127.0 if int(torch._int_mm(full, full.t())[0, 0]) == 32 * 127**2 else 63.0
 
 
-def rounded(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Rows ``[R, K]`` quantised to 8 bits, and the float32 factors ``[R, 1]`` that undo the scaling."""
-    most = largest(dtype, x.device)
+def rounded(x: Tensor, dtype: torch.dtype, most: float) -> tuple[Tensor, Tensor]:
+    """Rows ``[R, K]`` quantised to 8 bits, and the float32 factors ``[R, 1]`` that undo the scaling.
+
+    ``most``: see `largest`.
+    """
     scale = x.abs().amax(-1, keepdim=True).float().div_(most).clamp_min_(torch.finfo(torch.float32).tiny)
     scaled = (x / scale).clamp_(-most, most)
     return (scaled if dtype.is_floating_point else scaled.round_()).to(dtype), scale
@@ -49,14 +51,16 @@ class QuantisedLinear(nn.Module):
             weight = None if layer.disable_adapters else layer.summed(torch.float32)
         self.in_features, self.out_features = layer.in_features, layer.out_features
         given = base.weight.detach() if weight is None else weight
-        self.weight_OI, self.scale_O1 = rounded(given, EIGHT_BITS[precision])
+        eight = EIGHT_BITS[precision]
+        self.most = largest(eight, given.device)  # not in `forward`, where it would break a compiled graph
+        self.weight_OI, self.scale_O1 = rounded(given, eight, self.most)
         self.bias = cast(nn.Linear, base).bias
 
     @torch.no_grad()
     def forward(self, x: Tensor) -> Tensor:
         kind = x.device.type
         wide = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-        rows_RI, scale_R1 = rounded(x.flatten(0, -2), self.weight_OI.dtype)
+        rows_RI, scale_R1 = rounded(x.flatten(0, -2), self.weight_OI.dtype, self.most)
         scale_1O, weight_IO = self.scale_O1.t(), self.weight_OI.t()
         if self.weight_OI.dtype == torch.int8:
             y_RO = torch._int_mm(rows_RI, weight_IO) * scale_R1
