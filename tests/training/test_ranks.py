@@ -11,9 +11,11 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch.distributed import HashStore, PrefixStore
 
-from kvpo.training.ranks import LostRank, RankError, Ranks, fresh_part, teams_of
+from kvpo.config_checks import ConfigurationError
+from kvpo.training.ranks import LostRank, RankError, Ranks, fresh_part, joined_ranks, teams_of
 from tests.ranks import on_ranks
 
 
@@ -125,6 +127,53 @@ def test_a_lost_or_silent_rank_ends_the_others_with_the_phase_and_a_trace(tmp_pa
     error, _ = on_ranks(2, tmp_path / "silent", silent, short=1.0)
     assert isinstance(error, LostRank) and "while adding up gradients" in str(error)
     assert time.monotonic() - started < 30
+
+
+def test_a_sum_that_only_fails_when_it_is_waited_for_is_a_lost_rank(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on NCCL, whose synchronous operations are only launched."""
+
+    class Work:
+        def wait(self) -> None:
+            raise RuntimeError("timed out in blocking wait")
+
+    def launch(*tensors: Any, group: Any, async_op: bool = False) -> Work | None:
+        return Work() if async_op else None
+
+    monkeypatch.setattr(dist, "all_to_all_single", launch)
+    monkeypatch.setattr(dist, "all_gather", launch)
+    ranks = Ranks(0, 2, traces=tmp_path)
+    for sums in (ranks.exchange_parts, ranks.join_parts):
+        with pytest.raises(LostRank, match="while adding up gradients.*timed out in blocking wait"):
+            sums(torch.ones(2))
+
+
+@pytest.mark.parametrize(("place", "sharded", "waits"), [(0, False, "1"), (0, True, None), (2, False, None)])
+def test_ranks_on_cuda_need_a_device_each_and_wait_for_sums_unless_layers_are_sharded(
+    place: int, sharded: bool, waits: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: list[object] = []
+
+    def new_group(*, backend: str, **named: Any) -> None:
+        found.extend([backend, os.environ.get("TORCH_NCCL_BLOCKING_WAIT")])
+        raise RuntimeError("no device")
+
+    monkeypatch.setattr(os, "environ", {"LOCAL_RANK": str(place)})
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", found.append)
+    monkeypatch.setattr(dist, "init_process_group", lambda *words, **named: None)
+    monkeypatch.setattr(dist, "new_group", new_group)
+    with pytest.raises((ConfigurationError, LostRank)) as caught:
+        with joined_ranks("cuda", sharded=sharded, rendezvous=(HashStore(), 0, 1)):
+            pass
+    if place < 2:
+        assert found == [place, "nccl", waits] and "no device" in str(caught.value)
+        return
+    assert found == [] and str(caught.value) == (
+        "device: 'cuda' cannot be used by local rank 2: torch finds 2 CUDA devices here; start at most one "
+        "process for each, or use --device cpu"
+    )
 
 
 def test_a_lost_rank_is_named_where_its_trace_cannot_be_written(

@@ -88,7 +88,7 @@ def align(
     if resume and belongs_to_run(out):
         _demand_same_run(out, config)
     with (
-        joined_ranks(config.device, traces=out) as ranks,
+        joined_ranks(config.device, sharded=config.distributed.shard, traces=out) as ranks,
         RunDirectory(out, config, resume=resume, ranks=ranks) as directory,
         computing(config),
     ):

@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import _dump_fr_trace_json
 
+from kvpo.config_checks import ConfigurationError
 from kvpo.training.clock import Clock
 
 logger = logging.getLogger(__name__)
@@ -173,7 +174,7 @@ class Ranks:
         self.clock.bytes["reduce"] += flat_N.nbytes * (self.count - 1) // self.count
         found = torch.empty_like(flat_N)
         with self._in_touch("adding up gradients"):
-            dist.all_to_all_single(found, flat_N, group=self.prompt)
+            dist.all_to_all_single(found, flat_N, group=self.prompt, async_op=True).wait()
         return found.view(self.count, -1)
 
     def join_parts(self, part_P: Tensor) -> Tensor:
@@ -183,7 +184,7 @@ class Ranks:
         self.clock.bytes["reduce"] += part_P.nbytes * (self.count - 1)
         whole_RP = part_P.new_empty(self.count, len(part_P))
         with self._in_touch("adding up gradients"):
-            dist.all_gather(list(whole_RP), part_P, group=self.prompt)
+            dist.all_gather(list(whole_RP), part_P, group=self.prompt, async_op=True).wait()
         return whole_RP.flatten()
 
     @contextmanager
@@ -323,6 +324,7 @@ def fresh_part(store: dist.Store, rank: int, count: int, patience: timedelta) ->
 def joined_ranks(
     device: str,
     *,
+    sharded: bool = False,
     traces: Path | None = None,
     long: timedelta = LONG,
     short: timedelta = SHORT,
@@ -330,15 +332,32 @@ def joined_ranks(
 ) -> Iterator[Ranks]:
     """Join the ranks that torchrun started together with this process; yields ALONE if it was started alone.
 
-    ``rendezvous``: store, rank and number of ranks, in place of torchrun's environment. Raises LostRank if
-    the other ranks do not arrive.
+    Args:
+        device: the configuration's; on CUDA, each rank uses the device of its number on its machine.
+        sharded: layers are gathered while they run. On NCCL, a lost rank then ends the process through
+            torch's watchdog, without LostRank.
+        rendezvous: store, rank and number of ranks, in place of torchrun's environment.
+
+    Raises:
+        ConfigurationError: the machine has fewer CUDA devices than ranks.
+        LostRank: the other ranks do not arrive.
     """
     if not (launched() or rendezvous):
         yield ALONE
         return
     on_cuda = torch.device(device).type == "cuda"
     if on_cuda:
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        place, there = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+        if place >= there:
+            raise ConfigurationError(
+                f"device: {device!r} cannot be used by local rank {place}: torch finds {there} CUDA devices "
+                "here; start at most one process for each, or use --device cpu"
+            )
+        torch.cuda.set_device(place)
+        if not sharded:  # waiting for each gather of a layer would be slow
+            # Read when NCCL's groups are formed: `wait` then raises errors and time-outs of NCCL, in place of
+            # a watchdog that aborts the process. Only asynchronous operations can be waited for.
+            os.environ.setdefault("TORCH_NCCL_BLOCKING_WAIT", "1")
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
     try:
         store, rank, count = next(dist.rendezvous("env://", timeout=long)) if not rendezvous else rendezvous
