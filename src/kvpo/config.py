@@ -233,12 +233,13 @@ class CheckpointConfig:
 
 @dataclass(frozen=True)
 class DistributedConfig:
-    """Distribution of a run over torchrun's ranks. On one kind of device, results are the same bit for bit
-    for any number of ranks, as long as exploration.rows is not 0 and branch_ranks is 1."""
+    """Distribution of a run over torchrun's ranks. On one kind of CPU, results are the same bit for bit for
+    any number of ranks, while exploration.rows is not 0 and branch_ranks is 1; on GPUs up to rounding."""
 
     branch_ranks: int = 1
     """Ranks that divide the branches of each group among them, rounded down to a divisor of the number of
-    ranks. Equal bit for bit if exploration.rows and optim.replay_rows leave one trajectory per pass."""
+    ranks. On a CPU, the run is the same bit for bit if exploration.rows and optim.replay_rows leave one
+    trajectory per pass."""
     shard: bool = False
     """Shard weights, gradients and optimiser over the branch_ranks of a group (FSDP2)."""
 

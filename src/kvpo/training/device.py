@@ -25,7 +25,10 @@ def peak(device: torch.device | str) -> dict[str, float]:
 
 @contextmanager
 def computing(config: Config) -> Iterator[None]:
-    """Use deterministic kernels and a configuration's threads; the process's settings are restored on exit.
+    """Prefer deterministic kernels and use a configuration's threads; the settings are restored on exit.
+
+    On a CPU all kernels are deterministic. On CUDA the backward pass of attention is not: torch only takes
+    the deterministic one if it may also refuse operations that have none.
 
     On a CPU the default is one thread. Threads synchronise after every operation, so if another process
     occupies one of the cores, all of them wait for the thread that shares it.

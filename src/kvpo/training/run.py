@@ -1,4 +1,4 @@
-"""A run from its first update to its last: metrics, validation, checkpoints, clean stops, exact resumes."""
+"""A run from its first update to its last: metrics, validation, checkpoints, clean stops, resumes."""
 
 import logging
 import math

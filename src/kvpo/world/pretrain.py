@@ -243,11 +243,11 @@ def pretrain(
     """Train the embedded generator and write its moving average to ``out`` (safetensors, fp16).
 
     ``out`` and a checkpoint beside it are written every ``checkpoint_every`` steps. ``resume`` continues from
-    that checkpoint, with a byte-identical result. The number of steps may then be changed, as long as neither
-    the faults nor the decay of the learning rate has begun under either number. ``report`` is called with
-    (steps done, loss) after every step. ``start`` is a base to take the initial weights from, and training
-    then sees faults at once; without it, weights are drawn. Deterministic in the settings on one machine.
-    Returns True if training finished, False if ``interrupted`` ended it.
+    that checkpoint; on a CPU, the result is byte-identical. The number of steps may then be changed, as long
+    as neither the faults nor the decay of the learning rate has begun under either number. ``report`` is
+    called with (steps done, loss) after every step. ``start`` is a base to take the initial weights from, and
+    training then sees faults at once; without it, weights are drawn. Deterministic in the settings on one
+    CPU. Returns True if training finished, False if ``interrupted`` ended it.
 
     Raises:
         ValueError: the checkpoint is damaged, has other settings or another ``start``, or exists without
