@@ -3,18 +3,21 @@
 import json
 import os
 import re
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 
 from kvpo.app import generate as generate_module
 from kvpo.app.cli import main
 from kvpo.app.generate import generate
-from kvpo.app.video_folder import find_videos, read_manifest
+from kvpo.app.video_folder import find_videos, listed_videos, read_manifest
 from kvpo.config import Config
 from kvpo.files import StorageError
 from kvpo.prompts import VideoPrompt
@@ -35,29 +38,41 @@ def test_score_needs_no_prompts_beside_generated_videos(tiny_base: Path, tmp_pat
     assert main(["generate", *flags, "--out", str(out)]) == 0
     expected = {"000.mp4": CAPTIONS[:1], "001.mp4": CAPTIONS[1:]}
     assert json.loads((out / "videos.json").read_text()) == expected
+    beside = ["latents.safetensors", "prompts.jsonl", "videos.json"]
+    assert sorted(path.name for path in out.iterdir()) == [*expected, *beside]
+    made = load_file(out / "latents.safetensors")
+    assert sorted(made) == ["000", "001"] and {len(latents) for latents in made.values()} == {9}
     assert main(["score", str(out), "--reward", "world", "--out", str(tmp_path / "s.html")]) == 0
     rows = json.loads((tmp_path / "s.json").read_text())
     assert {row["file"]: [row["prompt"]] for row in rows} == expected
 
 
-def test_names_keep_their_order_beyond_a_thousand(
+def test_names_keep_their_order_beyond_a_thousand_whose_latents_leave_memory(
     tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def write(backbone: Any, out: Path, name: str, *rest: Any) -> list[Path]:
-        (out / f"{name}.mp4").touch()
-        return [out / f"{name}.mp4"]
+    batches: list[weakref.ref[np.ndarray]] = []
 
     def latents(backbone: Any, prompts: Sequence[VideoPrompt], tape: Any) -> torch.Tensor:
-        return torch.zeros(len(prompts), 1)
+        memory = np.array([[prompt.id] for prompt in prompts], np.float32)
+        batches.append(weakref.ref(memory))
+        assert sum(batch() is not None for batch in batches) <= 2, "this batch and the one before it"
+        return torch.from_numpy(memory)
 
-    monkeypatch.setattr(generate_module, "_write_videos", write)
+    def write(path: Path, *content: Any, **settings: Any) -> None:
+        path.touch()
+
     monkeypatch.setattr(Backbone, "latents", latents)
+    monkeypatch.setattr(generate_module, "pixels_of", lambda *given: torch.zeros(1, 1, 3, 2, 2))
+    monkeypatch.setattr(generate_module, "write_video", write)
+    monkeypatch.setattr("kvpo.files.sync", lambda path: None)
     prompts = [VideoPrompt(n, (f"prompt {n}",), (), 9) for n in range(1001)]
     written = generate(tiny_config(tiny_base), tmp_path, prompts=prompts)
     assert [path.name for path in sorted(tmp_path.glob("*.mp4"))] == [path.name for path in written]
     assert find_videos(tmp_path) == written and written[-1].name == "1000.mp4"
     shows = json.loads((tmp_path / "videos.json").read_text())
     assert [shows[path.name] for path in written] == [[f"prompt {n}"] for n in range(1001)]
+    made = load_file(tmp_path / "latents.safetensors")
+    assert [float(made[path.stem]) for path in written] == list(range(1001))
 
 
 def test_pictures_of_both_sides_are_left_out_where_a_manifest_lists_them(
@@ -137,12 +152,14 @@ def test_weights_and_runs_where_a_name_is_not_utf8_are_refused_at_once(
         line = capsys.readouterr().err
         assert "udce9" in line and "weights cannot be read or written where a name is not UTF-8" in line
         assert not out.exists()
+    assert main(["generate", "--config", str(settings), "--out", str(folder / "videos")]) == 1
+    assert "where a name is not UTF-8" in capsys.readouterr().err
 
 
 def test_a_video_that_is_not_whole_is_not_there(
     tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Stopped while it writes, `kvpo generate` leaves whole videos alone."""
+    """Stopped while it writes, `kvpo generate` leaves whole videos, their prompts and their latents."""
     config = tiny_config(tiny_base)
     prompts = [VideoPrompt(n, (text,), (), 9) for n, text in enumerate(CAPTIONS[:2])]
     wrote = []
@@ -156,7 +173,10 @@ def test_a_video_that_is_not_whole_is_not_there(
     monkeypatch.setattr("kvpo.app.generate.write_video", stopping)
     with pytest.raises(KeyboardInterrupt):
         generate(config, tmp_path / "out", prompts=prompts)
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["000.mp4"]
+    beside = ["latents.parts", "prompts.jsonl", "videos.json"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["000.mp4", *beside]
+    assert listed_videos(tmp_path / "out", None)[1:] == (["000.mp4"], CAPTIONS[:1])
+    assert len(load_file(tmp_path / "out" / "latents.parts" / "000.safetensors")["000"]) == 9
 
 
 def test_the_best_of_several_on_the_command_line(tiny_base: Path, tmp_path: Path) -> None:

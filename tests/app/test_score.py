@@ -341,6 +341,10 @@ def test_explain_says_what_each_reward_would_see(tmp_path, capsys):
     assert (
         "prompt: 'a fox'" in said and "scale: 0 to 1, higher is better" in said and "prompt: not read" in said
     )
+    assert (
+        "scale: no bounds, higher is better (in standard deviations from the mean of VideoAlign's data, so "
+        "that negative is usual; its network's output is score * 1.3811 + 1.1646); weight 1" in said
+    )
     assert main(command) == 0 and "needed: give --prompts FILE" in capsys.readouterr().out
     names = "videoalign_mq,flicker,vbench_dynamic_degree,vbench_temporal_flickering"
     assert main(["score", str(tmp_path), "--reward", names, "--explain"]) == 0

@@ -1,5 +1,7 @@
 """VAE: normalisation, streaming decode with a state that branches, and Wan's own file layout."""
 
+import weakref
+
 import pytest
 import torch
 from diffusers import AutoencoderKLWan
@@ -102,6 +104,21 @@ def test_encode_applies_the_statistics(vae):
     assert torch.allclose(vae.encode(pixels), expected, atol=1e-6)
     with pytest.raises(ValueError, match="8 frames cannot be encoded"):
         vae.encode(pixels[:, :8])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_decoded_frames_are_not_collected_on_the_device(dtype):
+    vae, alive, decoded = WanVAE(tiny_model().to(dtype)), [], []
+
+    def look(decoder, given, frame):
+        assert sum(one() is not None for one in alive) <= 1
+        alive.append(weakref.ref(frame))
+        decoded.append(frame.clone())
+
+    vae.model.decoder.register_forward_hook(look)
+    pixels = vae.decode(latents(5))
+    whole = torch.cat(decoded, dim=2).float().clamp(-1, 1)
+    assert torch.equal(pixels, (whole.transpose(1, 2) + 1) / 2)
 
 
 def test_bfloat16_gives_float32_pixels():

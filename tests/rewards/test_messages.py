@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -43,7 +44,9 @@ def test_offers_survive_their_journey() -> None:
         Declaration("b", 0.0, 1.0, False, 1, 50, weight=0.5),
     )
     offers = {"both": declarations}
-    assert decode_offers(json.loads(json.dumps(encode_offers(offers), allow_nan=False))) == offers
+    sent = encode_offers({"both": tuple(replace(one, unit="metres") for one in declarations)})
+    assert decode_offers(json.loads(json.dumps(sent, allow_nan=False))) == offers
+    assert "unit" not in sent["both"][0], "servers and clients of earlier versions know no units"
 
 
 @pytest.mark.parametrize(

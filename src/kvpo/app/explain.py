@@ -1,6 +1,7 @@
 """Explains how scorers read a file: frames, rate, size, text and scale; loads nothing large."""
 
 from collections.abc import Mapping, Sequence
+from math import inf
 from pathlib import Path
 
 from kvpo.app.named_rewards import FILE_RATE, named_rewards, sources_of, split_location
@@ -55,9 +56,11 @@ def _explained(
     text = "not read"
     if one.reads_prompt:
         text = repr(texts[0]) if texts else "needed: give --prompts FILE"
+    bounds = f"{one.low:g} to {one.high:g}" if (one.low, one.high) != (-inf, inf) else "no bounds"
+    unit = f" ({one.unit})" if one.unit else ""
     return [
         f"frames: {len(clips)} clips; the first takes {shown} ({rate})",
         f"size: {size}, then as its network takes them{', rounded to 8 bits' if one.eight_bit else ''}",
         f"prompt: {text}",
-        f"scale: {one.low:g} to {one.high:g}, higher is better; weight {one.weight:g}",
+        f"scale: {bounds}, higher is better{unit}; weight {one.weight:g}",
     ]

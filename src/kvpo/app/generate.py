@@ -2,13 +2,15 @@
 
 import json
 import logging
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save
+from safetensors import SafetensorError
+from safetensors.torch import save, save_file
 from torch import Tensor
 
 from kvpo.app.build import checkpoint_of, load_backbone, opened_arms, source_of
@@ -23,7 +25,8 @@ from kvpo.engine.explorers import EXPLORERS
 from kvpo.engine.generator import as_bytes, pixels_of
 from kvpo.engine.selection import Selection
 from kvpo.engine.stream import lockstep_batches
-from kvpo.files import StorageError, local_path, new_file, storage_error, write_atomic
+from kvpo.files import StorageError, demand_utf8, local_path, new_file, storage_error, write_atomic
+from kvpo.models.tensor_files import read_safetensors
 from kvpo.progress import progress_bars
 from kvpo.prompt_files import examine, extended, written
 from kvpo.prompts import VideoPrompt, check_shown
@@ -36,6 +39,8 @@ logger = logging.getLogger(__name__)
 
 VIDEOS_TOGETHER = 8
 """Videos generated in one batch."""
+PARTS = "latents.parts"
+"""Folder of the latents, one file per video, until all videos are made and one file holds them."""
 UNASKED = 4
 """Number of test prompts of each kind that are used if none are given."""
 
@@ -84,9 +89,10 @@ def generate(
 ) -> list[Path]:
     """Generate one video per prompt and return the paths of the mp4 files.
 
-    ``out`` also receives ``latents.safetensors`` ([T, C, H, W] by file name), ``prompts.jsonl`` and
-    ``videos.json``, which lists the prompts of every file for `kvpo score`. The noise of the n-th video
-    depends on ``config.seed`` and n alone.
+    ``out`` first receives ``prompts.jsonl`` and ``videos.json``, which lists the prompts of every file for
+    `kvpo score`, so that the videos of a call that fails can be scored too. Their latents ([T, C, H, W] by
+    file name) are joined in ``latents.safetensors`` at the end, and in ``latents.parts`` before that. The
+    noise of the n-th video depends on ``config.seed`` and n alone.
 
     Args:
         prompts: a prompt file (see ``kvpo.prompt_files``), prompts, or None: some of the test prompts.
@@ -99,11 +105,13 @@ def generate(
 
     Raises:
         ValueError: prompts, a checkpoint or base that cannot be used; a length the stream cannot have; test
-            prompts that are not those of the run; weights, latents or pixels that are not finite.
+            prompts that are not those of the run; weights, latents or pixels that are not finite; an ``out``
+            whose name is not UTF-8.
         StorageError: ``out`` cannot be written, or holds videos already.
     """
     check(config)
     out = local_path(out, "out")
+    demand_utf8(out)
     run = None if run is None else local_path(run, "run")
     _demand_no_videos(out)
     if run is not None and prompts is None:
@@ -131,16 +139,16 @@ def _generate(
         arms = opened_arms(backbone, path, weights)
         selection = None if best is None else best.selection(config, backbone)
         try:
-            out.mkdir(parents=True, exist_ok=True)
+            (out / PARTS).mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise storage_error(out, error) from error
 
-    made: dict[str, Tensor] = {}
-    shows: dict[str, tuple[str, ...]] = {}
+    names = _names(len(wanted), list(arms))
+    shows = {f"{name}.mp4": wanted[n].segments for n, own in enumerate(names) for name in own}
+    ranks.once("writing lists", lambda: _write_lists(out, wanted, shows))
     scores: dict[str, dict[str, Any]] = {}
     batches = list(lockstep_batches([prompt.num_frames for prompt in wanted], VIDEOS_TOGETHER))
     share, tape = ranks.share(batches), backbone.tape("generation")
-    digits = max(3, len(str(len(wanted) - 1)))
     with ranks.together("generating"), progress_bars(shown=ranks.main) as show:
         done, total = 0, sum(map(len, share))
         for batch in ([wanted[n] for n in index] for index in share):
@@ -157,30 +165,41 @@ def _generate(
                 for prompt, one in zip(batch, found, strict=True):
                     scores.setdefault(str(prompt.id), {})[arm] = one.scores
             for row, prompt in enumerate(batch):
-                pair = [of_side[row] for of_side in latents]
-                written = _write_videos(backbone, out, f"{prompt.id:0{digits}d}", pair, made)
-                shows |= {path.name: prompt.segments for path in written}
+                _write_videos(backbone, out, names[prompt.id], [of_side[row] for of_side in latents])
             done += len(batch)
             show("generating", done, total)
-    for own_made, own_shows, own_scores in ranks.gather((made, shows, scores), "collecting latents"):
-        made |= own_made
-        shows |= own_shows
+    made = [name for own in names for name in own[: len(arms)]]
+    ranks.once("joining latents", lambda: _join_latents(out, made))
+    for own_scores in ranks.gather(scores, "collecting scores"):
         scores |= own_scores
-    ranks.once("writing lists", lambda: _write_lists(out, wanted, made, shows))
     if scores:
         text = json.dumps(scores, indent=1) + "\n"
         ranks.once("writing scores", lambda: write_atomic(out / "best-of.json", text))
     return [out / name for name in sorted(shows)]
 
 
-def _write_lists(
-    out: Path, wanted: Sequence[VideoPrompt], made: dict[str, Tensor], shows: dict[str, tuple[str, ...]]
-) -> None:
-    """Write the files that accompany the videos, sorted by video name."""
-    write_atomic(out / "latents.safetensors", save(dict(sorted(made.items()))))
+def _names(prompts: int, arms: Sequence[str]) -> list[list[str]]:
+    """Names of every prompt's videos: one per arm, then that of both side by side if there are two."""
+    digits = max(3, len(str(prompts - 1)))
+    ends = [""] if len(arms) == 1 else [*(f"-{arm}" for arm in arms), SIDE_BY_SIDE]
+    return [[f"{n:0{digits}d}{end}" for end in ends] for n in range(prompts)]
+
+
+def _write_lists(out: Path, wanted: Sequence[VideoPrompt], shows: dict[str, tuple[str, ...]]) -> None:
+    """Write the files that say what the videos show, sorted by video name."""
     listed = out / "prompts.jsonl"
     write_atomic(listed, written(wanted, listed))
     write_atomic(out / MANIFEST, json.dumps(dict(sorted(shows.items())), indent=1, ensure_ascii=False) + "\n")
+
+
+def _join_latents(out: Path, names: Sequence[str]) -> None:
+    """Join the latents of these videos in one file, which replaces their parts."""
+    joined: dict[str, Tensor] = {}
+    for name in names:
+        joined |= read_safetensors(out / PARTS / f"{name}.safetensors")
+    with new_file(out / "latents.safetensors", failures=(SafetensorError,)) as file:
+        save_file(joined, file)
+    shutil.rmtree(out / PARTS)
 
 
 def _demand_no_videos(out: Path) -> None:
@@ -231,18 +250,14 @@ def _prompts(
     return numbered
 
 
-def _write_videos(
-    backbone: Backbone, out: Path, name: str, pair: Sequence[Tensor], made: dict[str, Tensor]
-) -> list[Path]:
-    """Decode and write one prompt's videos: the base alone, or base, aligned and both side by side."""
+def _write_videos(backbone: Backbone, out: Path, names: Sequence[str], pair: Sequence[Tensor]) -> None:
+    """Write one prompt's latents and decoded videos: the base alone, or base, aligned and both in one."""
+    for name, latents in zip(names, pair, strict=False):
+        write_atomic(out / PARTS / f"{name}.safetensors", save({name: latents.contiguous()}))
     frames = [as_bytes(pixels_of(backbone.codec, latents[None])[0]) for latents in pair]
-    names = [name] if len(pair) == 1 else [f"{name}-base", f"{name}-aligned"]
-    made.update(zip(names, (latents.contiguous() for latents in pair), strict=True))
-    clips = dict(zip(names, frames, strict=True))
     if len(pair) == 2:
-        clips[f"{name}{SIDE_BY_SIDE}"] = torch.from_numpy(side_by_side(frames))
+        frames.append(torch.from_numpy(side_by_side(frames)))
     scale = enlargement(frames[0].shape[1:3])
-    for clip, content in clips.items():
-        with new_file(out / f"{clip}.mp4") as file:
+    for name, content in zip(names, frames, strict=True):
+        with new_file(out / f"{name}.mp4") as file:
             write_video(file, content, backbone.codec.frames_per_second, scale=scale)
-    return [out / f"{clip}.mp4" for clip in clips]

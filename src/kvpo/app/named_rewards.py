@@ -24,6 +24,7 @@ from kvpo.files import named_list
 from kvpo.models.tensor_files import fingerprint
 from kvpo.prompts import ClipPrompt
 from kvpo.rewards.catalogue import (
+    COMPARED,
     DECLARATIONS,
     FAMILIES,
     FRAME_REWARDS,
@@ -295,7 +296,7 @@ def _preference(name: str, field: str, prompts: bool, frame_rate: float, device:
         record["features"], record["sources"], prompts=prompts, frame_rate=frame_rate, device=device
     )
     scorer = PreferenceScorer((path.stem,), features, preference)
-    declaration = replace(needs, name=path.stem, low=-inf, high=inf, weight=1.0)
+    declaration = replace(needs, name=path.stem, low=-inf, high=inf, weight=1.0, unit=COMPARED)
     looked_at = features.version if isinstance(features, ScorerFeatures) else "pixels"
     version = fingerprint([path], PREFERENCE + looked_at) if looked_at else ""
     return Reward(path.stem, scorer, (declaration,), version)

@@ -100,7 +100,8 @@ class WanVAE:
     def decode_stream(self, latents_BFCHW: Tensor, state: DecodeState) -> tuple[Tensor, DecodeState]:
         """Pixels of the next latent frames, ``[B, T, 3, H', W']`` float32 in [0, 1], and the next state.
 
-        The very first latent frame gives one pixel frame, every other one four.
+        The very first latent frame gives one pixel frame, every other one four. Pixels go to host memory
+        frame by frame, because the device may not hold those of a whole video.
         """
         mean, std = self._statistics(latents_BFCHW)
         z_BCFHW = latents_BFCHW.float().transpose(1, 2) * std + mean
@@ -110,17 +111,14 @@ class WanVAE:
         for frame in range(x.shape[2]):
             # The decoder replaces entries of the list, but does not modify the tensors.
             first = state.frames + frame == 0
-            pixels.append(
-                self.model.decoder(
-                    x[:, :, frame : frame + 1], feat_cache=features, feat_idx=[0], first_chunk=first
-                )
+            decoded = self.model.decoder(
+                x[:, :, frame : frame + 1], feat_cache=features, feat_idx=[0], first_chunk=first
             )
-        after = DecodeState(state.frames + x.shape[2], tuple(features))
-        video = torch.cat(pixels, dim=2).float().clamp(-1, 1)
-        return (video.transpose(1, 2) + 1) / 2, after
+            pixels.append(((decoded.float().clamp(-1, 1).transpose(1, 2) + 1) / 2).cpu())
+        return torch.cat(pixels, dim=1), DecodeState(state.frames + x.shape[2], tuple(features))
 
     def decode(self, latents_BFCHW: Tensor) -> Tensor:
-        """Pixels ``[B, T, 3, H', W']`` float32 in [0, 1] of whole videos."""
+        """Pixels ``[B, T, 3, H', W']`` float32 in [0, 1] of whole videos, in host memory."""
         return self.decode_stream(latents_BFCHW, self.start())[0]
 
 

@@ -21,8 +21,17 @@ SD = 640 * 1152
 FLOW_PIXELS = 256 * 448
 """Frame area at which motion is measured; larger frames are shrunk to it."""
 
+HPSV3_SAMPLING = Sampling(rate=2.0, least=1, most=32)
 VIDEOALIGN_SAMPLING = Sampling(rate=2.0, least=4, most=768, multiple=2)
 """VideoAlign's own rule (``vision_process.py``)."""
+VIDEOALIGN = {
+    "videoalign_vq": (3.6757, 2.2476),
+    "videoalign_mq": (1.1646, 1.3811),
+    "videoalign_ta": (2.8105, 2.5121),
+}
+"""Components with mean and std: score = (logit - mean) / std (``model_config.json``, inference_config)."""
+COMPARED = "only differences mean something"
+"""Unit of scores that were learned from comparisons."""
 EIGHT_FRAMES = Sampling(rate=0.5, least=8, most=8)
 SUBJECT_SAMPLING = Sampling(rate=2.0, least=4, most=32, seconds=None)
 
@@ -35,23 +44,24 @@ def _vbench(name: str, min_frames: int, sampling: Sampling = EVERY_FRAME) -> Dec
 
 
 def _videoalign(name: str) -> Declaration:
-    return Declaration(name, -inf, inf, True, 2, HD, VIDEOALIGN_SAMPLING, eight_bit=True)
+    mean, std = VIDEOALIGN[name]
+    unit = "in standard deviations from the mean of VideoAlign's data, so that negative is usual; "
+    unit += f"its network's output is score * {std} + {mean}"
+    return Declaration(name, -inf, inf, True, 2, HD, VIDEOALIGN_SAMPLING, eight_bit=True, unit=unit)
 
 
-def _frames(name: str, low: float, high: float, reads_prompt: bool = True) -> Declaration:
-    return Declaration(name, low, high, reads_prompt, 1, SD, EIGHT_FRAMES)
+def _frames(name: str, low: float, high: float, reads_prompt: bool = True, unit: str = "") -> Declaration:
+    return Declaration(name, low, high, reads_prompt, 1, SD, EIGHT_FRAMES, unit=unit)
 
 
 _ALL = (
-    Declaration("hpsv3", -inf, inf, True, 1, HD, Sampling(rate=2.0, least=1, most=32), eight_bit=True),
-    _videoalign("videoalign_vq"),
-    _videoalign("videoalign_mq"),
-    _videoalign("videoalign_ta"),
+    Declaration("hpsv3", -inf, inf, True, 1, HD, HPSV3_SAMPLING, eight_bit=True, unit=COMPARED),
+    *map(_videoalign, VIDEOALIGN),
     _frames("hpsv2", -1.0, 1.0),
     _frames("pickscore", -100.0, 100.0),
     _frames("clip_score", -1.0, 1.0),
-    _frames("aesthetic", -inf, inf, reads_prompt=False),
-    _frames("image_reward", -inf, inf),
+    _frames("aesthetic", -inf, inf, reads_prompt=False, unit="a rating, about 1 to 10"),
+    _frames("image_reward", -inf, inf, unit=COMPARED),
     _frames("transition_follow", -4.0, 4.0),
     _frames("transition_keep", -1.0, 1.0),
     Declaration("motion_smoothness", 0.0, 1.0, False, 3, FLOW_PIXELS),
@@ -62,7 +72,7 @@ _ALL = (
     _vbench("motion_smoothness", 3),
     _vbench("subject_consistency", 2),
     _vbench("temporal_flickering", 2),
-    replace(_vbench("imaging_quality", 1), low=-inf, high=inf),
+    replace(_vbench("imaging_quality", 1), low=-inf, high=inf, unit="a rating, about 0 to 1"),
 )
 DECLARATIONS = {declaration.name: declaration for declaration in _ALL}
 """Declarations by reward id, in listing order."""

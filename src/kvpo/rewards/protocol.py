@@ -95,6 +95,8 @@ class Declaration:
     """True if the scorer rounds pixels to 8 bits first, so that clips may be sent to it in 8 bits."""
     weight: float = 1.0
     """Its weight in the sum of its reward's components."""
+    unit: str = ""
+    """Meaning of a number on its scale, for `kvpo score --explain`; reward servers do not send it."""
 
 
 LARGEST = 1e15

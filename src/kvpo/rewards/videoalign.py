@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, Qwen2VLConfig
 
 from kvpo.models.tensor_files import read_tensors
-from kvpo.rewards.catalogue import VIDEOALIGN_SAMPLING
+from kvpo.rewards.catalogue import VIDEOALIGN, VIDEOALIGN_SAMPLING
 from kvpo.rewards.images import luminance, resized
 from kvpo.rewards.pretrained import filled, read_template
 from kvpo.rewards.qwen_reward import (
@@ -30,10 +30,8 @@ from kvpo.rewards.qwen_reward import (
 from kvpo.rewards.sampling import checked_batch, present_frames, spread_indices
 
 TOKENS = ("<|VQ_reward|>", "<|MQ_reward|>", "<|TA_reward|>")
-COMPONENTS = ("videoalign_vq", "videoalign_mq", "videoalign_ta")
-MEAN = (3.6757, 1.1646, 2.8105)
-STD = (2.2476, 1.3811, 2.5121)
-"""Score = (logit - mean) / std, per component (``model_config.json``, inference_config)."""
+COMPONENTS = tuple(VIDEOALIGN)
+MEAN, STD = zip(*VIDEOALIGN.values(), strict=True)
 TEMPLATE_FILE = "prompt_template.py"
 TEMPLATE_SHA256 = "fdb6309bac618dd0c8b1b589d3a0970a974f7856eecbb355a190b2dce54af700"
 MIN_PIXELS, MAX_PIXELS = 100_352, 200_704

@@ -73,7 +73,7 @@ class WanCodec:
             if before_TCHW is not None:
                 for frame in before_TCHW.to(self.device)[:, None, None]:
                     _, state = self.vae.decode_stream(frame, state)
-            return torch.cat([self.vae.decode_stream(row[None], state)[0].cpu()
+            return torch.cat([self.vae.decode_stream(row[None], state)[0]
                               for row in latents_BTCHW.to(self.device)])  # fmt: skip
 
     def encode(self, video_BTCHW: Tensor) -> Tensor:
@@ -87,7 +87,7 @@ class WanCodec:
         with on_device([self.vae.model], self.device):
             latents = latents_FCHW[None].to(self.device)
             pixels, after = self.vae.decode_stream(latents, state or self.vae.start())
-        return pixels[0].cpu(), after
+        return pixels[0], after
 
 
 @dataclass(frozen=True)

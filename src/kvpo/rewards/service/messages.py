@@ -187,7 +187,9 @@ def decode_offers(listed: Any) -> dict[str, tuple[Declaration, ...]]:
 
 def _fields(declaration: Declaration) -> dict[str, Any]:
     low, high = (bound if isfinite(bound) else None for bound in (declaration.low, declaration.high))
-    return {**asdict(declaration), "low": low, "high": high}
+    fields = {**asdict(declaration), "low": low, "high": high}
+    del fields["unit"]  # clients before it would refuse the server
+    return fields
 
 
 def _declaration(fields: Mapping[str, Any]) -> Declaration:
