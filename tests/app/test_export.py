@@ -197,6 +197,8 @@ def test_loading_under_other_values_warns_by_name(
         "mine.safetensors was made with stream.window 12 (here 9), stream.schedule [1.0, 0.75" in caplog.text
     )
     assert "(here [1.0, 0.5]): it may not do here what it did there" in caplog.text
+    wan_weights(tiny_wan("longlive-1.3b", runs, backbone__lora=str(out), stream__size=(4, 2)))
+    assert "was made with stream.size [2, 2] (here [4, 2])" in caplog.text
     caplog.clear()
     wan_weights(tiny_wan("longlive-1.3b", runs, backbone__checkpoint=str(merged), **changes))
     assert "merged.pt was made with stream.window 12 (here 9)" in caplog.text
@@ -242,6 +244,7 @@ def test_the_card_says_what_it_is_how_it_loads_and_what_was_measured(
         fields = yaml.safe_load(text.split("---")[1])
         assert fields["license"] == "cc-by-nc-4.0" and fields["pipeline_tag"] == "text-to-video"
         assert words in text and "kvpo generate --preset longlive-1.3b" in text
+        assert " --stream.size 2,2 --optim.autocast none --prompts prompts.txt" in text, "not the preset's"
         assert "| long | 16 | 0.5000 | 0.7500 | +0.2500 | 0.0312 |" in text and "Up." in text
         assert text.count("`kvpo export RUN --layout") == 2 and "| stream.window | `12` |" in text
         assert "`tests.tiny_wan:brightness`" in text and str(runs / "base.pt") in text

@@ -76,6 +76,7 @@ def test_parts_are_resolved_and_given_to_the_builder(monkeypatch, tmp_path):
         (["flicker", "flicker"], {}, "named twice"),
         (["aesthetic"], {}, "aesthetic needs its weights: .*aesthetic.weights=PATH"),
         (["flicker"], {"hpsv3.base": "x"}, "'hpsv3.base' belongs to no reward that was asked for"),
+        (["hpsv3"], {"hpsv3.wieghts": "x"}, "'hpsv3.wieghts' belongs to no reward that was asked for"),
         (["dynamic_degree"], {"dynamic_degree.rft": "x"}, "they have dynamic_degree.raft"),
         (["dynamic_degree"], {"dynamic_degree.raft": "no_such_file.pth"}, "no such file"),
     ],

@@ -17,7 +17,15 @@ from typing import Any, NoReturn
 from kvpo import __version__
 from kvpo.app.arguments import SETTING_PREFIX
 from kvpo.app.commands import COMMANDS, is_main
-from kvpo.app.configuration import PLACES_OF_A_RUN, flat, nearest, path_argument, sections, settings
+from kvpo.app.configuration import (
+    PLACES_OF_A_RUN,
+    flag_text,
+    flat,
+    nearest,
+    path_argument,
+    sections,
+    settings,
+)
 from kvpo.app.presets import PRESETS
 from kvpo.config import Config
 from kvpo.config_checks import ConfigurationError
@@ -139,7 +147,7 @@ def _add_settings(parser: argparse.ArgumentParser, paths: Iterable[str], shown: 
         setting, section = settings()[path], path.rpartition(".")[0]
         if section not in groups:
             groups[section] = parser.add_argument_group(f"--{section}.*", sections()[section].__doc__)
-        value = _text(values[path]) if path in values else "as in the run"
+        value = flag_text(values[path]) if path in values else "as in the run"
         text = f"{setting.doc} [{value}]".replace("%", "%%")
         groups[section].add_argument(
             f"--{path}",
@@ -161,15 +169,6 @@ def _metavar(kind: Any) -> str:
     if typing.get_origin(kind) is dict:
         return f"NAME={words[typing.get_args(kind)[1]]},..."
     return "LIST"
-
-
-def _text(value: Any) -> str:
-    """A value as a user would type it."""
-    if isinstance(value, dict):
-        return ",".join(f"{key}={item}" for key, item in value.items()) or "empty"
-    if isinstance(value, tuple):
-        return ",".join(map(str, value))
-    return str(value).lower() if value is None or isinstance(value, bool) else str(value)
 
 
 def _preset_for_help(argv: list[str]) -> Config:

@@ -181,6 +181,15 @@ def read_settings(path: Path) -> dict[str, Any]:
     return flat(read_mapping(path))
 
 
+def flag_text(value: Any) -> str:
+    """A setting's value as a user would type it after its flag."""
+    if isinstance(value, dict):
+        return ",".join(f"{key}={item}" for key, item in value.items()) or "empty"
+    if isinstance(value, (tuple, list)):
+        return ",".join(map(str, value))
+    return str(value).lower() if value is None or isinstance(value, bool) else str(value)
+
+
 def parse_flags(flags: Mapping[str, str]) -> dict[str, Any]:
     """Parse command-line texts as YAML; text fields take them literally. Raises ConfigurationError."""
     return {path: _parse(_setting(path, text).type, text) for path, text in flags.items()}

@@ -1,13 +1,17 @@
 """README.md of exported weights: a model card for the Hugging Face hub."""
 
 import re
+import shlex
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from kvpo.app.configuration import flag_text
 from kvpo.app.evaluate import numbers_file
+from kvpo.app.origin import settings_of
+from kvpo.app.presets import PRESETS
 from kvpo.files import read_json
 from kvpo.models.adapter_files import DIFFUSERS_ADAPTER_NAME
 from kvpo.models.hub import repository_of
@@ -102,9 +106,13 @@ def _loading(layout: str, folder: Path, record: Mapping[str, Any]) -> str:
     name = folder.name
     if "added_to" in record:
         name = f"{record['added_to']},{name} --backbone.lora_start merge"
+    preset = record["settings"]["preset"]
+    usual = settings_of(PRESETS[preset]())
+    changed = [word for path, value in record["settings"].items() if value != usual[path]
+               for word in (f"--{path}", flag_text(value))]  # fmt: skip
     own = (
-        f"kvpo:\n\n```\nkvpo generate --preset {record['settings']['preset']}{base} \\\n"
-        f"  --backbone.{flag} {name} --prompts prompts.txt --out videos\n```\n\n"
+        f"kvpo:\n\n```\nkvpo generate --preset {preset}{base} \\\n"
+        f"  --backbone.{flag} {' '.join([name, *map(shlex.quote, changed)])} --prompts prompts.txt --out videos\n```\n\n"
     )
     if not record["base"]:
         own = ""  # the embedded world's base takes no adapter, and its run generates the videos

@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 def settings_of(config: Config) -> dict[str, Any]:
     """The settings by dotted path that affect what weights generate, in JSON types."""
-    stream = {f"stream.{name}": value for name, value in asdict(config.stream).items() if name != "size"}
+    stream = {f"stream.{name}": value for name, value in asdict(config.stream).items()}
     values = {"preset": config.preset, **stream, "optim.autocast": config.optim.autocast}
     return dict(json.loads(json.dumps(values)))
 

@@ -259,6 +259,7 @@ def generate_suite(
             backbone = load_backbone(config, asked)
             record |= {"base": backbone.weights.base_sha256, **_shape(backbone, frames)}
             record["settings"] = settings_of(config)
+            del record["settings"]["stream.size"]  # folders begun before it was recorded have "size" alone
             arms = opened_arms(backbone, path, weights)
         for arm, side in arms.items():
             own = record | ({"checkpoint": _identity(path, weights)} if path and arm == "aligned" else {})

@@ -227,7 +227,7 @@ def load_rewards(
     Raises:
         ValueError: an id is unknown or repeated, or a part is unknown, cannot be found or does not fit.
     """
-    sources = dict(sources or {})
+    sources = sources or {}
     if unknown := [id for id in ids if id not in REWARD_IDS]:
         raise ValueError(f"unknown reward {unknown[0]!r}; there are {', '.join(REWARD_IDS)}")
     if len(set(ids)) < len(ids):
@@ -235,13 +235,13 @@ def load_rewards(
     wanted: dict[int, list[str]] = {}
     for id in ids:
         wanted.setdefault(next(n for n, family in enumerate(FAMILIES) if id in family.ids), []).append(id)
-    located = [(FAMILIES[n], chosen, _paths(FAMILIES[n], chosen, sources)) for n, chosen in wanted.items()]
-    if sources:
-        known = [f"{id}.{part}" for family, chosen, _ in located for id in chosen for part in family.parts]
+    parts = [f"{id}.{part}" for n, chosen in wanted.items() for id in chosen for part in FAMILIES[n].parts]
+    if strangers := [source for source in sources if source not in parts]:  # before anything is downloaded
         raise ValueError(
-            f"source {next(iter(sources))!r} belongs to no reward that was asked for; "
-            f"they have {', '.join(known) or 'no parts'}"
+            f"source {strangers[0]!r} belongs to no reward that was asked for; "
+            f"they have {', '.join(parts) or 'no parts'}"
         )
+    located = [(FAMILIES[n], chosen, _paths(FAMILIES[n], chosen, sources)) for n, chosen in wanted.items()]
     given = {"frame_rate": frame_rate, "top_share": top_share}
     return [
         _loaded(family, paths, {"components": tuple(chosen), **given}, device)
@@ -267,11 +267,11 @@ def _loaded(
     return Reward(ids[0], scorer, tuple(DECLARATIONS[id] for id in ids), version)
 
 
-def _paths(family: Family, ids: Sequence[str], sources: dict[str, str]) -> dict[str, Path | None]:
-    """Local path of every part, downloaded from the hub if needed; pops the entries used from ``sources``."""
+def _paths(family: Family, ids: Sequence[str], sources: Mapping[str, str]) -> dict[str, Path | None]:
+    """Local path of every part, downloaded from the hub if needed."""
     paths: dict[str, Path | None] = {}
     for name, part in family.parts.items():
-        given = [sources.pop(key) for id in ids if (key := f"{id}.{name}") in sources]
+        given = [sources[key] for id in ids if (key := f"{id}.{name}") in sources]
         location = given[0] if given else part.location
         if not location and part.required:
             raise ValueError(f"reward {ids[0]} needs its {name}: name its place with {ids[0]}.{name}=PATH")
