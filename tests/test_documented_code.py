@@ -64,7 +64,11 @@ WORLD = [
     for name, line in COMMAND_LINES
     if name in ("README.md", "rewards.md") and not any(mark in line for mark in PARSED_ONLY)
 ]
-PUBLIC = [line for name, line in COMMAND_LINES if name == "backbones.md" and "--help" not in line]
+PUBLIC = [
+    line
+    for name, line in COMMAND_LINES
+    if name == "backbones.md" and "--help" not in line and "self-forcing" not in line
+]
 
 
 def words_of(line: str) -> list[str]:

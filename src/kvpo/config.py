@@ -170,7 +170,9 @@ class ObjectiveConfig:
     keep: tuple[int, int] = (2, 2)
     """Train on this many best and this many worst branches; 0,0: on all of them."""
     clip: tuple[float, float] = (0.1, 0.2)
-    """LOW,HIGH: ratios are clipped to [1 - LOW, 1 + HIGH] (every method but nft, rvm and self-distill)."""
+    """LOW,HIGH: ratios are clipped to [1 - LOW, 1 + HIGH] (every method but nft, rvm and self-distill). They
+    are exactly 1 in the first step after a rollout, hence always where inner_epochs and rollouts_per_refresh
+    are 1."""
     temperature: float | None = None
     """Gibbs temperature of kvpo and latent-distance; none calibrates it to each group's energies."""
 

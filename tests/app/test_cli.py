@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from kvpo.app import arguments, commands, run_commands
 from kvpo.app.cli import main
@@ -185,6 +186,44 @@ def test_library_errors_are_one_line_unless_asked(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("KVPO_TRACEBACK", "1")
     with pytest.raises(ValueError, match="add a line"):
         main(["report", "x"])
+
+
+@pytest.mark.parametrize(
+    "fill",
+    [
+        lambda: torch.empty(1 << 60, dtype=torch.uint8),
+        lambda: _raise(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")),
+        lambda: _raise(RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be ...")),
+        lambda: _raise(MemoryError()),
+    ],
+)
+def test_full_memory_is_one_line_that_says_what_lowers_the_need(
+    fill: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    full = commands.Command("report", "fails", run_commands.report_arguments, lambda arguments: fill())
+    monkeypatch.setattr("kvpo.app.cli.COMMANDS", (full,))
+    assert main(["report", "x"]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("kvpo: error: ") and said.count("\n") == 1
+    assert "memory" in said.partition("; `kvpo plan` (docs/memory.md) says what a run needs")[0]
+    assert said.endswith("nvidia-smi whether another process holds memory\n")
+    monkeypatch.setenv("KVPO_TRACEBACK", "1")
+    with pytest.raises((RuntimeError, MemoryError)):
+        main(["report", "x"])
+
+
+def test_other_errors_of_torch_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(arguments) -> None:
+        raise RuntimeError("shapes differ")
+
+    wrong = commands.Command("report", "fails", run_commands.report_arguments, broken)
+    monkeypatch.setattr("kvpo.app.cli.COMMANDS", (wrong,))
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        main(["report", "x"])
+
+
+def _raise(error: Exception) -> None:
+    raise error
 
 
 @pytest.mark.parametrize(("count", "rank"), [("2", None), ("", None), ("many", None), ("2", "1")])

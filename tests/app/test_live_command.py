@@ -25,7 +25,8 @@ REFUSED = {
     "--port 70000": "--port: must be 0 to 65535, got 70000",
     "--sessions 0": "--sessions: must be 1 or more, got 0",
     "--rows -1": "--rows: must be 0 or more, got -1",
-    "--checkpoint best": "--checkpoint: needs --run",
+    "--checkpoint best": "--checkpoint: needs --run, the run that it is a checkpoint of; weights of a public "
+    "model go to --backbone.checkpoint",
     "--weights raw": "--weights: raw needs --run",
 }
 

@@ -175,6 +175,9 @@ def test_the_advice_is_flags_that_fit(capsys, tmp_path):
 def test_what_does_not_fit_at_all_says_so(capsys):
     assert main(["plan", "--preset", "wan-14b", "--gpu-memory", "8"]) == 0
     assert "does not fit 8.00 GB; move rewards to a reward server" in capsys.readouterr().out
+    for reward in ("hpsv3@http://127.0.0.1:8787", "flicker"):  # there is nothing to move
+        assert main(["plan", "--preset", "wan-14b", "--gpu-memory", "8", "--rewards.scorers", reward]) == 0
+        assert "does not fit 8.00 GB; shrink the run" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", PRESETS)

@@ -118,6 +118,25 @@ def test_the_command_recommends_a_split_that_fits(tmp_path: Path, capsys: Any) -
     assert "--gpus: must be at least 1, got 0" in capsys.readouterr().err
 
 
+def test_the_advice_for_several_gpus_is_a_split_and_flags_that_fit(tmp_path: Path, capsys: Any) -> None:
+    file = tmp_path / "plan.json"
+    command = ["plan", "--preset", "wan-14b", "--rewards.scorers", "flicker", "--gpus", "8",
+               "--gpu-memory", "80", "--json", str(file)]  # fmt: skip
+    assert main(command) == 0
+    numbers, printed = json.loads(file.read_text()), capsys.readouterr().out
+    assert not numbers["fits"] and not any(one["fits"] for one in numbers["splits"])
+    assert f"add: {' '.join(numbers['add'])}\n" in printed and "take:" not in printed
+    flags = [word for flag in numbers["add"] for word in flag.split()]
+    assert main([*command, *flags]) == 0
+    named = flags[flags.index("--distributed.branch_ranks") + 1], "--distributed.shard" in flags
+    (chosen,) = (
+        one
+        for one in json.loads(file.read_text())["splits"]
+        if (str(one["branch_ranks"]), one["shard"]) == named
+    )
+    assert chosen["fits"]
+
+
 def test_a_run_that_cannot_fit_is_refused_unless_told(
     monkeypatch: Any, tiny_base: Path, tmp_path: Path
 ) -> None:
@@ -135,3 +154,8 @@ def test_a_run_that_cannot_fit_is_refused_unless_told(
     plan.say_what_is_needed(config, 1, anyway=True)
     Card.total_memory = 1e12
     plan.say_what_is_needed(config, 1, anyway=False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    Card.total_memory = 48e9
+    shared = "add --backbone.offload true --distributed.branch_ranks 2, or --anyway to try"
+    with pytest.raises(ValueError, match=shared):
+        plan.say_what_is_needed(preset("longlive-1.3b"), 8, anyway=False)

@@ -43,7 +43,10 @@ def generating(arguments: Namespace) -> Config:
     """The configuration of the run that --run names, else that of the arguments."""
     if arguments.run is None:
         if arguments.checkpoint is not None:
-            raise ConfigurationError("--checkpoint: needs --run, the run that it is a checkpoint of")
+            raise ConfigurationError(
+                "--checkpoint: needs --run, the run that it is a checkpoint of; weights of a public model "
+                "go to --backbone.checkpoint"
+            )
         if arguments.weights == "raw":
             raise ConfigurationError("--weights: raw needs --run, the run that trained them")
         return configuration(arguments)

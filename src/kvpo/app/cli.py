@@ -32,6 +32,9 @@ from kvpo.config_checks import ConfigurationError
 from kvpo.files import printable
 from kvpo.training.interrupt import sigterm_as_interrupt
 
+NO_MEMORY = ("out of memory", "can't allocate memory")
+"""In torch's messages for a GPU, or a host, whose memory is full."""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run ``kvpo`` with ``argv`` (default: the process's arguments) and return its exit status.
@@ -47,13 +50,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with sigterm_as_interrupt():
             status = _run(list(sys.argv[1:] if argv is None else argv))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, MemoryError, RuntimeError) as error:
         if isinstance(error, BrokenPipeError):  # the reader closed the pipe, as in `kvpo ... | head`
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 1
-        if os.environ.get("KVPO_TRACEBACK") == "1":
+        full = isinstance(error, MemoryError) or any(words in str(error) for words in NO_MEMORY)
+        if os.environ.get("KVPO_TRACEBACK") == "1" or isinstance(error, RuntimeError) and not full:
             raise
-        print(f"kvpo: {_rank()}error: {printable(' '.join(str(error).split()))}", file=sys.stderr)
+        text = printable(" ".join(str(error).split()))
+        if full:
+            text = (
+                f"{text or 'out of memory'}; `kvpo plan` (docs/memory.md) says what a run needs and which "
+                "flags lower it, nvidia-smi whether another process holds memory"
+            )
+        print(f"kvpo: {_rank()}error: {text}", file=sys.stderr)
         return 2 if isinstance(error, ConfigurationError) else 1
     except KeyboardInterrupt as interrupt:
         print(": ".join(["kvpo: interrupted", *map(str, interrupt.args)]), file=sys.stderr)

@@ -3,7 +3,7 @@
 import json
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from kvpo.app.build import source_of
-from kvpo.app.configuration import assign, flat
+from kvpo.app.configuration import SHARING, assign, flat
 from kvpo.app.sources.common import streaming_generator
 from kvpo.config import Config
 from kvpo.config_checks import ConfigurationError, check
@@ -32,7 +32,7 @@ from kvpo.training.ranks import teams_within
 
 logger = logging.getLogger(__name__)
 
-ALIKE = ("backbone.offload", "optim.checkpointing", "optim.replay_rows", "exploration.rows")
+ALIKE = ("backbone.offload", "optim.checkpointing", "optim.replay_rows", "exploration.rows", *SHARING)
 """Settings that change results by rounding only."""
 DEFAULT_RATES = {False: Rates(0.1e12, 10e9), True: Rates(150e12, 1000e9)}
 """Operations and bytes per second of a CPU, and of a GPU."""
@@ -45,8 +45,8 @@ class Advice:
     """Settings to add so that a run fits."""
 
     flags: tuple[str, ...]
-    changes_the_run: bool
-    """True if results differ beyond rounding."""
+    changes_the_run: int
+    """Number of flags that change results beyond rounding."""
     plan: Plan
 
 
@@ -104,6 +104,7 @@ def _changes(config: Config) -> Iterator[dict[str, object]]:
     rows = [
         r for r in (0, 2 * members, members, 4, 2, 1) if not exploration.rows or 0 < r <= exploration.rows
     ]
+    yield {}  # another split may be enough
     states = exploration.blocks * config.objective.grad_steps
     replays = [r for r in (0, 4 * states, states, 1) if not optim.replay_rows or 0 < r <= optim.replay_rows]
     alike: list[dict[str, object]] = [
@@ -136,20 +137,38 @@ def _changes(config: Config) -> Iterator[dict[str, object]]:
                 yield from ({**smaller, **one} for one in alike)
 
 
-def advise(planner: Planner, config: Config, memory: float) -> Advice | None:
-    """The first settings with which a run fits ``memory`` bytes; None if there are none."""
+def advise(
+    planner: Planner, config: Config, memory: float, ways: Iterable[Sharing] = (ONE_PROCESS,)
+) -> Advice | None:
+    """The settings that make a run fit ``memory`` bytes, shared in one of these ways; None if there are none.
+
+    Ways that need fewer changes of the run come first, and among them the fastest.
+    """
+    found = [advice for split in ways if (advice := _advise(planner, config, memory, split))]
+    # An update of fewer prompts takes less time, but also does less.
+    return min(
+        found,
+        key=lambda one: (one.changes_the_run, one.plan.seconds / one.plan.config.optim.prompts_per_update),
+        default=None,
+    )
+
+
+def _advise(planner: Planner, config: Config, memory: float, split: Sharing) -> Advice | None:
+    """The first settings with which a run that is shared like this fits."""
     before = flat(asdict(config))
+    shared = {"distributed.branch_ranks": split.branch_ranks, "distributed.shard": split.shard}
     for changes in _changes(config):
-        different = {name: value for name, value in changes.items() if before[name] != value}
+        wanted = changes | (shared if split.ranks > 1 else {})
+        different = {name: value for name, value in wanted.items() if before[name] != value}
         try:
             changed = assign(config, different)
             check(changed)
-            plan = planner.plan(changed)
+            plan = planner.plan(changed, split)
         except ValueError:
             continue
         if fits(plan, memory):
             flags = tuple(f"--{name} {str(value).lower()}" for name, value in sorted(different.items()))
-            return Advice(flags, not set(different) <= set(ALIKE), plan)
+            return Advice(flags, len(different.keys() - set(ALIKE)), plan)
     return None
 
 
@@ -165,6 +184,7 @@ def plan_command(
     """Print the plan of a configuration, and settings to add if it does not fit ``memory`` bytes.
 
     With several GPUs, or several nodes with ``gpus`` each, the plan is for the best way to share the run.
+    Raises ConfigurationError if a number or the device cannot be planned for.
     """
     if config.device.partition(":")[0] in ("", "meta"):
         raise ConfigurationError(f"device: {config.device!r} holds no data; give cpu, or cuda for a GPU")
@@ -176,11 +196,14 @@ def plan_command(
     planner = Planner(config, rates)
     plans = planner.best_split(config, gpus, nodes, memory)
     plan = plans[0]
-    alone = memory is None or fits(plan, memory) or len(plans) > 1
-    advice = None if alone else advise(planner, config, memory or 0.0)
-    _print(plan, memory, advice)
+    advice = None
+    if memory is not None and not fits(plan, memory):
+        advice = advise(planner, config, memory, [one.split for one in plans])
+    _print(plan)
     if len(plans) > 1:
         _print_splits(plans, memory)
+    if memory is not None:
+        _console().print(_verdict(plan, memory, advice), highlight=False, markup=False, soft_wrap=True)
     if out is not None:
         numbers = plan_numbers(plan, memory, advice)
         if len(plans) > 1:
@@ -196,7 +219,8 @@ def say_what_is_needed(config: Config, ranks: int, *, anyway: bool) -> None:
     on_cuda = config.device.startswith("cuda")
     gpus = torch.cuda.device_count() if on_cuda else ranks
     chosen = teams_within(ranks, config.distributed.branch_ranks)
-    split = Sharing(ranks, chosen, config.distributed.shard and chosen > 1, max(1, min(gpus, ranks)))
+    per_node = math.gcd(ranks, gpus)
+    split = Sharing(ranks, chosen, config.distributed.shard and chosen > 1, per_node)
     planner = Planner(config, DEFAULT_RATES[on_cuda])
     try:
         plan = planner.plan(config, split)
@@ -214,13 +238,11 @@ def say_what_is_needed(config: Config, ranks: int, *, anyway: bool) -> None:
     except (RuntimeError, AssertionError):  # there is no such device
         return
     if not anyway and not fits(plan, memory):
-        advice = None if ranks > 1 else advise(planner, config, memory)
-        add = (
-            f"add {' '.join(advice.flags)}, or" if advice else "ask `kvpo plan --gpus N` how to share it, or"
-        )
+        advice = advise(planner, config, memory, splits(per_node, ranks // per_node))
+        remedy = f"add {' '.join(advice.flags)}" if advice else _shrinking(plan)
         raise ConfigurationError(
             f"device: the run needs {_gb(plan.total(plan.peak))} GB{shared} while it does "
-            f"{plan.peak.name!r}, and {config.device} has {_gb(memory)} GB; {add} --anyway to try"
+            f"{plan.peak.name!r}, and {config.device} has {_gb(memory)} GB; {remedy}, or --anyway to try"
         )
 
 
@@ -239,7 +261,7 @@ def split_numbers(plan: Plan, memory: float | None) -> dict[str, Any]:
 
 
 def _print_splits(plans: Sequence[Plan], memory: float | None) -> None:
-    """All ways to share a run, and which one to take."""
+    """All ways to share a run, and which one to take if it fits."""
     table = Table("shared by", "GB per rank", "s / update", "of which exchange", "settings")
     for plan in plans:
         numbers = split_numbers(plan, memory)
@@ -253,9 +275,8 @@ def _print_splits(plans: Sequence[Plan], memory: float | None) -> None:
     console = _console()
     console.print(table, highlight=False)
     best = plans[0]
-    fitting = memory is None or fits(best, memory)
-    words = f"take: {best.split.flags}" if fitting else "none of them fits: spread weights further, or shrink"
-    console.print(f"{best.split.ranks} ranks; {words}", highlight=False, markup=False)
+    if memory is None or fits(best, memory):
+        console.print(f"{best.split.ranks} ranks; take: {best.split.flags}", highlight=False, markup=False)
 
 
 def plan_numbers(plan: Plan, memory: float | None, advice: Advice | None) -> dict[str, object]:
@@ -284,7 +305,7 @@ def plan_numbers(plan: Plan, memory: float | None, advice: Advice | None) -> dic
     return found
 
 
-def _print(plan: Plan, memory: float | None, advice: Advice | None) -> None:
+def _print(plan: Plan) -> None:
     console = _console()
     console.print(
         f"{plan.config.preset}: {plan.parameters.all:,} parameters, {plan.parameters.trained:,} trained; "
@@ -304,8 +325,6 @@ def _print(plan: Plan, memory: float | None, advice: Advice | None) -> None:
         f"disk: {_gb(plan.checkpoint)} GB per checkpoint, {_gb(plan.disk)} GB for the last "
         f"{KEPT_CHECKPOINTS}, the best and the one being written",
     ]
-    if memory is not None:
-        lines.append(_verdict(plan, memory, advice))
     console.print("\n".join(lines), highlight=False, markup=False)
 
 
@@ -319,16 +338,23 @@ def _verdict(plan: Plan, memory: float, advice: Advice | None) -> str:
     if fits(plan, memory):
         return f"fits {_gb(memory)} GB"
     if advice is None:
-        return (
-            f"does not fit {_gb(memory)} GB; move rewards to a reward server (NAME@http://HOST:PORT) "
-            "or shrink the run"
-        )
+        return f"does not fit {_gb(memory)} GB; {_shrinking(plan)}"
     kind = "changes the run" if advice.changes_the_run else "changes results by rounding alone"
     fitted = advice.plan
     return (
         f"does not fit {_gb(memory)} GB; add: {' '.join(advice.flags)}\n"
         f"({kind}; peak {_gb(fitted.total(fitted.peak))} GB in {fitted.peak.name!r}, "
         f"at least {_seconds(fitted.seconds)} s per update)"
+    )
+
+
+def _shrinking(plan: Plan) -> str:
+    """Ways to make a run fit that no settings do."""
+    own_rewards = any("rewards" in parts for parts in (plan.standing, *(one.parts for one in plan.phases)))
+    move = "move rewards to a reward server (NAME@http://HOST:PORT), " if own_rewards else ""
+    return (
+        f"{move}shrink the run (exploration.branches, exploration.blocks, prompts.frames, stream.size) "
+        "or share it among more GPUs (`kvpo plan --gpus N`)"
     )
 
 

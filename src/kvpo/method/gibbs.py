@@ -22,7 +22,10 @@ MAX_LOG_RATIO = 20.0
 
 RATIO_METRICS = {
     "loss": Metric("The method's loss, averaged over the groups that were trained on."),
-    "ratio_mean": Metric("Mean of the new over the old probability; 1 until the policy has moved."),
+    "ratio_mean": Metric(
+        "Mean of the new over the old probability; exactly 1 in the first step after a rollout, hence always "
+        "where inner_epochs and rollouts_per_refresh are 1. velocity_kl shows whether the policy has moved."
+    ),
     "ratio_max": Metric("Largest ratio of new to old probability in the update.", largest=True),
     "ratio_deviation": Metric(
         "Largest distance of a ratio from 1; exactly 0 in the first step after a rollout, when the policy "
