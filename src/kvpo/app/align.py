@@ -17,6 +17,7 @@ from kvpo.app.configuration import CHANGEABLE_ON_RESUME, PLACES_OF_A_RUN, demand
 from kvpo.app.plan import say_what_is_needed
 from kvpo.app.provenance import keep_provenance
 from kvpo.app.report_data import measure_diversity, write_branches, write_gallery
+from kvpo.app.taken import refuse_taken
 from kvpo.config import Config
 from kvpo.config_checks import ConfigurationError, check
 from kvpo.files import local_path, read_json, write_atomic
@@ -73,7 +74,8 @@ def align(
             them, and the run keeps a copy.
 
     Raises ValueError for settings, prompts, rewards and checkpoints that cannot be used, StorageError if
-    ``out`` cannot be written or already holds a run, and LostRank if another rank is gone.
+    ``out`` cannot be written or already holds a run, a comparison or a study, and LostRank if another rank is
+    gone.
     """
     from kvpo.report.page import write_report
 
@@ -85,6 +87,7 @@ def align(
     null = None if null is None else local_path(null, "null")
     if null is not None:
         read_null(null, asdict(config))
+    refuse_taken(out, "run")
     if resume and belongs_to_run(out):
         _demand_same_run(out, config)
     with (

@@ -23,7 +23,7 @@ from kvpo.engine.explorers import EXPLORERS
 from kvpo.engine.generator import as_bytes, pixels_of
 from kvpo.engine.selection import Selection
 from kvpo.engine.stream import lockstep_batches
-from kvpo.files import StorageError, local_path, new_file, storage_error, write_atomic
+from kvpo.files import StorageError, local_path, make_directory, new_file, write_atomic
 from kvpo.progress import progress_bars
 from kvpo.prompt_files import examine, extended, written
 from kvpo.prompts import VideoPrompt, check_shown
@@ -130,10 +130,7 @@ def _generate(
         backbone = with_given_frames(load_backbone(config, wanted), frames, wanted)
         arms = opened_arms(backbone, path, weights)
         selection = None if best is None else best.selection(config, backbone)
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise storage_error(out, error) from error
+        make_directory(out)
 
     made: dict[str, Tensor] = {}
     shows: dict[str, tuple[str, ...]] = {}
