@@ -130,7 +130,7 @@ def test_what_cannot_be_compared_is_refused_in_one_line(tmp_path, capsys):
         ([one, f"one={other}"], "two arms are called 'one'"),
         ([one, tmp_path / "none"], "no such directory"),
         (["~nobody-of-this-name/x"], "SOURCE: ~nobody-of-this-name/x: "),
-        (["report", "~nobody-of-this-name/x"], "STUDY: ~nobody-of-this-name/x: "),
+        (["report", "~nobody-of-this-name/x"], "STUDY|VOTES: ~nobody-of-this-name/x: "),
         (["invite", "~nobody-of-this-name/x", "a"], "STUDY: ~nobody-of-this-name/x: "),
         ([f"{one}:branches", other], "holds no branches"),
         ([one, other, "--pairs", 0], "--pairs: must be 1 or more"),
@@ -189,7 +189,7 @@ def test_names_stay_hidden_until_the_study_is_closed(voted, capsys, tmp_path):
 
 def test_a_study_keeps_its_questions_and_pairs_and_has_raters(voted, tmp_path, capsys):
     file = tmp_path / "questions.yaml"
-    file.write_text("questions: [{name: calm, text: Which is calmer?}]\n")
+    file.write_text("questions: [{name: calm, text: Which one}]\n")
     sources = (tmp_path / "old", tmp_path / "new", "--out", voted.directory)
     for words in ((voted.directory,), sources):
         assert command("arena", *words, "--raters", ",") == 2

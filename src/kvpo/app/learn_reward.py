@@ -91,15 +91,15 @@ def learn_reward(
     if out.suffix != ".safetensors":
         raise ConfigurationError(f"--out: must be a .safetensors file, got {out}")
     studies = [Study(place) for place in places]
-    asked = dict.fromkeys(one.name for study in studies for one in study.design.questions)
-    if question not in asked:
-        raise ConfigurationError(
-            f"--question: the {'studies have' if len(studies) > 1 else 'study has'} no question "
-            f"{question!r}; there are {', '.join(asked)}"
-        )
     found, needs = frozen_features(features, sources or {}, prompts=True, frame_rate=FILE_RATE, device=device)
     votes, shown = votes_of(studies, question)
     if (found_on := len({vote.prompt for vote in votes})) < FOLDS:
+        asked = dict.fromkeys(one.name for study in studies for one in study.design.questions)
+        if question not in asked:
+            raise ConfigurationError(
+                f"--question: the {'studies have' if len(studies) > 1 else 'study has'} no question "
+                f"{question!r}; there are {', '.join(asked)}"
+            )
         raise ValueError(
             f"{', '.join(map(str, places))}: only {found_on} prompts have votes that decide {question!r}; at "
             f"least {FOLDS} are needed"

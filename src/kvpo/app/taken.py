@@ -10,7 +10,7 @@ PLAN = "comparison.json"
 """File of a comparison's directory that describes it."""
 
 
-def refuse_taken(out: Path, own: str) -> None:
+def refuse_other(out: Path, own: str) -> None:
     """Refuse a directory whose files a ``run`` or a ``comparison``, as ``own`` says, would replace.
 
     Raises:

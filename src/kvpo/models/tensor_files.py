@@ -21,7 +21,7 @@ SAMPLE_BYTES = 65536
 ALIGNMENT = 64
 RECORD = "kvpo"
 """Field of a safetensors header, or entry of a .pt file, with the record of how weights were made."""
-AGAIN = "; download it again"
+FETCH_AGAIN = "; download it again"
 """The way out of damaged weights, except for those that were written here."""
 DIGESTED = 64
 """Values of each tensor that `digest_of` samples."""
@@ -42,7 +42,7 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
             return {name: file.get_tensor(name) for name in file.keys()}
     except SafetensorError as error:
         raise ValueError(
-            f"{path}: truncated or damaged safetensors file ({path.stat().st_size} bytes): {error}{AGAIN}"
+            f"{path}: truncated or damaged safetensors file ({path.stat().st_size} bytes): {error}{FETCH_AGAIN}"
         ) from error
 
 
@@ -125,7 +125,7 @@ def _why_unreadable(error: Exception, num_bytes: int) -> str:
         code = detail[1].strip() if detail else "unknown instructions"
     if code is None:
         reason = text.splitlines()[0].removesuffix(".") if text and not culprit else "it ends too early"
-        return f"truncated or damaged torch file ({num_bytes} bytes): {reason}{AGAIN}"
+        return f"truncated or damaged torch file ({num_bytes} bytes): {reason}{FETCH_AGAIN}"
     return (
         f"refused, because the file holds pickled code and not only tensors ({code}); save its tensors "
         "alone, with torch.save or safetensors, where the file is trusted"
@@ -144,7 +144,7 @@ def read_tensor_file(path: Path) -> dict[str, object]:
     with path.open("rb") as file:
         head = file.read(40)
     if not head:
-        raise ValueError(f"{path}: the file is empty{AGAIN}")
+        raise ValueError(f"{path}: the file is empty{FETCH_AGAIN}")
     if head[8:9] == b"{":
         return dict(read_safetensors(path))
     if not head.startswith((b"PK", b"\x80")):

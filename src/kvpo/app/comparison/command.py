@@ -32,7 +32,7 @@ from kvpo.app.comparison.measuring import (
 )
 from kvpo.app.comparison.plan import MethodComparison, changed_settings
 from kvpo.app.comparison.results import summarise
-from kvpo.app.taken import refuse_taken
+from kvpo.app.taken import refuse_other
 from kvpo.config import Config
 from kvpo.config_checks import ConfigurationError, check
 from kvpo.files import StorageError, finite, local_path, make_directory, read_json, write_atomic
@@ -227,7 +227,7 @@ def _check(config: Config, arms: Sequence[TrainingArm], seeds: int, budget_cpu_s
 def _claim(comparison: MethodComparison, commit: str) -> None:
     """Claim the directory for this comparison. Raises StorageError if it holds something else."""
     out, file = comparison.out, comparison.plan_file
-    refuse_taken(out, "comparison")
+    refuse_other(out, "comparison")
     plan = {name: value for name, value in asdict(comparison).items() if name != "out"}
     text = json.dumps({"kvpo": __version__, **plan, "commit": commit}, indent=1) + "\n"
     for directory in (out, out / "pieces", out / "runs"):
