@@ -37,7 +37,7 @@ def storage_error(path: Path, error: Exception) -> StorageError:
 
 
 def _reason(error: Exception) -> str:
-    """Why something could not be saved; some libraries hide a full disk in a message."""
+    """The reason of an error in saving; some libraries hide a full disk in its message."""
     full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
     if full or os.strerror(errno.ENOSPC) in str(error):
         return "the disk is full"

@@ -174,7 +174,7 @@ def _write_settings(directory: RunDirectory, config: Config) -> None:
 
 
 def _demand_own(out: Path, config: Config, resume: bool) -> None:
-    """Refuse what is not a run, and to resume one with another ``config`` or to an end before what is done."""
+    """Refuse what is not a run, and to resume one with another ``config`` or fewer updates than it has."""
     refuse_other(out, "run")
     if not (resume and belongs_to_run(out)):
         return

@@ -42,7 +42,8 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
             return {name: file.get_tensor(name) for name in file.keys()}
     except SafetensorError as error:
         raise ValueError(
-            f"{path}: truncated or damaged safetensors file ({path.stat().st_size} bytes): {error}{FETCH_AGAIN}"
+            f"{path}: truncated or damaged safetensors file ({path.stat().st_size} bytes): {error}"
+            f"{FETCH_AGAIN}"
         ) from error
 
 
