@@ -32,13 +32,16 @@ class StorageError(OSError):
 
 
 def storage_error(path: Path, error: Exception) -> StorageError:
-    """Describe an ``error`` met while saving ``path``; some libraries hide a full disk in its message."""
+    """Describe an ``error`` met while saving ``path``."""
+    return StorageError(f"cannot save {path}: {_reason(error)}; what was saved before is untouched")
+
+
+def _reason(error: Exception) -> str:
+    """The reason of an error in saving; some libraries hide a full disk in its message."""
     full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
     if full or os.strerror(errno.ENOSPC) in str(error):
-        reason = "the disk is full"
-    else:
-        reason = (isinstance(error, OSError) and error.strerror) or str(error)
-    return StorageError(f"cannot save {path}: {reason}; what was saved before is untouched")
+        return "the disk is full"
+    return (isinstance(error, OSError) and error.strerror) or str(error)
 
 
 @contextmanager
@@ -184,6 +187,23 @@ def cache_directory(name: str) -> Path:
     return local_path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "XDG_CACHE_HOME") / "kvpo" / name
 
 
+def make_directory(path: Path, what: str = "--out") -> None:
+    """Make a directory for output, with its parents, unless it is there.
+
+    Args:
+        what: name of the argument that gave it, for messages.
+
+    Raises:
+        StorageError: it is a file, or cannot be made.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except FileExistsError as error:
+        raise StorageError(f"{what}: {path} is a file; name a directory") from error
+    except OSError as error:
+        raise StorageError(f"cannot create {path}: {_reason(error)}; choose another {what}") from error
+
+
 def output_file(given: str | Path, what: str) -> Path:
     """Check the path of an output file and create its directory, before any work is done for it.
 
@@ -194,10 +214,7 @@ def output_file(given: str | Path, what: str) -> Path:
     path = local_path(given, what)
     if path.is_dir():
         raise ValueError(f"{what}: {path} is a directory; name a file in it")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise storage_error(path, error) from error
+    make_directory(path.parent, what)
     return path
 
 
@@ -350,6 +367,11 @@ def demand_utf8(path: Path) -> None:
         raise ValueError(
             f"{printable(str(path))}: weights cannot be read or written where a name is not UTF-8; rename it"
         ) from error
+
+
+def counted(number: int, thing: str) -> str:
+    """A number of things, as in "1 file" and "2 files"."""
+    return f"{number} {thing}{'' if number == 1 else 's'}"
 
 
 def named_list(names: Iterable[str], shown: int = NAMES_SHOWN) -> str:

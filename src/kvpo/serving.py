@@ -1,9 +1,11 @@
 """Shared parts of the package's HTTP servers: addresses, tokens, listening and stopping."""
 
+import errno
 import hmac
 import ipaddress
 import json
 import logging
+import os
 import signal
 import socket
 from collections.abc import Iterator, Mapping
@@ -92,7 +94,15 @@ def listener(host: str, port: int) -> socket.socket:
     try:
         return socket.create_server((host, port), family=family)
     except OSError as error:
-        raise ConfigurationError(f"--host, --port: cannot listen at {host} {port}: {error}") from error
+        if error.errno in (errno.EADDRINUSE, errno.EACCES):
+            flag, way_out = "--port", "give another --port, or 0 for any free one"
+        else:
+            flag, way_out = "--host", "give an address of this machine"
+        # a name that is not found has numbers of its own
+        reason = error.strerror if isinstance(error, socket.gaierror) else os.strerror(error.errno)
+        raise ConfigurationError(
+            f"{flag}: cannot listen at {host}:{port} ({reason.lower()}); {way_out}"
+        ) from error
 
 
 @contextmanager

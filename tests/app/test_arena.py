@@ -71,7 +71,7 @@ def test_a_run_that_never_beat_its_base_is_refused_before_anything_is_generated(
     first, *_, last = saved_updates(run / "checkpoints")
     mark_best(run / "checkpoints", first, 0.0)
     monkeypatch.setattr("kvpo.app.arena_sources.generate", None)
-    way_out = f"has what was trained all the same; give {last} {run}:base to compare it"
+    way_out = f"is update 0, the base itself; give {last} {run}:base to compare it"
     for words in ([str(run)], [f"{run}:aligned", f"{run}:base"]):
         with pytest.raises(ValueError, match=re.escape(way_out)):
             open_study(words, tmp_path / "study")
@@ -130,7 +130,7 @@ def test_what_cannot_be_compared_is_refused_in_one_line(tmp_path, capsys):
         ([one, f"one={other}"], "two arms are called 'one'"),
         ([one, tmp_path / "none"], "no such directory"),
         (["~nobody-of-this-name/x"], "SOURCE: ~nobody-of-this-name/x: "),
-        (["report", "~nobody-of-this-name/x"], "STUDY: ~nobody-of-this-name/x: "),
+        (["report", "~nobody-of-this-name/x"], "STUDY|VOTES: ~nobody-of-this-name/x: "),
         (["invite", "~nobody-of-this-name/x", "a"], "STUDY: ~nobody-of-this-name/x: "),
         ([f"{one}:branches", other], "holds no branches"),
         ([one, other, "--pairs", 0], "--pairs: must be 1 or more"),
@@ -187,6 +187,21 @@ def test_names_stay_hidden_until_the_study_is_closed(voted, capsys, tmp_path):
     assert numbers["questions"][0]["decided"][0]["votes"] == [2, 0, 0]
 
 
+def test_a_study_keeps_its_questions_and_pairs_and_has_raters(voted, tmp_path, capsys):
+    file = tmp_path / "questions.yaml"
+    file.write_text("questions: [{name: calm, text: Which one}]\n")
+    sources = (tmp_path / "old", tmp_path / "new", "--out", voted.directory)
+    for words in ((voted.directory,), sources):
+        assert command("arena", *words, "--raters", ",") == 2
+        assert "--raters: name one at least, as in --raters ann,bob" in capsys.readouterr().err
+        for flag, value, what in (("--questions", file, "questions"), ("--pairs", 7, "pairs")):
+            assert command("arena", *words, "--port", 0, flag, value) == 2
+            said = f"{flag}: {voted.directory} has its {what} already; leave it out, or choose another --out"
+            assert said in capsys.readouterr().err
+    words = [str(word) for word in sources[:2]]
+    assert open_study(words, voted.directory, pairs=voted.design.pairs).design == voted.design
+
+
 def test_votes_are_exported_imported_and_reported_from_a_file(voted, tmp_path, capsys):
     video = voted.video_path(voted.design.scenes[0].videos["new"])
     video.rename(tmp_path / "aside.mp4")
@@ -199,6 +214,11 @@ def test_votes_are_exported_imported_and_reported_from_a_file(voted, tmp_path, c
     assert command("arena", "report", file) == 0
     assert "overall: new against old" in capsys.readouterr().out.replace("old against new", "new against old")
     assert (tmp_path / "votes.html").is_file() and (tmp_path / "votes.json").is_file()
+    labels = tmp_path / "labels.json"
+    assert command("arena", "export", voted.directory, labels) == 0
+    exported = labels.read_bytes()
+    assert command("arena", "report", labels) == 0
+    assert labels.read_bytes() == exported and (tmp_path / "labels.report.json").is_file()
     copy = shutil.copytree(voted.directory, tmp_path / "copy")
     assert command("arena", "import", copy, file) == 1
     assert "closed" in capsys.readouterr().err

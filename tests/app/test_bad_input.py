@@ -241,6 +241,7 @@ def test_an_output_directory_in_use_or_holding_a_run(refused: Any, settings: Pat
         (("--device", "gpu"), "device: 'gpu' cannot be used here"),
         (("--device", "meta"), "device: 'meta' cannot be used here (it holds no data)"),
         (("--preset", ""), "unknown preset ''"),
+        (("--rewards.noise_floors", "typo=0.1"), "rewards.noise_floors: 'typo' is not a component"),
         (("--optim.lr", "1" + "0" * 400), "optim.lr: expected a number, got 1000"),
     ],
 )
@@ -249,6 +250,21 @@ def test_settings_that_end_in_a_crash_or_in_another_preset(
 ) -> None:
     assert said in refused("align", "--config", settings, "--out", "out", *words)
     assert not Path("out").exists()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "score a.mp4 --reward flicker",
+        "calibrate flicker",
+        "learn-reward study --out r.safetensors",
+        "reward-server --reward flicker",
+    ],
+)
+def test_reward_commands_refuse_devices_that_cannot_be_used(refused: Callable[..., str], words: str) -> None:
+    for device in ("foo", "meta", ""):
+        said = refused(*words.split(), "--device", device)
+        assert f"--device: {device!r} cannot be used here" in said and "--device cpu always can" in said
 
 
 @pytest.mark.parametrize(

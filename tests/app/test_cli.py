@@ -1,3 +1,4 @@
+import logging
 import os
 import resource
 import subprocess
@@ -146,7 +147,15 @@ class _Align:
         ("generate --out x --by flicker", ["--by: needs --best-of"]),
         ("generate --out x --branches fresh", ["--branches: needs --best-of"]),
         ("generate --out x --per video", ["--per: needs --best-of"]),
-        ("evaluate x --seconds 60", ["--seconds: needs --drift"]),
+        ("evaluate x --seconds 60", ["--seconds: sets the length of the streams of --drift; add --drift"]),
+        ("evaluate x --optim.lr 1", ["--optim.lr: kvpo evaluate takes the run's own settings; leave it out"]),
+        (
+            "suite check x --optim.lora-rank=1",
+            ["--optim.lora_rank: kvpo suite takes no settings; leave it out"],
+        ),
+        ("evaluate x --lr 1", ["unknown argument --lr (value '1')\n"]),
+        ("compare --out x --methods foo", ["--methods: unknown 'foo'; there are kvpo"]),
+        ("evaluate x", ["x holds no run (no config.yaml); give the directory"]),
         ("suite check x --out y.json", ["--out: kvpo suite check writes no file"]),
     ],
 )
@@ -243,6 +252,23 @@ def test_errors_are_one_line_whatever_a_launcher_left_in_the_environment(
             launched()
     else:
         assert launched() == (count == "2")
+
+
+def test_only_our_own_messages_begin_with_our_name(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def speaks(arguments) -> None:
+        for name in ("kvpo.part", "another"):
+            logging.getLogger(name).warning("from %s", name)
+
+    ours = logging.getLogger("kvpo")
+    for logger in (ours, logging.getLogger()):
+        monkeypatch.setattr(logger, "handlers", [])
+    monkeypatch.setattr(ours, "propagate", True)
+    command = commands.Command("report", "speaks", run_commands.report_arguments, speaks)
+    monkeypatch.setattr("kvpo.app.cli.COMMANDS", (command,))
+    assert main(["report", "x"]) == main(["report", "x"]) == 0
+    assert capsys.readouterr().err.splitlines() == ["kvpo: from kvpo.part", "from another"] * 2
 
 
 def test_defects_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -149,6 +149,21 @@ def test_another_comparison_is_refused_in_the_same_directory(
     assert "another comparison (budget_cpu_s differ" in capsys.readouterr().err
 
 
+def test_no_comparison_takes_over_a_run_or_a_study_and_no_run_a_comparison(
+    tiny_base: Path, compared: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    for file, kind in (("config.yaml", "run"), ("summary.json", "run"), ("study.sqlite", "study")):
+        (out := tmp_path / file.partition(".")[0]).mkdir()
+        (out / file).touch()
+        assert main(command(tiny_base, out)) == 1
+        assert f"{out} holds a {kind}; choose another --out for the comparison" in capsys.readouterr().err
+        assert [path.name for path in out.iterdir()] == [file]
+    before = {path.name for path in compared.iterdir()}
+    assert main(["align", "--out", str(compared)]) == 1
+    assert f"{compared} holds a comparison; choose another --out for the run" in capsys.readouterr().err
+    assert {path.name for path in compared.iterdir()} == before
+
+
 def test_the_first_cpu_is_the_cpu() -> None:
     _check(preset("demo", {"device": "cpu:0"}), chosen_arms(["kvpo"], []), 1, 1.0, 0)
 
@@ -160,7 +175,9 @@ def test_the_first_cpu_is_the_cpu() -> None:
         (["--seeds=0"], "--seeds: must be at least 1"),
         (["--budget=0"], "--budget: must be more than 0"),
         (["--methods="], "--methods: empty"),
-        (["--arms", "deep:optim.lrr=1"], "unknown field 'optim.lrr'"),
+        (["--arms", "deep:optim.lrr=1"], "--arms: deep: unknown field 'optim.lrr'"),
+        (["--arms", "deep:optim.lr=abc"], "--arms: deep: optim.lr: expected a number, got 'abc'"),
+        (["--arms", "deep"], "--arms: 'deep' is neither NAME:setting=value,... nor a YAML file"),
         (["--arms", "deep:"], "write NAME:setting=value"),
         (["--arms", "../up:optim.lr=1"], "names files"),
         (["--device=meta"], "the budget is counted in CPU-seconds"),

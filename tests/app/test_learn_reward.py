@@ -247,7 +247,14 @@ def test_what_cannot_be_learned_from_is_refused_in_one_line(tmp_path, capsys):
     study = open_study([str(one), str(other)], tmp_path / "study")
     out = tmp_path / "liked.safetensors"
     for words, reason in (
-        ([study.directory, "--out", out], "votes on 0 prompts decide 'overall'"),
+        (
+            [study.directory, "--out", out],
+            "only 0 prompts have votes that decide 'overall'; at least 5 are needed",
+        ),
+        (
+            [study.directory, "--out", out, "--question", "foo"],
+            "--question: the study has no question 'foo'; there are overall",
+        ),
         ([tmp_path / "a", "--out", out], "holds no study"),
         ([study.directory, "--out", tmp_path / "liked.pt"], "must be a .safetensors file"),
         ([study.directory, "--out", out, "--features", "nothing"], "unknown reward 'nothing'"),

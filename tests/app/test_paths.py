@@ -66,8 +66,10 @@ def test_new_videos_are_not_put_beside_old_ones(
     ("words", "said"),
     [
         ("evaluate RUN --out RUN", "out: RUN is a directory; name a file in it"),
-        ("evaluate RUN --out FILE/x.json", "cannot save FILE/x.json"),
-        ("pretrain --out FILE/x.safetensors", "cannot save FILE/x.safetensors"),
+        ("evaluate RUN --out FILE/x.json", "out: FILE is a file; name a directory"),
+        ("pretrain --out FILE/x.safetensors", "--out: FILE is a file; name a directory"),
+        ("align --out FILE", "--out: FILE is a file; name a directory"),
+        ("align --out FILE/run", "cannot create FILE/run: Not a directory; choose another --out"),
         ("plan --json RUN", "--json: RUN is a directory"),
         ("export RUN --out FILE", "FILE: already exists; export to a new place"),
         ("export RUN --out RUN --layout diffusers", "RUN: already exists; export to a new place"),

@@ -170,7 +170,7 @@ def test_a_function_of_ones_own_and_prompts(folder, tmp_path, capsys, monkeypatc
     assert 0.3 < rows["below/one frame.mp4"]["scores"]["brightness"] < 0.7
     assert main([*arguments]) == 1  # every prompt is empty, every file fails, and that is said
     error = capsys.readouterr().err
-    assert "none of 13 file(s) could be scored" in error and error.count("\n") == 1
+    assert "none of the 13 files could be scored" in error and error.count("\n") == 1
 
 
 class Twice:

@@ -110,7 +110,7 @@ def test_a_clear_gain_is_called_one():
 def test_a_change_under_three_standard_errors_is_never_called_one(gain):
     verdict = headline_on([outcome(gain)])
     assert verdict.tone == "neutral"
-    assert "this cannot tell" in verdict.sentence and "fewer than 3)" in verdict.sentence
+    assert "These results cannot tell whether" in verdict.sentence and "fewer than 3)" in verdict.sentence
     assert "raised" not in verdict.sentence and "lowered" not in verdict.sentence
 
 
@@ -126,7 +126,10 @@ def test_a_change_on_few_prompts_is_never_called_one(prompts):
 def test_mixed_worse_and_unknown_results_are_said_plainly():
     mixed = headline_on([outcome(0.1), outcome(0.01, name="long")])
     assert mixed.tone == "neutral"
-    assert "raised" in mixed.sentence and "this cannot tell: +0.010" in mixed.sentence
+    assert (
+        "raised" in mixed.sentence
+        and "cannot tell whether alignment changed the held-out reward: +0.010" in mixed.sentence
+    )
     worse = headline_on([outcome(0.1), outcome(-0.05, name="long")])
     assert worse.tone == "bad" and "lowered the held-out reward: \u22120.050" in worse.sentence
     for error in (None, 0.0):

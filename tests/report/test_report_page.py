@@ -100,7 +100,7 @@ def test_a_run_without_meanings_still_shows_every_metric(run):
 def test_what_a_run_cannot_tell_is_no_success(run_and_console, finished_page):
     """Two prompts: headline, summary and console claim nothing, whatever the numbers are."""
     finished_run, console = run_and_console
-    said = "Alignment may or may not have changed the held-out reward, this cannot tell"
+    said = "These results cannot tell whether alignment changed the held-out reward"
     assert said in parse(finished_page).text
     assert 'class="verdict good"' not in finished_page.split('id="curves"', 1)[0]
     assert json.loads((finished_run / "summary.json").read_text())["verdict"].startswith(said)
@@ -321,7 +321,7 @@ def test_after_a_resume_the_last_line_of_an_update_counts(bare_run):
     assert chart["series"][0]["y"] == [5.5, 6.5, 8.5]
 
 
-def test_the_timeline_shows_sink_routes_recent_and_window(finished_run, finished_page):
+def test_the_timeline_shows_sink_routes_recent_and_explored_frames(finished_run, finished_page):
     page = parse(finished_page)
     titles = [a["title"] for tag, a in page.elements if tag == "i" and a.get("title")]
     group = json.loads((finished_run / "branches" / "branches.json").read_text())["groups"][0]
@@ -329,7 +329,7 @@ def test_the_timeline_shows_sink_routes_recent_and_window(finished_run, finished
     assert "sink: frames 0 to 2" in titles
     assert f"recent: frames {fork - 6} to {fork - 1}" in titles  # anchor: window 12 - sink 3 - block 3
     assert f"recent: frames {fork - 3} to {fork - 1}" in titles  # branches keep 3
-    assert f"window: frames {fork} to {fork + 5}" in titles
+    assert f"explored: frames {fork} to {fork + 5}" in titles
     assert f"routes are drawn from here: frames {max(3, fork - 30)} to {fork - 4}" in titles
     routed = group["members"][1]["routed_frames"]
     (own, *_), (donor, *_) = ([r for r in routed if isinstance(r, kind)] for kind in (int, dict))

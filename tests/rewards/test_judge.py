@@ -306,7 +306,9 @@ def test_a_judge_is_named_like_any_reward(tmp_path: Path) -> None:
         assert (declaration.name, declaration.low, declaration.high) == ("plot", 0.0, 10.0)
         assert declaration.reads_prompt and reward.version
         assert reward(CLIP[None], [ClipPrompt("a fox")])["plot"].tolist() == [4.0]
-        with pytest.raises(ConfigurationError, match="judge plot needs a rubric: .*plot.rubric=FILE"):
+        with pytest.raises(
+            ConfigurationError, match="judge plot needs a rubric: give --source plot.rubric=FILE"
+        ):
             named_rewards([name], {}, prompts=True)
         with pytest.raises(ValueError, match="does not have the model 'ear'; it has eye-7b"):
             named_rewards([f"plot@openai:{url}#ear"], sources, prompts=True)

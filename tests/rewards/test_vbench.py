@@ -191,7 +191,7 @@ def test_subject_consistency_is_of_dinos_features(tmp_path: Path) -> None:
 
 def test_what_is_missing_is_named(tmp_path: Path) -> None:
     (tmp_path / "w.pth").write_bytes(b"")
-    with pytest.raises(ValueError, match="needs its raft: name its place with vbench_dynamic_degree.raft"):
+    with pytest.raises(ValueError, match="needs its raft: give --source vbench_dynamic_degree.raft"):
         loaded("vbench_dynamic_degree")
     for name, package in (("motion_smoothness", "vbench"), ("imaging_quality", "pyiqa")):
         with pytest.raises(ValueError, match=f"of {package} .*: pip install --no-deps {package}"):

@@ -228,7 +228,7 @@ def test_every_command_knows_the_base_and_the_weights(
         numbers = evaluate(run)
     assert numbers["held_out"] == summary["held_out"] and "no improvement: no validation of" in caplog.text
     caplog.clear()
-    with pytest.raises(ValueError, match="no improvement: .*the checkpoint `latest` has what was trained"):
+    with pytest.raises(ValueError, match="no improvement: .*; --checkpoint latest takes the trained weights"):
         export(run, tmp_path / "refused", layout="peft")
     with pytest.raises(ValueError, match="update-000000: its adapter changes nothing of what is generated"):
         export(run, tmp_path / "refused", layout="peft", checkpoint="0")

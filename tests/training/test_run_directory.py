@@ -131,7 +131,7 @@ def test_entering_clears_what_a_kill_left_half_written(tmp_path: Path) -> None:
 
 def test_an_output_that_cannot_be_a_directory(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(StorageError, match="cannot save .*file"):
+    with pytest.raises(StorageError, match="--out: .*file is a file; name a directory"):
         RunDirectory(tmp_path / "file", Config()).__enter__()
     assert (tmp_path / "file").read_text() == "mine"
 

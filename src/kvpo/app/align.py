@@ -17,6 +17,7 @@ from kvpo.app.configuration import CHANGEABLE_ON_RESUME, PLACES_OF_A_RUN, demand
 from kvpo.app.plan import say_what_is_needed
 from kvpo.app.provenance import keep_provenance
 from kvpo.app.report_data import measure_diversity, write_branches, write_gallery
+from kvpo.app.taken import refuse_other
 from kvpo.config import Config
 from kvpo.config_checks import ConfigurationError, check
 from kvpo.files import local_path, read_json, write_atomic
@@ -73,7 +74,7 @@ def align(
             them, and the run keeps a copy.
 
     Raises ValueError for settings, prompts, rewards and checkpoints that cannot be used, StorageError if
-    ``out`` cannot be written or already holds a run, and LostRank if another rank is gone.
+    ``out`` cannot be written or holds something already, and LostRank if another rank is gone.
     """
     from kvpo.report.page import write_report
 
@@ -85,8 +86,7 @@ def align(
     null = None if null is None else local_path(null, "null")
     if null is not None:
         read_null(null, asdict(config))
-    if resume and belongs_to_run(out):
-        _demand_same_run(out, config)
+    _demand_own(out, config, resume)
     with (
         joined_ranks(config.device, sharded=config.distributed.shard, traces=out) as ranks,
         RunDirectory(out, config, resume=resume, ranks=ranks) as directory,
@@ -173,8 +173,11 @@ def _write_settings(directory: RunDirectory, config: Config) -> None:
     directory.write_meanings(meanings(METHODS[config.method].metrics))
 
 
-def _demand_same_run(out: Path, config: Config) -> None:
-    """Raise ConfigurationError if ``config`` differs from that of ``out``, or ends before what is done."""
+def _demand_own(out: Path, config: Config, resume: bool) -> None:
+    """Refuse what is not a run, and to resume one with another ``config`` or fewer updates than it has."""
+    refuse_other(out, "run")
+    if not (resume and belongs_to_run(out)):
+        return
     saved = out / "config.yaml"
     demand_same_run(saved, resolve_saved(saved), config, CHANGEABLE_ON_RESUME)
     point, summary = latest_checkpoint(out / "checkpoints"), out / "summary.json"

@@ -4,6 +4,7 @@ import logging
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from kvpo.app.arena_sources import arms_of, described, parse_source, scenes_of
 from kvpo.arena.database import DATABASE
@@ -27,7 +28,7 @@ def open_study(
     *,
     prompts: Path | None = None,
     questions: Path | None = None,
-    pairs: int = 20,
+    pairs: int | None = None,
     ranked: bool = False,
 ) -> Study:
     """Create a study of these sources, or open an existing one and check its videos against their digests.
@@ -38,19 +39,20 @@ def open_study(
         prompts: prompts that runs generate and that the videos of folders show. By default, runs take test
             prompts of the first run, and folders the manifest that `kvpo generate` writes.
         questions: a YAML file with a custom ``title``, ``instructions`` or ``questions``.
-        pairs: maximum number of pairs, or rankings, per rater; also the number of prompts that runs generate.
+        pairs: maximum number of pairs, or rankings, per rater, and of prompts that runs generate; None: 20.
         ranked: rank all videos of a prompt at once.
 
     Raises:
-        ValueError: sources that cannot be used or compared, or ``out`` holds a study of other sources.
+        ValueError: sources that cannot be used or compared, or the study there has other sources, pairs or
+            questions.
         StorageError: ``out`` cannot be written.
     """
-    if pairs < 1:
+    if pairs is not None and pairs < 1:
         raise ConfigurationError(f"--pairs: must be 1 or more, got {pairs}")
+    own = {} if questions is None else read_questions(questions)
+    own |= {} if pairs is None else {"pairs": pairs}
     if len(sources) == 1 and (Path(sources[0]) / DATABASE).is_file():
-        study = Study(Path(sources[0]))
-        study.check_videos()
-        return study
+        return _continued(Study(Path(sources[0])), own)
     given = [parse_source(text) for text in sources]
     directory = out or Path("arena") / "-".join(dict.fromkeys(one.name for one in given))
     asked = described(given, prompts, ranked)
@@ -61,15 +63,26 @@ def open_study(
                 f"{directory} is a study of other sources ({study.design.sources}); choose another --out, or "
                 f"continue it: kvpo arena {directory}"
             )
-        study.check_videos()
-        return study
+        return _continued(study, own)
     refuse_taken(directory)
-    own = {} if questions is None else read_questions(questions)
     with tempfile.TemporaryDirectory() as folder:
-        scenes, videos = scenes_of(arms_of(given, prompts, pairs, Path(folder)), Path(folder))
+        arms = arms_of(given, prompts, own.get("pairs", Design.pairs), Path(folder))
+        scenes, videos = scenes_of(arms, Path(folder))
         fields = {"title": "Which video is better?"} | own
-        design = Design(**fields, scenes=tuple(scenes), pairs=pairs, ranked=ranked, sources=asked)
+        design = Design(**fields, scenes=tuple(scenes), ranked=ranked, sources=asked)
         return create_study(directory, design, videos)
+
+
+def _continued(study: Study, asked: Mapping[str, Any]) -> Study:
+    """A study with unchanged videos. Raises ValueError, also if its design has not what is ``asked`` for."""
+    for name, value in asked.items():
+        if vars(study.design)[name] != value:
+            raise ConfigurationError(
+                f"--{'pairs' if name == 'pairs' else 'questions'}: {study.directory} has its {name} already; "
+                "leave it out, or choose another --out"
+            )
+    study.check_videos()
+    return study
 
 
 def links(study: Study, raters: Sequence[str], url: str) -> list[str]:
@@ -112,7 +125,9 @@ def report(place: Path, *, effect: float = 0.1, close: bool = False) -> tuple[Pa
         raise ConfigurationError(f"--effect: must be above 0 and at most 1, got {effect}")
     if place.suffix in VOTE_SUFFIXES:
         result = analyse(place.stem, read_votes(place), [], effect=effect)
-        return _written(result, place.with_suffix(".html"), {}), result
+        # The numbers go beside the page, as .json, where votes in that form may be.
+        page = place.with_suffix(".report.html" if place.suffix == ".json" else ".html")
+        return _written(result, page, {}), result
     study = Study(place)
     study.check_videos()
     if close:  # before the votes are read, so that the last report counts every one

@@ -13,9 +13,9 @@ from kvpo.files import local_path, output_file
 def arena_arguments(parser: ArgumentParser) -> None:
     """Arguments of ``kvpo arena``."""
     parser.usage = (
-        "kvpo arena SOURCE [SOURCE ...] [--out STUDY] [options]\n"
+        "kvpo arena SOURCE [SOURCE ...] [--out DIR] [options]\n"
         "       kvpo arena STUDY [options]\n"
-        "       kvpo arena report STUDY|VOTES [--close] [--effect X]\n"
+        "       kvpo arena report STUDY|VOTES [--close] [--effect FLOAT]\n"
         "       kvpo arena invite STUDY NAME [NAME ...]\n"
         "       kvpo arena export STUDY FILE\n"
         "       kvpo arena import STUDY FILE"
@@ -36,9 +36,7 @@ def arena_arguments(parser: ArgumentParser) -> None:
         metavar="FILE",
         help="what runs generate and folders show (default: test prompts of the first run; videos.json)",
     )
-    parser.add_argument(
-        "--pairs", type=int, default=20, metavar="INT", help="most pairs per rater (default: 20)"
-    )
+    parser.add_argument("--pairs", type=int, metavar="INT", help="most pairs per rater (default: 20)")
     parser.add_argument(
         "--questions", type=path_argument, metavar="FILE", help="YAML: title, instructions, questions"
     )
@@ -65,6 +63,9 @@ def arena(arguments: Namespace) -> None:
     if verb in _VERBS:
         _VERBS[verb](rest, arguments)
         return
+    raters = names(arguments.raters)
+    if not raters:
+        raise ConfigurationError("--raters: name one at least, as in --raters ann,bob")
     from kvpo.app.arena import open_study, serve_study
 
     opened = partial(
@@ -76,7 +77,7 @@ def arena(arguments: Namespace) -> None:
         pairs=arguments.pairs,
         ranked=arguments.rank,
     )
-    serve_study(opened, names(arguments.raters), host=arguments.host, port=arguments.port)
+    serve_study(opened, raters, host=arguments.host, port=arguments.port)
 
 
 def _places(verb: str, rest: list[str], *expected: str) -> list[Path]:
@@ -88,7 +89,7 @@ def _places(verb: str, rest: list[str], *expected: str) -> list[Path]:
 
 
 def _report(rest: list[str], arguments: Namespace) -> None:
-    (place,) = _places("report", rest, "STUDY")
+    (place,) = _places("report", rest, "STUDY|VOTES")
     from kvpo.app.arena import report
     from kvpo.arena.report import text_table
 

@@ -105,7 +105,13 @@ def address_arguments(parser: ArgumentParser, port: int, token: str = "") -> Non
         metavar="ADDRESS",
         help=f"address to listen at{needs} (default: 127.0.0.1)",
     )
-    parser.add_argument("--port", type=int, default=port, metavar="INT", help=f"(default: {port}; 0: any)")
+    parser.add_argument(
+        "--port",
+        type=int,
+        default=port,
+        metavar="INT",
+        help=f"port to listen at (default: {port}; 0: any free one)",
+    )
     if token:
         parser.add_argument(
             "--token-file",

@@ -38,28 +38,30 @@ def build_setup(config: Config, ranks: Ranks = ALONE) -> Setup:
 
     Raises ConfigurationError, or ValueError for files that cannot be used.
     """
-    check_device(config)
+    check_device(config.device)
     source = source_of(config)
     setup = source.setup(with_served_rewards(config, source.frame_rate, ranks))
     weights = replace(setup.backbone.weights, config=config)
-    return replace(setup, backbone=replace(setup.backbone, weights=weights), ranks=ranks)
+    setup = replace(setup, backbone=replace(setup.backbone, weights=weights), ranks=ranks)
+    setup.blend()  # refuses settings that do not fit the components
+    return setup
 
 
 def load_backbone(config: Config, prompts: Sequence[VideoPrompt] = ()) -> Backbone:
     """Load a configuration's generator for the given prompts. Raises the errors of ``build_setup``."""
-    check_device(config)
+    check_device(config.device)
     return source_of(config).backbone(config, prompts)
 
 
-def check_device(config: Config) -> None:
-    """Raise ConfigurationError if the configuration's device cannot be used."""
+def check_device(name: str, field: str = "device") -> None:
+    """Raise ConfigurationError, beginning with ``field``, if torch cannot use the device of this name."""
     try:
-        if torch.empty(0, device=config.device).is_meta:
+        if torch.empty(0, device=name).is_meta:
             raise RuntimeError("it holds no data")
     except (RuntimeError, AssertionError) as error:  # torch without CUDA raises AssertionError
         reason = str(error).splitlines()[0].removesuffix(".")
         raise ConfigurationError(
-            f"device: {config.device!r} cannot be used here ({reason}); --device cpu always can"
+            f"{field}: {name!r} cannot be used here ({reason}); --device cpu always can"
         ) from error
 
 
@@ -69,7 +71,7 @@ def checkpoint_of(run: Path | None, name: str | None) -> Path | None:
         return None
     path = find_checkpoint(run / "checkpoints", name)
     if (warning := no_improvement(path, name)) is not None:
-        logger.warning(warning)
+        logger.warning("%s; --checkpoint latest takes the trained weights", warning)
     return path
 
 

@@ -300,7 +300,8 @@ def calibrate(
         raise ConfigurationError(f"--clips: {DEMO_CLIPS} clips are generated, got {clips}; give a FOLDER")
     if folder is None and prompts is not None:
         raise ConfigurationError("--prompts: needs a FOLDER, whose videos show them")
-    (reward,) = named_rewards([name], sources, device=device, prompts=folder is None or prompts is not None)
+    given = folder is None or prompts is not None
+    (reward,) = named_rewards([name], sources, field="REWARD", device=device, prompts=given)
     samples = (
         demo_samples(reward, seed)[:clips]
         if folder is None

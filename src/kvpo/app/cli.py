@@ -85,19 +85,31 @@ def _run(argv: list[str]) -> int:
         )
     parser, subparsers = _parsers(_preset_for_help(argv))
     arguments, unknown = parser.parse_known_args([_underscored(word) for word in argv])
+    command = next(command for command in COMMANDS if command.name == arguments.command)
     if unknown:
         name, _, value = unknown[0].partition("=")
         value = value or next(iter(unknown[1:2]), "")
         given = f" (value {value!r})" if value else ""
-        options = [
-            option for option in subparsers[arguments.command]._option_string_actions if len(option) > 2
-        ]
+        if name.removeprefix("--") in settings():
+            whose = "the run's own" if command.places else "no"
+            raise ConfigurationError(f"{name}: kvpo {command.name} takes {whose} settings; leave it out")
+        options = [option for option in subparsers[command.name]._option_string_actions if len(option) > 2]
         raise ConfigurationError(f"unknown argument {name}{given}{nearest(name, options)}")
-    logging.basicConfig(format="kvpo: %(message)s", level=logging.WARNING)
+    _show_log()
     # Rank 0 reports on the run; the others log only errors and problems with their rewards.
     logging.getLogger("kvpo").setLevel(logging.INFO if is_main() else logging.ERROR)
     logging.getLogger("kvpo.rewards").setLevel(logging.INFO)
-    return next(command for command in COMMANDS if command.name == arguments.command).run(arguments) or 0
+    return command.run(arguments) or 0
+
+
+def _show_log() -> None:
+    """Print kvpo's own messages, unless the program that called `main` has its way of logging."""
+    log = logging.getLogger("kvpo")
+    if not log.hasHandlers():
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("kvpo: %(message)s"))
+        log.addHandler(handler)
+        log.propagate = False  # a package may give the root a handler later
 
 
 class _Parser(argparse.ArgumentParser):

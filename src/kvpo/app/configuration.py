@@ -120,6 +120,11 @@ def resolve_saved(saved: Path, flags: Mapping[str, str] | None = None) -> Config
 
     Raises ConfigurationError; also for an empty or truncated file, which a preset would silently complete.
     """
+    if not saved.is_file():
+        raise ConfigurationError(
+            f"{saved.parent} holds no run (no {saved.name}); give the directory that was given to "
+            "`kvpo align --out`"
+        )
     values = read_settings(saved)
     for path, value in values.items():
         _setting(path, value)  # an old setting raises, naming its replacement
@@ -254,10 +259,10 @@ def path_argument(text: str) -> Path:
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """The suffix `` (did you mean 'x'?)`` for the known name closest to ``name``; empty if none is close."""
-    known = list(known)
-    same_ending = [path for path in known if _ending(path) == _ending(name)]
-    match = same_ending or difflib.get_close_matches(name, known, 1, 0.4)
-    return f" (did you mean {match[0]!r}?)" if match else ""
+    words = {path.lstrip("-"): path for path in known}  # dashes make short options look alike
+    same_ending = [word for word in words if _ending(word) == _ending(name)]
+    match = same_ending or difflib.get_close_matches(name.lstrip("-"), words, 1, 0.6)
+    return f" (did you mean {words[match[0]]!r}?)" if match else ""
 
 
 def _ending(path: str) -> str:

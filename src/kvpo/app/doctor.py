@@ -141,7 +141,7 @@ def versions() -> list[Finding]:
 
 def device(config: Config) -> list[Finding]:
     """Check the configured device and its driver."""
-    check_device(config)
+    check_device(config.device)
     if torch.device(config.device).type != "cuda":
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         return [Finding("device", "ok", f"{config.device} with {cores} cores, {platform.machine()}")]

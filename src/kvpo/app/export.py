@@ -91,7 +91,7 @@ def export(
     _check(config, run, layout, difference, push)
     path = find_checkpoint(run / "checkpoints", checkpoint)
     if (refusal := no_improvement(path, checkpoint)) is not None:
-        raise ValueError(refusal)
+        raise ValueError(f"{refusal}; --checkpoint latest takes the trained weights")
     host = on_host(config)
     trained = source_of(config).weights(host)
     model, both = trained.model, open_checkpoint(trained, path, weights)

@@ -25,7 +25,7 @@ from kvpo.engine.explorers import EXPLORERS
 from kvpo.engine.generator import as_bytes, pixels_of
 from kvpo.engine.selection import Selection
 from kvpo.engine.stream import lockstep_batches
-from kvpo.files import StorageError, demand_utf8, local_path, new_file, storage_error, write_atomic
+from kvpo.files import StorageError, demand_utf8, local_path, make_directory, new_file, write_atomic
 from kvpo.models.tensor_files import read_safetensors
 from kvpo.progress import progress_bars
 from kvpo.prompt_files import examine, extended, written
@@ -138,10 +138,8 @@ def _generate(
         backbone = with_given_frames(load_backbone(config, wanted), frames, wanted)
         arms = opened_arms(backbone, path, weights)
         selection = None if best is None else best.selection(config, backbone)
-        try:
-            (out / PARTS).mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise storage_error(out, error) from error
+        make_directory(out)
+        make_directory(out / PARTS)
 
     names = _names(len(wanted), list(arms))
     shows = {f"{name}.mp4": wanted[n].segments for n, own in enumerate(names) for name in own}

@@ -84,7 +84,8 @@ def learn_reward(
         question: question to learn the answers to.
 
     Raises:
-        ValueError: no study there, votes on fewer than ``FOLDS`` prompts, features that cannot be computed.
+        ValueError: no study there, an unknown question, votes on fewer than ``FOLDS`` prompts, features that
+            cannot be computed.
         StorageError: ``out`` cannot be written.
     """
     if out.suffix != ".safetensors":
@@ -92,10 +93,16 @@ def learn_reward(
     studies = [Study(place) for place in places]
     found, needs = frozen_features(features, sources or {}, prompts=True, frame_rate=FILE_RATE, device=device)
     votes, shown = votes_of(studies, question)
-    if len({vote.prompt for vote in votes}) < FOLDS:
+    if (found_on := len({vote.prompt for vote in votes})) < FOLDS:
+        asked = dict.fromkeys(one.name for study in studies for one in study.design.questions)
+        if question not in asked:
+            raise ConfigurationError(
+                f"--question: the {'studies have' if len(studies) > 1 else 'study has'} no question "
+                f"{question!r}; there are {', '.join(asked)}"
+            )
         raise ValueError(
-            f"{', '.join(map(str, places))}: votes on {len({vote.prompt for vote in votes})} prompts decide "
-            f"{question!r}, and at least {FOLDS} are needed to tell what a reward is worth"
+            f"{', '.join(map(str, places))}: only {found_on} prompts have votes that decide {question!r}; at "
+            f"least {FOLDS} are needed"
         )
     table_VD = torch.cat([features_of(path, scene, found, needs) for path, scene in shown])
     worth = worth_of(table_VD, votes, seed)

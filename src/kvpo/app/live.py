@@ -10,7 +10,7 @@ from typing import Any
 from kvpo.app.build import checkpoint_of, load_backbone, opened_arms, source_of
 from kvpo.config import Config
 from kvpo.config_checks import check
-from kvpo.files import storage_error
+from kvpo.files import make_directory
 from kvpo.live.scheduler import Scheduler, SessionLimits, Side
 from kvpo.live.script import Cue
 from kvpo.live.server import LARGEST_MESSAGE, live_app
@@ -59,10 +59,7 @@ def serve_live(
     check(config)
     check_address(host, token, LIVE_TOKEN_VARIABLE)
     with listener(host, port) as listening:
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise storage_error(out, error) from error
+        make_directory(out)
         with computing(config):
             theatre = theatre_of(config, out, run=run, checkpoint=checkpoint, weights=weights, limits=limits)
             scheduler = theatre.scheduler

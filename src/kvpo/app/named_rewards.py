@@ -267,7 +267,10 @@ def _remote(names: Sequence[str], url: str, field: str, frame_rate: float, top_s
 
 def _judge(name: str, place: str, rubric: str | None, field: str) -> Reward:
     if rubric is None:
-        raise ConfigurationError(f"{field}: judge {name} needs a rubric: name its file as {name}.rubric=FILE")
+        raise ConfigurationError(
+            f"{field}: judge {name} needs a rubric: give --source {name}.rubric=FILE "
+            f"(in a run: --rewards.sources {name}.rubric=FILE)"
+        )
     from kvpo.rewards.service.judge import KEY_VARIABLE, connect_judge, read_rubric
 
     return connect_judge(name, place, read_rubric(Path(rubric)), key=os.environ.get(KEY_VARIABLE))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from kvpo.app.arguments import configuration
 from kvpo.app.configuration import path_argument
 from kvpo.config_checks import ConfigurationError
-from kvpo.files import output_file, write_atomic
+from kvpo.files import counted, output_file, write_atomic
 
 if TYPE_CHECKING:
     from kvpo.app.prompt_sets import TextLimits
@@ -118,7 +118,7 @@ def prompts(arguments: Namespace) -> int:
         texts = {path: written(own, path, how["num_frames"]) for path, own in parts.items()}
         for path, text in texts.items():
             write_atomic(path, text)
-            print(f"{path}: {len(parts[path])} prompts")
+            print(f"{path}: {counted(len(parts[path]), 'prompt')}")
     return 0
 
 
@@ -133,9 +133,11 @@ def notes(files: "list[PromptFile]", limits: "TextLimits") -> list[str]:
         if not file.prompts:
             continue
         counts = sorted(word_count(text) for prompt in file.prompts for text in prompt.segments)
+        low, middle, high = counts[0], counts[len(counts) // 2], counts[-1]
+        spread = counted(low, "word") if low == high else f"{low} to {high} words, the median {middle}"
         said.append(
-            f"{file.path}: {len(file.prompts)} prompts, {len(repeats(file.prompts))} distinct; "
-            f"{counts[0]} to {counts[-1]} words, the median {counts[len(counts) // 2]}"
+            f"{file.path}: {counted(len(file.prompts), 'prompt')}, {len(repeats(file.prompts))} distinct; "
+            f"{spread}"
         )
         for n, prompt in enumerate(file.prompts):
             places[id(prompt)] = file.at(n)

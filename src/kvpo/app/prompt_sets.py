@@ -14,7 +14,7 @@ from kvpo.config import Config
 from kvpo.config_checks import ConfigurationError
 from kvpo.engine.forks import plan_forks
 from kvpo.engine.noise import keyed_generator
-from kvpo.files import local_path, named_list
+from kvpo.files import counted, local_path, named_list
 from kvpo.prompt_files import examine, repeats
 from kvpo.prompts import VideoPrompt
 
@@ -192,7 +192,9 @@ def split_prompts(config: Config, reading: dict[str, Any]) -> tuple[list[VideoPr
     """
     settings, evaluation = config.prompts, config.evaluation
     if not settings.file:
-        raise ConfigurationError("prompts.file: empty; give --prompts FILE (.txt, .jsonl, .json or .csv)")
+        raise ConfigurationError(
+            "prompts.file: empty; give --prompts FILE (.txt, .jsonl, .json, .csv or .tsv)"
+        )
     try:
         every = prompts_of_file(config, reading)
     except ValueError as error:
@@ -211,9 +213,9 @@ def split_prompts(config: Config, reading: dict[str, Any]) -> tuple[list[VideoPr
         held = evaluation.test_prompts + evaluation.validation_prompts
         if len(same) <= held:
             raise ConfigurationError(
-                f"prompts.file: {settings.file} has {len(same)} distinct videos of {words}; "
-                f"evaluation.test_prompts + evaluation.validation_prompts = {held} leave none to train on: "
-                "lower them or add prompts"
+                f"prompts.file: {settings.file} has {counted(len(same), 'distinct video')} of {words}; the "
+                f"{held} that evaluation.test_prompts + evaluation.validation_prompts hold out leave none "
+                "to train on: lower them or add prompts"
             )
         order = torch.randperm(len(same), generator=keyed_generator("prompt split", kind)).tolist()
         test[kind] = [same[n][0] for n in order[: evaluation.test_prompts]]

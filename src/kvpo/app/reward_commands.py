@@ -68,7 +68,7 @@ def score(arguments: Namespace) -> None:
             prompts=arguments.prompts,
             out=arguments.out,
             sources=_sources(arguments.source),
-            device=arguments.device or _device(),
+            device=_device(arguments.device),
             progress=partial(show, "scoring"),
         )
     print(score_table(results))
@@ -89,7 +89,7 @@ def calibrate_arguments(parser: ArgumentParser) -> None:
         "--clips", type=int, default=8, metavar="INT", help="videos to measure on (default: 8)"
     )
     parser.add_argument(
-        "--seed", type=int, default=0, metavar="INT", help="keys the noise and generated videos"
+        "--seed", type=int, default=0, metavar="INT", help="seed of the noise and of the generated videos"
     )
     parser.add_argument(
         "--out", type=path_argument, metavar="FILE", help="JSON to write (default: REWARD.noise.json)"
@@ -117,7 +117,7 @@ def run_calibrate(arguments: Namespace) -> None:
             seed=arguments.seed,
             out=out,
             sources=_sources(arguments.source),
-            device=arguments.device or _device(),
+            device=_device(arguments.device),
             progress=partial(show, "calibrating"),
         )
     print(noise_table(found))
@@ -176,7 +176,7 @@ def reward_server(arguments: Namespace) -> None:
     if not 0 < arguments.frame_rate < math.inf:
         raise ConfigurationError(f"--frame-rate: must be positive, got {arguments.frame_rate}")
     if arguments.check:
-        given = {"sources": _sources(arguments.source), "device": arguments.device or _device()}
+        given = {"sources": _sources(arguments.source), "device": _device(arguments.device)}
         print(check_rewards(names(*arguments.reward), frame_rate=arguments.frame_rate, **given))
         return
     limits = RequestLimits(arguments.request_mib * MIB, arguments.queue_mib * MIB, arguments.batch)
@@ -188,7 +188,7 @@ def reward_server(arguments: Namespace) -> None:
         frame_rate=arguments.frame_rate,
         limits=limits,
         sources=_sources(arguments.source),
-        device=arguments.device or _device(),
+        device=_device(arguments.device),
     )
 
 
@@ -227,7 +227,7 @@ def run_learn_reward(arguments: Namespace) -> None:
         features=names(arguments.features),
         question=arguments.question,
         sources=_sources(arguments.source),
-        device=arguments.device or _device(),
+        device=_device(arguments.device),
     )
     print(table(worth))
     print(f"--rewards.scorers preference:{arguments.out}")
@@ -272,7 +272,12 @@ def _check_out(out: Path, suffix: str) -> None:
         raise ConfigurationError(f"--out: not permitted to write to {out.parent}")
 
 
-def _device() -> str:
+def _device(given: str | None) -> str:
+    """The device of --device; by default a GPU where there is one. Raises ConfigurationError."""
     import torch
 
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    from kvpo.app.build import check_device
+
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if given is None else given
+    check_device(device, "--device")
+    return device

@@ -64,7 +64,7 @@ def evaluate_run(arguments: Namespace) -> None:
         print(arguments.run / "drift.json")
         return
     if arguments.seconds is not None:
-        raise ConfigurationError("--seconds: needs --drift, whose streams are so long")
+        raise ConfigurationError("--seconds: sets the length of the streams of --drift; add --drift")
     out = arguments.out or numbers_file(arguments.run, arguments.split)
     evaluate(arguments.run, split=arguments.split, out=out, frames=arguments.frames, **given)
     if is_main():

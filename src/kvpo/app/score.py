@@ -102,7 +102,7 @@ def score_folder(
     columns.sort(key=lambda c: plain.index(c) if c in plain else len(plain))
     if not any(result.scores for result in results):
         first = next(iter(results[0].problems.values()))
-        raise ValueError(f"none of {len(files)} file(s) could be scored; {results[0].name}: {first}")
+        raise ValueError(f"none of the {len(files)} files could be scored; {results[0].name}: {first}")
     results.sort(key=lambda r: (-r.scores.get(columns[0], -math.inf), r.name))
     _write_json(table_file, results)
     write_scores_page(out, printable(str(folder)), columns, results, _previews(results))

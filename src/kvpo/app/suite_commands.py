@@ -5,7 +5,7 @@ from pathlib import Path
 
 from kvpo.app.configuration import path_argument
 from kvpo.config_checks import ConfigurationError
-from kvpo.files import output_file, write_atomic
+from kvpo.files import counted, output_file, write_atomic
 
 
 def suite_arguments(parser: ArgumentParser) -> None:
@@ -38,14 +38,14 @@ def _check(places: list[Path]) -> int:
     status = 0
     for folder in places:
         problems, command = check_folder(folder)
-        print("\n".join([f"{folder}: {len(problems)} problems", *problems, command]))
+        print("\n".join([f"{folder}: {counted(len(problems), 'problem')}", *problems, command]))
         status |= bool(problems)
     return status
 
 
 def _import(places: list[Path], out: Path | None) -> int:
     if len(places) != 2:
-        raise ConfigurationError(f"suite import: takes BASE and ALIGNED, got {len(places)} places")
+        raise ConfigurationError(f"suite import: takes BASE and ALIGNED, got {len(places)}")
     target = None if out is None else output_file(out, "--out")
     import json
     from dataclasses import asdict

@@ -29,7 +29,7 @@ def check_folder(folder: Path) -> tuple[list[str], str]:
     manifest = folder.with_name(f"{folder.name}.json")
     if not folder.is_dir() or not manifest.is_file():
         raise ValueError(
-            f"{folder}: no folder with a {manifest.name} beside it, as kvpo generate --suite makes"
+            f"{folder}: not a folder that kvpo generate --suite made ({manifest.name} is not beside it)"
         )
     record = read_json(manifest)
     if not isinstance(record, dict) or not MANIFEST_FIELDS <= record.keys():

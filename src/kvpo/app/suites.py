@@ -26,6 +26,7 @@ from kvpo.files import (
     TEMPORARY_PREFIX,
     StorageError,
     local_path,
+    make_directory,
     named_list,
     read_json,
     remove_leftovers,
@@ -287,11 +288,8 @@ def _shape(backbone: Backbone, latent_frames: int) -> dict[str, Any]:
 
 def _prepare(out: Path, arm: str, record: Mapping[str, Any], videos: Sequence[SuiteVideo]) -> None:
     """Make the folders of an arm, or demand that they were begun with the same settings."""
-    try:
-        for folder in {(out / arm / video.name).parent for video in videos}:
-            folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise storage_error(out, error) from error
+    for folder in {out, *((out / arm / video.name).parent for video in videos)}:
+        make_directory(folder)
     remove_leftovers(out)
     demand_case(out, videos)
     manifest = out / f"{arm}.json"

@@ -123,10 +123,11 @@ def _raters(result: Result) -> str:
         return "<p class='missing'>Nobody has voted yet.</p>"
     heads = ("rater", "pairs", "left side", "same answer on repeats", "same on equal videos", "median time")
     return (
-        f"{table_card(heads, map(_rater, result.raters), 'stacked')}<p class='note'>Of the first question. "
-        "Whoever is flagged does not count above; side bias is a left share that a fair coin has with a "
-        f"probability below 0.1 %. Intervals are at {percent(LEVEL)}, by resampling whole prompts; numbers "
-        f"of prompts needed are for a power of {percent(POWER)}.</p>"
+        f"{table_card(heads, map(_rater, result.raters), 'stacked')}<p class='note'>First question only. "
+        "Flagged raters are not counted above; side bias means a share of left answers that a fair coin "
+        "would give with a probability below 0.1 %. Intervals are at "
+        f"{percent(LEVEL)}, by resampling whole prompts; numbers of prompts needed are for a power of "
+        f"{percent(POWER)}.</p>"
     )
 
 

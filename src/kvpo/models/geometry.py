@@ -63,7 +63,7 @@ def geometry(name: str) -> WanShape:
                      if file.is_file()), path)  # fmt: skip
     if not path.is_file():
         raise ValueError(
-            f"{GEOMETRY_SETTING}: {name!r} is none of {', '.join(GEOMETRIES)}, no JSON file and no "
+            f"{GEOMETRY_SETTING}: {name!r} is not one of {', '.join(GEOMETRIES)}, nor a JSON file or a "
             "folder with a config.json"
         )
     try:

@@ -21,6 +21,8 @@ SAMPLE_BYTES = 65536
 ALIGNMENT = 64
 RECORD = "kvpo"
 """Field of a safetensors header, or entry of a .pt file, with the record of how weights were made."""
+FETCH_AGAIN = "; download it again"
+"""The way out of damaged weights, except for those that were written here."""
 DIGESTED = 64
 """Values of each tensor that `digest_of` samples."""
 
@@ -40,8 +42,8 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
             return {name: file.get_tensor(name) for name in file.keys()}
     except SafetensorError as error:
         raise ValueError(
-            f"{path}: truncated or damaged safetensors file ({path.stat().st_size} bytes): {error}; "
-            "download it again"
+            f"{path}: truncated or damaged safetensors file ({path.stat().st_size} bytes): {error}"
+            f"{FETCH_AGAIN}"
         ) from error
 
 
@@ -124,7 +126,7 @@ def _why_unreadable(error: Exception, num_bytes: int) -> str:
         code = detail[1].strip() if detail else "unknown instructions"
     if code is None:
         reason = text.splitlines()[0].removesuffix(".") if text and not culprit else "it ends too early"
-        return f"truncated or damaged torch file ({num_bytes} bytes): {reason}; download it again"
+        return f"truncated or damaged torch file ({num_bytes} bytes): {reason}{FETCH_AGAIN}"
     return (
         f"refused, because the file holds pickled code and not only tensors ({code}); save its tensors "
         "alone, with torch.save or safetensors, where the file is trusted"
@@ -143,11 +145,13 @@ def read_tensor_file(path: Path) -> dict[str, object]:
     with path.open("rb") as file:
         head = file.read(40)
     if not head:
-        raise ValueError(f"{path}: the file is empty; download it again")
+        raise ValueError(f"{path}: the file is empty{FETCH_AGAIN}")
     if head[8:9] == b"{":
         return dict(read_safetensors(path))
     if not head.startswith((b"PK", b"\x80")):
-        raise ValueError(f"{path}: neither a torch nor a safetensors file; it starts with {head[:12]!r}")
+        word = head[:12].split()[0].decode("latin-1") if head[:12].strip() else ""
+        starts = f"; it starts with {word!r}" if word.isascii() and word.isprintable() and word else ""
+        raise ValueError(f"{path}: neither a torch nor a safetensors file{starts}")
     # Only the zip format can be mapped; the older one is read into memory, also without running code.
     content = _read_torch(path, mmap=head.startswith(b"PK"))
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):

@@ -141,14 +141,14 @@ def _range(role: str, start: int, stop: int, meaning: str = "") -> list[Span]:
 
 
 def spans_of(group: GroupFacts, member: Entry, size: ContextSize) -> list[Span]:
-    """The frames that the first routed block of ``member`` attends to, and the window it is generated in."""
+    """The frames that the first routed block of ``member`` attends to, and those explored from there."""
     if group.fork is None:
         return []
     sink = min(size.sink, group.fork)
     recent = max(sink, group.fork - (size.local_past if is_anchor(member) else size.recent))
     own, donors = routes_of(member)
     spans = _range("sink", 0, sink) + _range("recent", recent, group.fork)
-    spans += _range("window", group.fork, group.fork + group.window)
+    spans += _range("explored", group.fork, group.fork + group.window)
     spans += [Span("routed", f, f + 1, f"routed: frame {f}, {n} slot(s)") for f, n in sorted(own.items())]
     spans += [
         Span("donor", f, f + 1, f"donor: frame {f} of \u201c{prompt}\u201d, {n} slot(s)")
@@ -158,7 +158,7 @@ def spans_of(group: GroupFacts, member: Entry, size: ContextSize) -> list[Span]:
 
 
 def slot_spans(group: GroupFacts, size: ContextSize) -> list[Span]:
-    """The spans of the whole group: sink, pool that routes are drawn from, recent, window, after it."""
+    """The spans of the whole group: sink, pool that routes are drawn from, recent, explored, after it."""
     if group.fork is None or group.frames is None:
         return []
     fork, end = group.fork, min(group.frames, group.fork + group.window)
@@ -171,8 +171,8 @@ def slot_spans(group: GroupFacts, size: ContextSize) -> list[Span]:
         _range("sink", 0, sink)
         + _range("pool", pool, recent, "routes are drawn from here")
         + _range("recent", recent, fork)
-        + _range("window", fork, end)
-        + _range("after", end, group.frames, "deployment history again")
+        + _range("explored", fork, end)
+        + _range("after", end, group.frames, "deployment context again")
     )
 
 
@@ -206,7 +206,7 @@ def _route_line(member: Entry, store: ClipStore, frames: int | None) -> str:
     """The routed frames as thumbnails and numbers; donors with the prompt that they come from."""
     own, donors = routes_of(member)
     if not own and not donors:
-        return '<p class="route">deployment history</p>'
+        return '<p class="route">deployment context</p>'
 
     def times(count: int) -> str:
         return f" \u00d7{count}" if count > 1 else ""
@@ -279,7 +279,7 @@ def _group(run: RunRecord, store: ClipStore, entry: Entry, identity: str, *, hid
     sizes, slots, jump = "", "", ""
     acts = ", ".join(f"act {n} <b>{escape(act)}</b>" for n, act in enumerate(group.acts, start=1))
     if group.fork is not None and group.frames:
-        sizes = f"fork at frame {group.fork}, window of {group.window} frames"
+        sizes = f"fork at frame {group.fork}, then {group.window} explored frames"
         slots = strip(slot_spans(group, size), group.switches, group.frames, labelled=True)
         jump = f'<button type="button" data-seek="{group.fork / group.frames:.5f}">Go to the fork</button>'
     return (
@@ -297,7 +297,7 @@ LEGEND = (
     '<p class="note strip-legend"><span><i class="sink"></i>sink</span>'
     '<span><i class="routed"></i>routed</span><span><i class="donor"></i>from another prompt</span>'
     '<span><i class="recent"></i>recent</span>'
-    '<span><i class="window"></i>the window generated with them</span></p>'
+    '<span><i class="explored"></i>explored: the frames generated with them</span></p>'
     '<p class="note">The strip under a video shows what the first block after the fork attends to. '
     "Up to the fork all members are the same.</p>"
 )
@@ -311,7 +311,8 @@ APART = (
 
 LEFT_OPEN = (
     " The last caption leaves open who returns, and the anchor sees only act 1 (the sink) and the act before "
-    "the fork. Who is back is read off the pixels after the window, and so is who played in the acts before."
+    "the fork. Who is back is read off the pixels after the explored frames, and so is who played in the "
+    "acts before."
 )
 
 

@@ -161,7 +161,7 @@ def headline_on(outcomes: list[Outcome], *, null_control: bool = False, validati
     if worse:
         parts.append(f"Alignment lowered the held-out reward: {' and '.join(worse)}.")
     if doubtful:
-        said = "Alignment may or may not have changed the held-out reward, this cannot tell"
+        said = "These results cannot tell whether alignment changed the held-out reward"
         parts.append(f"{said}: {' and '.join(doubtful)}.")
     tone = "bad" if worse else "good" if better and not doubtful else "neutral"
     notes = []

@@ -32,7 +32,7 @@ DIVERSITY = {
         "branch pairs whose detected attributes differ, share",
         1,
     ),
-    "pixel_distance": ("Pixels differ", "mean distance between branches in the window", 0),
+    "pixel_distance": ("Pixels differ", "mean distance between branches in the explored frames", 0),
     "broken_share": ("Broken frames", "detector confidence under the 1st percentile of clean renders", -1),
     "reward_std": ("Reward spread", "standard deviation of the reward over branches", 1),
     "strength": ("Strength of the noise", "1 is fresh noise", 0),

@@ -274,7 +274,10 @@ def _paths(family: Family, ids: Sequence[str], sources: Mapping[str, str]) -> di
         given = [sources[key] for id in ids if (key := f"{id}.{name}") in sources]
         location = given[0] if given else part.location
         if not location and part.required:
-            raise ValueError(f"reward {ids[0]} needs its {name}: name its place with {ids[0]}.{name}=PATH")
+            raise ValueError(
+                f"reward {ids[0]} needs its {name}: give --source {ids[0]}.{name}=PATH "
+                f"(in a run: --rewards.sources {ids[0]}.{name}=PATH)"
+            )
         if not location:
             paths[name] = None
             continue

@@ -259,7 +259,7 @@ def no_improvement(path: Path, name: str | None) -> str | None:
         return None
     return (
         f"no improvement: no validation of {path.parent.parent} has beaten its base, so its best checkpoint "
-        "is update 0, the base itself; the checkpoint `latest` has what was trained all the same"
+        "is update 0, the base itself"
     )
 
 

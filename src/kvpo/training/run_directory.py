@@ -13,7 +13,14 @@ import yaml
 from filelock import FileLock, Timeout
 
 from kvpo.config import Config
-from kvpo.files import StorageError, demand_utf8, remove_leftovers, storage_error, write_atomic
+from kvpo.files import (
+    StorageError,
+    demand_utf8,
+    make_directory,
+    remove_leftovers,
+    storage_error,
+    write_atomic,
+)
 from kvpo.training.checkpoint import checkpoint_update, saved_updates
 from kvpo.training.ranks import ALONE, Ranks
 
@@ -63,9 +70,10 @@ class RunDirectory:
 
     def _open(self) -> bool:
         demand_utf8(self.path)
+        new = not self.path.is_dir()
+        make_directory(self.path)
         try:
-            self._found = {self.path, *self.path.iterdir()} if self.path.is_dir() else set()
-            self.path.mkdir(parents=True, exist_ok=True)
+            self._found = set() if new else {self.path, *self.path.iterdir()}
             self._lock.acquire()
         except Timeout as error:
             raise StorageError(

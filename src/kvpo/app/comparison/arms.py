@@ -1,7 +1,8 @@
 """Arms of a comparison: their settings, and the trials that tune a method before it is compared."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
@@ -95,6 +96,8 @@ def _given(text: str) -> list[TrainingArm]:
     """The arms of a YAML file, or the single arm of ``NAME:setting=value,setting=value``."""
     name, colon, settings = text.partition(":")
     if not colon:
+        if not Path(text).is_file():
+            raise ConfigurationError(f"--arms: {text!r} is neither NAME:setting=value,... nor a YAML file")
         arms = [_arm(name, own) for name, own in read_settings(Path(text)).items()]
         if not arms:
             raise ConfigurationError(f"--arms: {text} holds no arm, such as P3: {{optim.lr: 1e-3}}")
@@ -102,7 +105,18 @@ def _given(text: str) -> list[TrainingArm]:
     pairs = [pair.partition("=") for pair in re.split(r",(?=[\w.]+=)", settings)]
     if not all(path and equals for path, equals, _ in pairs):
         raise ConfigurationError(f"--arms: {text!r}; write NAME:setting=value,setting=value or a YAML file")
-    return [_arm(name, parse_flags({path.strip(): value.strip() for path, _, value in pairs}))]
+    with _named("--arms", name):
+        changes = parse_flags({path.strip(): value.strip() for path, _, value in pairs})
+    return [_arm(name, changes)]
+
+
+@contextmanager
+def _named(flag: str, arm: str) -> Iterator[None]:
+    """Name the flag and the arm in a ConfigurationError that the block raises."""
+    try:
+        yield
+    except ConfigurationError as error:
+        raise ConfigurationError(f"{flag}: {arm}: {error}") from error
 
 
 def _arm(name: str, settings: Any) -> TrainingArm:
@@ -130,11 +144,10 @@ def configured(start: Config, arm: TrainingArm, tuned: Mapping[str, Any], seed: 
     It combines the comparison's settings, the method's, those that trials chose and the arm's own changes;
     later ones win. Raises ConfigurationError if they contradict each other.
     """
-    config = _start_of(start, arm.method)
     ours = {"seed": seed, "threads": 1, "optim.updates": MOST_UPDATES, "evaluation.every": 0}
-    changes = {**tuned, **arm.changes, **ours}
-    config = assign(config, changes)
-    check(config)
+    with _named("--methods" if arm.tuned or arm.name in CONTROLS else "--arms", arm.name):
+        config = assign(_start_of(start, arm.method), {**tuned, **arm.changes, **ours})
+        check(config)
     return config
 
 

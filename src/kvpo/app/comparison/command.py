@@ -32,9 +32,10 @@ from kvpo.app.comparison.measuring import (
 )
 from kvpo.app.comparison.plan import MethodComparison, changed_settings
 from kvpo.app.comparison.results import summarise
+from kvpo.app.taken import refuse_other
 from kvpo.config import Config
 from kvpo.config_checks import ConfigurationError, check
-from kvpo.files import StorageError, finite, local_path, read_json, storage_error, write_atomic
+from kvpo.files import StorageError, finite, local_path, make_directory, read_json, write_atomic
 from kvpo.models.finite import NonFiniteError
 from kvpo.report.comparison import write_comparison
 from kvpo.training.device import computing
@@ -183,7 +184,7 @@ def compare_methods(
     """Compare arms and return the contents of ``summary.json``; continues a comparison begun in ``out``.
 
     Raises ConfigurationError for arms or settings that cannot be compared, and StorageError if ``out`` holds
-    another comparison.
+    another comparison, a run or a study.
     """
     _check(config, arms, seeds, budget_cpu_s, trials)
     out = local_path(out, "--out")
@@ -224,15 +225,13 @@ def _check(config: Config, arms: Sequence[TrainingArm], seeds: int, budget_cpu_s
 
 
 def _claim(comparison: MethodComparison, commit: str) -> None:
-    """Claim the directory for this comparison. Raises StorageError if it holds another one."""
+    """Claim the directory for this comparison. Raises StorageError if it holds something else."""
     out, file = comparison.out, comparison.plan_file
+    refuse_other(out, "comparison")
     plan = {name: value for name, value in asdict(comparison).items() if name != "out"}
     text = json.dumps({"kvpo": __version__, **plan, "commit": commit}, indent=1) + "\n"
-    try:
-        (out / "pieces").mkdir(parents=True, exist_ok=True)
-        (out / "runs").mkdir(exist_ok=True)
-    except OSError as error:
-        raise storage_error(out, error) from error
+    for directory in (out, out / "pieces", out / "runs"):
+        make_directory(directory)
     if not file.exists():
         write_atomic(file, text)
     before, here = read_json(file), json.loads(text)

@@ -7,6 +7,7 @@ from typing import Any
 
 from kvpo.app.comparison.arms import TrainingArm, trials
 from kvpo.app.configuration import flat
+from kvpo.app.taken import PLAN
 from kvpo.config import Config
 from kvpo.files import read_json
 
@@ -27,7 +28,7 @@ class MethodComparison:
     @property
     def plan_file(self) -> Path:
         """File that describes the comparison."""
-        return self.out / "comparison.json"
+        return self.out / PLAN
 
     def result_file(self, piece: str) -> Path:
         """File of a piece's result."""

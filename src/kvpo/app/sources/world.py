@@ -39,7 +39,7 @@ from kvpo.files import local_path, named_list
 from kvpo.models.adapters import add_adapter
 from kvpo.models.causal_wan import CausalWan
 from kvpo.models.settings import Deployment
-from kvpo.models.tensor_files import read_tensor_file
+from kvpo.models.tensor_files import FETCH_AGAIN, read_tensor_file
 from kvpo.plan.phases import Surroundings
 from kvpo.prompts import ClipPrompt, VideoPrompt, cut_notice
 from kvpo.rewards.cache import score_cache
@@ -129,8 +129,9 @@ def checked_base(config: Config) -> Path:
     try:
         read_tensor_file(path)
     except ValueError as error:
+        reason = str(error).removesuffix(FETCH_AGAIN)
         raise ValueError(
-            f"backbone.checkpoint: {error}; `kvpo pretrain --out FILE` writes a good one"
+            f"backbone.checkpoint: {reason}; `kvpo pretrain --out FILE` writes a good one"
         ) from error
     try:
         with safe_open(path, framework="pt") as file:

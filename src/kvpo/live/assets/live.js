@@ -68,7 +68,7 @@ function event(message) {
     case "session.pause.accepted":
       paused = message.paused; document.body.classList.toggle("paused", paused); return onAir();
     case "session.route.accepted":
-      return say(message.frames.length ? `back for ${message.blocks} blocks: ${message.frames.join(", ")}` : "back to the deployed window");
+      return say(message.frames.length ? `back for ${message.blocks} blocks: ${message.frames.join(", ")}` : "back to the deployment context");
     case "session.pin.accepted": if (numbers) { numbers.pinned = message.pinned; mark(); } return;
     case "session.reset.accepted": forget(0); playing = []; return;
     case "session.choose.accepted": forget(message.frame); playing = []; return;
