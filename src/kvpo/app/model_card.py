@@ -108,11 +108,11 @@ def _loading(layout: str, folder: Path, record: Mapping[str, Any]) -> str:
         name = f"{record['added_to']},{name} --backbone.lora_start merge"
     preset = record["settings"]["preset"]
     usual = settings_of(PRESETS[preset]())
-    changed = [word for path, value in record["settings"].items() if value != usual[path]
+    changed = [shlex.quote(word) for path, value in record["settings"].items() if value != usual[path]
                for word in (f"--{path}", flag_text(value))]  # fmt: skip
     own = (
         f"kvpo:\n\n```\nkvpo generate --preset {preset}{base} \\\n"
-        f"  --backbone.{flag} {' '.join([name, *map(shlex.quote, changed)])} --prompts prompts.txt --out videos\n```\n\n"
+        f"  --backbone.{flag} {' '.join([name, *changed])} --prompts prompts.txt --out videos\n```\n\n"
     )
     if not record["base"]:
         own = ""  # the embedded world's base takes no adapter, and its run generates the videos
