@@ -57,7 +57,7 @@ def test_new_videos_are_not_put_beside_old_ones(
     (tmp_path / "one.txt").write_text("A red circle moves left.\n")
     words = ("generate", "--run", run, "--prompts", tmp_path / "one.txt", "--out")
     assert command(*words, out) == 1
-    assert "already holds 12 video(s), such as 000-aligned.mp4; remove them" in capsys.readouterr().err
+    assert "already holds 12 videos, such as 000-aligned.mp4; remove them" in capsys.readouterr().err
     assert contents(out) == made
     assert command(*words, tmp_path / "others") == 0
 

@@ -153,7 +153,7 @@ def test_a_gain_says_its_place_among_null_runs_and_both_errors():
     above = headline_on([replace(outcome(0.1), null=(-0.01, 0.0, 0.04))])
     assert above.tone == "good" and not above.notes
     assert above.sentence == (
-        "Alignment raised the held-out reward: +0.100 \u00b1 0.010 on short videos (3 null run(s): "
+        "Alignment raised the held-out reward: +0.100 \u00b1 0.010 on short videos (3 null runs: "
         "+0.010 \u00b1 0.026 over seeds, the best +0.040)."
     )
     inside = headline_on([replace(outcome(0.1), null=(-0.01, 0.11))])

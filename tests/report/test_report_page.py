@@ -16,6 +16,7 @@ from edits import HOSTILE, copy_of, edit_json, edit_metrics, held_out, lines_of
 from pages import page_of, parse
 from safetensors.numpy import load_file, save_file
 
+from kvpo.files import counted
 from kvpo.method.methods import METHODS as METHODS_OF_TRAINING
 from kvpo.report.curves import NOT_METRICS
 from kvpo.report.formatting import escape, fixed, percent, signed, title_of
@@ -125,8 +126,8 @@ def test_null_runs_stand_beside_the_gain(run, tmp_path):
     path = tmp_path / "null.json"
     path.write_text(json.dumps({"settings": settings, "runs": gains}))
     page = parse(write_report(run, null=path).read_text()).text
-    assert "(3 null run(s): +0.010 \u00b1 0.010 over seeds, the best +0.020)" in page
-    assert "on long videos (3 null run(s)" in page and "(inside the range of the null runs)" not in page
+    assert "(3 null runs: +0.010 \u00b1 0.010 over seeds, the best +0.020)" in page
+    assert "on long videos (3 null runs" in page and "(inside the range of the null runs)" not in page
     assert "null runs of these settings are known" not in page
     path.write_text(json.dumps({"settings": settings | {"method": "nft"}, "runs": gains}))
     with pytest.raises(ValueError, match="have method nft, this one kvpo"):
@@ -155,7 +156,7 @@ def test_routing_is_compared_with_noise_of_the_same_pixel_distance_on_enough_for
             summary["diversity"][name]["attribute_diversity"] = value
 
     edit_json(run / "summary.json", measured)
-    assert "On 2 fork(s) of this run, these are too few" in page_of(run)[1].text
+    assert "On 2 forks of this run, these are too few" in page_of(run)[1].text
     config = yaml.safe_load((run / "config.yaml").read_text())
     config["evaluation"]["validation_prompts"] = 16
     (run / "config.yaml").write_text(yaml.safe_dump(config))
@@ -267,7 +268,7 @@ def test_damaged_files_are_named_and_the_rest_is_shown(run):
     _, page = page_of(run)
     assert "gallery/videos.safetensors cannot be read" in page.text
     assert "summary.json cannot be read" in page.text
-    assert "metrics.jsonl: 2 unreadable line(s) skipped" in page.text
+    assert "metrics.jsonl: 2 unreadable lines skipped" in page.text
     assert "branches/branches.safetensors: no video 'nowhere'" in page.text
     assert page.text.count("not available") == 2 * pairs + 1  # the gallery's videos and one branch
     assert "branch 4" in page.text
@@ -333,7 +334,7 @@ def test_the_timeline_shows_sink_routes_recent_and_explored_frames(finished_run,
     assert f"routes are drawn from here: frames {max(3, fork - 30)} to {fork - 4}" in titles
     routed = group["members"][1]["routed_frames"]
     (own, *_), (donor, *_) = ([r for r in routed if isinstance(r, kind)] for kind in (int, dict))
-    assert f"routed: frame {own}, {routed.count(own)} slot(s)" in titles
+    assert f"routed: frame {own}, {counted(routed.count(own), 'slot')}" in titles
     assert any(t.startswith(f"donor: frame {donor['frame']} of \u201c{donor['prompt']}") for t in titles)
     assert " " in donor["prompt"], "the donor's prompt, not its number"
 
@@ -397,7 +398,7 @@ def test_an_anchor_energy_of_quantised_rollouts_is_called_their_rounding(run):
 def test_videos_beyond_the_limit_are_counted(run, monkeypatch):
     monkeypatch.setattr("kvpo.report.page.VIDEO_BUDGET", 20_000)
     text, page = page_of(run)
-    assert re.search(r"\d+ video\(s\) were left out", page.text)
+    assert re.search(r"\d+ videos? left out", page.text)
     assert len(text) < 20_000 + 250_000
 
 

@@ -38,7 +38,7 @@ def test_local_flicker_counts_and_company_does_not():
     assert flicker(local) < flicker(still) - 0.05
     scores = FlickerScorer()(torch.stack([still, local]), ["", ""])["flicker"]
     assert scores.tolist() == pytest.approx([flicker(still), flicker(local)], abs=1e-7)
-    with pytest.raises(ValueError, match=r"2 frame\(s\), at least 3"):
+    with pytest.raises(ValueError, match=r"2 frames, at least 3"):
         FlickerScorer()(still[None, :2], [""])
 
 

@@ -64,7 +64,7 @@ def test_a_clip_scores_alone_as_in_company():
 
 def test_only_what_is_asked_for_is_needed():
     assert set(MotionScorer(("dynamic_degree",))(GLIDE[None, :2], [""])) == {"dynamic_degree"}
-    with pytest.raises(ValueError, match=r"2 frame\(s\), at least 3"):
+    with pytest.raises(ValueError, match=r"2 frames, at least 3"):
         MotionScorer(("motion_smoothness",))(GLIDE[None, :2], [""])
 
 

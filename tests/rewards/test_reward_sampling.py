@@ -98,7 +98,7 @@ def test_a_batch_of_another_form_is_named():
         checked_batch(video.transpose(1, 2), ["a", "b"], 1)
     with pytest.raises(ValueError, match="1 entries for 2 clips"):
         checked_batch(video, ["a"], 1)
-    with pytest.raises(ValueError, match=r"4 frame\(s\), at least 5"):
+    with pytest.raises(ValueError, match=r"4 frames, at least 5"):
         checked_batch(video, ["a", "b"], 5)
 
 

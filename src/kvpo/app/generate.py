@@ -25,7 +25,7 @@ from kvpo.engine.explorers import EXPLORERS
 from kvpo.engine.generator import as_bytes, pixels_of
 from kvpo.engine.selection import Selection
 from kvpo.engine.stream import lockstep_batches
-from kvpo.files import StorageError, demand_utf8, local_path, make_directory, new_file, write_atomic
+from kvpo.files import StorageError, counted, demand_utf8, local_path, make_directory, new_file, write_atomic
 from kvpo.models.tensor_files import read_safetensors
 from kvpo.progress import progress_bars
 from kvpo.prompt_files import examine, extended, written
@@ -206,8 +206,8 @@ def _demand_no_videos(out: Path) -> None:
         raise StorageError(f"cannot save videos in {out}: it is a file; choose another --out")
     if there := sorted(path for path in out.glob("*") if path.suffix.lower() in VIDEO_SUFFIXES):
         raise StorageError(
-            f"{out} already holds {len(there)} video(s), such as {there[0].name}; remove them, or choose "
-            "another --out"
+            f"{out} already holds {counted(len(there), 'video')}, such as {there[0].name}; remove them, or "
+            "choose another --out"
         )
 
 

@@ -3,6 +3,7 @@
 from collections import Counter
 from dataclasses import dataclass
 
+from kvpo.files import counted
 from kvpo.models.settings import Deployment
 from kvpo.report.clips import ClipStore, captions, film_data, screen, segments_of, whole
 from kvpo.report.formatting import escape, fixed, mapping, number, numbers, signed, significant, tone_of
@@ -149,9 +150,11 @@ def spans_of(group: GroupFacts, member: Entry, size: ContextSize) -> list[Span]:
     own, donors = routes_of(member)
     spans = _range("sink", 0, sink) + _range("recent", recent, group.fork)
     spans += _range("explored", group.fork, group.fork + group.window)
-    spans += [Span("routed", f, f + 1, f"routed: frame {f}, {n} slot(s)") for f, n in sorted(own.items())]
     spans += [
-        Span("donor", f, f + 1, f"donor: frame {f} of \u201c{prompt}\u201d, {n} slot(s)")
+        Span("routed", f, f + 1, f"routed: frame {f}, {counted(n, 'slot')}") for f, n in sorted(own.items())
+    ]
+    spans += [
+        Span("donor", f, f + 1, f"donor: frame {f} of \u201c{prompt}\u201d, {counted(n, 'slot')}")
         for (f, prompt), n in sorted(donors.items())
     ]
     return spans

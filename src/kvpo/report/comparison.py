@@ -239,7 +239,8 @@ def _listed(settings: Entry) -> str:
 
 
 def _facts(summary: Entry) -> str:
-    count, seeds = summary["tuning_trials"], ", ".join(map(str, summary["seeds"]))
+    count, one = summary["tuning_trials"], len(summary["seeds"]) == 1
+    seeds = f"{'seed' if one else 'seeds'} {', '.join(map(str, summary['seeds']))}"
     tuned = (
         f"Each method had up to {count} trials on validation prompts, at half that budget and under a seed "
         "that no run shown here has; the best one's settings were used, also by the other arms that train by "
@@ -252,7 +253,7 @@ def _facts(summary: Entry) -> str:
     facts = (
         f"Every run trains for {summary['budget_cpu_s']:g} CPU-seconds of its process with one thread; "
         f"evaluation does not count. {tuned if count else 'No method was tuned.'} Then every arm was trained "
-        f"afresh under seed(s) {seeds}, with the same prompts, forks and noise, and tested once as it stood "
+        f"afresh under {seeds}, with the same prompts, forks and noise, and tested once as it stood "
         f"at the end, on {tested}. p compares the rewards that two arms reached, whatever base they started "
         "from, and is the larger of two: of relabelled runs, and of flipped signs of prompts' differences."
     )

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from statistics import mean
 from typing import Any
 
+from kvpo.files import counted
 from kvpo.report.charts import interval
 from kvpo.report.elements import verdict_box
 from kvpo.report.formatting import duration, escape, fixed, mapping, number, numbers, percent, signed
@@ -245,7 +246,7 @@ def _card(
     if (gain := outcome.wrong_gain) is not None:
         measures += _change_measure("With a wrong caption", gain, outcome.wrong_error, gain_axis)
     if outcome.null:
-        name, error = f"{len(outcome.null)} null run(s), over seeds", over_seeds(outcome.null)
+        name, error = f"{counted(len(outcome.null), 'null run')}, over seeds", over_seeds(outcome.null)
         measures += _change_measure(name, mean(outcome.null), error, gain_axis, colour="base")
     if outcome.improved is not None:
         width = f"{min(100.0, max(0.0, 100 * outcome.improved)):.1f}%"

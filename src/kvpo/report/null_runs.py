@@ -11,7 +11,7 @@ from statistics import mean, stdev
 from typing import Any
 
 from kvpo.config import Config
-from kvpo.files import read_json
+from kvpo.files import counted, read_json
 from kvpo.report.formatting import fixed, mapping, numbers, signed
 from kvpo.report.record import Entry
 
@@ -95,4 +95,4 @@ def over_seeds(gains: Sequence[float]) -> float | None:
 def said_of(gains: Sequence[float]) -> str:
     """The gains of null runs in words."""
     about = f"{signed(mean(gains))} \u00b1 {fixed(over_seeds(gains))} over seeds"
-    return f"{len(gains)} null run(s): {about}, the best {signed(max(gains))}"
+    return f"{counted(len(gains), 'null run')}: {about}, the best {signed(max(gains))}"

@@ -3,7 +3,7 @@
 from dataclasses import replace
 from pathlib import Path
 
-from kvpo.files import write_atomic
+from kvpo.files import counted, write_atomic
 from kvpo.report import branches, gallery
 from kvpo.report.clips import ClipStore
 from kvpo.report.curves import components, diagnostics, reward_curves
@@ -32,7 +32,7 @@ def _embed_videos(run: RunRecord) -> ClipStore:
         store.add_all(folder, videos, share=VIDEO_BUDGET // max(1, count))
     if store.left_out:
         limit = f"{VIDEO_BUDGET / 1e6:.0f} MB"
-        run.problems.append(f"{store.left_out} video(s) were left out: a page holds {limit} of them")
+        run.problems.append(f"{counted(store.left_out, 'video')} left out: a page holds {limit} of them")
     return store
 
 

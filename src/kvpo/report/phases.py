@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from kvpo.files import counted
 from kvpo.report.elements import explained, table_card
 from kvpo.report.formatting import compact, number, title_of
 from kvpo.report.record import RunRecord
@@ -37,7 +38,7 @@ def phases(run: RunRecord) -> str:
         )
     ranks = max((len(values) for values in seconds.values()), default=1)
     idle, samples = (_mean(found, name) for name in ("idle", "samples_per_second_and_rank"))
-    note = f"{ranks} rank(s), {compact(idle)} of their time spent waiting for others"
+    note = f"{counted(ranks, 'rank')}, {compact(idle)} of their time spent waiting for others"
     note += f", {compact(samples)} samples per second and rank."
     return (
         table_card(("", "s per update", "slowest rank", "MB"), rows, "checks") + f'<p class="note">{note}</p>'

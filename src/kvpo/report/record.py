@@ -26,7 +26,7 @@ import numpy as np
 import yaml
 from safetensors import SafetensorError, safe_open
 
-from kvpo.files import json_lines, read_json, read_text, refuse_pointers
+from kvpo.files import counted, json_lines, read_json, read_text, refuse_pointers
 from kvpo.report.formatting import number
 from kvpo.report.video import as_frames
 
@@ -130,7 +130,7 @@ def _read_metrics(path: Path, problems: list[str]) -> tuple[list[Entry], list[En
         elif (kind := str(entry.get("kind"))) in kinds:
             kinds[kind][update] = entry
     if unreadable:
-        problems.append(f"metrics.jsonl: {unreadable} unreadable line(s) skipped")
+        problems.append(f"metrics.jsonl: {counted(unreadable, 'unreadable line')} skipped")
     updates, validations = ([kind[update] for update in sorted(kind)] for kind in kinds.values())
     return updates, validations
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import yaml
 
+from kvpo.files import counted
 from kvpo.report.elements import explained, table_card
 from kvpo.report.formatting import compact, escape, fixed, mapping, number, numbers, percent, signed, title_of
 from kvpo.report.headline import FEWEST_PROMPTS
@@ -117,7 +118,7 @@ def _diversity_sentence(methods: dict[str, dict[str, float]], forks: float) -> s
     said = ", ".join(parts)
     if forks < FEWEST_PROMPTS:
         said = f"these are too few to say more than the numbers (from {FEWEST_PROMPTS} on a sentence would)"
-    return f'<p class="reading">On {forks:.0f} fork(s) of this run, {said}.</p>'
+    return f'<p class="reading">On {counted(round(forks), "fork")} of this run, {said}.</p>'
 
 
 def diversity(run: RunRecord) -> str:

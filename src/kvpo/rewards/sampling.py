@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from kvpo.files import counted
 from kvpo.prompts import ClipPrompt
 from kvpo.rewards.protocol import Declaration, Sampling
 
@@ -30,7 +31,9 @@ def spread_indices(num_frames: int, frame_rate: float, sampling: Sampling) -> li
         return list(range(0, num_frames, max(1, round(frame_rate / sampling.rate))))
     ceiling = min(sampling.most, num_frames) // sampling.multiple * sampling.multiple
     if ceiling == 0:
-        raise ValueError(f"the clip has {num_frames} frame(s), at least {sampling.multiple} are needed")
+        raise ValueError(
+            f"the clip has {counted(num_frames, 'frame')}, at least {sampling.multiple} are needed"
+        )
     wanted = min(max(num_frames / frame_rate * sampling.rate, sampling.least), ceiling)
     count = min(max(1, round(wanted / sampling.multiple)) * sampling.multiple, ceiling)
     return torch.linspace(0, num_frames - 1, count).round().long().tolist()
@@ -104,4 +107,6 @@ def checked_batch(video_BTCHW: Tensor, prompts: Sequence[str], min_frames: int) 
     if len(prompts) != len(video_BTCHW):
         raise ValueError(f"prompts has {len(prompts)} entries for {len(video_BTCHW)} clips: give one each")
     if video_BTCHW.shape[1] < min_frames:
-        raise ValueError(f"the clip has {video_BTCHW.shape[1]} frame(s), at least {min_frames} are needed")
+        raise ValueError(
+            f"the clip has {counted(video_BTCHW.shape[1], 'frame')}, at least {min_frames} are needed"
+        )
