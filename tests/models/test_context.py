@@ -112,7 +112,7 @@ def test_sparse_activation_keeps_three_global_frames_of_each_head(sparse_own):
     keys, values, _ = context.read(1, q, k, v)
     cut = sparse_own * TOKENS
     for row in range(2):
-        first = list(zip(k[row, :cut].split(TOKENS), v[row, :cut].split(TOKENS), strict=True))
+        first = list(zip(k[row, :cut].split(TOKENS), v[row, :cut].split(TOKENS), strict=True)) if cut else []
         candidates = first + [frame(cache, 1, page) for page in table[row][:5]]
         local = frame(cache, 1, table[row][5])
         expected = chosen_by_hand(q[row], candidates)

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from kvpo.report.charts import Series, line_chart, paired_bars, ticks, value_range
@@ -66,6 +66,7 @@ def test_ticks_are_round_few_and_inside(low, width):
 
 
 @given(st.lists(FINITE, min_size=1, max_size=20))
+@example([5e-324])
 def test_value_range_holds_every_value_and_has_a_height(values):
     low, high = value_range(values)
     assert low < high

@@ -10,6 +10,7 @@ from drawn import draw
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
+from PIL import Image
 
 from kvpo.report.clips import SHEET_HEIGHT, ClipStore, encode_clip, png_bytes, sprite_sheet
 from kvpo.report.video import read_video, side_by_side, video_bytes, write_video
@@ -24,6 +25,13 @@ def test_mp4_keeps_frames_size_rate_and_colours(tmp_path):
     assert (found.shape, found.dtype, rate) == ((12, 128, 128, 3), np.uint8, 8.0)
     error = np.abs(found[:, 2::4, 2::4].astype(int) - frames)
     assert error.mean() < 4
+
+
+def test_a_file_that_states_no_frame_rate_has_the_nominal_one(tmp_path):
+    """GIFs of one frame, or without delays."""
+    Image.new("RGB", (16, 16), (90, 0, 0)).save(tmp_path / "a.gif")
+    frames, rate = read_video(tmp_path / "a.gif")
+    assert len(frames) == 1 and rate == 16
 
 
 def test_odd_sizes_grow_by_the_last_row_and_column(tmp_path):

@@ -39,7 +39,8 @@ def value_range(values: Sequence[float]) -> tuple[float, float]:
     """The range of ``values`` with a margin of 8 % at both ends; a constant gets a range around it."""
     low, high = min(values), max(values)
     if high - low <= 1e-12 * max(abs(low), abs(high)):
-        return (-0.1, 1.0) if low == 0 else (low - 0.5 * abs(low), high + 0.5 * abs(low))
+        margin = 0.5 * abs(low)
+        return (low - margin, high + margin) if margin else (-0.1, 1.0)  # half of the smallest number is 0
     return low - 0.08 * (high - low), high + 0.08 * (high - low)
 
 

@@ -9,6 +9,8 @@ from typing import Any, BinaryIO
 import av
 import numpy as np
 
+from kvpo.rewards.video_files import NOMINAL_RATE, stated_rate
+
 
 def as_frames(frames_THWC: Any, name: str = "frames") -> np.ndarray:
     """Return ``frames_THWC`` (numpy array or CPU tensor) as a uint8 [T, H, W, 3] array.
@@ -112,7 +114,7 @@ def video_bytes(frames_THWC: np.ndarray, fps: float, max_bytes: int) -> bytes:
 
 
 def read_video(path: Path) -> tuple[np.ndarray, float]:
-    """Decode a video file to uint8 frames [T, H, W, 3] and its frames per second.
+    """Decode a video file to uint8 frames [T, H, W, 3] and its frames per second, 16 if it states none.
 
     Raises ValueError if the file is not a video or holds no frame.
     """
@@ -120,13 +122,13 @@ def read_video(path: Path) -> tuple[np.ndarray, float]:
         with av.open(str(path)) as container:
             if not container.streams.video:
                 raise ValueError(f"{path} has no video stream")
-            rate = container.streams.video[0].average_rate
+            rate = stated_rate(container.streams.video[0])
             frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
     except av.FFmpegError as error:
         raise ValueError(f"{path} cannot be read as a video: {error}") from error
-    if not frames or rate is None:
+    if not frames:
         raise ValueError(f"{path} holds no video frame")
-    return np.stack(frames), float(rate)
+    return np.stack(frames), rate or NOMINAL_RATE
 
 
 def side_by_side(videos: Sequence[Any], *, gap: int = 2) -> np.ndarray:

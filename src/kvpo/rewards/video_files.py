@@ -69,7 +69,7 @@ def probe(path: Path) -> VideoFile:
             if not container.streams.video:
                 raise ValueError("the file has no video in it")
             stream = container.streams.video[0]
-            header, unit = stream.average_rate, stream.time_base
+            header, unit = stated_rate(stream), stream.time_base
             packets = [
                 (packet.pts, packet.is_keyframe)
                 for packet in container.demux(stream)
@@ -81,14 +81,20 @@ def probe(path: Path) -> VideoFile:
         raise ValueError("the file holds no video frame")
     times = [time for time, _ in packets]
     if None in times:
-        return VideoFile(path, float(header or NOMINAL_RATE), tuple([None] * len(times)), ())
+        return VideoFile(path, header or NOMINAL_RATE, tuple([None] * len(times)), ())
     times.sort()
-    rate = float(header) if header else 0.0
+    rate = header
     span = float((times[-1] - times[0]) * unit) if unit else 0.0
     if len(times) > 1 and span > 0:
         measured = (len(times) - 1) / span
         rate = rate if abs(rate / measured - 1) <= RATE_TOLERANCE else measured
     return VideoFile(path, rate or NOMINAL_RATE, tuple(times), tuple(sorted(t for t, key in packets if key)))
+
+
+def stated_rate(stream: av.VideoStream) -> float:
+    """Frames per second in the header; 0 if it states none, as in GIFs without delays."""
+    rate = stream.average_rate
+    return float(rate) if rate and rate.denominator else 0.0
 
 
 def read_frames(video: VideoFile, indices: Sequence[int], max_pixels: int) -> np.ndarray:
@@ -228,11 +234,11 @@ def standard_range(frame: av.VideoFrame) -> np.ndarray:
 
 def upright(image: np.ndarray, frame: av.VideoFrame) -> np.ndarray:
     """Rotate and mirror an image [H, W, 3] by the display matrix of ``frame``. Raises ValueError."""
-    matrices = [bytes(data) for data in frame.side_data if data.type.name == "DISPLAYMATRIX"]
-    if not matrices:
+    matrix = frame.side_data.get("DISPLAYMATRIX")
+    if matrix is None:
         return image
     # A pixel at (x, y) is shown at (a x + c y, b x + d y).
-    a, b, _, c, d = np.frombuffer(matrices[0], np.int32)[:5].tolist()
+    a, b, _, c, d = np.frombuffer(bytes(matrix), np.int32)[:5].tolist()
     if (a or d) and (b or c):
         raise ValueError(f"the header turns it by {frame.rotation} degrees; only quarter turns can be read")
     if b or c:

@@ -115,6 +115,7 @@ class Link:
     def close(self) -> None:
         """Close the connection and end the thread."""
         self.run(self.client.aclose())
+        self.run(self.loop.shutdown_asyncgens())
         self.loop.call_soon_threadsafe(self.loop.stop)
 
     async def ask(
