@@ -215,8 +215,6 @@ def test_fresh_modulations_shrink_with_the_width():
 def test_all_of_a_layer_but_its_attention_is_compiled_for_any_number_of_rows(monkeypatch):
     import torch._dynamo.config as dynamo
 
-    monkeypatch.setattr(dynamo, "recompile_limit", 8)
-    monkeypatch.setattr(dynamo, "specialize_float", False)
     compiled = []
 
     def compile(function, *, dynamic):
@@ -225,13 +223,14 @@ def test_all_of_a_layer_but_its_attention_is_compiled_for_any_number_of_rows(mon
 
     monkeypatch.setattr(torch, "compile", compile)
     model = sensitive_model()
-    model.compile_blocks()
+    with dynamo.patch(recompile_limit=8, specialize_float=False):
+        model.compile_blocks()
+        assert dynamo.recompile_limit >= 64 and dynamo.specialize_float
     assert compiled == [
         (part, True)
         for block in model.blocks
         for part in (type(block).project.__get__(block), type(block).update.__get__(block))
     ]
-    assert dynamo.recompile_limit >= 64 and dynamo.specialize_float
 
 
 def gradients(model, context):

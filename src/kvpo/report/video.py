@@ -9,7 +9,7 @@ from typing import Any, BinaryIO
 import av
 import numpy as np
 
-from kvpo.rewards.video_files import NOMINAL_RATE, stated_rate
+from kvpo.rewards.sampling import stated_rate
 
 
 def as_frames(frames_THWC: Any, name: str = "frames") -> np.ndarray:
@@ -128,7 +128,7 @@ def read_video(path: Path) -> tuple[np.ndarray, float]:
         raise ValueError(f"{path} cannot be read as a video: {error}") from error
     if not frames:
         raise ValueError(f"{path} holds no video frame")
-    return np.stack(frames), rate or NOMINAL_RATE
+    return np.stack(frames), rate
 
 
 def side_by_side(videos: Sequence[Any], *, gap: int = 2) -> np.ndarray:

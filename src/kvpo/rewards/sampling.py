@@ -1,6 +1,7 @@
 """Selection of the frames of a clip, or of a video file, that a reward scores."""
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -9,12 +10,23 @@ from kvpo.files import counted
 from kvpo.prompts import ClipPrompt
 from kvpo.rewards.protocol import Declaration, Sampling
 
+if TYPE_CHECKING:
+    import av
+
 NEIGHBOURS = 49
 """Consecutive frames per clip of a longer file, for rewards that compare each frame with the next."""
 NEIGHBOUR_RATE = 16.0
 """Frames per second at which neighbours are compared; faster files are subsampled by a whole stride."""
 CLIPS = 6
 """Maximum number of clips per file; they are spread evenly over it."""
+NOMINAL_RATE = 16.0
+"""Frames per second assumed for a file that states none."""
+
+
+def stated_rate(stream: "av.VideoStream") -> float:
+    """Frames per second in the header of a stream; nominal if it has none, as GIFs of one frame."""
+    rate = stream.average_rate
+    return float(rate) if rate and rate.denominator else NOMINAL_RATE
 
 
 def spread_indices(num_frames: int, frame_rate: float, sampling: Sampling) -> list[int]:

@@ -13,12 +13,11 @@ import numpy as np
 
 from kvpo.extras import extra
 from kvpo.files import refuse_pointers
+from kvpo.rewards.sampling import stated_rate
 
 with extra("rewards"):
     import cv2
 
-NOMINAL_RATE = 16.0
-"""Frames per second assumed for a file that states none."""
 SEE_THROUGH = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
 """Codecs with transparency -> the decoder that reads it, which is not FFmpeg's default."""
 RATE_TOLERANCE = 0.01
@@ -69,7 +68,7 @@ def probe(path: Path) -> VideoFile:
             if not container.streams.video:
                 raise ValueError("the file has no video in it")
             stream = container.streams.video[0]
-            header, unit = stated_rate(stream), stream.time_base
+            rate, unit = stated_rate(stream), stream.time_base
             packets = [
                 (packet.pts, packet.is_keyframe)
                 for packet in container.demux(stream)
@@ -81,20 +80,13 @@ def probe(path: Path) -> VideoFile:
         raise ValueError("the file holds no video frame")
     times = [time for time, _ in packets]
     if None in times:
-        return VideoFile(path, header or NOMINAL_RATE, tuple([None] * len(times)), ())
+        return VideoFile(path, rate, tuple([None] * len(times)), ())
     times.sort()
-    rate = header
     span = float((times[-1] - times[0]) * unit) if unit else 0.0
     if len(times) > 1 and span > 0:
         measured = (len(times) - 1) / span
         rate = rate if abs(rate / measured - 1) <= RATE_TOLERANCE else measured
-    return VideoFile(path, rate or NOMINAL_RATE, tuple(times), tuple(sorted(t for t, key in packets if key)))
-
-
-def stated_rate(stream: av.VideoStream) -> float:
-    """Frames per second in the header; 0 if it states none, as in GIFs without delays."""
-    rate = stream.average_rate
-    return float(rate) if rate and rate.denominator else 0.0
+    return VideoFile(path, rate, tuple(times), tuple(sorted(t for t, key in packets if key)))
 
 
 def read_frames(video: VideoFile, indices: Sequence[int], max_pixels: int) -> np.ndarray:
