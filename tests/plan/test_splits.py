@@ -159,3 +159,6 @@ def test_a_run_that_cannot_fit_is_refused_unless_told(
     shared = "add --backbone.offload true --distributed.branch_ranks 2, or --anyway to try"
     with pytest.raises(ValueError, match=shared):
         plan.say_what_is_needed(preset("longlive-1.3b"), 8, anyway=False)
+    shared = "of 6 ranks .* add --backbone.offload true --distributed.branch_ranks 3 --distributed.shard true"
+    with pytest.raises(ValueError, match=shared):  # six ranks need not fill a node of eight GPUs
+        plan.say_what_is_needed(preset("longlive-1.3b"), 6, anyway=False)

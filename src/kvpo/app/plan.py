@@ -219,7 +219,7 @@ def say_what_is_needed(config: Config, ranks: int, *, anyway: bool) -> None:
     on_cuda = config.device.startswith("cuda")
     gpus = torch.cuda.device_count() if on_cuda else ranks
     chosen = teams_within(ranks, config.distributed.branch_ranks)
-    per_node = math.gcd(ranks, gpus)
+    per_node = ranks if ranks <= gpus else math.gcd(ranks, gpus)
     split = Sharing(ranks, chosen, config.distributed.shard and chosen > 1, per_node)
     planner = Planner(config, DEFAULT_RATES[on_cuda])
     try:
