@@ -5,6 +5,7 @@ import os
 import re
 import weakref
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,10 @@ from safetensors.torch import load_file
 
 from kvpo.app import generate as generate_module
 from kvpo.app.cli import main
-from kvpo.app.generate import generate
+from kvpo.app.generate import Best, generate
 from kvpo.app.video_folder import find_videos, listed_videos, read_manifest
 from kvpo.config import Config
-from kvpo.files import StorageError
+from kvpo.files import TEMPORARY_PREFIX, StorageError
 from kvpo.prompts import VideoPrompt
 from kvpo.report.video import write_video
 from kvpo.training.backbone import Backbone
@@ -170,13 +171,75 @@ def test_a_video_that_is_not_whole_is_not_there(
         if len(wrote) == 2:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr("kvpo.app.generate.write_video", stopping)
-    with pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("kvpo.app.generate.write_video", stopping)
         generate(config, tmp_path / "out", prompts=prompts)
     beside = ["latents.parts", "prompts.jsonl", "videos.json"]
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["000.mp4", *beside]
     assert listed_videos(tmp_path / "out", None)[1:] == (["000.mp4"], CAPTIONS[:1])
     assert len(load_file(tmp_path / "out" / "latents.parts" / "000.safetensors")["000"]) == 9
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("chosen", [False, True])
+def test_a_stopped_call_continues_with_the_videos_that_it_lacks(
+    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chosen: bool
+) -> None:
+    config = tiny_config(tiny_base)
+    best = Best(2, ("flicker",), explorer="fresh") if chosen else None
+    prompts = [VideoPrompt(n, (CAPTIONS[n % 2],), (), 9) for n in range(5)]
+    monkeypatch.setattr(generate_module, "VIDEOS_TOGETHER", 2)
+    generate(config, tmp_path / "whole", prompts=prompts, best=best)
+    wrote: list[str] = []
+
+    def recording(path: Path, *content: Any, **settings: Any) -> None:
+        wrote.append(path.name)
+        if len(wrote) == 4:
+            raise OSError(28, "No space left on device")
+        write_video(path, *content, **settings)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("kvpo.app.generate.write_video", recording)
+        with pytest.raises(StorageError, match="the disk is full"):
+            generate(config, tmp_path / "out", prompts=prompts, best=best)
+        assert len(list((tmp_path / "out").glob("*.mp4"))) == 3
+        (tmp_path / "out" / f"{TEMPORARY_PREFIX}left").touch()
+        generate(config, tmp_path / "out", prompts=prompts, best=best)
+    assert len(wrote) == 4 + 3, "the batch that was begun, and the one that was not"
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    with pytest.raises(StorageError, match="already holds 5 videos"):
+        generate(config, tmp_path / "out", prompts=prompts, best=best)
+
+
+def test_a_stopped_call_is_not_continued_by_another_one(
+    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, out = tiny_config(tiny_base), tmp_path / "out"
+    prompts = [VideoPrompt(0, CAPTIONS[:1], (), 9)]
+    best = Best(2, ("flicker",), explorer="fresh")
+
+    def failing(*content: Any, **settings: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("kvpo.app.generate.write_video", failing)
+        generate(config, out, prompts=prompts)
+    before = contents(out / "latents.parts")
+    other_prompts = [VideoPrompt(0, CAPTIONS[1:], (), 9)]
+    shifted = replace(config, stream=replace(config.stream, shift=2.0))
+    for changed, other, given, choice in (
+        ("seed", replace(config, seed=1), prompts, None),
+        ("stream.shift", shifted, prompts, None),
+        ("prompts", config, other_prompts, None),
+        ("best-of", config, prompts, best),
+    ):
+        message = f"holds unfinished videos of a call with other {changed}.*; repeat that call"
+        with pytest.raises(StorageError, match=message):
+            generate(other, out, prompts=given, best=choice)
+    assert contents(out / "latents.parts") == before
 
 
 def test_the_best_of_several_on_the_command_line(tiny_base: Path, tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ import json
 import logging
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,12 @@ from safetensors import SafetensorError
 from safetensors.torch import save, save_file
 from torch import Tensor
 
+from kvpo import __version__
 from kvpo.app.build import checkpoint_of, load_backbone, opened_arms, source_of
+from kvpo.app.configuration import flat
 from kvpo.app.given_frames import with_given_frames
 from kvpo.app.judges import build_scorer
+from kvpo.app.origin import identity_of, settings_of
 from kvpo.app.prompt_sets import prompt_file
 from kvpo.app.provenance import demand_same_prompts
 from kvpo.app.video_folder import MANIFEST, SIDE_BY_SIDE, VIDEO_SUFFIXES
@@ -25,8 +28,19 @@ from kvpo.engine.explorers import EXPLORERS
 from kvpo.engine.generator import as_bytes, pixels_of
 from kvpo.engine.selection import Selection
 from kvpo.engine.stream import lockstep_batches
-from kvpo.files import StorageError, counted, demand_utf8, local_path, make_directory, new_file, write_atomic
-from kvpo.models.tensor_files import read_safetensors
+from kvpo.files import (
+    StorageError,
+    counted,
+    demand_utf8,
+    local_path,
+    make_directory,
+    named_list,
+    new_file,
+    read_json,
+    remove_leftovers,
+    write_atomic,
+)
+from kvpo.models.tensor_files import digest_of, read_safetensors
 from kvpo.progress import progress_bars
 from kvpo.prompt_files import examine, extended, written
 from kvpo.prompts import VideoPrompt, check_shown
@@ -40,7 +54,9 @@ logger = logging.getLogger(__name__)
 VIDEOS_TOGETHER = 8
 """Videos generated in one batch."""
 PARTS = "latents.parts"
-"""Folder of the latents, one file per video, until all videos are made and one file holds them."""
+"""Folder of what an unfinished call needs to continue: the latents, one file per video, and its request."""
+REQUEST = "request.json"
+"""File in it that identifies the call."""
 UNASKED = 4
 """Number of test prompts of each kind that are used if none are given."""
 
@@ -92,7 +108,8 @@ def generate(
     ``out`` first receives ``prompts.jsonl`` and ``videos.json``, which lists the prompts of every file for
     `kvpo score`, so that the videos of a call that fails can be scored too. Their latents ([T, C, H, W] by
     file name) are joined in ``latents.safetensors`` at the end, and in ``latents.parts`` before that. The
-    noise of the n-th video depends on ``config.seed`` and n alone.
+    noise of the n-th video depends on ``config.seed`` and n alone. A call that was stopped continues if it is
+    repeated, and then writes the same files as if it had not been.
 
     Args:
         prompts: a prompt file (see ``kvpo.prompt_files``), prompts, or None: some of the test prompts.
@@ -107,13 +124,14 @@ def generate(
         ValueError: prompts, a checkpoint or base that cannot be used; a length the stream cannot have; test
             prompts that are not those of the run; weights, latents or pixels that are not finite; an ``out``
             whose name is not UTF-8.
-        StorageError: ``out`` cannot be written, or holds videos already.
+        StorageError: ``out`` cannot be written, or holds the videos of another call or of a finished one.
     """
     check(config)
     out = local_path(out, "out")
     demand_utf8(out)
     run = None if run is None else local_path(run, "run")
-    _demand_no_videos(out)
+    if not (out / PARTS / REQUEST).is_file():
+        _demand_no_videos(out)
     if run is not None and prompts is None:
         demand_same_prompts(run, config)
     with joined_ranks(config.device) as ranks, computing(config):
@@ -138,20 +156,34 @@ def _generate(
         backbone = with_given_frames(load_backbone(config, wanted), frames, wanted)
         arms = opened_arms(backbone, path, weights)
         selection = None if best is None else best.selection(config, backbone)
-        make_directory(out)
-        make_directory(out / PARTS)
 
     names = _names(len(wanted), list(arms))
     shows = {f"{name}.mp4": wanted[n].segments for n, own in enumerate(names) for name in own}
-    ranks.once("writing lists", lambda: _write_lists(out, wanted, shows))
-    scores: dict[str, dict[str, Any]] = {}
+    request = {
+        "kvpo": __version__,
+        "base": backbone.weights.base_sha256,
+        "checkpoint": None if path is None else identity_of(path, weights),
+        "prompts": [asdict(prompt) for prompt in wanted],
+        "frames": digest_of({str(id): latents for id, latents in backbone.given.items()}),
+        "seed": config.seed,
+        "backbone.vae_precision": config.backbone.vae_precision,
+        **settings_of(config),
+    }
+    if best is not None:
+        chosen_by = {"exploration": config.exploration, "rewards": config.rewards}
+        request |= {"best-of": asdict(best), **flat({name: asdict(own) for name, own in chosen_by.items()})}
+    ranks.once("preparing the folder", lambda: _prepare(out, request, wanted, shows))
     batches = list(lockstep_batches([prompt.num_frames for prompt in wanted], VIDEOS_TOGETHER))
     share, tape = ranks.share(batches), backbone.tape("generation")
     with ranks.together("generating"), progress_bars(shown=ranks.main) as show:
         done, total = 0, sum(map(len, share))
         for batch in ([wanted[n] for n in index] for index in share):
             show("generating", done, total)
+            done += len(batch)
+            if all(_is_made(out, names[prompt.id], len(arms)) for prompt in batch):
+                continue
             latents = []
+            scores: dict[int, dict[str, Any]] = {prompt.id: {} for prompt in batch}
             for arm, side in arms.items():
                 with side():
                     if selection is None:
@@ -161,18 +193,15 @@ def _generate(
                     found = [selection.best(one, texts, tape, given.get(one.id)) for one in batch]
                 latents.append(torch.stack([one.latents_TCHW for one in found]))
                 for prompt, one in zip(batch, found, strict=True):
-                    scores.setdefault(str(prompt.id), {})[arm] = one.scores
+                    scores[prompt.id][arm] = one.scores
             for row, prompt in enumerate(batch):
+                if selection is not None:
+                    write_atomic(_scores_file(out, prompt.id), json.dumps(scores[prompt.id]))
                 _write_videos(backbone, out, names[prompt.id], [of_side[row] for of_side in latents])
-            done += len(batch)
-            show("generating", done, total)
+        show("generating", done, total)
     made = [name for own in names for name in own[: len(arms)]]
-    ranks.once("joining latents", lambda: _join_latents(out, made))
-    for own_scores in ranks.gather(scores, "collecting scores"):
-        scores |= own_scores
-    if scores:
-        text = json.dumps(scores, indent=1) + "\n"
-        ranks.once("writing scores", lambda: write_atomic(out / "best-of.json", text))
+    scored = range(len(wanted) if selection is not None else 0)
+    ranks.once("joining latents", lambda: _join_parts(out, made, scored))
     return [out / name for name in sorted(shows)]
 
 
@@ -183,15 +212,46 @@ def _names(prompts: int, arms: Sequence[str]) -> list[list[str]]:
     return [[f"{n:0{digits}d}{end}" for end in ends] for n in range(prompts)]
 
 
-def _write_lists(out: Path, wanted: Sequence[VideoPrompt], shows: dict[str, tuple[str, ...]]) -> None:
-    """Write the files that say what the videos show, sorted by video name."""
+def _prepare(
+    out: Path, request: dict[str, Any], wanted: Sequence[VideoPrompt], shows: dict[str, tuple[str, ...]]
+) -> None:
+    """Begin a folder with the files that say what its videos show, or continue one of the same request."""
+    asked = json.loads(json.dumps(request, default=str))
+    if (out / PARTS / REQUEST).is_file():
+        before = read_json(out / PARTS / REQUEST)
+        if changed := [key for key in asked | before if before.get(key) != asked.get(key)]:
+            raise StorageError(
+                f"{out} holds unfinished videos of a call with other {named_list(changed)}; repeat that call "
+                "to finish them, or choose another --out"
+            )
+        logger.info("%s: continuing with the videos that it lacks", out)
+        remove_leftovers(out)
+        return
+    _demand_no_videos(out)
+    make_directory(out)
+    make_directory(out / PARTS)
     listed = out / "prompts.jsonl"
     write_atomic(listed, written(wanted, listed))
     write_atomic(out / MANIFEST, json.dumps(dict(sorted(shows.items())), indent=1, ensure_ascii=False) + "\n")
+    write_atomic(out / PARTS / REQUEST, json.dumps(asked, indent=1, ensure_ascii=False) + "\n")
 
 
-def _join_latents(out: Path, names: Sequence[str]) -> None:
-    """Join the latents of these videos in one file, which replaces their parts."""
+def _is_made(out: Path, names: Sequence[str], arms: int) -> bool:
+    """True if a prompt's videos exist, with the latents of each arm's."""
+    latents = [out / PARTS / f"{name}.safetensors" for name in names[:arms]]
+    return all(path.is_file() for path in [*latents, *(out / f"{name}.mp4" for name in names)])
+
+
+def _scores_file(out: Path, prompt: int) -> Path:
+    """File of the scores of a prompt's candidates, until all videos are made."""
+    return out / PARTS / f"{prompt}.json"
+
+
+def _join_parts(out: Path, names: Sequence[str], scored: Sequence[int]) -> None:
+    """Join the latents of these videos in one file, and the scores of these prompts, and remove the parts."""
+    if scored:
+        scores = {str(prompt): read_json(_scores_file(out, prompt)) for prompt in scored}
+        write_atomic(out / "best-of.json", json.dumps(scores, indent=1) + "\n")
     joined: dict[str, Tensor] = {}
     for name in names:
         joined |= read_safetensors(out / PARTS / f"{name}.safetensors")

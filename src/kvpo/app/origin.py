@@ -23,6 +23,11 @@ def settings_of(config: Config) -> dict[str, Any]:
     return dict(json.loads(json.dumps(values)))
 
 
+def identity_of(checkpoint: Path, weights: str) -> str:
+    """Identify a checkpoint by its content, wherever it is, and by the choice of its weights."""
+    return f"{fingerprint([checkpoint])}, {weights}"
+
+
 def record_of(config: Config, backbone: str, checkpoint: Path, weights: str) -> dict[str, Any]:
     """Record of the values that a checkpoint was made with; ``backbone`` is the digest of its base."""
     return {

@@ -17,7 +17,7 @@ from typing import Any
 from kvpo import __version__
 from kvpo.app.build import checkpoint_of, load_backbone, opened_arms, source_of
 from kvpo.app.generate import VIDEOS_TOGETHER
-from kvpo.app.origin import settings_of
+from kvpo.app.origin import identity_of, settings_of
 from kvpo.config import Config
 from kvpo.config_checks import ConfigurationError, check
 from kvpo.engine.generator import as_bytes, frame_size, pixel_frame, pixels_of
@@ -34,7 +34,6 @@ from kvpo.files import (
     temporary_name,
     write_atomic,
 )
-from kvpo.models.tensor_files import fingerprint
 from kvpo.progress import progress_bars
 from kvpo.prompt_files import examine, extended
 from kvpo.prompts import VideoPrompt
@@ -263,16 +262,11 @@ def generate_suite(
             del record["settings"]["stream.size"]  # folders begun before it was recorded have "size" alone
             arms = opened_arms(backbone, path, weights)
         for arm, side in arms.items():
-            own = record | ({"checkpoint": _identity(path, weights)} if path and arm == "aligned" else {})
+            own = record | ({"checkpoint": identity_of(path, weights)} if path and arm == "aligned" else {})
             ranks.once("preparing the folder", lambda own=own, arm=arm: _prepare(out, arm, own, videos))
             with ranks.together(f"generating {arm}"), side():
                 _fill(ranks, backbone, out, arm, list(zip(videos, asked, strict=True)))
     return [out / arm for arm in arms]
-
-
-def _identity(checkpoint: Path, weights: str) -> str:
-    """Identify a checkpoint by its content, wherever it is, and by the choice of its weights."""
-    return f"{fingerprint([checkpoint])}, {weights}"
 
 
 def _shape(backbone: Backbone, latent_frames: int) -> dict[str, Any]:
