@@ -39,7 +39,6 @@ SETTINGS = (
     "routed=6,distinct=6,resident_frames=0",
     "routed=6,distinct=2,blocks=4,resident_frames=0",
 )
-KINDS: dict[str, Explorer] = {"routed": routes, "noise": fresh_noise}
 COUNTED = ("valid_differences", "valid_share", "broken_share")
 NAMES = (*COUNTED, "attribute_diversity", "pixel_distance", "reward_std")
 
@@ -55,8 +54,10 @@ def counted(shown: Sequence[tuple[Look, bool]], possible: set[Look]) -> dict[str
     }
 
 
-def measured(setup: Setup, prompts: Sequence[VideoPrompt], explorer: Explorer) -> dict[str, float]:
-    """Diversity of the branches of one explorer; every story counts once."""
+def measured(
+    setup: Setup, prompts: Sequence[VideoPrompt], explorer: Explorer
+) -> tuple[dict[str, float], list[dict[str, float]]]:
+    """Diversity of the branches of one explorer, and the shares of every story; each counts once."""
     per_story, others = [], []
     fork = Fork(prompts[0].switches[2], setup.config.exploration)
     for first in range(0, len(prompts), TOGETHER):
@@ -67,27 +68,38 @@ def measured(setup: Setup, prompts: Sequence[VideoPrompt], explorer: Explorer) -
             acts = acts_shown(setup, group)
             per_story.append(counted(shown_after(setup, group)[:-1], acts[0] | acts[1]))
             others.append(asdict(look.measure([group])))
-    found = mean_diversity(others)
+    return {**mean_diversity(others), **shares(per_story)}, per_story
+
+
+def shares(per_story: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Means over stories and their standard errors (``_se``)."""
+    found = {}
     for name in COUNTED:
         found[name], found[f"{name}_se"] = mean_and_error([story[name] for story in per_story])
     return found
 
 
 def under(setting: str, stories: int, given: Mapping[str, Any]) -> dict[str, dict[str, float]]:
-    """Measure routed and noise branches under one setting of ``exploration.*``."""
+    """Measure routed and noise branches under one setting, and their difference by story."""
     words = [word for part in setting.split(",") for word in f"exploration.{part}".split("=")]
     setup = build_setup(preset("demo", {**given, **FEW_PROMPTS, **given_settings(words)}))
     prompts = list(islice(open_prompts(84, setup.generator.block), stories))
-    return {kind: measured(setup, prompts, explorer) for kind, explorer in KINDS.items()}
+    (routed, by_routes), (noise, by_noise) = (
+        measured(setup, prompts, kind) for kind in (routes, fresh_noise)
+    )
+    pairs = zip(by_routes, by_noise, strict=True)
+    differences = [{name: a[name] - b[name] for name in COUNTED} for a, b in pairs]
+    return {"routed": routed, "noise": noise, "difference": shares(differences)}
 
 
 def compared(results: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
-    """The table: routed branches and fresh noise, by exploration setting."""
-    rows = [
-        (setting, *(f"{found['routed'][name]:.3f} / {found['noise'][name]:.3f}" for name in NAMES))
-        for setting, found in results.items()
-    ]
-    return table(["exploration", *NAMES], rows)
+    """The table: routed branches and fresh noise, by exploration setting, and the difference in broken ones."""
+    rows = []
+    for setting, found in results.items():
+        both = (f"{found['routed'][name]:.3f} / {found['noise'][name]:.3f}" for name in NAMES)
+        more = found["difference"]
+        rows.append((setting, *both, f"{more['broken_share']:+.3f} ({more['broken_share_se']:.3f})"))
+    return table(["exploration", *NAMES, "difference in broken_share (SE)"], rows)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
