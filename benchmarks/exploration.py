@@ -93,7 +93,7 @@ def under(setting: str, stories: int, given: Mapping[str, Any]) -> dict[str, dic
 
 
 def compared(results: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
-    """The table: routed branches and fresh noise, by exploration setting, and the difference in broken ones."""
+    """The table of routed branches and fresh noise by exploration setting, with errors over stories."""
     rows = []
     for setting, found in results.items():
         both = (f"{found['routed'][name]:.3f} / {found['noise'][name]:.3f}" for name in NAMES)

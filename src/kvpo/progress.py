@@ -1,7 +1,7 @@
 """Progress bars on standard error; standard output is for results."""
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 from rich.console import Console
@@ -32,6 +32,19 @@ class Bars:
             self.tasks[stage] = self.display.add_task(stage, total=total, note="")
         notes = [f"{word} {numbers[name]:.3f}" for name, word in NOTES.items() if name in (numbers or {})]
         self.display.update(self.tasks[stage], completed=done, total=total, note=" ".join(notes[:1]))
+
+
+def counter(show: Callable[..., None], stage: str, total: int) -> Callable[[int], None]:
+    """Begin a stage of ``show``, and return a function that adds to what is done of it, up to ``total``."""
+    done = 0
+
+    def add(count: int) -> None:
+        nonlocal done
+        done = min(total, done + count)
+        show(stage, done, total)
+
+    add(0)
+    return add
 
 
 @contextmanager

@@ -108,7 +108,7 @@ def test_a_checkpoint_of_update_0_is_there_before_anything_is_generated(
 ) -> None:
     there: list[str] = []
 
-    def fails(*arguments: Any) -> Any:
+    def fails(*arguments: Any, **how: Any) -> Any:
         there.extend(path.name for path in checkpoints(tmp_path / "run" / "checkpoints"))
         raise ValueError("out of memory")
 

@@ -59,7 +59,10 @@ def test_what_runs_share_is_scored_once(
 def test_routes_and_noise_are_compared(measured: Any, tiny_words: list[str]) -> None:
     found = measured("exploration", "--stories", "2", "--settings", "routed=3,distinct=2", *tiny_words)
     (setting,) = found["routes"].values()
-    assert set(setting) == {"routed", "noise"} and setting["noise"]["pixel_distance"] > 0
+    assert set(setting) == {"routed", "noise", "difference"} and setting["noise"]["pixel_distance"] > 0
+    for name in ("valid_differences", "valid_share", "broken_share"):
+        routed, noise, difference = (setting[kind][name] for kind in ("routed", "noise", "difference"))
+        assert difference == pytest.approx(routed - noise)
 
 
 def test_who_comes_back_is_counted(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kvpo.engine.noise import SeededTape
+from kvpo.progress import counter
 from kvpo.prompts import ClipPrompt, VideoPrompt
 from kvpo.training.evaluation import (
     Evaluation,
@@ -63,6 +64,18 @@ def test_a_segment_counts_by_its_frames(tiny_base: Path, rows: int) -> None:
     torch.testing.assert_close(found.components_KN, torch.stack([expected, 2 * expected]))
     assert found.unseen_N is not None
     torch.testing.assert_close(found.unseen_N, expected)
+
+
+def test_scored_videos_are_counted_as_they_are_done(tiny_base: Path) -> None:
+    setup = toy_setup(tiny_config(tiny_base))
+    shown: list[tuple[Any, ...]] = []
+    report = counter(lambda *step: shown.append(step), "videos", 2 * len(PROMPTS))
+    for _ in range(2):
+        judges, tape = Judges(Literal(), torch.ones(2), None), setup.backbone.tape("test")
+        evaluate_policy(setup.backbone, PROMPTS, tape, judges, rows=2, report=report)
+    assert shown == [("videos", done, 6) for done in (0, 1, 3, 4, 6)]
+    report(5)  # with several ranks, the last share counts for as many videos as the others
+    assert shown[-1] == ("videos", 6, 6)
 
 
 def test_demands_are_counted_over_all_segments_of_each_prompt(tiny_base: Path) -> None:

@@ -24,7 +24,7 @@ from kvpo.files import local_path, read_json, write_atomic
 from kvpo.method.diagnostics import meanings
 from kvpo.method.methods import METHODS
 from kvpo.models.quantised import check_rollouts
-from kvpo.progress import progress_bars
+from kvpo.progress import counter, progress_bars
 from kvpo.report.headline import final_headline
 from kvpo.report.null_runs import kept_null, read_null
 from kvpo.training import radar
@@ -157,9 +157,8 @@ def train(
         if state is None:
             run.save()
             run.settle(wait=True)  # a run begins only once this checkpoint exists
-        show("base on validation prompts", 0, 1)
-        run.base = evaluate_base(setup, trainer, setup.validation)
-        show("base on validation prompts", 1, 1)
+        report = counter(show, "the base's validation videos", sum(map(len, setup.validation.values())))
+        run.base = evaluate_base(setup, trainer, setup.validation, report=report)
         directory.begun = True
         if state is not None:
             run.resume(state)
@@ -240,9 +239,11 @@ def _finish(run: Run, directory: RunDirectory, started: float) -> dict[str, Any]
     diversity: dict[str, dict[str, float]] = {}
     checks: dict[str, float] = {}
 
-    def on_test_prompts(name: str) -> None:
-        base = evaluate_base(setup, run.trainer, {name: setup.test[name]}, mismatched=True)[name]
-        results[name] = (base, run.evaluate_aligned(setup.test[name], mismatched=True))
+    def on_test_prompts() -> None:
+        report = counter(show, "test videos of base and aligned", 2 * sum(map(len, setup.test.values())))
+        how = {"mismatched": True, "report": report}
+        for name, base in evaluate_base(setup, run.trainer, setup.test, **how).items():
+            results[name] = (base, run.evaluate_aligned(setup.test[name], **how))
 
     def identities() -> dict[str, float]:
         with run.trainer.sides.aligned():
@@ -253,8 +254,8 @@ def _finish(run: Run, directory: RunDirectory, started: float) -> dict[str, Any]
             diversity.update(measure_diversity(setup, run.trainer.sharing))
 
     gallery, branches = directory.path / "gallery", directory.path / "branches"
-    stages: list[Callable[[], None]] = [partial(on_test_prompts, name) for name in setup.test]
-    stages += [
+    stages: list[Callable[[], None]] = [
+        on_test_prompts,
         lambda: checks.update(solo("checking identities", identities)),
         branch_diversity,
         lambda: solo("writing the gallery", lambda: write_gallery(run, results, gallery)),

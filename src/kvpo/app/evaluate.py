@@ -17,7 +17,7 @@ from kvpo.app.sources.common import as_final
 from kvpo.config import Config
 from kvpo.config_checks import ConfigurationError
 from kvpo.files import local_path, new_file, output_file, write_atomic
-from kvpo.progress import progress_bars
+from kvpo.progress import counter, progress_bars
 from kvpo.report.drift import draw_drift
 from kvpo.report.headline import final_headline
 from kvpo.report.null_runs import kept_null
@@ -102,15 +102,14 @@ def _evaluate(
         setup = replace(setup, backbone=with_given_frames(setup.backbone, frames, asked))
     held_out = {}
     with progress_bars(shown=ranks.main) as show:
-        for done, (name, one) in enumerate(sets.items()):
-            show(f"base and aligned on {split} prompts", done, len(sets))
-            given = {"mismatched": True, "first": one.first}
+        report = counter(show, f"{split} videos of base and aligned", 2 * len(asked))
+        for name, one in sets.items():
+            given = {"mismatched": True, "first": one.first, "report": report}
             with sides.base():
                 base = evaluate_prompts(setup, one.prompts, ranks, tape, **given)
             with sides.aligned():
                 aligned = evaluate_prompts(setup, one.prompts, ranks, tape, **given)
             held_out[name] = comparison(base, aligned, setup.judges)
-        show(f"base and aligned on {split} prompts", len(sets), len(sets))
     numbers = {"checkpoint": path.name, "weights": weights, "split": split, "held_out": held_out}
     numbers |= {} if frames is None else {"frames": str(frames)}
     numbers |= {"scored": added_up(ranks.gather(asdict(setup.scored), "counting clips"))}

@@ -1,7 +1,7 @@
 """Held-out evaluation: fixed prompts on fixed tapes, so that two policies can be compared video by video."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise, repeat
 
@@ -87,18 +87,24 @@ def evaluate_policy(
     ranks: Ranks = ALONE,
     mismatched: bool = False,
     first: int = 0,
+    report: Callable[[int], None] = lambda videos: None,
 ) -> Evaluation:
     """Generate every prompt in the deployment context and score its segments.
 
     At most ``rows`` videos are generated together, in batches that do not depend on the number of ranks.
     ``mismatched`` also scores the videos against the captions of others (see `swapped_captions`). Scoring
     starts at latent frame ``first``, or after the longest given beginning of a video if that is later.
+    ``report`` is told how many videos have been scored since it was last called, on all ranks if they are
+    equally fast.
     """
     first = max([first, *(len(backbone.given.get(prompt.id, ())) for prompt in prompts)])
     others = swapped_captions(prompts) if mismatched else None
     pairs = zip(batches(prompts, rows), batches(others, rows) if others else repeat(None), strict=False)
+    own = []
     with ranks.together("evaluating"):
-        own = [_evaluated(backbone, *pair, tape, judges, first) for pair in ranks.share(list(pairs))]
+        for pair in ranks.share(list(pairs)):
+            own.append(_evaluated(backbone, *pair, tape, judges, first))
+            report(len(pair[0]) * ranks.count)
     return joined(ranks.in_order(own, "evaluating"))
 
 

@@ -1,6 +1,6 @@
 """Held-out results of a run's model, base and aligned."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from kvpo.engine.noise import Tape
@@ -18,6 +18,7 @@ def evaluate_prompts(
     *,
     mismatched: bool = False,
     first: int = 0,
+    report: Callable[[int], None] = lambda videos: None,
 ) -> Evaluation:
     """Held-out results of the model's current weights; ranks divide the videos (see `evaluate_policy`).
 
@@ -32,15 +33,21 @@ def evaluate_prompts(
         ranks=ranks,
         mismatched=mismatched,
         first=first,
+        report=report,
     )
 
 
 def evaluate_base(
-    setup: Setup, trainer: Trainer, sets: Mapping[str, Any], *, mismatched: bool = False
+    setup: Setup,
+    trainer: Trainer,
+    sets: Mapping[str, Any],
+    *,
+    mismatched: bool = False,
+    report: Callable[[int], None] = lambda videos: None,
 ) -> dict[str, Evaluation]:
     """Held-out results of the starting policy."""
     with trainer.sides.base():
         return {
-            name: evaluate_prompts(setup, own, trainer.sharing, mismatched=mismatched)
+            name: evaluate_prompts(setup, own, trainer.sharing, mismatched=mismatched, report=report)
             for name, own in sets.items()
         }

@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from kvpo.files import read_json
+from kvpo.progress import counter
 from kvpo.rewards.cache import Counts
 from kvpo.training import radar
 from kvpo.training.backbone import Weights
@@ -43,8 +44,8 @@ logger = logging.getLogger(__name__)
 
 VALUE_PREFIXES = {"average": "average.", "raw": "parameters."}
 """Kinds of trained values in a checkpoint, and the prefix of their tensors' names."""
-Progress = Callable[[str, int, int, Mapping[str, float]], None]
-"""(stage, done, total, numbers worth showing)."""
+Progress = Callable[..., None]
+"""(stage, done, total, optional numbers worth showing)."""
 
 
 @dataclass
@@ -296,7 +297,9 @@ class Run:
         """
         judges, update = self.setup.judges, self.trainer.update
         scored = replace(self.setup.scored)
-        aligned = {name: self.evaluate_aligned(prompts) for name, prompts in self.setup.validation.items()}
+        sets = self.setup.validation
+        report = counter(self.progress, "validation videos", sum(map(len, sets.values())))
+        aligned = {name: self.evaluate_aligned(prompts, report=report) for name, prompts in sets.items()}
         results = {name: comparison(self.base[name], found, judges) for name, found in aligned.items()}
         gain = mean_gain(results)
         base, now = radar.pooled_sets(list(self.base.values())), radar.pooled_sets(list(aligned.values()))
@@ -326,10 +329,10 @@ class Run:
         self.verdict = radar.judge(history, radar.STANDARD_ERRORS, radar.FALLS_IN_A_ROW)
         return radar.verdict_numbers(history, self.verdict)
 
-    def evaluate_aligned(self, prompts: Any, *, mismatched: bool = False) -> Evaluation:
-        """Held-out results of the trained parameters' moving average."""
+    def evaluate_aligned(self, prompts: Any, **how: Any) -> Evaluation:
+        """Held-out results of the trained parameters' moving average (``how``: see `evaluate_prompts`)."""
         with self.trainer.sides.aligned():
-            return evaluate_prompts(self.setup, prompts, self.trainer.sharing, mismatched=mismatched)
+            return evaluate_prompts(self.setup, prompts, self.trainer.sharing, **how)
 
     def resume(self, state: Mapping[str, Any]) -> None:
         """Continue from the state of the checkpoint from which the trainer was restored."""
