@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from kvpo.app import generate as generate_module
 from kvpo.app.cli import main
 from kvpo.app.generate import Best, generate
+from kvpo.app.taken import claimed
 from kvpo.app.video_folder import find_videos, listed_videos, read_manifest
 from kvpo.config import Config
 from kvpo.files import TEMPORARY_PREFIX, StorageError
@@ -226,6 +227,11 @@ def test_a_stopped_call_is_not_continued_by_another_one(
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr("kvpo.app.generate.write_video", failing)
+        generate(config, out, prompts=prompts)
+    with (
+        claimed(out, "latents.parts/.lock"),
+        pytest.raises(StorageError, match=f"another process is writing to {out}; wait for it"),
+    ):
         generate(config, out, prompts=prompts)
     before = contents(out / "latents.parts")
     other_prompts = [VideoPrompt(0, CAPTIONS[1:], (), 9)]

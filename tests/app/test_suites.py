@@ -13,6 +13,7 @@ from kvpo.app import suites
 from kvpo.app.cli import main
 from kvpo.app.suite_results import GROUPS, check_folder, compared_results, read_results, total
 from kvpo.app.suites import generate_suite, suite_of, suite_videos
+from kvpo.app.taken import claimed
 from kvpo.config_checks import ConfigurationError
 from kvpo.files import StorageError
 from kvpo.report.video import read_video, write_video
@@ -168,6 +169,8 @@ def test_a_folder_is_filled_checked_and_filled_again(
     shutil.copytree(out, tmp_path / "D of mine")
     _, quoted = check_folder(tmp_path / "D of mine/base")
     assert f"--videos_path '{tmp_path}/D of mine/base' --dimension $D;" in quoted
+    with claimed(out), pytest.raises(StorageError, match=f"another process is writing to {out}; wait for it"):
+        generate_suite(config, out, **given)
     with pytest.raises(StorageError, match="was begun with other seed"):
         generate_suite(config_of(tiny_base, seed=5), out, **given)
     with pytest.raises(StorageError, match="was begun with other settings"):

@@ -3,7 +3,8 @@
 import json
 import logging
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from kvpo.app.judges import build_scorer
 from kvpo.app.origin import identity_of, settings_of
 from kvpo.app.prompt_sets import prompt_file
 from kvpo.app.provenance import demand_same_prompts
+from kvpo.app.taken import claimed
 from kvpo.app.video_folder import MANIFEST, SIDE_BY_SIDE, VIDEO_SUFFIXES
 from kvpo.config import Config
 from kvpo.config_checks import ConfigurationError, check, check_explorer
@@ -172,7 +174,25 @@ def _generate(
     if best is not None:
         chosen_by = {"exploration": config.exploration, "rewards": config.rewards}
         request |= {"best-of": asdict(best), **flat({name: asdict(own) for name, own in chosen_by.items()})}
-    ranks.once("preparing the folder", lambda: _prepare(out, request, wanted, shows))
+    with ExitStack() as held:
+        ranks.once("preparing the folder", lambda: _prepare(held, out, request, wanted, shows))
+        _fill(ranks, backbone, arms, selection, out, wanted, names)
+        made = [name for own in names for name in own[: len(arms)]]
+        scored = range(len(wanted) if selection is not None else 0)
+        ranks.once("joining latents", lambda: _join_parts(out, made, scored))
+    return [out / name for name in sorted(shows)]
+
+
+def _fill(
+    ranks: Ranks,
+    backbone: Backbone,
+    arms: Mapping[str, Callable[[], AbstractContextManager[None]]],
+    selection: Selection | None,
+    out: Path,
+    wanted: Sequence[VideoPrompt],
+    names: Sequence[Sequence[str]],
+) -> None:
+    """Make the videos that the folder lacks, in the batches in which all would be made; ranks share them."""
     batches = list(lockstep_batches([prompt.num_frames for prompt in wanted], VIDEOS_TOGETHER))
     share, tape = ranks.share(batches), backbone.tape("generation")
     with ranks.together("generating"), progress_bars(shown=ranks.main) as show:
@@ -199,10 +219,6 @@ def _generate(
                     write_atomic(_scores_file(out, prompt.id), json.dumps(scores[prompt.id]))
                 _write_videos(backbone, out, names[prompt.id], [of_side[row] for of_side in latents])
         show("generating", done, total)
-    made = [name for own in names for name in own[: len(arms)]]
-    scored = range(len(wanted) if selection is not None else 0)
-    ranks.once("joining latents", lambda: _join_parts(out, made, scored))
-    return [out / name for name in sorted(shows)]
 
 
 def _names(prompts: int, arms: Sequence[str]) -> list[list[str]]:
@@ -213,10 +229,22 @@ def _names(prompts: int, arms: Sequence[str]) -> list[list[str]]:
 
 
 def _prepare(
-    out: Path, request: dict[str, Any], wanted: Sequence[VideoPrompt], shows: dict[str, tuple[str, ...]]
+    held: ExitStack,
+    out: Path,
+    request: dict[str, Any],
+    wanted: Sequence[VideoPrompt],
+    shows: dict[str, tuple[str, ...]],
 ) -> None:
-    """Begin a folder with the files that say what its videos show, or continue one of the same request."""
+    """Begin a folder with the files that say what its videos show, or continue one of the same request.
+
+    The folder stays claimed until ``held`` is closed.
+    """
     asked = json.loads(json.dumps(request, default=str))
+    if not (out / PARTS / REQUEST).is_file():
+        _demand_no_videos(out)
+    make_directory(out)
+    make_directory(out / PARTS)
+    held.enter_context(claimed(out, f"{PARTS}/.lock"))
     if (out / PARTS / REQUEST).is_file():
         before = read_json(out / PARTS / REQUEST)
         if changed := [key for key in asked | before if before.get(key) != asked.get(key)]:
@@ -227,9 +255,6 @@ def _prepare(
         logger.info("%s: continuing with the videos that it lacks", out)
         remove_leftovers(out)
         return
-    _demand_no_videos(out)
-    make_directory(out)
-    make_directory(out / PARTS)
     listed = out / "prompts.jsonl"
     write_atomic(listed, written(wanted, listed))
     write_atomic(out / MANIFEST, json.dumps(dict(sorted(shows.items())), indent=1, ensure_ascii=False) + "\n")

@@ -9,6 +9,7 @@ import json
 import logging
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,6 +19,7 @@ from kvpo import __version__
 from kvpo.app.build import checkpoint_of, load_backbone, opened_arms, source_of
 from kvpo.app.generate import VIDEOS_TOGETHER
 from kvpo.app.origin import identity_of, settings_of
+from kvpo.app.taken import claimed
 from kvpo.config import Config
 from kvpo.config_checks import ConfigurationError, check
 from kvpo.engine.generator import as_bytes, frame_size, pixel_frame, pixels_of
@@ -252,7 +254,7 @@ def generate_suite(
     flickering = SUITES[name].flickering if "temporal_flickering" in record["dimensions"] else ""
     for caution in filter(None, (SUITES[name].caution, flickering)):
         logger.warning("%s: %s", name, caution)
-    with joined_ranks(config.device) as ranks, computing(config):
+    with joined_ranks(config.device) as ranks, computing(config), ExitStack() as stack:
         with ranks.together("loading the generator"):
             path = checkpoint_of(run, checkpoint)
             asked = [VideoPrompt(v.noise, (v.text,), (), frames) for v in videos]
@@ -261,6 +263,8 @@ def generate_suite(
             record["settings"] = settings_of(config)
             del record["settings"]["stream.size"]  # folders begun before it was recorded have "size" alone
             arms = opened_arms(backbone, path, weights)
+        held = stack.enter_context
+        ranks.once("preparing the folder", lambda: (make_directory(out), held(claimed(out))))
         for arm, side in arms.items():
             own = record | ({"checkpoint": identity_of(path, weights)} if path and arm == "aligned" else {})
             ranks.once("preparing the folder", lambda own=own, arm=arm: _prepare(out, arm, own, videos))

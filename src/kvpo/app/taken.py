@@ -1,9 +1,13 @@
-"""Output directories that hold something already, over which no other command may write."""
+"""Output directories that hold something already or are in use, over which no other command may write."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 from kvpo.arena.database import DATABASE
-from kvpo.files import StorageError
+from kvpo.files import StorageError, storage_error
 from kvpo.training.run_directory import belongs_to_run
 
 PLAN = "comparison.json"
@@ -24,3 +28,26 @@ def refuse_other(out: Path, own: str) -> None:
         there = "run" if belongs_to_run(out) else own
     if there != own:
         raise StorageError(f"{out} holds a {there}; choose another --out for the {own}")
+
+
+@contextmanager
+def claimed(directory: Path, lock: str = ".lock") -> Iterator[None]:
+    """Keep other processes that claim a directory out of it; a killed process cannot leave it claimed.
+
+    ``lock`` is the path of the lock file in the directory. Raises StorageError if another process has claimed
+    the directory, or the lock cannot be written.
+    """
+    held = FileLock(directory / lock, timeout=0)
+    try:
+        held.acquire()
+    except Timeout as error:
+        raise StorageError(
+            f"another process is writing to {directory}; wait for it to finish or choose another --out"
+        ) from error
+    except OSError as error:
+        raise storage_error(directory, error) from error
+    try:
+        yield
+    finally:
+        (directory / lock).unlink(missing_ok=True)
+        held.release()

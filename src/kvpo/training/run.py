@@ -295,9 +295,8 @@ class Run:
 
         The best checkpoint is the one with the largest mean gain among those at which no watcher has fallen.
         """
-        judges, update = self.setup.judges, self.trainer.update
-        scored = replace(self.setup.scored)
-        sets = self.setup.validation
+        update, scored = self.trainer.update, replace(self.setup.scored)
+        sets, judges = self.setup.validation, self.setup.judges
         report = counter(self.progress, "validation videos", sum(map(len, sets.values())))
         aligned = {name: self.evaluate_aligned(prompts, report=report) for name, prompts in sets.items()}
         results = {name: comparison(self.base[name], found, judges) for name, found in aligned.items()}
