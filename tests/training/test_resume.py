@@ -138,7 +138,7 @@ def test_a_reward_that_fails_in_validation_costs_no_update(
         run.directory.mkdir()
     assert whole.go()
 
-    def fails(*arguments: Any) -> Any:
+    def fails(*arguments: Any, **how: Any) -> Any:
         raise ValueError("reward server http://a: gave up")
 
     for update in (2, 3):

@@ -14,7 +14,9 @@ LUMA = (0.299, 0.587, 0.114)
 
 def luminance(video_xCHW: Tensor) -> Tensor:
     """Rec. 601 luminance [..., H, W] in float32 of RGB [..., 3, H, W]."""
-    return torch.einsum("...chw,c->...hw", video_xCHW.float(), video_xCHW.new_tensor(LUMA).float())
+    # A product of matrices rounds by the memory layout on some processors; clips from a server have another.
+    red, green, blue = video_xCHW.float().unbind(-3)
+    return LUMA[0] * red + LUMA[1] * green + LUMA[2] * blue
 
 
 def resized(frames_NCHW: Tensor, height: int, width: int) -> Tensor:
