@@ -24,12 +24,15 @@ from kvpo.app.cli import main
 from kvpo.app.configuration import PLACES_OF_A_RUN, resolve, resolve_run
 from kvpo.app.evaluate import evaluate
 from kvpo.app.presets import PRESETS
+from kvpo.app.taken import claimed
 from kvpo.config import Config
 from kvpo.config_checks import ConfigurationError
 from kvpo.prompt_files import repeats
 from kvpo.prompts import VideoPrompt
+from kvpo.training import evaluation
 from kvpo.training.checkpoint import CheckpointError, checkpoints
 from kvpo.training.device import computing
+from kvpo.training.evaluation import Evaluation
 from kvpo.training.run_directory import RunDirectory
 from tests.app.finished import QUICK, command, contents
 from tests.tiny_wan import SENTENCES, tiny_wan
@@ -176,6 +179,30 @@ def test_a_run_is_evaluated_with_its_own_settings(run: Path, capsys: pytest.Capt
     with pytest.raises(ConfigurationError, match="evaluation.test_prompts is 2 there, 4 here"):
         evaluate(run, places={"evaluation.test_prompts": 4})
     assert all(kvpo.app.configuration.settings()[path] for path in PLACES_OF_A_RUN)
+
+
+def test_an_evaluation_continues_where_it_failed(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = evaluate(run, out=run / "whole.json")
+    original, made = evaluation._evaluated, []
+
+    def fails_third(*arguments: Any) -> Evaluation:
+        made.append(1)
+        if len(made) == 3:
+            raise ValueError("the reward server is gone")
+        return original(*arguments)
+
+    monkeypatch.setattr(evaluation, "_evaluated", fails_third)
+    with pytest.raises(ValueError, match="the reward server is gone"):
+        evaluate(run)
+    with claimed(run / "evaluation.json.parts"):
+        assert command("evaluate", run) == 1
+    assert "another process is writing to" in capsys.readouterr().err
+    assert len(made) == 3 and not (run / "evaluation.json").exists()
+    assert evaluate(run)["held_out"] == whole["held_out"]
+    assert len(made) == 5, "base and aligned, short and long, the third twice"
+    assert not list(run.glob("*.parts"))
 
 
 def test_null_runs_stay_with_a_run(run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -1,7 +1,7 @@
 """Held-out scores against sums over segments written out, and comparisons in closed form."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor
 from kvpo.engine.noise import SeededTape
 from kvpo.progress import counter
 from kvpo.prompts import ClipPrompt, VideoPrompt
+from kvpo.training import evaluation
 from kvpo.training.evaluation import (
     Evaluation,
     Judges,
@@ -22,6 +23,7 @@ from kvpo.training.evaluation import (
     paired_gain,
     swapped_captions,
 )
+from kvpo.training.kept_results import KeptResults
 from kvpo.training.setup import Setup
 from tests.tiny_world import FRAMES, tiny_config, toy_setup
 
@@ -76,6 +78,55 @@ def test_scored_videos_are_counted_as_they_are_done(tiny_base: Path) -> None:
     assert shown == [("videos", done, 6) for done in (0, 1, 3, 4, 6)]
     report(5)  # with several ranks, the last share counts for as many videos as the others
     assert shown[-1] == ("videos", 6, 6)
+
+
+def test_kept_results_are_not_made_again(
+    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    setup = toy_setup(tiny_config(tiny_base))
+    judges = Judges(Literal(), torch.tensor([1.0, 0.5]), None, exam=Literal())
+    prompts, tape = [*PROMPTS, replace(PROMPTS[0], id=4)], setup.backbone.tape("test")
+    made: list[int] = []
+    original = evaluation._evaluated
+
+    def counted(backbone: Any, own: Sequence[VideoPrompt], *others: Any) -> Evaluation:
+        made.append(len(own))
+        return original(backbone, own, *others)
+
+    monkeypatch.setattr(evaluation, "_evaluated", counted)
+
+    def found(policy: str = "base", own: Sequence[VideoPrompt] = prompts, **how: Any) -> Evaluation:
+        kept = KeptResults(tmp_path / "kept", policy)
+        how = {"tape": tape, "judges": judges, "rows": 2} | how
+        return evaluate_policy(setup.backbone, own, **how, kept=kept)
+
+    videos: list[int] = []
+    first = found()
+    assert made == [2, 2]
+    again = found(report=videos.append)
+    assert made == [2, 2] and videos == [2, 2]
+    assert again.texts_N == first.texts_N and again.unseen_N is None
+    assert first.tensors.keys() == again.tensors.keys() > {"components_KN", "watchers_HN", "exam_AN"}
+    assert all(torch.equal(value, again.tensors[name]) for name, value in first.tensors.items())
+
+    files = sorted((tmp_path / "kept").iterdir())
+    files[0].unlink()
+    found()
+    assert made == [2, 2, 2] and sorted((tmp_path / "kept").iterdir()) == files
+    files[1].write_bytes(b"damaged")
+    found()
+    assert made == [2] * 4 and "made again" in caplog.text
+    others: list[dict[str, Any]] = [
+        {"policy": "aligned"},
+        {"own": prompts[::-1]},
+        {"tape": setup.backbone.tape("another")},
+        {"first": 3},
+        {"rows": 1},
+    ]
+    for other in others:
+        made.clear()
+        found(**other)
+        assert sum(made) == len(prompts), other
 
 
 def test_demands_are_counted_over_all_segments_of_each_prompt(tiny_base: Path) -> None:

@@ -313,6 +313,7 @@ def test_killed_again_and_again_a_run_ends_the_same(
         killed_at("mark_best"),  # saved, and not yet marked as the best
         killed_at("prune"),
         8,
+        partial(signal_at, "kvpo.app.align:comparison", 1, signal.SIGKILL),  # tested, and no summary yet
     ):
         lines = moment if isinstance(moment, int) else None
         process = processes.start(command, log, moment if callable(moment) else processes.nothing)
@@ -321,9 +322,13 @@ def test_killed_again_and_again_a_run_ends_the_same(
             process.kill()
         process.join(processes.TIME_LIMIT)
         assert process.exitcode == -signal.SIGKILL, log.read_text()
-    code, printed = processes.run(command, log)
+    assert list((directory / "held-out").iterdir())
+    # No held-out video is made a second time.
+    code, printed = processes.run(
+        command, log, partial(signal_at, "kvpo.training.evaluation:_evaluated", 1, signal.SIGKILL)
+    )
     assert code == 0, printed
-    assert outcome(directory) == outcome(uninterrupted)
+    assert outcome(directory) == outcome(uninterrupted) and not (directory / "held-out").exists()
     ours, theirs = (json.loads((d / "summary.json").read_text()) for d in (directory, uninterrupted))
     assert ours["held_out"] == theirs["held_out"] and ours["checks"] == theirs["checks"]
 

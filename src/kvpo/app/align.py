@@ -2,6 +2,7 @@
 
 import logging
 import resource
+import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -24,6 +25,7 @@ from kvpo.files import local_path, read_json, write_atomic
 from kvpo.method.diagnostics import meanings
 from kvpo.method.methods import METHODS
 from kvpo.models.quantised import check_rollouts
+from kvpo.models.tensor_files import fingerprint
 from kvpo.progress import counter, progress_bars
 from kvpo.report.headline import final_headline
 from kvpo.report.null_runs import kept_null, read_null
@@ -39,6 +41,7 @@ from kvpo.training.device import computing
 from kvpo.training.evaluation import Evaluation, comparison
 from kvpo.training.held_out import evaluate_base
 from kvpo.training.interrupt import stop_on_signal
+from kvpo.training.kept_results import KeptResults
 from kvpo.training.metrics_log import MetricsLog
 from kvpo.training.ranks import Ranks, added_up, joined_ranks
 from kvpo.training.run import Run, restore
@@ -158,7 +161,8 @@ def train(
             run.save()
             run.settle(wait=True)  # a run begins only once this checkpoint exists
         report = counter(show, "the base's validation videos", sum(map(len, setup.validation.values())))
-        run.base = evaluate_base(setup, trainer, setup.validation, report=report)
+        kept = KeptResults(directory.held_out, "base")
+        run.base = evaluate_base(setup, trainer, setup.validation, report=report, kept=kept)
         directory.begun = True
         if state is not None:
             run.resume(state)
@@ -242,8 +246,9 @@ def _finish(run: Run, directory: RunDirectory, started: float) -> dict[str, Any]
     def on_test_prompts() -> None:
         report = counter(show, "test videos of base and aligned", 2 * sum(map(len, setup.test.values())))
         how = {"mismatched": True, "report": report}
-        for name, base in evaluate_base(setup, run.trainer, setup.test, **how).items():
-            results[name] = (base, run.evaluate_aligned(setup.test[name], **how))
+        kept = [KeptResults(directory.held_out, policy) for policy in ("base", fingerprint([best]))]
+        for name, base in evaluate_base(setup, run.trainer, setup.test, **how, kept=kept[0]).items():
+            results[name] = (base, run.evaluate_aligned(setup.test[name], **how, kept=kept[1]))
 
     def identities() -> dict[str, float]:
         with run.trainer.sides.aligned():
@@ -308,3 +313,4 @@ def _cost(run: Run, started: float) -> dict[str, Any]:
 def _write_summary(directory: RunDirectory, summary: Mapping[str, Any]) -> None:
     directory.report.unlink(missing_ok=True)  # outdated if the run was extended
     directory.write_summary(summary)
+    shutil.rmtree(directory.held_out, ignore_errors=True)

@@ -3,7 +3,9 @@
 import json
 import logging
 import math
-from collections.abc import Mapping
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -12,11 +14,13 @@ from typing import Any, Literal
 from kvpo.app.build import build_setup, checkpoint_of, source_of
 from kvpo.app.configuration import PLACES_OF_A_RUN, resolve_run
 from kvpo.app.given_frames import with_given_frames
+from kvpo.app.origin import identity_of
 from kvpo.app.provenance import demand_same_files, demand_same_prompts
 from kvpo.app.sources.common import as_final
+from kvpo.app.taken import claimed
 from kvpo.config import Config
 from kvpo.config_checks import ConfigurationError
-from kvpo.files import local_path, new_file, output_file, write_atomic
+from kvpo.files import local_path, make_directory, new_file, output_file, write_atomic
 from kvpo.progress import counter, progress_bars
 from kvpo.report.drift import draw_drift
 from kvpo.report.headline import final_headline
@@ -26,6 +30,7 @@ from kvpo.training.device import computing
 from kvpo.training.drift import chained, drift_curves
 from kvpo.training.evaluation import comparison
 from kvpo.training.held_out import evaluate_prompts
+from kvpo.training.kept_results import KeptResults
 from kvpo.training.policy import Sides
 from kvpo.training.ranks import ALONE, Ranks, added_up, joined_ranks
 from kvpo.training.run import open_checkpoint
@@ -100,31 +105,51 @@ def _evaluate(
     with ranks.together("encoding given frames"):
         asked = [prompt for one in sets.values() for prompt in one.prompts]
         setup = replace(setup, backbone=with_given_frames(setup.backbone, frames, asked))
-    held_out = {}
-    with progress_bars(shown=ranks.main) as show:
+    held_out: dict[str, Any] = {}
+    aligned = f"{identity_of(path, weights)}, {config}"
+    with _unfinished(ranks, out) as parts, progress_bars(shown=ranks.main) as show:
         report = counter(show, f"{split} videos of base and aligned", 2 * len(asked))
-        for name, one in sets.items():
-            given = {"mismatched": True, "first": one.first, "report": report}
-            with sides.base():
-                base = evaluate_prompts(setup, one.prompts, ranks, tape, **given)
-            with sides.aligned():
-                aligned = evaluate_prompts(setup, one.prompts, ranks, tape, **given)
-            held_out[name] = comparison(base, aligned, setup.judges)
-    numbers = {"checkpoint": path.name, "weights": weights, "split": split, "held_out": held_out}
-    numbers |= {} if frames is None else {"frames": str(frames)}
-    numbers |= {"scored": added_up(ranks.gather(asdict(setup.scored), "counting clips"))}
-    numbers |= {} if no_improvement(path, checkpoint) is None else {"improved": False}
-    # Null runs were measured with averaged weights of their best checkpoints on the test prompts.
-    if split == "test" and frames is None and checkpoint in (None, "best") and weights == "average":
-        numbers |= ranks.once(
-            "reading null runs", partial(kept_null, run / NULL_RUNS, asdict(config), PLACES_OF_A_RUN)
+        both = (
+            (sides.base, KeptResults(parts, f"base, {config}")),
+            (sides.aligned, KeptResults(parts, aligned)),
         )
-    verdict = final_headline(numbers, asdict(config))
-    numbers["verdict"] = verdict.text
-    logger.warning("%s", verdict.text)
-    text = json.dumps(numbers, indent=2, allow_nan=False) + "\n"
-    ranks.once("writing the numbers", lambda: write_atomic(out, text))
+        for name, one in sets.items():
+            found = []
+            for side, kept in both:
+                given = {"mismatched": True, "first": one.first, "report": report, "kept": kept}
+                with side():
+                    found.append(evaluate_prompts(setup, one.prompts, ranks, tape, **given))
+            held_out[name] = comparison(*found, setup.judges)
+        numbers = {"checkpoint": path.name, "weights": weights, "split": split, "held_out": held_out}
+        numbers |= {} if frames is None else {"frames": str(frames)}
+        numbers |= {"scored": added_up(ranks.gather(asdict(setup.scored), "counting clips"))}
+        numbers |= {} if no_improvement(path, checkpoint) is None else {"improved": False}
+        # Null runs were measured with averaged weights of their best checkpoints on the test prompts.
+        if split == "test" and frames is None and checkpoint in (None, "best") and weights == "average":
+            numbers |= ranks.once(
+                "reading null runs", partial(kept_null, run / NULL_RUNS, asdict(config), PLACES_OF_A_RUN)
+            )
+        verdict = final_headline(numbers, asdict(config))
+        numbers["verdict"] = verdict.text
+        logger.warning("%s", verdict.text)
+        text = json.dumps(numbers, indent=2, allow_nan=False) + "\n"
+        ranks.once("writing the numbers", lambda: write_atomic(out, text))
     return numbers
+
+
+@contextmanager
+def _unfinished(ranks: Ranks, out: Path) -> Iterator[Path]:
+    """A folder next to the file ``out`` for its results so far, removed when the block ends without an error.
+
+    Raises StorageError if another process is using it.
+    """
+    parts = out.with_name(f"{out.name}.parts")
+    with ExitStack() as held:
+        ranks.once(
+            "preparing to keep results", lambda: (make_directory(parts), held.enter_context(claimed(parts)))
+        )
+        yield parts
+        ranks.once("removing kept results", lambda: shutil.rmtree(parts))
 
 
 def _opened(

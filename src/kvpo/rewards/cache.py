@@ -132,12 +132,11 @@ def clip_digest(video_TCHW: Tensor, prompt: str) -> bytes:
 
 
 @cache
-def code_version() -> str:
-    """Digest of kvpo's reward code and torch's version: either may change the last bits of a score."""
+def code_version(rooms: tuple[str, ...] = ("rewards", "world")) -> str:
+    """Digest of torch's version and kvpo's code, that of rewards by default: either may change last bits."""
     package = Path(__file__).parents[1]
-    rewards = [path for room in ("rewards", "world") for path in sorted((package / room).rglob("*.py"))]
     digest = hashlib.blake2b(torch.__version__.encode(), digest_size=DIGEST_BYTES)
-    for path in rewards:
+    for path in (path for room in rooms for path in sorted((package / room).rglob("*.py"))):
         digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()
 

@@ -11,11 +11,13 @@ from torch import Tensor
 from kvpo.engine.generator import pixels_of
 from kvpo.engine.noise import Tape
 from kvpo.engine.scoring import score_clips, segment_clips
+from kvpo.models.tensor_files import digest_of
 from kvpo.prompts import VideoPrompt
 from kvpo.rewards.pixel_statistics import looks
 from kvpo.rewards.protocol import Scorer
 from kvpo.rewards.reward import Reward
 from kvpo.training.backbone import Backbone
+from kvpo.training.kept_results import NOTHING_KEPT, KeptResults
 from kvpo.training.ranks import ALONE, Ranks
 
 ROWS = 32
@@ -41,6 +43,17 @@ class Evaluation:
     exam_AN: Tensor | None = None
     """Demands met, then demands made, over all segments (see ``Judges.exam``); None without an exam."""
 
+    @classmethod
+    def of(cls, prompts: Sequence[VideoPrompt], tensors: Mapping[str, Tensor]) -> "Evaluation":
+        """The evaluation of these prompts that has these ``tensors``."""
+        texts_N = tuple(prompt.segments for prompt in prompts)
+        return cls(texts_N=texts_N, **{"unseen_N": None} | dict(tensors))  # type: ignore[arg-type]
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """All scores by field; fields without any are left out."""
+        return {name: one for name, one in vars(self).items() if isinstance(one, Tensor)}
+
     def by_prompt(self) -> "Evaluation":
         """Average over each distinct prompt's videos, so that standard errors count repeated prompts once."""
         distinct = list(dict.fromkeys(self.texts_N))
@@ -50,7 +63,7 @@ class Evaluation:
         share_ND = torch.zeros(len(self.texts_N), len(distinct))
         share_ND[range(len(self.texts_N)), [place[texts] for texts in self.texts_N]] = 1.0
         share_ND /= share_ND.sum(0)
-        means = {name: one @ share_ND for name, one in vars(self).items() if isinstance(one, Tensor)}
+        means = {name: one @ share_ND for name, one in self.tensors.items()}
         return replace(self, texts_N=tuple(distinct), **means)
 
 
@@ -88,6 +101,7 @@ def evaluate_policy(
     mismatched: bool = False,
     first: int = 0,
     report: Callable[[int], None] = lambda videos: None,
+    kept: KeptResults = NOTHING_KEPT,
 ) -> Evaluation:
     """Generate every prompt in the deployment context and score its segments.
 
@@ -95,15 +109,22 @@ def evaluate_policy(
     ``mismatched`` also scores the videos against the captions of others (see `swapped_captions`). Scoring
     starts at latent frame ``first``, or after the longest given beginning of a video if that is later.
     ``report`` is told how many videos have been scored since it was last called, on all ranks if they are
-    equally fast.
+    equally fast. Batches whose results are ``kept`` are not generated again; those of others are kept.
     """
     first = max([first, *(len(backbone.given.get(prompt.id, ())) for prompt in prompts)])
     others = swapped_captions(prompts) if mismatched else None
-    pairs = zip(batches(prompts, rows), batches(others, rows) if others else repeat(None), strict=False)
+    pairs = list(zip(batches(prompts, rows), batches(others, rows) if others else repeat(None), strict=False))
+    given = digest_of({str(id): latents for id, latents in backbone.given.items()})
+    names = [kept.name(backbone.weights.base_sha256, *pair, tape, first, given) for pair in pairs]
+    known = ranks.once("looking for kept results", lambda: [kept.read(name) for name in names])
     own = []
     with ranks.together("evaluating"):
-        for pair in ranks.share(list(pairs)):
-            own.append(_evaluated(backbone, *pair, tape, judges, first))
+        for pair, name, results in ranks.share(list(zip(pairs, names, known, strict=True))):
+            if results is None:
+                own.append(_evaluated(backbone, *pair, tape, judges, first))
+                kept.write(name, own[-1].tensors)
+            else:
+                own.append(Evaluation.of(pair[0], results))
             report(len(pair[0]) * ranks.count)
     return joined(ranks.in_order(own, "evaluating"))
 

@@ -5,6 +5,7 @@ from typing import Any
 
 from kvpo.engine.noise import Tape
 from kvpo.training.evaluation import ROWS, Evaluation, evaluate_policy
+from kvpo.training.kept_results import NOTHING_KEPT, KeptResults
 from kvpo.training.ranks import Ranks
 from kvpo.training.setup import Setup
 from kvpo.training.trainer import Trainer
@@ -19,6 +20,7 @@ def evaluate_prompts(
     mismatched: bool = False,
     first: int = 0,
     report: Callable[[int], None] = lambda videos: None,
+    kept: KeptResults = NOTHING_KEPT,
 ) -> Evaluation:
     """Held-out results of the model's current weights; ranks divide the videos (see `evaluate_policy`).
 
@@ -34,6 +36,7 @@ def evaluate_prompts(
         mismatched=mismatched,
         first=first,
         report=report,
+        kept=kept,
     )
 
 
@@ -41,13 +44,8 @@ def evaluate_base(
     setup: Setup,
     trainer: Trainer,
     sets: Mapping[str, Any],
-    *,
-    mismatched: bool = False,
-    report: Callable[[int], None] = lambda videos: None,
+    **how: Any,
 ) -> dict[str, Evaluation]:
-    """Held-out results of the starting policy."""
+    """Held-out results of the starting policy (``how``: see `evaluate_prompts`)."""
     with trainer.sides.base():
-        return {
-            name: evaluate_prompts(setup, own, trainer.sharing, mismatched=mismatched, report=report)
-            for name, own in sets.items()
-        }
+        return {name: evaluate_prompts(setup, own, trainer.sharing, **how) for name, own in sets.items()}

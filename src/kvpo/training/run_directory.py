@@ -54,6 +54,8 @@ class RunDirectory:
         self.null = path / NULL_RUNS
         self.checkpoints = path / "checkpoints"
         self.tensorboard = path / "tensorboard"
+        self.held_out = path / "held-out"
+        """Held-out results until the run ends (see `kvpo.training.kept_results`)."""
         self._config = config
         self._resume = resume
         self.continued = False
@@ -139,7 +141,7 @@ class RunDirectory:
         for path in saved_updates(self.checkpoints):
             shutil.rmtree(path)
         files = (self.metrics, self.meanings, self.provenance, self.null, self.config_file)
-        written = (self.checkpoints, self.tensorboard, *files)
+        written = (self.checkpoints, self.tensorboard, self.held_out, *files)
         for path in (path for path in written if path.exists() and path not in self._found):
             if path.is_dir():
                 shutil.rmtree(path)
