@@ -196,7 +196,7 @@ def test_an_evaluation_continues_where_it_failed(
     monkeypatch.setattr(evaluation, "_evaluated", fails_third)
     with pytest.raises(ValueError, match="the reward server is gone"):
         evaluate(run)
-    with claimed(run / "evaluation.json.parts"):
+    with claimed(run / "evaluation.json", run / ".evaluation.json.lock"):
         assert command("evaluate", run) == 1
     assert "another process is writing to" in capsys.readouterr().err
     assert len(made) == 3 and not (run / "evaluation.json").exists()

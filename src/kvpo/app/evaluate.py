@@ -20,7 +20,7 @@ from kvpo.app.sources.common import as_final
 from kvpo.app.taken import claimed
 from kvpo.config import Config
 from kvpo.config_checks import ConfigurationError
-from kvpo.files import local_path, make_directory, new_file, output_file, write_atomic
+from kvpo.files import local_path, new_file, output_file, write_atomic
 from kvpo.progress import counter, progress_bars
 from kvpo.report.drift import draw_drift
 from kvpo.report.headline import final_headline
@@ -144,12 +144,11 @@ def _unfinished(ranks: Ranks, out: Path) -> Iterator[Path]:
     Raises StorageError if another process is using it.
     """
     parts = out.with_name(f"{out.name}.parts")
+    lock = out.with_name(f".{out.name}.lock")
     with ExitStack() as held:
-        ranks.once(
-            "preparing to keep results", lambda: (make_directory(parts), held.enter_context(claimed(parts)))
-        )
+        ranks.once("claiming the output", lambda: held.enter_context(claimed(out, lock)))
         yield parts
-        ranks.once("removing kept results", lambda: shutil.rmtree(parts))
+        ranks.once("removing kept results", lambda: shutil.rmtree(parts, ignore_errors=True))
 
 
 def _opened(

@@ -244,7 +244,7 @@ def _prepare(
         _demand_no_videos(out)
     make_directory(out)
     make_directory(out / PARTS)
-    held.enter_context(claimed(out, f"{PARTS}/.lock"))
+    held.enter_context(claimed(out))
     if (out / PARTS / REQUEST).is_file():
         before = read_json(out / PARTS / REQUEST)
         if changed := [key for key in asked | before if before.get(key) != asked.get(key)]:
@@ -282,6 +282,7 @@ def _join_parts(out: Path, names: Sequence[str], scored: Sequence[int]) -> None:
         joined |= read_safetensors(out / PARTS / f"{name}.safetensors")
     with new_file(out / "latents.safetensors", failures=(SafetensorError,)) as file:
         save_file(joined, file)
+    joined.clear()  # a network file system cannot remove files that are mapped into memory
     shutil.rmtree(out / PARTS)
 
 

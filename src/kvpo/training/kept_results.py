@@ -37,7 +37,8 @@ class KeptResults:
         if file is None or not file.is_file():
             return None
         try:
-            return read_safetensors(file)
+            # Copies, because a network file system cannot remove files that are mapped into memory.
+            return {field: values.clone() for field, values in read_safetensors(file).items()}
         except ValueError as error:
             logger.warning("%s; its videos are made again", str(error).removesuffix(FETCH_AGAIN))
             return None
