@@ -337,7 +337,9 @@ def _users_own(name: str, field: str) -> Reward:
     declarations = tuple(Declaration(c, -inf, inf, False, 1, SD, eight_bit=rounds) for c in scorer.components)
     # Only the author knows what a function's scores depend on: they are cached only if it states a version.
     version = f"{name} {scorer.function.version}" if hasattr(scorer.function, "version") else ""
-    return Reward(name, scorer, declarations, version)
+    file = getattr(sys.modules[name.partition(":")[0]], "__file__", None) or ""
+    code = fingerprint([Path(file)]) if Path(file).is_file() else ""
+    return Reward(name, scorer, declarations, version, code)
 
 
 def user_reward(name: str, field: str) -> UserReward:
