@@ -95,6 +95,22 @@ def of_one_word(video_BTCHW: Tensor, prompts: Any) -> Tensor:
 of_one_word.components = "word"  # type: ignore[attr-defined]
 
 
+def of_one_name(video_BTCHW: Tensor, prompts: Any) -> dict[str, Tensor]:
+    """Two components, of which only one can be told."""
+    return {"calm": video_BTCHW.mean((1, 2, 3, 4))}
+
+
+of_one_name.components = ["calm", "calm"]  # type: ignore[attr-defined]
+
+
+def nameless(video_BTCHW: Tensor, prompts: Any) -> dict[str, Tensor]:
+    """A component that no setting can name."""
+    return {"": video_BTCHW.mean((1, 2, 3, 4))}
+
+
+nameless.components = [""]  # type: ignore[attr-defined]
+
+
 def undeclared(video_BTCHW: Tensor, prompts: Any) -> dict[str, Tensor]:
     """Two numbers of which nobody knows."""
     return {"one": torch.zeros(len(video_BTCHW)), "two": torch.zeros(len(video_BTCHW))}
@@ -204,6 +220,8 @@ def preset_prompt() -> Any:
     [
         ("hpsv4", {}, "rewards.scorers: unknown reward 'hpsv4'; there are hpsv3"),
         (f"{ME}:of_one_word", {}, "components must be a list of names, got 'word'"),
+        (f"{ME}:of_one_name", {}, "components must differ, got \\['calm', 'calm'\\]"),
+        (f"{ME}:nameless", {}, "components must be a list of names, got \\[''\\]"),
         ("nowhere:f", {}, "rewards.scorers: cannot import 'nowhere'"),
         (f"{ME}:nothing", {}, "rewards.scorers: module .* has no 'nothing'"),
         (f"{ME}:ME", {}, "rewards.scorers: .* is not callable"),

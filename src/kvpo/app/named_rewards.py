@@ -364,6 +364,8 @@ def user_reward(name: str, field: str) -> UserReward:
         raise ConfigurationError(f"{field}: {name!r} is not callable")
     components = found.components if hasattr(found, "components") else (attribute,)
     named = isinstance(components, tuple | list) and components
-    if not named or not all(isinstance(component, str) for component in components):
+    if not named or not all(isinstance(component, str) and component for component in components):
         raise ConfigurationError(f"{field}: {name!r}: components must be a list of names, got {components!r}")
+    if len(set(components)) < len(components):
+        raise ConfigurationError(f"{field}: {name!r}: components must differ, got {components!r}")
     return UserReward(name, tuple(components), found)
