@@ -42,7 +42,7 @@ from kvpo.files import (
     remove_leftovers,
     write_atomic,
 )
-from kvpo.models.tensor_files import digest_of, read_safetensors
+from kvpo.models.tensor_files import read_safetensors
 from kvpo.progress import progress_bars
 from kvpo.prompt_files import examine, extended, written
 from kvpo.prompts import VideoPrompt, check_shown
@@ -166,7 +166,7 @@ def _generate(
         "base": backbone.weights.base_sha256,
         "checkpoint": None if path is None else identity_of(path, weights),
         "prompts": [asdict(prompt) for prompt in wanted],
-        "frames": digest_of({str(id): latents for id, latents in backbone.given.items()}),
+        "frames": backbone.given_digest,
         "seed": config.seed,
         "backbone.vae_precision": config.backbone.vae_precision,
         **settings_of(config),

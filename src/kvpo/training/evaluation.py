@@ -11,7 +11,6 @@ from torch import Tensor
 from kvpo.engine.generator import pixels_of
 from kvpo.engine.noise import Tape
 from kvpo.engine.scoring import score_clips, segment_clips
-from kvpo.models.tensor_files import digest_of
 from kvpo.prompts import VideoPrompt
 from kvpo.rewards.pixel_statistics import looks
 from kvpo.rewards.protocol import Scorer
@@ -119,8 +118,7 @@ def evaluate_policy(
     first = max([first, *(len(backbone.given.get(prompt.id, ())) for prompt in prompts)])
     others = swapped_captions(prompts) if mismatched else None
     pairs = list(zip(batches(prompts, rows), batches(others, rows) if others else repeat(None), strict=False))
-    given = digest_of({str(id): latents for id, latents in backbone.given.items()})
-    same = (backbone.weights.base_sha256, judges.identity, tape, first, given)
+    same = (backbone.weights.base_sha256, judges.identity, tape, first, backbone.given_digest)
     names = [kept.name(*same, *pair) for pair in pairs]
     known = ranks.once("looking for kept results", lambda: [kept.read(name) for name in names])
     own = []
