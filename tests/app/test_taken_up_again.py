@@ -27,6 +27,7 @@ from kvpo.app.presets import PRESETS
 from kvpo.app.taken import claimed
 from kvpo.config import Config
 from kvpo.config_checks import ConfigurationError
+from kvpo.files import TEMPORARY_PREFIX
 from kvpo.prompt_files import repeats
 from kvpo.prompts import VideoPrompt
 from kvpo.training import evaluation
@@ -203,6 +204,12 @@ def test_an_evaluation_continues_where_it_failed(
     assert evaluate(run)["held_out"] == whole["held_out"]
     assert len(made) == 5, "base and aligned, short and long, the third twice"
     assert not list(run.glob("*.parts"))
+
+    (run / "evaluation.json.parts").mkdir()
+    (run / "evaluation.json.parts" / "notes.txt").write_text("not kvpo's")
+    (run / "evaluation.json.parts" / f"{TEMPORARY_PREFIX}left").touch()
+    evaluate(run)
+    assert [file.name for file in (run / "evaluation.json.parts").iterdir()] == ["notes.txt"]
 
 
 def test_null_runs_stay_with_a_run(run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -3,9 +3,8 @@
 import json
 import logging
 import math
-import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -20,7 +19,7 @@ from kvpo.app.sources.common import as_final
 from kvpo.app.taken import claimed
 from kvpo.config import Config
 from kvpo.config_checks import ConfigurationError
-from kvpo.files import local_path, make_directory, new_file, output_file, write_atomic
+from kvpo.files import local_path, make_directory, new_file, output_file, remove_leftovers, write_atomic
 from kvpo.progress import counter, progress_bars
 from kvpo.report.drift import draw_drift
 from kvpo.report.headline import final_headline
@@ -141,15 +140,25 @@ def _evaluate(
 def _unfinished(ranks: Ranks, out: Path) -> Iterator[Path]:
     """A folder next to the file ``out`` for its results so far, removed when the block ends without an error.
 
-    Raises StorageError if another process is using it.
+    What else lies in such a folder stays. Raises StorageError if another process is using it.
     """
     parts = out.with_name(f"{out.name}.parts")
+
+    def prepare() -> None:
+        make_directory(parts)
+        held.callback(_remove_if_empty, parts)
+        held.enter_context(claimed(parts))
+        remove_leftovers(parts)
+
     with ExitStack() as held:
-        ranks.once(
-            "preparing to keep results", lambda: (make_directory(parts), held.enter_context(claimed(parts)))
-        )
+        ranks.once("preparing to keep results", prepare)
         yield parts
-        ranks.once("removing kept results", lambda: shutil.rmtree(parts))
+        ranks.once("removing kept results", KeptResults(parts).remove)
+
+
+def _remove_if_empty(folder: Path) -> None:
+    with suppress(OSError):
+        folder.rmdir()
 
 
 def _opened(
