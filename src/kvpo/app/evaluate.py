@@ -47,7 +47,7 @@ SPAN_SECONDS, STREAMS = 10.0, 4
 def evaluate(
     run: Path | str,
     *,
-    checkpoint: str | None = None,
+    checkpoint: str | int | Path | None = None,
     weights: str = "average",
     split: Literal["test", "final"] = "test",
     out: Path | str | None = None,
@@ -90,7 +90,7 @@ def _evaluate(
     ranks: Ranks,
     run: Path,
     config: Config,
-    checkpoint: str | None,
+    checkpoint: str | int | Path | None,
     weights: str,
     split: str,
     out: Path,
@@ -162,7 +162,7 @@ def _remove_if_empty(folder: Path) -> None:
 
 
 def _opened(
-    ranks: Ranks, run: Path, config: Config, checkpoint: str | None, weights: str
+    ranks: Ranks, run: Path, config: Config, checkpoint: str | int | Path | None, weights: str
 ) -> tuple[Setup, Sides, Path]:
     """A run's setup, its base and aligned policy, and the checkpoint's path."""
     demand_same_prompts(run, config)
@@ -179,7 +179,7 @@ def evaluate_drift(
     run: Path | str,
     *,
     seconds: float = 300.0,
-    checkpoint: str | None = None,
+    checkpoint: str | int | Path | None = None,
     weights: str = "average",
     places: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
