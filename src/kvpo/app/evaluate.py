@@ -57,8 +57,8 @@ def evaluate(
     """Compare a run's checkpoint with its base and write the numbers as JSON; ranks share the videos.
 
     The result holds ``checkpoint``, ``weights``, ``split``, ``verdict`` (text), ``held_out`` and ``scored``,
-    the number of clips that were scored or already known. For the best checkpoint on the test split,
-    ``held_out`` has the same numbers as ``summary.json``.
+    the number of clips that this call scored or found already known. For the best checkpoint on the test
+    split, ``held_out`` has the same numbers as ``summary.json``.
 
     Raises ValueError if the run, its checkpoint or the split cannot be used.
 
