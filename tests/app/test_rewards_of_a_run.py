@@ -77,6 +77,11 @@ def sparse(video_BTCHW: Tensor, prompts: Any) -> Tensor:
     return video_BTCHW.mean((1, 2, 3, 4)).to_sparse()
 
 
+def forgetful(video_BTCHW: Tensor, prompts: Any) -> None:
+    """Lacks a return."""
+    video_BTCHW.mean((1, 2, 3, 4))
+
+
 def leaving(video_BTCHW: Tensor, prompts: Any) -> Tensor:
     """From a script."""
     raise SystemExit(0)
@@ -163,6 +168,7 @@ def test_a_function_that_changes_its_clips_is_refused() -> None:
         ("elsewhere", "changed the working directory from .* to /, for everything"),
         ("complex_numbers", "failed: ValueError: its scores are complex"),
         ("hollow", "failed: ValueError: its scores are without content"),
+        ("forgetful", "failed: ValueError: it returned None instead of scores"),
         ("leaving", "failed: SystemExit: 0"),
         ("enormous", "'enormous' is 3e.38 for clip 0 of 2, which sums and squares of float32 cannot hold"),
     ],

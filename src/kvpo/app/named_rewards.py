@@ -82,7 +82,9 @@ class UserReward:
 
 
 def _plain(values: Any) -> Tensor:
-    """Scores as a dense tensor. Raises ValueError if they are complex, or on the meta device."""
+    """Scores as a dense tensor. Raises ValueError if they are None, complex, or on the meta device."""
+    if values is None:  # a forgotten return; torch would speak of dtypes
+        raise ValueError("it returned None instead of scores")
     scores = torch.as_tensor(values)
     if scores.is_complex() or scores.is_meta:
         raise ValueError(f"its scores are {'complex' if scores.is_complex() else 'without content (meta)'}")
