@@ -1,5 +1,6 @@
 """The score cache in a run: what a second run need not score, and that the metrics say so."""
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from kvpo.app.build import build_setup
 from kvpo.app.configuration import assign, preset
-from kvpo.app.judges import build_scorer, build_watchers
+from kvpo.app.judges import build_judges, build_scorer, build_watchers
 from kvpo.config import Config
 from kvpo.rewards.cache import Counts, score_cache
 from kvpo.rewards.preference import Preference, save_preference
@@ -61,6 +62,21 @@ def test_a_version_is_known_of_all_but_functions_that_do_not_say(tmp_path: Path)
         assert versions(tmp_path, f"{ME}:calm")[0] not in found
     finally:
         calm.version = "1"  # type: ignore[attr-defined]
+
+
+def test_a_change_of_a_rewards_file_is_told_even_without_a_version(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Results that an interrupted process kept must not be compared with scores of the changed function."""
+    monkeypatch.syspath_prepend(tmp_path)
+    config = assign(Config(), {"rewards.scorers": ["flicker", "changing:own"]})
+    found = []
+    for value in (1, 2, 1):
+        (tmp_path / "changing.py").write_text(f"def own(video_BTCHW, prompts):\n    return [{value}.0]\n")
+        sys.modules.pop("changing", None)
+        found.append(build_judges(config, 8.0, score_cache("")).identity)
+    sys.modules.pop("changing")
+    assert found[0] == found[2] != found[1]
 
 
 def test_the_version_of_a_learned_reward_is_that_of_what_it_looks_at_too(tmp_path: Path) -> None:

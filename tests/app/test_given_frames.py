@@ -71,6 +71,18 @@ def test_an_image_stands_still_for_a_block(tiny_base: Path, tmp_path: Path, imag
     assert torch.equal(latents(tmp_path / "table")["000"], begun)
 
 
+def test_an_edit_of_a_few_pixels_is_told(tiny_base: Path, image: Path) -> None:
+    """Unfinished work must not be continued with a picture that was edited since."""
+    backbone, found = load_backbone(tiny_config(tiny_base)), []
+    edited = np.asarray(Image.open(image)).copy()
+    for value in (40, 41, 40):
+        edited[40:44, 140:144, 1] = value
+        Image.fromarray(edited).save(image)
+        found.append(with_given_frames(backbone, image, PROMPTS).given_digest)
+    assert found[0] == found[2] != found[1]
+    assert backbone.given_digest not in found
+
+
 @pytest.mark.parametrize("span", [0, 1])
 def test_selection_begins_with_them_too(tiny_base: Path, tmp_path: Path, image: Path, span: int) -> None:
     config = tiny_config(tiny_base, rewards__scorers=("tests.tiny_world:toy",))

@@ -56,6 +56,7 @@ def test_the_embedded_generator_streams(tmp_path):
     own, sent = theatre.scheduler, []
     (cue, *rest) = theatre.story(3)
     assert theatre.notice("A red dragon.") == "unknown words have no effect: dragon"
+    assert theatre.notice("A dragon eats a dragon.") == "unknown words have no effect: dragon, eats"
     assert not theatre.notice(cue.prompt)
     assert theatre.notice("red " * 33) == "33 words, 32 are read: 1 are cut"
     begun = Cue(cue.prompt, 12)

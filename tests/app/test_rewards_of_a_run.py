@@ -77,6 +77,11 @@ def sparse(video_BTCHW: Tensor, prompts: Any) -> Tensor:
     return video_BTCHW.mean((1, 2, 3, 4)).to_sparse()
 
 
+def forgetful(video_BTCHW: Tensor, prompts: Any) -> None:
+    """Lacks a return."""
+    video_BTCHW.mean((1, 2, 3, 4))
+
+
 def leaving(video_BTCHW: Tensor, prompts: Any) -> Tensor:
     """From a script."""
     raise SystemExit(0)
@@ -93,6 +98,22 @@ def of_one_word(video_BTCHW: Tensor, prompts: Any) -> Tensor:
 
 
 of_one_word.components = "word"  # type: ignore[attr-defined]
+
+
+def of_one_name(video_BTCHW: Tensor, prompts: Any) -> dict[str, Tensor]:
+    """Two components, of which only one can be told."""
+    return {"calm": video_BTCHW.mean((1, 2, 3, 4))}
+
+
+of_one_name.components = ["calm", "calm"]  # type: ignore[attr-defined]
+
+
+def nameless(video_BTCHW: Tensor, prompts: Any) -> dict[str, Tensor]:
+    """A component that no setting can name."""
+    return {"": video_BTCHW.mean((1, 2, 3, 4))}
+
+
+nameless.components = [""]  # type: ignore[attr-defined]
 
 
 def undeclared(video_BTCHW: Tensor, prompts: Any) -> dict[str, Tensor]:
@@ -147,6 +168,7 @@ def test_a_function_that_changes_its_clips_is_refused() -> None:
         ("elsewhere", "changed the working directory from .* to /, for everything"),
         ("complex_numbers", "failed: ValueError: its scores are complex"),
         ("hollow", "failed: ValueError: its scores are without content"),
+        ("forgetful", "failed: ValueError: it returned None instead of scores"),
         ("leaving", "failed: SystemExit: 0"),
         ("enormous", "'enormous' is 3e.38 for clip 0 of 2, which sums and squares of float32 cannot hold"),
     ],
@@ -204,6 +226,8 @@ def preset_prompt() -> Any:
     [
         ("hpsv4", {}, "rewards.scorers: unknown reward 'hpsv4'; there are hpsv3"),
         (f"{ME}:of_one_word", {}, "components must be a list of names, got 'word'"),
+        (f"{ME}:of_one_name", {}, "components must differ, got \\['calm', 'calm'\\]"),
+        (f"{ME}:nameless", {}, "components must be a list of names, got \\[''\\]"),
         ("nowhere:f", {}, "rewards.scorers: cannot import 'nowhere'"),
         (f"{ME}:nothing", {}, "rewards.scorers: module .* has no 'nothing'"),
         (f"{ME}:ME", {}, "rewards.scorers: .* is not callable"),

@@ -27,6 +27,7 @@ from kvpo.app.presets import PRESETS
 from kvpo.app.taken import claimed
 from kvpo.config import Config
 from kvpo.config_checks import ConfigurationError
+from kvpo.files import TEMPORARY_PREFIX
 from kvpo.prompt_files import repeats
 from kvpo.prompts import VideoPrompt
 from kvpo.training import evaluation
@@ -196,13 +197,19 @@ def test_an_evaluation_continues_where_it_failed(
     monkeypatch.setattr(evaluation, "_evaluated", fails_third)
     with pytest.raises(ValueError, match="the reward server is gone"):
         evaluate(run)
-    with claimed(run / "evaluation.json", run / ".evaluation.json.lock"):
+    with claimed(run / "evaluation.json.parts"):
         assert command("evaluate", run) == 1
     assert "another process is writing to" in capsys.readouterr().err
     assert len(made) == 3 and not (run / "evaluation.json").exists()
     assert evaluate(run)["held_out"] == whole["held_out"]
     assert len(made) == 5, "base and aligned, short and long, the third twice"
     assert not list(run.glob("*.parts"))
+
+    (run / "evaluation.json.parts").mkdir()
+    (run / "evaluation.json.parts" / "notes.txt").write_text("not kvpo's")
+    (run / "evaluation.json.parts" / f"{TEMPORARY_PREFIX}left").touch()
+    evaluate(run)
+    assert [file.name for file in (run / "evaluation.json.parts").iterdir()] == ["notes.txt"]
 
 
 def test_null_runs_stay_with_a_run(run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -270,10 +270,12 @@ def test_a_checkpoint_is_found_by_what_one_would_type(tmp_path: Path) -> None:
     mark_best(tmp_path, first, 1.0)
     assert find_checkpoint(tmp_path, None) == find_checkpoint(tmp_path, "best") == first
     assert find_checkpoint(tmp_path, "latest") == second
-    for name in ("20", "update-000020", str(second)):
+    for name in ("20", 20, "update-000020", str(second), second):
         assert find_checkpoint(tmp_path, name) == second
     with pytest.raises(CheckpointError, match="'30'.*update-000010, update-000020"):
         find_checkpoint(tmp_path, "30")
+    with pytest.raises(CheckpointError, match="no checkpoint '0' in"):
+        find_checkpoint(tmp_path, 0)
 
 
 def test_a_full_disk_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from kvpo.engine.noise import SeededTape
 from kvpo.progress import counter
 from kvpo.prompts import ClipPrompt, VideoPrompt
+from kvpo.rewards.reward import Reward
 from kvpo.training import evaluation
 from kvpo.training.evaluation import (
     Evaluation,
@@ -122,6 +123,8 @@ def test_kept_results_are_not_made_again(
         {"tape": setup.backbone.tape("another")},
         {"first": 3},
         {"rows": 1},
+        {"judges": replace(judges, scorer=Reward("own", Literal(), code="as it was"))},
+        {"judges": replace(judges, scorer=Reward("own", Literal(), code="changed"))},
     ]
     for other in others:
         made.clear()

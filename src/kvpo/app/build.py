@@ -65,7 +65,7 @@ def check_device(name: str, field: str = "device") -> None:
         ) from error
 
 
-def checkpoint_of(run: Path | None, name: str | None) -> Path | None:
+def checkpoint_of(run: Path | None, name: str | int | Path | None) -> Path | None:
     """The checkpoint of a run, None without a run; warns if it is just the base. Raises CheckpointError."""
     if run is None:
         return None

@@ -17,8 +17,8 @@ def compare_arguments(parser: ArgumentParser) -> None:
         "--methods",
         default=METHODS_COMPARED,
         metavar="NAMES",
-        help="methods, and of the arms beside them null (advantages dealt at random), best-of-n (training on "
-        f"the best branch alone) and pretraining (more of it) (default: {METHODS_COMPARED})",
+        help="methods, and three further arms: null (random advantages), best-of-n (training on the best "
+        f"branch alone) and pretraining (more of the base's own) (default: {METHODS_COMPARED})",
     )
     parser.add_argument(
         "--arms",

@@ -3,9 +3,8 @@
 import json
 import logging
 import math
-import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -20,7 +19,7 @@ from kvpo.app.sources.common import as_final
 from kvpo.app.taken import claimed
 from kvpo.config import Config
 from kvpo.config_checks import ConfigurationError
-from kvpo.files import local_path, new_file, output_file, write_atomic
+from kvpo.files import local_path, make_directory, new_file, output_file, remove_leftovers, write_atomic
 from kvpo.progress import counter, progress_bars
 from kvpo.report.drift import draw_drift
 from kvpo.report.headline import final_headline
@@ -48,7 +47,7 @@ SPAN_SECONDS, STREAMS = 10.0, 4
 def evaluate(
     run: Path | str,
     *,
-    checkpoint: str | None = None,
+    checkpoint: str | int | Path | None = None,
     weights: str = "average",
     split: Literal["test", "final"] = "test",
     out: Path | str | None = None,
@@ -58,8 +57,8 @@ def evaluate(
     """Compare a run's checkpoint with its base and write the numbers as JSON; ranks share the videos.
 
     The result holds ``checkpoint``, ``weights``, ``split``, ``verdict`` (text), ``held_out`` and ``scored``,
-    the number of clips that were scored or already known. For the best checkpoint on the test split,
-    ``held_out`` has the same numbers as ``summary.json``.
+    the number of clips that this call scored or found already known. For the best checkpoint on the test
+    split, ``held_out`` has the same numbers as ``summary.json``.
 
     Raises ValueError if the run, its checkpoint or the split cannot be used.
 
@@ -91,7 +90,7 @@ def _evaluate(
     ranks: Ranks,
     run: Path,
     config: Config,
-    checkpoint: str | None,
+    checkpoint: str | int | Path | None,
     weights: str,
     split: str,
     out: Path,
@@ -141,18 +140,29 @@ def _evaluate(
 def _unfinished(ranks: Ranks, out: Path) -> Iterator[Path]:
     """A folder next to the file ``out`` for its results so far, removed when the block ends without an error.
 
-    Raises StorageError if another process is using it.
+    What else lies in such a folder stays. Raises StorageError if another process is using it.
     """
     parts = out.with_name(f"{out.name}.parts")
-    lock = out.with_name(f".{out.name}.lock")
+
+    def prepare() -> None:
+        make_directory(parts)
+        held.callback(_remove_if_empty, parts)
+        held.enter_context(claimed(parts))
+        remove_leftovers(parts)
+
     with ExitStack() as held:
-        ranks.once("claiming the output", lambda: held.enter_context(claimed(out, lock)))
+        ranks.once("preparing to keep results", prepare)
         yield parts
-        ranks.once("removing kept results", lambda: shutil.rmtree(parts, ignore_errors=True))
+        ranks.once("removing kept results", KeptResults(parts).remove)
+
+
+def _remove_if_empty(folder: Path) -> None:
+    with suppress(OSError):
+        folder.rmdir()
 
 
 def _opened(
-    ranks: Ranks, run: Path, config: Config, checkpoint: str | None, weights: str
+    ranks: Ranks, run: Path, config: Config, checkpoint: str | int | Path | None, weights: str
 ) -> tuple[Setup, Sides, Path]:
     """A run's setup, its base and aligned policy, and the checkpoint's path."""
     demand_same_prompts(run, config)
@@ -169,7 +179,7 @@ def evaluate_drift(
     run: Path | str,
     *,
     seconds: float = 300.0,
-    checkpoint: str | None = None,
+    checkpoint: str | int | Path | None = None,
     weights: str = "average",
     places: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:

@@ -59,7 +59,7 @@ def export(
     out: Path | str,
     *,
     layout: Layout,
-    checkpoint: str | None = None,
+    checkpoint: str | int | Path | None = None,
     weights: str = "average",
     places: Mapping[str, Any] | None = None,
     difference: int | None = None,

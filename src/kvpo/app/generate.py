@@ -42,7 +42,7 @@ from kvpo.files import (
     remove_leftovers,
     write_atomic,
 )
-from kvpo.models.tensor_files import digest_of, read_safetensors
+from kvpo.models.tensor_files import read_safetensors
 from kvpo.progress import progress_bars
 from kvpo.prompt_files import examine, extended, written
 from kvpo.prompts import VideoPrompt, check_shown
@@ -100,7 +100,7 @@ def generate(
     prompts: Path | str | Sequence[VideoPrompt] | None = None,
     extended_texts: Path | None = None,
     run: Path | str | None = None,
-    checkpoint: str | None = None,
+    checkpoint: str | int | Path | None = None,
     weights: str = "average",
     best: Best | None = None,
     frames: Path | None = None,
@@ -147,7 +147,7 @@ def _generate(
     out: Path,
     wanted: list[VideoPrompt],
     run: Path | None,
-    checkpoint: str | None,
+    checkpoint: str | int | Path | None,
     weights: str,
     best: Best | None,
     frames: Path | None,
@@ -166,7 +166,7 @@ def _generate(
         "base": backbone.weights.base_sha256,
         "checkpoint": None if path is None else identity_of(path, weights),
         "prompts": [asdict(prompt) for prompt in wanted],
-        "frames": digest_of({str(id): latents for id, latents in backbone.given.items()}),
+        "frames": backbone.given_digest,
         "seed": config.seed,
         "backbone.vae_precision": config.backbone.vae_precision,
         **settings_of(config),

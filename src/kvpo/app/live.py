@@ -38,7 +38,7 @@ def serve_live(
     port: int,
     token: str | None,
     run: Path | None = None,
-    checkpoint: str | None = None,
+    checkpoint: str | int | Path | None = None,
     weights: str = "average",
     limits: SessionLimits,
 ) -> None:
@@ -81,7 +81,7 @@ def theatre_of(
     out: Path,
     *,
     run: Path | None,
-    checkpoint: str | None,
+    checkpoint: str | int | Path | None,
     weights: str,
     limits: SessionLimits,
 ) -> Theatre:

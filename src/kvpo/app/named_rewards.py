@@ -82,7 +82,9 @@ class UserReward:
 
 
 def _plain(values: Any) -> Tensor:
-    """Scores as a dense tensor. Raises ValueError if they are complex, or on the meta device."""
+    """Scores as a dense tensor. Raises ValueError if they are None, complex, or on the meta device."""
+    if values is None:  # a forgotten return; torch would speak of dtypes
+        raise ValueError("it returned None instead of scores")
     scores = torch.as_tensor(values)
     if scores.is_complex() or scores.is_meta:
         raise ValueError(f"its scores are {'complex' if scores.is_complex() else 'without content (meta)'}")
@@ -337,7 +339,9 @@ def _users_own(name: str, field: str) -> Reward:
     declarations = tuple(Declaration(c, -inf, inf, False, 1, SD, eight_bit=rounds) for c in scorer.components)
     # Only the author knows what a function's scores depend on: they are cached only if it states a version.
     version = f"{name} {scorer.function.version}" if hasattr(scorer.function, "version") else ""
-    return Reward(name, scorer, declarations, version)
+    file = getattr(sys.modules[name.partition(":")[0]], "__file__", None) or ""
+    code = fingerprint([Path(file)]) if Path(file).is_file() else ""
+    return Reward(name, scorer, declarations, version, code)
 
 
 def user_reward(name: str, field: str) -> UserReward:
@@ -362,6 +366,8 @@ def user_reward(name: str, field: str) -> UserReward:
         raise ConfigurationError(f"{field}: {name!r} is not callable")
     components = found.components if hasattr(found, "components") else (attribute,)
     named = isinstance(components, tuple | list) and components
-    if not named or not all(isinstance(component, str) for component in components):
+    if not named or not all(isinstance(component, str) and component for component in components):
         raise ConfigurationError(f"{field}: {name!r}: components must be a list of names, got {components!r}")
+    if len(set(components)) < len(components):
+        raise ConfigurationError(f"{field}: {name!r}: components must differ, got {components!r}")
     return UserReward(name, tuple(components), found)

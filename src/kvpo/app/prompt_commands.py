@@ -37,7 +37,8 @@ def prompts_arguments(parser: ArgumentParser) -> None:
         type=int,
         default=0,
         metavar="INT",
-        help="of the distinct prompts this many go to FILE's name with -held-out; the same ones every time",
+        help="with --out: write this many of the distinct prompts, always the same ones, to a second file "
+        "with -held-out in its name instead",
     )
 
 

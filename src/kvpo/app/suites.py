@@ -225,7 +225,7 @@ def generate_suite(
     dimensions: Sequence[str] = (),
     extended_texts: Path | None = None,
     run: Path | None = None,
-    checkpoint: str | None = None,
+    checkpoint: str | int | Path | None = None,
     weights: str = "average",
 ) -> list[Path]:
     """Generate a suite's videos into ``out``/base and, with a run, ``out``/aligned; returns these folders.

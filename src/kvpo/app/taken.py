@@ -31,22 +31,21 @@ def refuse_other(out: Path, own: str) -> None:
 
 
 @contextmanager
-def claimed(out: Path, lock: Path | None = None) -> Iterator[None]:
-    """Keep other processes that claim an output out of it; a killed process cannot leave it claimed.
+def claimed(directory: Path) -> Iterator[None]:
+    """Keep other processes that claim a directory out of it; a killed process cannot leave it claimed.
 
-    ``lock`` is the lock file; None: ``.lock`` in the directory ``out``. Raises StorageError if another
-    process has claimed the output, or the lock cannot be written.
+    Raises StorageError if another process has claimed the directory, or it cannot be written to.
     """
-    lock = out / ".lock" if lock is None else lock
+    lock = directory / ".lock"
     held = FileLock(lock, timeout=0)
     try:
         held.acquire()
     except Timeout as error:
         raise StorageError(
-            f"another process is writing to {out}; wait for it to finish or choose another --out"
+            f"another process is writing to {directory}; wait for it to finish or choose another --out"
         ) from error
     except OSError as error:
-        raise storage_error(out, error) from error
+        raise storage_error(directory, error) from error
     try:
         yield
     finally:

@@ -27,6 +27,8 @@ class Reward:
     version: str = ""
     """Digest of everything that determines the scores besides clip, prompt and kvpo's code; "" if unknown:
     then nothing is stored on disk."""
+    code: str = ""
+    """Digest of the file that a user's own scorer is in."""
     cache: ScoreCache | None = None
     """If given, the scorer is called only once for each distinct clip."""
     device: torch.device | str | None = None
@@ -35,6 +37,11 @@ class Reward:
     @property
     def components(self) -> tuple[str, ...]:
         return self.scorer.components
+
+    @property
+    def identity(self) -> str:
+        """Differs after a change of what the scores depend on, as far as that is known."""
+        return f"{self.name} {self.version} {self.code}"
 
     @property
     def weights(self) -> dict[str, float]:
@@ -125,6 +132,11 @@ class CombinedScorer:
     @property
     def components(self) -> tuple[str, ...]:
         return tuple(name for scorer in self.scorers for name in scorer.components)
+
+    @property
+    def identity(self) -> str:
+        """Those of its rewards."""
+        return ", ".join(getattr(scorer, "identity", "") for scorer in self.scorers)
 
     def __call__(self, video_BTCHW: Tensor, prompts: Sequence[ClipPrompt]) -> dict[str, Tensor]:
         """Component -> [B]."""

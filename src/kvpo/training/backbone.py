@@ -1,9 +1,11 @@
 """A generator and its parts, built once by the application."""
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
+from safetensors.torch import save
 from torch import Tensor
 
 from kvpo.config import Config
@@ -11,6 +13,7 @@ from kvpo.engine.generator import Codec, StreamingGenerator, TextEncoder
 from kvpo.engine.noise import SeededTape, Tape
 from kvpo.engine.stream import TextTable, stream_latents
 from kvpo.models.causal_wan import CausalWan
+from kvpo.models.tensor_files import storable
 from kvpo.prompts import VideoPrompt
 
 
@@ -36,6 +39,12 @@ class Backbone:
     codec: Codec
     given: Mapping[int, Tensor] = field(default_factory=dict)
     """Latents ``[T, C, H, W]`` that videos begin with, by prompt id."""
+
+    @property
+    def given_digest(self) -> str:
+        """Digest of every value of the ``given`` latents: an edit of a few pixels changes few of them."""
+        tensors = storable({str(id): latents for id, latents in self.given.items()})
+        return hashlib.sha256(save(tensors)).hexdigest()
 
     def texts(self, prompts: Sequence[VideoPrompt]) -> TextTable:
         """Embed every segment of the prompts."""

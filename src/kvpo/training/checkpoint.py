@@ -198,13 +198,13 @@ def best_checkpoint(directory: Path) -> tuple[Path, float] | None:
     return path, value
 
 
-def find_checkpoint(directory: Path, name: str | None) -> Path:
+def find_checkpoint(directory: Path, name: str | int | Path | None) -> Path:
     """The checkpoint a user asked for: "best", "latest", an update number, a directory name, or a path.
 
     None means the best one, or the latest if none is marked. Raises CheckpointError, listing the available
     checkpoints, if none matches or the one marked best no longer exists.
     """
-    best = best_checkpoint(directory)
+    best, given = best_checkpoint(directory), "" if name is None else str(name)
     if name in (None, "best") and best is not None:
         if not best[0].is_dir():
             raise CheckpointError(
@@ -217,11 +217,11 @@ def find_checkpoint(directory: Path, name: str | None) -> Path:
         if latest is not None:
             return latest
     elif name is not None:
-        numbered = [directory / f"update-{int(name):06d}"] if name.isdecimal() else []
-        for path in (*numbered, directory / name, Path(name)):
+        numbered = [directory / f"update-{int(given):06d}"] if given.isdecimal() else []
+        for path in (*numbered, directory / given, Path(given)):
             if path.exists():
                 return path
-    raise CheckpointError(f"no checkpoint {name or ''!r} in {directory}, which holds {_present(directory)}")
+    raise CheckpointError(f"no checkpoint {given!r} in {directory}, which holds {_present(directory)}")
 
 
 def _present(directory: Path) -> str:
@@ -253,7 +253,7 @@ def checkpoint_update(path: Path) -> int:
     return int(path.name.removeprefix("update-"))
 
 
-def no_improvement(path: Path, name: str | None) -> str | None:
+def no_improvement(path: Path, name: str | int | Path | None) -> str | None:
     """A one-line note if ``path``, found under ``name``, is the best checkpoint but only the base."""
     if name not in (None, "best") or path.name != "update-000000":
         return None

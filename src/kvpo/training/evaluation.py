@@ -11,7 +11,6 @@ from torch import Tensor
 from kvpo.engine.generator import pixels_of
 from kvpo.engine.noise import Tape
 from kvpo.engine.scoring import score_clips, segment_clips
-from kvpo.models.tensor_files import digest_of
 from kvpo.prompts import VideoPrompt
 from kvpo.rewards.pixel_statistics import looks
 from kvpo.rewards.protocol import Scorer
@@ -85,6 +84,11 @@ class Judges:
         """Names of the rows of ``Evaluation.watchers_HN``."""
         return tuple(name for reward in self.watchers for name in reward.numbers())
 
+    @property
+    def identity(self) -> str:
+        """Differs after a change of a reward, as far as that is known (see `Reward.identity`)."""
+        return ", ".join(getattr(scorer, "identity", "") for scorer in (self.scorer, *self.watchers))
+
     def totals(self, evaluation: Evaluation) -> Tensor:
         """Weighted reward per prompt, [N]."""
         return self.weights_K @ evaluation.components_KN
@@ -114,8 +118,8 @@ def evaluate_policy(
     first = max([first, *(len(backbone.given.get(prompt.id, ())) for prompt in prompts)])
     others = swapped_captions(prompts) if mismatched else None
     pairs = list(zip(batches(prompts, rows), batches(others, rows) if others else repeat(None), strict=False))
-    given = digest_of({str(id): latents for id, latents in backbone.given.items()})
-    names = [kept.name(backbone.weights.base_sha256, *pair, tape, first, given) for pair in pairs]
+    same = (backbone.weights.base_sha256, judges.identity, tape, first, backbone.given_digest)
+    names = [kept.name(*same, *pair) for pair in pairs]
     known = ranks.once("looking for kept results", lambda: [kept.read(name) for name in names])
     own = []
     with ranks.together("evaluating"):

@@ -49,6 +49,11 @@ class KeptResults:
             make_directory(file.parent)
             write_atomic(file, save(storable(results)))
 
+    def remove(self) -> None:
+        """Remove the results of all policies from the folder."""
+        for file in self.folder.glob("*.safetensors") if self.folder is not None else ():
+            file.unlink()
+
     def _file(self, name: str) -> Path | None:
         return None if self.folder is None else self.folder / f"{name}.safetensors"
 

@@ -35,8 +35,8 @@ class WordTokenizer:
         return ids_BL
 
     def unknown(self, caption: str) -> list[str]:
-        """Words of a caption that are not in the vocabulary, in order."""
-        return [word for word in words(caption) if word not in self._ids]
+        """Distinct words of a caption that are not in the vocabulary, in order."""
+        return list(dict.fromkeys(word for word in words(caption) if word not in self._ids))
 
 
 class LearnedTextEncoder(nn.Module):
