@@ -47,6 +47,13 @@ def press(page, *keys: str) -> None:
         page.run(f"document.dispatchEvent(new KeyboardEvent('keydown', {{key: {key!r}, cancelable: true}}))")
 
 
+def type_key(page, key: str, code: int, text: str = "", *, held: bool = False) -> None:
+    """Press a real key, which acts on what has the focus; ``held``: it repeats, as if never let go."""
+    values = {"key": key, "windowsVirtualKeyCode": code}
+    page.call("Input.dispatchKeyEvent", type="keyDown", text=text, autoRepeat=held, **values)
+    page.call("Input.dispatchKeyEvent", type="keyUp", **values)
+
+
 def brightness(page, place: int) -> float:
     """Mean grey of what a video shows."""
     return page.run(
@@ -141,6 +148,38 @@ def test_videos_play_in_step_and_stop_frame_by_frame(browser, folders, tmp_path)
         browser.wait_for(f"Math.max(...{times}) < 1.2 && !document.querySelector('.shot video').paused")
         browser.run("document.querySelectorAll('.shot video')[1].currentTime = 2.5")
         browser.wait_for(f"(([a, b]) => Math.abs(a - b) < 0.1)({times})")
+
+
+def test_controls_that_tab_reaches_keep_their_own_keys(browser, folders, tmp_path):
+    study = open_study(folders, tmp_path / "study")
+    token = study.invite("ann")
+    rater = study.rater_of(token)
+    with served(study) as url:
+        browser.open(f"{url}/?tab#{token}")
+        browser.wait_for("!document.getElementById('welcome').hidden")
+        browser.run("document.getElementById('begin').click()")
+        at_ballot(browser, 0)
+        answers = "[...document.querySelectorAll('.answers button')]"
+        for question in range(5):
+            browser.run(f"{answers}[{4 * question + 2}].focus()")
+            type_key(browser, " ", 32, " ") if question % 2 else type_key(browser, "Enter", 13, "\r")
+        assert set(browser.run("Object.values(state.answers)")) == {"right"}
+        browser.run("setPlaying(false); state.answers = {}; mark(); document.getElementById('scrub').focus()")
+        type_key(browser, "ArrowRight", 39)
+        assert browser.run("state.answers") == {}, "an arrow moves the slider that has the focus"
+        browser.run("document.activeElement.blur()")
+        press(browser, *["ArrowLeft"] * 5, "Enter")
+        at_ballot(browser, 1)
+        press(browser, *["ArrowLeft"] * 5)
+        browser.run("document.getElementById('undo').focus()")
+        type_key(browser, "Enter", 13, "\r")
+        at_ballot(browser, 0)
+        assert study.done(rater) == 0, "Enter on Undo takes back, and does not vote"
+        browser.run(f"{answers}[0].focus()")
+        browser.run("document.dispatchEvent(new MouseEvent('click', {detail: 1, bubbles: true}))")
+        press(browser, *["ArrowDown"] * 5, "Enter")
+        at_ballot(browser, 1)
+        assert study.done(rater) == 1, "after a click the keys are the page's again"
 
 
 def test_the_page_fits_a_phone_and_says_what_a_wrong_link_lacks(browser, folders, tmp_path):

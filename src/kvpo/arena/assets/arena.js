@@ -303,14 +303,18 @@ async function begin() {
   }
   await present();
 }
+// A click by pointer leaves the keys to the page; what Tab has reached keeps its own.
+document.addEventListener("click", (event) => { if (event.detail && document.activeElement) document.activeElement.blur(); });
 document.addEventListener("keydown", (event) => {
   if (event.ctrlKey || event.metaKey || event.altKey || !state.session) return;
-  const key = event.key;
+  const key = event.key, focused = document.activeElement;
   if (key === "?") return toggleHelp();
   if (!at("message").hidden && key.toLowerCase() === "u") return undo();
   if (at("ballot").hidden) return;
+  const control = focused && focused.closest("button, input");
+  if (control && (key === "Enter" || key === " " || (control === at("scrub") && key.startsWith("Arrow")))) return;
   const answer = ANSWERS.find(([, , name]) => name === key);
-  const shot = document.activeElement && document.activeElement.closest(".ranked .shot");
+  const shot = focused && focused.closest(".ranked .shot");
   const acts = { " ": () => setPlaying(!playing), r: replay, ",": () => step(-1), ".": () => step(1), s: nextSpeed, u: undo, Enter: submit };
   if (answer && state.ballot.ranked) {
     if (!shot) return;
