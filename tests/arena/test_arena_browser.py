@@ -182,6 +182,36 @@ def test_controls_that_tab_reaches_keep_their_own_keys(browser, folders, tmp_pat
         assert study.done(rater) == 1, "after a click the keys are the page's again"
 
 
+def test_a_held_key_and_a_double_click_act_once(browser, folders, tmp_path):
+    study = open_study(folders, tmp_path / "pairs")
+    with served(study) as url:
+        browser.open(f"{url}/?held#{study.invite('ann')}")
+        browser.wait_for("!document.getElementById('welcome').hidden")
+        browser.run("document.getElementById('begin').click()")
+        at_ballot(browser, 0)
+        for held in (False, True, True):
+            type_key(browser, "ArrowLeft", 37, held=held)
+        assert browser.run("Object.keys(state.answers).length") == 1, "one question, not all of them"
+    ranked = open_study(folders, tmp_path / "ranked", ranked=True)
+    token = ranked.invite("ann")
+    rater = ranked.rater_of(token)
+    with served(ranked) as url:
+        browser.open(f"{url}/?held#{token}")
+        browser.wait_for("!document.getElementById('welcome').hidden")
+        browser.run("document.getElementById('begin').click()")
+        at_ballot(browser, 0)
+        type_key(browser, "Enter", 13, "\r")
+        at_ballot(browser, 1)
+        type_key(browser, "Enter", 13, "\r", held=True)
+        browser.run("document.getElementById('next').focus()")
+        type_key(browser, "Enter", 13, "\r", held=True)
+        for button in ("next", "undo"):
+            second = "new MouseEvent('click', {detail: 2})"
+            browser.run(f"document.getElementById('{button}').dispatchEvent({second})")
+            time.sleep(0.2)
+            assert ranked.done(rater) == 1, "one vote, and it is not taken back"
+
+
 def test_the_page_fits_a_phone_and_says_what_a_wrong_link_lacks(browser, folders, tmp_path):
     study = open_study(folders, tmp_path / "study")
     with served(study) as url:

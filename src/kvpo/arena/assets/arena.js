@@ -276,9 +276,10 @@ at("back").addEventListener("click", () => step(-1));
 at("on").addEventListener("click", () => step(1));
 at("replay").addEventListener("click", replay);
 at("speed").addEventListener("click", nextSpeed);
-at("next").addEventListener("click", submit);
-at("undo").addEventListener("click", undo);
-at("undo-last").addEventListener("click", undo);
+// the second click of a double click would act on the next ballot
+for (const [id, act] of [["next", submit], ["undo", undo], ["undo-last", undo]]) {
+  at(id).addEventListener("click", (event) => { if (event.detail < 2) act(); });
+}
 at("begin").addEventListener("click", () => begin().catch(lost));
 at("help").addEventListener("click", toggleHelp);
 at("scrub").addEventListener("input", () => { setPlaying(false); seek(clock().duration * at("scrub").value / 1000); });
@@ -312,19 +313,21 @@ document.addEventListener("keydown", (event) => {
   if (!at("message").hidden && key.toLowerCase() === "u") return undo();
   if (at("ballot").hidden) return;
   const control = focused && focused.closest("button, input");
-  if (control && (key === "Enter" || key === " " || (control === at("scrub") && key.startsWith("Arrow")))) return;
+  if (control === at("scrub") && key.startsWith("Arrow")) return;
+  if (control && !event.repeat && (key === "Enter" || key === " ")) return;
   const answer = ANSWERS.find(([, , name]) => name === key);
   const shot = focused && focused.closest(".ranked .shot");
   const acts = { " ": () => setPlaying(!playing), r: replay, ",": () => step(-1), ".": () => step(1), s: nextSpeed, u: undo, Enter: submit };
+  let act = acts[key.length === 1 ? key.toLowerCase() : key];
   if (answer && state.ballot.ranked) {
-    if (!shot) return;
-    const shots = [...at("stage").children];
-    move(shot, shots.indexOf(shot) + (key === "ArrowLeft" || key === "ArrowUp" ? -1 : 1));
-    shot.focus();
-  } else if (answer && due() !== undefined) choose(due(), answer[0]);
-  else if (acts[key.length === 1 ? key.toLowerCase() : key]) acts[key.length === 1 ? key.toLowerCase() : key]();
-  else return;
+    act = shot && (() => {
+      move(shot, [...at("stage").children].indexOf(shot) + (key === "ArrowLeft" || key === "ArrowUp" ? -1 : 1));
+      shot.focus();
+    });
+  } else if (answer && due() !== undefined) act = () => choose(due(), answer[0]);
+  if (!act) return;
   event.preventDefault();
+  if (!event.repeat || key === "," || key === ".") act(); // a key that is held acts once
 });
 
 // ---- start
