@@ -305,6 +305,28 @@ def test_a_vote_that_the_server_did_not_take_says_so_and_is_sent_again(browser, 
     assert study.done(study.rater_of(token)) == 2
 
 
+def test_an_undo_without_a_connection_says_so(browser, folders, tmp_path):
+    study = open_study(folders, tmp_path / "study", pairs=1)
+    token = study.invite("ann")
+    gone = "window.fetched = window.fetch; window.fetch = () => Promise.reject(new TypeError('gone'))"
+    with served(study) as url:
+        browser.open(f"{url}/?undo#{token}")
+        browser.wait_for("!document.getElementById('welcome').hidden")
+        browser.run("document.getElementById('begin').click()")
+        at_ballot(browser, 0)
+        press(browser, *["ArrowLeft"] * 5, "Enter")
+        browser.wait_for("document.getElementById('headline').textContent.includes('last one')")
+        browser.run(gone)
+        browser.run("document.getElementById('undo-last').click()")
+        browser.wait_for("document.getElementById('detail').textContent.includes('nothing was taken back')")
+        browser.run("window.fetch = window.fetched")
+        browser.run("document.getElementById('undo-last').click()")
+        at_ballot(browser, 0)
+        browser.run(f"{gone}; state.session.done = 1; undo()")
+        browser.wait_for("document.getElementById('note').textContent.includes('nothing was taken back')")
+    assert study.done(study.rater_of(token)) == 0
+
+
 def test_kills_between_votes_on_the_page_lose_none(browser, folders, tmp_path):
     """Vote, kill the server once the page goes on, start another and come back: the vote must be there."""
     study = open_study(folders, tmp_path / "study", pairs=3)

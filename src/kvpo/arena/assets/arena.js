@@ -180,12 +180,17 @@ async function submit() {
 async function undo() {
   if (state.busy || state.session.done === 0) return;
   state.busy = true;
+  let taken = false;
   try {
     state.session.done = (await askJson("/undo", {})).done;
+    taken = true;
     await present();
     note("Taken back. Vote again.");
   } catch (error) {
-    note(error.message || "No connection.", true);
+    if (taken) return lost(error);
+    const said = error.status ? error.message : "No connection: nothing was taken back. Try again.";
+    if (at("ballot").hidden) at("detail").textContent = said;
+    else note(said, true);
   } finally {
     state.busy = false;
   }
