@@ -1,5 +1,7 @@
 """The live page in a real headless Chromium, with the real server behind it."""
 
+import time
+
 import numpy as np
 import pytest
 
@@ -47,6 +49,14 @@ def say(page, prompt: str) -> None:
         "document.getElementById('prompt').dispatchEvent("
         "new KeyboardEvent('keydown', {key: 'Enter', cancelable: true}))"
     )
+
+
+def wait_until(condition) -> None:
+    """Poll until ``condition()`` is true."""
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def press(page, key: str) -> None:
@@ -148,3 +158,33 @@ def test_a_story_on_a_phone(browser, tmp_path):
         browser.wait_for("document.querySelectorAll('.branch').length === 6")
         assert browser.run("document.getElementById('branches').scrollWidth") <= 390
         assert not browser.errors
+
+
+def test_prompts_in_the_queue_follow_whatever_began_the_session(browser, tmp_path):
+    with serving(tmp_path, theatre=theatre(tmp_path)) as served:
+        browser.errors.clear()
+        browser.resize(1280, 900)
+        browser.open(served.url)
+        browser.wait_for("document.getElementById('prompt').value === 'once upon a time'")
+        browser.run("document.getElementById('prompt').value = 'the end'")
+        browser.run("document.getElementById('enqueue').click()")
+        say(browser, "a red square")
+
+        def lined_up() -> list[str]:
+            return [cue.prompt for show in served.scheduler.shows.values() for cue in show.session.queue]
+
+        def own_session():
+            return next((show.session for show in served.scheduler.shows.values()), None)
+
+        before = None
+        show_base = "$('arms').value = 'base'; $('arms').onchange()"
+        for again in ("1", "document.getElementById('reset').click()", show_base):
+            browser.run(f"{again}; 0")
+            wait_until(lambda own=before: own_session() is not own and lined_up() == ["the end"])
+            assert browser.run("queue.map((one) => one.prompt)") == ["the end"]
+            before = own_session()
+        browser.run("document.getElementById('snapshot').click()")
+        browser.wait_for("document.querySelector('#saved a') !== null")
+        browser.run("queue = []; listQueue(true); document.querySelector('#saved a').click()")
+        wait_until(lambda: own_session() is not before and lined_up() == ["the end"])
+        assert browser.run("queue.map((one) => one.prompt)") == ["the end"] and not browser.errors

@@ -70,7 +70,7 @@ function event(message) {
     case "session.route.accepted":
       return say(message.frames.length ? `back for ${message.blocks} blocks: ${message.frames.join(", ")}` : "back to the deployment context");
     case "session.pin.accepted": if (numbers) { numbers.pinned = message.pinned; mark(); } return;
-    case "session.reset.accepted": forget(0); playing = []; return;
+    case "session.reset.accepted": forget(0); playing = []; return listQueue(true);
     case "session.choose.accepted": forget(message.frame); playing = []; return;
     case "session.snapshot.accepted": return saved("Snapshot " + message.snapshot, null, message.snapshot);
     case "session.export.accepted": return saved(message.file, message.url);
@@ -88,6 +88,8 @@ function started(message) {
   remark(message.notice);
   $("send").textContent = "Switch at next block";
   state("live", true);
+  if (queue.length && queue[0].prompt === message.prompt) queue.shift();
+  if (queue.length) listQueue(true); // a new session knows nothing of it
 }
 function ended(reason) {
   session = null; state(reason); $("send").textContent = "Start";
@@ -103,8 +105,8 @@ function saved(text, url, snapshot) {
     link.href = withToken(url); link.download = text;
     line.append(link);
   } else {
-    const again = make("a", "continue it");
-    again.href = "#"; again.onclick = (e) => { e.preventDefault(); restore(snapshot); };
+    const again = make("a", "continue it"), then = [...queue];
+    again.href = "#"; again.onclick = (e) => { e.preventDefault(); queue = [...then]; listQueue(); restore(snapshot); };
     line.append(again);
   }
   line.hidden = false;
@@ -385,8 +387,7 @@ async function tell() {
   $("prompt").value = prompts[0].prompt;
   show(prompts[0]);
   queue = prompts.slice(1);
-  const push = () => (session ? listQueue(true) : setTimeout(push, 60));
-  push();
+  listQueue(true);
 }
 $("form").onsubmit = (e) => { e.preventDefault(); show(cue()); };
 $("prompt").onkeydown = (e) => { if (e.key === "Enter" && !e.shiftKey) { e.preventDefault(); show(cue()); } };
