@@ -188,3 +188,24 @@ def test_prompts_in_the_queue_follow_whatever_began_the_session(browser, tmp_pat
         browser.run("queue = []; listQueue(true); document.querySelector('#saved a').click()")
         wait_until(lambda: own_session() is not before and lined_up() == ["the end"])
         assert browser.run("queue.map((one) => one.prompt)") == ["the end"] and not browser.errors
+
+
+def test_a_lost_connection_closes_the_fork_and_the_page_starts_again(browser, tmp_path):
+    with serving(tmp_path, theatre=theatre(tmp_path)) as served:
+        browser.errors.clear()
+        browser.resize(1280, 900)
+        browser.open(served.url)
+        browser.wait_for("document.getElementById('state').textContent === 'ready'")
+        say(browser, "a red square")
+        browser.wait_for("document.querySelectorAll('.frame').length >= 12")
+        press(browser, "f")
+        browser.wait_for("document.querySelectorAll('.branch').length === 6")
+        browser.run("socket.close()")
+        browser.wait_for("document.getElementById('state').textContent === 'disconnected'")
+        assert browser.run("document.getElementById('branches').open") is False
+        say(browser, "a blue square")  # too early
+        assert "no connection" in browser.run("document.getElementById('toast').textContent")
+        browser.wait_for("document.getElementById('state').textContent === 'ready'")
+        say(browser, "a blue square")
+        browser.wait_for("document.getElementById('caption').textContent === 'a blue square'")
+        assert browser.run("document.getElementById('state').textContent") == "live" and not browser.errors

@@ -21,7 +21,10 @@ function say(text) {
   say.timer = setTimeout(() => ($("toast").hidden = true), 5000);
 }
 function send(type, values = {}) {
-  if (socket.readyState === WebSocket.OPEN) socket.send(JSON.stringify({ type, ...values }));
+  const open = Boolean(socket) && socket.readyState === WebSocket.OPEN;
+  if (open) socket.send(JSON.stringify({ type, ...values }));
+  else say("There is no connection to the server.");
+  return open;
 }
 function state(text, on) {
   $("state").textContent = text;
@@ -92,7 +95,8 @@ function started(message) {
   if (queue.length) listQueue(true); // a new session knows nothing of it
 }
 function ended(reason) {
-  session = null; state(reason); $("send").textContent = "Start";
+  session = null; waitingForStart = false; branches = null; state(reason); $("send").textContent = "Start";
+  if ($("branches").open) $("branches").close();
   const next = pending; // another session takes its place
   pending = null;
   if (next) send("session.start", next);
@@ -229,9 +233,10 @@ function fork() {
 async function openFork(header, pictures) {
   const grid = $("grid");
   grid.replaceChildren();
-  branches = { canvases: [], bitmaps: [], at: 0, frame: header.frame };
+  const own = branches = { canvases: [], bitmaps: [], at: 0, frame: header.frame };
   for (const [n, blobs] of pictures.entries()) {
     const bitmaps = await Promise.all(blobs.map((blob) => createImageBitmap(blob)));
+    if (branches !== own) return; // the session has ended
     const button = make("button", undefined, "branch"); button.type = "button";
     const canvas = make("canvas"); canvas.width = bitmaps[0].width; canvas.height = bitmaps[0].height;
     canvas.style.setProperty("--ratio", bitmaps[0].width / bitmaps[0].height);
@@ -364,8 +369,7 @@ function show(one) {
   if (!one.prompt) return $("prompt").focus();
   if (session) return send("session.prompt_update", one);
   if (waitingForStart) return;
-  waitingForStart = true;
-  send("session.start", opening(one));
+  waitingForStart = send("session.start", opening(one));
 }
 function opening({ prompt, frames }) {
   return { prompt, frames, seed: Number($("seed").value) || 0, arms: $("arms").value, speed };
@@ -383,7 +387,8 @@ function listQueue(push) {
   if (push && session) send("session.queue", { prompts: queue });
 }
 async function tell() {
-  const prompts = await story(1 + Math.floor(Math.random() * 1e6));
+  const prompts = await story(1 + Math.floor(Math.random() * 1e6)).catch(() => null);
+  if (!prompts) return say("There is no connection to the server.");
   $("prompt").value = prompts[0].prompt;
   show(prompts[0]);
   queue = prompts.slice(1);
