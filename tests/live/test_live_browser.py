@@ -119,6 +119,9 @@ def test_a_stream_is_directed_on_the_page(browser, tmp_path):
         browser.wait_for("document.querySelectorAll('.frame.pinned').length === 1")
         assert len(show.session.pins) == 1
 
+        times = browser.run("shownFrames")
+        assert len(times) == len(set(times)), "a frame counts once, however many arms show it"
+
         press(browser, "f")
         browser.wait_for("document.querySelectorAll('.branch').length === 6")
         assert show.session.fork is not None

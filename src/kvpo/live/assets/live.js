@@ -318,8 +318,9 @@ function tick(now) {
   const entry = playing[0];
   for (const [arm, bitmaps] of Object.entries(entry.bitmaps)) {
     const canvas = screens.get(arm);
-    if (canvas) { paint(canvas, bitmaps[entry.at]); shownFrames.push(now); }
+    if (canvas) paint(canvas, bitmaps[entry.at]);
   }
+  shownFrames.push(now);
   const { header } = entry;
   if (header.prompt !== lastCaption) {
     $("caption").textContent = lastCaption = header.prompt;
