@@ -131,6 +131,10 @@ def test_a_stream_is_directed_on_the_page(browser, tmp_path):
         browser.wait_for(f"[...frames.keys()].at(-1) > {show.session.start}")
         press(browser, " ")
         browser.wait_for("document.body.classList.contains('paused')")
+        held = "new KeyboardEvent('keydown', {key: ' ', repeat: true, bubbles: true})"
+        browser.run(f"for (let n = 0; n < 3; n++) document.body.dispatchEvent({held})")
+        time.sleep(0.2)
+        assert show.paused, "a key that is held acts once"
         shown = colour(browser, "aligned")
         assert colour(browser, "base") == shown, "one script, one model"
         compare_with(browser, show.session, shown)

@@ -418,7 +418,9 @@ document.onkeydown = (e) => {
   }
   if (e.target.matches("input, textarea, select") || e.metaKey || e.ctrlKey || e.altKey || branches) return;
   const act = { " ": () => $("pause").click(), s: tell, r: () => $("reset").click(), f: fork, b: route, p: pin, Escape: () => { chosen.clear(); selection(); } }[e.key];
-  if (act && !(e.key === " " && e.target.matches("button"))) { e.preventDefault(); act(); }
+  if (!act || (e.key === " " && e.target.matches("button"))) return;
+  e.preventDefault();
+  if (!e.repeat) act(); // a key that is held acts once
 };
 begin();
 requestAnimationFrame(tick);
