@@ -87,6 +87,8 @@ def test_a_study_of_twenty_pairs_is_voted_by_keyboard_and_reported(browser, fold
         press(browser, "?")
         for done in range(23):
             at_ballot(browser, done)
+            lines = "[...document.querySelectorAll('.prompts li')].map((line) => line.dir)"
+            assert set(browser.run(lines)) == {"auto"}, "a prompt in Arabic runs from the right"
             lights = [brightness(browser, place) for place in (0, 1)]
             difference = lights[1] - lights[0]
             key = "ArrowDown" if abs(difference) < 25 else "ArrowRight" if difference > 0 else "ArrowLeft"

@@ -164,6 +164,11 @@ def test_a_story_on_a_phone(browser, tmp_path):
         browser.run("chosen.clear(); fork()")
         browser.wait_for("document.querySelectorAll('.branch').length === 6")
         assert browser.run("document.getElementById('branches').scrollWidth") <= 390
+        press(browser, "1")
+        say(browser, "\u0645\u0631\u0628\u0639 \u0623\u062d\u0645\u0631 (1)!")
+        browser.wait_for("document.getElementById('caption').textContent.endsWith('!')")
+        found = "['caption', 'prompt'].map((id) => getComputedStyle(document.getElementById(id)).direction)"
+        assert browser.run(found) == ["rtl", "rtl"], "Arabic runs from the right"
         assert not browser.errors
 
 

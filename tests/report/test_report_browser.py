@@ -82,6 +82,8 @@ def test_nothing_is_requested_and_hostile_prompts_do_not_run(page):
     assert [url for url in page.requests if not url.startswith(("file:", "data:"))] == []
     assert page.run("document.title") == "finished \u00b7 kvpo \u00b7 kvpo report"
     assert page.run("document.querySelectorAll('script').length") == 2
+    prompts = "[...document.querySelectorAll('.captions p, #gallery-cards h3')].map((line) => line.dir)"
+    assert set(page.run(prompts)) == {"auto"}, "a prompt in Arabic runs from the right"
 
 
 def test_canvases_show_the_saved_frames_to_the_bit(page, finished_run):

@@ -85,7 +85,7 @@ async function present() {
 
 function draw(ballot) {
   at("prompts").replaceChildren(...ballot.prompts.map((text, n) =>
-    element("li", {}, ...(ballot.prompts.length > 1 ? [element("b", { textContent: n + 1 })] : []), text)));
+    element("li", { dir: "auto" }, ...(ballot.prompts.length > 1 ? [element("b", { textContent: n + 1 })] : []), text)));
   at("stage").classList.toggle("ranked", ballot.ranked);
   at("stage").style.setProperty("--columns", ballot.ranked && (ballot.videos === 3 || ballot.videos > 4) ? 3 : 2);
   const names = ballot.ranked ? ballot.sources.map((_, n) => `${n + 1}`) : ["Left", "Right"];

@@ -380,7 +380,9 @@ function listQueue(push) {
   $("queue").replaceChildren(...queue.map((one, n) => {
     const row = make("li");
     const lasts = one.frames ? `${one.frames} frames` : "∞", soft = one.transition_blocks ? `, blends over ${one.transition_blocks}` : "";
-    row.append(make("span", one.prompt), make("span", lasts + soft, "soft"));
+    const prompt = make("span", one.prompt);
+    prompt.dir = "auto";
+    row.append(prompt, make("span", lasts + soft, "soft"));
     const gone = make("button", "×", "quiet"); gone.setAttribute("aria-label", "remove"); gone.onclick = () => { queue.splice(n, 1); listQueue(true); };
     row.append(gone);
     return row;
