@@ -7,7 +7,7 @@ import time
 
 import numpy as np
 import pytest
-from edits import HOSTILE, copy_of, edit_json, enlarge, lines_of
+from edits import HOSTILE, copy_of, edit_json, edit_metrics, enlarge, lines_of
 from safetensors.numpy import load_file
 
 from kvpo.report.formatting import compact
@@ -202,6 +202,22 @@ def test_the_page_fits_and_follows_the_colour_scheme(page, tmp_path, width, phon
     assert (red < 60) == dark
     page.screenshot(tmp_path / "page.png")
     assert (tmp_path / "page.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("width", [768, 390])
+def test_long_words_and_numbers_stay_inside_their_cards(browser, finished_run, tmp_path, width):
+    run = copy_of(finished_run, tmp_path / "words")
+    long = "Donaudampfschifffahrtsgesellschaft" * 4
+    edit_json(run / "branches" / "branches.json", lambda b: [g.update(title=long) for g in b["groups"]] and b)
+    edit_metrics(run, lambda line: line.update(seconds=0.00125 + 1e-4 * line.get("update", 0)))
+    browser.resize(width, 800, phone=width < 700)
+    browser.open(write_report(run).as_uri())
+    assert browser.run("document.documentElement.scrollWidth") <= width
+    beyond = """[...document.querySelectorAll('.small .y')].filter((label) =>
+        label.getBoundingClientRect().left < label.closest('.card').getBoundingClientRect().left)"""
+    assert browser.run(f"{beyond}.map((label) => label.textContent)") == []
+    heights = "[...document.querySelectorAll('#accuracy td')].map((td) => td.getBoundingClientRect().height)"
+    assert max(browser.run(heights)) < 40, "no share is broken before its per cent sign"
 
 
 def test_larger_videos_play_as_h264_in_step(browser, finished_run, tmp_path):
