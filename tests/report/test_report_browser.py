@@ -142,6 +142,18 @@ def test_playing_moves_time_and_pausing_stops_it(page):
     assert page.run("getComputedStyle(document.querySelector('.transport')).visibility") == "visible"
 
 
+def test_space_scrolls_where_no_video_is_in_sight(page):
+    pressed = "new KeyboardEvent('keydown', {key: ' ', bubbles: true, cancelable: true})"
+    playing = "document.getElementById('play').classList.contains('playing')"
+    for place, taken in (("reproduce", False), ("videos", True)):
+        page.run(f"document.getElementById('{place}').scrollIntoView({{behavior: 'instant'}})")
+        page.wait_for(
+            f"document.querySelector('.transport').classList.contains('away') !== {str(taken).lower()}"
+        )
+        assert page.run(f"document.body.dispatchEvent({pressed})") is not taken
+        assert page.run(playing) is taken
+
+
 def test_branches_sort_with_the_anchor_first_and_tabs_switch(page):
     members = "[...document.querySelectorAll('#group-0-members .member')]"
     for key, descending in (("reward", True), ("advantage", True), ("energy", False)):
