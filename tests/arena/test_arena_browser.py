@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from kvpo.app.arena import open_study, report
-from kvpo.arena.store import Study
+from kvpo.arena.store import Study, Vote
 from kvpo.report.video import write_video
 from tests.arena.serving import child_server, served
 from tests.headless_chromium import chromium, find_chromium
@@ -327,6 +327,22 @@ def test_an_undo_without_a_connection_says_so(browser, folders, tmp_path):
         browser.run(f"{gone}; state.session.done = 1; undo()")
         browser.wait_for("document.getElementById('note').textContent.includes('nothing was taken back')")
     assert study.done(study.rater_of(token)) == 0
+
+
+def test_clips_of_a_report_wait_where_motion_is_unwelcome(browser, folders, tmp_path):
+    study = open_study(folders, tmp_path / "study", pairs=1)
+    rater = study.rater_of(study.invite("ann"))
+    study.vote(rater, Vote(0, dict.fromkeys([one.name for one in study.design.asked], "left"), (), 900, True))
+    page, _ = report(study.directory, close=True)
+    videos = "[...document.querySelectorAll('.decided video')]"
+    for motion, playing in (("reduce", False), ("no-preference", True)):
+        feature = {"name": "prefers-reduced-motion", "value": motion}
+        browser.call("Emulation.setEmulatedMedia", features=[feature])
+        browser.open(page.as_uri())
+        browser.run(f"{videos}[0].scrollIntoView({{behavior: 'instant'}})")
+        browser.wait_for(f"{videos}.every((v) => v.readyState >= 2)")
+        time.sleep(0.3)
+        assert browser.run(f"{videos}.map((v) => [!v.paused, v.controls])") == [[playing, not playing]] * 2
 
 
 def test_kills_between_votes_on_the_page_lose_none(browser, folders, tmp_path):
